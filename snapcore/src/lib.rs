@@ -1,1 +1,27 @@
-//! (skeleton)
+//! The core of domsnap: snapshots of whole virtual machines, planned, journalled and recovered.
+//!
+//! This crate knows no disk format and no hypervisor. It has the words of the field as types, the trait that a
+//! storage backend fulfils ([`DiskSnapshotter`]), the pure planner ([`plan`]), the engine that carries a plan out
+//! so that a crash at any instant heals ([`engine`]), and the catalogue that remembers what was taken.
+
+#![forbid(unsafe_code)]
+
+mod backend;
+pub mod chain;
+mod domain;
+mod error;
+mod name;
+pub mod plan;
+mod request;
+mod snapshot;
+mod state;
+mod step;
+
+pub use backend::{Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Severity, StepContext};
+pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
+pub use error::{Error, ErrorKind, Result};
+pub use name::{DomainName, LayerName, SnapshotName, Target};
+pub use request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
+pub use snapshot::{Consistency, DiskPoint, Point, PointKind, Snapshot, SnapshotId, SnapshotTree};
+pub use state::{DiskState, InternalPoint, Layer};
+pub use step::{DiskPlan, DiskRequest, Edit, Group, Plan, PlannedStep, Step, StepStatus};

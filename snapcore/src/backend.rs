@@ -1,0 +1,195 @@
+//! What a storage backend does for one disk.
+
+use std::any::Any;
+
+use async_trait::async_trait;
+use camino::Utf8PathBuf;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    ActivePath, Disk, DiskPlan, DiskRecord, DiskRequest, DiskState, LayerName, PointKind, Result, Snapshot, Step,
+    StepStatus,
+};
+
+/// What a backend can do with disks of its format. The planner checks it; it is not found out half way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// Points inside the image.
+    pub internal: bool,
+    /// Points as frozen layers with an overlay on top.
+    pub external: bool,
+    /// The way it takes a point where the user does not say.
+    pub preferred: PointKind,
+    /// Disks that a running guest holds.
+    pub live: bool,
+    /// Deleting a point that others stand on.
+    pub delete_in_chain: bool,
+    /// A point on top of a point.
+    pub snapshot_of_snapshot: bool,
+    /// The longest chain of layers that it makes.
+    pub max_depth: u32,
+}
+
+impl Capabilities {
+    /// Points of this kind alone, at rest, chains of at most `max_depth`.
+    pub fn new(preferred: PointKind, max_depth: u32) -> Self {
+        Self {
+            internal: preferred == PointKind::Internal,
+            external: preferred == PointKind::External,
+            preferred,
+            live: false,
+            delete_in_chain: true,
+            snapshot_of_snapshot: true,
+            max_depth,
+        }
+    }
+
+    /// Points of the other kind too.
+    #[must_use]
+    pub fn both_kinds(mut self) -> Self {
+        self.internal = true;
+        self.external = true;
+        self
+    }
+}
+
+/// How much [`DiskSnapshotter::inspect`] reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InspectDepth {
+    /// The layers and their headers.
+    Layers,
+    /// And every image in their directories, to find whoever else stands on a layer: before anything is merged or
+    /// removed.
+    Dependents,
+}
+
+/// How bad a finding of [`DiskSnapshotter::check`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// Worth knowing: an unnamed layer, a leaked cluster.
+    Note,
+    /// Nothing is lost, and something should be done: a drifted path, a missing tag.
+    Warning,
+    /// Data is lost or at risk.
+    Error,
+}
+
+/// One thing that a check found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Finding {
+    /// How bad.
+    pub severity: Severity,
+    /// On what: a file, a snapshot.
+    pub subject: String,
+    /// What was found, and what to do.
+    pub message: String,
+}
+
+/// Where a long step tells how far it is.
+pub trait Progress: Send + Sync {
+    /// `done` bytes of `total` so far. Called often; must be cheap.
+    fn bytes(&self, done: u64, total: u64);
+}
+
+/// What a step runs with.
+#[derive(Clone, Copy)]
+pub struct StepContext<'a> {
+    /// The disk, as it was when the plan was made.
+    pub disk: &'a DiskRecord,
+    /// Where to tell progress.
+    pub progress: &'a dyn Progress,
+    /// When it is cancelled, a deferrable step stops soon with [`crate::ErrorKind::Cancelled`], leaving the disk's
+    /// contents as they were.
+    pub cancel: &'a CancellationToken,
+}
+
+/// What [`DiskSnapshotter::hold`] gives: as long as it lives, nobody else can write the disk.
+pub type Guard = Box<dyn Any + Send + Sync>;
+
+/// A storage backend: points of disks of one format.
+///
+/// All methods may be called for several disks at once. None keeps state that a crash could lose: what was done is
+/// read from the disk. Errors are [`crate::Error`]s that name the file; after one, the disk's present and every
+/// point are whole, and the same call may be repeated, except where a method says otherwise.
+#[async_trait]
+pub trait DiskSnapshotter: Send + Sync {
+    /// The format's name, as configurations state it: `qcow2`.
+    fn format(&self) -> &str;
+
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Takes in a disk that the catalogue does not know: checks that the image is what it is said to be, and names
+    /// its active layer. Changes nothing.
+    async fn adopt(&self, disk: &Disk) -> Result<DiskRecord>;
+
+    /// The disk as it is on the machine: the chain and every point in it. Needs no lock, changes nothing.
+    ///
+    /// # Errors
+    /// A missing or corrupt layer, a loop, a chain deeper than the limit, a backing string that leads out of the
+    /// allowed directories, a configured path that no longer names the active layer (drift).
+    async fn inspect(&self, disk: &DiskRecord, depth: InspectDepth) -> Result<DiskState>;
+
+    /// The snapshots that the images themselves know and `record` does not: frozen layers of the chain and tags that
+    /// another tool made. They come oldest first, parents set, with fresh ids; `record.owned` is extended by the
+    /// layers that become ours. Changes nothing.
+    async fn discover(&self, record: &mut DiskRecord, known: &[crate::Point]) -> Result<Vec<Snapshot>>;
+
+    /// The steps that fulfil `request`. A function of its arguments and of what the layers hold; changes nothing.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`] or `Unsupported`, with what to do instead.
+    async fn plan(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        active_path: ActivePath,
+        request: &DiskRequest,
+    ) -> Result<DiskPlan>;
+
+    /// Locks the disk's images against other writers, in the way that the format's other users honour, until the
+    /// guard is dropped. Steps that run meanwhile in this process use the same lock.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Busy`], naming who holds it as far as that can be known.
+    async fn hold(&self, disk: &DiskRecord) -> Result<Guard>;
+
+    /// Does a step. Idempotent: what is done already is not done again; what was begun is completed.
+    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()>;
+
+    /// Takes a prepare or cut step back, wherever it had got to. Idempotent.
+    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()>;
+
+    /// How far a step got, from what is on the disk.
+    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus>;
+
+    /// Looks for damage in the disk's images. Changes nothing.
+    async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>>;
+
+    /// Bytes on the disk that deleting `drop` would give back, and bytes that would have to be moved.
+    async fn cost_of_delete(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        drop: &[crate::Point],
+        keep: &[crate::Point],
+    ) -> Result<DeleteCost>;
+
+    /// The directory where manifests belong: beside the disk's data.
+    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf;
+
+    /// The file that a layer opens by, for people and tools.
+    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf;
+}
+
+/// What a delete would cost and give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct DeleteCost {
+    /// Bytes on the disk that it would free.
+    pub frees: u64,
+    /// Bytes of data that it would move.
+    pub moves: u64,
+}

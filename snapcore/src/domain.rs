@@ -1,0 +1,77 @@
+//! Domains and their disks.
+
+use camino::Utf8PathBuf;
+use serde::{Deserialize, Serialize};
+
+use crate::{DomainName, LayerName, SnapshotId, Target};
+
+/// Who runs the domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema, Default)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Hypervisor {
+    /// Nobody: disks at rest.
+    #[default]
+    None,
+}
+
+/// Where a disk's active image is to be found after an external snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum ActivePath {
+    /// The configured path stays the active image: it is a hard link that moves from layer to layer.
+    #[default]
+    Keep,
+    /// The configured path stays the file that it names; the active image gets a new path, and the domain's
+    /// configuration must follow.
+    New,
+}
+
+/// One disk of a domain, as its configuration has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Disk {
+    /// What it is called inside the domain.
+    pub target: Target,
+    /// The configured path: absolute, and always the active image under [`ActivePath::Keep`].
+    #[schemars(with = "String")]
+    pub path: Utf8PathBuf,
+    /// The name of its backend (`qcow2`). Stated, never guessed from content.
+    pub format: String,
+}
+
+/// A disk, and what the catalogue knows of its layers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct DiskRecord {
+    /// The disk.
+    #[serde(flatten)]
+    pub disk: Disk,
+    /// The layer that the domain writes.
+    pub active: LayerName,
+    /// The layers that are ours to merge and to remove: those that were made by us, registered or imported. Every
+    /// other image in a chain is somebody else's and is only read.
+    pub owned: Vec<LayerName>,
+}
+
+/// A domain as the catalogue knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Domain {
+    /// Its name: the registered one, or one made from the path of its first image.
+    pub name: DomainName,
+    /// Whether it was named by its image paths and never registered.
+    pub unregistered: bool,
+    /// Who runs it.
+    pub hypervisor: Hypervisor,
+    /// Where active images go.
+    pub active_path: ActivePath,
+    /// Its disks, in the order of its configuration.
+    pub disks: Vec<DiskRecord>,
+    /// The snapshot that the present state derives from.
+    pub current: Option<SnapshotId>,
+}
+
+impl Domain {
+    /// The disk called `target`.
+    pub fn disk(&self, target: &Target) -> Option<&DiskRecord> {
+        self.disks.iter().find(|record| record.disk.target == *target)
+    }
+}

@@ -1,0 +1,201 @@
+//! Snapshots and the tree they form.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{Error, ErrorKind, LayerName, Result, SnapshotName, Target};
+
+/// The identity of a snapshot: survives renames, and is unique over all domains. Sorts by time of making.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
+)]
+#[serde(transparent)]
+pub struct SnapshotId(#[schemars(with = "String")] pub Uuid);
+
+impl SnapshotId {
+    /// A new one.
+    pub fn fresh() -> Self {
+        Self(Uuid::now_v7())
+    }
+}
+
+impl std::fmt::Display for SnapshotId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// In which state the disks are at the point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Consistency {
+    /// As after a power failure.
+    Crash,
+    /// The guest's file systems were flushed and frozen.
+    Filesystem,
+    /// The domain was shut down. As clean as its shutdown was.
+    Clean,
+    /// Memory and disks are of one instant.
+    Memory,
+    /// Nobody recorded it: an imported point.
+    Unknown,
+}
+
+/// Where a point lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PointKind {
+    /// Inside an image, in its snapshot table.
+    Internal,
+    /// A frozen layer.
+    External,
+}
+
+/// One state of one disk that can be returned to.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Point {
+    /// The layer that holds it.
+    pub layer: LayerName,
+    /// The name in the layer's own snapshot table; absent: the layer itself, frozen.
+    pub tag: Option<String>,
+}
+
+impl Point {
+    /// The frozen `layer` itself.
+    pub fn external(layer: LayerName) -> Self {
+        Self { layer, tag: None }
+    }
+
+    /// The internal snapshot `tag` of `layer`.
+    pub fn internal(layer: LayerName, tag: impl Into<String>) -> Self {
+        Self { layer, tag: Some(tag.into()) }
+    }
+
+    /// Where it lives.
+    pub fn kind(&self) -> PointKind {
+        match self.tag {
+            Some(_) => PointKind::Internal,
+            None => PointKind::External,
+        }
+    }
+}
+
+/// A point of one disk as a member of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct DiskPoint {
+    /// Which disk.
+    pub target: Target,
+    /// Where its state is.
+    #[serde(flatten)]
+    pub point: Point,
+    /// The disk's size at the point, in bytes.
+    pub virtual_size: u64,
+}
+
+/// A snapshot of a domain: the points of its disks at one instant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Snapshot {
+    /// Its identity.
+    pub id: SnapshotId,
+    /// Its name, unique in the domain.
+    pub name: SnapshotName,
+    /// The snapshot that was current when it was taken.
+    pub parent: Option<SnapshotId>,
+    /// When its instant was.
+    #[schemars(with = "String")]
+    pub created: Timestamp,
+    /// What the user wrote about it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub description: String,
+    /// How consistent its disks are.
+    pub consistency: Consistency,
+    /// One point a disk; a disk that was skipped has none.
+    pub disks: Vec<DiskPoint>,
+}
+
+impl Snapshot {
+    /// The point of the disk `target`.
+    pub fn point(&self, target: &Target) -> Option<&DiskPoint> {
+        self.disks.iter().find(|point| point.target == *target)
+    }
+}
+
+/// All snapshots of a domain, with questions about their relations.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SnapshotTree {
+    snapshots: Vec<Snapshot>,
+}
+
+impl SnapshotTree {
+    /// A tree of `snapshots`, which it keeps in the order of their making.
+    pub fn new(mut snapshots: Vec<Snapshot>) -> Self {
+        snapshots.sort_by_key(|snapshot| (snapshot.created, snapshot.id));
+        Self { snapshots }
+    }
+
+    /// All, oldest first.
+    pub fn iter(&self) -> impl Iterator<Item = &Snapshot> {
+        self.snapshots.iter()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.snapshots.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.snapshots.is_empty()
+    }
+
+    /// The one with this identity.
+    pub fn get(&self, id: SnapshotId) -> Option<&Snapshot> {
+        self.snapshots.iter().find(|snapshot| snapshot.id == id)
+    }
+
+    /// The one of this name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], with the nearest names there are.
+    pub fn named(&self, name: &SnapshotName) -> Result<&Snapshot> {
+        self.snapshots.iter().find(|snapshot| snapshot.name == *name).ok_or_else(|| {
+            let known: Vec<&str> = self.snapshots.iter().rev().take(8).map(|s| s.name.as_str()).collect();
+            let error = Error::new(ErrorKind::NotFound, format!("there is no snapshot {name}"));
+            match known.is_empty() {
+                true => error.advise("the domain has no snapshots"),
+                false => error.advise(format!("the newest are: {}", known.join(", "))),
+            }
+        })
+    }
+
+    /// The direct children of `parent` (`None`: the roots), oldest first.
+    pub fn children(&self, parent: Option<SnapshotId>) -> impl Iterator<Item = &Snapshot> {
+        self.snapshots.iter().filter(move |snapshot| snapshot.parent == parent)
+    }
+
+    /// All that derive from `ancestor`, without itself, oldest first.
+    pub fn descendants(&self, ancestor: SnapshotId) -> Vec<&Snapshot> {
+        let mut found = std::collections::HashSet::from([ancestor]);
+        // Parents are older than their children, so one pass in the order of making finds all; a second guards
+        // against clocks that went backwards.
+        loop {
+            let before = found.len();
+            for snapshot in &self.snapshots {
+                if snapshot.parent.is_some_and(|parent| found.contains(&parent)) {
+                    found.insert(snapshot.id);
+                }
+            }
+            if found.len() == before {
+                break;
+            }
+        }
+        self.snapshots.iter().filter(|s| s.id != ancestor && found.contains(&s.id)).collect()
+    }
+
+    /// Every point of the disk `target` in all snapshots.
+    pub fn points<'a>(&'a self, target: &'a Target) -> impl Iterator<Item = &'a Point> {
+        self.snapshots.iter().filter_map(move |snapshot| snapshot.point(target)).map(|member| &member.point)
+    }
+}

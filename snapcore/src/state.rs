@@ -1,0 +1,83 @@
+//! What a disk is, read from the machine and not from memory.
+
+use camino::Utf8PathBuf;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::{LayerName, Target};
+
+/// An internal snapshot found in a layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct InternalPoint {
+    /// Its name in the image's snapshot table.
+    pub tag: String,
+    /// The disk's size at that point, in bytes.
+    pub virtual_size: u64,
+    /// When the image says it was taken.
+    #[schemars(with = "String")]
+    pub created: Timestamp,
+    /// Bytes of VM state that it holds.
+    pub vm_state_size: u64,
+}
+
+/// One image of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Layer {
+    /// Its permanent name.
+    pub name: LayerName,
+    /// Where it can be opened now.
+    #[schemars(with = "String")]
+    pub file: Utf8PathBuf,
+    /// Whether a file of its permanent name exists.
+    pub named: bool,
+    /// The layer it stands on.
+    pub backing: Option<LayerName>,
+    /// Whether it is ours to merge and to remove.
+    pub owned: bool,
+    /// The size the guest sees, in bytes.
+    pub virtual_size: u64,
+    /// Bytes on the disk.
+    pub allocated: u64,
+    /// Its internal snapshots, in the order of its table. Only the active layer and the owned ones are read.
+    pub internal: Vec<InternalPoint>,
+    /// Images that stand on it and are no layers of this disk.
+    #[schemars(with = "Vec<String>")]
+    pub dependents: Vec<Utf8PathBuf>,
+}
+
+/// A disk's layers as they are on the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct DiskState {
+    /// Which disk.
+    pub target: Target,
+    /// The layer that the domain writes.
+    pub active: LayerName,
+    /// The active chain from the active layer down, then every other owned layer.
+    pub layers: Vec<Layer>,
+}
+
+impl DiskState {
+    /// The layer called `name`.
+    pub fn layer(&self, name: &LayerName) -> Option<&Layer> {
+        self.layers.iter().find(|layer| layer.name == *name)
+    }
+
+    /// The layers that stand directly on `name`.
+    pub fn children<'a>(&'a self, name: &'a LayerName) -> impl Iterator<Item = &'a Layer> {
+        self.layers.iter().filter(move |layer| layer.backing.as_ref() == Some(name))
+    }
+
+    /// The chain of `name`: itself first, the base last.
+    pub fn chain(&self, name: &LayerName) -> Vec<&Layer> {
+        let mut chain = Vec::new();
+        let mut next = self.layer(name);
+        while let Some(layer) = next {
+            chain.push(layer);
+            if chain.len() > self.layers.len() {
+                break; // a loop; inspection refuses those, so this only bounds the work
+            }
+            next = layer.backing.as_ref().and_then(|backing| self.layer(backing));
+        }
+        chain
+    }
+}

@@ -1,0 +1,200 @@
+//! Plans: typed, serialisable steps that are journalled before they run.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{LayerName, Point, Snapshot, SnapshotId, SnapshotName, Target};
+
+/// When a step runs.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Group {
+    /// Before the instant, while a guest would run. Can be undone.
+    Prepare,
+    /// The instant. Can be undone, as long as the plan is not committed.
+    Cut,
+    /// After the commit point: is carried through, never undone.
+    Finish,
+}
+
+/// One thing that a backend does to one disk. The engine journals it and knows no more of `action` than that the
+/// backend understands it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Step {
+    /// Which disk.
+    pub target: Target,
+    /// The backend's own typed action.
+    pub action: serde_json::Value,
+    /// What it does, for people: "freeze base.qcow2 as base.ds-1a2b3c4d.qcow2".
+    pub summary: String,
+    /// Bytes of data it will move, as far as can be told beforehand; 0 for metadata alone.
+    pub bytes: u64,
+}
+
+/// A step at its place in a plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct PlannedStep {
+    /// When it runs.
+    pub group: Group,
+    /// What it does.
+    #[serde(flatten)]
+    pub step: Step,
+    /// What the catalogue learns in the same transaction that records a finish step as done. Steps before the
+    /// commit point carry none: theirs are in [`Plan::commit`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub edits: Vec<Edit>,
+    /// Whether the operation may end without it: a merge that is cancelled or fails for want of space is put off,
+    /// together with all later steps of its disk in this group, and the layers stay as unnamed ones.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub deferrable: bool,
+}
+
+/// One change of the catalogue.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "kebab-case", tag = "edit")]
+#[non_exhaustive]
+pub enum Edit {
+    /// A snapshot exists from now on.
+    AddSnapshot {
+        /// The snapshot.
+        snapshot: Box<Snapshot>,
+    },
+    /// A snapshot is no more; its children become its parent's.
+    RemoveSnapshot {
+        /// Which.
+        id: SnapshotId,
+    },
+    /// The present derives from this snapshot.
+    SetCurrent {
+        /// Which, if any.
+        id: Option<SnapshotId>,
+    },
+    /// The domain writes this layer.
+    SetActive {
+        /// Which disk.
+        target: Target,
+        /// Which layer.
+        layer: LayerName,
+    },
+    /// A layer is ours.
+    AddLayer {
+        /// Which disk.
+        target: Target,
+        /// Which layer.
+        layer: LayerName,
+    },
+    /// A layer is gone.
+    RemoveLayer {
+        /// Which disk.
+        target: Target,
+        /// Which layer.
+        layer: LayerName,
+    },
+    /// Every point of the disk that is `from` is now `to`.
+    MovePoint {
+        /// Which disk.
+        target: Target,
+        /// The point as it was.
+        from: Point,
+        /// The point as it is.
+        to: Point,
+    },
+    /// The disk's configured path is another.
+    SetPath {
+        /// Which disk.
+        target: Target,
+        /// The path.
+        #[schemars(with = "String")]
+        path: camino::Utf8PathBuf,
+    },
+}
+
+/// What is to be done to a domain, whole. Made by [`crate::plan`], carried out by the engine, printed by `--dry-run`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Plan {
+    /// What it is for: "create", "revert", "delete", "tidy".
+    pub operation: String,
+    /// The snapshots that the request named.
+    pub snapshots: Vec<SnapshotName>,
+    /// The steps, sorted by group; within a group in the order of running.
+    pub steps: Vec<PlannedStep>,
+    /// What the catalogue learns at the commit point: after the last cut step, before the first finish step.
+    pub commit: Vec<Edit>,
+    /// What the user should know: a disk left out, a point that must be copied out, a layer that stays.
+    pub notes: Vec<String>,
+}
+
+impl Plan {
+    /// Bytes of data that all steps move together.
+    pub fn bytes(&self) -> u64 {
+        self.steps.iter().map(|planned| planned.step.bytes).fold(0, u64::saturating_add)
+    }
+}
+
+/// What is asked of one disk's backend when a plan is made.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum DiskRequest {
+    /// Take a point of the disk as it is.
+    Create {
+        /// The way; absent: the backend chooses.
+        kind: Option<crate::PointKind>,
+        /// The snapshot's name, for a tag.
+        name: SnapshotName,
+        /// The file of the new overlay, where the user wants a certain one.
+        overlay: Option<LayerName>,
+        /// All points of this disk in the catalogue.
+        keep: Vec<Point>,
+        /// A random number for the name of a new layer.
+        stamp: u32,
+    },
+    /// Make the disk what it was at `to`.
+    Revert {
+        /// The point to return to.
+        to: Point,
+        /// Keep the present as a point: under this name, where it needs a tag.
+        save: Option<SnapshotName>,
+        /// All points of this disk in the catalogue.
+        keep: Vec<Point>,
+        /// Whether the step that drops the present must be one that can be undone, because another disk's cut
+        /// comes after it.
+        undoable: bool,
+        /// A random number for the name of a new layer.
+        stamp: u32,
+    },
+    /// Delete points, then merge and remove what nothing needs.
+    Delete {
+        /// The points to delete.
+        drop: Vec<Point>,
+        /// All points of this disk that stay.
+        keep: Vec<Point>,
+    },
+}
+
+/// A backend's answer: the steps for one disk, and what the catalogue is to know.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct DiskPlan {
+    /// The steps, sorted by group.
+    pub steps: Vec<PlannedStep>,
+    /// What the catalogue learns at the commit point.
+    pub commit: Vec<Edit>,
+    /// The point that was taken: of a create, or of a revert that saves the present.
+    pub point: Option<Point>,
+    /// Whether the cut of this disk has a step that cannot be undone; the planner puts it last.
+    pub irrevocable: bool,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// How far a step got, read from what is on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum StepStatus {
+    /// Nothing of it is to be seen.
+    NotDone,
+    /// Some of it: both doing it again and undoing it are possible.
+    Partly,
+    /// All of it.
+    Done,
+}
