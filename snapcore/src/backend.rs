@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    ActivePath, Disk, DiskPlan, DiskRecord, DiskRequest, DiskState, LayerName, PointKind, Result, Snapshot, Step,
-    StepStatus,
+    ActivePath, Disk, DiskPlan, DiskRecord, DiskRequest, DiskState, LayerName, PointKind, Result, Snapshot,
+    Step, StepStatus,
 };
 
 /// What a backend can do with disks of its format. The planner checks it; it is not found out half way.
@@ -66,7 +66,9 @@ pub enum InspectDepth {
 }
 
 /// How bad a finding of [`DiskSnapshotter::check`] is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// Worth knowing: an unnamed layer, a leaked cluster.
@@ -124,7 +126,7 @@ pub trait DiskSnapshotter: Send + Sync {
 
     /// Takes in a disk that the catalogue does not know: checks that the image is what it is said to be, and names
     /// its active layer. Changes nothing.
-    async fn adopt(&self, disk: &Disk) -> Result<DiskRecord>;
+    async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord>;
 
     /// The disk as it is on the machine: the chain and every point in it. Needs no lock, changes nothing.
     ///

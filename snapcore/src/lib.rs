@@ -17,7 +17,9 @@ mod snapshot;
 mod state;
 mod step;
 
-pub use backend::{Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Severity, StepContext};
+pub use backend::{
+    Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Severity, StepContext,
+};
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
 pub use error::{Error, ErrorKind, Result};
 pub use name::{DomainName, LayerName, SnapshotName, Target};

@@ -103,7 +103,9 @@ checked_name!(
 /// For file formats it is a file name in the directory of the disk's configured path, or an absolute path for an
 /// image that lives elsewhere. It never changes while the layer exists; a layer that was never frozen may not have
 /// a file under this name yet: then the layer is what the configured path names.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(
+    Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(transparent)]
 pub struct LayerName(pub String);
 

@@ -1,1 +1,332 @@
-//! Domain planning.
+//! From a request to a plan over all disks of a domain: a function of what is, without a side effect.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::{
+    Consistency, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, DiskPlan, DiskPoint, DiskRecord,
+    DiskRequest, DiskSnapshotter, DiskState, Domain, Edit, Error, ErrorKind, Group, Plan, Point, PointKind,
+    Request, Result, RevertRequest, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
+};
+
+/// One disk as the planner sees it.
+#[derive(Clone)]
+pub struct DiskInput {
+    /// What the catalogue knows of it.
+    pub record: DiskRecord,
+    /// What it is on the machine.
+    pub state: DiskState,
+    /// Who can change it.
+    pub backend: Arc<dyn DiskSnapshotter>,
+}
+
+impl DiskInput {
+    fn target(&self) -> &Target {
+        &self.record.disk.target
+    }
+
+    async fn plan(&self, domain: &Domain, request: &DiskRequest) -> Result<DiskPlan> {
+        self.backend.plan(&self.record, &self.state, domain.active_path, request).await
+    }
+
+    fn size(&self) -> u64 {
+        self.state.layer(&self.state.active).map_or(0, |layer| layer.virtual_size)
+    }
+}
+
+/// The plan that fulfils `request` on `domain`, whose snapshots are `tree` and whose disks are `disks`, in the
+/// domain's order.
+///
+/// # Errors
+/// What the request gets wrong ([`ErrorKind::NotFound`], [`ErrorKind::Exists`], [`ErrorKind::Usage`]), and what a
+/// backend refuses. Nothing was touched.
+pub async fn plan(
+    domain: &Domain,
+    tree: &SnapshotTree,
+    disks: &[DiskInput],
+    request: &Request,
+) -> Result<Plan> {
+    let planner = Planner { domain, tree, disks };
+    match request {
+        Request::Create(create) => planner.create(create).await,
+        Request::Revert(revert) => planner.revert(revert).await,
+        Request::Delete(delete) => planner.delete(delete).await,
+        Request::Tidy => planner.drop_snapshots("tidy", &BTreeSet::new()).await,
+    }
+}
+
+/// A number for the name of a new layer.
+fn stamp() -> u32 {
+    let bytes = Uuid::new_v4().into_bytes();
+    u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+struct Planner<'a> {
+    domain: &'a Domain,
+    tree: &'a SnapshotTree,
+    disks: &'a [DiskInput],
+}
+
+impl Planner<'_> {
+    async fn create(&self, request: &CreateRequest) -> Result<Plan> {
+        self.new_name(&request.name)?;
+        for (target, _) in &request.disks {
+            if self.domain.disk(target).is_none() {
+                let known: Vec<&str> = self.domain.disks.iter().map(|d| d.disk.target.as_str()).collect();
+                return Err(Error::new(
+                    ErrorKind::NotFound,
+                    format!("domain {} has no disk {target}", self.domain.name),
+                )
+                .advise(format!("its disks are: {}", known.join(", "))));
+            }
+        }
+        let mut merged = Merged::default();
+        let mut points = Vec::new();
+        for disk in self.disks {
+            let said =
+                request.disks.iter().rev().find(|(target, _)| target == disk.target()).map(|(_, how)| how);
+            let (kind, overlay) = match said {
+                Some(CreateDisk::Skip) => {
+                    merged.notes.push(format!("{}: left out, as asked", disk.target()));
+                    continue;
+                }
+                Some(CreateDisk::Take(kind, overlay)) => (Some(*kind), overlay.clone()),
+                None => (request.kind, None),
+            };
+            self.can_take(disk, kind)?;
+            let keep = self.tree.points(disk.target()).cloned().collect();
+            let ask = DiskRequest::Create { kind, name: request.name.clone(), overlay, keep, stamp: stamp() };
+            let plan = disk.plan(self.domain, &ask).await?;
+            points.push(self.member(disk, &plan)?);
+            merged.add(plan);
+        }
+        if points.is_empty() {
+            return Err(Error::new(ErrorKind::Refused, "every disk is left out: there is nothing to take")
+                .advise("leave at least one disk in"));
+        }
+        let snapshot = self.snapshot(request.name.clone(), request.description.clone(), points);
+        let id = snapshot.id;
+        merged.commit.push(Edit::AddSnapshot { snapshot: Box::new(snapshot) });
+        merged.commit.push(Edit::SetCurrent { id: Some(id) });
+        Ok(merged.plan("create", vec![request.name.clone()]))
+    }
+
+    async fn revert(&self, request: &RevertRequest) -> Result<Plan> {
+        let wanted = self.tree.named(&request.name)?;
+        if let Some(name) = &request.save_current {
+            self.new_name(name)?;
+        }
+        let mut plans = Vec::new();
+        for disk in self.disks {
+            let Some(member) = wanted.point(disk.target()) else { continue };
+            plans.push((disk, self.revert_disk(disk, &member.point, request, false).await?));
+        }
+        let mut merged = Merged::default();
+        for disk in self.disks.iter().filter(|disk| wanted.point(disk.target()).is_none()) {
+            merged.notes.push(format!(
+                "{}: not part of snapshot {}, so it stays as it is",
+                disk.target(),
+                wanted.name
+            ));
+        }
+        if plans.is_empty() {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("no disk of domain {} is part of snapshot {}", self.domain.name, wanted.name),
+            ));
+        }
+        // All or nothing: one disk at most may have a cut that cannot be undone, and it comes last.
+        let last = plans.iter().rposition(|(_, plan)| plan.irrevocable);
+        for (index, (disk, plan)) in plans.iter_mut().enumerate() {
+            if plan.irrevocable && Some(index) != last {
+                let Some(member) = wanted.point(disk.target()) else { continue };
+                *plan = self.revert_disk(disk, &member.point, request, true).await?;
+            }
+        }
+        plans.sort_by_key(|(_, plan)| plan.irrevocable);
+        let mut saved = Vec::new();
+        for (disk, plan) in plans {
+            if request.save_current.is_some() {
+                saved.push(self.member(disk, &plan)?);
+            }
+            merged.add(plan);
+        }
+        saved.sort_by_key(|member| self.disks.iter().position(|disk| *disk.target() == member.target));
+        let mut names = vec![wanted.name.clone()];
+        if let Some(name) = &request.save_current {
+            let snapshot =
+                self.snapshot(name.clone(), format!("the state before a revert to {}", wanted.name), saved);
+            merged.commit.push(Edit::AddSnapshot { snapshot: Box::new(snapshot) });
+            names.push(name.clone());
+        }
+        merged.commit.push(Edit::SetCurrent { id: Some(wanted.id) });
+        Ok(merged.plan("revert", names))
+    }
+
+    async fn revert_disk(
+        &self,
+        disk: &DiskInput,
+        to: &Point,
+        request: &RevertRequest,
+        undoable: bool,
+    ) -> Result<DiskPlan> {
+        let ask = DiskRequest::Revert {
+            to: to.clone(),
+            save: request.save_current.clone(),
+            keep: self.tree.points(disk.target()).cloned().collect(),
+            undoable,
+            stamp: stamp(),
+        };
+        disk.plan(self.domain, &ask).await
+    }
+
+    async fn delete(&self, request: &DeleteRequest) -> Result<Plan> {
+        let mut doomed = BTreeSet::new();
+        for name in &request.names {
+            let snapshot = self.tree.named(name)?;
+            if request.scope != DeleteScope::ChildrenOnly {
+                doomed.insert(snapshot.id);
+            }
+            if request.scope != DeleteScope::Only {
+                doomed.extend(self.tree.descendants(snapshot.id).iter().map(|descendant| descendant.id));
+            }
+        }
+        self.drop_snapshots("delete", &doomed).await
+    }
+
+    async fn drop_snapshots(&self, operation: &str, doomed: &BTreeSet<SnapshotId>) -> Result<Plan> {
+        let mut merged = Merged::default();
+        for disk in self.disks {
+            let (drop, keep) = split_points(self.tree, disk.target(), doomed);
+            merged.add(disk.plan(self.domain, &DiskRequest::Delete { drop, keep }).await?);
+        }
+        let mut names = Vec::new();
+        for snapshot in self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)) {
+            names.push(snapshot.name.clone());
+            merged.commit.push(Edit::RemoveSnapshot { id: snapshot.id });
+        }
+        let survivor = self.surviving_ancestor(self.domain.current, doomed);
+        if survivor != self.domain.current {
+            merged.commit.push(Edit::SetCurrent { id: survivor });
+        }
+        Ok(merged.plan(operation, names))
+    }
+
+    fn surviving_ancestor(
+        &self,
+        from: Option<SnapshotId>,
+        doomed: &BTreeSet<SnapshotId>,
+    ) -> Option<SnapshotId> {
+        let mut next = from;
+        for _ in 0..=self.tree.len() {
+            match next {
+                Some(id) if doomed.contains(&id) => {
+                    next = self.tree.get(id).and_then(|snapshot| snapshot.parent)
+                }
+                other => return other,
+            }
+        }
+        None // the records form a loop: no ancestor is to be had
+    }
+
+    fn new_name(&self, name: &SnapshotName) -> Result<()> {
+        match self.tree.named(name) {
+            Ok(_) => Err(Error::new(
+                ErrorKind::Exists,
+                format!("domain {} has a snapshot {name} already", self.domain.name),
+            )
+            .advise("choose another name, or delete that one first")),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn can_take(&self, disk: &DiskInput, kind: Option<PointKind>) -> Result<()> {
+        let can = disk.backend.capabilities();
+        let (possible, other) = match kind {
+            None => return Ok(()),
+            Some(PointKind::Internal) => (can.internal, "--external"),
+            Some(PointKind::External) => (can.external, "--internal"),
+        };
+        if possible {
+            return Ok(());
+        }
+        let kind = if other == "--external" { "internal" } else { "external" };
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("{}: format {} has no {kind} snapshots", disk.target(), disk.backend.format()),
+        )
+        .advise(format!("take this disk with {other}, or leave it out")))
+    }
+
+    fn member(&self, disk: &DiskInput, plan: &DiskPlan) -> Result<DiskPoint> {
+        let point = plan.point.clone().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("backend {} planned no point for {}", disk.backend.format(), disk.target()),
+            )
+        })?;
+        Ok(DiskPoint { target: disk.target().clone(), point, virtual_size: disk.size() })
+    }
+
+    fn snapshot(&self, name: SnapshotName, description: String, disks: Vec<DiskPoint>) -> Snapshot {
+        Snapshot {
+            id: SnapshotId::fresh(),
+            name,
+            parent: self.domain.current,
+            created: Timestamp::now(),
+            description,
+            consistency: Consistency::Clean,
+            disks,
+        }
+    }
+}
+
+/// The points of one disk that go with the snapshots `doomed`, and those that stay. A point that a staying snapshot
+/// shares stays.
+pub fn split_points(
+    tree: &SnapshotTree,
+    target: &Target,
+    doomed: &BTreeSet<SnapshotId>,
+) -> (Vec<Point>, Vec<Point>) {
+    let points_of = |wanted: bool| {
+        tree.iter()
+            .filter(move |snapshot| doomed.contains(&snapshot.id) == wanted)
+            .filter_map(|snapshot| snapshot.point(target))
+            .map(|member| member.point.clone())
+    };
+    let keep: Vec<Point> = points_of(false).collect();
+    (points_of(true).filter(|point| !keep.contains(point)).collect(), keep)
+}
+
+#[derive(Default)]
+struct Merged {
+    steps: Vec<crate::PlannedStep>,
+    commit: Vec<Edit>,
+    notes: Vec<String>,
+}
+
+impl Merged {
+    fn add(&mut self, disk: DiskPlan) {
+        self.steps.extend(disk.steps);
+        self.commit.extend(disk.commit);
+        self.notes.extend(disk.notes);
+    }
+
+    fn plan(mut self, operation: &str, snapshots: Vec<SnapshotName>) -> Plan {
+        self.steps.sort_by_key(|planned| match planned.group {
+            Group::Prepare => 0,
+            Group::Cut => 1,
+            Group::Finish => 2,
+        });
+        Plan {
+            operation: operation.to_owned(),
+            snapshots,
+            steps: self.steps,
+            commit: self.commit,
+            notes: self.notes,
+        }
+    }
+}

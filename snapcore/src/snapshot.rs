@@ -54,7 +54,9 @@ pub enum PointKind {
 }
 
 /// One state of one disk that can be returned to.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(
+    Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
+)]
 pub struct Point {
     /// The layer that holds it.
     pub layer: LayerName,
