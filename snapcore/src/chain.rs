@@ -297,9 +297,9 @@ impl Planner<'_> {
         self.drop_tags(drop, keep);
         self.remove_unneeded(keep);
         self.empty_carriers(drop, keep);
-        self.merge_runs(keep, visible)?;
-        self.note_unnamed(keep);
-        self.unname_last(keep);
+        let keep = self.merge_runs(keep, visible)?;
+        self.note_unnamed(&keep);
+        self.unname_last(&keep);
         Ok(())
     }
 
@@ -368,30 +368,34 @@ impl Planner<'_> {
         possible.then(|| child.name.clone())
     }
 
-    fn merge_runs(&mut self, keep: &[Point], visible: &mut VisibleBytes<'_>) -> Result<()> {
+    /// Merges what can be merged, and gives the points to keep as they are called afterwards.
+    fn merge_runs(&mut self, keep: &[Point], visible: &mut VisibleBytes<'_>) -> Result<Vec<Point>> {
+        let mut keep = keep.to_vec();
         // Lowest runs first: a later run then sees what stands below it under its final name.
-        while let Some(run) = self.lowest_run(keep) {
+        while let Some(run) = self.lowest_run(&keep) {
             let (Some(bottom), Some(top)) = (run.first().cloned(), run.last().cloned()) else { break };
             let bottom_tags = self.existing(&bottom)?.internal.len();
             let top_layer = self.existing(&top)?.clone();
             let below = self.existing(&bottom)?.backing.clone();
+            let moved = visible(&run)?;
             let into = if !top_layer.dependents.is_empty() {
                 top.clone() // somebody else opens this file by its name
             } else if bottom_tags > 0 {
                 bottom.clone() // its tags live there
             } else {
-                let moved = visible(&run)?;
                 let all: u64 = moved.iter().sum();
                 // From the top down, so that of equals the top wins: then nothing needs another name.
                 let best = moved.iter().enumerate().rev().min_by_key(|(_, own)| all - **own);
                 best.and_then(|(index, _)| run.get(index)).unwrap_or(&top).clone()
             };
             let own = run.iter().position(|layer| *layer == into);
-            let bytes =
-                visible(&run)?.iter().enumerate().filter(|(i, _)| Some(*i) != own).map(|(_, b)| b).sum();
-            self.merge(&run, &into, below, &top_layer, keep, bytes);
+            let bytes = moved.iter().enumerate().filter(|(i, _)| Some(*i) != own).map(|(_, b)| b).sum();
+            self.merge(&run, &into, below, &top_layer, &keep, bytes);
+            for point in keep.iter_mut().filter(|point| **point == Point::external(top.clone())) {
+                *point = Point::external(into.clone());
+            }
         }
-        Ok(())
+        Ok(keep)
     }
 
     fn lowest_run(&self, keep: &[Point]) -> Option<Vec<LayerName>> {
@@ -478,9 +482,8 @@ impl Planner<'_> {
 
     fn note_unnamed(&mut self, keep: &[Point]) {
         for layer in &self.layers {
-            if self.needed(layer, keep)
-                || layer.internal.iter().len() > 0 && self.children(&layer.name).is_empty()
-            {
+            let children = self.children(&layer.name).len();
+            if self.needed(layer, keep) || children == 0 {
                 continue;
             }
             self.plan.notes.push(format!(
@@ -488,7 +491,7 @@ impl Planner<'_> {
                 self.target,
                 layer.name,
                 layer.allocated,
-                match self.children(&layer.name).len() {
+                match children {
                     1 => "internal snapshots of the layer above stand".to_owned(),
                     n => format!("{n} layers stand"),
                 }
