@@ -1,1 +1,31 @@
-//! (skeleton)
+//! The proof of domsnap: fixtures, a model, and the means to kill, cut the power of, and starve the real binary.
+//!
+//! The suites under `tests/` run the `domsnap` that users run. What it left on disk is read with `qemu-img` and
+//! `qemu-io`, never with domsnap's own engine, and compared with a [`model::Model`] kept beside it.
+//!
+//! - [`domsnap`]: running the binary, its output and its exit status
+//! - [`report`]: the part of its JSON that the tests rely on
+//! - [`qemu`]: the judge
+//! - [`domain`]: a domain at rest in a directory of its own, and writing to it
+//! - [`model`]: what each point of its tree must hold
+//! - [`verify`]: comparing the two, and looking for what was left behind
+//! - [`shim`]: running the binary under `faultfs`
+//! - [`record`]: the shim's record of operations
+//! - [`powerloss`]: what a directory may hold after the power went
+//! - [`scenario`]: the operations that the crash suites interrupt
+//! - [`seed`]: random choices that can be repeated
+
+#![forbid(unsafe_code)]
+
+pub mod domain;
+pub mod domsnap;
+pub mod model;
+pub mod powerloss;
+pub mod qemu;
+#[path = "../faultfs/src/record.rs"]
+pub mod record;
+pub mod report;
+pub mod scenario;
+pub mod seed;
+pub mod shim;
+pub mod verify;

@@ -1,1 +1,31 @@
-//! (skeleton)
+//! A shim that the crash tests preload into the real `domsnap` with `LD_PRELOAD`.
+//!
+//! It stands between the program and libc's file operations, for files below one directory, and counts, records,
+//! fails, or dies before, each of them. The product therefore has no crash hooks of its own: what is tested is the
+//! binary that users run.
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `FAULTFS_ROOT` | the directory (canonical) whose files are watched; without it the shim does nothing |
+//! | `FAULTFS_COUNT` | file that gets one line for each operation: its number, kind, path, offset and length |
+//! | `FAULTFS_LOG` | file that gets one binary [`record`] for each operation that succeeded, with its data |
+//! | `FAULTFS_KILL_AT` | number of the operation (from 1) just before which the process gets SIGKILL |
+//! | `FAULTFS_KILL_MODE` | `torn`: if that operation is a write, its first half is written before the SIGKILL |
+//! | `FAULTFS_FAIL_AT` | number of the operation that fails instead of being done |
+//! | `FAULTFS_FAIL_MODE` | `on`: from that operation on, every one that needs space fails, as on a full disk |
+//! | `FAULTFS_ERRNO` | with which error: `ENOSPC` (the default), `EIO`, `EDQUOT` |
+//!
+//! What counts as an operation: everything that changes what a file system holds, or asks it to make that durable.
+//! Reads, locks, opens of what exists and mode changes do not. Operations are serialised by one lock, so that the
+//! record's order is the order in which they were done, also between threads.
+//!
+//! Left out: SQLite's `-shm` file, which is shared memory with a name, rebuilt from the `-wal` file after a crash.
+//!
+//! What the shim cannot see: system calls that do not go through libc (hence rustix's `use-libc` feature in the
+//! workspace), stores to shared mappings, and io_uring. A test compares its count with strace's to notice.
+
+mod hooks;
+mod real;
+#[allow(dead_code)] // the reading half is for the tests, which include this file
+mod record;
+mod session;

@@ -1,0 +1,355 @@
+//! A domain at rest in a directory of its own: images, state directory, and the model beside them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use crate::domsnap::{Domsnap, Outcome, status};
+use crate::model::Model;
+use crate::qemu::{self, Write};
+use crate::verify;
+
+/// The name under which a fixture's domain is registered.
+pub const NAME: &str = "guest";
+
+/// How a fixture's images are made.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// How many disks, called `vda`, `vdb`, ...
+    pub disks: usize,
+    /// Their virtual size in bytes.
+    pub size: u64,
+    /// Further options of `qemu-img create -o`.
+    pub options: String,
+}
+
+impl Default for Shape {
+    fn default() -> Shape {
+        Shape { disks: 2, size: 4 << 20, options: "cluster_size=4096".into() }
+    }
+}
+
+impl Shape {
+    /// The default with this many disks.
+    pub fn disks(disks: usize) -> Shape {
+        Shape { disks, ..Shape::default() }
+    }
+
+    /// This with other options of `qemu-img create -o`.
+    pub fn options(self, options: &str) -> Shape {
+        Shape { options: options.into(), ..self }
+    }
+}
+
+/// A domain at rest. Its directory holds `disks/` and `state/`.
+#[derive(Debug)]
+pub struct Domain {
+    dir: Place,
+    /// What it must hold.
+    pub model: Model,
+    stamp: u8,
+}
+
+/// Where a domain lives: a directory that goes with it, or one that somebody else cares for.
+#[derive(Debug)]
+enum Place {
+    Own(tempfile::TempDir),
+    Lent(PathBuf),
+}
+
+/// The target of disk number `index`.
+pub fn target(index: usize) -> String {
+    format!("vd{}", char::from(b'a' + index as u8))
+}
+
+impl Domain {
+    /// Makes the images, writes to each, and registers the domain.
+    ///
+    /// # Errors
+    /// What failed, in words.
+    pub fn new(shape: &Shape) -> Result<Domain> {
+        let mut domain = Domain::unregistered(shape)?;
+        domain.register()?;
+        domain.write_everywhere()?;
+        Ok(domain)
+    }
+
+    /// Makes the images and nothing more.
+    ///
+    /// # Errors
+    /// What failed, in words.
+    pub fn unregistered(shape: &Shape) -> Result<Domain> {
+        let dir = tempfile::Builder::new().prefix("domsnap-test-").tempdir()?;
+        Domain::make(Place::Own(dir), shape)
+    }
+
+    /// Makes the images in `dir`, which somebody else cares for, and registers the domain.
+    ///
+    /// # Errors
+    /// What failed, in words.
+    pub fn new_in(dir: &Path, shape: &Shape) -> Result<Domain> {
+        let mut domain = Domain::make(Place::Lent(dir.to_owned()), shape)?;
+        domain.register()?;
+        domain.write_everywhere()?;
+        Ok(domain)
+    }
+
+    fn make(dir: Place, shape: &Shape) -> Result<Domain> {
+        let mut domain = Domain { dir, model: Model::default(), stamp: 0 };
+        std::fs::create_dir_all(domain.disks())?;
+        std::fs::create_dir_all(domain.state())?;
+        for index in 0..shape.disks {
+            let target = target(index);
+            let (path, size) = (domain.path(&target), shape.size.to_string());
+            qemu::img(&[
+                "create".as_ref(),
+                "-q".as_ref(),
+                "-f".as_ref(),
+                "qcow2".as_ref(),
+                "-o".as_ref(),
+                shape.options.as_ref(),
+                path.as_os_str(),
+                size.as_ref(),
+            ])?;
+            domain.model.present.insert(target, Arc::new(vec![0; shape.size as usize]));
+        }
+        Ok(domain)
+    }
+
+    /// `domsnap domain add`.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn register(&self) -> Result<Outcome> {
+        self.domsnap().done(&self.register_words())
+    }
+
+    /// The words that register the domain.
+    pub fn register_words(&self) -> Vec<String> {
+        let mut words = vec!["domain".to_owned(), "add".to_owned(), NAME.to_owned()];
+        for target in self.model.present.keys() {
+            words.push("--disk".to_owned());
+            words.push(format!("{target}={}", self.path(target).display()));
+        }
+        words
+    }
+
+    /// Whether the domain is known by its name.
+    ///
+    /// # Errors
+    /// If `domsnap` says neither yes nor no.
+    pub fn registered(&self) -> Result<bool> {
+        let outcome = self.domsnap().run(&["domain", "show", NAME])?;
+        match outcome.status {
+            Some(status::DONE) => Ok(true),
+            Some(status::REFUSED) => Ok(false),
+            _ => anyhow::bail!("{outcome}"),
+        }
+    }
+
+    /// The directory of all of it.
+    pub fn root(&self) -> &Path {
+        match &self.dir {
+            Place::Own(dir) => dir.path(),
+            Place::Lent(dir) => dir,
+        }
+    }
+
+    /// The directory of the images.
+    pub fn disks(&self) -> PathBuf {
+        self.root().join("disks")
+    }
+
+    /// The state directory.
+    pub fn state(&self) -> PathBuf {
+        self.root().join("state")
+    }
+
+    /// The configured path of a disk.
+    pub fn path(&self, target: &str) -> PathBuf {
+        self.disks().join(format!("{}.qcow2", &target[2..]))
+    }
+
+    /// The domain as image paths, with nothing registered.
+    pub fn paths(&self) -> String {
+        let paths: Vec<_> = self.model.present.keys().map(|t| self.path(t).display().to_string()).collect();
+        paths.join(",")
+    }
+
+    /// `domsnap` with this domain's state directory.
+    pub fn domsnap(&self) -> Domsnap {
+        Domsnap::new(&self.state())
+    }
+
+    /// A copy of all of it, hard links kept, in `dir`, which must not exist. What is registered names the original, so
+    /// the copy is used by path, or put back with [`Domain::restore_from`].
+    ///
+    /// # Errors
+    /// If it cannot be copied.
+    pub fn save_to(&self, dir: &Path) -> Result<()> {
+        copy_tree(self.root(), dir)
+    }
+
+    /// Puts back what [`Domain::save_to`] kept in `dir`.
+    ///
+    /// # Errors
+    /// If it cannot be copied.
+    pub fn restore_from(&self, dir: &Path) -> Result<()> {
+        std::fs::remove_dir_all(self.root()).with_context(|| format!("clear {}", self.root().display()))?;
+        copy_tree(dir, self.root())
+    }
+
+    /// The fixture whose directory is `dir`, with the model of this one.
+    pub fn at(&self, dir: &Path) -> Domain {
+        Domain { dir: Place::Lent(dir.to_owned()), model: self.model.clone(), stamp: self.stamp }
+    }
+
+    /// Writes to `target`, here and in the model.
+    ///
+    /// # Errors
+    /// If `qemu-io` fails.
+    pub fn write(&mut self, target: &str, writes: &[Write]) -> Result<()> {
+        qemu::write(&self.path(target), writes)?;
+        self.model.write(target, writes);
+        Ok(())
+    }
+
+    /// Writes a new pattern to every disk: one place that every call overwrites, one of its own, and some zeros.
+    ///
+    /// # Errors
+    /// If `qemu-io` fails.
+    pub fn write_everywhere(&mut self) -> Result<()> {
+        for target in self.model.present.keys().cloned().collect::<Vec<_>>() {
+            self.stamp = self.stamp % 250 + 1;
+            let own = u64::from(self.stamp) * 37_888 % (3 << 20);
+            self.write(
+                &target,
+                &[
+                    Write { offset: 65_536 - 512, length: 12_288, byte: Some(self.stamp) },
+                    Write { offset: own, length: 20_480, byte: Some(self.stamp) },
+                    Write { offset: own + 8192, length: 4096, byte: None },
+                ],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Writes the first `length` bytes of every disk.
+    ///
+    /// # Errors
+    /// If `qemu-io` fails.
+    pub fn fill(&mut self, length: u64) -> Result<()> {
+        self.stamp = self.stamp % 250 + 1;
+        for target in self.model.present.keys().cloned().collect::<Vec<_>>() {
+            self.write(&target, &[Write { offset: 0, length, byte: Some(self.stamp) }])?;
+        }
+        Ok(())
+    }
+
+    /// `domsnap create`, here and in the model.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn create(&mut self, name: &str, kind: &str) -> Result<()> {
+        self.domsnap().done(&self.create_words(name, kind))?;
+        self.model.create(name);
+        Ok(())
+    }
+
+    /// The words that create `name`: `kind` is `internal`, `external`, or `mixed`, which takes turns over the disks.
+    pub fn create_words(&self, name: &str, kind: &str) -> Vec<String> {
+        let mut words: Vec<String> = ["create", NAME, name].map(Into::into).into();
+        match kind {
+            "mixed" => {
+                for (index, target) in self.model.present.keys().enumerate() {
+                    words.push("--disk".into());
+                    words.push(format!("{target}={}", ["internal", "external"][index % 2]));
+                }
+            }
+            kind => words.push(format!("--{kind}")),
+        }
+        words
+    }
+
+    /// A snapshot of a new pattern.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn write_and_create(&mut self, name: &str, kind: &str) -> Result<()> {
+        self.write_everywhere()?;
+        self.create(name, kind)
+    }
+
+    /// `domsnap revert`, here and in the model.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn revert(&mut self, name: &str) -> Result<()> {
+        self.domsnap().done(&["revert", NAME, name])?;
+        self.model.revert(name);
+        Ok(())
+    }
+
+    /// `domsnap delete` of `names`, here and in the model.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn delete(&mut self, names: &[&str]) -> Result<()> {
+        let mut words = vec!["delete", NAME];
+        words.extend(names);
+        self.domsnap().done(&words)?;
+        self.model.delete(&names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
+        Ok(())
+    }
+
+    /// Every point of the tree is what the model says, and nothing else is there.
+    ///
+    /// # Errors
+    /// The first difference.
+    pub fn verify(&self) -> Result<()> {
+        verify::every_point(self, &self.model, NAME, &mut verify::Memo::default())
+    }
+}
+
+/// Copies a tree: hard links, holes, times and modes kept, blocks shared where the file system can.
+///
+/// # Errors
+/// If `cp` fails.
+pub fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    qemu::run(
+        "cp",
+        &[
+            "-a".as_ref(),
+            "--reflink=auto".as_ref(),
+            "--sparse=auto".as_ref(),
+            from.as_os_str(),
+            to.as_os_str(),
+        ],
+    )
+    .with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
+    Ok(())
+}
+
+/// Every file of a directory tree with its inode, by path below `root`; directories are followed, not listed.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn files(root: &Path) -> Result<BTreeMap<PathBuf, u64>> {
+    use std::os::unix::fs::MetadataExt;
+    let mut found = BTreeMap::new();
+    let mut open = vec![root.to_owned()];
+    while let Some(dir) = open.pop() {
+        for entry in std::fs::read_dir(&dir).with_context(|| format!("list {}", dir.display()))? {
+            let entry = entry?;
+            let meta = entry.metadata()?;
+            if meta.is_dir() {
+                open.push(entry.path());
+            } else {
+                found.insert(entry.path().strip_prefix(root)?.to_owned(), meta.ino());
+            }
+        }
+    }
+    Ok(found)
+}

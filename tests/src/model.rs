@@ -1,0 +1,127 @@
+//! What each point of a domain's tree must hold: byte vectors and a tree, kept beside the real thing.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::qemu::Write;
+
+/// One disk's bytes.
+pub type Bytes = Arc<Vec<u8>>;
+
+/// One snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its parent's name.
+    pub parent: Option<String>,
+    /// Each disk's bytes, by target.
+    pub disks: BTreeMap<String, Bytes>,
+}
+
+/// A domain's tree and its present.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Model {
+    /// Every snapshot by name.
+    pub snapshots: BTreeMap<String, Snapshot>,
+    /// The snapshot that the present grew from.
+    pub current: Option<String>,
+    /// The present, by target.
+    pub present: BTreeMap<String, Bytes>,
+}
+
+impl Model {
+    /// Writes to a disk of the present.
+    pub fn write(&mut self, target: &str, writes: &[Write]) {
+        let bytes = Arc::make_mut(self.present.get_mut(target).expect("a target of the model"));
+        for write in writes {
+            let (start, end) = (write.offset as usize, (write.offset + write.length) as usize);
+            bytes[start..end].fill(write.byte.unwrap_or(0));
+        }
+    }
+
+    /// The present gets the name `name`.
+    pub fn create(&mut self, name: &str) {
+        self.create_of(name, &self.present.keys().cloned().collect::<Vec<_>>());
+    }
+
+    /// The present of `targets` alone gets the name `name`.
+    pub fn create_of(&mut self, name: &str, targets: &[String]) {
+        let disks = self.present.iter().filter(|(target, _)| targets.contains(target));
+        let disks = disks.map(|(target, bytes)| (target.clone(), bytes.clone())).collect();
+        let snapshot = Snapshot { parent: self.current.take(), disks };
+        assert!(self.snapshots.insert(name.to_owned(), snapshot).is_none(), "{name} exists in the model");
+        self.current = Some(name.to_owned());
+    }
+
+    /// The present becomes what `name` holds.
+    pub fn revert(&mut self, name: &str) {
+        for (target, bytes) in &self.snapshots[name].disks {
+            self.present.insert(target.clone(), bytes.clone());
+        }
+        self.current = Some(name.to_owned());
+    }
+
+    /// `name` and all that grew from it.
+    pub fn subtree(&self, name: &str) -> Vec<String> {
+        let mut found = vec![name.to_owned()];
+        let mut next = 0;
+        while next < found.len() {
+            let parent = found[next].clone();
+            let children = self.snapshots.iter().filter(|(_, s)| s.parent.as_ref() == Some(&parent));
+            found.extend(children.map(|(name, _)| name.clone()));
+            next += 1;
+        }
+        found
+    }
+
+    /// `names` go; what grew from one of them now grows from its parent.
+    pub fn delete(&mut self, names: &[String]) {
+        for name in names {
+            let gone = self.snapshots.remove(name).expect("a snapshot of the model");
+            for other in self.snapshots.values_mut().filter(|s| s.parent.as_ref() == Some(name)) {
+                other.parent.clone_from(&gone.parent);
+            }
+            if self.current.as_ref() == Some(name) {
+                self.current = gone.parent;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> Model {
+        let mut model = Model::default();
+        model.present.insert("vda".into(), Arc::new(vec![0; 8]));
+        model
+    }
+
+    fn put(byte: u8) -> [Write; 1] {
+        [Write { offset: 0, length: 8, byte: Some(byte) }]
+    }
+
+    #[test]
+    fn a_snapshot_keeps_what_the_present_was() {
+        let mut model = model();
+        model.write("vda", &put(1));
+        model.create("a");
+        model.write("vda", &put(2));
+        assert_eq!(*model.snapshots["a"].disks["vda"], vec![1; 8]);
+        model.revert("a");
+        assert_eq!(*model.present["vda"], vec![1; 8]);
+    }
+
+    #[test]
+    fn a_delete_hands_the_children_to_the_parent() {
+        let mut model = model();
+        for name in ["a", "b", "c"] {
+            model.create(name);
+        }
+        assert_eq!(model.subtree("b"), ["b", "c"]);
+        model.delete(&["b".into()]);
+        assert_eq!(model.snapshots["c"].parent.as_deref(), Some("a"));
+        model.delete(&["c".into()]);
+        assert_eq!(model.current.as_deref(), Some("a"));
+    }
+}

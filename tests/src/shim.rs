@@ -1,0 +1,102 @@
+//! Running `domsnap` under `faultfs`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::domsnap::{self, Domsnap};
+use crate::record::Record;
+
+/// `domsnap` with the shim preloaded, watching `root`, and nothing asked of it yet.
+pub fn watching(domsnap: Domsnap, root: &Path) -> Result<Domsnap> {
+    let library = domsnap::product("DOMSNAP_FAULTFS", "libfaultfs.so", "faultfs");
+    let root = root.canonicalize().with_context(|| format!("find {}", root.display()))?;
+    Ok(domsnap.env("LD_PRELOAD", library).env("FAULTFS_ROOT", root))
+}
+
+/// One operation as the shim counted it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counted {
+    /// From 1.
+    pub number: u64,
+    /// Kind, path, offset and length, as words.
+    pub line: String,
+}
+
+impl Counted {
+    /// Whether it is a write of more than one byte, which can be torn.
+    pub fn can_tear(&self) -> bool {
+        self.line.starts_with("write ")
+            && !self.line.ends_with(" length 1")
+            && !self.line.ends_with(" length 0")
+    }
+}
+
+/// Adds a list of operations to be written to `file`.
+pub fn counting(domsnap: Domsnap, file: &Path) -> Domsnap {
+    domsnap.env("FAULTFS_COUNT", file)
+}
+
+/// The list that [`counting`] asked for. No file is no operation.
+///
+/// # Errors
+/// If a line is not what the shim writes.
+pub fn counted(file: &Path) -> Result<Vec<Counted>> {
+    let text = match std::fs::read_to_string(file) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        text => text?,
+    };
+    text.lines()
+        .map(|line| {
+            let (number, line) = line.split_once(' ').with_context(|| format!("{line:?} is no operation"))?;
+            Ok(Counted { number: number.parse()?, line: line.to_owned() })
+        })
+        .collect()
+}
+
+/// Adds a binary record to be written to `file`.
+pub fn recording(domsnap: Domsnap, file: &Path) -> Domsnap {
+    domsnap.env("FAULTFS_LOG", file)
+}
+
+/// The record that [`recording`] asked for.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn recorded(file: &Path) -> Result<Vec<Record>> {
+    Record::decode_all(&std::fs::read(file)?).map_err(anyhow::Error::msg)
+}
+
+/// SIGKILL just before operation `number`, or in the middle of it if it is a write and `torn`.
+pub fn killing(domsnap: Domsnap, number: u64, torn: bool) -> Domsnap {
+    let domsnap = domsnap.env("FAULTFS_KILL_AT", number.to_string());
+    if torn { domsnap.env("FAULTFS_KILL_MODE", "torn") } else { domsnap }
+}
+
+/// How often an injected error happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Often {
+    /// Once.
+    Once,
+    /// From then on, to everything that needs space.
+    FromThenOn,
+}
+
+/// `errno` (`ENOSPC`, `EIO`, `EDQUOT`) instead of operation `number`.
+pub fn failing(domsnap: Domsnap, number: u64, errno: &str, often: Often) -> Domsnap {
+    let domsnap = domsnap.env("FAULTFS_FAIL_AT", number.to_string()).env("FAULTFS_ERRNO", errno);
+    match often {
+        Often::Once => domsnap,
+        Often::FromThenOn => domsnap.env("FAULTFS_FAIL_MODE", "on"),
+    }
+}
+
+/// A fresh directory for the shim's own files, outside of what it watches.
+///
+/// # Errors
+/// If there is none to be had.
+pub fn outputs() -> Result<(tempfile::TempDir, PathBuf)> {
+    let dir = tempfile::Builder::new().prefix("domsnap-shim-").tempdir()?;
+    let file = dir.path().join("operations");
+    Ok((dir, file))
+}
