@@ -1,0 +1,211 @@
+//! Operations: the journal's words.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{Error, ErrorKind, Group, Plan, Result, Target};
+
+/// The identity of one operation. Sorts by time of beginning.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
+)]
+#[serde(transparent)]
+pub struct OperationId(#[schemars(with = "String")] pub Uuid);
+
+impl OperationId {
+    /// A new one.
+    pub fn fresh() -> Self {
+        Self(Uuid::now_v7())
+    }
+}
+
+impl std::fmt::Display for OperationId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// How far an operation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OperationState {
+    /// Thought out, nothing recorded.
+    Planned,
+    /// Recorded; prepare steps run.
+    Preparing,
+    /// The instant: cut steps run.
+    Cutting,
+    /// Past the commit point: it happened, the rest is carried through.
+    Finishing,
+    /// It happened, and all that is to be done is done or put off.
+    Done,
+    /// It did not happen; steps are being taken back.
+    Undoing,
+    /// It did not happen, and nothing of it is left.
+    Undone,
+}
+
+/// What moves an operation on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Transition {
+    /// The operation and all its steps were recorded.
+    Record,
+    /// All prepare steps are done.
+    Cut,
+    /// The catalogue learns the outcome.
+    Commit,
+    /// All finish steps are done or put off.
+    Finish,
+    /// Something failed, or somebody cancelled, before the commit point.
+    Undo,
+    /// All steps are taken back.
+    Undone,
+}
+
+impl OperationState {
+    /// The state after `transition`: the one place that says which ways there are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Internal`] for a way that does not exist.
+    pub fn after(self, transition: Transition) -> Result<Self> {
+        use OperationState as S;
+        use Transition as T;
+        match (self, transition) {
+            (S::Planned, T::Record) => Ok(S::Preparing),
+            (S::Preparing, T::Cut) => Ok(S::Cutting),
+            (S::Cutting, T::Commit) => Ok(S::Finishing),
+            (S::Finishing, T::Finish) => Ok(S::Done),
+            (S::Preparing | S::Cutting | S::Undoing, T::Undo) => Ok(S::Undoing),
+            (S::Undoing, T::Undone) => Ok(S::Undone),
+            (
+                state @ (S::Planned
+                | S::Preparing
+                | S::Cutting
+                | S::Finishing
+                | S::Done
+                | S::Undoing
+                | S::Undone),
+                transition @ (T::Record | T::Cut | T::Commit | T::Finish | T::Undo | T::Undone),
+            ) => Err(Error::new(
+                ErrorKind::Internal,
+                format!("an operation that is {state} cannot go the way {transition:?}"),
+            )),
+        }
+    }
+
+    /// Whether nothing is left to be done.
+    pub fn is_final(self) -> bool {
+        match self {
+            Self::Done | Self::Undone => true,
+            Self::Planned | Self::Preparing | Self::Cutting | Self::Finishing | Self::Undoing => false,
+        }
+    }
+
+    /// Its word: the one that is stored and shown.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Planned => "planned",
+            Self::Preparing => "preparing",
+            Self::Cutting => "cutting",
+            Self::Finishing => "finishing",
+            Self::Done => "done",
+            Self::Undoing => "undoing",
+            Self::Undone => "undone",
+        }
+    }
+
+    /// The state of this word.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [
+            Self::Planned,
+            Self::Preparing,
+            Self::Cutting,
+            Self::Finishing,
+            Self::Done,
+            Self::Undoing,
+            Self::Undone,
+        ]
+        .into_iter()
+        .find(|state| state.as_str() == word)
+    }
+}
+
+impl std::fmt::Display for OperationState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// How far one step of an operation is, by the journal. What is on the disk may be ahead of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum StepState {
+    /// It has not begun.
+    Pending,
+    /// It may have begun.
+    Started,
+    /// It is done.
+    Done,
+    /// It was put off.
+    Postponed,
+    /// It was taken back.
+    Undone,
+}
+
+impl StepState {
+    /// Its word: the one that is stored and shown.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Started => "started",
+            Self::Done => "done",
+            Self::Postponed => "postponed",
+            Self::Undone => "undone",
+        }
+    }
+
+    /// The state of this word.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [Self::Pending, Self::Started, Self::Done, Self::Postponed, Self::Undone]
+            .into_iter()
+            .find(|state| state.as_str() == word)
+    }
+}
+
+/// An operation as the journal has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Operation {
+    /// Its identity.
+    pub id: OperationId,
+    /// How far it is.
+    pub state: OperationState,
+    /// When it was begun.
+    pub started: Timestamp,
+    /// What was to be done.
+    pub plan: Plan,
+    /// How far each step of the plan is.
+    pub steps: Vec<StepState>,
+    /// What went wrong, in the order of its happening.
+    pub errors: Vec<String>,
+}
+
+impl Operation {
+    /// The indices of the steps of `group`, in the order of running.
+    pub fn of_group(&self, group: Group) -> impl DoubleEndedIterator<Item = usize> + '_ {
+        self.plan
+            .steps
+            .iter()
+            .enumerate()
+            .filter(move |(_, planned)| planned.group == group)
+            .map(|(index, _)| index)
+    }
+
+    /// The disks that it touches.
+    pub fn targets(&self) -> Vec<&Target> {
+        let mut targets: Vec<&Target> = self.plan.steps.iter().map(|planned| &planned.step.target).collect();
+        targets.sort();
+        targets.dedup();
+        targets
+    }
+}
