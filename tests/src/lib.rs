@@ -13,10 +13,12 @@
 //! - [`record`]: the shim's record of operations
 //! - [`powerloss`]: what a directory may hold after the power went
 //! - [`scenario`]: the operations that the crash suites interrupt
+//! - [`crash`]: interrupting them everywhere
 //! - [`seed`]: random choices that can be repeated
 
 #![forbid(unsafe_code)]
 
+pub mod crash;
 pub mod domain;
 pub mod domsnap;
 pub mod model;

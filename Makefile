@@ -1,0 +1,42 @@
+# make test       every suite, a debug build of the binary under test
+# make test-fast  the unit tests and the behaviour matrix: no crash suites, no property test
+# make bench      side by side with qemu-img, a release build
+# make demo       a domain of two disks: snapshots, destruction, reverts, deletes, checksums
+# make build      the release binary: target/release/domsnap
+
+CARGO ?= cargo
+NEXTEST ?= $(CARGO) nextest run
+
+.PHONY: all build test test-fast bench demo ci deps nextest under-test
+
+all: build
+
+build:
+	$(CARGO) build --release --locked -p snapcli
+
+deps:
+	scripts/install-deps
+
+# cargo-nextest runs each test in a process of its own; without it the crash suites would share one.
+nextest:
+	@$(CARGO) nextest --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-nextest
+
+# The suites run the real binary and preload the real shim: neither is a dependency that cargo would build for them.
+under-test:
+	$(CARGO) build --locked -p snapcli -p faultfs
+
+test: deps nextest under-test
+	$(NEXTEST) --workspace --locked
+	$(CARGO) test --workspace --locked --doc
+
+test-fast: deps nextest under-test
+	$(NEXTEST) --workspace --locked -E 'not (binary(crash_kill) | binary(crash_power) | binary(property))'
+
+bench: deps build
+	scripts/bench
+
+demo: deps build
+	scripts/demo
+
+ci:
+	.ci/run

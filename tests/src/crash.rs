@@ -1,0 +1,310 @@
+//! Interrupting an operation everywhere, healing it, and looking at what is left.
+//!
+//! Whatever happened, after `domsnap recover` the domain must be as before the operation or as after it: every point
+//! of one of the two trees whole, the configured paths reading as that tree's present, and no file left behind. What
+//! was undone must then be possible, and what was reported as done must have happened.
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::domain::{Domain, NAME};
+use crate::domsnap::{Outcome, status};
+use crate::model::Model;
+use crate::powerloss::Baseline;
+use crate::report;
+use crate::scenario::Scenario;
+use crate::seed::{self, Seed};
+use crate::shim::{self, Often};
+use crate::verify::{self, Memo};
+
+/// How many workers share a scenario's instants, each in a directory of its own.
+const WORKERS: usize = 2;
+
+/// A prepared domain, a copy to go back to, and what it may be afterwards.
+struct Bench {
+    scenario: Scenario,
+    domain: Domain,
+    before: Model,
+    after: Model,
+    copy: PathBuf,
+    memo: Memo,
+    _copies: tempfile::TempDir,
+}
+
+/// Which of the two it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Before,
+    After,
+}
+
+impl Bench {
+    fn new(scenario: Scenario) -> Result<Bench> {
+        let domain = (scenario.prepare)().context("prepare")?;
+        let before = domain.model.clone();
+        let mut after = before.clone();
+        (scenario.effect)(&mut after);
+        let copies = tempfile::Builder::new().prefix("domsnap-copy-").tempdir()?;
+        let copy = copies.path().join("before");
+        domain.save_to(&copy)?;
+        Ok(Bench { scenario, domain, before, after, copy, memo: Memo::default(), _copies: copies })
+    }
+
+    fn words(&self) -> Vec<String> {
+        (self.scenario.words)(&self.domain)
+    }
+
+    /// Heals, then says which of the two models holds, in every byte.
+    fn heal_and_look(&mut self) -> Result<Found> {
+        let domsnap = self.domain.domsnap();
+        domsnap.done(&["recover"]).context("recover")?;
+        let address = if self.domain.registered()? { NAME.to_owned() } else { self.domain.paths() };
+        let list = report::list(&domsnap, &address)?;
+        let before = verify::tree(&list, &self.before);
+        let after = verify::tree(&list, &self.after);
+        let same = self.before == self.after;
+        match (before, after) {
+            (Err(before), Err(after)) => {
+                bail!(
+                    "the tree is neither that of before nor that of after\nbefore: {before:#}\nafter: {after:#}"
+                )
+            }
+            // The trees differ in nothing that a list shows: the present tells.
+            (Ok(()), Ok(())) if !same => {
+                match verify::every_image(&self.domain, &list, &self.before, &mut self.memo) {
+                    Ok(()) => Ok(Found::Before),
+                    Err(before) => verify::every_image(&self.domain, &list, &self.after, &mut self.memo)
+                        .map(|()| Found::After)
+                        .with_context(|| format!("and as before: {before:#}")),
+                }
+            }
+            (Ok(()), _) => {
+                verify::every_image(&self.domain, &list, &self.before, &mut self.memo)
+                    .context("the tree is that of before")?;
+                Ok(Found::Before)
+            }
+            (_, Ok(())) => {
+                verify::every_image(&self.domain, &list, &self.after, &mut self.memo)
+                    .context("the tree is that of after")?;
+                Ok(Found::After)
+            }
+        }
+    }
+
+    /// What was undone can be done.
+    fn do_again(&mut self) -> Result<()> {
+        self.domain.domsnap().done(&self.words()).context("what was undone is done again")?;
+        let found = self.heal_and_look().context("after doing it again")?;
+        ensure!(found == Found::After || self.before == self.after, "done again, it had no effect");
+        Ok(())
+    }
+}
+
+/// Calls `instant` with every number below `instants` (found by `survey`, on the first worker's bench), over all
+/// workers, until one fails.
+fn everywhere<S: Send + Sync>(
+    scenario: Scenario,
+    survey: impl Fn(&mut Bench) -> Result<(usize, S)> + Sync,
+    instant: impl Fn(&mut Bench, &S, usize) -> Result<()> + Sync,
+) -> Result<()> {
+    let stop = AtomicBool::new(false);
+    let looked_at = AtomicUsize::new(0);
+    let failure = Mutex::new(None);
+    std::thread::scope(|scope| {
+        for worker in 0..WORKERS {
+            let (stop, looked_at, failure, survey, instant) =
+                (&stop, &looked_at, &failure, &survey, &instant);
+            scope.spawn(move || {
+                let work = || -> Result<()> {
+                    let mut bench = Bench::new(scenario)?;
+                    let (instants, survey) = survey(&mut bench).context("survey")?;
+                    ensure!(instants > 0, "the operation changes nothing");
+                    for number in (worker..instants).step_by(WORKERS) {
+                        if stop.load(Ordering::Relaxed) {
+                            return Ok(());
+                        }
+                        instant(&mut bench, &survey, number)?;
+                        looked_at.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Ok(())
+                };
+                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+                let error = match result {
+                    Ok(Ok(())) => return,
+                    Ok(Err(error)) => error,
+                    Err(_) => anyhow::anyhow!("worker {worker} panicked (its words are above)"),
+                };
+                stop.store(true, Ordering::Relaxed);
+                failure.lock().unwrap().get_or_insert(error);
+            });
+        }
+    });
+    println!("{}: {} instants", scenario.name, looked_at.load(Ordering::Relaxed));
+    match failure.into_inner().unwrap() {
+        Some(error) => Err(error.context(scenario.name)),
+        None => Ok(()),
+    }
+}
+
+/// The operations that the whole command makes, undisturbed. The bench is as before afterwards.
+fn survey(bench: &mut Bench) -> Result<Vec<shim::Counted>> {
+    let (_outputs, file) = shim::outputs()?;
+    let domsnap = shim::counting(shim::watching(bench.domain.domsnap(), bench.domain.root())?, &file);
+    domsnap.done(&bench.words())?;
+    ensure!(bench.heal_and_look()? == Found::After || bench.before == bench.after, "it had no effect");
+    bench.domain.restore_from(&bench.copy)?;
+    shim::counted(&file)
+}
+
+fn nth(operations: &[shim::Counted], number: u64) -> &str {
+    operations.iter().find(|o| o.number == number).map_or("beyond the last", |o| o.line.as_str())
+}
+
+/// SIGKILL before each operation; where it is a write, also in the middle of it.
+///
+/// # Errors
+/// The first instant that does not heal, with the operation at which it was.
+pub fn kill_everywhere(scenario: Scenario) -> Result<()> {
+    let count = |bench: &mut Bench| {
+        let operations = survey(bench)?;
+        let mut instants: Vec<_> = operations.iter().map(|o| (o.number, false)).collect();
+        instants.extend(operations.iter().filter(|o| o.can_tear()).map(|o| (o.number, true)));
+        Ok((instants.len(), instants))
+    };
+    let kill = |bench: &mut Bench, instants: &Vec<(u64, bool)>, index: usize| {
+        let (number, torn) = instants[index];
+        bench.domain.restore_from(&bench.copy)?;
+        let (_outputs, file) = shim::outputs()?;
+        let domsnap = shim::counting(shim::watching(bench.domain.domsnap(), bench.domain.root())?, &file);
+        let outcome = shim::killing(domsnap, number, torn).run(&bench.words())?;
+        let look = || -> Result<()> {
+            // Threads may need an operation less than last time: then it went through.
+            ensure!(
+                matches!(outcome.status, None | Some(status::DONE)),
+                "not killed, and not done: {outcome}"
+            );
+            let found = bench.heal_and_look()?;
+            if outcome.status.is_some() {
+                ensure!(found == Found::After || bench.before == bench.after, "reported as done, and is not");
+            }
+            // Doing everything again everywhere would double the time and show little more.
+            if found == Found::Before && number % 8 == 1 {
+                bench.do_again()?;
+            }
+            Ok(())
+        };
+        let mut look = look;
+        look().with_context(|| {
+            let operations = shim::counted(&file).unwrap_or_default();
+            let how = if torn { "in the middle of" } else { "just before" };
+            let so_far: Vec<_> =
+                operations.iter().rev().take(8).map(|o| format!("{} {}", o.number, o.line)).collect();
+            format!(
+                "killed {how} operation {number}: {}; latest first: {}",
+                nth(&operations, number),
+                so_far.join(" | ")
+            )
+        })
+    };
+    everywhere(scenario, count, kill)
+}
+
+/// The power goes at each instant, with seeded losses. `DOMSNAP_POWER_SEED` moves the seeds, `DOMSNAP_POWER_CASES`
+/// says how many there are.
+///
+/// # Errors
+/// The first case that does not heal, with its instant and seed.
+pub fn lose_power_everywhere(scenario: Scenario) -> Result<()> {
+    let base = seed::from_env("DOMSNAP_POWER_SEED", 1);
+    let cases = seed::from_env("DOMSNAP_POWER_CASES", 120) as usize;
+    let record = |bench: &mut Bench| {
+        // The copy that comes back has other inodes than the one that is recorded: so this is read first.
+        let baseline = Baseline::read(&bench.domain.root().canonicalize()?)?;
+        let (_outputs, file) = shim::outputs()?;
+        let domsnap = shim::recording(shim::watching(bench.domain.domsnap(), bench.domain.root())?, &file);
+        domsnap.done(&bench.words())?;
+        Ok((cases, (baseline, shim::recorded(&file)?)))
+    };
+    let lose = |bench: &mut Bench,
+                (baseline, records): &(Baseline, Vec<crate::record::Record>),
+                case: usize| {
+        // Every instant has its turn before one has its second.
+        let seed = Seed::new(base).draw().wrapping_add(case as u64);
+        let instants = records.len() + 1;
+        let done = (case * instants.div_ceil(cases).max(1) + case / instants) % instants;
+        std::fs::remove_dir_all(bench.domain.root())?;
+        baseline.lose_power(records, done, seed, bench.domain.root())?;
+        let found = bench.heal_and_look();
+        let look = found.and_then(|found| {
+            if done == records.len() {
+                ensure!(found == Found::After || bench.before == bench.after, "reported as done, and is not");
+            }
+            Ok(())
+        });
+        look.with_context(|| {
+            let last: Vec<_> = records[..done].iter().rev().take(6).map(describe).collect();
+            format!(
+                "power lost after {done} of {} operations, case {case}, DOMSNAP_POWER_SEED={base}; latest first: {}",
+                records.len(),
+                last.join(" | ")
+            )
+        })
+    };
+    everywhere(scenario, record, lose)
+}
+
+fn describe(record: &crate::record::Record) -> String {
+    let path = String::from_utf8_lossy(&record.path);
+    let name = path.rsplit('/').next().unwrap_or_default();
+    format!("{:?} {name} inode {} at {} length {}", record.kind, record.ino, record.offset, record.data.len())
+}
+
+/// Each operation fails once with `errno`; or, `often`, everything that needs space from then on. The command says
+/// so, and heals by itself or asks for it; once the trouble is over, the domain is as before or as after.
+///
+/// # Errors
+/// The first operation whose failure does harm.
+pub fn fail_everywhere(scenario: Scenario, errno: &'static str, often: Often) -> Result<()> {
+    let count = |bench: &mut Bench| survey(bench).map(|operations| (operations.len(), operations));
+    let fail = |bench: &mut Bench, operations: &Vec<shim::Counted>, index: usize| {
+        let number = operations[index].number;
+        bench.domain.restore_from(&bench.copy)?;
+        let domsnap = shim::watching(bench.domain.domsnap(), bench.domain.root())?;
+        let outcome = shim::failing(domsnap, number, errno, often).run(&bench.words())?;
+        let mut look = || -> Result<()> {
+            ensure!(!outcome.panicked(), "it panicked: {outcome}");
+            let found_at_once = matches!(outcome.status, Some(status::FAILED | status::REFUSED));
+            if found_at_once {
+                undone_without_recover(bench, &outcome)?;
+            }
+            let found = bench.heal_and_look().with_context(|| format!("{outcome}"))?;
+            match outcome.status {
+                Some(status::DONE) => {
+                    ensure!(found == Found::After || bench.before == bench.after, "not done: {outcome}")
+                }
+                Some(status::FAILED | status::REFUSED) => {
+                    ensure!(!outcome.stderr.trim().is_empty(), "it failed without words: {outcome}");
+                    ensure!(found == Found::Before, "says it was undone, and it was done: {outcome}");
+                }
+                Some(status::NEEDS_RECOVERY) => {
+                    ensure!(!outcome.stderr.trim().is_empty(), "it failed without words: {outcome}");
+                }
+                _ => bail!("an exit status that means nothing: {outcome}"),
+            }
+            Ok(())
+        };
+        look().with_context(|| format!("{errno} at operation {number}: {}", nth(operations, number)))
+    };
+    everywhere(scenario, count, fail)
+}
+
+/// An exit status that says "undone" is true already, without `recover`.
+fn undone_without_recover(bench: &mut Bench, outcome: &Outcome) -> Result<()> {
+    let registered = bench.domain.registered()?;
+    let address = if registered { NAME.to_owned() } else { bench.domain.paths() };
+    verify::every_point(&bench.domain, &bench.before, &address, &mut bench.memo)
+        .with_context(|| format!("it says that it was undone: {outcome}"))
+}

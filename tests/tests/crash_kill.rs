@@ -1,0 +1,45 @@
+//! SIGKILL of the real binary at every operation on files that it makes, in every kind of command; then `recover`.
+
+use domsnap_tests::{crash, scenario};
+
+macro_rules! scenarios {
+    ($($test:ident $name:ident)*) => {
+        mod a_kill_anywhere_heals_in {
+            use super::*;
+            $(#[test]
+            fn $test() {
+                crash::kill_everywhere(scenario::$name).unwrap_or_else(|error| panic!("{error:?}"));
+            })*
+        }
+
+        #[test]
+        fn every_scenario_has_its_test() {
+            let all: Vec<_> = scenario::ALL.iter().map(|scenario| scenario.name).collect();
+            assert_eq!([$(stringify!($name)),*][..], all[..]);
+        }
+    };
+}
+
+scenarios! {
+    create_internal CREATE_INTERNAL
+    create_external CREATE_EXTERNAL
+    create_mixed CREATE_MIXED
+    create_internal_on_external CREATE_INTERNAL_ON_EXTERNAL
+    create_external_on_internal CREATE_EXTERNAL_ON_INTERNAL
+    revert_internal_in_place REVERT_INTERNAL_IN_PLACE
+    revert_internal_materialised REVERT_INTERNAL_MATERIALISED
+    revert_external REVERT_EXTERNAL
+    revert_saving_current REVERT_SAVING_CURRENT
+    delete_leaf_external DELETE_LEAF_EXTERNAL
+    delete_leaf_off_the_active_chain DELETE_LEAF_OFF_THE_ACTIVE_CHAIN
+    delete_leaf_internal DELETE_LEAF_INTERNAL
+    delete_middle_big_below DELETE_MIDDLE_BIG_BELOW
+    delete_middle_big_above DELETE_MIDDLE_BIG_ABOVE
+    delete_with_several_children DELETE_WITH_SEVERAL_CHILDREN
+    delete_subtree DELETE_SUBTREE
+    delete_several DELETE_SEVERAL
+    delete_internal_under_external DELETE_INTERNAL_UNDER_EXTERNAL
+    delete_external_under_internal DELETE_EXTERNAL_UNDER_INTERNAL
+    domain_add DOMAIN_ADD
+    domain_remove DOMAIN_REMOVE
+}
