@@ -27,6 +27,8 @@ pub enum ChainStep {
         layer: LayerName,
         /// What it stands on.
         on: LayerName,
+        /// The format of that.
+        on_format: String,
         /// Its size, in bytes.
         virtual_size: u64,
     },
@@ -269,6 +271,7 @@ impl Planner<'_> {
         self.layers.push(Layer {
             name: new.clone(),
             file: layer_path(&self.record.disk.path, &new),
+            format: self.record.disk.format.clone(),
             named: true,
             virtual_size: size,
             owned: true,
@@ -575,13 +578,18 @@ impl Planner<'_> {
             .advise("delete snapshots that are not needed, or take this one with --internal"));
         }
         let base = self.existing(on)?.clone();
-        let step =
-            ChainStep::CreateOverlay { layer: new.clone(), on: on.clone(), virtual_size: base.virtual_size };
+        let step = ChainStep::CreateOverlay {
+            layer: new.clone(),
+            on: on.clone(),
+            on_format: base.format.clone(),
+            virtual_size: base.virtual_size,
+        };
         self.push(Group::Prepare, step, &format!("make {new} on {on}"), 0);
         self.plan.commit.push(Edit::AddLayer { target: self.target.clone(), layer: new.clone() });
         self.layers.push(Layer {
             file: layer_path(&self.record.disk.path, new),
             name: new.clone(),
+            format: self.record.disk.format.clone(),
             named: true,
             backing: Some(on.clone()),
             owned: true,

@@ -28,6 +28,8 @@ pub struct Layer {
     /// Where it can be opened now.
     #[schemars(with = "String")]
     pub file: Utf8PathBuf,
+    /// The format that is stated for it.
+    pub format: String,
     /// Whether a file of its permanent name exists.
     pub named: bool,
     /// The layer it stands on.

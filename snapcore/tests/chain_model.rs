@@ -69,6 +69,7 @@ impl Machine {
         let layers = self.images.iter().map(|(name, image)| Layer {
             name: name.clone(),
             file: chain::layer_path(&self.record.disk.path, name),
+            format: "model".to_owned(),
             named: image.named,
             backing: image.backing.clone(),
             owned: self.record.owned.contains(name),
