@@ -304,6 +304,19 @@ impl Domain {
         Ok(())
     }
 
+    /// `domsnap` with `words` must end with `status`, say why on standard error, and have touched nothing.
+    ///
+    /// # Errors
+    /// If it is otherwise.
+    pub fn declined<S: AsRef<std::ffi::OsStr>>(&self, words: &[S], status: i32) -> Result<Outcome> {
+        let before = contents(&self.disks())?;
+        let outcome = self.domsnap().run(words)?.expect_status(status)?;
+        anyhow::ensure!(!outcome.stderr.trim().is_empty(), "no words: {outcome}");
+        anyhow::ensure!(!outcome.panicked(), "it panicked: {outcome}");
+        anyhow::ensure!(contents(&self.disks())? == before, "something was touched: {outcome}");
+        Ok(outcome)
+    }
+
     /// Every point of the tree is what the model says, and nothing else is there.
     ///
     /// # Errors
@@ -330,6 +343,18 @@ pub fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     )
     .with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
     Ok(())
+}
+
+/// Every file of a directory tree with its inode and all its bytes, by path below `root`.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn contents(root: &Path) -> Result<BTreeMap<PathBuf, (u64, Vec<u8>)>> {
+    let files = files(root)?;
+    files
+        .into_iter()
+        .map(|(path, inode)| Ok((path.clone(), (inode, std::fs::read(root.join(path))?))))
+        .collect()
 }
 
 /// Every file of a directory tree with its inode, by path below `root`; directories are followed, not listed.

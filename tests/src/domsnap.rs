@@ -103,6 +103,7 @@ impl std::fmt::Display for Outcome {
 #[derive(Debug, Clone)]
 pub struct Domsnap {
     state: PathBuf,
+    binary: PathBuf,
     wrapper: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
 }
@@ -110,12 +111,23 @@ pub struct Domsnap {
 impl Domsnap {
     /// `domsnap --state-dir STATE`.
     pub fn new(state: &Path) -> Domsnap {
-        Domsnap { state: state.to_owned(), wrapper: Vec::new(), environment: Vec::new() }
+        Domsnap {
+            state: state.to_owned(),
+            binary: binary().to_owned(),
+            wrapper: Vec::new(),
+            environment: Vec::new(),
+        }
     }
 
     /// Runs it through another program, as `prlimit --as=N`.
     pub fn through(mut self, words: &[&str]) -> Domsnap {
         self.wrapper = words.iter().map(OsString::from).collect();
+        self
+    }
+
+    /// Runs a copy of the binary, which another user can reach.
+    pub fn binary(mut self, copy: &Path) -> Domsnap {
+        self.binary = copy.to_owned();
         self
     }
 
@@ -128,7 +140,7 @@ impl Domsnap {
     /// The command with `words`, not started.
     pub fn command<S: AsRef<OsStr>>(&self, words: &[S]) -> Command {
         let mut line: Vec<&OsStr> = self.wrapper.iter().map(OsString::as_os_str).collect();
-        line.push(binary().as_os_str());
+        line.push(self.binary.as_os_str());
         let mut command = Command::new(line[0]);
         command.args(&line[1..]).arg("--state-dir").arg(&self.state).args(words);
         command.env_remove("DOMSNAP_STATE_DIR").env("NO_COLOR", "1").env("RUST_BACKTRACE", "1");

@@ -73,6 +73,11 @@ pub fn killing(domsnap: Domsnap, number: u64, torn: bool) -> Domsnap {
     if torn { domsnap.env("FAULTFS_KILL_MODE", "torn") } else { domsnap }
 }
 
+/// SIGSTOP just before operation `number`: the process holds what it holds, until it gets SIGCONT.
+pub fn stopping(domsnap: Domsnap, number: u64) -> Domsnap {
+    domsnap.env("FAULTFS_STOP_AT", number.to_string())
+}
+
 /// How often an injected error happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Often {

@@ -11,6 +11,7 @@
 //! | `FAULTFS_LOG` | file that gets one binary [`record`] for each operation that succeeded, with its data |
 //! | `FAULTFS_KILL_AT` | number of the operation (from 1) just before which the process gets SIGKILL |
 //! | `FAULTFS_KILL_MODE` | `torn`: if that operation is a write, its first half is written before the SIGKILL |
+//! | `FAULTFS_STOP_AT` | number of the operation just before which the process gets SIGSTOP, holding what it holds |
 //! | `FAULTFS_FAIL_AT` | number of the operation that fails instead of being done |
 //! | `FAULTFS_FAIL_MODE` | `on`: from that operation on, every one that needs space fails, as on a full disk |
 //! | `FAULTFS_ERRNO` | with which error: `ENOSPC` (the default), `EIO`, `EDQUOT` |

@@ -24,6 +24,7 @@ pub struct Config {
     count: Option<i32>,
     log: Option<i32>,
     kill_at: Option<u64>,
+    stop_at: Option<u64>,
     torn: bool,
     fail_at: Option<u64>,
     fail_on: bool,
@@ -78,6 +79,7 @@ pub fn config() -> Option<&'static Config> {
                 count: output("FAULTFS_COUNT"),
                 log: output("FAULTFS_LOG"),
                 kill_at: number("FAULTFS_KILL_AT"),
+                stop_at: number("FAULTFS_STOP_AT"),
                 torn: std::env::var("FAULTFS_KILL_MODE").as_deref() == Ok("torn"),
                 fail_at: number("FAULTFS_FAIL_AT"),
                 fail_on: std::env::var("FAULTFS_FAIL_MODE").as_deref() == Ok("on"),
@@ -103,6 +105,10 @@ impl Config {
         turn.done += 1;
         if let Some(fd) = self.count {
             put(fd, format!("{} {line}\n", turn.done).as_bytes());
+        }
+        if self.stop_at == Some(turn.done) {
+            // SAFETY: no memory is involved.
+            unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
         }
         if self.kill_at == Some(turn.done) {
             if self.torn && is_write {

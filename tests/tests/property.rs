@@ -1,0 +1,148 @@
+//! Random sequences of writes, creates, reverts and deletes, with the model beside them: after each step, every point
+//! of the tree is what the model says, every layer is clean, and nothing is left behind.
+//!
+//! `DOMSNAP_PROPERTY_SEED` and `DOMSNAP_PROPERTY_CASES` try others; a failure prints both and the shrunk sequence.
+
+use anyhow::{Context, Result};
+use domsnap_tests::domain::{Domain, NAME, Shape};
+use domsnap_tests::qemu::Write;
+use domsnap_tests::seed::from_env;
+use domsnap_tests::verify::{self, Memo};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
+
+/// Numbers that choose among snapshots are taken modulo how many there are.
+#[derive(Debug, Clone)]
+enum Step {
+    Write { disk: usize, offset: u64, length: u64, byte: Option<u8> },
+    Create { kinds: Vec<bool> },
+    Revert { of: usize, save: bool },
+    Delete { of: Vec<usize> },
+    DeleteSubtree { of: usize, only: bool },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..3usize, 0..8000u64, 1..200u64, prop::option::weighted(0.85, 1..=255u8)).prop_map(
+            |(disk, sector, sectors, byte)| Step::Write {
+                disk,
+                offset: sector * 512,
+                length: sectors.min(8192 - sector) * 512,
+                byte
+            }
+        ),
+        4 => prop::collection::vec(any::<bool>(), 3).prop_map(|kinds| Step::Create { kinds }),
+        3 => (any::<prop::sample::Index>(), prop::bool::weighted(0.25))
+            .prop_map(|(of, save)| Step::Revert { of: of.index(1000), save }),
+        3 => prop::collection::vec(0..1000usize, 1..3).prop_map(|of| Step::Delete { of }),
+        1 => (0..1000usize, any::<bool>()).prop_map(|(of, only)| Step::DeleteSubtree { of, only }),
+    ]
+}
+
+fn apply(domain: &mut Domain, number: usize, step: &Step) -> Result<()> {
+    let names: Vec<String> = domain.model.snapshots.keys().cloned().collect();
+    let targets: Vec<String> = domain.model.present.keys().cloned().collect();
+    match step {
+        Step::Write { disk, offset, length, byte } => domain.write(
+            &targets[disk % targets.len()],
+            &[Write { offset: *offset, length: *length, byte: *byte }],
+        ),
+        Step::Create { kinds } => {
+            let name = format!("n{number}");
+            let mut words = vec!["create".to_owned(), NAME.to_owned(), name.clone()];
+            for (target, internal) in targets.iter().zip(kinds) {
+                words.push("--disk".to_owned());
+                words.push(format!("{target}={}", if *internal { "internal" } else { "external" }));
+            }
+            domain.domsnap().done(&words)?;
+            domain.model.create(&name);
+            Ok(())
+        }
+        _ if names.is_empty() => Ok(()),
+        Step::Revert { of, save } => {
+            let name = &names[of % names.len()];
+            if *save {
+                let kept = format!("kept{number}");
+                domain.domsnap().done(&["revert", NAME, name, &format!("--save-current={kept}")])?;
+                domain.model.create(&kept);
+                domain.model.revert(name);
+                Ok(())
+            } else {
+                domain.revert(name)
+            }
+        }
+        Step::Delete { of } => {
+            let mut chosen: Vec<&str> = of.iter().map(|of| names[of % names.len()].as_str()).collect();
+            chosen.sort_unstable();
+            chosen.dedup();
+            domain.delete(&chosen)
+        }
+        Step::DeleteSubtree { of, only } => {
+            let name = &names[of % names.len()];
+            let mut gone = domain.model.subtree(name);
+            if *only {
+                gone.retain(|other| other != name);
+                if gone.is_empty() {
+                    return Ok(());
+                }
+            }
+            let option = if *only { "--children-only" } else { "--children" };
+            domain.domsnap().done(&["delete", NAME, name, option])?;
+            domain.model.delete(&gone);
+            Ok(())
+        }
+    }
+}
+
+fn run(shape: &Shape, steps: &[Step]) -> Result<()> {
+    let (mut domain, mut memo) = (Domain::new(shape)?, Memo::default());
+    for (number, step) in steps.iter().enumerate() {
+        let mut look = |domain: &mut Domain| -> Result<()> {
+            apply(domain, number, step)?;
+            verify::every_point(domain, &domain.model, NAME, &mut memo)
+        };
+        look(&mut domain).with_context(|| format!("step {number}: {step:?}"))?;
+    }
+    Ok(())
+}
+
+/// Random sequences on images of `shape`.
+fn any_sequence(shape: Shape) {
+    let (seed, cases) = (from_env("DOMSNAP_PROPERTY_SEED", 1), from_env("DOMSNAP_PROPERTY_CASES", 12) as u32);
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+    let config = Config { cases, failure_persistence: None, max_shrink_iters: 60, ..Config::default() };
+    let result = TestRunner::new_with_rng(config, rng).run(&prop::collection::vec(step(), 4..16), |steps| {
+        run(&shape, &steps).map_err(|error| TestCaseError::fail(format!("{error:?}")))
+    });
+    match result {
+        Ok(()) => {}
+        Err(TestError::Fail(why, steps)) => {
+            panic!(
+                "DOMSNAP_PROPERTY_SEED={seed} DOMSNAP_PROPERTY_CASES={cases}\n{shape:?}\n{steps:#?}\n{why}"
+            )
+        }
+        Err(error) => panic!("DOMSNAP_PROPERTY_SEED={seed}: {error}"),
+    }
+}
+
+#[test]
+fn any_sequence_on_one_disk_of_512_byte_clusters_keeps_every_point() {
+    any_sequence(Shape::disks(1).options("cluster_size=512"));
+}
+
+#[test]
+fn any_sequence_on_two_disks_of_4_kib_clusters_keeps_every_point() {
+    any_sequence(Shape::disks(2).options("cluster_size=4096"));
+}
+
+#[test]
+fn any_sequence_on_three_disks_of_64_kib_clusters_keeps_every_point() {
+    any_sequence(Shape::disks(3).options("cluster_size=65536"));
+}
+
+#[test]
+fn any_sequence_on_extended_l2_tables_keeps_every_point() {
+    any_sequence(Shape::disks(1).options("extended_l2=on,cluster_size=16384"));
+}
