@@ -8,7 +8,7 @@ macro_rules! scenarios {
             use super::*;
             $(#[test]
             fn $test() {
-                crash::kill_everywhere(scenario::$name).unwrap_or_else(|error| panic!("{error:?}"));
+                crash::kill_everywhere(scenario::$name).unwrap_or_else(|error| panic!("{error:#}"));
             })*
         }
 

@@ -8,7 +8,7 @@ macro_rules! scenarios {
             use super::*;
             $(#[test]
             fn $test() {
-                crash::lose_power_everywhere(scenario::$name).unwrap_or_else(|error| panic!("{error:?}"));
+                crash::lose_power_everywhere(scenario::$name).unwrap_or_else(|error| panic!("{error:#}"));
             })*
         }
 

@@ -414,7 +414,7 @@ macro_rules! failures {
             $(#[test]
             fn $test() {
                 crash::fail_everywhere(scenario::$scenario, $errno, Often::$often)
-                    .unwrap_or_else(|error| panic!("{error:?}"));
+                    .unwrap_or_else(|error| panic!("{error:#}"));
             })*
         }
     )*};
