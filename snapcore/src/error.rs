@@ -26,8 +26,10 @@ pub enum ErrorKind {
     Unsupported,
     /// An image, a manifest or a record contradicts itself or what it should be.
     Corrupt,
-    /// The machine failed: I/O error, disk full, permission.
+    /// The machine failed: I/O error, permission.
     Io,
+    /// A file system is full.
+    NoSpace,
     /// The caller cancelled, and what was done was undone.
     Cancelled,
     /// An operation stopped half way; `recover` must finish it before anything else.
