@@ -14,6 +14,7 @@ use crate::domain::{Domain, NAME};
 use crate::domsnap::{Outcome, status};
 use crate::model::Model;
 use crate::powerloss::Baseline;
+use crate::record::Record;
 use crate::report;
 use crate::scenario::Scenario;
 use crate::seed::{self, Seed};
@@ -228,9 +229,7 @@ pub fn lose_power_everywhere(scenario: Scenario) -> Result<()> {
         domsnap.done(&bench.words())?;
         Ok((cases, (baseline, shim::recorded(&file)?)))
     };
-    let lose = |bench: &mut Bench,
-                (baseline, records): &(Baseline, Vec<crate::record::Record>),
-                case: usize| {
+    let lose = |bench: &mut Bench, (baseline, records): &(Baseline, Vec<Record>), case: usize| {
         // Every instant has its turn before one has its second.
         let seed = Seed::new(base).draw().wrapping_add(case as u64);
         let instants = records.len() + 1;
@@ -245,7 +244,7 @@ pub fn lose_power_everywhere(scenario: Scenario) -> Result<()> {
             Ok(())
         });
         look.with_context(|| {
-            let last: Vec<_> = records[..done].iter().rev().take(6).map(describe).collect();
+            let last: Vec<_> = records[..done].iter().rev().take(6).map(|record| describe(record, records)).collect();
             format!(
                 "power lost after {done} of {} operations, case {case}, DOMSNAP_POWER_SEED={base}; latest first: {}",
                 records.len(),
@@ -256,10 +255,15 @@ pub fn lose_power_everywhere(scenario: Scenario) -> Result<()> {
     everywhere(scenario, record, lose)
 }
 
-fn describe(record: &crate::record::Record) -> String {
-    let path = String::from_utf8_lossy(&record.path);
-    let name = path.rsplit('/').next().unwrap_or_default();
-    format!("{:?} {name} inode {} at {} length {}", record.kind, record.ino, record.offset, record.data.len())
+/// `record` in words; files by the last name that one of `records` gave them.
+fn describe(record: &Record, records: &[Record]) -> String {
+    let named = records.iter().rev().find(|other| other.ino == record.ino && !other.path.is_empty());
+    let path = named.map(|named| if named.path2.is_empty() { &named.path } else { &named.path2 });
+    let name = match path {
+        Some(path) => String::from_utf8_lossy(path).rsplit('/').next().unwrap_or_default().to_owned(),
+        None => format!("inode {}", record.ino),
+    };
+    format!("{:?} {name} at {} length {}", record.kind, record.offset, record.data.len())
 }
 
 /// Each operation fails once with `errno`; or, `often`, everything that needs space from then on. The command says

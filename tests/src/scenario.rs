@@ -167,4 +167,14 @@ scenarios! {
     }
     /// A domain is forgotten.
     DOMAIN_REMOVE { line(&[]), |_| words(&["domain", "remove", NAME]), |_| {} }
+    /// A lost catalogue comes back from what lies beside the images.
+    IMPORT {
+        {
+            let domain = line(&["external", "mixed"])?;
+            std::fs::remove_dir_all(domain.state())?;
+            std::fs::create_dir(domain.state())?;
+            Ok(domain)
+        },
+        |d| words(&["import", &d.paths(), "--name", NAME]), |_| {}
+    }
 }

@@ -42,4 +42,5 @@ scenarios! {
     delete_external_under_internal DELETE_EXTERNAL_UNDER_INTERNAL
     domain_add DOMAIN_ADD
     domain_remove DOMAIN_REMOVE
+    import IMPORT
 }

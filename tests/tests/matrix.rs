@@ -1,8 +1,8 @@
 //! What a domain at rest must be able to do: each row of the proposal that domsnap started from, each thing that
 //! other tools refuse or get wrong. Every test ends by comparing every point of the tree with the model.
 
-use std::collections::BTreeSet;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use domsnap_tests::domain::{Domain, NAME, Shape, contents};
@@ -697,19 +697,50 @@ mod list_and_plan {
 mod catalogue {
     use super::*;
 
-    #[test]
-    fn a_lost_catalogue_is_rebuilt_from_what_lies_beside_the_images() -> Result<()> {
+    /// A tree of every kind with a branch, its catalogue and journal gone.
+    fn lost() -> Result<Domain> {
         let mut domain = line(2, &["external", "internal", "mixed"])?;
         domain.revert("s1")?;
         domain.write_and_create("side", "external")?;
         domain.write_everywhere()?;
         std::fs::remove_dir_all(domain.state())?;
         std::fs::create_dir(domain.state())?;
-        domain.register()?;
-        domain.domsnap().done(&["import", NAME])?;
+        Ok(domain)
+    }
+
+    fn is_whole(mut domain: Domain) -> Result<()> {
         domain.verify()?;
         domain.revert("s3")?;
         domain.delete(&["s2"])?;
+        domain.verify()
+    }
+
+    #[test]
+    fn a_lost_one_is_rebuilt_by_import_from_what_lies_beside_the_images() -> Result<()> {
+        let domain = lost()?;
+        domain.domsnap().done(&["import", &domain.paths(), "--name", NAME])?;
+        is_whole(domain)
+    }
+
+    #[test]
+    fn a_lost_one_is_rebuilt_when_the_domain_is_registered_again() -> Result<()> {
+        let domain = lost()?;
+        domain.register()?;
+        is_whole(domain)
+    }
+
+    #[test]
+    fn without_one_the_images_and_manifests_tell_the_tree() -> Result<()> {
+        let domain = lost()?;
+        verify::every_point(&domain, &domain.model, &domain.paths(), &mut Default::default())
+    }
+
+    #[test]
+    fn a_domain_removed_and_registered_again_has_its_snapshots() -> Result<()> {
+        let domain = line(2, &["external", "mixed"])?;
+        domain.domsnap().done(&["domain", "remove", NAME])?;
+        ensure!(!domain.registered()?, "it is still registered");
+        domain.register()?;
         domain.verify()
     }
 
@@ -721,12 +752,8 @@ mod catalogue {
         domain.domsnap().done(&["delete", NAME, "s1", "--children"])?;
         domain.model.delete(&domain.model.subtree("s1"));
         domain.verify()?;
-        let inodes: BTreeSet<u64> = std::fs::read_dir(domain.disks())?
-            .filter_map(|entry| entry.ok()?.metadata().ok())
-            .filter(|meta| meta.is_file())
-            .map(|meta| meta.ino())
-            .collect();
-        ensure!(inodes.len() == 2, "{} images for two disks", inodes.len());
+        let left: Vec<_> = contents(&domain.disks())?.into_keys().collect();
+        ensure!(left == [Path::new("a.qcow2"), Path::new("b.qcow2")], "as in the beginning, but {left:?}");
         Ok(())
     }
 }
