@@ -1,9 +1,11 @@
 //! The shim itself: what it counts, records, kills and fails, seen with programs that everybody knows.
 
+use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
+use domsnap_tests::domain::{Domain, NAME, Shape};
 use domsnap_tests::domsnap::product;
 use domsnap_tests::powerloss::Baseline;
 use domsnap_tests::record::{Kind, Record};
@@ -223,4 +225,84 @@ os.fsync(f); os.fsync(g); os.fsync(os.open(".", os.O_RDONLY))
         assert_eq!(read(&target, name), read(&watched.root(), name), "{name}");
     }
     assert_eq!(std::fs::read_dir(&target).unwrap().count(), 3);
+}
+
+/// What one thread's file of `strace -y` says of the watched files, by kind of record.
+fn seen_by_strace(text: &str, root: &str, seen: &mut BTreeMap<&'static str, usize>) {
+    for line in text.lines().filter(|line| line.contains(root) && !line.contains("-shm")) {
+        let Some((name, rest)) = line.split_once('(') else { continue };
+        if rest.contains(" = -1 ") || rest.ends_with(" = ?") {
+            continue;
+        }
+        let kind = match name {
+            "write" | "writev" | "pwrite64" | "pwritev" | "pwritev2" | "copy_file_range" | "sendfile"
+            | "splice" => "written",
+            "ioctl" if rest.contains("FICLONE") => "written",
+            "fsync" | "fdatasync" => "flushed",
+            "ftruncate" | "truncate" => "length set",
+            "rename" | "renameat" | "renameat2" => "renamed",
+            "link" | "linkat" => "linked",
+            "unlink" | "unlinkat" | "rmdir" => "unlinked",
+            "mkdir" | "mkdirat" => "directory made",
+            "mmap" if rest.contains("MAP_SHARED") && rest.contains("PROT_WRITE") => "mapped to be written",
+            "io_uring_setup" => "io_uring",
+            _ => continue,
+        };
+        *seen.entry(kind).or_default() += 1;
+    }
+}
+
+#[test]
+fn nothing_that_domsnap_does_to_files_escapes_the_shim() {
+    let mut domain = Domain::new(&Shape::disks(2)).unwrap();
+    for (name, kind) in [("s1", "external"), ("s2", "mixed")] {
+        domain.write_and_create(name, kind).unwrap();
+    }
+    domain.write_everywhere().unwrap();
+    let root = domain.root().canonicalize().unwrap();
+    let commands: [&[&str]; 4] = [
+        &["create", NAME, "s3", "--external"],
+        &["create", NAME, "s4", "--internal"],
+        &["revert", NAME, "s2"],
+        &["delete", NAME, "s1"],
+    ];
+    for words in commands {
+        let (outputs, log) = shim::outputs().unwrap();
+        let traces = outputs.path().join("traces");
+        std::fs::create_dir(&traces).unwrap();
+        // strace hands the variables on with -E, so that it is not itself under the shim.
+        let library = product("DOMSNAP_FAULTFS", "libfaultfs.so", "faultfs");
+        let wrapper = [
+            "strace".to_owned(),
+            "-ff".to_owned(),
+            "-y".to_owned(),
+            format!("-o{}", traces.join("thread").display()),
+            format!("-ELD_PRELOAD={}", library.display()),
+            format!("-EFAULTFS_ROOT={}", root.display()),
+            format!("-EFAULTFS_LOG={}", log.display()),
+        ];
+        let wrapper: Vec<&str> = wrapper.iter().map(String::as_str).collect();
+        domain.domsnap().through(&wrapper).done(words).unwrap();
+        let mut strace = BTreeMap::new();
+        for thread in std::fs::read_dir(&traces).unwrap() {
+            let text = std::fs::read(thread.unwrap().path()).unwrap();
+            seen_by_strace(&String::from_utf8_lossy(&text), root.to_str().unwrap(), &mut strace);
+        }
+        let mut recorded = BTreeMap::new();
+        for record in shim::recorded(&log).unwrap() {
+            let kind = match record.kind {
+                Kind::Write => "written",
+                Kind::Flush => "flushed",
+                Kind::SetLen => "length set",
+                Kind::Rename | Kind::Exchange => "renamed",
+                Kind::Link => "linked",
+                Kind::Unlink => "unlinked",
+                Kind::MakeDir => "directory made",
+                Kind::Zero | Kind::Create | Kind::FlushAll => continue,
+            };
+            *recorded.entry(kind).or_default() += 1;
+        }
+        assert_eq!(recorded, strace, "{words:?}: the shim's record against strace");
+        assert!(recorded["written"] > 0 && recorded["flushed"] > 0, "{words:?} did nothing: {recorded:?}");
+    }
 }
