@@ -1,1 +1,4 @@
-//! (skeleton)
+//! The qcow2 backend of domsnap.
+#![forbid(unsafe_code)]
+
+pub mod image;

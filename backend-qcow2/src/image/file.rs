@@ -1,0 +1,223 @@
+//! The image as a file: positioned reads and writes that are whole or an error.
+//!
+//! A read past the end of the file gives zeros there, as the format wants it. Nothing is cached and nothing is ordered
+//! here: two writes with no [`ImageFile::flush`] between them may reach the disk in any order, or one of them not at all.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::error::{Error, Result};
+use super::units::HostOffset;
+
+/// What an [`ImageFile`] writes to: a file, or in tests a recorder.
+pub(crate) trait Storage: Send + Sync {
+    /// Reads up to `buf.len()` bytes; 0 at the end.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Writes up to `buf.len()` bytes.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize>;
+    /// Bytes.
+    fn len(&self) -> io::Result<u64>;
+    /// Makes the file longer or shorter.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Everything written so far is durable after this.
+    fn flush(&self) -> io::Result<()>;
+    /// Gives back the space of a range, which then reads as zeros; an error where that cannot be.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// The file itself, for reflink and the like.
+    fn file(&self) -> Option<&File>;
+}
+
+impl Storage for File {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        FileExt::read_at(self, buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
+        FileExt::write_at(self, buf, offset)
+    }
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        File::set_len(self, len)
+    }
+    fn flush(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        use rustix::fs::{FallocateFlags, fallocate};
+        Ok(fallocate(self, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)?)
+    }
+    fn file(&self) -> Option<&File> {
+        Some(self)
+    }
+}
+
+/// An open image file.
+pub struct ImageFile {
+    storage: Box<dyn Storage>,
+    path: PathBuf,
+    writable: bool,
+}
+
+impl std::fmt::Debug for ImageFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ImageFile").field("path", &self.path).field("writable", &self.writable).finish()
+    }
+}
+
+impl ImageFile {
+    pub(crate) fn new(storage: Box<dyn Storage>, path: &Path, writable: bool) -> Self {
+        Self { storage, path: path.to_owned(), writable }
+    }
+
+    /// Opens a regular file or block device.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn open(path: &Path, writable: bool) -> Result<Self> {
+        let file = File::options()
+            .read(true)
+            .write(writable)
+            .open(path)
+            .map_err(|e| Error::io("the file does not open", e).on("open", path))?;
+        Ok(Self::new(Box::new(file), path, writable))
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it was opened for writing.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The file, for reflink and `copy_file_range`; `None` when it is not a file of the system's.
+    pub fn file(&self) -> Option<&File> {
+        self.storage.file()
+    }
+
+    /// Bytes in the file.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn len(&self) -> Result<u64> {
+        self.storage.len().map_err(|e| Error::io("the file's size cannot be had", e).on("read", &self.path))
+    }
+
+    /// Whether the file has no byte.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Fills `buf`; what is past the end of the file becomes zeros.
+    ///
+    /// # Errors
+    /// The system's, with the offset.
+    pub fn read_at(&self, buf: &mut [u8], offset: HostOffset) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            // A position that no file can have is past every end.
+            let at = match offset.0.checked_add(done as u64) {
+                Some(at) if i64::try_from(at).is_ok() => at,
+                _ => break,
+            };
+            match self.storage.read_at(&mut buf[done..], at) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    return Err(Error::io(
+                        format!("{} bytes at offset {offset} cannot be read", buf.len()),
+                        e,
+                    )
+                    .on("read", &self.path));
+                }
+            }
+        }
+        buf[done..].fill(0);
+        Ok(())
+    }
+
+    /// Writes all of `buf`. Durable after the next [`ImageFile::flush`], in no order before.
+    ///
+    /// # Errors
+    /// The system's, with the offset. Part of the bytes may have been written.
+    pub fn write_at(&self, buf: &[u8], offset: HostOffset) -> Result<()> {
+        let fail = |e| {
+            Error::io(format!("{} bytes at offset {offset} cannot be written", buf.len()), e)
+                .on("write", &self.path)
+        };
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset
+                .0
+                .checked_add(done as u64)
+                .ok_or_else(|| fail(io::Error::from(io::ErrorKind::FileTooLarge)))?;
+            match self.storage.write_at(&buf[done..], at) {
+                Ok(0) => return Err(fail(io::Error::from(io::ErrorKind::WriteZero))),
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(fail(e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes everything written so far durable (`fdatasync`).
+    ///
+    /// # Errors
+    /// The system's. What was written since the last flush may or may not be on the disk then, and asking again does
+    /// not tell: the image must be closed and looked at anew.
+    pub fn flush(&self) -> Result<()> {
+        self.storage
+            .flush()
+            .map_err(|e| Error::io("what was written cannot be made durable", e).on("flush", &self.path))
+    }
+
+    /// Makes the file longer (reads as zeros there) or shorter.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn set_len(&self, len: u64) -> Result<()> {
+        self.storage.set_len(len).map_err(|e| {
+            Error::io(format!("the file's size cannot be made {len}"), e).on("resize", &self.path)
+        })
+    }
+
+    /// Gives the space of a range back to the file system. Only a favour: `false` when it cannot be done.
+    pub fn punch(&self, offset: HostOffset, len: u64) -> bool {
+        self.storage.punch(offset.0, len).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_read_past_the_end_gives_zeros() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, b"abc").unwrap();
+        let f = ImageFile::open(&path, false).unwrap();
+        let mut buf = [7; 6];
+        f.read_at(&mut buf, HostOffset(1)).unwrap();
+        assert_eq!(&buf, b"bc\0\0\0\0");
+        f.read_at(&mut buf, HostOffset(u64::MAX - 2)).unwrap();
+        assert_eq!(buf, [0; 6]);
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_named() {
+        let e = ImageFile::open(Path::new("/nonexistent/x.qcow2"), false).unwrap_err();
+        assert_eq!(e.kind(), super::super::error::ErrorKind::FileNotFound);
+        assert!(e.to_string().contains("/nonexistent/x.qcow2"), "{e}");
+    }
+}

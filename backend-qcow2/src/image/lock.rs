@@ -1,0 +1,166 @@
+//! QEMU-compatible image locks: open-file-description byte locks on the image file itself.
+//!
+//! QEMU's protocol (`block/file-posix.c`): a process that uses permission *p* of an image holds a *shared* lock on byte
+//! `100 + p`; one that does not let others use *p* holds a shared lock on byte `200 + p`. After taking its own bytes it
+//! asks, with `F_OFD_GETLK`, whether anyone holds the byte that it cannot live with: somebody unsharing what it uses, or
+//! using what it does not share. Nobody ever takes an exclusive lock, so two that come at the same time may both refuse,
+//! but never both go on. The locks go with the last descriptor of the open file, so SIGKILL frees them.
+//!
+//! Locking is advisory: Xen's qdisk takes none.
+
+use std::fs::File;
+use std::io;
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+use super::error::{Error, ErrorKind, Result};
+
+/// First byte of "I use this permission".
+const PERM_BASE: i64 = 100;
+/// First byte of "nobody else may use this permission".
+const UNSHARED_BASE: i64 = 200;
+
+/// QEMU's block permissions, by bit.
+const CONSISTENT_READ: u32 = 0;
+const WRITE: u32 = 1;
+const RESIZE: u32 = 3;
+const ALL: [(u32, &str); 4] =
+    [(CONSISTENT_READ, "consistent read"), (WRITE, "write"), (2, "write unchanged"), (RESIZE, "resize")];
+
+/// What is locked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LockMode {
+    /// As `qemu-img info` does: others may read; a writer is refused and refuses us.
+    Read,
+    /// As `qemu-img snapshot` does: nobody else may have the image open, but to read it with `-U`.
+    Write,
+}
+
+impl LockMode {
+    fn uses(self) -> &'static [u32] {
+        match self {
+            Self::Read => &[CONSISTENT_READ],
+            Self::Write => &[CONSISTENT_READ, WRITE, RESIZE],
+        }
+    }
+
+    fn unshares(self) -> &'static [u32] {
+        &[WRITE, RESIZE]
+    }
+}
+
+fn byte(kind: i32, at: i64) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: at,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+fn refused(what: &str, mode: LockMode, errno: nix::errno::Errno) -> Error {
+    Error::io(format!("the {mode:?} lock of the image cannot be {what}"), io::Error::from(errno)).advise(
+        "the file system may not support locks; open without locking only if nothing else can use the image",
+    )
+}
+
+/// Locks the image as a QEMU would; held until every descriptor of this open file is closed.
+///
+/// # Errors
+/// [`ErrorKind::Locked`] when another process holds it in a way that does not go with `mode`; nothing stays locked then.
+pub fn lock(file: &File, mode: LockMode) -> Result<()> {
+    let ours: Vec<i64> = mode
+        .uses()
+        .iter()
+        .map(|p| PERM_BASE + i64::from(*p))
+        .chain(mode.unshares().iter().map(|p| UNSHARED_BASE + i64::from(*p)))
+        .collect();
+    for at in &ours {
+        if let Err(e) = fcntl(file, FcntlArg::F_OFD_SETLK(&byte(libc::F_RDLCK, *at))) {
+            unlock(file, &ours);
+            return Err(refused("taken", mode, e));
+        }
+    }
+    let conflict = find_conflict(file, mode);
+    if !matches!(conflict, Ok(None)) {
+        unlock(file, &ours);
+    }
+    match conflict? {
+        None => Ok(()),
+        Some(found) => Err(Error::new(
+            ErrorKind::Locked,
+            format!("another process has the image open and {found}"),
+        )
+        .advise(
+            "shut the domain down, or stop the qemu, qemu-nbd or domsnap that uses the image, and try again",
+        )),
+    }
+}
+
+/// The first permission that another process uses or keeps from us, in words.
+fn find_conflict(file: &File, mode: LockMode) -> Result<Option<String>> {
+    let held = |at: i64| -> Result<bool> {
+        let mut probe = byte(libc::F_WRLCK, at);
+        fcntl(file, FcntlArg::F_OFD_GETLK(&mut probe)).map_err(|e| refused("asked for", mode, e))?;
+        Ok(i32::from(probe.l_type) != libc::F_UNLCK)
+    };
+    for (bit, name) in ALL {
+        if mode.uses().contains(&bit) && held(UNSHARED_BASE + i64::from(bit))? {
+            return Ok(Some(format!("does not share its \"{name}\" lock")));
+        }
+        if mode.unshares().contains(&bit) && held(PERM_BASE + i64::from(bit))? {
+            return Ok(Some(format!("holds its \"{name}\" lock")));
+        }
+    }
+    Ok(None)
+}
+
+fn unlock(file: &File, bytes: &[i64]) {
+    for at in bytes {
+        // Nothing better can be done: closing the file frees it in any case.
+        let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&byte(libc::F_UNLCK, *at)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn two_openers() -> (tempfile::NamedTempFile, File, File) {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(f.path()).unwrap();
+        let (a, b) = (open(), open());
+        (f, a, b)
+    }
+
+    #[test]
+    fn two_readers_go_together() {
+        let (_f, a, b) = two_openers();
+        lock(&a, LockMode::Read).unwrap();
+        lock(&b, LockMode::Read).unwrap();
+    }
+
+    #[test]
+    fn a_writer_refuses_readers_and_writers_and_frees_on_close() {
+        let (_f, a, b) = two_openers();
+        lock(&a, LockMode::Write).unwrap();
+        for mode in [LockMode::Read, LockMode::Write] {
+            let e = lock(&b, mode).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Locked);
+            assert!(e.to_string().contains("\"write\" lock"), "{e}");
+        }
+        drop(a);
+        lock(&b, LockMode::Write).unwrap();
+    }
+
+    #[test]
+    fn a_reader_refuses_a_writer_which_then_leaves_nothing_locked() {
+        let (f, a, b) = two_openers();
+        lock(&a, LockMode::Read).unwrap();
+        assert_eq!(lock(&b, LockMode::Write).unwrap_err().kind(), ErrorKind::Locked);
+        let c = File::open(f.path()).unwrap();
+        lock(&c, LockMode::Read).unwrap();
+    }
+}

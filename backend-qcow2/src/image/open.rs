@@ -1,0 +1,422 @@
+//! An open image: what is read once and kept, and what every writing operation goes through first.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use super::error::{Context, Error, ErrorKind, Result, shown};
+use super::file::ImageFile;
+use super::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_KNOWN, Encryption, Header, HeaderSummary, SECTOR};
+use super::lock::{self, LockMode};
+use super::mapping::Geometry;
+use super::overlap;
+use super::refcount::Refcounts;
+use super::snapshot_table::{self, Snapshot};
+use super::tables::{self, L1Table, L2Table};
+use super::units::HostOffset;
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct OpenOptions {
+    /// For reading and writing; else for reading.
+    pub writable: bool,
+    /// Take QEMU's locks. Off only for looking at an image that is known to be in use.
+    pub lock: bool,
+}
+
+impl OpenOptions {
+    /// For reading, with the lock of a reader.
+    pub fn read_only() -> Self {
+        Self { writable: false, lock: true }
+    }
+
+    /// For reading and writing, with the lock of a writer.
+    pub fn read_write() -> Self {
+        Self { writable: true, lock: true }
+    }
+
+    /// Without locks.
+    #[must_use]
+    pub fn unlocked(mut self) -> Self {
+        self.lock = false;
+        self
+    }
+}
+
+/// What stands between an image and the first write to it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    /// Opened; nothing was checked that only a writer needs.
+    Open,
+    /// Ready for writes.
+    Writing,
+    /// A write failed: what is in memory need not be what is in the file.
+    Failed,
+}
+
+/// An open qcow2 image.
+pub struct Image {
+    pub(crate) file: ImageFile,
+    pub(crate) header: Header,
+    /// The first sector as it is in the file.
+    pub(crate) sector: [u8; SECTOR],
+    pub(crate) l1: OnceLock<L1Table>,
+    pub(crate) snapshots: OnceLock<(Vec<Snapshot>, usize)>,
+    pub(crate) refcounts: Option<Refcounts>,
+    /// Where metadata lies, as long as that is known: nothing is allocated there.
+    pub(crate) protected: Option<Vec<overlap::Piece>>,
+    state: State,
+}
+
+impl std::fmt::Debug for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Image").field("path", &self.file.path()).field("state", &self.state).finish()
+    }
+}
+
+/// Reads a file's header and nothing else, without any lock: `None` when the file is no qcow2 image.
+///
+/// # Errors
+/// The system's, and [`Header::parse`]'s.
+pub fn probe(path: &Path) -> Result<Option<HeaderSummary>> {
+    let file = ImageFile::open(path, false)?;
+    match Header::read(&file) {
+        Ok((header, _)) => Ok(Some(header.summary())),
+        Err(e) if e.kind() == ErrorKind::NotQcow2 => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+impl Image {
+    /// Opens an image: one read. Tables are read when they are first asked for.
+    ///
+    /// # Errors
+    /// The system's; [`ErrorKind::Locked`]; [`Header::parse`]'s; for writing, [`ErrorKind::Corrupt`] when the image is
+    /// marked as corrupt.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        let file = ImageFile::open(path, options.writable)?;
+        if options.lock
+            && let Some(f) = file.file()
+        {
+            let mode = if options.writable { LockMode::Write } else { LockMode::Read };
+            lock::lock(f, mode).context("lock", path)?;
+        }
+        Self::from_file(file)
+    }
+
+    pub(crate) fn from_file(file: ImageFile) -> Result<Self> {
+        let (header, head) = Header::read(&file)?;
+        let mut sector = [0; SECTOR];
+        if let Some(first) = head.get(..SECTOR) {
+            sector.copy_from_slice(first);
+        }
+        if file.is_writable() && header.is_corrupt() {
+            return Err(Error::corrupt("the image is marked as corrupt and must not be written")
+                .advise("copy what is left of it with `qemu-img convert`, or mend a copy with `qemu-img check -r all`")
+                .on("open", file.path()));
+        }
+        Ok(Self {
+            file,
+            header,
+            sector,
+            l1: OnceLock::new(),
+            snapshots: OnceLock::new(),
+            refcounts: None,
+            protected: None,
+            state: State::Open,
+        })
+    }
+
+    /// The header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The path that the image was opened by.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// The file: to read data clusters, and for reflink.
+    pub fn file(&self) -> &ImageFile {
+        &self.file
+    }
+
+    /// Bytes of the guest's disk.
+    pub fn virtual_size(&self) -> u64 {
+        self.header.virtual_size
+    }
+
+    /// How the tables are laid out.
+    pub fn geometry(&self) -> Geometry {
+        Geometry::of(&self.header)
+    }
+
+    /// Bytes that the file takes on its file system.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn allocated_bytes(&self) -> Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        match self.file.file() {
+            Some(f) => f
+                .metadata()
+                .map(|m| m.blocks() * 512)
+                .map_err(|e| Error::io("the file's size cannot be had", e).on("read", self.path())),
+            None => self.file.len(),
+        }
+    }
+
+    /// The internal snapshots, in the table's order.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for a table that cannot be, and the system's.
+    pub fn snapshots(&self) -> Result<&[Snapshot]> {
+        Ok(&self.snapshot_table()?.0)
+    }
+
+    /// The snapshots and the bytes of their table.
+    pub(crate) fn snapshot_table(&self) -> Result<&(Vec<Snapshot>, usize)> {
+        if self.snapshots.get().is_none() {
+            // A second thread that was faster has read the same.
+            let _ = self.snapshots.set(snapshot_table::read(&self.file, &self.header)?);
+        }
+        self.snapshots.get().ok_or_else(|| Error::new(ErrorKind::Io, "the snapshot table is not there"))
+    }
+
+    /// The snapshot of this name; `None` without one. If QEMU made several of one name, it is the first, as QEMU takes it.
+    ///
+    /// # Errors
+    /// As [`Image::snapshots`].
+    pub fn find_snapshot(&self, name: &str) -> Result<Option<&Snapshot>> {
+        Ok(self.snapshots()?.iter().find(|s| s.name == name.as_bytes()))
+    }
+
+    pub(crate) fn require_snapshot(&self, name: &str) -> Result<&Snapshot> {
+        self.find_snapshot(name)?.ok_or_else(|| {
+            let names: Vec<String> =
+                self.snapshots().unwrap_or_default().iter().take(8).map(|s| shown(&s.name)).collect();
+            Error::new(ErrorKind::SnapshotNotFound, format!("the image has no internal snapshot \"{name}\""))
+                .advise(if names.is_empty() {
+                    "it has none at all".to_owned()
+                } else {
+                    format!("it has: {}", names.join(", "))
+                })
+        })
+    }
+
+    /// The active L1 table.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for a table that cannot be, and the system's.
+    pub fn active_l1(&self) -> Result<&L1Table> {
+        if self.l1.get().is_none() {
+            let l1 =
+                L1Table::read(&self.file, self.geometry(), self.header.l1_offset, self.header.l1_entries)?;
+            let _ = self.l1.set(l1);
+        }
+        self.l1.get().ok_or_else(|| Error::new(ErrorKind::Io, "the L1 table is not there"))
+    }
+
+    /// A snapshot's L1 table. Its first `l1_entries_for(disk_size)` entries map the disk; VM state lies behind.
+    ///
+    /// # Errors
+    /// As [`Image::active_l1`].
+    pub fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<L1Table> {
+        L1Table::read(&self.file, self.geometry(), snapshot.l1_offset, snapshot.l1_entries)
+    }
+
+    /// Reads one L2 table into `buffer`.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn read_l2<'b>(&self, offset: HostOffset, buffer: &'b mut Vec<u8>) -> Result<L2Table<'b>> {
+        buffer.resize(self.header.cluster_bits.bytes(), 0);
+        self.file.read_at(buffer, offset)?;
+        Ok(L2Table { geometry: self.geometry(), bytes: buffer })
+    }
+
+    /// Reads the L2 tables of the L1 entries `range`, in order and in large reads, and gives each with its L1 index.
+    /// Entries without a table are left out.
+    ///
+    /// # Errors
+    /// The system's, and whatever `each` returns.
+    pub fn for_each_l2<F>(&self, l1: &L1Table, range: std::ops::Range<usize>, mut each: F) -> Result<()>
+    where
+        F: FnMut(usize, L2Table<'_>) -> Result<()>,
+    {
+        let found: Vec<(usize, u64)> =
+            range.filter_map(|index| l1.l2_offset(index).map(|o| (index, o.0))).collect();
+        let offsets: Vec<u64> = found.iter().map(|(_, o)| *o).collect();
+        let geometry = self.geometry();
+        tables::visit(&self.file, geometry, &offsets, |n, bytes| {
+            let index = found.get(n).map_or(0, |(index, _)| *index);
+            each(index, L2Table { geometry, bytes }).map(|()| false)
+        })
+    }
+
+    /// Refuses what cannot be done to images with an external data file.
+    pub(crate) fn require_own_data(&self, what: &str) -> Result<()> {
+        if !self.header.has_data_file() {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "the image keeps its data in an external data file (\"{}\"), and the format has no {what} for such images",
+                shown(self.header.data_file().unwrap_or_default().as_bytes())
+            ),
+        )
+        .advise("use an external snapshot (an overlay), or convert the image without `data_file`"))
+    }
+
+    /// Refuses what needs the guest's data in clear.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for an encrypted image or one with an external data file.
+    pub fn require_plain_data(&self) -> Result<()> {
+        self.require_own_data("moving of data").context("move data of", self.path())?;
+        let method = match self.header.encryption {
+            Encryption::None => return Ok(()),
+            Encryption::Aes => "AES",
+            Encryption::Luks => "LUKS",
+        };
+        Err(Error::new(ErrorKind::Unsupported, format!("the image is encrypted with {method}"))
+            .advise("its data can only be moved by a program that has the key: `qemu-img convert --object secret,...`")
+            .on("move data of", self.path()))
+    }
+
+    /// Readies the image for writes; the first thing in every writing operation.
+    ///
+    /// Once an image: tables that overlap are refused; a dirty image's refcounts are rebuilt; autoclear features that
+    /// are not known are cleared, and that is durable, before anything else is written.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReadOnly`]; [`ErrorKind::Corrupt`]; the system's.
+    pub(crate) fn begin_write(&mut self) -> Result<()> {
+        match self.state {
+            State::Writing => return Ok(()),
+            State::Failed => {
+                return Err(Error::new(ErrorKind::Io, "an earlier write to the image failed")
+                    .advise("open it again: the file itself is as the write order promises")
+                    .on("write", self.path()));
+            }
+            State::Open => {}
+        }
+        if !self.file.is_writable() {
+            return Err(Error::new(ErrorKind::ReadOnly, "the image was opened for reading")
+                .advise("open it for writing")
+                .on("write", self.path()));
+        }
+        let path = self.path().to_owned();
+        self.refcounts = Some(Refcounts::load(&self.file, &self.header).context("write", &path)?);
+        overlap::check(self).context("write", &path)?;
+        if self.header.autoclear & !AUTOCLEAR_KNOWN != 0 {
+            self.header.autoclear &= AUTOCLEAR_KNOWN;
+            self.write_header_sector()?;
+            self.file.flush()?;
+        }
+        self.state = State::Writing;
+        if self.header.is_dirty() {
+            return Err(Error::new(
+                ErrorKind::Dirty,
+                "the image was not closed properly and its refcounts are out of date",
+            )
+            .advise("mend it with `qemu-img check -r all`")
+            .on("write", &path));
+        }
+        Ok(())
+    }
+
+    /// Marks the image as failed when an operation that writes returned an error.
+    pub(crate) fn guarded<T>(
+        &mut self,
+        operation: &'static str,
+        run: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        let path = self.path().to_owned();
+        self.begin_write().context(operation, &path)?;
+        let done = run(self).context(operation, &path);
+        if done.is_err() {
+            self.state = State::Failed;
+        }
+        done
+    }
+
+    /// Takes `count` free clusters in a row with a refcount of one. In memory only until [`Image::settle`].
+    pub(crate) fn allocate(&mut self, count: u64) -> Result<HostOffset> {
+        if self.protected.is_none() {
+            self.protected = Some(overlap::metadata(self)?);
+        }
+        let (file, refcounts, header) = self.parts()?;
+        let bits = header.cluster_bits;
+        let first = refcounts.allocate(file, count)?;
+        overlap::check_fresh(self.protected.as_deref().unwrap_or_default(), first.0, count)?;
+        bits.host_offset(first).ok_or_else(|| {
+            Error::new(
+                ErrorKind::LimitExceeded,
+                "the image file cannot grow to where its next cluster would be",
+            )
+        })
+    }
+
+    /// Takes one reference from each of `count` clusters in a row, in memory.
+    pub(crate) fn release(&mut self, at: HostOffset, bytes: u64) -> Result<()> {
+        let bits = self.header.cluster_bits;
+        let first = bits.host_cluster(at).0;
+        let clusters: Vec<u64> = (first..first + bits.clusters_for(bytes)).collect();
+        let (file, refcounts, _) = self.parts()?;
+        refcounts.change(file, &clusters, super::refcount::Change::Down(1), |_, _| {})?;
+        self.protected = None;
+        Ok(())
+    }
+
+    /// After a failed write: nothing more is written through this value.
+    pub(crate) fn mark_failed(&mut self) {
+        self.state = State::Failed;
+    }
+
+    /// The file and its refcounts, both at once.
+    pub(crate) fn parts(&mut self) -> Result<(&ImageFile, &mut Refcounts, &mut Header)> {
+        match &mut self.refcounts {
+            Some(r) => Ok((&self.file, r, &mut self.header)),
+            None => Err(Error::new(ErrorKind::ReadOnly, "the image is not ready for writes")),
+        }
+    }
+
+    /// Writes the header's fields: one sector, so it happens or it does not. Not durable before the next flush.
+    pub(crate) fn write_header_sector(&mut self) -> Result<()> {
+        self.header.write_fields(&mut self.sector);
+        self.file.write_at(&self.sector, HostOffset(0))
+    }
+
+    /// All that was written, refcounts included, is durable after this, and a moved refcount table is in use.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        let (file, refcounts, header) = self.parts()?;
+        if refcounts.settle(file, header)? {
+            self.write_header_sector()?;
+            self.file.flush()?;
+            let (file, refcounts, _) = self.parts()?;
+            refcounts.free_old_tables(file)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Image::settle`], then writes the header sector as it now is in memory and makes that durable.
+    pub(crate) fn settle_and_switch(&mut self) -> Result<()> {
+        let (file, refcounts, header) = self.parts()?;
+        let moved = refcounts.settle(file, header)?;
+        self.write_header_sector()?;
+        self.file.flush()?;
+        if moved {
+            let (file, refcounts, _) = self.parts()?;
+            refcounts.free_old_tables(file)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the image has persistent bitmaps that are said to be consistent.
+    pub(crate) fn has_valid_bitmaps(&self) -> bool {
+        self.header.autoclear & AUTOCLEAR_BITMAPS != 0
+    }
+}
