@@ -7,10 +7,13 @@
 #![forbid(unsafe_code)]
 
 mod backend;
+pub mod catalogue;
 pub mod chain;
 mod domain;
+pub mod engine;
 mod error;
 mod event;
+pub mod manifest;
 mod name;
 mod operation;
 pub mod plan;
@@ -27,7 +30,7 @@ pub use backend::{
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventStream, Events};
-pub use name::{DomainName, LayerName, SnapshotName, Target};
+pub use name::{DomainName, LayerName, MAX_NAME_BYTES, SnapshotName, Target};
 pub use operation::{Operation, OperationId, OperationState, StepState, Transition};
 pub use registry::Registry;
 pub use request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};

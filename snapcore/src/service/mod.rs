@@ -1,11 +1,15 @@
 //! The service: what a program that embeds domsnap calls, and the command line is made of.
 
+mod change;
+mod locate;
+mod look;
 mod reference;
 mod report;
 
 use std::sync::Arc;
 
 use camino::{Utf8Path, Utf8PathBuf};
+use jiff::{Timestamp, Unit};
 use tokio_util::sync::CancellationToken;
 
 pub use reference::{DomainRef, DomainSpec};
@@ -14,6 +18,8 @@ pub use report::{
     RecoveryReport, Removal, Unfinished,
 };
 
+use self::change::to_the_end;
+use crate::catalogue::{Catalogue, SqliteCatalogue};
 use crate::{
     CreateRequest, DeleteRequest, Domain, DomainName, Error, ErrorKind, EventStream, Events, Finding, Plan,
     Registry, Request, Result, RevertRequest, SnapshotName,
@@ -69,30 +75,26 @@ pub struct Domsnap {
 }
 
 struct Inner {
-    state: StateDir,
     registry: Registry,
+    catalogue: Arc<dyn Catalogue>,
     events: Events,
-}
-
-fn soon<T>() -> Result<T> {
-    Err(Error::new(ErrorKind::Internal, "the service is being built"))
 }
 
 impl Domsnap {
     /// The service on a state directory. Nothing is read or made yet: a command that only reads works without a
     /// state directory, and makes none.
     pub fn open(state: StateDir, registry: Registry) -> Self {
-        Self { inner: Arc::new(Inner { state, registry, events: Events::default() }) }
+        Self::with_catalogue(Arc::new(SqliteCatalogue::new(state.0)), registry)
+    }
+
+    /// The service on another catalogue.
+    pub fn with_catalogue(catalogue: Arc<dyn Catalogue>, registry: Registry) -> Self {
+        Self { inner: Arc::new(Inner { registry, catalogue, events: Events::default() }) }
     }
 
     /// The backends that it was opened with.
     pub fn registry(&self) -> &Registry {
         &self.inner.registry
-    }
-
-    /// The state directory that it was opened with.
-    pub fn state_dir(&self) -> &StateDir {
-        &self.inner.state
     }
 
     /// Everything that happens from now on.
@@ -101,103 +103,212 @@ impl Domsnap {
     }
 
     /// A free name for a snapshot of `domain`, made from the time: `2026-11-22T10:00:00Z`.
-    pub async fn default_name(&self, _domain: &DomainRef) -> Result<SnapshotName> {
-        soon()
+    pub async fn default_name(&self, domain: &DomainRef) -> Result<SnapshotName> {
+        let listing = self.list(domain).await?;
+        let now = Timestamp::now().round(Unit::Second).map_err(|cause| {
+            Error::new(ErrorKind::Internal, "the clock's time cannot be written").because(cause)
+        })?;
+        locate::free_name(&SnapshotName::new(now.to_string())?, &listing.snapshots)
     }
 
-    /// Registers a domain.
-    pub async fn domain_add(&self, _spec: &DomainSpec) -> Result<ImportReport> {
-        soon()
+    /// Registers a domain: takes in its disks, with the snapshots that manifests beside them tell and the internal
+    /// ones of their active images. Images that were used by their paths before keep their snapshots.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] for a name or an image that another domain has; what the images are wrong with.
+    pub async fn domain_add(&self, spec: &DomainSpec) -> Result<ImportReport> {
+        let (inner, spec) = (self.inner.clone(), spec.clone());
+        to_the_end(&CancellationToken::new(), |cancel| inner.domain_add(spec, cancel)).await
     }
 
     /// Takes a domain out of the catalogue. Its images, snapshots and manifests stay as they are, and an import
     /// brings it back.
-    pub async fn domain_remove(&self, _domain: &DomainRef) -> Result<Removal> {
-        soon()
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where an operation stopped half way; [`ErrorKind::Io`] where its manifests are not
+    /// whole and cannot be written.
+    pub async fn domain_remove(&self, domain: &DomainRef) -> Result<Removal> {
+        let (inner, domain) = (self.inner.clone(), domain.clone());
+        to_the_end(&CancellationToken::new(), |cancel| inner.domain_remove(domain, cancel)).await
     }
 
     /// All domains that the catalogue has.
     pub async fn domains(&self) -> Result<Vec<DomainSummary>> {
-        soon()
+        let found = self.inner.catalogue.domains().await?;
+        Ok(found
+            .into_iter()
+            .map(|entry| DomainSummary {
+                domain: entry.domain,
+                snapshots: entry.snapshots,
+                unfinished: entry.unfinished,
+            })
+            .collect())
     }
 
     /// The domain that is meant.
-    pub async fn resolve(&self, _domain: &DomainRef) -> Result<Domain> {
-        soon()
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for a name that is not registered; [`ErrorKind::Refused`] for images that are not
+    /// exactly the disks of the domain they belong to, and for a symbolic link.
+    pub async fn resolve(&self, domain: &DomainRef) -> Result<Domain> {
+        Ok(self.inner.locate(domain).await?.entry.domain)
     }
 
     /// What `request` would do. Changes nothing and needs no lock.
-    pub async fn plan(&self, _domain: &DomainRef, _request: &Request) -> Result<Plan> {
-        soon()
+    ///
+    /// # Errors
+    /// As the request itself would be refused; [`ErrorKind::NeedsRecovery`] where an operation stopped half way, so
+    /// that the plan would not be what will be done.
+    pub async fn plan(&self, domain: &DomainRef, request: &Request) -> Result<Plan> {
+        let located = self.inner.locate(domain).await?;
+        let name = &located.entry.domain.name;
+        if let Some(unfinished) = self.inner.catalogue.unfinished(name).await?.first() {
+            return Err(Error::new(
+                ErrorKind::NeedsRecovery,
+                format!("a {} of domain {name} is {}", unfinished.plan.operation, unfinished.state),
+            )
+            .state("it runs just now, or stopped half way; nothing was touched")
+            .advise(format!("run `domsnap recover {name}` first: only then is known what is to be done")));
+        }
+        let mut plan = self.inner.plan_for(&located.entry, request).await?;
+        plan.notes.splice(0..0, located.notes);
+        Ok(plan)
     }
 
     /// Takes a snapshot.
+    ///
+    /// Cancelled before its commit point, by the token or by dropping this future, everything is undone.
+    ///
+    /// # Errors
+    /// Of whatever kind, with everything undone; but [`ErrorKind::NeedsRecovery`] tells what is left.
     pub async fn create(
         &self,
-        _domain: &DomainRef,
-        _request: CreateRequest,
-        _cancel: CancellationToken,
+        domain: &DomainRef,
+        request: CreateRequest,
+        cancel: CancellationToken,
     ) -> Result<Outcome> {
-        soon()
+        self.change(domain, Request::Create(request), cancel).await
     }
 
-    /// Returns to a snapshot.
+    /// Returns to a snapshot. The present is dropped, unless the request saves it.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::create`].
     pub async fn revert(
         &self,
-        _domain: &DomainRef,
-        _request: RevertRequest,
-        _cancel: CancellationToken,
+        domain: &DomainRef,
+        request: RevertRequest,
+        cancel: CancellationToken,
     ) -> Result<Outcome> {
-        soon()
+        self.change(domain, Request::Revert(request), cancel).await
     }
 
-    /// Deletes snapshots.
+    /// Deletes snapshots. Once begun it happens: cancelling puts merges off, and [`Domsnap::tidy`] does them later.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::create`].
     pub async fn delete(
         &self,
-        _domain: &DomainRef,
-        _request: DeleteRequest,
-        _cancel: CancellationToken,
+        domain: &DomainRef,
+        request: DeleteRequest,
+        cancel: CancellationToken,
     ) -> Result<Outcome> {
-        soon()
+        self.change(domain, Request::Delete(request), cancel).await
     }
 
     /// Merges and removes layers that nothing needs any more.
-    pub async fn tidy(&self, _domain: &DomainRef, _cancel: CancellationToken) -> Result<Outcome> {
-        soon()
+    ///
+    /// # Errors
+    /// As of [`Domsnap::create`].
+    pub async fn tidy(&self, domain: &DomainRef, cancel: CancellationToken) -> Result<Outcome> {
+        self.change(domain, Request::Tidy, cancel).await
+    }
+
+    async fn change(
+        &self,
+        domain: &DomainRef,
+        request: Request,
+        cancel: CancellationToken,
+    ) -> Result<Outcome> {
+        let (inner, domain) = (self.inner.clone(), domain.clone());
+        to_the_end(&cancel, |cancel| inner.change(domain, request, cancel)).await
     }
 
     /// The domain and its snapshots, from the catalogue alone where it has the domain.
-    pub async fn list(&self, _domain: &DomainRef) -> Result<Listing> {
-        soon()
+    ///
+    /// # Errors
+    /// As of [`Domsnap::resolve`].
+    pub async fn list(&self, domain: &DomainRef) -> Result<Listing> {
+        self.inner.list(domain).await
     }
 
     /// One snapshot in full, with sizes read from the images.
-    pub async fn show(&self, _domain: &DomainRef, _name: &SnapshotName) -> Result<Details> {
-        soon()
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is none of this name; as of [`Domsnap::resolve`].
+    pub async fn show(&self, domain: &DomainRef, name: &SnapshotName) -> Result<Details> {
+        self.inner.show(domain, name).await
     }
 
-    /// Each disk as it is on the machine.
-    pub async fn inspect(&self, _domain: &DomainRef) -> Result<Vec<DiskReport>> {
-        soon()
+    /// Each disk as it is on the machine. A disk that cannot be read says so in its report.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::resolve`].
+    pub async fn inspect(&self, domain: &DomainRef) -> Result<Vec<DiskReport>> {
+        self.inner.inspect(domain).await
     }
 
-    /// Looks for damage: in the images, and between catalogue, manifests and images. Changes nothing.
-    pub async fn check(&self, _domain: &DomainRef) -> Result<Vec<Finding>> {
-        soon()
+    /// Looks for damage: in the images, and between catalogue, manifests and images. Changes nothing. The worst
+    /// comes first.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::resolve`]; what is wrong with images is a finding.
+    pub async fn check(&self, domain: &DomainRef) -> Result<Vec<Finding>> {
+        self.inner.check(domain).await
     }
 
-    /// Finishes or undoes what stopped half way, in one domain or in all, and merges what was put off.
+    /// Finishes or undoes what stopped half way, in one domain or in all, and merges what was put off. Where a domain
+    /// cannot be recovered, the others are all the same.
+    ///
+    /// # Errors
+    /// The first domain's that could not be recovered.
     pub async fn recover(
         &self,
-        _domain: Option<&DomainRef>,
-        _cancel: CancellationToken,
+        domain: Option<&DomainRef>,
+        cancel: CancellationToken,
     ) -> Result<Vec<RecoveryReport>> {
-        soon()
+        let references = match domain {
+            Some(domain) => vec![domain.clone()],
+            None => {
+                let all = self.inner.catalogue.domains().await?;
+                all.into_iter().map(|entry| DomainRef::Name(entry.domain.name)).collect()
+            }
+        };
+        let mut reports = Vec::new();
+        let mut failure = None;
+        for reference in references {
+            let inner = self.inner.clone();
+            match to_the_end(&cancel, |cancel| inner.recover(reference, cancel)).await {
+                Ok(more) => reports.extend(more),
+                Err(error) => {
+                    tracing::error!(%error, "recovering a domain");
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        match failure {
+            Some(error) => Err(error),
+            None => Ok(reports),
+        }
     }
 
-    /// Rebuilds the catalogue of a domain from the manifests beside its images, and adopts the snapshots that the
-    /// images themselves know.
-    pub async fn import(&self, _domain: &DomainRef, _options: ImportOptions) -> Result<ImportReport> {
-        soon()
+    /// Rebuilds the catalogue of a domain from the manifests beside its images, and adopts the snapshots and layers
+    /// that the images themselves know. One image of a domain stands for all that its manifests name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where the catalogue has snapshots of the domain and replacing was not asked for.
+    pub async fn import(&self, domain: &DomainRef, options: ImportOptions) -> Result<ImportReport> {
+        let (inner, domain) = (self.inner.clone(), domain.clone());
+        to_the_end(&CancellationToken::new(), |cancel| inner.import(domain, options, cancel)).await
     }
 }

@@ -1,0 +1,85 @@
+//! The state directory's files: private directories, and lock files that the kernel frees when their holder dies.
+
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::{Error, ErrorKind, Result};
+
+/// Makes `directory` and what is missing above it, for its owner alone. Durable when it returns.
+pub(super) fn make_private_directory(directory: &Utf8Path) -> Result<()> {
+    let failed = |cause: std::io::Error| {
+        Error::new(ErrorKind::Io, format!("the state directory {directory} cannot be made"))
+            .because(cause)
+            .advise("give another one with --state-dir or DOMSNAP_STATE_DIR, or make this one writable")
+    };
+    let missing: Vec<&Utf8Path> = directory
+        .ancestors()
+        .take_while(|ancestor| !ancestor.as_str().is_empty() && !ancestor.exists())
+        .collect();
+    for made in missing.into_iter().rev() {
+        match DirBuilder::new().mode(0o700).create(made) {
+            Ok(()) => {}
+            Err(cause) if cause.kind() == std::io::ErrorKind::AlreadyExists => continue,
+            Err(cause) => return Err(failed(cause)),
+        }
+        let parent = match made.parent() {
+            Some(parent) if !parent.as_str().is_empty() => parent,
+            _ => Utf8Path::new("."),
+        };
+        File::open(parent).and_then(|parent| parent.sync_all()).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// The longest text about a holder that is read back.
+const MAX_HOLDER_BYTES: u64 = 256;
+
+/// Takes the lock `name` under `locks`: an advisory lock on an open file description, so that the kernel gives it
+/// back however its holder ends. The file stays: removing it would let two holders lock two files of one name.
+pub(super) fn lock(locks: &Utf8Path, name: &str, holder: &str) -> Result<File> {
+    make_private_directory(locks)?;
+    let path = file_of(locks, name);
+    let failed = |cause: std::io::Error| {
+        Error::new(ErrorKind::Io, format!("the lock file {path} cannot be used"))
+            .because(cause)
+            .advise("make the state directory writable, or give another one with --state-dir")
+    };
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut said = Vec::new();
+            // Who holds it is a courtesy; that it is held is the answer.
+            let _ = (&file).take(MAX_HOLDER_BYTES).read_to_end(&mut said);
+            let said = String::from_utf8_lossy(&said);
+            let said: String = said.trim().chars().filter(|c| !c.is_control()).collect();
+            let by = if said.is_empty() { "another domsnap".to_owned() } else { said };
+            return Err(Error::new(ErrorKind::Busy, format!("{name} is being worked on by {by}"))
+                .state("nothing was touched")
+                .advise("wait until it has ended, and try again"));
+        }
+        Err(TryLockError::Error(cause)) => return Err(failed(cause)),
+    }
+    file.set_len(0).map_err(failed)?;
+    file.seek(SeekFrom::Start(0)).map_err(failed)?;
+    file.write_all(holder.as_bytes()).map_err(failed)?;
+    Ok(file)
+}
+
+fn file_of(locks: &Utf8Path, name: &str) -> Utf8PathBuf {
+    // A file name has 255 bytes at most, and a domain's name may have as many. Names are ASCII.
+    match name.get(..180) {
+        None => locks.join(format!("{name}.lock")),
+        Some(head) => locks.join(format!("{head}~{:08x}.lock", crc32fast::hash(name.as_bytes()))),
+    }
+}

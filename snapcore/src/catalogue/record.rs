@@ -1,0 +1,345 @@
+//! Rows to types and back.
+
+use rusqlite::{Connection, OptionalExtension, params};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{Entry, Revision};
+use crate::{
+    Disk, DiskPoint, DiskRecord, Domain, DomainName, Group, LayerName, Operation, OperationId,
+    OperationState, Plan, PlannedStep, Point, Snapshot, SnapshotId, SnapshotTree, Step, StepState, Target,
+};
+
+/// A row operation's failure.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The database said it.
+    Sqlite(rusqlite::Error),
+    /// The rows contradict themselves or the program.
+    Record(crate::Error),
+}
+
+impl From<rusqlite::Error> for Failure {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sqlite(error)
+    }
+}
+
+impl From<crate::Error> for Failure {
+    fn from(error: crate::Error) -> Self {
+        Self::Record(error)
+    }
+}
+
+pub(super) type Rows<T> = Result<T, Failure>;
+
+fn corrupt(what: &str, found: &str) -> Failure {
+    Failure::Record(
+        crate::Error::new(crate::ErrorKind::Corrupt, format!("the catalogue has the {what} {found:?}"))
+            .advise("move catalogue.db away and let `domsnap import` rebuild it from the manifests"),
+    )
+}
+
+/// The word of a value without fields.
+pub(super) fn word<T: Serialize>(value: &T) -> Rows<String> {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(word)) => Ok(word),
+        other => Err(corrupt("value", &format!("{other:?}"))),
+    }
+}
+
+fn from_word<T: DeserializeOwned>(what: &str, word: String) -> Rows<T> {
+    let shown = word.clone();
+    serde_json::from_value(serde_json::Value::String(word)).map_err(|_| corrupt(what, &shown))
+}
+
+pub(super) fn json<T: Serialize>(value: &T) -> Rows<String> {
+    serde_json::to_string(value).map_err(|cause| corrupt("value", &cause.to_string()))
+}
+
+fn from_json<T: DeserializeOwned>(what: &str, text: &str) -> Rows<T> {
+    serde_json::from_str(text).map_err(|cause| corrupt(what, &cause.to_string()))
+}
+
+/// Sizes are below 2^63 in every format; what is not is an estimate, and is cut off.
+pub(super) fn integer(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn unsigned(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or_default()
+}
+
+/// A domain's row number and revision.
+pub(super) fn find(connection: &Connection, name: &DomainName) -> Rows<Option<(i64, Revision)>> {
+    Ok(connection
+        .prepare_cached("SELECT id, revision FROM domains WHERE name = ?1")?
+        .query_row([name.as_str()], |row| Ok((row.get(0)?, Revision(unsigned(row.get(1)?)))))
+        .optional()?)
+}
+
+pub(super) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Revision)> {
+    let (name, unregistered, hypervisor, active_path, current, revision) = connection
+        .prepare_cached(
+            "SELECT name, unregistered, hypervisor, active_path, current, revision FROM domains WHERE id = ?1",
+        )?
+        .query_row([id], |row| {
+            Ok((
+                row.get::<_, String>(0)?,
+                row.get::<_, bool>(1)?,
+                row.get::<_, String>(2)?,
+                row.get::<_, String>(3)?,
+                row.get::<_, Option<String>>(4)?,
+                row.get::<_, i64>(5)?,
+            ))
+        })?;
+    let mut disks = Vec::new();
+    let mut statement = connection.prepare_cached(
+        "SELECT target, path, format, active FROM disks WHERE domain = ?1 ORDER BY position",
+    )?;
+    let mut rows = statement.query([id])?;
+    while let Some(row) = rows.next()? {
+        let target: String = row.get(0)?;
+        let owned = connection
+            .prepare_cached("SELECT name FROM layers WHERE domain = ?1 AND target = ?2 ORDER BY position")?
+            .query_map(params![id, target], |row| row.get(0).map(LayerName))?
+            .collect::<rusqlite::Result<_>>()?;
+        disks.push(DiskRecord {
+            disk: Disk {
+                target: Target::new(target)?,
+                path: row.get::<_, String>(1)?.into(),
+                format: row.get(2)?,
+            },
+            active: LayerName(row.get(3)?),
+            owned,
+        });
+    }
+    let domain = Domain {
+        name: DomainName::new(name)?,
+        unregistered,
+        hypervisor: from_word("hypervisor", hypervisor)?,
+        active_path: from_word("active path", active_path)?,
+        disks,
+        current: current.map(|id| from_word("snapshot identity", id)).transpose()?,
+    };
+    Ok((domain, Revision(unsigned(revision))))
+}
+
+pub(super) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
+    let (domain, revision) = read_domain(connection, id)?;
+    let mut snapshots: Vec<Snapshot> = Vec::new();
+    // One pass over snapshots and points together: a list of thousands is one query.
+    let mut statement = connection.prepare_cached(
+        "SELECT s.id, s.name, s.parent, s.created, s.description, s.consistency,
+                p.target, p.layer, p.tag, p.virtual_size
+         FROM snapshots s LEFT JOIN points p ON p.snapshot = s.id
+         WHERE s.domain = ?1 ORDER BY s.id, p.position",
+    )?;
+    let mut rows = statement.query([id])?;
+    while let Some(row) = rows.next()? {
+        let id: SnapshotId = from_word("snapshot identity", row.get(0)?)?;
+        if snapshots.last().is_none_or(|last| last.id != id) {
+            let created: String = row.get(3)?;
+            snapshots.push(Snapshot {
+                id,
+                name: crate::SnapshotName::new(row.get::<_, String>(1)?)?,
+                parent: row
+                    .get::<_, Option<String>>(2)?
+                    .map(|id| from_word("snapshot identity", id))
+                    .transpose()?,
+                created: created.parse().map_err(|_| corrupt("time", &created))?,
+                description: row.get(4)?,
+                consistency: from_word("consistency", row.get(5)?)?,
+                disks: Vec::new(),
+            });
+        }
+        if let (Some(snapshot), Some(target)) = (snapshots.last_mut(), row.get::<_, Option<String>>(6)?) {
+            snapshot.disks.push(DiskPoint {
+                target: Target::new(target)?,
+                point: Point { layer: LayerName(row.get(7)?), tag: row.get(8)? },
+                virtual_size: unsigned(row.get(9)?),
+            });
+        }
+    }
+    Ok(Entry { domain, tree: SnapshotTree::new(snapshots), revision })
+}
+
+/// Makes the rows of domain `id` say `after` where they say `before`: only what differs is written.
+pub(super) fn write_difference(
+    connection: &Connection,
+    id: i64,
+    before: (&Domain, &SnapshotTree),
+    after: (&Domain, &SnapshotTree),
+) -> Rows<()> {
+    if before.0 != after.0 {
+        let domain = after.0;
+        connection.execute(
+            "UPDATE domains SET unregistered = ?2, hypervisor = ?3, active_path = ?4, current = ?5 WHERE id = ?1",
+            params![
+                id,
+                domain.unregistered,
+                word(&domain.hypervisor)?,
+                word(&domain.active_path)?,
+                domain.current.map(|id| id.to_string()),
+            ],
+        )?;
+        if before.0.disks != domain.disks {
+            write_disks(connection, id, &domain.disks)?;
+        }
+    }
+    for gone in before.1.iter().filter(|snapshot| after.1.get(snapshot.id).is_none()) {
+        connection.execute("DELETE FROM snapshots WHERE id = ?1", [gone.id.to_string()])?;
+    }
+    for snapshot in after.1.iter() {
+        if before.1.get(snapshot.id) != Some(snapshot) {
+            write_snapshot(connection, id, snapshot)?;
+        }
+    }
+    Ok(())
+}
+
+fn write_disks(connection: &Connection, id: i64, disks: &[DiskRecord]) -> Rows<()> {
+    connection.execute("DELETE FROM disks WHERE domain = ?1", [id])?;
+    for (position, record) in (0_i64..).zip(disks) {
+        let Disk { target, path, format } = &record.disk;
+        connection.execute(
+            "INSERT INTO disks (domain, position, target, path, format, active) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            params![id, position, target.as_str(), path.as_str(), format, record.active.as_str()],
+        )?;
+        for (position, layer) in (0_i64..).zip(&record.owned) {
+            connection.execute(
+                "INSERT INTO layers (domain, target, position, name) VALUES (?1, ?2, ?3, ?4)",
+                params![id, target.as_str(), position, layer.as_str()],
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows<()> {
+    let key = snapshot.id.to_string();
+    connection.prepare_cached("DELETE FROM snapshots WHERE id = ?1")?.execute([&key])?;
+    connection
+        .prepare_cached(
+            "INSERT INTO snapshots (id, domain, name, parent, created, description, consistency)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        )?
+        .execute(params![
+            key,
+            id,
+            snapshot.name.as_str(),
+            snapshot.parent.map(|parent| parent.to_string()),
+            snapshot.created.to_string(),
+            snapshot.description,
+            word(&snapshot.consistency)?,
+        ])?;
+    let mut statement = connection.prepare_cached(
+        "INSERT INTO points (snapshot, position, target, layer, tag, virtual_size) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+    )?;
+    for (position, member) in (0_i64..).zip(&snapshot.disks) {
+        statement.execute(params![
+            key,
+            position,
+            member.target.as_str(),
+            member.point.layer.as_str(),
+            member.point.tag,
+            integer(member.virtual_size),
+        ])?;
+    }
+    Ok(())
+}
+
+pub(super) fn write_operation(connection: &Connection, domain: i64, operation: &Operation) -> Rows<()> {
+    let id = operation.id.to_string();
+    let plan = &operation.plan;
+    connection.execute(
+        "INSERT INTO operations (id, domain, kind, state, started, snapshots, commit_edits, notes, errors)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+        params![
+            id,
+            domain,
+            plan.operation,
+            operation.state.as_str(),
+            operation.started.to_string(),
+            json(&plan.snapshots)?,
+            json(&plan.commit)?,
+            json(&plan.notes)?,
+            json(&operation.errors)?,
+        ],
+    )?;
+    let mut statement = connection.prepare_cached(
+        "INSERT INTO steps (operation, position, grp, target, summary, bytes, deferrable, action, edits, state)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+    )?;
+    for (position, (planned, state)) in (0_i64..).zip(plan.steps.iter().zip(&operation.steps)) {
+        statement.execute(params![
+            id,
+            position,
+            word(&planned.group)?,
+            planned.step.target.as_str(),
+            planned.step.summary,
+            integer(planned.step.bytes),
+            planned.deferrable,
+            json(&planned.step.action)?,
+            json(&planned.edits)?,
+            state.as_str(),
+        ])?;
+    }
+    Ok(())
+}
+
+/// The operations of a domain that `only` says: one, or all that have not ended.
+pub(super) fn read_operations(
+    connection: &Connection,
+    domain: i64,
+    only: Option<OperationId>,
+) -> Rows<Vec<Operation>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT id, kind, state, started, snapshots, commit_edits, notes, errors FROM operations
+         WHERE domain = ?1 AND (id = ?2 OR (?2 IS NULL AND state NOT IN ('done', 'undone'))) ORDER BY id",
+    )?;
+    let mut rows = statement.query(params![domain, only.map(|id| id.to_string())])?;
+    let mut operations = Vec::new();
+    while let Some(row) = rows.next()? {
+        let key: String = row.get(0)?;
+        let state: String = row.get(2)?;
+        let started: String = row.get(3)?;
+        let mut steps = Vec::new();
+        let mut states = Vec::new();
+        let mut statement = connection.prepare_cached(
+            "SELECT grp, target, summary, bytes, deferrable, action, edits, state FROM steps
+             WHERE operation = ?1 ORDER BY position",
+        )?;
+        let mut step_rows = statement.query([&key])?;
+        while let Some(row) = step_rows.next()? {
+            let state: String = row.get(7)?;
+            states.push(StepState::from_word(&state).ok_or_else(|| corrupt("step state", &state))?);
+            steps.push(PlannedStep {
+                group: from_word::<Group>("step group", row.get(0)?)?,
+                step: Step {
+                    target: Target::new(row.get::<_, String>(1)?)?,
+                    summary: row.get(2)?,
+                    bytes: unsigned(row.get(3)?),
+                    action: from_json("step", &row.get::<_, String>(5)?)?,
+                },
+                deferrable: row.get(4)?,
+                edits: from_json("edit", &row.get::<_, String>(6)?)?,
+            });
+        }
+        operations.push(Operation {
+            id: from_word("operation identity", key)?,
+            state: OperationState::from_word(&state).ok_or_else(|| corrupt("operation state", &state))?,
+            started: started.parse().map_err(|_| corrupt("time", &started))?,
+            plan: Plan {
+                operation: row.get(1)?,
+                snapshots: from_json("snapshot names", &row.get::<_, String>(4)?)?,
+                steps,
+                commit: from_json("edit", &row.get::<_, String>(5)?)?,
+                notes: from_json("notes", &row.get::<_, String>(6)?)?,
+            },
+            steps: states,
+            errors: from_json("errors", &row.get::<_, String>(7)?)?,
+        });
+    }
+    Ok(operations)
+}

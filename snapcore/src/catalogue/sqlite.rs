@@ -1,0 +1,511 @@
+//! The catalogue of one machine, in one SQLite database.
+//!
+//! **What is durable before what.** The database is in WAL mode with `synchronous=FULL`: one flush of the log a
+//! transaction, before [`Catalogue::commit`] returns. Directories that are made are flushed into their parents
+//! first. The log is kept when the last process closes it, so that a command ends without a checkpoint; SQLite
+//! checkpoints when the log has grown to 1000 pages.
+//!
+//! Reading opens the database read-only and makes no file: a state directory that does not exist reads as empty.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+use futures_core::Stream;
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, OpenFlags, TransactionBehavior, params};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::record::{self, Failure, Rows};
+use super::schema::{self, MIGRATIONS, Version};
+use super::{Catalogue, Change, Entry, EntrySummary, Lease, Revision, Revisions, apply_edit, lock};
+use crate::{Domain, DomainName, Error, ErrorKind, Operation, OperationId, Result, SnapshotTree};
+
+/// How long a transaction of another process is waited for.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often [`Catalogue::watch`] looks.
+const WATCH_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How many ended operations of a domain the journal keeps, for people who look into it.
+const KEPT_OPERATIONS: i64 = 32;
+
+/// Domains, snapshots and the journal in `catalogue.db` of a state directory; leases are lock files beside it.
+#[derive(Clone)]
+pub struct SqliteCatalogue {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    directory: Utf8PathBuf,
+    connection: Mutex<Option<Open>>,
+}
+
+struct Open {
+    connection: Connection,
+    writable: bool,
+}
+
+impl SqliteCatalogue {
+    /// The catalogue in `directory`. Opens nothing yet.
+    pub fn new(directory: impl Into<Utf8PathBuf>) -> Self {
+        Self { shared: Arc::new(Shared { directory: directory.into(), connection: Mutex::new(None) }) }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Shared) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let shared = self.shared.clone();
+        tokio::task::spawn_blocking(move || work(&shared)).await.map_err(|cause| {
+            Error::new(ErrorKind::Internal, "the catalogue's thread ended before its work").because(cause)
+        })?
+    }
+
+    /// Reads at one instant; `absent` where there is no database.
+    async fn read<T: Send + 'static>(
+        &self,
+        absent: T,
+        work: impl FnOnce(&Connection) -> Rows<T> + Send + 'static,
+    ) -> Result<T> {
+        self.blocking(move |shared| {
+            let mut slot = shared.connection.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let Some(open) = shared.reader(&mut slot)? else { return Ok(absent) };
+            let read = || {
+                let transaction = open.connection.unchecked_transaction()?;
+                let found = work(&transaction)?;
+                transaction.finish()?;
+                Ok(found)
+            };
+            read().map_err(|failure| shared.explain("reading the catalogue", failure))
+        })
+        .await
+    }
+}
+
+impl Shared {
+    fn database(&self) -> Utf8PathBuf {
+        self.directory.join("catalogue.db")
+    }
+
+    fn reader<'a>(&self, slot: &'a mut Option<Open>) -> Result<Option<&'a mut Open>> {
+        if slot.is_none() {
+            let path = self.database();
+            match path.try_exists() {
+                Ok(true) => {}
+                Ok(false) => return Ok(None),
+                Err(cause) => {
+                    return Err(Error::new(
+                        ErrorKind::Io,
+                        format!("the catalogue {path} cannot be looked for"),
+                    )
+                    .because(cause)
+                    .advise("give a state directory that you may read, with --state-dir"));
+                }
+            }
+            let attempt = || -> Rows<(Connection, Version)> {
+                let connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+                connection.busy_timeout(BUSY_TIMEOUT)?;
+                connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+                let version = schema::version(&connection, MIGRATIONS)?;
+                Ok((connection, version))
+            };
+            let (connection, version) =
+                attempt().map_err(|failure| self.explain("opening the catalogue", failure))?;
+            match version {
+                Version::Ours => *slot = Some(Open { connection, writable: false }),
+                Version::Older => {
+                    drop(connection);
+                    return self.writer(slot).map(Some);
+                }
+                Version::Newer(version) => return Err(self.newer(version)),
+            }
+        }
+        Ok(slot.as_mut())
+    }
+
+    fn writer<'a>(&self, slot: &'a mut Option<Open>) -> Result<&'a mut Open> {
+        if !slot.as_ref().is_some_and(|open| open.writable) {
+            *slot = None;
+            lock::make_private_directory(&self.directory)?;
+            let path = self.database();
+            // SQLite gives its log the permissions of the database: so this decides them all.
+            let made = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+            if let Err(cause) = made {
+                return Err(Error::new(ErrorKind::Io, format!("the catalogue {path} cannot be written"))
+                    .because(cause)
+                    .advise("make the state directory writable, or give another one with --state-dir"));
+            }
+            let attempt = || -> Rows<Result<Connection, i64>> {
+                let mut connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+                connection.busy_timeout(BUSY_TIMEOUT)?;
+                connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+                let version = schema::version(&connection, MIGRATIONS)?;
+                if let Version::Newer(version) = version {
+                    return Ok(Err(version));
+                }
+                connection.pragma_update(None, "synchronous", "FULL")?;
+                connection.pragma_update(None, "foreign_keys", true)?;
+                if version == Version::Older {
+                    connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
+                    schema::migrate(&mut connection, MIGRATIONS)?;
+                }
+                Ok(Ok(connection))
+            };
+            match attempt().map_err(|failure| self.explain("opening the catalogue", failure))? {
+                Ok(connection) => *slot = Some(Open { connection, writable: true }),
+                Err(version) => return Err(self.newer(version)),
+            }
+        }
+        slot.as_mut()
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "the catalogue was opened and is not open"))
+    }
+
+    fn newer(&self, version: i64) -> Error {
+        Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "the catalogue {} is of version {version}, and this domsnap knows versions up to {}",
+                self.database(),
+                MIGRATIONS.len()
+            ),
+        )
+        .state("nothing was touched")
+        .advise("use the domsnap that wrote it, or give another state directory with --state-dir")
+    }
+
+    fn explain(&self, attempted: &str, failure: Failure) -> Error {
+        use rusqlite::ErrorCode as Code;
+        let database = self.database();
+        let cause = match failure {
+            Failure::Record(error) => return error.context(attempted.to_owned()),
+            Failure::Sqlite(cause) => cause,
+        };
+        let say = |kind, message: String| Error::new(kind, message).context(attempted.to_owned());
+        match cause.sqlite_error_code() {
+            Some(Code::DatabaseCorrupt | Code::NotADatabase) => say(
+                ErrorKind::Corrupt,
+                format!("the catalogue {database} is damaged"),
+            )
+            .because(cause)
+            .state("images and manifests are not touched")
+            .advise(
+                "move it away with its -wal and -shm files, and run `domsnap import` on each domain's \
+                         images: it rebuilds the catalogue from the manifests beside them",
+            ),
+            Some(Code::DatabaseBusy | Code::DatabaseLocked) => {
+                say(ErrorKind::Busy, format!("another process keeps the catalogue {database} locked"))
+                    .because(cause)
+                    .advise("try again")
+            }
+            Some(Code::ReadOnly | Code::CannotOpen | Code::PermissionDenied) => {
+                say(ErrorKind::Io, format!("the catalogue {database} cannot be opened as is needed"))
+                    .because(cause)
+                    .advise("make the state directory writable, or give another one with --state-dir")
+            }
+            Some(Code::DiskFull) => {
+                say(ErrorKind::Io, format!("no space is left for the catalogue {database}"))
+                    .because(cause)
+                    .advise("free some space and try again")
+            }
+            Some(Code::ConstraintViolation) => say(
+                ErrorKind::Exists,
+                "the catalogue has a disk or a snapshot of this name already".to_owned(),
+            )
+            .because(cause)
+            .advise("look at `domsnap domain list`: a disk belongs to one domain only"),
+            _ => say(ErrorKind::Io, format!("the catalogue {database} failed")).because(cause),
+        }
+    }
+
+    fn commit(&self, name: &DomainName, expected: Revision, changes: Vec<Change>) -> Result<Revision> {
+        let mut slot = self.connection.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let open = self.writer(&mut slot)?;
+        let attempt = || -> Rows<Revision> {
+            let transaction = open.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let found = record::find(&transaction, name)?;
+            let present = found.map_or(Revision::ABSENT, |(_, revision)| revision);
+            if present != expected {
+                let error = Error::new(
+                    ErrorKind::Busy,
+                    format!(
+                        "the records of domain {name} were changed by another process (revision {}, expected {})",
+                        present.0, expected.0
+                    ),
+                )
+                .state("nothing was changed")
+                .advise("try again");
+                return Err(error.into());
+            }
+            transaction.prepare_cached("UPDATE revision SET last = last + 1")?.execute([])?;
+            let next: i64 =
+                transaction.prepare_cached("SELECT last FROM revision")?.query_row([], |row| row.get(0))?;
+            let mut id = found.map(|(id, _)| id);
+            let mut edited: Option<Edited> = None;
+            for change in changes {
+                self.apply(&transaction, name, next, &mut id, &mut edited, change)?;
+            }
+            if let (Some(id), Some(edited)) = (id, edited) {
+                edited.write(&transaction, id)?;
+            }
+            if let Some(id) = id {
+                transaction
+                    .prepare_cached("UPDATE domains SET revision = ?2 WHERE id = ?1")?
+                    .execute(params![id, next])?;
+            }
+            transaction.commit()?;
+            Ok(if id.is_some() {
+                Revision(u64::try_from(next).unwrap_or_default())
+            } else {
+                Revision::ABSENT
+            })
+        };
+        attempt().map_err(|failure| {
+            self.explain(&format!("recording in the catalogue for domain {name}"), failure)
+        })
+    }
+
+    fn apply(
+        &self,
+        transaction: &Connection,
+        name: &DomainName,
+        revision: i64,
+        id: &mut Option<i64>,
+        edited: &mut Option<Edited>,
+        change: Change,
+    ) -> Rows<()> {
+        if let Change::PutDomain(domain, snapshots) = change {
+            let row = match *id {
+                Some(row) => row,
+                None => {
+                    transaction.execute(
+                        "INSERT INTO domains (name, unregistered, hypervisor, active_path, revision)
+                         VALUES (?1, ?2, ?3, ?4, ?5)",
+                        params![
+                            name.as_str(),
+                            domain.unregistered,
+                            record::word(&domain.hypervisor)?,
+                            record::word(&domain.active_path)?,
+                            revision
+                        ],
+                    )?;
+                    transaction.last_insert_rowid()
+                }
+            };
+            *id = Some(row);
+            let edited = Edited::load(transaction, row, edited)?;
+            edited.domain = *domain;
+            edited.tree = SnapshotTree::new(snapshots);
+            return Ok(());
+        }
+        let row = id.ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("the catalogue has no domain {name}"))
+                .advise("`domsnap domain list` shows those that it has")
+        })?;
+        match change {
+            Change::PutDomain(..) => {}
+            Change::RemoveDomain => {
+                transaction.execute("DELETE FROM domains WHERE id = ?1", [row])?;
+                *id = None;
+                *edited = None;
+            }
+            Change::Edit(edit) => {
+                let edited = Edited::load(transaction, row, edited)?;
+                apply_edit(&edit, &mut edited.domain, &mut edited.tree)?;
+            }
+            Change::Begin(operation) => {
+                transaction.execute(
+                    "DELETE FROM operations WHERE domain = ?1 AND state IN ('done', 'undone') AND id NOT IN
+                     (SELECT id FROM operations WHERE domain = ?1 ORDER BY id DESC LIMIT ?2)",
+                    params![row, KEPT_OPERATIONS],
+                )?;
+                record::write_operation(transaction, row, &operation)?;
+            }
+            Change::Operation(operation, state, error) => {
+                transaction
+                    .prepare_cached("UPDATE operations SET state = ?2 WHERE id = ?1")?
+                    .execute(params![operation.to_string(), state.as_str()])?;
+                if let Some(error) = error {
+                    transaction.execute(
+                        "UPDATE operations SET errors = json_insert(errors, '$[#]', ?2) WHERE id = ?1",
+                        params![operation.to_string(), error],
+                    )?;
+                }
+            }
+            Change::Step(operation, index, state) => {
+                let position = i64::try_from(index).unwrap_or(i64::MAX);
+                let changed = transaction
+                    .prepare_cached("UPDATE steps SET state = ?3 WHERE operation = ?1 AND position = ?2")?
+                    .execute(params![operation.to_string(), position, state.as_str()])?;
+                if changed != 1 {
+                    return Err(Error::new(
+                        ErrorKind::Internal,
+                        format!("the journal has no step {index} of operation {operation}"),
+                    )
+                    .into());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A domain before and after the edits of a transaction.
+struct Edited {
+    before: (Domain, SnapshotTree),
+    domain: Domain,
+    tree: SnapshotTree,
+}
+
+impl Edited {
+    fn load<'a>(connection: &Connection, id: i64, slot: &'a mut Option<Self>) -> Rows<&'a mut Self> {
+        if slot.is_none() {
+            let Entry { domain, tree, .. } = record::read_entry(connection, id)?;
+            *slot = Some(Self { before: (domain.clone(), tree.clone()), domain, tree });
+        }
+        slot.as_mut()
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "the edits of a transaction are lost").into())
+    }
+
+    fn write(&self, connection: &Connection, id: i64) -> Rows<()> {
+        record::write_difference(connection, id, (&self.before.0, &self.before.1), (&self.domain, &self.tree))
+    }
+}
+
+#[async_trait]
+impl Catalogue for SqliteCatalogue {
+    async fn domains(&self) -> Result<Vec<EntrySummary>> {
+        self.read(Vec::new(), |connection| {
+            let mut statement = connection.prepare(
+                "SELECT id, (SELECT count(*) FROM snapshots WHERE domain = d.id),
+                        EXISTS (SELECT 1 FROM operations
+                                WHERE domain = d.id AND state NOT IN ('done', 'undone'))
+                 FROM domains d ORDER BY name",
+            )?;
+            let rows =
+                statement.query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?, row.get(2)?)))?;
+            let mut found = Vec::new();
+            for row in rows {
+                let (id, snapshots, unfinished) = row?;
+                let (domain, _) = record::read_domain(connection, id)?;
+                found.push(EntrySummary {
+                    domain,
+                    snapshots: u64::try_from(snapshots).unwrap_or_default(),
+                    unfinished,
+                });
+            }
+            Ok(found)
+        })
+        .await
+    }
+
+    async fn load(&self, name: &DomainName) -> Result<Option<Entry>> {
+        let name = name.clone();
+        self.read(None, move |connection| {
+            record::find(connection, &name)?.map(|(id, _)| record::read_entry(connection, id)).transpose()
+        })
+        .await
+    }
+
+    async fn owners(&self, paths: &[Utf8PathBuf]) -> Result<Vec<(Utf8PathBuf, DomainName)>> {
+        let paths = paths.to_vec();
+        self.read(Vec::new(), move |connection| {
+            let mut statement = connection
+                .prepare("SELECT d.name FROM disks k JOIN domains d ON d.id = k.domain WHERE k.path = ?1")?;
+            let mut found = Vec::new();
+            for path in paths {
+                let mut rows = statement.query([path.as_str()])?;
+                if let Some(row) = rows.next()? {
+                    found.push((path, DomainName::new(row.get::<_, String>(0)?)?));
+                }
+            }
+            Ok(found)
+        })
+        .await
+    }
+
+    async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>> {
+        let name = name.clone();
+        self.read(Vec::new(), move |connection| match record::find(connection, &name)? {
+            Some((id, _)) => record::read_operations(connection, id, None),
+            None => Ok(Vec::new()),
+        })
+        .await
+    }
+
+    async fn operation(&self, name: &DomainName, id: OperationId) -> Result<Option<Operation>> {
+        let name = name.clone();
+        self.read(None, move |connection| match record::find(connection, &name)? {
+            Some((domain, _)) => Ok(record::read_operations(connection, domain, Some(id))?.pop()),
+            None => Ok(None),
+        })
+        .await
+    }
+
+    async fn commit(&self, name: &DomainName, expected: Revision, changes: Vec<Change>) -> Result<Revision> {
+        let name = name.clone();
+        self.blocking(move |shared| shared.commit(&name, expected, changes)).await
+    }
+
+    async fn watch(&self, name: &DomainName) -> Result<Revisions> {
+        let (sender, receiver) = mpsc::channel(1);
+        let (catalogue, name) = (self.clone(), name.clone());
+        tokio::spawn(async move {
+            let mut last = None;
+            loop {
+                let name = name.clone();
+                let revision = catalogue
+                    .read(Revision::ABSENT, move |connection| {
+                        Ok(record::find(connection, &name)?
+                            .map_or(Revision::ABSENT, |(_, revision)| revision))
+                    })
+                    .await;
+                match revision {
+                    Ok(revision) if last != Some(revision) => {
+                        last = Some(revision);
+                        if sender.send(revision).await.is_err() {
+                            return;
+                        }
+                    }
+                    Ok(_) => {}
+                    Err(error) => tracing::warn!(%error, "watching the catalogue"),
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(WATCH_INTERVAL) => {}
+                    () = sender.closed() => return,
+                }
+            }
+        });
+        Ok(Box::pin(Watching { receiver }))
+    }
+
+    async fn lease(&self, name: &str, holder: &str, _time_to_live: Duration) -> Result<Lease> {
+        let (name, holder) = (name.to_owned(), holder.to_owned());
+        let file = self
+            .blocking(move |shared| {
+                lock::make_private_directory(&shared.directory)?;
+                lock::lock(Utf8Path::new(&shared.directory.join("locks")), &name, &holder)
+            })
+            .await?;
+        // The kernel keeps the lock for as long as the file is open: it cannot be lost.
+        Ok(Lease::new(file, CancellationToken::new()))
+    }
+}
+
+struct Watching {
+    receiver: mpsc::Receiver<Revision>,
+}
+
+impl Stream for Watching {
+    type Item = Revision;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Revision>> {
+        self.receiver.poll_recv(context)
+    }
+}

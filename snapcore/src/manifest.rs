@@ -1,0 +1,326 @@
+//! Manifests: what the catalogue knows of a domain, written beside its data, so that the catalogue can be lost.
+//!
+//! A directory that the first disk's backend names has `domain.json`, and one `<snapshot id>.json` a snapshot. Each
+//! is an envelope: a version, the CRC-32 of the content's text, and the content.
+//!
+//! **What is durable before what.** Every file is written under a temporary name, flushed, and renamed; then the
+//! directory is flushed once for all. `domain.json` is renamed last: it tells the catalogue's revision that the
+//! whole directory stands for, so a directory that a crash left half way is known by it. Manifests of deleted
+//! snapshots are gone, durably, when [`Manifests::write`] returns: the engine destroys data only after that.
+
+use std::collections::BTreeSet;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::catalogue::{Entry, Revision};
+use crate::{Domain, Error, ErrorKind, Result, Snapshot, SnapshotId};
+
+/// The version of the envelope and of what is in it.
+pub const VERSION: u32 = 1;
+
+/// The longest manifest that is read: a snapshot of a thousand disks is far below it.
+pub const MAX_BYTES: u64 = 4 << 20;
+
+/// The most manifests that are read from one directory.
+pub const MAX_FILES: usize = 100_000;
+
+const DOMAIN_FILE: &str = "domain.json";
+
+/// The name that a manifest is written under before it gets its own.
+const TEMPORARY_SUFFIX: &str = ".tmp";
+
+#[derive(Serialize, Deserialize)]
+struct Envelope<T> {
+    /// [`VERSION`].
+    #[serde(rename = "domsnap-manifest")]
+    version: u32,
+    /// Of the content's bytes, as they stand in the file: 8 hex digits.
+    crc32: String,
+    content: T,
+}
+
+/// What `domain.json` holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct DomainManifest {
+    /// The catalogue's revision when it was written.
+    pub revision: Revision,
+    /// The domain.
+    #[serde(flatten)]
+    pub domain: Domain,
+}
+
+/// What a directory of manifests tells.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Found {
+    /// The domain; absent where there is no sound `domain.json`.
+    pub domain: Option<DomainManifest>,
+    /// The snapshots of all sound manifests.
+    pub snapshots: Vec<Snapshot>,
+    /// Manifests that were refused, and why.
+    pub problems: Vec<(Utf8PathBuf, String)>,
+}
+
+/// The manifests of one domain.
+#[derive(Debug, Clone)]
+pub struct Manifests {
+    directory: Utf8PathBuf,
+}
+
+impl Manifests {
+    /// Those in `directory`, which need not exist.
+    pub fn new(directory: impl Into<Utf8PathBuf>) -> Self {
+        Self { directory: directory.into() }
+    }
+
+    /// Where they are.
+    pub fn directory(&self) -> &Utf8Path {
+        &self.directory
+    }
+
+    /// The revision that the directory stands for: nothing where there is no sound `domain.json`.
+    pub fn revision(&self) -> Option<Revision> {
+        let bytes = read_bounded(&self.directory.join(DOMAIN_FILE)).ok()?;
+        open_envelope::<DomainManifest>(&bytes).ok().map(|manifest| manifest.revision)
+    }
+
+    /// Whether the directory says what `entry` says.
+    pub fn is_current(&self, entry: &Entry) -> bool {
+        match self.revision() {
+            Some(revision) => revision == entry.revision,
+            None => !wanted(entry),
+        }
+    }
+
+    /// Makes the directory say what `after` says. Where `before` is given, the directory is known to stand for it,
+    /// and only what differs is written. Where nothing is left to be told, the directory goes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`]; the directory may then be half way, and is known as such.
+    pub fn write(&self, before: Option<&Entry>, after: &Entry) -> Result<()> {
+        let failed = |cause: io::Error| {
+            Error::new(ErrorKind::Io, format!("the manifests in {} cannot be written", self.directory))
+                .because(cause)
+                .advise("`domsnap check` tells which are missing; the next change of the domain writes them again")
+        };
+        if !wanted(after) {
+            return self.remove_all().map_err(failed);
+        }
+        self.make_directory().map_err(failed)?;
+        let mut gone = false;
+        let mut told: Vec<Snapshot> = Vec::new();
+        for snapshot in before.iter().flat_map(|entry| entry.tree.iter()) {
+            if after.tree.get(snapshot.id).is_none() {
+                gone |= remove(&self.file_of(snapshot.id)).map_err(failed)?;
+            }
+        }
+        if let Some(before) = before {
+            told.extend(before.tree.iter().cloned());
+        } else {
+            told = self.read()?.snapshots;
+            for name in self.names().map_err(failed)? {
+                let known = id_of(&name).is_some_and(|id| after.tree.get(id).is_some());
+                if name != DOMAIN_FILE && !known && is_ours(&name) {
+                    gone |= remove(&self.directory.join(&name)).map_err(failed)?;
+                }
+            }
+        }
+        for snapshot in after.tree.iter() {
+            if !told.contains(snapshot) {
+                self.put(&self.file_of(snapshot.id), snapshot).map_err(failed)?;
+            }
+        }
+        if gone {
+            // What is deleted must be gone before a newer domain.json can be seen.
+            self.flush_directory().map_err(failed)?;
+        }
+        let manifest = DomainManifest { revision: after.revision, domain: after.domain.clone() };
+        self.put(&self.directory.join(DOMAIN_FILE), &manifest).map_err(failed)?;
+        self.flush_directory().map_err(failed)
+    }
+
+    /// Reads all manifests. One that is damaged is a problem of its own and stops nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] where the directory exists and cannot be read.
+    pub fn read(&self) -> Result<Found> {
+        let names = self.names().map_err(|cause| {
+            Error::new(ErrorKind::Io, format!("the manifests in {} cannot be read", self.directory))
+                .because(cause)
+        })?;
+        let mut found = Found::default();
+        for name in names.iter().filter(|name| is_ours(name) && !name.ends_with(TEMPORARY_SUFFIX)) {
+            let path = self.directory.join(name);
+            let outcome = read_bounded(&path).and_then(|bytes| match id_of(name) {
+                None => {
+                    found.domain = Some(open_envelope(&bytes)?);
+                    Ok(())
+                }
+                Some(id) => {
+                    let snapshot: Snapshot = open_envelope(&bytes)?;
+                    if snapshot.id != id {
+                        return Err(format!("it describes the snapshot {}", snapshot.id));
+                    }
+                    found.snapshots.push(snapshot);
+                    Ok(())
+                }
+            });
+            if let Err(why) = outcome {
+                found.problems.push((path, why));
+            }
+        }
+        Ok(found)
+    }
+
+    fn file_of(&self, id: SnapshotId) -> Utf8PathBuf {
+        self.directory.join(format!("{id}.json"))
+    }
+
+    /// The names in the directory, sorted; none where it does not exist.
+    fn names(&self) -> io::Result<BTreeSet<String>> {
+        let entries = match fs::read_dir(&self.directory) {
+            Ok(entries) => entries,
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+            Err(cause) => return Err(cause),
+        };
+        let mut names = BTreeSet::new();
+        for entry in entries {
+            if let Ok(name) = entry?.file_name().into_string() {
+                names.insert(name);
+            }
+            if names.len() > MAX_FILES {
+                return Err(io::Error::other(format!("it has more than {MAX_FILES} files")));
+            }
+        }
+        Ok(names)
+    }
+
+    fn make_directory(&self) -> io::Result<()> {
+        let missing: Vec<&Utf8Path> =
+            self.directory.ancestors().take_while(|above| !above.exists()).collect();
+        for made in missing.into_iter().rev() {
+            match DirBuilder::new().mode(0o700).create(made) {
+                Ok(()) => {}
+                Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(cause) => return Err(cause),
+            }
+            if let Some(parent) = made.parent() {
+                File::open(parent)?.sync_all()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn flush_directory(&self) -> io::Result<()> {
+        File::open(&self.directory)?.sync_all()
+    }
+
+    fn put<T: Serialize>(&self, path: &Utf8Path, content: &T) -> io::Result<()> {
+        let content = serde_json::to_string(content)?;
+        let envelope = Envelope {
+            version: VERSION,
+            crc32: format!("{:08x}", crc32fast::hash(content.as_bytes())),
+            content: RawValue::from_string(content)?,
+        };
+        let mut text = serde_json::to_vec(&envelope)?;
+        text.push(b'\n');
+        let temporary = Utf8PathBuf::from(format!("{path}{TEMPORARY_SUFFIX}"));
+        let write = || {
+            let mut file =
+                OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+            file.write_all(&text)?;
+            file.sync_all()?;
+            fs::rename(&temporary, path)
+        };
+        write().inspect_err(|_| {
+            // The failure is what is told; a temporary file that stays is removed by the next full write.
+            let _ = fs::remove_file(&temporary);
+        })
+    }
+
+    /// Removes everything that is ours, then the directory and those above it that were made for it.
+    fn remove_all(&self) -> io::Result<()> {
+        let names = self.names()?;
+        // The domain first: without it the rest is known to be what a removal left.
+        if names.contains(DOMAIN_FILE) {
+            remove(&self.directory.join(DOMAIN_FILE))?;
+        }
+        for name in names.iter().filter(|name| is_ours(name)) {
+            remove(&self.directory.join(name))?;
+        }
+        match fs::remove_dir(&self.directory) {
+            Ok(()) => {}
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(cause) if cause.kind() == io::ErrorKind::DirectoryNotEmpty => return self.flush_directory(),
+            Err(cause) => return Err(cause),
+        }
+        let Some(parent) = self.directory.parent() else { return Ok(()) };
+        File::open(parent)?.sync_all()?;
+        if let Some(above) =
+            parent.parent().filter(|_| parent.file_name().is_some_and(|n| n.starts_with('.')))
+        {
+            // A hidden directory that only held manifests goes with the last of them; one with other content stays.
+            if fs::remove_dir(parent).is_ok() {
+                File::open(above)?.sync_all()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether `entry` has anything that the images themselves do not tell.
+fn wanted(entry: &Entry) -> bool {
+    !entry.tree.is_empty() || entry.domain.disks.iter().any(|record| record.owned.len() > 1)
+}
+
+fn remove(path: &Utf8Path) -> io::Result<bool> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(cause) => Err(cause),
+    }
+}
+
+fn id_of(name: &str) -> Option<SnapshotId> {
+    name.strip_suffix(".json")?.parse().ok().map(SnapshotId)
+}
+
+/// Whether a file of this name is a manifest, or the beginning of one. Others are left alone.
+fn is_ours(name: &str) -> bool {
+    let name = name.strip_suffix(TEMPORARY_SUFFIX).unwrap_or(name);
+    name == DOMAIN_FILE || id_of(name).is_some()
+}
+
+fn read_bounded(path: &Utf8Path) -> Result<Vec<u8>, String> {
+    let read = || {
+        let mut bytes = Vec::new();
+        File::open(path)?.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
+        io::Result::Ok(bytes)
+    };
+    let bytes = read().map_err(|cause| format!("it cannot be read: {cause}"))?;
+    match u64::try_from(bytes.len()) {
+        Ok(length) if length <= MAX_BYTES => Ok(bytes),
+        _ => Err(format!("it is longer than {MAX_BYTES} bytes")),
+    }
+}
+
+fn open_envelope<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    let envelope: Envelope<&RawValue> =
+        serde_json::from_slice(bytes).map_err(|cause| format!("it is not a manifest: {cause}"))?;
+    if envelope.version != VERSION {
+        return Err(format!(
+            "it is of version {}, and this domsnap knows version {VERSION}",
+            envelope.version
+        ));
+    }
+    let found = format!("{:08x}", crc32fast::hash(envelope.content.get().as_bytes()));
+    if found != envelope.crc32 {
+        return Err(format!("its content has the checksum {found}, and it says {}", envelope.crc32));
+    }
+    serde_json::from_str(envelope.content.get())
+        .map_err(|cause| format!("its content is not understood: {cause}"))
+}

@@ -1,0 +1,470 @@
+//! Commands that change a domain: each under its lock, with its disks held, after recovering what stopped half way.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::locate::Located;
+use super::{
+    DomainRef, DomainSpec, ImportOptions, ImportReport, Inner, Outcome, RecoveryEnd, RecoveryReport, Removal,
+};
+use crate::catalogue::{Change, Entry, Lease, Revision};
+use crate::engine::{Engine, Run};
+use crate::plan::DiskInput;
+use crate::service::locate::{Intake, canonical};
+use crate::{
+    Disk, Domain, DomainName, Error, ErrorKind, Event, Guard, InspectDepth, Plan, Request, Result, Snapshot,
+};
+
+/// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
+const LEASE_TIME: Duration = Duration::from_secs(30);
+
+/// Runs `work` to its end even when the caller goes away: then it is cancelled, so that it undoes and gives its locks
+/// back, instead of stopping between two steps.
+pub(super) async fn to_the_end<T: Send + 'static, F>(
+    cancel: &CancellationToken,
+    work: impl FnOnce(CancellationToken) -> F,
+) -> Result<T>
+where
+    F: Future<Output = Result<T>> + Send + 'static,
+{
+    let cancel = cancel.child_token();
+    let _cancelled_when_dropped = cancel.clone().drop_guard();
+    tokio::spawn(work(cancel)).await.map_err(|cause| {
+        Error::new(ErrorKind::Internal, "the operation ended before its end")
+            .because(cause)
+            .state("the journal knows how far it got")
+            .advise("run `domsnap recover`, and please report it")
+    })?
+}
+
+/// A domain whose lock is held.
+struct Locked {
+    _lease: Lease,
+    located: Located,
+}
+
+impl Inner {
+    /// The domain that is meant, locked, as it is under the lock.
+    async fn lock(&self, reference: &DomainRef, cancel: &CancellationToken) -> Result<Locked> {
+        let mut located = self.locate(reference).await?;
+        let name = located.entry.domain.name.clone();
+        let lease = self.lease(&name, cancel).await?;
+        if located.catalogued {
+            let Some(entry) = self.catalogue.load(&name).await? else {
+                return Err(self.no_domain(&name).await?);
+            };
+            located.entry = entry;
+        }
+        Ok(Locked { _lease: lease, located })
+    }
+
+    async fn lease(&self, name: &DomainName, cancel: &CancellationToken) -> Result<Lease> {
+        let holder = format!("domsnap, process {}", std::process::id());
+        let lease = self
+            .catalogue
+            .lease(name.as_str(), &holder, LEASE_TIME)
+            .await
+            .map_err(|error| error.context(format!("locking domain {name}")))?;
+        let (lost, cancel) = (lease.lost().clone(), cancel.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = lost.cancelled() => cancel.cancel(),
+                () = cancel.cancelled() => {}
+            }
+        });
+        Ok(lease)
+    }
+
+    async fn hold_disks(&self, domain: &Domain) -> Result<Vec<Guard>> {
+        let mut guards = Vec::new();
+        for record in &domain.disks {
+            guards.push(self.registry.get(&record.disk.format)?.hold(record).await?);
+        }
+        Ok(guards)
+    }
+
+    /// The plan for `request` on the domain as it is on the machine.
+    pub(super) async fn plan_for(&self, entry: &Entry, request: &Request) -> Result<Plan> {
+        let depth = match request {
+            Request::Create(_) => InspectDepth::Layers,
+            Request::Revert(_) | Request::Delete(_) | Request::Tidy => InspectDepth::Dependents,
+        };
+        let mut disks = Vec::new();
+        for record in &entry.domain.disks {
+            let backend = self.registry.get(&record.disk.format)?;
+            let state = backend
+                .inspect(record, depth)
+                .await
+                .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
+            disks.push(DiskInput { record: record.clone(), state, backend });
+        }
+        crate::plan::plan(&entry.domain, &entry.tree, &disks, request).await
+    }
+
+    /// Carries `request` out on the domain that is meant.
+    pub(super) async fn change(
+        self: Arc<Self>,
+        reference: DomainRef,
+        request: Request,
+        cancel: CancellationToken,
+    ) -> Result<Outcome> {
+        let mut locked = self.lock(&reference, &cancel).await?;
+        let Located { entry, catalogued, notes } = &mut locked.located;
+        let recovered = if *catalogued { self.recover_entry(entry, &cancel).await? } else { Vec::new() };
+        let (plan, run) = self.change_locked(entry, *catalogued, &request, &cancel).await?;
+        let mut outcome = outcome_of(entry, plan, run);
+        outcome.notes.splice(0..0, std::mem::take(notes));
+        outcome.recovered = recovered;
+        Ok(outcome)
+    }
+
+    async fn change_locked(
+        &self,
+        entry: &mut Entry,
+        catalogued: bool,
+        request: &Request,
+        cancel: &CancellationToken,
+    ) -> Result<(Plan, Run)> {
+        let _held = self.hold_disks(&entry.domain).await?;
+        let plan = self.plan_for(entry, request).await?;
+        self.events.tell(Event::Planned { domain: entry.domain.name.clone(), plan: Box::new(plan.clone()) });
+        let prologue = match catalogued {
+            true => Vec::new(),
+            false => {
+                vec![Change::PutDomain(Box::new(entry.domain.clone()), entry.tree.iter().cloned().collect())]
+            }
+        };
+        let manifests = self.manifests_of(&entry.domain)?;
+        let engine = Engine {
+            catalogue: &*self.catalogue,
+            registry: &self.registry,
+            events: &self.events,
+            manifests: &manifests,
+        };
+        let run = engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
+            let names: Vec<&str> = plan.snapshots.iter().map(|name| name.as_str()).collect();
+            error.context(format!("{} {} of domain {}", plan.operation, names.join(" "), entry.domain.name))
+        })?;
+        Ok((plan, run))
+    }
+
+    /// Finishes or undoes every operation of the domain that has not ended.
+    async fn recover_entry(
+        &self,
+        entry: &mut Entry,
+        cancel: &CancellationToken,
+    ) -> Result<Vec<RecoveryReport>> {
+        let mut reports = Vec::new();
+        for operation in self.catalogue.unfinished(&entry.domain.name).await? {
+            let _held = self.hold_disks(&entry.domain).await?;
+            let manifests = self.manifests_of(&entry.domain)?;
+            let engine = Engine {
+                catalogue: &*self.catalogue,
+                registry: &self.registry,
+                events: &self.events,
+                manifests: &manifests,
+            };
+            let (id, found, plan) = (operation.id, operation.state, operation.plan.clone());
+            let run = engine.resume(entry, operation, cancel).await.map_err(|error| {
+                error.context(format!(
+                    "recovering the unfinished {} of domain {}",
+                    plan.operation, entry.domain.name
+                ))
+            })?;
+            let report = RecoveryReport {
+                domain: entry.domain.name.clone(),
+                operation_id: id,
+                operation: plan.operation,
+                snapshots: plan.snapshots,
+                found,
+                end: if run.happened { RecoveryEnd::Done } else { RecoveryEnd::Undone },
+                postponed: run.postponed,
+                notes: run.warnings,
+            };
+            self.events.tell(Event::Recovered { report: Box::new(report.clone()) });
+            reports.push(report);
+        }
+        Ok(reports)
+    }
+
+    /// Recovers one domain, merges what was put off, and brings stale manifests up to date.
+    pub(super) async fn recover(
+        self: Arc<Self>,
+        reference: DomainRef,
+        cancel: CancellationToken,
+    ) -> Result<Vec<RecoveryReport>> {
+        let mut locked = self.lock(&reference, &cancel).await?;
+        if !locked.located.catalogued {
+            return Ok(Vec::new());
+        }
+        let entry = &mut locked.located.entry;
+        let mut reports = self.recover_entry(entry, &cancel).await?;
+        let (_, run) = self.change_locked(entry, true, &Request::Tidy, &cancel).await?;
+        if let Some(last) = reports.last_mut() {
+            last.postponed = run.postponed;
+            last.notes.extend(run.warnings);
+        }
+        self.write_manifests(entry).await?;
+        Ok(reports)
+    }
+
+    /// Brings the manifests up to date where they are not.
+    async fn write_manifests(&self, entry: &Entry) -> Result<()> {
+        let manifests = self.manifests_of(&entry.domain)?;
+        if manifests.is_current(entry) {
+            return Ok(());
+        }
+        let entry = entry.clone();
+        tokio::task::spawn_blocking(move || manifests.write(None, &entry)).await.map_err(|cause| {
+            Error::new(ErrorKind::Internal, "writing manifests ended early").because(cause)
+        })?
+    }
+
+    /// Where manifests cannot be written, that is told and stops nothing.
+    async fn write_manifests_or_warn(&self, entry: &Entry) -> Option<String> {
+        let message = self.write_manifests(entry).await.err()?.to_string();
+        self.events.tell(Event::Warning { domain: entry.domain.name.clone(), message: message.clone() });
+        Some(message)
+    }
+
+    pub(super) async fn domain_add(
+        self: Arc<Self>,
+        spec: DomainSpec,
+        cancel: CancellationToken,
+    ) -> Result<ImportReport> {
+        let disks = disks_of(&spec)?;
+        let paths: Vec<_> = disks.iter().map(|disk| disk.path.clone()).collect();
+        let _lease = self.lease(&spec.name, &cancel).await?;
+        if self.catalogue.load(&spec.name).await?.is_some() {
+            return Err(Error::new(ErrorKind::Exists, format!("there is a domain {} already", spec.name))
+                .advise("choose another name, or take that one out with `domsnap domain remove`"));
+        }
+        let former = match self.owner_of(&paths).await? {
+            None => None,
+            Some(owner) => Some(self.unregistered_for(&owner, &spec, &cancel).await?),
+        };
+        let taken = self
+            .take_in(Intake {
+                name: Some(spec.name.clone()),
+                disks,
+                hypervisor: spec.hypervisor,
+                active_path: spec.active_path,
+                by_path: false,
+                import: false,
+            })
+            .await?;
+        if let Some((entry, _)) = &former {
+            // Its manifests are whole: should this end between the two transactions, they bring it back.
+            self.catalogue.commit(&entry.domain.name, entry.revision, vec![Change::RemoveDomain]).await?;
+        }
+        self.enter(taken, Revision::ABSENT).await
+    }
+
+    /// The domain `owner` of the same images, which was never registered and now gets a name.
+    async fn unregistered_for(
+        &self,
+        owner: &DomainName,
+        spec: &DomainSpec,
+        cancel: &CancellationToken,
+    ) -> Result<(Entry, Lease)> {
+        let lease = self.lease(owner, cancel).await?;
+        let Some(entry) = self.catalogue.load(owner).await? else { return Err(self.no_domain(owner).await?) };
+        if !entry.domain.unregistered {
+            return Err(Error::new(
+                ErrorKind::Exists,
+                format!("the images of domain {} belong to domain {owner} already", spec.name),
+            )
+            .advise(format!("use {owner}, or take it out first with `domsnap domain remove {owner}`")));
+        }
+        self.refuse_unfinished(&entry).await?;
+        self.write_manifests(&entry).await?;
+        Ok((entry, lease))
+    }
+
+    async fn refuse_unfinished(&self, entry: &Entry) -> Result<()> {
+        match self.catalogue.unfinished(&entry.domain.name).await?.first() {
+            None => Ok(()),
+            Some(operation) => Err(Error::new(
+                ErrorKind::Refused,
+                format!("a {} of domain {} stopped half way", operation.plan.operation, entry.domain.name),
+            )
+            .state("nothing was touched")
+            .advise(format!("run `domsnap recover {}` first", entry.domain.name))),
+        }
+    }
+
+    /// Writes a domain that was taken in, and its manifests.
+    async fn enter(&self, taken: super::locate::Taken, expected: Revision) -> Result<ImportReport> {
+        let mut entry = taken.entry;
+        let snapshots: Vec<Snapshot> = entry.tree.iter().cloned().collect();
+        let put = Change::PutDomain(Box::new(entry.domain.clone()), snapshots);
+        entry.revision = self.catalogue.commit(&entry.domain.name, expected, vec![put]).await?;
+        let mut notes = taken.notes;
+        notes.extend(self.write_manifests_or_warn(&entry).await);
+        Ok(ImportReport { domain: entry.domain, restored: taken.restored, adopted: taken.adopted, notes })
+    }
+
+    pub(super) async fn domain_remove(
+        self: Arc<Self>,
+        reference: DomainRef,
+        cancel: CancellationToken,
+    ) -> Result<Removal> {
+        let locked = self.lock(&reference, &cancel).await?;
+        let Located { entry, catalogued, .. } = &locked.located;
+        let name = entry.domain.name.clone();
+        if !catalogued {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("the catalogue has no domain of {reference}"),
+            )
+            .advise("`domsnap domain list` shows those that it has"));
+        }
+        self.refuse_unfinished(entry).await?;
+        self.write_manifests(entry).await.map_err(|error| {
+            error.state("the domain stays in the catalogue: without manifests its snapshots would be lost")
+        })?;
+        let manifests = self.manifests_of(&entry.domain)?;
+        self.catalogue.commit(&name, entry.revision, vec![Change::RemoveDomain]).await?;
+        Ok(Removal {
+            domain: name,
+            snapshots: entry.tree.len() as u64,
+            manifests: manifests.directory().to_path_buf(),
+        })
+    }
+
+    pub(super) async fn import(
+        self: Arc<Self>,
+        reference: DomainRef,
+        options: ImportOptions,
+        cancel: CancellationToken,
+    ) -> Result<ImportReport> {
+        let (intake, owner) = self.import_of(&reference).await?;
+        let owner = match owner {
+            None => None,
+            Some(owner) => {
+                let lease = self.lease(&owner, &cancel).await?;
+                self.catalogue.load(&owner).await?.map(|entry| (entry, lease))
+            }
+        };
+        if let Some((entry, _)) = &owner {
+            self.refuse_unfinished(entry).await?;
+            if !entry.tree.is_empty() && !options.replace {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!(
+                        "the catalogue has domain {} with {} snapshots",
+                        entry.domain.name,
+                        entry.tree.len()
+                    ),
+                )
+                .state("nothing was changed")
+                .advise("to replace what it has by what manifests and images tell, say so with --replace"));
+            }
+        }
+        let mut taken = self.take_in(intake).await?;
+        let domain = &mut taken.entry.domain;
+        if let Some((entry, _)) = &owner {
+            domain.name = entry.domain.name.clone();
+            domain.unregistered = entry.domain.unregistered;
+        }
+        if let Some(name) = options.name {
+            domain.name = name;
+            domain.unregistered = false;
+        }
+        match owner {
+            Some((entry, _lease)) if entry.domain.name == domain.name => {
+                self.enter(taken, entry.revision).await
+            }
+            former => {
+                let _lease = self.lease(&domain.name, &cancel).await?;
+                if self.catalogue.load(&domain.name).await?.is_some() {
+                    return Err(Error::new(
+                        ErrorKind::Exists,
+                        format!("there is another domain {} already", domain.name),
+                    )
+                    .advise("give this one another name with --name"));
+                }
+                if let Some((entry, _)) = &former {
+                    self.write_manifests(entry).await?;
+                    self.catalogue
+                        .commit(&entry.domain.name, entry.revision, vec![Change::RemoveDomain])
+                        .await?;
+                }
+                self.enter(taken, Revision::ABSENT).await
+            }
+        }
+    }
+
+    /// What is to be imported, and the domain of the catalogue that it is already, if so.
+    async fn import_of(&self, reference: &DomainRef) -> Result<(Intake, Option<DomainName>)> {
+        match reference {
+            DomainRef::Images { paths, format } => {
+                let paths = paths.iter().map(|path| canonical(path)).collect::<Result<Vec<_>>>()?;
+                let owner = self.owner_of(&paths).await?;
+                let intake = self.intake_of_paths(&paths, format.as_deref())?;
+                let intake = match &owner {
+                    Some(owner) => self.intake_of_entry(owner).await?.unwrap_or(intake),
+                    None => intake,
+                };
+                Ok((Intake { import: true, ..intake }, owner))
+            }
+            DomainRef::Name(name) => match self.intake_of_entry(name).await? {
+                Some(intake) => Ok((intake, Some(name.clone()))),
+                None => Err(self.no_domain(name).await?),
+            },
+        }
+    }
+
+    async fn intake_of_entry(&self, name: &DomainName) -> Result<Option<Intake>> {
+        Ok(self.catalogue.load(name).await?.map(|entry| Intake {
+            name: Some(entry.domain.name),
+            disks: entry.domain.disks.into_iter().map(|record| record.disk).collect(),
+            hypervisor: entry.domain.hypervisor,
+            active_path: entry.domain.active_path,
+            by_path: false,
+            import: true,
+        }))
+    }
+}
+
+/// The disks of a new domain, with canonical paths.
+fn disks_of(spec: &DomainSpec) -> Result<Vec<Disk>> {
+    let mut disks: Vec<Disk> = Vec::new();
+    for disk in &spec.disks {
+        let absolute = camino::absolute_utf8(&disk.path).map_err(|cause| {
+            Error::new(ErrorKind::Usage, format!("the image path {:?} cannot be made absolute", disk.path))
+                .because(cause)
+        })?;
+        let disk = Disk { path: canonical(&absolute)?, ..disk.clone() };
+        if let Some(same) = disks.iter().find(|known| known.target == disk.target || known.path == disk.path)
+        {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!(
+                    "domain {} names a disk twice: {} at {}, and {} at {}",
+                    spec.name, same.target, same.path, disk.target, disk.path
+                ),
+            )
+            .advise("give each disk a target and an image of its own"));
+        }
+        disks.push(disk);
+    }
+    Ok(disks)
+}
+
+fn outcome_of(entry: &Entry, plan: Plan, run: Run) -> Outcome {
+    let mut notes = plan.notes;
+    notes.extend(run.warnings);
+    Outcome {
+        operation_id: run.operation,
+        operation: plan.operation,
+        domain: entry.domain.name.clone(),
+        snapshots: plan.snapshots,
+        bytes_moved: run.bytes_moved,
+        postponed: run.postponed,
+        notes,
+        recovered: Vec::new(),
+    }
+}

@@ -1,0 +1,486 @@
+//! Which domain is meant; and taking in disks that the catalogue does not have.
+
+use std::collections::{HashMap, HashSet};
+use std::os::unix::fs::FileTypeExt;
+
+use camino::{Utf8Path, Utf8PathBuf};
+
+use super::reference::target_at;
+use super::{DomainRef, Inner};
+use crate::catalogue::{Entry, Revision};
+use crate::manifest::{DomainManifest, Found, Manifests};
+use crate::{
+    ActivePath, Disk, DiskRecord, DiskState, Domain, DomainName, Error, ErrorKind, Hypervisor, InspectDepth,
+    LayerName, Point, Result, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
+};
+
+/// A domain that was found.
+pub(super) struct Located {
+    /// The domain, from the catalogue or as it would enter it.
+    pub entry: Entry,
+    /// Whether the catalogue has exactly this.
+    pub catalogued: bool,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// What taking in disks found.
+pub(super) struct Taken {
+    /// The domain as it would enter the catalogue.
+    pub entry: Entry,
+    /// Snapshots that came from manifests.
+    pub restored: Vec<SnapshotName>,
+    /// Snapshots that the images themselves told.
+    pub adopted: Vec<SnapshotName>,
+    /// What could not be taken, and why.
+    pub notes: Vec<String>,
+}
+
+/// What a domain is to be that is taken in.
+pub(super) struct Intake {
+    /// Its name; absent: its manifest's, or one made of its images' paths.
+    pub name: Option<DomainName>,
+    /// Its disks, with canonical paths.
+    pub disks: Vec<Disk>,
+    /// Who runs it, where no manifest is asked.
+    pub hypervisor: Hypervisor,
+    /// Where active images go, where no manifest is asked.
+    pub active_path: ActivePath,
+    /// Whether the disks were only given by their paths, so that a manifest may tell their targets and the domain's
+    /// name.
+    pub by_path: bool,
+    /// Whether layers and snapshots that other tools made become ours, and a part of a manifest's disks stands for
+    /// all of them. Otherwise only tags in the active images are taken.
+    pub import: bool,
+}
+
+/// The path by which an image is known: its directory without links and dots, and its own name, which must not be a
+/// link.
+pub(super) fn canonical(path: &Utf8Path) -> Result<Utf8PathBuf> {
+    let found = path.symlink_metadata();
+    if let Ok(found) = &found {
+        if found.is_symlink() {
+            return Err(Error::new(ErrorKind::Refused, format!("the image path {path} is a symbolic link"))
+                .state("nothing was touched")
+                .advise(
+                    "give the path that it leads to: backing names are relative to the image's own directory",
+                ));
+        }
+        if !found.is_file() && !found.file_type().is_block_device() {
+            return Err(Error::new(ErrorKind::Usage, format!("{path} is no image: it is no file"))
+                .advise("give the path of a disk image"));
+        }
+    }
+    let name = path.file_name().ok_or_else(|| {
+        Error::new(ErrorKind::Usage, format!("{path} is no image: it does not end in a file's name"))
+    })?;
+    let directory = path.parent().unwrap_or_else(|| Utf8Path::new("/"));
+    let directory = directory.canonicalize_utf8().map_err(|cause| {
+        Error::new(ErrorKind::NotFound, format!("the directory of the image {path} cannot be opened"))
+            .because(cause)
+    })?;
+    Ok(directory.join(name))
+}
+
+/// The name of a domain that was never registered: the same images have the same name, always.
+fn name_of_images(disks: &[Disk]) -> Result<DomainName> {
+    let all: Vec<&str> = disks.iter().map(|disk| disk.path.as_str()).collect();
+    let sum = crc32fast::hash(all.join("\n").as_bytes());
+    let stem = disks.first().and_then(|disk| disk.path.file_stem()).unwrap_or("image");
+    let mut stem: String = stem
+        .trim_start_matches(['.', '-'])
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || "._-+".contains(c) { c } else { '_' })
+        .take(200)
+        .collect();
+    if stem.is_empty() {
+        stem.push_str("image");
+    }
+    DomainName::new(format!("{stem}-{sum:08x}"))
+}
+
+impl Inner {
+    /// The domain that is meant. Reads only.
+    pub(super) async fn locate(&self, reference: &DomainRef) -> Result<Located> {
+        match reference {
+            DomainRef::Name(name) => match self.catalogue.load(name).await? {
+                Some(entry) => self.refresh(entry).await,
+                None => Err(self.no_domain(name).await?),
+            },
+            DomainRef::Images { paths, format } => {
+                let paths = paths.iter().map(|path| canonical(path)).collect::<Result<Vec<_>>>()?;
+                if let Some(owner) = self.owner_of(&paths).await? {
+                    return match self.catalogue.load(&owner).await? {
+                        Some(entry) => self.refresh(entry).await,
+                        None => Err(self.no_domain(&owner).await?),
+                    };
+                }
+                let intake = self.intake_of_paths(&paths, format.as_deref())?;
+                let taken = self.take_in(intake).await?;
+                Ok(Located { entry: taken.entry, catalogued: false, notes: taken.notes })
+            }
+        }
+    }
+
+    pub(super) fn intake_of_paths(&self, paths: &[Utf8PathBuf], format: Option<&str>) -> Result<Intake> {
+        let format = match format {
+            Some(stated) => stated,
+            None => self.registry.default_format()?,
+        };
+        let disks = paths
+            .iter()
+            .enumerate()
+            .map(|(index, path)| {
+                Ok(Disk { target: target_at(index)?, path: path.clone(), format: format.to_owned() })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Intake {
+            name: None,
+            disks,
+            hypervisor: Hypervisor::None,
+            active_path: ActivePath::Keep,
+            by_path: true,
+            import: false,
+        })
+    }
+
+    /// The domain whose disks are exactly `paths`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where only a part of them, or of its, are the same.
+    pub(super) async fn owner_of(&self, paths: &[Utf8PathBuf]) -> Result<Option<DomainName>> {
+        let owners = self.catalogue.owners(paths).await?;
+        let Some((path, owner)) = owners.first() else { return Ok(None) };
+        let Some(entry) = self.catalogue.load(owner).await? else { return Ok(None) };
+        let disks: Vec<&str> = entry.domain.disks.iter().map(|record| record.disk.path.as_str()).collect();
+        let same = owners.len() == paths.len()
+            && disks.len() == paths.len()
+            && owners.iter().all(|(_, other)| other == owner);
+        if same {
+            return Ok(Some(owner.clone()));
+        }
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "the image {path} is a disk of domain {owner}, and the images given are not exactly its disks"
+            ),
+        )
+        .state("nothing was touched")
+        .advise(format!("name the domain {owner}, or all its images: {}", disks.join(","))))
+    }
+
+    pub(super) async fn no_domain(&self, name: &DomainName) -> Result<Error> {
+        let known = self.catalogue.domains().await?;
+        let known: Vec<&str> = known.iter().map(|entry| entry.domain.name.as_str()).collect();
+        let error = Error::new(ErrorKind::NotFound, format!("there is no domain {name}"));
+        Ok(match known.is_empty() {
+            true => error.advise(
+                "register it with `domsnap domain add`, or bring it back from its manifests with `domsnap import IMAGE,...`",
+            ),
+            false => error.advise(format!(
+                "the domains known are: {}; `domsnap import IMAGE,...` brings one back from its manifests",
+                known.join(", ")
+            )),
+        })
+    }
+
+    /// A domain of the catalogue that was never registered and of which nothing is left is as its images are now:
+    /// another image may be at the path.
+    async fn refresh(&self, entry: Entry) -> Result<Located> {
+        let bare = entry.domain.unregistered
+            && entry.tree.is_empty()
+            && entry.domain.disks.iter().all(|record| record.owned.len() <= 1);
+        if !bare || !self.catalogue.unfinished(&entry.domain.name).await?.is_empty() {
+            return Ok(Located { entry, catalogued: true, notes: Vec::new() });
+        }
+        let intake = Intake {
+            name: Some(entry.domain.name.clone()),
+            disks: entry.domain.disks.iter().map(|record| record.disk.clone()).collect(),
+            hypervisor: entry.domain.hypervisor,
+            active_path: entry.domain.active_path,
+            by_path: true,
+            import: false,
+        };
+        let mut taken = self.take_in(intake).await?;
+        taken.entry.revision = entry.revision;
+        taken.entry.domain.unregistered = true;
+        let catalogued = taken.entry == entry;
+        Ok(Located { entry: taken.entry, catalogued, notes: taken.notes })
+    }
+
+    /// Where the manifests of a domain of these disks are.
+    pub(super) fn manifests_of(&self, domain: &Domain) -> Result<Manifests> {
+        let first = domain
+            .disks
+            .first()
+            .ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("domain {} has no disk", domain.name)))?;
+        let backend = self.registry.get(&first.disk.format)?;
+        Ok(Manifests::new(backend.manifest_directory(&first.disk)))
+    }
+
+    pub(super) async fn read_manifests(&self, manifests: Manifests) -> Result<Found> {
+        tokio::task::spawn_blocking(move || manifests.read()).await.map_err(|cause| {
+            Error::new(ErrorKind::Internal, "reading manifests ended early").because(cause)
+        })?
+    }
+
+    /// Takes in disks: from the manifests beside them, and from what the images themselves know. Changes nothing.
+    pub(super) async fn take_in(&self, intake: Intake) -> Result<Taken> {
+        let Some(first) = intake.disks.first() else {
+            return Err(Error::new(ErrorKind::Usage, "a domain needs one disk at least")
+                .advise("add a [[disk]] with target, path and format"));
+        };
+        let directory = self.registry.get(&first.format)?.manifest_directory(first);
+        let found = self.read_manifests(Manifests::new(directory)).await?;
+        let mut notes: Vec<String> = found
+            .problems
+            .iter()
+            .map(|(path, why)| format!("the manifest {path} is left out: {why}"))
+            .collect();
+        let told = match &found.domain {
+            Some(manifest) => match_disks(manifest, &intake)?,
+            None => None,
+        };
+        let targets: HashMap<Target, Target> = told.iter().flatten().cloned().collect();
+        let manifest = found.domain.as_ref().filter(|_| told.is_some());
+        let (disks, name) = match manifest {
+            Some(manifest) if intake.by_path => (
+                disks_of_manifest(manifest, &intake),
+                intake.name.clone().or(Some(manifest.domain.name.clone())),
+            ),
+            _ => (intake.disks.clone(), intake.name.clone()),
+        };
+        let named_by_manifest = intake.name.is_none() && manifest.is_some();
+        let (hypervisor, active_path) = match manifest {
+            Some(manifest) if intake.by_path => (manifest.domain.hypervisor, manifest.domain.active_path),
+            _ => (intake.hypervisor, intake.active_path),
+        };
+        let unregistered = match (&intake.name, manifest) {
+            (Some(_), _) => false,
+            (None, Some(manifest)) => manifest.domain.unregistered,
+            (None, None) => true,
+        };
+        let mut name = match name {
+            Some(name) => name,
+            None => name_of_images(&disks)?,
+        };
+        if named_by_manifest && self.catalogue.load(&name).await?.is_some() {
+            // Another domain has the name: these images are a copy of its.
+            let fallback = name_of_images(&disks)?;
+            notes.push(format!(
+                "the manifests name the domain {name}, which is another one; these are {fallback}"
+            ));
+            name = fallback;
+        }
+
+        let mut records = Vec::new();
+        let mut states = Vec::new();
+        for disk in &disks {
+            let backend = self.registry.get(&disk.format)?;
+            let mut record = backend.adopt(disk, active_path).await?;
+            let told = manifest.into_iter().flat_map(|manifest| &manifest.domain.disks).find(|told| {
+                match intake.by_path {
+                    true => told.disk.target == disk.target,
+                    false => targets.get(&told.disk.target) == Some(&disk.target),
+                }
+            });
+            for layer in told.into_iter().flat_map(|told| told.owned.clone()) {
+                let exists = backend.layer_file(&record, &layer).exists();
+                if !record.owned.contains(&layer) && exists {
+                    record.owned.push(layer);
+                }
+            }
+            states.push(backend.inspect(&record, InspectDepth::Layers).await?);
+            records.push(record);
+        }
+
+        let mut snapshots: Vec<Snapshot> = Vec::new();
+        let mut restored = Vec::new();
+        if manifest.is_some() {
+            for mut snapshot in found.snapshots {
+                if !intake.by_path {
+                    for member in &mut snapshot.disks {
+                        if let Some(target) = targets.get(&member.target) {
+                            member.target = target.clone();
+                        }
+                    }
+                }
+                match missing_point(&snapshot, &records, &states) {
+                    Some(why) => notes.push(format!("snapshot {} is left out: {why}", snapshot.name)),
+                    None => {
+                        restored.push(snapshot.name.clone());
+                        snapshots.push(snapshot);
+                    }
+                }
+            }
+        } else if !found.snapshots.is_empty() {
+            notes.push(
+                "manifests of snapshots are there, but none of their domain: they are left out".to_owned(),
+            );
+        }
+
+        let told_current = manifest.and_then(|manifest| manifest.domain.current);
+        let discovered = self.discover(&mut records, &snapshots, intake.import).await?;
+        let newest = discovered.last().map(|snapshot| snapshot.id);
+        let mut adopted = Vec::new();
+        for mut snapshot in discovered {
+            snapshot.name = free_name(&snapshot.name, &snapshots)?;
+            adopted.push(snapshot.name.clone());
+            snapshots.push(snapshot);
+        }
+        let ids: HashSet<SnapshotId> = snapshots.iter().map(|snapshot| snapshot.id).collect();
+        for snapshot in &mut snapshots {
+            snapshot.parent = snapshot.parent.filter(|parent| ids.contains(parent));
+        }
+        let current =
+            told_current.filter(|id| ids.contains(id)).or(if restored.is_empty() { newest } else { None });
+        let domain = Domain { name, unregistered, hypervisor, active_path, disks: records, current };
+        let entry = Entry { domain, tree: SnapshotTree::new(snapshots), revision: Revision::ABSENT };
+        Ok(Taken { entry, restored, adopted, notes })
+    }
+
+    /// What the images know and `known` does not, disk by disk; snapshots of one name on several disks are one.
+    async fn discover(
+        &self,
+        records: &mut [DiskRecord],
+        known: &[Snapshot],
+        import: bool,
+    ) -> Result<Vec<Snapshot>> {
+        let mut merged: Vec<Snapshot> = Vec::new();
+        let mut same: HashMap<SnapshotId, SnapshotId> = HashMap::new();
+        for record in records {
+            let backend = self.registry.get(&record.disk.format)?;
+            let target = record.disk.target.clone();
+            let points: Vec<Point> =
+                known.iter().filter_map(|s| s.point(&target)).map(|member| member.point.clone()).collect();
+            let mut extended = record.clone();
+            let found = backend.discover(&mut extended, &points).await?;
+            if import {
+                *record = extended;
+            }
+            for mut snapshot in found {
+                let ours = |layer: &LayerName| *layer == record.active || record.owned.contains(layer);
+                let taken =
+                    import || snapshot.disks.iter().all(|m| m.point.tag.is_some() && ours(&m.point.layer));
+                snapshot.parent = snapshot.parent.and_then(|parent| same.get(&parent).copied());
+                if !taken {
+                    // Its children take its place under its parent.
+                    if let Some(parent) = snapshot.parent {
+                        same.insert(snapshot.id, parent);
+                    }
+                    continue;
+                }
+                let twin = merged
+                    .iter_mut()
+                    .find(|other| other.name == snapshot.name && other.point(&target).is_none());
+                match twin {
+                    Some(twin) => {
+                        same.insert(snapshot.id, twin.id);
+                        twin.disks.append(&mut snapshot.disks);
+                    }
+                    None => {
+                        same.insert(snapshot.id, snapshot.id);
+                        merged.push(snapshot);
+                    }
+                }
+            }
+        }
+        merged.sort_by_key(|snapshot| (snapshot.created, snapshot.id));
+        Ok(merged)
+    }
+}
+
+/// Which target of the manifest is which target of the intake, by the images' names: the directory may have moved.
+/// Nothing where the manifest is of other images.
+fn match_disks(manifest: &DomainManifest, intake: &Intake) -> Result<Option<Vec<(Target, Target)>>> {
+    let told = &manifest.domain.disks;
+    let mut pairs = Vec::new();
+    for record in told {
+        let name = record.disk.path.file_name();
+        let exact = intake.disks.iter().find(|disk| disk.path == record.disk.path);
+        let disk = exact.or_else(|| intake.disks.iter().find(|disk| disk.path.file_name() == name));
+        if let Some(disk) = disk {
+            pairs.push((record.disk.target.clone(), disk.target.clone()));
+        }
+    }
+    let whole = pairs.len() == told.len() && told.len() == intake.disks.len();
+    if whole || pairs.is_empty() {
+        return Ok(Some(pairs).filter(|pairs| !pairs.is_empty()));
+    }
+    if intake.import && intake.by_path && pairs.len() == intake.disks.len() {
+        return Ok(Some(pairs));
+    }
+    let all: Vec<&str> = told.iter().map(|record| record.disk.path.as_str()).collect();
+    Err(Error::new(
+        ErrorKind::Refused,
+        format!(
+            "manifests beside the images say that they belong to domain {}, whose disks are others",
+            manifest.domain.name
+        ),
+    )
+    .state("nothing was touched")
+    .advise(format!("name all its images: {}; or bring it back with `domsnap import`", all.join(","))))
+}
+
+/// The disks that a manifest tells, at the paths that were given.
+fn disks_of_manifest(manifest: &DomainManifest, intake: &Intake) -> Vec<Disk> {
+    let directory = |disk: &Disk| disk.path.parent().map(Utf8Path::to_path_buf);
+    manifest
+        .domain
+        .disks
+        .iter()
+        .map(|record| {
+            let told = &record.disk;
+            let exact = intake.disks.iter().find(|disk| disk.path == told.path);
+            let given =
+                exact.or_else(|| intake.disks.iter().find(|d| d.path.file_name() == told.path.file_name()));
+            let path = match (given, intake.disks.first().and_then(directory), told.path.file_name()) {
+                (Some(given), _, _) => given.path.clone(),
+                (None, Some(beside), Some(name)) if !told.path.exists() => beside.join(name),
+                (None, _, _) => told.path.clone(),
+            };
+            Disk { path, ..told.clone() }
+        })
+        .collect()
+}
+
+/// Why a snapshot cannot be what its manifest says, if so.
+fn missing_point(snapshot: &Snapshot, records: &[DiskRecord], states: &[DiskState]) -> Option<String> {
+    snapshot.disks.iter().find_map(|member| {
+        let (record, state) = records.iter().zip(states).find(|(r, _)| r.disk.target == member.target)?;
+        point_problem(&member.point, record, state).map(|why| format!("{}: {why}", member.target))
+    })
+}
+
+/// Why a point is not to be had, if so.
+pub(super) fn point_problem(point: &Point, record: &DiskRecord, state: &DiskState) -> Option<String> {
+    let Some(layer) = state.layer(&point.layer) else {
+        return Some(format!("the layer {} is gone", point.layer));
+    };
+    match &point.tag {
+        Some(tag) if !layer.internal.iter().any(|internal| internal.tag == *tag) => {
+            Some(format!("the image {} has no internal snapshot {tag}", layer.file))
+        }
+        None if point.layer == record.active => {
+            Some(format!("the layer {} is the active image, not a frozen one", point.layer))
+        }
+        Some(_) | None => None,
+    }
+}
+
+/// `wanted`, or with a number after it where that is taken.
+pub(super) fn free_name<'a>(
+    wanted: &SnapshotName,
+    taken: impl IntoIterator<Item = &'a Snapshot>,
+) -> Result<SnapshotName> {
+    let taken: HashSet<&SnapshotName> = taken.into_iter().map(|snapshot| &snapshot.name).collect();
+    let mut name = wanted.clone();
+    let mut number = 2_u64;
+    while taken.contains(&name) {
+        let suffix = format!("-{number}");
+        let head: String = wanted.as_str().chars().take(crate::MAX_NAME_BYTES - suffix.len()).collect();
+        name = SnapshotName::new(format!("{head}{suffix}"))?;
+        number += 1;
+    }
+    Ok(name)
+}
