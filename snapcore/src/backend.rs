@@ -165,6 +165,12 @@ pub trait DiskSnapshotter: Send + Sync {
     /// Takes a prepare or cut step back, wherever it had got to. Idempotent.
     async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()>;
 
+    /// Called before a begun step is undone after a crash: makes safe what the domain wrote since, because it was
+    /// started before anybody recovered it, and what the undo would lose.
+    async fn salvage(&self, _step: &Step, _context: StepContext<'_>) -> Result<Salvage> {
+        Ok(Salvage::Nothing)
+    }
+
     /// How far a step got, from what is on the disk.
     async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus>;
 
@@ -185,6 +191,17 @@ pub trait DiskSnapshotter: Send + Sync {
 
     /// The file that a layer opens by, for people and tools.
     fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf;
+}
+
+/// What [`DiskSnapshotter::salvage`] found.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Salvage {
+    /// The undo loses nothing.
+    Nothing,
+    /// It was put aside; the step can be undone. The words say where it is.
+    PutAside(String),
+    /// The step must stay as it is; the catalogue learns what it made true. The words say what that means.
+    Stays(Vec<crate::Edit>, String),
 }
 
 /// What a delete would cost and give.

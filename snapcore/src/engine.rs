@@ -29,7 +29,7 @@ use crate::manifest::Manifests;
 use crate::service::Postponed;
 use crate::{
     DiskRecord, Edit, Error, ErrorKind, Event, Events, Group, Operation, OperationId, OperationState, Plan,
-    Progress, Registry, Result, StepContext, StepState, Target, Transition,
+    Progress, Registry, Result, Salvage, StepContext, StepState, Target, Transition,
 };
 
 /// Carries plans out on one domain, whose lock and disks the caller holds.
@@ -409,7 +409,10 @@ impl Running<'_> {
                 continue;
             }
             match self.undo_step(index).await {
-                Ok(()) => changes.push(self.step(index, StepState::Undone)),
+                Ok(edits) => {
+                    changes.extend(edits.into_iter().map(Change::Edit));
+                    changes.push(self.step(index, StepState::Undone));
+                }
                 Err(error) => stuck.push((target, error)),
             }
         }
@@ -487,16 +490,31 @@ impl Running<'_> {
             .map_err(|error| error.context(planned.step.summary.clone()))
     }
 
-    async fn undo_step(&self, index: usize) -> Result<()> {
+    /// Takes one step back; gives what the catalogue must learn where it had to stay.
+    async fn undo_step(&mut self, index: usize) -> Result<Vec<Edit>> {
         let planned = &self.operation.plan.steps[index];
         let record = self.record_of(&planned.step.target)?;
         let backend = self.engine.registry.get(&record.disk.format)?;
         let progress = Teller::new(self.engine.events.clone(), self.operation.id, index);
         let deaf = CancellationToken::new();
         let context = StepContext { disk: record, progress: &progress, cancel: &deaf };
-        guarded(backend.undo(&planned.step, context))
-            .await
-            .map_err(|error| error.context(format!("undoing: {}", planned.step.summary)))
+        let undoing = |error: Error| error.context(format!("undoing: {}", planned.step.summary));
+        let (edits, words) = match guarded(backend.salvage(&planned.step, context)).await.map_err(undoing)? {
+            Salvage::Stays(edits, words) => (edits, Some(words)),
+            Salvage::PutAside(words) => {
+                guarded(backend.undo(&planned.step, context)).await.map_err(undoing)?;
+                (Vec::new(), Some(words))
+            }
+            Salvage::Nothing => {
+                guarded(backend.undo(&planned.step, context)).await.map_err(undoing)?;
+                (Vec::new(), None)
+            }
+        };
+        if let Some(message) = words {
+            self.tell(Event::Warning { domain: self.entry.domain.name.clone(), message: message.clone() });
+            self.run.warnings.push(message);
+        }
+        Ok(edits)
     }
 
     fn record_of(&self, target: &Target) -> Result<&DiskRecord> {

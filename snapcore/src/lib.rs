@@ -25,7 +25,7 @@ mod state;
 mod step;
 
 pub use backend::{
-    Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Severity, StepContext,
+    Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Salvage, Severity, StepContext,
 };
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
 pub use error::{Error, ErrorKind, Result};
