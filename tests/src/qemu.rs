@@ -7,13 +7,16 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+/// How long any of these programs may take, in seconds: an image that lies can send `qemu-img` round for hours.
+const LIMIT: &str = "60";
+
 /// Runs `program` with `words`, which must succeed; gives its standard output.
 ///
 /// # Errors
-/// The command with both its outputs, if it fails.
+/// The command with both its outputs, if it fails, or is at work for more than a minute.
 pub fn run<S: AsRef<OsStr>>(program: &str, words: &[S]) -> Result<String> {
-    let mut command = Command::new(program);
-    command.args(words).env("LC_ALL", "C").stdin(Stdio::null());
+    let mut command = Command::new("timeout");
+    command.args([LIMIT, program]).args(words).env("LC_ALL", "C").stdin(Stdio::null());
     let output = command.output().with_context(|| format!("start {program}: is qemu-utils installed?"))?;
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     if !output.status.success() {
@@ -55,8 +58,16 @@ pub fn read(image: &Path, tag: Option<&str>) -> Result<Vec<u8>> {
 /// # Errors
 /// What it finds.
 pub fn check(image: &Path) -> Result<()> {
-    let output = Command::new("qemu-img")
-        .args(["check", "-U", "-f", "qcow2"])
+    check_within(image, LIMIT)
+}
+
+/// As [`check`], within `limit` seconds.
+///
+/// # Errors
+/// What it finds, or that it takes longer.
+pub fn check_within(image: &Path, limit: &str) -> Result<()> {
+    let output = Command::new("timeout")
+        .args([limit, "qemu-img", "check", "-U", "-f", "qcow2"])
         .arg(image)
         .env("LC_ALL", "C")
         .output()
