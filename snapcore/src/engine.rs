@@ -565,15 +565,13 @@ impl Running<'_> {
 
     /// Manifests of deleted snapshots must be gone before their data is: where they cannot be, nothing is destroyed.
     async fn write_manifests_before_finish(&mut self) -> Result<()> {
-        let destroys = self.operation.of_group(Group::Finish).next().is_some();
-        if !destroys {
-            return Ok(());
-        }
+        // A create or a revert deletes no snapshot, so its finish steps wait for no manifest.
+        let deletes = self.operation.plan.steps.first().is_some_and(|first| first.group == Group::Finish);
         let gone = match &self.told {
             Some(told) => told.tree.iter().any(|snapshot| self.entry.tree.get(snapshot.id).is_none()),
             None => true,
         };
-        if gone {
+        if deletes && gone {
             self.try_manifests().await.map_err(|error| self.left_unfinished(error))?;
         }
         Ok(())

@@ -268,7 +268,7 @@ pub(super) fn write_operation(connection: &Connection, domain: i64, operation: &
         ],
     )?;
     let mut statement = connection.prepare_cached(
-        "INSERT INTO steps (operation, position, grp, target, summary, bytes, deferrable, action, edits, state)
+        "INSERT INTO steps (operation, position, grp, target, summary, bytes, may_wait, action, edits, state)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
     )?;
     for (position, (planned, state)) in (0_i64..).zip(plan.steps.iter().zip(&operation.steps)) {
@@ -307,7 +307,7 @@ pub(super) fn read_operations(
         let mut steps = Vec::new();
         let mut states = Vec::new();
         let mut statement = connection.prepare_cached(
-            "SELECT grp, target, summary, bytes, deferrable, action, edits, state FROM steps
+            "SELECT grp, target, summary, bytes, may_wait, action, edits, state FROM steps
              WHERE operation = ?1 ORDER BY position",
         )?;
         let mut step_rows = statement.query([&key])?;

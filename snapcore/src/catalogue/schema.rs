@@ -81,7 +81,7 @@ CREATE TABLE steps (
     target TEXT NOT NULL,
     summary TEXT NOT NULL,
     bytes INTEGER NOT NULL,
-    deferrable INTEGER NOT NULL CHECK (deferrable IN (0, 1)),
+    may_wait INTEGER NOT NULL CHECK (may_wait IN (0, 1)),
     action TEXT NOT NULL,
     edits TEXT NOT NULL,
     state TEXT NOT NULL,

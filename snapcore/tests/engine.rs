@@ -1,0 +1,496 @@
+//! The engine against a fake backend and a catalogue with faults: whatever fails wherever, an operation happened or
+//! it did not, and everything else is as before.
+
+mod fake;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use camino::Utf8PathBuf;
+use fake::{FakeBackend, FakeDisk, Fault, FaultyCatalogue, How, When};
+use snapcore::catalogue::{Catalogue, Change, Entry, Revision};
+use snapcore::engine::{Engine, Run};
+use snapcore::manifest::Manifests;
+use snapcore::plan::DiskInput;
+use snapcore::*;
+use tokio_util::sync::CancellationToken;
+
+/// A domain of two disks with two snapshots, `s1` (data 1) and `s2` (data 2), and the present 3.
+struct Bench {
+    directory: tempfile::TempDir,
+    backend: FakeBackend,
+    catalogue: FaultyCatalogue,
+}
+
+/// What matters of a domain: disks, snapshots by name with their parents, and the current one.
+#[derive(Debug, Clone, PartialEq)]
+struct World {
+    disks: BTreeMap<Utf8PathBuf, FakeDisk>,
+    snapshots: Vec<(String, Option<String>, usize)>,
+    current: Option<String>,
+}
+
+fn name(text: &str) -> SnapshotName {
+    SnapshotName::new(text).unwrap()
+}
+
+fn domain_name() -> DomainName {
+    DomainName::new("web").unwrap()
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let root = Utf8PathBuf::from_path_buf(directory.path().to_path_buf()).unwrap();
+        let backend = FakeBackend::default();
+        let catalogue = FaultyCatalogue::new(&root.join("state"));
+        let bench = Self { directory, backend, catalogue };
+        let mut disks = Vec::new();
+        for target in ["vda", "vdb"] {
+            bench.backend.disks().insert(bench.path(target), FakeDisk { data: 1, ..FakeDisk::default() });
+            let disk = Disk {
+                target: Target::new(target).unwrap(),
+                path: bench.path(target),
+                format: "fake".into(),
+            };
+            disks.push(bench.backend.adopt(&disk, ActivePath::Keep).await.unwrap());
+        }
+        let domain = Domain {
+            name: domain_name(),
+            unregistered: false,
+            hypervisor: Hypervisor::None,
+            active_path: ActivePath::Keep,
+            disks,
+            current: None,
+        };
+        let put = vec![Change::PutDomain(Box::new(domain), Vec::new())];
+        bench.catalogue.commit(&domain_name(), Revision::ABSENT, put).await.unwrap();
+        for (number, snapshot) in [(1, "s1"), (2, "s2")] {
+            bench.write(number);
+            bench.run(&create(snapshot), &CancellationToken::new()).await.unwrap();
+        }
+        bench.write(3);
+        bench.backend.applies.set(Vec::new());
+        bench.catalogue.commits.set(Vec::new());
+        bench
+    }
+
+    fn root(&self) -> Utf8PathBuf {
+        Utf8PathBuf::from_path_buf(self.directory.path().to_path_buf()).unwrap()
+    }
+
+    fn path(&self, target: &str) -> Utf8PathBuf {
+        self.root().join(format!("{target}.fake"))
+    }
+
+    fn write(&self, data: u64) {
+        for target in ["vda", "vdb"] {
+            self.backend.write(&self.path(target), data);
+        }
+    }
+
+    fn manifests(&self) -> Manifests {
+        Manifests::new(self.root().join("vda.fake.domsnap"))
+    }
+
+    fn registry(&self) -> Registry {
+        let mut registry = Registry::new();
+        registry.register(Arc::new(self.backend.clone())).unwrap();
+        registry
+    }
+
+    async fn entry(&self) -> Entry {
+        self.catalogue.load(&domain_name()).await.unwrap().unwrap()
+    }
+
+    async fn world(&self) -> World {
+        let entry = self.entry().await;
+        let name_of = |id| entry.tree.get(id).unwrap().name.to_string();
+        World {
+            disks: self.backend.world(),
+            snapshots: entry
+                .tree
+                .iter()
+                .map(|s| (s.name.to_string(), s.parent.map(name_of), s.disks.len()))
+                .collect(),
+            current: entry.domain.current.map(name_of),
+        }
+    }
+
+    async fn run(&self, request: &Request, cancel: &CancellationToken) -> Result<Run> {
+        let mut entry = self.entry().await;
+        let mut disks = Vec::new();
+        for record in &entry.domain.disks {
+            let state = self.backend.inspect(record, InspectDepth::Dependents).await?;
+            disks.push(DiskInput { record: record.clone(), state, backend: Arc::new(self.backend.clone()) });
+        }
+        let plan = plan::plan(&entry.domain, &entry.tree, &disks, request).await?;
+        let (registry, events, manifests) = (self.registry(), Events::default(), self.manifests());
+        let engine = Engine {
+            catalogue: &self.catalogue,
+            registry: &registry,
+            events: &events,
+            manifests: &manifests,
+        };
+        engine.run(&mut entry, plan, Vec::new(), cancel).await
+    }
+
+    /// Runs until a fault stops it, as a kill would; then is the next process.
+    async fn run_until_stopped(&mut self, request: &Request) {
+        let cancel = CancellationToken::new();
+        let stopped = tokio::select! {
+            outcome = self.run(request, &cancel) => Err(outcome),
+            () = self.catalogue.commits.stopped.notified() => Ok(()),
+            () = self.backend.applies.stopped.notified() => Ok(()),
+            () = self.backend.undos.stopped.notified() => Ok(()),
+        };
+        stopped.expect("the fault stops the run");
+        self.restart();
+    }
+
+    fn restart(&mut self) {
+        self.backend = self.backend.after_a_crash();
+        self.catalogue = FaultyCatalogue::new(&self.root().join("state"));
+    }
+
+    /// Recovers, and checks what holds after every recovery.
+    async fn recover(&self) -> Vec<Run> {
+        let (registry, events, manifests) = (self.registry(), Events::default(), self.manifests());
+        let engine = Engine {
+            catalogue: &self.catalogue,
+            registry: &registry,
+            events: &events,
+            manifests: &manifests,
+        };
+        let mut runs = Vec::new();
+        for operation in self.catalogue.unfinished(&domain_name()).await.unwrap() {
+            let mut entry = self.entry().await;
+            runs.push(engine.resume(&mut entry, operation, &CancellationToken::new()).await.unwrap());
+        }
+        assert_eq!(self.catalogue.unfinished(&domain_name()).await.unwrap(), Vec::new());
+        runs
+    }
+
+    fn assert_manifests_tell(&self, entry: &Entry) {
+        let found = self.manifests().read().unwrap();
+        assert_eq!(found.problems, Vec::new());
+        let told = SnapshotTree::new(found.snapshots);
+        assert_eq!(told, entry.tree);
+        assert!(self.manifests().is_current(entry));
+    }
+}
+
+fn create(snapshot: &str) -> Request {
+    Request::Create(CreateRequest::new(name(snapshot)))
+}
+
+fn requests() -> Vec<Request> {
+    vec![
+        create("s3"),
+        Request::Revert(RevertRequest::new(name("s1"))),
+        Request::Revert(RevertRequest::new(name("s1")).save_current(name("saved"))),
+        Request::Delete(DeleteRequest::new(vec![name("s1")])),
+        Request::Delete(DeleteRequest::new(vec![name("s1"), name("s2")])),
+    ]
+}
+
+/// The world before and after `request`, and how many commits and applies it takes.
+async fn reference(request: &Request) -> (World, World, usize, usize) {
+    let bench = Bench::new().await;
+    let before = clear(&bench, bench.world().await);
+    bench.run(request, &CancellationToken::new()).await.unwrap();
+    let after = clear(&bench, bench.world().await);
+    bench.assert_manifests_tell(&bench.entry().await);
+    assert_ne!(before, after, "the request does something");
+    (before, after, bench.catalogue.commits.count(), bench.backend.applies.count())
+}
+
+/// The same world, whatever directory the bench is in.
+fn clear(bench: &Bench, mut world: World) -> World {
+    world.disks = world
+        .disks
+        .into_iter()
+        .map(|(path, disk)| (path.strip_prefix(bench.root()).unwrap().to_owned(), disk))
+        .collect();
+    world
+}
+
+fn places(count: usize) -> impl Iterator<Item = (usize, When)> {
+    (1..=count).flat_map(|number| [(number, When::Before), (number, When::After)])
+}
+
+#[tokio::test]
+async fn stopped_at_any_journal_write_it_happened_or_did_not() {
+    for request in requests() {
+        let (before, after, commits, _) = reference(&request).await;
+        let (mut happened, mut did_not) = (0, 0);
+        for (number, when) in places(commits) {
+            let mut bench = Bench::new().await;
+            bench.catalogue.commits.set(vec![Fault { number, when, how: How::Stop }]);
+            bench.run_until_stopped(&request).await;
+            bench.recover().await;
+            let world = clear(&bench, bench.world().await);
+            if world == after {
+                happened += 1;
+            } else {
+                assert_eq!(world, before, "{request:?} stopped {when:?} commit {number}");
+                did_not += 1;
+            }
+        }
+        assert!(happened > 0 && did_not > 0, "{request:?}: {happened} {did_not}");
+    }
+}
+
+#[tokio::test]
+async fn stopped_at_any_step_it_happened_or_did_not() {
+    for request in requests() {
+        let (before, after, _, applies) = reference(&request).await;
+        for (number, when) in places(applies) {
+            let mut bench = Bench::new().await;
+            bench.backend.applies.set(vec![Fault { number, when, how: How::Stop }]);
+            bench.run_until_stopped(&request).await;
+            bench.recover().await;
+            bench.assert_manifests_tell(&bench.entry().await);
+            let world = clear(&bench, bench.world().await);
+            assert!(
+                world == before || world == after,
+                "{request:?} stopped {when:?} step {number}: {world:?}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_failure_at_any_step_before_the_commit_point_is_undone() {
+    let request = Request::Revert(RevertRequest::new(name("s1")).save_current(name("saved")));
+    let (before, _, _, _) = reference(&request).await;
+    for how in [How::Fail(ErrorKind::Io), How::Panic] {
+        // Two disks: a prepare step and two cut steps each.
+        for (number, when) in places(6) {
+            let bench = Bench::new().await;
+            bench.backend.applies.set(vec![Fault { number, when, how: how.clone() }]);
+            let error = bench.run(&request, &CancellationToken::new()).await.unwrap_err();
+            let kind = if matches!(how, How::Panic) { ErrorKind::Internal } else { ErrorKind::Io };
+            assert_eq!(error.kind(), kind, "{error}");
+            assert_eq!(error.state_now(), Some("everything was undone"));
+            assert_eq!(clear(&bench, bench.world().await), before);
+            assert_eq!(bench.recover().await, Vec::new());
+            bench.assert_manifests_tell(&bench.entry().await);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_failed_undo_needs_recovery_and_recovery_undoes() {
+    let request = Request::Revert(RevertRequest::new(name("s1")));
+    let (before, _, _, _) = reference(&request).await;
+    for (number, when) in places(3) {
+        let mut bench = Bench::new().await;
+        bench.backend.applies.set(vec![Fault {
+            number: 4,
+            when: When::Before,
+            how: How::Fail(ErrorKind::Io),
+        }]);
+        bench.backend.undos.set(vec![Fault { number, when, how: How::Fail(ErrorKind::Io) }]);
+        let error = bench.run(&request, &CancellationToken::new()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NeedsRecovery, "{error}");
+        assert!(error.to_string().contains("domsnap recover"), "{error}");
+        let operation = bench.catalogue.unfinished(&domain_name()).await.unwrap().remove(0);
+        assert_eq!(operation.state, OperationState::Undoing);
+        assert_eq!(operation.errors.len(), 2, "{:?}", operation.errors);
+        bench.restart();
+        let runs = bench.recover().await;
+        assert!(!runs[0].happened);
+        assert_eq!(clear(&bench, bench.world().await), before);
+    }
+}
+
+#[tokio::test]
+async fn a_stop_inside_the_undo_is_recovered() {
+    let request = create("s3");
+    let (before, _, _, _) = reference(&request).await;
+    for (number, when) in places(4) {
+        let mut bench = Bench::new().await;
+        bench.backend.applies.set(vec![Fault {
+            number: 4,
+            when: When::After,
+            how: How::Fail(ErrorKind::Io),
+        }]);
+        bench.backend.undos.set(vec![Fault { number, when, how: How::Stop }]);
+        bench.run_until_stopped(&request).await;
+        bench.recover().await;
+        assert_eq!(clear(&bench, bench.world().await), before);
+    }
+}
+
+#[tokio::test]
+async fn a_failed_finish_step_needs_recovery_and_recovery_finishes() {
+    let request = create("s3");
+    let (_, after, _, applies) = reference(&request).await;
+    for (number, when) in places(applies).filter(|(number, _)| *number > 4) {
+        let mut bench = Bench::new().await;
+        bench.backend.applies.set(vec![Fault { number, when, how: How::Fail(ErrorKind::Io) }]);
+        let error = bench.run(&request, &CancellationToken::new()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NeedsRecovery, "{error}");
+        assert!(error.message().contains("the create happened"), "{error}");
+        bench.restart();
+        assert!(bench.recover().await[0].happened);
+        assert_eq!(clear(&bench, bench.world().await), after);
+    }
+}
+
+#[tokio::test]
+async fn cancelled_at_any_step_before_the_commit_point_it_is_undone_and_after_it_happens() {
+    let request = create("s3");
+    let (before, after, _, applies) = reference(&request).await;
+    for (number, when) in places(applies) {
+        let bench = Bench::new().await;
+        let cancel = CancellationToken::new();
+        bench.backend.applies.set(vec![Fault { number, when, how: How::Cancel(cancel.clone()) }]);
+        match bench.run(&request, &cancel).await {
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Cancelled);
+                assert!(number <= 4);
+                assert_eq!(clear(&bench, bench.world().await), before);
+            }
+            Ok(run) => {
+                assert!(number > 4 && run.happened && run.postponed.is_empty());
+                assert_eq!(clear(&bench, bench.world().await), after);
+            }
+        }
+    }
+    let bench = Bench::new().await;
+    let cancel = CancellationToken::new();
+    cancel.cancel();
+    let error = bench.run(&request, &cancel).await.unwrap_err();
+    assert_eq!((error.kind(), error.state_now()), (ErrorKind::Cancelled, Some("nothing was touched")));
+}
+
+#[tokio::test]
+async fn merges_that_are_cancelled_or_fail_are_put_off_and_a_tidy_does_them() {
+    let request = Request::Delete(DeleteRequest::new(vec![name("s1"), name("s2")]));
+    let (_, after, _, _) = reference(&request).await;
+    for cancels in [true, false] {
+        let bench = Bench::new().await;
+        let cancel = CancellationToken::new();
+        let how = if cancels { How::Cancel(cancel.clone()) } else { How::Fail(ErrorKind::Io) };
+        bench.backend.applies.set(vec![Fault { number: 1, when: When::Before, how }]);
+        let run = bench.run(&request, &cancel).await.unwrap();
+        assert!(run.happened);
+        // A cancel stops both disks' merges; a failure only its own disk's.
+        let disks: Vec<(&str, u64, u64)> =
+            run.postponed.iter().map(|p| (p.target.as_str(), p.steps, p.bytes)).collect();
+        match cancels {
+            true => assert_eq!(disks, [("vda", 2, 200), ("vdb", 2, 200)]),
+            false => assert_eq!(disks, [("vda", 2, 200)]),
+        }
+        let world = clear(&bench, bench.world().await);
+        assert_eq!(world.snapshots, after.snapshots);
+        assert_ne!(world.disks, after.disks);
+        assert_eq!(bench.recover().await, Vec::new());
+        bench.backend.applies.set(Vec::new());
+        bench.run(&Request::Tidy, &CancellationToken::new()).await.unwrap();
+        assert_eq!(clear(&bench, bench.world().await), after);
+    }
+}
+
+#[tokio::test]
+async fn a_panic_in_a_merge_is_not_put_off() {
+    let bench = Bench::new().await;
+    bench.backend.applies.set(vec![Fault { number: 1, when: When::Before, how: How::Panic }]);
+    let request = Request::Delete(DeleteRequest::new(vec![name("s1")]));
+    let error = bench.run(&request, &CancellationToken::new()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NeedsRecovery);
+    assert!(error.to_string().contains("the panic that the test wanted"), "{error}");
+}
+
+#[tokio::test]
+async fn a_journal_that_fails_at_any_write_loses_nothing() {
+    for request in requests() {
+        let (before, after, commits, _) = reference(&request).await;
+        for (number, when) in places(commits) {
+            let mut bench = Bench::new().await;
+            bench.catalogue.commits.set(vec![Fault { number, when, how: How::Fail(ErrorKind::Io) }]);
+            let outcome = bench.run(&request, &CancellationToken::new()).await;
+            let early = clear(&bench, bench.world().await);
+            match &outcome {
+                Ok(_) => assert_eq!(early, after, "{request:?} {when:?} {number}"),
+                Err(error) if error.kind() == ErrorKind::NeedsRecovery => {}
+                Err(error) if number > 1 => {
+                    assert_eq!(early, before, "{request:?} {when:?} {number}: {error}")
+                }
+                // Nothing was begun; whether the journal has it is not known, and recovery knows.
+                Err(_) => {}
+            }
+            bench.restart();
+            bench.recover().await;
+            let world = clear(&bench, bench.world().await);
+            assert!(world == before || world == after, "{request:?} {when:?} {number}: {world:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn one_commit_failing_for_ever_at_the_commit_point_is_told_and_recovered() {
+    let request = create("s3");
+    let (before, _, commits, _) = reference(&request).await;
+    let mut bench = Bench::new().await;
+    // Every commit from the third on fails: also those that would record the undoing.
+    let faults =
+        (3..=commits + 20).map(|number| Fault { number, when: When::Before, how: How::Fail(ErrorKind::Io) });
+    bench.catalogue.commits.set(faults.collect());
+    let error = bench.run(&request, &CancellationToken::new()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NeedsRecovery);
+    assert_eq!(error.state_now(), Some("the disks are as before"));
+    assert_eq!(clear(&bench, bench.world().await), before);
+    bench.restart();
+    bench.recover().await;
+    assert_eq!(clear(&bench, bench.world().await), before);
+}
+
+#[tokio::test]
+async fn another_writer_of_the_records_stops_the_operation() {
+    let bench = Bench::new().await;
+    let mut entry = bench.entry().await;
+    bench
+        .catalogue
+        .commit(&domain_name(), entry.revision, vec![Change::Edit(Edit::SetCurrent { id: None })])
+        .await
+        .unwrap();
+    let (registry, events, manifests) = (bench.registry(), Events::default(), bench.manifests());
+    let engine =
+        Engine { catalogue: &bench.catalogue, registry: &registry, events: &events, manifests: &manifests };
+    let plan = Plan {
+        operation: "create".into(),
+        snapshots: Vec::new(),
+        steps: Vec::new(),
+        commit: vec![Edit::SetCurrent { id: None }],
+        notes: Vec::new(),
+    };
+    let error = engine.run(&mut entry, plan, Vec::new(), &CancellationToken::new()).await.unwrap_err();
+    assert_eq!((error.kind(), error.state_now()), (ErrorKind::Busy, Some("nothing was touched")));
+}
+
+#[tokio::test]
+async fn manifests_that_cannot_be_written_are_a_warning() {
+    let bench = Bench::new().await;
+    std::fs::remove_dir_all(bench.root().join("vda.fake.domsnap")).unwrap();
+    std::fs::write(bench.root().join("vda.fake.domsnap"), "in the way").unwrap();
+    let run = bench.run(&create("s3"), &CancellationToken::new()).await;
+    // A file in the way of the directory: the snapshot is taken, and the warning names it.
+    match run {
+        Ok(run) => assert!(run.warnings[0].contains("vda.fake.domsnap"), "{:?}", run.warnings),
+        Err(error) => panic!("{error}"),
+    }
+    // But no data is destroyed while a manifest may still promise it.
+    let error = bench
+        .run(&Request::Delete(DeleteRequest::new(vec![name("s1")])), &CancellationToken::new())
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NeedsRecovery);
+    assert!(bench.backend.world().values().all(|disk| disk.tags.contains_key("s1")));
+    std::fs::remove_file(bench.root().join("vda.fake.domsnap")).unwrap();
+    bench.recover().await;
+    assert!(bench.backend.world().values().all(|disk| !disk.tags.contains_key("s1")));
+    bench.assert_manifests_tell(&bench.entry().await);
+}

@@ -1,0 +1,401 @@
+//! A fake backend: disks are a number and named copies of it, in memory. It can fail, panic, be cancelled or stop for
+//! ever at any call, before or after the call's effect. And a catalogue that can do the same.
+
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use camino::Utf8PathBuf;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use snapcore::catalogue::{
+    Catalogue, Change, Entry, EntrySummary, Lease, Revision, Revisions, SqliteCatalogue,
+};
+use snapcore::*;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// What one disk holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FakeDisk {
+    /// The present.
+    pub data: u64,
+    /// Its points.
+    pub tags: BTreeMap<String, u64>,
+    /// What operations put aside: nothing may stay here.
+    pub aside: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+enum Action {
+    /// Put the present aside.
+    Stash { key: String },
+    /// Name a copy of the present.
+    Tag { name: String },
+    /// Make the present what the copy is.
+    Restore { name: String, key: String },
+    /// Forget what was put aside.
+    Unstash { key: String },
+    /// Drop a copy.
+    Drop { name: String },
+}
+
+/// When a fault strikes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    Before,
+    After,
+}
+
+/// How it strikes.
+#[derive(Debug, Clone)]
+pub enum How {
+    Fail(ErrorKind),
+    Panic,
+    /// As a process that is killed: the call never comes back.
+    Stop,
+    Cancel(CancellationToken),
+}
+
+/// Strikes at the call of this number, counted from 1.
+#[derive(Debug, Clone)]
+pub struct Fault {
+    pub number: usize,
+    pub when: When,
+    pub how: How,
+}
+
+/// Counts calls and strikes.
+#[derive(Debug, Default)]
+pub struct Faults {
+    state: Mutex<(usize, Vec<Fault>)>,
+    pub stopped: Notify,
+}
+
+impl Faults {
+    pub fn set(&self, faults: Vec<Fault>) {
+        *self.state.lock().unwrap() = (0, faults);
+    }
+
+    pub fn count(&self) -> usize {
+        self.state.lock().unwrap().0
+    }
+
+    fn next(&self) -> usize {
+        let mut state = self.state.lock().unwrap();
+        state.0 += 1;
+        state.0
+    }
+
+    async fn strike(&self, number: usize, when: When) -> Result<()> {
+        let how = {
+            let state = self.state.lock().unwrap();
+            state.1.iter().find(|f| f.number == number && f.when == when).map(|f| f.how.clone())
+        };
+        match how {
+            None => Ok(()),
+            Some(How::Fail(kind)) => Err(Error::new(kind, "the fault that the test wanted")),
+            Some(How::Panic) => panic!("the panic that the test wanted"),
+            Some(How::Cancel(token)) => {
+                token.cancel();
+                Ok(())
+            }
+            Some(How::Stop) => {
+                self.stopped.notify_one();
+                std::future::pending().await
+            }
+        }
+    }
+}
+
+/// The fake backend. Clones share their disks.
+#[derive(Clone, Default)]
+pub struct FakeBackend {
+    disks: Arc<Mutex<BTreeMap<Utf8PathBuf, FakeDisk>>>,
+    pub applies: Arc<Faults>,
+    pub undos: Arc<Faults>,
+}
+
+impl FakeBackend {
+    pub fn disks(&self) -> MutexGuard<'_, BTreeMap<Utf8PathBuf, FakeDisk>> {
+        self.disks.lock().unwrap()
+    }
+
+    /// What all disks hold.
+    pub fn world(&self) -> BTreeMap<Utf8PathBuf, FakeDisk> {
+        self.disks().clone()
+    }
+
+    /// The same disks, no faults: what the next process finds.
+    pub fn after_a_crash(&self) -> Self {
+        Self { disks: self.disks.clone(), ..Self::default() }
+    }
+
+    pub fn write(&self, path: &Utf8PathBuf, data: u64) {
+        self.disks().get_mut(path).expect("a disk of the test").data = data;
+    }
+
+    fn disk(&self, path: &Utf8PathBuf) -> Result<FakeDisk> {
+        let found = self.disks().get(path).cloned();
+        found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no fake disk {path}")))
+    }
+
+    fn change(&self, path: &Utf8PathBuf, change: impl FnOnce(&mut FakeDisk)) -> Result<()> {
+        match self.disks().get_mut(path) {
+            Some(disk) => {
+                change(disk);
+                Ok(())
+            }
+            None => Err(Error::new(ErrorKind::NotFound, format!("there is no fake disk {path}"))),
+        }
+    }
+}
+
+fn layer_of(disk: &Disk) -> LayerName {
+    LayerName(format!("{}.layer", disk.path.file_name().unwrap()))
+}
+
+fn step(group: Group, disk: &Disk, action: Action, bytes: u64, deferrable: bool) -> PlannedStep {
+    PlannedStep {
+        group,
+        step: Step {
+            target: disk.target.clone(),
+            summary: format!("{action:?}"),
+            action: serde_json::to_value(action).unwrap(),
+            bytes,
+        },
+        edits: Vec::new(),
+        deferrable,
+    }
+}
+
+#[async_trait]
+impl DiskSnapshotter for FakeBackend {
+    fn format(&self) -> &str {
+        "fake"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(PointKind::Internal, 1)
+    }
+
+    async fn adopt(&self, disk: &Disk, _: ActivePath) -> Result<DiskRecord> {
+        self.disk(&disk.path)?;
+        Ok(DiskRecord { disk: disk.clone(), active: layer_of(disk), owned: vec![layer_of(disk)] })
+    }
+
+    async fn inspect(&self, record: &DiskRecord, _: InspectDepth) -> Result<DiskState> {
+        let disk = self.disk(&record.disk.path)?;
+        let internal = disk.tags.keys().map(|tag| InternalPoint {
+            tag: tag.clone(),
+            virtual_size: 4096,
+            created: Timestamp::UNIX_EPOCH,
+            vm_state_size: 0,
+        });
+        let layer = Layer {
+            name: record.active.clone(),
+            file: record.disk.path.clone(),
+            format: "fake".to_owned(),
+            named: false,
+            backing: None,
+            owned: true,
+            virtual_size: 4096,
+            allocated: 512,
+            internal: internal.collect(),
+            dependents: Vec::new(),
+        };
+        Ok(DiskState {
+            target: record.disk.target.clone(),
+            active: record.active.clone(),
+            layers: vec![layer],
+        })
+    }
+
+    async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
+        let disk = self.disk(&record.disk.path)?;
+        let mut parent = None;
+        let unknown = disk.tags.keys().filter(|tag| !known.iter().any(|p| p.tag.as_ref() == Some(tag)));
+        let found = unknown.map(|tag| {
+            let id = SnapshotId::fresh();
+            Snapshot {
+                id,
+                name: SnapshotName::new(tag.clone()).unwrap(),
+                parent: parent.replace(id),
+                created: Timestamp::UNIX_EPOCH,
+                description: String::new(),
+                consistency: Consistency::Unknown,
+                disks: vec![DiskPoint {
+                    target: record.disk.target.clone(),
+                    point: Point::internal(record.active.clone(), tag.clone()),
+                    virtual_size: 4096,
+                }],
+            }
+        });
+        Ok(found.collect())
+    }
+
+    async fn plan(
+        &self,
+        record: &DiskRecord,
+        _: &DiskState,
+        _: ActivePath,
+        request: &DiskRequest,
+    ) -> Result<DiskPlan> {
+        let disk = &record.disk;
+        let there = self.disk(&disk.path)?;
+        let mut plan = DiskPlan::default();
+        let mut add =
+            |group, action, bytes, deferrable| plan.steps.push(step(group, disk, action, bytes, deferrable));
+        let key = |number: &u32| format!("op{number}");
+        match request {
+            DiskRequest::Create { name, stamp, .. } => {
+                add(Group::Prepare, Action::Stash { key: key(stamp) }, 0, false);
+                add(Group::Cut, Action::Tag { name: name.to_string() }, 0, false);
+                add(Group::Finish, Action::Unstash { key: key(stamp) }, 0, false);
+                plan.point = Some(Point::internal(record.active.clone(), name.as_str()));
+            }
+            DiskRequest::Revert { to, save, stamp, .. } => {
+                add(Group::Prepare, Action::Stash { key: key(stamp) }, 0, false);
+                if let Some(save) = save {
+                    add(Group::Cut, Action::Tag { name: save.to_string() }, 0, false);
+                }
+                let name = to.tag.clone().unwrap();
+                add(Group::Cut, Action::Restore { name, key: key(stamp) }, 10, false);
+                add(Group::Finish, Action::Unstash { key: key(stamp) }, 0, false);
+                plan.point = save.as_ref().map(|save| Point::internal(record.active.clone(), save.as_str()));
+            }
+            DiskRequest::Delete { keep, .. } => {
+                let kept = |tag: &String| keep.iter().any(|point| point.tag.as_ref() == Some(tag));
+                for name in there.tags.into_keys().filter(|tag| !kept(tag)) {
+                    add(Group::Finish, Action::Drop { name }, 100, true);
+                }
+            }
+            other => return Err(Error::new(ErrorKind::Unsupported, format!("the fake cannot do {other:?}"))),
+        }
+        Ok(plan)
+    }
+
+    async fn hold(&self, _: &DiskRecord) -> Result<Guard> {
+        Ok(Box::new(()))
+    }
+
+    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        let number = self.applies.next();
+        self.applies.strike(number, When::Before).await?;
+        context.progress.bytes(step.bytes, step.bytes);
+        let path = &context.disk.disk.path;
+        match serde_json::from_value(step.action.clone()).unwrap() {
+            Action::Stash { key } => self.change(path, |disk| {
+                disk.aside.insert(key, disk.data);
+            })?,
+            Action::Tag { name } => self.change(path, |disk| {
+                disk.tags.insert(name, disk.data);
+            })?,
+            Action::Restore { name, .. } => self.change(path, |disk| disk.data = disk.tags[&name])?,
+            Action::Unstash { key } => self.change(path, |disk| {
+                disk.aside.remove(&key);
+            })?,
+            Action::Drop { name } => {
+                if context.cancel.is_cancelled() {
+                    return Err(Error::new(ErrorKind::Cancelled, "it was cancelled"));
+                }
+                self.change(path, |disk| {
+                    disk.tags.remove(&name);
+                })?;
+            }
+        }
+        self.applies.strike(number, When::After).await
+    }
+
+    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        let number = self.undos.next();
+        self.undos.strike(number, When::Before).await?;
+        let path = &context.disk.disk.path;
+        match serde_json::from_value(step.action.clone()).unwrap() {
+            Action::Stash { key } | Action::Unstash { key } => self.change(path, |disk| {
+                disk.aside.remove(&key);
+            })?,
+            Action::Tag { name } => self.change(path, |disk| {
+                disk.tags.remove(&name);
+            })?,
+            Action::Restore { key, .. } => self.change(path, |disk| {
+                disk.data = disk.aside.get(&key).copied().unwrap_or(disk.data);
+            })?,
+            Action::Drop { .. } => panic!("a finish step is never undone"),
+        }
+        self.undos.strike(number, When::After).await
+    }
+
+    async fn status(&self, _: &Step, _: StepContext<'_>) -> Result<StepStatus> {
+        Ok(StepStatus::Partly)
+    }
+
+    async fn check(&self, _: &DiskRecord, _: &DiskState) -> Result<Vec<Finding>> {
+        Ok(Vec::new())
+    }
+
+    async fn cost_of_delete(
+        &self,
+        _: &DiskRecord,
+        _: &DiskState,
+        drop: &[Point],
+        _: &[Point],
+    ) -> Result<DeleteCost> {
+        Ok(DeleteCost { frees: 512 * drop.len() as u64, moves: 100 * drop.len() as u64 })
+    }
+
+    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
+        disk.path.with_file_name(format!("{}.domsnap", disk.path.file_name().unwrap()))
+    }
+
+    fn layer_file(&self, disk: &DiskRecord, _: &LayerName) -> Utf8PathBuf {
+        disk.disk.path.clone()
+    }
+}
+
+/// The SQLite catalogue, with faults at its commits.
+pub struct FaultyCatalogue {
+    pub inner: SqliteCatalogue,
+    pub commits: Faults,
+}
+
+impl FaultyCatalogue {
+    pub fn new(directory: &Utf8PathBuf) -> Self {
+        Self { inner: SqliteCatalogue::new(directory.clone()), commits: Faults::default() }
+    }
+}
+
+#[async_trait]
+impl Catalogue for FaultyCatalogue {
+    async fn domains(&self) -> Result<Vec<EntrySummary>> {
+        self.inner.domains().await
+    }
+    async fn load(&self, name: &DomainName) -> Result<Option<Entry>> {
+        self.inner.load(name).await
+    }
+    async fn owners(&self, paths: &[Utf8PathBuf]) -> Result<Vec<(Utf8PathBuf, DomainName)>> {
+        self.inner.owners(paths).await
+    }
+    async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>> {
+        self.inner.unfinished(name).await
+    }
+    async fn operation(&self, name: &DomainName, id: OperationId) -> Result<Option<Operation>> {
+        self.inner.operation(name, id).await
+    }
+    async fn commit(&self, name: &DomainName, expected: Revision, changes: Vec<Change>) -> Result<Revision> {
+        let number = self.commits.next();
+        self.commits.strike(number, When::Before).await?;
+        let revision = self.inner.commit(name, expected, changes).await?;
+        self.commits.strike(number, When::After).await?;
+        Ok(revision)
+    }
+    async fn watch(&self, name: &DomainName) -> Result<Revisions> {
+        self.inner.watch(name).await
+    }
+    async fn lease(&self, name: &str, holder: &str, time_to_live: Duration) -> Result<Lease> {
+        self.inner.lease(name, holder, time_to_live).await
+    }
+}
