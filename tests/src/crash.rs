@@ -15,8 +15,8 @@ use crate::domsnap::{Outcome, status};
 use crate::model::Model;
 use crate::powerloss::Baseline;
 use crate::record::Record;
-use crate::report;
-use crate::scenario::Scenario;
+use crate::report::{self, List};
+use crate::scenario::{Look, Scenario};
 use crate::seed::{self, Seed};
 use crate::shim::{self, Often};
 use crate::verify::{self, Memo};
@@ -58,14 +58,29 @@ impl Bench {
         (self.scenario.words)(&self.domain)
     }
 
+    fn list(&self) -> Result<List> {
+        let domsnap = self.domain.domsnap();
+        match self.scenario.look {
+            Look::Image => report::disk_list(&domsnap, &self.domain.path("vda")),
+            Look::Tree if self.domain.registered()? => report::list(&domsnap, NAME),
+            Look::Tree => report::list(&domsnap, &self.domain.paths()),
+        }
+    }
+
+    fn compare_tree(&self, list: &List, model: &Model) -> Result<()> {
+        match self.scenario.look {
+            Look::Tree => verify::tree(list, model),
+            Look::Image => verify::names(list, model),
+        }
+    }
+
     /// Heals, then says which of the two models holds, in every byte.
     fn heal_and_look(&mut self) -> Result<Found> {
         let domsnap = self.domain.domsnap();
         domsnap.done(&["recover"]).context("recover")?;
-        let address = if self.domain.registered()? { NAME.to_owned() } else { self.domain.paths() };
-        let list = report::list(&domsnap, &address)?;
-        let before = verify::tree(&list, &self.before);
-        let after = verify::tree(&list, &self.after);
+        let list = self.list()?;
+        let before = self.compare_tree(&list, &self.before);
+        let after = self.compare_tree(&list, &self.after);
         let same = self.before == self.after;
         match (before, after) {
             (Err(before), Err(after)) => {
@@ -307,8 +322,9 @@ pub fn fail_everywhere(scenario: Scenario, errno: &'static str, often: Often) ->
 
 /// An exit status that says "undone" is true already, without `recover`.
 fn undone_without_recover(bench: &mut Bench, outcome: &Outcome) -> Result<()> {
-    let registered = bench.domain.registered()?;
-    let address = if registered { NAME.to_owned() } else { bench.domain.paths() };
-    verify::every_point(&bench.domain, &bench.before, &address, &mut bench.memo)
+    let list = bench.list()?;
+    bench
+        .compare_tree(&list, &bench.before)
+        .and_then(|()| verify::every_image(&bench.domain, &list, &bench.before, &mut bench.memo))
         .with_context(|| format!("it says that it was undone: {outcome}"))
 }

@@ -1,11 +1,12 @@
 //! The part of domsnap's JSON that the tests rely on. Unknown fields are let pass: the schema test looks at all.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use crate::domsnap::Domsnap;
+use crate::verify;
 
 /// `domsnap list DOMAIN --json`.
 #[derive(Debug, Deserialize)]
@@ -57,4 +58,37 @@ pub enum Kind {
 /// If `list` fails, or says something else.
 pub fn list(domsnap: &Domsnap, domain: &str) -> Result<List> {
     domsnap.done(&["list", domain, "--json"])?.json()
+}
+
+/// `domsnap disk list IMAGE --json`.
+#[derive(Debug, Deserialize)]
+struct DiskList {
+    snapshots: Vec<DiskSnapshot>,
+}
+
+#[derive(Debug, Deserialize)]
+struct DiskSnapshot {
+    name: String,
+    kind: Kind,
+}
+
+/// The snapshots of one image, told as those of the disk `vda`: no parents, no current one; what is external is looked
+/// for in the layer right below.
+///
+/// # Errors
+/// If `disk list` fails, or says something else.
+pub fn disk_list(domsnap: &Domsnap, image: &Path) -> Result<List> {
+    let words = ["disk".as_ref(), "list".as_ref(), image.as_os_str(), "--json".as_ref()];
+    let list: DiskList = domsnap.done(&words)?.json()?;
+    let snapshot = |snapshot: DiskSnapshot| -> Result<Snapshot> {
+        let (layer, tag) = match snapshot.kind {
+            Kind::Internal => (image.to_owned(), Some(snapshot.name.clone())),
+            Kind::External => {
+                (verify::backing(image)?.context("an external snapshot, and no backing file")?, None)
+            }
+        };
+        let point = Point { target: "vda".into(), kind: snapshot.kind, layer, tag };
+        Ok(Snapshot { name: snapshot.name, parent: None, points: vec![point] })
+    };
+    Ok(List { snapshots: list.snapshots.into_iter().map(snapshot).collect::<Result<_>>()?, current: None })
 }

@@ -16,6 +16,17 @@ pub struct Scenario {
     pub words: fn(&Domain) -> Vec<String>,
     /// What the operation does to the model, once it has happened.
     pub effect: fn(&mut Model),
+    /// Where the snapshots are looked for.
+    pub look: Look,
+}
+
+/// Where the snapshots are looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// In the domain's list, with parents and the current one.
+    Tree,
+    /// In the list of the one image, which knows names alone.
+    Image,
 }
 
 fn words(words: &[&str]) -> Vec<String> {
@@ -45,13 +56,31 @@ fn fork(kind: &str) -> Result<Domain> {
     Ok(domain)
 }
 
+/// One image that no domain has, with the internal snapshots `names`.
+fn image(names: &[&str]) -> Result<Domain> {
+    let mut domain = Domain::unregistered(&Shape::disks(1))?;
+    domain.write_everywhere()?;
+    for name in names {
+        domain.domsnap().done(&disk(&domain, "create", &[name, "--internal"]))?;
+        domain.model.create(name);
+        domain.write_everywhere()?;
+    }
+    Ok(domain)
+}
+
+fn disk(domain: &Domain, operation: &str, rest: &[&str]) -> Vec<String> {
+    let path = domain.path("vda").display().to_string();
+    words(&[&["disk", operation, &path], rest].concat())
+}
+
 macro_rules! scenarios {
-    ($($(#[$doc:meta])* $name:ident { $prepare:expr, $words:expr, $effect:expr })*) => {
+    ($($(#[$doc:meta])* $name:ident $look:ident { $prepare:expr, $words:expr, $effect:expr })*) => {
         $($(#[$doc])* pub const $name: Scenario = Scenario {
             name: stringify!($name),
             prepare: || $prepare,
             words: $words,
             effect: $effect,
+            look: Look::$look,
         };)*
 
         /// All of them.
@@ -61,51 +90,51 @@ macro_rules! scenarios {
 
 scenarios! {
     /// The first snapshot: images that were never seen before, internal.
-    CREATE_INTERNAL { line(&[]), |d| d.create_words("new", "internal"), |m| m.create("new") }
+    CREATE_INTERNAL Tree { line(&[]), |d| d.create_words("new", "internal"), |m| m.create("new") }
     /// The first snapshot, external: the images get their permanent names.
-    CREATE_EXTERNAL { line(&[]), |d| d.create_words("new", "external"), |m| m.create("new") }
+    CREATE_EXTERNAL Tree { line(&[]), |d| d.create_words("new", "external"), |m| m.create("new") }
     /// One disk internal, one external.
-    CREATE_MIXED { line(&[]), |d| d.create_words("new", "mixed"), |m| m.create("new") }
+    CREATE_MIXED Tree { line(&[]), |d| d.create_words("new", "mixed"), |m| m.create("new") }
     /// A further internal snapshot on top of external ones.
-    CREATE_INTERNAL_ON_EXTERNAL {
+    CREATE_INTERNAL_ON_EXTERNAL Tree {
         line(&["external"]), |d| d.create_words("new", "internal"), |m| m.create("new")
     }
     /// A further external snapshot of images that hold internal ones.
-    CREATE_EXTERNAL_ON_INTERNAL {
+    CREATE_EXTERNAL_ON_INTERNAL Tree {
         line(&["internal"]), |d| d.create_words("new", "external"), |m| m.create("new")
     }
     /// Internal points of the active images: applied in place.
-    REVERT_INTERNAL_IN_PLACE {
+    REVERT_INTERNAL_IN_PLACE Tree {
         line(&["internal", "internal"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1")
     }
     /// Internal points of images that other points stand on: copied out.
-    REVERT_INTERNAL_MATERIALISED {
+    REVERT_INTERNAL_MATERIALISED Tree {
         line(&["internal", "external"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1")
     }
     /// To a frozen layer.
-    REVERT_EXTERNAL {
+    REVERT_EXTERNAL Tree {
         line(&["external", "external"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1")
     }
     /// The present gets a name first.
-    REVERT_SAVING_CURRENT {
+    REVERT_SAVING_CURRENT Tree {
         line(&["external", "mixed"]),
         |_| words(&["revert", NAME, "s1", "--save-current=kept"]),
         |m| { m.create("kept"); m.revert("s1") }
     }
     /// The only snapshot, external: the present is merged down or takes its place.
-    DELETE_LEAF_EXTERNAL {
+    DELETE_LEAF_EXTERNAL Tree {
         line(&["external", "external"]), |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
     /// A leaf beside the present: no merge at all.
-    DELETE_LEAF_OFF_THE_ACTIVE_CHAIN {
+    DELETE_LEAF_OFF_THE_ACTIVE_CHAIN Tree {
         fork("external"), |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
     /// An internal leaf.
-    DELETE_LEAF_INTERNAL {
+    DELETE_LEAF_INTERNAL Tree {
         line(&["internal", "internal"]), |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
     /// In the middle, the child small: merged into its parent.
-    DELETE_MIDDLE_BIG_BELOW {
+    DELETE_MIDDLE_BIG_BELOW Tree {
         {
             let mut domain = line(&["external"])?;
             domain.fill(2 << 20)?;
@@ -117,7 +146,7 @@ scenarios! {
         |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
     /// In the middle, the child big: the parent's data move up.
-    DELETE_MIDDLE_BIG_ABOVE {
+    DELETE_MIDDLE_BIG_ABOVE Tree {
         {
             let mut domain = line(&["external", "external"])?;
             domain.fill(2 << 20)?;
@@ -128,11 +157,11 @@ scenarios! {
         |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
     /// A frozen layer that two others stand on.
-    DELETE_WITH_SEVERAL_CHILDREN {
+    DELETE_WITH_SEVERAL_CHILDREN Tree {
         fork("external"), |_| words(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
     }
     /// A whole subtree, the present on another branch.
-    DELETE_SUBTREE {
+    DELETE_SUBTREE Tree {
         {
             let mut domain = line(&["external", "mixed", "external"])?;
             domain.revert("s1")?;
@@ -143,21 +172,21 @@ scenarios! {
         |m| m.delete(&m.subtree("s2"))
     }
     /// Several at once.
-    DELETE_SEVERAL {
+    DELETE_SEVERAL Tree {
         line(&["external", "internal", "external", "mixed"]),
         |_| words(&["delete", NAME, "s1", "s3"]),
         |m| m.delete(&strings(&["s1", "s3"]))
     }
     /// An internal point of a frozen layer.
-    DELETE_INTERNAL_UNDER_EXTERNAL {
+    DELETE_INTERNAL_UNDER_EXTERNAL Tree {
         line(&["internal", "external"]), |_| words(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
     }
     /// An external point whose child is internal in the layer above.
-    DELETE_EXTERNAL_UNDER_INTERNAL {
+    DELETE_EXTERNAL_UNDER_INTERNAL Tree {
         line(&["external", "internal"]), |_| words(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
     }
     /// A domain becomes known.
-    DOMAIN_ADD {
+    DOMAIN_ADD Tree {
         {
             let mut domain = Domain::unregistered(&Shape::disks(2))?;
             domain.write_everywhere()?;
@@ -166,9 +195,9 @@ scenarios! {
         |d| d.register_words(), |_| {}
     }
     /// A domain is forgotten.
-    DOMAIN_REMOVE { line(&[]), |_| words(&["domain", "remove", NAME]), |_| {} }
+    DOMAIN_REMOVE Tree { line(&[]), |_| words(&["domain", "remove", NAME]), |_| {} }
     /// A lost catalogue comes back from what lies beside the images.
-    IMPORT {
+    IMPORT Tree {
         {
             let domain = line(&["external", "mixed"])?;
             std::fs::remove_dir_all(domain.state())?;
@@ -176,5 +205,17 @@ scenarios! {
             Ok(domain)
         },
         |d| words(&["import", &d.paths(), "--name", NAME]), |_| {}
+    }
+    /// One image, no domain, internal.
+    DISK_CREATE_INTERNAL Image { image(&[]), |d| disk(d, "create", &["new", "--internal"]), |m| m.create("new") }
+    /// One image, no domain, external.
+    DISK_CREATE_EXTERNAL Image { image(&[]), |d| disk(d, "create", &["new", "--external"]), |m| m.create("new") }
+    /// One image, back to an internal snapshot.
+    DISK_REVERT Image { image(&["one", "two"]), |d| disk(d, "revert", &["one"]), |m| m.revert("one") }
+    /// One image, several internal snapshots in one pass.
+    DISK_DELETE Image {
+        image(&["one", "two", "three", "four"]),
+        |d| disk(d, "delete", &["one", "three"]),
+        |m| m.delete(&strings(&["one", "three"]))
     }
 }

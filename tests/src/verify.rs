@@ -47,6 +47,19 @@ pub fn tree(list: &List, model: &Model) -> Result<()> {
     Ok(())
 }
 
+/// Compares names alone.
+///
+/// # Errors
+/// Both sets, where they differ.
+pub fn names(list: &List, model: &Model) -> Result<()> {
+    let mut found: Vec<_> = list.snapshots.iter().map(|s| s.name.as_str()).collect();
+    found.sort_unstable();
+    if !found.iter().copied().eq(model.snapshots.keys().map(String::as_str)) {
+        bail!("the snapshots should be {:?}, domsnap lists {found:?}", model.snapshots.keys());
+    }
+    Ok(())
+}
+
 /// Compares the bytes of every point that `list` tells of, and the present; checks layers; looks for leftovers.
 ///
 /// # Errors

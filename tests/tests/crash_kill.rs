@@ -43,4 +43,8 @@ scenarios! {
     domain_add DOMAIN_ADD
     domain_remove DOMAIN_REMOVE
     import IMPORT
+    disk_create_internal DISK_CREATE_INTERNAL
+    disk_create_external DISK_CREATE_EXTERNAL
+    disk_revert DISK_REVERT
+    disk_delete DISK_DELETE
 }

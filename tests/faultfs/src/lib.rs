@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `FAULTFS_ROOT` | the directory (canonical) whose files are watched; without it the shim does nothing |
 //! | `FAULTFS_COUNT` | file that gets one line for each operation: its number, kind, path, offset and length |
-//! | `FAULTFS_LOG` | file that gets one binary [`record`] for each operation that succeeded, with its data |
+//! | `FAULTFS_LOG` | file that gets one binary record (`record.rs`) for each operation that succeeded, with its data |
 //! | `FAULTFS_KILL_AT` | number of the operation (from 1) just before which the process gets SIGKILL |
 //! | `FAULTFS_KILL_MODE` | `torn`: if that operation is a write, its first half is written before the SIGKILL |
 //! | `FAULTFS_STOP_AT` | number of the operation just before which the process gets SIGSTOP, holding what it holds |
