@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::error::{Error, ErrorKind, Result, shown};
-use super::file::{ImageFile, Storage};
+use super::file::ImageFile;
 use super::header::{
     Backing, COMPATIBLE_LAZY_REFCOUNTS, Compression, EXT_FEATURE_NAMES, Encryption, Extension, Header,
     INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_EXTENDED_L2, MAX_BACKING_NAME, MAX_FORMAT_NAME, MAX_L1_BYTES,
@@ -148,7 +148,13 @@ pub fn create(path: &Path, new: &NewImage) -> Result<()> {
 }
 
 /// Writes a new image to an empty file.
-pub(crate) fn create_in(file: Box<dyn Storage>, path: &Path, new: &NewImage) -> Result<ImageFile> {
+#[cfg(test)]
+#[allow(dead_code)]
+pub(crate) fn create_in(
+    file: Box<dyn super::file::Storage>,
+    path: &Path,
+    new: &NewImage,
+) -> Result<ImageFile> {
     let (header, head) = plan(new)?;
     let file = ImageFile::new(file, path, true);
     write_new(&file, &header, &head)?;

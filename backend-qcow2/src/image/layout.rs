@@ -10,8 +10,6 @@ pub(crate) const MAGIC: u32 = 0x5146_49fb;
 pub(crate) const V2_LENGTH: usize = 72;
 /// Least length of a version 3 header.
 pub(crate) const V3_LENGTH: usize = 104;
-/// Length of a version 3 header with the compression type, what QEMU writes.
-pub(crate) const V3_FULL_LENGTH: usize = 112;
 
 /// The header's fields in both versions.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy, Debug)]

@@ -19,9 +19,9 @@
 //! Every number from an image is checked before use, memory is bounded by named constants, and nothing here panics on
 //! what an image says.
 
-#![expect(dead_code, reason = "the snapshot operations that use it come next")]
-
+mod backing;
 mod bitmaps;
+mod check;
 mod compressed;
 mod create;
 mod error;
@@ -33,12 +33,16 @@ mod mapping;
 mod open;
 mod overlap;
 mod refcount;
+mod references;
+mod resize;
+mod snapshot;
 mod snapshot_table;
 mod tables;
 mod units;
 mod writer;
 
 pub use bitmaps::{Bitmap, list as list_bitmaps, parse_directory as parse_bitmap_directory};
+pub use check::{CheckReport, Finding};
 pub use compressed::{compress, decompress};
 pub use create::{NewImage, create};
 pub use error::{Context, Error, ErrorKind, Result};
@@ -48,6 +52,7 @@ pub use lock::{LockMode, lock};
 pub use mapping::{CompressedExtent, Geometry, L2Entry, Mapping, SUBCLUSTERS};
 pub use open::{Image, OpenOptions, probe};
 pub use refcount::{entry_of_block as refcount_of_block, parse_table as parse_reftable};
+pub use snapshot::{Deleted, NewSnapshot};
 pub use snapshot_table::{Snapshot, encode as encode_snapshot_table, parse as parse_snapshot_table};
 pub use tables::{L1Table, L2Table};
 pub use units::{ClusterBits, ClusterIndex, GuestCluster, GuestOffset, HostOffset};

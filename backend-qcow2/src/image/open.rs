@@ -318,12 +318,7 @@ impl Image {
         }
         self.state = State::Writing;
         if self.header.is_dirty() {
-            return Err(Error::new(
-                ErrorKind::Dirty,
-                "the image was not closed properly and its refcounts are out of date",
-            )
-            .advise("mend it with `qemu-img check -r all`")
-            .on("write", &path));
+            self.rebuild_refcounts().context("rebuild the refcounts of", &path)?;
         }
         Ok(())
     }

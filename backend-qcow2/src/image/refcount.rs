@@ -136,6 +136,8 @@ pub enum Change {
     Up(u64),
     /// One or more references less.
     Down(u64),
+    /// None: only to see the counts.
+    Keep,
 }
 
 /// The refcounts of one image.
@@ -231,9 +233,29 @@ impl Refcounts {
         last << self.block_shift
     }
 
-    /// Whether a block covers this cluster.
-    pub(crate) fn has_block_for(&self, cluster: ClusterIndex) -> bool {
-        self.position(cluster.0).is_some_and(|(b, _)| self.table.get(b).is_some_and(|e| *e != 0))
+    /// Whether a block covers any of these clusters.
+    pub(crate) fn covers_any(&self, clusters: std::ops::Range<u64>) -> bool {
+        let (from, to) =
+            (clusters.start >> self.block_shift, clusters.end.saturating_sub(1) >> self.block_shift);
+        (from..=to).any(|n| usize::try_from(n).ok().and_then(|n| self.table.get(n)).is_some_and(|e| *e != 0))
+    }
+
+    /// Sets a refcount whatever it was, making the block that counts the cluster if there is none. Only after
+    /// [`Refcounts::allocate_from`]: what seems free may not be.
+    pub(crate) fn force(&mut self, file: &ImageFile, cluster: ClusterIndex, value: u64) -> Result<()> {
+        let floor = self.hint.max(cluster.0 + 1);
+        self.ensure_block_at(file, cluster.0 >> self.block_shift, floor)?;
+        let hint = self.hint;
+        self.set(file, cluster, value)?;
+        self.hint = hint;
+        Ok(())
+    }
+
+    /// Makes the block of this number, if there is none, at or behind cluster `floor`.
+    fn ensure_block_at(&mut self, file: &ImageFile, number: u64, floor: u64) -> Result<()> {
+        // A claim that reaches from the block's own range to the floor keeps the block out of all of it.
+        let start = number << self.block_shift;
+        self.ensure_block(file, number, start..floor.max(start + (1 << self.block_shift)))
     }
 
     /// Never allocate below this cluster: for rebuilding refcounts that cannot be trusted.
@@ -357,6 +379,7 @@ impl Refcounts {
                 let new = match change {
                     Change::Up(by) if old != 0 => old.checked_add(by).filter(|new| *new <= W::MAX),
                     Change::Down(by) => old.checked_sub(by),
+                    Change::Keep => Some(old),
                     Change::Up(_) => None,
                 };
                 let Some(new) = new else {
@@ -366,22 +389,22 @@ impl Refcounts {
                 W::set(&mut block.data, entry, new);
                 low = low.min(entry);
                 high = high.max(entry);
-                if new == 0 {
+                if new == 0 && change != Change::Keep {
                     freed += 1;
                     lowest_free = lowest_free.min(*cluster);
                 }
                 seen(at, new);
                 at += 1;
             }
-            if low <= high {
+            if low <= high && change != Change::Keep {
                 block.touch((low << order) / 8, ((high << order) / 8) + (1usize << order).div_ceil(8));
             }
             self.freed += freed;
             self.hint = self.hint.min(lowest_free);
             if let Some((cluster, old)) = failed {
                 return Err(match change {
-                    Change::Up(_) if old == 0 => self.not_in_use(cluster),
-                    Change::Up(_) => self.overflow(cluster),
+                    Change::Up(_) if old != 0 => self.overflow(cluster),
+                    Change::Up(_) | Change::Keep => self.not_in_use(cluster),
                     Change::Down(by) => Error::corrupt(format!(
                         "cluster {cluster:#x} has a refcount of {old}, and {by} references to it would go"
                     )),

@@ -22,6 +22,7 @@ use super::mapping::{
 };
 use super::open::Image;
 use super::refcount::Change;
+use super::references::clear_copied;
 use super::units::{GuestCluster, HostOffset};
 
 /// L2 tables that are held changed in memory before they are flushed by themselves.
@@ -530,15 +531,6 @@ fn drop_references(geometry: Geometry, entry: L2Entry, into: &mut Vec<u64>) -> R
         other => into.extend(host_of(other).map(|h| bits.host_cluster(h).0)),
     }
     Ok(())
-}
-
-/// Clears bit 63 in every entry.
-fn clear_copied(geometry: Geometry, table: &mut [u8]) {
-    for entry in table.chunks_exact_mut(geometry.l2_entry_size()) {
-        if let Some(first) = entry.first_mut() {
-            *first &= 0x7f;
-        }
-    }
 }
 
 const _: () = assert!(COPIED & OFFSET_MASK == 0);

@@ -1,0 +1,149 @@
+//! Changing what an image says that it stands on.
+//!
+//! Name and format lie in the first cluster: the format in a header extension behind the header, the name where the
+//! header says. Only a sector is written whole or not at all, so the new words are put where the old header does not
+//! look, made durable, and then the first sector switches to them:
+//! what the new header needs outside of the first sector and the old one does not use is written first, flush; then the
+//! first sector, flush. Where the extensions outside of the first sector would have to change in place, the feature name
+//! table is left out, which is optional and only serves messages: all others then fit the first sector.
+//!
+//! So at each instant the image names its old or its new backing file, with the format that belongs to it.
+
+use super::create::check_backing;
+use super::error::{Context, Error, ErrorKind, Result};
+use super::header::{AUTOCLEAR_RAW_EXTERNAL, Backing, EXT_FEATURE_NAMES, Header, SECTOR};
+use super::open::Image;
+use super::units::HostOffset;
+
+/// Which bytes of the first cluster a header uses.
+struct Used {
+    extensions_end: usize,
+    name: std::ops::Range<usize>,
+}
+
+impl Used {
+    fn of(header: &Header) -> Self {
+        let from = header.backing_offset as usize;
+        let length = header.backing.as_ref().map_or(0, |b| b.file.len());
+        Self { extensions_end: header.extensions_end, name: from..from + length }
+    }
+
+    fn overlaps(&self, range: &std::ops::Range<usize>) -> bool {
+        let name = !self.name.is_empty() && range.start < self.name.end && self.name.start < range.end;
+        !range.is_empty() && (range.start < self.extensions_end || name)
+    }
+}
+
+impl Image {
+    /// Makes the image stand on another backing file, or on none. Only the image's word is changed: what it reads
+    /// where it has no data of its own is the caller's care. The backing file is not opened.
+    ///
+    /// Order: the module's.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a name that cannot be, or that finds no room in the first cluster;
+    /// [`ErrorKind::Unsupported`] for an image whose external data file is a raw disk; the system's.
+    pub fn set_backing(&mut self, backing: Option<Backing>) -> Result<()> {
+        if let Some(b) = &backing {
+            check_backing(b).context("set the backing file of", self.path())?;
+            if self.header.autoclear & AUTOCLEAR_RAW_EXTERNAL != 0 {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "the image's external data file is a raw disk, which can have no backing file",
+                )
+                .on("set the backing file of", self.path()));
+            }
+        }
+        if backing == self.header.backing {
+            return Ok(());
+        }
+        self.guarded("set the backing file of", |image| image.switch_backing(backing))
+    }
+
+    fn switch_backing(&mut self, backing: Option<Backing>) -> Result<()> {
+        let mut target = self.header.clone();
+        target.backing = backing;
+        if !self.place(&mut target)? {
+            target.extensions.retain(|e| e.magic != EXT_FEATURE_NAMES);
+            if !self.place(&mut target)? {
+                return Err(no_room());
+            }
+        }
+        self.switch_head(target)
+    }
+
+    /// Finds the name's place in `target`; `false` when there is none, or extensions would change in place.
+    fn place(&self, target: &mut Header) -> Result<bool> {
+        let size = self.header.cluster_bits.bytes();
+        let old = Used::of(&self.header);
+        let end = target.encode(true).len();
+        let length = target.backing.as_ref().map_or(0, |b| b.file.len());
+        if end + length > size {
+            return Ok(false);
+        }
+        let spill = SECTOR.min(end)..end;
+        if old.overlaps(&spill) && self.tail_differs(target, &spill)? {
+            return Ok(false);
+        }
+        let fits = |at: &usize| {
+            let outside = (*at).max(SECTOR)..(at + length).max(SECTOR);
+            *at >= end && at + length <= size && !old.overlaps(&outside)
+        };
+        let behind = old.name.end.max(old.extensions_end).max(end);
+        let Some(at) = [end, behind, size - length].into_iter().find(fits) else { return Ok(false) };
+        target.extensions_end = end;
+        target.backing_offset = if length == 0 { 0 } else { at as u64 };
+        Ok(true)
+    }
+
+    /// Whether the extensions behind the first sector would change.
+    fn tail_differs(&self, target: &Header, spill: &std::ops::Range<usize>) -> Result<bool> {
+        let mut now = vec![0; spill.len()];
+        self.file.read_at(&mut now, HostOffset(spill.start as u64))?;
+        Ok(target.encode(true).get(spill.clone()) != Some(&now[..]))
+    }
+
+    /// Writes what lies behind the first sector, flush; then the first sector, flush.
+    fn switch_head(&mut self, header: Header) -> Result<()> {
+        let size = self.header.cluster_bits.bytes();
+        let mut head = vec![
+            0;
+            size.min(
+                header.extensions_end.max(header.backing_offset as usize + 1024).next_multiple_of(SECTOR)
+            )
+        ];
+        self.file.read_at(&mut head, HostOffset(0))?;
+        let before = head.clone();
+        let area = header.encode(true);
+        if let Some(at) = head.get_mut(..area.len()) {
+            at.copy_from_slice(&area);
+        }
+        if let Some(b) = &header.backing {
+            let from = header.backing_offset as usize;
+            if let Some(at) = head.get_mut(from..from + b.file.len()) {
+                at.copy_from_slice(b.file.as_bytes());
+            }
+        }
+        header.write_fields(&mut head);
+        let rest = SECTOR.min(head.len());
+        if head.get(rest..) != before.get(rest..) {
+            self.file.write_at(head.get(rest..).unwrap_or_default(), HostOffset(rest as u64))?;
+            self.file.flush()?;
+        }
+        if let Some(first) = head.get(..SECTOR) {
+            self.sector.copy_from_slice(first);
+        }
+        self.file.write_at(&self.sector, HostOffset(0))?;
+        self.file.flush()?;
+        self.header = header;
+        Ok(())
+    }
+}
+
+fn no_room() -> Error {
+    Error::new(
+        ErrorKind::InvalidInput,
+        "the first cluster has no room for the new backing file's name beside the old one and the header extensions",
+    )
+    .advise("use a shorter or relative path, or convert the image to larger clusters")
+}

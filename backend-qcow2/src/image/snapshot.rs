@@ -1,0 +1,569 @@
+//! Internal snapshots: create, apply, delete.
+//!
+//! What each makes durable before what is said at each. All three end with one write of the header's sector that makes
+//! them happen, and give back what is not needed any more after it. A snapshot's name is unique among those made here;
+//! in a table where QEMU made several of one name, the first is meant.
+
+use std::sync::OnceLock;
+
+use super::bitmaps;
+use super::error::{Context, Error, ErrorKind, Result, shown};
+use super::file::ImageFile;
+use super::header::{MAX_L1_BYTES, MAX_SNAPSHOTS};
+use super::mapping::{COPIED, Geometry, OFFSET_MASK};
+use super::open::Image;
+use super::refcount::{Change, Refcounts};
+use super::references::{References, clear_copied, set_copied};
+use super::snapshot_table::{self, Snapshot};
+use super::tables::{self, L1Table};
+use super::units::HostOffset;
+
+/// What a new snapshot shall be called and remember.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct NewSnapshot {
+    /// Its name: not empty, not in the table yet.
+    pub name: String,
+    /// When it is taken: seconds since 1970.
+    pub date_seconds: u32,
+    /// When it is taken: nanoseconds within the second.
+    pub date_nanoseconds: u32,
+    /// How long the guest had run, in nanoseconds.
+    pub vm_clock_ns: u64,
+    /// QEMU's instruction count.
+    pub icount: Option<u64>,
+    /// Bytes of VM state that were put behind the disk's end before; 0 without.
+    pub vm_state_size: u64,
+}
+
+impl NewSnapshot {
+    /// A snapshot of the disk alone, taken at this time.
+    pub fn new(name: impl Into<String>, date_seconds: u32, date_nanoseconds: u32) -> Self {
+        Self {
+            name: name.into(),
+            date_seconds,
+            date_nanoseconds,
+            vm_clock_ns: 0,
+            icount: None,
+            vm_state_size: 0,
+        }
+    }
+}
+
+/// What a delete did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub struct Deleted {
+    /// Snapshots that are gone.
+    pub snapshots: usize,
+    /// Bytes of the file that became free for new clusters.
+    pub freed_bytes: u64,
+}
+
+/// One L2 table that loses references: by which L1 index, where, how many times.
+struct Loss {
+    index: usize,
+    offset: u64,
+    times: u64,
+    /// The active L1 has the same table at the same index.
+    active: bool,
+}
+
+impl Image {
+    /// Takes a snapshot of the active state.
+    ///
+    /// Order: (1) in any order: the new L1 table and snapshot table, at free places; COPIED bits of the active tables
+    /// cleared; refcounts raised; flush; (2) table entries of new refcount blocks, if any; flush; (3) the header's
+    /// sector; flush; (4) the old snapshot table's refcounts; flush. Three flushes, four with new refcount blocks.
+    ///
+    /// # Errors
+    /// [`ErrorKind::SnapshotExists`], [`ErrorKind::InvalidInput`] for a name that cannot be, [`ErrorKind::RefcountOverflow`],
+    /// [`ErrorKind::LimitExceeded`], [`ErrorKind::Unsupported`] with an external data file, [`ErrorKind::Corrupt`], the
+    /// system's. The first five change nothing.
+    pub fn create_snapshot(&mut self, new: &NewSnapshot) -> Result<()> {
+        self.check_new_snapshot(new).context("create a snapshot in", self.path())?;
+        self.guarded("create a snapshot in", |image| image.create_snapshot_unguarded(new))
+    }
+
+    fn check_new_snapshot(&self, new: &NewSnapshot) -> Result<()> {
+        self.require_own_data("internal snapshots")?;
+        let invalid = |detail: String| Err(Error::new(ErrorKind::InvalidInput, detail));
+        if new.name.is_empty() || new.name.len() > usize::from(u16::MAX) || new.name.contains('\0') {
+            return invalid(format!(
+                "\"{}\" is no name for a snapshot: 1 to 65535 bytes without NUL",
+                shown(new.name.as_bytes())
+            ));
+        }
+        if new.date_nanoseconds >= 1_000_000_000 {
+            return invalid(format!("{} nanoseconds are more than a second", new.date_nanoseconds));
+        }
+        if self.find_snapshot(&new.name)?.is_some() {
+            return Err(Error::new(
+                ErrorKind::SnapshotExists,
+                format!("the image has an internal snapshot \"{}\" already", shown(new.name.as_bytes())),
+            )
+            .advise("choose another name, or delete that snapshot first"));
+        }
+        if self.header.snapshot_count >= MAX_SNAPSHOTS {
+            return Err(Error::new(
+                ErrorKind::LimitExceeded,
+                format!("the image has {MAX_SNAPSHOTS} snapshots"),
+            )
+            .advise("delete snapshots that are not needed"));
+        }
+        Ok(())
+    }
+
+    fn create_snapshot_unguarded(&mut self, new: &NewSnapshot) -> Result<()> {
+        let geometry = self.geometry();
+        let mut l1 = self.active_l1()?.clone();
+        // VM state lies behind the disk's end; what is there without any is a leftover that no snapshot needs.
+        let disk = usize::try_from(geometry.l1_entries_for(self.virtual_size())).unwrap_or(usize::MAX);
+        let kept = if new.vm_state_size > 0 { l1.len() } else { disk.max(1).min(l1.len()) };
+        let offsets: Vec<u64> = (0..kept).filter_map(|n| l1.l2_offset(n)).map(|o| o.0).collect();
+        self.check_headroom(&offsets)?;
+
+        let copy: Vec<u8> = l1.entries.iter().take(kept).flat_map(|e| (e & !COPIED).to_be_bytes()).collect();
+        let l1_offset = self.allocate_for(&copy)?;
+        let (old, old_bytes) = self.snapshot_table()?.clone();
+        let mut snapshots = old;
+        snapshots.push(Snapshot {
+            id: snapshot_table::next_id(&snapshots),
+            name: new.name.clone().into_bytes(),
+            l1_offset,
+            l1_entries: u32::try_from(kept).unwrap_or(u32::MAX),
+            date_seconds: new.date_seconds,
+            date_nanoseconds: new.date_nanoseconds,
+            vm_clock_ns: new.vm_clock_ns,
+            vm_state_size: new.vm_state_size,
+            disk_size: self.virtual_size(),
+            icount: new.icount,
+            unknown_extra: Vec::new(),
+        });
+        let table = snapshot_table::encode(&snapshots)?;
+        let table_offset = self.allocate_for(&table)?;
+
+        let (file, refcounts, header) = self.parts()?;
+        let bits = header.cluster_bits;
+        let mut references = References::default();
+        tables::visit(file, geometry, &offsets, |_, bytes| {
+            references.fill(geometry, bytes, None)?;
+            refcounts.change(file, &references.clusters, Change::Up(1), |_, _| {})?;
+            Ok(clear_copied(geometry, bytes))
+        })?;
+        let l2_clusters: Vec<u64> = offsets.iter().map(|o| bits.host_cluster(HostOffset(*o)).0).collect();
+        refcounts.change(file, &l2_clusters, Change::Up(1), |_, _| {})?;
+
+        if l1.entries.iter().take(kept).any(|e| e & COPIED != 0) {
+            l1.entries.iter_mut().take(kept).for_each(|e| *e &= !COPIED);
+            file.write_at(&copy, header.l1_offset)?;
+        }
+        if !copy.is_empty() {
+            file.write_at(&copy, l1_offset)?;
+        }
+        file.write_at(&table, table_offset)?;
+        let old_offset = header.snapshots_offset;
+        header.snapshots_offset = table_offset;
+        header.snapshot_count += 1;
+        self.settle_and_switch()?;
+
+        self.l1 = OnceLock::from(l1);
+        self.snapshots = OnceLock::from((snapshots, table.len()));
+        self.protected = None;
+        if old_bytes > 0 {
+            self.release(old_offset, old_bytes as u64)?;
+            self.settle()?;
+        }
+        Ok(())
+    }
+
+    /// Refuses, before anything is changed, what one more reference to each cluster would overflow.
+    fn check_headroom(&mut self, l2_offsets: &[u64]) -> Result<()> {
+        let geometry = self.geometry();
+        let (file, refcounts, header) = self.parts()?;
+        // A cluster of data has a reference a snapshot and one more; of compressed ones, one a 512-byte sector each
+        // as a rule. Only where that can pass the maximum is it worth a look.
+        let most = (u64::from(header.snapshot_count) + 2).saturating_mul(header.cluster_bits.size() / 512);
+        if most <= refcounts.max() {
+            return Ok(());
+        }
+        let bits = header.cluster_bits;
+        let mut references = References::default();
+        tables::visit(file, geometry, l2_offsets, |n, bytes| {
+            references.fill(geometry, bytes, None)?;
+            let l2 = l2_offsets.get(n).copied().unwrap_or(0);
+            references.clusters.push(bits.host_cluster(HostOffset(l2)).0);
+            // One cluster may be there several times (compressed), so count up, and back down.
+            refcounts.change(file, &references.clusters, Change::Up(1), |_, _| {})?;
+            Ok(false)
+        })
+        .and_then(|()| {
+            tables::visit(file, geometry, l2_offsets, |n, bytes| {
+                references.fill(geometry, bytes, None)?;
+                let l2 = l2_offsets.get(n).copied().unwrap_or(0);
+                references.clusters.push(bits.host_cluster(HostOffset(l2)).0);
+                refcounts.change(file, &references.clusters, Change::Down(1), |_, _| {})?;
+                Ok(false)
+            })
+        })
+    }
+
+    /// Free clusters for these bytes; nothing for nothing.
+    fn allocate_for(&mut self, bytes: &[u8]) -> Result<HostOffset> {
+        match self.header.cluster_bits.clusters_for(bytes.len() as u64) {
+            0 => Ok(HostOffset(0)),
+            clusters => self.allocate(clusters),
+        }
+    }
+
+    /// Makes the active state that of a snapshot; its size too. The snapshot stays, and so does every other.
+    ///
+    /// Order: (1) in any order: the new active L1 table at a free place; refcounts of what the snapshot has and the old
+    /// active state has not raised; COPIED bits in those tables cleared; persistent bitmaps marked as in use; flush (and
+    /// table entries of new refcount blocks; flush); (2) the header's sector, which switches L1 table and size at once;
+    /// flush; (3) refcounts of what only the old active state had lowered; flush. What both share at the same place is
+    /// not touched at all. Applied twice, the second time does nothing.
+    ///
+    /// VM state is not taken into the active state: a QEMU that loads it reads it from the snapshot.
+    ///
+    /// # Errors
+    /// [`ErrorKind::SnapshotNotFound`], [`ErrorKind::Unsupported`], [`ErrorKind::Corrupt`], the system's.
+    pub fn apply_snapshot(&mut self, name: &str) -> Result<()> {
+        self.require_own_data("internal snapshots").context("apply a snapshot in", self.path())?;
+        self.require_snapshot(name).context("apply a snapshot in", self.path())?;
+        self.guarded("apply a snapshot in", |image| image.apply_snapshot_unguarded(name))
+    }
+
+    fn apply_snapshot_unguarded(&mut self, name: &str) -> Result<()> {
+        let geometry = self.geometry();
+        let snapshot = self.require_snapshot(name)?.clone();
+        let needed = geometry.l1_entries_for(snapshot.disk_size).max(1);
+        if needed > MAX_L1_BYTES / 8 {
+            return Err(Error::corrupt(format!(
+                "snapshot \"{}\" says that its disk has {} bytes, which no L1 table can map",
+                shown(&snapshot.name),
+                snapshot.disk_size
+            )));
+        }
+        let mut new = self.snapshot_l1(&snapshot)?;
+        new.entries.resize(needed as usize, 0);
+        new.entries.iter_mut().for_each(|e| *e &= OFFSET_MASK);
+        let old = self.active_l1()?.clone();
+        let count = old.len().max(new.len());
+        if snapshot.disk_size == self.virtual_size()
+            && (0..count).all(|n| old.l2_offset(n) == new.l2_offset(n))
+        {
+            return Ok(());
+        }
+
+        let raw = new.to_bytes();
+        let l1_offset = self.allocate_for(&raw)?;
+        let (file, refcounts, _) = self.parts()?;
+        change_differences(file, refcounts, geometry, &new, &old, Change::Up(1), true)?;
+        file.write_at(&raw, l1_offset)?;
+        bitmaps::mark_in_use(self)?;
+        let (old_offset, old_entries) = (self.header.l1_offset, self.header.l1_entries);
+        self.header.l1_offset = l1_offset;
+        self.header.l1_entries = needed as u32;
+        self.header.virtual_size = snapshot.disk_size;
+        self.settle_and_switch()?;
+
+        let (file, refcounts, _) = self.parts()?;
+        change_differences(file, refcounts, geometry, &old, &new, Change::Down(1), false)?;
+        self.l1 = OnceLock::from(new);
+        self.release(old_offset, u64::from(old_entries) * 8)?;
+        self.settle()
+    }
+
+    /// Whether the active state is this snapshot: the same size, and every guest cluster in the same place. After a
+    /// crash this tells whether an apply was done.
+    ///
+    /// # Errors
+    /// [`ErrorKind::SnapshotNotFound`], [`ErrorKind::Corrupt`], the system's.
+    pub fn snapshot_matches_active(&self, name: &str) -> Result<bool> {
+        self.matches_active(name).context("compare a snapshot in", self.path())
+    }
+
+    fn matches_active(&self, name: &str) -> Result<bool> {
+        let snapshot = self.require_snapshot(name)?;
+        if snapshot.disk_size != self.virtual_size() {
+            return Ok(false);
+        }
+        let geometry = self.geometry();
+        let (ours, theirs) = (self.active_l1()?, self.snapshot_l1(snapshot)?);
+        let disk = usize::try_from(geometry.l1_entries_for(snapshot.disk_size)).unwrap_or(usize::MAX);
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        for index in 0..disk {
+            let (x, y) = (ours.l2_offset(index), theirs.l2_offset(index));
+            if x == y {
+                continue;
+            }
+            for (offset, table) in [(x, &mut a), (y, &mut b)] {
+                table.clear();
+                table.resize(geometry.cluster_bits.bytes(), 0);
+                if let Some(offset) = offset {
+                    self.file.read_at(table, offset)?;
+                    clear_copied(geometry, table);
+                }
+            }
+            if a != b {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Deletes snapshots, any number in one pass; all of them or none.
+    ///
+    /// Order: (1) a snapshot table without them at a free place, its refcounts; flush (nothing of this when none is
+    /// left); (2) the header's sector; flush; (3) in any order: refcounts lowered, COPIED bits set where one is left
+    /// and the active state has it, the old table and their L1 tables given back; flush. Three flushes for any set.
+    /// A crash in (3) leaves leaked clusters, some of which the active state may write in place: nobody else needs them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::SnapshotNotFound`] (nothing is changed), [`ErrorKind::Corrupt`], the system's.
+    pub fn delete_snapshots(&mut self, names: &[&str]) -> Result<Deleted> {
+        let doomed = self.doomed(names).context("delete snapshots in", self.path())?;
+        if doomed.is_empty() {
+            return Ok(Deleted::default());
+        }
+        self.guarded("delete snapshots in", |image| image.delete_unguarded(&doomed))
+    }
+
+    /// Bytes of the file that deleting these snapshots would free for new clusters. Reads, changes nothing.
+    ///
+    /// # Errors
+    /// As [`Image::delete_snapshots`].
+    pub fn freed_by_deleting(&self, names: &[&str]) -> Result<u64> {
+        let count = || {
+            let doomed = self.doomed(names)?;
+            let mut refcounts = Refcounts::load(&self.file, &self.header)?;
+            refcounts.dry_run();
+            let losses = self.losses(&doomed)?;
+            let geometry = self.geometry();
+            take_losses(&self.file, &mut refcounts, geometry, &losses, self.active_l1()?.len(), false)?;
+            let bits = self.header.cluster_bits;
+            for s in &doomed {
+                let first = bits.host_cluster(s.l1_offset).0;
+                let l1: Vec<u64> = (first..first + bits.clusters_for(u64::from(s.l1_entries) * 8)).collect();
+                refcounts.change(&self.file, &l1, Change::Down(1), |_, _| {})?;
+            }
+            Ok(refcounts.take_freed() << bits.bits())
+        };
+        count().context("estimate a delete in", self.path())
+    }
+
+    fn doomed(&self, names: &[&str]) -> Result<Vec<Snapshot>> {
+        let mut doomed: Vec<Snapshot> = Vec::new();
+        for name in names {
+            let snapshot = self.require_snapshot(name)?;
+            if !doomed.contains(snapshot) {
+                doomed.push(snapshot.clone());
+            }
+        }
+        Ok(doomed)
+    }
+
+    /// The L2 tables that these snapshots refer to; for each L1 index, the one that is also active comes last.
+    fn losses(&self, doomed: &[Snapshot]) -> Result<Vec<Loss>> {
+        let active = self.active_l1()?;
+        let mut all: Vec<(usize, bool, u64)> = Vec::new();
+        for s in doomed {
+            let l1 = self.snapshot_l1(s)?;
+            all.extend((0..l1.len()).filter_map(|n| {
+                let offset = l1.l2_offset(n)?;
+                Some((n, active.l2_offset(n) == Some(offset), offset.0))
+            }));
+        }
+        all.sort_unstable();
+        let mut losses: Vec<Loss> = Vec::new();
+        for (index, active, offset) in all {
+            match losses.last_mut() {
+                Some(last) if last.index == index && last.offset == offset => last.times += 1,
+                _ => losses.push(Loss { index, offset, times: 1, active }),
+            }
+        }
+        Ok(losses)
+    }
+
+    fn delete_unguarded(&mut self, doomed: &[Snapshot]) -> Result<Deleted> {
+        let geometry = self.geometry();
+        let losses = self.losses(doomed)?;
+        let (mut left, old_bytes) = self.snapshot_table()?.clone();
+        left.retain(|s| !doomed.contains(s));
+        let table = snapshot_table::encode(&left)?;
+        let table_offset = self.allocate_for(&table)?;
+        let old_offset = self.header.snapshots_offset;
+        self.header.snapshots_offset = table_offset;
+        self.header.snapshot_count = u32::try_from(left.len()).unwrap_or(u32::MAX);
+        if table.is_empty() {
+            self.write_header_sector()?;
+            self.file.flush()?;
+        } else {
+            self.file.write_at(&table, table_offset)?;
+            self.settle_and_switch()?;
+        }
+        self.snapshots = OnceLock::from((left, table.len()));
+        self.protected = None;
+
+        let mut l1 = self.active_l1()?.clone();
+        let (file, refcounts, header) = self.parts()?;
+        refcounts.take_freed();
+        let touched = take_losses(file, refcounts, geometry, &losses, l1.len(), true)?;
+        restore_copied(file, refcounts, geometry, header.l1_offset, &mut l1, &touched)?;
+        self.l1 = OnceLock::from(l1);
+        self.release(old_offset, old_bytes as u64)?;
+        for s in doomed {
+            self.release(s.l1_offset, u64::from(s.l1_entries) * 8)?;
+        }
+        let (_, refcounts, header) = self.parts()?;
+        let freed_bytes = refcounts.take_freed() << header.cluster_bits.bits();
+        self.settle()?;
+        Ok(Deleted { snapshots: doomed.len(), freed_bytes })
+    }
+}
+
+/// Changes the refcounts of all L2 tables and clusters that `l1` has and `other` has not in the same place.
+fn change_differences(
+    file: &ImageFile,
+    refcounts: &mut Refcounts,
+    geometry: Geometry,
+    l1: &L1Table,
+    other: &L1Table,
+    change: Change,
+    clear: bool,
+) -> Result<()> {
+    let differing: Vec<usize> = (0..l1.len())
+        .filter(|n| l1.l2_offset(*n).is_some() && l1.l2_offset(*n) != other.l2_offset(*n))
+        .collect();
+    let offsets: Vec<u64> = differing.iter().filter_map(|n| l1.l2_offset(*n)).map(|o| o.0).collect();
+    let mut references = References::default();
+    let mut beside = vec![0; geometry.cluster_bits.bytes()];
+    tables::visit(file, geometry, &offsets, |n, bytes| {
+        let index = differing.get(n).copied().unwrap_or(usize::MAX);
+        let compare = match other.l2_offset(index) {
+            Some(offset) => {
+                file.read_at(&mut beside, offset)?;
+                Some(&beside[..])
+            }
+            None => None,
+        };
+        references.fill(geometry, bytes, compare)?;
+        let l2 = offsets.get(n).copied().unwrap_or(0);
+        references.clusters.push(geometry.cluster_bits.host_cluster(HostOffset(l2)).0);
+        refcounts.change(file, &references.clusters, change, |_, _| {})?;
+        Ok(clear && clear_copied(geometry, bytes))
+    })
+}
+
+/// What a delete left to look at in the active L1, by index.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Touched {
+    No,
+    /// Something there has one reference left.
+    Look,
+    /// The L2 table's own COPIED bits are right already.
+    TableDone,
+}
+
+/// Takes the references of deleted snapshots. With `write`, an L2 table that now is the active state's alone gets its
+/// COPIED bits at once, as long as it is in memory.
+fn take_losses(
+    file: &ImageFile,
+    refcounts: &mut Refcounts,
+    geometry: Geometry,
+    losses: &[Loss],
+    active_len: usize,
+    write: bool,
+) -> Result<Vec<Touched>> {
+    let mut touched = vec![Touched::No; active_len];
+    let offsets: Vec<u64> = losses.iter().map(|l| l.offset).collect();
+    let mut references = References::default();
+    let mut ones: Vec<u32> = Vec::new();
+    tables::visit(file, geometry, &offsets, |n, bytes| {
+        let Some(loss) = losses.get(n) else { return Ok(false) };
+        references.fill(geometry, bytes, None)?;
+        ones.clear();
+        let slots = &references.slots;
+        let change = Change::Down(loss.times);
+        refcounts.change(file, &references.clusters, change, |at, left| {
+            if left == 1
+                && let Some(slot) = slots.get(at)
+            {
+                ones.push(*slot);
+            }
+        })?;
+        let mut left = 0;
+        let own = geometry.cluster_bits.host_cluster(HostOffset(loss.offset)).0;
+        refcounts.change(file, &[own], change, |_, now| left = now)?;
+        let Some(touched) = touched.get_mut(loss.index) else { return Ok(false) };
+        if !ones.is_empty() || left == 1 {
+            *touched = Touched::Look;
+        }
+        if !loss.active || left != 1 {
+            return Ok(false);
+        }
+        // The active one comes last of its index, so these counts are final.
+        *touched = Touched::TableDone;
+        let mut changed = false;
+        if write {
+            for slot in &ones {
+                changed |= set_copied(geometry, bytes, *slot);
+            }
+        }
+        Ok(changed)
+    })?;
+    Ok(touched)
+}
+
+/// Sets the COPIED bits of the active L1 entries, and of those L2 tables that were not in memory before, where the
+/// refcount has become one.
+fn restore_copied(
+    file: &ImageFile,
+    refcounts: &mut Refcounts,
+    geometry: Geometry,
+    l1_offset: HostOffset,
+    l1: &mut L1Table,
+    touched: &[Touched],
+) -> Result<()> {
+    let mut look: Vec<u64> = Vec::new();
+    let mut changed = false;
+    for (index, touched) in touched.iter().enumerate() {
+        let Some(offset) = l1.l2_offset(index) else { continue };
+        if *touched == Touched::No || refcounts.get(file, geometry.cluster_bits.host_cluster(offset))? != 1 {
+            continue;
+        }
+        if *touched == Touched::Look {
+            look.push(offset.0);
+        }
+        if let Some(entry) = l1.entries.get_mut(index)
+            && *entry & COPIED == 0
+        {
+            *entry |= COPIED;
+            changed = true;
+        }
+    }
+    let mut references = References::default();
+    let mut ones: Vec<u32> = Vec::new();
+    tables::visit(file, geometry, &look, |_, bytes| {
+        references.fill(geometry, bytes, None)?;
+        ones.clear();
+        let slots = &references.slots;
+        refcounts.change(file, &references.clusters, Change::Keep, |at, count| {
+            if count == 1
+                && let Some(slot) = slots.get(at)
+            {
+                ones.push(*slot);
+            }
+        })?;
+        let mut changed = false;
+        for slot in &ones {
+            changed |= set_copied(geometry, bytes, *slot);
+        }
+        Ok(changed)
+    })?;
+    if changed {
+        file.write_at(&l1.to_bytes(), l1_offset)?;
+    }
+    Ok(())
+}
