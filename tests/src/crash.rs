@@ -14,6 +14,7 @@ use crate::domain::{Domain, NAME};
 use crate::domsnap::{Outcome, status};
 use crate::model::Model;
 use crate::powerloss::Baseline;
+use crate::qemu::{self, Write};
 use crate::record::Record;
 use crate::report::{self, List};
 use crate::scenario::{Look, Scenario};
@@ -184,10 +185,31 @@ fn nth(operations: &[shim::Counted], number: u64) -> &str {
 /// # Errors
 /// The first instant that does not heal, with the operation at which it was.
 pub fn kill_everywhere(scenario: Scenario) -> Result<()> {
+    kill(scenario, false)
+}
+
+/// SIGKILL before each operation; then, before anything is healed, the domain is started: its disks open by their
+/// configured paths, and it writes. What it wrote must be there after `recover`, in the present and nowhere else.
+///
+/// # Errors
+/// The first instant after which a disk does not open, or does not keep what was written.
+pub fn kill_and_write_everywhere(scenario: Scenario) -> Result<()> {
+    kill(scenario, true)
+}
+
+/// What the domain writes between the crash and the healing.
+const MEANWHILE: [Write; 2] = [
+    Write { offset: 61_440, length: 12_288, byte: Some(0xee) },
+    Write { offset: (3 << 20) + 512, length: 1024, byte: Some(0xef) },
+];
+
+fn kill(scenario: Scenario, write: bool) -> Result<()> {
     let count = |bench: &mut Bench| {
         let operations = survey(bench)?;
         let mut instants: Vec<_> = operations.iter().map(|o| (o.number, false)).collect();
-        instants.extend(operations.iter().filter(|o| o.can_tear()).map(|o| (o.number, true)));
+        if !write {
+            instants.extend(operations.iter().filter(|o| o.can_tear()).map(|o| (o.number, true)));
+        }
         Ok((instants.len(), instants))
     };
     let kill = |bench: &mut Bench, instants: &Vec<(u64, bool)>, index: usize| {
@@ -196,24 +218,34 @@ pub fn kill_everywhere(scenario: Scenario) -> Result<()> {
         let (_outputs, file) = shim::outputs()?;
         let domsnap = shim::counting(shim::watching(bench.domain.domsnap(), bench.domain.root())?, &file);
         let outcome = shim::killing(domsnap, number, torn).run(&bench.words())?;
-        let look = || -> Result<()> {
+        let (before, after) = (bench.before.clone(), bench.after.clone());
+        let mut look = || -> Result<()> {
             // Threads may need an operation less than last time: then it went through.
             ensure!(
                 matches!(outcome.status, None | Some(status::DONE)),
                 "not killed, and not done: {outcome}"
             );
+            if write {
+                for target in before.present.keys() {
+                    qemu::write(&bench.domain.path(target), &MEANWHILE)
+                        .context("the domain starts and writes")?;
+                    bench.before.write(target, &MEANWHILE);
+                    bench.after.write(target, &MEANWHILE);
+                }
+            }
             let found = bench.heal_and_look()?;
             if outcome.status.is_some() {
-                ensure!(found == Found::After || bench.before == bench.after, "reported as done, and is not");
+                ensure!(found == Found::After || before == after, "reported as done, and is not");
             }
             // Doing everything again everywhere would double the time and show little more.
-            if found == Found::Before && number % 8 == 1 {
+            if found == Found::Before && number % 8 == 1 && !write {
                 bench.do_again()?;
             }
             Ok(())
         };
-        let mut look = look;
-        look().with_context(|| {
+        let result = look();
+        (bench.before, bench.after) = (before, after);
+        result.with_context(|| {
             let operations = shim::counted(&file).unwrap_or_default();
             let how = if torn { "in the middle of" } else { "just before" };
             let so_far: Vec<_> =

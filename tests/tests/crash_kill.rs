@@ -48,3 +48,26 @@ scenarios! {
     disk_revert DISK_REVERT
     disk_delete DISK_DELETE
 }
+
+/// Between the crash and the healing the domain runs and writes.
+mod what_a_domain_writes_before_it_is_healed_is_kept_after_a_kill_in {
+    use super::*;
+
+    macro_rules! written_meanwhile {
+        ($($test:ident $name:ident)*) => {$(
+            #[test]
+            fn $test() {
+                crash::kill_and_write_everywhere(scenario::$name).unwrap_or_else(|error| panic!("{error:#}"));
+            }
+        )*};
+    }
+
+    written_meanwhile! {
+        create_external CREATE_EXTERNAL
+        create_mixed CREATE_MIXED
+        revert_internal_in_place REVERT_INTERNAL_IN_PLACE
+        revert_external REVERT_EXTERNAL
+        delete_leaf_external DELETE_LEAF_EXTERNAL
+        delete_middle_big_above DELETE_MIDDLE_BIG_ABOVE
+    }
+}
