@@ -203,3 +203,127 @@ fn leftovers(dir: &Path, needed: &BTreeSet<PathBuf>) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Shape;
+    use crate::qemu::Write;
+    use crate::report::{Point, Snapshot};
+
+    /// One disk with an overlay `a.qcow2` on `a.ds-00000000.qcow2`, which holds the internal snapshot `in`; both are
+    /// points, and all is as it should be.
+    fn good() -> (Domain, List) {
+        let mut domain = Domain::unregistered(&Shape::disks(1)).unwrap();
+        let (path, layer) = (domain.path("vda"), domain.disks().join("a.ds-00000000.qcow2"));
+        domain.write_everywhere().unwrap();
+        qemu::img(&["snapshot".as_ref(), "-c".as_ref(), "in".as_ref(), path.as_os_str()]).unwrap();
+        domain.model.create("in");
+        domain.write_everywhere().unwrap();
+        domain.model.create("out");
+        std::fs::rename(&path, &layer).unwrap();
+        let words = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", "-F", "qcow2", "-b"];
+        let words = words.iter().map(std::ffi::OsStr::new);
+        qemu::img(&words.chain(["a.ds-00000000.qcow2".as_ref(), path.as_os_str()]).collect::<Vec<_>>())
+            .unwrap();
+        domain.write_everywhere().unwrap();
+        let point = |kind, tag: Option<&str>| Point {
+            target: "vda".into(),
+            kind,
+            layer: layer.clone(),
+            tag: tag.map(Into::into),
+        };
+        let snapshot = |name: &str, parent: Option<&str>, point| Snapshot {
+            name: name.into(),
+            parent: parent.map(Into::into),
+            points: vec![point],
+        };
+        let list = List {
+            snapshots: vec![
+                snapshot("in", None, point(Kind::Internal, Some("in"))),
+                snapshot("out", Some("in"), point(Kind::External, None)),
+            ],
+            current: Some("out".into()),
+        };
+        (domain, list)
+    }
+
+    fn verdict(domain: &Domain, list: &List) -> Result<()> {
+        tree(list, &domain.model)?;
+        every_image(domain, list, &domain.model, &mut Memo::default())
+    }
+
+    fn said(domain: &Domain, list: &List) -> String {
+        format!("{:#}", verdict(domain, list).unwrap_err())
+    }
+
+    #[test]
+    fn what_is_right_is_found_right() {
+        let (domain, list) = good();
+        verdict(&domain, &list).unwrap();
+    }
+
+    #[test]
+    fn one_wrong_sector_of_any_point_is_found() {
+        let wrong = [Write { offset: 1 << 20, length: 512, byte: Some(9) }];
+        let (domain, list) = good();
+        qemu::write(&domain.path("vda"), &wrong).unwrap();
+        assert!(said(&domain, &list).contains("the present of vda"), "{}", said(&domain, &list));
+        let (domain, list) = good();
+        // Of the frozen layer: all that read through it are wrong, the first one found is told.
+        qemu::write(&domain.disks().join("a.ds-00000000.qcow2"), &wrong).unwrap();
+        assert!(said(&domain, &list).contains("snapshot out, disk vda"), "{}", said(&domain, &list));
+        let (mut domain, list) = good();
+        let internal = domain.model.snapshots.get_mut("in").unwrap().disks.get_mut("vda").unwrap();
+        std::sync::Arc::make_mut(internal)[77] ^= 1;
+        assert!(said(&domain, &list).contains("the first at 77"), "{}", said(&domain, &list));
+    }
+
+    #[test]
+    fn a_file_left_behind_is_found() {
+        for name in ["a.ds-12345678.qcow2", "a.qcow2.tmp", "guest.domsnap/x.tmp"] {
+            let (domain, list) = good();
+            std::fs::create_dir(domain.disks().join("guest.domsnap")).unwrap();
+            std::fs::write(domain.disks().join("guest.domsnap/a.json"), "{}").unwrap();
+            verdict(&domain, &list).unwrap();
+            std::fs::write(domain.disks().join(name), "x").unwrap();
+            assert!(said(&domain, &list).contains("was left behind"), "{}", said(&domain, &list));
+        }
+    }
+
+    #[test]
+    fn a_leaked_cluster_is_found() {
+        let (domain, list) = good();
+        // The table of snapshots forgets its only entry: all that it held is leaked.
+        let layer = domain.disks().join("a.ds-00000000.qcow2");
+        std::fs::OpenOptions::new().write(true).open(layer).unwrap().write_all_at(&[0; 4], 60).unwrap();
+        let mut list = list;
+        let mut domain = domain;
+        list.snapshots.remove(0);
+        list.snapshots[0].parent = None;
+        domain.model.delete(&["in".into()]);
+        assert!(said(&domain, &list).contains("leak"), "{}", said(&domain, &list));
+    }
+
+    #[test]
+    fn a_wrong_tree_is_found() {
+        let (domain, mut list) = good();
+        list.current = Some("in".into());
+        assert!(said(&domain, &list).contains("current"), "{}", said(&domain, &list));
+        list.current = Some("out".into());
+        list.snapshots[1].parent = None;
+        assert!(said(&domain, &list).contains("the tree"), "{}", said(&domain, &list));
+    }
+
+    #[test]
+    fn what_the_memo_remembers_is_the_bytes_not_the_file() {
+        let (domain, list) = good();
+        let mut memo = Memo::default();
+        every_image(&domain, &list, &domain.model, &mut memo).unwrap();
+        let known = memo.0.len();
+        every_image(&domain, &list, &domain.model, &mut memo).unwrap();
+        assert_eq!(memo.0.len(), known);
+        qemu::write(&domain.path("vda"), &[Write { offset: 0, length: 512, byte: Some(1) }]).unwrap();
+        every_image(&domain, &list, &domain.model, &mut memo).unwrap_err();
+    }
+}
