@@ -25,7 +25,8 @@ mod state;
 mod step;
 
 pub use backend::{
-    Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Salvage, Severity, StepContext,
+    Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Salvage, Severity,
+    StepContext,
 };
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
 pub use error::{Error, ErrorKind, Result};

@@ -14,7 +14,8 @@ use crate::engine::{Engine, Run};
 use crate::plan::DiskInput;
 use crate::service::locate::{Intake, canonical};
 use crate::{
-    Disk, Domain, DomainName, Error, ErrorKind, Event, Guard, InspectDepth, Plan, Request, Result, Snapshot,
+    Disk, Domain, DomainName, Error, ErrorKind, Event, Guard, InspectDepth, OperationState, Plan, Request,
+    Result, Snapshot,
 };
 
 /// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
@@ -201,10 +202,18 @@ impl Inner {
         }
         let entry = &mut locked.located.entry;
         let mut reports = self.recover_entry(entry, &cancel).await?;
-        let (_, run) = self.change_locked(entry, true, &Request::Tidy, &cancel).await?;
-        if let Some(last) = reports.last_mut() {
-            last.postponed = run.postponed;
-            last.notes.extend(run.warnings);
+        let (plan, run) = self.change_locked(entry, true, &Request::Tidy, &cancel).await?;
+        if let Some(operation_id) = run.operation {
+            reports.push(RecoveryReport {
+                domain: entry.domain.name.clone(),
+                operation_id,
+                operation: plan.operation,
+                snapshots: plan.snapshots,
+                found: OperationState::Planned,
+                end: RecoveryEnd::Done,
+                postponed: run.postponed,
+                notes: plan.notes.into_iter().chain(run.warnings).collect(),
+            });
         }
         self.write_manifests(entry).await?;
         Ok(reports)

@@ -193,6 +193,15 @@ impl Inner {
         if !bare || !self.catalogue.unfinished(&entry.domain.name).await?.is_empty() {
             return Ok(Located { entry, catalogued: true, notes: Vec::new() });
         }
+        let mut same = true;
+        for record in &entry.domain.disks {
+            let adopted =
+                self.registry.get(&record.disk.format)?.adopt(&record.disk, entry.domain.active_path).await?;
+            same &= adopted.active == record.active;
+        }
+        if same {
+            return Ok(Located { entry, catalogued: true, notes: Vec::new() });
+        }
         let intake = Intake {
             name: Some(entry.domain.name.clone()),
             disks: entry.domain.disks.iter().map(|record| record.disk.clone()).collect(),
@@ -204,8 +213,7 @@ impl Inner {
         let mut taken = self.take_in(intake).await?;
         taken.entry.revision = entry.revision;
         taken.entry.domain.unregistered = true;
-        let catalogued = taken.entry == entry;
-        Ok(Located { entry: taken.entry, catalogued, notes: taken.notes })
+        Ok(Located { entry: taken.entry, catalogued: false, notes: taken.notes })
     }
 
     /// Where the manifests of a domain of these disks are.

@@ -68,7 +68,7 @@ pub struct RecoveryReport {
     pub operation: String,
     /// The snapshots that it was about.
     pub snapshots: Vec<SnapshotName>,
-    /// In which state it was found.
+    /// In which state it was found. A "tidy" that does merges which had been put off is found as planned.
     pub found: OperationState,
     /// How it ended.
     pub end: RecoveryEnd,

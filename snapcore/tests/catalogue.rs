@@ -1,0 +1,348 @@
+//! The catalogue's contract, kept by SQLite; and edits against a model.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use camino::Utf8PathBuf;
+use jiff::Timestamp;
+use proptest::prelude::*;
+use snapcore::catalogue::{Catalogue, Change, Entry, Revision, SqliteCatalogue, apply_edit};
+use snapcore::*;
+
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self) -> Utf8PathBuf {
+        Utf8PathBuf::from_path_buf(self.0.path().join("state")).unwrap()
+    }
+
+    fn catalogue(&self) -> SqliteCatalogue {
+        SqliteCatalogue::new(self.path())
+    }
+}
+
+fn domain_name(text: &str) -> DomainName {
+    DomainName::new(text).unwrap()
+}
+
+fn target(text: &str) -> Target {
+    Target::new(text).unwrap()
+}
+
+fn layer(number: u8) -> LayerName {
+    LayerName(format!("layer{number}"))
+}
+
+fn domain(name: &str, paths: &[&str]) -> Domain {
+    let disks = paths.iter().zip(["vda", "vdb", "vdc"]).map(|(path, name)| DiskRecord {
+        disk: Disk { target: target(name), path: (*path).into(), format: "fake".into() },
+        active: layer(0),
+        owned: vec![layer(0)],
+    });
+    Domain {
+        name: domain_name(name),
+        unregistered: false,
+        hypervisor: Hypervisor::None,
+        active_path: ActivePath::New,
+        disks: disks.collect(),
+        current: None,
+    }
+}
+
+fn put(domain: &Domain) -> Vec<Change> {
+    vec![Change::PutDomain(Box::new(domain.clone()), Vec::new())]
+}
+
+fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
+    Snapshot {
+        id: SnapshotId::fresh(),
+        name: SnapshotName::new(format!("s{number}")).unwrap(),
+        parent,
+        created: Timestamp::from_nanosecond(1_700_000_000_123_456_789 + i128::from(number)).unwrap(),
+        description: "it's \"quoted\"\n".to_owned(),
+        consistency: Consistency::Clean,
+        disks: vec![
+            DiskPoint {
+                target: target("vda"),
+                point: Point::external(layer(number)),
+                virtual_size: u64::from(number),
+            },
+            DiskPoint {
+                target: target("vdb"),
+                point: Point::internal(layer(0), "tag"),
+                virtual_size: (1 << 63) - 1,
+            },
+        ],
+    }
+}
+
+#[tokio::test]
+async fn a_commit_on_another_revision_changes_nothing() {
+    let place = Place::new();
+    let (one, two) = (place.catalogue(), place.catalogue());
+    let web = domain("web", &["/a"]);
+    let first = one.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
+    let error = two.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    let edit = |number| vec![Change::Edit(Edit::SetActive { target: target("vda"), layer: layer(number) })];
+    let second = two.commit(&web.name, first, edit(1)).await.unwrap();
+    assert!(second > first);
+    assert_eq!(one.commit(&web.name, first, edit(2)).await.unwrap_err().kind(), ErrorKind::Busy);
+    let entry = one.load(&web.name).await.unwrap().unwrap();
+    assert_eq!((entry.revision, &entry.domain.disks[0].active), (second, &layer(1)));
+    // A domain that was removed and made again is not the one that was read.
+    assert_eq!(one.commit(&web.name, second, vec![Change::RemoveDomain]).await.unwrap(), Revision::ABSENT);
+    let again = one.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
+    assert!(again > second);
+}
+
+#[tokio::test]
+async fn a_transaction_of_which_one_change_fails_changes_nothing() {
+    let place = Place::new();
+    let catalogue = place.catalogue();
+    let web = domain("web", &["/a", "/b"]);
+    let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
+    let s1 = snapshot(1, None);
+    let changes = vec![
+        Change::Edit(Edit::AddSnapshot { snapshot: Box::new(s1.clone()) }),
+        Change::Edit(Edit::RemoveSnapshot { id: SnapshotId::fresh() }),
+    ];
+    let error = catalogue.commit(&web.name, revision, changes).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    let entry = catalogue.load(&web.name).await.unwrap().unwrap();
+    assert_eq!((entry.revision, entry.tree.len()), (revision, 0));
+}
+
+#[tokio::test]
+async fn a_disk_belongs_to_one_domain() {
+    let place = Place::new();
+    let catalogue = place.catalogue();
+    let (web, db) = (domain("web", &["/a", "/b"]), domain("db", &["/c", "/b"]));
+    catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
+    let error = catalogue.commit(&db.name, Revision::ABSENT, put(&db)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exists);
+    assert_eq!(catalogue.load(&db.name).await.unwrap(), None);
+    let owners = catalogue.owners(&["/b".into(), "/c".into()]).await.unwrap();
+    assert_eq!(owners, [("/b".into(), web.name)]);
+}
+
+#[tokio::test]
+async fn an_operation_is_read_as_it_was_written() {
+    let place = Place::new();
+    let catalogue = place.catalogue();
+    let web = domain("web", &["/a"]);
+    let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
+    let step = |group, edits, deferrable| PlannedStep {
+        group,
+        step: Step {
+            target: target("vda"),
+            action: serde_json::json!({"do": "it", "with": [1, "two", null]}),
+            summary: "does it".into(),
+            bytes: 1 << 40,
+        },
+        edits,
+        deferrable,
+    };
+    let moved = Edit::MovePoint {
+        target: target("vda"),
+        from: Point::external(layer(1)),
+        to: Point::internal(layer(2), "t"),
+    };
+    let mut operation = Operation {
+        id: OperationId::fresh(),
+        state: OperationState::Preparing,
+        started: Timestamp::now(),
+        plan: Plan {
+            operation: "create".into(),
+            snapshots: vec![SnapshotName::new("s1").unwrap()],
+            steps: vec![
+                step(Group::Prepare, vec![], false),
+                step(Group::Cut, vec![], false),
+                step(Group::Finish, vec![moved], true),
+            ],
+            commit: vec![Edit::AddSnapshot { snapshot: Box::new(snapshot(1, None)) }],
+            notes: vec!["a note".into()],
+        },
+        steps: vec![StepState::Started, StepState::Pending, StepState::Pending],
+        errors: Vec::new(),
+    };
+    let revision = catalogue
+        .commit(&web.name, revision, vec![Change::Begin(Box::new(operation.clone()))])
+        .await
+        .unwrap();
+    assert_eq!(catalogue.unfinished(&web.name).await.unwrap(), [operation.clone()]);
+    assert!(catalogue.domains().await.unwrap()[0].unfinished);
+    let changes = vec![
+        Change::Step(operation.id, 0, StepState::Undone),
+        Change::Operation(operation.id, OperationState::Undone, Some("it \"failed\"".into())),
+    ];
+    let revision = catalogue.commit(&web.name, revision, changes).await.unwrap();
+    operation.state = OperationState::Undone;
+    operation.steps[0] = StepState::Undone;
+    operation.errors = vec!["it \"failed\"".into()];
+    assert_eq!(catalogue.operation(&web.name, operation.id).await.unwrap(), Some(operation.clone()));
+    assert!(catalogue.unfinished(&web.name).await.unwrap().is_empty());
+    let nowhere = vec![Change::Step(operation.id, 9, StepState::Done)];
+    assert_eq!(catalogue.commit(&web.name, revision, nowhere).await.unwrap_err().kind(), ErrorKind::Internal);
+}
+
+#[tokio::test]
+async fn a_watch_tells_the_last_revision() {
+    let place = Place::new();
+    let (catalogue, other) = (place.catalogue(), place.catalogue());
+    let web = domain("web", &["/a"]);
+    let mut revision = other.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
+    let mut watched = catalogue.watch(&web.name).await.unwrap();
+    for number in 1..4 {
+        let edit = Change::Edit(Edit::SetActive { target: target("vda"), layer: layer(number) });
+        revision = other.commit(&web.name, revision, vec![edit]).await.unwrap();
+    }
+    loop {
+        let seen = std::future::poll_fn(|context| watched.as_mut().poll_next(context)).await.unwrap();
+        if seen == revision {
+            break;
+        }
+        assert!(seen < revision);
+    }
+}
+
+#[tokio::test]
+async fn a_lease_excludes_until_it_is_dropped() {
+    let place = Place::new();
+    let (one, two) = (place.catalogue(), place.catalogue());
+    let long = "n".repeat(255);
+    for name in ["web", long.as_str()] {
+        let held = one.lease(name, "the first", Duration::from_secs(1)).await.unwrap();
+        let error = two.lease(name, "the second", Duration::from_secs(1)).await.err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert!(error.message().contains("the first"), "{error}");
+        assert!(!held.lost().is_cancelled());
+        drop(held);
+        two.lease(name, "the second", Duration::from_secs(1)).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_state_directory_that_cannot_be_made_is_named() {
+    let place = Place::new();
+    std::fs::write(place.path(), "a file in the way").unwrap();
+    let web = domain("web", &["/a"]);
+    let error = place.catalogue().commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io);
+    assert!(error.to_string().contains(place.path().as_str()), "{error}");
+    assert!(error.advice().unwrap().contains("--state-dir"), "{error}");
+}
+
+/// What a test does next; numbers choose among what there is.
+#[derive(Debug, Clone)]
+enum Doing {
+    Add,
+    Remove(usize),
+    Current(Option<usize>),
+    Active(u8),
+    Own(u8),
+    Disown(u8),
+    Move(u8, u8),
+}
+
+fn doing() -> impl Strategy<Value = Doing> {
+    prop_oneof![
+        4 => Just(Doing::Add),
+        2 => any::<usize>().prop_map(Doing::Remove),
+        1 => proptest::option::of(any::<usize>()).prop_map(Doing::Current),
+        1 => (0..4_u8).prop_map(Doing::Active),
+        1 => (0..4_u8).prop_map(Doing::Own),
+        1 => (0..4_u8).prop_map(Doing::Disown),
+        2 => (0..20_u8, 0..20_u8).prop_map(|(from, to)| Doing::Move(from, to)),
+    ]
+}
+
+/// The model: parents by name, and where each snapshot's first disk is.
+#[derive(Debug, Default, PartialEq)]
+struct Model {
+    parents: BTreeMap<String, Option<String>>,
+    layers: BTreeMap<String, LayerName>,
+    current: Option<String>,
+}
+
+fn model_of(entry: &Entry) -> Model {
+    let name = |id: SnapshotId| entry.tree.get(id).unwrap().name.to_string();
+    Model {
+        parents: entry.tree.iter().map(|s| (s.name.to_string(), s.parent.map(name))).collect(),
+        layers: entry.tree.iter().map(|s| (s.name.to_string(), s.disks[0].point.layer.clone())).collect(),
+        current: entry.domain.current.map(name),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn edits_do_to_the_catalogue_what_they_do_to_a_model(all in proptest::collection::vec(doing(), 1..24)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let place = Place::new();
+            let catalogue = place.catalogue();
+            let web = domain("web", &["/a", "/b"]);
+            let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
+            let mut entry = Entry { domain: web, tree: SnapshotTree::default(), revision };
+            let mut model = Model::default();
+            for (number, doing) in (1_u8..).zip(all) {
+                let ids: Vec<SnapshotId> = entry.tree.iter().map(|s| s.id).collect();
+                let name = |id: SnapshotId| entry.tree.get(id).unwrap().name.to_string();
+                let edits = match doing {
+                    Doing::Add => {
+                        let new = snapshot(number, entry.domain.current);
+                        let text = new.name.to_string();
+                        model.parents.insert(text.clone(), model.current.clone());
+                        model.layers.insert(text.clone(), layer(number));
+                        model.current = Some(text);
+                        let id = Some(new.id);
+                        vec![Edit::AddSnapshot { snapshot: Box::new(new) }, Edit::SetCurrent { id }]
+                    }
+                    Doing::Remove(which) if !ids.is_empty() => {
+                        let id = ids[which % ids.len()];
+                        let gone = name(id);
+                        let parent = model.parents.remove(&gone).unwrap();
+                        model.layers.remove(&gone);
+                        for other in model.parents.values_mut().chain([&mut model.current]) {
+                            if other.as_ref() == Some(&gone) {
+                                *other = parent.clone();
+                            }
+                        }
+                        vec![Edit::RemoveSnapshot { id }]
+                    }
+                    Doing::Current(which) => {
+                        let id = which.filter(|_| !ids.is_empty()).map(|which| ids[which % ids.len()]);
+                        model.current = id.map(name);
+                        vec![Edit::SetCurrent { id }]
+                    }
+                    Doing::Remove(_) => continue,
+                    Doing::Active(number) => vec![Edit::SetActive { target: target("vdb"), layer: layer(number) }],
+                    Doing::Own(number) => vec![Edit::AddLayer { target: target("vda"), layer: layer(number) }],
+                    Doing::Disown(number) => vec![Edit::RemoveLayer { target: target("vda"), layer: layer(number) }],
+                    Doing::Move(from, to) => {
+                        for at in model.layers.values_mut().filter(|at| **at == layer(from)) {
+                            *at = layer(to);
+                        }
+                        let (from, to) = (Point::external(layer(from)), Point::external(layer(to)));
+                        vec![Edit::MovePoint { target: target("vda"), from, to }]
+                    }
+                };
+                for edit in &edits {
+                    apply_edit(edit, &mut entry.domain, &mut entry.tree).unwrap();
+                }
+                let changes = edits.into_iter().map(Change::Edit).collect();
+                entry.revision = catalogue.commit(&entry.domain.name, entry.revision, changes).await.unwrap();
+                assert_eq!(model_of(&entry), model);
+            }
+            // Another process reads what this one wrote.
+            let read = place.catalogue().load(&entry.domain.name).await.unwrap().unwrap();
+            assert_eq!(read, entry);
+        });
+    }
+}
