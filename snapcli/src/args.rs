@@ -1,0 +1,394 @@
+//! The command line: what may be said, and nothing of what it does.
+
+use camino::Utf8PathBuf;
+use clap::builder::styling::{AnsiColor, Styles};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap_complete::Shell;
+use snapcore::service::DomainRef;
+use snapcore::{ActivePath, CreateDisk, DomainName, LayerName, PointKind, SnapshotName, Target};
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Green.on_default().bold())
+    .usage(AnsiColor::Green.on_default().bold())
+    .literal(AnsiColor::Cyan.on_default().bold())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+const AFTER_HELP: &str = "\
+DOMAIN is the name of a registered domain, or its image paths joined by commas.
+Exit status: 0 done; 1 failed, and undone; 2 usage; 3 refused, nothing was touched; 4 `domsnap recover` is needed.";
+
+/// Snapshots of whole virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "domsnap", version, styles = STYLES, after_help = AFTER_HELP)]
+#[command(disable_help_subcommand = true, arg_required_else_help = true, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command understands.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Everywhere")]
+pub struct Global {
+    /// Where catalogue and journal live [default: $DOMSNAP_STATE_DIR, else /var/lib/domsnap for root,
+    /// else $XDG_STATE_HOME/domsnap]
+    #[arg(long, value_name = "DIR", global = true, value_hint = ValueHint::DirPath)]
+    pub state_dir: Option<Utf8PathBuf>,
+    /// Follow backing files into this directory too, besides the disk's own
+    #[arg(long, value_name = "DIR", global = true, value_hint = ValueHint::DirPath)]
+    pub allow_backing: Vec<Utf8PathBuf>,
+    /// The longest chain of layers that is followed or made [default: 200]
+    #[arg(long, value_name = "LAYERS", global = true, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_depth: Option<u32>,
+    /// Answer with one JSON document on standard output
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say nothing but what was asked for, and errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Tell each step as it is done
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Take a snapshot of all disks of a domain
+    Create(Create),
+    /// Return a domain to a snapshot; the present is dropped unless it is saved
+    Revert(Revert),
+    /// Delete snapshots; all others keep what they hold
+    Delete(Delete),
+    /// List snapshots
+    List(List),
+    /// Show one snapshot: its files, their sizes, what deleting it would free
+    Show(Show),
+    /// Register domains and look at them
+    #[command(subcommand)]
+    Domain(Domain),
+    /// Snapshots of one image, with no domain
+    #[command(subcommand)]
+    Disk(Disk),
+    /// Look for damage in images, catalogue and manifests; change nothing
+    Check(Check),
+    /// Finish or undo what stopped half way, and merge what was put off
+    Recover(Recover),
+    /// Rebuild a domain's catalogue from its manifests and images
+    Import(Import),
+    /// List the disk formats that are known, and what each can do
+    Backends,
+    /// Print the JSON schema of everything that --json prints
+    Schema,
+    /// Print completions for a shell
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+    /// Write the man pages to a directory
+    Man {
+        /// Where to; it is made if it is not there
+        #[arg(value_hint = ValueHint::DirPath)]
+        dir: Utf8PathBuf,
+    },
+}
+
+/// How points are taken, if said.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Kind {
+    /// Inside the images
+    #[arg(long, conflicts_with = "external")]
+    pub internal: bool,
+    /// Freeze the images and write to overlays on them
+    #[arg(long)]
+    pub external: bool,
+}
+
+impl Kind {
+    pub fn wanted(self) -> Option<PointKind> {
+        match (self.internal, self.external) {
+            (true, _) => Some(PointKind::Internal),
+            (_, true) => Some(PointKind::External),
+            (false, false) => None,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Create {
+    /// The domain
+    pub domain: DomainRef,
+    /// The new snapshot's name [default: the time]
+    pub name: Option<SnapshotName>,
+    #[command(flatten)]
+    pub kind: Kind,
+    /// How to take one disk: TARGET=internal, TARGET=external[,path=FILE], TARGET=skip
+    #[arg(long = "disk", value_name = "TARGET=HOW", value_parser = disk_choice)]
+    pub disks: Vec<(Target, CreateDisk)>,
+    /// What it is for, in your words
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub description: String,
+    /// Print what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Revert {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshot
+    pub name: SnapshotName,
+    /// Keep the present as a snapshot first [default name: the time]
+    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true)]
+    pub save_current: Option<Option<SnapshotName>>,
+    /// Print what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Delete {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshots
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<SnapshotName>,
+    /// And all that derive from them
+    #[arg(long, conflicts_with = "children_only")]
+    pub children: bool,
+    /// All that derive from them, and not them
+    #[arg(long)]
+    pub children_only: bool,
+    /// Print what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct List {
+    /// The domain [default: all]
+    pub domain: Option<DomainRef>,
+    /// Draw how they derive from each other
+    #[arg(long)]
+    pub tree: bool,
+    /// And the layers of each disk, with their sizes
+    #[arg(long)]
+    pub disks: bool,
+    /// Of all registered domains
+    #[arg(long, conflicts_with = "domain")]
+    pub all: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Show {
+    /// The domain
+    pub domain: DomainRef,
+    /// The snapshot
+    pub name: SnapshotName,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Domain {
+    /// Register a domain, and adopt the snapshots that its images know
+    Add(DomainAdd),
+    /// Forget a domain; its images and snapshots stay
+    Remove {
+        /// The domain
+        domain: DomainRef,
+    },
+    /// List the registered domains
+    List,
+    /// Show a domain: its disks, their layers, what is wrong with them
+    Show {
+        /// The domain
+        domain: DomainRef,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct DomainAdd {
+    /// Its name
+    #[arg(required_unless_present = "file")]
+    pub name: Option<DomainName>,
+    /// A disk: TARGET=PATH[,format=FORMAT]
+    #[arg(long = "disk", value_name = "TARGET=PATH", value_parser = disk_place)]
+    #[arg(required_unless_present = "file")]
+    pub disks: Vec<DiskPlace>,
+    /// Where active images go: `keep` the configured paths, or to `new` ones
+    #[arg(long, value_name = "HOW", default_value = "keep")]
+    pub active_path: Active,
+    /// Read the domain from a file of TOML
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "disks", "active_path"])]
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: Option<Utf8PathBuf>,
+}
+
+/// A disk of a domain to register.
+#[derive(Debug, Clone)]
+pub struct DiskPlace {
+    pub target: Target,
+    pub path: Utf8PathBuf,
+    pub format: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Active {
+    /// The configured path stays the active image
+    Keep,
+    /// The active image gets a new path; the domain's configuration must follow
+    New,
+}
+
+impl From<Active> for ActivePath {
+    fn from(active: Active) -> Self {
+        match active {
+            Active::Keep => Self::Keep,
+            Active::New => Self::New,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Disk {
+    /// Take a snapshot of an image [default: internal]
+    Create {
+        /// The image
+        #[arg(value_hint = ValueHint::FilePath)]
+        image: Utf8PathBuf,
+        /// The new snapshot's name [default: the time]
+        name: Option<SnapshotName>,
+        #[command(flatten)]
+        kind: Kind,
+    },
+    /// Return an image to a snapshot; the present is dropped
+    Revert {
+        /// The image
+        #[arg(value_hint = ValueHint::FilePath)]
+        image: Utf8PathBuf,
+        /// The snapshot
+        name: String,
+        #[command(flatten)]
+        kind: Kind,
+    },
+    /// Delete snapshots of an image, many in one pass
+    Delete {
+        /// The image
+        #[arg(value_hint = ValueHint::FilePath)]
+        image: Utf8PathBuf,
+        /// The snapshots
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+        #[command(flatten)]
+        kind: Kind,
+    },
+    /// List the snapshots of an image
+    List {
+        /// The image
+        #[arg(value_hint = ValueHint::FilePath)]
+        image: Utf8PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Check {
+    /// The domain [default: all]
+    pub domain: Option<DomainRef>,
+}
+
+#[derive(Debug, Args)]
+pub struct Recover {
+    /// The domain [default: all]
+    pub domain: Option<DomainRef>,
+}
+
+#[derive(Debug, Args)]
+pub struct Import {
+    /// The images, joined by commas, or the name of a registered domain
+    pub domain: DomainRef,
+    /// Register the domain under this name
+    #[arg(long)]
+    pub name: Option<DomainName>,
+    /// Replace what the catalogue has of the domain
+    #[arg(long)]
+    pub replace: bool,
+}
+
+fn disk_choice(text: &str) -> Result<(Target, CreateDisk), String> {
+    let rule = "expected TARGET=internal, TARGET=external[,path=FILE] or TARGET=skip";
+    let (target, how) = text.split_once('=').ok_or(rule)?;
+    let target = Target::new(target).map_err(|error| error.to_string())?;
+    let (how, option) = match how.split_once(',') {
+        Some((how, option)) => (how, Some(option)),
+        None => (how, None),
+    };
+    let path = match option.map(|option| option.split_once('=')) {
+        None => None,
+        Some(Some(("path", file))) if !file.is_empty() => Some(LayerName(file.to_owned())),
+        Some(_) => return Err(rule.to_owned()),
+    };
+    match (how, path) {
+        ("internal", None) => Ok((target, CreateDisk::Take(PointKind::Internal, None))),
+        ("external", path) => Ok((target, CreateDisk::Take(PointKind::External, path))),
+        ("skip", None) => Ok((target, CreateDisk::Skip)),
+        _ => Err(rule.to_owned()),
+    }
+}
+
+fn disk_place(text: &str) -> Result<DiskPlace, String> {
+    let rule = "expected TARGET=PATH or TARGET=PATH,format=FORMAT";
+    let (target, rest) = text.split_once('=').ok_or(rule)?;
+    let target = Target::new(target).map_err(|error| error.to_string())?;
+    let (path, format) = match rest.rsplit_once(",format=") {
+        Some((path, format)) if !format.is_empty() => (path, Some(format.to_owned())),
+        Some(_) => return Err(rule.to_owned()),
+        None => (rest, None),
+    };
+    if path.is_empty() {
+        return Err(rule.to_owned());
+    }
+    Ok(DiskPlace { target, path: path.into(), format })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_tree_contradicts_itself_nowhere() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_disk_of_a_create_is_internal_external_or_skipped() {
+        let vda = Target::new("vda").unwrap();
+        let take = |kind, path: Option<&str>| CreateDisk::Take(kind, path.map(|p| LayerName(p.into())));
+        for (text, how) in [
+            ("vda=internal", take(PointKind::Internal, None)),
+            ("vda=external", take(PointKind::External, None)),
+            ("vda=external,path=top.qcow2", take(PointKind::External, Some("top.qcow2"))),
+            ("vda=skip", CreateDisk::Skip),
+        ] {
+            assert_eq!(disk_choice(text).unwrap(), (vda.clone(), how), "{text}");
+        }
+    }
+
+    #[test]
+    fn other_words_for_a_disk_are_refused_with_the_rule() {
+        for text in ["vda", "vda=", "vda=both", "vda=internal,path=x", "vda=external,path=", "vda=skip,x=y"] {
+            assert!(disk_choice(text).unwrap_err().starts_with("expected TARGET="), "{text}");
+        }
+        assert!(disk_choice("a b=skip").unwrap_err().contains("letters, digits"));
+    }
+
+    #[test]
+    fn the_format_of_a_disk_is_what_stands_last() {
+        let place = disk_place("vda=/a,b=c.img,format=qcow2").unwrap();
+        assert_eq!((place.path.as_str(), place.format.as_deref()), ("/a,b=c.img", Some("qcow2")));
+        assert!(disk_place("vda=").is_err());
+        assert!(disk_place("vda=/x,format=").is_err());
+    }
+}

@@ -1,0 +1,249 @@
+//! `create`, `revert` and `delete`.
+
+use snapcore::service::{DomainRef, Outcome, RecoveryEnd};
+use snapcore::{
+    CreateRequest, DeleteRequest, DeleteScope, Error, ErrorKind, Group, Plan, PointKind, Request,
+    RevertRequest, SnapshotName,
+};
+
+use crate::answer::Answer;
+use crate::args::{Create, Delete, Revert};
+use crate::documents::{ChangeDoc, CreateDoc, PlanDoc, SnapshotDoc};
+use crate::failure::Failure;
+use crate::session::Session;
+use crate::units;
+
+/// `domsnap create`
+pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
+    let name = or_the_time(session, &args.domain, args.name)?;
+    let mut request = CreateRequest::new(name.clone()).description(args.description);
+    if let Some(kind) = args.kind.wanted() {
+        request = request.kind(kind);
+    }
+    for (target, how) in args.disks {
+        request = request.disk(target, how);
+    }
+    if args.dry_run {
+        return dry_run(session, &args.domain, &Request::Create(request));
+    }
+    let outcome = session.change(session.service.create(&args.domain, request, session.cancel()))?;
+    let document = created(session, &args.domain, &name, outcome)?;
+    Ok(session.changed(document, |document| {
+        let points: Vec<String> = document
+            .snapshot
+            .points
+            .iter()
+            .map(|point| format!("{} {}", point.target, kind_word(point.kind)))
+            .collect();
+        format!(
+            "created snapshot {name} of {}: {}\n{}",
+            document.domain,
+            points.join(", "),
+            remarks(&document.outcome)
+        )
+    }))
+}
+
+/// The document on the new snapshot `name`.
+pub fn created(
+    session: &Session,
+    domain: &DomainRef,
+    name: &SnapshotName,
+    outcome: Outcome,
+) -> Result<CreateDoc, Failure> {
+    let listing = session.ask(session.service.list(domain))?;
+    let Some(snapshot) = listing.snapshots.iter().find(|snapshot| snapshot.name == *name) else {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!("snapshot {name} of {} was created and is not in the list", listing.domain.name),
+        )
+        .state("another command deleted it meanwhile")
+        .into());
+    };
+    Ok(CreateDoc {
+        domain: outcome.domain.clone(),
+        snapshot: SnapshotDoc::of(snapshot, &listing, session.service.registry()),
+        outcome,
+    })
+}
+
+/// `domsnap revert`
+pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
+    let mut request = RevertRequest::new(args.name.clone());
+    let mut saved = None;
+    if let Some(name) = args.save_current {
+        let name = or_the_time(session, &args.domain, name)?;
+        request = request.save_current(name.clone());
+        saved = Some(name);
+    }
+    if args.dry_run {
+        return dry_run(session, &args.domain, &Request::Revert(request));
+    }
+    let outcome = session.change(session.service.revert(&args.domain, request, session.cancel()))?;
+    Ok(session.changed(ChangeDoc { domain: outcome.domain.clone(), outcome }, |document| {
+        let saved = saved.map(|name| format!("; the state before is snapshot {name}")).unwrap_or_default();
+        format!("reverted {} to {}{saved}\n{}", document.domain, args.name, remarks(&document.outcome))
+    }))
+}
+
+/// `domsnap delete`
+pub fn delete(session: &Session, args: Delete) -> Result<Answer, Failure> {
+    let scope = match (args.children, args.children_only) {
+        (true, _) => DeleteScope::WithChildren,
+        (_, true) => DeleteScope::ChildrenOnly,
+        (false, false) => DeleteScope::Only,
+    };
+    let request = DeleteRequest::new(args.names).scope(scope);
+    if args.dry_run {
+        return dry_run(session, &args.domain, &Request::Delete(request));
+    }
+    let outcome = session.change(session.service.delete(&args.domain, request, session.cancel()))?;
+    Ok(session.changed(ChangeDoc { domain: outcome.domain.clone(), outcome }, |document| {
+        let outcome = &document.outcome;
+        let what = match outcome.snapshots.len() {
+            0 => format!("nothing to delete of {}", document.domain),
+            1 => format!("deleted snapshot {} of {}", names(&outcome.snapshots), document.domain),
+            n => format!("deleted {n} snapshots of {}: {}", document.domain, names(&outcome.snapshots)),
+        };
+        let moved = match outcome.bytes_moved {
+            0 => String::new(),
+            bytes => format!(" ({} moved)", units::bytes(bytes)),
+        };
+        format!("{what}{moved}\n{}", remarks(outcome))
+    }))
+}
+
+fn or_the_time(
+    session: &Session,
+    domain: &DomainRef,
+    name: Option<SnapshotName>,
+) -> Result<SnapshotName, Failure> {
+    match name {
+        Some(name) => Ok(name),
+        None => session.ask(session.service.default_name(domain)),
+    }
+}
+
+/// What a user should know after an operation, a line each.
+pub fn remarks(outcome: &Outcome) -> String {
+    let mut text = String::new();
+    for report in &outcome.recovered {
+        let end = match report.end {
+            RecoveryEnd::Done => "was finished first",
+            RecoveryEnd::Undone => "was undone first",
+        };
+        text.push_str(&format!(
+            "  recovered: the {} of {} that had stopped half way {end}\n",
+            report.operation,
+            names(&report.snapshots)
+        ));
+    }
+    for note in &outcome.notes {
+        text.push_str(&format!("  note: {note}\n"));
+    }
+    for postponed in &outcome.postponed {
+        text.push_str(&format!(
+            "  put off: {}: {} ({}): {}; `domsnap recover {}` does it\n",
+            postponed.target,
+            postponed.step,
+            units::bytes(postponed.bytes),
+            postponed.reason,
+            outcome.domain
+        ));
+    }
+    text
+}
+
+/// Names, joined.
+pub fn names(names: &[SnapshotName]) -> String {
+    names.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+/// The kind in a word.
+pub fn kind_word(kind: PointKind) -> &'static str {
+    match kind {
+        PointKind::Internal => "internal",
+        PointKind::External => "external",
+    }
+}
+
+fn dry_run(session: &Session, domain: &DomainRef, request: &Request) -> Result<Answer, Failure> {
+    let plan = session.ask(session.service.plan(domain, request))?;
+    let document = PlanDoc { domain: domain.to_string(), bytes: plan.bytes(), plan };
+    Ok(session.told(document, |document| told_plan(&document.domain, &document.plan)))
+}
+
+fn told_plan(domain: &str, plan: &Plan) -> String {
+    let mut text = format!(
+        "would {} {} of {domain}: {}, {} to move\n",
+        plan.operation,
+        names(&plan.snapshots),
+        units::count(plan.steps.len(), "step"),
+        units::bytes(plan.bytes())
+    );
+    let width = plan.steps.iter().map(|planned| planned.step.target.as_str().len()).max().unwrap_or(0);
+    for (group, title) in [
+        (Group::Prepare, "prepare (can be undone)"),
+        (Group::Cut, "cut (can be undone)"),
+        (Group::Finish, "finish (carried through)"),
+    ] {
+        let mut steps = plan.steps.iter().filter(|planned| planned.group == group).peekable();
+        if steps.peek().is_some() {
+            text.push_str(&format!("  {title}\n"));
+        }
+        for planned in steps {
+            let size = match planned.step.bytes {
+                0 => String::new(),
+                bytes => format!(" ({})", units::bytes(bytes)),
+            };
+            let wait = if planned.deferrable { "; can be put off" } else { "" };
+            text.push_str(&format!(
+                "    {:width$}  {}{size}{wait}\n",
+                planned.step.target, planned.step.summary
+            ));
+        }
+    }
+    for note in &plan.notes {
+        text.push_str(&format!("  note: {note}\n"));
+    }
+    text.push_str("nothing was touched\n");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use snapcore::{PlannedStep, Step, Target};
+
+    use super::*;
+
+    #[test]
+    fn a_plan_is_told_group_by_group_with_what_it_moves() {
+        let step = |group, summary: &str, bytes, deferrable| PlannedStep {
+            group,
+            step: Step {
+                target: Target::new("vda").unwrap(),
+                action: serde_json::Value::Null,
+                summary: summary.to_owned(),
+                bytes,
+            },
+            edits: Vec::new(),
+            deferrable,
+        };
+        let plan = Plan {
+            operation: "delete".to_owned(),
+            snapshots: vec![SnapshotName::new("s1").unwrap()],
+            steps: vec![
+                step(Group::Cut, "cut it", 0, false),
+                step(Group::Finish, "merge a into b", 3 << 20, true),
+            ],
+            commit: Vec::new(),
+            notes: vec!["vda: a note".to_owned()],
+        };
+        assert_eq!(
+            told_plan("web", &plan),
+            "would delete s1 of web: 2 steps, 3.00 MiB to move\n  cut (can be undone)\n    vda  cut it\n  \
+             finish (carried through)\n    vda  merge a into b (3.00 MiB); can be put off\n  note: vda: a note\n\
+             nothing was touched\n"
+        );
+    }
+}

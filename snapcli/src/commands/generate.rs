@@ -1,0 +1,76 @@
+//! What the program tells of itself: backends, schema, completions, man pages.
+
+use camino::Utf8Path;
+use clap::CommandFactory;
+use clap_complete::Shell;
+use snapcore::{Capabilities, DiskSnapshotter, Error, ErrorKind, PointKind};
+
+use crate::answer::{self, Answer};
+use crate::args::Cli;
+use crate::documents::{self, BackendDoc, BackendsDoc};
+use crate::failure::Failure;
+use crate::session::Session;
+use crate::table::table;
+
+/// `domsnap schema`
+pub fn schema() -> Answer {
+    Answer::text(answer::json(&documents::schema()))
+}
+
+/// `domsnap completions SHELL`
+pub fn completions(shell: Shell) -> Answer {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "domsnap", &mut script);
+    Answer::text(String::from_utf8_lossy(&script))
+}
+
+/// `domsnap man DIR`
+pub fn man(dir: &Utf8Path) -> Result<Answer, Failure> {
+    let failed = |cause: std::io::Error| {
+        Failure::from(
+            Error::new(ErrorKind::Io, format!("the man pages cannot be written to {dir}")).because(cause),
+        )
+    };
+    std::fs::create_dir_all(dir).map_err(failed)?;
+    clap_mangen::generate_to(Cli::command(), dir).map_err(failed)?;
+    Ok(Answer::text(format!("wrote the man pages to {dir}; try: man -l {}", dir.join("domsnap.1"))))
+}
+
+/// `domsnap backends`
+pub fn backends(session: &Session) -> Answer {
+    let backends = session.service.registry().iter().map(|backend: &dyn DiskSnapshotter| BackendDoc {
+        format: backend.format().to_owned(),
+        capabilities: backend.capabilities(),
+    });
+    session.told(BackendsDoc { backends: backends.collect() }, |document| {
+        let rows = document.backends.iter().map(|backend| {
+            let can = &backend.capabilities;
+            vec![
+                backend.format.clone(),
+                kinds(can),
+                match can.preferred {
+                    PointKind::Internal => "internal".to_owned(),
+                    PointKind::External => "external".to_owned(),
+                },
+                yes_or_no(can.live),
+                yes_or_no(can.delete_in_chain),
+                can.max_depth.to_string(),
+            ]
+        });
+        table(&["FORMAT", "SNAPSHOTS", "DEFAULT", "LIVE", "DELETE IN CHAIN", ">LONGEST CHAIN"], rows)
+    })
+}
+
+fn kinds(can: &Capabilities) -> String {
+    match (can.internal, can.external) {
+        (true, true) => "internal, external",
+        (true, false) => "internal",
+        (false, true) => "external",
+        (false, false) => "none",
+    }
+    .to_owned()
+}
+
+fn yes_or_no(yes: bool) -> String {
+    if yes { "yes" } else { "no" }.to_owned()
+}

@@ -1,0 +1,90 @@
+//! `domsnap check` and `domsnap recover`.
+
+use anstyle::{AnsiColor, Style};
+use snapcore::Severity;
+use snapcore::service::{DomainRef, RecoveryEnd, RecoveryReport};
+
+use crate::answer::Answer;
+use crate::commands::change::names;
+use crate::documents::{CheckDoc, CheckedDomain, RecoverDoc};
+use crate::failure::{Failure, exit};
+use crate::session::Session;
+use crate::units;
+
+/// Looks for damage. An error found is status 1; warnings and notes are not.
+pub fn check(session: &Session, domain: Option<DomainRef>) -> Result<Answer, Failure> {
+    let wanted = match domain {
+        Some(domain) => vec![domain],
+        None => {
+            let known = session.ask(session.service.domains())?;
+            known.into_iter().map(|summary| DomainRef::Name(summary.domain.name)).collect()
+        }
+    };
+    let mut domains = Vec::new();
+    for domain in wanted {
+        let findings = session.ask(session.service.check(&domain))?;
+        domains.push(CheckedDomain { domain: domain.to_string(), findings });
+    }
+    let findings = domains.iter().flat_map(|domain| &domain.findings);
+    let errors = findings.filter(|found| found.severity == Severity::Error).count();
+    let mut answer = session.told(CheckDoc { domains }, told);
+    if errors > 0 {
+        answer.exit = exit::FAILED;
+        answer.complaint = Some(format!("the check found {}", units::count(errors, "error")));
+    }
+    Ok(answer)
+}
+
+fn told(document: &CheckDoc) -> String {
+    if document.domains.is_empty() {
+        return "no domains are known: nothing to check\n".to_owned();
+    }
+    let mut text = String::new();
+    for domain in &document.domains {
+        if domain.findings.is_empty() {
+            text.push_str(&format!("{}: all is well\n", domain.domain));
+            continue;
+        }
+        text.push_str(&format!("{}: {}\n", domain.domain, units::count(domain.findings.len(), "finding")));
+        for found in &domain.findings {
+            let (word, style) = match found.severity {
+                Severity::Note => ("note", Style::new()),
+                Severity::Warning => ("warning", AnsiColor::Yellow.on_default()),
+                Severity::Error => ("error", AnsiColor::Red.on_default().bold()),
+            };
+            text.push_str(&format!("  {style}{word}{style:#}: {}: {}\n", found.subject, found.message));
+        }
+    }
+    text
+}
+
+/// Finishes or undoes what stopped half way.
+pub fn recover(session: &Session, domain: Option<&DomainRef>) -> Result<Answer, Failure> {
+    let recovered = session.change(session.service.recover(domain, session.cancel()))?;
+    Ok(session.changed(RecoverDoc { recovered }, |document| match document.recovered.is_empty() {
+        true => "nothing to recover\n".to_owned(),
+        false => document.recovered.iter().map(report).collect(),
+    }))
+}
+
+fn report(report: &RecoveryReport) -> String {
+    let end = match report.end {
+        RecoveryEnd::Done => "finished",
+        RecoveryEnd::Undone => "undone: it did not happen",
+    };
+    let what = match report.snapshots.is_empty() {
+        true => report.operation.clone(),
+        false => format!("{} of {}", report.operation, names(&report.snapshots)),
+    };
+    let mut text = format!("{}: {what} (found {}): {end}\n", report.domain, report.found);
+    for note in &report.notes {
+        text.push_str(&format!("  note: {note}\n"));
+    }
+    for postponed in &report.postponed {
+        text.push_str(&format!(
+            "  put off: {}: {}: {}\n",
+            postponed.target, postponed.step, postponed.reason
+        ));
+    }
+    text
+}

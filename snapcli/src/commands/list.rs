@@ -1,0 +1,227 @@
+//! `domsnap list`
+
+use std::collections::BTreeMap;
+
+use anstyle::{AnsiColor, Style};
+use jiff::tz::TimeZone;
+use snapcore::service::{DiskReport, DomainRef, Unfinished};
+use snapcore::{DiskState, Layer};
+
+use crate::answer::Answer;
+use crate::args::List;
+use crate::documents::{ListAllDoc, ListDoc, SnapshotDoc};
+use crate::failure::Failure;
+use crate::session::Session;
+use crate::table::{indent, table};
+use crate::tree::{self, Signs};
+use crate::{commands::change::names, units};
+
+/// Lists the snapshots of one domain, or of all.
+pub fn run(session: &Session, args: &List) -> Result<Answer, Failure> {
+    if let Some(domain) = &args.domain {
+        let document = read(session, domain, args)?;
+        return Ok(session.told(document, |document| told(document, args, None)));
+    }
+    let mut domains = Vec::new();
+    for summary in session.ask(session.service.domains())? {
+        domains.push(read(session, &DomainRef::Name(summary.domain.name), args)?);
+    }
+    Ok(session.told(ListAllDoc { domains }, |document| {
+        if document.domains.is_empty() {
+            return "no domains are known; `domsnap domain add` registers one\n".to_owned();
+        }
+        let parts: Vec<String> = document
+            .domains
+            .iter()
+            .map(|domain| told(domain, args, Some(&domain.domain.to_string())))
+            .collect();
+        parts.join("\n")
+    }))
+}
+
+fn read(session: &Session, domain: &DomainRef, args: &List) -> Result<ListDoc, Failure> {
+    let listing = session.ask(session.service.list(domain))?;
+    let mut document = ListDoc::of(&listing, session.service.registry());
+    if args.disks {
+        document.disks = Some(session.ask(session.service.inspect(domain))?);
+    }
+    Ok(document)
+}
+
+fn told(document: &ListDoc, args: &List, title: Option<&str>) -> String {
+    let zone = TimeZone::system();
+    let mut text = match (args.tree, document.snapshots.is_empty()) {
+        (true, _) => drawn(&document.snapshots, Signs::fitting(), &zone),
+        (false, true) => format!("{} has no snapshots\n", document.domain),
+        (false, false) => tabled(&document.snapshots, &zone),
+    };
+    if let Some(title) = title {
+        text = format!("{title}\n{}", indent(&text, "  "));
+    }
+    for disk in document.disks.iter().flatten() {
+        text.push('\n');
+        text.push_str(&layers(disk, &document.snapshots));
+    }
+    text + &stopped(&document.unfinished, document.domain.as_str())
+}
+
+fn tabled(snapshots: &[SnapshotDoc], zone: &TimeZone) -> String {
+    let rows = snapshots.iter().map(|snapshot| {
+        vec![
+            if snapshot.current { "*" } else { "" }.to_owned(),
+            snapshot.name.to_string(),
+            snapshot.parent.as_ref().map_or("-".to_owned(), ToString::to_string),
+            units::time(snapshot.created, zone),
+            snapshot.kind().to_owned(),
+            consistency(snapshot),
+            units::bytes_or_dash(snapshot.size()),
+            snapshot.description.clone(),
+        ]
+    });
+    let described = snapshots.iter().any(|snapshot| !snapshot.description.is_empty());
+    let columns = ["", "NAME", "PARENT", "CREATED", "KIND", "CONSISTENCY", ">SIZE", "DESCRIPTION"];
+    match described {
+        true => table(&columns, rows),
+        false => table(
+            &columns[..7],
+            rows.map(|mut row| {
+                row.truncate(7);
+                row
+            }),
+        ),
+    }
+}
+
+fn consistency(snapshot: &SnapshotDoc) -> String {
+    // The word of the documents, so that there is one.
+    serde_json::to_value(snapshot.consistency)
+        .ok()
+        .and_then(|word| word.as_str().map(str::to_owned))
+        .unwrap_or_default()
+}
+
+fn drawn(snapshots: &[SnapshotDoc], signs: Signs, zone: &TimeZone) -> String {
+    let places: BTreeMap<_, _> =
+        snapshots.iter().enumerate().map(|(index, snapshot)| (&snapshot.name, index)).collect();
+    let parents: Vec<Option<usize>> = snapshots
+        .iter()
+        .map(|snapshot| snapshot.parent.as_ref().and_then(|parent| places.get(parent).copied()))
+        .collect();
+    let lines = tree::draw(&parents, snapshots.iter().position(|snapshot| snapshot.current), signs);
+    let name = |node: Option<usize>| node.map_or("now", |index| snapshots[index].name.as_str());
+    let width = |line: &tree::Line| line.graph.chars().count() + name(line.node).len();
+    let widest = lines.iter().map(width).max().unwrap_or(0);
+    let now = AnsiColor::Green.on_default().bold();
+    let dim = Style::new().dimmed();
+    let mut text = String::new();
+    for line in &lines {
+        let Some(index) = line.node else {
+            text.push_str(&format!("{}{now}now{now:#}\n", line.graph));
+            continue;
+        };
+        let snapshot = &snapshots[index];
+        let gap = " ".repeat(widest - width(line));
+        let size = snapshot.size().map(|size| format!("  {}", units::bytes(size))).unwrap_or_default();
+        let words = match snapshot.description.as_str() {
+            "" => String::new(),
+            words => format!("  {words}"),
+        };
+        text.push_str(&format!(
+            "{}{}{gap}  {dim}{}  {}{size}{dim:#}{words}\n",
+            line.graph,
+            snapshot.name,
+            units::time(snapshot.created, zone),
+            snapshot.kind(),
+        ));
+    }
+    text
+}
+
+/// One disk's layers: each file, its size, and what it is there for.
+pub fn layers(disk: &DiskReport, snapshots: &[SnapshotDoc]) -> String {
+    let record = &disk.record.disk;
+    let mut text = format!("{}  {} ({})\n", record.target, record.path, record.format);
+    if let Some(problem) = &disk.problem {
+        text.push_str(&format!("  cannot be read: {problem}\n"));
+    }
+    let Some(state) = &disk.state else { return text };
+    let rows = state.layers.iter().map(|layer| {
+        vec![
+            shown_name(layer),
+            units::bytes(layer.allocated),
+            units::bytes(layer.virtual_size),
+            holds(layer, state, disk, snapshots),
+        ]
+    });
+    text.push_str(&indent(&table(&["LAYER", ">ON DISK", ">DISK SIZE", "HOLDS"], rows), "  "));
+    text
+}
+
+fn shown_name(layer: &Layer) -> String {
+    match layer.named {
+        true => layer.name.to_string(),
+        // Its permanent name is not a file yet: the configured path is the way to it.
+        false => layer.file.file_name().unwrap_or(layer.file.as_str()).to_owned(),
+    }
+}
+
+fn holds(layer: &Layer, state: &DiskState, disk: &DiskReport, snapshots: &[SnapshotDoc]) -> String {
+    let mut parts = Vec::new();
+    if layer.name == state.active {
+        parts.push("the present".to_owned());
+    }
+    let mine = |snapshot: &&SnapshotDoc, tag: Option<&str>| {
+        snapshot.points.iter().any(|point| {
+            point.target == state.target
+                && point.tag.as_deref() == tag
+                && same_file(point.layer.as_str(), layer)
+        })
+    };
+    for snapshot in snapshots.iter().filter(|snapshot| mine(snapshot, None)) {
+        parts.push(snapshot.name.to_string());
+    }
+    for point in &layer.internal {
+        match snapshots.iter().find(|snapshot| mine(snapshot, Some(&point.tag))) {
+            Some(snapshot) => parts.push(format!("{} (internal)", snapshot.name)),
+            None => parts.push(format!("tag {} (of no snapshot)", point.tag)),
+        }
+    }
+    if disk.unnamed.contains(&layer.name) {
+        let above = state.children(&layer.name).count();
+        parts.push(format!(
+            "unnamed: {} on it",
+            match above {
+                1 => "1 layer stands".to_owned(),
+                n => format!("{n} layers stand"),
+            }
+        ));
+    }
+    if !layer.owned {
+        parts.push("somebody else's: only read".to_owned());
+    }
+    match layer.dependents.len() {
+        0 => {}
+        n => parts.push(format!("{} elsewhere on it", units::count(n, "image"))),
+    }
+    parts.join(", ")
+}
+
+fn same_file(point: &str, layer: &Layer) -> bool {
+    point == layer.file
+        || point.rsplit('/').next() == Some(layer.name.as_str())
+        || point == layer.name.as_str()
+}
+
+/// What stopped half way, and what to do.
+pub fn stopped(unfinished: &[Unfinished], domain: &str) -> String {
+    let yellow = AnsiColor::Yellow.on_default();
+    let line = |operation: &Unfinished| {
+        format!(
+            "\n{yellow}a {} of {} stopped half way, or runs just now ({}){yellow:#}; `domsnap recover {domain}` finishes or undoes it\n",
+            operation.operation,
+            names(&operation.snapshots),
+            operation.state
+        )
+    };
+    unfinished.iter().map(line).collect()
+}

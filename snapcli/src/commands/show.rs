@@ -1,0 +1,107 @@
+//! `domsnap show`
+
+use jiff::tz::TimeZone;
+use snapcore::service::Details;
+use snapcore::{Consistency, DeleteCost};
+
+use crate::answer::Answer;
+use crate::args::Show;
+use crate::commands::change::{kind_word, names};
+use crate::documents::{DeleteDoc, PointDoc, ShowDoc, SnapshotDoc};
+use crate::failure::Failure;
+use crate::session::Session;
+use crate::table::table;
+use crate::units;
+
+/// Shows one snapshot.
+pub fn run(session: &Session, args: &Show) -> Result<Answer, Failure> {
+    let details = session.ask(session.service.show(&args.domain, &args.name))?;
+    Ok(session.told(document(details), told))
+}
+
+fn document(details: Details) -> ShowDoc {
+    let Details { domain, snapshot, current, parent, children, members, .. } = details;
+    let points = members.iter().map(|member| PointDoc {
+        target: member.target.clone(),
+        kind: member.kind,
+        layer: member.file.clone(),
+        tag: member.point.tag.clone(),
+        virtual_size: member.virtual_size,
+        allocated: member.allocated,
+    });
+    ShowDoc {
+        domain,
+        snapshot: SnapshotDoc {
+            name: snapshot.name,
+            id: snapshot.id,
+            parent,
+            current,
+            created: snapshot.created,
+            description: snapshot.description,
+            consistency: snapshot.consistency,
+            points: points.collect(),
+        },
+        children,
+        delete: members.into_iter().map(|m| DeleteDoc { target: m.target, cost: m.delete }).collect(),
+    }
+}
+
+fn told(document: &ShowDoc) -> String {
+    let snapshot = &document.snapshot;
+    let mut text = String::new();
+    let mut line = |what: &str, said: &str| text.push_str(&format!("{what:<12} {said}\n"));
+    line("snapshot", snapshot.name.as_str());
+    line("domain", document.domain.as_str());
+    if !snapshot.description.is_empty() {
+        line("description", &snapshot.description);
+    }
+    line("created", &units::time(snapshot.created, &TimeZone::system()));
+    line("consistency", consistency(snapshot.consistency));
+    line("parent", snapshot.parent.as_ref().map_or("none", |parent| parent.as_str()));
+    let children = match document.children.is_empty() {
+        true => "none".to_owned(),
+        false => names(&document.children),
+    };
+    line("children", &children);
+    line("present", if snapshot.current { "derives from it" } else { "derives from another" });
+    line("id", &snapshot.id.to_string());
+    text.push('\n');
+    let rows = snapshot.points.iter().map(|point| {
+        let file = match &point.tag {
+            Some(tag) => format!("{} (tag {tag})", point.layer),
+            None => point.layer.to_string(),
+        };
+        vec![
+            point.target.to_string(),
+            kind_word(point.kind).to_owned(),
+            units::bytes(point.virtual_size),
+            units::bytes_or_dash(point.allocated),
+            file,
+        ]
+    });
+    text.push_str(&table(&["DISK", "KIND", ">DISK SIZE", ">FILE SIZE", "FILE"], rows));
+    text.push('\n');
+    let costs: Option<Vec<DeleteCost>> = document.delete.iter().map(|delete| delete.cost).collect();
+    text.push_str(&match costs {
+        Some(costs) => format!(
+            "deleting it would free {} and move {}\n",
+            units::bytes(costs.iter().map(|cost| cost.frees).sum()),
+            units::bytes(costs.iter().map(|cost| cost.moves).sum())
+        ),
+        None => {
+            "what deleting it would free cannot be told: a disk cannot be read; `domsnap check` says why\n"
+                .to_owned()
+        }
+    });
+    text
+}
+
+fn consistency(consistency: Consistency) -> &'static str {
+    match consistency {
+        Consistency::Crash => "crash: as after a power failure",
+        Consistency::Filesystem => "filesystem: flushed and frozen by the guest",
+        Consistency::Clean => "clean: the domain was shut down",
+        Consistency::Memory => "memory: memory and disks of one instant",
+        _ => "unknown: nobody recorded it",
+    }
+}

@@ -1,0 +1,163 @@
+//! Failures: what is said of them, and the exit status.
+
+use std::io::IsTerminal;
+
+use anstyle::{AnsiColor, Style};
+use snapcore::{Error, ErrorKind};
+
+use crate::documents::{ErrorBody, ErrorDoc, SCHEMA, Versioned};
+
+/// The exit statuses that the command line promises.
+pub mod exit {
+    /// Done.
+    pub const DONE: u8 = 0;
+    /// Failed, and what was begun was undone. Of `check`: data are lost or at risk.
+    pub const FAILED: u8 = 1;
+    /// The command line is wrong.
+    pub const USAGE: u8 = 2;
+    /// Refused; nothing was touched.
+    pub const REFUSED: u8 = 3;
+    /// An operation stopped half way; `recover` goes on.
+    pub const NEEDS_RECOVERY: u8 = 4;
+}
+
+/// A command that failed.
+#[derive(Debug)]
+pub struct Failure {
+    error: Box<Error>,
+    changing: bool,
+    started: bool,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { error: Box::new(error), changing: false, started: false }
+    }
+}
+
+impl Failure {
+    /// `error` of an operation that was to change things, and had been written into the journal when `started`.
+    pub fn of(error: Error, started: bool) -> Self {
+        Self { error: Box::new(error), changing: true, started }
+    }
+
+    /// The exit status.
+    pub fn exit(&self) -> u8 {
+        match self.error.kind() {
+            ErrorKind::NeedsRecovery => exit::NEEDS_RECOVERY,
+            ErrorKind::Usage => exit::USAGE,
+            ErrorKind::NotFound
+            | ErrorKind::Exists
+            | ErrorKind::Refused
+            | ErrorKind::Busy
+            | ErrorKind::Unsupported
+                if !self.started =>
+            {
+                exit::REFUSED
+            }
+            _ => exit::FAILED,
+        }
+    }
+
+    /// Whether the error itself is a "no" to a wish to change things.
+    fn declined(&self) -> bool {
+        matches!(self.error.kind(), ErrorKind::Refused | ErrorKind::Busy | ErrorKind::Exists)
+    }
+
+    fn body(&self) -> ErrorBody {
+        let (state, advice) = (self.error.state_now(), self.error.advice());
+        // Display tells all on one line; state and advice stand apart here.
+        let mut message = self.error.to_string();
+        for part in [advice, state].into_iter().flatten() {
+            let stem = message.strip_suffix(part).and_then(|stem| stem.strip_suffix("; "));
+            message = stem.map_or(message.clone(), str::to_owned);
+        }
+        let state = match (state, self.exit()) {
+            (None, exit::REFUSED) if self.changing || self.declined() => {
+                Some("nothing was touched".to_owned())
+            }
+            (state, _) => state.map(str::to_owned),
+        };
+        ErrorBody {
+            kind: self.error.kind(),
+            message,
+            state,
+            advice: advice.map(str::to_owned),
+            exit: self.exit(),
+        }
+    }
+
+    /// Says it: for people on standard error, for programs as a document on standard output.
+    pub fn tell(&self, json: bool) {
+        let body = self.body();
+        if json {
+            let document = Versioned { schema: SCHEMA, document: ErrorDoc { error: body } };
+            crate::answer::print(&crate::answer::json(&document));
+            return;
+        }
+        anstream::eprintln!("{}", paragraph(&body, std::io::stderr().is_terminal()));
+    }
+}
+
+/// `domsnap: error`, then the state, then what to do, each on a line of its own.
+fn paragraph(body: &ErrorBody, painted: bool) -> String {
+    let red = match painted {
+        true => AnsiColor::Red.on_default().bold(),
+        false => Style::new(),
+    };
+    let mut text = format!("{red}domsnap:{red:#} {}", body.message);
+    for line in [&body.state, &body.advice].into_iter().flatten() {
+        text.push_str("\n  ");
+        text.push_str(line);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(kind: ErrorKind, started: bool) -> u8 {
+        Failure::of(Error::new(kind, "x"), started).exit()
+    }
+
+    #[test]
+    fn a_refusal_before_anything_started_is_three() {
+        use ErrorKind as K;
+        for kind in [K::NotFound, K::Exists, K::Refused, K::Busy, K::Unsupported] {
+            assert_eq!(status(kind, false), exit::REFUSED, "{kind:?}");
+            assert_eq!(status(kind, true), exit::FAILED, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn what_failed_and_was_undone_is_one() {
+        for kind in [ErrorKind::Corrupt, ErrorKind::Io, ErrorKind::Cancelled, ErrorKind::Internal] {
+            assert_eq!(status(kind, false), exit::FAILED, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn what_stopped_half_way_is_four_whenever() {
+        assert_eq!(status(ErrorKind::NeedsRecovery, false), exit::NEEDS_RECOVERY);
+        assert_eq!(status(ErrorKind::NeedsRecovery, true), exit::NEEDS_RECOVERY);
+        assert_eq!(status(ErrorKind::Usage, false), exit::USAGE);
+    }
+
+    #[test]
+    fn error_state_and_advice_stand_apart_and_nothing_is_said_twice() {
+        let error = Error::new(ErrorKind::Io, "disk full")
+            .because(std::io::Error::other("no space"))
+            .context("creating s1 of web")
+            .state("it was undone")
+            .advise("make room");
+        let text = paragraph(&Failure::of(error, true).body(), false);
+        assert_eq!(text, "domsnap: creating s1 of web: disk full: no space\n  it was undone\n  make room");
+    }
+
+    #[test]
+    fn a_refusal_says_that_nothing_was_touched() {
+        let body = Failure::of(Error::new(ErrorKind::NotFound, "there is no snapshot x"), false).body();
+        assert_eq!(body.state.as_deref(), Some("nothing was touched"));
+    }
+}

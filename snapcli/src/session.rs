@@ -1,0 +1,140 @@
+//! One call of the command: the service, opened; its runtime; what is shown while it works; interrupts.
+
+use std::cell::OnceCell;
+use std::future::Future;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::service::{Domsnap, StateDir};
+use snapcore::{Error, ErrorKind, Registry, Result};
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::answer::Answer;
+use crate::args::Global;
+use crate::failure::Failure;
+use crate::progress::Progress;
+
+/// The formats that this program knows: the one place that names backends.
+pub fn registry(global: &Global) -> Result<Registry> {
+    let _ = global;
+    let registry = Registry::new();
+    Ok(registry)
+}
+
+/// One call of the command.
+pub struct Session {
+    /// What was said that every command understands.
+    pub global: Global,
+    /// The service.
+    pub service: Domsnap,
+    cancel: CancellationToken,
+    asking: OnceCell<Runtime>,
+}
+
+impl Session {
+    /// Opens the service. Nothing is read yet.
+    pub fn open(global: Global) -> Result<Self> {
+        let state = StateDir::new(state_dir(&global)?);
+        let service = Domsnap::open(state, registry(&global)?);
+        Ok(Self { global, service, cancel: CancellationToken::new(), asking: OnceCell::new() })
+    }
+
+    /// What ends the work of this call when it is cancelled.
+    pub fn cancel(&self) -> CancellationToken {
+        self.cancel.clone()
+    }
+
+    /// Waits for `work` that changes nothing.
+    pub fn ask<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T, Failure> {
+        if let Some(runtime) = self.asking.get() {
+            return Ok(runtime.block_on(work)?);
+        }
+        let runtime = Builder::new_current_thread().enable_all().build().map_err(no_runtime)?;
+        Ok(self.asking.get_or_init(|| runtime).block_on(work)?)
+    }
+
+    /// Waits for `work` that changes things: shows how it goes on, and takes it back at the first interrupt.
+    pub fn change<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T, Failure> {
+        let mut progress = Progress::new(&self.global);
+        // The work has a thread of its own, so that this one sees events and signals while an image is written.
+        let runtime =
+            Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(no_runtime)?;
+        let done = runtime.block_on(async {
+            let mut events = self.service.events();
+            let listen = |kind| {
+                signal(kind).map_err(|cause| {
+                    Error::new(ErrorKind::Io, "signals cannot be listened for").because(cause)
+                })
+            };
+            let mut interrupt = listen(SignalKind::interrupt())?;
+            let mut terminate = listen(SignalKind::terminate())?;
+            tokio::pin!(work);
+            let done = loop {
+                tokio::select! {
+                    biased;
+                    Some(event) = events.next() => progress.tell(event),
+                    Some(()) = interrupt.recv() => progress.interrupted(&self.cancel),
+                    Some(()) = terminate.recv() => progress.interrupted(&self.cancel),
+                    done = &mut work => break done,
+                }
+            };
+            while let Some(event) = events.try_next() {
+                progress.tell(event);
+            }
+            done
+        });
+        progress.end();
+        done.map_err(|error| Failure::of(error, progress.started()))
+    }
+
+    /// What a command that changes things answers: nothing to people who want it quiet.
+    pub fn changed<T: serde::Serialize>(&self, document: T, text: impl FnOnce(&T) -> String) -> Answer {
+        match (self.global.json, self.global.quiet) {
+            (true, _) => Answer::document(document),
+            (false, true) => Answer::text(""),
+            (false, false) => Answer::text(text(&document)),
+        }
+    }
+
+    /// What a command answers that was asked for what it says.
+    pub fn told<T: serde::Serialize>(&self, document: T, text: impl FnOnce(&T) -> String) -> Answer {
+        match self.global.json {
+            true => Answer::document(document),
+            false => Answer::text(text(&document)),
+        }
+    }
+}
+
+fn no_runtime(cause: std::io::Error) -> Error {
+    Error::new(ErrorKind::Io, "the event loop cannot be started").because(cause)
+}
+
+fn absolute(path: &Utf8Path) -> Result<Utf8PathBuf> {
+    camino::absolute_utf8(path).map_err(|cause| {
+        Error::new(ErrorKind::Usage, format!("the directory {path} cannot be made absolute")).because(cause)
+    })
+}
+
+/// Where catalogue and journal live.
+pub fn state_dir(global: &Global) -> Result<Utf8PathBuf> {
+    if let Some(said) = &global.state_dir {
+        return absolute(said);
+    }
+    if let Some(said) = std::env::var_os("DOMSNAP_STATE_DIR").filter(|said| !said.is_empty()) {
+        let said = Utf8PathBuf::try_from(std::path::PathBuf::from(said))
+            .map_err(|cause| Error::new(ErrorKind::Usage, "DOMSNAP_STATE_DIR is not UTF-8").because(cause))?;
+        return absolute(&said);
+    }
+    if rustix::process::geteuid().is_root() {
+        return Ok("/var/lib/domsnap".into());
+    }
+    let said = |name: &str| std::env::var(name).ok().map(Utf8PathBuf::from).filter(|path| path.is_absolute());
+    said("XDG_STATE_HOME")
+        .or_else(|| said("HOME").map(|home| home.join(".local/state")))
+        .map(|state| state.join("domsnap"))
+        .ok_or_else(|| {
+            Error::new(ErrorKind::Usage, "no place for the catalogue: neither XDG_STATE_HOME nor HOME is set")
+                .advise("name one with --state-dir DIR or DOMSNAP_STATE_DIR")
+        })
+}

@@ -1,0 +1,117 @@
+//! The command line as its users meet it: what it prints, and the status it ends with.
+
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+
+fn domsnap(state: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_domsnap"));
+    command.env("DOMSNAP_STATE_DIR", state).env("TZ", "UTC").env("NO_COLOR", "1");
+    command
+}
+
+/// `qemu-img` makes the images that the transcripts work on.
+fn qemu_img() -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .map(|directory| directory.join("qemu-img"))
+        .find(|file| file.is_file())
+        .expect("qemu-img is needed: run scripts/install-deps")
+}
+
+/// Transcripts: `tests/cmd/NAME.trycmd`. `TRYCMD=overwrite` writes what is printed now; look at the difference.
+#[test]
+fn commands_print_what_the_transcripts_say() {
+    let cases = trycmd::TestCases::new();
+    cases.env("DOMSNAP_STATE_DIR", "state").env("TZ", "UTC").env("LC_ALL", "C.UTF-8").env("NO_COLOR", "1");
+    cases.register_bin("qemu-img", qemu_img());
+    cases.case("tests/cmd/*.trycmd");
+}
+
+#[test]
+fn the_schema_that_is_checked_in_is_the_schema() {
+    let state = tempfile::tempdir().unwrap();
+    let printed = domsnap(state.path()).arg("schema").output().unwrap();
+    assert!(printed.status.success());
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/schema.json");
+    let checked_in = std::fs::read(file).unwrap();
+    assert!(
+        printed.stdout == checked_in,
+        "docs/schema.json is not what `domsnap schema` prints: write it anew, and think of who reads the old shape"
+    );
+}
+
+#[test]
+fn the_exit_status_tells_usage_from_refusal() {
+    let state = tempfile::tempdir().unwrap();
+    let ends = |words: &[&str], status: i32| {
+        domsnap(state.path()).args(words).assert().code(status);
+    };
+    ends(&["--version"], 0);
+    ends(&["list"], 0);
+    ends(&[], 2);
+    ends(&["create"], 2);
+    ends(&["create", "web", "a b"], 2);
+    ends(&["create", "web", "--internal", "--external"], 2);
+    ends(&["list", "web", "--all"], 2);
+    ends(&["create", "web", "s1"], 3);
+    ends(&["show", "web", "s1"], 3);
+    //ends(&["disk", "list", "/nonexistent/image"], 3);
+    ends(&["check", "web"], 3);
+}
+
+#[test]
+fn a_failure_with_json_is_one_document_and_nothing_else() {
+    let state = tempfile::tempdir().unwrap();
+    for words in [&["show", "web", "s1"][..], &["create", "web", "a b"], &["frobnicate"]] {
+        let output = domsnap(state.path()).args(words).arg("--json").output().unwrap();
+        let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(document["schema"], 1);
+        assert_eq!(document["error"]["exit"].as_i64(), output.status.code().map(i64::from), "{words:?}");
+        assert!(document["error"]["message"].is_string(), "{words:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{words:?}");
+    }
+}
+
+#[test]
+fn commands_that_only_look_make_no_state_directory() {
+    let parent = tempfile::tempdir().unwrap();
+    let state = parent.path().join("state");
+    for words in [&["list"][..], &["domain", "list"], &["check"], &["recover"], &["backends"]] {
+        domsnap(&state).args(words).assert().success();
+        assert!(!state.exists(), "{words:?} made it");
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    use std::io::Read;
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_domsnap"))
+        .arg("schema")
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!((child.wait().unwrap().code(), said.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn completions_and_man_pages_name_every_command() {
+    let state = tempfile::tempdir().unwrap();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let output = domsnap(state.path()).args(["completions", shell]).output().unwrap();
+        let script = String::from_utf8(output.stdout).unwrap();
+        for word in ["create", "revert", "delete", "recover", "save-current"] {
+            assert!(script.contains(word), "{shell} misses {word}");
+        }
+    }
+    let dir = state.path().join("man");
+    domsnap(state.path()).arg("man").arg(&dir).assert().success();
+    for page in ["domsnap.1", "domsnap-create.1", "domsnap-disk-delete.1", "domsnap-domain-add.1"] {
+        let text = std::fs::read_to_string(dir.join(page)).unwrap();
+        assert!(text.starts_with(".ie") || text.contains(".TH"), "{page} is no man page");
+    }
+}
