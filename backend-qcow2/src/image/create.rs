@@ -149,7 +149,6 @@ pub fn create(path: &Path, new: &NewImage) -> Result<()> {
 
 /// Writes a new image to an empty file.
 #[cfg(test)]
-#[allow(dead_code)]
 pub(crate) fn create_in(
     file: Box<dyn super::file::Storage>,
     path: &Path,

@@ -23,6 +23,8 @@ mod backing;
 mod bitmaps;
 mod check;
 mod compressed;
+#[cfg(test)]
+mod crash_tests;
 mod create;
 mod error;
 mod file;
@@ -32,6 +34,8 @@ mod lock;
 mod mapping;
 mod open;
 mod overlap;
+#[cfg(test)]
+mod recorder;
 mod refcount;
 mod references;
 mod resize;

@@ -2,8 +2,9 @@
 //!
 //! Refcount blocks are read when first needed and changed in memory. Nothing is durable, and nothing that uses what was
 //! allocated may be made visible, before [`Refcounts::settle`]. Its order: blocks are written, flush; then table entries
-//! of new blocks (or a moved table, whose switch is the caller's header write), flush. So a table entry never names a
-//! block that is not whole.
+//! of new blocks (or a moved table, whose switch is the caller's header write), flush; blocks that are counted by other
+//! new blocks come after those, with a flush between. So a table entry never names a block that is not whole or not
+//! counted.
 //!
 //! A crash before that leaves refcounts that are too high at worst, if the caller raises before it refers, and lowers
 //! only after what referred is durably gone.
@@ -640,8 +641,8 @@ impl Refcounts {
             return Ok(true);
         }
         file.flush()?;
-        if !self.unpublished.is_empty() {
-            for number in std::mem::take(&mut self.unpublished) {
+        while !self.unpublished.is_empty() {
+            for number in self.next_to_publish() {
                 let entry = self.table.get(number).copied().unwrap_or(0);
                 let at = self.table_offset.checked_add(number as u64 * 8).ok_or_else(|| self.full())?;
                 file.write_at(&entry.to_be_bytes(), at)?;
@@ -649,6 +650,23 @@ impl Refcounts {
             file.flush()?;
         }
         Ok(false)
+    }
+
+    /// Takes those new blocks that may be named now: a block must be counted by itself or by one that is named, or a
+    /// crash would leave it in use with a refcount of 0.
+    fn next_to_publish(&mut self) -> Vec<usize> {
+        let all = std::mem::take(&mut self.unpublished);
+        let home = |number: &usize| {
+            let offset = self.table.get(*number).copied().unwrap_or(0);
+            (self.bits.host_cluster(HostOffset(offset)).0 >> self.block_shift) as usize
+        };
+        let (now, later): (Vec<usize>, Vec<usize>) =
+            all.iter().partition(|n| home(n) == **n || !all.contains(&home(n)));
+        if now.is_empty() {
+            return later;
+        }
+        self.unpublished = later;
+        now
     }
 
     /// Frees where the table was, in memory. Only after the header that names the new one is durable.
