@@ -99,7 +99,8 @@ pub trait Progress: Send + Sync {
 /// What a step runs with.
 #[derive(Clone, Copy)]
 pub struct StepContext<'a> {
-    /// The disk, as it was when the plan was made.
+    /// The disk, as the catalogue has it: before the commit point as it was when the plan was made, after it with
+    /// the plan's edits. So it is the same in a first run and in a recovery.
     pub disk: &'a DiskRecord,
     /// Where to tell progress.
     pub progress: &'a dyn Progress,

@@ -182,3 +182,40 @@ impl Stream for EventStream {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn warning(number: usize) -> Event {
+        Event::Warning { domain: DomainName::new("web").unwrap(), message: number.to_string() }
+    }
+
+    #[tokio::test]
+    async fn a_listener_that_falls_behind_loses_the_oldest_and_the_teller_never_waits() {
+        let events = Events::default();
+        let mut stream = events.subscribe();
+        assert_eq!(stream.try_next(), None);
+        for number in 0..BACKLOG + 10 {
+            events.tell(warning(number));
+        }
+        assert_eq!(stream.next().await, Some(warning(10)));
+        assert_eq!(stream.try_next(), Some(warning(11)));
+        drop(events);
+        let mut last = None;
+        while let Some(event) = stream.next().await {
+            last = Some(event);
+        }
+        assert_eq!(last, Some(warning(BACKLOG + 9)));
+    }
+
+    #[tokio::test]
+    async fn a_listener_that_waits_is_woken() {
+        let events = Events::default();
+        let mut stream = events.subscribe();
+        let waiting = tokio::spawn(async move { stream.next().await });
+        tokio::task::yield_now().await;
+        events.tell(warning(1));
+        assert_eq!(waiting.await.unwrap(), Some(warning(1)));
+    }
+}

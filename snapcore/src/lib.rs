@@ -2,7 +2,47 @@
 //!
 //! This crate knows no disk format and no hypervisor. It has the words of the field as types, the trait that a
 //! storage backend fulfils ([`DiskSnapshotter`]), the pure planner ([`plan`]), the engine that carries a plan out
-//! so that a crash at any instant heals ([`engine`]), and the catalogue that remembers what was taken.
+//! so that a crash at any instant heals ([`engine`]), the catalogue that remembers what was taken ([`catalogue`]), and
+//! the service that puts them together ([`Domsnap`]).
+//!
+//! # Embedding
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use snapcore::{
+//!     CreateRequest, DiskSnapshotter, DomainRef, Domsnap, Event, Registry, RevertRequest, SnapshotName, StateDir,
+//! };
+//! use tokio_util::sync::CancellationToken;
+//!
+//! /// Takes a snapshot, tries something, and returns to the snapshot where that failed.
+//! async fn protected(
+//!     backend: Arc<dyn DiskSnapshotter>,
+//!     attempt: impl AsyncFnOnce() -> bool,
+//! ) -> snapcore::Result<()> {
+//!     let mut registry = Registry::new();
+//!     registry.register(backend)?;
+//!     let domsnap = Domsnap::open(StateDir::new("/var/lib/domsnap"), registry);
+//!
+//!     let mut events = domsnap.events();
+//!     tokio::spawn(async move {
+//!         while let Some(event) = events.next().await {
+//!             if let Event::Progress { done, total, .. } = event {
+//!                 println!("{done} of {total} bytes");
+//!             }
+//!         }
+//!     });
+//!
+//!     let domain = DomainRef::parse("/vm/web/root.qcow2,/vm/web/data.qcow2")?;
+//!     let before = SnapshotName::new("before-update")?;
+//!     let cancel = CancellationToken::new();
+//!     domsnap.create(&domain, CreateRequest::new(before.clone()), cancel.clone()).await?;
+//!     if !attempt().await {
+//!         domsnap.revert(&domain, RevertRequest::new(before), cancel).await?;
+//!     }
+//!     Ok(())
+//! }
+//! ```
 
 #![forbid(unsafe_code)]
 

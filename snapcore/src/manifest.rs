@@ -324,3 +324,143 @@ fn open_envelope<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, Stri
     serde_json::from_str(envelope.content.get())
         .map_err(|cause| format!("its content is not understood: {cause}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::{
+        ActivePath, Consistency, Disk, DiskPoint, DiskRecord, DomainName, Hypervisor, LayerName, Point,
+        SnapshotName, SnapshotTree, Target,
+    };
+
+    fn snapshot(name: &str) -> Snapshot {
+        Snapshot {
+            id: SnapshotId::fresh(),
+            name: SnapshotName::new(name).unwrap(),
+            parent: None,
+            created: Timestamp::now(),
+            description: "tab\there \"quoted\" ünï".to_owned(),
+            consistency: Consistency::Clean,
+            disks: vec![DiskPoint {
+                target: Target::new("vda").unwrap(),
+                point: Point::internal(LayerName("a.layer".into()), name),
+                virtual_size: 1 << 40,
+            }],
+        }
+    }
+
+    fn entry(revision: u64, snapshots: &[Snapshot]) -> Entry {
+        let disk = Disk { target: Target::new("vda").unwrap(), path: "/a".into(), format: "fake".into() };
+        let layer = LayerName("a.layer".into());
+        Entry {
+            domain: Domain {
+                name: DomainName::new("web").unwrap(),
+                unregistered: false,
+                hypervisor: Hypervisor::None,
+                active_path: ActivePath::Keep,
+                disks: vec![DiskRecord { disk, active: layer.clone(), owned: vec![layer] }],
+                current: snapshots.last().map(|snapshot| snapshot.id),
+            },
+            tree: SnapshotTree::new(snapshots.to_vec()),
+            revision: Revision(revision),
+        }
+    }
+
+    struct Place {
+        directory: tempfile::TempDir,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            Self { directory: tempfile::tempdir().unwrap() }
+        }
+
+        fn manifests(&self) -> Manifests {
+            let root = Utf8Path::from_path(self.directory.path()).unwrap();
+            Manifests::new(root.join(".hidden/web"))
+        }
+
+        fn files(&self) -> Vec<String> {
+            self.manifests().names().unwrap().into_iter().collect()
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_the_last_deletion_takes_the_directory() {
+        let place = Place::new();
+        let manifests = place.manifests();
+        let (one, two) = (snapshot("s1"), snapshot("s2"));
+        let mut before = entry(1, &[]);
+        assert!(manifests.is_current(&before));
+        for after in [
+            entry(5, std::slice::from_ref(&one)),
+            entry(7, &[one.clone(), two.clone()]),
+            entry(9, std::slice::from_ref(&two)),
+        ] {
+            manifests.write(Some(&before), &after).unwrap();
+            let found = manifests.read().unwrap();
+            assert_eq!(found.problems, Vec::new());
+            assert_eq!(SnapshotTree::new(found.snapshots), after.tree);
+            let told = found.domain.unwrap();
+            assert_eq!((told.revision, told.domain), (after.revision, after.domain.clone()));
+            assert!(manifests.is_current(&after) && !manifests.is_current(&before));
+            before = after;
+        }
+        manifests.write(Some(&before), &entry(11, &[])).unwrap();
+        assert_eq!(fs::read_dir(place.directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_stale_directory_is_made_right_and_files_of_others_stay() {
+        let place = Place::new();
+        let manifests = place.manifests();
+        let (old, kept) = (snapshot("old"), snapshot("kept"));
+        manifests.write(None, &entry(1, &[old.clone(), kept.clone()])).unwrap();
+        let half = format!("{}.json{TEMPORARY_SUFFIX}", SnapshotId::fresh());
+        fs::write(manifests.directory().join(&half), "half").unwrap();
+        fs::write(manifests.directory().join("readme"), "of somebody").unwrap();
+        fs::write(manifests.directory().join(format!("{}.json", kept.id)), "damaged").unwrap();
+        let now = entry(4, std::slice::from_ref(&kept));
+        manifests.write(None, &now).unwrap();
+        let mut expected = vec![format!("{}.json", kept.id), DOMAIN_FILE.to_owned(), "readme".to_owned()];
+        expected.sort();
+        assert_eq!(place.files(), expected);
+        assert_eq!(manifests.read().unwrap().snapshots, [kept]);
+        manifests.write(Some(&now), &entry(6, &[])).unwrap();
+        assert_eq!(place.files(), ["readme"]);
+    }
+
+    #[test]
+    fn a_damaged_manifest_is_refused_by_name_and_stops_no_other() {
+        let place = Place::new();
+        let manifests = place.manifests();
+        let all = [snapshot("s1"), snapshot("s2"), snapshot("s3"), snapshot("s4"), snapshot("s5")];
+        manifests.write(None, &entry(1, &all)).unwrap();
+        let path = |snapshot: &Snapshot| manifests.file_of(snapshot.id);
+        let text = |snapshot| fs::read_to_string(path(snapshot)).unwrap();
+        fs::write(path(&all[0]), text(&all[0]).replace("s1", "sx")).unwrap();
+        fs::write(path(&all[1]), text(&all[1]).replace("manifest\":1", "manifest\":2")).unwrap();
+        fs::write(path(&all[2]), text(&all[3])).unwrap();
+        let long = File::create(path(&all[4])).unwrap();
+        long.set_len(MAX_BYTES + 1).unwrap();
+        let found = manifests.read().unwrap();
+        assert_eq!(found.snapshots, [all[3].clone()]);
+        let why = |snapshot| &found.problems.iter().find(|(file, _)| *file == path(snapshot)).unwrap().1;
+        assert!(why(&all[0]).contains("checksum"));
+        assert!(why(&all[1]).contains("version 2"));
+        assert!(why(&all[2]).contains("describes the snapshot"));
+        assert!(why(&all[4]).contains("longer than"));
+    }
+
+    #[test]
+    fn fields_of_a_newer_program_are_passed_over() {
+        let content = r#"{"id":"0190a0c0-0000-7000-8000-000000000000","name":"s1","parent":null,
+            "created":"2026-11-22T10:00:00Z","consistency":"clean","disks":[],"mood":"good"}"#;
+        let crc = crc32fast::hash(content.as_bytes());
+        let text = format!(r#"{{"domsnap-manifest":1,"crc32":"{crc:08x}","extra":[],"content":{content}}}"#);
+        let snapshot: Snapshot = open_envelope(text.as_bytes()).unwrap();
+        assert_eq!(snapshot.name.as_str(), "s1");
+    }
+}

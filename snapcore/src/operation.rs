@@ -209,3 +209,52 @@ impl Operation {
         targets
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STATES: [OperationState; 7] = [
+        OperationState::Planned,
+        OperationState::Preparing,
+        OperationState::Cutting,
+        OperationState::Finishing,
+        OperationState::Done,
+        OperationState::Undoing,
+        OperationState::Undone,
+    ];
+
+    const TRANSITIONS: [Transition; 6] = [
+        Transition::Record,
+        Transition::Cut,
+        Transition::Commit,
+        Transition::Finish,
+        Transition::Undo,
+        Transition::Undone,
+    ];
+
+    #[test]
+    fn nothing_is_undone_past_the_commit_point_and_nothing_leaves_an_end() {
+        for state in STATES {
+            for transition in TRANSITIONS {
+                let after = state.after(transition);
+                if state.is_final() {
+                    assert_eq!(after.unwrap_err().kind(), ErrorKind::Internal);
+                } else if state == OperationState::Finishing {
+                    assert_eq!(after.is_ok(), transition == Transition::Finish);
+                } else if transition == Transition::Commit {
+                    assert_eq!(after.is_ok(), state == OperationState::Cutting);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn words_are_read_back() {
+        for state in STATES {
+            assert_eq!(OperationState::from_word(state.as_str()), Some(state));
+            assert_eq!(serde_json::to_value(state).unwrap(), state.as_str());
+        }
+        assert_eq!(OperationState::from_word("gone"), None);
+    }
+}

@@ -431,3 +431,14 @@ fn domain_files_are_read_and_their_mistakes_named() {
     assert_eq!(error.kind(), ErrorKind::Usage);
     assert!(error.to_string().contains("colour"), "{error}");
 }
+
+#[test]
+fn a_format_has_one_backend_and_an_unknown_one_lists_those_there_are() {
+    let mut registry = Registry::new();
+    assert_eq!(registry.default_format().unwrap_err().kind(), ErrorKind::NotFound);
+    registry.register(Arc::new(FakeBackend::default())).unwrap();
+    assert_eq!(registry.default_format().unwrap(), "fake");
+    assert_eq!(registry.register(Arc::new(FakeBackend::default())).unwrap_err().kind(), ErrorKind::Exists);
+    let error = registry.get("vhd").err().unwrap();
+    assert_eq!((error.kind(), error.advice()), (ErrorKind::NotFound, Some("the formats known are: fake")));
+}
