@@ -57,19 +57,47 @@ impl Image {
         if backing == self.header.backing {
             return Ok(());
         }
-        self.guarded("set the backing file of", |image| image.switch_backing(backing))
+        self.guarded("set the backing file of", |image| {
+            let size = image.virtual_size();
+            image.switch_to(backing.as_ref(), size)
+        })
     }
 
-    fn switch_backing(&mut self, backing: Option<Backing>) -> Result<()> {
+    /// The header with which the image stands on `backing` and has `size` bytes. Nothing is written.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a name that cannot be, or that finds no room.
+    pub(super) fn plan_head(&self, backing: Option<&Backing>, size: u64) -> Result<Header> {
+        if let Some(b) = backing {
+            check_backing(b)?;
+        }
         let mut target = self.header.clone();
-        target.backing = backing;
+        target.virtual_size = size;
+        if self.header.backing.as_ref() == backing {
+            return Ok(target);
+        }
+        target.backing = backing.cloned();
         if !self.place(&mut target)? {
             target.extensions.retain(|e| e.magic != EXT_FEATURE_NAMES);
             if !self.place(&mut target)? {
                 return Err(no_room());
             }
         }
-        self.switch_head(target)
+        Ok(target)
+    }
+
+    /// Switches backing file and size at once, in the module's order. The caller has made durable what both mean.
+    pub(super) fn switch_to(&mut self, backing: Option<&Backing>, size: u64) -> Result<()> {
+        if self.header.backing.as_ref() != backing {
+            let target = self.plan_head(backing, size)?;
+            return self.switch_head(target);
+        }
+        if self.header.virtual_size != size {
+            self.header.virtual_size = size;
+            self.write_header_sector()?;
+            self.file.flush()?;
+        }
+        Ok(())
     }
 
     /// Finds the name's place in `target`; `false` when there is none, or extensions would change in place.

@@ -40,6 +40,8 @@ pub enum ErrorKind {
     RefcountOverflow,
     /// The file system is full.
     NoSpace,
+    /// The caller asked to stop.
+    Cancelled,
     /// Any other failed system call.
     Io,
 }

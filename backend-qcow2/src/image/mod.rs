@@ -19,6 +19,7 @@
 //! Every number from an image is checked before use, memory is bounded by named constants, and nothing here panics on
 //! what an image says.
 
+mod access;
 mod backing;
 mod bitmaps;
 mod check;
@@ -32,19 +33,25 @@ mod header;
 mod layout;
 mod lock;
 mod mapping;
+mod materialise;
+mod merge;
 mod open;
 mod overlap;
 #[cfg(test)]
 mod recorder;
 mod refcount;
 mod references;
+mod reserve;
 mod resize;
 mod snapshot;
 mod snapshot_table;
 mod tables;
+mod transfer;
 mod units;
+mod view;
 mod writer;
 
+pub use access::inherit;
 pub use bitmaps::{Bitmap, list as list_bitmaps, parse_directory as parse_bitmap_directory};
 pub use check::{CheckReport, Finding};
 pub use compressed::{compress, decompress};
@@ -54,10 +61,13 @@ pub use file::ImageFile;
 pub use header::{Backing, BitmapsPointer, Compression, Encryption, Extension, Header, HeaderSummary};
 pub use lock::{LockMode, lock};
 pub use mapping::{CompressedExtent, Geometry, L2Entry, Mapping, SUBCLUSTERS};
+pub use materialise::materialise;
+pub use merge::{Below, MergeReport, Moving, merge};
 pub use open::{Image, OpenOptions, probe};
 pub use refcount::{entry_of_block as refcount_of_block, parse_table as parse_reftable};
 pub use snapshot::{Deleted, NewSnapshot};
 pub use snapshot_table::{Snapshot, encode as encode_snapshot_table, parse as parse_snapshot_table};
 pub use tables::{L1Table, L2Table};
 pub use units::{ClusterBits, ClusterIndex, GuestCluster, GuestOffset, HostOffset};
+pub use view::{ChainReader, Content, Layer, Piece, View, visible_bytes};
 pub use writer::{ActiveWriter, InPlace};

@@ -1,7 +1,7 @@
 //! An open image: what is read once and kept, and what every writing operation goes through first.
 
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use super::error::{Context, Error, ErrorKind, Result, shown};
 use super::file::ImageFile;
@@ -56,7 +56,7 @@ enum State {
 
 /// An open qcow2 image.
 pub struct Image {
-    pub(crate) file: ImageFile,
+    pub(crate) file: Arc<ImageFile>,
     pub(crate) header: Header,
     /// The first sector as it is in the file.
     pub(crate) sector: [u8; SECTOR],
@@ -116,7 +116,7 @@ impl Image {
                 .on("open", file.path()));
         }
         Ok(Self {
-            file,
+            file: Arc::new(file),
             header,
             sector,
             l1: OnceLock::new(),
@@ -140,6 +140,11 @@ impl Image {
     /// The file: to read data clusters, and for reflink.
     pub fn file(&self) -> &ImageFile {
         &self.file
+    }
+
+    /// The file, for a reader that outlives a borrow of the image.
+    pub(crate) fn shared_file(&self) -> Arc<ImageFile> {
+        Arc::clone(&self.file)
     }
 
     /// Bytes of the guest's disk.

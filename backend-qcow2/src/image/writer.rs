@@ -57,6 +57,10 @@ pub struct ActiveWriter<'a> {
     l1: BTreeMap<usize, u64>,
     /// Clusters that lose a reference once the new mappings are durable.
     dropped: Vec<u64>,
+    /// References that were added since the last flush, for [`ActiveWriter::abandon`].
+    added: Vec<u64>,
+    /// Guest clusters that may be mapped: the disk's, or those of the disk that it will be.
+    end: u64,
     /// Where the next compressed cluster may start, and the end of what is allocated for it.
     packed: Option<(u64, u64)>,
     failed: bool,
@@ -86,6 +90,7 @@ impl<'a> ActiveWriter<'a> {
             Ok(())
         })?;
         let geometry = image.geometry();
+        let end = geometry.cluster_bits.clusters_for(image.virtual_size());
         Ok(Self {
             image,
             geometry,
@@ -93,9 +98,17 @@ impl<'a> ActiveWriter<'a> {
             tables: BTreeMap::new(),
             l1: BTreeMap::new(),
             dropped: Vec::new(),
+            added: Vec::new(),
+            end,
             packed: None,
             failed: false,
         })
+    }
+
+    /// Lets clusters be mapped up to what will be the disk's end. The L1 table must have room for them.
+    pub(crate) fn extend_to(&mut self, virtual_size: u64) {
+        let room = u64::from(self.image.header.l1_entries).saturating_mul(self.geometry.l2_entries());
+        self.end = self.geometry.cluster_bits.clusters_for(virtual_size).min(room).max(self.end);
     }
 
     /// The image; what is pending here is not in it yet.
@@ -111,7 +124,7 @@ impl<'a> ActiveWriter<'a> {
         self.entry(cluster)?.mapping(self.geometry)
     }
 
-    fn entry(&mut self, cluster: GuestCluster) -> Result<L2Entry> {
+    pub(crate) fn entry(&mut self, cluster: GuestCluster) -> Result<L2Entry> {
         let (index, slot) = self.place(cluster)?;
         if let Some(table) = self.tables.get(&index) {
             return Ok(L2Entry::read(self.geometry, &table.bytes, slot));
@@ -130,7 +143,7 @@ impl<'a> ActiveWriter<'a> {
 
     /// L1 index and L2 index of a guest cluster.
     fn place(&self, cluster: GuestCluster) -> Result<(usize, usize)> {
-        let end = self.geometry.cluster_bits.clusters_for(self.image.virtual_size());
+        let end = self.end;
         if cluster.0 >= end {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -189,7 +202,7 @@ impl<'a> ActiveWriter<'a> {
                 let mut bytes = self.tables.remove(&index).map_or_else(|| vec![0; size], |t| t.bytes);
                 // Data under a shared table has two references or more.
                 clear_copied(self.geometry, &mut bytes);
-                let offset = self.image.allocate(1)?;
+                let offset = self.fresh(1)?;
                 self.tables.insert(index, Table { bytes, offset, fresh: true, dirty: true });
                 self.l1.insert(index, offset.0 | COPIED);
                 if let Some(old) = old {
@@ -201,7 +214,7 @@ impl<'a> ActiveWriter<'a> {
     }
 
     /// Maps a guest cluster anew; its old clusters lose their reference after the next flush.
-    fn replace(&mut self, cluster: GuestCluster, new: Mapping) -> Result<()> {
+    pub(crate) fn replace(&mut self, cluster: GuestCluster, new: Mapping) -> Result<()> {
         let (index, slot) = self.place(cluster)?;
         self.own_table(index)?;
         let geometry = self.geometry;
@@ -218,8 +231,16 @@ impl<'a> ActiveWriter<'a> {
         Ok(())
     }
 
+    /// Takes free clusters in a row.
+    pub(crate) fn fresh(&mut self, count: u64) -> Result<HostOffset> {
+        let at = self.image.allocate(count)?;
+        let first = self.geometry.cluster_bits.host_cluster(at).0;
+        self.added.extend(first..first + count);
+        Ok(at)
+    }
+
     /// Where a write of a whole cluster may go without a fresh one.
-    fn reusable(&mut self, cluster: GuestCluster) -> Result<Option<HostOffset>> {
+    pub(crate) fn reusable(&mut self, cluster: GuestCluster) -> Result<Option<HostOffset>> {
         if self.in_place == InPlace::Never {
             return Ok(None);
         }
@@ -280,7 +301,7 @@ impl<'a> ActiveWriter<'a> {
                     while n + run < count && self.reusable(GuestCluster(cluster.0 + run))?.is_none() {
                         run += 1;
                     }
-                    (self.image.allocate(run)?, run)
+                    (self.fresh(run)?, run)
                 }
             };
             for k in 0..run {
@@ -310,14 +331,27 @@ impl<'a> ActiveWriter<'a> {
             )
             .on("write to", self.image.path()));
         }
+        self.pack(cluster, compressed, None)
+    }
+
+    /// Writes one cluster that another image has compressed: `raw` are its bytes up to the end of a sector, and `phase`
+    /// is where in its first sector it starts. It keeps that place, so that its length in sectors stays what it is.
+    pub(crate) fn write_packed(&mut self, cluster: GuestCluster, raw: &[u8], phase: u64) -> Result<()> {
+        self.pack(cluster, raw, Some(phase))
+    }
+
+    fn pack(&mut self, cluster: GuestCluster, compressed: &[u8], phase: Option<u64>) -> Result<()> {
+        let bits = self.geometry.cluster_bits;
+        let (size, length) = (bits.size(), compressed.len() as u64);
         self.guarded(|w| {
+            let placed = |at: u64| phase.map_or(at, |phase| at.next_multiple_of(512) + phase);
             let packed = w.packed;
             let at = match packed {
-                Some((at, end)) if at + length <= end && w.share(at)? => at,
+                Some((at, end)) if placed(at) + length <= end && w.share(placed(at))? => placed(at),
                 _ => {
-                    let at = w.image.allocate(1)?.0;
+                    let at = w.fresh(1)?.0;
                     w.packed = Some((at, at + size));
-                    at
+                    placed(at)
                 }
             };
             if at + length > max_compressed_offset(bits) {
@@ -342,6 +376,7 @@ impl<'a> ActiveWriter<'a> {
             return Ok(false);
         }
         refcounts.change(file, &[cluster.0], Change::Up(1), |_, _| {})?;
+        self.added.push(cluster.0);
         Ok(true)
     }
 
@@ -408,7 +443,7 @@ impl<'a> ActiveWriter<'a> {
             .on("write to", self.image.path()));
         }
         self.guarded(|w| {
-            let host = if allocated == 0 { None } else { Some(w.image.allocate(1)?) };
+            let host = if allocated == 0 { None } else { Some(w.fresh(1)?) };
             if let Some(host) = host {
                 w.image.file.write_at(data, host)?;
             }
@@ -442,6 +477,7 @@ impl<'a> ActiveWriter<'a> {
                 w.image.file.flush()?;
             }
             w.packed = None;
+            w.added.clear();
             let mut dropped = std::mem::take(&mut w.dropped);
             if !dropped.is_empty() {
                 dropped.sort_unstable();
@@ -495,6 +531,57 @@ impl<'a> ActiveWriter<'a> {
         self.guarded(|w| w.image.settle())
     }
 
+    /// Whether an L1 entry has an L2 table, pending ones included.
+    pub(crate) fn has_table(&self, index: usize) -> Result<bool> {
+        Ok(self.tables.contains_key(&index) || self.image.active_l1()?.l2_offset(index).is_some())
+    }
+
+    /// Bytes of L2 tables in memory. At 64 MiB the writer flushes by itself, which whoever fills clusters later must
+    /// forestall with [`ActiveWriter::commit`].
+    pub(crate) fn pending_bytes(&self) -> usize {
+        self.tables.len() * self.geometry.cluster_bits.bytes()
+    }
+
+    /// As [`ActiveWriter::flush`], and forgets the tables.
+    pub(crate) fn commit(&mut self) -> Result<()> {
+        self.flush()?;
+        self.tables.clear();
+        Ok(())
+    }
+
+    /// Gives up what was begun since the last flush: no mapping of it reaches the file, what was allocated for it is
+    /// free again, and the space is given back. What was flushed before stays.
+    ///
+    /// # Errors
+    /// The system's; the image then has leaked clusters at worst.
+    pub(crate) fn abandon(mut self) -> Result<()> {
+        if self.failed {
+            return Ok(());
+        }
+        self.tables.clear();
+        self.l1.clear();
+        self.dropped.clear();
+        let added = std::mem::take(&mut self.added);
+        self.guarded(|w| {
+            let (file, refcounts, header) = w.image.parts()?;
+            let bits = header.cluster_bits;
+            let mut free: Vec<u64> = Vec::new();
+            refcounts.change(file, &added, Change::Down(1), |n, left| {
+                if left == 0 {
+                    free.extend(added.get(n));
+                }
+            })?;
+            free.sort_unstable();
+            for run in free.chunk_by(|a, b| a + 1 == *b) {
+                if let Some(first) = run.first() {
+                    file.punch(HostOffset(first << bits.bits()), (run.len() as u64) << bits.bits());
+                }
+            }
+            w.image.protected = None;
+            w.image.settle()
+        })
+    }
+
     fn guarded<T>(&mut self, run: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         if self.failed {
             return Err(Error::new(ErrorKind::Io, "an earlier write to the image failed")
@@ -512,7 +599,7 @@ impl<'a> ActiveWriter<'a> {
 }
 
 /// The host cluster of a mapping that is not compressed.
-fn host_of(mapping: Mapping) -> Option<HostOffset> {
+pub(crate) fn host_of(mapping: Mapping) -> Option<HostOffset> {
     match mapping {
         Mapping::Unallocated | Mapping::Compressed(_) => None,
         Mapping::Data(host) => Some(host),
@@ -521,7 +608,7 @@ fn host_of(mapping: Mapping) -> Option<HostOffset> {
 }
 
 /// The host clusters that an entry refers to.
-fn drop_references(geometry: Geometry, entry: L2Entry, into: &mut Vec<u64>) -> Result<()> {
+pub(crate) fn drop_references(geometry: Geometry, entry: L2Entry, into: &mut Vec<u64>) -> Result<()> {
     let bits = geometry.cluster_bits;
     match entry.mapping(geometry)? {
         Mapping::Compressed(extent) => {

@@ -1,0 +1,555 @@
+//! Moving data between the layers of a chain: several layers made one.
+//!
+//! [`merge`] makes one layer of a run show what the run's top shows. That is a commit when the layer is the bottom of the
+//! run, a stream or a safe rebase when it is the top, a flatten when nothing is below; and anything between. Each cluster
+//! that the top shows is moved once, however many layers there are. The other layers are only read.
+//!
+//! # Which clusters change
+//! A cluster of the target changes if some range in it is owned by another layer of the run; it then gets all that the
+//! top shows there, or, in an image with subclusters, each subcluster does. What no layer owns stays unmapped, except in a
+//! cluster that has to be mapped for another part of it: only then is what is below the run read. A layer's disk that
+//! ends before the top's does owns zeros from there on. Zeros stay mappings without data; where nothing is below they
+//! become no mapping at all; version 2 has no such mapping and gets zeros written where something is below.
+//!
+//! # What is durable before what
+//! While this runs, the top read *through the run* shows the same at every instant:
+//!
+//! * A cluster that the target owns alone is overwritten in place, but only those bytes of it that another layer of the
+//!   run hides. Whatever a crash leaves of such a write is not seen.
+//! * All else goes to fresh clusters: data and refcounts are durable before L2 entries name them; an entry's old clusters
+//!   are given back after the entry is durable. A new entry shows what the run shows there, so it may come at any time.
+//! * A longer L1 table is in place before; the header's size and backing file change in one sector after all entries are
+//!   durable. Before it and after it, all of the target that the header could change is owned by the target.
+//! * Mappings behind the end of a disk that became smaller go last.
+//!
+//! So a crash leaves leaked clusters at worst, and a repeated merge finds what is done and does the rest. A cancelled one
+//! keeps what it has moved and leaks nothing; so does one that fails, where the failure lets it.
+
+use std::sync::Arc;
+
+use super::error::{Context, Error, ErrorKind, Result};
+use super::file::ImageFile;
+use super::header::{Backing, Compression};
+use super::mapping::{Geometry, Mapping, SUBCLUSTERS};
+use super::open::Image;
+use super::reserve;
+use super::transfer::{Copier, Copy, Joiner};
+use super::units::{GuestCluster, GuestOffset, HostOffset};
+use super::view::{ChainReader, Content, Layer, Piece, View};
+use super::writer::{ActiveWriter, InPlace};
+
+/// Data moved between two flushes.
+const BATCH: u64 = 512 << 20;
+/// L2 tables in memory between two flushes.
+const TABLES: usize = 32 << 20;
+/// Data that is taken in one step, between two looks at the caller's wish to stop.
+const STEP: u64 = 16 << 20;
+
+/// How the caller takes part.
+#[derive(Clone, Copy)]
+pub struct Moving<'a> {
+    /// Is told of bytes of data moved, as they are: not a sum.
+    pub progress: &'a dyn Fn(u64),
+    /// Whether to stop.
+    pub cancelled: &'a dyn Fn() -> bool,
+}
+
+impl Moving<'static> {
+    /// To the end, in silence.
+    pub fn quietly() -> Self {
+        Self { progress: &|_| {}, cancelled: &|| false }
+    }
+}
+
+/// What the run stands on.
+pub struct Below<'a> {
+    /// How the target shall name it.
+    pub backing: Backing,
+    /// Its bytes; asked for only where a cluster has to be filled up with them.
+    pub reader: &'a mut (dyn ChainReader + 'a),
+}
+
+/// What was done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub struct MergeReport {
+    /// Bytes of guest data that were moved, compressed ones as they are compressed.
+    pub bytes_moved: u64,
+    /// Clusters that became zeros or unmapped.
+    pub clusters_cleared: u64,
+}
+
+/// Makes `into` show what the top of the run `under`, `into`, `over` (each from the bottom up) shows, with `below` under it.
+///
+/// `below` is what the lowest layer of the run stands on. `into` must be open for writing.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] for a run of one, or for a `below` that contradicts the lowest layer;
+/// [`ErrorKind::Unsupported`] for encrypted images, external data files, snapshots in `into` that read through layers
+/// under it, and a version 2 image with snapshots that would change its size; [`ErrorKind::Dirty`];
+/// [`ErrorKind::Corrupt`]; [`ErrorKind::LimitExceeded`]; [`ErrorKind::Cancelled`]; the system's. After any of them the top
+/// read through the run shows what it did, and the merge may be asked for again, with the image opened anew.
+pub fn merge(
+    under: Vec<Layer>,
+    into: &mut Image,
+    over: Vec<Layer>,
+    below: Option<Below<'_>>,
+    moving: &Moving<'_>,
+) -> Result<MergeReport> {
+    let path = into.path().to_owned();
+    merge_run(under, into, over, below, moving).context("merge into", &path)
+}
+
+fn merge_run(
+    under: Vec<Layer>,
+    into: &mut Image,
+    over: Vec<Layer>,
+    below: Option<Below<'_>>,
+    moving: &Moving<'_>,
+) -> Result<MergeReport> {
+    let target = under.len();
+    if under.is_empty() && over.is_empty() {
+        return Err(Error::new(ErrorKind::InvalidInput, "a merge needs two layers at least"));
+    }
+    if under.is_empty() && into.header().backing.is_some() != below.is_some() {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "the lowest layer of the run is the target, and it and the caller disagree on whether anything is below",
+        ));
+    }
+    let size = over.last().map_or(into.virtual_size(), Layer::size);
+    refuse_for_snapshots(into, target > 0, size)?;
+    let (backing, reader) = match below {
+        Some(b) => (Some(b.backing), Some(b.reader)),
+        None => (None, None),
+    };
+    into.plan_head(backing.as_ref(), size)?;
+    reserve::reserve(into, size)?;
+    let mut run = under;
+    run.push(Layer::active(into)?);
+    run.extend(over);
+    // Under the target's own backing file, a cluster without mapping does not read as zeros.
+    let zeros_needed = target > 0 || backing.is_some();
+    let report = sweep(View::new(run)?, target, into, zeros_needed, reader, moving)?;
+    into.guarded("merge into", |image| {
+        image.switch_to(backing.as_ref(), size)?;
+        image.settle()
+    })?;
+    reserve::trim(into)?;
+    Ok(report)
+}
+
+/// Gives an empty image what `layer` maps. Both stand on the same backing file.
+pub(super) fn fill(image: &mut Image, layer: Layer, moving: &Moving<'_>) -> Result<MergeReport> {
+    let zeros_needed = image.header().backing.is_some();
+    let own = Layer::active(image)?;
+    let report = sweep(View::new(vec![layer, own])?, 1, image, zeros_needed, None, moving)?;
+    image.guarded("write", Image::settle)?;
+    Ok(report)
+}
+
+/// Internal snapshots read through the target's backing file, and some know no size of their own.
+fn refuse_for_snapshots(into: &Image, backing_changes: bool, size: u64) -> Result<()> {
+    let snapshots = into.snapshots()?;
+    if snapshots.is_empty() {
+        return Ok(());
+    }
+    if backing_changes {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("its {} internal snapshots read through the layers under it", snapshots.len()),
+        )
+        .advise("merge into the lowest layer instead, or delete the snapshots first"));
+    }
+    if size != into.virtual_size() && into.header().version < 3 {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "it is a version 2 image with internal snapshots, which have no size of their own, and its size would change",
+        )
+        .advise("delete the snapshots first, or upgrade the image with `qemu-img amend -o compat=1.1`"));
+    }
+    Ok(())
+}
+
+/// Goes through the disk once. When this returns, all mappings are durable.
+fn sweep<'b>(
+    view: View,
+    target: usize,
+    into: &mut Image,
+    zeros_needed: bool,
+    below: Option<&'b mut (dyn ChainReader + 'b)>,
+    moving: &Moving<'_>,
+) -> Result<MergeReport> {
+    let (geometry, compression, file) = (into.geometry(), into.header().compression, into.shared_file());
+    let mut writer = ActiveWriter::new(into, InPlace::Allowed)?;
+    writer.extend_to(view.size());
+    let mut sweep = Sweep {
+        view,
+        target,
+        writer,
+        file,
+        geometry,
+        compression,
+        zeros_needed,
+        below,
+        moving,
+        joiner: Joiner::default(),
+        copier: Copier::default(),
+        since_flush: 0,
+        report: MergeReport::default(),
+        pieces: Vec::new(),
+        buffer: Vec::new(),
+    };
+    match sweep.run() {
+        Ok(()) => {
+            sweep.writer.flush()?;
+            Ok(sweep.report)
+        }
+        Err(e) if e.kind() == ErrorKind::Cancelled => {
+            sweep.drain()?;
+            sweep.writer.finish()?;
+            Err(e)
+        }
+        Err(e) => {
+            // What went wrong first is what matters.
+            let _ = sweep.writer.abandon();
+            Err(e)
+        }
+    }
+}
+
+struct Sweep<'a, 'b, 'i> {
+    view: View,
+    /// The target's number in the view.
+    target: usize,
+    writer: ActiveWriter<'i>,
+    /// The target's file.
+    file: Arc<ImageFile>,
+    geometry: Geometry,
+    compression: Compression,
+    /// Whether zeros need a mapping that says so.
+    zeros_needed: bool,
+    below: Option<&'b mut (dyn ChainReader + 'b)>,
+    moving: &'a Moving<'a>,
+    joiner: Joiner,
+    copier: Copier,
+    since_flush: u64,
+    report: MergeReport,
+    /// The pieces of one cluster.
+    pieces: Vec<Piece>,
+    /// One cluster.
+    buffer: Vec<u8>,
+}
+
+impl Sweep<'_, '_, '_> {
+    fn run(&mut self) -> Result<()> {
+        let mut at = 0;
+        while let Some(piece) = self.view.piece(at)? {
+            if (self.moving.cancelled)() {
+                return Err(Error::new(ErrorKind::Cancelled, "the caller asked to stop")
+                    .advise("nothing that the disk shows has changed; the merge may be done later"));
+            }
+            at = self.step(&piece)?;
+            if self.since_flush >= BATCH || self.writer.pending_bytes() >= TABLES {
+                self.drain()?;
+                self.writer.commit()?;
+                self.since_flush = 0;
+            }
+        }
+        self.drain()
+    }
+
+    /// Whether the target shows this by itself already, or nobody in the run does.
+    fn stays(&self, piece: &Piece) -> bool {
+        match piece.content {
+            Content::Unowned => true,
+            Content::PastEnd => false,
+            Content::Zero | Content::Data(_) | Content::Compressed { .. } => piece.layer == self.target,
+        }
+    }
+
+    fn cluster_of(&self, at: u64) -> GuestCluster {
+        self.geometry.cluster_bits.guest_cluster(GuestOffset(at))
+    }
+
+    /// Deals with the start of a piece, which is the start of a cluster; gives where to go on.
+    fn step(&mut self, piece: &Piece) -> Result<u64> {
+        let size = self.geometry.cluster_bits.size();
+        let at = piece.start;
+        let ends_disk = piece.end == self.view.size();
+        let whole = if ends_disk { (piece.end - at).div_ceil(size) } else { (piece.end - at) / size };
+        if whole > 0 && self.stays(piece) {
+            return Ok(at + whole * size);
+        }
+        match piece.content {
+            _ if whole == 0 => self.gather(at)?,
+            Content::Zero | Content::PastEnd => return self.zeros(piece, whole),
+            Content::Data(from) if at + size <= piece.end => {
+                let count = ((piece.end - at) / size).min((STEP / size).max(1));
+                self.data(at, piece.layer, from, count)?;
+                return Ok(at + count * size);
+            }
+            Content::Compressed { .. } if self.packed(piece)? => {}
+            _ => self.gather(at)?,
+        }
+        Ok(at + size)
+    }
+
+    /// Whole clusters of data that lie side by side in their layer.
+    fn data(&mut self, at: u64, layer: usize, from: HostOffset, count: u64) -> Result<()> {
+        let size = self.geometry.cluster_bits.size();
+        let first = self.cluster_of(at);
+        for n in 0..count {
+            let cluster = GuestCluster(first.0 + n);
+            let to = match self.writer.reusable(cluster)? {
+                Some(host) => {
+                    if self.writer.mapping(cluster)? != Mapping::Data(host) {
+                        self.writer.replace(cluster, Mapping::Data(host))?;
+                    }
+                    host
+                }
+                None => {
+                    let host = self.writer.fresh(1)?;
+                    self.writer.replace(cluster, Mapping::Data(host))?;
+                    host
+                }
+            };
+            let copy = Copy { source: layer, from: from.0.saturating_add(n * size), to: to.0, length: size };
+            if let Some(ready) = self.joiner.push(copy) {
+                self.copy(ready)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, copy: Copy) -> Result<()> {
+        let Some(layer) = self.view.layer(copy.source) else { return Ok(()) };
+        let (moving, moved) = (self.moving, &mut self.report.bytes_moved);
+        self.copier.copy(layer.file(), &self.file, copy, &mut |n| {
+            *moved += n;
+            (moving.progress)(n);
+            Ok(())
+        })?;
+        self.since_flush += copy.length;
+        Ok(())
+    }
+
+    /// Does the copies that are put off.
+    fn drain(&mut self) -> Result<()> {
+        match self.joiner.take() {
+            Some(ready) => self.copy(ready),
+            None => Ok(()),
+        }
+    }
+
+    fn moved(&mut self, bytes: u64) {
+        self.report.bytes_moved += bytes;
+        self.since_flush += bytes;
+        (self.moving.progress)(bytes);
+    }
+
+    /// A whole compressed cluster, moved as it is; `false` if it cannot be.
+    fn packed(&mut self, piece: &Piece) -> Result<bool> {
+        let Content::Compressed { extent, cluster } = piece.content else { return Ok(false) };
+        let Some(layer) = self.view.layer(piece.layer) else { return Ok(false) };
+        let phase = extent.offset.0 % 512;
+        let fits = phase + extent.length <= self.geometry.cluster_bits.size();
+        if !fits || cluster != piece.start || !layer.packs_like(self.geometry, self.compression) {
+            return Ok(false);
+        }
+        let mut raw = vec![0; usize::try_from(extent.length).unwrap_or(0)];
+        layer.file().read_at(&mut raw, extent.offset)?;
+        self.writer.write_packed(self.cluster_of(cluster), &raw, phase)?;
+        self.moved(extent.length);
+        Ok(true)
+    }
+
+    /// Clusters of zeros; gives where to go on.
+    fn zeros(&mut self, piece: &Piece, whole: u64) -> Result<u64> {
+        let (size, reach) = (self.geometry.cluster_bits.size(), self.geometry.l2_reach());
+        let at = piece.start;
+        let table_end = (at / reach + 1) * reach;
+        let end = (at + whole * size).min(table_end);
+        let index = usize::try_from(at / reach).unwrap_or(usize::MAX);
+        if !self.zeros_needed && !self.writer.has_table(index)? {
+            return Ok(end);
+        }
+        let mut from = at;
+        while from < end {
+            let to = (from + size).min(self.view.size());
+            let done = match self.writer.mapping(self.cluster_of(from))? {
+                Mapping::Zero { .. } => true,
+                Mapping::Unallocated => !self.zeros_needed,
+                _ => false,
+            };
+            if !done {
+                self.pieces.clear();
+                self.pieces.push(Piece { start: from, end: to, ..*piece });
+                self.place(from)?;
+            }
+            from += size;
+        }
+        Ok(end)
+    }
+
+    /// One cluster of several pieces.
+    fn gather(&mut self, at: u64) -> Result<()> {
+        let end = (at + self.geometry.cluster_bits.size()).min(self.view.size());
+        self.pieces.clear();
+        let mut from = at;
+        while from < end
+            && let Some(piece) = self.view.piece(from)?
+        {
+            let to = piece.end.min(end);
+            self.pieces.push(Piece { end: to, ..piece });
+            from = to;
+        }
+        if self.pieces.iter().all(|p| self.stays(p)) {
+            return Ok(());
+        }
+        self.place(at)
+    }
+
+    /// Gives one cluster what `pieces`, which cover it, show: subcluster by subcluster where there are such.
+    fn place(&mut self, at: u64) -> Result<()> {
+        let (size, cluster) = (self.geometry.cluster_bits.size(), self.cluster_of(at));
+        let parts = if self.geometry.extended_l2 { SUBCLUSTERS } else { 1 };
+        let part = self.geometry.subcluster_size();
+        let old = Parts::of(self.writer.mapping(cluster)?, parts);
+        let own = self.writer.reusable(cluster)?;
+        let mut new = Parts::default();
+        // Subclusters to be written whole, and those of which only what is hidden may be touched.
+        let (mut rewrite, mut patch) = (0u32, 0u32);
+        for n in 0..parts {
+            let (bit, from) = (1u32 << n, at + u64::from(n) * part);
+            let mut pieces = self.pieces.iter().filter(|p| p.start < from + part && p.end > from).peekable();
+            let behind_end = pieces.peek().is_none();
+            let (mut changed, mut zero) = (false, true);
+            for piece in pieces {
+                changed |= !self.stays(piece);
+                zero &= matches!(piece.content, Content::Zero | Content::PastEnd);
+            }
+            if behind_end {
+                if own.is_some() {
+                    new.data |= old.data & bit;
+                    new.zero |= old.zero & bit;
+                }
+            } else if !changed {
+                new.data |= old.data & bit;
+                new.zero |= old.zero & bit;
+                if own.is_none() {
+                    rewrite |= old.data & bit;
+                }
+            } else if zero && !self.zeros_needed {
+                // No mapping reads as zeros.
+            } else if zero && (self.geometry.zero_flag || self.geometry.extended_l2) {
+                new.zero |= bit;
+            } else {
+                new.data |= bit;
+                if own.is_some() && old.data & bit != 0 {
+                    patch |= bit;
+                } else {
+                    rewrite |= bit;
+                }
+            }
+        }
+        if new.data == 0 {
+            self.report.clusters_cleared += 1;
+            return self.writer.replace(cluster, new.mapping(None, parts));
+        }
+        let host = match own {
+            Some(host) => host,
+            None => self.writer.fresh(1)?,
+        };
+        self.write_parts(at, host, part, rewrite, patch)?;
+        let mapping = new.mapping(Some(host), parts);
+        if own.is_none() || self.writer.mapping(cluster)? != mapping {
+            self.writer.replace(cluster, mapping)?;
+        }
+        debug_assert!(u64::from(parts) * part == size);
+        Ok(())
+    }
+
+    /// Reads what the pieces show and writes it into the cluster at `host`: subclusters of `rewrite` whole, of `patch` only
+    /// the pieces that are not the target's own.
+    fn write_parts(&mut self, at: u64, host: HostOffset, part: u64, rewrite: u32, patch: u32) -> Result<()> {
+        let length = self.geometry.cluster_bits.bytes();
+        self.buffer.clear();
+        self.buffer.resize(length, 0);
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        let mut add = |from: u64, to: u64| match ranges.last_mut() {
+            Some((_, end)) if *end == from => *end = to,
+            _ => ranges.push((from, to)),
+        };
+        for n in 0..(length as u64 / part) {
+            let bit = 1u32 << n;
+            let from = at + n * part;
+            let whole = rewrite & bit != 0;
+            if !whole && patch & bit == 0 {
+                continue;
+            }
+            if whole {
+                add(from, from + part);
+            }
+            for piece in self.pieces.iter().filter(|p| p.start < from + part && p.end > from) {
+                let stays = match piece.content {
+                    Content::Unowned => true,
+                    Content::PastEnd => false,
+                    _ => piece.layer == self.target,
+                };
+                if !whole && stays {
+                    continue;
+                }
+                let (start, end) = (piece.start.max(from), piece.end.min(from + part));
+                let clipped =
+                    Piece { start, end, content: piece.content.advanced(start - piece.start), ..*piece };
+                let into =
+                    self.buffer.get_mut((start - at) as usize..(end - at) as usize).unwrap_or_default();
+                match &mut self.below {
+                    Some(below) => self.view.read_piece(&clipped, into, Some(&mut **below))?,
+                    None => self.view.read_piece(&clipped, into, None)?,
+                }
+                if !whole {
+                    add(start, end);
+                }
+            }
+        }
+        let mut bytes = 0;
+        for (from, to) in ranges {
+            let data = self.buffer.get((from - at) as usize..(to - at) as usize).unwrap_or_default();
+            self.file.write_at(data, HostOffset(host.0 + (from - at)))?;
+            bytes += to - from;
+        }
+        self.moved(bytes);
+        Ok(())
+    }
+}
+
+/// A cluster by its subclusters; without such it is one.
+#[derive(Clone, Copy, Default)]
+struct Parts {
+    data: u32,
+    zero: u32,
+}
+
+impl Parts {
+    fn of(mapping: Mapping, parts: u32) -> Self {
+        let all = u32::MAX >> (32 - parts);
+        match mapping {
+            Mapping::Unallocated => Self::default(),
+            Mapping::Zero { .. } => Self { data: 0, zero: all },
+            Mapping::Data(_) | Mapping::Compressed(_) => Self { data: all, zero: 0 },
+            Mapping::Subclusters { allocated, zero, .. } => Self { data: allocated, zero },
+        }
+    }
+
+    fn mapping(self, host: Option<HostOffset>, parts: u32) -> Mapping {
+        let all = u32::MAX >> (32 - parts);
+        match host {
+            Some(host) if self.data == all => Mapping::Data(host),
+            _ if self.data == 0 && self.zero == all => Mapping::Zero { host },
+            _ if self.data == 0 && self.zero == 0 => Mapping::Unallocated,
+            host => Mapping::Subclusters { host, allocated: self.data, zero: self.zero },
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Copying bytes from one image file to another in large pieces, by the cheapest way that the file systems have.
+//!
+//! `copy_file_range` shares the blocks where the file system can (btrfs, xfs), and else copies within the kernel.
+//! Between file systems, or on anything that has no such call, it is a read and a write of 1 MiB.
+
+use std::io;
+
+use super::error::{Error, Result};
+use super::file::ImageFile;
+use super::units::HostOffset;
+
+/// Bytes in one read or write.
+const CHUNK: usize = 1 << 20;
+/// Copies that touch are joined up to this many bytes before they are done.
+const JOIN: u64 = 64 << 20;
+
+/// One copy.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Copy {
+    /// Which source: any number that tells one file from another.
+    pub source: usize,
+    /// Where in the source.
+    pub from: u64,
+    /// Where in the target.
+    pub to: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
+/// Joins copies that touch.
+#[derive(Debug, Default)]
+pub(super) struct Joiner {
+    pending: Option<Copy>,
+}
+
+impl Joiner {
+    /// Takes one more; gives back what can be done now because the new one does not go on from it.
+    pub fn push(&mut self, next: Copy) -> Option<Copy> {
+        if let Some(last) = &mut self.pending
+            && last.source == next.source
+            && last.from.checked_add(last.length) == Some(next.from)
+            && last.to.checked_add(last.length) == Some(next.to)
+            && last.length < JOIN
+        {
+            last.length += next.length;
+            return None;
+        }
+        self.pending.replace(next)
+    }
+
+    /// What is left.
+    pub fn take(&mut self) -> Option<Copy> {
+        self.pending.take()
+    }
+}
+
+/// Does copies; remembers what the file systems cannot.
+#[derive(Debug, Default)]
+pub(super) struct Copier {
+    buffer: Vec<u8>,
+    /// Sources for which the kernel does not copy.
+    by_hand: Vec<usize>,
+}
+
+impl Copier {
+    /// Copies; calls `step` with the bytes done after each megabyte or so, which may stop it with an error.
+    ///
+    /// # Errors
+    /// The system's, and those of `step`.
+    pub fn copy(
+        &mut self,
+        source: &ImageFile,
+        target: &ImageFile,
+        copy: Copy,
+        step: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < copy.length {
+            let left = copy.length - done;
+            let (from, to) = (copy.from + done, copy.to + done);
+            let n = match self.in_kernel(source, target, Copy { from, to, length: left, ..copy })? {
+                Some(n) => n,
+                None => {
+                    let n = usize::try_from(left).unwrap_or(usize::MAX).min(CHUNK);
+                    if self.buffer.len() < n {
+                        self.buffer.resize(n, 0);
+                    }
+                    let part = self.buffer.get_mut(..n).unwrap_or_default();
+                    source.read_at(part, HostOffset(from))?;
+                    target.write_at(part, HostOffset(to))?;
+                    n as u64
+                }
+            };
+            step(n)?;
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Bytes that the kernel copied; `None` when it is to be done by hand.
+    fn in_kernel(&mut self, source: &ImageFile, target: &ImageFile, copy: Copy) -> Result<Option<u64>> {
+        let (Some(from), Some(to)) = (source.file(), target.file()) else { return Ok(None) };
+        if self.by_hand.contains(&copy.source) {
+            return Ok(None);
+        }
+        let (mut at, mut place) = (copy.from, copy.to);
+        // In pieces, so that a cancel is heard on file systems that really copy.
+        let length = usize::try_from(copy.length.min(16 << 20)).unwrap_or(CHUNK);
+        loop {
+            return match rustix::fs::copy_file_range(from, Some(&mut at), to, Some(&mut place), length) {
+                // The source file ends here: zeros are written by hand.
+                Ok(0) => Ok(None),
+                Ok(n) => Ok(Some(n as u64)),
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => Err(Error::io(
+                    format!("{} bytes cannot be copied to offset {:#x}", copy.length, copy.to),
+                    io::Error::from(rustix::io::Errno::NOSPC),
+                )
+                .on("write", target.path())),
+                // Another file system, a device, no such call: by hand; what is really wrong will show there.
+                Err(_) => {
+                    self.by_hand.push(copy.source);
+                    Ok(None)
+                }
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn copy(from: u64, to: u64, length: u64) -> Copy {
+        Copy { source: 0, from, to, length }
+    }
+
+    #[test]
+    fn only_copies_that_touch_on_both_sides_are_joined() {
+        let mut j = Joiner::default();
+        assert_eq!(j.push(copy(0, 100, 10)), None);
+        assert_eq!(j.push(copy(10, 110, 10)), None);
+        assert_eq!(j.push(copy(20, 130, 10)), Some(copy(0, 100, 20)));
+        assert_eq!(j.push(copy(40, 140, 10)), Some(copy(20, 130, 10)));
+        assert_eq!(j.push(Copy { source: 1, ..copy(50, 150, 10) }), Some(copy(40, 140, 10)));
+        assert_eq!(j.take(), Some(Copy { source: 1, ..copy(50, 150, 10) }));
+        assert_eq!(j.take(), None);
+    }
+
+    #[test]
+    fn what_lies_past_the_end_of_the_source_is_copied_as_zeros() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        std::fs::write(&a, vec![7; 3000]).unwrap();
+        std::fs::write(&b, vec![9; 8192]).unwrap();
+        let (source, target) = (ImageFile::open(&a, false).unwrap(), ImageFile::open(&b, true).unwrap());
+        let mut moved = 0;
+        Copier::default()
+            .copy(&source, &target, copy(1000, 4000, 3000), &mut |n| {
+                moved += n;
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(moved, 3000);
+        let bytes = std::fs::read(&b).unwrap();
+        assert!(bytes[..4000].iter().all(|x| *x == 9));
+        assert!(bytes[4000..6000].iter().all(|x| *x == 7));
+        assert!(bytes[6000..7000].iter().all(|x| *x == 0));
+        assert!(bytes[7000..].iter().all(|x| *x == 9));
+    }
+}

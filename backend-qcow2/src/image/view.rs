@@ -1,0 +1,437 @@
+//! What a run of layers shows: for each range of the guest's disk, which layer owns it and how.
+//!
+//! A [`View`] is swept from the disk's start to its end. Each layer keeps one piece of one L2 table in memory and one
+//! extent of it, so a view of 200 layers of 1 TiB takes some megabytes, and each table is read once. A layer is a state
+//! of an image: what it shows now, or one of its internal snapshots. Layers of one run may differ in everything.
+
+use std::sync::Arc;
+
+use super::compressed::decompress;
+use super::error::{Context, Error, ErrorKind, Result};
+use super::file::ImageFile;
+use super::header::Compression;
+use super::mapping::{CompressedExtent, Geometry, L2Entry, Mapping, SUBCLUSTERS};
+use super::open::Image;
+use super::snapshot_table::Snapshot;
+use super::tables::L1Table;
+use super::units::HostOffset;
+
+/// The most of an L2 table that a layer keeps in memory.
+const SLICE: usize = 64 << 10;
+
+/// Bytes below a run of layers: what the bottom layer stands on. Past its end it reads as zeros.
+pub trait ChainReader {
+    /// Fills `buf` with the guest's bytes from `offset`.
+    ///
+    /// # Errors
+    /// The system's, and those of broken images.
+    fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<()>;
+}
+
+/// One state of one image.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    file: Arc<ImageFile>,
+    geometry: Geometry,
+    compression: Compression,
+    l1: L1Table,
+    size: u64,
+}
+
+impl Layer {
+    /// What the image shows now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for encrypted images and external data files; [`ErrorKind::Corrupt`] for an image that
+    /// is marked as corrupt or whose L1 table cannot be; the system's.
+    pub fn active(image: &Image) -> Result<Self> {
+        let l1 = image.active_l1()?.clone();
+        Self::of(image, l1, image.virtual_size())
+    }
+
+    /// What an internal snapshot of the image shows, without its VM state.
+    ///
+    /// # Errors
+    /// As [`Layer::active`].
+    pub fn snapshot(image: &Image, snapshot: &Snapshot) -> Result<Self> {
+        let l1 = image.snapshot_l1(snapshot)?;
+        Self::of(image, l1, snapshot.disk_size)
+    }
+
+    fn of(image: &Image, mut l1: L1Table, size: u64) -> Result<Self> {
+        image.require_plain_data()?;
+        if image.header().is_corrupt() {
+            return Err(Error::corrupt("the image is marked as corrupt; its data is not to be trusted")
+                .on("read data of", image.path()));
+        }
+        if i64::try_from(size).is_err() {
+            return Err(
+                Error::corrupt(format!("a disk of {size} bytes cannot be")).on("read data of", image.path())
+            );
+        }
+        let geometry = image.geometry();
+        // What lies behind the disk's end is VM state, or nothing.
+        let needed = usize::try_from(geometry.l1_entries_for(size)).unwrap_or(usize::MAX);
+        l1.entries.truncate(needed);
+        Ok(Self { file: image.shared_file(), geometry, compression: image.header().compression, l1, size })
+    }
+
+    /// Bytes of the disk in this state.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The file that holds it.
+    pub(crate) fn file(&self) -> &ImageFile {
+        &self.file
+    }
+
+    /// Whether a compressed cluster of this layer is one of an image with that geometry and method, as it is.
+    pub(crate) fn packs_like(&self, geometry: Geometry, compression: Compression) -> bool {
+        self.geometry.cluster_bits == geometry.cluster_bits && self.compression == compression
+    }
+}
+
+/// How a range is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Content {
+    /// No layer of the run says anything: what is below shows.
+    Unowned,
+    /// Zeros, because the layer says so.
+    Zero,
+    /// Zeros, because the layer's disk ends before.
+    PastEnd,
+    /// Data, from this place in the layer's file on.
+    Data(HostOffset),
+    /// A part of a compressed cluster.
+    Compressed {
+        /// Where it lies.
+        extent: CompressedExtent,
+        /// The guest offset at which its cluster starts.
+        cluster: u64,
+    },
+}
+
+impl Content {
+    /// The same, `by` bytes further on.
+    pub(super) fn advanced(self, by: u64) -> Self {
+        match self {
+            Self::Data(at) => Self::Data(HostOffset(at.0.saturating_add(by))),
+            other => other,
+        }
+    }
+}
+
+/// A range of the guest's disk that is all alike.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Piece {
+    /// First byte.
+    pub start: u64,
+    /// First byte after it.
+    pub end: u64,
+    /// The layer of the run that says so; the bottom is 0. Of no meaning for [`Content::Unowned`].
+    pub layer: usize,
+    /// What it is.
+    pub content: Content,
+}
+
+/// One extent of one layer, and the part of a table that it came from.
+#[derive(Debug)]
+struct Cursor {
+    layer: Layer,
+    start: u64,
+    end: u64,
+    content: Content,
+    slice: Vec<u8>,
+    /// L1 index and first entry of what is in `slice`.
+    loaded: Option<(usize, usize)>,
+}
+
+impl Cursor {
+    fn new(layer: Layer) -> Self {
+        Self { layer, start: 0, end: 0, content: Content::Unowned, slice: Vec::new(), loaded: None }
+    }
+
+    fn set(&mut self, start: u64, end: u64, content: Content) {
+        (self.start, self.end, self.content) = (start, end, content);
+    }
+
+    /// Finds the extent that `at` is in.
+    fn seek(&mut self, at: u64) -> Result<()> {
+        if self.start <= at && at < self.end {
+            return Ok(());
+        }
+        let (geometry, size) = (self.layer.geometry, self.layer.size);
+        if at >= size {
+            self.set(size, u64::MAX, Content::PastEnd);
+            return Ok(());
+        }
+        let reach = geometry.l2_reach();
+        let index = usize::try_from(at / reach).unwrap_or(usize::MAX);
+        let Some(table) = self.layer.l1.l2_offset(index) else {
+            let rest = self.layer.l1.entries.get(index..).unwrap_or_default();
+            let end = match rest.iter().position(|e| *e != 0) {
+                Some(n) => ((index + n) as u64).saturating_mul(reach).min(size),
+                None => size,
+            };
+            self.set(at, end, Content::Unowned);
+            return Ok(());
+        };
+        let per_slice = SLICE.min(geometry.cluster_bits.bytes()) / geometry.l2_entry_size();
+        let bits = geometry.cluster_bits.bits();
+        let entry = ((at % reach) >> bits) as usize;
+        let first = entry / per_slice * per_slice;
+        if self.loaded != Some((index, first)) {
+            self.loaded = None;
+            self.slice.resize(per_slice * geometry.l2_entry_size(), 0);
+            let place = HostOffset(table.0.saturating_add((first * geometry.l2_entry_size()) as u64));
+            self.layer.file.read_at(&mut self.slice, place)?;
+            self.loaded = Some((index, first));
+        }
+        self.extend(at, index as u64 * reach, first, entry, per_slice)
+    }
+
+    /// Makes the extent at `at` as long as the slice tells.
+    fn extend(&mut self, at: u64, base: u64, first: usize, entry: usize, per_slice: usize) -> Result<()> {
+        let (geometry, size) = (self.layer.geometry, self.layer.size);
+        let (bits, cluster) = (geometry.cluster_bits.bits(), geometry.cluster_bits.size());
+        let place = |n: usize| base + ((n as u64) << bits);
+        let mapping = |slice: &[u8], n: usize| L2Entry::read(geometry, slice, n - first).mapping(geometry);
+        let found = mapping(&self.slice, entry).context("read an L2 table of", self.layer.file.path())?;
+        let start = place(entry);
+        if let Mapping::Compressed(extent) = found {
+            self.set(start, (start + cluster).min(size), Content::Compressed { extent, cluster: start });
+            return Ok(());
+        }
+        if let Mapping::Subclusters { host, allocated, zero } = found {
+            let part = geometry.subcluster_size();
+            let kind = |n: u32| (allocated >> n & 1, zero >> n & 1);
+            let here = ((at - start) / part) as u32;
+            let mut from = here;
+            while from > 0 && kind(from - 1) == kind(here) {
+                from -= 1;
+            }
+            let mut to = here + 1;
+            while to < SUBCLUSTERS && kind(to) == kind(here) {
+                to += 1;
+            }
+            let from_byte = u64::from(from) * part;
+            let content = match (kind(here), host) {
+                ((1, _), Some(host)) => Content::Data(HostOffset(host.0 + from_byte)),
+                ((_, 1), _) => Content::Zero,
+                _ => Content::Unowned,
+            };
+            self.set(start + from_byte, (start + u64::from(to) * part).min(size), content);
+            return Ok(());
+        }
+        let mut to = entry + 1;
+        let content = match found {
+            Mapping::Data(host) => {
+                // The table says more later if the next entry is broken: reading goes on until it is met.
+                while to < first + per_slice
+                    && mapping(&self.slice, to).is_ok_and(|m| {
+                        m == Mapping::Data(HostOffset(host.0.saturating_add(((to - entry) as u64) << bits)))
+                    })
+                {
+                    to += 1;
+                }
+                Content::Data(host)
+            }
+            Mapping::Zero { .. } => {
+                while to < first + per_slice
+                    && mapping(&self.slice, to).is_ok_and(|m| matches!(m, Mapping::Zero { .. }))
+                {
+                    to += 1;
+                }
+                Content::Zero
+            }
+            _ => {
+                while to < first + per_slice
+                    && mapping(&self.slice, to).is_ok_and(|m| m == Mapping::Unallocated)
+                {
+                    to += 1;
+                }
+                Content::Unowned
+            }
+        };
+        self.set(start, place(to).min(size), content);
+        Ok(())
+    }
+}
+
+/// What the top of a run of layers shows.
+#[derive(Debug)]
+pub struct View {
+    layers: Vec<Cursor>,
+    size: u64,
+    unpacked: Unpacked,
+}
+
+impl View {
+    /// Of layers, the bottom first. Layers below the run are not looked at.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for no layer at all.
+    pub fn new(run: Vec<Layer>) -> Result<Self> {
+        let size = run
+            .last()
+            .map(Layer::size)
+            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a run has one layer at least"))?;
+        Ok(Self { layers: run.into_iter().map(Cursor::new).collect(), size, unpacked: Unpacked::default() })
+    }
+
+    /// Bytes of the disk that the top layer shows.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// A layer of the run.
+    pub(crate) fn layer(&self, number: usize) -> Option<&Layer> {
+        self.layers.get(number).map(|c| &c.layer)
+    }
+
+    /// The piece that starts at `at`, as long as it is easily told: the next may be of the same kind. `None` at the
+    /// disk's end.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for tables that cannot be, and the system's.
+    pub fn piece(&mut self, at: u64) -> Result<Option<Piece>> {
+        if at >= self.size {
+            return Ok(None);
+        }
+        let mut end = self.size;
+        for (layer, cursor) in self.layers.iter_mut().enumerate().rev() {
+            cursor.seek(at)?;
+            end = end.min(cursor.end);
+            if cursor.content != Content::Unowned {
+                let content = cursor.content.advanced(at - cursor.start);
+                return Ok(Some(Piece { start: at, end, layer, content }));
+            }
+        }
+        Ok(Some(Piece { start: at, end, layer: 0, content: Content::Unowned }))
+    }
+
+    /// Fills `buf` with what the piece shows; `buf` may be shorter than the piece. What is unowned comes from `below`,
+    /// and is zero without one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for a compressed cluster that is none, and the system's.
+    pub fn read_piece(
+        &mut self,
+        piece: &Piece,
+        buf: &mut [u8],
+        below: Option<&mut (dyn ChainReader + '_)>,
+    ) -> Result<()> {
+        match piece.content {
+            Content::Zero | Content::PastEnd => buf.fill(0),
+            Content::Unowned => match below {
+                Some(below) => below.read_at(buf, piece.start)?,
+                None => buf.fill(0),
+            },
+            Content::Data(host) => match self.layers.get(piece.layer) {
+                Some(cursor) => cursor.layer.file.read_at(buf, host)?,
+                None => buf.fill(0),
+            },
+            Content::Compressed { extent, cluster } => {
+                let Some(cursor) = self.layers.get(piece.layer) else { return Ok(()) };
+                let bytes = self.unpacked.get(piece.layer, &cursor.layer, extent)?;
+                let from = usize::try_from(piece.start.saturating_sub(cluster)).unwrap_or(usize::MAX);
+                match bytes.get(from..from.saturating_add(buf.len())) {
+                    Some(part) => buf.copy_from_slice(part),
+                    None => {
+                        return Err(Error::new(
+                            ErrorKind::InvalidInput,
+                            "a piece ends after its compressed cluster",
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills `buf` with what the guest reads at `offset`; past the disk's end are zeros.
+    ///
+    /// # Errors
+    /// As [`View::piece`] and [`View::read_piece`].
+    pub fn read_at(
+        &mut self,
+        buf: &mut [u8],
+        offset: u64,
+        mut below: Option<&mut (dyn ChainReader + '_)>,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset.saturating_add(done as u64);
+            let Some(piece) = self.piece(at)? else { break };
+            let length = usize::try_from(piece.end - at).unwrap_or(usize::MAX).min(buf.len() - done);
+            let part = buf.get_mut(done..done + length).unwrap_or_default();
+            match &mut below {
+                Some(below) => self.read_piece(&piece, part, Some(&mut **below))?,
+                None => self.read_piece(&piece, part, None)?,
+            }
+            done += length;
+        }
+        if let Some(rest) = buf.get_mut(done..) {
+            rest.fill(0);
+        }
+        Ok(())
+    }
+}
+
+/// A whole chain is what its lowest layer may stand on.
+impl ChainReader for View {
+    fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<()> {
+        View::read_at(self, buf, offset, None)
+    }
+}
+
+/// A raw image at the bottom of a chain.
+impl ChainReader for ImageFile {
+    fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<()> {
+        ImageFile::read_at(self, buf, HostOffset(offset))
+    }
+}
+
+/// The last compressed cluster that was read.
+#[derive(Debug, Default)]
+struct Unpacked {
+    of: Option<(usize, CompressedExtent)>,
+    raw: Vec<u8>,
+    bytes: Vec<u8>,
+}
+
+impl Unpacked {
+    fn get(&mut self, number: usize, layer: &Layer, extent: CompressedExtent) -> Result<&[u8]> {
+        if self.of != Some((number, extent)) {
+            self.of = None;
+            // A descriptor's length is at most two clusters.
+            self.raw.resize(usize::try_from(extent.length).unwrap_or(0), 0);
+            layer.file.read_at(&mut self.raw, extent.offset)?;
+            self.bytes.resize(layer.geometry.cluster_bits.bytes(), 0);
+            decompress(layer.compression, &self.raw, &mut self.bytes)
+                .context("read data of", layer.file.path())?;
+            self.of = Some((number, extent));
+        }
+        Ok(&self.bytes)
+    }
+}
+
+/// For each layer of a run, how many bytes of its data the top shows: what merging into another layer would move.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] for tables that cannot be, and the system's.
+pub fn visible_bytes(run: Vec<Layer>) -> Result<Vec<u64>> {
+    let mut bytes = vec![0u64; run.len()];
+    let mut view = View::new(run)?;
+    let mut at = 0;
+    while let Some(piece) = view.piece(at)? {
+        if matches!(piece.content, Content::Data(_) | Content::Compressed { .. })
+            && let Some(sum) = bytes.get_mut(piece.layer)
+        {
+            *sum += piece.end - piece.start;
+        }
+        at = piece.end;
+    }
+    Ok(bytes)
+}
