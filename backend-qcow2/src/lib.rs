@@ -1,4 +1,28 @@
-//! The qcow2 backend of domsnap.
+//! The qcow2 backend of domsnap: disks at rest, with an image engine of its own.
+//!
+//! [`Qcow2`] is what a program registers. [`image`] is the engine below it: it reads and writes images, and knows
+//! nothing of domains.
+
 #![forbid(unsafe_code)]
 
+mod backend;
+mod below;
+mod discover;
+mod hold;
 pub mod image;
+mod layers;
+mod names;
+mod refusal;
+mod steps;
+
+use std::sync::Arc;
+
+pub use backend::{DEFAULT_MAX_DEPTH, Qcow2};
+
+/// Registers the backend with its usual limits.
+///
+/// # Errors
+/// Where the registry has a backend for qcow2 already.
+pub fn register(registry: &mut snapcore::Registry) -> snapcore::Result<()> {
+    registry.register(Arc::new(Qcow2::new()))
+}

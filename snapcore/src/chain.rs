@@ -101,17 +101,28 @@ pub enum ChainStep {
 
 /// The permanent name for a layer of the disk at `path`: `<stem>.ds-<8 hex>.<extension>`.
 pub fn layer_name(path: &Utf8Path, stamp: u32) -> LayerName {
-    let file = path.file_name().unwrap_or("disk");
-    // A layer of ours at the configured path (`--active-path=new`) must not grow a second mark.
-    let stem = path.file_stem().unwrap_or(file);
-    let stem = match stem.rsplit_once(".ds-") {
-        Some((before, mark)) if mark.len() == 8 && mark.bytes().all(|b| b.is_ascii_hexdigit()) => before,
-        _ => stem,
-    };
+    let stem = unmarked_stem(path);
     LayerName(match path.extension() {
         Some(extension) => format!("{stem}.ds-{stamp:08x}.{extension}"),
         None => format!("{stem}.ds-{stamp:08x}"),
     })
+}
+
+/// The file name of the disk at `path` without the mark of a layer: the same for all its layers, also where the
+/// configured path itself is one ([`ActivePath::New`]).
+pub fn disk_name(path: &Utf8Path) -> String {
+    match path.extension() {
+        Some(extension) => format!("{}.{extension}", unmarked_stem(path)),
+        None => unmarked_stem(path).to_owned(),
+    }
+}
+
+fn unmarked_stem(path: &Utf8Path) -> &str {
+    let stem = path.file_stem().unwrap_or("disk");
+    match stem.rsplit_once(".ds-") {
+        Some((before, mark)) if mark.len() == 8 && mark.bytes().all(|b| b.is_ascii_hexdigit()) => before,
+        _ => stem,
+    }
 }
 
 /// Where the file of a layer's permanent name is: beside the configured path, unless the name is absolute.

@@ -1,0 +1,309 @@
+//! [`DiskSnapshotter`] for qcow2.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::chain::{self, ChainStep, layer_path};
+use snapcore::{
+    ActivePath, Capabilities, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest, DiskSnapshotter,
+    DiskState, Error, ErrorKind, Finding, Guard, InspectDepth, LayerName, Point, PointKind, Result, Salvage,
+    Severity, Snapshot, Step, StepContext, StepStatus,
+};
+
+use crate::discover;
+use crate::hold::{Holds, is_held_by_others};
+use crate::image::{self, Image, OpenOptions};
+use crate::layers::{self, Limits};
+use crate::names;
+use crate::steps::Workplace;
+
+/// How deep a chain may be where nothing else is said.
+pub const DEFAULT_MAX_DEPTH: u32 = 200;
+
+/// Disks that are qcow2 files, at rest.
+pub struct Qcow2 {
+    limits: Limits,
+    holds: Arc<Holds>,
+}
+
+impl Default for Qcow2 {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Qcow2 {
+    /// Chains of at most [`DEFAULT_MAX_DEPTH`] layers, in the disk's own directory.
+    pub fn new() -> Self {
+        Self { limits: Limits { max_depth: DEFAULT_MAX_DEPTH, allowed: Vec::new() }, holds: Arc::default() }
+    }
+
+    /// Follows and makes chains of at most `layers` images.
+    #[must_use]
+    pub fn max_depth(mut self, layers: u32) -> Self {
+        self.limits.max_depth = layers;
+        self
+    }
+
+    /// Follows backing strings into `directory` too.
+    #[must_use]
+    pub fn allow_backing(mut self, directory: impl Into<Utf8PathBuf>) -> Self {
+        self.limits.allowed.push(directory.into());
+        self
+    }
+
+    /// Runs `work` on a blocking thread: image work is positioned I/O, which async I/O makes slower.
+    async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+        match tokio::task::spawn_blocking(work).await {
+            Ok(outcome) => outcome,
+            Err(failure) => {
+                Err(Error::new(ErrorKind::Internal, "the work on an image broke off").because(failure))
+            }
+        }
+    }
+
+    /// Runs a step: in place, because what it borrows does not outlive the call.
+    fn step<T>(
+        &self,
+        step: &Step,
+        context: StepContext<'_>,
+        work: impl FnOnce(&Workplace<'_>, &ChainStep) -> Result<T>,
+    ) -> Result<T> {
+        let action: ChainStep = serde_json::from_value(step.action.clone()).map_err(|error| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("the journal has a step that this backend does not know: {}", step.action),
+            )
+            .because(error)
+            .advise("it was written by another version of domsnap: recover with that one")
+        })?;
+        let hold = self.holds.of(&context.disk.disk.path);
+        let place = Workplace {
+            record: context.disk,
+            hold: hold.as_deref(),
+            progress: context.progress,
+            cancel: context.cancel,
+            bytes: step.bytes,
+            max_depth: self.limits.max_depth,
+        };
+        let run = || work(&place, &action).map_err(|error| error.context(step.summary.clone()));
+        match tokio::runtime::Handle::try_current().map(|handle| handle.runtime_flavor()) {
+            Ok(tokio::runtime::RuntimeFlavor::MultiThread) => tokio::task::block_in_place(run),
+            _ => run(),
+        }
+    }
+}
+
+#[async_trait]
+impl DiskSnapshotter for Qcow2 {
+    fn format(&self) -> &str {
+        "qcow2"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(PointKind::Internal, self.limits.max_depth).both_kinds()
+    }
+
+    async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
+        layers::check_path(disk)?;
+        let (disk, limits) = (disk.clone(), self.limits.clone());
+        Self::blocking(move || {
+            let active = match active_path {
+                ActivePath::Keep => layers::adopted_name(&disk)?,
+                ActivePath::New => LayerName(disk.path.file_name().unwrap_or("disk").to_owned()),
+            };
+            let record = DiskRecord { disk, active: active.clone(), owned: vec![active] };
+            layers::inspect(&record, InspectDepth::Layers, &limits)?;
+            Ok(record)
+        })
+        .await
+    }
+
+    async fn inspect(&self, disk: &DiskRecord, depth: InspectDepth) -> Result<DiskState> {
+        let (disk, limits) = (disk.clone(), self.limits.clone());
+        Self::blocking(move || layers::inspect(&disk, depth, &limits)).await
+    }
+
+    async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
+        let (mut copy, known, limits) = (record.clone(), known.to_vec(), self.limits.clone());
+        let (copy, found) = Self::blocking(move || {
+            let found = discover::discover(&mut copy, &known, &limits)?;
+            Ok((copy, found))
+        })
+        .await?;
+        *record = copy;
+        Ok(found)
+    }
+
+    async fn plan(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        active_path: ActivePath,
+        request: &DiskRequest,
+    ) -> Result<DiskPlan> {
+        let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
+        let capabilities = self.capabilities();
+        Self::blocking(move || {
+            if let DiskRequest::Create { overlay: Some(overlay), .. } = &request {
+                check_overlay_name(&disk, overlay)?;
+            }
+            chain::plan(&disk, &state, active_path, &capabilities, &request, &mut |run| visible(&state, run))
+        })
+        .await
+    }
+
+    async fn hold(&self, disk: &DiskRecord) -> Result<Guard> {
+        let hold = self.holds.begin(&disk.disk.path)?;
+        hold.lock(&disk.disk.path)?;
+        Ok(Box::new(hold))
+    }
+
+    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        self.step(step, context, |place, action| place.apply(action))
+    }
+
+    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        self.step(step, context, |place, action| place.undo(action))
+    }
+
+    async fn salvage(&self, step: &Step, context: StepContext<'_>) -> Result<Salvage> {
+        self.step(step, context, |place, action| place.salvage(action))
+    }
+
+    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
+        self.step(step, context, |place, action| place.status(action))
+    }
+
+    async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
+        let (disk, state) = (disk.clone(), state.clone());
+        Self::blocking(move || check(&disk, &state)).await
+    }
+
+    async fn cost_of_delete(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        drop: &[Point],
+        keep: &[Point],
+    ) -> Result<DeleteCost> {
+        let request = DiskRequest::Delete { drop: drop.to_vec(), keep: keep.to_vec() };
+        let plan = self.plan(disk, state, ActivePath::Keep, &request).await?;
+        let state = state.clone();
+        Self::blocking(move || cost(&plan, &state)).await
+    }
+
+    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
+        disk.path.with_file_name(format!("{}.domsnap", chain::disk_name(&disk.path)))
+    }
+
+    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
+        layers::file_of(disk, layer).unwrap_or_else(|_| layer_path(&disk.disk.path, layer))
+    }
+}
+
+/// The file that a user chose for an overlay: in the disk's directory, and new.
+fn check_overlay_name(disk: &DiskRecord, overlay: &LayerName) -> Result<()> {
+    if overlay.as_str().contains('/') {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("{}: an overlay must be in the directory of {}", disk.disk.target, disk.disk.path),
+        )
+        .advise("give a file name without a directory: the chain's relative names are looked up there"));
+    }
+    let file = layer_path(&disk.disk.path, overlay);
+    match names::file_id(&file)? {
+        Some(_) => {
+            Err(Error::new(ErrorKind::Exists, format!("{file} exists, and nothing is written over it"))
+                .advise("choose another name"))
+        }
+        None => Ok(()),
+    }
+}
+
+fn visible(state: &DiskState, run: &[LayerName]) -> Result<Vec<u64>> {
+    let mut layers = Vec::new();
+    for name in run {
+        let layer = state.layer(name).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("layer {name} is in a run but not among the disk's layers"),
+            )
+        })?;
+        let image = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked())?;
+        layers.push(image::Layer::active(&image)?);
+    }
+    Ok(image::visible_bytes(layers)?)
+}
+
+fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    let mut find = |severity, subject: &Utf8Path, message: String| {
+        findings.push(Finding { severity, subject: subject.to_string(), message });
+    };
+    for layer in state.layers.iter().filter(|layer| layer.format == "qcow2") {
+        if is_held_by_others(&layer.file)? {
+            find(Severity::Note, &layer.file, "another process has it open: not checked".to_owned());
+            continue;
+        }
+        let opened = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked());
+        let report = match opened.and_then(|image| image.check()) {
+            Ok(report) => report,
+            Err(error) => {
+                find(Severity::Error, &layer.file, Error::from(error).to_string());
+                continue;
+            }
+        };
+        for finding in &report.findings {
+            find(Severity::Error, &layer.file, finding.what.clone());
+        }
+        if report.leaked_clusters > 0 {
+            let words = format!(
+                "{} clusters are leaked; the image is whole, and 'qemu-img check -r leaks' frees them",
+                report.leaked_clusters
+            );
+            find(Severity::Note, &layer.file, words);
+        }
+        if report.copied_clear > 0 {
+            let words = format!(
+                "{} COPIED bits are clear that could be set: writes copy more than they must; 'qemu-img check -r all' \
+                 sets them",
+                report.copied_clear
+            );
+            find(Severity::Note, &layer.file, words);
+        }
+    }
+    for owned in disk.owned.iter().filter(|owned| state.layer(owned).is_none()) {
+        let words =
+            "the catalogue knows this layer, and its file is gone; what stood in it is lost".to_owned();
+        find(Severity::Error, &layer_path(&disk.disk.path, owned), words);
+    }
+    Ok(findings)
+}
+
+fn cost(plan: &DiskPlan, state: &DiskState) -> Result<DeleteCost> {
+    let mut cost = DeleteCost::default();
+    let mut kept_growth = 0u64;
+    for planned in &plan.steps {
+        cost.moves = cost.moves.saturating_add(planned.step.bytes);
+        let Ok(action) = serde_json::from_value::<ChainStep>(planned.step.action.clone()) else { continue };
+        match action {
+            ChainStep::Remove { layer } => {
+                cost.frees =
+                    cost.frees.saturating_add(state.layer(&layer).map_or(0, |layer| layer.allocated));
+            }
+            ChainStep::DropInternal { layer, tags } => {
+                if let Some(layer) = state.layer(&layer) {
+                    let image = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked())?;
+                    let tags: Vec<&str> = tags.iter().map(String::as_str).collect();
+                    cost.frees = cost.frees.saturating_add(image.freed_by_deleting(&tags)?);
+                }
+            }
+            ChainStep::Merge { .. } => kept_growth = kept_growth.saturating_add(planned.step.bytes),
+            _ => {}
+        }
+    }
+    cost.frees = cost.frees.saturating_sub(kept_growth);
+    Ok(cost)
+}

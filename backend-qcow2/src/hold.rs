@@ -1,0 +1,97 @@
+//! Image locks that last for a whole operation.
+//!
+//! A lock belongs to an open file. While an operation holds a disk, the lock of each of its images is kept here by one
+//! open file, and the steps that work on the image open it anew without locking; when the guard goes, all go.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs::File;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::{Error, ErrorKind, Result};
+
+use crate::image::{self, LockMode, OpenOptions};
+use crate::names::{FileId, file_id, io_error};
+
+/// The disks that operations of this process hold, by configured path.
+#[derive(Default)]
+pub(crate) struct Holds {
+    disks: Mutex<HashMap<Utf8PathBuf, Weak<Hold>>>,
+}
+
+/// One disk under an operation: the locks of its images.
+#[derive(Default)]
+pub(crate) struct Hold {
+    locks: Mutex<HashMap<FileId, File>>,
+}
+
+impl Holds {
+    /// Begins to hold the disk at `path`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] where another operation of this process holds it.
+    pub(crate) fn begin(&self, path: &Utf8Path) -> Result<Arc<Hold>> {
+        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        disks.retain(|_, hold| hold.strong_count() > 0);
+        if disks.contains_key(path) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("another operation of this process works on {path}"),
+            )
+            .advise("wait until it is done"));
+        }
+        let hold = Arc::new(Hold::default());
+        disks.insert(path.to_owned(), Arc::downgrade(&hold));
+        Ok(hold)
+    }
+
+    /// The hold on the disk at `path`, where there is one.
+    pub(crate) fn of(&self, path: &Utf8Path) -> Option<Arc<Hold>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner).get(path).and_then(Weak::upgrade)
+    }
+}
+
+impl Hold {
+    /// Locks the image at `file` until the operation ends; held already: nothing happens.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] where another process holds it.
+    pub(crate) fn lock(&self, file: &Utf8Path) -> Result<()> {
+        let Some(id) = file_id(file)? else {
+            return Err(Error::new(ErrorKind::NotFound, format!("image {file} does not exist")));
+        };
+        let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Entry::Vacant(free) = locks.entry(id) {
+            free.insert(locked(file)?);
+        }
+        Ok(())
+    }
+}
+
+/// How to open the image at `file` for writing under `hold`, or with a lock of its own where there is none.
+pub(crate) fn writing(hold: Option<&Hold>, file: &Utf8Path) -> Result<OpenOptions> {
+    match hold {
+        Some(hold) => {
+            hold.lock(file)?;
+            Ok(OpenOptions::read_write().unlocked())
+        }
+        None => Ok(OpenOptions::read_write()),
+    }
+}
+
+fn locked(file: &Utf8Path) -> Result<File> {
+    let opened = File::open(file).map_err(|error| io_error(error, format!("cannot open {file}")))?;
+    image::lock(&opened, LockMode::Write)
+        .map_err(|error| Error::from(error.on("locking", file.as_std_path())))?;
+    Ok(opened)
+}
+
+/// Whether another process has the image at `file` open in a way that forbids to write it.
+pub(crate) fn is_held_by_others(file: &Utf8Path) -> Result<bool> {
+    match locked(file) {
+        Ok(_) => Ok(false),
+        Err(error) if error.kind() == ErrorKind::Busy => Ok(true),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,366 @@
+//! A disk's layers, read from the machine: the active chain, what else is ours, and who else stands on it.
+
+use std::collections::{HashMap, HashSet};
+use std::os::unix::fs::MetadataExt;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use jiff::Timestamp;
+use snapcore::chain::{self, layer_path};
+use snapcore::{
+    Disk, DiskRecord, DiskState, Error, ErrorKind, InspectDepth, InternalPoint, Layer, LayerName, Result,
+};
+
+use crate::hold::is_held_by_others;
+use crate::image::{self, Backing, Image, OpenOptions};
+use crate::names::{FileId, file_id, io_error, is_passing_name};
+
+/// What the user allows a chain to be.
+#[derive(Debug, Clone)]
+pub(crate) struct Limits {
+    /// The deepest chain that is followed and made.
+    pub(crate) max_depth: u32,
+    /// Directories besides the disk's own where backing files may be.
+    pub(crate) allowed: Vec<Utf8PathBuf>,
+}
+
+/// The file that a layer opens by: its permanent name, or the configured path while it has none.
+pub(crate) fn file_of(record: &DiskRecord, layer: &LayerName) -> Result<Utf8PathBuf> {
+    let file = layer_path(&record.disk.path, layer);
+    if file_id(&file)?.is_some() || *layer != record.active {
+        return Ok(file);
+    }
+    Ok(record.disk.path.clone())
+}
+
+/// Reads the disk.
+pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, limits: &Limits) -> Result<DiskState> {
+    let path = &record.disk.path;
+    let Some(configured) = file_id(path)? else {
+        return Err(missing_path(record));
+    };
+    let own = layer_path(path, &record.active);
+    if let Some(active) = file_id(&own)?
+        && active != configured
+    {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("{path} is not the file that domsnap left there: it should be {own}, and is another file"),
+        )
+        .state("nothing was touched; all snapshots are as they were")
+        .advise(format!(
+            "if the replacement was not meant, put it back: 'ln -f {own} {path}'; if it was, take the new file in with \
+             'domsnap import --replace'"
+        )));
+    }
+    let mut reader = Reader { record, limits, layers: Vec::new(), seen: HashMap::new() };
+    reader.chain(record.active.clone())?;
+    for layer in &record.owned {
+        if reader.layers.iter().all(|known| known.name != *layer)
+            && file_id(&file_of(record, layer)?)?.is_some()
+        {
+            reader.chain(layer.clone())?;
+        }
+    }
+    let Reader { mut layers, seen, .. } = reader;
+    if depth == InspectDepth::Dependents {
+        find_dependents(record, limits, &mut layers, &seen)?;
+    }
+    Ok(DiskState { target: record.disk.target.clone(), active: record.active.clone(), layers })
+}
+
+fn missing_path(record: &DiskRecord) -> Error {
+    let path = &record.disk.path;
+    let own = layer_path(path, &record.active);
+    let error = Error::new(ErrorKind::NotFound, format!("the disk image {path} does not exist"));
+    match file_id(&own) {
+        Ok(Some(_)) => {
+            error.advise(format!("its content is still there as {own}: 'ln {own} {path}' brings it back"))
+        }
+        _ => error.advise("check the path, and whether its file system is mounted"),
+    }
+}
+
+struct Reader<'a> {
+    record: &'a DiskRecord,
+    limits: &'a Limits,
+    layers: Vec<Layer>,
+    seen: HashMap<FileId, LayerName>,
+}
+
+impl Reader<'_> {
+    /// Reads `top` and what it stands on, as far as that is not known yet.
+    fn chain(&mut self, top: LayerName) -> Result<()> {
+        let mut next = Some((top.clone(), "qcow2".to_owned()));
+        let mut depth = 0u32;
+        let mut this_chain = HashSet::new();
+        while let Some((name, format)) = next.take() {
+            depth += 1;
+            if depth > self.limits.max_depth {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!(
+                        "the chain under {top} is deeper than the limit of {} layers",
+                        self.limits.max_depth
+                    ),
+                )
+                .advise("shorten it by deleting snapshots, or flatten it; '--max-depth' raises the limit"));
+            }
+            let file = file_of(self.record, &name)?;
+            let id = file_id(&file)?.ok_or_else(|| self.missing(&file))?;
+            if !this_chain.insert(id) {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!("the chain under {top} is a loop: {file} comes twice"),
+                )
+                .advise(
+                    "one of its images names a wrong backing file: mend that with 'qemu-img rebase -u'",
+                ));
+            }
+            if self.seen.contains_key(&id) {
+                return Ok(()); // joins a chain that was read
+            }
+            let (layer, backing) = self.layer(name.clone(), &file, &format)?;
+            self.seen.insert(id, name);
+            self.layers.push(layer);
+            next = backing;
+        }
+        Ok(())
+    }
+
+    fn missing(&self, file: &Utf8Path) -> Error {
+        let child =
+            self.layers.last().map_or_else(|| self.record.disk.path.clone(), |layer| layer.file.clone());
+        Error::new(ErrorKind::NotFound, format!("{file}, the backing file of {child}, does not exist"))
+            .state("nothing was touched")
+            .advise("bring that file back, or mount its file system, before anything is done to this disk")
+    }
+
+    /// One layer, and the one below it with its stated format.
+    fn layer(
+        &self,
+        name: LayerName,
+        file: &Utf8Path,
+        format: &str,
+    ) -> Result<(Layer, Option<(LayerName, String)>)> {
+        let metadata =
+            std::fs::metadata(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
+        let owned = self.record.owned.contains(&name);
+        let named = file_id(&layer_path(&self.record.disk.path, &name))?.is_some();
+        let mut layer = Layer {
+            name,
+            file: file.to_owned(),
+            format: format.to_owned(),
+            named,
+            backing: None,
+            owned,
+            virtual_size: metadata.len(),
+            allocated: metadata.blocks() * 512,
+            internal: Vec::new(),
+            dependents: Vec::new(),
+        };
+        if format != "qcow2" {
+            // Stated to be of another format: it is read as that by whoever opens the chain, and it ends here.
+            return Ok((layer, None));
+        }
+        let opened = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;
+        layer.virtual_size = opened.virtual_size();
+        if owned {
+            layer.internal = internal_points(&opened)?;
+        }
+        let backing = match &opened.header().backing {
+            Some(backing) => Some(self.below(file, backing)?),
+            None => None,
+        };
+        layer.backing = backing.as_ref().map(|(name, _)| name.clone());
+        Ok((layer, backing))
+    }
+
+    fn below(&self, child: &Utf8Path, backing: &Backing) -> Result<(LayerName, String)> {
+        let format = backing.format.clone().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{child} does not say of which format its backing file {} is, and that is never guessed",
+                    backing.file
+                ),
+            )
+            .advise(format!("say it: 'qemu-img rebase -u -b {} -F FORMAT {child}'", backing.file))
+        })?;
+        let file = resolve_backing(child, &backing.file)?;
+        self.confine(child, &file)?;
+        Ok((name_of(&self.record.disk.path, &file), format))
+    }
+
+    /// A backing string may lead to the disk's own directory and to those that the user allows, nowhere else.
+    fn confine(&self, child: &Utf8Path, file: &Utf8Path) -> Result<()> {
+        let real = |path: &Utf8Path| path.canonicalize_utf8().unwrap_or_else(|_| path.to_owned());
+        let found = real(file);
+        let own = self.record.disk.path.parent().map(real);
+        let allowed = own
+            .into_iter()
+            .chain(self.limits.allowed.iter().map(|directory| real(directory)))
+            .any(|directory| found.starts_with(directory));
+        if allowed || self.record.owned.iter().any(|layer| layer_path(&self.record.disk.path, layer) == file)
+        {
+            return Ok(());
+        }
+        let directory = found.parent().unwrap_or(&found).to_owned();
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!("{child} names the backing file {file}, which is outside the disk's directory"),
+        )
+        .state("nothing was touched")
+        .advise(format!("if that is meant, allow it: '--allow-backing {directory}'")))
+    }
+}
+
+/// The file that a backing string of `child` names: beside the child, unless it is absolute.
+pub(crate) fn resolve_backing(child: &Utf8Path, backing: &str) -> Result<Utf8PathBuf> {
+    // QEMU takes "word:" for a protocol, unless a '/' comes before the colon.
+    let before_slash = backing.split('/').next().unwrap_or(backing);
+    if before_slash.contains(':') {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{child} names the backing file {backing:?}: not a plain path, but a URL or a json: string"
+            ),
+        )
+        .advise(
+            "domsnap follows plain paths alone, because such a string can name anything on this machine",
+        ));
+    }
+    Ok(match child.parent() {
+        Some(directory) => directory.join(backing),
+        None => Utf8PathBuf::from(backing),
+    })
+}
+
+/// What a file is called as a layer of the disk at `path`: by its file name where it is in the disk's directory.
+pub(crate) fn name_of(path: &Utf8Path, file: &Utf8Path) -> LayerName {
+    match (file.parent(), file.file_name()) {
+        (Some(directory), Some(name)) if Some(directory) == path.parent() => LayerName(name.to_owned()),
+        _ => LayerName(file.to_string()),
+    }
+}
+
+/// The internal snapshots of an open image.
+pub(crate) fn internal_points(image: &Image) -> Result<Vec<InternalPoint>> {
+    let points = image.snapshots()?.iter().map(|snapshot| InternalPoint {
+        tag: snapshot.name().into_owned(),
+        virtual_size: snapshot.disk_size,
+        created: Timestamp::new(i64::from(snapshot.date_seconds), 0).unwrap_or(Timestamp::UNIX_EPOCH),
+        vm_state_size: snapshot.vm_state_size,
+    });
+    Ok(points.collect())
+}
+
+/// Finds the images in the disk's directory and the allowed ones that stand on a layer without being one, other names of
+/// frozen layers, and layers that another process has open.
+fn find_dependents(
+    record: &DiskRecord,
+    limits: &Limits,
+    layers: &mut [Layer],
+    seen: &HashMap<FileId, LayerName>,
+) -> Result<()> {
+    let mut found: Vec<(LayerName, Utf8PathBuf)> = Vec::new();
+    let own = record.disk.path.parent().map(Utf8Path::to_owned);
+    let directories: HashSet<Utf8PathBuf> = own.into_iter().chain(limits.allowed.iter().cloned()).collect();
+    for directory in directories {
+        let entries = match directory.read_dir_utf8() {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(io_error(error, format!("cannot list {directory}"))),
+        };
+        for entry in entries {
+            let entry = entry.map_err(|error| io_error(error, format!("cannot list {directory}")))?;
+            let regular = entry.file_type().is_ok_and(|kind| kind.is_file());
+            if regular && !is_passing_name(entry.file_name()) {
+                found.extend(stands_on(record, entry.path(), layers, seen)?);
+            }
+        }
+    }
+    for layer in layers.iter_mut() {
+        let here = found.iter().filter(|(name, _)| *name == layer.name).map(|(_, file)| file.clone());
+        layer.dependents = here.collect();
+        layer.dependents.sort();
+        if layer.name != record.active && layer.owned && is_held_by_others(&layer.file)? {
+            layer.dependents.push(Utf8PathBuf::from("(a running process)"));
+        }
+    }
+    Ok(())
+}
+
+fn stands_on(
+    record: &DiskRecord,
+    file: &Utf8Path,
+    layers: &[Layer],
+    seen: &HashMap<FileId, LayerName>,
+) -> Result<Option<(LayerName, Utf8PathBuf)>> {
+    let Some(id) = file_id(file)? else { return Ok(None) };
+    if let Some(layer) = seen.get(&id) {
+        // A further name that somebody gave a frozen layer is a copy in his eyes.
+        let known = layers.iter().any(|known| known.name == *layer && known.file == *file)
+            || *file == record.disk.path
+            || *file == layer_path(&record.disk.path, layer)
+            || *layer == record.active;
+        return Ok((!known).then(|| (layer.clone(), file.to_owned())));
+    }
+    let Ok(Some(header)) = image::probe(file.as_std_path()) else { return Ok(None) };
+    let Some(backing) = header.backing else { return Ok(None) };
+    let Ok(on) = resolve_backing(file, &backing.file) else { return Ok(None) };
+    let Some(on) = file_id(&on)?.and_then(|id| seen.get(&id)) else { return Ok(None) };
+    Ok(Some((on.clone(), file.to_owned())))
+}
+
+/// The layer name of an active image that the catalogue does not know: the one that it was given before, where it is there
+/// still (a lost catalogue), or a new one.
+pub(crate) fn adopted_name(disk: &Disk) -> Result<LayerName> {
+    let Some(id) = file_id(&disk.path)? else {
+        return Err(Error::new(ErrorKind::NotFound, format!("the disk image {} does not exist", disk.path)));
+    };
+    let directory = disk.path.parent().unwrap_or(Utf8Path::new("."));
+    let entries =
+        directory.read_dir_utf8().map_err(|error| io_error(error, format!("cannot list {directory}")))?;
+    for entry in entries.flatten() {
+        let same = entry.metadata().is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == id);
+        if same && entry.path() != disk.path && is_layer_name(entry.file_name(), disk) {
+            return Ok(LayerName(entry.file_name().to_owned()));
+        }
+    }
+    // Made from the file's identity, so that it is the same each time until the catalogue records it.
+    let stamp = (id.1 ^ (id.1 >> 32) ^ id.0.rotate_left(16)) as u32;
+    Ok(chain::layer_name(&disk.path, stamp))
+}
+
+fn is_layer_name(file_name: &str, disk: &Disk) -> bool {
+    let stamp = file_name.rsplit_once(".ds-").and_then(|(_, rest)| rest.get(..8));
+    stamp
+        .and_then(|stamp| u32::from_str_radix(stamp, 16).ok())
+        .is_some_and(|stamp| chain::layer_name(&disk.path, stamp).as_str() == file_name)
+}
+
+/// Refuses a configured path that promise 1 could not be kept for.
+pub(crate) fn check_path(disk: &Disk) -> Result<()> {
+    let path = &disk.path;
+    let metadata = match std::fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::new(ErrorKind::NotFound, format!("the disk image {path} does not exist"))
+                .advise("check the path, and whether its file system is mounted"));
+        }
+        Err(error) => return Err(io_error(error, format!("cannot look at {path}"))),
+    };
+    if metadata.is_symlink() {
+        let to = path.canonicalize_utf8().map_or_else(|_| "its target".to_owned(), |to| to.to_string());
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("{path} is a symbolic link: the relative names of backing files would be looked up beside the link"),
+        )
+        .advise(format!("use the file itself: {to}")));
+    }
+    if !metadata.is_file() {
+        return Err(Error::new(ErrorKind::Unsupported, format!("{path} is not a regular file"))
+            .advise("qcow2 on a block device has no room for a chain beside it; put the image into a file"));
+    }
+    Ok(())
+}

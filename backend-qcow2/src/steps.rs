@@ -1,0 +1,431 @@
+//! How the steps of a chain of files become operations on qcow2 images. Blocking; called on a blocking thread.
+//!
+//! | step | durable before what |
+//! |---|---|
+//! | name a layer | the second name, before any overlay names it |
+//! | create an overlay, materialise | the whole file under a passing name, before it gets its own; that, before the switch |
+//! | take, apply, drop a tag | see [`crate::image`] |
+//! | switch | the new name in one rename; the former layer keeps its own name |
+//! | merge | all data and metadata of the receiving layer, before anything else names it |
+//! | repoint | one header write |
+//! | remove, unname | nothing follows that depends on it |
+
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use jiff::Timestamp;
+use snapcore::chain::{ChainStep, layer_path};
+use snapcore::{DiskRecord, Edit, Error, ErrorKind, LayerName, Progress, Result, Salvage, StepStatus};
+use tokio_util::sync::CancellationToken;
+
+use crate::below::Below;
+use crate::hold::{Hold, writing};
+use crate::image::{self, Backing, Image, Layer, NewImage, NewSnapshot, OpenOptions};
+use crate::layers::{file_of, resolve_backing};
+use crate::names;
+
+/// What a step works with.
+pub(crate) struct Workplace<'a> {
+    pub(crate) record: &'a DiskRecord,
+    pub(crate) hold: Option<&'a Hold>,
+    pub(crate) progress: &'a dyn Progress,
+    pub(crate) cancel: &'a CancellationToken,
+    /// Bytes that the step is to move, as it was planned.
+    pub(crate) bytes: u64,
+    pub(crate) max_depth: u32,
+}
+
+impl Workplace<'_> {
+    /// Does `step`.
+    pub(crate) fn apply(&self, step: &ChainStep) -> Result<()> {
+        match step {
+            ChainStep::NameLayer { layer } => names::add_name(&self.record.disk.path, &self.own_name(layer)),
+            ChainStep::CreateOverlay { layer, on, on_format, virtual_size } => {
+                self.create_overlay(layer, on, on_format, *virtual_size)
+            }
+            ChainStep::Materialise { from, tag, layer } => self.materialise(from, tag, layer),
+            ChainStep::TakeInternal { layer, tag } => self.take(layer, tag),
+            ChainStep::SwitchActive { to, .. } => {
+                self.lock(&self.record.disk.path)?;
+                let to = self.own_name(to);
+                self.lock(&to)?;
+                names::move_name(&self.record.disk.path, &to)
+            }
+            ChainStep::ApplyInternal { layer, tag, .. } => self.apply_tag(layer, tag),
+            ChainStep::DropInternal { layer, tags } => self.drop_tags(layer, tags),
+            ChainStep::Merge { run, into, below } => self.merge(run, into, below.as_ref()),
+            ChainStep::Repoint { child, to } => self.repoint(child, to),
+            ChainStep::Remove { layer } => self.remove(layer),
+            ChainStep::Unname { layer } => self.unname(layer),
+        }
+    }
+
+    /// Takes `step` back.
+    pub(crate) fn undo(&self, step: &ChainStep) -> Result<()> {
+        let path = &self.record.disk.path;
+        match step {
+            ChainStep::NameLayer { layer } => self.unname(layer),
+            ChainStep::CreateOverlay { layer, .. } | ChainStep::Materialise { layer, .. } => {
+                let file = self.own_name(layer);
+                names::remove_name(&names::unfinished_name(&file))?;
+                // Where the switch to it had to stay, so has the layer.
+                if self.is_made_by(step)? && !same_file(&file, path)? {
+                    self.refuse_in_use(&file)?;
+                    names::remove_name(&file)?;
+                }
+                names::flush_directory_of(&file)
+            }
+            ChainStep::TakeInternal { layer, tag } => self.drop_tags(layer, std::slice::from_ref(tag)),
+            ChainStep::SwitchActive { from, .. } => {
+                self.lock(path)?;
+                names::move_name(path, &self.own_name(from))
+            }
+            ChainStep::ApplyInternal { layer, safety: Some(safety), .. } => {
+                match self.has_tag(layer, safety)? {
+                    true => self.apply_tag(layer, safety),
+                    false => Ok(()), // the copy comes first, so the apply never began
+                }
+            }
+            // Without a safety copy nobody needs the state that was there before.
+            ChainStep::ApplyInternal { safety: None, .. } => Ok(()),
+            ChainStep::DropInternal { .. }
+            | ChainStep::Merge { .. }
+            | ChainStep::Repoint { .. }
+            | ChainStep::Remove { .. }
+            | ChainStep::Unname { .. } => Err(Error::new(
+                ErrorKind::Internal,
+                format!("the step {step:?} runs after the commit point only"),
+            )),
+        }
+    }
+
+    /// Makes safe what the domain wrote between a crash and the recovery, where undoing `step` would lose it.
+    pub(crate) fn salvage(&self, step: &ChainStep) -> Result<Salvage> {
+        let path = &self.record.disk.path;
+        match step {
+            ChainStep::SwitchActive { from, to } => {
+                // An overlay on the former active layer shows the same as that: with what was written it is the present.
+                let switched = same_file(&self.own_name(to), path)?;
+                if !switched || self.below(to)? != Some(self.own_name(from)) || !self.is_written(to)? {
+                    return Ok(Salvage::Nothing);
+                }
+                let target = self.record.disk.target.clone();
+                let edits = vec![
+                    Edit::AddLayer { target: target.clone(), layer: to.clone() },
+                    Edit::SetActive { target: target.clone(), layer: to.clone() },
+                ];
+                let words = format!(
+                    "{target}: the domain ran after the crash and wrote into {to}, so that stays its active layer; \
+                     the snapshot was not taken"
+                );
+                Ok(Salvage::Stays(edits, words))
+            }
+            ChainStep::CreateOverlay { layer, .. } => {
+                let file = self.own_name(layer);
+                if !self.is_made_by(step)? || same_file(&file, path)? || !self.is_written(layer)? {
+                    return Ok(Salvage::Nothing);
+                }
+                let aside = file.with_file_name(format!("rescued-{layer}"));
+                self.lock(&file)?;
+                names::settle(&file, &aside)?;
+                Ok(Salvage::PutAside(format!(
+                    "{}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote \
+                     is kept as {aside}: remove it when it is of no use",
+                    self.record.disk.target
+                )))
+            }
+            ChainStep::ApplyInternal { layer, tag, safety: Some(safety) } => {
+                if !self.has_tag(layer, safety)? {
+                    return Ok(Salvage::Nothing);
+                }
+                let aside = format!("rescued{}", safety.trim_start_matches('.'));
+                let image = self.reading(layer)?;
+                let known = image.snapshot_matches_active(tag)? || image.snapshot_matches_active(safety)?;
+                if known || image.find_snapshot(&aside)?.is_some() {
+                    return Ok(Salvage::Nothing);
+                }
+                drop(image);
+                self.take(layer, &aside)?;
+                Ok(Salvage::PutAside(format!(
+                    "{}: the domain ran after the crash; the revert was undone, and what it wrote is kept as the internal \
+                     snapshot {aside} of {layer}",
+                    self.record.disk.target
+                )))
+            }
+            ChainStep::NameLayer { .. }
+            | ChainStep::Materialise { .. }
+            | ChainStep::TakeInternal { .. }
+            | ChainStep::ApplyInternal { safety: None, .. }
+            | ChainStep::DropInternal { .. }
+            | ChainStep::Merge { .. }
+            | ChainStep::Repoint { .. }
+            | ChainStep::Remove { .. }
+            | ChainStep::Unname { .. } => Ok(Salvage::Nothing),
+        }
+    }
+
+    /// How far `step` got.
+    pub(crate) fn status(&self, step: &ChainStep) -> Result<StepStatus> {
+        let path = &self.record.disk.path;
+        let done = match step {
+            ChainStep::NameLayer { layer } => same_file(path, &self.own_name(layer))?,
+            ChainStep::CreateOverlay { layer, .. } | ChainStep::Materialise { layer, .. } => {
+                let unfinished = names::unfinished_name(&self.own_name(layer));
+                if names::file_id(&unfinished)?.is_some() {
+                    return Ok(StepStatus::Partly);
+                }
+                self.is_made_by(step)?
+            }
+            ChainStep::TakeInternal { layer, tag } => self.has_tag(layer, tag)?,
+            ChainStep::SwitchActive { to, .. } => same_file(path, &self.own_name(to))?,
+            ChainStep::ApplyInternal { layer, tag, .. } => {
+                let image = self.reading(layer)?;
+                image.find_snapshot(tag)?.is_some() && image.snapshot_matches_active(tag)?
+            }
+            ChainStep::DropInternal { layer, tags } => {
+                let mut left = 0;
+                for tag in tags {
+                    left += usize::from(self.has_tag(layer, tag)?);
+                }
+                match left {
+                    0 => true,
+                    left if left == tags.len() => false,
+                    _ => return Ok(StepStatus::Partly),
+                }
+            }
+            // Only a repetition can tell, and it is harmless.
+            ChainStep::Merge { .. } => return Ok(StepStatus::Partly),
+            ChainStep::Repoint { child, to } => {
+                let file = file_of(self.record, child)?;
+                match self.reading(child)?.header().backing.clone() {
+                    Some(backing) => same_file(&resolve_backing(&file, &backing.file)?, &self.own_name(to))?,
+                    None => false,
+                }
+            }
+            ChainStep::Remove { layer } | ChainStep::Unname { layer } => {
+                names::file_id(&self.own_name(layer))?.is_none()
+            }
+        };
+        Ok(if done { StepStatus::Done } else { StepStatus::NotDone })
+    }
+
+    fn own_name(&self, layer: &LayerName) -> Utf8PathBuf {
+        layer_path(&self.record.disk.path, layer)
+    }
+
+    /// Whether an overlay, empty when it was made, has anything in it.
+    fn is_written(&self, overlay: &LayerName) -> Result<bool> {
+        let image = self.reading(overlay)?;
+        let tables = image.active_l1()?;
+        Ok((0..tables.len()).any(|index| tables.l2_offset(index).is_some()))
+    }
+
+    fn lock(&self, file: &Utf8Path) -> Result<()> {
+        match self.hold {
+            Some(hold) => hold.lock(file),
+            None => Ok(()),
+        }
+    }
+
+    fn reading(&self, layer: &LayerName) -> Result<Image> {
+        let file = file_of(self.record, layer)?;
+        Ok(Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?)
+    }
+
+    fn writing(&self, layer: &LayerName) -> Result<Image> {
+        let file = file_of(self.record, layer)?;
+        Ok(Image::open(file.as_std_path(), &writing(self.hold, &file)?)?)
+    }
+
+    fn has_tag(&self, layer: &LayerName, tag: &str) -> Result<bool> {
+        Ok(self.reading(layer)?.find_snapshot(tag)?.is_some())
+    }
+
+    /// Whether the file of a new layer is what `step` makes, and not somebody else's of the same name.
+    fn is_made_by(&self, step: &ChainStep) -> Result<bool> {
+        let (layer, on) = match step {
+            ChainStep::CreateOverlay { layer, on, .. } => (layer, Some(self.own_name(on))),
+            ChainStep::Materialise { layer, from, .. } => (layer, self.below(from)?),
+            _ => return Ok(false),
+        };
+        let file = self.own_name(layer);
+        if names::file_id(&file)?.is_none() {
+            return Ok(false);
+        }
+        let Some(header) = image::probe(file.as_std_path())? else { return Ok(false) };
+        match (header.backing, on) {
+            (Some(backing), Some(on)) => same_file(&resolve_backing(&file, &backing.file)?, &on),
+            (None, None) => Ok(true),
+            _ => Ok(false),
+        }
+    }
+
+    /// The file that a layer stands on.
+    fn below(&self, layer: &LayerName) -> Result<Option<Utf8PathBuf>> {
+        let file = file_of(self.record, layer)?;
+        match self.reading(layer)?.header().backing.clone() {
+            Some(backing) => Ok(Some(resolve_backing(&file, &backing.file)?)),
+            None => Ok(None),
+        }
+    }
+
+    /// New files are made under a passing name and get their own when they are whole and durable.
+    fn create_overlay(&self, layer: &LayerName, on: &LayerName, on_format: &str, size: u64) -> Result<()> {
+        let file = self.own_name(layer);
+        let unfinished = names::unfinished_name(&file);
+        names::remove_name(&unfinished)?;
+        let base = self.own_name(on);
+        let mut new = NewImage::new(size)
+            .on(Backing { file: on.as_str().to_owned(), format: Some(on_format.to_owned()) });
+        if on_format == "qcow2"
+            && let Some(header) = image::probe(base.as_std_path())?
+        {
+            new.cluster_bits = header.cluster_bits;
+        }
+        image::create(unfinished.as_std_path(), &new)?;
+        let made = File::open(&unfinished)
+            .map_err(|error| names::io_error(error, format!("cannot open {unfinished}")))?;
+        image::inherit(&made, unfinished.as_std_path(), base.as_std_path())?;
+        names::settle(&unfinished, &file)?;
+        self.lock(&file)
+    }
+
+    fn materialise(&self, from: &LayerName, tag: &str, layer: &LayerName) -> Result<()> {
+        let file = self.own_name(layer);
+        let unfinished = names::unfinished_name(&file);
+        names::remove_name(&unfinished)?;
+        let source = file_of(self.record, from)?;
+        let image = Image::open(source.as_std_path(), &OpenOptions::read_only().unlocked())?;
+        self.moving(|moving| image::materialise(&image, tag, unfinished.as_std_path(), moving))?;
+        names::settle(&unfinished, &file)?;
+        self.lock(&file)
+    }
+
+    fn take(&self, layer: &LayerName, tag: &str) -> Result<()> {
+        let mut image = self.writing(layer)?;
+        if image.find_snapshot(tag)?.is_none() {
+            let now = Timestamp::now();
+            let seconds = u32::try_from(now.as_second()).unwrap_or(u32::MAX);
+            let nanoseconds = u32::try_from(now.subsec_nanosecond()).unwrap_or(0);
+            image.create_snapshot(&NewSnapshot::new(tag, seconds, nanoseconds))?;
+        }
+        Ok(())
+    }
+
+    fn apply_tag(&self, layer: &LayerName, tag: &str) -> Result<()> {
+        let mut image = self.writing(layer)?;
+        if !image.snapshot_matches_active(tag)? {
+            image.apply_snapshot(tag)?;
+        }
+        Ok(())
+    }
+
+    fn drop_tags(&self, layer: &LayerName, tags: &[String]) -> Result<()> {
+        let mut image = self.writing(layer)?;
+        let mut present = Vec::new();
+        for tag in tags {
+            if image.find_snapshot(tag)?.is_some() {
+                present.push(tag.as_str());
+            }
+        }
+        if !present.is_empty() {
+            image.delete_snapshots(&present)?;
+        }
+        Ok(())
+    }
+
+    fn merge(&self, run: &[LayerName], into: &LayerName, below: Option<&LayerName>) -> Result<()> {
+        let mut files = Vec::new();
+        for layer in run {
+            files.push(file_of(self.record, layer)?);
+        }
+        let Some(index) = run.iter().position(|layer| layer == into) else {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                format!("{into} is not in the run that is merged into it"),
+            ));
+        };
+        let Some(bottom) = run.first() else { return Ok(()) };
+        // The format of what lies below is what the run's bottom states.
+        let stated = self.reading(bottom)?.header().backing.clone();
+        let mut lower = None;
+        let backing = match (below, stated) {
+            (Some(name), Some(Backing { format: Some(format), .. })) => {
+                lower = Some(Below::new(self.own_name(name), format.clone(), self.max_depth));
+                Some(Backing { file: name.as_str().to_owned(), format: Some(format) })
+            }
+            (None, None) => None,
+            (expected, found) => {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!("{bottom} should stand on {expected:?}, and its header says {found:?}"),
+                )
+                .advise("run 'domsnap check'"));
+            }
+        };
+        for file in &files {
+            self.lock(file)?;
+        }
+        let mut layers = Vec::new();
+        for file in &files {
+            let image = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;
+            layers.push(Layer::active(&image)?);
+        }
+        let over = layers.split_off(index + 1);
+        layers.truncate(index);
+        let mut target = self.writing(into)?;
+        let lower = backing.zip(lower.as_mut()).map(|(backing, reader)| image::Below { backing, reader });
+        self.moving(|moving| image::merge(layers, &mut target, over, lower, moving))?;
+        Ok(())
+    }
+
+    /// Moves data, telling how much.
+    fn moving<T>(&self, work: impl FnOnce(&image::Moving<'_>) -> image::Result<T>) -> Result<T> {
+        let moved = AtomicU64::new(0);
+        let tell = |bytes: u64| {
+            let done = moved.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+            self.progress.bytes(done, self.bytes.max(done));
+        };
+        Ok(work(&image::Moving { progress: &tell, cancelled: &|| self.cancel.is_cancelled() })?)
+    }
+
+    fn repoint(&self, child: &LayerName, to: &LayerName) -> Result<()> {
+        let backing = Backing { file: to.as_str().to_owned(), format: Some("qcow2".to_owned()) };
+        Ok(self.writing(child)?.set_backing(Some(backing))?)
+    }
+
+    fn remove(&self, layer: &LayerName) -> Result<()> {
+        let file = self.own_name(layer);
+        if same_file(&file, &self.record.disk.path)? {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                format!("{file} was to be removed, and {} still names it", self.record.disk.path),
+            )
+            .state("it was not removed"));
+        }
+        self.refuse_in_use(&file)?;
+        names::remove(&file)
+    }
+
+    /// Removing a file that somebody has open would leave him with data that no name leads to.
+    fn refuse_in_use(&self, file: &Utf8Path) -> Result<()> {
+        match names::file_id(file)? {
+            Some(_) => self.lock(file),
+            None => Ok(()),
+        }
+    }
+
+    fn unname(&self, layer: &LayerName) -> Result<()> {
+        let file = self.own_name(layer);
+        if names::file_id(&file)?.is_some() && same_file(&file, &self.record.disk.path)? {
+            names::remove(&file)?;
+        }
+        Ok(())
+    }
+}
+
+fn same_file(a: &Utf8Path, b: &Utf8Path) -> Result<bool> {
+    let (a, b) = (names::file_id(a)?, names::file_id(b)?);
+    Ok(a.is_some() && a == b)
+}
