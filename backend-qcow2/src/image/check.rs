@@ -266,17 +266,27 @@ impl Image {
         report: &mut CheckReport,
     ) -> Result<Vec<Mismatch>> {
         let mut mismatches = Vec::new();
-        let end = counts.end().max(refcounts.covered_end());
-        for chunk in 0..end.div_ceil(CHUNK) {
+        let file_end = self.header.cluster_bits.clusters_for(self.file.len()?);
+        // Only where something is counted or stored: what an image refers to may be as far away as it likes.
+        let mut chunks: Vec<u64> = counts.chunks.keys().copied().collect();
+        for covered in refcounts.covered() {
+            chunks.extend(covered.start / CHUNK..covered.end.div_ceil(CHUNK));
+        }
+        chunks.sort_unstable();
+        chunks.dedup();
+        for chunk in chunks {
             let clusters = chunk * CHUNK..(chunk + 1) * CHUNK;
             let counted = counts.chunks.contains_key(&chunk);
-            if !counted && !refcounts.covers_any(clusters.clone()) {
-                continue;
-            }
             for cluster in clusters {
                 let counted = if counted { counts.get(cluster) } else { 0 };
                 let stored = refcounts.get(&self.file, ClusterIndex(cluster))?;
                 report.used_clusters += u64::from(counted > 0);
+                // As QEMU: the last cluster may be cut short, not more.
+                if counted > 0 && cluster > file_end {
+                    report.error(format!(
+                        "cluster {cluster:#x} is referred to, and lies past the end of the file"
+                    ));
+                }
                 if stored == counted {
                     continue;
                 }

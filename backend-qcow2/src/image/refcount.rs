@@ -228,17 +228,11 @@ impl Refcounts {
         self.table.iter().filter(|e| **e != 0).map(|e| HostOffset(*e))
     }
 
-    /// Clusters that the existing blocks cover end before this one.
-    pub(crate) fn covered_end(&self) -> u64 {
-        let last = self.table.iter().rposition(|e| *e != 0).map_or(0, |at| at as u64 + 1);
-        last << self.block_shift
-    }
-
-    /// Whether a block covers any of these clusters.
-    pub(crate) fn covers_any(&self, clusters: std::ops::Range<u64>) -> bool {
-        let (from, to) =
-            (clusters.start >> self.block_shift, clusters.end.saturating_sub(1) >> self.block_shift);
-        (from..=to).any(|n| usize::try_from(n).ok().and_then(|n| self.table.get(n)).is_some_and(|e| *e != 0))
+    /// The clusters that existing blocks count, a range a block.
+    pub(crate) fn covered(&self) -> impl Iterator<Item = std::ops::Range<u64>> + '_ {
+        let shift = self.block_shift;
+        let numbers = self.table.iter().enumerate().filter(|(_, e)| **e != 0).map(|(n, _)| n as u64);
+        numbers.map(move |n| n << shift..(n + 1) << shift)
     }
 
     /// Sets a refcount whatever it was, making the block that counts the cluster if there is none. Only after
