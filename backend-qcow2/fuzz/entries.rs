@@ -4,9 +4,12 @@
 
 use backend_qcow2::image as q;
 
+/// One entry: takes any bytes.
+type Entry = fn(&[u8]);
+
 /// All entries, by the name of their target and of their seed directory.
 #[allow(dead_code, reason = "a fuzz target uses one entry, the test uses the table")]
-pub const ENTRIES: [(&str, fn(&[u8])); 6] = [
+pub const ENTRIES: [(&str, Entry); 6] = [
     ("header", header),
     ("snapshot_table", snapshot_table),
     ("l2_table", l2_table),
