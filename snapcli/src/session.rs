@@ -2,7 +2,9 @@
 
 use std::cell::OnceCell;
 use std::future::Future;
+use std::sync::Arc;
 
+use backend_qcow2::Qcow2;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::service::{Domsnap, StateDir};
 use snapcore::{Error, ErrorKind, Registry, Result};
@@ -17,8 +19,15 @@ use crate::progress::Progress;
 
 /// The formats that this program knows: the one place that names backends.
 pub fn registry(global: &Global) -> Result<Registry> {
-    let _ = global;
-    let registry = Registry::new();
+    let mut qcow2 = Qcow2::new();
+    if let Some(layers) = global.max_depth {
+        qcow2 = qcow2.max_depth(layers);
+    }
+    for directory in &global.allow_backing {
+        qcow2 = qcow2.allow_backing(absolute(directory)?);
+    }
+    let mut registry = Registry::new();
+    registry.register(Arc::new(qcow2))?;
     Ok(registry)
 }
 

@@ -56,7 +56,7 @@ fn the_exit_status_tells_usage_from_refusal() {
     ends(&["list", "web", "--all"], 2);
     ends(&["create", "web", "s1"], 3);
     ends(&["show", "web", "s1"], 3);
-    //ends(&["disk", "list", "/nonexistent/image"], 3);
+    ends(&["disk", "list", "/nonexistent/image"], 3);
     ends(&["check", "web"], 3);
 }
 

@@ -1,12 +1,343 @@
-//! `domsnap disk ...`: one image, no domain. It stands on the image engine's snapshots.
+//! `domsnap disk ...`: one image, no domain.
+//!
+//! Internal snapshots go straight to the image engine: no catalogue, no journal, no event loop, because the engine alone
+//! makes each of them whole or not at all. Before something is taken away the catalogue is asked whether a domain
+//! counts on it, and the images beside it whether one stands on it. External snapshots, and whatever was made that way,
+//! go through the service as a domain of one disk.
 
-use snapcore::{Error, ErrorKind};
+use std::os::unix::fs::MetadataExt;
+
+use backend_qcow2::image::{Image, NewSnapshot, OpenOptions};
+use camino::{Utf8Path, Utf8PathBuf};
+use jiff::tz::TimeZone;
+use jiff::{Timestamp, Unit};
+use snapcore::service::{DomainRef, Listing};
+use snapcore::{
+    ActivePath, CreateRequest, DeleteRequest, Disk as DomainDisk, Error, ErrorKind, InspectDepth, LayerName,
+    Point, PointKind, Result, RevertRequest, Snapshot, SnapshotName, Target,
+};
 
 use crate::answer::Answer;
-use crate::args::Disk;
+use crate::args::{Disk, Global};
+use crate::commands::change::kind_word;
+use crate::documents::{DiskDoc, DiskListDoc, DiskSnapshotDoc};
 use crate::failure::Failure;
+use crate::session::{Session, state_dir};
+use crate::table::table;
+use crate::units;
 
-/// Refuses: the image engine cannot take snapshots yet.
-pub fn run(_disk: Disk) -> Result<Answer, Failure> {
-    Err(Error::new(ErrorKind::Unsupported, "the image engine of this build takes no snapshots").into())
+/// The backend that images given by their path alone have.
+const FORMAT: &str = "qcow2";
+
+/// Does what `disk` says.
+pub fn run(global: Global, disk: Disk) -> Result<Answer, Failure> {
+    let session = Session::open(global)?;
+    match disk {
+        Disk::Create { image, name, kind } => create(&session, &absolute(&image)?, name, kind.wanted()),
+        Disk::Revert { image, name, kind } => revert(&session, &absolute(&image)?, &name, kind.wanted()),
+        Disk::Delete { image, names, kind } => delete(&session, &absolute(&image)?, names, kind.wanted()),
+        Disk::List { image } => list(&session, &absolute(&image)?),
+    }
+}
+
+fn create(
+    session: &Session,
+    image: &Utf8Path,
+    name: Option<SnapshotName>,
+    kind: Option<PointKind>,
+) -> Result<Answer, Failure> {
+    let name = match name {
+        Some(name) => name,
+        None => the_time()?,
+    };
+    let kind = kind.unwrap_or(PointKind::Internal);
+    match kind {
+        PointKind::Internal => {
+            let now = Timestamp::now();
+            // The table counts seconds in 32 bits: a clock beyond 2106 says 1970.
+            let seconds = u32::try_from(now.as_second()).unwrap_or_default();
+            let nanoseconds = u32::try_from(now.subsec_nanosecond()).unwrap_or_default();
+            open(image, &OpenOptions::read_write())?
+                .create_snapshot(&NewSnapshot::new(name.as_str(), seconds, nanoseconds))
+                .map_err(Error::from)?;
+        }
+        PointKind::External => {
+            let request = CreateRequest::new(name.clone()).kind(kind);
+            session.change(session.service.create(&alone(image)?, request, session.cancel()))?;
+        }
+    }
+    Ok(done(session, "create", image, vec![name.to_string()], kind))
+}
+
+fn the_time() -> Result<SnapshotName> {
+    let now = Timestamp::now().round(Unit::Second).map_err(|cause| {
+        Error::new(ErrorKind::Internal, "the clock's time cannot be written").because(cause)
+    })?;
+    SnapshotName::new(now.to_string())
+}
+
+fn revert(
+    session: &Session,
+    image: &Utf8Path,
+    name: &str,
+    kind: Option<PointKind>,
+) -> Result<Answer, Failure> {
+    let owner = owner(session, image)?;
+    let through_service = match &owner {
+        _ if kind == Some(PointKind::External) => true,
+        Some(owner) => owner.is_alone(name)?,
+        None => false,
+    };
+    if through_service {
+        let request = RevertRequest::new(SnapshotName::new(name)?);
+        session.change(session.service.revert(&alone(image)?, request, session.cancel()))?;
+        return Ok(done(session, "revert", image, vec![name.to_owned()], PointKind::External));
+    }
+    if let Some(owner) = &owner {
+        owner.counts_on(image, name, "revert")?;
+        owner.writes(image)?;
+    }
+    nobody_stands_on(session, image)?;
+    open(image, &OpenOptions::read_write())?.apply_snapshot(name).map_err(Error::from)?;
+    Ok(done(session, "revert", image, vec![name.to_owned()], PointKind::Internal))
+}
+
+fn delete(
+    session: &Session,
+    image: &Utf8Path,
+    names: Vec<String>,
+    kind: Option<PointKind>,
+) -> Result<Answer, Failure> {
+    let owner = owner(session, image)?;
+    let mut known = Vec::new();
+    let mut tags = Vec::new();
+    for name in &names {
+        let through_service = match &owner {
+            _ if kind == Some(PointKind::External) => true,
+            Some(owner) => owner.is_alone(name)?,
+            None => false,
+        };
+        if through_service {
+            known.push(SnapshotName::new(name.as_str())?);
+            continue;
+        }
+        if let Some(owner) = &owner {
+            owner.counts_on(image, name, "delete")?;
+        }
+        tags.push(name.as_str());
+    }
+    if !tags.is_empty() {
+        open(image, &OpenOptions::read_write())?.delete_snapshots(&tags).map_err(Error::from)?;
+    }
+    let kind = if tags.is_empty() { PointKind::External } else { PointKind::Internal };
+    if !known.is_empty() {
+        let request = DeleteRequest::new(known);
+        session.change(session.service.delete(&alone(image)?, request, session.cancel()))?;
+    }
+    Ok(done(session, "delete", image, names, kind))
+}
+
+fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
+    // Without a lock: looking at an image that a guest runs on is no harm to either.
+    let opened = open(image, &OpenOptions::read_only().unlocked())?;
+    let mut snapshots: Vec<DiskSnapshotDoc> = opened
+        .snapshots()
+        .map_err(Error::from)?
+        .iter()
+        .map(|tag| DiskSnapshotDoc {
+            name: tag.name().into_owned(),
+            kind: PointKind::Internal,
+            created: Timestamp::new(i64::from(tag.date_seconds), 0).unwrap_or(Timestamp::UNIX_EPOCH),
+            virtual_size: tag.disk_size,
+            vm_state_size: tag.vm_state_size,
+        })
+        .collect();
+    if let Some(owner) = owner(session, image)? {
+        for snapshot in &owner.listing.snapshots {
+            let Some(member) = snapshot.point(&owner.target) else { continue };
+            if member.point.kind() == PointKind::External {
+                snapshots.push(DiskSnapshotDoc {
+                    name: snapshot.name.to_string(),
+                    kind: PointKind::External,
+                    created: snapshot.created,
+                    virtual_size: member.virtual_size,
+                    vm_state_size: 0,
+                });
+            }
+        }
+    }
+    let document = DiskListDoc { image: image.to_owned(), snapshots };
+    Ok(session.told(document, |document| {
+        if document.snapshots.is_empty() {
+            return format!("{} has no snapshots\n", document.image);
+        }
+        let zone = TimeZone::system();
+        let rows = document.snapshots.iter().map(|snapshot| {
+            vec![
+                snapshot.name.clone(),
+                kind_word(snapshot.kind).to_owned(),
+                units::time(snapshot.created, &zone),
+                units::bytes(snapshot.virtual_size),
+                match snapshot.vm_state_size {
+                    0 => "-".to_owned(),
+                    size => units::bytes(size),
+                },
+            ]
+        });
+        table(&["NAME", "KIND", "CREATED", ">DISK SIZE", ">VM STATE"], rows)
+    }))
+}
+
+fn absolute(image: &Utf8Path) -> Result<Utf8PathBuf> {
+    camino::absolute_utf8(image).map_err(|cause| {
+        Error::new(ErrorKind::Usage, format!("the image path {image:?} cannot be made absolute"))
+            .because(cause)
+    })
+}
+
+fn open(image: &Utf8Path, options: &OpenOptions) -> Result<Image> {
+    Ok(Image::open(image.as_std_path(), options)?)
+}
+
+/// The image as a domain of one disk.
+fn alone(image: &Utf8Path) -> Result<DomainRef> {
+    DomainRef::images([image])
+}
+
+fn done(session: &Session, operation: &str, image: &Utf8Path, names: Vec<String>, kind: PointKind) -> Answer {
+    let document = DiskDoc { operation: operation.to_owned(), image: image.to_owned(), names, kind };
+    session.changed(document, |document| {
+        let names = document.names.join(", ");
+        match operation {
+            "create" => format!("created {} snapshot {names} of {image}\n", kind_word(kind)),
+            "revert" => format!("reverted {image} to {names}\n"),
+            _ if document.names.len() == 1 => format!("deleted snapshot {names} of {image}\n"),
+            _ => format!("deleted {} snapshots of {image}: {names}\n", document.names.len()),
+        }
+    })
+}
+
+/// The domain in the catalogue that has an image as a layer.
+struct Owner {
+    listing: Listing,
+    target: Target,
+    layer: LayerName,
+}
+
+impl Owner {
+    /// The snapshot that is the internal point `tag` of the image.
+    fn snapshot_in(&self, tag: &str) -> Option<&Snapshot> {
+        let point = Point::internal(self.layer.clone(), tag);
+        self.listing
+            .snapshots
+            .iter()
+            .find(|snapshot| snapshot.point(&self.target).is_some_and(|member| member.point == point))
+    }
+
+    /// Whether `name` is a snapshot of this image as a domain of one disk, which nobody registered: then the service
+    /// is the way to it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NeedsRecovery`] where an operation on the domain stopped half way.
+    fn is_alone(&self, name: &str) -> Result<bool> {
+        let domain = &self.listing.domain;
+        if !self.listing.unfinished.is_empty() {
+            return Err(Error::new(
+                ErrorKind::NeedsRecovery,
+                format!(
+                    "an operation on domain {}, which this image belongs to, stopped half way",
+                    domain.name
+                ),
+            )
+            .state("or it runs just now; nothing was touched")
+            .advise(format!("run `domsnap recover {}` first", domain.name)));
+        }
+        Ok(domain.unregistered
+            && domain.disks.len() == 1
+            && self.listing.snapshots.iter().any(|snapshot| snapshot.name.as_str() == name))
+    }
+
+    /// Refuses where a snapshot of the domain is the tag `name` of the image.
+    fn counts_on(&self, image: &Utf8Path, name: &str, command: &str) -> Result<()> {
+        let domain = &self.listing.domain.name;
+        match self.snapshot_in(name) {
+            None => Ok(()),
+            Some(snapshot) => Err(Error::new(
+                ErrorKind::Refused,
+                format!("{name} of {image} is part of snapshot {} of domain {domain}", snapshot.name),
+            )
+            .advise(format!(
+                "use `domsnap {command} {domain} {}`, which takes all its disks",
+                snapshot.name
+            ))),
+        }
+    }
+
+    /// Refuses where the domain does not write the image: it is a frozen layer then.
+    fn writes(&self, image: &Utf8Path) -> Result<()> {
+        let domain = &self.listing.domain;
+        match domain.disk(&self.target) {
+            Some(record) if record.active != self.layer => Err(Error::new(
+                ErrorKind::Refused,
+                format!("{image} is a frozen layer of disk {} of domain {}", self.target, domain.name),
+            )
+            .advise(format!("the image that the domain writes is {}", record.disk.path))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Who has `image` as a layer. Reads the catalogue, if there is one, and changes nothing.
+fn owner(session: &Session, image: &Utf8Path) -> Result<Option<Owner>, Failure> {
+    let Ok(wanted) = std::fs::metadata(image) else { return Ok(None) };
+    if !state_dir(&session.global)?.exists() {
+        return Ok(None);
+    }
+    let same = |file: &Utf8Path, meta: &std::fs::Metadata| {
+        std::fs::metadata(file).is_ok_and(|found| (found.dev(), found.ino()) == (meta.dev(), meta.ino()))
+    };
+    let directory = image.parent().and_then(|directory| std::fs::metadata(directory).ok());
+    for summary in session.ask(session.service.domains())? {
+        for record in &summary.domain.disks {
+            let beside = match (record.disk.path.parent(), &directory) {
+                (Some(theirs), Some(ours)) => same(theirs, ours),
+                _ => false,
+            };
+            let Ok(backend) = session.service.registry().get(&record.disk.format) else { continue };
+            // Layers lie beside the configured path, or have absolute names.
+            let layer = record
+                .owned
+                .iter()
+                .chain([&record.active])
+                .filter(|layer| beside || layer.as_str().starts_with('/'))
+                .find(|layer| same(&backend.layer_file(record, layer), &wanted));
+            if let Some(layer) = layer.cloned() {
+                let target = record.disk.target.clone();
+                let listing =
+                    session.ask(session.service.list(&DomainRef::Name(summary.domain.name.clone())))?;
+                return Ok(Some(Owner { listing, target, layer }));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Refuses where another image in the same directory stands on `image`: to change what it shows would change theirs.
+fn nobody_stands_on(session: &Session, image: &Utf8Path) -> Result<(), Failure> {
+    let backend = session.service.registry().get(FORMAT)?;
+    let disk = DomainDisk { target: Target::new("vda")?, path: image.to_owned(), format: FORMAT.to_owned() };
+    let dependents = session.ask(async {
+        let record = backend.adopt(&disk, ActivePath::Keep).await?;
+        let state = backend.inspect(&record, InspectDepth::Dependents).await?;
+        Ok(state.layer(&state.active).map(|layer| layer.dependents.clone()).unwrap_or_default())
+    })?;
+    match dependents.first() {
+        None => Ok(()),
+        Some(dependent) => Err(Error::new(
+            ErrorKind::Refused,
+            format!("{dependent} stands on {image}: a revert would change what it shows"),
+        )
+        .advise("revert in an overlay of its own, or delete that image first")
+        .into()),
+    }
 }

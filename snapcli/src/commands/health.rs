@@ -1,8 +1,8 @@
 //! `domsnap check` and `domsnap recover`.
 
 use anstyle::{AnsiColor, Style};
-use snapcore::Severity;
 use snapcore::service::{DomainRef, RecoveryEnd, RecoveryReport};
+use snapcore::{OperationState, Severity};
 
 use crate::answer::Answer;
 use crate::commands::change::names;
@@ -76,7 +76,11 @@ fn report(report: &RecoveryReport) -> String {
         true => report.operation.clone(),
         false => format!("{} of {}", report.operation, names(&report.snapshots)),
     };
-    let mut text = format!("{}: {what} (found {}): {end}\n", report.domain, report.found);
+    let mut text = match report.found {
+        // Nothing had stopped: merges had been put off.
+        OperationState::Planned => format!("{}: merged what had been put off\n", report.domain),
+        found => format!("{}: {what} (found {found}): {end}\n", report.domain),
+    };
     for note in &report.notes {
         text.push_str(&format!("  note: {note}\n"));
     }

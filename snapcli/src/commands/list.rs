@@ -111,6 +111,10 @@ fn drawn(snapshots: &[SnapshotDoc], signs: Signs, zone: &TimeZone) -> String {
     let name = |node: Option<usize>| node.map_or("now", |index| snapshots[index].name.as_str());
     let width = |line: &tree::Line| line.graph.chars().count() + name(line.node).len();
     let widest = lines.iter().map(width).max().unwrap_or(0);
+    let sizes: Vec<String> =
+        snapshots.iter().map(|snapshot| snapshot.size().map(units::bytes).unwrap_or_default()).collect();
+    let kinds = snapshots.iter().map(|snapshot| snapshot.kind().len()).max().unwrap_or(0);
+    let digits = sizes.iter().map(String::len).max().unwrap_or(0);
     let now = AnsiColor::Green.on_default().bold();
     let dim = Style::new().dimmed();
     let mut text = String::new();
@@ -121,18 +125,14 @@ fn drawn(snapshots: &[SnapshotDoc], signs: Signs, zone: &TimeZone) -> String {
         };
         let snapshot = &snapshots[index];
         let gap = " ".repeat(widest - width(line));
-        let size = snapshot.size().map(|size| format!("  {}", units::bytes(size))).unwrap_or_default();
-        let words = match snapshot.description.as_str() {
-            "" => String::new(),
-            words => format!("  {words}"),
+        let time = units::time(snapshot.created, zone);
+        let facts = format!("{time}  {:kinds$}  {:>digits$}", snapshot.kind(), sizes[index]);
+        let row = match snapshot.description.as_str() {
+            "" => format!("{}{}{gap}  {dim}{}{dim:#}", line.graph, snapshot.name, facts.trim_end()),
+            words => format!("{}{}{gap}  {dim}{facts}{dim:#}  {words}", line.graph, snapshot.name),
         };
-        text.push_str(&format!(
-            "{}{}{gap}  {dim}{}  {}{size}{dim:#}{words}\n",
-            line.graph,
-            snapshot.name,
-            units::time(snapshot.created, zone),
-            snapshot.kind(),
-        ));
+        text.push_str(&row);
+        text.push('\n');
     }
     text
 }
@@ -187,14 +187,11 @@ fn holds(layer: &Layer, state: &DiskState, disk: &DiskReport, snapshots: &[Snaps
         }
     }
     if disk.unnamed.contains(&layer.name) {
-        let above = state.children(&layer.name).count();
-        parts.push(format!(
-            "unnamed: {} on it",
-            match above {
-                1 => "1 layer stands".to_owned(),
-                n => format!("{n} layers stand"),
-            }
-        ));
+        parts.push(match state.children(&layer.name).count() {
+            0 => "unnamed: nothing needs its own state".to_owned(),
+            1 => "unnamed: 1 layer stands on it".to_owned(),
+            n => format!("unnamed: {n} layers stand on it"),
+        });
     }
     if !layer.owned {
         parts.push("somebody else's: only read".to_owned());

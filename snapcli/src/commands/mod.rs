@@ -21,7 +21,7 @@ pub fn run(cli: Cli) -> Result<Answer, Failure> {
         Command::Schema => Ok(generate::schema()),
         Command::Completions { shell } => Ok(generate::completions(shell)),
         Command::Man { dir } => generate::man(&dir),
-        Command::Disk(disk) => disk::run(disk),
+        Command::Disk(disk) => disk::run(global, disk),
         Command::Create(create) => change::create(&Session::open(global)?, create),
         Command::Revert(revert) => change::revert(&Session::open(global)?, revert),
         Command::Delete(delete) => change::delete(&Session::open(global)?, delete),
