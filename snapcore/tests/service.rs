@@ -178,6 +178,10 @@ async fn a_part_of_a_domains_images_is_refused_and_so_are_links() {
     std::os::unix::fs::symlink(place.image("c"), place.image("d")).unwrap();
     let error = place.service().list(&place.images(&["d"])).await.unwrap_err();
     assert!(error.message().contains("symbolic link"), "{error}");
+    std::fs::hard_link(place.image("a"), place.image("e")).unwrap();
+    let error = place.service().list(&place.images(&["e"])).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused);
+    assert!(error.message().contains("is a layer of disk vda"), "{error}");
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! Which domain is meant; and taking in disks that the catalogue does not have.
 
 use std::collections::{HashMap, HashSet};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use camino::{Utf8Path, Utf8PathBuf};
 
@@ -82,6 +82,12 @@ pub(super) fn canonical(path: &Utf8Path) -> Result<Utf8PathBuf> {
     Ok(directory.join(name))
 }
 
+/// Which file a path names, whatever its name.
+fn file_id(path: &Utf8Path) -> Option<(u64, u64)> {
+    let found = path.metadata().ok()?;
+    Some((found.dev(), found.ino()))
+}
+
 /// The name of a domain that was never registered: the same images have the same name, always.
 fn name_of_images(disks: &[Disk]) -> Result<DomainName> {
     let all: Vec<&str> = disks.iter().map(|disk| disk.path.as_str()).collect();
@@ -150,7 +156,10 @@ impl Inner {
     /// [`ErrorKind::Refused`] where only a part of them, or of its, are the same.
     pub(super) async fn owner_of(&self, paths: &[Utf8PathBuf]) -> Result<Option<DomainName>> {
         let owners = self.catalogue.owners(paths).await?;
-        let Some((path, owner)) = owners.first() else { return Ok(None) };
+        let Some((path, owner)) = owners.first() else {
+            self.refuse_layers(paths).await?;
+            return Ok(None);
+        };
         let Some(entry) = self.catalogue.load(owner).await? else { return Ok(None) };
         let disks: Vec<&str> = entry.domain.disks.iter().map(|record| record.disk.path.as_str()).collect();
         let same = owners.len() == paths.len()
@@ -167,6 +176,36 @@ impl Inner {
         )
         .state("nothing was touched")
         .advise(format!("name the domain {owner}, or all its images: {}", disks.join(","))))
+    }
+
+    /// Refuses an image that is, under whatever name, a layer of a domain of the catalogue: it would have two owners
+    /// that do not know of each other.
+    async fn refuse_layers(&self, paths: &[Utf8PathBuf]) -> Result<()> {
+        let given: Vec<_> = paths.iter().filter_map(|path| Some((path, file_id(path)?))).collect();
+        for known in self.catalogue.domains().await? {
+            let domain = known.domain;
+            for record in &domain.disks {
+                let Ok(backend) = self.registry.get(&record.disk.format) else { continue };
+                for layer in &record.owned {
+                    let Some(id) = file_id(&backend.layer_file(record, layer)) else { continue };
+                    if let Some((path, _)) = given.iter().find(|(_, other)| *other == id) {
+                        return Err(Error::new(
+                            ErrorKind::Refused,
+                            format!(
+                                "the image {path} is a layer of disk {} of domain {}",
+                                record.disk.target, domain.name
+                            ),
+                        )
+                        .state("nothing was touched")
+                        .advise(format!(
+                            "name the domain {}, or its image {}",
+                            domain.name, record.disk.path
+                        )));
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(super) async fn no_domain(&self, name: &DomainName) -> Result<Error> {
