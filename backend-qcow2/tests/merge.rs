@@ -39,7 +39,7 @@ fn merge_chain(
 }
 
 fn cases() -> u64 {
-    std::env::var("MERGE_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(24)
+    std::env::var("MERGE_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(10)
 }
 
 fn first_case() -> u64 {

@@ -87,7 +87,7 @@ impl Seeded {
 }
 
 /// The file after a crash before event `at`: what was flushed, and of the rest whichever sectors the seed says.
-fn crashed(base: &[u8], log: &[Event], at: usize, seed: u64) -> Vec<u8> {
+pub(super) fn crashed(base: &[u8], log: &[Event], at: usize, seed: u64) -> Vec<u8> {
     let flushed = log[..at].iter().rposition(|e| matches!(e, Event::Flush)).map_or(0, |n| n + 1);
     let mut bytes = base.to_vec();
     let mut random = Seeded(seed | 1);

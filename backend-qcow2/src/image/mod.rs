@@ -35,6 +35,8 @@ mod lock;
 mod mapping;
 mod materialise;
 mod merge;
+#[cfg(test)]
+mod merge_crash_tests;
 mod open;
 mod overlap;
 #[cfg(test)]
