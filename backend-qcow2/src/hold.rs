@@ -9,12 +9,14 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::chain;
 use snapcore::{Error, ErrorKind, Result};
 
 use crate::image::{self, LockMode, OpenOptions};
 use crate::names::{FileId, file_id, io_error};
 
-/// The disks that operations of this process hold, by configured path.
+/// The disks that operations of this process hold, by what all paths of a disk have in common: with
+/// `--active-path=new` its configured path changes in the middle of an operation.
 #[derive(Default)]
 pub(crate) struct Holds {
     disks: Mutex<HashMap<Utf8PathBuf, Weak<Hold>>>,
@@ -27,6 +29,10 @@ pub(crate) struct Hold {
 }
 
 impl Holds {
+    fn key(path: &Utf8Path) -> Utf8PathBuf {
+        path.with_file_name(chain::disk_name(path))
+    }
+
     /// Begins to hold the disk at `path`.
     ///
     /// # Errors
@@ -34,7 +40,7 @@ impl Holds {
     pub(crate) fn begin(&self, path: &Utf8Path) -> Result<Arc<Hold>> {
         let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
         disks.retain(|_, hold| hold.strong_count() > 0);
-        if disks.contains_key(path) {
+        if disks.contains_key(&Self::key(path)) {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!("another operation of this process works on {path}"),
@@ -42,13 +48,17 @@ impl Holds {
             .advise("wait until it is done"));
         }
         let hold = Arc::new(Hold::default());
-        disks.insert(path.to_owned(), Arc::downgrade(&hold));
+        disks.insert(Self::key(path), Arc::downgrade(&hold));
         Ok(hold)
     }
 
     /// The hold on the disk at `path`, where there is one.
     pub(crate) fn of(&self, path: &Utf8Path) -> Option<Arc<Hold>> {
-        self.disks.lock().unwrap_or_else(PoisonError::into_inner).get(path).and_then(Weak::upgrade)
+        self.disks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&Self::key(path))
+            .and_then(Weak::upgrade)
     }
 }
 
