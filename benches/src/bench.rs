@@ -25,8 +25,9 @@ pub struct Bench {
 impl Bench {
     /// Finds the programs and makes the directory.
     pub fn new(options: &Options) -> Result<Bench> {
-        let domsnap = match &options.domsnap {
-            Some(file) => file.clone(),
+        let named = options.domsnap.clone().or_else(|| std::env::var_os("DOMSNAP_BIN").map(PathBuf::from));
+        let domsnap = match named {
+            Some(file) => file,
             None => std::env::current_exe()?.with_file_name("domsnap"),
         };
         let domsnap = domsnap.canonicalize().with_context(|| {

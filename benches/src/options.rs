@@ -24,8 +24,8 @@ pub struct Options {
     /// List groups and rows, and measure nothing
     #[arg(long)]
     pub list: bool,
-    /// The domsnap to measure [default: the one beside this program]
-    #[arg(long, value_name = "FILE", env = "DOMSNAP_BIN")]
+    /// The domsnap to measure [default: $DOMSNAP_BIN, or the one beside this program]
+    #[arg(long, value_name = "FILE")]
     pub domsnap: Option<PathBuf>,
     /// Write the results to this file too, as Markdown
     #[arg(long, value_name = "FILE")]
