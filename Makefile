@@ -32,8 +32,9 @@ test: deps nextest under-test
 test-fast: deps nextest under-test
 	$(NEXTEST) --workspace --locked -E 'not (binary(crash_kill) | binary(crash_power) | binary(property))'
 
+# BENCH="--quick --only merge-8 --dir DIR" measures less, or elsewhere.
 bench: deps build
-	scripts/bench
+	$(CARGO) run --release --locked -q -p domsnap-benches -- $(BENCH)
 
 demo: deps build
 	scripts/demo
