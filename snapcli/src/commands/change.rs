@@ -1,6 +1,6 @@
 //! `create`, `revert` and `delete`.
 
-use snapcore::service::{DomainRef, Outcome, RecoveryEnd};
+use snapcore::service::{DomainRef, Outcome, Postponed, RecoveryEnd};
 use snapcore::{
     CreateRequest, DeleteRequest, DeleteScope, Error, ErrorKind, Group, Plan, PointKind, Request,
     RevertRequest, SnapshotName,
@@ -143,15 +143,20 @@ pub fn remarks(outcome: &Outcome) -> String {
     }
     for postponed in &outcome.postponed {
         text.push_str(&format!(
-            "  put off: {}: {} ({}): {}; `domsnap recover {}` does it\n",
-            postponed.target,
-            postponed.step,
+            "  put off: {} ({}); `domsnap recover {}` does it\n",
+            put_off(postponed),
             units::bytes(postponed.bytes),
-            postponed.reason,
             outcome.domain
         ));
     }
     text
+}
+
+/// Which merge was put off, and why; a reason that names the step itself is not preceded by it.
+pub fn put_off(postponed: &Postponed) -> String {
+    let Postponed { target, step, reason, .. } = postponed;
+    let why = reason.strip_prefix(step.as_str()).and_then(|why| why.strip_prefix(": ")).unwrap_or(reason);
+    format!("{target}: {step}: {why}")
 }
 
 /// Names, joined.
@@ -215,6 +220,20 @@ mod tests {
     use snapcore::{PlannedStep, Step, Target};
 
     use super::*;
+
+    #[test]
+    fn what_was_put_off_is_named_once() {
+        let postponed = |reason: &str| Postponed {
+            target: Target::new("vda").unwrap(),
+            step: "merge a into b".to_owned(),
+            steps: 2,
+            bytes: 7,
+            reason: reason.to_owned(),
+        };
+        let told = "vda: merge a into b: the disk is full";
+        assert_eq!(put_off(&postponed("merge a into b: the disk is full")), told);
+        assert_eq!(put_off(&postponed("the disk is full")), told);
+    }
 
     #[test]
     fn a_plan_is_told_group_by_group_with_what_it_moves() {
