@@ -51,8 +51,9 @@ impl Progress {
                 self.started = true;
                 self.committed = false;
                 if self.shows_bars && bytes >= WORTH_A_BAR {
-                    let names: Vec<&str> = snapshots.iter().map(|name| name.as_str()).collect();
-                    self.bar = Some(bar(&format!("{kind} {}", names.join(" ")), bytes));
+                    let words =
+                        std::iter::once(kind.as_str()).chain(snapshots.iter().map(|name| name.as_str()));
+                    self.bar = Some(bar(&words.collect::<Vec<_>>().join(" "), bytes));
                 }
             }
             Event::StepStarted { target, summary, bytes, .. } => {

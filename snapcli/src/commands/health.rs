@@ -5,7 +5,7 @@ use snapcore::service::{DomainRef, RecoveryEnd, RecoveryReport};
 use snapcore::{OperationState, Severity};
 
 use crate::answer::Answer;
-use crate::commands::change::names;
+use crate::commands::change::{names, put_off};
 use crate::documents::{CheckDoc, CheckedDomain, RecoverDoc};
 use crate::failure::{Failure, exit};
 use crate::session::Session;
@@ -85,10 +85,7 @@ fn report(report: &RecoveryReport) -> String {
         text.push_str(&format!("  note: {note}\n"));
     }
     for postponed in &report.postponed {
-        text.push_str(&format!(
-            "  put off: {}: {}: {}\n",
-            postponed.target, postponed.step, postponed.reason
-        ));
+        text.push_str(&format!("  put off: {}\n", put_off(postponed)));
     }
     text
 }
