@@ -6,7 +6,7 @@
 //! operation left a wrong result.
 //!
 //! - [`options`]: the command line
-//! - [`bench`]: what every row is given: programs, directory, how often to repeat
+//! - [`mod@bench`]: what every row is given: programs, directory, how often to repeat
 //! - [`child`]: running a process and what it cost; counting its calls
 //! - [`row`]: samples of one row, its targets and their verdicts
 //! - [`place`]: directories, the file system that they are on, loop devices
