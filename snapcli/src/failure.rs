@@ -55,6 +55,8 @@ impl Failure {
             {
                 exit::REFUSED
             }
+            // Damage that was found before anything was begun: that is a "no" too.
+            ErrorKind::Corrupt if self.changing && !self.started => exit::REFUSED,
             _ => exit::FAILED,
         }
     }
@@ -132,9 +134,18 @@ mod tests {
 
     #[test]
     fn what_failed_and_was_undone_is_one() {
-        for kind in [ErrorKind::Corrupt, ErrorKind::Io, ErrorKind::Cancelled, ErrorKind::Internal] {
+        for kind in [ErrorKind::Io, ErrorKind::Cancelled, ErrorKind::Internal] {
             assert_eq!(status(kind, false), exit::FAILED, "{kind:?}");
+            assert_eq!(status(kind, true), exit::FAILED, "{kind:?}");
         }
+    }
+
+    #[test]
+    fn damage_that_is_found_before_a_change_begins_refuses_it() {
+        assert_eq!(status(ErrorKind::Corrupt, false), exit::REFUSED);
+        assert_eq!(status(ErrorKind::Corrupt, true), exit::FAILED);
+        let looking = Failure::from(Error::new(ErrorKind::Corrupt, "x"));
+        assert_eq!(looking.exit(), exit::FAILED);
     }
 
     #[test]
