@@ -14,6 +14,9 @@ use crate::hold::is_held_by_others;
 use crate::image::{self, Backing, Image, OpenOptions};
 use crate::names::{FileId, file_id, io_error, is_passing_name};
 
+/// How many layers that are not ours a chain is taken to have, when it is asked whether it may be near its limit.
+const FOREIGN_LAYERS: usize = 32;
+
 /// What the user allows a chain to be.
 #[derive(Debug, Clone)]
 pub(crate) struct Limits {
@@ -53,6 +56,14 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, limits: &Limits)
         )));
     }
     let mut reader = Reader { record, limits, layers: Vec::new(), seen: HashMap::new() };
+    if depth == InspectDepth::Active && record.owned.len() + FOREIGN_LAYERS <= limits.max_depth as usize {
+        let (layer, _) = reader.layer(record.active.clone(), &file_of(record, &record.active)?, "qcow2")?;
+        return Ok(DiskState {
+            target: record.disk.target.clone(),
+            active: record.active.clone(),
+            layers: vec![layer],
+        });
+    }
     reader.chain(record.active.clone())?;
     for layer in &record.owned {
         if reader.layers.iter().all(|known| known.name != *layer)
@@ -193,6 +204,10 @@ impl Reader<'_> {
 
     /// A backing string may lead to the disk's own directory and to those that the user allows, nowhere else.
     fn confine(&self, child: &Utf8Path, file: &Utf8Path) -> Result<()> {
+        let plain = std::fs::symlink_metadata(file).is_ok_and(|metadata| !metadata.is_symlink());
+        if plain && file.parent() == self.record.disk.path.parent() {
+            return Ok(());
+        }
         let real = |path: &Utf8Path| path.canonicalize_utf8().unwrap_or_else(|_| path.to_owned());
         let found = real(file);
         let own = self.record.disk.path.parent().map(real);

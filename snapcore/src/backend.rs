@@ -58,6 +58,9 @@ impl Capabilities {
 /// How much [`DiskSnapshotter::inspect`] reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InspectDepth {
+    /// What taking a point needs: the active layer; and what it stands on only where the chain may be so long that its
+    /// length matters.
+    Active,
     /// The layers and their headers.
     Layers,
     /// And every image in their directories, to find whoever else stands on a layer: before anything is merged or

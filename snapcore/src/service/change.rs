@@ -89,7 +89,7 @@ impl Inner {
     /// The plan for `request` on the domain as it is on the machine.
     pub(super) async fn plan_for(&self, entry: &Entry, request: &Request) -> Result<Plan> {
         let depth = match request {
-            Request::Create(_) => InspectDepth::Layers,
+            Request::Create(_) => InspectDepth::Active,
             Request::Revert(_) | Request::Delete(_) | Request::Tidy => InspectDepth::Dependents,
         };
         let mut disks = Vec::new();
