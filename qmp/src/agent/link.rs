@@ -1,0 +1,265 @@
+//! One open socket of an agent's, and the exchange of a sync or a command on it.
+
+use std::{
+    collections::VecDeque,
+    hash::{BuildHasher, Hasher, RandomState},
+    io::{self, Read, Write},
+    os::fd::AsFd,
+    path::Path,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tokio::{
+    net::UnixStream,
+    time::{Instant, timeout_at},
+};
+
+use crate::{
+    error::{Error, ErrorKind, Reported, Result, shown},
+    line::{CHUNK, Line, LineSplitter},
+    message::{Message, command, parse},
+    socket::{self, Patience},
+};
+
+pub(super) const SYNC: &str = "guest-sync-delimited";
+pub(super) const FREEZE: &str = "guest-fsfreeze-freeze";
+pub(super) const FREEZE_LIST: &str = "guest-fsfreeze-freeze-list";
+pub(super) const THAW: &str = "guest-fsfreeze-thaw";
+pub(super) const STATUS: &str = "guest-fsfreeze-status";
+
+/// How deep an agent's reply may nest; the deepest of the protocol have about ten levels.
+const MAX_DEPTH: usize = 64;
+/// Ends what the agent's parser has of a line that was cut, and marks the sync's reply.
+const DELIMITER: u8 = 0xff;
+
+/// One open socket of an agent's.
+#[derive(Debug)]
+pub(super) struct Link {
+    stream: UnixStream,
+    splitter: LineSplitter,
+    lines: VecDeque<Line>,
+    buffer: Vec<u8>,
+    /// A write that was cut, or a socket that ended: nothing more is to be had here.
+    broken: bool,
+}
+
+/// A number that nobody else is likely to have used for a sync; within what every JSON parser holds exactly.
+fn fresh_id() -> u64 {
+    RandomState::new().build_hasher().finish() >> 12
+}
+
+fn sync_line(id: u64) -> Vec<u8> {
+    let mut line = vec![DELIMITER];
+    line.extend(command(false, SYNC, json!({ "id": id }), None));
+    line
+}
+
+/// Whether a line is the reply to the sync of that id: what stands before the last delimiter is of before.
+fn is_synced(line: &[u8], id: u64) -> bool {
+    let Some(at) = line.iter().rposition(|&byte| byte == DELIMITER) else { return false };
+    let reply = parse(line.get(at + 1..).unwrap_or_default(), MAX_DEPTH);
+    reply.is_ok_and(|reply| reply.get("return").and_then(Value::as_u64) == Some(id))
+}
+
+impl Link {
+    pub(super) async fn open(socket: &Path, line_cap: usize, deadline: Instant) -> Result<Self> {
+        let stream = socket::open(socket, Patience::Busy, deadline).await?;
+        let (splitter, lines) = (LineSplitter::new(line_cap), VecDeque::new());
+        Ok(Self { stream, splitter, lines, buffer: vec![0; CHUNK], broken: false })
+    }
+
+    pub(super) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Asks the agent for a fresh number and waits for it. After that, every command of before is done, and no reply is on
+    /// its way.
+    pub(super) async fn sync(&mut self, socket: &Path, deadline: Instant) -> Result<()> {
+        let id = fresh_id();
+        let (mut lines, mut last) = (0u64, String::new());
+        let outcome = async {
+            self.write(&sync_line(id), deadline).await?;
+            loop {
+                let line = self.line(deadline).await?;
+                lines += 1;
+                last = match line {
+                    Line::Whole(line) if is_synced(&line, id) => return Ok(()),
+                    Line::Whole(line) => shown(&line),
+                    Line::TooLong { ends, .. } => shown(&ends),
+                };
+            }
+        };
+        let failure: Failure = match outcome.await {
+            Ok(()) => return Ok(()),
+            Err(failure) => failure,
+        };
+        let noise = match lines {
+            0 => String::new(),
+            lines => format!("; {lines} other lines came, the last: {last}"),
+        };
+        Err(failure.error(SYNC, socket, &noise).advice(
+            "no agent runs in the guest, or it hangs: QEMU's `query-chardev` tells by `frontend-open` whether one runs; or \
+             another client has the socket",
+        ))
+    }
+
+    /// Sends a command and waits for its reply. Only right after a sync.
+    pub(super) async fn exchange(
+        &mut self,
+        name: &str,
+        arguments: Value,
+        socket: &Path,
+        deadline: Instant,
+    ) -> Result<std::result::Result<Value, Reported>> {
+        let id = format!("domsnap-{}", fresh_id());
+        let outcome = async {
+            self.write(&command(false, name, arguments, Some(&id)), deadline).await?;
+            loop {
+                let line = match self.line(deadline).await? {
+                    // A late reply to a sync of before.
+                    Line::Whole(line) if line.contains(&DELIMITER) => continue,
+                    Line::Whole(line) => line,
+                    Line::TooLong { length, .. } => return Err(Failure::TooLong(length)),
+                };
+                let value = parse(&line, MAX_DEPTH)
+                    .map_err(|wrong| Failure::Reply(format!("it {wrong}: {}", shown(&line))))?;
+                // Agents of today send the id back, old ones do not; with another id it is late.
+                if let Message::Reply { id: of, outcome } = Message::from_value(value)
+                    && of.is_none_or(|of| of.as_str() == Some(&id))
+                {
+                    return Ok(outcome);
+                }
+            }
+        };
+        outcome.await.map_err(|failure: Failure| failure.error(name, socket, "").sent(true))
+    }
+
+    async fn write(&mut self, bytes: &[u8], deadline: Instant) -> std::result::Result<(), Failure> {
+        let mut written = 0;
+        let outcome = timeout_at(deadline, socket::write_all(&self.stream, bytes, None, &mut written)).await;
+        match outcome {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => {
+                self.broken = true;
+                Err(Failure::Lost(format!("writing failed: {error}")))
+            }
+            Err(_) => {
+                self.broken = written > 0;
+                Err(Failure::Timeout)
+            }
+        }
+    }
+
+    async fn line(&mut self, deadline: Instant) -> std::result::Result<Line, Failure> {
+        loop {
+            if let Some(line) = self.lines.pop_front() {
+                return Ok(line);
+            }
+            if Instant::now() >= deadline {
+                return Err(Failure::Timeout);
+            }
+            let count = match timeout_at(deadline, socket::read(&self.stream, &mut self.buffer)).await {
+                Err(_) => return Err(Failure::Timeout),
+                Ok(Ok(count)) => count,
+                Ok(Err(error)) => {
+                    self.broken = true;
+                    return Err(Failure::Lost(format!("reading failed: {error}")));
+                }
+            };
+            if count == 0 {
+                self.broken = true;
+                return Err(Failure::Lost("the other side closed the connection".to_owned()));
+            }
+            let lines = &mut self.lines;
+            self.splitter.push(self.buffer.get(..count).unwrap_or_default(), |line| lines.push_back(line));
+            // A guest that floods may not keep the others of this thread from running.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Thaws without a runtime, within `patience`: the last thing that is done for a guest that is still frozen.
+    pub(super) fn thaw_blocking(&self, patience: Duration) -> io::Result<()> {
+        let stream = std::os::unix::net::UnixStream::from(self.stream.as_fd().try_clone_to_owned()?);
+        thaw_blocking(stream, patience)
+    }
+}
+
+/// Opens the socket without a runtime; fails where that would take time.
+pub(super) fn open_blocking(socket: &Path) -> io::Result<std::os::unix::net::UnixStream> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&fd, &SocketAddrUnix::new(socket)?)?;
+    Ok(fd.into())
+}
+
+/// As [`Link::thaw_blocking`], over any stream.
+pub(super) fn thaw_blocking(mut stream: std::os::unix::net::UnixStream, patience: Duration) -> io::Result<()> {
+    let end = std::time::Instant::now() + patience;
+    stream.set_nonblocking(false)?;
+    let id = fresh_id();
+    let mut bytes = sync_line(id);
+    bytes.extend(command(false, THAW, Value::Null, None));
+    stream.set_write_timeout(Some(patience))?;
+    stream.write_all(&bytes)?;
+    let (mut splitter, mut buffer) = (LineSplitter::new(CHUNK), vec![0; CHUNK]);
+    let (mut synced, mut thawed) = (false, false);
+    while !thawed {
+        let left = end.saturating_duration_since(std::time::Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        let count = stream.read(&mut buffer)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        splitter.push(buffer.get(..count).unwrap_or_default(), |line| {
+            if let Line::Whole(line) = line {
+                thawed |= synced && parse(&line, MAX_DEPTH).is_ok_and(|reply| reply.get("return").is_some());
+                synced |= is_synced(&line, id);
+            }
+        });
+    }
+    Ok(())
+}
+
+/// What ended an exchange.
+#[derive(Debug)]
+enum Failure {
+    Timeout,
+    Lost(String),
+    TooLong(u64),
+    Reply(String),
+}
+
+impl Failure {
+    fn error(self, attempted: &str, socket: &Path, note: &str) -> Error {
+        let (kind, detail) = match self {
+            Self::Timeout => (ErrorKind::Timeout, format!("the guest agent did not answer in time{note}")),
+            Self::Lost(reason) => (ErrorKind::Lost, format!("{reason}{note}")),
+            Self::TooLong(length) => (ErrorKind::TooLong, format!("the reply is {length} bytes long{note}")),
+            Self::Reply(wrong) => (ErrorKind::Reply, format!("the reply cannot be read, {wrong}{note}")),
+        };
+        Error::new(kind, attempted, socket, detail)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_fresh_number_after_the_last_delimiter_is_the_reply_to_a_sync() {
+        let synced = |line: &[u8]| is_synced(line, 7);
+        assert!(synced(b"\xff{\"return\": 7}"));
+        assert!(synced(b"\xff\xff\xff{\"return\": 7}"), "stale delimiters");
+        assert!(synced(b"{\"return\": {\"half\xff{\"return\": 7}"), "a reply that was cut before it");
+        assert!(!synced(b"{\"return\": 7}"), "no delimiter: it may be a reply to anything");
+        assert!(!synced(b"\xff{\"return\": 6}"), "the reply to an earlier sync");
+        assert!(!synced(b"\xff{\"return\": 7}\xff"));
+        assert!(!synced(b"\xff{\"error\": {\"class\": \"GenericError\", \"desc\": \"7\"}}"));
+        assert!(!synced(b"\xff"));
+    }
+}

@@ -1,0 +1,127 @@
+//! Events, as they were sent, and a subscription to them.
+
+use std::{path::PathBuf, sync::Arc};
+
+use serde_json::{Map, Value};
+use tokio::sync::broadcast;
+
+use crate::{
+    connection::Handle,
+    error::{Error, ErrorKind, Result},
+};
+
+/// One event. Its name and data may be ones that nobody here has heard of.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Event {
+    /// `STOP`, `JOB_STATUS_CHANGE`, ...
+    pub name: String,
+    /// The value of `"data"`; null where there is none.
+    pub data: Value,
+    /// When it happened, by the host's clock, in microseconds since 1970; none where QEMU could not tell.
+    pub time_us: Option<i64>,
+    /// Whatever else the event's object had.
+    pub rest: Map<String, Value>,
+}
+
+impl Event {
+    pub(crate) fn from_object(name: String, mut rest: Map<String, Value>) -> Self {
+        let data = rest.remove("data").unwrap_or_default();
+        let time_us = rest.remove("timestamp").and_then(|timestamp| {
+            let part = |key| timestamp.get(key)?.as_i64().filter(|&part| part >= 0);
+            part("seconds")?.checked_mul(1_000_000)?.checked_add(part("microseconds")?)
+        });
+        Self { name, data, time_us, rest }
+    }
+
+    /// The event's data as one of `qapi_qmp`'s types; none if it is an event of another name.
+    ///
+    /// Fails when the data is not what that type knows: a newer QEMU may say more. [`Event::data`] has it all.
+    pub fn typed<E: qapi_spec::Event>(&self) -> Option<serde_json::Result<E>> {
+        (self.name == E::NAME).then(|| match &self.data {
+            Value::Null => E::deserialize(Value::Object(Map::new())),
+            data => E::deserialize(data),
+        })
+    }
+}
+
+/// What a subscription gives.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Notice {
+    /// The next event.
+    Event(Event),
+    /// This many events were lost, because they were not taken in time: read the state anew, by
+    /// [`Qmp::reconcile`](crate::Qmp::reconcile) or a query of its own.
+    Missed(u64),
+}
+
+/// A subscription to the events of a connection, from [`Qmp::events`](crate::Qmp::events) on. One that is not read loses
+/// the oldest events, is told how many, and holds up nobody. It keeps the connection open.
+#[derive(Debug)]
+pub struct Events {
+    receiver: broadcast::Receiver<Event>,
+    socket: PathBuf,
+    handle: Arc<Handle>,
+}
+
+impl Events {
+    pub(crate) fn new(receiver: broadcast::Receiver<Event>, socket: PathBuf, handle: Arc<Handle>) -> Self {
+        Self { receiver, socket, handle }
+    }
+
+    /// The next event, or how many were missed. Waits for ever: put it under a deadline. A dropped call loses nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Lost`] when the connection is gone and the events that came over it are all read.
+    pub async fn next(&mut self) -> Result<Notice> {
+        match self.receiver.recv().await {
+            Ok(event) => Ok(Notice::Event(event)),
+            Err(broadcast::error::RecvError::Lagged(missed)) => Ok(Notice::Missed(missed)),
+            Err(broadcast::error::RecvError::Closed) => {
+                let reason = self.handle.shared.lost().unwrap_or_else(|| "the connection is closed".into());
+                Err(Error::new(ErrorKind::Lost, "waiting for events", &self.socket, &*reason)
+                    .advice("reconnect, and reconcile: events may have been missed"))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn event(value: Value) -> Event {
+        match crate::message::Message::from_value(value) {
+            crate::message::Message::Event(event) => event,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_unknown_event_with_unknown_fields_is_data() {
+        let event = event(json!({"event": "NEW", "data": [1, {"x": null}], "extra": 5, "timestamp": "noon"}));
+        assert_eq!((event.name.as_str(), &event.data), ("NEW", &json!([1, {"x": null}])));
+        assert_eq!((event.time_us, event.rest.get("extra")), (None, Some(&json!(5))));
+    }
+
+    #[test]
+    fn a_timestamp_that_qemu_could_not_tell_is_none() {
+        let time = |timestamp: Value| event(json!({"event": "E", "timestamp": timestamp})).time_us;
+        assert_eq!(time(json!({"seconds": 3, "microseconds": 4})), Some(3_000_004));
+        assert_eq!(time(json!({"seconds": -1, "microseconds": -1})), None);
+        assert_eq!(time(json!({"seconds": i64::MAX, "microseconds": 0})), None);
+    }
+
+    #[test]
+    fn a_typed_event_is_of_its_name_only_and_fails_softly_on_unknown_values() {
+        use qapi_qmp::{JOB_STATUS_CHANGE, STOP};
+        let stop = event(json!({"event": "STOP"}));
+        assert!(stop.typed::<STOP>().expect("its name").is_ok());
+        assert!(stop.typed::<JOB_STATUS_CHANGE>().is_none());
+        let job = event(json!({"event": "JOB_STATUS_CHANGE", "data": {"id": "j", "status": "levitating"}}));
+        assert!(job.typed::<JOB_STATUS_CHANGE>().expect("its name").is_err());
+    }
+}

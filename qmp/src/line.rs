@@ -1,0 +1,158 @@
+//! Bytes into lines, with a cap: memory is bounded whatever the other side sends.
+
+/// How much is kept of each end of a line that is over the cap: enough to find the id of a reply in it.
+const KEPT: usize = 512;
+/// One read of the socket.
+pub(crate) const CHUNK: usize = 64 * 1024;
+
+/// One line, without its end.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Line {
+    /// A line within the cap. Never empty: blank lines are not told.
+    Whole(Vec<u8>),
+    /// A line over the cap: its length in bytes, and its two ends.
+    TooLong { length: u64, ends: Vec<u8> },
+}
+
+/// Splits what is read into lines of at most `cap` bytes; of a longer one only the ends are kept.
+#[derive(Debug)]
+pub(crate) struct LineSplitter {
+    cap: usize,
+    line: Vec<u8>,
+    over: Option<Over>,
+}
+
+#[derive(Debug)]
+struct Over {
+    length: u64,
+    head: Vec<u8>,
+    tail: Vec<u8>,
+}
+
+impl LineSplitter {
+    pub(crate) fn new(cap: usize) -> Self {
+        Self { cap, line: Vec::new(), over: None }
+    }
+
+    /// Takes what was read and gives the lines that it completes to `each`.
+    pub(crate) fn push(&mut self, mut bytes: &[u8], mut each: impl FnMut(Line)) {
+        while let Some(end) = bytes.iter().position(|&byte| byte == b'\n') {
+            let (part, rest) = bytes.split_at(end);
+            self.extend(part);
+            if let Some(line) = self.finish() {
+                each(line);
+            }
+            bytes = rest.get(1..).unwrap_or_default();
+        }
+        self.extend(bytes);
+    }
+
+    /// What came of a line whose end has not come: its length and its head.
+    pub(crate) fn unfinished(&self) -> (u64, &[u8]) {
+        match &self.over {
+            Some(over) => (over.length, &over.head),
+            None => (self.line.len() as u64, &self.line),
+        }
+    }
+
+    fn extend(&mut self, part: &[u8]) {
+        if let Some(over) = &mut self.over {
+            over.extend(part);
+        } else if self.line.len() + part.len() <= self.cap {
+            self.line.extend_from_slice(part);
+        } else {
+            let line = std::mem::take(&mut self.line);
+            let mut over = Over { length: 0, head: Vec::new(), tail: Vec::new() };
+            over.extend(&line);
+            over.extend(part);
+            self.over = Some(over);
+        }
+    }
+
+    fn finish(&mut self) -> Option<Line> {
+        if let Some(mut over) = self.over.take() {
+            over.head.push(b' ');
+            over.head.append(&mut over.tail);
+            return Some(Line::TooLong { length: over.length, ends: over.head });
+        }
+        let mut line = std::mem::take(&mut self.line);
+        while line.last().is_some_and(u8::is_ascii_whitespace) {
+            line.pop();
+        }
+        (!line.is_empty()).then_some(Line::Whole(line))
+    }
+}
+
+impl Over {
+    fn extend(&mut self, part: &[u8]) {
+        self.length += part.len() as u64;
+        let room = KEPT.saturating_sub(self.head.len()).min(part.len());
+        let (head, rest) = part.split_at(room);
+        self.head.extend_from_slice(head);
+        let rest = rest.get(rest.len().saturating_sub(KEPT)..).unwrap_or_default();
+        self.tail.extend_from_slice(rest);
+        let surplus = self.tail.len().saturating_sub(KEPT);
+        self.tail.drain(..surplus);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn split(cap: usize, pieces: &[&[u8]]) -> Vec<Line> {
+        let mut splitter = LineSplitter::new(cap);
+        let mut lines = Vec::new();
+        for piece in pieces {
+            splitter.push(piece, |line| lines.push(line));
+        }
+        lines
+    }
+
+    #[test]
+    fn lines_are_the_same_however_the_bytes_arrive() {
+        let bytes = b"one\r\n\n two \nthree\nhalf";
+        let whole = split(100, &[bytes]);
+        assert_eq!(
+            whole,
+            [&b"one"[..], b" two", b"three"].map(|line| Line::Whole(line.to_vec())),
+            "a blank line is none, a half line is none yet"
+        );
+        let single: Vec<&[u8]> = bytes.chunks(1).collect();
+        assert_eq!(split(100, &single), whole);
+    }
+
+    #[test]
+    fn a_line_over_the_cap_keeps_only_its_ends_and_the_next_line_is_whole() {
+        let mut bytes = b"head".to_vec();
+        bytes.extend(std::iter::repeat_n(b'x', 1 << 20));
+        bytes.extend(b"tail\nnext\n");
+        for chunk in [1 << 21, 1000, 7] {
+            let pieces: Vec<&[u8]> = bytes.chunks(chunk).collect();
+            let lines = split(1000, &pieces);
+            let [Line::TooLong { length, ends }, Line::Whole(next)] = lines.as_slice() else {
+                panic!("{lines:?}")
+            };
+            assert_eq!(*length, (1 << 20) + 8);
+            assert!(ends.starts_with(b"headxx") && ends.ends_with(b"xxtail") && ends.len() == 2 * KEPT + 1);
+            assert_eq!(next, b"next");
+        }
+    }
+
+    #[test]
+    fn a_line_of_exactly_the_cap_is_whole() {
+        assert_eq!(split(3, &[b"abc\n"]), [Line::Whole(b"abc".to_vec())]);
+        assert!(matches!(split(3, &[b"abcd\n"]).as_slice(), [Line::TooLong { length: 4, .. }]));
+    }
+
+    #[test]
+    fn memory_stays_bounded_in_a_line_without_end() {
+        let mut splitter = LineSplitter::new(1000);
+        for _ in 0..1000 {
+            splitter.push(&[b'x'; 1000], |line| panic!("{line:?}"));
+        }
+        assert_eq!(splitter.unfinished().0, 1_000_000);
+        let over = splitter.over.expect("it is over the cap");
+        assert!(over.head.capacity() + over.tail.capacity() + splitter.line.capacity() < 8 * 1024);
+    }
+}

@@ -1,0 +1,192 @@
+//! What a QEMU is doing now, as one snapshot: what stands when a connection was lost and events were missed.
+
+use serde_json::Value;
+
+use crate::{
+    error::{Error, ErrorKind, Result, shown},
+    qmp::Qmp,
+};
+
+/// The state of a QEMU, as its own queries tell it. Words that are not known are kept, not refused.
+///
+/// The queries follow one another; a guest that runs, or a job, may go on between them.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Reconciled {
+    /// Whether this is the process that the former connection was to; none where that cannot be told, or where there was
+    /// no former one.
+    pub same_process: Option<bool>,
+    /// Whether the guest runs.
+    pub running: bool,
+    /// `query-status`: `running`, `paused`, `postmigrate`, `restore-vm`, ...
+    pub run_state: String,
+    /// `query-jobs`: jobs that are under way, and those that have ended and were not dismissed.
+    pub jobs: Vec<Job>,
+    /// `query-block`: the drives of the guest's devices, empty ones too.
+    pub drives: Vec<Drive>,
+}
+
+/// One job.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Job {
+    /// Its id.
+    pub id: String,
+    /// `commit`, `stream`, `snapshot-save`, ...
+    pub kind: String,
+    /// Where it is.
+    pub status: JobStatus,
+    /// Progress, in units of the job's own (bytes for most).
+    pub current: u64,
+    /// What `current` is on its way to; may move.
+    pub total: u64,
+    /// Why it failed, once it has.
+    pub error: Option<String>,
+    /// The entry as it was sent.
+    pub raw: Value,
+}
+
+/// The state of a job (QAPI `JobStatus`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the words are QEMU's")]
+pub enum JobStatus {
+    Created,
+    Running,
+    Paused,
+    Ready,
+    Standby,
+    Waiting,
+    Pending,
+    Aborting,
+    Concluded,
+    Null,
+    /// A word that is not known here.
+    Other(String),
+}
+
+impl JobStatus {
+    /// From QEMU's word, also that of an event.
+    pub fn from_word(word: &str) -> Self {
+        match word {
+            "created" => Self::Created,
+            "running" => Self::Running,
+            "paused" => Self::Paused,
+            "ready" => Self::Ready,
+            "standby" => Self::Standby,
+            "waiting" => Self::Waiting,
+            "pending" => Self::Pending,
+            "aborting" => Self::Aborting,
+            "concluded" => Self::Concluded,
+            "null" => Self::Null,
+            other => Self::Other(other.to_owned()),
+        }
+    }
+}
+
+/// One drive of the guest.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Drive {
+    /// The drive's name; empty where it was made by `-blockdev`.
+    pub device: String,
+    /// The device's id or its path in QOM.
+    pub qdev: Option<String>,
+    /// Whether its medium can be taken out.
+    pub removable: bool,
+    /// The medium; none in an empty drive.
+    pub inserted: Option<Inserted>,
+    /// The entry as it was sent.
+    pub raw: Value,
+}
+
+/// The medium of a drive: its topmost node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Inserted {
+    /// The node's name.
+    pub node: Option<String>,
+    /// `qcow2`, `raw`, ...
+    pub driver: String,
+    /// The name QEMU has for its file; may be a `json:` string.
+    pub file: String,
+    /// The backing file's name, as QEMU has it.
+    pub backing_file: Option<String>,
+    /// Whether the guest cannot write it.
+    pub read_only: bool,
+}
+
+impl Reconciled {
+    pub(crate) async fn read(qmp: &Qmp) -> Result<Self> {
+        let status = qmp.execute_raw("query-status", Value::Null).await?;
+        let jobs = qmp.execute_raw("query-jobs", Value::Null).await?;
+        let drives = qmp.execute_raw("query-block", Value::Null).await?;
+        let wrong = |command, value: &Value| {
+            let detail = format!("the reply has not the form of this command's: {}", shown(value.to_string().as_bytes()));
+            Error::new(ErrorKind::Reply, command, qmp.socket(), detail).sent(true)
+        };
+        Ok(Self {
+            same_process: None,
+            running: flag(&status, "running").ok_or_else(|| wrong("query-status", &status))?,
+            run_state: text(&status, "status").ok_or_else(|| wrong("query-status", &status))?,
+            jobs: all(&jobs, Job::from_value).ok_or_else(|| wrong("query-jobs", &jobs))?,
+            drives: all(&drives, Drive::from_value).ok_or_else(|| wrong("query-block", &drives))?,
+        })
+    }
+
+    /// The job of that id.
+    pub fn job(&self, id: &str) -> Option<&Job> {
+        self.jobs.iter().find(|job| job.id == id)
+    }
+}
+
+impl Job {
+    fn from_value(value: &Value) -> Option<Self> {
+        // The protocol has these as signed; what is out of range reads as 0.
+        let count = |key| value.get(key).and_then(Value::as_u64).unwrap_or_default();
+        Some(Self {
+            id: text(value, "id")?,
+            kind: text(value, "type")?,
+            status: JobStatus::from_word(&text(value, "status")?),
+            current: count("current-progress"),
+            total: count("total-progress"),
+            error: text(value, "error"),
+            raw: value.clone(),
+        })
+    }
+}
+
+impl Drive {
+    fn from_value(value: &Value) -> Option<Self> {
+        let inserted = match value.get("inserted") {
+            None | Some(Value::Null) => None,
+            Some(inserted) => Some(Inserted {
+                node: text(inserted, "node-name"),
+                driver: text(inserted, "drv")?,
+                file: text(inserted, "file")?,
+                backing_file: text(inserted, "backing_file"),
+                read_only: flag(inserted, "ro")?,
+            }),
+        };
+        Some(Self {
+            device: text(value, "device")?,
+            qdev: text(value, "qdev"),
+            removable: flag(value, "removable")?,
+            inserted,
+            raw: value.clone(),
+        })
+    }
+}
+
+fn text(value: &Value, key: &str) -> Option<String> {
+    value.get(key)?.as_str().map(str::to_owned)
+}
+
+fn flag(value: &Value, key: &str) -> Option<bool> {
+    value.get(key)?.as_bool()
+}
+
+/// All entries of a list, or none if one of them cannot be read: a job that is passed over would be worse.
+fn all<T>(value: &Value, each: impl Fn(&Value) -> Option<T>) -> Option<Vec<T>> {
+    value.as_array()?.iter().map(each).collect()
+}

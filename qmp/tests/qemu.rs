@@ -1,0 +1,246 @@
+//! Against the QEMUs that are supported: `scripts/install-qemu` installs them.
+
+mod machine;
+
+use std::{
+    io::{Read, Seek, Write},
+    time::Duration,
+};
+
+use machine::{BOTH, Machine, Version};
+use qapi_qmp::{query_kvm, query_status, query_version, quit};
+use qmp::{ErrorKind, JobStatus, Notice, Options};
+use serde_json::{Value, json};
+
+/// The next event of that name. The deadline is for a test that fails.
+async fn wait_for(events: &mut qmp::Events, name: &str) -> qmp::Event {
+    let search = async {
+        loop {
+            match events.next().await.expect("the connection lives") {
+                Notice::Event(event) if event.name == name => return event,
+                _ => {}
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), search).await.unwrap_or_else(|_| panic!("no event {name}"))
+}
+
+#[tokio::test]
+async fn it_greets_runs_typed_and_raw_commands_and_says_what_qemu_refuses() {
+    for version in BOTH {
+        let machine = Machine::start(version, &[]).await;
+        let qmp = machine.qmp().await;
+        let major = qmp.execute(query_version {}).await.expect("a version").qemu.major;
+        assert_eq!(major, if version == Version::New { 10 } else { 7 });
+        assert_eq!(qmp.greeting().version.map(|version| version.0), u64::try_from(major).ok());
+        assert!(qmp.has_oob(), "{version:?} offers out-of-band commands");
+        assert_eq!(qmp.peer().map(|peer| peer.pid), machine.process.id());
+        assert!(!qmp.execute(query_kvm {}).await.expect("a reply").enabled);
+        qmp.execute(query_status {}).await.expect("a status");
+
+        let error = qmp.execute_raw("no-such-command", Value::Null).await.expect_err("it does not exist");
+        assert_eq!((error.kind(), error.class()), (ErrorKind::Unsupported, Some("CommandNotFound")));
+        let error = qmp.execute_raw("blockdev-del", json!({"node-name": "x"})).await.expect_err("no node");
+        assert_eq!((error.kind(), error.may_have_run()), (ErrorKind::Refused, false));
+        assert!(error.to_string().contains("blockdev-del on ") && error.desc() == Some("Failed to find node with node-name='x'"), "{error}");
+
+        let mut events = qmp.events();
+        qmp.execute(quit {}).await.expect("it quits");
+        let shutdown = wait_for(&mut events, "SHUTDOWN").await;
+        assert_eq!(shutdown.data["reason"], "host-qmp-quit");
+        qmp.closed().await;
+        assert_eq!(qmp.execute(query_status {}).await.expect_err("it is gone").kind(), ErrorKind::Lost);
+    }
+}
+
+#[tokio::test]
+async fn abilities_are_read_from_the_schema_and_differ_between_versions() {
+    let mut abilities = Vec::new();
+    for version in BOTH {
+        let machine = Machine::start(version, &[]).await;
+        let qmp = machine.qmp().await;
+        let schema = qmp.schema().await.expect("a schema");
+        assert!(schema.has_command("transaction") && !schema.has_command("transmogrify"));
+        assert!(schema.has_event("JOB_STATUS_CHANGE"));
+        assert!(schema.has_argument("blockdev-add", "driver=qcow2.backing"));
+        assert!(schema.has_argument("blockdev-reopen", "options.driver=qcow2.backing.driver"));
+        assert!(!schema.has_argument("blockdev-add", "driver=raw.backing"));
+        assert!(schema.has_argument("transaction", "actions.type=blockdev-snapshot.data.overlay"));
+        assert!(schema.has_value("transaction", "actions.type", "blockdev-snapshot-internal-sync"));
+        assert!(schema.has_value("migrate-set-capabilities", "capabilities.capability", "background-snapshot"));
+        assert!(schema.has_reply("query-block", "inserted.image.backing-image.backing-image.filename"));
+        let again = qmp.schema().await.expect("a schema");
+        assert!(std::sync::Arc::ptr_eq(&schema, &again), "it is asked for once");
+        abilities.push((
+            schema.has_value("migrate-set-capabilities", "capabilities.capability", "mapped-ram"),
+            schema.has_argument("migrate", "channels.addr.transport=file.offset"),
+            schema.has_argument("migrate-set-parameters", "direct-io"),
+        ));
+    }
+    assert_eq!(abilities, [(true, true, true), (false, false, false)]);
+}
+
+#[tokio::test]
+async fn out_of_band_commands_are_agreed_on_and_run() {
+    for version in BOTH {
+        let machine = Machine::start(version, &[]).await;
+        let qmp = machine.qmp().await;
+        // Both are allowed out of band; with no migration to recover they are refused, each with its own words.
+        let error = qmp.execute_oob(qapi_qmp::migrate_pause {}).await.expect_err("no migration");
+        assert!(error.kind() == ErrorKind::Refused && error.desc().unwrap_or_default().contains("migrat"), "{error}");
+        let error = qmp.execute_oob_raw("stop", Value::Null).await.expect_err("not out of band");
+        assert!(error.desc().unwrap_or_default().contains("does not support OOB"), "{error}");
+        drop(qmp);
+
+        let mut options = Options::default();
+        options.oob = false;
+        let qmp = machine.qmp_with(options).await;
+        assert!(!qmp.has_oob());
+        let error = qmp.execute_oob(qapi_qmp::migrate_pause {}).await.expect_err("not agreed on");
+        assert_eq!((error.kind(), error.may_have_run()), (ErrorKind::Unsupported, false));
+        qmp.execute(query_status {}).await.expect("the connection is usable");
+    }
+}
+
+#[tokio::test]
+async fn descriptors_reach_qemu_by_getfd_and_add_fd_also_many_at_once() {
+    for version in BOTH {
+        let machine = Machine::start(version, &[]).await;
+        let qmp = machine.qmp().await;
+        qmp.get_fd("one", std::fs::File::open("/dev/null").expect("open")).await.expect("getfd");
+        qmp.execute_raw("closefd", json!({"fdname": "one"})).await.expect("QEMU has it");
+
+        // Eight files of different sizes, all at once: each set must have its own.
+        let mut adding = tokio::task::JoinSet::new();
+        for number in 1..=8i64 {
+            let mut file = tempfile::tempfile_in(machine.dir.path()).expect("a file");
+            file.set_len(u64::try_from(number).expect("small") * 65536).expect("a size");
+            file.write_all(&[b'0' + u8::try_from(number).expect("small")]).expect("a mark");
+            let qmp = qmp.clone();
+            adding.spawn(async move {
+                let info = qmp.add_fd(Some(number), Some(&format!("file {number}")), &file).await.expect("add-fd");
+                assert_eq!(info.fdset_id, number);
+                (number, info.fd, file)
+            });
+        }
+        let pid = machine.process.id().expect("it runs");
+        while let Some(added) = adding.join_next().await {
+            let (number, fd, mut ours) = added.expect("no panic");
+            let mut theirs = std::fs::File::open(format!("/proc/{pid}/fd/{fd}")).expect("QEMU's descriptor");
+            let (mut mark, mut expected) = ([0], [0]);
+            theirs.read_exact(&mut mark).expect("a mark");
+            ours.rewind().and_then(|()| ours.read_exact(&mut expected)).expect("a mark");
+            assert_eq!(mark, expected, "set {number} has another's descriptor");
+            assert_eq!(theirs.metadata().expect("stat").len(), u64::try_from(number).expect("small") * 65536);
+        }
+    }
+}
+
+/// A job that stays: a mirror at one byte a second.
+async fn slow_job(machine: &Machine, qmp: &qmp::Qmp) {
+    let base = machine.path("base.raw");
+    std::fs::write(&base, vec![7; 1 << 20]).expect("a base");
+    let overlay = machine.path("overlay.raw");
+    std::fs::write(&overlay, vec![0; 1 << 20]).expect("a target");
+    for (node, file) in [("source", &base), ("target", &overlay)] {
+        qmp.execute_raw("blockdev-add", json!({"driver": "raw", "node-name": node, "file": {"driver": "file", "filename": file}}))
+            .await
+            .expect("a node");
+    }
+    qmp.execute_raw(
+        "blockdev-mirror",
+        json!({"job-id": "slow", "device": "source", "target": "target", "sync": "full", "speed": 1, "auto-dismiss": false}),
+    )
+    .await
+    .expect("a job");
+}
+
+#[tokio::test]
+async fn a_second_connection_waits_for_the_first_and_then_knows_its_jobs() {
+    for version in BOTH {
+        let drive = ["-drive", "if=none,id=cd,media=cdrom"];
+        let machine = Machine::start(version, &drive).await;
+        let first = machine.qmp().await;
+        slow_job(&machine, &first).await;
+        // QEMU serves one client at a time.
+        let mut options = Options::default();
+        options.connect_deadline = Duration::from_millis(300);
+        let error = qmp::Qmp::connect_with(machine.path("qmp"), options).await.expect_err("the first is served");
+        assert!(error.kind() == ErrorKind::Timeout && error.to_string().contains("one client"), "{error}");
+        drop(first);
+
+        let again = machine.qmp().await;
+        let now = again.reconcile().await.expect("reconciled");
+        let job = now.job("slow").expect("the job goes on");
+        assert_eq!((job.kind.as_str(), &job.status, job.total), ("mirror", &JobStatus::Running, 1 << 20));
+        assert_eq!(now.drives.len(), 1);
+        assert!(now.drives[0].removable && now.drives[0].device == "cd" && now.drives[0].inserted.is_none());
+        let cancelled = again.execute_raw("job-cancel", json!({"id": "slow"})).await;
+        cancelled.expect("the job is cancelled by the new connection");
+    }
+}
+
+#[tokio::test]
+async fn a_qemu_that_was_restarted_is_told_from_the_former_one() {
+    for version in BOTH {
+        let mut machine = Machine::start(version, &[]).await;
+        let qmp = machine.qmp().await;
+        slow_job(&machine, &qmp).await;
+        machine.restart().await;
+        qmp.closed().await;
+        let error = qmp.execute(query_status {}).await.expect_err("it was killed");
+        assert_eq!((error.kind(), error.may_have_run()), (ErrorKind::Lost, false));
+        let (qmp, now) = qmp.reconnect(Duration::from_secs(30)).await.expect("the new one is served");
+        assert_eq!((now.same_process, now.jobs.len()), (Some(false), 0));
+        qmp.execute(query_status {}).await.expect("the new connection is usable");
+    }
+}
+
+#[tokio::test]
+async fn a_command_that_was_given_up_leaves_the_connection_usable() {
+    for version in BOTH {
+        let machine = Machine::start(version, &[]).await;
+        let qmp = machine.qmp().await;
+        for _ in 0..50 {
+            let schema = qmp.execute_raw("query-qmp-schema", Value::Null);
+            let given_up = tokio::time::timeout(Duration::from_micros(300), schema).await;
+            drop(given_up);
+            qmp.execute(query_status {}).await.expect("the next reply is the next command's");
+        }
+        let error = qmp.within(Duration::ZERO).execute(query_status {}).await.expect_err("no time");
+        assert_eq!(error.kind(), ErrorKind::Timeout);
+        qmp.execute(query_version {}).await.expect("a version");
+    }
+}
+
+#[tokio::test]
+async fn a_chain_of_two_hundred_layers_is_read() {
+    for version in BOTH {
+        let machine = Machine::start(version, &[]).await;
+        let qmp = machine.qmp().await;
+        qmp.execute_raw("blockdev-add", json!({"driver": "null-co", "node-name": "n0", "size": 65536, "read-zeroes": true}))
+            .await
+            .expect("the base");
+        // Overlays without files: each layer is a qcow2 on a file of its own, made here.
+        let image = machine.path("empty.qcow2");
+        let made = std::process::Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("64K").status();
+        assert!(made.expect("qemu-img runs: scripts/install-deps").success());
+        for layer in 1..=200 {
+            let copy = machine.path(&format!("{layer}.qcow2"));
+            std::fs::copy(&image, &copy).expect("a copy");
+            let node = json!({"driver": "qcow2", "node-name": format!("n{layer}"), "read-only": true,
+                "file": {"driver": "file", "filename": copy}, "backing": format!("n{}", layer - 1)});
+            qmp.execute_raw("blockdev-add", node).await.expect("a layer");
+        }
+        let nodes = qmp.execute_raw("query-named-block-nodes", json!({"flat": true})).await.expect("flat");
+        assert!(nodes.as_array().expect("a list").len() > 200);
+        let deep = qmp.execute_raw("query-named-block-nodes", json!({})).await.expect("200 levels deep");
+        let top = deep.as_array().expect("a list").iter().find(|node| node["node-name"] == "n200").expect("the top");
+        let mut image = &top["image"];
+        let mut depth = 0;
+        while let Some(backing) = image.get("backing-image") {
+            (image, depth) = (backing, depth + 1);
+        }
+        assert_eq!(depth, 200);
+    }
+}
