@@ -164,14 +164,20 @@ impl Shared {
                 &self.socket,
                 format!("the first line is no QMP greeting, {what}"),
             );
-            let _ = greeting.send(Err(error.advice("give the path of a QMP socket, not of another monitor or port")));
+            let _ = greeting
+                .send(Err(error.advice("give the path of a QMP socket, not of another monitor or port")));
             return;
         }
         let answered = self.ids.find(bytes).is_some_and(|number| {
             self.answer(number, |pending| {
-                Err(Error::new(kind, &pending.name, &self.socket, format!("the reply cannot be read, {what}"))
-                    .sent(true)
-                    .advice("the connection is still usable; ask for less, or query what came of it"))
+                Err(Error::new(
+                    kind,
+                    &pending.name,
+                    &self.socket,
+                    format!("the reply cannot be read, {what}"),
+                )
+                .sent(true)
+                .advice("the connection is still usable; ask for less, or query what came of it"))
             })
         });
         if !answered {
@@ -190,7 +196,10 @@ impl Shared {
             Message::Reply { id, outcome } => {
                 let number = id.as_ref().and_then(|id| self.ids.number(id));
                 if !number.is_some_and(|number| self.answer(number, |_| Ok(outcome))) {
-                    self.noise(format!("a reply to nothing that was asked, or that was answered: {}", shown(line)));
+                    self.noise(format!(
+                        "a reply to nothing that was asked, or that was answered: {}",
+                        shown(line)
+                    ));
                 }
             }
             Message::Greeting(greeting) => {
@@ -278,10 +287,12 @@ impl Handle {
     /// A new subscription; the first one has also what came before it was asked for.
     pub(crate) fn subscribe(&self) -> broadcast::Receiver<Event> {
         let first = self.events.lock().unwrap_or_else(PoisonError::into_inner).take();
-        first.or_else(|| self.shared.state().events.as_ref().map(broadcast::Sender::subscribe)).unwrap_or_else(
-            // The connection is gone: a ring whose sender is, too.
-            || broadcast::channel(1).1,
-        )
+        first
+            .or_else(|| self.shared.state().events.as_ref().map(broadcast::Sender::subscribe))
+            .unwrap_or_else(
+                // The connection is gone: a ring whose sender is, too.
+                || broadcast::channel(1).1,
+            )
     }
 
     /// Waits until the connection is gone.

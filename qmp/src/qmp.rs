@@ -36,7 +36,8 @@ pub struct Options {
     pub deadline: Duration,
     /// Within which the socket must open, greet, and agree on capabilities. 10 s.
     pub connect_deadline: Duration,
-    /// The longest line that is read, in bytes. 64 MiB.
+    /// The longest line that is read, in bytes. 64 MiB. (Ask `query-named-block-nodes` with `flat`: without it, its reply
+    /// grows with the square of a chain's length, to megabytes at sixty layers.)
     pub line_cap: usize,
     /// How many events are kept for a subscriber that does not take them. 1024.
     pub event_ring: usize,
@@ -74,7 +75,8 @@ impl Greeting {
             let part = |key| qemu.get(key).and_then(Value::as_u64);
             Some((part("major")?, part("minor")?, part("micro")?))
         });
-        let capabilities = raw.get("capabilities").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        let capabilities =
+            raw.get("capabilities").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let capabilities = capabilities.iter().filter_map(Value::as_str).map(str::to_owned).collect();
         Self { version, capabilities, raw }
     }
@@ -135,7 +137,9 @@ impl Qmp {
         let attempted = "waiting for the greeting";
         let greeting = match timeout_at(deadline, greeting).await {
             Ok(Ok(greeting)) => Greeting::from_value(greeting?),
-            Ok(Err(_)) => return Err(Error::new(ErrorKind::Lost, attempted, &socket, "the connection is closed")),
+            Ok(Err(_)) => {
+                return Err(Error::new(ErrorKind::Lost, attempted, &socket, "the connection is closed"));
+            }
             Err(_) => {
                 let seconds = options.connect_deadline.as_secs_f64();
                 let detail = format!("none within {seconds} s{}", handle.shared.noise_note(0));
@@ -208,7 +212,8 @@ impl Qmp {
     /// As [`Qmp::execute`]; [`ErrorKind::Invalid`] where the descriptor cannot be duplicated.
     pub async fn execute_with_fd(&self, name: &str, arguments: Value, fd: impl AsFd) -> Result<Value> {
         let fd = fd.as_fd().try_clone_to_owned().map_err(|error| {
-            Error::new(ErrorKind::Invalid, name, self.socket(), "the file descriptor cannot be duplicated").source(error)
+            Error::new(ErrorKind::Invalid, name, self.socket(), "the file descriptor cannot be duplicated")
+                .source(error)
         })?;
         self.run(name, arguments, false, Some(fd)).await
     }
@@ -298,7 +303,8 @@ impl Qmp {
         let stream = socket::open(self.socket(), Patience::Absent, deadline).await?;
         let options = self.about.options.clone();
         let greeted = deadline.max(Instant::now() + options.connect_deadline);
-        let qmp = Self::greet(stream, self.socket().to_owned(), options, greeted).await?.within(self.deadline);
+        let qmp =
+            Self::greet(stream, self.socket().to_owned(), options, greeted).await?.within(self.deadline);
         let reconciled = qmp.reconcile().await?;
         Ok((qmp, reconciled))
     }

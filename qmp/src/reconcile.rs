@@ -122,7 +122,10 @@ impl Reconciled {
         let jobs = qmp.execute_raw("query-jobs", Value::Null).await?;
         let drives = qmp.execute_raw("query-block", Value::Null).await?;
         let wrong = |command, value: &Value| {
-            let detail = format!("the reply has not the form of this command's: {}", shown(value.to_string().as_bytes()));
+            let detail = format!(
+                "the reply has not the form of this command's: {}",
+                shown(value.to_string().as_bytes())
+            );
             Error::new(ErrorKind::Reply, command, qmp.socket(), detail).sent(true)
         };
         Ok(Self {

@@ -89,7 +89,10 @@ impl Entity {
             "alternate" => Shape::Alternate(list(value, "members").filter_map(|m| text(m, "type")).collect()),
             // "members" replaces "values", which old versions have alone.
             "enum" => Shape::Enum(
-                list(value, "members").filter_map(|m| text(m, "name")).chain(texts(value, "values")).collect(),
+                list(value, "members")
+                    .filter_map(|m| text(m, "name"))
+                    .chain(texts(value, "values"))
+                    .collect(),
             ),
             _ => Shape::Other,
         };
@@ -104,7 +107,11 @@ impl Entity {
 
 impl Member {
     fn from_value(value: &Value) -> Option<Self> {
-        Some(Self { name: text(value, "name")?, of: text(value, "type")?, features: texts(value, "features") })
+        Some(Self {
+            name: text(value, "name")?,
+            of: text(value, "type")?,
+            features: texts(value, "features"),
+        })
     }
 }
 
@@ -188,7 +195,9 @@ impl Schema {
             for found in at {
                 for (name, entity) in self.plain(found.of) {
                     match step.split_once('=') {
-                        Some((tag, case)) => next.extend(entity.branch(tag, case).map(|of| Found { of, features: &[] })),
+                        Some((tag, case)) => {
+                            next.extend(entity.branch(tag, case).map(|of| Found { of, features: &[] }))
+                        }
                         None => self.members(name, entity, step, &mut next),
                     }
                 }
@@ -306,7 +315,9 @@ mod tests {
     fn a_branch_can_be_chosen() {
         let schema = schema();
         assert!(schema.has_argument("reopen", "options.driver=qcow2.lazy"));
-        for path in ["options.driver=raw.lazy", "options.driver=odd.lazy", "options.type=qcow2.lazy", "driver=qcow2"] {
+        for path in
+            ["options.driver=raw.lazy", "options.driver=odd.lazy", "options.type=qcow2.lazy", "driver=qcow2"]
+        {
             assert!(!schema.has_argument("reopen", path), "{path}");
         }
     }

@@ -51,9 +51,13 @@ pub(crate) async fn open(socket: &Path, patience: Patience, deadline: Instant) -
 fn open_error(socket: &Path, error: io::Error) -> Error {
     let advice = match error.kind() {
         io::ErrorKind::NotFound => "check the path, and that QEMU runs",
-        io::ErrorKind::ConnectionRefused => "nobody serves this socket: QEMU has ended, or was started anew elsewhere",
+        io::ErrorKind::ConnectionRefused => {
+            "nobody serves this socket: QEMU has ended, or was started anew elsewhere"
+        }
         io::ErrorKind::PermissionDenied => "run as the user that QEMU runs as, or as root",
-        io::ErrorKind::WouldBlock => "other clients wait for it already: close them, or give QEMU a second socket",
+        io::ErrorKind::WouldBlock => {
+            "other clients wait for it already: close them, or give QEMU a second socket"
+        }
         _ => "check that it is a Unix socket that QEMU serves",
     };
     Error::new(ErrorKind::Connect, "connecting", socket, error.to_string()).advice(advice).source(error)

@@ -65,7 +65,9 @@ async fn a_reply_before_its_command_and_replies_to_nobody_are_dropped() {
         let (prefix, number) = text.rsplit_once('-').expect("a number at the end");
         let next = format!("{prefix}-{}", number.parse::<u64>().expect("a number") + 1);
         // Of the next command, of none, of another's connection, with no id, with an odd one; and then twice.
-        for wrong in [json!(next), json!("x"), json!("domsnap-0000000000000000-2"), json!(2), json!({"a": []})] {
+        for wrong in
+            [json!(next), json!("x"), json!("domsnap-0000000000000000-2"), json!(2), json!({"a": []})]
+        {
             client.say(json!({"return": {"running": "wrong"}, "id": wrong})).await;
         }
         client.say(json!({"return": {"running": "wrong"}})).await;
@@ -107,9 +109,15 @@ async fn unknown_messages_between_are_data_or_nothing_and_a_timeout_tells_of_the
     let (mut client, error) = tokio::join!(serve, commands);
     assert_eq!((error.kind(), error.may_have_run()), (ErrorKind::Timeout, true));
     let text = error.to_string();
-    assert!(text.contains("within 30 s; meanwhile 1 lines were not understood") && text.contains("who asked?"), "{text}");
+    assert!(
+        text.contains("within 30 s; meanwhile 1 lines were not understood") && text.contains("who asked?"),
+        "{text}"
+    );
     let Ok(Notice::Event(event)) = events.next().await else { panic!("no event") };
-    assert_eq!((event.name.as_str(), event.time_us, &event.data), ("CHRONOSYNCLASTIC", Some(1_000_002), &json!({"x": [1]})));
+    assert_eq!(
+        (event.name.as_str(), event.time_us, &event.data),
+        ("CHRONOSYNCLASTIC", Some(1_000_002), &json!({"x": [1]}))
+    );
     works(&mut client, &qmp).await;
 }
 
@@ -119,7 +127,10 @@ async fn a_late_reply_is_dropped_and_the_next_command_gets_its_own() {
     let (mut client, qmp) = server.greeted(Options::default()).await;
     let error = qmp.within(Duration::from_secs(3)).execute_raw("snapshot-save", json!({"tag": "t"})).await;
     let error = error.expect_err("no reply");
-    assert_eq!((error.kind(), error.may_have_run(), error.attempted()), (ErrorKind::Timeout, true, "snapshot-save"));
+    assert_eq!(
+        (error.kind(), error.may_have_run(), error.attempted()),
+        (ErrorKind::Timeout, true, "snapshot-save")
+    );
     let late = client.expect("snapshot-save").await;
     let serve = async {
         let id = client.expect("query-status").await;
@@ -139,9 +150,15 @@ async fn a_call_that_is_dropped_leaves_the_connection_usable_and_what_was_not_wr
     // The server does not read: this one fills the socket, half written.
     let big = qmp.execute_raw("big", json!({"a": "x".repeat(8 << 20)}));
     tokio::time::timeout(Duration::from_secs(1), big).await.expect_err("it is dropped half written");
-    let behind = qmp.within(Duration::from_secs(1)).execute_raw("never-sent", Value::Null).await.expect_err("no reply");
+    let behind = qmp
+        .within(Duration::from_secs(1))
+        .execute_raw("never-sent", Value::Null)
+        .await
+        .expect_err("no reply");
     assert!(!behind.may_have_run() && behind.to_string().contains("could not even be sent"), "{behind}");
-    tokio::time::timeout(Duration::from_secs(1), qmp.execute_raw("dropped", Value::Null)).await.expect_err("dropped");
+    tokio::time::timeout(Duration::from_secs(1), qmp.execute_raw("dropped", Value::Null))
+        .await
+        .expect_err("dropped");
     // Now it reads: the first line is whole, and nothing of the others comes between it and the next.
     let id = client.expect("big").await;
     client.reply(&id, json!({"running": "dropped"})).await;
@@ -184,9 +201,15 @@ async fn an_oversized_or_broken_reply_fails_its_command_at_once_and_no_other() {
         let id = client.expect("query-block").await;
         client.send(format!("{{\"return\": nonsense, \"id\": {id}}}\n").as_bytes()).await;
         let id = client.expect("query-block").await;
-        client.send(&[b"{\"return\": \"\xff\xfe\", \"id\": ", id.to_string().as_bytes(), b"}\n"].concat()).await;
+        client
+            .send(&[b"{\"return\": \"\xff\xfe\", \"id\": ", id.to_string().as_bytes(), b"}\n"].concat())
+            .await;
         let id = client.expect("query-block").await;
-        client.send(format!("{{\"id\": {id}, \"return\": {}1{}}}\n", "[".repeat(600), "]".repeat(600)).as_bytes()).await;
+        client
+            .send(
+                format!("{{\"id\": {id}, \"return\": {}1{}}}\n", "[".repeat(600), "]".repeat(600)).as_bytes(),
+            )
+            .await;
         client
     };
     let commands = async {
@@ -280,7 +303,12 @@ async fn what_is_no_monitor_is_told_from_one_that_is_silent() {
         (b"", false, ErrorKind::Timeout, "one client"),
         (b"", true, ErrorKind::Protocol, "closed the connection"),
         (b"{\"QMP\": {\"vers", true, ErrorKind::Protocol, "inside a line, after 14 bytes"),
-        (b"QEMU 10.0.2 monitor - type 'help' for more information\r\n(qemu) ", false, ErrorKind::Protocol, "no QMP greeting"),
+        (
+            b"QEMU 10.0.2 monitor - type 'help' for more information\r\n(qemu) ",
+            false,
+            ErrorKind::Protocol,
+            "no QMP greeting",
+        ),
         (b"\xff\xff\x00\n", false, ErrorKind::Protocol, "\\xff\\xff"),
         (b"{\"return\": {}}\n{\"event\": \"X\"}\n", false, ErrorKind::Timeout, "1 lines were not understood"),
     ];
@@ -361,7 +389,10 @@ async fn a_socket_that_closes_after_any_byte_gives_an_error_and_never_a_hang() {
         cut += 1;
         assert!(cut < 1000, "{kinds:?}");
     };
-    assert!(answered && kinds.contains_key("connect Protocol") && kinds.contains_key("connect Lost"), "{kinds:?}");
+    assert!(
+        answered && kinds.contains_key("connect Protocol") && kinds.contains_key("connect Lost"),
+        "{kinds:?}"
+    );
     assert!(kinds.get("execute Lost").is_some_and(|&count| count > 50), "{kinds:?}");
 }
 
@@ -417,7 +448,10 @@ async fn a_reconnect_waits_for_the_socket_and_tells_what_qemu_does_now() {
     let (again, now) = again.expect("it is served again");
     assert_eq!((now.same_process, now.running, now.run_state.as_str()), (Some(true), false, "levitating"));
     let job = now.job("j").expect("the job");
-    assert_eq!((&job.status, job.current, job.total, job.kind.as_str()), (&JobStatus::Pending, 3, 0, "alchemy"));
+    assert_eq!(
+        (&job.status, job.current, job.total, job.kind.as_str()),
+        (&JobStatus::Pending, 3, 0, "alchemy")
+    );
     assert_eq!(now.job("k").map(|job| &job.status), Some(&JobStatus::Other("transcended".to_owned())));
     let inserted = now.drives[0].inserted.as_ref().expect("a medium");
     assert_eq!((inserted.node.as_deref(), inserted.backing_file.as_deref()), (Some("d0"), Some("/b")));
@@ -464,7 +498,8 @@ async fn a_command_with_a_descriptor_waits_until_the_one_before_took_its_own() {
         tokio::task::yield_now().await;
         qmp.execute(query_status {}).await
     };
-    let ((), first, second, plain) = tokio::join!(serve, qmp.get_fd("a", &null), qmp.get_fd("b", &null), plain);
+    let ((), first, second, plain) =
+        tokio::join!(serve, qmp.get_fd("a", &null), qmp.get_fd("b", &null), plain);
     first.and(second).expect("both are taken");
     plain.expect("a command without one does not wait");
 }

@@ -195,7 +195,10 @@ pub(super) fn open_blocking(socket: &Path) -> io::Result<std::os::unix::net::Uni
 }
 
 /// As [`Link::thaw_blocking`], over any stream.
-pub(super) fn thaw_blocking(mut stream: std::os::unix::net::UnixStream, patience: Duration) -> io::Result<()> {
+pub(super) fn thaw_blocking(
+    mut stream: std::os::unix::net::UnixStream,
+    patience: Duration,
+) -> io::Result<()> {
     let end = std::time::Instant::now() + patience;
     stream.set_nonblocking(false)?;
     let id = fresh_id();

@@ -109,7 +109,9 @@ impl Agent {
     pub async fn execute_raw(&self, name: &str, arguments: Value) -> Result<Value> {
         if matches!(name, link::FREEZE | link::FREEZE_LIST) {
             let detail = "a freeze by its bare name has nobody who must thaw";
-            return Err(Error::new(ErrorKind::Invalid, name, &self.socket, detail).advice("use `Agent::freeze`"));
+            return Err(
+                Error::new(ErrorKind::Invalid, name, &self.socket, detail).advice("use `Agent::freeze`")
+            );
         }
         if !(arguments.is_object() || arguments.is_null()) {
             let detail = format!("the arguments must be an object, found {arguments}");
@@ -180,7 +182,8 @@ impl Agent {
         deadline: Instant,
         sent: &AtomicBool,
     ) -> Result<T> {
-        let ended = || Error::new(ErrorKind::Lost, name, &self.socket, "the runtime that served the agent has ended");
+        let ended =
+            || Error::new(ErrorKind::Lost, name, &self.socket, "the runtime that served the agent has ended");
         self.requests.send(request).map_err(|_| ended())?;
         // The task keeps the deadline itself; this is for the time in its queue.
         match timeout_at(deadline + self.options.sync_deadline / 10, reply).await {

@@ -43,10 +43,23 @@ pub(super) enum Request {
         sent: Arc<AtomicBool>,
         reply: oneshot::Sender<Result<Value>>,
     },
-    Freeze { freeze: Freeze, deadline: Instant, sent: Arc<AtomicBool>, reply: oneshot::Sender<Result<Frozen>> },
-    Thaw { deadline: Instant, sent: Arc<AtomicBool>, reply: oneshot::Sender<Result<u64>> },
+    Freeze {
+        freeze: Freeze,
+        deadline: Instant,
+        sent: Arc<AtomicBool>,
+        reply: oneshot::Sender<Result<Frozen>>,
+    },
+    Thaw {
+        deadline: Instant,
+        sent: Arc<AtomicBool>,
+        reply: oneshot::Sender<Result<u64>>,
+    },
     /// The end of a [`Frozen`].
-    Release { number: u64, since: Instant, reply: Option<oneshot::Sender<Result<Thaw>>> },
+    Release {
+        number: u64,
+        since: Instant,
+        reply: Option<oneshot::Sender<Result<Thaw>>>,
+    },
 }
 
 /// A thaw that is owed.
@@ -175,12 +188,19 @@ impl Task {
         };
         sent.store(true, Ordering::SeqCst);
         // From here on a thaw is owed: due as soon as this exchange is over, unless it succeeds.
-        self.set_owed(Some(Owed { number, due: Instant::now(), overdue: true, retry: RETRY, gone_since: None }));
+        self.set_owed(Some(Owed {
+            number,
+            due: Instant::now(),
+            overdue: true,
+            retry: RETRY,
+            gone_since: None,
+        }));
         let advice = "the guest is being thawed, in case that it froze; `Agent::settle` waits for it";
-        let filesystems = match self.exchange(name, arguments, deadline).await.map_err(|e| e.advice(advice))? {
-            Ok(reply) => reply.as_u64().unwrap_or_default(),
-            Err(reported) => return Err(self.reported(name, reported).advice(advice)),
-        };
+        let filesystems =
+            match self.exchange(name, arguments, deadline).await.map_err(|e| e.advice(advice))? {
+                Ok(reply) => reply.as_u64().unwrap_or_default(),
+                Err(reported) => return Err(self.reported(name, reported).advice(advice)),
+            };
         let since = Instant::now();
         let limit = since + freeze.limit;
         if let Some(owed) = &mut self.owed {
@@ -326,10 +346,14 @@ impl Drop for Task {
         }
         let thawed = match &self.link {
             Some(link) => link.thaw_blocking(LAST_RESORT),
-            None => link::open_blocking(&self.socket).and_then(|stream| link::thaw_blocking(stream, LAST_RESORT)),
+            None => {
+                link::open_blocking(&self.socket).and_then(|stream| link::thaw_blocking(stream, LAST_RESORT))
+            }
         };
         match thawed {
-            Ok(()) => tracing::warn!(socket = %self.socket.display(), "thawed the guest as the runtime ended"),
+            Ok(()) => {
+                tracing::warn!(socket = %self.socket.display(), "thawed the guest as the runtime ended")
+            }
             Err(error) => tracing::error!(
                 socket = %self.socket.display(), %error,
                 "the guest may still be frozen, and the runtime ends: thaw it by guest-fsfreeze-thaw"

@@ -30,14 +30,17 @@ fn program(version: Version) -> (PathBuf, Vec<String>) {
     match version {
         Version::New => {
             let path = std::env::var_os("PATH").unwrap_or_default();
-            let found = std::env::split_paths(&path).map(|dir| dir.join("qemu-system-x86_64")).find(|file| file.is_file());
+            let found = std::env::split_paths(&path)
+                .map(|dir| dir.join("qemu-system-x86_64"))
+                .find(|file| file.is_file());
             (found.expect("no qemu-system-x86_64 in PATH: run scripts/install-qemu"), Vec::new())
         }
         Version::Old => {
             let root = old_root();
             let program = root.join("usr/bin/qemu-system-x86_64");
             assert!(program.is_file(), "{} is missing: run scripts/install-qemu", program.display());
-            let data = ["usr/share/qemu", "usr/share/seabios"].map(|dir| root.join(dir).display().to_string());
+            let data =
+                ["usr/share/qemu", "usr/share/seabios"].map(|dir| root.join(dir).display().to_string());
             (program, data.into_iter().flat_map(|dir| ["-L".to_owned(), dir]).collect())
         }
     }
@@ -55,7 +58,8 @@ impl Machine {
     /// Starts one with no machine at all: enough for the monitor, the block layer and jobs.
     pub async fn start(version: Version, more: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let arguments = more.iter().map(|argument| argument.replace("DIR", &dir.path().display().to_string())).collect();
+        let arguments =
+            more.iter().map(|argument| argument.replace("DIR", &dir.path().display().to_string())).collect();
         let process = Self::spawn(version, dir.path(), &arguments);
         let machine = Self { dir, process, arguments, version };
         machine.wait_for("qmp").await;
