@@ -7,7 +7,7 @@
 CARGO ?= cargo
 NEXTEST ?= $(CARGO) nextest run
 
-.PHONY: all build test test-fast bench demo ci deps nextest under-test
+.PHONY: all build test test-fast bench demo ci deps qemu nextest under-test
 
 all: build
 
@@ -17,6 +17,10 @@ build:
 deps:
 	scripts/install-deps
 
+# The tests with a real QEMU want both versions that are supported.
+qemu:
+	scripts/install-qemu
+
 # cargo-nextest runs each test in a process of its own; without it the crash suites would share one.
 nextest:
 	@$(CARGO) nextest --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-nextest
@@ -25,11 +29,11 @@ nextest:
 under-test:
 	$(CARGO) build --locked -p snapcli -p faultfs
 
-test: deps nextest under-test
+test: deps qemu nextest under-test
 	$(NEXTEST) --workspace --locked
 	$(CARGO) test --workspace --locked --doc
 
-test-fast: deps nextest under-test
+test-fast: deps qemu nextest under-test
 	$(NEXTEST) --workspace --locked -E 'not (binary(crash_kill) | binary(crash_power) | binary(property))'
 
 # BENCH="--quick --only merge-8 --dir DIR" measures less, or elsewhere.

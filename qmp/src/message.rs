@@ -191,4 +191,39 @@ mod tests {
         assert_eq!(line(Value::Null), line(json!({})));
         assert_eq!(line(json!({"a": 1})), "{\"arguments\":{\"a\":1},\"execute\":\"stop\",\"id\":\"i\"}\n");
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_split_and_parsed_without_a_panic_and_alike_in_any_pieces(
+            bytes in proptest::collection::vec(
+                proptest::prop_oneof![
+                    3 => proptest::sample::select(&b"{}[]\",:\\\n01e-\xff \0"[..]),
+                    1 => proptest::num::u8::ANY,
+                ],
+                0..300,
+            ),
+            cap in 1usize..80,
+            piece in 1usize..40,
+        ) {
+            let split = |piece: usize| {
+                let (mut splitter, mut lines) = (crate::line::LineSplitter::new(cap), Vec::new());
+                for part in bytes.chunks(piece) {
+                    splitter.push(part, |line| lines.push(line));
+                }
+                lines
+            };
+            let lines = split(piece);
+            proptest::prop_assert_eq!(&lines, &split(bytes.len().max(1)));
+            let ids = Ids::new();
+            for line in lines {
+                if let crate::line::Line::Whole(line) = line {
+                    proptest::prop_assert!(line.len() <= cap);
+                    proptest::prop_assert_eq!(ids.find(&line), None);
+                    if let Ok(value) = parse(&line, 8) {
+                        let _ = Message::from_value(value);
+                    }
+                }
+            }
+        }
+    }
 }

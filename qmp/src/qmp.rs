@@ -36,6 +36,9 @@ pub struct Options {
     pub deadline: Duration,
     /// Within which the socket must open, greet, and agree on capabilities. 10 s.
     pub connect_deadline: Duration,
+    /// Whether a socket that is not there yet, or that nobody serves yet, is waited for within `connect_deadline`: for a
+    /// QEMU that is being started. No.
+    pub await_socket: bool,
     /// The longest line that is read, in bytes. 64 MiB. (Ask `query-named-block-nodes` with `flat`: without it, its reply
     /// grows with the square of a chain's length, to megabytes at sixty layers.)
     pub line_cap: usize,
@@ -50,6 +53,7 @@ impl Default for Options {
         Self {
             deadline: Duration::from_secs(30),
             connect_deadline: Duration::from_secs(10),
+            await_socket: false,
             line_cap: 64 << 20,
             event_ring: 1024,
             oob: true,
@@ -118,7 +122,8 @@ impl Qmp {
     /// As [`Qmp::connect`].
     pub async fn connect_with(socket: impl AsRef<Path>, options: Options) -> Result<Self> {
         let deadline = Instant::now() + options.connect_deadline;
-        let stream = socket::open(socket.as_ref(), Patience::Busy, deadline).await?;
+        let patience = if options.await_socket { Patience::Absent } else { Patience::Busy };
+        let stream = socket::open(socket.as_ref(), patience, deadline).await?;
         Self::greet(stream, socket.as_ref().to_owned(), options, deadline).await
     }
 

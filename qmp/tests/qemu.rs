@@ -28,7 +28,7 @@ async fn wait_for(events: &mut qmp::Events, name: &str) -> qmp::Event {
 #[tokio::test]
 async fn it_greets_runs_typed_and_raw_commands_and_says_what_qemu_refuses() {
     for version in BOTH {
-        let machine = Machine::start(version, &[]).await;
+        let machine = Machine::start(version, &[]);
         let qmp = machine.qmp().await;
         let major = qmp.execute(query_version {}).await.expect("a version").qemu.major;
         assert_eq!(major, if version == Version::New { 10 } else { 7 });
@@ -61,7 +61,7 @@ async fn it_greets_runs_typed_and_raw_commands_and_says_what_qemu_refuses() {
 async fn abilities_are_read_from_the_schema_and_differ_between_versions() {
     let mut abilities = Vec::new();
     for version in BOTH {
-        let machine = Machine::start(version, &[]).await;
+        let machine = Machine::start(version, &[]);
         let qmp = machine.qmp().await;
         let schema = qmp.schema().await.expect("a schema");
         assert!(schema.has_command("transaction") && !schema.has_command("transmogrify"));
@@ -91,7 +91,7 @@ async fn abilities_are_read_from_the_schema_and_differ_between_versions() {
 #[tokio::test]
 async fn out_of_band_commands_are_agreed_on_and_run() {
     for version in BOTH {
-        let machine = Machine::start(version, &[]).await;
+        let machine = Machine::start(version, &[]);
         let qmp = machine.qmp().await;
         // Both are allowed out of band; with no migration to recover they are refused, each with its own words.
         let error = qmp.execute_oob(qapi_qmp::migrate_pause {}).await.expect_err("no migration");
@@ -116,7 +116,7 @@ async fn out_of_band_commands_are_agreed_on_and_run() {
 #[tokio::test]
 async fn descriptors_reach_qemu_by_getfd_and_add_fd_also_many_at_once() {
     for version in BOTH {
-        let machine = Machine::start(version, &[]).await;
+        let machine = Machine::start(version, &[]);
         let qmp = machine.qmp().await;
         qmp.get_fd("one", std::fs::File::open("/dev/null").expect("open")).await.expect("getfd");
         qmp.execute_raw("closefd", json!({"fdname": "one"})).await.expect("QEMU has it");
@@ -174,7 +174,7 @@ async fn slow_job(machine: &Machine, qmp: &qmp::Qmp) {
 async fn a_second_connection_waits_for_the_first_and_then_knows_its_jobs() {
     for version in BOTH {
         let drive = ["-drive", "if=none,id=cd,media=cdrom"];
-        let machine = Machine::start(version, &drive).await;
+        let machine = Machine::start(version, &drive);
         let first = machine.qmp().await;
         slow_job(&machine, &first).await;
         // QEMU serves one client at a time.
@@ -199,7 +199,7 @@ async fn a_second_connection_waits_for_the_first_and_then_knows_its_jobs() {
 #[tokio::test]
 async fn a_qemu_that_was_restarted_is_told_from_the_former_one() {
     for version in BOTH {
-        let mut machine = Machine::start(version, &[]).await;
+        let mut machine = Machine::start(version, &[]);
         let qmp = machine.qmp().await;
         slow_job(&machine, &qmp).await;
         machine.restart().await;
@@ -215,7 +215,7 @@ async fn a_qemu_that_was_restarted_is_told_from_the_former_one() {
 #[tokio::test]
 async fn a_command_that_was_given_up_leaves_the_connection_usable() {
     for version in BOTH {
-        let machine = Machine::start(version, &[]).await;
+        let machine = Machine::start(version, &[]);
         let qmp = machine.qmp().await;
         for _ in 0..50 {
             let schema = qmp.execute_raw("query-qmp-schema", Value::Null);
@@ -231,7 +231,7 @@ async fn a_command_that_was_given_up_leaves_the_connection_usable() {
 async fn a_chain_of_more_layers_than_json_parsers_like_is_read() {
     const LAYERS: usize = 140;
     for version in BOTH {
-        let machine = Machine::start(version, &["-M", "pc", "-S"]).await;
+        let machine = Machine::start(version, &["-M", "pc", "-S"]);
         let qmp = machine.qmp().await;
         let image = machine.path("empty.qcow2");
         let made = std::process::Command::new("qemu-img")

@@ -56,14 +56,12 @@ pub struct Machine {
 
 impl Machine {
     /// Starts one with no machine at all: enough for the monitor, the block layer and jobs.
-    pub async fn start(version: Version, more: &[&str]) -> Self {
+    pub fn start(version: Version, more: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let arguments =
             more.iter().map(|argument| argument.replace("DIR", &dir.path().display().to_string())).collect();
         let process = Self::spawn(version, dir.path(), &arguments);
-        let machine = Self { dir, process, arguments, version };
-        machine.wait_for("qmp").await;
-        machine
+        Self { dir, process, arguments, version }
     }
 
     fn spawn(version: Version, dir: &Path, arguments: &Vec<String>) -> Child {
@@ -97,18 +95,12 @@ impl Machine {
         self.qmp_with(Options::default()).await
     }
 
-    pub async fn qmp_with(&self, options: Options) -> Qmp {
-        Qmp::connect_with(self.path("qmp"), options).await.expect("it connects")
-    }
-
-    async fn wait_for(&self, socket: &str) {
-        for _ in 0..2000 {
-            if std::os::unix::net::UnixStream::connect(self.path(socket)).is_ok() {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        let log = std::fs::read_to_string(self.path("log")).unwrap_or_default();
-        panic!("QEMU does not serve its socket; it says: {log}");
+    pub async fn qmp_with(&self, mut options: Options) -> Qmp {
+        options.await_socket = true;
+        options.connect_deadline = Duration::from_secs(60);
+        Qmp::connect_with(self.path("qmp"), options).await.unwrap_or_else(|error| {
+            let log = std::fs::read_to_string(self.path("log")).unwrap_or_default();
+            panic!("{error}; QEMU says: {log}")
+        })
     }
 }
