@@ -7,6 +7,9 @@
 CARGO ?= cargo
 NEXTEST ?= $(CARGO) nextest run
 
+# Failures of the suites tell their story in words.
+export RUST_LIB_BACKTRACE = 0
+
 .PHONY: all build test test-fast bench demo ci deps qemu nextest under-test
 
 all: build

@@ -313,7 +313,7 @@ impl Domain {
         let outcome = self.domsnap().run(words)?.expect_status(status)?;
         anyhow::ensure!(!outcome.stderr.trim().is_empty(), "no words: {outcome}");
         anyhow::ensure!(!outcome.panicked(), "it panicked: {outcome}");
-        anyhow::ensure!(contents(&self.disks())? == before, "something was touched: {outcome}");
+        same_contents(&self.disks(), &before).with_context(|| outcome.to_string())?;
         Ok(outcome)
     }
 
@@ -345,11 +345,40 @@ pub fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Every file of a directory tree with its inode and all its bytes, by path below `root`.
+/// Every file of a directory tree with its inode and all its bytes, by path below its root.
+pub type Contents = BTreeMap<PathBuf, (u64, Vec<u8>)>;
+
+/// The files below `root` are still those that they were.
+///
+/// # Errors
+/// What changed.
+pub fn same_contents(root: &Path, before: &Contents) -> Result<()> {
+    let now = contents(root)?;
+    for path in before.keys().chain(now.keys()) {
+        match (before.get(path), now.get(path)) {
+            (Some(_), None) => anyhow::bail!("{} is gone", path.display()),
+            (None, _) => anyhow::bail!("{} is new", path.display()),
+            (Some(old), Some(new)) if old.0 != new.0 => anyhow::bail!("{} is another file", path.display()),
+            (Some((_, old)), Some((_, new))) if old != new => {
+                let at = old.iter().zip(new).position(|(old, new)| old != new);
+                anyhow::bail!(
+                    "{} changed: {} bytes long, were {}; the first difference at {at:?}",
+                    path.display(),
+                    new.len(),
+                    old.len()
+                );
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Every file of a directory tree with its inode and all its bytes.
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn contents(root: &Path) -> Result<BTreeMap<PathBuf, (u64, Vec<u8>)>> {
+pub fn contents(root: &Path) -> Result<Contents> {
     let files = files(root)?;
     files
         .into_iter()

@@ -4,8 +4,8 @@
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail, ensure};
-use domsnap_tests::domain::contents;
+use anyhow::{Context, Result, bail, ensure};
+use domsnap_tests::domain::{contents, same_contents};
 use domsnap_tests::domsnap::{Domsnap, Outcome, status};
 use domsnap_tests::qemu::{self, Write};
 
@@ -104,7 +104,7 @@ fn lie(lie: impl Fn(&Image) -> Result<()>) -> Result<Vec<Outcome>> {
         let outcome = image.domsnap().run(&words)?;
         well_behaved(&outcome)?;
         if outcome.status != Some(status::DONE) {
-            ensure!(contents(&image.disks())? == as_told, "something was touched: {outcome}");
+            same_contents(&image.disks(), &as_told).with_context(|| outcome.to_string())?;
         } else {
             if !bad {
                 qemu::check(&image.path)?;

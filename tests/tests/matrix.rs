@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use domsnap_tests::domain::{Domain, NAME, Shape, contents};
+use domsnap_tests::domain::{Domain, NAME, Shape, contents, same_contents};
 use domsnap_tests::domsnap::status;
 use domsnap_tests::report::{self, Kind};
 use domsnap_tests::{qemu, verify};
@@ -671,7 +671,7 @@ mod list_and_plan {
         for words in commands {
             let outcome = domain.domsnap().done(&[words, &["--dry-run"]].concat())?;
             ensure!(!outcome.stdout.trim().is_empty(), "no plan: {outcome}");
-            ensure!(contents(&domain.disks())? == before, "something was touched: {outcome}");
+            same_contents(&domain.disks(), &before).with_context(|| outcome.to_string())?;
         }
         domain.verify()
     }
@@ -689,7 +689,7 @@ mod list_and_plan {
         let before = contents(&domain.disks())?;
         domain.domsnap().done(&["recover"])?;
         domain.domsnap().done(&["recover", NAME])?;
-        ensure!(contents(&domain.disks())? == before, "something was touched");
+        same_contents(&domain.disks(), &before)?;
         domain.verify()
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use domsnap_tests::domain::{Domain, NAME, Shape, contents};
+use domsnap_tests::domain::{Domain, NAME, Shape, contents, same_contents};
 use domsnap_tests::domsnap::{self, Outcome, status};
 use domsnap_tests::shim::{self, Often};
 use domsnap_tests::{crash, qemu, report, scenario, verify};
@@ -218,7 +218,7 @@ mod closed_doors {
                     !outcome.panicked() && outcome.stderr.contains("disks"),
                     "the place is not named: {outcome}"
                 );
-                ensure!(contents(&domain.disks())? == before, "something was touched: {outcome}");
+                same_contents(&domain.disks(), &before).with_context(|| outcome.to_string())?;
             }
             Ok(())
         })();
@@ -294,7 +294,7 @@ mod closed_doors {
                 said.contains("permission") && said.contains(".qcow2"),
                 "not said which and why: {outcome}"
             );
-            ensure!(contents(&domain.disks())? == before, "something was touched: {outcome}");
+            same_contents(&domain.disks(), &before).with_context(|| outcome.to_string())?;
         }
         qemu::run("chown", &["-R".as_ref(), "0:0".as_ref(), domain.root().as_os_str()])?;
         domain.verify()?;
@@ -317,7 +317,7 @@ mod closed_doors {
             let outcome = domain.domsnap().run(words)?;
             ensure!(matches!(outcome.status, Some(status::FAILED | status::REFUSED)), "{outcome}");
             ensure!(outcome.stderr.contains(&name), "{name} is not named: {outcome}");
-            ensure!(contents(&domain.disks())? == before, "something was touched: {outcome}");
+            same_contents(&domain.disks(), &before).with_context(|| outcome.to_string())?;
         }
         std::fs::rename(&aside, &layer)?;
         domain.verify()?;
