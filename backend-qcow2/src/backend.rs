@@ -155,6 +155,7 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn hold(&self, disk: &DiskRecord) -> Result<Guard> {
+        names::require_writable_directory_of(&disk.disk.path)?;
         let hold = self.holds.begin(&disk.disk.path)?;
         hold.lock(&disk.disk.path)?;
         Ok(Box::new(hold))

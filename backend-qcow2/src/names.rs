@@ -42,6 +42,20 @@ pub(crate) fn io_error(error: io::Error, message: String) -> Error {
     }
 }
 
+/// Names can be made and removed in the directory of `path`: asked before anything is begun, since an operation that
+/// finds out half way can neither go on nor back.
+///
+/// # Errors
+/// [`ErrorKind::Refused`]: no permission, a read-only file system, an immutable directory.
+pub(crate) fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
+    use rustix::fs::Access;
+    let directory = path.parent().filter(|parent| !parent.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
+    rustix::fs::access(directory.as_std_path(), Access::WRITE_OK | Access::EXEC_OK).map_err(|errno| {
+        io_error(errno.into(), format!("no file can be made or removed in directory {directory}"))
+            .with_kind(ErrorKind::Refused)
+    })
+}
+
 /// Makes the names in the directory of `path` durable.
 pub(crate) fn flush_directory_of(path: &Utf8Path) -> Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
@@ -154,7 +168,12 @@ pub(crate) fn settle(unfinished: &Utf8Path, path: &Utf8Path) -> Result<()> {
 pub(crate) fn remove_name(path: &Utf8Path) -> Result<()> {
     match fs::remove_file(path) {
         Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // A read-only file system says so before it looks whether there is such a name.
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound || file_id(path).is_ok_and(|id| id.is_none()) =>
+        {
+            Ok(())
+        }
         Err(error) => Err(io_error(error, format!("cannot remove {path}"))),
     }
 }

@@ -353,7 +353,10 @@ pub type Contents = BTreeMap<PathBuf, (u64, Vec<u8>)>;
 /// # Errors
 /// What changed.
 pub fn same_contents(root: &Path, before: &Contents) -> Result<()> {
-    let now = contents(root)?;
+    same(before, &contents(root)?)
+}
+
+fn same(before: &Contents, now: &Contents) -> Result<()> {
     for path in before.keys().chain(now.keys()) {
         match (before.get(path), now.get(path)) {
             (Some(_), None) => anyhow::bail!("{} is gone", path.display()),
@@ -372,6 +375,24 @@ pub fn same_contents(root: &Path, before: &Contents) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// As [`contents`], without manifests: a command that fails may have told beside an image what it found in it.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn images(root: &Path) -> Result<Contents> {
+    let mut images = contents(root)?;
+    images.retain(|path, _| path.components().count() == 1);
+    Ok(images)
+}
+
+/// The images right in `root` are still those that they were.
+///
+/// # Errors
+/// What changed.
+pub fn same_images(root: &Path, before: &Contents) -> Result<()> {
+    same(before, &images(root)?)
 }
 
 /// Every file of a directory tree with its inode and all its bytes.

@@ -65,6 +65,34 @@ pub fn names(list: &List, model: &Model) -> Result<()> {
 /// # Errors
 /// The first difference.
 pub fn every_image(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> Result<()> {
+    let needed = every_byte(domain, list, model, memo)?;
+    for layer in &needed {
+        let key = fingerprint(layer, "check")?;
+        if !memo.0.contains(&key) {
+            qemu::check(layer)?;
+            memo.0.insert(key);
+        }
+    }
+    leftovers(&domain.disks(), &needed)
+}
+
+/// As [`every_image`], after a crash: a layer may have what [`qemu::check_after_crash`] calls harmless. That is mended,
+/// by QEMU, and every byte must then still be what it should be.
+///
+/// # Errors
+/// The first difference.
+pub fn every_image_after_crash(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> Result<()> {
+    for layer in &every_byte(domain, list, model, memo)? {
+        let key = fingerprint(layer, "check")?;
+        if !memo.0.contains(&key) && qemu::check_after_crash(layer)? {
+            qemu::mend(layer)?;
+        }
+    }
+    every_image(domain, list, model, memo)
+}
+
+/// Compares the bytes of every point and of the present; gives the layers that they need.
+fn every_byte(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> Result<BTreeSet<PathBuf>> {
     let dir = domain.disks();
     let mut needed = BTreeSet::new();
     for snapshot in &list.snapshots {
@@ -89,14 +117,7 @@ pub fn every_image(domain: &Domain, list: &List, model: &Model, memo: &mut Memo)
         bytes(&path, None, wanted, memo).with_context(|| format!("the present of {target}"))?;
         needed.extend(chain(&path)?);
     }
-    for layer in &needed {
-        let key = fingerprint(layer, "check")?;
-        if !memo.0.contains(&key) {
-            qemu::check(layer)?;
-            memo.0.insert(key);
-        }
-    }
-    leftovers(&dir, &needed)
+    Ok(needed)
 }
 
 /// `image` (or the internal snapshot `tag` in it) reads as `wanted`, through QEMU.
@@ -111,9 +132,10 @@ pub fn bytes(image: &Path, tag: Option<&str>, wanted: &Bytes, memo: &mut Memo) -
         return Ok(());
     }
     let mut found = qemu::read(image, tag)?;
-    // `convert -l` reads a snapshot at the image's present length: what it had not at its own time is zeros.
-    if tag.is_some() && found.len() > wanted.len() && found[wanted.len()..].iter().all(|byte| *byte == 0) {
-        found.truncate(wanted.len());
+    if let Some(tag) = tag
+        && found.len() != wanted.len()
+    {
+        found = read_applied(image, tag)?;
     }
     if found.len() != wanted.len() {
         bail!("{} (tag {tag:?}) is {} bytes long, should be {}", image.display(), found.len(), wanted.len());
@@ -130,6 +152,16 @@ pub fn bytes(image: &Path, tag: Option<&str>, wanted: &Bytes, memo: &mut Memo) -
     }
     memo.0.insert(key);
     Ok(())
+}
+
+/// The bytes of the internal snapshot `tag`, at its own length: `convert -l` reads it at the image's present length,
+/// so it is applied to a copy, beside the image for the sake of the backing string.
+fn read_applied(image: &Path, tag: &str) -> Result<Vec<u8>> {
+    let dir = image.parent().context("an image in no directory")?;
+    let copy = tempfile::Builder::new().prefix("judge-").suffix(".qcow2").tempfile_in(dir)?;
+    std::fs::copy(image, copy.path())?;
+    qemu::img(&["snapshot".as_ref(), "-a".as_ref(), tag.as_ref(), copy.path().as_os_str()])?;
+    qemu::read(copy.path(), None)
 }
 
 /// The image file that `image` stands on, as its header says, relative to its directory.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use domsnap_tests::domain::{Domain, NAME, Shape, contents, same_contents};
+use domsnap_tests::domain::{Domain, NAME, Shape, images, same_images};
 use domsnap_tests::domsnap::{self, Outcome, status};
 use domsnap_tests::shim::{self, Often};
 use domsnap_tests::{crash, qemu, report, scenario, verify};
@@ -211,14 +211,14 @@ mod closed_doors {
         ];
         let result = (|| -> Result<()> {
             for words in commands {
-                let before = contents(&domain.disks())?;
+                let before = images(&domain.disks())?;
                 let outcome = domain.domsnap().run(words)?;
                 ensure!(matches!(outcome.status, Some(status::FAILED | status::REFUSED)), "{outcome}");
                 ensure!(
                     !outcome.panicked() && outcome.stderr.contains("disks"),
                     "the place is not named: {outcome}"
                 );
-                same_contents(&domain.disks(), &before).with_context(|| outcome.to_string())?;
+                same_images(&domain.disks(), &before).with_context(|| outcome.to_string())?;
             }
             Ok(())
         })();
@@ -286,7 +286,7 @@ mod closed_doors {
             &["delete", NAME, "s1"],
         ];
         for words in commands {
-            let before = contents(&domain.disks())?;
+            let before = images(&domain.disks())?;
             let outcome = nobody.run(words)?;
             ensure!(matches!(outcome.status, Some(status::FAILED | status::REFUSED)), "{outcome}");
             let said = outcome.stderr.to_lowercase();
@@ -294,7 +294,7 @@ mod closed_doors {
                 said.contains("permission") && said.contains(".qcow2"),
                 "not said which and why: {outcome}"
             );
-            same_contents(&domain.disks(), &before).with_context(|| outcome.to_string())?;
+            same_images(&domain.disks(), &before).with_context(|| outcome.to_string())?;
         }
         qemu::run("chown", &["-R".as_ref(), "0:0".as_ref(), domain.root().as_os_str()])?;
         domain.verify()?;
@@ -313,11 +313,11 @@ mod closed_doors {
         let commands: [&[&str]; 3] =
             [&["revert", NAME, "s1"], &["delete", NAME, "s1"], &["delete", NAME, "s2"]];
         for words in commands {
-            let before = contents(&domain.disks())?;
+            let before = images(&domain.disks())?;
             let outcome = domain.domsnap().run(words)?;
             ensure!(matches!(outcome.status, Some(status::FAILED | status::REFUSED)), "{outcome}");
             ensure!(outcome.stderr.contains(&name), "{name} is not named: {outcome}");
-            same_contents(&domain.disks(), &before).with_context(|| outcome.to_string())?;
+            same_images(&domain.disks(), &before).with_context(|| outcome.to_string())?;
         }
         std::fs::rename(&aside, &layer)?;
         domain.verify()?;

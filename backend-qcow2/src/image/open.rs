@@ -197,7 +197,16 @@ impl Image {
         Ok(self.snapshots()?.iter().find(|s| s.name == name.as_bytes()))
     }
 
+    /// The one snapshot of this name. QEMU lets names be taken twice; which of the two is meant is not ours to guess.
     pub(crate) fn require_snapshot(&self, name: &str) -> Result<&Snapshot> {
+        let same = self.snapshots()?.iter().filter(|s| s.name == name.as_bytes()).count();
+        if same > 1 {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("the image has {same} internal snapshots called \"{name}\", and one has to be meant"),
+            )
+            .advise("delete all but one by their IDs: `qemu-img snapshot -l` shows them, `qemu-img snapshot -d ID` deletes"));
+        }
         self.find_snapshot(name)?.ok_or_else(|| {
             let names: Vec<String> =
                 self.snapshots().unwrap_or_default().iter().take(8).map(|s| shown(&s.name)).collect();

@@ -116,8 +116,16 @@ impl Shared {
                 let version = schema::version(&connection, MIGRATIONS)?;
                 Ok((connection, version))
             };
-            let (connection, version) =
-                attempt().map_err(|failure| self.explain("opening the catalogue", failure))?;
+            let (connection, version) = match attempt() {
+                Ok(opened) => opened,
+                // A process died while it wrote: its journal must be rolled back first, which a reader may not.
+                Err(Failure::Sqlite(cause))
+                    if cause.sqlite_error_code() == Some(rusqlite::ErrorCode::ReadOnly) =>
+                {
+                    return self.writer(slot).map(Some);
+                }
+                Err(failure) => return Err(self.explain("opening the catalogue", failure)),
+            };
             match version {
                 Version::Ours => *slot = Some(Open { connection, writable: false }),
                 Version::Older => {
