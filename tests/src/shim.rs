@@ -30,6 +30,11 @@ impl Counted {
             && !self.line.ends_with(" length 1")
             && !self.line.ends_with(" length 0")
     }
+
+    /// Whether it is a write to SQLite's log.
+    pub fn is_of_the_log(&self) -> bool {
+        self.line.starts_with("write ") && self.line.contains("-wal at ")
+    }
 }
 
 /// Adds a list of operations to be written to `file`.
