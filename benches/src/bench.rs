@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::child;
+use crate::image;
 use crate::options::Options;
 use crate::place;
 use crate::row::{LIMIT, Row};
@@ -141,12 +142,26 @@ impl Bench {
     pub fn rewrite_limit(&self, row: &mut Row, bytes: u64, flushes: u32) -> Result<()> {
         let place = self.place("limit")?;
         let file = place.path().join("metadata");
-        std::fs::write(&file, vec![1; usize::try_from(bytes)?])?;
-        std::fs::File::open(&file)?.sync_all()?;
+        fill(&file, bytes)?;
+        image::settle(&file)?;
         self.repeat(5, Duration::from_secs(5), |_| {
             let words =
                 ["rewrite".into(), file.display().to_string(), bytes.to_string(), flushes.to_string()];
             self.time(row, LIMIT, &mut self.probe(&words)?)
         })
     }
+}
+
+/// Makes a file of so many bytes. This process must stay small meanwhile: until a child runs its own program its
+/// memory is ours, and counts in its peak.
+pub fn fill(file: &Path, bytes: u64) -> Result<()> {
+    let mut out = std::fs::File::create(file)?;
+    let piece = vec![3; 1 << 20];
+    let mut left = bytes;
+    while left > 0 {
+        let length = usize::try_from(left).unwrap_or(piece.len()).min(piece.len());
+        std::io::Write::write_all(&mut out, &piece[..length])?;
+        left -= length as u64;
+    }
+    Ok(())
 }

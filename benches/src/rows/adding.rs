@@ -79,7 +79,7 @@ fn adding(
         ];
         bench.alternate(row, repetition, sides)?;
         if repetition == 0 {
-            chain.check(layers + 1)?;
+            chain.check(layers + 1, 2)?;
         }
         remove("extra")?;
         Ok(())
@@ -166,7 +166,7 @@ fn delete_middle(bench: &Bench, row: &mut Row, chain: &Chain, theirs: &Path) -> 
         done = repetition + 1;
         image::settle(theirs)
     })?;
-    chain.check(layers.len() - done)?;
+    chain.check(layers.len() - done, usize::MAX)?;
     image::compare(&chain.disk(), theirs)?;
     let (_, name) = snapshot(done);
     row.flushes(OURS, child::flushes(&chain.delete(bench, &[name]))?);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::bench::Bench;
+use crate::bench::{self, Bench};
 use crate::chain::{self, Chain, GUEST, Shape};
 use crate::child::{self, Cost};
 use crate::image::{self, Extent};
@@ -78,7 +78,7 @@ pub fn merge_once(
         around(Around::After(row, label))?;
     }
     if repetition == 0 {
-        chain.check(1)?;
+        chain.check(1, 1)?;
         image::check(&base)?;
         image::compare(&chain.disk(), &base)?;
     }
@@ -101,13 +101,7 @@ pub enum Around<'a> {
 /// A sample of what `cp` and `sync` of so many bytes take.
 fn copy_and_sync(row: &mut Row, file: &Path, bytes: u64) -> Result<()> {
     let copy = file.with_extension("copy");
-    {
-        let mut out = std::io::BufWriter::new(std::fs::File::create(file)?);
-        let piece = vec![3; 1 << 20];
-        for _ in 0..bytes.div_ceil(1 << 20) {
-            std::io::Write::write_all(&mut out, &piece)?;
-        }
-    }
+    bench::fill(file, bytes)?;
     image::settle(file)?;
     let mut cp = child::command("cp", &["--reflink=never", "--sparse=never"]);
     let cost = sum(child::run(cp.arg(file).arg(&copy))?, child::run(&mut child::command("sync", &[&copy]))?);

@@ -32,7 +32,7 @@ fn delete(bench: &Bench, name: &'static str, below: u32) -> Result<Row> {
         child::run(&mut chain.create(bench, "extra"))?;
         bench.time(&mut row, OURS, &mut delete())
     })?;
-    chain.check(chain.snapshots() as usize + 1)?;
+    chain.check(chain.snapshots() as usize + 1, 2)?;
     child::run(&mut chain.create(bench, "extra"))?;
     row.flushes(OURS, child::flushes(&delete())?);
     row.note(
