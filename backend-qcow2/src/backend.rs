@@ -290,9 +290,9 @@ fn cost(plan: &DiskPlan, state: &DiskState) -> Result<DeleteCost> {
         cost.moves = cost.moves.saturating_add(planned.step.bytes);
         let Ok(action) = serde_json::from_value::<ChainStep>(planned.step.action.clone()) else { continue };
         match action {
-            ChainStep::Remove { layer } => {
-                cost.frees =
-                    cost.frees.saturating_add(state.layer(&layer).map_or(0, |layer| layer.allocated));
+            ChainStep::Remove { layers } => {
+                let gone = layers.iter().filter_map(|name| state.layer(name)).map(|layer| layer.allocated);
+                cost.frees = cost.frees.saturating_add(gone.sum());
             }
             ChainStep::DropInternal { layer, tags } => {
                 if let Some(layer) = state.layer(&layer) {

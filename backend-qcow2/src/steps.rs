@@ -56,7 +56,7 @@ impl Workplace<'_> {
             ChainStep::DropInternal { layer, tags } => self.drop_tags(layer, tags),
             ChainStep::Merge { run, into, below } => self.merge(run, into, below.as_ref()),
             ChainStep::Repoint { child, to } => self.repoint(child, to),
-            ChainStep::Remove { layer } => self.remove(layer),
+            ChainStep::Remove { layers } => self.remove(layers),
             ChainStep::Unname { layer } => self.unname(layer),
         }
     }
@@ -203,9 +203,8 @@ impl Workplace<'_> {
                     None => false,
                 }
             }
-            ChainStep::Remove { layer } | ChainStep::Unname { layer } => {
-                names::file_id(&self.own_name(layer))?.is_none()
-            }
+            ChainStep::Remove { layers } => return self.removed(layers),
+            ChainStep::Unname { layer } => names::file_id(&self.own_name(layer))?.is_none(),
         };
         Ok(if done { StepStatus::Done } else { StepStatus::NotDone })
     }
@@ -395,17 +394,35 @@ impl Workplace<'_> {
         Ok(self.writing(child)?.set_backing(Some(backing))?)
     }
 
-    fn remove(&self, layer: &LayerName) -> Result<()> {
-        let file = self.own_name(layer);
-        if same_file(&file, &self.record.disk.path)? {
-            return Err(Error::new(
-                ErrorKind::Internal,
-                format!("{file} was to be removed, and {} still names it", self.record.disk.path),
-            )
-            .state("it was not removed"));
+    fn remove(&self, layers: &[LayerName]) -> Result<()> {
+        let path = &self.record.disk.path;
+        for layer in layers {
+            let file = self.own_name(layer);
+            if same_file(&file, path)? {
+                return Err(Error::new(
+                    ErrorKind::Internal,
+                    format!("{file} was to be removed, and {path} still names it"),
+                )
+                .state("it was not removed"));
+            }
+            self.refuse_in_use(&file)?;
         }
-        self.refuse_in_use(&file)?;
-        names::remove(&file)
+        for layer in layers {
+            names::remove_name(&self.own_name(layer))?;
+        }
+        names::flush_directory_of(path)
+    }
+
+    fn removed(&self, layers: &[LayerName]) -> Result<StepStatus> {
+        let mut left = 0;
+        for layer in layers {
+            left += usize::from(names::file_id(&self.own_name(layer))?.is_some());
+        }
+        Ok(match left {
+            0 => StepStatus::Done,
+            left if left == layers.len() => StepStatus::NotDone,
+            _ => StepStatus::Partly,
+        })
     }
 
     /// Removing a file that somebody has open would leave him with data that no name leads to.

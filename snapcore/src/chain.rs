@@ -87,10 +87,10 @@ pub enum ChainStep {
         /// What it stands on afterwards.
         to: LayerName,
     },
-    /// Removes a layer's file.
+    /// Removes the files of layers, each before those that it stands on.
     Remove {
-        /// The layer.
-        layer: LayerName,
+        /// The layers.
+        layers: Vec<LayerName>,
     },
     /// Removes the permanent name of the last layer: the configured path alone is left.
     Unname {
@@ -170,6 +170,14 @@ pub fn plan(
     }
     planner.plan.steps.sort_by_key(|planned| planned.group);
     Ok(planner.plan)
+}
+
+/// Some layers in words: by name, as long as they are few.
+fn enumeration(layers: &[&LayerName]) -> String {
+    match layers {
+        [first, .., last] if layers.len() > 4 => format!("{} layers ({first} to {last})", layers.len()),
+        few => few.iter().map(|layer| layer.as_str()).collect::<Vec<_>>().join(", "),
+    }
 }
 
 struct Planner<'a> {
@@ -349,12 +357,13 @@ impl Planner<'_> {
     }
 
     fn remove_unneeded(&mut self, keep: &[Point]) {
+        let mut gone = Vec::new();
         while let Some(index) = self.layers.iter().position(|layer| {
             !self.needed(layer, keep) && layer.internal.is_empty() && self.children(&layer.name).is_empty()
         }) {
-            let layer = self.layers.remove(index);
-            self.remove(&layer.name);
+            gone.push(self.layers.remove(index).name);
         }
+        self.remove(gone);
     }
 
     /// A layer that is kept only for the tags in it need not keep a state of its own: what a deleted point held is
@@ -455,8 +464,7 @@ impl Planner<'_> {
         bytes: u64,
     ) {
         let others: Vec<&LayerName> = run.iter().filter(|layer| *layer != into).collect();
-        let names: Vec<&str> = others.iter().map(|layer| layer.as_str()).collect();
-        let words = format!("merge {} into {into}", names.join(", "));
+        let words = format!("merge {} into {into}", enumeration(&others));
         let step = ChainStep::Merge { run: run.to_vec(), into: into.clone(), below: below.clone() };
         self.push(Group::Finish, step, &words, bytes);
         if let Some(merge) = self.plan.steps.last_mut() {
@@ -483,9 +491,7 @@ impl Planner<'_> {
                 self.edit_last(edit);
             }
         }
-        for layer in run.iter().rev().filter(|layer| *layer != into) {
-            self.remove(layer);
-        }
+        self.remove(run.iter().rev().filter(|layer| *layer != into).cloned().collect());
         self.layers.retain(|layer| layer.name == *into || !run.contains(&layer.name));
         if let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == *into) {
             layer.backing = below;
@@ -644,14 +650,17 @@ impl Planner<'_> {
         }
     }
 
-    fn remove(&mut self, layer: &LayerName) {
-        self.push(
-            Group::Finish,
-            ChainStep::Remove { layer: layer.clone() },
-            &format!("remove {layer}: nothing needs it"),
-            0,
-        );
-        self.edit_last(Edit::RemoveLayer { target: self.target.clone(), layer: layer.clone() });
+    /// One step for many layers: their names go with one flush of the directory.
+    fn remove(&mut self, layers: Vec<LayerName>) {
+        if layers.is_empty() {
+            return;
+        }
+        let it = if layers.len() == 1 { "it" } else { "them" };
+        let words = format!("remove {}: nothing needs {it}", enumeration(&layers.iter().collect::<Vec<_>>()));
+        self.push(Group::Finish, ChainStep::Remove { layers: layers.clone() }, &words, 0);
+        for layer in layers {
+            self.edit_last(Edit::RemoveLayer { target: self.target.clone(), layer });
+        }
     }
 
     fn push(&mut self, group: Group, step: ChainStep, summary: &str, bytes: u64) {

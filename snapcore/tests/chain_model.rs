@@ -200,17 +200,7 @@ impl Machine {
                 image.backing = below;
             }
             ChainStep::Repoint { child, to } => self.images.get_mut(&child).unwrap().backing = Some(to),
-            ChainStep::Remove { layer } => {
-                assert!(self.record.owned.contains(&layer));
-                assert_ne!(self.path, layer, "the configured path would be removed's only name");
-                let image = self.images.remove(&layer).unwrap();
-                assert!(image.tags.is_empty(), "a tag went with its layer");
-                assert!(self.images.values().all(|other| other.backing.as_ref() != Some(&layer)));
-                assert!(
-                    self.foreign.iter().all(|(on, _)| *on != layer),
-                    "a foreign image lost its backing file"
-                );
-            }
+            ChainStep::Remove { layers } => layers.into_iter().for_each(|layer| self.remove(layer)),
             ChainStep::Unname { layer } => {
                 assert_eq!(self.path, layer);
                 assert!(self.images.values().all(|other| other.backing.as_ref() != Some(&layer)));
@@ -219,6 +209,15 @@ impl Machine {
         }
         // Wherever a crash comes, the configured path opens to a layer that exists.
         assert!(self.images.contains_key(&self.path));
+    }
+
+    fn remove(&mut self, layer: LayerName) {
+        assert!(self.record.owned.contains(&layer));
+        assert_ne!(self.path, layer, "the configured path would be removed's only name");
+        let image = self.images.remove(&layer).unwrap();
+        assert!(image.tags.is_empty(), "a tag went with its layer");
+        assert!(self.images.values().all(|other| other.backing.as_ref() != Some(&layer)));
+        assert!(self.foreign.iter().all(|(on, _)| *on != layer), "a foreign image lost its backing file");
     }
 
     fn edit(&mut self, edits: &[Edit]) {
