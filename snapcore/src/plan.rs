@@ -122,7 +122,9 @@ impl Planner<'_> {
         let mut plans = Vec::new();
         for disk in self.disks {
             let Some(member) = wanted.point(disk.target()) else { continue };
-            plans.push((disk, self.revert_disk(disk, &member.point, request, false).await?));
+            // Every disk can be taken back, the last one too: a crash between its cut and the commit would otherwise
+            // leave it reverted and the others not, and what the domain then writes could not be told from either.
+            plans.push((disk, self.revert_disk(disk, &member.point, request).await?));
         }
         let mut merged = Merged::default();
         for disk in self.disks.iter().filter(|disk| wanted.point(disk.target()).is_none()) {
@@ -138,15 +140,6 @@ impl Planner<'_> {
                 format!("no disk of domain {} is part of snapshot {}", self.domain.name, wanted.name),
             ));
         }
-        // All or nothing: one disk at most may have a cut that cannot be undone, and it comes last.
-        let last = plans.iter().rposition(|(_, plan)| plan.irrevocable);
-        for (index, (disk, plan)) in plans.iter_mut().enumerate() {
-            if plan.irrevocable && Some(index) != last {
-                let Some(member) = wanted.point(disk.target()) else { continue };
-                *plan = self.revert_disk(disk, &member.point, request, true).await?;
-            }
-        }
-        plans.sort_by_key(|(_, plan)| plan.irrevocable);
         let mut saved = Vec::new();
         for (disk, plan) in plans {
             if request.save_current.is_some() {
@@ -166,21 +159,25 @@ impl Planner<'_> {
         Ok(merged.plan("revert", names))
     }
 
-    async fn revert_disk(
-        &self,
-        disk: &DiskInput,
-        to: &Point,
-        request: &RevertRequest,
-        undoable: bool,
-    ) -> Result<DiskPlan> {
+    async fn revert_disk(&self, disk: &DiskInput, to: &Point, request: &RevertRequest) -> Result<DiskPlan> {
         let ask = DiskRequest::Revert {
             to: to.clone(),
             save: request.save_current.clone(),
             keep: self.tree.points(disk.target()).cloned().collect(),
-            undoable,
+            undoable: true,
             stamp: stamp(),
         };
-        disk.plan(self.domain, &ask).await
+        let plan = disk.plan(self.domain, &ask).await?;
+        if plan.irrevocable {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                format!(
+                    "the backend of {} plans a revert that cannot be undone, though it was asked to",
+                    disk.target()
+                ),
+            ));
+        }
+        Ok(plan)
     }
 
     async fn delete(&self, request: &DeleteRequest) -> Result<Plan> {

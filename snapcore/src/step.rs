@@ -157,8 +157,8 @@ pub enum DiskRequest {
         save: Option<SnapshotName>,
         /// All points of this disk in the catalogue.
         keep: Vec<Point>,
-        /// Whether the step that drops the present must be one that can be undone, because another disk's cut
-        /// comes after it.
+        /// Whether the step that drops the present must be one that can be undone, since other disks or the commit
+        /// come after it: always, in a domain.
         undoable: bool,
         /// A random number for the name of a new layer.
         stamp: u32,
@@ -181,7 +181,7 @@ pub struct DiskPlan {
     pub commit: Vec<Edit>,
     /// The point that was taken: of a create, or of a revert that saves the present.
     pub point: Option<Point>,
-    /// Whether the cut of this disk has a step that cannot be undone; the planner puts it last.
+    /// Whether the cut of this disk has a step that cannot be undone: the planner takes none such.
     pub irrevocable: bool,
     /// What the user should know.
     pub notes: Vec<String>,

@@ -49,7 +49,8 @@ scenarios! {
     disk_delete DISK_DELETE
 }
 
-/// Between the crash and the healing the domain runs and writes.
+/// Between the crash and the healing the domain runs and writes. Not in a revert: what a domain writes on the present
+/// that it was to leave, or on half of the one that it was to get, belongs to neither, and is put aside.
 mod what_a_domain_writes_before_it_is_healed_is_kept_after_a_kill_in {
     use super::*;
 
@@ -65,8 +66,6 @@ mod what_a_domain_writes_before_it_is_healed_is_kept_after_a_kill_in {
     written_meanwhile! {
         create_external CREATE_EXTERNAL
         create_mixed CREATE_MIXED
-        revert_internal_in_place REVERT_INTERNAL_IN_PLACE
-        revert_external REVERT_EXTERNAL
         delete_leaf_external DELETE_LEAF_EXTERNAL
         delete_middle_big_above DELETE_MIDDLE_BIG_ABOVE
     }
