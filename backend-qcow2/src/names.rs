@@ -139,6 +139,11 @@ pub(crate) fn move_name(path: &Utf8Path, to: &Utf8Path) -> Result<()> {
     flush_directory_of(path)
 }
 
+/// Removes what an interrupted [`move_name`] left beside `path`, durably, and leaves `path` as it is.
+pub(crate) fn clear_move(path: &Utf8Path) -> Result<()> {
+    remove(&switch_name(path))
+}
+
 /// Gives a file that was made under a passing name its own: fails where that exists.
 pub(crate) fn settle(unfinished: &Utf8Path, path: &Utf8Path) -> Result<()> {
     let renamed = rustix::fs::renameat_with(

@@ -77,9 +77,13 @@ impl Workplace<'_> {
                 names::flush_directory_of(&file)
             }
             ChainStep::TakeInternal { layer, tag } => self.drop_tags(layer, std::slice::from_ref(tag)),
-            ChainStep::SwitchActive { from, .. } => {
+            ChainStep::SwitchActive { from, to } => {
                 self.lock(path)?;
-                names::move_name(path, &self.own_name(from))
+                // Undone before, and so perhaps was what had come before it: then `from` has no name of its own.
+                match same_file(&self.own_name(to), path)? {
+                    true => names::move_name(path, &self.own_name(from)),
+                    false => names::clear_move(path),
+                }
             }
             ChainStep::ApplyInternal { layer, safety: Some(safety), .. } => {
                 match self.has_tag(layer, safety)? {

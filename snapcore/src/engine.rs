@@ -183,7 +183,21 @@ impl Running<'_> {
         let mut changes = prologue;
         changes.push(Change::Begin(Box::new(self.operation.clone())));
         changes.extend(at_once);
-        self.record(changes).await.map_err(|error| error.state("nothing was touched"))?;
+        if let Err(failure) = self.record(changes).await {
+            let found = self.engine.catalogue.operation(&self.entry.domain.name, self.operation.id).await;
+            match found {
+                Ok(None) => return Err(failure.state("nothing was touched")),
+                // It was recorded although it failed. What was to happen at once has happened, and is carried through.
+                Ok(Some(_)) if self.is_committed() && self.committed_after_all().await? => {}
+                Ok(Some(_)) => return Err(self.give_up(failure).await),
+                Err(_) => {
+                    return Err(failure
+                        .with_kind(ErrorKind::NeedsRecovery)
+                        .state("whether it is recorded is not known; no disk was touched")
+                        .advise("when the state directory can be used again, run `domsnap recover`"));
+                }
+            }
+        }
         self.tell(Event::Started {
             operation: self.operation.id,
             domain: self.entry.domain.name.clone(),

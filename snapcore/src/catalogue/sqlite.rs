@@ -275,6 +275,11 @@ impl Shared {
             })
         };
         attempt().map_err(|failure| {
+            // A flush that failed leaves a commit in the log that this connection does not believe in, and the next
+            // process would. So this one looks anew, and what it answers from now on is what that would answer.
+            if matches!(failure, Failure::Sqlite(_)) {
+                *slot = None;
+            }
             self.explain(&format!("recording in the catalogue for domain {name}"), failure)
         })
     }
