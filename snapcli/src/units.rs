@@ -31,6 +31,18 @@ pub fn bytes_or_dash(count: Option<u64>) -> String {
     count.map_or_else(|| "-".to_owned(), bytes)
 }
 
+/// The zone that times are shown in: what `TZ` says, or the machine's own.
+///
+/// The machine's own is read as it is: looking up what it is called would walk the whole time zone database, which takes
+/// longer than any list.
+pub fn zone() -> TimeZone {
+    if std::env::var_os("TZ").is_some() {
+        return TimeZone::system();
+    }
+    let own = std::fs::read("/etc/localtime").ok();
+    own.and_then(|rules| TimeZone::tzif("local", &rules).ok()).unwrap_or(TimeZone::UTC)
+}
+
 /// A moment in the machine's own time zone, to the second.
 pub fn time(moment: Timestamp, zone: &TimeZone) -> String {
     moment.to_zoned(zone.clone()).strftime("%Y-%m-%d %H:%M:%S").to_string()

@@ -9,7 +9,6 @@ use std::os::unix::fs::MetadataExt;
 
 use backend_qcow2::image::{Image, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
-use jiff::tz::TimeZone;
 use jiff::{Timestamp, Unit};
 use snapcore::service::{DomainRef, Listing};
 use snapcore::{
@@ -171,7 +170,7 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
         if document.snapshots.is_empty() {
             return format!("{} has no snapshots\n", document.image);
         }
-        let zone = TimeZone::system();
+        let zone = units::zone();
         let rows = document.snapshots.iter().map(|snapshot| {
             vec![
                 snapshot.name.clone(),

@@ -49,7 +49,7 @@ fn read(session: &Session, domain: &DomainRef, args: &List) -> Result<ListDoc, F
 }
 
 fn told(document: &ListDoc, args: &List, title: Option<&str>) -> String {
-    let zone = TimeZone::system();
+    let zone = units::zone();
     let mut text = match (args.tree, document.snapshots.is_empty()) {
         (true, _) => drawn(&document.snapshots, Signs::fitting(), &zone),
         (false, true) => format!("{} has no snapshots\n", document.domain),

@@ -1,6 +1,5 @@
 //! `domsnap show`
 
-use jiff::tz::TimeZone;
 use snapcore::service::Details;
 use snapcore::{Consistency, DeleteCost};
 
@@ -55,7 +54,7 @@ fn told(document: &ShowDoc) -> String {
     if !snapshot.description.is_empty() {
         line("description", &snapshot.description);
     }
-    line("created", &units::time(snapshot.created, &TimeZone::system()));
+    line("created", &units::time(snapshot.created, &units::zone()));
     line("consistency", consistency(snapshot.consistency));
     line("parent", snapshot.parent.as_ref().map_or("none", |parent| parent.as_str()));
     let children = match document.children.is_empty() {
