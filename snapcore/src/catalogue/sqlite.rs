@@ -3,9 +3,9 @@
 //! **What is durable before what.** The database is in WAL mode with `synchronous=FULL`: one flush of the log a
 //! transaction, before [`Catalogue::commit`] returns. Directories that are made are flushed into their parents
 //! first. The log is kept when the last process closes it, so that a command ends without a checkpoint; SQLite
-//! checkpoints when the log has grown to 1000 pages.
+//! checkpoints when the log has grown to 200 pages.
 //!
-//! Reading opens the database read-only and makes no file: a state directory that does not exist reads as empty.
+//! Reading makes no directory and no database: a state directory that does not exist reads as empty.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -18,7 +18,7 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use futures_core::Stream;
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, OpenFlags, TransactionBehavior, params};
+use rusqlite::{Connection, MAIN_DB, OpenFlags, TransactionBehavior, params};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -29,6 +29,10 @@ use crate::{Domain, DomainName, Error, ErrorKind, Operation, OperationId, Result
 
 /// How long a transaction of another process is waited for.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// At how many pages the log is checkpointed. Each process reads the log when it opens the database, so a long one
+/// costs every command; a checkpoint costs two flushes now and then.
+const CHECKPOINT_PAGES: u32 = 200;
 
 /// How often [`Catalogue::watch`] looks.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
@@ -50,6 +54,17 @@ struct Shared {
 struct Open {
     connection: Connection,
     writable: bool,
+}
+
+/// Opens a database that exists, as this module's documentation promises.
+fn connect(path: &Utf8Path) -> Rows<Connection> {
+    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
+    Ok(connection)
 }
 
 impl SqliteCatalogue {
@@ -110,9 +125,9 @@ impl Shared {
                 }
             }
             let attempt = || -> Rows<(Connection, Version)> {
-                let connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-                connection.busy_timeout(BUSY_TIMEOUT)?;
-                connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+                // For writing where the file permits it, and only for reading where not: a command that goes on to
+                // change something opens it once.
+                let connection = connect(&path)?;
                 let version = schema::version(&connection, MIGRATIONS)?;
                 Ok((connection, version))
             };
@@ -127,7 +142,12 @@ impl Shared {
                 Err(failure) => return Err(self.explain("opening the catalogue", failure)),
             };
             match version {
-                Version::Ours => *slot = Some(Open { connection, writable: false }),
+                Version::Ours => {
+                    let writable = !connection
+                        .is_readonly(MAIN_DB)
+                        .map_err(|cause| self.explain("opening the catalogue", Failure::Sqlite(cause)))?;
+                    *slot = Some(Open { connection, writable });
+                }
                 Version::Older => {
                     drop(connection);
                     return self.writer(slot).map(Some);
@@ -151,15 +171,11 @@ impl Shared {
                     .advise("make the state directory writable, or give another one with --state-dir"));
             }
             let attempt = || -> Rows<Result<Connection, i64>> {
-                let mut connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
-                connection.busy_timeout(BUSY_TIMEOUT)?;
-                connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+                let mut connection = connect(&path)?;
                 let version = schema::version(&connection, MIGRATIONS)?;
                 if let Version::Newer(version) = version {
                     return Ok(Err(version));
                 }
-                connection.pragma_update(None, "synchronous", "FULL")?;
-                connection.pragma_update(None, "foreign_keys", true)?;
                 if version == Version::Older {
                     connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
                     schema::migrate(&mut connection, MIGRATIONS)?;
