@@ -1,0 +1,166 @@
+//! [`GuestOptions`]: which guest.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::Result;
+
+use crate::guest::Guest;
+
+/// Which QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Version {
+    /// 10.0, in PATH.
+    New,
+    /// 7.2, unpacked by `scripts/install-qemu`.
+    Old,
+}
+
+impl Version {
+    /// Both that are supported.
+    pub const BOTH: [Self; 2] = [Self::New, Self::Old];
+}
+
+/// Which guest; [`GuestOptions::start`] starts it.
+#[derive(Debug, Clone)]
+pub struct GuestOptions {
+    pub(crate) version: Version,
+    pub(crate) disks: usize,
+    pub(crate) disk_mib: u64,
+    pub(crate) memory_mib: u64,
+    pub(crate) cpus: u32,
+    pub(crate) tick_ms: u64,
+    pub(crate) drive: bool,
+    pub(crate) name: String,
+    pub(crate) machine: String,
+    pub(crate) cpu: String,
+    pub(crate) more: Vec<String>,
+    pub(crate) boot: bool,
+    pub(crate) parent: Option<PathBuf>,
+    pub(crate) deadline: Duration,
+}
+
+impl Default for GuestOptions {
+    fn default() -> Self {
+        Self {
+            version: Version::New,
+            disks: 2,
+            disk_mib: 64,
+            memory_mib: 128,
+            cpus: 1,
+            tick_ms: 5,
+            drive: false,
+            name: "guest".into(),
+            machine: "q35".into(),
+            cpu: "max".into(),
+            more: Vec::new(),
+            boot: false,
+            parent: None,
+            deadline: Duration::from_secs(180),
+        }
+    }
+}
+
+impl GuestOptions {
+    /// The most disks that a guest can have.
+    pub const MAX_DISKS: usize = 8;
+
+    /// Two disks of 64 MiB, 128 MiB of memory, QEMU 10.0, `-blockdev`.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Another QEMU than 10.0.
+    pub fn version(mut self, version: Version) -> Self {
+        self.version = version;
+        self
+    }
+
+    /// How many disks, at most [`GuestOptions::MAX_DISKS`]. They are `vda`, `vdb` and so on.
+    pub fn disks(mut self, disks: usize) -> Self {
+        self.disks = disks;
+        self
+    }
+
+    /// The virtual size of each disk, in MiB; at least 8.
+    pub fn disk_mib(mut self, mib: u64) -> Self {
+        self.disk_mib = mib;
+        self
+    }
+
+    /// The guest's memory, in MiB; at least 96.
+    pub fn memory_mib(mut self, mib: u64) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// How many processors. 1.
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// How long the guest rests between two ticks, in milliseconds. 5.
+    pub fn tick_ms(mut self, ms: u64) -> Self {
+        self.tick_ms = ms;
+        self
+    }
+
+    /// Disks by `-drive` (ids `drive0`, `drive1`, ..., nodes without a name) and not by `-blockdev` (nodes `d0`, `d1`, ...
+    /// over `f0`, `f1`, ...).
+    pub fn drive(mut self) -> Self {
+        self.drive = true;
+        self
+    }
+
+    /// QEMU's `-name`. "guest".
+    pub fn name(mut self, name: &str) -> Self {
+        self.name = name.to_owned();
+        self
+    }
+
+    /// QEMU's `-machine`. "q35".
+    pub fn machine(mut self, machine: &str) -> Self {
+        self.machine = machine.to_owned();
+        self
+    }
+
+    /// QEMU's `-cpu`. "max".
+    pub fn cpu(mut self, cpu: &str) -> Self {
+        self.cpu = cpu.to_owned();
+        self
+    }
+
+    /// More words of QEMU's command line. `DIR` in them stands for [`Guest::dir`]; what they name there must be made by
+    /// QEMU itself, or must lie elsewhere.
+    pub fn more<S: AsRef<str>>(mut self, words: &[S]) -> Self {
+        self.more.extend(words.iter().map(|word| word.as_ref().to_owned()));
+        self
+    }
+
+    /// Boots it, and does not start it from memory that was kept: for machines whose memory cannot be kept, and for tests
+    /// of what a boot itself does. It takes seconds.
+    pub fn from_boot(mut self) -> Self {
+        self.boot = true;
+        self
+    }
+
+    /// Makes the guest's directory inside this one, not in that for temporary files.
+    pub fn inside(mut self, parent: impl Into<PathBuf>) -> Self {
+        self.parent = Some(parent.into());
+        self
+    }
+
+    /// Within which the guest must be ready, and answer each command. 180 s, because machines that run tests are slow.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Starts it; it is ready, and has ticked, when this returns.
+    ///
+    /// # Errors
+    /// What is missing on this machine and which script installs it; or what QEMU and the guest's console said.
+    pub fn start(self) -> Result<Guest> {
+        Guest::start(self)
+    }
+}

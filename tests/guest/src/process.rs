@@ -1,0 +1,20 @@
+//! Other programs.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+/// Directories of system programs that are not in every user's PATH.
+const SYSTEM: &str = "/usr/sbin:/sbin";
+
+/// Runs a program that must succeed; gives its standard output.
+pub(crate) fn run(command: &mut Command, advice: &str) -> Result<String> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("LC_ALL", "C").env("PATH", format!("{path}:{SYSTEM}")).stdin(Stdio::null());
+    let output = command.output().with_context(|| format!("{command:?} cannot be started: {advice}"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{command:?} ended with {}: {}: {advice}", output.status, said.trim());
+    }
+    String::from_utf8(output.stdout).with_context(|| format!("{command:?} does not write UTF-8"))
+}
