@@ -5,8 +5,11 @@
  *
  * Once a tick a counter goes up in memory (COPIES of it, far apart) and then, past the guest's cache and flushed, in the
  * file "counter" on each of the DISKS, one after another. Before that, all of them are read back and must be equal. So
- * at every instant of the guest its memory tells what must be on the disks, and a machine that was put together from
- * parts of different instants says BAD at its first tick.
+ * at every instant of the guest its memory tells what must be on the disks.
+ *
+ * Each place has the last SLOTS values, value n in slot n % SLOTS, and all of them are compared. With one value alone, a
+ * machine that was put together from parts of different instants, in the middle of a tick, would write over the
+ * difference without having looked; this way it is found at the next tick, for certain.
  *
  * After a boot there is no memory to compare with. Then the disks' counters must not rise from one disk to the next, and
  * the first may be ahead of the last by one at most: what a crash leaves of a tick.
@@ -34,6 +37,7 @@
 #include <sys/mman.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
+#include <sys/sysinfo.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -41,6 +45,7 @@
 typedef uint64_t u64;
 
 enum { MAX_DISKS = 8, BLOCK = 4096, WORDS = BLOCK / 8, COPIES = 32, STRIDE = 256 << 10 };
+enum { SLOTS = 8, RING = SLOTS * BLOCK };
 enum { PENDING = 512 << 10, SHELL_OUTPUT = 96 << 10, MAX_BLOCKS = 16384 };
 
 static int port, disks;
@@ -129,7 +134,7 @@ static void say(int must, const char *format, ...)
 /* ---- the counter ---- */
 
 static int counter_file[MAX_DISKS];
-static volatile u64 *ram; /* COPIES words, STRIDE bytes apart */
+static volatile u64 *ram; /* COPIES times SLOTS words, STRIDE bytes apart */
 static volatile u64 tick_ns, ticks, bad, gap_ns;
 static volatile int hold, held;
 
@@ -138,25 +143,65 @@ static volatile u64 *copy(int i)
     return ram + (u64)i * (STRIDE / 8);
 }
 
-/* The counter on a disk; all ones where the block does not hold one counter throughout. */
-static u64 read_counter(int disk, u64 *block)
+/* What a slot holds when the counter is there: the last value that belongs into it. */
+static u64 in_slot(int slot, u64 counter)
 {
-    if (pread(counter_file[disk], block, BLOCK, 0) != BLOCK) {
+    return counter - (counter - slot) % SLOTS;
+}
+
+/* The counter on a disk; all ones where the ring does not hold what one counter leaves. */
+static u64 read_counter(int disk, u64 *ring)
+{
+    u64 counter = 0;
+    if (pread(counter_file[disk], ring, RING, 0) != RING) {
         say(1, "ERR reading the counter of disk %d: %s", disk, strerror(errno));
         return ~0ull;
     }
-    for (int k = 1; k < WORDS; k++)
-        if (block[k] != block[0])
-            return ~0ull;
-    return block[0];
+    for (int slot = 0; slot < SLOTS; slot++)
+        if (ring[slot * WORDS] > counter)
+            counter = ring[slot * WORDS];
+    for (int slot = 0; slot < SLOTS; slot++) {
+        u64 want = in_slot(slot, counter);
+        for (int k = 0; k < WORDS; k++)
+            if (ring[slot * WORDS + k] != want)
+                return ~0ull;
+    }
+    return counter;
 }
 
+/* Writes the slot of a value. */
 static void write_counter(int disk, u64 *block, u64 value)
 {
     for (int k = 0; k < WORDS; k++)
         block[k] = value;
-    if (pwrite(counter_file[disk], block, BLOCK, 0) != BLOCK)
+    if (pwrite(counter_file[disk], block, BLOCK, value % SLOTS * BLOCK) != BLOCK)
         say(1, "ERR writing the counter of disk %d: %s", disk, strerror(errno));
+}
+
+/* Writes all slots, as they are when the counter is there. */
+static void write_ring(int disk, u64 *ring, u64 counter)
+{
+    for (int slot = 0; slot < SLOTS; slot++)
+        for (int k = 0; k < WORDS; k++)
+            ring[slot * WORDS + k] = in_slot(slot, counter);
+    if (pwrite(counter_file[disk], ring, RING, 0) != RING)
+        say(1, "ERR writing the counter of disk %d: %s", disk, strerror(errno));
+}
+
+/* Whether a copy in memory is what this counter leaves. */
+static int copy_differs(int i, u64 counter)
+{
+    int differs = 0;
+    for (int slot = 0; slot < SLOTS; slot++)
+        differs |= copy(i)[slot] != in_slot(slot, counter);
+    return differs;
+}
+
+static void write_copies(u64 counter)
+{
+    for (int i = 0; i < COPIES; i++)
+        for (int slot = 0; slot < SLOTS; slot++)
+            copy(i)[slot] = in_slot(slot, counter);
 }
 
 static void counters_to_text(char *text, size_t size, const u64 *found)
@@ -169,34 +214,38 @@ static void counters_to_text(char *text, size_t size, const u64 *found)
 
 static void *tick(void *unused)
 {
-    u64 *block = aligned(BLOCK), last = now_ns();
+    u64 *ring = aligned(RING), last = now_ns();
     (void)unused;
     for (;;) {
-        u64 found[MAX_DISKS], want;
+        u64 found[MAX_DISKS], counter;
         int differs = 0, copies = 0;
         for (; hold; nap_ns(1000000))
             held = 1;
         held = 0;
-        want = *copy(0);
+        counter = ticks;
         for (int d = 0; d < disks; d++) {
-            found[d] = read_counter(d, block);
-            differs |= found[d] != want;
+            found[d] = read_counter(d, ring);
+            differs |= found[d] != counter;
         }
-        for (int i = 1; i < COPIES; i++)
-            copies += *copy(i) != want;
+        for (int i = 0; i < COPIES; i++)
+            copies += copy_differs(i, counter);
         if (differs || copies) {
             char text[256];
             counters_to_text(text, sizeof text, found);
             bad++;
-            say(1, "BAD memory=%llu copies-that-differ=%d disks=%s", (unsigned long long)want, copies, text);
+            say(1, "BAD memory=%llu copies-that-differ=%d disks=%s", (unsigned long long)counter, copies, text);
+            /* Said once: from here on they are equal. */
+            write_copies(counter);
+            for (int d = 0; d < disks; d++)
+                write_ring(d, ring, counter);
         }
-        want++;
+        counter++;
         for (int i = 0; i < COPIES; i++)
-            *copy(i) = want;
+            copy(i)[counter % SLOTS] = counter;
         for (int d = 0; d < disks; d++)
-            write_counter(d, block, want);
-        ticks = want;
-        say(0, "T %llu", (unsigned long long)want);
+            write_counter(d, ring, counter);
+        ticks = counter;
+        say(0, "T %llu", (unsigned long long)counter);
         u64 now = now_ns();
         if (now - last > gap_ns)
             gap_ns = now - last;
@@ -217,7 +266,7 @@ static int open_direct(const char *path)
 /* Opens the counters, makes them where they are not, and judges what a crash has left. */
 static void start_counter(void)
 {
-    u64 found[MAX_DISKS] = {0}, *block = aligned(BLOCK), highest = 0;
+    u64 found[MAX_DISKS] = {0}, *ring = aligned(RING), highest = SLOTS;
     char text[256];
     int made = 0;
     for (int d = 0; d < disks; d++) {
@@ -225,13 +274,12 @@ static void start_counter(void)
         struct stat about;
         snprintf(path, sizeof path, "/vd%c/counter", 'a' + d);
         counter_file[d] = open_direct(path);
-        if (fstat(counter_file[d], &about) == 0 && about.st_size < BLOCK) {
-            memset(block, 0, BLOCK);
-            write_counter(d, block, 0);
+        if (fstat(counter_file[d], &about) == 0 && about.st_size < RING) {
+            write_ring(d, ring, SLOTS);
             fsync(counter_file[d]);
             made++;
         }
-        found[d] = read_counter(d, block);
+        found[d] = read_counter(d, ring);
         if (found[d] != ~0ull && found[d] > highest)
             highest = found[d];
     }
@@ -244,22 +292,24 @@ static void start_counter(void)
         say(1, "BAD after a boot disks=%s new=%d", text, made);
     }
     ram = mmap(0, (size_t)COPIES * STRIDE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    for (int i = 0; i < COPIES; i++)
-        *copy(i) = highest;
+    write_copies(highest);
     for (int d = 0; d < disks; d++)
-        write_counter(d, block, highest);
+        if (found[d] != highest)
+            write_ring(d, ring, highest);
     ticks = highest;
+    free(ring);
     say(1, "READY disks=%d counters=%s", disks, text);
 }
 
-/* Where the counter's block is on its disk, in bytes. */
+/* Where the counter's ring is on its disk, in bytes. */
 static long long counter_offset(int disk)
 {
     struct {
         struct fiemap map;
         struct fiemap_extent extent;
-    } ask = {.map = {.fm_length = BLOCK, .fm_flags = FIEMAP_FLAG_SYNC, .fm_extent_count = 1}};
-    if (disk < 0 || disk >= disks || ioctl(counter_file[disk], FS_IOC_FIEMAP, &ask) || ask.map.fm_mapped_extents != 1)
+    } ask = {.map = {.fm_length = RING, .fm_flags = FIEMAP_FLAG_SYNC, .fm_extent_count = 1}};
+    if (disk < 0 || disk >= disks || ioctl(counter_file[disk], FS_IOC_FIEMAP, &ask) || ask.map.fm_mapped_extents != 1 ||
+        ask.extent.fe_length < RING)
         return -1;
     return ask.extent.fe_physical;
 }
@@ -303,12 +353,16 @@ static void *dirty(void *unused)
 
 static int set_dirty(u64 mib, double rate)
 {
+    struct sysinfo about;
     int failed = 0;
     pthread_mutex_lock(&dirty_lock);
     if (dirty_pages)
         munmap(dirty_memory, dirty_pages * BLOCK);
     dirty_pages = dirty_position = 0;
-    if (mib) {
+    /* This is the first process: where memory ends, so does the guest. */
+    if (sysinfo(&about) || (mib + 8) << 20 > about.freeram * about.mem_unit) {
+        failed = mib != 0;
+    } else if (mib) {
         dirty_memory = mmap(0, mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         failed = dirty_memory == MAP_FAILED;
         if (!failed) {
@@ -506,7 +560,7 @@ static void run(char *line)
         say(1, "R %s ok", id);
     } else if (!strcmp(command, "dirty") && given == 2 && a >= 0 && b >= 0) {
         if (set_dirty(a, b))
-            say(1, "R %s error the guest has no %s MiB", id, rest);
+            say(1, "R %s error the guest has no %.0f MiB to spare", id, a);
         else
             say(1, "R %s ok", id);
     } else if (!strcmp(command, "blocks") && given == 2 && a >= 0 && a <= MAX_BLOCKS && b >= 0) {
@@ -520,7 +574,7 @@ static void run(char *line)
         say(1, "R %s ok checked=%llu wrong=%llu", id, (unsigned long long)checked, (unsigned long long)wrong);
     } else if (!strcmp(command, "offset") && given == 1) {
         long long offset = counter_offset(a);
-        say(1, offset < 0 ? "R %s error no such counter" : "R %s ok offset=%lld", id, offset);
+        say(1, offset < 0 ? "R %s error no such counter, or it lies in pieces" : "R %s ok offset=%lld", id, offset);
     } else if (!strcmp(command, "sync")) {
         sync();
         say(1, "R %s ok", id);

@@ -56,6 +56,21 @@ impl Status {
     }
 }
 
+/// How many bytes of a disk hold its counter, from [`Guest::counter_offset`](crate::Guest::counter_offset) on.
+pub const COUNTER_BYTES: usize = SLOTS as usize * BLOCK;
+
+const SLOTS: u64 = 8;
+const BLOCK: usize = 4096;
+
+/// The counter in the [`COUNTER_BYTES`] that hold it; none where they are not what one counter leaves.
+pub fn counter(bytes: &[u8]) -> Option<u64> {
+    let words = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect::<Vec<_>>();
+    let counter = *words.iter().max()?;
+    let in_slot = |slot: u64| Some(counter - counter.checked_sub(slot)? % SLOTS);
+    let whole = |(slot, block): (u64, &[u64])| block.iter().all(|&word| in_slot(slot) == Some(word));
+    (bytes.len() == COUNTER_BYTES && (0..).zip(words.chunks(BLOCK / 8)).all(whole)).then_some(counter)
+}
+
 /// The value of a `name=` in an answer.
 pub(crate) fn field<'a>(answer: &'a str, name: &str) -> Result<&'a str> {
     let found = answer.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
@@ -310,6 +325,26 @@ fn unique() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn ring(counter: u64) -> Vec<u8> {
+        let last = |slot| (1..=counter).rev().find(|value| value % 8 == slot).expect("it came by");
+        (0..8).flat_map(|slot| last(slot).to_le_bytes().repeat(512)).collect()
+    }
+
+    #[test]
+    fn a_counter_is_read_from_its_ring_and_not_from_a_broken_one() {
+        for value in [8, 9, 15, 16, 1001] {
+            assert_eq!(counter(&ring(value)), Some(value));
+        }
+        let mut one_byte = ring(1001);
+        one_byte[20000] ^= 1;
+        assert_eq!(counter(&one_byte), None);
+        let mut two_instants = ring(1001);
+        two_instants[..4096].copy_from_slice(&ring(990)[..4096]);
+        assert_eq!(counter(&two_instants), None);
+        assert_eq!(counter(&ring(9)[4096..]), None);
+        assert_eq!(counter(&[]), None);
+    }
 
     #[test]
     fn an_answer_to_a_question_of_an_earlier_instant_is_not_taken() {

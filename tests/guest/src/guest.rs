@@ -85,6 +85,10 @@ impl Guest {
             }
         }
 
+        for (name, content) in &options.files {
+            fs::write(dir.path().join(name), content)?;
+        }
+
         let more = state.iter().flat_map(|_| state::incoming()).collect::<Vec<_>>();
         let child = spawn(&line, &more, dir.path())?;
         let channel = Channel::open(&dir.path().join("witness"));
@@ -361,8 +365,8 @@ impl Guest {
         self.command("go").map(drop)
     }
 
-    /// Where on a disk the block with its counter is, in bytes: 512 times the counter, as 64 bits little endian. With it the
-    /// counter of any image or snapshot of that disk can be read from outside.
+    /// Where on a disk its counter is, in bytes: with [`counter`](crate::counter) the counter of any image or snapshot of
+    /// that disk can be read from outside.
     ///
     /// # Errors
     /// As [`Guest::command`].

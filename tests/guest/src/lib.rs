@@ -17,7 +17,7 @@
 //! # What is inside
 //!
 //! Debian's cloud kernel, busybox, the QEMU guest agent and `witness` (`src-guest/witness.c`): a counter that goes up in
-//! memory and on each disk at each tick, and is compared before. Each disk has an ext4 file system, mounted at `/vda`,
+//! memory and on each disk at each tick, and whose last values are compared before. Each disk has an ext4 file system, mounted at `/vda`,
 //! `/vdb` and so on. [`Guest::shell`] runs anything there.
 //!
 //! # How it comes to be
@@ -41,6 +41,6 @@ mod process;
 mod qemu;
 mod state;
 
-pub use channel::Status;
+pub use channel::{COUNTER_BYTES, Status, counter};
 pub use guest::{Guest, ShellOutput};
 pub use options::{GuestOptions, Version};

@@ -34,6 +34,7 @@ pub struct GuestOptions {
     pub(crate) machine: String,
     pub(crate) cpu: String,
     pub(crate) more: Vec<String>,
+    pub(crate) files: Vec<(String, Vec<u8>)>,
     pub(crate) boot: bool,
     pub(crate) parent: Option<PathBuf>,
     pub(crate) deadline: Duration,
@@ -53,6 +54,7 @@ impl Default for GuestOptions {
             machine: "q35".into(),
             cpu: "max".into(),
             more: Vec::new(),
+            files: Vec::new(),
             boot: false,
             parent: None,
             deadline: Duration::from_secs(180),
@@ -130,10 +132,18 @@ impl GuestOptions {
         self
     }
 
-    /// More words of QEMU's command line. `DIR` in them stands for [`Guest::dir`]; what they name there must be made by
-    /// QEMU itself, or must lie elsewhere.
+    /// More words of QEMU's command line. `DIR` in them stands for [`Guest::dir`]. A word that differs from run to run makes
+    /// each run keep a memory of its own: give QEMU what it needs by [`GuestOptions::file`], or start by
+    /// [`GuestOptions::from_boot`].
     pub fn more<S: AsRef<str>>(mut self, words: &[S]) -> Self {
         self.more.extend(words.iter().map(|word| word.as_ref().to_owned()));
+        self
+    }
+
+    /// Puts a file into [`Guest::dir`] before QEMU starts, for [`GuestOptions::more`] to name: a cdrom's image, a second kind
+    /// of disk. A guest that is restored has it as it was given, so the guest should not write it before it is ready.
+    pub fn file(mut self, name: &str, content: impl Into<Vec<u8>>) -> Self {
+        self.files.push((name.to_owned(), content.into()));
         self
     }
 

@@ -30,7 +30,7 @@ const MEMORY: &str = "memory";
 pub(crate) fn get(options: &GuestOptions, built: &Built) -> Result<PathBuf> {
     let inputs = inputs(options, built)?;
     let mut hasher = DefaultHasher::new();
-    inputs.hash(&mut hasher);
+    (&inputs, &options.files).hash(&mut hasher);
     built.once(&format!("state-{:016x}", hasher.finish()), |dir| {
         fs::create_dir(dir)?;
         fs::write(dir.join("inputs"), &inputs)?;
