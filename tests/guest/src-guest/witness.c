@@ -28,6 +28,7 @@
 #include <linux/fs.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -533,6 +534,32 @@ static void shell(const char *id, const char *command)
     put(1, line, n);
 }
 
+/* Returns once no tick is under way: nothing is half done until "go". */
+static void hold_ticks(void)
+{
+    for (hold = 1; !held; nap_ns(1000000))
+        ;
+}
+
+/* Ends the guest, when nobody writes any more: the disks go away under who still does. */
+static void end(int how)
+{
+    hold_ticks();
+    set_dirty(0, 0);
+    set_blocks(0, 0);
+    nap_ns(50000000); /* the host reads what was said */
+    sync();
+    reboot(how);
+}
+
+/* As init programs have it: SIGUSR2 is power off, SIGTERM is reboot. */
+static volatile sig_atomic_t asked_to_end;
+
+static void on_signal(int signal)
+{
+    asked_to_end = signal;
+}
+
 static void run(char *line)
 {
     char *id = strtok(line, " "), *command = strtok(0, " "), *rest = strtok(0, "");
@@ -548,9 +575,7 @@ static void run(char *line)
         gap_ns = 0;
         say(1, "R %s ok", id);
     } else if (!strcmp(command, "hold")) {
-        /* Answered once no tick is under way: nothing is half done until "go". */
-        for (hold = 1; !held; nap_ns(1000000))
-            ;
+        hold_ticks();
         say(1, "R %s ok ticks=%llu", id, (unsigned long long)ticks);
     } else if (!strcmp(command, "go")) {
         hold = 0;
@@ -582,9 +607,7 @@ static void run(char *line)
         shell(id, rest);
     } else if (!strcmp(command, "quit") || !strcmp(command, "reboot")) {
         say(1, "R %s ok", id);
-        nap_ns(50000000);
-        sync();
-        reboot(*command == 'q' ? RB_POWER_OFF : RB_AUTOBOOT);
+        end(*command == 'q' ? RB_POWER_OFF : RB_AUTOBOOT);
     } else {
         say(1, "R %s error not understood: %s %s", id, command, rest ? rest : "");
     }
@@ -613,6 +636,8 @@ int main(int count, char **words)
         dprintf(2, "WITNESS: %s: %s\n", words[1], strerror(errno));
         return 1;
     }
+    signal(SIGUSR2, on_signal);
+    signal(SIGTERM, on_signal);
     start_counter();
     start(tick);
     start(dirty);
@@ -620,6 +645,8 @@ int main(int count, char **words)
     for (;;) {
         struct pollfd ready = {port, POLLIN, 0};
         poll(&ready, 1, 50);
+        if (asked_to_end)
+            end(asked_to_end == SIGUSR2 ? RB_POWER_OFF : RB_AUTOBOOT);
         pthread_mutex_lock(&out_lock);
         flush_pending();
         pthread_mutex_unlock(&out_lock);

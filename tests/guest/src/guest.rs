@@ -1,11 +1,13 @@
 //! [`Guest`]: one that runs.
 
 use std::{
-    ffi::{OsStr, OsString},
+    collections::BTreeSet,
+    ffi::OsString,
     fs::{self, File},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -54,6 +56,8 @@ pub struct Guest {
     agent: PathBuf,
     options: GuestOptions,
     line: Vec<OsString>,
+    /// The processes that were found to be its own: one that is ending has no command line any more.
+    seen: Mutex<BTreeSet<u32>>,
     _built: Built,
 }
 
@@ -92,7 +96,8 @@ impl Guest {
         let more = state.iter().flat_map(|_| state::incoming()).collect::<Vec<_>>();
         let child = spawn(&line, &more, dir.path())?;
         let channel = Channel::open(&dir.path().join("witness"));
-        let guest = Self { channel, child, dir, socket, agent, options, line, _built: built };
+        let seen = Mutex::new(BTreeSet::from([child.id()]));
+        let guest = Self { channel, child, dir, socket, agent, options, line, seen, _built: built };
         let ready = match &state {
             None => guest.await_boot(1),
             Some(state) => guest.go_on_from(state),
@@ -176,21 +181,11 @@ impl Guest {
         self.processes().first().copied()
     }
 
-    /// Every living QEMU whose command line names this directory.
+    /// Every QEMU whose command line names this directory, until it has let go of its files.
     pub fn processes(&self) -> Vec<u32> {
-        let dir = self.dir.path().as_os_str().as_bytes();
-        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        let mut found: Vec<_> = pids
-            .filter(|pid| {
-                let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { return false };
-                let program = line.split(|&byte| byte == 0).next().unwrap_or_default();
-                let is_qemu = Path::new(OsStr::from_bytes(program))
-                    .file_name()
-                    .is_some_and(|name| name.as_bytes().starts_with(b"qemu-system"));
-                is_qemu && line.windows(dir.len()).any(|part| part == dir)
-            })
-            .collect();
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = qemus_of(self.dir.path(), &seen);
+        seen.extend(&found);
         found.sort_by_key(|&pid| (pid != self.child.id(), pid));
         found
     }
@@ -472,6 +467,7 @@ impl Guest {
         self.kill()?;
         let boots = self.boots();
         self.child = spawn(&self.line, &[], self.dir.path())?;
+        self.seen.get_mut().unwrap_or_else(PoisonError::into_inner).insert(self.child.id());
         self.wait_boots(boots + 1)
     }
 }
@@ -488,6 +484,31 @@ impl std::fmt::Debug for Guest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Guest").field("dir", &self.dir.path()).field("processes", &self.processes()).finish()
     }
+}
+
+/// The QEMUs of a directory; of those that are ending, the ones that are known already.
+fn qemus_of(dir: &Path, known: &BTreeSet<u32>) -> Vec<u32> {
+    let dir = dir.as_os_str().as_bytes();
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let ours = |&pid: &u32| {
+        let read = |name| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+        let line = read("cmdline");
+        let named = line.windows(dir.len()).any(|part| part == dir);
+        read("comm").starts_with(b"qemu-system")
+            && (named || line.is_empty() && known.contains(&pid))
+            && !ended(pid)
+    };
+    pids.filter(ours).collect()
+}
+
+/// Whether a process has let go of its files, and only waits for its parent to hear of it: until the last of its threads is
+/// gone it holds the locks of its images.
+fn ended(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map_or("X", |(_, rest)| rest);
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    state.starts_with(['Z', 'X']) && threads <= 1
 }
 
 fn disks(dir: &Path, count: usize) -> Vec<PathBuf> {

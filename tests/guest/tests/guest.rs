@@ -374,10 +374,16 @@ fn a_reset_guest_boots_again_in_the_same_process() -> Result<()> {
 #[test]
 fn a_guest_that_shuts_down_ends_its_qemu() -> Result<()> {
     let mut guest = Guest::new()?;
+    guest.blocks(64, 0.0)?;
     guest.quit()?;
     assert_eq!(guest.pid(), None);
     guest.restart()?;
-    guest.expect_no_bad()
+    guest.expect_no_bad()?;
+    // The way that the guest agent takes.
+    guest.shell("/sbin/shutdown -h -P +0")?;
+    guest.wait_end()?;
+    assert_eq!(guest.bad(), [""; 0]);
+    Ok(())
 }
 
 #[test]
