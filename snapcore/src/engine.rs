@@ -104,7 +104,7 @@ impl Engine<'_> {
             steps,
             errors: Vec::new(),
         };
-        let told = self.manifests.is_current(entry).then(|| entry.clone());
+        let told = self.manifests.is_current(self.catalogue.identity().await?, entry).then(|| entry.clone());
         let run = Run::new(Some(operation.id));
         Running { engine: self, entry, told, operation, cancel, run }.begin(prologue).await
     }
@@ -562,6 +562,7 @@ impl Running<'_> {
             .filter_map(|change| match change {
                 Change::Edit(edit) => Some(edit.clone()),
                 Change::PutDomain(..)
+                | Change::Follow(_)
                 | Change::RemoveDomain
                 | Change::Begin(_)
                 | Change::Operation(..)
@@ -604,13 +605,18 @@ impl Running<'_> {
         if self.told.as_ref().is_some_and(|told| told.revision == self.entry.revision) {
             return Ok(());
         }
+        let catalogue = self.engine.catalogue.identity().await?.ok_or_else(|| {
+            Error::new(ErrorKind::Internal, "the catalogue records an operation and has no identity")
+        })?;
         let (manifests, told, entry) = (self.engine.manifests.clone(), self.told.take(), self.entry.clone());
         self.told = Some(
-            tokio::task::spawn_blocking(move || manifests.write(told.as_ref(), &entry).map(|()| entry))
-                .await
-                .map_err(|cause| {
-                    Error::new(ErrorKind::Internal, "writing manifests ended early").because(cause)
-                })??,
+            tokio::task::spawn_blocking(move || {
+                manifests.write(catalogue, told.as_ref(), &entry).map(|()| entry)
+            })
+            .await
+            .map_err(|cause| {
+                Error::new(ErrorKind::Internal, "writing manifests ended early").because(cause)
+            })??,
         );
         Ok(())
     }

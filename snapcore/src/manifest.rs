@@ -1,14 +1,20 @@
 //! Manifests: what the catalogue knows of a domain, written beside its data, so that the catalogue can be lost.
 //!
 //! A directory that the first disk's backend names has `domain.json`, and one `<snapshot id>.json` a snapshot. Each
-//! is an envelope: a version, the CRC-32 of the content's text, and the content.
+//! is an envelope: a version, the CRC-32 of the content's text, and the content. The content of each says which
+//! catalogue wrote it, and at which revision.
+//!
+//! **Whose they are.** A catalogue removes a manifest only of a snapshot that it deleted itself: one that it wrote, and
+//! has no more. Others stay; when a domain is taken in, those that could not be are put aside under a name of their own
+//! ([`Manifests::put_aside`]). Whether `domain.json` may be written over is decided before an operation begins, by
+//! [`DomainManifest::is_known_to`].
 //!
 //! **What is durable before what.** Every file is written under a temporary name, flushed, and renamed; then the
 //! directory is flushed once for all. `domain.json` is renamed last: it tells the catalogue's revision that the
 //! whole directory stands for, so a directory that a crash left half way is known by it. Manifests of deleted
 //! snapshots are gone, durably, when [`Manifests::write`] returns: the engine destroys data only after that.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -17,7 +23,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::catalogue::{Entry, Revision};
+use crate::catalogue::{CatalogueId, Entry, Revision, Stamp};
 use crate::{Domain, Error, ErrorKind, Result, Snapshot, SnapshotId};
 
 /// The version of the envelope and of what is in it.
@@ -29,10 +35,16 @@ pub const MAX_BYTES: u64 = 4 << 20;
 /// The most manifests that are read from one directory.
 pub const MAX_FILES: usize = 100_000;
 
+/// The greatest revision that is believed: a thousand a second reach it in a hundred million years.
+const MAX_REVISION: u64 = 1 << 62;
+
 const DOMAIN_FILE: &str = "domain.json";
 
 /// The name that a manifest is written under before it gets its own.
 const TEMPORARY_SUFFIX: &str = ".tmp";
+
+/// What a manifest's name gets that describes what could not be taken in: it is read no more.
+const ASIDE_SUFFIX: &str = ".left-out";
 
 #[derive(Serialize, Deserialize)]
 struct Envelope<T> {
@@ -47,11 +59,46 @@ struct Envelope<T> {
 /// What `domain.json` holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct DomainManifest {
+    /// The catalogue that wrote it; absent where an older domsnap did, whose catalogues had no identity.
+    #[serde(default)]
+    pub catalogue: Option<CatalogueId>,
     /// The catalogue's revision when it was written.
     pub revision: Revision,
+    /// How many snapshots the domain has: fewer manifests are not all.
+    #[serde(default)]
+    pub snapshots: Option<u64>,
     /// The domain.
     #[serde(flatten)]
     pub domain: Domain,
+}
+
+impl DomainManifest {
+    /// Who wrote it, and when.
+    pub fn stamp(&self) -> Stamp {
+        Stamp { catalogue: self.catalogue, revision: self.revision }
+    }
+
+    /// Whether `entry` of `catalogue` has all that this manifest tells: it was written from the entry as it is or as it
+    /// was before, or the entry was taken from it. Where not, the catalogue is stale, or the manifest is another's.
+    pub fn is_known_to(&self, catalogue: CatalogueId, entry: &Entry) -> bool {
+        let own = self.catalogue.is_none_or(|wrote| wrote == catalogue)
+            && self.domain.name == entry.domain.name
+            && self.revision <= entry.revision;
+        own || entry
+            .follows
+            .is_some_and(|taken| taken.catalogue == self.catalogue && self.revision <= taken.revision)
+    }
+}
+
+/// What a snapshot's file holds.
+#[derive(Serialize, Deserialize)]
+struct SnapshotManifest {
+    #[serde(default)]
+    catalogue: Option<CatalogueId>,
+    #[serde(default)]
+    revision: Option<Revision>,
+    #[serde(flatten)]
+    snapshot: Snapshot,
 }
 
 /// What a directory of manifests tells.
@@ -61,8 +108,19 @@ pub struct Found {
     pub domain: Option<DomainManifest>,
     /// The snapshots of all sound manifests.
     pub snapshots: Vec<Snapshot>,
+    /// Who wrote the manifest of a snapshot, where it says so.
+    pub written: HashMap<SnapshotId, Stamp>,
     /// Manifests that were refused, and why.
     pub problems: Vec<(Utf8PathBuf, String)>,
+}
+
+impl Found {
+    /// Whether `catalogue`, which is at `revision` now, wrote the manifest of `snapshot`.
+    fn is_by(&self, snapshot: SnapshotId, catalogue: CatalogueId, revision: Revision) -> bool {
+        self.written
+            .get(&snapshot)
+            .is_some_and(|stamp| stamp.catalogue == Some(catalogue) && stamp.revision <= revision)
+    }
 }
 
 /// The manifests of one domain.
@@ -82,65 +140,119 @@ impl Manifests {
         &self.directory
     }
 
-    /// The revision that the directory stands for: nothing where there is no sound `domain.json`.
-    pub fn revision(&self) -> Option<Revision> {
+    /// The sound `domain.json`, where there is one: who wrote the directory last, and what it stands for.
+    pub fn domain(&self) -> Option<DomainManifest> {
         let bytes = read_bounded(&self.directory.join(DOMAIN_FILE)).ok()?;
-        open_envelope::<DomainManifest>(&bytes).ok().map(|manifest| manifest.revision)
+        open_domain(&bytes).ok()
     }
 
-    /// Whether the directory says what `entry` says.
-    pub fn is_current(&self, entry: &Entry) -> bool {
-        match self.revision() {
-            Some(revision) => revision == entry.revision,
-            None => !wanted(entry),
+    /// Whether the directory says what `entry` of `catalogue` says. A catalogue without an identity never wrote any.
+    pub fn is_current(&self, catalogue: Option<CatalogueId>, entry: &Entry) -> bool {
+        match self.domain() {
+            Some(manifest) => {
+                catalogue.is_some()
+                    && manifest.stamp() == Stamp { catalogue, revision: entry.revision }
+                    && manifest.domain.name == entry.domain.name
+            }
+            None => !wanted(entry) && self.names().is_ok_and(|names| !names.iter().any(|name| is_ours(name))),
         }
     }
 
-    /// Makes the directory say what `after` says. Where `before` is given, the directory is known to stand for it,
-    /// and only what differs is written. Where nothing is left to be told, the directory goes.
+    /// Makes the directory say what `after` of `catalogue` says. Where `before` is given, the directory is known to stand
+    /// for it, and only what differs is written. Where nothing is left to be told, the directory goes. Manifests of
+    /// snapshots that `catalogue` never knew stay.
     ///
     /// # Errors
     /// [`ErrorKind::Io`]; the directory may then be half way, and is known as such.
-    pub fn write(&self, before: Option<&Entry>, after: &Entry) -> Result<()> {
+    pub fn write(&self, catalogue: CatalogueId, before: Option<&Entry>, after: &Entry) -> Result<()> {
         let failed = |cause: io::Error| {
             Error::new(ErrorKind::Io, format!("the manifests in {} cannot be written", self.directory))
                 .because(cause)
                 .advise("`domsnap check` tells which are missing; the next change of the domain writes them again")
         };
-        if !wanted(after) {
-            return self.remove_all().map_err(failed);
-        }
-        self.make_directory().map_err(failed)?;
-        let mut gone = false;
+        // What is there and right, and what is there and no more.
         let mut told: Vec<Snapshot> = Vec::new();
-        for snapshot in before.iter().flat_map(|entry| entry.tree.iter()) {
-            if after.tree.get(snapshot.id).is_none() {
-                gone |= remove(&self.file_of(snapshot.id)).map_err(failed)?;
-            }
-        }
+        let mut gone: Vec<Utf8PathBuf> = Vec::new();
+        let is_gone = |snapshot: &Snapshot| after.tree.get(snapshot.id).is_none();
         if let Some(before) = before {
             told.extend(before.tree.iter().cloned());
         } else {
-            told = self.read()?.snapshots;
-            for name in self.names().map_err(failed)? {
-                let known = id_of(&name).is_some_and(|id| after.tree.get(id).is_some());
-                if name != DOMAIN_FILE && !known && is_ours(&name) {
-                    gone |= remove(&self.directory.join(&name)).map_err(failed)?;
-                }
-            }
+            let found = self.read()?;
+            told.extend(found.snapshots.iter().cloned());
+            told.retain(|snapshot| found.is_by(snapshot.id, catalogue, after.revision));
+            let names = self.names().map_err(failed)?;
+            let half = names.iter().filter(|name| is_ours(name) && name.ends_with(TEMPORARY_SUFFIX));
+            gone.extend(half.map(|name| self.directory.join(name)));
         }
-        for snapshot in after.tree.iter() {
-            if !told.contains(snapshot) {
-                self.put(&self.file_of(snapshot.id), snapshot).map_err(failed)?;
-            }
+        gone.extend(told.iter().filter(|told| is_gone(told)).map(|told| self.file_of(told.id)));
+        if !wanted(after) {
+            return self.remove_all(&gone).map_err(failed);
         }
-        if gone {
+        self.make_directory().map_err(failed)?;
+        let mut removed = false;
+        for path in &gone {
+            removed |= remove(path).map_err(failed)?;
+        }
+        for snapshot in after.tree.iter().filter(|snapshot| !told.contains(snapshot)) {
+            let manifest = SnapshotManifest {
+                catalogue: Some(catalogue),
+                revision: Some(after.revision),
+                snapshot: snapshot.clone(),
+            };
+            self.put(&self.file_of(snapshot.id), &manifest).map_err(failed)?;
+        }
+        if removed {
             // What is deleted must be gone before a newer domain.json can be seen.
             self.flush_directory().map_err(failed)?;
         }
-        let manifest = DomainManifest { revision: after.revision, domain: after.domain.clone() };
+        let manifest = DomainManifest {
+            catalogue: Some(catalogue),
+            revision: after.revision,
+            snapshots: Some(after.tree.len() as u64),
+            domain: after.domain.clone(),
+        };
         self.put(&self.directory.join(DOMAIN_FILE), &manifest).map_err(failed)?;
         self.flush_directory().map_err(failed)
+    }
+
+    /// Removes the manifests of `snapshots`, which the caller has under other identities now. Durable when it returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub fn remove(&self, snapshots: &[SnapshotId]) -> Result<()> {
+        let attempt = || {
+            let mut removed = false;
+            for id in snapshots {
+                removed |= remove(&self.file_of(*id))?;
+            }
+            if removed { self.flush_directory() } else { Ok(()) }
+        };
+        attempt().map_err(|cause| {
+            Error::new(ErrorKind::Io, format!("manifests in {} cannot be removed", self.directory))
+                .because(cause)
+        })
+    }
+
+    /// Gives manifests a name under which they are kept and read no more. Durable when it returns. One that is not there
+    /// is passed over.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub fn put_aside(&self, files: &[Utf8PathBuf]) -> Result<()> {
+        let attempt = || {
+            for file in files {
+                match fs::rename(file, format!("{file}{ASIDE_SUFFIX}")) {
+                    Ok(()) => {}
+                    Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
+                    Err(cause) => return Err(cause),
+                }
+            }
+            if files.is_empty() { Ok(()) } else { self.flush_directory() }
+        };
+        attempt().map_err(|cause| {
+            Error::new(ErrorKind::Io, format!("manifests in {} cannot be put aside", self.directory))
+                .because(cause)
+        })
     }
 
     /// Reads all manifests. One that is damaged is a problem of its own and stops nothing.
@@ -157,13 +269,16 @@ impl Manifests {
             let path = self.directory.join(name);
             let outcome = read_bounded(&path).and_then(|bytes| match id_of(name) {
                 None => {
-                    found.domain = Some(open_envelope(&bytes)?);
+                    found.domain = Some(open_domain(&bytes)?);
                     Ok(())
                 }
                 Some(id) => {
-                    let snapshot: Snapshot = open_envelope(&bytes)?;
+                    let SnapshotManifest { catalogue, revision, snapshot } = open_envelope(&bytes)?;
                     if snapshot.id != id {
                         return Err(format!("it describes the snapshot {}", snapshot.id));
+                    }
+                    if let Some(revision) = revision {
+                        found.written.insert(id, Stamp { catalogue, revision });
                     }
                     found.snapshots.push(snapshot);
                     Ok(())
@@ -176,7 +291,8 @@ impl Manifests {
         Ok(found)
     }
 
-    fn file_of(&self, id: SnapshotId) -> Utf8PathBuf {
+    /// The file of a snapshot's manifest.
+    pub fn file_of(&self, id: SnapshotId) -> Utf8PathBuf {
         self.directory.join(format!("{id}.json"))
     }
 
@@ -242,15 +358,13 @@ impl Manifests {
         })
     }
 
-    /// Removes everything that is ours, then the directory and those above it that were made for it.
-    fn remove_all(&self) -> io::Result<()> {
-        let names = self.names()?;
+    /// Removes `domain.json` and `files`, then the directory and those above it that were made for it, where they are
+    /// empty then.
+    fn remove_all(&self, files: &[Utf8PathBuf]) -> io::Result<()> {
         // The domain first: without it the rest is known to be what a removal left.
-        if names.contains(DOMAIN_FILE) {
-            remove(&self.directory.join(DOMAIN_FILE))?;
-        }
-        for name in names.iter().filter(|name| is_ours(name)) {
-            remove(&self.directory.join(name))?;
+        remove(&self.directory.join(DOMAIN_FILE))?;
+        for file in files {
+            remove(file)?;
         }
         match fs::remove_dir(&self.directory) {
             Ok(()) => {}
@@ -305,6 +419,14 @@ fn read_bounded(path: &Utf8Path) -> Result<Vec<u8>, String> {
     match u64::try_from(bytes.len()) {
         Ok(length) if length <= MAX_BYTES => Ok(bytes),
         _ => Err(format!("it is longer than {MAX_BYTES} bytes")),
+    }
+}
+
+fn open_domain(bytes: &[u8]) -> Result<DomainManifest, String> {
+    let manifest: DomainManifest = open_envelope(bytes)?;
+    match manifest.revision {
+        Revision(0..=MAX_REVISION) => Ok(manifest),
+        Revision(more) => Err(format!("its revision is {more}, which no catalogue gives")),
     }
 }
 
@@ -365,6 +487,7 @@ mod tests {
             },
             tree: SnapshotTree::new(snapshots.to_vec()),
             revision: Revision(revision),
+            follows: None,
         }
     }
 
@@ -391,24 +514,29 @@ mod tests {
     fn what_is_written_is_read_and_the_last_deletion_takes_the_directory() {
         let place = Place::new();
         let manifests = place.manifests();
+        let us = CatalogueId::fresh();
         let (one, two) = (snapshot("s1"), snapshot("s2"));
         let mut before = entry(1, &[]);
-        assert!(manifests.is_current(&before));
+        assert!(manifests.is_current(None, &before));
         for after in [
             entry(5, std::slice::from_ref(&one)),
             entry(7, &[one.clone(), two.clone()]),
             entry(9, std::slice::from_ref(&two)),
         ] {
-            manifests.write(Some(&before), &after).unwrap();
+            manifests.write(us, Some(&before), &after).unwrap();
             let found = manifests.read().unwrap();
             assert_eq!(found.problems, Vec::new());
             assert_eq!(SnapshotTree::new(found.snapshots), after.tree);
             let told = found.domain.unwrap();
-            assert_eq!((told.revision, told.domain), (after.revision, after.domain.clone()));
-            assert!(manifests.is_current(&after) && !manifests.is_current(&before));
+            assert_eq!(
+                (told.revision, told.catalogue, &told.domain),
+                (after.revision, Some(us), &after.domain)
+            );
+            assert!(manifests.is_current(Some(us), &after) && !manifests.is_current(Some(us), &before));
+            assert!(!manifests.is_current(Some(CatalogueId::fresh()), &after));
             before = after;
         }
-        manifests.write(Some(&before), &entry(11, &[])).unwrap();
+        manifests.write(us, Some(&before), &entry(11, &[])).unwrap();
         assert_eq!(fs::read_dir(place.directory.path()).unwrap().count(), 0);
     }
 
@@ -416,20 +544,70 @@ mod tests {
     fn a_stale_directory_is_made_right_and_files_of_others_stay() {
         let place = Place::new();
         let manifests = place.manifests();
+        let us = CatalogueId::fresh();
         let (old, kept) = (snapshot("old"), snapshot("kept"));
-        manifests.write(None, &entry(1, &[old.clone(), kept.clone()])).unwrap();
+        manifests.write(us, None, &entry(1, &[old.clone(), kept.clone()])).unwrap();
         let half = format!("{}.json{TEMPORARY_SUFFIX}", SnapshotId::fresh());
         fs::write(manifests.directory().join(&half), "half").unwrap();
         fs::write(manifests.directory().join("readme"), "of somebody").unwrap();
         fs::write(manifests.directory().join(format!("{}.json", kept.id)), "damaged").unwrap();
         let now = entry(4, std::slice::from_ref(&kept));
-        manifests.write(None, &now).unwrap();
+        manifests.write(us, None, &now).unwrap();
         let mut expected = vec![format!("{}.json", kept.id), DOMAIN_FILE.to_owned(), "readme".to_owned()];
         expected.sort();
         assert_eq!(place.files(), expected);
         assert_eq!(manifests.read().unwrap().snapshots, [kept]);
-        manifests.write(Some(&now), &entry(6, &[])).unwrap();
+        manifests.write(us, Some(&now), &entry(6, &[])).unwrap();
         assert_eq!(place.files(), ["readme"]);
+    }
+
+    #[test]
+    fn manifests_of_snapshots_that_the_writer_never_knew_stay() {
+        let place = Place::new();
+        let manifests = place.manifests();
+        let (us, them) = (CatalogueId::fresh(), CatalogueId::fresh());
+        let (ours, theirs, newer) = (snapshot("ours"), snapshot("theirs"), snapshot("newer"));
+        manifests.write(them, None, &entry(1, std::slice::from_ref(&theirs))).unwrap();
+        manifests.write(us, None, &entry(9, std::slice::from_ref(&newer))).unwrap();
+        let stays = [&theirs, &newer].map(|snapshot| format!("{}.json", snapshot.id));
+        let here = |place: &Place| stays.iter().all(|name| place.files().contains(name));
+        // At revision 4 this catalogue, put back from a backup, does not know what it wrote at 9.
+        for before in [None, Some(entry(4, &[]))] {
+            manifests.write(us, before.as_ref(), &entry(5, std::slice::from_ref(&ours))).unwrap();
+            assert!(here(&place), "{:?}", place.files());
+        }
+        manifests.write(us, None, &entry(6, &[])).unwrap();
+        assert!(here(&place) && place.files().len() == 2, "{:?}", place.files());
+        assert!(!manifests.is_current(Some(us), &entry(6, &[])));
+        manifests.put_aside(&[manifests.file_of(theirs.id), manifests.file_of(ours.id)]).unwrap();
+        assert_eq!(manifests.read().unwrap().snapshots, std::slice::from_ref(&newer));
+        assert!(place.files().contains(&format!("{}.json.left-out", theirs.id)));
+        manifests.write(us, None, &entry(10, &[])).unwrap();
+        assert_eq!(place.files(), [format!("{}.json.left-out", theirs.id)]);
+    }
+
+    #[test]
+    fn a_manifest_is_known_to_the_catalogue_that_wrote_it_or_followed_it_and_to_no_other() {
+        let (us, them) = (CatalogueId::fresh(), CatalogueId::fresh());
+        let told = |catalogue, revision| DomainManifest {
+            catalogue,
+            revision: Revision(revision),
+            snapshots: Some(0),
+            domain: entry(revision, &[]).domain,
+        };
+        let ours = entry(7, &[]);
+        // Behind: a crash came between the catalogue and the manifests.
+        assert!(told(Some(us), 7).is_known_to(us, &ours) && told(Some(us), 5).is_known_to(us, &ours));
+        assert!(!told(Some(us), 8).is_known_to(us, &ours));
+        assert!(!told(Some(them), 3).is_known_to(us, &ours));
+        assert!(told(None, 7).is_known_to(us, &ours) && !told(None, 8).is_known_to(us, &ours));
+        let mut of_another = told(Some(us), 5);
+        of_another.domain.name = DomainName::new("other").unwrap();
+        assert!(!of_another.is_known_to(us, &ours));
+        let follows = Some(Stamp { catalogue: Some(them), revision: Revision(6) });
+        let taken = Entry { follows, ..entry(7, &[]) };
+        assert!(told(Some(them), 6).is_known_to(us, &taken) && told(Some(us), 7).is_known_to(us, &taken));
+        assert!(!told(Some(them), 7).is_known_to(us, &taken));
     }
 
     #[test]
@@ -437,7 +615,7 @@ mod tests {
         let place = Place::new();
         let manifests = place.manifests();
         let all = [snapshot("s1"), snapshot("s2"), snapshot("s3"), snapshot("s4"), snapshot("s5")];
-        manifests.write(None, &entry(1, &all)).unwrap();
+        manifests.write(CatalogueId::fresh(), None, &entry(1, &all)).unwrap();
         let path = |snapshot: &Snapshot| manifests.file_of(snapshot.id);
         let text = |snapshot| fs::read_to_string(path(snapshot)).unwrap();
         fs::write(path(&all[0]), text(&all[0]).replace("s1", "sx")).unwrap();

@@ -6,7 +6,9 @@ use std::time::Duration;
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use proptest::prelude::*;
-use snapcore::catalogue::{Catalogue, Change, Entry, Revision, SqliteCatalogue, apply_edit};
+use snapcore::catalogue::{
+    Catalogue, CatalogueId, Change, Entry, Revision, SqliteCatalogue, Stamp, apply_edit,
+};
 use snapcore::*;
 
 struct Place(tempfile::TempDir);
@@ -289,7 +291,7 @@ proptest! {
             let catalogue = place.catalogue();
             let web = domain("web", &["/a", "/b"]);
             let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
-            let mut entry = Entry { domain: web, tree: SnapshotTree::default(), revision };
+            let mut entry = Entry { domain: web, tree: SnapshotTree::default(), revision, follows: None };
             let mut model = Model::default();
             for (number, doing) in (1_u8..).zip(all) {
                 let ids: Vec<SnapshotId> = entry.tree.iter().map(|s| s.id).collect();
@@ -345,4 +347,48 @@ proptest! {
             assert_eq!(read, entry);
         });
     }
+}
+
+#[tokio::test]
+async fn what_is_done_to_one_domains_snapshots_never_touches_anothers_of_the_same_identity() {
+    let place = Place::new();
+    let catalogue = place.catalogue();
+    let (web, copy) = (domain("web", &["/a", "/b"]), domain("copy", &["/c", "/d"]));
+    let s1 = snapshot(1, None);
+    let with = |domain: &Domain| vec![Change::PutDomain(Box::new(domain.clone()), vec![s1.clone()])];
+    catalogue.commit(&web.name, Revision::ABSENT, with(&web)).await.unwrap();
+    let revision = catalogue.commit(&copy.name, Revision::ABSENT, with(&copy)).await.unwrap();
+    let whole = async || catalogue.load(&web.name).await.unwrap().unwrap().tree.get(s1.id) == Some(&s1);
+    assert!(whole().await);
+    let moved = vec![Change::Edit(Edit::MovePoint {
+        target: target("vda"),
+        from: s1.disks[0].point.clone(),
+        to: Point::external(layer(9)),
+    })];
+    let revision = catalogue.commit(&copy.name, revision, moved).await.unwrap();
+    assert!(whole().await);
+    let gone = vec![Change::Edit(Edit::RemoveSnapshot { id: s1.id })];
+    let revision = catalogue.commit(&copy.name, revision, gone).await.unwrap();
+    assert!(whole().await);
+    catalogue.commit(&copy.name, revision, vec![Change::RemoveDomain]).await.unwrap();
+    assert!(whole().await);
+}
+
+#[tokio::test]
+async fn a_catalogue_keeps_its_identity_and_a_domain_is_newer_than_what_it_was_taken_from() {
+    let place = Place::new();
+    let catalogue = place.catalogue();
+    assert_eq!(catalogue.identity().await.unwrap(), None);
+    let web = domain("web", &["/a"]);
+    let follows = Stamp { catalogue: Some(CatalogueId::fresh()), revision: Revision(1000) };
+    let changes = [put(&web), vec![Change::Follow(follows)]].concat();
+    let first = catalogue.commit(&web.name, Revision::ABSENT, changes).await.unwrap();
+    assert!(first > follows.revision);
+    let identity = catalogue.identity().await.unwrap().unwrap();
+    let again = place.catalogue();
+    assert_eq!(again.identity().await.unwrap(), Some(identity));
+    assert_eq!(again.load(&web.name).await.unwrap().unwrap().follows, Some(follows));
+    let second = again.commit(&web.name, first, put(&web)).await.unwrap();
+    assert!(second > first);
+    assert_ne!(Place::new().catalogue().identity().await.unwrap(), Some(identity));
 }

@@ -171,12 +171,13 @@ impl Bench {
         runs
     }
 
-    fn assert_manifests_tell(&self, entry: &Entry) {
+    async fn assert_manifests_tell(&self, entry: &Entry) {
         let found = self.manifests().read().unwrap();
         assert_eq!(found.problems, Vec::new());
         let told = SnapshotTree::new(found.snapshots);
         assert_eq!(told, entry.tree);
-        assert!(self.manifests().is_current(entry));
+        let catalogue = self.catalogue.identity().await.unwrap();
+        assert!(self.manifests().is_current(catalogue, entry));
     }
 }
 
@@ -200,7 +201,7 @@ async fn reference(request: &Request) -> (World, World, usize, usize) {
     let before = clear(&bench, bench.world().await);
     bench.run(request, &CancellationToken::new()).await.unwrap();
     let after = clear(&bench, bench.world().await);
-    bench.assert_manifests_tell(&bench.entry().await);
+    bench.assert_manifests_tell(&bench.entry().await).await;
     assert_ne!(before, after, "the request does something");
     (before, after, bench.catalogue.commits.count(), bench.backend.applies.count())
 }
@@ -250,7 +251,7 @@ async fn stopped_at_any_step_it_happened_or_did_not() {
             bench.backend.applies.set(vec![Fault { number, when, how: How::Stop }]);
             bench.run_until_stopped(&request).await;
             bench.recover().await;
-            bench.assert_manifests_tell(&bench.entry().await);
+            bench.assert_manifests_tell(&bench.entry().await).await;
             let world = clear(&bench, bench.world().await);
             assert!(
                 world == before || world == after,
@@ -275,7 +276,7 @@ async fn a_failure_at_any_step_before_the_commit_point_is_undone() {
             assert_eq!(error.state_now(), Some("everything was undone"));
             assert_eq!(clear(&bench, bench.world().await), before);
             assert_eq!(bench.recover().await, Vec::new());
-            bench.assert_manifests_tell(&bench.entry().await);
+            bench.assert_manifests_tell(&bench.entry().await).await;
         }
     }
 }
@@ -492,5 +493,5 @@ async fn manifests_that_cannot_be_written_are_a_warning() {
     std::fs::remove_file(bench.root().join("vda.fake.domsnap")).unwrap();
     bench.recover().await;
     assert!(bench.backend.world().values().all(|disk| !disk.tags.contains_key("s1")));
-    bench.assert_manifests_tell(&bench.entry().await);
+    bench.assert_manifests_tell(&bench.entry().await).await;
 }

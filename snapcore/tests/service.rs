@@ -249,6 +249,11 @@ async fn a_lost_catalogue_is_rebuilt_and_what_is_gone_is_named() {
         "{:?}",
         report.notes
     );
+    // What was left out is read no more, and kept.
+    let aside = before.snapshots[1..].iter().map(|snapshot| format!("{}.json.left-out", snapshot.id));
+    for file in aside {
+        assert!(place.root().join("a.fake.domsnap").join(&file).exists(), "{file}");
+    }
     let s3 = place.service().show(&reference, &name("s3")).await.unwrap();
     assert_eq!(s3.members.len(), 2);
 

@@ -1,19 +1,17 @@
 //! `domsnap disk ...`: one image, no domain.
 //!
 //! Internal snapshots go straight to the image engine: no catalogue, no journal, no event loop, because the engine alone
-//! makes each of them whole or not at all. Before something is taken away the catalogue is asked whether a domain
-//! counts on it, and the images beside it whether one stands on it. External snapshots, and whatever was made that way,
-//! go through the service as a domain of one disk.
-
-use std::os::unix::fs::MetadataExt;
+//! makes each of them whole or not at all. Before something is taken away the catalogue and the manifests beside the
+//! image are asked whether a domain counts on it, and the images beside it whether one stands on it. External snapshots,
+//! and whatever was made that way, go through the service as a domain of one disk.
 
 use backend_qcow2::image::{Image, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
 use jiff::{Timestamp, Unit};
-use snapcore::service::{DomainRef, Listing};
+use snapcore::service::{Belonging, DomainRef, Listing};
 use snapcore::{
-    ActivePath, CreateRequest, DeleteRequest, Disk as DomainDisk, Error, ErrorKind, InspectDepth, LayerName,
-    Point, PointKind, Result, RevertRequest, Snapshot, SnapshotName, Target,
+    ActivePath, CreateRequest, DeleteRequest, Disk as DomainDisk, Error, ErrorKind, InspectDepth, Point,
+    PointKind, Result, RevertRequest, Snapshot, SnapshotName, Target,
 };
 
 use crate::answer::Answer;
@@ -21,7 +19,7 @@ use crate::args::{Disk, Global};
 use crate::commands::change::kind_word;
 use crate::documents::{DiskDoc, DiskListDoc, DiskSnapshotDoc};
 use crate::failure::Failure;
-use crate::session::{Session, state_dir};
+use crate::session::Session;
 use crate::table::table;
 use crate::units;
 
@@ -81,7 +79,7 @@ fn revert(
     name: &str,
     kind: Option<PointKind>,
 ) -> Result<Answer, Failure> {
-    let owner = owner(session, image)?;
+    let owner = owner_to_ask(session, image)?;
     let through_service = match &owner {
         _ if kind == Some(PointKind::External) => true,
         Some(owner) => owner.is_alone(name)?,
@@ -107,7 +105,7 @@ fn delete(
     names: Vec<String>,
     kind: Option<PointKind>,
 ) -> Result<Answer, Failure> {
-    let owner = owner(session, image)?;
+    let owner = owner_to_ask(session, image)?;
     let mut known = Vec::new();
     let mut tags = Vec::new();
     for name in &names {
@@ -152,8 +150,9 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
         })
         .collect();
     if let Some(owner) = owner(session, image)? {
-        for snapshot in &owner.listing.snapshots {
-            let Some(member) = snapshot.point(&owner.target) else { continue };
+        let Belonging { listing, target, .. } = &owner.0;
+        for snapshot in &listing.snapshots {
+            let Some(member) = snapshot.point(target) else { continue };
             if member.point.kind() == PointKind::External {
                 snapshots.push(DiskSnapshotDoc {
                     name: snapshot.name.to_string(),
@@ -216,21 +215,18 @@ fn done(session: &Session, operation: &str, image: &Utf8Path, names: Vec<String>
     })
 }
 
-/// The domain in the catalogue that has an image as a layer.
-struct Owner {
-    listing: Listing,
-    target: Target,
-    layer: LayerName,
-}
+/// The domain that has an image as a layer, by the catalogue or by the manifests beside the image.
+struct Owner(Belonging);
 
 impl Owner {
     /// The snapshot that is the internal point `tag` of the image.
     fn snapshot_in(&self, tag: &str) -> Option<&Snapshot> {
-        let point = Point::internal(self.layer.clone(), tag);
-        self.listing
+        let point = Point::internal(self.0.layer.clone(), tag);
+        self.0
+            .listing
             .snapshots
             .iter()
-            .find(|snapshot| snapshot.point(&self.target).is_some_and(|member| member.point == point))
+            .find(|snapshot| snapshot.point(&self.0.target).is_some_and(|member| member.point == point))
     }
 
     /// Whether `name` is a snapshot of this image as a domain of one disk, which nobody registered: then the service
@@ -239,8 +235,9 @@ impl Owner {
     /// # Errors
     /// [`ErrorKind::NeedsRecovery`] where an operation on the domain stopped half way.
     fn is_alone(&self, name: &str) -> Result<bool> {
-        let domain = &self.listing.domain;
-        if !self.listing.unfinished.is_empty() {
+        let Belonging { listing, .. } = &self.0;
+        let domain = &listing.domain;
+        if !listing.unfinished.is_empty() {
             return Err(Error::new(
                 ErrorKind::NeedsRecovery,
                 format!(
@@ -253,72 +250,76 @@ impl Owner {
         }
         Ok(domain.unregistered
             && domain.disks.len() == 1
-            && self.listing.snapshots.iter().any(|snapshot| snapshot.name.as_str() == name))
+            && listing.snapshots.iter().any(|snapshot| snapshot.name.as_str() == name))
     }
 
     /// Refuses where a snapshot of the domain is the tag `name` of the image.
     fn counts_on(&self, image: &Utf8Path, name: &str, command: &str) -> Result<()> {
-        let domain = &self.listing.domain.name;
+        let domain = &self.0.listing.domain.name;
         match self.snapshot_in(name) {
             None => Ok(()),
             Some(snapshot) => Err(Error::new(
                 ErrorKind::Refused,
                 format!("{name} of {image} is part of snapshot {} of domain {domain}", snapshot.name),
             )
+            .state("nothing was touched")
             .advise(format!(
-                "use `domsnap {command} {domain} {}`, which takes all its disks",
+                "{}use `domsnap {command} {domain} {}`, which takes all its disks",
+                self.brought_back(),
                 snapshot.name
             ))),
         }
     }
 
+    /// What comes before a command on the domain, where only its manifests tell of it.
+    fn brought_back(&self) -> String {
+        let Belonging { listing, .. } = &self.0;
+        match listing.catalogued {
+            true => String::new(),
+            false => format!("bring the domain back with `domsnap import {}`, then ", images_of(listing)),
+        }
+    }
+
     /// Refuses where the domain does not write the image: it is a frozen layer then.
     fn writes(&self, image: &Utf8Path) -> Result<()> {
-        let domain = &self.listing.domain;
-        match domain.disk(&self.target) {
-            Some(record) if record.active != self.layer => Err(Error::new(
+        let Belonging { listing, target, .. } = &self.0;
+        match listing.domain.disk(target) {
+            Some(record) if !self.0.is_active() => Err(Error::new(
                 ErrorKind::Refused,
-                format!("{image} is a frozen layer of disk {} of domain {}", self.target, domain.name),
+                format!("{image} is a frozen layer of disk {target} of domain {}", listing.domain.name),
             )
-            .advise(format!("the image that the domain writes is {}", record.disk.path))),
+            .state("nothing was touched")
+            .advise(format!(
+                "{}use the image that the domain writes: {}",
+                self.brought_back(),
+                record.disk.path
+            ))),
             _ => Ok(()),
         }
     }
 }
 
-/// Who has `image` as a layer. Reads the catalogue, if there is one, and changes nothing.
+fn images_of(listing: &Listing) -> String {
+    let paths: Vec<&str> = listing.domain.disks.iter().map(|record| record.disk.path.as_str()).collect();
+    paths.join(",")
+}
+
+/// Who has `image` as a layer. Reads the catalogue, if there is one, and the manifests beside the image; changes nothing.
 fn owner(session: &Session, image: &Utf8Path) -> Result<Option<Owner>, Failure> {
-    let Ok(wanted) = std::fs::metadata(image) else { return Ok(None) };
-    if !state_dir(&session.global)?.exists() {
-        return Ok(None);
-    }
-    let same = |file: &Utf8Path, meta: &std::fs::Metadata| {
-        std::fs::metadata(file).is_ok_and(|found| (found.dev(), found.ino()) == (meta.dev(), meta.ino()))
-    };
-    let directory = image.parent().and_then(|directory| std::fs::metadata(directory).ok());
-    for summary in session.ask(session.service.domains())? {
-        for record in &summary.domain.disks {
-            let beside = match (record.disk.path.parent(), &directory) {
-                (Some(theirs), Some(ours)) => same(theirs, ours),
-                _ => false,
-            };
-            let Ok(backend) = session.service.registry().get(&record.disk.format) else { continue };
-            // Layers lie beside the configured path, or have absolute names.
-            let layer = record
-                .owned
-                .iter()
-                .chain([&record.active])
-                .filter(|layer| beside || layer.as_str().starts_with('/'))
-                .find(|layer| same(&backend.layer_file(record, layer), &wanted));
-            if let Some(layer) = layer.cloned() {
-                let target = record.disk.target.clone();
-                let listing =
-                    session.ask(session.service.list(&DomainRef::Name(summary.domain.name.clone())))?;
-                return Ok(Some(Owner { listing, target, layer }));
-            }
+    Ok(session.ask(session.service.belonging(image))?.map(Owner))
+}
+
+/// As [`owner`], before something is taken away on its word: the catalogue must have the last one, and what the
+/// catalogue does not know must be no frozen layer.
+fn owner_to_ask(session: &Session, image: &Utf8Path) -> Result<Option<Owner>, Failure> {
+    let owner = owner(session, image)?;
+    if let Some(owner) = &owner {
+        match owner.0.listing.catalogued {
+            true => session.ask(session.service.require_last_word(&owner.0.listing.domain.name))?,
+            false => owner.writes(image)?,
         }
     }
-    Ok(None)
+    Ok(owner)
 }
 
 /// Refuses where another image in the same directory stands on `image`: to change what it shows would change theirs.

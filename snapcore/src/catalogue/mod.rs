@@ -19,6 +19,7 @@ use camino::Utf8PathBuf;
 use futures_core::Stream;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 pub use edit::apply_edit;
 pub use sqlite::SqliteCatalogue;
@@ -41,6 +42,36 @@ impl Revision {
     pub const ABSENT: Self = Self(0);
 }
 
+/// Which catalogue it is: random, made with it, and never changed. A copy of a catalogue, as a backup of it, has the
+/// same one.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
+)]
+#[serde(transparent)]
+pub struct CatalogueId(#[schemars(with = "String")] pub Uuid);
+
+impl CatalogueId {
+    /// A new one.
+    pub fn fresh() -> Self {
+        Self(Uuid::new_v4())
+    }
+}
+
+impl std::fmt::Display for CatalogueId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Who said something about a domain, and when: what manifests are marked with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    /// The catalogue; absent in manifests from before catalogues had identities.
+    pub catalogue: Option<CatalogueId>,
+    /// The domain's revision in it.
+    pub revision: Revision,
+}
+
 /// A domain, its snapshots, and the revision at which they were read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -50,6 +81,9 @@ pub struct Entry {
     pub tree: SnapshotTree,
     /// When this was so.
     pub revision: Revision,
+    /// The manifests that the domain was taken from when it entered the catalogue, where it was: until ours are
+    /// written over them, these are the ones beside the data.
+    pub follows: Option<Stamp>,
 }
 
 /// A domain in the list of all.
@@ -68,6 +102,9 @@ pub struct EntrySummary {
 pub enum Change {
     /// The domain is exactly this, with exactly these snapshots. Its journal stays.
     PutDomain(Box<Domain>, Vec<Snapshot>),
+    /// The domain was taken from manifests of this stamp: it is the entry's from now on, and the domain's revision
+    /// becomes greater than the one in it.
+    Follow(Stamp),
     /// The catalogue forgets the domain, its snapshots and its journal.
     RemoveDomain,
     /// The domain or its snapshots change.
@@ -110,6 +147,11 @@ impl Lease {
 ///   they are durable: they outlive a power failure. A transaction never spans domains.
 /// * **Compare and set.** It names the revision that it expects. Where the domain's is another it changes nothing
 ///   and fails with [`crate::ErrorKind::Busy`]. A success gives the new revision, which is greater.
+/// * **Identities are of a domain.** Snapshots of two domains may have one identity, as where an older domsnap took in
+///   a copy of a directory: what is done to one domain's never touches the other's.
+/// * **Revisions tell old from new.** Together with the catalogue's [`Catalogue::identity`] they are written beside the
+///   data. So the revision of a domain that follows manifests is greater than theirs ([`Change::Follow`]): of two
+///   catalogues that tell of the same data, the greater revision is the later word.
 /// * **A failure may hide a success.** A commit that fails with any other error may still have happened; whoever
 ///   must know reads again.
 /// * **Reads are whole.** What a read returns was true at one instant, and makes or changes nothing.
@@ -117,6 +159,9 @@ impl Lease {
 ///   cancelled.
 #[async_trait]
 pub trait Catalogue: Send + Sync {
+    /// Which catalogue this is; nothing where nothing was ever recorded in it. Once it has one it keeps it.
+    async fn identity(&self) -> Result<Option<CatalogueId>>;
+
     /// All domains, by name.
     async fn domains(&self) -> Result<Vec<EntrySummary>>;
 

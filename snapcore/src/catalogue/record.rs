@@ -4,7 +4,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Entry, Revision};
+use super::{CatalogueId, Entry, Revision, Stamp};
 use crate::{
     Disk, DiskPoint, DiskRecord, Domain, DomainName, Group, LayerName, Operation, OperationId,
     OperationState, Plan, PlannedStep, Point, Snapshot, SnapshotId, SnapshotTree, Step, StepState, Target,
@@ -132,7 +132,7 @@ pub(super) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
     let mut statement = connection.prepare_cached(
         "SELECT s.id, s.name, s.parent, s.created, s.description, s.consistency,
                 p.target, p.layer, p.tag, p.virtual_size
-         FROM snapshots s LEFT JOIN points p ON p.snapshot = s.id
+         FROM snapshots s LEFT JOIN points p ON p.domain = s.domain AND p.snapshot = s.id
          WHERE s.domain = ?1 ORDER BY s.id, p.position",
     )?;
     let mut rows = statement.query([id])?;
@@ -161,7 +161,33 @@ pub(super) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
             });
         }
     }
-    Ok(Entry { domain, tree: SnapshotTree::new(snapshots), revision })
+    let follows = read_follows(connection, id)?;
+    Ok(Entry { domain, tree: SnapshotTree::new(snapshots), revision, follows })
+}
+
+fn read_follows(connection: &Connection, id: i64) -> Rows<Option<Stamp>> {
+    let (catalogue, revision) = connection
+        .prepare_cached("SELECT follows_catalogue, follows_revision FROM domains WHERE id = ?1")?
+        .query_row([id], |row| Ok((row.get::<_, Option<String>>(0)?, row.get::<_, Option<i64>>(1)?)))?;
+    let Some(revision) = revision else { return Ok(None) };
+    let catalogue = catalogue.map(|id| from_word("catalogue identity", id)).transpose()?;
+    Ok(Some(Stamp { catalogue, revision: Revision(unsigned(revision)) }))
+}
+
+/// Which catalogue this is.
+pub(super) fn read_identity(connection: &Connection) -> Rows<CatalogueId> {
+    let id =
+        connection.prepare_cached("SELECT id FROM identity")?.query_row([], |row| row.get::<_, String>(0))?;
+    from_word("identity", id)
+}
+
+/// Records what a domain was taken from.
+pub(super) fn write_follows(connection: &Connection, id: i64, stamp: &Stamp) -> Rows<()> {
+    connection.execute(
+        "UPDATE domains SET follows_catalogue = ?2, follows_revision = ?3 WHERE id = ?1",
+        params![id, stamp.catalogue.map(|catalogue| catalogue.to_string()), integer(stamp.revision.0)],
+    )?;
+    Ok(())
 }
 
 /// Makes the rows of domain `id` say `after` where they say `before`: only what differs is written.
@@ -188,7 +214,10 @@ pub(super) fn write_difference(
         }
     }
     for gone in before.1.iter().filter(|snapshot| after.1.get(snapshot.id).is_none()) {
-        connection.execute("DELETE FROM snapshots WHERE id = ?1", [gone.id.to_string()])?;
+        connection.execute(
+            "DELETE FROM snapshots WHERE domain = ?1 AND id = ?2",
+            params![id, gone.id.to_string()],
+        )?;
     }
     for snapshot in after.1.iter() {
         if before.1.get(snapshot.id) != Some(snapshot) {
@@ -218,7 +247,9 @@ fn write_disks(connection: &Connection, id: i64, disks: &[DiskRecord]) -> Rows<(
 
 fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows<()> {
     let key = snapshot.id.to_string();
-    connection.prepare_cached("DELETE FROM snapshots WHERE id = ?1")?.execute([&key])?;
+    connection
+        .prepare_cached("DELETE FROM snapshots WHERE domain = ?1 AND id = ?2")?
+        .execute(params![id, key])?;
     connection
         .prepare_cached(
             "INSERT INTO snapshots (id, domain, name, parent, created, description, consistency)
@@ -234,10 +265,12 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
             word(&snapshot.consistency)?,
         ])?;
     let mut statement = connection.prepare_cached(
-        "INSERT INTO points (snapshot, position, target, layer, tag, virtual_size) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        "INSERT INTO points (domain, snapshot, position, target, layer, tag, virtual_size)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
     )?;
     for (position, member) in (0_i64..).zip(&snapshot.disks) {
         statement.execute(params![
+            id,
             key,
             position,
             member.target.as_str(),

@@ -87,6 +87,49 @@ CREATE TABLE steps (
     state TEXT NOT NULL,
     PRIMARY KEY (operation, position)
 ) STRICT, WITHOUT ROWID;
+", "
+-- Which catalogue this is: manifests are marked with it.
+CREATE TABLE identity (
+    only INTEGER PRIMARY KEY CHECK (only = 1),
+    id TEXT NOT NULL
+) STRICT;
+INSERT INTO identity VALUES (1, lower(hex(randomblob(16))));
+
+-- The manifests that a domain was taken from.
+ALTER TABLE domains ADD COLUMN follows_catalogue TEXT;
+ALTER TABLE domains ADD COLUMN follows_revision INTEGER;
+
+-- An identity of a snapshot is a domain's own: what is written of one domain cannot reach another's.
+CREATE TABLE snapshots_of_domains (
+    domain INTEGER NOT NULL REFERENCES domains(id) ON DELETE CASCADE,
+    id TEXT NOT NULL,
+    name TEXT NOT NULL,
+    parent TEXT,
+    created TEXT NOT NULL,
+    description TEXT NOT NULL,
+    consistency TEXT NOT NULL,
+    PRIMARY KEY (domain, id),
+    UNIQUE (domain, name)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE points_of_domains (
+    domain INTEGER NOT NULL,
+    snapshot TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    target TEXT NOT NULL,
+    layer TEXT NOT NULL,
+    tag TEXT,
+    virtual_size INTEGER NOT NULL,
+    PRIMARY KEY (domain, snapshot, target),
+    FOREIGN KEY (domain, snapshot) REFERENCES snapshots_of_domains(domain, id) ON DELETE CASCADE
+) STRICT, WITHOUT ROWID;
+INSERT INTO snapshots_of_domains SELECT domain, id, name, parent, created, description, consistency FROM snapshots;
+INSERT INTO points_of_domains
+    SELECT s.domain, p.snapshot, p.position, p.target, p.layer, p.tag, p.virtual_size
+    FROM points p JOIN snapshots s ON s.id = p.snapshot;
+DROP TABLE points;
+DROP TABLE snapshots;
+ALTER TABLE snapshots_of_domains RENAME TO snapshots;
+ALTER TABLE points_of_domains RENAME TO points;
 "];
 
 /// What a database's version means to this program.
@@ -144,6 +187,33 @@ mod tests {
         assert_eq!(row, (1, 7));
         assert_eq!(version(&connection, &[first, second]).unwrap(), Version::Ours);
         assert_eq!(version(&connection, &[first]).unwrap(), Version::Newer(2));
+    }
+
+    #[test]
+    fn a_catalogue_of_the_first_version_keeps_snapshots_and_points_and_gets_an_identity() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        connection.pragma_update(None, "foreign_keys", true).unwrap();
+        migrate(&mut connection, &MIGRATIONS[..1]).unwrap();
+        connection
+            .execute_batch(
+                "INSERT INTO domains VALUES (1, 'web', 0, 'none', 'keep', 'i1', 3), (2, 'db', 0, 'none', 'keep', NULL, 4);
+                 INSERT INTO snapshots VALUES ('i1', 1, 's1', NULL, 't', '', 'clean'), ('i2', 2, 's1', NULL, 't', '', 'clean');
+                 INSERT INTO points VALUES ('i1', 0, 'vda', 'L', NULL, 5), ('i1', 1, 'vdb', 'M', 'tag', 6), ('i2', 0, 'vda', 'N', NULL, 7);",
+            )
+            .unwrap();
+        migrate(&mut connection, MIGRATIONS).unwrap();
+        let count = |query: &str| connection.query_row(query, [], |row| row.get::<_, i64>(0)).unwrap();
+        assert_eq!(count("SELECT count(*) FROM snapshots WHERE domain = 1 AND id = 'i1'"), 1);
+        assert_eq!(count("SELECT sum(virtual_size) FROM points WHERE domain = 1 AND snapshot = 'i1'"), 11);
+        assert_eq!(count("SELECT length(id) FROM identity"), 32);
+        // One identity in two domains is two snapshots; what is deleted takes its own points along.
+        connection
+            .execute_batch("INSERT INTO snapshots VALUES (2, 'i1', 's2', NULL, 't', '', 'clean')")
+            .unwrap();
+        connection.execute_batch("DELETE FROM snapshots WHERE domain = 1").unwrap();
+        assert_eq!((count("SELECT count(*) FROM snapshots"), count("SELECT count(*) FROM points")), (2, 1));
+        connection.execute_batch("DELETE FROM domains").unwrap();
+        assert_eq!((count("SELECT count(*) FROM snapshots"), count("SELECT count(*) FROM points")), (0, 0));
     }
 
     #[test]

@@ -24,7 +24,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::record::{self, Failure, Rows};
 use super::schema::{self, MIGRATIONS, Version};
-use super::{Catalogue, Change, Entry, EntrySummary, Lease, Revision, Revisions, apply_edit, lock};
+use super::{
+    Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions, apply_edit, lock,
+};
 use crate::{Domain, DomainName, Error, ErrorKind, Operation, OperationId, Result, SnapshotTree};
 
 /// How long a transaction of another process is waited for.
@@ -267,7 +269,19 @@ impl Shared {
                 .advise("try again");
                 return Err(error.into());
             }
-            transaction.prepare_cached("UPDATE revision SET last = last + 1")?.execute([])?;
+            // Greater than all that was given, and than what the domain is taken from.
+            let followed = changes.iter().filter_map(|change| match change {
+                Change::Follow(stamp) => Some(record::integer(stamp.revision.0)),
+                Change::PutDomain(..)
+                | Change::RemoveDomain
+                | Change::Edit(_)
+                | Change::Begin(_)
+                | Change::Operation(..)
+                | Change::Step(..) => None,
+            });
+            transaction
+                .prepare_cached("UPDATE revision SET last = max(last, ?1) + 1")?
+                .execute([followed.max().unwrap_or_default()])?;
             let next: i64 =
                 transaction.prepare_cached("SELECT last FROM revision")?.query_row([], |row| row.get(0))?;
             let mut id = found.map(|(id, _)| id);
@@ -339,6 +353,7 @@ impl Shared {
         })?;
         match change {
             Change::PutDomain(..) => {}
+            Change::Follow(stamp) => record::write_follows(transaction, row, &stamp)?,
             Change::RemoveDomain => {
                 transaction.execute("DELETE FROM domains WHERE id = ?1", [row])?;
                 *id = None;
@@ -409,6 +424,10 @@ impl Edited {
 
 #[async_trait]
 impl Catalogue for SqliteCatalogue {
+    async fn identity(&self) -> Result<Option<CatalogueId>> {
+        self.read(None, |connection| record::read_identity(connection).map(Some)).await
+    }
+
     async fn domains(&self) -> Result<Vec<EntrySummary>> {
         self.read(Vec::new(), |connection| {
             let mut statement = connection.prepare(

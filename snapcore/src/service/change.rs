@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::locate::Located;
+use super::locate::{Leftovers, Located};
 use super::{
     DomainRef, DomainSpec, ImportOptions, ImportReport, Inner, Outcome, RecoveryEnd, RecoveryReport, Removal,
 };
@@ -112,31 +112,54 @@ impl Inner {
         cancel: CancellationToken,
     ) -> Result<Outcome> {
         let mut locked = self.lock(&reference, &cancel).await?;
-        let Located { entry, catalogued, notes } = &mut locked.located;
-        let recovered = if *catalogued { self.recover_entry(entry, &cancel).await? } else { Vec::new() };
-        let (plan, run) = self.change_locked(entry, *catalogued, &request, &cancel).await?;
-        let mut outcome = outcome_of(entry, plan, run);
-        outcome.notes.splice(0..0, std::mem::take(notes));
+        let located = &mut locked.located;
+        let mut recovered = Vec::new();
+        if located.catalogued {
+            self.require_last_word(&located.entry).await?;
+            recovered = self.recover_entry(&mut located.entry, &cancel).await?;
+        }
+        let (plan, run) = self.change_locked(located, &request, &cancel).await?;
+        let mut outcome = outcome_of(&located.entry, plan, run);
+        outcome.notes.splice(0..0, std::mem::take(&mut located.notes));
         outcome.recovered = recovered;
         Ok(outcome)
     }
 
+    /// Plans and carries out.
+    ///
+    /// What is durable before what: a domain that is taken from manifests enters the catalogue, and the manifests become
+    /// this catalogue's, before the operation begins; one of which nothing is told enters with it. So manifests of
+    /// snapshots that an operation deletes are known to be this catalogue's own, also to a recovery.
     async fn change_locked(
         &self,
-        entry: &mut Entry,
-        catalogued: bool,
+        located: &mut Located,
         request: &Request,
         cancel: &CancellationToken,
     ) -> Result<(Plan, Run)> {
+        let Located { entry, catalogued, leftovers, .. } = located;
         let _held = self.hold_disks(&entry.domain).await?;
         let plan = self.plan_for(entry, request).await?;
         self.events.tell(Event::Planned { domain: entry.domain.name.clone(), plan: Box::new(plan.clone()) });
-        let prologue = match catalogued {
-            true => Vec::new(),
-            false => {
-                vec![Change::PutDomain(Box::new(entry.domain.clone()), entry.tree.iter().cloned().collect())]
+        let mut prologue = Vec::new();
+        if !plan.steps.is_empty() || !plan.commit.is_empty() {
+            let told = entry.follows.is_some() || !leftovers.left_out.is_empty();
+            if !*catalogued && told {
+                self.put(entry, entry.revision, false).await?;
+                *catalogued = true;
+                self.settle_manifests(entry, leftovers).await.map_err(|error| {
+                    error.state("the catalogue has the domain as its manifests told it; no image was touched")
+                })?;
+            } else if !*catalogued {
+                prologue = put_changes(entry);
+            } else if let Err(error) = self.write_manifests(entry).await {
+                match request {
+                    // They would still promise what is destroyed.
+                    Request::Delete(_) | Request::Tidy => return Err(error.state("nothing was touched")),
+                    // The engine tries again at the end, and tells.
+                    Request::Create(_) | Request::Revert(_) => {}
+                }
             }
-        };
+        }
         let manifests = self.manifests_of(&entry.domain)?;
         let engine = Engine {
             catalogue: &*self.catalogue,
@@ -197,12 +220,14 @@ impl Inner {
         cancel: CancellationToken,
     ) -> Result<Vec<RecoveryReport>> {
         let mut locked = self.lock(&reference, &cancel).await?;
-        if !locked.located.catalogued {
+        let located = &mut locked.located;
+        if !located.catalogued {
             return Ok(Vec::new());
         }
-        let entry = &mut locked.located.entry;
-        let mut reports = self.recover_entry(entry, &cancel).await?;
-        let (plan, run) = self.change_locked(entry, true, &Request::Tidy, &cancel).await?;
+        self.require_last_word(&located.entry).await?;
+        let mut reports = self.recover_entry(&mut located.entry, &cancel).await?;
+        let (plan, run) = self.change_locked(located, &Request::Tidy, &cancel).await?;
+        let entry = &located.entry;
         if let Some(operation_id) = run.operation {
             reports.push(RecoveryReport {
                 domain: entry.domain.name.clone(),
@@ -219,23 +244,37 @@ impl Inner {
         Ok(reports)
     }
 
-    /// Brings the manifests up to date where they are not.
+    /// Brings the manifests up to date where they are not. The caller knows that the catalogue has the last word.
     async fn write_manifests(&self, entry: &Entry) -> Result<()> {
         let manifests = self.manifests_of(&entry.domain)?;
-        if manifests.is_current(entry) {
+        let catalogue = self.catalogue.identity().await?;
+        if manifests.is_current(catalogue, entry) {
             return Ok(());
         }
+        let catalogue = catalogue
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "a catalogue without an identity has a domain"))?;
         let entry = entry.clone();
-        tokio::task::spawn_blocking(move || manifests.write(None, &entry)).await.map_err(|cause| {
-            Error::new(ErrorKind::Internal, "writing manifests ended early").because(cause)
-        })?
+        blocking(move || manifests.write(catalogue, None, &entry)).await
     }
 
-    /// Where manifests cannot be written, that is told and stops nothing.
-    async fn write_manifests_or_warn(&self, entry: &Entry) -> Option<String> {
-        let message = self.write_manifests(entry).await.err()?.to_string();
-        self.events.tell(Event::Warning { domain: entry.domain.name.clone(), message: message.clone() });
-        Some(message)
+    /// Makes the manifests that a domain was taken from this catalogue's: those that were left out are put aside, then
+    /// the domain's are written, then those go whose snapshots have other identities now.
+    async fn settle_manifests(&self, entry: &Entry, leftovers: &Leftovers) -> Result<()> {
+        let manifests = self.manifests_of(&entry.domain)?;
+        let (aside, files) = (manifests.clone(), leftovers.left_out.clone());
+        blocking(move || aside.put_aside(&files)).await?;
+        self.write_manifests(entry).await?;
+        let renamed = leftovers.renamed.clone();
+        blocking(move || manifests.remove(&renamed)).await
+    }
+
+    /// Puts a domain that was taken in into the catalogue, which has it at `expected`; `anew` where nothing of what it
+    /// has is to stay, the journal neither.
+    async fn put(&self, entry: &mut Entry, expected: Revision, anew: bool) -> Result<()> {
+        let mut changes = if anew { vec![Change::RemoveDomain] } else { Vec::new() };
+        changes.extend(put_changes(entry));
+        entry.revision = self.catalogue.commit(&entry.domain.name, expected, changes).await?;
+        Ok(())
     }
 
     pub(super) async fn domain_add(
@@ -261,6 +300,7 @@ impl Inner {
                 hypervisor: spec.hypervisor,
                 active_path: spec.active_path,
                 by_path: false,
+                known_as: former.as_ref().map(|(entry, _)| entry.domain.name.clone()),
                 import: false,
             })
             .await?;
@@ -268,7 +308,7 @@ impl Inner {
             // Its manifests are whole: should this end between the two transactions, they bring it back.
             self.catalogue.commit(&entry.domain.name, entry.revision, vec![Change::RemoveDomain]).await?;
         }
-        self.enter(taken, Revision::ABSENT).await
+        self.enter(taken, Revision::ABSENT, false).await
     }
 
     /// The domain `owner` of the same images, which was never registered and now gets a name.
@@ -287,6 +327,7 @@ impl Inner {
             )
             .advise(format!("use {owner}, or take it out first with `domsnap domain remove {owner}`")));
         }
+        self.require_last_word(&entry).await?;
         self.refuse_unfinished(&entry).await?;
         self.write_manifests(&entry).await?;
         Ok((entry, lease))
@@ -304,15 +345,23 @@ impl Inner {
         }
     }
 
-    /// Writes a domain that was taken in, and its manifests.
-    async fn enter(&self, taken: super::locate::Taken, expected: Revision) -> Result<ImportReport> {
-        let mut entry = taken.entry;
-        let snapshots: Vec<Snapshot> = entry.tree.iter().cloned().collect();
-        let put = Change::PutDomain(Box::new(entry.domain.clone()), snapshots);
-        entry.revision = self.catalogue.commit(&entry.domain.name, expected, vec![put]).await?;
-        let mut notes = taken.notes;
-        notes.extend(self.write_manifests_or_warn(&entry).await);
-        Ok(ImportReport { domain: entry.domain, restored: taken.restored, adopted: taken.adopted, notes })
+    /// Writes a domain that was taken in, and its manifests. Where manifests cannot be written, that is told and stops
+    /// nothing.
+    async fn enter(
+        &self,
+        taken: super::locate::Taken,
+        expected: Revision,
+        anew: bool,
+    ) -> Result<ImportReport> {
+        let super::locate::Taken { mut entry, restored, adopted, mut notes, leftovers } = taken;
+        self.put(&mut entry, expected, anew).await?;
+        if let Err(error) = self.settle_manifests(&entry, &leftovers).await {
+            let message = error.to_string();
+            let domain = entry.domain.name.clone();
+            self.events.tell(Event::Warning { domain, message: message.clone() });
+            notes.push(message);
+        }
+        Ok(ImportReport { domain: entry.domain, restored, adopted, notes })
     }
 
     pub(super) async fn domain_remove(
@@ -330,10 +379,14 @@ impl Inner {
             )
             .advise("`domsnap domain list` shows those that it has"));
         }
-        self.refuse_unfinished(entry).await?;
-        self.write_manifests(entry).await.map_err(|error| {
-            error.state("the domain stays in the catalogue: without manifests its snapshots would be lost")
-        })?;
+        // Where manifests tell more than the catalogue, or another's word, they stay as they are.
+        if self.outdated(entry).await?.is_none() {
+            self.refuse_unfinished(entry).await?;
+            self.write_manifests(entry).await.map_err(|error| {
+                error
+                    .state("the domain stays in the catalogue: without manifests its snapshots would be lost")
+            })?;
+        }
         let manifests = self.manifests_of(&entry.domain)?;
         self.catalogue.commit(&name, entry.revision, vec![Change::RemoveDomain]).await?;
         Ok(Removal {
@@ -357,8 +410,15 @@ impl Inner {
                 self.catalogue.load(&owner).await?.map(|entry| (entry, lease))
             }
         };
+        // What an outdated catalogue has, its journal too, is of disks that are no more: nothing of it may be resumed.
+        let outdated = match &owner {
+            Some((entry, _)) => self.outdated(entry).await?.is_some(),
+            None => false,
+        };
         if let Some((entry, _)) = &owner {
-            self.refuse_unfinished(entry).await?;
+            if !outdated {
+                self.refuse_unfinished(entry).await?;
+            }
             if !entry.tree.is_empty() && !options.replace {
                 return Err(Error::new(
                     ErrorKind::Refused,
@@ -384,7 +444,7 @@ impl Inner {
         }
         match owner {
             Some((entry, _lease)) if entry.domain.name == domain.name => {
-                self.enter(taken, entry.revision).await
+                self.enter(taken, entry.revision, outdated).await
             }
             former => {
                 let _lease = self.lease(&domain.name, &cancel).await?;
@@ -396,12 +456,14 @@ impl Inner {
                     .advise("give this one another name with --name"));
                 }
                 if let Some((entry, _)) = &former {
-                    self.write_manifests(entry).await?;
+                    if !outdated {
+                        self.write_manifests(entry).await?;
+                    }
                     self.catalogue
                         .commit(&entry.domain.name, entry.revision, vec![Change::RemoveDomain])
                         .await?;
                 }
-                self.enter(taken, Revision::ABSENT).await
+                self.enter(taken, Revision::ABSENT, false).await
             }
         }
     }
@@ -428,7 +490,8 @@ impl Inner {
 
     async fn intake_of_entry(&self, name: &DomainName) -> Result<Option<Intake>> {
         Ok(self.catalogue.load(name).await?.map(|entry| Intake {
-            name: Some(entry.domain.name),
+            name: Some(entry.domain.name.clone()),
+            known_as: Some(entry.domain.name),
             disks: entry.domain.disks.into_iter().map(|record| record.disk).collect(),
             hypervisor: entry.domain.hypervisor,
             active_path: entry.domain.active_path,
@@ -436,6 +499,21 @@ impl Inner {
             import: true,
         }))
     }
+}
+
+/// What makes the catalogue have a domain that was taken in.
+fn put_changes(entry: &Entry) -> Vec<Change> {
+    let snapshots: Vec<Snapshot> = entry.tree.iter().cloned().collect();
+    let mut changes = vec![Change::PutDomain(Box::new(entry.domain.clone()), snapshots)];
+    changes.extend(entry.follows.map(Change::Follow));
+    changes
+}
+
+/// Runs work on manifests on a blocking thread.
+async fn blocking(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|cause| Error::new(ErrorKind::Internal, "writing manifests ended early").because(cause))?
 }
 
 /// The disks of a new domain, with canonical paths.

@@ -1,10 +1,11 @@
 //! Which domain is meant; and taking in disks that the catalogue does not have.
 
 use std::collections::{HashMap, HashSet};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
 
+use super::identity::{file_id, images_of};
 use super::reference::target_at;
 use super::{DomainRef, Inner};
 use crate::catalogue::{Entry, Revision};
@@ -20,8 +21,29 @@ pub(super) struct Located {
     pub entry: Entry,
     /// Whether the catalogue has exactly this.
     pub catalogued: bool,
+    /// What is to be done with manifests that it was taken from.
+    pub leftovers: Leftovers,
     /// What the user should know.
     pub notes: Vec<String>,
+}
+
+impl Located {
+    fn known(entry: Entry) -> Self {
+        Self { entry, catalogued: true, leftovers: Leftovers::default(), notes: Vec::new() }
+    }
+
+    fn of(taken: Taken) -> Self {
+        Self { entry: taken.entry, catalogued: false, leftovers: taken.leftovers, notes: taken.notes }
+    }
+}
+
+/// Manifests that stand beside disks which are taken in, and that those of the new entry do not replace.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Leftovers {
+    /// Files of snapshots that could not be taken in.
+    pub left_out: Vec<Utf8PathBuf>,
+    /// Snapshots that were taken in under identities of their own.
+    pub renamed: Vec<SnapshotId>,
 }
 
 /// What taking in disks found.
@@ -34,6 +56,8 @@ pub(super) struct Taken {
     pub adopted: Vec<SnapshotName>,
     /// What could not be taken, and why.
     pub notes: Vec<String>,
+    /// What is to be done with the manifests that it was taken from.
+    pub leftovers: Leftovers,
 }
 
 /// What a domain is to be that is taken in.
@@ -49,6 +73,8 @@ pub(super) struct Intake {
     /// Whether the disks were only given by their paths, so that a manifest may tell their targets and the domain's
     /// name.
     pub by_path: bool,
+    /// The domain of the catalogue that these disks are, whose snapshots keep their identities.
+    pub known_as: Option<DomainName>,
     /// Whether layers and snapshots that other tools made become ours, and a part of a manifest's disks stands for
     /// all of them. Otherwise only tags in the active images are taken.
     pub import: bool,
@@ -80,12 +106,6 @@ pub(super) fn canonical(path: &Utf8Path) -> Result<Utf8PathBuf> {
             .because(cause)
     })?;
     Ok(directory.join(name))
-}
-
-/// Which file a path names, whatever its name.
-fn file_id(path: &Utf8Path) -> Option<(u64, u64)> {
-    let found = path.metadata().ok()?;
-    Some((found.dev(), found.ino()))
 }
 
 /// The name of a domain that was never registered: the same images have the same name, always.
@@ -123,7 +143,7 @@ impl Inner {
                 }
                 let intake = self.intake_of_paths(&paths, format.as_deref())?;
                 let taken = self.take_in(intake).await?;
-                Ok(Located { entry: taken.entry, catalogued: false, notes: taken.notes })
+                Ok(Located::of(taken))
             }
         }
     }
@@ -146,6 +166,7 @@ impl Inner {
             hypervisor: Hypervisor::None,
             active_path: ActivePath::Keep,
             by_path: true,
+            known_as: None,
             import: false,
         })
     }
@@ -230,7 +251,7 @@ impl Inner {
             && entry.tree.is_empty()
             && entry.domain.disks.iter().all(|record| record.owned.len() <= 1);
         if !bare || !self.catalogue.unfinished(&entry.domain.name).await?.is_empty() {
-            return Ok(Located { entry, catalogued: true, notes: Vec::new() });
+            return Ok(Located::known(entry));
         }
         let mut same = true;
         for record in &entry.domain.disks {
@@ -239,7 +260,7 @@ impl Inner {
             same &= adopted.active == record.active;
         }
         if same {
-            return Ok(Located { entry, catalogued: true, notes: Vec::new() });
+            return Ok(Located::known(entry));
         }
         let intake = Intake {
             name: Some(entry.domain.name.clone()),
@@ -247,12 +268,13 @@ impl Inner {
             hypervisor: entry.domain.hypervisor,
             active_path: entry.domain.active_path,
             by_path: true,
+            known_as: Some(entry.domain.name.clone()),
             import: false,
         };
         let mut taken = self.take_in(intake).await?;
         taken.entry.revision = entry.revision;
         taken.entry.domain.unregistered = true;
-        Ok(Located { entry: taken.entry, catalogued: false, notes: taken.notes })
+        Ok(Located::of(taken))
     }
 
     /// Where the manifests of a domain of these disks are.
@@ -272,20 +294,29 @@ impl Inner {
     }
 
     /// Takes in disks: from the manifests beside them, and from what the images themselves know. Changes nothing.
-    pub(super) async fn take_in(&self, intake: Intake) -> Result<Taken> {
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] for images that manifests beside them say are layers of a domain, or are disks of another.
+    pub(super) async fn take_in(&self, mut intake: Intake) -> Result<Taken> {
         let Some(first) = intake.disks.first() else {
             return Err(Error::new(ErrorKind::Usage, "a domain needs one disk at least")
                 .advise("add a [[disk]] with target, path and format"));
         };
         let directory = self.registry.get(&first.format)?.manifest_directory(first);
-        let found = self.read_manifests(Manifests::new(directory)).await?;
+        let manifests = Manifests::new(&directory);
+        let found = self.read_manifests(manifests.clone()).await?;
+        if let Some(manifest) = &found.domain {
+            follow_moved_paths(manifest, &mut intake);
+        }
+        self.refuse_what_manifests_have(&intake.disks, &directory).await?;
+        let mut leftovers = Leftovers::default();
         let mut notes: Vec<String> = found
             .problems
             .iter()
             .map(|(path, why)| format!("the manifest {path} is left out: {why}"))
             .collect();
         let told = match &found.domain {
-            Some(manifest) => match_disks(manifest, &intake)?,
+            Some(manifest) => Some(match_disks(manifest, &intake, &directory)?),
             None => None,
         };
         let targets: HashMap<Target, Target> = told.iter().flatten().cloned().collect();
@@ -322,6 +353,7 @@ impl Inner {
 
         let mut records = Vec::new();
         let mut states = Vec::new();
+        let mut copies: HashSet<(Target, LayerName, String)> = HashSet::new();
         for disk in &disks {
             let backend = self.registry.get(&disk.format)?;
             let mut record = backend.adopt(disk, active_path).await?;
@@ -331,13 +363,30 @@ impl Inner {
                     false => targets.get(&told.disk.target) == Some(&disk.target),
                 }
             });
+            if let Some(told) = told
+                && active_path == ActivePath::Keep
+                && backend.layer_file(&record, &record.active) == disk.path
+                && !backend.layer_file(&record, &told.active).exists()
+            {
+                // Neither was ever frozen, so neither has a file of its name: the image at the path is the one that the
+                // manifests mean, in another file where it was copied.
+                record =
+                    DiskRecord { active: told.active.clone(), owned: vec![told.active.clone()], ..record };
+            }
             for layer in told.into_iter().flat_map(|told| told.owned.clone()) {
                 let exists = backend.layer_file(&record, &layer).exists();
                 if !record.owned.contains(&layer) && exists {
                     record.owned.push(layer);
                 }
             }
-            states.push(backend.inspect(&record, InspectDepth::Layers).await?);
+            let state = backend.inspect(&record, InspectDepth::Layers).await?;
+            if let Some(told) = told.filter(|told| told.active != record.active) {
+                let copied = copied_tags(&state, &told.active);
+                copies.extend(
+                    copied.into_iter().map(|tag| (told.disk.target.clone(), told.active.clone(), tag)),
+                );
+            }
+            states.push(state);
             records.push(record);
         }
 
@@ -345,6 +394,16 @@ impl Inner {
         let mut restored = Vec::new();
         if manifest.is_some() {
             for mut snapshot in found.snapshots {
+                for member in &mut snapshot.disks {
+                    let Some(tag) = member.point.tag.clone() else { continue };
+                    if !copies.contains(&(member.target.clone(), member.point.layer.clone(), tag)) {
+                        continue;
+                    }
+                    let target = targets.get(&member.target).unwrap_or(&member.target);
+                    if let Some(record) = records.iter().find(|record| record.disk.target == *target) {
+                        member.point.layer = record.active.clone();
+                    }
+                }
                 if !intake.by_path {
                     for member in &mut snapshot.disks {
                         if let Some(target) = targets.get(&member.target) {
@@ -353,7 +412,10 @@ impl Inner {
                     }
                 }
                 match missing_point(&snapshot, &records, &states) {
-                    Some(why) => notes.push(format!("snapshot {} is left out: {why}", snapshot.name)),
+                    Some(why) => {
+                        notes.push(format!("snapshot {} is left out: {why}", snapshot.name));
+                        leftovers.left_out.push(manifests.file_of(snapshot.id));
+                    }
                     None => {
                         restored.push(snapshot.name.clone());
                         snapshots.push(snapshot);
@@ -364,10 +426,41 @@ impl Inner {
             notes.push(
                 "manifests of snapshots are there, but none of their domain: they are left out".to_owned(),
             );
+            leftovers.left_out.extend(found.snapshots.iter().map(|snapshot| manifests.file_of(snapshot.id)));
         }
+        leftovers.left_out.extend(found.problems.iter().map(|(path, _)| path.clone()));
 
-        let told_current = manifest.and_then(|manifest| manifest.domain.current);
-        let discovered = self.discover(&mut records, &snapshots, intake.import).await?;
+        let mut told_current = manifest.and_then(|manifest| manifest.domain.current);
+        let elsewhere = self.identities_elsewhere(&snapshots, intake.known_as.as_ref()).await?;
+        if !elsewhere.is_empty() {
+            // The images are a copy of a domain that is there too: two snapshots, so two identities.
+            let fresh: HashMap<SnapshotId, SnapshotId> =
+                elsewhere.iter().map(|id| (*id, SnapshotId::fresh())).collect();
+            let own = |id: SnapshotId| fresh.get(&id).copied().unwrap_or(id);
+            for snapshot in &mut snapshots {
+                snapshot.id = own(snapshot.id);
+                snapshot.parent = snapshot.parent.map(own);
+            }
+            told_current = told_current.map(own);
+            leftovers.renamed.extend(elsewhere);
+        }
+        // Where all snapshots are there, a layer that is nobody's point is known as one that others only stand on.
+        let whole = manifest.is_some_and(|manifest| manifest.snapshots == Some(restored.len() as u64))
+            && leftovers.left_out.is_empty();
+        let unnamed: Vec<(Target, LayerName)> = match manifest.filter(|_| whole) {
+            None => Vec::new(),
+            Some(manifest) => manifest
+                .domain
+                .disks
+                .iter()
+                .map(|told| (if intake.by_path { None } else { targets.get(&told.disk.target) }, told))
+                .flat_map(|(target, told)| {
+                    let target = target.unwrap_or(&told.disk.target);
+                    told.owned.iter().map(|layer| (target.clone(), layer.clone()))
+                })
+                .collect(),
+        };
+        let discovered = self.discover(&mut records, &snapshots, &unnamed, intake.import).await?;
         let newest = discovered.last().map(|snapshot| snapshot.id);
         let mut adopted = Vec::new();
         for mut snapshot in discovered {
@@ -382,15 +475,45 @@ impl Inner {
         let current =
             told_current.filter(|id| ids.contains(id)).or(if restored.is_empty() { newest } else { None });
         let domain = Domain { name, unregistered, hypervisor, active_path, disks: records, current };
-        let entry = Entry { domain, tree: SnapshotTree::new(snapshots), revision: Revision::ABSENT };
-        Ok(Taken { entry, restored, adopted, notes })
+        let entry = Entry {
+            domain,
+            tree: SnapshotTree::new(snapshots),
+            revision: Revision::ABSENT,
+            follows: manifest.map(DomainManifest::stamp),
+        };
+        Ok(Taken { entry, restored, adopted, notes, leftovers })
     }
 
-    /// What the images know and `known` does not, disk by disk; snapshots of one name on several disks are one.
+    /// Which of `snapshots` have identities that snapshots of other domains than `own` have.
+    async fn identities_elsewhere(
+        &self,
+        snapshots: &[Snapshot],
+        own: Option<&DomainName>,
+    ) -> Result<Vec<SnapshotId>> {
+        let mut found = Vec::new();
+        if snapshots.is_empty() {
+            return Ok(found);
+        }
+        for known in self.catalogue.domains().await? {
+            if known.snapshots == 0 || Some(&known.domain.name) == own {
+                continue;
+            }
+            let Some(entry) = self.catalogue.load(&known.domain.name).await? else { continue };
+            let theirs =
+                snapshots.iter().map(|snapshot| snapshot.id).filter(|id| entry.tree.get(*id).is_some());
+            found.extend(theirs);
+        }
+        found.sort_unstable();
+        found.dedup();
+        Ok(found)
+    }
+
+    /// What the images know and neither `known` nor `unnamed` does, disk by disk; snapshots of one name on several disks are one.
     async fn discover(
         &self,
         records: &mut [DiskRecord],
         known: &[Snapshot],
+        unnamed: &[(Target, LayerName)],
         import: bool,
     ) -> Result<Vec<Snapshot>> {
         let mut merged: Vec<Snapshot> = Vec::new();
@@ -400,6 +523,9 @@ impl Inner {
             let target = record.disk.target.clone();
             let points: Vec<Point> =
                 known.iter().filter_map(|s| s.point(&target)).map(|member| member.point.clone()).collect();
+            let unnamed = unnamed.iter().filter(|(of, _)| *of == target);
+            let points: Vec<Point> =
+                points.into_iter().chain(unnamed.map(|(_, layer)| Point::external(layer.clone()))).collect();
             let mut extended = record.clone();
             let found = backend.discover(&mut extended, &points).await?;
             if import {
@@ -437,9 +563,31 @@ impl Inner {
     }
 }
 
+/// A disk of a domain of the catalogue that the manifest has at another path, because that is where its active image is
+/// now ([`ActivePath::New`]), is taken from there.
+fn follow_moved_paths(manifest: &DomainManifest, intake: &mut Intake) {
+    if !intake.import || intake.known_as.is_none() {
+        return;
+    }
+    for disk in &mut intake.disks {
+        let told = manifest.domain.disks.iter().find(|told| told.disk.target == disk.target);
+        let Some(told) = told.filter(|told| told.disk.path.parent() == disk.path.parent()) else { continue };
+        let was = disk.path.file_name().unwrap_or_default();
+        if told.disk.path != disk.path && told.owned.iter().any(|layer| layer.as_str() == was) {
+            disk.path = told.disk.path.clone();
+        }
+    }
+}
+
 /// Which target of the manifest is which target of the intake, by the images' names: the directory may have moved.
-/// Nothing where the manifest is of other images.
-fn match_disks(manifest: &DomainManifest, intake: &Intake) -> Result<Option<Vec<(Target, Target)>>> {
+///
+/// # Errors
+/// [`ErrorKind::Refused`] where the manifest, in `directory`, is of other images, or of more.
+fn match_disks(
+    manifest: &DomainManifest,
+    intake: &Intake,
+    directory: &Utf8Path,
+) -> Result<Vec<(Target, Target)>> {
     let told = &manifest.domain.disks;
     let mut pairs = Vec::new();
     for record in told {
@@ -451,13 +599,24 @@ fn match_disks(manifest: &DomainManifest, intake: &Intake) -> Result<Option<Vec<
         }
     }
     let whole = pairs.len() == told.len() && told.len() == intake.disks.len();
-    if whole || pairs.is_empty() {
-        return Ok(Some(pairs).filter(|pairs| !pairs.is_empty()));
+    if whole {
+        return Ok(pairs);
     }
-    if intake.import && intake.by_path && pairs.len() == intake.disks.len() {
-        return Ok(Some(pairs));
+    if intake.import && intake.by_path && !pairs.is_empty() && pairs.len() == intake.disks.len() {
+        return Ok(pairs);
     }
-    let all: Vec<&str> = told.iter().map(|record| record.disk.path.as_str()).collect();
+    let all = images_of(&manifest.domain);
+    if pairs.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "the manifests in {directory} are of domain {}, whose images are others: {all}",
+                manifest.domain.name
+            ),
+        )
+        .state("nothing was touched: what is written there would be lost")
+        .advise(format!("name those images; or, where that domain is given up, move {directory} away")));
+    }
     Err(Error::new(
         ErrorKind::Refused,
         format!(
@@ -466,7 +625,7 @@ fn match_disks(manifest: &DomainManifest, intake: &Intake) -> Result<Option<Vec<
         ),
     )
     .state("nothing was touched")
-    .advise(format!("name all its images: {}; or bring it back with `domsnap import`", all.join(","))))
+    .advise(format!("name all its images: {all}; or bring it back with `domsnap import`")))
 }
 
 /// The disks that a manifest tells, at the paths that were given.
@@ -489,6 +648,13 @@ fn disks_of_manifest(manifest: &DomainManifest, intake: &Intake) -> Vec<Disk> {
             Disk { path, ..told.clone() }
         })
         .collect()
+}
+
+/// The internal points of the layer `told`, which was active, that the active image has too: a copy that kept no hard
+/// links made two files of one image, and the one at the configured path is the one that goes on.
+fn copied_tags(state: &DiskState, told: &LayerName) -> Vec<String> {
+    let (Some(now), Some(then)) = (state.layer(&state.active), state.layer(told)) else { return Vec::new() };
+    then.internal.iter().filter(|point| now.internal.contains(point)).map(|point| point.tag.clone()).collect()
 }
 
 /// Why a snapshot cannot be what its manifest says, if so.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::identity::images_of;
 use super::locate::{Located, point_problem};
 use super::{Details, DiskReport, DomainRef, Inner, Listing, Member, Unfinished};
 use crate::catalogue::Entry;
@@ -85,7 +86,7 @@ impl Inner {
     }
 
     pub(super) async fn check(&self, reference: &DomainRef) -> Result<Vec<Finding>> {
-        let Located { entry, catalogued, notes } = self.locate(reference).await?;
+        let Located { entry, catalogued, notes, .. } = self.locate(reference).await?;
         let name = entry.domain.name.to_string();
         let mut findings: Vec<Finding> =
             notes.into_iter().map(|note| finding(Severity::Note, &name, note)).collect();
@@ -126,7 +127,9 @@ impl Inner {
                 }
             }
         }
-        if catalogued {
+        if catalogued && let Some(error) = self.outdated(&entry).await? {
+            findings.push(finding(Severity::Error, &name, error.to_string()));
+        } else if catalogued {
             findings.extend(self.check_manifests(&entry).await?);
         }
         findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
@@ -170,7 +173,11 @@ impl Inner {
         for told in found.snapshots.iter().filter(|told| entry.tree.get(told.id).is_none()) {
             findings.push(warn(
                 directory.as_str(),
-                format!("there is a manifest of snapshot {}, which the catalogue does not have", told.name),
+                format!(
+                    "there is a manifest of snapshot {}, which the catalogue does not have; `domsnap import --replace {}` takes in what manifests tell",
+                    told.name,
+                    images_of(&entry.domain)
+                ),
             ));
         }
         Ok(findings)

@@ -1,6 +1,7 @@
 //! The service: what a program that embeds domsnap calls, and the command line is made of.
 
 mod change;
+mod identity;
 mod locate;
 mod look;
 mod reference;
@@ -12,6 +13,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use jiff::{Timestamp, Unit};
 use tokio_util::sync::CancellationToken;
 
+pub use identity::Belonging;
 pub use reference::{DomainRef, DomainSpec};
 pub use report::{
     Details, DiskReport, DomainSummary, ImportReport, Listing, Member, Outcome, Postponed, RecoveryEnd,
@@ -170,6 +172,9 @@ impl Domsnap {
             .state("it runs just now, or stopped half way; nothing was touched")
             .advise(format!("run `domsnap recover {name}` first: only then is known what is to be done")));
         }
+        if located.catalogued {
+            self.inner.require_last_word(&located.entry).await?;
+        }
         let mut plan = self.inner.plan_for(&located.entry, request).await?;
         plan.notes.splice(0..0, located.notes);
         Ok(plan)
@@ -248,6 +253,21 @@ impl Domsnap {
     /// [`ErrorKind::NotFound`] where there is none of this name; as of [`Domsnap::resolve`].
     pub async fn show(&self, domain: &DomainRef, name: &SnapshotName) -> Result<Details> {
         self.inner.show(domain, name).await
+    }
+
+    /// The domain that has the file `image` as a layer: from the catalogue, or else from manifests beside it. Reads
+    /// images by no more than their names and identities.
+    pub async fn belonging(&self, image: &Utf8Path) -> Result<Option<Belonging>> {
+        self.inner.belonging(image).await
+    }
+
+    /// Whether the catalogue has the last word on the domain `name`: what manifests beside its images tell was written
+    /// with this catalogue, and not later than it knows.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where it has not, with what to do.
+    pub async fn require_last_word(&self, name: &DomainName) -> Result<()> {
+        self.inner.require_last_word_on(name).await
     }
 
     /// Each disk as it is on the machine. A disk that cannot be read says so in its report.

@@ -12,7 +12,7 @@ use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use snapcore::catalogue::{
-    Catalogue, Change, Entry, EntrySummary, Lease, Revision, Revisions, SqliteCatalogue,
+    Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions, SqliteCatalogue,
 };
 use snapcore::*;
 use tokio::sync::Notify;
@@ -370,6 +370,9 @@ impl FaultyCatalogue {
 
 #[async_trait]
 impl Catalogue for FaultyCatalogue {
+    async fn identity(&self) -> Result<Option<CatalogueId>> {
+        self.inner.identity().await
+    }
     async fn domains(&self) -> Result<Vec<EntrySummary>> {
         self.inner.domains().await
     }
