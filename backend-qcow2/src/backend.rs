@@ -87,7 +87,7 @@ impl Qcow2 {
             bytes: step.bytes,
             max_depth: self.limits.max_depth,
         };
-        let run = || work(&place, &action).map_err(|error| error.context(step.summary.clone()));
+        let run = || work(&place, &action);
         match tokio::runtime::Handle::try_current().map(|handle| handle.runtime_flavor()) {
             Ok(tokio::runtime::RuntimeFlavor::MultiThread) => tokio::task::block_in_place(run),
             _ => run(),

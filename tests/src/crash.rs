@@ -369,6 +369,47 @@ pub fn fail_everywhere(scenario: Scenario, errno: &'static str, often: Often) ->
     everywhere(scenario, count, fail)
 }
 
+/// SIGINT before each operation: the command ends by itself, what it says it undid is undone without `recover`, and what
+/// it says it did is done. Gives how often it was undone.
+///
+/// # Errors
+/// The first instant at which an interrupt does harm.
+pub fn interrupt_everywhere(scenario: Scenario) -> Result<usize> {
+    let count = |bench: &mut Bench| {
+        let operations = survey(bench)?;
+        let told_apart = (0..operations.len()).filter(|index| is_told_apart(&operations, *index));
+        let instants: Vec<_> = told_apart.map(|index| operations[index].number).collect();
+        Ok((instants.len(), (operations.clone(), instants)))
+    };
+    let undone = AtomicUsize::new(0);
+    let interrupt =
+        |bench: &mut Bench, (operations, instants): &(Vec<shim::Counted>, Vec<u64>), index: usize| {
+            let number = instants[index];
+            bench.domain.restore_from(&bench.copy)?;
+            let domsnap = shim::watching(bench.domain.domsnap(), bench.domain.root())?;
+            let outcome = shim::interrupting(domsnap, number).run(&bench.words())?;
+            let mut look = || -> Result<()> {
+                ensure!(!outcome.panicked(), "it panicked: {outcome}");
+                match outcome.status {
+                    Some(status::DONE) => {
+                        let found = bench.heal_and_look().with_context(|| format!("{outcome}"))?;
+                        ensure!(found == Found::After || bench.before == bench.after, "not done: {outcome}");
+                    }
+                    Some(status::FAILED) => {
+                        ensure!(outcome.stderr.contains("cancelled"), "it does not say why: {outcome}");
+                        undone_without_recover(bench, &outcome)?;
+                        undone.fetch_add(1, Ordering::Relaxed);
+                    }
+                    _ => bail!("an interrupted command neither undid nor finished: {outcome}"),
+                }
+                Ok(())
+            };
+            look().with_context(|| format!("SIGINT at operation {number}: {}", nth(operations, number)))
+        };
+    everywhere(scenario, count, interrupt)?;
+    Ok(undone.into_inner())
+}
+
 /// An exit status that says "undone" is true already, without `recover`.
 fn undone_without_recover(bench: &mut Bench, outcome: &Outcome) -> Result<()> {
     let list = bench.list()?;

@@ -83,6 +83,11 @@ pub fn stopping(domsnap: Domsnap, number: u64) -> Domsnap {
     domsnap.env("FAULTFS_STOP_AT", number.to_string())
 }
 
+/// SIGINT just before operation `number`.
+pub fn interrupting(domsnap: Domsnap, number: u64) -> Domsnap {
+    domsnap.env("FAULTFS_INTERRUPT_AT", number.to_string())
+}
+
 /// How often an injected error happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Often {

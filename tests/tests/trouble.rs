@@ -433,3 +433,30 @@ failures! {
         delete_internal DELETE_LEAF_INTERNAL
     }
 }
+
+mod an_interrupt_undoes_or_finishes {
+    use super::*;
+
+    fn anywhere(scenario: domsnap_tests::scenario::Scenario) -> usize {
+        crash::interrupt_everywhere(scenario).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    #[test]
+    fn a_create() {
+        assert!(anywhere(scenario::CREATE_MIXED) > 0, "no interrupt was heard before the commit point");
+    }
+
+    #[test]
+    fn a_revert() {
+        assert!(
+            anywhere(scenario::REVERT_INTERNAL_MATERIALISED) > 0,
+            "none was heard before the commit point"
+        );
+    }
+
+    /// Its commit point is its first record: what an interrupt stops after that is at most a merge.
+    #[test]
+    fn a_delete() {
+        anywhere(scenario::DELETE_MIDDLE_BIG_ABOVE);
+    }
+}

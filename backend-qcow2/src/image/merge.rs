@@ -246,8 +246,8 @@ impl Sweep<'_, '_, '_> {
         let mut at = 0;
         while let Some(piece) = self.view.piece(at)? {
             if (self.moving.cancelled)() {
-                return Err(Error::new(ErrorKind::Cancelled, "the caller asked to stop")
-                    .advise("nothing that the disk shows has changed; the merge may be done later"));
+                return Err(Error::new(ErrorKind::Cancelled, "it was cancelled")
+                    .advise("nothing that the disk shows has changed, and it can be done later"));
             }
             at = self.step(&piece)?;
             if self.since_flush >= BATCH || self.writer.pending_bytes() >= TABLES {

@@ -12,6 +12,7 @@
 //! | `FAULTFS_KILL_AT` | number of the operation (from 1) just before which the process gets SIGKILL |
 //! | `FAULTFS_KILL_MODE` | `torn`: if that operation is a write, its first half is written before the SIGKILL |
 //! | `FAULTFS_STOP_AT` | number of the operation just before which the process gets SIGSTOP, holding what it holds |
+//! | `FAULTFS_INTERRUPT_AT` | number of the operation just before which the process gets SIGINT, and time to hear it |
 //! | `FAULTFS_FAIL_AT` | number of the operation that fails instead of being done |
 //! | `FAULTFS_FAIL_MODE` | `on`: from that operation on, every one that needs space fails, as on a full disk |
 //! | `FAULTFS_ERRNO` | with which error: `ENOSPC` (the default), `EIO`, `EDQUOT` |

@@ -25,6 +25,7 @@ pub struct Config {
     log: Option<i32>,
     kill_at: Option<u64>,
     stop_at: Option<u64>,
+    interrupt_at: Option<u64>,
     torn: bool,
     fail_at: Option<u64>,
     fail_on: bool,
@@ -35,6 +36,9 @@ pub struct Config {
 pub struct Turn {
     done: u64,
 }
+
+/// How long an operation waits after an interrupt was sent.
+const INTERRUPT_HEARD: std::time::Duration = std::time::Duration::from_millis(20);
 
 static CONFIG: OnceLock<Option<Config>> = OnceLock::new();
 static TURN: Mutex<Turn> = Mutex::new(Turn { done: 0 });
@@ -80,6 +84,7 @@ pub fn config() -> Option<&'static Config> {
                 log: output("FAULTFS_LOG"),
                 kill_at: number("FAULTFS_KILL_AT"),
                 stop_at: number("FAULTFS_STOP_AT"),
+                interrupt_at: number("FAULTFS_INTERRUPT_AT"),
                 torn: std::env::var("FAULTFS_KILL_MODE").as_deref() == Ok("torn"),
                 fail_at: number("FAULTFS_FAIL_AT"),
                 fail_on: std::env::var("FAULTFS_FAIL_MODE").as_deref() == Ok("on"),
@@ -109,6 +114,12 @@ impl Config {
         if self.stop_at == Some(turn.done) {
             // SAFETY: no memory is involved.
             unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
+        }
+        if self.interrupt_at == Some(turn.done) {
+            // SAFETY: no memory is involved.
+            unsafe { libc::kill(libc::getpid(), libc::SIGINT) };
+            // So that the program has heard it before this operation is done, as far as it listens.
+            std::thread::sleep(INTERRUPT_HEARD);
         }
         if self.kill_at == Some(turn.done) {
             if self.torn && is_write {
