@@ -210,7 +210,7 @@ const MEANWHILE: [Write; 2] = [
 /// Whether a death just before this operation can leave something else than a death before the one before it. Not so
 /// behind a flush, which changes nothing that outlives a process but not the power; nor between the frames of one
 /// transaction in SQLite's log, none of which count before the last. With `DOMSNAP_KILL_EVERY=1` all are tried.
-fn is_told_apart(operations: &[shim::Counted], index: usize) -> bool {
+pub fn is_told_apart(operations: &[shim::Counted], index: usize) -> bool {
     let log = |index: usize| operations.get(index).is_some_and(shim::Counted::is_of_the_log);
     let Some(before) = index.checked_sub(1) else { return true };
     let same = operations[before].line.starts_with("flush ") || (log(before) && log(index) && log(index + 1));

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use domsnap_tests::domain::{Domain, NAME, Shape, contents, copy_tree, same_contents};
 use domsnap_tests::domsnap::{Domsnap, status};
-use domsnap_tests::{qemu, report, shim, verify};
+use domsnap_tests::{crash, qemu, report, shim, verify};
 
 /// A domain of two disks with the snapshots `kinds`, called `s1`, `s2`, ..., and writes between and after.
 fn line(kinds: &[&str]) -> Result<Domain> {
@@ -469,5 +469,106 @@ mod layers_are_no_disks {
         }
         domain.register()?;
         domain.verify()
+    }
+}
+
+/// A domain that is taken in from manifests, killed at every operation on files.
+mod killed_anywhere {
+    use super::*;
+
+    /// Runs `words` on what `prepare` made, killed before each of its operations in turn; `after` looks.
+    fn everywhere(
+        domain: &Domain,
+        words: &[&str],
+        mut after: impl FnMut(&mut Domain) -> Result<()>,
+    ) -> Result<()> {
+        let kept = tempfile::tempdir()?;
+        let kept = kept.path().join("kept");
+        domain.save_to(&kept)?;
+        let (_outputs, file) = shim::outputs()?;
+        let domsnap = shim::watching(domain.domsnap(), domain.root())?;
+        shim::counting(domsnap, &file).done(words)?;
+        let operations = shim::counted(&file)?;
+        let told_apart = (0..operations.len()).filter(|index| crash::is_told_apart(&operations, *index));
+        let mut killed = 0;
+        for operation in told_apart.map(|index| &operations[index]) {
+            domain.restore_from(&kept)?;
+            let domsnap = shim::watching(domain.domsnap(), domain.root())?;
+            let outcome = shim::killing(domsnap, operation.number, false).run(words)?;
+            // Threads may need an operation less than last time: then it went through.
+            killed += usize::from(outcome.status.is_none());
+            after(&mut domain.at(domain.root())).with_context(|| format!("killed at {operation:?}"))?;
+        }
+        ensure!(killed > 5, "it was killed {killed} times alone: {operations:?}");
+        Ok(())
+    }
+
+    /// As [`whole`], after a crash: clusters may have leaked.
+    fn whole_after_crash(domain: &Domain, address: &str, memo: &mut verify::Memo) -> Result<()> {
+        let list = report::list(&domain.domsnap(), address)?;
+        verify::tree(&list, &domain.model)?;
+        verify::every_image_after_crash(domain, &list, &domain.model, memo)
+    }
+
+    #[test]
+    fn an_import_over_an_older_catalogue_can_be_given_again() -> Result<()> {
+        let mut domain = line(&["external", "mixed", "external"])?;
+        let saved = tempfile::tempdir()?;
+        let saved = saved.path().join("state");
+        copy_tree(&domain.state(), &saved)?;
+        domain.delete(&["s2"])?;
+        domain.write_and_create("s4", "mixed")?;
+        domain.write_everywhere()?;
+        put_back(&domain, &saved)?;
+        let (paths, mut memo) = (domain.paths(), verify::Memo::default());
+        everywhere(&domain, &["import", "--replace", &paths], |domain| {
+            // Either it has not happened, and a change is still refused, or it has, and the change is made.
+            let outcome = domain.domsnap().run(&["revert", NAME, "s4"])?;
+            match outcome.status {
+                Some(status::REFUSED) => {
+                    domain.domsnap().done(&["import", "--replace", &paths])?;
+                }
+                Some(status::DONE) => domain.model.revert("s4"),
+                _ => anyhow::bail!("{outcome}"),
+            }
+            whole_after_crash(domain, NAME, &mut memo)
+        })
+    }
+
+    #[test]
+    fn a_snapshot_with_the_catalogue_lost_happened_or_did_not() -> Result<()> {
+        let domain = line(&["external", "mixed"])?;
+        lose_the_catalogue(&domain)?;
+        let (paths, mut memo) = (domain.paths(), verify::Memo::default());
+        everywhere(&domain, &["create", &paths, "new", "--external"], |domain| {
+            domain.domsnap().done(&["recover"])?;
+            let list = report::list(&domain.domsnap(), &paths)?;
+            if list.current.as_deref() == Some("new") {
+                domain.model.create("new");
+            }
+            whole_after_crash(domain, &paths, &mut memo)?;
+            domain.domsnap().done(&["delete", &paths, "s1"])?;
+            domain.model.delete(&["s1".into()]);
+            whole_after_crash(domain, &paths, &mut memo)?;
+            lose_the_catalogue(domain)?;
+            whole_after_crash(domain, &paths, &mut memo).context("by the manifests alone")
+        })
+    }
+
+    #[test]
+    fn a_delete_with_the_catalogue_lost_leaves_no_manifest_of_what_is_gone() -> Result<()> {
+        let domain = line(&["external", "external"])?;
+        lose_the_catalogue(&domain)?;
+        let (paths, mut memo) = (domain.paths(), verify::Memo::default());
+        everywhere(&domain, &["delete", &paths, "s1"], |domain| {
+            domain.domsnap().done(&["recover"])?;
+            let list = report::list(&domain.domsnap(), &paths)?;
+            if list.snapshots.len() == 1 {
+                domain.model.delete(&["s1".into()]);
+            }
+            whole_after_crash(domain, &paths, &mut memo)?;
+            lose_the_catalogue(domain)?;
+            whole_after_crash(domain, &paths, &mut memo).context("by the manifests alone")
+        })
     }
 }
