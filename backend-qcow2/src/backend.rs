@@ -169,8 +169,12 @@ impl DiskSnapshotter for Qcow2 {
         self.step(step, context, |place, action| place.undo(action))
     }
 
-    async fn salvage(&self, step: &Step, context: StepContext<'_>) -> Result<Salvage> {
-        self.step(step, context, |place, action| place.salvage(action))
+    async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
+        self.step(step, context, |place, action| place.salvage(action, done))
+    }
+
+    async fn is_overtaken(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
+        self.step(step, context, |place, action| place.is_overtaken(action))
     }
 
     async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {

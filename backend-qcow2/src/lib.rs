@@ -13,6 +13,7 @@ pub mod image;
 mod layers;
 mod names;
 mod refusal;
+mod salvage;
 mod steps;
 
 use std::sync::Arc;

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
 use snapcore::chain::{ChainStep, layer_path};
-use snapcore::{DiskRecord, Edit, Error, ErrorKind, LayerName, Progress, Result, Salvage, StepStatus};
+use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Progress, Result, StepStatus};
 use tokio_util::sync::CancellationToken;
 
 use crate::below::Below;
@@ -46,7 +46,8 @@ impl Workplace<'_> {
             }
             ChainStep::Materialise { from, tag, layer } => self.materialise(from, tag, layer),
             ChainStep::TakeInternal { layer, tag } => self.take(layer, tag),
-            ChainStep::SwitchActive { to, .. } => {
+            ChainStep::SwitchActive { from, to } => {
+                self.refuse_replaced(from, to)?;
                 self.lock(&self.record.disk.path)?;
                 let to = self.own_name(to);
                 self.lock(&to)?;
@@ -104,71 +105,6 @@ impl Workplace<'_> {
         }
     }
 
-    /// Makes safe what the domain wrote between a crash and the recovery, where undoing `step` would lose it.
-    pub(crate) fn salvage(&self, step: &ChainStep) -> Result<Salvage> {
-        let path = &self.record.disk.path;
-        match step {
-            ChainStep::SwitchActive { from, to } => {
-                // An overlay on the former active layer shows the same as that: with what was written it is the present.
-                let switched = same_file(&self.own_name(to), path)?;
-                if !switched || self.below(to)? != Some(self.own_name(from)) || !self.is_written(to)? {
-                    return Ok(Salvage::Nothing);
-                }
-                let target = self.record.disk.target.clone();
-                let edits = vec![
-                    Edit::AddLayer { target: target.clone(), layer: to.clone() },
-                    Edit::SetActive { target: target.clone(), layer: to.clone() },
-                ];
-                let words = format!(
-                    "{target}: the domain ran after the crash and wrote into {to}, so that stays its active layer; \
-                     the snapshot was not taken"
-                );
-                Ok(Salvage::Stays(edits, words))
-            }
-            ChainStep::CreateOverlay { layer, .. } => {
-                let file = self.own_name(layer);
-                if !self.is_made_by(step)? || same_file(&file, path)? || !self.is_written(layer)? {
-                    return Ok(Salvage::Nothing);
-                }
-                let aside = file.with_file_name(format!("rescued-{layer}"));
-                self.lock(&file)?;
-                names::settle(&file, &aside)?;
-                Ok(Salvage::PutAside(format!(
-                    "{}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote \
-                     is kept as {aside}: remove it when it is of no use",
-                    self.record.disk.target
-                )))
-            }
-            ChainStep::ApplyInternal { layer, tag, safety: Some(safety) } => {
-                if !self.has_tag(layer, safety)? {
-                    return Ok(Salvage::Nothing);
-                }
-                let aside = format!("rescued{}", safety.trim_start_matches('.'));
-                let image = self.reading(layer)?;
-                let known = image.snapshot_matches_active(tag)? || image.snapshot_matches_active(safety)?;
-                if known || image.find_snapshot(&aside)?.is_some() {
-                    return Ok(Salvage::Nothing);
-                }
-                drop(image);
-                self.take(layer, &aside)?;
-                Ok(Salvage::PutAside(format!(
-                    "{}: the domain ran after the crash; the revert was undone, and what it wrote is kept as the internal \
-                     snapshot {aside} of {layer}",
-                    self.record.disk.target
-                )))
-            }
-            ChainStep::NameLayer { .. }
-            | ChainStep::Materialise { .. }
-            | ChainStep::TakeInternal { .. }
-            | ChainStep::ApplyInternal { safety: None, .. }
-            | ChainStep::DropInternal { .. }
-            | ChainStep::Merge { .. }
-            | ChainStep::Repoint { .. }
-            | ChainStep::Remove { .. }
-            | ChainStep::Unname { .. } => Ok(Salvage::Nothing),
-        }
-    }
-
     /// How far `step` got.
     pub(crate) fn status(&self, step: &ChainStep) -> Result<StepStatus> {
         let path = &self.record.disk.path;
@@ -213,25 +149,18 @@ impl Workplace<'_> {
         Ok(if done { StepStatus::Done } else { StepStatus::NotDone })
     }
 
-    fn own_name(&self, layer: &LayerName) -> Utf8PathBuf {
+    pub(crate) fn own_name(&self, layer: &LayerName) -> Utf8PathBuf {
         layer_path(&self.record.disk.path, layer)
     }
 
-    /// Whether an overlay, empty when it was made, has anything in it.
-    fn is_written(&self, overlay: &LayerName) -> Result<bool> {
-        let image = self.reading(overlay)?;
-        let tables = image.active_l1()?;
-        Ok((0..tables.len()).any(|index| tables.l2_offset(index).is_some()))
-    }
-
-    fn lock(&self, file: &Utf8Path) -> Result<()> {
+    pub(crate) fn lock(&self, file: &Utf8Path) -> Result<()> {
         match self.hold {
             Some(hold) => hold.lock(file),
             None => Ok(()),
         }
     }
 
-    fn reading(&self, layer: &LayerName) -> Result<Image> {
+    pub(crate) fn reading(&self, layer: &LayerName) -> Result<Image> {
         let file = file_of(self.record, layer)?;
         Ok(Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?)
     }
@@ -241,12 +170,12 @@ impl Workplace<'_> {
         Ok(Image::open(file.as_std_path(), &writing(self.hold, &file)?)?)
     }
 
-    fn has_tag(&self, layer: &LayerName, tag: &str) -> Result<bool> {
+    pub(crate) fn has_tag(&self, layer: &LayerName, tag: &str) -> Result<bool> {
         Ok(self.reading(layer)?.find_snapshot(tag)?.is_some())
     }
 
     /// Whether the file of a new layer is what `step` makes, and not somebody else's of the same name.
-    fn is_made_by(&self, step: &ChainStep) -> Result<bool> {
+    pub(crate) fn is_made_by(&self, step: &ChainStep) -> Result<bool> {
         let (layer, on) = match step {
             ChainStep::CreateOverlay { layer, on, .. } => (layer, Some(self.own_name(on))),
             ChainStep::Materialise { layer, from, .. } => (layer, self.below(from)?),
@@ -265,7 +194,7 @@ impl Workplace<'_> {
     }
 
     /// The file that a layer stands on.
-    fn below(&self, layer: &LayerName) -> Result<Option<Utf8PathBuf>> {
+    pub(crate) fn below(&self, layer: &LayerName) -> Result<Option<Utf8PathBuf>> {
         let file = file_of(self.record, layer)?;
         match self.reading(layer)?.header().backing.clone() {
             Some(backing) => Ok(Some(resolve_backing(&file, &backing.file)?)),
@@ -305,7 +234,7 @@ impl Workplace<'_> {
         self.lock(&file)
     }
 
-    fn take(&self, layer: &LayerName, tag: &str) -> Result<()> {
+    pub(crate) fn take(&self, layer: &LayerName, tag: &str) -> Result<()> {
         let mut image = self.writing(layer)?;
         if image.find_snapshot(tag)?.is_none() {
             let now = Timestamp::now();
@@ -437,6 +366,26 @@ impl Workplace<'_> {
         }
     }
 
+    /// Somebody may have put another file at the configured path since a crash: the switch would drop it.
+    fn refuse_replaced(&self, from: &LayerName, to: &LayerName) -> Result<()> {
+        let path = &self.record.disk.path;
+        let (from, to) = (self.own_name(from), self.own_name(to));
+        let Some(found) = names::file_id(path)? else { return Ok(()) };
+        let (Some(former), next) = (names::file_id(&from)?, names::file_id(&to)?) else { return Ok(()) };
+        if found == former || Some(found) == next {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!("{path} should be {from} or {to}, and somebody put another file there"),
+        )
+        .state("that file was not touched, and all layers are whole")
+        .advise(format!(
+            "move it away and put the layer back: 'ln {from} {path}'; then run 'domsnap recover', and after that take the \
+             other file in, if it is wanted, with 'domsnap import --replace'"
+        )))
+    }
+
     fn unname(&self, layer: &LayerName) -> Result<()> {
         let file = self.own_name(layer);
         if names::file_id(&file)?.is_some() && same_file(&file, &self.record.disk.path)? {
@@ -446,7 +395,7 @@ impl Workplace<'_> {
     }
 }
 
-fn same_file(a: &Utf8Path, b: &Utf8Path) -> Result<bool> {
+pub(crate) fn same_file(a: &Utf8Path, b: &Utf8Path) -> Result<bool> {
     let (a, b) = (names::file_id(a)?, names::file_id(b)?);
     Ok(a.is_some() && a == b)
 }

@@ -169,10 +169,26 @@ pub trait DiskSnapshotter: Send + Sync {
     /// Takes a prepare or cut step back, wherever it had got to. Idempotent.
     async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()>;
 
-    /// Called before a begun step is undone after a crash: makes safe what the domain wrote since, because it was
-    /// started before anybody recovered it, and what the undo would lose.
-    async fn salvage(&self, _step: &Step, _context: StepContext<'_>) -> Result<Salvage> {
+    /// Asked by a recovery that undoes, before it undoes a begun step: makes safe what the domain wrote since the crash,
+    /// because it was started before anybody recovered it, and what the undo would lose. Idempotent: a recovery may be
+    /// interrupted too.
+    ///
+    /// `done` says that the journal has the step as done: it was whole before any later step began. A step that is not
+    /// may have stopped anywhere, but nothing that it made was ever what the configured path named.
+    ///
+    /// What is put aside is durable, under a name that says so, before this returns.
+    async fn salvage(&self, _step: &Step, _done: bool, _context: StepContext<'_>) -> Result<Salvage> {
         Ok(Salvage::Nothing)
+    }
+
+    /// Asked by a recovery that carries through, of a finish step that the journal has as done while a later one of its
+    /// disk is not: whether the domain, started since the crash, may have written what the step did not see, so that the
+    /// later steps would lose it. Then the step is done once more, before them.
+    ///
+    /// So it is where a merge has moved the active layer's data down, and the configured path still names the active
+    /// layer. It must be `false` once the path is moved: from then on the domain writes what the merge had written.
+    async fn is_overtaken(&self, _step: &Step, _context: StepContext<'_>) -> Result<bool> {
+        Ok(false)
     }
 
     /// How far a step got, from what is on the disk.

@@ -11,6 +11,13 @@
 //!
 //! Recovery reads the journal: an operation before its commit point is undone, one after it is finished. Both rest on
 //! apply and undo being idempotent.
+//!
+//! **The domain may have run in between**, started by somebody who knows of no crash, and have written to whatever its
+//! configured paths named. Two questions to the backend keep that. Before a step is undone: what would the undo lose
+//! ([`Salvage`])? It is put aside, durably, before the undo begins, or the step stays. Before the rest is carried
+//! through: was a step that is recorded as done overtaken, so that a later one would lose what it has not seen? It is
+//! done again, and recorded, before the later ones. While an operation runs it holds its disks, so nobody writes, and
+//! neither is asked.
 
 use std::any::Any;
 use std::future::Future;
@@ -68,6 +75,8 @@ struct Running<'a> {
     told: Option<Entry>,
     operation: Operation,
     cancel: &'a CancellationToken,
+    /// Whether it had stopped before: since then the domain may have run.
+    resumed: bool,
     run: Run,
 }
 
@@ -106,7 +115,7 @@ impl Engine<'_> {
         };
         let told = self.manifests.is_current(self.catalogue.identity().await?, entry).then(|| entry.clone());
         let run = Run::new(Some(operation.id));
-        Running { engine: self, entry, told, operation, cancel, run }.begin(prologue).await
+        Running { engine: self, entry, told, operation, cancel, resumed: false, run }.begin(prologue).await
     }
 
     /// Finishes or undoes an operation that stopped half way.
@@ -120,7 +129,7 @@ impl Engine<'_> {
         cancel: &CancellationToken,
     ) -> Result<Run> {
         let run = Run::new(Some(operation.id));
-        let mut running = Running { engine: self, entry, told: None, operation, cancel, run };
+        let mut running = Running { engine: self, entry, told: None, operation, cancel, resumed: true, run };
         match running.operation.state {
             OperationState::Planned
             | OperationState::Preparing
@@ -304,6 +313,9 @@ impl Running<'_> {
     async fn finish(mut self) -> Result<Run> {
         self.run.happened = true;
         let finish: Vec<usize> = self.operation.of_group(Group::Finish).collect();
+        if self.resumed {
+            self.look_for_overtaken(&finish).await.map_err(|error| self.left_unfinished(error))?;
+        }
         let mut put_off: Vec<Target> = Vec::new();
         let mut pending: Vec<Change> = Vec::new();
         for index in finish {
@@ -365,6 +377,37 @@ impl Running<'_> {
         self.write_manifests().await;
         self.tell(Event::Finished { operation: self.operation.id, happened: true });
         Ok(self.run)
+    }
+
+    /// Finish steps that are done, but have not seen what the domain wrote since, are to be done again.
+    async fn look_for_overtaken(&mut self, finish: &[usize]) -> Result<()> {
+        for (place, &index) in finish.iter().enumerate() {
+            let step = &self.operation.plan.steps[index].step;
+            let later_ones_left = finish[place + 1..].iter().any(|&later| {
+                self.operation.plan.steps[later].step.target == step.target
+                    && self.operation.steps[later] != StepState::Done
+            });
+            if self.operation.steps[index] != StepState::Done || !later_ones_left {
+                continue;
+            }
+            let record = self.record_of(&step.target)?;
+            let backend = self.engine.registry.get(&record.disk.format)?;
+            let progress = Teller::new(self.engine.events.clone(), self.operation.id, index);
+            let deaf = CancellationToken::new();
+            let context = StepContext { disk: record, progress: &progress, cancel: &deaf };
+            let overtaken = guarded(backend.is_overtaken(step, context)).await.map_err(|error| {
+                error.context(format!("what the domain wrote since the crash: {}", step.summary))
+            })?;
+            if overtaken {
+                let message = format!(
+                    "{}: the domain may have run after the crash, so this is done once more: {}",
+                    step.target, step.summary
+                );
+                tracing::info!(%message, "recovering");
+                self.operation.steps[index] = StepState::Pending;
+            }
+        }
+        Ok(())
     }
 
     fn put_off(&mut self, target: &Target, index: usize, bytes: u64, reason: String) {
@@ -513,7 +556,14 @@ impl Running<'_> {
         let deaf = CancellationToken::new();
         let context = StepContext { disk: record, progress: &progress, cancel: &deaf };
         let undoing = |error: Error| error.context(format!("undoing: {}", planned.step.summary));
-        let (edits, words) = match guarded(backend.salvage(&planned.step, context)).await.map_err(undoing)? {
+        let salvage = match self.resumed {
+            true => {
+                let done = self.operation.steps[index] == StepState::Done;
+                guarded(backend.salvage(&planned.step, done, context)).await.map_err(undoing)?
+            }
+            false => Salvage::Nothing,
+        };
+        let (edits, words) = match salvage {
             Salvage::Stays(edits, words) => (edits, Some(words)),
             Salvage::PutAside(words) => {
                 guarded(backend.undo(&planned.step, context)).await.map_err(undoing)?;

@@ -341,6 +341,45 @@ async fn a_failed_finish_step_needs_recovery_and_recovery_finishes() {
 }
 
 #[tokio::test]
+async fn a_recovery_does_again_what_the_domain_overtook_before_the_steps_that_are_left() {
+    let names = vec![name("s1"), name("s2")];
+    let request = Request::Delete(DeleteRequest::new(names));
+    // Each disk drops s1, then s2.
+    for (number, overtaken) in [(1, 0), (2, 1), (3, 0), (4, 1)] {
+        let mut bench = Bench::new().await;
+        bench.backend.applies.set(vec![Fault { number, when: When::Before, how: How::Stop }]);
+        bench.run_until_stopped(&request).await;
+        let first = r#"Drop { name: "s1" }"#.to_owned();
+        bench.backend.overtaken.lock().unwrap().push(first.clone());
+        bench.recover().await;
+        let applied = bench.backend.applied.lock().unwrap().clone();
+        // Where all that follows on the disk is done, nothing can be lost any more, and nobody asks.
+        assert_eq!(applied.len(), 5 - number + overtaken, "stopped at {number}: {applied:?}");
+        assert_eq!(applied[0], first, "stopped at {number}: {applied:?}");
+        assert!(bench.backend.world().values().all(|disk| disk.tags.is_empty()));
+        let entry = bench.entry().await;
+        assert!(entry.tree.is_empty());
+        bench.assert_manifests_tell(&entry).await;
+    }
+}
+
+#[tokio::test]
+async fn what_the_domain_wrote_is_looked_for_in_a_recovery_and_not_where_the_disks_were_held_all_the_time() {
+    let (vda, vdb) = (Target::new("vda").unwrap(), Target::new("vdb").unwrap());
+    let mut bench = Bench::new().await;
+    bench.backend.applies.set(vec![Fault { number: 4, when: When::After, how: How::Fail(ErrorKind::Io) }]);
+    bench.run(&create("s3"), &CancellationToken::new()).await.unwrap_err();
+    assert_eq!(bench.backend.undos.count(), 4);
+    assert_eq!(*bench.backend.salvaged.lock().unwrap(), []);
+
+    bench.backend.applies.set(vec![Fault { number: 3, when: When::After, how: How::Stop }]);
+    bench.run_until_stopped(&create("s3")).await;
+    bench.recover().await;
+    let found = bench.backend.salvaged.lock().unwrap().clone();
+    assert_eq!(found, [(vda.clone(), false), (vdb, true), (vda, true)]);
+}
+
+#[tokio::test]
 async fn cancelled_at_any_step_before_the_commit_point_it_is_undone_and_after_it_happens() {
     let request = create("s3");
     let (before, after, _, applies) = reference(&request).await;

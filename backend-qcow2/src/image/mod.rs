@@ -23,6 +23,7 @@ mod access;
 mod backing;
 mod bitmaps;
 mod check;
+mod compare;
 mod compressed;
 #[cfg(test)]
 mod crash_tests;
@@ -56,6 +57,7 @@ mod writer;
 pub use access::inherit;
 pub use bitmaps::{Bitmap, list as list_bitmaps, parse_directory as parse_bitmap_directory};
 pub use check::{CheckReport, Finding};
+pub use compare::same_content;
 pub use compressed::{compress, decompress};
 pub use create::{NewImage, create};
 pub use error::{Context, Error, ErrorKind, Result};

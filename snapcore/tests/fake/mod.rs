@@ -117,6 +117,12 @@ pub struct FakeBackend {
     disks: Arc<Mutex<BTreeMap<Utf8PathBuf, FakeDisk>>>,
     pub applies: Arc<Faults>,
     pub undos: Arc<Faults>,
+    /// The summaries of the steps that it was to apply, in their order.
+    pub applied: Arc<Mutex<Vec<String>>>,
+    /// Steps of these summaries were overtaken by what the domain wrote.
+    pub overtaken: Arc<Mutex<Vec<String>>>,
+    /// What salvage was asked for: the target, and whether the journal has the step as done.
+    pub salvaged: Arc<Mutex<Vec<(Target, bool)>>>,
 }
 
 impl FakeBackend {
@@ -284,6 +290,7 @@ impl DiskSnapshotter for FakeBackend {
 
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
         let number = self.applies.next();
+        self.applied.lock().unwrap().push(step.summary.clone());
         self.applies.strike(number, When::Before).await?;
         context.progress.bytes(step.bytes, step.bytes);
         let path = &context.disk.disk.path;
@@ -327,6 +334,15 @@ impl DiskSnapshotter for FakeBackend {
             Action::Drop { .. } => panic!("a finish step is never undone"),
         }
         self.undos.strike(number, When::After).await
+    }
+
+    async fn salvage(&self, step: &Step, done: bool, _: StepContext<'_>) -> Result<Salvage> {
+        self.salvaged.lock().unwrap().push((step.target.clone(), done));
+        Ok(Salvage::Nothing)
+    }
+
+    async fn is_overtaken(&self, step: &Step, _: StepContext<'_>) -> Result<bool> {
+        Ok(self.overtaken.lock().unwrap().contains(&step.summary))
     }
 
     async fn status(&self, _: &Step, _: StepContext<'_>) -> Result<StepStatus> {

@@ -1,0 +1,157 @@
+//! What the domain wrote between a crash and the recovery: found, and kept.
+//!
+//! Whoever starts a domain need not know that an operation stopped half way: the configured path opens at every instant,
+//! and the domain writes to the layer that it names. A recovery must not lose that.
+//!
+//! | the path names | the operation | what was written |
+//! |---|---|---|
+//! | the former active layer | is undone | stays where it is: nothing there is undone |
+//! | a new overlay on the former active layer | a create, undone | stays, and so do overlay and switch |
+//! | a new overlay elsewhere, a tag's copy | a revert, undone | the file is kept as `rescued-<layer>` |
+//! | a layer that a tag was applied in | a revert, undone | is kept as the tag `rescued-<...>` of that layer |
+//! | the former active layer | a merge down, carried through | is merged too: the merge is done again before the switch |
+//! | any other | is carried through | stays where it is: nothing there is changed any more |
+//!
+//! **What is durable before what.** The other name of a file, or the tag, before the undo that would lose what it holds.
+//! A merge that is done again, before the path is moved; the path, before the layers that were merged are removed. So the
+//! question whether the path names the former active layer says at every instant where the domain has written.
+//!
+//! Whether anything was written is read from the images, and told by the difference from what the steps had made.
+
+use snapcore::chain::ChainStep;
+use snapcore::{Edit, LayerName, Result, Salvage};
+
+use crate::image::{self, Layer};
+use crate::layers::file_of;
+use crate::names;
+use crate::steps::{Workplace, same_file};
+
+/// How the names of files and tags begin that hold what was put aside.
+const RESCUED: &str = "rescued-";
+
+impl Workplace<'_> {
+    /// Whether what the domain may have written since would be lost by the steps that follow `step`, which is done.
+    pub(crate) fn is_overtaken(&self, step: &ChainStep) -> Result<bool> {
+        let ChainStep::Merge { run, into, .. } = step else { return Ok(false) };
+        let path = &self.record.disk.path;
+        // The active layer is in a run as its top alone. Once the path names what it was merged into, the domain writes
+        // there, and what the former top holds is older.
+        let merged_down = run.last().is_some_and(|top| *top == self.record.active && top != into);
+        Ok(merged_down && names::file_id(path)?.is_some() && !same_file(path, &self.own_name(into))?)
+    }
+
+    /// Makes safe what the domain wrote, where undoing `step` would lose it.
+    pub(crate) fn salvage(&self, step: &ChainStep, done: bool) -> Result<Salvage> {
+        let path = &self.record.disk.path;
+        match step {
+            ChainStep::SwitchActive { from, to } => {
+                // An overlay on the former active layer shows the same as that: with what was written it is the present.
+                let switched = same_file(&self.own_name(to), path)?;
+                if !switched || self.below(to)? != Some(self.own_name(from)) || !self.is_written(to)? {
+                    return Ok(Salvage::Nothing);
+                }
+                let target = self.record.disk.target.clone();
+                let edits = vec![
+                    Edit::AddLayer { target: target.clone(), layer: to.clone() },
+                    Edit::SetActive { target: target.clone(), layer: to.clone() },
+                ];
+                let words = format!(
+                    "{target}: the domain ran after the crash and wrote into {to}, so that stays its active layer; \
+                     the snapshot was not taken"
+                );
+                Ok(Salvage::Stays(edits, words))
+            }
+            ChainStep::CreateOverlay { layer, .. } => match self.is_to_go(step, layer, done)? {
+                true if self.is_written(layer)? => self.put_aside(layer),
+                _ => Ok(Salvage::Nothing),
+            },
+            // What cannot be compared is kept: it may have been written.
+            ChainStep::Materialise { from, tag, layer } => match self.is_to_go(step, layer, done)? {
+                true if !self.is_copy_of(layer, from, tag).unwrap_or(false) => self.put_aside(layer),
+                _ => Ok(Salvage::Nothing),
+            },
+            ChainStep::ApplyInternal { layer, tag, safety: Some(safety) } => {
+                if !self.has_tag(layer, safety)? {
+                    return Ok(Salvage::Nothing);
+                }
+                let image = self.reading(layer)?;
+                if image.snapshot_matches_active(tag)? || image.snapshot_matches_active(safety)? {
+                    return Ok(Salvage::Nothing);
+                }
+                let stem = safety.strip_prefix(".domsnap-undo-").unwrap_or(safety);
+                self.keep_as_tag(layer, stem)
+            }
+            // Before it was done nobody needed the state that was there; since then only the domain can have changed it.
+            ChainStep::ApplyInternal { layer, tag, safety: None } => {
+                if !done || !self.has_tag(layer, tag)? || self.reading(layer)?.snapshot_matches_active(tag)? {
+                    return Ok(Salvage::Nothing);
+                }
+                self.keep_as_tag(layer, tag)
+            }
+            ChainStep::NameLayer { .. }
+            | ChainStep::TakeInternal { .. }
+            | ChainStep::DropInternal { .. }
+            | ChainStep::Merge { .. }
+            | ChainStep::Repoint { .. }
+            | ChainStep::Remove { .. }
+            | ChainStep::Unname { .. } => Ok(Salvage::Nothing),
+        }
+    }
+
+    /// Whether the undo of `step`, which made `layer`, would remove it, and the domain may have written it.
+    fn is_to_go(&self, step: &ChainStep, layer: &LayerName, done: bool) -> Result<bool> {
+        Ok(done && self.is_made_by(step)? && !same_file(&self.own_name(layer), &self.record.disk.path)?)
+    }
+
+    /// Whether an overlay, empty when it was made, has anything in it.
+    fn is_written(&self, overlay: &LayerName) -> Result<bool> {
+        let image = self.reading(overlay)?;
+        let tables = image.active_l1()?;
+        let mapped = (0..tables.len()).any(|index| tables.l2_offset(index).is_some());
+        Ok(mapped || !image.snapshots()?.is_empty())
+    }
+
+    /// Whether `copy` is still what was copied out of `from`.
+    fn is_copy_of(&self, copy: &LayerName, from: &LayerName, tag: &str) -> Result<bool> {
+        let (copy, source) = (self.reading(copy)?, self.reading(from)?);
+        let Some(snapshot) = source.find_snapshot(tag)? else { return Ok(false) };
+        if !copy.snapshots()?.is_empty() {
+            return Ok(false);
+        }
+        let backed = source.header().backing.is_some();
+        Ok(image::same_content(Layer::snapshot(&source, snapshot)?, Layer::active(&copy)?, backed)?)
+    }
+
+    /// The file of a layer that an undo would remove gets a name that no undo knows.
+    fn put_aside(&self, layer: &LayerName) -> Result<Salvage> {
+        let file = self.own_name(layer);
+        let aside = file.with_file_name(format!("{RESCUED}{layer}"));
+        self.lock(&file)?;
+        names::settle(&file, &aside)?;
+        Ok(Salvage::PutAside(format!(
+            "{}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote is kept as \
+             {aside}: remove it when it is of no use",
+            self.record.disk.target
+        )))
+    }
+
+    /// The state of a layer becomes a tag of it too, called after `stem`; done before: that one is told.
+    fn keep_as_tag(&self, layer: &LayerName, stem: &str) -> Result<Salvage> {
+        let image = self.reading(layer)?;
+        let mut aside = format!("{RESCUED}{stem}");
+        let mut number = 1;
+        while image.find_snapshot(&aside)?.is_some() && !image.snapshot_matches_active(&aside)? {
+            number += 1;
+            aside = format!("{RESCUED}{stem}-{number}");
+        }
+        drop(image);
+        self.take(layer, &aside)?;
+        let file = file_of(self.record, layer)?;
+        Ok(Salvage::PutAside(format!(
+            "{}: the domain ran after the crash; the revert was undone, and what the domain wrote is kept as the internal \
+             snapshot {aside} of {file}: 'qemu-img convert -O qcow2 -l snapshot.name={aside} {file} NEW' copies it out, \
+             'qemu-img snapshot -d {aside} {file}' removes it",
+            self.record.disk.target
+        )))
+    }
+}
