@@ -13,7 +13,7 @@
 //! - [`record`]: the shim's record of operations
 //! - [`powerloss`]: what a directory may hold after the power went
 //! - [`scenario`]: the operations that the crash suites interrupt
-//! - [`crash`]: interrupting them everywhere
+//! - [`crash`]: interrupting them everywhere; and the domain running before anything is healed
 //! - [`seed`]: random choices that can be repeated
 
 #![forbid(unsafe_code)]
@@ -21,6 +21,7 @@
 pub mod crash;
 pub mod domain;
 pub mod domsnap;
+mod meanwhile;
 pub mod model;
 pub mod powerloss;
 pub mod qemu;

@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Write as _};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -175,4 +176,44 @@ pub fn write(image: &Path, writes: &[Write]) -> Result<()> {
         bail!("qemu-io did {wrote} of {} writes:\n{out}", writes.len());
     }
     Ok(())
+}
+
+/// A `qemu-io` that has an image open for writing, and therefore locked, until it is stopped.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    input: ChildStdin,
+}
+
+impl Running {
+    /// Opens `image`.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn on(image: &Path) -> Result<Running> {
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "qcow2"]).arg(image);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().context("start qemu-io")?;
+        let (mut input, output) =
+            (child.stdin.take().context("stdin")?, child.stdout.take().context("stdout")?);
+        writeln!(input, "length")?;
+        // Its answer says that the image is open.
+        let mut answer = String::new();
+        BufReader::new(output).read_line(&mut answer)?;
+        anyhow::ensure!(!answer.is_empty(), "qemu-io cannot open {}", image.display());
+        Ok(Running { child, input })
+    }
+
+    /// Lets go.
+    ///
+    /// # Errors
+    /// If it does not end well.
+    pub fn stop(self) -> Result<()> {
+        let Running { mut child, input } = self;
+        drop(input);
+        let status = child.wait()?;
+        anyhow::ensure!(status.success(), "qemu-io ended with {status}");
+        Ok(())
+    }
 }

@@ -111,6 +111,16 @@ scenarios! {
     REVERT_INTERNAL_MATERIALISED Tree {
         line(&["internal", "external"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1")
     }
+    /// An internal point of a layer that nothing stands on and nobody writes: applied in it, and switched to.
+    REVERT_INTERNAL_OF_A_FROZEN_LEAF Tree {
+        {
+            let mut domain = line(&["external", "internal"])?;
+            domain.revert("s1")?;
+            domain.write_everywhere()?;
+            Ok(domain)
+        },
+        |_| words(&["revert", NAME, "s2"]), |m| m.revert("s2")
+    }
     /// To a frozen layer.
     REVERT_EXTERNAL Tree {
         line(&["external", "external"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1")
@@ -155,6 +165,39 @@ scenarios! {
             Ok(domain)
         },
         |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
+    }
+    /// The present small: merged into the layer below, which the configured path then names.
+    DELETE_CURRENT_BIG_BELOW Tree {
+        {
+            let mut domain = line(&["external"])?;
+            domain.fill(2 << 20)?;
+            domain.create("s2", "external")?;
+            domain.write_everywhere()?;
+            Ok(domain)
+        },
+        |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
+    }
+    /// Several, the one between the biggest: what is below and the present are merged into it.
+    DELETE_SEVERAL_BIG_BETWEEN Tree {
+        {
+            let mut domain = line(&["external", "external"])?;
+            domain.fill(2 << 20)?;
+            domain.create("s3", "external")?;
+            domain.write_everywhere()?;
+            Ok(domain)
+        },
+        |_| words(&["delete", NAME, "s2", "s3"]), |m| m.delete(&strings(&["s2", "s3"]))
+    }
+    /// The only one, the present small: one image without another name is left.
+    DELETE_ONLY_BIG_BELOW Tree {
+        {
+            let mut domain = line(&[])?;
+            domain.fill(2 << 20)?;
+            domain.create("s1", "external")?;
+            domain.write_everywhere()?;
+            Ok(domain)
+        },
+        |_| words(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
     }
     /// A frozen layer that two others stand on.
     DELETE_WITH_SEVERAL_CHILDREN Tree {

@@ -28,6 +28,7 @@ scenarios! {
     create_external_on_internal CREATE_EXTERNAL_ON_INTERNAL
     revert_internal_in_place REVERT_INTERNAL_IN_PLACE
     revert_internal_materialised REVERT_INTERNAL_MATERIALISED
+    revert_internal_of_a_frozen_leaf REVERT_INTERNAL_OF_A_FROZEN_LEAF
     revert_external REVERT_EXTERNAL
     revert_saving_current REVERT_SAVING_CURRENT
     delete_leaf_external DELETE_LEAF_EXTERNAL
@@ -35,6 +36,9 @@ scenarios! {
     delete_leaf_internal DELETE_LEAF_INTERNAL
     delete_middle_big_below DELETE_MIDDLE_BIG_BELOW
     delete_middle_big_above DELETE_MIDDLE_BIG_ABOVE
+    delete_current_big_below DELETE_CURRENT_BIG_BELOW
+    delete_several_big_between DELETE_SEVERAL_BIG_BETWEEN
+    delete_only_big_below DELETE_ONLY_BIG_BELOW
     delete_with_several_children DELETE_WITH_SEVERAL_CHILDREN
     delete_subtree DELETE_SUBTREE
     delete_several DELETE_SEVERAL
@@ -49,8 +53,8 @@ scenarios! {
     disk_delete DISK_DELETE
 }
 
-/// Between the crash and the healing the domain runs and writes. Not in a revert: what a domain writes on the present
-/// that it was to leave, or on half of the one that it was to get, belongs to neither, and is put aside.
+/// Between the crash and the healing the domain runs and writes. What it wrote is in the present afterwards; only of a
+/// revert that is undone it is put aside, because it belongs to the present that was not to be.
 mod what_a_domain_writes_before_it_is_healed_is_kept_after_a_kill_in {
     use super::*;
 
@@ -64,9 +68,46 @@ mod what_a_domain_writes_before_it_is_healed_is_kept_after_a_kill_in {
     }
 
     written_meanwhile! {
+        create_internal CREATE_INTERNAL
         create_external CREATE_EXTERNAL
         create_mixed CREATE_MIXED
+        revert_internal_in_place REVERT_INTERNAL_IN_PLACE
+        revert_internal_materialised REVERT_INTERNAL_MATERIALISED
+        revert_internal_of_a_frozen_leaf REVERT_INTERNAL_OF_A_FROZEN_LEAF
+        revert_external REVERT_EXTERNAL
+        revert_saving_current REVERT_SAVING_CURRENT
         delete_leaf_external DELETE_LEAF_EXTERNAL
+        delete_leaf_internal DELETE_LEAF_INTERNAL
+        delete_middle_big_below DELETE_MIDDLE_BIG_BELOW
         delete_middle_big_above DELETE_MIDDLE_BIG_ABOVE
+        delete_current_big_below DELETE_CURRENT_BIG_BELOW
+        delete_several_big_between DELETE_SEVERAL_BIG_BETWEEN
+        delete_only_big_below DELETE_ONLY_BIG_BELOW
+        delete_subtree DELETE_SUBTREE
+        delete_several DELETE_SEVERAL
+    }
+}
+
+/// The domain runs and writes after the crash, and once more after a crash of the recovery.
+mod what_a_domain_writes_is_kept_though_the_recovery_is_killed_too_in {
+    use super::*;
+
+    macro_rules! killed_twice {
+        ($($test:ident $name:ident)*) => {$(
+            #[test]
+            fn $test() {
+                crash::kill_twice_and_write(scenario::$name).unwrap_or_else(|error| panic!("{error:#}"));
+            }
+        )*};
+    }
+
+    killed_twice! {
+        create_external CREATE_EXTERNAL
+        revert_internal_in_place REVERT_INTERNAL_IN_PLACE
+        revert_internal_materialised REVERT_INTERNAL_MATERIALISED
+        revert_internal_of_a_frozen_leaf REVERT_INTERNAL_OF_A_FROZEN_LEAF
+        revert_external REVERT_EXTERNAL
+        delete_current_big_below DELETE_CURRENT_BIG_BELOW
+        delete_several_big_between DELETE_SEVERAL_BIG_BETWEEN
     }
 }

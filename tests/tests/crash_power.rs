@@ -28,6 +28,7 @@ scenarios! {
     create_external_on_internal CREATE_EXTERNAL_ON_INTERNAL
     revert_internal_in_place REVERT_INTERNAL_IN_PLACE
     revert_internal_materialised REVERT_INTERNAL_MATERIALISED
+    revert_internal_of_a_frozen_leaf REVERT_INTERNAL_OF_A_FROZEN_LEAF
     revert_external REVERT_EXTERNAL
     revert_saving_current REVERT_SAVING_CURRENT
     delete_leaf_external DELETE_LEAF_EXTERNAL
@@ -35,6 +36,9 @@ scenarios! {
     delete_leaf_internal DELETE_LEAF_INTERNAL
     delete_middle_big_below DELETE_MIDDLE_BIG_BELOW
     delete_middle_big_above DELETE_MIDDLE_BIG_ABOVE
+    delete_current_big_below DELETE_CURRENT_BIG_BELOW
+    delete_several_big_between DELETE_SEVERAL_BIG_BETWEEN
+    delete_only_big_below DELETE_ONLY_BIG_BELOW
     delete_with_several_children DELETE_WITH_SEVERAL_CHILDREN
     delete_subtree DELETE_SUBTREE
     delete_several DELETE_SEVERAL

@@ -1,7 +1,7 @@
 //! What goes wrong around domsnap: others who hold the images, full disks, closed doors, missing files. It says so in
 //! words, nothing is lost, nothing is left behind, and once the trouble is over everything works.
 
-use std::io::{BufRead, BufReader, Write as _};
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -132,18 +132,7 @@ mod others {
     #[test]
     fn an_image_that_a_qemu_writes_is_refused_until_it_lets_go() -> Result<()> {
         let mut domain = line(2, &["external"])?;
-        let mut holder = Command::new("qemu-io")
-            .args(["-f", "qcow2"])
-            .arg(domain.path("vdb"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()?;
-        let (mut input, output) =
-            (holder.stdin.take().context("stdin")?, holder.stdout.take().context("stdout")?);
-        writeln!(input, "length")?;
-        // Its answer says that the image is open, and therefore locked.
-        BufReader::new(output).read_line(&mut String::new())?;
+        let running = qemu::Running::on(&domain.path("vdb"))?;
         let commands: [&[&str]; 4] = [
             &["create", NAME, "x", "--internal"],
             &["create", NAME, "x", "--external"],
@@ -154,8 +143,7 @@ mod others {
             let outcome = domain.declined(words, status::REFUSED)?;
             ensure!(outcome.stderr.contains("b.qcow2"), "the image is not named: {outcome}");
         }
-        drop(input);
-        holder.wait()?;
+        running.stop()?;
         domain.verify()?;
         domain.create("x", "external")?;
         domain.verify()
