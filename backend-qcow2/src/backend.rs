@@ -11,6 +11,8 @@ use snapcore::{
     Severity, Snapshot, Step, StepContext, StepStatus,
 };
 
+use crate::backing_string::check_backing_string;
+use crate::dependents;
 use crate::discover;
 use crate::hold::{Holds, is_held_by_others};
 use crate::image::{self, Image, OpenOptions};
@@ -149,7 +151,16 @@ impl DiskSnapshotter for Qcow2 {
             if let DiskRequest::Create { overlay: Some(overlay), .. } = &request {
                 check_overlay_name(&disk, overlay)?;
             }
-            chain::plan(&disk, &state, active_path, &capabilities, &request, &mut |run| visible(&state, run))
+            let mut plan = chain::plan(&disk, &state, active_path, &capabilities, &request, &mut |run| {
+                visible(&state, run)
+            })?;
+            check_backing_strings(&disk, &plan)?;
+            if let (DiskRequest::Create { .. }, ActivePath::Keep, Some(Point { layer, tag: None })) =
+                (&request, active_path, &plan.point)
+            {
+                plan.notes.extend(warnings_of_moving(&disk, layer)?);
+            }
+            Ok(plan)
         })
         .await
     }
@@ -206,6 +217,35 @@ impl DiskSnapshotter for Qcow2 {
     fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
         layers::file_of(disk, layer).unwrap_or_else(|_| layer_path(&disk.disk.path, layer))
     }
+}
+
+/// Every layer that an image is to name can be named by one.
+fn check_backing_strings(disk: &DiskRecord, plan: &DiskPlan) -> Result<()> {
+    for planned in &plan.steps {
+        let named = match serde_json::from_value::<ChainStep>(planned.step.action.clone()) {
+            Ok(ChainStep::CreateOverlay { on, .. }) => on,
+            Ok(ChainStep::Merge { below: Some(below), .. }) => below,
+            Ok(ChainStep::Repoint { to, .. }) => to,
+            _ => continue,
+        };
+        check_backing_string(&disk.disk.path, &named)?;
+    }
+    Ok(())
+}
+
+/// Images that stand on the configured path by that name go on to do so when it becomes an overlay on `frozen`. What they
+/// show is the same at first; but they need the frozen layer, not what the domain writes from now on.
+fn warnings_of_moving(disk: &DiskRecord, frozen: &LayerName) -> Result<Vec<String>> {
+    let path = &disk.disk.path;
+    let warning = |overlay: Utf8PathBuf| {
+        format!(
+            "{}: {overlay} stands on {path} by that name: whatever is written there changes what it shows; make it stand \
+             on the frozen layer, once that is there: {}",
+            disk.disk.target,
+            chain::rebase(&layer_path(path, frozen), &overlay)
+        )
+    };
+    Ok(dependents::on_configured_path(disk)?.into_iter().map(warning).collect())
 }
 
 /// The file that a user chose for an overlay: in the disk's directory, and new.
@@ -278,6 +318,26 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
             );
             find(Severity::Note, &layer.file, words);
         }
+    }
+    for overlay in &state.on_path {
+        let words = format!(
+            "it stands on {} by that name: a revert is refused, and whatever the domain writes changes what it shows",
+            disk.disk.path
+        );
+        find(Severity::Warning, overlay, words);
+    }
+    for unclear in &state.unclear {
+        let words = format!(
+            "whether it stands on a layer of {} cannot be told, so that reverts and deletes are refused: {}",
+            disk.disk.path, unclear.why
+        );
+        find(Severity::Warning, &unclear.file, words);
+    }
+    for stray in layers::strays(disk, state)? {
+        let words = "it has the name of a layer of this disk, and is none that the catalogue knows; 'domsnap import' \
+                     looks what it is"
+            .to_owned();
+        find(Severity::Note, &stray, words);
     }
     for owned in disk.owned.iter().filter(|owned| state.layer(owned).is_none()) {
         let words =

@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use camino::{Utf8Path, Utf8PathBuf};
 
+use crate::backing_string::resolve_backing;
 use crate::image::{ChainReader, Error, ErrorKind, Image, ImageFile, Layer, OpenOptions, Result, View};
-use crate::layers::resolve_backing;
 use crate::names::file_id;
 
 /// The chain under a run.

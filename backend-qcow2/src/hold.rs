@@ -99,9 +99,7 @@ fn locked(file: &Utf8Path) -> Result<File> {
 
 /// Whether another process has the image at `file` open in a way that forbids to write it.
 pub(crate) fn is_held_by_others(file: &Utf8Path) -> Result<bool> {
-    match locked(file) {
-        Ok(_) => Ok(false),
-        Err(error) if error.kind() == ErrorKind::Busy => Ok(true),
-        Err(error) => Err(error),
-    }
+    let opened = File::open(file).map_err(|error| io_error(error, format!("cannot open {file}")))?;
+    image::is_locked(&opened, LockMode::Write)
+        .map_err(|error| Error::from(error.on("asking for the locks of", file.as_std_path())))
 }

@@ -1,18 +1,20 @@
-//! A disk's layers, read from the machine: the active chain, what else is ours, and who else stands on it.
+//! A disk's layers, read from the machine: the active chain and what else is ours. Who else stands on them is read in
+//! [`crate::dependents`].
 
 use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
-use snapcore::chain::{self, layer_path};
+use snapcore::chain::{self, is_layer_name, layer_path};
 use snapcore::{
     Disk, DiskRecord, DiskState, Error, ErrorKind, InspectDepth, InternalPoint, Layer, LayerName, Result,
 };
 
-use crate::hold::is_held_by_others;
+use crate::backing_string::resolve_backing;
+use crate::dependents;
 use crate::image::{self, Backing, Image, OpenOptions};
-use crate::names::{FileId, file_id, io_error, is_passing_name};
+use crate::names::{FileId, file_id, io_error};
 
 /// How many layers that are not ours a chain is taken to have, when it is asked whether it may be near its limit.
 const FOREIGN_LAYERS: usize = 32;
@@ -45,15 +47,7 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, limits: &Limits)
     if let Some(active) = file_id(&own)?
         && active != configured
     {
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            format!("{path} is not the file that domsnap left there: it should be {own}, and is another file"),
-        )
-        .state("nothing was touched; all snapshots are as they were")
-        .advise(format!(
-            "if the replacement was not meant, put it back: 'ln -f {own} {path}'; if it was, take the new file in with \
-             'domsnap import --replace'"
-        )));
+        return Err(replaced(record, &own, active, configured, limits));
     }
     let mut reader = Reader { record, limits, layers: Vec::new(), seen: HashMap::new() };
     if depth == InspectDepth::Active && record.owned.len() + FOREIGN_LAYERS <= limits.max_depth as usize {
@@ -62,6 +56,8 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, limits: &Limits)
             target: record.disk.target.clone(),
             active: record.active.clone(),
             layers: vec![layer],
+            on_path: Vec::new(),
+            unclear: Vec::new(),
         });
     }
     reader.chain(record.active.clone())?;
@@ -72,11 +68,72 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, limits: &Limits)
             reader.chain(layer.clone())?;
         }
     }
-    let Reader { mut layers, seen, .. } = reader;
+    let Reader { layers, seen, .. } = reader;
+    let mut state = DiskState {
+        target: record.disk.target.clone(),
+        active: record.active.clone(),
+        layers,
+        on_path: Vec::new(),
+        unclear: Vec::new(),
+    };
     if depth == InspectDepth::Dependents {
-        find_dependents(record, limits, &mut layers, &seen)?;
+        dependents::find(record, limits, &mut state, &seen)?;
     }
-    Ok(DiskState { target: record.disk.target.clone(), active: record.active.clone(), layers })
+    Ok(state)
+}
+
+/// The configured path is another file than the active layer. Where that file is a later layer of the same disk, what is
+/// wrong is what the catalogue knows, and to put the layer back would lose what was written since.
+fn replaced(
+    record: &DiskRecord,
+    own: &Utf8Path,
+    active: FileId,
+    configured: FileId,
+    limits: &Limits,
+) -> Error {
+    let path = &record.disk.path;
+    let other_layer = own_name_of(&record.disk, configured).unwrap_or_default();
+    let later = other_layer.is_some() || stands_above(path, active, limits.max_depth);
+    if later {
+        let found = other_layer.map_or_else(|| "an image that stands on that".to_owned(), |name| name.0);
+        return Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "{path} is not what this catalogue left there: it should be {own}, and is {found}, a layer of the same \
+                 disk: something else than this catalogue changed the disk"
+            ),
+        )
+        .state("nothing was touched")
+        .advise(
+            "if another state directory is in use for this disk, use that; otherwise take the disk in as it is with \
+             'domsnap import --replace'. Do not put the former layer back: what was written since is in this one",
+        );
+    }
+    Error::new(
+        ErrorKind::Corrupt,
+        format!("{path} is not the file that domsnap left there: it should be {own}, and is another file"),
+    )
+    .state("nothing was touched; all snapshots are as they were")
+    .advise(format!(
+        "if the replacement was not meant, put the layer back: 'mv {path} {path}.found' and 'ln {own} {path}'; if it was, \
+         take the new file in with 'domsnap import --replace'"
+    ))
+}
+
+/// Whether the chain of the image at `top` leads to the file `below`, as far as it can be followed.
+fn stands_above(top: &Utf8Path, below: FileId, max_depth: u32) -> bool {
+    let mut file = top.to_owned();
+    for _ in 0..max_depth {
+        let Ok(Some(header)) = image::probe(file.as_std_path()) else { return false };
+        let Some(backing) = header.backing else { return false };
+        let Ok(next) = resolve_backing(&file, &backing.file) else { return false };
+        match file_id(&next) {
+            Ok(Some(id)) if id == below => return true,
+            Ok(Some(_)) => file = next,
+            Ok(None) | Err(_) => return false,
+        }
+    }
+    false
 }
 
 fn missing_path(record: &DiskRecord) -> Error {
@@ -229,27 +286,6 @@ impl Reader<'_> {
     }
 }
 
-/// The file that a backing string of `child` names: beside the child, unless it is absolute.
-pub(crate) fn resolve_backing(child: &Utf8Path, backing: &str) -> Result<Utf8PathBuf> {
-    // QEMU takes "word:" for a protocol, unless a '/' comes before the colon.
-    let before_slash = backing.split('/').next().unwrap_or(backing);
-    if before_slash.contains(':') {
-        return Err(Error::new(
-            ErrorKind::Refused,
-            format!(
-                "{child} names the backing file {backing:?}: not a plain path, but a URL or a json: string"
-            ),
-        )
-        .advise(
-            "domsnap follows plain paths alone, because such a string can name anything on this machine",
-        ));
-    }
-    Ok(match child.parent() {
-        Some(directory) => directory.join(backing),
-        None => Utf8PathBuf::from(backing),
-    })
-}
-
 /// What a file is called as a layer of the disk at `path`: by its file name where it is in the disk's directory.
 pub(crate) fn name_of(path: &Utf8Path, file: &Utf8Path) -> LayerName {
     match (file.parent(), file.file_name()) {
@@ -269,89 +305,50 @@ pub(crate) fn internal_points(image: &Image) -> Result<Vec<InternalPoint>> {
     Ok(points.collect())
 }
 
-/// Finds the images in the disk's directory and the allowed ones that stand on a layer without being one, other names of
-/// frozen layers, and layers that another process has open.
-fn find_dependents(
-    record: &DiskRecord,
-    limits: &Limits,
-    layers: &mut [Layer],
-    seen: &HashMap<FileId, LayerName>,
-) -> Result<()> {
-    let mut found: Vec<(LayerName, Utf8PathBuf)> = Vec::new();
-    let own = record.disk.path.parent().map(Utf8Path::to_owned);
-    let directories: HashSet<Utf8PathBuf> = own.into_iter().chain(limits.allowed.iter().cloned()).collect();
-    for directory in directories {
-        let entries = match directory.read_dir_utf8() {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(io_error(error, format!("cannot list {directory}"))),
-        };
-        for entry in entries {
-            let entry = entry.map_err(|error| io_error(error, format!("cannot list {directory}")))?;
-            let regular = entry.file_type().is_ok_and(|kind| kind.is_file());
-            if regular && !is_passing_name(entry.file_name()) {
-                found.extend(stands_on(record, entry.path(), layers, seen)?);
-            }
-        }
-    }
-    for layer in layers.iter_mut() {
-        let here = found.iter().filter(|(name, _)| *name == layer.name).map(|(_, file)| file.clone());
-        layer.dependents = here.collect();
-        layer.dependents.sort();
-        if layer.name != record.active && layer.owned && is_held_by_others(&layer.file)? {
-            layer.dependents.push(Utf8PathBuf::from("(a running process)"));
-        }
-    }
-    Ok(())
-}
-
-fn stands_on(
-    record: &DiskRecord,
-    file: &Utf8Path,
-    layers: &[Layer],
-    seen: &HashMap<FileId, LayerName>,
-) -> Result<Option<(LayerName, Utf8PathBuf)>> {
-    let Some(id) = file_id(file)? else { return Ok(None) };
-    if let Some(layer) = seen.get(&id) {
-        // A further name that somebody gave a frozen layer is a copy in his eyes.
-        let known = layers.iter().any(|known| known.name == *layer && known.file == *file)
-            || *file == record.disk.path
-            || *file == layer_path(&record.disk.path, layer)
-            || *layer == record.active;
-        return Ok((!known).then(|| (layer.clone(), file.to_owned())));
-    }
-    let Ok(Some(header)) = image::probe(file.as_std_path()) else { return Ok(None) };
-    let Some(backing) = header.backing else { return Ok(None) };
-    let Ok(on) = resolve_backing(file, &backing.file) else { return Ok(None) };
-    let Some(on) = file_id(&on)?.and_then(|id| seen.get(&id)) else { return Ok(None) };
-    Ok(Some((on.clone(), file.to_owned())))
-}
-
 /// The layer name of an active image that the catalogue does not know: the one that it was given before, where it is there
 /// still (a lost catalogue), or a new one.
 pub(crate) fn adopted_name(disk: &Disk) -> Result<LayerName> {
     let Some(id) = file_id(&disk.path)? else {
         return Err(Error::new(ErrorKind::NotFound, format!("the disk image {} does not exist", disk.path)));
     };
-    let directory = disk.path.parent().unwrap_or(Utf8Path::new("."));
-    let entries =
-        directory.read_dir_utf8().map_err(|error| io_error(error, format!("cannot list {directory}")))?;
-    for entry in entries.flatten() {
-        let same = entry.metadata().is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == id);
-        if same && entry.path() != disk.path && is_layer_name(entry.file_name(), disk) {
-            return Ok(LayerName(entry.file_name().to_owned()));
-        }
+    if let Some(name) = own_name_of(disk, id)? {
+        return Ok(name);
     }
     // Made from the file's identity, so that it is the same each time until the catalogue records it.
     let stamp = (id.1 ^ (id.1 >> 32) ^ id.0.rotate_left(16)) as u32;
     Ok(chain::layer_name(&disk.path, stamp))
 }
 
-fn is_layer_name(file_name: &str, disk: &Disk) -> bool {
-    let stamp = file_name.rsplit_once(".ds-").and_then(|(_, rest)| rest.get(..8));
-    stamp
-        .and_then(|stamp| u32::from_str_radix(stamp, 16).ok())
-        .is_some_and(|stamp| chain::layer_name(&disk.path, stamp).as_str() == file_name)
+/// The files in the disk's directory that are called like its layers and are none.
+pub(crate) fn strays(record: &DiskRecord, state: &DiskState) -> Result<Vec<Utf8PathBuf>> {
+    let path = &record.disk.path;
+    let directory = path.parent().unwrap_or(Utf8Path::new("."));
+    let failed = |error| io_error(error, format!("cannot list {directory}"));
+    let mut strays = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        let Some(name) = name.to_str().filter(|name| is_layer_name(path, name)) else { continue };
+        let layer = LayerName(name.to_owned());
+        if state.layer(&layer).is_none() && !record.owned.contains(&layer) {
+            strays.push(layer_path(path, &layer));
+        }
+    }
+    strays.sort();
+    Ok(strays)
+}
+
+/// The permanent name of the layer that is the file `id`, where it has one in the disk's directory.
+fn own_name_of(disk: &Disk, id: FileId) -> Result<Option<LayerName>> {
+    let directory = disk.path.parent().unwrap_or(Utf8Path::new("."));
+    let entries =
+        directory.read_dir_utf8().map_err(|error| io_error(error, format!("cannot list {directory}")))?;
+    for entry in entries.flatten() {
+        let is_layer = entry.path() != disk.path && is_layer_name(&disk.path, entry.file_name());
+        if is_layer && entry.metadata().is_ok_and(|found| (found.dev(), found.ino()) == id) {
+            return Ok(Some(LayerName(entry.file_name().to_owned())));
+        }
+    }
+    Ok(None)
 }
 
 /// Refuses a configured path that promise 1 could not be kept for.

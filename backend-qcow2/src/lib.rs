@@ -6,7 +6,9 @@
 #![forbid(unsafe_code)]
 
 mod backend;
+mod backing_string;
 mod below;
+mod dependents;
 mod discover;
 mod hold;
 pub mod image;

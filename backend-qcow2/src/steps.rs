@@ -19,10 +19,11 @@ use snapcore::chain::{ChainStep, layer_path};
 use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Progress, Result, StepStatus};
 use tokio_util::sync::CancellationToken;
 
+use crate::backing_string::{backing_string, resolve_backing};
 use crate::below::Below;
 use crate::hold::{Hold, writing};
 use crate::image::{self, Backing, Image, Layer, NewImage, NewSnapshot, OpenOptions};
-use crate::layers::{file_of, resolve_backing};
+use crate::layers::file_of;
 use crate::names;
 
 /// What a step works with.
@@ -153,6 +154,11 @@ impl Workplace<'_> {
         layer_path(&self.record.disk.path, layer)
     }
 
+    /// The backing string of an image that stands on `layer`.
+    fn string(&self, layer: &LayerName) -> String {
+        backing_string(&self.record.disk.path, layer)
+    }
+
     pub(crate) fn lock(&self, file: &Utf8Path) -> Result<()> {
         match self.hold {
             Some(hold) => hold.lock(file),
@@ -208,8 +214,8 @@ impl Workplace<'_> {
         let unfinished = names::unfinished_name(&file);
         names::remove_name(&unfinished)?;
         let base = self.own_name(on);
-        let mut new = NewImage::new(size)
-            .on(Backing { file: on.as_str().to_owned(), format: Some(on_format.to_owned()) });
+        let mut new =
+            NewImage::new(size).on(Backing { file: self.string(on), format: Some(on_format.to_owned()) });
         if on_format == "qcow2"
             && let Some(header) = image::probe(base.as_std_path())?
         {
@@ -285,7 +291,7 @@ impl Workplace<'_> {
         let backing = match (below, stated) {
             (Some(name), Some(Backing { format: Some(format), .. })) => {
                 lower = Some(Below::new(self.own_name(name), format.clone(), self.max_depth));
-                Some(Backing { file: name.as_str().to_owned(), format: Some(format) })
+                Some(Backing { file: self.string(name), format: Some(format) })
             }
             (None, None) => None,
             (expected, found) => {
@@ -323,7 +329,7 @@ impl Workplace<'_> {
     }
 
     fn repoint(&self, child: &LayerName, to: &LayerName) -> Result<()> {
-        let backing = Backing { file: to.as_str().to_owned(), format: Some("qcow2".to_owned()) };
+        let backing = Backing { file: self.string(to), format: Some("qcow2".to_owned()) };
         Ok(self.writing(child)?.set_backing(Some(backing))?)
     }
 

@@ -7,9 +7,13 @@
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
+mod neighbours;
+
+pub use neighbours::rebase;
+
 use crate::{
     ActivePath, Capabilities, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group,
-    Layer, LayerName, PlannedStep, Point, PointKind, Result, SnapshotName, Step, Target,
+    Layer, LayerName, PlannedStep, Point, PointKind, Result, SnapshotName, Step, Target, shown_size,
 };
 
 /// What is done to a chain of files, one typed action a step.
@@ -108,6 +112,15 @@ pub fn layer_name(path: &Utf8Path, stamp: u32) -> LayerName {
     })
 }
 
+/// Whether `name` is one that [`layer_name`] gives to layers of the disk at `path`. A layer with another name got it from
+/// its user or from another tool, who may use the file for something else too: it is never removed.
+pub fn is_layer_name(path: &Utf8Path, name: &str) -> bool {
+    let stamp = name.rsplit_once(".ds-").and_then(|(_, rest)| rest.get(..8));
+    stamp
+        .and_then(|stamp| u32::from_str_radix(stamp, 16).ok())
+        .is_some_and(|stamp| layer_name(path, stamp).as_str() == name)
+}
+
 /// The file name of the disk at `path` without the mark of a layer: the same for all its layers, also where the
 /// configured path itself is one ([`ActivePath::New`]).
 pub fn disk_name(path: &Utf8Path) -> String {
@@ -164,9 +177,13 @@ pub fn plan(
             planner.create(kind.unwrap_or(capabilities.preferred), name, overlay.as_ref(), *stamp)?;
         }
         DiskRequest::Revert { to, save, keep, undoable, stamp } => {
+            neighbours::allow_revert(record, state, active_path)?;
             planner.revert(to, save.as_ref(), keep, *undoable, *stamp)?;
         }
-        DiskRequest::Delete { drop, keep } => planner.delete(drop, keep, visible)?,
+        DiskRequest::Delete { drop, keep } => {
+            planner.delete(drop, keep, visible)?;
+            neighbours::allow_merges(record, state, drop.is_empty(), &mut planner.plan)?;
+        }
     }
     planner.plan.steps.sort_by_key(|planned| planned.group);
     Ok(planner.plan)
@@ -248,6 +265,7 @@ impl Planner<'_> {
         // Applying a tag changes the layer's own state: only where nobody needs that.
         let in_place = holder.owned
             && holder.dependents.is_empty()
+            && (holder.name == active || self.made_here(&holder.name))
             && self.children(&holder.name).is_empty()
             && !keep.contains(&Point::external(holder.name.clone()));
         if in_place && holder.name == active {
@@ -281,8 +299,10 @@ impl Planner<'_> {
         }
         let bytes = holder.allocated.min(size);
         self.plan.notes.push(format!(
-            "{}: other points need what {} holds now, so {tag} is copied out of it (at most {bytes} bytes)",
-            self.target, holder.file
+            "{}: other points need what {} holds now, so {tag} is copied out of it (at most {})",
+            self.target,
+            holder.file,
+            shown_size(bytes)
         ));
         let step = ChainStep::Materialise { from: holder.name.clone(), tag: tag.clone(), layer: new.clone() };
         self.push(Group::Prepare, step, &format!("copy {tag} out of {} into {new}", holder.name), bytes);
@@ -356,12 +376,38 @@ impl Planner<'_> {
             || keep.contains(&Point::external(layer.name.clone()))
     }
 
+    /// Whether the file of a layer bears a name that only domsnap gives.
+    fn made_here(&self, layer: &LayerName) -> bool {
+        is_layer_name(&self.record.disk.path, layer.as_str())
+    }
+
+    /// The file of a layer that this disk needs no more stays, because others may need it: so it, too, stands on what
+    /// is `below` it.
+    fn let_go(&mut self, file: &Utf8Path, below: Option<&LayerName>) {
+        if let Some(below) = below.and_then(|name| self.layers.iter_mut().find(|layer| layer.name == *name)) {
+            below.dependents.push(file.to_owned());
+        }
+        self.plan.notes.push(format!(
+            "{}: this disk does not need {file} any more; the file stays, because its name is not one of domsnap's: remove \
+             it if nothing else needs it",
+            self.target
+        ));
+    }
+
     fn remove_unneeded(&mut self, keep: &[Point]) {
         let mut gone = Vec::new();
         while let Some(index) = self.layers.iter().position(|layer| {
             !self.needed(layer, keep) && layer.internal.is_empty() && self.children(&layer.name).is_empty()
         }) {
-            gone.push(self.layers.remove(index).name);
+            let layer = self.layers.remove(index);
+            if self.made_here(&layer.name) {
+                gone.push(layer.name);
+                continue;
+            }
+            self.plan
+                .commit
+                .push(Edit::RemoveLayer { target: self.target.clone(), layer: layer.name.clone() });
+            self.let_go(&layer.file, layer.backing.as_ref());
         }
         self.remove(gone);
     }
@@ -372,7 +418,9 @@ impl Planner<'_> {
         let carriers: Vec<(LayerName, String)> = self
             .layers
             .iter()
-            .filter(|layer| drop.contains(&Point::external(layer.name.clone())))
+            .filter(|layer| {
+                drop.contains(&Point::external(layer.name.clone())) && self.made_here(&layer.name)
+            })
             .filter(|layer| !self.needed(layer, keep) && self.children(&layer.name).is_empty())
             .filter_map(|layer| Some((layer.name.clone(), layer.internal.last()?.tag.clone())))
             .collect();
@@ -401,14 +449,21 @@ impl Planner<'_> {
             let top_layer = self.existing(&top)?.clone();
             let below = self.existing(&bottom)?.backing.clone();
             let moved = visible(&run)?;
-            let into = if !top_layer.dependents.is_empty() {
-                top.clone() // somebody else opens this file by its name
+            let into = if !top_layer.dependents.is_empty() || !self.made_here(&top) {
+                top.clone() // somebody else opens this file by its name, or may
             } else if bottom_tags > 0 {
                 bottom.clone() // its tags live there
             } else {
                 let all: u64 = moved.iter().sum();
                 // From the top down, so that of equals the top wins: then nothing needs another name.
-                let best = moved.iter().enumerate().rev().min_by_key(|(_, own)| all - **own);
+                // What somebody else named keeps its content.
+                let ours = |index: usize| run.get(index).is_some_and(|layer| self.made_here(layer));
+                let best = moved
+                    .iter()
+                    .enumerate()
+                    .rev()
+                    .filter(|(index, _)| ours(*index))
+                    .min_by_key(|(_, own)| all - **own);
                 best.and_then(|(index, _)| run.get(index)).unwrap_or(&top).clone()
             };
             let own = run.iter().position(|layer| *layer == into);
@@ -430,7 +485,15 @@ impl Planner<'_> {
                 // Tags below and a foreign image above both forbid to give up a file: then they stay two.
                 let tags = self.layers.iter().any(|l| l.name == *lower && !l.internal.is_empty());
                 let dependents = self.layers.iter().any(|l| l.name == *upper && !l.dependents.is_empty());
-                !(tags && dependents)
+                let (lower_ours, upper_ours) = (self.made_here(lower), self.made_here(upper));
+                // A file that stays though this disk needs it no more goes on to need what it stands on.
+                let stays = !upper_ours
+                    && self
+                        .layers
+                        .iter()
+                        .any(|layer| layer.name == *upper && self.merges_up(layer, keep).is_some());
+                let keeps_tags = lower_ours && upper_ours && !dependents;
+                (!tags || keeps_tags) && !(lower_ours && stays)
             })
             .collect();
         // A bottom is a lower end that is no link's upper end; the one nearest to the base goes first.
@@ -445,7 +508,7 @@ impl Planner<'_> {
         }
         let top_is_foreign_base =
             run.last().and_then(|top| self.layers.iter().find(|l| l.name == *top)).is_some_and(|top| {
-                !top.dependents.is_empty()
+                (!top.dependents.is_empty() || !self.made_here(&top.name))
                     && self.layers.iter().any(|l| l.name == run[0] && !l.internal.is_empty())
             });
         if top_is_foreign_base {
@@ -470,6 +533,11 @@ impl Planner<'_> {
         if let Some(merge) = self.plan.steps.last_mut() {
             merge.deferrable = true;
         }
+        let (made_here, named_by_others): (Vec<LayerName>, Vec<LayerName>) =
+            run.iter().rev().filter(|layer| *layer != into).cloned().partition(|layer| self.made_here(layer));
+        for layer in &named_by_others {
+            self.edit_last(Edit::RemoveLayer { target: self.target.clone(), layer: layer.clone() });
+        }
         if *into != top.name {
             for child in self.children(&top.name) {
                 let words = format!("make {child} stand on {into}");
@@ -491,26 +559,48 @@ impl Planner<'_> {
                 self.edit_last(edit);
             }
         }
-        self.remove(run.iter().rev().filter(|layer| *layer != into).cloned().collect());
+        self.remove(made_here);
+        let kept: Vec<(Utf8PathBuf, Option<LayerName>)> = self
+            .layers
+            .iter()
+            .filter(|layer| named_by_others.contains(&layer.name))
+            .map(|layer| (layer.file.clone(), layer.backing.clone()))
+            .collect();
         self.layers.retain(|layer| layer.name == *into || !run.contains(&layer.name));
         if let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == *into) {
             layer.backing = below;
             layer.virtual_size = top.virtual_size;
             layer.dependents = top.dependents.clone();
         }
+        for (file, below) in kept {
+            self.let_go(&file, below.as_ref());
+        }
     }
 
     fn note_unnamed(&mut self, keep: &[Point]) {
         for layer in &self.layers {
             let children = self.children(&layer.name).len();
+            let for_others = layer.owned
+                && layer.name != self.active
+                && !layer.dependents.is_empty()
+                && !keep.contains(&Point::external(layer.name.clone()));
+            if for_others {
+                self.plan.notes.push(format!(
+                    "{}: layer {} ({}) stays: {} on it",
+                    self.target,
+                    layer.name,
+                    shown_size(layer.allocated),
+                    neighbours::standing(&layer.dependents)
+                ));
+            }
             if self.needed(layer, keep) || children == 0 {
                 continue;
             }
             self.plan.notes.push(format!(
-                "{}: layer {} ({} bytes) stays as an unnamed one: {} on it; the delete that frees it merges it away",
+                "{}: layer {} ({}) stays as an unnamed one: {} on it; the delete that frees it merges it away",
                 self.target,
                 layer.name,
-                layer.allocated,
+                shown_size(layer.allocated),
                 match children {
                     1 => "internal snapshots of the layer above stand".to_owned(),
                     n => format!("{n} layers stand"),

@@ -60,6 +60,7 @@ pub mod plan;
 mod registry;
 mod request;
 pub mod service;
+mod size;
 mod snapshot;
 mod state;
 mod step;
@@ -76,6 +77,7 @@ pub use operation::{Operation, OperationId, OperationState, StepState, Transitio
 pub use registry::Registry;
 pub use request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
 pub use service::{DomainRef, DomainSpec, Domsnap, StateDir};
+pub use size::shown_size;
 pub use snapshot::{Consistency, DiskPoint, Point, PointKind, Snapshot, SnapshotId, SnapshotTree};
-pub use state::{DiskState, InternalPoint, Layer};
+pub use state::{DiskState, InternalPoint, Layer, Unclear};
 pub use step::{DiskPlan, DiskRequest, Edit, Group, Plan, PlannedStep, Step, StepStatus};

@@ -42,7 +42,7 @@ pub struct Layer {
     pub allocated: u64,
     /// Its internal snapshots, in the order of its table. Only the active layer and the owned ones are read.
     pub internal: Vec<InternalPoint>,
-    /// Images that stand on it and are no layers of this disk.
+    /// Images that stand on it, directly and by whatever name, and are no layers of this disk.
     #[schemars(with = "Vec<String>")]
     pub dependents: Vec<Utf8PathBuf>,
 }
@@ -56,6 +56,25 @@ pub struct DiskState {
     pub active: LayerName,
     /// The active chain from the active layer down, then every other owned layer.
     pub layers: Vec<Layer>,
+    /// Those dependents of the active layer that name the configured path as their backing file: they show something
+    /// else as soon as that path names a layer with other content.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>")]
+    pub on_path: Vec<Utf8PathBuf>,
+    /// Files beside the layers of which nobody can tell whether they stand on one: as long as there are any, no layer
+    /// is merged, removed or left by a revert.
+    #[serde(default)]
+    pub unclear: Vec<Unclear>,
+}
+
+/// A file that may stand on a layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Unclear {
+    /// The file.
+    #[schemars(with = "String")]
+    pub file: Utf8PathBuf,
+    /// Why it cannot be told.
+    pub why: String,
 }
 
 impl DiskState {

@@ -96,6 +96,8 @@ impl Machine {
             target: self.record.disk.target.clone(),
             active: self.record.active.clone(),
             layers: layers.collect(),
+            on_path: Vec::new(),
+            unclear: Vec::new(),
         }
     }
 

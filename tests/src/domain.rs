@@ -23,11 +23,14 @@ pub struct Shape {
     pub size: u64,
     /// Further options of `qemu-img create -o`.
     pub options: String,
+    /// What the images' file names begin and end with; between is a letter.
+    pub naming: (String, String),
 }
 
 impl Default for Shape {
     fn default() -> Shape {
-        Shape { disks: 2, size: 4 << 20, options: "cluster_size=4096".into() }
+        let naming = (String::new(), ".qcow2".into());
+        Shape { disks: 2, size: 4 << 20, options: "cluster_size=4096".into(), naming }
     }
 }
 
@@ -35,6 +38,11 @@ impl Shape {
     /// The default with this many disks.
     pub fn disks(disks: usize) -> Shape {
         Shape { disks, ..Shape::default() }
+    }
+
+    /// This with file names that begin with `prefix` and end with `suffix`.
+    pub fn named(self, prefix: &str, suffix: &str) -> Shape {
+        Shape { naming: (prefix.into(), suffix.into()), ..self }
     }
 
     /// This with other options of `qemu-img create -o`.
@@ -47,6 +55,7 @@ impl Shape {
 #[derive(Debug)]
 pub struct Domain {
     dir: Place,
+    naming: (String, String),
     /// What it must hold.
     pub model: Model,
     stamp: u8,
@@ -97,7 +106,7 @@ impl Domain {
     }
 
     fn make(dir: Place, shape: &Shape) -> Result<Domain> {
-        let mut domain = Domain { dir, model: Model::default(), stamp: 0 };
+        let mut domain = Domain { dir, naming: shape.naming.clone(), model: Model::default(), stamp: 0 };
         std::fs::create_dir_all(domain.disks())?;
         std::fs::create_dir_all(domain.state())?;
         for index in 0..shape.disks {
@@ -131,7 +140,7 @@ impl Domain {
         let mut words = vec!["domain".to_owned(), "add".to_owned(), NAME.to_owned()];
         for target in self.model.present.keys() {
             words.push("--disk".to_owned());
-            words.push(format!("{target}={}", self.path(target).display()));
+            words.push(format!("{target}={},format=qcow2", self.path(target).display()));
         }
         words
     }
@@ -169,7 +178,7 @@ impl Domain {
 
     /// The configured path of a disk.
     pub fn path(&self, target: &str) -> PathBuf {
-        self.disks().join(format!("{}.qcow2", &target[2..]))
+        self.disks().join(format!("{}{}{}", self.naming.0, &target[2..], self.naming.1))
     }
 
     /// The domain as image paths, with nothing registered.
@@ -203,7 +212,8 @@ impl Domain {
 
     /// The fixture whose directory is `dir`, with the model of this one.
     pub fn at(&self, dir: &Path) -> Domain {
-        Domain { dir: Place::Lent(dir.to_owned()), model: self.model.clone(), stamp: self.stamp }
+        let (naming, model) = (self.naming.clone(), self.model.clone());
+        Domain { dir: Place::Lent(dir.to_owned()), naming, model, stamp: self.stamp }
     }
 
     /// Writes to `target`, here and in the model.
@@ -315,6 +325,14 @@ impl Domain {
         anyhow::ensure!(!outcome.panicked(), "it panicked: {outcome}");
         same_contents(&self.disks(), &before).with_context(|| outcome.to_string())?;
         Ok(outcome)
+    }
+
+    /// Every point of the tree is what the model says, whatever else lies beside it.
+    ///
+    /// # Errors
+    /// The first difference.
+    pub fn verify_beside_others(&self) -> Result<()> {
+        verify::every_point_beside_others(self, &self.model, NAME)
     }
 
     /// Every point of the tree is what the model says, and nothing else is there.

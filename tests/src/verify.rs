@@ -65,6 +65,23 @@ pub fn names(list: &List, model: &Model) -> Result<()> {
 /// # Errors
 /// The first difference.
 pub fn every_image(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> Result<()> {
+    let needed = every_layer(domain, list, model, memo)?;
+    leftovers(&domain.disks(), &needed)
+}
+
+/// As [`every_point`], without a look for leftover files: images that are not the domain's lie beside its own.
+///
+/// # Errors
+/// The first difference.
+pub fn every_point_beside_others(domain: &Domain, model: &Model, address: &str) -> Result<()> {
+    let list = report::list(&domain.domsnap(), address)?;
+    tree(&list, model)?;
+    every_layer(domain, &list, model, &mut Memo::default())?;
+    Ok(())
+}
+
+/// Compares every byte and checks every layer; gives those that are needed.
+fn every_layer(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> Result<BTreeSet<PathBuf>> {
     let needed = every_byte(domain, list, model, memo)?;
     for layer in &needed {
         let key = fingerprint(layer, "check")?;
@@ -73,7 +90,7 @@ pub fn every_image(domain: &Domain, list: &List, model: &Model, memo: &mut Memo)
             memo.0.insert(key);
         }
     }
-    leftovers(&domain.disks(), &needed)
+    Ok(needed)
 }
 
 /// As [`every_image`], after a crash: a layer may have what [`qemu::check_after_crash`] calls harmless. That is mended,

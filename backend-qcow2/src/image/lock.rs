@@ -99,6 +99,14 @@ pub fn lock(file: &File, mode: LockMode) -> Result<()> {
     }
 }
 
+/// Whether [`lock`] would be refused. Nothing is locked, not even for a moment.
+///
+/// # Errors
+/// The system's.
+pub fn is_locked(file: &File, mode: LockMode) -> Result<bool> {
+    Ok(find_conflict(file, mode)?.is_some())
+}
+
 /// The first permission that another process uses or keeps from us, in words.
 fn find_conflict(file: &File, mode: LockMode) -> Result<Option<String>> {
     let held = |at: i64| -> Result<bool> {

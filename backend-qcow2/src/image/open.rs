@@ -5,7 +5,9 @@ use std::sync::{Arc, OnceLock};
 
 use super::error::{Context, Error, ErrorKind, Result, shown};
 use super::file::ImageFile;
-use super::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_KNOWN, Encryption, Header, HeaderSummary, SECTOR};
+use super::header::{
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_KNOWN, Encryption, Header, HeaderSummary, MAX_BACKING_NAME, SECTOR,
+};
 use super::lock::{self, LockMode};
 use super::mapping::Geometry;
 use super::overlap;
@@ -85,6 +87,42 @@ pub fn probe(path: &Path) -> Result<Option<HeaderSummary>> {
         Err(e) if e.kind() == ErrorKind::NotQcow2 => Ok(None),
         Err(e) => Err(e),
     }
+}
+
+/// The backing string of a file that may be any: `None` when it is no qcow2 image, has none, or has one that no reader
+/// could take. Nothing else of the header is looked at, so that of an image that this engine cannot open, because it is
+/// damaged or of a later version, is told too. (The first version of the format has the fields in the same places.)
+///
+/// # Errors
+/// The system's.
+pub fn stated_backing(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+    // Whatever the name leads to by now, the open does not wait for it.
+    let flags = rustix::fs::OFlags::NONBLOCK.bits();
+    let file = std::fs::File::options().read(true).custom_flags(flags.cast_signed()).open(path)?;
+    let read = |bytes: &mut [u8], at: u64| match file.read_exact_at(bytes, at) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    };
+    let mut head = [0; 20];
+    if !read(&mut head, 0)? {
+        return Ok(None);
+    }
+    let [m0, m1, m2, m3, _, _, _, _, offset @ .., s0, s1, s2, s3] = head;
+    let (offset, size) = (u64::from_be_bytes(offset), u32::from_be_bytes([s0, s1, s2, s3]));
+    if [m0, m1, m2, m3] != *b"QFI\xfb" || offset == 0 || size == 0 || size > MAX_BACKING_NAME {
+        return Ok(None);
+    }
+    let mut name = vec![0; size as usize];
+    Ok(match offset.checked_add(u64::from(size)) {
+        Some(end) if i64::try_from(end).is_ok() && read(&mut name, offset)? => {
+            // As in C: the string ends with the first NUL.
+            name.truncate(name.iter().position(|byte| *byte == 0).unwrap_or(name.len()));
+            Some(name)
+        }
+        _ => None,
+    })
 }
 
 impl Image {

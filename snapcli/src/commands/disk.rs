@@ -326,11 +326,23 @@ fn owner_to_ask(session: &Session, image: &Utf8Path) -> Result<Option<Owner>, Fa
 fn nobody_stands_on(session: &Session, image: &Utf8Path) -> Result<(), Failure> {
     let backend = session.service.registry().get(FORMAT)?;
     let disk = DomainDisk { target: Target::new("vda")?, path: image.to_owned(), format: FORMAT.to_owned() };
-    let dependents = session.ask(async {
+    let (dependents, unclear) = session.ask(async {
         let record = backend.adopt(&disk, ActivePath::Keep).await?;
         let state = backend.inspect(&record, InspectDepth::Dependents).await?;
-        Ok(state.layer(&state.active).map(|layer| layer.dependents.clone()).unwrap_or_default())
+        let dependents = state.layer(&state.active).map(|layer| layer.dependents.clone()).unwrap_or_default();
+        Ok((dependents, state.unclear))
     })?;
+    if let Some(unclear) = unclear.first() {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("whether {} stands on {image} cannot be told: {}", unclear.file, unclear.why),
+        )
+        .state("nothing was touched")
+        .advise(
+            "make that file readable with a plain path as its backing file, or move it to another directory",
+        )
+        .into());
+    }
     match dependents.first() {
         None => Ok(()),
         Some(dependent) => Err(Error::new(

@@ -113,7 +113,7 @@ impl Inner {
                         findings.push(finding(
                             Severity::Note,
                             layer.as_str(),
-                            format!("no snapshot needs this layer of {} bytes; a delete or `domsnap recover {name}` merges it when that can be done", size),
+                            format!("no snapshot needs this layer of {}; a delete or `domsnap recover {name}` merges it when that can be done", crate::shown_size(size)),
                         ));
                     }
                     match backend.check(record, &state).await {

@@ -217,6 +217,8 @@ impl DiskSnapshotter for FakeBackend {
             target: record.disk.target.clone(),
             active: record.active.clone(),
             layers: vec![layer],
+            on_path: Vec::new(),
+            unclear: Vec::new(),
         })
     }
 

@@ -1,0 +1,218 @@
+//! Who else stands on a disk's layers: found by reading what lies beside them.
+//!
+//! Every file in the disk's directory and in the allowed ones is looked at, symbolic links followed; subdirectories are
+//! not entered. A file that cannot be read, or whose backing string cannot be understood, is told as unclear, and
+//! nothing is merged, removed or reverted while there is one.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use rustix::io::Errno;
+use snapcore::chain::layer_path;
+use snapcore::{DiskRecord, DiskState, Layer, LayerName, Result, Unclear};
+
+use crate::backing_string::{Named, named};
+use crate::hold::is_held_by_others;
+use crate::image;
+use crate::layers::Limits;
+use crate::names::{FileId, file_id, io_error, is_passing_name};
+
+/// Fills in who stands on the layers of `state`. `seen` are the files of those layers.
+pub(crate) fn find(
+    record: &DiskRecord,
+    limits: &Limits,
+    state: &mut DiskState,
+    seen: &HashMap<FileId, LayerName>,
+) -> Result<()> {
+    let mut search = Search::new(record, &state.layers, seen)?;
+    let own = record.disk.path.parent().map(Utf8Path::to_owned);
+    let mut listed = HashSet::new();
+    for directory in own.into_iter().chain(limits.allowed.iter().cloned()) {
+        let Some(id) = file_id(&directory)? else { continue };
+        if listed.insert(id) {
+            search.directory(directory.as_std_path(), |_| true)?;
+        }
+    }
+    let Search { on, on_path, unclear, .. } = search;
+    for layer in &mut state.layers {
+        layer.dependents =
+            on.iter().filter(|(name, _)| *name == layer.name).map(|(_, file)| file.clone()).collect();
+        if layer.name != record.active && layer.owned && is_held_by_others(&layer.file)? {
+            layer.dependents.push(Utf8PathBuf::from("(a running process)"));
+        }
+    }
+    (state.on_path, state.unclear) = (on_path, unclear);
+    Ok(())
+}
+
+/// The images in the disk's directory whose backing file is its configured path, by that name. Files that are ours by
+/// their names are not opened, so that the length of the chain does not matter.
+pub(crate) fn on_configured_path(record: &DiskRecord) -> Result<Vec<Utf8PathBuf>> {
+    let Some(active) = file_id(&record.disk.path)? else { return Ok(Vec::new()) };
+    let seen = HashMap::from([(active, record.active.clone())]);
+    let mut search = Search::new(record, &[], &seen)?;
+    let owned: HashSet<&str> = record.owned.iter().map(LayerName::as_str).collect();
+    if let Some(directory) = record.disk.path.parent() {
+        search.directory(directory.as_std_path(), |name| !owned.contains(name))?;
+    }
+    Ok(search.on_path)
+}
+
+struct Search<'a> {
+    record: &'a DiskRecord,
+    layers: &'a [Layer],
+    seen: &'a HashMap<FileId, LayerName>,
+    /// The directory of the configured path and the name in it, where that is not the active layer's own name.
+    configured: Option<(FileId, &'a str)>,
+    on: Vec<(LayerName, Utf8PathBuf)>,
+    on_path: Vec<Utf8PathBuf>,
+    unclear: Vec<Unclear>,
+}
+
+impl<'a> Search<'a> {
+    fn new(
+        record: &'a DiskRecord,
+        layers: &'a [Layer],
+        seen: &'a HashMap<FileId, LayerName>,
+    ) -> Result<Self> {
+        let path = &record.disk.path;
+        let mut configured = None;
+        if *path != layer_path(path, &record.active)
+            && let (Some(directory), Some(name)) = (path.parent(), path.file_name())
+        {
+            configured = file_id(directory)?.map(|directory| (directory, name));
+        }
+        let (on, on_path, unclear) = Default::default();
+        Ok(Self { record, layers, seen, configured, on, on_path, unclear })
+    }
+
+    fn directory(&mut self, directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<()> {
+        let failed = |error| io_error(error, format!("cannot list {}", directory.display()));
+        let mut files = Vec::new();
+        for entry in fs::read_dir(directory).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if !is_passing_name(&name) && wanted(&name) {
+                files.push(entry.path());
+            }
+        }
+        files.sort();
+        for file in files {
+            if let Err(why) = self.file(&file) {
+                self.unclear.push(Unclear { file: shown(&file), why });
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at one file. The error is why it cannot be told what that stands on.
+    fn file(&mut self, file: &Path) -> std::result::Result<(), String> {
+        let unreadable = |error: io::Error| format!("it cannot be read: {error}");
+        let metadata = match fs::metadata(file) {
+            Ok(metadata) => metadata,
+            Err(error) if is_nothing(&error) => return Ok(()),
+            Err(error) => return Err(unreadable(error)),
+        };
+        if !metadata.is_file() && !metadata.file_type().is_block_device() {
+            return Ok(());
+        }
+        if let Some(layer) = self.seen.get(&(metadata.dev(), metadata.ino())) {
+            if !self.is_known_name(layer, file) {
+                self.on.push((layer.clone(), shown(file)));
+            }
+            return Ok(());
+        }
+        let string = match image::stated_backing(file) {
+            Ok(Some(string)) => string,
+            Ok(None) => return Ok(()),
+            Err(error) if is_nothing(&error) => return Ok(()),
+            Err(error) => return Err(unreadable(error)),
+        };
+        // A relative name is looked up beside the name by which the image is opened: a link's, or the file's own.
+        let real = fs::canonicalize(file).unwrap_or_else(|_| file.to_owned());
+        let directories: Vec<&Path> = match (file.parent(), real.parent()) {
+            (Some(one), Some(other)) if one != other => vec![one, other],
+            (one, _) => one.into_iter().collect(),
+        };
+        let (candidates, certain) = match named(&directories, &string) {
+            Named::Files(candidates) => (candidates, true),
+            Named::Perhaps(candidates) => (candidates, false),
+            Named::NoFile => return Ok(()),
+            Named::Unknown(why) => return Err(why),
+        };
+        self.candidates(file, &candidates, certain)
+    }
+
+    fn candidates(
+        &mut self,
+        file: &Path,
+        candidates: &[PathBuf],
+        certain: bool,
+    ) -> std::result::Result<(), String> {
+        let mut exists = false;
+        for candidate in candidates {
+            let metadata = match fs::metadata(candidate) {
+                Ok(metadata) => metadata,
+                Err(error) if is_nothing(&error) => continue,
+                Err(error) => {
+                    return Err(format!(
+                        "its backing file {} cannot be looked at: {error}",
+                        candidate.display()
+                    ));
+                }
+            };
+            exists = true;
+            let Some(layer) = self.seen.get(&(metadata.dev(), metadata.ino())) else { continue };
+            self.on.push((layer.clone(), shown(file)));
+            if *layer == self.record.active && self.is_configured_path(candidate) {
+                self.on_path.push(shown(file));
+            }
+            return Ok(());
+        }
+        match (certain || exists, candidates.first()) {
+            (false, Some(first)) => Err(format!(
+                "its backing file {} is relative to a directory that is not known",
+                Path::new(first.file_name().unwrap_or_default()).display()
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the path leads to the configured path's own entry in its directory, and not to another name of the file.
+    fn is_configured_path(&self, candidate: &Path) -> bool {
+        let Some((directory, name)) = self.configured else { return false };
+        let Ok(real) = fs::canonicalize(candidate) else { return false };
+        let same_directory = real
+            .parent()
+            .and_then(|parent| fs::metadata(parent).ok())
+            .is_some_and(|found| (found.dev(), found.ino()) == directory);
+        same_directory && real.file_name().is_some_and(|found| found == name)
+    }
+
+    /// A further name that somebody gave a frozen layer is a copy in his eyes.
+    fn is_known_name(&self, layer: &LayerName, file: &Path) -> bool {
+        let path = &self.record.disk.path;
+        self.layers.iter().any(|known| known.name == *layer && known.file == file)
+            || path == file
+            || layer_path(path, layer) == file
+            || *layer == self.record.active
+    }
+}
+
+/// Nothing is there: a link that leads nowhere, a file that went away.
+fn is_nothing(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG | Errno::INVAL)
+    )
+}
+
+/// A path in words; what is not UTF-8 in it becomes a mark.
+fn shown(path: &Path) -> Utf8PathBuf {
+    Utf8PathBuf::from(path.to_string_lossy().into_owned())
+}

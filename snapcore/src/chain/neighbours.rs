@@ -1,0 +1,110 @@
+//! What images that are no layers of a disk forbid: nothing that they stand on, or may stand on, is changed.
+
+use camino::Utf8PathBuf;
+
+use super::{ChainStep, layer_path};
+use crate::{ActivePath, DiskPlan, DiskRecord, DiskState, Error, ErrorKind, Result, Unclear};
+
+/// Refuses a revert that would change what an image beside the disk shows.
+///
+/// # Errors
+/// [`ErrorKind::Refused`], with the image and how to make the revert possible.
+pub(super) fn allow_revert(record: &DiskRecord, state: &DiskState, active_path: ActivePath) -> Result<()> {
+    let path = &record.disk.path;
+    if let (Some(overlay), ActivePath::Keep) = (state.on_path.first(), active_path) {
+        let active = state.layer(&state.active);
+        let advice = match active.filter(|layer| layer.named) {
+            Some(layer) => format!(
+                "make {} stand on the layer that the path names now, which stays as it is: {}",
+                if state.on_path.len() == 1 { "it" } else { "each of them" },
+                rebase(&layer_path(path, &layer.name), overlay)
+            ),
+            None => "take an external snapshot first, and make the image stand on the layer that it freezes: the create \
+                     says how"
+                .to_owned(),
+        };
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{}: {} on {path} by that name, and a revert would change what it shows",
+                record.disk.target,
+                standing(&state.on_path)
+            ),
+        )
+        .state("nothing was touched")
+        .advise(advice));
+    }
+    match refusal(record, state) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a plan that merges or removes layers while there are images of which nobody can tell what they stand on. A
+/// plan that nobody asked for (`tidying`) is emptied instead.
+///
+/// # Errors
+/// [`ErrorKind::Refused`], with the image and what to do with it.
+pub(super) fn allow_merges(
+    record: &DiskRecord,
+    state: &DiskState,
+    tidying: bool,
+    plan: &mut DiskPlan,
+) -> Result<()> {
+    let harmless = |step: &crate::Step| {
+        matches!(
+            serde_json::from_value(step.action.clone()),
+            Ok(ChainStep::DropInternal { .. } | ChainStep::TakeInternal { .. })
+        )
+    };
+    if plan.steps.iter().all(|planned| harmless(&planned.step)) {
+        return Ok(());
+    }
+    match refusal(record, state) {
+        None => Ok(()),
+        Some(error) if tidying => {
+            *plan = DiskPlan { notes: vec![format!("nothing was merged: {error}")], ..DiskPlan::default() };
+            Ok(())
+        }
+        Some(error) => Err(error),
+    }
+}
+
+fn refusal(record: &DiskRecord, state: &DiskState) -> Option<Error> {
+    let Unclear { file, why } = state.unclear.first()?;
+    let more = match state.unclear.len() {
+        1 => String::new(),
+        n => format!(" (and {} more such files)", n - 1),
+    };
+    Some(
+        Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{}: whether {file} stands on a layer of {} cannot be told: {why}{more}",
+                record.disk.target, record.disk.path
+            ),
+        )
+        .state("nothing was touched")
+        .advise(
+            "make the file readable, give it a plain path as its backing file with 'qemu-img rebase -u', or move it to \
+             another directory if it has nothing to do with this disk",
+        ),
+    )
+}
+
+/// The command that makes `overlay` stand on `layer` without touching data.
+pub fn rebase(layer: &camino::Utf8Path, overlay: &camino::Utf8Path) -> String {
+    let beside = layer.parent() == overlay.parent();
+    let name = layer.file_name().filter(|name| beside && !name.contains(':')).unwrap_or(layer.as_str());
+    format!("'qemu-img rebase -u -b {name} -F qcow2 {overlay}'")
+}
+
+/// `FILE stands`, `FILE and 2 others stand`.
+pub(super) fn standing(files: &[Utf8PathBuf]) -> String {
+    match files {
+        [] => "nothing stands".to_owned(),
+        [one] => format!("{one} stands"),
+        [first, .., _] if files.len() == 2 => format!("{first} and another image stand"),
+        [first, ..] => format!("{first} and {} other images stand", files.len() - 1),
+    }
+}

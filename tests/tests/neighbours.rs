@@ -1,0 +1,517 @@
+//! Images that lie beside a disk and are none of its layers: overlays of others on its layers, gold images under it, files
+//! that nobody can read. Whatever domsnap does, they show what they showed; and every point of the disk's own tree is
+//! what the model says.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use domsnap_tests::domain::{Domain, NAME, Shape};
+use domsnap_tests::domsnap::{self, Outcome, status};
+use domsnap_tests::model::Bytes;
+use domsnap_tests::qemu::{self, Write};
+use domsnap_tests::{report, verify};
+
+fn line(kinds: &[&str]) -> Result<Domain> {
+    let mut domain = Domain::new(&Shape::disks(1))?;
+    for (index, kind) in kinds.iter().enumerate() {
+        domain.create(&format!("s{}", index + 1), kind)?;
+        domain.write_everywhere()?;
+    }
+    Ok(domain)
+}
+
+/// The file of a snapshot's only point.
+fn layer_of(domain: &Domain, name: &str) -> Result<PathBuf> {
+    let list = report::list(&domain.domsnap(), NAME)?;
+    let snapshot =
+        list.snapshots.iter().find(|snapshot| snapshot.name == name).context("no such snapshot")?;
+    Ok(domain.disks().join(&snapshot.points[0].layer))
+}
+
+/// The other name of an active image: its layer's own.
+fn own_name(image: &Path) -> Result<String> {
+    use std::os::unix::fs::MetadataExt;
+    let inode = std::fs::metadata(image)?.ino();
+    for entry in std::fs::read_dir(image.parent().context("no directory")?)? {
+        let entry = entry?;
+        if entry.metadata()?.ino() == inode && entry.path() != image {
+            return Ok(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    anyhow::bail!("{} has no other name", image.display())
+}
+
+/// Somebody else's image on one of the disk's, with something of its own in it.
+struct Overlay {
+    path: PathBuf,
+    /// What it shows.
+    bytes: Bytes,
+}
+
+impl Overlay {
+    /// Makes `path` stand on what the string `on` names, which shows `below`.
+    fn new(path: &Path, on: &str, below: &Bytes) -> Result<Overlay> {
+        let words = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", "-F", "qcow2", "-b", on];
+        let words = words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]);
+        qemu::img(&words.collect::<Vec<_>>())?;
+        qemu::write(path, &[Write { offset: 3 << 20, length: 8192, byte: Some(0xee) }])?;
+        let mut bytes = below.to_vec();
+        bytes[3 << 20..(3 << 20) + 8192].fill(0xee);
+        Ok(Overlay { path: path.to_owned(), bytes: bytes.into() })
+    }
+
+    /// It still shows what it did.
+    fn verify(&self) -> Result<()> {
+        let shown = qemu::read(&self.path, None)?;
+        let differs = shown.iter().zip(&*self.bytes).position(|(found, wanted)| found != wanted);
+        ensure!(
+            shown.len() == self.bytes.len() && differs.is_none(),
+            "the overlay {} shows something else, from {differs:?} on",
+            self.path.display()
+        );
+        Ok(())
+    }
+}
+
+/// Does what a message advises: the command between the first quotes that begins with `program`.
+fn obey(domain: &Domain, said: &str, program: &str) -> Result<()> {
+    let (_, rest) =
+        said.split_once(&format!("'{program} ")).with_context(|| format!("no {program} in {said}"))?;
+    let (words, _) = rest.split_once('\'').context("no end of the command")?;
+    let words: Vec<&str> = words.split_whitespace().collect();
+    let output = std::process::Command::new(program).args(&words).current_dir(domain.disks()).output()?;
+    ensure!(output.status.success(), "{program} {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+fn all_said(outcome: &Outcome) -> String {
+    format!("{}{}", outcome.stdout, outcome.stderr)
+}
+
+mod overlays {
+    use super::*;
+
+    /// An overlay whose backing string is `string`, `LAYER` in it replaced by the layer's path: what `s1` holds is deleted,
+    /// and the overlay keeps its layer as long as it is there.
+    fn is_seen(string: &str) -> Result<()> {
+        let mut domain = line(&["external", "external"])?;
+        let layer = layer_of(&domain, "s1")?;
+        let string = string.replace("LAYER", layer.to_str().context("no text")?);
+        let below = domain.model.snapshots["s1"].disks["vda"].clone();
+        let overlay = Overlay::new(&domain.disks().join("vm.qcow2"), &string, &below)?;
+        let outcome = domain.domsnap().done(&["delete", NAME, "s1"])?;
+        domain.model.delete(&["s1".into()]);
+        ensure!(all_said(&outcome).contains("vm.qcow2"), "it is not said who needs the layer: {outcome}");
+        overlay.verify()?;
+        domain.verify_beside_others()?;
+        domain.revert("s2")?;
+        domain.write_everywhere()?;
+        overlay.verify()?;
+        domain.verify_beside_others()?;
+        std::fs::remove_file(&overlay.path)?;
+        domain.domsnap().done(&["recover", NAME])?;
+        domain.verify()
+    }
+
+    #[test]
+    fn one_with_a_plain_path_keeps_its_layer() -> Result<()> {
+        is_seen("LAYER")
+    }
+
+    #[test]
+    fn one_with_a_file_prefix_keeps_its_layer() -> Result<()> {
+        is_seen("file:LAYER")
+    }
+
+    #[test]
+    fn one_with_nested_options_keeps_its_layer() -> Result<()> {
+        is_seen(r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"LAYER"}}"#)
+    }
+
+    #[test]
+    fn one_with_dotted_options_keeps_its_layer() -> Result<()> {
+        is_seen(r#"json:{"driver":"qcow2","file.driver":"file","file.filename":"LAYER"}"#)
+    }
+
+    #[test]
+    fn one_behind_a_symbolic_link_keeps_its_layer() -> Result<()> {
+        let mut domain = line(&["external"])?;
+        let (layer, elsewhere) = (layer_of(&domain, "s1")?, domain.root().join("elsewhere"));
+        std::fs::create_dir(&elsewhere)?;
+        let below = domain.model.snapshots["s1"].disks["vda"].clone();
+        let on = format!("../disks/{}", layer.file_name().context("no name")?.to_string_lossy());
+        let overlay = Overlay::new(&elsewhere.join("vm.qcow2"), &on, &below)?;
+        std::os::unix::fs::symlink(&overlay.path, domain.disks().join("link.qcow2"))?;
+        domain.delete(&["s1"])?;
+        overlay.verify()?;
+        domain.verify_beside_others()
+    }
+
+    #[test]
+    fn one_of_a_later_version_of_the_format_keeps_its_layer() -> Result<()> {
+        let mut domain = line(&["external"])?;
+        let layer = layer_of(&domain, "s1")?;
+        let below = domain.model.snapshots["s1"].disks["vda"].clone();
+        let path = domain.disks().join("vm.qcow2");
+        let overlay = Overlay::new(&path, layer.to_str().context("no text")?, &below)?;
+        let original = std::fs::read(&path)?;
+        let mut newer = original.clone();
+        newer[72] = 0x80; // an incompatible feature that nobody knows yet
+        std::fs::write(&path, &newer)?;
+        domain.delete(&["s1"])?;
+        std::fs::write(&path, &original)?;
+        overlay.verify()?;
+        domain.verify_beside_others()
+    }
+
+    #[test]
+    fn one_that_cannot_be_read_stops_what_could_harm_it() -> Result<()> {
+        let root = std::process::Command::new("id").arg("-u").output().is_ok_and(|out| out.stdout == b"0\n");
+        if !root {
+            println!("SKIPPED: only root can change users");
+            return Ok(());
+        }
+        let mut domain = line(&["external"])?;
+        let layer = layer_of(&domain, "s1")?;
+        let below = domain.model.snapshots["s1"].disks["vda"].clone();
+        let overlay =
+            Overlay::new(&domain.disks().join("vm.qcow2"), layer.to_str().context("no text")?, &below)?;
+        let copy = domain.root().join("domsnap");
+        std::fs::copy(domsnap::binary(), &copy)?;
+        std::fs::set_permissions(domain.root(), std::fs::Permissions::from_mode(0o755))?;
+        for place in [domain.state(), domain.disks(), copy.clone()] {
+            qemu::run("chown", &["-R".as_ref(), "65534:65534".as_ref(), place.as_os_str()])?;
+        }
+        qemu::run("chown", &["0:0".as_ref(), overlay.path.as_os_str()])?;
+        std::fs::set_permissions(&overlay.path, std::fs::Permissions::from_mode(0o600))?;
+        let nobody = domain.domsnap().binary(&copy).through(&[
+            "setpriv",
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+        ]);
+        for words in [["delete", NAME, "s1"], ["revert", NAME, "s1"]] {
+            let outcome = nobody.run(&words)?.expect_status(status::REFUSED)?;
+            ensure!(outcome.stderr.contains("vm.qcow2"), "it is not named: {outcome}");
+            overlay.verify()?;
+        }
+        nobody.done(&["recover", NAME])?;
+        std::fs::set_permissions(&overlay.path, std::fs::Permissions::from_mode(0o644))?;
+        nobody.done(&["delete", NAME, "s1"])?;
+        domain.model.delete(&["s1".into()]);
+        overlay.verify()?;
+        domain.verify_beside_others()
+    }
+
+    #[test]
+    fn one_whose_backing_file_cannot_be_told_stops_merges_and_reverts_alone() -> Result<()> {
+        for string in [
+            "fat:/nowhere",
+            r#"json:{"driver":"qcow2","file":"node0"}"#,
+            r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"somewhere/gold.qcow2"}}"#,
+            "file:somewhere/gold.qcow2",
+        ] {
+            let mut domain = line(&["external"])?;
+            let path = domain.disks().join("vm.qcow2");
+            let words = ["create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", string];
+            let words = words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str(), "4M".as_ref()]);
+            qemu::img(&words.collect::<Vec<_>>())?;
+            for words in [["delete", NAME, "s1"], ["revert", NAME, "s1"]] {
+                let outcome = domain.declined(&words, status::REFUSED).context(string)?;
+                ensure!(outcome.stderr.contains("vm.qcow2"), "it is not named: {outcome}");
+            }
+            domain.create("i1", "internal")?;
+            domain.write_and_create("i2", "internal")?;
+            domain.delete(&["i1"])?;
+            domain.create("s2", "external")?;
+            domain.domsnap().done(&["recover", NAME])?;
+            domain.verify_beside_others()?;
+            std::fs::remove_file(&path)?;
+            domain.delete(&["s1"])?;
+            domain.verify()?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_image_that_a_network_server_gives_stops_nothing() -> Result<()> {
+        let mut domain = line(&["external"])?;
+        let path = domain.disks().join("vm.qcow2");
+        let words = ["create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b", "nbd://localhost/x"];
+        let words = words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str(), "4M".as_ref()]);
+        qemu::img(&words.collect::<Vec<_>>())?;
+        domain.revert("s1")?;
+        domain.delete(&["s1"])?;
+        std::fs::remove_file(&path)?;
+        domain.verify()
+    }
+}
+
+mod on_the_configured_path {
+    use super::*;
+
+    #[test]
+    fn a_revert_is_refused_until_the_overlay_stands_on_the_layer() -> Result<()> {
+        let mut domain = line(&["external", "external"])?;
+        let below = domain.model.present["vda"].clone();
+        let overlay = Overlay::new(&domain.disks().join("vm.qcow2"), "a.qcow2", &below)?;
+        let outcome = domain.declined(&["revert", NAME, "s1"], status::REFUSED)?;
+        ensure!(outcome.stderr.contains("vm.qcow2"), "it is not named: {outcome}");
+        overlay.verify()?;
+        obey(&domain, &outcome.stderr, "qemu-img")?;
+        overlay.verify()?;
+        domain.revert("s1")?;
+        domain.write_everywhere()?;
+        overlay.verify()?;
+        domain.verify_beside_others()?;
+        std::fs::remove_file(&overlay.path)?;
+        domain.domsnap().done(&["recover", NAME])?;
+        domain.verify()
+    }
+
+    #[test]
+    fn an_image_of_one_file_is_first_frozen_and_the_create_says_how_to_go_on() -> Result<()> {
+        let mut domain = line(&["internal"])?;
+        let below = domain.model.present["vda"].clone();
+        let absolute = domain.path("vda").display().to_string();
+        let overlay = Overlay::new(&domain.disks().join("vm.qcow2"), &absolute, &below)?;
+        let outcome = domain.declined(&["revert", NAME, "s1"], status::REFUSED)?;
+        ensure!(outcome.stderr.contains("external snapshot"), "no way out is named: {outcome}");
+        let outcome = domain.domsnap().done(&domain.create_words("gold", "external"))?;
+        domain.model.create("gold");
+        obey(&domain, &all_said(&outcome), "qemu-img")?;
+        domain.write_everywhere()?;
+        overlay.verify()?;
+        domain.revert("s1")?;
+        domain.write_everywhere()?;
+        overlay.verify()?;
+        domain.verify_beside_others()
+    }
+
+    #[test]
+    fn a_delete_leaves_what_the_overlay_shows() -> Result<()> {
+        let mut domain = line(&["external", "external"])?;
+        let below = domain.model.present["vda"].clone();
+        let overlay = Overlay::new(&domain.disks().join("vm.qcow2"), "a.qcow2", &below)?;
+        domain.delete(&["s2"])?;
+        overlay.verify()?;
+        domain.delete(&["s1"])?;
+        overlay.verify()?;
+        domain.verify_beside_others()
+    }
+}
+
+mod files_of_others {
+    use super::*;
+
+    /// A disk on `gold.qcow2` and another on it in a directory of its own; the first is imported.
+    fn on_gold() -> Result<(Domain, Overlay, Bytes)> {
+        let mut domain = Domain::unregistered(&Shape::disks(1))?;
+        domain.write_everywhere()?;
+        let gold = domain.disks().join("gold.qcow2");
+        std::fs::rename(domain.path("vda"), &gold)?;
+        let words = ["create", "-q", "-f", "qcow2", "-b", "gold.qcow2", "-F", "qcow2"];
+        let path = domain.path("vda");
+        qemu::img(&words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]).collect::<Vec<_>>())?;
+        let below = domain.model.present["vda"].clone();
+        let elsewhere = domain.root().join("elsewhere");
+        std::fs::create_dir(&elsewhere)?;
+        let other = Overlay::new(&elsewhere.join("vm.qcow2"), "../disks/gold.qcow2", &below)?;
+        domain.model.create("gold");
+        domain.write_everywhere()?;
+        domain.domsnap().done(&["import", &domain.paths(), "--name", NAME])?;
+        domain.verify_beside_others()?;
+        Ok((domain, other, below))
+    }
+
+    #[test]
+    fn a_gold_image_that_was_imported_is_neither_removed_nor_changed() -> Result<()> {
+        let (mut domain, other, below) = on_gold()?;
+        let gold = domain.disks().join("gold.qcow2");
+        let before = std::fs::read(&gold)?;
+        domain.write_and_create("s1", "external")?;
+        domain.write_everywhere()?;
+        let outcome = domain.domsnap().done(&["delete", NAME, "gold"])?;
+        domain.model.delete(&["gold".into()]);
+        ensure!(all_said(&outcome).contains("gold.qcow2"), "it is not said that the file stays: {outcome}");
+        ensure!(std::fs::read(&gold)? == before, "the gold image changed");
+        verify::bytes(&gold, None, &below, &mut Default::default())?;
+        other.verify()?;
+        domain.verify_beside_others()?;
+        domain.delete(&["s1"])?;
+        other.verify()?;
+        std::fs::remove_file(&gold)?;
+        domain.verify()
+    }
+
+    #[test]
+    fn what_a_file_that_stays_stands_on_stays_too() -> Result<()> {
+        let mut domain = line(&["external"])?;
+        let (path, mid) = (domain.path("vda"), domain.disks().join("mid.qcow2"));
+        // Somebody puts an overlay of his own in the disk's place: what was active gets a name of his choice.
+        let shown = domain.model.present["vda"].clone();
+        std::fs::rename(&path, &mid)?;
+        std::fs::remove_file(domain.disks().join(own_name(&mid)?))?;
+        let words = ["create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2"];
+        qemu::img(&words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]).collect::<Vec<_>>())?;
+        domain.domsnap().done(&["import", NAME, "--replace"])?;
+        let list = report::list(&domain.domsnap(), NAME)?;
+        let names: Vec<_> = list.snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
+        ensure!(names == ["s1", "mid"], "{names:?}");
+        domain.domsnap().done(&["delete", NAME, "s1", "mid"])?;
+        for image in [&mid, &path] {
+            verify::bytes(image, None, &shown, &mut Default::default())?;
+        }
+        domain.domsnap().done(&["check", NAME])?;
+        domain.model.snapshots.clear();
+        domain.model.current = None;
+        domain.verify_beside_others()
+    }
+}
+
+mod names {
+    use super::*;
+
+    /// Every operation on a disk whose file name is `prefix`, a letter, `suffix`.
+    fn round(prefix: &str, suffix: &str) -> Result<()> {
+        let mut domain = Domain::new(&Shape::disks(1).named(prefix, suffix))?;
+        for (name, kind) in [("e1", "external"), ("i1", "internal"), ("e2", "external"), ("e3", "external")] {
+            domain.write_and_create(name, kind)?;
+        }
+        domain.write_everywhere()?;
+        domain.verify()?;
+        for name in ["e2", "i1", "e1"] {
+            domain.revert(name).context(name)?;
+            domain.verify()?;
+            domain.write_everywhere()?;
+        }
+        domain.write_and_create("side", "external")?;
+        domain.delete(&["e2"])?;
+        domain.verify()?;
+        domain.delete(&["e1", "i1"])?;
+        domain.verify()?;
+        domain.delete(&["side", "e3"])?;
+        domain.verify()
+    }
+
+    macro_rules! rounds {
+        ($($test:ident $prefix:literal $suffix:literal)*) => {
+            $(#[test] fn $test() -> Result<()> { round($prefix, $suffix) })*
+        };
+    }
+
+    rounds! {
+        with_a_colon "" ":b.qcow2"
+        with_colons_that_look_like_options "json:{" "}.qcow2"
+        with_a_protocol_of_qemu "nbd:" ".qcow2"
+        with_spaces "my " " disk.qcow2"
+        with_percent_and_comma "100%," ",file=x.qcow2"
+        with_leading_digits "0123" ".qcow2"
+        with_quotes_and_a_line_break "'\"\n" "$(x).qcow2"
+    }
+
+    #[test]
+    fn paths_longer_than_an_image_has_room_for_are_written_as_seen_from_the_disk() -> Result<()> {
+        let mut domain = Domain::unregistered(&Shape::disks(1))?;
+        // The catalogue's own path stays short.
+        let deep = (0..6).fold(domain.root().to_owned(), |path, _| path.join("d".repeat(200)));
+        let gold = deep.join("gold");
+        std::fs::create_dir_all(&gold)?;
+        std::fs::rename(domain.disks(), deep.join("own"))?;
+        std::os::unix::fs::symlink(deep.join("own"), domain.disks())?;
+        domain.write_everywhere()?;
+        std::fs::rename(domain.path("vda"), gold.join("g.qcow2"))?;
+        let mut create = std::process::Command::new("qemu-img");
+        let words = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "../gold/g.qcow2", "a.qcow2"];
+        ensure!(create.current_dir(domain.disks()).args(words).status()?.success(), "qemu-img create");
+        let before = std::fs::read(gold.join("g.qcow2"))?;
+        let allow = gold.to_str().context("no text")?.to_owned();
+        let run = |domain: &Domain, words: &[String]| {
+            let words: Vec<String> = ["--allow-backing".to_owned(), allow.clone()]
+                .into_iter()
+                .chain(words.iter().cloned())
+                .collect();
+            domain.domsnap().done(&words)
+        };
+        run(&domain, &domain.register_words())?;
+        for (size, name) in (1u64..).zip(["s1", "s2", "s3"]) {
+            // More in each than in the one below: a merge goes up, and what receives it gets the long name.
+            domain.fill(size << 20)?;
+            run(&domain, &domain.create_words(name, "external"))?;
+            domain.model.create(name);
+        }
+        domain.write_everywhere()?;
+        for name in ["s1", "s3"] {
+            run(&domain, &["delete".into(), NAME.into(), name.into()])?;
+            domain.model.delete(&[name.into()]);
+            let names = std::fs::read_dir(domain.disks())?.map(|entry| Ok(entry?.file_name()));
+            let names = names.collect::<Result<Vec<_>>>()?;
+            let layers = names.iter().filter(|name| name.to_string_lossy().contains(".ds-")).count();
+            ensure!(layers == domain.model.snapshots.len() + 1, "{name} was not merged away: {names:?}");
+            domain.verify_beside_others()?;
+        }
+        run(&domain, &["revert".into(), NAME.into(), "s2".into()])?;
+        domain.model.revert("s2");
+        domain.verify_beside_others()?;
+        ensure!(std::fs::read(gold.join("g.qcow2"))? == before, "the gold image changed");
+        Ok(())
+    }
+}
+
+mod replaced {
+    use super::*;
+
+    #[test]
+    fn under_an_old_catalogue_the_advice_loses_nothing() -> Result<()> {
+        let mut domain = line(&["external"])?;
+        let old = domain.root().join("old");
+        domsnap_tests::domain::copy_tree(&domain.state(), &old)?;
+        domain.create("s2", "external")?;
+        domain.write_everywhere()?;
+        std::fs::remove_dir_all(domain.state())?;
+        std::fs::rename(&old, domain.state())?;
+        let outcome = domain.declined(&["create", NAME, "s3", "--external"], status::REFUSED)?;
+        ensure!(outcome.stderr.contains("import --replace"), "no way out is named: {outcome}");
+        ensure!(
+            !outcome.stderr.contains("'ln") && !outcome.stderr.contains("'mv"),
+            "it loses data: {outcome}"
+        );
+        domain.domsnap().done(&["import", NAME, "--replace"])?;
+        domain.verify()
+    }
+
+    #[test]
+    fn by_an_overlay_on_the_layer_the_advice_loses_nothing() -> Result<()> {
+        let mut domain = line(&["external"])?;
+        let path = domain.path("vda");
+        let active = own_name(&path)?;
+        std::fs::remove_file(&path)?;
+        let words = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &active];
+        qemu::img(&words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]).collect::<Vec<_>>())?;
+        domain.write_everywhere()?;
+        let outcome = domain.declined(&["create", NAME, "s3", "--external"], status::REFUSED)?;
+        ensure!(outcome.stderr.contains("import --replace"), "no way out is named: {outcome}");
+        ensure!(
+            !outcome.stderr.contains("'ln") && !outcome.stderr.contains("'mv"),
+            "it loses data: {outcome}"
+        );
+        verify::bytes(&path, None, &domain.model.present["vda"], &mut Default::default())
+    }
+
+    #[test]
+    fn by_another_image_the_advice_brings_the_layer_back_and_keeps_what_was_found() -> Result<()> {
+        let domain = line(&["external"])?;
+        let (path, other) = (domain.path("vda"), domain.root().join("other"));
+        qemu::img(&["create", "-q", "-f", "qcow2", other.to_str().context("no text")?, "4M"])?;
+        let bytes = std::fs::read(&other)?;
+        std::fs::rename(&other, &path)?;
+        let outcome = domain.declined(&["create", NAME, "s2", "--external"], status::REFUSED)?;
+        obey(&domain, &outcome.stderr, "mv")?;
+        obey(&domain, &outcome.stderr, "ln")?;
+        let found = domain.disks().join("a.qcow2.found");
+        ensure!(std::fs::read(&found)? == bytes, "what was found is not kept");
+        std::fs::remove_file(found)?;
+        domain.verify()
+    }
+}
