@@ -132,7 +132,7 @@ impl Reconciled {
             same_process: None,
             running: flag(&status, "running").ok_or_else(|| wrong("query-status", &status))?,
             run_state: text(&status, "status").ok_or_else(|| wrong("query-status", &status))?,
-            jobs: all(&jobs, Job::from_value).ok_or_else(|| wrong("query-jobs", &jobs))?,
+            jobs: Job::list(&jobs).ok_or_else(|| wrong("query-jobs", &jobs))?,
             drives: all(&drives, Drive::from_value).ok_or_else(|| wrong("query-block", &drives))?,
         })
     }
@@ -144,6 +144,11 @@ impl Reconciled {
 }
 
 impl Job {
+    /// The jobs in a reply to `query-jobs`; none where one of them cannot be read.
+    pub fn list(reply: &Value) -> Option<Vec<Self>> {
+        all(reply, Self::from_value)
+    }
+
     fn from_value(value: &Value) -> Option<Self> {
         // The protocol has these as signed; what is out of range reads as 0.
         let count = |key| value.get(key).and_then(Value::as_u64).unwrap_or_default();

@@ -1,0 +1,129 @@
+//! Why a memory image would not load, or would load and then go wrong, in the machine that is there now.
+
+use std::fmt;
+
+use super::{Device, Discovery};
+
+/// One thing that is not as it was recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Difference {
+    /// What: the machine type, a device, ...
+    pub what: String,
+    /// As it was when the memory was saved.
+    pub recorded: String,
+    /// As it is.
+    pub now: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: recorded {}, now {}", self.what, self.recorded, self.now)
+    }
+}
+
+/// Names every difference that memory does not survive: machine type, processors, memory, devices and drives.
+///
+/// Disks' contents, files and chains may differ: they are put in place by the revert. QEMU itself accepts another `-cpu`
+/// silently, and the guest then runs on features that are gone; so this is asked before anything is touched.
+pub fn compare(recorded: &Discovery, now: &Discovery) -> Vec<Difference> {
+    let mut differences = Vec::new();
+    let mut differ = |what: &str, recorded: String, now: String| {
+        if recorded != now {
+            differences.push(Difference { what: what.to_owned(), recorded, now });
+        }
+    };
+    differ("machine type", recorded.machine.clone(), now.machine.clone());
+    differ("CPU model", recorded.cpu.model.clone(), now.cpu.model.clone());
+    differ("number of CPUs", recorded.cpu.count.to_string(), now.cpu.count.to_string());
+    let mib = |bytes: u64| match bytes % (1 << 20) {
+        0 => format!("{} MiB", bytes >> 20),
+        _ => format!("{bytes} bytes"),
+    };
+    differ("memory", mib(recorded.memory.base), mib(now.memory.base));
+    differ("memory plugged in", mib(recorded.memory.plugged), mib(now.memory.plugged));
+
+    let known = |discovery: &Discovery, name: &str| {
+        let found = discovery.cpu.features.iter().find(|feature| feature.0 == name);
+        found.map_or_else(
+            || "none".to_owned(),
+            |(_, value)| match value.as_u64() {
+                Some(word) if name.starts_with("cpuid") => format!("{word:#x}"),
+                _ => value.to_string(),
+            },
+        )
+    };
+    // A QEMU of another version may know more words: one that is missing says nothing, if the other has it empty.
+    let empty = |value: &str| matches!(value, "none" | "0x0");
+    let names = recorded.cpu.features.iter().chain(&now.cpu.features).map(|feature| feature.0.as_str());
+    let mut names: Vec<_> = names.collect();
+    names.sort_unstable();
+    names.dedup();
+    for name in names {
+        let (before, after) = (known(recorded, name), known(now, name));
+        if !(empty(&before) && empty(&after)) {
+            differ(&format!("CPU {name}"), before, after);
+        }
+    }
+
+    let device = |device: &Device| match &device.address {
+        Some(address) => format!("{} at {address}", device.kind),
+        None => device.kind.clone(),
+    };
+    let none = || "none".to_owned();
+    both(
+        &recorded.devices,
+        &now.devices,
+        |device| device.path.clone(),
+        |path, before, after| {
+            differ(
+                &format!("device {path}"),
+                before.map_or_else(none, device),
+                after.map_or_else(none, device),
+            );
+        },
+    );
+    both(
+        &recorded.drives,
+        &now.drives,
+        |drive| drive.target.clone(),
+        |target, before, after| {
+            let shown = |drive: &super::BlockDevice| {
+                let size = drive.chain.first().map(|layer| layer.node.virtual_size);
+                format!(
+                    "{:?}{}",
+                    drive.role,
+                    size.map(|size| format!(" of {size} bytes")).unwrap_or_default()
+                )
+            };
+            // A medium that was taken out, or a disk that grew since, is put in place by the revert.
+            let present = before.is_some() == after.is_some();
+            let same_role = before.map(|drive| drive.role) == after.map(|drive| drive.role);
+            if !present || !same_role {
+                differ(
+                    &format!("drive {target}"),
+                    before.map_or_else(none, shown),
+                    after.map_or_else(none, shown),
+                );
+            }
+        },
+    );
+    differ("TPM devices", recorded.tpms.join(", "), now.tpms.join(", "));
+    differences
+}
+
+/// Calls `each` for every key that one of two lists has.
+fn both<'a, T>(
+    before: &'a [T],
+    after: &'a [T],
+    key: impl Fn(&T) -> String,
+    mut each: impl FnMut(&str, Option<&'a T>, Option<&'a T>),
+) {
+    let mut keys: Vec<_> = before.iter().chain(after).map(&key).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    for wanted in keys {
+        let find = |list: &'a [T]| list.iter().find(|item| key(item) == wanted);
+        each(&wanted, find(before), find(after));
+    }
+}

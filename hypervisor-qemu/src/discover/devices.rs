@@ -1,0 +1,143 @@
+//! The guest's devices, and its drives with their chains of nodes.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::optional_property;
+use crate::{
+    error::Result,
+    graph::{Graph, Node},
+    machine::Machine,
+};
+
+/// A device that the command line, or a plug, gave to the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Device {
+    /// Its path in QOM, with its id where it has one.
+    pub path: String,
+    /// `virtio-blk-pci`, ...
+    pub kind: String,
+    /// Where it sits on its bus, where it tells.
+    pub address: Option<String>,
+}
+
+/// What a drive is to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Role {
+    /// A disk that the guest writes.
+    Disk,
+    /// A disk that the guest can only read: a cloud-init image, ...
+    ReadOnlyDisk,
+    /// A drive whose medium can be taken out; also an empty one.
+    Removable,
+    /// Firmware and its variables (pflash).
+    Firmware,
+    /// A drive that no device of the guest's uses.
+    Unused,
+}
+
+/// One drive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct BlockDevice {
+    /// What it is called: its device's id, or its drive's name, or its path in QOM; the first that there is.
+    pub target: String,
+    /// All that it is known as.
+    pub names: Vec<String>,
+    /// What it is to the guest.
+    pub role: Role,
+    /// Whether its medium can be taken out.
+    pub removable: bool,
+    /// Whether the guest can write it.
+    pub read_only: bool,
+    /// The layers, active image first; empty in an empty drive. Each is a node; the node of its file is below it.
+    pub chain: Vec<ChainLayer>,
+}
+
+/// One layer of a drive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ChainLayer {
+    /// The node.
+    pub node: Node,
+    /// The node of the file below it; none where the node is the file itself.
+    pub file: Option<Node>,
+}
+
+impl BlockDevice {
+    /// The active image's node; none in an empty drive.
+    pub fn root(&self) -> Option<&str> {
+        self.chain.first().map(|layer| layer.node.name.as_str())
+    }
+}
+
+pub(super) async fn devices(machine: &Machine) -> Result<Vec<Device>> {
+    let mut devices = Vec::new();
+    for container in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        let listed = match machine.query("qom-list", json!({ "path": container })).await {
+            Err(error) if error.is_lost() => return Err(error),
+            other => other.unwrap_or(Value::Null),
+        };
+        for entry in listed.as_array().into_iter().flatten() {
+            let (Some(name), Some(kind)) = (entry["name"].as_str(), entry["type"].as_str()) else { continue };
+            let Some(kind) = kind.strip_prefix("child<").and_then(|kind| kind.strip_suffix('>')) else {
+                continue;
+            };
+            let path = format!("{container}/{name}");
+            let address = match optional_property(machine, &path, "addr").await? {
+                Value::String(address) => Some(address),
+                Value::Number(address) => Some(address.to_string()),
+                _ => None,
+            };
+            devices.push(Device { path, kind: kind.to_owned(), address });
+        }
+    }
+    devices.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(devices)
+}
+
+pub(super) fn drives(graph: &Graph) -> Vec<BlockDevice> {
+    let drives = graph.drives().iter();
+    drives.filter_map(|drive| block_device(graph, drive)).collect()
+}
+
+fn block_device(graph: &Graph, drive: &Value) -> Option<BlockDevice> {
+    let names = crate::graph::device_names(drive);
+    let qdev = drive["qdev"].as_str();
+    let id = qdev.and_then(crate::graph::device_id);
+    let target = id.map(str::to_owned).or_else(|| names.first().cloned())?;
+    let inserted = drive.get("inserted").filter(|inserted| !inserted.is_null());
+    let removable = drive["removable"].as_bool().unwrap_or(false);
+    let read_only = inserted.is_some_and(|inserted| inserted["ro"].as_bool().unwrap_or(false));
+    let role = if qdev.is_some_and(|qdev| qdev.contains(".flash"))
+        || drive["device"].as_str().is_some_and(|device| device.starts_with("pflash"))
+    {
+        Role::Firmware
+    } else if removable {
+        Role::Removable
+    } else if qdev.is_none() {
+        Role::Unused
+    } else if read_only {
+        Role::ReadOnlyDisk
+    } else {
+        Role::Disk
+    };
+    let chain = match inserted.and_then(|inserted| inserted["node-name"].as_str()) {
+        Some(root) => graph.chain(root),
+        None => Vec::new(),
+    };
+    let layer = |node: &Node| ChainLayer {
+        node: node.clone(),
+        file: graph.file(&node.name).and_then(|file| graph.node(file)).cloned(),
+    };
+    Some(BlockDevice {
+        target,
+        names,
+        role,
+        removable,
+        read_only,
+        chain: chain.into_iter().map(layer).collect(),
+    })
+}

@@ -1,0 +1,174 @@
+//! What machine a live QEMU is: everything that a snapshot records of it, and everything that a memory image must find again.
+
+mod abilities;
+mod compare;
+mod devices;
+mod process;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+pub use abilities::Abilities;
+pub use compare::{Difference, compare};
+pub use devices::{BlockDevice, ChainLayer, Device, Role};
+pub use process::Process;
+
+use crate::{
+    error::{ErrorKind, Result},
+    graph::Graph,
+    machine::{Machine, RunState},
+};
+
+/// A live QEMU as it is. Serialisable: it is recorded with each snapshot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Discovery {
+    /// `-name`, where there is one.
+    pub name: Option<String>,
+    /// The machine's UUID, where it has one.
+    pub uuid: Option<String>,
+    /// QEMU's version, to be shown: what it can do, `abilities` says.
+    pub version: Option<(u64, u64, u64)>,
+    /// Whether the guest runs.
+    pub state: RunState,
+    /// The machine type with its version: `pc-q35-10.0`, never `q35`.
+    pub machine: String,
+    /// The processors.
+    pub cpu: Cpu,
+    /// Memory.
+    pub memory: Memory,
+    /// The guest's devices that were asked for by the command line or plugged in, in the order of their paths.
+    pub devices: Vec<Device>,
+    /// The drives: disks, CD-ROMs, firmware.
+    pub drives: Vec<BlockDevice>,
+    /// `query-tpm`: the ids of TPM devices; their state is not part of any image.
+    pub tpms: Vec<String>,
+    /// The process, as far as the system tells.
+    pub process: Process,
+    /// What this QEMU can do.
+    pub abilities: Abilities,
+}
+
+/// The processors, as QEMU gives them to the guest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Cpu {
+    /// The model: `max`, `Skylake-Server-v4`, ...
+    pub model: String,
+    /// How many there are.
+    pub count: usize,
+    /// `-cpu` as it was given; none where it was not, or where the command line cannot be read.
+    pub option: Option<String>,
+    /// What the guest finds: vendor, family, model, stepping and every feature word; empty on an architecture that does not
+    /// tell.
+    pub features: Vec<(String, Value)>,
+}
+
+/// The guest's memory, in bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Memory {
+    /// Given at the start.
+    pub base: u64,
+    /// Plugged in since.
+    pub plugged: u64,
+}
+
+impl Discovery {
+    /// Asks a QEMU. Changes nothing.
+    ///
+    /// # Errors
+    /// Those of the connection; [`ErrorKind::Unsupported`] for a QEMU that is too old to be asked. What only the system could
+    /// tell of the process, and does not, is no error: [`Process::unread`] says what and why.
+    pub async fn read(machine: &Machine) -> Result<Self> {
+        let state = machine.run_state().await?;
+        let schema = machine.schema().await?;
+        let process = Process::read(machine);
+        let graph = Graph::read(machine).await?;
+        let name = optional(machine, "query-name").await?["name"].as_str().map(str::to_owned);
+        let uuid = optional(machine, "query-uuid").await?["UUID"].as_str().map(str::to_owned);
+        let memory = machine.query("query-memory-size-summary", Value::Null).await?;
+        let kind = property(machine, "/machine", "type").await?;
+        let kind = kind.as_str().ok_or_else(|| machine.odd("qom-get", &kind))?;
+        Ok(Self {
+            name,
+            uuid: uuid.filter(|uuid| uuid.chars().any(|digit| !matches!(digit, '0' | '-'))),
+            version: machine.qmp().greeting().version,
+            state,
+            machine: kind.strip_suffix("-machine").unwrap_or(kind).to_owned(),
+            cpu: cpu(machine, &process).await?,
+            memory: Memory {
+                base: memory["base-memory"]
+                    .as_u64()
+                    .ok_or_else(|| machine.odd("query-memory-size-summary", &memory))?,
+                plugged: memory["plugged-memory"].as_u64().unwrap_or(0),
+            },
+            devices: devices::devices(machine).await?,
+            drives: devices::drives(&graph),
+            tpms: tpms(&optional(machine, "query-tpm").await?),
+            process,
+            abilities: Abilities::of(&schema),
+        })
+    }
+
+    /// The drive that a target names: its device's id, its drive's name, or its path in QOM.
+    pub fn drive(&self, target: &str) -> Option<&BlockDevice> {
+        self.drives.iter().find(|drive| drive.names.iter().any(|name| name == target))
+    }
+}
+
+/// The reply to a query that not every QEMU has; null where it has not.
+async fn optional(machine: &Machine, command: &str) -> Result<Value> {
+    match machine.query(command, Value::Null).await {
+        Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::Refused) => Ok(Value::Null),
+        other => other,
+    }
+}
+
+async fn property(machine: &Machine, path: &str, property: &str) -> Result<Value> {
+    machine.query("qom-get", json!({ "path": path, "property": property })).await
+}
+
+/// A property that not every object has; null where it has not.
+async fn optional_property(machine: &Machine, path: &str, name: &str) -> Result<Value> {
+    match property(machine, path, name).await {
+        Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::Refused) => Ok(Value::Null),
+        other => other,
+    }
+}
+
+async fn cpu(machine: &Machine, process: &Process) -> Result<Cpu> {
+    let cpus = machine.query("query-cpus-fast", Value::Null).await?;
+    let cpus = cpus.as_array().ok_or_else(|| machine.odd("query-cpus-fast", &cpus))?;
+    let option = process.option("-cpu").map(str::to_owned);
+    let Some(first) = cpus.first() else {
+        return Ok(Cpu { model: "none".to_owned(), count: 0, option, features: Vec::new() });
+    };
+    let path = first["qom-path"].as_str().ok_or_else(|| machine.odd("query-cpus-fast", first))?;
+    let kind = property(machine, path, "type").await?;
+    let kind = kind.as_str().ok_or_else(|| machine.odd("qom-get", &kind))?;
+    let target = first["target"].as_str().unwrap_or_default();
+    let model = kind.strip_suffix(&format!("-{target}-cpu")).or_else(|| kind.strip_suffix("-cpu"));
+    let mut features = Vec::new();
+    for name in ["vendor", "family", "model", "stepping"] {
+        let value = optional_property(machine, path, name).await?;
+        if !value.is_null() {
+            features.push((name.to_owned(), value));
+        }
+    }
+    let words = optional_property(machine, path, "feature-words").await?;
+    for word in words.as_array().into_iter().flatten() {
+        let part = |key: &str| word.get(key).and_then(Value::as_u64);
+        let leaf = part("cpuid-input-eax").unwrap_or_default();
+        let sub = part("cpuid-input-ecx").map(|sub| format!(".{sub}")).unwrap_or_default();
+        let register = word["cpuid-register"].as_str().unwrap_or_default();
+        features.push((format!("cpuid {leaf:#x}{sub} {register}"), word["features"].clone()));
+    }
+    features.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(Cpu { model: model.unwrap_or(kind).to_owned(), count: cpus.len(), option, features })
+}
+
+fn tpms(reply: &Value) -> Vec<String> {
+    let tpms = reply.as_array().map(Vec::as_slice).unwrap_or_default();
+    tpms.iter().filter_map(|tpm| tpm["id"].as_str()).map(str::to_owned).collect()
+}

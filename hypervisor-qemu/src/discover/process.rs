@@ -1,0 +1,117 @@
+//! The process of a QEMU: how it was started, so that it can be started again.
+
+use std::{fs, io, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::machine::Machine;
+
+/// The process behind a QMP socket, from `/proc`: what could not be read is missing, and `unread` says why.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Process {
+    /// Its id.
+    pub pid: Option<u32>,
+    /// When it started, in clock ticks since boot: tells it from a later one of the same id.
+    pub start_ticks: Option<u64>,
+    /// The user that it was started as.
+    pub uid: Option<u32>,
+    /// The program.
+    pub program: Option<PathBuf>,
+    /// Its command line, the first word included.
+    pub command_line: Vec<String>,
+    /// Its environment.
+    pub environment: Vec<(String, String)>,
+    /// Its working directory: relative names of images begin there.
+    pub directory: Option<PathBuf>,
+    /// What could not be read, and why.
+    pub unread: Vec<String>,
+}
+
+impl Process {
+    pub(crate) fn read(machine: &Machine) -> Self {
+        let mut process = Self::default();
+        let Some(peer) = machine.qmp().peer() else {
+            process.unread.push("the system does not tell which process serves the socket".to_owned());
+            return process;
+        };
+        let pid = peer.pid;
+        process.program = process.keep("program", fs::read_link(format!("/proc/{pid}/exe")));
+        let words = process.keep("command line", fs::read(format!("/proc/{pid}/cmdline")));
+        let words = split(&words.unwrap_or_default());
+        let program =
+            process.program.as_deref().and_then(|path| path.file_name()).map(|name| name.to_owned());
+        let is_qemu = program
+            .map(|name| name.to_string_lossy().into_owned())
+            .or_else(|| words.first().map(|word| String::from_utf8_lossy(word).into_owned()))
+            .is_some_and(|name| name.contains("qemu") || name.contains("kvm"));
+        if !is_qemu {
+            // A socket that was handed to QEMU belongs to who made it listen: its command line is not QEMU's.
+            let unread =
+                format!("the socket was opened by process {pid}, which is not a QEMU: its supervisor");
+            return Self { unread: vec![unread], ..Self::default() };
+        }
+        process.pid = Some(pid);
+        process.start_ticks = peer.start_ticks;
+        process.uid = Some(peer.uid);
+        process.directory = process.keep("working directory", fs::read_link(format!("/proc/{pid}/cwd")));
+        for word in words {
+            let word = process.text("a word of the command line", word);
+            process.command_line.push(word);
+        }
+        let environment = process.keep("environment", fs::read(format!("/proc/{pid}/environ")));
+        for entry in split(&environment.unwrap_or_default()) {
+            let entry = process.text("an entry of the environment", entry);
+            if let Some((name, value)) = entry.split_once('=') {
+                process.environment.push((name.to_owned(), value.to_owned()));
+            }
+        }
+        process
+    }
+
+    fn keep<T>(&mut self, what: &str, read: io::Result<T>) -> Option<T> {
+        read.map_err(|error| self.unread.push(format!("its {what}: {error}"))).ok()
+    }
+
+    fn text(&mut self, what: &str, bytes: Vec<u8>) -> String {
+        String::from_utf8(bytes).unwrap_or_else(|error| {
+            let text = String::from_utf8_lossy(error.as_bytes()).into_owned();
+            self.unread.push(format!("{what} is not UTF-8: {text}"));
+            text
+        })
+    }
+
+    /// The value of an option of the command line: `-cpu` or `--cpu` as a word of its own, and the next word. The last one
+    /// counts, as QEMU has it.
+    pub fn option(&self, name: &str) -> Option<&str> {
+        let is = |word: &str| word == name || word.strip_prefix('-') == Some(name);
+        self.command_line.windows(2).rev().find_map(|pair| match pair {
+            [word, value] if is(word) => Some(value.as_str()),
+            _ => None,
+        })
+    }
+}
+
+/// Strings that each end in a NUL.
+fn split(bytes: &[u8]) -> Vec<Vec<u8>> {
+    let bytes = bytes.strip_suffix(&[0]).unwrap_or(bytes);
+    if bytes.is_empty() {
+        return Vec::new();
+    }
+    bytes.split(|&byte| byte == 0).map(<[u8]>::to_vec).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_of_an_option_counts_and_words_may_be_empty() {
+        let words = split(b"qemu\0-cpu\0max\0-name\0\0--cpu\0host\0");
+        let command_line = words.into_iter().map(|word| String::from_utf8(word).expect("text")).collect();
+        let process = Process { command_line, ..Process::default() };
+        assert_eq!((process.option("-cpu"), process.option("-name")), (Some("host"), Some("")));
+        assert_eq!(process.option("-m"), None);
+        assert!(split(b"").is_empty());
+    }
+}

@@ -1,0 +1,168 @@
+//! The crate's one error: what was attempted, on what, what was expected and found, the state now, and what to do.
+
+use std::{error::Error as StdError, fmt, io, path::Path};
+
+/// The result of this crate's calls.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error of a caller's hook, of any kind.
+pub type BoxError = Box<dyn StdError + Send + Sync>;
+
+/// What kind of thing went wrong: what a caller decides by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The request cannot be carried out as it is; nothing was touched.
+    Invalid,
+    /// This QEMU, or this host, cannot do it; nothing was touched.
+    Unsupported,
+    /// QEMU answered with an error.
+    Refused,
+    /// A deadline passed.
+    Timeout,
+    /// The connection is gone: QEMU has ended, or nobody knows.
+    Lost,
+    /// QEMU said something that has not the form it should have.
+    Protocol,
+    /// A job or a migration ended in an error, by QEMU's account.
+    Failed,
+    /// A job or a migration was cancelled.
+    Cancelled,
+    /// The caller's hook failed.
+    Hook,
+    /// A file could not be read or written.
+    Io,
+    /// A memory image is not one, is not whole, or was changed.
+    Damaged,
+    /// QEMU holds something else than what it names.
+    Untrue,
+}
+
+/// An error of this crate.
+#[derive(Debug)]
+pub struct Error(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    kind: ErrorKind,
+    attempted: String,
+    subject: String,
+    detail: String,
+    now: Option<String>,
+    advice: Option<String>,
+    source: Option<BoxError>,
+}
+
+impl Error {
+    pub(crate) fn new(
+        kind: ErrorKind,
+        attempted: impl Into<String>,
+        subject: impl fmt::Display,
+        detail: impl Into<String>,
+    ) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            attempted: attempted.into(),
+            subject: subject.to_string(),
+            detail: detail.into(),
+            now: None,
+            advice: None,
+            source: None,
+        }))
+    }
+
+    pub(crate) fn qmp(attempted: impl Into<String>, subject: impl fmt::Display, error: qmp::Error) -> Self {
+        let kind = match error.kind() {
+            qmp::ErrorKind::Refused => ErrorKind::Refused,
+            qmp::ErrorKind::Unsupported => ErrorKind::Unsupported,
+            qmp::ErrorKind::Timeout => ErrorKind::Timeout,
+            qmp::ErrorKind::Lost | qmp::ErrorKind::Connect => ErrorKind::Lost,
+            qmp::ErrorKind::Invalid => ErrorKind::Invalid,
+            _ => ErrorKind::Protocol,
+        };
+        let detail = error.to_string();
+        Self::new(kind, attempted, subject, detail).source(error)
+    }
+
+    pub(crate) fn io(attempted: impl Into<String>, path: &Path, error: impl Into<io::Error>) -> Self {
+        let error = error.into();
+        Self::new(ErrorKind::Io, attempted, path.display(), error.to_string()).source(error)
+    }
+
+    pub(crate) fn hook(attempted: impl Into<String>, subject: impl fmt::Display, error: BoxError) -> Self {
+        let detail = format!("what had to be done meanwhile failed: {error}");
+        Self::new(ErrorKind::Hook, attempted, subject, detail).boxed(error)
+    }
+
+    pub(crate) fn advice(mut self, advice: impl Into<String>) -> Self {
+        self.0.advice = Some(advice.into());
+        self
+    }
+
+    /// Says in what state things are now, after what was said before.
+    pub(crate) fn now(mut self, now: impl AsRef<str>) -> Self {
+        let now = now.as_ref();
+        match &mut self.0.now {
+            Some(before) => {
+                before.push_str("; ");
+                before.push_str(now);
+            }
+            none => *none = Some(now.to_owned()),
+        }
+        self
+    }
+
+    pub(crate) fn source(self, source: impl Into<BoxError>) -> Self {
+        self.boxed(source.into())
+    }
+
+    fn boxed(mut self, source: BoxError) -> Self {
+        self.0.source = Some(source);
+        self
+    }
+
+    /// What kind of thing went wrong.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// What was attempted.
+    pub fn attempted(&self) -> &str {
+        &self.0.attempted
+    }
+
+    /// On what: a node, a job, a file, a socket.
+    pub fn subject(&self) -> &str {
+        &self.0.subject
+    }
+
+    /// In what state QEMU was left, where that is not as before.
+    pub fn state(&self) -> Option<&str> {
+        self.0.now.as_deref()
+    }
+
+    /// Whether QEMU, or the connection to it, is gone.
+    pub fn is_lost(&self) -> bool {
+        self.kind() == ErrorKind::Lost
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = &self.0;
+        write!(f, "{}, {}: {}", inner.attempted, inner.subject, inner.detail)?;
+        if let Some(now) = &inner.now {
+            write!(f, "; now: {now}")?;
+        }
+        if let Some(advice) = &inner.advice {
+            write!(f, "; {advice}")?;
+        }
+        Ok(())
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_deref().map(|source| source as _)
+    }
+}

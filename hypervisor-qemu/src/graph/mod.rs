@@ -1,0 +1,17 @@
+//! The block graph: which nodes there are, what stands on what, and how it is changed under a device.
+//!
+//! `nodes` reads it, `layer` adds and deletes, `swap` replaces what is below a device, `detach` frees a disk's files under a
+//! paused guest, `truth` proves that every node still has the file that it names.
+
+mod detach;
+mod layer;
+mod nodes;
+mod swap;
+mod truth;
+
+pub use detach::{Detached, attach, detach};
+pub use layer::{Layer, NodeOptions, Stack, add_layer, add_overlay, delete_internal, rehome, remove_layers};
+pub use nodes::{Cache, Edge, Graph, InternalSnapshot, Node};
+pub(crate) use nodes::{all, device_id, device_names};
+pub use swap::{Swap, fold, swap};
+pub use truth::{NodeFile, names_true};

@@ -1,0 +1,321 @@
+//! [`Graph`]: QEMU's block nodes as they are, from `query-named-block-nodes`, `query-block` and `x-debug-query-block-graph`.
+//!
+//! The last is called unstable by QEMU, but it is in every version since 4.0 and is the only query that says, for nodes with
+//! and without a device, which stands on which; before 10.1 `query-named-block-nodes` does not.
+
+use std::collections::{HashMap, HashSet};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{
+    error::{Error, ErrorKind, Result},
+    machine::Machine,
+};
+
+/// Filters that QEMU puts into the graph for a job.
+const JOB_FILTERS: [&str; 4] = ["commit_top", "mirror_top", "copy-before-write", "preallocate"];
+
+/// Filters that a user puts above an image: what they filter is below them as their file.
+const FILTERS: [&str; 4] = ["throttle", "copy-on-read", "compress", "blklogwrites"];
+
+/// No chain has more layers, and no walk is longer.
+const LONGEST_CHAIN: usize = 4096;
+
+/// One node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Node {
+    /// Its name; `#block123` where QEMU made it up.
+    pub name: String,
+    /// `qcow2`, `raw`, `file`, ...
+    pub driver: String,
+    /// The name QEMU has for its file: of a format's node, that of the file below. May be a `json:` string.
+    pub file: String,
+    /// Whether it was opened for reading only.
+    pub read_only: bool,
+    /// How it is cached.
+    pub cache: Cache,
+    /// `off`, `on` or `unmap`.
+    pub detect_zeroes: String,
+    /// What the guest sees, in bytes.
+    pub virtual_size: u64,
+    /// The snapshots inside of the image.
+    pub snapshots: Vec<InternalSnapshot>,
+}
+
+/// A node's cache options.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Cache {
+    /// O_DIRECT.
+    pub direct: bool,
+    /// Flushes are ignored.
+    pub no_flush: bool,
+}
+
+/// A snapshot inside of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct InternalSnapshot {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// The size of its VM state, in bytes; 0 where there is none.
+    pub vm_state_size: u64,
+}
+
+/// Who uses a node, and as what.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Edge {
+    /// The name of the node above; of a device or drive; of a job.
+    pub parent: String,
+    /// Whether the parent is a node, a `block-backend` (a device), or a `block-job`.
+    pub parent_type: String,
+    /// `backing`, `file`, `root`, ...
+    pub role: String,
+    /// The name of the node below.
+    pub child: String,
+}
+
+/// The nodes and what stands on what.
+#[derive(Debug, Clone)]
+pub struct Graph {
+    nodes: Vec<Node>,
+    edges: Vec<Edge>,
+    /// Roots by what a device is known as: the drive's name, its path in QOM, its id.
+    roots: HashMap<String, String>,
+    drives: Vec<Value>,
+}
+
+impl Graph {
+    /// Reads it. Changes nothing; a job that ends meanwhile may make it stale.
+    ///
+    /// # Errors
+    /// Those of the connection; [`ErrorKind::Unsupported`] where QEMU has no `x-debug-query-block-graph`.
+    pub async fn read(machine: &Machine) -> Result<Self> {
+        let listed = machine.query("query-named-block-nodes", json!({ "flat": true })).await?;
+        let graph = machine.query("x-debug-query-block-graph", Value::Null).await?;
+        let drives = machine.query("query-block", Value::Null).await?;
+        let nodes = all(&listed, node).ok_or_else(|| machine.odd("query-named-block-nodes", &listed))?;
+        let edges = edges(&graph).ok_or_else(|| machine.odd("x-debug-query-block-graph", &graph))?;
+        let drives = drives.as_array().ok_or_else(|| machine.odd("query-block", &drives))?.clone();
+        let mut roots = HashMap::new();
+        for drive in &drives {
+            let Some(root) = drive["inserted"]["node-name"].as_str() else { continue };
+            for name in device_names(drive) {
+                roots.insert(name, root.to_owned());
+            }
+        }
+        Ok(Self { nodes, edges, roots, drives })
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// Who uses what.
+    pub fn edges(&self) -> &[Edge] {
+        &self.edges
+    }
+
+    pub(crate) fn drives(&self) -> &[Value] {
+        &self.drives
+    }
+
+    /// The node of a name.
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.iter().find(|node| node.name == name)
+    }
+
+    /// The node of a name, or an error that says that there is none.
+    pub(crate) fn expect(&self, attempted: &str, name: &str) -> Result<&Node> {
+        self.node(name).ok_or_else(|| {
+            let detail = "QEMU has no such node";
+            Error::new(ErrorKind::Invalid, attempted, format!("node {name}"), detail)
+                .advice("discover the disks anew")
+        })
+    }
+
+    /// The topmost node of a device, by its id (`vda`), its drive's name, its path in QOM, or the node's own name.
+    pub fn root(&self, device: &str) -> Option<&str> {
+        let root = self.roots.get(device).map(String::as_str);
+        root.or_else(|| self.node(device).map(|node| node.name.as_str()))
+    }
+
+    /// The node that has a role below a node. Filters of jobs are passed over.
+    fn below<'a>(&'a self, name: &'a str, role: &'a str) -> Option<&'a str> {
+        let mut at = name;
+        let mut role = role;
+        for _ in 0..LONGEST_CHAIN {
+            let edge = self.edges.iter().find(|edge| edge.parent == at && edge.role == role)?;
+            at = edge.child.as_str();
+            let filter = self.node(at).is_some_and(|node| JOB_FILTERS.contains(&node.driver.as_str()));
+            if !filter {
+                return Some(at);
+            }
+            role = if self.edges.iter().any(|edge| edge.parent == at && edge.role == "file") {
+                "file"
+            } else {
+                "backing"
+            };
+        }
+        None
+    }
+
+    /// What a node stands on: its backing image's node; of a filter (`throttle`, ...), the filtered one.
+    pub fn backing<'a>(&'a self, name: &'a str) -> Option<&'a str> {
+        let filter = self.node(name).is_some_and(|node| FILTERS.contains(&node.driver.as_str()));
+        self.below(name, if filter { "file" } else { "backing" })
+    }
+
+    /// The node of the file below a format's node.
+    pub fn file<'a>(&'a self, name: &'a str) -> Option<&'a str> {
+        self.below(name, "file")
+    }
+
+    /// The layers from a node down to the base, that node first. A node's file is not one of them.
+    pub fn chain<'a>(&'a self, top: &'a str) -> Vec<&'a Node> {
+        let (mut chain, mut seen, mut at) = (Vec::new(), HashSet::new(), Some(top));
+        while let Some(node) = at.and_then(|name| self.node(name)) {
+            if !seen.insert(&node.name) || chain.len() >= LONGEST_CHAIN {
+                break;
+            }
+            chain.push(node);
+            at = self.backing(&node.name);
+        }
+        chain
+    }
+
+    /// Who uses a node directly.
+    pub fn users(&self, name: &str) -> impl Iterator<Item = &Edge> {
+        self.edges.iter().filter(move |edge| edge.child == name)
+    }
+}
+
+/// What a device is known as: `/machine/peripheral/vda/virtio-backend` is also `vda`.
+pub(crate) fn device_names(drive: &Value) -> Vec<String> {
+    let mut names = Vec::new();
+    if let Some(device) = drive["device"].as_str().filter(|device| !device.is_empty()) {
+        names.push(device.to_owned());
+    }
+    if let Some(qdev) = drive["qdev"].as_str() {
+        names.push(qdev.to_owned());
+        if let Some(id) = device_id(qdev) {
+            names.push(id.to_owned());
+        }
+    }
+    names
+}
+
+/// The id of a device, from its path in QOM; a device without an id has none.
+pub(crate) fn device_id(qdev: &str) -> Option<&str> {
+    if !qdev.starts_with('/') {
+        return Some(qdev);
+    }
+    qdev.strip_prefix("/machine/peripheral/")?.split('/').next()
+}
+
+fn node(value: &Value) -> Option<Node> {
+    let text = |key: &str| value.get(key)?.as_str().map(str::to_owned);
+    let cache = &value["cache"];
+    let image = &value["image"];
+    let snapshots = image["snapshots"].as_array().map(Vec::as_slice).unwrap_or_default();
+    Some(Node {
+        name: text("node-name")?,
+        driver: text("drv")?,
+        file: text("file")?,
+        read_only: value["ro"].as_bool()?,
+        cache: Cache {
+            direct: cache["direct"].as_bool().unwrap_or(false),
+            no_flush: cache["no-flush"].as_bool().unwrap_or(false),
+        },
+        detect_zeroes: text("detect_zeroes").unwrap_or_else(|| "off".to_owned()),
+        virtual_size: image["virtual-size"].as_u64()?,
+        snapshots: snapshots.iter().map(snapshot).collect::<Option<_>>()?,
+    })
+}
+
+fn snapshot(value: &Value) -> Option<InternalSnapshot> {
+    Some(InternalSnapshot {
+        id: value["id"].as_str()?.to_owned(),
+        name: value["name"].as_str()?.to_owned(),
+        vm_state_size: value["vm-state-size"].as_u64()?,
+    })
+}
+
+fn edges(graph: &Value) -> Option<Vec<Edge>> {
+    let mut names = HashMap::new();
+    for node in graph["nodes"].as_array()? {
+        names.insert(node["id"].as_u64()?, (node["name"].as_str()?, node["type"].as_str()?));
+    }
+    all(&graph["edges"], |edge| {
+        let (parent, parent_type) = names.get(&edge["parent"].as_u64()?)?;
+        let (child, _) = names.get(&edge["child"].as_u64()?)?;
+        Some(Edge {
+            parent: (*parent).to_owned(),
+            parent_type: (*parent_type).to_owned(),
+            role: edge["name"].as_str()?.to_owned(),
+            child: (*child).to_owned(),
+        })
+    })
+}
+
+/// All entries of a list, or none if one of them cannot be read: one that is passed over would be worse.
+pub(crate) fn all<T>(value: &Value, each: impl Fn(&Value) -> Option<T>) -> Option<Vec<T>> {
+    value.as_array()?.iter().map(each).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(name: &str, driver: &str) -> Node {
+        Node {
+            name: name.into(),
+            driver: driver.into(),
+            file: String::new(),
+            read_only: false,
+            cache: Cache::default(),
+            detect_zeroes: "off".into(),
+            virtual_size: 0,
+            snapshots: Vec::new(),
+        }
+    }
+
+    fn graph(nodes: &[(&str, &str)], edges: &[(&str, &str, &str)]) -> Graph {
+        let edge = |&(parent, role, child): &(&str, &str, &str)| Edge {
+            parent: parent.into(),
+            parent_type: "block-driver".into(),
+            role: role.into(),
+            child: child.into(),
+        };
+        Graph {
+            nodes: nodes.iter().map(|(name, driver)| named(name, driver)).collect(),
+            edges: edges.iter().map(edge).collect(),
+            roots: HashMap::new(),
+            drives: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_chain_passes_over_the_filter_of_a_job_and_ends_in_a_circle() {
+        let graph = graph(
+            &[("a", "qcow2"), ("x", "commit_top"), ("b", "qcow2"), ("c", "qcow2")],
+            &[("a", "backing", "x"), ("x", "backing", "b"), ("b", "backing", "c"), ("c", "backing", "a")],
+        );
+        let chain: Vec<_> = graph.chain("a").iter().map(|node| node.name.as_str()).collect();
+        assert_eq!(chain, ["a", "b", "c"]);
+    }
+
+    #[test]
+    fn a_device_is_known_by_its_id_its_drive_and_its_path() {
+        let drive = json!({ "device": "drive0", "qdev": "/machine/peripheral/vda/virtio-backend" });
+        assert_eq!(device_names(&drive), ["drive0", "/machine/peripheral/vda/virtio-backend", "vda"]);
+        assert_eq!(device_id("/machine/peripheral-anon/device[1]/virtio-backend"), None);
+        assert_eq!(device_id("ide0-0-1"), Some("ide0-0-1"));
+    }
+}

@@ -1,0 +1,143 @@
+//! The chain under a device replaced by another one, in place: how an external snapshot is reverted to.
+
+use serde_json::{Value, json};
+
+use super::{
+    Graph, Stack,
+    layer::{remove_layers, reopen_backing},
+};
+use crate::{
+    error::{Error, ErrorKind, Result},
+    jobs,
+    machine::Machine,
+    name::Name,
+};
+
+/// One device and what it is to stand on.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Swap {
+    /// The device: its id, its drive's name, or its topmost node.
+    pub device: String,
+    /// An overlay that [`super::add_overlay`] has opened; it becomes the active image.
+    pub overlay: Name,
+    /// What the overlay stands on afterwards: the image that is reverted to.
+    pub onto: Stack,
+}
+
+impl Swap {
+    /// A device, its new active image, and what that stands on.
+    pub fn new(device: impl Into<String>, overlay: Name, onto: Stack) -> Self {
+        Self { device: device.into(), overlay, onto }
+    }
+}
+
+/// Puts other chains under several devices, all or none. What nothing uses any more is deleted from the graph (files are not
+/// touched).
+///
+/// Needs a guest that stands still: what it sees changes under it. Afterwards restore memory of the same instant, or reset it.
+/// Each overlay must be empty and open, and be as large as its image. Gives the old nodes that could not be deleted because
+/// something else uses them. Not idempotent: after a crash, [`Graph::root`] tells whether it was done.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`] where the guest runs or a node is missing; [`ErrorKind::Refused`] with what QEMU said. After an
+/// error every device has its old chain (or [`Error::state`] names those that do not); the overlays stay open.
+pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
+    let attempted = "replacing the chains of disks";
+    standing_still(machine, attempted).await?;
+    let graph = Graph::read(machine).await?;
+    let mut roots = Vec::new();
+    for swap in swaps {
+        let root = graph.root(&swap.device).ok_or_else(|| {
+            Error::new(ErrorKind::Invalid, attempted, &swap.device, "QEMU has no such device or node")
+        })?;
+        graph.expect(attempted, swap.overlay.as_str())?;
+        roots.push(root.to_owned());
+    }
+
+    let mut opened: Vec<String> = Vec::new();
+    for swap in swaps {
+        match swap.onto.open(machine, false).await {
+            Ok(layers) => opened.extend(layers),
+            Err(error) => return Err(undone(machine, error, &opened).await),
+        }
+    }
+    let actions: Vec<Value> = swaps
+        .iter()
+        .zip(&roots)
+        .map(|(swap, root)| {
+            json!({ "type": "blockdev-snapshot", "data": { "node": root, "overlay": swap.overlay.as_str() } })
+        })
+        .collect();
+    let subject = machine.qmp().socket().display().to_string();
+    if let Err(error) = machine.run(attempted, &subject, "transaction", json!({ "actions": actions })).await {
+        return Err(undone(machine, error, &opened).await);
+    }
+    let graph_now = Graph::read(machine).await?;
+    for swap in swaps {
+        let hung = reopen_backing(machine, &graph_now, swap.overlay.as_str(), swap.onto.top()).await;
+        let Err(mut error) = hung else { continue };
+        for (swap, root) in swaps.iter().zip(&roots) {
+            if let Err(second) = take_off(machine, &swap.overlay, root).await {
+                error =
+                    error.now(format!("{} keeps the empty overlay {} ({second})", swap.device, swap.overlay));
+            }
+        }
+        return Err(undone(machine, error, &opened).await);
+    }
+    // What the new chains do not use: of two disks on one base, what one drops the other may keep.
+    let after = Graph::read(machine).await?;
+    let kept: Vec<&str> = swaps
+        .iter()
+        .flat_map(|swap| after.chain(swap.overlay.as_str()))
+        .map(|node| node.name.as_str())
+        .collect();
+    let old = roots.iter().flat_map(|root| graph.chain(root)).map(|node| node.name.clone());
+    let old: Vec<String> = old.filter(|name| !kept.contains(&name.as_str())).collect();
+    remove_layers(machine, &old).await
+}
+
+/// Takes an empty overlay off again that was put on `root`, and leaves it open.
+async fn take_off(machine: &Machine, overlay: &Name, root: &str) -> Result<()> {
+    let graph = Graph::read(machine).await?;
+    if graph.backing(overlay.as_str()) != Some(root) {
+        reopen_backing(machine, &graph, overlay.as_str(), Some(root)).await?;
+    }
+    jobs::fold(machine, overlay.as_str(), root).await
+}
+
+/// Merges a device's active image, an overlay of ours, into what it stands on, and deletes its node: undoes an overlay. With
+/// an overlay that is empty nothing is moved. The guest may run or stand still; its disks must be active (not `postmigrate`).
+///
+/// # Errors
+/// Those of [`crate::jobs::commit_active`]: the overlay is on top still.
+pub async fn fold(machine: &Machine, overlay: &str) -> Result<()> {
+    let attempted = "undoing an overlay";
+    let graph = Graph::read(machine).await?;
+    graph.expect(attempted, overlay)?;
+    let below = graph.backing(overlay).ok_or_else(|| {
+        Error::new(ErrorKind::Invalid, attempted, format!("node {overlay}"), "it stands on nothing")
+    })?;
+    jobs::fold(machine, overlay, below).await?;
+    remove_layers(machine, &[overlay.to_owned()]).await.map(drop)
+}
+
+/// An error, after what was opened was closed again.
+pub(super) async fn undone(machine: &Machine, error: Error, opened: &[String]) -> Error {
+    match remove_layers(machine, opened).await {
+        Ok(left) if left.is_empty() => error,
+        Ok(left) => error.now(format!("these nodes of ours are left: {}", left.join(", "))),
+        Err(second) => error.now(format!("nodes of ours may be left ({second})")),
+    }
+}
+
+pub(super) async fn standing_still(machine: &Machine, attempted: &str) -> Result<()> {
+    let state = machine.run_state().await?;
+    if state.running {
+        let subject = machine.qmp().socket().display();
+        return Err(
+            Error::new(ErrorKind::Invalid, attempted, subject, "the guest runs").advice("pause it first")
+        );
+    }
+    Ok(())
+}

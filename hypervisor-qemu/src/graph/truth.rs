@@ -1,0 +1,135 @@
+//! That every node has the file that it names.
+//!
+//! QEMU opens a file again, by the name it knows, whenever a node turns writable or read-only: a name that leads to another
+//! file by then makes it write the wrong image, silently. So no operation may leave such a node.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use super::Graph;
+use crate::{
+    error::{Error, ErrorKind, Result},
+    machine::Machine,
+};
+
+/// A node and the file that it names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NodeFile {
+    /// The node.
+    pub node: String,
+    /// The file that it names.
+    pub file: PathBuf,
+    /// Device and inode of the file that has this name now; none where there is none.
+    pub names: Option<(u64, u64)>,
+    /// Whether QEMU has that file open.
+    pub is_open: bool,
+}
+
+/// Compares the files that have the nodes' names with the files that QEMU has open, both ways: each node's must be open, and
+/// each image that is open (QEMU holds its byte locks) must be some node's. So a name that leads to another image which QEMU
+/// has open too is found: then nothing names the one it stood for. Gives all nodes of files.
+///
+/// Nodes of descriptors that were lent (`/dev/fdset/N`) have no name to be wrong. What this cannot see: two open images whose
+/// names were exchanged; and images opened with `locking=off`.
+///
+/// # Errors
+/// [`ErrorKind::Untrue`], naming each node that is wrong; [`ErrorKind::Unsupported`] where the process is not known;
+/// [`ErrorKind::Io`] where `/proc` does not let us look (be root, or the user that QEMU runs as).
+pub async fn names_true(machine: &Machine) -> Result<Vec<NodeFile>> {
+    let attempted = "comparing nodes with their files";
+    let subject = machine.qmp().socket().display().to_string();
+    let graph = Graph::read(machine).await?;
+    let Some(pid) = machine.pid() else {
+        let detail = "the system does not tell which process serves the socket";
+        return Err(Error::new(ErrorKind::Unsupported, attempted, subject, detail));
+    };
+    let process = PathBuf::from(format!("/proc/{pid}"));
+    let open = open_files(&process).map_err(|error| Error::io(attempted, &process.join("fd"), error))?;
+    let directory = fs::read_link(process.join("cwd")).unwrap_or_default();
+    let mut files = Vec::new();
+    for node in graph.nodes() {
+        let of_a_file = matches!(node.driver.as_str(), "file" | "host_device" | "host_cdrom");
+        if !of_a_file || node.file.starts_with("/dev/fdset/") {
+            continue;
+        }
+        let file = directory.join(&node.file);
+        // QEMU may live in a mount namespace of its own.
+        let seen_by_it = process.join("root").join(file.strip_prefix("/").unwrap_or(&file));
+        let about = fs::metadata(&seen_by_it).or_else(|_| fs::metadata(&file)).ok();
+        let names = about.map(|about| (about.dev(), about.ino()));
+        let is_open = names.is_some_and(|names| open.contains_key(&names));
+        files.push(NodeFile { node: node.name.clone(), file, names, is_open });
+    }
+    let mut wrong: Vec<_> = files.iter().filter(|file| !file.is_open).map(shown).collect();
+    let named: HashSet<_> = files.iter().filter_map(|file| file.names).collect();
+    for (identity, file) in &open {
+        if file.is_image && !named.contains(identity) {
+            let path = file.path.display();
+            wrong.push(format!(
+                "no node names the image that it has open as {path}, so one of them names another"
+            ));
+        }
+    }
+    if wrong.is_empty() {
+        return Ok(files);
+    }
+    wrong.sort();
+    let detail = format!("QEMU does not have open what it names: {}", wrong.join("; "));
+    Err(Error::new(ErrorKind::Untrue, attempted, subject, detail).advice(
+        "let nothing commit, snapshot or reopen these images until QEMU was restarted from the right files",
+    ))
+}
+
+fn shown(file: &NodeFile) -> String {
+    let what = if file.names.is_some() { "which is another file by now" } else { "which is gone" };
+    format!("node {} names {}, {what}", file.node, file.file.display())
+}
+
+/// A file that QEMU has open.
+struct OpenFile {
+    path: PathBuf,
+    is_image: bool,
+}
+
+fn open_files(process: &Path) -> std::io::Result<HashMap<(u64, u64), OpenFile>> {
+    let mut open = HashMap::new();
+    for entry in fs::read_dir(process.join("fd"))? {
+        let entry = entry?;
+        // One that is closed meanwhile is no longer open.
+        let Ok(about) = fs::metadata(entry.path()) else { continue };
+        let path = fs::read_link(entry.path()).unwrap_or_default();
+        let info = fs::read_to_string(process.join("fdinfo").join(entry.file_name())).unwrap_or_default();
+        let lent = path.starts_with("/memfd:");
+        let is_image = !lent && info.lines().any(is_image_lock);
+        let file = open.entry((about.dev(), about.ino())).or_insert(OpenFile { path, is_image });
+        file.is_image |= is_image;
+    }
+    Ok(open)
+}
+
+/// Whether a line of `/proc/PID/fdinfo/N` is one of the locks by which QEMU's processes know of each other: bytes from 100 on,
+/// and from 200 on.
+fn is_image_lock(line: &str) -> bool {
+    let Some(lock) = line.strip_prefix("lock:") else { return false };
+    let words: Vec<_> = lock.split_whitespace().collect();
+    let begin = words.len().checked_sub(2).and_then(|at| words.get(at)?.parse::<u64>().ok());
+    words.contains(&"OFDLCK") && begin.is_some_and(|begin| (100..300).contains(&begin))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_of_qemus_is_known_among_others() {
+        assert!(is_image_lock("lock:\t1: OFDLCK ADVISORY  READ -1 fe:00:10174527 100 101"));
+        assert!(!is_image_lock("lock:\t1: FLOCK  ADVISORY  WRITE 81 fe:00:4 0 EOF"));
+        assert!(!is_image_lock("lock:\t1: OFDLCK ADVISORY  WRITE -1 fe:00:4 0 EOF"));
+        assert!(!is_image_lock("pos:\t100"));
+    }
+}

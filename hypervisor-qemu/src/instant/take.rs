@@ -1,0 +1,406 @@
+//! [`Cut::take`]: the cut itself.
+
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
+
+use serde_json::json;
+use tokio::time::sleep;
+
+use super::{
+    clock::Clock,
+    disks::{DiskCut, Disks},
+    saving::Saving,
+};
+use crate::{
+    discover::Abilities,
+    error::{BoxError, Error, ErrorKind, Result},
+    machine::{Machine, Paused},
+    memory::Draft,
+    migration::{self, Form, Settings, Writing},
+};
+
+/// Between two looks at a migration while the guest stands still.
+const LOOK: Duration = Duration::from_micros(500);
+
+/// Within which the first page must be out, and a migration that has paused the guest must go on.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whether the guest runs while its memory is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Live {
+    /// It does. With pre-copy, the guest is paused after the budget where it dirties memory faster than that is written.
+    Live {
+        /// How long pre-copy may go on before the guest is paused.
+        budget: Duration,
+    },
+    /// It stands still until its memory is written.
+    Paused,
+}
+
+/// Which way the cut went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Way {
+    /// No memory.
+    DiskOnly,
+    /// Memory is write-protected, and written while the guest runs on.
+    BackgroundSnapshot,
+    /// Memory was written while the guest ran, and what it dirtied again, until little was left.
+    PreCopy {
+        /// Whether little was left within the budget; otherwise the guest was paused for the rest.
+        converged: bool,
+    },
+    /// The guest stood still until its memory was written.
+    NonLive,
+}
+
+/// What is to be cut.
+#[derive(Debug, Default)]
+#[must_use = "nothing is done until `take`"]
+pub struct Cut {
+    disks: Vec<DiskCut>,
+    memory: Option<(Draft, Mode)>,
+    avoid_background: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Mode(Live);
+
+/// A cut that was made.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Taken<T> {
+    /// Which way it went.
+    pub way: Way,
+    /// Why it did not go a better way.
+    pub why_not: Option<String>,
+    /// From STOP to RESUME. Nothing, where the guest stood still before and does still.
+    pub stopped_for: Duration,
+    /// Whether the guest ran before, and runs again.
+    pub was_running: bool,
+    /// The memory, still being written where the way is [`Way::BackgroundSnapshot`].
+    pub memory: Option<Saving>,
+    /// What `while_paused` gave.
+    pub done: T,
+}
+
+impl Cut {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// One more disk.
+    pub fn disk(mut self, disk: DiskCut) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// The memory too.
+    pub fn memory(mut self, draft: Draft, live: Live) -> Self {
+        self.memory = Some((draft, Mode(live)));
+        self
+    }
+
+    /// Never by a background snapshot, even where it could be had.
+    pub fn without_background_snapshot(mut self) -> Self {
+        self.avoid_background = true;
+        self
+    }
+
+    /// Cuts, and lets the guest go on (only if it ran).
+    ///
+    /// `while_paused` runs when everything is of one instant and the guest stands still: what must be done before it writes
+    /// again is done there (configured paths are moved, and that is made durable). Where it fails, it must have undone what it
+    /// did.
+    ///
+    /// Drive this to its end: a call that is dropped between the pause and the resume leaves the guest paused.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`], [`ErrorKind::Unsupported`]: nothing was touched, overlays stay open. [`ErrorKind::Refused`],
+    /// [`ErrorKind::Failed`], [`ErrorKind::Hook`]: the disks are as before and the overlays' nodes are closed, the migration
+    /// is cancelled and its settings put back, the guest runs if it ran; what of this could not be done [`Error::state`]
+    /// says. [`ErrorKind::Lost`], [`ErrorKind::Timeout`]: the same is tried; what QEMU did not answer is not known.
+    pub async fn take<T, F>(self, machine: &Machine, while_paused: impl FnOnce() -> F) -> Result<Taken<T>>
+    where
+        F: Future<Output = std::result::Result<T, BoxError>>,
+    {
+        let Self { disks, memory, avoid_background } = self;
+        let disks = Disks::find(machine, disks).await?;
+        let running = machine.run_state().await?.running;
+        let Some((draft, Mode(live))) = memory else {
+            return paused_cut(machine, disks, Plan::DiskOnly, while_paused).await;
+        };
+        // A paused guest's memory by a plain migration would leave it `postmigrate`, with no way back to `paused`.
+        let holds = Abilities::read(machine).await?.background_snapshot_holds;
+        let background = match (avoid_background, holds) {
+            (false, true) => Settings::apply(machine, Form::Background).await,
+            (true, _) => Err(unsupported(machine, "a background snapshot is not wanted")),
+            (false, false) => Err(unsupported(
+                machine,
+                "a background snapshot of this QEMU's resumes the guest by itself, and leaves it hanging where it fails",
+            )),
+        };
+        let why_not = match (background, live) {
+            (Ok(settings), live) => {
+                let way = match live {
+                    Live::Live { .. } => Way::BackgroundSnapshot,
+                    Live::Paused => Way::NonLive,
+                };
+                let plan = Plan::Memory { draft, settings, form: Form::Background, way, why_not: None };
+                return paused_cut(machine, disks, plan, while_paused).await;
+            }
+            (Err(error), _) => match error.kind() {
+                ErrorKind::Refused | ErrorKind::Unsupported => error,
+                _ => return Err(error),
+            },
+        };
+        if !running {
+            let detail = format!("the guest is paused, and a background snapshot cannot be had: {why_not}");
+            return Err(Error::new(ErrorKind::Unsupported, "saving memory", draft.path().display(), detail)
+                .advice("resume the guest first; or give QEMU what background-snapshot needs (userfaultfd, memory that is not shared)"));
+        }
+        let why_not = Some(why_not.to_string());
+        match live {
+            Live::Paused => {
+                let settings = Settings::apply(machine, Form::Plain).await?;
+                let plan = Plan::Memory { draft, settings, form: Form::Plain, way: Way::NonLive, why_not };
+                paused_cut(machine, disks, plan, while_paused).await
+            }
+            Live::Live { budget } => {
+                let settings = Settings::apply(machine, Form::PreCopy).await?;
+                pre_copy(machine, disks, draft, settings, budget, why_not, while_paused).await
+            }
+        }
+    }
+}
+
+fn unsupported(machine: &Machine, detail: &str) -> Error {
+    let subject = machine.qmp().socket().display();
+    Error::new(ErrorKind::Unsupported, "preparing to save memory", subject, detail)
+}
+
+/// How a cut goes that begins with a pause.
+enum Plan {
+    DiskOnly,
+    Memory { draft: Draft, settings: Settings, form: Form, way: Way, why_not: Option<String> },
+}
+
+/// What must be undone, as far as it has come.
+struct Undo<'a> {
+    machine: &'a Machine,
+    disks: &'a Disks,
+    settings: Option<Settings>,
+    writing: Option<Writing>,
+    paused: Option<Paused>,
+    /// Disks that a plain migration has made inactive: nothing can be done with them before the guest runs.
+    inactive: bool,
+}
+
+impl Undo<'_> {
+    async fn all(self, mut error: Error) -> Error {
+        if error.is_lost() {
+            return error.now("nothing more is known of this QEMU: its images tell, and whether it lives");
+        }
+        if let Some(writing) = self.writing {
+            if let Err(second) = writing.cancel(self.machine).await {
+                error = error.now(second.to_string());
+            }
+        } else if let Some(settings) = self.settings
+            && let Err(second) = settings.restore(self.machine).await
+        {
+            error = error.now(second.to_string());
+        }
+        if !self.inactive
+            && let Err(wrong) = self.disks.undo(self.machine).await
+        {
+            error = error.now(wrong);
+        }
+        if let Some(paused) = self.paused
+            && let Err(second) = self.machine.resume(paused).await
+        {
+            error = error.now(second.to_string());
+        }
+        if self.inactive
+            && let Err(wrong) = self.disks.undo(self.machine).await
+        {
+            error = error.now(wrong);
+        }
+        error
+    }
+}
+
+async fn paused_cut<T, F>(
+    machine: &Machine,
+    disks: Disks,
+    plan: Plan,
+    while_paused: impl FnOnce() -> F,
+) -> Result<Taken<T>>
+where
+    F: Future<Output = std::result::Result<T, BoxError>>,
+{
+    let (memory, form, way, why_not) = match plan {
+        Plan::DiskOnly => (None, Form::Plain, Way::DiskOnly, None),
+        Plan::Memory { draft, settings, form, way, why_not } => (Some((draft, settings)), form, way, why_not),
+    };
+    let (draft, settings) = match memory {
+        Some((draft, settings)) => (Some(draft), Some(settings)),
+        None => (None, None),
+    };
+    let mut undo = Undo { machine, disks: &disks, settings, writing: None, paused: None, inactive: false };
+    let mut clock = Clock::start(machine);
+    clock.since = Some(Instant::now());
+    match machine.pause().await {
+        Ok(paused) => undo.paused = Some(paused),
+        Err(error) => return Err(undo.all(error).await),
+    }
+    let was_running = undo.paused.as_ref().is_some_and(Paused::is_ours);
+    if let Err(error) = disks.cut(machine).await {
+        return Err(undo.all(error).await);
+    }
+    if let Some((draft, settings)) = draft.as_ref().zip(undo.settings.take()) {
+        match Writing::start(machine, draft, settings).await {
+            Ok(writing) => undo.writing = Some(writing),
+            Err((error, settings)) => {
+                undo.settings = Some(settings);
+                return Err(undo.all(error).await);
+            }
+        }
+        let to_the_end = way == Way::NonLive;
+        let written = wait_while_paused(machine, draft, to_the_end).await;
+        undo.inactive = form == Form::Plain;
+        if let Err(error) = written {
+            return Err(undo.all(error).await);
+        }
+    }
+    let done = match while_paused().await {
+        Ok(done) => done,
+        Err(error) => {
+            let subject = machine.qmp().socket().display();
+            let error = Error::hook("the cut", subject, error);
+            return Err(undo.all(error).await);
+        }
+    };
+    let Undo { paused, writing, .. } = undo;
+    if let Some(paused) = paused {
+        machine.resume(paused).await.map_err(|error| {
+            error.now(
+                "the cut was made, and what had to be done meanwhile is done; only the guest does not go on",
+            )
+        })?;
+    }
+    let stopped_for = if was_running { clock.stopped_for().await } else { Duration::ZERO };
+    let memory = draft.map(|draft| Saving { machine: machine.clone(), draft, writing });
+    Ok(Taken { way, why_not, stopped_for, was_running, memory, done })
+}
+
+/// Waits until the first page is out, or all of them.
+async fn wait_while_paused(machine: &Machine, draft: &Draft, to_the_end: bool) -> Result<()> {
+    let attempted = "saving memory";
+    let subject = draft.path().display().to_string();
+    let (mut pages, mut moved) = (0, Instant::now());
+    loop {
+        let now = migration::status(machine).await?;
+        now.check(attempted, &subject)?;
+        if now.completed() || (!to_the_end && now.pages > 0) {
+            return Ok(());
+        }
+        if now.pages != pages {
+            (pages, moved) = (now.pages, Instant::now());
+        }
+        if moved.elapsed() > PATIENCE {
+            let detail = format!("no page was written for {} s", PATIENCE.as_secs());
+            return Err(Error::new(ErrorKind::Timeout, attempted, subject, detail));
+        }
+        sleep(LOOK).await;
+    }
+}
+
+async fn pre_copy<T, F>(
+    machine: &Machine,
+    disks: Disks,
+    draft: Draft,
+    settings: Settings,
+    budget: Duration,
+    why_not: Option<String>,
+    while_paused: impl FnOnce() -> F,
+) -> Result<Taken<T>>
+where
+    F: Future<Output = std::result::Result<T, BoxError>>,
+{
+    let attempted = "saving memory";
+    let subject = draft.path().display().to_string();
+    let clock = Clock::start(machine);
+    let mut undo =
+        Undo { machine, disks: &disks, settings: None, writing: None, paused: None, inactive: false };
+    match Writing::start(machine, &draft, settings).await {
+        Ok(writing) => undo.writing = Some(writing),
+        Err((error, settings)) => {
+            undo.settings = Some(settings);
+            return Err(undo.all(error).await);
+        }
+    }
+    // QEMU pauses the guest by itself when little is left; a cancelled migration lets it go on by itself.
+    let (begun, mut converged) = (Instant::now(), true);
+    loop {
+        let now = match migration::status(machine)
+            .await
+            .and_then(|now| now.check(attempted, &subject).map(|()| now))
+        {
+            Ok(now) => now,
+            Err(error) => return Err(undo.all(error).await),
+        };
+        if now.status == "pre-switchover" {
+            break;
+        }
+        let waited = begun.elapsed();
+        if converged && waited > budget {
+            match machine.pause().await {
+                Ok(paused) => (undo.paused, converged) = (Some(paused), false),
+                // It may have converged just now.
+                Err(error) if error.kind() == ErrorKind::Invalid => {}
+                Err(error) => return Err(undo.all(error).await),
+            }
+        }
+        if waited > budget + PATIENCE {
+            let detail = format!("it does not come to an end ({})", now.status);
+            let error = Error::new(ErrorKind::Timeout, attempted, &subject, detail);
+            return Err(undo.all(error).await);
+        }
+        sleep(Duration::from_millis(if converged { 5 } else { 1 })).await;
+    }
+    let cut = async {
+        disks.cut(machine).await?;
+        let state = json!({ "state": "pre-switchover" });
+        machine.run(attempted, &subject, "migrate-continue", state).await?;
+        wait_while_paused(machine, &draft, true).await
+    };
+    let outcome = cut.await;
+    undo.inactive = true;
+    if let Err(error) = outcome {
+        return Err(undo.all(error).await);
+    }
+    // Completed: the guest stands still until it is told otherwise.
+    let done = match while_paused().await {
+        Ok(done) => done,
+        Err(error) => {
+            let error = Error::hook("the cut", &subject, error);
+            if let Err(second) = machine.cont().await {
+                return Err(undo.all(error.now(second.to_string())).await);
+            }
+            undo.paused = None;
+            return Err(undo.all(error).await);
+        }
+    };
+    machine.cont().await.map_err(|error| {
+        error
+            .now("the cut was made, and what had to be done meanwhile is done; only the guest does not go on")
+    })?;
+    let stopped_for = clock.stopped_for().await;
+    let memory = Saving { machine: machine.clone(), draft, writing: undo.writing };
+    let way = Way::PreCopy { converged };
+    Ok(Taken { way, why_not, stopped_for, was_running: true, memory: Some(memory), done })
+}

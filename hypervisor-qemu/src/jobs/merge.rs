@@ -1,0 +1,295 @@
+//! Commit and stream.
+
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
+
+use qmp::JobStatus;
+use serde_json::json;
+
+use super::run::{Progress, cancel, dismiss, reach};
+use crate::{
+    error::{BoxError, Error, ErrorKind, Result},
+    graph::{Graph, remove_layers},
+    machine::Machine,
+    name::Name,
+};
+
+/// How long a job may take from its completion on until it holds the guest's I/O, and then to end.
+const HANDOVER: Duration = Duration::from_secs(300);
+
+/// A device's active image merged into a layer below it, which becomes the active one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ActiveCommit {
+    /// The job's name.
+    pub job: Name,
+    /// The active image's node.
+    pub top: String,
+    /// The node that becomes the active one.
+    pub base: String,
+    /// Bytes a second; 0 is as fast as it can.
+    pub speed: u64,
+}
+
+impl ActiveCommit {
+    /// A commit under a fresh name, as fast as it can.
+    pub fn new(top: impl Into<String>, base: impl Into<String>) -> Self {
+        Self { job: Name::job(), top: top.into(), base: base.into(), speed: 0 }
+    }
+}
+
+/// Layers in the middle of a chain merged into the lowest of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LayerCommit {
+    /// The job's name.
+    pub job: Name,
+    /// The device's active image.
+    pub root: String,
+    /// The topmost layer that is merged; not the active one.
+    pub top: String,
+    /// What it is merged into.
+    pub base: String,
+    /// The backing string that the layer above `top` gets. (Without it QEMU writes an absolute path of its own.)
+    pub backing_file: String,
+    /// Bytes a second; 0 is as fast as it can.
+    pub speed: u64,
+}
+
+impl LayerCommit {
+    /// A commit under a fresh name, as fast as it can.
+    pub fn new(
+        root: impl Into<String>,
+        top: impl Into<String>,
+        base: impl Into<String>,
+        backing_file: impl Into<String>,
+    ) -> Self {
+        let (root, top, base) = (root.into(), top.into(), base.into());
+        Self { job: Name::job(), root, top, base, backing_file: backing_file.into(), speed: 0 }
+    }
+}
+
+/// Layers below a node pulled up into it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stream {
+    /// The job's name.
+    pub job: Name,
+    /// The node that the data goes into.
+    pub into: String,
+    /// The node that it stands on afterwards; none: on nothing.
+    pub base: Option<String>,
+    /// The backing string that it gets; must be given where there is a base.
+    pub backing_file: Option<String>,
+    /// Bytes a second; 0 is as fast as it can.
+    pub speed: u64,
+}
+
+impl Stream {
+    /// All layers below a node, which then stands on nothing.
+    pub fn all(into: impl Into<String>) -> Self {
+        Self { job: Name::job(), into: into.into(), base: None, backing_file: None, speed: 0 }
+    }
+
+    /// The layers above a base, on which the node then stands, with that backing string.
+    pub fn down_to(mut self, base: impl Into<String>, backing_file: impl Into<String>) -> Self {
+        self.base = Some(base.into());
+        self.backing_file = Some(backing_file.into());
+        self
+    }
+}
+
+/// The names of the nodes from `top` to before `base`, top first.
+fn between(graph: &Graph, attempted: &str, top: &str, base: Option<&str>) -> Result<Vec<String>> {
+    let chain: Vec<_> = graph.chain(top).iter().map(|node| node.name.clone()).collect();
+    let Some(base) = base else { return Ok(chain) };
+    match chain.iter().position(|name| name == base) {
+        Some(end) if end > 0 => Ok(chain.get(..end).unwrap_or_default().to_vec()),
+        _ => {
+            let detail = format!("{base} is not below it; its chain is {}", chain.join(" > "));
+            Err(Error::new(ErrorKind::Invalid, attempted, format!("node {top}"), detail))
+        }
+    }
+}
+
+/// Merges the active image into a layer below it, and pivots: that layer is then the active one.
+///
+/// The pivot is the instant that must be in a journal: from it on the old top opens cleanly with *old* data. So the job
+/// waits before it: `while_pending` runs when top and base are equal and the guest's I/O is held. Let it record the pivot,
+/// make it durable, and move the configured path; and undo what it did where it fails. Nothing is lost if QEMU is killed in
+/// it: top and base are the same.
+///
+/// The guest may run. Not idempotent; after a crash [`super::reconcile`] finds the job and [`drive_active`] goes on, or
+/// [`cancel`] ends it. Afterwards the merged nodes are deleted from the graph; those that something else uses are given.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`], [`ErrorKind::Refused`] before it began. [`ErrorKind::Hook`]: the job was cancelled.
+/// [`ErrorKind::Cancelled`], [`ErrorKind::Failed`] with what QEMU said. After all of these the chain is as before.
+/// [`ErrorKind::Lost`], [`ErrorKind::Timeout`]: before `while_pending` was called the top is right; after it has returned, the
+/// base.
+pub async fn commit_active<T, F>(
+    machine: &Machine,
+    commit: &ActiveCommit,
+    progress: impl FnMut(Progress),
+    while_pending: impl FnOnce() -> F,
+) -> Result<(T, Vec<String>)>
+where
+    F: Future<Output = std::result::Result<T, BoxError>>,
+{
+    let attempted = "merging the active image";
+    let graph = Graph::read(machine).await?;
+    let merged = between(&graph, attempted, &commit.top, Some(&commit.base))?;
+    let arguments = json!({
+        "job-id": commit.job.as_str(), "device": commit.top, "base-node": commit.base, "speed": commit.speed,
+        "auto-finalize": false, "auto-dismiss": false,
+    });
+    let subject = format!("node {}", commit.top);
+    machine.run(attempted, &subject, "block-commit", arguments).await?;
+    let done = drive_active(machine, &commit.job, progress, while_pending).await?;
+    Ok((done, remove_layers(machine, &merged).await?))
+}
+
+/// Takes an active commit, wherever it is, through to its end: the second half of [`commit_active`], and what finishes one
+/// that a crash of ours left. Deletes no nodes.
+///
+/// # Errors
+/// As [`commit_active`].
+pub async fn drive_active<T, F>(
+    machine: &Machine,
+    job: &Name,
+    mut progress: impl FnMut(Progress),
+    while_pending: impl FnOnce() -> F,
+) -> Result<T>
+where
+    F: Future<Output = std::result::Result<T, BoxError>>,
+{
+    let attempted = "merging the active image";
+    let id = json!({ "id": job.as_str() });
+    let found = reach(machine, job, &[JobStatus::Ready, JobStatus::Pending], None, &mut progress).await?;
+    if found.status == JobStatus::Ready {
+        machine.run(attempted, job.as_str(), "job-complete", id.clone()).await?;
+        let until = Some(Instant::now() + HANDOVER);
+        let found = reach(machine, job, &[JobStatus::Pending], until, &mut progress).await?;
+        if found.status == JobStatus::Concluded {
+            return Err(ended_early(machine, job, found).await);
+        }
+    } else if found.status == JobStatus::Concluded {
+        return Err(ended_early(machine, job, found).await);
+    }
+    let done = match while_pending().await {
+        Ok(done) => done,
+        Err(error) => {
+            let error = Error::hook(attempted, job, error);
+            let ended = match cancel(machine, job).await {
+                Ok(()) => reach(machine, job, &[], Some(Instant::now() + HANDOVER), |_| {}).await,
+                Err(second) => Err(second),
+            };
+            return Err(match ended {
+                Ok(ended) => match dismiss(machine, job, ended).await {
+                    Err(second) if second.kind() != ErrorKind::Cancelled => error.now(second.to_string()),
+                    _ => error.now("the job was cancelled, the chain is as before"),
+                },
+                Err(second) => error.now(format!("the job may hold the guest's disk ({second})")),
+            });
+        }
+    };
+    machine.run(attempted, job.as_str(), "job-finalize", id).await.map_err(|error| {
+        error.now("top and base are equal, and the guest's I/O is held until the job ends")
+    })?;
+    let ended = reach(machine, job, &[], Some(Instant::now() + HANDOVER), |_| {}).await?;
+    dismiss(machine, job, ended).await?;
+    Ok(done)
+}
+
+async fn ended_early(machine: &Machine, job: &Name, ended: qmp::Job) -> Error {
+    match dismiss(machine, job, ended).await {
+        Err(error) => error.now("the chain is as before"),
+        Ok(()) => {
+            let detail = "it ended before it was told to: somebody else finalized it";
+            Error::new(ErrorKind::Failed, "merging the active image", job, detail)
+                .now("the base is the active image")
+        }
+    }
+}
+
+/// Merges an overlay into a node directly below it, with nobody to be told. Leaves the overlay's node.
+pub(crate) async fn fold(machine: &Machine, overlay: &str, below: &str) -> Result<()> {
+    let commit = ActiveCommit::new(overlay, below);
+    let arguments = json!({
+        "job-id": commit.job.as_str(), "device": overlay, "base-node": below,
+        "auto-finalize": false, "auto-dismiss": false,
+    });
+    machine.run("merging an overlay", overlay, "block-commit", arguments).await?;
+    drive_active(machine, &commit.job, |_| {}, async || Ok(())).await
+}
+
+/// Merges layers in the middle of a chain into the lowest of them; the layer above them then stands on that. Deletes their
+/// nodes; gives those that something else uses.
+///
+/// The guest may run. Killed in the middle, the chain is as before: the base has got some data that the layers above it have
+/// too. Not idempotent, but it may be begun again.
+///
+/// # Errors
+/// As [`commit_active`], without a hook. After [`ErrorKind::Cancelled`] and [`ErrorKind::Failed`] the chain is as before.
+pub async fn commit_layers(
+    machine: &Machine,
+    commit: &LayerCommit,
+    progress: impl FnMut(Progress),
+) -> Result<Vec<String>> {
+    let attempted = "merging layers";
+    let graph = Graph::read(machine).await?;
+    if commit.top == commit.root {
+        let detail = "it is the active image, whose merge pivots";
+        return Err(Error::new(ErrorKind::Invalid, attempted, &commit.top, detail)
+            .advice("merge it as the active image"));
+    }
+    let merged = between(&graph, attempted, &commit.top, Some(&commit.base))?;
+    let arguments = json!({
+        "job-id": commit.job.as_str(), "device": commit.root, "top-node": commit.top, "base-node": commit.base,
+        "backing-file": commit.backing_file, "speed": commit.speed, "auto-dismiss": false,
+    });
+    machine.run(attempted, &format!("node {}", commit.top), "block-commit", arguments).await?;
+    let ended = reach(machine, &commit.job, &[], None, progress).await?;
+    dismiss(machine, &commit.job, ended).await?;
+    remove_layers(machine, &merged).await
+}
+
+/// Pulls the data of layers below a node up into it; it then stands on the base. Deletes their nodes; gives those that
+/// something else uses.
+///
+/// The guest may run. Killed in the middle, the chain is as before, and the node has got some data that is below it too. Not
+/// idempotent, but it may be begun again.
+///
+/// # Errors
+/// As [`commit_layers`].
+pub async fn stream(
+    machine: &Machine,
+    stream: &Stream,
+    progress: impl FnMut(Progress),
+) -> Result<Vec<String>> {
+    let attempted = "pulling up layers";
+    let graph = Graph::read(machine).await?;
+    graph.expect(attempted, &stream.into)?;
+    let mut merged = between(&graph, attempted, &stream.into, stream.base.as_deref())?;
+    merged.retain(|name| *name != stream.into);
+    let mut arguments = json!({
+        "job-id": stream.job.as_str(), "device": stream.into, "speed": stream.speed, "auto-dismiss": false,
+    });
+    match (&stream.base, &stream.backing_file) {
+        (Some(base), Some(backing_file)) => {
+            arguments["base-node"] = json!(base);
+            arguments["backing-file"] = json!(backing_file);
+        }
+        (None, None) => {}
+        _ => {
+            let detail = "a base needs a backing string, and a backing string a base";
+            return Err(Error::new(ErrorKind::Invalid, attempted, &stream.into, detail));
+        }
+    }
+    machine.run(attempted, &format!("node {}", stream.into), "block-stream", arguments).await?;
+    let ended = reach(machine, &stream.job, &[], None, progress).await?;
+    dismiss(machine, &stream.job, ended).await?;
+    remove_layers(machine, &merged).await
+}

@@ -1,0 +1,15 @@
+//! Merging layers while the guest runs: commit and stream, and what a crash left of them.
+//!
+//! QEMU tells no progress by itself, so jobs are polled. They never dismiss themselves: how one ended is read before it goes.
+//! Nodes that a job has made superfluous stay in the graph until they are deleted, top first; until then later operations
+//! fail, so each function here deletes them.
+
+mod merge;
+mod reconcile;
+mod run;
+
+pub(crate) use merge::fold;
+pub use merge::{ActiveCommit, LayerCommit, Stream, commit_active, commit_layers, drive_active, stream};
+pub use reconcile::{OurNode, Ours, Outgoing, reconcile, sweep};
+pub(crate) use run::concluded;
+pub use run::{Progress, cancel, set_speed, status};

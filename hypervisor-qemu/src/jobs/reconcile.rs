@@ -1,0 +1,117 @@
+//! What of ours there is in a QEMU: after a crash of domsnap, or of the connection.
+
+use qmp::{Job, JobStatus};
+use serde_json::{Value, json};
+
+use crate::{
+    error::Result,
+    fdset,
+    graph::{Edge, Graph, remove_layers},
+    machine::{Machine, RunState},
+    migration,
+    name::is_ours,
+};
+
+/// What of ours there is, by the names that begin with `domsnap-`.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Ours {
+    /// Whether the guest runs.
+    pub state: RunState,
+    /// Our jobs, and where each is.
+    pub jobs: Vec<Job>,
+    /// Our nodes, and who uses each.
+    pub nodes: Vec<OurNode>,
+    /// Descriptors that we lent: set and purpose.
+    pub lent: Vec<(i64, String)>,
+    /// A migration that is under way, whosoever: QEMU does not tell. A memory image that was being written is one.
+    pub outgoing: Option<Outgoing>,
+}
+
+/// One node of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OurNode {
+    /// Its name.
+    pub name: String,
+    /// The file that it names.
+    pub file: String,
+    /// Who uses it: nodes above, devices, jobs. Nobody: it was made ready and not put in place, or is left from what was
+    /// merged.
+    pub users: Vec<Edge>,
+    /// Whether it stands for the chain of a device that is detached: then the guest must not run until it was attached.
+    pub placeholder: bool,
+}
+
+/// A migration that is under way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Outgoing {
+    /// QEMU's word: `active`, `pre-switchover`, ...
+    pub status: String,
+    /// Bytes written.
+    pub transferred: u64,
+}
+
+/// Reads what of ours there is. Changes nothing.
+///
+/// # Errors
+/// Those of the connection.
+pub async fn reconcile(machine: &Machine) -> Result<Ours> {
+    let state = machine.run_state().await?;
+    let jobs = machine.query("query-jobs", Value::Null).await?;
+    let jobs = Job::list(&jobs).ok_or_else(|| machine.odd("query-jobs", &jobs))?;
+    let graph = Graph::read(machine).await?;
+    let sets = machine.query("query-fdsets", Value::Null).await?;
+    let now = migration::status(machine).await?;
+    let nodes = graph.nodes().iter().filter(|node| is_ours(&node.name));
+    let nodes = nodes.map(|node| OurNode {
+        name: node.name.clone(),
+        file: node.file.clone(),
+        users: graph.users(&node.name).cloned().collect(),
+        placeholder: node.name.starts_with("domsnap-ph-"),
+    });
+    Ok(Ours {
+        state,
+        jobs: jobs.into_iter().filter(|job| is_ours(&job.id)).collect(),
+        nodes: nodes.collect(),
+        lent: fdset::ours(&sets),
+        outgoing: now
+            .under_way()
+            .then(|| Outgoing { status: now.status.clone(), transferred: now.transferred }),
+    })
+}
+
+/// Tidies away what of ours does nothing: jobs that have ended are dismissed, nodes that nobody uses are deleted, descriptors
+/// that no node has are taken back. What runs, and what a device stands on, is not touched: that is the journal's to decide.
+/// May be repeated.
+///
+/// # Errors
+/// Those of the connection.
+pub async fn sweep(machine: &Machine, ours: &Ours) -> Result<()> {
+    for job in ours.jobs.iter().filter(|job| job.status == JobStatus::Concluded) {
+        machine.run("dismissing a job", &job.id, "job-dismiss", json!({ "id": job.id })).await?;
+    }
+    // Each round frees what stood below.
+    for _ in 0..ours.nodes.len() {
+        let graph = Graph::read(machine).await?;
+        let idle = graph.nodes().iter().filter(|node| is_ours(&node.name));
+        let idle: Vec<_> = idle.filter(|node| graph.users(&node.name).next().is_none()).collect();
+        let idle: Vec<_> = idle.into_iter().map(|node| node.name.clone()).collect();
+        if idle.is_empty() || remove_layers(machine, &idle).await?.len() >= idle.len() {
+            break;
+        }
+    }
+    let graph = Graph::read(machine).await?;
+    let sets = machine.query("query-fdsets", Value::Null).await?;
+    if migration::status(machine).await?.under_way() {
+        return Ok(());
+    }
+    for (id, _) in fdset::ours(&sets) {
+        let path = format!("/dev/fdset/{id}");
+        if !graph.nodes().iter().any(|node| node.file.contains(&path)) {
+            machine.query("remove-fd", json!({ "fdset-id": id })).await?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! One job: where it is, waited for, cancelled.
+
+use std::time::{Duration, Instant};
+
+use qmp::{Job, JobStatus};
+use serde_json::{Value, json};
+use tokio::time::sleep;
+
+use crate::{
+    error::{Error, ErrorKind, Result},
+    machine::Machine,
+    name::Name,
+};
+
+/// Between two looks: at first, and at most.
+const LOOK: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(50)];
+
+/// How far a job is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// Where it is.
+    pub status: JobStatus,
+    /// Bytes done.
+    pub current: u64,
+    /// Bytes in all; grows while the guest writes.
+    pub total: u64,
+}
+
+/// A job as QEMU lists it; none where there is none, or it was dismissed.
+///
+/// # Errors
+/// Those of the connection.
+pub async fn status(machine: &Machine, job: &Name) -> Result<Option<Job>> {
+    let jobs = machine.query("query-jobs", Value::Null).await?;
+    let all = qmp::Job::list(&jobs).ok_or_else(|| machine.odd("query-jobs", &jobs))?;
+    Ok(all.into_iter().find(|found| found.id == job.as_str()))
+}
+
+/// Waits until a job is in one of some states, or has ended.
+pub(super) async fn reach(
+    machine: &Machine,
+    job: &Name,
+    states: &[JobStatus],
+    until: Option<Instant>,
+    mut each: impl FnMut(Progress),
+) -> Result<Job> {
+    let attempted = "waiting for a job";
+    let [mut pause, longest] = LOOK;
+    let mut before = None;
+    loop {
+        let Some(found) = status(machine, job).await? else {
+            return Err(Error::new(ErrorKind::Invalid, attempted, job, "QEMU has no such job (any more)")
+                .advice("somebody else dismissed it; look at what the disks stand on"));
+        };
+        let progress = Progress { status: found.status.clone(), current: found.current, total: found.total };
+        if before.as_ref() != Some(&progress) {
+            each(progress.clone());
+            before = Some(progress);
+        }
+        if states.contains(&found.status) || found.status == JobStatus::Concluded {
+            return Ok(found);
+        }
+        if until.is_some_and(|until| Instant::now() >= until) {
+            let detail = format!("it is {:?} still, waited for {states:?}", found.status);
+            return Err(Error::new(ErrorKind::Timeout, attempted, job, detail).now("the job goes on"));
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(longest);
+    }
+}
+
+/// Waits until a job has ended, dismisses it, and gives how it ended.
+pub(crate) async fn concluded(machine: &Machine, job: &Name, deadline: Duration) -> Result<()> {
+    let ended = reach(machine, job, &[], Some(Instant::now() + deadline), |_| {}).await?;
+    dismiss(machine, job, ended).await
+}
+
+/// Dismisses a job that has ended; gives how it ended.
+pub(super) async fn dismiss(machine: &Machine, job: &Name, ended: Job) -> Result<()> {
+    let subject = job.as_str();
+    machine.run("dismissing a job", subject, "job-dismiss", json!({ "id": subject })).await?;
+    match ended.error {
+        None => Ok(()),
+        Some(text) if text == "Operation canceled" => {
+            Err(Error::new(ErrorKind::Cancelled, "running a job", subject, "it was cancelled"))
+        }
+        Some(text) => {
+            Err(Error::new(ErrorKind::Failed, "running a job", format!("{} {subject}", ended.kind), text))
+        }
+    }
+}
+
+/// Limits a job's speed, in bytes a second; 0 is as fast as it can. At any time, also from another task. May be repeated.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] where there is no such job, or it is no block job.
+pub async fn set_speed(machine: &Machine, job: &Name, bytes_per_second: u64) -> Result<()> {
+    let arguments = json!({ "device": job.as_str(), "speed": bytes_per_second });
+    machine.run("limiting a job", job.as_str(), "block-job-set-speed", arguments).await.map(drop)
+}
+
+/// Asks a job to end without its effect; whoever waits for it gets [`ErrorKind::Cancelled`]. The chain is as before. Does
+/// nothing where the job has ended, or is gone.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] where it can no longer be cancelled.
+pub async fn cancel(machine: &Machine, job: &Name) -> Result<()> {
+    match status(machine, job).await? {
+        None => return Ok(()),
+        Some(found) if matches!(found.status, JobStatus::Concluded | JobStatus::Aborting) => return Ok(()),
+        Some(_) => {}
+    }
+    machine.run("cancelling a job", job.as_str(), "job-cancel", json!({ "id": job.as_str() })).await.map(drop)
+}

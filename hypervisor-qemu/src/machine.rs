@@ -1,0 +1,205 @@
+//! [`Machine`]: one live QEMU, and whether its guest runs.
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use qmp::Qmp;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::time::sleep;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long QEMU may take to be ready for `cont` after a migration.
+const FINALIZED: Duration = Duration::from_secs(30);
+
+/// One live QEMU: a connection to it, and what everything else here is asked through. Clones share the connection.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    qmp: Qmp,
+    /// Descriptor sets that were given back and that QEMU keeps until the guest runs (7.2 does).
+    kept: Arc<Mutex<Vec<i64>>>,
+}
+
+/// `query-status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct RunState {
+    /// Whether the guest's processors run.
+    pub running: bool,
+    /// QEMU's word: `running`, `paused`, `postmigrate`, `restore-vm`, `shutdown`, ...
+    pub word: String,
+}
+
+/// A guest that stands still. Resumes nothing by itself: [`Machine::resume`] does.
+#[derive(Debug)]
+#[must_use = "a guest that was paused by this stays so until `Machine::resume`"]
+pub struct Paused {
+    /// Whether it ran before, and so was stopped by us.
+    ours: bool,
+    since: Instant,
+}
+
+impl Paused {
+    /// Whether the guest ran until this stopped it.
+    pub fn is_ours(&self) -> bool {
+        self.ours
+    }
+}
+
+impl Machine {
+    /// Connects to a QMP socket.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Lost`] where nobody serves it; [`ErrorKind::Timeout`] where another client is served;
+    /// [`ErrorKind::Protocol`] where it is no QMP socket.
+    pub async fn connect(socket: impl AsRef<Path>) -> Result<Self> {
+        let socket = socket.as_ref();
+        let qmp = Qmp::connect(socket).await;
+        qmp.map(Self::new).map_err(|error| Error::qmp("connecting to QEMU", socket.display(), error))
+    }
+
+    /// The machine at the end of a connection.
+    pub fn new(qmp: Qmp) -> Self {
+        Self { qmp, kept: Arc::default() }
+    }
+
+    /// The same with another deadline for each command.
+    pub(crate) fn within(&self, deadline: Duration) -> Self {
+        Self { qmp: self.qmp.within(deadline), kept: Arc::clone(&self.kept) }
+    }
+
+    /// Notes a descriptor set that must be given back again when the guest runs.
+    pub(crate) fn keep(&self, set: i64) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(set);
+    }
+
+    /// The connection.
+    pub fn qmp(&self) -> &Qmp {
+        &self.qmp
+    }
+
+    /// The process of this QEMU, where the system tells.
+    pub fn pid(&self) -> Option<u32> {
+        self.qmp.peer().map(|peer| peer.pid)
+    }
+
+    /// Runs one command; `attempted` and `subject` are for the error.
+    pub(crate) async fn run(
+        &self,
+        attempted: &str,
+        subject: &str,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value> {
+        let reply = self.qmp.execute_raw(command, arguments).await;
+        reply.map_err(|error| Error::qmp(attempted, subject, error))
+    }
+
+    /// Runs one query, which has no subject but QEMU itself.
+    pub(crate) async fn query(&self, command: &str, arguments: Value) -> Result<Value> {
+        let socket = self.qmp.socket().display().to_string();
+        self.run("asking QEMU", &socket, command, arguments).await
+    }
+
+    /// A reply that has not the form that it should have.
+    pub(crate) fn odd(&self, command: &str, reply: &Value) -> Error {
+        let mut text = reply.to_string();
+        if text.len() > 200 {
+            text.truncate((0..=200).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0));
+        }
+        let subject = self.qmp.socket().display();
+        Error::new(ErrorKind::Protocol, format!("reading the reply to {command}"), subject, text)
+    }
+
+    /// Whether the guest runs.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub async fn run_state(&self) -> Result<RunState> {
+        let reply = self.query("query-status", Value::Null).await?;
+        match (reply["running"].as_bool(), reply["status"].as_str()) {
+            (Some(running), Some(word)) => Ok(RunState { running, word: word.to_owned() }),
+            _ => Err(self.odd("query-status", &reply)),
+        }
+    }
+
+    /// Stops the guest if it runs. When this returns no processor runs, and every request of the guest's to its disks is
+    /// done. May be repeated: a guest that was paused before is not ours to resume.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] where the guest is not there yet, or on its way elsewhere (`inmigrate`, `save-vm`, ...); those
+    /// of the connection. After an error the guest is as it was, save where the connection was lost.
+    pub async fn pause(&self) -> Result<Paused> {
+        let state = self.run_state().await?;
+        let subject = self.qmp.socket().display();
+        match state.word.as_str() {
+            "inmigrate" | "save-vm" | "finish-migrate" | "colo" => {
+                let detail = format!("it is in the run state {:?}", state.word);
+                return Err(Error::new(ErrorKind::Invalid, "pausing the guest", subject, detail)
+                    .advice("wait until it has arrived, or end what another program does with it"));
+            }
+            _ => {}
+        }
+        let since = Instant::now();
+        // A guest that sleeps (S3) can wake at any time.
+        let ours = state.running || state.word == "suspended";
+        if ours {
+            self.run("pausing the guest", &subject.to_string(), "stop", Value::Null).await?;
+        }
+        Ok(Paused { ours, since })
+    }
+
+    /// Lets the guest go on if this pause stopped it; gives how long it stood still.
+    ///
+    /// Tries again while QEMU finishes a migration ("Migration is not finalized yet").
+    ///
+    /// # Errors
+    /// Those of the connection, and what QEMU said: the guest is paused then.
+    pub async fn resume(&self, paused: Paused) -> Result<Duration> {
+        if paused.ours {
+            self.cont().await?;
+        }
+        Ok(paused.since.elapsed())
+    }
+
+    /// Lets the guest run, whoever paused it. Repeating it is harmless.
+    ///
+    /// # Errors
+    /// As [`Machine::resume`].
+    pub async fn cont(&self) -> Result<()> {
+        let subject = self.qmp.socket().display().to_string();
+        let until = Instant::now() + FINALIZED;
+        loop {
+            let error = match self.qmp.execute_raw("cont", Value::Null).await {
+                Ok(_) => break,
+                Err(error) => error,
+            };
+            let again = error.desc().is_some_and(|desc| desc.contains("not finalized"));
+            if !again || Instant::now() >= until {
+                return Err(Error::qmp("resuming the guest", subject, error)
+                    .now("the guest is paused")
+                    .advice("look into QEMU's log; `cont` over QMP resumes it"));
+            }
+            sleep(Duration::from_millis(2)).await;
+        }
+        let kept = std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner));
+        for set in kept {
+            // It may be gone by itself.
+            let _ = self.qmp.execute_raw("remove-fd", json!({ "fdset-id": set })).await;
+        }
+        Ok(())
+    }
+
+    /// Resets the guest, as its reset button does: at once, whether it runs or not. Not idempotent.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub async fn reset(&self) -> Result<()> {
+        let subject = self.qmp.socket().display().to_string();
+        self.run("resetting the guest", &subject, "system_reset", json!({})).await.map(drop)
+    }
+}

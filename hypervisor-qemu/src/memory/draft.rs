@@ -1,0 +1,178 @@
+//! [`Draft`]: a memory image that is being written.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use super::{
+    image::{Image, checksums},
+    record::{LONGEST_METADATA, Record},
+};
+use crate::{
+    error::{Error, ErrorKind, Result},
+    qcow2::{self, RECORD, STREAM},
+};
+
+/// A memory image that is being written: `.NAME.part` beside its final name, mode 0600. Removed when dropped.
+#[derive(Debug)]
+pub struct Draft {
+    path: PathBuf,
+    part: PathBuf,
+    file: Option<File>,
+}
+
+impl Draft {
+    /// Begins one. What an earlier attempt at the same name left is replaced.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] where the name is taken; [`ErrorKind::Io`]. Nothing is left behind.
+    pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        let attempted = "making a memory image";
+        let part = Self::part(&path).ok_or_else(|| {
+            Error::new(ErrorKind::Invalid, attempted, path.display(), "it has no file name")
+        })?;
+        if path.symlink_metadata().is_ok() {
+            return Err(Error::new(ErrorKind::Invalid, attempted, path.display(), "the file exists")
+                .advice("give the snapshot another name, or remove the file if nothing needs it"));
+        }
+        Self::remove_stale(&path)?;
+        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&part);
+        let file = file.map_err(|error| Error::io(attempted, &part, error))?;
+        Ok(Self { path, part, file: Some(file) })
+    }
+
+    fn part(path: &Path) -> Option<PathBuf> {
+        let mut name = std::ffi::OsString::from(".");
+        name.push(path.file_name()?);
+        name.push(".part");
+        Some(path.with_file_name(name))
+    }
+
+    /// Removes what a crash left of a draft of that name. Does nothing where there is none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub fn remove_stale(path: &Path) -> Result<()> {
+        let Some(part) = Self::part(path) else { return Ok(()) };
+        match fs::remove_file(&part) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::io("removing what is left of a memory image", &part, error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The name that it will have.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn file(&self) -> Result<&File> {
+        let gone =
+            || Error::new(ErrorKind::Invalid, "writing a memory image", self.path.display(), "it is closed");
+        self.file.as_ref().ok_or_else(gone)
+    }
+
+    /// A description of the file for writing only, as QEMU wants it, at the place of the stream.
+    pub(crate) fn writable(&self) -> Result<OwnedFd> {
+        let open = || {
+            let mut file = File::options().write(true).open(&self.part)?;
+            io::Seek::seek(&mut file, io::SeekFrom::Start(STREAM))?;
+            // What a former attempt wrote must not stay behind the end of this one's stream.
+            file.set_len(STREAM)?;
+            Ok(file.into())
+        };
+        open().map_err(|error: io::Error| Error::io("opening a memory image", &self.part, error))
+    }
+
+    /// How many bytes QEMU has written.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub fn written(&self) -> Result<u64> {
+        let about = self.file()?.metadata();
+        let about = about.map_err(|error| Error::io("reading a memory image", &self.part, error))?;
+        Ok(about.len().saturating_sub(STREAM))
+    }
+
+    /// Makes it an image: checksums, tables, record, header, durable, named. Blocks while it reads the stream once: call it
+    /// from a thread that may. Not before the migration is completed.
+    ///
+    /// `tag` is the name of the internal snapshot: where disks have internal snapshots of the same instant, theirs.
+    /// `metadata`, 1 MiB at most, is kept in the record and given back by [`Image::metadata`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Damaged`] where what was written is no stream of QEMU's; [`ErrorKind::Invalid`] for a name or metadata
+    /// that does not fit, or where the final name is taken by now; [`ErrorKind::Io`]. After any error the draft is gone, and
+    /// no file has the name (unless only the directory's flush failed: then it is whole, and perhaps not there after a power
+    /// loss).
+    pub fn seal(mut self, tag: &str, metadata: &[u8]) -> Result<Image> {
+        let attempted = "finishing a memory image";
+        let failed = |error: io::Error| Error::io(attempted, &self.part, error);
+        if metadata.len() > LONGEST_METADATA {
+            let detail = format!("its metadata has {} bytes, {LONGEST_METADATA} at most", metadata.len());
+            return Err(Error::new(ErrorKind::Invalid, attempted, self.path.display(), detail));
+        }
+        let file = self.file()?;
+        let stream = self.written()?;
+        super::image::expect_stream(&self.path, file, stream)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
+        let wrapper = qcow2::wrapper(stream, tag, seconds)?;
+        let checksums = checksums(file, stream).map_err(failed)?;
+        let record = Record { stream, checksums, metadata: metadata.to_vec() };
+
+        for (at, bytes) in &wrapper.tables {
+            file.write_all_at(bytes, *at).map_err(failed)?;
+        }
+        file.write_all_at(&record.bytes(), RECORD).map_err(failed)?;
+        file.set_len(wrapper.length).map_err(failed)?;
+        file.sync_all().map_err(failed)?;
+        file.write_all_at(&wrapper.header, 0).map_err(failed)?;
+        file.sync_all().map_err(failed)?;
+
+        let taken = rustix::fs::renameat_with(
+            rustix::fs::CWD,
+            &self.part,
+            rustix::fs::CWD,
+            &self.path,
+            rustix::fs::RenameFlags::NOREPLACE,
+        );
+        match taken {
+            Ok(()) => {}
+            // A file system without that flag: nobody else makes names here, and `create` has looked.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+                fs::rename(&self.part, &self.path).map_err(failed)?;
+            }
+            Err(rustix::io::Errno::EXIST) => {
+                let detail = "another file has its name by now";
+                return Err(Error::new(ErrorKind::Invalid, attempted, self.path.display(), detail));
+            }
+            Err(error) => return Err(failed(error.into())),
+        }
+        self.file = None;
+        let directory = match self.path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let flushed = File::open(directory).and_then(|directory| directory.sync_all());
+        flushed.map_err(|error| Error::io("flushing the directory of a memory image", directory, error))?;
+        Image::open(&self.path)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if self.file.is_some() {
+            let _ = fs::remove_file(&self.part);
+        }
+    }
+}

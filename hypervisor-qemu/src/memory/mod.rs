@@ -1,0 +1,35 @@
+//! The memory image: a guest's RAM and device state, in one file with three ways in.
+//!
+//! QEMU itself writes its stream into the file, at an offset. Around it this crate writes a small qcow2 image, whose one
+//! internal snapshot has the stream as its VM state. So the same file serves
+//!
+//! 1. a revert in the running process ([`restore_in_place`], by `snapshot-load`);
+//! 2. a cold start (`-incoming`, [`Image::incoming`]);
+//! 3. whoever looks at it with `qemu-img`.
+//!
+//! ```text
+//! 0        qcow2 header       written last, when all else is durable
+//! 2 MiB    reference counts, tables, snapshot table
+//! 14 MiB   record: length and checksums of the stream, the caller's metadata
+//! 16 MiB   the stream, as QEMU wrote it
+//! ```
+//!
+//! The record's cluster belongs to the snapshot (behind its VM state), so a check finds the image clean. Nobody writes the
+//! image after it is sealed: for a revert QEMU writes into an overlay in memory instead ([`restore`]), so that one image may
+//! be restored again and again, by several machines at once.
+//!
+//! # Order of writing
+//!
+//! A [`Draft`] is `.NAME.part` beside its final name, with mode 0600 before the first byte is in it. [`Draft::seal`]: the
+//! tables and the record are written; all is flushed (the stream too); the header is written; it is flushed; the file gets its
+//! name, which must be free; the directory is flushed. So what has the name is whole, and what has not is nothing.
+
+mod draft;
+mod image;
+mod record;
+mod restore;
+
+pub use draft::Draft;
+pub use image::{Image, Incoming};
+pub(crate) use restore::memory_file;
+pub use restore::{Restored, restore_in_place};

@@ -1,0 +1,244 @@
+//! QEMU's migration, as the one way to get at memory: settings that are put back, a stream into a draft, and where it is.
+
+use std::{
+    os::fd::AsFd,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Map, Value, json};
+use tokio::time::sleep;
+
+use crate::{
+    error::{Error, ErrorKind, Result},
+    fdset::FdSet,
+    machine::Machine,
+    memory::Draft,
+    qcow2::STREAM,
+};
+
+/// Bytes a second. QEMU's own limit is 128 MiB.
+const BANDWIDTH: u64 = 64 << 30;
+
+/// How long a migration may take to end once it is told to.
+const ENDING: Duration = Duration::from_secs(60);
+
+/// Where a migration is, from `query-migrate`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Now {
+    /// QEMU's word; empty before the first one.
+    pub(crate) status: String,
+    pub(crate) error: Option<String>,
+    pub(crate) transferred: u64,
+    pub(crate) remaining: u64,
+    /// Pages that were written, or found to be zeros.
+    pub(crate) pages: u64,
+}
+
+impl Now {
+    pub(crate) fn under_way(&self) -> bool {
+        !matches!(self.status.as_str(), "" | "none" | "completed" | "failed" | "cancelled")
+    }
+
+    pub(crate) fn completed(&self) -> bool {
+        self.status == "completed"
+    }
+
+    /// An error, if it has ended otherwise than it should.
+    pub(crate) fn check(&self, attempted: &str, subject: &str) -> Result<()> {
+        match self.status.as_str() {
+            "failed" => {
+                let detail = self.error.clone().unwrap_or_else(|| "QEMU does not say why".to_owned());
+                Err(Error::new(ErrorKind::Failed, attempted, subject, detail))
+            }
+            "cancelled" | "cancelling" => {
+                Err(Error::new(ErrorKind::Cancelled, attempted, subject, "the migration was cancelled"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+pub(crate) async fn status(machine: &Machine) -> Result<Now> {
+    let reply = machine.query("query-migrate", Value::Null).await?;
+    let ram = |key: &str| reply["ram"][key].as_u64().unwrap_or_default();
+    Ok(Now {
+        status: reply["status"].as_str().unwrap_or_default().to_owned(),
+        error: reply["error-desc"].as_str().map(str::to_owned),
+        transferred: ram("transferred"),
+        remaining: ram("remaining"),
+        pages: ram("normal").saturating_add(ram("duplicate")),
+    })
+}
+
+/// Which form of migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    Background,
+    /// Waits before it ends.
+    PreCopy,
+    Plain,
+}
+
+/// Settings of QEMU's that were changed, as they were before.
+#[derive(Debug)]
+#[must_use = "the settings stay changed until `Settings::restore`"]
+pub(crate) struct Settings {
+    capabilities: Vec<(String, bool)>,
+    bandwidth: Option<u64>,
+}
+
+impl Settings {
+    /// Sets what a form needs, and all other capabilities off that would change the stream. After an error they are as
+    /// before.
+    pub(crate) async fn apply(machine: &Machine, form: Form) -> Result<Self> {
+        let attempted = "preparing to save memory";
+        let subject = machine.qmp().socket().display().to_string();
+        let now = status(machine).await?;
+        if now.under_way() {
+            let detail = format!("a migration is under way ({})", now.status);
+            return Err(Error::new(ErrorKind::Invalid, attempted, subject, detail)
+                .advice("wait for it, or cancel it (`migrate_cancel`)"));
+        }
+        let listed = machine.query("query-migrate-capabilities", Value::Null).await?;
+        let read =
+            |value: &Value| Some((value["capability"].as_str()?.to_owned(), value["state"].as_bool()?));
+        let listed = crate::graph::all(&listed, read)
+            .ok_or_else(|| machine.odd("query-migrate-capabilities", &listed))?;
+        let wanted = |name: &str, before: bool| match name {
+            "background-snapshot" => form == Form::Background,
+            "pause-before-switchover" => form == Form::PreCopy,
+            // They change nothing in the stream.
+            "events" | "late-block-activate" => before,
+            _ => false,
+        };
+        let mut changed: Vec<(String, bool)> = Vec::new();
+        let mut set = Vec::new();
+        // Off before on: some exclude each other.
+        for on in [false, true] {
+            for (name, before) in
+                listed.iter().filter(|(name, before)| wanted(name, *before) == on && *before != on)
+            {
+                set.push(json!({ "capability": name, "state": on }));
+                changed.push((name.clone(), *before));
+            }
+        }
+        let parameters = machine.query("query-migrate-parameters", Value::Null).await?;
+        let settings = Self { capabilities: changed, bandwidth: parameters["max-bandwidth"].as_u64() };
+        let outcome = async {
+            if !set.is_empty() {
+                let arguments = json!({ "capabilities": set });
+                machine.run(attempted, &subject, "migrate-set-capabilities", arguments).await?;
+            }
+            let arguments = json!({ "max-bandwidth": BANDWIDTH });
+            machine.run(attempted, &subject, "migrate-set-parameters", arguments).await
+        };
+        match outcome.await {
+            Ok(_) => Ok(settings),
+            Err(error) => {
+                let restored = settings.restore(machine).await;
+                Err(match restored {
+                    Ok(()) => error,
+                    Err(second) => error.now(second.to_string()),
+                })
+            }
+        }
+    }
+
+    /// Puts them back. A migration must not be under way.
+    pub(crate) async fn restore(&self, machine: &Machine) -> Result<()> {
+        let attempted = "putting the settings of migration back";
+        let subject = machine.qmp().socket().display().to_string();
+        let mut capabilities: Vec<_> = self.capabilities.clone();
+        // What was off goes first, what was on after.
+        capabilities.sort_by_key(|(_, before)| *before);
+        if !capabilities.is_empty() {
+            let set: Vec<_> = capabilities
+                .iter()
+                .map(|(name, before)| json!({ "capability": name, "state": before }))
+                .collect();
+            let arguments = json!({ "capabilities": set });
+            machine.run(attempted, &subject, "migrate-set-capabilities", arguments).await?;
+        }
+        let mut parameters = Map::new();
+        if let Some(bandwidth) = self.bandwidth {
+            parameters.insert("max-bandwidth".to_owned(), json!(bandwidth));
+        }
+        machine.run(attempted, &subject, "migrate-set-parameters", Value::Object(parameters)).await.map(drop)
+    }
+}
+
+/// A migration into a draft.
+#[derive(Debug)]
+pub(crate) struct Writing {
+    settings: Settings,
+    lent: Option<FdSet>,
+}
+
+impl Writing {
+    /// Starts one. The settings are those of [`Settings::apply`]; they are not put back by an error here.
+    pub(crate) async fn start(
+        machine: &Machine,
+        draft: &Draft,
+        settings: Settings,
+    ) -> std::result::Result<Self, (Error, Settings)> {
+        match Self::begin(machine, draft).await {
+            Ok(lent) => Ok(Self { settings, lent }),
+            Err(error) => Err((error, settings)),
+        }
+    }
+
+    async fn begin(machine: &Machine, draft: &Draft) -> Result<Option<FdSet>> {
+        let attempted = "saving memory";
+        let subject = draft.path().display().to_string();
+        let descriptor = draft.writable()?;
+        let files = machine.schema().await?.has_argument("migrate", "channels.addr.transport=file.offset");
+        if files {
+            let set = FdSet::add(machine, "memory", &[&descriptor]).await?;
+            let uri = format!("file:{},offset={STREAM}", set.path());
+            return match machine.run(attempted, &subject, "migrate", json!({ "uri": uri })).await {
+                Ok(_) => Ok(Some(set)),
+                Err(error) => {
+                    set.remove(machine).await;
+                    Err(error)
+                }
+            };
+        }
+        // A QEMU that knows no files writes to any descriptor, from where it is: at the place of the stream.
+        let name = "domsnap-memory";
+        let lent = machine.qmp().get_fd(name, descriptor.as_fd()).await;
+        lent.map_err(|error| Error::qmp(attempted, &subject, error))?;
+        let started =
+            machine.run(attempted, &subject, "migrate", json!({ "uri": format!("fd:{name}") })).await;
+        if started.is_err() {
+            // It may have been taken by the attempt.
+            let _ = machine.qmp().execute_raw("closefd", json!({ "fdname": name })).await;
+        }
+        started.map(|_| None)
+    }
+
+    /// Takes back what was lent, and puts the settings back: when the migration has ended.
+    pub(crate) async fn tidy(self, machine: &Machine) -> Result<()> {
+        if let Some(set) = self.lent {
+            set.remove(machine).await;
+        }
+        self.settings.restore(machine).await
+    }
+
+    /// Ends the migration without its effect, and tidies.
+    pub(crate) async fn cancel(self, machine: &Machine) -> Result<()> {
+        let attempted = "cancelling the saving of memory";
+        let subject = machine.qmp().socket().display().to_string();
+        let until = Instant::now() + ENDING;
+        if status(machine).await?.under_way() {
+            machine.run(attempted, &subject, "migrate_cancel", Value::Null).await?;
+        }
+        while status(machine).await?.under_way() {
+            if Instant::now() >= until {
+                let detail = format!("it has not ended within {} s", ENDING.as_secs());
+                return Err(Error::new(ErrorKind::Timeout, attempted, subject, detail));
+            }
+            sleep(Duration::from_millis(2)).await;
+        }
+        self.tidy(machine).await
+    }
+}

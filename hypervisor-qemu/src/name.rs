@@ -1,0 +1,113 @@
+//! The names that this crate gives in QEMU: all begin with `domsnap-`, so that after a crash ours are known from others'.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// What every name of ours in QEMU begins with.
+pub const PREFIX: &str = "domsnap-";
+
+/// QEMU's names of nodes have 31 bytes at most; two are for the suffix of the file below.
+const LONGEST: usize = 29;
+
+/// The name of a node or a job of ours: `domsnap-` and letters, digits, `-`, `_` and `.`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Name(String);
+
+impl Name {
+    /// A given name, for those that a journal records before they are used.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] where it does not begin with `domsnap-`, is longer than 29 bytes, or has other characters.
+    pub fn new(name: impl Into<String>) -> Result<Self> {
+        let name = name.into();
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+        let rest = name.strip_prefix(PREFIX).unwrap_or_default();
+        if rest.is_empty() || name.len() > LONGEST || !rest.bytes().all(allowed) {
+            let detail = format!(
+                "a name of domsnap's in QEMU is {PREFIX:?} and letters, digits, '-', '_' or '.', {LONGEST} bytes at most"
+            );
+            return Err(Error::new(ErrorKind::Invalid, "naming a node or job", name, detail));
+        }
+        Ok(Self(name))
+    }
+
+    /// A name that nothing else has: `domsnap-`, one letter or two, and 48 random bits.
+    pub(crate) fn fresh(kind: &str) -> Self {
+        let random = uuid::Uuid::new_v4().simple().to_string();
+        Self(format!("{PREFIX}{kind}-{}", random.get(..12).unwrap_or(&random)))
+    }
+
+    /// A fresh name for a node of a disk's layer.
+    pub fn node() -> Self {
+        Self::fresh("n")
+    }
+
+    /// A fresh name for a job.
+    pub fn job() -> Self {
+        Self::fresh("j")
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The name of the node of the file below this node.
+    pub fn file(&self) -> String {
+        format!("{}-f", self.0)
+    }
+}
+
+/// Whether a name in QEMU is one of ours.
+pub fn is_ours(name: &str) -> bool {
+    name.starts_with(PREFIX)
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<Name> for String {
+    fn from(name: Name) -> Self {
+        name.0
+    }
+}
+
+impl TryFrom<String> for Name {
+    type Error = Error;
+
+    fn try_from(name: String) -> Result<Self> {
+        Self::new(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_of_ours_fits_into_qemu_with_its_suffix_and_is_known_again() {
+        for name in [Name::node(), Name::job(), Name::new("domsnap-0123456789012345678.-").expect("29 bytes")]
+        {
+            assert!(name.file().len() <= 31 && is_ours(name.as_str()) && is_ours(&name.file()), "{name}");
+            assert_eq!(Name::new(name.as_str()).expect("valid"), name);
+        }
+        assert_ne!(Name::node(), Name::node());
+    }
+
+    #[test]
+    fn names_that_are_not_ours_too_long_or_strange_are_refused() {
+        for name in
+            ["", "domsnap-", "d0", "domsnap-0123456789012345678901", "domsnap-a b", "domsnap-ä", "domsnap-#1"]
+        {
+            let error = Name::new(name).expect_err(name);
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+        }
+    }
+}
