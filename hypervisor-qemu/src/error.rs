@@ -99,8 +99,12 @@ impl Error {
         self
     }
 
-    /// Says in what state things are now, after what was said before.
+    /// Says in what state things are now, after what was said before. Where the connection is lost, nobody knows: then this
+    /// is left out.
     pub(crate) fn now(mut self, now: impl AsRef<str>) -> Self {
+        if self.is_lost() {
+            return self;
+        }
         let now = now.as_ref();
         match &mut self.0.now {
             Some(before) => {
@@ -136,7 +140,7 @@ impl Error {
         &self.0.subject
     }
 
-    /// In what state QEMU was left, where that is not as before.
+    /// In what state QEMU was left, where that is not as before; always none where the connection was lost.
     pub fn state(&self) -> Option<&str> {
         self.0.now.as_deref()
     }

@@ -131,16 +131,16 @@ impl Machine {
     /// done. May be repeated: a guest that was paused before is not ours to resume.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] where the guest is not there yet, or on its way elsewhere (`inmigrate`, `save-vm`, ...); those
-    /// of the connection. After an error the guest is as it was, save where the connection was lost.
+    /// [`ErrorKind::Invalid`] where the guest is not there yet, on its way elsewhere, or gone (`inmigrate`, `save-vm`,
+    /// `postmigrate`, ...; its disks are inactive then, and some QEMUs die of an operation on them); those of the connection. After an error the guest is as it was, save where the connection was lost.
     pub async fn pause(&self) -> Result<Paused> {
         let state = self.run_state().await?;
         let subject = self.qmp.socket().display();
         match state.word.as_str() {
-            "inmigrate" | "save-vm" | "finish-migrate" | "colo" => {
+            "inmigrate" | "save-vm" | "finish-migrate" | "colo" | "postmigrate" => {
                 let detail = format!("it is in the run state {:?}", state.word);
                 return Err(Error::new(ErrorKind::Invalid, "pausing the guest", subject, detail)
-                    .advice("wait until it has arrived, or end what another program does with it"));
+                    .advice("wait until it has arrived, or end what another program does with it; after a migration to a file, resume it"));
             }
             _ => {}
         }
@@ -148,9 +148,23 @@ impl Machine {
         // A guest that sleeps (S3) can wake at any time.
         let ours = state.running || state.word == "suspended";
         if ours {
-            self.run("pausing the guest", &subject.to_string(), "stop", Value::Null).await?;
+            let stopped = self.run("pausing the guest", &subject.to_string(), "stop", Value::Null).await;
+            if let Err(error) = stopped {
+                return Err(self.not_paused(error).await);
+            }
         }
         Ok(Paused { ours, since })
+    }
+
+    /// A `stop` that was not answered may come later, when nobody waits: then a `cont` stands behind it in QEMU's queue.
+    async fn not_paused(&self, error: Error) -> Error {
+        if error.kind() != ErrorKind::Timeout {
+            return error;
+        }
+        match self.within(Duration::from_secs(1)).qmp.execute_raw("cont", Value::Null).await {
+            Ok(_) => error.now("the guest was resumed"),
+            Err(_) => error.now("the guest may be paused for a moment yet; QEMU was told to resume it then"),
+        }
     }
 
     /// Lets the guest go on if this pause stopped it; gives how long it stood still.

@@ -16,8 +16,11 @@ use crate::{
     qcow2::STREAM,
 };
 
-/// Bytes a second. QEMU's own limit is 128 MiB.
+/// Bytes a second: no limit.
 const BANDWIDTH: u64 = 64 << 30;
+
+/// QEMU's default.
+const USUAL_BANDWIDTH: u64 = 128 << 20;
 
 /// How long a migration may take to end once it is told to.
 const ENDING: Duration = Duration::from_secs(60);
@@ -68,6 +71,36 @@ pub(crate) async fn status(machine: &Machine) -> Result<Now> {
         remaining: ram("remaining"),
         pages: ram("normal").saturating_add(ram("duplicate")),
     })
+}
+
+/// Ends whatever migration there is, and switches off what a cut switches on. For what a crash of ours left.
+pub(crate) async fn abandon(machine: &Machine) -> Result<()> {
+    let attempted = "ending a saving of memory that was left";
+    let subject = machine.qmp().socket().display().to_string();
+    end(machine, attempted).await?;
+    let off: Vec<_> = ["background-snapshot", "pause-before-switchover"]
+        .map(|name| json!({ "capability": name, "state": false }))
+        .into();
+    machine.run(attempted, &subject, "migrate-set-capabilities", json!({ "capabilities": off })).await?;
+    let arguments = json!({ "max-bandwidth": USUAL_BANDWIDTH });
+    machine.run(attempted, &subject, "migrate-set-parameters", arguments).await.map(drop)
+}
+
+/// Cancels a migration that is under way, and waits until it has ended.
+async fn end(machine: &Machine, attempted: &str) -> Result<()> {
+    let subject = machine.qmp().socket().display().to_string();
+    let until = Instant::now() + ENDING;
+    if status(machine).await?.under_way() {
+        machine.run(attempted, &subject, "migrate_cancel", Value::Null).await?;
+    }
+    while status(machine).await?.under_way() {
+        if Instant::now() >= until {
+            let detail = format!("it has not ended within {} s", ENDING.as_secs());
+            return Err(Error::new(ErrorKind::Timeout, attempted, subject, detail));
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+    Ok(())
 }
 
 /// Which form of migration.
@@ -226,19 +259,7 @@ impl Writing {
 
     /// Ends the migration without its effect, and tidies.
     pub(crate) async fn cancel(self, machine: &Machine) -> Result<()> {
-        let attempted = "cancelling the saving of memory";
-        let subject = machine.qmp().socket().display().to_string();
-        let until = Instant::now() + ENDING;
-        if status(machine).await?.under_way() {
-            machine.run(attempted, &subject, "migrate_cancel", Value::Null).await?;
-        }
-        while status(machine).await?.under_way() {
-            if Instant::now() >= until {
-                let detail = format!("it has not ended within {} s", ENDING.as_secs());
-                return Err(Error::new(ErrorKind::Timeout, attempted, subject, detail));
-            }
-            sleep(Duration::from_millis(2)).await;
-        }
+        end(machine, "cancelling the saving of memory").await?;
         self.tidy(machine).await
     }
 }

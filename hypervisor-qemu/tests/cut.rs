@@ -9,8 +9,9 @@ use hypervisor_qemu::{
     ErrorKind,
     discover::{Abilities, Discovery, Role, compare},
     graph::{self, Graph},
-    instant::{Cut, DiskCut, Live, Way},
-    memory::{Draft, restore_in_place},
+    instant::{Cut, DiskCut, Live, Way, abandon},
+    jobs,
+    memory::{Draft, restore_deferred, restore_in_place},
 };
 use kit::{BOTH, BUDGET};
 use testguest::{Guest, GuestOptions, Version};
@@ -42,17 +43,31 @@ async fn starts_cold(
         kit::make_overlay(&disk, frozen, 64)?;
         disks.push(disk);
     }
-    let mut process = kit::start_again(guest, &disks, &["-incoming", incoming.argument()])?;
-    let machine = kit::machine(guest).await?;
-    kit::until_loaded(&machine).await?;
-    machine.cont().await?;
-    drop(machine);
-    let after = guest.ticks()?;
-    ensure!(after < before, "it went back: {after} after {before}");
-    guest.expect_no_bad()?;
-    guest.verify_blocks()?;
-    guest.kill()?;
-    process.wait()?;
+    for words in [&["-incoming", incoming.argument()][..], &["-incoming", "defer", "-S"]] {
+        let mut process = kit::start_again(guest, &disks, words)?;
+        let machine = kit::machine(guest).await?;
+        if words.contains(&"defer") {
+            let state = restore_deferred(&machine, image, Duration::from_secs(60)).await?;
+            ensure!(!state.running, "{state:?}");
+            let error =
+                restore_deferred(&machine, image, Duration::from_secs(60)).await.expect_err("it has one");
+            ensure!(error.kind() == ErrorKind::Invalid, "{error}");
+        } else {
+            kit::until_loaded(&machine).await?;
+        }
+        machine.cont().await?;
+        kit::sound(&machine).await?;
+        drop(machine);
+        let after = guest.ticks()?;
+        ensure!(after < before, "it went back: {after} after {before}");
+        guest.expect_no_bad()?;
+        guest.verify_blocks()?;
+        guest.kill()?;
+        process.wait()?;
+        for (disk, frozen) in disks.iter().zip(frozen) {
+            kit::make_overlay(disk, frozen, 64)?;
+        }
+    }
     Ok(())
 }
 
@@ -105,8 +120,11 @@ async fn pre_copy_and_a_paused_guest_give_the_same_image() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_comes_back_in_place_again_and_again_with_internal_disks() -> Result<()> {
-    for version in BOTH {
-        let guest = kit::loaded(GuestOptions::new().version(version))?;
+    for (version, drive) in
+        [(Version::New, false), (Version::New, true), (Version::Old, false), (Version::Old, true)]
+    {
+        let options = GuestOptions::new().version(version);
+        let guest = kit::loaded(if drive { options.drive() } else { options })?;
         let machine = kit::machine(&guest).await?;
         let pid = guest.pid();
         let mut cut = Cut::new().memory(Draft::create(guest.dir().join("memory"))?, LIVE);
@@ -119,7 +137,7 @@ async fn memory_comes_back_in_place_again_and_again_with_internal_disks() -> Res
         kit::sound(&machine).await?;
         let then = guest.ticks()?;
         guest.wait_ticks(40)?;
-        for _ in 0..3 {
+        for _ in 0..2 {
             image.verify()?;
             let begun = std::time::Instant::now();
             let paused = machine.pause().await?;
@@ -362,4 +380,38 @@ async fn a_machine_is_known_and_what_would_not_fit_its_memory_is_named() -> Resu
         disk.names.contains(&"drive0".to_owned()) && disk.root().is_some_and(|root| root.starts_with('#'))
     );
     kit::sound(&machine).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_a_crash_of_ours_left_being_written_is_abandoned() -> Result<()> {
+    for version in BOTH {
+        let guest = kit::loaded(GuestOptions::new().version(version))?;
+        let machine = kit::machine(&guest).await?;
+        let draft = Draft::create(guest.dir().join("memory"))?;
+        let (reached, in_hook) = tokio::sync::oneshot::channel();
+        let cut = Cut::new().memory(draft, LIVE).take(&machine, async || {
+            let _ = reached.send(());
+            std::future::pending::<()>().await;
+            Ok(())
+        });
+        // The caller goes away in its hook.
+        tokio::select! {
+            ended = cut => panic!("{:?}", ended.map(drop)),
+            reached = in_hook => reached?,
+        }
+        drop(machine);
+        let machine = kit::machine(&guest).await?;
+        let ours = jobs::reconcile(&machine).await?;
+        let (word, lent) = if version == Version::New { ("paused", 1) } else { ("postmigrate", 0) };
+        assert_eq!((ours.state.word.as_str(), ours.lent.len()), (word, lent), "{ours:?}");
+        kit::sound(&machine).await.expect_err("something is left");
+        abandon(&machine).await?;
+        abandon(&machine).await?;
+        machine.cont().await?;
+        jobs::sweep(&machine, &jobs::reconcile(&machine).await?).await?;
+        kit::sound(&machine).await?;
+        guest.expect_no_bad()?;
+        assert!(!guest.dir().join("memory").exists());
+    }
+    Ok(())
 }

@@ -154,6 +154,42 @@ async fn an_external_snapshot_comes_back_in_place_again_and_again() -> Result<()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn each_of_many_cuts_of_a_guest_that_never_rests_is_of_one_instant() -> Result<()> {
+    for version in BOTH {
+        let guest = GuestOptions::new().version(version).tick_ms(0).start()?;
+        guest.dirty(40, 100.0)?;
+        guest.blocks(128, 0.0)?;
+        let machine = kit::machine(&guest).await?;
+        let mut on = guest.disks();
+        for round in 0..5 {
+            let graph = Graph::read(&machine).await?;
+            let roots: Vec<_> =
+                guest.targets().iter().map(|device| graph.root(device).expect("a root").to_owned()).collect();
+            let (_, image, _) =
+                kit::snapshot(&machine, &guest, &format!("s{round}"), &on, LIVE, true).await?;
+            guest.expect_no_bad()?;
+            let overlays = kit::overlays(&machine, &guest, &format!("r{round}"), &on).await?;
+            let paused = machine.pause().await?;
+            let swaps: Vec<_> = guest
+                .targets()
+                .into_iter()
+                .zip(&overlays)
+                .zip(roots)
+                .map(|((device, (_, overlay)), root)| Swap::new(device, overlay.clone(), Stack::node(root)))
+                .collect();
+            assert_eq!(graph::swap(&machine, &swaps).await?, Vec::<String>::new());
+            restore_in_place(&machine, &image, &[], Duration::from_secs(60)).await?;
+            machine.resume(paused).await?;
+            guest.expect_no_bad()?;
+            guest.verify_blocks()?;
+            kit::sound(&machine).await?;
+            on = overlays.into_iter().map(|(file, _)| file).collect();
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_swap_opens_another_branch_and_a_failure_leaves_the_old_chain() -> Result<()> {
     let guest = kit::loaded(GuestOptions::new())?;
     let machine = kit::machine(&guest).await?;

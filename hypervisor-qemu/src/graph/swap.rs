@@ -133,8 +133,13 @@ pub(super) async fn undone(machine: &Machine, error: Error, opened: &[String]) -
 
 pub(super) async fn standing_still(machine: &Machine, attempted: &str) -> Result<()> {
     let state = machine.run_state().await?;
+    let subject = machine.qmp().socket().display();
+    if matches!(state.word.as_str(), "inmigrate" | "postmigrate" | "finish-migrate") {
+        let detail = format!("its disks are inactive (run state {:?})", state.word);
+        return Err(Error::new(ErrorKind::Invalid, attempted, subject, detail)
+            .advice("resume it, and pause it again"));
+    }
     if state.running {
-        let subject = machine.qmp().socket().display();
         return Err(
             Error::new(ErrorKind::Invalid, attempted, subject, "the guest runs").advice("pause it first")
         );

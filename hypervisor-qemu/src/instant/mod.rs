@@ -22,5 +22,5 @@ mod saving;
 mod take;
 
 pub use disks::DiskCut;
-pub use saving::{Progress, Saving};
+pub use saving::{Progress, Saving, abandon};
 pub use take::{Cut, Live, Taken, Way};

@@ -14,6 +14,16 @@ use crate::{
 /// Within which something must be written: a disk that hangs would hold the guest's writes to memory for ever.
 const STALLED: Duration = Duration::from_secs(60);
 
+/// Ends the saving of memory that a crash of ours left ([`crate::jobs::Ours::outgoing`]), and switches off what a cut switches
+/// on; the limit of bandwidth becomes QEMU's default. The guest is not resumed: whether it was we who paused it, a journal
+/// knows. May be repeated. Only where a journal says that the migration is ours: QEMU does not tell.
+///
+/// # Errors
+/// Those of the connection; [`ErrorKind::Timeout`] where it does not end.
+pub async fn abandon(machine: &Machine) -> Result<()> {
+    migration::abandon(machine).await
+}
+
 /// How far the memory is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]

@@ -203,7 +203,7 @@ struct Undo<'a> {
 impl Undo<'_> {
     async fn all(self, mut error: Error) -> Error {
         if error.is_lost() {
-            return error.now("nothing more is known of this QEMU: its images tell, and whether it lives");
+            return error;
         }
         if let Some(writing) = self.writing {
             if let Err(second) = writing.cancel(self.machine).await {

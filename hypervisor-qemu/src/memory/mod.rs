@@ -4,7 +4,7 @@
 //! internal snapshot has the stream as its VM state. So the same file serves
 //!
 //! 1. a revert in the running process ([`restore_in_place`], by `snapshot-load`);
-//! 2. a cold start (`-incoming`, [`Image::incoming`]);
+//! 2. a cold start (`-incoming` and [`Image::incoming`]; or `-incoming defer` and [`restore_deferred`]);
 //! 3. whoever looks at it with `qemu-img`.
 //!
 //! ```text
@@ -26,10 +26,12 @@
 
 mod draft;
 mod image;
+mod incoming;
 mod record;
 mod restore;
 
 pub use draft::Draft;
 pub use image::{Image, Incoming};
+pub use incoming::restore_deferred;
 pub(crate) use restore::memory_file;
 pub use restore::{Restored, restore_in_place};

@@ -50,7 +50,6 @@ pub async fn restore_in_place(
             Error::new(ErrorKind::Invalid, attempted, subject, "the guest runs").advice("pause it first")
         );
     }
-    let untouched = |error: Error| error.now("the guest's memory and disks were not touched; it is paused");
     let length = image.length()?;
     let overlay = memory_file("overlay", &qcow2::empty(length)?)
         .map_err(|error| Error::io(attempted, image.path(), error))
@@ -94,7 +93,6 @@ async fn load(
     let file = json!({ "driver": "qcow2", "node-name": node.file(), "backing": raw,
         "file": { "driver": "file", "filename": above.path() } });
     let added = json!({ "driver": "qcow2", "node-name": node.as_str(), "file": file });
-    let untouched = |error: Error| error.now("the guest's memory and disks were not touched; it is paused");
     machine.run(attempted, &subject, "blockdev-add", added).await.map_err(untouched)?;
     let mut all: Vec<&str> = devices.iter().map(String::as_str).collect();
     all.push(node.as_str());
@@ -117,6 +115,13 @@ async fn load(
                 .advice("restore another memory image, or reset the guest (revert without memory)"))
         }
         Err(error) => Err(error.now("QEMU did not say how it ended")),
+    }
+}
+
+fn untouched(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::Timeout | ErrorKind::Protocol => error,
+        _ => error.now("the guest's memory and disks were not touched; it is paused"),
     }
 }
 

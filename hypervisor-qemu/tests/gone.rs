@@ -1,0 +1,281 @@
+//! A QEMU that is killed in the middle of each operation: an error that says so, no hang, and disks that are whole.
+
+mod kit;
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use hypervisor_qemu::{
+    Error, ErrorKind, Machine,
+    discover::Abilities,
+    graph::{self, Graph, Layer, Stack, Swap},
+    instant::Live,
+    jobs::{self, ActiveCommit, LayerCommit, Stream},
+    memory::{Draft, restore_in_place},
+    quiesce,
+};
+use kit::BUDGET;
+use qmp::Agent;
+use rustix::process::{Pid, Signal, kill_process};
+use testguest::{Guest, GuestOptions, Version};
+
+const LIVE: Live = Live::Live { budget: BUDGET };
+
+fn kill(guest: &Guest) -> Result<()> {
+    let pid = guest.pid().context("it runs")?;
+    let pid = Pid::from_raw(i32::try_from(pid)?).context("a process")?;
+    Ok(kill_process(pid, Signal::KILL)?)
+}
+
+/// Runs an operation and kills QEMU after a while; the operation must end soon, and say what happened if it failed.
+async fn killed<T>(
+    guest: &Guest,
+    after: Duration,
+    operation: impl Future<Output = hypervisor_qemu::Result<T>>,
+) -> Result<std::result::Result<T, Error>> {
+    let killer = async {
+        tokio::time::sleep(after).await;
+        kill(guest)
+    };
+    let (ended, done) = tokio::join!(tokio::time::timeout(Duration::from_secs(30), operation), killer);
+    done?;
+    let outcome = ended.context("it hangs")?;
+    if let Err(error) = &outcome {
+        ensure!(error.kind() == ErrorKind::Lost, "{error}");
+    }
+    Ok(outcome)
+}
+
+/// The guest boots from these images, and has what it had flushed.
+fn boots_from(guest: &mut Guest, disks: &[PathBuf], ticks: u64) -> Result<()> {
+    for (disk, now) in guest.disks().iter().zip(disks) {
+        if disk != now {
+            std::fs::rename(now, disk)?;
+        }
+    }
+    guest.restart()?;
+    let found = guest.counters_at_boot();
+    ensure!(
+        found.iter().all(|counter| counter.is_some_and(|counter| counter + 1 >= ticks)),
+        "{found:?} of {ticks}"
+    );
+    guest.expect_no_bad()?;
+    Ok(())
+}
+
+/// The images that hold the present after a cut that may have happened or not: an overlay that was put on has been written.
+fn present(guest: &Guest, overlays: &[PathBuf]) -> Vec<PathBuf> {
+    let written = |file: &Path| std::fs::metadata(file).is_ok_and(|about| about.len() > 4 << 16);
+    if overlays.iter().all(|file| written(file)) { overlays.to_vec() } else { guest.disks() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_in_the_cut_it_is_an_error_and_the_disks_are_whole() -> Result<()> {
+    for version in [Version::New, Version::Old] {
+        for (after, live) in [(0, LIVE), (6, LIVE), (12, LIVE), (20, LIVE), (100, LIVE), (25, Live::Paused)] {
+            let mut guest = kit::loaded(GuestOptions::new().version(version))?;
+            let machine = kit::machine(&guest).await?;
+            let overlays = kit::overlays(&machine, &guest, "s", &guest.disks()).await?;
+            let ticks = guest.ticks()?;
+            // Asked for once a connection.
+            Abilities::read(&machine).await?;
+            let cut = kit::onto(&guest, &overlays).memory(Draft::create(guest.dir().join("memory"))?, live);
+            let operation = async {
+                let taken = cut.take(&machine, kit::nothing).await?;
+                taken.memory.expect("memory").wait(|_| {}).await.map(drop)
+            };
+            let outcome = killed(&guest, Duration::from_millis(after), operation).await?;
+            println!("{version:?} {live:?} {after} ms: {:?}", outcome.map_err(|error| error.to_string()));
+            assert!(!guest.dir().join("memory").exists() && !guest.dir().join(".memory.part").exists());
+            guest.wait_end()?;
+            let files: Vec<_> = overlays.into_iter().map(|(file, _)| file).collect();
+            let disks = present(&guest, &files);
+            if disks == files {
+                // Their backing strings lead to the disks' names.
+                for (number, (disk, file)) in guest.disks().iter().zip(&files).enumerate() {
+                    let base = guest.dir().join(format!("base{number}.qcow2"));
+                    std::fs::rename(disk, &base)?;
+                    kit::img(&["rebase", "-u", "-F", "qcow2", "-b", &base.display().to_string()], file)?;
+                }
+            }
+            boots_from(&mut guest, &disks, ticks)?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_in_a_merge_it_is_an_error_and_the_chain_is_whole() -> Result<()> {
+    for version in [Version::New, Version::Old] {
+        for number in 0..4 {
+            let mut guest = kit::loaded(GuestOptions::new().version(version))?;
+            let machine = kit::machine(&guest).await?;
+            let first = kit::overlays(&machine, &guest, "a", &guest.disks()).await?;
+            kit::onto(&guest, &first).take(&machine, kit::nothing).await?;
+            guest.wait_ticks(20)?;
+            let on: Vec<_> = first.iter().map(|(file, _)| file.clone()).collect();
+            let second = kit::overlays(&machine, &guest, "b", &on).await?;
+            kit::onto(&guest, &second).take(&machine, kit::nothing).await?;
+            guest.wait_ticks(20)?;
+            let ticks = guest.ticks()?;
+            let mut active = ActiveCommit::new("domsnap-b0", "domsnap-a0");
+            let mut middle =
+                LayerCommit::new("domsnap-b0", "domsnap-a0", "d0", guest.disk(0).display().to_string());
+            let mut stream = Stream::all("domsnap-b0");
+            (active.speed, middle.speed, stream.speed) = (1 << 16, 1 << 16, 1 << 16);
+            let after = Duration::from_millis(100);
+            let outcome = match number {
+                0 => killed(&guest, after, jobs::commit_active(&machine, &active, |_| {}, kit::nothing))
+                    .await?
+                    .map(drop),
+                1 => killed(&guest, after, jobs::commit_layers(&machine, &middle, |_| {})).await?.map(drop),
+                2 => killed(&guest, after, jobs::stream(&machine, &stream, |_| {})).await?.map(drop),
+                _ => {
+                    // In the hook, when top and base are equal.
+                    let commit = ActiveCommit::new("domsnap-b0", "domsnap-a0");
+                    let hook = async || {
+                        kill(&guest)?;
+                        machine.qmp().closed().await;
+                        Ok(())
+                    };
+                    let done = jobs::commit_active(&machine, &commit, |_| {}, hook).await.map(drop);
+                    assert_eq!(done.as_ref().map_err(Error::kind), Err(ErrorKind::Lost));
+                    done
+                }
+            };
+            let error = outcome.expect_err("it was killed");
+            println!("{version:?} {number}: {error}");
+            guest.wait_end()?;
+            for (file, _) in first.iter().chain(&second) {
+                kit::img(&["check", "-r", "leaks"], file)?;
+            }
+            // After the hook's beginning the base is right, too: it has all that the top has.
+            let now = if number == 3 { first[0].0.clone() } else { second[0].0.clone() };
+            let disks: Vec<_> = guest.disks().iter().map(|disk| disk.with_extension("moved")).collect();
+            for (number, (disk, moved)) in guest.disks().iter().zip(&disks).enumerate() {
+                std::fs::rename(disk, moved)?;
+                kit::img(
+                    &["rebase", "-u", "-F", "qcow2", "-b", &moved.display().to_string()],
+                    &first[number].0,
+                )?;
+            }
+            boots_from(&mut guest, &[now, second[1].0.clone()], ticks)?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_in_a_revert_or_a_detach_it_is_an_error_and_no_hang() -> Result<()> {
+    for version in [Version::New, Version::Old] {
+        for number in 0..4 {
+            let mut guest = kit::loaded(GuestOptions::new().version(version))?;
+            let machine = kit::machine(&guest).await?;
+            let (_, image, _) = kit::snapshot(&machine, &guest, "s", &guest.disks(), LIVE, true).await?;
+            let overlays = kit::overlays(&machine, &guest, "r", &guest.disks()).await?;
+            let paused = machine.pause().await?;
+            let swaps: Vec<_> = guest
+                .targets()
+                .into_iter()
+                .zip(&overlays)
+                .enumerate()
+                .map(|(number, (device, (_, overlay)))| {
+                    Swap::new(device, overlay.clone(), Stack::node(format!("d{number}")))
+                })
+                .collect();
+            let after = Duration::from_millis([4, 12, 60, 8][number]);
+            let operation = async {
+                match number {
+                    0 | 1 => graph::swap(&machine, &swaps).await.map(drop),
+                    2 => {
+                        graph::swap(&machine, &swaps).await?;
+                        restore_in_place(&machine, &image, &[], Duration::from_secs(60)).await.map(drop)
+                    }
+                    _ => detach_and_attach(&machine, &guest).await,
+                }
+            };
+            let outcome = killed(&guest, after, operation).await?;
+            println!("{version:?} {number}: {:?}", outcome.map_err(|error| error.to_string()));
+            assert!(machine.resume(paused).await.is_err());
+            guest.wait_end()?;
+            // The image is not written by a restore, nor by one that ends like this.
+            image.verify()?;
+            // What was frozen is whole.
+            let disks = guest.disks();
+            for disk in &disks {
+                kit::img(&["check", "-r", "leaks"], disk)?;
+            }
+            boots_from(&mut guest, &disks, 0)?;
+        }
+    }
+    Ok(())
+}
+
+async fn detach_and_attach(machine: &Machine, guest: &Guest) -> hypervisor_qemu::Result<()> {
+    let graph = Graph::read(machine).await?;
+    let files: Vec<_> = graph
+        .chain(graph.root("vda").unwrap_or_default())
+        .iter()
+        .rev()
+        .map(|node| Layer::qcow2(hypervisor_qemu::Name::node(), &node.file))
+        .collect();
+    let _ = guest;
+    let detached = graph::detach(machine, "vda").await?;
+    graph::attach(machine, &detached, &Stack::layers(files)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_is_frozen_for_a_cut_and_thawed_whatever_happens() -> Result<()> {
+    let guest = kit::loaded(GuestOptions::new())?;
+    guest.await_agent()?;
+    let machine = kit::machine(&guest).await?;
+    let agent = Agent::new(guest.agent_socket());
+    let overlays = kit::overlays(&machine, &guest, "s", &guest.disks()).await?;
+    let quiesced = quiesce::quiesce(&machine, &agent, quiesce::LIMIT).await?;
+    assert_eq!(quiesced.filesystems(), 2);
+    assert!(quiesced.left() <= quiesce::LIMIT && quiesced.left() > Duration::from_secs(5));
+    kit::onto(&guest, &overlays).take(&machine, kit::nothing).await?;
+    let consistency = quiesced.thaw().await;
+    assert_eq!(consistency, quiesce::Consistency::Filesystem { filesystems: 2 });
+    kit::sound(&machine).await?;
+    guest.expect_no_bad()?;
+    // The frozen file systems are clean: nothing is to be recovered from their journals.
+    for disk in guest.disks() {
+        let raw = disk.with_extension("raw");
+        kit::img(&["convert", "-U", "-O", "raw", &disk.display().to_string()], &raw)?;
+        let checked = std::process::Command::new("e2fsck").args(["-fn"]).arg(&raw).output()?;
+        assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
+    }
+
+    // Dropped, over its limit, and by whoever comes after a crash.
+    drop(quiesce::quiesce(&machine, &agent, quiesce::LIMIT).await?);
+    agent.settle(Duration::from_secs(30)).await?;
+    guest.shell("sync")?;
+    let quiesced = quiesce::quiesce(&machine, &agent, Duration::from_secs(2)).await?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    agent.settle(Duration::from_secs(30)).await?;
+    let consistency = quiesced.thaw().await;
+    assert!(matches!(consistency, quiesce::Consistency::Crash { .. }), "{consistency:?}");
+    assert_eq!(quiesce::thaw_after_crash(&agent).await?, 0);
+    guest.expect_no_bad()?;
+
+    // No agent: said at once, by what QEMU knows of the port.
+    guest.shell("killall qemu-ga")?;
+    let until = std::time::Instant::now() + Duration::from_secs(30);
+    loop {
+        let begun = std::time::Instant::now();
+        let error =
+            quiesce::quiesce(&machine, &agent, Duration::from_secs(2)).await.expect_err("nobody is there");
+        if error.kind() == ErrorKind::Unsupported {
+            assert!(
+                begun.elapsed() < Duration::from_secs(1) && error.to_string().contains("no agent"),
+                "{error}"
+            );
+            return Ok(());
+        }
+        ensure!(std::time::Instant::now() < until, "{error}");
+    }
+}
