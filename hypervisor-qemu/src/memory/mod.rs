@@ -15,7 +15,7 @@
 //! ```
 //!
 //! The record's cluster belongs to the snapshot (behind its VM state), so a check finds the image clean. Nobody writes the
-//! image after it is sealed: for a revert QEMU writes into an overlay in memory instead ([`restore`]), so that one image may
+//! image after it is sealed: for a revert QEMU writes into an overlay in memory instead (`restore.rs`), so that one image may
 //! be restored again and again, by several machines at once.
 //!
 //! # Order of writing
