@@ -27,6 +27,7 @@ pub mod discover;
 mod error;
 mod fdset;
 pub mod graph;
+mod guest_clock;
 pub mod instant;
 pub mod jobs;
 mod machine;
@@ -37,5 +38,6 @@ mod qcow2;
 pub mod quiesce;
 
 pub use error::{BoxError, Error, ErrorKind, Result};
+pub use guest_clock::set_guest_clock;
 pub use machine::{Machine, Paused, RunState};
 pub use name::{Name, PREFIX, is_ours};

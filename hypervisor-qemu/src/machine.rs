@@ -194,8 +194,14 @@ impl Machine {
             };
             let again = error.desc().is_some_and(|desc| desc.contains("not finalized"));
             if !again || Instant::now() >= until {
+                let now = match error.kind() {
+                    qmp::ErrorKind::Timeout => {
+                        "QEMU has not resumed the guest yet, and does so when it answers again"
+                    }
+                    _ => "the guest is paused",
+                };
                 return Err(Error::qmp("resuming the guest", subject, error)
-                    .now("the guest is paused")
+                    .now(now)
                     .advice("look into QEMU's log; `cont` over QMP resumes it"));
             }
             sleep(Duration::from_millis(2)).await;

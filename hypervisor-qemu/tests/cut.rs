@@ -415,3 +415,28 @@ async fn memory_that_a_crash_of_ours_left_being_written_is_abandoned() -> Result
     }
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_cannot_be_protected_is_saved_by_pre_copy_which_is_said() -> Result<()> {
+    let shared = [
+        "-object",
+        "memory-backend-file,id=m,size=128M,mem-path=DIR/ram,share=on",
+        "-machine",
+        "memory-backend=m",
+    ];
+    let mut guest = kit::loaded(GuestOptions::new().more(&shared))?;
+    let machine = kit::machine(&guest).await?;
+    let overlays = kit::overlays(&machine, &guest, "s", &guest.disks()).await?;
+    let cut = kit::onto(&guest, &overlays).memory(Draft::create(guest.dir().join("memory"))?, LIVE);
+    let taken = cut.take(&machine, kit::nothing).await?;
+    assert_eq!(taken.way, Way::PreCopy { converged: true });
+    let why = taken.why_not.context("it is said why")?;
+    assert!(why.contains("Background-snapshot is not compatible with guest memory"), "{why}");
+    let image = taken.memory.context("memory")?.wait(|_| {}).await?.seal("s", b"")?;
+    kit::sound(&machine).await?;
+    guest.expect_no_bad()?;
+    drop(machine);
+    guest.wait_ticks(20)?;
+    let disks = guest.disks();
+    starts_cold(&mut guest, &image, &disks).await
+}

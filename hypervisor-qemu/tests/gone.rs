@@ -279,3 +279,47 @@ async fn a_guest_is_frozen_for_a_cut_and_thawed_whatever_happens() -> Result<()>
         ensure!(std::time::Instant::now() < until, "{error}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_hangs_is_an_error_within_its_deadlines_and_the_guest_runs_when_it_is_back() -> Result<()>
+{
+    let guest = kit::loaded(GuestOptions::new())?;
+    let pid = Pid::from_raw(i32::try_from(guest.pid().context("it runs")?)?).context("a process")?;
+    let qmp = kit::machine(&guest).await?.qmp().within(Duration::from_secs(2));
+    let machine = Machine::new(qmp);
+    let overlays = kit::overlays(&machine, &guest, "s", &guest.disks()).await?;
+    let cut = kit::onto(&guest, &overlays);
+    let begun = std::time::Instant::now();
+    let stopped = tokio::time::timeout(Duration::from_secs(60), async {
+        // Between the pause and the resume.
+        cut.take(&machine, async || Ok(kill_process(pid, Signal::STOP)?)).await.map(drop)
+    });
+    let error = stopped.await.context("it hangs")?.expect_err("it hangs");
+    println!("after {:?}: {error}", begun.elapsed());
+    assert_eq!(error.kind(), ErrorKind::Timeout);
+    let error = machine.pause().await.expect_err("it hangs");
+    assert_eq!(error.kind(), ErrorKind::Timeout);
+    kill_process(pid, Signal::CONT)?;
+    drop(machine);
+    // All that was sent is carried out, and the guest goes on.
+    let machine = kit::machine(&guest).await?;
+    let ours = jobs::reconcile(&machine).await?;
+    assert!(ours.state.running && ours.nodes.len() == 4, "{ours:?}");
+    kit::sound(&machine).await?;
+    guest.expect_no_bad()?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clock_of_a_guest_is_set() -> Result<()> {
+    let guest = GuestOptions::new().start()?;
+    guest.await_agent()?;
+    guest.shell("date -s @86400")?;
+    let outcome = hypervisor_qemu::set_guest_clock(&Agent::new(guest.agent_socket())).await;
+    let said = String::from_utf8(guest.shell("date +%s")?.stdout)?;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+    let found: u64 = said.trim().parse()?;
+    assert!(found.abs_diff(now) < 60, "{found}, not {now}; {outcome:?}");
+    outcome?;
+    Ok(())
+}

@@ -27,6 +27,9 @@ const LOOK: Duration = Duration::from_micros(500);
 /// Within which the first page must be out, and a migration that has paused the guest must go on.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Within which each step of an undo must be answered by a QEMU that did not answer before.
+const HANGS: Duration = Duration::from_secs(5);
+
 /// Whether the guest runs while its memory is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -205,27 +208,30 @@ impl Undo<'_> {
         if error.is_lost() {
             return error;
         }
+        // One that did not answer once is not waited for as long again, at each step.
+        let hangs = error.kind() == ErrorKind::Timeout;
+        let machine = if hangs { self.machine.within(HANGS) } else { self.machine.clone() };
         if let Some(writing) = self.writing {
-            if let Err(second) = writing.cancel(self.machine).await {
+            if let Err(second) = writing.cancel(&machine).await {
                 error = error.now(second.to_string());
             }
         } else if let Some(settings) = self.settings
-            && let Err(second) = settings.restore(self.machine).await
+            && let Err(second) = settings.restore(&machine).await
         {
             error = error.now(second.to_string());
         }
         if !self.inactive
-            && let Err(wrong) = self.disks.undo(self.machine).await
+            && let Err(wrong) = self.disks.undo(&machine).await
         {
             error = error.now(wrong);
         }
         if let Some(paused) = self.paused
-            && let Err(second) = self.machine.resume(paused).await
+            && let Err(second) = machine.resume(paused).await
         {
             error = error.now(second.to_string());
         }
         if self.inactive
-            && let Err(wrong) = self.disks.undo(self.machine).await
+            && let Err(wrong) = self.disks.undo(&machine).await
         {
             error = error.now(wrong);
         }
@@ -286,11 +292,10 @@ where
     };
     let Undo { paused, writing, .. } = undo;
     if let Some(paused) = paused {
-        machine.resume(paused).await.map_err(|error| {
-            error.now(
-                "the cut was made, and what had to be done meanwhile is done; only the guest does not go on",
-            )
-        })?;
+        machine
+            .resume(paused)
+            .await
+            .map_err(|error| error.now("the cut was made, and what had to be done meanwhile is done"))?;
     }
     let stopped_for = if was_running { clock.stopped_for().await } else { Duration::ZERO };
     let memory = draft.map(|draft| Saving { machine: machine.clone(), draft, writing });
@@ -395,10 +400,10 @@ where
             return Err(undo.all(error).await);
         }
     };
-    machine.cont().await.map_err(|error| {
-        error
-            .now("the cut was made, and what had to be done meanwhile is done; only the guest does not go on")
-    })?;
+    machine
+        .cont()
+        .await
+        .map_err(|error| error.now("the cut was made, and what had to be done meanwhile is done"))?;
     let stopped_for = clock.stopped_for().await;
     let memory = Saving { machine: machine.clone(), draft, writing: undo.writing };
     let way = Way::PreCopy { converged };
