@@ -2,7 +2,7 @@
 
 mod kit;
 
-use std::{path::PathBuf, time::Duration};
+use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use hypervisor_qemu::{
@@ -285,29 +285,38 @@ async fn a_memory_image_that_cannot_be_written_fails_and_the_guest_runs_on() -> 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_is_paused_stays_paused() -> Result<()> {
     for version in BOTH {
-        let guest = kit::loaded(GuestOptions::new().version(version))?;
+        let mut guest = kit::loaded(GuestOptions::new().version(version))?;
         let machine = kit::machine(&guest).await?;
         let paused = machine.pause().await?;
-        let mut on = guest.disks();
-        if version == Version::New {
-            for (tag, live, expected) in
-                [("a", LIVE, Way::BackgroundSnapshot), ("b", Live::Paused, Way::NonLive)]
-            {
-                let (overlays, _, way) = kit::snapshot(&machine, &guest, tag, &on, live, true).await?;
-                assert_eq!((way, machine.run_state().await?.word.as_str()), (expected, "paused"));
-                on = overlays.into_iter().map(|(file, _)| file).collect();
-            }
+        let (mut on, mut last) = (guest.disks(), None);
+        for (tag, live, background) in [("a", LIVE, true), ("b", Live::Paused, true), ("c", LIVE, false)] {
+            let (overlays, image, way) = kit::snapshot(&machine, &guest, tag, &on, live, background).await?;
+            let expected = match (version, tag) {
+                (Version::New, "a") => Way::BackgroundSnapshot,
+                _ => Way::NonLive,
+            };
+            assert_eq!((way, machine.run_state().await?.word.as_str()), (expected, "paused"), "{tag}");
+            last = Some((image, on));
+            on = overlays.into_iter().map(|(file, _)| file).collect();
         }
-        let overlays = kit::overlays(&machine, &guest, "c", &on).await?;
-        let cut = kit::onto(&guest, &overlays).memory(Draft::create(guest.dir().join("c"))?, LIVE);
-        let error =
-            cut.without_background_snapshot().take(&machine, kit::nothing).await.expect_err("refused");
-        assert_eq!((error.kind(), error.state()), (ErrorKind::Unsupported, None), "{error}");
+        let overlays = kit::overlays(&machine, &guest, "d", &on).await?;
         kit::onto(&guest, &overlays).take(&machine, kit::nothing).await?;
         assert_eq!(machine.run_state().await?.word, "paused");
-        kit::sound(&machine).await?;
         machine.resume(paused).await?;
+        kit::sound(&machine).await?;
         guest.expect_no_bad()?;
+        drop(machine);
+        guest.wait_ticks(20)?;
+        let (image, frozen) = last.context("three were made")?;
+        assert_eq!(
+            fs::read_dir(guest.dir())?
+                .filter(|entry| entry
+                    .as_ref()
+                    .is_ok_and(|entry| entry.file_name().to_string_lossy().contains("scratch")))
+                .count(),
+            0
+        );
+        starts_cold(&mut guest, &image, &frozen).await?;
     }
     Ok(())
 }

@@ -7,6 +7,9 @@
 //! pre-copy              migrate ... QEMU pauses - transaction - migrate to its end - while_paused - resume
 //! ```
 //!
+//! (Of a guest that is paused already, memory is saved by a background snapshot too, or else by `snapshot-save`: a migration
+//! would leave it `postmigrate`.)
+//!
 //! A background snapshot write-protects memory, so the pause does not depend on its size nor on how fast the guest dirties
 //! it; it needs a kernel, rights, memory and a QEMU that allow it
 //! ([`crate::discover::Abilities::background_snapshot_holds`]), and where it cannot be had a live cut falls back to pre-copy.

@@ -17,7 +17,7 @@ use crate::{
     discover::Abilities,
     error::{BoxError, Error, ErrorKind, Result},
     machine::{Machine, Paused},
-    memory::Draft,
+    memory::{self, Draft},
     migration::{self, Form, Settings, Writing},
 };
 
@@ -123,7 +123,7 @@ impl Cut {
     /// Drive this to its end: a call that is dropped between the pause and the resume leaves the guest paused.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`], [`ErrorKind::Unsupported`]: nothing was touched, overlays stay open. [`ErrorKind::Refused`],
+    /// [`ErrorKind::Invalid`]: nothing was touched, overlays stay open. [`ErrorKind::Refused`],
     /// [`ErrorKind::Failed`], [`ErrorKind::Hook`]: the disks are as before and the overlays' nodes are closed, the migration
     /// is cancelled and its settings put back, the guest runs if it ran; what of this could not be done [`Error::state`]
     /// says. [`ErrorKind::Lost`], [`ErrorKind::Timeout`]: the same is tried; what QEMU did not answer is not known.
@@ -161,13 +161,13 @@ impl Cut {
                 _ => return Err(error),
             },
         };
-        if !running {
-            let detail = format!("the guest is paused, and a background snapshot cannot be had: {why_not}");
-            return Err(Error::new(ErrorKind::Unsupported, "saving memory", draft.path().display(), detail)
-                .advice("resume the guest first; or give QEMU what background-snapshot needs (userfaultfd, memory that is not shared)"));
-        }
         let why_not = Some(why_not.to_string());
         match live {
+            _ if !running => {
+                let settings = Settings::apply(machine, Form::Plain).await?;
+                let plan = Plan::Saved { draft, settings, why_not };
+                paused_cut(machine, disks, plan, while_paused).await
+            }
             Live::Paused => {
                 let settings = Settings::apply(machine, Form::Plain).await?;
                 let plan = Plan::Memory { draft, settings, form: Form::Plain, way: Way::NonLive, why_not };
@@ -189,7 +189,19 @@ fn unsupported(machine: &Machine, detail: &str) -> Error {
 /// How a cut goes that begins with a pause.
 enum Plan {
     DiskOnly,
-    Memory { draft: Draft, settings: Settings, form: Form, way: Way, why_not: Option<String> },
+    Memory {
+        draft: Draft,
+        settings: Settings,
+        form: Form,
+        way: Way,
+        why_not: Option<String>,
+    },
+    /// By `snapshot-save`, for a guest that is paused already.
+    Saved {
+        draft: Draft,
+        settings: Settings,
+        why_not: Option<String>,
+    },
 }
 
 /// What must be undone, as far as it has come.
@@ -248,8 +260,12 @@ async fn paused_cut<T, F>(
 where
     F: Future<Output = std::result::Result<T, BoxError>>,
 {
+    let by_snapshot = matches!(plan, Plan::Saved { .. });
     let (memory, form, way, why_not) = match plan {
         Plan::DiskOnly => (None, Form::Plain, Way::DiskOnly, None),
+        Plan::Saved { draft, settings, why_not } => {
+            (Some((draft, settings)), Form::Plain, Way::NonLive, why_not)
+        }
         Plan::Memory { draft, settings, form, way, why_not } => (Some((draft, settings)), form, way, why_not),
     };
     let (draft, settings) = match memory {
@@ -267,7 +283,11 @@ where
     if let Err(error) = disks.cut(machine).await {
         return Err(undo.all(error).await);
     }
-    if let Some((draft, settings)) = draft.as_ref().zip(undo.settings.take()) {
+    if let (true, Some(draft)) = (by_snapshot, &draft) {
+        if let Err(error) = memory::save(machine, draft).await {
+            return Err(undo.all(error).await);
+        }
+    } else if let Some((draft, settings)) = draft.as_ref().zip(undo.settings.take()) {
         match Writing::start(machine, draft, settings).await {
             Ok(writing) => undo.writing = Some(writing),
             Err((error, settings)) => {
@@ -290,7 +310,11 @@ where
             return Err(undo.all(error).await);
         }
     };
-    let Undo { paused, writing, .. } = undo;
+    let Undo { paused, writing, settings, .. } = undo;
+    if let Some(settings) = settings {
+        let restored = settings.restore(machine).await;
+        restored.map_err(|error| error.now("the cut was made, and what had to be done meanwhile is done"))?;
+    }
     if let Some(paused) = paused {
         machine
             .resume(paused)

@@ -29,9 +29,11 @@ mod image;
 mod incoming;
 mod record;
 mod restore;
+mod saved;
 
 pub use draft::Draft;
 pub use image::{Image, Incoming};
 pub use incoming::restore_deferred;
 pub(crate) use restore::memory_file;
 pub use restore::{Restored, restore_in_place};
+pub(crate) use saved::save;
