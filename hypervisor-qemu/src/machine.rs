@@ -156,14 +156,15 @@ impl Machine {
         Ok(Paused { ours, since })
     }
 
-    /// A `stop` that was not answered may come later, when nobody waits: then a `cont` stands behind it in QEMU's queue.
+    /// A `stop` that was not answered may come later, when nobody waits: then a `cont` stands behind it in QEMU's queue. (QEMU
+    /// drops its queue when the connection is closed: a `stop` that was not begun by then too.)
     async fn not_paused(&self, error: Error) -> Error {
         if error.kind() != ErrorKind::Timeout {
             return error;
         }
         match self.within(Duration::from_secs(1)).qmp.execute_raw("cont", Value::Null).await {
             Ok(_) => error.now("the guest was resumed"),
-            Err(_) => error.now("the guest may be paused for a moment yet; QEMU was told to resume it then"),
+            Err(_) => error.now("the guest may be paused yet; QEMU was told to resume it then, and does if this connection is open still"),
         }
     }
 
@@ -196,7 +197,7 @@ impl Machine {
             if !again || Instant::now() >= until {
                 let now = match error.kind() {
                     qmp::ErrorKind::Timeout => {
-                        "QEMU has not resumed the guest yet, and does so when it answers again"
+                        "the guest is paused; QEMU resumes it when it answers again, if this connection is open still"
                     }
                     _ => "the guest is paused",
                 };

@@ -164,9 +164,14 @@ pub fn start_again(guest: &Guest, disks: &[PathBuf], more: &[&str]) -> Result<Ch
 
 /// Waits until a QEMU that was started from a memory image has it. The guest is as it was at the cut: paused, mostly.
 pub async fn until_loaded(machine: &Machine) -> Result<()> {
+    until(async || Ok(machine.run_state().await?.word != "inmigrate")).await
+}
+
+/// Waits until something holds.
+pub async fn until(mut holds: impl AsyncFnMut() -> Result<bool>) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(60);
-    while machine.run_state().await?.word == "inmigrate" {
-        ensure!(Instant::now() < until, "the memory image does not load");
+    while !holds().await? {
+        ensure!(Instant::now() < until, "it does not come to hold within a minute");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     Ok(())
