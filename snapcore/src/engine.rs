@@ -36,7 +36,7 @@ use crate::manifest::Manifests;
 use crate::service::Postponed;
 use crate::{
     DiskRecord, Edit, Error, ErrorKind, Event, Events, Group, Operation, OperationId, OperationState, Plan,
-    Progress, Registry, Result, Salvage, StepContext, StepState, Target, Transition,
+    Progress, Registry, Result, Salvage, Snapshot, StepContext, StepState, Target, Transition,
 };
 
 /// Carries plans out on one domain, whose lock and disks the caller holds.
@@ -632,14 +632,20 @@ impl Running<'_> {
     async fn write_manifests_before_finish(&mut self) -> Result<()> {
         // A create or a revert deletes no snapshot, so its finish steps wait for no manifest.
         let deletes = self.operation.plan.steps.first().is_some_and(|first| first.group == Group::Finish);
-        let gone = match &self.told {
-            Some(told) => told.tree.iter().any(|snapshot| self.entry.tree.get(snapshot.id).is_none()),
-            None => true,
-        };
-        if deletes && gone {
-            self.try_manifests().await.map_err(|error| self.left_unfinished(error))?;
+        if !deletes {
+            return Ok(());
         }
-        Ok(())
+        let written = match &self.told {
+            // The rest is brought up to date once, at the end.
+            Some(told) => {
+                let is_gone = |snapshot: &&Snapshot| self.entry.tree.get(snapshot.id).is_none();
+                let gone: Vec<_> = told.tree.iter().filter(is_gone).map(|snapshot| snapshot.id).collect();
+                let manifests = self.engine.manifests.clone();
+                on_a_thread(move || manifests.remove(&gone)).await
+            }
+            None => self.try_manifests().await,
+        };
+        written.map_err(|error| self.left_unfinished(error))
     }
 
     /// Manifests follow the catalogue; where they cannot, that is told and stops nothing.
@@ -659,21 +665,20 @@ impl Running<'_> {
             Error::new(ErrorKind::Internal, "the catalogue records an operation and has no identity")
         })?;
         let (manifests, told, entry) = (self.engine.manifests.clone(), self.told.take(), self.entry.clone());
-        self.told = Some(
-            tokio::task::spawn_blocking(move || {
-                manifests.write(catalogue, told.as_ref(), &entry).map(|()| entry)
-            })
-            .await
-            .map_err(|cause| {
-                Error::new(ErrorKind::Internal, "writing manifests ended early").because(cause)
-            })??,
-        );
+        let write = move || manifests.write(catalogue, told.as_ref(), &entry).map(|()| entry);
+        self.told = Some(on_a_thread(write).await?);
         Ok(())
     }
 
     fn tell(&self, event: Event) {
         self.engine.events.tell(event);
     }
+}
+
+async fn on_a_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|cause| Error::new(ErrorKind::Internal, "writing manifests ended early").because(cause))?
 }
 
 /// Whether a merge that failed so may be put off. A broken promise of the program's own parts may not: nobody knows
