@@ -6,9 +6,9 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::chain::{self, ChainStep, layer_path};
 use snapcore::{
-    ActivePath, Capabilities, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest, DiskSnapshotter,
-    DiskState, Error, ErrorKind, Finding, Guard, InspectDepth, LayerName, Point, PointKind, Result, Salvage,
-    Severity, Snapshot, Step, StepContext, StepStatus,
+    ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
+    DiskSnapshotter, DiskState, Error, ErrorKind, Finding, Guard, InspectDepth, LayerName, Point, PointKind,
+    Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
 };
 
 use crate::backing_string::check_backing_string;
@@ -165,11 +165,16 @@ impl DiskSnapshotter for Qcow2 {
         .await
     }
 
-    async fn hold(&self, disk: &DiskRecord) -> Result<Guard> {
+    async fn hold(&self, disk: &DiskRecord, _attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         names::require_writable_directory_of(&disk.disk.path)?;
         let hold = self.holds.begin(&disk.disk.path)?;
         hold.lock(&disk.disk.path)?;
         Ok(Box::new(hold))
+    }
+
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+        let (disk, limits) = (disk.clone(), self.limits.clone());
+        Self::blocking(move || layers::open_chain(&disk, &limits)).await
     }
 
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {

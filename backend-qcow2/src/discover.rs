@@ -67,6 +67,8 @@ fn add(
         description: String::new(),
         consistency: Consistency::Unknown,
         disks: vec![DiskPoint { target: record.disk.target.clone(), point, virtual_size }],
+        memory: None,
+        machine: None,
     };
     found.push(snapshot);
 }

@@ -8,7 +8,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
 use snapcore::chain::{self, is_layer_name, layer_path};
 use snapcore::{
-    Disk, DiskRecord, DiskState, Error, ErrorKind, InspectDepth, InternalPoint, Layer, LayerName, Result,
+    ChainFile, Disk, DiskRecord, DiskState, Error, ErrorKind, InspectDepth, InternalPoint, Layer, LayerName,
+    Result,
 };
 
 use crate::backing_string::resolve_backing;
@@ -56,6 +57,7 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, limits: &Limits)
             target: record.disk.target.clone(),
             active: record.active.clone(),
             layers: vec![layer],
+            attached: false,
             on_path: Vec::new(),
             unclear: Vec::new(),
         });
@@ -73,6 +75,7 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, limits: &Limits)
         target: record.disk.target.clone(),
         active: record.active.clone(),
         layers,
+        attached: false,
         on_path: Vec::new(),
         unclear: Vec::new(),
     };
@@ -80,6 +83,21 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, limits: &Limits)
         dependents::find(record, limits, &mut state, &seen)?;
     }
     Ok(state)
+}
+
+/// What the configured path opens now, the active layer first: by permanent names, where they have one.
+pub(crate) fn open_chain(record: &DiskRecord, limits: &Limits) -> Result<Vec<ChainFile>> {
+    let path = &record.disk.path;
+    let id = file_id(path)?.ok_or_else(|| missing_path(record))?;
+    let own = layer_path(path, &record.active);
+    let active = match file_id(&own)? == Some(id) {
+        true => record.active.clone(),
+        false => own_name_of(&record.disk, id)?
+            .unwrap_or_else(|| LayerName(path.file_name().unwrap_or("disk").to_owned())),
+    };
+    let mut reader = Reader { record, limits, layers: Vec::new(), seen: HashMap::new() };
+    reader.chain(active)?;
+    Ok(reader.layers.into_iter().map(|layer| ChainFile { file: layer.file, format: layer.format }).collect())
 }
 
 /// The configured path is another file than the active layer. Where that file is a later layer of the same disk, what is

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    ActivePath, Disk, DiskPlan, DiskRecord, DiskRequest, DiskState, LayerName, PointKind, Result, Snapshot,
-    Step, StepStatus,
+    ActivePath, AttachedDisk, ChainFile, Disk, DiskPlan, DiskRecord, DiskRequest, DiskState, Inside,
+    LayerName, PointKind, Result, Snapshot, Step, StepStatus,
 };
 
 /// What a backend can do with disks of its format. The planner checks it; it is not found out half way.
@@ -110,6 +110,11 @@ pub struct StepContext<'a> {
     /// When it is cancelled, a deferrable step stops soon with [`crate::ErrorKind::Cancelled`], leaving the disk's
     /// contents as they were.
     pub cancel: &'a CancellationToken,
+    /// The disk in a running domain, where its hypervisor has images of it open ([`AttachedDisk::open_files`]). What is done
+    /// to those is done through it; other images of the disk are worked on as at rest.
+    pub attached: Option<&'a dyn AttachedDisk>,
+    /// What runs inside the step, where steps are planned so ([`crate::PlannedStep::inside`]); otherwise it does nothing.
+    pub inside: &'a Inside<'a>,
 }
 
 /// What [`DiskSnapshotter::hold`] gives: as long as it lives, nobody else can write the disk.
@@ -146,6 +151,12 @@ pub trait DiskSnapshotter: Send + Sync {
 
     /// The steps that fulfil `request`. A function of its arguments and of what the layers hold; changes nothing.
     ///
+    /// Where the disk is attached ([`DiskState::attached`]) the active chain is open in a hypervisor. Then a create's plan
+    /// says in [`DiskPlan::instant`] what happens to it at the instant, and its only cut step is the one that moves the
+    /// configured path, marked as running inside. A revert's steps that change the open chain are cut steps: they run in a
+    /// window in which nothing has it open. A delete's that change it are such as [`AttachedDisk`] can do, or are marked
+    /// as needing a window ([`crate::PlannedStep::window`]); the step that moves the path after a merge runs inside that.
+    ///
     /// # Errors
     /// [`crate::ErrorKind::Refused`] or `Unsupported`, with what to do instead.
     async fn plan(
@@ -159,9 +170,21 @@ pub trait DiskSnapshotter: Send + Sync {
     /// Locks the disk's images against other writers, in the way that the format's other users honour, until the
     /// guard is dropped. Steps that run meanwhile in this process use the same lock.
     ///
+    /// Images that `attached` has open are its to lock, and are left out as long as it has them open.
+    ///
     /// # Errors
     /// [`crate::ErrorKind::Busy`], naming who holds it as far as that can be known.
-    async fn hold(&self, disk: &DiskRecord) -> Result<Guard>;
+    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard>;
+
+    /// Gives back the locks of a held disk's images, so that a hypervisor can open them; later steps take those that they
+    /// need anew. The disk stays held against other operations of this process.
+    async fn yield_locks(&self, _disk: &DiskRecord) -> Result<()> {
+        Ok(())
+    }
+
+    /// What the configured path opens now, layer by layer: read from the images, whatever the catalogue says of the active
+    /// layer. Each by its permanent name where it has one.
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>>;
 
     /// Does a step. Idempotent: what is done already is not done again; what was begun is completed.
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()>;

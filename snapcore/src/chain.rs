@@ -760,6 +760,8 @@ impl Planner<'_> {
             step: Step { target: self.target.clone(), action, summary: summary.to_owned(), bytes },
             edits: Vec::new(),
             deferrable: false,
+            inside: false,
+            window: false,
         });
     }
 

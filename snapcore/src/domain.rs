@@ -3,7 +3,7 @@
 use camino::Utf8PathBuf;
 use serde::{Deserialize, Serialize};
 
-use crate::{DomainName, LayerName, SnapshotId, Target};
+use crate::{Control, DomainName, LayerName, SnapshotId, Target};
 
 /// Who runs the domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema, Default)]
@@ -13,6 +13,17 @@ pub enum Hypervisor {
     /// Nobody: disks at rest.
     #[default]
     None,
+    /// QEMU, over QMP.
+    Qemu,
+}
+
+impl std::fmt::Display for Hypervisor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::None => "none",
+            Self::Qemu => "qemu",
+        })
+    }
 }
 
 /// Where a disk's active image is to be found after an external snapshot.
@@ -61,17 +72,47 @@ pub struct Domain {
     pub unregistered: bool,
     /// Who runs it.
     pub hypervisor: Hypervisor,
+    /// How it is reached when it runs; absent where nobody runs it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<Control>,
     /// Where active images go.
     pub active_path: ActivePath,
     /// Its disks, in the order of its configuration.
     pub disks: Vec<DiskRecord>,
     /// The snapshot that the present state derives from.
     pub current: Option<SnapshotId>,
+    /// The machines that its snapshots were taken on: few, because most were taken on the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub machines: Vec<Machine>,
+}
+
+/// A running domain's machine, as its hypervisor described it at a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Machine {
+    /// What snapshots name it by: made from the record, so that the same machine has the same.
+    pub id: String,
+    /// The hypervisor's own record ([`crate::Seen::machine`]).
+    pub record: serde_json::Value,
+}
+
+impl Machine {
+    /// The machine of a record.
+    pub fn new(record: serde_json::Value) -> Self {
+        // Object keys are sorted, so equal records are equal texts.
+        let text = record.to_string();
+        let id = format!("{:08x}{:08x}", crc32fast::hash(text.as_bytes()), text.len());
+        Self { id, record }
+    }
 }
 
 impl Domain {
     /// The disk called `target`.
     pub fn disk(&self, target: &Target) -> Option<&DiskRecord> {
         self.disks.iter().find(|record| record.disk.target == *target)
+    }
+
+    /// The machine called `id`.
+    pub fn machine(&self, id: &str) -> Option<&Machine> {
+        self.machines.iter().find(|machine| machine.id == id)
     }
 }

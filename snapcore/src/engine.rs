@@ -37,6 +37,7 @@ use crate::service::Postponed;
 use crate::{
     DiskRecord, Edit, Error, ErrorKind, Event, Events, Group, Operation, OperationId, OperationState, Plan,
     Progress, Registry, Result, Salvage, Snapshot, StepContext, StepState, Target, Transition,
+    nothing_inside,
 };
 
 /// Carries plans out on one domain, whose lock and disks the caller holds.
@@ -394,7 +395,13 @@ impl Running<'_> {
             let backend = self.engine.registry.get(&record.disk.format)?;
             let progress = Teller::new(self.engine.events.clone(), self.operation.id, index);
             let deaf = CancellationToken::new();
-            let context = StepContext { disk: record, progress: &progress, cancel: &deaf };
+            let context = StepContext {
+                disk: record,
+                progress: &progress,
+                cancel: &deaf,
+                attached: None,
+                inside: &nothing_inside,
+            };
             let overtaken = guarded(backend.is_overtaken(step, context)).await.map_err(|error| {
                 error.context(format!("what the domain wrote since the crash: {}", step.summary))
             })?;
@@ -541,7 +548,13 @@ impl Running<'_> {
         let deaf = CancellationToken::new();
         let hears = planned.group != Group::Finish || planned.deferrable;
         let cancel = if hears { self.cancel } else { &deaf };
-        let context = StepContext { disk: record, progress: &progress, cancel };
+        let context = StepContext {
+            disk: record,
+            progress: &progress,
+            cancel,
+            attached: None,
+            inside: &nothing_inside,
+        };
         guarded(backend.apply(&planned.step, context))
             .await
             .map_err(|error| error.context(planned.step.summary.clone()))
@@ -554,7 +567,13 @@ impl Running<'_> {
         let backend = self.engine.registry.get(&record.disk.format)?;
         let progress = Teller::new(self.engine.events.clone(), self.operation.id, index);
         let deaf = CancellationToken::new();
-        let context = StepContext { disk: record, progress: &progress, cancel: &deaf };
+        let context = StepContext {
+            disk: record,
+            progress: &progress,
+            cancel: &deaf,
+            attached: None,
+            inside: &nothing_inside,
+        };
         let undoing = |error: Error| error.context(format!("undoing: {}", planned.step.summary));
         let salvage = match self.resumed {
             true => {

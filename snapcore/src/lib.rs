@@ -53,6 +53,7 @@ mod domain;
 pub mod engine;
 mod error;
 mod event;
+mod hypervisor;
 pub mod manifest;
 mod name;
 mod operation;
@@ -69,15 +70,22 @@ pub use backend::{
     Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Salvage, Severity,
     StepContext,
 };
-pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor};
+pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventStream, Events};
+pub use hypervisor::{
+    AttachedDisk, AttachedMerge, ChainFile, Control, DiskInstant, DomainContext, DomainStep, Facts,
+    FileIdentity, Inside, LiveDomain, MemoryPlan, OpenChain, PowerAfter, Quiesce, Seen, SeenDisk,
+    StartFromMemory, Taken, VmStateSaver, nothing_inside,
+};
 pub use name::{DomainName, LayerName, MAX_NAME_BYTES, SnapshotName, Target};
 pub use operation::{Operation, OperationId, OperationState, StepState, Transition};
 pub use registry::Registry;
 pub use request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
 pub use service::{DomainRef, DomainSpec, Domsnap, StateDir};
 pub use size::shown_size;
-pub use snapshot::{Consistency, DiskPoint, Point, PointKind, Snapshot, SnapshotId, SnapshotTree};
+pub use snapshot::{
+    Consistency, DiskPoint, MemoryPoint, Point, PointKind, Snapshot, SnapshotId, SnapshotTree,
+};
 pub use state::{DiskState, InternalPoint, Layer, Unclear};
 pub use step::{DiskPlan, DiskRequest, Edit, Group, Plan, PlannedStep, Step, StepStatus};

@@ -470,6 +470,8 @@ mod tests {
                 point: Point::internal(LayerName("a.layer".into()), name),
                 virtual_size: 1 << 40,
             }],
+            memory: None,
+            machine: None,
         }
     }
 
@@ -481,9 +483,11 @@ mod tests {
                 name: DomainName::new("web").unwrap(),
                 unregistered: false,
                 hypervisor: Hypervisor::None,
+                control: None,
                 active_path: ActivePath::Keep,
                 disks: vec![DiskRecord { disk, active: layer.clone(), owned: vec![layer] }],
                 current: snapshots.last().map(|snapshot| snapshot.id),
+                machines: Vec::new(),
             },
             tree: SnapshotTree::new(snapshots.to_vec()),
             revision: Revision(revision),

@@ -98,6 +98,20 @@ checked_name!(
     "target"
 );
 
+impl Target {
+    /// What stands for the domain itself, where a step is its hypervisor's and no disk's. No disk may be called so.
+    pub fn of_domain() -> Self {
+        Self(DOMAIN.to_owned())
+    }
+
+    /// Whether this is the domain itself.
+    pub fn is_domain(&self) -> bool {
+        self.0 == DOMAIN
+    }
+}
+
+const DOMAIN: &str = "domain";
+
 /// The permanent name of one layer of a disk, in its backend's own terms.
 ///
 /// For file formats it is a file name in the directory of the disk's configured path, or an absolute path for an

@@ -277,6 +277,8 @@ impl Planner<'_> {
             description,
             consistency: Consistency::Clean,
             disks,
+            memory: None,
+            machine: None,
         }
     }
 }

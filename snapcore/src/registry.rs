@@ -1,14 +1,15 @@
-//! Which backend serves which format: said explicitly, by whoever puts the program together.
+//! Which backend serves which format, and which hypervisors are known: said explicitly, by whoever puts the program together.
 
 use std::sync::Arc;
 
-use crate::{DiskSnapshotter, Error, ErrorKind, Result};
+use crate::{DiskSnapshotter, Error, ErrorKind, Hypervisor, Result, VmStateSaver};
 
 /// The backends of a program, in the order of their registration. The first is the default: it serves images that
 /// are given by their path alone.
 #[derive(Clone, Default)]
 pub struct Registry {
     backends: Vec<Arc<dyn DiskSnapshotter>>,
+    hypervisors: Vec<Arc<dyn VmStateSaver>>,
 }
 
 impl Registry {
@@ -58,6 +59,28 @@ impl Registry {
             Error::new(ErrorKind::NotFound, "no backend is registered")
                 .advise("register one before anything else")
         })
+    }
+
+    /// Adds a hypervisor; in the place of another one of the same kind.
+    pub fn register_hypervisor(&mut self, saver: Arc<dyn VmStateSaver>) {
+        self.hypervisors.retain(|known| known.hypervisor() != saver.hypervisor());
+        self.hypervisors.push(saver);
+    }
+
+    /// The hypervisor of this kind.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where this program has none.
+    pub fn hypervisor(&self, kind: Hypervisor) -> Result<Arc<dyn VmStateSaver>> {
+        self.hypervisors.iter().find(|known| known.hypervisor() == kind).cloned().ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, format!("this program knows no hypervisor {kind}"))
+                .advise("use a domsnap that was built with it")
+        })
+    }
+
+    /// All hypervisors, in the order of their registration.
+    pub fn hypervisors(&self) -> impl Iterator<Item = &dyn VmStateSaver> {
+        self.hypervisors.iter().map(Arc::as_ref)
     }
 
     /// All backends, in the order of their registration.

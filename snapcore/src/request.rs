@@ -1,6 +1,8 @@
 //! What a user can ask for.
 
-use crate::{LayerName, PointKind, SnapshotName, Target};
+use std::time::Duration;
+
+use crate::{LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target};
 
 /// What to do with one disk in a create.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,12 +26,78 @@ pub struct CreateRequest {
     pub kind: Option<PointKind>,
     /// Disk by disk.
     pub disks: Vec<(Target, CreateDisk)>,
+    /// Whether memory is taken too; absent: where the domain runs or is paused.
+    pub memory: Option<bool>,
+    /// Whether the guest runs while its memory is written.
+    pub live: bool,
+    /// How long the writing of memory may go on before the guest is paused, where the hypervisor must write what the guest
+    /// dirties again and again.
+    pub budget: Duration,
+    /// Whether the guest's file systems are frozen for the instant. They need not be where memory is taken.
+    pub quiesce: Quiesce,
+    /// How long they may stay frozen.
+    pub quiesce_limit: Duration,
+    /// What the domain does afterwards; absent: what it did before.
+    pub then: Option<PowerAfter>,
 }
+
+/// How long pre-copy may go on, where nothing else is said.
+const BUDGET: Duration = Duration::from_secs(60);
+
+/// How long a guest may stay frozen, where nothing else is said.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
 
 impl CreateRequest {
     /// A snapshot called `name` of all disks, each in its backend's preferred way.
     pub fn new(name: SnapshotName) -> Self {
-        Self { name, description: String::new(), kind: None, disks: Vec::new() }
+        Self {
+            name,
+            description: String::new(),
+            kind: None,
+            disks: Vec::new(),
+            memory: None,
+            live: true,
+            budget: BUDGET,
+            quiesce: Quiesce::No,
+            quiesce_limit: QUIESCE_LIMIT,
+            then: None,
+        }
+    }
+
+    /// Takes memory, or disks only.
+    #[must_use]
+    pub fn memory(mut self, taken: bool) -> Self {
+        self.memory = Some(taken);
+        self
+    }
+
+    /// Lets the guest run while its memory is written, or not.
+    #[must_use]
+    pub fn live(mut self, live: bool) -> Self {
+        self.live = live;
+        self
+    }
+
+    /// How long pre-copy may go on before the guest is paused.
+    #[must_use]
+    pub fn budget(mut self, budget: Duration) -> Self {
+        self.budget = budget;
+        self
+    }
+
+    /// Freezes the guest's file systems for the instant, for `limit` at most.
+    #[must_use]
+    pub fn quiesce(mut self, quiesce: Quiesce, limit: Duration) -> Self {
+        self.quiesce = quiesce;
+        self.quiesce_limit = limit;
+        self
+    }
+
+    /// What the domain does afterwards.
+    #[must_use]
+    pub fn then(mut self, power: PowerAfter) -> Self {
+        self.then = Some(power);
+        self
     }
 
     /// Takes all disks in this way that are not said otherwise.
@@ -62,12 +130,21 @@ pub struct RevertRequest {
     pub name: SnapshotName,
     /// Where given, the present is kept as a snapshot of this name first.
     pub save_current: Option<SnapshotName>,
+    /// What the domain does afterwards; absent: with memory what it did at the snapshot, without what it does now.
+    pub power: Option<PowerAfter>,
 }
 
 impl RevertRequest {
     /// Back to `name`; the present is dropped.
     pub fn new(name: SnapshotName) -> Self {
-        Self { name, save_current: None }
+        Self { name, save_current: None, power: None }
+    }
+
+    /// What the domain does afterwards.
+    #[must_use]
+    pub fn power(mut self, power: PowerAfter) -> Self {
+        self.power = Some(power);
+        self
     }
 
     /// Keeps the present as a snapshot first.
@@ -98,12 +175,21 @@ pub struct DeleteRequest {
     pub names: Vec<SnapshotName>,
     /// How far.
     pub scope: DeleteScope,
+    /// What merges on a running domain may move, in bytes a second; 0: as fast as they can.
+    pub limit: u64,
 }
 
 impl DeleteRequest {
     /// Deletes `names`, alone.
     pub fn new(names: Vec<SnapshotName>) -> Self {
-        Self { names, scope: DeleteScope::Only }
+        Self { names, scope: DeleteScope::Only, limit: 0 }
+    }
+
+    /// Limits merges on a running domain, in bytes a second.
+    #[must_use]
+    pub fn limit(mut self, bytes_per_second: u64) -> Self {
+        self.limit = bytes_per_second;
+        self
     }
 
     /// Says how far.

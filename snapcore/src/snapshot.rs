@@ -1,5 +1,6 @@
 //! Snapshots and the tree they form.
 
+use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -96,6 +97,18 @@ pub struct DiskPoint {
     pub virtual_size: u64,
 }
 
+/// Memory and devices as a member of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct MemoryPoint {
+    /// The memory image, absolute.
+    #[schemars(with = "String")]
+    pub file: Utf8PathBuf,
+    /// Its size, in bytes.
+    pub bytes: u64,
+    /// Whether the guest ran at the instant; it was paused otherwise.
+    pub running: bool,
+}
+
 /// A snapshot of a domain: the points of its disks at one instant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Snapshot {
@@ -115,6 +128,12 @@ pub struct Snapshot {
     pub consistency: Consistency,
     /// One point a disk; a disk that was skipped has none.
     pub disks: Vec<DiskPoint>,
+    /// Memory of the same instant, where it was taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryPoint>,
+    /// The machine that it was taken on ([`crate::Domain::machine`]); absent where the domain did not run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
 }
 
 impl Snapshot {

@@ -56,6 +56,9 @@ pub struct DiskState {
     pub active: LayerName,
     /// The active chain from the active layer down, then every other owned layer.
     pub layers: Vec<Layer>,
+    /// Whether a hypervisor has the active chain open. Filled in by the service.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub attached: bool,
     /// Those dependents of the active layer that name the configured path as their backing file: they show something
     /// else as soon as that path names a layer with other content.
     #[serde(default)]

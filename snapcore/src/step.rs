@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LayerName, Point, Snapshot, SnapshotId, SnapshotName, Target};
+use crate::{LayerName, Machine, Point, Snapshot, SnapshotId, SnapshotName, Target};
 
 /// When a step runs.
 #[derive(
@@ -18,13 +18,13 @@ pub enum Group {
     Finish,
 }
 
-/// One thing that a backend does to one disk. The engine journals it and knows no more of `action` than that the
+/// One thing that a backend does to one disk, or a hypervisor to the whole domain. The engine journals it and knows no more of `action` than that the
 /// backend understands it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Step {
-    /// Which disk.
+    /// Which disk, or [`Target::of_domain`].
     pub target: Target,
-    /// The backend's own typed action.
+    /// The backend's own typed action; the domain's are [`crate::DomainStep`]s.
     pub action: serde_json::Value,
     /// What it does, for people: "freeze base.qcow2 as base.ds-1a2b3c4d.qcow2".
     pub summary: String,
@@ -48,6 +48,14 @@ pub struct PlannedStep {
     /// together with all later steps of its disk in this group, and the layers stay as unnamed ones.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub deferrable: bool,
+    /// Whether it runs inside the nearest step before it that does not, at the moment that only that step can make: while the
+    /// guest stands still, or while its writes wait.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub inside: bool,
+    /// Whether it changes a frozen image of an open chain, which nobody may have open then. Only of use to the planner, which
+    /// puts a window around it.
+    #[serde(skip)]
+    pub window: bool,
 }
 
 /// One change of the catalogue.
@@ -99,6 +107,11 @@ pub enum Edit {
         from: Point,
         /// The point as it is.
         to: Point,
+    },
+    /// Snapshots were taken on this machine.
+    AddMachine {
+        /// The machine.
+        machine: Box<Machine>,
     },
     /// The disk's configured path is another.
     SetPath {
@@ -185,6 +198,8 @@ pub struct DiskPlan {
     pub irrevocable: bool,
     /// What the user should know.
     pub notes: Vec<String>,
+    /// Of a create on an attached disk: what its hypervisor does to it at the instant.
+    pub instant: Option<crate::DiskInstant>,
 }
 
 /// How far a step got, read from what is on the disk.

@@ -49,9 +49,11 @@ fn domain(name: &str, paths: &[&str]) -> Domain {
         name: domain_name(name),
         unregistered: false,
         hypervisor: Hypervisor::None,
+        control: None,
         active_path: ActivePath::New,
         disks: disks.collect(),
         current: None,
+        machines: Vec::new(),
     }
 }
 
@@ -79,6 +81,12 @@ fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
                 virtual_size: (1 << 63) - 1,
             },
         ],
+        memory: (number > 1).then(|| MemoryPoint {
+            file: format!("/memory/{number}").into(),
+            bytes: 1 << 30,
+            running: number == 2,
+        }),
+        machine: (number > 1).then(|| "m".to_owned()),
     }
 }
 
@@ -148,6 +156,8 @@ async fn an_operation_is_read_as_it_was_written() {
         },
         edits,
         deferrable,
+        inside: deferrable,
+        window: false,
     };
     let moved = Edit::MovePoint {
         target: target("vda"),

@@ -96,6 +96,7 @@ impl Machine {
             target: self.record.disk.target.clone(),
             active: self.record.active.clone(),
             layers: layers.collect(),
+            attached: false,
             on_path: Vec::new(),
             unclear: Vec::new(),
         }

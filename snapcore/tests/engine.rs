@@ -59,9 +59,11 @@ impl Bench {
             name: domain_name(),
             unregistered: false,
             hypervisor: Hypervisor::None,
+            control: None,
             active_path: ActivePath::Keep,
             disks,
             current: None,
+            machines: Vec::new(),
         };
         let put = vec![Change::PutDomain(Box::new(domain), Vec::new())];
         bench.catalogue.commit(&domain_name(), Revision::ABSENT, put).await.unwrap();

@@ -247,6 +247,8 @@ mod tests {
             },
             edits: Vec::new(),
             deferrable,
+            inside: false,
+            window: false,
         };
         let plan = Plan {
             operation: "delete".to_owned(),

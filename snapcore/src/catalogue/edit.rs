@@ -34,6 +34,9 @@ pub fn apply_edit(edit: &Edit, domain: &mut Domain, tree: &mut SnapshotTree) -> 
                 snapshot
             });
             *tree = SnapshotTree::new(rest.collect());
+            domain
+                .machines
+                .retain(|machine| tree.iter().any(|snapshot| snapshot.machine.as_ref() == Some(&machine.id)));
             if domain.current == Some(*id) {
                 domain.current = parent;
             }
@@ -68,6 +71,11 @@ pub fn apply_edit(edit: &Edit, domain: &mut Domain, tree: &mut SnapshotTree) -> 
                 snapshot
             });
             *tree = SnapshotTree::new(moved.collect());
+        }
+        Edit::AddMachine { machine } => {
+            if domain.machine(&machine.id).is_none() {
+                domain.machines.push((**machine).clone());
+            }
         }
         Edit::SetPath { target, path } => disk(domain, target)?.disk.path = path.clone(),
     }

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 
 use super::{CatalogueId, Entry, Revision, Stamp};
 use crate::{
-    Disk, DiskPoint, DiskRecord, Domain, DomainName, Group, LayerName, Operation, OperationId,
+    Disk, DiskPoint, DiskRecord, Domain, DomainName, Group, LayerName, Machine, Operation, OperationId,
     OperationState, Plan, PlannedStep, Point, Snapshot, SnapshotId, SnapshotTree, Step, StepState, Target,
 };
 
@@ -79,9 +79,9 @@ pub(super) fn find(connection: &Connection, name: &DomainName) -> Rows<Option<(i
 }
 
 pub(super) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Revision)> {
-    let (name, unregistered, hypervisor, active_path, current, revision) = connection
+    let (name, unregistered, hypervisor, active_path, current, revision, control) = connection
         .prepare_cached(
-            "SELECT name, unregistered, hypervisor, active_path, current, revision FROM domains WHERE id = ?1",
+            "SELECT name, unregistered, hypervisor, active_path, current, revision, control FROM domains WHERE id = ?1",
         )?
         .query_row([id], |row| {
             Ok((
@@ -91,6 +91,7 @@ pub(super) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Rev
                 row.get::<_, String>(3)?,
                 row.get::<_, Option<String>>(4)?,
                 row.get::<_, i64>(5)?,
+                row.get::<_, Option<String>>(6)?,
             ))
         })?;
     let mut disks = Vec::new();
@@ -114,13 +115,22 @@ pub(super) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Rev
             owned,
         });
     }
+    let mut machines = Vec::new();
+    let mut statement =
+        connection.prepare_cached("SELECT id, record FROM machines WHERE domain = ?1 ORDER BY id")?;
+    let mut rows = statement.query([id])?;
+    while let Some(row) = rows.next()? {
+        machines.push(Machine { id: row.get(0)?, record: from_json("machine", &row.get::<_, String>(1)?)? });
+    }
     let domain = Domain {
         name: DomainName::new(name)?,
         unregistered,
         hypervisor: from_word("hypervisor", hypervisor)?,
+        control: control.map(|text| from_json("control", &text)).transpose()?,
         active_path: from_word("active path", active_path)?,
         disks,
         current: current.map(|id| from_word("snapshot identity", id)).transpose()?,
+        machines,
     };
     Ok((domain, Revision(unsigned(revision))))
 }
@@ -131,7 +141,7 @@ pub(super) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
     // One pass over snapshots and points together: a list of thousands is one query.
     let mut statement = connection.prepare_cached(
         "SELECT s.id, s.name, s.parent, s.created, s.description, s.consistency,
-                p.target, p.layer, p.tag, p.virtual_size
+                p.target, p.layer, p.tag, p.virtual_size, s.memory, s.machine
          FROM snapshots s LEFT JOIN points p ON p.domain = s.domain AND p.snapshot = s.id
          WHERE s.domain = ?1 ORDER BY s.id, p.position",
     )?;
@@ -151,6 +161,11 @@ pub(super) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
                 description: row.get(4)?,
                 consistency: from_word("consistency", row.get(5)?)?,
                 disks: Vec::new(),
+                memory: row
+                    .get::<_, Option<String>>(10)?
+                    .map(|text| from_json("memory image", &text))
+                    .transpose()?,
+                machine: row.get(11)?,
             });
         }
         if let (Some(snapshot), Some(target)) = (snapshots.last_mut(), row.get::<_, Option<String>>(6)?) {
@@ -200,15 +215,20 @@ pub(super) fn write_difference(
     if before.0 != after.0 {
         let domain = after.0;
         connection.execute(
-            "UPDATE domains SET unregistered = ?2, hypervisor = ?3, active_path = ?4, current = ?5 WHERE id = ?1",
+            "UPDATE domains SET unregistered = ?2, hypervisor = ?3, active_path = ?4, current = ?5, control = ?6
+             WHERE id = ?1",
             params![
                 id,
                 domain.unregistered,
                 word(&domain.hypervisor)?,
                 word(&domain.active_path)?,
                 domain.current.map(|id| id.to_string()),
+                domain.control.as_ref().map(json).transpose()?,
             ],
         )?;
+        if before.0.machines != domain.machines {
+            write_machines(connection, id, &domain.machines)?;
+        }
         if before.0.disks != domain.disks {
             write_disks(connection, id, &domain.disks)?;
         }
@@ -245,6 +265,17 @@ fn write_disks(connection: &Connection, id: i64, disks: &[DiskRecord]) -> Rows<(
     Ok(())
 }
 
+fn write_machines(connection: &Connection, id: i64, machines: &[Machine]) -> Rows<()> {
+    connection.execute("DELETE FROM machines WHERE domain = ?1", [id])?;
+    for machine in machines {
+        connection.execute(
+            "INSERT INTO machines (domain, id, record) VALUES (?1, ?2, ?3)",
+            params![id, machine.id, json(&machine.record)?],
+        )?;
+    }
+    Ok(())
+}
+
 fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows<()> {
     let key = snapshot.id.to_string();
     connection
@@ -252,8 +283,8 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
         .execute(params![id, key])?;
     connection
         .prepare_cached(
-            "INSERT INTO snapshots (id, domain, name, parent, created, description, consistency)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            "INSERT INTO snapshots (id, domain, name, parent, created, description, consistency, memory, machine)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
         )?
         .execute(params![
             key,
@@ -263,6 +294,8 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
             snapshot.created.to_string(),
             snapshot.description,
             word(&snapshot.consistency)?,
+            snapshot.memory.as_ref().map(json).transpose()?,
+            snapshot.machine,
         ])?;
     let mut statement = connection.prepare_cached(
         "INSERT INTO points (domain, snapshot, position, target, layer, tag, virtual_size)
@@ -301,8 +334,8 @@ pub(super) fn write_operation(connection: &Connection, domain: i64, operation: &
         ],
     )?;
     let mut statement = connection.prepare_cached(
-        "INSERT INTO steps (operation, position, grp, target, summary, bytes, may_wait, action, edits, state)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+        "INSERT INTO steps (operation, position, grp, target, summary, bytes, may_wait, action, edits, state, inside)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
     )?;
     for (position, (planned, state)) in (0_i64..).zip(plan.steps.iter().zip(&operation.steps)) {
         statement.execute(params![
@@ -316,6 +349,7 @@ pub(super) fn write_operation(connection: &Connection, domain: i64, operation: &
             json(&planned.step.action)?,
             json(&planned.edits)?,
             state.as_str(),
+            planned.inside,
         ])?;
     }
     Ok(())
@@ -340,7 +374,7 @@ pub(super) fn read_operations(
         let mut steps = Vec::new();
         let mut states = Vec::new();
         let mut statement = connection.prepare_cached(
-            "SELECT grp, target, summary, bytes, may_wait, action, edits, state FROM steps
+            "SELECT grp, target, summary, bytes, may_wait, action, edits, state, inside FROM steps
              WHERE operation = ?1 ORDER BY position",
         )?;
         let mut step_rows = statement.query([&key])?;
@@ -357,6 +391,8 @@ pub(super) fn read_operations(
                 },
                 deferrable: row.get(4)?,
                 edits: from_json("edit", &row.get::<_, String>(6)?)?,
+                inside: row.get(8)?,
+                window: false,
             });
         }
         operations.push(Operation {

@@ -130,6 +130,18 @@ DROP TABLE points;
 DROP TABLE snapshots;
 ALTER TABLE snapshots_of_domains RENAME TO snapshots;
 ALTER TABLE points_of_domains RENAME TO points;
+", "
+-- Domains that run: how they are reached, what they are, their memory; and steps that run inside others.
+ALTER TABLE domains ADD COLUMN control TEXT;
+ALTER TABLE snapshots ADD COLUMN memory TEXT;
+ALTER TABLE snapshots ADD COLUMN machine TEXT;
+ALTER TABLE steps ADD COLUMN inside INTEGER NOT NULL DEFAULT 0 CHECK (inside IN (0, 1));
+CREATE TABLE machines (
+    domain INTEGER NOT NULL REFERENCES domains(id) ON DELETE CASCADE,
+    id TEXT NOT NULL,
+    record TEXT NOT NULL,
+    PRIMARY KEY (domain, id)
+) STRICT, WITHOUT ROWID;
 "];
 
 /// What a database's version means to this program.
@@ -208,7 +220,7 @@ mod tests {
         assert_eq!(count("SELECT length(id) FROM identity"), 32);
         // One identity in two domains is two snapshots; what is deleted takes its own points along.
         connection
-            .execute_batch("INSERT INTO snapshots VALUES (2, 'i1', 's2', NULL, 't', '', 'clean')")
+            .execute_batch("INSERT INTO snapshots VALUES (2, 'i1', 's2', NULL, 't', '', 'clean', NULL, NULL)")
             .unwrap();
         connection.execute_batch("DELETE FROM snapshots WHERE domain = 1").unwrap();
         assert_eq!((count("SELECT count(*) FROM snapshots"), count("SELECT count(*) FROM points")), (2, 1));

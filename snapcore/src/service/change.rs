@@ -81,7 +81,7 @@ impl Inner {
     async fn hold_disks(&self, domain: &Domain) -> Result<Vec<Guard>> {
         let mut guards = Vec::new();
         for record in &domain.disks {
-            guards.push(self.registry.get(&record.disk.format)?.hold(record).await?);
+            guards.push(self.registry.get(&record.disk.format)?.hold(record, None).await?);
         }
         Ok(guards)
     }
@@ -298,6 +298,7 @@ impl Inner {
                 name: Some(spec.name.clone()),
                 disks,
                 hypervisor: spec.hypervisor,
+                control: spec.control,
                 active_path: spec.active_path,
                 by_path: false,
                 known_as: former.as_ref().map(|(entry, _)| entry.domain.name.clone()),
@@ -494,6 +495,7 @@ impl Inner {
             known_as: Some(entry.domain.name),
             disks: entry.domain.disks.into_iter().map(|record| record.disk).collect(),
             hypervisor: entry.domain.hypervisor,
+            control: entry.domain.control.clone(),
             active_path: entry.domain.active_path,
             by_path: false,
             import: true,

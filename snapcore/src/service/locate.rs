@@ -11,8 +11,8 @@ use super::{DomainRef, Inner};
 use crate::catalogue::{Entry, Revision};
 use crate::manifest::{DomainManifest, Found, Manifests};
 use crate::{
-    ActivePath, Disk, DiskRecord, DiskState, Domain, DomainName, Error, ErrorKind, Hypervisor, InspectDepth,
-    LayerName, Point, Result, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
+    ActivePath, Control, Disk, DiskRecord, DiskState, Domain, DomainName, Error, ErrorKind, Hypervisor,
+    InspectDepth, LayerName, Point, Result, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
 };
 
 /// A domain that was found.
@@ -68,6 +68,8 @@ pub(super) struct Intake {
     pub disks: Vec<Disk>,
     /// Who runs it, where no manifest is asked.
     pub hypervisor: Hypervisor,
+    /// How it is reached, where no manifest is asked.
+    pub control: Option<Control>,
     /// Where active images go, where no manifest is asked.
     pub active_path: ActivePath,
     /// Whether the disks were only given by their paths, so that a manifest may tell their targets and the domain's
@@ -164,6 +166,7 @@ impl Inner {
             name: None,
             disks,
             hypervisor: Hypervisor::None,
+            control: None,
             active_path: ActivePath::Keep,
             by_path: true,
             known_as: None,
@@ -266,6 +269,7 @@ impl Inner {
             name: Some(entry.domain.name.clone()),
             disks: entry.domain.disks.iter().map(|record| record.disk.clone()).collect(),
             hypervisor: entry.domain.hypervisor,
+            control: entry.domain.control.clone(),
             active_path: entry.domain.active_path,
             by_path: true,
             known_as: Some(entry.domain.name.clone()),
@@ -329,9 +333,9 @@ impl Inner {
             _ => (intake.disks.clone(), intake.name.clone()),
         };
         let named_by_manifest = intake.name.is_none() && manifest.is_some();
-        let (hypervisor, active_path) = match manifest {
-            Some(manifest) if intake.by_path => (manifest.domain.hypervisor, manifest.domain.active_path),
-            _ => (intake.hypervisor, intake.active_path),
+        let (hypervisor, control, active_path) = match manifest.map(|manifest| &manifest.domain) {
+            Some(told) if intake.by_path => (told.hypervisor, told.control.clone(), told.active_path),
+            _ => (intake.hypervisor, intake.control.clone(), intake.active_path),
         };
         let unregistered = match (&intake.name, manifest) {
             (Some(_), _) => false,
@@ -474,7 +478,17 @@ impl Inner {
         }
         let current =
             told_current.filter(|id| ids.contains(id)).or(if restored.is_empty() { newest } else { None });
-        let domain = Domain { name, unregistered, hypervisor, active_path, disks: records, current };
+        let machines = manifest.map(|manifest| manifest.domain.machines.clone()).unwrap_or_default();
+        let domain = Domain {
+            name,
+            unregistered,
+            hypervisor,
+            control,
+            active_path,
+            disks: records,
+            current,
+            machines,
+        };
         let entry = Entry {
             domain,
             tree: SnapshotTree::new(snapshots),

@@ -3,7 +3,7 @@
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Deserialize;
 
-use crate::{ActivePath, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, Target};
+use crate::{ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, Target};
 
 /// A domain as a user names it: a registered name, or the images of disks at rest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,6 +121,8 @@ pub struct DomainSpec {
     pub name: DomainName,
     /// Who runs it.
     pub hypervisor: Hypervisor,
+    /// How it is reached when it runs.
+    pub control: Option<Control>,
     /// Where active images go.
     pub active_path: ActivePath,
     /// Its disks, in the order of its configuration. Relative paths are taken from the current directory.
@@ -130,13 +132,27 @@ pub struct DomainSpec {
 impl DomainSpec {
     /// A domain at rest, without disks so far.
     pub fn new(name: DomainName) -> Self {
-        Self { name, hypervisor: Hypervisor::None, active_path: ActivePath::Keep, disks: Vec::new() }
+        Self {
+            name,
+            hypervisor: Hypervisor::None,
+            control: None,
+            active_path: ActivePath::Keep,
+            disks: Vec::new(),
+        }
     }
 
     /// Adds a disk.
     #[must_use]
     pub fn disk(mut self, target: Target, path: impl Into<Utf8PathBuf>, format: impl Into<String>) -> Self {
         self.disks.push(Disk { target, path: path.into(), format: format.into() });
+        self
+    }
+
+    /// A domain that a hypervisor runs, and how it is reached.
+    #[must_use]
+    pub fn run_by(mut self, hypervisor: Hypervisor, control: Control) -> Self {
+        self.hypervisor = hypervisor;
+        self.control = Some(control);
         self
     }
 

@@ -175,6 +175,8 @@ fn step(group: Group, disk: &Disk, action: Action, bytes: u64, deferrable: bool)
         },
         edits: Vec::new(),
         deferrable,
+        inside: false,
+        window: false,
     }
 }
 
@@ -217,6 +219,7 @@ impl DiskSnapshotter for FakeBackend {
             target: record.disk.target.clone(),
             active: record.active.clone(),
             layers: vec![layer],
+            attached: false,
             on_path: Vec::new(),
             unclear: Vec::new(),
         })
@@ -240,6 +243,8 @@ impl DiskSnapshotter for FakeBackend {
                     point: Point::internal(record.active.clone(), tag.clone()),
                     virtual_size: 4096,
                 }],
+                memory: None,
+                machine: None,
             }
         });
         Ok(found.collect())
@@ -286,8 +291,12 @@ impl DiskSnapshotter for FakeBackend {
         Ok(plan)
     }
 
-    async fn hold(&self, _: &DiskRecord) -> Result<Guard> {
+    async fn hold(&self, _: &DiskRecord, _: Option<&dyn AttachedDisk>) -> Result<Guard> {
         Ok(Box::new(()))
+    }
+
+    async fn open_chain(&self, record: &DiskRecord) -> Result<Vec<ChainFile>> {
+        Ok(vec![ChainFile { file: record.disk.path.clone(), format: "fake".to_owned() }])
     }
 
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {

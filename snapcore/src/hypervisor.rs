@@ -1,0 +1,389 @@
+//! What a hypervisor does for a domain that runs.
+//!
+//! A domain is one more actor of a plan beside its disks: [`DomainStep`]s stand in it under [`Target::of_domain`], are
+//! journalled like the others, and are carried out by a [`LiveDomain`]. For a disk that a hypervisor has open, a backend's steps
+//! speak through [`AttachedDisk`]: so a backend knows no hypervisor, and a hypervisor no format.
+
+use std::collections::HashSet;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use crate::{Consistency, Domain, Hypervisor, Progress, Result, Target};
+
+/// How a running domain is reached, and what else its hypervisor must be told. Recorded with the domain.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Control {
+    /// Where: of QEMU the path of its QMP socket.
+    pub address: String,
+    /// The socket of the guest agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub agent: Option<Utf8PathBuf>,
+    /// The directory of memory images; absent: the one of the manifests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub memory_dir: Option<Utf8PathBuf>,
+    /// The command that starts the domain, for a revert of one that is off to a snapshot with memory; absent: the one that was
+    /// recorded with the snapshot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub start: Vec<String>,
+}
+
+/// Whether the guest's file systems are flushed and frozen for the instant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Quiesce {
+    /// They are not.
+    #[default]
+    No,
+    /// Where the guest can; otherwise the snapshot is taken all the same, and says so.
+    Try,
+    /// Or else no snapshot is taken.
+    Require,
+}
+
+/// What the domain is to do when an operation is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PowerAfter {
+    /// Run.
+    Running,
+    /// Stand still.
+    Paused,
+    /// Be off: its process ends.
+    Off,
+}
+
+/// What happens to one disk at the instant of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(tag = "take", rename_all = "kebab-case")]
+pub enum DiskInstant {
+    /// The guest writes to an empty overlay from then on. The file is there and durable.
+    Overlay {
+        /// The overlay, by its permanent name.
+        #[schemars(with = "String")]
+        file: Utf8PathBuf,
+        /// Its format.
+        format: String,
+    },
+    /// The active image gets an internal snapshot.
+    Internal {
+        /// Its name.
+        tag: String,
+    },
+}
+
+/// How memory is written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct MemoryPlan {
+    /// The memory image.
+    #[schemars(with = "String")]
+    pub file: Utf8PathBuf,
+    /// Whether the guest runs meanwhile.
+    pub live: bool,
+    /// How long, in milliseconds, it may go on before the guest is paused, where the hypervisor must copy what the guest
+    /// dirties again and again.
+    pub budget_ms: u64,
+}
+
+/// One thing that a hypervisor does to a whole domain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum DomainStep {
+    /// Reads a memory image and compares it with its checksums, before anything is touched.
+    CheckMemory {
+        /// The memory image.
+        #[schemars(with = "String")]
+        file: Utf8PathBuf,
+    },
+    /// The instant of a snapshot: all disks, and memory. The steps inside it (configured paths are moved) run while the guest
+    /// stands still. Undone: the overlays are merged down again, with what the guest wrote since; tags are deleted.
+    Instant {
+        /// The disks.
+        disks: Vec<(Target, DiskInstant)>,
+        /// Memory, where it is taken.
+        memory: Option<MemoryPlan>,
+        /// Whether file systems are frozen for it.
+        quiesce: Quiesce,
+        /// How long, in milliseconds, they may stay so.
+        quiesce_limit_ms: u64,
+        /// What the guest does after it; absent: what it did before.
+        then: Option<PowerAfter>,
+    },
+    /// Waits until the memory of the instant is written, and makes it a memory image that is whole and durable. Undone: the
+    /// image, and what is there of it, is removed.
+    SaveMemory {
+        /// The memory image.
+        #[schemars(with = "String")]
+        file: Utf8PathBuf,
+        /// The tag of its internal snapshot.
+        tag: String,
+    },
+    /// Makes the hypervisor know each frozen image by its permanent name: it may know one by the configured path, which is
+    /// another image's by now.
+    Rehome {
+        /// The disks.
+        disks: Vec<Target>,
+    },
+    /// Pauses the guest and sets the files of these disks free, so that they can be worked on as at rest. Undone: the disks
+    /// are given what their configured paths name, and the guest goes on, if it stood still for this alone.
+    OpenWindow {
+        /// The disks.
+        disks: Vec<Target>,
+    },
+    /// Gives the disks what their configured paths name now. The guest stands still yet. Undone: the files are set free
+    /// again.
+    Attach {
+        /// The disks.
+        disks: Vec<Target>,
+    },
+    /// The end of a window: loads memory or resets the guest, or neither, and lets it run or not.
+    Continue {
+        /// The memory image to load.
+        #[schemars(with = "Option<String>")]
+        memory: Option<Utf8PathBuf>,
+        /// Whether the guest is reset: its disks are others, and its memory is not.
+        reset: bool,
+        /// What it does afterwards; absent: what it did before the window.
+        power: Option<PowerAfter>,
+    },
+    /// Removes a memory image.
+    RemoveMemory {
+        /// The memory image.
+        #[schemars(with = "String")]
+        file: Utf8PathBuf,
+    },
+}
+
+/// One layer of a chain as files, for a hypervisor to open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChainFile {
+    /// The file, by its permanent name, absolute. The hypervisor may open it again by this name at any time.
+    pub file: Utf8PathBuf,
+    /// Its format, as stated.
+    pub format: String,
+}
+
+/// What the configured path of a disk opens, layer by layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenChain {
+    /// Which disk.
+    pub target: Target,
+    /// The active layer first, the base last.
+    pub layers: Vec<ChainFile>,
+}
+
+/// What runs inside a step: at the instant of a snapshot, at the pivot of a merge. Where it fails it has undone what it did.
+pub type Inside<'a> = dyn Fn() -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> + Send + Sync + 'a;
+
+/// Nothing that runs inside a step.
+pub fn nothing_inside<'a>() -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
+    Box::pin(std::future::ready(Ok(())))
+}
+
+/// What a step of the domain runs with.
+#[derive(Clone, Copy)]
+pub struct DomainContext<'a> {
+    /// The domain, as the catalogue has it.
+    pub domain: &'a Domain,
+    /// What the configured paths of the step's disks open now, in the order of the domain's disks.
+    pub chains: &'a [OpenChain],
+    /// What runs inside the step: in [`LiveDomain::apply`] of an instant the steps to do, in [`LiveDomain::undo`] those to
+    /// undo.
+    pub inside: &'a Inside<'a>,
+    /// Where to tell progress.
+    pub progress: &'a dyn Progress,
+    /// When it is cancelled, a step before the commit point fails soon with [`crate::ErrorKind::Cancelled`].
+    pub cancel: &'a CancellationToken,
+}
+
+/// What there is to tell of a step of the domain that was done.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Facts {
+    /// What the user should know.
+    pub notes: Vec<String>,
+    /// Of an instant: how it was.
+    pub taken: Option<Taken>,
+    /// Of memory that was saved: the size of its image, in bytes.
+    pub memory_bytes: Option<u64>,
+    /// How long the guest stood still, where this step let it go on.
+    pub downtime: Option<Duration>,
+    /// The command that starts the domain, where the user must.
+    pub start: Vec<String>,
+}
+
+/// How the instant of a snapshot was.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Taken {
+    /// When.
+    pub at: Timestamp,
+    /// What the disks, and the memory, are at it.
+    pub consistency: Consistency,
+    /// Whether the guest ran before.
+    pub running: bool,
+    /// The way it went, in words: `background snapshot`, `pre-copy`, `disks only`.
+    pub way: String,
+}
+
+/// A disk as the hypervisor has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct SeenDisk {
+    /// What the hypervisor calls it, made a target.
+    pub target: Target,
+    /// The file of its active image, absolute.
+    #[schemars(with = "String")]
+    pub path: Utf8PathBuf,
+    /// The format that it is opened with.
+    pub format: String,
+    /// Why it takes no part in snapshots: it is read-only, removable, firmware. Absent: it does.
+    pub left_out: Option<String>,
+}
+
+/// A running domain as its hypervisor describes it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Seen {
+    /// Its name, where the hypervisor knows one.
+    pub name: Option<String>,
+    /// Whether the guest's processors run; it is paused otherwise.
+    pub running: bool,
+    /// Everything that is recorded with a snapshot: machine type, processors, memory, devices, how it was started. The
+    /// hypervisor's own form; the same machine started anew is the same value.
+    pub machine: serde_json::Value,
+    /// One line of it, for people.
+    pub summary: String,
+    /// Its drives.
+    pub disks: Vec<SeenDisk>,
+    /// The guest agent's socket, where the hypervisor tells.
+    pub agent: Option<Utf8PathBuf>,
+}
+
+/// Layers of an open chain that are to be merged into one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AttachedMerge {
+    /// The layers' files, by their permanent names, bottom first.
+    pub run: Vec<Utf8PathBuf>,
+    /// The one that receives the others' data: the first or the last of them.
+    pub into: Utf8PathBuf,
+    /// The file that the run's bottom stands on.
+    pub below: Option<Utf8PathBuf>,
+    /// The backing string that names, in an image, what an image above the merged ones stands on afterwards: `into`; or, where
+    /// `into` is the last, what `into` stands on.
+    pub string: Option<String>,
+}
+
+/// The device and inode of a file.
+pub type FileIdentity = (u64, u64);
+
+/// One disk of a running domain, which its hypervisor has open.
+#[async_trait]
+pub trait AttachedDisk: Send + Sync {
+    /// The image files that the hypervisor has open for this disk now: none in a window. They are locked by it, and their
+    /// contents are its.
+    async fn open_files(&self) -> Result<HashSet<FileIdentity>>;
+
+    /// Merges layers of the open chain while the guest runs. Afterwards the hypervisor has the others' files closed, and the
+    /// image above stands on the merged one.
+    ///
+    /// Where the last of the run is the active image and is merged down, `inside` runs at the pivot, when both show the same
+    /// and the guest's writes wait: it moves the configured path.
+    ///
+    /// May be repeated, also after a crash in the middle: it goes on where it was.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Cancelled`], or what failed: the chain is as before.
+    async fn merge(
+        &self,
+        merge: &AttachedMerge,
+        inside: &Inside<'_>,
+        progress: &dyn Progress,
+        cancel: &CancellationToken,
+    ) -> Result<()>;
+
+    /// Deletes internal snapshots of the active image. One that is not there is passed over.
+    async fn drop_internal(&self, tags: &[String]) -> Result<()>;
+}
+
+/// A connection to one running domain.
+#[async_trait]
+pub trait LiveDomain: Send + Sync {
+    /// The domain as it was when the connection was made.
+    fn seen(&self) -> &Seen;
+
+    /// One of its disks; absent: the running domain has none whose image is a layer of it.
+    fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk>;
+
+    /// What of a recorded machine ([`Seen::machine`]) is not so now and would not survive a revert with memory: each in words.
+    fn differences(&self, recorded: &serde_json::Value) -> Result<Vec<String>>;
+
+    /// Limits what merges move, in bytes a second; 0: as fast as they can.
+    fn limit(&self, bytes_per_second: u64);
+
+    /// Does a step. Idempotent, also after a crash: what is done already is not done again.
+    async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts>;
+
+    /// Takes a step back, wherever it had got to. Idempotent.
+    async fn undo(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<()>;
+
+    /// Mends what a crash left that no journal has: thaws the guest, closes what nobody uses, makes the hypervisor know images
+    /// by their permanent names. Does not let a guest go on. `chains` is of all disks. Gives what it did, in words.
+    async fn settle(&self, chains: &[OpenChain]) -> Result<Vec<String>>;
+}
+
+/// What is needed to start a domain from a memory image.
+#[derive(Clone, Copy)]
+pub struct StartFromMemory<'a> {
+    /// The domain.
+    pub domain: &'a Domain,
+    /// The machine that was recorded with the snapshot.
+    pub machine: Option<&'a serde_json::Value>,
+    /// The memory image, which was checked.
+    pub file: &'a Utf8Path,
+    /// What its disks are.
+    pub chains: &'a [OpenChain],
+    /// Whether it runs then; absent: as it did at the instant.
+    pub power: Option<PowerAfter>,
+}
+
+/// A hypervisor: finds running domains, and keeps their VM state in memory images.
+#[async_trait]
+pub trait VmStateSaver: Send + Sync {
+    /// Which one it is.
+    fn hypervisor(&self) -> Hypervisor;
+
+    /// Connects to the domain where it runs; none where it does not. Changes nothing.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Busy`] where another program has the connection; whatever keeps it from being known.
+    async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>>;
+
+    /// What runs at an address.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::NotFound`] where nothing does.
+    async fn look(&self, control: &Control) -> Result<Seen>;
+
+    /// The domains that run on this machine and can be reached. What cannot be asked is passed over.
+    async fn scan(&self) -> Result<Vec<(Control, Seen)>>;
+
+    /// Reads a memory image and compares it with its checksums.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Corrupt`] with the first place that is wrong; [`crate::ErrorKind::NotFound`].
+    async fn check_memory(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()>;
+
+    /// Starts the domain from a memory image, by the command that is configured or was recorded; where that cannot be, gives
+    /// the command for the user.
+    async fn start(&self, start: StartFromMemory<'_>) -> Result<Facts>;
+
+    /// Removes a memory image, and what a crash left of one of that name. One that is not there is no error.
+    async fn remove_memory(&self, file: &Utf8Path) -> Result<()>;
+}
