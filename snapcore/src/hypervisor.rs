@@ -182,11 +182,13 @@ pub struct OpenChain {
     pub layers: Vec<ChainFile>,
 }
 
-/// What runs inside a step: at the instant of a snapshot, at the pivot of a merge. Where it fails it has undone what it did.
-pub type Inside<'a> = dyn Fn() -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> + Send + Sync + 'a;
+/// What runs inside a step: at the instant of a snapshot, at the pivot of a merge. Given a target it does what is that disk's,
+/// and otherwise all of it. Where it fails it has undone what it did.
+pub type Inside<'a> =
+    dyn Fn(Option<&Target>) -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> + Send + Sync + 'a;
 
 /// Nothing that runs inside a step.
-pub fn nothing_inside<'a>() -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
+pub fn nothing_inside<'a>(_: Option<&Target>) -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
     Box::pin(std::future::ready(Ok(())))
 }
 
@@ -197,8 +199,9 @@ pub struct DomainContext<'a> {
     pub domain: &'a Domain,
     /// What the configured paths of the step's disks open now, in the order of the domain's disks.
     pub chains: &'a [OpenChain],
-    /// What runs inside the step: in [`LiveDomain::apply`] of an instant the steps to do, in [`LiveDomain::undo`] those to
-    /// undo.
+    /// What runs inside the step: in [`LiveDomain::apply`] of an instant the steps to do, all at once while the guest stands
+    /// still; in [`LiveDomain::undo`] those to undo, disk by disk, each at the pivot of that disk: what is moved back for a disk
+    /// whose overlay the guest still writes to would be lost.
     pub inside: &'a Inside<'a>,
     /// Where to tell progress.
     pub progress: &'a dyn Progress,
