@@ -114,7 +114,7 @@ pub struct StepContext<'a> {
     /// to those is done through it; other images of the disk are worked on as at rest.
     pub attached: Option<&'a dyn AttachedDisk>,
     /// What runs inside the step, where steps are planned so ([`crate::PlannedStep::inside`]); otherwise it does nothing.
-    pub inside: &'a Inside<'a>,
+    pub inside: &'a dyn Inside,
 }
 
 /// What [`DiskSnapshotter::hold`] gives: as long as it lives, nobody else can write the disk.

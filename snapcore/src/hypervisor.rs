@@ -5,8 +5,6 @@
 //! speak through [`AttachedDisk`]: so a backend knows no hypervisor, and a hypervisor no format.
 
 use std::collections::HashSet;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -182,14 +180,22 @@ pub struct OpenChain {
     pub layers: Vec<ChainFile>,
 }
 
-/// What runs inside a step: at the instant of a snapshot, at the pivot of a merge. Given a target it does what is that disk's,
-/// and otherwise all of it. Where it fails it has undone what it did.
-pub type Inside<'a> =
-    dyn Fn(Option<&Target>) -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> + Send + Sync + 'a;
+/// What runs inside a step: at the instant of a snapshot, at the pivot of a merge.
+#[async_trait]
+pub trait Inside: Send + Sync {
+    /// Does what is that disk's; without one, all of it. Where it fails it has undone what it did.
+    async fn run(&self, only: Option<&Target>) -> Result<()>;
+}
 
 /// Nothing that runs inside a step.
-pub fn nothing_inside<'a>(_: Option<&Target>) -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
-    Box::pin(std::future::ready(Ok(())))
+#[derive(Debug, Clone, Copy)]
+pub struct NothingInside;
+
+#[async_trait]
+impl Inside for NothingInside {
+    async fn run(&self, _: Option<&Target>) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// What a step of the domain runs with.
@@ -202,7 +208,7 @@ pub struct DomainContext<'a> {
     /// What runs inside the step: in [`LiveDomain::apply`] of an instant the steps to do, all at once while the guest stands
     /// still; in [`LiveDomain::undo`] those to undo, disk by disk, each at the pivot of that disk: what is moved back for a disk
     /// whose overlay the guest still writes to would be lost.
-    pub inside: &'a Inside<'a>,
+    pub inside: &'a dyn Inside,
     /// Where to tell progress.
     pub progress: &'a dyn Progress,
     /// When it is cancelled, a step before the commit point fails soon with [`crate::ErrorKind::Cancelled`].
@@ -306,7 +312,7 @@ pub trait AttachedDisk: Send + Sync {
     async fn merge(
         &self,
         merge: &AttachedMerge,
-        inside: &Inside<'_>,
+        inside: &dyn Inside,
         progress: &dyn Progress,
         cancel: &CancellationToken,
     ) -> Result<()>;

@@ -133,6 +133,7 @@ impl Bench {
             registry: &registry,
             events: &events,
             manifests: &manifests,
+            live: None,
         };
         engine.run(&mut entry, plan, Vec::new(), cancel).await
     }
@@ -163,6 +164,7 @@ impl Bench {
             registry: &registry,
             events: &events,
             manifests: &manifests,
+            live: None,
         };
         let mut runs = Vec::new();
         for operation in self.catalogue.unfinished(&domain_name()).await.unwrap() {
@@ -500,8 +502,13 @@ async fn another_writer_of_the_records_stops_the_operation() {
         .await
         .unwrap();
     let (registry, events, manifests) = (bench.registry(), Events::default(), bench.manifests());
-    let engine =
-        Engine { catalogue: &bench.catalogue, registry: &registry, events: &events, manifests: &manifests };
+    let engine = Engine {
+        catalogue: &bench.catalogue,
+        registry: &registry,
+        events: &events,
+        manifests: &manifests,
+        live: None,
+    };
     let plan = Plan {
         operation: "create".into(),
         snapshots: Vec::new(),

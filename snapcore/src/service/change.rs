@@ -166,6 +166,7 @@ impl Inner {
             registry: &self.registry,
             events: &self.events,
             manifests: &manifests,
+            live: None,
         };
         let run = engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
             let names: Vec<&str> = plan.snapshots.iter().map(|name| name.as_str()).collect();
@@ -189,6 +190,7 @@ impl Inner {
                 registry: &self.registry,
                 events: &self.events,
                 manifests: &manifests,
+                live: None,
             };
             let (id, found, plan) = (operation.id, operation.state, operation.plan.clone());
             let run = engine.resume(entry, operation, cancel).await.map_err(|error| {

@@ -1,0 +1,187 @@
+//! What comes after the commit point: carried through, put off, or left for a recovery.
+
+use super::{Run, Running};
+use crate::catalogue::Change;
+use crate::service::Postponed;
+use crate::{DomainStep, Error, ErrorKind, Event, Group, Result, StepState, Target, Transition};
+
+impl Running<'_> {
+    /// Does the finish steps that are not done, and ends the operation.
+    pub(super) async fn finish(mut self) -> Result<Run> {
+        match self.carry_through().await {
+            Ok(()) => Ok(self.run),
+            Err(error) => Err(self.close_window(error).await),
+        }
+    }
+
+    async fn carry_through(&mut self) -> Result<()> {
+        self.run.happened = true;
+        let finish: Vec<usize> =
+            self.operation.of_group(Group::Finish).filter(|index| !self.is_inside(*index)).collect();
+        if self.resumed {
+            self.reopen_window(&finish)?;
+            self.look_for_overtaken(&finish).await.map_err(|error| self.left_unfinished(error))?;
+        }
+        let mut put_off: Vec<Target> = Vec::new();
+        let mut pending: Vec<Change> = Vec::new();
+        for index in finish {
+            let planned = &self.operation.plan.steps[index];
+            let (target, bytes, deferrable) =
+                (planned.step.target.clone(), planned.step.bytes, planned.deferrable);
+            let unit = self.unit(index);
+            match self.operation.steps[index] {
+                StepState::Done => continue,
+                StepState::Pending | StepState::Started | StepState::Postponed | StepState::Undone => {}
+            }
+            let mut reason = None;
+            if put_off.contains(&target) || self.operation.steps[index] == StepState::Postponed {
+                reason = Some("an earlier step of this disk was put off".to_owned());
+            } else if deferrable && self.cancel.is_cancelled() {
+                reason = Some("it was cancelled".to_owned());
+            } else {
+                if self.operation.steps[index] != StepState::Started {
+                    // Rides on the transaction of the step before where there is one.
+                    pending.extend(self.steps(unit.clone(), StepState::Started));
+                }
+                if !pending.is_empty() {
+                    let changes = std::mem::take(&mut pending);
+                    self.record(changes).await.map_err(|error| self.left_unfinished(error))?;
+                }
+                match self.apply(index).await {
+                    Ok(facts) => {
+                        self.note(index, facts)?;
+                        self.run.bytes_moved = self.run.bytes_moved.saturating_add(bytes);
+                        pending.extend(self.steps(unit.clone(), StepState::Done));
+                        let edits =
+                            unit.clone().flat_map(|step| self.operation.plan.steps[step].edits.clone());
+                        pending.extend(edits.map(Change::Edit));
+                        self.tell_done(unit.clone());
+                    }
+                    Err(error) if deferrable && can_wait(&error) => reason = Some(error.to_string()),
+                    Err(error) => {
+                        let changes = vec![Change::Operation(
+                            self.operation.id,
+                            self.operation.state,
+                            Some(error.to_string()),
+                        )];
+                        if let Err(second) = self.record(changes).await {
+                            tracing::warn!(%second, "recording why an operation stopped");
+                        }
+                        return Err(self.left_unfinished(error));
+                    }
+                }
+            }
+            if let Some(reason) = reason {
+                put_off.push(target.clone());
+                pending.extend(self.steps(unit, StepState::Postponed));
+                self.put_off(&target, index, bytes, reason);
+            }
+        }
+        if !self.operation.state.is_final() {
+            self.advance(Transition::Finish)?;
+            pending.push(Change::Operation(self.operation.id, self.operation.state, None));
+            self.record(pending).await.map_err(|error| self.left_unfinished(error))?;
+        }
+        self.write_manifests().await;
+        self.tell(Event::Finished { operation: self.operation.id, happened: true });
+        Ok(())
+    }
+
+    /// A window that a crash closed, because the hypervisor's process went with it, is opened anew for what is left to be done
+    /// in it.
+    fn reopen_window(&mut self, finish: &[usize]) -> Result<()> {
+        let mut opened = None;
+        for &index in finish {
+            if !self.operation.plan.steps[index].step.target.is_domain() {
+                continue;
+            }
+            match self.domain_step(index)? {
+                DomainStep::OpenWindow { .. } => opened = Some(index),
+                DomainStep::Attach { .. } if self.operation.steps[index] != StepState::Done => {
+                    if let Some(opened) = opened {
+                        self.operation.steps[opened] = StepState::Pending;
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A guest is not left standing because of what failed in a window: its disks are whole after every step.
+    async fn close_window(&mut self, error: Error) -> Error {
+        let Some(opened) = self.window else { return error };
+        let in_finish = self.operation.plan.steps[opened].group == Group::Finish;
+        if !in_finish {
+            return error.state("the disks and all snapshots are whole; the guest stands still");
+        }
+        match self.undo_step(opened).await {
+            Ok(_) => error.state("the guest goes on, and all its disks and snapshots are whole"),
+            Err(second) => {
+                error.state(format!("the guest stands still, and could not be let go on: {second}"))
+            }
+        }
+    }
+
+    /// Finish steps that are done, but have not seen what the domain wrote since, are to be done again.
+    async fn look_for_overtaken(&mut self, finish: &[usize]) -> Result<()> {
+        for (place, &index) in finish.iter().enumerate() {
+            let step = &self.operation.plan.steps[index].step;
+            let later_ones_left = finish[place + 1..].iter().any(|&later| {
+                self.operation.plan.steps[later].step.target == step.target
+                    && self.operation.steps[later] != StepState::Done
+            });
+            if self.operation.steps[index] != StepState::Done || !later_ones_left {
+                continue;
+            }
+            if self.is_overtaken(index).await? {
+                let step = &self.operation.plan.steps[index].step;
+                let message = format!(
+                    "{}: the domain may have run after the crash, so this is done once more: {}",
+                    step.target, step.summary
+                );
+                tracing::info!(%message, "recovering");
+                self.operation.steps[index] = StepState::Pending;
+            }
+        }
+        Ok(())
+    }
+
+    fn put_off(&mut self, target: &Target, index: usize, bytes: u64, reason: String) {
+        if let Some(known) = self.run.postponed.iter_mut().find(|postponed| postponed.target == *target) {
+            known.steps += 1;
+            known.bytes = known.bytes.saturating_add(bytes);
+            return;
+        }
+        self.tell(Event::Postponed {
+            operation: self.operation.id,
+            target: target.clone(),
+            reason: reason.clone(),
+        });
+        let step = self.operation.plan.steps[index].step.summary.clone();
+        self.run.postponed.push(Postponed { target: target.clone(), step, steps: 1, bytes, reason });
+    }
+
+    pub(super) fn left_unfinished(&self, error: Error) -> Error {
+        let left = self
+            .operation
+            .of_group(Group::Finish)
+            .filter(|index| self.operation.steps[*index] != StepState::Done);
+        Error::new(
+            ErrorKind::NeedsRecovery,
+            format!(
+                "the {} happened, but {} of its steps are left",
+                self.operation.plan.operation,
+                left.count()
+            ),
+        )
+        .because(error)
+        .state("the domain's disks and all its snapshots are whole")
+        .advise("mend what is named, then run `domsnap recover`: it does the rest")
+    }
+}
+/// Whether a merge that failed so may be put off. A broken promise of the program's own parts may not: nobody knows
+/// what it left.
+fn can_wait(error: &Error) -> bool {
+    error.kind() != ErrorKind::Internal
+}

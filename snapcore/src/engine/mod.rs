@@ -1,0 +1,479 @@
+//! Carries plans out, so that a crash at any instant heals.
+//!
+//! **What is durable before what.**
+//!
+//! 1. The operation with all its steps, the first marked as started, before anything is done.
+//! 2. Each step is done, durably, by its backend; then one transaction records it as done, with its edits, and the
+//!    next as started.
+//! 3. The commit point is the transaction that records the last cut step as done: it has the plan's commit edits and
+//!    the state `finishing`. Before it, everything can be undone; after it, everything is carried through.
+//! 4. Manifests of deleted snapshots are gone before the first finish step begins.
+//!
+//! Recovery reads the journal: an operation before its commit point is undone, one after it is finished. Both rest on
+//! apply and undo being idempotent.
+//!
+//! **The domain may have run in between**, started by somebody who knows of no crash, and have written to whatever its
+//! configured paths named. Two questions to the backend keep that. Before a step is undone: what would the undo lose
+//! ([`Salvage`])? It is put aside, durably, before the undo begins, or the step stays. Before the rest is carried
+//! through: was a step that is recorded as done overtaken, so that a later one would lose what it has not seen? It is
+//! done again, and recorded, before the later ones. While an operation runs it holds its disks, so nobody writes, and
+//! neither is asked.
+
+mod finish;
+mod step;
+mod undo;
+
+use std::ops::Range;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use crate::catalogue::{Catalogue, Change, Entry, Revision, apply_edit};
+use crate::manifest::Manifests;
+use crate::service::Postponed;
+use crate::{
+    DomainStep, Edit, Error, ErrorKind, Event, Events, Facts, Group, LiveDomain, Operation, OperationId,
+    OperationState, Plan, Registry, Result, Snapshot, StepState, Taken, Transition,
+};
+
+/// Carries plans out on one domain, whose lock and disks the caller holds.
+pub struct Engine<'a> {
+    /// Where domain and journal are recorded.
+    pub catalogue: &'a dyn Catalogue,
+    /// Who does the steps.
+    pub registry: &'a Registry,
+    /// Where progress is told.
+    pub events: &'a Events,
+    /// Where manifests are written.
+    pub manifests: &'a Manifests,
+    /// The connection to the domain, where it runs.
+    pub live: Option<&'a dyn LiveDomain>,
+}
+
+/// What came of a run.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Run {
+    /// The operation; absent where the plan had nothing to do.
+    pub operation: Option<OperationId>,
+    /// Whether it happened. A run that was undone by recovery did not.
+    pub happened: bool,
+    /// Bytes of the steps that were done.
+    pub bytes_moved: u64,
+    /// Merges that were put off.
+    pub postponed: Vec<Postponed>,
+    /// What went wrong and stopped nothing, and what else the user should know.
+    pub warnings: Vec<String>,
+    /// How long the guest stood still; absent: it did not run, or does not go on.
+    pub downtime: Option<Duration>,
+    /// Of a create on a running domain: how its instant was.
+    pub taken: Option<Taken>,
+    /// The command that starts the domain, where the user must.
+    pub start: Vec<String>,
+}
+
+/// One operation in its run: the domain as the catalogue has it, and the operation as the journal has it.
+struct Running<'a> {
+    engine: &'a Engine<'a>,
+    entry: &'a mut Entry,
+    /// The domain that the manifests stand for; absent where they are known to be stale.
+    told: Option<Entry>,
+    operation: Operation,
+    cancel: &'a CancellationToken,
+    /// Whether it had stopped before: since then the domain may have run.
+    resumed: bool,
+    /// The step that opened a window in this run, as long as it is open.
+    window: Option<usize>,
+    run: Run,
+}
+
+impl Engine<'_> {
+    /// Carries `plan` out. `entry` is the domain that the plan was made from and is kept up to date; `prologue` is
+    /// recorded with the operation, in one transaction.
+    ///
+    /// Where `cancel` is cancelled before the commit point, everything is undone; after it, only merges that can be
+    /// put off stop.
+    ///
+    /// # Errors
+    /// What failed, with everything undone; [`ErrorKind::Cancelled`]; or [`ErrorKind::NeedsRecovery`], with the
+    /// state that things are in.
+    pub async fn run(
+        &self,
+        entry: &mut Entry,
+        plan: Plan,
+        prologue: Vec<Change>,
+        cancel: &CancellationToken,
+    ) -> Result<Run> {
+        if plan.steps.is_empty() && plan.commit.is_empty() {
+            return Ok(Run::new(None));
+        }
+        if cancel.is_cancelled() {
+            return Err(cancelled().state("nothing was touched"));
+        }
+        sorted(&plan)?;
+        let steps = vec![StepState::Pending; plan.steps.len()];
+        let operation = Operation {
+            id: OperationId::fresh(),
+            state: OperationState::Planned,
+            started: Timestamp::now(),
+            plan,
+            steps,
+            errors: Vec::new(),
+        };
+        let told = self.manifests.is_current(self.catalogue.identity().await?, entry).then(|| entry.clone());
+        let run = Run::new(Some(operation.id));
+        Running { engine: self, entry, told, operation, cancel, resumed: false, window: None, run }
+            .begin(prologue)
+            .await
+    }
+
+    /// Finishes or undoes an operation that stopped half way.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NeedsRecovery`], with the state that things are in.
+    pub async fn resume(
+        &self,
+        entry: &mut Entry,
+        operation: Operation,
+        cancel: &CancellationToken,
+    ) -> Result<Run> {
+        let run = Run::new(Some(operation.id));
+        let mut running =
+            Running { engine: self, entry, told: None, operation, cancel, resumed: true, window: None, run };
+        match running.operation.state {
+            OperationState::Planned
+            | OperationState::Preparing
+            | OperationState::Cutting
+            | OperationState::Undoing => {
+                running.undo("it had stopped before its commit point").await?;
+                running.write_manifests().await;
+                Ok(running.run)
+            }
+            OperationState::Finishing => {
+                running.write_manifests_before_finish().await?;
+                running.finish().await
+            }
+            OperationState::Done | OperationState::Undone => Ok(running.run),
+        }
+    }
+}
+
+impl Run {
+    fn new(operation: Option<OperationId>) -> Self {
+        Self {
+            operation,
+            happened: false,
+            bytes_moved: 0,
+            postponed: Vec::new(),
+            warnings: Vec::new(),
+            downtime: None,
+            taken: None,
+            start: Vec::new(),
+        }
+    }
+}
+
+fn cancelled() -> Error {
+    Error::new(ErrorKind::Cancelled, "it was cancelled")
+}
+
+/// The engine's promises rest on the order of groups: a plan that breaks it is a planner's defect.
+fn sorted(plan: &Plan) -> Result<()> {
+    if !plan.steps.is_sorted_by_key(|planned| planned.group) {
+        return Err(Error::new(ErrorKind::Internal, "the plan's steps are not sorted by group"));
+    }
+    if let Some(planned) =
+        plan.steps.iter().find(|planned| planned.group != Group::Finish && !planned.edits.is_empty())
+    {
+        return Err(Error::new(
+            ErrorKind::Internal,
+            format!("a step before the commit point has edits: {}", planned.step.summary),
+        ));
+    }
+    Ok(())
+}
+
+impl Running<'_> {
+    async fn begin(mut self, prologue: Vec<Change>) -> Result<Run> {
+        // How far the operation goes in its first transaction: as far as there are no steps to do.
+        let first = self.operation.plan.steps.first().map(|planned| planned.group);
+        self.advance(Transition::Record)?;
+        let mut at_once = Vec::new();
+        if first != Some(Group::Prepare) {
+            self.advance(Transition::Cut)?;
+            if first != Some(Group::Cut) {
+                at_once = self.commit_changes()?;
+            }
+        }
+        for index in self.starting(0) {
+            self.operation.steps[index] = StepState::Started;
+        }
+        let mut changes = prologue;
+        changes.push(Change::Begin(Box::new(self.operation.clone())));
+        changes.extend(at_once);
+        if let Err(failure) = self.record(changes).await {
+            let found = self.engine.catalogue.operation(&self.entry.domain.name, self.operation.id).await;
+            match found {
+                Ok(None) => return Err(failure.state("nothing was touched")),
+                // It was recorded although it failed. What was to happen at once has happened, and is carried through.
+                Ok(Some(_)) if self.is_committed() && self.committed_after_all().await? => {}
+                Ok(Some(_)) => return Err(self.give_up(failure).await),
+                Err(_) => {
+                    return Err(failure
+                        .with_kind(ErrorKind::NeedsRecovery)
+                        .state("whether it is recorded is not known; no disk was touched")
+                        .advise("when the state directory can be used again, run `domsnap recover`"));
+                }
+            }
+        }
+        self.tell(Event::Started {
+            operation: self.operation.id,
+            domain: self.entry.domain.name.clone(),
+            kind: self.operation.plan.operation.clone(),
+            snapshots: self.operation.plan.snapshots.clone(),
+            steps: self.operation.plan.steps.len() as u64,
+            bytes: self.operation.plan.bytes(),
+        });
+        if !self.is_committed()
+            && let Err(failure) = self.until_committed().await
+        {
+            // The commit itself may have happened although it failed: the journal says.
+            if !self.is_committed() || !self.committed_after_all().await? {
+                return Err(self.give_up(failure).await);
+            }
+        }
+        self.run.happened = true;
+        self.tell(Event::Committed { operation: self.operation.id });
+        self.write_manifests_before_finish().await?;
+        self.finish().await
+    }
+
+    /// Does the prepare and cut steps, and commits.
+    async fn until_committed(&mut self) -> Result<()> {
+        let last = self.operation.plan.steps.iter().rposition(|planned| planned.group != Group::Finish);
+        let Some(last) = last else {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                "an operation without prepare or cut did not commit",
+            ));
+        };
+        let prepared = self.operation.of_group(Group::Prepare).count();
+        let mut begun = 0;
+        while begun <= last {
+            let run = self.starting(begun);
+            let mut index = begun;
+            while index < run.end {
+                if self.cancel.is_cancelled() {
+                    return Err(cancelled());
+                }
+                let facts = self.apply(index).await?;
+                self.note(index, facts)?;
+                self.tell_done(self.unit(index));
+                index = self.unit(index).end;
+            }
+            begun = run.end;
+            let mut changes = self.steps(run, StepState::Done);
+            if begun > last {
+                if self.cancel.is_cancelled() {
+                    return Err(cancelled());
+                }
+                if self.operation.state == OperationState::Preparing {
+                    self.advance(Transition::Cut)?;
+                }
+                changes.extend(self.commit_changes()?);
+                changes.push(Change::Operation(self.operation.id, self.operation.state, None));
+            } else if self.operation.state == OperationState::Preparing && begun >= prepared {
+                self.advance(Transition::Cut)?;
+                changes.push(Change::Operation(self.operation.id, self.operation.state, None));
+            }
+            changes.extend(self.steps(self.starting(begun), StepState::Started));
+            self.record(changes).await?;
+        }
+        Ok(())
+    }
+
+    /// The steps that are begun together with the one at `index`: all prepare steps, because nothing names what they make
+    /// before the cut, so that none of them must be known to be done before the next begins; of the others, those of a unit.
+    fn starting(&self, index: usize) -> Range<usize> {
+        let prepared = self.operation.of_group(Group::Prepare).count();
+        if index < prepared {
+            return index..prepared;
+        }
+        if index >= self.operation.plan.steps.len() {
+            return index..index;
+        }
+        self.unit(index)
+    }
+
+    /// Takes up what a step of the domain told: the snapshot that is to be recorded is as its instant was.
+    fn note(&mut self, index: usize, facts: Facts) -> Result<()> {
+        if self.operation.plan.steps[index].step.target.is_domain() {
+            match self.domain_step(index)? {
+                DomainStep::OpenWindow { .. } => self.window = Some(index),
+                DomainStep::Continue { .. } => self.window = None,
+                _ => {}
+            }
+        }
+        let snapshot = self.operation.plan.commit.iter_mut().find_map(|edit| match edit {
+            Edit::AddSnapshot { snapshot } => Some(snapshot),
+            _ => None,
+        });
+        if let Some(snapshot) = snapshot {
+            if let Some(taken) = &facts.taken {
+                snapshot.created = taken.at;
+                snapshot.consistency = taken.consistency;
+                if let Some(memory) = &mut snapshot.memory {
+                    memory.running = taken.running;
+                }
+            }
+            if let (Some(bytes), Some(memory)) = (facts.memory_bytes, &mut snapshot.memory) {
+                memory.bytes = bytes;
+            }
+        }
+        self.run.warnings.extend(facts.notes);
+        self.run.downtime = facts.downtime.or(self.run.downtime);
+        self.run.taken = facts.taken.or(self.run.taken.take());
+        self.run.start.extend(facts.start);
+        Ok(())
+    }
+
+    fn tell_done(&self, unit: Range<usize>) {
+        for index in unit {
+            self.tell(Event::StepDone { operation: self.operation.id, index: index as u64 });
+        }
+    }
+
+    /// The commit point's changes: the plan's edits; and where no finish step follows, the end.
+    fn commit_changes(&mut self) -> Result<Vec<Change>> {
+        self.advance(Transition::Commit)?;
+        if self.operation.of_group(Group::Finish).next().is_none() {
+            self.advance(Transition::Finish)?;
+        }
+        Ok(self.operation.plan.commit.iter().cloned().map(Change::Edit).collect())
+    }
+
+    fn is_committed(&self) -> bool {
+        match self.operation.state {
+            OperationState::Finishing | OperationState::Done => true,
+            OperationState::Planned
+            | OperationState::Preparing
+            | OperationState::Cutting
+            | OperationState::Undoing
+            | OperationState::Undone => false,
+        }
+    }
+
+    /// Whether a commit that failed is in the journal all the same.
+    async fn committed_after_all(&mut self) -> Result<bool> {
+        let name = self.entry.domain.name.clone();
+        let unknown = |cause: Error| {
+            Error::new(
+                ErrorKind::NeedsRecovery,
+                "whether the operation is recorded as having happened is not known",
+            )
+            .because(cause)
+            .state("its disks are ready for both, and nothing is lost")
+            .advise("when the state directory can be used again, run `domsnap recover`")
+        };
+        let found = self.engine.catalogue.operation(&name, self.operation.id).await.map_err(unknown)?;
+        let entry = self.engine.catalogue.load(&name).await.map_err(unknown)?;
+        let (Some(found), Some(entry)) = (found, entry) else {
+            return Err(unknown(Error::new(ErrorKind::Corrupt, "the journal no longer has the operation")));
+        };
+        *self.entry = entry;
+        self.operation = found;
+        Ok(self.is_committed())
+    }
+
+    fn advance(&mut self, transition: Transition) -> Result<()> {
+        self.operation.state = self.operation.state.after(transition)?;
+        Ok(())
+    }
+
+    fn steps(&mut self, indices: Range<usize>, state: StepState) -> Vec<Change> {
+        let id = self.operation.id;
+        let changes = indices.map(|index| {
+            if let Some(step) = self.operation.steps.get_mut(index) {
+                *step = state;
+            }
+            Change::Step(id, index, state)
+        });
+        changes.collect()
+    }
+
+    /// Makes `changes` durable, and the entry what they make of it.
+    async fn record(&mut self, changes: Vec<Change>) -> Result<()> {
+        let edits: Vec<Edit> = changes
+            .iter()
+            .filter_map(|change| match change {
+                Change::Edit(edit) => Some(edit.clone()),
+                Change::PutDomain(..)
+                | Change::Follow(_)
+                | Change::RemoveDomain
+                | Change::Begin(_)
+                | Change::Operation(..)
+                | Change::Step(..) => None,
+            })
+            .collect();
+        let revision: Revision =
+            self.engine.catalogue.commit(&self.entry.domain.name, self.entry.revision, changes).await?;
+        self.entry.revision = revision;
+        for edit in &edits {
+            apply_edit(edit, &mut self.entry.domain, &mut self.entry.tree)?;
+        }
+        Ok(())
+    }
+
+    /// Manifests of deleted snapshots must be gone before their data is: where they cannot be, nothing is destroyed.
+    async fn write_manifests_before_finish(&mut self) -> Result<()> {
+        // A create or a revert deletes no snapshot, so its finish steps wait for no manifest.
+        let deletes = self.operation.plan.steps.first().is_some_and(|first| first.group == Group::Finish);
+        if !deletes {
+            return Ok(());
+        }
+        let written = match &self.told {
+            // The rest is brought up to date once, at the end.
+            Some(told) => {
+                let is_gone = |snapshot: &&Snapshot| self.entry.tree.get(snapshot.id).is_none();
+                let gone: Vec<_> = told.tree.iter().filter(is_gone).map(|snapshot| snapshot.id).collect();
+                let manifests = self.engine.manifests.clone();
+                on_a_thread(move || manifests.remove(&gone)).await
+            }
+            None => self.try_manifests().await,
+        };
+        written.map_err(|error| self.left_unfinished(error))
+    }
+
+    /// Manifests follow the catalogue; where they cannot, that is told and stops nothing.
+    async fn write_manifests(&mut self) {
+        if let Err(error) = self.try_manifests().await {
+            let message = error.to_string();
+            self.tell(Event::Warning { domain: self.entry.domain.name.clone(), message: message.clone() });
+            self.run.warnings.push(message);
+        }
+    }
+
+    async fn try_manifests(&mut self) -> Result<()> {
+        if self.told.as_ref().is_some_and(|told| told.revision == self.entry.revision) {
+            return Ok(());
+        }
+        let catalogue = self.engine.catalogue.identity().await?.ok_or_else(|| {
+            Error::new(ErrorKind::Internal, "the catalogue records an operation and has no identity")
+        })?;
+        let (manifests, told, entry) = (self.engine.manifests.clone(), self.told.take(), self.entry.clone());
+        let write = move || manifests.write(catalogue, told.as_ref(), &entry).map(|()| entry);
+        self.told = Some(on_a_thread(write).await?);
+        Ok(())
+    }
+
+    fn tell(&self, event: Event) {
+        self.engine.events.tell(event);
+    }
+}
+
+async fn on_a_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|cause| Error::new(ErrorKind::Internal, "writing manifests ended early").because(cause))?
+}

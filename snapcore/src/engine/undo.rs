@@ -1,0 +1,167 @@
+//! An operation that is taken back: because something failed before its commit point, or because a crash stopped it there.
+
+use super::Running;
+use crate::catalogue::Change;
+use crate::{
+    DomainStep, Edit, Error, ErrorKind, Event, Group, PowerAfter, Result, StepState, StepStatus, Target,
+    Transition,
+};
+
+impl Running<'_> {
+    /// A failure before the commit point: undoes, and makes the error that says so.
+    pub(super) async fn give_up(&mut self, failure: Error) -> Error {
+        let reason = failure.to_string();
+        match self.undo(&reason).await {
+            Ok(()) => {
+                self.write_manifests().await;
+                match failure.state_now() {
+                    Some(_) => failure,
+                    None => failure.state("everything was undone"),
+                }
+            }
+            Err(stuck) => stuck,
+        }
+    }
+
+    /// Takes all begun steps back, the last first. Where one cannot be taken back, the earlier ones of its disk are
+    /// left too, and the other disks are undone all the same; but in a running domain everything earlier is left: the guest
+    /// must not go on with some disks of another time.
+    pub(super) async fn undo(&mut self, reason: &str) -> Result<()> {
+        self.tell(Event::Undoing { operation: self.operation.id, reason: reason.to_owned() });
+        self.advance(Transition::Undo)?;
+        let undoing = Change::Operation(self.operation.id, self.operation.state, Some(reason.to_owned()));
+        // Undoing is right without this record: what is recorded still says that it did not happen.
+        if let Err(error) = self.record(vec![undoing]).await {
+            tracing::warn!(%error, "recording that an operation is being undone");
+            if let Ok(Some(entry)) = self.engine.catalogue.load(&self.entry.domain.name).await {
+                *self.entry = entry;
+            }
+        }
+        let mut stuck: Vec<(Target, Error)> = Vec::new();
+        let mut changes = Vec::new();
+        let window = match self.window_to_undo_in().await {
+            Ok(window) => window,
+            Err(error) => {
+                stuck.push((Target::of_domain(), error));
+                Window::None
+            }
+        };
+        for index in (0..self.operation.steps.len()).rev() {
+            let planned = &self.operation.plan.steps[index];
+            let target = planned.step.target.clone();
+            let begun = match self.operation.steps[index] {
+                StepState::Started | StepState::Done => planned.group != Group::Finish,
+                StepState::Pending | StepState::Postponed | StepState::Undone => false,
+            };
+            let left = match self.engine.live {
+                Some(_) => !stuck.is_empty(),
+                None => stuck.iter().any(|(known, _)| *known == target || known.is_domain()),
+            };
+            if !begun || left || self.is_inside(index) {
+                continue;
+            }
+            let undone = match (&window, target.is_domain()) {
+                (Window::Anew(opened), true) if index == *opened => self.end_new_window().await,
+                (Window::Anew(_) | Window::NotNeeded, true) if self.is_window_step(index) => Ok(Vec::new()),
+                _ => self.undo_step(index).await,
+            };
+            match undone {
+                Ok(edits) => {
+                    changes.extend(edits.into_iter().map(Change::Edit));
+                    changes.extend(self.steps(self.unit(index), StepState::Undone));
+                }
+                Err(error) => stuck.push((target, error)),
+            }
+        }
+        if !stuck.is_empty() {
+            let said: Vec<String> =
+                stuck.iter().map(|(target, error)| format!("{target}: {error}")).collect();
+            let said = said.join("; ");
+            changes.push(Change::Operation(self.operation.id, self.operation.state, Some(said.clone())));
+            if let Err(error) = self.record(changes).await {
+                tracing::warn!(%error, "recording which steps could not be undone");
+            }
+            return Err(Error::new(
+                ErrorKind::NeedsRecovery,
+                format!("the {} failed ({reason}) and could not be undone whole: {said}", self.operation.plan.operation),
+            )
+            .state("it did not happen, and all earlier snapshots are whole; remains of it are on the disks named")
+            .advise("mend what is named, then run `domsnap recover`"));
+        }
+        self.advance(Transition::Undone)?;
+        changes.push(Change::Operation(self.operation.id, self.operation.state, None));
+        if let Err(error) = self.record(changes).await {
+            return Err(Error::new(
+                ErrorKind::NeedsRecovery,
+                format!(
+                    "the {} failed ({reason}) and was undone, but that cannot be recorded",
+                    self.operation.plan.operation
+                ),
+            )
+            .because(error)
+            .state("the disks are as before")
+            .advise("when the state directory can be written again, run `domsnap recover`"));
+        }
+        self.tell(Event::Finished { operation: self.operation.id, happened: false });
+        Ok(())
+    }
+
+    fn is_window_step(&self, index: usize) -> bool {
+        let step = self.domain_step(index);
+        matches!(step, Ok(DomainStep::OpenWindow { .. } | DomainStep::Attach { .. }))
+    }
+
+    /// Disks that were worked on in a window are undone in one. Where the guest stands still it is there yet, or is opened
+    /// again. A guest that runs was started anew since the crash: where its disks are not as before, they are taken from it,
+    /// undone, and given back, and it is reset.
+    async fn window_to_undo_in(&mut self) -> Result<Window> {
+        let opened = self.operation.of_group(Group::Cut).find(|index| {
+            self.operation.steps[*index] != StepState::Pending
+                && self.operation.plan.steps[*index].step.target.is_domain()
+                && matches!(self.domain_step(*index), Ok(DomainStep::OpenWindow { .. }))
+        });
+        let (Some(opened), Some(live), true) = (opened, self.engine.live, self.resumed) else {
+            return Ok(Window::None);
+        };
+        if live.seen().running {
+            let mut changed = false;
+            for index in opened + 1..self.operation.plan.steps.len() {
+                let begun = self.operation.steps[index] != StepState::Pending;
+                let planned = &self.operation.plan.steps[index];
+                if begun && planned.group == Group::Cut && !planned.step.target.is_domain() {
+                    changed |= self.status(index).await? != StepStatus::NotDone;
+                }
+            }
+            if !changed {
+                return Ok(Window::NotNeeded);
+            }
+        }
+        self.apply(opened).await?;
+        Ok(if live.seen().running { Window::Anew(opened) } else { Window::None })
+    }
+
+    /// The guest that was started on disks which are no more gets those that are, and starts again.
+    async fn end_new_window(&mut self) -> Result<Vec<Edit>> {
+        let disks = self.entry.domain.disks.iter().map(|record| record.disk.target.clone()).collect();
+        let attach = DomainStep::Attach { disks };
+        let go_on = DomainStep::Continue { memory: None, reset: true, power: Some(PowerAfter::Running) };
+        for step in [attach, go_on] {
+            self.apply_live(&step).await?;
+        }
+        let message = "the domain was started after the crash, on disks of a revert that did not happen: it has its \
+                       disks back as they were, and was reset";
+        self.tell(Event::Warning { domain: self.entry.domain.name.clone(), message: message.to_owned() });
+        self.run.warnings.push(message.to_owned());
+        Ok(Vec::new())
+    }
+}
+
+/// Where the disks of an operation that worked in a window are undone.
+enum Window {
+    /// The operation's own, where it had one.
+    None,
+    /// Its window was never needed, or is over: no disk has been changed in it.
+    NotNeeded,
+    /// One that was opened for it, because the guest was started anew; the step that stands for it.
+    Anew(usize),
+}
