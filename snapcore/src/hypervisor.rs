@@ -108,6 +108,9 @@ pub enum DomainStep {
     Instant {
         /// The disks.
         disks: Vec<(Target, DiskInstant)>,
+        /// Whether the guest ran when this was planned: then an undo after a crash, which finds it standing still, lets it
+        /// go on.
+        running: bool,
         /// Memory, where it is taken.
         memory: Option<MemoryPlan>,
         /// Whether file systems are frozen for it.
@@ -137,6 +140,8 @@ pub enum DomainStep {
     OpenWindow {
         /// The disks.
         disks: Vec<Target>,
+        /// Whether the guest ran when this was planned: then the window's end lets it go on, also after a crash.
+        running: bool,
     },
     /// Gives the disks what their configured paths name now. The guest stands still yet. Undone: the files are set free
     /// again.
@@ -151,7 +156,7 @@ pub enum DomainStep {
         memory: Option<Utf8PathBuf>,
         /// Whether the guest is reset: its disks are others, and its memory is not.
         reset: bool,
-        /// What it does afterwards; absent: what it did before the window.
+        /// What it does afterwards; absent: what it did before the window, which the step that opened it tells.
         power: Option<PowerAfter>,
     },
     /// Removes a memory image.
@@ -332,6 +337,9 @@ pub trait LiveDomain: Send + Sync {
 
     /// What of a recorded machine ([`Seen::machine`]) is not so now and would not survive a revert with memory: each in words.
     fn differences(&self, recorded: &serde_json::Value) -> Result<Vec<String>>;
+
+    /// Lets the guest go on, whoever paused it.
+    async fn resume(&self) -> Result<()>;
 
     /// Limits what merges move, in bytes a second; 0: as fast as they can.
     fn limit(&self, bytes_per_second: u64);

@@ -126,7 +126,7 @@ impl Bench {
             let state = self.backend.inspect(record, InspectDepth::Dependents).await?;
             disks.push(DiskInput { record: record.clone(), state, backend: Arc::new(self.backend.clone()) });
         }
-        let plan = plan::plan(&entry.domain, &entry.tree, &disks, request).await?;
+        let plan = plan::plan(&entry.domain, &entry.tree, &disks, None, request).await?;
         let (registry, events, manifests) = (self.registry(), Events::default(), self.manifests());
         let engine = Engine {
             catalogue: &self.catalogue,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use super::live::{Live, prepare_memory_dir};
 use super::locate::{Leftovers, Located};
 use super::{
     DomainRef, DomainSpec, ImportOptions, ImportReport, Inner, Outcome, RecoveryEnd, RecoveryReport, Removal,
@@ -14,8 +15,8 @@ use crate::engine::{Engine, Run};
 use crate::plan::DiskInput;
 use crate::service::locate::{Intake, canonical};
 use crate::{
-    Disk, Domain, DomainName, Error, ErrorKind, Event, Guard, InspectDepth, OperationState, Plan, Request,
-    Result, Snapshot,
+    CreateRequest, Disk, Domain, DomainName, Error, ErrorKind, Event, Guard, InspectDepth, OperationState,
+    Plan, PowerAfter, Request, Result, RevertRequest, Snapshot,
 };
 
 /// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
@@ -78,16 +79,26 @@ impl Inner {
         Ok(lease)
     }
 
-    async fn hold_disks(&self, domain: &Domain) -> Result<Vec<Guard>> {
+    async fn hold_disks(&self, domain: &Domain, live: Option<&Live>) -> Result<Vec<Guard>> {
         let mut guards = Vec::new();
         for record in &domain.disks {
-            guards.push(self.registry.get(&record.disk.format)?.hold(record, None).await?);
+            guards.push(
+                self.registry
+                    .get(&record.disk.format)?
+                    .hold(record, live.and_then(|live| live.disk(&record.disk.target)))
+                    .await?,
+            );
         }
         Ok(guards)
     }
 
     /// The plan for `request` on the domain as it is on the machine.
-    pub(super) async fn plan_for(&self, entry: &Entry, request: &Request) -> Result<Plan> {
+    pub(super) async fn plan_for(
+        &self,
+        entry: &Entry,
+        live: Option<&Live>,
+        request: &Request,
+    ) -> Result<Plan> {
         let depth = match request {
             Request::Create(_) => InspectDepth::Active,
             Request::Revert(_) | Request::Delete(_) | Request::Tidy => InspectDepth::Dependents,
@@ -95,13 +106,17 @@ impl Inner {
         let mut disks = Vec::new();
         for record in &entry.domain.disks {
             let backend = self.registry.get(&record.disk.format)?;
-            let state = backend
+            let mut state = backend
                 .inspect(record, depth)
                 .await
                 .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
+            if let Some(live) = live {
+                state.attached = self.is_attached(live, record).await?;
+            }
             disks.push(DiskInput { record: record.clone(), state, backend });
         }
-        crate::plan::plan(&entry.domain, &entry.tree, &disks, request).await
+        let alive = live.map(|live| self.alive(entry, live, request)).transpose()?;
+        crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), request).await
     }
 
     /// Carries `request` out on the domain that is meant.
@@ -114,15 +129,77 @@ impl Inner {
         let mut locked = self.lock(&reference, &cancel).await?;
         let located = &mut locked.located;
         let mut recovered = Vec::new();
+        let mut live = self.connect(&located.entry.domain).await?;
         if located.catalogued {
             self.require_last_word(&located.entry).await?;
-            recovered = self.recover_entry(&mut located.entry, &cancel).await?;
+            recovered = self.recover_entry(&mut located.entry, &mut live, &cancel).await?;
         }
-        let (plan, run) = self.change_locked(located, &request, &cancel).await?;
-        let mut outcome = outcome_of(&located.entry, plan, run);
+        let mut outcome = match &live {
+            Some(live) => self.change_alive(located, live, request, &cancel).await?,
+            None => self.change_once(located, None, &request, &cancel).await?,
+        };
         outcome.notes.splice(0..0, std::mem::take(&mut located.notes));
         outcome.recovered = recovered;
         Ok(outcome)
+    }
+
+    async fn change_once(
+        &self,
+        located: &mut Located,
+        live: Option<&Live>,
+        request: &Request,
+        cancel: &CancellationToken,
+    ) -> Result<Outcome> {
+        let (plan, run) = self.change_locked(located, live, request, cancel).await?;
+        Ok(outcome_of(&located.entry, plan, run))
+    }
+
+    /// On a running domain the present is saved by a snapshot of its own, with memory, which leaves the guest standing until
+    /// the revert: so nothing that it does in between is lost.
+    async fn change_alive(
+        &self,
+        located: &mut Located,
+        live: &Live,
+        request: Request,
+        cancel: &CancellationToken,
+    ) -> Result<Outcome> {
+        let (name, mut revert) = match request {
+            Request::Revert(RevertRequest { save_current: Some(name), name: to, power }) => {
+                (name, RevertRequest { name: to, save_current: None, power })
+            }
+            request => return self.change_once(located, Some(live), &request, cancel).await,
+        };
+        let ran = live.seen().running;
+        // What the revert is refused for is found before anything is done.
+        self.plan_for(&located.entry, Some(live), &Request::Revert(revert.clone())).await?;
+        let save = CreateRequest::new(name)
+            .description(format!("the state before a revert to {}", revert.name))
+            .then(PowerAfter::Paused);
+        let saved = self.change_once(located, Some(live), &Request::Create(save), cancel).await?;
+        let has_memory = located.entry.tree.named(&revert.name)?.memory.is_some();
+        if !has_memory && ran {
+            revert.power = revert.power.or(Some(PowerAfter::Running));
+        }
+        let reverted = self.change_once(located, Some(live), &Request::Revert(revert), cancel).await;
+        match reverted {
+            Ok(mut outcome) => {
+                outcome.snapshots.extend(saved.snapshots);
+                outcome.notes.splice(0..0, saved.notes);
+                Ok(outcome)
+            }
+            Err(error) => {
+                let left = match (ran, error.kind()) {
+                    (true, ErrorKind::NeedsRecovery) | (false, _) => Ok(()),
+                    (true, _) => live.resume().await,
+                };
+                let names: Vec<&str> = saved.snapshots.iter().map(|name| name.as_str()).collect();
+                let kept = format!("the present was saved as {}, which stays", names.join(", "));
+                Err(match left {
+                    Ok(()) => error.state(kept),
+                    Err(second) => error.state(format!("{kept}; the guest stands still: {second}")),
+                })
+            }
+        }
     }
 
     /// Plans and carries out.
@@ -133,12 +210,17 @@ impl Inner {
     async fn change_locked(
         &self,
         located: &mut Located,
+        live: Option<&Live>,
         request: &Request,
         cancel: &CancellationToken,
     ) -> Result<(Plan, Run)> {
         let Located { entry, catalogued, leftovers, .. } = located;
-        let _held = self.hold_disks(&entry.domain).await?;
-        let plan = self.plan_for(entry, request).await?;
+        let _held = self.hold_disks(&entry.domain, live).await?;
+        let plan = self.plan_for(entry, live, request).await?;
+        prepare_memory_dir(&plan)?;
+        if let (Some(live), Request::Delete(delete)) = (live, request) {
+            live.limit(delete.limit);
+        }
         self.events.tell(Event::Planned { domain: entry.domain.name.clone(), plan: Box::new(plan.clone()) });
         let mut prologue = Vec::new();
         if !plan.steps.is_empty() || !plan.commit.is_empty() {
@@ -166,7 +248,7 @@ impl Inner {
             registry: &self.registry,
             events: &self.events,
             manifests: &manifests,
-            live: None,
+            live: live.map(|live| &**live),
         };
         let run = engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
             let names: Vec<&str> = plan.snapshots.iter().map(|name| name.as_str()).collect();
@@ -179,18 +261,19 @@ impl Inner {
     async fn recover_entry(
         &self,
         entry: &mut Entry,
+        live: &mut Option<Live>,
         cancel: &CancellationToken,
     ) -> Result<Vec<RecoveryReport>> {
         let mut reports = Vec::new();
         for operation in self.catalogue.unfinished(&entry.domain.name).await? {
-            let _held = self.hold_disks(&entry.domain).await?;
+            let _held = self.hold_disks(&entry.domain, live.as_ref()).await?;
             let manifests = self.manifests_of(&entry.domain)?;
             let engine = Engine {
                 catalogue: &*self.catalogue,
                 registry: &self.registry,
                 events: &self.events,
                 manifests: &manifests,
-                live: None,
+                live: live.as_deref(),
             };
             let (id, found, plan) = (operation.id, operation.state, operation.plan.clone());
             let run = engine.resume(entry, operation, cancel).await.map_err(|error| {
@@ -211,6 +294,11 @@ impl Inner {
             };
             self.events.tell(Event::Recovered { report: Box::new(report.clone()) });
             reports.push(report);
+            // What was recovered may have started it, stopped it, or let it go on.
+            *live = self.connect(&entry.domain).await?;
+        }
+        if let (Some(live), Some(last)) = (&live, reports.last_mut()) {
+            last.notes.extend(self.settle(&entry.domain, live).await?);
         }
         Ok(reports)
     }
@@ -227,8 +315,16 @@ impl Inner {
             return Ok(Vec::new());
         }
         self.require_last_word(&located.entry).await?;
-        let mut reports = self.recover_entry(&mut located.entry, &cancel).await?;
-        let (plan, run) = self.change_locked(located, &Request::Tidy, &cancel).await?;
+        let mut live = self.connect(&located.entry.domain).await?;
+        let mut reports = self.recover_entry(&mut located.entry, &mut live, &cancel).await?;
+        let settled = match &live {
+            Some(live) if reports.is_empty() => self.settle(&located.entry.domain, live).await?,
+            _ => Vec::new(),
+        };
+        for message in settled {
+            self.events.tell(Event::Warning { domain: located.entry.domain.name.clone(), message });
+        }
+        let (plan, run) = self.change_locked(located, live.as_ref(), &Request::Tidy, &cancel).await?;
         let entry = &located.entry;
         if let Some(operation_id) = run.operation {
             reports.push(RecoveryReport {
@@ -557,5 +653,8 @@ fn outcome_of(entry: &Entry, plan: Plan, run: Run) -> Outcome {
         postponed: run.postponed,
         notes,
         recovered: Vec::new(),
+        downtime_us: run.downtime.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
+        way: run.taken.map(|taken| taken.way),
+        start: run.start,
     }
 }

@@ -2,6 +2,7 @@
 
 mod change;
 mod identity;
+mod live;
 mod locate;
 mod look;
 mod reference;
@@ -14,6 +15,7 @@ use jiff::{Timestamp, Unit};
 use tokio_util::sync::CancellationToken;
 
 pub use identity::Belonging;
+pub use live::Scanned;
 pub use reference::{DomainRef, DomainSpec};
 pub use report::{
     Details, DiskReport, DomainSummary, ImportReport, Listing, Member, Outcome, Postponed, RecoveryEnd,
@@ -23,8 +25,8 @@ pub use report::{
 use self::change::to_the_end;
 use crate::catalogue::{Catalogue, SqliteCatalogue};
 use crate::{
-    CreateRequest, DeleteRequest, Domain, DomainName, Error, ErrorKind, EventStream, Events, Finding, Plan,
-    Registry, Request, Result, RevertRequest, SnapshotName,
+    Control, CreateRequest, DeleteRequest, Domain, DomainName, Error, ErrorKind, EventStream, Events,
+    Finding, Hypervisor, Plan, Registry, Request, Result, RevertRequest, Seen, SnapshotName,
 };
 
 /// The directory where catalogue, journal and locks live.
@@ -134,6 +136,29 @@ impl Domsnap {
         to_the_end(&CancellationToken::new(), |cancel| inner.domain_remove(domain, cancel)).await
     }
 
+    /// What runs at an address. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where nothing does; [`ErrorKind::Unsupported`] where the hypervisor is not registered.
+    pub async fn look(&self, hypervisor: Hypervisor, control: &Control) -> Result<Seen> {
+        self.inner.look(hypervisor, control).await
+    }
+
+    /// The domains that run on this machine and could be registered, or are.
+    pub async fn scan(&self) -> Result<Vec<Scanned>> {
+        self.inner.scan().await
+    }
+
+    /// The running side of a domain as its hypervisor describes it; none where it does not run.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::resolve`]; where it cannot be told whether it runs.
+    pub async fn running(&self, domain: &DomainRef) -> Result<Option<Seen>> {
+        let located = self.inner.locate(domain).await?;
+        let live = self.inner.connect(&located.entry.domain).await?;
+        Ok(live.map(|live| live.seen().clone()))
+    }
+
     /// All domains that the catalogue has.
     pub async fn domains(&self) -> Result<Vec<DomainSummary>> {
         let found = self.inner.catalogue.domains().await?;
@@ -175,7 +200,8 @@ impl Domsnap {
         if located.catalogued {
             self.inner.require_last_word(&located.entry).await?;
         }
-        let mut plan = self.inner.plan_for(&located.entry, request).await?;
+        let live = self.inner.connect(&located.entry.domain).await?;
+        let mut plan = self.inner.plan_for(&located.entry, live.as_ref(), request).await?;
         plan.notes.splice(0..0, located.notes);
         Ok(plan)
     }

@@ -29,6 +29,15 @@ pub struct Outcome {
     pub notes: Vec<String>,
     /// Unfinished operations of the domain that were recovered first.
     pub recovered: Vec<RecoveryReport>,
+    /// How long the guest stood still, in microseconds; absent where it did not run, or does not go on.
+    #[serde(default)]
+    pub downtime_us: Option<u64>,
+    /// Of a create on a running domain: the way that its instant was taken, in words (`background snapshot`).
+    #[serde(default)]
+    pub way: Option<String>,
+    /// The command that starts the domain from the snapshot's memory, where the user must.
+    #[serde(default)]
+    pub start: Vec<String>,
 }
 
 /// Merging of one disk that was put off.

@@ -1,5 +1,7 @@
 //! From a request to a plan over all disks of a domain: a function of what is, without a side effect.
 
+mod live;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -8,9 +10,11 @@ use uuid::Uuid;
 
 use crate::{
     Consistency, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, DiskPlan, DiskPoint, DiskRecord,
-    DiskRequest, DiskSnapshotter, DiskState, Domain, Edit, Error, ErrorKind, Group, Plan, Point, PointKind,
-    Request, Result, RevertRequest, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
+    DiskRequest, DiskSnapshotter, DiskState, Domain, Edit, Error, ErrorKind, Plan, Point, PointKind, Request,
+    Result, RevertRequest, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
 };
+
+pub use live::Alive;
 
 /// One disk as the planner sees it.
 #[derive(Clone)]
@@ -38,7 +42,7 @@ impl DiskInput {
 }
 
 /// The plan that fulfils `request` on `domain`, whose snapshots are `tree` and whose disks are `disks`, in the
-/// domain's order.
+/// domain's order; `alive` where it runs.
 ///
 /// # Errors
 /// What the request gets wrong ([`ErrorKind::NotFound`], [`ErrorKind::Exists`], [`ErrorKind::Usage`]), and what a
@@ -47,9 +51,10 @@ pub async fn plan(
     domain: &Domain,
     tree: &SnapshotTree,
     disks: &[DiskInput],
+    alive: Option<&Alive<'_>>,
     request: &Request,
 ) -> Result<Plan> {
-    let planner = Planner { domain, tree, disks };
+    let planner = Planner { domain, tree, disks, alive };
     match request {
         Request::Create(create) => planner.create(create).await,
         Request::Revert(revert) => planner.revert(revert).await,
@@ -68,6 +73,7 @@ struct Planner<'a> {
     domain: &'a Domain,
     tree: &'a SnapshotTree,
     disks: &'a [DiskInput],
+    alive: Option<&'a Alive<'a>>,
 }
 
 impl Planner<'_> {
@@ -83,8 +89,10 @@ impl Planner<'_> {
                 .advise(format!("its disks are: {}", known.join(", "))));
             }
         }
+        self.with_memory(request)?;
         let mut merged = Merged::default();
         let mut points = Vec::new();
+        let mut instants = Vec::new();
         for disk in self.disks {
             let said =
                 request.disks.iter().rev().find(|(target, _)| target == disk.target()).map(|(_, how)| how);
@@ -101,13 +109,15 @@ impl Planner<'_> {
             let ask = DiskRequest::Create { kind, name: request.name.clone(), overlay, keep, stamp: stamp() };
             let plan = disk.plan(self.domain, &ask).await?;
             points.push(self.member(disk, &plan)?);
+            instants.extend(plan.instant.clone().map(|instant| (disk.target().clone(), instant)));
             merged.add(plan);
         }
         if points.is_empty() {
             return Err(Error::new(ErrorKind::Refused, "every disk is left out: there is nothing to take")
                 .advise("leave at least one disk in"));
         }
-        let snapshot = self.snapshot(request.name.clone(), request.description.clone(), points);
+        let mut snapshot = self.snapshot(request.name.clone(), request.description.clone(), points);
+        self.create_alive(request, instants, &mut snapshot, &mut merged)?;
         let id = snapshot.id;
         merged.commit.push(Edit::AddSnapshot { snapshot: Box::new(snapshot) });
         merged.commit.push(Edit::SetCurrent { id: Some(id) });
@@ -156,6 +166,7 @@ impl Planner<'_> {
             names.push(name.clone());
         }
         merged.commit.push(Edit::SetCurrent { id: Some(wanted.id) });
+        self.revert_alive(wanted, request, &mut merged)?;
         Ok(merged.plan("revert", names))
     }
 
@@ -201,7 +212,10 @@ impl Planner<'_> {
             merged.add(disk.plan(self.domain, &DiskRequest::Delete { drop, keep }).await?);
         }
         let mut names = Vec::new();
-        for snapshot in self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)) {
+        let gone: Vec<&Snapshot> =
+            self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)).collect();
+        self.delete_alive(&gone, &mut merged);
+        for snapshot in gone {
             names.push(snapshot.name.clone());
             merged.commit.push(Edit::RemoveSnapshot { id: snapshot.id });
         }
@@ -314,12 +328,18 @@ impl Merged {
         self.notes.extend(disk.notes);
     }
 
+    /// Adds a step that is the first of its group.
+    fn first(&mut self, step: crate::PlannedStep) {
+        self.steps.insert(0, step);
+    }
+
+    /// Adds a step that is the last of its group.
+    fn last(&mut self, step: crate::PlannedStep) {
+        self.steps.push(step);
+    }
+
     fn plan(mut self, operation: &str, snapshots: Vec<SnapshotName>) -> Plan {
-        self.steps.sort_by_key(|planned| match planned.group {
-            Group::Prepare => 0,
-            Group::Cut => 1,
-            Group::Finish => 2,
-        });
+        self.steps.sort_by_key(|planned| planned.group);
         Plan {
             operation: operation.to_owned(),
             snapshots,

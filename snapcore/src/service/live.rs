@@ -1,0 +1,144 @@
+//! The running side of a domain: who is connected to, and whether what runs is the domain that the catalogue means.
+
+use std::os::unix::fs::DirBuilderExt;
+use std::sync::Arc;
+
+use camino::Utf8PathBuf;
+
+use super::Inner;
+use super::identity::file_id;
+use crate::catalogue::Entry;
+use crate::plan::Alive;
+use crate::{
+    Control, DiskRecord, Domain, DomainStep, Error, ErrorKind, Hypervisor, LiveDomain, MemoryPlan, OpenChain,
+    Plan, Request, Result, Seen,
+};
+
+/// A connection to a running domain.
+pub(super) type Live = Arc<dyn LiveDomain>;
+
+/// What runs at an address, and who would be asked.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Scanned {
+    /// Its hypervisor.
+    pub hypervisor: Hypervisor,
+    /// How it is reached.
+    pub control: Control,
+    /// What it is.
+    pub seen: Seen,
+}
+
+impl Inner {
+    /// Connects to the domain where it runs.
+    pub(super) async fn connect(&self, domain: &Domain) -> Result<Option<Live>> {
+        if domain.hypervisor == Hypervisor::None {
+            return Ok(None);
+        }
+        let saver = self.registry.hypervisor(domain.hypervisor)?;
+        saver
+            .connect(domain)
+            .await
+            .map_err(|error| error.context(format!("connecting to domain {}", domain.name)))
+    }
+
+    /// What runs at an address.
+    pub(super) async fn look(&self, hypervisor: Hypervisor, control: &Control) -> Result<Seen> {
+        self.registry.hypervisor(hypervisor)?.look(control).await
+    }
+
+    pub(super) async fn scan(&self) -> Result<Vec<Scanned>> {
+        let mut found = Vec::new();
+        for saver in self.registry.hypervisors() {
+            let hypervisor = saver.hypervisor();
+            found.extend(saver.scan().await?.into_iter().map(|(control, seen)| Scanned {
+                hypervisor,
+                control,
+                seen,
+            }));
+        }
+        Ok(found)
+    }
+
+    /// The running domain as the planner must know it.
+    pub(super) fn alive<'a>(&self, entry: &Entry, live: &'a Live, request: &Request) -> Result<Alive<'a>> {
+        let mut differs = Vec::new();
+        if let Request::Revert(revert) = request
+            && let Ok(wanted) = entry.tree.named(&revert.name)
+            && wanted.memory.is_some()
+            && let Some(machine) = wanted.machine.as_deref().and_then(|id| entry.domain.machine(id))
+        {
+            differs = live.differences(&machine.record)?;
+        }
+        Ok(Alive { seen: live.seen(), differs, memory_dir: self.memory_dir(&entry.domain)? })
+    }
+
+    /// Where the domain's memory images go: where it is said, or beside its manifests.
+    fn memory_dir(&self, domain: &Domain) -> Result<Utf8PathBuf> {
+        match domain.control.as_ref().and_then(|control| control.memory_dir.clone()) {
+            Some(directory) => Ok(directory),
+            None => Ok(self.manifests_of(domain)?.directory().to_owned()),
+        }
+    }
+
+    /// Whether the hypervisor has the disk open as its configured path names it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where it has another image open, or the disk not at all: what is done to one would not be done to
+    /// the other.
+    pub(super) async fn is_attached(&self, live: &Live, record: &DiskRecord) -> Result<bool> {
+        let path = &record.disk.path;
+        let target = &record.disk.target;
+        let Some(disk) = live.disk(target) else {
+            let known: Vec<String> =
+                live.seen().disks.iter().map(|disk| format!("{} ({})", disk.target, disk.path)).collect();
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{target}: {path} is not open in the running domain; what it has is: {}",
+                    known.join(", ")
+                ),
+            )
+            .state("nothing was touched")
+            .advise("shut the domain down, or register it anew with the disks that it has"));
+        };
+        let open = disk.open_files().await?;
+        let named = file_id(path);
+        if named.is_some_and(|named| open.contains(&named)) {
+            return Ok(true);
+        }
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!("{target}: the running domain has another image open than {path} names now"),
+        )
+        .state("nothing was touched")
+        .advise("if a file was moved or replaced under the running domain, put it back, or shut the domain down first"))
+    }
+
+    /// Lets nothing that a crash left stand in a running domain.
+    pub(super) async fn settle(&self, domain: &Domain, live: &Live) -> Result<Vec<String>> {
+        let mut chains = Vec::new();
+        for record in &domain.disks {
+            let layers = self.registry.get(&record.disk.format)?.open_chain(record).await?;
+            chains.push(OpenChain { target: record.disk.target.clone(), layers });
+        }
+        live.settle(&chains).await
+    }
+}
+
+/// Makes the directory that the plan's memory image goes to, for its owner alone.
+pub(super) fn prepare_memory_dir(plan: &Plan) -> Result<()> {
+    let memory = plan.steps.iter().filter(|planned| planned.step.target.is_domain()).find_map(|planned| {
+        match serde_json::from_value(planned.step.action.clone()) {
+            Ok(DomainStep::Instant { memory: Some(MemoryPlan { file, .. }), .. }) => Some(file),
+            _ => None,
+        }
+    });
+    let Some(directory) = memory.as_ref().and_then(|file| file.parent()) else { return Ok(()) };
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(|cause| {
+        Error::new(ErrorKind::Io, format!("the directory {directory} for memory images cannot be made"))
+            .because(cause)
+            .state("nothing was touched")
+            .advise("make it, or name another one with --memory-dir when the domain is registered")
+    })
+}
