@@ -14,7 +14,7 @@
 //!
 //! **The domain may have run in between**, started by somebody who knows of no crash, and have written to whatever its
 //! configured paths named. Two questions to the backend keep that. Before a step is undone: what would the undo lose
-//! ([`Salvage`])? It is put aside, durably, before the undo begins, or the step stays. Before the rest is carried
+//! ([`crate::Salvage`])? It is put aside, durably, before the undo begins, or the step stays. Before the rest is carried
 //! through: was a step that is recorded as done overtaken, so that a later one would lose what it has not seen? It is
 //! done again, and recorded, before the later ones. While an operation runs it holds its disks, so nobody writes, and
 //! neither is asked.
