@@ -11,6 +11,7 @@ use snapcore::{
     Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
 };
 
+use crate::attached::{self, FileIds};
 use crate::backing_string::check_backing_string;
 use crate::dependents;
 use crate::discover;
@@ -70,20 +71,15 @@ impl Qcow2 {
         &self,
         step: &Step,
         context: StepContext<'_>,
+        open: FileIds,
         work: impl FnOnce(&Workplace<'_>, &ChainStep) -> Result<T>,
     ) -> Result<T> {
-        let action: ChainStep = serde_json::from_value(step.action.clone()).map_err(|error| {
-            Error::new(
-                ErrorKind::Internal,
-                format!("the journal has a step that this backend does not know: {}", step.action),
-            )
-            .because(error)
-            .advise("it was written by another version of domsnap: recover with that one")
-        })?;
+        let action = action_of(step)?;
         let hold = self.holds.of(&context.disk.disk.path);
         let place = Workplace {
             record: context.disk,
             hold: hold.as_deref(),
+            open,
             progress: context.progress,
             cancel: context.cancel,
             bytes: step.bytes,
@@ -104,7 +100,7 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(PointKind::Internal, self.limits.max_depth).both_kinds()
+        Capabilities::new(PointKind::Internal, self.limits.max_depth).both_kinds().live()
     }
 
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
@@ -152,7 +148,11 @@ impl DiskSnapshotter for Qcow2 {
                 check_overlay_name(&disk, overlay)?;
             }
             let mut plan = chain::plan(&disk, &state, active_path, &capabilities, &request, &mut |run| {
-                visible(&state, run)
+                match visible(&state, run) {
+                    // It is written just now: what it holds on the disk tells as well what is to be moved.
+                    Err(_) if state.attached => Ok(allocated(&state, run)),
+                    seen => seen,
+                }
             })?;
             check_backing_strings(&disk, &plan)?;
             if let (DiskRequest::Create { .. }, ActivePath::Keep, Some(Point { layer, tag: None })) =
@@ -165,11 +165,21 @@ impl DiskSnapshotter for Qcow2 {
         .await
     }
 
-    async fn hold(&self, disk: &DiskRecord, _attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         names::require_writable_directory_of(&disk.disk.path)?;
         let hold = self.holds.begin(&disk.disk.path)?;
-        hold.lock(&disk.disk.path)?;
+        let open = attached::open_files(attached).await?;
+        if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
+            hold.lock(&disk.disk.path)?;
+        }
         Ok(Box::new(hold))
+    }
+
+    async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
+        if let Some(hold) = self.holds.of(&disk.disk.path) {
+            hold.unlock_all();
+        }
+        Ok(())
     }
 
     async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
@@ -178,23 +188,32 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
-        self.step(step, context, |place, action| place.apply(action))
+        let open = attached::open_files(context.attached).await?;
+        let action = action_of(step)?;
+        if let Some(disk) = context.attached.filter(|_| !open.is_empty())
+            && attached::apply(disk, &open, &action, context).await?
+        {
+            return Ok(());
+        }
+        self.step(step, context, open, |place, action| place.apply(action))
     }
 
     async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
-        self.step(step, context, |place, action| place.undo(action))
+        let open = attached::open_files(context.attached).await?;
+        self.step(step, context, open, |place, action| place.undo(action))
     }
 
     async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
-        self.step(step, context, |place, action| place.salvage(action, done))
+        let open = attached::open_files(context.attached).await?;
+        self.step(step, context, open, |place, action| place.salvage(action, done))
     }
 
     async fn is_overtaken(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
-        self.step(step, context, |place, action| place.is_overtaken(action))
+        self.step(step, context, FileIds::new(), |place, action| place.is_overtaken(action))
     }
 
     async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
-        self.step(step, context, |place, action| place.status(action))
+        self.step(step, context, FileIds::new(), |place, action| place.status(action))
     }
 
     async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
@@ -222,6 +241,17 @@ impl DiskSnapshotter for Qcow2 {
     fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
         layers::file_of(disk, layer).unwrap_or_else(|_| layer_path(&disk.disk.path, layer))
     }
+}
+
+fn action_of(step: &Step) -> Result<ChainStep> {
+    serde_json::from_value(step.action.clone()).map_err(|error| {
+        Error::new(
+            ErrorKind::Internal,
+            format!("the journal has a step that this backend does not know: {}", step.action),
+        )
+        .because(error)
+        .advise("it was written by another version of domsnap: recover with that one")
+    })
 }
 
 /// Every layer that an image is to name can be named by one.
@@ -285,6 +315,10 @@ fn visible(state: &DiskState, run: &[LayerName]) -> Result<Vec<u64>> {
         layers.push(image::Layer::active(&image)?);
     }
     Ok(image::visible_bytes(layers)?)
+}
+
+fn allocated(state: &DiskState, run: &[LayerName]) -> Vec<u64> {
+    run.iter().map(|name| state.layer(name).map_or(0, |layer| layer.allocated)).collect()
 }
 
 fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {

@@ -77,6 +77,11 @@ impl Hold {
         }
         Ok(())
     }
+
+    /// Gives all locks back; a step that needs one takes it anew.
+    pub(crate) fn unlock_all(&self) {
+        self.locks.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
 }
 
 /// How to open the image at `file` for writing under `hold`, or with a lock of its own where there is none.

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod attached;
 mod backend;
 mod backing_string;
 mod below;

@@ -19,6 +19,7 @@ use snapcore::chain::{ChainStep, layer_path};
 use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Progress, Result, StepStatus};
 use tokio_util::sync::CancellationToken;
 
+use crate::attached::FileIds;
 use crate::backing_string::{backing_string, resolve_backing};
 use crate::below::Below;
 use crate::hold::{Hold, writing};
@@ -30,6 +31,8 @@ use crate::names;
 pub(crate) struct Workplace<'a> {
     pub(crate) record: &'a DiskRecord,
     pub(crate) hold: Option<&'a Hold>,
+    /// What a hypervisor has open: its to lock and to write.
+    pub(crate) open: FileIds,
     pub(crate) progress: &'a dyn Progress,
     pub(crate) cancel: &'a CancellationToken,
     /// Bytes that the step is to move, as it was planned.
@@ -56,6 +59,7 @@ impl Workplace<'_> {
             }
             ChainStep::ApplyInternal { layer, tag, .. } => self.apply_tag(layer, tag),
             ChainStep::DropInternal { layer, tags } => self.drop_tags(layer, tags),
+            ChainStep::Merge { run, into, .. } if self.has_pivoted(run, into)? => Ok(()),
             ChainStep::Merge { run, into, below } => self.merge(run, into, below.as_ref()),
             ChainStep::Repoint { child, to } => self.repoint(child, to),
             ChainStep::Remove { layers } => self.remove(layers),
@@ -67,6 +71,8 @@ impl Workplace<'_> {
     pub(crate) fn undo(&self, step: &ChainStep) -> Result<()> {
         let path = &self.record.disk.path;
         match step {
+            // A hypervisor may know it by this name.
+            ChainStep::NameLayer { layer } if self.is_open(&self.own_name(layer))? => Ok(()),
             ChainStep::NameLayer { layer } => self.unname(layer),
             ChainStep::CreateOverlay { layer, .. } | ChainStep::Materialise { layer, .. } => {
                 let file = self.own_name(layer);
@@ -161,9 +167,22 @@ impl Workplace<'_> {
 
     pub(crate) fn lock(&self, file: &Utf8Path) -> Result<()> {
         match self.hold {
-            Some(hold) => hold.lock(file),
-            None => Ok(()),
+            Some(hold) if !self.is_open(file)? => hold.lock(file),
+            _ => Ok(()),
         }
+    }
+
+    /// Whether a hypervisor has the file open.
+    fn is_open(&self, file: &Utf8Path) -> Result<bool> {
+        Ok(!self.open.is_empty() && names::file_id(file)?.is_some_and(|id| self.open.contains(&id)))
+    }
+
+    /// Whether the active layer was merged into a lower one by a hypervisor, and the path moved at the pivot, before a crash
+    /// kept that from being recorded. Then the domain has written to that layer since, and to merge the former active one once
+    /// more would bring its old data back. (At rest the path is moved by a step of its own, after the merge is recorded.)
+    fn has_pivoted(&self, run: &[LayerName], into: &LayerName) -> Result<bool> {
+        let merged_down = run.last().is_some_and(|top| *top == self.record.active && top != into);
+        Ok(merged_down && same_file(&self.own_name(into), &self.record.disk.path)?)
     }
 
     pub(crate) fn reading(&self, layer: &LayerName) -> Result<Image> {
@@ -173,6 +192,7 @@ impl Workplace<'_> {
 
     fn writing(&self, layer: &LayerName) -> Result<Image> {
         let file = file_of(self.record, layer)?;
+        self.refuse_open(&file)?;
         Ok(Image::open(file.as_std_path(), &writing(self.hold, &file)?)?)
     }
 
@@ -366,9 +386,18 @@ impl Workplace<'_> {
 
     /// Removing a file that somebody has open would leave him with data that no name leads to.
     fn refuse_in_use(&self, file: &Utf8Path) -> Result<()> {
+        self.refuse_open(file)?;
         match names::file_id(file)? {
             Some(_) => self.lock(file),
             None => Ok(()),
+        }
+    }
+
+    fn refuse_open(&self, file: &Utf8Path) -> Result<()> {
+        match self.is_open(file)? {
+            true => Err(Error::new(ErrorKind::Busy, format!("the running domain has {file} open"))
+                .state("it was not touched")),
+            false => Ok(()),
         }
     }
 

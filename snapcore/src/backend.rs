@@ -46,6 +46,13 @@ impl Capabilities {
         }
     }
 
+    /// Disks that a running guest holds, too.
+    #[must_use]
+    pub fn live(mut self) -> Self {
+        self.live = true;
+        self
+    }
+
     /// Points of the other kind too.
     #[must_use]
     pub fn both_kinds(mut self) -> Self {

@@ -4,6 +4,8 @@
 //! request. A backend calls [`plan`] and carries [`ChainStep`]s out; what a layer is needed for is computed anew each
 //! time from the layers that exist, so that a layer which somebody else stands on is never merged or removed.
 
+use std::collections::HashSet;
+
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
@@ -12,8 +14,9 @@ mod neighbours;
 pub use neighbours::rebase;
 
 use crate::{
-    ActivePath, Capabilities, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group,
-    Layer, LayerName, PlannedStep, Point, PointKind, Result, SnapshotName, Step, Target, shown_size,
+    ActivePath, Capabilities, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error,
+    ErrorKind, Group, Layer, LayerName, PlannedStep, Point, PointKind, Result, SnapshotName, Step, Target,
+    shown_size,
 };
 
 /// What is done to a chain of files, one typed action a step.
@@ -168,6 +171,10 @@ pub fn plan(
         target: record.disk.target.clone(),
         active_path,
         capabilities,
+        open: match state.attached {
+            true => state.chain(&state.active).iter().map(|layer| layer.name.clone()).collect(),
+            false => HashSet::new(),
+        },
         layers: state.layers.clone(),
         active: state.active.clone(),
         plan: DiskPlan::default(),
@@ -202,6 +209,8 @@ struct Planner<'a> {
     target: Target,
     active_path: ActivePath,
     capabilities: &'a Capabilities,
+    /// The layers that a hypervisor has open: the active chain of an attached disk.
+    open: HashSet<LayerName>,
     /// The layers as they will be after the steps planned so far.
     layers: Vec<Layer>,
     active: LayerName,
@@ -220,7 +229,12 @@ impl Planner<'_> {
         match kind {
             PointKind::Internal => {
                 self.free_tag(&active, name)?;
-                self.take_internal(Group::Cut, &active, name.as_str());
+                match self.is_attached() {
+                    true => {
+                        self.plan.instant = Some(DiskInstant::Internal { tag: name.as_str().to_owned() });
+                    }
+                    false => self.take_internal(Group::Cut, &active, name.as_str()),
+                }
                 self.plan.point = Some(Point::internal(active, name.as_str()));
             }
             PointKind::External => {
@@ -231,6 +245,13 @@ impl Planner<'_> {
                 self.name_active();
                 self.overlay(&new, &active)?;
                 self.switch(Group::Cut, &new);
+                if self.is_attached() {
+                    self.plan.instant = Some(DiskInstant::Overlay {
+                        file: layer_path(&self.record.disk.path, &new),
+                        format: self.record.disk.format.clone(),
+                    });
+                    self.switch_runs_inside();
+                }
                 self.plan.point = Some(Point::external(active));
             }
         }
@@ -269,17 +290,19 @@ impl Planner<'_> {
             && self.children(&holder.name).is_empty()
             && !keep.contains(&Point::external(holder.name.clone()));
         if in_place && holder.name == active {
+            // What changes an image that a hypervisor has open must wait for the window.
+            let before = if self.is_attached() { Group::Cut } else { Group::Prepare };
             let safety = match save {
                 Some(name) => {
                     self.free_tag(&active, name)?;
-                    self.take_internal(Group::Prepare, &active, name.as_str());
+                    self.take_internal(before, &active, name.as_str());
                     self.plan.point = Some(Point::internal(active.clone(), name.as_str()));
                     Some(name.as_str().to_owned())
                 }
                 None if undoable => {
                     // Begins with a dot, so it can never be a snapshot's name.
                     let tag = format!(".domsnap-undo-{stamp:08x}");
-                    self.take_internal(Group::Prepare, &active, &tag);
+                    self.take_internal(before, &active, &tag);
                     let drop = ChainStep::DropInternal { layer: active.clone(), tags: vec![tag.clone()] };
                     self.push(Group::Finish, drop, "drop the safety copy of the former state", 0);
                     Some(tag)
@@ -364,7 +387,12 @@ impl Planner<'_> {
             let name = layer.name.clone();
             let words = format!("delete {} inside {name}", tags.join(", "));
             self.layers[index].internal.retain(|internal| !tags.contains(&internal.tag));
+            // A hypervisor can do it to what it writes, not to what it has open for reading alone.
+            let window = name != self.active && self.open.contains(&name);
             self.push(Group::Finish, ChainStep::DropInternal { layer: name, tags }, &words, 0);
+            if let Some(planned) = self.plan.steps.last_mut() {
+                planned.window = window;
+            }
         }
     }
 
@@ -458,11 +486,14 @@ impl Planner<'_> {
                 // From the top down, so that of equals the top wins: then nothing needs another name.
                 // What somebody else named keeps its content.
                 let ours = |index: usize| run.get(index).is_some_and(|layer| self.made_here(layer));
+                // A hypervisor merges into one of a run's ends.
+                let open = run.iter().any(|layer| self.open.contains(layer));
+                let possible = |index: usize| !open || index == 0 || index + 1 == run.len();
                 let best = moved
                     .iter()
                     .enumerate()
                     .rev()
-                    .filter(|(index, _)| ours(*index))
+                    .filter(|(index, _)| ours(*index) && possible(*index))
                     .min_by_key(|(_, own)| all - **own);
                 best.and_then(|(index, _)| run.get(index)).unwrap_or(&top).clone()
             };
@@ -549,6 +580,9 @@ impl Planner<'_> {
             }
             if top.name == self.active {
                 self.switch(Group::Finish, into);
+                if self.is_attached() {
+                    self.switch_runs_inside();
+                }
             }
             if keep.contains(&Point::external(top.name.clone())) {
                 let edit = Edit::MovePoint {
@@ -617,6 +651,7 @@ impl Planner<'_> {
             && only.dependents.is_empty()
             && self.active_path == ActivePath::Keep
             && !its_own_name
+            && !self.is_attached()
             && !keep.contains(&Point::external(only.name.clone()));
         if free {
             let layer = only.name.clone();
@@ -659,6 +694,18 @@ impl Planner<'_> {
             .advise("choose another name, or take it in with 'domsnap import'"));
         }
         Ok(())
+    }
+
+    /// Whether a hypervisor has the active chain open.
+    fn is_attached(&self) -> bool {
+        !self.open.is_empty()
+    }
+
+    /// The configured path is moved at a moment that only the step before can make.
+    fn switch_runs_inside(&mut self) {
+        if let (ActivePath::Keep, Some(planned)) = (self.active_path, self.plan.steps.last_mut()) {
+            planned.inside = true;
+        }
     }
 
     /// The active layer must have a name of its own before the configured path moves away from it.
