@@ -145,6 +145,19 @@ impl Error {
         self.0.now.as_deref()
     }
 
+    pub(crate) fn detail(&self) -> &str {
+        &self.0.detail
+    }
+
+    pub(crate) fn advised(&self) -> Option<&str> {
+        self.0.advice.as_deref()
+    }
+
+    /// What lies behind it, taken out.
+    pub(crate) fn into_source(self) -> Option<BoxError> {
+        self.0.source
+    }
+
     /// Whether QEMU, or the connection to it, is gone.
     pub fn is_lost(&self) -> bool {
         self.kind() == ErrorKind::Lost

@@ -1,4 +1,4 @@
-//! What a live QEMU can be made to do, as primitives that a snapshot engine is built on.
+//! What a live QEMU can be made to do: as primitives, and, over them, as the hypervisor that [`snapcore`] asks for ([`Qemu`]).
 //!
 //! | module | subject |
 //! |---|---|
@@ -9,7 +9,8 @@
 //! | [`jobs`] | commit and stream, with the pivot in the caller's hands; what a crash left |
 //! | [`quiesce`] | the guest's file systems flushed and frozen, for a bounded time |
 //!
-//! All speak to a [`Machine`]. Nothing here knows what an image has inside (the one exception is the wrapper around a memory
+//! All speak to a [`Machine`]. [`Qemu`] puts them together for an engine: which disk is which device, and what there is still
+//! to do of a step after a crash. Nothing here knows what an image has inside (the one exception is the wrapper around a memory
 //! image, which this crate writes itself), keeps a catalogue, or decides what is to be done.
 //!
 //! # Names
@@ -36,8 +37,10 @@ mod migration;
 mod name;
 mod qcow2;
 pub mod quiesce;
+mod saver;
 
 pub use error::{BoxError, Error, ErrorKind, Result};
 pub use guest_clock::set_guest_clock;
 pub use machine::{Machine, Paused, RunState};
 pub use name::{Name, PREFIX, is_ours};
+pub use saver::{Qemu, register};

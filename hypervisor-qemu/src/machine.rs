@@ -25,7 +25,7 @@ pub struct Machine {
 }
 
 /// `query-status`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct RunState {
     /// Whether the guest's processors run.

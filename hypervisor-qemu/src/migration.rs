@@ -73,6 +73,19 @@ pub(crate) async fn status(machine: &Machine) -> Result<Now> {
     })
 }
 
+/// Whether a saving of memory of ours is under way, or its settings are: after a crash it may have ended by itself.
+pub(crate) async fn is_left(machine: &Machine) -> Result<bool> {
+    let capabilities = machine.query("query-migrate-capabilities", Value::Null).await?;
+    let on = capabilities.as_array().into_iter().flatten().any(|capability| {
+        let ours = ["background-snapshot", "pause-before-switchover"];
+        capability["capability"].as_str().is_some_and(|name| ours.contains(&name))
+            && capability["state"] == true
+    });
+    let parameters = machine.query("query-migrate-parameters", Value::Null).await?;
+    let unlimited = parameters["max-bandwidth"].as_u64() == Some(BANDWIDTH);
+    Ok(on || unlimited || status(machine).await?.under_way())
+}
+
 /// Ends whatever migration there is, and switches off what a cut switches on. For what a crash of ours left.
 pub(crate) async fn abandon(machine: &Machine) -> Result<()> {
     let attempted = "ending a saving of memory that was left";

@@ -41,6 +41,13 @@ impl Name {
         Self(format!("{PREFIX}{kind}-{}", random.get(..12).unwrap_or(&random)))
     }
 
+    /// The name that the same text always has: `domsnap-`, one letter or two, and 64 bits (FNV-1a) of the text.
+    pub(crate) fn of(kind: &str, text: &str) -> Self {
+        let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325, step);
+        Self(format!("{PREFIX}{kind}-{hash:016x}"))
+    }
+
     /// A fresh name for a node of a disk's layer.
     pub fn node() -> Self {
         Self::fresh("n")
@@ -65,6 +72,14 @@ impl Name {
 /// Whether a name in QEMU is one of ours.
 pub fn is_ours(name: &str) -> bool {
     name.starts_with(PREFIX)
+}
+
+/// What the name of a mark begins with: a node that nobody uses, and that only says something by being there.
+pub(crate) const MARK: &str = "domsnap-mark-";
+
+/// Whether a name is that of a mark.
+pub(crate) fn is_mark(name: &str) -> bool {
+    name.starts_with(MARK)
 }
 
 impl fmt::Display for Name {
@@ -93,12 +108,21 @@ mod tests {
 
     #[test]
     fn a_name_of_ours_fits_into_qemu_with_its_suffix_and_is_known_again() {
-        for name in [Name::node(), Name::job(), Name::new("domsnap-0123456789012345678.-").expect("29 bytes")]
-        {
+        for name in [
+            Name::node(),
+            Name::job(),
+            Name::of("ph", "vda"),
+            Name::new("domsnap-0123456789012345678.-").expect("29 bytes"),
+        ] {
             assert!(name.file().len() <= 31 && is_ours(name.as_str()) && is_ours(&name.file()), "{name}");
             assert_eq!(Name::new(name.as_str()).expect("valid"), name);
         }
         assert_ne!(Name::node(), Name::node());
+        assert_eq!(
+            Name::of("ph", "vda").as_str(),
+            "domsnap-ph-691523194edfe322",
+            "it is known after a crash"
+        );
     }
 
     #[test]

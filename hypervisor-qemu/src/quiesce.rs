@@ -117,7 +117,7 @@ pub async fn thaw_after_crash(agent: &Agent) -> Result<u64> {
 
 /// Whether something in the guest has the agent's port open; none where QEMU does not tell which port that is. (An agent that
 /// hangs has it open.)
-async fn is_agent_there(machine: &Machine, agent: &Agent) -> Result<Option<bool>> {
+pub(crate) async fn is_agent_there(machine: &Machine, agent: &Agent) -> Result<Option<bool>> {
     let devices = machine.query("query-chardev", Value::Null).await?;
     let socket = agent.socket().to_string_lossy().into_owned();
     let ours = devices.as_array().into_iter().flatten().find(|device| {

@@ -52,7 +52,9 @@ pub struct BlockDevice {
     pub removable: bool,
     /// Whether the guest can write it.
     pub read_only: bool,
-    /// The layers, active image first; empty in an empty drive. Each is a node; the node of its file is below it.
+    /// The layers, active image first; empty in an empty drive. Each is a node; the node of its file is below it. Not in
+    /// what a snapshot records.
+    #[serde(default)]
     pub chain: Vec<ChainLayer>,
 }
 

@@ -29,7 +29,8 @@ pub struct Discovery {
     pub uuid: Option<String>,
     /// QEMU's version, to be shown: what it can do, `abilities` says.
     pub version: Option<(u64, u64, u64)>,
-    /// Whether the guest runs.
+    /// Whether the guest runs. Not in what a snapshot records.
+    #[serde(default)]
     pub state: RunState,
     /// The machine type with its version: `pc-q35-10.0`, never `q35`.
     pub machine: String,

@@ -24,7 +24,8 @@ pub struct Process {
     pub environment: Vec<(String, String)>,
     /// Its working directory: relative names of images begin there.
     pub directory: Option<PathBuf>,
-    /// What could not be read, and why.
+    /// What could not be read, and why. Not in what a snapshot records.
+    #[serde(default)]
     pub unread: Vec<String>,
 }
 

@@ -44,6 +44,11 @@ pub struct Detached {
 /// [`ErrorKind::Invalid`], [`ErrorKind::Refused`] with what QEMU said. After an error the device has its old chain, or
 /// [`Error::state`] says what it has.
 pub async fn detach(machine: &Machine, device: &str) -> Result<Detached> {
+    detach_as(machine, device, Name::fresh("ph")).await
+}
+
+/// [`detach`] with a name for the placeholder by which the disk is known after a crash.
+pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name) -> Result<Detached> {
     let attempted = "detaching a disk";
     standing_still(machine, attempted).await?;
     let graph = Graph::read(machine).await?;
@@ -57,7 +62,6 @@ pub async fn detach(machine: &Machine, device: &str) -> Result<Detached> {
     let root = graph.expect(attempted, root)?;
     let chain: Vec<String> = graph.chain(&root.name).iter().map(|node| node.name.clone()).collect();
 
-    let placeholder = Name::fresh("ph");
     let file = memory_file("placeholder", &qcow2::empty(root.virtual_size)?)
         .map_err(|error| Error::new(ErrorKind::Io, attempted, device, error.to_string()).source(error))?;
     let set = FdSet::add(machine, placeholder.as_str(), &[&file.0, &file.1]).await?;
@@ -130,11 +134,11 @@ pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Re
         return Err(waiting(error));
     }
     remove_layers(machine, &[placeholder.to_owned()]).await?;
-    remove_sets(machine, placeholder).await
+    take_back(machine, placeholder).await
 }
 
 /// Takes back what was lent under a name of ours.
-async fn remove_sets(machine: &Machine, what: &str) -> Result<()> {
+pub(crate) async fn take_back(machine: &Machine, what: &str) -> Result<()> {
     let sets = machine.query("query-fdsets", Value::Null).await?;
     for (id, opaque) in crate::fdset::ours(&sets) {
         if opaque == what {

@@ -10,8 +10,11 @@ mod swap;
 mod truth;
 
 pub use detach::{Detached, attach, detach};
+pub(crate) use detach::{detach_as, take_back};
+pub(crate) use layer::reopen_backing;
 pub use layer::{Layer, NodeOptions, Stack, add_layer, add_overlay, delete_internal, rehome, remove_layers};
 pub use nodes::{Cache, Edge, Graph, InternalSnapshot, Node};
-pub(crate) use nodes::{all, device_id, device_names};
+pub(crate) use nodes::{all, device_id, device_names, is_filter};
 pub use swap::{Swap, fold, swap};
+pub(crate) use truth::open_images;
 pub use truth::{NodeFile, names_true};

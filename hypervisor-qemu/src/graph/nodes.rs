@@ -19,6 +19,11 @@ const JOB_FILTERS: [&str; 4] = ["commit_top", "mirror_top", "copy-before-write",
 /// Filters that a user puts above an image: what they filter is below them as their file.
 const FILTERS: [&str; 4] = ["throttle", "copy-on-read", "compress", "blklogwrites"];
 
+/// Whether a node of this driver is no image, but filters the one below it.
+pub(crate) fn is_filter(driver: &str) -> bool {
+    FILTERS.contains(&driver) || JOB_FILTERS.contains(&driver)
+}
+
 /// No chain has more layers, and no walk is longer.
 const LONGEST_CHAIN: usize = 4096;
 

@@ -90,6 +90,15 @@ fn shown(file: &NodeFile) -> String {
     format!("node {} names {}, {what}", file.node, file.file.display())
 }
 
+/// The device and inode of each image that a QEMU has open, by its byte locks.
+///
+/// # Errors
+/// Where `/proc` does not let us look.
+pub(crate) fn open_images(process: &Path) -> std::io::Result<HashSet<(u64, u64)>> {
+    let open = open_files(process)?;
+    Ok(open.into_iter().filter(|(_, file)| file.is_image).map(|(identity, _)| identity).collect())
+}
+
 /// A file that QEMU has open.
 struct OpenFile {
     path: PathBuf,

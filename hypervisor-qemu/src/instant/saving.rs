@@ -1,8 +1,11 @@
 //! Memory that is still being written while the guest runs again.
 
-use std::time::{Duration, Instant};
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
 
-use tokio::time::sleep;
+use tokio::time::timeout;
 
 use crate::{
     error::{Error, ErrorKind, Result},
@@ -13,6 +16,9 @@ use crate::{
 
 /// Within which something must be written: a disk that hangs would hold the guest's writes to memory for ever.
 const STALLED: Duration = Duration::from_secs(60);
+
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Ends the saving of memory that a crash of ours left ([`crate::jobs::Ours::outgoing`]), and switches off what a cut switches
 /// on; the limit of bandwidth becomes QEMU's default. The guest is not resumed: whether it was we who paused it, a journal
@@ -54,7 +60,20 @@ impl Saving {
     /// [`ErrorKind::Failed`] with what QEMU said (a full disk, ...); [`ErrorKind::Timeout`] where nothing was written for a
     /// minute. After an error the draft is gone, the migration is cancelled and its settings are put back; the disks stay cut,
     /// and the guest runs on.
-    pub async fn wait(mut self, mut each: impl FnMut(Progress)) -> Result<Draft> {
+    pub async fn wait(self, each: impl FnMut(Progress)) -> Result<Draft> {
+        self.wait_unless(std::future::pending(), each).await
+    }
+
+    /// [`Saving::wait`], until `cancelled` is ready.
+    ///
+    /// # Errors
+    /// And [`ErrorKind::Cancelled`], with the same left.
+    pub async fn wait_unless(
+        mut self,
+        cancelled: impl Future<Output = ()>,
+        mut each: impl FnMut(Progress),
+    ) -> Result<Draft> {
+        let mut cancelled = std::pin::pin!(cancelled);
         let attempted = "saving memory";
         let subject = self.draft.path().display().to_string();
         let Some(writing) = self.writing.take() else { return Ok(self.draft) };
@@ -81,7 +100,10 @@ impl Saving {
                 let error = Error::new(ErrorKind::Timeout, attempted, &subject, detail);
                 return Err(self.given_up(writing, error).await);
             }
-            sleep(Duration::from_millis(5)).await;
+            if timeout(LOOK, &mut cancelled).await.is_ok() {
+                let error = Error::new(ErrorKind::Cancelled, attempted, &subject, "it was cancelled");
+                return Err(self.given_up(writing, error).await);
+            }
         }
     }
 

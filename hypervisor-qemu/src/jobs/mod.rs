@@ -11,5 +11,5 @@ mod run;
 pub(crate) use merge::fold;
 pub use merge::{ActiveCommit, LayerCommit, Stream, commit_active, commit_layers, drive_active, stream};
 pub use reconcile::{OurNode, Ours, Outgoing, reconcile, sweep};
-pub(crate) use run::concluded;
 pub use run::{Progress, cancel, set_speed, status};
+pub(crate) use run::{concluded, dismiss_ended, finish};

@@ -9,7 +9,7 @@ use crate::{
     graph::{Edge, Graph, remove_layers},
     machine::{Machine, RunState},
     migration,
-    name::is_ours,
+    name::{is_mark, is_ours},
 };
 
 /// What of ours there is, by the names that begin with `domsnap-`.
@@ -82,7 +82,7 @@ pub async fn reconcile(machine: &Machine) -> Result<Ours> {
     })
 }
 
-/// Tidies away what of ours does nothing: jobs that have ended are dismissed, nodes that nobody uses are deleted, descriptors
+/// Tidies away what of ours does nothing (but the marks of windows): jobs that have ended are dismissed, nodes that nobody uses are deleted, descriptors
 /// that no node has are taken back. What runs, and what a device stands on, is not touched: that is the journal's to decide.
 /// May be repeated.
 ///
@@ -96,7 +96,8 @@ pub async fn sweep(machine: &Machine, ours: &Ours) -> Result<()> {
     for _ in 0..ours.nodes.len() {
         let graph = Graph::read(machine).await?;
         let idle = graph.nodes().iter().filter(|node| is_ours(&node.name));
-        let idle: Vec<_> = idle.filter(|node| graph.users(&node.name).next().is_none()).collect();
+        let idle = idle.filter(|node| !is_mark(&node.name) && graph.users(&node.name).next().is_none());
+        let idle: Vec<_> = idle.collect();
         let idle: Vec<_> = idle.into_iter().map(|node| node.name.clone()).collect();
         if idle.is_empty() || remove_layers(machine, &idle).await?.len() >= idle.len() {
             break;

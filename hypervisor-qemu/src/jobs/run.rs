@@ -76,6 +76,23 @@ pub(crate) async fn concluded(machine: &Machine, job: &Name, deadline: Duration)
     dismiss(machine, job, ended).await
 }
 
+/// Waits for a job that ends by itself, which a crash of ours may have left, and dismisses it; gives how it ended.
+pub(crate) async fn finish(machine: &Machine, job: &Name, each: impl FnMut(Progress)) -> Result<()> {
+    let ended = reach(machine, job, &[], None, each).await?;
+    dismiss(machine, job, ended).await
+}
+
+/// Dismisses a job that has ended without anybody looking, whose effect is in the chains: nothing else can be told of it.
+pub(crate) async fn dismiss_ended(machine: &Machine, job: &Name) -> Result<()> {
+    match status(machine, job).await? {
+        Some(found) if found.status == JobStatus::Concluded => {
+            let id = json!({ "id": job.as_str() });
+            machine.run("dismissing a job", job.as_str(), "job-dismiss", id).await.map(drop)
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Dismisses a job that has ended; gives how it ended.
 pub(super) async fn dismiss(machine: &Machine, job: &Name, ended: Job) -> Result<()> {
     let subject = job.as_str();

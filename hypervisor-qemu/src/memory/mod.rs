@@ -34,6 +34,7 @@ mod saved;
 pub use draft::Draft;
 pub use image::{Image, Incoming};
 pub use incoming::restore_deferred;
+pub(crate) use record::LONGEST_METADATA;
 pub(crate) use restore::memory_file;
 pub use restore::{Restored, restore_in_place};
 pub(crate) use saved::save;

@@ -14,7 +14,7 @@ const HEAD: usize = 40;
 pub(super) const PART: u64 = 16 << 20;
 
 /// How long the caller's metadata may be: with the checksums of the longest stream the record still fits its cluster.
-pub(super) const LONGEST_METADATA: usize = 1 << 20;
+pub(crate) const LONGEST_METADATA: usize = 1 << 20;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Record {

@@ -1,0 +1,390 @@
+//! The instant of a snapshot, and the memory that is written after it.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use snapcore::{
+    Consistency, DiskInstant, DomainContext, Error, ErrorKind, Facts, MemoryPlan, PowerAfter, Quiesce,
+    Result, Taken, Target,
+};
+
+use super::{
+    disk::{Disk, identity, layer},
+    error::{blocking, told},
+    live::Live,
+    merge, truth,
+};
+use crate::{
+    BoxError,
+    graph::{self, Graph, NodeOptions, remove_layers},
+    instant::{self, Cut, DiskCut, Live as LiveMemory, Way},
+    jobs,
+    machine::Paused,
+    memory::{Draft, Image, LONGEST_METADATA},
+    migration,
+    name::Name,
+    quiesce::{self, Quiesced},
+};
+
+/// What a memory image says of itself.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct About {
+    /// Whether the guest ran at the instant: QEMU's stream has it as it was when it was written.
+    pub(super) running: bool,
+    /// The machine, as it is recorded with the snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) machine: Option<serde_json::Value>,
+}
+
+/// The instant, as its step has it.
+#[derive(Clone, Copy)]
+pub(super) struct Step<'a> {
+    pub(super) disks: &'a [(Target, DiskInstant)],
+    /// Whether the guest ran when the snapshot was planned.
+    pub(super) running: bool,
+    pub(super) memory: Option<&'a MemoryPlan>,
+    pub(super) quiesce: Quiesce,
+    pub(super) quiesce_limit: Duration,
+    pub(super) then: Option<PowerAfter>,
+}
+
+/// Takes the instant. Where it fails QEMU is as it was before, or the error says what is not: the undo mends it.
+///
+/// That a guest whose snapshot is to be quiesced was frozen to the end is known only after it. Where it was required and is
+/// not so, this is an error, and the undo takes the instant back.
+pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<Facts> {
+    let machine = &live.machine;
+    let mut facts = Facts::default();
+    let ran = machine.run_state().await.map_err(told)?.running;
+    let mut cut = Cut::new();
+    let mut opened: Vec<String> = Vec::new();
+    let prepared = prepare(live, step, &mut opened).await;
+    let disks = match prepared {
+        Ok(disks) => disks,
+        Err(error) => return Err(close(live, error, &opened).await),
+    };
+    for disk in disks {
+        cut = cut.disk(disk);
+    }
+    if let Some(memory) = step.memory {
+        let draft = draft(&memory.file).await;
+        let draft = match draft {
+            Ok(draft) => draft,
+            Err(error) => return Err(close(live, error, &opened).await),
+        };
+        let mode = match memory.live {
+            true => LiveMemory::Live { budget: Duration::from_millis(memory.budget_ms) },
+            false => LiveMemory::Paused,
+        };
+        cut = cut.memory(draft, mode);
+    }
+    let frozen = match freeze(live, step, ran, &mut facts).await {
+        Ok(frozen) => frozen,
+        Err(error) => return Err(close(live, error, &opened).await),
+    };
+    let stays = matches!(step.then, Some(PowerAfter::Paused | PowerAfter::Off));
+    if context.cancel.is_cancelled() {
+        let error = Error::new(ErrorKind::Cancelled, "it was cancelled before the instant");
+        return Err(close(live, error, &opened).await);
+    }
+    // A guest that is frozen must run once more, or its agent could not thaw it.
+    let paused_before = stays && frozen.is_none();
+    if paused_before && let Err(error) = machine.pause().await {
+        return Err(close(live, told(error), &opened).await);
+    }
+
+    let required = step.quiesce == Quiesce::Require;
+    let hook = async || -> Result<Timestamp, BoxError> {
+        let over = frozen.as_ref().is_some_and(|frozen| frozen.left().is_zero());
+        if required && over {
+            let detail = "the guest had to be thawed before the instant: the limit was over";
+            return Err(Error::new(ErrorKind::Refused, detail).advise("raise the limit").into());
+        }
+        let at = Timestamp::now();
+        context.inside.run(None).await?;
+        Ok(at)
+    };
+    let taken = match cut.take(machine, hook).await {
+        Ok(taken) => taken,
+        Err(error) => {
+            let whole = error.state().is_none() && !error.is_lost();
+            let error = close(live, told(error), &opened).await;
+            if whole && ran && paused_before {
+                machine.cont().await.map_err(|second| told(second).context(error.to_string()))?;
+            }
+            return Err(error);
+        }
+    };
+    *live.saving() = taken.memory.map(|saving| (saving, ran));
+
+    let consistency = match frozen {
+        Some(frozen) => thawed(frozen, step, &mut facts).await?,
+        None if step.memory.is_some() => Consistency::Memory,
+        None => Consistency::Crash,
+    };
+    if stays && !paused_before && ran {
+        let _: Paused = machine.pause().await.map_err(told)?;
+        facts
+            .notes
+            .push("the guest ran a moment after the instant, to be thawed, before it was paused".to_owned());
+    }
+    match step.then {
+        Some(PowerAfter::Running) => machine.cont().await.map_err(told)?,
+        Some(PowerAfter::Paused | PowerAfter::Off) | None => {}
+    }
+    if ran && !stays {
+        facts.downtime = Some(taken.stopped_for);
+    }
+    if let Some(why) = taken.why_not {
+        facts.notes.push(format!("memory was not saved in the best way: {why}"));
+    }
+    facts.taken = Some(Taken { at: taken.done, consistency, running: ran, way: words(taken.way).to_owned() });
+    Ok(facts)
+}
+
+fn words(way: Way) -> &'static str {
+    match way {
+        Way::DiskOnly => "disks only",
+        Way::BackgroundSnapshot => "background snapshot",
+        Way::PreCopy { converged: true } => "pre-copy",
+        Way::PreCopy { converged: false } => "pre-copy, with the guest paused when its time was over",
+        Way::NonLive => "paused",
+    }
+}
+
+/// Opens the overlays; gives what is to be cut.
+async fn prepare(live: &Live, step: Step<'_>, opened: &mut Vec<String>) -> Result<Vec<DiskCut>> {
+    let mut cuts = Vec::new();
+    for (target, instant) in step.disks {
+        let disk = live.expect(target)?;
+        let open = disk.open().await.map_err(told)?;
+        if let Some(filter) = &open.filter {
+            let detail =
+                format!("disk {target} has a {filter} filter on top, under which nothing can be put");
+            return Err(Error::new(ErrorKind::Unsupported, detail));
+        }
+        let Some(root) = open.root().filter(|_| open.placeholder.is_none()) else {
+            return Err(Error::new(ErrorKind::Refused, format!("disk {target} is detached")));
+        };
+        let device = disk.device.clone();
+        cuts.push(match instant {
+            DiskInstant::Internal { tag } => DiskCut::Internal { device, tag: tag.clone() },
+            DiskInstant::Overlay { file, format } => {
+                let file = snapcore::ChainFile { file: file.clone(), format: format.clone() };
+                let overlay = layer(&file, Name::node(), NodeOptions::like(&root.node));
+                graph::add_overlay(&live.machine, &overlay).await.map_err(told)?;
+                opened.push(overlay.name.to_string());
+                DiskCut::Overlay { device, overlay: overlay.name }
+            }
+        });
+    }
+    Ok(cuts)
+}
+
+/// An error, after the overlays that are in nobody's use were closed.
+async fn close(live: &Live, error: Error, opened: &[String]) -> Error {
+    match Graph::read(&live.machine).await {
+        Ok(graph) => {
+            let idle = opened.iter().filter(|name| graph.users(name).next().is_none());
+            let idle: Vec<String> = idle.cloned().collect();
+            if let Err(second) = remove_layers(&live.machine, &idle).await {
+                return error.state(format!("overlays may be open in QEMU still ({second})"));
+            }
+            error
+        }
+        Err(second) => error.state(format!("overlays may be open in QEMU still ({second})")),
+    }
+}
+
+async fn draft(file: &Utf8Path) -> Result<Draft> {
+    let file = file.to_owned();
+    blocking(move || {
+        if let Some(directory) = file.parent() {
+            fs::create_dir_all(directory).map_err(|error| {
+                crate::Error::io("making the directory of memory images", directory.as_std_path(), error)
+            })?;
+        }
+        Draft::create(file.as_std_path())
+    })
+    .await
+}
+
+/// Freezes the guest's file systems, where that is asked for.
+async fn freeze(live: &Live, step: Step<'_>, ran: bool, facts: &mut Facts) -> Result<Option<Quiesced>> {
+    let why = match (step.quiesce, step.memory, &live.agent, ran) {
+        (Quiesce::No, ..) => return Ok(None),
+        (_, Some(_), ..) => {
+            let note = "the file systems were not frozen: memory is saved, with all that they hold";
+            facts.notes.push(note.to_owned());
+            return Ok(None);
+        }
+        (_, _, None, _) => Error::new(ErrorKind::Unsupported, "the domain has no guest agent that is known")
+            .advise("register the domain with the agent's socket, or take the snapshot without --quiesce"),
+        (.., false) => Error::new(ErrorKind::Refused, "the guest stands still, so its agent cannot answer")
+            .advise("let the domain run, or take the snapshot without --quiesce"),
+        (_, _, Some(agent), true) => match quiesce::quiesce(&live.machine, agent, step.quiesce_limit).await {
+            Ok(frozen) => return Ok(Some(frozen)),
+            Err(error) => told(error),
+        },
+    };
+    if step.quiesce == Quiesce::Require {
+        return Err(why.context("the snapshot must be quiesced"));
+    }
+    facts.notes.push(format!("the guest's file systems are not quiesced: {why}"));
+    Ok(None)
+}
+
+async fn thawed(frozen: Quiesced, step: Step<'_>, facts: &mut Facts) -> Result<Consistency> {
+    match frozen.thaw().await {
+        quiesce::Consistency::Filesystem { .. } => Ok(Consistency::Filesystem),
+        quiesce::Consistency::Crash { because } if step.quiesce == Quiesce::Require => {
+            Err(Error::new(ErrorKind::Refused, format!("the guest was not frozen to the end: {because}"))
+                .context("the snapshot must be quiesced")
+                .advise("raise the limit, or take the snapshot without --quiesce"))
+        }
+        quiesce::Consistency::Crash { because } => {
+            facts.notes.push(format!("the guest's file systems are not quiesced: {because}"));
+            Ok(Consistency::Crash)
+        }
+    }
+}
+
+/// Takes the instant back, wherever it had got to.
+///
+/// 1. The saving of memory is ended; a guest that a migration left with inactive disks is resumed first.
+/// 2. Disk by disk. Where the guest writes to the overlay: the image below it gets a node of its permanent name (its own names
+///    the overlay by now, and the merge would write that); the overlay is merged down, and at the pivot the path is moved
+///    back. Otherwise the path alone is. Tags are deleted.
+/// 3. The guest goes on, if it ran when all this began; it is thawed.
+pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<()> {
+    let machine = &live.machine;
+    end_saving(live, step.memory.is_some()).await?;
+    let state = machine.run_state().await.map_err(told)?;
+    if state.word == "postmigrate" && step.memory.is_some() {
+        machine.cont().await.map_err(told)?;
+    }
+    sweep(live).await?;
+    for (target, instant) in step.disks {
+        let taking = |error: Error| error.context(format!("taking back the instant of disk {target}"));
+        let Some(disk) = live.disk_of(target) else {
+            // Nothing of it is in QEMU.
+            context.inside.run(Some(target)).await.map_err(taking)?;
+            continue;
+        };
+        match instant {
+            DiskInstant::Overlay { file, .. } => take_off(disk, file, context).await.map_err(taking)?,
+            DiskInstant::Internal { tag } => {
+                graph::delete_internal(machine, &disk.device, tag).await.map_err(told).map_err(taking)?;
+                context.inside.run(Some(target)).await.map_err(taking)?;
+            }
+        }
+    }
+    sweep(live).await?;
+    if step.running && !machine.run_state().await.map_err(told)?.running {
+        machine.cont().await.map_err(told)?;
+    }
+    if step.quiesce != Quiesce::No {
+        live.thaw().await;
+    }
+    Ok(())
+}
+
+async fn take_off(disk: &Disk, file: &Utf8PathBuf, context: DomainContext<'_>) -> Result<()> {
+    let open = disk.open().await.map_err(told)?;
+    let is_it = |layer: &super::disk::OpenLayer| match identity(file.as_std_path()) {
+        Some(overlay) => layer.identity == Some(overlay),
+        None => layer.file.as_deref() == Some(file.as_std_path()),
+    };
+    if !open.root().is_some_and(is_it) {
+        // A frozen image that is known by the path names the overlay too, so a place further down says nothing by itself.
+        let by_name = |layer: &super::disk::OpenLayer| layer.file.as_deref() == Some(file.as_std_path());
+        if open.layers.iter().skip(1).any(by_name) {
+            let detail = format!("another image stands on {file}, which another program put there");
+            return Err(Error::new(ErrorKind::Refused, detail)
+                .advise("merge that one down first (block-commit), then run `domsnap recover`"));
+        }
+        return context.inside.run(Some(&disk.target)).await;
+    }
+    if let Some(chain) = context.chains.iter().find(|chain| chain.target == disk.target) {
+        truth::rehome(disk, chain).await?;
+    }
+    let open = disk.open().await.map_err(told)?;
+    let overlay = open.root().and_then(|root| root.identity);
+    if open.layers.get(1).is_some_and(|below| below.identity == overlay) {
+        let detail = format!("the image below {file} is known to QEMU by a name that is the overlay's");
+        return Err(
+            Error::new(ErrorKind::Corrupt, detail).advise("shut the domain down, then run `domsnap recover`")
+        );
+    }
+    merge::fold_active(disk, &open, context.inside, context.progress).await
+}
+
+/// Ends the saving of memory: ours, or that of a run that crashed.
+async fn end_saving(live: &Live, is_ours: bool) -> Result<()> {
+    let saving = live.saving().take();
+    if let Some((saving, _)) = saving {
+        saving.cancel().await.map_err(told)?;
+    }
+    if is_ours && migration::is_left(&live.machine).await.map_err(told)? {
+        instant::abandon(&live.machine).await.map_err(told)?;
+    }
+    Ok(())
+}
+
+/// Closes what nobody uses.
+pub(super) async fn sweep(live: &Live) -> Result<()> {
+    let ours = jobs::reconcile(&live.machine).await.map_err(told)?;
+    jobs::sweep(&live.machine, &ours).await.map_err(told)
+}
+
+/// Waits until memory is written, and makes it an image, which is durable when this returns.
+pub(super) async fn save_memory(
+    live: &Live,
+    file: &Utf8Path,
+    tag: &str,
+    context: DomainContext<'_>,
+) -> Result<Facts> {
+    let begun = Instant::now();
+    let saving = live.saving().take();
+    let Some((saving, ran)) = saving else {
+        let path = file.to_owned();
+        let whole = blocking(move || {
+            let image = Image::open(path.as_std_path())?;
+            Ok((image.tag().to_owned(), image.length()?))
+        });
+        return match whole.await {
+            Ok((found, length)) if found == tag => {
+                Ok(Facts { memory_bytes: Some(length), ..Facts::default() })
+            }
+            _ => {
+                let detail = "the memory of the instant is lost: who wrote it down has ended";
+                Err(Error::new(ErrorKind::Refused, detail).context(format!("saving memory into {file}")))
+            }
+        };
+    };
+    let progress = context.progress;
+    let each =
+        |now: instant::Progress| progress.bytes(now.written, now.written.saturating_add(now.remaining));
+    let draft = saving.wait_unless(context.cancel.cancelled(), each).await.map_err(told)?;
+    let tag = tag.to_owned();
+    // For whoever finds the image alone. What is too long for it is in the catalogue all the same.
+    let about = |machine| serde_json::to_vec(&About { running: ran, machine }).unwrap_or_default();
+    let mut metadata = about(Some(live.seen.machine.clone()));
+    if metadata.len() > LONGEST_METADATA {
+        metadata = about(None);
+    }
+    let length = blocking(move || draft.seal(&tag, &metadata)?.length()).await?;
+    tracing::debug!(elapsed = ?begun.elapsed(), length, "memory is saved");
+    Ok(Facts { memory_bytes: Some(length), ..Facts::default() })
+}
+
+/// Ends the saving of memory, and removes what there is of it.
+pub(super) async fn forget_memory(live: &Live, file: &Utf8Path) -> Result<()> {
+    end_saving(live, true).await?;
+    super::remove_memory(file).await
+}

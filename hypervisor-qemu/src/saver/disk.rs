@@ -1,0 +1,323 @@
+//! One disk of a running domain: which device it is, and what of it is open.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use async_trait::async_trait;
+use snapcore::{
+    AttachedDisk, AttachedMerge, ChainFile, DiskRecord, FileIdentity, Inside, Progress, Result, Target,
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{error::told, merge};
+use crate::{
+    discover::{BlockDevice, Role},
+    graph::{self, Graph, Layer, Node, NodeOptions},
+    machine::Machine,
+    name::Name,
+};
+
+/// What the name of every placeholder begins with.
+pub(super) const PLACEHOLDER: &str = "domsnap-ph-";
+
+/// The file system as a QEMU sees it.
+#[derive(Debug, Clone)]
+pub(super) struct View {
+    /// `/proc/PID`; none where the process is not known.
+    process: Option<PathBuf>,
+    directory: PathBuf,
+}
+
+impl View {
+    pub(super) fn of(machine: &Machine) -> Self {
+        let process = machine.pid().map(|pid| PathBuf::from(format!("/proc/{pid}")));
+        let directory = process.as_ref().and_then(|process| fs::read_link(process.join("cwd")).ok());
+        Self { process, directory: directory.unwrap_or_default() }
+    }
+
+    /// A name of QEMU's, from the root on.
+    pub(super) fn absolute(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// The device and inode of the file that has this name for QEMU.
+    pub(super) fn identity(&self, file: &Path) -> Option<FileIdentity> {
+        let inside = self.process.as_ref().map(|process| {
+            // QEMU may live in a mount namespace of its own.
+            process.join("root").join(file.strip_prefix("/").unwrap_or(file))
+        });
+        inside.and_then(|inside| identity(&inside)).or_else(|| identity(file))
+    }
+
+    /// The images that QEMU has open, whatever it calls them; none where the system does not tell.
+    pub(super) fn open_images(&self) -> Option<HashSet<FileIdentity>> {
+        graph::open_images(self.process.as_deref()?).ok()
+    }
+
+    /// The file of a node: of an image, that of the file below it.
+    fn file(&self, node: &Node) -> Option<PathBuf> {
+        let is_file = matches!(node.driver.as_str(), "file" | "host_device" | "host_cdrom");
+        (is_file && !node.file.starts_with("/dev/fdset/")).then(|| self.directory.join(&node.file))
+    }
+}
+
+/// The device and inode of a file; none where there is none.
+pub(super) fn identity(file: &Path) -> Option<FileIdentity> {
+    fs::metadata(file).ok().map(|about| (about.dev(), about.ino()))
+}
+
+/// An image that a device has open.
+#[derive(Debug, Clone)]
+pub(super) struct OpenLayer {
+    pub(super) node: Node,
+    /// The file that the node names; none for what is no file.
+    pub(super) file: Option<PathBuf>,
+    /// The file that has this name now.
+    pub(super) identity: Option<FileIdentity>,
+}
+
+/// What a device has open.
+#[derive(Debug, Clone, Default)]
+pub(super) struct OpenChain {
+    /// The node of the empty overlay that stands for the chain, where it is detached.
+    pub(super) placeholder: Option<String>,
+    /// The images, the active one first. Filters are left out, and so is the placeholder.
+    pub(super) layers: Vec<OpenLayer>,
+    /// The driver of the topmost node, if that is a filter of the user's.
+    pub(super) filter: Option<String>,
+}
+
+impl OpenChain {
+    pub(super) fn root(&self) -> Option<&OpenLayer> {
+        self.layers.first()
+    }
+
+    /// The place of the image that is this file, by what its node names.
+    pub(super) fn position(&self, file: FileIdentity) -> Option<usize> {
+        self.layers.iter().position(|layer| layer.identity == Some(file))
+    }
+
+    pub(super) fn read(graph: &Graph, view: &View, root: &str) -> Self {
+        let mut open = Self::default();
+        for (place, node) in graph.chain(root).into_iter().enumerate() {
+            if node.name.starts_with(PLACEHOLDER) {
+                open.placeholder = Some(node.name.clone());
+                continue;
+            }
+            if graph::is_filter(&node.driver) {
+                if place == 0 {
+                    open.filter = Some(node.driver.clone());
+                }
+                continue;
+            }
+            let below = graph.file(&node.name).and_then(|file| graph.node(file)).unwrap_or(node);
+            let file = view.file(below);
+            let identity = file.as_deref().and_then(|file| view.identity(file));
+            open.layers.push(OpenLayer { node: node.clone(), file, identity });
+        }
+        open
+    }
+}
+
+/// How images were opened, by file.
+type Options = HashMap<FileIdentity, NodeOptions>;
+
+/// One disk that a QEMU has.
+#[derive(Debug)]
+pub(super) struct Disk {
+    pub(super) machine: Machine,
+    pub(super) view: View,
+    pub(super) target: Target,
+    /// What QEMU calls it.
+    pub(super) device: String,
+    /// What merges may move, in bytes a second.
+    pub(super) speed: watch::Receiver<u64>,
+    /// How its images were opened before they were closed, and how any other of it is.
+    options: Mutex<(Options, NodeOptions)>,
+}
+
+impl Disk {
+    pub(super) fn new(
+        machine: &Machine,
+        view: &View,
+        target: &Target,
+        device: &str,
+        speed: watch::Receiver<u64>,
+    ) -> Self {
+        Self {
+            machine: machine.clone(),
+            view: view.clone(),
+            target: target.clone(),
+            device: device.to_owned(),
+            speed,
+            options: Mutex::default(),
+        }
+    }
+
+    /// What the device has open now.
+    pub(super) async fn open(&self) -> crate::Result<OpenChain> {
+        let graph = Graph::read(&self.machine).await?;
+        Ok(self.open_in(&graph))
+    }
+
+    pub(super) fn open_in(&self, graph: &Graph) -> OpenChain {
+        graph.root(&self.device).map(|root| OpenChain::read(graph, &self.view, root)).unwrap_or_default()
+    }
+
+    /// The name of its placeholder: it is known by it after a crash.
+    pub(super) fn placeholder(&self) -> Name {
+        placeholder(&self.target)
+    }
+
+    /// Remembers how its images are opened.
+    pub(super) fn remember(&self, open: &OpenChain) {
+        let mut options = self.options.lock().unwrap_or_else(PoisonError::into_inner);
+        for layer in &open.layers {
+            if let Some(identity) = layer.identity {
+                options.0.insert(identity, NodeOptions::like(&layer.node));
+            }
+        }
+        if let Some(root) = open.root() {
+            options.1 = NodeOptions::like(&root.node);
+        }
+    }
+
+    /// A node for an image of its chain, to be opened as it was, or else as the active one was.
+    pub(super) fn layer(&self, file: &ChainFile, name: Name) -> Layer {
+        let options = self.options.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = identity(file.file.as_std_path()).and_then(|identity| options.0.get(&identity));
+        layer(file, name, known.unwrap_or(&options.1).clone())
+    }
+}
+
+/// A node for an image.
+pub(super) fn layer(file: &ChainFile, name: Name, options: NodeOptions) -> Layer {
+    let path = file.file.as_std_path().to_owned();
+    Layer { name, file: path, driver: file.format.clone(), backed: file.format == "qcow2", options }
+}
+
+fn placeholder(target: &Target) -> Name {
+    Name::of("ph", target.as_str())
+}
+
+/// What a device is called as a target: its id or its drive's name, or else its path in QOM, with other characters than a
+/// target has replaced.
+pub(super) fn target_name(device: &str) -> String {
+    let short = device.strip_prefix("/machine/").unwrap_or(device);
+    let short = short.strip_suffix("/virtio-backend").unwrap_or(short);
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-+:".contains(c);
+    let name: String = short.chars().map(|c| if allowed(c) { c } else { '-' }).collect();
+    let name = name.trim_matches(['-', '.']).replace("--", "-");
+    if name.is_empty() { "drive".to_owned() } else { name }
+}
+
+/// How sure it is that a device is a certain disk.
+type Rank<'a> = &'a dyn Fn(&BlockDevice, &OpenChain) -> bool;
+
+/// Which device a disk of the domain's is: the one that has its configured path open as the active image; or one of its
+/// layers; or whose chain it is that its placeholder stands for. Where several have it, the one that is called like it.
+pub(super) fn device_of<'a>(
+    record: &DiskRecord,
+    drives: &'a [BlockDevice],
+    graph: &Graph,
+    view: &View,
+) -> Option<&'a BlockDevice> {
+    let disk = &record.disk;
+    let directory = disk.path.parent().map(|parent| parent.as_std_path().to_owned()).unwrap_or_default();
+    let path = view.identity(disk.path.as_std_path());
+    let layers = record.owned.iter().chain([&record.active]);
+    let layers: Vec<FileIdentity> =
+        layers.filter_map(|layer| view.identity(&directory.join(layer.as_str()))).chain(path).collect();
+    let chains: Vec<(&BlockDevice, OpenChain)> = drives
+        .iter()
+        .filter(|drive| drive.role == Role::Disk)
+        .map(|drive| (drive, drive.root().map(|root| OpenChain::read(graph, view, root)).unwrap_or_default()))
+        .collect();
+    let is_called = |drive: &BlockDevice| {
+        drive.names.iter().any(|name| *name == disk.target.as_str())
+            || target_name(&drive.target) == disk.target.as_str()
+    };
+    let has = |open: &OpenChain, wanted: FileIdentity| open.position(wanted).is_some();
+    let ranks: [Rank<'_>; 4] = [
+        &|_, open| path.is_some() && open.root().is_some_and(|root| root.identity == path),
+        &|_, open| open.placeholder.as_deref() == Some(placeholder(&disk.target).as_str()),
+        &|_, open| layers.iter().any(|layer| has(open, *layer)),
+        &|drive, open| open.placeholder.is_some() && is_called(drive),
+    ];
+    for rank in ranks {
+        let found: Vec<_> = chains.iter().filter(|(drive, open)| rank(drive, open)).collect();
+        match &found[..] {
+            [] => {}
+            [(drive, _)] => return Some(drive),
+            several => return several.iter().map(|(drive, _)| *drive).find(|drive| is_called(drive)),
+        }
+    }
+    None
+}
+
+#[async_trait]
+impl AttachedDisk for Disk {
+    async fn open_files(&self) -> Result<HashSet<FileIdentity>> {
+        let graph = Graph::read(&self.machine).await.map_err(told)?;
+        let open = self.open_in(&graph);
+        let named: Vec<FileIdentity> = open.layers.iter().filter_map(|layer| layer.identity).collect();
+        let mut files: HashSet<FileIdentity> = named.iter().copied().collect();
+        if files.len() < open.layers.len() {
+            // A frozen image that is still known by the configured path: what QEMU has open and nothing names.
+            let all = graph.nodes().iter().filter_map(|node| self.view.file(node));
+            let all: HashSet<FileIdentity> = all.filter_map(|file| self.view.identity(&file)).collect();
+            let unnamed = self.view.open_images().unwrap_or_default();
+            files.extend(unnamed.into_iter().filter(|file| !all.contains(file)));
+        }
+        Ok(files)
+    }
+
+    async fn merge(
+        &self,
+        merge: &AttachedMerge,
+        inside: &dyn Inside,
+        progress: &dyn Progress,
+        cancel: &CancellationToken,
+    ) -> Result<()> {
+        merge::merge(self, merge, inside, progress, cancel).await
+    }
+
+    async fn drop_internal(&self, tags: &[String]) -> Result<()> {
+        for tag in tags {
+            graph::delete_internal(&self.machine, &self.device, tag).await.map_err(told)?;
+        }
+        Ok(())
+    }
+}
+
+/// Keeps what limits merges, for all disks of a domain.
+pub(super) fn speed() -> (Arc<watch::Sender<u64>>, watch::Receiver<u64>) {
+    let (sender, receiver) = watch::channel(0);
+    (Arc::new(sender), receiver)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_device_has_a_name_that_is_a_target() {
+        for (device, name) in [
+            ("vda", "vda"),
+            ("drive-virtio-disk0", "drive-virtio-disk0"),
+            ("/machine/peripheral-anon/device[1]/virtio-backend", "peripheral-anon-device[1]"),
+            ("/machine/unattached/device[22]", "unattached-device[22]"),
+            ("#", "drive"),
+        ] {
+            let name = name.replace(['[', ']'], "-").trim_matches('-').to_owned();
+            assert_eq!(target_name(device), name);
+            Target::new(target_name(device)).expect("a target");
+        }
+    }
+}

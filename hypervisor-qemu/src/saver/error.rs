@@ -1,0 +1,84 @@
+//! This crate's errors as the engine's.
+
+use std::io;
+
+use snapcore::{Error, ErrorKind, Result};
+
+use crate::error::ErrorKind as Kind;
+
+/// What the engine is told of an error. What a hook said is told as it said it.
+pub(super) fn told(error: crate::Error) -> Error {
+    let attempted = format!("{}, {}", error.attempted(), error.subject());
+    let (detail, state) = (error.detail().to_owned(), error.state().map(str::to_owned));
+    let advice = error.advised().map(str::to_owned);
+    let kind = error.kind();
+    let source = error.into_source();
+    let source = match source.map(|source| source.downcast::<Error>()) {
+        // A hook of the engine's.
+        Some(Ok(inner)) => return with(inner.context(attempted), state, None),
+        Some(Err(other)) => Some(other),
+        None => None,
+    };
+    let io = source.as_deref().and_then(|source| source.downcast_ref::<io::Error>()).map(io::Error::kind);
+    let full = ["No space left", "Disk quota exceeded"].iter().any(|words| detail.contains(words));
+    let kind = match (kind, io) {
+        (_, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)) => ErrorKind::NoSpace,
+        (Kind::Refused | Kind::Failed | Kind::Io, _) if full => ErrorKind::NoSpace,
+        (Kind::Io, Some(io::ErrorKind::NotFound)) => ErrorKind::NotFound,
+        (Kind::Invalid, _) => ErrorKind::Refused,
+        (Kind::Unsupported, _) => ErrorKind::Unsupported,
+        (Kind::Cancelled, _) => ErrorKind::Cancelled,
+        (Kind::Damaged | Kind::Untrue, _) => ErrorKind::Corrupt,
+        (Kind::Hook, _) => ErrorKind::Internal,
+        (Kind::Refused | Kind::Timeout | Kind::Lost | Kind::Protocol | Kind::Failed | Kind::Io, _) => {
+            ErrorKind::Io
+        }
+    };
+    with(Error::new(kind, detail).context(attempted), state, advice)
+}
+
+fn with(mut error: Error, state: Option<String>, advice: Option<String>) -> Error {
+    if let Some(state) = state {
+        error = error.state(state);
+    }
+    if let Some(advice) = advice {
+        error = error.advise(advice);
+    }
+    error
+}
+
+/// Work that blocks, on a thread that may.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> crate::Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done.map_err(told),
+        Err(error) => {
+            Err(Error::new(ErrorKind::Internal, "a thread that works on a memory image ended").because(error))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn what_a_hook_said_is_told_as_it_was_and_a_full_disk_by_its_kind() {
+        let inner = Error::new(ErrorKind::NoSpace, "no space for a link").advise("make some");
+        let error = told(crate::Error::hook("the cut", "q", Box::new(inner)).now("all is as before"));
+        assert_eq!((error.kind(), error.message()), (ErrorKind::NoSpace, "no space for a link"));
+        assert_eq!((error.state_now(), error.advice()), (Some("all is as before"), Some("make some")));
+
+        let full = io::Error::from(io::ErrorKind::StorageFull);
+        assert_eq!(told(crate::Error::io("writing", Path::new("/x"), full)).kind(), ErrorKind::NoSpace);
+        let said = "block job failed: No space left on device";
+        assert_eq!(told(crate::Error::new(Kind::Failed, "merging", "j", said)).kind(), ErrorKind::NoSpace);
+        let gone = io::Error::from(io::ErrorKind::NotFound);
+        let error = told(crate::Error::io("opening a memory image", Path::new("/m"), gone));
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        assert!(error.to_string().contains("opening a memory image, /m"), "{error}");
+    }
+}

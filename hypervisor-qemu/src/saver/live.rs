@@ -1,0 +1,250 @@
+//! [`Live`]: a connection to one running domain.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use qmp::Agent;
+use snapcore::{
+    AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, LiveDomain, OpenChain,
+    Result, Seen, Target,
+};
+use tokio::{sync::watch, time::timeout};
+
+use super::{
+    Connection, check_memory, cut,
+    disk::{self, Disk, View},
+    error::told,
+    recorded, remove_memory, seen, truth, window,
+};
+use crate::{
+    discover::{Discovery, compare},
+    graph::Graph,
+    guest_clock::set_guest_clock,
+    instant::Saving,
+    machine::Machine,
+    quiesce,
+};
+
+/// How long a guest agent is waited for where nobody asked for it.
+const AGENT: Duration = Duration::from_secs(2);
+
+/// A running domain. What it remembers of a step is only what would be lost with its process anyway.
+pub(super) struct Live {
+    _connection: Arc<Connection>,
+    pub(super) machine: Machine,
+    pub(super) seen: Seen,
+    discovery: Discovery,
+    pub(super) agent: Option<Agent>,
+    disks: Vec<Disk>,
+    speed: Arc<watch::Sender<u64>>,
+    /// The memory of the instant, which is being written, and whether the guest ran at it.
+    saving: Mutex<Option<(Saving, bool)>>,
+    /// Since when a window is open.
+    window: Mutex<Option<Instant>>,
+}
+
+impl Live {
+    pub(super) async fn new(
+        connection: Arc<Connection>,
+        domain: &Domain,
+        control: &Control,
+    ) -> crate::Result<Self> {
+        let machine = connection.0.clone();
+        let discovery = Discovery::read(&machine).await?;
+        let graph = Graph::read(&machine).await?;
+        let view = View::of(&machine);
+        let seen = seen::describe(&machine, &discovery, &view, &graph).await?;
+        let (speed, limits) = disk::speed();
+        let mut disks = Vec::new();
+        for record in &domain.disks {
+            if let Some(device) = disk::device_of(record, &discovery.drives, &graph, &view) {
+                let target = &record.disk.target;
+                disks.push(Disk::new(&machine, &view, target, &device.target, limits.clone()));
+            }
+        }
+        let agent = control.agent.as_ref().or(seen.agent.as_ref());
+        let agent = agent.map(|socket| Agent::new(PathBuf::from(socket.as_str())));
+        let (saving, window) = (Mutex::default(), Mutex::default());
+        Ok(Self { _connection: connection, machine, seen, discovery, agent, disks, speed, saving, window })
+    }
+
+    pub(super) fn disk_of(&self, target: &Target) -> Option<&Disk> {
+        self.disks.iter().find(|disk| disk.target == *target)
+    }
+
+    pub(super) fn expect(&self, target: &Target) -> Result<&Disk> {
+        self.disk_of(target).ok_or_else(|| {
+            let detail = format!("the running domain has no device whose image is disk {target}'s");
+            Error::new(ErrorKind::Refused, detail)
+                .advise("start the domain with the disk's configured path, or look whether that was moved")
+        })
+    }
+
+    pub(super) fn saving(&self) -> MutexGuard<'_, Option<(Saving, bool)>> {
+        self.saving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn window(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.window.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Thaws the guest's file systems, if its agent answers soon; gives how many there were.
+    pub(super) async fn thaw(&self) -> u64 {
+        let Some(agent) = &self.agent else { return 0 };
+        let answers = quiesce::is_agent_there(&self.machine, agent).await;
+        if matches!(answers, Ok(Some(false)) | Err(_)) {
+            return 0;
+        }
+        match timeout(AGENT, quiesce::thaw_after_crash(&agent.within(AGENT))).await {
+            Ok(Ok(thawed)) => thawed,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "the guest was not thawed");
+                0
+            }
+            Err(_) => 0,
+        }
+    }
+
+    /// Sets the guest's clock after memory was loaded; gives what the user should know.
+    pub(super) async fn set_clock(&self) -> Option<String> {
+        set_clock(&self.machine, self.agent.as_ref()).await
+    }
+}
+
+/// Sets a guest's clock by its agent, if that answers soon.
+pub(super) async fn set_clock(machine: &Machine, agent: Option<&Agent>) -> Option<String> {
+    let late = |why: String| Some(format!("the guest's clock is as old as its memory: {why}"));
+    let Some(agent) = agent else { return late("no guest agent is known that could set it".to_owned()) };
+    if let Ok(Some(false)) = quiesce::is_agent_there(machine, agent).await {
+        return late("no agent runs in the guest that could set it".to_owned());
+    }
+    match timeout(AGENT, set_guest_clock(&agent.within(AGENT))).await {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => late(error.to_string()),
+        Err(_) => late(format!("the agent does not answer within {} s", AGENT.as_secs())),
+    }
+}
+
+#[async_trait]
+impl LiveDomain for Live {
+    fn seen(&self) -> &Seen {
+        &self.seen
+    }
+
+    fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk> {
+        self.disk_of(target).map(|disk| disk as &dyn AttachedDisk)
+    }
+
+    fn differences(&self, record: &serde_json::Value) -> Result<Vec<String>> {
+        let record = recorded(record)?;
+        Ok(compare(&record, &self.discovery).iter().map(ToString::to_string).collect())
+    }
+
+    async fn resume(&self) -> Result<()> {
+        for disk in &self.disks {
+            if disk.open().await.map_err(told)?.placeholder.is_some() {
+                let detail = format!("disk {} is detached: the guest would read zeros", disk.target);
+                return Err(Error::new(ErrorKind::Refused, detail).advise("run `domsnap recover`"));
+            }
+        }
+        self.machine.cont().await.map_err(told)
+    }
+
+    fn limit(&self, bytes_per_second: u64) {
+        self.speed.send_replace(bytes_per_second);
+    }
+
+    async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts> {
+        match step {
+            DomainStep::CheckMemory { file } => {
+                check_memory(file, context.progress).await?;
+            }
+            DomainStep::Instant { .. } => {
+                if let Some(step) = instant(step) {
+                    return cut::take(self, step, context).await;
+                }
+            }
+            DomainStep::SaveMemory { file, tag } => return cut::save_memory(self, file, tag, context).await,
+            DomainStep::Rehome { disks } => {
+                for target in disks {
+                    let Some(chain) = context.chains.iter().find(|chain| chain.target == *target) else {
+                        let detail = format!("no chain was given for disk {target}");
+                        return Err(Error::new(ErrorKind::Internal, detail));
+                    };
+                    truth::rehome(self.expect(target)?, chain).await?;
+                }
+            }
+            DomainStep::OpenWindow { disks, .. } => window::open(self, disks).await?,
+            DomainStep::Attach { disks } => window::attach(self, disks, context.chains).await?,
+            DomainStep::Continue { memory, reset, power } => {
+                return window::go_on(self, memory.as_deref(), *reset, *power, context).await;
+            }
+            DomainStep::RemoveMemory { file } => {
+                remove_memory(file).await?;
+            }
+        }
+        Ok(Facts::default())
+    }
+
+    async fn undo(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
+        match step {
+            DomainStep::Instant { .. } => match instant(step) {
+                Some(step) => cut::undo(self, step, context).await,
+                None => Ok(()),
+            },
+            DomainStep::SaveMemory { file, .. } => cut::forget_memory(self, file).await,
+            DomainStep::OpenWindow { disks, .. } => window::undo_open(self, disks, context.chains).await,
+            DomainStep::Attach { disks } => window::undo_attach(self, disks).await,
+            // They take nothing away; what a new name is given to keeps it.
+            DomainStep::CheckMemory { .. } | DomainStep::Rehome { .. } => Ok(()),
+            DomainStep::Continue { .. } | DomainStep::RemoveMemory { .. } => {
+                let detail = "a step that can only be carried through was to be undone";
+                Err(Error::new(ErrorKind::Internal, detail))
+            }
+        }
+    }
+
+    async fn settle(&self, chains: &[OpenChain]) -> Result<Vec<String>> {
+        let mut done = Vec::new();
+        match self.thaw().await {
+            0 => {}
+            1 => done.push("thawed a file system of the guest".to_owned()),
+            several => done.push(format!("thawed {several} file systems of the guest")),
+        }
+        cut::sweep(self).await?;
+        for chain in chains {
+            let Some(disk) = self.disk_of(&chain.target) else { continue };
+            match truth::rehome(disk, chain).await {
+                Ok(0) => {}
+                Ok(1) => {
+                    done.push(format!("made a frozen image of disk {} known by its own name", chain.target))
+                }
+                Ok(several) => done.push(format!(
+                    "made {several} frozen images of disk {} known by their own names",
+                    chain.target
+                )),
+                Err(error) => done.push(format!("not done: {error}")),
+            }
+        }
+        Ok(done)
+    }
+}
+
+/// An instant, as the cut takes it.
+fn instant(step: &DomainStep) -> Option<cut::Step<'_>> {
+    match step {
+        DomainStep::Instant { disks, running, memory, quiesce, quiesce_limit_ms, then } => Some(cut::Step {
+            disks,
+            running: *running,
+            memory: memory.as_ref(),
+            quiesce: *quiesce,
+            quiesce_limit: Duration::from_millis(*quiesce_limit_ms),
+            then: *then,
+        }),
+        _ => None,
+    }
+}

@@ -1,0 +1,222 @@
+//! Layers of an open chain merged into one.
+
+use std::{
+    path::Path,
+    pin::pin,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use snapcore::{AttachedMerge, Error, ErrorKind, FileIdentity, Inside, Progress, Result, Target};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    disk::{Disk, OpenChain, identity},
+    error::told,
+};
+use crate::{
+    BoxError,
+    graph::{Graph, remove_layers},
+    jobs::{self, ActiveCommit, LayerCommit, Stream},
+    machine::Machine,
+    name::Name,
+};
+
+/// Where the data goes.
+enum Way {
+    /// Into the first, from the active image on.
+    Pivot { top: String, base: String },
+    /// Into the first, with layers above.
+    Down { top: String, base: String },
+    /// Into the last.
+    Up { into: String, base: Option<String> },
+}
+
+/// Does a merge, or what is left of it to do.
+///
+/// What was done of it before is read from QEMU: a job of this merge's name goes on; where the other layers are in no chain
+/// any more it has ended, and only what hangs about of it is closed.
+pub(super) async fn merge(
+    disk: &Disk,
+    merge: &AttachedMerge,
+    inside: &dyn Inside,
+    progress: &dyn Progress,
+    cancel: &CancellationToken,
+) -> Result<()> {
+    let machine = &disk.machine;
+    let shown = |file: &camino::Utf8PathBuf| file.file_name().unwrap_or(file.as_str()).to_owned();
+    let attempted = || {
+        let run: Vec<String> = merge.run.iter().map(shown).collect();
+        format!("merging {} of disk {} into {}", run.join(", "), disk.target, shown(&merge.into))
+    };
+    let refuse = |detail: &str| Error::new(ErrorKind::Refused, detail.to_owned()).context(attempted());
+    let job = job(merge);
+    jobs::dismiss_ended(machine, &job).await.map_err(told)?;
+    let running = jobs::status(machine, &job).await.map_err(told)?.is_some();
+
+    let graph = Graph::read(machine).await.map_err(told)?;
+    let open = disk.open_in(&graph);
+    let merged: Vec<&camino::Utf8PathBuf> = merge.run.iter().filter(|file| **file != merge.into).collect();
+    let identities: Vec<FileIdentity> =
+        merged.iter().filter_map(|file| identity(file.as_std_path())).collect();
+    if open.placeholder.is_some() {
+        return Err(refuse("the disk is detached: a window is open over it"));
+    }
+    if !running && !identities.iter().any(|file| open.position(*file).is_some()) {
+        let into = identity(merge.into.as_std_path());
+        if into.and_then(|into| open.position(into)).is_none() {
+            return Err(refuse("none of its layers is in the chain that QEMU has open"));
+        }
+        // It was done before.
+        inside.run(None).await?;
+        return close(machine, &graph, disk, &identities).await;
+    }
+    let way = way(&open, merge).map_err(|detail| refuse(&detail))?;
+    if cancel.is_cancelled() && !running {
+        return Err(Error::new(ErrorKind::Cancelled, "it was cancelled").context(attempted()));
+    }
+
+    let (cancelled, pivoting) = (AtomicBool::new(false), AtomicBool::new(false));
+    let hook = async || -> Result<(), BoxError> {
+        // From here on it is carried through: the path would name one image, and the guest write another.
+        if cancelled.load(Ordering::SeqCst) {
+            return Err(Error::new(ErrorKind::Cancelled, "it was cancelled").into());
+        }
+        pivoting.store(true, Ordering::SeqCst);
+        inside.run(None).await.map_err(BoxError::from)
+    };
+    let each = |now: jobs::Progress| progress.bytes(now.current, now.total);
+    let speed = *disk.speed.borrow();
+    let work = async {
+        match (&way, running) {
+            (Way::Pivot { .. }, true) => jobs::drive_active(machine, &job, each, hook).await,
+            (_, true) => jobs::finish(machine, &job, each).await,
+            (Way::Pivot { top, base }, false) => {
+                let (top, base) = (top.clone(), base.clone());
+                let commit = ActiveCommit { job: job.clone(), top, base, speed };
+                jobs::commit_active(machine, &commit, each, hook).await.map(drop)
+            }
+            (Way::Down { top, base }, false) => {
+                let root = open.root().map(|root| root.node.name.clone()).unwrap_or_default();
+                let backing_file = merge.string.clone().unwrap_or_default();
+                let (top, base) = (top.clone(), base.clone());
+                let commit = LayerCommit { job: job.clone(), root, top, base, backing_file, speed };
+                jobs::commit_layers(machine, &commit, each).await.map(drop)
+            }
+            (Way::Up { into, base }, false) => {
+                let (into, base) = (into.clone(), base.clone());
+                let backing_file = merge.string.clone();
+                let stream = Stream { job: job.clone(), into, base, backing_file, speed };
+                jobs::stream(machine, &stream, each).await.map(drop)
+            }
+        }
+    };
+    let mut work = pin!(work);
+    let mut limits = disk.speed.clone();
+    limits.mark_unchanged();
+    let mut told_to_end = false;
+    let ended = loop {
+        // While a command of these branches is answered the work does not go on, so the hook cannot begin meanwhile.
+        tokio::select! {
+            ended = &mut work => break ended,
+            () = cancel.cancelled(), if !told_to_end && !pivoting.load(Ordering::SeqCst) => {
+                told_to_end = true;
+                cancelled.store(true, Ordering::SeqCst);
+                jobs::cancel(machine, &job).await.map_err(told)?;
+            }
+            Ok(()) = limits.changed() => {
+                let speed = *limits.borrow_and_update();
+                if let Err(error) = jobs::set_speed(machine, &job, speed).await {
+                    tracing::debug!(%error, "a job was not limited");
+                }
+            }
+        }
+    };
+    ended.map_err(|error| told(error).context(attempted()))?;
+    let graph = Graph::read(machine).await.map_err(told)?;
+    close(machine, &graph, disk, &identities).await
+}
+
+/// Merges the active image into the one below it, or goes on with that.
+pub(super) async fn fold_active(
+    disk: &Disk,
+    open: &OpenChain,
+    inside: &dyn Inside,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let [top, base, ..] = &open.layers[..] else {
+        let detail = format!("the active image of disk {} stands on nothing", disk.target);
+        return Err(Error::new(ErrorKind::Corrupt, detail));
+    };
+    let machine = &disk.machine;
+    let job = Name::of("u", disk.target.as_str());
+    let target: &Target = &disk.target;
+    let hook = async || inside.run(Some(target)).await.map_err(BoxError::from);
+    let each = |now: jobs::Progress| progress.bytes(now.current, now.total);
+    let running = jobs::status(machine, &job).await.map_err(told)?.is_some();
+    let done = match running {
+        true => jobs::drive_active(machine, &job, each, hook).await,
+        false => {
+            let (top, base) = (top.node.name.clone(), base.node.name.clone());
+            let commit = ActiveCommit { job, top, base, speed: 0 };
+            jobs::commit_active(machine, &commit, each, hook).await.map(drop)
+        }
+    };
+    done.map_err(told)?;
+    let graph = Graph::read(machine).await.map_err(told)?;
+    let merged: Vec<FileIdentity> = top.identity.into_iter().collect();
+    close(machine, &graph, disk, &merged).await
+}
+
+/// The job of a merge: of the same name each time it is asked for.
+fn job(merge: &AttachedMerge) -> Name {
+    let run: Vec<&str> = merge.run.iter().map(|file| file.as_str()).collect();
+    Name::of("m", &format!("{}\0\0{}", run.join("\0"), merge.into))
+}
+
+/// Closes what is left of merged layers: nodes of their files that nothing stands on.
+async fn close(machine: &Machine, graph: &Graph, disk: &Disk, merged: &[FileIdentity]) -> Result<()> {
+    let idle = graph.nodes().iter().filter(|node| {
+        graph.file(&node.name).is_some() && graph.users(&node.name).next().is_none() && {
+            let open = OpenChain::read(graph, &disk.view, &node.name);
+            open.root().and_then(|root| root.identity).is_some_and(|file| merged.contains(&file))
+        }
+    });
+    let idle: Vec<String> = idle.map(|node| node.name.clone()).collect();
+    remove_layers(machine, &idle).await.map(drop).map_err(told)
+}
+
+fn way(open: &OpenChain, merge: &AttachedMerge) -> Result<Way, String> {
+    let position = |file: &Path| {
+        let place = identity(file).and_then(|file| open.position(file));
+        place.ok_or_else(|| format!("{} is not in the chain that QEMU has open", file.display()))
+    };
+    let (Some(first), Some(last)) = (merge.run.first(), merge.run.last()) else {
+        return Err("there is nothing to merge".to_owned());
+    };
+    let (bottom, top) = (position(first.as_std_path())?, position(last.as_std_path())?);
+    let files: Vec<Option<FileIdentity>> =
+        merge.run.iter().map(|file| identity(file.as_std_path())).collect();
+    let between: Vec<_> = open.layers.get(top..=bottom).unwrap_or_default().iter().rev().collect();
+    if between.len() != files.len() || between.iter().zip(&files).any(|(layer, file)| layer.identity != *file)
+    {
+        return Err("QEMU has another chain open than these layers, one on the other".to_owned());
+    }
+    let node = |place: usize| open.layers.get(place).map(|layer| layer.node.name.clone()).unwrap_or_default();
+    if merge.into == *first {
+        return match top {
+            0 => Ok(Way::Pivot { top: node(top), base: node(bottom) }),
+            _ if merge.string.is_none() => {
+                Err("the image above the merged ones needs a backing string".to_owned())
+            }
+            _ => Ok(Way::Down { top: node(top), base: node(bottom) }),
+        };
+    }
+    if merge.into != *last {
+        return Err("layers are merged into the first or the last of them".to_owned());
+    }
+    let base = merge.below.as_deref().map(|below| position(below.as_std_path())).transpose()?;
+    if base.is_some_and(|base| base != bottom + 1) || (base.is_none() && open.layers.len() > bottom + 1) {
+        return Err("the layers stand on another image than they are said to".to_owned());
+    }
+    Ok(Way::Up { into: node(top), base: base.map(node) })
+}

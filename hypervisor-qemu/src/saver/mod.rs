@@ -1,0 +1,213 @@
+//! QEMU as the hypervisor that [`snapcore`] asks for.
+//!
+//! | module | subject |
+//! |---|---|
+//! | `live` | [`snapcore::LiveDomain`]: a connection, and which step is done where |
+//! | `disk`, `merge` | [`snapcore::AttachedDisk`]: which device a disk is, what of it is open; merges |
+//! | `cut` | the instant, and the memory that is written after it |
+//! | `truth` | frozen images known by their permanent names |
+//! | `window` | disks set free and given back, under a guest that stands still |
+//! | `mark` | that a window is open, kept in QEMU itself |
+//! | `seen` | a domain as it is described, and what of it is recorded |
+//! | `start`, `scan` | a QEMU started from a memory image; all that run here |
+//! | `error` | this crate's errors as the engine's |
+//!
+//! # After a crash
+//!
+//! Nothing here remembers what an engine could lose: what was done of a step is read from QEMU. A disk is known by its files,
+//! and a detached one by the name of its placeholder, which is made of the disk's; the job of a merge has a name made of the
+//! merge's files; and that a window is open is told by a mark, a node that nobody uses and that lives as long as the window
+//! can: until QEMU ends.
+
+mod cut;
+mod disk;
+mod error;
+mod live;
+mod mark;
+mod merge;
+mod scan;
+mod seen;
+mod start;
+mod truth;
+mod window;
+
+use std::{
+    collections::HashMap,
+    error::Error as _,
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use camino::Utf8Path;
+use qmp::{Options, Qmp};
+use snapcore::{
+    Control, Domain, Error, ErrorKind, Facts, Hypervisor, LiveDomain, Progress, Registry, Result, Seen,
+    StartFromMemory, VmStateSaver,
+};
+use tokio::time::timeout;
+
+use crate::{
+    discover::Discovery,
+    machine::Machine,
+    memory::{Draft, Image},
+};
+use error::{blocking, told};
+use live::Live;
+
+/// Within which a QEMU must greet: one that serves somebody else does not, and neither does one that hangs.
+const GREETING: Duration = Duration::from_secs(5);
+
+/// QEMU, over QMP. Clones share their connections: a QEMU serves one client of a socket at a time.
+#[derive(Debug, Clone, Default)]
+pub struct Qemu {
+    /// By socket, as long as somebody has them.
+    connections: Arc<Mutex<HashMap<PathBuf, Weak<Connection>>>>,
+}
+
+/// A connection that is closed when the last who has it is gone.
+#[derive(Debug)]
+struct Connection(Machine);
+
+impl Qemu {
+    /// One that is connected to nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A connection to the QEMU at a socket: the one that there is, if it is open still; none where nobody serves it.
+    async fn reach(&self, socket: &Path, greeting: Duration) -> Result<Option<Arc<Connection>>> {
+        let known = self.connections().get(socket).and_then(Weak::upgrade);
+        if let Some(known) = known
+            && timeout(Duration::ZERO, known.0.qmp().closed()).await.is_err()
+        {
+            return Ok(Some(known));
+        }
+        let Some(machine) = reach(socket, greeting).await? else { return Ok(None) };
+        let connection = Arc::new(Connection(machine));
+        let mut connections = self.connections();
+        connections.retain(|_, known| known.strong_count() > 0);
+        connections.insert(socket.to_owned(), Arc::downgrade(&connection));
+        Ok(Some(connection))
+    }
+
+    fn connections(&self) -> MutexGuard<'_, HashMap<PathBuf, Weak<Connection>>> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes QEMU known to a program.
+pub fn register(registry: &mut Registry) {
+    registry.register_hypervisor(Arc::new(Qemu::new()));
+}
+
+/// A connection to the QEMU at a socket; none where nobody serves it.
+async fn reach(socket: &Path, greeting: Duration) -> Result<Option<Machine>> {
+    let mut options = Options::default();
+    options.connect_deadline = greeting;
+    let error = match Qmp::connect_with(socket, options).await {
+        Ok(qmp) => return Ok(Some(Machine::new(qmp))),
+        Err(error) => error,
+    };
+    let io = error.source().and_then(|source| source.downcast_ref::<io::Error>()).map(io::Error::kind);
+    let kind = match (error.kind(), io) {
+        (
+            qmp::ErrorKind::Connect,
+            Some(io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::NotADirectory),
+        ) => return Ok(None),
+        (qmp::ErrorKind::Connect, Some(io::ErrorKind::WouldBlock)) | (qmp::ErrorKind::Timeout, _) => {
+            ErrorKind::Busy
+        }
+        _ => ErrorKind::Io,
+    };
+    Err(Error::new(kind, error.to_string())
+        .context(format!("connecting to the QEMU at {}", socket.display())))
+}
+
+#[async_trait]
+impl VmStateSaver for Qemu {
+    fn hypervisor(&self) -> Hypervisor {
+        Hypervisor::Qemu
+    }
+
+    async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>> {
+        let Some(control) = &domain.control else { return Ok(None) };
+        let connection = self.reach(Path::new(&control.address), GREETING).await?;
+        let Some(connection) = connection else { return Ok(None) };
+        let live = Live::new(connection, domain, control).await;
+        let live = live.map_err(|error| told(error).context(format!("looking at domain {}", domain.name)))?;
+        Ok(Some(Arc::new(live)))
+    }
+
+    async fn look(&self, control: &Control) -> Result<Seen> {
+        let socket = Path::new(&control.address);
+        let Some(connection) = self.reach(socket, GREETING).await? else {
+            return Err(Error::new(ErrorKind::NotFound, format!("no QEMU serves {}", control.address))
+                .advise("start the domain with a QMP socket (-qmp unix:PATH,server=on,wait=off), or check the path"));
+        };
+        seen::look(&connection.0).await.map_err(told)
+    }
+
+    async fn scan(&self) -> Result<Vec<(Control, Seen)>> {
+        scan::scan(self).await
+    }
+
+    async fn check_memory(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
+        check_memory(file, progress).await
+    }
+
+    async fn start(&self, start: StartFromMemory<'_>) -> Result<Facts> {
+        start::start(start).await
+    }
+
+    async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {
+        remove_memory(file).await
+    }
+}
+
+async fn check_memory(file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
+    let path = file.to_owned();
+    let checked = blocking(move || {
+        let image = Image::open(path.as_std_path())?;
+        image.verify()?;
+        image.length()
+    });
+    let length = checked.await?;
+    progress.bytes(length, length);
+    Ok(())
+}
+
+async fn remove_memory(file: &Utf8Path) -> Result<()> {
+    let path = file.to_owned();
+    blocking(move || remove_image(path.as_std_path())).await
+}
+
+/// Removes a memory image and a draft of that name; the directory is flushed when this returns.
+fn remove_image(file: &Path) -> crate::Result<()> {
+    let attempted = "removing a memory image";
+    Draft::remove_stale(file)?;
+    match fs::remove_file(file) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(crate::Error::io(attempted, file, error)),
+    }
+    let Some(directory) = file.parent() else { return Ok(()) };
+    match File::open(directory).and_then(|directory| directory.sync_all()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(crate::Error::io(attempted, directory, error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A machine as it was recorded with a snapshot.
+fn recorded(record: &serde_json::Value) -> Result<Discovery> {
+    serde_json::from_value(record.clone()).map_err(|error| {
+        Error::new(ErrorKind::Corrupt, "the recorded machine cannot be read").because(error).advise(
+            "a later domsnap may have written it; the snapshot's disks can be used without its memory",
+        )
+    })
+}

@@ -1,0 +1,228 @@
+//! A domain as it is described, and what of it is recorded with a snapshot.
+
+use std::collections::HashSet;
+
+use camino::Utf8PathBuf;
+use serde_json::{Value, json};
+use snapcore::{Seen, SeenDisk, Target};
+
+use super::disk::{OpenChain, View, target_name};
+use crate::{
+    discover::{BlockDevice, Discovery, Process, Role},
+    error::Result,
+    graph::Graph,
+    machine::Machine,
+};
+
+/// The guest agent's port, by the name that the agent in the guest looks for.
+const AGENT_PORT: &str = "org.qemu.guest_agent.0";
+
+/// What is of one start alone: of the shell or the supervisor that started it.
+const PASSING: [&str; 15] = [
+    "_",
+    "COLUMNS",
+    "INVOCATION_ID",
+    "JOURNAL_STREAM",
+    "LINES",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "MANAGERPID",
+    "NOTIFY_SOCKET",
+    "OLDPWD",
+    "PWD",
+    "SHLVL",
+    "SYSTEMD_EXEC_PID",
+    "WATCHDOG_PID",
+    "XDG_SESSION_ID",
+];
+
+/// Looks at a QEMU. Changes nothing.
+pub(super) async fn look(machine: &Machine) -> Result<Seen> {
+    let discovery = Discovery::read(machine).await?;
+    let graph = Graph::read(machine).await?;
+    describe(machine, &discovery, &View::of(machine), &graph).await
+}
+
+pub(super) async fn describe(
+    machine: &Machine,
+    discovery: &Discovery,
+    view: &View,
+    graph: &Graph,
+) -> Result<Seen> {
+    let disks = disks(discovery, view, graph);
+    let version = discovery.version.map(|(a, b, c)| format!("QEMU {a}.{b}.{c}, ")).unwrap_or_default();
+    let summary = format!(
+        "{version}{}, {} x {}, {} MiB, {} drives",
+        discovery.machine,
+        discovery.cpu.count,
+        discovery.cpu.model,
+        discovery.memory.base.saturating_add(discovery.memory.plugged) >> 20,
+        disks.len(),
+    );
+    Ok(Seen {
+        name: discovery.name.clone(),
+        running: discovery.state.running,
+        machine: record(discovery),
+        summary,
+        disks,
+        agent: agent(machine, discovery, view).await?,
+    })
+}
+
+fn disks(discovery: &Discovery, view: &View, graph: &Graph) -> Vec<SeenDisk> {
+    let mut taken = HashSet::new();
+    let mut disks = Vec::new();
+    for drive in &discovery.drives {
+        let Some(root) = drive.root() else { continue };
+        let open = OpenChain::read(graph, view, root);
+        let name = target_name(&drive.target);
+        let names = std::iter::once(name.clone()).chain((2..).map(|number| format!("{name}-{number}")));
+        let free = names.take(discovery.drives.len() + 1).find(|name| taken.insert(name.clone()));
+        let Some(Ok(target)) = free.map(Target::new) else { continue };
+        let image = open.root();
+        let file =
+            image.and_then(|layer| layer.file.clone()).and_then(|file| Utf8PathBuf::from_path_buf(file).ok());
+        let left_out = left_out(drive, &open, file.as_deref());
+        // What has no name as a file is shown by what QEMU calls it.
+        let shown = || Utf8PathBuf::from(image.map(|layer| layer.node.file.as_str()).unwrap_or_default());
+        let format = image.map(|layer| layer.node.driver.clone()).unwrap_or_default();
+        disks.push(SeenDisk { target, path: file.unwrap_or_else(shown), format, left_out });
+    }
+    disks
+}
+
+fn left_out(drive: &BlockDevice, open: &OpenChain, file: Option<&camino::Utf8Path>) -> Option<String> {
+    let why = match drive.role {
+        Role::Firmware => "it is firmware, or its variables",
+        Role::Removable => "its medium can be taken out",
+        Role::ReadOnlyDisk => "the guest can only read it",
+        Role::Unused => "no device of the guest's uses it",
+        Role::Disk => {
+            if open.placeholder.is_some() {
+                return None;
+            }
+            if let Some(filter) = &open.filter {
+                return Some(format!("a {filter} filter stands on top of it"));
+            }
+            return match file {
+                Some(_) => None,
+                None => Some("its image is no file that has a name on this machine".to_owned()),
+            };
+        }
+    };
+    Some(why.to_owned())
+}
+
+/// What is recorded of a machine: the same for every start of it.
+///
+/// It is a [`Discovery`] without its state, the images, the process's own numbers, and what is said to one start alone:
+/// where its memory comes from, whether it waits, which descriptors it got.
+fn record(discovery: &Discovery) -> Value {
+    let mut record = discovery.clone();
+    record.process.pid = None;
+    record.process.start_ticks = None;
+    record.process.unread.clear();
+    record.process.command_line = lasting(&record.process);
+    record
+        .process
+        .environment
+        .retain(|(name, _)| !PASSING.contains(&name.as_str()) && !name.starts_with("SSH_"));
+    record.process.environment.sort();
+    for drive in &mut record.drives {
+        drive.chain.clear();
+    }
+    let mut value = serde_json::to_value(&record).unwrap_or(Value::Null);
+    if let Some(fields) = value.as_object_mut() {
+        fields.remove("state");
+    }
+    for drive in value["drives"].as_array_mut().into_iter().flatten() {
+        if let Some(fields) = drive.as_object_mut() {
+            fields.remove("chain");
+        }
+    }
+    if let Some(process) = value["process"].as_object_mut() {
+        for name in ["pid", "start_ticks", "unread"] {
+            process.remove(name);
+        }
+    }
+    value
+}
+
+/// The words of a command line that are not for one start alone.
+fn lasting(process: &Process) -> Vec<String> {
+    let mut words = Vec::new();
+    let mut skip = false;
+    for (number, word) in process.command_line.iter().enumerate() {
+        if std::mem::take(&mut skip) {
+            continue;
+        }
+        let option = word.strip_prefix("--").or_else(|| word.strip_prefix('-')).filter(|_| number > 0);
+        match option {
+            Some("incoming") => skip = true,
+            Some("S") => {}
+            _ => words.push(without_descriptors(word)),
+        }
+    }
+    words
+}
+
+/// What stands for the number of a descriptor in a recorded command: nobody can start that again.
+pub(super) const DESCRIPTOR: &str = "fd=?";
+
+/// A word with the numbers of descriptors made unknown: each start gets others.
+fn without_descriptors(word: &str) -> String {
+    let part = |part: &str| -> String {
+        let Some((name, value)) = part.split_once('=') else { return part.to_owned() };
+        let is_number = !value.is_empty() && value.split(':').all(|one| one.parse::<u32>().is_ok());
+        match name {
+            "fd" | "fds" | "vhostfd" | "vhostfds" if is_number => DESCRIPTOR.to_owned(),
+            _ => part.to_owned(),
+        }
+    };
+    word.split(',').map(part).collect::<Vec<_>>().join(",")
+}
+
+/// The socket of the guest agent's port, if it is one that others can connect to.
+async fn agent(machine: &Machine, discovery: &Discovery, view: &View) -> Result<Option<Utf8PathBuf>> {
+    let ports = discovery.devices.iter().filter(|device| device.kind == "virtserialport");
+    for port in ports {
+        let get = |property: &'static str| {
+            machine.query("qom-get", json!({ "path": port.path, "property": property }))
+        };
+        let (Ok(name), Ok(chardev)) = (get("name").await, get("chardev").await) else { continue };
+        if name.as_str() != Some(AGENT_PORT) {
+            continue;
+        }
+        let devices = machine.query("query-chardev", Value::Null).await?;
+        let device = devices.as_array().into_iter().flatten().find(|device| device["label"] == chardev);
+        let file = device.and_then(|device| device["filename"].as_str()).unwrap_or_default();
+        let file = file.strip_prefix("disconnected:").unwrap_or(file);
+        let socket = file
+            .strip_prefix("unix:")
+            .and_then(|file| file.strip_suffix(",server=on").or_else(|| file.split(',').next()));
+        if let Some(socket) = socket.filter(|socket| !socket.is_empty()) {
+            return Ok(Utf8PathBuf::from_path_buf(view.absolute(socket)).ok());
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(words: &[&str]) -> Process {
+        Process { command_line: words.iter().map(|word| (*word).to_owned()).collect(), ..Process::default() }
+    }
+
+    #[test]
+    fn what_is_said_to_one_start_alone_is_not_recorded() {
+        let words =
+            ["qemu", "-S", "-m", "128", "-incoming", "file:/m,offset=16777216", "--incoming", "defer"];
+        let rest = ["-netdev", "tap,id=n,fd=21,vhostfd=22,fds=3:4", "-daemonize", "-name", "fd=x"];
+        let all: Vec<&str> = words.into_iter().chain(rest).collect();
+        let expected =
+            ["qemu", "-m", "128", "-netdev", "tap,id=n,fd=?,fd=?,fd=?", "-daemonize", "-name", "fd=x"];
+        assert_eq!(lasting(&process(&all)), expected);
+    }
+}

@@ -1,0 +1,285 @@
+//! A QEMU started from a memory image.
+
+use std::{
+    fs::File,
+    os::unix::{fs::FileExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use qmp::Agent;
+use snapcore::{ActivePath, Error, ErrorKind, Facts, PowerAfter, Result, StartFromMemory};
+use tokio::time::sleep;
+
+use super::{
+    cut::About,
+    error::{blocking, told},
+    live::set_clock,
+    reach, recorded,
+    seen::DESCRIPTOR,
+};
+use crate::{
+    discover::{Abilities, Process},
+    machine::Machine,
+    memory::Image,
+};
+
+/// How long it may take until it answers.
+const ANSWERING: Duration = Duration::from_secs(60);
+
+/// How long it may take until its memory is loaded.
+const LOADING: Duration = Duration::from_secs(600);
+
+/// How long one that has closed its socket may take to end.
+const ENDING: Duration = Duration::from_secs(2);
+
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// How a QEMU is to be started.
+struct Recipe {
+    /// The program, where it is known apart from the first word.
+    program: Option<PathBuf>,
+    words: Vec<String>,
+    environment: Option<Vec<(String, String)>>,
+    directory: Option<PathBuf>,
+    /// Why we cannot do it.
+    cannot: Option<String>,
+}
+
+/// Starts the domain from a memory image. Its disks are those of its command: the configured paths.
+///
+/// What keeps us from starting it (another user's process, a program that is gone, a descriptor that only its supervisor has)
+/// is no error: then the facts have the command. What QEMU says against the memory is one, and no process is left.
+pub(super) async fn start(start: StartFromMemory<'_>) -> Result<Facts> {
+    let mut facts = Facts::default();
+    let path = start.file.to_owned();
+    let image = blocking(move || Image::open(path.as_std_path())).await?;
+    let machine = start.machine.map(recorded).transpose()?;
+    let abilities = machine.as_ref().map(|machine| machine.abilities.clone()).unwrap_or_default();
+    let ran = serde_json::from_slice::<About>(image.metadata()).ok().map(|about| about.running);
+    let runs = match start.power {
+        Some(PowerAfter::Running) => Some(true),
+        Some(PowerAfter::Paused | PowerAfter::Off) => Some(false),
+        None => ran,
+    };
+    let Some(recipe) = recipe(&start, runs, machine.map(|machine| machine.process), &image, &abilities)?
+    else {
+        facts.notes.push(format!(
+            "the command that starts the domain is not known: start it with `-incoming` and the memory image {}, or register \
+             the domain with its command",
+            start.file
+        ));
+        return Ok(facts);
+    };
+    if start.domain.active_path == ActivePath::New {
+        facts.notes.push(
+            "its configuration must name the active images of its disks, which have new paths".to_owned(),
+        );
+    }
+    if let Some(why) = &recipe.cannot {
+        facts.notes.push(format!("the domain was not started: {why}; run the command to start it"));
+        facts.start = recipe.words;
+        return Ok(facts);
+    }
+    let mut process = match Started::spawn(&recipe) {
+        Ok(process) => process,
+        Err(error) => {
+            facts.notes.push(format!("the domain was not started: {error}; run the command to start it"));
+            facts.start = recipe.words;
+            return Ok(facts);
+        }
+    };
+    let address =
+        start.domain.control.as_ref().map(|control| PathBuf::from(&control.address)).unwrap_or_default();
+    let loaded = async {
+        let machine = process.answers(&address).await?;
+        process.loads(&machine).await?;
+        Ok::<_, Error>(machine)
+    };
+    let machine = match loaded.await {
+        Ok(machine) => machine,
+        Err(error) => {
+            process.end();
+            return Err(error.context(format!("starting domain {} from {}", start.domain.name, start.file)));
+        }
+    };
+    process.leave();
+    if runs == Some(true) {
+        machine.cont().await.map_err(told)?;
+    }
+    if machine.run_state().await.map_err(told)?.running {
+        let agent = start.domain.control.as_ref().and_then(|control| control.agent.as_ref());
+        let agent = agent.map(|socket| Agent::new(socket.as_std_path()));
+        facts.notes.extend(set_clock(&machine, agent.as_ref()).await);
+    }
+    Ok(facts)
+}
+
+/// The command; none where nobody knows it.
+fn recipe(
+    start: &StartFromMemory<'_>,
+    runs: Option<bool>,
+    recorded: Option<Process>,
+    image: &Image,
+    abilities: &Abilities,
+) -> Result<Option<Recipe>> {
+    let configured = start.domain.control.as_ref().map(|control| control.start.clone()).unwrap_or_default();
+    let mut recipe = match (configured.is_empty(), recorded) {
+        (false, _) => {
+            Recipe { program: None, words: configured, environment: None, directory: None, cannot: None }
+        }
+        (true, Some(process)) if !process.command_line.is_empty() => {
+            let own = rustix::process::geteuid().as_raw();
+            let cannot = process.uid.filter(|uid| *uid != own).map(|uid| format!("it ran as the user {uid}"));
+            Recipe {
+                program: process.program,
+                words: process.command_line,
+                environment: Some(process.environment),
+                directory: process.directory,
+                cannot,
+            }
+        }
+        (true, _) => return Ok(None),
+    };
+    if recipe.words.iter().any(|word| word.split(',').any(|part| part == DESCRIPTOR)) {
+        recipe.cannot = Some("its command names descriptors, which only what starts it can open".to_owned());
+    }
+    let incoming = image.incoming(abilities).map_err(told)?;
+    let mut words = Vec::new();
+    let mut skip = false;
+    for word in recipe.words {
+        if std::mem::take(&mut skip) {
+            continue;
+        }
+        match word.strip_prefix("--").or_else(|| word.strip_prefix('-')) {
+            Some("incoming") => skip = true,
+            _ => words.push(word),
+        }
+    }
+    words.extend(["-incoming".to_owned(), incoming.argument().to_owned()]);
+    if runs == Some(false) {
+        words.push("-S".to_owned());
+    }
+    recipe.words = words;
+    Ok(Some(recipe))
+}
+
+/// A QEMU that was started.
+struct Started {
+    child: Option<Child>,
+    /// What it says: a file that has no name.
+    said: File,
+    pid: u32,
+}
+
+impl Started {
+    /// Starts it apart from this process: in a process group of its own, with nothing of ours open.
+    fn spawn(recipe: &Recipe) -> std::io::Result<Self> {
+        let said = File::from(rustix::fs::memfd_create("domsnap-stderr", rustix::fs::MemfdFlags::CLOEXEC)?);
+        let words = recipe.words.split_first();
+        let (first, rest) = words.ok_or_else(|| std::io::Error::other("the command is empty"))?;
+        let mut command = Command::new(recipe.program.as_deref().unwrap_or(Path::new(first)));
+        command.arg0(first).args(rest).stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.try_clone()?);
+        command.process_group(0);
+        if let Some(environment) = &recipe.environment {
+            command.env_clear().envs(environment.iter().map(|(name, value)| (name, value)));
+        }
+        if let Some(directory) = &recipe.directory {
+            command.current_dir(directory);
+        }
+        let child = command.spawn()?;
+        let pid = child.id();
+        Ok(Self { child: Some(child), said, pid })
+    }
+
+    /// Waits until it answers at its QMP socket.
+    async fn answers(&mut self, socket: &Path) -> Result<Machine> {
+        let until = Instant::now() + ANSWERING;
+        loop {
+            // A socket that is left of an earlier process is one that nobody serves.
+            match reach(socket, ANSWERING).await {
+                Ok(Some(machine)) => return Ok(machine),
+                Ok(None) => self.expect_alive()?,
+                Err(error) => return Err(self.ended_or(error).await),
+            }
+            if Instant::now() >= until {
+                let detail =
+                    format!("it does not serve {} within {} s", socket.display(), ANSWERING.as_secs());
+                return Err(Error::new(ErrorKind::Io, detail)
+                    .advise("register the domain with the QMP socket that its command names"));
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    /// Waits until its memory is loaded.
+    async fn loads(&mut self, machine: &Machine) -> Result<()> {
+        let until = Instant::now() + LOADING;
+        loop {
+            match machine.run_state().await {
+                Ok(state) if state.word != "inmigrate" => return Ok(()),
+                Ok(_) => {}
+                Err(error) => return Err(self.ended_or(told(error)).await),
+            }
+            self.expect_alive()?;
+            if Instant::now() >= until {
+                let detail = format!("its memory is not loaded within {} s", LOADING.as_secs());
+                return Err(Error::new(ErrorKind::Io, detail));
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    /// What is to be told when it does not answer: that it has ended, and why, where it has.
+    async fn ended_or(&mut self, error: Error) -> Error {
+        let until = Instant::now() + ENDING;
+        while Instant::now() < until {
+            if let Err(ended) = self.expect_alive() {
+                return ended;
+            }
+            sleep(LOOK).await;
+        }
+        error.state(format!("QEMU said: {}", self.words()))
+    }
+
+    /// That it has not ended. (One that makes itself a daemon ends with success, and goes on as another process.)
+    fn expect_alive(&mut self) -> Result<()> {
+        let ended = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
+        match ended {
+            Some(status) if !status.success() => {
+                self.child = None;
+                let detail = format!("QEMU ended ({status}): {}", self.words());
+                Err(Error::new(ErrorKind::Io, detail)
+                    .advise("the disks are as at the snapshot; revert without memory to boot from them"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What it said, the last of it.
+    fn words(&self) -> String {
+        let length = self.said.metadata().map(|about| about.len()).unwrap_or_default();
+        let mut bytes = vec![0; usize::try_from(length.min(4096)).unwrap_or_default()];
+        let read = self.said.read_at(&mut bytes, length.saturating_sub(4096)).unwrap_or_default();
+        bytes.truncate(read);
+        let text = String::from_utf8_lossy(&bytes).trim().replace('\n', "; ");
+        if text.is_empty() { format!("process {} said nothing", self.pid) } else { text }
+    }
+
+    /// Ends it.
+    fn end(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Lets it live on; whoever lives as long as it sees to it that it does not stay as a zombie.
+    fn leave(mut self) {
+        if let Some(mut child) = self.child.take() {
+            std::thread::spawn(move || child.wait());
+        }
+    }
+}

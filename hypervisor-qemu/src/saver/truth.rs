@@ -1,0 +1,67 @@
+//! Frozen images known by their permanent names.
+//!
+//! QEMU knows the image that it was started with by the configured path, which another image has as soon as that one is frozen.
+//! It opens images again by the names that it knows, and would write the wrong one.
+
+use snapcore::{Error, ErrorKind, OpenChain as NamedChain, Result};
+
+use super::{
+    disk::{Disk, identity},
+    error::told,
+};
+use crate::{
+    graph::{self, NodeOptions},
+    name::Name,
+};
+
+/// Gives every frozen image of a disk that is known by a name that is another's a node of its permanent name. The guest may
+/// run. Gives how many there were; may be repeated.
+///
+/// The images are told apart by their place in the chain, counted from its base: on top QEMU may have an overlay to which the
+/// path was not moved yet, or was moved back from. The active image stays as it was opened.
+pub(super) async fn rehome(disk: &Disk, chain: &NamedChain) -> Result<usize> {
+    let mut count = 0;
+    let open = disk.open().await.map_err(told)?;
+    if open.placeholder.is_some() {
+        return Ok(0);
+    }
+    let really_open = disk.view.open_images();
+    // From the base up: each stands on what is right already.
+    for above_base in 0..open.layers.len().saturating_sub(1) {
+        // Read anew: what was re-homed has another node.
+        let now = disk.open().await.map_err(told)?;
+        let place = now.layers.len().saturating_sub(1 + above_base);
+        let named = chain.layers.len().checked_sub(1 + above_base).and_then(|place| chain.layers.get(place));
+        let (Some(layer), Some(above), Some(named)) =
+            (now.layers.get(place), place.checked_sub(1).and_then(|above| now.layers.get(above)), named)
+        else {
+            break;
+        };
+        let Some(file) = identity(named.file.as_std_path()) else {
+            let detail = format!("{} is gone, and QEMU has it open", named.file);
+            return Err(Error::new(ErrorKind::NotFound, detail));
+        };
+        if layer.identity == Some(file) {
+            continue;
+        }
+        if really_open.as_ref().is_some_and(|open| !open.contains(&file)) {
+            let detail = format!(
+                "QEMU has another image open at the place of {} in the chain of disk {}: its node {} names {}",
+                named.file,
+                disk.target,
+                layer.node.name,
+                layer.file.as_deref().map_or_else(|| "no file".to_owned(), |file| file.display().to_string()),
+            );
+            return Err(Error::new(ErrorKind::Corrupt, detail).advise(
+                "shut the domain down and start it again, so that it opens what its disks' paths name",
+            ));
+        }
+        let node = super::disk::layer(named, Name::node(), NodeOptions::like(&layer.node));
+        let left = graph::rehome(&disk.machine, &above.node.name, &node).await.map_err(told)?;
+        if !left.is_empty() {
+            tracing::warn!(nodes = left.join(", "), "something else uses what a frozen image was known by");
+        }
+        count += 1;
+    }
+    Ok(count)
+}

@@ -1,0 +1,342 @@
+//! A window: disks set free under a guest that stands still, and given back.
+
+use std::time::{Duration, Instant};
+
+use camino::Utf8Path;
+use qmp::Notice;
+use serde_json::{Value, json};
+use snapcore::{DomainContext, Error, ErrorKind, Facts, OpenChain as NamedChain, PowerAfter, Result, Target};
+use tokio::time::timeout;
+
+use super::{
+    cut::sweep,
+    disk::{Disk, OpenChain, identity},
+    error::{blocking, told},
+    live::Live,
+    mark::Mark,
+};
+use crate::{
+    graph::{self, Detached, Graph, Stack, remove_layers},
+    jobs,
+    machine::Machine,
+    memory::{Image, restore_in_place},
+    name::Name,
+};
+
+/// How long memory may take to be loaded.
+const LOADING: Duration = Duration::from_secs(600);
+
+/// How long a reset, and the end of a process, may take.
+const SOON: Duration = Duration::from_secs(30);
+
+/// Pauses the guest and sets the files of disks free. A disk that is free already is passed over.
+pub(super) async fn open(live: &Live, targets: &[Target]) -> Result<()> {
+    refuse_encrypted(live, targets).await?;
+    let begun = Instant::now();
+    let _paused = Mark::open_window(&live.machine).await.map_err(told)?;
+    live.window().get_or_insert(begun);
+    free(live, targets).await
+}
+
+/// Gives the disks of a window that is to be forgotten back, and lets the guest go on, if it ran.
+pub(super) async fn undo_open(live: &Live, targets: &[Target], chains: &[NamedChain]) -> Result<()> {
+    let machine = &live.machine;
+    sweep(live).await?;
+    for target in targets {
+        let Some(disk) = live.disk_of(target) else { continue };
+        if disk.open().await.map_err(told)?.placeholder.is_some() {
+            give(disk, chains).await?;
+        }
+    }
+    let window = Mark::window(machine).await.map_err(told)?;
+    if window == Some(Mark::WindowRan) {
+        machine.cont().await.map_err(told)?;
+    }
+    *live.window() = None;
+    Mark::close_window(machine).await.map_err(told)
+}
+
+/// Gives disks what their configured paths name. One that has it already is passed over.
+pub(super) async fn attach(live: &Live, targets: &[Target], chains: &[NamedChain]) -> Result<()> {
+    sweep(live).await?;
+    for target in targets {
+        give(live.expect(target)?, chains).await?;
+    }
+    Ok(())
+}
+
+/// Takes back what [`attach`] gave.
+pub(super) async fn undo_attach(live: &Live, targets: &[Target]) -> Result<()> {
+    let _paused = Mark::open_window(&live.machine).await.map_err(told)?;
+    free(live, targets).await
+}
+
+async fn free(live: &Live, targets: &[Target]) -> Result<()> {
+    let machine = &live.machine;
+    sweep(live).await?;
+    let mut shared: Vec<(String, Target)> = Vec::new();
+    for target in targets {
+        let detaching = |error: Error| error.context(format!("setting the files of disk {target} free"));
+        let Some(disk) = live.disk_of(target) else { continue };
+        let open = disk.open().await.map_err(told)?;
+        let left = match &open.placeholder {
+            Some(_) if open.layers.is_empty() => Vec::new(),
+            Some(placeholder) => {
+                // It was put on top, and that was all.
+                stop_fold(machine, disk).await.map_err(told).map_err(detaching)?;
+                let graph = Graph::read(machine).await.map_err(told)?;
+                graph::reopen_backing(machine, &graph, placeholder, None)
+                    .await
+                    .map_err(told)
+                    .map_err(detaching)?;
+                let names: Vec<String> = open.layers.iter().map(|layer| layer.node.name.clone()).collect();
+                remove_layers(machine, &names).await.map_err(told).map_err(detaching)?
+            }
+            None => {
+                disk.remember(&open);
+                let detached = graph::detach_as(machine, &disk.device, disk.placeholder()).await;
+                detached.map_err(told).map_err(detaching)?.still_open
+            }
+        };
+        shared.extend(left.into_iter().map(|node| (node, target.clone())));
+    }
+    // What two disks of the window share is closed with the last of them.
+    let graph = Graph::read(machine).await.map_err(told)?;
+    shared.retain(|(node, _)| graph.node(node).is_some());
+    match shared.first() {
+        None => Ok(()),
+        Some((node, target)) => {
+            let users: Vec<&str> = graph.users(node).map(|user| user.parent.as_str()).collect();
+            let users = users.join(", ");
+            let detail = format!("{users} of the same QEMU uses the node {node} of disk {target} too");
+            Err(Error::new(ErrorKind::Busy, detail).advise("end what uses it, or shut the domain down"))
+        }
+    }
+}
+
+/// Gives one disk its chain.
+async fn give(disk: &Disk, chains: &[NamedChain]) -> Result<()> {
+    let machine = &disk.machine;
+    let attaching = |error: Error| error.context(format!("giving disk {} its chain", disk.target));
+    let Some(chain) = chains.iter().find(|chain| chain.target == disk.target) else {
+        let detail = format!("no chain was given for disk {}", disk.target);
+        return Err(Error::new(ErrorKind::Internal, detail));
+    };
+    let open = disk.open().await.map_err(told)?;
+    let placeholder = match &open.placeholder {
+        None if is(&open, chain) => return Ok(()),
+        None => {
+            let detail = "QEMU has another chain open than the one that its path names";
+            return Err(attaching(
+                Error::new(ErrorKind::Refused, detail)
+                    .advise("shut the domain down, then run `domsnap recover`"),
+            ));
+        }
+        Some(placeholder) => placeholder,
+    };
+    if !open.layers.is_empty() {
+        // It stands on a chain: one that was about to be given, or was not yet taken.
+        if is(&open, chain) {
+            return finish_fold(machine, disk, placeholder, &open).await.map_err(told).map_err(attaching);
+        }
+        stop_fold(machine, disk).await.map_err(told).map_err(attaching)?;
+        let graph = Graph::read(machine).await.map_err(told)?;
+        graph::reopen_backing(machine, &graph, placeholder, None).await.map_err(told).map_err(attaching)?;
+        let names: Vec<String> = open.layers.iter().map(|layer| layer.node.name.clone()).collect();
+        remove_layers(machine, &names).await.map_err(told).map_err(attaching)?;
+    }
+    let layers = chain.layers.iter().rev().map(|file| disk.layer(file, Name::node()));
+    let detached = Detached {
+        device: disk.device.clone(),
+        placeholder: Name::new(placeholder.as_str()).map_err(told)?,
+        still_open: Vec::new(),
+    };
+    graph::attach(machine, &detached, &Stack::layers(layers)).await.map_err(told).map_err(attaching)
+}
+
+/// Whether what is open is this chain.
+fn is(open: &OpenChain, chain: &NamedChain) -> bool {
+    let named = chain.layers.iter().map(|layer| identity(layer.file.as_std_path()));
+    open.layers.len() == chain.layers.len()
+        && open.layers.iter().zip(named).all(|(layer, named)| named.is_some() && layer.identity == named)
+}
+
+/// Our jobs on a placeholder: a merge of it that was interrupted.
+async fn folds(machine: &Machine) -> crate::Result<Vec<Name>> {
+    let ours = jobs::reconcile(machine).await?;
+    ours.jobs
+        .iter()
+        .filter(|job| job.id.starts_with("domsnap-j-"))
+        .map(|job| Name::new(job.id.as_str()))
+        .collect()
+}
+
+async fn stop_fold(machine: &Machine, _disk: &Disk) -> crate::Result<()> {
+    for job in folds(machine).await? {
+        jobs::cancel(machine, &job).await?;
+        let _ = jobs::finish(machine, &job, |_| {}).await;
+    }
+    Ok(())
+}
+
+async fn finish_fold(
+    machine: &Machine,
+    disk: &Disk,
+    placeholder: &str,
+    open: &OpenChain,
+) -> crate::Result<()> {
+    stop_fold(machine, disk).await?;
+    if let Some(top) = open.root() {
+        jobs::fold(machine, placeholder, &top.node.name).await?;
+    }
+    remove_layers(machine, &[placeholder.to_owned()]).await?;
+    graph::take_back(machine, placeholder).await
+}
+
+/// An image that needs a secret to be opened is opened here without one: better not to close it.
+async fn refuse_encrypted(live: &Live, targets: &[Target]) -> Result<()> {
+    let nodes = live.machine.query("query-named-block-nodes", json!({ "flat": true })).await.map_err(told)?;
+    let encrypted = |name: &str| {
+        let node =
+            nodes.as_array().into_iter().flatten().find(|node| node["node-name"].as_str() == Some(name));
+        node.is_some_and(|node| node["encrypted"] == true || node["image"]["encrypted"] == true)
+    };
+    for target in targets {
+        let disk = live.expect(target)?;
+        let open = disk.open().await.map_err(told)?;
+        let unsupported = |detail: String| {
+            Err(Error::new(ErrorKind::Unsupported, detail).advise("shut the domain down, and do it then"))
+        };
+        if let Some(filter) = &open.filter {
+            return unsupported(format!("disk {target} has a {filter} filter on top, which would be lost"));
+        }
+        if let Some(layer) = open.layers.iter().find(|layer| encrypted(&layer.node.name)) {
+            let file = layer.file.as_deref().map(|file| file.display().to_string()).unwrap_or_default();
+            return unsupported(format!("{file} of disk {target} is encrypted: it cannot be opened again"));
+        }
+    }
+    Ok(())
+}
+
+/// The end of a window.
+///
+/// A guest that runs while no window is open has gone on already: then nothing is done, because memory that is loaded over
+/// disks that were written since would not fit them.
+pub(super) async fn go_on(
+    live: &Live,
+    memory: Option<&Utf8Path>,
+    reset: bool,
+    power: Option<PowerAfter>,
+    context: DomainContext<'_>,
+) -> Result<Facts> {
+    let machine = &live.machine;
+    let mut facts = Facts::default();
+    let window = Mark::window(machine).await.map_err(told)?;
+    let runs = machine.run_state().await.map_err(told)?.running;
+    if window.is_none() && runs && power != Some(PowerAfter::Off) {
+        if memory.is_some() || reset {
+            facts.notes.push(
+                "the domain runs already: it went on before this was repeated, or was started anew"
+                    .to_owned(),
+            );
+        }
+        if power == Some(PowerAfter::Paused) {
+            let _paused = machine.pause().await.map_err(told)?;
+        }
+        return Ok(facts);
+    }
+    if power == Some(PowerAfter::Off) {
+        quit(machine).await?;
+        *live.window() = None;
+        return Ok(facts);
+    }
+    if let Some(file) = memory {
+        load(machine, file, context).await?;
+    }
+    if reset {
+        self::reset(machine).await?;
+    }
+    let goes_on = match power {
+        Some(PowerAfter::Running) => true,
+        Some(PowerAfter::Paused | PowerAfter::Off) => false,
+        None => window == Some(Mark::WindowRan),
+    };
+    if goes_on {
+        machine.cont().await.map_err(told)?;
+        facts.downtime = live.window().map(|since| since.elapsed());
+    }
+    *live.window() = None;
+    Mark::close_window(machine).await.map_err(told)?;
+    if goes_on && memory.is_some() {
+        facts.notes.extend(live.set_clock().await);
+    }
+    Ok(facts)
+}
+
+async fn load(machine: &Machine, file: &Utf8Path, context: DomainContext<'_>) -> Result<()> {
+    let path = file.to_owned();
+    let image = blocking(move || Image::open(path.as_std_path())).await?;
+    let length = image.length().map_err(told)?;
+    restore_in_place(machine, &image, &[], LOADING).await.map_err(told)?;
+    context.progress.bytes(length, length);
+    Ok(())
+}
+
+/// Resets the guest, and waits until it is.
+async fn reset(machine: &Machine) -> Result<()> {
+    let mut events = machine.qmp().events();
+    machine.reset().await.map_err(told)?;
+    let seen = timeout(SOON, async {
+        loop {
+            match events.next().await {
+                Ok(Notice::Event(event)) if event.name == "RESET" => return Ok(()),
+                // Nobody knows what was missed.
+                Ok(Notice::Missed(_)) => return Ok(()),
+                Ok(_) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    });
+    match seen.await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(Error::new(ErrorKind::Io, error.to_string()).context("resetting the guest")),
+        Err(_) => {
+            let detail = format!("QEMU does not say within {} s that it was reset", SOON.as_secs());
+            Err(Error::new(ErrorKind::Io, detail).context("resetting the guest"))
+        }
+    }
+}
+
+/// Ends QEMU, and waits until its process is gone: then nothing has the images open.
+async fn quit(machine: &Machine) -> Result<()> {
+    let peer = machine.qmp().peer();
+    // It may end before it answers.
+    let said = machine.qmp().execute_raw("quit", Value::Null).await;
+    let gone = async {
+        machine.qmp().closed().await;
+        while let Some(peer) = peer
+            && is_alive(peer)
+        {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    match timeout(SOON, gone).await {
+        Ok(()) => Ok(()),
+        Err(_) => {
+            let said = said.err().map(|error| format!(": {error}")).unwrap_or_default();
+            let detail = format!("QEMU has not ended within {} s{said}", SOON.as_secs());
+            Err(Error::new(ErrorKind::Io, detail).context("switching the domain off"))
+        }
+    }
+}
+
+/// Whether a process is there still, and no zombie.
+fn is_alive(peer: qmp::Peer) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{}/stat", peer.pid)) else { return false };
+    let Some((_, fields)) = stat.rsplit_once(')') else { return false };
+    let mut fields = fields.split_whitespace();
+    let state = fields.next().unwrap_or("X");
+    // The first is field 3 of the file, the start is field 22.
+    let start = fields.nth(18).and_then(|ticks| ticks.parse::<u64>().ok());
+    !matches!(state, "Z" | "X") && start == peer.start_ticks
+}

@@ -1,0 +1,299 @@
+//! What an engine has around a running domain: its disks' layers and paths, what runs inside a step, a connection.
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+use std::{
+    collections::HashSet,
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context, Result};
+use async_trait::async_trait;
+use camino::Utf8PathBuf;
+use hypervisor_qemu::Qemu;
+use snapcore::{
+    ActivePath, AttachedMerge, ChainFile, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext,
+    DomainName, DomainStep, Error, ErrorKind, Facts, FileIdentity, Hypervisor, Inside, LayerName, LiveDomain,
+    MemoryPlan, NothingInside, OpenChain, Progress, Quiesce, Target, VmStateSaver,
+};
+use testguest::Guest;
+use tokio_util::sync::CancellationToken;
+
+use crate::kit;
+
+pub struct Quiet;
+
+impl Progress for Quiet {
+    fn bytes(&self, _: u64, _: u64) {}
+}
+
+/// What fails where it should move a path.
+pub struct Fails;
+
+#[async_trait]
+impl Inside for Fails {
+    async fn run(&self, _: Option<&Target>) -> snapcore::Result<()> {
+        Err(Error::new(ErrorKind::NoSpace, "no space for a link"))
+    }
+}
+
+/// Moves configured paths to layers, as the engine does it inside a step.
+pub struct Moves(Vec<(Target, PathBuf, PathBuf)>);
+
+#[async_trait]
+impl Inside for Moves {
+    async fn run(&self, only: Option<&Target>) -> snapcore::Result<()> {
+        for (target, path, layer) in &self.0 {
+            if only.is_none_or(|only| only == target) {
+                move_path(path, layer).map_err(|error| Error::new(ErrorKind::Io, error.to_string()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn move_path(path: &Path, layer: &Path) -> std::io::Result<()> {
+    if identity(path).ok() == identity(layer).ok() {
+        return Ok(());
+    }
+    let new = path.with_extension("new");
+    fs::hard_link(layer, &new)?;
+    fs::rename(&new, path)?;
+    fs::File::open(path.parent().expect("a directory"))?.sync_all()
+}
+
+pub fn identity(file: &Path) -> std::io::Result<FileIdentity> {
+    let about = fs::metadata(file)?;
+    Ok((about.dev(), about.ino()))
+}
+
+pub fn utf8(path: &Path) -> Utf8PathBuf {
+    Utf8PathBuf::from_path_buf(path.to_owned()).expect("UTF-8")
+}
+
+pub fn image(file: &Path) -> ChainFile {
+    ChainFile { file: utf8(file), format: "qcow2".to_owned() }
+}
+
+pub struct Run {
+    pub guest: Guest,
+    pub dir: PathBuf,
+    pub saver: Qemu,
+    pub domain: Domain,
+    pub targets: Vec<Target>,
+    /// The layers of each disk, by their permanent names, the active one first.
+    pub layers: Vec<Vec<PathBuf>>,
+    /// What was frozen below the overlays of the last instant.
+    made: usize,
+    live: Option<Arc<dyn LiveDomain>>,
+}
+
+impl Run {
+    /// Connects to a guest whose disks have permanent names beside the configured paths.
+    pub async fn new(guest: Guest) -> Result<Self> {
+        let dir = guest.dir().to_owned();
+        let (mut disks, mut layers, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        for (target, path) in guest.targets().into_iter().zip(guest.disks()) {
+            let layer = dir.join(format!("{target}.ds-0.qcow2"));
+            fs::hard_link(&path, &layer)?;
+            let target = Target::new(target)?;
+            disks.push(DiskRecord {
+                disk: Disk { target: target.clone(), path: utf8(&path), format: "qcow2".to_owned() },
+                active: LayerName(layer.file_name().context("a name")?.to_string_lossy().into_owned()),
+                owned: Vec::new(),
+            });
+            layers.push(vec![layer]);
+            targets.push(target);
+        }
+        let control = Control {
+            address: guest.qmp_socket().display().to_string(),
+            agent: Some(utf8(guest.agent_socket())),
+            ..Control::default()
+        };
+        let domain = Domain {
+            name: DomainName::new("guest")?,
+            unregistered: false,
+            hypervisor: Hypervisor::Qemu,
+            control: Some(control),
+            active_path: ActivePath::Keep,
+            disks,
+            current: None,
+            machines: Vec::new(),
+        };
+        let mut run = Self { guest, dir, saver: Qemu::new(), domain, targets, layers, made: 0, live: None };
+        run.reconnect().await?;
+        Ok(run)
+    }
+
+    pub fn live(&self) -> Result<Arc<dyn LiveDomain>> {
+        self.live.clone().context("it is connected")
+    }
+
+    pub fn disconnect(&mut self) {
+        self.live = None;
+    }
+
+    /// As after a crash: nothing is remembered.
+    pub async fn reconnect(&mut self) -> Result<()> {
+        self.disconnect();
+        self.live = Some(self.saver.connect(&self.domain).await?.context("it runs")?);
+        Ok(())
+    }
+
+    /// Each layer's file, as a chain for the hypervisor: what the configured path opens now.
+    pub fn chains(&self) -> Vec<OpenChain> {
+        let chains = self.targets.iter().zip(&self.layers).zip(self.guest.disks());
+        let chain = |((target, layers), path): ((&Target, &Vec<PathBuf>), PathBuf)| {
+            let named = identity(&path).ok();
+            let from = layers
+                .iter()
+                .position(|layer| identity(layer).ok() == named)
+                .expect("the path names a layer");
+            OpenChain {
+                target: target.clone(),
+                layers: layers[from..].iter().map(|layer| image(layer)).collect(),
+            }
+        };
+        chains.map(chain).collect()
+    }
+
+    /// What the configured paths name.
+    pub fn paths(&self) -> Vec<FileIdentity> {
+        self.guest.disks().iter().map(|path| identity(path).expect("it is there")).collect()
+    }
+
+    /// The files of a disk's layers.
+    pub fn files(&self, disk: usize) -> HashSet<FileIdentity> {
+        self.layers[disk].iter().map(|layer| identity(layer).expect("it is there")).collect()
+    }
+
+    pub async fn open_files(&self, disk: usize) -> Result<HashSet<FileIdentity>> {
+        let live = self.live()?;
+        Ok(live.disk(&self.targets[disk]).context("it is attached")?.open_files().await?)
+    }
+
+    /// Makes an overlay on a disk's active layer.
+    fn overlay_file(&mut self, disk: usize) -> Result<PathBuf> {
+        self.made += 1;
+        let file = self.dir.join(format!("{}.ds-{}.qcow2", self.targets[disk], self.made));
+        kit::make_overlay(&file, &self.layers[disk][0], 64)?;
+        Ok(file)
+    }
+
+    /// An overlay for an instant: the disk's active layer from then on.
+    pub fn overlay(&mut self, disk: usize) -> Result<(Target, DiskInstant)> {
+        let file = self.overlay_file(disk)?;
+        self.layers[disk].insert(0, file.clone());
+        Ok((
+            self.targets[disk].clone(),
+            DiskInstant::Overlay { file: utf8(&file), format: "qcow2".to_owned() },
+        ))
+    }
+
+    /// Another overlay on a disk's topmost layer, to which the path is moved: as at rest.
+    pub fn grow(&mut self, disk: usize) -> Result<()> {
+        let file = self.overlay_file(disk)?;
+        move_path(&self.guest.disk(disk), &file)?;
+        self.layers[disk].insert(0, file);
+        Ok(())
+    }
+
+    pub fn instant(&self, disks: Vec<(Target, DiskInstant)>, memory: Option<&str>) -> DomainStep {
+        DomainStep::Instant {
+            disks,
+            running: true,
+            memory: memory.map(|name| MemoryPlan {
+                file: utf8(&self.dir.join(name)),
+                live: true,
+                budget_ms: u64::try_from(kit::BUDGET.as_millis()).expect("small"),
+            }),
+            quiesce: Quiesce::No,
+            quiesce_limit_ms: 10_000,
+            then: None,
+        }
+    }
+
+    /// What moves the paths of some disks.
+    pub fn moves(&self, to: &[(usize, PathBuf)]) -> Moves {
+        let of = |(disk, layer): &(usize, PathBuf)| {
+            (self.targets[*disk].clone(), self.guest.disk(*disk), layer.clone())
+        };
+        Moves(to.iter().map(of).collect())
+    }
+
+    /// The disks of an instant that get overlays, and the layer at a place of their chains.
+    fn layers_of(&self, step: &DomainStep, place: usize) -> Vec<(usize, PathBuf)> {
+        let DomainStep::Instant { disks, .. } = step else { return Vec::new() };
+        let overlays = disks.iter().filter(|(_, instant)| matches!(instant, DiskInstant::Overlay { .. }));
+        let number = |target: &Target| self.targets.iter().position(|known| known == target).expect("known");
+        overlays
+            .map(|(target, _)| number(target))
+            .map(|disk| (disk, self.layers[disk][place].clone()))
+            .collect()
+    }
+
+    pub async fn take(&self, step: &DomainStep) -> snapcore::Result<Facts> {
+        let moves = self.moves(&self.layers_of(step, 0));
+        self.within(&moves, async |live, context| live.apply(step, context).await).await
+    }
+
+    pub async fn undo_instant(&self, step: &DomainStep) -> snapcore::Result<()> {
+        let moves = self.moves(&self.layers_of(step, 1));
+        self.within(&moves, async |live, context| live.undo(step, context).await).await
+    }
+
+    pub async fn apply(&self, step: &DomainStep) -> snapcore::Result<Facts> {
+        self.within(&NothingInside, async |live, context| live.apply(step, context).await).await
+    }
+
+    pub async fn undo(&self, step: &DomainStep) -> snapcore::Result<()> {
+        self.within(&NothingInside, async |live, context| live.undo(step, context).await).await
+    }
+
+    async fn within<T>(
+        &self,
+        inside: &dyn Inside,
+        work: impl AsyncFnOnce(&dyn LiveDomain, DomainContext<'_>) -> snapcore::Result<T>,
+    ) -> snapcore::Result<T> {
+        let chains = self.chains();
+        let cancel = CancellationToken::new();
+        let context = DomainContext {
+            domain: &self.domain,
+            chains: &chains,
+            inside,
+            progress: &Quiet,
+            cancel: &cancel,
+        };
+        let live = self.live.clone().expect("it is connected");
+        work(&*live, context).await
+    }
+
+    pub async fn merge(&self, merge: &AttachedMerge, inside: &dyn Inside) -> snapcore::Result<()> {
+        let live = self.live.clone().expect("it is connected");
+        let disk = live.disk(&self.targets[0]).expect("it is attached");
+        disk.merge(merge, inside, &Quiet, &CancellationToken::new()).await
+    }
+
+    /// What must hold after each operation, asked by a connection of its own.
+    pub async fn sound(&mut self) -> Result<()> {
+        self.disconnect();
+        let checked = kit::sound(&kit::machine(&self.guest).await?).await;
+        self.reconnect().await?;
+        checked
+    }
+
+    /// Pauses the guest as its user would.
+    pub async fn pause(&mut self) -> Result<()> {
+        self.disconnect();
+        kit::machine(&self.guest).await?.qmp().execute_raw("stop", serde_json::Value::Null).await?;
+        self.reconnect().await
+    }
+
+    /// Whether an agent has its port open in the guest.
+    pub async fn agent_is_there(&self) -> Result<bool> {
+        let agent = qmp::Agent::new(self.guest.agent_socket()).within(std::time::Duration::from_secs(1));
+        Ok(agent.execute_raw("guest-ping", serde_json::Value::Null).await.is_ok())
+    }
+}

@@ -1,0 +1,504 @@
+//! QEMU through the engine's traits, as an engine drives it: on a real guest under load.
+
+mod kit;
+mod run;
+
+use std::{fs, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use hypervisor_qemu::Qemu;
+use kit::BOTH;
+use run::{Run, identity, utf8};
+use snapcore::{
+    AttachedMerge, Consistency, Control, DiskInstant, DomainStep, ErrorKind, NothingInside, PowerAfter,
+    Quiesce, StartFromMemory, VmStateSaver,
+};
+use testguest::GuestOptions;
+use tokio_util::sync::CancellationToken;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mixed_snapshot_with_memory_is_reverted_to_in_a_window() -> Result<()> {
+    for version in BOTH {
+        for drive in [false, true] {
+            let options = GuestOptions::new().version(version);
+            let mut run = Run::new(kit::loaded(if drive { options.drive() } else { options })?).await?;
+            let then = run.guest.ticks()?;
+            let overlay = run.overlay(0)?;
+            let internal = (run.targets[1].clone(), DiskInstant::Internal { tag: "s".to_owned() });
+            let step = run.instant(vec![overlay, internal], Some("memory"));
+            let facts = run.take(&step).await?;
+            let taken = facts.taken.context("it was taken")?;
+            println!("{version:?} drive {drive}: {} {:?} {:?}", taken.way, facts.downtime, facts.notes);
+            assert_eq!((taken.consistency, taken.running), (Consistency::Memory, true));
+            assert!(facts.downtime.is_some_and(|downtime| !downtime.is_zero()));
+            let memory = run.dir.join("memory");
+            let saved =
+                run.apply(&DomainStep::SaveMemory { file: utf8(&memory), tag: "s".to_owned() }).await?;
+            assert_eq!(saved.memory_bytes, Some(fs::metadata(&memory)?.len()));
+            let rehome = DomainStep::Rehome { disks: run.targets.clone() };
+            run.apply(&rehome).await?;
+            run.apply(&rehome).await?;
+            run.sound().await?;
+            assert_eq!(
+                run.live()?.settle(&run.chains()).await?,
+                Vec::<String>::new(),
+                "all is as it should be"
+            );
+            run.guest.expect_no_bad()?;
+
+            for (reset, crash) in [(false, false), (false, true), (true, true)] {
+                run.guest.wait_ticks(40)?;
+                let boots = run.guest.boots();
+                let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: true };
+                run.apply(&window).await?;
+                run.apply(&window).await?;
+                for number in 0..2 {
+                    assert_eq!(run.open_files(number).await?.len(), 0);
+                }
+                assert_eq!(run.live()?.resume().await.map_err(|error| error.kind()), Err(ErrorKind::Refused));
+                if crash {
+                    run.reconnect().await?;
+                    assert_eq!(run.open_files(1).await?.len(), 0, "the disk is known by its placeholder");
+                }
+                // As at rest: another overlay on what was frozen, and the snapshot applied.
+                run.layers[0].remove(0);
+                run.grow(0)?;
+                kit::img(&["snapshot", "-a", "s"], &run.layers[1][0])?;
+                let attach = DomainStep::Attach { disks: run.targets.clone() };
+                run.apply(&attach).await?;
+                run.apply(&attach).await?;
+                let memory = (!reset).then(|| utf8(&memory));
+                let power = (!reset).then_some(PowerAfter::Running);
+                let go_on = DomainStep::Continue { memory, reset, power };
+                let facts = run.apply(&go_on).await?;
+                assert_eq!(facts.downtime.is_some(), !crash, "{facts:?}");
+                if reset {
+                    run.guest.wait_boots(boots + 1)?;
+                } else {
+                    let now = run.guest.ticks()?;
+                    assert!(now < then + 60, "{now} after {then}");
+                }
+                run.sound().await?;
+                run.guest.expect_no_bad()?;
+                // Once more, as after a crash that came after it: nothing is loaded over what was written since.
+                run.guest.wait_ticks(30)?;
+                let before = run.guest.ticks()?;
+                run.apply(&go_on).await?;
+                assert!(run.guest.ticks()? >= before);
+                if !reset {
+                    run.guest.verify_blocks()?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instant_is_taken_back_with_all_that_the_guest_wrote_since() -> Result<()> {
+    for version in BOTH {
+        for (drive, crash) in [(false, true), (true, false)] {
+            let options = GuestOptions::new().version(version);
+            let mut run = Run::new(kit::loaded(if drive { options.drive() } else { options })?).await?;
+            let before = run.paths();
+            let overlays = vec![run.overlay(0)?, run.overlay(1)?];
+            let step = run.instant(overlays, Some("memory"));
+            run.take(&step).await?;
+            assert_ne!(run.paths(), before, "the paths were moved");
+            let save = DomainStep::SaveMemory { file: utf8(&run.dir.join("memory")), tag: "s".to_owned() };
+            if crash {
+                // The migration goes on, and nobody has it.
+                run.reconnect().await?;
+                let error = run.apply(&save).await.expect_err("the memory is lost");
+                assert!(error.to_string().contains("lost"), "{error}");
+            }
+            run.guest.wait_ticks(40)?;
+            let ticks = run.guest.ticks()?;
+            run.undo(&save).await?;
+            // Within the undo the path is moved back at each disk's pivot.
+            run.undo_instant(&step).await?;
+            assert_eq!(run.paths(), before, "and moved back");
+            run.undo_instant(&step).await?;
+            run.undo(&save).await?;
+            for (number, file) in before.iter().enumerate() {
+                assert_eq!(run.open_files(number).await?.iter().collect::<Vec<_>>(), [file]);
+            }
+            assert!(!run.dir.join("memory").exists() && !run.dir.join(".memory.part").exists());
+            run.sound().await?;
+            run.guest.expect_no_bad()?;
+            run.guest.verify_blocks()?;
+            let now = run.guest.ticks()?;
+            assert!(now >= ticks);
+            run.disconnect();
+            run.guest.restart()?;
+            let found = run.guest.counters_at_boot();
+            assert!(
+                found.iter().all(|counter| counter.is_some_and(|counter| counter + 1 >= now)),
+                "{found:?} of {now}"
+            );
+            // It was started anew since: there is nothing to take back.
+            run.reconnect().await?;
+            run.undo_instant(&step).await?;
+            run.sound().await?;
+            run.guest.expect_no_bad()?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_are_merged_each_way_with_the_path_moved_at_the_pivot_also_after_a_crash() -> Result<()> {
+    for version in BOTH {
+        let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
+        for _ in 0..5 {
+            let overlay = run.overlay(0)?;
+            let step = run.instant(vec![overlay], None);
+            let facts = run.take(&step).await?;
+            assert_eq!(facts.taken.context("it was taken")?.consistency, Consistency::Crash);
+            run.apply(&DomainStep::Rehome { disks: run.targets.clone() }).await?;
+            run.guest.wait_ticks(15)?;
+        }
+        // Top first: 5 4 3 2 1 0.
+        let layers = run.layers[0].clone();
+        let file = |number: usize| utf8(&layers[5 - number]);
+        let string = |number: usize| file(number).file_name().map(str::to_owned);
+        let target = run.targets[0].clone();
+        let never = CancellationToken::new();
+        let quiet = run::Quiet;
+
+        let down = AttachedMerge {
+            run: vec![file(1), file(2)],
+            into: file(1),
+            below: Some(file(0)),
+            string: string(1),
+        };
+        for round in 0..2 {
+            let live = run.live()?;
+            let disk = live.disk(&target).context("it is attached")?;
+            if round == 0 {
+                // Limited, cancelled; then one whose caller goes away.
+                live.limit(1 << 16);
+                let cancel = CancellationToken::new();
+                let cancelling = async {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    cancel.cancel();
+                };
+                let (ended, ()) =
+                    tokio::join!(disk.merge(&down, &NothingInside, &quiet, &cancel), cancelling);
+                assert_eq!(ended.map_err(|error| error.kind()), Err(ErrorKind::Cancelled));
+                assert_eq!(run.open_files(0).await?.len(), 6);
+                let merging = disk.merge(&down, &NothingInside, &quiet, &never);
+                let gone = tokio::time::timeout(Duration::from_millis(100), merging).await;
+                ensure!(gone.is_err(), "it is limited: {gone:?}");
+                drop(live);
+                run.reconnect().await?;
+                continue;
+            }
+            // The limit of a job that runs already is lifted.
+            let lifting = async {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                live.limit(1);
+                live.limit(0);
+            };
+            let (ended, ()) = tokio::join!(disk.merge(&down, &NothingInside, &quiet, &never), lifting);
+            ended?;
+            disk.merge(&down, &NothingInside, &quiet, &never).await?;
+        }
+        run.layers[0].remove(3);
+        assert_eq!(run.open_files(0).await?, run.files(0));
+        run.sound().await?;
+
+        let up = AttachedMerge {
+            run: vec![file(3), file(4)],
+            into: file(4),
+            below: Some(file(1)),
+            string: string(1),
+        };
+        run.merge(&up, &NothingInside).await?;
+        run.merge(&up, &NothingInside).await?;
+        run.layers[0].remove(2);
+        assert_eq!(run.open_files(0).await?, run.files(0));
+        assert!(
+            kit::img(&["info", "-U"], &layers[1])?
+                .contains(&format!("backing file: {}", string(1).context("a name")?))
+        );
+        run.sound().await?;
+
+        // Into the base; first the path cannot be moved.
+        let pivot = AttachedMerge {
+            run: vec![file(0), file(1), file(4), file(5)],
+            into: file(0),
+            below: None,
+            string: None,
+        };
+        let before = run.paths();
+        let error = run.merge(&pivot, &run::Fails).await.expect_err("it fails");
+        assert_eq!((error.kind(), error.message()), (ErrorKind::NoSpace, "no space for a link"));
+        assert_eq!(run.paths(), before);
+        let moves = run.moves(&[(0, layers[5].clone())]);
+        run.merge(&pivot, &moves).await?;
+        assert_eq!(run.paths()[0], identity(&layers[5])?);
+        run.merge(&pivot, &moves).await?;
+        run.layers[0] = vec![layers[5].clone()];
+        assert_eq!(run.open_files(0).await?, run.files(0));
+        run.sound().await?;
+        run.guest.expect_no_bad()?;
+        run.guest.verify_blocks()?;
+
+        // What is not in the chain is refused.
+        let error = run.merge(&down, &NothingInside).await.expect_err("it is gone");
+        assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_domain_that_is_off_is_started_from_memory_as_it_was_started_before() -> Result<()> {
+    for version in BOTH {
+        let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
+        let machine = run.live()?.seen().machine.clone();
+        let overlays = vec![run.overlay(0)?, run.overlay(1)?];
+        let step = run.instant(overlays, Some("memory"));
+        run.take(&step).await?;
+        let memory = utf8(&run.dir.join("memory"));
+        run.apply(&DomainStep::SaveMemory { file: memory.clone(), tag: "s".to_owned() }).await?;
+        run.apply(&DomainStep::Rehome { disks: run.targets.clone() }).await?;
+        run.guest.wait_ticks(30)?;
+        let then = run.guest.ticks()?;
+        let off = DomainStep::Continue { memory: None, reset: false, power: Some(PowerAfter::Off) };
+        run.apply(&off).await?;
+        run.guest.wait_end()?;
+        run.disconnect();
+        assert!(run.saver.connect(&run.domain).await?.is_none(), "it is off");
+        let error =
+            run.saver.look(run.domain.control.as_ref().context("control")?).await.expect_err("it is off");
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+
+        for power in [None, Some(PowerAfter::Paused)] {
+            for number in 0..2 {
+                run.layers[number].remove(0);
+                run.grow(number)?;
+            }
+            run.saver.check_memory(&memory, &run::Quiet).await?;
+            let chains = run.chains();
+            let start = StartFromMemory {
+                domain: &run.domain,
+                machine: Some(&machine),
+                file: &memory,
+                chains: &chains,
+                power,
+            };
+            let facts = run.saver.start(start).await?;
+            assert_eq!(facts.start, Vec::<String>::new(), "{:?}", facts.notes);
+            run.reconnect().await?;
+            let live = run.live()?;
+            assert_eq!(live.seen().running, power.is_none());
+            assert_eq!(live.seen().machine, machine, "the same machine, started anew");
+            assert_eq!(live.differences(&machine)?, Vec::<String>::new());
+            live.resume().await?;
+            let now = run.guest.ticks()?;
+            assert!(now < then, "{now}, not before {then}");
+            run.guest.wait_ticks(20)?;
+            run.guest.expect_no_bad()?;
+            run.guest.verify_blocks()?;
+            drop(live);
+            run.sound().await?;
+            run.apply(&off).await?;
+            run.disconnect();
+        }
+
+        // What cannot be started is told.
+        let mut other = machine.clone();
+        other["process"]["uid"] = 4_000_000.into();
+        let start = StartFromMemory {
+            domain: &run.domain,
+            machine: Some(&other),
+            file: &memory,
+            chains: &[],
+            power: None,
+        };
+        let facts = run.saver.start(start).await?;
+        assert!(
+            facts.start.iter().any(|word| word == "-incoming") && facts.notes[0].contains("user 4000000")
+        );
+        let start =
+            StartFromMemory { domain: &run.domain, machine: None, file: &memory, chains: &[], power: None };
+        let facts = run.saver.start(start).await?;
+        assert!(facts.start.is_empty() && facts.notes[0].contains("is not known"), "{facts:?}");
+        // And what QEMU says against it.
+        let mut other = machine.clone();
+        let words = other["process"]["command_line"].as_array_mut().context("words")?;
+        let place = words.iter().position(|word| word == "-m").context("-m")?;
+        words[place + 1] = "160".into();
+        let start = StartFromMemory {
+            domain: &run.domain,
+            machine: Some(&other),
+            file: &memory,
+            chains: &[],
+            power: None,
+        };
+        let error = run.saver.start(start).await.expect_err("it does not fit");
+        assert!(error.kind() == ErrorKind::Io && error.to_string().contains("pc.ram"), "{error}");
+        assert!(run.saver.connect(&run.domain).await?.is_none(), "no process is left");
+        run.saver.remove_memory(&memory).await?;
+        run.saver.remove_memory(&memory).await?;
+        assert_eq!(
+            run.saver.check_memory(&memory, &run::Quiet).await.expect_err("gone").kind(),
+            ErrorKind::NotFound
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_window_that_is_given_up_leaves_the_disks_and_the_guest_as_they_were() -> Result<()> {
+    for version in BOTH {
+        for (runs, crash) in [(true, false), (true, true), (false, true)] {
+            let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
+            if !runs {
+                run.pause().await?;
+            }
+            let files = [run.open_files(0).await?, run.open_files(1).await?];
+            let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: runs };
+            run.apply(&window).await?;
+            let attach = DomainStep::Attach { disks: run.targets.clone() };
+            run.apply(&attach).await?;
+            if crash {
+                run.reconnect().await?;
+            }
+            run.undo(&attach).await?;
+            assert_eq!(run.open_files(0).await?.len(), 0);
+            run.undo(&window).await?;
+            run.undo(&window).await?;
+            assert_eq!([run.open_files(0).await?, run.open_files(1).await?], files);
+            run.reconnect().await?;
+            assert_eq!(run.live()?.seen().running, runs);
+            run.live()?.resume().await?;
+            run.sound().await?;
+            run.guest.wait_ticks(20)?;
+            run.guest.expect_no_bad()?;
+            run.guest.verify_blocks()?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_is_quiesced_or_is_not_taken_or_says_why_not() -> Result<()> {
+    let mut run = Run::new(kit::loaded(GuestOptions::new())?).await?;
+    run.guest.await_agent()?;
+    let overlay = run.overlay(0)?;
+    let mut step = run.instant(vec![overlay], None);
+    let set = |step: &mut DomainStep, wanted: Quiesce, after: Option<PowerAfter>| {
+        if let DomainStep::Instant { quiesce, then, .. } = step {
+            (*quiesce, *then) = (wanted, after);
+        }
+    };
+    set(&mut step, Quiesce::Require, Some(PowerAfter::Paused));
+    let facts = run.take(&step).await?;
+    assert_eq!(facts.taken.context("it was taken")?.consistency, Consistency::Filesystem);
+    run.apply(&DomainStep::Rehome { disks: run.targets.clone() }).await?;
+    run.reconnect().await?;
+    assert!(!run.live()?.seen().running, "it was to be paused");
+    run.live()?.resume().await?;
+    run.guest.expect_no_bad()?;
+    run.guest.shell("sync")?;
+
+    run.guest.shell("killall qemu-ga")?;
+    kit::until(async || Ok(!run.agent_is_there().await?)).await?;
+    let before = run.paths();
+    let overlay = run.overlay(0)?;
+    let mut step = run.instant(vec![overlay.clone()], None);
+    set(&mut step, Quiesce::Require, None);
+    let error = run.take(&step).await.expect_err("nobody is there");
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert_eq!(run.paths(), before);
+    run.sound().await?;
+    set(&mut step, Quiesce::Try, None);
+    let facts = run.take(&step).await?;
+    assert_eq!(facts.taken.context("it was taken")?.consistency, Consistency::Crash);
+    assert!(facts.notes.iter().any(|note| note.contains("no agent")), "{:?}", facts.notes);
+    run.apply(&DomainStep::Rehome { disks: run.targets.clone() }).await?;
+    run.sound().await?;
+    run.guest.expect_no_bad()?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_domain_is_described_and_found_and_what_takes_no_part_is_said() -> Result<()> {
+    let more = [
+        "-drive",
+        "if=none,id=cd,media=cdrom,format=raw,file=DIR/cd.iso",
+        "-device",
+        "virtio-scsi-pci,id=scsi",
+        "-device",
+        "scsi-cd,drive=cd,id=cd0",
+        "-drive",
+        "if=none,id=plain,format=raw,file=DIR/plain.raw",
+        "-device",
+        "scsi-hd,drive=plain",
+        "-drive",
+        "if=none,id=seed,format=raw,readonly=on,file=DIR/seed.raw",
+        "-device",
+        "virtio-blk-pci,drive=seed,id=seed0",
+    ];
+    let options = GuestOptions::new().more(&more).from_boot();
+    let options = ["cd.iso", "plain.raw", "seed.raw"]
+        .into_iter()
+        .fold(options, |options, name| options.file(name, vec![0; 1 << 20]));
+    let run = Run::new(options.start()?).await?;
+    let live = run.live()?;
+    let seen = live.seen();
+    println!("{}", seen.summary);
+    assert_eq!((seen.name.as_deref(), seen.running), (Some("guest"), true));
+    assert_eq!(seen.agent.as_deref().map(|agent| agent.as_std_path()), Some(run.guest.agent_socket()));
+    let mut shown: Vec<_> = seen
+        .disks
+        .iter()
+        .map(|disk| {
+            (
+                disk.target.as_str(),
+                disk.path.file_name().unwrap_or_default(),
+                disk.format.as_str(),
+                disk.left_out.is_some(),
+            )
+        })
+        .collect();
+    shown.sort_unstable();
+    assert_eq!(
+        shown,
+        [
+            ("cd0", "cd.iso", "raw", true),
+            ("plain", "plain.raw", "raw", false),
+            ("seed0", "seed.raw", "raw", true),
+            ("vda", "vda.qcow2", "qcow2", false),
+            ("vdb", "vdb.qcow2", "qcow2", false),
+        ]
+    );
+    assert!(seen.disks.iter().all(|disk| disk.path.is_absolute()));
+    let record = seen.machine.to_string();
+    assert!(!record.contains("vda.qcow2\",\"driver\"") && record.contains("pc-q35-"), "{record}");
+
+    // Somebody who is connected already keeps others out, but not himself.
+    let control = run.domain.control.clone().context("control")?;
+    assert_eq!(&run.saver.look(&control).await?.machine, &seen.machine);
+    let begun = std::time::Instant::now();
+    let error = Qemu::new().connect(&run.domain).await.map(|_| ()).expect_err("it serves one client");
+    assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+    println!("busy after {:?}: {error}", begun.elapsed());
+    let found = run.saver.scan().await?;
+    let found = found.iter().find(|(found, _)| found.address == control.address).context("it is found")?;
+    assert_eq!((&found.0.agent, &found.1.machine), (&seen.agent, &seen.machine));
+
+    let mut other = seen.machine.clone();
+    other["machine"] = "pc-q35-3.1".into();
+    let differences = live.differences(&other)?;
+    assert!(differences.len() == 1 && differences[0].contains("pc-q35-3.1"), "{differences:?}");
+    assert_eq!(
+        live.differences(&serde_json::json!({ "machine": 3 })).expect_err("no record").kind(),
+        ErrorKind::Corrupt
+    );
+    let nobody = Control { address: run.dir.join("nobody").display().to_string(), ..Control::default() };
+    assert_eq!(run.saver.look(&nobody).await.expect_err("nobody").kind(), ErrorKind::NotFound);
+    Ok(())
+}
