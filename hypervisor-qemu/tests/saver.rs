@@ -116,6 +116,12 @@ async fn an_instant_is_taken_back_with_all_that_the_guest_wrote_since() -> Resul
             let ticks = run.guest.ticks()?;
             run.undo(&save).await?;
             // Within the undo the path is moved back at each disk's pivot.
+            if crash {
+                for after in [false, true] {
+                    let hangs = run::Hangs { moves: run.back(&step), after };
+                    run.interrupt(async |run| run.undo_instant_with(&step, &hangs).await).await?;
+                }
+            }
             run.undo_instant(&step).await?;
             assert_eq!(run.paths(), before, "and moved back");
             run.undo_instant(&step).await?;
@@ -224,21 +230,34 @@ async fn layers_are_merged_each_way_with_the_path_moved_at_the_pivot_also_after_
         );
         run.sound().await?;
 
-        // Into the base; first the path cannot be moved.
+        // Down from the active image; first the path cannot be moved, then a crash comes before it is.
         let pivot = AttachedMerge {
-            run: vec![file(0), file(1), file(4), file(5)],
-            into: file(0),
-            below: None,
-            string: None,
+            run: vec![file(4), file(5)],
+            into: file(4),
+            below: Some(file(1)),
+            string: string(4),
         };
         let before = run.paths();
         let error = run.merge(&pivot, &run::Fails).await.expect_err("it fails");
         assert_eq!((error.kind(), error.message()), (ErrorKind::NoSpace, "no space for a link"));
+        let hangs = run::Hangs { moves: run.moves(&[(0, layers[1].clone())]), after: false };
+        run.interrupt(async |run| run.merge(&pivot, &hangs).await).await?;
         assert_eq!(run.paths(), before);
-        let moves = run.moves(&[(0, layers[5].clone())]);
-        run.merge(&pivot, &moves).await?;
+        run.merge(&pivot, &hangs.moves).await?;
+        run.merge(&pivot, &hangs.moves).await?;
+        run.layers[0].remove(0);
+        assert_eq!(run.open_files(0).await?, run.files(0));
+        assert_eq!(run.paths()[0], identity(&layers[1])?);
+        run.sound().await?;
+
+        // And all into the base, with a crash after the path was moved.
+        let run_of_all = vec![file(0), file(1), file(4)];
+        let pivot = AttachedMerge { run: run_of_all, into: file(0), below: None, string: None };
+        let hangs = run::Hangs { moves: run.moves(&[(0, layers[5].clone())]), after: true };
+        run.interrupt(async |run| run.merge(&pivot, &hangs).await).await?;
         assert_eq!(run.paths()[0], identity(&layers[5])?);
-        run.merge(&pivot, &moves).await?;
+        run.merge(&pivot, &hangs.moves).await?;
+        run.merge(&pivot, &hangs.moves).await?;
         run.layers[0] = vec![layers[5].clone()];
         assert_eq!(run.open_files(0).await?, run.files(0));
         run.sound().await?;
@@ -375,6 +394,37 @@ async fn a_window_that_is_given_up_leaves_the_disks_and_the_guest_as_they_were()
             assert_eq!(run.live()?.seen().running, runs);
             run.live()?.resume().await?;
             run.sound().await?;
+            run.guest.wait_ticks(20)?;
+            run.guest.expect_no_bad()?;
+            run.guest.verify_blocks()?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_a_crash_left_half_detached_is_detached_or_given_back() -> Result<()> {
+    for version in BOTH {
+        for to_the_end in [false, true] {
+            let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
+            let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: true };
+            let attach = DomainStep::Attach { disks: run.targets.clone() };
+            run.apply(&window).await?;
+            let placeholders = run.placeholders().await?;
+            run.apply(&attach).await?;
+            run.half_detach(0, &placeholders[0]).await?;
+            assert_eq!(run.open_files(0).await?, run.files(0), "its files are not free");
+            if to_the_end {
+                run.apply(&window).await?;
+                assert_eq!(run.open_files(0).await?.len(), 0);
+                run.apply(&attach).await?;
+                run.apply(&DomainStep::Continue { memory: None, reset: false, power: None }).await?;
+            } else {
+                run.undo(&window).await?;
+            }
+            run.sound().await?;
+            assert!(run.live()?.seen().running);
+            assert_eq!(run.open_files(0).await?, run.files(0));
             run.guest.wait_ticks(20)?;
             run.guest.expect_no_bad()?;
             run.guest.verify_blocks()?;

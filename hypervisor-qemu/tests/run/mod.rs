@@ -39,6 +39,22 @@ impl Inside for Fails {
     }
 }
 
+/// What is interrupted by a crash, before or after it has moved the paths.
+pub struct Hangs {
+    pub moves: Moves,
+    pub after: bool,
+}
+
+#[async_trait]
+impl Inside for Hangs {
+    async fn run(&self, only: Option<&Target>) -> snapcore::Result<()> {
+        if self.after {
+            self.moves.run(only).await?;
+        }
+        std::future::pending().await
+    }
+}
+
 /// Moves configured paths to layers, as the engine does it inside a step.
 pub struct Moves(Vec<(Target, PathBuf, PathBuf)>);
 
@@ -240,8 +256,16 @@ impl Run {
     }
 
     pub async fn undo_instant(&self, step: &DomainStep) -> snapcore::Result<()> {
-        let moves = self.moves(&self.layers_of(step, 1));
-        self.within(&moves, async |live, context| live.undo(step, context).await).await
+        self.undo_instant_with(step, &self.back(step)).await
+    }
+
+    /// What moves the paths of an instant back.
+    pub fn back(&self, step: &DomainStep) -> Moves {
+        self.moves(&self.layers_of(step, 1))
+    }
+
+    pub async fn undo_instant_with(&self, step: &DomainStep, inside: &dyn Inside) -> snapcore::Result<()> {
+        self.within(inside, async |live, context| live.undo(step, context).await).await
     }
 
     pub async fn apply(&self, step: &DomainStep) -> snapcore::Result<Facts> {
@@ -282,6 +306,39 @@ impl Run {
         let checked = kit::sound(&kit::machine(&self.guest).await?).await;
         self.reconnect().await?;
         checked
+    }
+
+    /// Gives up on something in its middle, and connects anew.
+    pub async fn interrupt(&mut self, work: impl AsyncFnOnce(&Self) -> snapcore::Result<()>) -> Result<()> {
+        let gone = tokio::time::timeout(std::time::Duration::from_secs(2), work(self)).await;
+        anyhow::ensure!(gone.is_err(), "it came to its end: {gone:?}");
+        self.reconnect().await
+    }
+
+    /// The nodes that stand for the chains of detached disks.
+    pub async fn placeholders(&mut self) -> Result<Vec<String>> {
+        self.disconnect();
+        let graph = hypervisor_qemu::graph::Graph::read(&kit::machine(&self.guest).await?).await?;
+        self.reconnect().await?;
+        let roots = self.targets.iter().map(|target| graph.root(target.as_str()).context("a root"));
+        roots.map(|root| Ok(root?.to_owned())).collect()
+    }
+
+    /// Puts a placeholder on a disk's chain as a detach does, and stops there.
+    pub async fn half_detach(&mut self, disk: usize, placeholder: &str) -> Result<()> {
+        self.disconnect();
+        let machine = kit::machine(&self.guest).await?;
+        let graph = hypervisor_qemu::graph::Graph::read(&machine).await?;
+        let root = graph.root(self.targets[disk].as_str()).context("a root")?;
+        let file = self.dir.join("placeholder");
+        kit::make_overlay(&file, &self.layers[disk][0], 64)?;
+        let node = serde_json::json!({ "driver": "qcow2", "node-name": placeholder, "backing": null,
+            "file": { "driver": "file", "filename": file, "node-name": format!("{placeholder}-f") } });
+        machine.qmp().execute_raw("blockdev-add", node).await?;
+        let put = serde_json::json!({ "node": root, "overlay": placeholder });
+        machine.qmp().execute_raw("blockdev-snapshot", put).await?;
+        drop(machine);
+        self.reconnect().await
     }
 
     /// Pauses the guest as its user would.
