@@ -14,6 +14,7 @@
 //! - [`powerloss`]: what a directory may hold after the power went
 //! - [`scenario`]: the operations that the crash suites interrupt
 //! - [`crash`]: interrupting them everywhere; and the domain running before anything is healed
+//! - [`live`]: a running domain, its guest, and what each of its snapshots holds
 //! - [`seed`]: random choices that can be repeated
 
 #![forbid(unsafe_code)]
@@ -21,6 +22,7 @@
 pub mod crash;
 pub mod domain;
 pub mod domsnap;
+pub mod live;
 mod meanwhile;
 pub mod model;
 pub mod powerloss;

@@ -26,6 +26,16 @@ pub struct Snapshot {
     pub parent: Option<String>,
     /// What it holds of each disk.
     pub points: Vec<Point>,
+    /// Its memory image.
+    #[serde(default)]
+    pub memory: Option<Memory>,
+}
+
+/// A memory image.
+#[derive(Debug, Deserialize)]
+pub struct Memory {
+    /// Its file.
+    pub file: PathBuf,
 }
 
 /// One disk at one instant.
@@ -88,7 +98,7 @@ pub fn disk_list(domsnap: &Domsnap, image: &Path) -> Result<List> {
             }
         };
         let point = Point { target: "vda".into(), kind: snapshot.kind, layer, tag };
-        Ok(Snapshot { name: snapshot.name, parent: None, points: vec![point] })
+        Ok(Snapshot { name: snapshot.name, parent: None, points: vec![point], memory: None })
     };
     Ok(List { snapshots: list.snapshots.into_iter().map(snapshot).collect::<Result<_>>()?, current: None })
 }

@@ -290,6 +290,7 @@ mod tests {
             name: name.into(),
             parent: parent.map(Into::into),
             points: vec![point],
+            memory: None,
         };
         let list = List {
             snapshots: vec![

@@ -1,0 +1,333 @@
+//! A running domain: a guest under load that checks itself, registered with domsnap, and a record of what each of its
+//! snapshots held.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use testguest::{Guest, GuestOptions};
+
+use crate::domsnap::{Domsnap, Outcome};
+use crate::report::{self, Kind, Point};
+
+/// The name under which the guest is registered.
+pub const NAME: &str = "live";
+
+/// What one snapshot must hold, for ever.
+#[derive(Debug, Clone)]
+struct Held {
+    /// Each disk's checksum.
+    disks: BTreeMap<String, u64>,
+    /// Between which ticks of the guest its instant was, where it has memory.
+    memory: Option<(u64, u64)>,
+}
+
+/// A running domain and what it must hold.
+pub struct Live {
+    /// The guest.
+    pub guest: Guest,
+    state: PathBuf,
+    held: BTreeMap<String, Held>,
+}
+
+/// The part of a change's answer that the tests rely on.
+#[derive(Debug, Deserialize)]
+pub struct Changed {
+    /// How long the guest stood still.
+    pub downtime_us: Option<u64>,
+    /// The way of the instant.
+    pub way: Option<String>,
+    /// What the user should know.
+    pub notes: Vec<String>,
+    /// The command that starts the domain.
+    #[serde(default)]
+    pub start: Vec<String>,
+}
+
+impl Live {
+    /// A guest with two disks under memory and disk load, registered.
+    ///
+    /// # Errors
+    /// What failed, in words.
+    pub fn new() -> Result<Live> {
+        Live::of(GuestOptions::new())
+    }
+
+    /// Another guest under the same load, registered.
+    ///
+    /// # Errors
+    /// What failed, in words.
+    pub fn of(options: GuestOptions) -> Result<Live> {
+        let live = Live::unregistered(options)?;
+        let (socket, agent) = (live.guest.qmp_socket(), live.guest.agent_socket());
+        let words = ["domain", "add", NAME, "--qmp"].map(|word| word.as_ref());
+        let words = [&words[..], &[socket.as_os_str(), "--agent".as_ref(), agent.as_os_str()]].concat();
+        live.domsnap().done(&words)?;
+        Ok(live)
+    }
+
+    /// A guest under load of which domsnap knows nothing.
+    ///
+    /// # Errors
+    /// What failed, in words.
+    pub fn unregistered(options: GuestOptions) -> Result<Live> {
+        let guest = options.deadline(Duration::from_secs(60)).start()?;
+        let state = guest.dir().join("state");
+        let live = Live { guest, state, held: BTreeMap::new() };
+        live.load()?;
+        Ok(live)
+    }
+
+    /// Memory and disk load, as a snapshot without memory or a start takes it away.
+    ///
+    /// # Errors
+    /// If the guest does not answer.
+    pub fn load(&self) -> Result<()> {
+        self.guest.dirty(16, 40.0)?;
+        self.guest.blocks(64, 60.0)?;
+        self.guest.wait_ticks(5)
+    }
+
+    /// `domsnap` with this domain's state directory.
+    pub fn domsnap(&self) -> Domsnap {
+        Domsnap::new(&self.state)
+    }
+
+    /// Runs a command and looks whether the guest and QEMU are sound afterwards.
+    ///
+    /// # Errors
+    /// If it fails, or something is wrong afterwards.
+    pub fn run(&mut self, words: &[&str]) -> Result<Outcome> {
+        let outcome = self.domsnap().done(words)?;
+        self.sound().with_context(|| format!("after domsnap {}", words.join(" ")))?;
+        Ok(outcome)
+    }
+
+    /// Takes a snapshot, looks whether all is sound, and remembers what the snapshot holds.
+    ///
+    /// # Errors
+    /// If it fails, or something is wrong afterwards.
+    pub fn create(&mut self, name: &str, more: &[&str]) -> Result<Changed> {
+        let before = self.guest.last_tick().unwrap_or_default();
+        let words = [&["create", NAME, name, "--json"], more].concat();
+        let changed: Changed = self.run(&words)?.json()?;
+        let after = self.guest.last_tick().unwrap_or_default();
+        self.remember(name, (before, after))?;
+        Ok(changed)
+    }
+
+    /// Remembers what a snapshot holds that was just taken, between two ticks.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn remember(&mut self, name: &str, ticks: (u64, u64)) -> Result<()> {
+        let found = report::list(&self.domsnap(), NAME)?;
+        let snapshot = found.snapshots.iter().find(|snapshot| snapshot.name == name);
+        let snapshot = snapshot.with_context(|| format!("list does not show {name}"))?;
+        let mut disks = BTreeMap::new();
+        for point in &snapshot.points {
+            disks.insert(point.target.clone(), checksum(point)?);
+        }
+        let memory = snapshot.memory.as_ref().map(|_| ticks);
+        self.held.insert(name.to_owned(), Held { disks, memory });
+        Ok(())
+    }
+
+    /// Returns to a snapshot, in place, and looks whether the guest is there: with memory it goes on at the instant's tick,
+    /// without it boots, from disks that are of one instant.
+    ///
+    /// # Errors
+    /// If it fails, or the guest is elsewhere.
+    pub fn revert(&mut self, name: &str, more: &[&str]) -> Result<Changed> {
+        let held = self.held.get(name).cloned().with_context(|| format!("{name} was never taken"))?;
+        let (pid, boots) = (self.guest.pid(), self.guest.boots());
+        let words = [&["revert", NAME, name, "--json"], more].concat();
+        let changed: Changed = self.domsnap().done(&words)?.json()?;
+        ensure!(self.guest.pid() == pid, "the QEMU is another process after the revert to {name}");
+        if let Some((before, after)) = held.memory {
+            ensure!(self.guest.boots() == boots, "the guest booted, although {name} has memory");
+            let now = self.guest.ticks()?;
+            ensure!(
+                (before..after + 200).contains(&now),
+                "{name} was taken between the ticks {before} and {after}, and the guest is at {now} after the revert"
+            );
+        } else {
+            self.guest.wait_boots(boots + 1)?;
+            ensure!(
+                self.guest.counters_at_boot().iter().all(Option::is_some),
+                "a disk's counter is not whole"
+            );
+            self.load()?;
+        }
+        self.sound().with_context(|| format!("after the revert to {name}"))?;
+        Ok(changed)
+    }
+
+    /// Deletes snapshots and looks whether all is sound and the others hold what they held.
+    ///
+    /// # Errors
+    /// If it fails, or something is wrong afterwards.
+    pub fn delete(&mut self, names: &[&str], more: &[&str]) -> Result<()> {
+        let words = [&["delete", NAME], names, more].concat();
+        self.run(&words)?;
+        for name in names {
+            self.held.remove(*name);
+        }
+        self.verify()
+    }
+
+    /// Looks whether the guest runs, found memory and disks of one instant at each tick, and QEMU has open what its nodes
+    /// name.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn sound(&self) -> Result<()> {
+        self.guest.wait_ticks(3)?;
+        self.guest.expect_no_bad()?;
+        self.guest.verify_blocks()?;
+        self.names_true()?;
+        self.paths_are_active()
+    }
+
+    /// Every node of QEMU names the file that it has open.
+    ///
+    /// # Errors
+    /// The nodes that do not.
+    pub fn names_true(&self) -> Result<()> {
+        let socket = self.guest.qmp_socket().to_owned();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let machine = hypervisor_qemu::Machine::connect(&socket).await?;
+            hypervisor_qemu::graph::names_true(&machine).await?;
+            let ours = hypervisor_qemu::jobs::reconcile(&machine).await?;
+            ensure!(ours.jobs.is_empty(), "jobs are left: {:?}", ours.jobs);
+            ensure!(ours.outgoing.is_none(), "memory is still being written");
+            ensure!(ours.nodes.iter().all(|node| !node.placeholder), "a disk is detached");
+            let idle = ours.nodes.iter().find(|node| node.users.is_empty());
+            ensure!(idle.is_none(), "a node of ours is left that nobody uses: {idle:?}");
+            Ok(())
+        })
+    }
+
+    /// Each configured path is the image that QEMU writes.
+    ///
+    /// # Errors
+    /// The path that is not.
+    pub fn paths_are_active(&self) -> Result<()> {
+        use std::os::unix::fs::MetadataExt;
+        let nodes = self.guest.qmp("query-block", serde_json::Value::Null)?;
+        for (target, path) in self.guest.targets().iter().zip(self.guest.disks()) {
+            let drive = nodes.as_array().into_iter().flatten().find(|drive| {
+                let names = [drive["qdev"].as_str(), drive["device"].as_str()];
+                names.iter().flatten().any(|name| name.split('/').any(|part| part == target))
+            });
+            let file = drive.and_then(|drive| drive["inserted"]["image"]["filename"].as_str());
+            let file = file.with_context(|| format!("QEMU has no drive {target}: {nodes}"))?;
+            let identity = |path: &Path| fs::metadata(path).map(|about| (about.dev(), about.ino()));
+            let (configured, active) = (identity(&path)?, identity(Path::new(file))?);
+            ensure!(
+                configured == active,
+                "{target}: QEMU writes {file}, and {} is another file",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Every snapshot holds what it held when it was taken, and there are no others.
+    ///
+    /// # Errors
+    /// The first that does not.
+    pub fn verify(&self) -> Result<()> {
+        let found = report::list(&self.domsnap(), NAME)?;
+        let names: Vec<&str> = found.snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
+        ensure!(
+            names.len() == self.held.len(),
+            "the snapshots are {names:?}, and should be {:?}",
+            self.held.keys()
+        );
+        for snapshot in &found.snapshots {
+            let held =
+                self.held.get(&snapshot.name).with_context(|| format!("what is {}?", snapshot.name))?;
+            ensure!(snapshot.points.len() == held.disks.len(), "{} has lost a disk", snapshot.name);
+            for point in &snapshot.points {
+                let (now, then) = (checksum(point)?, held.disks.get(&point.target));
+                ensure!(
+                    Some(&now) == then,
+                    "{} of {} holds something else than it did",
+                    point.target,
+                    snapshot.name
+                );
+            }
+            if let Some(memory) = &snapshot.memory {
+                ensure!(memory.file.exists(), "the memory image of {} is gone", snapshot.name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the guest and looks at every image on disk.
+    ///
+    /// # Errors
+    /// What qemu-img finds wrong.
+    pub fn finish(mut self) -> Result<()> {
+        self.guest.quit()?;
+        for entry in fs::read_dir(self.guest.dir())? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "qcow2") {
+                let output =
+                    Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(&path).output()?;
+                // 3: leaked clusters, which lose nothing.
+                if !matches!(output.status.code(), Some(0 | 3)) {
+                    bail!("{}: {}", path.display(), String::from_utf8_lossy(&output.stdout));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the guest ticks on, for at most a minute.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn wait_running(&self) -> Result<()> {
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            match self.guest.wait_ticks(1) {
+                Ok(()) => return Ok(()),
+                Err(error) if Instant::now() >= until => return Err(error),
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+/// A checksum of what a point shows, zeros and all.
+fn checksum(point: &Point) -> Result<u64> {
+    let raw = tempfile::NamedTempFile::new()?;
+    let mut command = Command::new("qemu-img");
+    command.args(["convert", "-U", "-f", "qcow2", "-O", "raw"]);
+    if let (Kind::Internal, Some(tag)) = (point.kind, &point.tag) {
+        command.args(["-l", &format!("snapshot.name={tag}")]);
+    }
+    let output = command.arg(&point.layer).arg(raw.path()).output()?;
+    ensure!(
+        output.status.success(),
+        "reading {} of {}: {}",
+        point.target,
+        point.layer.display(),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let bytes = fs::read(raw.path())?;
+    // FNV-1a over words: a difference, not an adversary, is to be found.
+    let sum = bytes.chunks(8).fold(0xcbf2_9ce4_8422_2325_u64, |sum, chunk| {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    Ok(sum)
+}

@@ -1,0 +1,172 @@
+//! Every row of the lists for running domains, on a real guest under load: after each the guest runs on, found memory and disks
+//! of one instant at every tick, and every snapshot holds what it held.
+
+use anyhow::{Result, ensure};
+use domsnap_tests::domsnap::status;
+use domsnap_tests::live::{Live, NAME};
+use testguest::{GuestOptions, Version};
+
+/// Snapshots of a kind, one on the other, and reverts from each to each.
+fn there_and_back(live: &mut Live, kind: &[&str]) -> Result<()> {
+    live.create("one", kind)?;
+    live.create("two", kind)?;
+    live.create("three", &[kind, &["--no-live"]].concat())?;
+    for name in ["one", "three", "two", "one"] {
+        live.revert(name, &[])?;
+    }
+    // A branch beside the others.
+    live.create("four", kind)?;
+    for name in ["three", "four"] {
+        live.revert(name, &[])?;
+    }
+    live.verify()?;
+    live.delete(&["two"], &[])?;
+    live.revert("four", &[])?;
+    live.delete(&["one", "three"], &[])?;
+    live.delete(&["four"], &[])
+}
+
+#[test]
+fn external_snapshots_with_memory_are_taken_reverted_to_in_place_and_deleted() -> Result<()> {
+    let mut live = Live::new()?;
+    there_and_back(&mut live, &["--external"])?;
+    live.finish()
+}
+
+#[test]
+fn internal_snapshots_with_memory_are_taken_reverted_to_in_place_and_deleted() -> Result<()> {
+    let mut live = Live::new()?;
+    there_and_back(&mut live, &["--internal"])?;
+    live.finish()
+}
+
+#[test]
+fn disks_may_be_internal_and_external_in_one_snapshot_and_in_one_tree() -> Result<()> {
+    let mut live = Live::new()?;
+    there_and_back(&mut live, &["--disk", "vda=internal", "--disk", "vdb=external"])?;
+    live.create("int", &["--internal"])?;
+    live.create("ext", &["--external"])?;
+    live.create("mixed", &["--disk", "vda=external", "--disk", "vdb=internal"])?;
+    for name in ["ext", "int", "mixed", "int", "ext"] {
+        live.revert(name, &[])?;
+    }
+    live.delete(&["int"], &[])?;
+    live.revert("mixed", &[])?;
+    live.delete(&["mixed", "ext"], &[])?;
+    live.finish()
+}
+
+#[test]
+fn disks_alone_are_taken_and_the_guest_boots_from_them_after_a_revert() -> Result<()> {
+    let mut live = Live::new()?;
+    live.create("ext", &["--disk-only", "--external"])?;
+    live.create("int", &["--disk-only", "--internal"])?;
+    let quiesced = live.create("quiet", &["--disk-only", "--external", "--quiesce=require"])?;
+    ensure!(quiesced.downtime_us.is_some(), "{quiesced:?}");
+    let listed = live.domsnap().done(&["list", NAME, "--json"])?.stdout;
+    ensure!(listed.contains("\"filesystem\"") && listed.contains("\"crash\""), "{listed}");
+    for name in ["ext", "quiet", "int"] {
+        live.revert(name, &[])?;
+    }
+    live.create("memory", &[])?;
+    live.revert("ext", &[])?;
+    live.revert("memory", &[])?;
+    live.delete(&["int", "ext"], &[])?;
+    live.revert("quiet", &[])?;
+    live.delete(&["quiet"], &["--children"])?;
+    live.finish()
+}
+
+#[test]
+fn a_guest_of_drives_and_an_old_qemu_can_do_the_same() -> Result<()> {
+    for options in [GuestOptions::new().drive(), GuestOptions::new().version(Version::Old)] {
+        let mut live = Live::of(options)?;
+        live.create("memory", &["--external"])?;
+        live.create("inside", &["--internal"])?;
+        live.create("disks", &["--disk-only", "--external"])?;
+        for name in ["inside", "disks", "memory"] {
+            live.revert(name, &[])?;
+        }
+        live.delete(&["inside"], &[])?;
+        live.revert("disks", &[])?;
+        live.delete(&["memory", "disks"], &[])?;
+        live.finish()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_guest_can_be_left_paused_or_off_and_what_was_paused_stays_so() -> Result<()> {
+    let mut live = Live::new()?;
+    live.create("one", &["--external"])?;
+    live.domsnap().done(&["create", NAME, "held", "--then", "pause"])?;
+    let running =
+        || live.guest.qmp("query-status", serde_json::Value::Null).map(|status| status["running"] == true);
+    ensure!(!running()?, "the guest runs after --then pause");
+    live.domsnap().done(&["create", NAME, "standing"])?;
+    ensure!(!running()?, "a guest that was paused runs after a create");
+    live.domsnap().done(&["revert", NAME, "one", "--paused"])?;
+    ensure!(!running()?, "the guest runs after --paused");
+    live.guest.qmp("cont", serde_json::Value::Null)?;
+    live.sound()?;
+    live.domsnap().done(&["revert", NAME, "standing"])?;
+    ensure!(!running()?, "a guest that was paused at the instant runs after the revert");
+    live.domsnap().done(&["revert", NAME, "one", "--running"])?;
+    live.sound()?;
+    live.domsnap().done(&["revert", NAME, "held", "--off"])?;
+    ensure!(live.guest.processes().is_empty(), "the guest's process is there after --off");
+    Ok(())
+}
+
+#[test]
+fn a_domain_that_is_off_is_started_from_a_snapshot_with_memory() -> Result<()> {
+    let mut live = Live::new()?;
+    live.create("one", &["--external"])?;
+    live.create("two", &["--internal"])?;
+    let boots = live.guest.boots();
+    for name in ["one", "two"] {
+        live.guest.quit()?;
+        live.domsnap().done(&["revert", NAME, name])?;
+        live.wait_running()?;
+        live.sound()?;
+        ensure!(live.guest.boots() == boots, "the guest booted instead of going on");
+    }
+    live.verify()
+}
+
+#[test]
+fn the_present_is_saved_with_its_memory_before_a_revert() -> Result<()> {
+    let mut live = Live::new()?;
+    live.create("one", &["--external"])?;
+    let before = live.guest.ticks()?;
+    live.domsnap().done(&["revert", NAME, "one", "--save-current=present"])?;
+    live.sound()?;
+    live.domsnap().done(&["revert", NAME, "present"])?;
+    live.sound()?;
+    ensure!(live.guest.ticks()? >= before, "the present that was saved is an older one");
+    Ok(())
+}
+
+#[test]
+fn what_would_not_fit_is_refused_before_anything_is_touched() -> Result<()> {
+    let mut live = Live::new()?;
+    live.create("one", &["--external"])?;
+    let refuse = |words: &[&str], says: &str| -> Result<()> {
+        let outcome = live.domsnap().run(words)?.expect_status(status::REFUSED)?;
+        ensure!(outcome.stderr.contains(says), "{outcome}");
+        live.sound()
+    };
+    refuse(&["create", NAME, "one"], "already")?;
+    refuse(&["create", NAME, "x", "--disk", "vda=skip", "--disk", "vdb=skip"], "nothing to take")?;
+    // An image at the configured path that QEMU does not have open.
+    let path = live.guest.disk(0);
+    let aside = path.with_extension("aside");
+    std::fs::rename(&path, &aside)?;
+    std::fs::copy(&aside, &path)?;
+    let outcome = live.domsnap().run(&["create", NAME, "x"])?.expect_status(status::REFUSED)?;
+    ensure!(outcome.stderr.contains("vda"), "{outcome}");
+    std::fs::rename(&aside, &path)?;
+    live.sound()?;
+    live.revert("one", &[])?;
+    live.verify()
+}
