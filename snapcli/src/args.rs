@@ -5,7 +5,9 @@ use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use snapcore::service::DomainRef;
-use snapcore::{ActivePath, CreateDisk, DomainName, LayerName, PointKind, SnapshotName, Target};
+use snapcore::{
+    ActivePath, CreateDisk, DomainName, LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target,
+};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -14,7 +16,7 @@ const STYLES: Styles = Styles::styled()
     .placeholder(AnsiColor::Cyan.on_default());
 
 const AFTER_HELP: &str = "\
-DOMAIN is the name of a registered domain, or its image paths joined by commas.
+DOMAIN is the name of a registered domain, its image paths joined by commas, or qemu:SOCKET: what runs at a QMP socket.
 Exit status: 0 done; 1 failed, and undone; 2 usage; 3 refused, nothing was touched; 4 `domsnap recover` is needed.";
 
 /// Snapshots of whole virtual machines.
@@ -55,7 +57,7 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Take a snapshot of all disks of a domain
+    /// Take a snapshot of a domain: its disks, and its memory where it runs
     Create(Create),
     /// Return a domain to a snapshot; the present is dropped unless it is saved
     Revert(Revert),
@@ -132,6 +134,71 @@ pub struct Create {
     /// Print what would be done, and do nothing
     #[arg(long)]
     pub dry_run: bool,
+    #[command(flatten)]
+    pub running: CreateRunning,
+}
+
+/// What is said of a running domain's snapshot.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Of a running domain")]
+pub struct CreateRunning {
+    /// Take memory too [the default where it runs]
+    #[arg(long, conflicts_with = "disk_only")]
+    pub memory: bool,
+    /// Take the disks alone, at one instant
+    #[arg(long)]
+    pub disk_only: bool,
+    /// Let the guest run while its memory is written [the default]
+    #[arg(long, conflicts_with_all = ["no_live", "disk_only"])]
+    pub live: bool,
+    /// Let it stand still until its memory is written
+    #[arg(long, conflicts_with = "disk_only")]
+    pub no_live: bool,
+    /// How long memory may be copied again and again before the guest is paused, where the hypervisor cannot protect it
+    /// [default: 60]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub budget: Option<u64>,
+    /// Flush and freeze the guest's file systems for the instant: `require` it, or `try` to
+    #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "require")]
+    pub quiesce: Option<Freeze>,
+    /// How long they may stay frozen [default: 10]
+    #[arg(long, value_name = "SECONDS", requires = "quiesce", value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub quiesce_limit: Option<u64>,
+    /// What the guest does after it [default: keep]
+    #[arg(long, value_name = "WHAT")]
+    pub then: Option<Then>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Freeze {
+    Require,
+    Try,
+}
+
+impl From<Freeze> for Quiesce {
+    fn from(freeze: Freeze) -> Self {
+        match freeze {
+            Freeze::Require => Self::Require,
+            Freeze::Try => Self::Try,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Then {
+    Keep,
+    Pause,
+    Off,
+}
+
+impl Then {
+    pub fn power(self) -> Option<PowerAfter> {
+        match self {
+            Self::Keep => None,
+            Self::Pause => Some(PowerAfter::Paused),
+            Self::Off => Some(PowerAfter::Off),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -143,6 +210,15 @@ pub struct Revert {
     /// Keep the present as a snapshot first [default name: the time]
     #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true)]
     pub save_current: Option<Option<SnapshotName>>,
+    /// Let the domain run afterwards
+    #[arg(long, conflicts_with_all = ["paused", "off"])]
+    pub running: bool,
+    /// Let it stand still afterwards
+    #[arg(long, conflicts_with = "off")]
+    pub paused: bool,
+    /// Let it be off afterwards: its disks alone are reverted
+    #[arg(long)]
+    pub off: bool,
     /// Print what would be done, and do nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -161,6 +237,9 @@ pub struct Delete {
     /// All that derive from them, and not them
     #[arg(long)]
     pub children_only: bool,
+    /// Move at most so many bytes a second in a running domain, with K, M or G
+    #[arg(long, value_name = "BYTES", value_parser = bytes, default_value = "0", hide_default_value = true)]
+    pub limit: u64,
     /// Print what would be done, and do nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -205,6 +284,8 @@ pub enum Domain {
         /// The domain
         domain: DomainRef,
     },
+    /// Find running domains that could be registered
+    Scan,
 }
 
 #[derive(Debug, Args)]
@@ -214,13 +295,25 @@ pub struct DomainAdd {
     pub name: Option<DomainName>,
     /// A disk: TARGET=PATH[,format=FORMAT]
     #[arg(long = "disk", value_name = "TARGET=PATH", value_parser = disk_place)]
-    #[arg(required_unless_present = "file")]
+    #[arg(required_unless_present_any = ["file", "qmp"])]
     pub disks: Vec<DiskPlace>,
+    /// A QEMU runs it: its QMP socket. Without --disk it is asked for its disks
+    #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
+    pub qmp: Option<Utf8PathBuf>,
+    /// The guest agent's socket [default: as QEMU says]
+    #[arg(long, value_name = "SOCKET", requires = "qmp", value_hint = ValueHint::FilePath)]
+    pub agent: Option<Utf8PathBuf>,
+    /// Where memory images go [default: beside the first disk]
+    #[arg(long, value_name = "DIR", requires = "qmp", value_hint = ValueHint::DirPath)]
+    pub memory_dir: Option<Utf8PathBuf>,
+    /// The command that starts it, to the end of the line [default: as it was started when a snapshot was taken]
+    #[arg(long, value_name = "COMMAND", requires = "qmp", num_args = 1.., allow_hyphen_values = true)]
+    pub start: Vec<String>,
     /// Where active images go: `keep` the configured paths, or to `new` ones
     #[arg(long, value_name = "HOW", default_value = "keep")]
     pub active_path: Active,
     /// Read the domain from a file of TOML
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "disks", "active_path"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "disks", "active_path", "qmp"])]
     #[arg(value_hint = ValueHint::FilePath)]
     pub file: Option<Utf8PathBuf>,
 }
@@ -336,6 +429,17 @@ fn disk_choice(text: &str) -> Result<(Target, CreateDisk), String> {
     }
 }
 
+fn bytes(text: &str) -> Result<u64, String> {
+    let rule = "expected a number of bytes, with K, M or G behind it if it is of those";
+    let (digits, unit) = match text.char_indices().last() {
+        Some((end, 'K' | 'k')) => (&text[..end], 1 << 10),
+        Some((end, 'M' | 'm')) => (&text[..end], 1 << 20),
+        Some((end, 'G' | 'g')) => (&text[..end], 1 << 30),
+        _ => (text, 1),
+    };
+    digits.parse::<u64>().ok().and_then(|number| number.checked_mul(unit)).ok_or_else(|| rule.to_owned())
+}
+
 fn disk_place(text: &str) -> Result<DiskPlace, String> {
     let rule = "expected TARGET=PATH or TARGET=PATH,format=FORMAT";
     let (target, rest) = text.split_once('=').ok_or(rule)?;
@@ -382,6 +486,17 @@ mod tests {
             assert!(disk_choice(text).unwrap_err().starts_with("expected TARGET="), "{text}");
         }
         assert!(disk_choice("a b=skip").unwrap_err().contains("letters, digits"));
+    }
+
+    #[test]
+    fn a_limit_is_in_bytes_or_in_a_unit_that_is_said() {
+        assert_eq!(
+            (bytes("7"), bytes("2K"), bytes("3m"), bytes("1G")),
+            (Ok(7), Ok(2048), Ok(3 << 20), Ok(1 << 30))
+        );
+        for text in ["", "K", "1T", "-1", "99999999999G"] {
+            assert!(bytes(text).unwrap_err().starts_with("expected a number"), "{text}");
+        }
     }
 
     #[test]

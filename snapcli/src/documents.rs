@@ -9,8 +9,8 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, RecoveryReport, Removal, Unfinished};
 use snapcore::{
-    Capabilities, Consistency, DeleteCost, Domain, DomainName, ErrorKind, Finding, Plan, PointKind, Registry,
-    Snapshot, SnapshotId, SnapshotName, Target,
+    Capabilities, Consistency, Control, DeleteCost, Domain, DomainName, ErrorKind, Finding, Hypervisor,
+    MemoryPoint, Plan, PointKind, Registry, SeenDisk, Snapshot, SnapshotId, SnapshotName, Target,
 };
 
 /// The version of all documents.
@@ -64,6 +64,8 @@ pub struct SnapshotDoc {
     pub consistency: Consistency,
     /// One a disk; a disk that was left out has none.
     pub points: Vec<PointDoc>,
+    /// Its memory image; null where it has none.
+    pub memory: Option<MemoryPoint>,
 }
 
 impl SnapshotDoc {
@@ -79,6 +81,7 @@ impl SnapshotDoc {
             description: snapshot.description.clone(),
             consistency: snapshot.consistency,
             points: points(snapshot, &listing.domain, registry),
+            memory: snapshot.memory.clone(),
         }
     }
 
@@ -93,11 +96,13 @@ impl SnapshotDoc {
         }
     }
 
-    /// Bytes on the disk of its frozen layers; `None` where it has none or one cannot be read.
+    /// Bytes on the disk of its frozen layers and its memory; `None` where it has none or one cannot be read.
     pub fn size(&self) -> Option<u64> {
-        let mut external = self.points.iter().filter(|point| point.kind == PointKind::External).peekable();
-        external.peek()?;
-        external.map(|point| point.allocated).sum()
+        let external = self.points.iter().filter(|point| point.kind == PointKind::External);
+        let files = external.map(|point| point.allocated);
+        let mut all = files.chain(self.memory.iter().map(|memory| Some(memory.bytes))).peekable();
+        all.peek()?;
+        all.sum()
     }
 }
 
@@ -183,6 +188,8 @@ pub struct ShowDoc {
     pub children: Vec<SnapshotName>,
     /// What a delete of it alone would free and move, disk by disk; null where the disk cannot be read.
     pub delete: Vec<DeleteDoc>,
+    /// The machine that it was taken on, in a line; null where the domain did not run.
+    pub machine: Option<String>,
 }
 
 /// What a delete would do to one disk.
@@ -261,6 +268,34 @@ pub struct DomainShowDoc {
     pub disks: Vec<DiskReport>,
     /// Operations that stopped half way, or run just now.
     pub unfinished: Vec<Unfinished>,
+    /// What it is doing, for people: `running`, `paused`, `off`, or why that cannot be told.
+    pub power: String,
+}
+
+/// `domain scan`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct ScanDoc {
+    /// The domains that run and can be reached.
+    pub found: Vec<ScannedDoc>,
+}
+
+/// A running domain.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct ScannedDoc {
+    /// Its hypervisor.
+    pub hypervisor: Hypervisor,
+    /// How it is reached.
+    pub control: Control,
+    /// What its hypervisor calls it.
+    pub name: Option<String>,
+    /// Whether the guest's processors run; it is paused otherwise.
+    pub running: bool,
+    /// What it is, in a line.
+    pub summary: String,
+    /// Its drives, with why one takes no part in snapshots.
+    pub disks: Vec<SeenDisk>,
+    /// The domain that it is registered as.
+    pub registered: Option<DomainName>,
 }
 
 /// `disk create`, `disk revert`, `disk delete`.
@@ -377,6 +412,7 @@ pub fn schema() -> serde_json::Value {
         "create": CreateDoc, "revert": ChangeDoc, "delete": ChangeDoc, "dry-run": PlanDoc,
         "list": ListDoc, "list-all": ListAllDoc, "show": ShowDoc,
         "domain-add": DomainDoc, "domain-remove": RemovalDoc, "domain-list": DomainsDoc, "domain-show": DomainShowDoc,
+        "domain-scan": ScanDoc,
         "disk": DiskDoc, "disk-list": DiskListDoc,
         "check": CheckDoc, "recover": RecoverDoc, "import": DomainDoc, "backends": BackendsDoc,
         "error": ErrorDoc,

@@ -61,6 +61,11 @@ impl Failure {
         }
     }
 
+    /// What went wrong, in a line.
+    pub fn words(&self) -> String {
+        self.error.to_string()
+    }
+
     /// Whether the error itself is a "no" to a wish to change things.
     fn declined(&self) -> bool {
         matches!(self.error.kind(), ErrorKind::Refused | ErrorKind::Busy | ErrorKind::Exists)

@@ -26,6 +26,15 @@ pub fn time(moment: Timestamp, zone: &TimeZone) -> String {
     moment.to_zoned(zone.clone()).strftime("%Y-%m-%d %H:%M:%S").to_string()
 }
 
+/// A time of so many microseconds: `840 us`, `12 ms`, `1.4 s`.
+pub fn duration_us(time: u64) -> String {
+    match time {
+        0..1_000 => format!("{time} us"),
+        1_000..1_000_000 => format!("{} ms", time / 1_000),
+        _ => format!("{}.{} s", time / 1_000_000, time % 1_000_000 / 100_000),
+    }
+}
+
 /// `1 disk`, `2 disks`.
 pub fn count(number: usize, what: &str) -> String {
     match number {
@@ -37,6 +46,11 @@ pub fn count(number: usize, what: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_short_time_is_told_in_a_short_unit() {
+        assert_eq!([999, 1_000, 999_999, 1_450_000].map(duration_us), ["999 us", "1 ms", "999 ms", "1.4 s"]);
+    }
 
     #[test]
     fn times_are_told_in_the_zone() {

@@ -91,17 +91,20 @@ pub struct Domain {
 pub struct Machine {
     /// What snapshots name it by: made from the record, so that the same machine has the same.
     pub id: String,
+    /// One line of it, for people.
+    #[serde(default)]
+    pub summary: String,
     /// The hypervisor's own record ([`crate::Seen::machine`]).
     pub record: serde_json::Value,
 }
 
 impl Machine {
     /// The machine of a record.
-    pub fn new(record: serde_json::Value) -> Self {
+    pub fn new(record: serde_json::Value, summary: impl Into<String>) -> Self {
         // Object keys are sorted, so equal records are equal texts.
         let text = record.to_string();
         let id = format!("{:08x}{:08x}", crc32fast::hash(text.as_bytes()), text.len());
-        Self { id, record }
+        Self { id, summary: summary.into(), record }
     }
 }
 

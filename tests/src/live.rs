@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,11 @@ pub struct Live {
     pub guest: Guest,
     state: PathBuf,
     held: BTreeMap<String, Held>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Answer {
+    outcome: Changed,
 }
 
 /// The part of a change's answer that the tests rely on.
@@ -114,7 +120,7 @@ impl Live {
     pub fn create(&mut self, name: &str, more: &[&str]) -> Result<Changed> {
         let before = self.guest.last_tick().unwrap_or_default();
         let words = [&["create", NAME, name, "--json"], more].concat();
-        let changed: Changed = self.run(&words)?.json()?;
+        let changed = self.run(&words)?.json::<Answer>()?.outcome;
         let after = self.guest.last_tick().unwrap_or_default();
         self.remember(name, (before, after))?;
         Ok(changed)
@@ -146,7 +152,7 @@ impl Live {
         let held = self.held.get(name).cloned().with_context(|| format!("{name} was never taken"))?;
         let (pid, boots) = (self.guest.pid(), self.guest.boots());
         let words = [&["revert", NAME, name, "--json"], more].concat();
-        let changed: Changed = self.domsnap().done(&words)?.json()?;
+        let changed = self.domsnap().done(&words)?.json::<Answer>()?.outcome;
         ensure!(self.guest.pid() == pid, "the QEMU is another process after the revert to {name}");
         if let Some((before, after)) = held.memory {
             ensure!(self.guest.boots() == boots, "the guest booted, although {name} has memory");
@@ -189,20 +195,31 @@ impl Live {
         self.guest.wait_ticks(3)?;
         self.guest.expect_no_bad()?;
         self.guest.verify_blocks()?;
-        self.names_true()?;
-        self.paths_are_active()
+        self.names_true()
     }
 
-    /// Every node of QEMU names the file that it has open.
+    /// Every node of QEMU names the file that it has open, each configured path is the image that QEMU writes, and nothing of
+    /// ours is left that does nothing.
     ///
     /// # Errors
-    /// The nodes that do not.
+    /// What is not so.
     pub fn names_true(&self) -> Result<()> {
         let socket = self.guest.qmp_socket().to_owned();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let machine = hypervisor_qemu::Machine::connect(&socket).await?;
-            hypervisor_qemu::graph::names_true(&machine).await?;
+            let files = hypervisor_qemu::graph::names_true(&machine).await?;
+            let graph = hypervisor_qemu::graph::Graph::read(&machine).await?;
+            for (target, path) in self.guest.targets().iter().zip(self.guest.disks()) {
+                let file = graph.root(target).and_then(|root| graph.file(root));
+                let active = files.iter().find(|known| Some(known.node.as_str()) == file);
+                let about = fs::metadata(&path).with_context(|| path.display().to_string())?;
+                ensure!(
+                    active.and_then(|active| active.names) == Some((about.dev(), about.ino())),
+                    "{target}: QEMU writes {active:?}, and {} is another file",
+                    path.display()
+                );
+            }
             let ours = hypervisor_qemu::jobs::reconcile(&machine).await?;
             ensure!(ours.jobs.is_empty(), "jobs are left: {:?}", ours.jobs);
             ensure!(ours.outgoing.is_none(), "memory is still being written");
@@ -211,31 +228,6 @@ impl Live {
             ensure!(idle.is_none(), "a node of ours is left that nobody uses: {idle:?}");
             Ok(())
         })
-    }
-
-    /// Each configured path is the image that QEMU writes.
-    ///
-    /// # Errors
-    /// The path that is not.
-    pub fn paths_are_active(&self) -> Result<()> {
-        use std::os::unix::fs::MetadataExt;
-        let nodes = self.guest.qmp("query-block", serde_json::Value::Null)?;
-        for (target, path) in self.guest.targets().iter().zip(self.guest.disks()) {
-            let drive = nodes.as_array().into_iter().flatten().find(|drive| {
-                let names = [drive["qdev"].as_str(), drive["device"].as_str()];
-                names.iter().flatten().any(|name| name.split('/').any(|part| part == target))
-            });
-            let file = drive.and_then(|drive| drive["inserted"]["image"]["filename"].as_str());
-            let file = file.with_context(|| format!("QEMU has no drive {target}: {nodes}"))?;
-            let identity = |path: &Path| fs::metadata(path).map(|about| (about.dev(), about.ino()));
-            let (configured, active) = (identity(&path)?, identity(Path::new(file))?);
-            ensure!(
-                configured == active,
-                "{target}: QEMU writes {file}, and {} is another file",
-                path.display()
-            );
-        }
-        Ok(())
     }
 
     /// Every snapshot holds what it held when it was taken, and there are no others.

@@ -1,13 +1,15 @@
 //! `create`, `revert` and `delete`.
 
+use std::time::Duration;
+
 use snapcore::service::{DomainRef, Outcome, Postponed, RecoveryEnd};
 use snapcore::{
-    CreateRequest, DeleteRequest, DeleteScope, Error, ErrorKind, Group, Plan, PointKind, Request,
+    CreateRequest, DeleteRequest, DeleteScope, Error, ErrorKind, Group, Plan, PointKind, PowerAfter, Request,
     RevertRequest, SnapshotName,
 };
 
 use crate::answer::Answer;
-use crate::args::{Create, Delete, Revert};
+use crate::args::{Create, CreateRunning, Delete, Revert, Then};
 use crate::documents::{ChangeDoc, CreateDoc, PlanDoc, SnapshotDoc};
 use crate::failure::Failure;
 use crate::session::Session;
@@ -23,25 +25,59 @@ pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
     for (target, how) in args.disks {
         request = request.disk(target, how);
     }
+    request = running(request, &args.running);
     if args.dry_run {
         return dry_run(session, &args.domain, &Request::Create(request));
     }
     let outcome = session.change(session.service.create(&args.domain, request, session.cancel()))?;
     let document = created(session, &args.domain, &name, outcome)?;
     Ok(session.changed(document, |document| {
-        let points: Vec<String> = document
+        let mut points: Vec<String> = document
             .snapshot
             .points
             .iter()
             .map(|point| format!("{} {}", point.target, kind_word(point.kind)))
             .collect();
+        points.extend(
+            document.snapshot.memory.iter().map(|memory| format!("memory {}", units::bytes(memory.bytes))),
+        );
         format!(
-            "created snapshot {name} of {}: {}\n{}",
+            "created snapshot {name} of {}: {}{}\n{}",
             document.domain,
             points.join(", "),
+            stood_still(&document.outcome),
             remarks(&document.outcome)
         )
     }))
+}
+
+/// A request with what is said of a running domain.
+fn running(mut request: CreateRequest, said: &CreateRunning) -> CreateRequest {
+    if said.memory || said.disk_only {
+        request = request.memory(said.memory);
+    }
+    request = request.live(!said.no_live);
+    if let Some(seconds) = said.budget {
+        request = request.budget(Duration::from_secs(seconds));
+    }
+    if let Some(freeze) = said.quiesce {
+        let limit = said.quiesce_limit.map_or(request.quiesce_limit, Duration::from_secs);
+        request = request.quiesce(freeze.into(), limit);
+    }
+    match said.then.and_then(Then::power) {
+        Some(power) => request.then(power),
+        None => request,
+    }
+}
+
+/// How long the guest stood still, and why so short or long.
+fn stood_still(outcome: &Outcome) -> String {
+    let way = outcome.way.as_ref().map(|way| format!(" ({way})")).unwrap_or_default();
+    match outcome.downtime_us {
+        Some(time) => format!("; the guest stood still for {}{way}", units::duration_us(time)),
+        None if way.is_empty() => String::new(),
+        None => format!("; the guest does not run{way}"),
+    }
 }
 
 /// The document on the new snapshot `name`.
@@ -76,13 +112,31 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
         request = request.save_current(name.clone());
         saved = Some(name);
     }
+    let power = match (args.running, args.paused, args.off) {
+        (true, ..) => Some(PowerAfter::Running),
+        (_, true, _) => Some(PowerAfter::Paused),
+        (.., true) => Some(PowerAfter::Off),
+        (false, false, false) => None,
+    };
+    if let Some(power) = power {
+        request = request.power(power);
+    }
     if args.dry_run {
         return dry_run(session, &args.domain, &Request::Revert(request));
     }
     let outcome = session.change(session.service.revert(&args.domain, request, session.cancel()))?;
     Ok(session.changed(ChangeDoc { domain: outcome.domain.clone(), outcome }, |document| {
         let saved = saved.map(|name| format!("; the state before is snapshot {name}")).unwrap_or_default();
-        format!("reverted {} to {}{saved}\n{}", document.domain, args.name, remarks(&document.outcome))
+        let outcome = &document.outcome;
+        let still = match outcome.downtime_us {
+            Some(time) => format!("; the guest goes on, after {}", units::duration_us(time)),
+            None => String::new(),
+        };
+        let start = match outcome.start.is_empty() {
+            true => String::new(),
+            false => format!("  start it with: {}\n", shell_words(&outcome.start)),
+        };
+        format!("reverted {} to {}{saved}{still}\n{start}{}", document.domain, args.name, remarks(outcome))
     }))
 }
 
@@ -93,7 +147,7 @@ pub fn delete(session: &Session, args: Delete) -> Result<Answer, Failure> {
         (_, true) => DeleteScope::ChildrenOnly,
         (false, false) => DeleteScope::Only,
     };
-    let request = DeleteRequest::new(args.names).scope(scope);
+    let request = DeleteRequest::new(args.names).scope(scope).limit(args.limit);
     if args.dry_run {
         return dry_run(session, &args.domain, &Request::Delete(request));
     }
@@ -159,6 +213,18 @@ pub fn put_off(postponed: &Postponed) -> String {
     format!("{target}: {step}: {why}")
 }
 
+/// Words as a shell takes them.
+pub fn shell_words(words: &[String]) -> String {
+    let plain = |word: &str| {
+        !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "_-+=:,./@%".contains(c))
+    };
+    let quoted = |word: &String| match plain(word) {
+        true => word.clone(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
+    };
+    words.iter().map(quoted).collect::<Vec<_>>().join(" ")
+}
+
 /// Names, joined.
 pub fn names(names: &[SnapshotName]) -> String {
     names.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
@@ -220,6 +286,12 @@ mod tests {
     use snapcore::{PlannedStep, Step, Target};
 
     use super::*;
+
+    #[test]
+    fn words_are_quoted_for_a_shell_where_they_must_be() {
+        let words = ["qemu", "-name", "a b", "", "it's"].map(str::to_owned);
+        assert_eq!(shell_words(&words), "qemu -name 'a b' '' 'it'\\''s'");
+    }
 
     #[test]
     fn what_was_put_off_is_named_once() {

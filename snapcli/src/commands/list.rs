@@ -72,7 +72,7 @@ fn tabled(snapshots: &[SnapshotDoc], zone: &TimeZone) -> String {
             snapshot.name.to_string(),
             snapshot.parent.as_ref().map_or("-".to_owned(), ToString::to_string),
             units::time(snapshot.created, zone),
-            snapshot.kind().to_owned(),
+            kinds(snapshot),
             consistency(snapshot),
             units::bytes_or_dash(snapshot.size()),
             snapshot.description.clone(),
@@ -89,6 +89,14 @@ fn tabled(snapshots: &[SnapshotDoc], zone: &TimeZone) -> String {
                 row
             }),
         ),
+    }
+}
+
+/// How its members are taken.
+fn kinds(snapshot: &SnapshotDoc) -> String {
+    match snapshot.memory {
+        Some(_) => format!("{}+mem", snapshot.kind()),
+        None => snapshot.kind().to_owned(),
     }
 }
 
@@ -113,7 +121,7 @@ fn drawn(snapshots: &[SnapshotDoc], signs: Signs, zone: &TimeZone) -> String {
     let widest = lines.iter().map(width).max().unwrap_or(0);
     let sizes: Vec<String> =
         snapshots.iter().map(|snapshot| snapshot.size().map(units::bytes).unwrap_or_default()).collect();
-    let kinds = snapshots.iter().map(|snapshot| snapshot.kind().len()).max().unwrap_or(0);
+    let widest_kind = snapshots.iter().map(|snapshot| kinds(snapshot).len()).max().unwrap_or(0);
     let digits = sizes.iter().map(String::len).max().unwrap_or(0);
     let now = AnsiColor::Green.on_default().bold();
     let dim = Style::new().dimmed();
@@ -126,7 +134,7 @@ fn drawn(snapshots: &[SnapshotDoc], signs: Signs, zone: &TimeZone) -> String {
         let snapshot = &snapshots[index];
         let gap = " ".repeat(widest - width(line));
         let time = units::time(snapshot.created, zone);
-        let facts = format!("{time}  {:kinds$}  {:>digits$}", snapshot.kind(), sizes[index]);
+        let facts = format!("{time}  {:widest_kind$}  {:>digits$}", kinds(snapshot), sizes[index]);
         let row = match snapshot.description.as_str() {
             "" => format!("{}{}{gap}  {dim}{}{dim:#}", line.graph, snapshot.name, facts.trim_end()),
             words => format!("{}{}{gap}  {dim}{facts}{dim:#}  {words}", line.graph, snapshot.name),

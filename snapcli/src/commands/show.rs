@@ -19,7 +19,7 @@ pub fn run(session: &Session, args: &Show) -> Result<Answer, Failure> {
 }
 
 fn document(details: Details) -> ShowDoc {
-    let Details { domain, snapshot, current, parent, children, members, .. } = details;
+    let Details { domain, snapshot, current, parent, children, members, machine, .. } = details;
     let points = members.iter().map(|member| PointDoc {
         target: member.target.clone(),
         kind: member.kind,
@@ -39,8 +39,10 @@ fn document(details: Details) -> ShowDoc {
             description: snapshot.description,
             consistency: snapshot.consistency,
             points: points.collect(),
+            memory: snapshot.memory,
         },
         children,
+        machine,
         delete: members.into_iter().map(|m| DeleteDoc { target: m.target, cost: m.delete }).collect(),
     }
 }
@@ -64,6 +66,16 @@ fn told(document: &ShowDoc) -> String {
     line("children", &children);
     line("present", if snapshot.current { "derives from it" } else { "derives from another" });
     line("id", &snapshot.id.to_string());
+    if let Some(memory) = &snapshot.memory {
+        let state = if memory.running { "running" } else { "paused" };
+        line(
+            "memory",
+            &format!("{} ({}, of a guest that was {state})", memory.file, units::bytes(memory.bytes)),
+        );
+    }
+    if let Some(machine) = &document.machine {
+        line("machine", machine);
+    }
     text.push('\n');
     let rows = snapshot.points.iter().map(|point| {
         let file = match &point.tag {

@@ -116,11 +116,15 @@ pub(super) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Rev
         });
     }
     let mut machines = Vec::new();
-    let mut statement =
-        connection.prepare_cached("SELECT id, record FROM machines WHERE domain = ?1 ORDER BY id")?;
+    let mut statement = connection
+        .prepare_cached("SELECT id, summary, record FROM machines WHERE domain = ?1 ORDER BY id")?;
     let mut rows = statement.query([id])?;
     while let Some(row) = rows.next()? {
-        machines.push(Machine { id: row.get(0)?, record: from_json("machine", &row.get::<_, String>(1)?)? });
+        machines.push(Machine {
+            id: row.get(0)?,
+            summary: row.get(1)?,
+            record: from_json("machine", &row.get::<_, String>(2)?)?,
+        });
     }
     let domain = Domain {
         name: DomainName::new(name)?,
@@ -269,8 +273,8 @@ fn write_machines(connection: &Connection, id: i64, machines: &[Machine]) -> Row
     connection.execute("DELETE FROM machines WHERE domain = ?1", [id])?;
     for machine in machines {
         connection.execute(
-            "INSERT INTO machines (domain, id, record) VALUES (?1, ?2, ?3)",
-            params![id, machine.id, json(&machine.record)?],
+            "INSERT INTO machines (domain, id, summary, record) VALUES (?1, ?2, ?3, ?4)",
+            params![id, machine.id, machine.summary, json(&machine.record)?],
         )?;
     }
     Ok(())

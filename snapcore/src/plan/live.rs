@@ -82,7 +82,7 @@ impl Planner<'_> {
         let Some(alive) = self.alive else { return Ok(()) };
         let live = request.live;
         snapshot.consistency = if memory { Consistency::Memory } else { Consistency::Crash };
-        let machine = Machine::new(alive.seen.machine.clone());
+        let machine = Machine::new(alive.seen.machine.clone(), &alive.seen.summary);
         snapshot.machine = Some(machine.id.clone());
         merged.commit.insert(0, Edit::AddMachine { machine: Box::new(machine) });
         let external: Vec<Target> = instants

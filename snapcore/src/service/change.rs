@@ -570,6 +570,18 @@ impl Inner {
     /// What is to be imported, and the domain of the catalogue that it is already, if so.
     async fn import_of(&self, reference: &DomainRef) -> Result<(Intake, Option<DomainName>)> {
         match reference {
+            DomainRef::Live { hypervisor, address } => match self.known_at(*hypervisor, address).await? {
+                Some(name) => match self.intake_of_entry(&name).await? {
+                    Some(intake) => Ok((intake, Some(name))),
+                    None => Err(self.no_domain(&name).await?),
+                },
+                None => {
+                    let intake = self.intake_of_running(*hypervisor, address).await?;
+                    let paths: Vec<_> = intake.disks.iter().map(|disk| disk.path.clone()).collect();
+                    let owner = self.owner_of(&paths).await?;
+                    Ok((Intake { import: true, ..intake }, owner))
+                }
+            },
             DomainRef::Images { paths, format } => {
                 let paths = paths.iter().map(|path| canonical(path)).collect::<Result<Vec<_>>>()?;
                 let owner = self.owner_of(&paths).await?;

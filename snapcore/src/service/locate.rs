@@ -12,7 +12,7 @@ use crate::catalogue::{Entry, Revision};
 use crate::manifest::{DomainManifest, Found, Manifests};
 use crate::{
     ActivePath, Control, Disk, DiskRecord, DiskState, Domain, DomainName, Error, ErrorKind, Hypervisor,
-    InspectDepth, LayerName, Point, Result, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
+    InspectDepth, LayerName, Point, Result, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target, chain,
 };
 
 /// A domain that was found.
@@ -110,6 +110,16 @@ pub(super) fn canonical(path: &Utf8Path) -> Result<Utf8PathBuf> {
     Ok(directory.join(name))
 }
 
+/// The path that a domain's configuration has for an image which a hypervisor may know as a layer, by its permanent name.
+fn configured_path(path: Utf8PathBuf) -> Utf8PathBuf {
+    let name = chain::disk_name(&path);
+    let configured = path.with_file_name(name);
+    match file_id(&configured) {
+        Some(id) if file_id(&path) == Some(id) => configured,
+        _ => path,
+    }
+}
+
 /// The name of a domain that was never registered: the same images have the same name, always.
 fn name_of_images(disks: &[Disk]) -> Result<DomainName> {
     let all: Vec<&str> = disks.iter().map(|disk| disk.path.as_str()).collect();
@@ -135,6 +145,24 @@ impl Inner {
                 Some(entry) => self.refresh(entry).await,
                 None => Err(self.no_domain(name).await?),
             },
+            DomainRef::Live { hypervisor, address } => {
+                if let Some(name) = self.known_at(*hypervisor, address).await?
+                    && let Some(entry) = self.catalogue.load(&name).await?
+                {
+                    return Ok(Located::known(entry));
+                }
+                let intake = self.intake_of_running(*hypervisor, address).await?;
+                let paths: Vec<Utf8PathBuf> = intake.disks.iter().map(|disk| disk.path.clone()).collect();
+                if let Some(owner) = self.owner_of(&paths).await? {
+                    return match self.catalogue.load(&owner).await? {
+                        Some(entry) => self.reached(entry, *hypervisor, address),
+                        None => Err(self.no_domain(&owner).await?),
+                    };
+                }
+                let mut taken = self.take_in(intake).await?;
+                taken.entry.domain.unregistered = true;
+                Ok(Located::of(taken))
+            }
             DomainRef::Images { paths, format } => {
                 let paths = paths.iter().map(|path| canonical(path)).collect::<Result<Vec<_>>>()?;
                 if let Some(owner) = self.owner_of(&paths).await? {
@@ -148,6 +176,78 @@ impl Inner {
                 Ok(Located::of(taken))
             }
         }
+    }
+
+    /// The domain of the catalogue that is reached at an address.
+    pub(super) async fn known_at(&self, hypervisor: Hypervisor, address: &str) -> Result<Option<DomainName>> {
+        let all = self.catalogue.domains().await?;
+        let known = all.into_iter().map(|entry| entry.domain).find(|domain| {
+            domain.hypervisor == hypervisor
+                && domain.control.as_ref().is_some_and(|control| control.address == address)
+        });
+        Ok(known.map(|domain| domain.name))
+    }
+
+    /// A domain of the catalogue that runs at an address.
+    fn reached(&self, entry: Entry, hypervisor: Hypervisor, address: &str) -> Result<Located> {
+        let domain = &entry.domain;
+        let known = domain.control.as_ref().map(|control| control.address.as_str());
+        if domain.hypervisor == hypervisor && known == Some(address) {
+            return Ok(Located::known(entry));
+        }
+        let (name, known) = (&domain.name, known.unwrap_or("nowhere"));
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "what runs at {address} has the disks of domain {name}, which the catalogue knows to run at {known}"
+            ),
+        )
+        .state("nothing was touched")
+        .advise(format!("take it out and register it as it runs now: 'domsnap domain remove {name}', then \
+                         'domsnap domain add {name} --qmp {address}'")))
+    }
+
+    /// What runs at an address, as it would be taken in.
+    pub(super) async fn intake_of_running(&self, hypervisor: Hypervisor, address: &str) -> Result<Intake> {
+        let mut control = Control { address: address.to_owned(), ..Control::default() };
+        let seen = self.look(hypervisor, &control).await?;
+        control.agent = seen.agent.clone();
+        let mut disks = Vec::new();
+        for disk in seen.disks.iter().filter(|disk| disk.left_out.is_none()) {
+            disks.push(Disk {
+                target: disk.target.clone(),
+                path: configured_path(canonical(&disk.path)?),
+                format: disk.format.clone(),
+            });
+        }
+        if disks.is_empty() {
+            let why: Vec<String> = seen
+                .disks
+                .iter()
+                .filter_map(|disk| Some(format!("{}: {}", disk.target, disk.left_out.as_ref()?)))
+                .collect();
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "what runs at {address} has no disk of which a snapshot could be taken ({})",
+                    why.join("; ")
+                ),
+            ));
+        }
+        let name = match seen.name.clone().and_then(|name| DomainName::new(name).ok()) {
+            Some(name) if self.catalogue.load(&name).await?.is_none() => name,
+            _ => name_of_images(&disks)?,
+        };
+        Ok(Intake {
+            name: Some(name),
+            disks,
+            hypervisor,
+            control: Some(control),
+            active_path: ActivePath::Keep,
+            by_path: false,
+            known_as: None,
+            import: false,
+        })
     }
 
     pub(super) fn intake_of_paths(&self, paths: &[Utf8PathBuf], format: Option<&str>) -> Result<Intake> {

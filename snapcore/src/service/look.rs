@@ -61,6 +61,11 @@ impl Inner {
             current: domain.current == Some(snapshot.id),
             parent: snapshot.parent.and_then(name_of),
             children: tree.children(Some(snapshot.id)).map(|child| child.name.clone()).collect(),
+            machine: snapshot
+                .machine
+                .as_deref()
+                .and_then(|id| domain.machine(id))
+                .map(|machine| machine.summary.clone()),
             domain: domain.name,
             snapshot,
             members,

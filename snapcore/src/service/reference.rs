@@ -5,7 +5,7 @@ use serde::Deserialize;
 
 use crate::{ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, Target};
 
-/// A domain as a user names it: a registered name, or the images of disks at rest.
+/// A domain as a user names it: a registered name, the images of disks at rest, or where a running one is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DomainRef {
@@ -18,22 +18,42 @@ pub enum DomainRef {
         /// Their format; absent: the registry's default. Never guessed from content.
         format: Option<String>,
     },
+    /// A running domain, whose disks it is asked for.
+    Live {
+        /// Who runs it.
+        hypervisor: Hypervisor,
+        /// Where it is reached: of QEMU the absolute path of its QMP socket.
+        address: String,
+    },
 }
 
+/// What a QEMU's address begins with.
+const QEMU: &str = "qemu:";
+
 impl DomainRef {
-    /// Reads a command line's DOMAIN: text with a `/` or a `,` in it, or that names an existing file, is a list of
+    /// Reads a command line's DOMAIN: `qemu:` and the path of a QMP socket is what runs there; text with a `/` or a `,` in it, or that names an existing file, is a list of
     /// image paths; anything else a name. Relative paths are taken from the current directory.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] where the text is neither.
     pub fn parse(text: &str) -> Result<Self> {
+        if let Some(socket) = text.strip_prefix(QEMU) {
+            let absolute = camino::absolute_utf8(socket).map_err(|cause| {
+                Error::new(ErrorKind::Usage, format!("{text:?} names no socket"))
+                    .because(cause)
+                    .advise("give the path of a QMP socket after 'qemu:'")
+            })?;
+            return Ok(Self::Live { hypervisor: Hypervisor::Qemu, address: absolute.into() });
+        }
         if text.contains(['/', ','])
             || Utf8Path::new(text).symlink_metadata().is_ok_and(|found| !found.is_dir())
         {
             return Self::images(text.split(','));
         }
         DomainName::new(text).map(Self::Name).map_err(|error| {
-            error.advise("DOMAIN is the name of a registered domain, or image paths joined by commas")
+            error.advise(
+                "DOMAIN is the name of a registered domain, image paths joined by commas, or qemu: and a QMP socket",
+            )
         })
     }
 
@@ -69,7 +89,7 @@ impl DomainRef {
     pub fn format(self, stated: impl Into<String>) -> Self {
         match self {
             Self::Images { paths, .. } => Self::Images { paths, format: Some(stated.into()) },
-            Self::Name(name) => Self::Name(name),
+            other => other,
         }
     }
 }
@@ -85,6 +105,7 @@ impl std::fmt::Display for DomainRef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Name(name) => f.write_str(name.as_str()),
+            Self::Live { hypervisor, address } => write!(f, "{hypervisor}:{address}"),
             Self::Images { paths, .. } => {
                 for (index, path) in paths.iter().enumerate() {
                     if index > 0 {
@@ -163,8 +184,9 @@ impl DomainSpec {
         self
     }
 
-    /// Reads a domain file: `name`, `hypervisor` (`"none"`), `active-path` (`"keep"`, `"new"`), and a `[[disk]]`
-    /// with `target`, `path` and `format` for each disk. Relative paths are taken from `directory`.
+    /// Reads a domain file: `name`, `hypervisor` (`"none"`, `"qemu"`), `active-path` (`"keep"`, `"new"`), for a
+    /// hypervisor a `[control]` with `qmp`, `agent`, `memory-dir` and `start`, and a `[[disk]]` with `target`, `path` and
+    /// `format` for each disk. Relative paths are taken from `directory`.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`], with the line and what was expected there.
@@ -175,18 +197,52 @@ impl DomainSpec {
             name: DomainName,
             #[serde(default)]
             hypervisor: Hypervisor,
+            control: Option<Reach>,
             #[serde(default)]
             active_path: ActivePath,
             #[serde(default)]
             disk: Vec<Disk>,
         }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+        struct Reach {
+            qmp: Utf8PathBuf,
+            agent: Option<Utf8PathBuf>,
+            memory_dir: Option<Utf8PathBuf>,
+            #[serde(default)]
+            start: Vec<String>,
+        }
         let file: File = toml::from_str(text).map_err(|cause| {
             Error::new(ErrorKind::Usage, "the domain file is not understood").because(cause).advise(
-                "it has name, hypervisor, active-path and one [[disk]] with target, path and format a disk",
+                "it has name, hypervisor, active-path, for a hypervisor a [control] with qmp, agent, memory-dir and start, \
+                 and one [[disk]] with target, path and format a disk",
             )
         })?;
         let mut spec = Self::new(file.name).active_path(file.active_path);
         spec.hypervisor = file.hypervisor;
+        spec.control = match (file.hypervisor, file.control) {
+            (Hypervisor::None, None) => None,
+            (Hypervisor::None, Some(_)) => {
+                return Err(Error::new(
+                    ErrorKind::Usage,
+                    "the domain file has a [control] and no hypervisor",
+                )
+                .advise("state it: hypervisor = \"qemu\""));
+            }
+            (hypervisor, None) => {
+                return Err(Error::new(
+                    ErrorKind::Usage,
+                    format!("the domain file does not say how hypervisor {hypervisor} is reached"),
+                )
+                .advise("add a [control] with qmp = \"SOCKET\""));
+            }
+            (Hypervisor::Qemu, Some(reach)) => Some(Control {
+                address: directory.join(reach.qmp).into(),
+                agent: reach.agent.map(|agent| directory.join(agent)),
+                memory_dir: reach.memory_dir.map(|memory| directory.join(memory)),
+                start: reach.start,
+            }),
+        };
         for disk in file.disk {
             let path = directory.join(&disk.path);
             spec.disks.push(Disk { path, ..disk });

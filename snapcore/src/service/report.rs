@@ -153,6 +153,9 @@ pub struct Details {
     pub children: Vec<SnapshotName>,
     /// What it holds of each disk.
     pub members: Vec<Member>,
+    /// The machine that it was taken on, in a line; absent where the domain did not run.
+    #[serde(default)]
+    pub machine: Option<String>,
 }
 
 /// What a snapshot holds of one disk.
