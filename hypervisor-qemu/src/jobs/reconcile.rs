@@ -93,7 +93,9 @@ pub async fn sweep(machine: &Machine, ours: &Ours) -> Result<()> {
         machine.run("dismissing a job", &job.id, "job-dismiss", json!({ "id": job.id })).await?;
     }
     // Each round frees what stood below.
-    for _ in 0..ours.nodes.len() {
+    let is_idle = |node: &&OurNode| !is_mark(&node.name) && node.users.is_empty();
+    let rounds = if ours.nodes.iter().any(|node| is_idle(&node)) { ours.nodes.len() } else { 0 };
+    for _ in 0..rounds {
         let graph = Graph::read(machine).await?;
         let idle = graph.nodes().iter().filter(|node| is_ours(&node.name));
         let idle = idle.filter(|node| !is_mark(&node.name) && graph.users(&node.name).next().is_none());
@@ -102,6 +104,9 @@ pub async fn sweep(machine: &Machine, ours: &Ours) -> Result<()> {
         if idle.is_empty() || remove_layers(machine, &idle).await?.len() >= idle.len() {
             break;
         }
+    }
+    if ours.lent.is_empty() {
+        return Ok(());
     }
     let graph = Graph::read(machine).await?;
     let sets = machine.query("query-fdsets", Value::Null).await?;

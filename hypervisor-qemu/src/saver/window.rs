@@ -32,6 +32,7 @@ const SOON: Duration = Duration::from_secs(30);
 /// Pauses the guest and sets the files of disks free. A disk that is free already is passed over.
 pub(super) async fn open(live: &Live, targets: &[Target]) -> Result<()> {
     refuse_encrypted(live, targets).await?;
+    sweep(live).await?;
     let begun = Instant::now();
     let _paused = Mark::open_window(&live.machine).await.map_err(told)?;
     live.window().get_or_insert(begun);
@@ -67,13 +68,14 @@ pub(super) async fn attach(live: &Live, targets: &[Target], chains: &[NamedChain
 
 /// Takes back what [`attach`] gave.
 pub(super) async fn undo_attach(live: &Live, targets: &[Target]) -> Result<()> {
+    sweep(live).await?;
     let _paused = Mark::open_window(&live.machine).await.map_err(told)?;
     free(live, targets).await
 }
 
+/// Closes the chains of disks. Nothing of ours is idle in QEMU, and the guest stands still.
 async fn free(live: &Live, targets: &[Target]) -> Result<()> {
     let machine = &live.machine;
-    sweep(live).await?;
     let mut shared: Vec<(String, Target)> = Vec::new();
     for target in targets {
         let detaching = |error: Error| error.context(format!("setting the files of disk {target} free"));
@@ -99,6 +101,9 @@ async fn free(live: &Live, targets: &[Target]) -> Result<()> {
             }
         };
         shared.extend(left.into_iter().map(|node| (node, target.clone())));
+    }
+    if shared.is_empty() {
+        return Ok(());
     }
     // What two disks of the window share is closed with the last of them.
     let graph = Graph::read(machine).await.map_err(told)?;
