@@ -1,6 +1,8 @@
 //! A running domain: a guest under load that checks itself, registered with domsnap, and a record of what each of its
 //! snapshots held.
 
+pub mod crash;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -184,6 +186,11 @@ impl Live {
             self.held.remove(*name);
         }
         self.verify()
+    }
+
+    /// A snapshot that is no more.
+    pub fn forget(&mut self, name: &str) {
+        self.held.remove(name);
     }
 
     /// Looks whether the guest runs, found memory and disks of one instant at each tick, and QEMU has open what its nodes

@@ -1,0 +1,199 @@
+//! Whoever can die in the middle of an operation on a running domain dies, at each step of it; then `recover`.
+//!
+//! A step begins where the journal is made durable, or a name of an image or memory image changes: just before each such
+//! operation on files the shim strikes. All instants of an operation are struck in one guest, one after the other, so that
+//! what a recovery leaves behind meets the next.
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{Live, NAME};
+use crate::domsnap::status;
+use crate::report;
+use crate::shim;
+
+/// Who dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Victim {
+    /// `domsnap`; the guest lives.
+    Domsnap,
+    /// QEMU, while `domsnap` is about to do the step; it is started again, as a supervisor would, before the recovery.
+    Qemu,
+    /// `domsnap`, and then QEMU, which is started again before the recovery.
+    Both,
+}
+
+/// An operation, and the way back to where it can be done again.
+pub struct Operation {
+    /// The words of the command.
+    pub words: &'static [&'static str],
+    /// The snapshot that it takes, where it takes one.
+    pub takes: Option<&'static str>,
+    /// The snapshot that it deletes.
+    pub deletes: Option<&'static str>,
+    /// Makes the state anew in which it can be done.
+    pub again: fn(&mut Live) -> Result<()>,
+}
+
+/// Strikes at every `every`th step of `operation`, beginning with number `first`.
+///
+/// # Errors
+/// What is not as before the operation, nor as after it.
+pub fn strike(
+    live: &mut Live,
+    operation: &Operation,
+    victim: Victim,
+    first: usize,
+    every: usize,
+) -> Result<()> {
+    let words = [&[operation.words[0], NAME], &operation.words[1..]].concat();
+    (operation.again)(live).context("before the first")?;
+    let (_outputs, file) = shim::outputs()?;
+    let root = live.guest.dir().to_owned();
+    let counting = shim::counting(shim::watching(live.domsnap(), &root)?, &file);
+    let outcome = counting.done(&words)?;
+    let steps: Vec<u64> = shim::counted(&file)?
+        .iter()
+        .filter(|done| begins_a_step(&done.line))
+        .map(|done| done.number)
+        .collect();
+    ensure!(steps.len() >= 3, "the shim saw {} steps: {outcome}", steps.len());
+    settle(live, operation, true).context("after the one that was counted")?;
+    for &step in steps.iter().skip(first).step_by(every) {
+        (operation.again)(live).with_context(|| format!("before operation {step}"))?;
+        once(live, operation, &words, victim, step).with_context(|| {
+            format!("{victim:?} struck at operation {step} of domsnap {}", words.join(" "))
+        })?;
+    }
+    Ok(())
+}
+
+/// Whether an operation on files is one before which a step begins.
+fn begins_a_step(line: &str) -> bool {
+    let journal = line.contains("-wal") && !line.starts_with("write ");
+    let names = ["rename ", "link ", "unlink "].iter().any(|kind| line.starts_with(kind));
+    journal
+        || (names
+            && (line.contains(".qcow2") || line.contains(".memory"))
+            && !line.contains(".domsnap/domain.json"))
+}
+
+fn once(live: &mut Live, operation: &Operation, words: &[&str], victim: Victim, step: u64) -> Result<()> {
+    let root = live.guest.dir().to_owned();
+    let watched = shim::watching(live.domsnap(), &root)?;
+    let boots = live.guest.boots();
+    let happened = match victim {
+        Victim::Domsnap => {
+            let outcome = shim::killing(watched, step, false).run(words)?;
+            ensure!(matches!(outcome.status, None | Some(status::DONE)), "{outcome}");
+            outcome.status == Some(status::DONE)
+        }
+        Victim::Both => {
+            let outcome = shim::killing(watched, step, false).run(words)?;
+            kill_qemu(live)?;
+            start_qemu(live)?;
+            live.guest.wait_boots(boots + 1)?;
+            outcome.status == Some(status::DONE)
+        }
+        Victim::Qemu => {
+            let mut child = shim::stopping(watched, step)
+                .command(words)
+                .stdout(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()?;
+            wait_stopped(&mut child)?;
+            kill_qemu(live)?;
+            // It is gone already where it was past the step.
+            let _ = Command::new("kill").args(["-CONT", &child.id().to_string()]).status()?;
+            let output = child.wait_with_output()?;
+            let text = String::from_utf8_lossy(&output.stderr);
+            ensure!(
+                output.status.code().is_some() && !text.contains("panicked"),
+                "it ended with {}: {text}",
+                output.status
+            );
+            start_qemu(live)?;
+            live.guest.wait_boots(boots + 1)?;
+            output.status.code() == Some(status::DONE)
+        }
+    };
+    live.domsnap().done(&["recover", NAME])?;
+    if victim != Victim::Domsnap {
+        live.wait_running()?;
+        live.load()?;
+    }
+    settle(live, operation, happened)
+}
+
+/// Looks whether all is as before the operation or as after it; a snapshot that was taken must be one that can be returned to.
+fn settle(live: &mut Live, operation: &Operation, happened: bool) -> Result<()> {
+    live.wait_running()?;
+    live.sound()?;
+    let found = report::list(&live.domsnap(), NAME)?;
+    let there = |name: &str| found.snapshots.iter().any(|snapshot| snapshot.name == name);
+    if let Some(name) = operation.takes {
+        if happened {
+            ensure!(there(name), "it said that {name} was taken, and there is none");
+        }
+        if there(name) {
+            live.remember(name, (0, u64::MAX / 2))?;
+            live.verify()?;
+            return live.revert(name, &[]).map(drop);
+        }
+    }
+    if let Some(name) = operation.deletes {
+        ensure!(!happened || !there(name), "it said that {name} was deleted, and it is there");
+        if !there(name) {
+            live.forget(name);
+        }
+    }
+    live.verify()
+}
+
+fn wait_stopped(child: &mut std::process::Child) -> Result<()> {
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        if child.try_wait()?.is_some() {
+            return Ok(());
+        }
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
+        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+        if state == Some('T') {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            child.kill()?;
+            bail!("domsnap did not reach the step within a minute");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn kill_qemu(live: &Live) -> Result<()> {
+    for pid in live.guest.processes() {
+        Command::new("kill").args(["-KILL", &pid.to_string()]).status()?;
+    }
+    let until = Instant::now() + Duration::from_secs(20);
+    while !live.guest.processes().is_empty() {
+        ensure!(Instant::now() < until, "QEMU does not die");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Starts the guest as its supervisor would: by its own command line, on its configured paths.
+fn start_qemu(live: &Live) -> Result<()> {
+    let line = live.guest.command_line();
+    let (program, words) = line.split_first().context("the guest has no command line")?;
+    Command::new(program)
+        .args(words)
+        .current_dir(live.guest.dir())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map(drop)
+        .context("starting QEMU again")
+}
