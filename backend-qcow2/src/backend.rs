@@ -112,15 +112,21 @@ impl DiskSnapshotter for Qcow2 {
                 ActivePath::New => LayerName(disk.path.file_name().unwrap_or("disk").to_owned()),
             };
             let record = DiskRecord { disk, active: active.clone(), owned: vec![active] };
-            layers::inspect(&record, InspectDepth::Layers, &limits)?;
+            layers::inspect(&record, InspectDepth::Layers, &limits, &FileIds::new())?;
             Ok(record)
         })
         .await
     }
 
-    async fn inspect(&self, disk: &DiskRecord, depth: InspectDepth) -> Result<DiskState> {
+    async fn inspect(
+        &self,
+        disk: &DiskRecord,
+        depth: InspectDepth,
+        attached: Option<&dyn AttachedDisk>,
+    ) -> Result<DiskState> {
+        let open = attached::open_files(attached).await?;
         let (disk, limits) = (disk.clone(), self.limits.clone());
-        Self::blocking(move || layers::inspect(&disk, depth, &limits)).await
+        Self::blocking(move || layers::inspect(&disk, depth, &limits, &open)).await
     }
 
     async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {

@@ -15,18 +15,21 @@ use rustix::io::Errno;
 use snapcore::chain::layer_path;
 use snapcore::{DiskRecord, DiskState, Layer, LayerName, Result, Unclear};
 
+use crate::attached::FileIds;
 use crate::backing_string::{Named, named};
 use crate::hold::is_held_by_others;
 use crate::image;
 use crate::layers::Limits;
 use crate::names::{FileId, file_id, io_error, is_passing_name};
 
-/// Fills in who stands on the layers of `state`. `seen` are the files of those layers.
+/// Fills in who stands on the layers of `state`. `seen` are the files of those layers; those that are `open` in the domain's own
+/// hypervisor are in nobody else's use for that.
 pub(crate) fn find(
     record: &DiskRecord,
     limits: &Limits,
     state: &mut DiskState,
     seen: &HashMap<FileId, LayerName>,
+    open: &FileIds,
 ) -> Result<()> {
     let mut search = Search::new(record, &state.layers, seen)?;
     let own = record.disk.path.parent().map(Utf8Path::to_owned);
@@ -41,7 +44,8 @@ pub(crate) fn find(
     for layer in &mut state.layers {
         layer.dependents =
             on.iter().filter(|(name, _)| *name == layer.name).map(|(_, file)| file.clone()).collect();
-        if layer.name != record.active && layer.owned && is_held_by_others(&layer.file)? {
+        let is_ours = file_id(&layer.file)?.is_some_and(|id| open.contains(&id));
+        if layer.name != record.active && layer.owned && !is_ours && is_held_by_others(&layer.file)? {
             layer.dependents.push(Utf8PathBuf::from("(a running process)"));
         }
     }

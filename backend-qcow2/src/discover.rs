@@ -7,13 +7,14 @@ use snapcore::{
     SnapshotName,
 };
 
+use crate::attached::FileIds;
 use crate::layers::{Limits, inspect};
 use crate::names::io_error;
 
 /// The frozen layers of the active chain and the tags in every layer of it that `known` does not have, oldest first. The
 /// layers in the disk's own directory on which no foreign image stands become ours.
 pub(crate) fn discover(record: &mut DiskRecord, known: &[Point], limits: &Limits) -> Result<Vec<Snapshot>> {
-    let before = inspect(record, InspectDepth::Dependents, limits)?;
+    let before = inspect(record, InspectDepth::Dependents, limits, &FileIds::new())?;
     for layer in before.chain(&before.active) {
         let beside = !layer.name.as_str().contains('/');
         if beside
@@ -25,7 +26,7 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point], limits: &Limits
         }
     }
     // Tags are read in layers that are ours.
-    let state = inspect(record, InspectDepth::Layers, limits)?;
+    let state = inspect(record, InspectDepth::Layers, limits, &FileIds::new())?;
     let mut found: Vec<Snapshot> = Vec::new();
     let mut chain = state.chain(&state.active);
     chain.reverse();

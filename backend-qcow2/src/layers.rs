@@ -12,6 +12,7 @@ use snapcore::{
     Result,
 };
 
+use crate::attached::FileIds;
 use crate::backing_string::resolve_backing;
 use crate::dependents;
 use crate::image::{self, Backing, Image, OpenOptions};
@@ -39,7 +40,12 @@ pub(crate) fn file_of(record: &DiskRecord, layer: &LayerName) -> Result<Utf8Path
 }
 
 /// Reads the disk.
-pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, limits: &Limits) -> Result<DiskState> {
+pub(crate) fn inspect(
+    record: &DiskRecord,
+    depth: InspectDepth,
+    limits: &Limits,
+    open: &FileIds,
+) -> Result<DiskState> {
     let path = &record.disk.path;
     let Some(configured) = file_id(path)? else {
         return Err(missing_path(record));
@@ -80,7 +86,7 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, limits: &Limits)
         unclear: Vec::new(),
     };
     if depth == InspectDepth::Dependents {
-        dependents::find(record, limits, &mut state, &seen)?;
+        dependents::find(record, limits, &mut state, &seen, open)?;
     }
     Ok(state)
 }

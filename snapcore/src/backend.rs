@@ -144,12 +144,18 @@ pub trait DiskSnapshotter: Send + Sync {
     /// its active layer. Changes nothing.
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord>;
 
-    /// The disk as it is on the machine: the chain and every point in it. Needs no lock, changes nothing.
+    /// The disk as it is on the machine: the chain and every point in it. Needs no lock, changes nothing. What `attached` has
+    /// open is in the domain's own use; whoever else has a layer open is told as standing on it.
     ///
     /// # Errors
     /// A missing or corrupt layer, a loop, a chain deeper than the limit, a backing string that leads out of the
     /// allowed directories, a configured path that no longer names the active layer (drift).
-    async fn inspect(&self, disk: &DiskRecord, depth: InspectDepth) -> Result<DiskState>;
+    async fn inspect(
+        &self,
+        disk: &DiskRecord,
+        depth: InspectDepth,
+        attached: Option<&dyn AttachedDisk>,
+    ) -> Result<DiskState>;
 
     /// The snapshots that the images themselves know and `record` does not: frozen layers of the chain and tags that
     /// another tool made. They come oldest first, parents set, with fresh ids; `record.owned` is extended by the

@@ -123,7 +123,7 @@ impl Bench {
         let mut entry = self.entry().await;
         let mut disks = Vec::new();
         for record in &entry.domain.disks {
-            let state = self.backend.inspect(record, InspectDepth::Dependents).await?;
+            let state = self.backend.inspect(record, InspectDepth::Dependents, None).await?;
             disks.push(DiskInput { record: record.clone(), state, backend: Arc::new(self.backend.clone()) });
         }
         let plan = plan::plan(&entry.domain, &entry.tree, &disks, None, request).await?;

@@ -269,6 +269,17 @@ impl Live {
         Ok(())
     }
 
+    /// How many image files there are beside the configured paths, as layers of the disks.
+    ///
+    /// # Errors
+    /// If the directory cannot be read.
+    pub fn layers(&self) -> Result<usize> {
+        let names = fs::read_dir(self.guest.dir())?
+            .flatten()
+            .filter(|entry| entry.file_name().to_string_lossy().contains(".ds-"));
+        Ok(names.count())
+    }
+
     /// Ends the guest and looks at every image on disk.
     ///
     /// # Errors

@@ -23,7 +23,10 @@ fn there_and_back(live: &mut Live, kind: &[&str]) -> Result<()> {
     live.delete(&["two"], &[])?;
     live.revert("four", &[])?;
     live.delete(&["one", "three"], &[])?;
-    live.delete(&["four"], &[])
+    live.delete(&["four"], &[])?;
+    // One image a disk is left, which QEMU knows by its permanent name.
+    ensure!(live.layers()? <= 2, "{} layers are left when all snapshots are deleted", live.layers()?);
+    Ok(())
 }
 
 #[test]

@@ -328,7 +328,7 @@ fn nobody_stands_on(session: &Session, image: &Utf8Path) -> Result<(), Failure> 
     let disk = DomainDisk { target: Target::new("vda")?, path: image.to_owned(), format: FORMAT.to_owned() };
     let (dependents, unclear) = session.ask(async {
         let record = backend.adopt(&disk, ActivePath::Keep).await?;
-        let state = backend.inspect(&record, InspectDepth::Dependents).await?;
+        let state = backend.inspect(&record, InspectDepth::Dependents, None).await?;
         let dependents = state.layer(&state.active).map(|layer| layer.dependents.clone()).unwrap_or_default();
         Ok((dependents, state.unclear))
     })?;

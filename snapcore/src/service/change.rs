@@ -107,7 +107,7 @@ impl Inner {
         for record in &entry.domain.disks {
             let backend = self.registry.get(&record.disk.format)?;
             let mut state = backend
-                .inspect(record, depth)
+                .inspect(record, depth, live.and_then(|live| live.disk(&record.disk.target)))
                 .await
                 .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
             if let Some(live) = live {

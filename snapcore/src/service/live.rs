@@ -10,8 +10,8 @@ use super::identity::file_id;
 use crate::catalogue::Entry;
 use crate::plan::Alive;
 use crate::{
-    Control, DiskRecord, Domain, DomainStep, Error, ErrorKind, Hypervisor, LiveDomain, MemoryPlan, OpenChain,
-    Plan, Request, Result, Seen,
+    AttachedDisk, Control, DiskRecord, Domain, DomainStep, Error, ErrorKind, Hypervisor, LiveDomain,
+    MemoryPlan, OpenChain, Plan, Request, Result, Seen,
 };
 
 /// A connection to a running domain.
@@ -40,6 +40,14 @@ impl Inner {
             .connect(domain)
             .await
             .map_err(|error| error.context(format!("connecting to domain {}", domain.name)))
+    }
+
+    /// Connects for those who only look: where that cannot be, they see the domain's own process as a stranger's.
+    pub(super) async fn connect_to_look(&self, domain: &Domain) -> Option<Live> {
+        self.connect(domain).await.unwrap_or_else(|error| {
+            tracing::debug!(%error, "looking at a domain without asking its hypervisor");
+            None
+        })
     }
 
     /// What runs at an address.
@@ -124,6 +132,11 @@ impl Inner {
         }
         live.settle(&chains).await
     }
+}
+
+/// The disk as its hypervisor has it.
+pub(super) fn attached<'a>(live: &'a Option<Live>, record: &DiskRecord) -> Option<&'a dyn AttachedDisk> {
+    live.as_ref()?.disk(&record.disk.target)
 }
 
 /// Makes the directory that the plan's memory image goes to, for its owner alone.

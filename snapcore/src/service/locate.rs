@@ -483,7 +483,7 @@ impl Inner {
                     record.owned.push(layer);
                 }
             }
-            let state = backend.inspect(&record, InspectDepth::Layers).await?;
+            let state = backend.inspect(&record, InspectDepth::Layers, None).await?;
             if let Some(told) = told.filter(|told| told.active != record.active) {
                 let copied = copied_tags(&state, &told.active);
                 copies.extend(

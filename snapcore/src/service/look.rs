@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::identity::images_of;
+use super::live::attached;
 use super::locate::{Located, point_problem};
 use super::{Details, DiskReport, DomainRef, Inner, Listing, Member, Unfinished};
 use crate::catalogue::Entry;
@@ -29,12 +30,13 @@ impl Inner {
         let Entry { domain, tree, .. } = entry;
         let snapshot = tree.named(name)?.clone();
         let name_of = |id| tree.get(id).map(|snapshot| snapshot.name.clone());
+        let live = self.connect_to_look(&domain).await;
         let mut members = Vec::new();
         for member in &snapshot.disks {
             let Some(record) = domain.disk(&member.target) else { continue };
             let backend = self.registry.get(&record.disk.format)?;
             // An image that cannot be read leaves out what only it can tell; `check` says why.
-            let state = backend.inspect(record, InspectDepth::Dependents).await.ok();
+            let state = backend.inspect(record, InspectDepth::Dependents, attached(&live, record)).await.ok();
             let layer = state.as_ref().and_then(|state| state.layer(&member.point.layer));
             let delete = match &state {
                 None => None,
@@ -74,18 +76,24 @@ impl Inner {
 
     pub(super) async fn inspect(&self, reference: &DomainRef) -> Result<Vec<DiskReport>> {
         let Located { entry, .. } = self.locate(reference).await?;
+        let live = self.connect_to_look(&entry.domain).await;
         let mut reports = Vec::new();
         for record in entry.domain.disks {
             let backend = self.registry.get(&record.disk.format)?;
-            reports.push(match backend.inspect(&record, InspectDepth::Dependents).await {
-                Ok(state) => {
-                    let unnamed = unnamed(&record, &state, &entry.tree);
-                    DiskReport { record, state: Some(state), unnamed, problem: None }
-                }
-                Err(error) => {
-                    DiskReport { record, state: None, unnamed: Vec::new(), problem: Some(error.to_string()) }
-                }
-            });
+            reports.push(
+                match backend.inspect(&record, InspectDepth::Dependents, attached(&live, &record)).await {
+                    Ok(state) => {
+                        let unnamed = unnamed(&record, &state, &entry.tree);
+                        DiskReport { record, state: Some(state), unnamed, problem: None }
+                    }
+                    Err(error) => DiskReport {
+                        record,
+                        state: None,
+                        unnamed: Vec::new(),
+                        problem: Some(error.to_string()),
+                    },
+                },
+            );
         }
         Ok(reports)
     }
@@ -105,9 +113,10 @@ impl Inner {
                 ),
             ));
         }
+        let live = self.connect_to_look(&entry.domain).await;
         for record in &entry.domain.disks {
             let backend = self.registry.get(&record.disk.format)?;
-            match backend.inspect(record, InspectDepth::Dependents).await {
+            match backend.inspect(record, InspectDepth::Dependents, attached(&live, record)).await {
                 Err(error) => {
                     findings.push(finding(Severity::Error, record.disk.path.as_str(), error.to_string()));
                 }

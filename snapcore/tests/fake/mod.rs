@@ -195,7 +195,12 @@ impl DiskSnapshotter for FakeBackend {
         Ok(DiskRecord { disk: disk.clone(), active: layer_of(disk), owned: vec![layer_of(disk)] })
     }
 
-    async fn inspect(&self, record: &DiskRecord, _: InspectDepth) -> Result<DiskState> {
+    async fn inspect(
+        &self,
+        record: &DiskRecord,
+        _: InspectDepth,
+        _: Option<&dyn AttachedDisk>,
+    ) -> Result<DiskState> {
         let disk = self.disk(&record.disk.path)?;
         let internal = disk.tags.keys().map(|tag| InternalPoint {
             tag: tag.clone(),
