@@ -1,13 +1,16 @@
 //! The chain planner against a model: steps are carried out on layers of plain maps, and after every operation each
 //! point and the present must read as they did when they were taken.
+//!
+//! Where the domain runs a hypervisor has the active chain open. Then each step is also checked against what may be done to
+//! open images, and what the hypervisor does itself is done by the model.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use snapcore::chain::{self, ChainStep};
 use snapcore::{
-    ActivePath, Capabilities, Disk, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, InternalPoint, Layer,
-    LayerName, Point, PointKind, SnapshotName, Target,
+    ActivePath, Capabilities, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Group,
+    InternalPoint, Layer, LayerName, PlannedStep, Point, PointKind, SnapshotName, Target,
 };
 
 const CLUSTERS: u8 = 6;
@@ -29,6 +32,8 @@ struct Machine {
     images: BTreeMap<LayerName, Image>,
     /// What the configured path names.
     path: LayerName,
+    /// What a hypervisor has open, the active layer first: nothing in a window. None where the domain is off.
+    open: Option<Vec<LayerName>>,
     points: BTreeMap<u32, (Point, Map)>,
     present: Map,
     stamp: u32,
@@ -49,6 +54,7 @@ impl Machine {
             record,
             images,
             path: base,
+            open: None,
             points: BTreeMap::new(),
             present: Map::new(),
             stamp: 1,
@@ -96,7 +102,7 @@ impl Machine {
             target: self.record.disk.target.clone(),
             active: self.record.active.clone(),
             layers: layers.collect(),
-            attached: false,
+            attached: self.open.is_some(),
             on_path: Vec::new(),
             unclear: Vec::new(),
         }
@@ -124,19 +130,171 @@ impl Machine {
         counts
     }
 
+    /// The layers that an image opens, itself first.
+    fn chain(&self, top: &LayerName) -> Vec<LayerName> {
+        let below = |layer: &LayerName| self.images[layer].backing.clone();
+        std::iter::successors(Some(top.clone()), below).collect()
+    }
+
     fn run(&mut self, plan: &DiskPlan) {
-        let mut committed = false;
-        for planned in &plan.steps {
-            if planned.group == snapcore::Group::Finish && !committed {
-                self.edit(&plan.commit);
-                committed = true;
-            }
-            let step: ChainStep = serde_json::from_value(planned.step.action.clone()).unwrap();
-            self.step(step);
-            self.edit(&planned.edits);
+        let [prepare, cut, finish] = [Group::Prepare, Group::Cut, Group::Finish]
+            .map(|group| plan.steps.iter().filter(|planned| planned.group == group).collect::<Vec<_>>());
+        assert_eq!(prepare.len() + cut.len() + finish.len(), plan.steps.len());
+        if self.open.is_none() {
+            assert!(
+                plan.instant.is_none() && plan.steps.iter().all(|planned| !planned.inside && !planned.window)
+            );
         }
-        if !committed {
-            self.edit(&plan.commit);
+        assert!(prepare.iter().all(|planned| !planned.inside && !planned.window));
+        prepare.into_iter().for_each(|planned| self.planned(planned));
+        match &plan.instant {
+            Some(instant) => {
+                self.instant(instant);
+                for planned in cut {
+                    assert!(planned.inside, "it would run when the guest writes already: {planned:?}");
+                    self.planned(planned);
+                }
+            }
+            None => self.in_window(cut),
+        }
+        self.edit(&plan.commit);
+        let (in_window, others): (Vec<_>, Vec<_>) = finish.into_iter().partition(|planned| planned.window);
+        self.in_window(in_window);
+        let mut others = others.as_slice();
+        while let [planned, rest @ ..] = others {
+            let inside = rest.iter().take_while(|next| next.inside).count();
+            self.finish(planned, &rest[..inside]);
+            others = &rest[inside..];
+        }
+    }
+
+    fn planned(&mut self, planned: &PlannedStep) {
+        let step: ChainStep = serde_json::from_value(planned.step.action.clone()).unwrap();
+        self.allow(&step, planned);
+        self.step(step);
+        self.edit(&planned.edits);
+    }
+
+    /// What the hypervisor does to the disk at the instant of a snapshot.
+    fn instant(&mut self, instant: &DiskInstant) {
+        let open = self.open.as_mut().expect("a hypervisor has the disk open");
+        let active = open[0].clone();
+        match instant {
+            DiskInstant::Overlay { file, format } => {
+                let (name, overlay) = self
+                    .images
+                    .iter()
+                    .find(|(name, _)| chain::layer_path(&self.record.disk.path, name) == *file)
+                    .expect("the overlay was made before the instant");
+                assert!(file.is_absolute() && *format == self.record.disk.format);
+                assert!(overlay.own.is_empty() && overlay.backing.as_ref() == Some(&active));
+                open.insert(0, name.clone());
+            }
+            DiskInstant::Internal { tag } => {
+                let image = self.images.get_mut(&active).unwrap();
+                let own = image.own.clone();
+                assert!(image.tags.insert(tag.clone(), own).is_none());
+            }
+        }
+    }
+
+    /// Steps that run while nothing has the disk open: all of a disk that is at rest.
+    fn in_window(&mut self, steps: Vec<&PlannedStep>) {
+        if steps.is_empty() {
+            return;
+        }
+        for planned in &steps {
+            assert!(!planned.inside, "nothing runs inside a window's step: {planned:?}");
+            let step = serde_json::from_value(planned.step.action.clone()).unwrap();
+            if let (Some(open), ChainStep::DropInternal { layer, .. }) = (&self.open, &step) {
+                assert!(open[1..].contains(layer), "no window is needed for {step:?}");
+            }
+        }
+        let attached = self.open.is_some();
+        if attached {
+            self.open = Some(Vec::new());
+        }
+        steps.into_iter().for_each(|planned| self.planned(planned));
+        if attached {
+            self.open = Some(self.chain(&self.path));
+        }
+    }
+
+    /// A step after the commit point, and those inside it.
+    fn finish(&mut self, planned: &PlannedStep, inside: &[&PlannedStep]) {
+        assert!(!planned.inside, "there is nothing that it could run inside of: {planned:?}");
+        let step: ChainStep = serde_json::from_value(planned.step.action.clone()).unwrap();
+        let ChainStep::Merge { run, into, .. } = &step else {
+            assert!(inside.is_empty(), "{step:?} has no pivot");
+            return self.planned(planned);
+        };
+        let open = self.open.clone().unwrap_or_default();
+        let top = run.last().unwrap();
+        self.planned(planned);
+        if !open.contains(top) {
+            assert!(inside.is_empty(), "{step:?} is of images that nobody has open");
+            return;
+        }
+        let at = open.iter().position(|layer| layer == top).unwrap();
+        if into != top {
+            match at.checked_sub(1) {
+                Some(above) => {
+                    assert!(inside.is_empty(), "{step:?} does not change what the guest writes to");
+                    self.images.get_mut(&open[above]).unwrap().backing = Some(into.clone());
+                }
+                None => {
+                    assert_eq!(inside.len(), 1, "the configured path is moved at the pivot, and that is all");
+                    self.planned(inside[0]);
+                    assert_eq!(self.path, *into);
+                }
+            }
+        }
+        let left = open.into_iter().filter(|layer| layer == into || !run.contains(layer));
+        self.open = Some(left.collect());
+    }
+
+    /// What may be done while a hypervisor has images open.
+    fn allow(&self, step: &ChainStep, planned: &PlannedStep) {
+        let Some(open) = &self.open else { return };
+        let is_open = |layer: &LayerName| open.contains(layer);
+        match step {
+            ChainStep::NameLayer { .. } => assert_eq!(planned.group, Group::Prepare),
+            ChainStep::CreateOverlay { layer, .. } | ChainStep::Materialise { layer, .. } => {
+                assert!(planned.group == Group::Prepare && !is_open(layer));
+            }
+            ChainStep::TakeInternal { layer, .. } | ChainStep::ApplyInternal { layer, .. } => {
+                assert!(!is_open(layer), "the hypervisor writes to it: {step:?}");
+            }
+            ChainStep::SwitchActive { .. } => {
+                assert!(planned.inside || open.is_empty(), "the guest would write elsewhere: {step:?}");
+            }
+            ChainStep::DropInternal { layer, .. } => {
+                assert!(
+                    !is_open(layer) || open.first() == Some(layer),
+                    "a hypervisor can do that to the active image alone: {step:?}"
+                );
+            }
+            ChainStep::Merge { run, into, .. } if run.iter().any(is_open) => {
+                let upwards: Vec<&LayerName> = open.iter().rev().collect();
+                let run: Vec<&LayerName> = run.iter().collect();
+                assert!(
+                    upwards.windows(run.len()).any(|part| part == run),
+                    "not in the open chain: {step:?}"
+                );
+                assert!(
+                    run.first() == Some(&into) || run.last() == Some(&into),
+                    "a hypervisor merges into an end of a run: {step:?}"
+                );
+            }
+            ChainStep::Merge { .. } => {}
+            ChainStep::Repoint { child, to } => {
+                assert!(
+                    !is_open(child) || self.images[child].backing.as_ref() == Some(to),
+                    "the hypervisor should have done that: {step:?}"
+                );
+            }
+            ChainStep::Remove { layers } => assert!(!layers.iter().any(is_open), "it is open: {step:?}"),
+            ChainStep::Unname { .. } => panic!("the hypervisor knows it by that name: {step:?}"),
         }
     }
 
@@ -241,6 +399,13 @@ impl Machine {
 
     fn verify(&self) {
         assert_eq!(self.path, self.record.active, "the configured path is not the active layer");
+        if let Some(open) = &self.open {
+            assert_eq!(
+                *open,
+                self.chain(&self.path),
+                "the hypervisor has another chain open than the path names"
+            );
+        }
         let active = &self.images[&self.record.active];
         assert_eq!(self.read(&self.record.active, &active.own), self.present, "the present");
         for (number, (point, expected)) in &self.points {
@@ -269,7 +434,7 @@ impl Machine {
     fn perform(&mut self, action: &Action) {
         match action {
             Action::Write(at, value) => {
-                let active = self.record.active.clone();
+                let active = self.open.as_ref().map_or(&self.record.active, |open| &open[0]).clone();
                 self.images.get_mut(&active).unwrap().own.insert(*at, *value);
                 self.present.insert(*at, *value);
             }
@@ -327,9 +492,12 @@ impl Machine {
                 self.run(&plan);
                 if self.points.is_empty() && self.foreign.is_empty() {
                     assert_eq!(self.images.len(), 1, "nothing is left to keep, yet layers are");
-                    assert!(!self.images[&self.path].named, "one file as in the beginning");
+                    if self.open.is_none() {
+                        assert!(!self.images[&self.path].named, "one file as in the beginning");
+                    }
                 }
             }
+            Action::Power(on) => self.open = on.then(|| self.chain(&self.path)),
             Action::Clone(which) => {
                 // Somebody makes an overlay of his own on a frozen layer.
                 let frozen: Vec<&LayerName> = self
@@ -354,6 +522,7 @@ enum Action {
     Create(PointKind),
     Revert(usize, bool, bool),
     Delete(u16),
+    Power(bool),
     Clone(usize),
 }
 
@@ -373,6 +542,32 @@ proptest! {
 
     #[test]
     fn every_point_stays_what_it_was(actions in prop::collection::vec(action(), 1..40)) {
+        let mut machine = Machine::new();
+        for action in &actions {
+            machine.perform(action);
+        }
+    }
+
+    #[test]
+    fn every_point_stays_what_it_was_while_the_domain_runs(actions in prop::collection::vec(action(), 1..40)) {
+        let mut machine = Machine::new();
+        machine.perform(&Action::Power(true));
+        for action in &actions {
+            machine.perform(action);
+        }
+    }
+
+    #[test]
+    fn a_domain_is_started_and_shut_down_between_operations(
+        actions in prop::collection::vec(
+            prop_oneof![
+                6 => action(),
+                2 => any::<bool>().prop_map(Action::Power),
+                1 => any::<usize>().prop_map(Action::Clone),
+            ],
+            1..40,
+        ),
+    ) {
         let mut machine = Machine::new();
         for action in &actions {
             machine.perform(action);
@@ -430,4 +625,145 @@ fn the_direction_that_moves_less_is_taken() {
     }
     let plan = machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![] }).unwrap();
     assert_eq!(plan.steps[0].step.bytes, 0, "{plan:?}");
+}
+
+/// A base, a layer that holds the most, one with a cluster, and an empty one: nobody needs the two in the middle.
+fn heavy_in_the_middle() -> Machine {
+    let mut machine = Machine::new();
+    for (clusters, value) in [(0..2, 1), (2..CLUSTERS, 2), (0..1, 3)] {
+        for at in clusters {
+            machine.perform(&Action::Write(at, value));
+        }
+        machine.perform(&Action::Create(PointKind::External));
+    }
+    machine
+}
+
+fn the_merge(plan: &DiskPlan) -> (Vec<LayerName>, LayerName, u64) {
+    let merges: Vec<_> = plan
+        .steps
+        .iter()
+        .filter_map(|planned| match serde_json::from_value(planned.step.action.clone()).unwrap() {
+            ChainStep::Merge { run, into, .. } => Some((run, into, planned.step.bytes)),
+            _ => None,
+        })
+        .collect();
+    let [merge] = &merges[..] else { panic!("one merge is expected: {plan:?}") };
+    merge.clone()
+}
+
+#[test]
+fn layers_that_are_open_are_merged_into_the_cheaper_end_of_their_run() {
+    let mut machine = heavy_in_the_middle();
+    let everything = DiskRequest::Delete { drop: machine.keep(), keep: vec![] };
+    let (run, into, bytes) = the_merge(&machine.plan(&everything).unwrap());
+    assert_eq!((into == run[1], bytes), (true, 2), "at rest it is the one that holds the most");
+    machine.perform(&Action::Power(true));
+    let (run, into, bytes) = the_merge(&machine.plan(&everything).unwrap());
+    // The lowest shows one cluster, the layer above the middle one, and the active layer none: all but that one move.
+    assert_eq!((run.len(), into == run[0], bytes), (4, true, 5));
+    for at in 0..2 {
+        machine.perform(&Action::Write(at, 4));
+    }
+    let (run, into, bytes) = the_merge(&machine.plan(&everything).unwrap());
+    assert_eq!((into == run[3], bytes), (true, 4), "the active layer shows two clusters, the lowest none");
+    machine.perform(&Action::Delete(u16::MAX));
+    assert_eq!(machine.images.len(), 1);
+}
+
+#[test]
+fn layers_that_nobody_has_open_are_merged_into_any_of_them_while_the_domain_runs() {
+    let mut machine = heavy_in_the_middle();
+    // A side branch of its own: the present goes elsewhere.
+    let base = machine.points.keys().next().copied().unwrap();
+    machine.perform(&Action::Revert(0, true, true));
+    machine.perform(&Action::Power(true));
+    let aside: Vec<Point> = machine
+        .points
+        .iter()
+        .filter(|(number, _)| **number != base)
+        .map(|(_, (point, _))| point.clone())
+        .collect();
+    let (saved, middle) = aside.split_last().unwrap();
+    let keep = vec![machine.points[&base].0.clone(), saved.clone()];
+    let request = DiskRequest::Delete { drop: middle.to_vec(), keep };
+    let (run, into, bytes) = the_merge(&machine.plan(&request).unwrap());
+    assert_eq!((run.len(), into == run[0], bytes), (3, true, 1));
+    assert!(!machine.open.as_ref().unwrap().contains(&into));
+}
+
+#[test]
+fn the_path_of_a_running_domain_moves_inside_the_instant_and_inside_the_merge() {
+    let mut machine = Machine::new();
+    for at in 0..CLUSTERS {
+        machine.perform(&Action::Write(at, 7));
+    }
+    machine.perform(&Action::Power(true));
+    let create = DiskRequest::Create {
+        kind: Some(PointKind::External),
+        name: SnapshotName::new("before").unwrap(),
+        overlay: None,
+        keep: vec![],
+        stamp: 0x77,
+    };
+    let plan = machine.plan(&create).unwrap();
+    let file = "/vm/disk.ds-00000077.qcow2".into();
+    assert_eq!(plan.instant, Some(DiskInstant::Overlay { file, format: "model".to_owned() }));
+    let last = plan.steps.last().unwrap();
+    assert!(last.group == Group::Cut && last.inside && last.step.action["do"] == "switch-active", "{last:?}");
+
+    machine.perform(&Action::Create(PointKind::External));
+    machine.perform(&Action::Write(0, 8));
+    let plan = machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![] }).unwrap();
+    let done: Vec<_> = plan
+        .steps
+        .iter()
+        .map(|planned| (planned.step.action["do"].as_str().unwrap(), planned.inside))
+        .collect();
+    assert_eq!(done, [("merge", false), ("switch-active", true), ("remove", false)]);
+}
+
+#[test]
+fn a_running_domain_whose_active_path_is_new_has_no_step_at_the_instant() {
+    let mut machine = Machine::new();
+    machine.perform(&Action::Power(true));
+    let capabilities = Capabilities::new(PointKind::External, 40).both_kinds();
+    let plan = |request: &DiskRequest| {
+        chain::plan(&machine.record, &machine.state(), ActivePath::New, &capabilities, request, &mut |run| {
+            Ok(machine.visible(run))
+        })
+        .unwrap()
+    };
+    let create = |kind| DiskRequest::Create {
+        kind: Some(kind),
+        name: SnapshotName::new("s").unwrap(),
+        overlay: None,
+        keep: vec![],
+        stamp: 0x77,
+    };
+    let external = plan(&create(PointKind::External));
+    assert!(matches!(external.instant, Some(DiskInstant::Overlay { .. })));
+    assert!(external.steps.iter().all(|planned| planned.group == Group::Prepare && !planned.inside));
+    assert_eq!(external.steps.last().unwrap().step.action["do"], "create-overlay");
+    let internal = plan(&create(PointKind::Internal));
+    assert_eq!(internal.instant, Some(DiskInstant::Internal { tag: "s".to_owned() }));
+    assert!(internal.steps.is_empty());
+    assert_eq!(internal.point, Some(Point::internal(machine.record.active.clone(), "s")));
+}
+
+#[test]
+fn a_tag_of_a_frozen_open_layer_is_dropped_in_a_window_and_one_of_the_active_layer_is_not() {
+    let mut machine = Machine::new();
+    machine.perform(&Action::Create(PointKind::Internal));
+    machine.perform(&Action::Create(PointKind::External));
+    machine.perform(&Action::Create(PointKind::Internal));
+    machine.perform(&Action::Power(true));
+    let tags: Vec<Point> = machine.keep().into_iter().filter(|point| point.tag.is_some()).collect();
+    let keep = machine.keep().into_iter().filter(|point| point.tag.is_none()).collect();
+    let plan = machine.plan(&DiskRequest::Delete { drop: tags, keep }).unwrap();
+    let active = machine.record.active.as_str();
+    let windows: Vec<_> =
+        plan.steps.iter().map(|planned| (planned.step.action["layer"] == *active, planned.window)).collect();
+    assert_eq!(windows.len(), 2, "{plan:?}");
+    assert!(windows.contains(&(true, false)) && windows.contains(&(false, true)), "{windows:?}");
 }
