@@ -1,7 +1,7 @@
 # make test       every suite, a debug build of the binary under test
 # make test-fast  the unit tests and the behaviour matrix: no crash suites, no property test
 # make bench      side by side with qemu-img, a release build
-# make demo       a domain of two disks: snapshots, destruction, reverts, deletes, checksums
+# make demo       a domain of two disks, then a running guest: snapshots, destruction, reverts, deletes, proofs
 # make build      the release binary: target/release/domsnap
 
 CARGO ?= cargo
@@ -31,6 +31,7 @@ nextest:
 # The suites run the real binary and preload the real shim: neither is a dependency that cargo would build for them.
 under-test:
 	$(CARGO) build --locked -p snapcli -p faultfs
+	$(CARGO) build --locked -p snapcli --example revert_loop
 
 test: deps qemu nextest under-test
 	$(NEXTEST) --workspace --locked
@@ -43,8 +44,9 @@ test-fast: deps qemu nextest under-test
 bench: deps build
 	$(CARGO) run --release --locked -q -p domsnap-benches -- $(BENCH)
 
-demo: deps build
+demo: deps qemu build
 	scripts/demo
+	$(CARGO) run --locked -q -p testguest --example tour -- target/release/domsnap
 
 ci:
 	.ci/run

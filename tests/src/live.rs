@@ -180,12 +180,24 @@ impl Live {
     /// # Errors
     /// If it fails, or something is wrong afterwards.
     pub fn delete(&mut self, names: &[&str], more: &[&str]) -> Result<()> {
+        self.delete_unverified(names, more)?;
+        self.verify()
+    }
+
+    /// Deletes snapshots and looks whether all is sound.
+    ///
+    /// # Errors
+    /// If it fails, or something is wrong afterwards.
+    pub fn delete_unverified(&mut self, names: &[&str], more: &[&str]) -> Result<()> {
         let words = [&["delete", NAME], names, more].concat();
         self.run(&words)?;
-        for name in names {
-            self.held.remove(*name);
+        let left = report::list(&self.domsnap(), NAME)?.snapshots;
+        self.held.retain(|name, _| left.iter().any(|snapshot| snapshot.name == *name));
+        let wrong = names.iter().find(|name| left.iter().any(|snapshot| snapshot.name == **name));
+        match wrong {
+            Some(name) => bail!("{name} is there after its delete"),
+            None => Ok(()),
         }
-        self.verify()
     }
 
     /// A snapshot that is no more.

@@ -2,7 +2,7 @@
 //! of one instant at every tick, and every snapshot holds what it held.
 
 use anyhow::{Result, ensure};
-use domsnap_tests::domsnap::status;
+use domsnap_tests::domsnap::{product, status};
 use domsnap_tests::live::{Live, NAME};
 use testguest::{GuestOptions, Version};
 
@@ -148,6 +148,29 @@ fn the_present_is_saved_with_its_memory_before_a_revert() -> Result<()> {
     live.sound()?;
     ensure!(live.guest.ticks()? >= before, "the present that was saved is an older one");
     Ok(())
+}
+
+#[test]
+fn with_nothing_registered_a_farm_reverts_in_place_again_and_again() -> Result<()> {
+    let live = Live::unregistered(GuestOptions::new())?;
+    let pid = live.guest.pid();
+    let example = product("DOMSNAP_REVERT_LOOP", "examples/revert_loop", "snapcli --example revert_loop");
+    let count = live.guest.ticks()?;
+    let output = std::process::Command::new(example)
+        .args([live.guest.qmp_socket().as_os_str(), "3".as_ref(), "sleep 1".as_ref()])
+        .env("DOMSNAP_STATE_DIR", live.guest.dir().join("state"))
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.success() && said.lines().count() == 3,
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    ensure!(live.guest.pid() == pid && live.guest.boots() == 0, "the guest was booted anew");
+    live.sound()?;
+    ensure!(live.guest.ticks()? < count + 400, "it did not go back");
+    ensure!(live.layers()? <= 2, "{} layers are left when all snapshots are deleted", live.layers()?);
+    live.finish()
 }
 
 #[test]

@@ -122,6 +122,13 @@ fn once(live: &mut Live, operation: &Operation, words: &[&str], victim: Victim, 
     live.domsnap().done(&["recover", NAME])?;
     if victim != Victim::Domsnap {
         live.wait_running()?;
+        if operation.words[0] == "revert" {
+            // Its supervisor started it before the recovery, on disks of which some were reverted and some not, and it wrote
+            // to them: no recovery makes one instant of that. All snapshots are whole, and it can be returned to each.
+            live.guest.forget_bad();
+            live.verify()?;
+            live.revert(operation.words[1], &[])?;
+        }
         live.load()?;
     }
     settle(live, operation, happened)
