@@ -156,7 +156,8 @@ pub struct CreateRunning {
     pub no_live: bool,
     /// How long memory may be copied again and again before the guest is paused, where the hypervisor cannot protect it
     /// [default: 60]
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    #[arg(long, value_name = "SECONDS", conflicts_with_all = ["no_live", "disk_only"])]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub budget: Option<u64>,
     /// Flush and freeze the guest's file systems for the instant: `require` it, or `try` to
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "require")]
@@ -216,7 +217,7 @@ pub struct Revert {
     /// Let it stand still afterwards
     #[arg(long, conflicts_with = "off")]
     pub paused: bool,
-    /// Let it be off afterwards: its disks alone are reverted
+    /// Let it be off afterwards; no memory is loaded
     #[arg(long)]
     pub off: bool,
     /// Print what would be done, and do nothing
@@ -284,14 +285,14 @@ pub enum Domain {
         /// The domain
         domain: DomainRef,
     },
-    /// Find running domains that could be registered
+    /// Find the domains that run on this machine, and how each is registered
     Scan,
 }
 
 #[derive(Debug, Args)]
 pub struct DomainAdd {
     /// Its name
-    #[arg(required_unless_present = "file")]
+    #[arg(required_unless_present = "file", value_parser = domain_name)]
     pub name: Option<DomainName>,
     /// A disk: TARGET=PATH[,format=FORMAT]
     #[arg(long = "disk", value_name = "TARGET=PATH", value_parser = disk_place)]
@@ -306,7 +307,8 @@ pub struct DomainAdd {
     /// Where memory images go [default: beside the first disk]
     #[arg(long, value_name = "DIR", requires = "qmp", value_hint = ValueHint::DirPath)]
     pub memory_dir: Option<Utf8PathBuf>,
-    /// The command that starts it, to the end of the line [default: as it was started when a snapshot was taken]
+    /// The command that starts it: all that follows, to the end of the line [default: as it was started when a snapshot
+    /// was taken]
     #[arg(long, value_name = "COMMAND", requires = "qmp", num_args = 1.., allow_hyphen_values = true)]
     pub start: Vec<String>,
     /// Where active images go: `keep` the configured paths, or to `new` ones
@@ -401,7 +403,7 @@ pub struct Import {
     /// The images, joined by commas, or the name of a registered domain
     pub domain: DomainRef,
     /// Register the domain under this name
-    #[arg(long)]
+    #[arg(long, value_parser = domain_name)]
     pub name: Option<DomainName>,
     /// Replace what the catalogue has of the domain
     #[arg(long)]
@@ -429,6 +431,14 @@ fn disk_choice(text: &str) -> Result<(Target, CreateDisk), String> {
     }
 }
 
+/// A name for a domain that can be called by it: none that means where one is reached.
+pub fn domain_name(text: &str) -> Result<DomainName, String> {
+    if let Some(word) = ["qemu:", "xen:"].into_iter().find(|word| text.starts_with(word)) {
+        return Err(format!("what begins with {word:?} says where a domain is reached, and is no name"));
+    }
+    DomainName::new(text).map_err(|error| error.to_string())
+}
+
 fn bytes(text: &str) -> Result<u64, String> {
     let rule = "expected a number of bytes, with K, M or G behind it if it is of those";
     let (digits, unit) = match text.char_indices().last() {
@@ -444,6 +454,12 @@ fn disk_place(text: &str) -> Result<DiskPlace, String> {
     let rule = "expected TARGET=PATH or TARGET=PATH,format=FORMAT";
     let (target, rest) = text.split_once('=').ok_or(rule)?;
     let target = Target::new(target).map_err(|error| error.to_string())?;
+    if target.is_domain() {
+        return Err(
+            "'domain' is what the domain itself is called; call the disk as the guest does: vda, sda"
+                .to_owned(),
+        );
+    }
     let (path, format) = match rest.rsplit_once(",format=") {
         Some((path, format)) if !format.is_empty() => (path, Some(format.to_owned())),
         Some(_) => return Err(rule.to_owned()),
@@ -505,5 +521,18 @@ mod tests {
         assert_eq!((place.path.as_str(), place.format.as_deref()), ("/a,b=c.img", Some("qcow2")));
         assert!(disk_place("vda=").is_err());
         assert!(disk_place("vda=/x,format=").is_err());
+    }
+
+    #[test]
+    fn what_says_where_a_domain_is_reached_is_no_name_of_one() {
+        assert_eq!(domain_name("web").unwrap().as_str(), "web");
+        for text in ["qemu:web", "xen:web", "a b", ""] {
+            assert!(domain_name(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn no_disk_is_called_as_the_domain_itself_is() {
+        assert!(disk_place("domain=/x").unwrap_err().contains("the domain itself"));
     }
 }

@@ -210,15 +210,51 @@ pub struct CreateDoc {
     pub snapshot: SnapshotDoc,
     /// What was done.
     pub outcome: Outcome,
+    /// What the domain does now; null where it did not run.
+    pub power: Option<Power>,
 }
 
-/// `revert`, `delete`.
+/// `delete`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct ChangeDoc {
     /// The domain.
     pub domain: DomainName,
     /// What was done.
     pub outcome: Outcome,
+}
+
+/// `revert`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct RevertDoc {
+    /// The domain.
+    pub domain: DomainName,
+    /// What was done.
+    pub outcome: Outcome,
+    /// What the domain does now; null where no hypervisor runs it, or it cannot be told.
+    pub power: Option<Power>,
+}
+
+/// What a domain does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Power {
+    /// Its processors run.
+    Running,
+    /// It stands still.
+    Paused,
+    /// Nothing runs.
+    Off,
+}
+
+impl Power {
+    /// Its word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Off => "off",
+        }
+    }
 }
 
 /// `--dry-run`.
@@ -256,7 +292,17 @@ pub struct RemovalDoc {
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct DomainsDoc {
     /// All domains of the catalogue.
-    pub domains: Vec<DomainSummary>,
+    pub domains: Vec<ListedDomain>,
+}
+
+/// A domain in the list of all.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct ListedDomain {
+    /// What the catalogue has of it.
+    #[serde(flatten)]
+    pub summary: DomainSummary,
+    /// What it does now; null where no hypervisor runs it, or none answers at once.
+    pub power: Option<Power>,
 }
 
 /// `domain show`.
@@ -268,14 +314,18 @@ pub struct DomainShowDoc {
     pub disks: Vec<DiskReport>,
     /// Operations that stopped half way, or run just now.
     pub unfinished: Vec<Unfinished>,
-    /// What it is doing, for people: `running`, `paused`, `off`, or why that cannot be told.
-    pub power: String,
+    /// What it does now; null where no hypervisor runs it, or `problem` says why it cannot be told.
+    pub power: Option<Power>,
+    /// The machine that runs now, in a line.
+    pub machine: Option<String>,
+    /// Why it cannot be told what it does.
+    pub problem: Option<String>,
 }
 
 /// `domain scan`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct ScanDoc {
-    /// The domains that run and can be reached.
+    /// The domains that run on this machine and can be reached.
     pub found: Vec<ScannedDoc>,
 }
 
@@ -296,6 +346,10 @@ pub struct ScannedDoc {
     pub disks: Vec<SeenDisk>,
     /// The domain that it is registered as.
     pub registered: Option<DomainName>,
+    /// The command that registers it, word by word; none where it is registered, or `problem` says why it cannot be.
+    pub register: Vec<String>,
+    /// Why it cannot be registered as it is.
+    pub problem: Option<String>,
 }
 
 /// `disk create`, `disk revert`, `disk delete`.
@@ -359,6 +413,17 @@ pub struct CheckedDomain {
 pub struct RecoverDoc {
     /// What was done, operation by operation; nothing: there was nothing to do.
     pub recovered: Vec<RecoveryReport>,
+    /// What else was put right, or noticed, that no operation tells of: a guest that was still frozen, say.
+    pub notes: Vec<RecoverNote>,
+}
+
+/// Something that `recover` did or noticed beside all operations.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct RecoverNote {
+    /// The domain.
+    pub domain: DomainName,
+    /// What.
+    pub message: String,
 }
 
 /// `backends`.
@@ -409,7 +474,7 @@ pub fn schema() -> serde_json::Value {
         };
     }
     document! {
-        "create": CreateDoc, "revert": ChangeDoc, "delete": ChangeDoc, "dry-run": PlanDoc,
+        "create": CreateDoc, "revert": RevertDoc, "delete": ChangeDoc, "dry-run": PlanDoc,
         "list": ListDoc, "list-all": ListAllDoc, "show": ShowDoc,
         "domain-add": DomainDoc, "domain-remove": RemovalDoc, "domain-list": DomainsDoc, "domain-show": DomainShowDoc,
         "domain-scan": ScanDoc,

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use snapcore::Event;
+use snapcore::{DomainName, Event};
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Global;
@@ -16,12 +16,52 @@ const WORTH_A_BAR: u64 = 32 << 20;
 /// The view of one operation.
 pub struct Progress {
     bar: Option<ProgressBar>,
+    /// What the bar is of.
+    what: String,
+    /// What is being done now.
+    step: String,
     shows_bars: bool,
     verbose: bool,
     speaks: bool,
     started: bool,
     committed: bool,
-    done: HashMap<u64, u64>,
+    moved: Moved,
+    warnings: Vec<(DomainName, String)>,
+}
+
+/// How many bytes there are to move, and were. A plan tells what its steps will move; of memory, and of what a running
+/// domain merges itself, only the step does, while it runs.
+#[derive(Debug, Default)]
+struct Moved {
+    total: u64,
+    steps: HashMap<u64, Step>,
+}
+
+#[derive(Debug, Default)]
+struct Step {
+    counted: u64,
+    done: u64,
+}
+
+impl Moved {
+    fn of(total: u64) -> Self {
+        Self { total, steps: HashMap::new() }
+    }
+
+    fn begins(&mut self, index: u64, planned: u64) {
+        self.steps.entry(index).or_default().counted = planned;
+    }
+
+    fn moves(&mut self, index: u64, done: u64, total: u64) {
+        let step = self.steps.entry(index).or_default();
+        self.total = self.total.saturating_add(total.saturating_sub(step.counted));
+        step.counted = step.counted.max(total);
+        step.done = done;
+    }
+
+    fn done(&self) -> u64 {
+        self.steps.values().map(|step| step.done).fold(0, u64::saturating_add)
+    }
 }
 
 impl Progress {
@@ -30,13 +70,21 @@ impl Progress {
         let speaks = !global.json && !global.quiet;
         Self {
             bar: None,
+            what: String::new(),
+            step: String::new(),
             shows_bars: speaks && std::io::stderr().is_terminal(),
             verbose: global.verbose,
             speaks,
             started: false,
             committed: false,
-            done: HashMap::new(),
+            moved: Moved::default(),
+            warnings: Vec::new(),
         }
+    }
+
+    /// What was warned of, and in which domain.
+    pub fn warnings(self) -> Vec<(DomainName, String)> {
+        self.warnings
     }
 
     /// Whether the operation that was asked for was written into the journal.
@@ -50,15 +98,16 @@ impl Progress {
             Event::Started { kind, snapshots, bytes, .. } => {
                 self.started = true;
                 self.committed = false;
-                if self.shows_bars && bytes >= WORTH_A_BAR {
-                    let words =
-                        std::iter::once(kind.as_str()).chain(snapshots.iter().map(|name| name.as_str()));
-                    self.bar = Some(bar(&words.collect::<Vec<_>>().join(" "), bytes));
-                }
+                let words = std::iter::once(kind.as_str()).chain(snapshots.iter().map(|name| name.as_str()));
+                self.what = words.collect::<Vec<_>>().join(" ");
+                self.moved = Moved::of(bytes);
+                self.draw();
             }
-            Event::StepStarted { target, summary, bytes, .. } => {
+            Event::StepStarted { index, target, summary, bytes, .. } => {
+                self.step = format!("{target}: {summary}");
+                self.moved.begins(index, bytes);
                 if let Some(bar) = &self.bar {
-                    bar.set_message(format!("{target}: {summary}"));
+                    bar.set_message(self.step.clone());
                 }
                 if self.verbose {
                     let size = match bytes {
@@ -68,11 +117,9 @@ impl Progress {
                     self.say(&format!("{target}: {summary}{size}"));
                 }
             }
-            Event::Progress { index, done, .. } => {
-                self.done.insert(index, done);
-                if let Some(bar) = &self.bar {
-                    bar.set_position(self.done.values().sum());
-                }
+            Event::Progress { index, done, total, .. } => {
+                self.moved.moves(index, done, total);
+                self.draw();
             }
             Event::Committed { .. } => {
                 self.committed = true;
@@ -81,7 +128,12 @@ impl Progress {
                 }
             }
             Event::Undoing { reason, .. } if self.speaks => self.say(&format!("undoing: {reason}")),
-            Event::Warning { message, .. } if self.verbose => self.say(&format!("warning: {message}")),
+            Event::Warning { domain, message } => {
+                if self.verbose {
+                    self.say(&format!("warning: {message}"));
+                }
+                self.warnings.push((domain, message));
+            }
             // The answer tells of these.
             _ => {}
         }
@@ -99,6 +151,19 @@ impl Progress {
             }
             (true, true) => "past its commit point: it is still being carried through; this is safe to wait for",
         });
+    }
+
+    /// Draws the bar as far as it is, and begins one as soon as there is enough to move.
+    fn draw(&mut self) {
+        if self.bar.is_none() && self.shows_bars && self.moved.total >= WORTH_A_BAR {
+            let bar = bar(&self.what, self.moved.total);
+            bar.set_message(self.step.clone());
+            self.bar = Some(bar);
+        }
+        if let Some(bar) = &self.bar {
+            bar.set_length(self.moved.total);
+            bar.set_position(self.moved.done());
+        }
     }
 
     /// Takes the bar away.
@@ -125,4 +190,23 @@ fn bar(what: &str, bytes: u64) -> ProgressBar {
     }
     bar.set_prefix(what.to_owned());
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_only_a_step_knows_to_be_moved_is_added_once() {
+        let mut moved = Moved::of(100);
+        moved.begins(0, 100);
+        moved.moves(0, 40, 100);
+        assert_eq!((moved.done(), moved.total), (40, 100));
+        // Memory: planned as nothing, and the guest dirties more while it is written.
+        moved.begins(1, 0);
+        moved.moves(1, 10, 500);
+        moved.moves(1, 300, 600);
+        moved.moves(1, 590, 590);
+        assert_eq!((moved.done(), moved.total), (630, 700));
+    }
 }

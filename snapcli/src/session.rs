@@ -1,13 +1,13 @@
 //! One call of the command: the service, opened; its runtime; what is shown while it works; interrupts.
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::future::Future;
 use std::sync::Arc;
 
 use backend_qcow2::Qcow2;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::service::{Domsnap, StateDir};
-use snapcore::{Error, ErrorKind, Registry, Result};
+use snapcore::{DomainName, Error, ErrorKind, Registry, Result};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -40,6 +40,7 @@ pub struct Session {
     pub service: Domsnap,
     cancel: CancellationToken,
     asking: OnceCell<Runtime>,
+    warnings: RefCell<Vec<(DomainName, String)>>,
 }
 
 impl Session {
@@ -47,12 +48,18 @@ impl Session {
     pub fn open(global: Global) -> Result<Self> {
         let state = StateDir::new(state_dir(&global)?);
         let service = Domsnap::open(state, registry(&global)?);
-        Ok(Self { global, service, cancel: CancellationToken::new(), asking: OnceCell::new() })
+        let (cancel, asking, warnings) = Default::default();
+        Ok(Self { global, service, cancel, asking, warnings })
     }
 
     /// What ends the work of this call when it is cancelled.
     pub fn cancel(&self) -> CancellationToken {
         self.cancel.clone()
+    }
+
+    /// What was warned of, and in which domain, while work was done that changes things.
+    pub fn warnings(&self) -> Vec<(DomainName, String)> {
+        self.warnings.borrow().clone()
     }
 
     /// Waits for `work` that changes nothing.
@@ -95,7 +102,9 @@ impl Session {
             done
         });
         progress.end();
-        done.map_err(|error| Failure::of(error, progress.started()))
+        let started = progress.started();
+        self.warnings.borrow_mut().extend(progress.warnings());
+        done.map_err(|error| Failure::of(error, started))
     }
 
     /// What a command that changes things answers: nothing to people who want it quiet.

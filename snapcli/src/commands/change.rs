@@ -10,7 +10,8 @@ use snapcore::{
 
 use crate::answer::Answer;
 use crate::args::{Create, CreateRunning, Delete, Revert, Then};
-use crate::documents::{ChangeDoc, CreateDoc, PlanDoc, SnapshotDoc};
+use crate::commands::power;
+use crate::documents::{ChangeDoc, CreateDoc, PlanDoc, Power, RevertDoc, SnapshotDoc};
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::units;
@@ -29,8 +30,10 @@ pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
     if args.dry_run {
         return dry_run(session, &args.domain, &Request::Create(request));
     }
+    let then = request.then;
     let outcome = session.change(session.service.create(&args.domain, request, session.cancel()))?;
-    let document = created(session, &args.domain, &name, outcome)?;
+    let mut document = created(session, &args.domain, &name, outcome)?;
+    document.power = power::after_create(&document.outcome, then);
     Ok(session.changed(document, |document| {
         let mut points: Vec<String> = document
             .snapshot
@@ -45,7 +48,7 @@ pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
             "created snapshot {name} of {}: {}{}\n{}",
             document.domain,
             points.join(", "),
-            stood_still(&document.outcome),
+            stood_still(document),
             remarks(&document.outcome)
         )
     }))
@@ -70,13 +73,17 @@ fn running(mut request: CreateRequest, said: &CreateRunning) -> CreateRequest {
     }
 }
 
-/// How long the guest stood still, and why so short or long.
-fn stood_still(outcome: &Outcome) -> String {
-    let way = outcome.way.as_ref().map(|way| format!(" ({way})")).unwrap_or_default();
-    match outcome.downtime_us {
-        Some(time) => format!("; the guest stood still for {}{way}", units::duration_us(time)),
-        None if way.is_empty() => String::new(),
-        None => format!("; the guest does not run{way}"),
+/// How long the guest stood still, and by which way; or what it does instead of going on.
+fn stood_still(document: &CreateDoc) -> String {
+    let way = document.outcome.way.as_ref().map(|way| format!(" ({way})")).unwrap_or_default();
+    match (document.power, document.outcome.downtime_us) {
+        (None, _) => String::new(),
+        (Some(Power::Off), _) => format!("; the domain is off{way}"),
+        (Some(Power::Paused), _) => format!("; the guest stands still{way}"),
+        (Some(Power::Running), Some(time)) => {
+            format!("; the guest stood still for {}{way}", units::duration_us(time))
+        }
+        (Some(Power::Running), None) => format!("; the guest goes on{way}"),
     }
 }
 
@@ -100,6 +107,7 @@ pub fn created(
         domain: outcome.domain.clone(),
         snapshot: SnapshotDoc::of(snapshot, &listing, session.service.registry()),
         outcome,
+        power: None,
     })
 }
 
@@ -125,19 +133,30 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
         return dry_run(session, &args.domain, &Request::Revert(request));
     }
     let outcome = session.change(session.service.revert(&args.domain, request, session.cancel()))?;
-    Ok(session.changed(ChangeDoc { domain: outcome.domain.clone(), outcome }, |document| {
+    let now = power::after_revert(session, &args.domain, &outcome);
+    let document = RevertDoc { domain: outcome.domain.clone(), outcome, power: now };
+    Ok(session.changed(document, |document| {
         let saved = saved.map(|name| format!("; the state before is snapshot {name}")).unwrap_or_default();
-        let outcome = &document.outcome;
-        let still = match outcome.downtime_us {
-            Some(time) => format!("; the guest goes on, after {}", units::duration_us(time)),
-            None => String::new(),
-        };
-        let start = match outcome.start.is_empty() {
+        let start = match document.outcome.start.is_empty() {
             true => String::new(),
-            false => format!("  start it with: {}\n", shell_words(&outcome.start)),
+            false => format!("  start it with: {}\n", shell_words(&document.outcome.start)),
         };
-        format!("reverted {} to {}{saved}{still}\n{start}{}", document.domain, args.name, remarks(outcome))
+        let (goes_on, remarks) = (goes_on(document), remarks(&document.outcome));
+        format!("reverted {} to {}{saved}{goes_on}\n{start}{remarks}", document.domain, args.name)
     }))
+}
+
+/// What the guest does after a revert.
+fn goes_on(document: &RevertDoc) -> String {
+    match (document.power, document.outcome.downtime_us) {
+        (None, _) => String::new(),
+        (Some(Power::Running), Some(time)) => {
+            format!("; the guest goes on, it stood still for {}", units::duration_us(time))
+        }
+        (Some(Power::Running), None) => "; the guest goes on".to_owned(),
+        (Some(Power::Paused), _) => "; the guest stands still".to_owned(),
+        (Some(Power::Off), _) => "; the domain is off".to_owned(),
+    }
 }
 
 /// `domsnap delete`

@@ -1,14 +1,16 @@
 //! `domsnap domain ...` and `domsnap import`.
 
 use camino::Utf8Path;
-use snapcore::service::{DomainRef, DomainSpec, ImportOptions, ImportReport, Scanned};
+use snapcore::service::{DomainRef, DomainSpec, DomainSummary, ImportOptions, ImportReport};
 use snapcore::{Control, Error, ErrorKind, Hypervisor};
 
 use crate::answer::Answer;
 use crate::args::{Domain, DomainAdd, Import};
-use crate::commands::change::names;
+use crate::commands::change::{names, shell_words};
 use crate::commands::list::{layers, stopped};
-use crate::documents::{DomainDoc, DomainShowDoc, DomainsDoc, ListDoc, RemovalDoc, ScanDoc, ScannedDoc};
+use crate::commands::power::{self, Now};
+use crate::commands::scan;
+use crate::documents::{DomainDoc, DomainShowDoc, DomainsDoc, ListDoc, ListedDomain, Power, RemovalDoc};
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::table::table;
@@ -21,13 +23,12 @@ pub fn run(session: &Session, domain: Domain) -> Result<Answer, Failure> {
         Domain::Remove { domain } => remove(session, &domain),
         Domain::List => list(session),
         Domain::Show { domain } => show(session, &domain),
-        Domain::Scan => scan(session),
+        Domain::Scan => scan::run(session),
     }
 }
 
 fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
-    let mut left_out = Vec::new();
-    let spec = match (&args.file, args.name.clone()) {
+    let mut spec = match (&args.file, args.name.clone()) {
         (Some(file), _) => read_file(file)?,
         (None, Some(name)) => {
             let mut spec = DomainSpec::new(name).active_path(args.active_path.into());
@@ -37,7 +38,7 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
                 spec = spec.disk(disk.target.clone(), disk.path.clone(), format);
             }
             match &args.qmp {
-                Some(socket) => run_by_qemu(session, spec, socket, &args, &mut left_out)?,
+                Some(socket) => spec.run_by(Hypervisor::Qemu, control(socket, &args)?),
                 None => spec,
             }
         }
@@ -45,97 +46,31 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
             return Err(Error::new(ErrorKind::Usage, "a domain needs a name").into());
         }
     };
+    let mut left_out = Vec::new();
+    if spec.disks.is_empty()
+        && let Some(control) = &spec.control
+    {
+        let seen = session.ask(session.service.look(spec.hypervisor, control))?;
+        left_out = spec.disks_of(&seen)?;
+    }
     let mut report = session.change(session.service.domain_add(&spec))?;
     report.notes.extend(left_out);
     Ok(session.changed(document(report), |document| told(document, "registered")))
 }
 
-/// A domain that a QEMU runs: reached as the command line says, with its disks if no others are said.
-fn run_by_qemu(
-    session: &Session,
-    mut spec: DomainSpec,
-    socket: &Utf8Path,
-    args: &DomainAdd,
-    left_out: &mut Vec<String>,
-) -> Result<DomainSpec, Failure> {
+/// How a domain is reached that a QEMU runs, as the command line says.
+fn control(socket: &Utf8Path, args: &DomainAdd) -> Result<Control, Failure> {
     let absolute = |path: &Utf8Path| {
         camino::absolute_utf8(path).map_err(|cause| {
-            Error::new(ErrorKind::Usage, format!("{path} cannot be made absolute")).because(cause)
+            Error::new(ErrorKind::Usage, format!("the path {path:?} cannot be made absolute")).because(cause)
         })
     };
-    let mut control = Control {
+    Ok(Control {
         address: absolute(socket)?.into(),
         agent: args.agent.as_deref().map(absolute).transpose()?,
         memory_dir: args.memory_dir.as_deref().map(absolute).transpose()?,
         start: args.start.clone(),
-    };
-    if args.disks.is_empty() {
-        let seen = session.ask(session.service.look(Hypervisor::Qemu, &control))?;
-        for disk in seen.disks {
-            match disk.left_out {
-                None => spec = spec.disk(disk.target, disk.path, disk.format),
-                Some(why) => left_out.push(format!("{} is left out: {why}", disk.target)),
-            }
-        }
-        control.agent = control.agent.or(seen.agent);
-    }
-    Ok(spec.run_by(Hypervisor::Qemu, control))
-}
-
-fn scan(session: &Session) -> Result<Answer, Failure> {
-    let known = session.ask(session.service.domains())?;
-    let found = session.ask(session.service.scan())?.into_iter().map(|scanned| {
-        let Scanned { hypervisor, control, seen, .. } = scanned;
-        let is_it = |domain: &snapcore::Domain| {
-            let known = domain.control.as_ref();
-            domain.hypervisor == hypervisor && known.is_some_and(|known| known.address == control.address)
-        };
-        let registered = known.iter().map(|summary| &summary.domain).find(|domain| is_it(domain));
-        ScannedDoc {
-            registered: registered.map(|domain| domain.name.clone()),
-            hypervisor,
-            name: seen.name,
-            running: seen.running,
-            summary: seen.summary,
-            disks: seen.disks,
-            control,
-        }
-    });
-    Ok(session.told(ScanDoc { found: found.collect() }, |document| {
-        if document.found.is_empty() {
-            return "no running domain was found that can be reached: a QEMU needs a QMP socket (-qmp unix:PATH,server=on,\
-                    wait=off), and the right to open it\n"
-                .to_owned();
-        }
-        document.found.iter().map(told_found).collect::<Vec<_>>().join("\n")
-    }))
-}
-
-fn told_found(found: &ScannedDoc) -> String {
-    let state = if found.running { "running" } else { "paused" };
-    let name = found.name.as_deref().unwrap_or("unnamed");
-    let mut text = format!("{name} ({state}): {}\n", found.summary);
-    for disk in &found.disks {
-        let why = disk.left_out.as_ref().map(|why| format!("; left out: {why}")).unwrap_or_default();
-        text.push_str(&format!("  {}  {} ({}){why}\n", disk.target, disk.path, disk.format));
-    }
-    text + &match &found.registered {
-        Some(domain) => format!("  registered as {domain}\n"),
-        None => {
-            let socket = crate::commands::change::shell_words(std::slice::from_ref(&found.control.address));
-            format!("  register it: domsnap domain add NAME --qmp {socket}\n")
-        }
-    }
-}
-
-/// What a domain is doing, in a word; or why that cannot be told.
-fn power(session: &Session, domain: &DomainRef) -> String {
-    match session.ask(session.service.running(domain)) {
-        Ok(None) => "off".to_owned(),
-        Ok(Some(seen)) if seen.running => format!("running: {}", seen.summary),
-        Ok(Some(seen)) => format!("paused: {}", seen.summary),
-        Err(failure) => format!("not known: {}", failure.words()),
-    }
+    })
 }
 
 fn read_file(file: &Utf8Path) -> Result<DomainSpec, Failure> {
@@ -201,44 +136,57 @@ fn remove(session: &Session, domain: &DomainRef) -> Result<Answer, Failure> {
 
 fn list(session: &Session) -> Result<Answer, Failure> {
     let domains = session.ask(session.service.domains())?;
-    Ok(session.told(DomainsDoc { domains }, |document| {
+    let powers = power::of_all(session, domains.iter().map(|summary| &summary.domain));
+    let listed = |summary: DomainSummary| {
+        let power = powers.get(&summary.domain.name).copied();
+        ListedDomain { summary, power }
+    };
+    let document = DomainsDoc { domains: domains.into_iter().map(listed).collect() };
+    Ok(session.told(document, |document| {
         if document.domains.is_empty() {
             return "no domains are known; `domsnap domain add` registers one\n".to_owned();
         }
-        let rows = document.domains.iter().map(|summary| {
-            let disks: Vec<&str> = summary.domain.disks.iter().map(|d| d.disk.target.as_str()).collect();
-            vec![
-                summary.domain.name.to_string(),
-                disks.join(", "),
-                summary.snapshots.to_string(),
-                if summary.unfinished { "needs recovery" } else { "ok" }.to_owned(),
-            ]
-        });
-        table(&["NAME", "DISKS", ">SNAPSHOTS", "STATE"], rows)
+        let runs = document.domains.iter().any(|listed| listed.summary.domain.control.is_some());
+        let columns = ["NAME", "DISKS", ">SNAPSHOTS", "STATE", "NOW", "RUN AT"];
+        // Where all are disks at rest there is nothing to say of who runs them.
+        let columns = if runs { &columns[..] } else { &columns[..4] };
+        table(columns, document.domains.iter().map(|listed| row(listed, columns.len())))
     }))
+}
+
+fn row(listed: &ListedDomain, columns: usize) -> Vec<String> {
+    let domain = &listed.summary.domain;
+    let disks: Vec<&str> = domain.disks.iter().map(|record| record.disk.target.as_str()).collect();
+    let (now, place) = match &domain.control {
+        None => ("-", "-".to_owned()),
+        Some(control) => {
+            (listed.power.map_or("?", Power::word), format!("{}:{}", domain.hypervisor, control.address))
+        }
+    };
+    let mut row = vec![
+        domain.name.to_string(),
+        disks.join(", "),
+        listed.summary.snapshots.to_string(),
+        if listed.summary.unfinished { "needs recovery" } else { "ok" }.to_owned(),
+        now.to_owned(),
+        place,
+    ];
+    row.truncate(columns);
+    row
 }
 
 fn show(session: &Session, domain: &DomainRef) -> Result<Answer, Failure> {
     let listing = session.ask(session.service.list(domain))?;
     let disks = session.ask(session.service.inspect(domain))?;
     let snapshots = ListDoc::of(&listing, session.service.registry()).snapshots;
-    let power = power(session, domain);
-    let document = DomainShowDoc { domain: listing.domain, disks, unfinished: listing.unfinished, power };
+    let Now { power, machine, problem } = match listing.domain.control {
+        Some(_) => power::now(session, domain),
+        None => Now::default(),
+    };
+    let (domain, unfinished) = (listing.domain, listing.unfinished);
+    let document = DomainShowDoc { domain, disks, unfinished, power, machine, problem };
     Ok(session.told(document, |document| {
-        let domain = &document.domain;
-        let mut text = format!("domain       {}\n", domain.name);
-        match &domain.control {
-            None => text.push_str("hypervisor   none: disks at rest\n"),
-            Some(control) => {
-                text.push_str(&format!("hypervisor   {} at {}\n", domain.hypervisor, control.address));
-                text.push_str(&format!("state        {}\n", document.power));
-                for (what, path) in [("agent", &control.agent), ("memory in", &control.memory_dir)] {
-                    if let Some(path) = path {
-                        text.push_str(&format!("{what:<12} {path}\n"));
-                    }
-                }
-            }
-        }
+        let mut text = facts(document);
         text.push_str(&format!("snapshots    {}\n", snapshots.len()));
         if let Some(current) = snapshots.iter().find(|snapshot| snapshot.current) {
             text.push_str(&format!("current      {}\n", current.name));
@@ -247,6 +195,37 @@ fn show(session: &Session, domain: &DomainRef) -> Result<Answer, Failure> {
             text.push('\n');
             text.push_str(&layers(disk, &snapshots));
         }
-        text + &stopped(&document.unfinished, domain.name.as_str())
+        text + &stopped(&document.unfinished, document.domain.name.as_str())
     }))
+}
+
+/// What it is, who runs it, and what it does now.
+fn facts(document: &DomainShowDoc) -> String {
+    let domain = &document.domain;
+    let mut text = String::new();
+    let mut line = |what: &str, said: &str| text.push_str(&format!("{what:<12} {said}\n"));
+    line("domain", domain.name.as_str());
+    let Some(control) = &domain.control else {
+        line("hypervisor", "none: disks at rest");
+        return text;
+    };
+    line("hypervisor", &format!("{} at {}", domain.hypervisor, control.address));
+    match (document.power, &document.problem) {
+        (Some(power), _) => line("now", power.word()),
+        (None, problem) => {
+            line("now", &format!("not known: {}", problem.as_deref().unwrap_or("nobody says")))
+        }
+    }
+    if let Some(machine) = &document.machine {
+        line("machine", machine);
+    }
+    for (what, path) in [("agent", &control.agent), ("memory in", &control.memory_dir)] {
+        if let Some(path) = path {
+            line(what, path.as_str());
+        }
+    }
+    if !control.start.is_empty() {
+        line("started by", &shell_words(&control.start));
+    }
+    text
 }

@@ -6,7 +6,7 @@ use snapcore::{OperationState, Severity};
 
 use crate::answer::Answer;
 use crate::commands::change::{names, put_off};
-use crate::documents::{CheckDoc, CheckedDomain, RecoverDoc};
+use crate::documents::{CheckDoc, CheckedDomain, RecoverDoc, RecoverNote};
 use crate::failure::{Failure, exit};
 use crate::session::Session;
 use crate::units;
@@ -61,9 +61,16 @@ fn told(document: &CheckDoc) -> String {
 /// Finishes or undoes what stopped half way.
 pub fn recover(session: &Session, domain: Option<&DomainRef>) -> Result<Answer, Failure> {
     let recovered = session.change(session.service.recover(domain, session.cancel()))?;
-    Ok(session.changed(RecoverDoc { recovered }, |document| match document.recovered.is_empty() {
-        true => "nothing to recover\n".to_owned(),
-        false => document.recovered.iter().map(report).collect(),
+    // What a report tells as a note was told as it happened too.
+    let is_noted = |words: &String| recovered.iter().any(|report| report.notes.contains(words));
+    let others = session.warnings().into_iter().filter(|(_, message)| !is_noted(message));
+    let notes = others.map(|(domain, message)| RecoverNote { domain, message }).collect();
+    Ok(session.changed(RecoverDoc { recovered, notes }, |document| {
+        if document.recovered.is_empty() && document.notes.is_empty() {
+            return "nothing to recover\n".to_owned();
+        }
+        let notes = document.notes.iter().map(|note| format!("{}: {}\n", note.domain, note.message));
+        document.recovered.iter().map(report).chain(notes).collect()
     }))
 }
 

@@ -62,6 +62,9 @@ fn told(document: &ListDoc, args: &List, title: Option<&str>) -> String {
         text.push('\n');
         text.push_str(&layers(disk, &document.snapshots));
     }
+    if document.disks.is_some() {
+        text.push_str(&memory(&document.snapshots));
+    }
     text + &stopped(&document.unfinished, document.domain.as_str())
 }
 
@@ -163,6 +166,19 @@ pub fn layers(disk: &DiskReport, snapshots: &[SnapshotDoc]) -> String {
     });
     text.push_str(&indent(&table(&["LAYER", ">ON DISK", ">DISK SIZE", "HOLDS"], rows), "  "));
     text
+}
+
+/// The memory images, if there are any.
+fn memory(snapshots: &[SnapshotDoc]) -> String {
+    let row = |snapshot: &SnapshotDoc| {
+        let memory = snapshot.memory.as_ref()?;
+        Some(vec![memory.file.to_string(), units::bytes(memory.bytes), snapshot.name.to_string()])
+    };
+    let rows: Vec<_> = snapshots.iter().filter_map(row).collect();
+    match rows.is_empty() {
+        true => String::new(),
+        false => format!("\nmemory\n{}", indent(&table(&["FILE", ">SIZE", "OF"], rows), "  ")),
+    }
 }
 
 fn shown_name(layer: &Layer) -> String {

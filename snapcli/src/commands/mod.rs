@@ -6,6 +6,8 @@ mod domain;
 mod generate;
 mod health;
 mod list;
+mod power;
+mod scan;
 mod show;
 
 use crate::answer::Answer;

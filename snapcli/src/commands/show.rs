@@ -1,7 +1,7 @@
 //! `domsnap show`
 
 use snapcore::service::Details;
-use snapcore::{Consistency, DeleteCost};
+use snapcore::{Consistency, DeleteCost, MemoryPoint};
 
 use crate::answer::Answer;
 use crate::args::Show;
@@ -67,11 +67,7 @@ fn told(document: &ShowDoc) -> String {
     line("present", if snapshot.current { "derives from it" } else { "derives from another" });
     line("id", &snapshot.id.to_string());
     if let Some(memory) = &snapshot.memory {
-        let state = if memory.running { "running" } else { "paused" };
-        line(
-            "memory",
-            &format!("{} ({}, of a guest that was {state})", memory.file, units::bytes(memory.bytes)),
-        );
+        line("memory", &told_memory(memory));
     }
     if let Some(machine) = &document.machine {
         line("machine", machine);
@@ -92,11 +88,12 @@ fn told(document: &ShowDoc) -> String {
     });
     text.push_str(&table(&["DISK", "KIND", ">DISK SIZE", ">FILE SIZE", "FILE"], rows));
     text.push('\n');
+    let memory = snapshot.memory.as_ref().map_or(0, |memory| memory.bytes);
     let costs: Option<Vec<DeleteCost>> = document.delete.iter().map(|delete| delete.cost).collect();
     text.push_str(&match costs {
         Some(costs) => format!(
             "deleting it would free {} and move {}\n",
-            units::bytes(costs.iter().map(|cost| cost.frees).sum()),
+            units::bytes(costs.iter().map(|cost| cost.frees).sum::<u64>().saturating_add(memory)),
             units::bytes(costs.iter().map(|cost| cost.moves).sum())
         ),
         None => {
@@ -105,6 +102,17 @@ fn told(document: &ShowDoc) -> String {
         }
     });
     text
+}
+
+fn told_memory(memory: &MemoryPoint) -> String {
+    let state = if memory.running { "running" } else { "paused" };
+    let gone = match memory.file.symlink_metadata() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            "; the file is gone: without it only the disks can be reverted (--off)"
+        }
+        _ => "",
+    };
+    format!("{}, of a guest that was {state}: {}{gone}", units::bytes(memory.bytes), memory.file)
 }
 
 fn consistency(consistency: Consistency) -> &'static str {

@@ -3,7 +3,10 @@
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Deserialize;
 
-use crate::{ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, Target};
+use super::identity::file_id;
+use crate::{
+    ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, Seen, Target, chain,
+};
 
 /// A domain as a user names it: a registered name, the images of disks at rest, or where a running one is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,8 +34,9 @@ pub enum DomainRef {
 const QEMU: &str = "qemu:";
 
 impl DomainRef {
-    /// Reads a command line's DOMAIN: `qemu:` and the path of a QMP socket is what runs there; text with a `/` or a `,` in it, or that names an existing file, is a list of
-    /// image paths; anything else a name. Relative paths are taken from the current directory.
+    /// Reads a command line's DOMAIN: `qemu:` and the path of a QMP socket is what runs there; text with a `/` or a `,`
+    /// in it, or that names an existing file, is a list of image paths; anything else a name. Relative paths are taken
+    /// from the current directory.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] where the text is neither.
@@ -43,7 +47,7 @@ impl DomainRef {
                     .because(cause)
                     .advise("give the path of a QMP socket after 'qemu:'")
             })?;
-            return Ok(Self::Live { hypervisor: Hypervisor::Qemu, address: absolute.into() });
+            return Ok(Self::Live { hypervisor: Hypervisor::Qemu, address: socket_address(&absolute) });
         }
         if text.contains(['/', ','])
             || Utf8Path::new(text).symlink_metadata().is_ok_and(|found| !found.is_dir())
@@ -119,6 +123,43 @@ impl std::fmt::Display for DomainRef {
     }
 }
 
+/// The one name of a socket: its directory without links and dots, so that `/var/run/web.qmp` and `/run/web.qmp` are
+/// one domain. Where the directory is not there, the path as it is.
+fn socket_address(path: &Utf8Path) -> String {
+    let directory = path.parent().and_then(|directory| directory.canonicalize_utf8().ok());
+    match (directory, path.file_name()) {
+        (Some(directory), Some(name)) => directory.join(name).into(),
+        _ => path.as_str().to_owned(),
+    }
+}
+
+/// The path that a domain's configuration has for an image which its hypervisor has open by the permanent name of a
+/// layer.
+fn configured_path(open: &Utf8Path) -> Utf8PathBuf {
+    let configured = open.with_file_name(chain::disk_name(open));
+    match file_id(&configured) {
+        Some(id) if file_id(open) == Some(id) => configured,
+        _ => open.to_owned(),
+    }
+}
+
+/// Refuses an image that has another name here than in its hypervisor.
+fn require_image(target: &Target, path: &Utf8Path) -> Result<()> {
+    match path.symlink_metadata() {
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Err(Error::new(
+            ErrorKind::Refused,
+            format!("the running domain has {path} open as {target}, and there is no such file"),
+        )
+        .state("nothing was touched")
+        .advise(
+            "start it with absolute paths: a QEMU that became a daemon has left the directory that its relative ones \
+             began in; and look whether it runs in a file system of its own",
+        )),
+        // What else is wrong with it is told when it is opened.
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
 /// The target of the disk at `index` of images given by path: `vda` to `vdz`, `vdaa`, ...
 pub(crate) fn target_at(mut index: usize) -> Result<Target> {
     let mut letters = Vec::new();
@@ -169,12 +210,56 @@ impl DomainSpec {
         self
     }
 
-    /// A domain that a hypervisor runs, and how it is reached.
+    /// A domain that a hypervisor runs, and how it is reached: by the one name of that place, as [`DomainRef::Live`]
+    /// has it.
     #[must_use]
-    pub fn run_by(mut self, hypervisor: Hypervisor, control: Control) -> Self {
+    pub fn run_by(mut self, hypervisor: Hypervisor, mut control: Control) -> Self {
+        if hypervisor == Hypervisor::Qemu {
+            control.address = socket_address(Utf8Path::new(&control.address));
+        }
         self.hypervisor = hypervisor;
         self.control = Some(control);
         self
+    }
+
+    /// Takes the disks that a running domain has, each by its configured path, and its guest agent where none is said.
+    /// Gives the drives that are left out, each with the reason.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where no disk is left, or the image of one is not there under the name that the hypervisor
+    /// has of it.
+    pub fn disks_of(&mut self, seen: &Seen) -> Result<Vec<String>> {
+        let mut left_out = Vec::new();
+        let mut disks = Vec::new();
+        for disk in &seen.disks {
+            let why = match (&disk.left_out, disk.target.is_domain()) {
+                (Some(why), _) => why.as_str(),
+                (None, true) => "it is called as the domain itself is; give its device another id",
+                (None, false) => {
+                    let path = configured_path(&disk.path);
+                    require_image(&disk.target, &path)?;
+                    disks.push(Disk { target: disk.target.clone(), path, format: disk.format.clone() });
+                    continue;
+                }
+            };
+            left_out.push(format!("{} ({}) is left out: {why}", disk.target, disk.path));
+        }
+        if disks.is_empty() {
+            let why = match left_out.is_empty() {
+                true => "it has no drives at all".to_owned(),
+                false => left_out.join("; "),
+            };
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("domain {} has no disk of which a snapshot could be taken: {why}", self.name),
+            )
+            .state("nothing was touched"));
+        }
+        self.disks.extend(disks);
+        if let Some(control) = &mut self.control {
+            control.agent = control.agent.take().or_else(|| seen.agent.clone());
+        }
+        Ok(left_out)
     }
 
     /// Says where active images go.
@@ -186,7 +271,8 @@ impl DomainSpec {
 
     /// Reads a domain file: `name`, `hypervisor` (`"none"`, `"qemu"`), `active-path` (`"keep"`, `"new"`), for a
     /// hypervisor a `[control]` with `qmp`, `agent`, `memory-dir` and `start`, and a `[[disk]]` with `target`, `path` and
-    /// `format` for each disk. Relative paths are taken from `directory`.
+    /// `format` for each disk. Relative paths are taken from `directory`. With a `[control]` there may be no disk: then
+    /// the running domain is to be asked for them before it is registered.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`], with the line and what was expected there.
@@ -219,9 +305,8 @@ impl DomainSpec {
             )
         })?;
         let mut spec = Self::new(file.name).active_path(file.active_path);
-        spec.hypervisor = file.hypervisor;
-        spec.control = match (file.hypervisor, file.control) {
-            (Hypervisor::None, None) => None,
+        spec = match (file.hypervisor, file.control) {
+            (Hypervisor::None, None) => spec,
             (Hypervisor::None, Some(_)) => {
                 return Err(Error::new(
                     ErrorKind::Usage,
@@ -236,17 +321,176 @@ impl DomainSpec {
                 )
                 .advise("add a [control] with qmp = \"SOCKET\""));
             }
-            (Hypervisor::Qemu, Some(reach)) => Some(Control {
-                address: directory.join(reach.qmp).into(),
-                agent: reach.agent.map(|agent| directory.join(agent)),
-                memory_dir: reach.memory_dir.map(|memory| directory.join(memory)),
-                start: reach.start,
-            }),
+            (hypervisor @ Hypervisor::Qemu, Some(reach)) => {
+                let control = Control {
+                    address: directory.join(reach.qmp).into(),
+                    agent: reach.agent.map(|agent| directory.join(agent)),
+                    memory_dir: reach.memory_dir.map(|memory| directory.join(memory)),
+                    start: reach.start,
+                };
+                spec.run_by(hypervisor, control)
+            }
         };
         for disk in file.disk {
+            if disk.target.is_domain() {
+                return Err(Error::new(
+                    ErrorKind::Usage,
+                    format!(
+                        "the domain file calls a disk {:?}, which is what the domain itself is called",
+                        disk.target.as_str()
+                    ),
+                )
+                .advise("call it as the guest does: vda, sda, ..."));
+            }
             let path = directory.join(&disk.path);
             spec.disks.push(Disk { path, ..disk });
         }
         Ok(spec)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SeenDisk;
+
+    fn usage(result: Result<DomainSpec>) -> Error {
+        let error = result.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
+        error
+    }
+
+    fn read(text: &str) -> Result<DomainSpec> {
+        DomainSpec::from_toml(text, Utf8Path::new("/srv/web"))
+    }
+
+    #[test]
+    fn what_runs_at_a_socket_is_named_by_the_sockets_absolute_path_and_reads_back() {
+        let here = Utf8PathBuf::try_from(std::env::current_dir().unwrap()).unwrap();
+        let here = here.canonicalize_utf8().unwrap();
+        for (text, address) in [
+            ("qemu:/nowhere/web.qmp", "/nowhere/web.qmp".to_owned()),
+            ("qemu:/nowhere/a,b", "/nowhere/a,b".to_owned()),
+            ("qemu:web.qmp", here.join("web.qmp").into_string()),
+            ("qemu:src/../web.qmp", here.join("web.qmp").into_string()),
+        ] {
+            let read: DomainRef = text.parse().unwrap();
+            assert_eq!(read, DomainRef::Live { hypervisor: Hypervisor::Qemu, address });
+            assert_eq!(read.to_string().parse::<DomainRef>().unwrap(), read, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_socket_below_a_link_is_the_same_as_where_the_link_leads() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = Utf8Path::from_path(directory.path()).unwrap().canonicalize_utf8().unwrap();
+        std::fs::create_dir(directory.join("run")).unwrap();
+        std::os::unix::fs::symlink("run", directory.join("var-run")).unwrap();
+        let by = |name: &str| DomainRef::parse(&format!("qemu:{}", directory.join(name).join("s"))).unwrap();
+        assert_eq!(by("var-run"), by("run"));
+        let control = Control { address: directory.join("var-run/s").into(), ..Control::default() };
+        let spec = DomainSpec::new(DomainName::new("web").unwrap()).run_by(Hypervisor::Qemu, control);
+        assert_eq!(spec.control.unwrap().address, directory.join("run/s").as_str());
+    }
+
+    #[test]
+    fn no_socket_is_no_domain() {
+        let error = DomainRef::parse("qemu:").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage);
+        assert!(error.advice().unwrap().contains("QMP socket"), "{error}");
+    }
+
+    #[test]
+    fn a_domain_file_tells_how_a_running_domain_is_reached_from_its_own_directory() {
+        let spec = read(
+            "name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'qmp'\nagent = '/run/agent'\nmemory-dir = 'memory'\n\
+             start = ['qemu', '-m', '1G']\n[[disk]]\ntarget = 'vda'\npath = 'a.qcow2'\nformat = 'qcow2'\n",
+        )
+        .unwrap();
+        let control = Control {
+            address: "/srv/web/qmp".to_owned(),
+            agent: Some("/run/agent".into()),
+            memory_dir: Some("/srv/web/memory".into()),
+            start: ["qemu", "-m", "1G"].map(str::to_owned).to_vec(),
+        };
+        assert_eq!((spec.hypervisor, spec.control), (Hypervisor::Qemu, Some(control)));
+        assert_eq!(spec.disks[0].path, "/srv/web/a.qcow2");
+    }
+
+    #[test]
+    fn a_hypervisor_and_how_it_is_reached_are_told_together_or_not_at_all() {
+        let error = usage(read("name = 'web'\n[control]\nqmp = 'qmp'\n"));
+        assert!(error.to_string().contains("no hypervisor"), "{error}");
+        let error = usage(read("name = 'web'\nhypervisor = 'qemu'\n"));
+        assert!(error.to_string().contains("how hypervisor qemu is reached"), "{error}");
+        usage(read("name = 'web'\nhypervisor = 'qemu'\n[control]\nagent = 'a'\n"));
+        usage(read("name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'q'\nqpm = 'q'\n"));
+        assert_eq!(read("name = 'web'\n").unwrap().control, None);
+    }
+
+    fn seen(disks: Vec<SeenDisk>) -> Seen {
+        let agent = Some("/run/agent".into());
+        let machine = serde_json::Value::Null;
+        Seen { name: None, running: true, machine, summary: String::new(), disks, agent }
+    }
+
+    fn drive(target: &str, path: &Utf8Path, left_out: Option<&str>) -> SeenDisk {
+        SeenDisk {
+            target: Target::new(target).unwrap(),
+            path: path.to_owned(),
+            format: "qcow2".to_owned(),
+            left_out: left_out.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn a_running_domains_disks_are_taken_by_their_configured_paths_and_the_others_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = Utf8Path::from_path(directory.path()).unwrap();
+        let (layer, path) = (directory.join("a.ds-0123abcd.qcow2"), directory.join("a.qcow2"));
+        std::fs::write(&layer, "").unwrap();
+        std::fs::hard_link(&layer, &path).unwrap();
+        let other = directory.join("b.ds-0123abcd.qcow2");
+        std::fs::write(&other, "").unwrap();
+        std::fs::write(directory.join("b.qcow2"), "").unwrap();
+        let mut spec = DomainSpec::new(DomainName::new("web").unwrap())
+            .run_by(Hypervisor::Qemu, Control { address: "/nowhere/qmp".to_owned(), ..Control::default() });
+        let drives = vec![
+            drive("vda", &layer, None),
+            drive("vdb", &other, None),
+            drive("domain", &path, None),
+            drive("sr0", Utf8Path::new("/cd.iso"), Some("its medium can be taken out")),
+        ];
+        let left_out = spec.disks_of(&seen(drives)).unwrap();
+        let taken: Vec<_> = spec.disks.iter().map(|disk| (disk.target.as_str(), disk.path.clone())).collect();
+        assert_eq!(taken, [("vda", path), ("vdb", other)]);
+        assert!(left_out[0].starts_with("domain (") && left_out[1].ends_with("its medium can be taken out"));
+        assert_eq!(spec.control.unwrap().agent.unwrap(), "/run/agent");
+    }
+
+    #[test]
+    fn a_running_domain_without_a_disk_that_can_be_taken_is_refused_with_all_reasons() {
+        let mut spec = DomainSpec::new(DomainName::new("web").unwrap());
+        let cd = drive("sr0", Utf8Path::new("/cd.iso"), Some("its medium can be taken out"));
+        let error = spec.disks_of(&seen(vec![cd])).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(error.to_string().contains("sr0 (/cd.iso) is left out: its medium"), "{error}");
+        assert!(spec.disks_of(&seen(Vec::new())).unwrap_err().to_string().contains("no drives at all"));
+    }
+
+    #[test]
+    fn an_image_that_has_another_name_here_than_in_its_hypervisor_is_refused() {
+        let mut spec = DomainSpec::new(DomainName::new("web").unwrap());
+        let vda = drive("vda", Utf8Path::new("/nowhere/root.qcow2"), None);
+        let error = spec.disks_of(&seen(vec![vda])).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(error.advice().unwrap().contains("absolute paths"), "{error}");
+        assert!(spec.disks.is_empty());
+    }
+
+    #[test]
+    fn no_disk_may_be_called_as_the_domain_itself_is() {
+        let error = usage(read("name = 'web'\n[[disk]]\ntarget = 'domain'\npath = 'a'\nformat = 'qcow2'\n"));
+        assert!(error.to_string().contains("domain itself"), "{error}");
     }
 }
