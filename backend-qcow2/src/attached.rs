@@ -1,14 +1,25 @@
 //! Steps on images that a hypervisor has open: done through it.
+//!
+//! **What is durable before what.** A merge that takes the active image down moves the configured path at the pivot, when both
+//! images show the same and the guest's writes wait: the path is moved, and its directory flushed, before the guest writes to
+//! the lower image. From then on the merge is only carried through. Where the path cannot be moved, it is moved back before
+//! the hypervisor is told to go on with the upper one.
 
 use std::collections::HashSet;
 
+use async_trait::async_trait;
 use camino::Utf8PathBuf;
 use snapcore::chain::{ChainStep, layer_path};
-use snapcore::{AttachedDisk, AttachedMerge, Error, ErrorKind, FileIdentity, LayerName, Result, StepContext};
+use snapcore::{
+    AttachedDisk, AttachedMerge, Error, ErrorKind, FileIdentity, Inside, LayerName, Result, StepContext,
+    Target,
+};
+use tokio_util::sync::CancellationToken;
 
 use crate::backing_string::{backing_string, resolve_backing};
 use crate::image::{Image, OpenOptions};
-use crate::names::file_id;
+use crate::layers::file_of;
+use crate::names::{self, file_id};
 use crate::steps::same_file;
 
 /// Identities of files.
@@ -30,44 +41,55 @@ pub(crate) async fn apply(
     context: StepContext<'_>,
 ) -> Result<bool> {
     let path = &context.disk.disk.path;
-    let file = |layer: &LayerName| layer_path(path, layer);
+    let file = |layer: &LayerName| file_of(context.disk, layer);
     let is_open = |layer: &LayerName| -> Result<bool> {
-        Ok(file_id(&file(layer))?.is_some_and(|id| open.contains(&id)))
+        Ok(file_id(&file(layer)?)?.is_some_and(|id| open.contains(&id)))
     };
     match action {
         ChainStep::Merge { run, into, below } => {
-            // With a pivot behind it the hypervisor has none of the others open, unless a job waits there for its end: the
-            // path was moved, and the guest's writes are held.
-            let mut others_open = false;
-            for layer in run.iter().filter(|layer| *layer != into) {
-                others_open |= is_open(layer)?;
+            let mut files = Vec::new();
+            let mut any_open = false;
+            for layer in run {
+                files.push(file(layer)?);
+                any_open |= is_open(layer)?;
             }
-            if !others_open {
+            // Where it was done before, and only that was not recorded, the hypervisor has the receiving one alone, and tells.
+            if !any_open {
                 return Ok(false);
             }
-            let run: Vec<Utf8PathBuf> = run.iter().map(file).collect();
-            let is_top = run.last().is_some_and(|top| *top == file(into));
+            let is_top = run.last() == Some(into);
             let named = if is_top { below.as_ref() } else { Some(into) };
             let merge = AttachedMerge {
-                run,
-                into: file(into),
-                below: below.as_ref().map(file),
+                run: files,
+                into: file(into)?,
+                below: below.as_ref().map(file).transpose()?,
                 string: named.map(|layer| backing_string(path, layer)),
             };
-            disk.merge(&merge, context.inside, context.progress, context.cancel).await?;
+            let top = run.last().filter(|top| **top == context.disk.active && !is_top);
+            match top.map(|top| layer_path(path, top)) {
+                // The path is the layer's own name where it is another one after each change: it is not moved.
+                Some(from) if from != *path => {
+                    let pivot =
+                        Pivot { inside: context.inside, path: path.clone(), from, to: merge.into.clone() };
+                    // A crash came after the move: the guest's writes wait for the merge's end, which cannot be called off.
+                    let deaf = CancellationToken::new();
+                    let cancel = if same_file(&pivot.to, path)? { &deaf } else { context.cancel };
+                    let merged = disk.merge(&merge, &pivot, context.progress, cancel).await;
+                    merged.map_err(|error| pivot.must_go_on(error))?;
+                }
+                _ => disk.merge(&merge, context.inside, context.progress, context.cancel).await?,
+            }
             Ok(true)
         }
-        ChainStep::DropInternal { layer, tags }
-            if same_file(&file(layer), path)? || *layer == context.disk.active =>
-        {
+        ChainStep::DropInternal { layer, tags } if is_open(layer)? && same_file(&file(layer)?, path)? => {
             disk.drop_internal(tags).await?;
             Ok(true)
         }
         ChainStep::Repoint { child, to } if is_open(child)? => {
-            let child = file(child);
+            let child = file(child)?;
             let image = Image::open(child.as_std_path(), &OpenOptions::read_only().unlocked())?;
             let stands_on = match &image.header().backing {
-                Some(backing) => same_file(&resolve_backing(&child, &backing.file)?, &file(to))?,
+                Some(backing) => same_file(&resolve_backing(&child, &backing.file)?, &file(to)?)?,
                 None => false,
             };
             if stands_on {
@@ -80,5 +102,51 @@ pub(crate) async fn apply(
             .state("nothing was changed"))
         }
         _ => Ok(false),
+    }
+}
+
+/// What runs at the pivot of a merge: afterwards the configured path names the image that the guest will write to. Planned at
+/// rest, the move is a step that comes later; for a running guest that would be too late.
+struct Pivot<'a> {
+    inside: &'a dyn Inside,
+    path: Utf8PathBuf,
+    from: Utf8PathBuf,
+    to: Utf8PathBuf,
+}
+
+#[async_trait]
+impl Inside for Pivot<'_> {
+    async fn run(&self, only: Option<&Target>) -> Result<()> {
+        let moved = match self.inside.run(only).await {
+            Ok(()) if same_file(&self.to, &self.path)? => Ok(()),
+            Ok(()) => names::move_name(&self.path, &self.to),
+            Err(error) => Err(error),
+        };
+        let Err(error) = moved else { return Ok(()) };
+        // The guest goes on with the upper image.
+        if same_file(&self.to, &self.path)?
+            && let Err(second) = names::move_name(&self.path, &self.from)
+        {
+            let words = format!("{} could not be given back to {}: {second}", self.path, self.from);
+            return Err(Error::new(ErrorKind::Io, words).because(error));
+        }
+        Err(error)
+    }
+}
+
+impl Pivot<'_> {
+    /// A merge whose path was moved is not put off, whatever stopped it: until it is done, the guest's writes wait, or go to an
+    /// image that the path does not name.
+    fn must_go_on(&self, error: Error) -> Error {
+        match same_file(&self.to, &self.path) {
+            Ok(false) => error,
+            Ok(true) | Err(_) => error
+                .with_kind(ErrorKind::Internal)
+                .state(format!(
+                    "{} names {} already, and the merge must be carried to its end",
+                    self.path, self.to
+                ))
+                .advise("run 'domsnap recover' while the domain runs"),
+        }
     }
 }

@@ -126,6 +126,7 @@ impl Workplace<'_> {
     fn put_aside(&self, layer: &LayerName) -> Result<Salvage> {
         let file = self.own_name(layer);
         let aside = file.with_file_name(format!("{RESCUED}{layer}"));
+        self.refuse_open(&file)?;
         self.lock(&file)?;
         names::settle(&file, &aside)?;
         Ok(Salvage::PutAside(format!(

@@ -52,9 +52,12 @@ impl Workplace<'_> {
             ChainStep::TakeInternal { layer, tag } => self.take(layer, tag),
             ChainStep::SwitchActive { from, to } => {
                 self.refuse_replaced(from, to)?;
-                self.lock(&self.record.disk.path)?;
                 let to = self.own_name(to);
-                self.lock(&to)?;
+                // A hypervisor that has the one open has the other next: a lock of ours would keep it out.
+                if !self.is_open(&self.record.disk.path)? {
+                    self.lock(&self.record.disk.path)?;
+                    self.lock(&to)?;
+                }
                 names::move_name(&self.record.disk.path, &to)
             }
             ChainStep::ApplyInternal { layer, tag, .. } => self.apply_tag(layer, tag),
@@ -393,10 +396,12 @@ impl Workplace<'_> {
         }
     }
 
-    fn refuse_open(&self, file: &Utf8Path) -> Result<()> {
+    /// What a hypervisor has open is its to write, and it may open it by this name again.
+    pub(crate) fn refuse_open(&self, file: &Utf8Path) -> Result<()> {
         match self.is_open(file)? {
             true => Err(Error::new(ErrorKind::Busy, format!("the running domain has {file} open"))
-                .state("it was not touched")),
+                .state("it was not touched")
+                .advise("shut the domain down and run 'domsnap recover'")),
             false => Ok(()),
         }
     }

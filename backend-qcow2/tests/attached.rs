@@ -1,0 +1,700 @@
+//! Disks that a hypervisor has open. It is played here: it holds the images' locks as a QEMU does, says which files it has
+//! open, and writes down what it was asked for.
+
+mod judge;
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::sync::{Mutex, MutexGuard};
+
+use async_trait::async_trait;
+use backend_qcow2::Qcow2;
+use backend_qcow2::image::{self, Backing, Image, LockMode, NewImage, NewSnapshot, OpenOptions};
+use camino::{Utf8Path, Utf8PathBuf};
+use judge::{clean, content, io, run, snapshot_names};
+use snapcore::chain::{ChainStep, layer_name, layer_path};
+use snapcore::{
+    ActivePath, AttachedDisk, AttachedMerge, Capabilities, Disk, DiskInstant, DiskPlan, DiskRecord,
+    DiskRequest, DiskSnapshotter, Error, ErrorKind, FileIdentity, Guard, Inside, InspectDepth, LayerName,
+    NothingInside, PlannedStep, Point, PointKind, Progress, Result, Salvage, SnapshotName, Step, StepContext,
+    StepStatus, Target,
+};
+use tokio_util::sync::CancellationToken;
+
+struct Untold;
+
+impl Progress for Untold {
+    fn bytes(&self, _: u64, _: u64) {}
+}
+
+/// A disk of a hypervisor that is played.
+#[derive(Default)]
+struct FakeAttachedDisk {
+    open: Mutex<Vec<(FileIdentity, File)>>,
+    merges: Mutex<Vec<AttachedMerge>>,
+    dropped: Mutex<Vec<String>>,
+    /// Whether the last merge could have been called off.
+    heard_cancel: Mutex<bool>,
+    /// What a merge fails with after its pivot.
+    fails: Mutex<Option<ErrorKind>>,
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap()
+}
+
+fn identity(file: &Utf8Path) -> FileIdentity {
+    let about = std::fs::metadata(file).unwrap();
+    (about.dev(), about.ino())
+}
+
+impl FakeAttachedDisk {
+    /// Opens a chain, the active image first, as a QEMU does: with locks, which say that it writes the first of them.
+    fn open(&self, chain: &[&Utf8Path]) {
+        for (place, file) in chain.iter().enumerate() {
+            let opened = File::open(file).unwrap();
+            let mode = if place == 0 { LockMode::Write } else { LockMode::Read };
+            image::lock(&opened, mode).unwrap_or_else(|error| panic!("QEMU could not open {file}: {error}"));
+            held(&self.open).push((identity(file), opened));
+        }
+    }
+
+    fn close(&self, file: &Utf8Path) {
+        let closed = identity(file);
+        held(&self.open).retain(|(id, _)| *id != closed);
+    }
+
+    fn close_all(&self) {
+        held(&self.open).clear();
+    }
+
+    fn the_merge(&self) -> AttachedMerge {
+        let merges = std::mem::take(&mut *held(&self.merges));
+        let [merge] = &merges[..] else { panic!("one merge was to be asked for: {merges:?}") };
+        merge.clone()
+    }
+}
+
+#[async_trait]
+impl AttachedDisk for FakeAttachedDisk {
+    async fn open_files(&self) -> Result<HashSet<FileIdentity>> {
+        Ok(held(&self.open).iter().map(|(id, _)| *id).collect())
+    }
+
+    async fn merge(
+        &self,
+        merge: &AttachedMerge,
+        inside: &dyn Inside,
+        _: &dyn Progress,
+        cancel: &CancellationToken,
+    ) -> Result<()> {
+        held(&self.merges).push(merge.clone());
+        *held(&self.heard_cancel) = cancel.is_cancelled();
+        if cancel.is_cancelled() {
+            return Err(Error::new(ErrorKind::Cancelled, "it was cancelled"));
+        }
+        inside.run(None).await?;
+        match held(&self.fails).take() {
+            Some(kind) => Err(Error::new(kind, "the job failed")),
+            None => Ok(()),
+        }
+    }
+
+    async fn drop_internal(&self, tags: &[String]) -> Result<()> {
+        held(&self.dropped).extend_from_slice(tags);
+        Ok(())
+    }
+}
+
+/// Fails, having done nothing.
+struct FailingInside;
+
+#[async_trait]
+impl Inside for FailingInside {
+    async fn run(&self, _: Option<&Target>) -> Result<()> {
+        Err(Error::new(ErrorKind::NoSpace, "no room"))
+    }
+}
+
+struct House {
+    directory: tempfile::TempDir,
+    backend: Qcow2,
+    record: DiskRecord,
+    qemu: FakeAttachedDisk,
+    cancel: CancellationToken,
+}
+
+impl House {
+    /// A disk of 4 MiB that was never frozen.
+    async fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = Utf8PathBuf::from_path_buf(directory.path().join("disk.qcow2")).unwrap();
+        run("qemu-img", &["create", "-q", "-f", "qcow2", path.as_str(), "4M"]);
+        let backend = Qcow2::new();
+        let disk = Disk { target: Target::new("vda").unwrap(), path, format: "qcow2".to_owned() };
+        let record = backend.adopt(&disk, ActivePath::Keep).await.unwrap();
+        Self {
+            directory,
+            backend,
+            record,
+            qemu: FakeAttachedDisk::default(),
+            cancel: CancellationToken::new(),
+        }
+    }
+
+    /// A chain of layers under their own names, the bottom first; the last is active. Layer n has n + 1 in all its own 64 KiB,
+    /// of which the lowest has most.
+    async fn with_layers(count: u8) -> (Self, Vec<LayerName>) {
+        let mut house = Self::new().await;
+        let path = house.path().to_owned();
+        std::fs::remove_file(&path).unwrap();
+        let layers: Vec<LayerName> = (0..count).map(|n| layer_name(&path, u32::from(n))).collect();
+        for (n, layer) in layers.iter().enumerate() {
+            let file = layer_path(&path, layer);
+            let mut new = NewImage::new(4 << 20);
+            if let Some(below) = n.checked_sub(1).map(|below| &layers[below]) {
+                new = new.on(Backing { file: below.to_string(), format: Some("qcow2".to_owned()) });
+            }
+            image::create(file.as_std_path(), &new).unwrap();
+            let upto = (usize::from(count) - n) * 64;
+            io(file.as_std_path(), &[&format!("write -P {} 0 {upto}k", n + 1)]);
+        }
+        house.record.owned = layers.clone();
+        house.record.active = layers.last().unwrap().clone();
+        std::fs::hard_link(house.file(&house.record.active), &path).unwrap();
+        (house, layers)
+    }
+
+    fn path(&self) -> &Utf8Path {
+        &self.record.disk.path
+    }
+
+    fn file(&self, layer: &LayerName) -> Utf8PathBuf {
+        layer_path(self.path(), layer)
+    }
+
+    /// QEMU opens the chain of the configured path.
+    async fn start(&self) {
+        let chain = self.backend.open_chain(&self.record).await.unwrap();
+        let files: Vec<&Utf8Path> = chain.iter().map(|layer| layer.file.as_path()).collect();
+        self.qemu.open(&files);
+    }
+
+    fn context<'a>(&'a self, inside: &'a dyn Inside) -> StepContext<'a> {
+        StepContext {
+            disk: &self.record,
+            progress: &Untold,
+            cancel: &self.cancel,
+            attached: Some(&self.qemu),
+            inside,
+        }
+    }
+
+    fn at_rest(&self) -> StepContext<'_> {
+        StepContext { attached: None, ..self.context(&NothingInside) }
+    }
+
+    async fn apply(&self, action: ChainStep) -> Result<()> {
+        self.backend.apply(&step(action), self.context(&NothingInside)).await
+    }
+
+    async fn undo(&self, action: &PlannedStep) -> Result<()> {
+        self.backend.undo(&action.step, self.context(&NothingInside)).await
+    }
+
+    async fn hold(&self) -> Result<Guard> {
+        self.backend.hold(&self.record, Some(&self.qemu)).await
+    }
+
+    async fn plan(&self, request: DiskRequest) -> Result<DiskPlan> {
+        let mut state = self.backend.inspect(&self.record, InspectDepth::Layers, Some(&self.qemu)).await?;
+        state.attached = true;
+        self.backend.plan(&self.record, &state, ActivePath::Keep, &request).await
+    }
+
+    fn byte(&self, file: &Utf8Path, at: usize) -> u8 {
+        content(file.as_std_path(), None)[at]
+    }
+}
+
+fn step(action: ChainStep) -> Step {
+    Step {
+        target: Target::new("vda").unwrap(),
+        action: serde_json::to_value(action).unwrap(),
+        summary: "a step".to_owned(),
+        bytes: 0,
+    }
+}
+
+fn can_be_locked(file: &Utf8Path) -> bool {
+    image::lock(&File::open(file).unwrap(), LockMode::Write).is_ok()
+}
+
+fn kind<T: std::fmt::Debug>(outcome: Result<T>) -> ErrorKind {
+    outcome.unwrap_err().kind()
+}
+
+fn take(layer: &LayerName, tag: &str) -> ChainStep {
+    ChainStep::TakeInternal { layer: layer.clone(), tag: tag.to_owned() }
+}
+
+fn create(kind: PointKind) -> DiskRequest {
+    DiskRequest::Create {
+        kind: Some(kind),
+        name: SnapshotName::new("s").unwrap(),
+        overlay: None,
+        keep: vec![],
+        stamp: 0x77,
+    }
+}
+
+#[tokio::test]
+async fn the_backend_says_that_it_can_do_running_domains() {
+    let capabilities: Capabilities = Qcow2::new().capabilities();
+    assert!(capabilities.live);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_hypervisor_has_open_is_neither_locked_nor_written_and_in_a_window_it_is_both() {
+    let house = House::new().await;
+    let active = house.record.active.clone();
+    house.start().await;
+    assert_eq!(kind(house.backend.hold(&house.record, None).await.map(drop)), ErrorKind::Busy);
+    let guard = house.hold().await.unwrap();
+    assert_eq!(kind(house.hold().await.map(drop)), ErrorKind::Busy, "it is held against us all the same");
+
+    let before = std::fs::read(house.path()).unwrap();
+    for action in [
+        take(&active, "t"),
+        ChainStep::ApplyInternal { layer: active.clone(), tag: "t".to_owned(), safety: None },
+    ] {
+        let error = house.apply(action).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert!(error.to_string().contains("the running domain has"), "{error}");
+    }
+    assert!(std::fs::read(house.path()).unwrap() == before);
+
+    house.qemu.close_all();
+    assert!(can_be_locked(house.path()), "nothing of it was locked while it was open");
+    house.apply(take(&active, "t")).await.unwrap();
+    assert!(!can_be_locked(house.path()), "in a window it is ours");
+    assert_eq!(snapshot_names(house.path().as_std_path()), ["t"]);
+
+    house.backend.yield_locks(&house.record).await.unwrap();
+    assert!(can_be_locked(house.path()), "a hypervisor can open it");
+    house.start().await;
+    assert_eq!(kind(house.hold().await.map(drop)), ErrorKind::Busy, "the disk is held yet");
+    drop(guard);
+    drop(house.hold().await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn locks_go_to_a_hypervisor_only_when_they_are_given_back() {
+    let house = House::new().await;
+    let guard = house.hold().await.unwrap();
+    assert!(!can_be_locked(house.path()), "a window is open: it is held as at rest");
+    house.backend.yield_locks(&house.record).await.unwrap();
+    assert!(can_be_locked(house.path()));
+    drop(guard);
+    house.backend.yield_locks(&house.record).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_create_of_an_open_disk_is_made_ready_cut_and_undone_around_what_is_open() {
+    let house = House::new().await;
+    let frozen = house.file(&house.record.active);
+    io(house.path().as_std_path(), &["write -P 5 0 64k"]);
+    house.start().await;
+    let _guard = house.hold().await.unwrap();
+    let plan = house.plan(create(PointKind::External)).await.unwrap();
+    let overlay = house.file(&layer_name(house.path(), 0x77));
+    let format = "qcow2".to_owned();
+    assert_eq!(plan.instant, Some(DiskInstant::Overlay { file: overlay.clone(), format }));
+    let [name, make, switch] = &plan.steps[..] else { panic!("{plan:?}") };
+    assert!(!name.inside && !make.inside && switch.inside);
+    for planned in [name, make] {
+        house.backend.apply(&planned.step, house.context(&NothingInside)).await.unwrap();
+    }
+    assert_eq!(identity(&frozen), identity(house.path()));
+
+    // The instant: QEMU has the overlay on top, and the path is moved.
+    house.backend.yield_locks(&house.record).await.unwrap();
+    house.qemu.close(&frozen);
+    house.qemu.open(&[&overlay, &frozen]);
+    house.backend.apply(&switch.step, house.context(&NothingInside)).await.unwrap();
+    assert_eq!(identity(&overlay), identity(house.path()));
+
+    // The undo: what QEMU has open stays.
+    let error = house.undo(make).await;
+    error.expect("the path names it, so it is not removed");
+    assert!(overlay.exists());
+    house.undo(switch).await.unwrap();
+    assert_eq!(identity(&frozen), identity(house.path()));
+    let error = house.undo(make).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(overlay.exists(), "{error}");
+    house.qemu.close(&overlay);
+    house.undo(make).await.unwrap();
+    assert!(!overlay.exists());
+    house.undo(name).await.unwrap();
+    assert!(frozen.exists(), "QEMU may know it by this name");
+    house.qemu.close_all();
+    house.undo(name).await.unwrap();
+    assert!(!frozen.exists());
+    assert_eq!(house.byte(house.path(), 0), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lock_of_an_image_that_qemu_opens_next_is_not_taken_while_it_has_the_present_one_open() {
+    let (house, layers) = House::with_layers(2).await;
+    house.qemu.open(&[&house.file(&layers[1])]);
+    let _guard = house.hold().await.unwrap();
+    house.apply(ChainStep::SwitchActive { from: layers[1].clone(), to: layers[0].clone() }).await.unwrap();
+    assert!(can_be_locked(&house.file(&layers[0])));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_internal_create_of_an_open_disk_is_left_to_the_instant() {
+    let house = House::new().await;
+    house.start().await;
+    let plan = house.plan(create(PointKind::Internal)).await.unwrap();
+    assert_eq!(plan.instant, Some(DiskInstant::Internal { tag: "s".to_owned() }));
+    assert!(plan.steps.is_empty());
+    assert_eq!(plan.point, Some(Point::internal(house.record.active.clone(), "s")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn merges_of_what_is_open_are_the_hypervisors_with_names_and_strings_that_last() {
+    let (house, layers) = House::with_layers(4).await;
+    house.start().await;
+    let _guard = house.hold().await.unwrap();
+    let files: Vec<Utf8PathBuf> = layers.iter().map(|layer| house.file(layer)).collect();
+    let merge = |run: &[usize], into: usize, below: Option<usize>| ChainStep::Merge {
+        run: run.iter().map(|n| layers[*n].clone()).collect(),
+        into: layers[into].clone(),
+        below: below.map(|n| layers[n].clone()),
+    };
+    let before: Vec<Vec<u8>> = files.iter().map(|file| std::fs::read(file).unwrap()).collect();
+
+    house.apply(merge(&[1, 2], 1, Some(0))).await.unwrap();
+    let expected = AttachedMerge {
+        run: vec![files[1].clone(), files[2].clone()],
+        into: files[1].clone(),
+        below: Some(files[0].clone()),
+        string: Some(layers[1].to_string()),
+    };
+    assert_eq!(house.qemu.the_merge(), expected, "the image above stands on what received the data");
+
+    house.apply(merge(&[1, 2], 2, Some(0))).await.unwrap();
+    let expected = AttachedMerge { into: files[2].clone(), string: Some(layers[0].to_string()), ..expected };
+    assert_eq!(house.qemu.the_merge(), expected, "the uppermost stands on what lies below the run");
+
+    house.apply(merge(&[0, 1, 2], 2, None)).await.unwrap();
+    let upwards = house.qemu.the_merge();
+    assert_eq!((upwards.below, upwards.string), (None, None), "it stands on nothing then");
+
+    house.apply(merge(&[2, 3], 3, Some(1))).await.unwrap();
+    assert_eq!(house.qemu.the_merge().string, Some(layers[1].to_string()));
+    assert_eq!(identity(house.path()), identity(&files[3]), "what is merged upwards moves no path");
+    let after: Vec<Vec<u8>> = files.iter().map(|file| std::fs::read(file).unwrap()).collect();
+    assert!(before == after, "the backend itself wrote into an open image");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_that_was_done_and_not_recorded_is_the_hypervisors_too() {
+    let (house, layers) = House::with_layers(3).await;
+    // It has the upper one closed already.
+    house.qemu.open(&[house.path(), &house.file(&layers[0])]);
+    let run = vec![layers[0].clone(), layers[1].clone()];
+    house.apply(ChainStep::Merge { run, into: layers[0].clone(), below: None }).await.unwrap();
+    assert_eq!(house.qemu.the_merge().into, house.file(&layers[0]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_active_image_without_a_name_of_its_own_is_merged_into_by_the_configured_path() {
+    let mut house = House::new().await;
+    let below = layer_name(house.path(), 1);
+    let file = house.file(&below);
+    std::fs::rename(house.path(), &file).unwrap();
+    let on = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below.as_str(), house.path().as_str()];
+    run("qemu-img", &on);
+    house.record.owned.push(below.clone());
+    let active = house.record.active.clone();
+    assert!(!house.file(&active).exists());
+    house.start().await;
+    let merge =
+        ChainStep::Merge { run: vec![below.clone(), active.clone()], into: active.clone(), below: None };
+    house.apply(merge).await.unwrap();
+    let asked = house.qemu.the_merge();
+    assert_eq!((asked.run, asked.into), (vec![file, house.path().to_owned()], house.path().to_owned()));
+    house.apply(ChainStep::Repoint { child: active.clone(), to: below }).await.unwrap();
+    house.apply(ChainStep::DropInternal { layer: active, tags: vec!["t".to_owned()] }).await.unwrap();
+    assert_eq!(*held(&house.qemu.dropped), ["t"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_that_nobody_has_open_are_merged_as_at_rest() {
+    let (mut house, layers) = House::with_layers(3).await;
+    // The present stands on the lowest alone; the others are a branch aside.
+    let active = layer_name(house.path(), 9);
+    let file = house.file(&active);
+    let backing = Backing { file: layers[0].to_string(), format: Some("qcow2".to_owned()) };
+    image::create(file.as_std_path(), &NewImage::new(4 << 20).on(backing)).unwrap();
+    std::fs::remove_file(house.path()).unwrap();
+    std::fs::hard_link(&file, house.path()).unwrap();
+    house.record.active = active.clone();
+    house.record.owned.push(active);
+    house.start().await;
+    let _guard = house.hold().await.unwrap();
+    let merge = ChainStep::Merge {
+        run: vec![layers[1].clone(), layers[2].clone()],
+        into: layers[1].clone(),
+        below: Some(layers[0].clone()),
+    };
+    let shown = content(house.file(&layers[2]).as_std_path(), None);
+    house.apply(merge).await.unwrap();
+    assert!(held(&house.qemu.merges).is_empty());
+    house.backend.yield_locks(&house.record).await.unwrap();
+    assert!(content(house.file(&layers[1]).as_std_path(), None) == shown);
+    clean(house.file(&layers[1]).as_std_path());
+}
+
+fn merge_down(layers: &[LayerName]) -> ChainStep {
+    ChainStep::Merge { run: layers.to_vec(), into: layers[0].clone(), below: None }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_path_is_moved_at_the_pivot_also_where_that_was_planned_for_later() {
+    let (house, layers) = House::with_layers(2).await;
+    house.start().await;
+    house.apply(merge_down(&layers)).await.unwrap();
+    assert_eq!(identity(house.path()), identity(&house.file(&layers[0])));
+    let switch = ChainStep::SwitchActive { from: layers[1].clone(), to: layers[0].clone() };
+    house.apply(switch).await.unwrap();
+    assert_eq!(identity(house.path()), identity(&house.file(&layers[0])));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pivot_that_fails_leaves_the_path_with_what_the_guest_writes() {
+    let (house, layers) = House::with_layers(2).await;
+    house.start().await;
+    let merge = step(merge_down(&layers));
+    let refused = house.backend.apply(&merge, house.context(&FailingInside)).await;
+    assert_eq!(kind(refused), ErrorKind::NoSpace);
+    assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
+    // Moved already, before a crash; the job waits at its pivot, and the move cannot be made durable.
+    let lower = house.file(&layers[0]);
+    std::fs::remove_file(house.path()).unwrap();
+    std::fs::hard_link(&lower, house.path()).unwrap();
+    let refused = house.backend.apply(&merge, house.context(&FailingInside)).await;
+    assert_eq!(kind(refused), ErrorKind::NoSpace);
+    assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_is_neither_called_off_nor_put_off_once_the_path_is_moved() {
+    let (house, layers) = House::with_layers(2).await;
+    house.start().await;
+    let merge = step(merge_down(&layers));
+    *held(&house.qemu.fails) = Some(ErrorKind::Io);
+    let error = house.backend.apply(&merge, house.context(&NothingInside)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Internal, "the engine puts off what fails otherwise: {error}");
+    assert_eq!(identity(house.path()), identity(&house.file(&layers[0])));
+    house.cancel.cancel();
+    house.backend.apply(&merge, house.context(&NothingInside)).await.unwrap();
+    assert!(!*held(&house.qemu.heard_cancel));
+
+    let (house, layers) = House::with_layers(2).await;
+    house.start().await;
+    house.cancel.cancel();
+    assert_eq!(kind(house.apply(merge_down(&layers)).await), ErrorKind::Cancelled);
+    assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_is_the_layers_own_name_is_not_moved_at_the_pivot() {
+    let (mut house, layers) = House::with_layers(2).await;
+    house.record.disk.path = house.file(&layers[1]);
+    let top = identity(house.path());
+    house.start().await;
+    house.apply(merge_down(&layers)).await.unwrap();
+    assert_eq!(identity(house.path()), top);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_whose_pivot_a_crash_outlived_is_not_repeated_at_rest() {
+    let (house, layers) = House::with_layers(2).await;
+    let [lower, upper] = [0, 1].map(|n| house.file(&layers[n]));
+    let merge = step(merge_down(&layers));
+    // The hypervisor's merge, to the pivot: both show the same, and the path is moved. Then all die.
+    house.backend.apply(&merge, house.at_rest()).await.unwrap();
+    assert!(house.backend.is_overtaken(&merge, house.at_rest()).await.unwrap(), "the path names the top yet");
+    std::fs::remove_file(house.path()).unwrap();
+    std::fs::hard_link(&lower, house.path()).unwrap();
+    // The domain is started, and writes; then it is shut down, and recovered.
+    io(house.path().as_std_path(), &["write -P 99 0 64k"]);
+    assert_eq!(house.byte(&upper, 0), 2);
+    assert!(!house.backend.is_overtaken(&merge, house.at_rest()).await.unwrap());
+    house.backend.apply(&merge, house.at_rest()).await.unwrap();
+    assert_eq!(house.byte(house.path(), 0), 99, "what the upper layer held came back");
+    // The same in a window, and where the domain runs on the lower layer.
+    house.backend.apply(&merge, house.context(&NothingInside)).await.unwrap();
+    house.start().await;
+    house.backend.apply(&merge, house.context(&NothingInside)).await.unwrap();
+    house.qemu.close_all();
+    assert_eq!(house.byte(house.path(), 0), 99);
+    // While the path names the top, the merge is what makes the lower one right.
+    std::fs::remove_file(house.path()).unwrap();
+    std::fs::hard_link(&upper, house.path()).unwrap();
+    house.backend.apply(&merge, house.at_rest()).await.unwrap();
+    assert_eq!(house.byte(&lower, 0), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_layer_is_not_removed() {
+    let (house, layers) = House::with_layers(2).await;
+    house.start().await;
+    let _guard = house.hold().await.unwrap();
+    let remove = ChainStep::Remove { layers: vec![layers[0].clone()] };
+    let error = house.apply(remove.clone()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("the running domain has"), "{error}");
+    assert!(house.file(&layers[0]).exists());
+    house.qemu.close(&house.file(&layers[0]));
+    house.apply(remove).await.unwrap();
+    assert!(!house.file(&layers[0]).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tags_of_the_active_image_are_the_hypervisors_and_those_of_frozen_ones_wait_for_a_window() {
+    let (house, layers) = House::with_layers(2).await;
+    for layer in &layers {
+        let options = OpenOptions::read_write();
+        let mut image = Image::open(house.file(layer).as_std_path(), &options).unwrap();
+        image.create_snapshot(&NewSnapshot::new("t", 1, 0)).unwrap();
+    }
+    let drop_of = |n: usize| ChainStep::DropInternal { layer: layers[n].clone(), tags: vec!["t".to_owned()] };
+    house.start().await;
+    house.apply(drop_of(1)).await.unwrap();
+    assert_eq!(*held(&house.qemu.dropped), ["t"]);
+    assert_eq!(kind(house.apply(drop_of(0)).await), ErrorKind::Busy);
+    assert_eq!(snapshot_names(house.file(&layers[0]).as_std_path()), ["t"]);
+    let status = house.backend.status(&step(drop_of(0)), house.context(&NothingInside)).await.unwrap();
+    assert_eq!(status, StepStatus::NotDone);
+
+    let request = DiskRequest::Delete {
+        drop: layers.iter().map(|layer| Point::internal(layer.clone(), "t")).collect(),
+        keep: vec![Point::external(layers[0].clone())],
+    };
+    let plan = house.plan(request).await.unwrap();
+    let windows: Vec<bool> = plan.steps.iter().map(|planned| planned.window).collect();
+    assert_eq!((windows.len(), windows.iter().filter(|window| **window).count()), (2, 1), "{plan:?}");
+
+    house.qemu.close_all();
+    for n in [0, 1] {
+        house.apply(drop_of(n)).await.unwrap();
+        assert_eq!(snapshot_names(house.file(&layers[n]).as_std_path()), [""; 0]);
+    }
+    assert_eq!(held(&house.qemu.dropped).len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_image_stands_already_on_what_it_is_to_stand_on_or_that_is_an_error() {
+    let (house, layers) = House::with_layers(3).await;
+    let repoint = |to: usize| ChainStep::Repoint { child: layers[2].clone(), to: layers[to].clone() };
+    house.start().await;
+    house.apply(repoint(1)).await.unwrap();
+    assert_eq!(kind(house.apply(repoint(0)).await), ErrorKind::Internal);
+    house.qemu.close_all();
+    house.apply(repoint(0)).await.unwrap();
+    let chain = house.backend.open_chain(&house.record).await.unwrap();
+    let files: Vec<Utf8PathBuf> = chain.into_iter().map(|layer| layer.file).collect();
+    assert_eq!(files, [house.file(&layers[2]), house.file(&layers[0])]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_path_opens_is_told_by_permanent_names_whatever_the_record_says() {
+    let mut house = House::new().await;
+    let chain = async |house: &House| -> Vec<(Utf8PathBuf, String)> {
+        let chain = house.backend.open_chain(&house.record).await.unwrap();
+        chain.into_iter().map(|layer| (layer.file, layer.format)).collect()
+    };
+    let qcow2 = |file: &Utf8Path| (file.to_owned(), "qcow2".to_owned());
+    // Never frozen, on a base of another kind.
+    let base = house.path().with_file_name("base.raw");
+    std::fs::write(&base, [7; 4096]).unwrap();
+    std::fs::remove_file(house.path()).unwrap();
+    let on = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base.raw", house.path().as_str(), "4M"];
+    run("qemu-img", &on);
+    house.record = house.backend.adopt(&house.record.disk, ActivePath::Keep).await.unwrap();
+    assert_eq!(chain(&house).await, [qcow2(house.path()), (base.clone(), "raw".to_owned())]);
+    // Named, and then under an overlay to which the path is moved, while the record has the former one.
+    let plan = house.plan(create(PointKind::External)).await.unwrap();
+    let frozen = house.file(&house.record.active);
+    let overlay = house.file(&layer_name(house.path(), 0x77));
+    let base = (base, "raw".to_owned());
+    let shown = [
+        vec![qcow2(&frozen), base.clone()],
+        vec![qcow2(&frozen), base.clone()],
+        vec![qcow2(&overlay), qcow2(&frozen), base],
+    ];
+    assert_eq!(plan.steps.len(), shown.len());
+    for (planned, expected) in plan.steps.iter().zip(shown) {
+        house.backend.apply(&planned.step, house.context(&NothingInside)).await.unwrap();
+        assert_eq!(chain(&house).await, expected, "after {:?}", planned.step.action);
+    }
+    // And back.
+    for planned in plan.steps.iter().rev() {
+        house.undo(planned).await.unwrap();
+    }
+    assert_eq!(chain(&house).await[0], qcow2(house.path()));
+    std::fs::remove_file(house.path()).unwrap();
+    assert_eq!(kind(house.backend.open_chain(&house.record).await), ErrorKind::NotFound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_that_are_just_written_do_not_keep_a_delete_from_being_planned() {
+    let (house, layers) = House::with_layers(2).await;
+    let top = house.file(&layers[1]);
+    let mut bytes = std::fs::read(&top).unwrap();
+    // The first entry of the L1 table, whose place is at 40 in the header: an L2 table is never at 0x200.
+    let table = usize::try_from(u64::from_be_bytes(bytes[40..48].try_into().unwrap())).unwrap();
+    bytes[table..table + 8].copy_from_slice(&0x8000_0000_0000_0200_u64.to_be_bytes());
+    std::fs::write(&top, bytes).unwrap();
+    let request = || DiskRequest::Delete { drop: vec![Point::external(layers[0].clone())], keep: vec![] };
+    let plan = house.plan(request()).await.unwrap();
+    let merge: ChainStep = serde_json::from_value(plan.steps[0].step.action.clone()).unwrap();
+    let ChainStep::Merge { run, into, .. } = merge else { panic!("{plan:?}") };
+    let other = run.iter().find(|layer| **layer != into).unwrap();
+    let allocated = std::fs::metadata(house.file(other)).unwrap().blocks() * 512;
+    assert_eq!(plan.steps[0].step.bytes, allocated);
+    let mut state = house.backend.inspect(&house.record, InspectDepth::Layers, None).await.unwrap();
+    state.attached = false;
+    let at_rest = house.backend.plan(&house.record, &state, ActivePath::Keep, &request()).await;
+    assert!(at_rest.is_err(), "at rest that is damage");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_hypervisor_has_open_keeps_its_name_when_data_is_put_aside() {
+    let (mut house, layers) = House::with_layers(3).await;
+    // A revert to the lowest made the second, which was active and written; the path is back at the third.
+    let action = ChainStep::CreateOverlay {
+        layer: layers[1].clone(),
+        on: layers[0].clone(),
+        on_format: "qcow2".to_owned(),
+        virtual_size: 4 << 20,
+    };
+    house.record.owned.remove(1);
+    let made = house.file(&layers[1]);
+    house.qemu.open(&[&made]);
+    let _guard = house.hold().await.unwrap();
+    let salvage = house.backend.salvage(&step(action.clone()), true, house.context(&NothingInside)).await;
+    assert_eq!(kind(salvage), ErrorKind::Busy);
+    assert!(made.exists());
+    house.qemu.close_all();
+    let salvage = house.backend.salvage(&step(action), true, house.context(&NothingInside)).await.unwrap();
+    assert!(matches!(salvage, Salvage::PutAside(_)), "{salvage:?}");
+    let aside = house.directory.path().join(format!("rescued-{}", layers[1]));
+    assert!(!made.exists() && aside.exists());
+}
