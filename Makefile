@@ -41,7 +41,7 @@ test-fast: deps qemu nextest under-test
 	$(NEXTEST) --workspace --locked -E 'not (binary(crash_kill) | binary(crash_power) | binary(property))'
 
 # BENCH="--quick --only merge-8 --dir DIR" measures less, or elsewhere.
-bench: deps build
+bench: deps qemu build
 	$(CARGO) run --release --locked -q -p domsnap-benches -- $(BENCH)
 
 demo: deps qemu build

@@ -340,7 +340,12 @@ pub(crate) fn adopted_name(disk: &Disk) -> Result<LayerName> {
     }
     // Made from the file's identity, so that it is the same each time until the catalogue records it.
     let stamp = (id.1 ^ (id.1 >> 32) ^ id.0.rotate_left(16)) as u32;
-    Ok(chain::layer_name(&disk.path, stamp))
+    let name = chain::layer_name(&disk.path, stamp);
+    // The configured path moves, and a permanent name never does: they must be two.
+    Ok(match Some(name.as_str()) == disk.path.file_name() {
+        true => chain::layer_name(&disk.path, stamp.wrapping_add(1)),
+        false => name,
+    })
 }
 
 /// The files in the disk's directory that are called like its layers and are none.
@@ -393,6 +398,16 @@ pub(crate) fn check_path(disk: &Disk) -> Result<()> {
             format!("{path} is a symbolic link: the relative names of backing files would be looked up beside the link"),
         )
         .advise(format!("use the file itself: {to}")));
+    }
+    let configured = path.with_file_name(chain::disk_name(path));
+    if configured != *path && file_id(&configured)? == file_id(path)? {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{path} is the permanent name of a layer: the disk that it is of has the path {configured}"
+            ),
+        )
+        .advise(format!("use {configured}, as the domain's own configuration should")));
     }
     if !metadata.is_file() {
         return Err(Error::new(ErrorKind::Unsupported, format!("{path} is not a regular file"))

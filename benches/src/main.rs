@@ -25,6 +25,7 @@ mod image;
 mod options;
 mod place;
 mod probe;
+mod proxy;
 mod report;
 mod row;
 mod rows;

@@ -172,11 +172,15 @@ impl Row {
         self.find(LIMIT)
     }
 
-    /// The fastest of the programs that are compared: those called qemu-img.
+    /// The fastest of the programs that are compared: those called qemu-img, and QEMU itself.
     pub fn best_peer(&self) -> Option<&Series> {
         self.series
             .iter()
-            .filter(|series| series.label.starts_with("qemu-img") && !series.walls.is_empty())
+            .filter(|series| {
+                let is_peer =
+                    series.label.starts_with("qemu-img") || series.label.starts_with("QEMU snapshot");
+                is_peer && !series.walls.is_empty()
+            })
             .min_by(|a, b| a.median().total_cmp(&b.median()))
     }
 

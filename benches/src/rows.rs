@@ -2,6 +2,7 @@
 
 mod adding;
 mod internal;
+mod live;
 mod many;
 mod merging;
 mod nothing;
@@ -24,7 +25,7 @@ pub struct Group {
 }
 
 /// All groups, in the order of the report.
-pub const GROUPS: [Group; 9] = [
+pub const GROUPS: [Group; 10] = [
     Group { name: "huge", rows: internal::HUGE, measure: internal::huge },
     Group { name: "quarter", rows: internal::QUARTER, measure: internal::quarter },
     Group { name: "many", rows: many::ROWS, measure: many::measure },
@@ -34,6 +35,7 @@ pub const GROUPS: [Group; 9] = [
     Group { name: "flatten", rows: merging::FLATTEN, measure: merging::flatten },
     Group { name: "xfs", rows: reflink::XFS, measure: reflink::xfs },
     Group { name: "btrfs", rows: reflink::BTRFS, measure: reflink::btrfs },
+    Group { name: "live", rows: live::ROWS, measure: live::measure },
 ];
 
 /// Group and name of every row.

@@ -81,6 +81,39 @@ fn disks_alone_are_taken_and_the_guest_boots_from_them_after_a_revert() -> Resul
 }
 
 #[test]
+fn a_running_domain_can_be_forgotten_and_registered_anew() -> Result<()> {
+    let mut live = Live::new()?;
+    for _ in 0..2 {
+        live.create("x", &["--disk-only", "--external"])?;
+        live.delete(&["x"], &[])?;
+        live.run(&["domain", "remove", NAME])?;
+        let socket = live.guest.qmp_socket().display().to_string();
+        live.run(&["domain", "add", NAME, "--qmp", &socket])?;
+    }
+    live.create("kept", &["--external"])?;
+    live.create("inside", &["--internal"])?;
+    live.run(&["domain", "remove", NAME])?;
+    let socket = live.guest.qmp_socket().display().to_string();
+    live.run(&["domain", "add", NAME, "--qmp", &socket])?;
+    live.verify()?;
+    live.revert("kept", &[])?;
+    live.revert("inside", &[])?;
+    live.delete(&["kept", "inside"], &[])?;
+    live.finish()
+}
+
+#[test]
+fn eight_disks_are_of_one_instant() -> Result<()> {
+    let mut live = Live::of(GuestOptions::new().disks(8).disk_mib(16))?;
+    live.create("disks", &["--disk-only", "--external"])?;
+    live.create("memory", &["--external"])?;
+    live.revert("disks", &[])?;
+    live.revert("memory", &[])?;
+    live.delete(&["disks", "memory"], &[])?;
+    live.finish()
+}
+
+#[test]
 fn a_guest_of_drives_and_an_old_qemu_can_do_the_same() -> Result<()> {
     for options in [GuestOptions::new().drive(), GuestOptions::new().version(Version::Old)] {
         let mut live = Live::of(options)?;

@@ -7,6 +7,7 @@ use camino::Utf8PathBuf;
 
 use super::Inner;
 use super::identity::file_id;
+use super::locate::configured_path;
 use crate::catalogue::Entry;
 use crate::plan::Alive;
 use crate::{
@@ -52,18 +53,19 @@ impl Inner {
 
     /// What runs at an address.
     pub(super) async fn look(&self, hypervisor: Hypervisor, control: &Control) -> Result<Seen> {
-        self.registry.hypervisor(hypervisor)?.look(control).await
+        let mut seen = self.registry.hypervisor(hypervisor)?.look(control).await?;
+        name_configured_paths(&mut seen);
+        Ok(seen)
     }
 
     pub(super) async fn scan(&self) -> Result<Vec<Scanned>> {
         let mut found = Vec::new();
         for saver in self.registry.hypervisors() {
             let hypervisor = saver.hypervisor();
-            found.extend(saver.scan().await?.into_iter().map(|(control, seen)| Scanned {
-                hypervisor,
-                control,
-                seen,
-            }));
+            for (control, mut seen) in saver.scan().await? {
+                name_configured_paths(&mut seen);
+                found.push(Scanned { hypervisor, control, seen });
+            }
         }
         Ok(found)
     }
@@ -131,6 +133,13 @@ impl Inner {
             chains.push(OpenChain { target: record.disk.target.clone(), layers });
         }
         live.settle(&chains).await
+    }
+}
+
+/// A hypervisor may know an active image by its permanent name: the disk's path is the one that its configuration has.
+fn name_configured_paths(seen: &mut Seen) {
+    for disk in &mut seen.disks {
+        disk.path = configured_path(std::mem::take(&mut disk.path));
     }
 }
 

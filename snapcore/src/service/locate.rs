@@ -111,7 +111,7 @@ pub(super) fn canonical(path: &Utf8Path) -> Result<Utf8PathBuf> {
 }
 
 /// The path that a domain's configuration has for an image which a hypervisor may know as a layer, by its permanent name.
-fn configured_path(path: Utf8PathBuf) -> Utf8PathBuf {
+pub(super) fn configured_path(path: Utf8PathBuf) -> Utf8PathBuf {
     let name = chain::disk_name(&path);
     let configured = path.with_file_name(name);
     match file_id(&configured) {
@@ -216,7 +216,7 @@ impl Inner {
         for disk in seen.disks.iter().filter(|disk| disk.left_out.is_none()) {
             disks.push(Disk {
                 target: disk.target.clone(),
-                path: configured_path(canonical(&disk.path)?),
+                path: canonical(&disk.path)?,
                 format: disk.format.clone(),
             });
         }
