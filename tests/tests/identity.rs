@@ -431,6 +431,37 @@ mod layers_are_no_disks {
         domain.verify()
     }
 
+    /// Its path would move away under the layer, whose only name it is.
+    #[test]
+    fn nor_is_the_active_one_by_its_permanent_name_where_nothing_is_known_of_it() -> Result<()> {
+        use std::os::unix::fs::MetadataExt;
+        let domain = line(&["external"])?;
+        lose_the_catalogue(&domain)?;
+        for entry in std::fs::read_dir(domain.disks())? {
+            let path = entry?.path();
+            if path.is_dir() {
+                std::fs::remove_dir_all(path)?;
+            }
+        }
+        let inode = |path: &Path| std::fs::metadata(path).map(|about| about.ino());
+        let active = inode(&domain.path("vda"))?;
+        let mut found = 0;
+        for entry in std::fs::read_dir(domain.disks())? {
+            let path = entry?.path();
+            if path.to_string_lossy().contains(".ds-") && inode(&path)? == active {
+                found += 1;
+                let path = path.display().to_string();
+                for words in [["create", &path, "x", "--external"], ["disk", "create", &path, "x"]] {
+                    let outcome = domain.domsnap().run(&words)?;
+                    ensure!(words[0] == "disk" || outcome.status == Some(status::REFUSED), "{outcome}");
+                }
+            }
+        }
+        ensure!(found == 1, "{found} permanent names of the active layer");
+        ensure!(inode(&domain.path("vda"))? == active, "the configured path was moved");
+        Ok(())
+    }
+
     #[test]
     fn of_a_domain_that_was_removed() -> Result<()> {
         let domain = tree()?;
