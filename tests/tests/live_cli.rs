@@ -1,0 +1,272 @@
+//! The command line on a running domain as its users meet it: what it prints for people and for programs, and its refusals.
+//! What the operations do to the guest is for `live.rs`.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use domsnap_tests::domsnap::{Domsnap, status};
+use domsnap_tests::live::{Live, NAME};
+use serde_json::Value;
+use testguest::GuestOptions;
+
+/// A guest of which domsnap knows nothing.
+fn stranger() -> Result<Live> {
+    Live::unregistered(GuestOptions::new())
+}
+
+fn says(text: &str, all: &[&str]) -> Result<()> {
+    for part in all {
+        ensure!(text.contains(part), "{part:?} is not said:\n{text}");
+    }
+    Ok(())
+}
+
+/// What a command prints for people.
+fn told(domsnap: &Domsnap, words: &[&str], all: &[&str]) -> Result<String> {
+    let text = domsnap.done(words)?.stdout;
+    says(&text, all)?;
+    Ok(text)
+}
+
+/// What a command prints for programs.
+fn document(domsnap: &Domsnap, words: &[&str]) -> Result<Value> {
+    let document: Value = domsnap.done(&[words, &["--json"]].concat())?.json()?;
+    ensure!(document["schema"] == 1, "{document}");
+    Ok(document)
+}
+
+/// A refusal, for people and for programs.
+fn refused(domsnap: &Domsnap, words: &[&str], all: &[&str]) -> Result<()> {
+    let outcome = domsnap.run(words)?.expect_status(status::REFUSED)?;
+    says(&outcome.stderr, all)?;
+    let outcome = domsnap.run(&[words, &["--json"]].concat())?.expect_status(status::REFUSED)?;
+    let error = &outcome.json::<Value>()?["error"];
+    ensure!(error["exit"] == status::REFUSED && error["message"].is_string(), "{outcome}");
+    Ok(())
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().context("a path that is no text")
+}
+
+#[test]
+fn a_running_domain_is_registered_by_its_socket_alone_and_shown_as_what_it_is() -> Result<()> {
+    let mut live = stranger()?;
+    let (domsnap, socket) = (live.domsnap(), text(live.guest.qmp_socket())?.to_owned());
+    told(
+        &domsnap,
+        &["domain", "add", NAME, "--qmp", &socket],
+        &["registered live: 2 disks", text(&live.guest.disk(0))?, text(&live.guest.disk(1))?],
+    )?;
+    let place = format!("qemu:{socket}");
+    told(&domsnap, &["domain", "list"], &["NOW", "running", &place])?;
+    let agent = text(live.guest.agent_socket())?;
+    told(
+        &domsnap,
+        &["domain", "show", NAME],
+        &["hypervisor   qemu at ", "now          running", "machine      QEMU ", "agent        ", agent],
+    )?;
+    let shown = document(&domsnap, &["domain", "show", NAME])?;
+    ensure!(shown["power"] == "running" && shown["problem"].is_null(), "{shown}");
+    ensure!(shown["machine"].as_str().is_some_and(|machine| machine.contains("128 MiB")), "{shown}");
+    ensure!(shown["domain"]["control"]["address"] == socket.as_str(), "{shown}");
+
+    live.guest.qmp("stop", Value::Null)?;
+    ensure!(document(&domsnap, &["domain", "list"])?["domains"][0]["power"] == "paused");
+    live.guest.qmp("cont", Value::Null)?;
+    live.guest.quit()?;
+    ensure!(document(&domsnap, &["domain", "list"])?["domains"][0]["power"] == "off");
+    let shown = document(&domsnap, &["domain", "show", NAME])?;
+    ensure!(shown["power"] == "off" && shown["machine"].is_null(), "{shown}");
+    Ok(())
+}
+
+#[test]
+fn a_create_tells_how_long_the_guest_stood_still_by_which_way_and_what_it_does_now() -> Result<()> {
+    let mut live = Live::new()?;
+    let domsnap = live.domsnap();
+    let create = |words: &[&str], all: &[&str]| told(&domsnap, &[&["create", NAME], words].concat(), all);
+    create(
+        &["ext", "--external"],
+        &[
+            "created snapshot ext of live: vda external, vdb external, memory ",
+            "iB; the guest stood still for ",
+        ],
+    )?;
+    create(
+        &["disks", "--disk-only", "--internal"],
+        &["vda internal, vdb internal; the guest stood still for "],
+    )?;
+    create(&["quiet", "--disk-only", "--quiesce"], &["; the guest stood still for "])?;
+    let made = document(&domsnap, &["create", NAME, "json"])?;
+    ensure!(made["power"] == "running" && made["outcome"]["downtime_us"].is_u64(), "{made}");
+    ensure!(made["outcome"]["way"].is_string() && made["snapshot"]["memory"]["bytes"].is_u64(), "{made}");
+    live.sound()?;
+    create(&["still", "--then", "pause"], &["; the guest stands still"])?;
+    ensure!(document(&domsnap, &["create", NAME, "again", "--then=keep"])?["power"] == "paused");
+    create(&["end", "--then", "off"], &["; the domain is off"])?;
+    live.guest.wait_end()?;
+
+    let list = told(&domsnap, &["list", NAME], &["ext+mem", "memory", "filesystem", "crash"])?;
+    ensure!(list.lines().count() == 8, "{list}");
+    told(&domsnap, &["list", NAME, "--tree"], &["ext+mem", "int+mem"])?;
+    let images = told(&domsnap, &["list", NAME, "--disks"], &["\nmemory\n", ".memory"])?;
+    ensure!(images.matches(".memory").count() == 5, "{images}");
+    let shown = document(&domsnap, &["show", NAME, "ext"])?;
+    let file = shown["snapshot"]["memory"]["file"].as_str().context("no memory image")?.to_owned();
+    let mode = std::fs::metadata(&file)?.permissions().mode() & 0o777;
+    ensure!(mode == 0o600, "others may read the memory image: {mode:o}");
+    told(
+        &domsnap,
+        &["show", NAME, "ext"],
+        &["of a guest that was running: ", &file, "consistency  memory: ", "machine      QEMU "],
+    )?;
+    std::fs::remove_file(&file)?;
+    told(&domsnap, &["show", NAME, "ext"], &["the file is gone"])?;
+    Ok(())
+}
+
+#[test]
+fn a_revert_tells_what_the_guest_does_afterwards() -> Result<()> {
+    let mut live = Live::new()?;
+    live.create("one", &[])?;
+    let domsnap = live.domsnap();
+    let revert =
+        |words: &[&str], all: &[&str]| told(&domsnap, &[&["revert", NAME, "one"], words].concat(), all);
+    revert(&[], &["reverted live to one; the guest goes on, it stood still for "])?;
+    let back = document(&domsnap, &["revert", NAME, "one"])?;
+    ensure!(back["power"] == "running" && back["outcome"]["downtime_us"].is_u64(), "{back}");
+    revert(&["--save-current=was"], &["; the state before is snapshot was; the guest goes on"])?;
+    revert(&["--paused"], &["; the guest stands still"])?;
+    ensure!(document(&domsnap, &["revert", NAME, "one", "--paused"])?["power"] == "paused");
+    revert(&["--running"], &["; the guest goes on"])?;
+    revert(&["--off"], &["; the domain is off"])?;
+    revert(&["--running"], &["; the guest goes on"])?;
+    told(
+        &domsnap,
+        &["delete", NAME, "one", "was", "--limit", "64M"],
+        &["deleted 2 snapshots of live: one, was"],
+    )?;
+    live.sound()
+}
+
+#[test]
+fn a_dry_run_on_a_running_domain_tells_its_steps_and_does_none() -> Result<()> {
+    let mut live = Live::new()?;
+    live.create("one", &["--external"])?;
+    let domsnap = live.domsnap();
+    let before = domsnap.done(&["list", NAME, "--disks", "--json"])?.json::<Value>()?["snapshots"].clone();
+    let steps: [(&[&str], &str); 3] = [
+        (&["create", NAME, "two", "--external"], "domain  cut all disks and memory at one instant"),
+        (&["revert", NAME, "one"], "domain  pause the guest and set the files of vda, vdb free"),
+        (&["delete", NAME, "one"], "domain  remove the memory image "),
+    ];
+    for (words, step) in steps {
+        let words = [words, &["--dry-run"]].concat();
+        told(&domsnap, &words, &[step, "nothing was touched"])?;
+        let plan = document(&domsnap, &words)?;
+        ensure!(plan["plan"]["steps"].as_array().is_some_and(|steps| !steps.is_empty()), "{plan}");
+        live.sound()?;
+    }
+    let after = domsnap.done(&["list", NAME, "--disks", "--json"])?.json::<Value>()?["snapshots"].clone();
+    ensure!(before == after, "a dry run changed {before} to {after}");
+    live.verify()
+}
+
+#[test]
+fn what_runs_at_a_socket_has_snapshots_with_nothing_registered_and_keeps_them_when_it_is() -> Result<()> {
+    let live = stranger()?;
+    let domsnap = live.domsnap();
+    let place = format!("qemu:{}", text(live.guest.qmp_socket())?);
+    ensure!(document(&domsnap, &["list", &place])?["snapshots"].as_array().is_some_and(Vec::is_empty));
+    told(&domsnap, &["create", &place, "one", "--external"], &["created snapshot one of ", "memory "])?;
+    told(&domsnap, &["revert", &place, "one"], &["; the guest goes on"])?;
+    live.sound()?;
+    // By its configured paths, although QEMU has layers open by their own names.
+    let disk = live.guest.disk(0);
+    told(
+        &domsnap,
+        &["domain", "add", NAME, "--qmp", text(live.guest.qmp_socket())?],
+        &[
+            "registered live: 2 disks",
+            &format!("vda  {} (", disk.display()),
+            "1 snapshot from manifests: one",
+        ],
+    )?;
+    told(&domsnap, &["create", &place, "two"], &["created snapshot two of live: "])?;
+    told(&domsnap, &["delete", NAME, "one", "two"], &["deleted 2 snapshots of live"])?;
+    live.sound()
+}
+
+#[test]
+fn a_scan_gives_the_command_that_registers_what_runs_and_knows_it_afterwards() -> Result<()> {
+    let options = GuestOptions::new().file("cd.iso", vec![0; 1 << 20]);
+    let cd = ["-drive", "file=DIR/cd.iso,format=raw,if=none,id=cd0,readonly=on,media=cdrom"];
+    let live = Live::unregistered(options.more(&cd).more(&["-device", "ide-cd,drive=cd0,id=cd"]))?;
+    let (domsnap, socket) = (live.domsnap(), text(live.guest.qmp_socket())?.to_owned());
+    // Other machines may run beside this one.
+    let mine = || -> Result<Value> {
+        let scan = document(&domsnap, &["domain", "scan"])?;
+        let found = scan["found"].as_array().context("no list")?.iter();
+        let mut mine = found.filter(|found| found["control"]["address"] == socket.as_str());
+        mine.next().cloned().with_context(|| format!("{socket} was not found: {scan}"))
+    };
+    let found = mine()?;
+    ensure!(
+        found["registered"].is_null() && found["running"] == true && found["problem"].is_null(),
+        "{found}"
+    );
+    let disks = found["disks"].as_array().context("no disks")?;
+    let left_out: Vec<&Value> = disks.iter().filter(|disk| !disk["left_out"].is_null()).collect();
+    ensure!(disks.len() == 3 && left_out.len() == 1 && left_out[0]["target"] == "cd", "{found}");
+    let words: Vec<&str> =
+        found["register"].as_array().context("no command")?.iter().filter_map(Value::as_str).collect();
+    ensure!(words.first() == Some(&"domsnap"), "{words:?}");
+    let added = domsnap.done(&words[1..])?;
+    says(&added.stdout, &[": 2 disks", "note: cd (", "is left out: "])?;
+    let found = mine()?;
+    ensure!(
+        found["registered"] == words[3] && found["register"].as_array().is_some_and(Vec::is_empty),
+        "{found}"
+    );
+    told(
+        &domsnap,
+        &["domain", "scan"],
+        &[&format!("at qemu:{socket}\n"), &format!("registered as {}\n", words[3])],
+    )?;
+    live.sound()
+}
+
+#[test]
+fn what_cannot_be_is_refused_in_words_and_the_guest_does_not_notice() -> Result<()> {
+    let live = Live::new()?;
+    let domsnap = live.domsnap();
+    let nobody = live.guest.dir().join("nobody");
+    let nobody = text(&nobody)?;
+    refused(&domsnap, &["domain", "add", "x", "--qmp", nobody], &["no QEMU serves", nobody, "-qmp unix:"])?;
+    refused(
+        &domsnap,
+        &["create", &format!("qemu:{nobody}"), "x"],
+        &["no QEMU serves", "nothing was touched"],
+    )?;
+    let socket = text(live.guest.qmp_socket())?;
+    refused(
+        &domsnap,
+        &["domain", "add", "x", "--qmp", socket],
+        &["belong to domain live already", "domain remove live"],
+    )?;
+    refused(&domsnap, &["revert", NAME, "x"], &["there is no snapshot x", "nothing was touched"])?;
+    live.sound()?;
+
+    // Another program at the socket: QEMU serves one at a time.
+    let other = UnixStream::connect(live.guest.qmp_socket())?;
+    refused(&domsnap, &["create", NAME, "x"], &["connecting to domain live", socket, "nothing was touched"])?;
+    let list = domsnap.done(&["domain", "list", "--json"])?.json::<Value>()?;
+    ensure!(list["domains"][0]["power"].is_null(), "{list}");
+    told(&domsnap, &["domain", "show", NAME], &["now          not known: "])?;
+    drop(other);
+    told(&domsnap, &["create", NAME, "x"], &["created snapshot x of live"])?;
+    live.sound()
+}
