@@ -17,6 +17,8 @@ pub struct Cost {
     pub wall: Duration,
     /// Its peak resident memory, in bytes.
     pub peak: u64,
+    /// Processor time, its own and the kernel's for it.
+    pub cpu: Duration,
 }
 
 /// The flushing calls of one process and its threads.
@@ -31,8 +33,22 @@ pub fn command<S: AsRef<OsStr>>(program: impl AsRef<OsStr>, words: &[S]) -> Comm
 
 /// Runs `command`, which must succeed.
 pub fn run(command: &mut Command) -> Result<Cost> {
+    run_to(command, Stdio::null())
+}
+
+/// The same, with what it printed.
+pub fn answered(command: &mut Command) -> Result<(Cost, String)> {
+    let mut printed = tempfile::tempfile()?;
+    let cost = run_to(command, Stdio::from(printed.try_clone()?))?;
+    let mut text = String::new();
+    printed.rewind()?;
+    printed.read_to_string(&mut text).with_context(|| format!("read what {command:?} printed"))?;
+    Ok((cost, text))
+}
+
+fn run_to(command: &mut Command, output: Stdio) -> Result<Cost> {
     let mut errors = tempfile::tempfile()?;
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors.try_clone()?);
+    command.stdin(Stdio::null()).stdout(output).stderr(errors.try_clone()?);
     let start = Instant::now();
     let mut child = command.spawn().with_context(|| format!("start {command:?}"))?;
     let used = child.wait4().with_context(|| format!("wait for {command:?}"))?;
@@ -47,7 +63,7 @@ pub fn run(command: &mut Command) -> Result<Cost> {
         };
         bail!("{command:?} {how}: {}", text.trim());
     }
-    Ok(Cost { wall, peak: used.rusage.maxrss })
+    Ok(Cost { wall, peak: used.rusage.maxrss, cpu: used.rusage.utime + used.rusage.stime })
 }
 
 /// Runs `command`, which must succeed, and gives its standard output.

@@ -12,6 +12,8 @@
 //! - [`place`]: directories, the file system that they are on, loop devices
 //! - [`image`]: images made by qemu-img
 //! - [`chain`]: domains whose chains domsnap made
+//! - [`machine`]: running guests, registered with domsnap, and QEMU's own snapshots of them
+//! - [`proxy`]: how long QEMU takes to answer
 //! - [`probe`]: the least work that an operation can be
 //! - [`rows`]: the measurements
 //! - [`report`]: the table at the end
@@ -22,6 +24,7 @@ mod bench;
 mod chain;
 mod child;
 mod image;
+mod machine;
 mod options;
 mod place;
 mod probe;

@@ -1,103 +1,216 @@
-//! Between domsnap and a QMP socket: how long QEMU took to answer.
+//! How long QEMU takes to answer: a socket between domsnap and QEMU, which forwards everything and looks at the clock.
+//!
+//! QEMU's time is that in which at least one command is under way, from when the proxy has read it until the proxy has read its
+//! reply, and the time from a connection to its greeting. The way to the proxy, and from it, is not QEMU's.
 
-use std::io::{BufRead, BufReader, Write};
+use std::collections::BTreeMap;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use serde_json::Value;
 
-/// What was waited for.
-#[derive(Debug, Default)]
-struct Waited {
-    /// Commands that are not answered yet.
-    open: usize,
-    since: Option<Instant>,
-    all: Duration,
-    commands: usize,
+/// The most descriptors that one message carries.
+const DESCRIPTORS: usize = 64;
+
+/// What QEMU was asked.
+#[derive(Debug, Clone, Default)]
+pub struct Asked {
+    /// How long at least one command was under way.
+    pub busy: Duration,
+    /// How often each command was answered, and how long all of its answers took.
+    pub commands: BTreeMap<String, (usize, Duration)>,
 }
 
-/// A socket in front of another, for one client at a time. Lines are passed on as they are; descriptors are not.
-#[derive(Debug)]
+#[derive(Default)]
+struct Watch {
+    asked: Asked,
+    /// Under way: id, name, since when.
+    pending: Vec<(Value, String, Instant)>,
+    busy_since: Option<Instant>,
+}
+
+impl Watch {
+    fn request(&mut self, id: Value, name: &str) {
+        let now = Instant::now();
+        self.busy_since.get_or_insert(now);
+        self.pending.push((id, name.to_owned(), now));
+    }
+
+    fn reply(&mut self, id: &Value) {
+        // One without an id answers the oldest.
+        let index = self.pending.iter().position(|(pending, ..)| pending == id || id.is_null());
+        let Some(index) = index else { return };
+        let (_, name, since) = self.pending.remove(index);
+        let entry = self.asked.commands.entry(name).or_default();
+        entry.0 += 1;
+        entry.1 += since.elapsed();
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        if self.pending.is_empty()
+            && let Some(since) = self.busy_since.take()
+        {
+            self.asked.busy += since.elapsed();
+        }
+    }
+
+    fn see(&mut self, line: &[u8]) {
+        let Ok(line) = serde_json::from_slice::<Value>(line) else { return };
+        let id = &line["id"];
+        if let Some(name) = line["execute"].as_str().or_else(|| line["exec-oob"].as_str()) {
+            self.request(id.clone(), name);
+        } else if !line["QMP"].is_null() || line.get("return").is_some() || !line["error"].is_null() {
+            self.reply(id);
+        }
+    }
+}
+
+/// The socket; it is served until the process ends.
 pub struct Proxy {
     socket: PathBuf,
-    waited: Arc<Mutex<Waited>>,
+    watch: Arc<Mutex<Watch>>,
 }
 
 impl Proxy {
-    /// Serves until the process ends.
-    pub fn start(target: &Path) -> Result<Proxy> {
-        let socket = target.with_extension("proxy");
-        let listener = UnixListener::bind(&socket).with_context(|| socket.display().to_string())?;
-        let waited = Arc::<Mutex<Waited>>::default();
-        let (target, counted) = (target.to_owned(), waited.clone());
+    /// Listens at `socket` for QEMU's `behind`.
+    pub fn open(socket: &Path, behind: &Path) -> Result<Proxy> {
+        let listener =
+            UnixListener::bind(socket).with_context(|| format!("listen at {}", socket.display()))?;
+        let watch = Arc::new(Mutex::new(Watch::default()));
+        let (seen, behind) = (Arc::clone(&watch), behind.to_owned());
         thread::spawn(move || {
+            // As QEMU does: one client, then the next.
             for client in listener.incoming().flatten() {
-                // A client that goes away ends its own pair; the next is served.
-                let _ = serve(&client, &target, &counted);
+                if let Err(error) = serve(&seen, client, &behind) {
+                    eprintln!("bench: between domsnap and {}: {error}", behind.display());
+                }
             }
         });
-        Ok(Proxy { socket, waited })
+        Ok(Proxy { socket: socket.to_owned(), watch })
     }
 
-    /// Where it listens.
+    /// Where domsnap finds it.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Counts from now on.
-    pub fn forget(&self) {
-        *self.waited.lock().unwrap_or_else(PoisonError::into_inner) = Waited::default();
-    }
-
-    /// How long at least one command was without its answer, and how many there were.
-    pub fn answered(&self) -> (Duration, usize) {
-        let waited = self.waited.lock().unwrap_or_else(PoisonError::into_inner);
-        (waited.all, waited.commands)
+    /// What QEMU was asked since the last time.
+    pub fn take(&self) -> Asked {
+        std::mem::take(&mut locked(&self.watch).asked)
     }
 }
 
-fn serve(client: &UnixStream, target: &Path, waited: &Arc<Mutex<Waited>>) -> std::io::Result<()> {
-    let server = UnixStream::connect(target)?;
-    let (mut to_server, from_client) = (server.try_clone()?, client.try_clone()?);
-    let asked = waited.clone();
-    let up = thread::spawn(move || -> std::io::Result<()> {
-        for line in BufReader::new(from_client).split(b'\n') {
-            let mut line = line?;
-            line.push(b'\n');
-            {
-                let mut waited = asked.lock().unwrap_or_else(PoisonError::into_inner);
-                waited.open += 1;
-                waited.commands += 1;
-                waited.since.get_or_insert_with(Instant::now);
+fn locked(watch: &Mutex<Watch>) -> MutexGuard<'_, Watch> {
+    watch.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn serve(watch: &Mutex<Watch>, client: UnixStream, behind: &Path) -> io::Result<()> {
+    locked(watch).request(Value::Null, "(greeting)");
+    let qemu = UnixStream::connect(behind)?;
+    thread::scope(|scope| {
+        let answers = scope.spawn(|| {
+            let forwarded = forward(&qemu, &client, watch);
+            let _ = client.shutdown(Shutdown::Both);
+            forwarded
+        });
+        let asked = forward(&client, &qemu, watch);
+        let _ = qemu.shutdown(Shutdown::Both);
+        let answered = answers.join().unwrap_or(Ok(()));
+        let mut watch = locked(watch);
+        watch.pending.clear();
+        watch.settle();
+        // Who closes first leaves the other with a broken pipe.
+        asked.and(answered).or_else(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Ok(()),
+            _ => Err(error),
+        })
+    })
+}
+
+/// Everything, descriptors too, until the end.
+fn forward(from: &UnixStream, to: &UnixStream, watch: &Mutex<Watch>) -> io::Result<()> {
+    let (mut buffer, mut line) = (vec![0; 1 << 16], Vec::new());
+    loop {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received =
+            recvmsg(from, &mut [IoSliceMut::new(&mut buffer)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        if received.bytes == 0 {
+            return Ok(());
+        }
+        let descriptors: Vec<OwnedFd> = control
+            .drain()
+            .filter_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        let piece = &buffer[..received.bytes];
+        for part in piece.split_inclusive(|&byte| byte == b'\n') {
+            line.extend_from_slice(part);
+            if line.ends_with(b"\n") {
+                locked(watch).see(&line);
+                line.clear();
             }
-            to_server.write_all(&line)?;
         }
-        to_server.shutdown(std::net::Shutdown::Both)
-    });
-    let mut to_client = client.try_clone()?;
-    for line in BufReader::new(server).split(b'\n') {
-        let mut line = line?;
-        // Answers begin so; events and the greeting do not.
-        if line.starts_with(b"{\"return\"") || line.starts_with(b"{\"error\"") || line.starts_with(b"{\"id\"")
-        {
-            let mut waited = waited.lock().unwrap_or_else(PoisonError::into_inner);
-            waited.open = waited.open.saturating_sub(1);
-            if waited.open == 0
-                && let Some(since) = waited.since.take()
-            {
-                waited.all += since.elapsed();
-            }
-        }
-        line.push(b'\n');
-        if to_client.write_all(&line).is_err() {
-            break;
-        }
+        send(to, piece, &descriptors)?;
     }
-    let _ = client.shutdown(std::net::Shutdown::Both);
-    // Its own end is not of interest: the client is gone.
-    let _ = up.join();
+}
+
+fn send(to: &UnixStream, mut bytes: &[u8], descriptors: &[OwnedFd]) -> io::Result<()> {
+    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !borrowed.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
+        return Err(io::Error::other("too many descriptors in one message"));
+    }
+    while !bytes.is_empty() {
+        let sent = sendmsg(to, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
+        control.clear();
+        bytes = &bytes[sent..];
+    }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn watch(lines: &[&str]) -> Watch {
+        let mut watch = Watch::default();
+        lines.iter().for_each(|line| watch.see(line.as_bytes()));
+        watch
+    }
+
+    #[test]
+    fn a_command_is_under_way_until_its_own_reply() {
+        let ask = [r#"{"execute":"a","id":1}"#, r#"{"exec-oob":"b","id":2}"#];
+        let mut watch = watch(&[ask[0], ask[1], r#"{"event":"STOP","data":{}}"#, r#"{"return":{},"id":2}"#]);
+        assert_eq!(watch.asked.commands.keys().collect::<Vec<_>>(), ["b"]);
+        assert_eq!((watch.pending.len(), watch.asked.busy), (1, Duration::ZERO));
+        watch.see(br#"{"error":{"class":"GenericError","desc":"no"},"id":1}"#);
+        assert_eq!(watch.asked.commands["a"].0, 1);
+        assert!(watch.pending.is_empty() && watch.busy_since.is_none());
+        assert!(watch.asked.busy > Duration::ZERO);
+    }
+
+    #[test]
+    fn replies_to_nothing_are_passed_over() {
+        let watch = watch(&[r#"{"return":{},"id":7}"#, "not json", r#"{"QMP":{}}"#]);
+        assert!(watch.asked.commands.is_empty() && watch.asked.busy == Duration::ZERO);
+    }
 }

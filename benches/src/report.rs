@@ -79,13 +79,16 @@ fn describe(series: &Series) -> String {
     if !series.walls.is_empty() {
         let (fastest, slowest) = series.spread();
         text = format!(
-            "{} ({} to {}, n={}), {}",
+            "{} ({} to {}, n={})",
             seconds(series.median()),
             seconds(fastest),
             seconds(slowest),
             series.walls.len(),
-            mebibytes(series.peak)
         );
+    }
+    // What is no process of its own has none.
+    if series.peak > 0 {
+        let _ = write!(text, ", {}", mebibytes(series.peak));
     }
     if let Some(flushes) = series.flushes {
         let _ = write!(text, ", {flushes} flushes");

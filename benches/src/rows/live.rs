@@ -1,211 +1,239 @@
-//! A running guest: how long it stands still, how fast it is back, and what of a create is our own time.
+//! Running domains, side by side with QEMU's own snapshots of the same guest.
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
-use testguest::{Guest, GuestOptions};
+use anyhow::Result;
+use testguest::GuestOptions;
 
 use crate::bench::Bench;
+use crate::chain::GUEST;
 use crate::child::Cost;
-use crate::proxy::Proxy;
-use crate::row::{OURS, Row, Target};
+use crate::machine::Running;
+use crate::proxy::{Asked, Proxy};
+use crate::row::{LIMIT, OURS, Row, Target, seconds};
 
 /// The rows of [`measure`].
-pub const ROWS: &[&str] =
-    &["live-stall-128", "live-stall-512", "live-stall-2048", "live-revert", "live-window-8", "live-own-8"];
+pub const ROWS: &[&str] = &[
+    "live-stall-128",
+    "live-stall-512",
+    "live-stall-512-slow",
+    "live-stall-2048",
+    "live-window-8",
+    "live-revert",
+    "live-revert-downtime",
+    "live-own-8",
+];
 
-/// QEMU's own way, as the peers' labels have it.
 const SAVE: &str = "QEMU snapshot-save";
 const LOAD: &str = "QEMU snapshot-load";
+const VIRSH: &str = "virsh snapshot-revert";
 
-/// All rows.
+/// How long the guest is watched while nothing is done.
+const IDLE: Duration = Duration::from_secs(3);
+
+/// A guest's memory and load, in MiB and MiB a second.
+#[derive(Clone, Copy)]
+struct Load {
+    memory: u64,
+    dirty: u64,
+    rate: f64,
+}
+
+/// As much dirtied as the memory lets, and twice the same with another rate.
+const LOADS: [Load; 4] = [
+    Load { memory: 128, dirty: 40, rate: 100.0 },
+    Load { memory: 512, dirty: 300, rate: 100.0 },
+    Load { memory: 512, dirty: 300, rate: 25.0 },
+    Load { memory: 2048, dirty: 1400, rate: 100.0 },
+];
+
+/// All rows that are wanted, each on guests of its own: one runs at a time.
 pub fn measure(bench: &Bench) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for (name, mib, dirty, rate) in
-        [(ROWS[0], 128, 40, 100.0), (ROWS[1], 512, 300, 100.0), (ROWS[2], 2048, 300, 100.0)]
-    {
-        if bench.wants(name) && !(bench.quick && mib > 512) {
-            rows.push(stall(bench, name, mib, dirty, rate)?);
+    for (name, load) in ROWS.iter().zip(LOADS) {
+        if bench.wants(name) && !(bench.quick && load.memory > 512) {
+            rows.push(stall(bench, name, load)?);
         }
     }
-    if bench.wants(ROWS[3]) {
-        rows.push(revert(bench)?);
+    if bench.wants(ROWS[4]) {
+        rows.push(window(bench)?);
     }
-    if bench.wants(ROWS[4]) || bench.wants(ROWS[5]) {
-        rows.extend(eight(bench)?);
+    if bench.wants(ROWS[5]) || bench.wants(ROWS[6]) {
+        rows.extend(revert(bench)?);
+    }
+    if bench.wants(ROWS[7]) {
+        rows.push(own(bench)?);
     }
     Ok(rows)
 }
 
-/// A guest that is registered.
-struct Running<'a> {
-    bench: &'a Bench,
-    guest: Guest,
+/// A time that is not a process's.
+fn time(wall: Duration) -> Cost {
+    Cost { wall, peak: 0, cpu: Duration::ZERO }
 }
 
-impl<'a> Running<'a> {
-    fn new(bench: &'a Bench, options: GuestOptions) -> Result<Running<'a>> {
-        let guest = options.inside(bench.path()).deadline(Duration::from_secs(120)).start()?;
-        let running = Running { bench, guest };
-        let socket = running.guest.qmp_socket().to_owned();
-        running.run(&["domain", "add", "live", "--qmp", &socket.to_string_lossy()])?;
-        Ok(running)
-    }
+/// Starts a guest under memory load.
+fn loaded<'a>(bench: &'a Bench, row: &mut Row, load: Load) -> Result<Running<'a>> {
+    let running = Running::start(bench, GuestOptions::new().memory_mib(load.memory))?;
+    running.register(running.guest.qmp_socket())?;
+    running.guest.dirty(load.dirty, load.rate)?;
+    let (before, start) = (running.guest.status()?.dirtied, Instant::now());
+    std::thread::sleep(IDLE);
+    let pages = running.guest.status()?.dirtied.saturating_sub(before);
+    let rate = (pages * 4096) as f64 / f64::from(1 << 20) / start.elapsed().as_secs_f64();
+    row.note(format!("while nothing was done, the guest dirtied {rate:.0} MiB a second"));
+    Ok(running)
+}
 
-    /// Runs domsnap; gives its JSON and how long it took.
-    fn run(&self, words: &[&str]) -> Result<(Value, Duration)> {
-        let mut command = self.bench.domsnap(&self.guest.dir().join("state"), words);
-        command.arg("--json");
-        let begun = Instant::now();
-        let output = command.output()?;
-        let (took, text) = (begun.elapsed(), String::from_utf8_lossy(&output.stdout));
-        ensure!(output.status.success(), "domsnap {} ended with {}: {text}", words.join(" "), output.status);
-        Ok((serde_json::from_str(&text)?, took))
-    }
+fn about(load: Load) -> String {
+    let Load { memory, dirty, rate } = load;
+    format!("{memory} MiB of memory, {dirty} MiB of it dirtied at {rate} MiB/s, two disks")
+}
 
-    fn downtime(answer: &Value) -> Result<Duration> {
-        let time = answer["outcome"]["downtime_us"].as_u64();
-        time.map(Duration::from_micros).with_context(|| format!("no downtime in {answer}"))
-    }
-
-    /// The nodes on top of its disks.
-    fn nodes(&self) -> Result<Vec<String>> {
-        let drives = self.guest.qmp("query-block", Value::Null)?;
-        let nodes = drives.as_array().into_iter().flatten();
-        let nodes: Vec<String> =
-            nodes.filter_map(|drive| drive["inserted"]["node-name"].as_str()).map(str::to_owned).collect();
-        ensure!(!nodes.is_empty(), "QEMU tells no drive: {drives}");
-        Ok(nodes)
-    }
-
-    /// One of QEMU's snapshot jobs, to its end.
-    fn job(&self, command: &str, tag: &str) -> Result<()> {
-        let nodes = self.nodes()?;
-        let mut arguments = json!({ "job-id": "bench", "tag": tag, "devices": nodes });
-        if command != "snapshot-delete" {
-            arguments["vmstate"] = json!(nodes[0]);
-        }
-        self.guest.qmp(command, arguments)?;
-        loop {
-            let jobs = self.guest.qmp("query-jobs", Value::Null)?;
-            let job = jobs.as_array().into_iter().flatten().find(|job| job["id"] == "bench");
-            let job = job.with_context(|| format!("{command}: the job is gone"))?;
-            if job["status"] == "concluded" {
-                let error = job["error"].as_str().map(str::to_owned);
-                self.guest.qmp("job-dismiss", json!({ "id": "bench" }))?;
-                return error.map_or(Ok(()), |error| bail!("{command}: {error}"));
+fn stall(bench: &Bench, name: &'static str, load: Load) -> Result<Row> {
+    let what = format!("the guest's largest stall at a live create with memory: {}", about(load));
+    let mut row = Row::new(name, what, &[Target::Within(0.5, SAVE)]);
+    let running = loaded(bench, &mut row, load)?;
+    let (mut windows, mut ways) = (Vec::new(), Vec::new());
+    bench.repeat(5, Duration::from_secs(60), |repetition| {
+        let (idle, ()) = running.stall(|| {
+            std::thread::sleep(IDLE);
+            Ok(())
+        })?;
+        row.sample(LIMIT, time(idle));
+        let mut sides = [OURS, SAVE];
+        sides.rotate_left(repetition % 2);
+        for side in sides {
+            if side == OURS {
+                let (stall, made) = running.stall(|| running.change(&["create", GUEST, "point"]))?;
+                row.sample(OURS, Cost { wall: stall, ..made.cost });
+                windows.push(made.downtime);
+                ways.extend(made.way);
+                running.delete("point")?;
+            } else {
+                let (stall, _) = running.stall(|| running.save("point"))?;
+                row.sample(SAVE, time(stall));
+                running.forget("point")?;
             }
-            std::thread::sleep(Duration::from_millis(2));
+            running.sound()?;
         }
-    }
-}
-
-fn sample(row: &mut Row, label: &str, wall: Duration) {
-    row.sample(label, Cost { wall, peak: 0 });
-}
-
-/// The guest's largest stall, by its own ticks.
-fn stall(bench: &Bench, name: &'static str, mib: u64, dirty: u64, rate: f64) -> Result<Row> {
-    let what = format!(
-        "largest stall of a guest of {mib} MiB, {dirty} MiB of it dirtied at {rate} MiB/s, at a live create with memory"
-    );
-    let mut row = Row::new(name, what, &[Target::Faster(2.0)]);
-    let running = Running::new(bench, GuestOptions::new().memory_mib(mib))?;
-    let guest = &running.guest;
-    guest.dirty(dirty, rate)?;
-    // All of it is written once before it counts.
-    std::thread::sleep(Duration::from_secs_f64(dirty as f64 / rate + 1.0));
-    let mut way = String::new();
-    bench.repeat(if bench.quick { 1 } else { 5 }, Duration::from_secs(90), |_| {
-        guest.wait_ticks(20)?;
-        guest.forget_gap();
-        let (answer, _) = running.run(&["create", "live", "ours", "--internal"])?;
-        guest.wait_ticks(5)?;
-        sample(&mut row, OURS, guest.largest_gap());
-        way = answer["outcome"]["way"].as_str().unwrap_or_default().to_owned();
-        running.run(&["delete", "live", "ours"])?;
-        guest.wait_ticks(20)?;
-        guest.forget_gap();
-        running.job("snapshot-save", "theirs")?;
-        guest.wait_ticks(5)?;
-        sample(&mut row, SAVE, guest.largest_gap());
-        running.job("snapshot-delete", "theirs")
+        Ok(())
     })?;
-    guest.forget_gap();
-    guest.wait_ticks(100)?;
+    ways.sort_unstable();
+    ways.dedup();
+    row.note(format!("limit: the largest stall in {} s in which nothing is done", IDLE.as_secs()));
+    row.note(format!("way: {}; between stop and resume {}", ways.join(", "), spread(&mut windows)));
+    Ok(row)
+}
+
+/// The median and the ends, in milliseconds.
+fn spread(times: &mut [Duration]) -> String {
+    times.sort_unstable();
+    let ms = |time: Option<&Duration>| time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e3);
+    let median = times.get(times.len().saturating_sub(1) / 2);
+    format!("{:.1} ms ({:.1} to {:.1})", ms(median), ms(times.first()), ms(times.last()))
+}
+
+fn eight(bench: &Bench) -> Result<Running<'_>> {
+    Running::start(bench, GuestOptions::new().disks(GuestOptions::MAX_DISKS))
+}
+
+fn window(bench: &Bench) -> Result<Row> {
+    let what = "between stop and resume of a disk-only create, eight disks";
+    let mut row = Row::new(ROWS[4], what, &[Target::Under(Duration::from_millis(50))]);
+    let running = eight(bench)?;
+    running.register(running.guest.qmp_socket())?;
+    let (idle, ()) = running.stall(|| {
+        std::thread::sleep(IDLE);
+        Ok(())
+    })?;
+    let mut stalls = Vec::new();
+    bench.repeat(15, Duration::from_secs(60), |_| {
+        let (stall, made) = running.stall(|| running.change(&["create", GUEST, "point", "--disk-only"]))?;
+        row.sample(OURS, Cost { wall: made.downtime, ..made.cost });
+        stalls.push(stall);
+        running.delete("point")
+    })?;
     row.note(format!(
-        "ours by {way}; without any snapshot the longest time between two ticks of this guest was {} ms",
-        guest.largest_gap().as_millis()
+        "the guest's largest stall meanwhile, by its own ticks: {}; in {} s in which nothing was done: {}",
+        spread(&mut stalls),
+        IDLE.as_secs(),
+        seconds(idle.as_secs_f64())
     ));
-    guest.expect_no_bad()?;
     Ok(row)
 }
 
-/// Back to memory and disks, in place.
-fn revert(bench: &Bench) -> Result<Row> {
-    let what = "revert in place of a guest of 512 MiB, 300 MiB of it dirtied at 100 MiB/s, whole process";
-    let mut row = Row::new(ROWS[3], what, &[]);
-    let running = Running::new(bench, GuestOptions::new().memory_mib(512))?;
-    let guest = &running.guest;
-    guest.dirty(300, 100.0)?;
-    std::thread::sleep(Duration::from_secs(4));
-    running.run(&["create", "live", "ours", "--internal"])?;
-    guest.wait_ticks(10)?;
-    bench.repeat(if bench.quick { 1 } else { 5 }, Duration::from_secs(60), |_| {
-        let (answer, wall) = running.run(&["revert", "live", "ours"])?;
-        sample(&mut row, OURS, wall);
-        sample(&mut row, "domsnap, the guest's downtime", Running::downtime(&answer)?);
-        guest.wait_ticks(10)
+fn revert(bench: &Bench) -> Result<Vec<Row>> {
+    let load = LOADS[1];
+    let what = format!("revert in place with memory: {}", about(load));
+    let mut whole = Row::new(ROWS[5], what, &[Target::Within(0.2, VIRSH)]);
+    let what = format!("the guest's largest stall at a revert in place with memory: {}", about(load));
+    let mut stalls = Row::new(ROWS[6], what, &[]);
+    let running = loaded(bench, &mut whole, load)?;
+    let mut downtimes = Vec::new();
+    bench.repeat(5, Duration::from_secs(90), |repetition| {
+        let mut sides = [OURS, LOAD];
+        sides.rotate_left(repetition % 2);
+        for side in sides {
+            if side == OURS {
+                running.change(&["create", GUEST, "point"])?;
+                let (stall, made) = running.stall(|| running.change(&["revert", GUEST, "point"]))?;
+                whole.sample(OURS, made.cost);
+                stalls.sample(OURS, Cost { wall: stall, ..made.cost });
+                downtimes.push(made.downtime);
+                running.delete("point")?;
+            } else {
+                running.save("point")?;
+                let (stall, wall) = running.stall(|| running.load("point"))?;
+                whole.sample(LOAD, time(wall));
+                stalls.sample(LOAD, time(stall));
+                running.forget("point")?;
+            }
+        }
+        Ok(())
     })?;
-    running.run(&["delete", "live", "ours"])?;
-    running.job("snapshot-save", "theirs")?;
-    bench.repeat(if bench.quick { 1 } else { 5 }, Duration::from_secs(60), |_| {
-        guest.qmp("stop", Value::Null)?;
-        let begun = Instant::now();
-        running.job("snapshot-load", "theirs")?;
-        guest.qmp("cont", Value::Null)?;
-        sample(&mut row, LOAD, begun.elapsed());
-        guest.wait_ticks(10)
-    })?;
-    guest.expect_no_bad()?;
-    row.note(
-        "QEMU's own load checks no memory image, and its snapshot is in the disks; the aim, 5 times faster than virsh \
-         snapshot-revert, was not measured where virsh is not installed",
+    whole.note(
+        "QEMU snapshot-load is the job alone, without a process to start; virsh was not measured in this run",
     );
+    stalls.note(format!("domsnap's own measure of its downtime: {}", spread(&mut downtimes)));
+    Ok(vec![whole, stalls])
+}
+
+fn own(bench: &Bench) -> Result<Row> {
+    let what = "our own part of a disk-only create of eight disks: the process less the time that QEMU takes to answer";
+    let mut row = Row::new(ROWS[7], what, &[Target::Under(Duration::from_millis(20))]);
+    let running = eight(bench)?;
+    let proxy = Proxy::open(&running.guest.dir().join("proxy"), running.guest.qmp_socket())?;
+    running.register(proxy.socket())?;
+    let mut all = Vec::new();
+    bench.repeat(15, Duration::from_secs(60), |_| {
+        proxy.take();
+        let made = running.change(&["create", GUEST, "point", "--disk-only"])?;
+        let asked = proxy.take();
+        row.sample(OURS, Cost { wall: made.cost.wall.saturating_sub(asked.busy), ..made.cost });
+        row.sample("the whole process", made.cost);
+        row.sample("QEMU's answers", time(asked.busy));
+        row.sample("domsnap's processor time", time(made.cost.cpu));
+        all.push(asked);
+        running.delete("point")
+    })?;
+    row.note(slowest(&all));
     Ok(row)
 }
 
-/// Eight disks, no memory.
-fn eight(bench: &Bench) -> Result<Vec<Row>> {
-    let mut window = Row::new(
-        ROWS[4],
-        "from STOP to RESUME of a create of eight disks without memory",
-        &[Target::Under(Duration::from_millis(50))],
-    );
-    let mut own = Row::new(
-        ROWS[5],
-        "our own part of that create: the process's time less the time that QEMU took to answer",
-        &[Target::Under(Duration::from_millis(20))],
-    );
-    let running = Running::new(bench, GuestOptions::new().disks(8).disk_mib(16))?;
-    bench.repeat(if bench.quick { 1 } else { 9 }, Duration::from_secs(60), |_| {
-        let (answer, _) = running.run(&["create", "live", "x", "--disk-only", "--external"])?;
-        sample(&mut window, OURS, Running::downtime(&answer)?);
-        running.run(&["delete", "live", "x"]).map(drop)
-    })?;
-    running.run(&["domain", "remove", "live"])?;
-    let proxy = Proxy::start(running.guest.qmp_socket())?;
-    running.run(&["domain", "add", "live", "--qmp", &proxy.socket().to_string_lossy()])?;
-    bench.repeat(if bench.quick { 1 } else { 9 }, Duration::from_secs(60), |_| {
-        proxy.forget();
-        let (_, wall) = running.run(&["create", "live", "x", "--disk-only", "--external"])?;
-        let (answered, commands) = proxy.answered();
-        sample(&mut own, OURS, wall.saturating_sub(answered));
-        sample(&mut own, "QEMU's answers", answered);
-        own.count("commands to QEMU", commands);
-        running.run(&["delete", "live", "x"]).map(drop)
-    })?;
-    running.guest.expect_no_bad()?;
-    Ok(vec![window, own])
+/// The commands that take the most of QEMU's time, of the repetition that is the middle one.
+fn slowest(all: &[Asked]) -> String {
+    let mut sorted: Vec<_> = all.iter().collect();
+    sorted.sort_by_key(|asked| asked.busy);
+    let Some(asked) = sorted.get(sorted.len().saturating_sub(1) / 2) else {
+        return "nothing was asked".to_owned();
+    };
+    let mut commands: Vec<_> = asked.commands.iter().collect();
+    commands.sort_by_key(|(_, (_, time))| std::cmp::Reverse(*time));
+    let words = commands
+        .iter()
+        .take(6)
+        .map(|(name, (count, time))| format!("{count} {name} {:.1} ms", time.as_secs_f64() * 1e3));
+    let count: usize = asked.commands.values().map(|(count, _)| count).sum();
+    format!("QEMU answered {count} commands; most of its time: {}", words.collect::<Vec<_>>().join(", "))
 }

@@ -124,11 +124,12 @@ fn delete_some(bench: &Bench, row: &mut Row, image: &Path) -> Result<()> {
         image::copy(image, &theirs)?;
         bench.time(row, OURS, &mut all(&ours))?;
         let start = Instant::now();
-        let mut peak = 0;
+        let (mut peak, mut cpu) = (0, Duration::ZERO);
         for name in &names {
-            peak = child::run(&mut image::qemu_img(&["snapshot", "-d", name], &theirs))?.peak.max(peak);
+            let cost = child::run(&mut image::qemu_img(&["snapshot", "-d", name], &theirs))?;
+            (peak, cpu) = (cost.peak.max(peak), cpu + cost.cpu);
         }
-        row.sample(SEPARATE, Cost { wall: start.elapsed(), peak });
+        row.sample(SEPARATE, Cost { wall: start.elapsed(), peak, cpu });
         image::has_snapshots(&ours, 0, None, None)?;
         image::check(&ours)?;
         image::compare(&ours, &theirs)

@@ -112,7 +112,7 @@ fn copy_and_sync(row: &mut Row, file: &Path, bytes: u64) -> Result<()> {
 }
 
 fn sum(one: Cost, other: Cost) -> Cost {
-    Cost { wall: one.wall + other.wall, peak: one.peak.max(other.peak) }
+    Cost { wall: one.wall + other.wall, peak: one.peak.max(other.peak), cpu: one.cpu + other.cpu }
 }
 
 /// A point of 1 GiB copied out into an image of its own.
