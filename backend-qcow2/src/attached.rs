@@ -132,6 +132,14 @@ impl Inside for Pivot<'_> {
         }
         Err(error)
     }
+
+    async fn back(&self, only: Option<&Target>) -> Result<()> {
+        self.inside.back(only).await?;
+        match same_file(&self.to, &self.path)? {
+            true => names::move_name(&self.path, &self.from),
+            false => Ok(()),
+        }
+    }
 }
 
 impl Pivot<'_> {

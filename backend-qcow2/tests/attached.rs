@@ -36,6 +36,8 @@ struct FakeAttachedDisk {
     dropped: Mutex<Vec<String>>,
     /// Whether the last merge could have been called off.
     heard_cancel: Mutex<bool>,
+    /// Whether a pivot fails, and what ran at it is taken back.
+    stays: Mutex<bool>,
     /// What a merge fails with after its pivot.
     fails: Mutex<Option<ErrorKind>>,
 }
@@ -95,6 +97,10 @@ impl AttachedDisk for FakeAttachedDisk {
             return Err(Error::new(ErrorKind::Cancelled, "it was cancelled"));
         }
         inside.run(None).await?;
+        if *held(&self.stays) {
+            inside.back(None).await?;
+            return Err(Error::new(ErrorKind::Io, "the pivot failed, and the job is gone"));
+        }
         match held(&self.fails).take() {
             Some(kind) => Err(Error::new(kind, "the job failed")),
             None => Ok(()),
@@ -114,6 +120,10 @@ struct FailingInside;
 impl Inside for FailingInside {
     async fn run(&self, _: Option<&Target>) -> Result<()> {
         Err(Error::new(ErrorKind::NoSpace, "no room"))
+    }
+
+    async fn back(&self, _: Option<&Target>) -> Result<()> {
+        Ok(())
     }
 }
 
@@ -489,6 +499,16 @@ async fn a_pivot_that_fails_leaves_the_path_with_what_the_guest_writes() {
     std::fs::hard_link(&lower, house.path()).unwrap();
     let refused = house.backend.apply(&merge, house.context(&FailingInside)).await;
     assert_eq!(kind(refused), ErrorKind::NoSpace);
+    assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_the_pivot_fails_after_the_path_was_moved_it_goes_back_to_what_the_guest_writes() {
+    let (house, layers) = House::with_layers(2).await;
+    house.start().await;
+    *held(&house.qemu.stays) = true;
+    let error = house.apply(merge_down(&layers)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io, "nothing keeps it from being put off: {error}");
     assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
 }
 

@@ -215,6 +215,24 @@ impl Machine {
         Ok(())
     }
 
+    /// Makes the disks of a guest usable that was loaded and has not run since: QEMU keeps them inactive until it runs, and refuses
+    /// every change of their chains. A QEMU that cannot be told so (before 10.0) lets the guest run for a moment. Repeating it is
+    /// harmless.
+    ///
+    /// # Errors
+    /// Those of the connection; what QEMU said.
+    pub async fn activate_disks(&self) -> Result<()> {
+        let subject = self.qmp.socket().display().to_string();
+        let active = json!({ "active": true });
+        match self.run("activating the disks", &subject, "blockdev-set-active", active).await {
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                self.cont().await?;
+                self.pause().await.map(drop)
+            }
+            told => told.map(drop),
+        }
+    }
+
     /// Resets the guest, as its reset button does: at once, whether it runs or not. Not idempotent.
     ///
     /// # Errors

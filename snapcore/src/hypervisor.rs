@@ -190,6 +190,10 @@ pub struct OpenChain {
 pub trait Inside: Send + Sync {
     /// Does what is that disk's; without one, all of it. Where it fails it has undone what it did.
     async fn run(&self, only: Option<&Target>) -> Result<()>;
+
+    /// Takes back what [`Inside::run`] did, where the moment passed without what it was for: the pivot failed, and the guest
+    /// goes on writing to the image that it wrote to.
+    async fn back(&self, only: Option<&Target>) -> Result<()>;
 }
 
 /// Nothing that runs inside a step.
@@ -199,6 +203,10 @@ pub struct NothingInside;
 #[async_trait]
 impl Inside for NothingInside {
     async fn run(&self, _: Option<&Target>) -> Result<()> {
+        Ok(())
+    }
+
+    async fn back(&self, _: Option<&Target>) -> Result<()> {
         Ok(())
     }
 }

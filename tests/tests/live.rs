@@ -171,6 +171,24 @@ fn a_domain_that_is_off_is_started_from_a_snapshot_with_memory() -> Result<()> {
 }
 
 #[test]
+fn a_domain_that_was_paused_is_started_paused_and_can_be_worked_on_as_it_stands() -> Result<()> {
+    for version in Version::BOTH {
+        let mut live = Live::of(GuestOptions::new().version(version))?;
+        live.guest.qmp("stop", serde_json::Value::Null)?;
+        live.domsnap().done(&["create", NAME, "standing", "--external"])?;
+        live.guest.qmp("quit", serde_json::Value::Null)?;
+        live.guest.wait_end()?;
+        live.domsnap().done(&["revert", NAME, "standing"])?;
+        live.domsnap().done(&["create", NAME, "more", "--disk-only", "--external"])?;
+        live.domsnap().done(&["revert", NAME, "standing"])?;
+        live.domsnap().done(&["delete", NAME, "more"])?;
+        live.guest.qmp("cont", serde_json::Value::Null)?;
+        live.sound()?;
+    }
+    Ok(())
+}
+
+#[test]
 fn the_present_is_saved_with_its_memory_before_a_revert() -> Result<()> {
     let mut live = Live::new()?;
     live.create("one", &["--external"])?;

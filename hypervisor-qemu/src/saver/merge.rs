@@ -131,7 +131,14 @@ pub(super) async fn merge(
             }
         }
     };
-    ended.map_err(|error| told(error).context(attempted()))?;
+    if let Err(error) = ended {
+        let top = merge.run.last().filter(|top| **top != merge.into);
+        let error = match (pivoting.load(Ordering::SeqCst), top) {
+            (true, Some(top)) => not_pivoted(disk, &job, top.as_std_path(), inside, None, told(error)).await,
+            _ => told(error),
+        };
+        return Err(error.context(attempted()));
+    }
     let graph = Graph::read(machine).await.map_err(told)?;
     close(machine, &graph, disk, &identities).await
 }
@@ -157,14 +164,43 @@ pub(super) async fn fold_active(
         true => jobs::drive_active(machine, &job, each, hook).await,
         false => {
             let (top, base) = (top.node.name.clone(), base.node.name.clone());
-            let commit = ActiveCommit { job, top, base, speed: 0 };
+            let commit = ActiveCommit { job: job.clone(), top, base, speed: 0 };
             jobs::commit_active(machine, &commit, each, hook).await.map(drop)
         }
     };
-    done.map_err(told)?;
+    if let Err(error) = done {
+        let file = top.file.clone().unwrap_or_default();
+        return Err(not_pivoted(disk, &job, &file, inside, Some(target), told(error)).await);
+    }
     let graph = Graph::read(machine).await.map_err(told)?;
     let merged: Vec<FileIdentity> = top.identity.into_iter().collect();
     close(machine, &graph, disk, &merged).await
+}
+
+/// A merge of the active image failed after its hook may have run. Where QEMU says that the job is gone and that the guest goes
+/// on with the upper image, what the hook did is taken back: or else the path would name an image that nobody writes.
+async fn not_pivoted(
+    disk: &Disk,
+    job: &Name,
+    top: &Path,
+    inside: &dyn Inside,
+    only: Option<&Target>,
+    error: Error,
+) -> Error {
+    let gone = jobs::status(&disk.machine, job).await.map(|job| job.is_none());
+    let writes_top = disk.open().await.map(|open| {
+        identity(top).is_some_and(|top| open.root().is_some_and(|root| root.identity == Some(top)))
+    });
+    match (gone, writes_top) {
+        (Ok(true), Ok(true)) => match inside.back(only).await {
+            Ok(()) => error,
+            Err(second) => error.state(format!(
+                "the guest writes {}, and its configured path could not be given back to that: {second}",
+                top.display()
+            )),
+        },
+        _ => error,
+    }
 }
 
 /// The job of a merge: of the same name each time it is asked for.

@@ -109,6 +109,9 @@ pub(super) async fn start(start: StartFromMemory<'_>) -> Result<Facts> {
     if runs == Some(true) {
         machine.cont().await.map_err(told)?;
     }
+    if !machine.run_state().await.map_err(told)?.running {
+        machine.activate_disks().await.map_err(told)?;
+    }
     if machine.run_state().await.map_err(told)?.running {
         let agent = start.domain.control.as_ref().and_then(|control| control.agent.as_ref());
         let agent = agent.map(|socket| Agent::new(socket.as_std_path()));

@@ -343,5 +343,11 @@ fn is_alive(peer: qmp::Peer) -> bool {
     let state = fields.next().unwrap_or("X");
     // The first is field 3 of the file, the start is field 22.
     let start = fields.nth(18).and_then(|ticks| ticks.parse::<u64>().ok());
-    !matches!(state, "Z" | "X") && start == peer.start_ticks
+    start == peer.start_ticks && (!matches!(state, "Z" | "X") || has_threads(peer.pid))
+}
+
+/// Whether threads of a process whose first thread has ended go on: they have its files open.
+fn has_threads(pid: u32) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    tasks.into_iter().flatten().flatten().any(|task| task.file_name().to_str() != Some(&pid.to_string()))
 }

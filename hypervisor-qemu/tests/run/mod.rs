@@ -37,6 +37,10 @@ impl Inside for Fails {
     async fn run(&self, _: Option<&Target>) -> snapcore::Result<()> {
         Err(Error::new(ErrorKind::NoSpace, "no space for a link"))
     }
+
+    async fn back(&self, _: Option<&Target>) -> snapcore::Result<()> {
+        Ok(())
+    }
 }
 
 /// What is interrupted by a crash, before or after it has moved the paths.
@@ -53,6 +57,10 @@ impl Inside for Hangs {
         }
         std::future::pending().await
     }
+
+    async fn back(&self, _: Option<&Target>) -> snapcore::Result<()> {
+        Err(Error::new(ErrorKind::Internal, "whoever was to do this is gone"))
+    }
 }
 
 /// Moves configured paths to layers, as the engine does it inside a step.
@@ -67,6 +75,10 @@ impl Inside for Moves {
             }
         }
         Ok(())
+    }
+
+    async fn back(&self, _: Option<&Target>) -> snapcore::Result<()> {
+        Err(Error::new(ErrorKind::Internal, "no pivot of these tests fails after its hook"))
     }
 }
 

@@ -360,6 +360,13 @@ impl Inside for Within<'_, '_> {
             false => self.running.apply_inside(self.steps.clone(), only).await,
         }
     }
+
+    async fn back(&self, only: Option<&Target>) -> Result<()> {
+        match self.back {
+            true => self.running.apply_inside(self.steps.clone(), only).await,
+            false => self.running.undo_inside(self.steps.clone(), only).await,
+        }
+    }
 }
 
 /// What the context of a disk's step borrows from.
