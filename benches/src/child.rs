@@ -39,11 +39,12 @@ pub fn run(command: &mut Command) -> Result<Cost> {
 /// The same, with what it printed.
 pub fn answered(command: &mut Command) -> Result<(Cost, String)> {
     let mut printed = tempfile::tempfile()?;
-    let cost = run_to(command, Stdio::from(printed.try_clone()?))?;
+    let cost = run_to(command, Stdio::from(printed.try_clone()?));
     let mut text = String::new();
     printed.rewind()?;
     printed.read_to_string(&mut text).with_context(|| format!("read what {command:?} printed"))?;
-    Ok((cost, text))
+    // With `--json` an error is an answer too.
+    Ok((cost.with_context(|| format!("it answered {}", text.trim()))?, text))
 }
 
 fn run_to(command: &mut Command, output: Stdio) -> Result<Cost> {
