@@ -6,18 +6,17 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{Error, ErrorKind, Result};
+use snapcore::{Error, ErrorKind, FileIdentity, Result, file_identity};
 
 /// The identity of a file, whatever it is called: device and inode.
-pub(crate) type FileId = (u64, u64);
+pub(crate) type FileId = FileIdentity;
 
 /// The identity of the file at `path`, or `None` where there is none. Symbolic links are followed.
 pub(crate) fn file_id(path: &Utf8Path) -> Result<Option<FileId>> {
     match fs::metadata(path) {
-        Ok(metadata) => Ok(Some((metadata.dev(), metadata.ino()))),
+        Ok(metadata) => Ok(Some(file_identity(&metadata))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(io_error(error, format!("cannot look at {path}"))),
     }

@@ -252,6 +252,7 @@ fn take(layer: &LayerName, tag: &str) -> ChainStep {
 fn create(kind: PointKind) -> DiskRequest {
     DiskRequest::Create {
         kind: Some(kind),
+        way: None,
         name: SnapshotName::new("s").unwrap(),
         overlay: None,
         keep: vec![],

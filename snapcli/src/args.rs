@@ -125,7 +125,8 @@ pub struct Create {
     pub name: Option<SnapshotName>,
     #[command(flatten)]
     pub kind: Kind,
-    /// How to take one disk: TARGET=internal, TARGET=external[,path=FILE], TARGET=skip
+    /// How to take one disk: TARGET=internal, TARGET=external[,path=FILE], TARGET=skip, or TARGET=WAY with one of
+    /// its format's own ways (see 'domsnap backends')
     #[arg(long = "disk", value_name = "TARGET=HOW", value_parser = disk_choice)]
     pub disks: Vec<(Target, CreateDisk)>,
     /// What it is for, in your words
@@ -411,7 +412,8 @@ pub struct Import {
 }
 
 fn disk_choice(text: &str) -> Result<(Target, CreateDisk), String> {
-    let rule = "expected TARGET=internal, TARGET=external[,path=FILE] or TARGET=skip";
+    let rule = "expected TARGET=internal, TARGET=external[,path=FILE], TARGET=skip, or TARGET= and a way that `domsnap \
+                backends` lists for the disk's format";
     let (target, how) = text.split_once('=').ok_or(rule)?;
     let target = Target::new(target).map_err(|error| error.to_string())?;
     let (how, option) = match how.split_once(',') {
@@ -427,8 +429,14 @@ fn disk_choice(text: &str) -> Result<(Target, CreateDisk), String> {
         ("internal", None) => Ok((target, CreateDisk::Take(PointKind::Internal, None))),
         ("external", path) => Ok((target, CreateDisk::Take(PointKind::External, path))),
         ("skip", None) => Ok((target, CreateDisk::Skip)),
+        (way, None) if is_word(way) => Ok((target, CreateDisk::Way(way.to_owned()))),
         _ => Err(rule.to_owned()),
     }
+}
+
+/// Whether text can be the name of a backend's way.
+fn is_word(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 /// A name for a domain that can be called by it: none that means where one is reached.
@@ -491,6 +499,7 @@ mod tests {
             ("vda=external", take(PointKind::External, None)),
             ("vda=external,path=top.qcow2", take(PointKind::External, Some("top.qcow2"))),
             ("vda=skip", CreateDisk::Skip),
+            ("vda=reflink", CreateDisk::Way("reflink".to_owned())),
         ] {
             assert_eq!(disk_choice(text).unwrap(), (vda.clone(), how), "{text}");
         }
@@ -498,7 +507,15 @@ mod tests {
 
     #[test]
     fn other_words_for_a_disk_are_refused_with_the_rule() {
-        for text in ["vda", "vda=", "vda=both", "vda=internal,path=x", "vda=external,path=", "vda=skip,x=y"] {
+        for text in [
+            "vda",
+            "vda=",
+            "vda=Both!",
+            "vda=reflink,path=x",
+            "vda=internal,path=x",
+            "vda=external,path=",
+            "vda=skip,x=y",
+        ] {
             assert!(disk_choice(text).unwrap_err().starts_with("expected TARGET="), "{text}");
         }
         assert!(disk_choice("a b=skip").unwrap_err().contains("letters, digits"));

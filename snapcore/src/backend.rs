@@ -3,7 +3,7 @@
 use std::any::Any;
 
 use async_trait::async_trait;
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +30,9 @@ pub struct Capabilities {
     pub snapshot_of_snapshot: bool,
     /// The longest chain of layers that it makes.
     pub max_depth: u32,
+    /// The ways of taking a point that a user may ask for by name, beside the kinds: `reflink`, `copy`.
+    #[serde(default)]
+    pub ways: Vec<String>,
 }
 
 impl Capabilities {
@@ -43,7 +46,15 @@ impl Capabilities {
             delete_in_chain: true,
             snapshot_of_snapshot: true,
             max_depth,
+            ways: Vec::new(),
         }
+    }
+
+    /// Takes points in ways of its own, which a user may ask for by name.
+    #[must_use]
+    pub fn ways<W: Into<String>>(mut self, names: impl IntoIterator<Item = W>) -> Self {
+        self.ways = names.into_iter().map(Into::into).collect();
+        self
     }
 
     /// Disks that a running guest holds, too.
@@ -140,6 +151,15 @@ pub trait DiskSnapshotter: Send + Sync {
     /// What it can do.
     fn capabilities(&self) -> Capabilities;
 
+    /// Whether a disk is this backend's to serve where nobody stated a backend: by the format that its hypervisor opens it
+    /// with, or, where only the path is known, by what the path names. Never by what an image holds.
+    ///
+    /// A backend whose disks a hypervisor opens in another's format (a logical volume is `raw` to it) says so here, and goes
+    /// before that one.
+    fn recognises(&self, _path: &Utf8Path, open_format: Option<&str>) -> bool {
+        open_format == Some(self.format())
+    }
+
     /// Takes in a disk that the catalogue does not know: checks that the image is what it is said to be, and names
     /// its active layer. Changes nothing.
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord>;
@@ -165,8 +185,8 @@ pub trait DiskSnapshotter: Send + Sync {
     /// The steps that fulfil `request`. A function of its arguments and of what the layers hold; changes nothing.
     ///
     /// Where the disk is attached ([`DiskState::attached`]) the active chain is open in a hypervisor. Then a create's plan
-    /// says in [`DiskPlan::instant`] what happens to it at the instant, and its only cut step is the one that moves the
-    /// configured path, marked as running inside. A revert's steps that change the open chain are cut steps: they run in a
+    /// says in [`DiskPlan::instant`] what happens to it at the instant, and its cut steps are marked as running inside that:
+    /// they move the configured path, or, under [`crate::DiskInstant::ByBackend`], take the point. A revert's steps that change the open chain are cut steps: they run in a
     /// window in which nothing has it open. A delete's that change it are such as [`AttachedDisk`] can do, or are marked
     /// as needing a window ([`crate::PlannedStep::window`]); the step that moves the path after a merge runs inside that.
     ///

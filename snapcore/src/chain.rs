@@ -180,7 +180,7 @@ pub fn plan(
         plan: DiskPlan::default(),
     };
     match request {
-        DiskRequest::Create { kind, name, overlay, keep: _, stamp } => {
+        DiskRequest::Create { kind, way: _, name, overlay, keep: _, stamp } => {
             planner.create(kind.unwrap_or(capabilities.preferred), name, overlay.as_ref(), *stamp)?;
         }
         DiskRequest::Revert { to, save, keep, undoable, stamp } => {

@@ -5,6 +5,7 @@
 //! speak through [`AttachedDisk`]: so a backend knows no hypervisor, and a hypervisor no format.
 
 use std::collections::HashSet;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -78,6 +79,9 @@ pub enum DiskInstant {
         /// Its name.
         tag: String,
     },
+    /// The hypervisor leaves it alone: its backend takes it, by steps that run inside the instant while the guest stands still
+    /// and everything that it wrote is in its file.
+    ByBackend,
 }
 
 /// How memory is written.
@@ -302,8 +306,19 @@ pub struct AttachedMerge {
     pub string: Option<String>,
 }
 
-/// The device and inode of a file.
+/// The device and inode of a file; of a block device its number, because several nodes can lead to one.
 pub type FileIdentity = (u64, u64);
+
+/// What is in the place of the device in a block device's identity: no file system has this number.
+const BLOCK_DEVICE: u64 = u64::MAX;
+
+/// Which file this is, by whatever name it was opened.
+pub fn file_identity(about: &std::fs::Metadata) -> FileIdentity {
+    match about.file_type().is_block_device() {
+        true => (BLOCK_DEVICE, about.rdev()),
+        false => (about.dev(), about.ino()),
+    }
+}
 
 /// One disk of a running domain, which its hypervisor has open.
 #[async_trait]

@@ -76,7 +76,7 @@ pub use event::{Event, EventStream, Events};
 pub use hypervisor::{
     AttachedDisk, AttachedMerge, ChainFile, Control, DiskInstant, DomainContext, DomainStep, Facts,
     FileIdentity, Inside, LiveDomain, MemoryPlan, NothingInside, OpenChain, PowerAfter, Quiesce, Seen,
-    SeenDisk, StartFromMemory, Taken, VmStateSaver,
+    SeenDisk, StartFromMemory, Taken, VmStateSaver, file_identity,
 };
 pub use name::{DomainName, LayerName, MAX_NAME_BYTES, SnapshotName, Target};
 pub use operation::{Operation, OperationId, OperationState, StepState, Transition};

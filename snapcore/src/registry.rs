@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use camino::Utf8Path;
+
 use crate::{DiskSnapshotter, Error, ErrorKind, Hypervisor, Result, VmStateSaver};
 
 /// The backends of a program, in the order of their registration. The first is the default: it serves images that
@@ -48,6 +50,15 @@ impl Registry {
                 false => error.advise(format!("the formats known are: {}", known.join(", "))),
             }
         })
+    }
+
+    /// The name of the backend for a disk of which nobody stated one, by the format that its hypervisor opens it with or by its
+    /// path alone ([`DiskSnapshotter::recognises`]). Absent: none recognises it.
+    pub fn recognise(&self, path: &Utf8Path, open_format: Option<&str>) -> Option<&str> {
+        let known = || self.iter().filter(|backend| backend.recognises(path, open_format));
+        // One that goes by another name than the format does is the more particular one.
+        let particular = known().find(|backend| open_format != Some(backend.format()));
+        particular.or_else(|| known().next()).map(DiskSnapshotter::format)
     }
 
     /// The format of images that are given by their path alone: the first that was registered.

@@ -10,6 +10,8 @@ use crate::{LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target};
 pub enum CreateDisk {
     /// Take it in this way; for an external point, `path` may name the new overlay's file.
     Take(PointKind, Option<LayerName>),
+    /// Take it in a way that its backend has a name for ([`crate::Capabilities::ways`]).
+    Way(String),
     /// Leave it out of the snapshot.
     Skip,
 }

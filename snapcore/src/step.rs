@@ -113,6 +113,13 @@ pub enum Edit {
         /// The machine.
         machine: Box<Machine>,
     },
+    /// The disk is of another format, and another backend's from now on.
+    SetFormat {
+        /// Which disk.
+        target: Target,
+        /// The name of the backend.
+        format: String,
+    },
     /// The disk's configured path is another.
     SetPath {
         /// Which disk.
@@ -153,6 +160,8 @@ pub enum DiskRequest {
     Create {
         /// The way; absent: the backend chooses.
         kind: Option<crate::PointKind>,
+        /// One of the backend's own ways ([`crate::Capabilities::ways`]), where the user asked for it; then `kind` is absent.
+        way: Option<String>,
         /// The snapshot's name, for a tag.
         name: SnapshotName,
         /// The file of the new overlay, where the user wants a certain one.

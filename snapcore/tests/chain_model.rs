@@ -190,6 +190,7 @@ impl Machine {
                 assert!(overlay.own.is_empty() && overlay.backing.as_ref() == Some(&active));
                 open.insert(0, name.clone());
             }
+            DiskInstant::ByBackend => panic!("what happens to a chain is a hypervisor's to do"),
             DiskInstant::Internal { tag } => {
                 let image = self.images.get_mut(&active).unwrap();
                 let own = image.own.clone();
@@ -443,6 +444,7 @@ impl Machine {
                 let plan = self
                     .plan(&DiskRequest::Create {
                         kind: Some(*kind),
+                        way: None,
                         name: SnapshotName::new(format!("s{stamp}")).unwrap(),
                         overlay: None,
                         keep: self.keep(),
@@ -594,6 +596,7 @@ fn a_chain_beyond_the_limit_is_refused_with_words() {
     let error = machine
         .plan(&DiskRequest::Create {
             kind: Some(PointKind::External),
+            way: None,
             name: SnapshotName::new("one-too-many").unwrap(),
             overlay: None,
             keep: machine.keep(),
@@ -701,6 +704,7 @@ fn the_path_of_a_running_domain_moves_inside_the_instant_and_inside_the_merge() 
     machine.perform(&Action::Power(true));
     let create = DiskRequest::Create {
         kind: Some(PointKind::External),
+        way: None,
         name: SnapshotName::new("before").unwrap(),
         overlay: None,
         keep: vec![],
@@ -736,6 +740,7 @@ fn a_running_domain_whose_active_path_is_new_has_no_step_at_the_instant() {
     };
     let create = |kind| DiskRequest::Create {
         kind: Some(kind),
+        way: None,
         name: SnapshotName::new("s").unwrap(),
         overlay: None,
         keep: vec![],

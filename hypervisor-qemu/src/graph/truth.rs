@@ -6,9 +6,10 @@
 use std::{
     collections::{HashMap, HashSet},
     fs,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
+
+use snapcore::file_identity;
 
 use super::Graph;
 use crate::{
@@ -61,7 +62,7 @@ pub async fn names_true(machine: &Machine) -> Result<Vec<NodeFile>> {
         // QEMU may live in a mount namespace of its own.
         let seen_by_it = process.join("root").join(file.strip_prefix("/").unwrap_or(&file));
         let about = fs::metadata(&seen_by_it).or_else(|_| fs::metadata(&file)).ok();
-        let names = about.map(|about| (about.dev(), about.ino()));
+        let names = about.map(|about| file_identity(&about));
         let is_open = names.is_some_and(|names| open.contains_key(&names));
         files.push(NodeFile { node: node.name.clone(), file, names, is_open });
     }
@@ -115,7 +116,7 @@ fn open_files(process: &Path) -> std::io::Result<HashMap<(u64, u64), OpenFile>> 
         let info = fs::read_to_string(process.join("fdinfo").join(entry.file_name())).unwrap_or_default();
         let lent = path.starts_with("/memfd:");
         let is_image = !lent && info.lines().any(is_image_lock);
-        let file = open.entry((about.dev(), about.ino())).or_insert(OpenFile { path, is_image });
+        let file = open.entry(file_identity(&about)).or_insert(OpenFile { path, is_image });
         file.is_image |= is_image;
     }
     Ok(open)

@@ -173,6 +173,7 @@ async fn prepare(live: &Live, step: Step<'_>, opened: &mut Vec<String>) -> Resul
         };
         let device = disk.device.clone();
         cuts.push(match instant {
+            DiskInstant::ByBackend => continue,
             DiskInstant::Internal { tag } => DiskCut::Internal { device, tag: tag.clone() },
             DiskInstant::Overlay { file, format } => {
                 let file = snapcore::ChainFile { file: file.clone(), format: format.clone() };
@@ -282,6 +283,7 @@ pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>
                 graph::delete_internal(machine, &disk.device, tag).await.map_err(told).map_err(taking)?;
                 context.inside.run(Some(target)).await.map_err(taking)?;
             }
+            DiskInstant::ByBackend => context.inside.run(Some(target)).await.map_err(taking)?,
         }
     }
     sweep(live).await?;

@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     fs,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -11,6 +10,7 @@ use std::{
 use async_trait::async_trait;
 use snapcore::{
     AttachedDisk, AttachedMerge, ChainFile, DiskRecord, FileIdentity, Inside, Progress, Result, Target,
+    file_identity,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -69,7 +69,7 @@ impl View {
 
 /// The device and inode of a file; none where there is none.
 pub(super) fn identity(file: &Path) -> Option<FileIdentity> {
-    fs::metadata(file).ok().map(|about| (about.dev(), about.ino()))
+    fs::metadata(file).ok().map(|about| file_identity(&about))
 }
 
 /// An image that a device has open.

@@ -62,13 +62,16 @@ pub fn backends(session: &Session) -> Answer {
 }
 
 fn kinds(can: &Capabilities) -> String {
-    match (can.internal, can.external) {
-        (true, true) => "internal, external",
-        (true, false) => "internal",
-        (false, true) => "external",
-        (false, false) => "none",
+    let kinds = [(can.internal, "internal"), (can.external, "external")];
+    let ways = kinds
+        .iter()
+        .filter(|(can, _)| *can)
+        .map(|(_, kind)| *kind)
+        .chain(can.ways.iter().map(String::as_str));
+    match ways.collect::<Vec<_>>() {
+        ways if ways.is_empty() => "none".to_owned(),
+        ways => ways.join(", "),
     }
-    .to_owned()
 }
 
 fn yes_or_no(yes: bool) -> String {

@@ -77,6 +77,7 @@ pub fn apply_edit(edit: &Edit, domain: &mut Domain, tree: &mut SnapshotTree) -> 
                 domain.machines.push((**machine).clone());
             }
         }
+        Edit::SetFormat { target, format } => disk(domain, target)?.disk.format = format.clone(),
         Edit::SetPath { target, path } => disk(domain, target)?.disk.path = path.clone(),
     }
     Ok(())

@@ -96,17 +96,19 @@ impl Planner<'_> {
         for disk in self.disks {
             let said =
                 request.disks.iter().rev().find(|(target, _)| target == disk.target()).map(|(_, how)| how);
-            let (kind, overlay) = match said {
+            let (kind, way, overlay) = match said {
                 Some(CreateDisk::Skip) => {
                     merged.notes.push(format!("{}: left out, as asked", disk.target()));
                     continue;
                 }
-                Some(CreateDisk::Take(kind, overlay)) => (Some(*kind), overlay.clone()),
-                None => (request.kind, None),
+                Some(CreateDisk::Take(kind, overlay)) => (Some(*kind), None, overlay.clone()),
+                Some(CreateDisk::Way(way)) => (None, Some(way.clone()), None),
+                None => (request.kind, None, None),
             };
-            self.can_take(disk, kind)?;
+            self.can_take(disk, kind, way.as_deref())?;
             let keep = self.tree.points(disk.target()).cloned().collect();
-            let ask = DiskRequest::Create { kind, name: request.name.clone(), overlay, keep, stamp: stamp() };
+            let name = request.name.clone();
+            let ask = DiskRequest::Create { kind, way, name, overlay, keep, stamp: stamp() };
             let plan = disk.plan(self.domain, &ask).await?;
             points.push(self.member(disk, &plan)?);
             instants.extend(plan.instant.clone().map(|instant| (disk.target().clone(), instant)));
@@ -254,8 +256,24 @@ impl Planner<'_> {
         }
     }
 
-    fn can_take(&self, disk: &DiskInput, kind: Option<PointKind>) -> Result<()> {
+    fn can_take(&self, disk: &DiskInput, kind: Option<PointKind>, way: Option<&str>) -> Result<()> {
         let can = disk.backend.capabilities();
+        if let Some(way) = way
+            && !can.ways.iter().any(|known| known == way)
+        {
+            let known: Vec<&str> =
+                ["internal", "external"].into_iter().chain(can.ways.iter().map(String::as_str)).collect();
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{}: format {} takes no points by {way}", disk.target(), disk.backend.format()),
+            )
+            .state("nothing was touched")
+            .advise(format!(
+                "leave the way to the backend, leave the disk out with {}=skip, or take one of: {}",
+                disk.target(),
+                known.join(", ")
+            )));
+        }
         let (possible, other) = match kind {
             None => return Ok(()),
             Some(PointKind::Internal) => (can.internal, "--external"),

@@ -6,14 +6,16 @@
 //! another one: then layers are not what it takes them for, and nothing may be changed on its word.
 
 use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::{Inner, Listing};
 use crate::catalogue::Entry;
 use crate::manifest::{DomainManifest, Manifests};
-use crate::{Disk, DiskRecord, Domain, DomainName, Error, ErrorKind, LayerName, Result, Target};
+use crate::{
+    Disk, DiskRecord, Domain, DomainName, Error, ErrorKind, FileIdentity, LayerName, Result, Target,
+    file_identity,
+};
 
 /// The most entries of a directory that are looked at for manifests.
 const MAX_ENTRIES: usize = 100_000;
@@ -46,9 +48,9 @@ pub(super) struct Beside {
 }
 
 /// Which file a path names, whatever its name.
-pub(super) fn file_id(path: &Utf8Path) -> Option<(u64, u64)> {
+pub(super) fn file_id(path: &Utf8Path) -> Option<FileIdentity> {
     let found = path.metadata().ok()?;
-    Some((found.dev(), found.ino()))
+    Some(file_identity(&found))
 }
 
 /// The paths of `domain`'s images, as a command line takes them.

@@ -7,7 +7,7 @@ use camino::Utf8PathBuf;
 
 use super::Inner;
 use super::identity::file_id;
-use super::locate::configured_path;
+use super::reference::configured_path;
 use crate::catalogue::Entry;
 use crate::plan::Alive;
 use crate::{
@@ -54,7 +54,7 @@ impl Inner {
     /// What runs at an address.
     pub(super) async fn look(&self, hypervisor: Hypervisor, control: &Control) -> Result<Seen> {
         let mut seen = self.registry.hypervisor(hypervisor)?.look(control).await?;
-        name_configured_paths(&mut seen);
+        self.know_disks(&mut seen);
         Ok(seen)
     }
 
@@ -63,11 +63,22 @@ impl Inner {
         for saver in self.registry.hypervisors() {
             let hypervisor = saver.hypervisor();
             for (control, mut seen) in saver.scan().await? {
-                name_configured_paths(&mut seen);
+                self.know_disks(&mut seen);
                 found.push(Scanned { hypervisor, control, seen });
             }
         }
         Ok(found)
+    }
+
+    /// Says of each disk what the catalogue would: a hypervisor may know an active image by its permanent name, and a disk by
+    /// the format that it opens it with.
+    fn know_disks(&self, seen: &mut Seen) {
+        for disk in &mut seen.disks {
+            disk.path = configured_path(&disk.path);
+            if let Some(backend) = self.registry.recognise(&disk.path, Some(&disk.format)) {
+                disk.format = backend.to_owned();
+            }
+        }
     }
 
     /// The running domain as the planner must know it.
@@ -133,13 +144,6 @@ impl Inner {
             chains.push(OpenChain { target: record.disk.target.clone(), layers });
         }
         live.settle(&chains).await
-    }
-}
-
-/// A hypervisor may know an active image by its permanent name: the disk's path is the one that its configuration has.
-fn name_configured_paths(seen: &mut Seen) {
-    for disk in &mut seen.disks {
-        disk.path = configured_path(std::mem::take(&mut disk.path));
     }
 }
 

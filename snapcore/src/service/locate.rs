@@ -7,12 +7,13 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::identity::{file_id, images_of};
 use super::reference::target_at;
+use super::reference::{Chosen, choose_disks};
 use super::{DomainRef, Inner};
 use crate::catalogue::{Entry, Revision};
 use crate::manifest::{DomainManifest, Found, Manifests};
 use crate::{
     ActivePath, Control, Disk, DiskRecord, DiskState, Domain, DomainName, Error, ErrorKind, Hypervisor,
-    InspectDepth, LayerName, Point, Result, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target, chain,
+    InspectDepth, LayerName, Point, Result, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
 };
 
 /// A domain that was found.
@@ -110,16 +111,6 @@ pub(super) fn canonical(path: &Utf8Path) -> Result<Utf8PathBuf> {
     Ok(directory.join(name))
 }
 
-/// The path that a domain's configuration has for an image which a hypervisor may know as a layer, by its permanent name.
-pub(super) fn configured_path(path: Utf8PathBuf) -> Utf8PathBuf {
-    let name = chain::disk_name(&path);
-    let configured = path.with_file_name(name);
-    match file_id(&configured) {
-        Some(id) if file_id(&path) == Some(id) => configured,
-        _ => path,
-    }
-}
-
 /// The name of a domain that was never registered: the same images have the same name, always.
 fn name_of_images(disks: &[Disk]) -> Result<DomainName> {
     let all: Vec<&str> = disks.iter().map(|disk| disk.path.as_str()).collect();
@@ -212,27 +203,10 @@ impl Inner {
         let mut control = Control { address: address.to_owned(), ..Control::default() };
         let seen = self.look(hypervisor, &control).await?;
         control.agent = seen.agent.clone();
-        let mut disks = Vec::new();
-        for disk in seen.disks.iter().filter(|disk| disk.left_out.is_none()) {
-            disks.push(Disk {
-                target: disk.target.clone(),
-                path: canonical(&disk.path)?,
-                format: disk.format.clone(),
-            });
-        }
-        if disks.is_empty() {
-            let why: Vec<String> = seen
-                .disks
-                .iter()
-                .filter_map(|disk| Some(format!("{}: {}", disk.target, disk.left_out.as_ref()?)))
-                .collect();
-            return Err(Error::new(
-                ErrorKind::Refused,
-                format!(
-                    "what runs at {address} has no disk of which a snapshot could be taken ({})",
-                    why.join("; ")
-                ),
-            ));
+        let Chosen { mut disks, left_out: _ } = choose_disks(&seen)
+            .map_err(|error| error.context(format!("looking at what runs at {address}")))?;
+        for disk in &mut disks {
+            disk.path = canonical(&disk.path)?;
         }
         let name = match seen.name.clone().and_then(|name| DomainName::new(name).ok()) {
             Some(name) if self.catalogue.load(&name).await?.is_none() => name,
@@ -251,14 +225,12 @@ impl Inner {
     }
 
     pub(super) fn intake_of_paths(&self, paths: &[Utf8PathBuf], format: Option<&str>) -> Result<Intake> {
-        let format = match format {
-            Some(stated) => stated,
-            None => self.registry.default_format()?,
-        };
+        let default = self.registry.default_format()?;
         let disks = paths
             .iter()
             .enumerate()
             .map(|(index, path)| {
+                let format = format.or_else(|| self.registry.recognise(path, None)).unwrap_or(default);
                 Ok(Disk { target: target_at(index)?, path: path.clone(), format: format.to_owned() })
             })
             .collect::<Result<Vec<_>>>()?;

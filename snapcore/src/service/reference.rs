@@ -135,7 +135,7 @@ fn socket_address(path: &Utf8Path) -> String {
 
 /// The path that a domain's configuration has for an image which its hypervisor has open by the permanent name of a
 /// layer.
-fn configured_path(open: &Utf8Path) -> Utf8PathBuf {
+pub(super) fn configured_path(open: &Utf8Path) -> Utf8PathBuf {
     let configured = open.with_file_name(chain::disk_name(open));
     match file_id(&configured) {
         Some(id) if file_id(open) == Some(id) => configured,
@@ -173,6 +173,44 @@ pub(crate) fn target_at(mut index: usize) -> Result<Target> {
     }
     letters.reverse();
     Target::new(format!("vd{}", String::from_utf8_lossy(&letters)))
+}
+
+/// The drives of a running domain, sorted.
+pub(super) struct Chosen {
+    /// Those that take part in snapshots, each by its configured path.
+    pub(super) disks: Vec<Disk>,
+    /// The others, each with the reason.
+    pub(super) left_out: Vec<String>,
+}
+
+/// Which drives of a running domain take part in its snapshots.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] where none does, or the image of one is not there under the name that the hypervisor has of it.
+pub(super) fn choose_disks(seen: &Seen) -> Result<Chosen> {
+    let mut chosen = Chosen { disks: Vec::new(), left_out: Vec::new() };
+    for disk in &seen.disks {
+        let why = match (&disk.left_out, disk.target.is_domain()) {
+            (Some(why), _) => why.as_str(),
+            (None, true) => "it is called as the domain itself is; give its device another id",
+            (None, false) => {
+                let path = configured_path(&disk.path);
+                require_image(&disk.target, &path)?;
+                chosen.disks.push(Disk { target: disk.target.clone(), path, format: disk.format.clone() });
+                continue;
+            }
+        };
+        chosen.left_out.push(format!("{} ({}) is left out: {why}", disk.target, disk.path));
+    }
+    if chosen.disks.is_empty() {
+        let why = match chosen.left_out.is_empty() {
+            true => "it has no drives at all".to_owned(),
+            false => chosen.left_out.join("; "),
+        };
+        let none = format!("the running domain has no disk of which a snapshot could be taken: {why}");
+        return Err(Error::new(ErrorKind::Refused, none).state("nothing was touched"));
+    }
+    Ok(chosen)
 }
 
 /// A domain to register.
@@ -229,37 +267,13 @@ impl DomainSpec {
     /// [`ErrorKind::Refused`] where no disk is left, or the image of one is not there under the name that the hypervisor
     /// has of it.
     pub fn disks_of(&mut self, seen: &Seen) -> Result<Vec<String>> {
-        let mut left_out = Vec::new();
-        let mut disks = Vec::new();
-        for disk in &seen.disks {
-            let why = match (&disk.left_out, disk.target.is_domain()) {
-                (Some(why), _) => why.as_str(),
-                (None, true) => "it is called as the domain itself is; give its device another id",
-                (None, false) => {
-                    let path = configured_path(&disk.path);
-                    require_image(&disk.target, &path)?;
-                    disks.push(Disk { target: disk.target.clone(), path, format: disk.format.clone() });
-                    continue;
-                }
-            };
-            left_out.push(format!("{} ({}) is left out: {why}", disk.target, disk.path));
-        }
-        if disks.is_empty() {
-            let why = match left_out.is_empty() {
-                true => "it has no drives at all".to_owned(),
-                false => left_out.join("; "),
-            };
-            return Err(Error::new(
-                ErrorKind::Refused,
-                format!("domain {} has no disk of which a snapshot could be taken: {why}", self.name),
-            )
-            .state("nothing was touched"));
-        }
-        self.disks.extend(disks);
+        let chosen =
+            choose_disks(seen).map_err(|error| error.context(format!("registering domain {}", self.name)))?;
+        self.disks.extend(chosen.disks);
         if let Some(control) = &mut self.control {
             control.agent = control.agent.take().or_else(|| seen.agent.clone());
         }
-        Ok(left_out)
+        Ok(chosen.left_out)
     }
 
     /// Says where active images go.
