@@ -3,15 +3,16 @@
 mod kit;
 mod run;
 
-use std::{fs, time::Duration};
+use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use async_trait::async_trait;
 use hypervisor_qemu::Qemu;
 use kit::BOTH;
-use run::{Run, identity, utf8};
+use run::{Moves, Run, identity, utf8};
 use snapcore::{
-    AttachedMerge, Consistency, Control, DiskInstant, DomainStep, ErrorKind, NothingInside, PowerAfter,
-    Quiesce, StartFromMemory, VmStateSaver,
+    AttachedMerge, Consistency, Control, DiskInstant, DomainStep, ErrorKind, Inside, NothingInside,
+    PowerAfter, Quiesce, StartFromMemory, Target, VmStateSaver,
 };
 use testguest::GuestOptions;
 use tokio_util::sync::CancellationToken;
@@ -88,6 +89,84 @@ async fn a_mixed_snapshot_with_memory_is_reverted_to_in_a_window() -> Result<()>
                 if !reset {
                     run.guest.verify_blocks()?;
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Copies a disk's file, as a backend does that takes points itself; back: removes the copy.
+struct Copies {
+    from: PathBuf,
+    to: PathBuf,
+    /// What is done beside it.
+    moves: Moves,
+}
+
+#[async_trait]
+impl Inside for Copies {
+    async fn run(&self, only: Option<&Target>) -> snapcore::Result<()> {
+        self.moves.run(only).await?;
+        let copied = fs::copy(&self.from, &self.to);
+        copied.map(drop).map_err(|error| snapcore::Error::new(ErrorKind::Io, error.to_string()))
+    }
+
+    async fn back(&self, _: Option<&Target>) -> snapcore::Result<()> {
+        Err(snapcore::Error::new(ErrorKind::Internal, "nothing here pivots"))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_raw_disk_that_its_backend_copies_is_of_the_same_instant_and_is_given_back_in_a_window()
+-> Result<()> {
+    for version in BOTH {
+        for drive in [false, true] {
+            let options = GuestOptions::new().version(version).raw(&[1]);
+            let mut run = Run::new(kit::loaded(if drive { options.drive() } else { options })?).await?;
+            let then = run.guest.ticks()?;
+            let overlay = run.overlay(0)?;
+            let step =
+                run.instant(vec![overlay, (run.targets[1].clone(), DiskInstant::ByBackend)], Some("memory"));
+            let copy = run.dir.join("copy");
+            let copies = Copies {
+                from: run.guest.disk(1),
+                to: copy.clone(),
+                moves: run.moves(&[(0, run.layers[0][0].clone())]),
+            };
+            run.take_with(&step, &copies).await?;
+            let memory = run.dir.join("memory");
+            run.apply(&DomainStep::SaveMemory { file: utf8(&memory), tag: "s".to_owned() }).await?;
+            run.apply(&DomainStep::Rehome { disks: vec![run.targets[0].clone()] }).await?;
+            run.sound().await?;
+
+            for crash in [false, true] {
+                run.guest.wait_ticks(40)?;
+                run.apply(&DomainStep::OpenWindow { disks: run.targets.clone(), running: true }).await?;
+                assert_eq!(run.open_files(1).await?.len(), 0);
+                run.layers[0].remove(0);
+                run.grow(0)?;
+                // Another file is at the raw disk's path, and the one before is gone.
+                let new = run.dir.join("vdb.new");
+                fs::copy(&copy, &new)?;
+                fs::rename(&new, run.guest.disk(1))?;
+                fs::remove_file(&run.layers[1][0])?;
+                fs::hard_link(run.guest.disk(1), &run.layers[1][0])?;
+                if crash {
+                    run.reconnect().await?;
+                }
+                run.apply(&DomainStep::Attach { disks: run.targets.clone() }).await?;
+                assert_eq!(run.open_files(1).await?, run.files(1));
+                let go_on = DomainStep::Continue {
+                    memory: Some(utf8(&memory)),
+                    reset: false,
+                    power: Some(PowerAfter::Running),
+                };
+                run.apply(&go_on).await?;
+                let now = run.guest.ticks()?;
+                assert!(now < then + 60, "{now} after {then}");
+                run.sound().await?;
+                run.guest.expect_no_bad()?;
+                run.guest.verify_blocks()?;
             }
         }
     }

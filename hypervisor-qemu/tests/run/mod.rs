@@ -101,8 +101,10 @@ pub fn utf8(path: &Path) -> Utf8PathBuf {
     Utf8PathBuf::from_path_buf(path.to_owned()).expect("UTF-8")
 }
 
+/// An image whose name ends in its format.
 pub fn image(file: &Path) -> ChainFile {
-    ChainFile { file: utf8(file), format: "qcow2".to_owned() }
+    let format = file.extension().expect("a layer's name ends in its format").to_string_lossy().into_owned();
+    ChainFile { file: utf8(file), format }
 }
 
 pub struct Run {
@@ -124,11 +126,12 @@ impl Run {
         let dir = guest.dir().to_owned();
         let (mut disks, mut layers, mut targets) = (Vec::new(), Vec::new(), Vec::new());
         for (target, path) in guest.targets().into_iter().zip(guest.disks()) {
-            let layer = dir.join(format!("{target}.ds-0.qcow2"));
+            let format = path.extension().context("a disk's name ends in its format")?.to_string_lossy();
+            let layer = dir.join(format!("{target}.ds-0.{format}"));
             fs::hard_link(&path, &layer)?;
             let target = Target::new(target)?;
             disks.push(DiskRecord {
-                disk: Disk { target: target.clone(), path: utf8(&path), format: "qcow2".to_owned() },
+                disk: Disk { target: target.clone(), path: utf8(&path), format: format.into_owned() },
                 active: LayerName(layer.file_name().context("a name")?.to_string_lossy().into_owned()),
                 owned: Vec::new(),
             });
@@ -263,8 +266,11 @@ impl Run {
     }
 
     pub async fn take(&self, step: &DomainStep) -> snapcore::Result<Facts> {
-        let moves = self.moves(&self.layers_of(step, 0));
-        self.within(&moves, async |live, context| live.apply(step, context).await).await
+        self.take_with(step, &self.moves(&self.layers_of(step, 0))).await
+    }
+
+    pub async fn take_with(&self, step: &DomainStep, inside: &dyn Inside) -> snapcore::Result<Facts> {
+        self.within(inside, async |live, context| live.apply(step, context).await).await
     }
 
     pub async fn undo_instant(&self, step: &DomainStep) -> snapcore::Result<()> {

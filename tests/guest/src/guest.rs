@@ -82,10 +82,10 @@ impl Guest {
         let text = dir.path().to_str().context("the directory for temporary files has no UTF-8 name")?;
         let line = qemu.command_line(&options, built.dir(), text)?;
         let (socket, agent) = (dir.path().join("qmp"), dir.path().join("agent"));
-        for disk in disks(dir.path(), options.disks) {
+        for (disk, (_, format)) in disks(dir.path(), &options).into_iter().zip(options.formats()) {
             match &state {
                 Some(state) => state::copy_disk(state, &disk)?,
-                None => drop(fs::copy(blank(&built, options.disk_mib)?, &disk)?),
+                None => drop(fs::copy(blank(&built, options.disk_mib, format)?, &disk)?),
             }
         }
 
@@ -160,9 +160,9 @@ impl Guest {
         targets(self.options.disks).collect()
     }
 
-    /// The configured paths of its disks, `DIR/vda.qcow2` and so on.
+    /// The configured paths of its disks, `DIR/vda.qcow2` (or `.raw`) and so on.
     pub fn disks(&self) -> Vec<PathBuf> {
-        disks(self.dir.path(), self.options.disks)
+        disks(self.dir.path(), &self.options)
     }
 
     /// The configured path of one disk, from 0.
@@ -511,8 +511,8 @@ fn ended(pid: u32) -> bool {
     state.starts_with(['Z', 'X']) && threads <= 1
 }
 
-fn disks(dir: &Path, count: usize) -> Vec<PathBuf> {
-    targets(count).map(|target| dir.join(format!("{target}.qcow2"))).collect()
+fn disks(dir: &Path, options: &GuestOptions) -> Vec<PathBuf> {
+    options.formats().map(|(target, format)| dir.join(format!("{target}.{format}"))).collect()
 }
 
 fn spawn(line: &[OsString], more: &[OsString], dir: &Path) -> Result<Child> {
@@ -523,15 +523,19 @@ fn spawn(line: &[OsString], more: &[OsString], dir: &Path) -> Result<Child> {
 }
 
 /// An image with an empty ext4 file system.
-fn blank(built: &Built, mib: u64) -> Result<PathBuf> {
-    built.once(&format!("blank-{mib}.qcow2"), |image| {
-        let raw = image.with_extension("raw");
-        File::create(&raw)?.set_len(mib << 20)?;
-        let mut format = Command::new("mkfs.ext4");
-        format.args(["-q", "-F", "-m", "0", "-E", "lazy_itable_init=0,nodiscard"]).arg(&raw);
-        process::run(&mut format, "run scripts/install-deps")?;
+fn blank(built: &Built, mib: u64, format: &str) -> Result<PathBuf> {
+    let raw = built.once(&format!("blank-{mib}.raw"), |image| {
+        File::create(image)?.set_len(mib << 20)?;
+        let mut mkfs = Command::new("mkfs.ext4");
+        mkfs.args(["-q", "-F", "-m", "0", "-E", "lazy_itable_init=0,nodiscard"]).arg(image);
+        process::run(&mut mkfs, "run scripts/install-deps").map(drop)
+    })?;
+    if format == "raw" {
+        return Ok(raw);
+    }
+    built.once(&format!("blank-{mib}.{format}"), |image| {
         let mut convert = Command::new("qemu-img");
-        convert.args(["convert", "-f", "raw", "-O", "qcow2"]).arg(&raw).arg(image);
+        convert.args(["convert", "-f", "raw", "-O", format]).arg(&raw).arg(image);
         process::run(&mut convert, "run scripts/install-deps").map(drop)
     })
 }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::Result;
 
-use crate::guest::Guest;
+use crate::{guest::Guest, qemu::targets};
 
 /// Which QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -30,6 +30,7 @@ pub struct GuestOptions {
     pub(crate) cpus: u32,
     pub(crate) tick_ms: u64,
     pub(crate) drive: bool,
+    pub(crate) raw: Vec<usize>,
     pub(crate) name: String,
     pub(crate) machine: String,
     pub(crate) cpu: String,
@@ -50,6 +51,7 @@ impl Default for GuestOptions {
             cpus: 1,
             tick_ms: 5,
             drive: false,
+            raw: Vec::new(),
             name: "guest".into(),
             machine: "q35".into(),
             cpu: "max".into(),
@@ -114,6 +116,12 @@ impl GuestOptions {
         self
     }
 
+    /// Makes these disks, by their numbers from 0, raw files and not qcow2: `DIR/vdb.raw`.
+    pub fn raw(mut self, disks: &[usize]) -> Self {
+        self.raw.extend(disks);
+        self
+    }
+
     /// QEMU's `-name`. "guest".
     pub fn name(mut self, name: &str) -> Self {
         self.name = name.to_owned();
@@ -164,6 +172,12 @@ impl GuestOptions {
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
+    }
+
+    /// The targets of its disks, and their formats.
+    pub(crate) fn formats(&self) -> impl Iterator<Item = (String, &'static str)> {
+        let format = |number| if self.raw.contains(&number) { "raw" } else { "qcow2" };
+        targets(self.disks).enumerate().map(move |(number, target)| (target, format(number)))
     }
 
     /// Starts it; it is ready, and has ticked, when this returns.

@@ -103,16 +103,16 @@ impl Qemu {
                 format!("virtserialport,bus=ports.0,nr={number},id={id}-port,chardev={id},name={name}");
             add(&["-device", &port]);
         }
-        for (number, target) in targets(*disks).enumerate() {
-            let file = format!("{dir}/{target}.qcow2");
+        for (number, (target, format)) in options.formats().enumerate() {
+            let file = format!("{dir}/{target}.{format}");
             if options.drive {
-                add(&["-drive", &format!("file={file},format=qcow2,if=none,id=drive{number}")]);
+                add(&["-drive", &format!("file={file},format={format},if=none,id=drive{number}")]);
                 add(&["-device", &format!("virtio-blk-pci,drive=drive{number},id={target}")]);
             } else {
                 let (below, node) = (format!("f{number}"), format!("d{number}"));
                 let protocol = json!({ "driver": "file", "filename": file, "node-name": below });
                 let format =
-                    json!({ "driver": "qcow2", "file": below, "node-name": node, "discard": "unmap" });
+                    json!({ "driver": format, "file": below, "node-name": node, "discard": "unmap" });
                 add(&["-blockdev", &protocol.to_string(), "-blockdev", &format.to_string()]);
                 add(&["-device", &format!("virtio-blk-pci,drive={node},id={target}")]);
             }
