@@ -9,6 +9,7 @@ use std::collections::HashSet;
 
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
+use image_files::names::{self, file_id};
 use snapcore::chain::{ChainStep, layer_path};
 use snapcore::{
     AttachedDisk, AttachedMerge, Error, ErrorKind, FileIdentity, Inside, LayerName, Result, StepContext,
@@ -19,7 +20,6 @@ use tokio_util::sync::CancellationToken;
 use crate::backing_string::{backing_string, resolve_backing};
 use crate::image::{Image, OpenOptions};
 use crate::layers::file_of;
-use crate::names::{self, file_id};
 use crate::steps::same_file;
 
 /// Identities of files.

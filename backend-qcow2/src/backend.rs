@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
+use image_files::{Holds, is_held_by_others, names};
 use snapcore::chain::{self, ChainStep, layer_path};
 use snapcore::{
     ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
@@ -15,10 +16,8 @@ use crate::attached::{self, FileIds};
 use crate::backing_string::check_backing_string;
 use crate::dependents;
 use crate::discover;
-use crate::hold::{Holds, is_held_by_others};
 use crate::image::{self, Image, OpenOptions};
 use crate::layers::{self, Limits};
-use crate::names;
 use crate::steps::Workplace;
 
 /// How deep a chain may be where nothing else is said.

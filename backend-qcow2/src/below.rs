@@ -3,10 +3,10 @@
 use std::collections::HashSet;
 
 use camino::{Utf8Path, Utf8PathBuf};
+use image_files::names::file_id;
 
 use crate::backing_string::resolve_backing;
 use crate::image::{ChainReader, Error, ErrorKind, Image, ImageFile, Layer, OpenOptions, Result, View};
-use crate::names::file_id;
 
 /// The chain under a run.
 pub(crate) struct Below {

@@ -17,10 +17,10 @@ use snapcore::{DiskRecord, DiskState, Layer, LayerName, Result, Unclear};
 
 use crate::attached::FileIds;
 use crate::backing_string::{Named, named};
-use crate::hold::is_held_by_others;
 use crate::image;
 use crate::layers::Limits;
-use crate::names::{FileId, file_id, io_error, is_passing_name};
+use image_files::is_held_by_others;
+use image_files::names::{FileId, file_id, io_error, is_passing_name};
 
 /// Fills in who stands on the layers of `state`. `seen` are the files of those layers; those that are `open` in the domain's own
 /// hypervisor are in nobody else's use for that.

@@ -1,6 +1,7 @@
 //! Points that other tools made: taken in as snapshots.
 
 use camino::Utf8Path;
+use image_files::names::io_error;
 use jiff::Timestamp;
 use snapcore::{
     Consistency, DiskPoint, DiskRecord, InspectDepth, Layer, LayerName, Point, Result, Snapshot, SnapshotId,
@@ -9,7 +10,6 @@ use snapcore::{
 
 use crate::attached::FileIds;
 use crate::layers::{Limits, inspect};
-use crate::names::io_error;
 
 /// The frozen layers of the active chain and the tags in every layer of it that `known` does not have, oldest first. The
 /// layers in the disk's own directory on which no foreign image stands become ours.

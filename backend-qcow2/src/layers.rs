@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
+use image_files::names::{FileId, file_id, io_error};
 use jiff::Timestamp;
 use snapcore::chain::{self, is_layer_name, layer_path};
 use snapcore::{
@@ -16,7 +17,6 @@ use crate::attached::FileIds;
 use crate::backing_string::resolve_backing;
 use crate::dependents;
 use crate::image::{self, Backing, Image, OpenOptions};
-use crate::names::{FileId, file_id, io_error};
 
 /// How many layers that are not ours a chain is taken to have, when it is asked whether it may be near its limit.
 const FOREIGN_LAYERS: usize = 32;

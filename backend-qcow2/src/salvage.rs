@@ -23,8 +23,8 @@ use snapcore::{Edit, LayerName, Result, Salvage};
 
 use crate::image::{self, Layer};
 use crate::layers::file_of;
-use crate::names;
 use crate::steps::{Workplace, same_file};
+use image_files::names;
 
 /// How the names of files and tags begin that hold what was put aside.
 const RESCUED: &str = "rescued-";

@@ -14,6 +14,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use camino::{Utf8Path, Utf8PathBuf};
+use image_files::{Hold, inherit, names};
 use jiff::Timestamp;
 use snapcore::chain::{ChainStep, layer_path};
 use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Progress, Result, StepStatus};
@@ -22,10 +23,8 @@ use tokio_util::sync::CancellationToken;
 use crate::attached::FileIds;
 use crate::backing_string::{backing_string, resolve_backing};
 use crate::below::Below;
-use crate::hold::{Hold, writing};
 use crate::image::{self, Backing, Image, Layer, NewImage, NewSnapshot, OpenOptions};
 use crate::layers::file_of;
-use crate::names;
 
 /// What a step works with.
 pub(crate) struct Workplace<'a> {
@@ -247,7 +246,9 @@ impl Workplace<'_> {
         image::create(unfinished.as_std_path(), &new)?;
         let made = File::open(&unfinished)
             .map_err(|error| names::io_error(error, format!("cannot open {unfinished}")))?;
-        image::inherit(&made, unfinished.as_std_path(), base.as_std_path())?;
+        inherit(&made, base.as_std_path()).map_err(|error| {
+            names::io_error(error, format!("cannot give {unfinished} the owner and mode of {base}"))
+        })?;
         names::settle(&unfinished, &file)?;
         self.lock(&file)
     }
@@ -438,4 +439,15 @@ impl Workplace<'_> {
 pub(crate) fn same_file(a: &Utf8Path, b: &Utf8Path) -> Result<bool> {
     let (a, b) = (names::file_id(a)?, names::file_id(b)?);
     Ok(a.is_some() && a == b)
+}
+
+/// How to open the image at `file` for writing under `hold`, or with a lock of its own where there is none.
+fn writing(hold: Option<&Hold>, file: &Utf8Path) -> Result<OpenOptions> {
+    match hold {
+        Some(hold) => {
+            hold.lock(file)?;
+            Ok(OpenOptions::read_write().unlocked())
+        }
+        None => Ok(OpenOptions::read_write()),
+    }
 }

@@ -10,8 +10,9 @@ use std::sync::{Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use backend_qcow2::Qcow2;
-use backend_qcow2::image::{self, Backing, Image, LockMode, NewImage, NewSnapshot, OpenOptions};
+use backend_qcow2::image::{self, Backing, Image, NewImage, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
+use image_files::{LockMode, lock};
 use judge::{clean, content, io, run, snapshot_names};
 use snapcore::chain::{ChainStep, layer_name, layer_path};
 use snapcore::{
@@ -57,7 +58,7 @@ impl FakeAttachedDisk {
         for (place, file) in chain.iter().enumerate() {
             let opened = File::open(file).unwrap();
             let mode = if place == 0 { LockMode::Write } else { LockMode::Read };
-            image::lock(&opened, mode).unwrap_or_else(|error| panic!("QEMU could not open {file}: {error}"));
+            lock(&opened, mode).unwrap_or_else(|error| panic!("QEMU could not open {file}: {error}"));
             held(&self.open).push((identity(file), opened));
         }
     }
@@ -238,7 +239,7 @@ fn step(action: ChainStep) -> Step {
 }
 
 fn can_be_locked(file: &Utf8Path) -> bool {
-    image::lock(&File::open(file).unwrap(), LockMode::Write).is_ok()
+    lock(&File::open(file).unwrap(), LockMode::Write).is_ok()
 }
 
 fn kind<T: std::fmt::Debug>(outcome: Result<T>) -> ErrorKind {

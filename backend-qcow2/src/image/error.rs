@@ -8,6 +8,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use image_files::LockError;
+
 /// What went wrong, as far as a caller may want to decide by it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 #[non_exhaustive]
@@ -184,6 +186,17 @@ pub trait Context<T> {
 impl<T> Context<T> for Result<T> {
     fn context(self, operation: &'static str, path: &Path) -> Result<T> {
         self.map_err(|e| e.on(operation, path))
+    }
+}
+
+impl From<LockError> for Error {
+    fn from(error: LockError) -> Self {
+        let (advice, text) = (error.advice(), error.to_string());
+        match error {
+            LockError::Held(_) => Self::new(ErrorKind::Locked, text),
+            LockError::System { source, .. } => Self::io(text, source),
+        }
+        .advise(advice)
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::access;
+use image_files::inherit;
+
 use super::create::{NewImage, create};
 use super::error::{Context, Error, Result};
 use super::merge::{MergeReport, Moving, fill};
@@ -38,7 +39,10 @@ pub fn materialise(source: &Image, name: &str, path: &Path, moving: &Moving<'_>)
 fn copy_out(source: &Image, layer: Layer, path: &Path, moving: &Moving<'_>) -> Result<MergeReport> {
     let mut image = Image::open(path, &OpenOptions::read_write())?;
     if let Some(file) = image.file().file() {
-        access::inherit(file, path, source.path())?;
+        inherit(file, source.path()).map_err(|e| {
+            Error::io("its owner and mode cannot be those of the image that it is made from", e)
+                .on("create", path)
+        })?;
     }
     let report = fill(&mut image, layer, moving)?;
     match image.file().file() {

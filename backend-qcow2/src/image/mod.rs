@@ -4,7 +4,7 @@
 //! `docs/interop/qcow2.rst`; where QEMU has a limit of its own, so has this engine, by the same number.
 //!
 //! # Rooms
-//! `units`, `error`, `layout` are the words; `file` and `lock` the file; `header`, `mapping`, `tables`, `refcount`,
+//! `units`, `error`, `layout` are the words; `file` the file; `header`, `mapping`, `tables`, `refcount`,
 //! `snapshot_table`, `bitmaps`, `compressed` one on-disk structure each; [`Image`] in `open` holds them together;
 //! `snapshot`, `create`, `resize`, `backing`, `check` and [`ActiveWriter`] in `writer` change it.
 //!
@@ -19,7 +19,6 @@
 //! Every number from an image is checked before use, memory is bounded by named constants, and nothing here panics on
 //! what an image says.
 
-mod access;
 mod backing;
 mod bitmaps;
 mod check;
@@ -32,7 +31,6 @@ mod error;
 mod file;
 mod header;
 mod layout;
-mod lock;
 mod mapping;
 mod materialise;
 mod merge;
@@ -54,7 +52,6 @@ mod units;
 mod view;
 mod writer;
 
-pub use access::inherit;
 pub use bitmaps::{Bitmap, list as list_bitmaps, parse_directory as parse_bitmap_directory};
 pub use check::{CheckReport, Finding};
 pub use compare::same_content;
@@ -63,7 +60,6 @@ pub use create::{NewImage, create};
 pub use error::{Context, Error, ErrorKind, Result};
 pub use file::ImageFile;
 pub use header::{Backing, BitmapsPointer, Compression, Encryption, Extension, Header, HeaderSummary};
-pub use lock::{LockMode, is_locked, lock};
 pub use mapping::{CompressedExtent, Geometry, L2Entry, Mapping, SUBCLUSTERS};
 pub use materialise::materialise;
 pub use merge::{Below, MergeReport, Moving, merge};

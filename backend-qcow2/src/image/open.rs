@@ -3,12 +3,13 @@
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use image_files::{LockMode, lock};
+
 use super::error::{Context, Error, ErrorKind, Result, shown};
 use super::file::ImageFile;
 use super::header::{
     AUTOCLEAR_BITMAPS, AUTOCLEAR_KNOWN, Encryption, Header, HeaderSummary, MAX_BACKING_NAME, SECTOR,
 };
-use super::lock::{self, LockMode};
 use super::mapping::Geometry;
 use super::overlap;
 use super::refcount::Refcounts;
@@ -137,7 +138,7 @@ impl Image {
             && let Some(f) = file.file()
         {
             let mode = if options.writable { LockMode::Write } else { LockMode::Read };
-            lock::lock(f, mode).context("lock", path)?;
+            lock(f, mode).map_err(Error::from).context("lock", path)?;
         }
         Self::from_file(file)
     }

@@ -1,33 +1,30 @@
 //! Who may read a new image: those who may read the one that it is made from, and nobody else.
 
 use std::fs::{File, Permissions};
+use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::Path;
-
-use super::error::{Error, Result};
 
 /// Gives `file`, which its owner alone can read, the owner, group and mode of the image at `model`, as far as this process
 /// may. Where the group cannot be given, it gets no more than everybody else has.
 ///
 /// # Errors
 /// The system's, when `model` cannot be looked at or the mode cannot be set.
-pub fn inherit(file: &File, path: &Path, model: &Path) -> Result<()> {
-    let like = std::fs::metadata(model)
-        .map_err(|e| Error::io("the file's mode cannot be had", e).on("read", model))?;
-    let is = file.metadata().map_err(|e| Error::io("the file's mode cannot be had", e).on("read", path))?;
+pub fn inherit(file: &File, model: &Path) -> io::Result<()> {
+    let like = std::fs::metadata(model)?;
+    let is = file.metadata()?;
     // Not allowed to most: then the group alone may still be.
     if (is.uid() != like.uid() || is.gid() != like.gid())
         && fchown(file, Some(like.uid()), Some(like.gid())).is_err()
     {
         let _ = fchown(file, None, Some(like.gid()));
     }
-    let is = file.metadata().map_err(|e| Error::io("the file's mode cannot be had", e).on("read", path))?;
+    let is = file.metadata()?;
     let mode = granted(like.mode(), is.uid() == like.uid(), is.gid() == like.gid());
     if is.mode() & 0o7777 == mode {
         return Ok(());
     }
     file.set_permissions(Permissions::from_mode(mode))
-        .map_err(|e| Error::io(format!("the file's mode cannot be made {mode:o}"), e).on("create", path))
 }
 
 /// The mode of a file made from one of mode `model`, with the same owner and group or not. The owner can always write: it
@@ -61,7 +58,7 @@ mod tests {
         std::fs::write(&model, b"").unwrap();
         std::fs::set_permissions(&model, Permissions::from_mode(0o640)).unwrap();
         let file = File::create(&path).unwrap();
-        inherit(&file, &path, &model).unwrap();
+        inherit(&file, &model).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o640);
     }
 }

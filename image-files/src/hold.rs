@@ -12,19 +12,19 @@ use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::chain;
 use snapcore::{Error, ErrorKind, Result};
 
-use crate::image::{self, LockMode, OpenOptions};
+use crate::lock::{self, LockError, LockMode};
 use crate::names::{FileId, file_id, io_error};
 
 /// The disks that operations of this process hold, by what all paths of a disk have in common: with
 /// `--active-path=new` its configured path changes in the middle of an operation.
 #[derive(Default)]
-pub(crate) struct Holds {
+pub struct Holds {
     disks: Mutex<HashMap<Utf8PathBuf, Weak<Hold>>>,
 }
 
 /// One disk under an operation: the locks of its images.
 #[derive(Default)]
-pub(crate) struct Hold {
+pub struct Hold {
     locks: Mutex<HashMap<FileId, File>>,
 }
 
@@ -37,7 +37,7 @@ impl Holds {
     ///
     /// # Errors
     /// [`ErrorKind::Busy`] where another operation of this process holds it.
-    pub(crate) fn begin(&self, path: &Utf8Path) -> Result<Arc<Hold>> {
+    pub fn begin(&self, path: &Utf8Path) -> Result<Arc<Hold>> {
         let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
         disks.retain(|_, hold| hold.strong_count() > 0);
         if disks.contains_key(&Self::key(path)) {
@@ -53,7 +53,7 @@ impl Holds {
     }
 
     /// The hold on the disk at `path`, where there is one.
-    pub(crate) fn of(&self, path: &Utf8Path) -> Option<Arc<Hold>> {
+    pub fn of(&self, path: &Utf8Path) -> Option<Arc<Hold>> {
         self.disks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -67,7 +67,7 @@ impl Hold {
     ///
     /// # Errors
     /// [`ErrorKind::Busy`] where another process holds it.
-    pub(crate) fn lock(&self, file: &Utf8Path) -> Result<()> {
+    pub fn lock(&self, file: &Utf8Path) -> Result<()> {
         let Some(id) = file_id(file)? else {
             return Err(Error::new(ErrorKind::NotFound, format!("image {file} does not exist")));
         };
@@ -79,32 +79,31 @@ impl Hold {
     }
 
     /// Gives all locks back; a step that needs one takes it anew.
-    pub(crate) fn unlock_all(&self) {
+    pub fn unlock_all(&self) {
         self.locks.lock().unwrap_or_else(PoisonError::into_inner).clear();
-    }
-}
-
-/// How to open the image at `file` for writing under `hold`, or with a lock of its own where there is none.
-pub(crate) fn writing(hold: Option<&Hold>, file: &Utf8Path) -> Result<OpenOptions> {
-    match hold {
-        Some(hold) => {
-            hold.lock(file)?;
-            Ok(OpenOptions::read_write().unlocked())
-        }
-        None => Ok(OpenOptions::read_write()),
     }
 }
 
 fn locked(file: &Utf8Path) -> Result<File> {
     let opened = File::open(file).map_err(|error| io_error(error, format!("cannot open {file}")))?;
-    image::lock(&opened, LockMode::Write)
-        .map_err(|error| Error::from(error.on("locking", file.as_std_path())))?;
+    lock::lock(&opened, LockMode::Write).map_err(|error| told(error, "locking", file))?;
     Ok(opened)
 }
 
 /// Whether another process has the image at `file` open in a way that forbids to write it.
-pub(crate) fn is_held_by_others(file: &Utf8Path) -> Result<bool> {
+///
+/// # Errors
+/// The system's.
+pub fn is_held_by_others(file: &Utf8Path) -> Result<bool> {
     let opened = File::open(file).map_err(|error| io_error(error, format!("cannot open {file}")))?;
-    image::is_locked(&opened, LockMode::Write)
-        .map_err(|error| Error::from(error.on("asking for the locks of", file.as_std_path())))
+    lock::is_locked(&opened, LockMode::Write).map_err(|error| told(error, "asking for the locks of", file))
+}
+
+fn told(error: LockError, doing: &str, file: &Utf8Path) -> Error {
+    let advice = error.advice();
+    let kind = match error {
+        LockError::Held(_) => ErrorKind::Busy,
+        LockError::System { .. } => ErrorKind::Io,
+    };
+    Error::new(kind, format!("{doing} {file}: {error}")).because(error).advise(advice)
 }

@@ -11,10 +11,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{Error, ErrorKind, FileIdentity, Result, file_identity};
 
 /// The identity of a file, whatever it is called: device and inode.
-pub(crate) type FileId = FileIdentity;
+pub type FileId = FileIdentity;
 
 /// The identity of the file at `path`, or `None` where there is none. Symbolic links are followed.
-pub(crate) fn file_id(path: &Utf8Path) -> Result<Option<FileId>> {
+pub fn file_id(path: &Utf8Path) -> Result<Option<FileId>> {
     match fs::metadata(path) {
         Ok(metadata) => Ok(Some(file_identity(&metadata))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -23,7 +23,7 @@ pub(crate) fn file_id(path: &Utf8Path) -> Result<Option<FileId>> {
 }
 
 /// An I/O failure with words.
-pub(crate) fn io_error(error: io::Error, message: String) -> Error {
+pub fn io_error(error: io::Error, message: String) -> Error {
     let advice = match error.kind() {
         io::ErrorKind::PermissionDenied => Some("run as a user who may write there"),
         io::ErrorKind::StorageFull => Some("free space on that file system and try again"),
@@ -46,7 +46,7 @@ pub(crate) fn io_error(error: io::Error, message: String) -> Error {
 ///
 /// # Errors
 /// [`ErrorKind::Refused`]: no permission, a read-only file system, an immutable directory.
-pub(crate) fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
+pub fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
     use rustix::fs::Access;
     let directory = path.parent().filter(|parent| !parent.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
     rustix::fs::access(directory.as_std_path(), Access::WRITE_OK | Access::EXEC_OK).map_err(|errno| {
@@ -56,7 +56,7 @@ pub(crate) fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
 }
 
 /// Makes the names in the directory of `path` durable.
-pub(crate) fn flush_directory_of(path: &Utf8Path) -> Result<()> {
+pub fn flush_directory_of(path: &Utf8Path) -> Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
     File::open(directory)
         .and_then(|opened| opened.sync_all())
@@ -68,7 +68,7 @@ pub(crate) fn flush_directory_of(path: &Utf8Path) -> Result<()> {
 /// # Errors
 /// [`ErrorKind::Exists`] where another file has that name; [`ErrorKind::Unsupported`] where the file system has no hard
 /// links.
-pub(crate) fn add_name(existing: &Utf8Path, new: &Utf8Path) -> Result<()> {
+pub fn add_name(existing: &Utf8Path, new: &Utf8Path) -> Result<()> {
     match fs::hard_link(existing, new) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -104,7 +104,7 @@ fn switch_name(path: &Utf8Path) -> Utf8PathBuf {
 }
 
 /// The name under which a file is made before it is whole: in the same directory, hidden.
-pub(crate) fn unfinished_name(path: &Utf8Path) -> Utf8PathBuf {
+pub fn unfinished_name(path: &Utf8Path) -> Utf8PathBuf {
     hidden(path, "domsnap-new")
 }
 
@@ -113,14 +113,14 @@ fn hidden(path: &Utf8Path, mark: &str) -> Utf8PathBuf {
 }
 
 /// Whether a file name is one that this module makes for the time of a step.
-pub(crate) fn is_passing_name(file_name: &str) -> bool {
+pub fn is_passing_name(file_name: &str) -> bool {
     file_name.starts_with('.')
         && (file_name.ends_with(".domsnap-switch") || file_name.ends_with(".domsnap-new"))
 }
 
 /// Makes `path` name the file at `to`, in one step for every observer. Done already: nothing happens but the removal of
 /// what an interrupted attempt left.
-pub(crate) fn move_name(path: &Utf8Path, to: &Utf8Path) -> Result<()> {
+pub fn move_name(path: &Utf8Path, to: &Utf8Path) -> Result<()> {
     let passing = switch_name(path);
     remove_name(&passing)?;
     let Some(wanted) = file_id(to)? else {
@@ -139,12 +139,12 @@ pub(crate) fn move_name(path: &Utf8Path, to: &Utf8Path) -> Result<()> {
 }
 
 /// Removes what an interrupted [`move_name`] left beside `path`, durably, and leaves `path` as it is.
-pub(crate) fn clear_move(path: &Utf8Path) -> Result<()> {
+pub fn clear_move(path: &Utf8Path) -> Result<()> {
     remove(&switch_name(path))
 }
 
 /// Gives a file that was made under a passing name its own: fails where that exists.
-pub(crate) fn settle(unfinished: &Utf8Path, path: &Utf8Path) -> Result<()> {
+pub fn settle(unfinished: &Utf8Path, path: &Utf8Path) -> Result<()> {
     let renamed = rustix::fs::renameat_with(
         rustix::fs::CWD,
         unfinished.as_std_path(),
@@ -169,7 +169,7 @@ pub(crate) fn settle(unfinished: &Utf8Path, path: &Utf8Path) -> Result<()> {
 }
 
 /// Removes one name of a file; no such name: nothing happens. The caller flushes the directory, or uses [`remove`].
-pub(crate) fn remove_name(path: &Utf8Path) -> Result<()> {
+pub fn remove_name(path: &Utf8Path) -> Result<()> {
     match fs::remove_file(path) {
         Ok(()) => Ok(()),
         // A read-only file system says so before it looks whether there is such a name.
@@ -183,7 +183,7 @@ pub(crate) fn remove_name(path: &Utf8Path) -> Result<()> {
 }
 
 /// Removes one name of a file, durably; no such name: nothing happens.
-pub(crate) fn remove(path: &Utf8Path) -> Result<()> {
+pub fn remove(path: &Utf8Path) -> Result<()> {
     remove_name(path)?;
     flush_directory_of(path)
 }

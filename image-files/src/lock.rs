@@ -14,7 +14,39 @@ use std::io;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-use super::error::{Error, ErrorKind, Result};
+/// Why an image is not locked.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another process has it, in the way that the words say.
+    #[error("another process has the image open and {0}")]
+    Held(String),
+    /// The system does not lock, or does not tell.
+    #[error("the {mode:?} lock of the image cannot be {what}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Which lock.
+        mode: LockMode,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl LockError {
+    /// What to do.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::Held(_) => {
+                "shut the domain down, or stop the qemu, qemu-nbd or domsnap that uses the image, and try again"
+            }
+            Self::System { .. } => {
+                "the file system may not support locks; open without locking only if nothing else can use the image"
+            }
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, LockError>;
 
 /// First byte of "I use this permission".
 const PERM_BASE: i64 = 100;
@@ -60,16 +92,14 @@ fn byte(kind: i32, at: i64) -> libc::flock {
     }
 }
 
-fn refused(what: &str, mode: LockMode, errno: nix::errno::Errno) -> Error {
-    Error::io(format!("the {mode:?} lock of the image cannot be {what}"), io::Error::from(errno)).advise(
-        "the file system may not support locks; open without locking only if nothing else can use the image",
-    )
+fn refused(what: &'static str, mode: LockMode, errno: nix::errno::Errno) -> LockError {
+    LockError::System { what, mode, source: io::Error::from(errno) }
 }
 
 /// Locks the image as a QEMU would; held until every descriptor of this open file is closed.
 ///
 /// # Errors
-/// [`ErrorKind::Locked`] when another process holds it in a way that does not go with `mode`; nothing stays locked then.
+/// [`LockError::Held`] when another process holds it in a way that does not go with `mode`; nothing stays locked then.
 pub fn lock(file: &File, mode: LockMode) -> Result<()> {
     let ours: Vec<i64> = mode
         .uses()
@@ -89,13 +119,7 @@ pub fn lock(file: &File, mode: LockMode) -> Result<()> {
     }
     match conflict? {
         None => Ok(()),
-        Some(found) => Err(Error::new(
-            ErrorKind::Locked,
-            format!("another process has the image open and {found}"),
-        )
-        .advise(
-            "shut the domain down, or stop the qemu, qemu-nbd or domsnap that uses the image, and try again",
-        )),
+        Some(found) => Err(LockError::Held(found)),
     }
 }
 
@@ -156,7 +180,7 @@ mod tests {
         lock(&a, LockMode::Write).unwrap();
         for mode in [LockMode::Read, LockMode::Write] {
             let e = lock(&b, mode).unwrap_err();
-            assert_eq!(e.kind(), ErrorKind::Locked);
+            assert!(matches!(e, LockError::Held(_)));
             assert!(e.to_string().contains("\"write\" lock"), "{e}");
         }
         drop(a);
@@ -167,7 +191,7 @@ mod tests {
     fn a_reader_refuses_a_writer_which_then_leaves_nothing_locked() {
         let (f, a, b) = two_openers();
         lock(&a, LockMode::Read).unwrap();
-        assert_eq!(lock(&b, LockMode::Write).unwrap_err().kind(), ErrorKind::Locked);
+        assert!(matches!(lock(&b, LockMode::Write), Err(LockError::Held(_))));
         let c = File::open(f.path()).unwrap();
         lock(&c, LockMode::Read).unwrap();
     }

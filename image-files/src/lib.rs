@@ -1,0 +1,16 @@
+//! What backends of image files share, whatever the images' format.
+//!
+//! [`names`] gives files names and takes them away, each durable before it returns; [`lock`] is QEMU's way of locking an
+//! image, and [`Holds`] keeps such locks for a whole operation; [`inherit`] lets those read a new file who could read the one
+//! that it is made from.
+
+#![forbid(unsafe_code)]
+
+mod access;
+mod hold;
+mod lock;
+pub mod names;
+
+pub use access::inherit;
+pub use hold::{Hold, Holds, is_held_by_others};
+pub use lock::{LockError, LockMode, is_locked, lock};
