@@ -249,7 +249,7 @@ impl Workplace<'_> {
         inherit(&made, base.as_std_path()).map_err(|error| {
             names::io_error(error, format!("cannot give {unfinished} the owner and mode of {base}"))
         })?;
-        names::settle(&unfinished, &file)?;
+        settle(&unfinished, &file)?;
         self.lock(&file)
     }
 
@@ -260,7 +260,7 @@ impl Workplace<'_> {
         let source = file_of(self.record, from)?;
         let image = Image::open(source.as_std_path(), &OpenOptions::read_only().unlocked())?;
         self.moving(|moving| image::materialise(&image, tag, unfinished.as_std_path(), moving))?;
-        names::settle(&unfinished, &file)?;
+        settle(&unfinished, &file)?;
         self.lock(&file)
     }
 
@@ -434,6 +434,31 @@ impl Workplace<'_> {
         }
         Ok(())
     }
+}
+
+/// Gives a new image its own name. Where that is there already and is exactly the same image, the step was done before; what
+/// else is there is somebody else's, or has been written to, and nothing is written over it.
+fn settle(unfinished: &Utf8Path, file: &Utf8Path) -> Result<()> {
+    match names::settle(unfinished, file) {
+        Err(error)
+            if error.kind() == ErrorKind::Exists && is_same_image(unfinished, file).unwrap_or(false) =>
+        {
+            names::remove_name(unfinished)?;
+            names::flush_directory_of(file)
+        }
+        settled => settled,
+    }
+}
+
+fn is_same_image(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {
+    let open = |file: &Utf8Path| Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked());
+    let (one, other) = (open(one)?, open(other)?);
+    let backing = one.header().backing.clone();
+    if backing != other.header().backing || !one.snapshots()?.is_empty() || !other.snapshots()?.is_empty() {
+        return Ok(false);
+    }
+    let (one, other) = (image::Layer::active(&one)?, image::Layer::active(&other)?);
+    Ok(image::same_content(one, other, backing.is_some())?)
 }
 
 pub(crate) fn same_file(a: &Utf8Path, b: &Utf8Path) -> Result<bool> {

@@ -1,0 +1,363 @@
+//! Faults at every call that the engine makes to a backend or to its catalogue, and watching what a backend answers.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::catalogue::{
+    Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions, SqliteCatalogue,
+};
+use snapcore::{
+    ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
+    DiskSnapshotter, DiskState, DomainName, Error, ErrorKind, Finding, Guard, InspectDepth, LayerName,
+    Operation, OperationId, Point, Progress, Result, Salvage, Snapshot, Step, StepContext, StepStatus,
+};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// A moment of an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// A step is about to be done.
+    BeforeApply,
+    /// A step is done, and nobody knows it yet.
+    AfterApply,
+    /// A step is about to be taken back.
+    BeforeUndo,
+    /// A step is taken back, and nobody knows it yet.
+    AfterUndo,
+    /// Something is about to be recorded.
+    BeforeCommit,
+    /// Something is recorded, and its caller does not know it.
+    AfterCommit,
+    /// In the middle of a step.
+    Progress,
+}
+
+impl Moment {
+    /// What all moments are that an operation can be stopped at from outside.
+    pub(crate) const BETWEEN: [Self; 6] = [
+        Self::BeforeApply,
+        Self::AfterApply,
+        Self::BeforeUndo,
+        Self::AfterUndo,
+        Self::BeforeCommit,
+        Self::AfterCommit,
+    ];
+}
+
+/// How a fault strikes.
+#[derive(Debug, Clone)]
+pub(crate) enum How {
+    /// The call fails.
+    Fail(ErrorKind),
+    /// The call never comes back.
+    Stop,
+    /// The operation is cancelled.
+    Cancel(CancellationToken),
+    /// This process is killed.
+    Kill,
+}
+
+/// A fault at the `number`th, counted from 1, of some moments.
+#[derive(Debug, Clone)]
+pub(crate) struct Strike {
+    pub(crate) moments: Vec<Moment>,
+    pub(crate) number: u64,
+    pub(crate) how: How,
+}
+
+impl Strike {
+    pub(crate) fn new(moments: &[Moment], number: u64, how: How) -> Self {
+        Self { moments: moments.to_vec(), number, how }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Armed {
+    strikes: Vec<Strike>,
+    struck: bool,
+    twice: bool,
+    watched: bool,
+    seen: Vec<String>,
+    statuses: Vec<StepStatus>,
+}
+
+/// The faults that are to strike, and what was seen.
+#[derive(Debug, Default)]
+pub(crate) struct Strikes {
+    armed: Mutex<Armed>,
+    pub(crate) stopped: Notify,
+}
+
+impl Strikes {
+    fn armed(&self) -> MutexGuard<'_, Armed> {
+        self.armed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets these strike, and forgets earlier ones.
+    pub(crate) fn arm(&self, strikes: Vec<Strike>) {
+        let mut armed = self.armed();
+        (armed.strikes, armed.struck) = (strikes, false);
+    }
+
+    /// Lets none strike any more.
+    pub(crate) fn disarm(&self) {
+        self.armed().strikes.clear();
+    }
+
+    /// Whether one struck since they were armed.
+    pub(crate) fn have_struck(&self) -> bool {
+        self.armed().struck
+    }
+
+    /// Does and undoes every step twice from now on.
+    pub(crate) fn do_twice(&self) {
+        self.armed().twice = true;
+    }
+
+    /// Asks for every step's status, before and after, from now on.
+    pub(crate) fn watch(&self) {
+        self.armed().watched = true;
+    }
+
+    /// What was wrong with statuses.
+    pub(crate) fn lies(&self) -> Vec<String> {
+        self.armed().seen.clone()
+    }
+
+    /// Whether the backend ever told so.
+    pub(crate) fn was_told(&self, status: StepStatus) -> bool {
+        self.armed().statuses.contains(&status)
+    }
+
+    fn modes(&self) -> (bool, bool) {
+        let armed = self.armed();
+        (armed.twice, armed.watched)
+    }
+
+    fn due(&self, moment: Moment) -> Option<How> {
+        let mut armed = self.armed();
+        let mut due = None;
+        for strike in armed.strikes.iter_mut().filter(|strike| strike.moments.contains(&moment)) {
+            if strike.number == 1 {
+                due = Some(strike.how.clone());
+            }
+            strike.number = strike.number.wrapping_sub(1);
+        }
+        armed.struck |= due.is_some();
+        due
+    }
+
+    async fn pass(&self, moment: Moment) -> Result<()> {
+        match self.due(moment) {
+            None => Ok(()),
+            Some(How::Fail(kind)) => {
+                Err(Error::new(kind, format!("the fault that the kit wanted ({moment:?})")))
+            }
+            Some(How::Stop) => {
+                self.stopped.notify_one();
+                std::future::pending().await
+            }
+            Some(How::Cancel(token)) => {
+                token.cancel();
+                Ok(())
+            }
+            Some(How::Kill) => die(),
+        }
+    }
+}
+
+/// Ends this process as a power failure would, as far as it can be told from within.
+fn die<T>() -> Result<T> {
+    let own = rustix::process::getpid();
+    if let Err(cause) = rustix::process::kill_process(own, rustix::process::Signal::KILL) {
+        return Err(Error::new(ErrorKind::Io, "the kit cannot kill its own process").because(cause));
+    }
+    loop {
+        std::thread::park();
+    }
+}
+
+/// A backend with faults at its calls.
+pub(crate) struct Struck {
+    pub(crate) inner: Arc<dyn DiskSnapshotter>,
+    pub(crate) strikes: Arc<Strikes>,
+}
+
+/// Tells progress on, and strikes there.
+struct Telling<'a> {
+    inner: &'a dyn Progress,
+    strikes: &'a Strikes,
+}
+
+impl Progress for Telling<'_> {
+    fn bytes(&self, done: u64, total: u64) {
+        self.inner.bytes(done, total);
+        match self.strikes.due(Moment::Progress) {
+            Some(How::Kill) => {
+                let _ = die::<()>();
+            }
+            Some(How::Cancel(token)) => token.cancel(),
+            Some(How::Fail(_) | How::Stop) | None => {}
+        }
+    }
+}
+
+impl Struck {
+    /// `Partly` is never a lie: some steps can only be told to be whole by doing them again.
+    async fn ask(&self, step: &Step, context: StepContext<'_>, when: &str, lie: StepStatus) -> Result<()> {
+        let status = self.inner.status(step, context).await?;
+        let mut armed = self.strikes.armed();
+        if status == lie {
+            armed.seen.push(format!("{when}, the status of '{}' is {status:?}", step.summary));
+        }
+        armed.statuses.push(status);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl DiskSnapshotter for Struck {
+    fn format(&self) -> &str {
+        self.inner.format()
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+    fn recognises(&self, path: &Utf8Path, open_format: Option<&str>) -> bool {
+        self.inner.recognises(path, open_format)
+    }
+    async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
+        self.inner.adopt(disk, active_path).await
+    }
+    async fn inspect(
+        &self,
+        disk: &DiskRecord,
+        depth: InspectDepth,
+        attached: Option<&dyn AttachedDisk>,
+    ) -> Result<DiskState> {
+        self.inner.inspect(disk, depth, attached).await
+    }
+    async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
+        self.inner.discover(record, known).await
+    }
+    async fn plan(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        active_path: ActivePath,
+        request: &DiskRequest,
+    ) -> Result<DiskPlan> {
+        self.inner.plan(disk, state, active_path, request).await
+    }
+    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+        self.inner.hold(disk, attached).await
+    }
+    async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
+        self.inner.yield_locks(disk).await
+    }
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+        self.inner.open_chain(disk).await
+    }
+
+    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        let (twice, watched) = self.strikes.modes();
+        if watched {
+            self.ask(step, context, "before it is done", StepStatus::Done).await?;
+        }
+        self.strikes.pass(Moment::BeforeApply).await?;
+        let telling = Telling { inner: context.progress, strikes: &self.strikes };
+        let context = StepContext { progress: &telling, ..context };
+        self.inner.apply(step, context).await?;
+        if twice {
+            self.inner.apply(step, context).await?;
+        }
+        if watched {
+            self.ask(step, context, "after it is done", StepStatus::NotDone).await?;
+        }
+        self.strikes.pass(Moment::AfterApply).await
+    }
+
+    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        let (twice, watched) = self.strikes.modes();
+        self.strikes.pass(Moment::BeforeUndo).await?;
+        self.inner.undo(step, context).await?;
+        if twice {
+            self.inner.undo(step, context).await?;
+        }
+        if watched {
+            self.ask(step, context, "after it is undone", StepStatus::Done).await?;
+        }
+        self.strikes.pass(Moment::AfterUndo).await
+    }
+
+    async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
+        self.inner.salvage(step, done, context).await
+    }
+    async fn is_overtaken(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
+        self.inner.is_overtaken(step, context).await
+    }
+    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
+        self.inner.status(step, context).await
+    }
+    async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
+        self.inner.check(disk, state).await
+    }
+    async fn cost_of_delete(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        drop: &[Point],
+        keep: &[Point],
+    ) -> Result<DeleteCost> {
+        self.inner.cost_of_delete(disk, state, drop, keep).await
+    }
+    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
+        self.inner.manifest_directory(disk)
+    }
+    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
+        self.inner.layer_file(disk, layer)
+    }
+}
+
+/// The catalogue of one machine, with faults at its commits.
+pub(crate) struct StruckCatalogue {
+    pub(crate) inner: SqliteCatalogue,
+    pub(crate) strikes: Arc<Strikes>,
+}
+
+#[async_trait]
+impl Catalogue for StruckCatalogue {
+    async fn identity(&self) -> Result<Option<CatalogueId>> {
+        self.inner.identity().await
+    }
+    async fn domains(&self) -> Result<Vec<EntrySummary>> {
+        self.inner.domains().await
+    }
+    async fn load(&self, name: &DomainName) -> Result<Option<Entry>> {
+        self.inner.load(name).await
+    }
+    async fn owners(&self, paths: &[Utf8PathBuf]) -> Result<Vec<(Utf8PathBuf, DomainName)>> {
+        self.inner.owners(paths).await
+    }
+    async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>> {
+        self.inner.unfinished(name).await
+    }
+    async fn operation(&self, name: &DomainName, id: OperationId) -> Result<Option<Operation>> {
+        self.inner.operation(name, id).await
+    }
+    async fn commit(&self, name: &DomainName, expected: Revision, changes: Vec<Change>) -> Result<Revision> {
+        self.strikes.pass(Moment::BeforeCommit).await?;
+        let revision = self.inner.commit(name, expected, changes).await?;
+        self.strikes.pass(Moment::AfterCommit).await?;
+        Ok(revision)
+    }
+    async fn watch(&self, name: &DomainName) -> Result<Revisions> {
+        self.inner.watch(name).await
+    }
+    async fn lease(&self, name: &str, holder: &str, time_to_live: Duration) -> Result<Lease> {
+        self.inner.lease(name, holder, time_to_live).await
+    }
+}

@@ -1,0 +1,162 @@
+//! What only looks changes nothing.
+
+use std::collections::HashSet;
+
+use anyhow::{Context, ensure};
+use snapcore::{DeleteRequest, Error, LayerName, Point, Request, RevertRequest, SnapshotName, StepContext};
+use tokio_util::sync::CancellationToken;
+
+use super::Statement;
+use crate::house::{House, TARGETS, refusal};
+
+struct Silent;
+
+impl snapcore::Progress for Silent {
+    fn bytes(&self, _: u64, _: u64) {}
+}
+
+pub(super) const STATEMENTS: [Statement; 5] = [
+    Statement::always("looking and planning change nothing", |shop, way| {
+        let mut house = House::furnished(shop, way)?;
+        let before = house.footprint()?;
+        let reference = house.reference();
+        let process = house.process()?;
+        let service = &process.service;
+        process.wait(async {
+            let name = SnapshotName::new("a")?;
+            let requests = [
+                Request::Create(way.create(SnapshotName::new("new")?, &TARGETS)?),
+                Request::Revert(RevertRequest::new(name.clone())),
+                Request::Delete(DeleteRequest::new(vec![name.clone()])),
+                Request::Tidy,
+            ];
+            for request in &requests {
+                service.plan(&reference, request).await?;
+            }
+            service.show(&reference, &name).await?;
+            service.inspect(&reference).await?;
+            service.check(&reference).await?;
+            Ok::<_, Error>(())
+        })?;
+        let after = house.footprint()?;
+        ensure!(before == after, "there was {before:?}, and there is {after:?}");
+        house.is_whole()
+    }),
+    Statement::always("a disk's state is one tree of layers under the active one", |shop, way| {
+        let mut house = House::furnished(shop, way)?;
+        let reference = house.reference();
+        let process = house.process()?;
+        for report in process.wait(process.service.inspect(&reference))? {
+            let state =
+                report.state.with_context(|| format!("it could not be read: {:?}", report.problem))?;
+            ensure!(state.target == report.record.disk.target, "the state is of {}", state.target);
+            ensure!(
+                state.active == report.record.active,
+                "the state's active layer is {}, the catalogue's {}",
+                state.active,
+                report.record.active
+            );
+            let names: HashSet<_> = state.layers.iter().map(|layer| &layer.name).collect();
+            ensure!(names.len() == state.layers.len(), "two layers have one name: {names:?}");
+            ensure!(names.contains(&state.active), "the active layer is none of {names:?}");
+            for layer in &state.layers {
+                ensure!(
+                    layer.backing.as_ref().is_none_or(|below| names.contains(below)),
+                    "{} stands on {:?}, which is no layer",
+                    layer.name,
+                    layer.backing
+                );
+                ensure!(layer.virtual_size > 0, "{} has no size", layer.name);
+            }
+            let chain = state.chain(&state.active);
+            ensure!(chain.len() <= state.layers.len(), "the active chain is a loop");
+        }
+        Ok(())
+    }),
+    Statement::always("what a delete would cost is told, and costs nothing", |shop, way| {
+        let mut house = House::furnished(shop, way)?;
+        let reference = house.reference();
+        let names: Vec<String> = house.model.points.keys().cloned().collect();
+        let process = house.process()?;
+        for name in names {
+            let details =
+                process.wait(process.service.show(&reference, &SnapshotName::new(name.clone())?))?;
+            for member in &details.members {
+                ensure!(member.delete.is_some(), "of {name} on {} it is not told", member.target);
+            }
+        }
+        house.is_whole()
+    }),
+    Statement::always("a disk that is not there is refused by name", |shop, way| {
+        let mut house = House::new(shop, way)?;
+        let records = house.records()?;
+        let process = house.process()?;
+        let backend = process.service.registry().get(&records[0].disk.format)?;
+        let mut disk = records[0].disk.clone();
+        disk.path = disk.path.with_file_name("there-is-no-such-disk");
+        let refused = refusal(process.wait(backend.adopt(&disk, shop.active_path())), "adopting it")?;
+        ensure!(refused.to_string().contains("there-is-no-such-disk"), "it is not named: {refused}");
+        house.is_as_the_model()
+    }),
+    Statement::always(
+        "a point that is not there and a step that is not known are errors that change nothing",
+        |shop, way| {
+            let mut house = House::furnished(shop, way)?;
+            let record = house.records()?.swap_remove(0);
+            let before = house.footprint()?;
+            let process = house.process()?;
+            let backend = process.service.registry().get(&record.disk.format)?;
+            process.wait(async {
+                let state = backend.inspect(&record, snapcore::InspectDepth::Dependents, None).await?;
+                let nowhere =
+                    Point { layer: LayerName("no-such-layer".into()), tag: Some("no-such-tag".into()) };
+                let here = Point { layer: record.active.clone(), tag: Some("no-such-tag".into()) };
+                for to in [nowhere, here] {
+                    let request = snapcore::DiskRequest::Revert {
+                        to: to.clone(),
+                        save: None,
+                        keep: vec![to],
+                        undoable: true,
+                        stamp: 7,
+                    };
+                    if let Ok(plan) = backend.plan(&record, &state, shop.active_path(), &request).await {
+                        anyhow::bail!("a revert to a point that is not there was planned: {plan:?}");
+                    }
+                }
+                let _held = backend.hold(&record, None).await?;
+                let cancel = CancellationToken::new();
+                let context = StepContext {
+                    disk: &record,
+                    progress: &Silent,
+                    cancel: &cancel,
+                    attached: None,
+                    inside: &snapcore::NothingInside,
+                };
+                let junk = [
+                    serde_json::json!(null),
+                    serde_json::json!({"do": "what nobody knows"}),
+                    serde_json::json!([1, 2]),
+                ];
+                for action in junk {
+                    let step = snapcore::Step {
+                        target: record.disk.target.clone(),
+                        action,
+                        summary: "junk".into(),
+                        bytes: 0,
+                    };
+                    let said = [
+                        backend.apply(&step, context).await.err(),
+                        backend.undo(&step, context).await.err(),
+                        backend.status(&step, context).await.err(),
+                    ];
+                    ensure!(said.iter().all(Option::is_some), "junk was taken for a step: {said:?}");
+                }
+                Ok(())
+            })?;
+            let after = house.footprint()?;
+            ensure!(before == after, "there was {before:?}, and there is {after:?}");
+            house.is_whole()?;
+            Ok(())
+        },
+    ),
+];
