@@ -1,7 +1,7 @@
 //! What is made once and used by many test processes at a time.
 //!
 //! ```text
-//! TARGET/testguest/lock            shared by who uses a guest that was built, exclusive for who builds one
+//! TARGET/testguest/lock-guest      shared by who uses a guest that was built, exclusive for who builds one
 //! TARGET/testguest/packages/       the Debian packages
 //! TARGET/testguest/guest-KEY/      the built guest; KEY stands for what it was built from
 //!     kernel, initrd
@@ -26,7 +26,7 @@ use crate::build;
 const PLACE: &str = "DOMSNAP_TEST_GUEST";
 
 /// A guest that was built. It is not removed while this lives.
-pub(crate) struct Built {
+pub struct Built {
     dir: PathBuf,
     _held: File,
 }
@@ -34,10 +34,20 @@ pub(crate) struct Built {
 impl Built {
     /// The guest that these sources stand for; it is built now where nobody has.
     pub(crate) fn get() -> Result<Self> {
+        Self::of("guest", &build::key(), build::build)
+    }
+
+    /// A guest of a kind, made from what `key` stands for; where nobody has, `build` makes it in the directory that it is given
+    /// first, of the packages that are kept in the other. One of the same kind and another key is removed.
+    ///
+    /// # Errors
+    /// As `build`; the cache cannot be written.
+    pub fn of(kind: &str, key: &str, build: impl Fn(&Path, &Path) -> Result<()>) -> Result<Self> {
         let root = place()?;
-        let dir = root.join(format!("guest-{}", build::key()));
+        let dir = root.join(format!("{kind}-{key}"));
+        let (lock_name, making) = (format!("lock-{kind}"), format!("making-{kind}-"));
         loop {
-            let lock = open_lock(&root.join("lock"))?;
+            let lock = open_lock(&root.join(&lock_name))?;
             lock.lock_shared()?;
             if dir.is_dir() {
                 return Ok(Self { dir, _held: lock });
@@ -45,21 +55,24 @@ impl Built {
             lock.unlock()?;
             lock.lock()?;
             if !dir.is_dir() {
-                remove_others(&root)?;
-                let made = tempfile::Builder::new().prefix("making-").tempdir_in(&root)?;
-                build::build(made.path(), &root.join("packages"))
-                    .context("the test guest cannot be built")?;
+                remove_others(&root, &format!("{kind}-"), &making)?;
+                let made = tempfile::Builder::new().prefix(&making).tempdir_in(&root)?;
+                build(made.path(), &root.join("packages")).context("the test guest cannot be built")?;
                 fs::rename(made.keep(), &dir)?;
             }
         }
     }
 
-    pub(crate) fn dir(&self) -> &Path {
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
         &self.dir
     }
 
     /// The file or directory of that name in it; `make` makes it at the path that it is given where nobody has.
-    pub(crate) fn once(&self, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    ///
+    /// # Errors
+    /// As `make`.
+    pub fn once(&self, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         let path = self.dir.join(name);
         if path.exists() {
             return Ok(path);
@@ -77,11 +90,11 @@ impl Built {
 }
 
 /// Guests of other sources, and what a killed process left. Nobody uses them: the lock is held exclusively.
-fn remove_others(root: &Path) -> Result<()> {
+fn remove_others(root: &Path, kind: &str, making: &str) -> Result<()> {
     for entry in fs::read_dir(root)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with("guest-") || name.starts_with("making-") {
+        if name.starts_with(kind) || name.starts_with(making) {
             fs::remove_dir_all(entry.path())?;
         }
     }

@@ -41,6 +41,13 @@ mod process;
 mod qemu;
 mod state;
 
+/// What other guests of tests are made of too: a cache, packages, archives, kernels, and the consistency program.
+pub mod parts {
+    pub use crate::build::{Archive, Root, WITNESS, compile, elf, uncompressed};
+    pub use crate::cache::Built;
+    pub use crate::process::run;
+}
+
 pub use channel::{COUNTER_BYTES, Status, counter};
 pub use guest::{Guest, ShellOutput};
 pub use options::{GuestOptions, Version};

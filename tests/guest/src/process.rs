@@ -8,7 +8,10 @@ use anyhow::{Context, Result, bail};
 const SYSTEM: &str = "/usr/sbin:/sbin";
 
 /// Runs a program that must succeed; gives its standard output.
-pub(crate) fn run(command: &mut Command, advice: &str) -> Result<String> {
+///
+/// # Errors
+/// What it said, with the advice.
+pub fn run(command: &mut Command, advice: &str) -> Result<String> {
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("LC_ALL", "C").env("PATH", format!("{path}:{SYSTEM}")).stdin(Stdio::null());
     let output = command.output().with_context(|| format!("{command:?} cannot be started: {advice}"))?;

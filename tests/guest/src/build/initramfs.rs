@@ -8,36 +8,39 @@ const PROGRAM: u32 = 0o100_755;
 const FILE: u32 = 0o100_644;
 const LINK: u32 = 0o120_777;
 
+/// An archive that is being written.
 #[derive(Default)]
-pub(super) struct Archive {
+pub struct Archive {
     bytes: Vec<u8>,
     names: BTreeSet<String>,
 }
 
 impl Archive {
-    pub(super) fn new() -> Self {
+    /// An empty one.
+    pub fn new() -> Self {
         Self::default()
     }
 
     /// A directory; the first of two of the same name counts.
-    pub(super) fn directory(&mut self, name: &str) {
+    pub fn directory(&mut self, name: &str) {
         self.parents(name);
         self.entry(name, DIRECTORY, &[]);
     }
 
     /// A file, with the directories that it is in.
-    pub(super) fn file(&mut self, name: &str, content: &[u8], program: bool) {
+    pub fn file(&mut self, name: &str, content: &[u8], program: bool) {
         self.parents(name);
         self.entry(name, if program { PROGRAM } else { FILE }, content);
     }
 
     /// A symbolic link.
-    pub(super) fn link(&mut self, name: &str, to: &str) {
+    pub fn link(&mut self, name: &str, to: &str) {
         self.parents(name);
         self.entry(name, LINK, to.as_bytes());
     }
 
-    pub(super) fn finish(mut self) -> Vec<u8> {
+    /// Its bytes.
+    pub fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, &[]);
         self.bytes
     }

@@ -1,17 +1,22 @@
 //! Takes a kernel out of its bzImage, so that QEMU can start it directly (PVH) and the guest need not decompress it.
 
+use std::{
+    io::Write,
+    process::{Command, Stdio},
+    thread,
+};
+
+use anyhow::{Context, Result, ensure};
+
 /// Legacy LZ4 frames begin so, little endian.
 const LZ4: u32 = 0x184c_2102;
 
+/// XZ streams begin so.
+const XZ: &[u8] = b"\xfd7zXZ\0";
+
 /// The kernel as an ELF file; none where the image is not LZ4, as Debian's cloud kernels are, or does not hold together.
-pub(super) fn uncompressed(image: &[u8]) -> Option<Vec<u8>> {
-    // Documentation/arch/x86/boot.rst: setup_sects, payload_offset and payload_length.
-    let setup = match *image.get(0x1f1)? {
-        0 => 4,
-        sectors => usize::from(sectors),
-    };
-    let start = (setup + 1) * 512 + number(image, 0x248)? as usize;
-    let payload = image.get(start..start.checked_add(number(image, 0x24c)? as usize)?)?;
+pub fn uncompressed(image: &[u8]) -> Option<Vec<u8>> {
+    let payload = payload(image)?;
     if number(payload, 0)? != LZ4 {
         return None;
     }
@@ -26,6 +31,47 @@ pub(super) fn uncompressed(image: &[u8]) -> Option<Vec<u8>> {
         at += 4 + size as usize;
     }
     kernel.starts_with(b"\x7fELF").then_some(kernel)
+}
+
+/// The kernel as an ELF file, where the image is LZ4 or, as Debian's full kernels are, XZ.
+///
+/// # Errors
+/// `xz` is missing, or the image is neither.
+pub fn elf(image: &[u8]) -> Result<Vec<u8>> {
+    if let Some(kernel) = uncompressed(image) {
+        return Ok(kernel);
+    }
+    let payload = payload(image).filter(|payload| payload.starts_with(XZ));
+    let payload =
+        payload.context("the kernel is compressed neither by LZ4 nor by XZ: another one is needed")?.to_vec();
+    // The size of the kernel follows the stream.
+    let mut child = Command::new("xz")
+        .args(["--decompress", "--stdout", "--single-stream"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("xz, which the kernel is compressed by, cannot be started: run scripts/install-deps")?;
+    let mut stdin = child.stdin.take().context("xz has no standard input")?;
+    let writer = thread::spawn(move || stdin.write_all(&payload));
+    let output = child.wait_with_output()?;
+    // It may end before it has read all.
+    let _ = writer.join();
+    ensure!(
+        output.stdout.starts_with(b"\x7fELF"),
+        "xz did not find a kernel in the image ({})",
+        output.status
+    );
+    Ok(output.stdout)
+}
+
+/// Documentation/arch/x86/boot.rst: setup_sects, payload_offset and payload_length.
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    let setup = match *image.get(0x1f1)? {
+        0 => 4,
+        sectors => usize::from(sectors),
+    };
+    let start = (setup + 1) * 512 + number(image, 0x248)? as usize;
+    image.get(start..start.checked_add(number(image, 0x24c)? as usize)?)
 }
 
 fn number(bytes: &[u8], at: usize) -> Option<u32> {

@@ -1,10 +1,12 @@
 //! The guest's kernel and its initial file system, from Debian packages and `src-guest`.
 //!
-//! `packages` gets and unpacks Debian packages, `kernel` takes a kernel out of its compression, `initramfs` writes an archive.
+//! `packages` gets and unpacks Debian packages, `kernel` takes a kernel out of its compression, `initramfs` writes an archive,
+//! `root` makes a whole file system of packages.
 
 mod initramfs;
 mod kernel;
 mod packages;
+mod root;
 
 use std::{
     fs,
@@ -15,7 +17,12 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use self::{initramfs::Archive, packages::Packages};
+use self::packages::Packages;
+pub use self::{
+    initramfs::Archive,
+    kernel::{elf, uncompressed},
+    root::Root,
+};
 use crate::process::run;
 
 /// Everything here that decides what is built. The packages are those that the machine has got once.
@@ -28,7 +35,8 @@ const SOURCES: [&str; 7] = [
     include_str!("kernel.rs"),
     include_str!("packages.rs"),
 ];
-const WITNESS: &str = include_str!("../../src-guest/witness.c");
+/// The source of the consistency program.
+pub const WITNESS: &str = include_str!("../../src-guest/witness.c");
 const INIT: &str = include_str!("../../src-guest/init");
 const SHUTDOWN: &str = include_str!("../../src-guest/shutdown");
 
@@ -139,8 +147,11 @@ pub(crate) fn build(dir: &Path, packages: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Compiles the consistency program, static: the guest has no C library of its own that would fit.
-fn compile(work: &Path) -> Result<PathBuf> {
+/// Compiles the consistency program in a directory, static: the guest has no C library of its own that would fit.
+///
+/// # Errors
+/// A compiler or the static C library is missing.
+pub fn compile(work: &Path) -> Result<PathBuf> {
     let (source, program) = (work.join("witness.c"), work.join("witness"));
     fs::write(&source, WITNESS)?;
     let mut compiler = Command::new("cc");

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::process::run;
 
-const ADVICE: &str = "the test guest is made of Debian packages: run scripts/install-deps, which also brings apt's lists up \
+pub(super) const ADVICE: &str = "the test guest is made of Debian packages: run scripts/install-deps, which also brings apt's lists up \
                       to date, and see that the mirror can be reached";
 
 /// Names the newest cloud kernel by what it depends on.

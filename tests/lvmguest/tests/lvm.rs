@@ -1,0 +1,41 @@
+//! Real volume groups: statements about the machine that these tests run in.
+
+use std::process::{Command, ExitCode};
+
+use anyhow::{Result, ensure};
+use lvmguest::inside::{self, Volume, read_block, run, succeed, write_block};
+use lvmguest::{Group, Machine, main as run_groups};
+
+fn thick_snapshots_are_real() -> Result<()> {
+    let disk = &inside::disks()?[0];
+    succeed(Command::new("vgcreate").args(["-q", "vg", disk]))?;
+    let volume = Volume::thick("vg", "o", 32)?;
+    write_block(&volume.path(), 0, b'a')?;
+    succeed(Command::new("lvcreate").args(["-q", "-s", "-n", "s", "-L", "8M", "vg/o"]))?;
+    write_block(&volume.path(), 0, b'b')?;
+    ensure!(read_block("/dev/vg/s", 0)? == b'a', "the snapshot shows what was written after it");
+    succeed(Command::new("lvconvert").args(["-q", "--merge", "vg/s"]))?;
+    ensure!(read_block(&volume.mapper(), 0)? == b'a', "the merge brought nothing back");
+    Ok(())
+}
+
+fn disks_are_blank_before_each_statement() -> Result<()> {
+    let groups = succeed(Command::new("vgs").args(["--noheadings", "-o", "vg_name"]))?;
+    ensure!(groups.stdout.trim().is_empty(), "{groups}");
+    let none = run(Command::new("lvs").arg("vg/o"))?;
+    ensure!(none.status != Some(0), "{none}");
+    Ok(())
+}
+
+static GROUPS: [Group; 1] = [Group::new(
+    "the machine has real snapshots of volumes",
+    Machine::new,
+    &[
+        ("thick snapshots are real", thick_snapshots_are_real),
+        ("disks are blank before each statement", disks_are_blank_before_each_statement),
+    ],
+)];
+
+fn main() -> ExitCode {
+    run_groups(&GROUPS)
+}
