@@ -1,0 +1,88 @@
+//! Tests whose bodies run in dom0.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Result, bail};
+use libtest_mimic::{Arguments, Failed};
+
+use crate::machine::Machine;
+
+/// Set in dom0: which trial's body is to be run.
+const INSIDE: &str = "DOMSNAP_TEST_XEN_INSIDE";
+
+/// Within which a trial must end.
+const DEADLINE: Duration = Duration::from_secs(420);
+
+/// A statement, and what shows that it holds, in dom0.
+pub struct Trial {
+    name: &'static str,
+    body: fn() -> Result<()>,
+}
+
+impl Trial {
+    /// One of that name.
+    pub const fn new(name: &'static str, body: fn() -> Result<()>) -> Self {
+        Self { name, body }
+    }
+}
+
+/// The whole program of a test with `harness = false`.
+pub fn main(trials: &'static [Trial]) -> ExitCode {
+    if let Ok(name) = env::var(INSIDE) {
+        return inside(trials, &name);
+    }
+    let trials = trials.iter().map(|trial| {
+        let name = trial.name;
+        libtest_mimic::Trial::test(name, move || {
+            outside(name).map_err(|error| Failed::from(format!("{error:#}")))
+        })
+    });
+    libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
+}
+
+fn inside(trials: &[Trial], name: &str) -> ExitCode {
+    let Some(trial) = trials.iter().find(|trial| trial.name == name) else {
+        println!("this program has no trial {name:?}");
+        return ExitCode::from(2);
+    };
+    match (trial.body)() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("{error:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn outside(name: &str) -> Result<()> {
+    let machine = Machine::get()?;
+    let this = env::current_exe()?;
+    machine.put_program(&this, "trial")?;
+    if let Some(domsnap) = domsnap(&this) {
+        machine.put_program(&domsnap, "domsnap")?;
+    }
+    // A program runs better from a file system of dom0's own. One that is being replaced may be running.
+    let line = format!(
+        "cd /host/bin && for p in trial domsnap; do [ -e $p ] && ! cmp -s $p.from /usr/local/bin/$p.from || continue; \
+         cp $p /usr/local/bin/$p.new && mv /usr/local/bin/$p.new /usr/local/bin/$p && cp $p.from /usr/local/bin/; done; \
+         cd /vm; {INSIDE}={name:?} RUST_BACKTRACE=0 exec /usr/local/bin/trial"
+    );
+    let ended = machine.shell(&line, DEADLINE)?;
+    print!("{}", ended.output);
+    match ended.status {
+        0 => Ok(()),
+        status => bail!("it ended with {status} in dom0:\n{}", ended.output),
+    }
+}
+
+/// The program under test, built beside this one.
+fn domsnap(this: &Path) -> Option<PathBuf> {
+    this.ancestors()
+        .map(|dir| dir.join("domsnap"))
+        .find(|file| fs::metadata(file).is_ok_and(|about| about.is_file()))
+}
