@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
-use image_files::names::{self, file_id};
+use image_files::names::{self, file_id, same_file};
 use snapcore::chain::{ChainStep, layer_path};
 use snapcore::{
     AttachedDisk, AttachedMerge, Error, ErrorKind, FileIdentity, Inside, LayerName, Result, StepContext,
@@ -20,7 +20,6 @@ use tokio_util::sync::CancellationToken;
 use crate::backing_string::{backing_string, resolve_backing};
 use crate::image::{Image, OpenOptions};
 use crate::layers::file_of;
-use crate::steps::same_file;
 
 /// Identities of files.
 pub(crate) type FileIds = HashSet<FileIdentity>;

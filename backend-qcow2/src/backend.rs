@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::{Holds, is_held_by_others, names};
+use image_files::{Holds, blocking, in_place, is_held_by_others, names};
 use snapcore::chain::{self, ChainStep, layer_path};
 use snapcore::{
     ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
@@ -55,16 +55,6 @@ impl Qcow2 {
         self
     }
 
-    /// Runs `work` on a blocking thread: image work is positioned I/O, which async I/O makes slower.
-    async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-        match tokio::task::spawn_blocking(work).await {
-            Ok(outcome) => outcome,
-            Err(failure) => {
-                Err(Error::new(ErrorKind::Internal, "the work on an image broke off").because(failure))
-            }
-        }
-    }
-
     /// Runs a step: in place, because what it borrows does not outlive the call.
     fn step<T>(
         &self,
@@ -84,11 +74,7 @@ impl Qcow2 {
             bytes: step.bytes,
             max_depth: self.limits.max_depth,
         };
-        let run = || work(&place, &action);
-        match tokio::runtime::Handle::try_current().map(|handle| handle.runtime_flavor()) {
-            Ok(tokio::runtime::RuntimeFlavor::MultiThread) => tokio::task::block_in_place(run),
-            _ => run(),
-        }
+        in_place(|| work(&place, &action))
     }
 }
 
@@ -105,7 +91,7 @@ impl DiskSnapshotter for Qcow2 {
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
         layers::check_path(disk)?;
         let (disk, limits) = (disk.clone(), self.limits.clone());
-        Self::blocking(move || {
+        blocking(move || {
             let active = match active_path {
                 ActivePath::Keep => layers::adopted_name(&disk)?,
                 ActivePath::New => LayerName(disk.path.file_name().unwrap_or("disk").to_owned()),
@@ -125,12 +111,12 @@ impl DiskSnapshotter for Qcow2 {
     ) -> Result<DiskState> {
         let open = attached::open_files(attached).await?;
         let (disk, limits) = (disk.clone(), self.limits.clone());
-        Self::blocking(move || layers::inspect(&disk, depth, &limits, &open)).await
+        blocking(move || layers::inspect(&disk, depth, &limits, &open)).await
     }
 
     async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
         let (mut copy, known, limits) = (record.clone(), known.to_vec(), self.limits.clone());
-        let (copy, found) = Self::blocking(move || {
+        let (copy, found) = blocking(move || {
             let found = discover::discover(&mut copy, &known, &limits)?;
             Ok((copy, found))
         })
@@ -148,7 +134,7 @@ impl DiskSnapshotter for Qcow2 {
     ) -> Result<DiskPlan> {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
         let capabilities = self.capabilities();
-        Self::blocking(move || {
+        blocking(move || {
             if let DiskRequest::Create { overlay: Some(overlay), .. } = &request {
                 check_overlay_name(&disk, overlay)?;
             }
@@ -189,7 +175,7 @@ impl DiskSnapshotter for Qcow2 {
 
     async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
         let (disk, limits) = (disk.clone(), self.limits.clone());
-        Self::blocking(move || layers::open_chain(&disk, &limits)).await
+        blocking(move || layers::open_chain(&disk, &limits)).await
     }
 
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
@@ -223,7 +209,7 @@ impl DiskSnapshotter for Qcow2 {
 
     async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
         let (disk, state) = (disk.clone(), state.clone());
-        Self::blocking(move || check(&disk, &state)).await
+        blocking(move || check(&disk, &state)).await
     }
 
     async fn cost_of_delete(
@@ -236,7 +222,7 @@ impl DiskSnapshotter for Qcow2 {
         let request = DiskRequest::Delete { drop: drop.to_vec(), keep: keep.to_vec() };
         let plan = self.plan(disk, state, ActivePath::Keep, &request).await?;
         let state = state.clone();
-        Self::blocking(move || cost(&plan, &state)).await
+        blocking(move || cost(&plan, &state)).await
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {

@@ -11,16 +11,37 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use camino::{Utf8Path, Utf8PathBuf};
+use image_files::is_held_by_others;
+use image_files::names::{FileId, file_id, io_error, is_passing_name};
 use rustix::io::Errno;
 use snapcore::chain::layer_path;
-use snapcore::{DiskRecord, DiskState, Layer, LayerName, Result, Unclear};
+use snapcore::{DiskRecord, DiskState, FileIdentity, Layer, LayerName, Result, Unclear};
 
 use crate::attached::FileIds;
 use crate::backing_string::{Named, named};
 use crate::image;
 use crate::layers::Limits;
-use image_files::is_held_by_others;
-use image_files::names::{FileId, file_id, io_error, is_passing_name};
+
+/// Fills in which images beside a disk stand on its layers ([`Layer::dependents`], [`DiskState::unclear`]), for backends of
+/// other formats: a qcow2 overlay may stand on any image. Files that are `open` in the domain's own hypervisor are in nobody
+/// else's use for that.
+///
+/// # Errors
+/// The system's, where the disk's directory cannot be listed.
+pub fn find_dependents(
+    record: &DiskRecord,
+    state: &mut DiskState,
+    open: &HashSet<FileIdentity>,
+) -> Result<()> {
+    let mut seen = HashMap::new();
+    for layer in &state.layers {
+        if let Some(id) = file_id(&layer.file)? {
+            seen.insert(id, layer.name.clone());
+        }
+    }
+    let limits = Limits { max_depth: 1, allowed: Vec::new() };
+    find(record, &limits, state, &seen, open)
+}
 
 /// Fills in who stands on the layers of `state`. `seen` are the files of those layers; those that are `open` in the domain's own
 /// hypervisor are in nobody else's use for that.

@@ -20,6 +20,7 @@ mod steps;
 use std::sync::Arc;
 
 pub use backend::{DEFAULT_MAX_DEPTH, Qcow2};
+pub use dependents::find_dependents;
 
 /// Registers the backend with its usual limits.
 ///

@@ -18,13 +18,13 @@
 //!
 //! Whether anything was written is read from the images, and told by the difference from what the steps had made.
 
+use image_files::names;
 use snapcore::chain::ChainStep;
 use snapcore::{Edit, LayerName, Result, Salvage};
 
 use crate::image::{self, Layer};
 use crate::layers::file_of;
-use crate::steps::{Workplace, same_file};
-use image_files::names;
+use crate::steps::Workplace;
 
 /// How the names of files and tags begin that hold what was put aside.
 const RESCUED: &str = "rescued-";
@@ -37,7 +37,7 @@ impl Workplace<'_> {
         // The active layer is in a run as its top alone. Once the path names what it was merged into, the domain writes
         // there, and what the former top holds is older.
         let merged_down = run.last().is_some_and(|top| *top == self.record.active && top != into);
-        Ok(merged_down && names::file_id(path)?.is_some() && !same_file(path, &self.own_name(into))?)
+        Ok(merged_down && names::file_id(path)?.is_some() && !names::same_file(path, &self.own_name(into))?)
     }
 
     /// Makes safe what the domain wrote, where undoing `step` would lose it.
@@ -46,7 +46,7 @@ impl Workplace<'_> {
         match step {
             ChainStep::SwitchActive { from, to } => {
                 // An overlay on the former active layer shows the same as that: with what was written it is the present.
-                let switched = same_file(&self.own_name(to), path)?;
+                let switched = names::same_file(&self.own_name(to), path)?;
                 if !switched || self.below(to)? != Some(self.own_name(from)) || !self.is_written(to)? {
                     return Ok(Salvage::Nothing);
                 }
@@ -100,7 +100,9 @@ impl Workplace<'_> {
 
     /// Whether the undo of `step`, which made `layer`, would remove it, and the domain may have written it.
     fn is_to_go(&self, step: &ChainStep, layer: &LayerName, done: bool) -> Result<bool> {
-        Ok(done && self.is_made_by(step)? && !same_file(&self.own_name(layer), &self.record.disk.path)?)
+        Ok(done
+            && self.is_made_by(step)?
+            && !names::same_file(&self.own_name(layer), &self.record.disk.path)?)
     }
 
     /// Whether an overlay, empty when it was made, has anything in it.

@@ -80,7 +80,7 @@ impl Workplace<'_> {
                 let file = self.own_name(layer);
                 names::remove_name(&names::unfinished_name(&file))?;
                 // Where the switch to it had to stay, so has the layer.
-                if self.is_made_by(step)? && !same_file(&file, path)? {
+                if self.is_made_by(step)? && !names::same_file(&file, path)? {
                     self.refuse_in_use(&file)?;
                     names::remove_name(&file)?;
                 }
@@ -90,7 +90,7 @@ impl Workplace<'_> {
             ChainStep::SwitchActive { from, to } => {
                 self.lock(path)?;
                 // Undone before, and so perhaps was what had come before it: then `from` has no name of its own.
-                match same_file(&self.own_name(to), path)? {
+                match names::same_file(&self.own_name(to), path)? {
                     true => names::move_name(path, &self.own_name(from)),
                     false => names::clear_move(path),
                 }
@@ -118,7 +118,7 @@ impl Workplace<'_> {
     pub(crate) fn status(&self, step: &ChainStep) -> Result<StepStatus> {
         let path = &self.record.disk.path;
         let done = match step {
-            ChainStep::NameLayer { layer } => same_file(path, &self.own_name(layer))?,
+            ChainStep::NameLayer { layer } => names::same_file(path, &self.own_name(layer))?,
             ChainStep::CreateOverlay { layer, .. } | ChainStep::Materialise { layer, .. } => {
                 let unfinished = names::unfinished_name(&self.own_name(layer));
                 if names::file_id(&unfinished)?.is_some() {
@@ -127,7 +127,7 @@ impl Workplace<'_> {
                 self.is_made_by(step)?
             }
             ChainStep::TakeInternal { layer, tag } => self.has_tag(layer, tag)?,
-            ChainStep::SwitchActive { to, .. } => same_file(path, &self.own_name(to))?,
+            ChainStep::SwitchActive { to, .. } => names::same_file(path, &self.own_name(to))?,
             ChainStep::ApplyInternal { layer, tag, .. } => {
                 let image = self.reading(layer)?;
                 image.find_snapshot(tag)?.is_some() && image.snapshot_matches_active(tag)?
@@ -148,7 +148,9 @@ impl Workplace<'_> {
             ChainStep::Repoint { child, to } => {
                 let file = file_of(self.record, child)?;
                 match self.reading(child)?.header().backing.clone() {
-                    Some(backing) => same_file(&resolve_backing(&file, &backing.file)?, &self.own_name(to))?,
+                    Some(backing) => {
+                        names::same_file(&resolve_backing(&file, &backing.file)?, &self.own_name(to))?
+                    }
                     None => false,
                 }
             }
@@ -184,7 +186,7 @@ impl Workplace<'_> {
     /// more would bring its old data back. (At rest the path is moved by a step of its own, after the merge is recorded.)
     fn has_pivoted(&self, run: &[LayerName], into: &LayerName) -> Result<bool> {
         let merged_down = run.last().is_some_and(|top| *top == self.record.active && top != into);
-        Ok(merged_down && same_file(&self.own_name(into), &self.record.disk.path)?)
+        Ok(merged_down && names::same_file(&self.own_name(into), &self.record.disk.path)?)
     }
 
     pub(crate) fn reading(&self, layer: &LayerName) -> Result<Image> {
@@ -215,7 +217,7 @@ impl Workplace<'_> {
         }
         let Some(header) = image::probe(file.as_std_path())? else { return Ok(false) };
         match (header.backing, on) {
-            (Some(backing), Some(on)) => same_file(&resolve_backing(&file, &backing.file)?, &on),
+            (Some(backing), Some(on)) => names::same_file(&resolve_backing(&file, &backing.file)?, &on),
             (None, None) => Ok(true),
             _ => Ok(false),
         }
@@ -361,7 +363,7 @@ impl Workplace<'_> {
         let path = &self.record.disk.path;
         for layer in layers {
             let file = self.own_name(layer);
-            if same_file(&file, path)? {
+            if names::same_file(&file, path)? {
                 return Err(Error::new(
                     ErrorKind::Internal,
                     format!("{file} was to be removed, and {path} still names it"),
@@ -429,7 +431,7 @@ impl Workplace<'_> {
 
     fn unname(&self, layer: &LayerName) -> Result<()> {
         let file = self.own_name(layer);
-        if names::file_id(&file)?.is_some() && same_file(&file, &self.record.disk.path)? {
+        if names::file_id(&file)?.is_some() && names::same_file(&file, &self.record.disk.path)? {
             names::remove(&file)?;
         }
         Ok(())
@@ -459,11 +461,6 @@ fn is_same_image(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {
     }
     let (one, other) = (image::Layer::active(&one)?, image::Layer::active(&other)?);
     Ok(image::same_content(one, other, backing.is_some())?)
-}
-
-pub(crate) fn same_file(a: &Utf8Path, b: &Utf8Path) -> Result<bool> {
-    let (a, b) = (names::file_id(a)?, names::file_id(b)?);
-    Ok(a.is_some() && a == b)
 }
 
 /// How to open the image at `file` for writing under `hold`, or with a lock of its own where there is none.

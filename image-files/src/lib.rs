@@ -7,10 +7,12 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod blocking;
 mod hold;
 mod lock;
 pub mod names;
 
 pub use access::inherit;
+pub use blocking::{blocking, in_place};
 pub use hold::{Hold, Holds, is_held_by_others};
 pub use lock::{LockError, LockMode, is_locked, lock};

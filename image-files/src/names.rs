@@ -22,6 +22,15 @@ pub fn file_id(path: &Utf8Path) -> Result<Option<FileId>> {
     }
 }
 
+/// Whether both paths lead to one file, and it is there.
+///
+/// # Errors
+/// The system's.
+pub fn same_file(a: &Utf8Path, b: &Utf8Path) -> Result<bool> {
+    let (a, b) = (file_id(a)?, file_id(b)?);
+    Ok(a.is_some() && a == b)
+}
+
 /// An I/O failure with words.
 pub fn io_error(error: io::Error, message: String) -> Error {
     let advice = match error.kind() {

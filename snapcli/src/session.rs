@@ -28,6 +28,7 @@ pub fn registry(global: &Global) -> Result<Registry> {
     }
     let mut registry = Registry::new();
     registry.register(Arc::new(qcow2))?;
+    backend_raw::register(&mut registry)?;
     hypervisor_qemu::register(&mut registry);
     Ok(registry)
 }

@@ -85,7 +85,7 @@ pub use request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request
 pub use service::{DomainRef, DomainSpec, Domsnap, StateDir};
 pub use size::shown_size;
 pub use snapshot::{
-    Consistency, DiskPoint, MemoryPoint, Point, PointKind, Snapshot, SnapshotId, SnapshotTree,
+    Consistency, DiskPoint, MemoryPoint, Point, PointKind, Snapshot, SnapshotId, SnapshotTree, add_found,
 };
 pub use state::{DiskState, InternalPoint, Layer, Unclear};
 pub use step::{DiskPlan, DiskRequest, Edit, Group, Plan, PlannedStep, Step, StepStatus};

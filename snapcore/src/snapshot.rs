@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{Error, ErrorKind, LayerName, Result, SnapshotName, Target};
+use crate::{DiskRecord, Error, ErrorKind, LayerName, Result, SnapshotName, Target};
 
 /// The identity of a snapshot: survives renames, and is unique over all domains. Sorts by time of making.
 #[derive(
@@ -140,6 +140,54 @@ impl Snapshot {
     /// The point of the disk `target`.
     pub fn point(&self, target: &Target) -> Option<&DiskPoint> {
         self.disks.iter().find(|point| point.target == *target)
+    }
+}
+
+/// Adds a snapshot of one disk that was found in its images, made by another tool: the child of the one found before it.
+/// Oldest first. `wanted` is what it is called there.
+pub fn add_found(
+    found: &mut Vec<Snapshot>,
+    record: &DiskRecord,
+    wanted: &str,
+    created: Timestamp,
+    point: Point,
+    virtual_size: u64,
+) {
+    let parent = found.last();
+    // A tree lists snapshots by time; clocks of images may disagree with the order of the chain, which is certain.
+    let created = parent.map_or(created, |parent| created.max(parent.created));
+    let name = free_name(found, wanted);
+    let snapshot = Snapshot {
+        id: SnapshotId::fresh(),
+        name,
+        parent: parent.map(|parent| parent.id),
+        created,
+        description: String::new(),
+        consistency: Consistency::Unknown,
+        disks: vec![DiskPoint { target: record.disk.target.clone(), point, virtual_size }],
+        memory: None,
+        machine: None,
+    };
+    found.push(snapshot);
+}
+
+/// A name as near to `wanted` as the rules allow, which no other has.
+fn free_name(found: &[Snapshot], wanted: &str) -> SnapshotName {
+    let allowed = |c: char| if c.is_ascii_alphanumeric() || "._-+:".contains(c) { c } else { '_' };
+    let mut base: String = wanted.chars().map(allowed).take(240).collect();
+    if base.is_empty() || base.starts_with(['.', '-']) {
+        base.insert(0, '_');
+    }
+    let mut name = base.clone();
+    let mut number = 1;
+    loop {
+        match SnapshotName::new(name.clone()) {
+            Ok(free) if found.iter().all(|other| other.name != free) => return free,
+            _ => {
+                number += 1;
+                name = format!("{base}-{number}");
+            }
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! A domain at rest in a directory of its own: images, state directory, and the model beside them.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -38,6 +39,11 @@ impl Shape {
     /// The default with this many disks.
     pub fn disks(disks: usize) -> Shape {
         Shape { disks, ..Shape::default() }
+    }
+
+    /// Raw files, of so many disks.
+    pub fn raw(disks: usize) -> Shape {
+        Shape { disks, options: String::new(), ..Shape::default() }.named("", ".raw")
     }
 
     /// This with file names that begin with `prefix` and end with `suffix`.
@@ -112,16 +118,12 @@ impl Domain {
         for index in 0..shape.disks {
             let target = target(index);
             let (path, size) = (domain.path(&target), shape.size.to_string());
-            qemu::img(&[
-                "create".as_ref(),
-                "-q".as_ref(),
-                "-f".as_ref(),
-                "qcow2".as_ref(),
-                "-o".as_ref(),
-                shape.options.as_ref(),
-                path.as_os_str(),
-                size.as_ref(),
-            ])?;
+            let mut words = ["create", "-q", "-f", qemu::format(&path)].map(OsStr::new).to_vec();
+            if !shape.options.is_empty() {
+                words.extend(["-o".as_ref(), OsStr::new(&shape.options)]);
+            }
+            words.extend([path.as_os_str(), size.as_ref()]);
+            qemu::img(&words)?;
             domain.model.present.insert(target, Arc::new(vec![0; shape.size as usize]));
         }
         Ok(domain)
@@ -140,7 +142,8 @@ impl Domain {
         let mut words = vec!["domain".to_owned(), "add".to_owned(), NAME.to_owned()];
         for target in self.model.present.keys() {
             words.push("--disk".to_owned());
-            words.push(format!("{target}={},format=qcow2", self.path(target).display()));
+            let path = self.path(target);
+            words.push(format!("{target}={},format={}", path.display(), qemu::format(&path)));
         }
         words
     }
@@ -268,7 +271,8 @@ impl Domain {
         Ok(())
     }
 
-    /// The words that create `name`: `kind` is `internal`, `external`, or `mixed`, which takes turns over the disks.
+    /// The words that create `name`: `kind` is `internal`, `external`, `mixed`, which takes turns over the disks, or one of the
+    /// format's own ways.
     pub fn create_words(&self, name: &str, kind: &str) -> Vec<String> {
         let mut words: Vec<String> = ["create", NAME, name].map(Into::into).into();
         match kind {
@@ -278,7 +282,12 @@ impl Domain {
                     words.push(format!("{target}={}", ["internal", "external"][index % 2]));
                 }
             }
-            kind => words.push(format!("--{kind}")),
+            "internal" | "external" => words.push(format!("--{kind}")),
+            way => {
+                for target in self.model.present.keys() {
+                    words.extend(["--disk".into(), format!("{target}={way}")]);
+                }
+            }
         }
         words
     }

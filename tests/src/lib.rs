@@ -15,6 +15,7 @@
 //! - [`scenario`]: the operations that the crash suites interrupt
 //! - [`crash`]: interrupting them everywhere; and the domain running before anything is healed
 //! - [`live`]: a running domain, its guest, and what each of its snapshots holds
+//! - [`mounted`]: a file system of a certain kind
 //! - [`seed`]: random choices that can be repeated
 
 #![forbid(unsafe_code)]
@@ -25,6 +26,7 @@ pub mod domsnap;
 pub mod live;
 mod meanwhile;
 pub mod model;
+pub mod mounted;
 pub mod powerloss;
 pub mod qemu;
 #[path = "../faultfs/src/record.rs"]

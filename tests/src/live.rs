@@ -15,6 +15,7 @@ use serde::Deserialize;
 use testguest::{Guest, GuestOptions};
 
 use crate::domsnap::{Domsnap, Outcome};
+use crate::qemu;
 use crate::report::{self, Kind, Point};
 
 /// The name under which the guest is registered.
@@ -332,7 +333,7 @@ impl Live {
 fn checksum(point: &Point) -> Result<u64> {
     let raw = tempfile::NamedTempFile::new()?;
     let mut command = Command::new("qemu-img");
-    command.args(["convert", "-U", "-f", "qcow2", "-O", "raw"]);
+    command.args(["convert", "-U", "-f", qemu::format(&point.layer), "-O", "raw"]);
     if let (Kind::Internal, Some(tag)) = (point.kind, &point.tag) {
         command.args(["-l", &format!("snapshot.name={tag}")]);
     }

@@ -66,10 +66,10 @@ pub(crate) fn write(domain: &Domain, writes: &[Write]) -> Result<Vec<Written>> {
 /// While a domain runs, nothing is healed and nothing is touched, whichever of its disks is looked at first.
 pub(crate) fn nothing_is_healed_while_it_runs(domain: &Domain) -> Result<()> {
     let target = domain.model.present.keys().last().context("a domain without disks")?;
-    let running = qemu::Running::on(&domain.path(target))?;
+    let path = domain.path(target);
+    let running = qemu::Running::on(&path)?;
     let refused = domain.declined(&["recover"], status::REFUSED).context("while the domain runs")?;
-    let file = format!("{}.qcow2", &target[2..]);
-    ensure!(refused.stderr.contains(&file), "{file} is not named: {refused}");
+    ensure!(refused.stderr.contains(&*path.to_string_lossy()), "{} is not named: {refused}", path.display());
     running.stop()
 }
 
@@ -129,6 +129,10 @@ pub(crate) fn aside(domain: &Domain, holds: &Bytes) -> Result<Option<(PathBuf, O
 }
 
 fn rescued_tags(image: &Path) -> Result<Vec<String>> {
+    let is_checksum = image.extension().is_some_and(|extension| extension == "crc32");
+    if is_checksum || qemu::format(image) == "raw" {
+        return Ok(Vec::new());
+    }
     let words = ["info", "-U", "-f", "qcow2", "--output=json"].map(std::ffi::OsStr::new);
     let told = qemu::img(&[&words[..], &[image.as_os_str()]].concat())?;
     let told: serde_json::Value = serde_json::from_str(&told)?;

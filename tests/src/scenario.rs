@@ -47,6 +47,16 @@ fn line(kinds: &[&str]) -> Result<Domain> {
     Ok(domain)
 }
 
+/// Two raw disks, copied for the snapshots `s1`, `s2`, ..., with writes between and after.
+fn raw_line(snapshots: usize) -> Result<Domain> {
+    let mut domain = Domain::new(&Shape::raw(2))?;
+    for number in 1..=snapshots {
+        domain.create(&format!("s{number}"), "copy")?;
+        domain.write_everywhere()?;
+    }
+    Ok(domain)
+}
+
 /// Two snapshots and one beside them: `s1` with the children `s2` and `side`, all of `kind`, the present on `side`.
 fn fork(kind: &str) -> Result<Domain> {
     let mut domain = line(&[kind, kind])?;
@@ -260,5 +270,19 @@ scenarios! {
         image(&["one", "two", "three", "four"]),
         |d| disk(d, "delete", &["one", "three"]),
         |m| m.delete(&strings(&["one", "three"]))
+    }
+    /// Raw files, copied.
+    RAW_CREATE Tree { raw_line(1), |d| d.create_words("new", "copy"), |m| m.create("new") }
+    /// Raw files, replaced by copies of a point.
+    RAW_REVERT Tree { raw_line(2), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1") }
+    /// Raw files, with the present kept.
+    RAW_REVERT_SAVING_CURRENT Tree {
+        raw_line(2),
+        |_| words(&["revert", NAME, "s1", "--save-current=kept"]),
+        |m| { m.create("kept"); m.revert("s1"); }
+    }
+    /// Points of raw files.
+    RAW_DELETE Tree {
+        raw_line(3), |_| words(&["delete", NAME, "s1", "s3"]), |m| m.delete(&strings(&["s1", "s3"]))
     }
 }

@@ -51,6 +51,10 @@ scenarios! {
     disk_create_external DISK_CREATE_EXTERNAL
     disk_revert DISK_REVERT
     disk_delete DISK_DELETE
+    raw_create RAW_CREATE
+    raw_revert RAW_REVERT
+    raw_revert_saving_current RAW_REVERT_SAVING_CURRENT
+    raw_delete RAW_DELETE
 }
 
 /// Between the crash and the healing the domain runs and writes. What it wrote is in the present afterwards; only of a
@@ -85,6 +89,10 @@ mod what_a_domain_writes_before_it_is_healed_is_kept_after_a_kill_in {
         delete_only_big_below DELETE_ONLY_BIG_BELOW
         delete_subtree DELETE_SUBTREE
         delete_several DELETE_SEVERAL
+        raw_create RAW_CREATE
+        raw_revert RAW_REVERT
+        raw_revert_saving_current RAW_REVERT_SAVING_CURRENT
+        raw_delete RAW_DELETE
     }
 }
 
@@ -109,5 +117,6 @@ mod what_a_domain_writes_is_kept_though_the_recovery_is_killed_too_in {
         revert_external REVERT_EXTERNAL
         delete_current_big_below DELETE_CURRENT_BIG_BELOW
         delete_several_big_between DELETE_SEVERAL_BIG_BETWEEN
+        raw_revert RAW_REVERT
     }
 }

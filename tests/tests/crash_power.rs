@@ -51,4 +51,8 @@ scenarios! {
     disk_create_external DISK_CREATE_EXTERNAL
     disk_revert DISK_REVERT
     disk_delete DISK_DELETE
+    raw_create RAW_CREATE
+    raw_revert RAW_REVERT
+    raw_revert_saving_current RAW_REVERT_SAVING_CURRENT
+    raw_delete RAW_DELETE
 }

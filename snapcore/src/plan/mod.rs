@@ -261,8 +261,9 @@ impl Planner<'_> {
         if let Some(way) = way
             && !can.ways.iter().any(|known| known == way)
         {
-            let known: Vec<&str> =
-                ["internal", "external"].into_iter().chain(can.ways.iter().map(String::as_str)).collect();
+            let kinds = [(can.internal, "internal"), (can.external, "external")];
+            let kinds = kinds.iter().filter(|(can, _)| *can).map(|(_, kind)| *kind);
+            let known: Vec<&str> = kinds.chain(can.ways.iter().map(String::as_str)).collect();
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("{}: format {} takes no points by {way}", disk.target(), disk.backend.format()),

@@ -1,0 +1,222 @@
+//! [`DiskSnapshotter`] for raw files.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use camino::Utf8PathBuf;
+use image_files::{Holds, blocking, in_place, is_held_by_others, names};
+use snapcore::chain::layer_path;
+use snapcore::{
+    ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
+    DiskSnapshotter, DiskState, Error, ErrorKind, FileIdentity, Finding, Guard, InspectDepth, LayerName,
+    Point, PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::copy::{self, Watch};
+use crate::layers;
+use crate::plan::{self, WAYS};
+use crate::steps::{RawStep, Workplace};
+
+/// Disks that are raw files.
+#[derive(Default)]
+pub struct Raw {
+    holds: Arc<Holds>,
+}
+
+impl Raw {
+    /// The backend.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn step<T>(
+        &self,
+        step: &Step,
+        context: StepContext<'_>,
+        open: HashSet<FileIdentity>,
+        work: impl FnOnce(&Workplace<'_>, &RawStep) -> Result<T>,
+    ) -> Result<T> {
+        let action: RawStep = serde_json::from_value(step.action.clone()).map_err(|error| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("the journal has a step that this backend does not know: {}", step.action),
+            )
+            .because(error)
+            .advise("it was written by another version of domsnap: recover with that one")
+        })?;
+        let hold = self.holds.of(&context.disk.disk.path);
+        let watch = Watch { progress: context.progress, cancel: context.cancel, bytes: step.bytes };
+        let place = Workplace { record: context.disk, hold: hold.as_deref(), open, watch };
+        in_place(|| work(&place, &action))
+    }
+}
+
+async fn open_files(attached: Option<&dyn AttachedDisk>) -> Result<HashSet<FileIdentity>> {
+    match attached {
+        Some(disk) => disk.open_files().await,
+        None => Ok(HashSet::new()),
+    }
+}
+
+/// Nobody who waits.
+struct Unwatched;
+
+impl Progress for Unwatched {
+    fn bytes(&self, _: u64, _: u64) {}
+}
+
+#[async_trait]
+impl DiskSnapshotter for Raw {
+    fn format(&self) -> &str {
+        "raw"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(PointKind::External, 1).live().ways(WAYS)
+    }
+
+    async fn adopt(&self, disk: &Disk, _active_path: ActivePath) -> Result<DiskRecord> {
+        let disk = disk.clone();
+        blocking(move || {
+            layers::check_path(&disk)?;
+            let active = layers::active_name(&disk);
+            Ok(DiskRecord { disk, owned: vec![active.clone()], active })
+        })
+        .await
+    }
+
+    async fn inspect(
+        &self,
+        disk: &DiskRecord,
+        depth: InspectDepth,
+        attached: Option<&dyn AttachedDisk>,
+    ) -> Result<DiskState> {
+        let open = open_files(attached).await?;
+        let disk = disk.clone();
+        blocking(move || layers::inspect(&disk, depth, &open)).await
+    }
+
+    async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
+        let (mut copy, known) = (record.clone(), known.to_vec());
+        let (copy, found) = blocking(move || {
+            let found = layers::discover(&mut copy, &known)?;
+            Ok((copy, found))
+        })
+        .await?;
+        *record = copy;
+        Ok(found)
+    }
+
+    async fn plan(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        active_path: ActivePath,
+        request: &DiskRequest,
+    ) -> Result<DiskPlan> {
+        let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
+        blocking(move || plan::plan(&disk, &state, active_path, &request)).await
+    }
+
+    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+        names::require_writable_directory_of(&disk.disk.path)?;
+        let hold = self.holds.begin(&disk.disk.path)?;
+        let open = open_files(attached).await?;
+        if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
+            hold.lock(&disk.disk.path)?;
+        }
+        Ok(Box::new(hold))
+    }
+
+    async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
+        if let Some(hold) = self.holds.of(&disk.disk.path) {
+            hold.unlock_all();
+        }
+        Ok(())
+    }
+
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+        Ok(vec![ChainFile { file: disk.disk.path.clone(), format: "raw".to_owned() }])
+    }
+
+    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        let open = open_files(context.attached).await?;
+        self.step(step, context, open, |place, action| place.apply(action))
+    }
+
+    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        let open = open_files(context.attached).await?;
+        self.step(step, context, open, |place, action| place.undo(action))
+    }
+
+    async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
+        let open = open_files(context.attached).await?;
+        self.step(step, context, open, |place, action| place.salvage(action, done))
+    }
+
+    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
+        self.step(step, context, HashSet::new(), |place, action| place.status(action))
+    }
+
+    async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
+        let (disk, state) = (disk.clone(), state.clone());
+        blocking(move || check(&disk, &state)).await
+    }
+
+    /// What points share with each other and with the present is counted with each: what is freed is this at most.
+    async fn cost_of_delete(
+        &self,
+        _disk: &DiskRecord,
+        state: &DiskState,
+        drop: &[Point],
+        keep: &[Point],
+    ) -> Result<DeleteCost> {
+        let gone = drop.iter().filter(|point| !keep.contains(point));
+        let frees = gone.filter_map(|point| state.layer(&point.layer)).map(|layer| layer.allocated).sum();
+        Ok(DeleteCost { frees, moves: 0 })
+    }
+
+    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
+        layers::manifest_directory(disk)
+    }
+
+    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
+        layer_path(&disk.disk.path, layer)
+    }
+}
+
+fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    let mut find = |severity, subject: Utf8PathBuf, message: String| {
+        findings.push(Finding { severity, subject: subject.into_string(), message });
+    };
+    let cancel = CancellationToken::new();
+    let watch = Watch { progress: &Unwatched, cancel: &cancel, bytes: 0 };
+    for name in disk.owned.iter().filter(|name| **name != disk.active) {
+        let file = layer_path(&disk.disk.path, name);
+        if state.layer(name).is_none() {
+            let words = "it does not exist: the snapshots that have it as their point cannot be returned to; bring it back, \
+                         or delete them";
+            find(Severity::Error, file, words.to_owned());
+        } else if is_held_by_others(&file)? {
+            find(Severity::Note, file, "another process has it open: not checked".to_owned());
+        } else if let Err(error) = copy::verify(&file, watch) {
+            find(Severity::Error, file, error.to_string());
+        }
+    }
+    for unclear in &state.unclear {
+        let words = format!(
+            "whether it stands on a point of {} cannot be told, so that reverts and deletes are refused: {}",
+            disk.disk.path, unclear.why
+        );
+        find(Severity::Warning, unclear.file.clone(), words);
+    }
+    for stray in layers::strays(disk)? {
+        let words = "it has the name of a point of this disk, and is none that the catalogue knows; 'domsnap import' takes \
+                     it in";
+        find(Severity::Note, layer_path(&disk.disk.path, &stray), words.to_owned());
+    }
+    Ok(findings)
+}

@@ -1,0 +1,192 @@
+//! Sparse copies with a checksum.
+//!
+//! The checksum is over the blocks that are not all zeros, each with its number, so it is the same however sparse a file is.
+//! It stands in a file of its own beside the copy, `<copy>.crc32`, which is durable before the copy gets its name.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use image_files::names::{self, io_error};
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+use snapcore::{Error, ErrorKind, Progress, Result};
+use tokio_util::sync::CancellationToken;
+
+/// What is read, compared with zeros, summed and written at once, in bytes. Part of the checksum's meaning.
+const BLOCK: usize = 64 << 10;
+
+/// What stands before the number in a checksum's file.
+const HEADING: &str = "domsnap raw crc32 ";
+
+/// Who is told of a copy, and may end it.
+#[derive(Clone, Copy)]
+pub(crate) struct Watch<'a> {
+    pub(crate) progress: &'a dyn Progress,
+    pub(crate) cancel: &'a CancellationToken,
+    /// Bytes of data, as they were planned.
+    pub(crate) bytes: u64,
+}
+
+/// Copies what is not zero of `from` into the empty `to`, gives that its length last, and gives the checksum. So a copy that
+/// is as long as its source is whole, but not yet durable.
+///
+/// # Errors
+/// [`ErrorKind::Cancelled`], [`ErrorKind::NoSpace`], [`ErrorKind::Io`].
+pub(crate) fn copy(
+    from: &File,
+    from_path: &Utf8Path,
+    to: &File,
+    to_path: &Utf8Path,
+    watch: Watch<'_>,
+) -> Result<u32> {
+    let writing = |error| io_error(error, format!("cannot write {to_path}"));
+    let sum = read_blocks(from, from_path, watch, |at, block| to.write_all_at(block, at).map_err(writing))?;
+    let length =
+        from.metadata().map_err(|error| io_error(error, format!("cannot look at {from_path}")))?.len();
+    to.set_len(length).map_err(writing)?;
+    Ok(sum)
+}
+
+/// The checksum of a file.
+pub(crate) fn sum(file: &File, path: &Utf8Path, watch: Watch<'_>) -> Result<u32> {
+    read_blocks(file, path, watch, |_, _| Ok(()))
+}
+
+/// Gives each block that is not all zeros, with its place, and sums them.
+fn read_blocks(
+    file: &File,
+    path: &Utf8Path,
+    watch: Watch<'_>,
+    mut block: impl FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<u32> {
+    let reading = |error| io_error(error, format!("cannot read {path}"));
+    let mut sum = crc32fast::Hasher::new();
+    let mut buffer = vec![0u8; BLOCK];
+    let (mut at, mut done) = (0u64, 0u64);
+    let step = BLOCK as u64;
+    while let Some(data) = next_data(file, at).map_err(reading)? {
+        at = data / step * step;
+        if watch.cancel.is_cancelled() {
+            return Err(Error::new(ErrorKind::Cancelled, format!("the copying of {path} was cancelled")));
+        }
+        let read = read_up_to(file, &mut buffer, at).map_err(reading)?;
+        let Some(found) = buffer.get(..read).filter(|found| !found.is_empty()) else { break };
+        if found.iter().any(|byte| *byte != 0) {
+            sum.update(&(at / step).to_le_bytes());
+            // The last block may be short: zeros behind it are not data of its own.
+            let end = found.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+            sum.update(found.get(..end).unwrap_or(found));
+            block(at, found)?;
+        }
+        done += read as u64;
+        watch.progress.bytes(done, watch.bytes.max(done));
+        at += step;
+    }
+    Ok(sum.finalize())
+}
+
+/// Where data begins, from `at` on.
+fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
+    match rustix::fs::seek(file, SeekFrom::Data(at)) {
+        Ok(data) => Ok(Some(data)),
+        Err(Errno::NXIO) => Ok(None),
+        // A file system that knows no holes has data everywhere.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok((at < file.metadata()?.len()).then_some(at)),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+    let mut filled = 0;
+    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, at + filled as u64) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+/// Whether two files hold the same.
+pub(crate) fn same_content(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {
+    let open =
+        |path: &Utf8Path| File::open(path).map_err(|error| io_error(error, format!("cannot open {path}")));
+    let (a, b) = (open(one)?, open(other)?);
+    let length = |file: &File| file.metadata().map(|about| about.len());
+    let looking = |error| io_error(error, format!("cannot look at {one} and {other}"));
+    if length(&a).map_err(looking)? != length(&b).map_err(looking)? {
+        return Ok(false);
+    }
+    let comparing = |error| io_error(error, format!("cannot compare {one} with {other}"));
+    let (mut left, mut right) = (vec![0u8; BLOCK], vec![0u8; BLOCK]);
+    let mut at = 0;
+    loop {
+        let next = [next_data(&a, at).map_err(comparing)?, next_data(&b, at).map_err(comparing)?];
+        let Some(data) = next.into_iter().flatten().min() else { return Ok(true) };
+        at = data / BLOCK as u64 * BLOCK as u64;
+        let read = read_up_to(&a, &mut left, at).map_err(comparing)?;
+        if read_up_to(&b, &mut right, at).map_err(comparing)? != read || left.get(..read) != right.get(..read)
+        {
+            return Ok(false);
+        }
+        if read == 0 {
+            return Ok(true);
+        }
+        at += BLOCK as u64;
+    }
+}
+
+/// The file with a copy's checksum.
+pub(crate) fn sum_file(layer: &Utf8Path) -> Utf8PathBuf {
+    Utf8PathBuf::from(format!("{layer}.crc32"))
+}
+
+/// Writes a copy's checksum; durable when this returns.
+pub(crate) fn write_sum(layer: &Utf8Path, sum: u32) -> Result<()> {
+    let file = sum_file(layer);
+    let writing = |error| io_error(error, format!("cannot write {file}"));
+    let passing = names::unfinished_name(&file);
+    fs::write(&passing, format!("{HEADING}{sum:08x}\n")).map_err(writing)?;
+    File::open(&passing).and_then(|opened| opened.sync_all()).map_err(writing)?;
+    fs::rename(&passing, &file).map_err(writing)?;
+    names::flush_directory_of(&file)
+}
+
+/// The checksum that stands beside a layer; absent: it was not copied, but shares blocks.
+pub(crate) fn stated_sum(layer: &Utf8Path) -> Result<Option<u32>> {
+    let file = sum_file(layer);
+    let text = match fs::read_to_string(&file) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io_error(error, format!("cannot read {file}"))),
+    };
+    let number = text.trim_end().strip_prefix(HEADING).and_then(|hex| u32::from_str_radix(hex, 16).ok());
+    match number {
+        Some(sum) => Ok(Some(sum)),
+        None => Err(Error::new(ErrorKind::Corrupt, format!("{file} is no checksum of domsnap's"))
+            .state("the copy beside it was not touched")
+            .advise("remove it, if the copy is to be used unchecked")),
+    }
+}
+
+/// Compares a copy with its checksum, where it has one.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] where it is not what was copied.
+pub(crate) fn verify(layer: &Utf8Path, watch: Watch<'_>) -> Result<()> {
+    let Some(stated) = stated_sum(layer)? else { return Ok(()) };
+    let file = File::open(layer).map_err(|error| io_error(error, format!("cannot open {layer}")))?;
+    let found = sum(&file, layer, watch)?;
+    if found == stated {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Corrupt,
+        format!("{layer} is not what was copied into it: its checksum is {found:08x}, and {stated:08x} was recorded"),
+    )
+    .advise("another program wrote it, or the disk under it is failing: restore it from a backup"))
+}

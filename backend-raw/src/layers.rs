@@ -1,0 +1,147 @@
+//! A raw disk as it is on the machine.
+
+use std::os::unix::fs::MetadataExt;
+
+use backend_qcow2::find_dependents;
+use camino::{Utf8Path, Utf8PathBuf};
+use image_files::names::{self, io_error};
+use jiff::Timestamp;
+use snapcore::chain::{self, is_layer_name, layer_path};
+use snapcore::{
+    Disk, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, InspectDepth, Layer, LayerName, Point,
+    Result, Snapshot, add_found,
+};
+
+/// The name of the active layer: the path's own, and always the same.
+pub(crate) fn active_name(disk: &Disk) -> LayerName {
+    LayerName(disk.path.file_name().unwrap_or("disk").to_owned())
+}
+
+/// Refuses what no points can be taken of here.
+pub(crate) fn check_path(disk: &Disk) -> Result<()> {
+    let path = &disk.path;
+    let about = match std::fs::symlink_metadata(path) {
+        Ok(about) => about,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::new(ErrorKind::NotFound, format!("the disk image {path} does not exist"))
+                .advise("check the path, and whether its file system is mounted"));
+        }
+        Err(error) => return Err(io_error(error, format!("cannot look at {path}"))),
+    };
+    if about.is_symlink() && std::fs::metadata(path).is_ok_and(|about| about.is_file()) {
+        let to = path.canonicalize_utf8().map_or_else(|_| "its target".to_owned(), |to| to.to_string());
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("{path} is a symbolic link, which a revert would replace by a file"),
+        )
+        .advise(format!("use the file itself: {to}")));
+    }
+    if !about.is_file() {
+        return Err(Error::new(ErrorKind::Unsupported, format!("{path} is not a regular file")).advise(
+            "a logical volume is of format 'lvm'; other block devices have no snapshots: put the image into a file",
+        ));
+    }
+    let configured = path.with_file_name(chain::disk_name(path));
+    if configured != *path && names::file_id(&configured)?.is_some() {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("{path} has the name of a point of the disk {configured}"),
+        )
+        .advise(format!("use {configured}, or give the file another name")));
+    }
+    Ok(())
+}
+
+/// Reads the disk.
+pub(crate) fn inspect(
+    record: &DiskRecord,
+    depth: InspectDepth,
+    open: &std::collections::HashSet<FileIdentity>,
+) -> Result<DiskState> {
+    let path = &record.disk.path;
+    check_path(&record.disk)?;
+    let mut layers = vec![layer(record, record.active.clone(), path)?];
+    if depth != InspectDepth::Active {
+        for name in record.owned.iter().filter(|name| **name != record.active) {
+            let file = layer_path(path, name);
+            if names::file_id(&file)?.is_some() {
+                layers.push(layer(record, name.clone(), &file)?);
+            }
+        }
+    }
+    let mut state = DiskState {
+        target: record.disk.target.clone(),
+        active: record.active.clone(),
+        layers,
+        attached: false,
+        on_path: Vec::new(),
+        unclear: Vec::new(),
+    };
+    if depth == InspectDepth::Dependents {
+        find_dependents(record, &mut state, open)?;
+    }
+    Ok(state)
+}
+
+fn layer(record: &DiskRecord, name: LayerName, file: &Utf8Path) -> Result<Layer> {
+    let about = std::fs::metadata(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
+    Ok(Layer {
+        owned: record.owned.contains(&name),
+        name,
+        file: file.to_owned(),
+        format: "raw".to_owned(),
+        named: true,
+        backing: None,
+        virtual_size: about.len(),
+        allocated: about.blocks() * 512,
+        internal: Vec::new(),
+        dependents: Vec::new(),
+    })
+}
+
+/// The files beside the disk that are called like its points, and are none that the catalogue knows.
+pub(crate) fn strays(record: &DiskRecord) -> Result<Vec<LayerName>> {
+    let path = &record.disk.path;
+    let directory = path.parent().unwrap_or(Utf8Path::new("."));
+    let failed = |error| io_error(error, format!("cannot list {directory}"));
+    let mut strays = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        let Some(name) = name.to_str().filter(|name| is_layer_name(path, name)) else { continue };
+        let layer = LayerName(name.to_owned());
+        if !record.owned.contains(&layer) && layer != record.active {
+            strays.push(layer);
+        }
+    }
+    strays.sort();
+    Ok(strays)
+}
+
+/// Takes such files in as snapshots, oldest first.
+pub(crate) fn discover(record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
+    let mut dated: Vec<(Timestamp, LayerName, u64)> = Vec::new();
+    for name in strays(record)? {
+        let file = layer_path(&record.disk.path, &name);
+        let about =
+            std::fs::metadata(&file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
+        // The present under a second name is no point.
+        if known.contains(&Point::external(name.clone())) || names::same_file(&file, &record.disk.path)? {
+            continue;
+        }
+        let modified = about.modified().ok().and_then(|time| Timestamp::try_from(time).ok());
+        dated.push((modified.unwrap_or(Timestamp::UNIX_EPOCH), name, about.len()));
+    }
+    dated.sort();
+    let mut found = Vec::new();
+    for (modified, name, size) in dated {
+        record.owned.push(name.clone());
+        let stem = Utf8Path::new(name.as_str()).file_stem().unwrap_or("point").to_owned();
+        add_found(&mut found, record, &stem, modified, Point::external(name), size);
+    }
+    Ok(found)
+}
+
+/// Where manifests belong.
+pub(crate) fn manifest_directory(disk: &Disk) -> Utf8PathBuf {
+    disk.path.with_file_name(format!("{}.domsnap", chain::disk_name(&disk.path)))
+}

@@ -1,0 +1,399 @@
+//! Which steps an operation takes on a raw disk.
+
+use std::os::unix::fs::MetadataExt;
+
+use camino::Utf8Path;
+use image_files::names::{self, io_error};
+use snapcore::chain::{is_layer_name, layer_name, layer_path};
+use snapcore::{
+    ActivePath, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group,
+    Layer, LayerName, PlannedStep, Point, PointKind, Result, Step, shown_size,
+};
+
+use crate::place::can_reflink;
+use crate::steps::{RawStep, Way};
+
+/// The ways that a user may ask for.
+pub(crate) const WAYS: [&str; 3] = ["reflink", "copy", "overlay"];
+
+/// The steps that fulfil `request`.
+pub(crate) fn plan(
+    record: &DiskRecord,
+    state: &DiskState,
+    active_path: ActivePath,
+    request: &DiskRequest,
+) -> Result<DiskPlan> {
+    let mut planner = Planner { record, state, active_path, plan: DiskPlan::default() };
+    match request {
+        DiskRequest::Create { kind, way, overlay, stamp, .. } => {
+            planner.create(*kind, way.as_deref(), overlay.as_ref(), *stamp)?;
+        }
+        DiskRequest::Revert { to, save, stamp, .. } => planner.revert(to, save.is_some(), *stamp)?,
+        DiskRequest::Delete { drop, keep } => planner.delete(drop.is_empty(), keep)?,
+        other => {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("a raw disk cannot do what was asked: {other:?}"),
+            ));
+        }
+    }
+    planner.plan.steps.sort_by_key(|planned| planned.group);
+    Ok(planner.plan)
+}
+
+struct Planner<'a> {
+    record: &'a DiskRecord,
+    state: &'a DiskState,
+    active_path: ActivePath,
+    plan: DiskPlan,
+}
+
+impl Planner<'_> {
+    fn path(&self) -> &Utf8Path {
+        &self.record.disk.path
+    }
+
+    fn active(&self) -> Result<&Layer> {
+        self.state.layer(&self.state.active).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("{}: the disk has no active layer", self.record.disk.target),
+            )
+        })
+    }
+
+    fn create(
+        &mut self,
+        kind: Option<PointKind>,
+        way: Option<&str>,
+        chosen: Option<&LayerName>,
+        stamp: u32,
+    ) -> Result<()> {
+        let target = &self.record.disk.target;
+        if kind == Some(PointKind::Internal) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{target}: a raw disk has no internal snapshots"),
+            )
+            .advise("leave --internal out"));
+        }
+        let way = match way {
+            Some("reflink") if !can_reflink(self.path())? => {
+                return Err(self.shares_no_blocks("leave the way to domsnap"));
+            }
+            Some("reflink") => Way::Reflink,
+            Some("copy") => Way::Copy,
+            Some("overlay") => return self.overlay(chosen, stamp),
+            Some(other) => {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!("{target}: raw takes no points by {other}"),
+                )
+                .advise(format!("its ways are: {}", WAYS.join(", "))));
+            }
+            None if can_reflink(self.path())? => Way::Reflink,
+            None if self.active_path == ActivePath::New => return self.overlay(chosen, stamp),
+            None => return Err(self.shares_no_blocks("keep it on btrfs or xfs")),
+        };
+        if way == Way::Copy {
+            self.require_room(self.active()?.allocated)?;
+        }
+        let layer = self.new_layer(chosen, stamp)?;
+        let live = self.state.attached;
+        let bytes = if way == Way::Copy { self.active()?.allocated } else { 0 };
+        if live {
+            self.push(Group::Prepare, &RawStep::WriteOut, format!("write {} out", self.path()), 0);
+            self.plan.instant = Some(DiskInstant::ByBackend);
+            if way == Way::Copy {
+                self.plan.notes.push(format!(
+                    "{target}: the guest stands still while {} are copied, as asked",
+                    shown_size(bytes)
+                ));
+            }
+        }
+        let words = match way {
+            Way::Reflink => format!("make {layer} share the blocks of {}", self.path()),
+            Way::Copy => format!("copy {} into {layer}", self.path()),
+        };
+        let copy = RawStep::Copy { from: None, layer: layer.clone(), way, settled_later: live };
+        self.push(Group::Cut, &copy, words, bytes);
+        if live {
+            if let Some(copy) = self.plan.steps.last_mut() {
+                copy.inside = true;
+            }
+            let settle = RawStep::Settle { layer: layer.clone() };
+            self.push(Group::Cut, &settle, format!("make {layer} durable"), 0);
+        }
+        self.add_layer(&layer);
+        self.plan.point = Some(Point::external(layer));
+        Ok(())
+    }
+
+    fn shares_no_blocks(&self, instead: &str) -> Error {
+        let target = &self.record.disk.target;
+        let allocated = self.active().map_or(0, |active| active.allocated);
+        Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{target}: a point of {} cannot be had at once: its file system shares no blocks between files",
+                self.path()
+            ),
+        )
+        .state("nothing was touched")
+        .advise(format!(
+            "take it with --disk {target}=copy ({} to copy), leave it out with --disk {target}=skip, {instead}, or register \
+             the domain with --active-path=new for a qcow2 overlay on it",
+            shown_size(allocated)
+        ))
+    }
+
+    /// Refuses a copy for which there is no room, before anything is begun.
+    fn require_room(&self, bytes: u64) -> Result<()> {
+        let directory = self.path().parent().unwrap_or(Utf8Path::new("."));
+        let room = rustix::fs::statvfs(directory.as_std_path()).map_err(|errno| {
+            io_error(errno.into(), format!("cannot ask how much room there is in {directory}"))
+        })?;
+        let free = room.f_bavail.saturating_mul(room.f_frsize);
+        if free >= bytes {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::NoSpace,
+            format!(
+                "{}: a copy needs {}, and {directory} has room for {}",
+                self.record.disk.target,
+                shown_size(bytes),
+                shown_size(free)
+            ),
+        )
+        .state("nothing was touched")
+        .advise("delete snapshots or free space there, and try again"))
+    }
+
+    /// Freezes the raw file under a qcow2 overlay, which the domain's configuration must name from then on.
+    fn overlay(&mut self, chosen: Option<&LayerName>, stamp: u32) -> Result<()> {
+        let target = self.record.disk.target.clone();
+        if self.active_path == ActivePath::Keep {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{target}: {} is configured as raw, and must never come to name a qcow2 overlay: whoever opens that as \
+                     raw destroys it",
+                    self.path()
+                ),
+            )
+            .state("nothing was touched")
+            .advise(format!(
+                "register the domain with --active-path=new: then the overlay gets a path of its own, which its \
+                 configuration must name, with format qcow2; or take the disk with --disk {target}=copy"
+            )));
+        }
+        let layer = match chosen {
+            Some(_) => self.new_layer(chosen, stamp)?,
+            None => {
+                let named = layer_name(&self.path().with_extension("qcow2"), stamp);
+                self.new_layer(Some(&named), stamp)?
+            }
+        };
+        let size = self.active()?.virtual_size;
+        if !size.is_multiple_of(512) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{target}: {} is {size} bytes long, which no qcow2 overlay can be", self.path()),
+            )
+            .advise("a disk's size is a multiple of 512 bytes; or take it with =copy"));
+        }
+        let step = RawStep::CreateOverlay { layer: layer.clone(), virtual_size: size };
+        self.push(Group::Prepare, &step, format!("make the qcow2 overlay {layer} on {}", self.path()), 0);
+        let path = layer_path(self.path(), &layer);
+        if self.state.attached {
+            self.plan.instant = Some(DiskInstant::Overlay { file: path.clone(), format: "qcow2".to_owned() });
+        }
+        let former = self.record.active.clone();
+        self.plan.notes.push(format!(
+            "{target}: the domain's configuration must now name {path}, with format qcow2; {} is its base, which nothing may \
+             write any more",
+            self.path()
+        ));
+        self.add_layer(&layer);
+        // The base is its owner's: it is read, and never merged away or removed.
+        let edits = [
+            Edit::RemoveLayer { target: target.clone(), layer: former.clone() },
+            Edit::SetActive { target: target.clone(), layer },
+            Edit::SetFormat { target: target.clone(), format: "qcow2".to_owned() },
+            Edit::SetPath { target, path },
+        ];
+        self.plan.commit.extend(edits);
+        self.plan.point = Some(Point::external(former));
+        Ok(())
+    }
+
+    fn revert(&mut self, to: &Point, save: bool, stamp: u32) -> Result<()> {
+        let target = self.record.disk.target.clone();
+        let Some(point) = self.state.layer(&to.layer).filter(|_| to.tag.is_none()) else {
+            let file = layer_path(self.path(), &to.layer);
+            return Err(Error::new(ErrorKind::NotFound, format!("{target}: {file} does not exist"))
+                .state("nothing was touched")
+                .advise("bring the file back, or delete the snapshot"));
+        };
+        self.refuse_unclear()?;
+        if let Some(overlay) = self.active()?.dependents.first() {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{target}: {overlay} stands on {}, and a revert would change what it shows",
+                    self.path()
+                ),
+            )
+            .state("nothing was touched")
+            .advise(
+                "take a snapshot first and make the image stand on the file that it makes, or remove it",
+            ));
+        }
+        let way = if can_reflink(self.path())? { Way::Reflink } else { Way::Copy };
+        let new = self.new_layer(None, stamp)?;
+        let former = self.new_layer(None, stamp.wrapping_add(1))?;
+        let bytes = if way == Way::Copy { point.allocated } else { 0 };
+        self.require_room(bytes)?;
+        let words = match way {
+            Way::Reflink => format!("make {new} share the blocks of {}", to.layer),
+            Way::Copy => format!("copy {} into {new}", to.layer),
+        };
+        let copy =
+            RawStep::Copy { from: Some(to.layer.clone()), layer: new.clone(), way, settled_later: false };
+        self.push(Group::Prepare, &copy, words, bytes);
+        let name = RawStep::Name { layer: former.clone() };
+        self.push(Group::Prepare, &name, format!("give {} the name {former} too", self.path()), 0);
+        let switch = RawStep::Switch { from: former.clone(), to: new.clone() };
+        self.push(Group::Cut, &switch, format!("make {} name {new}", self.path()), 0);
+        let unname = RawStep::Unname { layer: new.clone() };
+        self.push(Group::Finish, &unname, format!("remove the name {new}: {} is left", self.path()), 0);
+        if save {
+            self.add_layer(&former);
+            self.plan.point = Some(Point::external(former));
+        } else {
+            let remove = RawStep::Remove { layers: vec![former.clone()] };
+            self.push(Group::Finish, &remove, format!("remove {former}: nothing needs it"), 0);
+        }
+        let links = std::fs::metadata(self.path())
+            .map_err(|error| io_error(error, format!("cannot look at {}", self.path())))?
+            .nlink();
+        if links > 1 {
+            self.plan.notes.push(format!(
+                "{target}: {} has other names (hard links), which go on to name what it is now",
+                self.path()
+            ));
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self, tidying: bool, keep: &[Point]) -> Result<()> {
+        let mut gone = Vec::new();
+        for layer in &self.state.layers {
+            let needed = layer.name == self.state.active
+                || !layer.owned
+                || keep.contains(&Point::external(layer.name.clone()));
+            if needed {
+                continue;
+            }
+            let target = &self.record.disk.target;
+            if let Some(overlay) = layer.dependents.first() {
+                self.plan.notes.push(format!(
+                    "{target}: {} ({}) stays: {overlay} stands on it",
+                    layer.file,
+                    shown_size(layer.allocated)
+                ));
+            } else if is_layer_name(self.path(), layer.name.as_str()) {
+                gone.push(layer.name.clone());
+            } else {
+                let edit = Edit::RemoveLayer { target: target.clone(), layer: layer.name.clone() };
+                self.plan.commit.push(edit);
+                self.plan.notes.push(format!(
+                    "{target}: this disk does not need {} any more; the file stays, because its name is not one of domsnap's: \
+                     remove it if nothing else needs it",
+                    layer.file
+                ));
+            }
+        }
+        if gone.is_empty() {
+            return Ok(());
+        }
+        match self.refuse_unclear() {
+            Ok(()) => {}
+            Err(error) if tidying => {
+                self.plan.notes.push(format!("nothing was removed: {error}"));
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
+        let words = gone.iter().map(LayerName::as_str).collect::<Vec<_>>().join(", ");
+        self.push(Group::Finish, &RawStep::Remove { layers: gone.clone() }, format!("remove {words}"), 0);
+        if let Some(planned) = self.plan.steps.last_mut() {
+            let target = &self.record.disk.target;
+            let edit = |layer| Edit::RemoveLayer { target: target.clone(), layer };
+            planned.edits.extend(gone.into_iter().map(edit));
+        }
+        Ok(())
+    }
+
+    /// A file of which nobody can tell whether it stands on a point forbids to remove any.
+    fn refuse_unclear(&self) -> Result<()> {
+        let Some(unclear) = self.state.unclear.first() else { return Ok(()) };
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{}: whether {} stands on {} or one of its points cannot be told: {}",
+                self.record.disk.target,
+                unclear.file,
+                self.path(),
+                unclear.why
+            ),
+        )
+        .state("nothing was touched")
+        .advise(
+            "make the file readable, or move it to another directory if it has nothing to do with this disk",
+        ))
+    }
+
+    /// The name of a new file beside the disk: the chosen one, or one of ours.
+    fn new_layer(&self, chosen: Option<&LayerName>, stamp: u32) -> Result<LayerName> {
+        let name = chosen.cloned().unwrap_or_else(|| layer_name(self.path(), stamp));
+        if name.as_str().contains('/') {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{}: a point must be in the directory of {}", self.record.disk.target, self.path()),
+            )
+            .advise("give a file name without a directory"));
+        }
+        let file = layer_path(self.path(), &name);
+        match names::file_id(&file)? {
+            Some(_) => {
+                Err(Error::new(ErrorKind::Exists, format!("{file} exists, and nothing is written over it"))
+                    .advise("choose another name"))
+            }
+            None => Ok(name),
+        }
+    }
+
+    fn add_layer(&mut self, layer: &LayerName) {
+        self.plan
+            .commit
+            .push(Edit::AddLayer { target: self.record.disk.target.clone(), layer: layer.clone() });
+    }
+
+    fn push(&mut self, group: Group, step: &RawStep, summary: String, bytes: u64) {
+        self.plan.steps.push(PlannedStep {
+            group,
+            step: Step {
+                target: self.record.disk.target.clone(),
+                action: serde_json::to_value(step).unwrap_or_default(),
+                summary,
+                bytes,
+            },
+            edits: Vec::new(),
+            deferrable: false,
+            inside: false,
+            window: false,
+        });
+    }
+}

@@ -1,0 +1,353 @@
+//! What is done to a raw disk, one typed action a step. Blocking.
+//!
+//! | step | durable before what |
+//! |---|---|
+//! | write out | nothing: it only makes the instant shorter |
+//! | copy, settle | all data of a copy, then its checksum, before it gets its own name; that name, before the commit or the switch |
+//! | make an overlay | the whole file under a passing name, before it gets its own; that, before the commit |
+//! | name | the second name of the present, before the path moves away from it |
+//! | switch | the new name in one rename; the present before keeps its own name |
+//! | remove, unname | nothing follows that depends on it |
+//!
+//! **What the domain wrote between a crash and the recovery.** The path opens at every instant, so the domain may run. While it
+//! names the former present nothing is lost by an undo. When it names the copy that a revert made, and the revert is undone, the
+//! copy is compared with the point that it was made from; what differs is kept as `rescued-<layer>` before the copy is removed.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+
+use backend_qcow2::image::{self, Backing, NewImage};
+use camino::{Utf8Path, Utf8PathBuf};
+use image_files::{Hold, inherit, names};
+use serde::{Deserialize, Serialize};
+use snapcore::chain::layer_path;
+use snapcore::{DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Result, Salvage, StepStatus};
+
+use crate::copy::{self, Watch};
+use crate::place::reflink;
+
+/// How a file is made that holds what another holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Way {
+    /// By sharing its blocks.
+    Reflink,
+    /// By copying its data.
+    Copy,
+}
+
+/// What is done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub(crate) enum RawStep {
+    /// Writes what is in memory of the present's file to the disk, so that less is left to write at the instant.
+    WriteOut,
+    /// Makes a new layer of a layer, or of the present.
+    Copy {
+        /// The layer; absent: the present.
+        from: Option<LayerName>,
+        layer: LayerName,
+        way: Way,
+        /// Whether a step of its own makes it durable and names it, later: not while the guest stands still.
+        settled_later: bool,
+    },
+    /// Makes a copy durable, and gives it its name.
+    Settle { layer: LayerName },
+    /// Makes an empty qcow2 overlay on the present.
+    CreateOverlay { layer: LayerName, virtual_size: u64 },
+    /// Gives the present a name of its own too (a hard link).
+    Name { layer: LayerName },
+    /// Moves the configured path from one layer to another.
+    Switch { from: LayerName, to: LayerName },
+    /// Removes the name of its own from what the path names.
+    Unname { layer: LayerName },
+    /// Removes layers.
+    Remove { layers: Vec<LayerName> },
+}
+
+/// What a step works with.
+pub(crate) struct Workplace<'a> {
+    pub(crate) record: &'a DiskRecord,
+    pub(crate) hold: Option<&'a Hold>,
+    /// What a hypervisor has open: its to lock and to write.
+    pub(crate) open: std::collections::HashSet<FileIdentity>,
+    pub(crate) watch: Watch<'a>,
+}
+
+/// How the names of files begin that hold what was put aside.
+const RESCUED: &str = "rescued-";
+
+impl Workplace<'_> {
+    /// Does `step`.
+    pub(crate) fn apply(&self, step: &RawStep) -> Result<()> {
+        let path = self.path();
+        match step {
+            RawStep::WriteOut => write_out(path),
+            RawStep::Copy { layer, .. } if names::file_id(&self.file(layer))?.is_some() => Ok(()),
+            RawStep::Copy { from, layer, way, settled_later } => {
+                self.copy(from.as_ref(), layer, *way)?;
+                if *settled_later { Ok(()) } else { self.settle(layer) }
+            }
+            RawStep::Settle { layer } => self.settle(layer),
+            RawStep::CreateOverlay { layer, virtual_size } => self.create_overlay(layer, *virtual_size),
+            RawStep::Name { layer } => names::add_name(path, &self.file(layer)),
+            RawStep::Switch { from, to } => {
+                self.refuse_replaced(from, to)?;
+                let to = self.file(to);
+                if !self.is_open(path)? {
+                    self.lock(path)?;
+                    self.lock(&to)?;
+                }
+                names::move_name(path, &to)
+            }
+            RawStep::Unname { layer } => self.unname(layer),
+            RawStep::Remove { layers } => self.remove(layers),
+        }
+    }
+
+    /// Takes `step` back.
+    pub(crate) fn undo(&self, step: &RawStep) -> Result<()> {
+        let path = self.path();
+        match step {
+            RawStep::WriteOut | RawStep::Settle { .. } => Ok(()),
+            RawStep::Copy { layer, .. } | RawStep::CreateOverlay { layer, .. } => {
+                let file = self.file(layer);
+                names::remove_name(&names::unfinished_name(&file))?;
+                names::remove_name(&names::unfinished_name(&copy::sum_file(&file)))?;
+                // Where the path was moved to it and had to stay, so has the file.
+                if !names::same_file(&file, path)? {
+                    self.refuse_in_use(&file)?;
+                    names::remove_name(&file)?;
+                    names::remove_name(&copy::sum_file(&file))?;
+                }
+                names::flush_directory_of(&file)
+            }
+            RawStep::Name { layer } => self.unname(layer),
+            RawStep::Switch { from, to } => {
+                if !self.is_open(path)? {
+                    self.lock(path)?;
+                }
+                match names::same_file(&self.file(to), path)? {
+                    true => names::move_name(path, &self.file(from)),
+                    false => names::clear_move(path),
+                }
+            }
+            RawStep::Unname { .. } | RawStep::Remove { .. } => Err(Error::new(
+                ErrorKind::Internal,
+                format!("the step {step:?} runs after the commit point only"),
+            )),
+        }
+    }
+
+    /// How far `step` got.
+    pub(crate) fn status(&self, step: &RawStep) -> Result<StepStatus> {
+        let done = |done: bool| Ok(if done { StepStatus::Done } else { StepStatus::NotDone });
+        let is_there = |layer: &LayerName| Ok::<_, Error>(names::file_id(&self.file(layer))?.is_some());
+        match step {
+            // Nothing is to be seen of it, and nothing needs it.
+            RawStep::WriteOut => Ok(StepStatus::Done),
+            RawStep::Copy { layer, settled_later, from, .. } => {
+                if is_there(layer)? {
+                    return Ok(StepStatus::Done);
+                }
+                let length = |file: &Utf8Path| std::fs::metadata(file).map(|about| about.len()).ok();
+                let made = length(&names::unfinished_name(&self.file(layer)));
+                // A copy gets its length last.
+                let whole = made.is_some() && made == length(&self.source(from.as_ref()));
+                Ok(match (made, whole && *settled_later) {
+                    (None, _) => StepStatus::NotDone,
+                    (Some(_), true) => StepStatus::Done,
+                    (Some(_), false) => StepStatus::Partly,
+                })
+            }
+            RawStep::CreateOverlay { layer, .. } => {
+                let begun = names::file_id(&names::unfinished_name(&self.file(layer)))?.is_some();
+                Ok(match (is_there(layer)?, begun) {
+                    (true, _) => StepStatus::Done,
+                    (false, true) => StepStatus::Partly,
+                    (false, false) => StepStatus::NotDone,
+                })
+            }
+            RawStep::Settle { layer } => done(is_there(layer)?),
+            RawStep::Name { layer } => done(names::same_file(self.path(), &self.file(layer))?),
+            RawStep::Switch { to, .. } => done(names::same_file(self.path(), &self.file(to))?),
+            RawStep::Unname { layer } => done(!is_there(layer)?),
+            RawStep::Remove { layers } => {
+                let mut left = 0;
+                for layer in layers {
+                    left += usize::from(is_there(layer)?);
+                }
+                Ok(match left {
+                    0 => StepStatus::Done,
+                    left if left == layers.len() => StepStatus::NotDone,
+                    _ => StepStatus::Partly,
+                })
+            }
+        }
+    }
+
+    /// Makes safe what the domain wrote, where undoing `step` would lose it.
+    pub(crate) fn salvage(&self, step: &RawStep, done: bool) -> Result<Salvage> {
+        let RawStep::Copy { from: from @ Some(_), layer, .. } = step else { return Ok(Salvage::Nothing) };
+        let file = self.file(layer);
+        let goes = done && names::file_id(&file)?.is_some() && !names::same_file(&file, self.path())?;
+        // What cannot be compared is kept: it may have been written.
+        if !goes || copy::same_content(&file, &self.source(from.as_ref())).unwrap_or(false) {
+            return Ok(Salvage::Nothing);
+        }
+        let aside = file.with_file_name(format!("{RESCUED}{layer}"));
+        self.refuse_in_use(&file)?;
+        names::settle(&file, &aside)?;
+        Ok(Salvage::PutAside(format!(
+            "{}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote is kept as \
+             {aside}: remove it when it is of no use",
+            self.record.disk.target
+        )))
+    }
+
+    fn path(&self) -> &Utf8Path {
+        &self.record.disk.path
+    }
+
+    fn file(&self, layer: &LayerName) -> Utf8PathBuf {
+        layer_path(self.path(), layer)
+    }
+
+    fn source(&self, from: Option<&LayerName>) -> Utf8PathBuf {
+        from.map_or_else(|| self.path().to_owned(), |layer| self.file(layer))
+    }
+
+    /// Makes the whole of a copy under a passing name.
+    fn copy(&self, from: Option<&LayerName>, layer: &LayerName, way: Way) -> Result<()> {
+        let (source, file) = (self.source(from), self.file(layer));
+        if from.is_some() {
+            copy::verify(&source, self.watch)?;
+        }
+        let passing = names::unfinished_name(&file);
+        names::remove_name(&passing)?;
+        let old =
+            File::open(&source).map_err(|error| names::io_error(error, format!("cannot open {source}")))?;
+        let new = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&passing)
+            .map_err(|error| names::io_error(error, format!("cannot make {passing}")))?;
+        match way {
+            Way::Reflink => reflink(&old, &source, &new, &passing)?,
+            Way::Copy => {
+                let sum = copy::copy(&old, &source, &new, &passing, self.watch)?;
+                // The new present changes as soon as the domain runs: only a point has a sum to be compared with.
+                if from.is_none() {
+                    copy::write_sum(&file, sum)?;
+                }
+            }
+        }
+        inherit(&new, source.as_std_path()).map_err(|error| {
+            names::io_error(error, format!("cannot give {passing} the owner and mode of {source}"))
+        })
+    }
+
+    /// Makes a copy durable, then gives it its name. Done already: nothing happens.
+    fn settle(&self, layer: &LayerName) -> Result<()> {
+        let file = self.file(layer);
+        let passing = names::unfinished_name(&file);
+        if names::file_id(&passing)?.is_none() && names::file_id(&file)?.is_some() {
+            return Ok(());
+        }
+        File::open(&passing)
+            .and_then(|copy| copy.sync_all())
+            .map_err(|error| names::io_error(error, format!("cannot make {passing} durable")))?;
+        names::settle(&passing, &file)
+    }
+
+    fn create_overlay(&self, layer: &LayerName, size: u64) -> Result<()> {
+        let file = self.file(layer);
+        if names::file_id(&file)?.is_some() {
+            return Ok(());
+        }
+        let passing = names::unfinished_name(&file);
+        names::remove_name(&passing)?;
+        let base = self.path().file_name().unwrap_or_default().to_owned();
+        let new = NewImage::new(size).on(Backing { file: base, format: Some("raw".to_owned()) });
+        image::create(passing.as_std_path(), &new)?;
+        File::open(&passing).and_then(|made| inherit(&made, self.path().as_std_path())).map_err(|error| {
+            names::io_error(error, format!("cannot give {passing} the owner and mode of {}", self.path()))
+        })?;
+        names::settle(&passing, &file)
+    }
+
+    fn unname(&self, layer: &LayerName) -> Result<()> {
+        let file = self.file(layer);
+        match names::same_file(&file, self.path())? {
+            true => names::remove(&file),
+            false => Ok(()),
+        }
+    }
+
+    fn remove(&self, layers: &[LayerName]) -> Result<()> {
+        for layer in layers {
+            let file = self.file(layer);
+            if names::same_file(&file, self.path())? {
+                return Err(Error::new(
+                    ErrorKind::Internal,
+                    format!("{file} is what {} names, and was to be removed", self.path()),
+                ));
+            }
+            self.refuse_in_use(&file)?;
+        }
+        for layer in layers {
+            let file = self.file(layer);
+            names::remove_name(&file)?;
+            names::remove_name(&copy::sum_file(&file))?;
+        }
+        names::flush_directory_of(self.path())
+    }
+
+    fn lock(&self, file: &Utf8Path) -> Result<()> {
+        match self.hold {
+            Some(hold) => hold.lock(file),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a hypervisor has the file open.
+    fn is_open(&self, file: &Utf8Path) -> Result<bool> {
+        Ok(!self.open.is_empty() && names::file_id(file)?.is_some_and(|id| self.open.contains(&id)))
+    }
+
+    /// Removing a file that somebody has open would leave him with data that no name leads to.
+    fn refuse_in_use(&self, file: &Utf8Path) -> Result<()> {
+        if self.is_open(file)? {
+            return Err(Error::new(ErrorKind::Busy, format!("the running domain has {file} open"))
+                .state("it was not touched")
+                .advise("shut the domain down and run 'domsnap recover'"));
+        }
+        match names::file_id(file)? {
+            Some(_) => self.lock(file),
+            None => Ok(()),
+        }
+    }
+
+    /// Somebody may have put another file at the configured path since a crash: the switch would drop it.
+    fn refuse_replaced(&self, from: &LayerName, to: &LayerName) -> Result<()> {
+        let (from, to) = (self.file(from), self.file(to));
+        if names::same_file(self.path(), &from)? || names::same_file(self.path(), &to)? {
+            return Ok(());
+        }
+        let path = self.path();
+        Err(Error::new(ErrorKind::Refused, format!("{path} should be {from} or {to}, and somebody put another file there"))
+            .state("that file was not touched, and all points are whole")
+            .advise(format!(
+                "move it away and put the disk back: 'ln {from} {path}'; then run 'domsnap recover', and after that take the \
+                 other file in, if it is wanted, with 'domsnap import --replace'"
+            )))
+    }
+}
+
+fn write_out(path: &Utf8Path) -> Result<()> {
+    File::open(path)
+        .and_then(|file| file.sync_data())
+        .map_err(|error| names::io_error(error, format!("cannot write {path} out")))
+}

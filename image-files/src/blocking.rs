@@ -1,0 +1,24 @@
+//! Work on files from async code: positioned I/O, which async I/O makes slower.
+
+use snapcore::{Error, ErrorKind, Result};
+
+/// Runs `work` on a blocking thread.
+///
+/// # Errors
+/// Those of the work; [`ErrorKind::Internal`] where it panicked.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome,
+        Err(failure) => {
+            Err(Error::new(ErrorKind::Internal, "the work on an image broke off").because(failure))
+        }
+    }
+}
+
+/// Runs `work` here, because what it borrows does not outlive the call: other tasks of this thread go on elsewhere.
+pub fn in_place<T>(work: impl FnOnce() -> T) -> T {
+    match tokio::runtime::Handle::try_current().map(|handle| handle.runtime_flavor()) {
+        Ok(tokio::runtime::RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}
