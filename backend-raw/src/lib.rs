@@ -25,6 +25,7 @@ mod steps;
 use std::sync::Arc;
 
 pub use backend::Raw;
+pub use place::can_reflink;
 
 /// Registers the backend.
 ///

@@ -9,7 +9,10 @@ use rustix::io::Errno;
 use snapcore::{Error, ErrorKind, Result};
 
 /// Whether files beside `path` can share blocks. Tried with two files without names, so nothing is changed.
-pub(crate) fn can_reflink(path: &Utf8Path) -> Result<bool> {
+///
+/// # Errors
+/// Where the directory is not there or cannot be written.
+pub fn can_reflink(path: &Utf8Path) -> Result<bool> {
     let directory = path.parent().unwrap_or(Utf8Path::new("."));
     let nameless = || {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
