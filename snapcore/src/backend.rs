@@ -74,7 +74,8 @@ impl Capabilities {
 }
 
 /// How much [`DiskSnapshotter::inspect`] reads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum InspectDepth {
     /// What taking a point needs: the active layer; and what it stands on only where the chain may be so long that its
     /// length matters.

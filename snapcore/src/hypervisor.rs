@@ -172,9 +172,10 @@ pub enum DomainStep {
 }
 
 /// One layer of a chain as files, for a hypervisor to open.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct ChainFile {
     /// The file, by its permanent name, absolute. The hypervisor may open it again by this name at any time.
+    #[schemars(with = "String")]
     pub file: Utf8PathBuf,
     /// Its format, as stated.
     pub format: String,

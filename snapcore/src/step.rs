@@ -153,7 +153,8 @@ impl Plan {
 }
 
 /// What is asked of one disk's backend when a plan is made.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "kebab-case", tag = "request")]
 #[non_exhaustive]
 pub enum DiskRequest {
     /// Take a point of the disk as it is.
@@ -195,7 +196,8 @@ pub enum DiskRequest {
 }
 
 /// A backend's answer: the steps for one disk, and what the catalogue is to know.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(default)]
 pub struct DiskPlan {
     /// The steps, sorted by group.
     pub steps: Vec<PlannedStep>,

@@ -1,0 +1,539 @@
+//! One running plug-in: its process, and the calls that wait for its answers.
+
+use std::collections::{HashMap, HashSet};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use snapcore::{Error, ErrorKind, Result};
+use tokio::sync::Notify;
+
+use crate::checks;
+use crate::protocol::{CancelParams, Failure, Method, ProgressParams};
+use crate::stderr::LastWords;
+
+/// What is borne from a plug-in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// How long it may take to start and say who it is.
+    pub start: Duration,
+    /// How long nothing may be heard of a call: no answer, and no progress that is further than the one before.
+    pub silence: Duration,
+    /// The longest frame, in bytes.
+    pub frame: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { start: Duration::from_secs(10), silence: Duration::from_secs(60), frame: 8 << 20 }
+    }
+}
+
+impl Limits {
+    /// Bears silence for so long, and for no longer at the start.
+    #[must_use]
+    pub fn silence(mut self, time: Duration) -> Self {
+        self.silence = time;
+        self.start = self.start.min(time);
+        self
+    }
+
+    /// Takes frames of at most so many bytes.
+    #[must_use]
+    pub fn frame(mut self, bytes: usize) -> Self {
+        self.frame = bytes;
+        self
+    }
+}
+
+/// Requests that wait for a plug-in to read them.
+const QUEUE: usize = 64;
+
+/// How much of a bad frame an error shows.
+const SHOWN: usize = 120;
+
+/// One call that waits.
+#[derive(Debug, Default)]
+pub(crate) struct Call {
+    news: Mutex<News>,
+    told: Notify,
+    told_blocking: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct News {
+    answer: Option<std::result::Result<Value, Broken>>,
+    failure: Option<Failure>,
+    progress: Option<(u64, u64)>,
+}
+
+/// What there is to hear of a call.
+#[derive(Debug)]
+pub(crate) enum Heard {
+    /// Nothing more than before.
+    Nothing,
+    /// It got further.
+    Progress(u64, u64),
+    /// It ended well.
+    Answer(Value),
+    /// It failed, by the plug-in's own word.
+    Failure(Failure),
+    /// The plug-in is no more.
+    Broken(Broken),
+}
+
+impl Call {
+    fn tell(&self, change: impl FnOnce(&mut News)) {
+        change(&mut self.news.lock().unwrap_or_else(PoisonError::into_inner));
+        self.told.notify_one();
+        self.told_blocking.notify_all();
+    }
+
+    /// What is new.
+    pub(crate) fn heard(&self) -> Heard {
+        let mut news = self.news.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(failure) = news.failure.take() {
+            return Heard::Failure(failure);
+        }
+        match (news.answer.take(), news.progress.take()) {
+            (Some(Ok(answer)), _) => Heard::Answer(answer),
+            (Some(Err(broken)), _) => Heard::Broken(broken),
+            (None, Some((done, total))) => Heard::Progress(done, total),
+            (None, None) => Heard::Nothing,
+        }
+    }
+
+    /// Waits until something may be new.
+    pub(crate) async fn changed(&self) {
+        self.told.notified().await;
+    }
+
+    /// Waits on this thread until it ends; nothing where it does not in time.
+    fn ended(&self, time: Duration) -> Heard {
+        let begun = Instant::now();
+        loop {
+            match self.heard() {
+                Heard::Nothing | Heard::Progress(..) => {}
+                ended => return ended,
+            }
+            let left = time.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                return Heard::Nothing;
+            }
+            let news = self.news.lock().unwrap_or_else(PoisonError::into_inner);
+            if news.answer.is_none() && news.failure.is_none() {
+                let _ = self.told_blocking.wait_timeout(news, left);
+            }
+        }
+    }
+}
+
+/// Why a plug-in is no more.
+#[derive(Debug, Clone)]
+pub(crate) struct Broken {
+    kind: ErrorKind,
+    message: String,
+}
+
+impl Broken {
+    /// As the error of a call.
+    pub(crate) fn error(&self) -> Error {
+        Error::new(self.kind, self.message.clone())
+    }
+}
+
+#[derive(Default)]
+struct Calls {
+    next: u64,
+    waiting: HashMap<u64, Arc<Call>>,
+    /// Calls that nobody waits for any more, and that are still to be answered.
+    given_up: HashSet<u64>,
+    broken: Option<Broken>,
+}
+
+/// What the connection and its reader share.
+struct Shared {
+    name: String,
+    program: Utf8PathBuf,
+    calls: Mutex<Calls>,
+    child: Mutex<Child>,
+    words: Arc<LastWords>,
+}
+
+/// A plug-in that runs. Dropped, it is killed.
+pub(crate) struct Connection {
+    shared: Arc<Shared>,
+    requests: Option<SyncSender<Vec<u8>>>,
+    limits: Limits,
+}
+
+impl Connection {
+    /// Starts the program. It must be greeted before anything else.
+    ///
+    /// # Errors
+    /// Where it cannot be run.
+    pub(crate) fn start(name: &str, program: &Utf8Path, limits: Limits) -> Result<Self> {
+        let failed = |cause: std::io::Error| {
+            Error::new(ErrorKind::Io, format!("the plug-in {name} ({program}) cannot be started"))
+                .because(cause)
+        };
+        // A group of its own: an interrupt at the terminal is domsnap's to handle, and what the plug-in starts ends with it.
+        let mut child = Command::new(program)
+            .env("LC_ALL", "C")
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .map_err(failed)?;
+        let (Some(stdin), Some(stdout), Some(stderr)) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take())
+        else {
+            return Err(Error::new(ErrorKind::Internal, "a child without the pipes that were asked for"));
+        };
+        let words = LastWords::of(stderr).map_err(failed)?;
+        let shared = Arc::new(Shared {
+            name: name.to_owned(),
+            program: program.to_owned(),
+            calls: Mutex::default(),
+            child: Mutex::new(child),
+            words,
+        });
+        let requests = write_on_a_thread(stdin).map_err(failed)?;
+        let reader = shared.clone();
+        std::thread::Builder::new()
+            .name("plug-in's answers".to_owned())
+            .spawn(move || reader.read(BufReader::new(stdout), limits.frame))
+            .map_err(failed)?;
+        Ok(Self { shared, requests: Some(requests), limits })
+    }
+
+    /// What is borne.
+    pub(crate) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Why it is no more, where it is not.
+    pub(crate) fn broken(&self) -> Option<Broken> {
+        self.shared.calls().broken.clone()
+    }
+
+    /// Sends a request.
+    pub(crate) fn send(&self, method: Method, params: &impl Serialize) -> Result<(u64, Arc<Call>)> {
+        let call = Arc::new(Call::default());
+        let id = {
+            let mut calls = self.shared.calls();
+            if let Some(broken) = &calls.broken {
+                return Err(broken.error());
+            }
+            calls.next += 1;
+            let id = calls.next;
+            calls.waiting.insert(id, call.clone());
+            id
+        };
+        let sent = self.write(method.name(), Some(id), params);
+        if let Err(error) = sent {
+            self.shared.calls().waiting.remove(&id);
+            return Err(error);
+        }
+        Ok((id, call))
+    }
+
+    /// Asks a request to stop.
+    pub(crate) fn cancel(&self, id: u64) {
+        if let Err(error) = self.write("cancel", None, &CancelParams { id }) {
+            tracing::warn!(%error, "cancelling a call to a plug-in");
+        }
+    }
+
+    /// Nobody waits for this call any more.
+    pub(crate) fn forget(&self, id: u64) {
+        let mut calls = self.shared.calls();
+        if calls.waiting.remove(&id).is_some() && calls.broken.is_none() {
+            calls.given_up.insert(id);
+            drop(calls);
+            self.cancel(id);
+        }
+    }
+
+    /// A request and its answer, waited for on this thread.
+    pub(crate) fn call_blocking(
+        &self,
+        method: Method,
+        params: &impl Serialize,
+        time: Duration,
+    ) -> Result<Value> {
+        let (_, call) = self.send(method, params)?;
+        match call.ended(time) {
+            Heard::Answer(answer) => Ok(answer),
+            Heard::Failure(failure) => Err(self.shared.error_of(failure, false)),
+            Heard::Broken(broken) => Err(broken.error()),
+            Heard::Nothing | Heard::Progress(..) => Err(self.give_up(method, time).error()),
+        }
+    }
+
+    /// The error of a failure that the plug-in tells.
+    pub(crate) fn error_of(&self, failure: Failure, cancelled: bool) -> Error {
+        self.shared.error_of(failure, cancelled)
+    }
+
+    /// Kills a plug-in of which nothing was heard.
+    pub(crate) fn give_up(&self, method: Method, time: Duration) -> Broken {
+        let words =
+            format!("said nothing of '{}' for {} seconds, and was killed", method.name(), time.as_secs_f64());
+        self.shared.break_off(ErrorKind::Io, &words)
+    }
+
+    /// Kills a plug-in that said what cannot be.
+    pub(crate) fn lies(&self, method: Method, what: &str) -> Error {
+        let words = format!("answered '{}' with what cannot be, and was killed: {what}", method.name());
+        self.shared.break_off(ErrorKind::Internal, &words).error().advise(
+            "this is a defect of the plug-in: report it to its author; `domsnap backends` shows where it is",
+        )
+    }
+
+    fn write(&self, method: &str, id: Option<u64>, params: &impl Serialize) -> Result<()> {
+        let broken = |what: &str, cause: Box<dyn std::error::Error + Send + Sync>| {
+            Error::new(ErrorKind::Internal, format!("'{method}' {what}")).because(cause)
+        };
+        let params = serde_json::to_value(params)
+            .map_err(|cause| broken("cannot be written as JSON", cause.into()))?;
+        let mut frame = Map::new();
+        frame.insert("jsonrpc".to_owned(), "2.0".into());
+        if let Some(id) = id {
+            frame.insert("id".to_owned(), id.into());
+        }
+        frame.insert("method".to_owned(), method.into());
+        frame.insert("params".to_owned(), params);
+        let mut line =
+            serde_json::to_vec(&frame).map_err(|cause| broken("cannot be written as JSON", cause.into()))?;
+        line.push(b'\n');
+        let Some(requests) = &self.requests else {
+            return Err(Error::new(ErrorKind::Internal, "a plug-in that ends is asked something"));
+        };
+        match requests.try_send(line) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(_)) => {
+                Err(self.shared.break_off(ErrorKind::Io, "reads no requests, and was killed").error())
+            }
+            // Its end of the pipe is closed: the reader will tell, or has told, why.
+            Err(TrySendError::Disconnected(_)) => {
+                Err(self.shared.break_off(ErrorKind::Io, "closed its standard input").error())
+            }
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.requests = None;
+        self.shared.end();
+    }
+}
+
+impl Shared {
+    fn calls(&self) -> MutexGuard<'_, Calls> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the process and all that it started; gives how it ended.
+    fn end(&self) -> String {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(child.try_wait(), Ok(None)) {
+            let group = rustix::process::Pid::from_child(&child);
+            let killed = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+            if let Err(error) = killed {
+                tracing::warn!(%error, "killing the process group of a plug-in");
+                // An error means that it has ended meanwhile.
+                let _ = child.kill();
+            }
+        }
+        match child.wait() {
+            Ok(status) => status.to_string(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// The end of the connection, for the first reason that there was.
+    fn break_off(&self, kind: ErrorKind, what: &str) -> Broken {
+        if let Some(broken) = &self.calls().broken {
+            return broken.clone();
+        }
+        self.end();
+        let last = match self.words.told() {
+            Some(words) => format!("; its last words: {words}"),
+            None => String::new(),
+        };
+        let message = format!("the plug-in {} ({}) {what}{last}", self.name, self.program);
+        let mut calls = self.calls();
+        let broken = calls.broken.get_or_insert(Broken { kind, message }).clone();
+        let waiting = std::mem::take(&mut calls.waiting);
+        drop(calls);
+        for call in waiting.into_values() {
+            call.tell(|news| news.answer = Some(Err(broken.clone())));
+        }
+        broken
+    }
+
+    /// Reads frames until there are no more, or one is none.
+    fn read(&self, mut stdout: impl BufRead, cap: usize) {
+        loop {
+            let frame = match read_frame(&mut stdout, cap) {
+                Ok(Some(frame)) => frame,
+                Ok(None) => {
+                    // It may be ending only now.
+                    std::thread::sleep(Duration::from_millis(20));
+                    let status = self.end();
+                    self.break_off(ErrorKind::Io, &format!("ended ({status})"));
+                    return;
+                }
+                Err(what) => {
+                    self.break_off(ErrorKind::Internal, &format!("{what}, and was killed"));
+                    return;
+                }
+            };
+            if let Err(what) = self.take(&frame) {
+                let shown: String =
+                    String::from_utf8_lossy(&frame[..frame.len().min(SHOWN)]).escape_debug().collect();
+                self.break_off(ErrorKind::Internal, &format!("{what}, and was killed; it said: {shown}"));
+                return;
+            }
+        }
+    }
+
+    fn take(&self, frame: &[u8]) -> std::result::Result<(), String> {
+        let frame: Map<String, Value> =
+            serde_json::from_slice(frame).map_err(|error| format!("spoke no JSON-RPC ({error})"))?;
+        if frame.get("jsonrpc").and_then(Value::as_str) != Some("2.0") {
+            return Err("spoke no JSON-RPC 2.0".to_owned());
+        }
+        if let Some(method) = frame.get("method") {
+            let (Some("progress"), None) = (method.as_str(), frame.get("id")) else {
+                return Err("asked what nobody answers: only 'progress' may be told".to_owned());
+            };
+            let params = frame.get("params").cloned().unwrap_or_default();
+            let told: ProgressParams =
+                serde_json::from_value(params).map_err(|error| format!("told progress wrongly ({error})"))?;
+            // Of a call that has ended meanwhile it may come late.
+            if let Some(call) = self.calls().waiting.get(&told.id) {
+                call.tell(|news| news.progress = Some((told.done, told.total)));
+            }
+            return Ok(());
+        }
+        let Some(id) = frame.get("id").and_then(Value::as_u64) else {
+            return Err("answered without a number".to_owned());
+        };
+        let call = {
+            let mut calls = self.calls();
+            match calls.waiting.remove(&id) {
+                Some(call) => call,
+                None if calls.given_up.remove(&id) => return Ok(()),
+                None => return Err(format!("answered {id}, which nobody asked")),
+            }
+        };
+        let told = match (frame.get("result"), frame.get("error")) {
+            (Some(result), None) => {
+                call.tell(|news| news.answer = Some(Ok(result.clone())));
+                return Ok(());
+            }
+            (None, Some(error)) => serde_json::from_value(error.clone())
+                .map_err(|cause| format!("told an error wrongly ({cause})")),
+            _ => Err("answered with neither a result nor an error".to_owned()),
+        };
+        match told {
+            Ok(failure) => {
+                call.tell(|news| news.failure = Some(failure));
+                Ok(())
+            }
+            Err(what) => {
+                // So that its caller hears of the end too.
+                self.calls().waiting.insert(id, call);
+                Err(what)
+            }
+        }
+    }
+
+    fn error_of(&self, failure: Failure, cancelled: bool) -> Error {
+        let plain = |text: &str| checks::plain(&text.chars().take(4096).collect::<String>());
+        let kind = match failure.data.as_ref().map(|data| data.kind) {
+            // Only who is cancelled may say so, and what a recovery needs only the engine knows.
+            Some(ErrorKind::Cancelled) if !cancelled => ErrorKind::Io,
+            Some(ErrorKind::NeedsRecovery) => ErrorKind::Io,
+            Some(kind) => kind,
+            None if failure.code == crate::protocol::NO_METHOD => ErrorKind::Unsupported,
+            None if failure.code == crate::protocol::FAILED => ErrorKind::Io,
+            None => ErrorKind::Internal,
+        };
+        let message = plain(&failure.message);
+        let mut error = Error::new(kind, format!("the plug-in {} says: {message}", self.name));
+        if let Some(data) = failure.data {
+            if let Some(state) = data.state {
+                error = error.state(plain(&state));
+            }
+            if let Some(advice) = data.advice {
+                error = error.advise(plain(&advice));
+            }
+        }
+        error
+    }
+}
+
+/// Writes what is sent, on a thread of its own: a plug-in that does not read must hold up nobody. The plug-in's standard input
+/// ends with the sender.
+fn write_on_a_thread(mut stdin: ChildStdin) -> std::io::Result<SyncSender<Vec<u8>>> {
+    let (sender, receiver) = sync_channel::<Vec<u8>>(QUEUE);
+    std::thread::Builder::new().name("plug-in's requests".to_owned()).spawn(move || {
+        while let Ok(line) = receiver.recv() {
+            if stdin.write_all(&line).is_err() {
+                break;
+            }
+        }
+    })?;
+    Ok(sender)
+}
+
+/// One line, without its end; `None` at the end of all.
+fn read_frame(stdout: &mut impl BufRead, cap: usize) -> std::result::Result<Option<Vec<u8>>, String> {
+    let mut frame = Vec::new();
+    let limit = u64::try_from(cap).unwrap_or(u64::MAX).saturating_add(1);
+    match stdout.by_ref().take(limit).read_until(b'\n', &mut frame) {
+        Ok(0) => return Ok(None),
+        Ok(_) => {}
+        Err(error) => return Err(format!("cannot be heard ({error})")),
+    }
+    if frame.last() == Some(&b'\n') {
+        frame.pop();
+        return Ok(Some(frame));
+    }
+    if frame.len() > cap {
+        return Err(format!("spoke more than {cap} bytes without an end of line"));
+    }
+    Ok(None) // it ended in the middle of a line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_end_at_lines_and_at_the_cap() {
+        let mut said: &[u8] = b"one\n\ntwo\nhalf";
+        let mut next = || read_frame(&mut said, 5);
+        assert_eq!(next(), Ok(Some(b"one".to_vec())));
+        assert_eq!(next(), Ok(Some(Vec::new())));
+        assert_eq!(next(), Ok(Some(b"two".to_vec())));
+        assert_eq!(next(), Ok(None));
+        let mut said: &[u8] = b"sixsix\n";
+        assert!(read_frame(&mut said, 5).unwrap_err().contains("more than 5 bytes"));
+        let mut said: &[u8] = b"five5\n";
+        assert_eq!(read_frame(&mut said, 5), Ok(Some(b"five5".to_vec())));
+    }
+}

@@ -1,0 +1,151 @@
+//! Which plug-ins a directory has.
+
+use std::io::ErrorKind as Io;
+use std::os::unix::fs::MetadataExt;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::{Error, ErrorKind, Result};
+
+/// What the name of a plug-in's file begins with.
+pub const PREFIX: &str = "domsnap-backend-";
+
+/// The longest name of a plug-in.
+const MAX_NAME: usize = 32;
+
+/// A program that calls itself a plug-in.
+#[derive(Debug)]
+pub struct Found {
+    /// The format that it is to serve.
+    pub name: String,
+    /// The program.
+    pub program: Utf8PathBuf,
+    /// Why it is not used, where it is not.
+    pub problem: Option<Error>,
+}
+
+/// The plug-ins of `directory`, by name. One that is not there has none.
+///
+/// # Errors
+/// Where the directory cannot be read, or anybody may put programs into it.
+pub fn found(directory: &Utf8Path) -> Result<Vec<Found>> {
+    let entries = match directory.read_dir_utf8() {
+        Ok(entries) => entries,
+        Err(missing) if missing.kind() == Io::NotFound => return Ok(Vec::new()),
+        Err(cause) => return Err(unreadable(directory, cause)),
+    };
+    trusted(directory)?;
+    let mut all = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(|cause| unreadable(directory, cause))?;
+        let Some(name) = entry.file_name().strip_prefix(PREFIX) else { continue };
+        let program = entry.path().to_owned();
+        let problem = named(name, &program).and_then(|()| runnable(&program)).err();
+        all.push(Found { name: name.to_owned(), program, problem });
+    }
+    all.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(all)
+}
+
+fn unreadable(directory: &Utf8Path, cause: std::io::Error) -> Error {
+    Error::new(ErrorKind::Io, format!("the directory of plug-ins {directory} cannot be read")).because(cause)
+}
+
+/// The name of a format, which is what configurations state.
+fn named(name: &str, program: &Utf8Path) -> Result<()> {
+    let plain = name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+    if plain && !name.is_empty() && name.len() <= MAX_NAME && !name.starts_with('-') {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Refused, format!("{program} is no plug-in: {name:?} cannot name a format"))
+        .advise(format!(
+            "call it {PREFIX}NAME, with a NAME of at most {MAX_NAME} lower-case letters, digits and '-'"
+        )))
+}
+
+fn runnable(program: &Utf8Path) -> Result<()> {
+    let found = program.metadata().map_err(|cause| {
+        Error::new(ErrorKind::Io, format!("the plug-in {program} cannot be looked at")).because(cause)
+    })?;
+    if !found.is_file() || found.mode() & 0o111 == 0 {
+        return Err(Error::new(ErrorKind::Refused, format!("the plug-in {program} is no program"))
+            .advise(format!("make it executable: chmod +x {program}; or move it away")));
+    }
+    trusted(program)
+}
+
+/// A plug-in can do all that domsnap can: nobody else may be able to put one there.
+fn trusted(path: &Utf8Path) -> Result<()> {
+    let found = path
+        .metadata()
+        .map_err(|cause| Error::new(ErrorKind::Io, format!("{path} cannot be looked at")).because(cause))?;
+    let own = rustix::process::geteuid().as_raw();
+    if found.uid() != 0 && found.uid() != own {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("{path} belongs to user {}, who could have any program run by domsnap", found.uid()),
+        )
+        .state("nothing there was run")
+        .advise("plug-ins and their directory must belong to root or to who runs domsnap"));
+    }
+    if found.mode() & 0o002 != 0 {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("anybody may write {path}, and so have any program run by domsnap"),
+        )
+        .state("nothing there was run")
+        .advise(format!("chmod o-w {path}")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn put(directory: &Utf8Path, name: &str, mode: u32) {
+        let path = directory.join(name);
+        std::fs::write(&path, "#!/bin/sh\n").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn programs_of_the_right_name_are_found_and_others_say_why_not() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = Utf8Path::from_path(place.path()).unwrap();
+        for (name, mode) in [
+            ("domsnap-backend-zfs", 0o755),
+            ("domsnap-backend-a1-b", 0o700),
+            ("domsnap-backend-.py", 0o755),
+            ("domsnap-backend-data", 0o644),
+            ("domsnap-backend-open", 0o757),
+            ("something-else", 0o755),
+        ] {
+            put(directory, name, mode);
+        }
+        std::fs::create_dir(directory.join("domsnap-backend-dir")).unwrap();
+        let all = found(directory).unwrap();
+        let good: Vec<_> =
+            all.iter().filter(|found| found.problem.is_none()).map(|found| found.name.as_str()).collect();
+        assert_eq!(good, ["a1-b", "zfs"]);
+        let words = |name: &str| {
+            all.iter().find(|found| found.name == name).unwrap().problem.as_ref().unwrap().to_string()
+        };
+        assert!(words(".py").contains("cannot name a format"));
+        assert!(words("data").contains("chmod +x"));
+        assert!(words("dir").contains("is no program"));
+        assert!(words("open").contains("anybody may write"));
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_has_no_plug_ins_and_one_that_anybody_may_write_is_refused() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = Utf8Path::from_path(place.path()).unwrap();
+        assert!(found(&directory.join("nothing")).unwrap().is_empty());
+        std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o777)).unwrap();
+        let refused = found(directory).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Refused);
+        assert!(refused.to_string().contains("chmod o-w"), "{refused}");
+    }
+}

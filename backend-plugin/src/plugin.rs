@@ -1,0 +1,496 @@
+//! A plug-in as a [`DiskSnapshotter`].
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use snapcore::{
+    ActivePath, AttachedDisk, Capabilities, ChainFile, Consistency, DeleteCost, Disk, DiskPlan, DiskPoint,
+    DiskRecord, DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, Finding, Guard, InspectDepth,
+    LayerName, Point, PointKind, Progress, Result, Salvage, Snapshot, SnapshotId, Step, StepContext,
+    StepStatus,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::checks::{self, Checked};
+use crate::connection::{Connection, Heard, Limits};
+use crate::protocol::{
+    AdoptParams, CheckParams, CostParams, DiscoverParams, DiscoverResult, DiskParams, HelloParams,
+    HelloResult, Hold, HoldParams, InspectParams, LayerParams, ManifestParams, Method, NO_METHOD, OpenFile,
+    PlanParams, SalvageParams, SalvageResult, StepParams, VERSION,
+};
+
+/// How long a guard waits until the plug-in has given a lock back.
+const RELEASE: Duration = Duration::from_secs(2);
+
+/// A backend in a process of its own.
+#[derive(Clone)]
+pub struct Plugin {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    name: String,
+    program: Utf8PathBuf,
+    limits: Limits,
+    link: Mutex<Link>,
+    /// What the plug-in told of paths, which never change, by what it was asked.
+    paths: Mutex<HashMap<String, Utf8PathBuf>>,
+}
+
+#[derive(Default)]
+struct Link {
+    connection: Option<Arc<Connection>>,
+    capabilities: Option<Capabilities>,
+    /// Disks that are held over the connection.
+    held: usize,
+}
+
+impl Plugin {
+    /// The plug-in `program`, which serves the format `name`. It is started when it is first asked something.
+    pub fn new(name: impl Into<String>, program: impl Into<Utf8PathBuf>) -> Self {
+        Self::with_limits(name, program, Limits::default())
+    }
+
+    /// The same, bearing other things from it.
+    pub fn with_limits(name: impl Into<String>, program: impl Into<Utf8PathBuf>, limits: Limits) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                name: name.into(),
+                program: program.into(),
+                limits,
+                link: Mutex::default(),
+                paths: Mutex::default(),
+            }),
+        }
+    }
+
+    /// The program.
+    pub fn program(&self) -> &Utf8Path {
+        &self.inner.program
+    }
+
+    /// Starts it, where it does not run, and gives what it can do. Waits for it on this thread.
+    ///
+    /// # Errors
+    /// Where it cannot be run, does not say who it is in time, or says what cannot be.
+    pub fn greet(&self) -> Result<Capabilities> {
+        self.inner.connection()?;
+        match &self.inner.link().capabilities {
+            Some(capabilities) => Ok(capabilities.clone()),
+            None => Err(Error::new(ErrorKind::Internal, "a plug-in runs that has said nothing")),
+        }
+    }
+}
+
+impl Inner {
+    fn link(&self) -> MutexGuard<'_, Link> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The running plug-in. One that died is started anew, but not while disks are held: their locks died with it.
+    fn connection(&self) -> Result<Arc<Connection>> {
+        let mut link = self.link();
+        if let Some(connection) = &link.connection {
+            match connection.broken() {
+                None => return Ok(connection.clone()),
+                Some(broken) if link.held > 0 => {
+                    return Err(broken.error().advise(
+                        "it held the disk: mend it, then run `domsnap recover`, which starts it anew",
+                    ));
+                }
+                Some(_) => link.connection = None,
+            }
+        }
+        let connection = Connection::start(&self.name, &self.program, self.limits)?;
+        let params = HelloParams { protocol: VERSION, domsnap: env!("CARGO_PKG_VERSION").to_owned() };
+        let answer = connection.call_blocking(Method::Hello, &params, self.limits.start)?;
+        let hello: HelloResult = decoded(&connection, Method::Hello, answer)?;
+        checks::hello(&hello, &self.name).map_err(|what| connection.lies(Method::Hello, &what))?;
+        let connection = Arc::new(connection);
+        link.capabilities = Some(hello.capabilities);
+        link.connection = Some(connection.clone());
+        Ok(connection)
+    }
+
+    /// A path that the plug-in tells; where it cannot, or what cannot be, `otherwise`: the next call that can fail does.
+    fn path(
+        &self,
+        method: Method,
+        params: &impl Serialize,
+        check: impl FnOnce(&Utf8Path) -> Checked,
+        otherwise: impl FnOnce() -> Utf8PathBuf,
+    ) -> Utf8PathBuf {
+        let key = format!("{} {}", method.name(), serde_json::to_value(params).unwrap_or_default());
+        if let Some(known) = self.paths.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return known.clone();
+        }
+        let told = self.connection().and_then(|connection| {
+            let answer = connection.call_blocking(method, params, self.limits.start)?;
+            let path: Utf8PathBuf = decoded(&connection, method, answer)?;
+            check(&path).map_err(|what| connection.lies(method, &what))?;
+            Ok(path)
+        });
+        match told {
+            Ok(path) => {
+                self.paths.lock().unwrap_or_else(PoisonError::into_inner).insert(key, path.clone());
+                path
+            }
+            Err(error) => {
+                tracing::warn!(%error, "asking a plug-in for a path");
+                otherwise()
+            }
+        }
+    }
+}
+
+/// What an answer says.
+fn decoded<T: DeserializeOwned>(connection: &Connection, method: Method, answer: Value) -> Result<T> {
+    serde_json::from_value(answer).map_err(|error| connection.lies(method, &error.to_string()))
+}
+
+/// A call whose caller may go away.
+struct Waiting<'a> {
+    connection: &'a Connection,
+    id: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.connection.forget(self.id);
+    }
+}
+
+/// What a long call goes with.
+#[derive(Clone, Copy, Default)]
+struct With<'a> {
+    progress: Option<&'a dyn Progress>,
+    cancel: Option<&'a CancellationToken>,
+}
+
+impl<'a> From<StepContext<'a>> for With<'a> {
+    fn from(context: StepContext<'a>) -> Self {
+        Self { progress: Some(context.progress), cancel: Some(context.cancel) }
+    }
+}
+
+async fn running(inner: &Arc<Inner>) -> Result<Arc<Connection>> {
+    let inner = inner.clone();
+    match tokio::task::spawn_blocking(move || inner.connection()).await {
+        Ok(connection) => connection,
+        Err(failure) => Err(Error::new(ErrorKind::Internal, "starting a plug-in broke off").because(failure)),
+    }
+}
+
+/// One request over a connection, and what its answer says.
+async fn ask<T: DeserializeOwned>(
+    connection: &Connection,
+    method: Method,
+    params: &impl Serialize,
+    with: With<'_>,
+) -> Result<T> {
+    ask_if_known(connection, method, params, with)
+        .await?
+        .ok_or_else(|| connection.lies(method, "it does not know a method that every plug-in must"))
+}
+
+/// The same, of a method that a plug-in need not know: nothing where it does not.
+async fn ask_if_known<T: DeserializeOwned>(
+    connection: &Connection,
+    method: Method,
+    params: &impl Serialize,
+    with: With<'_>,
+) -> Result<Option<T>> {
+    let (id, call) = connection.send(method, params)?;
+    let _waiting = Waiting { connection, id };
+    let silence = connection.limits().silence;
+    let mut deadline = Instant::now() + silence;
+    let (mut furthest, mut cancelled) = (0, false);
+    let never = CancellationToken::new();
+    let cancel = with.cancel.unwrap_or(&never);
+    loop {
+        match call.heard() {
+            Heard::Nothing => {}
+            Heard::Progress(done, total) => {
+                // What says the same again and again, or goes on after it was cancelled, hangs as well.
+                if done > furthest && !cancelled {
+                    (furthest, deadline) = (done, Instant::now() + silence);
+                }
+                if let Some(progress) = with.progress {
+                    progress.bytes(done.min(total), total);
+                }
+                continue;
+            }
+            Heard::Answer(answer) => return decoded(connection, method, answer).map(Some),
+            Heard::Failure(failure) if failure.code == NO_METHOD => return Ok(None),
+            Heard::Failure(failure) => return Err(connection.error_of(failure, cancelled)),
+            Heard::Broken(broken) => return Err(broken.error()),
+        }
+        tokio::select! {
+            () = call.changed() => {}
+            () = cancel.cancelled(), if !cancelled => {
+                connection.cancel(id);
+                (cancelled, deadline) = (true, Instant::now() + silence);
+            }
+            () = tokio::time::sleep_until(deadline.into()) => {
+                if matches!(call.heard(), Heard::Nothing) {
+                    return Err(connection.give_up(method, silence).error());
+                }
+            }
+        }
+    }
+}
+
+/// What the hypervisor has open.
+async fn open_files(attached: Option<&dyn AttachedDisk>) -> Result<Vec<OpenFile>> {
+    let Some(attached) = attached else { return Ok(Vec::new()) };
+    let files = attached.open_files().await?;
+    Ok(files.into_iter().map(|(device, inode)| OpenFile { device, inode }).collect())
+}
+
+impl Plugin {
+    async fn ask<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        params: &impl Serialize,
+        check: impl FnOnce(&mut T) -> Checked,
+    ) -> Result<T> {
+        let connection = running(&self.inner).await?;
+        let mut answer = ask(&connection, method, params, With::default()).await?;
+        check(&mut answer).map_err(|what| connection.lies(method, &what))?;
+        Ok(answer)
+    }
+
+    async fn ask_of_step<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        step: &Step,
+        context: StepContext<'_>,
+        with: With<'_>,
+    ) -> Result<T> {
+        let open = open_files(context.attached).await?;
+        let params = StepParams { step: step.clone(), disk: context.disk.clone(), open };
+        let connection = running(&self.inner).await?;
+        ask(&connection, method, &params, with).await
+    }
+
+    /// A step that is said to be done, or to be undone, must not be told to be the contrary in the same breath.
+    async fn is_not(
+        &self,
+        method: Method,
+        step: &Step,
+        context: StepContext<'_>,
+        contrary: StepStatus,
+    ) -> Result<()> {
+        let status: StepStatus = self.ask_of_step(Method::Status, step, context, With::default()).await?;
+        if status != contrary {
+            return Ok(());
+        }
+        let connection = running(&self.inner).await?;
+        let what = format!("it succeeded, and its status is {status:?}");
+        Err(connection.lies(method, &what))
+    }
+}
+
+#[async_trait]
+impl DiskSnapshotter for Plugin {
+    fn format(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Where the plug-in cannot say what it can do, it can do nothing.
+    fn capabilities(&self) -> Capabilities {
+        self.greet().unwrap_or_else(|error| {
+            tracing::warn!(%error, "asking a plug-in what it can do");
+            let mut nothing = Capabilities::new(PointKind::Internal, 1);
+            (nothing.internal, nothing.delete_in_chain, nothing.snapshot_of_snapshot) = (false, false, false);
+            nothing
+        })
+    }
+
+    async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
+        let params = AdoptParams { disk: disk.clone(), active_path };
+        self.ask(Method::Adopt, &params, |record| checks::record(record, disk)).await
+    }
+
+    async fn inspect(
+        &self,
+        disk: &DiskRecord,
+        depth: InspectDepth,
+        attached: Option<&dyn AttachedDisk>,
+    ) -> Result<DiskState> {
+        let params = InspectParams { disk: disk.clone(), depth, open: open_files(attached).await? };
+        let mut state: DiskState =
+            self.ask(Method::Inspect, &params, |state| checks::state(state, disk)).await?;
+        // Whether a hypervisor has it is the service's to say.
+        state.attached = false;
+        Ok(state)
+    }
+
+    async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
+        let params = DiscoverParams { disk: record.clone(), known: known.to_vec() };
+        let found: DiscoverResult =
+            self.ask(Method::Discover, &params, |found| checks::discovered(found)).await?;
+        for layer in found.layers {
+            if !record.owned.contains(&layer) {
+                record.owned.push(layer);
+            }
+        }
+        let mut snapshots: Vec<Snapshot> = Vec::new();
+        for point in found.points {
+            let parent = point.parent.and_then(|index| snapshots.get(index)).map(|parent| parent.id);
+            snapshots.push(Snapshot {
+                id: SnapshotId::fresh(),
+                name: point.name,
+                parent,
+                created: point.created,
+                description: String::new(),
+                consistency: Consistency::Unknown,
+                disks: vec![DiskPoint {
+                    target: record.disk.target.clone(),
+                    point: point.point,
+                    virtual_size: point.virtual_size,
+                }],
+                memory: None,
+                machine: None,
+            });
+        }
+        Ok(snapshots)
+    }
+
+    async fn plan(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        active_path: ActivePath,
+        request: &DiskRequest,
+    ) -> Result<DiskPlan> {
+        let params =
+            PlanParams { disk: disk.clone(), state: state.clone(), active_path, request: request.clone() };
+        let check = |plan: &mut DiskPlan| checks::plan(plan, request, state.attached, &disk.disk.target);
+        self.ask(Method::Plan, &params, check).await
+    }
+
+    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+        let open = open_files(attached).await?;
+        let connection = running(&self.inner).await?;
+        let params = HoldParams { disk: disk.clone(), open };
+        let hold: Hold = ask(&connection, Method::Hold, &params, With::default()).await?;
+        checks::words(&hold.hold).map_err(|what| connection.lies(Method::Hold, &what))?;
+        self.inner.link().held += 1;
+        Ok(Box::new(Held { inner: self.inner.clone(), connection, hold }))
+    }
+
+    async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
+        let params = DiskParams { disk: disk.clone() };
+        let connection = running(&self.inner).await?;
+        ask_if_known(&connection, Method::YieldLocks, &params, With::default())
+            .await
+            .map(Option::unwrap_or_default)
+    }
+
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+        let params = DiskParams { disk: disk.clone() };
+        self.ask(Method::OpenChain, &params, |files: &mut Vec<_>| checks::chain(files)).await
+    }
+
+    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        let () = self.ask_of_step(Method::Apply, step, context, context.into()).await?;
+        self.is_not(Method::Apply, step, context, StepStatus::NotDone).await
+    }
+
+    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        let with = With { cancel: None, ..context.into() };
+        let () = self.ask_of_step(Method::Undo, step, context, with).await?;
+        self.is_not(Method::Undo, step, context, StepStatus::Done).await
+    }
+
+    async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
+        let open = open_files(context.attached).await?;
+        let params = SalvageParams { step: step.clone(), done, disk: context.disk.clone(), open };
+        let connection = running(&self.inner).await?;
+        let told = ask_if_known(&connection, Method::Salvage, &params, With::default()).await?;
+        let told = told.unwrap_or(SalvageResult::Nothing);
+        let checked = match &told {
+            SalvageResult::Nothing => Ok(()),
+            SalvageResult::PutAside { words } => checks::words(words),
+            SalvageResult::Stays { edits, words } => {
+                checks::words(words).and_then(|()| checks::edits(edits, &context.disk.disk.target))
+            }
+        };
+        checked.map_err(|what| connection.lies(Method::Salvage, &what))?;
+        Ok(match told {
+            SalvageResult::Nothing => Salvage::Nothing,
+            SalvageResult::PutAside { words } => Salvage::PutAside(checks::plain(&words)),
+            SalvageResult::Stays { edits, words } => Salvage::Stays(edits, checks::plain(&words)),
+        })
+    }
+
+    async fn is_overtaken(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
+        let open = open_files(context.attached).await?;
+        let params = StepParams { step: step.clone(), disk: context.disk.clone(), open };
+        let connection = running(&self.inner).await?;
+        let told = ask_if_known(&connection, Method::IsOvertaken, &params, With::default()).await?;
+        Ok(told.unwrap_or(false))
+    }
+
+    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
+        self.ask_of_step(Method::Status, step, context, With::default()).await
+    }
+
+    async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
+        let params = CheckParams { disk: disk.clone(), state: state.clone() };
+        self.ask(Method::Check, &params, |found: &mut Vec<_>| checks::findings(found)).await
+    }
+
+    async fn cost_of_delete(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        drop: &[Point],
+        keep: &[Point],
+    ) -> Result<DeleteCost> {
+        let params =
+            CostParams { disk: disk.clone(), state: state.clone(), drop: drop.to_vec(), keep: keep.to_vec() };
+        self.ask(Method::CostOfDelete, &params, |_| Ok(())).await
+    }
+
+    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
+        let params = ManifestParams { disk: disk.clone() };
+        self.inner.path(Method::ManifestDirectory, &params, checks::manifest_directory, || {
+            disk.path.with_file_name(format!("{}.domsnap", disk.path.file_name().unwrap_or("disk")))
+        })
+    }
+
+    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
+        let params = LayerParams { disk: disk.clone(), layer: layer.clone() };
+        let check = |path: &Utf8Path| checks::path("a layer's file", path);
+        self.inner.path(Method::LayerFile, &params, check, || disk.disk.path.clone())
+    }
+}
+
+/// A disk that a plug-in holds. Dropped, it is given back before anything else is done.
+struct Held {
+    inner: Arc<Inner>,
+    connection: Arc<Connection>,
+    hold: Hold,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Where it cannot be given back the plug-in ends, and its lock with it.
+        if self.connection.broken().is_none()
+            && let Err(error) = self.connection.call_blocking(Method::Release, &self.hold, RELEASE)
+        {
+            let error = self.connection.lies(Method::Release, &error.to_string());
+            tracing::warn!(%error, "giving back a disk");
+        }
+        let mut link = self.inner.link();
+        link.held = link.held.saturating_sub(1);
+    }
+}

@@ -1,0 +1,438 @@
+//! Plug-ins that hang, die, flood, lie and speak garbage: what they do ends as an error, and the journal heals.
+//!
+//! Each is the good example with something else in it, as long as a file beside it says so.
+
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backend_plugin::{Limits, Plugin};
+use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::{
+    CreateRequest, DomainName, DomainRef, DomainSpec, Domsnap, Error, ErrorKind, Registry, RevertRequest,
+    Severity, SnapshotName, StateDir, Target,
+};
+use tokio_util::sync::CancellationToken;
+
+const GOOD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/domsnap-backend-dir.py");
+
+/// How long silence is borne where a test waits for it to end.
+const SILENCE: Duration = Duration::from_secs(4);
+
+struct House {
+    directory: tempfile::TempDir,
+    limits: Limits,
+}
+
+fn name(text: &str) -> SnapshotName {
+    SnapshotName::new(text).unwrap()
+}
+
+impl House {
+    /// A disk with the points `one` and `two`, and a plug-in that does what it should until it is told otherwise.
+    async fn new(otherwise: &str) -> Self {
+        let house =
+            Self { directory: tempfile::tempdir().unwrap(), limits: Limits::default().frame(1 << 20) };
+        let script = format!(
+            "#!/usr/bin/env python3\n\
+             import importlib.util, os, signal, sys, time\n\
+             spec = importlib.util.spec_from_file_location('good', {GOOD:?})\n\
+             good = importlib.util.module_from_spec(spec)\n\
+             spec.loader.exec_module(good)\n\
+             raw = lambda line: (sys.stdout.buffer.write(line), sys.stdout.buffer.flush())\n\
+             def instead(method, does):\n\
+             \x20   was = good.METHODS[method]\n\
+             \x20   good.METHODS[method] = lambda params, call: does(was, params, call)\n\
+             if os.path.exists({:?}):\n\
+             \x20   {}\n\
+             good.main()\n",
+            house.path("otherwise"),
+            otherwise.trim().replace('\n', "\n    ")
+        );
+        let program = house.path("domsnap-backend-dir");
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::write(house.path("disk"), b"first").unwrap();
+        let service = house.service();
+        let spec = DomainSpec::new(DomainName::new("web").unwrap()).disk(
+            Target::new("vda").unwrap(),
+            house.path("disk"),
+            "dir",
+        );
+        service.domain_add(&spec).await.unwrap();
+        for (point, next) in [("one", "second"), ("two", "third")] {
+            service
+                .create(&house.domain(), CreateRequest::new(name(point)), CancellationToken::new())
+                .await
+                .unwrap();
+            std::fs::write(house.path("disk"), next).unwrap();
+        }
+        house
+    }
+
+    fn path(&self, name: &str) -> Utf8PathBuf {
+        Utf8Path::from_path(self.directory.path()).unwrap().join(name)
+    }
+
+    fn domain(&self) -> DomainRef {
+        DomainRef::Name(DomainName::new("web").unwrap())
+    }
+
+    fn service(&self) -> Domsnap {
+        let plugin = Plugin::with_limits("dir", self.path("domsnap-backend-dir"), self.limits);
+        let mut registry = Registry::new();
+        registry.register(Arc::new(plugin)).unwrap();
+        Domsnap::open(StateDir::new(self.path("state")), registry)
+    }
+
+    fn impatient(mut self) -> Self {
+        self.limits = Limits::default().silence(SILENCE);
+        self
+    }
+
+    /// A revert to `one` while the plug-in does otherwise.
+    async fn reverted(&self) -> snapcore::Result<()> {
+        std::fs::write(self.path("otherwise"), "").unwrap();
+        let done = self
+            .service()
+            .revert(&self.domain(), RevertRequest::new(name("one")), CancellationToken::new())
+            .await;
+        std::fs::remove_file(self.path("otherwise")).unwrap();
+        done.map(drop)
+    }
+
+    /// The error of that; and all is as it was, or is after a recovery by a plug-in that does as it should.
+    async fn refused(&self) -> Error {
+        let error = self.reverted().await.expect_err("it did otherwise, and nobody saw it");
+        let service = self.service();
+        service.recover(Some(&self.domain()), CancellationToken::new()).await.unwrap();
+        self.is_whole(&service, "third").await;
+        error
+    }
+
+    /// The journal is empty, the present is this, and every point is what it was.
+    async fn is_whole(&self, service: &Domsnap, present: &str) {
+        let listing = service.list(&self.domain()).await.unwrap();
+        assert!(listing.unfinished.is_empty(), "{:?}", listing.unfinished);
+        let names: Vec<_> = listing.snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
+        assert_eq!(names, ["one", "two"]);
+        assert_eq!(std::fs::read_to_string(self.path("disk")).unwrap(), present);
+        for (point, content) in [("one", "first"), ("two", "second")] {
+            service
+                .revert(&self.domain(), RevertRequest::new(name(point)), CancellationToken::new())
+                .await
+                .unwrap();
+            assert_eq!(std::fs::read_to_string(self.path("disk")).unwrap(), content);
+        }
+        let findings = service.check(&self.domain()).await.unwrap();
+        let bad: Vec<_> = findings.iter().filter(|found| found.severity > Severity::Note).collect();
+        assert!(bad.is_empty(), "{bad:?}");
+    }
+}
+
+async fn says(otherwise: &str, kind: ErrorKind, words: &[&str]) {
+    expects(House::new(otherwise).await, kind, words).await;
+}
+
+async fn expects(house: House, kind: ErrorKind, words: &[&str]) {
+    let error = house.refused().await;
+    let said = error.to_string();
+    for words in words {
+        assert!(said.contains(words), "{words:?} is not in: {said}");
+    }
+    let fits = error.kind() == kind || error.kind() == ErrorKind::NeedsRecovery;
+    assert!(fits, "{:?}: {said}", error.kind());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_hangs_in_a_step_is_killed() {
+    let house = House::new("instead('apply', lambda was, p, c: time.sleep(3600))").await.impatient();
+    expects(house, ErrorKind::Io, &["said nothing of 'apply' for 4 seconds"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_hangs_before_anything_is_recorded_is_killed() {
+    let house = House::new("instead('plan', lambda was, p, c: time.sleep(3600))").await.impatient();
+    expects(house, ErrorKind::Io, &["said nothing of 'plan'"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_tells_the_same_progress_for_ever_hangs_too() {
+    let otherwise = "def on(was, p, c):\n    while True:\n        c.progress(1, 10)\n        time.sleep(0.1)\n\
+                     instead('apply', on)";
+    let house = House::new(otherwise).await.impatient();
+    expects(house, ErrorKind::Io, &["said nothing of 'apply'"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_is_stopped_is_killed() {
+    let house =
+        House::new("instead('apply', lambda was, p, c: os.kill(0, signal.SIGSTOP))").await.impatient();
+    expects(house, ErrorKind::Io, &["said nothing of '"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_never_says_who_it_is_is_killed() {
+    let house = House::new("time.sleep(3600)").await.impatient();
+    expects(house, ErrorKind::Io, &["said nothing of 'hello'"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_dies_in_a_step_is_told_with_its_last_words() {
+    let otherwise = "def die(was, p, c):\n    sys.stderr.write('the disk is on fire\\n')\n    sys.stderr.flush()\n    \
+                     os._exit(3)\ninstead('apply', die)";
+    says(otherwise, ErrorKind::Io, &["exit status: 3", "its last words: the disk is on fire"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_dies_after_a_step_leaves_it_to_the_recovery() {
+    let otherwise = "def die(was, p, c):\n    was(p, c)\n    os._exit(4)\ninstead('apply', die)";
+    says(otherwise, ErrorKind::Io, &["exit status: 4"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_dies_in_an_undo_leaves_it_to_the_recovery() {
+    let otherwise = "def fail(was, p, c):\n    raise good.Failure('no-space', 'no room')\n\
+                     instead('apply', fail)\ninstead('undo', lambda was, p, c: os._exit(5))";
+    says(otherwise, ErrorKind::NeedsRecovery, &["no room", "exit status: 5", "domsnap recover"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_is_killed_while_it_locks_is_told() {
+    says(
+        "instead('hold', lambda was, p, c: os.kill(os.getpid(), signal.SIGKILL))",
+        ErrorKind::Io,
+        &["signal: 9"],
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_cannot_be_run_is_told() {
+    let house = House::new("pass").await;
+    std::fs::write(house.path("domsnap-backend-dir"), "#!/no/such/interpreter\n").unwrap();
+    let error = house.reverted().await.unwrap_err();
+    assert!(error.to_string().contains("cannot be started"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frame_without_end_is_not_kept_for_ever() {
+    let otherwise = "instead('apply', lambda was, p, c: [raw(b'x' * 65536) for _ in range(1000)])";
+    says(otherwise, ErrorKind::Internal, &["more than 1048576 bytes without an end of line"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_progress_and_of_last_words_is_borne() {
+    let otherwise = "def flood(was, p, c):\n    for n in range(20000):\n        c.progress(n, 20000)\n    for _ in \
+                     range(200):\n        sys.stderr.write('x' * 65536)\n    return was(p, c)\ninstead('apply', flood)";
+    let house = House::new(otherwise).await;
+    house.reverted().await.unwrap();
+    house.is_whole(&house.service(), "first").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_is_not_taken_for_an_answer() {
+    for (line, words) in [
+        ("b'Segmentation fault\\n'", "spoke no JSON-RPC"),
+        ("b'\\xff\\xfe\\x00\\n'", "spoke no JSON-RPC"),
+        ("b'[' * 200000 + b'\\n'", "spoke no JSON-RPC"),
+        ("b'{\"id\":1,\"result\":null}\\n'", "spoke no JSON-RPC 2.0"),
+        ("b'{\"jsonrpc\":\"2.0\",\"id\":\"x\",\"result\":null}\\n'", "without a number"),
+        ("b'{\"jsonrpc\":\"2.0\",\"id\":%d}\\n' % c.number", "neither a result nor an error"),
+        ("b'{\"jsonrpc\":\"2.0\",\"id\":%d,\"error\":7}\\n' % c.number", "told an error wrongly"),
+        ("b'{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"rm\",\"params\":[]}\\n'", "asked what nobody answers"),
+    ] {
+        let otherwise = format!("instead('apply', lambda was, p, c: raw({line}))");
+        says(&otherwise, ErrorKind::Internal, &[words]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_nobody_asked_for_is_a_lie() {
+    let answer = |id: &str| format!("raw(b'{{\"jsonrpc\":\"2.0\",\"id\":%d,\"result\":null}}\\n' % ({id}))");
+    let wrong = format!("instead('apply', lambda was, p, c: {})", answer("c.number + 1000"));
+    says(&wrong, ErrorKind::Internal, &["which nobody asked"]).await;
+    // Answered here, and once more when it is done.
+    let twice = format!("instead('apply', lambda was, p, c: (was(p, c), {}) and None)", answer("c.number"));
+    says(&twice, ErrorKind::Internal, &["which nobody asked"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_of_another_shape_is_a_lie() {
+    for (method, result) in [
+        ("apply", "[1]"),
+        ("status", "'perhaps'"),
+        ("plan", "{'steps': 7}"),
+        ("inspect", "None"),
+        ("hold", "{'hold': 5}"),
+        ("hold", "{'hold': ''}"),
+    ] {
+        let otherwise = format!("instead({method:?}, lambda was, p, c: {result})");
+        says(&otherwise, ErrorKind::Internal, &["answered", "with what cannot be"]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_is_said_to_be_done_and_is_not_is_undone() {
+    says(
+        "instead('apply', lambda was, p, c: None)",
+        ErrorKind::Internal,
+        &["it succeeded, and its status is NotDone"],
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_that_would_change_what_is_not_its_disks_is_refused() {
+    let id = "00000000-0000-7000-8000-000000000000";
+    for (change, words) in [
+        ("plan['steps'][0]['target'] = 'vdb'", "of another disk: vdb".to_owned()),
+        ("plan['steps'].reverse()", "not sorted by group".to_owned()),
+        (
+            &format!("plan['commit'] = [{{'edit': 'remove-snapshot', 'id': '{id}'}}]"),
+            "not its disk's".to_owned(),
+        ),
+        ("plan['commit'] = [{'edit': 'set-current', 'id': None}]", "not its disk's".to_owned()),
+        (
+            "plan['commit'] = [{'edit': 'set-active', 'target': 'vdb', 'layer': 'x'}]",
+            "another disk: vdb".to_owned(),
+        ),
+        (
+            "plan['commit'] = [{'edit': 'set-path', 'target': 'vda', 'path': 'relative'}]",
+            "no absolute path".to_owned(),
+        ),
+        (
+            "plan['commit'] = [{'edit': 'set-path', 'target': 'vda', 'path': '/a/../etc/x'}]",
+            "no absolute path".to_owned(),
+        ),
+        ("plan['point'] = {'layer': 'disk', 'tag': 'x'}", "a point that nobody asked for".to_owned()),
+        (
+            "plan['instant'] = {'take': 'overlay', 'file': '/etc/shadow', 'format': 'raw'}",
+            "takes a running domain's disk itself".to_owned(),
+        ),
+        ("plan['steps'][0]['inside'] = True", "inside an instant that there is not".to_owned()),
+        ("plan['steps'][0]['deferrable'] = True", "can be put off".to_owned()),
+        ("plan['steps'][0]['action'] = 'x' * 100000", "longer than 65536 bytes".to_owned()),
+        ("plan['steps'] *= 6000", "more than a disk can have".to_owned()),
+    ] {
+        let otherwise = format!(
+            "def lie(was, p, c):\n    plan = was(p, c)\n    {change}\n    return plan\ninstead('plan', lie)"
+        );
+        says(&otherwise, ErrorKind::Internal, &[&words]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_that_cannot_be_is_refused() {
+    for (change, words) in [
+        ("state['target'] = 'vdb'", "another disk"),
+        ("state['active'] = 'other'", "was asked for as disk"),
+        ("state['layers'] = []", "is not there"),
+        ("state['layers'] *= 2", "one name"),
+        ("state['layers'][0]['backing'] = 'disk'", "a loop"),
+        ("state['layers'][0]['backing'] = 'nowhere'", "which is not there"),
+        ("state['layers'][0]['file'] = 'etc/passwd'", "no absolute path"),
+        ("state['layers'][0]['internal'] *= 2", "one tag"),
+    ] {
+        let otherwise = format!(
+            "def lie(was, p, c):\n    state = was(p, c)\n    {change}\n    return state\ninstead('inspect', lie)"
+        );
+        says(&otherwise, ErrorKind::Internal, &[words]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_another_than_was_asked_for_is_not_taken_in() {
+    let house = House::new("instead('adopt', lambda was, p, c: {**was(p, c), 'path': '/etc/passwd'})").await;
+    std::fs::write(house.path("otherwise"), "").unwrap();
+    std::fs::write(house.path("other"), "x").unwrap();
+    let spec = DomainSpec::new(DomainName::new("db").unwrap()).disk(
+        Target::new("vda").unwrap(),
+        house.path("other"),
+        "dir",
+    );
+    let service = house.service();
+    let error = service.domain_add(&spec).await.unwrap_err();
+    assert!(error.to_string().contains("took in another disk"), "{error}");
+    assert_eq!(service.domains().await.unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn manifests_go_to_no_directory_that_may_be_somebody_elses() {
+    let house = House::new(
+        "instead('manifest_directory', lambda was, p, c: os.path.dirname(p['disk']['path']) + '/etc')",
+    )
+    .await;
+    std::fs::create_dir(house.path("etc")).unwrap();
+    std::fs::write(house.path("etc/domain.json"), "mine").unwrap();
+    // It is killed for it; where the manifests are is known without it.
+    let _ = house.reverted().await;
+    assert_eq!(std::fs::read_dir(house.path("etc")).unwrap().count(), 1);
+    assert_eq!(std::fs::read_to_string(house.path("etc/domain.json")).unwrap(), "mine");
+    let service = house.service();
+    service.recover(Some(&house.domain()), CancellationToken::new()).await.unwrap();
+    let present = std::fs::read_to_string(house.path("disk")).unwrap();
+    assert!(present == "first" || present == "third", "{present}");
+    house.is_whole(&service, &present).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_is_another_than_its_name_says_is_not_used() {
+    for (change, words) in [
+        ("hello['protocol'] = 99", "speaks the protocol 99"),
+        ("hello['format'] = 'qcow2'", "serves the format \"qcow2\""),
+        ("hello['capabilities']['internal'] = False", "can take no point"),
+        ("hello['capabilities']['ways'] = ['internal']", "no words of their own"),
+        ("hello['capabilities']['max_depth'] = -1", "with what cannot be"),
+    ] {
+        let otherwise = format!(
+            "def lie(was, p, c):\n    hello = was(p, c)\n    {change}\n    return hello\ninstead('hello', lie)"
+        );
+        says(&otherwise, ErrorKind::Internal, &[words]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_is_told_as_it_is_but_never_as_what_only_domsnap_can_say() {
+    for (kind, told) in [
+        ("no-space", ErrorKind::NoSpace),
+        ("needs-recovery", ErrorKind::Io),
+        ("cancelled", ErrorKind::Io),
+        ("internal", ErrorKind::Internal),
+    ] {
+        let otherwise = format!(
+            "def fail(was, p, c):\n    raise good.Failure('{kind}', 'it \\x1b[31mfailed', 'try\\nagain')\ninstead('apply', fail)"
+        );
+        let house = House::new(&otherwise).await;
+        let error = house.refused().await;
+        assert_eq!(error.kind(), told, "{error}");
+        assert!(error.to_string().contains("the plug-in dir says: it  [31mfailed"), "{error}");
+        assert!(error.to_string().contains("try again"), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn methods_that_are_not_needed_need_not_be_known_and_others_must() {
+    let house = House::new("del good.METHODS['salvage']").await;
+    house.reverted().await.unwrap();
+    house.is_whole(&house.service(), "first").await;
+    says(
+        "del good.METHODS['undo']\ninstead('apply', lambda was, p, c: 1 / 0)",
+        ErrorKind::NeedsRecovery,
+        &["a method that every plug-in must"],
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_plug_in_started_ends_with_it() {
+    let otherwise = "import subprocess\ndef hang(was, p, c):\n    child = subprocess.Popen(['sleep', '3600'])\n    \
+                     open(os.path.dirname(p['disk']['disk']['path'] if 'disk' in p['disk'] else p['disk']['path']) + \
+                     '/child', 'w').write(str(child.pid))\n    time.sleep(3600)\ninstead('apply', hang)";
+    let house = House::new(otherwise).await.impatient();
+    house.refused().await;
+    let child = std::fs::read_to_string(house.path("child")).unwrap();
+    let there = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+    let gone = there.is_empty() || there.contains(") Z ");
+    assert!(gone, "the plug-in's child goes on: {there}");
+}

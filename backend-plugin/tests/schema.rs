@@ -1,0 +1,33 @@
+//! The checked-in schema is the protocol's.
+
+use backend_plugin::protocol;
+
+#[test]
+fn the_schema_that_authors_read_is_the_one_that_is_spoken() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/plugin-schema.json");
+    let spoken = serde_json::to_string_pretty(&protocol::schema()).unwrap() + "\n";
+    if std::env::var_os("BLESS").is_some() {
+        std::fs::write(file, &spoken).unwrap();
+    }
+    let written = std::fs::read_to_string(file).unwrap();
+    assert!(
+        written == spoken,
+        "docs/plugin-schema.json is not the protocol's: write it anew with BLESS=1, and think of the plug-ins that speak the \
+         old one"
+    );
+}
+
+#[test]
+fn the_schema_has_every_method() {
+    let schema = protocol::schema();
+    let methods = schema["properties"].as_object().unwrap();
+    for method in
+        ["hello", "adopt", "plan", "apply", "undo", "status", "hold", "release", "progress", "cancel"]
+    {
+        assert!(methods.contains_key(method), "{method} is missing");
+    }
+    let step = &schema["$defs"]["PlannedStep"]["properties"];
+    for field in ["group", "target", "action", "summary", "bytes", "edits"] {
+        assert!(!step[field].is_null(), "a planned step's {field} is missing: {step}");
+    }
+}
