@@ -44,6 +44,9 @@ pub struct Global {
     /// The longest chain of layers that is followed or made [default: 200]
     #[arg(long, value_name = "LAYERS", global = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_depth: Option<u32>,
+    /// The area of a thick volume's snapshot, in percent of the volume [default: 20]
+    #[arg(long, value_name = "PERCENT", global = true, value_parser = clap::value_parser!(u32).range(1..=200))]
+    pub lvm_area: Option<u32>,
     /// Answer with one JSON document on standard output
     #[arg(long, global = true)]
     pub json: bool,

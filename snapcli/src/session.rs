@@ -4,6 +4,7 @@ use std::cell::{OnceCell, RefCell};
 use std::future::Future;
 use std::sync::Arc;
 
+use backend_lvm::Lvm;
 use backend_qcow2::Qcow2;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::service::{Domsnap, StateDir};
@@ -29,6 +30,11 @@ pub fn registry(global: &Global) -> Result<Registry> {
     let mut registry = Registry::new();
     registry.register(Arc::new(qcow2))?;
     backend_raw::register(&mut registry)?;
+    let mut lvm = Lvm::new();
+    if let Some(percent) = global.lvm_area {
+        lvm = lvm.area_percent(percent);
+    }
+    registry.register(Arc::new(lvm))?;
     hypervisor_qemu::register(&mut registry);
     Ok(registry)
 }

@@ -88,14 +88,17 @@ pub(super) struct Intake {
 pub(super) fn canonical(path: &Utf8Path) -> Result<Utf8PathBuf> {
     let found = path.symlink_metadata();
     if let Ok(found) = &found {
-        if found.is_symlink() {
+        let leads_to_device = path.metadata().is_ok_and(|found| found.file_type().is_block_device());
+        if found.is_symlink() && leads_to_device {
+            // The lasting names of block devices are links; what they lead to is called otherwise after the next boot.
+        } else if found.is_symlink() {
             return Err(Error::new(ErrorKind::Refused, format!("the image path {path} is a symbolic link"))
                 .state("nothing was touched")
                 .advise(
                     "give the path that it leads to: backing names are relative to the image's own directory",
                 ));
         }
-        if !found.is_file() && !found.file_type().is_block_device() {
+        if !found.is_file() && !found.file_type().is_block_device() && !leads_to_device {
             return Err(Error::new(ErrorKind::Usage, format!("{path} is no image: it is no file"))
                 .advise("give the path of a disk image"));
         }

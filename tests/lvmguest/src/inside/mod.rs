@@ -1,8 +1,10 @@
 //! In the machine: volume groups, volumes, and what they hold.
 
+mod domsnap;
 mod program;
 mod volume;
 
+pub use domsnap::{asked, domsnap, done, refused, snapshots};
 pub use program::{Output, run, succeed};
 pub use volume::{Volume, fill, read_block, write_block};
 

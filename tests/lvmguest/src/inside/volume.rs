@@ -19,7 +19,7 @@ pub struct Volume {
 }
 
 impl Volume {
-    /// A thick one of so many MiB.
+    /// A thick one of so many MiB, blank: lvm leaves in it what another volume had there.
     ///
     /// # Errors
     /// lvm's own.
@@ -34,7 +34,13 @@ impl Volume {
             &format!("{mib}M"),
             group,
         ]))?;
-        Ok(Self { group: group.to_owned(), name: name.to_owned() })
+        let volume = Self { group: group.to_owned(), name: name.to_owned() };
+        let device = File::options().write(true).open(volume.path())?;
+        for at in 0..u64::from(mib) {
+            device.write_all_at(&[0; 1 << 20], at << 20)?;
+        }
+        device.sync_all()?;
+        Ok(volume)
     }
 
     /// A thin one of so many MiB, in a pool of the group.
@@ -54,7 +60,13 @@ impl Volume {
             "--thinpool",
             &pool,
         ]))?;
-        Ok(Self { group: group.to_owned(), name: name.to_owned() })
+        OkSelf { group: group.to_owned(), name: name.to_owned() };
+        let device = File::options().write(true).open(volume.path())?;
+        for at in 0..u64::from(mib) {
+            device.write_all_at(&[0; 1 << 20], at << 20)?;
+        }
+        device.sync_all()?;
+        Ok(volume)
     }
 
     /// `/dev/GROUP/NAME`.

@@ -1,10 +1,14 @@
-//! Real volume groups: statements about the machine that these tests run in.
+//! `domsnap` on real logical volumes: each group of statements is one boot of the machine that they hold in.
+
+mod crash;
+mod matrix;
+mod trouble;
 
 use std::process::{Command, ExitCode};
 
 use anyhow::{Result, ensure};
 use lvmguest::inside::{self, Volume, read_block, run, succeed, write_block};
-use lvmguest::{Group, Machine, main as run_groups};
+use lvmguest::{Group, Machine};
 
 fn thick_snapshots_are_real() -> Result<()> {
     let disk = &inside::disks()?[0];
@@ -27,15 +31,22 @@ fn disks_are_blank_before_each_statement() -> Result<()> {
     Ok(())
 }
 
-static GROUPS: [Group; 1] = [Group::new(
-    "the machine has real snapshots of volumes",
-    Machine::new,
-    &[
-        ("thick snapshots are real", thick_snapshots_are_real),
-        ("disks are blank before each statement", disks_are_blank_before_each_statement),
-    ],
-)];
+static GROUPS: [Group; 6] = [
+    Group::new(
+        "the machine has real snapshots of volumes",
+        Machine::new,
+        &[
+            ("thick snapshots are real", thick_snapshots_are_real),
+            ("disks are blank before each statement", disks_are_blank_before_each_statement),
+        ],
+    ),
+    Group::new("thin volumes", Machine::new, matrix::THIN),
+    Group::new("thick volumes", Machine::new, matrix::THICK),
+    Group::new("volumes under a real udev", || Machine::new().udev(true), matrix::UDEV),
+    Group::new("volumes in trouble", Machine::new, trouble::STATEMENTS),
+    Group::new("volumes and crashes", Machine::new, crash::STATEMENTS),
+];
 
 fn main() -> ExitCode {
-    run_groups(&GROUPS)
+    lvmguest::main(&GROUPS)
 }

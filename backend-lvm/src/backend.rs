@@ -1,0 +1,296 @@
+//! [`DiskSnapshotter`] for logical volumes.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::{
+    ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
+    DiskSnapshotter, DiskState, Error, ErrorKind, FileIdentity, Finding, Guard, InspectDepth, LayerName,
+    Point, PointKind, Result, Salvage, Snapshot, Step, StepContext, StepStatus, file_identity,
+};
+
+use crate::command::{Commands, Lvm2, Runner};
+use crate::hold::Holds;
+use crate::layers::{self, volume_of};
+use crate::names::Volume;
+use crate::plan::{self, Reserved};
+use crate::report::Kind;
+use crate::rules::Rules;
+use crate::steps::{LvmStep, Place, wait_closed};
+use crate::{check, device, discover};
+
+/// Where manifests are, since nothing can lie beside a volume.
+const MANIFESTS: &str = "/var/lib/domsnap/lvm";
+
+/// More points than anybody takes: no point stands on another.
+const MAX_DEPTH: u32 = 1 << 20;
+
+/// Disks that are logical volumes.
+pub struct Lvm {
+    inner: Arc<Inner>,
+    manifests: Utf8PathBuf,
+}
+
+struct Inner {
+    lvm: Lvm2,
+    rules: Rules,
+    holds: Holds,
+    reserved: Mutex<Reserved>,
+}
+
+impl Default for Lvm {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Lvm {
+    /// By the lvm2 of this machine, with the usual rules.
+    pub fn new() -> Self {
+        Self::by(Arc::new(Commands))
+    }
+
+    /// By commands that `runner` runs.
+    pub fn by(runner: Arc<dyn Runner>) -> Self {
+        let inner = Inner {
+            lvm: Lvm2::new(runner),
+            rules: Rules::default(),
+            holds: Holds::default(),
+            reserved: Mutex::default(),
+        };
+        Self { inner: Arc::new(inner), manifests: MANIFESTS.into() }
+    }
+
+    /// Makes the areas of thick snapshots so large, in percent of the volume.
+    #[must_use]
+    pub fn area_percent(self, percent: u32) -> Self {
+        self.with(|rules| rules.cow_percent = percent)
+    }
+
+    /// Takes no more points in thin pools whose data, or metadata, is so full, in percent.
+    #[must_use]
+    pub fn pool_limits(self, data: u32, metadata: u32) -> Self {
+        self.with(|rules| (rules.pool_data_percent, rules.pool_metadata_percent) = (data, metadata))
+    }
+
+    /// Keeps manifests below `directory`.
+    #[must_use]
+    pub fn manifests(mut self, directory: impl Into<Utf8PathBuf>) -> Self {
+        self.manifests = directory.into();
+        self
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Rules)) -> Self {
+        // Nobody else has it before it is registered.
+        if let Some(inner) = Arc::get_mut(&mut self.inner) {
+            change(&mut inner.rules);
+        }
+        self
+    }
+
+    /// Runs `work` on a blocking thread: it waits for other programs.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let inner = Arc::clone(&self.inner);
+        match tokio::task::spawn_blocking(move || work(&inner)).await {
+            Ok(outcome) => outcome,
+            Err(failure) => {
+                Err(Error::new(ErrorKind::Internal, "the work on a volume broke off").because(failure))
+            }
+        }
+    }
+
+    async fn step<T: Send + 'static>(
+        &self,
+        step: &Step,
+        context: StepContext<'_>,
+        work: impl FnOnce(&Place<'_>, &LvmStep) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let action: LvmStep = serde_json::from_value(step.action.clone()).map_err(|error| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("the journal has a step that this backend does not know: {}", step.action),
+            )
+            .because(error)
+            .advise("it was written by another version of domsnap: recover with that one")
+        })?;
+        let path = context.disk.disk.path.clone();
+        let volume = volume_of(context.disk)?;
+        self.blocking(move |inner| {
+            let hold = inner.holds.of(&volume);
+            let place = Place { lvm: &inner.lvm, volume: &volume, path: &path, hold: hold.as_deref() };
+            work(&place, &action)
+        })
+        .await
+    }
+}
+
+/// The identity of what the path leads to now.
+fn identity(path: &Utf8Path) -> Option<FileIdentity> {
+    path.metadata().ok().map(|about| file_identity(&about))
+}
+
+#[async_trait]
+impl DiskSnapshotter for Lvm {
+    fn format(&self) -> &str {
+        "lvm"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(PointKind::External, MAX_DEPTH).live()
+    }
+
+    fn recognises(&self, path: &Utf8Path, open_format: Option<&str>) -> bool {
+        let is_raw = matches!(open_format, None | Some("raw" | "lvm"));
+        open_format == Some("lvm") || (is_raw && device::is_volume(path))
+    }
+
+    async fn adopt(&self, disk: &Disk, _: ActivePath) -> Result<DiskRecord> {
+        let disk = disk.clone();
+        self.blocking(move |inner| {
+            let volume = Volume::of_path(&disk.path)?;
+            layers::adopt(&disk, &volume, &*inner.lvm.group(&volume.group)?)
+        })
+        .await
+    }
+
+    async fn inspect(
+        &self,
+        disk: &DiskRecord,
+        _: InspectDepth,
+        _: Option<&dyn AttachedDisk>,
+    ) -> Result<DiskState> {
+        let disk = disk.clone();
+        self.blocking(move |inner| {
+            let volume = volume_of(&disk)?;
+            layers::state(&disk, &volume, &*inner.lvm.group(&volume.group)?)
+        })
+        .await
+    }
+
+    async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
+        let (mut copy, known) = (record.clone(), known.to_vec());
+        let (copy, found) = self
+            .blocking(move |inner| {
+                let volume = volume_of(&copy)?;
+                let group = inner.lvm.group(&volume.group)?;
+                let found = discover::discover(&mut copy, &known, &volume, &group);
+                Ok((copy, found))
+            })
+            .await?;
+        *record = copy;
+        Ok(found)
+    }
+
+    async fn plan(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        _: ActivePath,
+        request: &DiskRequest,
+    ) -> Result<DiskPlan> {
+        let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
+        self.blocking(move |inner| {
+            let volume = volume_of(&disk)?;
+            let group = inner.lvm.group(&volume.group)?;
+            let mut reserved = inner.reserved.lock().unwrap_or_else(PoisonError::into_inner);
+            let (plan, takes) =
+                plan::plan(&disk, &volume, &group, &state, &inner.rules, &reserved, &request)?;
+            reserved.insert(volume, takes);
+            Ok(plan)
+        })
+        .await
+    }
+
+    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+        let open = match attached {
+            Some(disk) => disk.open_files().await?,
+            None => std::collections::HashSet::new(),
+        };
+        let disk = disk.clone();
+        self.blocking(move |inner| {
+            let volume = volume_of(&disk)?;
+            let hold = inner.holds.begin(&volume)?;
+            inner.reserved.lock().unwrap_or_else(PoisonError::into_inner).remove(&volume);
+            let by_its_hypervisor = identity(&disk.disk.path).is_some_and(|id| open.contains(&id));
+            if !by_its_hypervisor {
+                let group = inner.lvm.group(&volume.group)?;
+                if group.row(&volume.name).is_some_and(|row| row.open) {
+                    wait_closed(&inner.lvm, &volume, "nobody else may use it meanwhile")?;
+                }
+            }
+            Ok(Box::new(hold) as Guard)
+        })
+        .await
+    }
+
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+        Ok(vec![ChainFile { file: disk.disk.path.clone(), format: "raw".to_owned() }])
+    }
+
+    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        self.step(step, context, |place, action| place.apply(action)).await
+    }
+
+    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        self.step(step, context, |place, action| place.undo(action)).await
+    }
+
+    async fn salvage(&self, step: &Step, _: bool, context: StepContext<'_>) -> Result<Salvage> {
+        self.step(step, context, |place, action| place.salvage(action)).await
+    }
+
+    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
+        self.step(step, context, |place, action| place.status(action)).await
+    }
+
+    async fn check(&self, disk: &DiskRecord, _: &DiskState) -> Result<Vec<Finding>> {
+        let disk = disk.clone();
+        self.blocking(move |inner| {
+            let volume = volume_of(&disk)?;
+            Ok(check::check(&disk, &volume, &*inner.lvm.group(&volume.group)?, &inner.rules))
+        })
+        .await
+    }
+
+    async fn cost_of_delete(
+        &self,
+        disk: &DiskRecord,
+        _: &DiskState,
+        drop: &[Point],
+        keep: &[Point],
+    ) -> Result<DeleteCost> {
+        let (disk, drop, keep) = (disk.clone(), drop.to_vec(), keep.to_vec());
+        self.blocking(move |inner| {
+            let volume = volume_of(&disk)?;
+            let group = inner.lvm.group(&volume.group)?;
+            // Of a thin one nobody knows which blocks are its alone.
+            let frees = drop
+                .iter()
+                .filter(|point| !keep.contains(point))
+                .filter_map(|point| group.row(point.layer.as_str()))
+                .filter(|row| row.kind == Kind::ThickSnapshot)
+                .map(|row| row.size)
+                .sum();
+            Ok(DeleteCost { frees, moves: 0 })
+        })
+        .await
+    }
+
+    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
+        match Volume::of_path(&disk.path) {
+            Ok(volume) => self.manifests.join(volume.group).join(format!("{}.domsnap", volume.name)),
+            Err(_) => self.manifests.join("unnamed"),
+        }
+    }
+
+    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
+        match volume_of(disk) {
+            Ok(volume) if *layer != volume.layer() => layers::file(&volume, layer),
+            _ => disk.disk.path.clone(),
+        }
+    }
+}

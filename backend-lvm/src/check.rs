@@ -1,0 +1,113 @@
+//! What is wrong with a disk's volumes, their pool and their group.
+
+use snapcore::{DiskRecord, Finding, Severity, shown_size};
+
+use crate::names::Volume;
+use crate::report::{Group, Kind, Row};
+use crate::rules::{Rules, WARN_PERCENT};
+
+/// What of a thick snapshot's area is worth a word: that it overflowed, or will.
+pub(crate) fn area_warning(volume: &Volume, row: &Row) -> Option<(Severity, String)> {
+    if row.kind != Kind::ThickSnapshot {
+        return None;
+    }
+    let name = format!("{}/{}", volume.group, row.name);
+    if row.invalid {
+        return Some((
+            Severity::Error,
+            format!("{name} overflowed: its area was full, and what it held is lost; delete the snapshot"),
+        ));
+    }
+    let full = row.data.filter(|data| data.reaches(WARN_PERCENT))?;
+    // It never needs more than its origin has, and lvm grows it no further.
+    let more = shown_size(row.size);
+    Some((
+        Severity::Warning,
+        format!(
+            "{name} has {full} of its {} in use: when it is full it is lost; give it more: 'lvextend -L+{}b {name}' (another \
+             {more}), or let dmeventd do so: snapshot_autoextend_threshold in lvm.conf",
+            shown_size(row.size),
+            row.size
+        ),
+    ))
+}
+
+/// Everything.
+pub(crate) fn check(record: &DiskRecord, volume: &Volume, group: &Group, rules: &Rules) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut find = |severity, subject: &str, message: String| {
+        findings.push(Finding { severity, subject: subject.to_owned(), message });
+    };
+    let Some(present) = group.row(&volume.name) else {
+        find(Severity::Error, &volume.to_string(), "the volume is not there".to_owned());
+        return findings;
+    };
+    if group.missing > 0 {
+        let words = format!("{} of the group's physical volumes are missing", group.missing);
+        find(Severity::Error, &group.name, words);
+    }
+    let concerned = |row: &&Row| {
+        row.name == volume.name
+            || record.owned.contains(&row.layer())
+            || (row.told().ours && volume.is_point(&row.name))
+    };
+    for row in group.rows.iter().filter(concerned) {
+        let subject = format!("{}/{}", group.name, row.name);
+        if let Some((severity, words)) = area_warning(volume, row) {
+            find(severity, &subject, words);
+        }
+        if !row.health.is_empty() {
+            find(Severity::Error, &subject, format!("lvm says of it: {}", row.health));
+        }
+        if row.merge_failed {
+            find(Severity::Error, &subject, "a merge into it failed; 'dmesg' may say why".to_owned());
+        }
+        if row.merging {
+            let words = "lvm is merging a snapshot, or will at the volume's next activation";
+            find(Severity::Warning, &subject, words.to_owned());
+        }
+        if row.suspended {
+            let words =
+                "it is suspended: who reads or writes it waits; 'dmsetup resume' lets it go on".to_owned();
+            find(Severity::Error, &subject, words);
+        }
+    }
+    if let Some(pool) = group.pool_of(present) {
+        let subject = format!("{}/{}", group.name, pool.name);
+        if !pool.health.is_empty() {
+            find(Severity::Error, &subject, format!("lvm says of the pool: {}", pool.health));
+        }
+        if let Some(words) = pool_full(group, pool, rules) {
+            find(Severity::Warning, &subject, words);
+        }
+    }
+    let leftovers = group.rows.iter().filter(|row| row.told().ours && volume.is_passing(&row.name));
+    for row in leftovers {
+        let words =
+            "it was left by an operation that stopped half way; 'domsnap recover' removes it".to_owned();
+        find(Severity::Note, &format!("{}/{}", group.name, row.name), words);
+    }
+    findings
+}
+
+/// Why no more points are taken in a pool, with figures.
+pub(crate) fn pool_full(group: &Group, pool: &Row, rules: &Rules) -> Option<String> {
+    let name = format!("{}/{}", group.name, pool.name);
+    if let Some(data) = pool.data.filter(|data| data.reaches(rules.pool_data_percent)) {
+        return Some(format!(
+            "the thin pool {name} has {data} of its {} of data in use, and {} % is the limit: when it is full, writers wait \
+             or fail; give it more: 'lvextend -L+SIZE {name}' ({} is free in the group)",
+            shown_size(pool.size),
+            rules.pool_data_percent,
+            shown_size(group.free)
+        ));
+    }
+    let metadata = pool.metadata.filter(|metadata| metadata.reaches(rules.pool_metadata_percent))?;
+    let size = pool.metadata_size.map_or_else(String::new, |size| format!(" of its {}", shown_size(size)));
+    Some(format!(
+        "the thin pool {name} has {metadata}{size} of metadata in use, and {} % is the limit: when it is full, the pool must be \
+         repaired; give it more: 'lvextend --poolmetadatasize +SIZE {name}' ({} is free in the group)",
+        rules.pool_metadata_percent,
+        shown_size(group.free)
+    ))
+}

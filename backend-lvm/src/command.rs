@@ -1,0 +1,232 @@
+//! lvm2's commands: found, run, and what they answer.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::os::unix::process::CommandExt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::{Error, ErrorKind, Result};
+
+use crate::report::{self, FIELDS, Group};
+
+/// Where lvm2 is looked for: the caller's PATH has no say in what runs as root.
+const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+
+/// Within which a report must come.
+const REPORT: Duration = Duration::from_secs(120);
+
+/// Within which metadata must be changed.
+pub(crate) const CHANGE: Duration = Duration::from_secs(300);
+
+/// Within which a merge must have moved its data.
+pub(crate) const MERGE: Duration = Duration::from_secs(24 * 3600);
+
+/// How long a report is good for, as long as this process changes nothing: one operation asks for several disks of a group.
+const FRESH: Duration = Duration::from_secs(5);
+
+/// One command of lvm2.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// The command and its arguments: `lvcreate`, `-s`, ...
+    pub words: &'a [String],
+    /// Within which it must end.
+    pub deadline: Duration,
+    /// What it has as its standard input: a lock that lasts until it ends, even where this process does not see that.
+    pub lock: Option<&'a File>,
+}
+
+/// What a command answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// Its exit status; none if a signal ended it.
+    pub status: Option<i32>,
+    /// What it wrote.
+    pub stdout: String,
+    /// What it said besides.
+    pub stderr: String,
+}
+
+/// Who runs lvm2's commands.
+pub trait Runner: Send + Sync {
+    /// Runs one to its end, whatever that is.
+    ///
+    /// # Errors
+    /// It cannot be found or started, or does not end in time.
+    fn run(&self, call: &Call<'_>) -> Result<Answer>;
+}
+
+/// The lvm2 of this machine.
+#[derive(Debug, Default)]
+pub struct Commands;
+
+impl Runner for Commands {
+    fn run(&self, call: &Call<'_>) -> Result<Answer> {
+        let program = find()?;
+        let shown = format!("lvm {}", call.words.join(" "));
+        let failed = |what: &str, error: std::io::Error| {
+            Error::new(ErrorKind::Io, format!("{shown}: {what}")).because(error)
+        };
+        // Files, not pipes: a child that outlives this process must not die of what it says in the middle of its work.
+        let (stdout, stderr) = (tempfile::tempfile(), tempfile::tempfile());
+        let (mut stdout, mut stderr) = match (stdout, stderr) {
+            (Ok(stdout), Ok(stderr)) => (stdout, stderr),
+            (Err(error), _) | (_, Err(error)) => return Err(failed("its output has no place", error)),
+        };
+        let copy = |file: &File| file.try_clone().map_err(|error| failed("its output has no place", error));
+        let expression = duct::cmd(program.as_std_path(), call.words)
+            .env("LC_ALL", "C")
+            .env("LVM_SUPPRESS_FD_WARNINGS", "1")
+            .dir("/")
+            .stdout_file(copy(&stdout)?)
+            .stderr_file(copy(&stderr)?)
+            .unchecked()
+            // An interrupt from the terminal is this process's to hear; half a command leaves a volume suspended.
+            .before_spawn(|command| {
+                command.process_group(0);
+                Ok(())
+            });
+        let expression = match call.lock {
+            Some(lock) => expression.stdin_file(copy(lock)?),
+            None => expression.stdin_null(),
+        };
+        tracing::debug!(command = %shown, "running");
+        let handle = expression.start().map_err(|error| failed("it cannot be started", error))?;
+        let status = match handle.wait_timeout(call.deadline) {
+            Ok(Some(output)) => output.status,
+            Ok(None) => {
+                // It is left alone: killed, it might leave a volume suspended; it has the lock until it ends.
+                std::mem::forget(handle);
+                return Err(Error::new(
+                    ErrorKind::Io,
+                    format!("{shown}: it has not ended after {} s, and was left alone", call.deadline.as_secs()),
+                )
+                .advise(
+                    "see what it waits for ('dmsetup info' shows suspended devices, 'lvs -a' the state of volumes); when it \
+                     has ended, run 'domsnap recover'",
+                ));
+            }
+            Err(error) => return Err(failed("waiting for it failed", error)),
+        };
+        let read = |file: &mut File| -> std::io::Result<String> {
+            let mut bytes = Vec::new();
+            file.rewind()?;
+            file.read_to_end(&mut bytes)?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        let unread = |error| failed("its output cannot be read", error);
+        Ok(Answer {
+            status: status.code(),
+            stdout: read(&mut stdout).map_err(unread)?,
+            stderr: read(&mut stderr).map_err(unread)?,
+        })
+    }
+}
+
+fn find() -> Result<Utf8PathBuf> {
+    let found = DIRECTORIES.iter().map(|directory| Utf8Path::new(directory).join("lvm"));
+    found.into_iter().find(|file| file.is_file()).ok_or_else(|| {
+        Error::new(ErrorKind::Unsupported, format!("there is no lvm in {}", DIRECTORIES.join(", ")))
+            .advise("install lvm2 (Debian, Fedora: the package lvm2)")
+    })
+}
+
+/// lvm2, asked and told; what it said last of each group is kept for a moment.
+pub(crate) struct Lvm2 {
+    runner: Arc<dyn Runner>,
+    known: Mutex<HashMap<String, (Instant, Arc<Group>)>>,
+}
+
+impl Lvm2 {
+    pub(crate) fn new(runner: Arc<dyn Runner>) -> Self {
+        Self { runner, known: Mutex::default() }
+    }
+
+    /// A group and all its volumes, as it was at most a moment ago.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is no such group, or it has no volumes.
+    pub(crate) fn group(&self, name: &str) -> Result<Arc<Group>> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        match known.get(name) {
+            Some((at, group)) if at.elapsed() < FRESH => Ok(Arc::clone(group)),
+            _ => {
+                drop(known);
+                self.group_now(name)
+            }
+        }
+    }
+
+    /// A group and all its volumes, as it is.
+    pub(crate) fn group_now(&self, name: &str) -> Result<Arc<Group>> {
+        let words = [
+            "lvs",
+            "-a",
+            "--reportformat",
+            "json",
+            "--units",
+            "b",
+            "--nosuffix",
+            "--binary",
+            "--config",
+            "report/time_format=\"%s\"",
+            "-o",
+            FIELDS,
+            name,
+        ];
+        let words = words.map(str::to_owned);
+        let answer = self.runner.run(&Call { words: &words, deadline: REPORT, lock: None })?;
+        if answer.status != Some(0) {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("lvm does not report the volume group {name}: {}", said(&answer)),
+            )
+            .state("nothing was touched")
+            .advise("check the group's name and whether its devices are there: 'vgs', 'pvs'"));
+        }
+        let group = report::parse(&answer.stdout)?.ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("the volume group {name} has no volumes"))
+        })?;
+        let group = Arc::new(group);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.insert(name.to_owned(), (Instant::now(), Arc::clone(&group)));
+        Ok(group)
+    }
+
+    /// Changes something in a group; what was known of it is known no more.
+    ///
+    /// # Errors
+    /// What lvm said.
+    pub(crate) fn change(
+        &self,
+        group: &str,
+        words: &[String],
+        deadline: Duration,
+        lock: Option<&File>,
+    ) -> Result<()> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(group);
+        let answer = self.runner.run(&Call { words, deadline, lock });
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(group);
+        let answer = answer?;
+        match answer.status {
+            Some(0) => Ok(()),
+            _ => Err(Error::new(ErrorKind::Io, format!("lvm {}: {}", words.join(" "), said(&answer)))),
+        }
+    }
+}
+
+/// What a command that failed said, in one line: without what is only a warning.
+fn said(answer: &Answer) -> String {
+    let noise = |line: &&str| !line.is_empty() && !line.starts_with("WARNING") && !line.contains("lvmpolld");
+    let lines: Vec<&str> = answer.stderr.lines().map(str::trim).filter(noise).collect();
+    let status = match answer.status {
+        Some(status) => format!("status {status}"),
+        None => "ended by a signal".to_owned(),
+    };
+    match lines.is_empty() {
+        true => status,
+        false => format!("{} ({status})", lines.join(" ")),
+    }
+}

@@ -1,0 +1,80 @@
+//! Points that the catalogue does not know: by their tags, and snapshots that other tools made of the volume.
+
+use jiff::Timestamp;
+use snapcore::{Consistency, DiskPoint, DiskRecord, Point, Snapshot, SnapshotId, SnapshotName};
+
+use crate::names::Volume;
+use crate::report::{Group, Kind, Row};
+
+/// Snapshots of those that `known` does not have, oldest first. They become ours.
+pub(crate) fn discover(
+    record: &mut DiskRecord,
+    known: &[Point],
+    volume: &Volume,
+    group: &Group,
+) -> Vec<Snapshot> {
+    let ours = |row: &Row| row.told().ours && volume.is_point(&row.name);
+    let foreign = |row: &Row| {
+        row.origin.as_deref() == Some(volume.name.as_str())
+            && matches!(row.kind, Kind::Thin | Kind::ThickSnapshot)
+            && !row.told().ours
+            && !row.merging
+    };
+    let mut rows: Vec<&Row> = group
+        .rows
+        .iter()
+        .filter(|row| (ours(row) || foreign(row)) && !row.invalid)
+        .filter(|row| !known.contains(&Point::external(row.layer())))
+        .collect();
+    let taken = |row: &Row| row.told().taken.unwrap_or(row.time);
+    rows.sort_by(|a, b| (taken(a), &a.name).cmp(&(taken(b), &b.name)));
+    let mut found: Vec<Snapshot> = Vec::new();
+    for row in rows {
+        let told = row.told();
+        let parent = told.parent.and_then(|parent| {
+            let is_it =
+                |snapshot: &&Snapshot| snapshot.disks.iter().any(|member| member.point.layer == parent);
+            found.iter().find(is_it).map(|snapshot| snapshot.id)
+        });
+        let name = free_name(&found, told.name.as_deref().unwrap_or(&row.name));
+        found.push(Snapshot {
+            id: SnapshotId::fresh(),
+            name,
+            parent,
+            created: Timestamp::from_second(taken(row)).unwrap_or(Timestamp::UNIX_EPOCH),
+            description: String::new(),
+            consistency: Consistency::Unknown,
+            disks: vec![DiskPoint {
+                target: record.disk.target.clone(),
+                point: Point::external(row.layer()),
+                virtual_size: row.visible_size(),
+            }],
+            memory: None,
+            machine: None,
+        });
+        if !record.owned.contains(&row.layer()) {
+            record.owned.push(row.layer());
+        }
+    }
+    found
+}
+
+/// A name as near to `wanted` as the rules allow, which no other has.
+fn free_name(found: &[Snapshot], wanted: &str) -> SnapshotName {
+    let allowed = |c: char| if c.is_ascii_alphanumeric() || "._-+:".contains(c) { c } else { '_' };
+    let mut base: String = wanted.chars().map(allowed).take(240).collect();
+    if base.is_empty() || base.starts_with(['.', '-']) {
+        base.insert(0, '_');
+    }
+    let mut name = base.clone();
+    let mut number = 1;
+    loop {
+        match SnapshotName::new(name.clone()) {
+            Ok(free) if found.iter().all(|other| other.name != free) => return free,
+            _ => {
+                number += 1;
+                name = format!("{base}-{number}");
+            }
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! A volume under an operation: a lock file of ours, since lvm has no lock that lasts longer than one command.
+//!
+//! QEMU's byte locks cannot be held meanwhile: who holds one has the device open, and lvm puts off the merge of an open volume. So who
+//! else has the volume open is asked of the kernel, when the operation begins and again before a step that needs it closed.
+
+use std::collections::HashMap;
+use std::fs::{self, File, TryLockError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use camino::Utf8PathBuf;
+use snapcore::{Error, ErrorKind, Result};
+
+use crate::names::Volume;
+
+/// Where the lock files are: it is empty after a boot, as locks are.
+const DIRECTORY: &str = "/run/lock/domsnap";
+
+/// How long an operation waits for a command that a killed one left.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The volumes that operations of this process hold.
+#[derive(Default)]
+pub(crate) struct Holds {
+    volumes: Mutex<HashMap<Volume, Weak<Hold>>>,
+}
+
+/// One volume, held.
+pub(crate) struct Hold {
+    /// Locked as long as this is open, here or as the standard input of a command.
+    pub(crate) file: File,
+}
+
+impl Holds {
+    /// Begins to hold a volume.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] where somebody else does.
+    pub(crate) fn begin(&self, volume: &Volume) -> Result<Arc<Hold>> {
+        let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        volumes.retain(|_, hold| hold.strong_count() > 0);
+        if volumes.contains_key(volume) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("another operation of this process works on {volume}"),
+            )
+            .advise("wait until it is done"));
+        }
+        let hold = Arc::new(Hold { file: lock(volume)? });
+        volumes.insert(volume.clone(), Arc::downgrade(&hold));
+        Ok(hold)
+    }
+
+    /// The hold on a volume, where there is one.
+    pub(crate) fn of(&self, volume: &Volume) -> Option<Arc<Hold>> {
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner).get(volume).and_then(Weak::upgrade)
+    }
+}
+
+fn lock(volume: &Volume) -> Result<File> {
+    let double = |name: &str| name.replace('-', "--");
+    let path = Utf8PathBuf::from(DIRECTORY).join(format!(
+        "lvm-{}-{}.lock",
+        double(&volume.group),
+        double(&volume.name)
+    ));
+    let failed = |error: std::io::Error| {
+        Error::new(ErrorKind::Io, format!("the lock file {path} cannot be used"))
+            .because(error)
+            .advise("run as root: lvm's commands need that too")
+    };
+    fs::create_dir_all(DIRECTORY).map_err(failed)?;
+    let file = File::options().create(true).append(true).read(true).open(&path).map_err(failed)?;
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
+            Err(TryLockError::WouldBlock) if Instant::now() < until => thread::sleep(LOOK),
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    format!("another domsnap, or a command that one left, works on {volume}"),
+                )
+                .state("nothing was touched")
+                .advise(format!("wait until it has ended; 'fuser -v {path}' shows it")));
+            }
+        }
+    }
+}

@@ -1,0 +1,408 @@
+//! Which steps an operation takes on a volume: a function of the request and of lvm's report.
+
+use std::collections::HashMap;
+
+use snapcore::{
+    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, Group as When, LayerName,
+    PlannedStep, Point, Result, SnapshotName, Step, shown_size,
+};
+
+use crate::check::{area_warning, pool_full};
+use crate::device::Moment;
+use crate::layers::{present, require_whole};
+use crate::names::Volume;
+use crate::report::{Group, Kind, Row};
+use crate::rules::Rules;
+use crate::steps::LvmStep;
+use crate::tags;
+
+/// Bytes of a group that other disks of the same operation are to take, by volume.
+pub(crate) type Reserved = HashMap<Volume, u64>;
+
+/// The steps, and the bytes of the group that they take.
+pub(crate) fn plan(
+    record: &DiskRecord,
+    volume: &Volume,
+    group: &Group,
+    state: &DiskState,
+    rules: &Rules,
+    reserved: &Reserved,
+    request: &DiskRequest,
+) -> Result<(DiskPlan, u64)> {
+    let mut planner = Planner {
+        record,
+        volume,
+        group,
+        present: present(group, volume)?,
+        attached: state.attached,
+        rules,
+        reserved,
+        takes: 0,
+        plan: DiskPlan::default(),
+    };
+    match request {
+        DiskRequest::Create { name, overlay, stamp, .. } => {
+            planner.create(name, overlay.as_ref(), *stamp)?;
+        }
+        DiskRequest::Revert { to, save, stamp, .. } => planner.revert(to, save.as_ref(), *stamp)?,
+        DiskRequest::Delete { drop, keep } => planner.delete(drop, keep),
+        _ => {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{volume}: the backend lvm does not know this request"),
+            ));
+        }
+    }
+    planner.plan.steps.sort_by_key(|planned| planned.group);
+    Ok((planner.plan, planner.takes))
+}
+
+struct Planner<'a> {
+    record: &'a DiskRecord,
+    volume: &'a Volume,
+    group: &'a Group,
+    present: &'a Row,
+    attached: bool,
+    rules: &'a Rules,
+    reserved: &'a Reserved,
+    takes: u64,
+    plan: DiskPlan,
+}
+
+impl Planner<'_> {
+    fn create(&mut self, name: &SnapshotName, overlay: Option<&LayerName>, stamp: u32) -> Result<()> {
+        if overlay.is_some() {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{}: a point of a volume is a volume of the same group, and no file", self.volume),
+            )
+            .state("nothing was touched")
+            .advise("leave the file out"));
+        }
+        self.require_usable()?;
+        let point = self.volume.point(stamp);
+        let tags = tags::of_point(name, self.parent().as_ref());
+        let area = self.area(self.rules.cow_bytes(self.present.size, self.group.extent), "a point")?;
+        let words = match area {
+            None => format!("take the thin snapshot {}/{point}", self.volume.group),
+            Some(area) => {
+                format!(
+                    "take the snapshot {}/{point} with an area of {}",
+                    self.volume.group,
+                    shown_size(area)
+                )
+            }
+        };
+        self.push(When::Cut, LvmStep::Snapshot { layer: point.clone(), area, tags }, words, 0);
+        if self.attached {
+            self.plan.instant = Some(DiskInstant::ByBackend);
+            for planned in &mut self.plan.steps {
+                planned.inside = true;
+            }
+        }
+        self.plan.point = Some(Point::external(point));
+        self.warn_of_areas(&[]);
+        Ok(())
+    }
+
+    fn revert(&mut self, to: &Point, save: Option<&SnapshotName>, stamp: u32) -> Result<()> {
+        self.require_usable()?;
+        let volume = self.volume;
+        let row = self.group.row(to.layer.as_str()).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("there is no volume {}/{}", volume.group, to.layer))
+                .state("nothing was touched")
+                .advise("somebody removed it with another tool; delete the snapshot from the catalogue")
+        })?;
+        require_whole(volume, row)?;
+        match self.present.kind {
+            Kind::Thin => self.revert_thin(row, save, stamp),
+            Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner => {
+                self.revert_thick(row, save, stamp)
+            }
+        }
+    }
+
+    fn revert_thin(&mut self, row: &Row, save: Option<&SnapshotName>, stamp: u32) -> Result<()> {
+        let volume = self.volume;
+        self.require_room_in_pool()?;
+        let (new, old, kept) = (volume.upcoming(stamp), volume.former(stamp), volume.rescued(stamp));
+        let work = format!("{stamp:08x}");
+        let tags = tags::of_work(&work, Some(&row.layer()));
+        let active = self.present.active;
+        let clone = LvmStep::Clone { point: row.layer(), layer: new.clone(), active, tags };
+        self.push(When::Prepare, clone, format!("make {new} as {} is", row.name), 0);
+        if let Some(name) = save {
+            let point = volume.point(stamp);
+            let tags = tags::of_point(name, self.parent().as_ref());
+            let step = LvmStep::Snapshot { layer: point.clone(), area: None, tags };
+            self.push(When::Cut, step, format!("keep the present as {}/{point}", volume.group), 0);
+            self.plan.point = Some(Point::external(point));
+        }
+        let swap = LvmStep::Swap { new: new.clone(), old: old.clone(), work, kept, since: Moment::birth() };
+        self.push(
+            When::Cut,
+            swap,
+            format!("rename {} to {old} and {new} to {}", volume.name, volume.name),
+            0,
+        );
+        self.push(When::Finish, LvmStep::Remove { layers: vec![old.clone()] }, format!("remove {old}"), 0);
+        Ok(())
+    }
+
+    fn revert_thick(&mut self, row: &Row, save: Option<&SnapshotName>, stamp: u32) -> Result<()> {
+        let volume = self.volume;
+        if row.kind != Kind::ThickSnapshot {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{}/{} should be a snapshot of {volume}, and is none", volume.group, row.name),
+            )
+            .state("nothing was touched")
+            .advise("see 'lvs -o +role,origin'"));
+        }
+        if row.origin.as_deref() != Some(volume.name.as_str()) {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "{}/{} is a snapshot of {}, not of {volume}",
+                    volume.group,
+                    row.name,
+                    row.origin.as_deref().unwrap_or("nothing")
+                ),
+            )
+            .state("nothing was touched"));
+        }
+        self.require_room_beside(row)?;
+        let used = row.used();
+        let wanted = self.rules.cow_for(used, self.group.extent);
+        // What is kept as a point goes on to be one: it gets the room of one.
+        let wanted = match save {
+            Some(_) => wanted.max(self.rules.cow_bytes(self.present.size, self.group.extent)),
+            None => wanted,
+        };
+        let area = self.area(wanted, "the safety snapshot that a revert needs")?;
+        let work = format!("{stamp:08x}");
+        let (safety, tags) = match save {
+            Some(name) => (volume.point(stamp), tags::of_point(name, self.parent().as_ref())),
+            None => (volume.former(stamp), tags::of_work(&work, None)),
+        };
+        let words = match save {
+            Some(_) => format!("keep the present as {}/{safety}", volume.group),
+            None => format!("keep the present as {}/{safety} until the revert is done", volume.group),
+        };
+        self.push(When::Cut, LvmStep::Snapshot { layer: safety.clone(), area, tags }, words, 0);
+        let merge = LvmStep::Merge {
+            point: row.layer(),
+            safety: safety.clone(),
+            area: row.size,
+            tags: tags::made_anew(&row.tags, &work, row.time),
+            work,
+            kept: volume.rescued(stamp),
+            since: Moment::now(&self.record.disk.path),
+        };
+        self.push(
+            When::Cut,
+            merge,
+            format!("merge {} into {}, and take it again", row.name, volume.name),
+            used,
+        );
+        match save {
+            Some(_) => self.plan.point = Some(Point::external(safety)),
+            None => {
+                let step = LvmStep::Remove { layers: vec![safety.clone()] };
+                self.push(When::Finish, step, format!("remove {safety}"), 0);
+            }
+        }
+        self.plan.notes.push(format!(
+            "{}: a merge takes up a thick snapshot, so {} is taken again after it; {} are moved, during which a running guest \
+             stands still",
+            self.record.disk.target,
+            row.name,
+            shown_size(used)
+        ));
+        self.warn_of_areas(&[]);
+        Ok(())
+    }
+
+    fn delete(&mut self, drop: &[Point], keep: &[Point]) {
+        let volume = self.volume;
+        let mut layers: Vec<LayerName> = Vec::new();
+        for point in drop.iter().filter(|point| !keep.contains(point)) {
+            if point.layer != self.record.active && self.group.row(point.layer.as_str()).is_some() {
+                layers.push(point.layer.clone());
+            }
+        }
+        let leftovers = self.group.rows.iter().filter(|row| row.told().ours && volume.is_passing(&row.name));
+        layers.extend(leftovers.map(Row::layer));
+        layers.sort();
+        layers.dedup();
+        if !layers.is_empty() {
+            let names: Vec<&str> = layers.iter().map(LayerName::as_str).collect();
+            let words = format!("remove {} of group {}", names.join(", "), volume.group);
+            let edits = layers
+                .iter()
+                .filter(|layer| self.record.owned.contains(layer))
+                .map(|layer| snapcore::Edit::RemoveLayer {
+                    target: self.record.disk.target.clone(),
+                    layer: layer.clone(),
+                })
+                .collect();
+            self.push(When::Finish, LvmStep::Remove { layers: layers.clone() }, words, 0);
+            if let Some(planned) = self.plan.steps.last_mut() {
+                planned.edits = edits;
+            }
+        }
+        self.warn_of_areas(&layers);
+    }
+
+    fn push(&mut self, group: When, step: LvmStep, summary: String, bytes: u64) {
+        let action = serde_json::to_value(step).unwrap_or_default();
+        let step = Step { target: self.record.disk.target.clone(), action, summary, bytes };
+        self.plan.steps.push(PlannedStep {
+            group,
+            step,
+            edits: Vec::new(),
+            deferrable: false,
+            inside: false,
+            window: false,
+        });
+    }
+
+    /// The point that the present derives from.
+    fn parent(&self) -> Option<LayerName> {
+        let points = self.group.points(self.volume);
+        match self.present.kind {
+            // Those that were taken of this very volume: a revert makes another one.
+            Kind::Thin => {
+                let own =
+                    points.iter().rev().find(|row| row.origin.as_deref() == Some(self.volume.name.as_str()));
+                own.map(|row| row.layer()).or_else(|| self.present.told().from)
+            }
+            // The one that was reverted to was made anew.
+            Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner => {
+                points.last().map(|row| row.layer())
+            }
+        }
+    }
+
+    fn require_usable(&self) -> Result<()> {
+        let refuse = |what: String, advice: String| {
+            Err(Error::new(ErrorKind::Refused, format!("{} {what}", self.volume))
+                .state("nothing was touched")
+                .advise(advice))
+        };
+        if !self.present.active {
+            return refuse(
+                "is not active".to_owned(),
+                format!("activate it: 'lvchange -ay {}'", self.volume),
+            );
+        }
+        if self.present.suspended {
+            return refuse(
+                "is suspended: a command of lvm stopped in the middle".to_owned(),
+                format!("let it go on: 'lvchange --refresh {}'", self.volume),
+            );
+        }
+        if self.present.merging {
+            return refuse(
+                "has a merge in progress, or scheduled for its next activation".to_owned(),
+                format!(
+                    "shut down who uses it and let it be done: 'lvchange -an {0}', 'lvchange -ay {0}'",
+                    self.volume
+                ),
+            );
+        }
+        if self.group.missing > 0 {
+            return refuse(
+                format!("is in a group of which {} physical volumes are missing", self.group.missing),
+                "bring them back first: 'pvs' shows them".to_owned(),
+            );
+        }
+        self.volume.require_room_for_names()
+    }
+
+    /// The area of a thick snapshot; none for a thin one. Refused where there is no room for it.
+    fn area(&mut self, wanted: u64, what: &str) -> Result<Option<u64>> {
+        if self.present.kind == Kind::Thin {
+            self.require_room_in_pool()?;
+            return Ok(None);
+        }
+        let others: u64 = self
+            .reserved
+            .iter()
+            .filter(|(volume, _)| **volume != *self.volume && volume.group == self.volume.group)
+            .map(|(_, bytes)| *bytes)
+            .sum();
+        let free = self.group.free.saturating_sub(others);
+        if wanted > free {
+            let also = match others {
+                0 => String::new(),
+                others => format!(" (other disks of this operation take {})", shown_size(others)),
+            };
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{}: {what} needs {} in group {}, and {} is free{also}",
+                    self.volume,
+                    shown_size(wanted),
+                    self.volume.group,
+                    shown_size(free)
+                ),
+            )
+            .state("nothing was touched")
+            .advise(format!(
+                "add a disk with 'vgextend {}', delete snapshots, or give points smaller areas with --lvm-area",
+                self.volume.group
+            )));
+        }
+        self.takes = self.takes.saturating_add(wanted);
+        Ok(Some(wanted))
+    }
+
+    fn require_room_in_pool(&self) -> Result<()> {
+        let full = self.group.pool_of(self.present).and_then(|pool| pool_full(self.group, pool, self.rules));
+        match full {
+            Some(words) => Err(Error::new(ErrorKind::Refused, format!("{}: {words}", self.volume))
+                .state("nothing was touched")),
+            None => Ok(()),
+        }
+    }
+
+    /// A merge writes to the volume, and what it writes over goes into every later point.
+    fn require_room_beside(&self, merged: &Row) -> Result<()> {
+        for row in self.group.points(self.volume) {
+            let later = row.name != merged.name && row.time >= merged.time;
+            let free = row.size.saturating_sub(row.used());
+            let needed = merged.used().min(row.visible_size());
+            if later && !row.invalid && needed > free {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!(
+                        "{}/{} would overflow: the merge of {} writes up to {}, and its area has {} left of {}",
+                        self.volume.group,
+                        row.name,
+                        merged.name,
+                        shown_size(needed),
+                        shown_size(free),
+                        shown_size(row.size)
+                    ),
+                )
+                .state("nothing was touched")
+                .advise(format!(
+                    "give it more room: 'lvextend -L+{needed}b {}/{}'; or delete that snapshot",
+                    self.volume.group, row.name
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn warn_of_areas(&mut self, but: &[LayerName]) {
+        let target = &self.record.disk.target;
+        let warnings = self.group.points(self.volume).into_iter().filter(|row| !but.contains(&row.layer()));
+        let words: Vec<String> = warnings
+            .filter_map(|row| area_warning(self.volume, row))
+            .map(|(_, words)| format!("{target}: {words}"))
+            .collect();
+        self.plan.notes.extend(words);
+    }
+}

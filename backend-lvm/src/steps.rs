@@ -1,0 +1,421 @@
+//! Steps carried out by lvm2's commands: each done, undone, or told how far it got, from what the group holds.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use camino::Utf8Path;
+use serde::{Deserialize, Serialize};
+use snapcore::{Error, ErrorKind, LayerName, Result, Salvage, StepStatus};
+
+use crate::command::{CHANGE, Lvm2, MERGE};
+use crate::device::{self, Moment};
+use crate::hold::Hold;
+use crate::layers::require_whole;
+use crate::names::Volume;
+use crate::report::{Group, Row};
+use crate::tags;
+
+/// How often a volume that should be closed is looked at, and how long: what comes by to see what it is, udev's, goes by itself.
+const LOOK: Duration = Duration::from_millis(100);
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What is done to a volume, one typed action a step. Layers are volumes of the same group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub(crate) enum LvmStep {
+    /// Takes a snapshot of the volume: one command, one commit of metadata.
+    Snapshot {
+        /// Its name.
+        layer: LayerName,
+        /// The bytes of its area, where it is a thick one.
+        area: Option<u64>,
+        /// What it says of itself.
+        tags: Vec<String>,
+    },
+    /// Makes a thin volume as a point is, beside the volume.
+    Clone {
+        /// The point.
+        point: LayerName,
+        /// The name of the new one.
+        layer: LayerName,
+        /// Whether it is active.
+        active: bool,
+        /// What it says of itself: by which operation it was made.
+        tags: Vec<String>,
+    },
+    /// Gives the volume's name to a new one: two renames, the volume first. Between them nothing has the name.
+    Swap {
+        /// The new one.
+        new: LayerName,
+        /// The name that the former one gets.
+        old: LayerName,
+        /// The operation, which is in the new one's tags, whatever its name.
+        work: String,
+        /// The name of what was written meanwhile.
+        kept: LayerName,
+        /// When the new one was made.
+        since: Moment,
+    },
+    /// Merges a thick snapshot into the volume, then takes it again under its name. Between the two the volume alone has its state.
+    Merge {
+        /// The snapshot.
+        point: LayerName,
+        /// A snapshot of the state before: what an undo merges.
+        safety: LayerName,
+        /// The bytes of its area.
+        area: u64,
+        /// The tags that it gets when it is taken again: the operation among them.
+        tags: Vec<String>,
+        /// The operation.
+        work: String,
+        /// The name of what was written meanwhile.
+        kept: LayerName,
+        /// When this was planned.
+        since: Moment,
+    },
+    /// Removes volumes: one command, and each is gone by itself.
+    Remove {
+        /// Their names.
+        layers: Vec<LayerName>,
+    },
+}
+
+/// Where a step is done.
+pub(crate) struct Place<'a> {
+    pub(crate) lvm: &'a Lvm2,
+    pub(crate) volume: &'a Volume,
+    /// The configured path.
+    pub(crate) path: &'a Utf8Path,
+    pub(crate) hold: Option<&'a Hold>,
+}
+
+impl Place<'_> {
+    pub(crate) fn apply(&self, step: &LvmStep) -> Result<()> {
+        match step {
+            LvmStep::Snapshot { layer, area, tags } => self.snapshot(layer, *area, tags),
+            LvmStep::Clone { point, layer, active, tags } => self.clone_point(point, layer, *active, tags),
+            LvmStep::Swap { new, old, work, .. } => self.swap(new, old, work),
+            LvmStep::Merge { point, area, tags, work, .. } => {
+                self.merge_and_take_again(point, *area, tags, work)
+            }
+            LvmStep::Remove { layers } => self.remove(layers),
+        }
+    }
+
+    pub(crate) fn undo(&self, step: &LvmStep) -> Result<()> {
+        let group = self.group()?;
+        match step {
+            LvmStep::Snapshot { layer, tags, .. } | LvmStep::Clone { layer, tags, .. } => {
+                match group.row(layer.as_str()).filter(|row| has_tags(row, tags)) {
+                    Some(_) => self.remove(std::slice::from_ref(layer)),
+                    None => Ok(()),
+                }
+            }
+            LvmStep::Swap { new, old, work, .. } => {
+                if group.row(old.as_str()).is_none() {
+                    return Ok(());
+                }
+                if group.row(&self.volume.name).is_some_and(|row| is_of(row, work)) {
+                    self.require_closed("its former state would be put in its place")?;
+                    self.rename(&self.volume.name, new.as_str())?;
+                }
+                self.rename(old.as_str(), &self.volume.name)
+            }
+            LvmStep::Merge { point, safety, area, tags, work, .. } => {
+                let begun = group.row(point.as_str()).is_none_or(|row| row.merging || is_of(row, work));
+                if !begun || group.row(safety.as_str()).is_none() {
+                    return Ok(());
+                }
+                // Forward first: so that the point is there again.
+                self.merge_and_take_again(point, *area, tags, work)?;
+                self.merge(safety)
+            }
+            LvmStep::Remove { .. } => Err(Error::new(
+                ErrorKind::Internal,
+                "volumes that were removed cannot be brought back: this is a step after the commit point",
+            )),
+        }
+    }
+
+    pub(crate) fn status(&self, step: &LvmStep) -> Result<StepStatus> {
+        let group = self.group()?;
+        let there = |layer: &LayerName| group.row(layer.as_str());
+        Ok(match step {
+            LvmStep::Snapshot { layer, tags, .. } | LvmStep::Clone { layer, tags, .. } => {
+                match there(layer) {
+                    Some(row) if has_tags(row, tags) => StepStatus::Done,
+                    // The new present of a revert, under its last name.
+                    None if group.row(&self.volume.name).is_some_and(|row| has_tags(row, tags)) => {
+                        StepStatus::Done
+                    }
+                    _ => StepStatus::NotDone,
+                }
+            }
+            LvmStep::Swap { work, .. } => match group.row(&self.volume.name) {
+                Some(row) if is_of(row, work) => StepStatus::Done,
+                Some(_) => StepStatus::NotDone,
+                None => StepStatus::Partly,
+            },
+            LvmStep::Merge { point, work, .. } => match there(point) {
+                Some(row) if is_of(row, work) => StepStatus::Done,
+                Some(row) if !row.merging => StepStatus::NotDone,
+                _ => StepStatus::Partly,
+            },
+            LvmStep::Remove { layers } => {
+                match layers.iter().filter(|layer| there(layer).is_some()).count() {
+                    0 => StepStatus::Done,
+                    left if left == layers.len() => StepStatus::NotDone,
+                    _ => StepStatus::Partly,
+                }
+            }
+        })
+    }
+
+    /// What the domain wrote into a present that an undo would take away is kept as a snapshot of it, under a name of its own.
+    ///
+    /// It is durable before this returns, and before anything is undone.
+    pub(crate) fn salvage(&self, step: &LvmStep) -> Result<Salvage> {
+        let group = self.group()?;
+        let (kept, area) = match step {
+            LvmStep::Swap { work, kept, since, .. } => {
+                let swapped = group.row(&self.volume.name).is_some_and(|row| is_of(row, work));
+                if !swapped || !since.may_have_passed(self.path) {
+                    return Ok(Salvage::Nothing);
+                }
+                (kept, None)
+            }
+            LvmStep::Merge { point, safety, work, kept, since, .. } => {
+                let begun = group.row(point.as_str()).is_none_or(|row| row.merging || is_of(row, work));
+                let Some(safety) = group.row(safety.as_str()) else { return Ok(Salvage::Nothing) };
+                if !begun || !since.may_have_passed(self.path) {
+                    return Ok(Salvage::Nothing);
+                }
+                // Merging the safety snapshot writes at most what that holds.
+                let extent = group.extent.max(1);
+                (kept, Some(safety.used().div_ceil(extent).saturating_add(2).saturating_mul(extent)))
+            }
+            LvmStep::Snapshot { .. } | LvmStep::Clone { .. } | LvmStep::Remove { .. } => {
+                return Ok(Salvage::Nothing);
+            }
+        };
+        if group.row(kept.as_str()).is_none() {
+            self.snapshot(kept, area, &tags::of_work("kept", None))?;
+        }
+        let mut words = format!(
+            "{}: the volume may have been written after the crash; the revert was undone, and what {} held then is kept as \
+             {}/{kept}: remove it when it is of no use",
+            self.path, self.volume, self.volume.group
+        );
+        if let LvmStep::Merge { point, .. } = step
+            && group.row(point.as_str()).is_none()
+        {
+            words += &format!(
+                "; {point} was being merged and is taken again from the volume as it is now: it has what was written since"
+            );
+        }
+        Ok(Salvage::PutAside(words))
+    }
+
+    fn group(&self) -> Result<std::sync::Arc<Group>> {
+        self.lvm.group_now(&self.volume.group)
+    }
+
+    fn full(&self, layer: &str) -> String {
+        self.volume.beside(layer).to_string()
+    }
+
+    fn change(&self, words: &[&str], deadline: Duration) -> Result<()> {
+        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+        self.lvm.change(&self.volume.group, &words, deadline, self.hold.map(|hold| &hold.file))
+    }
+
+    /// One command. That it was done before is asked only where it fails: it is the guest's pause that this is in.
+    fn snapshot(&self, layer: &LayerName, area: Option<u64>, tags: &[String]) -> Result<()> {
+        let area = area.map(|bytes| format!("{bytes}b"));
+        let origin = self.volume.to_string();
+        let mut words = vec!["lvcreate", "-q", "-y", "-s", "-n", layer.as_str()];
+        match &area {
+            Some(area) => words.extend(["-pr", "-L", area]),
+            // Inactive, and skipped at activation: nobody writes it by mistake.
+            None => words.push("-ky"),
+        }
+        for tag in tags {
+            words.extend(["--addtag", tag]);
+        }
+        words.push(&origin);
+        self.create(layer, tags, &words)
+    }
+
+    fn clone_point(&self, point: &LayerName, layer: &LayerName, active: bool, tags: &[String]) -> Result<()> {
+        let origin = self.full(point.as_str());
+        let mut words = vec![
+            "lvcreate",
+            "-q",
+            "-y",
+            "-s",
+            "-kn",
+            if active { "-ay" } else { "-an" },
+            "-prw",
+            "-n",
+            layer.as_str(),
+        ];
+        for tag in tags {
+            words.extend(["--addtag", tag]);
+        }
+        words.push(&origin);
+        self.create(layer, tags, &words)
+    }
+
+    fn create(&self, layer: &LayerName, tags: &[String], words: &[&str]) -> Result<()> {
+        let Err(error) = self.change(words, CHANGE) else { return Ok(()) };
+        let group = self.group()?;
+        match group.row(layer.as_str()) {
+            Some(row) if has_tags(row, tags) => Ok(()),
+            Some(_) => Err(Error::new(
+                ErrorKind::Exists,
+                format!("{} exists, and is not what was to be made", self.full(layer.as_str())),
+            )
+            .because(error)
+            .advise("rename it and try again")),
+            None => Err(error),
+        }
+    }
+
+    fn swap(&self, new: &LayerName, old: &LayerName, work: &str) -> Result<()> {
+        let group = self.group()?;
+        match group.row(&self.volume.name) {
+            Some(row) if is_of(row, work) => return Ok(()),
+            Some(_) => {
+                self.require_closed("another volume would get its name under who has it open")?;
+                self.rename(&self.volume.name, old.as_str())?;
+            }
+            None if group.row(old.as_str()).is_some() => {}
+            None => {
+                return Err(Error::new(
+                    ErrorKind::NotFound,
+                    format!("there is neither {} nor {}", self.volume, self.full(old.as_str())),
+                ));
+            }
+        }
+        self.rename(new.as_str(), &self.volume.name)
+    }
+
+    fn rename(&self, from: &str, to: &str) -> Result<()> {
+        self.change(&["lvrename", "-q", "-y", &self.volume.group, from, to], CHANGE)
+    }
+
+    fn merge_and_take_again(&self, point: &LayerName, area: u64, tags: &[String], work: &str) -> Result<()> {
+        let group = self.group()?;
+        match group.row(point.as_str()) {
+            Some(row) if is_of(row, work) => return Ok(()),
+            Some(row) => {
+                require_whole(self.volume, row)?;
+                self.merge(point)?;
+            }
+            None => {}
+        }
+        self.snapshot(point, Some(area), tags)
+    }
+
+    /// Merges a thick snapshot into the volume, and waits until it is gone.
+    ///
+    /// The volume must be closed: otherwise lvm puts the merge off until its next activation, and says that it succeeded.
+    fn merge(&self, layer: &LayerName) -> Result<()> {
+        let full = self.full(layer.as_str());
+        let row = |group: &Group| group.row(layer.as_str()).cloned();
+        self.require_closed("lvm would put off the merge until the volume's next activation")?;
+        match row(&*self.group()?) {
+            None => return Ok(()),
+            // Begun by a command that ended in the middle: the kernel goes on with it, and somebody must tell lvm.
+            Some(found) if found.merging => {
+                self.change(&["lvpoll", "-q", "--polloperation", "merge", &self.volume.to_string()], MERGE)?;
+            }
+            Some(_) => self.change(&["lvconvert", "-q", "-y", "--merge", &full], MERGE)?,
+        }
+        match row(&*self.group()?) {
+            None => Ok(()),
+            Some(found) if found.merging => Err(Error::new(
+                ErrorKind::Busy,
+                format!(
+                    "the merge of {full} was put off by lvm: somebody opened {} just before",
+                    self.volume
+                ),
+            )
+            .state("lvm does it when the volume is activated next")
+            .advise(format!(
+                "close it, then 'lvchange -an {0}' and 'lvchange -ay {0}', then run 'domsnap recover'",
+                self.volume
+            ))),
+            Some(found) => {
+                require_whole(self.volume, &found)?;
+                Err(Error::new(ErrorKind::Io, format!("lvm did not merge {full}, and does not say why"))
+                    .advise("see 'dmesg', then run 'domsnap recover'"))
+            }
+        }
+    }
+
+    /// Volumes that are there, in one command.
+    fn remove(&self, layers: &[LayerName]) -> Result<()> {
+        let group = self.group()?;
+        let mut names = Vec::new();
+        for layer in layers {
+            let Some(row) = group.row(layer.as_str()) else { continue };
+            if *layer == self.volume.layer() {
+                return Err(Error::new(
+                    ErrorKind::Internal,
+                    format!("{} was to be removed, and is what the domain writes", self.volume),
+                )
+                .state("it was not removed"));
+            }
+            if row.open {
+                let volume = self.volume.beside(layer.as_str());
+                self.wait_closed(&volume, "it is to be removed")?;
+            }
+            names.push(self.full(layer.as_str()));
+        }
+        if names.is_empty() {
+            return Ok(());
+        }
+        let mut words = vec!["lvremove", "-q", "-y"];
+        words.extend(names.iter().map(String::as_str));
+        self.change(&words, CHANGE)
+    }
+
+    fn require_closed(&self, why: &str) -> Result<()> {
+        self.wait_closed(self.volume, why)
+    }
+
+    fn wait_closed(&self, volume: &Volume, why: &str) -> Result<()> {
+        wait_closed(self.lvm, volume, why)
+    }
+}
+
+/// Waits until nobody has a volume open.
+///
+/// # Errors
+/// [`ErrorKind::Busy`] with who has it, as far as that can be seen.
+pub(crate) fn wait_closed(lvm: &Lvm2, volume: &Volume, why: &str) -> Result<()> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let group = lvm.group_now(&volume.group)?;
+        if !group.row(&volume.name).is_some_and(|row| row.open) {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            break;
+        }
+        thread::sleep(LOOK);
+    }
+    let who = device::holder(&volume.path()).unwrap_or_else(|| "the kernel does not show who".to_owned());
+    Err(Error::new(ErrorKind::Busy, format!("{volume} is open ({who}), and {why}"))
+        .state("it was not touched")
+        .advise("shut the domain down, or unmount it; a running domain must be known by its QMP socket"))
+}
+
+fn is_of(row: &Row, work: &str) -> bool {
+    row.told().work.as_deref() == Some(work)
+}
+
+fn has_tags(row: &Row, tags: &[String]) -> bool {
+    tags.iter().all(|tag| row.tags.contains(tag))
+}

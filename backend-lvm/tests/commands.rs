@@ -1,0 +1,243 @@
+//! Which commands of lvm2 the backend runs, against a recorded report of a real group.
+
+use std::sync::{Arc, Mutex};
+
+use backend_lvm::{Answer, Call, Lvm, Runner};
+use snapcore::{
+    ActivePath, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskSnapshotter, DiskState, ErrorKind,
+    Group, InspectDepth, LayerName, NothingInside, Point, Progress, SnapshotName, StepContext, StepStatus,
+    Target,
+};
+use tokio_util::sync::CancellationToken;
+
+const RECORDED: &str = include_str!("recorded/group.json");
+
+/// Reports what was recorded, and notes what else it is told to do.
+struct Recorded {
+    report: String,
+    told: Mutex<Vec<String>>,
+}
+
+impl Runner for Recorded {
+    fn run(&self, call: &Call<'_>) -> snapcore::Result<Answer> {
+        if call.words[0] != "lvs" {
+            self.told.lock().expect("nobody panicked").push(call.words.join(" "));
+            return Ok(Answer { status: Some(0), stdout: String::new(), stderr: String::new() });
+        }
+        Ok(Answer { status: Some(0), stdout: self.report.clone(), stderr: String::new() })
+    }
+}
+
+struct Silent;
+
+impl Progress for Silent {
+    fn bytes(&self, _: u64, _: u64) {}
+}
+
+struct House {
+    backend: Lvm,
+    runner: Arc<Recorded>,
+    record: DiskRecord,
+    state: DiskState,
+}
+
+impl House {
+    async fn of(path: &str) -> Self {
+        Self::with(path, RECORDED).await.expect("it is a disk")
+    }
+
+    async fn with(path: &str, report: &str) -> snapcore::Result<Self> {
+        let runner = Arc::new(Recorded { report: report.to_owned(), told: Mutex::default() });
+        let backend = Lvm::by(runner.clone());
+        let disk = Disk { target: Target::new("vda")?, path: path.into(), format: "lvm".into() };
+        let record = backend.adopt(&disk, ActivePath::Keep).await?;
+        let state = backend.inspect(&record, InspectDepth::Dependents, None).await?;
+        Ok(Self { backend, runner, record, state })
+    }
+
+    async fn plan(&self, request: DiskRequest) -> snapcore::Result<DiskPlan> {
+        self.backend.plan(&self.record, &self.state, ActivePath::Keep, &request).await
+    }
+
+    async fn apply(&self, plan: &DiskPlan) -> snapcore::Result<Vec<String>> {
+        let cancel = CancellationToken::new();
+        for planned in &plan.steps {
+            let context = StepContext {
+                disk: &self.record,
+                progress: &Silent,
+                cancel: &cancel,
+                attached: None,
+                inside: &NothingInside,
+            };
+            self.backend.apply(&planned.step, context).await?;
+        }
+        Ok(std::mem::take(&mut *self.runner.told.lock().expect("nobody panicked")))
+    }
+}
+
+fn name(text: &str) -> SnapshotName {
+    SnapshotName::new(text).expect("a name")
+}
+
+fn create() -> DiskRequest {
+    DiskRequest::Create {
+        kind: None,
+        way: None,
+        name: name("n"),
+        overlay: None,
+        keep: Vec::new(),
+        stamp: 0xab,
+    }
+}
+
+fn revert(layer: &str, save: Option<&str>) -> DiskRequest {
+    DiskRequest::Revert {
+        to: Point::external(LayerName(layer.into())),
+        save: save.map(name),
+        keep: Vec::new(),
+        undoable: true,
+        stamp: 0xab,
+    }
+}
+
+#[tokio::test]
+async fn a_thin_create_is_one_command_in_the_cut() {
+    let house = House::of("/dev/mapper/vg-thin").await;
+    let plan = house.plan(create()).await.expect("a plan");
+    assert_eq!(plan.steps.iter().map(|step| step.group).collect::<Vec<_>>(), [Group::Cut]);
+    assert_eq!(plan.point, Some(Point::external(LayerName("thin.ds-000000ab".into()))));
+    assert_eq!(plan.instant, None);
+    assert_eq!(
+        house.apply(&plan).await.expect("done"),
+        ["lvcreate -q -y -s -n thin.ds-000000ab -ky --addtag domsnap --addtag domsnap.name=n \
+          --addtag domsnap.parent=thin.ds-00000001 vg/thin"]
+    );
+}
+
+#[tokio::test]
+async fn a_thick_create_has_an_area_in_whole_extents() {
+    let house = House::of("/dev/vg/thick").await;
+    let plan = house.plan(create()).await.expect("a plan");
+    let told = house.apply(&plan).await.expect("done");
+    // 20 % of 32 MiB, and one extent more.
+    assert!(
+        told.len() == 1 && told[0].contains("-pr -L 12582912b") && told[0].ends_with("vg/thick"),
+        "{told:?}"
+    );
+    assert!(
+        plan.notes.iter().any(|note| note.contains("thick.ds-00000003") && note.contains("lost")),
+        "{:?}",
+        plan.notes
+    );
+}
+
+#[tokio::test]
+async fn what_a_hypervisor_has_open_is_taken_inside_its_instant() {
+    let mut house = House::of("/dev/vg/thin").await;
+    house.state.attached = true;
+    let plan = house.plan(create()).await.expect("a plan");
+    assert_eq!(plan.instant, Some(DiskInstant::ByBackend));
+    assert!(plan.steps.iter().all(|step| step.inside && step.group == Group::Cut));
+}
+
+#[tokio::test]
+async fn a_thin_revert_prepares_a_volume_and_gives_it_the_name() {
+    let house = House::of("/dev/vg/thin").await;
+    let plan = house.plan(revert("thin.ds-00000001", Some("kept"))).await.expect("a plan");
+    let groups: Vec<Group> = plan.steps.iter().map(|step| step.group).collect();
+    assert_eq!(groups, [Group::Prepare, Group::Cut, Group::Cut, Group::Finish]);
+    let told = house.apply(&plan).await.expect("done");
+    let begin = |index: usize, words: &str| assert!(told[index].starts_with(words), "{told:?}");
+    begin(0, "lvcreate -q -y -s -kn -ay -prw -n thin.ds-000000ab-new");
+    begin(1, "lvcreate -q -y -s -n thin.ds-000000ab -ky");
+    begin(2, "lvrename -q -y vg thin thin.ds-000000ab-old");
+    begin(3, "lvrename -q -y vg thin.ds-000000ab-new thin");
+    assert_eq!(told.len(), 4, "the recording has no former present to be removed: {told:?}");
+}
+
+#[tokio::test]
+async fn a_thick_revert_keeps_the_present_before_it_merges() {
+    let house = House::of("/dev/vg/thick").await;
+    let plan = house.plan(revert("thick.ds-00000004", None)).await.expect("a plan");
+    let groups: Vec<Group> = plan.steps.iter().map(|step| step.group).collect();
+    assert_eq!(groups, [Group::Cut, Group::Cut, Group::Finish]);
+    assert!(plan.notes.iter().any(|note| note.contains("taken again")), "{:?}", plan.notes);
+    let cancel = CancellationToken::new();
+    let context = StepContext {
+        disk: &house.record,
+        progress: &Silent,
+        cancel: &cancel,
+        attached: None,
+        inside: &NothingInside,
+    };
+    let status = house.backend.status(&plan.steps[1].step, context).await.expect("a status");
+    assert_eq!(status, StepStatus::NotDone);
+    // The recorded group still has the snapshot after the merge: that is told, not taken for success.
+    let error = house.apply(&plan).await.expect_err("lvm did not do it");
+    assert!(error.to_string().contains("did not merge"), "{error}");
+    let told = house.runner.told.lock().expect("nobody panicked").clone();
+    assert!(told[0].starts_with("lvcreate -q -y -s -n thick.ds-000000ab-old -pr -L"), "{told:?}");
+    assert_eq!(told[1], "lvconvert -q -y --merge vg/thick.ds-00000004");
+}
+
+#[tokio::test]
+async fn a_snapshot_that_overflowed_is_refused() {
+    let house = House::of("/dev/vg/thick").await;
+    let error = house.plan(revert("thick.ds-00000003", None)).await.expect_err("it is lost");
+    assert_eq!(error.kind(), ErrorKind::Refused);
+    let found = house.backend.check(&house.record, &house.state).await.expect("findings");
+    assert!(
+        found.iter().any(|found| found.subject == "vg/thick.ds-00000003" && found.message.contains("lost")),
+        "{found:?}"
+    );
+}
+
+#[tokio::test]
+async fn points_are_removed_in_one_command_and_what_is_gone_is_passed_over() {
+    let house = House::of("/dev/vg/thick").await;
+    let drop = ["thick.ds-00000003", "thick.ds-00000004", "thick.ds-00000099"];
+    let drop = drop.map(|layer| Point::external(LayerName(layer.into()))).to_vec();
+    let plan = house.plan(DiskRequest::Delete { drop, keep: Vec::new() }).await.expect("a plan");
+    assert_eq!(
+        house.apply(&plan).await.expect("done"),
+        ["lvremove -q -y vg/thick.ds-00000003 vg/thick.ds-00000004"]
+    );
+}
+
+#[tokio::test]
+async fn a_volume_with_a_merge_ahead_and_a_full_pool_are_refused() {
+    let house = House::of("/dev/vg/other").await;
+    let error = house.plan(create()).await.expect_err("a merge is scheduled");
+    assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("next activation"), "{error}");
+    let line = RECORDED.lines().find(|line| line.contains("\"lv_name\":\"tp\"")).expect("the pool");
+    let (before, after) = line.split_once("\"data_percent\":\"").expect("how full it is");
+    let (_, after) = after.split_once('"').expect("a number");
+    let full = RECORDED.replace(line, &format!("{before}\"data_percent\":\"96.10\"{after}"));
+    let house = House::with("/dev/vg/thin", &full).await.expect("a disk");
+    let error = house.plan(create()).await.expect_err("the pool is full");
+    assert!(error.to_string().contains("96.10 %") && error.to_string().contains("95 %"), "{error}");
+}
+
+#[tokio::test]
+async fn points_that_nobody_knows_are_found_by_their_tags() {
+    let mut house = House::of("/dev/vg/thick").await;
+    let found = house.backend.discover(&mut house.record, &[]).await.expect("snapshots");
+    let names: Vec<&str> = found.iter().map(|snapshot| snapshot.name.as_str()).collect();
+    assert_eq!(names, ["good"], "what overflowed is no snapshot any more");
+    let known = [found[0].disks[0].point.clone()];
+    assert!(house.backend.discover(&mut house.record, &known).await.expect("none").is_empty());
+}
+
+#[tokio::test]
+async fn parts_and_snapshots_of_volumes_are_no_disks() {
+    for (path, words) in [
+        ("/dev/vg/tp", "thin pool"),
+        ("/dev/vg/tp_tdata", "part of another"),
+        ("/dev/vg/thick.ds-00000004", "thick snapshot"),
+        ("/dev/vg/none", "no volume"),
+        ("/dev/sda1", "no path of a logical volume"),
+    ] {
+        let error = House::with(path, RECORDED).await.err().expect("refused");
+        assert!(error.to_string().contains(words), "{path}: {error}");
+    }
+}

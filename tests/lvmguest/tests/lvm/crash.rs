@@ -1,0 +1,191 @@
+//! `domsnap` killed at every step and in the middle of each, and then recovered.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lvmguest::Statement;
+use lvmguest::inside::{done, read_block, snapshots, succeed, write_block};
+
+use crate::matrix::{Sort, expect, group, volume, volumes};
+
+/// The block that tells the states apart.
+const STATE: u64 = 0;
+
+/// The block that is written between the crash and the recovery.
+const MEANWHILE: u64 = 900;
+
+/// Runs `domsnap -v` and kills it some time after it has told so many lines; gives whether it was killed before its end.
+fn killed(words: &[&str], lines: usize, after: Duration) -> Result<bool> {
+    let mut child = Command::new("/t/domsnap")
+        .arg("-v")
+        .args(words)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let told = BufReader::new(child.stderr.take().context("no standard error")?);
+    let mut heard = 0;
+    for line in told.lines() {
+        line?;
+        heard += 1;
+        if heard == lines {
+            thread::sleep(after);
+            child.kill()?;
+            break;
+        }
+    }
+    let status = child.wait()?;
+    Ok(status.code().is_none())
+}
+
+/// The moments of an operation: after so many lines, and into what comes then.
+fn moments() -> impl Iterator<Item = (usize, Duration)> {
+    (1..).flat_map(|lines| [0, 250].into_iter().map(move |ms| (lines, Duration::from_millis(ms))))
+}
+
+/// Everything that the volume's points and its present show is as it should be, and nothing else is there.
+fn all_is_well(path: &str, present: &[u8], points: &[(&str, u8)], kept: usize) -> Result<u8> {
+    let found = read_block(path, STATE)?;
+    ensure!(present.contains(&found), "the present is {:?}, and should be one of {present:?}", found as char);
+    let known = snapshots(path)?;
+    ensure!(
+        points.iter().all(|(name, _)| known.iter().any(|k| k == name)),
+        "{known:?} should have {points:?}"
+    );
+    let there = volumes()?;
+    ensure!(there.len() == 1 + known.len() + kept, "{there:?} for {known:?}, {kept} kept");
+    Ok(found)
+}
+
+fn prepared(sort: Sort) -> Result<String> {
+    group(sort)?;
+    let path = volume(sort, "root")?.path();
+    write_block(&path, STATE, b'a')?;
+    done(&["create", &path, "a"])?;
+    write_block(&path, STATE, b'b')?;
+    done(&["create", &path, "b"])?;
+    write_block(&path, STATE, b'p')?;
+    Ok(path)
+}
+
+fn a_killed_revert_is_recovered(sort: Sort) -> Result<()> {
+    let path = prepared(sort)?;
+    let mut times = 0;
+    for (lines, after) in moments() {
+        write_block(&path, STATE, b'p')?;
+        let was_killed = killed(&["revert", &path, "a"], lines, after)?;
+        let present = match was_killed {
+            true => {
+                done(&["recover"]).context("recovering")?;
+                vec![b'p', b'a']
+            }
+            false => vec![b'a'],
+        };
+        all_is_well(&path, &present, &[("a", b'a'), ("b", b'b')], 0)
+            .with_context(|| format!("killed {after:?} after line {lines}"))?;
+        if !was_killed {
+            break;
+        }
+        times += 1;
+    }
+    ensure!(times >= 4, "it was killed {times} times only");
+    for letter in [b'b', b'a'] {
+        done(&["revert", &path, &(letter as char).to_string()])?;
+        expect(&path, STATE, letter)?;
+    }
+    Ok(())
+}
+
+fn a_killed_create_and_delete_are_recovered(sort: Sort) -> Result<()> {
+    let path = prepared(sort)?;
+    for (lines, after) in moments() {
+        let was_killed = killed(&["create", &path, "n"], lines, after)?;
+        if was_killed {
+            done(&["recover"])?;
+        }
+        all_is_well(&path, &[b'p'], &[("a", b'a'), ("b", b'b')], 0)
+            .with_context(|| format!("create killed {after:?} after line {lines}"))?;
+        if snapshots(&path)?.iter().any(|name| name == "n") {
+            let deleted = killed(&["delete", &path, "n"], lines, after)?;
+            if deleted {
+                done(&["recover"])?;
+            }
+            all_is_well(&path, &[b'p'], &[("a", b'a'), ("b", b'b')], 0)
+                .with_context(|| format!("delete killed {after:?} after line {lines}"))?;
+            if snapshots(&path)?.iter().any(|name| name == "n") {
+                done(&["delete", &path, "n"])?;
+            }
+        }
+        if !was_killed {
+            break;
+        }
+    }
+    done(&["revert", &path, "a"])?;
+    expect(&path, STATE, b'a')?;
+    done(&["revert", &path, "b"])?;
+    expect(&path, STATE, b'b')
+}
+
+/// Where in the group a letter is at the block that was written after a crash.
+fn is_kept(letter: u8) -> Result<bool> {
+    for name in volumes()? {
+        let full = format!("vg/{name}");
+        succeed(Command::new("lvchange").args(["-q", "-ay", "-K", &full]))?;
+        if read_block(&format!("/dev/{full}"), MEANWHILE)? == letter {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn what_a_domain_wrote_before_the_recovery_is_kept(sort: Sort) -> Result<()> {
+    let path = prepared(sort)?;
+    let mut letter = b'A';
+    for (lines, after) in moments() {
+        letter += 1;
+        let was_killed = killed(&["revert", &path, "a"], lines, after)?;
+        if !was_killed {
+            break;
+        }
+        // What a killed one left comes to its end by itself.
+        thread::sleep(Duration::from_secs(3));
+        if std::fs::metadata(&path).is_err() {
+            // The instant between two renames: nobody can write.
+            done(&["recover"])?;
+            continue;
+        }
+        write_block(&path, MEANWHILE, letter)?;
+        done(&["recover"])?;
+        ensure!(
+            is_kept(letter)?,
+            "what was written after the kill {after:?} after line {lines} is lost: {:?}",
+            volumes()?
+        );
+        for name in volumes()?.into_iter().filter(|name| name.ends_with("-kept")) {
+            succeed(Command::new("lvremove").args(["-q", "-y", &format!("vg/{name}")]))?;
+        }
+    }
+    done(&["revert", &path, "b"])?;
+    expect(&path, STATE, b'b')
+}
+
+/// All of them.
+pub static STATEMENTS: &[Statement] = &[
+    ("a killed revert of a thin volume is recovered", || a_killed_revert_is_recovered(Sort::Thin)),
+    ("a killed revert of a thick volume is recovered", || a_killed_revert_is_recovered(Sort::Thick)),
+    ("a killed create and a killed delete of a thin volume are recovered", || {
+        a_killed_create_and_delete_are_recovered(Sort::Thin)
+    }),
+    ("a killed create and a killed delete of a thick volume are recovered", || {
+        a_killed_create_and_delete_are_recovered(Sort::Thick)
+    }),
+    ("what a domain wrote to a thin volume before the recovery is kept", || {
+        what_a_domain_wrote_before_the_recovery_is_kept(Sort::Thin)
+    }),
+    ("what a domain wrote to a thick volume before the recovery is kept", || {
+        what_a_domain_wrote_before_the_recovery_is_kept(Sort::Thick)
+    }),
+];

@@ -1,0 +1,343 @@
+//! What must work on thin and on thick volumes alike: create, revert to any point, delete any, keep the present, several volumes.
+
+use std::process::Command;
+
+use anyhow::{Result, bail, ensure};
+use lvmguest::Statement;
+use lvmguest::inside::{
+    self, Volume, asked, domsnap, done, read_block, refused, run, snapshots, succeed, write_block,
+};
+
+/// Which sort of volume.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Sort {
+    Thin,
+    Thick,
+}
+
+/// A group "vg" over all disks; with a pool "tp" for thin volumes.
+pub fn group(sort: Sort) -> Result<()> {
+    let mut words = vec!["-q".to_owned(), "vg".to_owned()];
+    words.extend(inside::disks()?);
+    succeed(Command::new("vgcreate").args(&words))?;
+    if sort == Sort::Thin {
+        let words =
+            ["-q", "-y", "--type", "thin-pool", "-n", "tp", "-L", "200M", "--poolmetadatasize", "4M", "vg"];
+        succeed(Command::new("lvcreate").args(words))?;
+    }
+    Ok(())
+}
+
+/// A volume of 32 MiB in it.
+pub fn volume(sort: Sort, name: &str) -> Result<Volume> {
+    match sort {
+        Sort::Thin => Volume::thin("vg", "tp", name, 32),
+        Sort::Thick => Volume::thick("vg", name, 32),
+    }
+}
+
+pub fn expect(path: &str, block: u64, letter: u8) -> Result<()> {
+    let found = read_block(path, block)?;
+    ensure!(
+        found == letter,
+        "block {block} of {path} should be {:?}, and is {:?}",
+        letter as char,
+        found as char
+    );
+    Ok(())
+}
+
+/// The names of the volumes of the group, without the pool, sorted.
+pub fn volumes() -> Result<Vec<String>> {
+    let listed = succeed(Command::new("lvs").args(["--noheadings", "-o", "lv_name", "vg"]))?;
+    let mut names: Vec<String> =
+        listed.stdout.split_whitespace().filter(|name| *name != "tp").map(str::to_owned).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// One volume with snapshots of the states a, b and c, now at d.
+fn three_points(sort: Sort) -> Result<(Volume, String)> {
+    group(sort)?;
+    let volume = volume(sort, "root")?;
+    let path = volume.path();
+    for letter in [b'a', b'b', b'c'] {
+        write_block(&path, 0, letter)?;
+        write_block(&path, u64::from(letter), letter)?;
+        done(&["create", &path, &(letter as char).to_string()])?;
+    }
+    write_block(&path, 0, b'd')?;
+    Ok((volume, path))
+}
+
+fn every_point_can_be_reverted_to_again_and_again(sort: Sort) -> Result<()> {
+    let (_, path) = three_points(sort)?;
+    for letter in [b'b', b'a', b'c', b'c', b'a', b'b'] {
+        done(&["revert", &path, &(letter as char).to_string()])?;
+        expect(&path, 0, letter)?;
+        for other in [b'a', b'b', b'c'] {
+            expect(&path, u64::from(other), if other <= letter { other } else { 0 })?;
+        }
+        // What is written on top of one is in no other.
+        write_block(&path, 0, b'x')?;
+    }
+    ensure!(snapshots(&path)? == ["a", "b", "c"], "{:?}", snapshots(&path)?);
+    ensure!(volumes()?.len() == 4, "nothing but the volume and its points is left: {:?}", volumes()?);
+    Ok(())
+}
+
+fn any_point_can_be_deleted_and_the_others_stay(sort: Sort) -> Result<()> {
+    let (_, path) = three_points(sort)?;
+    done(&["delete", &path, "b"])?;
+    done(&["revert", &path, "a"])?;
+    expect(&path, 0, b'a')?;
+    done(&["revert", &path, "c"])?;
+    expect(&path, 0, b'c')?;
+    expect(&path, u64::from(b'b'), b'b')?;
+    done(&["delete", &path, "c", "a"])?;
+    expect(&path, 0, b'c')?;
+    ensure!(volumes()? == ["root"], "{:?}", volumes()?);
+    Ok(())
+}
+
+fn the_present_can_be_kept_by_a_revert(sort: Sort) -> Result<()> {
+    let (_, path) = three_points(sort)?;
+    done(&["revert", &path, "a", "--save-current=present"])?;
+    expect(&path, 0, b'a')?;
+    write_block(&path, 0, b'e')?;
+    done(&["create", &path, "e"])?;
+    done(&["revert", &path, "present"])?;
+    expect(&path, 0, b'd')?;
+    expect(&path, u64::from(b'c'), b'c')?;
+    done(&["revert", &path, "e"])?;
+    expect(&path, 0, b'e')?;
+    expect(&path, u64::from(b'c'), 0)?;
+    let listed = asked(&["list", &path])?;
+    let parent = |name: &str| {
+        listed["snapshots"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|s| s["name"] == name)
+            .map(|s| s["parent"].clone())
+    };
+    ensure!(parent("e") == parent("b"), "both derive from a: {listed}");
+    Ok(())
+}
+
+fn several_volumes_are_one_domain(sort: Sort) -> Result<()> {
+    group(sort)?;
+    let volumes = [volume(sort, "root")?, volume(sort, "data-1")?, volume(sort, "data-2")?];
+    let paths: Vec<String> = volumes.iter().map(Volume::path).collect();
+    let domain = paths.join(",");
+    for (number, path) in (0..).zip(&paths) {
+        write_block(path, 0, b'a' + number)?;
+    }
+    done(&["create", &domain, "one"])?;
+    for path in &paths {
+        write_block(path, 0, b'z')?;
+    }
+    done(&["create", &domain, "two", "--disk", "vdb=skip"])?;
+    done(&["revert", &domain, "one"])?;
+    for (number, path) in (0..).zip(&paths) {
+        expect(path, 0, b'a' + number)?;
+    }
+    done(&["revert", &domain, "two"])?;
+    expect(&paths[0], 0, b'z')?;
+    expect(&paths[1], 0, b'b')?;
+    expect(&paths[2], 0, b'z')?;
+    done(&["delete", &domain, "one", "two"])?;
+    Ok(())
+}
+
+fn both_forms_of_a_path_are_understood_and_are_one_disk(sort: Sort) -> Result<()> {
+    succeed(Command::new("vgcreate").args(["-q", "my-vg", &inside::disks()?[0]]))?;
+    let volume = match sort {
+        Sort::Thin => {
+            let words = ["-q", "-y", "--type", "thin-pool", "-n", "t-p", "-L", "100M", "my-vg"];
+            succeed(Command::new("lvcreate").args(words))?;
+            Volume::thin("my-vg", "t-p", "a-b--c.d+e_f", 16)?
+        }
+        Sort::Thick => Volume::thick("my-vg", "a-b--c.d+e_f", 16)?,
+    };
+    write_block(&volume.path(), 0, b'a')?;
+    done(&["create", &volume.mapper(), "s"])?;
+    write_block(&volume.path(), 0, b'b')?;
+    done(&["revert", &volume.mapper(), "s"])?;
+    expect(&volume.path(), 0, b'a')?;
+    // The other name leads to the same device, so it is the same domain or refused, and never a second one.
+    let other = domsnap(&["create", &volume.path(), "t"])?;
+    if other.status == Some(0) {
+        ensure!(snapshots(&volume.mapper())? == ["s", "t"], "two domains have one volume: {other}");
+    } else {
+        ensure!(other.status == Some(3) && other.stderr.contains(&volume.mapper()), "{other}");
+    }
+    Ok(())
+}
+
+fn points_are_found_again_by_their_tags_alone(sort: Sort) -> Result<()> {
+    let (_, path) = three_points(sort)?;
+    done(&["revert", &path, "b"])?;
+    write_block(&path, 0, b'e')?;
+    done(&["create", &path, "e"])?;
+    std::fs::remove_dir_all("/var/lib/domsnap")?;
+    done(&["import", &path])?;
+    ensure!(snapshots(&path)?.len() == 4, "{:?}", snapshots(&path)?);
+    let listed = asked(&["list", &path])?;
+    let parent = |name: &str| -> Option<String> {
+        let all = listed["snapshots"].as_array()?;
+        Some(all.iter().find(|s| s["name"] == name)?["parent"].as_str()?.to_owned())
+    };
+    let tree: Vec<Option<String>> = ["a", "b", "c", "e"].into_iter().map(parent).collect();
+    ensure!(tree[0].is_none() && tree[1].is_some() && tree[2].is_some(), "{listed}");
+    ensure!(tree[3] == tree[2], "both c and e derive from b: {listed}");
+    for letter in [b'c', b'a', b'e', b'b'] {
+        done(&["revert", &path, &(letter as char).to_string()])?;
+        expect(&path, 0, letter)?;
+    }
+    Ok(())
+}
+
+fn a_snapshot_that_somebody_else_made_is_taken_in(sort: Sort) -> Result<()> {
+    group(sort)?;
+    let volume = volume(sort, "root")?;
+    let path = volume.path();
+    write_block(&path, 0, b'a')?;
+    let mut words = vec!["-q", "-s", "-n", "by_hand"];
+    if sort == Sort::Thick {
+        words.extend(["-L", "8M"]);
+    }
+    words.push("vg/root");
+    succeed(Command::new("lvcreate").args(&words))?;
+    write_block(&path, 0, b'b')?;
+    done(&["import", &path])?;
+    ensure!(snapshots(&path)? == ["by_hand"], "{:?}", snapshots(&path)?);
+    done(&["revert", &path, "by_hand"])?;
+    expect(&path, 0, b'a')?;
+    write_block(&path, 0, b'c')?;
+    done(&["revert", &path, "by_hand"])?;
+    expect(&path, 0, b'a')
+}
+
+fn a_dry_run_tells_the_steps_and_does_nothing(sort: Sort) -> Result<()> {
+    let (_, path) = three_points(sort)?;
+    let before = volumes()?;
+    for words in [
+        vec!["create", &path, "n", "--dry-run"],
+        vec!["revert", &path, "a", "--dry-run"],
+        vec!["delete", &path, "a", "--dry-run"],
+    ] {
+        let told = done(&words)?;
+        ensure!(told.stdout.contains("root"), "{told}");
+    }
+    ensure!(volumes()? == before, "{:?}", volumes()?);
+    expect(&path, 0, b'd')
+}
+
+fn a_volume_that_is_open_is_refused_with_who_has_it(sort: Sort) -> Result<()> {
+    let (_, path) = three_points(sort)?;
+    let open = std::fs::File::open(&path)?;
+    for words in [["create", &path, "n"], ["revert", &path, "a"]] {
+        let output = domsnap(&words)?;
+        ensure!(
+            output.status != Some(0) && output.stderr.contains("is open") && output.stderr.contains("trial"),
+            "{output}"
+        );
+    }
+    drop(open);
+    expect(&path, 0, b'd')?;
+    done(&["revert", &path, "a"])?;
+    expect(&path, 0, b'a')
+}
+
+fn a_snapshot_of_a_thick_snapshot_is_refused() -> Result<()> {
+    group(Sort::Thick)?;
+    volume(Sort::Thick, "root")?;
+    succeed(Command::new("lvcreate").args(["-q", "-s", "-n", "snap", "-L", "8M", "vg/root"]))?;
+    refused(&["create", "/dev/vg/snap", "s"], &["thick snapshot", "lvm takes no snapshots"])?;
+    Ok(())
+}
+
+fn mixed_volumes_are_one_domain() -> Result<()> {
+    group(Sort::Thin)?;
+    let paths = [volume(Sort::Thin, "thin")?.path(), volume(Sort::Thick, "thick")?.path()];
+    let domain = paths.join(",");
+    for path in &paths {
+        write_block(path, 0, b'a')?;
+    }
+    done(&["create", &domain, "one"])?;
+    for path in &paths {
+        write_block(path, 0, b'b')?;
+    }
+    done(&["revert", &domain, "one", "--save-current=two"])?;
+    for path in &paths {
+        expect(path, 0, b'a')?;
+    }
+    done(&["revert", &domain, "two"])?;
+    for path in &paths {
+        expect(path, 0, b'b')?;
+    }
+    let backends = run(Command::new("/t/domsnap").args(["list", &domain, "--disks"]))?;
+    if backends.status != Some(0) {
+        bail!("{backends}");
+    }
+    Ok(())
+}
+
+macro_rules! of_sort {
+    ($sort:ident: $($name:literal => $body:ident),* $(,)?) => {
+        &[$(($name, || $body(Sort::$sort))),*]
+    };
+}
+
+/// For thin volumes.
+pub static THIN: &[Statement] = of_sort!(Thin:
+    "every point can be reverted to, again and again" => every_point_can_be_reverted_to_again_and_again,
+    "any point can be deleted, and the others stay" => any_point_can_be_deleted_and_the_others_stay,
+    "the present can be kept by a revert" => the_present_can_be_kept_by_a_revert,
+    "several volumes are one domain" => several_volumes_are_one_domain,
+    "both forms of a path are understood, and are one disk" => both_forms_of_a_path_are_understood_and_are_one_disk,
+    "points are found again by their tags alone" => points_are_found_again_by_their_tags_alone,
+    "a snapshot that somebody else made is taken in" => a_snapshot_that_somebody_else_made_is_taken_in,
+    "a dry run tells the steps and does nothing" => a_dry_run_tells_the_steps_and_does_nothing,
+    "a volume that is open is refused, with who has it" => a_volume_that_is_open_is_refused_with_who_has_it,
+);
+
+/// For thick volumes.
+pub static THICK: &[Statement] = &[
+    ("every point can be reverted to, again and again", || {
+        every_point_can_be_reverted_to_again_and_again(Sort::Thick)
+    }),
+    ("any point can be deleted, and the others stay", || {
+        any_point_can_be_deleted_and_the_others_stay(Sort::Thick)
+    }),
+    ("the present can be kept by a revert", || the_present_can_be_kept_by_a_revert(Sort::Thick)),
+    ("several volumes are one domain", || several_volumes_are_one_domain(Sort::Thick)),
+    ("both forms of a path are understood, and are one disk", || {
+        both_forms_of_a_path_are_understood_and_are_one_disk(Sort::Thick)
+    }),
+    ("points are found again by their tags alone", || {
+        points_are_found_again_by_their_tags_alone(Sort::Thick)
+    }),
+    ("a snapshot that somebody else made is taken in", || {
+        a_snapshot_that_somebody_else_made_is_taken_in(Sort::Thick)
+    }),
+    ("a dry run tells the steps and does nothing", || {
+        a_dry_run_tells_the_steps_and_does_nothing(Sort::Thick)
+    }),
+    ("a volume that is open is refused, with who has it", || {
+        a_volume_that_is_open_is_refused_with_who_has_it(Sort::Thick)
+    }),
+    ("a snapshot of a thick snapshot is refused", a_snapshot_of_a_thick_snapshot_is_refused),
+];
+
+/// With a real udev, whose links come and go with devices.
+pub static UDEV: &[Statement] = &[
+    ("every thin point can be reverted to, again and again", || {
+        every_point_can_be_reverted_to_again_and_again(Sort::Thin)
+    }),
+    ("every thick point can be reverted to, again and again", || {
+        every_point_can_be_reverted_to_again_and_again(Sort::Thick)
+    }),
+    ("thin and thick volumes are one domain", mixed_volumes_are_one_domain),
+];

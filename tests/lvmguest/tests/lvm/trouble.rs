@@ -1,0 +1,168 @@
+//! What is full, overflowed or in the way: told before it is needed, refused before anything is touched.
+
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use lvmguest::Statement;
+use lvmguest::inside::{asked, domsnap, done, fill, refused, snapshots, succeed, write_block};
+
+use crate::matrix::{Sort, expect, group, volume, volumes};
+
+fn a_snapshot_that_overflowed_is_told_before_it_is_needed() -> Result<()> {
+    group(Sort::Thick)?;
+    let path = volume(Sort::Thick, "root")?.path();
+    write_block(&path, 0, b'a')?;
+    done(&["create", &path, "lost", "--lvm-area", "10"])?;
+    fill(&path, 20)?;
+    write_block(&path, 0, b'b')?;
+    done(&["create", &path, "whole", "--lvm-area", "100"])?;
+    let checked = domsnap(&["check", &path])?;
+    let said = format!("{}{}", checked.stdout, checked.stderr);
+    ensure!(said.contains("overflowed") && said.contains("lost"), "{checked}");
+    refused(&["revert", &path, "lost"], &["overflowed", "nothing was touched"])?;
+    expect(&path, 0, b'b')?;
+    write_block(&path, 0, b'c')?;
+    done(&["revert", &path, "whole"])?;
+    expect(&path, 0, b'b')?;
+    done(&["delete", &path, "lost"])?;
+    ensure!(snapshots(&path)? == ["whole"], "{:?}", snapshots(&path)?);
+    Ok(())
+}
+
+fn an_area_that_fills_up_is_warned_of_with_the_command_that_grows_it() -> Result<()> {
+    group(Sort::Thick)?;
+    let path = volume(Sort::Thick, "root")?.path();
+    done(&["create", &path, "s", "--lvm-area", "30"])?;
+    // 12 MiB of area: 32 * 30 % in whole extents, and one more.
+    fill(&path, 11)?;
+    let checked = domsnap(&["check", &path])?;
+    let said = format!("{}{}", checked.stdout, checked.stderr);
+    ensure!(said.contains("lvextend -L+") && said.contains("%"), "{checked}");
+    let told = domsnap(&["create", &path, "t", "--lvm-area", "100"])?;
+    ensure!(
+        told.status == Some(0) && format!("{}{}", told.stdout, told.stderr).contains("lvextend"),
+        "{told}"
+    );
+    Ok(())
+}
+
+fn a_group_without_room_is_refused_with_figures() -> Result<()> {
+    group(Sort::Thick)?;
+    let (one, two) = (volume(Sort::Thick, "one")?.path(), volume(Sort::Thick, "two")?.path());
+    let before = volumes()?;
+    succeed(Command::new("lvcreate").args(["-q", "-y", "-Wn", "-n", "filler", "-L", "900M", "vg"]))?;
+    // Some 40 MiB are left: enough for each alone, and not for both.
+    let domain = format!("{one},{two}");
+    refused(
+        &["create", &domain, "s", "--lvm-area", "100"],
+        &["is free", "other disks of this operation", "vgextend"],
+    )?;
+    done(&["create", &domain, "s", "--lvm-area", "20"])?;
+    refused(&["create", &domain, "t", "--lvm-area", "100"], &["is free"])?;
+    ensure!(volumes()?.len() == before.len() + 3, "{:?}", volumes()?);
+    Ok(())
+}
+
+fn a_pool_that_is_nearly_full_is_refused_with_figures() -> Result<()> {
+    group(Sort::Thin)?;
+    let path = volume(Sort::Thin, "root")?.path();
+    done(&["create", &path, "s"])?;
+    succeed(Command::new("lvcreate").args([
+        "-q",
+        "-y",
+        "-Wn",
+        "-n",
+        "big",
+        "-V",
+        "256M",
+        "--thinpool",
+        "vg/tp",
+    ]))?;
+    fill("/dev/vg/big", 194)?;
+    let before = volumes()?;
+    refused(&["create", &path, "t"], &["vg/tp", "95 %", "lvextend -L+SIZE vg/tp", "is free in the group"])?;
+    refused(&["revert", &path, "s"], &["vg/tp"])?;
+    ensure!(volumes()? == before, "{:?}", volumes()?);
+    let checked = domsnap(&["check", &path])?;
+    ensure!(format!("{}{}", checked.stdout, checked.stderr).contains("vg/tp"), "{checked}");
+    succeed(Command::new("lvextend").args(["-q", "-L", "+100M", "vg/tp"]))?;
+    done(&["create", &path, "t"])?;
+    Ok(())
+}
+
+fn a_merge_that_would_overflow_another_point_is_refused() -> Result<()> {
+    group(Sort::Thick)?;
+    let path = volume(Sort::Thick, "root")?.path();
+    write_block(&path, 0, b'a')?;
+    done(&["create", &path, "early", "--lvm-area", "100"])?;
+    fill(&path, 16)?;
+    write_block(&path, 0, b'b')?;
+    done(&["create", &path, "late", "--lvm-area", "10"])?;
+    refused(&["revert", &path, "early"], &["would overflow", "lvextend"])?;
+    expect(&path, 0, b'b')?;
+    done(&["delete", &path, "late"])?;
+    done(&["revert", &path, "early"])?;
+    expect(&path, 0, b'a')
+}
+
+fn a_point_that_somebody_removed_is_told() -> Result<()> {
+    group(Sort::Thin)?;
+    let path = volume(Sort::Thin, "root")?.path();
+    done(&["create", &path, "s"])?;
+    let point = volumes()?.into_iter().find(|name| name != "root").unwrap_or_default();
+    succeed(Command::new("lvremove").args(["-q", "-y", &format!("vg/{point}")]))?;
+    let reverted = domsnap(&["revert", &path, "s"])?;
+    ensure!(reverted.status != Some(0) && reverted.stderr.contains(&point), "{reverted}");
+    let checked = domsnap(&["check", &path])?;
+    ensure!(format!("{}{}", checked.stdout, checked.stderr).contains(&point), "{checked}");
+    done(&["delete", &path, "s"])?;
+    let listed = asked(&["list", &path])?;
+    ensure!(listed["snapshots"].as_array().is_some_and(Vec::is_empty), "{listed}");
+    Ok(())
+}
+
+fn a_name_that_leaves_no_room_for_points_is_refused() -> Result<()> {
+    group(Sort::Thick)?;
+    let name = "x".repeat(110);
+    let path = volume(Sort::Thick, &name)?.path();
+    refused(&["create", &path, "s"], &["127", "lvrename"])?;
+    Ok(())
+}
+
+fn a_merge_that_is_put_off_is_told_and_stops_everything() -> Result<()> {
+    group(Sort::Thick)?;
+    let path = volume(Sort::Thick, "root")?.path();
+    succeed(Command::new("lvcreate").args(["-q", "-s", "-n", "by_hand", "-L", "8M", "vg/root"]))?;
+    let open = std::fs::File::open(&path)?;
+    succeed(Command::new("lvconvert").args(["-q", "-y", "--merge", "vg/by_hand"]))?;
+    drop(open);
+    refused(&["create", &path, "s"], &["merge", "next activation", "lvchange -an"])?;
+    Ok(())
+}
+
+/// All of them.
+pub static STATEMENTS: &[Statement] = &[
+    (
+        "a snapshot that overflowed is told before it is needed",
+        a_snapshot_that_overflowed_is_told_before_it_is_needed,
+    ),
+    (
+        "an area that fills up is warned of, with the command that grows it",
+        an_area_that_fills_up_is_warned_of_with_the_command_that_grows_it,
+    ),
+    ("a group without room is refused, with figures", a_group_without_room_is_refused_with_figures),
+    (
+        "a pool that is nearly full is refused, with figures",
+        a_pool_that_is_nearly_full_is_refused_with_figures,
+    ),
+    (
+        "a merge that would overflow another point is refused",
+        a_merge_that_would_overflow_another_point_is_refused,
+    ),
+    ("a point that somebody removed is told", a_point_that_somebody_removed_is_told),
+    ("a name that leaves no room for points is refused", a_name_that_leaves_no_room_for_points_is_refused),
+    (
+        "a merge that is put off is told, and stops everything",
+        a_merge_that_is_put_off_is_told_and_stops_everything,
+    ),
+];
