@@ -56,7 +56,7 @@ impl Machine {
         Self {
             disks: vec![512 << 20; 2],
             memory_mib: 1024,
-            deadline: Duration::from_secs(420),
+            deadline: Duration::from_secs(1200),
             udev: false,
             programs: Vec::new(),
             trees: Vec::new(),

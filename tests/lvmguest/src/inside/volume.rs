@@ -60,13 +60,7 @@ impl Volume {
             "--thinpool",
             &pool,
         ]))?;
-        OkSelf { group: group.to_owned(), name: name.to_owned() };
-        let device = File::options().write(true).open(volume.path())?;
-        for at in 0..u64::from(mib) {
-            device.write_all_at(&[0; 1 << 20], at << 20)?;
-        }
-        device.sync_all()?;
-        Ok(volume)
+        Ok(Self { group: group.to_owned(), name: name.to_owned() })
     }
 
     /// `/dev/GROUP/NAME`.
