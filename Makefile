@@ -38,7 +38,7 @@ test: deps qemu nextest under-test
 	$(CARGO) test --workspace --locked --doc
 
 test-fast: deps qemu nextest under-test
-	$(NEXTEST) --workspace --locked -E 'not (binary(crash_kill) | binary(crash_power) | binary(property) | package(xenguest))'
+	$(NEXTEST) --workspace --locked -E 'not (binary(crash_kill) | binary(crash_power) | binary(crash_reflink) | binary(property) | package(xenguest))'
 
 # BENCH="--quick --only merge-8 --dir DIR" measures less, or elsewhere.
 bench: deps qemu build

@@ -315,6 +315,12 @@ impl Planner<'_> {
                 ));
             }
         }
+        // What somebody else removed is forgotten, with the checksum that it left.
+        let lost = self.record.owned.iter().filter(|name| {
+            let needed = **name == self.state.active || keep.contains(&Point::external((*name).clone()));
+            !needed && self.state.layer(name).is_none() && is_layer_name(self.path(), name.as_str())
+        });
+        gone.extend(lost.cloned());
         if gone.is_empty() {
             return Ok(());
         }

@@ -27,6 +27,16 @@ pub enum Work {
         /// The files
         files: Vec<PathBuf>,
     },
+    /// Makes a file that shares all blocks of another, and nothing more
+    Clone {
+        /// The other
+        from: PathBuf,
+        /// The new file
+        to: PathBuf,
+        /// Flush it and its directory too
+        #[arg(long)]
+        durable: bool,
+    },
     /// Makes an overlay's worth of a file, names it, and moves a second name to it, each durable
     Overlay {
         /// An empty directory
@@ -44,6 +54,7 @@ impl Work {
                 file.read_at(&mut vec![0; 64 << 10], 0)?;
                 Ok(())
             }),
+            Work::Clone { from, to, durable } => clone(from, to, *durable),
             Work::Overlay { directory } => overlay(directory),
         }
     }
@@ -61,6 +72,16 @@ fn rewrite(file: &Path, bytes: u64, flushes: u32) -> Result<()> {
             at += length as u64;
         }
         file.sync_data()?;
+    }
+    Ok(())
+}
+
+fn clone(from: &Path, to: &Path, durable: bool) -> Result<()> {
+    let new = File::create_new(to)?;
+    rustix::fs::ioctl_ficlone(&new, &File::open(from)?)?;
+    if durable {
+        new.sync_all()?;
+        File::open(to.parent().context("a file in no directory")?)?.sync_all()?;
     }
     Ok(())
 }

@@ -44,6 +44,8 @@ impl Series {
 pub enum Target {
     /// The fastest peer takes at least so many times as long.
     Faster(f64),
+    /// The series with this label takes at least so many times as long.
+    FasterThan(f64, &'static str),
     /// At most so many times the time of the series with this label.
     Within(f64, &'static str),
     /// A time of its own.
@@ -196,6 +198,13 @@ impl Row {
                 };
                 (words, ratio(self.best_peer()).map(|r| (format!("{r:.2} times faster"), r >= *times)))
             }
+            Target::FasterThan(times, label) => {
+                let found = ratio(self.find(label));
+                (
+                    format!("at least {times} times faster than {label}"),
+                    found.map(|r| (format!("{r:.2} times faster"), r >= *times)),
+                )
+            }
             Target::Within(times, label) => {
                 let found = ratio(self.find(label)).map(|r| 1.0 / r);
                 (
@@ -285,6 +294,15 @@ mod tests {
         let verdicts = row(&[Target::Within(1.3, "cp + sync")], &[12], &[("cp + sync", 10)]).verdicts();
         assert_eq!(verdicts[0].met, Some(true));
         let verdicts = row(&[Target::Within(1.3, "cp + sync")], &[14], &[("cp + sync", 10)]).verdicts();
+        assert_eq!(verdicts[0].met, Some(false));
+    }
+
+    #[test]
+    fn faster_than_is_measured_against_the_series_that_it_names() {
+        let peers = [("cp", 1000), ("qemu-img", 20)];
+        let verdicts = row(&[Target::FasterThan(100.0, "cp")], &[10], &peers).verdicts();
+        assert_eq!(verdicts[0].met, Some(true));
+        let verdicts = row(&[Target::FasterThan(100.0, "cp")], &[11], &peers).verdicts();
         assert_eq!(verdicts[0].met, Some(false));
     }
 

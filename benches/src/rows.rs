@@ -6,6 +6,7 @@ mod live;
 mod many;
 mod merging;
 mod nothing;
+mod raw;
 mod reflink;
 
 use anyhow::Result;
@@ -25,7 +26,7 @@ pub struct Group {
 }
 
 /// All groups, in the order of the report.
-pub const GROUPS: [Group; 10] = [
+pub const GROUPS: [Group; 11] = [
     Group { name: "huge", rows: internal::HUGE, measure: internal::huge },
     Group { name: "quarter", rows: internal::QUARTER, measure: internal::quarter },
     Group { name: "many", rows: many::ROWS, measure: many::measure },
@@ -35,6 +36,7 @@ pub const GROUPS: [Group; 10] = [
     Group { name: "flatten", rows: merging::FLATTEN, measure: merging::flatten },
     Group { name: "xfs", rows: reflink::XFS, measure: reflink::xfs },
     Group { name: "btrfs", rows: reflink::BTRFS, measure: reflink::btrfs },
+    Group { name: "raw", rows: raw::ROWS, measure: raw::measure },
     Group { name: "live", rows: live::ROWS, measure: live::measure },
 ];
 

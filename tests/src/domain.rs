@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::domsnap::{Domsnap, Outcome, status};
 use crate::model::Model;
+use crate::mounted::Mounted;
 use crate::qemu::{self, Write};
 use crate::verify;
 
@@ -67,11 +68,13 @@ pub struct Domain {
     stamp: u8,
 }
 
-/// Where a domain lives: a directory that goes with it, or one that somebody else cares for.
+/// Where a domain lives: a directory that goes with it, one that somebody else cares for, or the root of a
+/// file system that goes with it.
 #[derive(Debug)]
 enum Place {
     Own(tempfile::TempDir),
     Lent(PathBuf),
+    Mounted(Mounted),
 }
 
 /// The target of disk number `index`.
@@ -106,6 +109,17 @@ impl Domain {
     /// What failed, in words.
     pub fn new_in(dir: &Path, shape: &Shape) -> Result<Domain> {
         let mut domain = Domain::make(Place::Lent(dir.to_owned()), shape)?;
+        domain.register()?;
+        domain.write_everywhere()?;
+        Ok(domain)
+    }
+
+    /// Makes the images on a file system of `kind` of their own, and registers the domain.
+    ///
+    /// # Errors
+    /// What failed, in words.
+    pub fn new_on(kind: &str, shape: &Shape) -> Result<Domain> {
+        let mut domain = Domain::make(Place::Mounted(Mounted::make(kind, 512 << 20)?), shape)?;
         domain.register()?;
         domain.write_everywhere()?;
         Ok(domain)
@@ -166,6 +180,7 @@ impl Domain {
         match &self.dir {
             Place::Own(dir) => dir.path(),
             Place::Lent(dir) => dir,
+            Place::Mounted(mounted) => mounted.domain(),
         }
     }
 
@@ -271,8 +286,8 @@ impl Domain {
         Ok(())
     }
 
-    /// The words that create `name`: `kind` is `internal`, `external`, `mixed`, which takes turns over the disks, or one of the
-    /// format's own ways.
+    /// The words that create `name`: `kind` is `internal`, `external`, `mixed`, which takes turns over the disks, one of the
+    /// format's own ways, or `ways`, which takes turns over those of raw disks that leave the path alone.
     pub fn create_words(&self, name: &str, kind: &str) -> Vec<String> {
         let mut words: Vec<String> = ["create", NAME, name].map(Into::into).into();
         match kind {
@@ -284,7 +299,8 @@ impl Domain {
             }
             "internal" | "external" => words.push(format!("--{kind}")),
             way => {
-                for target in self.model.present.keys() {
+                for (index, target) in self.model.present.keys().enumerate() {
+                    let way = if way == "ways" { ["reflink", "copy"][index % 2] } else { way };
                     words.extend(["--disk".into(), format!("{target}={way}")]);
                 }
             }

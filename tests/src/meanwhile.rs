@@ -113,7 +113,7 @@ pub(crate) fn aside(domain: &Domain, holds: &Bytes) -> Result<Option<(PathBuf, O
     for entry in std::fs::read_dir(domain.disks())? {
         let path = entry?.path();
         let name = path.file_name().and_then(|name| name.to_str()).context("a name that is no text")?;
-        if !path.is_file() {
+        if !path.is_file() || path.extension().is_some_and(|extension| extension == "crc32") {
             continue;
         }
         if name.starts_with("rescued-") && qemu::read(&path, None)? == **holds {

@@ -5,10 +5,20 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+/// Whether a test may mount; where it may not, this says so.
+pub fn may_mount(kind: &str) -> bool {
+    let root = Command::new("id").arg("-u").output().is_ok_and(|out| out.stdout == b"0\n");
+    if !root {
+        println!("SKIPPED: only root can mount an {kind} file system");
+    }
+    root
+}
+
 /// A file system on a loop device over a file; unmounted when dropped.
 #[derive(Debug)]
 pub struct Mounted {
     point: PathBuf,
+    domain: PathBuf,
     _dir: tempfile::TempDir,
 }
 
@@ -25,12 +35,18 @@ impl Mounted {
         run(Command::new(format!("mkfs.{kind}")).arg("-q").arg(&file)).context("run scripts/install-deps")?;
         run(Command::new("mount").args(["-o", "loop", "-t", kind]).arg(&file).arg(&point))
             .context("mounting needs root, and a kernel that has the file system")?;
-        Ok(Mounted { point, _dir: dir })
+        let domain = point.join("domain");
+        Ok(Mounted { point, domain, _dir: dir })
     }
 
     /// Where it is mounted.
     pub fn path(&self) -> &Path {
         &self.point
+    }
+
+    /// A directory in it for one domain, which may be removed and made anew.
+    pub fn domain(&self) -> &Path {
+        &self.domain
     }
 }
 

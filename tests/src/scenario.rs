@@ -18,6 +18,8 @@ pub struct Scenario {
     pub effect: fn(&mut Model),
     /// Where the snapshots are looked for.
     pub look: Look,
+    /// The kind of file system that `prepare` mounts, which takes root.
+    pub mounts: Option<&'static str>,
 }
 
 /// Where the snapshots are looked for.
@@ -84,19 +86,22 @@ fn disk(domain: &Domain, operation: &str, rest: &[&str]) -> Vec<String> {
 }
 
 macro_rules! scenarios {
-    ($($(#[$doc:meta])* $name:ident $look:ident { $prepare:expr, $words:expr, $effect:expr })*) => {
+    ($($(#[$doc:meta])* $name:ident $look:ident $(on $mounts:ident)? { $prepare:expr, $words:expr, $effect:expr })*) => {
         $($(#[$doc])* pub const $name: Scenario = Scenario {
             name: stringify!($name),
             prepare: || $prepare,
             words: $words,
             effect: $effect,
             look: Look::$look,
+            mounts: [$(Some(stringify!($mounts)),)? None][0],
         };)*
 
         /// All of them.
         pub const ALL: &[Scenario] = &[$($name),*];
     };
 }
+
+pub mod reflink;
 
 scenarios! {
     /// The first snapshot: images that were never seen before, internal.

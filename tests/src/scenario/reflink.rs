@@ -1,0 +1,37 @@
+//! The operations on raw disks that share blocks, which are interrupted too.
+
+use anyhow::Result;
+
+use super::{Look, Scenario, strings, words};
+use crate::domain::{Domain, NAME, Shape};
+
+/// Two raw disks on a file system that shares blocks; snapshots by `ways`, called `s1`, `s2`, ..., with writes between
+/// and after.
+fn line(ways: &[&str]) -> Result<Domain> {
+    let mut domain = Domain::new_on("xfs", &Shape::raw(2))?;
+    for (index, way) in ways.iter().enumerate() {
+        domain.create(&format!("s{}", index + 1), way)?;
+        domain.write_everywhere()?;
+    }
+    Ok(domain)
+}
+
+scenarios! {
+    /// The first snapshot.
+    CREATE Tree on xfs { line(&[]), |d| d.create_words("new", "reflink"), |m| m.create("new") }
+    /// One disk shares, one is copied.
+    CREATE_BOTH_WAYS Tree on xfs { line(&["ways"]), |d| d.create_words("new", "ways"), |m| m.create("new") }
+    /// The present is replaced by what shares a point's blocks.
+    REVERT Tree on xfs { line(&["reflink", "reflink"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1") }
+    /// The present gets a name first; the point of one disk was copied.
+    REVERT_SAVING_CURRENT Tree on xfs {
+        line(&["ways", "reflink"]),
+        |_| words(&["revert", NAME, "s1", "--save-current=kept"]),
+        |m| { m.create("kept"); m.revert("s1") }
+    }
+    /// In the middle: raw points stand on nothing.
+    DELETE_MIDDLE Tree on xfs {
+        line(&["reflink", "ways", "reflink"]),
+        |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
+    }
+}
