@@ -38,6 +38,10 @@ pub struct Global {
     /// else $XDG_STATE_HOME/domsnap]
     #[arg(long, value_name = "DIR", global = true, value_hint = ValueHint::DirPath)]
     pub state_dir: Option<Utf8PathBuf>,
+    /// Where plug-ins are: programs called domsnap-backend-NAME, each for the disks of the format NAME
+    /// [default: $DOMSNAP_BACKEND_DIR, else /usr/libexec/domsnap]
+    #[arg(long, value_name = "DIR", global = true, value_hint = ValueHint::DirPath)]
+    pub backend_dir: Option<Utf8PathBuf>,
     /// Follow backing files into this directory too, besides the disk's own
     #[arg(long, value_name = "DIR", global = true, value_hint = ValueHint::DirPath)]
     pub allow_backing: Vec<Utf8PathBuf>,

@@ -431,6 +431,18 @@ pub struct RecoverNote {
 pub struct BackendsDoc {
     /// One a format.
     pub backends: Vec<BackendDoc>,
+    /// What looks like plug-ins and is not used.
+    pub problems: Vec<BackendProblem>,
+}
+
+/// A program that looks like a plug-in and is not used, or their directory.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct BackendProblem {
+    /// Where it is.
+    #[schemars(with = "String")]
+    pub program: Utf8PathBuf,
+    /// Why it is not used.
+    pub message: String,
 }
 
 /// One backend.
@@ -440,6 +452,9 @@ pub struct BackendDoc {
     pub format: String,
     /// What it can do.
     pub capabilities: Capabilities,
+    /// The program, where it is a plug-in.
+    #[schemars(with = "Option<String>")]
+    pub plugin: Option<Utf8PathBuf>,
 }
 
 /// Any command that failed.

@@ -4,6 +4,7 @@
 
 mod answer;
 mod args;
+mod backends;
 mod commands;
 mod documents;
 mod failure;

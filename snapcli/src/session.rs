@@ -2,42 +2,19 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::future::Future;
-use std::sync::Arc;
 
-use backend_lvm::Lvm;
-use backend_qcow2::Qcow2;
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8PathBuf;
 use snapcore::service::{Domsnap, StateDir};
-use snapcore::{DomainName, Error, ErrorKind, Registry, Result};
+use snapcore::{DomainName, Error, ErrorKind, Result};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::answer::Answer;
 use crate::args::Global;
+use crate::backends::{Backends, absolute};
 use crate::failure::Failure;
 use crate::progress::Progress;
-
-/// The formats that this program knows: the one place that names backends.
-pub fn registry(global: &Global) -> Result<Registry> {
-    let mut qcow2 = Qcow2::new();
-    if let Some(layers) = global.max_depth {
-        qcow2 = qcow2.max_depth(layers);
-    }
-    for directory in &global.allow_backing {
-        qcow2 = qcow2.allow_backing(absolute(directory)?);
-    }
-    let mut registry = Registry::new();
-    registry.register(Arc::new(qcow2))?;
-    backend_raw::register(&mut registry)?;
-    let mut lvm = Lvm::new();
-    if let Some(percent) = global.lvm_area {
-        lvm = lvm.area_percent(percent);
-    }
-    registry.register(Arc::new(lvm))?;
-    hypervisor_qemu::register(&mut registry);
-    Ok(registry)
-}
 
 /// One call of the command.
 pub struct Session {
@@ -45,6 +22,8 @@ pub struct Session {
     pub global: Global,
     /// The service.
     pub service: Domsnap,
+    /// What serves which format.
+    pub backends: Backends,
     cancel: CancellationToken,
     asking: OnceCell<Runtime>,
     warnings: RefCell<Vec<(DomainName, String)>>,
@@ -54,9 +33,10 @@ impl Session {
     /// Opens the service. Nothing is read yet.
     pub fn open(global: Global) -> Result<Self> {
         let state = StateDir::new(state_dir(&global)?);
-        let service = Domsnap::open(state, registry(&global)?);
+        let backends = Backends::of(&global)?;
+        let service = Domsnap::open(state, backends.registry.clone());
         let (cancel, asking, warnings) = Default::default();
-        Ok(Self { global, service, cancel, asking, warnings })
+        Ok(Self { global, service, backends, cancel, asking, warnings })
     }
 
     /// What ends the work of this call when it is cancelled.
@@ -134,12 +114,6 @@ impl Session {
 
 fn no_runtime(cause: std::io::Error) -> Error {
     Error::new(ErrorKind::Io, "the event loop cannot be started").because(cause)
-}
-
-fn absolute(path: &Utf8Path) -> Result<Utf8PathBuf> {
-    camino::absolute_utf8(path).map_err(|cause| {
-        Error::new(ErrorKind::Usage, format!("the directory {path} cannot be made absolute")).because(cause)
-    })
 }
 
 /// Where catalogue and journal live.

@@ -115,3 +115,77 @@ fn completions_and_man_pages_name_every_command() {
         assert!(text.starts_with(".ie") || text.contains(".TH"), "{page} is no man page");
     }
 }
+
+/// A directory with the example of a plug-in, and with what cannot be one.
+fn plug_ins() -> tempfile::TempDir {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().unwrap();
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/domsnap-backend-dir.py");
+    std::fs::copy(&example, directory.path().join("domsnap-backend-dir")).unwrap();
+    std::fs::copy(&example, directory.path().join("domsnap-backend-other")).unwrap();
+    std::fs::copy(&example, directory.path().join("domsnap-backend-qcow2")).unwrap();
+    let plain = directory.path().join("domsnap-backend-plain");
+    std::fs::write(&plain, "no program").unwrap();
+    std::fs::set_permissions(&plain, std::fs::Permissions::from_mode(0o644)).unwrap();
+    directory
+}
+
+#[test]
+fn plug_ins_are_listed_and_those_that_cannot_be_used_say_why() {
+    let (state, directory) = (tempfile::tempdir().unwrap(), plug_ins());
+    let output = domsnap(state.path())
+        .env("DOMSNAP_BACKEND_DIR", directory.path())
+        .args(["backends", "--json"])
+        .output()
+        .unwrap();
+    assert!(output.status.success());
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let formats: Vec<_> =
+        document["backends"].as_array().unwrap().iter().map(|backend| &backend["format"]).collect();
+    assert!(formats.iter().any(|format| *format == "qcow2"), "{document}");
+    let dir =
+        document["backends"].as_array().unwrap().iter().find(|backend| backend["format"] == "dir").unwrap();
+    assert_eq!(dir["capabilities"]["internal"], true);
+    assert!(dir["plugin"].as_str().unwrap().ends_with("/domsnap-backend-dir"));
+    let why = |name: &str| {
+        let problems = document["problems"].as_array().unwrap();
+        let of = |problem: &&serde_json::Value| problem["program"].as_str().unwrap().ends_with(name);
+        problems.iter().find(of).unwrap()["message"].as_str().unwrap().to_owned()
+    };
+    assert!(why("-other").contains("serves the format \"dir\""), "{}", why("-other"));
+    assert!(why("-qcow2").contains("registered already"), "{}", why("-qcow2"));
+    assert!(why("-plain").contains("chmod +x"), "{}", why("-plain"));
+}
+
+#[test]
+fn a_disk_of_a_plug_in_is_served_like_any_other() {
+    let (state, directory) = (tempfile::tempdir().unwrap(), plug_ins());
+    let disk = state.path().join("web.img");
+    std::fs::write(&disk, "before").unwrap();
+    let run = |words: &[&str]| {
+        let mut command = domsnap(&state.path().join("state"));
+        command.arg("--backend-dir").arg(directory.path()).args(words).assert().success();
+    };
+    run(&["domain", "add", "web", "--disk", &format!("vda={},format=dir", disk.display())]);
+    run(&["create", "web", "s1"]);
+    std::fs::write(&disk, "after").unwrap();
+    run(&["revert", "web", "s1"]);
+    assert_eq!(std::fs::read_to_string(&disk).unwrap(), "before");
+    run(&["check", "web"]);
+    run(&["delete", "web", "s1"]);
+    // Without the plug-in nothing is touched, and the format is named.
+    let lost = domsnap(&state.path().join("state")).args(["create", "web", "s2"]).output().unwrap();
+    let said = String::from_utf8_lossy(&lost.stderr).into_owned();
+    assert!(!lost.status.success() && said.contains("no backend serves the format \"dir\""), "{said}");
+}
+
+#[test]
+fn a_directory_of_plug_ins_that_anybody_may_write_is_refused() {
+    use std::os::unix::fs::PermissionsExt;
+    let (state, directory) = (tempfile::tempdir().unwrap(), plug_ins());
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    let refused =
+        domsnap(state.path()).arg("--backend-dir").arg(directory.path()).arg("backends").output().unwrap();
+    assert_eq!(refused.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("chmod o-w"));
+}

@@ -3,11 +3,11 @@
 use camino::Utf8Path;
 use clap::CommandFactory;
 use clap_complete::Shell;
-use snapcore::{Capabilities, DiskSnapshotter, Error, ErrorKind, PointKind};
+use snapcore::{Capabilities, Error, ErrorKind, PointKind};
 
 use crate::answer::{self, Answer};
 use crate::args::Cli;
-use crate::documents::{self, BackendDoc, BackendsDoc};
+use crate::documents::{self, BackendDoc, BackendProblem, BackendsDoc};
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::table::table;
@@ -36,29 +36,56 @@ pub fn man(dir: &Utf8Path) -> Result<Answer, Failure> {
     Ok(Answer::text(format!("wrote the man pages to {dir}; try: man -l {}", dir.join("domsnap.1"))))
 }
 
-/// `domsnap backends`
+/// `domsnap backends`. Plug-ins are started and asked.
 pub fn backends(session: &Session) -> Answer {
-    let backends = session.service.registry().iter().map(|backend: &dyn DiskSnapshotter| BackendDoc {
-        format: backend.format().to_owned(),
-        capabilities: backend.capabilities(),
+    let (mut backends, mut problems) = (Vec::new(), Vec::new());
+    for (program, error) in &session.backends.problems {
+        problems.push(BackendProblem { program: program.clone(), message: error.to_string() });
+    }
+    for backend in session.service.registry().iter() {
+        let format = backend.format().to_owned();
+        let (capabilities, plugin) = match session.backends.plugin(&format) {
+            None => (Ok(backend.capabilities()), None),
+            Some(plugin) => (plugin.greet(), Some(plugin.program().to_owned())),
+        };
+        match (capabilities, plugin) {
+            (Ok(capabilities), plugin) => backends.push(BackendDoc { format, capabilities, plugin }),
+            (Err(error), plugin) => problems
+                .push(BackendProblem { program: plugin.unwrap_or_default(), message: error.to_string() }),
+        }
+    }
+    session.told(BackendsDoc { backends, problems }, told_backends)
+}
+
+fn told_backends(document: &BackendsDoc) -> String {
+    let plugins = document.backends.iter().any(|backend| backend.plugin.is_some());
+    let rows = document.backends.iter().map(|backend| {
+        let can = &backend.capabilities;
+        let mut row = vec![
+            backend.format.clone(),
+            kinds(can),
+            match can.preferred {
+                PointKind::Internal => "internal".to_owned(),
+                PointKind::External => "external".to_owned(),
+            },
+            yes_or_no(can.live),
+            yes_or_no(can.delete_in_chain),
+            can.max_depth.to_string(),
+        ];
+        if plugins {
+            row.push(backend.plugin.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string));
+        }
+        row
     });
-    session.told(BackendsDoc { backends: backends.collect() }, |document| {
-        let rows = document.backends.iter().map(|backend| {
-            let can = &backend.capabilities;
-            vec![
-                backend.format.clone(),
-                kinds(can),
-                match can.preferred {
-                    PointKind::Internal => "internal".to_owned(),
-                    PointKind::External => "external".to_owned(),
-                },
-                yes_or_no(can.live),
-                yes_or_no(can.delete_in_chain),
-                can.max_depth.to_string(),
-            ]
-        });
-        table(&["FORMAT", "SNAPSHOTS", "DEFAULT", "LIVE", "DELETE IN CHAIN", ">LONGEST CHAIN"], rows)
-    })
+    let mut heads = vec!["FORMAT", "SNAPSHOTS", "DEFAULT", "LIVE", "DELETE IN CHAIN", ">LONGEST CHAIN"];
+    if plugins {
+        heads.push("PLUG-IN");
+    }
+    let mut text = table(&heads, rows);
+    for problem in &document.problems {
+        text.push_str(&format!("not used: {}: {}\n", problem.program, problem.message));
+    }
+    text
 }
 
 fn kinds(can: &Capabilities) -> String {

@@ -1,0 +1,305 @@
+//! [`DiskSnapshotter`] by copies.
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+use jiff::Timestamp;
+use snapcore::{
+    ActivePath, AttachedDisk, Capabilities, ChainFile, Consistency, DeleteCost, Disk, DiskPlan, DiskPoint,
+    DiskRecord, DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, Finding, Group, Guard,
+    InspectDepth, InternalPoint, Layer, LayerName, PlannedStep, Point, PointKind, Result, Salvage, Severity,
+    Snapshot, SnapshotId, SnapshotName, Step, StepContext, StepStatus,
+};
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+
+use crate::files::{failed, point, points};
+use crate::hold::Holds;
+use crate::step::Action;
+
+/// What the one layer of a disk is called.
+const LAYER: &str = "disk";
+
+/// Files whose points are copies. Work is done where it is asked for: whoever embeds it gives it a thread that may wait.
+#[derive(Default)]
+pub struct Copies {
+    holds: Holds,
+}
+
+fn layer() -> LayerName {
+    LayerName(LAYER.to_owned())
+}
+
+/// The file that the domain writes.
+fn found(disk: &Utf8Path) -> Result<Metadata> {
+    match disk.symlink_metadata() {
+        Ok(found) if found.is_file() => Ok(found),
+        Ok(_) => Err(Error::new(ErrorKind::Usage, format!("{disk} is no file"))),
+        Err(cause) => Err(failed(format!("cannot look at {disk}"))(cause)),
+    }
+}
+
+/// A disk's points: their names, and their files.
+fn tags(disk: &Utf8Path) -> Result<Vec<(String, Metadata)>> {
+    let directory = points(disk);
+    let entries = match directory.read_dir_utf8() {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(format!("cannot read {directory}"))(error)),
+    };
+    let mut all = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(failed(format!("cannot read {directory}")))?;
+        let name = entry.file_name().to_owned();
+        if name.len() == 8 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
+            let copied = entry.metadata().map_err(failed(format!("cannot look at {}", entry.path())))?;
+            all.push((name, copied));
+        }
+    }
+    all.sort_by(|one, other| one.0.cmp(&other.0));
+    Ok(all)
+}
+
+fn taken(copied: &Metadata) -> Timestamp {
+    copied.modified().ok().and_then(|time| Timestamp::try_from(time).ok()).unwrap_or(Timestamp::UNIX_EPOCH)
+}
+
+fn step(disk: &Disk, group: Group, action: &Action, summary: String, bytes: u64) -> Result<PlannedStep> {
+    let action = serde_json::to_value(action).map_err(|cause| {
+        Error::new(ErrorKind::Internal, "a step cannot be written as JSON").because(cause)
+    })?;
+    Ok(PlannedStep {
+        group,
+        step: Step { target: disk.target.clone(), action, summary, bytes },
+        edits: Vec::new(),
+        deferrable: false,
+        inside: false,
+        window: false,
+    })
+}
+
+#[async_trait]
+impl DiskSnapshotter for Copies {
+    fn format(&self) -> &str {
+        "dir"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(PointKind::Internal, 1)
+    }
+
+    async fn adopt(&self, disk: &Disk, _: ActivePath) -> Result<DiskRecord> {
+        found(&disk.path)?;
+        if disk.path.file_name().is_none_or(|name| name.len() > 240) {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("{}: the name is too long for a directory beside it", disk.path),
+            )
+            .advise("rename it"));
+        }
+        Ok(DiskRecord { disk: disk.clone(), active: layer(), owned: vec![layer()] })
+    }
+
+    async fn inspect(
+        &self,
+        record: &DiskRecord,
+        _: InspectDepth,
+        _: Option<&dyn AttachedDisk>,
+    ) -> Result<DiskState> {
+        let path = &record.disk.path;
+        let there = found(path)?;
+        let internal = tags(path)?.into_iter().map(|(tag, copied)| InternalPoint {
+            tag,
+            virtual_size: copied.len(),
+            created: taken(&copied),
+            vm_state_size: 0,
+        });
+        let only = Layer {
+            name: layer(),
+            file: path.clone(),
+            format: self.format().to_owned(),
+            named: false,
+            backing: None,
+            owned: true,
+            virtual_size: there.len(),
+            allocated: there.blocks() * 512,
+            internal: internal.collect(),
+            dependents: Vec::new(),
+        };
+        Ok(DiskState {
+            target: record.disk.target.clone(),
+            active: layer(),
+            layers: vec![only],
+            attached: false,
+            on_path: Vec::new(),
+            unclear: Vec::new(),
+        })
+    }
+
+    async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
+        let mut all = Vec::new();
+        for (tag, copied) in tags(&record.disk.path)? {
+            if known.iter().any(|point| point.tag.as_ref() == Some(&tag)) {
+                continue;
+            }
+            all.push(Snapshot {
+                id: SnapshotId::fresh(),
+                name: SnapshotName::new(format!("found-{tag}"))?,
+                parent: None,
+                created: taken(&copied),
+                description: String::new(),
+                consistency: Consistency::Unknown,
+                disks: vec![DiskPoint {
+                    target: record.disk.target.clone(),
+                    point: Point::internal(layer(), tag),
+                    virtual_size: copied.len(),
+                }],
+                memory: None,
+                machine: None,
+            });
+        }
+        all.sort_by_key(|snapshot| snapshot.created);
+        Ok(all)
+    }
+
+    async fn plan(
+        &self,
+        record: &DiskRecord,
+        _: &DiskState,
+        active_path: ActivePath,
+        request: &DiskRequest,
+    ) -> Result<DiskPlan> {
+        let (disk, path) = (&record.disk, &record.disk.path);
+        let there = tags(path)?;
+        let mut plan = DiskPlan::default();
+        if active_path != ActivePath::Keep {
+            return Err(Error::new(ErrorKind::Unsupported, format!("{path} keeps its path"))
+                .advise("leave --active-path out"));
+        }
+        match request {
+            DiskRequest::Create { stamp, .. } => {
+                let tag = new_tag(path, *stamp)?;
+                let action = Action::Copy { tag: tag.clone() };
+                let summary = format!("copy {path} as {tag}");
+                plan.steps.push(step(disk, Group::Cut, &action, summary, found(path)?.len())?);
+                plan.point = Some(Point::internal(layer(), tag));
+            }
+            DiskRequest::Revert { to, save, stamp, .. } => {
+                let known = there.iter().find(|(tag, _)| to.layer == layer() && to.tag.as_ref() == Some(tag));
+                let Some((from, copied)) = known else {
+                    return Err(Error::new(
+                        ErrorKind::NotFound,
+                        format!("{path} has no point {}", to.tag.as_deref().unwrap_or(to.layer.as_str())),
+                    )
+                    .advise("see `domsnap check`"));
+                };
+                let (from, former) = (from.clone(), new_tag(path, *stamp)?);
+                let next = format!("next-{former}");
+                let stage = Action::Stage { from: from.clone(), next: next.clone() };
+                let summary = format!("copy {from} anew");
+                plan.steps.push(step(disk, Group::Prepare, &stage, summary, copied.len())?);
+                let exchange = Action::Exchange { from, next, former: former.clone() };
+                let summary = format!("put that in the place of {path}");
+                plan.steps.push(step(disk, Group::Cut, &exchange, summary, 0)?);
+                match save {
+                    Some(_) => plan.point = Some(Point::internal(layer(), former)),
+                    None => {
+                        let action = Action::Drop { tags: vec![former] };
+                        let summary = "remove what was there before".to_owned();
+                        plan.steps.push(step(disk, Group::Finish, &action, summary, 0)?);
+                    }
+                }
+            }
+            DiskRequest::Delete { drop, keep } => {
+                let gone = gone(&there, drop, keep);
+                let names: Vec<String> = gone.map(|(tag, _)| tag.clone()).collect();
+                if !names.is_empty() {
+                    let summary = format!("remove the copies {}", names.join(", "));
+                    plan.steps.push(step(disk, Group::Finish, &Action::Drop { tags: names }, summary, 0)?);
+                }
+            }
+            other => {
+                return Err(Error::new(ErrorKind::Unsupported, format!("copies cannot do this: {other:?}")));
+            }
+        }
+        Ok(plan)
+    }
+
+    async fn hold(&self, record: &DiskRecord, _: Option<&dyn AttachedDisk>) -> Result<Guard> {
+        Ok(Box::new(self.holds.begin(&record.disk.path)?))
+    }
+
+    async fn open_chain(&self, record: &DiskRecord) -> Result<Vec<ChainFile>> {
+        Ok(vec![ChainFile { file: record.disk.path.clone(), format: "raw".to_owned() }])
+    }
+
+    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        Action::of(step)?.apply(&context.disk.disk.path, &self.holds, context)
+    }
+
+    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        Action::of(step)?.undo(&context.disk.disk.path, &self.holds)
+    }
+
+    async fn salvage(&self, step: &Step, _: bool, context: StepContext<'_>) -> Result<Salvage> {
+        let disk = &context.disk.disk;
+        Action::of(step)?.salvage(disk.target.as_str(), &disk.path)
+    }
+
+    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
+        Ok(Action::of(step)?.status(&context.disk.disk.path))
+    }
+
+    async fn check(&self, record: &DiskRecord, _: &DiskState) -> Result<Vec<Finding>> {
+        let directory = points(&record.disk.path);
+        let Ok(entries) = directory.read_dir_utf8() else { return Ok(Vec::new()) };
+        let left = entries.filter_map(std::result::Result::ok).filter(|entry| {
+            entry.file_name().starts_with("next-") || entry.path().extension() == Some("part")
+        });
+        Ok(left
+            .map(|entry| Finding {
+                severity: Severity::Note,
+                subject: entry.path().to_string(),
+                message: "what an operation left: it may be removed".to_owned(),
+            })
+            .collect())
+    }
+
+    async fn cost_of_delete(
+        &self,
+        record: &DiskRecord,
+        _: &DiskState,
+        drop: &[Point],
+        keep: &[Point],
+    ) -> Result<DeleteCost> {
+        let there = tags(&record.disk.path)?;
+        let frees = gone(&there, drop, keep).map(|(_, copied)| copied.blocks() * 512).sum();
+        Ok(DeleteCost { frees, moves: 0 })
+    }
+
+    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
+        Utf8PathBuf::from(format!("{}.domsnap", disk.path))
+    }
+
+    fn layer_file(&self, record: &DiskRecord, _: &LayerName) -> Utf8PathBuf {
+        record.disk.path.clone()
+    }
+}
+
+fn new_tag(disk: &Utf8Path, stamp: u32) -> Result<String> {
+    let tag = format!("{stamp:08x}");
+    match point(disk, &tag).exists() {
+        true => Err(Error::new(ErrorKind::Exists, format!("{} is there already", point(disk, &tag)))
+            .advise("try again")),
+        false => Ok(tag),
+    }
+}
+
+/// The points that are there, are to go, and are nobody else's.
+fn gone<'a>(
+    there: &'a [(String, Metadata)],
+    drop: &'a [Point],
+    keep: &'a [Point],
+) -> impl Iterator<Item = &'a (String, Metadata)> {
+    let among = |points: &[Point], tag: &String| points.iter().any(|point| point.tag.as_ref() == Some(tag));
+    there.iter().filter(move |(tag, _)| among(drop, tag) && !among(keep, tag))
+}
