@@ -33,8 +33,8 @@ fn an_area_that_fills_up_is_warned_of_with_the_command_that_grows_it() -> Result
     group(Sort::Thick)?;
     let path = volume(Sort::Thick, "root")?.path();
     done(&["create", &path, "s", "--lvm-area", "30"])?;
-    // 12 MiB of area: 32 * 30 % in whole extents, and one more.
-    fill(&path, 11)?;
+    // 16 MiB of area: 32 MiB * 30 % in whole extents, and one more.
+    fill(&path, 14)?;
     let checked = domsnap(&["check", &path])?;
     let said = format!("{}{}", checked.stdout, checked.stderr);
     ensure!(said.contains("lvextend -L+") && said.contains("%"), "{checked}");
