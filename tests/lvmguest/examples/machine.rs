@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 fn main() -> Result<ExitCode> {
     let file = std::env::args().nth(1).context("the file of commands is to be named")?;
     let commands = std::fs::read_to_string(&file).with_context(|| file.clone())?;
-    let mut machine = lvmguest::Machine::new();
+    let mut machine = lvmguest::Machine::new().udev(std::env::var_os("LVMGUEST_UDEV").is_some());
     for program in std::env::args().skip(2).map(std::path::PathBuf::from) {
         let name =
             program.file_name().and_then(|name| name.to_str()).context("a program has no name")?.to_owned();
