@@ -31,7 +31,7 @@ fn disks_are_blank_before_each_statement() -> Result<()> {
     Ok(())
 }
 
-static GROUPS: [Group; 6] = [
+static GROUPS: [Group; 7] = [
     Group::new(
         "the machine has real snapshots of volumes",
         Machine::new,
@@ -42,6 +42,7 @@ static GROUPS: [Group; 6] = [
     ),
     Group::new("thin volumes", Machine::new, matrix::THIN),
     Group::new("thick volumes", Machine::new, matrix::THICK),
+    Group::new("volumes under a real udev", || Machine::new().udev(true), matrix::UDEV),
     Group::new("volumes in trouble", Machine::new, trouble::STATEMENTS),
     Group::new("volumes and crashes", Machine::new, crash::STATEMENTS),
     Group::new("volumes that are written between crash and recovery", Machine::new, crash::WRITTEN),

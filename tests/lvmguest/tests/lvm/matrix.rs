@@ -2,10 +2,10 @@
 
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use lvmguest::Statement;
 use lvmguest::inside::{
-    self, Volume, asked, domsnap, done, read_block, refused, snapshots, succeed, write_block,
+    self, Volume, asked, domsnap, done, read_block, refused, run, snapshots, succeed, write_block,
 };
 
 /// Which sort of volume.
@@ -258,6 +258,32 @@ fn a_snapshot_of_a_thick_snapshot_is_refused() -> Result<()> {
     Ok(())
 }
 
+fn mixed_volumes_are_one_domain() -> Result<()> {
+    group(Sort::Thin)?;
+    let paths = [volume(Sort::Thin, "thin")?.path(), volume(Sort::Thick, "thick")?.path()];
+    let domain = paths.join(",");
+    for path in &paths {
+        write_block(path, 0, b'a')?;
+    }
+    done(&["create", &domain, "one"])?;
+    for path in &paths {
+        write_block(path, 0, b'b')?;
+    }
+    done(&["revert", &domain, "one", "--save-current=two"])?;
+    for path in &paths {
+        expect(path, 0, b'a')?;
+    }
+    done(&["revert", &domain, "two"])?;
+    for path in &paths {
+        expect(path, 0, b'b')?;
+    }
+    let backends = run(Command::new("/t/domsnap").args(["list", &domain, "--disks"]))?;
+    if backends.status != Some(0) {
+        bail!("{backends}");
+    }
+    Ok(())
+}
+
 macro_rules! of_sort {
     ($sort:ident: $($name:literal => $body:ident),* $(,)?) => {
         &[$(($name, || $body(Sort::$sort))),*]
@@ -303,4 +329,15 @@ pub static THICK: &[Statement] = &[
         a_volume_that_is_open_is_refused_with_who_has_it(Sort::Thick)
     }),
     ("a snapshot of a thick snapshot is refused", a_snapshot_of_a_thick_snapshot_is_refused),
+];
+
+/// With a real udev, whose links come and go with devices.
+pub static UDEV: &[Statement] = &[
+    ("every thin point can be reverted to, again and again", || {
+        every_point_can_be_reverted_to_again_and_again(Sort::Thin)
+    }),
+    ("every thick point can be reverted to, again and again", || {
+        every_point_can_be_reverted_to_again_and_again(Sort::Thick)
+    }),
+    ("thin and thick volumes are one domain", mixed_volumes_are_one_domain),
 ];
