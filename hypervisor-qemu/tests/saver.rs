@@ -3,7 +3,7 @@
 mod kit;
 mod run;
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{fs, os::unix::fs::FileExt, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use async_trait::async_trait;
@@ -33,8 +33,9 @@ async fn a_mixed_snapshot_with_memory_is_reverted_to_in_a_window() -> Result<()>
             assert_eq!((taken.consistency, taken.running), (Consistency::Memory, true));
             assert!(facts.downtime.is_some_and(|downtime| !downtime.is_zero()));
             let memory = run.dir.join("memory");
-            let saved =
-                run.apply(&DomainStep::SaveMemory { file: utf8(&memory), tag: "s".to_owned() }).await?;
+            let saved = run
+                .apply(&DomainStep::SaveMemory { file: utf8(&memory), tag: "s".to_owned(), compress: 0 })
+                .await?;
             assert_eq!(saved.memory_bytes, Some(fs::metadata(&memory)?.len()));
             let rehome = DomainStep::Rehome { disks: run.targets.clone() };
             run.apply(&rehome).await?;
@@ -95,6 +96,103 @@ async fn a_mixed_snapshot_with_memory_is_reverted_to_in_a_window() -> Result<()>
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compressed_memory_image_is_loaded_in_place_and_started_from_and_nothing_else_is_left() -> Result<()>
+{
+    for version in BOTH {
+        let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
+        let machine = run.live()?.seen().machine.clone();
+        let overlays = vec![run.overlay(0)?, run.overlay(1)?];
+        run.take(&run.instant(overlays, Some("memory"))).await?;
+        let memory = utf8(&run.dir.join("memory"));
+        let save = DomainStep::SaveMemory { file: memory.clone(), tag: "s".to_owned(), compress: 1 };
+        let saved = run.apply(&save).await?;
+        let (stored, full) = (saved.memory_bytes.context("a size")?, saved.memory_full.context("a size")?);
+        println!("{version:?}: {stored} bytes of {full}");
+        assert_eq!(stored, fs::metadata(&memory)?.len());
+        assert!(stored < full / 2, "{stored} of {full}");
+        let again = run.apply(&save).await?;
+        assert_eq!((again.memory_bytes, again.memory_full), (Some(stored), Some(full)), "it is whole");
+        run.apply(&DomainStep::Rehome { disks: run.targets.clone() }).await?;
+        let files = |run: &Run| -> Result<usize> {
+            Ok(fs::read_dir(&run.dir)?
+                .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+                .filter(|name| name.starts_with(".memory") || name.contains("scratch"))
+                .count())
+        };
+        assert_eq!(files(&run)?, 0);
+
+        // What was changed is refused while the guest runs.
+        let file = fs::File::options().read(true).write(true).open(&memory)?;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, stored / 2)?;
+        file.write_all_at(&[byte[0] ^ 8], stored / 2)?;
+        let error = run.saver.check_memory(&memory, &run::Quiet).await.expect_err("it was changed");
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        file.write_all_at(&byte, stored / 2)?;
+
+        // In place: with what the check unpacked, and as after a crash without it.
+        let then = run.guest.ticks()?;
+        for crash in [false, true] {
+            run.guest.wait_ticks(30)?;
+            run.saver.check_memory(&memory, &run::Quiet).await?;
+            if crash {
+                run.saver.release_memory(&memory).await?;
+            }
+            run.apply(&DomainStep::OpenWindow { disks: run.targets.clone(), running: true }).await?;
+            for number in 0..2 {
+                run.layers[number].remove(0);
+                run.grow(number)?;
+            }
+            run.apply(&DomainStep::Attach { disks: run.targets.clone() }).await?;
+            let power = Some(PowerAfter::Running);
+            run.apply(&DomainStep::Continue { memory: Some(memory.clone()), reset: false, power }).await?;
+            let now = run.guest.ticks()?;
+            assert!(now < then + 30, "{now} after {then}");
+            run.guest.wait_ticks(10)?;
+            run.guest.expect_no_bad()?;
+            run.sound().await?;
+        }
+        assert_eq!(files(&run)?, 0);
+
+        let off = DomainStep::Continue { memory: None, reset: false, power: Some(PowerAfter::Off) };
+        run.apply(&off).await?;
+        run.guest.wait_end()?;
+        run.disconnect();
+        for number in 0..2 {
+            run.layers[number].remove(0);
+            run.grow(number)?;
+        }
+        let chains = run.chains();
+        let start = |machine| StartFromMemory {
+            domain: &run.domain,
+            machine: Some(machine),
+            file: &memory,
+            chains: &chains,
+            power: None,
+        };
+        // For the user it is a pipe: what is unpacked here ends with this process.
+        let mut other = machine.clone();
+        other["process"]["uid"] = 4_000_000.into();
+        let told = run.saver.start(start(&other)).await?.start;
+        assert!(told.iter().any(|word| word.ends_with("| zstd -dc")), "{told:?}");
+        assert!(!told.iter().any(|word| word.contains("/proc/")), "{told:?}");
+        let facts = run.saver.start(start(&machine)).await?;
+        assert_eq!(facts.start, Vec::<String>::new(), "{:?}", facts.notes);
+        run.reconnect().await?;
+        assert!(run.live()?.seen().running);
+        run.guest.wait_ticks(20)?;
+        run.guest.expect_no_bad()?;
+        run.guest.verify_blocks()?;
+        run.sound().await?;
+        run.apply(&off).await?;
+        run.disconnect();
+        run.saver.remove_memory(&memory).await?;
+        assert!(!memory.exists() && files(&run)? == 0);
+    }
+    Ok(())
+}
+
 /// Copies a disk's file, as a backend does that takes points itself; back: removes the copy.
 struct Copies {
     from: PathBuf,
@@ -135,7 +233,8 @@ async fn a_raw_disk_that_its_backend_copies_is_of_the_same_instant_and_is_given_
             };
             run.take_with(&step, &copies).await?;
             let memory = run.dir.join("memory");
-            run.apply(&DomainStep::SaveMemory { file: utf8(&memory), tag: "s".to_owned() }).await?;
+            run.apply(&DomainStep::SaveMemory { file: utf8(&memory), tag: "s".to_owned(), compress: 0 })
+                .await?;
             run.apply(&DomainStep::Rehome { disks: vec![run.targets[0].clone()] }).await?;
             run.sound().await?;
 
@@ -184,7 +283,11 @@ async fn an_instant_is_taken_back_with_all_that_the_guest_wrote_since() -> Resul
             let step = run.instant(overlays, Some("memory"));
             run.take(&step).await?;
             assert_ne!(run.paths(), before, "the paths were moved");
-            let save = DomainStep::SaveMemory { file: utf8(&run.dir.join("memory")), tag: "s".to_owned() };
+            let save = DomainStep::SaveMemory {
+                file: utf8(&run.dir.join("memory")),
+                tag: "s".to_owned(),
+                compress: 0,
+            };
             if crash {
                 // The migration goes on, and nobody has it.
                 run.reconnect().await?;
@@ -359,7 +462,7 @@ async fn a_domain_that_is_off_is_started_from_memory_as_it_was_started_before() 
         let step = run.instant(overlays, Some("memory"));
         run.take(&step).await?;
         let memory = utf8(&run.dir.join("memory"));
-        run.apply(&DomainStep::SaveMemory { file: memory.clone(), tag: "s".to_owned() }).await?;
+        run.apply(&DomainStep::SaveMemory { file: memory.clone(), tag: "s".to_owned(), compress: 0 }).await?;
         run.apply(&DomainStep::Rehome { disks: run.targets.clone() }).await?;
         run.guest.wait_ticks(30)?;
         let then = run.guest.ticks()?;

@@ -6,7 +6,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use snapcore::service::DomainRef;
 use snapcore::{
-    ActivePath, CreateDisk, DomainName, LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target,
+    ActivePath, CreateDisk, DomainName, LayerName, MAX_COMPRESSION, PointKind, PowerAfter, Quiesce,
+    SnapshotName, Target,
 };
 
 const STYLES: Styles = Styles::styled()
@@ -167,6 +168,11 @@ pub struct CreateRunning {
     #[arg(long, value_name = "SECONDS", conflicts_with_all = ["no_live", "disk_only"])]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub budget: Option<u64>,
+    /// Compress the memory image: 1 (fast, meant by --compress alone) to 19 (small); 0: not [default: as it is said of
+    /// the domain, or not]
+    #[arg(long, value_name = "LEVEL", num_args = 0..=1, require_equals = true, default_missing_value = "1")]
+    #[arg(value_parser = clap::value_parser!(u8).range(0..=i64::from(MAX_COMPRESSION)), conflicts_with = "disk_only")]
+    pub compress: Option<u8>,
     /// Flush and freeze the guest's file systems for the instant: `require` it, or `try` to
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "require")]
     pub quiesce: Option<Freeze>,
@@ -315,6 +321,10 @@ pub struct DomainAdd {
     /// Where memory images go [default: beside the first disk]
     #[arg(long, value_name = "DIR", requires = "qmp", value_hint = ValueHint::DirPath)]
     pub memory_dir: Option<Utf8PathBuf>,
+    /// Compress memory images: 1 (fast, meant by --compress alone) to 19 (small) [default: not]
+    #[arg(long, value_name = "LEVEL", requires = "qmp", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "1", value_parser = clap::value_parser!(u8).range(0..=i64::from(MAX_COMPRESSION)))]
+    pub compress: Option<u8>,
     /// The command that starts it: all that follows, to the end of the line [default: as it was started when a snapshot
     /// was taken]
     #[arg(long, value_name = "COMMAND", requires = "qmp", num_args = 1.., allow_hyphen_values = true)]

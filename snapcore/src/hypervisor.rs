@@ -17,6 +17,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{Consistency, Domain, Hypervisor, Progress, Result, Target};
 
+/// The strongest level at which a memory image can be compressed.
+pub const MAX_COMPRESSION: u8 = 19;
+
 /// How a running domain is reached, and what else its hypervisor must be told. Recorded with the domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -35,6 +38,10 @@ pub struct Control {
     /// recorded with the snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub start: Vec<String>,
+    /// How strongly memory images are compressed, 1 to 19; absent or 0: they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 19))]
+    pub compress: Option<u8>,
 }
 
 /// Whether the guest's file systems are flushed and frozen for the instant.
@@ -132,6 +139,9 @@ pub enum DomainStep {
         file: Utf8PathBuf,
         /// The tag of its internal snapshot.
         tag: String,
+        /// How strongly it is compressed, 1 to 19; 0: it is not.
+        #[serde(default)]
+        compress: u8,
     },
     /// Makes the hypervisor know each frozen image by its permanent name: it may know one by the configured path, which is
     /// another image's by now.
@@ -242,6 +252,8 @@ pub struct Facts {
     pub taken: Option<Taken>,
     /// Of memory that was saved: the size of its image, in bytes.
     pub memory_bytes: Option<u64>,
+    /// Of memory that was compressed: the size of its image when it is unpacked, in bytes.
+    pub memory_full: Option<u64>,
     /// How long the guest stood still, where this step let it go on.
     pub downtime: Option<Duration>,
     /// The command that starts the domain, where the user must.
@@ -415,11 +427,18 @@ pub trait VmStateSaver: Send + Sync {
     /// The domains that run on this machine and can be reached. What cannot be asked is passed over.
     async fn scan(&self) -> Result<Vec<(Control, Seen)>>;
 
-    /// Reads a memory image and compares it with its checksums.
+    /// Reads a memory image and compares it with its checksums, before it is loaded. What must be unpacked for that is kept
+    /// until it is loaded, or [`VmStateSaver::release_memory`]; not beyond this process.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Corrupt`] with the first place that is wrong; [`crate::ErrorKind::NotFound`].
+    /// [`crate::ErrorKind::Corrupt`] with the first place that is wrong; [`crate::ErrorKind::NotFound`];
+    /// [`crate::ErrorKind::NoSpace`] where it cannot be unpacked.
     async fn check_memory(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()>;
+
+    /// Lets go of what [`VmStateSaver::check_memory`] keeps of an image that is not going to be loaded.
+    async fn release_memory(&self, _file: &Utf8Path) -> Result<()> {
+        Ok(())
+    }
 
     /// Starts the domain from a memory image, by the command that is configured or was recorded; where that cannot be, gives
     /// the command for the user.

@@ -35,6 +35,8 @@ pub struct CreateRequest {
     /// How long the writing of memory may go on before the guest is paused, where the hypervisor must write what the guest
     /// dirties again and again.
     pub budget: Duration,
+    /// How strongly its memory image is compressed, 1 to 19; 0: it is not; absent: as it is said of the domain.
+    pub compress: Option<u8>,
     /// Whether the guest's file systems are frozen for the instant. They need not be where memory is taken.
     pub quiesce: Quiesce,
     /// How long they may stay frozen.
@@ -60,6 +62,7 @@ impl CreateRequest {
             memory: None,
             live: true,
             budget: BUDGET,
+            compress: None,
             quiesce: Quiesce::No,
             quiesce_limit: QUIESCE_LIMIT,
             then: None,
@@ -84,6 +87,13 @@ impl CreateRequest {
     #[must_use]
     pub fn budget(mut self, budget: Duration) -> Self {
         self.budget = budget;
+        self
+    }
+
+    /// Compresses the memory image, at a level of 1 to 19; 0: not.
+    #[must_use]
+    pub fn compress(mut self, level: u8) -> Self {
+        self.compress = Some(level);
         self
     }
 

@@ -105,6 +105,9 @@ pub struct MemoryPoint {
     pub file: Utf8PathBuf,
     /// Its size, in bytes.
     pub bytes: u64,
+    /// Of one that is compressed: its size when it is unpacked, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full: Option<u64>,
     /// Whether the guest ran at the instant; it was paused otherwise.
     pub running: bool,
 }

@@ -84,6 +84,7 @@ fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
         memory: (number > 1).then(|| MemoryPoint {
             file: format!("/memory/{number}").into(),
             bytes: 1 << 30,
+            full: (number == 3).then_some(2 << 30),
             running: number == 2,
         }),
         machine: (number > 1).then(|| "m".to_owned()),

@@ -129,6 +129,25 @@ fn a_create_tells_how_long_the_guest_stood_still_by_which_way_and_what_it_does_n
 }
 
 #[test]
+fn a_compressed_memory_image_is_told_with_both_its_sizes_and_reverted_to_on_and_off() -> Result<()> {
+    let mut live = Live::new()?;
+    live.create("small", &["--compress=3"])?;
+    let domsnap = live.domsnap();
+    told(&domsnap, &["show", NAME, "small"], &[" unpacked), of a guest that was running: "])?;
+    told(&domsnap, &["list", NAME, "--disks"], &[" unpacked)"])?;
+    let memory = document(&domsnap, &["show", NAME, "small"])?["snapshot"]["memory"].clone();
+    let sizes = memory["bytes"].as_u64().zip(memory["full"].as_u64());
+    let (bytes, full) = sizes.with_context(|| format!("no sizes: {memory}"))?;
+    ensure!(bytes < full / 2, "{memory}");
+    ensure!(std::fs::metadata(memory["file"].as_str().context("no file")?)?.len() == bytes, "{memory}");
+    live.revert("small", &[])?;
+    told(&domsnap, &["revert", NAME, "small", "--off"], &["; the domain is off"])?;
+    told(&domsnap, &["revert", NAME, "small"], &["; the guest goes on"])?;
+    live.delete(&["small"], &[])?;
+    live.sound()
+}
+
+#[test]
 fn a_revert_tells_what_the_guest_does_afterwards() -> Result<()> {
     let mut live = Live::new()?;
     live.create("one", &[])?;

@@ -54,6 +54,12 @@ fn nothing(_: &mut Live) -> Result<()> {
 
 const CREATE_EXTERNAL: Operation =
     Operation { words: &["create", "x", "--external"], takes: Some("x"), deletes: None, again: without_x };
+const CREATE_COMPRESSED: Operation = Operation {
+    words: &["create", "x", "--external", "--compress"],
+    takes: Some("x"),
+    deletes: None,
+    again: without_x,
+};
 const CREATE_MIXED: Operation = Operation {
     words: &["create", "x", "--disk", "vda=internal", "--disk", "vdb=external"],
     takes: Some("x"),
@@ -84,6 +90,7 @@ macro_rules! struck {
 
 struck! {
     domsnap_dies_in_an_external_create: CREATE_EXTERNAL, Domsnap, 0, 1;
+    domsnap_dies_in_a_create_that_compresses_memory: CREATE_COMPRESSED, Domsnap, 2, 4;
     domsnap_dies_in_a_mixed_create: CREATE_MIXED, Domsnap, 0, 2;
     domsnap_dies_in_a_revert_to_an_external_snapshot: REVERT_OUTSIDE, Domsnap, 0, 1;
     domsnap_dies_in_a_revert_to_an_internal_snapshot: REVERT_INSIDE, Domsnap, 0, 1;

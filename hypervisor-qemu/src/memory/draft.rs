@@ -13,6 +13,7 @@ use std::{
 
 use super::{
     image::{Image, checksums},
+    packed::{self, Packed, Packing},
     record::{LONGEST_METADATA, Record},
 };
 use crate::{
@@ -50,9 +51,18 @@ impl Draft {
     }
 
     fn part(path: &Path) -> Option<PathBuf> {
+        Self::beside(path, ".part")
+    }
+
+    /// Where it is compressed to.
+    fn packing(path: &Path) -> Option<PathBuf> {
+        Self::beside(path, ".packing")
+    }
+
+    fn beside(path: &Path, ending: &str) -> Option<PathBuf> {
         let mut name = std::ffi::OsString::from(".");
         name.push(path.file_name()?);
-        name.push(".part");
+        name.push(ending);
         Some(path.with_file_name(name))
     }
 
@@ -61,13 +71,15 @@ impl Draft {
     /// # Errors
     /// [`ErrorKind::Io`].
     pub fn remove_stale(path: &Path) -> Result<()> {
-        let Some(part) = Self::part(path) else { return Ok(()) };
-        match fs::remove_file(&part) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Error::io("removing what is left of a memory image", &part, error))
+        for left in [Self::part(path), Self::packing(path)].into_iter().flatten() {
+            match fs::remove_file(&left) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io("removing what is left of a memory image", &left, error));
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     /// The name that it will have.
@@ -139,34 +151,90 @@ impl Draft {
         file.write_all_at(&wrapper.header, 0).map_err(failed)?;
         file.sync_all().map_err(failed)?;
 
-        let taken = rustix::fs::renameat_with(
-            rustix::fs::CWD,
-            &self.part,
-            rustix::fs::CWD,
-            &self.path,
-            rustix::fs::RenameFlags::NOREPLACE,
-        );
-        match taken {
-            Ok(()) => {}
-            // A file system without that flag: nobody else makes names here, and `create` has looked.
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-                fs::rename(&self.part, &self.path).map_err(failed)?;
-            }
-            Err(rustix::io::Errno::EXIST) => {
-                let detail = "another file has its name by now";
-                return Err(Error::new(ErrorKind::Invalid, attempted, self.path.display(), detail));
-            }
-            Err(error) => return Err(failed(error.into())),
-        }
+        give_name(&self.part, &self.path)?;
         self.file = None;
-        let directory = match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let flushed = File::open(directory).and_then(|directory| directory.sync_all());
-        flushed.map_err(|error| Error::io("flushing the directory of a memory image", directory, error))?;
+        flush_directory(&self.path)?;
         Image::open(&self.path)
     }
+
+    /// [`Draft::seal`], compressed with zstd at a level of 1 to 19, by several threads. Needs room for both forms. The
+    /// draft is removed when the compressed image is whole, durable and has the name.
+    ///
+    /// # Errors
+    /// Those of [`Draft::seal`]; [`ErrorKind::Cancelled`] after [`Packing::stop`]. With the draft, from which nothing is
+    /// taken: it can be sealed instead.
+    pub fn pack(
+        self,
+        tag: &str,
+        metadata: &[u8],
+        level: u8,
+        packing: &Packing,
+    ) -> std::result::Result<Packed, (Error, Self)> {
+        match self.packed(tag, metadata, level, packing) {
+            Ok(packed) => Ok(packed),
+            Err(error) => {
+                if let Some(half) = Self::packing(&self.path) {
+                    let _ = fs::remove_file(half);
+                }
+                Err((error, self))
+            }
+        }
+    }
+
+    fn packed(&self, tag: &str, metadata: &[u8], level: u8, packing: &Packing) -> Result<Packed> {
+        let attempted = "compressing a memory image";
+        let invalid = |detail: String| Error::new(ErrorKind::Invalid, attempted, self.path.display(), detail);
+        if metadata.len() > LONGEST_METADATA || !packed::LEVELS.contains(&level) {
+            return Err(invalid(format!("{} bytes of metadata, level {level}", metadata.len())));
+        }
+        let file = self.file()?;
+        let stream = self.written()?;
+        super::image::expect_stream(&self.path, file, stream)?;
+        // That it can be unpacked.
+        qcow2::wrapper(stream, tag, 0)?;
+        let half = Self::packing(&self.path).ok_or_else(|| invalid("it has no file name".to_owned()))?;
+        let target = File::options().write(true).create(true).truncate(true).mode(0o600).open(&half);
+        let target = target.map_err(|error| Error::io(attempted, &half, error))?;
+        let done = packed::pack(file, &target, stream, (tag, metadata), level, packing);
+        done.map_err(|error| match error.kind() {
+            io::ErrorKind::Interrupted => {
+                Error::new(ErrorKind::Cancelled, attempted, self.path.display(), "it was cancelled")
+            }
+            _ => Error::io(attempted, &half, error),
+        })?;
+        give_name(&half, &self.path)?;
+        let removed = fs::remove_file(&self.part);
+        removed.map_err(|error| Error::io(attempted, &self.part, error))?;
+        flush_directory(&self.path)?;
+        Packed::open(&self.path)
+    }
+}
+
+/// Gives a file its final name, which must be free.
+fn give_name(from: &Path, to: &Path) -> Result<()> {
+    let attempted = "finishing a memory image";
+    let flags = rustix::fs::RenameFlags::NOREPLACE;
+    match rustix::fs::renameat_with(rustix::fs::CWD, from, rustix::fs::CWD, to, flags) {
+        Ok(()) => Ok(()),
+        // A file system without that flag: nobody else makes names here, and `create` has looked.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+            fs::rename(from, to).map_err(|error| Error::io(attempted, from, error))
+        }
+        Err(rustix::io::Errno::EXIST) => {
+            let detail = "another file has its name by now";
+            Err(Error::new(ErrorKind::Invalid, attempted, to.display(), detail))
+        }
+        Err(error) => Err(Error::io(attempted, from, error)),
+    }
+}
+
+fn flush_directory(of: &Path) -> Result<()> {
+    let directory = match of.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let flushed = File::open(directory).and_then(|directory| directory.sync_all());
+    flushed.map_err(|error| Error::io("flushing the directory of a memory image", directory, error))
 }
 
 impl Drop for Draft {

@@ -3,7 +3,10 @@
 use std::{
     fs::File,
     io,
-    os::{fd::OwnedFd, unix::fs::FileExt},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::FileExt,
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
@@ -13,6 +16,7 @@ use super::record::{PART, Record};
 use crate::{
     discover::Abilities,
     error::{Error, ErrorKind, Result},
+    fdset::reopen_read_only,
     qcow2::{CLUSTER, RECORD, STREAM, wrapper},
 };
 
@@ -33,6 +37,8 @@ pub struct Image {
     tag: String,
     seconds: u32,
     record: Record,
+    /// Its path is not its own: that of the compressed image that it was unpacked from.
+    unnamed: bool,
 }
 
 /// How a QEMU is started from a memory image.
@@ -63,6 +69,16 @@ impl Image {
         let path = path.into();
         let attempted = "opening a memory image";
         let file = File::open(&path).map_err(|error| Error::io(attempted, &path, error))?;
+        Self::read(path, file, false)
+    }
+
+    /// One that has no name, unpacked from another.
+    pub(super) fn unnamed(of: &Path, file: File) -> Result<Self> {
+        Self::read(of.to_owned(), file, true)
+    }
+
+    fn read(path: PathBuf, file: File, unnamed: bool) -> Result<Self> {
+        let attempted = "opening a memory image";
         let mut bytes = vec![0; usize::try_from(CLUSTER).unwrap_or_default()];
         let read =
             read_up_to(&file, &mut bytes, RECORD).map_err(|error| Error::io(attempted, &path, error))?;
@@ -71,7 +87,7 @@ impl Image {
         let snapshot = snapshot(&file).map_err(|error| Error::io(attempted, &path, error))?;
         let (tag, seconds) = snapshot
             .ok_or_else(|| damaged(attempted, &path, "its snapshot table cannot be read".to_owned()))?;
-        Ok(Self { path, file, tag, seconds, record })
+        Ok(Self { path, file, tag, seconds, record, unnamed })
     }
 
     /// Reads all of it and compares: the tables with what they must be, the stream with its checksums. Blocks, with several
@@ -140,13 +156,17 @@ impl Image {
 
     /// A descriptor to lend.
     pub(super) fn descriptor(&self) -> Result<OwnedFd> {
-        let opened = File::open(&self.path);
-        opened.map(OwnedFd::from).map_err(|error| Error::io("opening a memory image", &self.path, error))
+        let opened = match self.unnamed {
+            true => reopen_read_only(&self.file),
+            false => File::open(&self.path).map(OwnedFd::from),
+        };
+        opened.map_err(|error| Error::io("opening a memory image", &self.path, error))
     }
 
     /// What follows `-incoming` on the command line of a QEMU that is to be started from it.
     ///
-    /// The guest then runs as soon as it is loaded, unless `-S` is given too.
+    /// The guest then runs as soon as it is loaded, unless `-S` is given too. Of an image that was unpacked it can be used as
+    /// long as this one is there.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] where the path is not absolute or not UTF-8, or has a comma where QEMU must read the file
@@ -157,7 +177,11 @@ impl Image {
             Err(Error::new(ErrorKind::Invalid, attempted, self.path.display(), detail)
                 .advice("give the memory image a name without it"))
         };
-        let Some(path) = self.path.to_str() else { return invalid("its path is not UTF-8") };
+        let own = match self.unnamed {
+            true => PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())),
+            false => self.path.clone(),
+        };
+        let Some(path) = own.to_str() else { return invalid("its path is not UTF-8") };
         if !path.starts_with('/') {
             return invalid("its path is not absolute");
         }
@@ -173,7 +197,7 @@ impl Image {
     }
 }
 
-fn damaged(attempted: &str, path: &Path, detail: String) -> Error {
+pub(super) fn damaged(attempted: &str, path: &Path, detail: String) -> Error {
     Error::new(ErrorKind::Damaged, attempted, path.display(), detail)
         .advice("the memory of this snapshot cannot be used; its disks can (revert without memory)")
 }
@@ -251,7 +275,7 @@ pub(super) fn checksums(file: &File, stream: u64) -> io::Result<Vec<u32>> {
     Ok(all)
 }
 
-fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+pub(super) fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     let mut read = 0;
     while let Some(rest) = buffer.get_mut(read..).filter(|rest| !rest.is_empty()) {
         match file.read_at(rest, at + read as u64) {

@@ -18,23 +18,31 @@
 //! image after it is sealed: for a revert QEMU writes into an overlay in memory instead (`restore.rs`), so that one image may
 //! be restored again and again, by several machines at once.
 //!
+//! An image may be compressed instead ([`Packed`]), which is unpacked before it is loaded; [`Stored`] is either.
+//!
 //! # Order of writing
 //!
 //! A [`Draft`] is `.NAME.part` beside its final name, with mode 0600 before the first byte is in it. [`Draft::seal`]: the
 //! tables and the record are written; all is flushed (the stream too); the header is written; it is flushed; the file gets its
 //! name, which must be free; the directory is flushed. So what has the name is whole, and what has not is nothing.
+//! [`Draft::pack`]: `.NAME.packing` is written; it is flushed; its record is written; it is flushed; it gets the name; the
+//! draft is removed; the directory is flushed.
 
 mod draft;
 mod image;
 mod incoming;
+mod packed;
 mod record;
 mod restore;
 mod saved;
+mod stored;
 
 pub use draft::Draft;
 pub use image::{Image, Incoming};
 pub use incoming::restore_deferred;
+pub use packed::{Packed, Packing};
 pub(crate) use record::LONGEST_METADATA;
 pub(crate) use restore::memory_file;
 pub use restore::{Restored, restore_in_place};
 pub(crate) use saved::save;
+pub use stored::Stored;

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -25,7 +26,7 @@ use crate::{
     instant::{self, Cut, DiskCut, Live as LiveMemory, Way},
     jobs,
     machine::Paused,
-    memory::{Draft, Image, LONGEST_METADATA},
+    memory::{Draft, LONGEST_METADATA, Packing, Stored},
     migration,
     name::Name,
     quiesce::{self, Quiesced},
@@ -349,6 +350,7 @@ pub(super) async fn save_memory(
     live: &Live,
     file: &Utf8Path,
     tag: &str,
+    compress: u8,
     context: DomainContext<'_>,
 ) -> Result<Facts> {
     let begun = Instant::now();
@@ -356,12 +358,14 @@ pub(super) async fn save_memory(
     let Some((saving, ran)) = saving else {
         let path = file.to_owned();
         let whole = blocking(move || {
-            let image = Image::open(path.as_std_path())?;
-            Ok((image.tag().to_owned(), image.length()?))
+            let image = Stored::open(path.as_std_path())?;
+            // A compressed one gets its name before its draft is removed.
+            Draft::remove_stale(path.as_std_path())?;
+            Ok((image.tag().to_owned(), image.length()?, image.full_length()?))
         });
         return match whole.await {
-            Ok((found, length)) if found == tag => {
-                Ok(Facts { memory_bytes: Some(length), ..Facts::default() })
+            Ok((found, length, full)) if found == tag => {
+                Ok(Facts { memory_bytes: Some(length), memory_full: full, ..Facts::default() })
             }
             _ => {
                 let detail = "the memory of the instant is lost: who wrote it down has ended";
@@ -380,9 +384,62 @@ pub(super) async fn save_memory(
     if metadata.len() > LONGEST_METADATA {
         metadata = about(None);
     }
+    let mut facts = Facts::default();
+    let draft = match compress {
+        0 => draft,
+        level => match packed(draft, &tag, &metadata, level, context, &mut facts).await? {
+            Some(draft) => draft,
+            None => {
+                tracing::debug!(elapsed = ?begun.elapsed(), "memory is saved, and compressed");
+                return Ok(facts);
+            }
+        },
+    };
     let length = blocking(move || draft.seal(&tag, &metadata)?.length()).await?;
     tracing::debug!(elapsed = ?begun.elapsed(), length, "memory is saved");
-    Ok(Facts { memory_bytes: Some(length), ..Facts::default() })
+    Ok(Facts { memory_bytes: Some(length), ..facts })
+}
+
+/// Between two looks at how far the compression is.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Compresses memory that is written. Gives the draft back where that cannot be: then it is kept as it is.
+async fn packed(
+    draft: Draft,
+    tag: &str,
+    metadata: &[u8],
+    level: u8,
+    context: DomainContext<'_>,
+    facts: &mut Facts,
+) -> Result<Option<Draft>> {
+    let (tag, metadata, total) = (tag.to_owned(), metadata.to_vec(), draft.written().map_err(told)?);
+    let packing = Arc::new(Packing::default());
+    let theirs = Arc::clone(&packing);
+    let mut work = std::pin::pin!(blocking(move || {
+        Ok(match draft.pack(&tag, &metadata, level, &theirs) {
+            Ok(packed) => Ok((packed.length()?, packed.full_length()?)),
+            Err(error) => Err(error),
+        })
+    }));
+    let done = loop {
+        match tokio::time::timeout(LOOK, &mut work).await {
+            Ok(done) => break done?,
+            Err(_) if context.cancel.is_cancelled() => packing.stop(),
+            Err(_) => context.progress.bytes(packing.done(), total),
+        }
+    };
+    match done {
+        Ok((length, full)) => {
+            facts.memory_bytes = Some(length);
+            facts.memory_full = Some(full);
+            Ok(None)
+        }
+        Err((error, _)) if error.kind() == crate::ErrorKind::Cancelled => Err(told(error)),
+        Err((error, draft)) => {
+            facts.notes.push(format!("the memory image is not compressed: {}", told(error)));
+            Ok(Some(draft))
+        }
+    }
 }
 
 /// Ends the saving of memory, and removes what there is of it.

@@ -15,10 +15,12 @@ use snapcore::{
 use tokio::{sync::watch, time::timeout};
 
 use super::{
-    Connection, check_memory, cut,
+    Connection, cut,
     disk::{self, Disk, View},
     error::told,
-    recorded, remove_memory, seen, truth, window,
+    recorded, remove_memory, seen, truth,
+    unpacked::Unpacked,
+    window,
 };
 use crate::{
     discover::{Discovery, compare},
@@ -45,6 +47,7 @@ pub(super) struct Live {
     saving: Mutex<Option<(Saving, bool)>>,
     /// Since when a window is open.
     window: Mutex<Option<Instant>>,
+    pub(super) unpacked: Unpacked,
 }
 
 impl Live {
@@ -52,6 +55,7 @@ impl Live {
         connection: Arc<Connection>,
         domain: &Domain,
         control: &Control,
+        unpacked: Unpacked,
     ) -> crate::Result<Self> {
         let machine = connection.0.clone();
         let discovery = Discovery::read(&machine).await?;
@@ -69,7 +73,18 @@ impl Live {
         let agent = control.agent.as_ref().or(seen.agent.as_ref());
         let agent = agent.map(|socket| Agent::new(PathBuf::from(socket.as_str())));
         let (saving, window) = (Mutex::default(), Mutex::default());
-        Ok(Self { _connection: connection, machine, seen, discovery, agent, disks, speed, saving, window })
+        Ok(Self {
+            _connection: connection,
+            machine,
+            seen,
+            discovery,
+            agent,
+            disks,
+            speed,
+            saving,
+            window,
+            unpacked,
+        })
     }
 
     pub(super) fn disk_of(&self, target: &Target) -> Option<&Disk> {
@@ -161,14 +176,16 @@ impl LiveDomain for Live {
     async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts> {
         match step {
             DomainStep::CheckMemory { file } => {
-                check_memory(file, context.progress).await?;
+                self.unpacked.check(file, context.progress).await?;
             }
             DomainStep::Instant { .. } => {
                 if let Some(step) = instant(step) {
                     return cut::take(self, step, context).await;
                 }
             }
-            DomainStep::SaveMemory { file, tag } => return cut::save_memory(self, file, tag, context).await,
+            DomainStep::SaveMemory { file, tag, compress } => {
+                return cut::save_memory(self, file, tag, *compress, context).await;
+            }
             DomainStep::Rehome { disks } => {
                 for target in disks {
                     let Some(chain) = context.chains.iter().find(|chain| chain.target == *target) else {
@@ -200,7 +217,11 @@ impl LiveDomain for Live {
             DomainStep::OpenWindow { disks, .. } => window::undo_open(self, disks, context.chains).await,
             DomainStep::Attach { disks } => window::undo_attach(self, disks).await,
             // They take nothing away; what a new name is given to keeps it.
-            DomainStep::CheckMemory { .. } | DomainStep::Rehome { .. } => Ok(()),
+            DomainStep::CheckMemory { file } => {
+                self.unpacked.release(file);
+                Ok(())
+            }
+            DomainStep::Rehome { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::RemoveMemory { .. } => {
                 let detail = "a step that can only be carried through was to be undone";
                 Err(Error::new(ErrorKind::Internal, detail))

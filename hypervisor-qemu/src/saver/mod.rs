@@ -10,6 +10,7 @@
 //! | `mark` | that a window is open, kept in QEMU itself |
 //! | `seen` | a domain as it is described, and what of it is recorded |
 //! | `start`, `scan` | a QEMU started from a memory image; all that run here |
+//! | `unpacked` | compressed memory images between their check and their use |
 //! | `error` | this crate's errors as the engine's |
 //!
 //! # After a crash
@@ -29,6 +30,7 @@ mod scan;
 mod seen;
 mod start;
 mod truth;
+mod unpacked;
 mod window;
 
 use std::{
@@ -50,13 +52,10 @@ use snapcore::{
 };
 use tokio::time::timeout;
 
-use crate::{
-    discover::Discovery,
-    machine::Machine,
-    memory::{Draft, Image},
-};
+use crate::{discover::Discovery, machine::Machine, memory::Draft};
 use error::{blocking, told};
 use live::Live;
+use unpacked::Unpacked;
 
 /// Within which a QEMU must greet: one that serves somebody else does not, and neither does one that hangs.
 const GREETING: Duration = Duration::from_secs(5);
@@ -66,6 +65,7 @@ const GREETING: Duration = Duration::from_secs(5);
 pub struct Qemu {
     /// By socket, as long as somebody has them.
     connections: Arc<Mutex<HashMap<PathBuf, Weak<Connection>>>>,
+    unpacked: Unpacked,
 }
 
 /// A connection that is closed when the last who has it is gone.
@@ -137,7 +137,7 @@ impl VmStateSaver for Qemu {
         let Some(control) = &domain.control else { return Ok(None) };
         let connection = self.reach(Path::new(&control.address), GREETING).await?;
         let Some(connection) = connection else { return Ok(None) };
-        let live = Live::new(connection, domain, control).await;
+        let live = Live::new(connection, domain, control, self.unpacked.clone()).await;
         let live = live.map_err(|error| told(error).context(format!("looking at domain {}", domain.name)))?;
         Ok(Some(Arc::new(live)))
     }
@@ -156,28 +156,22 @@ impl VmStateSaver for Qemu {
     }
 
     async fn check_memory(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
-        check_memory(file, progress).await
+        self.unpacked.check(file, progress).await
+    }
+
+    async fn release_memory(&self, file: &Utf8Path) -> Result<()> {
+        self.unpacked.release(file);
+        Ok(())
     }
 
     async fn start(&self, start: StartFromMemory<'_>) -> Result<Facts> {
-        start::start(start).await
+        start::start(start, &self.unpacked).await
     }
 
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {
+        self.unpacked.release(file);
         remove_memory(file).await
     }
-}
-
-async fn check_memory(file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
-    let path = file.to_owned();
-    let checked = blocking(move || {
-        let image = Image::open(path.as_std_path())?;
-        image.verify()?;
-        image.length()
-    });
-    let length = checked.await?;
-    progress.bytes(length, length);
-    Ok(())
 }
 
 async fn remove_memory(file: &Utf8Path) -> Result<()> {

@@ -18,11 +18,12 @@ use super::{
     live::set_clock,
     reach, recorded,
     seen::DESCRIPTOR,
+    unpacked::Unpacked,
 };
 use crate::{
     discover::{Abilities, Process},
     machine::Machine,
-    memory::Image,
+    memory::{Image, Stored},
 };
 
 /// How long it may take until it answers.
@@ -48,14 +49,31 @@ struct Recipe {
     cannot: Option<String>,
 }
 
+impl Recipe {
+    /// The command for the user, who has not the image that was unpacked: `incoming` instead of it.
+    fn printed(mut self, incoming: Option<String>) -> Vec<String> {
+        let place = self.words.iter().position(|word| word == "-incoming").map(|at| at + 1);
+        if let (Some(word), Some(incoming)) = (place.and_then(|at| self.words.get_mut(at)), incoming) {
+            *word = incoming;
+        }
+        self.words
+    }
+}
+
 /// Starts the domain from a memory image. Its disks are those of its command: the configured paths.
 ///
 /// What keeps us from starting it (another user's process, a program that is gone, a descriptor that only its supervisor has)
 /// is no error: then the facts have the command. What QEMU says against the memory is one, and no process is left.
-pub(super) async fn start(start: StartFromMemory<'_>) -> Result<Facts> {
+pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Result<Facts> {
     let mut facts = Facts::default();
     let path = start.file.to_owned();
-    let image = blocking(move || Image::open(path.as_std_path())).await?;
+    let stored = blocking(move || Stored::open(path.as_std_path())).await?;
+    // QEMU loads this one; it is there until the end of this.
+    let image = unpacked.take(start.file).await?;
+    let by_hand = match &stored {
+        Stored::Packed(packed) => Some(packed.incoming().map_err(told)?),
+        Stored::Plain(_) => None,
+    };
     let machine = start.machine.map(recorded).transpose()?;
     let abilities = machine.as_ref().map(|machine| machine.abilities.clone()).unwrap_or_default();
     let ran = serde_json::from_slice::<About>(image.metadata()).ok().map(|about| about.running);
@@ -67,9 +85,9 @@ pub(super) async fn start(start: StartFromMemory<'_>) -> Result<Facts> {
     let Some(recipe) = recipe(&start, runs, machine.map(|machine| machine.process), &image, &abilities)?
     else {
         facts.notes.push(format!(
-            "the command that starts the domain is not known: start it with `-incoming` and the memory image {}, or register \
-             the domain with its command",
-            start.file
+            "the command that starts the domain is not known: start it with `-incoming` and {}, or register the domain with its \
+             command",
+            by_hand.map_or_else(|| format!("the memory image {}", start.file), |word| format!("{word:?}"))
         ));
         return Ok(facts);
     };
@@ -80,14 +98,14 @@ pub(super) async fn start(start: StartFromMemory<'_>) -> Result<Facts> {
     }
     if let Some(why) = &recipe.cannot {
         facts.notes.push(format!("the domain was not started: {why}; run the command to start it"));
-        facts.start = recipe.words;
+        facts.start = recipe.printed(by_hand);
         return Ok(facts);
     }
     let mut process = match Started::spawn(&recipe) {
         Ok(process) => process,
         Err(error) => {
             facts.notes.push(format!("the domain was not started: {error}; run the command to start it"));
-            facts.start = recipe.words;
+            facts.start = recipe.printed(by_hand);
             return Ok(facts);
         }
     };

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::{
     cut::sweep,
     disk::{Disk, OpenChain, identity},
-    error::{blocking, told},
+    error::told,
     live::Live,
     mark::Mark,
 };
@@ -19,7 +19,7 @@ use crate::{
     graph::{self, Detached, Graph, Stack, remove_layers},
     jobs,
     machine::Machine,
-    memory::{Image, restore_in_place},
+    memory::restore_in_place,
     name::Name,
 };
 
@@ -256,7 +256,7 @@ pub(super) async fn go_on(
         return Ok(facts);
     }
     if let Some(file) = memory {
-        load(machine, file, context).await?;
+        load(live, file, context).await?;
     }
     if reset {
         self::reset(machine).await?;
@@ -278,11 +278,10 @@ pub(super) async fn go_on(
     Ok(facts)
 }
 
-async fn load(machine: &Machine, file: &Utf8Path, context: DomainContext<'_>) -> Result<()> {
-    let path = file.to_owned();
-    let image = blocking(move || Image::open(path.as_std_path())).await?;
+async fn load(live: &Live, file: &Utf8Path, context: DomainContext<'_>) -> Result<()> {
+    let image = live.unpacked.take(file).await?;
     let length = image.length().map_err(told)?;
-    restore_in_place(machine, &image, &[], LOADING).await.map_err(told)?;
+    restore_in_place(&live.machine, &image, &[], LOADING).await.map_err(told)?;
     context.progress.bytes(length, length);
     Ok(())
 }

@@ -11,6 +11,7 @@ use snapcore::{
 use crate::answer::Answer;
 use crate::args::{Create, CreateRunning, Delete, Revert, Then};
 use crate::commands::power;
+use crate::commands::show::memory_size;
 use crate::documents::{ChangeDoc, CreateDoc, PlanDoc, Power, RevertDoc, SnapshotDoc};
 use crate::failure::Failure;
 use crate::session::Session;
@@ -41,9 +42,8 @@ pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
             .iter()
             .map(|point| format!("{} {}", point.target, kind_word(point.kind)))
             .collect();
-        points.extend(
-            document.snapshot.memory.iter().map(|memory| format!("memory {}", units::bytes(memory.bytes))),
-        );
+        points
+            .extend(document.snapshot.memory.iter().map(|memory| format!("memory {}", memory_size(memory))));
         format!(
             "created snapshot {name} of {}: {}{}\n{}",
             document.domain,
@@ -62,6 +62,9 @@ fn running(mut request: CreateRequest, said: &CreateRunning) -> CreateRequest {
     request = request.live(!said.no_live);
     if let Some(seconds) = said.budget {
         request = request.budget(Duration::from_secs(seconds));
+    }
+    if let Some(level) = said.compress {
+        request = request.compress(level);
     }
     if let Some(freeze) = said.quiesce {
         let limit = said.quiesce_limit.map_or(request.quiesce_limit, Duration::from_secs);

@@ -70,6 +70,7 @@ fn control(socket: &Utf8Path, args: &DomainAdd) -> Result<Control, Failure> {
         agent: args.agent.as_deref().map(absolute).transpose()?,
         memory_dir: args.memory_dir.as_deref().map(absolute).transpose()?,
         start: args.start.clone(),
+        compress: args.compress,
     })
 }
 
@@ -223,6 +224,9 @@ fn facts(document: &DomainShowDoc) -> String {
         if let Some(path) = path {
             line(what, path.as_str());
         }
+    }
+    if let Some(level) = control.compress.filter(|level| *level > 0) {
+        line("compresses", &format!("memory, at level {level}"));
     }
     if !control.start.is_empty() {
         line("started by", &shell_words(&control.start));

@@ -14,7 +14,10 @@ use crate::failure::Failure;
 use crate::session::Session;
 use crate::table::{indent, table};
 use crate::tree::{self, Signs};
-use crate::{commands::change::names, units};
+use crate::{
+    commands::{change::names, show::memory_size},
+    units,
+};
 
 /// Lists the snapshots of one domain, or of all.
 pub fn run(session: &Session, args: &List) -> Result<Answer, Failure> {
@@ -172,7 +175,7 @@ pub fn layers(disk: &DiskReport, snapshots: &[SnapshotDoc]) -> String {
 fn memory(snapshots: &[SnapshotDoc]) -> String {
     let row = |snapshot: &SnapshotDoc| {
         let memory = snapshot.memory.as_ref()?;
-        Some(vec![memory.file.to_string(), units::bytes(memory.bytes), snapshot.name.to_string()])
+        Some(vec![memory.file.to_string(), memory_size(memory), snapshot.name.to_string()])
     };
     let rows: Vec<_> = snapshots.iter().filter_map(row).collect();
     match rows.is_empty() {

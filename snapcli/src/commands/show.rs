@@ -112,7 +112,16 @@ fn told_memory(memory: &MemoryPoint) -> String {
         }
         _ => "",
     };
-    format!("{}, of a guest that was {state}: {}{gone}", units::bytes(memory.bytes), memory.file)
+    format!("{}, of a guest that was {state}: {}{gone}", memory_size(memory), memory.file)
+}
+
+/// How large a memory image is, as it is stored and as it is unpacked.
+pub fn memory_size(memory: &MemoryPoint) -> String {
+    let stored = units::bytes(memory.bytes);
+    match memory.full {
+        Some(full) => format!("{stored} ({} unpacked)", units::bytes(full)),
+        None => stored,
+    }
 }
 
 fn consistency(consistency: Consistency) -> &'static str {

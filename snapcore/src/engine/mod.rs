@@ -329,6 +329,7 @@ impl Running<'_> {
             }
             if let (Some(bytes), Some(memory)) = (facts.memory_bytes, &mut snapshot.memory) {
                 memory.bytes = bytes;
+                memory.full = facts.memory_full;
             }
         }
         self.run.warnings.extend(facts.notes);

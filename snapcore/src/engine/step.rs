@@ -215,7 +215,9 @@ impl Running<'_> {
         let step = self.domain_step(head)?;
         let domain = &self.entry.domain;
         match (&step, self.engine.live) {
-            (DomainStep::CheckMemory { .. }, _) => Ok(()),
+            (DomainStep::CheckMemory { file }, _) => {
+                self.engine.registry.hypervisor(domain.hypervisor)?.release_memory(file).await
+            }
             (DomainStep::SaveMemory { file, .. }, None) => {
                 self.engine.registry.hypervisor(domain.hypervisor)?.remove_memory(file).await
             }

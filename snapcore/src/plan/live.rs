@@ -4,9 +4,9 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::{Merged, Planner};
 use crate::{
-    Consistency, CreateRequest, DiskInstant, DomainStep, Edit, Error, ErrorKind, Group, Hypervisor, Machine,
-    MemoryPlan, MemoryPoint, PlannedStep, PowerAfter, Quiesce, Result, RevertRequest, Seen, Snapshot, Step,
-    Target,
+    Consistency, CreateRequest, DiskInstant, DomainStep, Edit, Error, ErrorKind, Group, Hypervisor,
+    MAX_COMPRESSION, Machine, MemoryPlan, MemoryPoint, PlannedStep, PowerAfter, Quiesce, Result,
+    RevertRequest, Seen, Snapshot, Step, Target,
 };
 
 /// A running domain as the planner sees it.
@@ -44,6 +44,11 @@ fn step(group: Group, step: &DomainStep, summary: impl Into<String>) -> PlannedS
 impl Planner<'_> {
     /// Whether memory is taken.
     pub(super) fn with_memory(&self, request: &CreateRequest) -> Result<bool> {
+        if let Some(level) = request.compress.filter(|level| *level > MAX_COMPRESSION) {
+            return Err(Error::new(ErrorKind::Usage, format!("{level} is no level of compression"))
+                .state("nothing was touched")
+                .advise("levels are 1 (fast) to 19 (small); 0 does not compress"));
+        }
         match (self.alive, request.memory) {
             (Some(_), wanted) => Ok(wanted.unwrap_or(true)),
             (None, Some(true)) => Err(self
@@ -110,9 +115,13 @@ impl Planner<'_> {
         merged.first(step(Group::Cut, &instant, words));
         if memory {
             let tag = snapshot.name.as_str().to_owned();
-            snapshot.memory = Some(MemoryPoint { file: file.clone(), bytes: 0, running: alive.seen.running });
-            let words = format!("wait for the memory image {file}, and make it durable");
-            merged.last(step(Group::Cut, &DomainStep::SaveMemory { file, tag }, words));
+            snapshot.memory =
+                Some(MemoryPoint { file: file.clone(), bytes: 0, full: None, running: alive.seen.running });
+            let of_domain = self.domain.control.as_ref().and_then(|control| control.compress);
+            let compress = request.compress.or(of_domain).unwrap_or(0);
+            let also = if compress > 0 { "compress it, " } else { "" };
+            let words = format!("wait for the memory image {file}, {also}and make it durable");
+            merged.last(step(Group::Cut, &DomainStep::SaveMemory { file, tag, compress }, words));
         }
         if !external.is_empty() {
             let rehome = DomainStep::Rehome { disks: external };

@@ -5,7 +5,8 @@ use serde::Deserialize;
 
 use super::identity::file_id;
 use crate::{
-    ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, Seen, Target, chain,
+    ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, MAX_COMPRESSION, Result, Seen,
+    Target, chain,
 };
 
 /// A domain as a user names it: a registered name, the images of disks at rest, or where a running one is reached.
@@ -311,10 +312,11 @@ impl DomainSpec {
             memory_dir: Option<Utf8PathBuf>,
             #[serde(default)]
             start: Vec<String>,
+            compress: Option<u8>,
         }
         let file: File = toml::from_str(text).map_err(|cause| {
             Error::new(ErrorKind::Usage, "the domain file is not understood").because(cause).advise(
-                "it has name, hypervisor, active-path, for a hypervisor a [control] with qmp, agent, memory-dir and start, \
+                "it has name, hypervisor, active-path, for a hypervisor a [control] with qmp, agent, memory-dir, start and compress, \
                  and one [[disk]] with target, path and format a disk",
             )
         })?;
@@ -336,11 +338,19 @@ impl DomainSpec {
                 .advise("add a [control] with qmp = \"SOCKET\""));
             }
             (hypervisor @ Hypervisor::Qemu, Some(reach)) => {
+                if let Some(level) = reach.compress.filter(|level| *level > MAX_COMPRESSION) {
+                    return Err(Error::new(
+                        ErrorKind::Usage,
+                        format!("the domain file has compress = {level}, which is no level of compression"),
+                    )
+                    .advise("levels are 1 (fast) to 19 (small); 0 does not compress"));
+                }
                 let control = Control {
                     address: directory.join(reach.qmp).into(),
                     agent: reach.agent.map(|agent| directory.join(agent)),
                     memory_dir: reach.memory_dir.map(|memory| directory.join(memory)),
                     start: reach.start,
+                    compress: reach.compress,
                 };
                 spec.run_by(hypervisor, control)
             }
@@ -417,7 +427,7 @@ mod tests {
     #[test]
     fn a_domain_file_tells_how_a_running_domain_is_reached_from_its_own_directory() {
         let spec = read(
-            "name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'qmp'\nagent = '/run/agent'\nmemory-dir = 'memory'\n\
+            "name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'qmp'\nagent = '/run/agent'\nmemory-dir = 'memory'\ncompress = 3\n\
              start = ['qemu', '-m', '1G']\n[[disk]]\ntarget = 'vda'\npath = 'a.qcow2'\nformat = 'qcow2'\n",
         )
         .unwrap();
@@ -425,6 +435,7 @@ mod tests {
             address: "/srv/web/qmp".to_owned(),
             agent: Some("/run/agent".into()),
             memory_dir: Some("/srv/web/memory".into()),
+            compress: Some(3),
             start: ["qemu", "-m", "1G"].map(str::to_owned).to_vec(),
         };
         assert_eq!((spec.hypervisor, spec.control), (Hypervisor::Qemu, Some(control)));

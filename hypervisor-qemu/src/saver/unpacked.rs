@@ -1,0 +1,62 @@
+//! [`Unpacked`]: compressed memory images, between their check and their use.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::{Progress, Result};
+
+use super::error::blocking;
+use crate::memory::{Image, Stored};
+
+/// Images that were unpacked before anything was touched, so that the guest does not stand still for it. They have no name:
+/// they are gone with the process, and unpacked again by whoever goes on after a crash.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Unpacked(Arc<Mutex<HashMap<Utf8PathBuf, Arc<Image>>>>);
+
+impl Unpacked {
+    fn all(&self) -> MutexGuard<'_, HashMap<Utf8PathBuf, Arc<Image>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads an image and compares it with its checksums; a compressed one is unpacked for that, and kept.
+    pub(super) async fn check(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
+        self.release(file);
+        let path = file.to_owned();
+        let checked = blocking(move || {
+            let stored = Stored::open(path.as_std_path())?;
+            let length = stored.length()?;
+            let unpacked = match stored {
+                Stored::Plain(image) => {
+                    image.verify()?;
+                    None
+                }
+                Stored::Packed(packed) => Some(packed.unpack()?),
+            };
+            Ok((length, unpacked))
+        });
+        let (length, unpacked) = checked.await?;
+        if let Some(image) = unpacked {
+            self.all().insert(file.to_owned(), Arc::new(image));
+        }
+        progress.bytes(length, length);
+        Ok(())
+    }
+
+    /// The image that QEMU can load, and no more kept here: the one that was checked, or unpacked now.
+    pub(super) async fn take(&self, file: &Utf8Path) -> Result<Arc<Image>> {
+        let kept = self.all().remove(file);
+        if let Some(image) = kept {
+            return Ok(image);
+        }
+        let path = file.to_owned();
+        blocking(move || Stored::open(path.as_std_path())?.ready()).await.map(Arc::new)
+    }
+
+    /// Lets go of one that is not going to be loaded.
+    pub(super) fn release(&self, file: &Utf8Path) {
+        self.all().remove(file);
+    }
+}
