@@ -9,9 +9,13 @@ use std::{
 use qmp::Qmp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::{sync::OnceCell, time::sleep};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::{
+    discover::Abilities,
+    error::{Error, ErrorKind, Result},
+    graph::Graph,
+};
 
 /// How long QEMU may take to be ready for `cont` after a migration.
 const FINALIZED: Duration = Duration::from_secs(30);
@@ -22,7 +26,20 @@ pub struct Machine {
     qmp: Qmp,
     /// Descriptor sets that were given back and that QEMU keeps until the guest runs (7.2 does).
     kept: Arc<Mutex<Vec<i64>>>,
+    abilities: Arc<OnceCell<Abilities>>,
+    graph: Arc<Mutex<Option<RecentGraph>>>,
 }
+
+/// A block graph that was read, and when.
+#[derive(Debug, Clone)]
+struct RecentGraph {
+    graph: Arc<Graph>,
+    epoch: u64,
+    read: Instant,
+}
+
+/// How long a graph is believed at most: other clients of QEMU may change it.
+const RECENT: Duration = Duration::from_millis(500);
 
 /// `query-status`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -64,17 +81,52 @@ impl Machine {
 
     /// The machine at the end of a connection.
     pub fn new(qmp: Qmp) -> Self {
-        Self { qmp, kept: Arc::default() }
+        Self { qmp, kept: Arc::default(), abilities: Arc::default(), graph: Arc::default() }
     }
 
     /// The same with another deadline for each command.
     pub(crate) fn within(&self, deadline: Duration) -> Self {
-        Self { qmp: self.qmp.within(deadline), kept: Arc::clone(&self.kept) }
+        Self { qmp: self.qmp.within(deadline), ..self.clone() }
     }
 
     /// Notes a descriptor set that must be given back again when the guest runs.
     pub(crate) fn keep(&self, set: i64) {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(set);
+    }
+
+    /// What this QEMU can do, by its own schema, which is asked for once a connection: it takes longer than anything else.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub async fn abilities(&self) -> Result<&Abilities> {
+        self.abilities.get_or_try_init(|| Abilities::read(self)).await
+    }
+
+    /// Says what this QEMU can do, where that was asked of the same program before.
+    pub(crate) fn know(&self, abilities: Abilities) {
+        // Asked already: it is the same.
+        let _ = self.abilities.set(abilities);
+    }
+
+    /// The block graph as it was read last, if nothing has been done since that could have changed it; else it is read.
+    pub(crate) async fn graph(&self) -> Result<Arc<Graph>> {
+        let known = self.graph.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match known {
+            Some(known) if known.epoch == self.qmp.epoch() && known.read.elapsed() < RECENT => {
+                Ok(known.graph)
+            }
+            _ => self.read_graph().await,
+        }
+    }
+
+    /// Reads the block graph.
+    pub(crate) async fn read_graph(&self) -> Result<Arc<Graph>> {
+        // What happens while it is read makes it stale.
+        let (epoch, read) = (self.qmp.epoch(), Instant::now());
+        let graph = Arc::new(Graph::read(self).await?);
+        let recent = RecentGraph { graph: Arc::clone(&graph), epoch, read };
+        *self.graph.lock().unwrap_or_else(PoisonError::into_inner) = Some(recent);
+        Ok(graph)
     }
 
     /// The connection.

@@ -7,7 +7,7 @@ use std::{fs, path::PathBuf, time::Duration};
 use anyhow::{Context, Result, ensure};
 use hypervisor_qemu::{
     ErrorKind,
-    discover::{Abilities, Discovery, Role, compare},
+    discover::{Discovery, Role, compare},
     graph::{self, Graph},
     instant::{Cut, DiskCut, Live, Way, abandon},
     jobs,
@@ -33,7 +33,7 @@ async fn starts_cold(
     frozen: &[PathBuf],
 ) -> Result<()> {
     let machine = kit::machine(guest).await?;
-    let incoming = image.incoming(&Abilities::read(&machine).await?)?;
+    let incoming = image.incoming(machine.abilities().await?)?;
     drop(machine);
     let before = guest.last_tick().context("it ticked")?;
     guest.kill()?;

@@ -10,7 +10,6 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use hypervisor_qemu::{
     Error, ErrorKind, Machine,
-    discover::Abilities,
     graph::{self, Graph, Layer, Stack, Swap},
     instant::Live,
     jobs::{self, ActiveCommit, LayerCommit, Stream},
@@ -81,7 +80,7 @@ async fn killed_in_the_cut_it_is_an_error_and_the_disks_are_whole() -> Result<()
             let overlays = kit::overlays(&machine, &guest, "s", &guest.disks()).await?;
             let ticks = guest.ticks()?;
             // Asked for once a connection.
-            Abilities::read(&machine).await?;
+            machine.abilities().await?;
             let cut = kit::onto(&guest, &overlays).memory(Draft::create(guest.dir().join("memory"))?, live);
             let operation = async {
                 let taken = cut.take(&machine, kit::nothing).await?;

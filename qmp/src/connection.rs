@@ -62,6 +62,15 @@ pub(crate) struct Shared {
     pub(crate) ids: Ids,
     state: Mutex<State>,
     lost: watch::Sender<Option<Arc<str>>>,
+    /// Counts what may have changed QEMU.
+    epoch: AtomicU64,
+}
+
+/// Whether a command only asks.
+fn only_asks(command: &str) -> bool {
+    ["query-", "qom-get", "qom-list", "x-debug-query-", "device-list-properties"]
+        .iter()
+        .any(|asks| command.starts_with(asks))
 }
 
 #[derive(Debug)]
@@ -130,8 +139,20 @@ impl Shared {
         state.noise.last = what;
     }
 
+    /// See [`crate::Qmp::epoch`].
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::SeqCst)
+    }
+
+    fn turn(&self) {
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+    }
+
     fn answer(&self, number: u64, outcome: impl FnOnce(&Pending) -> Outcome) -> bool {
         let Some(pending) = self.state().pending.remove(&number) else { return false };
+        if !only_asks(&pending.name) {
+            self.turn();
+        }
         let outcome = outcome(&pending);
         // The caller may have given up: then the reply is dropped.
         let _ = pending.reply.send(outcome);
@@ -188,6 +209,7 @@ impl Shared {
     fn message(&self, message: Message, line: &[u8]) {
         match message {
             Message::Event(event) => {
+                self.turn();
                 if let Some(events) = &self.state().events {
                     // With no subscriber, nobody wants it.
                     let _ = events.send(event);
@@ -267,6 +289,7 @@ impl Handle {
                 noise: Noise::default(),
             }),
             lost: watch::Sender::new(None),
+            epoch: AtomicU64::new(0),
         });
         let stream = Arc::new(stream);
         let (outgoing, queue) = mpsc::unbounded_channel();
@@ -328,6 +351,9 @@ impl Handle {
         };
         // Nobody closes the semaphores.
         let (Ok(place), Ok(fd_turn)) = (place, fd_turn) else { return Err(lost()) };
+        if !only_asks(name) {
+            self.shared.turn();
+        }
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let (reply, receiver) = oneshot::channel();
         let pending = Pending { name: name.to_owned(), reply, _place: place, _fd_turn: fd_turn };

@@ -253,6 +253,12 @@ impl Qmp {
         Events::new(self.handle.subscribe(), self.socket().to_owned(), Arc::clone(&self.handle))
     }
 
+    /// A number that grows whenever a command that does more than ask was sent or answered, and with each event. As long as it
+    /// is the same, nothing is known here to have changed QEMU; another client of it still may have.
+    pub fn epoch(&self) -> u64 {
+        self.handle.shared.epoch()
+    }
+
     /// What this QEMU can do, by its own account. Asked for once a connection.
     ///
     /// # Errors

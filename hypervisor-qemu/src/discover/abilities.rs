@@ -59,11 +59,11 @@ impl Abilities {
         }
     }
 
-    /// Asks a QEMU.
+    /// Asks a QEMU, each time anew: [`Machine::abilities`] asks once.
     ///
     /// # Errors
     /// Those of the connection.
-    pub async fn read(machine: &Machine) -> Result<Self> {
+    pub(crate) async fn read(machine: &Machine) -> Result<Self> {
         let schema = machine.schema().await?;
         Ok(Self::of(&schema))
     }

@@ -15,7 +15,6 @@ pub use process::Process;
 
 use crate::{
     error::{ErrorKind, Result},
-    graph::Graph,
     machine::{Machine, RunState},
 };
 
@@ -83,9 +82,9 @@ impl Discovery {
     /// tell of the process, and does not, is no error: [`Process::unread`] says what and why.
     pub async fn read(machine: &Machine) -> Result<Self> {
         let state = machine.run_state().await?;
-        let schema = machine.schema().await?;
+        let abilities = machine.abilities().await?.clone();
         let process = Process::read(machine);
-        let graph = Graph::read(machine).await?;
+        let graph = machine.graph().await?;
         let name = optional(machine, "query-name").await?["name"].as_str().map(str::to_owned);
         let uuid = optional(machine, "query-uuid").await?["UUID"].as_str().map(str::to_owned);
         let memory = machine.query("query-memory-size-summary", Value::Null).await?;
@@ -108,7 +107,7 @@ impl Discovery {
             drives: devices::drives(&graph),
             tpms: tpms(&optional(machine, "query-tpm").await?),
             process,
-            abilities: Abilities::of(&schema),
+            abilities,
         })
     }
 

@@ -1,6 +1,6 @@
 //! The process of a QEMU: how it was started, so that it can be started again.
 
-use std::{fs, io, path::PathBuf};
+use std::{fs, io, os::unix::fs::MetadataExt, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +18,9 @@ pub struct Process {
     pub uid: Option<u32>,
     /// The program.
     pub program: Option<PathBuf>,
+    /// Which file the program is: device, inode, size and time of change. What it could do once, it can.
+    #[serde(default)]
+    pub build: Option<String>,
     /// Its command line, the first word included.
     pub command_line: Vec<String>,
     /// Its environment.
@@ -38,6 +41,11 @@ impl Process {
         };
         let pid = peer.pid;
         process.program = process.keep("program", fs::read_link(format!("/proc/{pid}/exe")));
+        process.build =
+            process.keep("program's file", fs::metadata(format!("/proc/{pid}/exe"))).map(|about| {
+                let (dev, ino, size) = (about.dev(), about.ino(), about.size());
+                format!("{dev:x}:{ino}:{size}:{}.{:09}", about.ctime(), about.ctime_nsec())
+            });
         let words = process.keep("command line", fs::read(format!("/proc/{pid}/cmdline")));
         let words = split(&words.unwrap_or_default());
         let program =

@@ -240,7 +240,7 @@ pub(crate) async fn reopen_backing(
 /// gone), or on the layer's.
 pub async fn rehome(machine: &Machine, overlay: &str, layer: &Layer) -> Result<Vec<String>> {
     let attempted = "giving a frozen image a node of its own name";
-    let graph = Graph::read(machine).await?;
+    let graph = machine.graph().await?;
     graph.expect(attempted, overlay)?;
     let old = graph.backing(overlay).ok_or_else(|| {
         Error::new(ErrorKind::Invalid, attempted, format!("node {overlay}"), "it stands on nothing")
@@ -256,7 +256,8 @@ pub async fn rehome(machine: &Machine, overlay: &str, layer: &Layer) -> Result<V
             Err(second) => error.now(format!("the node {} is left ({second})", layer.name)),
         });
     }
-    remove_layers(machine, &[old.to_owned()]).await
+    // The old node's file is the one that it had.
+    remove_layers_of(machine, &graph, &[old.to_owned()]).await
 }
 
 /// Deletes nodes, in the order given (top first), each with the node of its file. One that is gone already is passed over,
@@ -265,7 +266,12 @@ pub async fn rehome(machine: &Machine, overlay: &str, layer: &Layer) -> Result<V
 /// # Errors
 /// Those of the connection.
 pub async fn remove_layers(machine: &Machine, names: &[String]) -> Result<Vec<String>> {
-    let before = Graph::read(machine).await?;
+    let before = machine.graph().await?;
+    remove_layers_of(machine, &before, names).await
+}
+
+/// The same, where the graph with the nodes was read before.
+async fn remove_layers_of(machine: &Machine, before: &Graph, names: &[String]) -> Result<Vec<String>> {
     let mut wanted = Vec::new();
     for name in names {
         let file = before.file(name).map(str::to_owned);
@@ -283,7 +289,7 @@ pub async fn remove_layers(machine: &Machine, names: &[String]) -> Result<Vec<St
             _ => {}
         }
     }
-    let after = Graph::read(machine).await?;
+    let after = machine.read_graph().await?;
     let mut seen = HashSet::new();
     Ok(wanted.into_iter().filter(|name| seen.insert(name.clone()) && after.node(name).is_some()).collect())
 }

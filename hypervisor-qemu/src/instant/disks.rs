@@ -48,7 +48,7 @@ impl Disks {
     /// Finds the nodes. Nothing is touched.
     pub(super) async fn find(machine: &Machine, disks: Vec<DiskCut>) -> Result<Self> {
         let attempted = "preparing the cut";
-        let graph = Graph::read(machine).await?;
+        let graph = machine.graph().await?;
         let mut all: Vec<(DiskCut, String)> = Vec::new();
         for disk in disks {
             let subject = disk.device().to_owned();

@@ -14,7 +14,6 @@ use super::{
     saving::Saving,
 };
 use crate::{
-    discover::Abilities,
     error::{BoxError, Error, ErrorKind, Result},
     machine::{Machine, Paused},
     memory::{self, Draft},
@@ -138,7 +137,7 @@ impl Cut {
             return paused_cut(machine, disks, Plan::DiskOnly, while_paused).await;
         };
         // A paused guest's memory by a plain migration would leave it `postmigrate`, with no way back to `paused`.
-        let holds = Abilities::read(machine).await?.background_snapshot_holds;
+        let holds = machine.abilities().await?.background_snapshot_holds;
         let background = match (avoid_background, holds) {
             (false, true) => Settings::apply(machine, Form::Background).await,
             (true, _) => Err(unsupported(machine, "a background snapshot is not wanted")),

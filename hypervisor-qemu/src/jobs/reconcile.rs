@@ -61,7 +61,7 @@ pub async fn reconcile(machine: &Machine) -> Result<Ours> {
     let state = machine.run_state().await?;
     let jobs = machine.query("query-jobs", Value::Null).await?;
     let jobs = Job::list(&jobs).ok_or_else(|| machine.odd("query-jobs", &jobs))?;
-    let graph = Graph::read(machine).await?;
+    let graph = machine.graph().await?;
     let sets = machine.query("query-fdsets", Value::Null).await?;
     let now = migration::status(machine).await?;
     let nodes = graph.nodes().iter().filter(|node| is_ours(&node.name));

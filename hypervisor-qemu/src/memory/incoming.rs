@@ -12,7 +12,6 @@ use tokio::time::sleep;
 
 use super::Image;
 use crate::{
-    discover::Abilities,
     error::{Error, ErrorKind, Result},
     fdset::FdSet,
     machine::{Machine, RunState},
@@ -37,7 +36,7 @@ pub async fn restore_deferred(machine: &Machine, image: &Image, deadline: Durati
         return Err(Error::new(ErrorKind::Invalid, attempted, subject, detail)
             .advice("start QEMU with `-incoming defer`, or restore in place"));
     }
-    let abilities = Abilities::read(machine).await?;
+    let abilities = machine.abilities().await?;
     let descriptor = image.descriptor()?;
     let mut arguments = json!({});
     if abilities.exit_on_error {

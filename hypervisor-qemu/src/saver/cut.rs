@@ -161,9 +161,10 @@ fn words(way: Way) -> &'static str {
 /// Opens the overlays; gives what is to be cut.
 async fn prepare(live: &Live, step: Step<'_>, opened: &mut Vec<String>) -> Result<Vec<DiskCut>> {
     let mut cuts = Vec::new();
+    let graph = live.machine.graph().await.map_err(told)?;
     for (target, instant) in step.disks {
         let disk = live.expect(target)?;
-        let open = disk.open().await.map_err(told)?;
+        let open = disk.open_in(&graph);
         if let Some(filter) = &open.filter {
             let detail =
                 format!("disk {target} has a {filter} filter on top, under which nothing can be put");

@@ -162,7 +162,7 @@ impl Disk {
 
     /// What the device has open now.
     pub(super) async fn open(&self) -> crate::Result<OpenChain> {
-        let graph = Graph::read(&self.machine).await?;
+        let graph = self.machine.graph().await?;
         Ok(self.open_in(&graph))
     }
 
@@ -264,7 +264,7 @@ pub(super) fn device_of<'a>(
 #[async_trait]
 impl AttachedDisk for Disk {
     async fn open_files(&self) -> Result<HashSet<FileIdentity>> {
-        let graph = Graph::read(&self.machine).await.map_err(told)?;
+        let graph = self.machine.graph().await.map_err(told)?;
         let open = self.open_in(&graph);
         let named: Vec<FileIdentity> = open.layers.iter().filter_map(|layer| layer.identity).collect();
         let mut files: HashSet<FileIdentity> = named.iter().copied().collect();

@@ -23,8 +23,7 @@ use super::{
     window,
 };
 use crate::{
-    discover::{Discovery, compare},
-    graph::Graph,
+    discover::{Discovery, Process, compare},
     guest_clock::set_guest_clock,
     instant::Saving,
     machine::Machine,
@@ -58,8 +57,9 @@ impl Live {
         unpacked: Unpacked,
     ) -> crate::Result<Self> {
         let machine = connection.0.clone();
+        recall(&machine, domain);
         let discovery = Discovery::read(&machine).await?;
-        let graph = Graph::read(&machine).await?;
+        let graph = machine.graph().await?;
         let view = View::of(&machine);
         let seen = seen::describe(&machine, &discovery, &view, &graph).await?;
         let (speed, limits) = disk::speed();
@@ -127,6 +127,17 @@ impl Live {
     /// Sets the guest's clock after memory was loaded; gives what the user should know.
     pub(super) async fn set_clock(&self) -> Option<String> {
         set_clock(&self.machine, self.agent.as_ref()).await
+    }
+}
+
+/// What this QEMU can do is recorded with the snapshots of a machine that the same program ran.
+fn recall(machine: &Machine, domain: &Domain) {
+    let Some(build) = Process::read(machine).build else { return };
+    let known = domain.machines.iter().rev().filter_map(|known| recorded(&known.record).ok());
+    if let Some(known) = known.into_iter().find(|known| {
+        known.process.build.as_ref() == Some(&build) && known.version == machine.qmp().greeting().version
+    }) {
+        machine.know(known.abilities);
     }
 }
 

@@ -39,7 +39,7 @@ const PASSING: [&str; 15] = [
 /// Looks at a QEMU. Changes nothing.
 pub(super) async fn look(machine: &Machine) -> Result<Seen> {
     let discovery = Discovery::read(machine).await?;
-    let graph = Graph::read(machine).await?;
+    let graph = machine.graph().await?;
     describe(machine, &discovery, &View::of(machine), &graph).await
 }
 
