@@ -51,7 +51,7 @@ async fn a_mixed_snapshot_with_memory_is_reverted_to_in_a_window() -> Result<()>
             for (reset, crash) in [(false, false), (false, true), (true, true)] {
                 run.guest.wait_ticks(40)?;
                 let boots = run.guest.boots();
-                let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: true };
+                let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: true, anew: None };
                 run.apply(&window).await?;
                 run.apply(&window).await?;
                 for number in 0..2 {
@@ -66,7 +66,7 @@ async fn a_mixed_snapshot_with_memory_is_reverted_to_in_a_window() -> Result<()>
                 run.layers[0].remove(0);
                 run.grow(0)?;
                 kit::img(&["snapshot", "-a", "s"], &run.layers[1][0])?;
-                let attach = DomainStep::Attach { disks: run.targets.clone() };
+                let attach = DomainStep::Attach { disks: run.targets.clone(), anew: None };
                 run.apply(&attach).await?;
                 run.apply(&attach).await?;
                 let memory = (!reset).then(|| utf8(&memory));
@@ -139,12 +139,13 @@ async fn a_compressed_memory_image_is_loaded_in_place_and_started_from_and_nothi
             if crash {
                 run.saver.release_memory(&memory).await?;
             }
-            run.apply(&DomainStep::OpenWindow { disks: run.targets.clone(), running: true }).await?;
+            run.apply(&DomainStep::OpenWindow { disks: run.targets.clone(), running: true, anew: None })
+                .await?;
             for number in 0..2 {
                 run.layers[number].remove(0);
                 run.grow(number)?;
             }
-            run.apply(&DomainStep::Attach { disks: run.targets.clone() }).await?;
+            run.apply(&DomainStep::Attach { disks: run.targets.clone(), anew: None }).await?;
             let power = Some(PowerAfter::Running);
             run.apply(&DomainStep::Continue { memory: Some(memory.clone()), reset: false, power }).await?;
             let now = run.guest.ticks()?;
@@ -240,7 +241,8 @@ async fn a_raw_disk_that_its_backend_copies_is_of_the_same_instant_and_is_given_
 
             for crash in [false, true] {
                 run.guest.wait_ticks(40)?;
-                run.apply(&DomainStep::OpenWindow { disks: run.targets.clone(), running: true }).await?;
+                run.apply(&DomainStep::OpenWindow { disks: run.targets.clone(), running: true, anew: None })
+                    .await?;
                 assert_eq!(run.open_files(1).await?.len(), 0);
                 run.layers[0].remove(0);
                 run.grow(0)?;
@@ -253,7 +255,7 @@ async fn a_raw_disk_that_its_backend_copies_is_of_the_same_instant_and_is_given_
                 if crash {
                     run.reconnect().await?;
                 }
-                run.apply(&DomainStep::Attach { disks: run.targets.clone() }).await?;
+                run.apply(&DomainStep::Attach { disks: run.targets.clone(), anew: None }).await?;
                 assert_eq!(run.open_files(1).await?, run.files(1));
                 let go_on = DomainStep::Continue {
                     memory: Some(utf8(&memory)),
@@ -560,9 +562,9 @@ async fn a_window_that_is_given_up_leaves_the_disks_and_the_guest_as_they_were()
                 run.pause().await?;
             }
             let files = [run.open_files(0).await?, run.open_files(1).await?];
-            let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: runs };
+            let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: runs, anew: None };
             run.apply(&window).await?;
-            let attach = DomainStep::Attach { disks: run.targets.clone() };
+            let attach = DomainStep::Attach { disks: run.targets.clone(), anew: None };
             run.apply(&attach).await?;
             if crash {
                 run.reconnect().await?;
@@ -589,8 +591,8 @@ async fn a_disk_that_a_crash_left_half_detached_is_detached_or_given_back() -> R
     for version in BOTH {
         for to_the_end in [false, true] {
             let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
-            let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: true };
-            let attach = DomainStep::Attach { disks: run.targets.clone() };
+            let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: true, anew: None };
+            let attach = DomainStep::Attach { disks: run.targets.clone(), anew: None };
             run.apply(&window).await?;
             let placeholders = run.placeholders().await?;
             run.apply(&attach).await?;

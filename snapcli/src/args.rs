@@ -17,7 +17,7 @@ const STYLES: Styles = Styles::styled()
     .placeholder(AnsiColor::Cyan.on_default());
 
 const AFTER_HELP: &str = "\
-DOMAIN is the name of a registered domain, its image paths joined by commas, or qemu:SOCKET: what runs at a QMP socket.
+DOMAIN is the name of a registered domain, its image paths joined by commas, qemu:SOCKET: what runs at a QMP socket, or xen:NAME: a domain of Xen.
 Exit status: 0 done; 1 failed, and undone; 2 usage; 3 refused, nothing was touched; 4 `domsnap recover` is needed.";
 
 /// Snapshots of whole virtual machines.
@@ -234,6 +234,12 @@ pub struct Revert {
     /// Let it be off afterwards; no memory is loaded
     #[arg(long)]
     pub off: bool,
+    /// Do not save the present's memory first, where a domain must be ended for a revert (of Xen): after a failure it is off
+    #[arg(long)]
+    pub no_safety: bool,
+    /// Make the domain from this file, and not from its own (of Xen)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub config: Option<Utf8PathBuf>,
     /// Print what would be done, and do nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -310,16 +316,22 @@ pub struct DomainAdd {
     pub name: Option<DomainName>,
     /// A disk: TARGET=PATH[,format=FORMAT]
     #[arg(long = "disk", value_name = "TARGET=PATH", value_parser = disk_place)]
-    #[arg(required_unless_present_any = ["file", "qmp"])]
+    #[arg(required_unless_present_any = ["file", "qmp", "xen"])]
     pub disks: Vec<DiskPlace>,
     /// A QEMU runs it: its QMP socket. Without --disk it is asked for its disks
-    #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
+    #[arg(long, value_name = "SOCKET", group = "run-by", value_hint = ValueHint::FilePath)]
     pub qmp: Option<Utf8PathBuf>,
+    /// Xen runs it: its name there. Without --disk it is asked for its disks
+    #[arg(long, value_name = "NAME", group = "run-by")]
+    pub xen: Option<String>,
+    /// The file that Xen creates it from [default: the one that it was created from, where that can be told]
+    #[arg(long, value_name = "FILE", requires = "xen", value_hint = ValueHint::FilePath)]
+    pub config: Option<Utf8PathBuf>,
     /// The guest agent's socket [default: as QEMU says]
     #[arg(long, value_name = "SOCKET", requires = "qmp", value_hint = ValueHint::FilePath)]
     pub agent: Option<Utf8PathBuf>,
     /// Where memory images go [default: beside the first disk]
-    #[arg(long, value_name = "DIR", requires = "qmp", value_hint = ValueHint::DirPath)]
+    #[arg(long, value_name = "DIR", requires = "run-by", value_hint = ValueHint::DirPath)]
     pub memory_dir: Option<Utf8PathBuf>,
     /// Compress memory images: 1 (fast, meant by --compress alone) to 19 (small) [default: not]
     #[arg(long, value_name = "LEVEL", requires = "qmp", num_args = 0..=1, require_equals = true)]
@@ -333,7 +345,7 @@ pub struct DomainAdd {
     #[arg(long, value_name = "HOW", default_value = "keep")]
     pub active_path: Active,
     /// Read the domain from a file of TOML
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "disks", "active_path", "qmp"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "disks", "active_path", "qmp", "xen", "memory_dir"])]
     #[arg(value_hint = ValueHint::FilePath)]
     pub file: Option<Utf8PathBuf>,
 }

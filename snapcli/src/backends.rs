@@ -83,6 +83,7 @@ fn own(global: &Global) -> Result<Registry> {
     }
     registry.register(Arc::new(lvm))?;
     hypervisor_qemu::register(&mut registry);
+    hypervisor_xen::register(&mut registry);
     Ok(registry)
 }
 

@@ -15,6 +15,8 @@ pub enum Hypervisor {
     None,
     /// QEMU, over QMP.
     Qemu,
+    /// Xen, over xl.
+    Xen,
 }
 
 impl std::fmt::Display for Hypervisor {
@@ -22,6 +24,7 @@ impl std::fmt::Display for Hypervisor {
         f.pad(match self {
             Self::None => "none",
             Self::Qemu => "qemu",
+            Self::Xen => "xen",
         })
     }
 }

@@ -24,7 +24,7 @@ pub const MAX_COMPRESSION: u8 = 19;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Control {
-    /// Where: of QEMU the path of its QMP socket.
+    /// Where: of QEMU the path of its QMP socket, of Xen the domain's name.
     pub address: String,
     /// The socket of the guest agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -42,6 +42,10 @@ pub struct Control {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 19))]
     pub compress: Option<u8>,
+    /// The file that the domain is created from, where its hypervisor has one: of Xen its config.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub config: Option<Utf8PathBuf>,
 }
 
 /// Whether the guest's file systems are flushed and frozen for the instant.
@@ -104,6 +108,33 @@ pub struct MemoryPlan {
     pub budget_ms: u64,
 }
 
+/// What a domain begins anew with, when a window is over in which its present is given up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct Anew {
+    /// From where.
+    pub from: Beginning,
+    /// Whether the present's own memory is kept until the new beginning is certain, where the hypervisor must end the domain for
+    /// it: so that a failure brings the former guest back.
+    pub safety: bool,
+    /// The file that the domain is made from, in the place of its own, where its hypervisor has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub config: Option<Utf8PathBuf>,
+}
+
+/// Where a domain begins anew.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Beginning {
+    /// At the instant of this memory image.
+    Memory(#[schemars(with = "String")] Utf8PathBuf),
+    /// As after a reset.
+    Boot,
+    /// Not at all: it is off.
+    Off,
+}
+
 /// One thing that a hypervisor does to a whole domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(tag = "do", rename_all = "kebab-case")]
@@ -156,12 +187,20 @@ pub enum DomainStep {
         disks: Vec<Target>,
         /// Whether the guest ran when this was planned: then the window's end lets it go on, also after a crash.
         running: bool,
+        /// Where the guest's present is given up: how the domain begins anew. A hypervisor that cannot set a running guest's disks
+        /// free ends the domain then.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        anew: Option<Anew>,
     },
     /// Gives the disks what their configured paths name now. The guest stands still yet. Undone: the files are set free
     /// again.
     Attach {
         /// The disks.
         disks: Vec<Target>,
+        /// As the window's: a hypervisor that ended the domain makes it anew here, standing still, so that what fails can be
+        /// undone yet.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        anew: Option<Anew>,
     },
     /// The end of a window: loads memory or resets the guest, or neither, and lets it run or not.
     Continue {
@@ -303,6 +342,8 @@ pub struct Seen {
     pub disks: Vec<SeenDisk>,
     /// The guest agent's socket, where the hypervisor tells.
     pub agent: Option<Utf8PathBuf>,
+    /// The file that it was created from ([`Control::config`]), where the hypervisor tells.
+    pub config: Option<Utf8PathBuf>,
 }
 
 /// Layers of an open chain that are to be merged into one.
@@ -446,4 +487,11 @@ pub trait VmStateSaver: Send + Sync {
 
     /// Removes a memory image, and what a crash left of one of that name. One that is not there is no error.
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()>;
+
+    /// Which of these files running domains of this hypervisor have open without a lock that others would meet, each with the
+    /// domain's name.
+    async fn open_without_lock(&self, files: &HashSet<FileIdentity>) -> Result<Vec<(FileIdentity, String)>> {
+        let _ = files;
+        Ok(Vec::new())
+    }
 }

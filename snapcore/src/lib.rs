@@ -74,9 +74,9 @@ pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventStream, Events};
 pub use hypervisor::{
-    AttachedDisk, AttachedMerge, ChainFile, Control, DiskInstant, DomainContext, DomainStep, Facts,
-    FileIdentity, Inside, LiveDomain, MAX_COMPRESSION, MemoryPlan, NothingInside, OpenChain, PowerAfter,
-    Quiesce, Seen, SeenDisk, StartFromMemory, Taken, VmStateSaver, file_identity,
+    Anew, AttachedDisk, AttachedMerge, Beginning, ChainFile, Control, DiskInstant, DomainContext, DomainStep,
+    Facts, FileIdentity, Inside, LiveDomain, MAX_COMPRESSION, MemoryPlan, NothingInside, OpenChain,
+    PowerAfter, Quiesce, Seen, SeenDisk, StartFromMemory, Taken, VmStateSaver, file_identity,
 };
 pub use name::{DomainName, LayerName, MAX_NAME_BYTES, SnapshotName, Target};
 pub use operation::{Operation, OperationId, OperationState, StepState, Transition};

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use camino::Utf8PathBuf;
+
 use crate::{LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target};
 
 /// What to do with one disk in a create.
@@ -144,12 +146,30 @@ pub struct RevertRequest {
     pub save_current: Option<SnapshotName>,
     /// What the domain does afterwards; absent: with memory what it did at the snapshot, without what it does now.
     pub power: Option<PowerAfter>,
+    /// Whether the present's memory is kept until the revert is certain, by a hypervisor that must end the domain for it.
+    pub safety: bool,
+    /// The file that the domain is made from, in the place of its own, where its hypervisor has one.
+    pub config: Option<Utf8PathBuf>,
 }
 
 impl RevertRequest {
     /// Back to `name`; the present is dropped.
     pub fn new(name: SnapshotName) -> Self {
-        Self { name, save_current: None, power: None }
+        Self { name, save_current: None, power: None, safety: true, config: None }
+    }
+
+    /// Does without what would bring the former guest back.
+    #[must_use]
+    pub fn without_safety(mut self) -> Self {
+        self.safety = false;
+        self
+    }
+
+    /// Makes the domain from this file.
+    #[must_use]
+    pub fn config(mut self, file: impl Into<Utf8PathBuf>) -> Self {
+        self.config = Some(file.into());
+        self
     }
 
     /// What the domain does afterwards.

@@ -6,6 +6,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs,
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
 };
 
@@ -108,6 +109,7 @@ struct OpenFile {
 
 fn open_files(process: &Path) -> std::io::Result<HashMap<(u64, u64), OpenFile>> {
     let mut open = HashMap::new();
+    let locks_nothing = is_of_xen(process);
     for entry in fs::read_dir(process.join("fd"))? {
         let entry = entry?;
         // One that is closed meanwhile is no longer open.
@@ -115,11 +117,21 @@ fn open_files(process: &Path) -> std::io::Result<HashMap<(u64, u64), OpenFile>> 
         let path = fs::read_link(entry.path()).unwrap_or_default();
         let info = fs::read_to_string(process.join("fdinfo").join(entry.file_name())).unwrap_or_default();
         let lent = path.starts_with("/memfd:");
-        let is_image = !lent && info.lines().any(is_image_lock);
+        let standard = matches!(entry.file_name().to_str(), Some("0" | "1" | "2"));
+        let kind = about.file_type();
+        let by_kind = locks_nothing && !standard && (kind.is_file() || kind.is_block_device());
+        let is_image = !lent && (by_kind || info.lines().any(is_image_lock));
         let file = open.entry(file_identity(&about)).or_insert(OpenFile { path, is_image });
         file.is_image |= is_image;
     }
     Ok(open)
+}
+
+/// Whether a QEMU serves the disks of a domain of Xen: it opens their images with `locking=off`, and no file but images (its log
+/// is its standard output).
+fn is_of_xen(process: &Path) -> bool {
+    let line = fs::read(process.join("cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).any(|word| word == b"-xen-domid")
 }
 
 /// Whether a line of `/proc/PID/fdinfo/N` is one of the locks by which QEMU's processes know of each other: bytes from 100 on,

@@ -207,7 +207,7 @@ impl LiveDomain for Live {
                 }
             }
             DomainStep::OpenWindow { disks, .. } => window::open(self, disks).await?,
-            DomainStep::Attach { disks } => window::attach(self, disks, context.chains).await?,
+            DomainStep::Attach { disks, .. } => window::attach(self, disks, context.chains).await?,
             DomainStep::Continue { memory, reset, power } => {
                 return window::go_on(self, memory.as_deref(), *reset, *power, context).await;
             }
@@ -226,7 +226,7 @@ impl LiveDomain for Live {
             },
             DomainStep::SaveMemory { file, .. } => cut::forget_memory(self, file).await,
             DomainStep::OpenWindow { disks, .. } => window::undo_open(self, disks, context.chains).await,
-            DomainStep::Attach { disks } => window::undo_attach(self, disks).await,
+            DomainStep::Attach { disks, .. } => window::undo_attach(self, disks).await,
             // They take nothing away; what a new name is given to keeps it.
             DomainStep::CheckMemory { file } => {
                 self.unpacked.release(file);

@@ -66,6 +66,7 @@ pub(super) async fn describe(
         summary,
         disks,
         agent: agent(machine, discovery, view).await?,
+        config: None,
     })
 }
 

@@ -10,6 +10,7 @@ use snapcore::{
 
 use crate::answer::Answer;
 use crate::args::{Create, CreateRunning, Delete, Revert, Then};
+use crate::commands::domain::absolute;
 use crate::commands::power;
 use crate::commands::show::memory_size;
 use crate::documents::{ChangeDoc, CreateDoc, PlanDoc, Power, RevertDoc, SnapshotDoc};
@@ -131,6 +132,12 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
     };
     if let Some(power) = power {
         request = request.power(power);
+    }
+    if args.no_safety {
+        request = request.without_safety();
+    }
+    if let Some(config) = &args.config {
+        request = request.config(absolute(config)?);
     }
     if args.dry_run {
         return dry_run(session, &args.domain, &Request::Revert(request));

@@ -1,6 +1,6 @@
 //! `domsnap domain ...` and `domsnap import`.
 
-use camino::Utf8Path;
+use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::service::{DomainRef, DomainSpec, DomainSummary, ImportOptions, ImportReport};
 use snapcore::{Control, Error, ErrorKind, Hypervisor};
 
@@ -37,9 +37,10 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
                 let format = disk.format.as_deref().unwrap_or(default);
                 spec = spec.disk(disk.target.clone(), disk.path.clone(), format);
             }
-            match &args.qmp {
-                Some(socket) => spec.run_by(Hypervisor::Qemu, control(socket, &args)?),
-                None => spec,
+            match (&args.qmp, &args.xen) {
+                (Some(socket), _) => spec.run_by(Hypervisor::Qemu, control(absolute(socket)?.into(), &args)?),
+                (None, Some(name)) => spec.run_by(Hypervisor::Xen, control(name.clone(), &args)?),
+                (None, None) => spec,
             }
         }
         (None, None) => {
@@ -58,19 +59,22 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
     Ok(session.changed(document(report), |document| told(document, "registered")))
 }
 
-/// How a domain is reached that a QEMU runs, as the command line says.
-fn control(socket: &Utf8Path, args: &DomainAdd) -> Result<Control, Failure> {
-    let absolute = |path: &Utf8Path| {
-        camino::absolute_utf8(path).map_err(|cause| {
-            Error::new(ErrorKind::Usage, format!("the path {path:?} cannot be made absolute")).because(cause)
-        })
-    };
+/// How a domain is reached that a hypervisor runs, as the command line says.
+fn control(address: String, args: &DomainAdd) -> Result<Control, Failure> {
     Ok(Control {
-        address: absolute(socket)?.into(),
+        address,
         agent: args.agent.as_deref().map(absolute).transpose()?,
         memory_dir: args.memory_dir.as_deref().map(absolute).transpose()?,
         start: args.start.clone(),
         compress: args.compress,
+        config: args.config.as_deref().map(absolute).transpose()?,
+    })
+}
+
+/// A path that the user gave, from the root on.
+pub fn absolute(path: &Utf8Path) -> Result<Utf8PathBuf, Error> {
+    camino::absolute_utf8(path).map_err(|cause| {
+        Error::new(ErrorKind::Usage, format!("the path {path:?} cannot be made absolute")).because(cause)
     })
 }
 
@@ -220,7 +224,9 @@ fn facts(document: &DomainShowDoc) -> String {
     if let Some(machine) = &document.machine {
         line("machine", machine);
     }
-    for (what, path) in [("agent", &control.agent), ("memory in", &control.memory_dir)] {
+    for (what, path) in
+        [("agent", &control.agent), ("memory in", &control.memory_dir), ("created from", &control.config)]
+    {
         if let Some(path) = path {
             line(what, path.as_str());
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use camino::Utf8Path;
 use snapcore::service::{DomainRef, Scanned};
-use snapcore::{DomainName, MAX_NAME_BYTES};
+use snapcore::{DomainName, Hypervisor, MAX_NAME_BYTES};
 
 use crate::answer::Answer;
 use crate::args::domain_name;
@@ -44,7 +44,8 @@ fn document(session: &Session, scanned: Scanned, taken: &mut BTreeSet<DomainName
     let mut register = Vec::new();
     if registered.is_none() && problem.is_none() {
         let name = free_name(seen.name.as_deref(), Utf8Path::new(&control.address), taken);
-        register = ["domsnap", "domain", "add", name.as_str(), "--qmp", control.address.as_str()]
+        let option = if hypervisor == Hypervisor::Xen { "--xen" } else { "--qmp" };
+        register = ["domsnap", "domain", "add", name.as_str(), option, control.address.as_str()]
             .map(str::to_owned)
             .to_vec();
         taken.extend(DomainName::new(name));

@@ -143,7 +143,7 @@ impl Running<'_> {
     /// The guest that was started on disks which are no more gets those that are, and starts again.
     async fn end_new_window(&mut self) -> Result<Vec<Edit>> {
         let disks = self.entry.domain.disks.iter().map(|record| record.disk.target.clone()).collect();
-        let attach = DomainStep::Attach { disks };
+        let attach = DomainStep::Attach { disks, anew: None };
         let go_on = DomainStep::Continue { memory: None, reset: true, power: Some(PowerAfter::Running) };
         for step in [attach, go_on] {
             self.apply_live(&step).await?;

@@ -4,8 +4,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::{Merged, Planner};
 use crate::{
-    Consistency, CreateRequest, DiskInstant, DomainStep, Edit, Error, ErrorKind, Group, Hypervisor,
-    MAX_COMPRESSION, Machine, MemoryPlan, MemoryPoint, PlannedStep, PowerAfter, Quiesce, Result,
+    Anew, Beginning, Consistency, CreateRequest, DiskInstant, DomainStep, Edit, Error, ErrorKind, Group,
+    Hypervisor, MAX_COMPRESSION, Machine, MemoryPlan, MemoryPoint, PlannedStep, PowerAfter, Quiesce, Result,
     RevertRequest, Seen, Snapshot, Step, Target,
 };
 
@@ -69,7 +69,7 @@ impl Planner<'_> {
     fn off(&self, why: &str) -> Error {
         let how = match self.domain.hypervisor {
             Hypervisor::None => "is not known to run anywhere",
-            Hypervisor::Qemu => "does not run",
+            Hypervisor::Qemu | Hypervisor::Xen => "does not run",
         };
         Error::new(ErrorKind::Refused, format!("domain {} {how}: {why}", self.domain.name))
             .state("nothing was touched")
@@ -195,8 +195,14 @@ impl Planner<'_> {
             .map(|disk| disk.target().clone())
             .collect();
         let power = power.or(Some(as_now(alive)));
-        merged.first(open_window(Group::Cut, &disks, alive));
-        merged.last(attach(Group::Cut, &disks));
+        let from = match (&file, off) {
+            (_, true) => Beginning::Off,
+            (Some(file), false) => Beginning::Memory(file.clone()),
+            (None, false) => Beginning::Boot,
+        };
+        let anew = Some(Anew { from, safety: request.safety, config: request.config.clone() });
+        merged.first(open_window(Group::Cut, &disks, alive, anew.clone()));
+        merged.last(attach(Group::Cut, &disks, anew));
         if off {
             merged.last(go_on(None, false, power));
         } else {
@@ -214,9 +220,9 @@ impl Planner<'_> {
                 let mut disks: Vec<Target> =
                     in_window.iter().map(|planned| planned.step.target.clone()).collect();
                 disks.dedup();
-                merged.steps.push(open_window(Group::Finish, &disks, alive));
+                merged.steps.push(open_window(Group::Finish, &disks, alive, None));
                 merged.steps.extend(in_window);
-                merged.steps.push(attach(Group::Finish, &disks));
+                merged.steps.push(attach(Group::Finish, &disks, None));
                 merged.steps.push(go_on(None, false, Some(as_now(alive))));
             }
             merged.steps.extend(others);
@@ -236,13 +242,13 @@ fn as_now(alive: &Alive<'_>) -> PowerAfter {
     }
 }
 
-fn open_window(group: Group, disks: &[Target], alive: &Alive<'_>) -> PlannedStep {
-    let opening = DomainStep::OpenWindow { disks: disks.to_vec(), running: alive.seen.running };
+fn open_window(group: Group, disks: &[Target], alive: &Alive<'_>, anew: Option<Anew>) -> PlannedStep {
+    let opening = DomainStep::OpenWindow { disks: disks.to_vec(), running: alive.seen.running, anew };
     step(group, &opening, format!("pause the guest and set the files of {} free", names(disks)))
 }
 
-fn attach(group: Group, disks: &[Target]) -> PlannedStep {
-    let attach = DomainStep::Attach { disks: disks.to_vec() };
+fn attach(group: Group, disks: &[Target], anew: Option<Anew>) -> PlannedStep {
+    let attach = DomainStep::Attach { disks: disks.to_vec(), anew };
     step(group, &attach, format!("give {} what the configured paths name now", names(disks)))
 }
 

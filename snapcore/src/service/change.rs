@@ -1,10 +1,14 @@
 //! Commands that change a domain: each under its lock, with its disks held, after recovering what stopped half way.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use camino::{Utf8Path, Utf8PathBuf};
+
 use tokio_util::sync::CancellationToken;
 
+use super::identity::file_id;
 use super::live::{Live, prepare_memory_dir};
 use super::locate::{Leftovers, Located};
 use super::{
@@ -15,8 +19,8 @@ use crate::engine::{Engine, Run};
 use crate::plan::DiskInput;
 use crate::service::locate::{Intake, canonical};
 use crate::{
-    CreateRequest, Disk, Domain, DomainName, Error, ErrorKind, Event, Guard, InspectDepth, OperationState,
-    Plan, PowerAfter, Request, Result, RevertRequest, Snapshot,
+    CreateRequest, Disk, Domain, DomainName, Error, ErrorKind, Event, FileIdentity, Guard, InspectDepth,
+    OperationState, Plan, PowerAfter, Request, Result, RevertRequest, Snapshot, Target,
 };
 
 /// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
@@ -89,7 +93,45 @@ impl Inner {
                     .await?,
             );
         }
+        self.refuse_open_elsewhere(domain, live).await?;
         Ok(guards)
+    }
+
+    /// Refuses disks that another running domain has open, where its hypervisor takes no locks that we would have met.
+    async fn refuse_open_elsewhere(&self, domain: &Domain, live: Option<&Live>) -> Result<()> {
+        let mut files: HashMap<FileIdentity, (&Target, Utf8PathBuf)> = HashMap::new();
+        let mut own = HashSet::new();
+        for record in &domain.disks {
+            let disk = &record.disk;
+            if let Some(attached) = live.and_then(|live| live.disk(&disk.target)) {
+                own.extend(attached.open_files().await?);
+            }
+            let directory = disk.path.parent().unwrap_or(Utf8Path::new("/"));
+            let layers =
+                record.owned.iter().chain([&record.active]).map(|layer| directory.join(layer.as_str()));
+            for file in layers.chain([disk.path.clone()]) {
+                if let Some(identity) = file_id(&file) {
+                    files.entry(identity).or_insert((&disk.target, file));
+                }
+            }
+        }
+        let wanted: HashSet<FileIdentity> =
+            files.keys().filter(|file| !own.contains(file)).copied().collect();
+        for saver in self.registry.hypervisors() {
+            for (identity, user) in saver.open_without_lock(&wanted).await? {
+                let Some((target, file)) = files.get(&identity) else { continue };
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    format!("disk {target}: {file} is open in {user}, which {} runs", saver.hypervisor()),
+                )
+                .state("nothing was touched")
+                .advise(format!(
+                    "take the snapshot of that domain ('{}:NAME'), or shut it down first",
+                    saver.hypervisor()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The plan for `request` on the domain as it is on the machine.
@@ -164,8 +206,9 @@ impl Inner {
         cancel: &CancellationToken,
     ) -> Result<Outcome> {
         let (name, mut revert) = match request {
-            Request::Revert(RevertRequest { save_current: Some(name), name: to, power }) => {
-                (name, RevertRequest { name: to, save_current: None, power })
+            Request::Revert(RevertRequest { save_current: Some(name), name: to, power, config, .. }) => {
+                // What is saved first is all the safety that there can be.
+                (name, RevertRequest { name: to, save_current: None, power, safety: false, config })
             }
             request => return self.change_once(located, Some(live), &request, cancel).await,
         };

@@ -206,6 +206,7 @@ impl Inner {
         let mut control = Control { address: address.to_owned(), ..Control::default() };
         let seen = self.look(hypervisor, &control).await?;
         control.agent = seen.agent.clone();
+        control.config = seen.config.clone();
         let Chosen { mut disks, left_out: _ } = choose_disks(&seen)
             .map_err(|error| error.context(format!("looking at what runs at {address}")))?;
         for disk in &mut disks {

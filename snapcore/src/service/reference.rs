@@ -26,7 +26,7 @@ pub enum DomainRef {
     Live {
         /// Who runs it.
         hypervisor: Hypervisor,
-        /// Where it is reached: of QEMU the absolute path of its QMP socket.
+        /// Where it is reached: of QEMU the absolute path of its QMP socket, of Xen the domain's name.
         address: String,
     },
 }
@@ -34,8 +34,12 @@ pub enum DomainRef {
 /// What a QEMU's address begins with.
 const QEMU: &str = "qemu:";
 
+/// What a Xen domain's address begins with.
+const XEN: &str = "xen:";
+
 impl DomainRef {
-    /// Reads a command line's DOMAIN: `qemu:` and the path of a QMP socket is what runs there; text with a `/` or a `,`
+    /// Reads a command line's DOMAIN: `qemu:` and the path of a QMP socket is what runs there, `xen:` and a name is that
+    /// domain of Xen; text with a `/` or a `,`
     /// in it, or that names an existing file, is a list of image paths; anything else a name. Relative paths are taken
     /// from the current directory.
     ///
@@ -50,6 +54,13 @@ impl DomainRef {
             })?;
             return Ok(Self::Live { hypervisor: Hypervisor::Qemu, address: socket_address(&absolute) });
         }
+        if let Some(name) = text.strip_prefix(XEN) {
+            if name.is_empty() || name.starts_with('-') || name.contains(char::is_control) {
+                return Err(Error::new(ErrorKind::Usage, format!("{text:?} names no domain of Xen"))
+                    .advise("give the name that `xl list` shows after 'xen:'"));
+            }
+            return Ok(Self::Live { hypervisor: Hypervisor::Xen, address: name.to_owned() });
+        }
         if text.contains(['/', ','])
             || Utf8Path::new(text).symlink_metadata().is_ok_and(|found| !found.is_dir())
         {
@@ -57,7 +68,8 @@ impl DomainRef {
         }
         DomainName::new(text).map(Self::Name).map_err(|error| {
             error.advise(
-                "DOMAIN is the name of a registered domain, image paths joined by commas, or qemu: and a QMP socket",
+                "DOMAIN is the name of a registered domain, image paths joined by commas, qemu: and a QMP socket, or \
+                 xen: and the name of a domain",
             )
         })
     }
@@ -121,6 +133,14 @@ impl std::fmt::Display for DomainRef {
                 Ok(())
             }
         }
+    }
+}
+
+/// How a domain file says where a domain is reached.
+fn advice_of(hypervisor: Hypervisor) -> &'static str {
+    match hypervisor {
+        Hypervisor::Xen => "add a [control] with xen = \"NAME\", as `xl list` shows it",
+        Hypervisor::None | Hypervisor::Qemu => "add a [control] with qmp = \"SOCKET\"",
     }
 }
 
@@ -273,6 +293,7 @@ impl DomainSpec {
         self.disks.extend(chosen.disks);
         if let Some(control) = &mut self.control {
             control.agent = control.agent.take().or_else(|| seen.agent.clone());
+            control.config = control.config.take().or_else(|| seen.config.clone());
         }
         Ok(chosen.left_out)
     }
@@ -307,17 +328,19 @@ impl DomainSpec {
         #[derive(Deserialize)]
         #[serde(rename_all = "kebab-case", deny_unknown_fields)]
         struct Reach {
-            qmp: Utf8PathBuf,
+            qmp: Option<Utf8PathBuf>,
+            xen: Option<String>,
             agent: Option<Utf8PathBuf>,
             memory_dir: Option<Utf8PathBuf>,
             #[serde(default)]
             start: Vec<String>,
             compress: Option<u8>,
+            config: Option<Utf8PathBuf>,
         }
         let file: File = toml::from_str(text).map_err(|cause| {
             Error::new(ErrorKind::Usage, "the domain file is not understood").because(cause).advise(
-                "it has name, hypervisor, active-path, for a hypervisor a [control] with qmp, agent, memory-dir, start and compress, \
-                 and one [[disk]] with target, path and format a disk",
+                "it has name, hypervisor, active-path, for a hypervisor a [control] with qmp or xen, agent, memory-dir, \
+                 start, compress and config, and one [[disk]] with target, path and format a disk",
             )
         })?;
         let mut spec = Self::new(file.name).active_path(file.active_path);
@@ -335,9 +358,9 @@ impl DomainSpec {
                     ErrorKind::Usage,
                     format!("the domain file does not say how hypervisor {hypervisor} is reached"),
                 )
-                .advise("add a [control] with qmp = \"SOCKET\""));
+                .advise(advice_of(hypervisor)));
             }
-            (hypervisor @ Hypervisor::Qemu, Some(reach)) => {
+            (hypervisor, Some(reach)) => {
                 if let Some(level) = reach.compress.filter(|level| *level > MAX_COMPRESSION) {
                     return Err(Error::new(
                         ErrorKind::Usage,
@@ -345,12 +368,23 @@ impl DomainSpec {
                     )
                     .advise("levels are 1 (fast) to 19 (small); 0 does not compress"));
                 }
+                let address = match (hypervisor, reach.qmp, reach.xen) {
+                    (Hypervisor::Qemu, Some(socket), None) => directory.join(socket).into(),
+                    (Hypervisor::Xen, None, Some(name)) => name,
+                    _ => {
+                        let detail = format!(
+                            "the domain file does not say how hypervisor {hypervisor}, and it alone, is reached"
+                        );
+                        return Err(Error::new(ErrorKind::Usage, detail).advise(advice_of(hypervisor)));
+                    }
+                };
                 let control = Control {
-                    address: directory.join(reach.qmp).into(),
+                    address,
                     agent: reach.agent.map(|agent| directory.join(agent)),
                     memory_dir: reach.memory_dir.map(|memory| directory.join(memory)),
                     start: reach.start,
                     compress: reach.compress,
+                    config: reach.config.map(|config| directory.join(config)),
                 };
                 spec.run_by(hypervisor, control)
             }
@@ -437,6 +471,7 @@ mod tests {
             memory_dir: Some("/srv/web/memory".into()),
             compress: Some(3),
             start: ["qemu", "-m", "1G"].map(str::to_owned).to_vec(),
+            config: None,
         };
         assert_eq!((spec.hypervisor, spec.control), (Hypervisor::Qemu, Some(control)));
         assert_eq!(spec.disks[0].path, "/srv/web/a.qcow2");
@@ -456,7 +491,7 @@ mod tests {
     fn seen(disks: Vec<SeenDisk>) -> Seen {
         let agent = Some("/run/agent".into());
         let machine = serde_json::Value::Null;
-        Seen { name: None, running: true, machine, summary: String::new(), disks, agent }
+        Seen { name: None, running: true, machine, summary: String::new(), disks, agent, config: None }
     }
 
     fn drive(target: &str, path: &Utf8Path, left_out: Option<&str>) -> SeenDisk {

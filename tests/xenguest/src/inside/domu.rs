@@ -149,6 +149,11 @@ impl DomU {
         self.dir.join("config")
     }
 
+    /// How many disks it has.
+    pub fn disks(&self) -> usize {
+        self.disks.len()
+    }
+
     /// What its config names as a disk, from 0.
     pub fn disk(&self, number: usize) -> &Path {
         &self.disks[number].1
@@ -214,6 +219,17 @@ impl DomU {
         self.console.wait(place, DEADLINE, "a tick", |text| {
             let (whole, _) = text.rsplit_once('\n')?;
             whole.lines().find_map(|line| line.strip_prefix("T ")?.parse().ok())
+        })
+    }
+
+    /// Waits for something in what is said since a place.
+    ///
+    /// # Errors
+    /// It is not within the deadline.
+    pub fn wait_for<T>(&self, place: u64, what: &str, found: impl Fn(&str) -> Option<T>) -> Result<T> {
+        self.console.wait(place, DEADLINE, what, |text| {
+            let (whole, _) = text.rsplit_once('\n')?;
+            found(whole)
         })
     }
 

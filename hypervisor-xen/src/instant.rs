@@ -1,0 +1,225 @@
+//! The instant of a snapshot: memory, and all disks, while the guest stands still.
+//!
+//! With memory: `xl save -p` writes memory and leaves the guest paused, so that it has executed nothing since; the disks are cut;
+//! `xl unpause`. Without: `xl pause`, cut, `xl unpause`. Whatever fails, a guest that ran goes on.
+
+use std::time::{Duration, Instant};
+
+use camino::Utf8PathBuf;
+use jiff::Timestamp;
+use snapcore::{
+    Consistency, DiskInstant, DomainContext, DomainStep, Error, ErrorKind, Facts, MemoryPlan, PowerAfter,
+    Quiesce, Result, Taken, Target,
+};
+
+use crate::{
+    list,
+    live::Live,
+    memory,
+    saver::blocking,
+    seen::{MAKE_QDISK, Server},
+    users,
+    xl::{SOON, failed},
+};
+
+/// What saving takes at worst: so much, and a second for each of these.
+const SAVING: Duration = Duration::from_secs(300);
+const SLOWEST_MIB: u64 = 10;
+
+/// How long an `xl save` whose domsnap was killed is waited for.
+const ORPHAN: Duration = Duration::from_secs(600);
+
+const LOOK: Duration = Duration::from_millis(100);
+
+/// The instant, as its step has it.
+pub(crate) struct Step<'a> {
+    pub(crate) disks: &'a [(Target, DiskInstant)],
+    pub(crate) running: bool,
+    pub(crate) memory: Option<&'a MemoryPlan>,
+    pub(crate) quiesce: Quiesce,
+    pub(crate) then: Option<PowerAfter>,
+}
+
+pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<Facts> {
+    let mut facts = Facts::default();
+    let row = live.row().await?;
+    let ran = !row.flags.paused;
+    refuse_hidden_disks(live, &context).await?;
+    match step.quiesce {
+        Quiesce::No => {}
+        Quiesce::Require => {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "Xen has no guest agent that could freeze file systems",
+            )
+            .context("the snapshot must be quiesced")
+            .advise(
+                "take it with memory, which has all that the guest has not written yet; or without --quiesce",
+            ));
+        }
+        Quiesce::Try if step.memory.is_some() => {}
+        Quiesce::Try => facts.notes.push(
+            "the guest's file systems are not quiesced: Xen has no guest agent that could freeze them"
+                .to_owned(),
+        ),
+    }
+    if context.cancel.is_cancelled() {
+        return Err(Error::new(ErrorKind::Cancelled, "it was cancelled before the instant"));
+    }
+    let since = Instant::now();
+    let way = match step.memory {
+        Some(memory) => {
+            if !ran {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    "the guest is paused, and Xen saves only a guest that runs: it must answer",
+                )
+                .advise("unpause it (`xl unpause`), or take its disks alone with --disk-only"));
+            }
+            save(live, memory).await?;
+            "saved while the guest stood still"
+        }
+        None => {
+            live.xl.must(&["pause", &live.name], SOON).await?;
+            "disks only, the guest paused"
+        }
+    };
+    let stays = matches!(step.then, Some(PowerAfter::Paused | PowerAfter::Off)) || !ran;
+    let at = Timestamp::now();
+    if let Err(error) = cut(live, &step, context).await {
+        if let Some(memory) = step.memory {
+            memory::remove_file(&memory::part_of(&memory.file))?;
+        }
+        return Err(match ran {
+            true => goes_on(live, error).await,
+            false => error,
+        });
+    }
+    if !stays || step.then == Some(PowerAfter::Running) {
+        live.unpause().await?;
+        facts.downtime = Some(since.elapsed());
+    }
+    if let Some(memory) = step.memory {
+        if memory.live {
+            facts
+                .notes
+                .push("Xen saves memory only while the guest stands still: it was not live".to_owned());
+        }
+        *live.saved_running.lock().await = Some(ran);
+    }
+    let consistency = if step.memory.is_some() { Consistency::Memory } else { Consistency::Crash };
+    facts.taken = Some(Taken { at, consistency, running: ran, way: way.to_owned() });
+    Ok(facts)
+}
+
+/// A snapshot without one of the disks would be of two instants: nobody may leave one out by not knowing of it.
+async fn refuse_hidden_disks(live: &Live, context: &DomainContext<'_>) -> Result<()> {
+    for disk in live.xen_disks().await {
+        let known = context.domain.disk(&disk.target).is_some();
+        if known || !disk.writable || disk.removable {
+            continue;
+        }
+        let why = match disk.server {
+            Server::Loop => format!("dom0's kernel serves this plain file over a loop device: {MAKE_QDISK}"),
+            Server::Qdisk | Server::Device => "register the domain anew, with all its disks".to_owned(),
+        };
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("disk {} ({}) of the running domain would be left out", disk.target, disk.path),
+        )
+        .state("nothing was touched")
+        .advise(why));
+    }
+    Ok(())
+}
+
+async fn save(live: &Live, plan: &MemoryPlan) -> Result<()> {
+    let file = plan.file.clone();
+    let part = blocking(move || {
+        if let Some(directory) = file.parent() {
+            std::fs::create_dir_all(directory).map_err(|cause| {
+                Error::new(ErrorKind::Io, format!("the directory {directory} cannot be made")).because(cause)
+            })?;
+        }
+        memory::draft(&file)
+    })
+    .await?;
+    save_to(live, &part).await
+}
+
+/// Saves memory into a file that is there; the guest stands still afterwards. After an error it goes on, and the file is gone.
+pub(crate) async fn save_to(live: &Live, file: &Utf8PathBuf) -> Result<()> {
+    let deadline = SAVING + Duration::from_secs(live.memory_mib().await / SLOWEST_MIB);
+    let words = ["save", "-p", live.name.as_str(), file.as_str()];
+    let error = match live.xl.run(&words, deadline).await {
+        Ok(said) if said.ok => return Ok(()),
+        Ok(said) => failed(&words, &said),
+        Err(error) => error,
+    };
+    memory::remove_file(file)?;
+    Err(goes_on(live, error.context("saving the guest's memory")).await)
+}
+
+/// Lets a guest go on after what failed.
+async fn goes_on(live: &Live, error: Error) -> Error {
+    let Ok(Some(row)) = list::row_of(&live.xl, &live.name).await else {
+        return error.state("whether the guest goes on is not known: look at `xl list`");
+    };
+    if !row.flags.paused {
+        return error;
+    }
+    match live.unpause().await {
+        Ok(()) => error,
+        Err(second) => error.state(format!("the guest is paused, and could not be let go on: {second}")),
+    }
+}
+
+/// Cuts all disks: those of QEMU in one transaction, inside of which the others' steps run, and the paths are moved.
+async fn cut(live: &Live, step: &Step<'_>, context: DomainContext<'_>) -> Result<()> {
+    match live.qemu().await {
+        Some(qemu) => qemu.apply(&disks_alone(step), context).await.map(drop),
+        None => context.inside.run(None).await,
+    }
+}
+
+/// The instant as the disks' QEMU is asked for it.
+fn disks_alone(step: &Step<'_>) -> DomainStep {
+    DomainStep::Instant {
+        disks: step.disks.to_vec(),
+        running: true,
+        memory: None,
+        quiesce: Quiesce::No,
+        quiesce_limit_ms: 0,
+        then: None,
+    }
+}
+
+/// Takes the instant back, wherever it had got to: an `xl save` that goes on is waited for; the disks; then the guest goes on.
+pub(crate) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<()> {
+    if let Some(memory) = step.memory {
+        let part = memory::part_of(&memory.file);
+        await_save(part.as_str()).await?;
+        memory::remove_file(&part)?;
+    }
+    match live.qemu().await {
+        Some(qemu) => qemu.undo(&disks_alone(&step), context).await?,
+        None => context.inside.run(None).await?,
+    }
+    if step.running && live.row().await?.flags.paused {
+        live.unpause().await?;
+    }
+    Ok(())
+}
+
+/// Waits for an `xl` that saves into this file, and outlived whoever started it: to end it would leave the guest suspended.
+pub(crate) async fn await_save(file: &str) -> Result<()> {
+    let until = Instant::now() + ORPHAN;
+    while users::is_being_saved(file) {
+        if Instant::now() > until {
+            return Err(Error::new(ErrorKind::Busy, format!("an `xl save` goes on that writes {file}"))
+                .advise("look whether it makes progress; then run `domsnap recover`"));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
+}

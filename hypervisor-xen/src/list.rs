@@ -1,0 +1,121 @@
+//! Which domains there are: `xl list` for their states, `xl list -l` for their configurations.
+
+use serde_json::Value;
+use snapcore::{Error, ErrorKind, Result};
+
+use crate::xl::{SOON, Xl};
+
+/// What a domain does, by the flags of `xl list`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Flags {
+    pub(crate) paused: bool,
+    /// It has shut down, or is suspended for a save.
+    pub(crate) shut: bool,
+    pub(crate) crashed: bool,
+    pub(crate) dying: bool,
+}
+
+/// A domain that `xl list` shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Row {
+    pub(crate) name: String,
+    pub(crate) domid: u32,
+    pub(crate) flags: Flags,
+}
+
+/// All domains but dom0.
+pub(crate) async fn rows(xl: &Xl) -> Result<Vec<Row>> {
+    let text = xl.must(&["list"], SOON).await?;
+    Ok(text.lines().skip(1).filter_map(row).filter(|row| row.domid != 0).collect())
+}
+
+/// The domain of a name; none where there is none.
+pub(crate) async fn row_of(xl: &Xl, name: &str) -> Result<Option<Row>> {
+    let all = rows(xl).await?;
+    // A domain that arrives, or has left, has its name with words behind it.
+    for (word, doing) in [("incoming", "arriving by a migration"), ("migratedaway", "leaving by a migration")]
+    {
+        if all.iter().any(|row| row.name == format!("{name}--{word}")) {
+            return Err(busy(name, doing));
+        }
+    }
+    Ok(all.into_iter().find(|row| row.name == name))
+}
+
+/// A domain that is on its way somewhere, with which nothing can be done.
+pub(crate) fn busy(name: &str, doing: &str) -> Error {
+    Error::new(ErrorKind::Busy, format!("domain {name} of Xen is {doing}"))
+        .state("nothing was touched")
+        .advise("wait until that is over (`xl list` shows it), then try again")
+}
+
+/// The state that forbids all work on a domain, in words.
+pub(crate) fn in_transition(row: &Row) -> Option<&'static str> {
+    if row.flags.dying {
+        return Some("dying");
+    }
+    if row.flags.crashed {
+        return Some("crashed, and kept as it is");
+    }
+    row.flags.shut.then_some("shutting down, or being saved")
+}
+
+/// A line of `xl list`: name, id, memory, processors, state, seconds. A name may have blanks in it.
+fn row(line: &str) -> Option<Row> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let at = words.len().checked_sub(5)?;
+    let [domid, _memory, _cpus, state, _time] = words.get(at..)? else { return None };
+    let flag = |letter| state.contains(letter);
+    Some(Row {
+        name: words.get(..at)?.join(" "),
+        domid: domid.parse().ok()?,
+        flags: Flags { paused: flag('p'), shut: flag('s'), crashed: flag('c'), dying: flag('d') },
+    })
+}
+
+/// The configuration of a domain, as libxl has it.
+pub(crate) async fn config_of(xl: &Xl, domid: u32) -> Result<Value> {
+    let id = domid.to_string();
+    let words = ["list", "-l", id.as_str()];
+    let mut failure = None;
+    // It now and then prints half of it, when something changes meanwhile.
+    for _ in 0..2 {
+        let text = xl.must(&words, SOON).await?;
+        match serde_json::from_str::<Value>(&text) {
+            Ok(listed) => {
+                let found = listed.as_array().into_iter().flatten().find(|found| found["domid"] == domid);
+                return match found.map(|found| &found["config"]) {
+                    Some(config) if config.is_object() => Ok(config.clone()),
+                    _ => Err(Error::new(
+                        ErrorKind::NotFound,
+                        format!("`xl list -l` does not show domain {domid}"),
+                    )),
+                };
+            }
+            Err(error) => failure = Some(error),
+        }
+    }
+    let mut error = Error::new(ErrorKind::Io, "what `xl list -l` prints is not understood");
+    if let Some(cause) = failure {
+        error = error.because(cause);
+    }
+    Err(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_xl_list_is_read_from_its_end() {
+        let web =
+            row("web                                          3    96     1     -b----       1.2").unwrap();
+        assert_eq!((web.name.as_str(), web.domid, web.flags.paused), ("web", 3, false));
+        let two = row("two words     12   128     2     --p-s-       0.0").unwrap();
+        assert_eq!(two.name, "two words");
+        assert!(two.flags.paused && two.flags.shut && !two.flags.dying);
+        assert_eq!(in_transition(&two), Some("shutting down, or being saved"));
+        assert_eq!(row("nonsense"), None);
+        assert_eq!(row(""), None);
+    }
+}

@@ -1,0 +1,299 @@
+//! [`Live`]: a connection to one domain, which may be ended and made anew meanwhile: its number, its QEMU and that QEMU's socket
+//! change then.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use camino::Utf8PathBuf;
+use hypervisor_qemu::Qemu as QemuSaver;
+use serde_json::Value;
+use snapcore::{
+    AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, Hypervisor,
+    LiveDomain, OpenChain, Result, Seen, Target, VmStateSaver,
+};
+use tokio::sync::{Mutex, RwLock};
+
+use crate::{
+    disk::{Disk, Qemu},
+    instant,
+    list::{self, Row},
+    memory,
+    saver::{blocking, check_memory, remove_memory},
+    seen::{self, Server, XenDisk},
+    window::{self, Places},
+    xl::{SOON, Xl},
+};
+
+/// The sockets of a domain's QEMU, in the order in which they are tried: the first is free of libxl's own use.
+const SOCKETS: [&str; 2] = ["qmp-libxenstat", "qmp-libxl"];
+
+/// How long a socket that serves another client is tried again: libxl connects for moments.
+const BUSY: Duration = Duration::from_secs(10);
+
+pub(crate) struct Live {
+    pub(crate) xl: Xl,
+    pub(crate) name: String,
+    pub(crate) seen: Seen,
+    /// The file that the domain is created from.
+    pub(crate) config: Option<Utf8PathBuf>,
+    pub(crate) places: Places,
+    domain: Domain,
+    qemu_saver: QemuSaver,
+    qemu: Qemu,
+    disks: Vec<(Disk, Arc<RwLock<Option<Server>>>)>,
+    /// libxl's configuration, while there is a domain.
+    libxl: RwLock<Option<Value>>,
+    speed: std::sync::Mutex<u64>,
+    /// Whether the guest ran at the instant whose memory is to be sealed.
+    pub(crate) saved_running: Mutex<Option<bool>>,
+    /// Since when a window is open.
+    pub(crate) window: Mutex<Option<Instant>>,
+}
+
+impl Live {
+    /// A connection to a domain that runs, or that a window of ours has ended.
+    pub(crate) async fn new(
+        xl: Xl,
+        domain: &Domain,
+        control: &Control,
+        seen: Seen,
+        running: bool,
+    ) -> Result<Self> {
+        let qemu: Qemu = Arc::default();
+        let mut disks = Vec::new();
+        for record in &domain.disks {
+            let server = Arc::default();
+            let disk = Disk {
+                target: record.disk.target.clone(),
+                path: record.disk.path.clone(),
+                server: Arc::clone(&server),
+                qemu: Arc::clone(&qemu),
+            };
+            disks.push((disk, server));
+        }
+        let live = Self {
+            xl,
+            name: control.address.clone(),
+            config: control.config.clone().or_else(|| seen.config.clone()),
+            places: Places::of(domain, control),
+            seen,
+            domain: domain.clone(),
+            qemu_saver: QemuSaver::new(),
+            qemu,
+            disks,
+            libxl: RwLock::default(),
+            speed: std::sync::Mutex::default(),
+            saved_running: Mutex::default(),
+            window: Mutex::default(),
+        };
+        if running {
+            live.look_again().await?;
+        }
+        Ok(live)
+    }
+
+    /// Connects to what the domain is now.
+    pub(crate) async fn look_again(&self) -> Result<()> {
+        let row = self.row().await?;
+        let config = list::config_of(&self.xl, row.domid).await?;
+        let drives = seen::disks(&config);
+        for (disk, server) in &self.disks {
+            *server.write().await =
+                drives.iter().find(|drive| drive.target == disk.target).map(|drive| drive.server);
+        }
+        let qemu = match drives.iter().any(|drive| drive.server == Server::Qdisk) {
+            true => Some(self.reach(row.domid).await?),
+            false => None,
+        };
+        *self.qemu.write().await = qemu;
+        *self.libxl.write().await = Some(config);
+        Ok(())
+    }
+
+    /// The QEMU that serves the disks of a domain.
+    async fn reach(&self, domid: u32) -> Result<Arc<dyn LiveDomain>> {
+        let until = Instant::now() + BUSY;
+        loop {
+            let mut failure = None;
+            for socket in SOCKETS {
+                let address = format!("/run/xen/{socket}-{domid}");
+                if !Path::new(&address).exists() {
+                    continue;
+                }
+                let control = Control { address, ..Control::default() };
+                let domain =
+                    Domain { hypervisor: Hypervisor::Qemu, control: Some(control), ..self.domain.clone() };
+                match self.qemu_saver.connect(&domain).await {
+                    Ok(Some(qemu)) => {
+                        qemu.limit(*self.speed.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+                        return Ok(qemu);
+                    }
+                    Ok(None) => {}
+                    Err(error) => failure = Some(error),
+                }
+            }
+            if Instant::now() > until {
+                let detail =
+                    format!("the QEMU that serves the disks of domain {} cannot be reached", self.name);
+                return Err(failure.map_or_else(
+                    || {
+                        Error::new(ErrorKind::NotFound, detail.clone())
+                            .advise(format!("look for /run/xen/qmp-*-{domid}, and whether that QEMU lives"))
+                    },
+                    |error| error.context(detail.clone()),
+                ));
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// The domain's QEMU, where it has one.
+    pub(crate) async fn qemu(&self) -> Option<Arc<dyn LiveDomain>> {
+        self.qemu.read().await.clone()
+    }
+
+    /// The domain is about to be ended, or is: nobody has its disks.
+    pub(crate) async fn forget_qemu(&self) -> Result<()> {
+        *self.qemu.write().await = None;
+        *self.libxl.write().await = None;
+        for (_, server) in &self.disks {
+            *server.write().await = None;
+        }
+        Ok(())
+    }
+
+    /// The domain's line in `xl list`.
+    pub(crate) async fn row(&self) -> Result<Row> {
+        let row = list::row_of(&self.xl, &self.name).await?;
+        row.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("domain {} of Xen is gone", self.name)))
+    }
+
+    pub(crate) async fn unpause(&self) -> Result<()> {
+        self.xl.must(&["unpause", &self.name], SOON).await.map(drop)
+    }
+
+    /// Its disks, as libxl has them.
+    pub(crate) async fn xen_disks(&self) -> Vec<XenDisk> {
+        self.libxl.read().await.as_ref().map(seen::disks).unwrap_or_default()
+    }
+
+    pub(crate) async fn memory_mib(&self) -> u64 {
+        let config = self.libxl.read().await;
+        config.as_ref().and_then(|config| config["b_info"]["max_memkb"].as_u64()).unwrap_or(1 << 20) >> 10
+    }
+}
+
+#[async_trait]
+impl LiveDomain for Live {
+    fn seen(&self) -> &Seen {
+        &self.seen
+    }
+
+    fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk> {
+        self.disks.iter().map(|(disk, _)| disk).find(|disk| disk.target == *target).map(|disk| disk as _)
+    }
+
+    fn differences(&self, recorded: &Value) -> Result<Vec<String>> {
+        Ok(seen::differences(recorded, &self.seen.machine))
+    }
+
+    async fn resume(&self) -> Result<()> {
+        match self.row().await?.flags.paused {
+            true => self.unpause().await,
+            false => Ok(()),
+        }
+    }
+
+    fn limit(&self, bytes_per_second: u64) {
+        *self.speed.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = bytes_per_second;
+        if let Ok(qemu) = self.qemu.try_read()
+            && let Some(qemu) = &*qemu
+        {
+            qemu.limit(bytes_per_second);
+        }
+    }
+
+    async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts> {
+        match step {
+            DomainStep::CheckMemory { file } => {
+                check_memory(file, context.progress).await.map(|()| Facts::default())
+            }
+            DomainStep::Instant { .. } => match instant(step) {
+                Some(step) => instant::take(self, step, context).await,
+                None => Ok(Facts::default()),
+            },
+            DomainStep::SaveMemory { file, compress, .. } => {
+                let running = self.saved_running.lock().await.take().unwrap_or(true);
+                let path = file.clone();
+                let bytes = blocking(move || memory::seal(&path, running, &Silent)).await?;
+                context.progress.bytes(bytes, bytes);
+                let mut facts = Facts { memory_bytes: Some(bytes), ..Facts::default() };
+                if *compress > 0 {
+                    facts
+                        .notes
+                        .push("the memory image is not compressed: of Xen's domains none is yet".to_owned());
+                }
+                Ok(facts)
+            }
+            DomainStep::Rehome { .. } => match self.qemu().await {
+                Some(qemu) => qemu.apply(step, context).await,
+                None => Ok(Facts::default()),
+            },
+            DomainStep::OpenWindow { .. } => {
+                window::open(self, step, context).await.map(|()| Facts::default())
+            }
+            DomainStep::Attach { .. } => window::attach(self, step, context).await.map(|()| Facts::default()),
+            DomainStep::Continue { .. } => window::go_on(self, step, context).await,
+            DomainStep::RemoveMemory { file } => remove_memory(file).await.map(|()| Facts::default()),
+        }
+    }
+
+    async fn undo(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
+        match step {
+            DomainStep::Instant { .. } => match instant(step) {
+                Some(step) => instant::undo(self, step, context).await,
+                None => Ok(()),
+            },
+            DomainStep::SaveMemory { file, .. } => remove_memory(file).await,
+            DomainStep::OpenWindow { .. } => window::undo_open(self, step, context).await,
+            DomainStep::Attach { .. } => window::undo_attach(self, step, context).await,
+            // They take nothing away; what a new name is given to keeps it.
+            DomainStep::CheckMemory { .. } | DomainStep::Rehome { .. } => Ok(()),
+            DomainStep::Continue { .. } | DomainStep::RemoveMemory { .. } => Err(Error::new(
+                ErrorKind::Internal,
+                "a step that can only be carried through was to be undone",
+            )),
+        }
+    }
+
+    async fn settle(&self, chains: &[OpenChain]) -> Result<Vec<String>> {
+        match self.qemu().await {
+            Some(qemu) => qemu.settle(chains).await,
+            None => Ok(Vec::new()),
+        }
+    }
+}
+
+/// Progress of what is told when it is done.
+pub(crate) struct Silent;
+
+impl snapcore::Progress for Silent {
+    fn bytes(&self, _: u64, _: u64) {}
+}
+
+fn instant(step: &DomainStep) -> Option<instant::Step<'_>> {
+    match step {
+        DomainStep::Instant { disks, running, memory, quiesce, then, .. } => Some(instant::Step {
+            disks,
+            running: *running,
+            memory: memory.as_ref(),
+            quiesce: *quiesce,
+            then: *then,
+        }),
+        _ => None,
+    }
+}

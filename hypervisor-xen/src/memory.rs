@@ -1,0 +1,326 @@
+//! The memory image: the file that xl saved, as it is, and beside it a record with its checksums.
+//!
+//! ```text
+//! NAME.memory.part   what xl writes, made before with mode 0600: xl would make it readable for everybody
+//! NAME.memory.json   the record: length, checksums, whether the guest ran
+//! NAME.memory        the save file, once it is whole
+//! ```
+//!
+//! Durable before what: the save file's bytes; then the record; then the save file's own name. So a file of that name is whole
+//! and has a record.
+//!
+//! The file's head (tools/xl/xl.h, `struct save_file_header`): 32 bytes of magic; byte order, mandatory flags, optional flags and
+//! the length of the optional data, 32 bits each; in that a 32-bit length and the domain's configuration as JSON.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use snapcore::{Error, ErrorKind, Progress, Result};
+
+const MAGIC: &[u8; 32] = b"Xen saved domain, xl format\n \0 \r";
+const BYTE_ORDER: u32 = 0x0102_0304;
+
+/// The configuration is JSON, and the stream is of version 2.
+const FLAG_JSON: u32 = 1;
+const KNOWN_FLAGS: u32 = 3;
+
+/// No configuration is longer.
+const LONGEST_CONFIG: u32 = 16 << 20;
+
+/// A checksum is of so many bytes.
+const CHUNK: usize = 16 << 20;
+
+const VERSION: u32 = 1;
+
+/// What is recorded beside a save file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    version: u32,
+    /// The save file's length, in bytes.
+    bytes: u64,
+    /// The CRC-32 of each 16 MiB.
+    crc32: Vec<u32>,
+    /// Whether the guest ran at the instant.
+    pub(crate) running: bool,
+}
+
+pub(crate) fn part_of(file: &Utf8Path) -> Utf8PathBuf {
+    Utf8PathBuf::from(format!("{file}.part"))
+}
+
+fn record_of(file: &Utf8Path) -> Utf8PathBuf {
+    Utf8PathBuf::from(format!("{file}.json"))
+}
+
+/// Makes the file that xl is to save into: empty, for its owner alone. One that a crash left goes.
+pub(crate) fn draft(file: &Utf8Path) -> Result<Utf8PathBuf> {
+    let part = part_of(file);
+    if file.exists() {
+        return Err(Error::new(ErrorKind::Exists, format!("there is a memory image {file} already")));
+    }
+    make_private(&part)?;
+    Ok(part)
+}
+
+/// Makes an empty file for its owner alone, in the place of one of that name.
+pub(crate) fn make_private(file: &Utf8Path) -> Result<()> {
+    remove_file(file)?;
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(file);
+    made.map(drop).map_err(|cause| told("making", file, cause))
+}
+
+/// Makes what xl saved a memory image; gives its length. May be repeated.
+pub(crate) fn seal(file: &Utf8Path, running: bool, progress: &dyn Progress) -> Result<u64> {
+    let part = part_of(file);
+    if file.exists() && !part.exists() {
+        return Ok(read_record(file)?.bytes);
+    }
+    let saved = File::open(&part).map_err(|cause| told("opening", &part, cause))?;
+    head(&mut &saved, &part)?;
+    saved.sync_all().map_err(|cause| told("flushing", &part, cause))?;
+    let (bytes, crc32) = checksums(&part, progress)?;
+    let record = Record { version: VERSION, bytes, crc32, running };
+    let text = serde_json::to_vec(&record).map_err(|cause| {
+        Error::new(ErrorKind::Internal, "a record cannot be written as JSON").because(cause)
+    })?;
+    write_durably(&record_of(file), &text)?;
+    fs::rename(&part, file).map_err(|cause| told("naming", file, cause))?;
+    flush_directory(file)?;
+    Ok(bytes)
+}
+
+/// Reads a memory image and compares it with its record.
+pub(crate) fn check(file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
+    let corrupt = |detail: String| {
+        Error::new(ErrorKind::Corrupt, format!("the memory image {file} {detail}"))
+            .advise("the snapshot's disks are not concerned: revert with --off, and start the domain then")
+    };
+    let record = read_record(file)?;
+    let mut saved = File::open(file).map_err(|cause| told("opening", file, cause))?;
+    let length = saved.metadata().map_err(|cause| told("reading", file, cause))?.len();
+    if length != record.bytes {
+        return Err(corrupt(format!("has {length} bytes, and was saved with {}", record.bytes)));
+    }
+    head(&mut saved, file)?;
+    let (_, found) = checksums(file, progress)?;
+    match found.iter().zip(&record.crc32).position(|(found, wanted)| found != wanted) {
+        Some(place) => Err(corrupt(format!("is not what was saved, in its bytes from {} on", place * CHUNK))),
+        None if found.len() != record.crc32.len() => {
+            Err(corrupt("has another number of checksums".to_owned()))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The record of a memory image.
+pub(crate) fn read_record(file: &Utf8Path) -> Result<Record> {
+    let path = record_of(file);
+    if !file.exists() {
+        return Err(Error::new(ErrorKind::NotFound, format!("the memory image {file} is gone"))
+            .advise("the snapshot's disks are not concerned: revert with --off, and start the domain then"));
+    }
+    let text = fs::read(&path).map_err(|cause| told("reading", &path, cause))?;
+    let record: Record = serde_json::from_slice(&text)
+        .map_err(|cause| Error::new(ErrorKind::Corrupt, format!("{path} cannot be read")).because(cause))?;
+    match record.version {
+        VERSION => Ok(record),
+        other => Err(Error::new(ErrorKind::Unsupported, format!("{path} is of version {other}"))
+            .advise("it was written by a later domsnap: use that one")),
+    }
+}
+
+/// Removes a memory image and what a crash left of one. One that is not there is no error.
+pub(crate) fn remove(file: &Utf8Path) -> Result<()> {
+    for path in [file.to_owned(), part_of(file), record_of(file)] {
+        remove_file(&path)?;
+    }
+    flush_directory(file)
+}
+
+/// The configuration in the head of a save file.
+pub(crate) fn head(file: &mut impl Read, path: &Utf8Path) -> Result<Value> {
+    let corrupt =
+        |detail: &str| Error::new(ErrorKind::Corrupt, format!("{path} is no save file of xl's: {detail}"));
+    let short = |cause: io::Error| corrupt("it ends in its head").because(cause);
+    let mut magic = [0; 32];
+    file.read_exact(&mut magic).map_err(short)?;
+    if magic != *MAGIC {
+        return Err(corrupt("it does not begin as one"));
+    }
+    let mut number = || -> Result<u32> {
+        let mut bytes = [0; 4];
+        file.read_exact(&mut bytes).map_err(short)?;
+        Ok(u32::from_le_bytes(bytes))
+    };
+    let [order, mandatory, _optional, length, json] = [number()?, number()?, number()?, number()?, number()?];
+    if order != BYTE_ORDER {
+        return Err(corrupt("its byte order is another"));
+    }
+    if mandatory & !KNOWN_FLAGS != 0 || mandatory & FLAG_JSON == 0 {
+        return Err(corrupt(&format!("its flags are {mandatory:#x}, and only {KNOWN_FLAGS:#x} are known")));
+    }
+    if json > LONGEST_CONFIG || json > length.saturating_sub(4) {
+        return Err(corrupt(&format!("its configuration has {json} bytes of {length}")));
+    }
+    let mut text = Vec::new();
+    file.take(u64::from(json)).read_to_end(&mut text).map_err(short)?;
+    while text.last() == Some(&0) {
+        text.pop();
+    }
+    serde_json::from_slice(&text).map_err(|cause| corrupt("its configuration is no JSON").because(cause))
+}
+
+fn checksums(path: &Utf8Path, progress: &dyn Progress) -> Result<(u64, Vec<u32>)> {
+    let mut file = File::open(path).map_err(|cause| told("opening", path, cause))?;
+    let total = file.metadata().map_err(|cause| told("reading", path, cause))?.len();
+    let (mut sums, mut done) = (Vec::new(), 0);
+    let mut chunk = Vec::with_capacity(CHUNK);
+    loop {
+        chunk.clear();
+        let read = (&mut file).take(CHUNK as u64).read_to_end(&mut chunk);
+        let read = read.map_err(|cause| told("reading", path, cause))?;
+        if read == 0 {
+            return Ok((done, sums));
+        }
+        sums.push(crc32fast::hash(&chunk));
+        done += read as u64;
+        progress.bytes(done, total.max(done));
+    }
+}
+
+/// Writes a small file: its bytes are durable before it has its name, and the name is when this returns.
+pub(crate) fn write_durably(path: &Utf8Path, bytes: &[u8]) -> Result<()> {
+    let new = Utf8PathBuf::from(format!("{path}.new"));
+    make_private(&new)?;
+    let write = || -> io::Result<()> {
+        let mut file = OpenOptions::new().write(true).open(&new)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&new, path)
+    };
+    write().map_err(|cause| told("writing", path, cause))?;
+    flush_directory(path)
+}
+
+pub(crate) fn remove_file(path: &Utf8Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(told("removing", path, cause)),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn flush_directory(of: &Utf8Path) -> Result<()> {
+    let directory: PathBuf = of.parent().map(|parent| parent.as_std_path().to_owned()).unwrap_or_default();
+    match File::open(&directory).and_then(|directory| directory.sync_all()) {
+        Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(told_at("flushing", &directory, cause)),
+        _ => Ok(()),
+    }
+}
+
+fn told(doing: &str, path: &Utf8Path, cause: io::Error) -> Error {
+    told_at(doing, path.as_std_path(), cause)
+}
+
+fn told_at(doing: &str, path: &Path, cause: io::Error) -> Error {
+    let kind = match cause.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+        io::ErrorKind::NotFound => ErrorKind::NotFound,
+        _ => ErrorKind::Io,
+    };
+    Error::new(kind, format!("{doing} {} failed", path.display())).because(cause)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    struct Silent;
+    impl Progress for Silent {
+        fn bytes(&self, _: u64, _: u64) {}
+    }
+
+    fn save_file(config: &str) -> Vec<u8> {
+        let mut bytes = MAGIC.to_vec();
+        let json = config.len() as u32 + 1;
+        for number in [BYTE_ORDER, 3, 0, json + 4, json] {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        bytes.extend_from_slice(config.as_bytes());
+        bytes.push(0);
+        bytes.extend_from_slice(b"LibxlFmt and what follows");
+        bytes
+    }
+
+    fn saved(directory: &tempfile::TempDir) -> Utf8PathBuf {
+        let file = Utf8Path::from_path(directory.path()).unwrap().join("a.memory");
+        let part = draft(&file).unwrap();
+        assert_eq!(fs::metadata(&part).unwrap().permissions().mode() & 0o777, 0o600);
+        fs::write(&part, save_file("{\"c_info\":{\"name\":\"web\"}}")).unwrap();
+        seal(&file, true, &Silent).unwrap();
+        file
+    }
+
+    #[test]
+    fn what_was_sealed_is_whole_and_for_its_owner_alone_and_sealing_may_be_repeated() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = saved(&directory);
+        check(&file, &Silent).unwrap();
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(seal(&file, true, &Silent).unwrap(), fs::metadata(&file).unwrap().len());
+        assert!(read_record(&file).unwrap().running);
+        let config = head(&mut File::open(&file).unwrap(), &file).unwrap();
+        assert_eq!(config["c_info"]["name"], "web");
+        assert_eq!(draft(&file).unwrap_err().kind(), ErrorKind::Exists);
+        remove(&file).unwrap();
+        remove(&file).unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+        assert_eq!(check(&file, &Silent).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_memory_image_that_was_cut_or_changed_is_corrupt() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = saved(&directory);
+        let whole = fs::read(&file).unwrap();
+        fs::write(&file, &whole[..whole.len() - 1]).unwrap();
+        let error = check(&file, &Silent).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.to_string().contains("was saved with"), "{error}");
+        let mut changed = whole.clone();
+        *changed.last_mut().unwrap() ^= 1;
+        fs::write(&file, changed).unwrap();
+        assert!(check(&file, &Silent).unwrap_err().to_string().contains("is not what was saved"));
+    }
+
+    #[test]
+    fn what_is_no_save_file_is_never_sealed() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = Utf8Path::from_path(directory.path()).unwrap().join("a.memory");
+        let whole = save_file("{}");
+        let mut flags = whole.clone();
+        flags[36] = 7;
+        let mut long = whole.clone();
+        long[48..52].copy_from_slice(&u32::MAX.to_le_bytes());
+        for bytes in [
+            &whole[..0],
+            &whole[..40],
+            b"another file of more than thirty-two bytes",
+            &flags,
+            &long,
+            &save_file("{"),
+        ] {
+            fs::write(part_of(&file), bytes).unwrap();
+            assert_eq!(seal(&file, true, &Silent).unwrap_err().kind(), ErrorKind::Corrupt);
+            assert!(!file.exists());
+        }
+    }
+}

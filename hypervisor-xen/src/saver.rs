@@ -1,0 +1,146 @@
+//! Xen, as a hypervisor among others.
+
+use std::{collections::HashSet, sync::Arc};
+
+use async_trait::async_trait;
+use camino::Utf8Path;
+use snapcore::{
+    Control, Domain, Error, ErrorKind, Facts, FileIdentity, Hypervisor, LiveDomain, PowerAfter, Progress,
+    Registry, Result, Seen, StartFromMemory, VmStateSaver,
+};
+
+use crate::{
+    instant, list,
+    live::{Live, Silent},
+    memory, seen, users, window,
+    xl::Xl,
+};
+
+/// Xen, over xl.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Xen;
+
+impl Xen {
+    /// Whatever Xen runs on this machine.
+    pub fn new() -> Self {
+        Self
+    }
+}
+
+/// Makes Xen known to a program.
+pub fn register(registry: &mut Registry) {
+    registry.register_hypervisor(Arc::new(Xen::new()));
+}
+
+#[async_trait]
+impl VmStateSaver for Xen {
+    fn hypervisor(&self) -> Hypervisor {
+        Hypervisor::Xen
+    }
+
+    async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>> {
+        let Some(control) = &domain.control else { return Ok(None) };
+        let xl = Xl::expect()?;
+        let mut row = list::row_of(&xl, &control.address).await?;
+        if row.as_ref().is_some_and(|row| row.flags.shut)
+            && let Some(file) = users::our_save_of(&control.address)
+        {
+            // A domsnap was killed over it, and xl goes on.
+            instant::await_save(&file).await?;
+            row = list::row_of(&xl, &control.address).await?;
+        }
+        if let Some(row) = row {
+            if let Some(doing) = list::in_transition(&row) {
+                return Err(list::busy(&row.name, doing));
+            }
+            let config = list::config_of(&xl, row.domid).await?;
+            let seen = seen::seen(&row, &config);
+            return Ok(Some(Arc::new(Live::new(xl, domain, control, seen, true).await?)));
+        }
+        // A window of ours may have ended it.
+        let places = window::Places::of(domain, control);
+        match window::read(&places)? {
+            None => Ok(None),
+            Some(note) => {
+                let seen = note.seen(&control.address);
+                Ok(Some(Arc::new(Live::new(xl, domain, control, seen, false).await?)))
+            }
+        }
+    }
+
+    async fn look(&self, control: &Control) -> Result<Seen> {
+        let xl = Xl::expect()?;
+        let Some(row) = list::row_of(&xl, &control.address).await? else {
+            return Err(Error::new(ErrorKind::NotFound, format!("Xen runs no domain {}", control.address))
+                .advise("`xl list` shows those that it runs, and `domsnap domain scan` those that can be registered"));
+        };
+        if let Some(doing) = list::in_transition(&row) {
+            return Err(list::busy(&row.name, doing));
+        }
+        Ok(seen::seen(&row, &list::config_of(&xl, row.domid).await?))
+    }
+
+    async fn scan(&self) -> Result<Vec<(Control, Seen)>> {
+        let Some(xl) = Xl::find() else { return Ok(Vec::new()) };
+        let mut found = Vec::new();
+        for row in list::rows(&xl).await? {
+            if list::in_transition(&row).is_some() || row.name == "(null)" || row.name.contains("--") {
+                continue;
+            }
+            let Ok(config) = list::config_of(&xl, row.domid).await else { continue };
+            let seen = seen::seen(&row, &config);
+            let control = Control { address: row.name, config: seen.config.clone(), ..Control::default() };
+            found.push((control, seen));
+        }
+        Ok(found)
+    }
+
+    async fn check_memory(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
+        check_memory(file, progress).await
+    }
+
+    async fn start(&self, start: StartFromMemory<'_>) -> Result<Facts> {
+        let xl = Xl::expect()?;
+        let running = memory::read_record(start.file)?.running;
+        let goes_on = start.power.map_or(running, |power| power == PowerAfter::Running);
+        window::restore_domain(&xl, start.file, None, !goes_on).await?;
+        Ok(Facts::default())
+    }
+
+    async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {
+        remove_memory(file).await
+    }
+
+    async fn open_without_lock(&self, files: &HashSet<FileIdentity>) -> Result<Vec<(FileIdentity, String)>> {
+        if Xl::find().is_none() {
+            return Ok(Vec::new());
+        }
+        let files = files.clone();
+        blocking(move || Ok(users::open_without_lock(&files))).await
+    }
+}
+
+pub(crate) async fn check_memory(file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
+    let path = file.to_owned();
+    blocking(move || memory::check(&path, &Silent)).await?;
+    let length = std::fs::metadata(file).map_or(0, |about| about.len());
+    progress.bytes(length, length);
+    Ok(())
+}
+
+pub(crate) async fn remove_memory(file: &Utf8Path) -> Result<()> {
+    let path = file.to_owned();
+    blocking(move || memory::remove(&path)).await
+}
+
+/// Work that blocks, on a thread that may.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(cause) => {
+            Err(Error::new(ErrorKind::Internal, "a thread that works on files ended").because(cause))
+        }
+    }
+}

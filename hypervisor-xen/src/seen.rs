@@ -1,0 +1,205 @@
+//! A domain as it is described, and what serves each of its disks.
+
+use std::{fs, os::unix::fs::FileTypeExt, path::Path};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use serde_json::{Value, json};
+use snapcore::{Seen, SeenDisk, Target};
+
+use crate::list::Row;
+
+/// Who serves a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Server {
+    /// A QEMU.
+    Qdisk,
+    /// dom0's kernel, from a block device.
+    Device,
+    /// dom0's kernel, from a plain file over a loop device.
+    Loop,
+}
+
+/// A disk as libxl has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct XenDisk {
+    pub(crate) target: Target,
+    pub(crate) path: Utf8PathBuf,
+    pub(crate) format: String,
+    pub(crate) writable: bool,
+    pub(crate) removable: bool,
+    pub(crate) server: Server,
+}
+
+/// What a plain file over a loop device can be made.
+pub(crate) const MAKE_QDISK: &str = "let QEMU serve it: say backendtype=qdisk for this disk in the domain's config, and start it \
+                                     anew; a qcow2 image always is";
+
+/// The disks of a configuration.
+pub(crate) fn disks(config: &Value) -> Vec<XenDisk> {
+    let listed = config["disks"].as_array().into_iter().flatten();
+    listed.filter_map(disk).collect()
+}
+
+fn disk(disk: &Value) -> Option<XenDisk> {
+    let vdev = disk["vdev"].as_str()?;
+    let target = Target::new(vdev).ok()?;
+    let path = Utf8PathBuf::from(disk["pdev_path"].as_str().unwrap_or_default());
+    let format = disk["format"].as_str().unwrap_or("raw").to_owned();
+    let is_device = fs::metadata(&path).is_ok_and(|about| about.file_type().is_block_device());
+    let server = match (disk["backend"].as_str(), format.as_str(), is_device) {
+        (Some("qdisk"), ..) => Server::Qdisk,
+        (_, "raw", true) => Server::Device,
+        (_, "raw", false) => Server::Loop,
+        _ => Server::Qdisk,
+    };
+    let yes = |field: &str| match &disk[field] {
+        Value::Bool(yes) => *yes,
+        Value::Number(number) => number.as_i64() != Some(0),
+        Value::String(text) => text == "True",
+        _ => false,
+    };
+    let (writable, removable) = (yes("readwrite"), yes("removable") || yes("is_cdrom"));
+    Some(XenDisk { target, path, format, writable, removable, server })
+}
+
+/// A domain that runs.
+pub(crate) fn seen(row: &Row, config: &Value) -> Seen {
+    let drives = disks(config);
+    let build = &config["b_info"];
+    let memory = build["target_memkb"].as_u64().or_else(|| build["max_memkb"].as_u64()).unwrap_or_default();
+    let kind = config["c_info"]["type"].as_str().unwrap_or("?");
+    let cpus = build["max_vcpus"].as_u64().unwrap_or(1);
+    let summary = format!("Xen {kind}, {cpus} processors, {} MiB, {} drives", memory >> 10, drives.len());
+    Seen {
+        name: Some(row.name.clone()),
+        running: !row.flags.paused,
+        machine: record(config),
+        summary,
+        disks: drives.iter().map(seen_disk).collect(),
+        agent: None,
+        config: config_file(&row.name),
+    }
+}
+
+fn seen_disk(disk: &XenDisk) -> SeenDisk {
+    let left_out = match (disk.removable, disk.writable, disk.server) {
+        (true, ..) => Some("its medium can be taken out".to_owned()),
+        (_, false, _) => Some("the guest can only read it".to_owned()),
+        (.., Server::Loop) => {
+            Some(format!("dom0's kernel serves this plain file, over a loop device; {MAKE_QDISK}"))
+        }
+        (.., Server::Qdisk | Server::Device) => None,
+    };
+    SeenDisk { target: disk.target.clone(), path: disk.path.clone(), format: disk.format.clone(), left_out }
+}
+
+/// What is recorded with a snapshot: the configuration, without what each start makes anew.
+fn record(config: &Value) -> Value {
+    let mut config = config.clone();
+    if let Some(identity) = config["c_info"].as_object_mut() {
+        identity.remove("domid");
+        identity.remove("uuid");
+    }
+    json!({ "xen": config })
+}
+
+/// What of a recorded machine would not fit the domain's disks as they are now: its memory begins on the recorded ones.
+pub(crate) fn differences(recorded: &Value, now: &Value) -> Vec<String> {
+    let (recorded, now) = (disks(&recorded["xen"]), disks(&now["xen"]));
+    let mut differ = Vec::new();
+    for disk in recorded.iter().filter(|disk| disk.writable) {
+        match now.iter().find(|other| other.target == disk.target) {
+            None => differ.push(format!("it had disk {} ({})", disk.target, disk.path)),
+            Some(other) if other.path != disk.path => {
+                differ.push(format!("disk {} was {}, and is {}", disk.target, disk.path, other.path));
+            }
+            Some(_) => {}
+        }
+    }
+    differ
+}
+
+/// The file that a domain was created from, by the `xl create` that waits for its end, or where Debian and others keep them.
+fn config_file(name: &str) -> Option<Utf8PathBuf> {
+    let names_it = |path: &Utf8Path| {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        text.lines().any(|line| {
+            let Some((key, value)) = line.split_once('=') else { return false };
+            key.trim() == "name" && value.trim().trim_matches(['"', '\'']) == name
+        })
+    };
+    let usual = Utf8PathBuf::from(format!("/etc/xen/{name}.cfg"));
+    waiting_creates().into_iter().chain([usual]).find(|path| names_it(path))
+}
+
+/// The config files of all `xl create`s that wait.
+fn waiting_creates() -> Vec<Utf8PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
+        let words: Vec<String> =
+            line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+        let is_xl =
+            words.first().is_some_and(|word| Path::new(word).file_name().is_some_and(|name| name == "xl"));
+        if !is_xl || words.get(1).is_none_or(|word| word != "create") {
+            continue;
+        }
+        let file = words
+            .iter()
+            .skip(2)
+            .find(|word| !word.is_empty() && !word.starts_with('-') && !word.contains('='));
+        let Some(file) = file else { continue };
+        // It has left the directory that it began in.
+        if file.starts_with('/') {
+            found.push(Utf8PathBuf::from(file));
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Value {
+        json!({
+            "c_info": { "type": "pv", "name": "web", "domid": 7, "uuid": "u" },
+            "b_info": { "max_vcpus": 2, "target_memkb": 131072 },
+            "disks": [
+                { "pdev_path": "/nowhere/a.qcow2", "vdev": "xvda", "format": "qcow2", "readwrite": 1 },
+                { "pdev_path": "/nowhere/b.raw", "vdev": "xvdb", "format": "raw", "readwrite": 1 },
+                { "pdev_path": "/nowhere/c.raw", "vdev": "xvdc", "format": "raw", "backend": "qdisk", "readwrite": 1 },
+                { "pdev_path": "/nowhere/cd.iso", "vdev": "xvdd", "format": "raw", "readwrite": 0, "is_cdrom": 1 }
+            ]
+        })
+    }
+
+    #[test]
+    fn a_disk_is_served_by_who_libxl_gives_it_to_and_plain_files_of_the_kernels_are_left_out_with_words() {
+        let servers: Vec<Server> = disks(&config()).iter().map(|disk| disk.server).collect();
+        assert_eq!(servers, [Server::Qdisk, Server::Loop, Server::Qdisk, Server::Loop]);
+        let row = Row {
+            name: "web".to_owned(),
+            domid: 7,
+            flags: crate::list::Flags { paused: true, shut: false, crashed: false, dying: false },
+        };
+        let seen = seen(&row, &config());
+        let left_out: Vec<Option<&str>> = seen.disks.iter().map(|disk| disk.left_out.as_deref()).collect();
+        assert!(left_out[0].is_none() && left_out[2].is_none());
+        assert!(left_out[1].unwrap().contains("backendtype=qdisk"), "{left_out:?}");
+        assert_eq!(left_out[3], Some("its medium can be taken out"));
+        assert!(!seen.running);
+        assert_eq!(seen.summary, "Xen pv, 2 processors, 128 MiB, 4 drives");
+    }
+
+    #[test]
+    fn the_record_is_the_same_after_another_start_and_tells_a_disk_that_was_moved() {
+        let mut later = config();
+        later["c_info"]["domid"] = json!(9);
+        later["c_info"]["uuid"] = json!("v");
+        assert_eq!(record(&config()), record(&later));
+        later["disks"][0]["pdev_path"] = json!("/nowhere/z.qcow2");
+        let said = differences(&record(&config()), &record(&later));
+        assert_eq!(said, ["disk xvda was /nowhere/a.qcow2, and is /nowhere/z.qcow2"]);
+    }
+}

@@ -1,0 +1,84 @@
+//! Which files running domains have open. QEMU takes no locks on the images that it serves to a guest of Xen, and neither does a
+//! loop device: so nobody else would meet one.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs,
+    path::Path,
+};
+
+use snapcore::{FileIdentity, file_identity};
+
+/// Of these files those that a QEMU of Xen's or a loop device has open, each with who that is.
+pub(crate) fn open_without_lock(files: &HashSet<FileIdentity>) -> Vec<(FileIdentity, String)> {
+    let mut found: HashMap<FileIdentity, String> = HashMap::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let process = entry.path();
+        let Some(name) = domain_of(&process) else { continue };
+        for open in fs::read_dir(process.join("fd")).into_iter().flatten().flatten() {
+            let Ok(about) = fs::metadata(open.path()) else { continue };
+            let identity = file_identity(&about);
+            if files.contains(&identity) {
+                found.entry(identity).or_insert_with(|| name.clone());
+            }
+        }
+    }
+    for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let Ok(file) = fs::read_to_string(entry.path().join("loop/backing_file")) else { continue };
+        let Ok(about) = fs::metadata(file.trim_end()) else { continue };
+        let identity = file_identity(&about);
+        if files.contains(&identity) {
+            let device = entry.file_name().to_string_lossy().into_owned();
+            found.entry(identity).or_insert_with(|| format!("/dev/{device}"));
+        }
+    }
+    found.into_iter().collect()
+}
+
+/// The domain that a process is the QEMU of.
+fn domain_of(process: &Path) -> Option<String> {
+    let line = fs::read(process.join("cmdline")).ok()?;
+    let words: Vec<String> =
+        line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+    let after = |option: &str| {
+        words.iter().position(|word| word == option).and_then(|place| words.get(place + 1)).cloned()
+    };
+    let domid = after("-xen-domid")?;
+    Some(after("-name").unwrap_or_else(|| format!("number {domid}")))
+}
+
+/// Whether the QEMU of a domain is there still.
+pub(crate) fn has_qemu(domid: u32) -> bool {
+    let wanted = domid.to_string();
+    fs::read_dir("/proc").into_iter().flatten().flatten().any(|entry| {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0);
+        words.any(|word| word == b"-xen-domid") && words.next() == Some(wanted.as_bytes())
+    })
+}
+
+/// Whether an `xl` that saves into a file is there still: it goes on when whoever started it was killed.
+pub(crate) fn is_being_saved(file: &str) -> bool {
+    saves().iter().any(|words| words.iter().any(|word| word == file))
+}
+
+/// The file into which one of our saves of a domain goes on, if one does.
+pub(crate) fn our_save_of(name: &str) -> Option<String> {
+    let is_ours = |word: &&String| word.ends_with(".memory.part") || word.ends_with(".domsnap-former");
+    let of_it = saves().into_iter().find(|words| words.iter().any(|word| word == name))?;
+    of_it.iter().find(is_ours).cloned()
+}
+
+/// The command lines of all `xl save`s.
+fn saves() -> Vec<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words: Vec<String> =
+            line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+        if words.get(1).is_some_and(|word| word == "save") {
+            found.push(words);
+        }
+    }
+    found
+}

@@ -1,0 +1,165 @@
+//! `xl`: found once, by its absolute path; run with an argument vector, no shell, the C locale and a deadline.
+//!
+//! It runs in a process group of its own: an interrupt of the terminal's, or the death of this process, must not end a save half
+//! way, which would leave the guest suspended.
+
+use std::{
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use snapcore::{Error, ErrorKind, Result};
+
+/// Where it is looked for.
+const PLACES: [&str; 4] = ["/usr/sbin/xl", "/usr/local/sbin/xl", "/sbin/xl", "/usr/bin/xl"];
+
+/// Within which what only looks or pauses must answer.
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+/// Within which a domain must be created or destroyed.
+pub(crate) const MAKING: Duration = Duration::from_secs(300);
+
+const LOOK: Duration = Duration::from_millis(5);
+
+/// The program.
+#[derive(Debug, Clone)]
+pub(crate) struct Xl {
+    path: PathBuf,
+}
+
+/// What it said.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) ok: bool,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+impl Xl {
+    /// The one of this machine, where it is.
+    pub(crate) fn find() -> Option<Self> {
+        let path = PLACES.iter().map(Path::new).find(|path| path.is_file())?;
+        // Only a dom0 has it: what is installed elsewhere would only fail.
+        Path::new("/proc/xen/capabilities").exists().then(|| Self { path: path.to_owned() })
+    }
+
+    /// The one of this machine.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is none.
+    pub(crate) fn expect() -> Result<Self> {
+        Self::find().ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, "this machine is no dom0 of Xen with xl").advise(
+                "run domsnap in dom0, and look whether xen-utils is installed and /proc/xen is mounted",
+            )
+        })
+    }
+
+    /// Runs it to its end, whatever that is.
+    ///
+    /// # Errors
+    /// It cannot be started; [`ErrorKind::Io`] where it has not ended within the deadline: then it was killed.
+    pub(crate) async fn run(&self, words: &[&str], deadline: Duration) -> Result<Said> {
+        let path = self.path.clone();
+        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+        let work = tokio::task::spawn_blocking(move || run(&path, &words, deadline));
+        work.await.map_err(|cause| {
+            Error::new(ErrorKind::Internal, "a thread that waits for xl ended").because(cause)
+        })?
+    }
+
+    /// Runs it; it must succeed. Gives its standard output.
+    ///
+    /// # Errors
+    /// As [`Xl::run`], and what it said.
+    pub(crate) async fn must(&self, words: &[&str], deadline: Duration) -> Result<String> {
+        let said = self.run(words, deadline).await?;
+        match said.ok {
+            true => Ok(said.out),
+            false => Err(failed(words, &said)),
+        }
+    }
+}
+
+/// The error of a run that failed.
+pub(crate) fn failed(words: &[&str], said: &Said) -> Error {
+    let full = ["No space left", "Disk quota exceeded"].iter().any(|words| said.err.contains(words));
+    let kind = if full { ErrorKind::NoSpace } else { ErrorKind::Io };
+    Error::new(kind, format!("`xl {}` failed: {}", words.join(" "), last_words(&said.err)))
+}
+
+/// What is worth telling of all that it writes.
+fn last_words(text: &str) -> String {
+    let chatter = |line: &&str| {
+        !line.trim().is_empty()
+            && !line.contains("xc: info")
+            && !line.contains("xc: progress")
+            && !line.contains("Loading new save file")
+    };
+    let lines: Vec<&str> = text.lines().filter(chatter).collect();
+    let lines = &lines[lines.len().saturating_sub(6)..];
+    if lines.is_empty() { "it did not say why".to_owned() } else { lines.join("; ") }
+}
+
+fn run(path: &Path, words: &[String], deadline: Duration) -> Result<Said> {
+    let shown = || format!("`xl {}`", words.join(" "));
+    let io = |attempted: &str, cause: std::io::Error| {
+        Error::new(ErrorKind::Io, format!("{} {attempted}", shown())).because(cause)
+    };
+    let handle = duct::cmd(path, words)
+        .env("LC_ALL", "C")
+        .stdin_null()
+        .stdout_capture()
+        .stderr_capture()
+        .unchecked()
+        .before_spawn(|command| {
+            command.process_group(0);
+            Ok(())
+        })
+        .start()
+        .map_err(|cause| io("cannot be started", cause))?;
+    let until = Instant::now() + deadline;
+    let mut pause = LOOK;
+    loop {
+        if let Some(output) = handle.try_wait().map_err(|cause| io("cannot be waited for", cause))? {
+            return Ok(Said {
+                ok: output.status.success(),
+                out: String::from_utf8_lossy(&output.stdout).into_owned(),
+                err: String::from_utf8_lossy(&output.stderr).into_owned(),
+            });
+        }
+        if Instant::now() >= until {
+            handle.kill().map_err(|cause| io("has not ended in time and cannot be killed", cause))?;
+            return Err(Error::new(
+                ErrorKind::Io,
+                format!("{} has not ended within {} s and was killed", shown(), deadline.as_secs()),
+            ));
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_hangs_is_killed_at_its_deadline_and_what_ends_is_told() {
+        let words = ["-c".to_owned(), "echo out; echo err >&2; exit 3".to_owned()];
+        let said = run(Path::new("/bin/sh"), &words, SOON).unwrap();
+        assert_eq!((said.ok, said.out.as_str(), said.err.as_str()), (false, "out\n", "err\n"));
+        let error =
+            run(Path::new("/bin/sleep"), &["1000".to_owned()], Duration::from_millis(50)).unwrap_err();
+        assert!(error.to_string().contains("was killed"), "{error}");
+    }
+
+    #[test]
+    fn a_full_disk_is_known_by_its_kind_and_chatter_is_left_out() {
+        let err = "xc: info: Saving domain 1\nxc: error: Write failed (28 = No space left on device)\n";
+        let error = failed(&["save", "x"], &Said { ok: false, out: String::new(), err: err.to_owned() });
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert!(!error.to_string().contains("info"), "{error}");
+    }
+}
