@@ -313,7 +313,10 @@ async fn a_plan_that_would_change_what_is_not_its_disks_is_refused() {
         ("plan['steps'][0]['inside'] = True", "inside an instant that there is not".to_owned()),
         ("plan['steps'][0]['deferrable'] = True", "can be put off".to_owned()),
         ("plan['steps'][0]['action'] = 'x' * 100000", "longer than 65536 bytes".to_owned()),
-        ("plan['steps'] *= 6000", "more than a disk can have".to_owned()),
+        (
+            "plan['commit'] = [{'edit': 'add-layer', 'target': 'vda', 'layer': 'x'}] * 10001",
+            "more than a disk can have".to_owned(),
+        ),
     ] {
         let otherwise = format!(
             "def lie(was, p, c):\n    plan = was(p, c)\n    {change}\n    return plan\ninstead('plan', lie)"
