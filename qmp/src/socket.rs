@@ -56,7 +56,7 @@ fn open_error(socket: &Path, error: io::Error) -> Error {
         }
         io::ErrorKind::PermissionDenied => "run as the user that QEMU runs as, or as root",
         io::ErrorKind::WouldBlock => {
-            "other clients wait for it already: close them, or give QEMU a second socket"
+            "other clients wait for it already, or QEMU hangs: close them, or give QEMU a second socket"
         }
         _ => "check that it is a Unix socket that QEMU serves",
     };

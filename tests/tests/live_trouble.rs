@@ -266,7 +266,8 @@ fn of_two_domsnap_on_one_domain_both_end_well_or_one_is_told_who_works_on_it() -
 
 #[test]
 fn a_disk_that_was_unplugged_is_named_and_nothing_is_touched() -> Result<()> {
-    let mut live = Live::new()?;
+    // On this machine's bus a disk can be unplugged.
+    let mut live = Live::of(GuestOptions::new().machine("pc"))?;
     live.create("s1", &["--disk-only"])?;
     // The guest does not use it any more, or it would not let go of it.
     live.guest.qmp("device_del", json!({ "id": "vdb" }))?;

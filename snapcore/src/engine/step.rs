@@ -132,6 +132,10 @@ impl Running<'_> {
             DomainStep::Instant { .. } | DomainStep::SaveMemory { .. } | DomainStep::Continue { .. } => {
                 Vec::new()
             }
+            // The paths that the disks have from the commit on: another one each, where they do not keep theirs.
+            DomainStep::Attach { .. } if self.operation.plan.steps[index].group == Group::Cut => {
+                self.open_chains_of(&self.disks_committed()).await?
+            }
             _ => self.open_chains().await?,
         };
         let deaf = CancellationToken::new();
@@ -289,10 +293,37 @@ impl Running<'_> {
         guarded(backend.status(step, work.context(&work.deaf, &NothingInside))).await
     }
 
+    /// The disks as the catalogue has them once the plan is committed.
+    fn disks_committed(&self) -> Vec<DiskRecord> {
+        let mut disks = self.entry.domain.disks.clone();
+        for edit in &self.operation.plan.commit {
+            let (Edit::SetActive { target, .. }
+            | Edit::SetPath { target, .. }
+            | Edit::SetFormat { target, .. }) = edit
+            else {
+                continue;
+            };
+            let Some(record) = disks.iter_mut().find(|record| record.disk.target == *target) else {
+                continue;
+            };
+            match edit {
+                Edit::SetActive { layer, .. } => record.active = layer.clone(),
+                Edit::SetPath { path, .. } => record.disk.path = path.clone(),
+                Edit::SetFormat { format, .. } => record.disk.format = format.clone(),
+                _ => {}
+            }
+        }
+        disks
+    }
+
     /// What the configured paths of all disks open now.
     pub(super) async fn open_chains(&self) -> Result<Vec<OpenChain>> {
+        self.open_chains_of(&self.entry.domain.disks).await
+    }
+
+    async fn open_chains_of(&self, disks: &[DiskRecord]) -> Result<Vec<OpenChain>> {
         let mut chains = Vec::new();
-        for record in &self.entry.domain.disks {
+        for record in disks {
             let backend = self.engine.registry.get(&record.disk.format)?;
             let layers = backend.open_chain(record).await?;
             chains.push(OpenChain { target: record.disk.target.clone(), layers });
