@@ -80,7 +80,10 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
             "saved while the guest stood still"
         }
         None => {
-            live.xl.must(&["pause", &live.name], SOON).await?;
+            // Xen counts pauses: a second one would outlast the user's `xl unpause`.
+            if ran {
+                live.xl.must(&["pause", &live.name], SOON).await?;
+            }
             "disks only, the guest paused"
         }
     };

@@ -1,5 +1,7 @@
 //! Which domains there are: `xl list` for their states, `xl list -l` for their configurations.
 
+use std::time::{Duration, Instant};
+
 use serde_json::Value;
 use snapcore::{Error, ErrorKind, Result};
 
@@ -100,6 +102,24 @@ pub(crate) async fn config_of(xl: &Xl, domid: u32) -> Result<Value> {
         error = error.because(cause);
     }
     Err(error)
+}
+
+/// How long a domain that is being created is waited for: it may be ours, of a domsnap that was killed.
+const CREATING: Duration = Duration::from_secs(120);
+
+/// The configuration of a domain, which has none as long as it is being created.
+pub(crate) async fn config_when_made(xl: &Xl, row: &Row) -> Result<Value> {
+    let until = Instant::now() + CREATING;
+    loop {
+        match config_of(xl, row.domid).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            other => return other,
+        }
+        if Instant::now() > until {
+            return Err(busy(&row.name, "being created, or ended"));
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
 }
 
 #[cfg(test)]

@@ -53,7 +53,7 @@ impl VmStateSaver for Xen {
             if let Some(doing) = list::in_transition(&row) {
                 return Err(list::busy(&row.name, doing));
             }
-            let config = list::config_of(&xl, row.domid).await?;
+            let config = list::config_when_made(&xl, &row).await?;
             let seen = seen::seen(&row, &config);
             return Ok(Some(Arc::new(Live::new(xl, domain, control, seen, true).await?)));
         }

@@ -120,7 +120,9 @@ pub(crate) async fn open(live: &Live, step: &DomainStep, context: DomainContext<
     let DomainStep::OpenWindow { anew, .. } = step else { return Ok(()) };
     match anew {
         None => {
-            live.xl.must(&["pause", &live.name], SOON).await?;
+            if !live.row().await?.flags.paused {
+                live.xl.must(&["pause", &live.name], SOON).await?;
+            }
             match live.qemu().await {
                 Some(qemu) => qemu.apply(step, context).await.map(drop),
                 None => Ok(()),

@@ -54,7 +54,7 @@ fn create(
             // The table counts seconds in 32 bits: a clock beyond 2106 says 1970.
             let seconds = u32::try_from(now.as_second()).unwrap_or_default();
             let nanoseconds = u32::try_from(now.subsec_nanosecond()).unwrap_or_default();
-            open(image, &OpenOptions::read_write())?
+            open_to_write(session, image)?
                 .create_snapshot(&NewSnapshot::new(name.as_str(), seconds, nanoseconds))
                 .map_err(Error::from)?;
         }
@@ -64,6 +64,12 @@ fn create(
         }
     }
     Ok(done(session, "create", image, vec![name.to_string()], kind))
+}
+
+/// Opens an image to write it, which no running domain may have open: not every hypervisor takes the locks that this does.
+fn open_to_write(session: &Session, image: &Utf8Path) -> Result<Image, Failure> {
+    session.ask(session.service.require_closed(image))?;
+    Ok(open(image, &OpenOptions::read_write())?)
 }
 
 fn the_time() -> Result<SnapshotName> {
@@ -95,7 +101,7 @@ fn revert(
         owner.writes(image)?;
     }
     nobody_stands_on(session, image)?;
-    open(image, &OpenOptions::read_write())?.apply_snapshot(name).map_err(Error::from)?;
+    open_to_write(session, image)?.apply_snapshot(name).map_err(Error::from)?;
     Ok(done(session, "revert", image, vec![name.to_owned()], PointKind::Internal))
 }
 
@@ -124,7 +130,7 @@ fn delete(
         tags.push(name.as_str());
     }
     if !tags.is_empty() {
-        open(image, &OpenOptions::read_write())?.delete_snapshots(&tags).map_err(Error::from)?;
+        open_to_write(session, image)?.delete_snapshots(&tags).map_err(Error::from)?;
     }
     let kind = if tags.is_empty() { PointKind::External } else { PointKind::Internal };
     if !known.is_empty() {

@@ -19,8 +19,8 @@ use crate::engine::{Engine, Run};
 use crate::plan::DiskInput;
 use crate::service::locate::{Intake, canonical};
 use crate::{
-    CreateRequest, Disk, Domain, DomainName, Error, ErrorKind, Event, FileIdentity, Guard, InspectDepth,
-    OperationState, Plan, PowerAfter, Request, Result, RevertRequest, Snapshot, Target,
+    CreateRequest, Disk, Domain, DomainName, Error, ErrorKind, Event, FileIdentity, Guard, Hypervisor,
+    InspectDepth, OperationState, Plan, PowerAfter, Request, Result, RevertRequest, Snapshot, Target,
 };
 
 /// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
@@ -43,6 +43,21 @@ where
             .state("the journal knows how far it got")
             .advise("run `domsnap recover`, and please report it")
     })?
+}
+
+/// Who has an image open.
+struct OpenElsewhere {
+    user: String,
+    hypervisor: Hypervisor,
+}
+
+impl OpenElsewhere {
+    fn error(&self, image: &str) -> Error {
+        let Self { user, hypervisor } = self;
+        Error::new(ErrorKind::Busy, format!("{image} is open in {user}, which {hypervisor} runs"))
+            .state("nothing was touched")
+            .advise(format!("take the snapshot of that domain ('{hypervisor}:NAME'), or shut it down first"))
+    }
 }
 
 /// A domain whose lock is held.
@@ -117,21 +132,35 @@ impl Inner {
         }
         let wanted: HashSet<FileIdentity> =
             files.keys().filter(|file| !own.contains(file)).copied().collect();
+        match self.open_without_lock(&wanted).await? {
+            Some((identity, open)) => {
+                let Some((target, file)) = files.get(&identity) else { return Ok(()) };
+                Err(open.error(&format!("disk {target}: {file}")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    pub(super) async fn require_closed(&self, image: &Utf8Path) -> Result<()> {
+        let wanted: HashSet<FileIdentity> = file_id(image).into_iter().collect();
+        match self.open_without_lock(&wanted).await? {
+            Some((_, open)) => Err(open.error(image.as_str())),
+            None => Ok(()),
+        }
+    }
+
+    /// The first of these files that a running domain has open without a lock, and where.
+    async fn open_without_lock(
+        &self,
+        files: &HashSet<FileIdentity>,
+    ) -> Result<Option<(FileIdentity, OpenElsewhere)>> {
         for saver in self.registry.hypervisors() {
-            for (identity, user) in saver.open_without_lock(&wanted).await? {
-                let Some((target, file)) = files.get(&identity) else { continue };
-                return Err(Error::new(
-                    ErrorKind::Busy,
-                    format!("disk {target}: {file} is open in {user}, which {} runs", saver.hypervisor()),
-                )
-                .state("nothing was touched")
-                .advise(format!(
-                    "take the snapshot of that domain ('{}:NAME'), or shut it down first",
-                    saver.hypervisor()
-                )));
+            let mut found = saver.open_without_lock(files).await?.into_iter();
+            if let Some((identity, user)) = found.next() {
+                return Ok(Some((identity, OpenElsewhere { user, hypervisor: saver.hypervisor() })));
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// The plan for `request` on the domain as it is on the machine.

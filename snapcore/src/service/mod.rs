@@ -304,6 +304,15 @@ impl Domsnap {
         self.inner.inspect(domain).await
     }
 
+    /// Refuses an image that a running domain has open without a lock which its writer would meet: for who is about to write
+    /// it without this service.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Busy`], with the domain.
+    pub async fn require_closed(&self, image: &camino::Utf8Path) -> Result<()> {
+        self.inner.require_closed(image).await
+    }
+
     /// Looks for damage: in the images, and between catalogue, manifests and images. Changes nothing. The worst
     /// comes first.
     ///

@@ -1,0 +1,432 @@
+//! Domains of Xen under domsnap: each way to create, revert, delete and list, and what goes wrong on the way. The guest's program
+//! itself says when its memory and its disks are not of one instant.
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use xenguest::{
+    Trial,
+    inside::{Backend, DomU, Said, program, xl},
+};
+
+const DOMSNAP: &str = "/usr/local/bin/domsnap";
+
+const TRIALS: &[Trial] = &[
+    Trial::new("memory_and_external_disks_come_back_as_they_were_as_often_as_one_likes", external),
+    Trial::new("memory_and_internal_and_external_disks_are_of_one_instant_in_one_snapshot", mixed),
+    Trial::new("disks_alone_come_back_and_the_guest_boots_on_them", disk_only),
+    Trial::new("snapshots_in_a_chain_are_deleted_while_the_guest_runs", delete_live),
+    Trial::new(
+        "a_domain_that_is_off_is_started_where_its_snapshot_was_and_its_snapshots_are_deleted",
+        offline,
+    ),
+    Trial::new(
+        "a_paused_guest_has_its_disks_taken_and_stays_paused_and_its_memory_is_refused_with_words",
+        paused,
+    ),
+    Trial::new("a_save_that_fills_the_disk_is_undone_and_the_guest_goes_on", full_disk),
+    Trial::new("a_memory_image_that_was_cut_short_is_refused_before_anything_is_touched", truncated),
+    Trial::new("a_revert_whose_domain_cannot_be_made_brings_the_former_guest_back", former_comes_back),
+    Trial::new("a_domsnap_that_is_killed_anywhere_in_a_create_or_a_revert_is_recovered", killed),
+    Trial::new("an_image_that_a_running_domain_has_open_is_refused_at_rest", open_elsewhere),
+    Trial::new("a_plain_file_that_the_kernel_serves_is_refused_with_words_on_how_to_change_that", plain_file),
+];
+
+fn main() -> ExitCode {
+    xenguest::main(TRIALS)
+}
+
+/// A guest, and a domsnap that knows nothing but it.
+struct Run {
+    guest: DomU,
+    state: PathBuf,
+    domain: String,
+}
+
+impl Run {
+    fn start(name: &str, disks: &[Backend]) -> Result<Self> {
+        let guest = DomU::start(name, disks)?;
+        guest.expect_no_bad()?;
+        Ok(Self { state: guest.dir().join("state"), domain: format!("xen:{name}"), guest })
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(DOMSNAP);
+        command.args(words).env("DOMSNAP_STATE_DIR", &self.state).env("NO_COLOR", "1").stdin(Stdio::null());
+        command
+    }
+
+    /// Runs domsnap; `DOMAIN` stands for the guest.
+    fn domsnap(&self, words: &[&str]) -> Result<Said> {
+        let words: Vec<&str> =
+            words.iter().map(|word| if *word == "DOMAIN" { self.domain.as_str() } else { word }).collect();
+        let begun = Instant::now();
+        let output =
+            self.command(&words).output().context("domsnap is not in the machine: build it first")?;
+        let said = Said {
+            status: output.status.code().unwrap_or(255),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        };
+        println!("{:>7} ms  domsnap {} -> {}", begun.elapsed().as_millis(), words.join(" "), said.status);
+        print!("{}{}", said.out, said.err);
+        Ok(said)
+    }
+
+    fn ok(&self, words: &[&str]) -> Result<String> {
+        self.domsnap(words)?.ok().with_context(|| format!("domsnap {}", words.join(" ")))
+    }
+
+    /// It must be refused with this status and these words, and the guest must not have noticed.
+    fn refused(&self, words: &[&str], status: i32, says: &str) -> Result<()> {
+        let domid = self.guest.domid()?;
+        let said = self.domsnap(words)?;
+        ensure!(
+            said.status == status,
+            "it ended with {}, not {status}: {}{}",
+            said.status,
+            said.out,
+            said.err
+        );
+        ensure!(said.err.contains(says), "it does not say {says:?}: {}", said.err);
+        ensure!(self.guest.domid()? == domid, "the domain was made anew");
+        Ok(())
+    }
+
+    /// Reverts; the guest must go on between the counters of before and after the snapshot.
+    fn revert_between(&self, name: &str, before: u64, after: u64) -> Result<()> {
+        let (present, place) =
+            (self.guest.last_tick().context("the guest never ticked")?, self.guest.place());
+        self.ok(&["revert", "DOMAIN", name])?;
+        // It ticked on until it was ended: its counter goes up by one, and then is another.
+        let first =
+            self.guest.wait_for(place, "a tick that does not follow from the one before", move |text| {
+                let ticks = text.lines().filter_map(|line| line.strip_prefix("T ")?.parse::<u64>().ok());
+                let mut last = present;
+                for tick in ticks {
+                    if tick != last && tick != last + 1 {
+                        return Some(tick);
+                    }
+                    last = tick;
+                }
+                None
+            })?;
+        ensure!(
+            (before..=after + 1).contains(&first),
+            "it goes on at {first}, and the snapshot was between {before} and {after}"
+        );
+        self.guest.expect_no_bad()
+    }
+
+    fn names(&self) -> Result<Vec<String>> {
+        let text = self.ok(&["list", "DOMAIN", "--json"])?;
+        let document: serde_json::Value = serde_json::from_str(&text)?;
+        let listed = document["snapshots"].as_array().context("no snapshots in the document")?;
+        Ok(listed.iter().filter_map(|one| one["name"].as_str().map(str::to_owned)).collect())
+    }
+
+    /// Every file of the guest's directory but its own config. The name by which QEMU has an active image open, a second one of the
+    /// same file, stays as long as the guest runs.
+    fn files(&self) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        let mut active = Vec::new();
+        for number in 0..self.guest.disks() {
+            let disk = self.guest.disk(number);
+            active.push((disk.to_owned(), fs::metadata(disk)?.ino()));
+        }
+        for entry in fs::read_dir(self.guest.dir())? {
+            let entry = entry?;
+            let inode = entry.metadata()?.ino();
+            if active.iter().any(|(disk, ino)| *ino == inode && *disk != entry.path()) {
+                continue;
+            }
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !["config", "state"].contains(&name.as_str()) && !name.ends_with(".domsnap") {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+}
+
+fn external() -> Result<()> {
+    let mut run = Run::start("external", &[Backend::Qcow2, Backend::Qcow2])?;
+    let before = run.guest.ticks()?;
+    let told = run.ok(&["create", "DOMAIN", "s1", "--external"])?;
+    ensure!(told.contains("stood still for"), "the pause is not told: {told}");
+    let after = run.guest.ticks()?;
+    run.guest.expect_no_bad()?;
+    let domid = run.guest.domid()?;
+    run.revert_between("s1", before, after)?;
+    ensure!(run.guest.domid()? != domid, "the domain's number did not change, so this shows nothing");
+    // The same point again; then what xl does by itself, which knows of no snapshot.
+    run.revert_between("s1", before, after)?;
+    let save = run.guest.dir().join("plain");
+    let save = save.to_string_lossy();
+    xl(&["save", "external", &save])?;
+    xl(&["restore", &save])?;
+    run.guest.expect_no_bad()?;
+    let place = run.guest.place();
+    run.guest.ask("reboot")?;
+    run.guest.await_boot_since(place)?;
+    run.guest.expect_no_bad()?;
+    ensure!(run.names()? == ["s1"], "its snapshots are {:?}", run.names()?);
+    let shown = run.ok(&["show", "DOMAIN", "s1"])?;
+    ensure!(shown.contains("memory"), "its memory is not shown: {shown}");
+    Ok(())
+}
+
+fn mixed() -> Result<()> {
+    let mut run = Run::start("mixed", &[Backend::Qcow2, Backend::Qcow2])?;
+    let before = run.guest.ticks()?;
+    run.ok(&["create", "DOMAIN", "s1", "--disk", "xvda=internal", "--disk", "xvdb=external"])?;
+    let after = run.guest.ticks()?;
+    run.guest.expect_no_bad()?;
+    run.ok(&["create", "DOMAIN", "s2", "--internal"])?;
+    let later = run.guest.ticks()?;
+    run.guest.expect_no_bad()?;
+    run.revert_between("s1", before, after)?;
+    run.revert_between("s2", after, later)?;
+    run.ok(&["delete", "DOMAIN", "s1", "s2"])?;
+    run.guest.expect_no_bad()?;
+    ensure!(run.files()? == ["xvda.qcow2", "xvdb.qcow2"], "left behind: {:?}", run.files()?);
+    Ok(())
+}
+
+fn disk_only() -> Result<()> {
+    let mut run = Run::start("diskonly", &[Backend::Qcow2, Backend::Qcow2])?;
+    let before = run.guest.ticks()?;
+    run.ok(&["create", "DOMAIN", "s1", "--disk-only", "--external"])?;
+    let after = run.guest.ticks()?;
+    run.guest.expect_no_bad()?;
+    let place = run.guest.place();
+    run.ok(&["revert", "DOMAIN", "s1"])?;
+    run.guest.await_boot_since(place)?;
+    let counters = run.guest.wait_for(place, "the counters at the boot", |text| {
+        let line = text.lines().find(|line| line.starts_with("READY "))?;
+        let counters = line.split_once("counters=")?.1;
+        Some(counters.split(',').filter_map(|one| one.trim().parse::<u64>().ok()).collect::<Vec<_>>())
+    })?;
+    ensure!(counters.len() == 2, "its disks had {counters:?}");
+    for counter in counters {
+        ensure!(
+            (before..=after).contains(&counter),
+            "a disk was at {counter}, not between {before} and {after}"
+        );
+    }
+    run.guest.expect_no_bad()
+}
+
+fn delete_live() -> Result<()> {
+    let mut run = Run::start("chain", &[Backend::Qcow2])?;
+    let mut ticks = vec![run.guest.ticks()?];
+    for name in ["s1", "s2", "s3"] {
+        run.ok(&["create", "DOMAIN", name, "--external"])?;
+        ticks.push(run.guest.ticks()?);
+    }
+    run.ok(&["delete", "DOMAIN", "s2"])?;
+    run.guest.expect_no_bad()?;
+    run.revert_between("s1", ticks[0], ticks[1])?;
+    run.revert_between("s3", ticks[2], ticks[3])?;
+    run.ok(&["delete", "DOMAIN", "s1", "s3"])?;
+    run.guest.expect_no_bad()?;
+    ensure!(run.files()? == ["xvda.qcow2"], "left behind: {:?}", run.files()?);
+    let place = run.guest.place();
+    run.guest.ask("reboot")?;
+    run.guest.await_boot_since(place)?;
+    run.guest.expect_no_bad()
+}
+
+fn offline() -> Result<()> {
+    let mut run = Run::start("offline", &[Backend::Qcow2, Backend::Qcow2])?;
+    let before = run.guest.ticks()?;
+    run.ok(&["create", "DOMAIN", "s1", "--external"])?;
+    let after = run.guest.ticks()?;
+    run.ok(&["create", "DOMAIN", "s2", "--internal", "--disk-only"])?;
+    xl(&["destroy", "offline"])?;
+    // It is known by now, also when nothing runs.
+    run.ok(&["create", "DOMAIN", "s3", "--external"])?;
+    run.revert_between("s1", before, after)?;
+    xl(&["destroy", "offline"])?;
+    run.ok(&["delete", "DOMAIN", "s1", "s2", "s3"])?;
+    ensure!(run.files()? == ["xvda.qcow2", "xvdb.qcow2"], "left behind: {:?}", run.files()?);
+    run.guest.create()?;
+    run.guest.expect_no_bad()
+}
+
+fn paused() -> Result<()> {
+    let run = Run::start("paused", &[Backend::Qcow2])?;
+    xl(&["pause", "paused"])?;
+    run.refused(&["create", "DOMAIN", "m"], 1, "--disk-only")?;
+    ensure!(run.guest.is_paused()?, "a guest that was paused runs");
+    run.ok(&["create", "DOMAIN", "d", "--disk-only", "--external"])?;
+    ensure!(run.guest.is_paused()?, "a guest that was paused runs");
+    xl(&["unpause", "paused"])?;
+    run.guest.expect_no_bad()
+}
+
+fn full_disk() -> Result<()> {
+    let mut run = Run::start("full", &[Backend::Qcow2])?;
+    let small = Path::new("/vm/small");
+    fs::create_dir_all(small)?;
+    program("/bin/mount", &["-t", "tmpfs", "-o", "size=20m", "small", "/vm/small"])?.ok()?;
+    let tried = (|| -> Result<()> {
+        run.ok(&["domain", "add", "full", "--xen", "full", "--memory-dir", "/vm/small"])?;
+        run.domain = "full".to_owned();
+        run.refused(&["create", "DOMAIN", "s1", "--external"], 1, "No space left")?;
+        run.guest.expect_no_bad()?;
+        ensure!(run.files()? == ["xvda.qcow2"], "left behind: {:?}", run.files()?);
+        let left: Vec<_> = fs::read_dir(small)?.filter_map(|entry| Some(entry.ok()?.file_name())).collect();
+        ensure!(left.is_empty(), "left behind: {left:?}");
+        // The former domain's memory has no room either: nothing is touched.
+        run.ok(&["create", "DOMAIN", "d", "--disk-only", "--external"])?;
+        run.refused(&["revert", "DOMAIN", "d"], 1, "--no-safety")?;
+        run.guest.expect_no_bad()
+    })();
+    program("/bin/umount", &["-l", "/vm/small"])?.ok()?;
+    tried
+}
+
+fn memory_image(run: &Run) -> Result<PathBuf> {
+    let mut below = vec![run.guest.dir().to_owned()];
+    while let Some(dir) = below.pop() {
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                below.push(path);
+            } else if path.extension().is_some_and(|end| end == "memory") {
+                return Ok(path);
+            }
+        }
+    }
+    bail!("there is no memory image")
+}
+
+fn truncated() -> Result<()> {
+    let run = Run::start("truncated", &[Backend::Qcow2])?;
+    run.ok(&["create", "DOMAIN", "s1", "--external"])?;
+    let image = memory_image(&run)?;
+    let files = run.files()?;
+    let length = fs::metadata(&image)?.len();
+    fs::File::options().write(true).open(&image)?.set_len(length / 2)?;
+    run.refused(&["revert", "DOMAIN", "s1"], 1, "was saved with")?;
+    ensure!(run.files()? == files, "it changed files: {:?}", run.files()?);
+    run.guest.expect_no_bad()
+}
+
+fn former_comes_back() -> Result<()> {
+    let mut run = Run::start("former", &[Backend::Qcow2, Backend::Qcow2])?;
+    run.ok(&["create", "DOMAIN", "s1", "--external"])?;
+    let present = run.guest.ticks()?;
+    // A config that Xen cannot make a domain from: one of its disks is missing.
+    let text = fs::read_to_string(run.guest.config())?;
+    let wrong = run.guest.dir().join("wrong");
+    fs::write(&wrong, text.replace("xvdb.qcow2", "nowhere.qcow2"))?;
+    let domid = run.guest.domid()?;
+    let place = run.guest.place();
+    let said = run.domsnap(&["revert", "DOMAIN", "s1", "--config", &wrong.to_string_lossy()])?;
+    ensure!(said.status == 1, "it ended with {}", said.status);
+    ensure!(run.guest.domid()?.is_some() && run.guest.domid()? != domid, "the former domain is not back");
+    let first = run.guest.first_tick_since(place)?;
+    ensure!(first >= present, "it goes on at {first}, and was at {present}");
+    run.guest.expect_no_bad()?;
+    let left: Vec<_> = run.files()?.into_iter().filter(|name| name.contains("domsnap-")).collect();
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    // Nothing is left that a revert could stumble over.
+    run.ok(&["revert", "DOMAIN", "s1"])?;
+    run.guest.expect_no_bad()
+}
+
+/// Starts domsnap, and kills it when something is so.
+fn kill_when(run: &Run, words: &[&str], what: &str, happened: impl Fn() -> bool) -> Result<()> {
+    let words: Vec<&str> =
+        words.iter().map(|word| if *word == "DOMAIN" { run.domain.as_str() } else { word }).collect();
+    let mut child = run.command(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let until = Instant::now() + Duration::from_secs(120);
+    while !happened() {
+        if let Some(status) = child.try_wait()? {
+            bail!("domsnap ended ({status}) before it could be killed when {what}");
+        }
+        ensure!(Instant::now() < until, "domsnap did not get so far that {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+    child.kill()?;
+    child.wait()?;
+    println!("            killed domsnap {} when {what}", words.join(" "));
+    Ok(())
+}
+
+fn killed() -> Result<()> {
+    let mut run = Run::start("killed", &[Backend::Qcow2, Backend::Qcow2])?;
+    // In the middle of the save: xl goes on alone, and leaves the guest paused.
+    let parts = run.guest.dir().join("xvda.qcow2.domsnap");
+    let is_saving = || {
+        let entries = fs::read_dir(&parts).into_iter().flatten().flatten();
+        entries
+            .filter(|entry| entry.file_name().to_string_lossy().ends_with(".part"))
+            .any(|entry| entry.metadata().is_ok_and(|about| about.len() > 0))
+    };
+    kill_when(&run, &["create", "DOMAIN", "k1", "--external"], "memory is being saved", is_saving)?;
+    run.ok(&["recover", "DOMAIN"])?;
+    run.guest.expect_no_bad()?;
+    ensure!(run.names()?.is_empty(), "a snapshot that did not happen is listed");
+    ensure!(run.files()? == ["xvda.qcow2", "xvdb.qcow2"], "left behind: {:?}", run.files()?);
+
+    let before = run.guest.ticks()?;
+    run.ok(&["create", "DOMAIN", "s1", "--external"])?;
+    let after = run.guest.ticks()?;
+    // When the domain is gone.
+    let (note, former) =
+        (run.guest.dir().join("killed.domsnap-window"), run.guest.dir().join("killed.domsnap-former"));
+    let present = run.guest.ticks()?;
+    let is_away =
+        || note.exists() && program("/usr/sbin/xl", &["domid", "killed"]).is_ok_and(|said| said.status != 0);
+    kill_when(&run, &["revert", "DOMAIN", "s1"], "the domain is away", is_away)?;
+    ensure!(former.exists(), "the former domain's memory is gone");
+    let place = run.guest.place();
+    run.ok(&["recover", "DOMAIN"])?;
+    let first = run.guest.first_tick_since(place)?;
+    ensure!(first >= present, "it goes on at {first}, and was at {present}: the revert was not undone");
+    run.guest.expect_no_bad()?;
+    ensure!(!note.exists() && !former.exists(), "the former domain's memory is left behind");
+    // When another was made, which stands still yet: whether that is before the commit point or after it nobody can tell, so it
+    // may be either, and must be one of them wholly.
+    let domid = run.guest.domid()?;
+    let is_made = || note.exists() && run.guest.domid().is_ok_and(|now| now.is_some() && now != domid);
+    kill_when(&run, &["revert", "DOMAIN", "s1"], "the domain was made anew", is_made)?;
+    run.ok(&["recover", "DOMAIN"])?;
+    run.guest.expect_no_bad()?;
+    ensure!(!note.exists() && !former.exists(), "the former domain's memory is left behind");
+    run.revert_between("s1", before, after)
+}
+
+fn open_elsewhere() -> Result<()> {
+    let run = Run::start("elsewhere", &[Backend::Qcow2])?;
+    let image = run.guest.disk(0).to_string_lossy().into_owned();
+    for words in [&["create", image.as_str(), "s1"][..], &["disk", "create", image.as_str(), "s1"]] {
+        run.refused(words, 3, "elsewhere")?;
+    }
+    run.guest.expect_no_bad()?;
+    let known = program("/usr/bin/qemu-img", &["snapshot", "-l", "-U", &image])?.ok()?;
+    ensure!(!known.contains("s1"), "a snapshot was written into an image that is open: {known}");
+    Ok(())
+}
+
+fn plain_file() -> Result<()> {
+    let run = Run::start("plain", &[Backend::Qcow2, Backend::RawLoop])?;
+    run.refused(&["create", "DOMAIN", "s1"], 1, "backendtype=qdisk")?;
+    let scanned = run.ok(&["domain", "scan"])?;
+    ensure!(
+        scanned.contains("left out") && scanned.contains("backendtype=qdisk"),
+        "the scan does not say it: {scanned}"
+    );
+    ensure!(run.files()? == ["xvda.qcow2", "xvdb.raw"], "left behind: {:?}", run.files()?);
+    run.guest.expect_no_bad()
+}
