@@ -13,13 +13,13 @@ use snapcore::{
 };
 
 use crate::{
-    list,
+    list::{self, Row},
     live::Live,
     memory,
     saver::blocking,
     seen::{MAKE_QDISK, Server},
     users,
-    xl::{SOON, failed},
+    xl::{SOON, Xl, failed},
 };
 
 /// What saving takes at worst: so much, and a second for each of these.
@@ -43,6 +43,7 @@ pub(crate) struct Step<'a> {
 pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<Facts> {
     let mut facts = Facts::default();
     let row = live.row().await?;
+    refuse_suspended(&row)?;
     let ran = !row.flags.paused;
     refuse_hidden_disks(live, &context).await?;
     match step.quiesce {
@@ -152,9 +153,8 @@ async fn save(live: &Live, plan: &MemoryPlan) -> Result<()> {
 
 /// Saves memory into a file that is there; the guest stands still afterwards. After an error it goes on, and the file is gone.
 pub(crate) async fn save_to(live: &Live, file: &Utf8PathBuf) -> Result<()> {
-    let deadline = SAVING + Duration::from_secs(live.memory_mib().await / SLOWEST_MIB);
     let words = ["save", "-p", live.name.as_str(), file.as_str()];
-    let error = match live.xl.run(&words, deadline).await {
+    let error = match live.xl.run(&words, saving(live).await).await {
         Ok(said) if said.ok => return Ok(()),
         Ok(said) => failed(&words, &said),
         Err(error) => error,
@@ -163,8 +163,16 @@ pub(crate) async fn save_to(live: &Live, file: &Utf8PathBuf) -> Result<()> {
     Err(goes_on(live, error.context("saving the guest's memory")).await)
 }
 
+/// Within which a save must end.
+async fn saving(live: &Live) -> Duration {
+    SAVING + Duration::from_secs(live.memory_mib().await / SLOWEST_MIB)
+}
+
 /// Lets a guest go on after what failed.
 async fn goes_on(live: &Live, error: Error) -> Error {
+    if let Err(second) = wake(live).await {
+        return error.state(format!("whether the guest goes on is not known, look at `xl list`: {second}"));
+    }
     let Ok(Some(row)) = list::row_of(&live.xl, &live.name).await else {
         return error.state("whether the guest goes on is not known: look at `xl list`");
     };
@@ -202,6 +210,7 @@ pub(crate) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>
     if let Some(memory) = step.memory {
         let part = memory::part_of(&memory.file);
         await_save(part.as_str()).await?;
+        wake(live).await?;
         memory::remove_file(&part)?;
     }
     match live.qemu().await {
@@ -225,4 +234,33 @@ pub(crate) async fn await_save(file: &str) -> Result<()> {
         tokio::time::sleep(LOOK).await;
     }
     Ok(())
+}
+
+/// Whether a domain was suspended to be saved, and nobody saves it any more: its `xl save` was killed.
+pub(crate) async fn is_left_suspended(xl: &Xl, row: &Row) -> Result<bool> {
+    Ok(users::save_of(&row.name, row.domid).is_none() && list::is_suspended(xl, row).await?)
+}
+
+/// A guest that a killed `xl save` left suspended is woken by `recover`, and nothing else is done with it.
+pub(crate) fn refuse_suspended(row: &Row) -> Result<()> {
+    match row.flags.shut {
+        false => Ok(()),
+        true => Err(list::busy(&row.name, "suspended, and nobody saves it: its `xl save` was killed")
+            .advise("if `domsnap recover` knows of no operation, wake it: `xl save -p DOMAIN /dev/null`, `xl unpause DOMAIN`")),
+    }
+}
+
+/// Wakes a guest that a killed `xl save` left suspended; it stands still then, as after any save. Only a save that ends can do it:
+/// what it writes is of no use.
+pub(crate) async fn wake(live: &Live) -> Result<()> {
+    let row = live.row().await?;
+    if !is_left_suspended(&live.xl, &row).await? {
+        return Ok(());
+    }
+    let words = ["save", "-p", live.name.as_str(), "/dev/null"];
+    live.xl.must(&words, saving(live).await).await.map(drop).map_err(|error| {
+        error.context("waking the guest, which a killed `xl save` left suspended").advise(
+            "all its memory is there yet: `xl list` shows it, do not destroy it; run `domsnap recover` again",
+        )
+    })
 }

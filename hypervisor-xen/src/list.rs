@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use snapcore::{Error, ErrorKind, Result};
 
-use crate::xl::{SOON, Xl};
+use crate::{
+    users,
+    xl::{SOON, Xl},
+};
 
 /// What a domain does, by the flags of `xl list`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +78,22 @@ fn row(line: &str) -> Option<Row> {
     })
 }
 
+/// Whether a domain has shut down only to be saved (`SHUTDOWN_suspend`), and not to end.
+pub(crate) async fn is_suspended(xl: &Xl, row: &Row) -> Result<bool> {
+    if !row.flags.shut {
+        return Ok(false);
+    }
+    let text = xl.must(&["list", "-v", &row.domid.to_string()], SOON).await?;
+    Ok(text.lines().nth(1).and_then(reason) == Some(SUSPEND))
+}
+
+const SUSPEND: u32 = 2;
+
+/// Why a domain has shut down: the word before the last of a line of `xl list -v`, in hexadecimal; `-` where it has not.
+fn reason(line: &str) -> Option<u32> {
+    u32::from_str_radix(line.split_whitespace().rev().nth(1)?, 16).ok()
+}
+
 /// The configuration of a domain, as libxl has it.
 pub(crate) async fn config_of(xl: &Xl, domid: u32) -> Result<Value> {
     let id = domid.to_string();
@@ -105,15 +124,25 @@ pub(crate) async fn config_of(xl: &Xl, domid: u32) -> Result<Value> {
 }
 
 /// How long a domain that is being created is waited for: it may be ours, of a domsnap that was killed.
-const CREATING: Duration = Duration::from_secs(120);
+const CREATING: Duration = Duration::from_secs(300);
 
-/// The configuration of a domain, which has none as long as it is being created.
-pub(crate) async fn config_when_made(xl: &Xl, row: &Row) -> Result<Value> {
+/// A domain that is half made has no configuration: for so long after nobody is seen at work it may yet get one.
+const SETTLING: Duration = Duration::from_secs(3);
+
+/// The configuration of a domain, which has none as long as it is being created. None where nobody goes on creating it.
+pub(crate) async fn config_when_made(xl: &Xl, row: &Row) -> Result<Option<Value>> {
     let until = Instant::now() + CREATING;
+    let mut idle_since = None;
     loop {
         match config_of(xl, row.domid).await {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
-            other => return other,
+            Err(error) => return Err(error),
+            Ok(config) => return Ok(Some(config)),
+        }
+        if users::somebody_makes_domains() {
+            idle_since = None;
+        } else if idle_since.get_or_insert_with(Instant::now).elapsed() > SETTLING {
+            return Ok(None);
         }
         if Instant::now() > until {
             return Err(busy(&row.name, "being created, or ended"));
@@ -135,6 +164,13 @@ mod tests {
         assert_eq!(two.name, "two words");
         assert!(two.flags.paused && two.flags.shut && !two.flags.dying);
         assert_eq!(in_transition(&two), Some("shutting down, or being saved"));
+        let killed =
+            "web  3  96  1  ---s--  1.2 00000000-0000-0000-0000-000000000000        2                -";
+        assert_eq!(reason(killed), Some(SUSPEND));
+        assert_eq!(
+            reason("web  3  96  1  -b----  1.2 00000000-0000-0000-0000-000000000000        -       -"),
+            None
+        );
         assert_eq!(row("nonsense"), None);
         assert_eq!(row(""), None);
     }

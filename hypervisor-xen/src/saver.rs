@@ -12,7 +12,9 @@ use snapcore::{
 use crate::{
     instant, list,
     live::{Live, Silent},
-    memory, seen, users, window,
+    memory, seen,
+    users::{self, Save},
+    window,
     xl::Xl,
 };
 
@@ -41,30 +43,40 @@ impl VmStateSaver for Xen {
     async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>> {
         let Some(control) = &domain.control else { return Ok(None) };
         let xl = Xl::expect()?;
+        let places = window::Places::of(domain, control);
+        let note = window::read(&places)?;
         let mut row = list::row_of(&xl, &control.address).await?;
-        if row.as_ref().is_some_and(|row| row.flags.shut)
-            && let Some(file) = users::our_save_of(&control.address)
+        if let Some(saved) = &row
+            && saved.flags.shut
+            && let Some(Save::Ours(file)) = users::save_of(&saved.name, saved.domid)
         {
             // A domsnap was killed over it, and xl goes on.
             instant::await_save(&file).await?;
             row = list::row_of(&xl, &control.address).await?;
         }
-        if let Some(row) = row {
-            if let Some(doing) = list::in_transition(&row) {
-                return Err(list::busy(&row.name, doing));
-            }
-            let config = list::config_when_made(&xl, &row).await?;
-            let seen = seen::seen(&row, &config);
-            return Ok(Some(Arc::new(Live::new(xl, domain, control, seen, true).await?)));
+        let live = |seen, running| Live::new(xl.clone(), domain, control, seen, running);
+        let Some(row) = row else {
+            // A window of ours may have ended it.
+            let Some(note) = note else { return Ok(None) };
+            return Ok(Some(Arc::new(live(note.seen(&control.address), false).await?)));
+        };
+        if let Some(doing) = list::in_transition(&row)
+            && !instant::is_left_suspended(&xl, &row).await?
+        {
+            return Err(list::busy(&row.name, doing));
         }
-        // A window of ours may have ended it.
-        let places = window::Places::of(domain, control);
-        match window::read(&places)? {
-            None => Ok(None),
-            Some(note) => {
-                let seen = note.seen(&control.address);
-                Ok(Some(Arc::new(Live::new(xl, domain, control, seen, false).await?)))
+        match (list::config_when_made(&xl, &row).await?, note) {
+            (Some(config), _) => Ok(Some(Arc::new(live(seen::seen(&row, &config), true).await?))),
+            // Made by a window of ours, whose xl was killed as well.
+            (None, Some(note)) if note.is_another(row.domid) => {
+                Ok(Some(Arc::new(live(note.seen(&control.address), false).await?)))
             }
+            (None, _) => Err(Error::new(
+                ErrorKind::Busy,
+                format!("domain {} of Xen is half made, and nobody goes on making it", row.name),
+            )
+            .state("nothing was touched")
+            .advise(format!("remove it (`xl destroy {}`), then try again", row.domid))),
         }
     }
 

@@ -59,26 +59,52 @@ pub(crate) fn has_qemu(domid: u32) -> bool {
 
 /// Whether an `xl` that saves into a file is there still: it goes on when whoever started it was killed.
 pub(crate) fn is_being_saved(file: &str) -> bool {
-    saves().iter().any(|words| words.iter().any(|word| word == file))
+    xls(&["save"]).iter().any(|words| words.iter().any(|word| word == file))
 }
 
-/// The file into which one of our saves of a domain goes on, if one does.
-pub(crate) fn our_save_of(name: &str) -> Option<String> {
+/// What an `xl` that saves a domain does with it.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Save {
+    /// It is one of ours, into this file.
+    Ours(String),
+    /// Somebody else's.
+    Foreign,
+}
+
+/// The `xl` that saves, or sends away, a domain.
+pub(crate) fn save_of(name: &str, domid: u32) -> Option<Save> {
+    let number = domid.to_string();
+    let of_it = xls(&["save", "migrate", "suspend"])
+        .into_iter()
+        .find(|words| words.iter().any(|word| word == name || *word == number))?;
     let is_ours = |word: &&String| word.ends_with(".memory.part") || word.ends_with(".domsnap-former");
-    let of_it = saves().into_iter().find(|words| words.iter().any(|word| word == name))?;
-    of_it.iter().find(is_ours).cloned()
+    Some(of_it.iter().find(is_ours).cloned().map_or(Save::Foreign, Save::Ours))
 }
 
-/// The command lines of all `xl save`s.
-fn saves() -> Vec<Vec<String>> {
+/// Whether an `xl` is there that makes domains: which ones it does not say.
+pub(crate) fn somebody_makes_domains() -> bool {
+    !xls(&["create", "restore", "migrate-receive"]).is_empty()
+}
+
+/// The command lines of all `xl`s that do one of these things. One that stays with its domain, to see it end, has done it.
+fn xls(commands: &[&str]) -> Vec<Vec<String>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let words: Vec<String> =
             line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
-        if words.get(1).is_some_and(|word| word == "save") {
+        let is_xl = words.first().is_some_and(|word| word == "xl" || word.ends_with("/xl"));
+        if is_xl
+            && words.get(1).is_some_and(|word| commands.contains(&word.as_str()))
+            && !stays(&entry.path())
+        {
             found.push(words);
         }
     }
     found
+}
+
+/// Whether an `xl` has become the one that waits for its domain's end: it writes into a log then.
+fn stays(process: &Path) -> bool {
+    fs::read_link(process.join("fd/1")).is_ok_and(|file| file.starts_with("/var/log/xen"))
 }

@@ -29,7 +29,8 @@ use snapcore::{
 };
 
 use crate::{
-    instant, list,
+    instant::{self, refuse_suspended},
+    list,
     live::Live,
     memory,
     saver::blocking,
@@ -87,6 +88,11 @@ pub(crate) struct Note {
 }
 
 impl Note {
+    /// Whether a domain is not the one of the note, but one that took its place.
+    pub(crate) fn is_another(&self, domid: u32) -> bool {
+        self.domid != domid
+    }
+
     /// The domain as it was.
     pub(crate) fn seen(&self, name: &str) -> Seen {
         Seen {
@@ -120,7 +126,9 @@ pub(crate) async fn open(live: &Live, step: &DomainStep, context: DomainContext<
     let DomainStep::OpenWindow { anew, .. } = step else { return Ok(()) };
     match anew {
         None => {
-            if !live.row().await?.flags.paused {
+            let row = live.row().await?;
+            refuse_suspended(&row)?;
+            if !row.flags.paused {
                 live.xl.must(&["pause", &live.name], SOON).await?;
             }
             match live.qemu().await {
@@ -144,6 +152,7 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
         };
     };
     if note.is_none() {
+        refuse_suspended(&row)?;
         refuse_without_beginning(live, anew)?;
         let running = !row.flags.paused;
         // A paused guest cannot be saved, and need not be: a snapshot was taken, or nothing can be.
@@ -307,7 +316,7 @@ pub(crate) async fn undo_attach(live: &Live, step: &DomainStep, context: DomainC
         };
     }
     match (list::row_of(&live.xl, &live.name).await?, read(&live.places)?) {
-        (Some(row), Some(note)) if row.domid != note.domid => destroy(live, row.domid).await,
+        (Some(row), Some(note)) if note.is_another(row.domid) => destroy(live, row.domid).await,
         _ => Ok(()),
     }
 }
@@ -330,9 +339,10 @@ pub(crate) async fn undo_open(live: &Live, step: &DomainStep, context: DomainCon
     match (row, note) {
         // It was not ended yet, or not even noted; or somebody has started it anew, and may have paused it.
         (Some(row), note) => {
-            let former = note.as_ref().is_none_or(|note| note.domid == row.domid);
+            let former = note.as_ref().is_none_or(|note| !note.is_another(row.domid));
             if former {
                 instant::await_save(live.places.former.as_str()).await?;
+                instant::wake(live).await?;
             }
             let paused = live.row().await?.flags.paused;
             if former && paused && note.map_or(*running, |note| note.running) {
@@ -381,7 +391,7 @@ pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext
                 qemu.apply(&go_on, context).await?;
             }
         }
-        (Some(row), None, true) if read(&live.places)?.is_some_and(|note| note.domid == row.domid) => {
+        (Some(row), None, true) if read(&live.places)?.is_some_and(|note| !note.is_another(row.domid)) => {
             return Err(Error::new(ErrorKind::Internal, "the former domain was not ended"));
         }
         (Some(_), ..) => {}

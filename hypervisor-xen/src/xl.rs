@@ -1,9 +1,11 @@
 //! `xl`: found once, by its absolute path; run with an argument vector, no shell, the C locale and a deadline.
 //!
-//! It runs in a process group of its own: an interrupt of the terminal's, or the death of this process, must not end a save half
-//! way, which would leave the guest suspended.
+//! It runs in a process group of its own and writes into files, not pipes: an interrupt of the terminal's, or the death of this
+//! process, must not end a save half way, which would leave the guest suspended, or a restore, which would leave half a domain.
 
 use std::{
+    fs::File,
+    io::{self, Read, Seek},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -104,14 +106,17 @@ fn last_words(text: &str) -> String {
 
 fn run(path: &Path, words: &[String], deadline: Duration) -> Result<Said> {
     let shown = || format!("`xl {}`", words.join(" "));
-    let io = |attempted: &str, cause: std::io::Error| {
+    let io = |attempted: &str, cause: io::Error| {
         Error::new(ErrorKind::Io, format!("{} {attempted}", shown())).because(cause)
     };
+    let file = || tempfile::tempfile().map_err(|cause| io("has no place for what it says", cause));
+    let (out, err) = (file()?, file()?);
+    let own = |file: &File| file.try_clone().map_err(|cause| io("has no place for what it says", cause));
     let handle = duct::cmd(path, words)
         .env("LC_ALL", "C")
         .stdin_null()
-        .stdout_capture()
-        .stderr_capture()
+        .stdout_file(own(&out)?)
+        .stderr_file(own(&err)?)
         .unchecked()
         .before_spawn(|command| {
             command.process_group(0);
@@ -123,11 +128,9 @@ fn run(path: &Path, words: &[String], deadline: Duration) -> Result<Said> {
     let mut pause = LOOK;
     loop {
         if let Some(output) = handle.try_wait().map_err(|cause| io("cannot be waited for", cause))? {
-            return Ok(Said {
-                ok: output.status.success(),
-                out: String::from_utf8_lossy(&output.stdout).into_owned(),
-                err: String::from_utf8_lossy(&output.stderr).into_owned(),
-            });
+            let text =
+                |file| text_of(file).map_err(|cause| io("ended, and what it said cannot be read", cause));
+            return Ok(Said { ok: output.status.success(), out: text(out)?, err: text(err)? });
         }
         if Instant::now() >= until {
             handle.kill().map_err(|cause| io("has not ended in time and cannot be killed", cause))?;
@@ -139,6 +142,13 @@ fn run(path: &Path, words: &[String], deadline: Duration) -> Result<Said> {
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(50));
     }
+}
+
+fn text_of(mut file: File) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 #[cfg(test)]

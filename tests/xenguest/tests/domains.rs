@@ -34,6 +34,10 @@ const TRIALS: &[Trial] = &[
     Trial::new("a_memory_image_that_was_cut_short_is_refused_before_anything_is_touched", truncated),
     Trial::new("a_revert_whose_domain_cannot_be_made_brings_the_former_guest_back", former_comes_back),
     Trial::new("a_domsnap_that_is_killed_anywhere_in_a_create_or_a_revert_is_recovered", killed),
+    Trial::new(
+        "an_xl_that_is_killed_with_its_domsnap_leaves_nothing_that_recover_cannot_mend",
+        killed_with_xl,
+    ),
     Trial::new("an_image_that_a_running_domain_has_open_is_refused_at_rest", open_elsewhere),
     Trial::new("a_plain_file_that_the_kernel_serves_is_refused_with_words_on_how_to_change_that", plain_file),
 ];
@@ -101,22 +105,12 @@ impl Run {
 
     /// Reverts; the guest must go on between the counters of before and after the snapshot.
     fn revert_between(&self, name: &str, before: u64, after: u64) -> Result<()> {
-        let (present, place) =
-            (self.guest.last_tick().context("the guest never ticked")?, self.guest.place());
-        self.ok(&["revert", "DOMAIN", name])?;
-        // It ticked on until it was ended: its counter goes up by one, and then is another.
-        let first =
-            self.guest.wait_for(place, "a tick that does not follow from the one before", move |text| {
-                let ticks = text.lines().filter_map(|line| line.strip_prefix("T ")?.parse::<u64>().ok());
-                let mut last = present;
-                for tick in ticks {
-                    if tick != last && tick != last + 1 {
-                        return Some(tick);
-                    }
-                    last = tick;
-                }
-                None
-            })?;
+        // Paused at first: what it says from then on, the reverted guest says.
+        self.ok(&["revert", "DOMAIN", name, "--paused"])?;
+        ensure!(self.guest.is_paused()?, "it runs, and was to be paused");
+        let place = self.guest.place();
+        xl(&["unpause", self.guest.name()])?;
+        let first = self.guest.first_tick_since(place)?;
         ensure!(
             (before..=after + 1).contains(&first),
             "it goes on at {first}, and the snapshot was between {before} and {after}"
@@ -363,17 +357,19 @@ fn kill_when(run: &Run, words: &[&str], what: &str, happened: impl Fn() -> bool)
     Ok(())
 }
 
+/// Whether memory is being saved for a snapshot of the guest in this directory.
+fn is_saving(guest: &Path) -> bool {
+    let entries = fs::read_dir(guest.join("xvda.qcow2.domsnap")).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_name().to_string_lossy().ends_with(".part"))
+        .any(|entry| entry.metadata().is_ok_and(|about| about.len() > 0))
+}
+
 fn killed() -> Result<()> {
     let mut run = Run::start("killed", &[Backend::Qcow2, Backend::Qcow2])?;
+    let saves = || is_saving(run.guest.dir());
     // In the middle of the save: xl goes on alone, and leaves the guest paused.
-    let parts = run.guest.dir().join("xvda.qcow2.domsnap");
-    let is_saving = || {
-        let entries = fs::read_dir(&parts).into_iter().flatten().flatten();
-        entries
-            .filter(|entry| entry.file_name().to_string_lossy().ends_with(".part"))
-            .any(|entry| entry.metadata().is_ok_and(|about| about.len() > 0))
-    };
-    kill_when(&run, &["create", "DOMAIN", "k1", "--external"], "memory is being saved", is_saving)?;
+    kill_when(&run, &["create", "DOMAIN", "k1", "--external"], "memory is being saved", saves)?;
     run.ok(&["recover", "DOMAIN"])?;
     run.guest.expect_no_bad()?;
     ensure!(run.names()?.is_empty(), "a snapshot that did not happen is listed");
@@ -405,6 +401,69 @@ fn killed() -> Result<()> {
     run.guest.expect_no_bad()?;
     ensure!(!note.exists() && !former.exists(), "the former domain's memory is left behind");
     run.revert_between("s1", before, after)
+}
+
+/// SIGKILL for each `xl` with this word.
+fn kill_xl(word: &str) -> Result<()> {
+    let mut killed = 0;
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        if words.first().is_some_and(|first| first.ends_with(b"/xl"))
+            && words.get(1) == Some(&word.as_bytes())
+        {
+            program("/bin/kill", &["-9", &entry.file_name().to_string_lossy()])?.ok()?;
+            killed += 1;
+        }
+    }
+    ensure!(killed > 0, "no `xl {word}` was there to be killed");
+    Ok(())
+}
+
+fn killed_with_xl() -> Result<()> {
+    let mut run = Run::start("killedxl", &[Backend::Qcow2])?;
+    let saves = || is_saving(run.guest.dir());
+    kill_when(&run, &["create", "DOMAIN", "k1", "--external"], "memory is being saved", saves)?;
+    kill_xl("save")?;
+    // The guest is suspended, and all of it is there.
+    run.ok(&["recover", "DOMAIN"])?;
+    run.guest.expect_no_bad()?;
+    ensure!(run.names()?.is_empty(), "a snapshot that did not happen is listed");
+    ensure!(run.files()? == ["xvda.qcow2"], "left behind: {:?}", run.files()?);
+
+    let before = run.guest.ticks()?;
+    run.ok(&["create", "DOMAIN", "s1", "--external"])?;
+    let after = run.guest.ticks()?;
+    let note = run.guest.dir().join("killedxl.domsnap-window");
+    let (domid, present) = (run.guest.domid()?, run.guest.ticks()?);
+    let is_half_made = || note.exists() && run.guest.domid().is_ok_and(|now| now.is_some() && now != domid);
+    kill_when(&run, &["revert", "DOMAIN", "s1"], "the domain is half made", is_half_made)?;
+    kill_xl("restore")?;
+    let place = run.guest.place();
+    run.ok(&["recover", "DOMAIN"])?;
+    let first = run.guest.first_tick_since(place)?;
+    ensure!(first >= present, "it goes on at {first}, and was at {present}: the revert was not undone");
+    run.guest.expect_no_bad()?;
+    run.revert_between("s1", before, after)?;
+    // An xl that is killed alone: domsnap sees it end, and undoes what it did.
+    let place = run.guest.place();
+    let dir = run.guest.dir().to_owned();
+    let killing = thread::spawn(move || {
+        let until = Instant::now() + Duration::from_secs(120);
+        while !is_saving(&dir) {
+            ensure!(Instant::now() < until, "memory was not saved");
+            thread::sleep(Duration::from_millis(10));
+        }
+        kill_xl("save")
+    });
+    let said = run.domsnap(&["create", "DOMAIN", "k2", "--external"])?;
+    killing.join().map_err(|_| anyhow::anyhow!("the thread that kills xl panicked"))??;
+    ensure!(said.status == 1, "it ended with {}", said.status);
+    run.guest.first_tick_since(place)?;
+    run.guest.expect_no_bad()?;
+    ensure!(run.names()? == ["s1"], "its snapshots are {:?}", run.names()?);
+    Ok(())
 }
 
 fn open_elsewhere() -> Result<()> {
