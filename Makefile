@@ -42,6 +42,7 @@ test-fast: deps qemu nextest under-test
 
 # BENCH="--quick --only merge-8 --dir DIR" measures less, or elsewhere.
 bench: deps qemu build
+	scripts/install-libvirt
 	$(CARGO) run --release --locked -q -p domsnap-benches -- $(BENCH)
 
 demo: deps qemu build

@@ -108,6 +108,11 @@ impl Planner<'_> {
     fn revert(&mut self, to: &Point, save: Option<&SnapshotName>, stamp: u32) -> Result<()> {
         self.require_usable()?;
         let volume = self.volume;
+        if to.tag.is_some() || to.layer == self.record.active {
+            let detail =
+                format!("{}/{} is what the domain writes, and no snapshot of it", volume.group, to.layer);
+            return Err(Error::new(ErrorKind::NotFound, detail).state("nothing was touched"));
+        }
         let row = self.group.row(to.layer.as_str()).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("there is no volume {}/{}", volume.group, to.layer))
                 .state("nothing was touched")

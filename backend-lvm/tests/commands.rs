@@ -141,6 +141,14 @@ async fn what_a_hypervisor_has_open_is_taken_inside_its_instant() {
 }
 
 #[tokio::test]
+async fn the_volume_that_the_domain_writes_is_no_point_to_revert_to() {
+    let house = House::of("/dev/vg/thin").await;
+    let error = house.plan(revert("thin", None)).await.expect_err("it is the present");
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(error.to_string().contains("no snapshot"), "{error}");
+}
+
+#[tokio::test]
 async fn a_thin_revert_prepares_a_volume_and_gives_it_the_name() {
     let house = House::of("/dev/vg/thin").await;
     let plan = house.plan(revert("thin.ds-00000001", Some("kept"))).await.expect("a plan");

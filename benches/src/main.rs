@@ -13,6 +13,7 @@
 //! - [`image`]: images made by qemu-img
 //! - [`chain`]: domains whose chains domsnap made
 //! - [`machine`]: running guests, registered with domsnap, and QEMU's own snapshots of them
+//! - [`virsh`]: the same guests under libvirt
 //! - [`proxy`]: how long QEMU takes to answer
 //! - [`probe`]: the least work that an operation can be
 //! - [`rows`]: the measurements
@@ -32,6 +33,7 @@ mod proxy;
 mod report;
 mod row;
 mod rows;
+mod virsh;
 
 use std::process::ExitCode;
 

@@ -11,6 +11,7 @@ use crate::child::Cost;
 use crate::machine::Running;
 use crate::proxy::{Asked, Proxy};
 use crate::row::{LIMIT, OURS, Row, Target, seconds};
+use crate::virsh::Virsh;
 
 /// The rows of [`measure`].
 pub const ROWS: &[&str] = &[
@@ -170,10 +171,13 @@ fn revert(bench: &Bench) -> Result<Vec<Row>> {
     let what = format!("the guest's largest stall at a revert in place with memory: {}", about(load));
     let mut stalls = Row::new(ROWS[6], what, &[]);
     let running = loaded(bench, &mut whole, load)?;
+    let virsh = Virsh::start(bench, GuestOptions::new().memory_mib(load.memory), load.memory)?;
+    virsh.guest.dirty(load.dirty, load.rate)?;
+    virsh.suspend()?;
     let mut downtimes = Vec::new();
-    bench.repeat(5, Duration::from_secs(90), |repetition| {
-        let mut sides = [OURS, LOAD];
-        sides.rotate_left(repetition % 2);
+    bench.repeat(5, Duration::from_secs(120), |repetition| {
+        let mut sides = [OURS, LOAD, VIRSH];
+        sides.rotate_left(repetition % 3);
         for side in sides {
             if side == OURS {
                 running.change(&["create", GUEST, "point"])?;
@@ -182,19 +186,33 @@ fn revert(bench: &Bench) -> Result<Vec<Row>> {
                 stalls.sample(OURS, Cost { wall: stall, ..made.cost });
                 downtimes.push(made.downtime);
                 running.delete("point")?;
-            } else {
+            } else if side == LOAD {
                 running.save("point")?;
                 let (stall, wall) = running.stall(|| running.load("point"))?;
                 whole.sample(LOAD, time(wall));
                 stalls.sample(LOAD, time(stall));
                 running.forget("point")?;
+            } else {
+                // One guest runs at a time: each takes a processor.
+                running.guest.qmp("stop", serde_json::Value::Null)?;
+                virsh.resume()?;
+                virsh.create("point")?;
+                virsh.guest.forget_gap();
+                let cost = virsh.revert("point")?;
+                whole.sample(VIRSH, cost);
+                stalls.sample(VIRSH, time(virsh.guest.largest_gap()));
+                virsh.delete("point")?;
+                virsh.suspend()?;
+                running.guest.qmp("cont", serde_json::Value::Null)?;
             }
         }
         Ok(())
     })?;
-    whole.note(
-        "QEMU snapshot-load is the job alone, without a process to start; virsh was not measured in this run",
-    );
+    whole.note("QEMU snapshot-load is the job alone, without a process to start");
+    whole.note(format!(
+        "libvirt {}: the snapshot and the disks internal, as it does by itself",
+        virsh.version()?
+    ));
     stalls.note(format!("domsnap's own measure of its downtime: {}", spread(&mut downtimes)));
     Ok(vec![whole, stalls])
 }

@@ -74,7 +74,11 @@ impl Guest {
         let built = Built::get()?;
         let qemu = Qemu::find(options.version)?;
         // Before the guest's own directory is made: another guest may have to be booted for it.
-        let state = if options.boot { None } else { Some(state::get(&options, &built)?) };
+        let state = match &options.kept {
+            Some(kept) => Some(kept.clone()),
+            None if options.boot => None,
+            None => Some(state::get(&options, &built)?),
+        };
 
         let parent = options.parent.clone().unwrap_or_else(std::env::temp_dir);
         let dir = tempfile::Builder::new().prefix("domsnap-guest-").tempdir_in(&parent);
@@ -82,11 +86,12 @@ impl Guest {
         let text = dir.path().to_str().context("the directory for temporary files has no UTF-8 name")?;
         let line = qemu.command_line(&options, built.dir(), text)?;
         let (socket, agent) = (dir.path().join("qmp"), dir.path().join("agent"));
-        for (disk, (_, format)) in disks(dir.path(), &options).into_iter().zip(options.formats()) {
-            match &state {
-                Some(state) => state::copy_disk(state, &disk)?,
-                None => drop(fs::copy(blank(&built, options.disk_mib, format)?, &disk)?),
-            }
+        for (target, format, disk) in options.formats(dir.path()) {
+            let image = match &state {
+                Some(state) => state.join(format!("{target}.{format}")),
+                None => blank(&built, options.disk_mib, format)?,
+            };
+            fill(&image, &disk)?;
         }
 
         for (name, content) in &options.files {
@@ -512,7 +517,14 @@ fn ended(pid: u32) -> bool {
 }
 
 fn disks(dir: &Path, options: &GuestOptions) -> Vec<PathBuf> {
-    options.formats().map(|(target, format)| dir.join(format!("{target}.{format}"))).collect()
+    options.formats(dir).into_iter().map(|(_, _, path)| path).collect()
+}
+
+/// Copies an image over a disk, which may be a device.
+fn fill(image: &Path, disk: &Path) -> Result<()> {
+    let mut to = File::options().write(true).create(true).truncate(false).open(disk)?;
+    std::io::copy(&mut File::open(image)?, &mut to)?;
+    Ok(to.sync_all()?)
 }
 
 fn spawn(line: &[OsString], more: &[OsString], dir: &Path) -> Result<Child> {

@@ -46,6 +46,7 @@ pub mod parts {
     pub use crate::build::{Archive, Root, WITNESS, compile, elf, uncompressed};
     pub use crate::cache::Built;
     pub use crate::process::run;
+    pub use crate::qemu::program;
 }
 
 pub use channel::{COUNTER_BYTES, Status, counter};

@@ -1,10 +1,20 @@
 //! [`GuestOptions`]: which guest.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::Result;
 
-use crate::{guest::Guest, qemu::targets};
+use crate::{
+    build,
+    cache::Built,
+    guest::Guest,
+    qemu::{FIRMWARE, targets},
+    state,
+};
 
 /// Which QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -31,12 +41,14 @@ pub struct GuestOptions {
     pub(crate) tick_ms: u64,
     pub(crate) drive: bool,
     pub(crate) raw: Vec<usize>,
+    pub(crate) devices: Vec<(usize, PathBuf)>,
     pub(crate) name: String,
     pub(crate) machine: String,
     pub(crate) cpu: String,
     pub(crate) more: Vec<String>,
     pub(crate) files: Vec<(String, Vec<u8>)>,
     pub(crate) boot: bool,
+    pub(crate) kept: Option<PathBuf>,
     pub(crate) parent: Option<PathBuf>,
     pub(crate) deadline: Duration,
 }
@@ -52,12 +64,14 @@ impl Default for GuestOptions {
             tick_ms: 5,
             drive: false,
             raw: Vec::new(),
+            devices: Vec::new(),
             name: "guest".into(),
             machine: "q35".into(),
             cpu: "max".into(),
             more: Vec::new(),
             files: Vec::new(),
             boot: false,
+            kept: None,
             parent: None,
             deadline: Duration::from_secs(180),
         }
@@ -67,6 +81,9 @@ impl Default for GuestOptions {
 impl GuestOptions {
     /// The most disks that a guest can have.
     pub const MAX_DISKS: usize = 8;
+
+    /// Where the memory and the disks are in a guest's luggage.
+    const KEPT: &'static str = "kept";
 
     /// Two disks of 64 MiB, 128 MiB of memory, QEMU 10.0, `-blockdev`.
     pub fn new() -> Self {
@@ -122,6 +139,12 @@ impl GuestOptions {
         self
     }
 
+    /// Makes a disk, by its number from 0, this block device, which is there; what it holds is lost.
+    pub fn device(mut self, disk: usize, path: impl Into<PathBuf>) -> Self {
+        self.devices.push((disk, path.into()));
+        self
+    }
+
     /// QEMU's `-name`. "guest".
     pub fn name(mut self, name: &str) -> Self {
         self.name = name.to_owned();
@@ -174,10 +197,51 @@ impl GuestOptions {
         self
     }
 
-    /// The targets of its disks, and their formats.
-    pub(crate) fn formats(&self) -> impl Iterator<Item = (String, &'static str)> {
-        let format = |number| if self.raw.contains(&number) { "raw" } else { "qcow2" };
-        targets(self.disks).enumerate().map(move |(number, target)| (target, format(number)))
+    /// Its disks: target, format, and path where its directory is this.
+    pub(crate) fn formats(&self, dir: &Path) -> Vec<(String, &'static str, PathBuf)> {
+        let disk = |(number, target): (usize, String)| {
+            let format = if self.raw.contains(&number) { "raw" } else { "qcow2" };
+            match self.devices.iter().find(|(disk, _)| *disk == number) {
+                Some((_, device)) => (target, "raw", device.clone()),
+                None => {
+                    let file = dir.join(format!("{target}.{format}"));
+                    (target, format, file)
+                }
+            }
+        };
+        targets(self.disks).enumerate().map(disk).collect()
+    }
+
+    /// Starts it from memory and disks that another machine kept: its [`GuestOptions::luggage`] is here, in this directory.
+    pub fn kept(mut self, place: &Path) -> Self {
+        self.kept = Some(place.join(Self::KEPT));
+        self
+    }
+
+    /// What another machine needs so that this guest starts there from memory that is kept here: files, and where each belongs.
+    /// Those with relative places belong below the directory that `DOMSNAP_TEST_GUEST` names there, where [`GuestOptions::kept`] looks;
+    /// QEMU itself, 10.0, is wanted in PATH.
+    ///
+    /// # Errors
+    /// What is missing on this machine and which script installs it.
+    pub fn luggage(&self) -> Result<Vec<(PathBuf, PathBuf)>> {
+        let built = Built::get()?;
+        let devices = self.devices.iter().map(|(disk, _)| *disk);
+        let here = Self {
+            raw: self.raw.iter().copied().chain(devices).collect(),
+            devices: Vec::new(),
+            ..self.clone()
+        };
+        let state = state::get(&here, &built)?;
+        let mut files: Vec<(PathBuf, PathBuf)> = FIRMWARE.map(|file| (file.into(), file.into())).into();
+        let place = Path::new(built.dir().file_name().unwrap_or_default());
+        files.push((build::kernel(built.dir()), build::kernel(place)));
+        files.push((build::initrd(built.dir()), build::initrd(place)));
+        for entry in fs::read_dir(state)? {
+            let entry = entry?;
+            files.push((entry.path(), Path::new(Self::KEPT).join(entry.file_name())));
+        }
+        Ok(files)
     }
 
     /// Starts it; it is ready, and has ticked, when this returns.

@@ -18,10 +18,22 @@ use crate::{
 
 const DEPS: &str = "run scripts/install-qemu";
 
+/// What a machine of the type pc or q35 loads when it starts a kernel by itself.
+pub(crate) const FIRMWARE: [&str; 3] =
+    ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/kvmvapic.bin", "/usr/share/qemu/linuxboot_dma.bin"];
+
 /// A program and the words that say where its firmware is.
 pub(crate) struct Qemu {
     pub(crate) program: PathBuf,
     firmware: Vec<OsString>,
+}
+
+/// The program of a version of QEMU on this machine.
+///
+/// # Errors
+/// Which script installs it.
+pub fn program(version: Version) -> Result<PathBuf> {
+    Qemu::find(version).map(|qemu| qemu.program)
 }
 
 impl Qemu {
@@ -103,14 +115,16 @@ impl Qemu {
                 format!("virtserialport,bus=ports.0,nr={number},id={id}-port,chardev={id},name={name}");
             add(&["-device", &port]);
         }
-        for (number, (target, format)) in options.formats().enumerate() {
-            let file = format!("{dir}/{target}.{format}");
+        for (number, (target, format, file)) in options.formats(Path::new(dir)).into_iter().enumerate() {
+            let is_device = options.devices.iter().any(|(disk, _)| *disk == number);
+            let file = file.to_string_lossy();
             if options.drive {
                 add(&["-drive", &format!("file={file},format={format},if=none,id=drive{number}")]);
                 add(&["-device", &format!("virtio-blk-pci,drive=drive{number},id={target}")]);
             } else {
                 let (below, node) = (format!("f{number}"), format!("d{number}"));
-                let protocol = json!({ "driver": "file", "filename": file, "node-name": below });
+                let driver = if is_device { "host_device" } else { "file" };
+                let protocol = json!({ "driver": driver, "filename": file, "node-name": below });
                 let format =
                     json!({ "driver": format, "file": below, "node-name": node, "discard": "unmap" });
                 add(&["-blockdev", &protocol.to_string(), "-blockdev", &format.to_string()]);

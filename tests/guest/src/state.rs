@@ -133,9 +133,3 @@ async fn set_mapped_ram(qmp: &Qmp, state: bool) -> Result<()> {
     qmp.execute_raw("migrate-set-capabilities", capabilities).await?;
     Ok(())
 }
-
-/// Makes a new guest's disk as it was in `state`.
-pub(crate) fn copy_disk(state: &Path, disk: &Path) -> Result<()> {
-    fs::copy(state.join(disk.file_name().context("a disk has a name")?), disk)?;
-    Ok(())
-}

@@ -28,7 +28,8 @@ pub struct Machine {
     deadline: Duration,
     udev: bool,
     programs: Vec<(String, PathBuf)>,
-    trees: Vec<(String, PathBuf)>,
+    files: Vec<(String, PathBuf)>,
+    variables: Vec<(String, String)>,
 }
 
 /// What came of it.
@@ -59,7 +60,8 @@ impl Machine {
             deadline: Duration::from_secs(1200),
             udev: false,
             programs: Vec::new(),
-            trees: Vec::new(),
+            files: Vec::new(),
+            variables: Vec::new(),
         }
     }
 
@@ -98,10 +100,17 @@ impl Machine {
         self
     }
 
-    /// Puts all files of a directory into the machine, below an absolute path.
+    /// Puts a file into the machine, by its absolute path there.
     #[must_use]
-    pub fn tree(mut self, at: &str, dir: &Path) -> Self {
-        self.trees.push((at.trim_start_matches('/').to_owned(), dir.to_owned()));
+    pub fn file(mut self, at: &str, file: &Path) -> Self {
+        self.files.push((at.trim_start_matches('/').to_owned(), file.to_owned()));
+        self
+    }
+
+    /// Sets a variable of the program's environment.
+    #[must_use]
+    pub fn variable(mut self, name: &str, value: &str) -> Self {
+        self.variables.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -169,7 +178,9 @@ impl Machine {
     /// The built file system, and behind it an archive with what this run has of its own: the kernel unpacks both.
     fn write_initrd(&self, built: &Path, command: &str, dir: &Path) -> Result<()> {
         let mut archive = Archive::new();
-        archive.file("t/command", format!("cd /vm\n{command}\n").as_bytes(), false);
+        let variables: String =
+            self.variables.iter().map(|(name, value)| format!("export {name}='{value}'\n")).collect();
+        archive.file("t/command", format!("cd /vm\n{variables}{command}\n").as_bytes(), false);
         for (name, program) in &self.programs {
             let stripped = dir.join("stripped");
             run(
@@ -187,8 +198,9 @@ impl Machine {
                 archive.file(&name, &fs::read(&library)?, true);
             }
         }
-        for (at, tree) in &self.trees {
-            add_tree(&mut archive, at, tree)?;
+        for (at, file) in &self.files {
+            let bytes = fs::read(file).with_context(|| format!("{} cannot be read", file.display()))?;
+            archive.file(at, &bytes, false);
         }
         let mut all = fs::read(built).with_context(|| format!("{} cannot be read", built.display()))?;
         all.extend(archive.finish());
@@ -231,18 +243,6 @@ impl Drop for Kill {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-fn add_tree(archive: &mut Archive, at: &str, dir: &Path) -> Result<()> {
-    for entry in fs::read_dir(dir).with_context(|| format!("{} cannot be listed", dir.display()))? {
-        let entry = entry?;
-        let name = format!("{at}/{}", entry.file_name().to_string_lossy());
-        match fs::metadata(entry.path())?.is_dir() {
-            true => add_tree(archive, &name, &entry.path())?,
-            false => archive.file(&name, &fs::read(entry.path())?, true),
-        }
-    }
-    Ok(())
 }
 
 /// The libraries that a program of this machine's kind is linked with, by their paths here.

@@ -8,7 +8,7 @@
 //!
 //! A test of `harness = false` gives its trials to [`main`]. Outside, each trial takes the machine for itself ([`Machine`]),
 //! puts this very program and the `domsnap` under test into it, and runs it there with the name of the trial; what it says and
-//! how it ends is the trial's result. Inside, [`main`] runs the trial's body in dom0, with [`DomU`], `xl` and `domsnap`.
+//! how it ends is the trial's result. Inside, [`main`] runs the trial's body in dom0, with [`inside::DomU`], `xl` and `domsnap`.
 //! So a trial is ordinary Rust, and one result of `cargo nextest`.
 //!
 //! `cargo run -p xenguest --example dom0 -- COMMAND` runs any command in the same machine.

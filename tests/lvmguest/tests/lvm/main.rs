@@ -1,6 +1,7 @@
 //! `domsnap` on real logical volumes: each group of statements is one boot of the machine that they hold in.
 
 mod crash;
+mod live;
 mod matrix;
 mod trouble;
 
@@ -31,7 +32,7 @@ fn disks_are_blank_before_each_statement() -> Result<()> {
     Ok(())
 }
 
-static GROUPS: [Group; 7] = [
+static GROUPS: [Group; 8] = [
     Group::new(
         "the machine has real snapshots of volumes",
         Machine::new,
@@ -46,6 +47,7 @@ static GROUPS: [Group; 7] = [
     Group::new("volumes in trouble", Machine::new, trouble::STATEMENTS),
     Group::new("volumes and crashes", Machine::new, crash::STATEMENTS),
     Group::new("volumes that are written between crash and recovery", Machine::new, crash::WRITTEN),
+    Group::new("guests that run on volumes", live::machine, live::STATEMENTS),
 ];
 
 fn main() -> ExitCode {

@@ -30,9 +30,14 @@ pub fn group(sort: Sort) -> Result<()> {
 
 /// A volume of 32 MiB in it.
 pub fn volume(sort: Sort, name: &str) -> Result<Volume> {
+    volume_of(sort, name, 32)
+}
+
+/// A volume of so many MiB in it.
+pub fn volume_of(sort: Sort, name: &str, mib: u32) -> Result<Volume> {
     match sort {
-        Sort::Thin => Volume::thin("vg", "tp", name, 32),
-        Sort::Thick => Volume::thick("vg", name, 32),
+        Sort::Thin => Volume::thin("vg", "tp", name, mib),
+        Sort::Thick => Volume::thick("vg", name, mib),
     }
 }
 

@@ -1,0 +1,180 @@
+//! The behaviour kit on logical volumes, thin and thick: inside of a machine with lvm2, where this program runs again.
+
+use std::collections::BTreeSet;
+use std::env;
+use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::FileExt;
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use backend_lvm::Lvm;
+use camino::{Utf8Path, Utf8PathBuf};
+use libtest_mimic::{Arguments, Failed, Trial};
+use lvmguest::Machine;
+use lvmguest::inside::{disks, succeed};
+use snapcore::{DiskRecord, DiskSnapshotter};
+use snapcore_conformance::Workshop;
+
+/// Statements that do an operation again for each moment at which it can be struck, or for each name: in this machine, which is emulated,
+/// more than an hour. `tests/lvmguest` has suites of its own for that; `DOMSNAP_TEST_LVM_KIT=all` tries these too.
+const LONG: [&str; 9] = [
+    "any legal name",
+    "crashes",
+    "killed",
+    "random",
+    "cancelled at any step",
+    "between a crash and the recovery",
+    "undone",
+    "half way",
+    "is done by the recovery",
+];
+/// Of thick volumes also those with many reverts, each of which is a merge that is waited for.
+const LONG_THICK: [&str; 3] = ["again and again", "every other point", "its siblings"];
+const WHICH: &str = "DOMSNAP_TEST_LVM_KIT";
+
+/// Set in the machine: `thin` or `thick`.
+const SORT: &str = "DOMSNAP_TEST_LVM_SORT";
+
+/// Volumes of one group; those of a place have its mark before their names.
+struct Volumes {
+    thin: bool,
+}
+
+impl Volumes {
+    fn prepare(&self) -> Result<()> {
+        let disks = disks()?;
+        let mut words = vec!["-q", "-s", "128k", "vg"];
+        words.extend(disks.iter().map(String::as_str));
+        succeed(Command::new("vgcreate").args(words))?;
+        if self.thin {
+            let pool = [
+                "-q",
+                "-y",
+                "--type",
+                "thin-pool",
+                "-n",
+                "tp",
+                "-L",
+                "400M",
+                "--poolmetadatasize",
+                "8M",
+                "vg",
+            ];
+            succeed(Command::new("lvcreate").args(pool))?;
+        }
+        Ok(())
+    }
+
+    fn mark(place: &Utf8Path) -> String {
+        let mut hasher = DefaultHasher::new();
+        place.hash(&mut hasher);
+        format!("p{:016x}", hasher.finish())
+    }
+
+    fn of(place: &Utf8Path) -> Result<BTreeSet<String>> {
+        let listed = succeed(Command::new("lvs").args(["--noheadings", "-o", "lv_name", "vg"]))?;
+        let mark = Self::mark(place);
+        Ok(listed
+            .stdout
+            .split_whitespace()
+            .filter_map(|name| name.strip_prefix(&mark))
+            .map(str::to_owned)
+            .collect())
+    }
+}
+
+impl Workshop for Volumes {
+    fn backend(&self) -> Arc<dyn DiskSnapshotter> {
+        // The kit's guest writes all of its small disks between two points.
+        Arc::new(Lvm::new().area_percent(150))
+    }
+
+    fn make(&self, place: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf> {
+        let name = format!("{}{name}", Self::mark(place));
+        let size = format!("{}b", content.len());
+        let mut words = vec!["-q", "-y", "-Wn", "-n", &name];
+        match self.thin {
+            true => words.extend(["-V", &size, "--thinpool", "vg/tp"]),
+            false => words.extend(["-L", &size, "vg"]),
+        }
+        succeed(Command::new("lvcreate").args(words))?;
+        let path = Utf8PathBuf::from(format!("/dev/vg/{name}"));
+        let device = File::options().write(true).open(&path)?;
+        device.write_all_at(content, 0)?;
+        device.sync_all()?;
+        Ok(path)
+    }
+
+    fn read(&self, disk: &DiskRecord) -> Result<Vec<u8>> {
+        Ok(std::fs::read(&disk.disk.path)?)
+    }
+
+    fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> Result<()> {
+        let device = File::options().write(true).open(&disk.disk.path)?;
+        device.write_all_at(bytes, offset)?;
+        Ok(device.sync_all()?)
+    }
+
+    fn hostile_names(&self) -> Vec<String> {
+        // What lvm2 allows, and device-mapper's escapes and our own names make nasty.
+        ["a-b", "a--b", "-", "plus+", "dot.ted", "_under", "x.ds-00000001", "x.ds-zz", "trailing-"]
+            .map(str::to_owned)
+            .into()
+    }
+
+    fn footprint(&self, place: &Utf8Path) -> Result<BTreeSet<String>> {
+        Self::of(place)
+    }
+
+    fn clear(&self, place: &Utf8Path) -> Result<()> {
+        let names = Self::of(place)?;
+        if names.is_empty() {
+            return Ok(());
+        }
+        let mark = Self::mark(place);
+        let names: Vec<String> = names.iter().map(|name| format!("vg/{mark}{name}")).collect();
+        succeed(Command::new("lvremove").args(["-q", "-f", "-y"]).args(names)).map(drop)
+    }
+}
+
+fn main() -> ExitCode {
+    if let Ok(sort) = env::var(SORT) {
+        let volumes = Volumes { thin: sort == "thin" };
+        // A copy of this program that does one errand of the kit finds the group there.
+        if env::var_os("CONFORMANCE_ERRAND").is_none()
+            && let Err(error) = volumes.prepare()
+        {
+            eprintln!("no volume group can be made: {error:#}");
+            return ExitCode::FAILURE;
+        }
+        return snapcore_conformance::run(volumes);
+    }
+    let trials = ["thin", "thick"].map(|sort| {
+        Trial::test(format!("the behaviour kit on {sort} volumes"), move || {
+            outside(sort).map_err(|error| Failed::from(format!("{error:#}")))
+        })
+    });
+    libtest_mimic::run(&Arguments::from_args(), trials.into()).exit_code()
+}
+
+fn outside(sort: &str) -> Result<()> {
+    let all = env::var(WHICH).is_ok_and(|which| which == "all");
+    let deadline = Duration::from_secs(if all { 4 * 3600 } else { 1200 });
+    let machine = Machine::new().deadline(deadline).variable(SORT, sort);
+    let machine = machine.program("kit", &env::current_exe()?);
+    let only = env::var("DOMSNAP_TEST_LVM_ONLY").unwrap_or_default();
+    let long = LONG.iter().chain(LONG_THICK.iter().filter(|_| sort == "thick"));
+    let skip: String = match all || !only.is_empty() {
+        true => String::new(),
+        false => long.map(|words| format!(" --skip '{words}'")).collect(),
+    };
+    let ended = machine.run(&format!("/t/kit --test-threads 1 '{only}'{skip}"))?;
+    print!("{}", ended.output);
+    match ended.status {
+        0 => Ok(()),
+        status => bail!("it ended with {status} in the machine:\n{}", ended.output),
+    }
+}
