@@ -1,6 +1,6 @@
 # make test       every suite, a debug build of the binary under test
 # make test-fast  the unit tests and the behaviour matrix: no crash suites, no property test, nothing inside Xen
-# make bench      side by side with qemu-img, a release build
+# make bench      side by side with qemu-img, QEMU's own jobs, virsh and lvcreate, a release build
 # make demo       a domain of two disks, then a running guest: snapshots, destruction, reverts, deletes, proofs
 # make build      the release binary: target/release/domsnap
 
@@ -44,6 +44,7 @@ test-fast: deps qemu nextest under-test
 bench: deps qemu build
 	scripts/install-libvirt
 	$(CARGO) run --release --locked -q -p domsnap-benches -- $(BENCH)
+	$(if $(BENCH),,$(CARGO) run --release --locked -q -p lvmguest --example create_over_volumes -- target/release/domsnap 9)
 
 demo: deps qemu build
 	scripts/demo

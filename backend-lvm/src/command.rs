@@ -92,7 +92,7 @@ impl Runner for Commands {
             Some(lock) => expression.stdin_file(copy(lock)?),
             None => expression.stdin_null(),
         };
-        tracing::debug!(command = %shown, "running");
+        let begun = Instant::now();
         let handle = expression.start().map_err(|error| failed("it cannot be started", error))?;
         let status = match handle.wait_timeout(call.deadline) {
             Ok(Some(output)) => output.status,
@@ -110,6 +110,8 @@ impl Runner for Commands {
             }
             Err(error) => return Err(failed("waiting for it failed", error)),
         };
+        let took_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        tracing::debug!(asked = %shown, took_us, "lvm ended");
         let read = |file: &mut File| -> std::io::Result<String> {
             let mut bytes = Vec::new();
             file.rewind()?;

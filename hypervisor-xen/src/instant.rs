@@ -19,7 +19,7 @@ use crate::{
     saver::blocking,
     seen::{MAKE_QDISK, Server},
     users,
-    xl::{SOON, Xl, failed},
+    xl::{SOON, Xl, failed, micros},
 };
 
 /// What saving takes at worst: so much, and a second for each of these.
@@ -68,6 +68,7 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
         return Err(Error::new(ErrorKind::Cancelled, "it was cancelled before the instant"));
     }
     let since = Instant::now();
+    tracing::debug!("the pause begins");
     let way = match step.memory {
         Some(memory) => {
             if !ran {
@@ -102,6 +103,7 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     if !stays || step.then == Some(PowerAfter::Running) {
         live.unpause().await?;
         facts.downtime = Some(since.elapsed());
+        tracing::debug!(took_us = micros(since), "the pause ends");
     }
     if let Some(memory) = step.memory {
         if memory.live {

@@ -65,10 +65,13 @@ impl Xl {
     pub(crate) async fn run(&self, words: &[&str], deadline: Duration) -> Result<Said> {
         let path = self.path.clone();
         let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+        let (begun, asked) = (Instant::now(), words.join(" "));
         let work = tokio::task::spawn_blocking(move || run(&path, &words, deadline));
-        work.await.map_err(|cause| {
+        let said = work.await.map_err(|cause| {
             Error::new(ErrorKind::Internal, "a thread that waits for xl ended").because(cause)
-        })?
+        })?;
+        tracing::debug!(asked, took_us = micros(begun), "xl ended");
+        said
     }
 
     /// Runs it; it must succeed. Gives its standard output.
@@ -142,6 +145,10 @@ fn run(path: &Path, words: &[String], deadline: Duration) -> Result<Said> {
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(50));
     }
+}
+
+pub(crate) fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
 fn text_of(mut file: File) -> io::Result<String> {

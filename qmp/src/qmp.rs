@@ -357,10 +357,13 @@ impl Qmp {
         }
         let sent = Arc::new(AtomicBool::new(false));
         let noise = self.handle.shared.noise_lines();
-        let deadline = Instant::now() + self.deadline;
+        let begun = Instant::now();
         let line = |id: &str| command(oob, name, arguments, Some(id));
-        match timeout_at(deadline, self.handle.command(name, line, fd, Arc::clone(&sent))).await {
+        match timeout_at(begun + self.deadline, self.handle.command(name, line, fd, Arc::clone(&sent))).await
+        {
             Ok(outcome) => {
+                let took_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+                tracing::debug!(asked = name, took_us, "QEMU answered");
                 outcome?.map_err(|reported| Error::reported(name, self.socket(), "QEMU", reported))
             }
             Err(_) => {

@@ -8,6 +8,7 @@ mod backends;
 mod commands;
 mod documents;
 mod failure;
+mod log;
 mod progress;
 mod session;
 mod table;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let json = cli.global.json;
+    log::begin();
     match commands::run(cli) {
         Ok(answer) => {
             answer::print(&answer.text);

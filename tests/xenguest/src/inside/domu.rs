@@ -299,8 +299,8 @@ impl Drop for DomU {
         if !std::thread::panicking() {
             let _ = fs::remove_dir_all(&self.dir);
         }
-        if self.disks.iter().any(|(backend, _)| *backend == Backend::Lvm) {
-            let _ = program("/sbin/lvremove", &["-fq", &format!("{VOLUMES}/{}", self.name)]);
+        for (_, volume) in self.disks.iter().filter(|(backend, _)| *backend == Backend::Lvm) {
+            let _ = program("/sbin/lvremove", &["-fq", &volume.to_string_lossy()]);
         }
     }
 }
@@ -341,7 +341,8 @@ fn make_disk(backend: Backend, dir: &Path, name: &str, letter: char) -> Result<P
             program("/sbin/lvcreate", &["-qy", "-L", "64M", "-n", &volume, VOLUMES])?.ok()?;
             program(
                 "/bin/dd",
-                &[&format!("if={}", text(raw)), &format!("of={}", text(&path)), "bs=1M", "conv=sparse"],
+                // All of it: lvm leaves in a volume what another had there.
+                &[&format!("if={}", text(raw)), &format!("of={}", text(&path)), "bs=1M"],
             )?
             .ok()?;
             if !path.exists() {
