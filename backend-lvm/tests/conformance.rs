@@ -18,11 +18,14 @@ use lvmguest::inside::{disks, succeed};
 use snapcore::{DiskRecord, DiskSnapshotter};
 use snapcore_conformance::Workshop;
 
-/// Statements that do an operation again for each moment at which it can be struck, or for each name: in this machine, which is emulated,
+/// Statements that do an operation again for each moment at which it can be struck, for each name, or for many reverts: in this machine, which is emulated,
 /// more than an hour. `tests/lvmguest` has suites of its own for that; `DOMSNAP_TEST_LVM_KIT=all` tries these too, and all on thick volumes,
 /// where each of the many reverts is a merge that is waited for.
-const LONG: [&str; 9] = [
+const LONG: [&str; 12] = [
     "any legal name",
+    "again and again",
+    "every other point",
+    "its siblings",
     "crashes",
     "killed",
     "random",

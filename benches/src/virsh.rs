@@ -37,6 +37,7 @@ impl Virsh {
         let description = guest.dir().join("domain.xml");
         fs::write(&description, describe(&guest, memory_mib)?)?;
         let virsh = Self { guest, daemons: daemons()? };
+        virsh.forget();
         virsh.run(&["create".as_ref(), description.as_os_str()])?;
         virsh.guest.wait_boots(boots + 1)?;
         Ok(virsh)
@@ -44,6 +45,13 @@ impl Virsh {
 
     fn run<S: AsRef<OsStr>>(&self, words: &[S]) -> Result<Cost> {
         child::run(&mut command(words))
+    }
+
+    /// Ends the domain, and removes what libvirt keeps of it: a revert makes it a lasting one. What is not there is no error.
+    fn forget(&self) {
+        for words in [&["destroy", NAME][..], &["undefine", NAME, "--snapshots-metadata"]] {
+            let _ = command(words).output();
+        }
     }
 
     /// What this side is.
@@ -81,9 +89,7 @@ impl Virsh {
 
 impl Drop for Virsh {
     fn drop(&mut self) {
-        if let Err(error) = self.run(&["destroy", NAME]) {
-            eprintln!("bench: {error:#}");
-        }
+        self.forget();
         for daemon in self.daemons.iter_mut().rev() {
             let _ = daemon.kill();
             let _ = daemon.wait();
