@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::names::{FileId, file_id, io_error};
+use image_files::size_at;
 use jiff::Timestamp;
 use snapcore::chain::{self, is_layer_name, layer_path};
 use snapcore::{
@@ -245,7 +246,7 @@ impl Reader<'_> {
             named,
             backing: None,
             owned,
-            virtual_size: metadata.len(),
+            virtual_size: size_at(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?,
             allocated: metadata.blocks() * 512,
             internal: Vec::new(),
             dependents: Vec::new(),

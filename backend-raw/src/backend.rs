@@ -121,10 +121,16 @@ impl DiskSnapshotter for Raw {
     }
 
     async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
-        names::require_writable_directory_of(&disk.disk.path)?;
+        let is_device = layers::is_device(&disk.disk.path);
+        if !is_device {
+            names::require_writable_directory_of(&disk.disk.path)?;
+        }
         let hold = self.holds.begin(&disk.disk.path)?;
         let open = open_files(attached).await?;
         if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
+            if is_device {
+                layers::refuse_used_device(&disk.disk.path)?;
+            }
             hold.lock(&disk.disk.path)?;
         }
         Ok(Box::new(hold))

@@ -1,10 +1,12 @@
 //! A raw disk as it is on the machine.
 
-use std::os::unix::fs::MetadataExt;
+use std::fs::OpenOptions;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
 use backend_qcow2::find_dependents;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::names::{self, io_error};
+use image_files::size_at;
 use jiff::Timestamp;
 use snapcore::chain::{self, is_layer_name, layer_path};
 use snapcore::{
@@ -15,6 +17,29 @@ use snapcore::{
 /// The name of the active layer: the path's own, and always the same.
 pub(crate) fn active_name(disk: &Disk) -> LayerName {
     LayerName(disk.path.file_name().unwrap_or("disk").to_owned())
+}
+
+/// Whether it is a block device, by its own name or a link's.
+pub(crate) fn is_device(path: &Utf8Path) -> bool {
+    path.metadata().is_ok_and(|about| about.file_type().is_block_device())
+}
+
+/// Refuses a device that this machine itself uses: a file system on it that is mounted, a volume group, an array.
+pub(crate) fn refuse_used_device(path: &Utf8Path) -> Result<()> {
+    let alone =
+        OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed()).open(path);
+    match alone {
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error()) => {
+            Err(Error::new(
+                ErrorKind::Busy,
+                format!("this machine itself uses {path}: it is mounted, or part of another device"),
+            )
+            .state("nothing was touched")
+            .advise("unmount it here (`lsblk` shows by what it is used): two that write one disk destroy it"))
+        }
+        Err(error) => Err(io_error(error, format!("cannot open {path}"))),
+        Ok(_) => Ok(()),
+    }
 }
 
 /// Refuses what no points can be taken of here.
@@ -28,6 +53,9 @@ pub(crate) fn check_path(disk: &Disk) -> Result<()> {
         }
         Err(error) => return Err(io_error(error, format!("cannot look at {path}"))),
     };
+    if is_device(path) {
+        return Ok(());
+    }
     if about.is_symlink() && std::fs::metadata(path).is_ok_and(|about| about.is_file()) {
         let to = path.canonicalize_utf8().map_or_else(|_| "its target".to_owned(), |to| to.to_string());
         return Err(Error::new(
@@ -37,9 +65,11 @@ pub(crate) fn check_path(disk: &Disk) -> Result<()> {
         .advise(format!("use the file itself: {to}")));
     }
     if !about.is_file() {
-        return Err(Error::new(ErrorKind::Unsupported, format!("{path} is not a regular file")).advise(
-            "a logical volume is of format 'lvm'; other block devices have no snapshots: put the image into a file",
-        ));
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("{path} is neither a file nor a block device"),
+        )
+        .advise("give the path of a disk image, or of the device"));
     }
     let configured = path.with_file_name(chain::disk_name(path));
     if configured != *path && names::file_id(&configured)?.is_some() {
@@ -77,7 +107,8 @@ pub(crate) fn inspect(
         on_path: Vec::new(),
         unclear: Vec::new(),
     };
-    if depth == InspectDepth::Dependents {
+    // Beside a device is no image that could stand on it.
+    if depth == InspectDepth::Dependents && !is_device(path) {
         find_dependents(record, &mut state, open)?;
     }
     Ok(state)
@@ -92,7 +123,7 @@ fn layer(record: &DiskRecord, name: LayerName, file: &Utf8Path) -> Result<Layer>
         format: "raw".to_owned(),
         named: true,
         backing: None,
-        virtual_size: about.len(),
+        virtual_size: size_at(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?,
         allocated: about.blocks() * 512,
         internal: Vec::new(),
         dependents: Vec::new(),
@@ -105,6 +136,9 @@ pub(crate) fn strays(record: &DiskRecord) -> Result<Vec<LayerName>> {
     let directory = path.parent().unwrap_or(Utf8Path::new("."));
     let failed = |error| io_error(error, format!("cannot list {directory}"));
     let mut strays = Vec::new();
+    if is_device(path) {
+        return Ok(strays);
+    }
     for entry in std::fs::read_dir(directory).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
         let Some(name) = name.to_str().filter(|name| is_layer_name(path, name)) else { continue };
@@ -141,7 +175,13 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point]) -> Result<Vec<S
     Ok(found)
 }
 
+/// Where manifests of devices are, beside which nothing can lie.
+const DEVICES: &str = "/var/lib/domsnap/devices";
+
 /// Where manifests belong.
 pub(crate) fn manifest_directory(disk: &Disk) -> Utf8PathBuf {
+    if is_device(&disk.path) {
+        return Utf8Path::new(DEVICES).join(format!("{}.domsnap", active_name(disk)));
+    }
     disk.path.with_file_name(format!("{}.domsnap", chain::disk_name(&disk.path)))
 }

@@ -10,6 +10,7 @@ use snapcore::{
     Layer, LayerName, PlannedStep, Point, PointKind, Result, Step, shown_size,
 };
 
+use crate::layers::is_device;
 use crate::place::can_reflink;
 use crate::steps::{RawStep, Way};
 
@@ -77,7 +78,19 @@ impl Planner<'_> {
             )
             .advise("leave --internal out"));
         }
+        let is_device = is_device(self.path());
         let way = match way {
+            None | Some("overlay") if is_device => return self.overlay(chosen, stamp),
+            Some("reflink" | "copy") if is_device => {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!(
+                        "{target}: {} is a device, and nothing can be put beside it or in its place",
+                        self.path()
+                    ),
+                )
+                .advise(self.overlay_advice()));
+            }
             Some("reflink") if !can_reflink(self.path())? => {
                 return Err(self.shares_no_blocks("leave the way to domsnap"));
             }
@@ -170,9 +183,23 @@ impl Planner<'_> {
         .advise("delete snapshots or free space there, and try again"))
     }
 
-    /// Freezes the raw file under a qcow2 overlay, which the domain's configuration must name from then on.
+    /// How to put an overlay on a device.
+    fn overlay_advice(&self) -> String {
+        let target = &self.record.disk.target;
+        let register = match self.active_path {
+            ActivePath::New => "",
+            ActivePath::Keep => "register the domain with --active-path=new, and ",
+        };
+        format!(
+            "{register}say where a qcow2 overlay on the device is to be: --disk \
+             {target}=external,path=/DIRECTORY/{target}.qcow2; or make it a logical volume, which has snapshots (format lvm)"
+        )
+    }
+
+    /// Freezes the raw file or device under a qcow2 overlay, which the domain's configuration must name from then on.
     fn overlay(&mut self, chosen: Option<&LayerName>, stamp: u32) -> Result<()> {
         let target = self.record.disk.target.clone();
+        let is_device = is_device(self.path());
         if self.active_path == ActivePath::Keep {
             return Err(Error::new(
                 ErrorKind::Refused,
@@ -183,12 +210,22 @@ impl Planner<'_> {
                 ),
             )
             .state("nothing was touched")
-            .advise(format!(
-                "register the domain with --active-path=new: then the overlay gets a path of its own, which its \
-                 configuration must name, with format qcow2; or take the disk with --disk {target}=copy"
-            )));
+            .advise(match is_device {
+                true => self.overlay_advice(),
+                false => format!(
+                    "register the domain with --active-path=new: then the overlay gets a path of its own, which its \
+                     configuration must name, with format qcow2; or take the disk with --disk {target}=copy"
+                ),
+            }));
         }
         let layer = match chosen {
+            Some(file) if is_device => self.beside_no_device(file)?,
+            None if is_device => {
+                let detail = format!("{target}: beside the device {} is no room for an overlay", self.path());
+                return Err(Error::new(ErrorKind::Refused, detail)
+                    .state("nothing was touched")
+                    .advise(self.overlay_advice()));
+            }
             Some(_) => self.new_layer(chosen, stamp)?,
             None => {
                 let named = layer_name(&self.path().with_extension("qcow2"), stamp);
@@ -215,17 +252,44 @@ impl Planner<'_> {
              write any more",
             self.path()
         ));
-        self.add_layer(&layer);
+        // Names of layers are relative to the disk's path, which moves away from a device's directory.
+        let (active, base) = match is_device {
+            true => {
+                (LayerName(path.file_name().unwrap_or("disk").to_owned()), LayerName(self.path().to_string()))
+            }
+            false => (layer, former.clone()),
+        };
+        self.add_layer(&active);
         // The base is its owner's: it is read, and never merged away or removed.
+        self.plan.commit.push(Edit::RemoveLayer { target: target.clone(), layer: former });
+        if is_device {
+            // Known, so that a chain may lead there.
+            self.add_layer(&base);
+        }
         let edits = [
-            Edit::RemoveLayer { target: target.clone(), layer: former.clone() },
-            Edit::SetActive { target: target.clone(), layer },
+            Edit::SetActive { target: target.clone(), layer: active },
             Edit::SetFormat { target: target.clone(), format: "qcow2".to_owned() },
             Edit::SetPath { target, path },
         ];
         self.plan.commit.extend(edits);
-        self.plan.point = Some(Point::external(former));
+        self.plan.point = Some(Point::external(base));
         Ok(())
+    }
+
+    /// The name of a new overlay on a device: a path elsewhere.
+    fn beside_no_device(&self, file: &LayerName) -> Result<LayerName> {
+        let path = Utf8Path::new(file.as_str());
+        let target = &self.record.disk.target;
+        let directory = path.parent().filter(|parent| parent.is_dir() && path.is_absolute());
+        if directory.is_none_or(|directory| Some(directory) == self.path().parent()) {
+            let detail = format!("{target}: {path} is no path in a directory where an overlay could be");
+            return Err(Error::new(ErrorKind::Refused, detail)
+                .state("nothing was touched")
+                .advise("give an absolute path, in a directory that exists"));
+        }
+        names::require_writable_directory_of(path)?;
+        self.free(path)?;
+        Ok(file.clone())
     }
 
     fn revert(&mut self, to: &Point, save: bool, stamp: u32) -> Result<()> {
@@ -371,13 +435,18 @@ impl Planner<'_> {
             )
             .advise("give a file name without a directory"));
         }
-        let file = layer_path(self.path(), &name);
-        match names::file_id(&file)? {
+        self.free(&layer_path(self.path(), &name))?;
+        Ok(name)
+    }
+
+    /// Refuses the name of a file that is there.
+    fn free(&self, file: &Utf8Path) -> Result<()> {
+        match names::file_id(file)? {
             Some(_) => {
                 Err(Error::new(ErrorKind::Exists, format!("{file} exists, and nothing is written over it"))
                     .advise("choose another name"))
             }
-            None => Ok(name),
+            None => Ok(()),
         }
     }
 

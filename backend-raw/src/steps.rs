@@ -269,7 +269,11 @@ impl Workplace<'_> {
         }
         let passing = names::unfinished_name(&file);
         names::remove_name(&passing)?;
-        let base = self.path().file_name().unwrap_or_default().to_owned();
+        // Relative where they lie side by side, so that they can be moved together.
+        let base = match file.parent() == self.path().parent() {
+            true => self.path().file_name().unwrap_or_default().to_owned(),
+            false => self.path().to_string(),
+        };
         let new = NewImage::new(size).on(Backing { file: base, format: Some("raw".to_owned()) });
         image::create(passing.as_std_path(), &new)?;
         File::open(&passing).and_then(|made| inherit(&made, self.path().as_std_path())).map_err(|error| {

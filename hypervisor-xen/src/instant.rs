@@ -1,7 +1,7 @@
 //! The instant of a snapshot: memory, and all disks, while the guest stands still.
 //!
 //! With memory: `xl save -p` writes memory and leaves the guest paused, so that it has executed nothing since; the disks are cut;
-//! `xl unpause`. Without: `xl pause`, cut, `xl unpause`. Whatever fails, a guest that ran goes on.
+//! `xl unpause`. Without: `xl pause`, cut, `xl unpause`. Overlays are opened before that. Whatever fails, a guest that ran goes on.
 
 use std::time::{Duration, Instant};
 
@@ -66,6 +66,9 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     }
     if context.cancel.is_cancelled() {
         return Err(Error::new(ErrorKind::Cancelled, "it was cancelled before the instant"));
+    }
+    if let Some(qemu) = live.qemu().await {
+        qemu.make_ready(&disks_alone(&step)).await?;
     }
     let since = Instant::now();
     tracing::debug!("the pause begins");

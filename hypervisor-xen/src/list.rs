@@ -26,6 +26,8 @@ pub(crate) struct Row {
     pub(crate) name: String,
     pub(crate) domid: u32,
     pub(crate) flags: Flags,
+    /// Whether its processors ever ran: those of a domain that was made to stand still never did.
+    pub(crate) has_run: bool,
 }
 
 /// All domains but dom0.
@@ -69,12 +71,13 @@ pub(crate) fn in_transition(row: &Row) -> Option<&'static str> {
 fn row(line: &str) -> Option<Row> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let at = words.len().checked_sub(5)?;
-    let [domid, _memory, _cpus, state, _time] = words.get(at..)? else { return None };
+    let [domid, _memory, _cpus, state, seconds] = words.get(at..)? else { return None };
     let flag = |letter| state.contains(letter);
     Some(Row {
         name: words.get(..at)?.join(" "),
         domid: domid.parse().ok()?,
         flags: Flags { paused: flag('p'), shut: flag('s'), crashed: flag('c'), dying: flag('d') },
+        has_run: seconds.parse::<f64>().ok()? > 0.0,
     })
 }
 
@@ -159,10 +162,10 @@ mod tests {
     fn a_line_of_xl_list_is_read_from_its_end() {
         let web =
             row("web                                          3    96     1     -b----       1.2").unwrap();
-        assert_eq!((web.name.as_str(), web.domid, web.flags.paused), ("web", 3, false));
+        assert_eq!((web.name.as_str(), web.domid, web.flags.paused, web.has_run), ("web", 3, false, true));
         let two = row("two words     12   128     2     --p-s-       0.0").unwrap();
         assert_eq!(two.name, "two words");
-        assert!(two.flags.paused && two.flags.shut && !two.flags.dying);
+        assert!(two.flags.paused && two.flags.shut && !two.flags.dying && !two.has_run);
         assert_eq!(in_transition(&two), Some("shutting down, or being saved"));
         let killed =
             "web  3  96  1  ---s--  1.2 00000000-0000-0000-0000-000000000000        2                -";

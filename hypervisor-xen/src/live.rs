@@ -24,7 +24,7 @@ use crate::{
     memory,
     saver::{blocking, check_memory, remove_memory},
     seen::{self, Server, XenDisk},
-    window::{self, Places},
+    window::{self, Mark, Places},
     xl::{SOON, Xl},
 };
 
@@ -41,7 +41,9 @@ pub(crate) struct Live {
     /// The file that the domain is created from.
     pub(crate) config: Option<Utf8PathBuf>,
     pub(crate) places: Places,
-    domain: Domain,
+    /// Its disks when the connection was made.
+    pub(crate) found: Vec<Mark>,
+    pub(crate) domain: Domain,
     qemu_saver: QemuSaver,
     qemu: Qemu,
     disks: Vec<(Disk, Arc<RwLock<Option<Server>>>)>,
@@ -80,6 +82,7 @@ impl Live {
             name: control.address.clone(),
             config: control.config.clone().or_else(|| seen.config.clone()),
             places: Places::of(domain, control),
+            found: Mark::of_all(domain),
             seen,
             domain: domain.clone(),
             qemu_saver: QemuSaver::new(),
@@ -179,6 +182,14 @@ impl Live {
     /// Its disks, as libxl has them.
     pub(crate) async fn xen_disks(&self) -> Vec<XenDisk> {
         self.libxl.read().await.as_ref().map(seen::disks).unwrap_or_default()
+    }
+
+    /// Whether the domain that runs has each of the disks.
+    pub(crate) async fn has_all_disks(&self) -> bool {
+        let drives = self.xen_disks().await;
+        let has =
+            |disk: &Disk| drives.iter().any(|drive| drive.target == disk.target && drive.is_file(&disk.path));
+        self.disks.iter().all(|(disk, _)| has(disk))
     }
 
     pub(crate) async fn memory_mib(&self) -> u64 {

@@ -66,7 +66,13 @@ impl VmStateSaver for Xen {
             return Err(list::busy(&row.name, doing));
         }
         match (list::config_when_made(&xl, &row).await?, note) {
-            (Some(config), _) => Ok(Some(Arc::new(live(seen::seen(&row, &config), true).await?))),
+            (Some(config), note) => {
+                let live = live(seen::seen(&row, &config), true).await?;
+                if note.is_some_and(|note| note.is_another(row.domid)) && !live.has_all_disks().await {
+                    return Err(window::taken(&live, row.domid));
+                }
+                Ok(Some(Arc::new(live)))
+            }
             // Made by a window of ours, whose xl was killed as well.
             (None, Some(note)) if note.is_another(row.domid) => {
                 Ok(Some(Arc::new(live(note.seen(&control.address), false).await?)))

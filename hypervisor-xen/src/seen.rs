@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::FileTypeExt, path::Path};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
-use snapcore::{Seen, SeenDisk, Target};
+use snapcore::{Seen, SeenDisk, Target, file_identity};
 
 use crate::list::Row;
 
@@ -33,6 +33,14 @@ pub(crate) struct XenDisk {
 /// What a plain file over a loop device can be made.
 pub(crate) const MAKE_QDISK: &str = "let QEMU serve it: say backendtype=qdisk for this disk in the domain's config, and start it \
                                      anew; a qcow2 image always is";
+
+impl XenDisk {
+    /// Whether it is this file, by whatever name.
+    pub(crate) fn is_file(&self, path: &Utf8Path) -> bool {
+        let identity = |path: &Utf8Path| fs::metadata(path).ok().map(|about| file_identity(&about));
+        self.path == path || identity(&self.path).is_some_and(|own| identity(path) == Some(own))
+    }
+}
 
 /// The disks of a configuration.
 pub(crate) fn disks(config: &Value) -> Vec<XenDisk> {
@@ -182,6 +190,7 @@ mod tests {
             name: "web".to_owned(),
             domid: 7,
             flags: crate::list::Flags { paused: true, shut: false, crashed: false, dying: false },
+            has_run: true,
         };
         let seen = seen(&row, &config());
         let left_out: Vec<Option<&str>> = seen.disks.iter().map(|disk| disk.left_out.as_deref()).collect();

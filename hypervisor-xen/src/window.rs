@@ -12,11 +12,12 @@
 //!    what was made is destroyed, the disks are as they were, and the former domain is restored from step 1;
 //! 6. after the commit point the guest goes on, and note and former memory are removed.
 //!
-//! After a crash the note tells how far that got: a domain of the noted number is the former one, which was not ended yet; any other was
-//! made by step 5, or by somebody else; and none is step 4.
+//! After a crash the note tells how far that got: a domain of the noted number is the former one, which was not ended yet; another that
+//! never ran was made by step 5; one that ran was made by somebody else, and is nobody's to destroy but theirs; and none is step 4.
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt,
     time::{Duration, Instant},
 };
 
@@ -34,7 +35,7 @@ use crate::{
     live::Live,
     memory,
     saver::blocking,
-    users,
+    seen, users,
     xl::{MAKING, SOON, Xl, failed},
 };
 
@@ -85,9 +86,43 @@ pub(crate) struct Note {
     summary: String,
     disks: Vec<SeenDisk>,
     config: Option<Utf8PathBuf>,
+    /// Its disks as it left them; none before it was destroyed.
+    #[serde(default)]
+    left: Vec<Mark>,
+}
+
+/// By what a disk is known again that nobody has written to. Of files alone: a block device has no time of its last write.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Mark {
+    path: Utf8PathBuf,
+    inode: u64,
+    device: u64,
+    written: (i64, i64),
+}
+
+impl Mark {
+    /// Those of a domain's disks, as they are now.
+    pub(crate) fn of_all(domain: &Domain) -> Vec<Self> {
+        let mark = |path: &Utf8PathBuf| {
+            let about = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
+            let written = (about.mtime(), about.mtime_nsec());
+            Some(Self { path: path.clone(), inode: about.ino(), device: about.dev(), written })
+        };
+        domain.disks.iter().filter_map(|record| mark(&record.disk.path)).collect()
+    }
 }
 
 impl Note {
+    /// A disk that somebody else has written to since the domain was ended, or put another in its place: its memory does not fit
+    /// that any more. What was written between `found` and now is our own undo, which brings back what was there.
+    fn written_by_others(&self, found: &[Mark], now: &[Mark]) -> Option<&Utf8Path> {
+        let by_others = |left: &&Mark| {
+            let of = |marks: &[Mark]| marks.iter().find(|mark| mark.path == left.path).cloned();
+            of(now).as_ref() != Some(*left) && of(now) == of(found)
+        };
+        self.left.iter().find(by_others).map(|mark| mark.path.as_path())
+    }
+
     /// Whether a domain is not the one of the note, but one that took its place.
     pub(crate) fn is_another(&self, domid: u32) -> bool {
         self.domid != domid
@@ -122,6 +157,13 @@ pub(crate) fn read(places: &Places) -> Result<Option<Note>> {
     })
 }
 
+fn write(places: &Places, note: &Note) -> Result<()> {
+    let text = serde_json::to_vec(note).map_err(|cause| {
+        Error::new(ErrorKind::Internal, "a note cannot be written as JSON").because(cause)
+    })?;
+    memory::write_durably(&places.note, &text)
+}
+
 pub(crate) async fn open(live: &Live, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
     let DomainStep::OpenWindow { anew, .. } = step else { return Ok(()) };
     match anew {
@@ -153,7 +195,7 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
     };
     if note.is_none() {
         refuse_suspended(&row)?;
-        refuse_without_beginning(live, anew)?;
+        refuse_without_beginning(live, anew).await?;
         let running = !row.flags.paused;
         // A paused guest cannot be saved, and need not be: a snapshot was taken, or nothing can be.
         let saved = anew.safety && running;
@@ -181,6 +223,7 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
             summary: seen.summary.clone(),
             disks: seen.disks.clone(),
             config: live.config.clone(),
+            left: Vec::new(),
         };
         let places = live.places.clone();
         let noted = blocking(move || {
@@ -190,10 +233,7 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
                     Error::new(ErrorKind::Io, format!("flushing {} failed", places.former)).because(cause)
                 })?;
             }
-            let text = serde_json::to_vec(&note).map_err(|cause| {
-                Error::new(ErrorKind::Internal, "a note cannot be written as JSON").because(cause)
-            })?;
-            memory::write_durably(&places.note, &text)
+            write(&places, &note)
         });
         if let Err(error) = noted.await {
             memory::remove_file(&live.places.former)?;
@@ -203,31 +243,64 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
             return Err(error);
         }
     }
-    destroy(live, row.domid).await
+    destroy(live, row.domid).await?;
+    // Only now: its QEMU wrote to them until its end.
+    let (places, left) = (live.places.clone(), Mark::of_all(&live.domain));
+    blocking(move || match read(&places)? {
+        Some(note) => write(&places, &Note { left, ..note }),
+        None => Ok(()),
+    })
+    .await
 }
 
 /// A revert that nothing could follow is refused before anything is touched.
-fn refuse_without_beginning(live: &Live, anew: &Anew) -> Result<()> {
-    if let Some(config) = &anew.config
-        && !config.is_file()
-    {
-        return Err(Error::new(ErrorKind::NotFound, format!("there is no config file {config}"))
-            .state("nothing was touched"));
-    }
+async fn refuse_without_beginning(live: &Live, anew: &Anew) -> Result<()> {
     match (&anew.from, anew.config.as_ref().or(live.config.as_ref())) {
-        (Beginning::Boot, Some(config)) if !config.is_file() => {
-            Err(Error::new(ErrorKind::NotFound, format!("the domain's config file {config} is gone"))
-                .state("nothing was touched")
-                .advise("name the one that it is to be created from: --config FILE"))
-        }
         (Beginning::Boot, None) => Err(Error::new(
             ErrorKind::Refused,
             "the snapshot has no memory, and the config file that the domain would be created from is not known",
         )
-        .state("nothing was touched")
         .advise("name it: --config FILE; or have the domain off afterwards: --off")),
-        _ => Ok(()),
+        (Beginning::Boot, Some(config)) => refuse_other_config(live, config).await,
+        (Beginning::Memory(_), _) => match &anew.config {
+            Some(config) => refuse_other_config(live, config).await,
+            None => Ok(()),
+        },
+        (Beginning::Off, _) => Ok(()),
     }
+    .map_err(|error| error.state("nothing was touched"))
+}
+
+/// A config must be of this domain: of another name, it would become a second one that has the same disks.
+async fn refuse_other_config(live: &Live, path: &Utf8Path) -> Result<()> {
+    let advice = "name the file that the domain is to be created from: --config FILE";
+    if !path.is_file() {
+        let detail = format!("there is no config file {path}");
+        return Err(Error::new(ErrorKind::NotFound, detail).advise(advice));
+    }
+    let text = live.xl.must(&["create", "-q", "-n", path.as_str()], SOON).await?;
+    let config: Value = serde_json::from_str(&text).map_err(|cause| {
+        Error::new(ErrorKind::Io, format!("what `xl create -n {path}` prints is not understood"))
+            .because(cause)
+    })?;
+    let refuse = |detail: String| {
+        Err(Error::new(ErrorKind::Refused, format!("the config file {path} {detail}")).advise(advice))
+    };
+    let name = config["c_info"]["name"].as_str().unwrap_or_default();
+    if name != live.name {
+        return refuse(format!("is that of a domain {name}, not of {}", live.name));
+    }
+    let disks = seen::disks(&config);
+    for disk in live.xen_disks().await.into_iter().filter(|disk| disk.writable && !disk.removable) {
+        match disks.iter().find(|other| other.target == disk.target) {
+            None => return refuse(format!("has no disk {}", disk.target)),
+            Some(other) if !other.is_file(&disk.path) => {
+                return refuse(format!("has {} as disk {}, which is {}", other.path, disk.target, disk.path));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
 }
 
 /// Destroys a domain; when this returns nobody has its disks open.
@@ -256,15 +329,32 @@ pub(crate) async fn attach(live: &Live, step: &DomainStep, context: DomainContex
             _ => Ok(()),
         };
     };
-    if list::row_of(&live.xl, &live.name).await?.is_some() {
-        // It was made before, by this step or by somebody else.
-        return live.look_again().await;
+    if let Some(row) = list::row_of(&live.xl, &live.name).await? {
+        if row.has_run {
+            return Err(taken(live, row.domid));
+        }
+        // It was made before, by this step.
+        live.look_again().await?;
+        return match live.has_all_disks().await {
+            true => Ok(()),
+            false => Err(taken(live, row.domid)),
+        };
     }
     match &anew.from {
         Beginning::Off => Ok(()),
         Beginning::Memory(file) => restore(live, file, anew.config.as_deref(), true).await,
         Beginning::Boot => create(live, anew.config.as_deref()).await,
     }
+}
+
+/// Somebody else made a domain of this name while it was away. It may do what nobody wants to lose: it is theirs to end.
+pub(crate) fn taken(live: &Live, domid: u32) -> Error {
+    let name = &live.name;
+    let detail =
+        format!("somebody made another domain {name} (number {domid}) while it was away for a revert");
+    Error::new(ErrorKind::Busy, detail).advise(format!(
+        "shut that one down (`xl shutdown {name}`; what it wrote to these disks is given up), then run `domsnap recover`"
+    ))
 }
 
 /// Makes the domain from a save file; it stands still or not.
@@ -316,7 +406,10 @@ pub(crate) async fn undo_attach(live: &Live, step: &DomainStep, context: DomainC
         };
     }
     match (list::row_of(&live.xl, &live.name).await?, read(&live.places)?) {
-        (Some(row), Some(note)) if note.is_another(row.domid) => destroy(live, row.domid).await,
+        (Some(row), Some(note)) if note.is_another(row.domid) => match row.has_run {
+            false => destroy(live, row.domid).await,
+            true => Err(taken(live, row.domid)),
+        },
         _ => Ok(()),
     }
 }
@@ -340,6 +433,16 @@ pub(crate) async fn undo_open(live: &Live, step: &DomainStep, context: DomainCon
         // It was not ended yet, or not even noted; or somebody has started it anew, and may have paused it.
         (Some(row), note) => {
             let former = note.as_ref().is_none_or(|note| !note.is_another(row.domid));
+            if !former {
+                live.look_again().await?;
+                if !live.has_all_disks().await {
+                    return Err(taken(live, row.domid));
+                }
+                tracing::warn!(
+                    domain = live.name,
+                    "somebody has started the domain anew: its memory of before the revert is given up"
+                );
+            }
             if former {
                 instant::await_save(live.places.former.as_str()).await?;
                 instant::wake(live).await?;
@@ -351,6 +454,16 @@ pub(crate) async fn undo_open(live: &Live, step: &DomainStep, context: DomainCon
             live.places.remove()
         }
         (None, Some(note)) if note.saved => {
+            if let Some(path) = note.written_by_others(&live.found, &Mark::of_all(&live.domain)) {
+                let former = &live.places.former;
+                tracing::warn!(
+                    domain = live.name,
+                    "the domain is off, start it anew: somebody wrote to {path} since the revert ended it, so that its former \
+                     memory does not fit its disks any more; remove {former} when it is of no use"
+                );
+                memory::remove_file(&live.places.note)?;
+                return memory::flush_directory(&live.places.note);
+            }
             restore(live, &live.places.former, None, !note.running).await.map_err(|error| {
                 error.context("bringing the former domain back").advise(format!(
                     "mend what is named and run `domsnap recover`; its memory is in {}",
@@ -408,4 +521,36 @@ pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext
     *live.window.lock().await = None;
     live.places.remove()?;
     Ok(facts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mark(inode: u64, written: i64) -> Mark {
+        Mark { path: "/srv/a.qcow2".into(), inode, device: 1, written: (written, 0) }
+    }
+
+    #[test]
+    fn a_disk_that_somebody_else_wrote_to_is_told_from_one_that_the_undo_wrote_to() {
+        let note = Note {
+            domid: 1,
+            running: true,
+            saved: true,
+            machine: Value::Null,
+            summary: String::new(),
+            disks: Vec::new(),
+            config: None,
+            left: vec![mark(1, 1)],
+        };
+        let others = |found: &[Mark], now: &[Mark]| note.written_by_others(found, now).is_some();
+        // Nobody did; a revert to another file was undone; the undo wrote.
+        assert!(!others(&[mark(1, 1)], &[mark(1, 1)]));
+        assert!(!others(&[mark(2, 5)], &[mark(1, 1)]));
+        assert!(!others(&[mark(1, 5)], &[mark(1, 9)]));
+        // It was written, replaced, removed, and the undo has nothing to do with it.
+        assert!(others(&[mark(1, 5)], &[mark(1, 5)]));
+        assert!(others(&[mark(2, 5)], &[mark(2, 5)]));
+        assert!(others(&[], &[]));
+    }
 }

@@ -22,8 +22,6 @@ pub(crate) const SOON: Duration = Duration::from_secs(60);
 /// Within which a domain must be created or destroyed.
 pub(crate) const MAKING: Duration = Duration::from_secs(300);
 
-const LOOK: Duration = Duration::from_millis(5);
-
 /// The program.
 #[derive(Debug, Clone)]
 pub(crate) struct Xl {
@@ -127,24 +125,16 @@ fn run(path: &Path, words: &[String], deadline: Duration) -> Result<Said> {
         })
         .start()
         .map_err(|cause| io("cannot be started", cause))?;
-    let until = Instant::now() + deadline;
-    let mut pause = LOOK;
-    loop {
-        if let Some(output) = handle.try_wait().map_err(|cause| io("cannot be waited for", cause))? {
-            let text =
-                |file| text_of(file).map_err(|cause| io("ended, and what it said cannot be read", cause));
-            return Ok(Said { ok: output.status.success(), out: text(out)?, err: text(err)? });
-        }
-        if Instant::now() >= until {
-            handle.kill().map_err(|cause| io("has not ended in time and cannot be killed", cause))?;
-            return Err(Error::new(
-                ErrorKind::Io,
-                format!("{} has not ended within {} s and was killed", shown(), deadline.as_secs()),
-            ));
-        }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(50));
-    }
+    let ended = handle.wait_timeout(deadline).map_err(|cause| io("cannot be waited for", cause))?;
+    let Some(output) = ended else {
+        handle.kill().map_err(|cause| io("has not ended in time and cannot be killed", cause))?;
+        return Err(Error::new(
+            ErrorKind::Io,
+            format!("{} has not ended within {} s and was killed", shown(), deadline.as_secs()),
+        ));
+    };
+    let text = |file| text_of(file).map_err(|cause| io("ended, and what it said cannot be read", cause));
+    Ok(Said { ok: output.status.success(), out: text(out)?, err: text(err)? })
 }
 
 pub(crate) fn micros(since: Instant) -> u64 {

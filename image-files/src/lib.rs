@@ -11,8 +11,10 @@ mod blocking;
 mod hold;
 mod lock;
 pub mod names;
+mod size;
 
 pub use access::inherit;
 pub use blocking::{blocking, in_place};
 pub use hold::{Hold, Holds, is_held_by_others};
 pub use lock::{LockError, LockMode, is_locked, lock};
+pub use size::{size_at, size_of};

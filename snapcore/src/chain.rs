@@ -400,6 +400,8 @@ impl Planner<'_> {
     fn needed(&self, layer: &Layer, keep: &[Point]) -> bool {
         layer.name == self.active
             || !layer.owned
+            // Whatever stood there before the first overlay: it is read, and never written or removed.
+            || layer.format == "raw"
             || !layer.dependents.is_empty()
             || keep.contains(&Point::external(layer.name.clone()))
     }
@@ -615,6 +617,7 @@ impl Planner<'_> {
         for layer in &self.layers {
             let children = self.children(&layer.name).len();
             let for_others = layer.owned
+                && layer.format != "raw"
                 && layer.name != self.active
                 && !layer.dependents.is_empty()
                 && !keep.contains(&Point::external(layer.name.clone()));

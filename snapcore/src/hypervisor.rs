@@ -421,6 +421,14 @@ pub trait LiveDomain: Send + Sync {
     /// Limits what merges move, in bytes a second; 0: as fast as they can.
     fn limit(&self, bytes_per_second: u64);
 
+    /// Does ahead what of a step can be done while the guest runs: for who makes the guest stand still by other means before it
+    /// has the step applied. Changes nothing that others see; [`LiveDomain::undo`] takes it back, and so does
+    /// [`LiveDomain::settle`].
+    async fn make_ready(&self, step: &DomainStep) -> Result<()> {
+        let _ = step;
+        Ok(())
+    }
+
     /// Does a step. Idempotent, also after a crash: what is done already is not done again.
     async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts>;
 

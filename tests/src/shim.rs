@@ -31,6 +31,17 @@ impl Counted {
             && !self.line.ends_with(" length 0")
     }
 
+    /// Whether it is one before which a step of an operation on a running domain begins: the journal is made durable, or a name of
+    /// an image or memory image changes.
+    pub fn begins_a_step(&self) -> bool {
+        let journal = self.line.contains("-wal") && !self.line.starts_with("write ");
+        let names = ["rename ", "link ", "unlink "].iter().any(|kind| self.line.starts_with(kind));
+        journal
+            || (names
+                && (self.line.contains(".qcow2") || self.line.contains(".memory"))
+                && !self.line.contains(".domsnap/domain.json"))
+    }
+
     /// Whether it is a write to SQLite's log.
     pub fn is_of_the_log(&self) -> bool {
         self.line.starts_with("write ") && self.line.contains("-wal at ")

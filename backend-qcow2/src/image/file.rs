@@ -37,7 +37,7 @@ impl Storage for File {
         FileExt::write_at(self, buf, offset)
     }
     fn len(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
+        image_files::size_of(self)
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
         File::set_len(self, len)

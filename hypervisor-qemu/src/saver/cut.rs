@@ -1,7 +1,7 @@
 //! The instant of a snapshot, and the memory that is written after it.
 
 use std::{
-    fs,
+    fs, mem,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -158,9 +158,36 @@ fn words(way: Way) -> &'static str {
     }
 }
 
-/// Opens the overlays; gives what is to be cut.
+/// An overlay that is open in QEMU, and in nobody's use yet.
+#[derive(Debug)]
+pub(super) struct Ready {
+    file: Utf8PathBuf,
+    node: Name,
+}
+
+/// Opens the overlays ahead of the instant, which takes most of the time that it needs.
+pub(super) async fn make_ready(live: &Live, step: Step<'_>) -> Result<()> {
+    let mut opened = Vec::new();
+    let cuts = match prepare(live, step, &mut opened).await {
+        Ok(cuts) => cuts,
+        Err(error) => return Err(close(live, error, &opened).await),
+    };
+    let overlays = step.disks.iter().filter_map(|(_, instant)| match instant {
+        DiskInstant::Overlay { file, .. } => Some(file.clone()),
+        DiskInstant::Internal { .. } | DiskInstant::ByBackend => None,
+    });
+    let nodes = cuts.into_iter().filter_map(|cut| match cut {
+        DiskCut::Overlay { overlay, .. } => Some(overlay),
+        DiskCut::Internal { .. } => None,
+    });
+    *live.ready() = overlays.zip(nodes).map(|(file, node)| Ready { file, node }).collect();
+    Ok(())
+}
+
+/// Opens the overlays that are not open yet; gives what is to be cut.
 async fn prepare(live: &Live, step: Step<'_>, opened: &mut Vec<String>) -> Result<Vec<DiskCut>> {
     let mut cuts = Vec::new();
+    let mut ready = mem::take(&mut *live.ready());
     let graph = live.machine.graph().await.map_err(told)?;
     for (target, instant) in step.disks {
         if *instant == DiskInstant::ByBackend && live.disk_of(target).is_none() {
@@ -182,11 +209,17 @@ async fn prepare(live: &Live, step: Step<'_>, opened: &mut Vec<String>) -> Resul
             DiskInstant::ByBackend => continue,
             DiskInstant::Internal { tag } => DiskCut::Internal { device, tag: tag.clone() },
             DiskInstant::Overlay { file, format } => {
-                let file = snapcore::ChainFile { file: file.clone(), format: format.clone() };
-                let overlay = layer(&file, Name::node(), NodeOptions::like(&root.node));
-                graph::add_overlay(&live.machine, &overlay).await.map_err(told)?;
-                opened.push(overlay.name.to_string());
-                DiskCut::Overlay { device, overlay: overlay.name }
+                let overlay = match ready.iter().position(|ready| ready.file == *file) {
+                    Some(place) => ready.swap_remove(place).node,
+                    None => {
+                        let file = snapcore::ChainFile { file: file.clone(), format: format.clone() };
+                        let overlay = layer(&file, Name::node(), NodeOptions::like(&root.node));
+                        graph::add_overlay(&live.machine, &overlay).await.map_err(told)?;
+                        overlay.name
+                    }
+                };
+                opened.push(overlay.to_string());
+                DiskCut::Overlay { device, overlay }
             }
         });
     }
@@ -346,6 +379,7 @@ async fn end_saving(live: &Live, is_ours: bool) -> Result<()> {
 
 /// Closes what nobody uses.
 pub(super) async fn sweep(live: &Live) -> Result<()> {
+    live.ready().clear();
     let ours = jobs::reconcile(&live.machine).await.map_err(told)?;
     jobs::sweep(&live.machine, &ours).await.map_err(told)
 }

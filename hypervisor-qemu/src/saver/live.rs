@@ -23,7 +23,7 @@ use super::{
     window,
 };
 use crate::{
-    discover::{Discovery, Process, compare},
+    discover::{Abilities, Discovery, Process, compare},
     guest_clock::set_guest_clock,
     instant::Saving,
     machine::Machine,
@@ -42,6 +42,8 @@ pub(super) struct Live {
     pub(super) agent: Option<Agent>,
     disks: Vec<Disk>,
     speed: Arc<watch::Sender<u64>>,
+    /// The overlays that were opened ahead of an instant.
+    ready: Mutex<Vec<cut::Ready>>,
     /// The memory of the instant, which is being written, and whether the guest ran at it.
     saving: Mutex<Option<(Saving, bool)>>,
     /// Since when a window is open.
@@ -59,6 +61,7 @@ impl Live {
         let machine = connection.0.clone();
         recall(&machine, domain);
         let discovery = Discovery::read(&machine).await?;
+        remember(&machine, &discovery);
         let graph = machine.graph().await?;
         let view = View::of(&machine);
         let seen = seen::describe(&machine, &discovery, &view, &graph).await?;
@@ -72,7 +75,7 @@ impl Live {
         }
         let agent = control.agent.as_ref().or(seen.agent.as_ref());
         let agent = agent.map(|socket| Agent::new(PathBuf::from(socket.as_str())));
-        let (saving, window) = (Mutex::default(), Mutex::default());
+        let (ready, saving, window) = (Mutex::default(), Mutex::default(), Mutex::default());
         Ok(Self {
             _connection: connection,
             machine,
@@ -81,6 +84,7 @@ impl Live {
             agent,
             disks,
             speed,
+            ready,
             saving,
             window,
             unpacked,
@@ -97,6 +101,10 @@ impl Live {
             Error::new(ErrorKind::Refused, detail)
                 .advise("start the domain with the disk's configured path, or look whether that was moved")
         })
+    }
+
+    pub(super) fn ready(&self) -> MutexGuard<'_, Vec<cut::Ready>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn saving(&self) -> MutexGuard<'_, Option<(Saving, bool)>> {
@@ -130,14 +138,38 @@ impl Live {
     }
 }
 
-/// What this QEMU can do is recorded with the snapshots of a machine that the same program ran.
+/// What a QEMU can do, by its program's build and its version.
+type Known = (String, Option<(u64, u64, u64)>, Abilities);
+
+/// What this process has asked QEMUs for: their whole schema, which takes a while.
+static KNOWN: Mutex<Vec<Known>> = Mutex::new(Vec::new());
+
+fn known() -> MutexGuard<'static, Vec<Known>> {
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What this QEMU can do was asked before, or is recorded with the snapshots of a machine that the same program ran.
 fn recall(machine: &Machine, domain: &Domain) {
     let Some(build) = Process::read(machine).build else { return };
-    let known = domain.machines.iter().rev().filter_map(|known| recorded(&known.record).ok());
-    if let Some(known) = known.into_iter().find(|known| {
-        known.process.build.as_ref() == Some(&build) && known.version == machine.qmp().greeting().version
-    }) {
-        machine.know(known.abilities);
+    let version = machine.qmp().greeting().version;
+    let asked = known().iter().find(|known| (&known.0, known.1) == (&build, version)).cloned();
+    let recorded = || {
+        let records = domain.machines.iter().rev().filter_map(|known| recorded(&known.record).ok());
+        let same =
+            |known: &Discovery| known.process.build.as_ref() == Some(&build) && known.version == version;
+        records.into_iter().find(same).map(|known| known.abilities)
+    };
+    if let Some(abilities) = asked.map(|(_, _, abilities)| abilities).or_else(recorded) {
+        machine.know(abilities);
+    }
+}
+
+fn remember(machine: &Machine, discovery: &Discovery) {
+    let Some(build) = &discovery.process.build else { return };
+    let version = machine.qmp().greeting().version;
+    let mut known = known();
+    if !known.iter().any(|known| (&known.0, known.1) == (build, version)) {
+        known.push((build.clone(), version, discovery.abilities.clone()));
     }
 }
 
@@ -182,6 +214,13 @@ impl LiveDomain for Live {
 
     fn limit(&self, bytes_per_second: u64) {
         self.speed.send_replace(bytes_per_second);
+    }
+
+    async fn make_ready(&self, step: &DomainStep) -> Result<()> {
+        match instant(step) {
+            Some(step) => cut::make_ready(self, step).await,
+            None => Ok(()),
+        }
     }
 
     async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts> {

@@ -15,9 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::Running;
 use crate::{
-    DiskRecord, DiskSnapshotter, DomainContext, DomainStep, Edit, Error, ErrorKind, Event, Events, Facts,
-    Group, Inside, LiveDomain, NothingInside, OpenChain, OperationId, PowerAfter, Progress, Result, Salvage,
-    StartFromMemory, StepContext, StepState, StepStatus, Target,
+    DiskInstant, DiskRecord, DiskSnapshotter, DomainContext, DomainStep, Edit, Error, ErrorKind, Event,
+    Events, Facts, Group, Inside, LiveDomain, NothingInside, OpenChain, OperationId, PowerAfter, Progress,
+    Result, Salvage, StartFromMemory, StepContext, StepState, StepStatus, Target,
 };
 
 impl Running<'_> {
@@ -123,8 +123,8 @@ impl Running<'_> {
         }
         let Some(live) = self.engine.live else { return self.apply_at_rest(&step).await };
         if self.came_back(&step, live) {
-            let note = "the domain was started by somebody else after the crash, on the disks of the snapshot: it was not \
-                        stopped, reset or given other memory; revert again to have exactly the snapshot";
+            let note = "the domain runs already, on the disks of the snapshot: it went on just before the crash, or somebody started \
+                        it since; it was not stopped, reset or given other memory; revert again to have exactly the snapshot";
             return Ok(Facts { notes: vec![note.to_owned()], ..Facts::default() });
         }
         self.yield_locks().await?;
@@ -249,7 +249,7 @@ impl Running<'_> {
         let (backend, work) = self.work(index)?;
         let planned = &self.operation.plan.steps[index];
         let context = work.context(&work.deaf, &NothingInside);
-        let salvage = match self.resumed {
+        let salvage = match self.resumed && !self.is_merged_down(&planned.step.target) {
             true => {
                 let done = self.operation.steps[index] == StepState::Done;
                 guarded(backend.salvage(&planned.step, done, context)).await?
@@ -272,6 +272,23 @@ impl Running<'_> {
             self.run.warnings.push(message);
         }
         Ok(edits)
+    }
+
+    /// Whether the undo of an instant, which comes before those of the disk's own steps, has merged what the guest wrote to the
+    /// disk's overlay: it is in the image below by now.
+    fn is_merged_down(&self, target: &Target) -> bool {
+        let is_served = self.engine.live.is_some_and(|live| live.disk(target).is_some());
+        let is_begun = |index: &usize| {
+            self.operation.steps[*index] != StepState::Pending
+                && self.operation.plan.steps[*index].step.target.is_domain()
+        };
+        let took_it = |index: usize| match self.domain_step(index) {
+            Ok(DomainStep::Instant { disks, .. }) => disks
+                .iter()
+                .any(|(disk, taken)| disk == target && matches!(taken, DiskInstant::Overlay { .. })),
+            _ => false,
+        };
+        is_served && (0..self.operation.steps.len()).filter(is_begun).any(took_it)
     }
 
     /// Whether a finish step that is done was overtaken by what the domain wrote since.

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::catalogue::{Change, Entry, Lease, Revision};
 use crate::engine::{Engine, Run};
+use crate::manifest::Manifests;
 use crate::plan::DiskInput;
 use crate::service::locate::{Intake, canonical};
 use crate::{
@@ -322,11 +323,21 @@ impl Inner {
             manifests: &manifests,
             live: live.map(|live| &**live),
         };
-        let run = engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
+        let mut run = engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
             let names: Vec<&str> = plan.snapshots.iter().map(|name| name.as_str()).collect();
             error.context(format!("{} {} of domain {}", plan.operation, names.join(" "), entry.domain.name))
         })?;
+        self.follow_moved_disk(entry, &manifests, &mut run.warnings).await;
         Ok((plan, run))
+    }
+
+    /// A raw disk that got an overlay has another path now: manifests belong beside that too. Those beside the base stay, and tell
+    /// whoever finds it whose it is.
+    async fn follow_moved_disk(&self, entry: &Entry, before: &Manifests, warnings: &mut Vec<String>) {
+        let moved = self.manifests_of(&entry.domain).is_ok_and(|now| now.directory() != before.directory());
+        if moved && let Err(error) = self.write_manifests(entry).await {
+            warnings.push(error.to_string());
+        }
     }
 
     /// Finishes or undoes every operation of the domain that has not ended.

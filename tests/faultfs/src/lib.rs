@@ -7,6 +7,7 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `FAULTFS_ROOT` | the directory (canonical) whose files are watched; without it the shim does nothing |
+//! | `FAULTFS_PROGRAM` | the name of the only program that is meant; in others, which it starts, the shim does nothing |
 //! | `FAULTFS_COUNT` | file that gets one line for each operation: its number, kind, path, offset and length |
 //! | `FAULTFS_LOG` | file that gets one binary record (`record.rs`) for each operation that succeeded, with its data |
 //! | `FAULTFS_KILL_AT` | number of the operation (from 1) just before which the process gets SIGKILL |

@@ -72,6 +72,11 @@ pub fn config() -> Option<&'static Config> {
     CONFIG
         .get_or_init(|| {
             let root = PathBuf::from(std::env::var_os("FAULTFS_ROOT")?);
+            if let Some(program) = std::env::var_os("FAULTFS_PROGRAM")
+                && std::fs::read_link("/proc/self/exe").ok()?.file_name() != Some(&*program)
+            {
+                return None;
+            }
             let errno = match std::env::var("FAULTFS_ERRNO").as_deref() {
                 Ok("EIO") => libc::EIO,
                 Ok("EDQUOT") => libc::EDQUOT,

@@ -481,7 +481,14 @@ static int set_blocks(u64 count, double rate)
                 u64 found = read_block(block, expected, d, i);
                 if (found == ~0ull) {
                     bad++;
-                    say(1, "BAD block disk=%d index=%llu is not what was written there", d, (unsigned long long)i);
+                    int k = 0;
+                    while (block[k] == expected[k])
+                        k++;
+                    say(1,
+                        "BAD block disk=%d index=%llu is not what was written there: it says disk=%llu index=%llu generation=%llu, and "
+                        "differs from word %d on",
+                        d, (unsigned long long)i, (unsigned long long)block[0], (unsigned long long)block[1],
+                        (unsigned long long)block[2], k);
                 }
                 generation[d][i] = found;
             }

@@ -539,7 +539,8 @@ fn blank(built: &Built, mib: u64, format: &str) -> Result<PathBuf> {
     let raw = built.once(&format!("blank-{mib}.raw"), |image| {
         File::create(image)?.set_len(mib << 20)?;
         let mut mkfs = Command::new("mkfs.ext4");
-        mkfs.args(["-q", "-F", "-m", "0", "-E", "lazy_itable_init=0,nodiscard"]).arg(image);
+        // Blocks as large as the witness's: one that is written when QEMU is killed is written or is not, and never half.
+        mkfs.args(["-q", "-F", "-b", "4096", "-m", "0", "-E", "lazy_itable_init=0,nodiscard"]).arg(image);
         process::run(&mut mkfs, "run scripts/install-deps").map(drop)
     })?;
     if format == "raw" {

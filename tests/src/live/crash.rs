@@ -4,6 +4,7 @@
 //! operation on files the shim strikes. All instants of an operation are struck in one guest, one after the other, so that
 //! what a recovery leaves behind meets the next.
 
+use std::fs;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::{Live, NAME};
 use crate::domsnap::status;
 use crate::report;
-use crate::shim;
+use crate::shim::{self, Counted};
 
 /// Who dies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,30 +55,20 @@ pub fn strike(
     let root = live.guest.dir().to_owned();
     let counting = shim::counting(shim::watching(live.domsnap(), &root)?, &file);
     let outcome = counting.done(&words)?;
-    let steps: Vec<u64> = shim::counted(&file)?
-        .iter()
-        .filter(|done| begins_a_step(&done.line))
-        .map(|done| done.number)
-        .collect();
+    let steps: Vec<Counted> = shim::counted(&file)?.into_iter().filter(Counted::begins_a_step).collect();
     ensure!(steps.len() >= 3, "the shim saw {} steps: {outcome}", steps.len());
     settle(live, operation, true).context("after the one that was counted")?;
-    for &step in steps.iter().skip(first).step_by(every) {
-        (operation.again)(live).with_context(|| format!("before operation {step}"))?;
-        once(live, operation, &words, victim, step).with_context(|| {
-            format!("{victim:?} struck at operation {step} of domsnap {}", words.join(" "))
+    for step in steps.iter().skip(first).step_by(every) {
+        let Counted { number, line } = step;
+        (operation.again)(live).with_context(|| format!("before operation {number}"))?;
+        once(live, operation, &words, victim, *number).with_context(|| {
+            format!(
+                "{victim:?} struck at operation {number} (`{line}` when they were counted) of domsnap {}",
+                words.join(" ")
+            )
         })?;
     }
     Ok(())
-}
-
-/// Whether an operation on files is one before which a step begins.
-fn begins_a_step(line: &str) -> bool {
-    let journal = line.contains("-wal") && !line.starts_with("write ");
-    let names = ["rename ", "link ", "unlink "].iter().any(|kind| line.starts_with(kind));
-    journal
-        || (names
-            && (line.contains(".qcow2") || line.contains(".memory"))
-            && !line.contains(".domsnap/domain.json"))
 }
 
 fn once(live: &mut Live, operation: &Operation, words: &[&str], victim: Victim, step: u64) -> Result<()> {
@@ -120,7 +111,13 @@ fn once(live: &mut Live, operation: &Operation, words: &[&str], victim: Victim, 
         }
     };
     live.domsnap().done(&["recover", NAME])?;
-    if victim != Victim::Domsnap {
+    if victim == Victim::Domsnap {
+        // The guest ran on, and what it wrote is where it writes.
+        let aside = fs::read_dir(&root)?
+            .flatten()
+            .find(|entry| entry.file_name().to_string_lossy().starts_with("rescued-"));
+        ensure!(aside.is_none(), "something was put aside that nobody misses: {aside:?}");
+    } else {
         live.wait_running()?;
         if operation.words[0] == "revert" {
             // Its supervisor started it before the recovery, on disks of which some were reverted and some not, and it wrote

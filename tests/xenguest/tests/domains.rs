@@ -2,20 +2,22 @@
 //! itself says when its memory and its disks are not of one instant.
 use std::{
     fs,
-    os::unix::fs::MetadataExt,
+    os::unix::{fs::MetadataExt, process::ExitStatusExt},
     path::{Path, PathBuf},
-    process::{Command, ExitCode, Stdio},
+    process::{Child, Command, ExitCode, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use domsnap_tests::shim::{Counted, counted};
 use xenguest::{
     Trial,
     inside::{Backend, DomU, Said, program, xl},
 };
 
 const DOMSNAP: &str = "/usr/local/bin/domsnap";
+const SHIM: &str = "/usr/local/bin/libfaultfs.so";
 
 const TRIALS: &[Trial] = &[
     Trial::new("memory_and_external_disks_come_back_as_they_were_as_often_as_one_likes", external),
@@ -33,7 +35,13 @@ const TRIALS: &[Trial] = &[
     Trial::new("a_save_that_fills_the_disk_is_undone_and_the_guest_goes_on", full_disk),
     Trial::new("a_memory_image_that_was_cut_short_is_refused_before_anything_is_touched", truncated),
     Trial::new("a_revert_whose_domain_cannot_be_made_brings_the_former_guest_back", former_comes_back),
-    Trial::new("a_domsnap_that_is_killed_anywhere_in_a_create_or_a_revert_is_recovered", killed),
+    Trial::new("a_config_of_another_domain_is_refused_before_anything_is_touched", other_config),
+    Trial::new(
+        "who_takes_the_name_of_a_domain_that_is_reverted_is_not_touched_and_the_former_guest_waits",
+        name_taken,
+    ),
+    Trial::new("a_domsnap_that_is_killed_at_any_step_of_a_create_is_recovered", killed_in_create),
+    Trial::new("a_domsnap_that_is_killed_at_any_step_of_a_revert_is_recovered", killed_in_revert),
     Trial::new(
         "an_xl_that_is_killed_with_its_domsnap_leaves_nothing_that_recover_cannot_mend",
         killed_with_xl,
@@ -129,6 +137,51 @@ impl Run {
         self.guest.expect_no_bad()
     }
 
+    /// Writes another config of the guest, where `from` is `to`; gives its path.
+    fn config_with(&self, from: &str, to: &str) -> Result<String> {
+        let text = fs::read_to_string(self.guest.config())?;
+        ensure!(text.contains(from), "the config has no {from:?}: {text}");
+        let path = self.guest.dir().join("config.other");
+        fs::write(&path, text.replace(from, to))?;
+        Ok(path.to_string_lossy().into_owned())
+    }
+
+    /// The same as [`Run::command`], under the shim.
+    fn under_shim(&self, words: &[&str], variable: &str, value: &str) -> Command {
+        let words: Vec<&str> =
+            words.iter().map(|word| if *word == "DOMAIN" { self.domain.as_str() } else { word }).collect();
+        let mut command = self.command(&words);
+        command
+            .env("LD_PRELOAD", SHIM)
+            .env("FAULTFS_PROGRAM", "domsnap")
+            .env("FAULTFS_ROOT", self.guest.dir());
+        command.env(variable, value).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    }
+
+    /// The operations on files at which its steps begin; it is done.
+    fn steps(&self, words: &[&str]) -> Result<Vec<u64>> {
+        let list = Path::new("/vm/operations");
+        let _ = fs::remove_file(list);
+        let status = self.under_shim(words, "FAULTFS_COUNT", &list.to_string_lossy()).status()?;
+        ensure!(status.success(), "domsnap {} ended with {status}", words.join(" "));
+        let counted: Vec<Counted> = counted(list)?.into_iter().filter(Counted::begins_a_step).collect();
+        let steps: Vec<u64> = counted.iter().map(|done| done.number).collect();
+        ensure!(steps.len() >= 3, "the shim saw {} steps", steps.len());
+        println!("            {} steps: domsnap {}", steps.len(), words.join(" "));
+        Ok(steps)
+    }
+
+    /// Kills it at one of them.
+    fn strike(&self, words: &[&str], step: u64) -> Result<()> {
+        let begun = Instant::now();
+        let status = self.under_shim(words, "FAULTFS_KILL_AT", &step.to_string()).status()?;
+        // It takes some steps in another order, or fewer of them, another time.
+        ensure!(status.success() || status.signal() == Some(9), "struck at {step}, it ended with {status}");
+        println!("{:>7} ms  struck at operation {step}: {status}", begun.elapsed().as_millis());
+        Ok(())
+    }
+
     fn names(&self) -> Result<Vec<String>> {
         let text = self.ok(&["list", "DOMAIN", "--json"])?;
         let document: serde_json::Value = serde_json::from_str(&text)?;
@@ -152,7 +205,7 @@ impl Run {
                 continue;
             }
             let name = entry.file_name().to_string_lossy().into_owned();
-            if !["config", "state"].contains(&name.as_str()) && !name.ends_with(".domsnap") {
+            if !["config", "config.other", "state"].contains(&name.as_str()) && !name.ends_with(".domsnap") {
                 names.push(name);
             }
         }
@@ -206,7 +259,7 @@ fn tell_pause(log: &str) -> Result<()> {
 }
 
 fn mixed() -> Result<()> {
-    let mut run = Run::start("mixed", &[Backend::Qcow2, Backend::Qcow2, Backend::Lvm])?;
+    let mut run = Run::start("mixed", &[Backend::Qcow2, Backend::Qcow2, Backend::Lvm, Backend::LvmThin])?;
     let blank = volumes()?;
     let before = run.guest.ticks()?;
     run.ok(&["create", "DOMAIN", "s1", "--disk", "xvda=internal", "--disk", "xvdb=external"])?;
@@ -354,13 +407,12 @@ fn former_comes_back() -> Result<()> {
     let mut run = Run::start("former", &[Backend::Qcow2, Backend::Qcow2])?;
     run.ok(&["create", "DOMAIN", "s1", "--external"])?;
     let present = run.guest.ticks()?;
-    // A config that Xen cannot make a domain from: one of its disks is missing.
-    let text = fs::read_to_string(run.guest.config())?;
-    let wrong = run.guest.dir().join("wrong");
-    fs::write(&wrong, text.replace("xvdb.qcow2", "nowhere.qcow2"))?;
+    // A config that Xen cannot make a domain from: one more disk, which is missing.
+    let missing = "disk=[ \"format=qcow2,vdev=xvdz,access=rw,target=/vm/nowhere.qcow2\", ";
+    let wrong = run.config_with("disk=[ ", missing)?;
     let domid = run.guest.domid()?;
     let place = run.guest.place();
-    let said = run.domsnap(&["revert", "DOMAIN", "s1", "--config", &wrong.to_string_lossy()])?;
+    let said = run.domsnap(&["revert", "DOMAIN", "s1", "--config", &wrong])?;
     ensure!(said.status == 1, "it ended with {}", said.status);
     ensure!(run.guest.domid()?.is_some() && run.guest.domid()? != domid, "the former domain is not back");
     let first = run.guest.first_tick_since(place)?;
@@ -373,19 +425,77 @@ fn former_comes_back() -> Result<()> {
     run.guest.expect_no_bad()
 }
 
-/// Starts domsnap, and kills it when something is so.
-fn kill_when(run: &Run, words: &[&str], what: &str, happened: impl Fn() -> bool) -> Result<()> {
+fn other_config() -> Result<()> {
+    let run = Run::start("config", &[Backend::Qcow2])?;
+    run.ok(&["create", "DOMAIN", "s1", "--disk-only", "--external"])?;
+    for (from, to, says) in [
+        ("name=\"config\"", "name=\"twin\"", "is that of a domain twin"),
+        ("config/xvda.qcow2", "blank.qcow2", "which is"),
+        ("vdev=xvda", "vdev=xvdb", "has no disk xvda"),
+        ("memory=", "memory=lots", "xl create"),
+    ] {
+        let config = run.config_with(from, to)?;
+        run.refused(&["revert", "DOMAIN", "s1", "--config", &config], 1, says)?;
+    }
+    run.refused(&["revert", "DOMAIN", "s1", "--config", "/vm/nowhere"], 1, "no config file")?;
+    run.guest.expect_no_bad()
+}
+
+fn name_taken() -> Result<()> {
+    let mut run = Run::start("taken", &[Backend::Qcow2])?;
+    run.ok(&["create", "DOMAIN", "s1", "--external"])?;
+    let present = run.guest.ticks()?;
+    let all = fs::read_to_string(run.guest.config())?;
+    let disks = all.lines().find(|line| line.starts_with("disk=")).context("the config has no disks")?;
+    let other = run.config_with(disks, "disk=[]")?;
+    let mut revert = start(&run, &["revert", "DOMAIN", "s1"])?;
+    wait_until(&mut revert, "the domain is away", || is_away("taken"))?;
+    program("/bin/kill", &["-STOP", &revert.id().to_string()])?.ok()?;
+    xl(&["create", "-q", &other])?;
+    let theirs = run.guest.domid()?;
+    program("/bin/kill", &["-CONT", &revert.id().to_string()])?.ok()?;
+    let output = revert.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    print!("{said}");
+    ensure!(output.status.code() == Some(4), "it ended with {}", output.status);
+    ensure!(said.contains("somebody made another domain taken"), "it does not say so");
+    run.refused(&["recover", "DOMAIN"], 3, "somebody made another domain taken")?;
+    ensure!(run.guest.domid()? == theirs, "another's domain was destroyed");
+    xl(&["destroy", "taken"])?;
+    let place = run.guest.place();
+    run.ok(&["recover", "DOMAIN"])?;
+    let first = run.guest.first_tick_since(place)?;
+    ensure!(first >= present, "it goes on at {first}, and was at {present}: the revert was not undone");
+    run.guest.expect_no_bad()
+}
+
+/// Whether the domain of a name is not there.
+fn is_away(name: &str) -> bool {
+    program("/usr/sbin/xl", &["domid", name]).is_ok_and(|said| said.status != 0)
+}
+
+fn start(run: &Run, words: &[&str]) -> Result<Child> {
     let words: Vec<&str> =
         words.iter().map(|word| if *word == "DOMAIN" { run.domain.as_str() } else { word }).collect();
-    let mut child = run.command(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    Ok(run.command(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
+}
+
+fn wait_until(domsnap: &mut Child, what: &str, happened: impl Fn() -> bool) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(120);
     while !happened() {
-        if let Some(status) = child.try_wait()? {
-            bail!("domsnap ended ({status}) before it could be killed when {what}");
+        if let Some(status) = domsnap.try_wait()? {
+            bail!("domsnap ended ({status}) before {what}");
         }
         ensure!(Instant::now() < until, "domsnap did not get so far that {what}");
         thread::sleep(Duration::from_millis(10));
     }
+    Ok(())
+}
+
+/// Starts domsnap, and kills it when something is so.
+fn kill_when(run: &Run, words: &[&str], what: &str, happened: impl Fn() -> bool) -> Result<()> {
+    let mut child = start(run, words)?;
+    wait_until(&mut child, what, happened)?;
     child.kill()?;
     child.wait()?;
     println!("            killed domsnap {} when {what}", words.join(" "));
@@ -400,41 +510,65 @@ fn is_saving(guest: &Path) -> bool {
         .any(|entry| entry.metadata().is_ok_and(|about| about.len() > 0))
 }
 
-fn killed() -> Result<()> {
-    let mut run = Run::start("killed", &[Backend::Qcow2, Backend::Qcow2])?;
+fn killed_in_create() -> Result<()> {
+    let run = Run::start("increate", &[Backend::Qcow2, Backend::Qcow2])?;
     let saves = || is_saving(run.guest.dir());
     // In the middle of the save: xl goes on alone, and leaves the guest paused.
-    kill_when(&run, &["create", "DOMAIN", "k1", "--external"], "memory is being saved", saves)?;
+    kill_when(&run, &["create", "DOMAIN", "k", "--external"], "memory is being saved", saves)?;
     run.ok(&["recover", "DOMAIN"])?;
     run.guest.expect_no_bad()?;
     ensure!(run.names()?.is_empty(), "a snapshot that did not happen is listed");
+    let words =
+        ["create", "DOMAIN", "k", "--disk-only", "--disk", "xvda=internal", "--disk", "xvdb=external"];
+    for step in run.steps(&words)? {
+        if !run.names()?.is_empty() {
+            run.ok(&["delete", "DOMAIN", "k"])?;
+        }
+        run.strike(&words, step)?;
+        run.ok(&["recover", "DOMAIN"]).with_context(|| format!("struck at {step}"))?;
+        run.guest.expect_no_bad()?;
+        ensure!(!run.guest.is_paused()?, "struck at {step}, it leaves the guest paused");
+    }
+    if !run.names()?.is_empty() {
+        run.ok(&["delete", "DOMAIN", "k"])?;
+    }
     ensure!(run.files()? == ["xvda.qcow2", "xvdb.qcow2"], "left behind: {:?}", run.files()?);
+    Ok(())
+}
 
+fn killed_in_revert() -> Result<()> {
+    let mut run = Run::start("inrevert", &[Backend::Qcow2])?;
     let before = run.guest.ticks()?;
     run.ok(&["create", "DOMAIN", "s1", "--external"])?;
     let after = run.guest.ticks()?;
-    // When the domain is gone.
-    let (note, former) =
-        (run.guest.dir().join("killed.domsnap-window"), run.guest.dir().join("killed.domsnap-former"));
-    let present = run.guest.ticks()?;
-    let is_away =
-        || note.exists() && program("/usr/sbin/xl", &["domid", "killed"]).is_ok_and(|said| said.status != 0);
-    kill_when(&run, &["revert", "DOMAIN", "s1"], "the domain is away", is_away)?;
-    ensure!(former.exists(), "the former domain's memory is gone");
-    let place = run.guest.place();
-    run.ok(&["recover", "DOMAIN"])?;
-    let first = run.guest.first_tick_since(place)?;
-    ensure!(first >= present, "it goes on at {first}, and was at {present}: the revert was not undone");
-    run.guest.expect_no_bad()?;
-    ensure!(!note.exists() && !former.exists(), "the former domain's memory is left behind");
-    // When another was made, which stands still yet: whether that is before the commit point or after it nobody can tell, so it
-    // may be either, and must be one of them wholly.
-    let domid = run.guest.domid()?;
-    let is_made = || note.exists() && run.guest.domid().is_ok_and(|now| now.is_some() && now != domid);
-    kill_when(&run, &["revert", "DOMAIN", "s1"], "the domain was made anew", is_made)?;
-    run.ok(&["recover", "DOMAIN"])?;
-    run.guest.expect_no_bad()?;
-    ensure!(!note.exists() && !former.exists(), "the former domain's memory is left behind");
+    let places = ["window", "former"].map(|end| run.guest.dir().join(format!("inrevert.domsnap-{end}")));
+    let words = ["revert", "DOMAIN", "s1"];
+    let mut started = false;
+    for step in run.steps(&words)? {
+        run.strike(&words, step)?;
+        let note = fs::read_to_string(&places[0]).unwrap_or_default();
+        if !started && note.contains("\"left\":[{") && is_away("inrevert") {
+            // Somebody starts it, who knows of nothing, and ends it. Its former memory does not fit the disks any more.
+            run.guest.create()?;
+            run.guest.ticks()?;
+            xl(&["destroy", "inrevert"])?;
+            run.ok(&["recover", "DOMAIN"])?;
+            started = true;
+            if is_away("inrevert") {
+                fs::remove_file(&places[1])?;
+                run.guest.create()?;
+            }
+        } else {
+            run.ok(&["recover", "DOMAIN"]).with_context(|| format!("struck at {step}"))?;
+        }
+        // The present or the snapshot, and one of them wholly: the guest itself compares.
+        run.guest.expect_no_bad().with_context(|| format!("struck at {step}"))?;
+        ensure!(!run.guest.is_paused()?, "struck at {step}, it leaves the guest paused");
+        for place in &places {
+            ensure!(!place.exists(), "struck at {step}, it leaves {} behind", place.display());
+        }
+    }
+    ensure!(started, "no step found the domain away");
     run.revert_between("s1", before, after)
 }
 

@@ -1,10 +1,14 @@
 //! What is full, overflowed or in the way: told before it is needed, refused before anything is touched.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
 use lvmguest::Statement;
 use lvmguest::inside::{asked, domsnap, done, fill, refused, snapshots, succeed, write_block};
+use rustix::fs::OFlags;
 
 use crate::matrix::{Sort, expect, group, volume, volumes};
 
@@ -140,6 +144,44 @@ fn a_merge_that_is_put_off_is_told_and_stops_everything() -> Result<()> {
     Ok(())
 }
 
+fn a_device_that_knows_no_snapshots_goes_on_under_an_overlay_elsewhere() -> Result<()> {
+    group(Sort::Thick)?;
+    // A block device as any other, because it is said to be raw.
+    let device = volume(Sort::Thick, "plain")?.path();
+    write_block(&device, 0, b'a')?;
+    let disk = format!("vda={device},format=raw");
+    done(&["domain", "add", "kept", "--disk", &disk])?;
+    refused(&["create", "kept", "s"], &["never come to name a qcow2 overlay", "--active-path=new", "lvm"])?;
+    done(&["domain", "remove", "kept"])?;
+    done(&["domain", "add", "moved", "--disk", &disk, "--active-path", "new"])?;
+    refused(&["create", "moved", "s"], &["no room for an overlay", "path=/DIRECTORY/vda.qcow2"])?;
+    refused(&["create", "moved", "s", "--disk", "vda=copy"], &["nothing can be put beside it"])?;
+    refused(&["create", "moved", "s", "--disk", "vda=external,path=vda.qcow2"], &["absolute path"])?;
+    let directory = "/tmp/overlays";
+    std::fs::create_dir_all(directory)?;
+    let overlay = format!("{directory}/vda.qcow2");
+    let create = ["create", "moved", "s1", "--disk", &format!("vda=external,path={overlay}")];
+    let mounted =
+        OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(&device)?;
+    refused(&create, &["this machine itself uses", "nothing was touched"])?;
+    drop(mounted);
+    let told = done(&create)?;
+    ensure!(told.stdout.contains(&overlay) && told.stdout.contains("must now name"), "{told}");
+    ensure!(Path::new(&format!("{overlay}.domsnap/domain.json")).exists(), "no manifests beside the overlay");
+    for name in ["s2", "s3"] {
+        done(&["create", "moved", name])?;
+    }
+    done(&["revert", "moved", "s1"])?;
+    done(&["revert", "moved", "s3"])?;
+    done(&["delete", "moved", "s2"])?;
+    done(&["check", "moved"])?;
+    ensure!(snapshots("moved")? == ["s1", "s3"], "{:?}", snapshots("moved")?);
+    done(&["delete", "moved", "s1", "s3"])?;
+    // The device is its owner's, whatever is deleted: it is read, and nothing is merged into it.
+    ensure!(volumes()? == ["plain"], "{:?}", volumes()?);
+    expect(&device, 0, b'a')
+}
+
 /// All of them.
 pub static STATEMENTS: &[Statement] = &[
     (
@@ -158,6 +200,10 @@ pub static STATEMENTS: &[Statement] = &[
     (
         "a merge that would overflow another point is refused",
         a_merge_that_would_overflow_another_point_is_refused,
+    ),
+    (
+        "a device that knows no snapshots goes on under an overlay elsewhere",
+        a_device_that_knows_no_snapshots_goes_on_under_an_overlay_elsewhere,
     ),
     ("a point that somebody removed is told", a_point_that_somebody_removed_is_told),
     ("a name that leaves no room for points is refused", a_name_that_leaves_no_room_for_points_is_refused),

@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Within which a guest must boot, tick, answer.
-const DEADLINE: Duration = Duration::from_secs(90);
+const DEADLINE: Duration = Duration::from_secs(300);
 
 const MEMORY_MIB: u32 = 96;
 
@@ -30,6 +30,8 @@ pub enum Backend {
     RawLoop,
     /// A logical volume, which dom0's kernel serves.
     Lvm,
+    /// One that a thin pool gives its room.
+    LvmThin,
 }
 
 /// A guest of Xen. It is destroyed, and its files are removed, when this is dropped.
@@ -88,7 +90,7 @@ impl DomU {
                     Backend::Qcow2 => "format=qcow2",
                     Backend::RawQdisk => "format=raw,backendtype=qdisk",
                     Backend::RawLoop => "format=raw",
-                    Backend::Lvm => "format=raw,backendtype=phy",
+                    Backend::Lvm | Backend::LvmThin => "format=raw,backendtype=phy",
                 };
                 format!("\"{what},vdev=xvd{letter},access=rw,target={}\"", path.display())
             })
@@ -299,14 +301,16 @@ impl Drop for DomU {
         if !std::thread::panicking() {
             let _ = fs::remove_dir_all(&self.dir);
         }
-        for (_, volume) in self.disks.iter().filter(|(backend, _)| *backend == Backend::Lvm) {
+        let is_volume = |backend| matches!(backend, Backend::Lvm | Backend::LvmThin);
+        for (_, volume) in self.disks.iter().filter(|(backend, _)| is_volume(*backend)) {
             let _ = program("/sbin/lvremove", &["-fq", &volume.to_string_lossy()]);
         }
     }
 }
 
-/// The volume group of the machine's second disk.
+/// The volume group of the machine's second disk, and the thin pool in it.
 const VOLUMES: &str = "domsnap";
+const POOL: &str = "domsnap/pool";
 
 /// A disk of 64 MiB with an empty ext4 file system.
 fn make_disk(backend: Backend, dir: &Path, name: &str, letter: char) -> Result<PathBuf> {
@@ -314,7 +318,7 @@ fn make_disk(backend: Backend, dir: &Path, name: &str, letter: char) -> Result<P
     let text = |path: &Path| path.to_string_lossy().into_owned();
     if !qcow2.exists() {
         fs::File::create(raw)?.set_len(64 << 20)?;
-        program("/sbin/mke2fs", &["-q", "-t", "ext4", &text(raw)])?.ok()?;
+        program("/sbin/mke2fs", &["-q", "-t", "ext4", "-b", "4096", &text(raw)])?.ok()?;
         let new = Path::new("/vm/blank.new");
         program("/usr/bin/qemu-img", &["convert", "-O", "qcow2", &text(raw), &text(new)])?.ok()?;
         fs::rename(new, qcow2)?;
@@ -330,7 +334,7 @@ fn make_disk(backend: Backend, dir: &Path, name: &str, letter: char) -> Result<P
             program("/bin/cp", &["--sparse=always", &text(raw), &text(&path)])?.ok()?;
             Ok(path)
         }
-        Backend::Lvm => {
+        Backend::Lvm | Backend::LvmThin => {
             if program("/sbin/vgs", &[VOLUMES])?.status != 0 {
                 program("/sbin/pvcreate", &["-q", "/dev/vdb"])?.ok()?;
                 program("/sbin/vgcreate", &["-q", VOLUMES, "/dev/vdb"])?.ok()?;
@@ -338,7 +342,14 @@ fn make_disk(backend: Backend, dir: &Path, name: &str, letter: char) -> Result<P
             let volume = format!("{name}-{letter}");
             let path = PathBuf::from(format!("/dev/{VOLUMES}/{volume}"));
             let _ = program("/sbin/lvremove", &["-fq", &text(&path)])?;
-            program("/sbin/lvcreate", &["-qy", "-L", "64M", "-n", &volume, VOLUMES])?.ok()?;
+            if backend == Backend::Lvm {
+                program("/sbin/lvcreate", &["-qy", "-L", "64M", "-n", &volume, VOLUMES])?.ok()?;
+            } else {
+                if program("/sbin/lvs", &[POOL])?.status != 0 {
+                    program("/sbin/lvcreate", &["-qy", "-L", "512M", "-T", POOL])?.ok()?;
+                }
+                program("/sbin/lvcreate", &["-qy", "-V", "64M", "-T", POOL, "-n", &volume])?.ok()?;
+            }
             program(
                 "/bin/dd",
                 // All of it: lvm leaves in a volume what another had there.

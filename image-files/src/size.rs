@@ -1,0 +1,31 @@
+//! How large a file or a block device is.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
+
+use camino::Utf8Path;
+
+/// The bytes of an open file or block device, whose metadata tells of none.
+///
+/// # Errors
+/// The system's.
+pub fn size_of(file: &File) -> io::Result<u64> {
+    let about = file.metadata()?;
+    match about.file_type().is_block_device() {
+        true => (&mut &*file).seek(SeekFrom::End(0)),
+        false => Ok(about.len()),
+    }
+}
+
+/// The bytes of the file or block device at `path`.
+///
+/// # Errors
+/// The system's.
+pub fn size_at(path: &Utf8Path) -> io::Result<u64> {
+    let about = path.metadata()?;
+    match about.file_type().is_block_device() {
+        true => size_of(&File::open(path)?),
+        false => Ok(about.len()),
+    }
+}
