@@ -17,7 +17,7 @@
 
 use std::{
     fs,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{FileTypeExt, MetadataExt},
     time::{Duration, Instant},
 };
 
@@ -25,8 +25,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use snapcore::{
-    Anew, Beginning, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, PowerAfter, Result,
-    Seen, SeenDisk,
+    Anew, Beginning, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, FileIdentity,
+    PowerAfter, Result, Seen, SeenDisk, file_identity,
 };
 
 use crate::{
@@ -91,12 +91,12 @@ pub(crate) struct Note {
     left: Vec<Mark>,
 }
 
-/// By what a disk is known again that nobody has written to. Of files alone: a block device has no time of its last write.
+/// By what a disk is known again that nobody has written to: which one it is, and of a file the time of its last write, of a block
+/// device the sectors that were written since it has been there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Mark {
     path: Utf8PathBuf,
-    inode: u64,
-    device: u64,
+    disk: FileIdentity,
     written: (i64, i64),
 }
 
@@ -104,12 +104,22 @@ impl Mark {
     /// Those of a domain's disks, as they are now.
     pub(crate) fn of_all(domain: &Domain) -> Vec<Self> {
         let mark = |path: &Utf8PathBuf| {
-            let about = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
-            let written = (about.mtime(), about.mtime_nsec());
-            Some(Self { path: path.clone(), inode: about.ino(), device: about.dev(), written })
+            let about = fs::metadata(path).ok()?;
+            let written = match about.file_type().is_block_device() {
+                true => (sectors_written(about.rdev())?, 0),
+                false => (about.mtime(), about.mtime_nsec()),
+            };
+            Some(Self { path: path.clone(), disk: file_identity(&about), written })
         };
         domain.disks.iter().filter_map(|record| mark(&record.disk.path)).collect()
     }
+}
+
+/// Documentation/ABI/stable/sysfs-block of the kernel: the seventh field of `stat`.
+fn sectors_written(device: u64) -> Option<i64> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let stat = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
+    stat.split_whitespace().nth(6)?.parse().ok()
 }
 
 impl Note {
@@ -528,7 +538,7 @@ mod tests {
     use super::*;
 
     fn mark(inode: u64, written: i64) -> Mark {
-        Mark { path: "/srv/a.qcow2".into(), inode, device: 1, written: (written, 0) }
+        Mark { path: "/srv/a.qcow2".into(), disk: (1, inode), written: (written, 0) }
     }
 
     #[test]

@@ -350,7 +350,7 @@ mod the_configured_path {
     }
 
     #[test]
-    fn that_is_a_block_device_is_refused_with_words() -> Result<()> {
+    fn that_is_a_block_device_is_refused_while_this_machine_has_it_mounted() -> Result<()> {
         if !may_mount("xfs") {
             return Ok(());
         }
@@ -361,10 +361,14 @@ mod the_configured_path {
         )?;
         let state = tempfile::tempdir()?;
         let disk = format!("vda={},format=raw", device.trim());
-        let words = ["domain", "add", NAME, "--disk", &disk];
-        let outcome = Domsnap::new(state.path()).run(&words)?;
+        let domsnap = Domsnap::new(state.path());
+        domsnap.done(&["domain", "add", NAME, "--disk", &disk, "--active-path", "new"])?;
+        let overlay = state.path().join("vda.qcow2");
+        let external = format!("vda=external,path={}", overlay.display());
+        let outcome = domsnap.run(&["create", NAME, "s1", "--disk", &external])?;
         ensure!(outcome.status == Some(status::REFUSED), "{outcome}");
-        says(&outcome, &[device.trim(), "not a regular file"])
+        ensure!(!overlay.exists(), "an overlay was made on it");
+        says(&outcome, &[device.trim(), "this machine itself uses", "unmount it"])
     }
 
     #[test]

@@ -537,7 +537,7 @@ fn killed_in_create() -> Result<()> {
 }
 
 fn killed_in_revert() -> Result<()> {
-    let mut run = Run::start("inrevert", &[Backend::Qcow2])?;
+    let mut run = Run::start("inrevert", &[Backend::Qcow2, Backend::LvmThin])?;
     let before = run.guest.ticks()?;
     run.ok(&["create", "DOMAIN", "s1", "--external"])?;
     let after = run.guest.ticks()?;
