@@ -123,18 +123,25 @@ impl Running<'_> {
         let (Some(opened), Some(live), true) = (opened, self.engine.live, self.resumed) else {
             return Ok(Window::None);
         };
+        let worked_on: Vec<usize> = (opened + 1..self.operation.plan.steps.len())
+            .filter(|index| {
+                let planned = &self.operation.plan.steps[*index];
+                self.operation.steps[*index] != StepState::Pending
+                    && planned.group == Group::Cut
+                    && !planned.step.target.is_domain()
+            })
+            .collect();
         if live.seen().running {
             let mut changed = false;
-            for index in opened + 1..self.operation.plan.steps.len() {
-                let begun = self.operation.steps[index] != StepState::Pending;
-                let planned = &self.operation.plan.steps[index];
-                if begun && planned.group == Group::Cut && !planned.step.target.is_domain() {
-                    changed |= self.status(index).await? != StepStatus::NotDone;
-                }
+            for index in worked_on {
+                changed |= self.status(index).await? != StepStatus::NotDone;
             }
             if !changed {
                 return Ok(Window::NotNeeded);
             }
+        } else if worked_on.is_empty() {
+            // It may have been opened half way: it is closed from there.
+            return Ok(Window::None);
         }
         self.apply(opened).await?;
         Ok(if live.seen().running { Window::Anew(opened) } else { Window::None })
