@@ -246,13 +246,15 @@ impl Reader<'_> {
             named,
             backing: None,
             owned,
-            virtual_size: size_at(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?,
+            virtual_size: metadata.len(),
             allocated: metadata.blocks() * 512,
             internal: Vec::new(),
             dependents: Vec::new(),
         };
         if format != "qcow2" {
-            // Stated to be of another format: it is read as that by whoever opens the chain, and it ends here.
+            // Stated to be of another format: it is read as that by whoever opens the chain, and it ends here. It may be a device.
+            layer.virtual_size =
+                size_at(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
             return Ok((layer, None));
         }
         let opened = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;

@@ -74,10 +74,14 @@ impl Run {
         command
     }
 
+    /// The words, with the guest's name where they say `DOMAIN`.
+    fn named<'a>(&'a self, words: &[&'a str]) -> Vec<&'a str> {
+        words.iter().map(|word| if *word == "DOMAIN" { self.domain.as_str() } else { word }).collect()
+    }
+
     /// Runs domsnap; `DOMAIN` stands for the guest.
     fn domsnap(&self, words: &[&str]) -> Result<Said> {
-        let words: Vec<&str> =
-            words.iter().map(|word| if *word == "DOMAIN" { self.domain.as_str() } else { word }).collect();
+        let words = self.named(words);
         let begun = Instant::now();
         let output =
             self.command(&words).output().context("domsnap is not in the machine: build it first")?;
@@ -93,8 +97,7 @@ impl Run {
 
     /// The same, with its log on standard error; it must succeed.
     fn logged(&self, words: &[&str]) -> Result<Said> {
-        let words: Vec<&str> =
-            words.iter().map(|word| if *word == "DOMAIN" { self.domain.as_str() } else { word }).collect();
+        let words = self.named(words);
         let output = self.command(&words).env("DOMSNAP_LOG", "debug").output()?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let (out, err) = (text(&output.stdout), text(&output.stderr));
@@ -148,8 +151,7 @@ impl Run {
 
     /// The same as [`Run::command`], under the shim.
     fn under_shim(&self, words: &[&str], variable: &str, value: &str) -> Command {
-        let words: Vec<&str> =
-            words.iter().map(|word| if *word == "DOMAIN" { self.domain.as_str() } else { word }).collect();
+        let words = self.named(words);
         let mut command = self.command(&words);
         command
             .env("LD_PRELOAD", SHIM)
@@ -475,8 +477,7 @@ fn is_away(name: &str) -> bool {
 }
 
 fn start(run: &Run, words: &[&str]) -> Result<Child> {
-    let words: Vec<&str> =
-        words.iter().map(|word| if *word == "DOMAIN" { run.domain.as_str() } else { word }).collect();
+    let words = run.named(words);
     Ok(run.command(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
 }
 
