@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """A backend of domsnap in a process of its own: points of a file are copies of it, in a directory beside it.
 
-Standard library only. Install it as `domsnap-backend-dir` in the directory of plug-ins; then `--format dir` is served by it.
+Standard library only. Install it as `domsnap-backend-dir` in the directory of plug-ins; then it serves disks
+that are registered with `format=dir`, of running domains too.
 docs/backend-authors.md tells how it came to be, and docs/plugin-schema.json what is said.
 
 On the disk, for a file `/vm/web.img`:
@@ -20,6 +21,7 @@ import errno
 import fcntl
 import json
 import os
+import struct
 import sys
 import threading
 
@@ -138,37 +140,60 @@ def copy(disk, source, to, call):
 
 # Locks ---------------------------------------------------------------------------------------------------------------
 
-HOLDS = {}
+HOLDS = {}  # of each disk that is held, by its path: the handles that lock, by what they lock
 HOLDS_LOCK = threading.Lock()
 
 
+def identity(found):
+    return (found.st_dev, found.st_ino)
+
+
 def lock(path):
-    """Locks what `path` names. The lock ends with this process, whatever happens to it."""
+    """Locks what `path` names against others of us. The lock ends with this process, whatever happens to it."""
     while True:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             raise Failure("busy", f"{path} is worked on by somebody else", "wait until that has ended") from None
-        locked, named = os.fstat(handle), os.stat(path)
-        if (locked.st_dev, locked.st_ino) == (named.st_dev, named.st_ino):
+        if identity(os.fstat(handle)) == identity(os.stat(path)):
             return handle
         os.close(handle)  # it was exchanged meanwhile
 
 
-def lock_too(disk, path):
-    """What becomes the disk is locked before it does, for as long as the disk is."""
+def lock_bytes(handle, way):
+    """QEMU locks bytes of an image from 100 on for what it does with it, and from 200 on for what nobody else may."""
+    fcntl.fcntl(handle, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", way, os.SEEK_SET, 100, 200, 0))
+
+
+def keep_others_out(held, path, opened):
+    """Locks what `path` names, against QEMU too, unless the domain's own QEMU has it open."""
+    what = identity(os.stat(path))
+    if what not in held:
+        handle = lock(path)
+        what = identity(os.fstat(handle))
+        held[what] = handle
+    if what not in opened:
+        try:
+            lock_bytes(held[what], fcntl.F_WRLCK)
+        except (BlockingIOError, PermissionError):
+            raise Failure("busy", f"{path} is open in a QEMU", "shut the machine down") from None
+
+
+def opened_of(params):
+    return {(file["device"], file["inode"]) for file in params["open"]}
+
+
+def lock_too(params, *paths):
+    """What is the disk, or becomes it, is locked before a step moves it, and stays so."""
+    path = params["disk"]["path"]
     with HOLDS_LOCK:
-        hold = HOLDS.get(disk["path"])
-        if hold is None:
-            raise Failure("internal", f"{disk['path']} is worked on and not held")
-        named = os.stat(path)
-        for handle in hold["handles"]:
-            locked = os.fstat(handle)
-            if (locked.st_dev, locked.st_ino) == (named.st_dev, named.st_ino):
-                return
-        hold["handles"].append(lock(path))
+        held = HOLDS.get(path)
+        if held is None:
+            raise Failure("internal", f"{path} is worked on and not held")
+        for one in paths:
+            keep_others_out(held, one, opened_of(params))
 
 
 # Methods -------------------------------------------------------------------------------------------------------------
@@ -182,7 +207,7 @@ def hello(params, call):
             "internal": True,
             "external": False,
             "preferred": "internal",
-            "live": False,
+            "live": True,
             "delete_in_chain": True,
             "snapshot_of_snapshot": True,
             "max_depth": 1,
@@ -265,10 +290,9 @@ def plan(params, call):
     disk, asked = params["disk"], params["request"]
     steps = []
 
-    def step(group, action, summary, size):
-        steps.append(
-            {"group": group, "target": disk["target"], "action": action, "summary": summary, "bytes": size}
-        )
+    def step(group, action, summary, size, inside=False):
+        planned = {"group": group, "target": disk["target"], "action": action, "summary": summary}
+        steps.append({**planned, "bytes": size, "inside": inside})
 
     def required(at):
         if at["layer"] != LAYER or at["tag"] not in tags_of(disk):
@@ -289,8 +313,11 @@ def plan(params, call):
     if os.path.exists(point(disk, tag)):
         raise Failure("exists", f"{point(disk, tag)} is there already", "try again")
     if asked["request"] == "create":
-        step("cut", {"do": "copy", "tag": tag}, f"copy {disk['path']} as {tag}", size_of(disk).st_size)
-        return {"steps": steps, "point": {"layer": LAYER, "tag": tag}}
+        # Of a running domain, the copy is made while the guest stands still: inside the instant.
+        live = params["state"].get("attached", False)
+        step("cut", {"do": "copy", "tag": tag}, f"copy {disk['path']} as {tag}", size_of(disk).st_size, live)
+        planned = {"steps": steps, "point": {"layer": LAYER, "tag": tag}}
+        return {**planned, "instant": {"take": "by-backend"}} if live else planned
     if asked["request"] == "revert":
         to = required(asked["to"])
         size = os.stat(point(disk, to)).st_size
@@ -327,7 +354,7 @@ def apply(params, call):
             if os.path.exists(former):
                 return  # done before
             raise Failure("corrupt", f"{coming} is gone", "see `domsnap check`")
-        lock_too(disk, coming)
+        lock_too(params, disk["path"], coming)
         # First what is there gets a second name, then the first name moves: at every instant the path opens to a whole disk.
         if not os.path.exists(former):
             os.link(disk["path"], former)
@@ -349,7 +376,7 @@ def undo(params, call):
         if same_file(former, disk["path"]):
             os.unlink(former)
         else:
-            lock_too(disk, former)
+            lock_too(params, disk["path"], former)
             os.rename(former, disk["path"])
             flush(os.path.dirname(disk["path"]))
         flush(points_of(disk))
@@ -395,10 +422,15 @@ def status(params, call):
 
 
 def hold(params, call):
-    path = params["disk"]["path"]
-    handle = lock(path)
+    path, held = params["disk"]["path"], {}
+    try:
+        keep_others_out(held, path, opened_of(params))
+    except Failure:
+        for handle in held.values():
+            os.close(handle)
+        raise
     with HOLDS_LOCK:
-        HOLDS[path] = {"handles": [handle]}
+        HOLDS[path] = held
     return {"hold": path.encode("unicode_escape").decode()}
 
 
@@ -406,8 +438,15 @@ def release(params, call):
     with HOLDS_LOCK:
         for path in list(HOLDS):
             if path.encode("unicode_escape").decode() == params["hold"]:
-                for handle in HOLDS.pop(path)["handles"]:
+                for handle in HOLDS.pop(path).values():
                     os.close(handle)
+
+
+def yield_locks(params, call):
+    """A QEMU is about to open the disk. It stays locked against others of us."""
+    with HOLDS_LOCK:
+        for handle in HOLDS.get(params["disk"]["path"], {}).values():
+            lock_bytes(handle, fcntl.F_UNLCK)
 
 
 def open_chain(params, call):
@@ -448,8 +487,8 @@ def layer_file(params, call):
 METHODS = {
     method.__name__: method
     for method in (
-        hello, adopt, inspect, discover, plan, hold, release, open_chain, apply, undo, salvage, status, check,
-        cost_of_delete, manifest_directory, layer_file,
+        hello, adopt, inspect, discover, plan, hold, release, yield_locks, open_chain, apply, undo, salvage, status,
+        check, cost_of_delete, manifest_directory, layer_file,
     )
 }  # fmt: skip
 

@@ -102,6 +102,18 @@ impl Machine {
         self.abilities.get_or_try_init(|| Abilities::read(self)).await
     }
 
+    /// Whether whatever the guest writes while its memory is copied will be copied again.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub(crate) async fn marks_writes(&self) -> Result<bool> {
+        if self.abilities().await?.emulation_marks_writes() {
+            return Ok(true);
+        }
+        let reply = self.query("query-kvm", Value::Null).await?;
+        reply["enabled"].as_bool().ok_or_else(|| self.odd("query-kvm", &reply))
+    }
+
     /// Says what this QEMU can do, where that was asked of the same program before.
     pub(crate) fn know(&self, abilities: Abilities) {
         // Asked already: it is the same.

@@ -4,9 +4,10 @@
 pub mod crash;
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,7 @@ pub struct Live {
     /// The guest.
     pub guest: Guest,
     state: PathBuf,
+    plugins: Option<PathBuf>,
     held: BTreeMap<String, Held>,
 }
 
@@ -72,11 +74,31 @@ impl Live {
     /// What failed, in words.
     pub fn of(options: GuestOptions) -> Result<Live> {
         let live = Live::unregistered(options)?;
-        let (socket, agent) = (live.guest.qmp_socket(), live.guest.agent_socket());
-        let words = ["domain", "add", NAME, "--qmp"].map(|word| word.as_ref());
-        let words = [&words[..], &[socket.as_os_str(), "--agent".as_ref(), agent.as_os_str()]].concat();
-        live.domsnap().done(&words)?;
+        live.register(&[])?;
         Ok(live)
+    }
+
+    /// A guest under load whose disks have these formats for domsnap, of which a plug-in in the directory may serve some.
+    ///
+    /// # Errors
+    /// What failed, in words.
+    pub fn served_by(options: GuestOptions, formats: &[&str], plugins: &Path) -> Result<Live> {
+        let mut live = Live::unregistered(options)?;
+        live.plugins = Some(plugins.to_owned());
+        let disks = live.guest.targets().into_iter().zip(live.guest.disks()).zip(formats);
+        let disks = disks.flat_map(|((target, path), format)| {
+            ["--disk".to_owned(), format!("{target}={},format={format}", path.display())]
+        });
+        live.register(&disks.collect::<Vec<_>>())?;
+        Ok(live)
+    }
+
+    fn register(&self, more: &[String]) -> Result<()> {
+        let (socket, agent) = (self.guest.qmp_socket(), self.guest.agent_socket());
+        let words = ["domain", "add", NAME, "--qmp"].map(|word| word.as_ref());
+        let mut words = [&words[..], &[socket.as_os_str(), "--agent".as_ref(), agent.as_os_str()]].concat();
+        words.extend(more.iter().map(OsStr::new));
+        self.domsnap().done(&words).map(drop)
     }
 
     /// A guest under load of which domsnap knows nothing.
@@ -86,7 +108,7 @@ impl Live {
     pub fn unregistered(options: GuestOptions) -> Result<Live> {
         let guest = options.deadline(Duration::from_secs(60)).start()?;
         let state = guest.dir().join("state");
-        let live = Live { guest, state, held: BTreeMap::new() };
+        let live = Live { guest, state, plugins: None, held: BTreeMap::new() };
         live.load()?;
         Ok(live)
     }
@@ -103,7 +125,11 @@ impl Live {
 
     /// `domsnap` with this domain's state directory.
     pub fn domsnap(&self) -> Domsnap {
-        Domsnap::new(&self.state)
+        let domsnap = Domsnap::new(&self.state);
+        match &self.plugins {
+            Some(directory) => domsnap.env("DOMSNAP_BACKEND_DIR", directory),
+            None => domsnap,
+        }
     }
 
     /// Runs a command and looks whether the guest and QEMU are sound afterwards.
@@ -332,12 +358,21 @@ impl Live {
 /// A checksum of what a point shows, zeros and all.
 fn checksum(point: &Point) -> Result<u64> {
     let raw = tempfile::NamedTempFile::new()?;
+    let format = qemu::format(&point.layer);
     let mut command = Command::new("qemu-img");
-    command.args(["convert", "-U", "-f", qemu::format(&point.layer), "-O", "raw"]);
-    if let (Kind::Internal, Some(tag)) = (point.kind, &point.tag) {
-        command.args(["-l", &format!("snapshot.name={tag}")]);
+    command.args(["convert", "-U", "-f", format, "-O", "raw"]);
+    let mut image = point.layer.clone();
+    match (point.kind, &point.tag) {
+        // The plug-in `dir`: copies in a directory beside the file.
+        (Kind::Internal, Some(tag)) if format == "raw" => {
+            image.as_mut_os_string().push(format!(".points/{tag}"));
+        }
+        (Kind::Internal, Some(tag)) => {
+            command.args(["-l", &format!("snapshot.name={tag}")]);
+        }
+        _ => {}
     }
-    let output = command.arg(&point.layer).arg(raw.path()).output()?;
+    let output = command.arg(&image).arg(raw.path()).output()?;
     ensure!(
         output.status.success(),
         "reading {} of {}: {}",

@@ -59,6 +59,15 @@ impl Abilities {
         }
     }
 
+    /// Whether, without KVM too, what a guest writes during a pre-copy is copied again.
+    ///
+    /// Before 9.0 it may not be: the marks of many pages were cleared without telling the emulated processors, which wrote on
+    /// without marking (mended by "physmem: Fix migration dirty bitmap coherency with TCG memory access"). Mapped-ram came in
+    /// the same version.
+    pub fn emulation_marks_writes(&self) -> bool {
+        self.mapped_ram
+    }
+
     /// Asks a QEMU, each time anew: [`Machine::abilities`] asks once.
     ///
     /// # Errors

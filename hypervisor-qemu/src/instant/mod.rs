@@ -12,7 +12,8 @@
 //!
 //! A background snapshot write-protects memory, so the pause does not depend on its size nor on how fast the guest dirties
 //! it; it needs a kernel, rights, memory and a QEMU that allow it
-//! ([`crate::discover::Abilities::background_snapshot_holds`]), and where it cannot be had a live cut falls back to pre-copy.
+//! ([`crate::discover::Abilities::background_snapshot_holds`]), and where it cannot be had a live cut falls back to pre-copy,
+//! or, where a QEMU would lose writes in that ([`crate::discover::Abilities::emulation_marks_writes`]), to non-live.
 //! Waiting for the first page is what makes it right: only then does QEMU have the state of the devices, and the protection
 //! in place.
 //!

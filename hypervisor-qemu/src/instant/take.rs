@@ -66,6 +66,7 @@ pub struct Cut {
     disks: Vec<DiskCut>,
     memory: Option<(Draft, Mode)>,
     avoid_background: bool,
+    trust_marks: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -113,6 +114,15 @@ impl Cut {
         self
     }
 
+    /// By pre-copy even of a QEMU that loses writes in it ([`Abilities::emulation_marks_writes`][holds]): for trying that
+    /// way where there is no KVM, not for memory that is to be used.
+    ///
+    /// [holds]: crate::discover::Abilities::emulation_marks_writes
+    pub fn trusting_pre_copy(mut self) -> Self {
+        self.trust_marks = true;
+        self
+    }
+
     /// Cuts, and lets the guest go on (only if it ran).
     ///
     /// `while_paused` runs when everything is of one instant and the guest stands still: what must be done before it writes
@@ -130,7 +140,7 @@ impl Cut {
     where
         F: Future<Output = std::result::Result<T, BoxError>>,
     {
-        let Self { disks, memory, avoid_background } = self;
+        let Self { disks, memory, avoid_background, trust_marks } = self;
         let disks = Disks::find(machine, disks).await?;
         let running = machine.run_state().await?.running;
         let Some((draft, Mode(live))) = memory else {
@@ -160,7 +170,17 @@ impl Cut {
                 _ => return Err(error),
             },
         };
-        let why_not = Some(why_not.to_string());
+        let mut why_not = why_not.to_string();
+        let live = match live {
+            Live::Live { .. } if running && !trust_marks && !machine.marks_writes().await? => {
+                why_not.push_str(
+                    "; and while the guest runs, this QEMU would lose writes of it, for want of KVM",
+                );
+                Live::Paused
+            }
+            live => live,
+        };
+        let why_not = Some(why_not);
         match live {
             _ if !running => {
                 let settings = Settings::apply(machine, Form::Plain).await?;

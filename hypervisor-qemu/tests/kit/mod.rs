@@ -104,7 +104,7 @@ pub async fn snapshot(
     let path = guest.dir().join(format!("{tag}.memory"));
     let mut cut = onto(guest, &overlays).memory(Draft::create(&path)?, live);
     if !background {
-        cut = cut.without_background_snapshot();
+        cut = cut.without_background_snapshot().trusting_pre_copy();
     }
     let taken = cut.take(machine, nothing).await?;
     let (way, stopped) = (taken.way, taken.stopped_for);

@@ -544,8 +544,9 @@ fn killed_in_revert() -> Result<()> {
     let after = run.guest.ticks()?;
     let places = ["window", "former"].map(|end| run.guest.dir().join(format!("inrevert.domsnap-{end}")));
     let words = ["revert", "DOMAIN", "s1"];
-    let mut started = false;
+    let (mut started, mut went_on) = (false, false);
     for step in run.steps(&words)? {
+        let present = run.guest.ticks()?;
         run.strike(&words, step)?;
         let note = fs::read_to_string(&places[0]).unwrap_or_default();
         if !started && note.contains("\"left\":[{") && is_away("inrevert") {
@@ -560,7 +561,12 @@ fn killed_in_revert() -> Result<()> {
                 run.guest.create()?;
             }
         } else {
-            run.ok(&["recover", "DOMAIN"]).with_context(|| format!("struck at {step}"))?;
+            let said = run.ok(&["recover", "DOMAIN"]).with_context(|| format!("struck at {step}"))?;
+            if said.contains("undone: it did not happen") {
+                let now = run.guest.ticks()?;
+                ensure!(now >= present, "struck at {step} and undone, it goes on at {now}, from {present}");
+                went_on = true;
+            }
         }
         // The present or the snapshot, and one of them wholly: the guest itself compares.
         run.guest.expect_no_bad().with_context(|| format!("struck at {step}"))?;
@@ -570,6 +576,7 @@ fn killed_in_revert() -> Result<()> {
         }
     }
     ensure!(started, "no step found the domain away");
+    ensure!(went_on, "no step was undone");
     run.revert_between("s1", before, after)
 }
 
