@@ -29,6 +29,7 @@ FORMAT = "dir"
 PROTOCOL = 1
 LAYER = "disk"
 CHUNK = 64 * 1024
+FLUSH = 64 * 1024 * 1024
 
 
 class Failure(Exception):
@@ -89,11 +90,13 @@ def same_file(one, other):
         return False
 
 
-def same_content(one, other):
+def same_content(one, other, call):
     with open(one, "rb") as a, open(other, "rb") as b:
-        if os.fstat(a.fileno()).st_size != os.fstat(b.fileno()).st_size:
+        size = os.fstat(a.fileno()).st_size
+        if size != os.fstat(b.fileno()).st_size:
             return False
         while True:
+            call.progress(a.tell(), size)
             left, right = a.read(CHUNK), b.read(CHUNK)
             if left != right:
                 return False
@@ -128,6 +131,10 @@ def copy(disk, source, to, call):
             else:
                 writing.write(chunk)
             done += len(chunk)
+            if done % FLUSH == 0:
+                # So that the flush at the end, of which no progress can be told, does not take long.
+                writing.flush()
+                os.fdatasync(writing.fileno())
             call.progress(done, found.st_size)
             if call.is_cancelled():
                 raise Failure("cancelled", f"copying {source} was cancelled")
@@ -394,7 +401,7 @@ def salvage(params, call):
     former, path = point(disk, action["former"]), disk["path"]
     if not os.path.exists(former) or same_file(former, path):
         return nothing  # the path names what it always did: an undo leaves that
-    if same_content(path, point(disk, action["from"])):
+    if same_content(path, point(disk, action["from"]), call):
         return nothing
     rescued = point(disk, "rescued-" + action["former"])
     if not os.path.exists(rescued):

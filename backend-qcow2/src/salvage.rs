@@ -47,7 +47,10 @@ impl Workplace<'_> {
             ChainStep::SwitchActive { from, to } => {
                 // An overlay on the former active layer shows the same as that: with what was written it is the present.
                 let switched = names::same_file(&self.own_name(to), path)?;
-                if !switched || self.below(to)? != Some(self.own_name(from)) || !self.is_written(to)? {
+                if !switched
+                    || self.below(to)? != Some(self.own_name(from))
+                    || !self.reading(to)?.is_written()?
+                {
                     return Ok(Salvage::Nothing);
                 }
                 let target = self.record.disk.target.clone();
@@ -62,7 +65,7 @@ impl Workplace<'_> {
                 Ok(Salvage::Stays(edits, words))
             }
             ChainStep::CreateOverlay { layer, .. } => match self.is_to_go(step, layer, done)? {
-                true if self.is_written(layer)? => self.put_aside(layer),
+                true if self.reading(layer)?.is_written()? => self.put_aside(layer),
                 _ => Ok(Salvage::Nothing),
             },
             // What cannot be compared is kept: it may have been written.
@@ -105,14 +108,6 @@ impl Workplace<'_> {
             && !names::same_file(&self.own_name(layer), &self.record.disk.path)?)
     }
 
-    /// Whether an overlay, empty when it was made, has anything in it.
-    fn is_written(&self, overlay: &LayerName) -> Result<bool> {
-        let image = self.reading(overlay)?;
-        let tables = image.active_l1()?;
-        let mapped = (0..tables.len()).any(|index| tables.l2_offset(index).is_some());
-        Ok(mapped || !image.snapshots()?.is_empty())
-    }
-
     /// Whether `copy` is still what was copied out of `from`.
     fn is_copy_of(&self, copy: &LayerName, from: &LayerName, tag: &str) -> Result<bool> {
         let (copy, source) = (self.reading(copy)?, self.reading(from)?);
@@ -132,7 +127,7 @@ impl Workplace<'_> {
         self.lock(&file)?;
         names::settle(&file, &aside)?;
         Ok(Salvage::PutAside(format!(
-            "{}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote is kept as \
+            "{}: the domain ran after the crash and wrote into {file}; what was begun was undone, and what it wrote is kept as \
              {aside}: remove it when it is of no use",
             self.record.disk.target
         )))

@@ -218,6 +218,7 @@ impl Planner<'_> {
                 ),
             }));
         }
+        self.refuse_raw_points()?;
         let layer = match chosen {
             Some(file) if is_device => self.beside_no_device(file)?,
             None if is_device => {
@@ -274,6 +275,26 @@ impl Planner<'_> {
         self.plan.commit.extend(edits);
         self.plan.point = Some(Point::external(base));
         Ok(())
+    }
+
+    /// Under an overlay the disk is a qcow2 one, and what it owns is read as that. A copy of a raw disk must never be: its guest decides
+    /// what it looks like.
+    fn refuse_raw_points(&self) -> Result<()> {
+        let record = self.record;
+        let points: Vec<&str> =
+            record.owned.iter().filter(|layer| **layer != record.active).map(LayerName::as_str).collect();
+        if points.is_empty() {
+            return Ok(());
+        }
+        let target = &record.disk.target;
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!("{target}: it has points that are raw files ({}), which no overlay can go with", points.join(", ")),
+        )
+        .state("nothing was touched")
+        .advise(format!(
+            "delete the snapshots that they are of first, or take this one with --disk {target}=copy or {target}=reflink"
+        )))
     }
 
     /// The name of a new overlay on a device: a path elsewhere.

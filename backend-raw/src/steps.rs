@@ -11,12 +11,14 @@
 //!
 //! **What the domain wrote between a crash and the recovery.** The path opens at every instant, so the domain may run. While it
 //! names the former present nothing is lost by an undo. When it names the copy that a revert made, and the revert is undone, the
-//! copy is compared with the point that it was made from; what differs is kept as `rescued-<layer>` before the copy is removed.
+//! copy is compared with the point that it was made from; what differs is kept as `rescued-<layer>` before the copy is removed. The overlay of
+//! a create on a running domain has the guest's writes from the instant on; where that create is undone with nobody left who could merge them, the
+//! overlay is kept so too.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 
-use backend_qcow2::image::{self, Backing, NewImage};
+use backend_qcow2::image::{self, Backing, Image, NewImage, OpenOptions as ReadOptions};
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::{Hold, inherit, names};
 use serde::{Deserialize, Serialize};
@@ -188,21 +190,44 @@ impl Workplace<'_> {
 
     /// Makes safe what the domain wrote, where undoing `step` would lose it.
     pub(crate) fn salvage(&self, step: &RawStep, done: bool) -> Result<Salvage> {
-        let RawStep::Copy { from: from @ Some(_), layer, .. } = step else { return Ok(Salvage::Nothing) };
-        let file = self.file(layer);
+        let (RawStep::Copy { from: Some(_), layer, .. } | RawStep::CreateOverlay { layer, .. }) = step else {
+            return Ok(Salvage::Nothing);
+        };
+        let (target, file) = (&self.record.disk.target, self.file(layer));
         let goes = done && names::file_id(&file)?.is_some() && !names::same_file(&file, self.path())?;
-        // What cannot be compared is kept: it may have been written.
-        if !goes || copy::same_content(&file, &self.source(from.as_ref())).unwrap_or(false) {
+        if !goes || !self.is_written(step, &file) {
             return Ok(Salvage::Nothing);
         }
-        let aside = file.with_file_name(format!("{RESCUED}{layer}"));
+        let aside = file.with_file_name(format!("{RESCUED}{}", file.file_name().unwrap_or_default()));
         self.refuse_in_use(&file)?;
         names::settle(&file, &aside)?;
-        Ok(Salvage::PutAside(format!(
-            "{}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote is kept as \
-             {aside}: remove it when it is of no use",
-            self.record.disk.target
-        )))
+        Ok(Salvage::PutAside(match step {
+            RawStep::CreateOverlay { .. } => format!(
+                "{target}: the domain wrote into {file}, the overlay of a snapshot that was not taken; what it wrote is kept as {aside}, on \
+                 {}: where that is what the domain should go on with, keep the base as it is and make its configuration name the \
+                 overlay, with format qcow2; else remove it",
+                self.path()
+            ),
+            _ => format!(
+                "{target}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote is kept as \
+                 {aside}: remove it when it is of no use"
+            ),
+        }))
+    }
+
+    /// Whether a file holds more than what `step` made. What cannot be read is kept: it may have been written.
+    fn is_written(&self, step: &RawStep, file: &Utf8Path) -> bool {
+        match step {
+            RawStep::CreateOverlay { .. } => {
+                Image::open(file.as_std_path(), &ReadOptions::read_only().unlocked())
+                    .and_then(|overlay| overlay.is_written())
+                    .unwrap_or(true)
+            }
+            RawStep::Copy { from, .. } => {
+                !copy::same_content(file, &self.source(from.as_ref())).unwrap_or(false)
+            }
+            _ => false,
+        }
     }
 
     fn path(&self) -> &Utf8Path {

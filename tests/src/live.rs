@@ -73,8 +73,16 @@ impl Live {
     /// # Errors
     /// What failed, in words.
     pub fn of(options: GuestOptions) -> Result<Live> {
+        Live::registered(options, &[])
+    }
+
+    /// The same, registered with more words.
+    ///
+    /// # Errors
+    /// What failed, in words.
+    pub fn registered(options: GuestOptions, more: &[&str]) -> Result<Live> {
         let live = Live::unregistered(options)?;
-        live.register(&[])?;
+        live.register(more)?;
         Ok(live)
     }
 
@@ -89,11 +97,12 @@ impl Live {
         let disks = disks.flat_map(|((target, path), format)| {
             ["--disk".to_owned(), format!("{target}={},format={format}", path.display())]
         });
-        live.register(&disks.collect::<Vec<_>>())?;
+        let words: Vec<String> = disks.collect();
+        live.register(&words.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(live)
     }
 
-    fn register(&self, more: &[String]) -> Result<()> {
+    fn register(&self, more: &[&str]) -> Result<()> {
         let (socket, agent) = (self.guest.qmp_socket(), self.guest.agent_socket());
         let words = ["domain", "add", NAME, "--qmp"].map(|word| word.as_ref());
         let mut words = [&words[..], &[socket.as_os_str(), "--agent".as_ref(), agent.as_os_str()]].concat();

@@ -1,9 +1,17 @@
 //! Whatever dies in the middle of an operation on a running domain, `recover` heals it: the guest runs, memory and disks are of
 //! one instant, every snapshot holds what it held, and what was begun has happened or has not.
 
-use anyhow::Result;
-use domsnap_tests::live::Live;
-use domsnap_tests::live::crash::{Operation, Victim, strike};
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use domsnap_tests::live::crash::{Operation, Victim, kill_qemu, start_qemu, strike};
+use domsnap_tests::live::{Live, NAME};
 use domsnap_tests::report;
 use testguest::GuestOptions;
 
@@ -17,7 +25,7 @@ fn tree() -> Result<Live> {
 }
 
 fn there(live: &Live, name: &str) -> Result<bool> {
-    let list = report::list(&live.domsnap(), domsnap_tests::live::NAME)?;
+    let list = report::list(&live.domsnap(), NAME)?;
     Ok(list.snapshots.iter().any(|snapshot| snapshot.name == name))
 }
 
@@ -104,4 +112,77 @@ struck! {
     both_die_in_a_create: CREATE_EXTERNAL, Both, 1, 2;
     both_die_in_a_revert: REVERT_INSIDE, Both, 0, 2;
     both_die_in_a_merge_of_the_active_image: DELETE_ACTIVE, Both, 1, 2;
+}
+
+/// Under `--active-path=new` the configured paths keep naming what the guest no longer writes once the instant has put overlays on it.
+/// Where domsnap and QEMU die before the commit point, what the guest wrote in between is in those overlays alone.
+#[test]
+fn what_the_guest_wrote_into_overlays_that_nobody_can_merge_is_put_aside() -> Result<()> {
+    for raw in [false, true] {
+        for started_again in [false, true] {
+            written_overlays(raw, started_again)
+                .with_context(|| format!("raw: {raw}, started before the recovery: {started_again}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn written_overlays(raw: bool, started_again: bool) -> Result<()> {
+    let options = GuestOptions::new().disk_mib(48);
+    let options = if raw { options.raw(&[0, 1]) } else { options };
+    let live = Live::registered(options, &["--active-path=new"])?;
+    let overlay = ["--disk", "vda=overlay", "--disk", "vdb=overlay"];
+    // The hardest compression, so that the commit point is far from the instant.
+    let words = [&["create", NAME, "x", "--compress=19"][..], if raw { &overlay } else { &["--external"] }];
+    let mut child = live.domsnap().command(&words.concat()).stderr(Stdio::null()).spawn()?;
+    let (mut first, until) = (BTreeMap::new(), Instant::now() + Duration::from_secs(60));
+    // An overlay grows with the first write to it.
+    let has_grown =
+        |(file, length): (&PathBuf, &u64)| fs::metadata(file).is_ok_and(|now| now.len() > *length);
+    while first.len() < 2 || !first.iter().all(has_grown) {
+        ensure!(
+            Instant::now() < until && child.try_wait()?.is_none(),
+            "the guest wrote to no overlay: {first:?}"
+        );
+        for (file, about) in overlays(&live)? {
+            first.entry(file).or_insert(about.len());
+        }
+        sleep(Duration::from_millis(1));
+    }
+    child.kill()?;
+    child.wait()?;
+    kill_qemu(&live)?;
+    let written: Vec<u64> = overlays(&live)?.iter().map(|(_, about)| about.ino()).collect();
+    if started_again {
+        let boots = live.guest.boots();
+        start_qemu(&live)?;
+        live.guest.wait_boots(boots + 1)?;
+    }
+    let recovered = live.domsnap().done(&["recover", NAME])?;
+    ensure!(!there(&live, "x")?, "the kill came too late: {recovered}");
+    ensure!(recovered.stdout.contains("rescued-"), "it is not told: {recovered}");
+    let left = overlays(&live)?;
+    for inode in written {
+        let kept = left.iter().find(|(_, about)| about.ino() == inode);
+        let (file, _) = kept.with_context(|| format!("what the guest wrote is gone: {recovered}"))?;
+        ensure!(
+            file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("rescued-")),
+            "{file:?}"
+        );
+    }
+    Ok(())
+}
+
+/// The overlays beside the guest's disks.
+fn overlays(live: &Live) -> Result<Vec<(PathBuf, fs::Metadata)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(live.guest.dir())? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.contains(".ds-") && name.ends_with(".qcow2") {
+            // It may be removed just now.
+            found.extend(fs::metadata(&path).ok().map(|about| (path, about)));
+        }
+    }
+    Ok(found)
 }

@@ -71,6 +71,7 @@ fn a_plug_in_that_dies_while_the_guest_stands_still_does_not_leave_it_standing()
         fs::write(marks.path().join(mark), "")?;
         let failed = live.domsnap().run(&words)?;
         fs::remove_file(marks.path().join(mark))?;
+        println!("{failed}");
         ensure!(!failed.panicked() && failed.status != Some(status::DONE), "{failed}");
         ensure!(failed.stderr.contains("plug-in dir"), "{failed}");
         if failed.status == Some(status::NEEDS_RECOVERY) {

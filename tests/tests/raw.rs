@@ -171,6 +171,24 @@ fn under_a_new_path_a_raw_disk_goes_on_as_a_qcow2_overlay_on_a_base_that_stays()
 }
 
 #[test]
+fn an_overlay_is_refused_as_long_as_there_are_points_that_are_raw_files() -> Result<()> {
+    let mut domain = Domain::unregistered(&Shape::raw(1))?;
+    let mut words = domain.register_words();
+    words.push("--active-path=new".to_owned());
+    domain.domsnap().done(&words)?;
+    domain.write_and_create("s1", "copy")?;
+    let refused = domain.declined(&["create", NAME, "s2", "--disk", "vda=overlay"], status::REFUSED)?;
+    ensure!(refused.stderr.contains("points that are raw files"), "{refused}");
+    domain.write_everywhere()?;
+    domain.revert("s1")?;
+    domain.verify()?;
+    domain.delete(&["s1"])?;
+    domain.domsnap().done(&["create", NAME, "s2", "--disk", "vda=overlay"])?;
+    domain.domsnap().done(&["check", NAME])?;
+    Ok(())
+}
+
+#[test]
 fn a_running_guests_raw_disk_is_cut_with_its_memory_and_its_qcow2_disk_and_reverted_in_place() -> Result<()> {
     let mounted = Mounted::make("btrfs", 1 << 30)?;
     for version in [Version::New, Version::Old] {

@@ -211,6 +211,16 @@ impl Image {
         }
     }
 
+    /// Whether an overlay, empty when it was made, has anything in it: data, or an internal snapshot.
+    ///
+    /// # Errors
+    /// As [`Image::active_l1`] and [`Image::snapshots`].
+    pub fn is_written(&self) -> Result<bool> {
+        let tables = self.active_l1()?;
+        let mapped = (0..tables.len()).any(|index| tables.l2_offset(index).is_some());
+        Ok(mapped || !self.snapshots()?.is_empty())
+    }
+
     /// The internal snapshots, in the table's order.
     ///
     /// # Errors

@@ -34,7 +34,7 @@ use crate::manifest::Manifests;
 use crate::service::Postponed;
 use crate::{
     DomainStep, Edit, Error, ErrorKind, Event, Events, Facts, Group, LiveDomain, Operation, OperationId,
-    OperationState, Plan, Registry, Result, Snapshot, StepState, Taken, Transition,
+    OperationState, Plan, Registry, Result, Snapshot, StepState, Taken, Target, Transition,
 };
 
 /// Carries plans out on one domain, whose lock and disks the caller holds.
@@ -85,6 +85,8 @@ struct Running<'a> {
     resumed: bool,
     /// The step that opened a window in this run, as long as it is open.
     window: Option<usize>,
+    /// Disks whose overlays the undo of an instant has merged in this run.
+    merged_down: Vec<Target>,
     run: Run,
 }
 
@@ -123,9 +125,18 @@ impl Engine<'_> {
         };
         let told = self.manifests.is_current(self.catalogue.identity().await?, entry).then(|| entry.clone());
         let run = Run::new(Some(operation.id));
-        Running { engine: self, entry, told, operation, cancel, resumed: false, window: None, run }
-            .begin(prologue)
-            .await
+        let running = Running {
+            engine: self,
+            entry,
+            told,
+            operation,
+            cancel,
+            resumed: false,
+            window: None,
+            merged_down: Vec::new(),
+            run,
+        };
+        running.begin(prologue).await
     }
 
     /// Finishes or undoes an operation that stopped half way.
@@ -139,8 +150,17 @@ impl Engine<'_> {
         cancel: &CancellationToken,
     ) -> Result<Run> {
         let run = Run::new(Some(operation.id));
-        let mut running =
-            Running { engine: self, entry, told: None, operation, cancel, resumed: true, window: None, run };
+        let mut running = Running {
+            engine: self,
+            entry,
+            told: None,
+            operation,
+            cancel,
+            resumed: true,
+            window: None,
+            merged_down: Vec::new(),
+            run,
+        };
         match running.operation.state {
             OperationState::Planned
             | OperationState::Preparing

@@ -17,7 +17,7 @@ use super::Running;
 use crate::{
     DiskInstant, DiskRecord, DiskSnapshotter, DomainContext, DomainStep, Edit, Error, ErrorKind, Event,
     Events, Facts, Group, Inside, LiveDomain, NothingInside, OpenChain, OperationId, PowerAfter, Progress,
-    Result, Salvage, StartFromMemory, StepContext, StepState, StepStatus, Target,
+    Result, Salvage, StartFromMemory, StepContext, StepState, StepStatus, Target, file_identity,
 };
 
 impl Running<'_> {
@@ -209,10 +209,38 @@ impl Running<'_> {
     pub(super) async fn undo_step(&mut self, head: usize) -> Result<Vec<Edit>> {
         let summary = self.operation.plan.steps[head].step.summary.clone();
         let undone = match self.operation.plan.steps[head].step.target.is_domain() {
-            true => self.undo_on_domain(head).await.map(|()| Vec::new()),
+            true => self.undo_on_domain_and_note(head).await.map(|()| Vec::new()),
             false => self.undo_on_disk(head).await,
         };
         undone.map_err(|error| error.context(format!("undoing: {summary}")))
+    }
+
+    async fn undo_on_domain_and_note(&mut self, head: usize) -> Result<()> {
+        let merged = self.overlays_in_use(head).await?;
+        self.undo_on_domain(head).await?;
+        self.merged_down.extend(merged);
+        Ok(())
+    }
+
+    /// The disks whose overlays, put on by the instant at `head`, the domain has open: what the guest wrote to them is merged by
+    /// the instant's undo. An overlay that nobody has open may hold what the guest wrote before it was started on other images.
+    async fn overlays_in_use(&self, head: usize) -> Result<Vec<Target>> {
+        let (DomainStep::Instant { disks, .. }, Some(live)) = (self.domain_step(head)?, self.engine.live)
+        else {
+            return Ok(Vec::new());
+        };
+        let mut in_use = Vec::new();
+        for (target, instant) in disks {
+            let (DiskInstant::Overlay { file, .. }, Some(disk)) = (instant, live.disk(&target)) else {
+                continue;
+            };
+            // No such file: nothing of it is left to be merged.
+            let Ok(found) = file.metadata() else { continue };
+            if disk.open_files().await?.contains(&file_identity(&found)) {
+                in_use.push(target);
+            }
+        }
+        Ok(in_use)
     }
 
     async fn undo_on_domain(&self, head: usize) -> Result<()> {
@@ -249,7 +277,8 @@ impl Running<'_> {
         let (backend, work) = self.work(index)?;
         let planned = &self.operation.plan.steps[index];
         let context = work.context(&work.deaf, &NothingInside);
-        let salvage = match self.resumed && !self.is_merged_down(&planned.step.target) {
+        // What was merged is in the image below by now, and nobody misses the overlay.
+        let salvage = match self.resumed && !self.merged_down.contains(&planned.step.target) {
             true => {
                 let done = self.operation.steps[index] == StepState::Done;
                 guarded(backend.salvage(&planned.step, done, context)).await?
@@ -272,23 +301,6 @@ impl Running<'_> {
             self.run.warnings.push(message);
         }
         Ok(edits)
-    }
-
-    /// Whether the undo of an instant, which comes before those of the disk's own steps, has merged what the guest wrote to the
-    /// disk's overlay: it is in the image below by now.
-    fn is_merged_down(&self, target: &Target) -> bool {
-        let is_served = self.engine.live.is_some_and(|live| live.disk(target).is_some());
-        let is_begun = |index: &usize| {
-            self.operation.steps[*index] != StepState::Pending
-                && self.operation.plan.steps[*index].step.target.is_domain()
-        };
-        let took_it = |index: usize| match self.domain_step(index) {
-            Ok(DomainStep::Instant { disks, .. }) => disks
-                .iter()
-                .any(|(disk, taken)| disk == target && matches!(taken, DiskInstant::Overlay { .. })),
-            _ => false,
-        };
-        is_served && (0..self.operation.steps.len()).filter(is_begun).any(took_it)
     }
 
     /// Whether a finish step that is done was overtaken by what the domain wrote since.

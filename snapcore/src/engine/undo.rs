@@ -81,12 +81,16 @@ impl Running<'_> {
             if let Err(error) = self.record(changes).await {
                 tracing::warn!(%error, "recording which steps could not be undone");
             }
+            let stands = match self.stands_still() {
+                true => "; the guest stands still, with its disks taken from it, until that has been done",
+                false => "",
+            };
             return Err(Error::new(
                 ErrorKind::NeedsRecovery,
                 format!("the {} failed ({reason}) and could not be undone whole: {said}", self.operation.plan.operation),
             )
             .state("it did not happen, and all earlier snapshots are whole; remains of it are on the disks named")
-            .advise("mend what is named, then run `domsnap recover`"));
+            .advise(format!("mend what is named, then run `domsnap recover`{stands}")));
         }
         self.advance(Transition::Undone)?;
         changes.push(Change::Operation(self.operation.id, self.operation.state, None));
@@ -104,6 +108,16 @@ impl Running<'_> {
         }
         self.tell(Event::Finished { operation: self.operation.id, happened: false });
         Ok(())
+    }
+
+    /// Whether a window of this operation is open in the running domain, before its commit point.
+    fn stands_still(&self) -> bool {
+        let is_open = |index: usize| {
+            matches!(self.operation.steps[index], StepState::Started | StepState::Done)
+                && self.operation.plan.steps[index].step.target.is_domain()
+                && matches!(self.domain_step(index), Ok(DomainStep::OpenWindow { .. }))
+        };
+        self.engine.live.is_some() && self.operation.of_group(Group::Cut).any(is_open)
     }
 
     fn is_window_step(&self, index: usize) -> bool {

@@ -175,7 +175,11 @@ fn wait_stopped(child: &mut std::process::Child) -> Result<()> {
     }
 }
 
-fn kill_qemu(live: &Live) -> Result<()> {
+/// SIGKILL for the guest's QEMU.
+///
+/// # Errors
+/// If it does not die.
+pub fn kill_qemu(live: &Live) -> Result<()> {
     for pid in live.guest.processes() {
         Command::new("kill").args(["-KILL", &pid.to_string()]).status()?;
     }
@@ -188,7 +192,10 @@ fn kill_qemu(live: &Live) -> Result<()> {
 }
 
 /// Starts the guest as its supervisor would: by its own command line, on its configured paths.
-fn start_qemu(live: &Live) -> Result<()> {
+///
+/// # Errors
+/// If it cannot be started.
+pub fn start_qemu(live: &Live) -> Result<()> {
     let line = live.guest.command_line();
     let (program, words) = line.split_first().context("the guest has no command line")?;
     Command::new(program)
