@@ -19,7 +19,7 @@
 //! Whether anything was written is read from the images, and told by the difference from what the steps had made.
 
 use image_files::names;
-use snapcore::chain::ChainStep;
+use snapcore::chain::{ChainStep, words_of_kept_overlay};
 use snapcore::{Edit, LayerName, Result, Salvage};
 
 use crate::image::{self, Layer};
@@ -125,12 +125,18 @@ impl Workplace<'_> {
         let aside = file.with_file_name(format!("{RESCUED}{layer}"));
         self.refuse_open(&file)?;
         self.lock(&file)?;
+        let disk = &self.record.disk;
+        let base = self.below(layer).unwrap_or(None);
+        let stands_on_present = base.is_some_and(|base| names::same_file(&base, &disk.path).unwrap_or(false));
         names::settle(&file, &aside)?;
-        Ok(Salvage::PutAside(format!(
-            "{}: the domain ran after the crash and wrote into {file}; what was begun was undone, and what it wrote is kept as \
-             {aside}: remove it when it is of no use",
-            self.record.disk.target
-        )))
+        Ok(Salvage::PutAside(match stands_on_present {
+            true => words_of_kept_overlay(&disk.target, &file, &aside, &disk.path),
+            false => format!(
+                "{}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote is kept as \
+                 {aside}: remove it when it is of no use",
+                disk.target
+            ),
+        }))
     }
 
     /// The state of a layer becomes a tag of it too, called after `stem`; done before: that one is told.

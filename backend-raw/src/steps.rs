@@ -22,7 +22,7 @@ use backend_qcow2::image::{self, Backing, Image, NewImage, OpenOptions as ReadOp
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::{Hold, inherit, names};
 use serde::{Deserialize, Serialize};
-use snapcore::chain::layer_path;
+use snapcore::chain::{layer_path, words_of_kept_overlay};
 use snapcore::{DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Result, Salvage, StepStatus};
 
 use crate::copy::{self, Watch};
@@ -202,12 +202,7 @@ impl Workplace<'_> {
         self.refuse_in_use(&file)?;
         names::settle(&file, &aside)?;
         Ok(Salvage::PutAside(match step {
-            RawStep::CreateOverlay { .. } => format!(
-                "{target}: the domain wrote into {file}, the overlay of a snapshot that was not taken; what it wrote is kept as {aside}, on \
-                 {}: where that is what the domain should go on with, keep the base as it is and make its configuration name the \
-                 overlay, with format qcow2; else remove it",
-                self.path()
-            ),
+            RawStep::CreateOverlay { .. } => words_of_kept_overlay(target, &file, &aside, self.path()),
             _ => format!(
                 "{target}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote is kept as \
                  {aside}: remove it when it is of no use"

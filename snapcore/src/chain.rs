@@ -141,6 +141,16 @@ fn unmarked_stem(path: &Utf8Path) -> &str {
     }
 }
 
+/// What the user is told of an overlay that a recovery keeps as `aside`: the guest wrote to it from the instant of a create on, the
+/// create did not happen, and the disk goes on as its base.
+pub fn words_of_kept_overlay(target: &Target, file: &Utf8Path, aside: &Utf8Path, base: &Utf8Path) -> String {
+    format!(
+        "{target}: the domain wrote into {file}, the overlay of a snapshot that was not taken; what it wrote is kept as {aside}, on {base}: \
+         where the domain should go on with that, do not start it on {base}, which would spoil the overlay, but make its configuration \
+         name the overlay, with format qcow2; else remove the overlay"
+    )
+}
+
 /// Where the file of a layer's permanent name is: beside the configured path, unless the name is absolute.
 pub fn layer_path(disk_path: &Utf8Path, layer: &LayerName) -> Utf8PathBuf {
     match disk_path.parent() {

@@ -160,7 +160,7 @@ fn written_overlays(raw: bool, started_again: bool) -> Result<()> {
     }
     let recovered = live.domsnap().done(&["recover", NAME])?;
     ensure!(!there(&live, "x")?, "the kill came too late: {recovered}");
-    ensure!(recovered.stdout.contains("rescued-"), "it is not told: {recovered}");
+    ensure!(recovered.stdout.contains("a snapshot that was not taken"), "it is not told: {recovered}");
     let left = overlays(&live)?;
     for inode in written {
         let kept = left.iter().find(|(_, about)| about.ino() == inode);
