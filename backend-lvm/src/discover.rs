@@ -16,7 +16,8 @@ pub(crate) fn discover(
     let ours = |row: &Row| row.told().ours && volume.is_point(&row.name);
     let foreign = |row: &Row| {
         row.origin.as_deref() == Some(volume.name.as_str())
-            && matches!(row.kind, Kind::Thin | Kind::ThickSnapshot)
+            // A thin snapshot is not active unless somebody uses it, as another machine's disk maybe.
+            && (row.kind == Kind::ThickSnapshot || (row.kind == Kind::Thin && !row.active))
             && !row.told().ours
             && !row.merging
     };

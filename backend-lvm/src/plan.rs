@@ -13,7 +13,7 @@ use crate::layers::{present, require_whole};
 use crate::names::Volume;
 use crate::report::{Group, Kind, Row};
 use crate::rules::Rules;
-use crate::steps::LvmStep;
+use crate::steps::{LvmStep, refuse_taken_along};
 use crate::tags;
 
 /// Bytes of a group that other disks of the same operation are to take, by volume.
@@ -45,7 +45,7 @@ pub(crate) fn plan(
             planner.create(name, overlay.as_ref(), *stamp)?;
         }
         DiskRequest::Revert { to, save, stamp, .. } => planner.revert(to, save.as_ref(), *stamp)?,
-        DiskRequest::Delete { drop, keep } => planner.delete(drop, keep),
+        DiskRequest::Delete { drop, keep } => planner.delete(drop, keep)?,
         _ => {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -130,6 +130,8 @@ impl Planner<'_> {
     fn revert_thin(&mut self, row: &Row, save: Option<&SnapshotName>, stamp: u32) -> Result<()> {
         let volume = self.volume;
         self.require_room_in_pool()?;
+        // The present gets another name, and is removed when the revert is done.
+        self.refuse_taken_along(&[volume.layer()])?;
         let (new, old, kept) = (volume.upcoming(stamp), volume.former(stamp), volume.rescued(stamp));
         let work = format!("{stamp:08x}");
         let tags = tags::of_work(&work, Some(&row.layer()));
@@ -179,11 +181,10 @@ impl Planner<'_> {
         self.require_room_beside(row)?;
         let used = row.used();
         let wanted = self.rules.cow_for(used, self.group.extent);
-        // What is kept as a point goes on to be one: it gets the room of one.
-        let wanted = match save {
-            Some(_) => wanted.max(self.rules.cow_bytes(self.present.size, self.group.extent)),
-            None => wanted,
-        };
+        // What is kept as a point goes on to be one: it gets the room of one. So does what is kept until the revert is done, where there
+        // is room: the domain may be started after a crash, and what it writes goes in there too.
+        let roomy = wanted.max(self.rules.cow_bytes(self.present.size, self.group.extent));
+        let wanted = if save.is_some() || roomy <= self.free() { roomy } else { wanted };
         let area = self.area(wanted, "the safety snapshot that a revert needs")?;
         let work = format!("{stamp:08x}");
         let (safety, tags) = match save {
@@ -228,7 +229,7 @@ impl Planner<'_> {
         Ok(())
     }
 
-    fn delete(&mut self, drop: &[Point], keep: &[Point]) {
+    fn delete(&mut self, drop: &[Point], keep: &[Point]) -> Result<()> {
         let volume = self.volume;
         let mut layers: Vec<LayerName> = Vec::new();
         for point in drop.iter().filter(|point| !keep.contains(point)) {
@@ -240,6 +241,7 @@ impl Planner<'_> {
         layers.extend(leftovers.map(Row::layer));
         layers.sort();
         layers.dedup();
+        self.refuse_taken_along(&layers)?;
         if !layers.is_empty() {
             let names: Vec<&str> = layers.iter().map(LayerName::as_str).collect();
             let words = format!("remove {} of group {}", names.join(", "), volume.group);
@@ -257,6 +259,11 @@ impl Planner<'_> {
             }
         }
         self.warn_of_areas(&layers);
+        Ok(())
+    }
+
+    fn refuse_taken_along(&self, removed: &[LayerName]) -> Result<()> {
+        refuse_taken_along(self.group, removed).map_err(|error| error.state("nothing was touched"))
     }
 
     fn push(&mut self, group: When, step: LvmStep, summary: String, bytes: u64) {
@@ -325,19 +332,25 @@ impl Planner<'_> {
         self.volume.require_room_for_names()
     }
 
+    /// Bytes of the group that other disks of this operation take.
+    fn reserved_by_others(&self) -> u64 {
+        let others =
+            |(volume, _): &(&Volume, &u64)| **volume != *self.volume && volume.group == self.volume.group;
+        self.reserved.iter().filter(others).map(|(_, bytes)| *bytes).sum()
+    }
+
+    /// Bytes of the group that are there to be taken.
+    fn free(&self) -> u64 {
+        self.group.free.saturating_sub(self.reserved_by_others())
+    }
+
     /// The area of a thick snapshot; none for a thin one. Refused where there is no room for it.
     fn area(&mut self, wanted: u64, what: &str) -> Result<Option<u64>> {
         if self.present.kind == Kind::Thin {
             self.require_room_in_pool()?;
             return Ok(None);
         }
-        let others: u64 = self
-            .reserved
-            .iter()
-            .filter(|(volume, _)| **volume != *self.volume && volume.group == self.volume.group)
-            .map(|(_, bytes)| *bytes)
-            .sum();
-        let free = self.group.free.saturating_sub(others);
+        let (free, others) = (self.free(), self.reserved_by_others());
         if wanted > free {
             let also = match others {
                 0 => String::new(),
@@ -372,9 +385,9 @@ impl Planner<'_> {
         }
     }
 
-    /// A merge writes to the volume, and what it writes over goes into every later point.
+    /// A merge writes to the volume, and what it writes over goes into every later snapshot, whoever made it.
     fn require_room_beside(&self, merged: &Row) -> Result<()> {
-        for row in self.group.points(self.volume) {
+        for row in self.group.snapshots(self.volume) {
             let later = row.name != merged.name && row.time >= merged.time;
             let free = row.size.saturating_sub(row.used());
             let needed = merged.used().min(row.visible_size());
@@ -403,7 +416,7 @@ impl Planner<'_> {
 
     fn warn_of_areas(&mut self, but: &[LayerName]) {
         let target = &self.record.disk.target;
-        let warnings = self.group.points(self.volume).into_iter().filter(|row| !but.contains(&row.layer()));
+        let warnings = self.group.snapshots(self.volume).filter(|row| !but.contains(&row.layer()));
         let words: Vec<String> = warnings
             .filter_map(|row| area_warning(self.volume, row))
             .map(|(_, words)| format!("{target}: {words}"))

@@ -135,6 +135,29 @@ impl Group {
         points
     }
 
+    /// The thick snapshots of a volume, whoever made them: a write to the volume goes into the area of each.
+    pub(crate) fn snapshots<'a>(&'a self, of: &'a Volume) -> impl Iterator<Item = &'a Row> {
+        let is_of = move |row: &&Row| row.origin.as_deref() == Some(of.name.as_str());
+        self.rows.iter().filter(|row| row.kind == Kind::ThickSnapshot).filter(is_of)
+    }
+
+    /// What lvm removes with these volumes, unasked where it is told not to ask: their thick snapshots, and thin volumes that stand
+    /// on one of them from outside of its pool.
+    pub(crate) fn taken_along(&self, removed: &[LayerName]) -> Vec<&Row> {
+        let falls = |row: &&Row| {
+            let Some(origin) = row.origin.as_deref().and_then(|origin| self.row(origin)) else {
+                return false;
+            };
+            let stands = match row.kind {
+                Kind::ThickSnapshot => true,
+                Kind::Thin => origin.pool != row.pool,
+                Kind::Thick | Kind::Pool | Kind::Inner => false,
+            };
+            stands && removed.contains(&origin.layer()) && !removed.contains(&row.layer())
+        };
+        self.rows.iter().filter(falls).collect()
+    }
+
     /// The pool that a volume is in.
     pub(crate) fn pool_of(&self, row: &Row) -> Option<&Row> {
         self.row(row.pool.as_deref()?)

@@ -175,7 +175,14 @@ impl Place<'_> {
     ///
     /// It is durable before this returns, and before anything is undone.
     pub(crate) fn salvage(&self, step: &LvmStep) -> Result<Salvage> {
-        let group = self.group()?;
+        let mut group = self.group()?;
+        if let LvmStep::Merge { point, .. } = step
+            && group.row(point.as_str()).is_some_and(|row| row.merging)
+        {
+            // No snapshot can be taken of a volume that is merged into. What it shows does not change.
+            self.merge(point)?;
+            group = self.group()?;
+        }
         let (kept, area) = match step {
             LvmStep::Swap { work, kept, since, .. } => {
                 let swapped = group.row(&self.volume.name).is_some_and(|row| is_of(row, work));
@@ -187,6 +194,9 @@ impl Place<'_> {
             LvmStep::Merge { point, safety, work, kept, since, .. } => {
                 let begun = group.row(point.as_str()).is_none_or(|row| row.merging || is_of(row, work));
                 let Some(safety) = group.row(safety.as_str()) else { return Ok(Salvage::Nothing) };
+                if begun && safety.invalid {
+                    return self.stays(step);
+                }
                 if !begun || !since.may_have_passed(self.path) {
                     return Ok(Salvage::Nothing);
                 }
@@ -214,6 +224,23 @@ impl Place<'_> {
             );
         }
         Ok(Salvage::PutAside(words))
+    }
+
+    /// A revert whose safety snapshot overflowed, by what the domain wrote after a crash: it cannot be taken back any more. The point is
+    /// made sure to be there, so that the operation can end.
+    fn stays(&self, step: &LvmStep) -> Result<Salvage> {
+        if let LvmStep::Merge { point, safety, area, tags, work, .. } = step {
+            self.merge_and_take_again(point, *area, tags, work)?;
+            return Ok(Salvage::Stays(
+                Vec::new(),
+                format!(
+                    "{}: the revert cannot be undone: {safety}, which kept the state before it, overflowed by what was written to the volume \
+                     after the crash; {} stays as it is now: as {point} was, with what was written since",
+                    self.path, self.volume
+                ),
+            ));
+        }
+        Ok(Salvage::Nothing)
     }
 
     fn group(&self) -> Result<std::sync::Arc<Group>> {
@@ -330,14 +357,18 @@ impl Place<'_> {
             Some(found) if found.merging => {
                 self.change(&["lvpoll", "-q", "--polloperation", "merge", &self.volume.to_string()], MERGE)?;
             }
-            Some(_) => self.change(&["lvconvert", "-q", "-y", "--merge", &full], MERGE)?,
+            Some(_) => {
+                let why = "lvm would put off its merge until the volume's next activation";
+                self.wait_closed(&self.volume.beside(layer.as_str()), why)?;
+                self.change(&["lvconvert", "-q", "-y", "--merge", &full], MERGE)?;
+            }
         }
         match row(&*self.group()?) {
             None => Ok(()),
             Some(found) if found.merging => Err(Error::new(
                 ErrorKind::Busy,
                 format!(
-                    "the merge of {full} was put off by lvm: somebody opened {} just before",
+                    "the merge of {full} was put off by lvm: somebody opened that, or {}, just before",
                     self.volume
                 ),
             )
@@ -373,6 +404,8 @@ impl Place<'_> {
             }
             names.push(self.full(layer.as_str()));
         }
+        // Asked again: who made one meanwhile did not know.
+        refuse_taken_along(&group, layers)?;
         if names.is_empty() {
             return Ok(());
         }
@@ -387,6 +420,27 @@ impl Place<'_> {
 
     fn wait_closed(&self, volume: &Volume, why: &str) -> Result<()> {
         wait_closed(self.lvm, volume, why)
+    }
+}
+
+/// Refuses to remove volumes where lvm would remove others with them.
+///
+/// # Errors
+/// [`ErrorKind::Refused`], naming those.
+pub(crate) fn refuse_taken_along(group: &Group, removed: &[LayerName]) -> Result<()> {
+    let along: Vec<String> = group
+        .taken_along(removed)
+        .iter()
+        .map(|row| format!("{}/{} (of {})", group.name, row.name, row.origin.as_deref().unwrap_or_default()))
+        .collect();
+    match along.is_empty() {
+        true => Ok(()),
+        false => Err(Error::new(
+            ErrorKind::Refused,
+            format!("lvm would remove with it what was made of it: {}", along.join(", ")),
+        )
+        .state("nothing was removed")
+        .advise("remove those first with 'lvremove', where nobody needs them, and try again ('domsnap recover' where that is asked for)")),
     }
 }
 

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use backend_lvm::{Answer, Call, Lvm, Runner};
 use snapcore::{
     ActivePath, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskSnapshotter, DiskState, ErrorKind,
-    Group, InspectDepth, LayerName, NothingInside, Point, Progress, SnapshotName, StepContext, StepStatus,
-    Target,
+    Group, InspectDepth, LayerName, NothingInside, Point, Progress, Salvage, SnapshotName, StepContext,
+    StepStatus, Target,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -248,4 +248,31 @@ async fn parts_and_snapshots_of_volumes_are_no_disks() {
         let error = House::with(path, RECORDED).await.err().expect("refused");
         assert!(error.to_string().contains(words), "{path}: {error}");
     }
+}
+
+/// The recorded group in the middle of a revert that stopped after its merge: the safety snapshot has overflowed since.
+#[tokio::test]
+async fn a_revert_whose_safety_snapshot_overflowed_ends_with_words_and_with_its_point() {
+    let house = House::of("/dev/vg/thick").await;
+    let plan = house.plan(revert("thick.ds-00000004", None)).await.expect("a plan");
+    let merge = plan.steps.iter().find(|planned| planned.step.summary.contains("merge")).expect("it merges");
+    let later = RECORDED
+        .replace("thick.ds-00000003", "thick.ds-000000ab-old")
+        .replace("domsnap,domsnap.name=good", "domsnap,domsnap.name=good,domsnap.work=000000ab");
+    let house = House::with("/dev/vg/thick", &later).await.expect("a disk");
+    let cancel = CancellationToken::new();
+    let context = StepContext {
+        disk: &house.record,
+        progress: &Silent,
+        cancel: &cancel,
+        attached: None,
+        inside: &NothingInside,
+    };
+    let salvage = house.backend.salvage(&merge.step, true, context).await.expect("an answer");
+    let Salvage::Stays(edits, words) = salvage else { panic!("it would be undone: {salvage:?}") };
+    assert!(
+        edits.is_empty() && words.contains("overflowed") && words.contains("thick.ds-00000004"),
+        "{words}"
+    );
+    assert!(house.runner.told.lock().expect("nobody panicked").is_empty(), "the point is there");
 }
