@@ -131,6 +131,11 @@ impl Workshop for Volumes {
         Self::of(place)
     }
 
+    /// A thin revert is two renames; and lvm puts off the merge of a volume that somebody has open.
+    fn path_stays(&self) -> bool {
+        false
+    }
+
     fn clear(&self, place: &Utf8Path) -> Result<()> {
         let names = Self::of(place)?;
         if names.is_empty() {

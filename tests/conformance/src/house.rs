@@ -404,15 +404,21 @@ impl<'a> House<'a> {
         cancel: &CancellationToken,
     ) -> Result<Option<snapcore::Result<Outcome>>> {
         let process = self.process()?;
-        process.strikes.arm(strikes);
-        match process.run(op, cancel)? {
-            Some(outcome) => {
-                process.strikes.disarm();
-                Ok(Some(outcome))
-            }
-            None => {
-                self.crash();
-                Ok(None)
+        let begun = Instant::now();
+        loop {
+            process.strikes.arm(strikes.clone());
+            match process.run(op, cancel)? {
+                // A child that another thread starts just then has our locks for a moment. (Without strikes it may be refused on purpose.)
+                Some(outcome)
+                    if !strikes.is_empty() && !process.strikes.have_struck() && waits(&outcome, begun) => {}
+                Some(outcome) => {
+                    process.strikes.disarm();
+                    return Ok(Some(outcome));
+                }
+                None => {
+                    self.crash();
+                    return Ok(None);
+                }
             }
         }
     }

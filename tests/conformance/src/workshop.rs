@@ -96,6 +96,12 @@ pub trait Workshop: Send + Sync + 'static {
         Ok(None)
     }
 
+    /// Whether the configured path names a disk at every instant, and may be opened at every instant. Not where domains under
+    /// [`ActivePath::New`] get another path; say no of others only where the storage cannot exchange what a name stands for.
+    fn path_stays(&self) -> bool {
+        self.active_path() == ActivePath::Keep
+    }
+
     /// Whether a crash may be made by killing a copy of this program in the middle of a step. Not where the disks of a place
     /// are this process's alone.
     fn can_be_killed(&self) -> bool {

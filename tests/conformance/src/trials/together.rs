@@ -1,19 +1,67 @@
 //! Several at once.
 
-use anyhow::{Context, Result, bail, ensure};
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use snapcore::ErrorKind;
 use tokio_util::sync::CancellationToken;
 
-use super::Statement;
+use super::{Statement, trees_with_deletes};
 use crate::house::{House, Op, Process, Way};
 use crate::strike::{How, Moment, Strike};
 use crate::workshop::Workshop;
 
-pub(super) const STATEMENTS: [Statement; 3] = [
+fn path_stays(_: &snapcore::Capabilities, shop: &dyn Workshop) -> bool {
+    shop.path_stays()
+}
+
+pub(super) const STATEMENTS: [Statement; 4] = [
+    Statement::with("the configured path opens at every instant", path_stays, always_opens),
     Statement::always("two operations at once: one is refused as busy", two_at_once),
     Statement::always("a disk that is held is held against whoever comes, until it is given back", held),
     Statement::always("many domains at once do not see each other", many),
 ];
+
+/// A domain may be started at any instant, by somebody who knows of nothing: he must find its disks.
+fn always_opens(shop: &dyn Workshop, way: &Way) -> Result<()> {
+    let mut house = House::furnished(shop, way)?;
+    let deletes = trees_with_deletes(&house.capabilities()?, shop);
+    for round in 0..5 {
+        let mut ops = vec![Op::Revert { to: "a".into(), save: None }];
+        if deletes {
+            let name = format!("w{round}");
+            ops.extend([Op::Create(name.clone()), Op::Delete(vec![name])]);
+        }
+        for op in ops {
+            watched(&mut house, &op).with_context(|| format!("{op:?}, the {}th time", round + 1))?;
+            house.write_somewhere()?;
+        }
+    }
+    house.is_whole()
+}
+
+/// Does an operation while another thread opens the disks, again and again.
+fn watched(house: &mut House<'_>, op: &Op) -> Result<()> {
+    let paths: Vec<_> = house.records()?.into_iter().map(|record| record.disk.path).collect();
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let watcher = scope.spawn(|| -> Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                for path in &paths {
+                    File::open(path).with_context(|| format!("opening {path} in the middle of it"))?;
+                }
+            }
+            Ok(())
+        });
+        let done = house.run(op);
+        over.store(true, Ordering::Relaxed);
+        let seen = watcher.join().map_err(|_| anyhow!("the watcher panicked"))?;
+        done?;
+        seen
+    })
+}
 
 /// The first one stops in the middle and stays there while a second process comes.
 fn two_at_once(shop: &dyn Workshop, way: &Way) -> Result<()> {
