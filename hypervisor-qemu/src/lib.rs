@@ -37,10 +37,12 @@ mod migration;
 mod name;
 mod qcow2;
 pub mod quiesce;
+mod run_state;
 mod saver;
 
 pub use error::{BoxError, Error, ErrorKind, Result};
 pub use guest_clock::set_guest_clock;
-pub use machine::{Machine, Paused, RunState};
+pub use machine::{Machine, Paused};
 pub use name::{Name, PREFIX, is_ours};
+pub use run_state::RunState;
 pub use saver::{Qemu, register};

@@ -7,7 +7,6 @@ use std::{
 };
 
 use qmp::Qmp;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{sync::OnceCell, time::sleep};
 
@@ -15,6 +14,7 @@ use crate::{
     discover::Abilities,
     error::{Error, ErrorKind, Result},
     graph::Graph,
+    run_state::{Permits, Refusal, RunState},
 };
 
 /// How long QEMU may take to be ready for `cont` after a migration.
@@ -40,16 +40,6 @@ struct RecentGraph {
 
 /// How long a graph is believed at most: other clients of QEMU may change it.
 const RECENT: Duration = Duration::from_millis(500);
-
-/// `query-status`.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct RunState {
-    /// Whether the guest's processors run.
-    pub running: bool,
-    /// QEMU's word: `running`, `paused`, `postmigrate`, `restore-vm`, `shutdown`, ...
-    pub word: String,
-}
 
 /// A guest that stands still. Resumes nothing by itself: [`Machine::resume`] does.
 #[derive(Debug)]
@@ -179,14 +169,25 @@ impl Machine {
         Error::new(ErrorKind::Protocol, format!("reading the reply to {command}"), subject, text)
     }
 
-    /// Whether the guest runs.
+    /// What can be done in a run state of this QEMU.
+    pub(crate) async fn permits(&self, state: &RunState) -> Result<Permits> {
+        Ok(state.permits(self.abilities().await?.keeps_suspended()))
+    }
+
+    /// What a run state does not permit.
+    pub(crate) fn refused(&self, attempted: &str, state: &RunState, refusal: Refusal) -> Error {
+        let detail = format!("{} (QEMU's run state is {:?})", refusal.why, state.word);
+        Error::new(ErrorKind::Invalid, attempted, self.qmp.socket().display(), detail).advice(refusal.advice)
+    }
+
+    /// The run state.
     ///
     /// # Errors
     /// Those of the connection.
     pub async fn run_state(&self) -> Result<RunState> {
         let reply = self.query("query-status", Value::Null).await?;
         match (reply["running"].as_bool(), reply["status"].as_str()) {
-            (Some(running), Some(word)) => Ok(RunState { running, word: word.to_owned() }),
+            (Some(running), Some(word)) => Ok(RunState::new(running, word)),
             _ => Err(self.odd("query-status", &reply)),
         }
     }
@@ -196,26 +197,23 @@ impl Machine {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] where the guest is not there yet, on its way elsewhere, or gone (`inmigrate`, `save-vm`,
-    /// `postmigrate`, ...; its disks are inactive then, and some QEMUs die of an operation on them); those of the connection. After an error the guest is as it was, save where the connection was lost.
+    /// `postmigrate`, ...; its disks are inactive then, and some QEMUs die of an operation on them); those of the connection.
+    /// After an error the guest is as it was, save where the connection was lost.
     pub async fn pause(&self) -> Result<Paused> {
         let state = self.run_state().await?;
         let subject = self.qmp.socket().display();
-        match state.word.as_str() {
-            "inmigrate" | "save-vm" | "finish-migrate" | "colo" | "postmigrate" => {
-                let detail = format!("it is in the run state {:?}", state.word);
-                return Err(Error::new(ErrorKind::Invalid, "pausing the guest", subject, detail)
-                    .advice("wait until it has arrived, or end what another program does with it; after a migration to a file, resume it"));
-            }
-            _ => {}
+        if let Err(refusal) = self.permits(&state).await?.disks {
+            return Err(self.refused("pausing the guest", &state, refusal));
         }
         let since = Instant::now();
-        // A guest that sleeps (S3) can wake at any time.
-        let ours = state.running || state.word == "suspended";
+        let mut ours = state.running;
         if ours {
             let stopped = self.run("pausing the guest", &subject.to_string(), "stop", Value::Null).await;
             if let Err(error) = stopped {
                 return Err(self.not_paused(error).await);
             }
+            // It may have panicked, or switched itself off, just before: then it did not stop by us, and `cont` is not ours.
+            ours = !self.run_state().await?.stopped_by_itself();
         }
         Ok(Paused { ours, since })
     }
@@ -277,6 +275,18 @@ impl Machine {
             let _ = self.qmp.execute_raw("remove-fd", json!({ "fdset-id": set })).await;
         }
         Ok(())
+    }
+
+    /// Lets a guest go on that stands still because of us. One that panicked, switched itself off or met a disk's error just
+    /// before we stopped it stays as it is: to go on is not ours to tell it, and QEMU may refuse it.
+    ///
+    /// # Errors
+    /// As [`Machine::resume`].
+    pub(crate) async fn let_go_on(&self) -> Result<()> {
+        match self.run_state().await?.stopped_by_itself() {
+            true => Ok(()),
+            false => self.cont().await,
+        }
     }
 
     /// Makes the disks of a guest usable that was loaded and has not run since: QEMU keeps them inactive until it runs, and refuses

@@ -50,6 +50,6 @@ pub fn print(text: &str) {
         out.write_all(text.as_bytes()).and_then(|()| out.write_all(end.as_bytes())).and_then(|()| out.flush())
         && error.kind() != std::io::ErrorKind::BrokenPipe
     {
-        anstream::eprintln!("domsnap: write to standard output: {error}");
+        drop(writeln!(anstream::stderr(), "domsnap: write to standard output: {error}"));
     }
 }

@@ -1,6 +1,6 @@
 //! Failures: what is said of them, and the exit status.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use anstyle::{AnsiColor, Style};
 use snapcore::{Error, ErrorKind};
@@ -102,7 +102,8 @@ impl Failure {
             crate::answer::print(&crate::answer::json(&document));
             return;
         }
-        anstream::eprintln!("{}", paragraph(&body, std::io::stderr().is_terminal()));
+        // The terminal may be gone.
+        drop(writeln!(anstream::stderr(), "{}", paragraph(&body, std::io::stderr().is_terminal())));
     }
 }
 

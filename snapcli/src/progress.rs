@@ -1,7 +1,7 @@
 //! What is shown while an operation runs: one subscriber of the service's events. All of it goes to standard error.
 
 use std::collections::HashMap;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use snapcore::{DomainName, Event};
@@ -174,7 +174,8 @@ impl Progress {
     }
 
     fn say(&self, line: &str) {
-        let say = || anstream::eprintln!("{line}");
+        // A terminal that is gone must not end what is under way.
+        let say = || drop(writeln!(anstream::stderr(), "{line}"));
         match &self.bar {
             Some(bar) => bar.suspend(say),
             None => say(),

@@ -1,13 +1,14 @@
 //! One call of the command: the service, opened; its runtime; what is shown while it works; interrupts.
 
 use std::cell::{OnceCell, RefCell};
-use std::future::Future;
+use std::future::{Future, poll_fn};
+use std::task::Poll;
 
 use camino::Utf8PathBuf;
 use snapcore::service::{Domsnap, StateDir};
 use snapcore::{DomainName, Error, ErrorKind, Result};
 use tokio::runtime::{Builder, Runtime};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::answer::Answer;
@@ -66,20 +67,13 @@ impl Session {
             Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(no_runtime)?;
         let done = runtime.block_on(async {
             let mut events = self.service.events();
-            let listen = |kind| {
-                signal(kind).map_err(|cause| {
-                    Error::new(ErrorKind::Io, "signals cannot be listened for").because(cause)
-                })
-            };
-            let mut interrupt = listen(SignalKind::interrupt())?;
-            let mut terminate = listen(SignalKind::terminate())?;
+            let mut interrupted = Interrupts::listen()?;
             tokio::pin!(work);
             let done = loop {
                 tokio::select! {
                     biased;
                     Some(event) = events.next() => progress.tell(event),
-                    Some(()) = interrupt.recv() => progress.interrupted(&self.cancel),
-                    Some(()) = terminate.recv() => progress.interrupted(&self.cancel),
+                    () = interrupted.next() => progress.interrupted(&self.cancel),
                     done = &mut work => break done,
                 }
             };
@@ -110,6 +104,38 @@ impl Session {
             false => Answer::text(text(&document)),
         }
     }
+}
+
+/// The signals that take back what is under way: SIGINT, SIGTERM, and SIGHUP, which a lost terminal or session sends. One that
+/// was ignored when the command was started (`nohup`, a shell's background job) stays so.
+struct Interrupts(Vec<Signal>);
+
+impl Interrupts {
+    fn listen() -> Result<Self> {
+        let ignored = ignored_signals();
+        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+        let heard = kinds.into_iter().filter(|kind| ignored >> (kind.as_raw_value() - 1) & 1 == 0);
+        let listened = heard.map(signal).collect::<std::io::Result<_>>();
+        listened
+            .map(Self)
+            .map_err(|cause| Error::new(ErrorKind::Io, "signals cannot be listened for").because(cause))
+    }
+
+    /// Waits for the next one, of whichever kind.
+    async fn next(&mut self) {
+        poll_fn(|context| {
+            let came = self.0.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
+            if came { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+}
+
+/// The signals that this process ignores, as the system has them: bit 0 is signal 1.
+fn ignored_signals() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }
 
 fn no_runtime(cause: std::io::Error) -> Error {

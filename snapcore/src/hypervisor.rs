@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use crate::{Consistency, Domain, Hypervisor, Progress, Result, Target};
+use crate::{Consistency, Domain, Hypervisor, Plan, Progress, Result, Target};
 
 /// The strongest level at which a memory image can be compressed.
 pub const MAX_COMPRESSION: u8 = 19;
@@ -420,6 +420,23 @@ pub trait LiveDomain: Send + Sync {
 
     /// Limits what merges move, in bytes a second; 0: as fast as they can.
     fn limit(&self, bytes_per_second: u64);
+
+    /// Refuses a plan that cannot be carried out, as far as that is known before anything is begun: the guest's state does not
+    /// permit it, or the hypervisor cannot open what it will be told to. `chains` is of all disks. With `probe` the hypervisor
+    /// may be asked to open images and close them again; without, nothing is changed, not even for a moment.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Refused`], [`crate::ErrorKind::Unsupported`]: nothing was touched.
+    async fn preflight(&self, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
+        let _ = (plan, chains, probe);
+        Ok(())
+    }
+
+    /// Closes what a crash left open in the hypervisor and nobody uses, so that its images can be locked: before an unfinished
+    /// operation is recovered. What a device has is not touched. Does nothing where there is nothing.
+    async fn tidy(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Does ahead what of a step can be done while the guest runs: for who makes the guest stand still by other means before it
     /// has the step applied. Changes nothing that others see; [`LiveDomain::undo`] takes it back, and so does

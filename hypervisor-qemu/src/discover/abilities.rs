@@ -68,6 +68,12 @@ impl Abilities {
         self.mapped_ram
     }
 
+    /// Returns true if `stop` stops a guest that sleeps (S3): it stays so until `cont`. Before 9.0 it does nothing, and the guest
+    /// may wake at any time. Mapped-ram came in the same version.
+    pub(crate) fn keeps_suspended(&self) -> bool {
+        self.mapped_ram
+    }
+
     /// Asks a QEMU, each time anew: [`Machine::abilities`] asks once.
     ///
     /// # Errors

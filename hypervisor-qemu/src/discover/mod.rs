@@ -15,7 +15,8 @@ pub use process::Process;
 
 use crate::{
     error::{ErrorKind, Result},
-    machine::{Machine, RunState},
+    machine::Machine,
+    run_state::RunState,
 };
 
 /// A live QEMU as it is. Serialisable: it is recorded with each snapshot.

@@ -99,6 +99,25 @@ impl Process {
             _ => None,
         })
     }
+
+    /// Returns true if its command line has QEMU end where the guest reboots. (What `set-action` changed since, no query
+    /// tells.)
+    pub(crate) fn ends_at_reboot(&self) -> bool {
+        let is = |word: &str, name: &str| word.strip_prefix('-').unwrap_or(word) == name;
+        let mut ends = false;
+        for (number, word) in self.command_line.iter().enumerate().skip(1) {
+            if is(word, "-no-reboot") {
+                ends = true;
+            } else if is(word, "-action") {
+                let actions = self.command_line.get(number + 1).map(String::as_str).unwrap_or_default();
+                match actions.split(',').rev().find_map(|action| action.strip_prefix("reboot=")) {
+                    Some(action) => ends = action == "shutdown",
+                    None => {}
+                }
+            }
+        }
+        ends
+    }
 }
 
 /// Strings that each end in a NUL.
@@ -113,6 +132,17 @@ fn split(bytes: &[u8]) -> Vec<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_ends_at_a_reboot_is_read_from_the_command_line() {
+        let ends = |words: &[&str]| {
+            let command_line = ["qemu"].iter().chain(words).map(|word| (*word).to_owned()).collect();
+            Process { command_line, ..Process::default() }.ends_at_reboot()
+        };
+        assert!(ends(&["-no-reboot"]) && ends(&["--no-reboot", "-m", "1"]));
+        assert!(ends(&["-action", "panic=pause,reboot=shutdown"]));
+        assert!(!ends(&["-no-reboot", "-action", "reboot=reset"]) && !ends(&["-m", "1"]));
+    }
 
     #[test]
     fn the_last_of_an_option_counts_and_words_may_be_empty() {

@@ -18,7 +18,7 @@ use crate::{
     jobs,
     machine::Machine,
     memory::memory_file,
-    name::Name,
+    name::{Name, is_ours},
     qcow2,
 };
 
@@ -64,7 +64,7 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
 
     let file = memory_file("placeholder", &qcow2::empty(root.virtual_size)?)
         .map_err(|error| Error::new(ErrorKind::Io, attempted, device, error.to_string()).source(error))?;
-    let set = FdSet::add(machine, placeholder.as_str(), &[&file.0, &file.1]).await?;
+    let set = FdSet::add(machine, &note_of(&graph, &placeholder, &chain), &[&file.0, &file.1]).await?;
     let node = json!({
         "driver": "qcow2", "node-name": placeholder.as_str(), "backing": null, "discard": "unmap",
         "file": { "driver": "file", "filename": set.path(), "node-name": placeholder.file() },
@@ -137,11 +137,47 @@ pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Re
     take_back(machine, placeholder).await
 }
 
+/// What the placeholder's descriptors are lent under: its name, and those of the chain's nodes that are the user's own. A crash
+/// between taking the chain off and closing it leaves them open, used by nobody and locked: then this tells what they are.
+fn note_of(graph: &Graph, placeholder: &Name, chain: &[String]) -> String {
+    let files = chain.iter().filter_map(|name| graph.file(name));
+    // QEMU closes nodes that it named itself, and ours are known by their names.
+    let own =
+        chain.iter().map(String::as_str).chain(files).filter(|name| !name.starts_with('#') && !is_ours(name));
+    let mut note = placeholder.to_string();
+    for name in own {
+        note.push(' ');
+        note.push_str(name);
+    }
+    note
+}
+
+/// Closes the nodes of chains that were taken off their devices, and which a crash left open. Gives how many there were.
+pub(crate) async fn close_taken_off(machine: &Machine) -> Result<usize> {
+    let sets = machine.query("query-fdsets", Value::Null).await?;
+    let mut closed = 0;
+    for (_, note) in crate::fdset::ours(&sets) {
+        let mut words = note.split(' ');
+        let (Some(placeholder), chain) = (words.next(), words.collect::<Vec<_>>()) else { continue };
+        let graph = machine.graph().await?;
+        // Where the device has the chain below its placeholder, the chain is in use.
+        if chain.is_empty() || graph.node(placeholder).is_none() || graph.backing(placeholder).is_some() {
+            continue;
+        }
+        let top = chain.iter().find(|name| graph.node(name).is_some() && graph.users(name).next().is_none());
+        let Some(top) = top else { continue };
+        let below = chain.iter().skip_while(|name| *name != top).map(|name| (*name).to_owned());
+        let below: Vec<String> = below.filter(|name| graph.node(name).is_some()).collect();
+        closed += below.len() - remove_layers(machine, &below).await?.len();
+    }
+    Ok(closed)
+}
+
 /// Takes back what was lent under a name of ours.
 pub(crate) async fn take_back(machine: &Machine, what: &str) -> Result<()> {
     let sets = machine.query("query-fdsets", Value::Null).await?;
     for (id, opaque) in crate::fdset::ours(&sets) {
-        if opaque == what {
+        if opaque.split(' ').next() == Some(what) {
             FdSet::of(id).remove(machine).await;
         }
     }

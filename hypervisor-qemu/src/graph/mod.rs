@@ -10,7 +10,7 @@ mod swap;
 mod truth;
 
 pub use detach::{Detached, attach, detach};
-pub(crate) use detach::{detach_as, take_back};
+pub(crate) use detach::{close_taken_off, detach_as, take_back};
 pub(crate) use layer::reopen_backing;
 pub use layer::{Layer, NodeOptions, Stack, add_layer, add_overlay, delete_internal, rehome, remove_layers};
 pub use nodes::{Cache, Edge, Graph, InternalSnapshot, Node};

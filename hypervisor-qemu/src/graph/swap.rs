@@ -134,10 +134,8 @@ pub(super) async fn undone(machine: &Machine, error: Error, opened: &[String]) -
 pub(super) async fn standing_still(machine: &Machine, attempted: &str) -> Result<()> {
     let state = machine.run_state().await?;
     let subject = machine.qmp().socket().display();
-    if matches!(state.word.as_str(), "inmigrate" | "postmigrate" | "finish-migrate") {
-        let detail = format!("its disks are inactive (run state {:?})", state.word);
-        return Err(Error::new(ErrorKind::Invalid, attempted, subject, detail)
-            .advice("resume it, and pause it again"));
+    if let Err(refusal) = machine.permits(&state).await?.disks {
+        return Err(machine.refused(attempted, &state, refusal));
     }
     if state.running {
         return Err(

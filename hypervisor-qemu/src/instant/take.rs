@@ -18,6 +18,7 @@ use crate::{
     machine::{Machine, Paused},
     memory::{self, Draft},
     migration::{self, Form, Settings, Writing},
+    run_state::{RunState, SaveBy},
 };
 
 /// Between two looks at a migration while the guest stands still.
@@ -142,16 +143,22 @@ impl Cut {
     {
         let Self { disks, memory, avoid_background, trust_marks } = self;
         let disks = Disks::find(machine, disks).await?;
-        let running = machine.run_state().await?.running;
+        let state = machine.run_state().await?;
+        let permits = machine.permits(&state).await?;
+        let attempted = "preparing the cut";
+        permits.disks.map_err(|refusal| machine.refused(attempted, &state, refusal))?;
         let Some((draft, Mode(live))) = memory else {
             return paused_cut(machine, disks, Plan::DiskOnly, while_paused).await;
         };
+        let running = state.running;
+        let save_by = permits.memory.map_err(|refusal| machine.refused(attempted, &state, refusal))?;
         // A paused guest's memory by a plain migration would leave it `postmigrate`, with no way back to `paused`.
         let holds = machine.abilities().await?.background_snapshot_holds;
-        let background = match (avoid_background, holds) {
-            (false, true) => Settings::apply(machine, Form::Background).await,
-            (true, _) => Err(unsupported(machine, "a background snapshot is not wanted")),
-            (false, false) => Err(unsupported(
+        let background = match (save_by, avoid_background, holds) {
+            (SaveBy::SnapshotSave, ..) => Err(unsupported(machine, &only_snapshot_save(&state))),
+            (_, false, true) => Settings::apply(machine, Form::Background).await,
+            (_, true, _) => Err(unsupported(machine, "a background snapshot is not wanted")),
+            (_, false, false) => Err(unsupported(
                 machine,
                 "a background snapshot of this QEMU's resumes the guest by itself, and leaves it hanging where it fails",
             )),
@@ -200,6 +207,10 @@ impl Cut {
     }
 }
 
+fn only_snapshot_save(state: &RunState) -> String {
+    format!("QEMU cannot write memory beside a guest in the run state {:?}", state.word)
+}
+
 fn unsupported(machine: &Machine, detail: &str) -> Error {
     let subject = machine.qmp().socket().display();
     Error::new(ErrorKind::Unsupported, "preparing to save memory", subject, detail)
@@ -235,6 +246,15 @@ struct Undo<'a> {
 }
 
 impl Undo<'_> {
+    /// Applies the settings of another form than those that were applied for.
+    async fn settings_for(&mut self, form: Form) -> Result<()> {
+        if let Some(settings) = self.settings.take() {
+            settings.restore(self.machine).await?;
+        }
+        self.settings = Some(Settings::apply(self.machine, form).await?);
+        Ok(())
+    }
+
     async fn all(self, mut error: Error) -> Error {
         if error.is_lost() {
             return error;
@@ -279,8 +299,8 @@ async fn paused_cut<T, F>(
 where
     F: Future<Output = std::result::Result<T, BoxError>>,
 {
-    let by_snapshot = matches!(plan, Plan::Saved { .. });
-    let (memory, form, way, why_not) = match plan {
+    let mut by_snapshot = matches!(plan, Plan::Saved { .. });
+    let (memory, form, mut way, mut why_not) = match plan {
         Plan::DiskOnly => (None, Form::Plain, Way::DiskOnly, None),
         Plan::Saved { draft, settings, why_not } => {
             (Some((draft, settings)), Form::Plain, Way::NonLive, why_not)
@@ -299,6 +319,20 @@ where
         Err(error) => return Err(undo.all(error).await),
     }
     let was_running = undo.paused.as_ref().is_some_and(Paused::is_ours);
+    if draft.is_some() && !was_running && !by_snapshot {
+        // Another state than it was planned for: the guest may have panicked, or switched itself off, just before it was stopped.
+        let state = match machine.run_state().await {
+            Ok(state) => state,
+            Err(error) => return Err(undo.all(error).await),
+        };
+        if state.word != "paused" {
+            (by_snapshot, way) = (true, Way::NonLive);
+            why_not = Some(only_snapshot_save(&state));
+            if let Err(error) = undo.settings_for(Form::Plain).await {
+                return Err(undo.all(error).await);
+            }
+        }
+    }
     if let Err(error) = disks.cut(machine).await {
         return Err(undo.all(error).await);
     }
@@ -367,6 +401,18 @@ async fn wait_while_paused(machine: &Machine, draft: &Draft, to_the_end: bool) -
     }
 }
 
+/// Refuses to go on where the guest stopped by itself while its memory was copied: the end of the migration would let it run.
+async fn runs_yet(machine: &Machine, attempted: &str) -> Result<()> {
+    let state = machine.run_state().await?;
+    if !state.stopped_by_itself() {
+        return Ok(());
+    }
+    let detail =
+        format!("the guest stopped by itself (run state {:?}) while its memory was copied", state.word);
+    let error = Error::new(ErrorKind::Invalid, attempted, machine.qmp().socket().display(), detail);
+    Err(error.advice("take the snapshot again: it is taken of the guest as it stands now"))
+}
+
 async fn pre_copy<T, F>(
     machine: &Machine,
     disks: Disks,
@@ -403,6 +449,9 @@ where
         };
         if now.status == "pre-switchover" {
             break;
+        }
+        if converged && let Err(error) = runs_yet(machine, attempted).await {
+            return Err(undo.all(error).await);
         }
         let waited = begun.elapsed();
         if converged && waited > budget {

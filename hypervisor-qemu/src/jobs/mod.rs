@@ -12,4 +12,4 @@ pub(crate) use merge::fold;
 pub use merge::{ActiveCommit, LayerCommit, Stream, commit_active, commit_layers, drive_active, stream};
 pub use reconcile::{OurNode, Ours, Outgoing, reconcile, sweep};
 pub use run::{Progress, cancel, set_speed, status};
-pub(crate) use run::{concluded, dismiss_ended, finish};
+pub(crate) use run::{concluded, dismiss_ended, dismiss_streams, finish};

@@ -7,9 +7,10 @@ use crate::{
     error::Result,
     fdset,
     graph::{Edge, Graph, remove_layers},
-    machine::{Machine, RunState},
+    machine::Machine,
     migration,
     name::{is_mark, is_ours},
+    run_state::RunState,
 };
 
 /// What of ours there is, by the names that begin with `domsnap-`.

@@ -9,7 +9,7 @@ use tokio::time::sleep;
 use crate::{
     error::{Error, ErrorKind, Result},
     machine::Machine,
-    name::Name,
+    name::{Name, is_ours},
 };
 
 /// Between two looks: at first, and at most.
@@ -91,6 +91,32 @@ pub(crate) async fn dismiss_ended(machine: &Machine, job: &Name) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Dismisses our stream jobs that have ended: where nodes are asked for while there is one, QEMU 10.0 ends by a segmentation
+/// fault.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`] where another program has one, which is its own to dismiss; those of the connection.
+pub(crate) async fn dismiss_streams(machine: &Machine) -> Result<()> {
+    let jobs = machine.query("query-jobs", Value::Null).await?;
+    let jobs = Job::list(&jobs).ok_or_else(|| machine.odd("query-jobs", &jobs))?;
+    for job in jobs.iter().filter(|job| job.status == JobStatus::Concluded && job.kind == "stream") {
+        if !is_ours(&job.id) {
+            let detail = "it has ended and was not dismissed by the program that began it: QEMU may end by a \
+                          segmentation fault when it is asked for its nodes";
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "reading the block graph",
+                format!("job {}", job.id),
+                detail,
+            )
+            .advice("dismiss it (`job-dismiss`), or have that program do it"));
+        }
+        let id = json!({ "id": job.id });
+        machine.run("dismissing a job", &job.id, "job-dismiss", id).await?;
+    }
+    Ok(())
 }
 
 /// Dismisses a job that has ended; gives how it ended.

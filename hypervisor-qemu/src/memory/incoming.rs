@@ -14,9 +14,10 @@ use super::Image;
 use crate::{
     error::{Error, ErrorKind, Result},
     fdset::FdSet,
-    machine::{Machine, RunState},
+    machine::Machine,
     migration,
     qcow2::STREAM,
+    run_state::RunState,
 };
 
 /// Loads a memory image into a QEMU that was started with `-incoming defer`. Give `-S` too, or the guest runs as soon as it is

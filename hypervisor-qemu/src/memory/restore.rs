@@ -9,9 +9,10 @@ use crate::{
     error::{Error, ErrorKind, Result},
     fdset::{FdSet, reopen_read_only},
     jobs,
-    machine::{Machine, RunState},
+    machine::Machine,
     name::Name,
     qcow2,
+    run_state::RunState,
 };
 
 /// How a restore went.

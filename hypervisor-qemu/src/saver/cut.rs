@@ -18,7 +18,9 @@ use super::{
     disk::{Disk, identity, layer},
     error::{blocking, told},
     live::Live,
-    merge, truth,
+    merge,
+    preflight::cannot_freeze,
+    truth,
 };
 use crate::{
     BoxError,
@@ -61,7 +63,8 @@ pub(super) struct Step<'a> {
 pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<Facts> {
     let machine = &live.machine;
     let mut facts = Facts::default();
-    let ran = machine.run_state().await.map_err(told)?.running;
+    let before = machine.run_state().await.map_err(told)?;
+    let ran = before.running;
     let mut cut = Cut::new();
     let mut opened: Vec<String> = Vec::new();
     let prepared = prepare(live, step, &mut opened).await;
@@ -116,12 +119,21 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
             let whole = error.state().is_none() && !error.is_lost();
             let error = close(live, told(error), &opened).await;
             if whole && ran && paused_before {
-                machine.cont().await.map_err(|second| told(second).context(error.to_string()))?;
+                machine.let_go_on().await.map_err(|second| told(second).context(error.to_string()))?;
             }
             return Err(error);
         }
     };
+    // A guest that stopped by itself just before the instant did not run at it.
+    let ran = ran && (paused_before || step.memory.is_none() || taken.was_running);
     *live.saving() = taken.memory.map(|saving| (saving, ran));
+    if step.memory.is_some() && !ran {
+        let state = machine.run_state().await.map_err(told)?;
+        if let Some(remark) = state.remark() {
+            let word = state.word;
+            facts.notes.push(format!("{remark} (run state {word:?}): a revert restores it standing still"));
+        }
+    }
 
     let consistency = match frozen {
         Some(frozen) => thawed(frozen, step, &mut facts).await?,
@@ -141,7 +153,7 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     if ran && !stays {
         facts.downtime = Some(taken.stopped_for);
     }
-    if let Some(why) = taken.why_not {
+    if let Some(why) = taken.why_not.filter(|_| before.running) {
         facts.notes.push(format!("memory was not saved in the best way: {why}"));
     }
     facts.taken = Some(Taken { at: taken.done, consistency, running: ran, way: words(taken.way).to_owned() });
@@ -256,18 +268,16 @@ async fn draft(file: &Utf8Path) -> Result<Draft> {
 
 /// Freezes the guest's file systems, where that is asked for.
 async fn freeze(live: &Live, step: Step<'_>, ran: bool, facts: &mut Facts) -> Result<Option<Quiesced>> {
-    let why = match (step.quiesce, step.memory, &live.agent, ran) {
+    let why = match (step.quiesce, step.memory, &live.agent, cannot_freeze(live, ran)) {
         (Quiesce::No, ..) => return Ok(None),
         (_, Some(_), ..) => {
             let note = "the file systems were not frozen: memory is saved, with all that they hold";
             facts.notes.push(note.to_owned());
             return Ok(None);
         }
-        (_, _, None, _) => Error::new(ErrorKind::Unsupported, "the domain has no guest agent that is known")
-            .advise("register the domain with the agent's socket, or take the snapshot without --quiesce"),
-        (.., false) => Error::new(ErrorKind::Refused, "the guest stands still, so its agent cannot answer")
-            .advise("let the domain run, or take the snapshot without --quiesce"),
-        (_, _, Some(agent), true) => match quiesce::quiesce(&live.machine, agent, step.quiesce_limit).await {
+        (.., Some(error)) => error,
+        (_, _, None, None) => return Ok(None),
+        (_, _, Some(agent), None) => match quiesce::quiesce(&live.machine, agent, step.quiesce_limit).await {
             Ok(frozen) => return Ok(Some(frozen)),
             Err(error) => told(error),
         },
@@ -326,8 +336,8 @@ pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>
         }
     }
     sweep(live).await?;
-    if step.running && !machine.run_state().await.map_err(told)?.running {
-        machine.cont().await.map_err(told)?;
+    if step.running {
+        machine.let_go_on().await.map_err(told)?;
     }
     if step.quiesce != Quiesce::No {
         live.thaw().await;

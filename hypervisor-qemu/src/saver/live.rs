@@ -1,7 +1,7 @@
 //! [`Live`]: a connection to one running domain.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use qmp::Agent;
 use snapcore::{
     AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, LiveDomain, OpenChain,
-    Result, Seen, Target,
+    Plan, Result, Seen, Target,
 };
 use tokio::{sync::watch, time::timeout};
 
@@ -18,15 +18,17 @@ use super::{
     Connection, cut,
     disk::{self, Disk, View},
     error::told,
-    recorded, remove_memory, seen, truth,
+    preflight, recorded, remove_memory, seen, truth,
     unpacked::Unpacked,
     window,
 };
 use crate::{
     discover::{Abilities, Discovery, Process, compare},
+    graph::{self, Node},
     guest_clock::set_guest_clock,
     instant::Saving,
     machine::Machine,
+    name::{is_mark, is_ours},
     quiesce,
 };
 
@@ -41,6 +43,8 @@ pub(super) struct Live {
     discovery: Discovery,
     pub(super) agent: Option<Agent>,
     disks: Vec<Disk>,
+    /// The layers of the domain's disks that are its own.
+    owned: Vec<(Target, PathBuf)>,
     speed: Arc<watch::Sender<u64>>,
     /// The overlays that were opened ahead of an instant.
     ready: Mutex<Vec<cut::Ready>>,
@@ -73,6 +77,13 @@ impl Live {
                 disks.push(Disk::new(&machine, &view, target, &device.target, limits.clone()));
             }
         }
+        let mut owned = Vec::new();
+        for record in &domain.disks {
+            let directory =
+                record.disk.path.parent().map(|parent| parent.as_std_path()).unwrap_or(Path::new(""));
+            let layers = record.owned.iter().map(|layer| directory.join(layer.as_str()));
+            owned.extend(layers.map(|layer| (record.disk.target.clone(), layer)));
+        }
         let agent = control.agent.as_ref().or(seen.agent.as_ref());
         let agent = agent.map(|socket| Agent::new(PathBuf::from(socket.as_str())));
         let (ready, saving, window) = (Mutex::default(), Mutex::default(), Mutex::default());
@@ -83,6 +94,7 @@ impl Live {
             discovery,
             agent,
             disks,
+            owned,
             speed,
             ready,
             saving,
@@ -93,6 +105,11 @@ impl Live {
 
     pub(super) fn disk_of(&self, target: &Target) -> Option<&Disk> {
         self.disks.iter().find(|disk| disk.target == *target)
+    }
+
+    /// Returns true if a file is a layer of a disk's that is the domain's own.
+    pub(super) fn owns(&self, target: &Target, file: &Path) -> bool {
+        self.owned.iter().any(|(of, layer)| of == target && layer == file)
     }
 
     pub(super) fn expect(&self, target: &Target) -> Result<&Disk> {
@@ -214,6 +231,23 @@ impl LiveDomain for Live {
 
     fn limit(&self, bytes_per_second: u64) {
         self.speed.send_replace(bytes_per_second);
+    }
+
+    async fn preflight(&self, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
+        preflight::check(self, plan, chains, probe).await
+    }
+
+    async fn tidy(&self) -> Result<()> {
+        let graph = self.machine.graph().await.map_err(told)?;
+        let is_left = |node: &Node| {
+            node.name.starts_with(disk::PLACEHOLDER)
+                || (is_ours(&node.name) && !is_mark(&node.name) && graph.users(&node.name).next().is_none())
+        };
+        if graph.nodes().iter().any(is_left) {
+            cut::sweep(self).await?;
+            graph::close_taken_off(&self.machine).await.map_err(told)?;
+        }
+        Ok(())
     }
 
     async fn make_ready(&self, step: &DomainStep) -> Result<()> {

@@ -4,7 +4,7 @@
 //! ended already, because memory that is loaded twice does not fit disks that were written in between. So before the guest is
 //! paused for it a mark is made: a node (of nothing) that nobody uses. It lasts as long as the window can: QEMU's life.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::{
     error::Result,
@@ -32,9 +32,7 @@ impl Mark {
     }
 
     async fn is_there(self, machine: &Machine) -> Result<bool> {
-        let nodes = machine.query("query-named-block-nodes", json!({ "flat": true })).await?;
-        let nodes = nodes.as_array().ok_or_else(|| machine.odd("query-named-block-nodes", &Value::Null))?;
-        Ok(nodes.iter().any(|node| node["node-name"].as_str() == Some(&self.name())))
+        Ok(machine.graph().await?.node(&self.name()).is_some())
     }
 
     /// Makes it. One that is there already is as good.
@@ -69,7 +67,10 @@ impl Mark {
     /// noted.
     pub(super) async fn open_window(machine: &Machine) -> Result<Paused> {
         let state = machine.run_state().await?;
-        let runs = state.running || state.word == "suspended";
+        if let Err(refusal) = machine.permits(&state).await?.disks {
+            return Err(machine.refused("pausing the guest", &state, refusal));
+        }
+        let runs = state.running;
         match Self::window(machine).await? {
             Some(Self::WindowStood) if runs => {
                 Self::WindowRan.make(machine).await?;

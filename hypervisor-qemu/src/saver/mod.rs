@@ -8,6 +8,7 @@
 //! | `truth` | frozen images known by their permanent names |
 //! | `window` | disks set free and given back, under a guest that stands still |
 //! | `mark` | that a window is open, kept in QEMU itself |
+//! | `preflight` | what keeps a plan from being carried out, found before it is begun |
 //! | `seen` | a domain as it is described, and what of it is recorded |
 //! | `start`, `scan` | a QEMU started from a memory image; all that run here |
 //! | `unpacked` | compressed memory images between their check and their use |
@@ -26,6 +27,7 @@ mod error;
 mod live;
 mod mark;
 mod merge;
+mod preflight;
 mod scan;
 mod seen;
 mod start;

@@ -16,6 +16,7 @@ use super::{
     mark::Mark,
 };
 use crate::{
+    discover::Process,
     graph::{self, Detached, Graph, Stack, remove_layers},
     jobs,
     machine::Machine,
@@ -51,7 +52,7 @@ pub(super) async fn undo_open(live: &Live, targets: &[Target], chains: &[NamedCh
     }
     let window = Mark::window(machine).await.map_err(told)?;
     if window == Some(Mark::WindowRan) {
-        machine.cont().await.map_err(told)?;
+        machine.let_go_on().await.map_err(told)?;
     }
     *live.window() = None;
     Mark::close_window(machine).await.map_err(told)
@@ -200,6 +201,7 @@ async fn finish_fold(
 
 /// An image that needs a secret to be opened is opened here without one: better not to close it.
 async fn refuse_encrypted(live: &Live, targets: &[Target]) -> Result<()> {
+    jobs::dismiss_streams(&live.machine).await.map_err(told)?;
     let nodes = live.machine.query("query-named-block-nodes", json!({ "flat": true })).await.map_err(told)?;
     let encrypted = |name: &str| {
         let node =
@@ -267,7 +269,10 @@ pub(super) async fn go_on(
         None => window == Some(Mark::WindowRan),
     };
     if goes_on {
-        machine.cont().await.map_err(told)?;
+        match memory.is_some() || reset {
+            true => machine.cont().await.map_err(told)?,
+            false => machine.let_go_on().await.map_err(told)?,
+        }
         facts.downtime = live.window().map(|since| since.elapsed());
     }
     *live.window() = None;
@@ -281,13 +286,35 @@ pub(super) async fn go_on(
 async fn load(live: &Live, file: &Utf8Path, context: DomainContext<'_>) -> Result<()> {
     let image = live.unpacked.take(file).await?;
     let length = image.length().map_err(told)?;
+    let state = live.machine.run_state().await.map_err(told)?;
+    if live.machine.permits(&state).await.map_err(told)?.reset_before_load {
+        // QEMU keeps its run state over a load, and refuses to let a guest go on that has switched itself off: the state says
+        // something of the guest that is about to be replaced. Nothing is lost by a reset: its disks are the snapshot's.
+        self::reset(&live.machine).await?;
+    }
     restore_in_place(&live.machine, &image, &[], LOADING).await.map_err(told)?;
     context.progress.bytes(length, length);
     Ok(())
 }
 
 /// Resets the guest, and waits until it is.
+///
+/// A QEMU that was told to end where its guest reboots (`-no-reboot`, `-action reboot=shutdown`) takes this for a reboot: it
+/// is told otherwise for the moment.
 async fn reset(machine: &Machine) -> Result<()> {
+    let ends = Process::read(machine).ends_at_reboot();
+    let action = |reboot: &'static str| json!({ "reboot": reboot });
+    if ends {
+        machine.query("set-action", action("reset")).await.map_err(told)?;
+    }
+    let done = reset_now(machine).await;
+    if ends {
+        machine.query("set-action", action("shutdown")).await.map_err(told)?;
+    }
+    done
+}
+
+async fn reset_now(machine: &Machine) -> Result<()> {
     let mut events = machine.qmp().events();
     machine.reset().await.map_err(told)?;
     let seen = timeout(SOON, async {

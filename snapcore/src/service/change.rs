@@ -188,7 +188,11 @@ impl Inner {
             disks.push(DiskInput { record: record.clone(), state, backend });
         }
         let alive = live.map(|live| self.alive(entry, live, request)).transpose()?;
-        crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), request).await
+        let plan = crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), request).await?;
+        if let Some(live) = live {
+            live.preflight(&plan, &[], false).await?;
+        }
+        Ok(plan)
     }
 
     /// Carries `request` out on the domain that is meant.
@@ -290,6 +294,9 @@ impl Inner {
         let Located { entry, catalogued, leftovers, .. } = located;
         let _held = self.hold_disks(&entry.domain, live).await?;
         let plan = self.plan_for(entry, live, request).await?;
+        if let Some(live) = live {
+            live.preflight(&plan, &self.chains_of(&entry.domain).await?, true).await?;
+        }
         prepare_memory_dir(&plan)?;
         if let (Some(live), Request::Delete(delete)) = (live, request) {
             live.limit(delete.limit);
@@ -348,6 +355,9 @@ impl Inner {
         cancel: &CancellationToken,
     ) -> Result<Vec<RecoveryReport>> {
         let mut reports = Vec::new();
+        if let Some(live) = &*live {
+            live.tidy().await?;
+        }
         for operation in self.catalogue.unfinished(&entry.domain.name).await? {
             let _held = self.hold_disks(&entry.domain, live.as_ref()).await?;
             let manifests = self.manifests_of(&entry.domain)?;
@@ -379,6 +389,9 @@ impl Inner {
             reports.push(report);
             // What was recovered may have started it, stopped it, or let it go on.
             *live = self.connect(&entry.domain).await?;
+            if let Some(live) = &*live {
+                live.tidy().await?;
+            }
         }
         if let (Some(live), Some(last)) = (&live, reports.last_mut()) {
             last.notes.extend(self.settle(&entry.domain, live).await?);

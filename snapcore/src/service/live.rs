@@ -138,12 +138,17 @@ impl Inner {
 
     /// Lets nothing that a crash left stand in a running domain.
     pub(super) async fn settle(&self, domain: &Domain, live: &Live) -> Result<Vec<String>> {
+        live.settle(&self.chains_of(domain).await?).await
+    }
+
+    /// What the configured paths of a domain's disks open now.
+    pub(super) async fn chains_of(&self, domain: &Domain) -> Result<Vec<OpenChain>> {
         let mut chains = Vec::new();
         for record in &domain.disks {
             let layers = self.registry.get(&record.disk.format)?.open_chain(record).await?;
             chains.push(OpenChain { target: record.disk.target.clone(), layers });
         }
-        live.settle(&chains).await
+        Ok(chains)
     }
 }
 

@@ -1,0 +1,266 @@
+//! What keeps a plan from being carried out on this QEMU, found before anything is begun.
+//!
+//! 1. The run state permits it ([`crate::RunState`] has the table).
+//! 2. A guest whose file systems must be frozen can be.
+//! 3. QEMU can open what it will be told to open. A QEMU that gave up its rights, or that lives in another root, mount
+//!    namespace, AppArmor profile or SELinux domain, may have its images open and be unable to open them again. In a detached
+//!    section, that would leave the guest without its disks. So each file is opened by QEMU in a node that nobody uses, in the
+//!    mode that it will need, and closed again. A node that nobody uses takes no lock and reads nothing. A new overlay is stood
+//!    for by an empty file beside it with the rights, the owner and the labels of the active image.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
+    path::{Path, PathBuf},
+};
+
+use serde_json::json;
+use snapcore::{
+    DiskInstant, DomainStep, Error, ErrorKind, OpenChain, Plan, PlannedStep, Quiesce, Result, Target,
+};
+
+use super::{
+    disk::{Disk, identity},
+    error::told,
+    live::Live,
+};
+use crate::name::Name;
+
+/// Labels that decide who may open a file, copied to what stands for a new one.
+const LABELS: [&str; 2] = ["security.selinux", "system.posix_acl_access"];
+
+/// What is behind the stem of the file that stands for a new one.
+const STANDS_FOR: &str = "domsnap-probe";
+
+/// What QEMU will open.
+#[derive(Debug, PartialEq, Eq)]
+enum Opens {
+    /// The active image again, and a new overlay of this name.
+    Overlay(Target, PathBuf),
+    /// All layers, the active one for writing; also new layers, where the disk's current state is given up.
+    Chain { target: Target, new_layers: bool },
+    /// All layers that are the domain's own, for writing.
+    Merge(Target),
+}
+
+/// Refuses a plan that this QEMU cannot carry out. With `probe`, QEMU is asked to open what it will need; without, nothing is
+/// changed, not even for a moment.
+pub(super) async fn check(live: &Live, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
+    let untouched = |error: Error| match error.state_now() {
+        Some(_) => error,
+        None => error.state("nothing was touched"),
+    };
+    check_state(live, plan).await.map_err(untouched)?;
+    if !probe {
+        return Ok(());
+    }
+    for opens in opens(plan) {
+        probe_one(live, &opens, chains).await.map_err(untouched)?;
+    }
+    Ok(())
+}
+
+fn domain_step(planned: &PlannedStep) -> Option<DomainStep> {
+    let is_domain = planned.step.target.is_domain();
+    is_domain.then(|| serde_json::from_value(planned.step.action.clone()).ok()).flatten()
+}
+
+async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
+    let machine = &live.machine;
+    let (mut disks, mut memory) = (false, false);
+    for planned in &plan.steps {
+        match domain_step(planned) {
+            Some(DomainStep::Instant { memory: wanted, quiesce, running, .. }) => {
+                disks = true;
+                memory |= wanted.is_some();
+                if quiesce == Quiesce::Require
+                    && wanted.is_none()
+                    && let Some(error) = cannot_freeze(live, running)
+                {
+                    return Err(error.context("the snapshot must be quiesced"));
+                }
+            }
+            Some(DomainStep::OpenWindow { .. }) => disks = true,
+            Some(_) => {}
+            None => disks |= live.disk_of(&planned.step.target).is_some(),
+        }
+    }
+    if !disks {
+        return Ok(());
+    }
+    let state = machine.run_state().await.map_err(told)?;
+    let permits = machine.permits(&state).await.map_err(told)?;
+    let attempted = "looking whether the guest can be worked on";
+    permits.disks.map_err(|refusal| told(machine.refused(attempted, &state, refusal)))?;
+    if memory {
+        permits.memory.map_err(|refusal| told(machine.refused(attempted, &state, refusal)))?;
+    }
+    Ok(())
+}
+
+/// Why the guest's file systems cannot be frozen, as far as that is known without asking its agent.
+pub(super) fn cannot_freeze(live: &Live, running: bool) -> Option<Error> {
+    if live.agent.is_none() {
+        let detail = "the domain has no guest agent that is known";
+        return Some(
+            Error::new(ErrorKind::Unsupported, detail).advise(
+                "register the domain with the agent's socket, or take the snapshot without --quiesce",
+            ),
+        );
+    }
+    (!running).then(|| {
+        Error::new(ErrorKind::Refused, "the guest stands still, so its agent cannot answer")
+            .advise("let the domain run, or take the snapshot without --quiesce")
+    })
+}
+
+fn opens(plan: &Plan) -> Vec<Opens> {
+    let mut all: Vec<Opens> = Vec::new();
+    for planned in &plan.steps {
+        let more = match domain_step(planned) {
+            Some(DomainStep::Instant { disks, .. }) => disks
+                .into_iter()
+                .filter_map(|(target, instant)| match instant {
+                    DiskInstant::Overlay { file, .. } => {
+                        Some(Opens::Overlay(target, file.into_std_path_buf()))
+                    }
+                    DiskInstant::Internal { .. } | DiskInstant::ByBackend => None,
+                })
+                .collect(),
+            Some(DomainStep::OpenWindow { disks, anew, .. }) => {
+                disks.into_iter().map(|target| Opens::Chain { target, new_layers: anew.is_some() }).collect()
+            }
+            Some(_) => Vec::new(),
+            None if planned.deferrable => vec![Opens::Merge(planned.step.target.clone())],
+            None => Vec::new(),
+        };
+        for opens in more {
+            if !all.contains(&opens) {
+                all.push(opens);
+            }
+        }
+    }
+    all
+}
+
+async fn probe_one(live: &Live, opens: &Opens, chains: &[OpenChain]) -> Result<()> {
+    let (Opens::Overlay(target, _) | Opens::Chain { target, .. } | Opens::Merge(target)) = opens;
+    let Some(disk) = live.disk_of(target) else { return Ok(()) };
+    let Some(chain) = chains.iter().find(|chain| chain.target == *target) else { return Ok(()) };
+    let open: Vec<_> =
+        disk.open().await.map_err(told)?.layers.iter().filter_map(|layer| layer.identity).collect();
+    let active = chain.layers.first().map(|layer| layer.file.as_std_path());
+    for (place, layer) in chain.layers.iter().enumerate() {
+        let file = layer.file.as_std_path();
+        let write = match opens {
+            Opens::Overlay(..) if place > 0 => break,
+            Opens::Overlay(..) | Opens::Chain { .. } => place == 0,
+            Opens::Merge(_) => place == 0 || live.owns(target, file),
+        };
+        // What QEMU does not have open is not merged by it.
+        let merged_by_us = matches!(opens, Opens::Merge(_))
+            && identity(file).is_some_and(|identity| !open.contains(&identity));
+        if !merged_by_us {
+            can_open(disk, file, write).await?;
+        }
+    }
+    let new = match opens {
+        Opens::Overlay(_, file) => Some(file.as_path()),
+        Opens::Chain { new_layers: true, .. } => active,
+        Opens::Chain { .. } | Opens::Merge(_) => None,
+    };
+    if let (Some(new), Some(active)) = (new, active)
+        && let Some(probe) = Probe::make(new, active)
+    {
+        can_open(disk, &probe.0, true).await.map_err(|error| {
+            error.context(format!("new images beside {} of disk {target}", new.display()))
+        })?;
+    }
+    Ok(())
+}
+
+/// Refuses a file that QEMU cannot open, or that is another one for QEMU.
+async fn can_open(disk: &Disk, file: &Path, write: bool) -> Result<()> {
+    let target = &disk.target;
+    let refused = |detail: String| {
+        Error::new(ErrorKind::Refused, detail).state("nothing was touched").advise(
+            "this QEMU is confined (by the user that it runs as, a chroot, a mount namespace, AppArmor or SELinux): give it \
+             access to the directory of its images, or shut the domain down and do it then",
+        )
+    };
+    let Some(text) = file.to_str() else { return Ok(()) };
+    // A file that is not there is not QEMU's fault: whoever opens it says so.
+    let Ok(about) = fs::metadata(file) else { return Ok(()) };
+    let ours = identity(file);
+    if ours.is_some() && disk.view.identity(file) != ours {
+        return Err(refused(format!("for this QEMU, {text} of disk {target} is another file")));
+    }
+    let driver = if about.file_type().is_block_device() { "host_device" } else { "file" };
+    let node = Name::node();
+    let added = json!({
+        "driver": driver, "node-name": node.as_str(), "filename": text, "read-only": !write,
+    });
+    let mode = if write { "for writing" } else { "for reading" };
+    match disk.machine.run("looking what QEMU can open", text, "blockdev-add", added).await {
+        Ok(_) => {}
+        Err(error) if error.kind() == crate::ErrorKind::Refused => {
+            return Err(refused(format!("QEMU cannot open {text} of disk {target} {mode} ({error})")));
+        }
+        Err(error) => return Err(told(error)),
+    }
+    let closed = json!({ "node-name": node.as_str() });
+    disk.machine.run("closing a node", node.as_str(), "blockdev-del", closed).await.map(drop).map_err(told)
+}
+
+/// An empty file that stands for a new image; removed when dropped. Its name is always the same, so that what a crash leaves
+/// does not add up: the next one replaces it.
+struct Probe(PathBuf);
+
+impl Probe {
+    /// Makes it; none where that cannot be: the step that makes the image says why.
+    fn make(beside: &Path, like: &Path) -> Option<Self> {
+        let ending =
+            beside.extension().map(|ending| format!(".{}", ending.to_string_lossy())).unwrap_or_default();
+        let stem = beside.file_stem()?.to_string_lossy().into_owned();
+        // The stem of a layer's name is longer than that of the configured path, and is random.
+        let stem = stem.split(".ds-").next().unwrap_or(&stem).to_owned();
+        let path = beside.with_file_name(format!("{stem}.{STANDS_FOR}{ending}"));
+        let create = || File::options().write(true).create_new(true).mode(0o600).open(&path);
+        let file = match create() {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                let left = fs::symlink_metadata(&path).ok()?;
+                if !left.is_file() || left.len() > 0 {
+                    return None;
+                }
+                fs::remove_file(&path).ok()?;
+                create().ok()?
+            }
+            made => made.ok()?,
+        };
+        let probe = Self(path);
+        let about = fs::metadata(like).ok().filter(|about| about.is_file())?;
+        // As far as we may: a new image is made with the same rights.
+        let _ = fchown(&file, Some(about.uid()), Some(about.gid()));
+        for label in LABELS {
+            copy_label(like, &file, label);
+        }
+        let _ = file.set_permissions(fs::Permissions::from_mode(about.mode() & 0o777));
+        Some(probe)
+    }
+}
+
+fn copy_label(from: &Path, to: &File, label: &str) {
+    let mut value = [0_u8; 4096];
+    if let Ok(length) = rustix::fs::getxattr(from, label, &mut value)
+        && let Some(value) = value.get(..length)
+    {
+        let _ = rustix::fs::fsetxattr(to, label, value, rustix::fs::XattrFlags::empty());
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
