@@ -14,6 +14,7 @@
 //! - [`powerloss`]: what a directory may hold after the power went
 //! - [`scenario`]: the operations that the crash suites interrupt
 //! - [`crash`]: interrupting them everywhere; and the domain running before anything is healed
+//! - [`idle`]: a QEMU without a guest system, for what needs none: it is there in a moment
 //! - [`live`]: a running domain, its guest, and what each of its snapshots holds
 //! - [`mounted`]: a file system of a certain kind
 //! - [`seed`]: random choices that can be repeated
@@ -23,6 +24,7 @@
 pub mod crash;
 pub mod domain;
 pub mod domsnap;
+pub mod idle;
 pub mod live;
 mod meanwhile;
 pub mod model;

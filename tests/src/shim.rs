@@ -70,6 +70,22 @@ pub fn counted(file: &Path) -> Result<Vec<Counted>> {
         .collect()
 }
 
+/// `domsnap` with the shim preloaded, which is to watch no files: for what it does to QMP commands.
+pub fn preloaded(domsnap: Domsnap) -> Domsnap {
+    domsnap.env("LD_PRELOAD", domsnap::product("DOMSNAP_FAULTFS", "libfaultfs.so", "faultfs"))
+}
+
+/// Adds a list of the QMP commands that change something to be written to `file`.
+pub fn counting_commands(domsnap: Domsnap, file: &Path) -> Domsnap {
+    domsnap.env("FAULTFS_QMP_COUNT", file)
+}
+
+/// SIGKILL just before QMP command `number`, or, where `sent`, just after it was sent.
+pub fn killing_at_command(domsnap: Domsnap, number: u64, sent: bool) -> Domsnap {
+    let domsnap = domsnap.env("FAULTFS_QMP_KILL_AT", number.to_string());
+    if sent { domsnap.env("FAULTFS_QMP_KILL_MODE", "sent") } else { domsnap }
+}
+
 /// Adds a binary record to be written to `file`.
 pub fn recording(domsnap: Domsnap, file: &Path) -> Domsnap {
     domsnap.env("FAULTFS_LOG", file)

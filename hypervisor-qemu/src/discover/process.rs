@@ -103,16 +103,17 @@ impl Process {
     /// Returns true if its command line has QEMU end where the guest reboots. (What `set-action` changed since, no query
     /// tells.)
     pub(crate) fn ends_at_reboot(&self) -> bool {
-        let is = |word: &str, name: &str| word.strip_prefix('-').unwrap_or(word) == name;
+        let is = |word: &str, name: &str| word == name || word.strip_prefix('-') == Some(name);
         let mut ends = false;
         for (number, word) in self.command_line.iter().enumerate().skip(1) {
             if is(word, "-no-reboot") {
                 ends = true;
             } else if is(word, "-action") {
                 let actions = self.command_line.get(number + 1).map(String::as_str).unwrap_or_default();
-                match actions.split(',').rev().find_map(|action| action.strip_prefix("reboot=")) {
-                    Some(action) => ends = action == "shutdown",
-                    None => {}
+                if let Some(action) =
+                    actions.split(',').rev().find_map(|action| action.strip_prefix("reboot="))
+                {
+                    ends = action == "shutdown";
                 }
             }
         }

@@ -18,6 +18,7 @@ use super::{
     Connection, cut,
     disk::{self, Disk, View},
     error::told,
+    mark::Mark,
     preflight, recorded, remove_memory, seen, truth,
     unpacked::Unpacked,
     window,
@@ -246,6 +247,15 @@ impl LiveDomain for Live {
         if graph.nodes().iter().any(is_left) {
             cut::sweep(self).await?;
             graph::close_taken_off(&self.machine).await.map_err(told)?;
+        }
+        // A guest that runs on its own disks is in no detached section: it was not stopped yet, or went on already. A mark that
+        // says otherwise would have memory loaded over disks that were written since.
+        let is_detached = graph.nodes().iter().any(|node| node.name.starts_with(disk::PLACEHOLDER));
+        if !is_detached
+            && graph.nodes().iter().any(|node| is_mark(&node.name))
+            && self.machine.run_state().await.map_err(told)?.running
+        {
+            Mark::close_window(&self.machine).await.map_err(told)?;
         }
         Ok(())
     }

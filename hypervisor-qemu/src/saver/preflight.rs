@@ -2,7 +2,8 @@
 //!
 //! 1. The run state permits it ([`crate::RunState`] has the table).
 //! 2. A guest whose file systems must be frozen can be.
-//! 3. QEMU can open what it will be told to open. A QEMU that gave up its rights, or that lives in another root, mount
+//! 3. A guest that is to be reset can be: its QEMU does not end by it.
+//! 4. QEMU can open what it will be told to open. A QEMU that gave up its rights, or that lives in another root, mount
 //!    namespace, AppArmor profile or SELinux domain, may have its images open and be unable to open them again. In a detached
 //!    section, that would leave the guest without its disks. So each file is opened by QEMU in a node that nobody uses, in the
 //!    mode that it will need, and closed again. A node that nobody uses takes no lock and reads nothing. A new overlay is stood
@@ -17,7 +18,8 @@ use std::{
 
 use serde_json::json;
 use snapcore::{
-    DiskInstant, DomainStep, Error, ErrorKind, OpenChain, Plan, PlannedStep, Quiesce, Result, Target,
+    DiskInstant, DomainStep, Error, ErrorKind, OpenChain, Plan, PlannedStep, PowerAfter, Quiesce, Result,
+    Target,
 };
 
 use super::{
@@ -25,7 +27,7 @@ use super::{
     error::told,
     live::Live,
 };
-use crate::name::Name;
+use crate::{discover::Process, name::Name};
 
 /// Labels that decide who may open a file, copied to what stands for a new one.
 const LABELS: [&str; 2] = ["security.selinux", "system.posix_acl_access"];
@@ -82,6 +84,15 @@ async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
                 }
             }
             Some(DomainStep::OpenWindow { .. }) => disks = true,
+            Some(DomainStep::Continue { reset: true, power, .. })
+                if power != Some(PowerAfter::Off) && Process::read(machine).ends_at_reboot() =>
+            {
+                let detail = "the guest is reset by this, and its QEMU ends where the guest reboots (-no-reboot, or \
+                              -action reboot=shutdown): firmware reboots once more after a reset";
+                return Err(Error::new(ErrorKind::Refused, detail).advise(
+                    "revert it with --off and start it as it is always started, or revert to a snapshot with memory",
+                ));
+            }
             Some(_) => {}
             None => disks |= live.disk_of(&planned.step.target).is_some(),
         }

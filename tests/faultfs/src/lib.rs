@@ -18,6 +18,8 @@
 //! | `FAULTFS_FAIL_MODE` | `on`: from that operation on, every one that needs space fails, as on a full disk |
 //! | `FAULTFS_ERRNO` | with which error: `ENOSPC` (the default), `EIO`, `EDQUOT` |
 //!
+//! `qmp.rs` has the same for the commands that the program sends to a QEMU.
+//!
 //! What counts as an operation: everything that changes what a file system holds, or asks it to make that durable.
 //! Reads, locks, opens of what exists and mode changes do not. Operations are serialised by one lock, so that the
 //! record's order is the order in which they were done, also between threads.
@@ -28,6 +30,7 @@
 //! workspace), stores to shared mappings, and io_uring. A test compares its count with strace's to notice.
 
 mod hooks;
+mod qmp;
 mod real;
 #[allow(dead_code)] // the reading half is for the tests, which include this file
 mod record;

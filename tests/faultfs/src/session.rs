@@ -43,7 +43,8 @@ const INTERRUPT_HEARD: std::time::Duration = std::time::Duration::from_millis(20
 static CONFIG: OnceLock<Option<Config>> = OnceLock::new();
 static TURN: Mutex<Turn> = Mutex::new(Turn { done: 0 });
 
-fn number(name: &str) -> Option<u64> {
+/// A variable of the environment that is a number.
+pub fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     match text.parse() {
         Ok(number) => Some(number),
@@ -52,7 +53,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 /// Opens an output file of the shim's own, at a high descriptor so that the program's own numbers stay what they are.
-fn output(name: &str) -> Option<i32> {
+pub fn output(name: &str) -> Option<i32> {
     let path = CString::new(std::env::var_os(name)?.into_vec()).ok()?;
     let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_APPEND | libc::O_CLOEXEC;
     // SAFETY: openat by number, so as not to come back here; `path` is a C string.
@@ -161,7 +162,8 @@ pub fn die() -> ! {
     }
 }
 
-fn put(fd: i32, mut bytes: &[u8]) {
+/// Writes to an output file of the shim's own.
+pub fn put(fd: i32, mut bytes: &[u8]) {
     while !bytes.is_empty() {
         // SAFETY: the pointer and length are those of `bytes`.
         let n = unsafe { libc::syscall(libc::SYS_write, fd, bytes.as_ptr(), bytes.len()) };

@@ -52,3 +52,4 @@ pub mod parts {
 pub use channel::{COUNTER_BYTES, Status, counter};
 pub use guest::{Guest, ShellOutput};
 pub use options::{GuestOptions, Version};
+pub use qemu::command as qemu_command;

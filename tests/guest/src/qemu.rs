@@ -36,6 +36,15 @@ pub fn program(version: Version) -> Result<PathBuf> {
     Qemu::find(version).map(|qemu| qemu.program)
 }
 
+/// The first words of a command that starts a version of QEMU: the program, and where its firmware is.
+///
+/// # Errors
+/// Which script installs it.
+pub fn command(version: Version) -> Result<Vec<OsString>> {
+    let qemu = Qemu::find(version)?;
+    Ok(std::iter::once(qemu.program.into_os_string()).chain(qemu.firmware).collect())
+}
+
 impl Qemu {
     /// The one of a version on this machine.
     pub(crate) fn find(version: Version) -> Result<Self> {

@@ -1,0 +1,365 @@
+//! Every run state of QEMU that can be reached here: what is done in it, and that QEMU lives and the guest is as it was.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use domsnap_tests::domsnap::{Domsnap, Outcome, status};
+use domsnap_tests::idle::{Boot, Idle, has_pattern};
+use domsnap_tests::mounted::{Mounted, may_mount};
+use domsnap_tests::qemu;
+use serde_json::json;
+use testguest::Version;
+
+/// What the disk has when a snapshot is taken, and after it.
+const THEN: u8 = 0x33;
+const NOW: u8 = 0x44;
+
+struct Domain {
+    qemu: Idle,
+    dir: tempfile::TempDir,
+    disk: PathBuf,
+}
+
+impl Domain {
+    /// A machine whose one disk begins with `boot`, and has `THEN`.
+    fn start(version: Version, boot: Boot, more: &[&str]) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("domsnap-states-").tempdir()?;
+        let disk = dir.path().join("d.qcow2");
+        qemu::img(&["create", "-q", "-f", "qcow2", &disk.display().to_string(), "1M"])?;
+        boot.write(&disk)?;
+        let words = [
+            "-blockdev".to_owned(),
+            format!("driver=qcow2,file.driver=file,file.filename={},node-name=d0", disk.display()),
+            "-device".to_owned(),
+            "virtio-blk-pci,drive=d0,id=vda,bootindex=1".to_owned(),
+        ];
+        let words: Vec<&str> = words.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        let qemu = Idle::start(version, dir.path(), "m", &words)?;
+        Ok(Self { qemu, dir, disk })
+    }
+
+    fn domsnap(&self) -> Domsnap {
+        Domsnap::new(&self.dir.path().join("state"))
+    }
+
+    fn run(&self, words: &[&str]) -> Result<Outcome> {
+        let address = self.qemu.address();
+        self.domsnap().run(&[&[words[0], &address], &words[1..]].concat())
+    }
+
+    fn done(&self, words: &[&str]) -> Result<()> {
+        self.run(words)?.expect_status(status::DONE).map(drop)
+    }
+
+    fn has(&self, pattern: u8) -> Result<bool> {
+        self.qemu.flush("vda")?;
+        has_pattern(&self.disk, pattern)
+    }
+
+    /// Everything that can be done with a guest that stands still, which is in the state `word`, and comes to it each time
+    /// that `reach` is called.
+    fn all_in_state(&mut self, word: &str, reach: impl Fn(&mut Self) -> Result<()>) -> Result<()> {
+        // Not while the firmware is at its first instructions: it does not survive a reset then.
+        self.qemu.wait_state(word)?;
+        for (name, more) in [
+            ("disks-in", &["--disk-only", "--internal"][..]),
+            ("disks-out", &["--disk-only", "--external"]),
+            ("live", &["--internal"]),
+            ("live-out", &["--external"]),
+            ("still", &["--no-live"]),
+        ] {
+            let at = || format!("{word}: create {name}");
+            reach(self).with_context(at)?;
+            self.qemu.wait_state(word).with_context(at)?;
+            self.qemu.write("vda", THEN)?;
+            self.done(&[&["create", name], more].concat()).with_context(at)?;
+            self.lives(word).with_context(at)?;
+            for power in [&[][..], &["--running"], &["--paused"]] {
+                let at = || format!("{word}: revert to {name} {power:?}");
+                reach(self).with_context(at)?;
+                self.qemu.wait_state(word).with_context(at)?;
+                self.qemu.write("vda", NOW)?;
+                self.done(&[&["revert", name], power].concat()).with_context(at)?;
+                ensure!(self.qemu.is_alive()?, "{}: {}", at(), self.qemu.said());
+                ensure!(self.has(THEN)?, "{}: the disk is not as it was", at());
+                // A guest that was let go on may meet the same again.
+                let state = self.qemu.state()?;
+                let stands =
+                    ["paused", "prelaunch"].contains(&state.as_str()) || (word == "debug" && state == word);
+                let runs = state == "running" || state == word;
+                let right = if power == ["--running"] { runs } else { stands };
+                ensure!(right, "{}: the guest is {state:?}", at());
+                let stands = stands && power != ["--running"];
+                if stands {
+                    self.done(&["create", "again", "--internal"]).with_context(at)?;
+                    self.lives(&state).with_context(at)?;
+                    self.done(&["delete", "again"]).with_context(at)?;
+                }
+            }
+        }
+        reach(self)?;
+        self.qemu.wait_state(word)?;
+        for name in ["live", "disks-in", "still", "disks-out", "live-out"] {
+            self.done(&["delete", name]).with_context(|| format!("{word}: delete {name}"))?;
+            self.lives(word)?;
+        }
+        Ok(())
+    }
+
+    fn lives(&mut self, word: &str) -> Result<()> {
+        ensure!(self.qemu.is_alive()?, "QEMU has ended: {}", self.qemu.said());
+        let state = self.qemu.state()?;
+        ensure!(state == word, "it was {word:?}, and is {state:?}");
+        Ok(())
+    }
+
+    fn refuses(&mut self, word: &str, words: &[&str]) -> Result<()> {
+        self.lives(word)?;
+        let outcome = self.run(words)?.expect_status(status::REFUSED)?;
+        ensure!(outcome.stderr.contains("nothing was touched"), "{outcome}");
+        self.lives(word)
+    }
+}
+
+/// The guest is reset and runs, so that it comes to its state again.
+fn reset(domain: &mut Domain) -> Result<()> {
+    let ran = domain.qemu.state()? == "running";
+    domain.qemu.qmp("system_reset", json!({}))?;
+    if !ran {
+        // It is done a moment after the reply.
+        domain.qemu.wait_state("prelaunch")?;
+        domain.qemu.qmp("cont", json!({}))?;
+    }
+    Ok(())
+}
+
+fn stop(domain: &mut Domain) -> Result<()> {
+    domain.qemu.qmp("cont", json!({}))?;
+    domain.qemu.qmp("stop", json!({})).map(drop)
+}
+
+/// Stopped, then reset.
+fn stop_and_reset(domain: &mut Domain) -> Result<()> {
+    domain.qemu.qmp("stop", json!({}))?;
+    domain.qemu.qmp("system_reset", json!({}))?;
+    domain.qemu.wait_state("prelaunch")
+}
+
+#[test]
+fn prelaunch_is_worked_in() -> Result<()> {
+    for version in Version::BOTH {
+        let mut domain = Domain::start(version, Boot::Idle, &["-S"])?;
+        domain.lives("prelaunch")?;
+        domain.done(&["create", "first"])?;
+        domain.lives("prelaunch")?;
+        domain.all_in_state("prelaunch", stop_and_reset).with_context(|| format!("{version:?}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn paused_is_worked_in() -> Result<()> {
+    for version in Version::BOTH {
+        let mut domain = Domain::start(version, Boot::Idle, &[])?;
+        stop(&mut domain)?;
+        domain.all_in_state("paused", stop).with_context(|| format!("{version:?}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_panicked_guest_is_worked_on() -> Result<()> {
+    for version in Version::BOTH {
+        let words = ["-device", "pvpanic", "-action", "panic=pause"];
+        let mut domain = Domain::start(version, Boot::Panic, &words)?;
+        domain.all_in_state("guest-panicked", reset).with_context(|| format!("{version:?}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_is_off_is_worked_on() -> Result<()> {
+    for version in Version::BOTH {
+        let words = ["-action", "shutdown=pause"];
+        let mut domain = Domain::start(version, Boot::PowerOff, &words)?;
+        domain.all_in_state("shutdown", reset).with_context(|| format!("{version:?}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_watchdogs_pause_is_worked_in() -> Result<()> {
+    let words = ["-device", "ib700", "-action", "watchdog=pause"];
+    Domain::start(Version::New, Boot::Watchdog, &words)?.all_in_state("watchdog", reset)
+}
+
+/// A packet for QEMU's gdbstub.
+fn packet(body: &str) -> String {
+    let sum = body.bytes().fold(0_u8, u8::wrapping_add);
+    format!("${body}#{sum:02x}")
+}
+
+#[test]
+fn a_debuggers_stop_is_worked_in() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("gdb");
+    let gdb = format!("unix:{},server=on,wait=off", socket.display());
+    let mut domain = Domain::start(Version::New, Boot::Idle, &["-gdb", &gdb])?;
+    domain.qemu.wait_state("running")?;
+    let mut debugger = UnixStream::connect(&socket)?;
+    // A breakpoint at the boot sector; then it lets the guest go on. It is connected until the end.
+    for body in ["?", "Z0,7c00,1", "c"] {
+        debugger.write_all(packet(body).as_bytes())?;
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        debugger.write_all(b"+")?;
+    }
+    reset(&mut domain)?;
+    domain.all_in_state("debug", reset)
+}
+
+#[test]
+fn disks_are_worked_on_after_a_load_that_failed() -> Result<()> {
+    for version in Version::BOTH {
+        let mut domain = Domain::start(version, Boot::Idle, &[])?;
+        domain.qemu.write("vda", THEN)?;
+        domain.done(&["create", "good"])?;
+        let load = json!({ "job-id": "k", "tag": "none", "vmstate": "d0", "devices": ["d0"] });
+        domain.qemu.qmp("snapshot-load", load)?;
+        domain.qemu.wait_state("restore-vm")?;
+        domain.qemu.qmp("job-dismiss", json!({ "id": "k" }))?;
+        domain.refuses("restore-vm", &["create", "x"])?;
+        domain.refuses("restore-vm", &["create", "x", "--no-live"])?;
+        domain.done(&["create", "disks", "--disk-only", "--external"])?;
+        domain.lives("restore-vm")?;
+        domain.qemu.write("vda", NOW)?;
+        domain.done(&["revert", "good"])?;
+        domain.lives("running")?;
+        ensure!(domain.has(THEN)?, "the disk is not as it was");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_qemu_that_ends_at_a_reboot_is_not_reset() -> Result<()> {
+    let words = ["-action", "shutdown=pause,reboot=shutdown"];
+    let mut domain = Domain::start(Version::New, Boot::Idle, &words)?;
+    domain.qemu.write("vda", THEN)?;
+    domain.done(&["create", "memory"])?;
+    domain.done(&["create", "disks", "--disk-only"])?;
+    domain.refuses("running", &["revert", "disks"])?;
+    domain.refuses("running", &["revert", "disks", "--paused"])?;
+    // Before memory is loaded over a guest that is off, a reset ends nothing.
+    domain.qemu.qmp("system_reset", json!({}))?;
+    domain.qemu.wait_state("shutdown")?;
+    domain.qemu.write("vda", NOW)?;
+    domain.done(&["revert", "memory"])?;
+    domain.lives("running")?;
+    ensure!(domain.has(THEN)?, "the disk is not as it was");
+    // What the user told it holds again.
+    domain.qemu.qmp("system_reset", json!({}))?;
+    domain.qemu.wait_state("shutdown")
+}
+
+#[test]
+fn a_sleeping_guest_counts_as_running_and_sleeps_on() -> Result<()> {
+    let mut domain = Domain::start(Version::New, Boot::Sleep, &[])?;
+    domain.qemu.wait_state("suspended")?;
+    for (name, more) in
+        [("disks", &["--disk-only"][..]), ("live", &[]), ("still", &["--no-live", "--external"])]
+    {
+        domain.qemu.write("vda", THEN)?;
+        domain.done(&[&["create", name], more].concat())?;
+        domain.lives("suspended").context(name)?;
+    }
+    for name in ["live", "still"] {
+        domain.qemu.write("vda", NOW)?;
+        domain.done(&["revert", name])?;
+        domain.lives("suspended").context(name)?;
+        ensure!(domain.has(THEN)?, "the disk is not as it was");
+    }
+    domain.done(&["delete", "live"])?;
+    domain.done(&["delete", "still"])?;
+    domain.lives("suspended")?;
+    // A guest without memory of its own boots again, and sleeps again.
+    domain.done(&["revert", "disks"])?;
+    domain.qemu.wait_state("suspended")?;
+    domain.qemu.qmp("system_wakeup", json!({}))?;
+    ensure!(domain.qemu.is_alive()?, "{}", domain.qemu.said());
+
+    // An older QEMU cannot keep it asleep.
+    let mut domain = Domain::start(Version::Old, Boot::Sleep, &[])?;
+    domain.qemu.wait_state("suspended")?;
+    for more in [&["--disk-only"][..], &[], &["--no-live"]] {
+        domain.refuses("suspended", &[&["create", "x"], more].concat())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn states_of_a_migration_are_refused() -> Result<()> {
+    for version in Version::BOTH {
+        let mut domain = Domain::start(version, Boot::Idle, &["-incoming", "defer"])?;
+        for words in [&["create", "x"][..], &["create", "x", "--disk-only"], &["create", "x", "--no-live"]] {
+            domain.refuses("inmigrate", words)?;
+        }
+        let mut domain = Domain::start(version, Boot::Idle, &[])?;
+        domain.done(&["create", "s"])?;
+        domain.done(&["create", "d", "--disk-only", "--external"])?;
+        let file = domain.dir.path().join("away");
+        domain.qemu.qmp("migrate", json!({ "uri": format!("exec:cat > {}", file.display()) }))?;
+        domain.qemu.wait_state("postmigrate")?;
+        let operations = [
+            &["create", "x"][..],
+            &["create", "x", "--disk-only"],
+            &["create", "x", "--no-live"],
+            &["revert", "s"],
+            &["revert", "d", "--off"],
+            &["delete", "s"],
+            &["delete", "d"],
+        ];
+        for words in operations {
+            domain.refuses("postmigrate", words)?;
+        }
+        domain.qemu.qmp("cont", json!({}))?;
+        domain.done(&["revert", "s"])?;
+        domain.lives("running")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_guest_whose_disk_is_full_is_worked_on() -> Result<()> {
+    if !may_mount("ext4") {
+        return Ok(());
+    }
+    let small = Mounted::make("ext4", 30 << 20)?;
+    let full = small.path().join("full.qcow2");
+    qemu::img(&["create", "-q", "-f", "qcow2", &full.display().to_string(), "256M"])?;
+    Boot::Fill.write(&full)?;
+    let words = [
+        "-blockdev".to_owned(),
+        format!("driver=qcow2,file.driver=file,file.filename={},node-name=d1", full.display()),
+        "-device".to_owned(),
+        "virtio-blk-pci,drive=d1,id=vdb,bootindex=0".to_owned(),
+    ];
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let mut domain = Domain::start(Version::New, Boot::Idle, &words)?;
+    domain.qemu.wait_state("io-error")?;
+    for (name, more) in
+        [("disks", &["--disk-only"][..]), ("live", &[]), ("still", &["--no-live", "--external"])]
+    {
+        domain.qemu.write("vda", THEN)?;
+        domain.done(&[&["create", name, "--disk", "vdb=skip"], more].concat())?;
+        domain.lives("io-error").context(name)?;
+    }
+    for name in ["live", "still"] {
+        domain.qemu.write("vda", NOW)?;
+        domain.done(&["revert", name])?;
+        ensure!(domain.has(THEN)?, "the disk is not as it was");
+        domain.lives("prelaunch").context(name)?;
+    }
+    domain.qemu.qmp("cont", json!({}))?;
+    domain.qemu.wait_state("io-error")
+}
