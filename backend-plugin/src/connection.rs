@@ -216,6 +216,11 @@ impl Connection {
         Ok(Self { shared, requests: Some(requests), limits })
     }
 
+    /// The plug-in's process, which leads a group of its own.
+    pub(crate) fn process(&self) -> u32 {
+        self.shared.child.lock().unwrap_or_else(std::sync::PoisonError::into_inner).id()
+    }
+
     /// What is borne.
     pub(crate) fn limits(&self) -> Limits {
         self.limits

@@ -303,6 +303,10 @@ impl DiskSnapshotter for Plugin {
         &self.inner.name
     }
 
+    fn processes(&self) -> Vec<u32> {
+        self.inner.link().connection.iter().map(|connection| connection.process()).collect()
+    }
+
     /// Where the plug-in cannot say what it can do, it can do nothing.
     fn capabilities(&self) -> Capabilities {
         self.greet().unwrap_or_else(|error| {

@@ -7,9 +7,9 @@ use camino::{Utf8Path, Utf8PathBuf};
 use image_files::{Holds, blocking, in_place, is_held_by_others, names};
 use snapcore::chain::{self, ChainStep, layer_path};
 use snapcore::{
-    ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
-    DiskSnapshotter, DiskState, Error, ErrorKind, Finding, Guard, InspectDepth, LayerName, Point, PointKind,
-    Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
+    ActivePath, AttachedDisk, Base, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord,
+    DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, Finding, Guard, InspectDepth, LayerName,
+    Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
 };
 
 use crate::attached::{self, FileIds};
@@ -123,6 +123,11 @@ impl DiskSnapshotter for Qcow2 {
         .await?;
         *record = copy;
         Ok(found)
+    }
+
+    async fn bases(&self, disk: &DiskRecord) -> Result<Vec<Base>> {
+        let disk = disk.clone();
+        blocking(move || dependents::bases(&disk)).await
     }
 
     async fn plan(

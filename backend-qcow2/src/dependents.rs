@@ -15,7 +15,9 @@ use image_files::is_held_by_others;
 use image_files::names::{FileId, file_id, io_error, is_passing_name};
 use rustix::io::Errno;
 use snapcore::chain::layer_path;
-use snapcore::{DiskRecord, DiskState, FileIdentity, Layer, LayerName, Result, Unclear};
+use snapcore::{
+    Base, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, Layer, LayerName, Result, Unclear,
+};
 
 use crate::attached::FileIds;
 use crate::backing_string::{Named, named};
@@ -85,6 +87,45 @@ pub(crate) fn on_configured_path(record: &DiskRecord) -> Result<Vec<Utf8PathBuf>
         search.directory(directory.as_std_path(), |name| !owned.contains(name))?;
     }
     Ok(search.on_path)
+}
+
+/// The files that the layers of a disk are backed by, with everything below them.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] where the disk's image is not there; [`ErrorKind::Refused`] where what an image names cannot be told.
+pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
+    let path = &record.disk.path;
+    if file_id(path)?.is_none() {
+        return Err(Error::new(ErrorKind::NotFound, format!("the disk image {path} does not exist")));
+    }
+    let layers = record.owned.iter().map(|layer| layer_path(path, layer));
+    let mut next: Vec<Utf8PathBuf> = layers.chain([path.clone()]).collect();
+    let (mut found, mut seen) = (Vec::new(), HashSet::new());
+    while let Some(image) = next.pop() {
+        match file_id(&image)? {
+            Some(id) if seen.insert(id) => {}
+            _ => continue,
+        }
+        let string = match image::stated_backing(image.as_std_path()) {
+            Ok(Some(string)) => string,
+            Ok(None) => continue,
+            Err(error) => return Err(io_error(error, format!("cannot read {image}"))),
+        };
+        let directories: Vec<&Path> = image.parent().into_iter().map(Utf8Path::as_std_path).collect();
+        let candidates = match named(&directories, &string) {
+            Named::Files(candidates) | Named::Perhaps(candidates) => candidates,
+            Named::NoFile => continue,
+            Named::Unknown(why) => return Err(Error::new(ErrorKind::Refused, format!("{image}: {why}"))),
+        };
+        for candidate in candidates {
+            let Ok(file) = Utf8PathBuf::from_path_buf(candidate) else { continue };
+            if file_id(&file)?.is_some() {
+                next.push(file.clone());
+                found.push(Base { image: image.clone(), file });
+            }
+        }
+    }
+    Ok(found)
 }
 
 struct Search<'a> {

@@ -152,6 +152,11 @@ pub trait DiskSnapshotter: Send + Sync {
     /// What it can do.
     fn capabilities(&self) -> Capabilities;
 
+    /// Processes of the backend's own that may have images open: they are not somebody else's.
+    fn processes(&self) -> Vec<u32> {
+        Vec::new()
+    }
+
     /// Whether a disk is this backend's to serve where nobody stated a backend: by the format that its hypervisor opens it
     /// with, or, where only the path is known, by what the path names. Never by what an image holds.
     ///
@@ -182,6 +187,15 @@ pub trait DiskSnapshotter: Send + Sync {
     /// another tool made. They come oldest first, parents set, with fresh ids; `record.owned` is extended by the
     /// layers that become ours. Changes nothing.
     async fn discover(&self, record: &mut DiskRecord, known: &[crate::Point]) -> Result<Vec<Snapshot>>;
+
+    /// The files that the disk's layers are backed by, with everything below them: read from the images alone, whatever they name,
+    /// so that another domain does not change what this one needs. Changes nothing.
+    ///
+    /// # Errors
+    /// Where the disk's image is not there or cannot be read.
+    async fn bases(&self, _disk: &DiskRecord) -> Result<Vec<Base>> {
+        Ok(Vec::new())
+    }
 
     /// The steps that fulfil `request`. A function of its arguments and of what the layers hold; changes nothing.
     ///
@@ -268,6 +282,15 @@ pub trait DiskSnapshotter: Send + Sync {
 
     /// The file that a layer opens by, for people and tools.
     fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf;
+}
+
+/// An image that is backed by a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base {
+    /// The image.
+    pub image: Utf8PathBuf,
+    /// The file that it is backed by, as the image names it, absolute.
+    pub file: Utf8PathBuf,
 }
 
 /// What [`DiskSnapshotter::salvage`] found.

@@ -369,9 +369,14 @@ const BLOCK_DEVICE: u64 = u64::MAX;
 /// Which file this is, by whatever name it was opened.
 pub fn file_identity(about: &std::fs::Metadata) -> FileIdentity {
     match about.file_type().is_block_device() {
-        true => (BLOCK_DEVICE, about.rdev()),
+        true => device_identity(about.rdev()),
         false => (about.dev(), about.ino()),
     }
+}
+
+/// The identity of the block device of this number.
+pub(crate) fn device_identity(number: u64) -> FileIdentity {
+    (BLOCK_DEVICE, number)
 }
 
 /// One disk of a running domain, which its hypervisor has open.
@@ -408,6 +413,11 @@ pub trait AttachedDisk: Send + Sync {
 pub trait LiveDomain: Send + Sync {
     /// The domain as it was when the connection was made.
     fn seen(&self) -> &Seen;
+
+    /// The processes that have its disks open, where they are known: what they have open is nobody else's use. Empty: not known.
+    fn processes(&self) -> Vec<u32> {
+        Vec::new()
+    }
 
     /// One of its disks; absent: the running domain has none whose image is a layer of it.
     fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk>;

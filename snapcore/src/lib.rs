@@ -67,8 +67,8 @@ mod state;
 mod step;
 
 pub use backend::{
-    Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Salvage, Severity,
-    StepContext,
+    Base, Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Salvage,
+    Severity, StepContext,
 };
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
 pub use error::{Error, ErrorKind, Result};

@@ -94,6 +94,11 @@ impl Registry {
         self.hypervisors.iter().map(Arc::as_ref)
     }
 
+    /// The processes of all backends.
+    pub fn processes(&self) -> Vec<u32> {
+        self.iter().flat_map(DiskSnapshotter::processes).collect()
+    }
+
     /// All backends, in the order of their registration.
     pub fn iter(&self) -> impl Iterator<Item = &dyn DiskSnapshotter> {
         self.backends.iter().map(Arc::as_ref)

@@ -134,6 +134,7 @@ impl Bench {
             events: &events,
             manifests: &manifests,
             live: None,
+            watched: None,
         };
         engine.run(&mut entry, plan, Vec::new(), cancel).await
     }
@@ -165,6 +166,7 @@ impl Bench {
             events: &events,
             manifests: &manifests,
             live: None,
+            watched: None,
         };
         let mut runs = Vec::new();
         for operation in self.catalogue.unfinished(&domain_name()).await.unwrap() {
@@ -508,6 +510,7 @@ async fn another_writer_of_the_records_stops_the_operation() {
         events: &events,
         manifests: &manifests,
         live: None,
+        watched: None,
     };
     let plan = Plan {
         operation: "create".into(),

@@ -211,6 +211,10 @@ impl LiveDomain for Live {
         &self.seen
     }
 
+    fn processes(&self) -> Vec<u32> {
+        self.discovery.process.pid.into_iter().collect()
+    }
+
     fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk> {
         self.disk_of(target).map(|disk| disk as &dyn AttachedDisk)
     }

@@ -349,7 +349,8 @@ fn nobody_stands_on(session: &Session, image: &Utf8Path) -> Result<(), Failure> 
         )
         .into());
     }
-    match dependents.first() {
+    let elsewhere = session.ask(session.service.backed_by(image))?;
+    match dependents.iter().chain(&elsewhere).next() {
         None => Ok(()),
         Some(dependent) => Err(Error::new(
             ErrorKind::Refused,

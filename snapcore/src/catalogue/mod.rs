@@ -95,6 +95,8 @@ pub struct EntrySummary {
     pub snapshots: u64,
     /// Whether the journal has an operation of it that has not ended.
     pub unfinished: bool,
+    /// What its images were backed by beside its own layers when it was recorded last; absent: not recorded.
+    pub bases: Option<Vec<Utf8PathBuf>>,
 }
 
 /// One change of a transaction.
@@ -105,6 +107,8 @@ pub enum Change {
     /// The domain was taken from manifests of this stamp: it is the entry's from now on, and the domain's revision
     /// becomes greater than the one in it.
     Follow(Stamp),
+    /// The domain's images are backed by these files beside its own layers: known also where the images cannot be read.
+    Bases(Vec<Utf8PathBuf>),
     /// The catalogue forgets the domain, its snapshots and its journal.
     RemoveDomain,
     /// The domain or its snapshots change.

@@ -57,7 +57,7 @@ pub(super) fn json<T: Serialize>(value: &T) -> Rows<String> {
     serde_json::to_string(value).map_err(|cause| corrupt("value", &cause.to_string()))
 }
 
-fn from_json<T: DeserializeOwned>(what: &str, text: &str) -> Rows<T> {
+pub(super) fn from_json<T: DeserializeOwned>(what: &str, text: &str) -> Rows<T> {
     serde_json::from_str(text).map_err(|cause| corrupt(what, &cause.to_string()))
 }
 

@@ -143,6 +143,9 @@ CREATE TABLE machines (
     record TEXT NOT NULL,
     PRIMARY KEY (domain, id)
 ) STRICT, WITHOUT ROWID;
+", "
+-- The files that a domain's images are backed by and that are no layers of its own, as JSON; absent: not recorded.
+ALTER TABLE domains ADD COLUMN bases TEXT;
 "];
 
 /// What a database's version means to this program.

@@ -275,6 +275,7 @@ impl Shared {
             let followed = changes.iter().filter_map(|change| match change {
                 Change::Follow(stamp) => Some(record::integer(stamp.revision.0)),
                 Change::PutDomain(..)
+                | Change::Bases(_)
                 | Change::RemoveDomain
                 | Change::Edit(_)
                 | Change::Begin(_)
@@ -356,6 +357,10 @@ impl Shared {
         match change {
             Change::PutDomain(..) => {}
             Change::Follow(stamp) => record::write_follows(transaction, row, &stamp)?,
+            Change::Bases(bases) => {
+                let bases = record::json(&bases)?;
+                transaction.execute("UPDATE domains SET bases = ?2 WHERE id = ?1", params![row, bases])?;
+            }
             Change::RemoveDomain => {
                 transaction.execute("DELETE FROM domains WHERE id = ?1", [row])?;
                 *id = None;
@@ -435,19 +440,20 @@ impl Catalogue for SqliteCatalogue {
             let mut statement = connection.prepare(
                 "SELECT id, (SELECT count(*) FROM snapshots WHERE domain = d.id),
                         EXISTS (SELECT 1 FROM operations
-                                WHERE domain = d.id AND state NOT IN ('done', 'undone'))
+                                WHERE domain = d.id AND state NOT IN ('done', 'undone')), bases
                  FROM domains d ORDER BY name",
             )?;
-            let rows =
-                statement.query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?, row.get(2)?)))?;
+            let rows = statement
+                .query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?, row.get(2)?, row.get(3)?)))?;
             let mut found = Vec::new();
             for row in rows {
-                let (id, snapshots, unfinished) = row?;
+                let (id, snapshots, unfinished, bases): (_, _, _, Option<String>) = row?;
                 let (domain, _) = record::read_domain(connection, id)?;
                 found.push(EntrySummary {
                     domain,
                     snapshots: u64::try_from(snapshots).unwrap_or_default(),
                     unfinished,
+                    bases: bases.map(|bases| record::from_json("bases", &bases)).transpose()?,
                 });
             }
             Ok(found)

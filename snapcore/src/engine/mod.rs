@@ -26,6 +26,7 @@ mod undo;
 use std::ops::Range;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
@@ -49,6 +50,18 @@ pub struct Engine<'a> {
     pub manifests: &'a Manifests,
     /// The connection to the domain, where it runs.
     pub live: Option<&'a dyn LiveDomain>,
+    /// The files that nobody else may use: asked again before the cut.
+    pub watched: Option<&'a dyn Watch>,
+}
+
+/// Files that nobody else may use while an operation runs.
+#[async_trait]
+pub trait Watch: Send + Sync {
+    /// Asks again whether somebody else uses one of them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`], naming the file and its user.
+    async fn ask_again(&self) -> Result<()>;
 }
 
 /// What came of a run.
@@ -280,9 +293,17 @@ impl Running<'_> {
         };
         let prepared = self.operation.of_group(Group::Prepare).count();
         let mut begun = 0;
+        let mut asked = false;
         while begun <= last {
             let run = self.starting(begun);
             let mut index = begun;
+            // Preparing takes its time: another program may have opened an image meanwhile.
+            if let Some(watched) = self.engine.watched
+                && self.operation.plan.steps[begun].group == Group::Cut
+                && !std::mem::replace(&mut asked, true)
+            {
+                watched.ask_again().await?;
+            }
             while index < run.end {
                 if self.cancel.is_cancelled() {
                     return Err(cancelled());
@@ -431,6 +452,7 @@ impl Running<'_> {
                 Change::Edit(edit) => Some(edit.clone()),
                 Change::PutDomain(..)
                 | Change::Follow(_)
+                | Change::Bases(_)
                 | Change::RemoveDomain
                 | Change::Begin(_)
                 | Change::Operation(..)

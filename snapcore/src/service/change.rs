@@ -1,14 +1,10 @@
 //! Commands that change a domain: each under its lock, with its disks held, after recovering what stopped half way.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use camino::{Utf8Path, Utf8PathBuf};
-
 use tokio_util::sync::CancellationToken;
 
-use super::identity::file_id;
 use super::live::{Live, prepare_memory_dir};
 use super::locate::{Leftovers, Located};
 use super::{
@@ -20,8 +16,8 @@ use crate::manifest::Manifests;
 use crate::plan::DiskInput;
 use crate::service::locate::{Intake, canonical};
 use crate::{
-    CreateRequest, Disk, Domain, DomainName, Error, ErrorKind, Event, FileIdentity, Guard, Hypervisor,
-    InspectDepth, OperationState, Plan, PowerAfter, Request, Result, RevertRequest, Snapshot, Target,
+    CreateRequest, Disk, Domain, DomainName, Error, ErrorKind, Event, Guard, InspectDepth, OperationState,
+    Plan, PowerAfter, Request, Result, RevertRequest, Snapshot,
 };
 
 /// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
@@ -44,21 +40,6 @@ where
             .state("the journal knows how far it got")
             .advise("run `domsnap recover`, and please report it")
     })?
-}
-
-/// Who has an image open.
-struct OpenElsewhere {
-    user: String,
-    hypervisor: Hypervisor,
-}
-
-impl OpenElsewhere {
-    fn error(&self, image: &str) -> Error {
-        let Self { user, hypervisor } = self;
-        Error::new(ErrorKind::Busy, format!("{image} is open in {user}, which {hypervisor} runs"))
-            .state("nothing was touched")
-            .advise(format!("take the snapshot of that domain ('{hypervisor}:NAME'), or shut it down first"))
-    }
 }
 
 /// A domain whose lock is held.
@@ -113,57 +94,6 @@ impl Inner {
         Ok(guards)
     }
 
-    /// Refuses disks that another running domain has open, where its hypervisor takes no locks that we would have met.
-    async fn refuse_open_elsewhere(&self, domain: &Domain, live: Option<&Live>) -> Result<()> {
-        let mut files: HashMap<FileIdentity, (&Target, Utf8PathBuf)> = HashMap::new();
-        let mut own = HashSet::new();
-        for record in &domain.disks {
-            let disk = &record.disk;
-            if let Some(attached) = live.and_then(|live| live.disk(&disk.target)) {
-                own.extend(attached.open_files().await?);
-            }
-            let directory = disk.path.parent().unwrap_or(Utf8Path::new("/"));
-            let layers =
-                record.owned.iter().chain([&record.active]).map(|layer| directory.join(layer.as_str()));
-            for file in layers.chain([disk.path.clone()]) {
-                if let Some(identity) = file_id(&file) {
-                    files.entry(identity).or_insert((&disk.target, file));
-                }
-            }
-        }
-        let wanted: HashSet<FileIdentity> =
-            files.keys().filter(|file| !own.contains(file)).copied().collect();
-        match self.open_without_lock(&wanted).await? {
-            Some((identity, open)) => {
-                let Some((target, file)) = files.get(&identity) else { return Ok(()) };
-                Err(open.error(&format!("disk {target}: {file}")))
-            }
-            None => Ok(()),
-        }
-    }
-
-    pub(super) async fn require_closed(&self, image: &Utf8Path) -> Result<()> {
-        let wanted: HashSet<FileIdentity> = file_id(image).into_iter().collect();
-        match self.open_without_lock(&wanted).await? {
-            Some((_, open)) => Err(open.error(image.as_str())),
-            None => Ok(()),
-        }
-    }
-
-    /// The first of these files that a running domain has open without a lock, and where.
-    async fn open_without_lock(
-        &self,
-        files: &HashSet<FileIdentity>,
-    ) -> Result<Option<(FileIdentity, OpenElsewhere)>> {
-        for saver in self.registry.hypervisors() {
-            let mut found = saver.open_without_lock(files).await?.into_iter();
-            if let Some((identity, user)) = found.next() {
-                return Ok(Some((identity, OpenElsewhere { user, hypervisor: saver.hypervisor() })));
-            }
-        }
-        Ok(None)
-    }
-
     /// The plan for `request` on the domain as it is on the machine.
     pub(super) async fn plan_for(
         &self,
@@ -186,6 +116,9 @@ impl Inner {
                 state.attached = self.is_attached(live, record).await?;
             }
             disks.push(DiskInput { record: record.clone(), state, backend });
+        }
+        if depth == InspectDepth::Dependents {
+            self.add_neighbours(&entry.domain.name, &mut disks).await?;
         }
         let alive = live.map(|live| self.alive(entry, live, request)).transpose()?;
         let plan = crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), request).await?;
@@ -293,7 +226,11 @@ impl Inner {
     ) -> Result<(Plan, Run)> {
         let Located { entry, catalogued, leftovers, .. } = located;
         let _held = self.hold_disks(&entry.domain, live).await?;
-        let plan = self.plan_for(entry, live, request).await?;
+        let mut plan = self.plan_for(entry, live, request).await?;
+        let watched = self.watched(&entry.domain, live, Some(&plan)).await?;
+        if !plan.steps.is_empty() {
+            plan.notes.extend(watched.refuse_users().await?);
+        }
         if let Some(live) = live {
             live.preflight(&plan, &self.chains_of(&entry.domain).await?, true).await?;
         }
@@ -313,6 +250,7 @@ impl Inner {
                 })?;
             } else if !*catalogued {
                 prologue = put_changes(entry);
+                prologue.extend(self.record_bases(&entry.domain).await);
             } else if let Err(error) = self.write_manifests(entry).await {
                 match request {
                     // They would still promise what is destroyed.
@@ -329,6 +267,7 @@ impl Inner {
             events: &self.events,
             manifests: &manifests,
             live: live.map(|live| &**live),
+            watched: Some(&watched),
         };
         let mut run = engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
             let names: Vec<&str> = plan.snapshots.iter().map(|name| name.as_str()).collect();
@@ -360,6 +299,7 @@ impl Inner {
         }
         for operation in self.catalogue.unfinished(&entry.domain.name).await? {
             let _held = self.hold_disks(&entry.domain, live.as_ref()).await?;
+            self.watched(&entry.domain, live.as_ref(), Some(&operation.plan)).await?.refuse_users().await?;
             let manifests = self.manifests_of(&entry.domain)?;
             let engine = Engine {
                 catalogue: &*self.catalogue,
@@ -367,6 +307,7 @@ impl Inner {
                 events: &self.events,
                 manifests: &manifests,
                 live: live.as_deref(),
+                watched: None,
             };
             let (id, found, plan) = (operation.id, operation.state, operation.plan.clone());
             let run = engine.resume(entry, operation, cancel).await.map_err(|error| {
@@ -467,6 +408,7 @@ impl Inner {
     async fn put(&self, entry: &mut Entry, expected: Revision, anew: bool) -> Result<()> {
         let mut changes = if anew { vec![Change::RemoveDomain] } else { Vec::new() };
         changes.extend(put_changes(entry));
+        changes.extend(self.record_bases(&entry.domain).await);
         entry.revision = self.catalogue.commit(&entry.domain.name, expected, changes).await?;
         Ok(())
     }

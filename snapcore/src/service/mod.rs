@@ -5,8 +5,10 @@ mod identity;
 mod live;
 mod locate;
 mod look;
+mod neighbours;
 mod reference;
 mod report;
+mod users;
 
 use std::sync::Arc;
 
@@ -311,6 +313,11 @@ impl Domsnap {
     /// [`crate::ErrorKind::Busy`], with the domain.
     pub async fn require_closed(&self, image: &camino::Utf8Path) -> Result<()> {
         self.inner.require_closed(image).await
+    }
+
+    /// The images of the catalogue's domains that are backed by the file `image`, in whatever directory they are.
+    pub async fn backed_by(&self, image: &camino::Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+        self.inner.backed_by(image).await
     }
 
     /// Looks for damage: in the images, and between catalogue, manifests and images. Changes nothing. The worst
