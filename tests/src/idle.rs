@@ -109,10 +109,25 @@ impl Idle {
     /// # Errors
     /// What it says, where it does not serve the socket.
     pub fn start(version: Version, dir: &Path, name: &str, words: &[&str]) -> Result<Self> {
+        Self::start_through(&[], version, dir, name, words)
+    }
+
+    /// The same, started by a command which replaces itself by the one that follows its words.
+    ///
+    /// # Errors
+    /// As [`Idle::start`].
+    pub fn start_through(
+        through: &[&str],
+        version: Version,
+        dir: &Path,
+        name: &str,
+        words: &[&str],
+    ) -> Result<Self> {
         let (socket, said) = (dir.join(format!("{name}.qmp")), dir.join(format!("{name}.said")));
         let _ = fs::remove_file(&socket);
         let out = fs::File::create(&said)?;
-        let command = testguest::qemu_command(version)?;
+        let mut command: Vec<_> = through.iter().map(std::ffi::OsString::from).collect();
+        command.extend(testguest::qemu_command(version)?);
         let mut started = Command::new(&command[0]);
         started.args(&command[1..]).args([
             "-name",

@@ -86,6 +86,11 @@ pub fn killing_at_command(domsnap: Domsnap, number: u64, sent: bool) -> Domsnap 
     if sent { domsnap.env("FAULTFS_QMP_KILL_MODE", "sent") } else { domsnap }
 }
 
+/// A signal just before QMP command `number`, with time to hear it.
+pub fn signalling_at_command(domsnap: Domsnap, number: u64, signal: i32) -> Domsnap {
+    killing_at_command(domsnap, number, false).env("FAULTFS_QMP_SIGNAL", signal.to_string())
+}
+
 /// Adds a binary record to be written to `file`.
 pub fn recording(domsnap: Domsnap, file: &Path) -> Domsnap {
     domsnap.env("FAULTFS_LOG", file)

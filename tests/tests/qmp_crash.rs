@@ -291,6 +291,89 @@ strikes! {
     delete_of_middle_layers: ["delete", "x"], |machine| under_y(machine, &["--external", "--disk-only"]);
 }
 
+/// QEMU 10.0 ends by a segmentation fault where it is asked for its nodes while a stream job is concluded and not dismissed.
+#[test]
+fn a_concluded_stream_ends_no_qemu() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let image = |name: &str| dir.path().join(name).display().to_string();
+    qemu::img(&["create", "-q", "-f", "qcow2", &image("base.qcow2"), "1M"])?;
+    let on = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2"];
+    qemu::img(&[&on[..], &[&image("d.qcow2")]].concat())?;
+    let disk = format!("driver=qcow2,file.driver=file,file.filename={},node-name=d0", image("d.qcow2"));
+    let words = ["-blockdev", &disk, "-device", "virtio-blk-pci,drive=d0,id=vda"];
+    for (job, wanted) in [("domsnap-m-0123456789abcdef", status::DONE), ("another", status::REFUSED)] {
+        let mut qemu = Idle::start(Version::New, dir.path(), "m", &words)?;
+        let stream = serde_json::json!({ "job-id": job, "device": "d0", "auto-dismiss": false });
+        qemu.qmp("block-stream", stream)?;
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while qemu.qmp("query-jobs", serde_json::json!({}))?[0]["status"] != "concluded" {
+            ensure!(std::time::Instant::now() < until, "the job does not end");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        let domsnap = Domsnap::new(&dir.path().join(format!("state-{job}")));
+        for words in [&["recover"][..], &["list", &qemu.address()], &["domain", "scan"]] {
+            domsnap.run(words)?;
+            ensure!(qemu.is_alive()?, "QEMU has ended after {words:?}: {}", qemu.said());
+        }
+        let created = domsnap.run(&["create", &qemu.address(), "s"])?.expect_status(wanted)?;
+        ensure!(qemu.is_alive()?, "QEMU has ended: {}", qemu.said());
+        ensure!(wanted == status::DONE || created.stderr.contains("job another"), "{created}");
+        qemu.quit()?;
+    }
+    Ok(())
+}
+
+/// SIGHUP (a lost session), SIGINT and SIGTERM before any command of a revert or a create: what was begun is undone, or, past the
+/// commit point, carried through. One that was ignored when domsnap was started ends nothing.
+#[test]
+fn signals_undo_or_are_ignored() -> Result<()> {
+    let mut machine = Machine::start()?;
+    past(&mut machine, &["--disk", "vdb=external"])?;
+    let address = machine.address();
+    let (_outputs, file) = shim::outputs()?;
+    let (mut undone, mut done) = (0, 0);
+    for (words, again) in [
+        (["revert", "s"], (|machine| past(machine, &["--disk", "vdb=external"])) as Prepare),
+        (["create", "x"], without_x),
+    ] {
+        let operation = Operation {
+            words: if words[0] == "revert" { &["revert", "s"] } else { &["create", "x"] },
+            again,
+        };
+        again(&mut machine)?;
+        let words = [words[0], address.as_str(), words[1]];
+        let _ = std::fs::remove_file(&file);
+        shim::counting_commands(shim::preloaded(machine.domsnap()), &file).done(&words)?;
+        settle(&mut machine, &operation)?;
+        let count = std::fs::read_to_string(&file)?.lines().count();
+        let signals = [1, 2, 15];
+        for place in (0..count).step_by(3) {
+            again(&mut machine)?;
+            let signal = signals[place / 3 % signals.len()];
+            let struck =
+                shim::signalling_at_command(shim::preloaded(machine.domsnap()), place as u64 + 1, signal);
+            let outcome = struck.run(&words)?;
+            match outcome.status {
+                Some(status::DONE) => done += 1,
+                Some(status::FAILED) => {
+                    ensure!(outcome.stderr.contains("undone"), "signal {signal}: {outcome}");
+                    undone += 1;
+                }
+                _ => anyhow::bail!("signal {signal} before command {}: {outcome}", place + 1),
+            }
+            // Nothing is left to be recovered.
+            settle(&mut machine, &operation)
+                .with_context(|| format!("signal {signal}, {place}: {outcome}"))?;
+        }
+    }
+    ensure!(undone > 2 && done > 2, "{undone} were undone, {done} were done");
+    without_x(&mut machine)?;
+    let ignoring = machine.domsnap().through(&["nohup"]);
+    let struck = shim::signalling_at_command(shim::preloaded(ignoring), 1, 1);
+    struck.run(&["create", &address, "x"])?.expect_status(status::DONE)?;
+    machine.finish()
+}
+
 /// `x` is the last snapshot.
 fn with_x(machine: &mut Machine, more: &[&str]) -> Result<()> {
     machine.write(NOW)?;

@@ -18,8 +18,8 @@ use std::{
 
 use serde_json::json;
 use snapcore::{
-    DiskInstant, DomainStep, Error, ErrorKind, OpenChain, Plan, PlannedStep, PowerAfter, Quiesce, Result,
-    Target,
+    DiskInstant, DomainStep, Edit, Error, ErrorKind, OpenChain, Plan, PlannedStep, PowerAfter, Quiesce,
+    Result, Target,
 };
 
 use super::{
@@ -126,6 +126,14 @@ pub(super) fn cannot_freeze(live: &Live, running: bool) -> Option<Error> {
     })
 }
 
+/// Returns true if a disk's active image is another one afterwards: a tag that is applied in place makes none.
+fn gets_new_layer(plan: &Plan, of: &Target) -> bool {
+    plan.commit.iter().any(|edit| match edit {
+        Edit::SetActive { target, .. } | Edit::SetPath { target, .. } => target == of,
+        _ => false,
+    })
+}
+
 fn opens(plan: &Plan) -> Vec<Opens> {
     let mut all: Vec<Opens> = Vec::new();
     for planned in &plan.steps {
@@ -139,9 +147,13 @@ fn opens(plan: &Plan) -> Vec<Opens> {
                     DiskInstant::Internal { .. } | DiskInstant::ByBackend => None,
                 })
                 .collect(),
-            Some(DomainStep::OpenWindow { disks, anew, .. }) => {
-                disks.into_iter().map(|target| Opens::Chain { target, new_layers: anew.is_some() }).collect()
-            }
+            Some(DomainStep::OpenWindow { disks, anew, .. }) => disks
+                .into_iter()
+                .map(|target| Opens::Chain {
+                    new_layers: anew.is_some() && gets_new_layer(plan, &target),
+                    target,
+                })
+                .collect(),
             Some(_) => Vec::new(),
             None if planned.deferrable => vec![Opens::Merge(planned.step.target.clone())],
             None => Vec::new(),
@@ -216,7 +228,8 @@ async fn can_open(disk: &Disk, file: &Path, write: bool) -> Result<()> {
     match disk.machine.run("looking what QEMU can open", text, "blockdev-add", added).await {
         Ok(_) => {}
         Err(error) if error.kind() == crate::ErrorKind::Refused => {
-            return Err(refused(format!("QEMU cannot open {text} of disk {target} {mode} ({error})")));
+            let said = error.detail();
+            return Err(refused(format!("QEMU cannot open {text} of disk {target} {mode}: {said}")));
         }
         Err(error) => return Err(told(error)),
     }

@@ -6,6 +6,8 @@
 //! | `FAULTFS_QMP_KILL_AT` | number of the command (from 1) just before which the process gets SIGKILL |
 //! | `FAULTFS_QMP_KILL_MODE` | `sent`: just after it was sent, before its reply is read |
 //!
+//! | `FAULTFS_QMP_SIGNAL` | the number of a signal that is sent there instead, with time to hear it; the command is sent then |
+//!
 //! Queries are not counted: what holds before one holds before the next command too.
 
 use std::ffi::c_int;
@@ -15,12 +17,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use libc::{msghdr, ssize_t};
 
 use crate::real::real;
-use crate::session::{die, number, output, put};
+use crate::session::{INTERRUPT_HEARD, die, number, output, put};
 
 struct Config {
     count: Option<i32>,
     kill_at: Option<u64>,
     sent: bool,
+    signal: Option<c_int>,
 }
 
 static CONFIG: OnceLock<Option<Config>> = OnceLock::new();
@@ -32,6 +35,7 @@ fn config() -> Option<&'static Config> {
             let config = Config {
                 count: output("FAULTFS_QMP_COUNT"),
                 kill_at: number("FAULTFS_QMP_KILL_AT"),
+                signal: number("FAULTFS_QMP_SIGNAL").map(|signal| signal as c_int),
                 sent: std::env::var("FAULTFS_QMP_KILL_MODE").as_deref() == Ok("sent"),
             };
             (config.count.is_some() || config.kill_at.is_some()).then_some(config)
@@ -69,6 +73,12 @@ extern "C" fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_
         put(fd, format!("{number} {name}\n").as_bytes());
     }
     let strikes = config.kill_at == Some(number);
+    if strikes && let Some(signal) = config.signal {
+        // SAFETY: no memory is involved.
+        unsafe { libc::kill(libc::getpid(), signal) };
+        std::thread::sleep(INTERRUPT_HEARD);
+        return real();
+    }
     if strikes && !config.sent {
         die();
     }

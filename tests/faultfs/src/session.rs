@@ -38,7 +38,7 @@ pub struct Turn {
 }
 
 /// How long an operation waits after an interrupt was sent.
-const INTERRUPT_HEARD: std::time::Duration = std::time::Duration::from_millis(20);
+pub const INTERRUPT_HEARD: std::time::Duration = std::time::Duration::from_millis(20);
 
 static CONFIG: OnceLock<Option<Config>> = OnceLock::new();
 static TURN: Mutex<Turn> = Mutex::new(Turn { done: 0 });
