@@ -125,6 +125,11 @@ impl RunState {
         states.contains(&self.word.as_str())
     }
 
+    /// Returns true if QEMU refuses to let the guest go on before it was reset.
+    pub(crate) fn must_be_reset(&self) -> bool {
+        matches!(self.word.as_str(), "shutdown" | "internal-error")
+    }
+
     /// What a user must know of memory that is saved in this state: it is restored standing still.
     pub(crate) fn remark(&self) -> Option<&'static str> {
         match self.word.as_str() {

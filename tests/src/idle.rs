@@ -172,6 +172,11 @@ impl Idle {
         Ok(self.child.try_wait()?.is_none())
     }
 
+    /// Returns true if anybody serves its socket.
+    pub fn answers(&self) -> bool {
+        UnixStream::connect(&self.socket).is_ok()
+    }
+
     /// One QMP command, over a connection of its own.
     ///
     /// # Errors

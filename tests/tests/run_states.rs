@@ -108,6 +108,31 @@ impl Domain {
         Ok(())
     }
 
+    /// Switched off with its memory saved in the state `word`, then started from that by domsnap.
+    fn cold(&mut self, word: &str) -> Result<()> {
+        self.lives(word)?;
+        self.qemu.write("vda", THEN)?;
+        self.done(&["create", "cold", "--then", "off"])?;
+        for (power, right) in [("--paused", &["paused", "prelaunch", word][..]), ("--running", &["running"])]
+        {
+            let tried = (|| {
+                self.done(&["revert", "cold", power])?;
+                let state = self.qemu.state()?;
+                // A QEMU that cannot be told to make its disks usable lets a guest run for a moment.
+                ensure!(right.contains(&state.as_str()), "{power}: it is {state:?}");
+                ensure!(self.has(THEN)?, "the disk is not as it was");
+                Ok(())
+            })();
+            // It is no child of ours.
+            let _ = self.qemu.qmp("quit", json!({}));
+            while self.qemu.answers() {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            tried?;
+        }
+        Ok(())
+    }
+
     fn lives(&mut self, word: &str) -> Result<()> {
         ensure!(self.qemu.is_alive()?, "QEMU has ended: {}", self.qemu.said());
         let state = self.qemu.state()?;
@@ -175,6 +200,9 @@ fn a_panicked_guest_is_worked_on() -> Result<()> {
         let words = ["-device", "pvpanic", "-action", "panic=pause"];
         let mut domain = Domain::start(version, Boot::Panic, &words)?;
         domain.all_in_state("guest-panicked", reset).with_context(|| format!("{version:?}"))?;
+        reset(&mut domain)?;
+        domain.qemu.wait_state("guest-panicked")?;
+        domain.cold("guest-panicked").with_context(|| format!("{version:?}, started from memory"))?;
     }
     Ok(())
 }
@@ -185,6 +213,9 @@ fn a_guest_that_is_off_is_worked_on() -> Result<()> {
         let words = ["-action", "shutdown=pause"];
         let mut domain = Domain::start(version, Boot::PowerOff, &words)?;
         domain.all_in_state("shutdown", reset).with_context(|| format!("{version:?}"))?;
+        reset(&mut domain)?;
+        domain.qemu.wait_state("shutdown")?;
+        domain.cold("shutdown").with_context(|| format!("{version:?}, started from memory"))?;
     }
     Ok(())
 }

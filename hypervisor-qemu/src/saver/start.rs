@@ -19,11 +19,12 @@ use super::{
     reach, recorded,
     seen::DESCRIPTOR,
     unpacked::Unpacked,
+    window::reset,
 };
 use crate::{
     discover::{Abilities, Process},
     machine::Machine,
-    memory::{Image, Stored},
+    memory::{Image, Stored, restore_in_place},
 };
 
 /// How long it may take until it answers.
@@ -114,6 +115,13 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
     let loaded = async {
         let machine = process.answers(&address).await?;
         process.loads(&machine).await?;
+        let state = machine.run_state().await.map_err(told)?;
+        if state.must_be_reset() {
+            // QEMU takes the state of a guest that had switched itself off from its memory, and lets it go on only after a reset.
+            // The state goes by that, and the memory comes again without it.
+            reset(&machine).await?;
+            restore_in_place(&machine, &image, &[], LOADING).await.map_err(told)?;
+        }
         Ok::<_, Error>(machine)
     };
     let machine = match loaded.await {

@@ -301,7 +301,7 @@ async fn load(live: &Live, file: &Utf8Path, context: DomainContext<'_>) -> Resul
 ///
 /// A QEMU that was told to end where its guest reboots (`-no-reboot`, `-action reboot=shutdown`) takes this for a reboot: it
 /// is told otherwise for the moment.
-async fn reset(machine: &Machine) -> Result<()> {
+pub(super) async fn reset(machine: &Machine) -> Result<()> {
     let ends = Process::read(machine).ends_at_reboot();
     let action = |reboot: &'static str| json!({ "reboot": reboot });
     if ends {
