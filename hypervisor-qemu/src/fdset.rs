@@ -1,23 +1,64 @@
 //! Descriptors that are lent to QEMU: it then opens `/dev/fdset/N`, and needs no right to the path, nor one at all.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     os::fd::{AsRawFd, OwnedFd},
+    path::Path,
 };
 
 use serde_json::{Value, json};
 
 use crate::{
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     machine::Machine,
     name::PREFIX,
 };
 
-/// A set of descriptors in QEMU, of ours. [`FdSet::remove`] takes it away; a QEMU that still uses one keeps that one open.
+/// What makes it possible to lend descriptors.
+pub(crate) const BY_UNIX: &str = "give QEMU a Unix socket (-qmp unix:PATH,server=on,wait=off), and use that";
+
+/// Descriptors that QEMU may open. [`FdSet::remove`] takes them away; a QEMU that still uses one keeps that one open.
 #[derive(Debug)]
-pub(crate) struct FdSet {
-    id: i64,
+pub(crate) struct FdSet(Lent);
+
+#[derive(Debug)]
+enum Lent {
+    /// A set in QEMU, of ours.
+    Set(i64),
+    /// A descriptor of this process, which QEMU opens below `/proc`: where none can be passed ([`refusal`]).
+    Own(OwnedFd),
+}
+
+/// Says why neither descriptors can be passed to QEMU, nor QEMU may open those of this process. None: they can be lent.
+///
+/// QEMU opens a descriptor of this process through `/proc` only where it has the same user and group, and the same view of
+/// processes and files.
+pub(crate) fn refusal(machine: &Machine) -> Option<String> {
+    if machine.qmp().passes_descriptors() {
+        return None;
+    }
+    let over = "QEMU's monitor is reached by TCP, over which no descriptors can be passed";
+    let Some(pid) = machine.pid() else {
+        return Some(format!("{over}, and the process that serves it cannot be found in /proc"));
+    };
+    let same_link = |what: &str| {
+        let of = |process: &str| fs::read_link(format!("/proc/{process}/{what}")).ok();
+        of("self").is_some_and(|own| of(&pid.to_string()) == Some(own))
+    };
+    let ids = |process: &str| {
+        let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+        let of = |name: &str| status.lines().find(|line| line.starts_with(name)).map(str::to_owned);
+        Some((of("Uid:")?, of("Gid:")?))
+    };
+    let own = ids("self");
+    if own.is_none() || ids(&pid.to_string()) != own {
+        return Some(format!("{over}, and process {pid} runs as another user"));
+    }
+    match ["ns/mnt", "ns/pid", "ns/user", "root"].iter().all(|what| same_link(what)) {
+        true => None,
+        false => Some(format!("{over}, and process {pid} has a file system or processes of its own")),
+    }
 }
 
 impl FdSet {
@@ -31,35 +72,56 @@ impl FdSet {
                 Ok(info) => set = Some(info.fdset_id),
                 Err(error) => {
                     if let Some(id) = set {
-                        Self { id }.remove(machine).await;
+                        Self::of(id).remove(machine).await;
                     }
                     return Err(Error::qmp("lending QEMU a descriptor", what, error));
                 }
             }
         }
-        set.map(|id| Self { id }).ok_or_else(|| machine.odd("add-fd", &Value::Null))
+        set.map(Self::of).ok_or_else(|| machine.odd("add-fd", &Value::Null))
+    }
+
+    /// As [`FdSet::add`], for what QEMU opens only as long as this process has it: where no descriptors can be passed, the
+    /// first of them, for QEMU to open through `/proc`. It gets a description of its own, in the mode that it asks for.
+    ///
+    /// Never for what outlives this process: QEMU opens a node's file again by its name when the node is changed.
+    pub(crate) async fn for_now(machine: &Machine, what: &str, fds: &[&OwnedFd]) -> Result<Self> {
+        if machine.qmp().passes_descriptors() {
+            return Self::add(machine, what, fds).await;
+        }
+        let attempted = "lending QEMU a descriptor";
+        if let Some(why) = refusal(machine) {
+            return Err(Error::new(ErrorKind::Unsupported, attempted, what, why).advice(BY_UNIX));
+        }
+        let first = fds.first().ok_or_else(|| machine.odd("add-fd", &Value::Null))?;
+        let own = first.try_clone().map_err(|error| Error::io(attempted, Path::new(what), error))?;
+        Ok(Self(Lent::Own(own)))
     }
 
     /// A set that is there already.
     pub(crate) fn of(id: i64) -> Self {
-        Self { id }
+        Self(Lent::Set(id))
     }
 
     /// The name by which QEMU opens it.
     pub(crate) fn path(&self) -> String {
-        format!("/dev/fdset/{}", self.id)
+        match &self.0 {
+            Lent::Set(id) => format!("/dev/fdset/{id}"),
+            Lent::Own(own) => format!("/proc/{}/fd/{}", std::process::id(), own.as_raw_fd()),
+        }
     }
 
     /// Takes the set away. What fails leaves a descriptor open in QEMU, and no more: [`crate::jobs::reconcile`] lists it.
     ///
     /// QEMU 7.2 lets go of it only while the guest runs: it is taken away again after the next resume.
     pub(crate) async fn remove(self, machine: &Machine) {
-        if let Err(error) = machine.qmp().execute_raw("remove-fd", json!({ "fdset-id": self.id })).await {
-            tracing::debug!(set = self.id, %error, "a descriptor set was not removed");
+        let Lent::Set(set) = self.0 else { return };
+        if let Err(error) = machine.qmp().execute_raw("remove-fd", json!({ "fdset-id": set })).await {
+            tracing::debug!(set, %error, "a descriptor set was not removed");
         }
         let sets = machine.qmp().execute_raw("query-fdsets", Value::Null).await.unwrap_or_default();
-        if ours(&sets).iter().any(|(id, _)| *id == self.id) {
-            machine.keep(self.id);
+        if ours(&sets).iter().any(|(id, _)| *id == set) {
+            machine.keep(set);
         }
     }
 }

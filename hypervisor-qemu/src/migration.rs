@@ -239,7 +239,7 @@ impl Writing {
         let descriptor = draft.writable()?;
         let files = machine.schema().await?.has_argument("migrate", "channels.addr.transport=file.offset");
         if files {
-            let set = FdSet::add(machine, "memory", &[&descriptor]).await?;
+            let set = FdSet::for_now(machine, "memory", &[&descriptor]).await?;
             let uri = format!("file:{},offset={STREAM}", set.path());
             return match machine.run(attempted, &subject, "migrate", json!({ "uri": uri })).await {
                 Ok(_) => Ok(Some(set)),

@@ -123,7 +123,9 @@ pub(crate) async fn is_agent_there(machine: &Machine, agent: &Agent) -> Result<O
     let ours = devices.as_array().into_iter().flatten().find(|device| {
         let name = device["filename"].as_str().unwrap_or_default();
         let name = name.strip_prefix("disconnected:").unwrap_or(name);
-        name.strip_prefix("unix:").is_some_and(|name| name.split(',').next() == Some(&*socket))
+        let place = name.split([',', ' ']).next();
+        place == Some(&*socket)
+            || name.strip_prefix("unix:").is_some_and(|name| name.split(',').next() == Some(&*socket))
     });
     Ok(ours.and_then(|device| device["frontend-open"].as_bool()))
 }

@@ -16,7 +16,6 @@ use std::{
 
 use serde_json::Value;
 use tokio::{
-    net::UnixStream,
     sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch},
     task::AbortHandle,
 };
@@ -24,9 +23,9 @@ use tokio::{
 use crate::{
     error::{Error, ErrorKind, Reported, Result, shown},
     event::Event,
-    line::{CHUNK, Line, LineSplitter},
+    line::{CHUNK, Line, MessageSplitter},
     message::{Ids, MAX_DEPTH, Message, parse},
-    socket,
+    socket::{self, Stream},
 };
 
 /// Commands that wait for a reply, those that were given up included: then a QEMU that hangs cannot make us grow.
@@ -272,7 +271,7 @@ impl Drop for Handle {
 impl Handle {
     /// Starts the tasks on an open stream. The receiver gets the greeting.
     pub(crate) fn start(
-        stream: UnixStream,
+        stream: Stream,
         socket: PathBuf,
         line_cap: usize,
         event_ring: usize,
@@ -365,8 +364,8 @@ impl Handle {
     }
 }
 
-async fn read(shared: Arc<Shared>, stream: Arc<UnixStream>, line_cap: usize) {
-    let mut lines = LineSplitter::new(line_cap);
+async fn read(shared: Arc<Shared>, stream: Arc<Stream>, line_cap: usize) {
+    let mut lines = MessageSplitter::new(line_cap);
     let mut buffer = vec![0; CHUNK];
     let reason = loop {
         match socket::read(&stream, &mut buffer).await {
@@ -386,7 +385,7 @@ async fn read(shared: Arc<Shared>, stream: Arc<UnixStream>, line_cap: usize) {
     shared.lose(&reason);
 }
 
-async fn write(shared: Arc<Shared>, stream: Arc<UnixStream>, mut queue: mpsc::UnboundedReceiver<Outgoing>) {
+async fn write(shared: Arc<Shared>, stream: Arc<Stream>, mut queue: mpsc::UnboundedReceiver<Outgoing>) {
     let mut gone = shared.lost.subscribe();
     let mut broken = None::<String>;
     while let Some(Outgoing { number, line, fd, pending, sent }) = queue.recv().await {

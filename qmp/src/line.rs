@@ -14,6 +14,103 @@ pub(crate) enum Line {
     TooLong { length: u64, ends: Vec<u8> },
 }
 
+/// Splits what a QMP server sends into messages of at most `cap` bytes: one a line, or over several lines, where its monitor
+/// prints prettily (`pretty=on`).
+///
+/// The first line decides: QEMU begins a pretty greeting with a line of `{` alone. From then on a message goes from such a
+/// line to the next line of `}` alone; what is nested is indented, and a string has no line end. A line of `{` inside a
+/// message begins a new one, so that a message without end costs one message.
+#[derive(Debug)]
+pub(crate) struct MessageSplitter {
+    lines: LineSplitter,
+    messages: Messages,
+}
+
+#[derive(Debug)]
+struct Messages {
+    cap: usize,
+    /// Whether messages go over several lines; none as long as no line came.
+    pretty: Option<bool>,
+    message: Vec<u8>,
+    over: Option<Over>,
+}
+
+impl MessageSplitter {
+    pub(crate) fn new(cap: usize) -> Self {
+        let messages = Messages { cap, pretty: None, message: Vec::new(), over: None };
+        Self { lines: LineSplitter::new(cap), messages }
+    }
+
+    /// Takes what was read and gives the messages that it completes to `each`.
+    pub(crate) fn push(&mut self, bytes: &[u8], mut each: impl FnMut(Line)) {
+        let Self { lines, messages } = self;
+        lines.push(bytes, |line| messages.line(line, &mut each));
+    }
+
+    /// What came of a message whose end has not come: its length and its head.
+    pub(crate) fn unfinished(&self) -> (u64, &[u8]) {
+        let Messages { message, over, .. } = &self.messages;
+        match (over, message.is_empty()) {
+            (Some(over), _) => (over.length, &over.head),
+            (None, false) => (message.len() as u64, message),
+            (None, true) => self.lines.unfinished(),
+        }
+    }
+}
+
+impl Messages {
+    fn line(&mut self, line: Line, each: &mut impl FnMut(Line)) {
+        let whole = match &line {
+            Line::Whole(whole) => whole.as_slice(),
+            Line::TooLong { ends, .. } => ends.as_slice(),
+        };
+        if !*self.pretty.get_or_insert(whole == b"{") {
+            return each(line);
+        }
+        if whole == b"{" {
+            // What began before it has no end.
+            self.finish(each);
+            self.message.push(b'{');
+            return;
+        }
+        if self.message.is_empty() && self.over.is_none() {
+            return each(line);
+        }
+        let is_end = whole == b"}";
+        self.extend(b"\n");
+        self.extend(whole);
+        if let (Line::TooLong { length, ends }, Some(over)) = (&line, &mut self.over) {
+            over.length += length.saturating_sub(ends.len() as u64);
+        }
+        if is_end {
+            self.finish(each);
+        }
+    }
+
+    fn extend(&mut self, part: &[u8]) {
+        if let Some(over) = &mut self.over {
+            over.extend(part);
+        } else if self.message.len() + part.len() <= self.cap {
+            self.message.extend_from_slice(part);
+        } else {
+            let message = std::mem::take(&mut self.message);
+            let mut over = Over { length: 0, head: Vec::new(), tail: Vec::new() };
+            over.extend(&message);
+            over.extend(part);
+            self.over = Some(over);
+        }
+    }
+
+    fn finish(&mut self, each: &mut impl FnMut(Line)) {
+        let message = std::mem::take(&mut self.message);
+        match self.over.take() {
+            Some(over) => each(over.line()),
+            None if message.is_empty() => {}
+            None => each(Line::Whole(message)),
+        }
+    }
+}
+
 /// Splits what is read into lines of at most `cap` bytes; of a longer one only the ends are kept.
 #[derive(Debug)]
 pub(crate) struct LineSplitter {
@@ -70,10 +167,8 @@ impl LineSplitter {
     }
 
     fn finish(&mut self) -> Option<Line> {
-        if let Some(mut over) = self.over.take() {
-            over.head.push(b' ');
-            over.head.append(&mut over.tail);
-            return Some(Line::TooLong { length: over.length, ends: over.head });
+        if let Some(over) = self.over.take() {
+            return Some(over.line());
         }
         let mut line = std::mem::take(&mut self.line);
         while line.last().is_some_and(u8::is_ascii_whitespace) {
@@ -84,6 +179,12 @@ impl LineSplitter {
 }
 
 impl Over {
+    fn line(mut self) -> Line {
+        self.head.push(b' ');
+        self.head.append(&mut self.tail);
+        Line::TooLong { length: self.length, ends: self.head }
+    }
+
     fn extend(&mut self, part: &[u8]) {
         self.length += part.len() as u64;
         let room = KEPT.saturating_sub(self.head.len()).min(part.len());
@@ -120,6 +221,52 @@ mod tests {
         );
         let single: Vec<&[u8]> = bytes.chunks(1).collect();
         assert_eq!(split(100, &single), whole);
+    }
+
+    fn messages(cap: usize, pieces: &[&[u8]]) -> Vec<Line> {
+        let mut splitter = MessageSplitter::new(cap);
+        let mut messages = Vec::new();
+        for piece in pieces {
+            splitter.push(piece, |message| messages.push(message));
+        }
+        messages
+    }
+
+    const PRETTY: &[u8] = b"{\n    \"QMP\": {\n    }\n}\n{\n    \"return\": [\n    ]\n}\n";
+
+    #[test]
+    fn a_pretty_message_goes_to_its_closing_brace() {
+        let expected = ["{\n    \"QMP\": {\n    }\n}", "{\n    \"return\": [\n    ]\n}"];
+        let expected = expected.map(|text| Line::Whole(text.into()));
+        assert_eq!(messages(1000, &[PRETTY]), expected);
+        let single: Vec<&[u8]> = PRETTY.chunks(1).collect();
+        assert_eq!(messages(1000, &single), expected);
+        let cut = [PRETTY, b"{\n    \"lost\": 1\n", PRETTY].concat();
+        assert_eq!(messages(1000, &[&cut]).len(), 5, "one without end costs one message");
+    }
+
+    #[test]
+    fn a_compact_stream_has_one_message_a_line() {
+        let bytes = b"{\"QMP\": {}}\n{\nnoise\n{\"return\": 1}\n";
+        let expected = ["{\"QMP\": {}}", "{", "noise", "{\"return\": 1}"];
+        assert_eq!(messages(1000, &[bytes]), expected.map(|text| Line::Whole(text.into())));
+    }
+
+    #[test]
+    fn a_pretty_message_over_the_cap_keeps_only_its_ends() {
+        let long = [b"{\n", &b"    \"x\": 1,\n".repeat(1000)[..], b"}\n", PRETTY].concat();
+        let all = messages(1000, &[&long]);
+        assert!(
+            matches!(&all[0], Line::TooLong { length: 12_003, ends } if ends.ends_with(b"\n}")),
+            "{all:?}"
+        );
+        assert_eq!(all.len(), 3);
+        let mut endless = MessageSplitter::new(1000);
+        endless.push(b"{\n", |message| panic!("{message:?}"));
+        for _ in 0..100_000 {
+            endless.push(b"    \"x\": 1,\n", |message| panic!("{message:?}"));
+        }
+        assert_eq!(endless.unfinished().0, 1_200_001);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::{
     message::command,
     reconcile::Reconciled,
     schema::Schema,
-    socket::{self, Patience, Peer},
+    socket::{self, Other, Patience, Peer, Stream},
 };
 
 /// How a connection behaves.
@@ -103,13 +103,15 @@ struct About {
     greeting: Greeting,
     oob: bool,
     peer: Option<Peer>,
+    passes_descriptors: bool,
     schema: OnceCell<Arc<Schema>>,
 }
 
 impl Qmp {
-    /// Connects to the QMP socket at a path.
+    /// Connects to the QMP socket at a path, or to `tcp:HOST:PORT` of the loopback interface.
     ///
     /// # Errors
+    /// [`ErrorKind::Invalid`] where the address is not one of these;
     /// [`ErrorKind::Connect`] where the socket cannot be opened; [`ErrorKind::Protocol`] where it is no QMP socket;
     /// [`ErrorKind::Timeout`] where no greeting comes: QEMU serves one client of a socket at a time.
     pub async fn connect(socket: impl AsRef<Path>) -> Result<Self> {
@@ -133,11 +135,11 @@ impl Qmp {
     /// As [`Qmp::connect`], but never [`ErrorKind::Connect`].
     pub async fn from_stream(stream: UnixStream, name: impl Into<PathBuf>, options: Options) -> Result<Self> {
         let deadline = Instant::now() + options.connect_deadline;
-        Self::greet(stream, name.into(), options, deadline).await
+        Self::greet(Stream::Unix(stream), name.into(), options, deadline).await
     }
 
-    async fn greet(stream: UnixStream, socket: PathBuf, options: Options, deadline: Instant) -> Result<Self> {
-        let peer = Peer::of(&stream);
+    async fn greet(stream: Stream, socket: PathBuf, options: Options, deadline: Instant) -> Result<Self> {
+        let (other, passes_descriptors) = (Other::of(&stream), stream.passes_descriptors());
         let (handle, greeting) = Handle::start(stream, socket.clone(), options.line_cap, options.event_ring);
         let attempted = "waiting for the greeting";
         let greeting = match timeout_at(deadline, greeting).await {
@@ -156,7 +158,8 @@ impl Qmp {
         };
         let oob = options.oob && greeting.capabilities.iter().any(|capability| capability == "oob");
         let left = deadline.saturating_duration_since(Instant::now());
-        let about = About { options, greeting, oob, peer, schema: OnceCell::new() };
+        let peer = other.peer();
+        let about = About { options, greeting, oob, peer, passes_descriptors, schema: OnceCell::new() };
         let qmp = Self { handle: Arc::new(handle), deadline: left, about: Arc::new(about) };
         let enable = if oob { json!({ "enable": ["oob"] }) } else { Value::Null };
         qmp.execute_raw("qmp_capabilities", enable).await?;
@@ -214,8 +217,14 @@ impl Qmp {
     /// own. Commands with descriptors go one at a time: QEMU keeps only the last descriptor that came.
     ///
     /// # Errors
-    /// As [`Qmp::execute`]; [`ErrorKind::Invalid`] where the descriptor cannot be duplicated.
+    /// As [`Qmp::execute`]; [`ErrorKind::Invalid`] where the descriptor cannot be duplicated;
+    /// [`ErrorKind::Unsupported`] over TCP.
     pub async fn execute_with_fd(&self, name: &str, arguments: Value, fd: impl AsFd) -> Result<Value> {
+        if !self.passes_descriptors() {
+            let detail = "file descriptors cannot be passed over TCP";
+            return Err(Error::new(ErrorKind::Unsupported, name, self.socket(), detail)
+                .advice("give QEMU a Unix socket too (-qmp unix:PATH,server=on,wait=off)"));
+        }
         let fd = fd.as_fd().try_clone_to_owned().map_err(|error| {
             Error::new(ErrorKind::Invalid, name, self.socket(), "the file descriptor cannot be duplicated")
                 .source(error)
@@ -325,6 +334,11 @@ impl Qmp {
         &self.about.greeting
     }
 
+    /// Returns true if descriptors can be passed: over a Unix socket, not over TCP.
+    pub fn passes_descriptors(&self) -> bool {
+        self.about.passes_descriptors
+    }
+
     /// Whether out-of-band commands were agreed on.
     pub fn has_oob(&self) -> bool {
         self.about.oob
@@ -335,7 +349,7 @@ impl Qmp {
         self.about.peer
     }
 
-    /// The socket's path.
+    /// The socket's address: its path, or `tcp:HOST:PORT`.
     pub fn socket(&self) -> &Path {
         &self.handle.shared.socket
     }

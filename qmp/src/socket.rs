@@ -1,17 +1,21 @@
-//! The Unix socket itself: opening it, writing a line with a file descriptor, and who is at the other end.
+//! The socket itself: opening it, writing a line with a file descriptor, and the process at the other end.
+//!
+//! An address is the path of a Unix socket, or `tcp:HOST:PORT` on the loopback interface.
 
 use std::{
+    fs,
     io::{self, IoSlice},
     mem::MaybeUninit,
-    os::fd::{AsFd, OwnedFd},
-    path::Path,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::{
     io::Interest,
-    net::UnixStream,
+    net::{TcpStream, UnixStream},
     time::{Instant, sleep_until},
 };
 
@@ -28,10 +32,87 @@ pub(crate) enum Patience {
     Absent,
 }
 
+/// What an address of TCP begins with.
+const TCP: &str = "tcp:";
+
+/// Where something listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Address {
+    Unix(PathBuf),
+    Tcp(SocketAddr),
+}
+
+impl Address {
+    /// Reads an address. Only the loopback interface is connected to by TCP: QMP has no password and no encryption, and a
+    /// QEMU elsewhere has other files than this machine.
+    pub(crate) fn parse(address: &Path) -> Result<Self> {
+        let Some(place) = address.to_str().and_then(|text| text.strip_prefix(TCP)) else {
+            return Ok(Self::Unix(address.to_owned()));
+        };
+        let place = match place.strip_prefix("localhost:") {
+            Some(port) => format!("127.0.0.1:{port}"),
+            None => place.to_owned(),
+        };
+        let wrong = |detail: &str| {
+            Error::new(ErrorKind::Invalid, "reading an address", address, detail)
+                .advice("give tcp:127.0.0.1:PORT, tcp:[::1]:PORT, or the path of a Unix socket")
+        };
+        let place: SocketAddr = place.parse().map_err(|_| wrong("tcp: needs an IP address and a port"))?;
+        match place.ip().to_canonical().is_loopback() {
+            true => Ok(Self::Tcp(place)),
+            false => Err(wrong("only QEMUs on this machine are connected to")),
+        }
+    }
+}
+
+/// An open stream.
+#[derive(Debug)]
+pub(crate) enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Stream {
+    async fn connect(address: &Address) -> io::Result<Self> {
+        match address {
+            Address::Unix(path) => UnixStream::connect(path).await.map(Self::Unix),
+            Address::Tcp(place) => {
+                let stream = TcpStream::connect(place).await?;
+                // Commands are small and wait for an answer each.
+                stream.set_nodelay(true)?;
+                Ok(Self::Tcp(stream))
+            }
+        }
+    }
+
+    /// Returns true if descriptors can be passed over it.
+    pub(crate) fn passes_descriptors(&self) -> bool {
+        matches!(self, Self::Unix(_))
+    }
+
+    async fn send(&self, bytes: &[u8], fd: Option<&OwnedFd>) -> io::Result<usize> {
+        let work = || send(self.as_fd(), bytes, fd);
+        match self {
+            Self::Unix(stream) => stream.async_io(Interest::WRITABLE, work).await,
+            Self::Tcp(stream) => stream.async_io(Interest::WRITABLE, work).await,
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(stream) => stream.as_fd(),
+            Self::Tcp(stream) => stream.as_fd(),
+        }
+    }
+}
+
 /// Connects, trying again until `deadline` where `patience` says so.
-pub(crate) async fn open(socket: &Path, patience: Patience, deadline: Instant) -> Result<UnixStream> {
+pub(crate) async fn open(socket: &Path, patience: Patience, deadline: Instant) -> Result<Stream> {
+    let address = Address::parse(socket)?;
     loop {
-        let error = match UnixStream::connect(socket).await {
+        let error = match Stream::connect(&address).await {
             Ok(stream) => return Ok(stream),
             Err(error) => error,
         };
@@ -66,19 +147,19 @@ fn open_error(socket: &Path, error: io::Error) -> Error {
 /// Writes all of `bytes`, with `fd` (if any) attached to the first of them; adds to `written` what is written, also when it
 /// fails or the future is dropped.
 pub(crate) async fn write_all(
-    stream: &UnixStream,
+    stream: &Stream,
     bytes: &[u8],
     mut fd: Option<OwnedFd>,
     written: &mut usize,
 ) -> io::Result<()> {
     while let Some(rest) = bytes.get(*written..).filter(|rest| !rest.is_empty()) {
-        *written += stream.async_io(Interest::WRITABLE, || send(stream, rest, fd.as_ref())).await?;
+        *written += stream.send(rest, fd.as_ref()).await?;
         fd = None;
     }
     Ok(())
 }
 
-fn send(stream: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) -> io::Result<usize> {
+fn send(stream: BorrowedFd<'_>, bytes: &[u8], fd: Option<&OwnedFd>) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let fds = fd.map(AsFd::as_fd);
@@ -89,10 +170,19 @@ fn send(stream: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) -> io::Result<u
 }
 
 /// Reads some bytes into `buffer`; 0 is the end.
-pub(crate) async fn read(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {
+pub(crate) async fn read(stream: &Stream, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
-        stream.readable().await?;
-        match stream.try_read(buffer) {
+        let read = match stream {
+            Stream::Unix(stream) => {
+                stream.readable().await?;
+                stream.try_read(buffer)
+            }
+            Stream::Tcp(stream) => {
+                stream.readable().await?;
+                stream.try_read(buffer)
+            }
+        };
+        match read {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             done => return done,
         }
@@ -111,6 +201,91 @@ pub struct Peer {
     pub start_ticks: Option<u64>,
 }
 
+/// How the process at the other end is known.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Other {
+    /// The system told when the socket was opened.
+    Known(Peer),
+    /// Both ends of a TCP connection: ours, and its.
+    Tcp(SocketAddr, SocketAddr),
+    Unknown,
+}
+
+impl Other {
+    pub(crate) fn of(stream: &Stream) -> Self {
+        match stream {
+            Stream::Unix(stream) => Peer::of(stream).map_or(Self::Unknown, Self::Known),
+            Stream::Tcp(stream) => match (stream.local_addr(), stream.peer_addr()) {
+                (Ok(own), Ok(its)) => Self::Tcp(own, its),
+                _ => Self::Unknown,
+            },
+        }
+    }
+
+    /// The process. Of TCP it can be told only after it has accepted: after it has greeted.
+    pub(crate) fn peer(self) -> Option<Peer> {
+        match self {
+            Self::Known(peer) => Some(peer),
+            Self::Tcp(own, its) => {
+                let (inode, uid) = tcp_socket(its, own)?;
+                let pid = process_with(inode)?;
+                Some(Peer { pid, uid, start_ticks: start_ticks(pid) })
+            }
+            Self::Unknown => None,
+        }
+    }
+}
+
+/// The inode of the TCP socket between these ends, and its user, from the kernel's tables.
+fn tcp_socket(local: SocketAddr, remote: SocketAddr) -> Option<(u64, u32)> {
+    let wanted = (canonical(local), canonical(remote));
+    ["/proc/net/tcp", "/proc/net/tcp6"].iter().find_map(|table| {
+        let table = fs::read_to_string(table).ok()?;
+        table.lines().skip(1).find_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let ends = (canonical(table_address(fields.get(1)?)?), canonical(table_address(fields.get(2)?)?));
+            let inode = fields.get(9)?.parse().ok().filter(|inode| *inode != 0)?;
+            (ends == wanted).then_some((inode, fields.get(7)?.parse().ok()?))
+        })
+    })
+}
+
+/// An IPv4 address that is written as one of IPv6 is the same.
+fn canonical(address: SocketAddr) -> (IpAddr, u16) {
+    (address.ip().to_canonical(), address.port())
+}
+
+/// `0100007F:1F90`: 32-bit words in the machine's order, then the port.
+fn table_address(text: &str) -> Option<SocketAddr> {
+    let (address, port) = text.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    let mut bytes = Vec::new();
+    for at in (0..address.len()).step_by(8) {
+        let word = u32::from_str_radix(address.get(at..at + 8)?, 16).ok()?;
+        bytes.extend(word.to_ne_bytes());
+    }
+    let ip = match bytes.len() {
+        4 => IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?),
+        _ => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
+    };
+    Some(SocketAddr::new(ip, port))
+}
+
+/// The process that has a socket open. Processes whose descriptors may not be read are passed over.
+fn process_with(inode: u64) -> Option<u32> {
+    let link = format!("socket:[{inode}]");
+    let pids =
+        fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let has = |pid: &u32| {
+        let open = fs::read_dir(format!("/proc/{pid}/fd"));
+        open.into_iter()
+            .flatten()
+            .flatten()
+            .any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == link.as_str()))
+    };
+    pids.filter(has).min()
+}
+
 impl Peer {
     pub(crate) fn of(stream: &UnixStream) -> Option<Self> {
         let credentials = rustix::net::sockopt::socket_peercred(stream).ok()?;
@@ -124,4 +299,38 @@ fn start_ticks(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, after_name) = stat.rsplit_once(')')?;
     after_name.split_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_is_an_address_of_tcp() {
+        let parse = |text: &str| Address::parse(Path::new(text));
+        for (text, place) in [
+            ("tcp:127.0.0.1:4444", "127.0.0.1:4444"),
+            ("tcp:localhost:1", "127.0.0.1:1"),
+            ("tcp:[::1]:4444", "[::1]:4444"),
+        ] {
+            assert_eq!(parse(text).unwrap(), Address::Tcp(place.parse().unwrap()), "{text}");
+        }
+        assert_eq!(parse("/run/tcp:1").unwrap(), Address::Unix("/run/tcp:1".into()));
+        for text in
+            ["tcp:192.0.2.1:4444", "tcp:0.0.0.0:1", "tcp:[::]:1", "tcp:127.0.0.1", "tcp:example.org:1"]
+        {
+            assert_eq!(parse(text).unwrap_err().kind(), ErrorKind::Invalid, "{text}");
+        }
+    }
+
+    #[test]
+    fn table_addresses_are_read_in_both_families() {
+        let native = |address: [u8; 4]| format!("{:08X}", u32::from_ne_bytes(address));
+        let four = format!("{}:1F90", native([127, 0, 0, 1]));
+        assert_eq!(table_address(&four), Some("127.0.0.1:8080".parse().unwrap()));
+        let mapped = [[0; 4], [0; 4], [0, 0, 0xff, 0xff], [127, 0, 0, 1]].map(native).concat();
+        let six = table_address(&format!("{mapped}:0050")).unwrap();
+        assert_eq!(canonical(six), canonical("127.0.0.1:80".parse().unwrap()));
+        assert_eq!(table_address("nothing"), None);
+    }
 }

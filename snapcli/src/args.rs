@@ -4,7 +4,7 @@ use camino::Utf8PathBuf;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
-use snapcore::service::DomainRef;
+use snapcore::service::{DomainRef, read_socket};
 use snapcore::{
     ActivePath, CreateDisk, DomainName, LayerName, MAX_COMPRESSION, PointKind, PowerAfter, Quiesce,
     SnapshotName, Target,
@@ -318,18 +318,18 @@ pub struct DomainAdd {
     #[arg(long = "disk", value_name = "TARGET=PATH", value_parser = disk_place)]
     #[arg(required_unless_present_any = ["file", "qmp", "xen"])]
     pub disks: Vec<DiskPlace>,
-    /// A QEMU runs it: its QMP socket. Without --disk it is asked for its disks
-    #[arg(long, value_name = "SOCKET", group = "run-by", value_hint = ValueHint::FilePath)]
-    pub qmp: Option<Utf8PathBuf>,
+    /// A QEMU runs it: its QMP socket, or tcp:127.0.0.1:PORT. Without --disk it is asked for its disks
+    #[arg(long, value_name = "SOCKET", group = "run-by", value_hint = ValueHint::FilePath, value_parser = socket)]
+    pub qmp: Option<String>,
     /// Xen runs it: its name there. Without --disk it is asked for its disks
     #[arg(long, value_name = "NAME", group = "run-by")]
     pub xen: Option<String>,
     /// The file that Xen creates it from [default: the one that it was created from, where that can be told]
     #[arg(long, value_name = "FILE", requires = "xen", value_hint = ValueHint::FilePath)]
     pub config: Option<Utf8PathBuf>,
-    /// The guest agent's socket [default: as QEMU says]
-    #[arg(long, value_name = "SOCKET", requires = "qmp", value_hint = ValueHint::FilePath)]
-    pub agent: Option<Utf8PathBuf>,
+    /// The guest agent's socket, or tcp:127.0.0.1:PORT [default: as QEMU says]
+    #[arg(long, value_name = "SOCKET", requires = "qmp", value_hint = ValueHint::FilePath, value_parser = socket)]
+    pub agent: Option<String>,
     /// Where memory images go [default: beside the first disk]
     #[arg(long, value_name = "DIR", requires = "run-by", value_hint = ValueHint::DirPath)]
     pub memory_dir: Option<Utf8PathBuf>,
@@ -474,6 +474,11 @@ pub fn domain_name(text: &str) -> Result<DomainName, String> {
         return Err(format!("what begins with {word:?} says where a domain is reached, and is no name"));
     }
     DomainName::new(text).map_err(|error| error.to_string())
+}
+
+/// Where a QEMU's monitor or a guest agent listens.
+fn socket(text: &str) -> Result<String, String> {
+    read_socket(text).map_err(|error| error.to_string())
 }
 
 fn bytes(text: &str) -> Result<u64, String> {

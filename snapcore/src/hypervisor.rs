@@ -24,9 +24,9 @@ pub const MAX_COMPRESSION: u8 = 19;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Control {
-    /// Where: of QEMU the path of its QMP socket, of Xen the domain's name.
+    /// Where: of QEMU the path of its QMP socket, or `tcp:IP:PORT`; of Xen the domain's name.
     pub address: String,
-    /// The socket of the guest agent.
+    /// The socket of the guest agent: its path, or `tcp:IP:PORT`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub agent: Option<Utf8PathBuf>,
@@ -424,6 +424,16 @@ pub trait LiveDomain: Send + Sync {
 
     /// What of a recorded machine ([`Seen::machine`]) is not so now and would not survive a revert with memory: each in words.
     fn differences(&self, recorded: &serde_json::Value) -> Result<Vec<String>>;
+
+    /// Says why memory cannot be saved through this connection, if so.
+    fn cannot_save_memory(&self) -> Option<String> {
+        None
+    }
+
+    /// Says why disks cannot be detached through this connection, if so: then there is no window.
+    fn cannot_detach(&self) -> Option<String> {
+        None
+    }
 
     /// Lets the guest go on, whoever paused it.
     async fn resume(&self) -> Result<()>;

@@ -42,7 +42,7 @@ pub(crate) async fn save(machine: &Machine, draft: &Draft) -> Result<()> {
     scratch.write_all_at(&qcow2::empty(1 << 16)?, 0).map_err(failed)?;
     let read_only = reopen_read_only(&scratch).map_err(failed)?;
     let writable = OwnedFd::from(scratch.try_clone().map_err(failed)?);
-    let set = FdSet::add(machine, "memory", &[&writable, &read_only]).await?;
+    let set = FdSet::for_now(machine, "memory", &[&writable, &read_only]).await?;
     let saved = run(machine, draft, &set).await;
     set.remove(machine).await;
     saved?;

@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     discover::{Abilities, Discovery, Process, compare},
+    fdset::refusal,
     graph::{self, Node},
     guest_clock::set_guest_clock,
     instant::Saving,
@@ -222,6 +223,19 @@ impl LiveDomain for Live {
     fn differences(&self, record: &serde_json::Value) -> Result<Vec<String>> {
         let record = recorded(record)?;
         Ok(compare(&record, &self.discovery).iter().map(ToString::to_string).collect())
+    }
+
+    fn cannot_save_memory(&self) -> Option<String> {
+        refusal(&self.machine).or_else(|| {
+            let by_name = self.discovery.abilities.file_migration || self.machine.qmp().passes_descriptors();
+            let why = "this QEMU takes a memory image only as a descriptor, which cannot be passed over TCP";
+            (!by_name).then(|| why.to_owned())
+        })
+    }
+
+    fn cannot_detach(&self) -> Option<String> {
+        let why = "what stands for a detached disk is a descriptor, which cannot be passed over TCP";
+        (!self.machine.qmp().passes_descriptors()).then(|| why.to_owned())
     }
 
     async fn resume(&self) -> Result<()> {

@@ -123,6 +123,7 @@ async fn reach(socket: &Path, greeting: Duration) -> Result<Option<Machine>> {
         (qmp::ErrorKind::Connect, Some(io::ErrorKind::WouldBlock)) | (qmp::ErrorKind::Timeout, _) => {
             ErrorKind::Busy
         }
+        (qmp::ErrorKind::Invalid, _) => ErrorKind::Usage,
         _ => ErrorKind::Io,
     };
     Err(Error::new(kind, error.to_string())
@@ -147,8 +148,13 @@ impl VmStateSaver for Qemu {
     async fn look(&self, control: &Control) -> Result<Seen> {
         let socket = Path::new(&control.address);
         let Some(connection) = self.reach(socket, GREETING).await? else {
-            return Err(Error::new(ErrorKind::NotFound, format!("no QEMU serves {}", control.address))
-                .advise("start the domain with a QMP socket (-qmp unix:PATH,server=on,wait=off), or check the path"));
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("no QEMU is listening on {}", control.address),
+            )
+            .advise(
+                "start the domain with a QMP socket (-qmp unix:PATH,server=on,wait=off), or check the path",
+            ));
         };
         seen::look(&connection.0).await.map_err(told)
     }

@@ -65,10 +65,18 @@ fn processes() -> Vec<Vec<PathBuf>> {
     pids.into_iter().filter_map(of).filter(|sockets| !sockets.is_empty()).collect()
 }
 
-/// The Unix sockets on which a QEMU serves QMP, by its command line.
+/// An address of TCP that is connected to: one of the loopback interface.
+fn loopback(place: &str) -> Option<PathBuf> {
+    let (host, port) = place.rsplit_once(':')?;
+    let host = if host == "localhost" { "127.0.0.1" } else { host };
+    let is_loopback = host.starts_with("127.") || host == "[::1]";
+    (is_loopback && port.parse::<u16>().is_ok()).then(|| format!("tcp:{host}:{port}").into())
+}
+
+/// The sockets on which a QEMU serves QMP, by its command line: Unix sockets, then TCP of the loopback interface.
 fn sockets(words: &[String], directory: &Path) -> Vec<PathBuf> {
     let mut chardevs: HashMap<String, String> = HashMap::new();
-    let (mut direct, mut monitors) = (Vec::new(), Vec::new());
+    let (mut direct, mut monitors, mut tcp) = (Vec::new(), Vec::new(), Vec::new());
     for pair in words.windows(2) {
         let [option, value] = pair else { continue };
         let option = option.strip_prefix("--").or_else(|| option.strip_prefix('-')).unwrap_or_default();
@@ -79,7 +87,10 @@ fn sockets(words: &[String], directory: &Path) -> Vec<PathBuf> {
             parts.find_map(|part| part.strip_prefix(name)?.strip_prefix('=')).map(str::to_owned)
         };
         match option {
-            "qmp" | "qmp-pretty" => direct.extend(kind.strip_prefix("unix:").map(str::to_owned)),
+            "qmp" | "qmp-pretty" => {
+                direct.extend(kind.strip_prefix("unix:").map(str::to_owned));
+                tcp.extend(kind.strip_prefix("tcp:").and_then(loopback));
+            }
             "chardev" if kind == "socket" => {
                 if let (Some(id), Some(path)) = (get("id"), get("path")) {
                     chardevs.insert(id, path);
@@ -94,7 +105,8 @@ fn sockets(words: &[String], directory: &Path) -> Vec<PathBuf> {
     }
     // `-qmp chardev:ID` is `-mon chardev=ID,mode=control`.
     direct.extend(monitors.iter().filter_map(|id| chardevs.get(id).cloned()));
-    direct.into_iter().filter(|path| !path.is_empty()).map(|path| directory.join(path)).collect()
+    let unix = direct.into_iter().filter(|path| !path.is_empty()).map(|path| directory.join(path));
+    unix.chain(tcp).collect()
 }
 
 #[cfg(test)]
@@ -121,9 +133,11 @@ mod tests {
             "socket,id=agent,path=/run/agent",
             "-qmp",
             "tcp:localhost:4444,server=on",
+            "-qmp",
+            "tcp:0.0.0.0:4445,server=on",
         ];
         let words = words.map(str::to_owned);
-        let expected = ["/run/a.qmp", "/vm/b", "/run/c.qmp"].map(PathBuf::from);
+        let expected = ["/run/a.qmp", "/vm/b", "/run/c.qmp", "tcp:127.0.0.1:4444"].map(PathBuf::from);
         assert_eq!(sockets(&words, Path::new("/vm")), expected);
     }
 }

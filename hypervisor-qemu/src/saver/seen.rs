@@ -198,6 +198,14 @@ async fn agent(machine: &Machine, discovery: &Discovery, view: &View) -> Result<
         let device = devices.as_array().into_iter().flatten().find(|device| device["label"] == chardev);
         let file = device.and_then(|device| device["filename"].as_str()).unwrap_or_default();
         let file = file.strip_prefix("disconnected:").unwrap_or(file);
+        if file.starts_with("tcp:") {
+            // `tcp:127.0.0.1:5000,server=on`, and behind it who is connected; of IPv6 the address is in brackets.
+            let place = file.split([',', ' ']).next().unwrap_or(file);
+            let reached = place.starts_with("tcp:127.") || place.starts_with("tcp:[::1]:");
+            if reached && file.contains("server=on") {
+                return Ok(Some(place.into()));
+            }
+        }
         let socket = file
             .strip_prefix("unix:")
             .and_then(|file| file.strip_suffix(",server=on").or_else(|| file.split(',').next()));

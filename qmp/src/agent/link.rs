@@ -10,16 +10,13 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tokio::{
-    net::UnixStream,
-    time::{Instant, timeout_at},
-};
+use tokio::time::{Instant, timeout_at};
 
 use crate::{
     error::{Error, ErrorKind, Reported, Result, shown},
     line::{CHUNK, Line, LineSplitter},
     message::{Message, command, parse},
-    socket::{self, Patience},
+    socket::{self, Address, Patience, Stream},
 };
 
 pub(super) const SYNC: &str = "guest-sync-delimited";
@@ -36,7 +33,7 @@ const DELIMITER: u8 = 0xff;
 /// One open socket of an agent's.
 #[derive(Debug)]
 pub(super) struct Link {
-    stream: UnixStream,
+    stream: Stream,
     splitter: LineSplitter,
     lines: VecDeque<Line>,
     buffer: Vec<u8>,
@@ -180,32 +177,80 @@ impl Link {
 
     /// Thaws without a runtime, within `patience`: the last thing that is done for a guest that is still frozen.
     pub(super) fn thaw_blocking(&self, patience: Duration) -> io::Result<()> {
-        let stream = std::os::unix::net::UnixStream::from(self.stream.as_fd().try_clone_to_owned()?);
-        thaw_blocking(stream, patience)
+        let socket = self.stream.as_fd().try_clone_to_owned()?;
+        match &self.stream {
+            Stream::Unix(_) => thaw_blocking(Blocking::Unix(socket.into()), patience),
+            Stream::Tcp(_) => thaw_blocking(Blocking::Tcp(socket.into()), patience),
+        }
     }
 }
 
+/// A socket that is used without a runtime.
+pub(super) enum Blocking {
+    Unix(std::os::unix::net::UnixStream),
+    Tcp(std::net::TcpStream),
+}
+
+impl Blocking {
+    /// Makes it wait, to write for `patience` at most.
+    fn wait_for(&self, patience: Duration) -> io::Result<()> {
+        match self {
+            Self::Unix(stream) => {
+                stream.set_nonblocking(false).and_then(|()| stream.set_write_timeout(Some(patience)))
+            }
+            Self::Tcp(stream) => {
+                stream.set_nonblocking(false).and_then(|()| stream.set_write_timeout(Some(patience)))
+            }
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Unix(stream) => stream.write_all(bytes),
+            Self::Tcp(stream) => stream.write_all(bytes),
+        }
+    }
+
+    fn read(&mut self, buffer: &mut [u8], left: Duration) -> io::Result<usize> {
+        match self {
+            Self::Unix(stream) => {
+                stream.set_read_timeout(Some(left))?;
+                stream.read(buffer)
+            }
+            Self::Tcp(stream) => {
+                stream.set_read_timeout(Some(left))?;
+                stream.read(buffer)
+            }
+        }
+    }
+}
+
+/// How long a connection to this machine itself may take without a runtime.
+const CONNECTING: Duration = Duration::from_millis(200);
+
 /// Opens the socket without a runtime; fails where that would take time.
-pub(super) fn open_blocking(socket: &Path) -> io::Result<std::os::unix::net::UnixStream> {
+pub(super) fn open_blocking(socket: &Path) -> io::Result<Blocking> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    let socket = match Address::parse(socket).map_err(io::Error::other)? {
+        Address::Tcp(place) => {
+            return std::net::TcpStream::connect_timeout(&place, CONNECTING).map(Blocking::Tcp);
+        }
+        Address::Unix(path) => path,
+    };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::connect(&fd, &SocketAddrUnix::new(socket)?)?;
-    Ok(fd.into())
+    rustix::net::connect(&fd, &SocketAddrUnix::new(&socket)?)?;
+    Ok(Blocking::Unix(fd.into()))
 }
 
 /// As [`Link::thaw_blocking`], over any stream.
-pub(super) fn thaw_blocking(
-    mut stream: std::os::unix::net::UnixStream,
-    patience: Duration,
-) -> io::Result<()> {
+pub(super) fn thaw_blocking(mut stream: Blocking, patience: Duration) -> io::Result<()> {
     let end = std::time::Instant::now() + patience;
-    stream.set_nonblocking(false)?;
+    stream.wait_for(patience)?;
     let id = fresh_id();
     let mut bytes = sync_line(id);
     bytes.extend(command(false, THAW, Value::Null, None));
-    stream.set_write_timeout(Some(patience))?;
-    stream.write_all(&bytes)?;
+    stream.write(&bytes)?;
     let (mut splitter, mut buffer) = (LineSplitter::new(CHUNK), vec![0; CHUNK]);
     let (mut synced, mut thawed) = (false, false);
     while !thawed {
@@ -213,8 +258,7 @@ pub(super) fn thaw_blocking(
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        stream.set_read_timeout(Some(left))?;
-        let count = stream.read(&mut buffer)?;
+        let count = stream.read(&mut buffer, left)?;
         if count == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

@@ -38,7 +38,7 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
                 spec = spec.disk(disk.target.clone(), disk.path.clone(), format);
             }
             match (&args.qmp, &args.xen) {
-                (Some(socket), _) => spec.run_by(Hypervisor::Qemu, control(absolute(socket)?.into(), &args)?),
+                (Some(socket), _) => spec.run_by(Hypervisor::Qemu, control(socket.clone(), &args)?),
                 (None, Some(name)) => spec.run_by(Hypervisor::Xen, control(name.clone(), &args)?),
                 (None, None) => spec,
             }
@@ -63,7 +63,7 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
 fn control(address: String, args: &DomainAdd) -> Result<Control, Failure> {
     Ok(Control {
         address,
-        agent: args.agent.as_deref().map(absolute).transpose()?,
+        agent: args.agent.clone().map(Into::into),
         memory_dir: args.memory_dir.as_deref().map(absolute).transpose()?,
         start: args.start.clone(),
         compress: args.compress,

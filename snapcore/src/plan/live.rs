@@ -18,6 +18,10 @@ pub struct Alive<'a> {
     pub differs: Vec<String>,
     /// Where memory images go.
     pub memory_dir: Utf8PathBuf,
+    /// Why its memory cannot be saved, if so.
+    pub cannot_save_memory: Option<String>,
+    /// Why its disks cannot be detached, if so.
+    pub cannot_detach: Option<String>,
 }
 
 /// What a snapshot's memory image is called.
@@ -85,6 +89,13 @@ impl Planner<'_> {
     ) -> Result<()> {
         let memory = self.with_memory(request)?;
         let Some(alive) = self.alive else { return Ok(()) };
+        if memory {
+            require(
+                &alive.cannot_save_memory,
+                "memory cannot be saved",
+                "or leave memory out with --disk-only",
+            )?;
+        }
         let live = request.live;
         snapshot.consistency = if memory { Consistency::Memory } else { Consistency::Crash };
         let machine = Machine::new(alive.seen.machine.clone(), &alive.seen.summary);
@@ -188,6 +199,7 @@ impl Planner<'_> {
                 (None, Some(PowerAfter::Off) | None) => Ok(()),
             };
         };
+        require(&alive.cannot_detach, DETACHED, "or shut the domain down and revert then")?;
         let disks: Vec<Target> = self
             .disks
             .iter()
@@ -212,11 +224,16 @@ impl Planner<'_> {
     }
 
     /// Removes the memory of deleted snapshots, and puts a window around what changes frozen images of an open chain.
-    pub(super) fn delete_alive(&self, doomed: &[&Snapshot], merged: &mut Merged) {
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where a window is needed and the hypervisor cannot let go of its disks.
+    pub(super) fn delete_alive(&self, doomed: &[&Snapshot], merged: &mut Merged) -> Result<()> {
         if let Some(alive) = self.alive {
             let (in_window, others): (Vec<_>, Vec<_>) =
                 std::mem::take(&mut merged.steps).into_iter().partition(|planned| planned.window);
             if !in_window.is_empty() {
+                let instead = "or shut the domain down and delete then";
+                require(&alive.cannot_detach, DETACHED, instead)?;
                 let mut disks: Vec<Target> =
                     in_window.iter().map(|planned| planned.step.target.clone()).collect();
                 disks.dedup();
@@ -231,6 +248,21 @@ impl Planner<'_> {
             let words = format!("remove the memory image {}", memory.file);
             merged.last(step(Group::Finish, &DomainStep::RemoveMemory { file: memory.file.clone() }, words));
         }
+        Ok(())
+    }
+}
+
+const DETACHED: &str = "the disks of the running domain cannot be detached";
+
+/// Refuses what cannot be done through the connection to the hypervisor.
+fn require(cannot: &Option<String>, what: &str, instead: &str) -> Result<()> {
+    match cannot {
+        None => Ok(()),
+        Some(why) => Err(Error::new(ErrorKind::Unsupported, format!("{what}: {why}"))
+            .state("nothing was touched")
+            .advise(format!(
+                "give QEMU a Unix socket (-qmp unix:PATH,server=on,wait=off) and use that, {instead}"
+            ))),
     }
 }
 

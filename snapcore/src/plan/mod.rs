@@ -216,7 +216,7 @@ impl Planner<'_> {
         let mut names = Vec::new();
         let gone: Vec<&Snapshot> =
             self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)).collect();
-        self.delete_alive(&gone, &mut merged);
+        self.delete_alive(&gone, &mut merged)?;
         for snapshot in gone {
             names.push(snapshot.name.clone());
             merged.commit.push(Edit::RemoveSnapshot { id: snapshot.id });

@@ -91,7 +91,13 @@ impl Inner {
         {
             differs = live.differences(&machine.record)?;
         }
-        Ok(Alive { seen: live.seen(), differs, memory_dir: self.memory_dir(&entry.domain)? })
+        Ok(Alive {
+            seen: live.seen(),
+            differs,
+            memory_dir: self.memory_dir(&entry.domain)?,
+            cannot_save_memory: live.cannot_save_memory(),
+            cannot_detach: live.cannot_detach(),
+        })
     }
 
     /// Where the domain's memory images go: where it is said, or beside its manifests.

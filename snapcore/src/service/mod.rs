@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use identity::Belonging;
 pub use live::Scanned;
-pub use reference::{DomainRef, DomainSpec};
+pub use reference::{DomainRef, DomainSpec, read_socket};
 pub use report::{
     Details, DiskReport, DomainSummary, ImportReport, Listing, Member, Outcome, Postponed, RecoveryEnd,
     RecoveryReport, Removal, Unfinished,

@@ -26,7 +26,7 @@ pub enum DomainRef {
     Live {
         /// Who runs it.
         hypervisor: Hypervisor,
-        /// Where it is reached: of QEMU the absolute path of its QMP socket, of Xen the domain's name.
+        /// Where it is reached: of QEMU the absolute path of its QMP socket, or `tcp:IP:PORT`; of Xen the domain's name.
         address: String,
     },
 }
@@ -47,12 +47,7 @@ impl DomainRef {
     /// [`ErrorKind::Usage`] where the text is neither.
     pub fn parse(text: &str) -> Result<Self> {
         if let Some(socket) = text.strip_prefix(QEMU) {
-            let absolute = camino::absolute_utf8(socket).map_err(|cause| {
-                Error::new(ErrorKind::Usage, format!("{text:?} names no socket"))
-                    .because(cause)
-                    .advise("give the path of a QMP socket after 'qemu:'")
-            })?;
-            return Ok(Self::Live { hypervisor: Hypervisor::Qemu, address: socket_address(&absolute) });
+            return Ok(Self::Live { hypervisor: Hypervisor::Qemu, address: read_socket(socket)? });
         }
         if let Some(name) = text.strip_prefix(XEN) {
             if name.is_empty() || name.starts_with('-') || name.contains(char::is_control) {
@@ -141,6 +136,56 @@ fn advice_of(hypervisor: Hypervisor) -> &'static str {
     match hypervisor {
         Hypervisor::Xen => "add a [control] with xen = \"NAME\", as `xl list` shows it",
         Hypervisor::None | Hypervisor::Qemu => "add a [control] with qmp = \"SOCKET\"",
+    }
+}
+
+/// What an address of TCP begins with.
+const TCP: &str = "tcp:";
+
+/// Reads where a QEMU's monitor or a guest agent listens, as a user writes it: the path of a Unix socket, taken from the
+/// current directory, or `tcp:HOST:PORT` of the loopback interface. Gives its one name.
+///
+/// # Errors
+/// [`ErrorKind::Usage`] where the text is neither.
+pub fn read_socket(text: &str) -> Result<String> {
+    if text.starts_with(TCP) {
+        return tcp_address(text);
+    }
+    let absolute = camino::absolute_utf8(text).map_err(|cause| {
+        Error::new(ErrorKind::Usage, "the path of a socket is missing")
+            .because(cause)
+            .advise("give the path of a QMP socket, or tcp:127.0.0.1:PORT")
+    })?;
+    Ok(socket_address(&absolute))
+}
+
+/// As [`read_socket`], in a file whose paths begin at `directory`.
+fn socket_in(directory: &Utf8Path, text: &Utf8Path) -> Result<String> {
+    match text.as_str().starts_with(TCP) {
+        true => tcp_address(text.as_str()),
+        false => Ok(directory.join(text).into()),
+    }
+}
+
+/// `tcp:IP:PORT`, where `localhost` is 127.0.0.1. Other machines are refused: QMP has no password and no encryption, and what
+/// runs elsewhere has other files.
+fn tcp_address(text: &str) -> Result<String> {
+    let place = text.strip_prefix(TCP).unwrap_or(text);
+    let place = match place.strip_prefix("localhost:") {
+        Some(port) => format!("127.0.0.1:{port}"),
+        None => place.to_owned(),
+    };
+    let wrong = |why: &str| {
+        Error::new(ErrorKind::Usage, format!("the TCP address {text:?} cannot be used: {why}")).advise(
+            "give tcp:127.0.0.1:PORT or tcp:[::1]:PORT, or better the path of a Unix socket \
+             (-qmp unix:PATH,server=on,wait=off)",
+        )
+    };
+    let read = place.parse::<std::net::SocketAddr>();
+    let read = read.map_err(|_| wrong("expected tcp:HOST:PORT, with HOST an IP address or localhost"))?;
+    match read.ip().to_canonical().is_loopback() {
+        true => Ok(format!("{TCP}{read}")),
+        false => Err(wrong("only this machine's loopback interface is connected to")),
     }
 }
 
@@ -274,7 +319,9 @@ impl DomainSpec {
     #[must_use]
     pub fn run_by(mut self, hypervisor: Hypervisor, mut control: Control) -> Self {
         if hypervisor == Hypervisor::Qemu {
-            control.address = socket_address(Utf8Path::new(&control.address));
+            if !control.address.starts_with(TCP) {
+                control.address = socket_address(Utf8Path::new(&control.address));
+            }
         }
         self.hypervisor = hypervisor;
         self.control = Some(control);
@@ -369,7 +416,7 @@ impl DomainSpec {
                     .advise("levels are 1 (fast) to 19 (small); 0 does not compress"));
                 }
                 let address = match (hypervisor, reach.qmp, reach.xen) {
-                    (Hypervisor::Qemu, Some(socket), None) => directory.join(socket).into(),
+                    (Hypervisor::Qemu, Some(socket), None) => socket_in(directory, &socket)?,
                     (Hypervisor::Xen, None, Some(name)) => name,
                     _ => {
                         let detail = format!(
@@ -380,7 +427,7 @@ impl DomainSpec {
                 };
                 let control = Control {
                     address,
-                    agent: reach.agent.map(|agent| directory.join(agent)),
+                    agent: reach.agent.map(|agent| socket_in(directory, &agent)).transpose()?.map(Into::into),
                     memory_dir: reach.memory_dir.map(|memory| directory.join(memory)),
                     start: reach.start,
                     compress: reach.compress,
@@ -436,6 +483,33 @@ mod tests {
             assert_eq!(read, DomainRef::Live { hypervisor: Hypervisor::Qemu, address });
             assert_eq!(read.to_string().parse::<DomainRef>().unwrap(), read, "{text}");
         }
+    }
+
+    #[test]
+    fn a_monitor_on_the_loopback_interface_is_named_by_its_ip_address_and_port() {
+        for (text, address) in [
+            ("qemu:tcp:127.0.0.1:4444", "tcp:127.0.0.1:4444"),
+            ("qemu:tcp:localhost:4444", "tcp:127.0.0.1:4444"),
+            ("qemu:tcp:[::1]:4444", "tcp:[::1]:4444"),
+        ] {
+            let read = DomainRef::parse(text).unwrap();
+            let address = address.to_owned();
+            assert_eq!(read, DomainRef::Live { hypervisor: Hypervisor::Qemu, address });
+            assert_eq!(read.to_string().parse::<DomainRef>().unwrap(), read, "{text}");
+        }
+        for text in ["tcp:192.0.2.1:4444", "tcp:example.org:4444", "tcp:127.0.0.1", "tcp:", "tcp:0.0.0.0:1"] {
+            let error = DomainRef::parse(&format!("qemu:{text}")).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage, "{text}");
+            assert!(error.to_string().contains("TCP") && error.to_string().contains("unix:"), "{error}");
+        }
+        let file =
+            "name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'tcp:localhost:1'\nagent = 'tcp:[::1]:2'\n";
+        let control = read(file).unwrap().control.unwrap();
+        assert_eq!(
+            (control.address.as_str(), control.agent),
+            ("tcp:127.0.0.1:1", Some("tcp:[::1]:2".into()))
+        );
+        usage(read("name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'tcp:192.0.2.1:1'\n"));
     }
 
     #[test]
