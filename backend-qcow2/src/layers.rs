@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use snapcore::chain::{self, is_layer_name, layer_path};
 use snapcore::{
     ChainFile, Disk, DiskRecord, DiskState, Error, ErrorKind, InspectDepth, InternalPoint, Layer, LayerName,
-    Result,
+    Result, shell_command,
 };
 
 use crate::attached::FileIds;
@@ -140,8 +140,11 @@ fn replaced(
     )
     .state("nothing was touched; all snapshots are as they were")
     .advise(format!(
-        "if the replacement was not meant, put the layer back: 'mv {path} {path}.found' and 'ln {own} {path}'; if it was, \
-         take the new file in with 'domsnap import --replace'"
+        "if the replacement was not meant, put the layer back: `{}` and `{}`; if it was, import the new file with \
+         `{}`",
+        shell_command(["mv", path.as_str(), &format!("{path}.found")]),
+        shell_command(["ln", own.as_str(), path.as_str()]),
+        shell_command(["domsnap", "import", "--replace", path.as_str()])
     ))
 }
 
@@ -279,7 +282,19 @@ impl Reader<'_> {
                     backing.file
                 ),
             )
-            .advise(format!("say it: 'qemu-img rebase -u -b {} -F FORMAT {child}'", backing.file))
+            .advise(format!(
+                "state it: `{}`, with the format for FORMAT",
+                shell_command([
+                    "qemu-img",
+                    "rebase",
+                    "-u",
+                    "-b",
+                    &backing.file,
+                    "-F",
+                    "FORMAT",
+                    child.as_str()
+                ])
+            ))
         })?;
         let file = resolve_backing(child, &backing.file)?;
         self.confine(child, &file)?;

@@ -20,7 +20,7 @@
 
 use image_files::names;
 use snapcore::chain::{ChainStep, words_of_kept_overlay};
-use snapcore::{Edit, LayerName, Result, Salvage};
+use snapcore::{Edit, LayerName, Result, Salvage, shell_command};
 
 use crate::image::{self, Layer};
 use crate::layers::file_of;
@@ -153,9 +153,19 @@ impl Workplace<'_> {
         let file = file_of(self.record, layer)?;
         Ok(Salvage::PutAside(format!(
             "{}: the domain ran after the crash; the revert was undone, and what the domain wrote is kept as the internal \
-             snapshot {aside} of {file}: 'qemu-img convert -O qcow2 -l snapshot.name={aside} {file} NEW' copies it out, \
-             'qemu-img snapshot -d {aside} {file}' removes it",
-            self.record.disk.target
+             snapshot {aside} of {file}: `{}` copies it out, `{}` removes it",
+            self.record.disk.target,
+            shell_command([
+                "qemu-img",
+                "convert",
+                "-O",
+                "qcow2",
+                "-l",
+                &format!("snapshot.name={aside}"),
+                file.as_str(),
+                "NEW"
+            ]),
+            shell_command(["qemu-img", "snapshot", "-d", &aside, file.as_str()])
         )))
     }
 }

@@ -5,8 +5,8 @@ use std::{collections::HashSet, sync::Arc};
 use async_trait::async_trait;
 use camino::Utf8Path;
 use snapcore::{
-    Control, Domain, Error, ErrorKind, Facts, FileIdentity, Hypervisor, LiveDomain, PowerAfter, Progress,
-    Registry, Result, Seen, StartFromMemory, VmStateSaver,
+    Control, Domain, Error, ErrorKind, Facts, FileIdentity, GuestChange, Hypervisor, LiveDomain, PowerAfter,
+    Progress, Registry, Result, Seen, StartFromMemory, StartedDomain, VmStateSaver,
 };
 
 use crate::{
@@ -122,7 +122,22 @@ impl VmStateSaver for Xen {
         let running = memory::read_record(start.file)?.running;
         let goes_on = start.power.map_or(running, |power| power == PowerAfter::Running);
         window::restore_domain(&xl, start.file, None, !goes_on).await?;
-        Ok(Facts::default())
+        let name = start.domain.control.as_ref().map(|control| control.address.as_str()).unwrap_or_default();
+        // It is started: that its number cannot be read is no failure.
+        let row = list::row_of(&xl, name).await.ok().flatten();
+        let started = row.map(|row| StartedDomain::number(row.domid));
+        Ok(Facts { guest: Some(GuestChange::Started), started, ..Facts::default() })
+    }
+
+    fn outside(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {
+        let machine = machine.or_else(|| domain.machines.last().map(|machine| &machine.record));
+        let has_tpm = machine.is_some_and(|machine| {
+            machine
+                .pointer("/vtpms")
+                .and_then(serde_json::Value::as_array)
+                .is_some_and(|vtpms| !vtpms.is_empty())
+        });
+        has_tpm.then(|| "TPM state".to_owned()).into_iter().collect()
     }
 
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use snapcore::{
     Anew, Beginning, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, FileIdentity,
-    PowerAfter, Result, Seen, SeenDisk, file_identity,
+    GuestChange, PowerAfter, Result, Seen, SeenDisk, StartedDomain, file_identity,
 };
 
 use crate::{
@@ -503,6 +503,7 @@ pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext
             destroy(live, row.domid).await?;
         }
         live.places.remove()?;
+        facts.guest = Some(GuestChange::Ended);
         return Ok(facts);
     }
     match (&row, memory, reset) {
@@ -527,6 +528,14 @@ pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext
             live.unpause().await?;
         }
         facts.downtime = live.window.lock().await.map(|since| since.elapsed());
+    }
+    facts.guest = match (memory, reset) {
+        (Some(_), _) => Some(GuestChange::RecreatedFromMemory),
+        (None, true) => Some(GuestChange::Recreated),
+        (None, false) => None,
+    };
+    if facts.guest.is_some() {
+        facts.started = Some(StartedDomain::number(live.row().await?.domid));
     }
     *live.window.lock().await = None;
     live.places.remove()?;

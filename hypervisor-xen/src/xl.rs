@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use snapcore::{Error, ErrorKind, Result};
+use snapcore::{Error, ErrorKind, Result, shell_command};
 
 /// Where it is looked for.
 const PLACES: [&str; 4] = ["/usr/sbin/xl", "/usr/local/sbin/xl", "/sbin/xl", "/usr/bin/xl"];
@@ -89,7 +89,10 @@ impl Xl {
 pub(crate) fn failed(words: &[&str], said: &Said) -> Error {
     let full = ["No space left", "Disk quota exceeded"].iter().any(|words| said.err.contains(words));
     let kind = if full { ErrorKind::NoSpace } else { ErrorKind::Io };
-    Error::new(kind, format!("`xl {}` failed: {}", words.join(" "), last_words(&said.err)))
+    Error::new(
+        kind,
+        format!("`xl {}` failed: {}", shell_command(words.iter().copied()), last_words(&said.err)),
+    )
 }
 
 /// What is worth telling of all that it writes.
@@ -106,7 +109,7 @@ fn last_words(text: &str) -> String {
 }
 
 fn run(path: &Path, words: &[String], deadline: Duration) -> Result<Said> {
-    let shown = || format!("`xl {}`", words.join(" "));
+    let shown = || format!("`xl {}`", shell_command(words.iter().map(String::as_str)));
     let io = |attempted: &str, cause: io::Error| {
         Error::new(ErrorKind::Io, format!("{} {attempted}", shown())).because(cause)
     };

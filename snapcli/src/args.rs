@@ -4,7 +4,7 @@ use camino::Utf8PathBuf;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
-use snapcore::service::{DomainRef, read_socket};
+use snapcore::service::{DomainRef, GivenImage, read_socket};
 use snapcore::{
     ActivePath, CreateDisk, DomainName, LayerName, MAX_COMPRESSION, PointKind, PowerAfter, Quiesce,
     SnapshotName, Target,
@@ -17,8 +17,9 @@ const STYLES: Styles = Styles::styled()
     .placeholder(AnsiColor::Cyan.on_default());
 
 const AFTER_HELP: &str = "\
-DOMAIN is the name of a registered domain, its image paths joined by commas, qemu:SOCKET: what runs at a QMP socket, or xen:NAME: a domain of Xen.
-Exit status: 0 done; 1 failed, and undone; 2 usage; 3 refused, nothing was touched; 4 `domsnap recover` is needed.";
+DOMAIN is the name of a registered domain; or its images, PATH[,format=FORMAT] joined by commas (a comma of a path is written twice); or
+qemu:SOCKET, what runs at a QMP socket, or at qemu:tcp:127.0.0.1:PORT; or xen:NAME, a domain of Xen.
+Exit status: 0 done; 1 failed, and rolled back; 2 usage; 3 refused, no changes made; 4 `domsnap recover` is needed.";
 
 /// Snapshots of whole virtual machines.
 #[derive(Debug, Parser)]
@@ -55,10 +56,10 @@ pub struct Global {
     /// Answer with one JSON document on standard output
     #[arg(long, global = true)]
     pub json: bool,
-    /// Say nothing but what was asked for, and errors
+    /// Suppress informational output
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
-    /// Tell each step as it is done
+    /// Print each step
     #[arg(short, long, global = true)]
     pub verbose: bool,
 }
@@ -67,9 +68,9 @@ pub struct Global {
 pub enum Command {
     /// Take a snapshot of a domain: its disks, and its memory where it runs
     Create(Create),
-    /// Return a domain to a snapshot; the present is dropped unless it is saved
+    /// Revert a domain to a snapshot; the current state is discarded unless --save-current is given
     Revert(Revert),
-    /// Delete snapshots; all others keep what they hold
+    /// Delete snapshots; all others stay as they are
     Delete(Delete),
     /// List snapshots
     List(List),
@@ -83,7 +84,7 @@ pub enum Command {
     Disk(Disk),
     /// Look for damage in images, catalogue and manifests; change nothing
     Check(Check),
-    /// Finish or undo what stopped half way, and merge what was put off
+    /// Complete or roll back interrupted operations; run deferred merges
     Recover(Recover),
     /// Rebuild a domain's catalogue from its manifests and images
     Import(Import),
@@ -129,7 +130,7 @@ impl Kind {
 pub struct Create {
     /// The domain
     pub domain: DomainRef,
-    /// The new snapshot's name [default: the time]
+    /// The new snapshot's name [default: the local time]
     pub name: Option<SnapshotName>,
     #[command(flatten)]
     pub kind: Kind,
@@ -140,7 +141,7 @@ pub struct Create {
     /// What it is for, in your words
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub description: String,
-    /// Print what would be done, and do nothing
+    /// Print what would be done; make no changes
     #[arg(long)]
     pub dry_run: bool,
     #[command(flatten)]
@@ -149,31 +150,29 @@ pub struct Create {
 
 /// What is said of a running domain's snapshot.
 #[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Of a running domain")]
+#[command(next_help_heading = "Running domains")]
 pub struct CreateRunning {
     /// Take memory too [the default where it runs]
     #[arg(long, conflicts_with = "disk_only")]
     pub memory: bool,
-    /// Take the disks alone, at one instant
+    /// Snapshot the disks alone, atomically
     #[arg(long)]
     pub disk_only: bool,
     /// Let the guest run while its memory is written [the default]
     #[arg(long, conflicts_with_all = ["no_live", "disk_only"])]
     pub live: bool,
-    /// Let it stand still until its memory is written
+    /// Pause the guest until its memory is written
     #[arg(long, conflicts_with = "disk_only")]
     pub no_live: bool,
-    /// How long memory may be copied again and again before the guest is paused, where the hypervisor cannot protect it
-    /// [default: 60]
+    /// Pre-copy time limit (only without background snapshot) [default: 60]
     #[arg(long, value_name = "SECONDS", conflicts_with_all = ["no_live", "disk_only"])]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub budget: Option<u64>,
-    /// Compress the memory image: 1 (fast, meant by --compress alone) to 19 (small); 0: not [default: as it is said of
-    /// the domain, or not]
+    /// Compress the memory image: 1 (fast) to 19 (small); 0: not [default: the domain's setting] [default level: 1]
     #[arg(long, value_name = "LEVEL", num_args = 0..=1, require_equals = true, default_missing_value = "1")]
     #[arg(value_parser = clap::value_parser!(u8).range(0..=i64::from(MAX_COMPRESSION)), conflicts_with = "disk_only")]
     pub compress: Option<u8>,
-    /// Flush and freeze the guest's file systems for the instant: `require` it, or `try` to
+    /// Flush and freeze the guest's file systems for the snapshot: `require` it, or `try` to
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "require")]
     pub quiesce: Option<Freeze>,
     /// How long they may stay frozen [default: 10]
@@ -222,25 +221,25 @@ pub struct Revert {
     pub domain: DomainRef,
     /// The snapshot
     pub name: SnapshotName,
-    /// Keep the present as a snapshot first [default name: the time]
+    /// Save the current state as a snapshot first [default name: the local time]
     #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true)]
     pub save_current: Option<Option<SnapshotName>>,
-    /// Let the domain run afterwards
+    /// Leave the guest running afterwards
     #[arg(long, conflicts_with_all = ["paused", "off"])]
     pub running: bool,
-    /// Let it stand still afterwards
+    /// Leave the guest paused afterwards
     #[arg(long, conflicts_with = "off")]
     pub paused: bool,
-    /// Let it be off afterwards; no memory is loaded
+    /// Leave the domain off afterwards; no memory is restored
     #[arg(long)]
     pub off: bool,
-    /// Do not save the present's memory first, where a domain must be ended for a revert (of Xen): after a failure it is off
+    /// Do not save the current memory first (Xen only, where the domain is destroyed for a revert): after a failure it is off
     #[arg(long)]
     pub no_safety: bool,
-    /// Make the domain from this file, and not from its own (of Xen)
+    /// Create the domain from this file, and not from its own (Xen only)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub config: Option<Utf8PathBuf>,
-    /// Print what would be done, and do nothing
+    /// Print what would be done; make no changes
     #[arg(long)]
     pub dry_run: bool,
 }
@@ -258,10 +257,10 @@ pub struct Delete {
     /// All that derive from them, and not them
     #[arg(long)]
     pub children_only: bool,
-    /// Move at most so many bytes a second in a running domain, with K, M or G
+    /// Limit merges in a running domain to this many bytes a second; K, M and G are units
     #[arg(long, value_name = "BYTES", value_parser = bytes, default_value = "0", hide_default_value = true)]
     pub limit: u64,
-    /// Print what would be done, and do nothing
+    /// Print what would be done; make no changes
     #[arg(long)]
     pub dry_run: bool,
 }
@@ -333,7 +332,7 @@ pub struct DomainAdd {
     /// Where memory images go [default: beside the first disk]
     #[arg(long, value_name = "DIR", requires = "run-by", value_hint = ValueHint::DirPath)]
     pub memory_dir: Option<Utf8PathBuf>,
-    /// Compress memory images: 1 (fast, meant by --compress alone) to 19 (small) [default: not]
+    /// Compress memory images: 1 (fast) to 19 (small) [default: not] [default level: 1]
     #[arg(long, value_name = "LEVEL", requires = "qmp", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "1", value_parser = clap::value_parser!(u8).range(0..=i64::from(MAX_COMPRESSION)))]
     pub compress: Option<u8>,
@@ -379,19 +378,19 @@ impl From<Active> for ActivePath {
 pub enum Disk {
     /// Take a snapshot of an image [default: internal]
     Create {
-        /// The image
+        /// The image: PATH, or PATH,format=qcow2
         #[arg(value_hint = ValueHint::FilePath)]
-        image: Utf8PathBuf,
-        /// The new snapshot's name [default: the time]
+        image: GivenImage,
+        /// The new snapshot's name [default: the local time]
         name: Option<SnapshotName>,
         #[command(flatten)]
         kind: Kind,
     },
-    /// Return an image to a snapshot; the present is dropped
+    /// Revert an image to a snapshot; the current state is discarded
     Revert {
-        /// The image
+        /// The image: PATH, or PATH,format=qcow2
         #[arg(value_hint = ValueHint::FilePath)]
-        image: Utf8PathBuf,
+        image: GivenImage,
         /// The snapshot
         name: String,
         #[command(flatten)]
@@ -399,9 +398,9 @@ pub enum Disk {
     },
     /// Delete snapshots of an image, many in one pass
     Delete {
-        /// The image
+        /// The image: PATH, or PATH,format=qcow2
         #[arg(value_hint = ValueHint::FilePath)]
-        image: Utf8PathBuf,
+        image: GivenImage,
         /// The snapshots
         #[arg(required = true, value_name = "NAME")]
         names: Vec<String>,
@@ -410,9 +409,9 @@ pub enum Disk {
     },
     /// List the snapshots of an image
     List {
-        /// The image
+        /// The image: PATH, or PATH,format=qcow2
         #[arg(value_hint = ValueHint::FilePath)]
-        image: Utf8PathBuf,
+        image: GivenImage,
     },
 }
 

@@ -9,8 +9,8 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, RecoveryReport, Removal, Unfinished};
 use snapcore::{
-    Capabilities, Consistency, Control, DeleteCost, Domain, DomainName, ErrorKind, Finding, Hypervisor,
-    MemoryPoint, Plan, PointKind, Registry, SeenDisk, Snapshot, SnapshotId, SnapshotName, Target,
+    Capabilities, Consistency, Control, DeleteCost, Domain, DomainName, ErrorKind, Finding, GuestChange,
+    Hypervisor, MemoryPoint, Plan, PointKind, Registry, SeenDisk, Snapshot, SnapshotId, SnapshotName, Target,
 };
 
 /// The version of all documents.
@@ -190,6 +190,8 @@ pub struct ShowDoc {
     pub delete: Vec<DeleteDoc>,
     /// The machine that it was taken on, in a line; null where the domain did not run.
     pub machine: Option<String>,
+    /// What the guest can write and the snapshot does not hold, but in its memory: firmware variables, a TPM.
+    pub outside: Vec<String>,
 }
 
 /// What a delete would do to one disk.
@@ -264,8 +266,14 @@ pub struct PlanDoc {
     pub domain: String,
     /// Bytes of data that all steps move together.
     pub bytes: u64,
+    /// What is done first, as an operation of its own: the snapshot that keeps the current state of a running domain.
+    pub first: Option<Plan>,
     /// The steps.
     pub plan: Plan,
+    /// What is done to the guest, beyond pausing it.
+    pub guest: Option<GuestChange>,
+    /// What the domain does afterwards, where that is planned.
+    pub power: Option<Power>,
 }
 
 /// `domain add`, `import`.

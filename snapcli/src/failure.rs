@@ -41,6 +41,12 @@ impl Failure {
         Self { error: Box::new(error), changing: true, started }
     }
 
+    /// The same failure of an operation that was only planned: it is refused as the operation itself would be.
+    #[must_use]
+    pub fn of_plan(self) -> Self {
+        Self { changing: true, ..self }
+    }
+
     /// The exit status.
     pub fn exit(&self) -> u8 {
         match self.error.kind() {

@@ -124,10 +124,12 @@ impl Progress {
             Event::Committed { .. } => {
                 self.committed = true;
                 if self.verbose {
-                    self.say("commit point: from here on it is carried through");
+                    self.say("committed; completing");
                 }
             }
-            Event::Undoing { reason, .. } if self.speaks => self.say(&format!("undoing: {reason}")),
+            // The error that ends the command gives the reason; here it would be said twice.
+            Event::Undoing { reason, .. } if self.verbose => self.say(&format!("rolling back: {reason}")),
+            Event::Undoing { .. } if self.speaks => self.say("rolling back"),
             Event::Warning { domain, message } => {
                 if self.verbose {
                     self.say(&format!("warning: {message}"));
@@ -144,12 +146,10 @@ impl Progress {
         let again = cancel.is_cancelled();
         cancel.cancel();
         self.say(match (self.committed, again) {
-            (false, false) => "interrupted: what was done is being undone",
-            (false, true) => "interrupted already: it is still being undone; this is safe to wait for",
-            (true, false) => {
-                "too late to undo, it is past its commit point: it is being carried through, without merges that can wait"
-            }
-            (true, true) => "past its commit point: it is still being carried through; this is safe to wait for",
+            (false, false) => "interrupted, rolling back",
+            (false, true) => "interrupted already, still rolling back; it is safe to wait",
+            (true, false) => "past the point of no return: completing (merges are deferred)",
+            (true, true) => "past the point of no return: still completing; it is safe to wait",
         });
     }
 

@@ -2,23 +2,11 @@
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
-pub use snapcore::shown_size as bytes;
+pub use snapcore::{local_zone as zone, shown_size as bytes};
 
 /// Bytes, or a dash where they are not known.
 pub fn bytes_or_dash(count: Option<u64>) -> String {
     count.map_or_else(|| "-".to_owned(), bytes)
-}
-
-/// The zone that times are shown in: what `TZ` says, or the machine's own.
-///
-/// The machine's own is read as it is: looking up what it is called would walk the whole time zone database, which takes
-/// longer than any list.
-pub fn zone() -> TimeZone {
-    if std::env::var_os("TZ").is_some() {
-        return TimeZone::system();
-    }
-    let own = std::fs::read("/etc/localtime").ok();
-    own.and_then(|rules| TimeZone::tzif("local", &rules).ok()).unwrap_or(TimeZone::UTC)
 }
 
 /// A moment in the machine's own time zone, to the second.

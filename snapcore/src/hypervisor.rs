@@ -282,9 +282,69 @@ pub struct DomainContext<'a> {
     pub cancel: &'a CancellationToken,
 }
 
+/// What an operation did to the guest of a domain, beyond pausing it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum GuestChange {
+    /// The snapshot's memory was loaded into the running process: it goes on from the instant of the snapshot.
+    Restored,
+    /// It was reset in the running process: it boots from the disks of the snapshot, and what its memory held is gone.
+    Reset,
+    /// Its domain was destroyed, and made again from the snapshot's memory.
+    RecreatedFromMemory,
+    /// Its domain was destroyed, and created again: it boots from the disks of the snapshot.
+    Recreated,
+    /// The domain was off, and was started from the snapshot's memory.
+    Started,
+    /// Its domain was ended: it is off.
+    Ended,
+}
+
+impl std::fmt::Display for GuestChange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Restored => "the snapshot's memory was restored",
+            Self::Reset => "guest was reset",
+            Self::RecreatedFromMemory => "the domain was destroyed and restored from the snapshot's memory",
+            Self::Recreated => "the domain was destroyed and created again; its guest boots",
+            Self::Started => "the domain was started from the snapshot's memory",
+            Self::Ended => "the domain was ended and is off",
+        })
+    }
+}
+
+/// What runs a domain that an operation started, or made again.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct StartedDomain {
+    /// Its process, where it is one.
+    pub pid: Option<u32>,
+    /// Its number, where its hypervisor numbers domains.
+    pub domid: Option<u32>,
+    /// The command that it was started by.
+    pub command: Vec<String>,
+}
+
+impl StartedDomain {
+    /// A process, and the command that started it.
+    pub fn process(pid: Option<u32>, command: Vec<String>) -> Self {
+        Self { pid, domid: None, command }
+    }
+
+    /// A domain by its number.
+    pub fn number(domid: u32) -> Self {
+        Self { domid: Some(domid), ..Self::default() }
+    }
+}
+
 /// What there is to tell of a step of the domain that was done.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Facts {
+    /// What it did to the guest.
+    pub guest: Option<GuestChange>,
+    /// What runs it now, where that was started.
+    pub started: Option<StartedDomain>,
     /// What the user should know.
     pub notes: Vec<String>,
     /// Of an instant: how it was.
@@ -529,6 +589,12 @@ pub trait VmStateSaver: Send + Sync {
     /// Starts the domain from a memory image, by the command that is configured or was recorded; where that cannot be, gives
     /// the command for the user.
     async fn start(&self, start: StartFromMemory<'_>) -> Result<Facts>;
+
+    /// What the guest of a machine can write that no snapshot holds but in its memory: firmware variables, a TPM. Each in words.
+    /// `machine` is as [`Seen::machine`]; without it what the domain's record tells is used.
+    fn outside(&self, _domain: &Domain, _machine: Option<&serde_json::Value>) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Removes a memory image, and what a crash left of one of that name. One that is not there is no error.
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()>;

@@ -61,10 +61,12 @@ pub mod plan;
 mod registry;
 mod request;
 pub mod service;
+mod shell;
 mod size;
 mod snapshot;
 mod state;
 mod step;
+mod zone;
 
 pub use backend::{
     Base, Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Salvage,
@@ -75,17 +77,20 @@ pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventStream, Events};
 pub use hypervisor::{
     Anew, AttachedDisk, AttachedMerge, Beginning, ChainFile, Control, DiskInstant, DomainContext, DomainStep,
-    Facts, FileIdentity, Inside, LiveDomain, MAX_COMPRESSION, MemoryPlan, NothingInside, OpenChain,
-    PowerAfter, Quiesce, Seen, SeenDisk, StartFromMemory, Taken, VmStateSaver, file_identity,
+    Facts, FileIdentity, GuestChange, Inside, LiveDomain, MAX_COMPRESSION, MemoryPlan, NothingInside,
+    OpenChain, PowerAfter, Quiesce, Seen, SeenDisk, StartFromMemory, StartedDomain, Taken, VmStateSaver,
+    file_identity,
 };
 pub use name::{DomainName, LayerName, MAX_NAME_BYTES, SnapshotName, Target};
 pub use operation::{Operation, OperationId, OperationState, StepState, Transition};
 pub use registry::Registry;
 pub use request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
 pub use service::{DomainRef, DomainSpec, Domsnap, StateDir};
+pub use shell::{shell_command, shell_word};
 pub use size::shown_size;
 pub use snapshot::{
     Consistency, DiskPoint, MemoryPoint, Point, PointKind, Snapshot, SnapshotId, SnapshotTree, add_found,
 };
 pub use state::{DiskState, InternalPoint, Layer, Unclear};
 pub use step::{DiskPlan, DiskRequest, Edit, Group, Plan, PlannedStep, Step, StepStatus};
+pub use zone::{local_zone, time_name};

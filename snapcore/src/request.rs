@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use camino::Utf8PathBuf;
 
-use crate::{LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target};
+use crate::{Hypervisor, LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target};
 
 /// What to do with one disk in a create.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,11 +32,11 @@ pub struct CreateRequest {
     pub disks: Vec<(Target, CreateDisk)>,
     /// Whether memory is taken too; absent: where the domain runs or is paused.
     pub memory: Option<bool>,
-    /// Whether the guest runs while its memory is written.
-    pub live: bool,
+    /// Whether the guest runs while its memory is written; absent: where its hypervisor can.
+    pub live: Option<bool>,
     /// How long the writing of memory may go on before the guest is paused, where the hypervisor must write what the guest
-    /// dirties again and again.
-    pub budget: Duration,
+    /// dirties again and again; absent: a minute.
+    pub budget: Option<Duration>,
     /// How strongly its memory image is compressed, 1 to 19; 0: it is not; absent: as it is said of the domain.
     pub compress: Option<u8>,
     /// Whether the guest's file systems are frozen for the instant. They need not be where memory is taken.
@@ -48,7 +48,7 @@ pub struct CreateRequest {
 }
 
 /// How long pre-copy may go on, where nothing else is said.
-const BUDGET: Duration = Duration::from_secs(60);
+pub(crate) const BUDGET: Duration = Duration::from_secs(60);
 
 /// How long a guest may stay frozen, where nothing else is said.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
@@ -62,8 +62,8 @@ impl CreateRequest {
             kind: None,
             disks: Vec::new(),
             memory: None,
-            live: true,
-            budget: BUDGET,
+            live: None,
+            budget: None,
             compress: None,
             quiesce: Quiesce::No,
             quiesce_limit: QUIESCE_LIMIT,
@@ -81,14 +81,14 @@ impl CreateRequest {
     /// Lets the guest run while its memory is written, or not.
     #[must_use]
     pub fn live(mut self, live: bool) -> Self {
-        self.live = live;
+        self.live = Some(live);
         self
     }
 
     /// How long pre-copy may go on before the guest is paused.
     #[must_use]
     pub fn budget(mut self, budget: Duration) -> Self {
-        self.budget = budget;
+        self.budget = Some(budget);
         self
     }
 
@@ -156,6 +156,20 @@ impl RevertRequest {
     /// Back to `name`; the present is dropped.
     pub fn new(name: SnapshotName) -> Self {
         Self { name, save_current: None, power: None, safety: true, config: None }
+    }
+
+    /// On a running domain, what saves the current state first, and the revert itself.
+    ///
+    /// The current state is saved by a snapshot of its own, with memory, which leaves the guest paused until the revert: so
+    /// nothing that it does in between is lost.
+    pub(crate) fn in_two(&self, hypervisor: Hypervisor) -> Option<(CreateRequest, Self)> {
+        let name = self.save_current.clone()?;
+        let save = CreateRequest::new(name)
+            .description(format!("the state before a revert to {}", self.name))
+            .then(PowerAfter::Paused);
+        // What is saved first is all the safety that there can be.
+        let safety = self.safety && hypervisor != Hypervisor::Xen;
+        Some((save, Self { save_current: None, safety, ..self.clone() }))
     }
 
     /// Does without what would bring the former guest back.

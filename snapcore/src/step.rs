@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LayerName, Machine, Point, Snapshot, SnapshotId, SnapshotName, Target};
+use crate::{
+    DomainStep, GuestChange, Hypervisor, LayerName, Machine, Point, PowerAfter, Snapshot, SnapshotId,
+    SnapshotName, Target,
+};
 
 /// When a step runs.
 #[derive(
@@ -149,6 +152,27 @@ impl Plan {
     /// Bytes of data that all steps move together.
     pub fn bytes(&self) -> u64 {
         self.steps.iter().map(|planned| planned.step.bytes).fold(0, u64::saturating_add)
+    }
+
+    /// What it does to the guest, beyond pausing it, and what the guest does afterwards, where that is planned.
+    pub fn guest(&self, hypervisor: Hypervisor) -> Option<(GuestChange, Option<PowerAfter>)> {
+        let steps = self.steps.iter().filter(|planned| planned.step.target.is_domain());
+        let steps: Vec<DomainStep> =
+            steps.filter_map(|planned| serde_json::from_value(planned.step.action.clone()).ok()).collect();
+        let runs = steps.iter().any(|step| matches!(step, DomainStep::OpenWindow { .. }));
+        steps.iter().find_map(|step| {
+            let DomainStep::Continue { memory, reset, power } = step else { return None };
+            let change = match (power, memory, reset, hypervisor) {
+                (Some(PowerAfter::Off), ..) => GuestChange::Ended,
+                (_, Some(_), ..) if !runs => GuestChange::Started,
+                (_, Some(_), _, Hypervisor::Xen) => GuestChange::RecreatedFromMemory,
+                (_, Some(_), ..) => GuestChange::Restored,
+                (_, None, true, Hypervisor::Xen) => GuestChange::Recreated,
+                (_, None, true, _) => GuestChange::Reset,
+                (_, None, false, _) => return None,
+            };
+            Some((change, *power))
+        })
     }
 }
 

@@ -90,23 +90,17 @@ fn a_create_tells_how_long_the_guest_stood_still_by_which_way_and_what_it_does_n
     let create = |words: &[&str], all: &[&str]| told(&domsnap, &[&["create", NAME], words].concat(), all);
     create(
         &["ext", "--external"],
-        &[
-            "created snapshot ext of live: vda external, vdb external, memory ",
-            "iB; the guest stood still for ",
-        ],
+        &["created snapshot ext of live: vda external, vdb external, memory ", "iB; guest paused for "],
     )?;
-    create(
-        &["disks", "--disk-only", "--internal"],
-        &["vda internal, vdb internal; the guest stood still for "],
-    )?;
-    create(&["quiet", "--disk-only", "--quiesce"], &["; the guest stood still for "])?;
+    create(&["disks", "--disk-only", "--internal"], &["vda internal, vdb internal; guest paused for "])?;
+    create(&["quiet", "--disk-only", "--quiesce"], &["; guest paused for "])?;
     let made = document(&domsnap, &["create", NAME, "json"])?;
     ensure!(made["power"] == "running" && made["outcome"]["downtime_us"].is_u64(), "{made}");
     ensure!(made["outcome"]["way"].is_string() && made["snapshot"]["memory"]["bytes"].is_u64(), "{made}");
     live.sound()?;
-    create(&["still", "--then", "pause"], &["; the guest stands still"])?;
+    create(&["still", "--then", "pause"], &["; guest is paused"])?;
     ensure!(document(&domsnap, &["create", NAME, "again", "--then=keep"])?["power"] == "paused");
-    create(&["end", "--then", "off"], &["; the domain is off"])?;
+    create(&["end", "--then", "off"], &["domain was ended and is off"])?;
     live.guest.wait_end()?;
 
     let list = told(&domsnap, &["list", NAME], &["ext+mem", "memory", "filesystem", "crash"])?;
@@ -141,8 +135,8 @@ fn a_compressed_memory_image_is_told_with_both_its_sizes_and_reverted_to_on_and_
     ensure!(bytes < full / 2, "{memory}");
     ensure!(std::fs::metadata(memory["file"].as_str().context("no file")?)?.len() == bytes, "{memory}");
     live.revert("small", &[])?;
-    told(&domsnap, &["revert", NAME, "small", "--off"], &["; the domain is off"])?;
-    told(&domsnap, &["revert", NAME, "small"], &["; the guest goes on"])?;
+    told(&domsnap, &["revert", NAME, "small", "--off"], &["domain was ended and is off"])?;
+    told(&domsnap, &["revert", NAME, "small"], &["; memory restored, guest resumed"])?;
     live.delete(&["small"], &[])?;
     live.sound()
 }
@@ -154,15 +148,15 @@ fn a_revert_tells_what_the_guest_does_afterwards() -> Result<()> {
     let domsnap = live.domsnap();
     let revert =
         |words: &[&str], all: &[&str]| told(&domsnap, &[&["revert", NAME, "one"], words].concat(), all);
-    revert(&[], &["reverted live to one; the guest goes on, it stood still for "])?;
+    revert(&[], &["reverted live to one; memory restored, guest resumed (downtime "])?;
     let back = document(&domsnap, &["revert", NAME, "one"])?;
     ensure!(back["power"] == "running" && back["outcome"]["downtime_us"].is_u64(), "{back}");
-    revert(&["--save-current=was"], &["; the state before is snapshot was; the guest goes on"])?;
-    revert(&["--paused"], &["; the guest stands still"])?;
+    revert(&["--save-current=was"], &["; previous state saved as was; memory restored, guest resumed"])?;
+    revert(&["--paused"], &["; memory restored, guest is paused"])?;
     ensure!(document(&domsnap, &["revert", NAME, "one", "--paused"])?["power"] == "paused");
-    revert(&["--running"], &["; the guest goes on"])?;
-    revert(&["--off"], &["; the domain is off"])?;
-    revert(&["--running"], &["; the guest goes on"])?;
+    revert(&["--running"], &["; memory restored, guest resumed"])?;
+    revert(&["--off"], &["; domain was ended and is off"])?;
+    revert(&["--running"], &["; domain was started from the snapshot's memory (process ", "started by: "])?;
     told(
         &domsnap,
         &["delete", NAME, "one", "was", "--limit", "64M"],
@@ -178,13 +172,13 @@ fn a_dry_run_on_a_running_domain_tells_its_steps_and_does_none() -> Result<()> {
     let domsnap = live.domsnap();
     let before = domsnap.done(&["list", NAME, "--disks", "--json"])?.json::<Value>()?["snapshots"].clone();
     let steps: [(&[&str], &str); 3] = [
-        (&["create", NAME, "two", "--external"], "domain  cut all disks and memory at one instant"),
-        (&["revert", NAME, "one"], "domain  pause the guest and set the files of vda, vdb free"),
+        (&["create", NAME, "two", "--external"], "domain  snapshot all disks and memory atomically"),
+        (&["revert", NAME, "one"], "domain  pause the guest and detach vda, vdb"),
         (&["delete", NAME, "one"], "domain  remove the memory image "),
     ];
     for (words, step) in steps {
         let words = [words, &["--dry-run"]].concat();
-        told(&domsnap, &words, &[step, "nothing was touched"])?;
+        told(&domsnap, &words, &[step, "no changes made"])?;
         let plan = document(&domsnap, &words)?;
         ensure!(plan["plan"]["steps"].as_array().is_some_and(|steps| !steps.is_empty()), "{plan}");
         live.sound()?;
@@ -201,7 +195,7 @@ fn what_runs_at_a_socket_has_snapshots_with_nothing_registered_and_keeps_them_wh
     let place = format!("qemu:{}", text(live.guest.qmp_socket())?);
     ensure!(document(&domsnap, &["list", &place])?["snapshots"].as_array().is_some_and(Vec::is_empty));
     told(&domsnap, &["create", &place, "one", "--external"], &["created snapshot one of ", "memory "])?;
-    told(&domsnap, &["revert", &place, "one"], &["; the guest goes on"])?;
+    told(&domsnap, &["revert", &place, "one"], &["; memory restored, guest resumed"])?;
     live.sound()?;
     // By its configured paths, although QEMU has layers open by their own names.
     let disk = live.guest.disk(0);
@@ -264,11 +258,15 @@ fn what_cannot_be_is_refused_in_words_and_the_guest_does_not_notice() -> Result<
     let domsnap = live.domsnap();
     let nobody = live.guest.dir().join("nobody");
     let nobody = text(&nobody)?;
-    refused(&domsnap, &["domain", "add", "x", "--qmp", nobody], &["no QEMU serves", nobody, "-qmp unix:"])?;
+    refused(
+        &domsnap,
+        &["domain", "add", "x", "--qmp", nobody],
+        &["no QEMU is listening on", nobody, "-qmp unix:"],
+    )?;
     refused(
         &domsnap,
         &["create", &format!("qemu:{nobody}"), "x"],
-        &["no QEMU serves", "nothing was touched"],
+        &["no QEMU is listening on", "nothing was touched"],
     )?;
     let socket = text(live.guest.qmp_socket())?;
     refused(

@@ -312,13 +312,13 @@ mod the_configured_path {
     use super::*;
 
     #[test]
-    fn that_is_a_symbolic_link_is_refused() -> Result<()> {
+    fn that_is_a_symbolic_link_is_resolved_when_the_domain_is_registered() -> Result<()> {
         let domain = Domain::unregistered(&Shape::raw(1))?;
         let (path, real) = (domain.path("vda"), domain.disks().join("real.raw"));
         std::fs::rename(&path, &real)?;
         std::os::unix::fs::symlink("real.raw", &path)?;
-        let refused = domain.declined(&domain.register_words(), status::REFUSED)?;
-        says(&refused, &["a.raw", "symbolic link"])
+        let told = domain.domsnap().done(&domain.register_words())?.stdout;
+        says(&told, &["a.raw is a symbolic link", "real.raw"])
     }
 
     #[test]

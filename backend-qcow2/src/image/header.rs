@@ -247,10 +247,10 @@ impl Header {
             if head.get(..4) == Some(&MAGIC.to_be_bytes()) {
                 return Err(Failure::Short(V2_LENGTH));
             }
-            return Err(Error::new(ErrorKind::NotQcow2, "the file does not start with a qcow2 header").into());
+            return Err(not_qcow2().into());
         };
         if v2.magic.get() != MAGIC {
-            return Err(Error::new(ErrorKind::NotQcow2, "the file does not start with a qcow2 header").into());
+            return Err(not_qcow2().into());
         }
         let version = v2.version.get();
         if version != 2 && version != 3 {
@@ -657,6 +657,11 @@ fn unknown_features(bits: u64, extensions: &[Extension]) -> Error {
     let names: Vec<String> = (0..64).filter(|b| bits >> b & 1 == 1).map(name).collect();
     unsupported(format!("the image needs features that domsnap does not know: {}", names.join(", ")))
         .advise("convert it with a QEMU that knows them")
+}
+
+fn not_qcow2() -> Error {
+    Error::new(ErrorKind::NotQcow2, "the file does not start with a qcow2 header")
+        .advise("if it is an image of another format, state that behind its path: PATH,format=raw")
 }
 
 #[cfg(test)]

@@ -176,6 +176,12 @@ impl VmStateSaver for Qemu {
         start::start(start, &self.unpacked).await
     }
 
+    fn outside(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {
+        let machine = machine.or_else(|| domain.machines.last().map(|machine| &machine.record));
+        let start = domain.control.as_ref().map(|control| control.start.as_slice()).unwrap_or_default();
+        seen::outside(machine.and_then(|machine| recorded(machine).ok()).as_ref(), start)
+    }
+
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {
         self.unpacked.release(file);
         remove_memory(file).await

@@ -114,6 +114,31 @@ fn left_out(drive: &BlockDevice, open: &OpenChain, file: Option<&camino::Utf8Pat
     Some(why.to_owned())
 }
 
+/// What the guest can write that no snapshot holds but in its memory: of a recorded machine, or else of the command that starts
+/// it.
+pub(super) fn outside(machine: Option<&Discovery>, start: &[String]) -> Vec<String> {
+    let (nvram, tpm) = match machine {
+        Some(machine) => {
+            let variables =
+                machine.drives.iter().filter(|drive| drive.role == Role::Firmware && !drive.read_only);
+            (variables.count() > 0, !machine.tpms.is_empty())
+        }
+        None => {
+            let read_only = |word: &str| {
+                word.split(',').any(|part| matches!(part, "readonly=on" | "readonly" | "read-only=on"))
+            };
+            let nvram = start.windows(2).any(|pair| match (pair[0].trim_start_matches('-'), &pair[1]) {
+                ("pflash", _) => true,
+                ("drive", drive) => drive.split(',').any(|part| part == "if=pflash") && !read_only(drive),
+                _ => false,
+            });
+            (nvram, start.iter().any(|word| word.trim_start_matches('-') == "tpmdev"))
+        }
+    };
+    let all = [(nvram, "firmware variables (NVRAM)"), (tpm, "TPM state")];
+    all.iter().filter(|(there, _)| *there).map(|(_, what)| (*what).to_owned()).collect()
+}
+
 /// What is recorded of a machine: the same for every start of it.
 ///
 /// It is a [`Discovery`] without its state, the images, the process's own numbers, and what is said to one start alone:
@@ -222,6 +247,18 @@ mod tests {
 
     fn process(words: &[&str]) -> Process {
         Process { command_line: words.iter().map(|word| (*word).to_owned()).collect(), ..Process::default() }
+    }
+
+    #[test]
+    fn firmware_variables_and_a_tpm_are_told_from_the_command_that_starts_a_machine() {
+        let told = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+            outside(None, &words)
+        };
+        assert_eq!(told(&["qemu", "-drive", "if=pflash,file=code,readonly=on"]), Vec::<String>::new());
+        let all = ["-drive", "if=pflash,file=vars", "-tpmdev", "emulator,id=t", "-drive", "if=virtio,file=x"];
+        assert_eq!(told(&all), ["firmware variables (NVRAM)", "TPM state"]);
+        assert!(told(&["qemu", "-m", "1G"]).is_empty());
     }
 
     #[test]

@@ -9,7 +9,9 @@ use std::{
 };
 
 use qmp::Agent;
-use snapcore::{ActivePath, Error, ErrorKind, Facts, PowerAfter, Result, StartFromMemory};
+use snapcore::{
+    ActivePath, Error, ErrorKind, Facts, GuestChange, PowerAfter, Result, StartFromMemory, StartedDomain,
+};
 use tokio::time::sleep;
 
 use super::{
@@ -132,6 +134,9 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         }
     };
     process.leave();
+    facts.guest = Some(GuestChange::Started);
+    // The process that serves the socket: what was started may have made itself a daemon.
+    facts.started = Some(StartedDomain::process(machine.pid(), recipe.words));
     if runs == Some(true) {
         machine.cont().await.map_err(told)?;
     }

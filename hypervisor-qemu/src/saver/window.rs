@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use camino::Utf8Path;
 use qmp::Notice;
 use serde_json::{Value, json};
-use snapcore::{DomainContext, Error, ErrorKind, Facts, OpenChain as NamedChain, PowerAfter, Result, Target};
+use snapcore::{
+    DomainContext, Error, ErrorKind, Facts, GuestChange, OpenChain as NamedChain, PowerAfter, Result, Target,
+};
 use tokio::time::timeout;
 
 use super::{
@@ -255,13 +257,16 @@ pub(super) async fn go_on(
     if power == Some(PowerAfter::Off) {
         quit(machine).await?;
         *live.window() = None;
+        facts.guest = Some(GuestChange::Ended);
         return Ok(facts);
     }
     if let Some(file) = memory {
         load(live, file, context).await?;
+        facts.guest = Some(GuestChange::Restored);
     }
     if reset {
         self::reset(machine).await?;
+        facts.guest = Some(GuestChange::Reset);
     }
     let goes_on = match power {
         Some(PowerAfter::Running) => true,

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use snapcore::service::{DomainRef, Outcome, Postponed, RecoveryEnd};
 use snapcore::{
-    CreateRequest, DeleteRequest, DeleteScope, Error, ErrorKind, Group, Plan, PointKind, PowerAfter, Request,
-    RevertRequest, SnapshotName,
+    CreateRequest, DeleteRequest, DeleteScope, Error, ErrorKind, Group, GuestChange, Hypervisor, Plan,
+    PointKind, PowerAfter, Request, RevertRequest, SnapshotName, shell_command,
 };
 
 use crate::answer::Answer;
@@ -60,7 +60,9 @@ fn running(mut request: CreateRequest, said: &CreateRunning) -> CreateRequest {
     if said.memory || said.disk_only {
         request = request.memory(said.memory);
     }
-    request = request.live(!said.no_live);
+    if said.live || said.no_live {
+        request = request.live(said.live);
+    }
     if let Some(seconds) = said.budget {
         request = request.budget(Duration::from_secs(seconds));
     }
@@ -82,12 +84,12 @@ fn stood_still(document: &CreateDoc) -> String {
     let way = document.outcome.way.as_ref().map(|way| format!(" ({way})")).unwrap_or_default();
     match (document.power, document.outcome.downtime_us) {
         (None, _) => String::new(),
-        (Some(Power::Off), _) => format!("; the domain is off{way}"),
-        (Some(Power::Paused), _) => format!("; the guest stands still{way}"),
+        (Some(Power::Off), _) => format!("; domain was ended and is off{way}"),
+        (Some(Power::Paused), _) => format!("; guest is paused{way}"),
         (Some(Power::Running), Some(time)) => {
-            format!("; the guest stood still for {}{way}", units::duration_us(time))
+            format!("; guest paused for {}{way}", units::duration_us(time))
         }
-        (Some(Power::Running), None) => format!("; the guest goes on{way}"),
+        (Some(Power::Running), None) => format!("; guest is running{way}"),
     }
 }
 
@@ -146,27 +148,59 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
     let now = power::after_revert(session, &args.domain, &outcome);
     let document = RevertDoc { domain: outcome.domain.clone(), outcome, power: now };
     Ok(session.changed(document, |document| {
-        let saved = saved.map(|name| format!("; the state before is snapshot {name}")).unwrap_or_default();
-        let start = match document.outcome.start.is_empty() {
-            true => String::new(),
-            false => format!("  start it with: {}\n", shell_words(&document.outcome.start)),
-        };
-        let (goes_on, remarks) = (goes_on(document), remarks(&document.outcome));
-        format!("reverted {} to {}{saved}{goes_on}\n{start}{remarks}", document.domain, args.name)
+        let outcome = &document.outcome;
+        let saved = saved.map(|name| format!("; previous state saved as {name}")).unwrap_or_default();
+        let mut commands = String::new();
+        let started = outcome.started.as_ref().map(|started| started.command.as_slice()).unwrap_or_default();
+        for (what, words) in [("started by", started), ("start it with", outcome.start.as_slice())] {
+            if !words.is_empty() {
+                commands.push_str(&format!("  {what}: {}\n", shell_words(words)));
+            }
+        }
+        let (guest, remarks) = (guest_now(document), remarks(outcome));
+        format!("reverted {} to {}{saved}{guest}\n{commands}{remarks}", document.domain, args.name)
     }))
 }
 
-/// What the guest does after a revert.
-fn goes_on(document: &RevertDoc) -> String {
-    match (document.power, document.outcome.downtime_us) {
-        (None, _) => String::new(),
-        (Some(Power::Running), Some(time)) => {
-            format!("; the guest goes on, it stood still for {}", units::duration_us(time))
+/// What a revert did to the guest, and what that does now.
+fn guest_now(document: &RevertDoc) -> String {
+    let outcome = &document.outcome;
+    let process = outcome.started.as_ref().and_then(|started| match (started.pid, started.domid) {
+        (Some(pid), _) => Some(format!(" (process {pid})")),
+        (None, Some(domid)) => Some(format!(" (now domain {domid})")),
+        (None, None) => None,
+    });
+    let process = process.unwrap_or_default();
+    let down = outcome.downtime_us.map(|time| format!(" (downtime {})", units::duration_us(time)));
+    let down = down.unwrap_or_default();
+    use GuestChange as Change;
+    let done = match outcome.guest {
+        None => {
+            return match document.power {
+                None => String::new(),
+                Some(Power::Running) => format!("; guest is running{down}"),
+                Some(Power::Paused) => "; guest is paused".to_owned(),
+                Some(Power::Off) => "; domain is off".to_owned(),
+            };
         }
-        (Some(Power::Running), None) => "; the guest goes on".to_owned(),
-        (Some(Power::Paused), _) => "; the guest stands still".to_owned(),
-        (Some(Power::Off), _) => "; the domain is off".to_owned(),
-    }
+        Some(Change::Ended) => return "; domain was ended and is off".to_owned(),
+        Some(Change::Restored) => "memory restored",
+        Some(Change::Reset) => "guest was reset",
+        Some(Change::RecreatedFromMemory) => "domain was destroyed and restored from the snapshot's memory",
+        Some(Change::Recreated) => "domain was destroyed and created again, so the guest boots",
+        Some(Change::Started) => "domain was started from the snapshot's memory",
+        Some(_) => "guest was changed",
+    };
+    let now = match (outcome.guest, document.power) {
+        (Some(Change::Reset), Some(Power::Running)) => String::new(),
+        (Some(Change::Reset), Some(Power::Paused)) => " and is paused".to_owned(),
+        (Some(Change::Restored), Some(Power::Running)) => ", guest resumed".to_owned(),
+        (_, Some(Power::Running)) => ", guest is running".to_owned(),
+        (_, Some(Power::Paused)) => ", guest is paused".to_owned(),
+        (_, Some(Power::Off)) => ", and is off now".to_owned(),
+        (_, None) => String::new(),
+    };
+    format!("; {done}{process}{now}{down}")
 }
 
 /// `domsnap delete`
@@ -212,11 +246,11 @@ pub fn remarks(outcome: &Outcome) -> String {
     let mut text = String::new();
     for report in &outcome.recovered {
         let end = match report.end {
-            RecoveryEnd::Done => "was finished first",
-            RecoveryEnd::Undone => "was undone first",
+            RecoveryEnd::Done => "was completed first",
+            RecoveryEnd::Undone => "was rolled back first",
         };
         text.push_str(&format!(
-            "  recovered: the {} of {} that had stopped half way {end}\n",
+            "  recovered: the interrupted {} of {} {end}\n",
             report.operation,
             names(&report.snapshots)
         ));
@@ -226,7 +260,7 @@ pub fn remarks(outcome: &Outcome) -> String {
     }
     for postponed in &outcome.postponed {
         text.push_str(&format!(
-            "  put off: {} ({}); `domsnap recover {}` does it\n",
+            "  deferred: {} ({}); run `domsnap recover {}`\n",
             put_off(postponed),
             units::bytes(postponed.bytes),
             outcome.domain
@@ -242,16 +276,9 @@ pub fn put_off(postponed: &Postponed) -> String {
     format!("{target}: {step}: {why}")
 }
 
-/// Words as a shell takes them.
+/// A command as a shell takes it.
 pub fn shell_words(words: &[String]) -> String {
-    let plain = |word: &str| {
-        !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "_-+=:,./@%".contains(c))
-    };
-    let quoted = |word: &String| match plain(word) {
-        true => word.clone(),
-        false => format!("'{}'", word.replace('\'', "'\\''")),
-    };
-    words.iter().map(quoted).collect::<Vec<_>>().join(" ")
+    shell_command(words.iter().map(String::as_str))
 }
 
 /// Names, joined.
@@ -268,12 +295,56 @@ pub fn kind_word(kind: PointKind) -> &'static str {
 }
 
 fn dry_run(session: &Session, domain: &DomainRef, request: &Request) -> Result<Answer, Failure> {
-    let plan = session.ask(session.service.plan(domain, request))?;
-    let document = PlanDoc { domain: domain.to_string(), bytes: plan.bytes(), plan };
-    Ok(session.told(document, |document| told_plan(&document.domain, &document.plan)))
+    let mut plans = session.ask(session.service.plans(domain, request)).map_err(Failure::of_plan)?;
+    let hypervisor = session.ask(session.service.resolve(domain))?.hypervisor;
+    let Some(plan) = plans.pop() else {
+        return Err(Error::new(ErrorKind::Internal, "no plan was made").into());
+    };
+    let guest = plan.guest(hypervisor);
+    let document = PlanDoc {
+        domain: domain.to_string(),
+        bytes: plans.iter().chain([&plan]).map(Plan::bytes).fold(0, u64::saturating_add),
+        first: plans.pop(),
+        plan,
+        guest: guest.map(|(change, _)| change),
+        power: guest.and_then(|(change, power)| match (change, power) {
+            (GuestChange::Ended, _) => Some(Power::Off),
+            (_, Some(PowerAfter::Paused)) => Some(Power::Paused),
+            (_, Some(PowerAfter::Running)) => Some(Power::Running),
+            _ => None,
+        }),
+    };
+    Ok(session.told(document, |document| {
+        let mut text = String::new();
+        if let Some(first) = &document.first {
+            text.push_str(&told_plan(&document.domain, first, hypervisor));
+            text.push_str("then, planned again when that is done:\n");
+        }
+        text.push_str(&told_plan(&document.domain, &document.plan, hypervisor));
+        text + "no changes made\n"
+    }))
 }
 
-fn told_plan(domain: &str, plan: &Plan) -> String {
+/// What will be done to the guest.
+fn guest_then(change: GuestChange, power: Option<PowerAfter>) -> String {
+    let what = match change {
+        GuestChange::Restored => "the snapshot's memory is restored",
+        GuestChange::Reset => "guest is reset",
+        GuestChange::RecreatedFromMemory => "domain is destroyed and restored from the snapshot's memory",
+        GuestChange::Recreated => "domain is destroyed and created again, so the guest boots",
+        GuestChange::Started => "domain is started from the snapshot's memory",
+        GuestChange::Ended => return "domain is ended and off".to_owned(),
+        _ => "guest is changed",
+    };
+    let then = match power {
+        Some(PowerAfter::Running) => ", then it runs",
+        Some(PowerAfter::Paused) => ", then it is paused",
+        Some(PowerAfter::Off) | None => "",
+    };
+    format!("{what}{then}")
+}
+
+fn told_plan(domain: &str, plan: &Plan, hypervisor: Hypervisor) -> String {
     let mut text = format!(
         "would {} {} of {domain}: {}, {} to move\n",
         plan.operation,
@@ -283,9 +354,9 @@ fn told_plan(domain: &str, plan: &Plan) -> String {
     );
     let width = plan.steps.iter().map(|planned| planned.step.target.as_str().len()).max().unwrap_or(0);
     for (group, title) in [
-        (Group::Prepare, "prepare (can be undone)"),
-        (Group::Cut, "cut (can be undone)"),
-        (Group::Finish, "finish (carried through)"),
+        (Group::Prepare, "prepare (can be rolled back)"),
+        (Group::Cut, "switch-over (can be rolled back)"),
+        (Group::Finish, "clean-up (always completed)"),
     ] {
         let mut steps = plan.steps.iter().filter(|planned| planned.group == group).peekable();
         if steps.peek().is_some() {
@@ -296,7 +367,7 @@ fn told_plan(domain: &str, plan: &Plan) -> String {
                 0 => String::new(),
                 bytes => format!(" ({})", units::bytes(bytes)),
             };
-            let wait = if planned.deferrable { "; can be put off" } else { "" };
+            let wait = if planned.deferrable { "; can be deferred" } else { "" };
             text.push_str(&format!(
                 "    {:width$}  {}{size}{wait}\n",
                 planned.step.target, planned.step.summary
@@ -306,7 +377,9 @@ fn told_plan(domain: &str, plan: &Plan) -> String {
     for note in &plan.notes {
         text.push_str(&format!("  note: {note}\n"));
     }
-    text.push_str("nothing was touched\n");
+    if let Some((change, power)) = plan.guest(hypervisor) {
+        text.push_str(&format!("  guest: {}\n", guest_then(change, power)));
+    }
     text
 }
 
@@ -315,12 +388,6 @@ mod tests {
     use snapcore::{PlannedStep, Step, Target};
 
     use super::*;
-
-    #[test]
-    fn words_are_quoted_for_a_shell_where_they_must_be() {
-        let words = ["qemu", "-name", "a b", "", "it's"].map(str::to_owned);
-        assert_eq!(shell_words(&words), "qemu -name 'a b' '' 'it'\\''s'");
-    }
 
     #[test]
     fn what_was_put_off_is_named_once() {
@@ -362,10 +429,9 @@ mod tests {
             notes: vec!["vda: a note".to_owned()],
         };
         assert_eq!(
-            told_plan("web", &plan),
-            "would delete s1 of web: 2 steps, 3.00 MiB to move\n  cut (can be undone)\n    vda  cut it\n  \
-             finish (carried through)\n    vda  merge a into b (3.00 MiB); can be put off\n  note: vda: a note\n\
-             nothing was touched\n"
+            told_plan("web", &plan, Hypervisor::Qemu),
+            "would delete s1 of web: 2 steps, 3.00 MiB to move\n  switch-over (can be rolled back)\n    vda  cut it\n  \
+             clean-up (always completed)\n    vda  merge a into b (3.00 MiB); can be deferred\n  note: vda: a note\n"
         );
     }
 }

@@ -7,11 +7,11 @@
 
 use backend_qcow2::image::{Image, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
-use jiff::{Timestamp, Unit};
-use snapcore::service::{Belonging, DomainRef, Listing};
+use jiff::Timestamp;
+use snapcore::service::{Belonging, DomainRef, GivenImage, Listing, image_list, image_path, require_files};
 use snapcore::{
     ActivePath, CreateRequest, DeleteRequest, Disk as DomainDisk, Error, ErrorKind, InspectDepth, Point,
-    PointKind, Result, RevertRequest, Snapshot, SnapshotName, Target,
+    PointKind, Result, RevertRequest, Snapshot, SnapshotName, Target, shell_word, time_name,
 };
 
 use crate::answer::Answer;
@@ -30,10 +30,10 @@ const FORMAT: &str = "qcow2";
 pub fn run(global: Global, disk: Disk) -> Result<Answer, Failure> {
     let session = Session::open(global)?;
     match disk {
-        Disk::Create { image, name, kind } => create(&session, &absolute(&image)?, name, kind.wanted()),
-        Disk::Revert { image, name, kind } => revert(&session, &absolute(&image)?, &name, kind.wanted()),
-        Disk::Delete { image, names, kind } => delete(&session, &absolute(&image)?, names, kind.wanted()),
-        Disk::List { image } => list(&session, &absolute(&image)?),
+        Disk::Create { image, name, kind } => create(&session, &path_of(&image)?, name, kind.wanted()),
+        Disk::Revert { image, name, kind } => revert(&session, &path_of(&image)?, &name, kind.wanted()),
+        Disk::Delete { image, names, kind } => delete(&session, &path_of(&image)?, names, kind.wanted()),
+        Disk::List { image } => list(&session, &path_of(&image)?),
     }
 }
 
@@ -45,7 +45,7 @@ fn create(
 ) -> Result<Answer, Failure> {
     let name = match name {
         Some(name) => name,
-        None => the_time()?,
+        None => time_name(Timestamp::now())?,
     };
     let kind = kind.unwrap_or(PointKind::Internal);
     match kind {
@@ -70,13 +70,6 @@ fn create(
 fn open_to_write(session: &Session, image: &Utf8Path) -> Result<Image, Failure> {
     session.ask(session.service.require_closed(image))?;
     Ok(open(image, &OpenOptions::read_write())?)
-}
-
-fn the_time() -> Result<SnapshotName> {
-    let now = Timestamp::now().round(Unit::Second).map_err(|cause| {
-        Error::new(ErrorKind::Internal, "the clock's time cannot be written").because(cause)
-    })?;
-    SnapshotName::new(now.to_string())
 }
 
 fn revert(
@@ -192,11 +185,22 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
     }))
 }
 
-fn absolute(image: &Utf8Path) -> Result<Utf8PathBuf> {
-    camino::absolute_utf8(image).map_err(|cause| {
-        Error::new(ErrorKind::Usage, format!("the image path {image:?} cannot be made absolute"))
-            .because(cause)
-    })
+/// The path by which an image is known, which must be there, and of the one format that these commands work on.
+fn path_of(image: &GivenImage) -> Result<Utf8PathBuf> {
+    if let Some(format) = image.format.as_deref().filter(|format| *format != FORMAT) {
+        let all = shell_word(&image_list([(image.path.as_path(), Some(format))]));
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{} is said to be of format {format}, and `domsnap disk` works on {FORMAT} images",
+                image.path
+            ),
+        )
+        .advise(format!("name it as a domain: `domsnap create {all}`, `domsnap list {all}`")));
+    }
+    let path = image_path(&image.path)?;
+    require_files(std::slice::from_ref(&path))?;
+    Ok(path)
 }
 
 fn open(image: &Utf8Path, options: &OpenOptions) -> Result<Image> {
@@ -306,8 +310,7 @@ impl Owner {
 }
 
 fn images_of(listing: &Listing) -> String {
-    let paths: Vec<&str> = listing.domain.disks.iter().map(|record| record.disk.path.as_str()).collect();
-    paths.join(",")
+    shell_word(&image_list(listing.domain.disks.iter().map(|record| (record.disk.path.as_path(), None))))
 }
 
 /// Who has `image` as a layer. Reads the catalogue, if there is one, and the manifests beside the image; changes nothing.

@@ -172,7 +172,14 @@ fn row(listed: &ListedDomain, columns: usize) -> Vec<String> {
         domain.name.to_string(),
         disks.join(", "),
         listed.summary.snapshots.to_string(),
-        if listed.summary.unfinished { "needs recovery" } else { "ok" }.to_owned(),
+        match (listed.summary.unfinished, listed.summary.missing.as_slice()) {
+            (true, _) => "needs recovery".to_owned(),
+            (false, []) => "ok".to_owned(),
+            (false, missing) => {
+                let targets: Vec<&str> = missing.iter().map(|target| target.as_str()).collect();
+                format!("image of {} missing", targets.join(", "))
+            }
+        },
         now.to_owned(),
         place,
     ];

@@ -19,7 +19,7 @@ pub fn run(session: &Session, args: &Show) -> Result<Answer, Failure> {
 }
 
 fn document(details: Details) -> ShowDoc {
-    let Details { domain, snapshot, current, parent, children, members, machine, .. } = details;
+    let Details { domain, snapshot, current, parent, children, members, machine, outside, .. } = details;
     let points = members.iter().map(|member| PointDoc {
         target: member.target.clone(),
         kind: member.kind,
@@ -43,6 +43,7 @@ fn document(details: Details) -> ShowDoc {
         },
         children,
         machine,
+        outside,
         delete: members.into_iter().map(|m| DeleteDoc { target: m.target, cost: m.delete }).collect(),
     }
 }
@@ -64,13 +65,20 @@ fn told(document: &ShowDoc) -> String {
         false => names(&document.children),
     };
     line("children", &children);
-    line("present", if snapshot.current { "derives from it" } else { "derives from another" });
+    line("current", if snapshot.current { "yes" } else { "no" });
     line("id", &snapshot.id.to_string());
     if let Some(memory) = &snapshot.memory {
         line("memory", &told_memory(memory));
     }
     if let Some(machine) = &document.machine {
         line("machine", machine);
+    }
+    if !document.outside.is_empty() {
+        let but = match snapshot.memory {
+            Some(_) => "only in the memory; a revert without it leaves them in their later state",
+            None => "a revert leaves them in their later state",
+        };
+        line("not included", &format!("{}: {but}", document.outside.join(", ")));
     }
     text.push('\n');
     let rows = snapshot.points.iter().map(|point| {

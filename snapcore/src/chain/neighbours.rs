@@ -96,7 +96,8 @@ fn refusal(record: &DiskRecord, state: &DiskState) -> Option<Error> {
 pub fn rebase(layer: &camino::Utf8Path, overlay: &camino::Utf8Path) -> String {
     let beside = layer.parent() == overlay.parent();
     let name = layer.file_name().filter(|name| beside && !name.contains(':')).unwrap_or(layer.as_str());
-    format!("'qemu-img rebase -u -b {name} -F qcow2 {overlay}'")
+    let words = ["qemu-img", "rebase", "-u", "-b", name, "-F", "qcow2", overlay.as_str()];
+    format!("`{}`", crate::shell_command(words))
 }
 
 /// `FILE stands`, `FILE and 2 others stand`.

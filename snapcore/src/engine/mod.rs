@@ -34,8 +34,9 @@ use crate::catalogue::{Catalogue, Change, Entry, Revision, apply_edit};
 use crate::manifest::Manifests;
 use crate::service::Postponed;
 use crate::{
-    DomainStep, Edit, Error, ErrorKind, Event, Events, Facts, Group, LiveDomain, Operation, OperationId,
-    OperationState, Plan, Registry, Result, Snapshot, StepState, Taken, Target, Transition,
+    DomainStep, Edit, Error, ErrorKind, Event, Events, Facts, Group, GuestChange, LiveDomain, Operation,
+    OperationId, OperationState, Plan, Registry, Result, Snapshot, StartedDomain, StepState, Taken, Target,
+    Transition,
 };
 
 /// Carries plans out on one domain, whose lock and disks the caller holds.
@@ -84,6 +85,10 @@ pub struct Run {
     pub taken: Option<Taken>,
     /// The command that starts the domain, where the user must.
     pub start: Vec<String>,
+    /// What was done to the guest.
+    pub guest: Option<GuestChange>,
+    /// What runs the domain, where that was started.
+    pub started: Option<StartedDomain>,
 }
 
 /// One operation in its run: the domain as the catalogue has it, and the operation as the journal has it.
@@ -203,6 +208,8 @@ impl Run {
             downtime: None,
             taken: None,
             start: Vec::new(),
+            guest: None,
+            started: None,
         }
     }
 }
@@ -377,6 +384,8 @@ impl Running<'_> {
         self.run.downtime = facts.downtime.or(self.run.downtime);
         self.run.taken = facts.taken.or(self.run.taken.take());
         self.run.start.extend(facts.start);
+        self.run.guest = facts.guest.or(self.run.guest);
+        self.run.started = facts.started.or(self.run.started.take());
         Ok(())
     }
 

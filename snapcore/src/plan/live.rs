@@ -3,6 +3,7 @@
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::{Merged, Planner};
+use crate::request::BUDGET;
 use crate::{
     Anew, Beginning, Consistency, CreateRequest, DiskInstant, DomainStep, Edit, Error, ErrorKind, Group,
     Hypervisor, MAX_COMPRESSION, Machine, MemoryPlan, MemoryPoint, PlannedStep, PowerAfter, Quiesce, Result,
@@ -54,14 +55,40 @@ impl Planner<'_> {
                 .advise("levels are 1 (fast) to 19 (small); 0 does not compress"));
         }
         match (self.alive, request.memory) {
-            (Some(_), wanted) => Ok(wanted.unwrap_or(true)),
+            (Some(_), Some(false))
+                if request.live.is_some() || request.budget.is_some() || request.compress.is_some() =>
+            {
+                let detail = "how memory is saved is said of a snapshot without memory";
+                Err(Error::new(ErrorKind::Usage, detail)
+                    .state("nothing was touched")
+                    .advise("leave --live, --no-live, --budget and --compress out"))
+            }
+            (Some(_), wanted) => {
+                let memory = wanted.unwrap_or(true);
+                if memory && self.domain.hypervisor == Hypervisor::Xen {
+                    self.require_options_of_xen(request)?;
+                }
+                Ok(memory)
+            }
             (None, Some(true)) => Err(self
                 .off("it has no memory to be saved")
                 .advise("leave --memory out: its disks are taken")),
+            (None, _) if request.live == Some(false) => {
+                Err(self.off("no memory is saved that a guest could wait for").advise("leave --no-live out"))
+            }
+            (None, _) if request.live.is_some() => {
+                Err(self.off("no memory is saved while it runs").advise("leave --live out"))
+            }
+            (None, _) if request.budget.is_some() => {
+                Err(self.off("no memory is copied while it runs").advise("leave --budget out"))
+            }
+            (None, _) if request.compress.is_some() => {
+                Err(self.off("it has no memory to be compressed").advise("leave --compress out"))
+            }
             (None, _) => match (request.quiesce, request.then) {
                 (Quiesce::Require, _) => Err(self
-                    .off("nobody is in it who could freeze its file systems")
-                    .advise("leave --quiesce out: what is shut down is clean")),
+                    .off("nothing to quiesce")
+                    .advise("leave --quiesce out: the disks of a domain that was shut down are clean")),
                 (_, Some(PowerAfter::Running | PowerAfter::Paused)) => {
                     Err(self.off("it can neither run nor be paused afterwards").advise("leave --then out"))
                 }
@@ -70,10 +97,81 @@ impl Planner<'_> {
         }
     }
 
+    /// Refuses to quiesce a guest that nothing could quiesce.
+    fn require_agent(&self, alive: &Alive<'_>) -> Result<()> {
+        let known = self.domain.control.as_ref().and_then(|control| control.agent.as_ref());
+        let known = known.or(alive.seen.agent.as_ref());
+        let refused = |why: &str, advice: &str| {
+            Err(Error::new(
+                ErrorKind::Refused,
+                format!("domain {} cannot be quiesced: {why}", self.domain.name),
+            )
+            .state("nothing was touched")
+            .advise(advice))
+        };
+        match (self.domain.hypervisor, known, alive.seen.running) {
+            (Hypervisor::Xen, ..) => refused(
+                "Xen has no guest agent that could freeze the guest's file systems",
+                "take it with memory, which has all that the guest has not written yet; or without --quiesce",
+            ),
+            (_, None, _) => refused(
+                "it has no guest agent that is known",
+                "register the domain with the agent's socket, or take the snapshot without --quiesce",
+            ),
+            (_, Some(_), false) => refused(
+                "the guest is paused, so its agent cannot answer",
+                "resume the guest, or take the snapshot without --quiesce",
+            ),
+            (_, Some(_), true) => Ok(()),
+        }
+    }
+
+    /// Xen saves memory in one way: paused, as it is.
+    fn require_options_of_xen(&self, request: &CreateRequest) -> Result<()> {
+        let refused = |option: &str, why: &str| {
+            Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{option} does not apply to a domain of Xen: {why}"),
+            )
+            .state("nothing was touched")
+            .advise(format!("leave {option} out")))
+        };
+        match (request.live, request.budget, request.compress) {
+            (Some(true), ..) => refused("--live", "Xen saves memory only while the guest is paused"),
+            (_, Some(_), _) => refused("--budget", "Xen saves memory only while the guest is paused"),
+            (.., Some(1..)) => refused("--compress", "memory images of Xen are not compressed"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses what is said of a revert and does not apply to it.
+    pub(super) fn require_options(&self, request: &RevertRequest) -> Result<()> {
+        let refused = |option: &str, why: &str| {
+            Err(Error::new(ErrorKind::Refused, format!("{option} does not apply here: {why}"))
+                .state("nothing was touched")
+                .advise(format!("leave {option} out")))
+        };
+        let is_xen = self.domain.hypervisor == Hypervisor::Xen;
+        match (request.safety, &request.config) {
+            (false, _) if !is_xen => refused("--no-safety", "only a domain of Xen is ended for a revert"),
+            (false, _) if self.alive.is_none() => {
+                refused("--no-safety", "the domain does not run, so it has no memory that could be saved")
+            }
+            (_, Some(_)) if !is_xen => refused("--config", "only a domain of Xen is made from a file"),
+            (_, Some(_)) if self.alive.is_none() => {
+                refused("--config", "the domain does not run, and is not made again")
+            }
+            (_, Some(_)) if request.power == Some(PowerAfter::Off) => {
+                refused("--config", "the domain is to be off, and is not made again")
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn off(&self, why: &str) -> Error {
         let how = match self.domain.hypervisor {
-            Hypervisor::None => "is not known to run anywhere",
-            Hypervisor::Qemu | Hypervisor::Xen => "does not run",
+            Hypervisor::None => "is not running",
+            Hypervisor::Qemu | Hypervisor::Xen => "is not running",
         };
         Error::new(ErrorKind::Refused, format!("domain {} {how}: {why}", self.domain.name))
             .state("nothing was touched")
@@ -89,6 +187,9 @@ impl Planner<'_> {
     ) -> Result<()> {
         let memory = self.with_memory(request)?;
         let Some(alive) = self.alive else { return Ok(()) };
+        if request.quiesce == Quiesce::Require && !memory {
+            self.require_agent(alive)?;
+        }
         if memory {
             require(
                 &alive.cannot_save_memory,
@@ -96,7 +197,8 @@ impl Planner<'_> {
                 "or leave memory out with --disk-only",
             )?;
         }
-        let live = request.live;
+        // Xen has no other way than to save it while the guest is paused.
+        let live = request.live.unwrap_or(self.domain.hypervisor != Hypervisor::Xen);
         snapshot.consistency = if memory { Consistency::Memory } else { Consistency::Crash };
         let machine = Machine::new(alive.seen.machine.clone(), &alive.seen.summary);
         snapshot.machine = Some(machine.id.clone());
@@ -108,13 +210,14 @@ impl Planner<'_> {
             .collect();
         let file = memory_file(&alive.memory_dir, snapshot);
         let words = match (memory, live) {
-            (true, true) => "cut all disks and memory at one instant, and write memory while the guest runs",
+            (true, true) => "snapshot all disks and memory atomically; write memory while the guest runs",
             (true, false) => {
-                "cut all disks and memory at one instant; the guest stands still until memory is written"
+                "snapshot all disks and memory atomically; the guest is paused until memory is written"
             }
-            (false, _) => "cut all disks at one instant",
+            (false, _) => "snapshot all disks atomically",
         };
-        let plan = MemoryPlan { file: file.clone(), live, budget_ms: millis(request.budget) };
+        let plan =
+            MemoryPlan { file: file.clone(), live, budget_ms: millis(request.budget.unwrap_or(BUDGET)) };
         let instant = DomainStep::Instant {
             disks: instants,
             running: alive.seen.running,
@@ -139,7 +242,7 @@ impl Planner<'_> {
             merged.first(step(
                 Group::Finish,
                 &rehome,
-                "make the hypervisor know frozen images by their own names",
+                "update the hypervisor's block graph to the new file names",
             ));
         }
         if request.then == Some(PowerAfter::Off) {
@@ -213,12 +316,21 @@ impl Planner<'_> {
             (None, false) => Beginning::Boot,
         };
         let anew = Some(Anew { from, safety: request.safety, config: request.config.clone() });
-        merged.first(open_window(Group::Cut, &disks, alive, anew.clone()));
-        merged.last(attach(Group::Cut, &disks, anew));
+        let (mut open, mut attach) =
+            (open_window(Group::Cut, &disks, alive, anew.clone()), attach(Group::Cut, &disks, anew.clone()));
+        let mut end = match off {
+            true => go_on(None, false, power),
+            false => go_on(file.clone(), file.is_none(), power),
+        };
+        if let (Hypervisor::Xen, Some(anew)) = (self.domain.hypervisor, &anew) {
+            (open.step.summary, attach.step.summary, end.step.summary) = recreated(anew, power);
+        }
+        merged.first(open);
+        merged.last(attach);
         if off {
-            merged.last(go_on(None, false, power));
+            merged.last(end);
         } else {
-            merged.first(go_on(file.clone(), file.is_none(), power));
+            merged.first(end);
         }
         Ok(())
     }
@@ -274,14 +386,34 @@ fn as_now(alive: &Alive<'_>) -> PowerAfter {
     }
 }
 
+/// What the steps of a window do where the hypervisor ends the domain for it, and makes it again.
+fn recreated(anew: &Anew, power: Option<PowerAfter>) -> (String, String, String) {
+    let open = match anew.safety {
+        true => "save the memory of the domain, for an undo, and destroy the domain",
+        false => "destroy the domain; its memory is not saved",
+    };
+    let attach = match &anew.from {
+        Beginning::Off => "leave the domain destroyed".to_owned(),
+        Beginning::Memory(file) => format!("restore the domain, paused, from the memory image {file}"),
+        Beginning::Boot => "create the domain again, paused".to_owned(),
+    };
+    let end = match (&anew.from, power) {
+        (Beginning::Off, _) => "leave the domain off",
+        (_, Some(PowerAfter::Paused)) => "leave the domain paused",
+        (Beginning::Memory(_), _) => "unpause the domain",
+        (Beginning::Boot, _) => "unpause the domain, whose guest boots",
+    };
+    (open.to_owned(), attach, end.to_owned())
+}
+
 fn open_window(group: Group, disks: &[Target], alive: &Alive<'_>, anew: Option<Anew>) -> PlannedStep {
     let opening = DomainStep::OpenWindow { disks: disks.to_vec(), running: alive.seen.running, anew };
-    step(group, &opening, format!("pause the guest and set the files of {} free", names(disks)))
+    step(group, &opening, format!("pause the guest and detach {}", names(disks)))
 }
 
 fn attach(group: Group, disks: &[Target], anew: Option<Anew>) -> PlannedStep {
     let attach = DomainStep::Attach { disks: disks.to_vec(), anew };
-    step(group, &attach, format!("give {} what the configured paths name now", names(disks)))
+    step(group, &attach, format!("reattach {}", names(disks)))
 }
 
 fn go_on(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) -> PlannedStep {
@@ -290,10 +422,10 @@ fn go_on(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) ->
         (Some(file), _, Some(PowerAfter::Paused)) => {
             format!("load the memory image {file}; the guest stays paused")
         }
-        (Some(file), _, _) => format!("load the memory image {file} and let the guest go on"),
+        (Some(file), _, _) => format!("load the memory image {file} and resume the guest"),
         (None, true, Some(PowerAfter::Paused)) => "reset the guest, which stays paused".to_owned(),
         (None, true, _) => "reset the guest".to_owned(),
-        (None, false, _) => "let the guest go on".to_owned(),
+        (None, false, _) => "resume the guest".to_owned(),
     };
     step(Group::Finish, &DomainStep::Continue { memory, reset, power }, words)
 }

@@ -79,7 +79,15 @@ struct Planner<'a> {
 impl Planner<'_> {
     async fn create(&self, request: &CreateRequest) -> Result<Plan> {
         self.new_name(&request.name)?;
-        for (target, _) in &request.disks {
+        for (index, (target, _)) in request.disks.iter().enumerate() {
+            if request.disks.iter().take(index).any(|(other, _)| other == target) {
+                return Err(Error::new(
+                    ErrorKind::Usage,
+                    format!("it is said twice how disk {target} is taken"),
+                )
+                .state("nothing was touched")
+                .advise(format!("give --disk {target}=HOW once")));
+            }
             if self.domain.disk(target).is_none() {
                 let known: Vec<&str> = self.domain.disks.iter().map(|d| d.disk.target.as_str()).collect();
                 return Err(Error::new(
@@ -127,7 +135,8 @@ impl Planner<'_> {
     }
 
     async fn revert(&self, request: &RevertRequest) -> Result<Plan> {
-        let wanted = self.tree.named(&request.name)?;
+        let wanted = self.named(&request.name)?;
+        self.require_options(request)?;
         if let Some(name) = &request.save_current {
             self.new_name(name)?;
         }
@@ -193,10 +202,23 @@ impl Planner<'_> {
         Ok(plan)
     }
 
+    /// The snapshot called `name`.
+    fn named(&self, name: &SnapshotName) -> Result<&Snapshot> {
+        self.tree.named(name).map_err(|error| error.context(format!("domain {}", self.domain.name)))
+    }
+
     async fn delete(&self, request: &DeleteRequest) -> Result<Plan> {
+        if request.limit > 0 && self.alive.is_none() {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("--limit does not apply: domain {} does not run", self.domain.name),
+            )
+            .state("nothing was touched")
+            .advise("leave --limit out: only merges of a running domain are slowed down"));
+        }
         let mut doomed = BTreeSet::new();
         for name in &request.names {
-            let snapshot = self.tree.named(name)?;
+            let snapshot = self.named(name)?;
             if request.scope != DeleteScope::ChildrenOnly {
                 doomed.insert(snapshot.id);
             }

@@ -14,10 +14,10 @@ use crate::catalogue::{Change, Entry, Lease, Revision};
 use crate::engine::{Engine, Run};
 use crate::manifest::Manifests;
 use crate::plan::DiskInput;
-use crate::service::locate::{Intake, canonical};
+use crate::service::locate::{Intake, followed, image_path, real_images};
 use crate::{
-    CreateRequest, Disk, Domain, DomainName, Error, ErrorKind, Event, Guard, InspectDepth, OperationState,
-    Plan, PowerAfter, Request, Result, RevertRequest, Snapshot,
+    Disk, Domain, DomainName, Edit, Error, ErrorKind, Event, Guard, GuestChange, Hypervisor, InspectDepth,
+    OperationState, Plan, PowerAfter, Request, Result, Snapshot,
 };
 
 /// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
@@ -121,11 +121,55 @@ impl Inner {
             self.add_neighbours(&entry.domain.name, &mut disks).await?;
         }
         let alive = live.map(|live| self.alive(entry, live, request)).transpose()?;
-        let plan = crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), request).await?;
+        let mut plan = crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), request).await?;
         if let Some(live) = live {
             live.preflight(&plan, &[], false).await?;
         }
+        plan.notes.extend(self.note_on_outside(entry, live, request, &plan));
         Ok(plan)
+    }
+
+    /// What is to be said of what the guest can write and no snapshot holds but in its memory.
+    fn note_on_outside(
+        &self,
+        entry: &Entry,
+        live: Option<&Live>,
+        request: &Request,
+        plan: &Plan,
+    ) -> Option<String> {
+        let domain = &entry.domain;
+        let note = match request {
+            Request::Create(_) => {
+                let memory = plan
+                    .commit
+                    .iter()
+                    .any(|edit| matches!(edit, Edit::AddSnapshot { snapshot } if snapshot.memory.is_some()));
+                match memory {
+                    true => {
+                        "only in the snapshot's memory: a revert without it (--off) leaves them in their later state"
+                    }
+                    false => "not in the snapshot: a revert leaves them in their later state",
+                }
+            }
+            Request::Revert(_) => match plan.guest(domain.hypervisor) {
+                Some((
+                    GuestChange::Restored | GuestChange::RecreatedFromMemory | GuestChange::Started,
+                    _,
+                )) => return None,
+                _ => "not reverted: they stay in their later state",
+            },
+            Request::Delete(_) | Request::Tidy => return None,
+        };
+        let outside = self.outside(domain, live.map(|live| &live.seen().machine));
+        (!outside.is_empty()).then(|| format!("{}: {note}", outside.join(", ")))
+    }
+
+    /// What the guest of a domain can write that no snapshot holds but in its memory.
+    pub(super) fn outside(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {
+        match self.registry.hypervisor(domain.hypervisor) {
+            Ok(saver) if domain.hypervisor != Hypervisor::None => saver.outside(domain, machine),
+            _ => Vec::new(),
+        }
     }
 
     /// Carries `request` out on the domain that is meant.
@@ -163,8 +207,7 @@ impl Inner {
         Ok(outcome_of(&located.entry, plan, run))
     }
 
-    /// On a running domain the present is saved by a snapshot of its own, with memory, which leaves the guest standing until
-    /// the revert: so nothing that it does in between is lost.
+    /// Carries `request` out on a running domain: in two operations where the current state is to be saved.
     async fn change_alive(
         &self,
         located: &mut Located,
@@ -172,19 +215,17 @@ impl Inner {
         request: Request,
         cancel: &CancellationToken,
     ) -> Result<Outcome> {
-        let (name, mut revert) = match request {
-            Request::Revert(RevertRequest { save_current: Some(name), name: to, power, config, .. }) => {
-                // What is saved first is all the safety that there can be.
-                (name, RevertRequest { name: to, save_current: None, power, safety: false, config })
-            }
-            request => return self.change_once(located, Some(live), &request, cancel).await,
+        let hypervisor = located.entry.domain.hypervisor;
+        let in_two = match &request {
+            Request::Revert(revert) => revert.in_two(hypervisor),
+            _ => None,
+        };
+        let Some((save, mut revert)) = in_two else {
+            return self.change_once(located, Some(live), &request, cancel).await;
         };
         let ran = live.seen().running;
         // What the revert is refused for is found before anything is done.
         self.plan_for(&located.entry, Some(live), &Request::Revert(revert.clone())).await?;
-        let save = CreateRequest::new(name)
-            .description(format!("the state before a revert to {}", revert.name))
-            .then(PowerAfter::Paused);
         let saved = self.change_once(located, Some(live), &Request::Create(save), cancel).await?;
         let has_memory = located.entry.tree.named(&revert.name)?.memory.is_some();
         if !has_memory && ran {
@@ -316,6 +357,9 @@ impl Inner {
                     plan.operation, entry.domain.name
                 ))
             })?;
+            let mut notes = run.warnings;
+            // An interrupted revert is finished here, and nothing else says what became of the guest.
+            notes.extend(run.guest.map(|change| change.to_string()));
             let report = RecoveryReport {
                 domain: entry.domain.name.clone(),
                 operation_id: id,
@@ -324,7 +368,7 @@ impl Inner {
                 found,
                 end: if run.happened { RecoveryEnd::Done } else { RecoveryEnd::Undone },
                 postponed: run.postponed,
-                notes: run.warnings,
+                notes,
             };
             self.events.tell(Event::Recovered { report: Box::new(report.clone()) });
             reports.push(report);
@@ -418,7 +462,7 @@ impl Inner {
         spec: DomainSpec,
         cancel: CancellationToken,
     ) -> Result<ImportReport> {
-        let disks = disks_of(&spec)?;
+        let (disks, followed) = disks_of(&spec)?;
         let paths: Vec<_> = disks.iter().map(|disk| disk.path.clone()).collect();
         let _lease = self.lease(&spec.name, &cancel).await?;
         if self.catalogue.load(&spec.name).await?.is_some() {
@@ -445,7 +489,9 @@ impl Inner {
             // Its manifests are whole: should this end between the two transactions, they bring it back.
             self.catalogue.commit(&entry.domain.name, entry.revision, vec![Change::RemoveDomain]).await?;
         }
-        self.enter(taken, Revision::ABSENT, false).await
+        let mut report = self.enter(taken, Revision::ABSENT, false).await?;
+        report.notes.splice(0..0, followed);
+        Ok(report)
     }
 
     /// The domain `owner` of the same images, which was never registered and now gets a name.
@@ -614,16 +660,17 @@ impl Inner {
                     None => Err(self.no_domain(&name).await?),
                 },
                 None => {
-                    let intake = self.intake_of_running(*hypervisor, address).await?;
+                    let (intake, _) = self.intake_of_running(*hypervisor, address).await?;
                     let paths: Vec<_> = intake.disks.iter().map(|disk| disk.path.clone()).collect();
                     let owner = self.owner_of(&paths).await?;
                     Ok((Intake { import: true, ..intake }, owner))
                 }
             },
-            DomainRef::Images { paths, format } => {
-                let paths = paths.iter().map(|path| canonical(path)).collect::<Result<Vec<_>>>()?;
+            DomainRef::Images(given) => {
+                let (images, _) = real_images(given)?;
+                let paths: Vec<_> = images.iter().map(|image| image.path.clone()).collect();
                 let owner = self.owner_of(&paths).await?;
-                let intake = self.intake_of_paths(&paths, format.as_deref())?;
+                let intake = self.intake_of_images(&images)?;
                 let intake = match &owner {
                     Some(owner) => self.intake_of_entry(owner).await?.unwrap_or(intake),
                     None => intake,
@@ -666,15 +713,24 @@ async fn blocking(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<
         .map_err(|cause| Error::new(ErrorKind::Internal, "writing manifests ended early").because(cause))?
 }
 
-/// The disks of a new domain, with canonical paths.
-fn disks_of(spec: &DomainSpec) -> Result<Vec<Disk>> {
+/// The disks of a new domain, by the paths that they are known by, and a sentence for each that was named by a link.
+fn disks_of(spec: &DomainSpec) -> Result<(Vec<Disk>, Vec<String>)> {
     let mut disks: Vec<Disk> = Vec::new();
+    let mut notes = Vec::new();
     for disk in &spec.disks {
         let absolute = camino::absolute_utf8(&disk.path).map_err(|cause| {
             Error::new(ErrorKind::Usage, format!("the image path {:?} cannot be made absolute", disk.path))
                 .because(cause)
         })?;
-        let disk = Disk { path: canonical(&absolute)?, ..disk.clone() };
+        let path = image_path(&absolute).map_err(|error| error.context(format!("disk {}", disk.target)))?;
+        let disk = Disk { path, ..disk.clone() };
+        if let Err(cause) = disk.path.symlink_metadata()
+            && cause.kind() == std::io::ErrorKind::NotFound
+        {
+            return Err(Error::new(ErrorKind::NotFound, format!("no such file: {}", disk.path))
+                .context(format!("disk {}", disk.target)));
+        }
+        notes.extend(followed(&absolute, &disk.path));
         if let Some(same) = disks.iter().find(|known| known.target == disk.target || known.path == disk.path)
         {
             return Err(Error::new(
@@ -688,7 +744,7 @@ fn disks_of(spec: &DomainSpec) -> Result<Vec<Disk>> {
         }
         disks.push(disk);
     }
-    Ok(disks)
+    Ok((disks, notes))
 }
 
 fn outcome_of(entry: &Entry, plan: Plan, run: Run) -> Outcome {
@@ -706,5 +762,7 @@ fn outcome_of(entry: &Entry, plan: Plan, run: Run) -> Outcome {
         downtime_us: run.downtime.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
         way: run.taken.map(|taken| taken.way),
         start: run.start,
+        guest: run.guest,
+        started: run.started,
     }
 }

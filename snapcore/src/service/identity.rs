@@ -9,12 +9,12 @@ use std::collections::HashMap;
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::{Inner, Listing};
+use super::{Inner, Listing, image_list};
 use crate::catalogue::Entry;
 use crate::manifest::{DomainManifest, Manifests};
 use crate::{
     Disk, DiskRecord, Domain, DomainName, Error, ErrorKind, FileIdentity, LayerName, Result, Target,
-    file_identity,
+    file_identity, shell_word,
 };
 
 /// The most entries of a directory that are looked at for manifests.
@@ -55,8 +55,7 @@ pub(super) fn file_id(path: &Utf8Path) -> Option<FileIdentity> {
 
 /// The paths of `domain`'s images, as a command line takes them.
 pub(super) fn images_of(domain: &Domain) -> String {
-    let paths: Vec<&str> = domain.disks.iter().map(|record| record.disk.path.as_str()).collect();
-    paths.join(",")
+    shell_word(&image_list(domain.disks.iter().map(|record| (record.disk.path.as_path(), None))))
 }
 
 impl Inner {

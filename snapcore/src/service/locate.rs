@@ -1,19 +1,20 @@
 //! Which domain is meant; and taking in disks that the catalogue does not have.
 
 use std::collections::{HashMap, HashSet};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::identity::{file_id, images_of};
 use super::reference::target_at;
 use super::reference::{Chosen, choose_disks};
-use super::{DomainRef, Inner};
+use super::{DomainRef, GivenImage, Inner};
 use crate::catalogue::{Entry, Revision};
 use crate::manifest::{DomainManifest, Found, Manifests};
 use crate::{
     ActivePath, Control, Disk, DiskRecord, DiskState, Domain, DomainName, Error, ErrorKind, Hypervisor,
     InspectDepth, LayerName, Point, Result, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
+    shell_word,
 };
 
 /// A domain that was found.
@@ -83,35 +84,142 @@ pub(super) struct Intake {
     pub import: bool,
 }
 
-/// The path by which an image is known: its directory without links and dots, and its own name, which must not be a
-/// link.
-pub(super) fn canonical(path: &Utf8Path) -> Result<Utf8PathBuf> {
-    let found = path.symlink_metadata();
-    if let Ok(found) = &found {
-        let leads_to_device = path.metadata().is_ok_and(|found| found.file_type().is_block_device());
-        if found.is_symlink() && leads_to_device {
-            // The lasting names of block devices are links; what they lead to is called otherwise after the next boot.
-        } else if found.is_symlink() {
-            return Err(Error::new(ErrorKind::Refused, format!("the image path {path} is a symbolic link"))
-                .state("nothing was touched")
-                .advise(
-                    "give the path that it leads to: backing names are relative to the image's own directory",
-                ));
+/// The path by which an image is known: without links and dots. A symbolic link to an image is followed, here and nowhere
+/// else: backing names are relative to the image's own directory. A file that is not there has its directory's path.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] for a link of another user to a file that is not that user's: who may make links in a directory may
+/// not choose which files are worked on. [`ErrorKind::Usage`] for what is neither a file nor a block device.
+pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
+    let Ok(found) = path.symlink_metadata() else { return below_real_directory(path) };
+    let about = match path.metadata() {
+        Ok(about) => about,
+        Err(cause) => {
+            let leads = path.read_link_utf8().map(|to| format!(", a symbolic link to {to}"));
+            let leads = leads.unwrap_or_default();
+            let kind = match cause.kind() {
+                std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+                _ => ErrorKind::Io,
+            };
+            let detail = match kind {
+                ErrorKind::NotFound => format!("no such file: {path}{leads}"),
+                _ => format!("{path}{leads}, cannot be opened"),
+            };
+            let error = Error::new(kind, detail).state("nothing was touched");
+            return Err(if kind == ErrorKind::NotFound { error } else { error.because(cause) });
         }
-        if !found.is_file() && !found.file_type().is_block_device() && !leads_to_device {
-            return Err(Error::new(ErrorKind::Usage, format!("{path} is no image: it is no file"))
-                .advise("give the path of a disk image"));
+    };
+    if !about.is_file() && !about.file_type().is_block_device() {
+        return Err(Error::new(ErrorKind::Usage, format!("{path} is not a regular file or block device"))
+            .advise("give the path of a disk image"));
+    }
+    // The lasting names of block devices are links; what they lead to is called otherwise after the next boot.
+    if !found.is_symlink() || about.file_type().is_block_device() {
+        return below_real_directory(path);
+    }
+    let own = rustix::process::geteuid().as_raw();
+    if ![0, own, about.uid()].contains(&found.uid()) {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "the image path {path} is a symbolic link of user {} to a file of user {}",
+                found.uid(),
+                about.uid()
+            ),
+        )
+        .state("nothing was touched")
+        .advise("give the path that it leads to, if that is the image you mean"));
+    }
+    let real = path.canonicalize_utf8();
+    real.map_err(|cause| {
+        Error::new(ErrorKind::Io, format!("the symbolic link {path} cannot be followed")).because(cause)
+    })
+}
+
+/// Refuses images that are not there.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] with the first that is not.
+pub fn require_files(paths: &[Utf8PathBuf]) -> Result<()> {
+    for path in paths {
+        if let Err(cause) = path.symlink_metadata()
+            && cause.kind() == std::io::ErrorKind::NotFound
+        {
+            return Err(Error::new(ErrorKind::NotFound, format!("no such file: {path}")));
         }
     }
-    let name = path.file_name().ok_or_else(|| {
-        Error::new(ErrorKind::Usage, format!("{path} is no image: it does not end in a file's name"))
-    })?;
+    Ok(())
+}
+
+/// The disks whose images are not there. Block devices are passed over: a volume that is not active has no node.
+pub(super) fn missing(domain: &Domain) -> Vec<Target> {
+    let is_missing = |disk: &Disk| {
+        !disk.path.starts_with("/dev")
+            && disk.path.symlink_metadata().is_err_and(|cause| cause.kind() == std::io::ErrorKind::NotFound)
+    };
+    let disks = domain.disks.iter().map(|record| &record.disk);
+    disks.filter(|disk| is_missing(disk)).map(|disk| disk.target.clone()).collect()
+}
+
+/// The path with its directory's own name.
+fn below_real_directory(path: &Utf8Path) -> Result<Utf8PathBuf> {
+    let name = path
+        .file_name()
+        .ok_or_else(|| Error::new(ErrorKind::Usage, format!("{path} does not end in a file's name")))?;
     let directory = path.parent().unwrap_or_else(|| Utf8Path::new("/"));
-    let directory = directory.canonicalize_utf8().map_err(|cause| {
-        Error::new(ErrorKind::NotFound, format!("the directory of the image {path} cannot be opened"))
-            .because(cause)
+    let directory = directory.canonicalize_utf8().map_err(|cause| match cause.kind() {
+        std::io::ErrorKind::NotFound => Error::new(ErrorKind::NotFound, format!("no such file: {path}")),
+        _ => Error::new(ErrorKind::Io, format!("the directory of the image {path} cannot be opened"))
+            .because(cause),
     })?;
     Ok(directory.join(name))
+}
+
+/// Images by the paths that they are known by, and a sentence for each that was named by a link.
+pub(super) fn real_images(given: &[GivenImage]) -> Result<(Vec<GivenImage>, Vec<String>)> {
+    let mut images: Vec<GivenImage> = Vec::new();
+    let mut notes = Vec::new();
+    for image in given {
+        let real = GivenImage { path: image_path(&image.path)?, ..image.clone() };
+        if let Some(same) = images.iter().find(|other| other.path == real.path) {
+            let detail = format!("{} is the image {}, which is given twice", image.path, same.path);
+            return Err(Error::new(ErrorKind::Usage, detail));
+        }
+        notes.extend(followed(&image.path, &real.path));
+        images.push(real);
+    }
+    Ok((images, notes))
+}
+
+/// What is to be said of an image that was named by a symbolic link.
+pub(super) fn followed(given: &Utf8Path, real: &Utf8Path) -> Option<String> {
+    let is_link = given.symlink_metadata().is_ok_and(|found| found.is_symlink());
+    (is_link && given != real)
+        .then(|| format!("{given} is a symbolic link: the image is known by its own path, {real}"))
+}
+
+/// Refuses a stated format that is another than the catalogue's.
+fn same_formats(images: &[GivenImage], entry: &Entry) -> Result<()> {
+    for image in images {
+        let disk = entry.domain.disks.iter().map(|record| &record.disk).find(|disk| disk.path == image.path);
+        if let (Some(disk), Some(format)) = (disk, &image.format)
+            && disk.format != *format
+        {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{} is known as an image of format {}, and format={format} was given",
+                    image.path, disk.format
+                ),
+            )
+            .state("nothing was touched")
+            .advise(format!(
+                "leave the format out, or take the domain out with `domsnap domain remove {}`",
+                entry.domain.name
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The name of a domain that was never registered: the same images have the same name, always.
@@ -145,7 +253,7 @@ impl Inner {
                 {
                     return Ok(Located::known(entry));
                 }
-                let intake = self.intake_of_running(*hypervisor, address).await?;
+                let (intake, followed) = self.intake_of_running(*hypervisor, address).await?;
                 let paths: Vec<Utf8PathBuf> = intake.disks.iter().map(|disk| disk.path.clone()).collect();
                 if let Some(owner) = self.owner_of(&paths).await? {
                     return match self.catalogue.load(&owner).await? {
@@ -154,19 +262,26 @@ impl Inner {
                     };
                 }
                 let mut taken = self.take_in(intake).await?;
+                taken.notes.splice(0..0, followed);
                 taken.entry.domain.unregistered = true;
                 Ok(Located::of(taken))
             }
-            DomainRef::Images { paths, format } => {
-                let paths = paths.iter().map(|path| canonical(path)).collect::<Result<Vec<_>>>()?;
+            DomainRef::Images(given) => {
+                let (images, followed) = real_images(given)?;
+                let paths: Vec<_> = images.iter().map(|image| image.path.clone()).collect();
                 if let Some(owner) = self.owner_of(&paths).await? {
                     return match self.catalogue.load(&owner).await? {
-                        Some(entry) => self.refresh(entry).await,
+                        Some(entry) => {
+                            same_formats(&images, &entry)?;
+                            self.refresh(entry).await
+                        }
                         None => Err(self.no_domain(&owner).await?),
                     };
                 }
-                let intake = self.intake_of_paths(&paths, format.as_deref())?;
-                let taken = self.take_in(intake).await?;
+                require_files(&paths)?;
+                let intake = self.intake_of_images(&images)?;
+                let mut taken = self.take_in(intake).await?;
+                taken.notes.splice(0..0, followed);
                 Ok(Located::of(taken))
             }
         }
@@ -197,26 +312,37 @@ impl Inner {
             ),
         )
         .state("nothing was touched")
-        .advise(format!("take it out and register it as it runs now: 'domsnap domain remove {name}', then \
-                         'domsnap domain add {name} --qmp {address}'")))
+        .advise(format!(
+            "name it {name}; or, where it is reached at {address} from now on: `domsnap domain remove {name}`, then \
+             `domsnap domain add {name} {} {}`",
+            if hypervisor == Hypervisor::Xen { "--xen" } else { "--qmp" },
+            shell_word(address)
+        )))
     }
 
-    /// What runs at an address, as it would be taken in.
-    pub(super) async fn intake_of_running(&self, hypervisor: Hypervisor, address: &str) -> Result<Intake> {
+    /// What runs at an address, as it would be imported, and a sentence for each image that it has open by a link.
+    pub(super) async fn intake_of_running(
+        &self,
+        hypervisor: Hypervisor,
+        address: &str,
+    ) -> Result<(Intake, Vec<String>)> {
         let mut control = Control { address: address.to_owned(), ..Control::default() };
         let seen = self.look(hypervisor, &control).await?;
         control.agent = seen.agent.clone();
         control.config = seen.config.clone();
         let Chosen { mut disks, left_out: _ } = choose_disks(&seen)
             .map_err(|error| error.context(format!("looking at what runs at {address}")))?;
+        let mut links = Vec::new();
         for disk in &mut disks {
-            disk.path = canonical(&disk.path)?;
+            let real = image_path(&disk.path)?;
+            links.extend(followed(&disk.path, &real));
+            disk.path = real;
         }
         let name = match seen.name.clone().and_then(|name| DomainName::new(name).ok()) {
             Some(name) if self.catalogue.load(&name).await?.is_none() => name,
             _ => name_of_images(&disks)?,
         };
-        Ok(Intake {
+        let intake = Intake {
             name: Some(name),
             disks,
             hypervisor,
@@ -225,15 +351,20 @@ impl Inner {
             by_path: false,
             known_as: None,
             import: false,
-        })
+        };
+        Ok((intake, links))
     }
 
-    pub(super) fn intake_of_paths(&self, paths: &[Utf8PathBuf], format: Option<&str>) -> Result<Intake> {
+    pub(super) fn intake_of_images(&self, images: &[GivenImage]) -> Result<Intake> {
         let default = self.registry.default_format()?;
-        let disks = paths
+        let disks = images
             .iter()
             .enumerate()
-            .map(|(index, path)| {
+            .map(|(index, GivenImage { path, format })| {
+                let format = format.as_deref();
+                if let Some(format) = format {
+                    self.registry.get(format)?;
+                }
                 let format = format.or_else(|| self.registry.recognise(path, None)).unwrap_or(default);
                 Ok(Disk { target: target_at(index)?, path: path.clone(), format: format.to_owned() })
             })
@@ -275,7 +406,7 @@ impl Inner {
             ),
         )
         .state("nothing was touched")
-        .advise(format!("name the domain {owner}, or all its images: {}", disks.join(","))))
+        .advise(format!("name the domain {owner}, or all its images: {}", images_of(&entry.domain))))
     }
 
     /// Refuses an image that is, under whatever name, a layer of a domain of the catalogue: it would have two owners
@@ -311,7 +442,12 @@ impl Inner {
     pub(super) async fn no_domain(&self, name: &DomainName) -> Result<Error> {
         let known = self.catalogue.domains().await?;
         let known: Vec<&str> = known.iter().map(|entry| entry.domain.name.as_str()).collect();
-        let error = Error::new(ErrorKind::NotFound, format!("there is no domain {name}"));
+        let is_file = [".qcow2", ".raw", ".img"].iter().any(|ending| name.as_str().ends_with(ending));
+        let detail = match is_file {
+            true => format!("no such file: {name}; and there is no domain of that name"),
+            false => format!("there is no domain {name}"),
+        };
+        let error = Error::new(ErrorKind::NotFound, detail);
         Ok(match known.is_empty() {
             true => error.advise(
                 "register it with `domsnap domain add`, or bring it back from its manifests with `domsnap import IMAGE,...`",

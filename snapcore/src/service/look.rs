@@ -28,7 +28,8 @@ impl Inner {
     pub(super) async fn show(&self, reference: &DomainRef, name: &SnapshotName) -> Result<Details> {
         let Located { entry, .. } = self.locate(reference).await?;
         let Entry { domain, tree, .. } = entry;
-        let snapshot = tree.named(name)?.clone();
+        let snapshot =
+            tree.named(name).map_err(|error| error.context(format!("domain {}", domain.name)))?.clone();
         let name_of = |id| tree.get(id).map(|snapshot| snapshot.name.clone());
         let live = self.connect_to_look(&domain).await;
         let mut members = Vec::new();
@@ -59,7 +60,11 @@ impl Inner {
                 delete,
             });
         }
+        let record =
+            snapshot.machine.as_deref().and_then(|id| domain.machine(id)).map(|machine| &machine.record);
+        let outside = self.outside(&domain, record);
         Ok(Details {
+            outside,
             current: domain.current == Some(snapshot.id),
             parent: snapshot.parent.and_then(name_of),
             children: tree.children(Some(snapshot.id)).map(|child| child.name.clone()).collect(),

@@ -13,12 +13,13 @@ mod users;
 use std::sync::Arc;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use jiff::{Timestamp, Unit};
+use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 pub use identity::Belonging;
 pub use live::Scanned;
-pub use reference::{DomainRef, DomainSpec, read_socket};
+pub use locate::{image_path, require_files};
+pub use reference::{DomainRef, DomainSpec, GivenImage, image_list, read_socket};
 pub use report::{
     Details, DiskReport, DomainSummary, ImportReport, Listing, Member, Outcome, Postponed, RecoveryEnd,
     RecoveryReport, Removal, Unfinished,
@@ -28,7 +29,7 @@ use self::change::to_the_end;
 use crate::catalogue::{Catalogue, SqliteCatalogue};
 use crate::{
     Control, CreateRequest, DeleteRequest, Domain, DomainName, Error, ErrorKind, EventStream, Events,
-    Finding, Hypervisor, Plan, Registry, Request, Result, RevertRequest, Seen, SnapshotName,
+    Finding, Hypervisor, Plan, Registry, Request, Result, RevertRequest, Seen, SnapshotName, time_name,
 };
 
 /// The directory where catalogue, journal and locks live.
@@ -108,13 +109,10 @@ impl Domsnap {
         self.inner.events.subscribe()
     }
 
-    /// A free name for a snapshot of `domain`, made from the time: `2026-11-22T10:00:00Z`.
+    /// A free name for a snapshot of `domain`, made from the time: [`time_name`].
     pub async fn default_name(&self, domain: &DomainRef) -> Result<SnapshotName> {
         let listing = self.list(domain).await?;
-        let now = Timestamp::now().round(Unit::Second).map_err(|cause| {
-            Error::new(ErrorKind::Internal, "the clock's time cannot be written").because(cause)
-        })?;
-        locate::free_name(&SnapshotName::new(now.to_string())?, &listing.snapshots)
+        locate::free_name(&time_name(Timestamp::now())?, &listing.snapshots)
     }
 
     /// Registers a domain: takes in its disks, with the snapshots that manifests beside them tell and the internal
@@ -167,6 +165,7 @@ impl Domsnap {
         Ok(found
             .into_iter()
             .map(|entry| DomainSummary {
+                missing: locate::missing(&entry.domain),
                 domain: entry.domain,
                 snapshots: entry.snapshots,
                 unfinished: entry.unfinished,
@@ -189,6 +188,17 @@ impl Domsnap {
     /// As the request itself would be refused; [`ErrorKind::NeedsRecovery`] where an operation stopped half way, so
     /// that the plan would not be what will be done.
     pub async fn plan(&self, domain: &DomainRef, request: &Request) -> Result<Plan> {
+        let mut plans = self.plans(domain, request).await?;
+        plans.pop().ok_or_else(|| Error::new(ErrorKind::Internal, "no plan was made"))
+    }
+
+    /// As [`Domsnap::plan`], with what is done before it. A revert of a running domain that saves the current state is two
+    /// operations: the first plan is of the snapshot that saves it. The second is made again then, and may differ in
+    /// what the first has changed.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::plan`].
+    pub async fn plans(&self, domain: &DomainRef, request: &Request) -> Result<Vec<Plan>> {
         let located = self.inner.locate(domain).await?;
         let name = &located.entry.domain.name;
         if let Some(unfinished) = self.inner.catalogue.unfinished(name).await?.first() {
@@ -203,9 +213,23 @@ impl Domsnap {
             self.inner.require_last_word(&located.entry).await?;
         }
         let live = self.inner.connect(&located.entry.domain).await?;
-        let mut plan = self.inner.plan_for(&located.entry, live.as_ref(), request).await?;
-        plan.notes.splice(0..0, located.notes);
-        Ok(plan)
+        let saved = match request {
+            Request::Revert(revert) if live.is_some() => revert.in_two(located.entry.domain.hypervisor),
+            _ => None,
+        };
+        let mut plans = Vec::new();
+        match saved {
+            None => plans.push(self.inner.plan_for(&located.entry, live.as_ref(), request).await?),
+            Some((save, revert)) => {
+                for request in [Request::Create(save), Request::Revert(revert)] {
+                    plans.push(self.inner.plan_for(&located.entry, live.as_ref(), &request).await?);
+                }
+            }
+        }
+        if let Some(first) = plans.first_mut() {
+            first.notes.splice(0..0, located.notes);
+        }
+        Ok(plans)
     }
 
     /// Takes a snapshot.

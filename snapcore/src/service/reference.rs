@@ -16,12 +16,7 @@ pub enum DomainRef {
     /// A domain that was registered.
     Name(DomainName),
     /// Images, in the order of their targets `vda`, `vdb`, ...
-    Images {
-        /// The configured paths, absolute.
-        paths: Vec<Utf8PathBuf>,
-        /// Their format; absent: the registry's default. Never guessed from content.
-        format: Option<String>,
-    },
+    Images(Vec<GivenImage>),
     /// A running domain, whose disks it is asked for.
     Live {
         /// Who runs it.
@@ -30,6 +25,36 @@ pub enum DomainRef {
         address: String,
     },
 }
+
+/// An image that a user names by its path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GivenImage {
+    /// The configured path, absolute.
+    pub path: Utf8PathBuf,
+    /// Its format; absent: the registry's default. Never guessed from content.
+    pub format: Option<String>,
+}
+
+impl std::str::FromStr for GivenImage {
+    type Err = Error;
+
+    /// Reads `PATH[,format=FORMAT]`, as in a list of images.
+    fn from_str(text: &str) -> Result<Self> {
+        let read = match Utf8Path::new(text).symlink_metadata() {
+            Ok(_) => DomainRef::images([text])?,
+            Err(_) => DomainRef::list_of_images(text)?,
+        };
+        match read {
+            DomainRef::Images(mut images) if images.len() == 1 => Ok(images.remove(0)),
+            _ => Err(Error::new(ErrorKind::Usage, format!("{text:?} is more than one image"))
+                .advise("give one image; write a comma of its path twice")),
+        }
+    }
+}
+
+/// What states the format of the image before it, in a list of images.
+const FORMAT: &str = "format=";
 
 /// What a QEMU's address begins with.
 const QEMU: &str = "qemu:";
@@ -40,8 +65,11 @@ const XEN: &str = "xen:";
 impl DomainRef {
     /// Reads a command line's DOMAIN: `qemu:` and the path of a QMP socket is what runs there, `xen:` and a name is that
     /// domain of Xen; text with a `/` or a `,`
-    /// in it, or that names an existing file, is a list of image paths; anything else a name. Relative paths are taken
+    /// in it, or that names an existing file, is a list of images; anything else a name. Relative paths are taken
     /// from the current directory.
+    ///
+    /// A list of images is `PATH[,format=FORMAT]`, joined by commas. A comma of a path is written twice, as in options of QEMU;
+    /// text that is the path of an existing file is that file alone, commas and all.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] where the text is neither.
@@ -56,10 +84,11 @@ impl DomainRef {
             }
             return Ok(Self::Live { hypervisor: Hypervisor::Xen, address: name.to_owned() });
         }
-        if text.contains(['/', ','])
-            || Utf8Path::new(text).symlink_metadata().is_ok_and(|found| !found.is_dir())
-        {
-            return Self::images(text.split(','));
+        if Utf8Path::new(text).symlink_metadata().is_ok_and(|found| !found.is_dir()) {
+            return Self::images([text]);
+        }
+        if text.contains(['/', ',']) {
+            return Self::list_of_images(text);
         }
         DomainName::new(text).map(Self::Name).map_err(|error| {
             error.advise(
@@ -69,38 +98,61 @@ impl DomainRef {
         })
     }
 
+    /// Reads a list of images.
+    fn list_of_images(text: &str) -> Result<Self> {
+        let usage = |detail: String| {
+            Error::new(ErrorKind::Usage, detail).advise(
+                "join images by single commas: PATH[,format=FORMAT],...; write a comma of a path twice",
+            )
+        };
+        let mut images: Vec<GivenImage> = Vec::new();
+        for part in split_commas(text) {
+            match (part.strip_prefix(FORMAT), images.last_mut()) {
+                (Some(""), _) => return Err(usage("the format of an image is empty".to_owned())),
+                (Some(format), Some(image)) if image.format.is_none() => {
+                    image.format = Some(format.to_owned());
+                }
+                (Some(format), Some(image)) => {
+                    return Err(usage(format!(
+                        "two formats are given for the image {}: {} and {format}",
+                        image.path,
+                        image.format.as_deref().unwrap_or_default()
+                    )));
+                }
+                (Some(format), None) => return Err(usage(format!("format={format} follows no image"))),
+                (None, _) => add_image(&mut images, Utf8Path::new(&part))?,
+            }
+        }
+        Ok(Self::Images(images))
+    }
+
     /// The domain whose disks are the images `paths`, in this order.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] for an empty path, no path, or one given twice.
     pub fn images<P: AsRef<Utf8Path>>(paths: impl IntoIterator<Item = P>) -> Result<Self> {
-        let mut absolute: Vec<Utf8PathBuf> = Vec::new();
+        let mut images = Vec::new();
         for path in paths {
-            let path = path.as_ref();
-            if path.as_str().is_empty() {
-                return Err(Error::new(ErrorKind::Usage, "an image path is empty")
-                    .advise("join image paths by single commas"));
-            }
-            let path = camino::absolute_utf8(path).map_err(|cause| {
-                Error::new(ErrorKind::Usage, format!("the image path {path} cannot be made absolute"))
-                    .because(cause)
-            })?;
-            if absolute.contains(&path) {
-                return Err(Error::new(ErrorKind::Usage, format!("the image {path} is given twice")));
-            }
-            absolute.push(path);
+            add_image(&mut images, path.as_ref())?;
         }
-        if absolute.is_empty() {
+        if images.is_empty() {
             return Err(Error::new(ErrorKind::Usage, "no image path is given"));
         }
-        Ok(Self::Images { paths: absolute, format: None })
+        Ok(Self::Images(images))
     }
 
-    /// States the images' format. A registered domain has its own; there it changes nothing.
+    /// States the format of those images of which none was stated. A registered domain has its own; there it changes
+    /// nothing.
     #[must_use]
     pub fn format(self, stated: impl Into<String>) -> Self {
         match self {
-            Self::Images { paths, .. } => Self::Images { paths, format: Some(stated.into()) },
+            Self::Images(mut images) => {
+                let stated = stated.into();
+                for image in &mut images {
+                    image.format.get_or_insert_with(|| stated.clone());
+                }
+                Self::Images(images)
+            }
             other => other,
         }
     }
@@ -118,17 +170,51 @@ impl std::fmt::Display for DomainRef {
         match self {
             Self::Name(name) => f.write_str(name.as_str()),
             Self::Live { hypervisor, address } => write!(f, "{hypervisor}:{address}"),
-            Self::Images { paths, .. } => {
-                for (index, path) in paths.iter().enumerate() {
-                    if index > 0 {
-                        f.write_str(",")?;
-                    }
-                    f.write_str(path.as_str())?;
-                }
-                Ok(())
+            Self::Images(images) => {
+                let list = images.iter().map(|image| (image.path.as_path(), image.format.as_deref()));
+                f.write_str(&image_list(list))
             }
         }
     }
+}
+
+/// Adds an image of a list.
+fn add_image(images: &mut Vec<GivenImage>, path: &Utf8Path) -> Result<()> {
+    if path.as_str().is_empty() {
+        return Err(Error::new(ErrorKind::Usage, "an image path is empty")
+            .advise("join image paths by single commas; write a comma of a path twice"));
+    }
+    let path = camino::absolute_utf8(path).map_err(|cause| {
+        Error::new(ErrorKind::Usage, format!("the image path {path} cannot be made absolute")).because(cause)
+    })?;
+    if images.iter().any(|image| image.path == path) {
+        return Err(Error::new(ErrorKind::Usage, format!("the image {path} is given twice")));
+    }
+    images.push(GivenImage { path, format: None });
+    Ok(())
+}
+
+/// Splits a list at its single commas: two together are one of a path.
+fn split_commas(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut characters = text.chars().peekable();
+    while let Some(character) = characters.next() {
+        if character == ',' && characters.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(part) = parts.last_mut() {
+            part.push(character);
+        }
+    }
+    parts
+}
+
+/// Images as a list that [`DomainRef::parse`] reads; not quoted for a shell.
+pub fn image_list<'a>(images: impl IntoIterator<Item = (&'a Utf8Path, Option<&'a str>)>) -> String {
+    let image = |(path, format): (&Utf8Path, Option<&str>)| {
+        let path = path.as_str().replace(',', ",,");
+        format.map_or(path.clone(), |format| format!("{path},{FORMAT}{format}"))
+    };
+    images.into_iter().map(image).collect::<Vec<_>>().join(",")
 }
 
 /// How a domain file says where a domain is reached.
@@ -209,9 +295,23 @@ pub(super) fn configured_path(open: &Utf8Path) -> Utf8PathBuf {
     }
 }
 
+/// Returns true for the name of a file that QEMU makes for a drive with `snapshot=on`.
+fn is_temporary(path: &Utf8Path) -> bool {
+    path.file_name().is_some_and(|name| name.starts_with("vl.") && name.len() == "vl.XXXXXX".len())
+}
+
 /// Refuses an image that has another name here than in its hypervisor.
 fn require_image(target: &Target, path: &Utf8Path) -> Result<()> {
     match path.symlink_metadata() {
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound && is_temporary(path) => Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "drive {target} of the running domain is a temporary one (snapshot=on): the guest writes to {path}, which has \
+                 no name any more and ends with QEMU"
+            ),
+        )
+        .state("nothing was touched")
+        .advise("start the domain without snapshot=on (-snapshot) for this drive")),
         Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Err(Error::new(
             ErrorKind::Refused,
             format!("the running domain has {path} open as {target}, and there is no such file"),
@@ -483,6 +583,40 @@ mod tests {
             assert_eq!(read, DomainRef::Live { hypervisor: Hypervisor::Qemu, address });
             assert_eq!(read.to_string().parse::<DomainRef>().unwrap(), read, "{text}");
         }
+    }
+
+    #[test]
+    fn a_list_of_images_states_formats_and_escapes_commas() {
+        let read = |text: &str| match DomainRef::parse(text) {
+            Ok(DomainRef::Images(images)) => images
+                .into_iter()
+                .map(|image| (image.path.into_string(), image.format.unwrap_or_default()))
+                .collect::<Vec<_>>(),
+            other => panic!("{text}: {other:?}"),
+        };
+        let own = |list: &[(&str, &str)]| -> Vec<(String, String)> {
+            list.iter().map(|(path, format)| ((*path).to_owned(), (*format).to_owned())).collect()
+        };
+        for (text, images) in [
+            ("/x/a", &[("/x/a", "")][..]),
+            ("/x/a,format=raw", &[("/x/a", "raw")]),
+            ("/x/a,format=raw,/x/b,/x/c,format=qcow2", &[("/x/a", "raw"), ("/x/b", ""), ("/x/c", "qcow2")]),
+            ("/x/a,,b,/x/c", &[("/x/a,b", ""), ("/x/c", "")]),
+            ("/x/a,,format=raw", &[("/x/a,format=raw", "")]),
+        ] {
+            assert_eq!(read(text), own(images), "{text}");
+            let again = DomainRef::parse(text).unwrap().to_string();
+            assert_eq!(read(&again), own(images), "{text} is shown as {again}");
+        }
+        for text in
+            ["/x/a,", ",/x/a", "/x/a,format=", "format=raw,/x/a", "/x/a,format=raw,format=qcow2", "/x/a,/x/a"]
+        {
+            assert_eq!(DomainRef::parse(text).unwrap_err().kind(), ErrorKind::Usage, "{text}");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let file = Utf8Path::from_path(directory.path()).unwrap().join("a,b.qcow2");
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(read(file.as_str()), own(&[(file.as_str(), "")]), "one that is there is itself");
     }
 
     #[test]

@@ -5,8 +5,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DeleteCost, DiskRecord, DiskState, Domain, DomainName, Layer, LayerName, OperationId, OperationState,
-    Point, PointKind, Snapshot, SnapshotName, SnapshotTree, Target,
+    DeleteCost, DiskRecord, DiskState, Domain, DomainName, GuestChange, Layer, LayerName, OperationId,
+    OperationState, Point, PointKind, Snapshot, SnapshotName, SnapshotTree, StartedDomain, Target,
 };
 
 /// What came of a changing request.
@@ -38,6 +38,12 @@ pub struct Outcome {
     /// The command that starts the domain from the snapshot's memory, where the user must.
     #[serde(default)]
     pub start: Vec<String>,
+    /// What was done to the guest, beyond pausing it.
+    #[serde(default)]
+    pub guest: Option<GuestChange>,
+    /// What runs the domain now, where that was started.
+    #[serde(default)]
+    pub started: Option<StartedDomain>,
 }
 
 /// Merging of one disk that was put off.
@@ -135,6 +141,9 @@ pub struct DomainSummary {
     pub snapshots: u64,
     /// Whether an operation stopped half way, or runs just now.
     pub unfinished: bool,
+    /// Its disks whose images are not there: removed, or on a file system that is not mounted.
+    #[serde(default)]
+    pub missing: Vec<Target>,
 }
 
 /// One snapshot in full.
@@ -156,6 +165,9 @@ pub struct Details {
     /// The machine that it was taken on, in a line; absent where the domain did not run.
     #[serde(default)]
     pub machine: Option<String>,
+    /// What the guest can write and the snapshot does not hold, but in its memory: firmware variables, a TPM.
+    #[serde(default)]
+    pub outside: Vec<String>,
 }
 
 /// What a snapshot holds of one disk.

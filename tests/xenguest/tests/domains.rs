@@ -220,7 +220,7 @@ fn external() -> Result<()> {
     let mut run = Run::start("external", &[Backend::Qcow2, Backend::Qcow2])?;
     let before = run.guest.ticks()?;
     let told = run.logged(&["create", "DOMAIN", "s1", "--external"])?;
-    ensure!(told.out.contains("stood still for"), "the pause is not told: {}", told.out);
+    ensure!(told.out.contains("guest paused for"), "the pause is not told: {}", told.out);
     tell_pause(&told.err)?;
     let after = run.guest.ticks()?;
     run.guest.expect_no_bad()?;

@@ -1,0 +1,26 @@
+//! Words of a command as a shell takes them: for every command that is printed for a user.
+
+/// One word: as it is where no shell would change it, quoted otherwise.
+pub fn shell_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-+=:,./@%".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
+    }
+}
+
+/// A command: its words, quoted where they must be, joined by spaces.
+pub fn shell_command<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
+    words.into_iter().map(shell_word).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_quoted_for_a_shell_where_they_must_be() {
+        let words = ["qemu", "-name", "a b", "", "it's", "~", "$(id)", "a;b", "tcp:[::1]:5"];
+        assert_eq!(shell_command(words), "qemu -name 'a b' '' 'it'\\''s' '~' '$(id)' 'a;b' 'tcp:[::1]:5'");
+    }
+}
