@@ -197,8 +197,8 @@ impl Machine {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] where the guest is not there yet, on its way elsewhere, or gone (`inmigrate`, `save-vm`,
-    /// `postmigrate`, ...; its disks are inactive then, and some QEMUs die of an operation on them); those of the connection.
-    /// After an error the guest is as it was, save where the connection was lost.
+    /// `postmigrate`, ...; its disks are inactive then, and some QEMUs die of an operation on them); those of
+    /// the connection. After an error the guest is as it was, save where the connection was lost.
     pub async fn pause(&self) -> Result<Paused> {
         let state = self.run_state().await?;
         let subject = self.qmp.socket().display();
@@ -212,7 +212,8 @@ impl Machine {
             if let Err(error) = stopped {
                 return Err(self.not_paused(error).await);
             }
-            // It may have panicked, or switched itself off, just before: then it did not stop by us, and `cont` is not ours.
+            // It may have panicked, or switched itself off, just before: then it did not stop by us, and
+            // `cont` is not ours.
             ours = !self.run_state().await?.stopped_by_itself();
         }
         Ok(Paused { ours, since })
@@ -277,8 +278,9 @@ impl Machine {
         Ok(())
     }
 
-    /// Lets a guest go on that stands still because of us. One that panicked, switched itself off or met a disk's error just
-    /// before we stopped it stays as it is: to go on is not ours to tell it, and QEMU may refuse it.
+    /// Lets a guest go on that stands still because of us. One that panicked, switched itself off or met a
+    /// disk's error just before we stopped it stays as it is: to go on is not ours to tell it, and QEMU may
+    /// refuse it.
     ///
     /// # Errors
     /// As [`Machine::resume`].

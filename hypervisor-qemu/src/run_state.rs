@@ -1,7 +1,8 @@
 //! QEMU's run states, and what can be done in each.
 //!
-//! QEMU aborts ("invalid runstate transition") where it is told to do what its table of transitions does not have. So nothing
-//! is asked of it in a state that this table does not allow, and a state that this table does not know is refused.
+//! QEMU aborts ("invalid runstate transition") where it is told to do what its table of transitions does not
+//! have. So nothing is asked of it in a state that this table does not allow, and a state that this table
+//! does not know is refused.
 //!
 //! | state | disks: create, merge, detach | memory is saved by | memory is loaded |
 //! |---|---|---|---|
@@ -14,16 +15,17 @@
 //! | `save-vm`, `finish-migrate`, `inmigrate` | no: wait until QEMU has ended it | no | no |
 //! | `postmigrate`, `colo` | no: another QEMU may have the disks | no | no |
 //!
-//! * A background snapshot goes through `paused`, to which only `paused` and a running state lead and return. A migration to
-//!   its end leaves `postmigrate`, from which only `cont` leads, which a guest that stands still must not be told.
-//!   `snapshot-save` changes no state, so it is right in every one in which the guest stands still.
-//! * `suspended` (the guest sleeps, S3) counts as running: it can wake at any time. QEMU before 9.0 cannot keep such a guest
-//!   asleep, so nothing is done there.
-//! * The reset before a load takes QEMU from a state that says something of a guest which is about to be replaced. The guest
-//!   is `prelaunch` then, and stands still until `cont`.
+//! * A background snapshot goes through `paused`, to which only `paused` and a running state lead and return.
+//!   A migration to its end leaves `postmigrate`, from which only `cont` leads, which a guest that stands
+//!   still must not be told. `snapshot-save` changes no state, so it is right in every one in which the guest
+//!   stands still.
+//! * `suspended` (the guest sleeps, S3) counts as running: it can wake at any time. QEMU before 9.0 cannot
+//!   keep such a guest asleep, so nothing is done there.
+//! * The reset before a load takes QEMU from a state that says something of a guest which is about to be
+//!   replaced. The guest is `prelaunch` then, and stands still until `cont`.
 //!
-//! A snapshot records whether the guest ran, not the state's word: the memory of a guest that panicked is restored standing
-//! still, and goes on where it was if it is told to.
+//! A snapshot records whether the guest ran, not the state's word: the memory of a guest that panicked is
+//! restored standing still, and goes on where it was if it is told to.
 
 use serde::{Deserialize, Serialize};
 

@@ -106,8 +106,9 @@ impl Session {
     }
 }
 
-/// The signals that take back what is under way: SIGINT, SIGTERM, and SIGHUP, which a lost terminal or session sends. One that
-/// was ignored when the command was started (`nohup`, a shell's background job) stays so.
+/// The signals that take back what is under way: SIGINT, SIGTERM, and SIGHUP, which a lost terminal or
+/// session sends. One that was ignored when the command was started (`nohup`, a shell's background job) stays
+/// so.
 struct Interrupts(Vec<Signal>);
 
 impl Interrupts {

@@ -474,7 +474,8 @@ pub trait LiveDomain: Send + Sync {
     /// The domain as it was when the connection was made.
     fn seen(&self) -> &Seen;
 
-    /// The processes that have its disks open, where they are known: what they have open is nobody else's use. Empty: not known.
+    /// The processes that have its disks open, where they are known: what they have open is nobody else's
+    /// use. Empty: not known.
     fn processes(&self) -> Vec<u32> {
         Vec::new()
     }
@@ -501,9 +502,10 @@ pub trait LiveDomain: Send + Sync {
     /// Limits what merges move, in bytes a second; 0: as fast as they can.
     fn limit(&self, bytes_per_second: u64);
 
-    /// Refuses a plan that cannot be carried out, as far as that is known before anything is begun: the guest's state does not
-    /// permit it, or the hypervisor cannot open what it will be told to. `chains` is of all disks. With `probe` the hypervisor
-    /// may be asked to open images and close them again; without, nothing is changed, not even for a moment.
+    /// Refuses a plan that cannot be carried out, as far as that is known before anything is begun: the
+    /// guest's state does not permit it, or the hypervisor cannot open what it will be told to. `chains` is
+    /// of all disks. With `probe` the hypervisor may be asked to open images and close them again; without,
+    /// nothing is changed, not even for a moment.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Refused`], [`crate::ErrorKind::Unsupported`]: nothing was touched.
@@ -512,8 +514,9 @@ pub trait LiveDomain: Send + Sync {
         Ok(())
     }
 
-    /// Closes what a crash left open in the hypervisor and nobody uses, so that its images can be locked: before an unfinished
-    /// operation is recovered. What a device has is not touched. Does nothing where there is nothing.
+    /// Closes what a crash left open in the hypervisor and nobody uses, so that its images can be locked:
+    /// before an unfinished operation is recovered. What a device has is not touched. Does nothing where
+    /// there is nothing.
     async fn tidy(&self) -> Result<()> {
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! A QEMU whose guest is nothing but firmware, or one sector of code: it is there in a fraction of a second. Its disks are written
-//! and read through its monitor.
+//! A QEMU whose guest is nothing but firmware, or one sector of code: it is there in a fraction of a second.
+//! Its disks are written and read through its monitor.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -34,7 +34,8 @@ pub fn has_pattern(image: &Path, pattern: u8) -> Result<bool> {
     Ok(!said.contains("verification failed"))
 }
 
-/// Offset of the pattern from the start of a disk: behind what a boot sector is, and within the smallest disk.
+/// Offset of the pattern from the start of a disk: behind what a boot sector is, and within the smallest
+/// disk.
 const PATTERN_AT: &str = "256k";
 
 /// A boot sector.

@@ -1,5 +1,5 @@
-//! A QEMU that has its images open and cannot open them, or new ones, again: what needs that is refused before anything is
-//! touched, and the rest works.
+//! A QEMU that has its images open and cannot open them, or new ones, again: what needs that is refused
+//! before anything is touched, and the rest works.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};

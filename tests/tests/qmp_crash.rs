@@ -1,5 +1,6 @@
-//! `domsnap` killed before, and just after, every QMP command of an operation on a running domain; then `recover`. The guest runs,
-//! its disks are as before the operation or as after it, every snapshot holds what it held, and nothing of ours is left in QEMU.
+//! `domsnap` killed before, and just after, every QMP command of an operation on a running domain; then
+//! `recover`. The guest runs, its disks are as before the operation or as after it, every snapshot holds what
+//! it held, and nothing of ours is left in QEMU.
 //!
 //! The guest is an idle machine, so that there is time for all of them. In CI every fourth is struck.
 
@@ -108,7 +109,8 @@ impl Machine {
         found.points.iter().map(|point| read(&point.layer, point.tag.as_deref())).collect()
     }
 
-    /// All that must hold after a recovery. Gives whether the disks have `THEN`, or else `NOW`: both the same.
+    /// All that must hold after a recovery. Gives whether the disks have `THEN`, or else `NOW`: both the
+    /// same.
     fn sound(&mut self) -> Result<bool> {
         ensure!(self.qemu.is_alive()?, "QEMU has ended: {}", self.qemu.said());
         let state = self.qemu.state()?;
@@ -155,7 +157,8 @@ fn read(layer: &Path, tag: Option<&str>) -> Result<Vec<u8>> {
     Ok(std::fs::read(raw.path())?)
 }
 
-/// Nothing of ours is in QEMU that does nothing, every node has the file that it names, and each disk's path is what QEMU writes.
+/// Nothing of ours is in QEMU that does nothing, every node has the file that it names, and each disk's path
+/// is what QEMU writes.
 fn nothing_left(socket: &Path, disks: &[(&str, PathBuf)]) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -291,7 +294,8 @@ strikes! {
     delete_of_middle_layers: ["delete", "x"], |machine| under_y(machine, &["--external", "--disk-only"]);
 }
 
-/// QEMU 10.0 ends by a segmentation fault where it is asked for its nodes while a stream job is concluded and not dismissed.
+/// QEMU 10.0 ends by a segmentation fault where it is asked for its nodes while a stream job is concluded and
+/// not dismissed.
 #[test]
 fn a_concluded_stream_ends_no_qemu() -> Result<()> {
     let dir = tempfile::tempdir()?;
@@ -323,8 +327,9 @@ fn a_concluded_stream_ends_no_qemu() -> Result<()> {
     Ok(())
 }
 
-/// SIGHUP (a lost session), SIGINT and SIGTERM before any command of a revert or a create: what was begun is undone, or, past the
-/// commit point, carried through. One that was ignored when domsnap was started ends nothing.
+/// SIGHUP (a lost session), SIGINT and SIGTERM before any command of a revert or a create: what was begun is
+/// undone, or, past the commit point, carried through. One that was ignored when domsnap was started ends
+/// nothing.
 #[test]
 fn signals_undo_or_are_ignored() -> Result<()> {
     let mut machine = Machine::start()?;

@@ -1,4 +1,5 @@
-//! Every run state of QEMU that can be reached here: what is done in it, and that QEMU lives and the guest is as it was.
+//! Every run state of QEMU that can be reached here: what is done in it, and that QEMU lives and the guest is
+//! as it was.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -58,8 +59,8 @@ impl Domain {
         has_pattern(&self.disk, pattern)
     }
 
-    /// Everything that can be done with a guest that stands still, which is in the state `word`, and comes to it each time
-    /// that `reach` is called.
+    /// Everything that can be done with a guest that stands still, which is in the state `word`, and comes to
+    /// it each time that `reach` is called.
     fn all_in_state(&mut self, word: &str, reach: impl Fn(&mut Self) -> Result<()>) -> Result<()> {
         // Not while the firmware is at its first instructions: it does not survive a reset then.
         self.qemu.wait_state(word)?;

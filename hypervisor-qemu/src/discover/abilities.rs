@@ -68,8 +68,8 @@ impl Abilities {
         self.mapped_ram
     }
 
-    /// Returns true if `stop` stops a guest that sleeps (S3): it stays so until `cont`. Before 9.0 it does nothing, and the guest
-    /// may wake at any time. Mapped-ram came in the same version.
+    /// Returns true if `stop` stops a guest that sleeps (S3): it stays so until `cont`. Before 9.0 it does
+    /// nothing, and the guest may wake at any time. Mapped-ram came in the same version.
     pub(crate) fn keeps_suspended(&self) -> bool {
         self.mapped_ram
     }

@@ -100,8 +100,8 @@ impl Process {
         })
     }
 
-    /// Returns true if its command line has QEMU end where the guest reboots. (What `set-action` changed since, no query
-    /// tells.)
+    /// Returns true if its command line has QEMU end where the guest reboots. (What `set-action` changed
+    /// since, no query tells.)
     pub(crate) fn ends_at_reboot(&self) -> bool {
         let is = |word: &str, name: &str| word == name || word.strip_prefix('-') == Some(name);
         let mut ends = false;

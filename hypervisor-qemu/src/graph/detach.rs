@@ -137,8 +137,9 @@ pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Re
     take_back(machine, placeholder).await
 }
 
-/// What the placeholder's descriptors are lent under: its name, and those of the chain's nodes that are the user's own. A crash
-/// between taking the chain off and closing it leaves them open, used by nobody and locked: then this tells what they are.
+/// What the placeholder's descriptors are lent under: its name, and those of the chain's nodes that are the
+/// user's own. A crash between taking the chain off and closing it leaves them open, used by nobody and
+/// locked: then this tells what they are.
 fn note_of(graph: &Graph, placeholder: &Name, chain: &[String]) -> String {
     let files = chain.iter().filter_map(|name| graph.file(name));
     // QEMU closes nodes that it named itself, and ours are known by their names.
@@ -152,7 +153,8 @@ fn note_of(graph: &Graph, placeholder: &Name, chain: &[String]) -> String {
     note
 }
 
-/// Closes the nodes of chains that were taken off their devices, and which a crash left open. Gives how many there were.
+/// Closes the nodes of chains that were taken off their devices, and which a crash left open. Gives how many
+/// there were.
 pub(crate) async fn close_taken_off(machine: &Machine) -> Result<usize> {
     let sets = machine.query("query-fdsets", Value::Null).await?;
     let mut closed = 0;

@@ -99,8 +99,9 @@ pub struct Graph {
 impl Graph {
     /// Reads it; a job that ends meanwhile may make it stale.
     ///
-    /// QEMU 10.0 ends by a segmentation fault where its nodes are asked for while a stream job is concluded and not
-    /// dismissed. One of ours, which a crash left, is dismissed first: what it did is in the chains. Nothing else is changed.
+    /// QEMU 10.0 ends by a segmentation fault where its nodes are asked for while a stream job is concluded
+    /// and not dismissed. One of ours, which a crash left, is dismissed first: what it did is in the chains.
+    /// Nothing else is changed.
     ///
     /// # Errors
     /// Those of the connection; [`ErrorKind::Unsupported`] where QEMU has no `x-debug-query-block-graph`;

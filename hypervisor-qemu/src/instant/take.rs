@@ -320,7 +320,8 @@ where
     }
     let was_running = undo.paused.as_ref().is_some_and(Paused::is_ours);
     if draft.is_some() && !was_running && !by_snapshot {
-        // Another state than it was planned for: the guest may have panicked, or switched itself off, just before it was stopped.
+        // Another state than it was planned for: the guest may have panicked, or switched itself off, just
+        // before it was stopped.
         let state = match machine.run_state().await {
             Ok(state) => state,
             Err(error) => return Err(undo.all(error).await),
@@ -401,7 +402,8 @@ async fn wait_while_paused(machine: &Machine, draft: &Draft, to_the_end: bool) -
     }
 }
 
-/// Refuses to go on where the guest stopped by itself while its memory was copied: the end of the migration would let it run.
+/// Refuses to go on where the guest stopped by itself while its memory was copied: the end of the migration
+/// would let it run.
 async fn runs_yet(machine: &Machine, attempted: &str) -> Result<()> {
     let state = machine.run_state().await?;
     if !state.stopped_by_itself() {

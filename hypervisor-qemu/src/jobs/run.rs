@@ -93,11 +93,12 @@ pub(crate) async fn dismiss_ended(machine: &Machine, job: &Name) -> Result<()> {
     }
 }
 
-/// Dismisses our stream jobs that have ended: where nodes are asked for while there is one, QEMU 10.0 ends by a segmentation
-/// fault.
+/// Dismisses our stream jobs that have ended: where nodes are asked for while there is one, QEMU 10.0 ends by
+/// a segmentation fault.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`] where another program has one, which is its own to dismiss; those of the connection.
+/// [`ErrorKind::Invalid`] where another program has one, which is its own to dismiss; those of the
+/// connection.
 pub(crate) async fn dismiss_streams(machine: &Machine) -> Result<()> {
     let jobs = machine.query("query-jobs", Value::Null).await?;
     let jobs = Job::list(&jobs).ok_or_else(|| machine.odd("query-jobs", &jobs))?;

@@ -266,8 +266,8 @@ impl LiveDomain for Live {
             cut::sweep(self).await?;
             graph::close_taken_off(&self.machine).await.map_err(told)?;
         }
-        // A guest that runs on its own disks is in no detached section: it was not stopped yet, or went on already. A mark that
-        // says otherwise would have memory loaded over disks that were written since.
+        // A guest that runs on its own disks is in no detached section: it was not stopped yet, or went on
+        // already. A mark that says otherwise would have memory loaded over disks that were written since.
         let is_detached = graph.nodes().iter().any(|node| node.name.starts_with(disk::PLACEHOLDER));
         if !is_detached
             && graph.nodes().iter().any(|node| is_mark(&node.name))

@@ -3,11 +3,12 @@
 //! 1. The run state permits it ([`crate::RunState`] has the table).
 //! 2. A guest whose file systems must be frozen can be.
 //! 3. A guest that is to be reset can be: its QEMU does not end by it.
-//! 4. QEMU can open what it will be told to open. A QEMU that gave up its rights, or that lives in another root, mount
-//!    namespace, AppArmor profile or SELinux domain, may have its images open and be unable to open them again. In a detached
-//!    section, that would leave the guest without its disks. So each file is opened by QEMU in a node that nobody uses, in the
-//!    mode that it will need, and closed again. A node that nobody uses takes no lock and reads nothing. A new overlay is stood
-//!    for by an empty file beside it with the rights, the owner and the labels of the active image.
+//! 4. QEMU can open what it will be told to open. A QEMU that gave up its rights, or that lives in another
+//!    root, mount namespace, AppArmor profile or SELinux domain, may have its images open and be unable to
+//!    open them again. In a detached section, that would leave the guest without its disks. So each file is
+//!    opened by QEMU in a node that nobody uses, in the mode that it will need, and closed again. A node that
+//!    nobody uses takes no lock and reads nothing. A new overlay is stood for by an empty file beside it with
+//!    the rights, the owner and the labels of the active image.
 
 use std::{
     fs::{self, File},
@@ -46,8 +47,8 @@ enum Opens {
     Merge(Target),
 }
 
-/// Refuses a plan that this QEMU cannot carry out. With `probe`, QEMU is asked to open what it will need; without, nothing is
-/// changed, not even for a moment.
+/// Refuses a plan that this QEMU cannot carry out. With `probe`, QEMU is asked to open what it will need;
+/// without, nothing is changed, not even for a moment.
 pub(super) async fn check(live: &Live, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
     let untouched = |error: Error| match error.state_now() {
         Some(_) => error,
@@ -126,7 +127,8 @@ pub(super) fn cannot_freeze(live: &Live, running: bool) -> Option<Error> {
     })
 }
 
-/// Returns true if a disk's active image is another one afterwards: a tag that is applied in place makes none.
+/// Returns true if a disk's active image is another one afterwards: a tag that is applied in place makes
+/// none.
 fn gets_new_layer(plan: &Plan, of: &Target) -> bool {
     plan.commit.iter().any(|edit| match edit {
         Edit::SetActive { target, .. } | Edit::SetPath { target, .. } => target == of,
@@ -237,8 +239,8 @@ async fn can_open(disk: &Disk, file: &Path, write: bool) -> Result<()> {
     disk.machine.run("closing a node", node.as_str(), "blockdev-del", closed).await.map(drop).map_err(told)
 }
 
-/// An empty file that stands for a new image; removed when dropped. Its name is always the same, so that what a crash leaves
-/// does not add up: the next one replaces it.
+/// An empty file that stands for a new image; removed when dropped. Its name is always the same, so that what
+/// a crash leaves does not add up: the next one replaces it.
 struct Probe(PathBuf);
 
 impl Probe {

@@ -119,8 +119,8 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         process.loads(&machine).await?;
         let state = machine.run_state().await.map_err(told)?;
         if state.must_be_reset() {
-            // QEMU takes the state of a guest that had switched itself off from its memory, and lets it go on only after a reset.
-            // The state goes by that, and the memory comes again without it.
+            // QEMU takes the state of a guest that had switched itself off from its memory, and lets it go on
+            // only after a reset. The state goes by that, and the memory comes again without it.
             reset(&machine).await?;
             restore_in_place(&machine, &image, &[], LOADING).await.map_err(told)?;
         }

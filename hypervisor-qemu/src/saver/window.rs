@@ -293,8 +293,9 @@ async fn load(live: &Live, file: &Utf8Path, context: DomainContext<'_>) -> Resul
     let length = image.length().map_err(told)?;
     let state = live.machine.run_state().await.map_err(told)?;
     if live.machine.permits(&state).await.map_err(told)?.reset_before_load {
-        // QEMU keeps its run state over a load, and refuses to let a guest go on that has switched itself off: the state says
-        // something of the guest that is about to be replaced. Nothing is lost by a reset: its disks are the snapshot's.
+        // QEMU keeps its run state over a load, and refuses to let a guest go on that has switched itself
+        // off: the state says something of the guest that is about to be replaced. Nothing is lost by a
+        // reset: its disks are the snapshot's.
         self::reset(&live.machine).await?;
     }
     restore_in_place(&live.machine, &image, &[], LOADING).await.map_err(told)?;
@@ -304,8 +305,8 @@ async fn load(live: &Live, file: &Utf8Path, context: DomainContext<'_>) -> Resul
 
 /// Resets the guest, and waits until it is.
 ///
-/// A QEMU that was told to end where its guest reboots (`-no-reboot`, `-action reboot=shutdown`) takes this for a reboot: it
-/// is told otherwise for the moment.
+/// A QEMU that was told to end where its guest reboots (`-no-reboot`, `-action reboot=shutdown`) takes this
+/// for a reboot: it is told otherwise for the moment.
 pub(super) async fn reset(machine: &Machine) -> Result<()> {
     let ends = Process::read(machine).ends_at_reboot();
     let action = |reboot: &'static str| json!({ "reboot": reboot });
