@@ -50,7 +50,7 @@ impl Xl {
     /// [`ErrorKind::NotFound`] where there is none.
     pub(crate) fn expect() -> Result<Self> {
         Self::find().ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, "this machine is no dom0 of Xen with xl").advise(
+            Error::new(ErrorKind::NotFound, "not a Xen dom0, or xl is not installed").advise(
                 "run domsnap in dom0, and look whether xen-utils is installed and /proc/xen is mounted",
             )
         })

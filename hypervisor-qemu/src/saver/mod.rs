@@ -40,6 +40,7 @@ use std::{
     error::Error as _,
     fs::{self, File},
     io,
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
@@ -148,6 +149,10 @@ impl VmStateSaver for Qemu {
     async fn look(&self, control: &Control) -> Result<Seen> {
         let socket = Path::new(&control.address);
         let Some(connection) = self.reach(socket, GREETING).await? else {
+            if socket.metadata().is_ok_and(|about| !about.file_type().is_socket()) {
+                return Err(Error::new(ErrorKind::NotFound, format!("{} is not a socket", control.address))
+                    .advise("give the path of QEMU's QMP socket (-qmp unix:PATH,server=on,wait=off)"));
+            }
             return Err(Error::new(
                 ErrorKind::NotFound,
                 format!("no QEMU is listening on {}", control.address),

@@ -467,7 +467,10 @@ impl Inner {
         let _lease = self.lease(&spec.name, &cancel).await?;
         if self.catalogue.load(&spec.name).await?.is_some() {
             return Err(Error::new(ErrorKind::Exists, format!("there is a domain {} already", spec.name))
-                .advise("choose another name, or take that one out with `domsnap domain remove`"));
+                .advise(format!(
+                    "choose another name, or remove that one with `domsnap domain remove {}`",
+                    spec.name
+                )));
         }
         let former = match self.owner_of(&paths).await? {
             None => None,

@@ -376,10 +376,9 @@ impl Domsnap {
             let inner = self.inner.clone();
             match to_the_end(&cancel, |cancel| inner.recover(reference, cancel)).await {
                 Ok(more) => reports.extend(more),
-                Err(error) => {
-                    tracing::error!(%error, "recovering a domain");
-                    failure.get_or_insert(error);
-                }
+                // The first is the answer, and is not said twice.
+                Err(error) if failure.is_none() => failure = Some(error),
+                Err(error) => tracing::error!(%error, "recovering a domain"),
             }
         }
         match failure {

@@ -418,10 +418,8 @@ impl DomainSpec {
     /// has it.
     #[must_use]
     pub fn run_by(mut self, hypervisor: Hypervisor, mut control: Control) -> Self {
-        if hypervisor == Hypervisor::Qemu {
-            if !control.address.starts_with(TCP) {
-                control.address = socket_address(Utf8Path::new(&control.address));
-            }
+        if hypervisor == Hypervisor::Qemu && !control.address.starts_with(TCP) {
+            control.address = socket_address(Utf8Path::new(&control.address));
         }
         self.hypervisor = hypervisor;
         self.control = Some(control);
