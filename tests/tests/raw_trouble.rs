@@ -317,8 +317,10 @@ mod the_configured_path {
         let (path, real) = (domain.path("vda"), domain.disks().join("real.raw"));
         std::fs::rename(&path, &real)?;
         std::os::unix::fs::symlink("real.raw", &path)?;
-        let told = domain.domsnap().done(&domain.register_words())?.stdout;
-        says(&told, &["a.raw is a symbolic link", "real.raw"])
+        let told = domain.domsnap().done(&domain.register_words())?;
+        let real = real.display().to_string();
+        ensure!(told.stdout.contains("a.raw is a symbolic link") && told.stdout.contains(&real), "{told}");
+        Ok(())
     }
 
     #[test]
