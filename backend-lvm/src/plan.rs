@@ -45,7 +45,7 @@ pub(crate) fn plan(
             planner.create(name, overlay.as_ref(), *stamp)?;
         }
         DiskRequest::Revert { to, save, stamp, .. } => planner.revert(to, save.as_ref(), *stamp)?,
-        DiskRequest::Delete { drop, keep } => planner.delete(drop, keep)?,
+        DiskRequest::Delete { drop, keep, .. } => planner.delete(drop, keep)?,
         _ => {
             return Err(Error::new(
                 ErrorKind::Unsupported,

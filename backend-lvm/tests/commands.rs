@@ -205,7 +205,8 @@ async fn points_are_removed_in_one_command_and_what_is_gone_is_passed_over() {
     let house = House::of("/dev/vg/thick").await;
     let drop = ["thick.ds-00000003", "thick.ds-00000004", "thick.ds-00000099"];
     let drop = drop.map(|layer| Point::external(LayerName(layer.into()))).to_vec();
-    let plan = house.plan(DiskRequest::Delete { drop, keep: Vec::new() }).await.expect("a plan");
+    let plan =
+        house.plan(DiskRequest::Delete { drop, keep: Vec::new(), force: false }).await.expect("a plan");
     assert_eq!(
         house.apply(&plan).await.expect("done"),
         ["lvremove -q -y vg/thick.ds-00000003 vg/thick.ds-00000004"]

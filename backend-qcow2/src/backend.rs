@@ -18,6 +18,7 @@ use crate::dependents;
 use crate::discover;
 use crate::image::{self, Image, OpenOptions};
 use crate::layers::{self, Limits};
+use crate::preflight;
 use crate::steps::Workplace;
 
 /// How deep a chain may be where nothing else is said.
@@ -26,6 +27,8 @@ pub const DEFAULT_MAX_DEPTH: u32 = 200;
 /// Disks that are qcow2 files, at rest.
 pub struct Qcow2 {
     limits: Limits,
+    /// Whether the room of freed clusters is given back to the file system.
+    punch: bool,
     holds: Arc<Holds>,
 }
 
@@ -38,7 +41,11 @@ impl Default for Qcow2 {
 impl Qcow2 {
     /// Chains of at most [`DEFAULT_MAX_DEPTH`] layers, in the disk's own directory.
     pub fn new() -> Self {
-        Self { limits: Limits { max_depth: DEFAULT_MAX_DEPTH, allowed: Vec::new() }, holds: Arc::default() }
+        Self {
+            limits: Limits { max_depth: DEFAULT_MAX_DEPTH, allowed: Vec::new() },
+            punch: true,
+            holds: Arc::default(),
+        }
     }
 
     /// Follows and makes chains of at most `layers` images.
@@ -52,6 +59,13 @@ impl Qcow2 {
     #[must_use]
     pub fn allow_backing(mut self, directory: impl Into<Utf8PathBuf>) -> Self {
         self.limits.allowed.push(directory.into());
+        self
+    }
+
+    /// Keeps the room of freed clusters in the image files, instead of giving it back to the file system.
+    #[must_use]
+    pub fn without_punching(mut self) -> Self {
+        self.punch = false;
         self
     }
 
@@ -73,6 +87,7 @@ impl Qcow2 {
             cancel: context.cancel,
             bytes: step.bytes,
             max_depth: self.limits.max_depth,
+            punch: self.punch,
         };
         in_place(|| work(&place, &action))
     }
@@ -138,7 +153,7 @@ impl DiskSnapshotter for Qcow2 {
         request: &DiskRequest,
     ) -> Result<DiskPlan> {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
-        let capabilities = self.capabilities();
+        let (capabilities, max_depth) = (self.capabilities(), self.limits.max_depth);
         blocking(move || {
             if let DiskRequest::Create { overlay: Some(overlay), .. } = &request {
                 check_overlay_name(&disk, overlay)?;
@@ -156,7 +171,16 @@ impl DiskSnapshotter for Qcow2 {
             {
                 plan.notes.extend(warnings_of_moving(&disk, layer)?);
             }
-            Ok(plan)
+            match preflight::check(&disk, &state, &request, &mut plan, max_depth) {
+                // Nobody asked for it: what cannot be merged stays as it is.
+                Err(error) if matches!(&request, DiskRequest::Delete { drop, .. } if drop.is_empty()) => {
+                    Ok(DiskPlan {
+                        notes: vec![format!("nothing was merged: {error}")],
+                        ..DiskPlan::default()
+                    })
+                }
+                checked => checked.map(|()| plan),
+            }
         })
         .await
     }
@@ -224,10 +248,10 @@ impl DiskSnapshotter for Qcow2 {
         drop: &[Point],
         keep: &[Point],
     ) -> Result<DeleteCost> {
-        let request = DiskRequest::Delete { drop: drop.to_vec(), keep: keep.to_vec() };
+        let request = DiskRequest::Delete { drop: drop.to_vec(), keep: keep.to_vec(), force: true };
         let plan = self.plan(disk, state, ActivePath::Keep, &request).await?;
-        let state = state.clone();
-        blocking(move || cost(&plan, &state)).await
+        let (state, punch) = (state.clone(), self.punch);
+        blocking(move || cost(&plan, &state, punch)).await
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
@@ -382,7 +406,7 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-fn cost(plan: &DiskPlan, state: &DiskState) -> Result<DeleteCost> {
+fn cost(plan: &DiskPlan, state: &DiskState, punch: bool) -> Result<DeleteCost> {
     let mut cost = DeleteCost::default();
     let mut kept_growth = 0u64;
     for planned in &plan.steps {
@@ -394,7 +418,9 @@ fn cost(plan: &DiskPlan, state: &DiskState) -> Result<DeleteCost> {
                 cost.frees = cost.frees.saturating_add(gone.sum());
             }
             ChainStep::DropInternal { layer, tags } => {
-                if let Some(layer) = state.layer(&layer) {
+                // A hypervisor that deletes it in the image it writes keeps the room for what it writes next.
+                let punched = punch && !(state.attached && layer == state.active);
+                if let Some(layer) = state.layer(&layer).filter(|_| punched) {
                     let image = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked())?;
                     let tags: Vec<&str> = tags.iter().map(String::as_str).collect();
                     cost.frees = cost.frees.saturating_add(image.freed_by_deleting(&tags)?);

@@ -8,8 +8,9 @@ use snapcore::{DiskRecord, InspectDepth, Layer, LayerName, Point, Result, Snapsh
 use crate::attached::FileIds;
 use crate::layers::{Limits, inspect};
 
-/// The frozen layers of the active chain and the tags in every layer of it that `known` does not have, oldest first. The
-/// layers in the disk's own directory on which no foreign image stands become ours.
+/// The frozen layers of the active chain, and the tags in every layer of it and in every other layer of ours,
+/// that `known` does not have, oldest first. The layers in the disk's own directory on which no foreign image
+/// stands become ours.
 pub(crate) fn discover(record: &mut DiskRecord, known: &[Point], limits: &Limits) -> Result<Vec<Snapshot>> {
     let before = inspect(record, InspectDepth::Dependents, limits, &FileIds::new())?;
     for layer in before.chain(&before.active) {
@@ -27,15 +28,15 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point], limits: &Limits
     let mut found: Vec<Snapshot> = Vec::new();
     let mut chain = state.chain(&state.active);
     chain.reverse();
+    // A layer that a revert left is in no chain of the active one any more, and the tags in it are still
+    // snapshots.
+    let left =
+        state.layers.iter().filter(|layer| layer.owned && chain.iter().all(|other| other.name != layer.name));
+    for layer in left {
+        add_tags(&mut found, record, layer, known);
+    }
     for layer in chain {
-        let mut tags: Vec<_> = layer.internal.iter().collect();
-        tags.sort_by_key(|tag| tag.created);
-        for tag in tags {
-            let point = Point::internal(layer.name.clone(), &tag.tag);
-            if !known.contains(&point) {
-                add_found(&mut found, record, &tag.tag, tag.created, point, tag.virtual_size);
-            }
-        }
+        add_tags(&mut found, record, layer, known);
         let point = Point::external(layer.name.clone());
         if layer.name != state.active && !known.contains(&point) {
             let created = frozen_at(layer)?;
@@ -43,6 +44,17 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point], limits: &Limits
         }
     }
     Ok(found)
+}
+
+fn add_tags(found: &mut Vec<Snapshot>, record: &DiskRecord, layer: &Layer, known: &[Point]) {
+    let mut tags: Vec<_> = layer.internal.iter().collect();
+    tags.sort_by_key(|tag| tag.created);
+    for tag in tags {
+        let point = Point::internal(layer.name.clone(), &tag.tag);
+        if !known.contains(&point) {
+            add_found(found, record, &tag.tag, tag.created, point, tag.virtual_size);
+        }
+    }
 }
 
 fn stem(layer: &LayerName) -> &str {

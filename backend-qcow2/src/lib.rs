@@ -13,6 +13,7 @@ mod dependents;
 mod discover;
 pub mod image;
 mod layers;
+mod preflight;
 mod refusal;
 mod salvage;
 mod steps;

@@ -94,6 +94,7 @@ impl Workplace<'_> {
             ChainStep::NameLayer { .. }
             | ChainStep::TakeInternal { .. }
             | ChainStep::DropInternal { .. }
+            | ChainStep::ForgetInternal { .. }
             | ChainStep::Merge { .. }
             | ChainStep::Repoint { .. }
             | ChainStep::Remove { .. }

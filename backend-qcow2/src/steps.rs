@@ -37,6 +37,8 @@ pub(crate) struct Workplace<'a> {
     /// Bytes that the step is to move, as it was planned.
     pub(crate) bytes: u64,
     pub(crate) max_depth: u32,
+    /// Whether the room of freed clusters is given back to the file system.
+    pub(crate) punch: bool,
 }
 
 impl Workplace<'_> {
@@ -60,7 +62,8 @@ impl Workplace<'_> {
                 names::move_name(&self.record.disk.path, &to)
             }
             ChainStep::ApplyInternal { layer, tag, .. } => self.apply_tag(layer, tag),
-            ChainStep::DropInternal { layer, tags } => self.drop_tags(layer, tags),
+            ChainStep::DropInternal { layer, tags } => self.drop_tags(layer, tags, false),
+            ChainStep::ForgetInternal { layer, tags } => self.drop_tags(layer, tags, true),
             ChainStep::Merge { run, into, .. } if self.has_pivoted(run, into)? => Ok(()),
             ChainStep::Merge { run, into, below } => self.merge(run, into, below.as_ref()),
             ChainStep::Repoint { child, to } => self.repoint(child, to),
@@ -86,7 +89,7 @@ impl Workplace<'_> {
                 }
                 names::flush_directory_of(&file)
             }
-            ChainStep::TakeInternal { layer, tag } => self.drop_tags(layer, std::slice::from_ref(tag)),
+            ChainStep::TakeInternal { layer, tag } => self.drop_tags(layer, std::slice::from_ref(tag), false),
             ChainStep::SwitchActive { from, to } => {
                 self.lock(path)?;
                 // Undone before, and so perhaps was what had come before it: then `from` has no name of its own.
@@ -102,8 +105,12 @@ impl Workplace<'_> {
                 }
             }
             // Without a safety copy nobody needs the state that was there before.
-            ChainStep::ApplyInternal { safety: None, .. } => Ok(()),
+            ChainStep::ApplyInternal { layer, safety: None, .. } => {
+                self.mend(layer);
+                Ok(())
+            }
             ChainStep::DropInternal { .. }
+            | ChainStep::ForgetInternal { .. }
             | ChainStep::Merge { .. }
             | ChainStep::Repoint { .. }
             | ChainStep::Remove { .. }
@@ -132,7 +139,7 @@ impl Workplace<'_> {
                 let image = self.reading(layer)?;
                 image.find_snapshot(tag)?.is_some() && image.snapshot_matches_active(tag)?
             }
-            ChainStep::DropInternal { layer, tags } => {
+            ChainStep::DropInternal { layer, tags } | ChainStep::ForgetInternal { layer, tags } => {
                 let mut left = 0;
                 for tag in tags {
                     left += usize::from(self.has_tag(layer, tag)?);
@@ -197,7 +204,9 @@ impl Workplace<'_> {
     fn writing(&self, layer: &LayerName) -> Result<Image> {
         let file = file_of(self.record, layer)?;
         self.refuse_open(&file)?;
-        Ok(Image::open(file.as_std_path(), &writing(self.hold, &file)?)?)
+        let options = writing(self.hold, &file)?;
+        let options = if self.punch { options } else { options.without_punching() };
+        Ok(Image::open(file.as_std_path(), &options)?)
     }
 
     pub(crate) fn has_tag(&self, layer: &LayerName, tag: &str) -> Result<bool> {
@@ -240,10 +249,11 @@ impl Workplace<'_> {
         let base = self.own_name(on);
         let mut new =
             NewImage::new(size).on(Backing { file: self.string(on), format: Some(on_format.to_owned()) });
-        if on_format == "qcow2"
-            && let Some(header) = image::probe(base.as_std_path())?
-        {
-            new.cluster_bits = header.cluster_bits;
+        if on_format == "qcow2" {
+            let base = Image::open(base.as_std_path(), &OpenOptions::read_only().unlocked())?;
+            new = new.like(base.header());
+            // Only version 3 can say that a cluster above a backing file reads as zeros.
+            new.version = 3;
         }
         image::create(unfinished.as_std_path(), &new)?;
         let made = File::open(&unfinished)
@@ -278,25 +288,42 @@ impl Workplace<'_> {
     }
 
     fn apply_tag(&self, layer: &LayerName, tag: &str) -> Result<()> {
-        let mut image = self.writing(layer)?;
-        if !image.snapshot_matches_active(tag)? {
-            image.apply_snapshot(tag)?;
+        self.refuse_open(&file_of(self.record, layer)?)?;
+        if self.reading(layer)?.snapshot_matches_active(tag)? {
+            self.mend(layer);
+            return Ok(());
         }
-        Ok(())
+        Ok(self.writing(layer)?.apply_snapshot(tag)?)
     }
 
-    fn drop_tags(&self, layer: &LayerName, tags: &[String]) -> Result<()> {
-        let mut image = self.writing(layer)?;
+    /// `forget`: without giving back what they refer to.
+    fn drop_tags(&self, layer: &LayerName, tags: &[String], forget: bool) -> Result<()> {
+        let image = self.reading(layer)?;
         let mut present = Vec::new();
         for tag in tags {
             if image.find_snapshot(tag)?.is_some() {
                 present.push(tag.as_str());
             }
         }
-        if !present.is_empty() {
-            image.delete_snapshots(&present)?;
+        match (present.is_empty(), forget) {
+            (true, _) => self.mend(layer),
+            (false, false) => drop(self.writing(layer)?.delete_snapshots(&present)?),
+            (false, true) => drop(self.writing(layer)?.forget_snapshots(&present)?),
         }
         Ok(())
+    }
+
+    /// Gives back what a crash or a failed call may have left of a step that is done, or was never: leaked
+    /// clusters, and COPIED bits that are clear. Only a favour, for an image that is whole without it: what
+    /// hinders it is not this step's to report, and must not keep an undo from ending. One more failed call
+    /// must not decide, so it is tried twice.
+    fn mend(&self, layer: &LayerName) {
+        for _ in 0..2 {
+            match self.writing(layer).and_then(|mut image| Ok(image.repair()?)) {
+                Ok(_) => return,
+                Err(error) => tracing::warn!(%layer, %error, "what a stopped step left is not given back"),
+            }
+        }
     }
 
     fn merge(&self, run: &[LayerName], into: &LayerName, below: Option<&LayerName>) -> Result<()> {

@@ -608,6 +608,7 @@ async fn tags_of_the_active_image_are_the_hypervisors_and_those_of_frozen_ones_w
     let request = DiskRequest::Delete {
         drop: layers.iter().map(|layer| Point::internal(layer.clone(), "t")).collect(),
         keep: vec![Point::external(layers[0].clone())],
+        force: false,
     };
     let plan = house.plan(request).await.unwrap();
     let windows: Vec<bool> = plan.steps.iter().map(|planned| planned.window).collect();
@@ -684,7 +685,8 @@ async fn tables_that_are_just_written_do_not_keep_a_delete_from_being_planned() 
     let table = usize::try_from(u64::from_be_bytes(bytes[40..48].try_into().unwrap())).unwrap();
     bytes[table..table + 8].copy_from_slice(&0x8000_0000_0000_0200_u64.to_be_bytes());
     std::fs::write(&top, bytes).unwrap();
-    let request = || DiskRequest::Delete { drop: vec![Point::external(layers[0].clone())], keep: vec![] };
+    let request =
+        || DiskRequest::Delete { drop: vec![Point::external(layers[0].clone())], keep: vec![], force: false };
     let plan = house.plan(request()).await.unwrap();
     let merge: ChainStep = serde_json::from_value(plan.steps[0].step.action.clone()).unwrap();
     let ChainStep::Merge { run, into, .. } = merge else { panic!("{plan:?}") };

@@ -1,16 +1,19 @@
 //! [`DiskSnapshotter`] for raw files.
 
 use std::collections::HashSet;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
-use image_files::{Holds, blocking, in_place, is_held_by_others, names};
+use image_files::{Holds, blocking, in_place, is_held_by_others, names, unshared};
+use rustix::fs::OFlags;
 use snapcore::chain::layer_path;
 use snapcore::{
     ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
-    DiskSnapshotter, DiskState, Error, ErrorKind, FileIdentity, Finding, Guard, InspectDepth, LayerName,
-    Point, PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
+    DiskSnapshotter, DiskState, Error, ErrorKind, FileIdentity, Finding, Guard, InspectDepth, Layer,
+    LayerName, Point, PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext,
+    StepStatus,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -171,7 +174,9 @@ impl DiskSnapshotter for Raw {
         blocking(move || check(&disk, &state)).await
     }
 
-    /// What points share with each other and with the present is counted with each: what is freed is this at most.
+    /// What a point shares with other files (reflinks) is not given back by its removal, where the file
+    /// system tells. Points that share with each other alone give that back together: then it is more than
+    /// this.
     async fn cost_of_delete(
         &self,
         _disk: &DiskRecord,
@@ -180,7 +185,14 @@ impl DiskSnapshotter for Raw {
         keep: &[Point],
     ) -> Result<DeleteCost> {
         let gone = drop.iter().filter(|point| !keep.contains(point));
-        let frees = gone.filter_map(|point| state.layer(&point.layer)).map(|layer| layer.allocated).sum();
+        let own = |layer: &Layer| {
+            let flags = OFlags::NONBLOCK.bits().cast_signed();
+            let file = std::fs::File::options().read(true).custom_flags(flags).open(&layer.file).ok()?;
+            unshared(&file).ok().flatten()
+        };
+        let layers = gone.filter_map(|point| state.layer(&point.layer));
+        let frees =
+            layers.map(|layer| own(layer).map_or(layer.allocated, |own| own.min(layer.allocated))).sum();
         Ok(DeleteCost { frees, moves: 0 })
     }
 

@@ -5,11 +5,12 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::names::{self, io_error};
-use rustix::fs::SeekFrom;
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate};
 use rustix::io::Errno;
 use snapcore::{Error, ErrorKind, Progress, Result};
 use tokio_util::sync::CancellationToken;
@@ -20,6 +21,9 @@ const BLOCK: usize = 64 << 10;
 /// What stands before the number in a checksum's file.
 const HEADING: &str = "domsnap raw crc32 ";
 
+/// Bytes of a checksum's file that are read: more than any has.
+const MAX_SUM_FILE: u64 = 64;
+
 /// Who is told of a copy, and may end it.
 #[derive(Clone, Copy)]
 pub(crate) struct Watch<'a> {
@@ -29,8 +33,9 @@ pub(crate) struct Watch<'a> {
     pub(crate) bytes: u64,
 }
 
-/// Copies what is not zero of `from` into the empty `to`, gives that its length last, and gives the checksum. So a copy that
-/// is as long as its source is whole, but not yet durable.
+/// Copies what is not zero of `from` into the empty `to`, gives that its length last, and gives the checksum.
+/// So a copy that is as long as its source is whole, but not yet durable. With `reserve`, room for all of it
+/// is reserved too.
 ///
 /// # Errors
 /// [`ErrorKind::Cancelled`], [`ErrorKind::NoSpace`], [`ErrorKind::Io`].
@@ -39,14 +44,35 @@ pub(crate) fn copy(
     from_path: &Utf8Path,
     to: &File,
     to_path: &Utf8Path,
+    reserve: bool,
     watch: Watch<'_>,
 ) -> Result<u32> {
     let writing = |error| io_error(error, format!("cannot write {to_path}"));
     let sum = read_blocks(from, from_path, watch, |at, block| to.write_all_at(block, at).map_err(writing))?;
     let length =
         from.metadata().map_err(|error| io_error(error, format!("cannot look at {from_path}")))?.len();
+    if reserve {
+        reserve_all(to, to_path, length)?;
+    }
     to.set_len(length).map_err(writing)?;
     Ok(sum)
+}
+
+/// Reserves room for all of a file that is or will be `length` bytes long, and changes neither its length nor
+/// its data.
+pub(crate) fn reserve_all(file: &File, path: &Utf8Path, length: u64) -> Result<()> {
+    match fallocate(file, FallocateFlags::KEEP_SIZE, 0, length.max(1)) {
+        // A file system that reserves nothing had nothing reserved.
+        Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
+        Err(errno) => Err(io_error(errno.into(), format!("cannot reserve {length} bytes for {path}"))),
+    }
+}
+
+/// Returns true if the file takes at least its length on the file system: its room was reserved, or written
+/// in full.
+pub(crate) fn is_reserved(path: &Utf8Path) -> bool {
+    fs::metadata(path)
+        .is_ok_and(|about| about.is_file() && about.len() > 0 && about.blocks() * 512 >= about.len())
 }
 
 /// The checksum of a file.
@@ -159,11 +185,23 @@ pub(crate) fn write_sum(layer: &Utf8Path, sum: u32) -> Result<()> {
 /// The checksum that stands beside a layer; absent: it was not copied, but shares blocks.
 pub(crate) fn stated_sum(layer: &Utf8Path) -> Result<Option<u32>> {
     let file = sum_file(layer);
-    let text = match fs::read_to_string(&file) {
-        Ok(text) => text,
+    let reading = |error| io_error(error, format!("cannot read {file}"));
+    // Whatever lies there: a FIFO is not waited for, a link not followed, and no more is read than a checksum
+    // has.
+    let flags = (OFlags::NONBLOCK | OFlags::NOFOLLOW).bits().cast_signed();
+    let opened = match fs::File::options().read(true).custom_flags(flags).open(&file) {
+        Ok(opened) => Some(opened),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(io_error(error, format!("cannot read {file}"))),
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::LOOP) => None,
+        Err(error) => return Err(reading(error)),
     };
+    let mut text = Vec::new();
+    if let Some(opened) = opened
+        && opened.metadata().map_err(reading)?.is_file()
+    {
+        opened.take(MAX_SUM_FILE).read_to_end(&mut text).map_err(reading)?;
+    }
+    let text = String::from_utf8_lossy(&text);
     let number = text.trim_end().strip_prefix(HEADING).and_then(|hex| u32::from_str_radix(hex, 16).ok());
     match number {
         Some(sum) => Ok(Some(sum)),

@@ -10,6 +10,7 @@ use snapcore::{
     Layer, LayerName, PlannedStep, Point, PointKind, Result, Step, shown_size,
 };
 
+use crate::copy::is_reserved;
 use crate::layers::is_device;
 use crate::place::can_reflink;
 use crate::steps::{RawStep, Way};
@@ -30,7 +31,7 @@ pub(crate) fn plan(
             planner.create(*kind, way.as_deref(), overlay.as_ref(), *stamp)?;
         }
         DiskRequest::Revert { to, save, stamp, .. } => planner.revert(to, save.is_some(), *stamp)?,
-        DiskRequest::Delete { drop, keep } => planner.delete(drop.is_empty(), keep)?,
+        DiskRequest::Delete { drop, keep, .. } => planner.delete(drop.is_empty(), keep)?,
         other => {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -128,7 +129,8 @@ impl Planner<'_> {
             Way::Reflink => format!("make {layer} share the blocks of {}", self.path()),
             Way::Copy => format!("copy {} into {layer}", self.path()),
         };
-        let copy = RawStep::Copy { from: None, layer: layer.clone(), way, settled_later: live };
+        let reserve = is_reserved(self.path());
+        let copy = RawStep::Copy { from: None, layer: layer.clone(), way, settled_later: live, reserve };
         self.push(Group::Cut, &copy, words, bytes);
         if live {
             if let Some(copy) = self.plan.steps.last_mut() {
@@ -219,6 +221,23 @@ impl Planner<'_> {
             }));
         }
         self.refuse_raw_points()?;
+        // QEMU's `luks` driver below a running domain is seen as such. At rest a header of LUKS may also be
+        // the guest's own.
+        if !self.state.attached && image_files::is_luks(self.path()).unwrap_or(false) {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{target}: {} begins as a LUKS volume: if QEMU encrypts this disk (driver luks), an overlay would hold what \
+                     the guest writes from then on in the clear",
+                    self.path()
+                ),
+            )
+            .state("no changes made")
+            .advise(format!(
+                "take it with --disk {target}=copy or {target}=reflink; or, if the guest encrypts its disk by itself, take it \
+                 while the domain runs"
+            )));
+        }
         let layer = match chosen {
             Some(file) if is_device => self.beside_no_device(file)?,
             None if is_device => {
@@ -240,6 +259,12 @@ impl Planner<'_> {
                 format!("{target}: {} is {size} bytes long, which no qcow2 overlay can be", self.path()),
             )
             .advise("a disk's size is a multiple of 512 bytes; or take it with =copy"));
+        }
+        if !is_device && is_reserved(self.path()) {
+            self.plan.notes.push(format!(
+                "{target}: {} is allocated in full; the new overlay is not, and grows as the guest writes",
+                self.path()
+            ));
         }
         let step = RawStep::CreateOverlay { layer: layer.clone(), virtual_size: size };
         self.push(Group::Prepare, &step, format!("make the qcow2 overlay {layer} on {}", self.path()), 0);
@@ -339,13 +364,31 @@ impl Planner<'_> {
         let new = self.new_layer(None, stamp)?;
         let former = self.new_layer(None, stamp.wrapping_add(1))?;
         let bytes = if way == Way::Copy { point.allocated } else { 0 };
+        let size = point.virtual_size;
         self.require_room(bytes)?;
+        // The disk keeps its room, whether the point kept it or what is there now has it.
+        let wanted = is_reserved(self.path()) || is_reserved(&point.file);
+        let reserve = wanted && self.require_room(size).is_ok();
+        if wanted && !reserve {
+            self.plan.notes.push(format!(
+                "{target}: {} was allocated in full and is sparse after this, because there is no room for {}; `fallocate -l \
+                 {size} {}` reserves it",
+                self.path(),
+                shown_size(size),
+                self.path()
+            ));
+        }
         let words = match way {
             Way::Reflink => format!("make {new} share the blocks of {}", to.layer),
             Way::Copy => format!("copy {} into {new}", to.layer),
         };
-        let copy =
-            RawStep::Copy { from: Some(to.layer.clone()), layer: new.clone(), way, settled_later: false };
+        let copy = RawStep::Copy {
+            from: Some(to.layer.clone()),
+            layer: new.clone(),
+            way,
+            settled_later: false,
+            reserve,
+        };
         self.push(Group::Prepare, &copy, words, bytes);
         let name = RawStep::Name { layer: former.clone() };
         self.push(Group::Prepare, &name, format!("give {} the name {former} too", self.path()), 0);

@@ -52,6 +52,9 @@ pub(crate) enum RawStep {
         way: Way,
         /// Whether a step of its own makes it durable and names it, later: not while the guest stands still.
         settled_later: bool,
+        /// Whether room for all of the new layer is reserved, as it was for the disk.
+        #[serde(default)]
+        reserve: bool,
     },
     /// Makes a copy durable, and gives it its name.
     Settle { layer: LayerName },
@@ -86,8 +89,8 @@ impl Workplace<'_> {
         match step {
             RawStep::WriteOut => write_out(path),
             RawStep::Copy { layer, .. } if names::file_id(&self.file(layer))?.is_some() => Ok(()),
-            RawStep::Copy { from, layer, way, settled_later } => {
-                self.copy(from.as_ref(), layer, *way)?;
+            RawStep::Copy { from, layer, way, settled_later, reserve } => {
+                self.copy(from.as_ref(), layer, *way, *reserve)?;
                 if *settled_later { Ok(()) } else { self.settle(layer) }
             }
             RawStep::Settle { layer } => self.settle(layer),
@@ -238,7 +241,7 @@ impl Workplace<'_> {
     }
 
     /// Makes the whole of a copy under a passing name.
-    fn copy(&self, from: Option<&LayerName>, layer: &LayerName, way: Way) -> Result<()> {
+    fn copy(&self, from: Option<&LayerName>, layer: &LayerName, way: Way, reserve: bool) -> Result<()> {
         let (source, file) = (self.source(from), self.file(layer));
         if from.is_some() {
             copy::verify(&source, self.watch)?;
@@ -255,9 +258,16 @@ impl Workplace<'_> {
             .open(&passing)
             .map_err(|error| names::io_error(error, format!("cannot make {passing}")))?;
         match way {
-            Way::Reflink => reflink(&old, &source, &new, &passing)?,
+            Way::Reflink => {
+                reflink(&old, &source, &new, &passing)?;
+                if reserve {
+                    let length = new.metadata().map(|about| about.len());
+                    let looking = |error| names::io_error(error, format!("cannot look at {passing}"));
+                    copy::reserve_all(&new, &passing, length.map_err(looking)?)?;
+                }
+            }
             Way::Copy => {
-                let sum = copy::copy(&old, &source, &new, &passing, self.watch)?;
+                let sum = copy::copy(&old, &source, &new, &passing, reserve, self.watch)?;
                 // The new present changes as soon as the domain runs: only a point has a sum to be compared with.
                 if from.is_none() {
                     copy::write_sum(&file, sum)?;

@@ -4,17 +4,21 @@
 //! image, and [`Holds`] keeps such locks for a whole operation; [`inherit`] lets those read a new file who could read the one
 //! that it is made from.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod access;
 mod blocking;
+mod extents;
 mod hold;
 mod lock;
+mod luks;
 pub mod names;
 mod size;
 
 pub use access::inherit;
 pub use blocking::{blocking, in_place};
+pub use extents::{allocated_in, unshared};
 pub use hold::{Hold, Holds, is_held_by_others};
 pub use lock::{LockError, LockMode, is_locked, lock};
+pub use luks::is_luks;
 pub use size::{size_at, size_of};

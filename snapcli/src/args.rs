@@ -50,6 +50,10 @@ pub struct Global {
     /// The longest chain of layers that is followed or made [default: 200]
     #[arg(long, value_name = "LAYERS", global = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_depth: Option<u32>,
+    /// Keep the space of deleted internal snapshots in the image file instead of giving it back to the file
+    /// system
+    #[arg(long, global = true)]
+    pub no_punch: bool,
     /// The area of a thick volume's snapshot, in percent of the volume [default: 20]
     #[arg(long, value_name = "PERCENT", global = true, value_parser = clap::value_parser!(u32).range(1..=200))]
     pub lvm_area: Option<u32>,
@@ -260,6 +264,10 @@ pub struct Delete {
     /// Limit merges in a running domain to this many bytes a second; K, M and G are units
     #[arg(long, value_name = "BYTES", value_parser = bytes, default_value = "0", hide_default_value = true)]
     pub limit: u64,
+    /// Also delete snapshots that are damaged inside their image: they are forgotten, and their space stays
+    /// in use
+    #[arg(long)]
+    pub force: bool,
     /// Print what would be done; make no changes
     #[arg(long)]
     pub dry_run: bool,
@@ -406,6 +414,9 @@ pub enum Disk {
         names: Vec<String>,
         #[command(flatten)]
         kind: Kind,
+        /// Also delete snapshots that are damaged: they are forgotten, and their space stays in use
+        #[arg(long)]
+        force: bool,
     },
     /// List the snapshots of an image
     List {

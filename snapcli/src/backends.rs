@@ -71,6 +71,9 @@ fn own(global: &Global) -> Result<Registry> {
     if let Some(layers) = global.max_depth {
         qcow2 = qcow2.max_depth(layers);
     }
+    if global.no_punch {
+        qcow2 = qcow2.without_punching();
+    }
     for directory in &global.allow_backing {
         qcow2 = qcow2.allow_backing(absolute(directory)?);
     }

@@ -372,6 +372,9 @@ pub struct DiskDoc {
     pub names: Vec<String>,
     /// Where they live.
     pub kind: PointKind,
+    /// Those of them that were damaged: they are out of the image's table, and their space is still in use.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub forgotten: Vec<String>,
 }
 
 /// `disk list`.
@@ -398,6 +401,10 @@ pub struct DiskSnapshotDoc {
     pub virtual_size: u64,
     /// Bytes of VM state in it.
     pub vm_state_size: u64,
+    /// The lower layer that it is in, absolute; absent: the image itself, or a snapshot that is a layer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub layer: Option<Utf8PathBuf>,
 }
 
 /// `check`.

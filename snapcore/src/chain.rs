@@ -78,6 +78,13 @@ pub enum ChainStep {
         /// Their tags.
         tags: Vec<String>,
     },
+    /// Takes damaged internal snapshots of a layer out of its table, and leaves what they refer to in use.
+    ForgetInternal {
+        /// The layer.
+        layer: LayerName,
+        /// Their tags.
+        tags: Vec<String>,
+    },
     /// Makes one layer of a run show what the run's top shows, standing on what the run's bottom stands on.
     Merge {
         /// The run, bottom first.
@@ -197,7 +204,7 @@ pub fn plan(
             neighbours::allow_revert(record, state, active_path)?;
             planner.revert(to, save.as_ref(), keep, *undoable, *stamp)?;
         }
-        DiskRequest::Delete { drop, keep } => {
+        DiskRequest::Delete { drop, keep, .. } => {
             planner.delete(drop, keep, visible)?;
             neighbours::allow_merges(record, state, drop.is_empty(), &mut planner.plan)?;
         }

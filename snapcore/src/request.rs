@@ -223,18 +223,27 @@ pub struct DeleteRequest {
     pub scope: DeleteScope,
     /// What merges on a running domain may move, in bytes a second; 0: as fast as they can.
     pub limit: u64,
+    /// Whether points that are damaged are forgotten, where a backend can: their space stays in use.
+    pub force: bool,
 }
 
 impl DeleteRequest {
     /// Deletes `names`, alone.
     pub fn new(names: Vec<SnapshotName>) -> Self {
-        Self { names, scope: DeleteScope::Only, limit: 0 }
+        Self { names, scope: DeleteScope::Only, limit: 0, force: false }
     }
 
     /// Limits merges on a running domain, in bytes a second.
     #[must_use]
     pub fn limit(mut self, bytes_per_second: u64) -> Self {
         self.limit = bytes_per_second;
+        self
+    }
+
+    /// Forgets points that are damaged.
+    #[must_use]
+    pub fn force(mut self, force: bool) -> Self {
+        self.force = force;
         self
     }
 

@@ -216,6 +216,10 @@ pub enum DiskRequest {
         drop: Vec<Point>,
         /// All points of this disk that stay.
         keep: Vec<Point>,
+        /// Whether a point that is damaged may be forgotten: it goes, and what it refers to stays in use,
+        /// because that cannot be known.
+        #[serde(default)]
+        force: bool,
     },
 }
 

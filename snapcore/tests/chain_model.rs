@@ -288,6 +288,7 @@ impl Machine {
                 );
             }
             ChainStep::Merge { .. } => {}
+            ChainStep::ForgetInternal { .. } => panic!("no request of this model forces anything"),
             ChainStep::Repoint { child, to } => {
                 assert!(
                     !is_open(child) || self.images[child].backing.as_ref() == Some(to),
@@ -345,6 +346,7 @@ impl Machine {
                     assert!(self.images.get_mut(&layer).unwrap().tags.remove(&tag).is_some());
                 }
             }
+            ChainStep::ForgetInternal { .. } => panic!("no request of this model forces anything"),
             ChainStep::Merge { run, into, below } => {
                 let top = run.last().unwrap();
                 assert_eq!(self.images[&run[0]].backing, below, "a run merges onto what its bottom stood on");
@@ -490,7 +492,7 @@ impl Machine {
                     .filter_map(|number| self.points.remove(number))
                     .map(|(point, _)| point)
                     .collect();
-                let plan = self.plan(&DiskRequest::Delete { drop, keep: self.keep() }).unwrap();
+                let plan = self.plan(&DiskRequest::Delete { drop, keep: self.keep(), force: false }).unwrap();
                 self.run(&plan);
                 if self.points.is_empty() && self.foreign.is_empty() {
                     assert_eq!(self.images.len(), 1, "nothing is left to keep, yet layers are");
@@ -619,14 +621,16 @@ fn the_direction_that_moves_less_is_taken() {
     }
     machine.perform(&Action::Create(PointKind::External));
     machine.perform(&Action::Write(0, 8));
-    let plan = machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![] }).unwrap();
+    let plan =
+        machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![], force: false }).unwrap();
     assert_eq!(plan.steps[0].step.bytes, 1, "{plan:?}");
 
     // An overlay that hides all of its base: nothing has to be moved up.
     for at in 0..CLUSTERS {
         machine.perform(&Action::Write(at, 9));
     }
-    let plan = machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![] }).unwrap();
+    let plan =
+        machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![], force: false }).unwrap();
     assert_eq!(plan.steps[0].step.bytes, 0, "{plan:?}");
 }
 
@@ -658,7 +662,7 @@ fn the_merge(plan: &DiskPlan) -> (Vec<LayerName>, LayerName, u64) {
 #[test]
 fn layers_that_are_open_are_merged_into_the_cheaper_end_of_their_run() {
     let mut machine = heavy_in_the_middle();
-    let everything = DiskRequest::Delete { drop: machine.keep(), keep: vec![] };
+    let everything = DiskRequest::Delete { drop: machine.keep(), keep: vec![], force: false };
     let (run, into, bytes) = the_merge(&machine.plan(&everything).unwrap());
     assert_eq!((into == run[1], bytes), (true, 2), "at rest it is the one that holds the most");
     machine.perform(&Action::Power(true));
@@ -689,7 +693,7 @@ fn layers_that_nobody_has_open_are_merged_into_any_of_them_while_the_domain_runs
         .collect();
     let (saved, middle) = aside.split_last().unwrap();
     let keep = vec![machine.points[&base].0.clone(), saved.clone()];
-    let request = DiskRequest::Delete { drop: middle.to_vec(), keep };
+    let request = DiskRequest::Delete { drop: middle.to_vec(), keep, force: false };
     let (run, into, bytes) = the_merge(&machine.plan(&request).unwrap());
     assert_eq!((run.len(), into == run[0], bytes), (3, true, 1));
     assert!(!machine.open.as_ref().unwrap().contains(&into));
@@ -718,7 +722,8 @@ fn the_path_of_a_running_domain_moves_inside_the_instant_and_inside_the_merge() 
 
     machine.perform(&Action::Create(PointKind::External));
     machine.perform(&Action::Write(0, 8));
-    let plan = machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![] }).unwrap();
+    let plan =
+        machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![], force: false }).unwrap();
     let done: Vec<_> = plan
         .steps
         .iter()
@@ -765,7 +770,7 @@ fn a_tag_of_a_frozen_open_layer_is_dropped_in_a_window_and_one_of_the_active_lay
     machine.perform(&Action::Power(true));
     let tags: Vec<Point> = machine.keep().into_iter().filter(|point| point.tag.is_some()).collect();
     let keep = machine.keep().into_iter().filter(|point| point.tag.is_none()).collect();
-    let plan = machine.plan(&DiskRequest::Delete { drop: tags, keep }).unwrap();
+    let plan = machine.plan(&DiskRequest::Delete { drop: tags, keep, force: false }).unwrap();
     let active = machine.record.active.as_str();
     let windows: Vec<_> =
         plan.steps.iter().map(|planned| (planned.step.action["layer"] == *active, planned.window)).collect();

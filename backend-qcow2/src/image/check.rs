@@ -4,6 +4,7 @@
 //! lost, nothing else. Stored too low, or a COPIED bit over a cluster with several references, is an error: the next
 //! write could destroy what a snapshot needs. A COPIED bit that is clear though it might be set only costs a copy.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use super::bitmaps;
@@ -338,21 +339,28 @@ impl Image {
     /// Mends what a crash may leave: leaked clusters are given back, COPIED bits that might be set are set. No data and
     /// no mapping is touched. Returns what was found.
     ///
-    /// Order: all in any order, one flush; each single change is right by itself.
+    /// Order: all in any order, one flush; each single change is right by itself. Then the room of free
+    /// clusters is given back, what a crash before that left among it.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`], and nothing is changed, when the check finds errors; the system's.
     pub fn repair(&mut self) -> Result<CheckReport> {
-        self.guarded("repair", |image| {
+        let found = Cell::new(None);
+        let check = |image: &mut Self| {
             let (report, counts, mismatches) = image.check_unguarded()?;
             if let Some(first) = report.findings.first() {
                 return Err(Error::corrupt(format!("{} errors, the first: {}", report.errors, first.what))
-                    .advise("nothing was changed; `qemu-img check -r all` on a copy may mend it"));
+                    .advise("`qemu-img check -r all` on a copy may mend it"));
             }
-            if report.is_clean() {
-                return Ok(report);
+            found.set(Some((report, counts, mismatches)));
+            Ok(())
+        };
+        self.checked("repair", check, |image| {
+            let Some((report, counts, mismatches)) = found.take() else { return Ok(CheckReport::default()) };
+            if !report.is_clean() {
+                image.correct(&counts, &mismatches)?;
             }
-            image.correct(&counts, &mismatches)?;
+            image.punch_free()?;
             Ok(report)
         })
     }

@@ -19,7 +19,7 @@ use super::writer::{ActiveWriter, InPlace};
 
 /// All that an image holds: the active state, the backing file, each snapshot.
 #[derive(Clone, PartialEq, Eq)]
-struct State {
+pub(super) struct State {
     active: Vec<u8>,
     backing: Option<Backing>,
     snapshots: BTreeMap<String, Vec<u8>>,
@@ -62,7 +62,7 @@ fn read_all(image: &Image, l1: &L1Table, size: u64) -> Vec<u8> {
     out
 }
 
-fn state(image: &Image) -> State {
+pub(super) fn state(image: &Image) -> State {
     let snapshots = image.snapshots().unwrap().iter().map(|s| {
         let l1 = image.snapshot_l1(s).unwrap();
         (s.name().into_owned(), read_all(image, &l1, s.disk_size))
@@ -75,10 +75,10 @@ fn state(image: &Image) -> State {
 }
 
 /// A small random source that is the same every time.
-struct Seeded(u64);
+pub(super) struct Seeded(pub(super) u64);
 
 impl Seeded {
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -119,7 +119,7 @@ pub(super) fn crashed(base: &[u8], log: &[Event], at: usize, seed: u64) -> Vec<u
     bytes
 }
 
-fn open(bytes: &[u8], writable: bool) -> (Recorder, Image) {
+pub(super) fn open(bytes: &[u8], writable: bool) -> (Recorder, Image) {
     let recorder = Recorder::new(bytes.to_vec());
     let image = Image::from_file(recorder.open(writable)).unwrap();
     (recorder, image)
@@ -206,19 +206,19 @@ fn judged_by_qemu(bytes: &[u8], what: &str) {
 }
 
 /// What the base images are made of.
-struct Kind {
+pub(super) struct Kind {
     bits: u32,
     refcount_bits: u32,
 }
 
-const KINDS: [Kind; 3] = [
+pub(super) const KINDS: [Kind; 3] = [
     Kind { bits: 9, refcount_bits: 64 },
     Kind { bits: 12, refcount_bits: 16 },
     Kind { bits: 9, refcount_bits: 4 },
 ];
 
 /// An image of 256 clusters of disk with three snapshots, all different, and compressed clusters.
-fn base(kind: &Kind) -> Vec<u8> {
+pub(super) fn base(kind: &Kind) -> Vec<u8> {
     let recorder = Recorder::default();
     let size = 1u64 << kind.bits;
     let mut new = NewImage::new(256 * size);

@@ -64,7 +64,8 @@ impl NewImage {
         self
     }
 
-    /// With the format choices of another image: cluster size, version, refcounts, extended L2, compression.
+    /// With the format choices of another image: cluster size, version, refcounts, extended L2, compression,
+    /// lazy refcounts.
     #[must_use]
     pub fn like(mut self, header: &Header) -> Self {
         self.cluster_bits = header.cluster_bits;
@@ -72,6 +73,7 @@ impl NewImage {
         self.refcount_bits = 1 << header.refcount_order;
         self.extended_l2 = header.has_extended_l2();
         self.compression = header.compression;
+        self.lazy_refcounts = header.has_lazy_refcounts();
         self
     }
 }

@@ -58,7 +58,17 @@ struct Inner {
     detail: Cow<'static, str>,
     advice: Option<Cow<'static, str>>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    /// Something was written before it.
+    half_way: bool,
 }
+
+/// The advice of an error that comes before the first write.
+const UNCHANGED: &str =
+    "nothing was changed by this refusal; look at the image with `domsnap check`, and work on a copy of it";
+/// The advice of an error that comes after the first write, where the write order has kept the image
+/// readable.
+const HALF_WAY: &str = "the operation had begun: the image shows what it did before or what it does after it, and clusters \
+     may be leaked; run `domsnap check`, and mend a copy of it with `qemu-img check -r all`";
 
 /// The result of everything here.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -73,14 +83,39 @@ impl Error {
             detail: detail.into(),
             advice: None,
             source: None,
+            half_way: false,
         }))
     }
 
     /// The image contradicts itself: says so, and what to do about it.
     pub fn corrupt(detail: impl Into<Cow<'static, str>>) -> Self {
-        Self::new(ErrorKind::Corrupt, detail).advise(
-            "nothing was changed by this refusal; look at the image with `domsnap check`, and work on a copy of it",
-        )
+        Self::new(ErrorKind::Corrupt, detail).advise(UNCHANGED)
+    }
+
+    /// Returns true if the error came after the first write of its operation.
+    pub fn is_half_way(&self) -> bool {
+        self.0.half_way
+    }
+
+    /// The error of an operation of which nothing is left, because the image was mended after it.
+    #[must_use]
+    pub(crate) fn rolled_back(mut self) -> Self {
+        self.0.half_way = false;
+        if self.0.advice.as_deref() == Some(HALF_WAY) || self.0.advice.is_none() {
+            self.0.advice = Some(Cow::Borrowed("the operation was rolled back, and the image is clean"));
+        }
+        self
+    }
+
+    /// Corrects the advice of an error that says that nothing was changed, where something was written before
+    /// it.
+    #[must_use]
+    pub(crate) fn after_writes(mut self) -> Self {
+        self.0.half_way = true;
+        if self.0.advice.as_deref() == Some(UNCHANGED) {
+            self.0.advice = Some(Cow::Borrowed(HALF_WAY));
+        }
+        self
     }
 
     /// A failed system call.

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::{Error, Result};
 use super::units::HostOffset;
@@ -59,6 +60,8 @@ pub struct ImageFile {
     storage: Box<dyn Storage>,
     path: PathBuf,
     writable: bool,
+    /// Writes that were begun through this value, changes of length among them.
+    writes: AtomicU64,
 }
 
 impl std::fmt::Debug for ImageFile {
@@ -69,7 +72,7 @@ impl std::fmt::Debug for ImageFile {
 
 impl ImageFile {
     pub(crate) fn new(storage: Box<dyn Storage>, path: &Path, writable: bool) -> Self {
-        Self { storage, path: path.to_owned(), writable }
+        Self { storage, path: path.to_owned(), writable, writes: AtomicU64::new(0) }
     }
 
     /// Opens a regular file or block device.
@@ -88,6 +91,12 @@ impl ImageFile {
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Counts the writes that were begun, whether or not they succeeded. An operation that fails reads it:
+    /// where the number is the one before, the file is as it was.
+    pub(crate) fn writes(&self) -> u64 {
+        self.writes.load(Ordering::Relaxed)
     }
 
     /// Whether it was opened for writing.
@@ -154,6 +163,7 @@ impl ImageFile {
             Error::io(format!("{} bytes at offset {offset} cannot be written", buf.len()), e)
                 .on("write", &self.path)
         };
+        self.writes.fetch_add(1, Ordering::Relaxed);
         let mut done = 0;
         while done < buf.len() {
             let at = offset
@@ -186,6 +196,7 @@ impl ImageFile {
     /// # Errors
     /// The system's.
     pub fn set_len(&self, len: u64) -> Result<()> {
+        self.writes.fetch_add(1, Ordering::Relaxed);
         self.storage.set_len(len).map_err(|e| {
             Error::io(format!("the file's size cannot be made {len}"), e).on("resize", &self.path)
         })

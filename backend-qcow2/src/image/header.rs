@@ -451,6 +451,11 @@ impl Header {
         self.incompatible & INCOMPATIBLE_EXTENDED_L2 != 0
     }
 
+    /// Whether QEMU may update refcounts lazily.
+    pub fn has_lazy_refcounts(&self) -> bool {
+        self.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0
+    }
+
     /// Whether guest data is in another file.
     pub fn has_data_file(&self) -> bool {
         self.incompatible & INCOMPATIBLE_DATA_FILE != 0

@@ -96,8 +96,13 @@ pub fn merge(
     below: Option<Below<'_>>,
     moving: &Moving<'_>,
 ) -> Result<MergeReport> {
-    let path = into.path().to_owned();
-    merge_run(under, into, over, below, moving).context("merge into", &path)
+    let (path, writes) = (into.path().to_owned(), into.file().writes());
+    merge_run(under, into, over, below, moving).context("merge into", &path).map_err(|error| {
+        match into.file().writes() == writes {
+            true => error,
+            false => error.after_writes(),
+        }
+    })
 }
 
 fn merge_run(
@@ -136,6 +141,7 @@ fn merge_run(
         image.settle()
     })?;
     reserve::trim(into)?;
+    into.punch_freed()?;
     Ok(report)
 }
 

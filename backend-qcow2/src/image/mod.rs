@@ -27,6 +27,8 @@ mod compressed;
 #[cfg(test)]
 mod crash_tests;
 mod create;
+#[cfg(test)]
+mod damage_tests;
 mod error;
 mod file;
 mod header;
@@ -38,6 +40,7 @@ mod merge;
 mod merge_crash_tests;
 mod open;
 mod overlap;
+mod punch;
 #[cfg(test)]
 mod recorder;
 mod refcount;

@@ -25,23 +25,32 @@ pub struct OpenOptions {
     pub writable: bool,
     /// Take QEMU's locks. Off only for looking at an image that is known to be in use.
     pub lock: bool,
+    /// Give the room of freed clusters back to the file system.
+    pub punch: bool,
 }
 
 impl OpenOptions {
     /// For reading, with the lock of a reader.
     pub fn read_only() -> Self {
-        Self { writable: false, lock: true }
+        Self { writable: false, lock: true, punch: true }
     }
 
     /// For reading and writing, with the lock of a writer.
     pub fn read_write() -> Self {
-        Self { writable: true, lock: true }
+        Self { writable: true, lock: true, punch: true }
     }
 
     /// Without locks.
     #[must_use]
     pub fn unlocked(mut self) -> Self {
         self.lock = false;
+        self
+    }
+
+    /// Keeping the room of freed clusters in the file, for what the image writes next.
+    #[must_use]
+    pub fn without_punching(mut self) -> Self {
+        self.punch = false;
         self
     }
 }
@@ -51,6 +60,8 @@ impl OpenOptions {
 enum State {
     /// Opened; nothing was checked that only a writer needs.
     Open,
+    /// What a writer needs was read and checked; nothing was written.
+    Checked,
     /// Ready for writes.
     Writing,
     /// A write failed: what is in memory need not be what is in the file.
@@ -68,6 +79,8 @@ pub struct Image {
     pub(crate) refcounts: Option<Refcounts>,
     /// Where metadata lies, as long as that is known: nothing is allocated there.
     pub(crate) protected: Option<Vec<overlap::Piece>>,
+    /// Whether freed clusters are punched.
+    pub(crate) punch: bool,
     state: State,
 }
 
@@ -126,6 +139,12 @@ pub fn stated_backing(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
     })
 }
 
+fn marked_corrupt() -> Error {
+    Error::corrupt("the image is marked as corrupt and must not be written").advise(
+        "copy what is left of it with `qemu-img convert`, or mend a copy with `qemu-img check -r all`",
+    )
+}
+
 impl Image {
     /// Opens an image: one read. Tables are read when they are first asked for.
     ///
@@ -140,28 +159,33 @@ impl Image {
             let mode = if options.writable { LockMode::Write } else { LockMode::Read };
             lock(f, mode).map_err(Error::from).context("lock", path)?;
         }
-        Self::from_file(file)
+        let mut image = Self::from_file(file)?;
+        image.punch = options.punch;
+        Ok(image)
     }
 
     pub(crate) fn from_file(file: ImageFile) -> Result<Self> {
+        Self::of(Arc::new(file))
+    }
+
+    fn of(file: Arc<ImageFile>) -> Result<Self> {
         let (header, head) = Header::read(&file)?;
         let mut sector = [0; SECTOR];
         if let Some(first) = head.get(..SECTOR) {
             sector.copy_from_slice(first);
         }
         if file.is_writable() && header.is_corrupt() {
-            return Err(Error::corrupt("the image is marked as corrupt and must not be written")
-                .advise("copy what is left of it with `qemu-img convert`, or mend a copy with `qemu-img check -r all`")
-                .on("open", file.path()));
+            return Err(marked_corrupt().on("open", file.path()));
         }
         Ok(Self {
-            file: Arc::new(file),
+            file,
             header,
             sector,
             l1: OnceLock::new(),
             snapshots: OnceLock::new(),
             refcounts: None,
             protected: None,
+            punch: true,
             state: State::Open,
         })
     }
@@ -333,6 +357,17 @@ impl Image {
         .advise("use an external snapshot (an overlay), or convert the image without `data_file`"))
     }
 
+    /// Refuses an image that must not be written.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for an image that QEMU has marked as corrupt.
+    pub fn require_writable(&self) -> Result<()> {
+        match self.header.is_corrupt() {
+            true => Err(marked_corrupt().on("write to", self.path())),
+            false => Ok(()),
+        }
+    }
+
     /// Refuses what needs the guest's data in clear.
     ///
     /// # Errors
@@ -349,16 +384,14 @@ impl Image {
             .on("move data of", self.path()))
     }
 
-    /// Readies the image for writes; the first thing in every writing operation.
-    ///
-    /// Once an image: tables that overlap are refused; a dirty image's refcounts are rebuilt; autoclear features that
-    /// are not known are cleared, and that is durable, before anything else is written.
+    /// Reads and checks what every writing operation needs, and writes nothing. Once an image: tables that
+    /// overlap are refused.
     ///
     /// # Errors
     /// [`ErrorKind::ReadOnly`]; [`ErrorKind::Corrupt`]; the system's.
-    pub(crate) fn begin_write(&mut self) -> Result<()> {
+    fn check_before_write(&mut self) -> Result<()> {
         match self.state {
-            State::Writing => return Ok(()),
+            State::Writing | State::Checked => return Ok(()),
             State::Failed => {
                 return Err(Error::new(ErrorKind::Io, "an earlier write to the image failed")
                     .advise("open it again: the file itself is as the write order promises")
@@ -374,6 +407,23 @@ impl Image {
         let path = self.path().to_owned();
         self.refcounts = Some(Refcounts::load(&self.file, &self.header).context("write", &path)?);
         overlap::check(self).context("write", &path)?;
+        self.state = State::Checked;
+        Ok(())
+    }
+
+    /// Readies the image for writes; the first thing in every writing operation.
+    ///
+    /// Once an image: a dirty image's refcounts are rebuilt; autoclear features that are not known are
+    /// cleared, and that is durable, before anything else is written.
+    ///
+    /// # Errors
+    /// As [`Image::check_before_write`].
+    pub(crate) fn begin_write(&mut self) -> Result<()> {
+        self.check_before_write()?;
+        if self.state == State::Writing {
+            return Ok(());
+        }
+        let path = self.path().to_owned();
         if self.header.autoclear & !AUTOCLEAR_KNOWN != 0 {
             self.header.autoclear &= AUTOCLEAR_KNOWN;
             self.write_header_sector()?;
@@ -392,13 +442,67 @@ impl Image {
         operation: &'static str,
         run: impl FnOnce(&mut Self) -> Result<T>,
     ) -> Result<T> {
+        self.checked(operation, |_| Ok(()), run)
+    }
+
+    /// As [`Image::guarded`], with a check of all that the operation will touch before its first write:
+    /// `check` reads and refuses, and what it refuses has changed nothing. A dirty image's refcounts are
+    /// rebuilt before it, because they say nothing until then.
+    pub(crate) fn checked<T>(
+        &mut self,
+        operation: &'static str,
+        check: impl FnOnce(&mut Self) -> Result<()>,
+        run: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
         let path = self.path().to_owned();
-        self.begin_write().context(operation, &path)?;
-        let done = run(self).context(operation, &path);
-        if done.is_err() {
-            self.state = State::Failed;
+        let writes = self.file.writes();
+        let checked = self.check_before_write().and_then(|()| match self.header.is_dirty() {
+            true => self.begin_write(),
+            false => Ok(()),
+        });
+        let ready = checked.and_then(|()| check(self)).and_then(|()| self.begin_write());
+        let ran = ready.is_ok();
+        let done = ready.and_then(|()| run(self)).context(operation, &path);
+        done.map_err(|error| {
+            let wrote = self.file.writes() != writes;
+            // What `run` changed in memory is not in the file.
+            if ran || wrote {
+                self.state = State::Failed;
+            }
+            if wrote { error.after_writes() } else { error }
+        })
+    }
+
+    /// Runs the checks of an operation, and writes nothing: of an image whose refcounts are out of date, or
+    /// that is marked as corrupt, only what can be told without them.
+    pub(crate) fn rehearse(
+        &mut self,
+        operation: &'static str,
+        check: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let path = self.path().to_owned();
+        if self.header.is_corrupt() {
+            return Err(marked_corrupt().on(operation, &path));
         }
+        if self.header.is_dirty() {
+            return Ok(());
+        }
+        let loaded = Refcounts::load(&self.file, &self.header).context(operation, &path)?;
+        self.refcounts = Some(loaded);
+        let done = overlap::check(self).and_then(|()| check(self)).context(operation, &path);
+        self.refcounts = None;
         done
+    }
+
+    /// Mends an image after an operation on it failed, as far as it lets itself be mended, and gives it as it
+    /// now is: clean, and wholly before the operation or wholly after it. One more failed call must not
+    /// decide, so it is tried twice.
+    pub(crate) fn mended(&self) -> Option<Self> {
+        (0..2).find_map(|_| {
+            let mut image = Self::of(Arc::clone(&self.file)).ok()?;
+            image.punch = self.punch;
+            image.repair().is_ok().then_some(image)
+        })
     }
 
     /// Takes `count` free clusters in a row with a refcount of one. In memory only until [`Image::settle`].

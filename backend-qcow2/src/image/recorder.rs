@@ -19,6 +19,25 @@ pub(crate) enum Event {
 struct Inner {
     bytes: Vec<u8>,
     log: Vec<Event>,
+    /// The call that fails, counted from here: nothing of it is done.
+    fail_at: Option<usize>,
+}
+
+impl Inner {
+    /// Whether this call is the one to fail.
+    fn fails(&mut self) -> io::Result<()> {
+        match self.fail_at {
+            Some(0) => {
+                self.fail_at = None;
+                Err(io::Error::from_raw_os_error(rustix::io::Errno::IO.raw_os_error()))
+            }
+            Some(n) => {
+                self.fail_at = Some(n - 1);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 /// The recorder; clones are the same file.
@@ -27,11 +46,21 @@ pub(crate) struct Recorder(Arc<Mutex<Inner>>);
 
 impl Recorder {
     pub(crate) fn new(bytes: Vec<u8>) -> Self {
-        Self(Arc::new(Mutex::new(Inner { bytes, log: Vec::new() })))
+        Self(Arc::new(Mutex::new(Inner { bytes, log: Vec::new(), fail_at: None })))
     }
 
     pub(crate) fn open(&self, writable: bool) -> ImageFile {
         ImageFile::new(Box::new(self.clone()), Path::new("/memory.qcow2"), writable)
+    }
+
+    /// Lets the write, change of length or flush fail that comes after `calls` others, once.
+    pub(crate) fn fail_after(&self, calls: usize) {
+        self.0.lock().unwrap().fail_at = Some(calls);
+    }
+
+    /// Whether the call that was to fail has failed.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.0.lock().unwrap().fail_at.is_none()
     }
 
     pub(crate) fn bytes(&self) -> Vec<u8> {
@@ -62,6 +91,7 @@ impl Storage for Recorder {
     }
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
         let mut inner = self.0.lock().unwrap();
+        inner.fails()?;
         put(&mut inner.bytes, offset, buf);
         inner.log.push(Event::Write(offset, buf.to_vec()));
         Ok(buf.len())
@@ -71,16 +101,27 @@ impl Storage for Recorder {
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut inner = self.0.lock().unwrap();
+        inner.fails()?;
         inner.bytes.resize(len as usize, 0);
         inner.log.push(Event::SetLen(len));
         Ok(())
     }
     fn flush(&self) -> io::Result<()> {
-        self.0.lock().unwrap().log.push(Event::Flush);
+        let mut inner = self.0.lock().unwrap();
+        inner.fails()?;
+        inner.log.push(Event::Flush);
         Ok(())
     }
-    fn punch(&self, _: u64, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mut inner = self.0.lock().unwrap();
+        inner.fails()?;
+        // A hole reads as zeros, and is as durable as a write: perhaps, until the next flush. It makes
+        // nothing longer.
+        let end = (offset + len).min(inner.bytes.len() as u64);
+        let zeros = vec![0; end.saturating_sub(offset) as usize];
+        put(&mut inner.bytes, offset, &zeros);
+        inner.log.push(Event::Write(offset, zeros));
+        Ok(())
     }
     fn file(&self) -> Option<&File> {
         None

@@ -16,6 +16,11 @@ use super::units::{ClusterBits, ClusterIndex, HostOffset};
 
 /// Refcount blocks kept in memory; beyond, changed ones are written and all are dropped.
 const MAX_LOADED_BYTES: usize = 160 << 20;
+/// Refcount blocks kept in memory by an estimate, which may write none: those of 32 TiB in clusters of 64
+/// KiB.
+const MAX_ESTIMATE_BYTES: usize = 1 << 30;
+/// Blocks of a file system, in bytes.
+const FILE_BLOCK: u64 = 4096;
 /// Adjacent changed blocks are written together up to this many bytes.
 const WRITE_RUN: usize = 4 << 20;
 /// Bits 9 to 63 of a table entry are the block's offset.
@@ -130,6 +135,15 @@ impl Block {
     }
 }
 
+/// Adds a cluster to runs, joining it to the last one where it follows that.
+fn extend_runs(runs: &mut Vec<std::ops::Range<u64>>, cluster: u64) {
+    match runs.last_mut() {
+        Some(last) if last.end == cluster => last.end += 1,
+        Some(last) if last.contains(&cluster) => {}
+        _ => runs.push(cluster..cluster + 1),
+    }
+}
+
 /// How a refcount changes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Change {
@@ -139,6 +153,8 @@ pub enum Change {
     Down(u64),
     /// None: only to see the counts.
     Keep,
+    /// None: only to see that the clusters are in use, and could have one reference more.
+    Used,
 }
 
 /// The refcounts of one image.
@@ -162,6 +178,8 @@ pub struct Refcounts {
     dry: bool,
     /// Clusters whose refcount fell to zero since this was last asked.
     freed: u64,
+    /// The same ones, as runs in the order in which they fell; adjacent ones are one run.
+    freed_runs: Vec<std::ops::Range<u64>>,
 }
 
 impl std::fmt::Debug for Refcounts {
@@ -205,6 +223,7 @@ impl Refcounts {
             hint: 0,
             dry: false,
             freed: 0,
+            freed_runs: Vec::new(),
         })
     }
 
@@ -221,6 +240,50 @@ impl Refcounts {
     /// How many clusters became free by [`Refcounts::change`] since this was last asked.
     pub(crate) fn take_freed(&mut self) -> u64 {
         std::mem::take(&mut self.freed)
+    }
+
+    /// Which clusters became free since this was last asked, sorted, as far as they still are.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn take_freed_runs(&mut self, file: &ImageFile) -> Result<Vec<std::ops::Range<u64>>> {
+        let mut runs = std::mem::take(&mut self.freed_runs);
+        runs.sort_unstable_by_key(|run| run.start);
+        let mut free: Vec<std::ops::Range<u64>> = Vec::new();
+        for cluster in runs.into_iter().flatten() {
+            if self.get(file, ClusterIndex(cluster))? == 0 {
+                extend_runs(&mut free, cluster);
+            }
+        }
+        Ok(free)
+    }
+
+    /// A run of free clusters with its free neighbours in the same blocks of the file system: clusters
+    /// smaller than those give no room back by themselves.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn widened(
+        &mut self,
+        file: &ImageFile,
+        mut run: std::ops::Range<u64>,
+    ) -> Result<std::ops::Range<u64>> {
+        let per_block = FILE_BLOCK / self.bits.size();
+        if per_block > 1 {
+            while !run.start.is_multiple_of(per_block) && self.get(file, ClusterIndex(run.start - 1))? == 0 {
+                run.start -= 1;
+            }
+            while !run.end.is_multiple_of(per_block) && self.get(file, ClusterIndex(run.end))? == 0 {
+                run.end += 1;
+            }
+        }
+        Ok(run)
+    }
+
+    /// Forgets which clusters became free.
+    pub(crate) fn forget_freed(&mut self) {
+        self.freed = 0;
+        self.freed_runs.clear();
     }
 
     /// Where the blocks lie, in the table's order.
@@ -271,6 +334,21 @@ impl Refcounts {
             return Ok(true);
         }
         let Some(offset) = self.table.get(number).copied().filter(|o| *o != 0) else { return Ok(false) };
+        if self.dry && self.loaded + self.bits.bytes() > MAX_ESTIMATE_BYTES {
+            // What was only looked at can be read again; what an estimate has changed cannot be written.
+            self.blocks.iter_mut().for_each(|b| *b = b.take().filter(|b| b.is_dirty()));
+            self.loaded = self.blocks.iter().flatten().count() * self.bits.bytes();
+            if self.loaded + self.bits.bytes() > MAX_ESTIMATE_BYTES {
+                return Err(Error::new(
+                    ErrorKind::LimitExceeded,
+                    format!(
+                        "more than {} MiB of refcounts would have to be looked at",
+                        MAX_ESTIMATE_BYTES >> 20
+                    ),
+                )
+                .advise("delete fewer snapshots at once, or convert the image to larger clusters"));
+            }
+        }
         if self.loaded + self.bits.bytes() > MAX_LOADED_BYTES && !self.dry {
             self.write_blocks(file)?;
             self.blocks.iter_mut().for_each(|b| *b = None);
@@ -298,6 +376,38 @@ impl Refcounts {
         Ok(with_width!(self.order, get_entry::<_>(&block.data, entry)))
     }
 
+    /// The first free cluster at or after `from`, at most `end`.
+    pub(crate) fn first_free(&mut self, file: &ImageFile, from: u64, end: u64) -> Result<u64> {
+        self.first(file, from, end, true)
+    }
+
+    /// The first cluster in use at or after `from`, at most `end`.
+    pub(crate) fn first_used(&mut self, file: &ImageFile, from: u64, end: u64) -> Result<u64> {
+        self.first(file, from, end, false)
+    }
+
+    fn first(&mut self, file: &ImageFile, from: u64, end: u64, want_free: bool) -> Result<u64> {
+        let per_block = 1u64 << self.block_shift;
+        let mut at = from;
+        while at < end {
+            let Some((number, entry)) = self.position(at) else { return Ok(end) };
+            let next = (at | (per_block - 1)) + 1;
+            if !self.ensure_loaded(file, number)? {
+                // Without a block nothing is counted there.
+                if want_free {
+                    return Ok(at);
+                }
+            } else if let Some(Some(block)) = self.blocks.get(number)
+                && let Some(found) =
+                    with_width!(self.order, scan::<_>(&block.data, entry, per_block as usize, want_free))
+            {
+                return Ok((next - per_block + found as u64).min(end));
+            }
+            at = next;
+        }
+        Ok(end)
+    }
+
     /// Sets a refcount whatever it was. The cluster's block must exist.
     pub(crate) fn set(&mut self, file: &ImageFile, cluster: ClusterIndex, value: u64) -> Result<()> {
         if value > self.max() {
@@ -310,6 +420,9 @@ impl Refcounts {
         }
         let order = self.order;
         let Some(Some(block)) = self.blocks.get_mut(number) else { return Err(missing()) };
+        if value == 0 && with_width!(order, get_entry::<_>(&block.data, entry)) != 0 {
+            extend_runs(&mut self.freed_runs, cluster.0);
+        }
         with_width!(order, set_entry::<_>(&mut block.data, entry, value));
         let at = (entry << order) / 8;
         block.touch(at, at + (1usize << order).div_ceil(8));
@@ -375,31 +488,35 @@ impl Refcounts {
                     Change::Up(by) if old != 0 => old.checked_add(by).filter(|new| *new <= W::MAX),
                     Change::Down(by) => old.checked_sub(by),
                     Change::Keep => Some(old),
-                    Change::Up(_) => None,
+                    Change::Used if old != 0 && old != W::MAX => Some(old),
+                    Change::Up(_) | Change::Used => None,
                 };
                 let Some(new) = new else {
                     failed = Some((*cluster, old));
                     break;
                 };
-                W::set(&mut block.data, entry, new);
+                if new != old {
+                    W::set(&mut block.data, entry, new);
+                }
                 low = low.min(entry);
                 high = high.max(entry);
-                if new == 0 && change != Change::Keep {
+                if new == 0 && old != 0 {
                     freed += 1;
+                    extend_runs(&mut self.freed_runs, *cluster);
                     lowest_free = lowest_free.min(*cluster);
                 }
                 seen(at, new);
                 at += 1;
             }
-            if low <= high && change != Change::Keep {
+            if low <= high && !matches!(change, Change::Keep | Change::Used) {
                 block.touch((low << order) / 8, ((high << order) / 8) + (1usize << order).div_ceil(8));
             }
             self.freed += freed;
             self.hint = self.hint.min(lowest_free);
             if let Some((cluster, old)) = failed {
                 return Err(match change {
-                    Change::Up(_) if old != 0 => self.overflow(cluster),
-                    Change::Up(_) | Change::Keep => self.not_in_use(cluster),
+                    Change::Up(_) | Change::Used if old != 0 => self.overflow(cluster),
+                    Change::Up(_) | Change::Used | Change::Keep => self.not_in_use(cluster),
                     Change::Down(by) => Error::corrupt(format!(
                         "cluster {cluster:#x} has a refcount of {old}, and {by} references to it would go"
                     )),
@@ -409,7 +526,7 @@ impl Refcounts {
         Ok(())
     }
 
-    fn not_in_use(&self, cluster: u64) -> Error {
+    pub(crate) fn not_in_use(&self, cluster: u64) -> Error {
         Error::corrupt(format!("cluster {cluster:#x} is referred to, but its refcount is 0"))
     }
 

@@ -137,7 +137,8 @@ impl Image {
         }
         self.l1 = OnceLock::from(new);
         self.release(old_offset, u64::from(old_entries) * 8)?;
-        self.settle()
+        self.settle()?;
+        self.punch_freed()
     }
 
     /// Zeros what the last cluster has behind the disk's end, where the image owns that cluster alone: it would come to

@@ -6,6 +6,8 @@
 
 use std::sync::OnceLock;
 
+use image_files::allocated_in;
+
 use super::bitmaps;
 use super::error::{Context, Error, ErrorKind, Result, shown};
 use super::file::ImageFile;
@@ -60,6 +62,17 @@ pub struct Deleted {
     pub freed_bytes: u64,
 }
 
+/// Blocks of a file system, in bytes: what the smallest write takes.
+const FILE_BLOCK: u64 = 4096;
+
+/// What a delete will do to the file.
+struct Rehearsed {
+    /// Clusters that become free.
+    freed: Vec<std::ops::Range<u64>>,
+    /// Bytes that the new snapshot table will be written to.
+    table: std::ops::Range<u64>,
+}
+
 /// One L2 table that loses references: by which L1 index, where, how many times.
 struct Loss {
     index: usize,
@@ -82,7 +95,137 @@ impl Image {
     /// system's. The first five change nothing.
     pub fn create_snapshot(&mut self, new: &NewSnapshot) -> Result<()> {
         self.check_new_snapshot(new).context("create a snapshot in", self.path())?;
-        self.guarded("create a snapshot in", |image| image.create_snapshot_unguarded(new))
+        let check = |image: &mut Self| image.check_create(new.vm_state_size > 0);
+        let before = self.header.snapshots_offset;
+        let done = self.checked("create a snapshot in", check, |image| image.create_snapshot_unguarded(new));
+        self.or_mended(done, |image| match image.header.snapshots_offset == before {
+            true => None,
+            false => Some(()),
+        })
+    }
+
+    /// Checks all that a create would touch, without a write: what it refuses is refused before anything is
+    /// begun.
+    ///
+    /// # Errors
+    /// As [`Image::create_snapshot`].
+    pub fn could_create(&mut self, new: &NewSnapshot) -> Result<()> {
+        self.check_new_snapshot(new).context("create a snapshot in", self.path())?;
+        self.rehearse("create a snapshot in", |image| image.check_create(new.vm_state_size > 0))
+    }
+
+    /// The part of [`Image::could_create`] that does not look at tables: for an image that another process
+    /// writes.
+    ///
+    /// # Errors
+    /// As [`Image::create_snapshot`].
+    pub fn could_take(&self, new: &NewSnapshot) -> Result<()> {
+        self.check_new_snapshot(new).context("create a snapshot in", self.path())
+    }
+
+    /// As [`Image::could_create`], of [`Image::apply_snapshot`].
+    ///
+    /// # Errors
+    /// As [`Image::apply_snapshot`].
+    pub fn could_apply(&mut self, name: &str) -> Result<()> {
+        self.require_own_data("internal snapshots").context("apply a snapshot in", self.path())?;
+        self.require_snapshot(name).context("apply a snapshot in", self.path())?;
+        self.rehearse("apply a snapshot in", |image| image.check_apply(name))
+    }
+
+    /// As [`Image::could_create`], of [`Image::delete_snapshots`].
+    ///
+    /// # Errors
+    /// As [`Image::delete_snapshots`].
+    pub fn could_delete(&mut self, names: &[&str]) -> Result<()> {
+        let doomed = self.doomed(names).context("delete snapshots in", self.path())?;
+        self.rehearse("delete snapshots in", |image| image.rehearse_delete(&doomed).map(|_| ()))
+    }
+
+    /// What a failed operation comes to once the image is mended: done after all, or not done and nothing
+    /// left of it.
+    /// `outcome` reads which of the two the mended image shows.
+    fn or_mended<T>(&self, done: Result<T>, outcome: impl FnOnce(&Self) -> Option<T>) -> Result<T> {
+        let error = match done {
+            Ok(value) => return Ok(value),
+            Err(error) if !error.is_half_way() => return Err(error),
+            Err(error) => error,
+        };
+        match self.mended() {
+            None => Err(error),
+            Some(image) => outcome(&image).ok_or_else(|| error.rolled_back()),
+        }
+    }
+
+    /// The L1 entries that a snapshot of the active state takes, as L2 tables.
+    fn taken_tables(&self, with_vm_state: bool) -> Result<(usize, Vec<u64>)> {
+        let l1 = self.active_l1()?;
+        // VM state lies behind the disk's end; what is there without any is a leftover that no snapshot
+        // needs.
+        let disk = usize::try_from(self.geometry().l1_entries_for(self.virtual_size())).unwrap_or(usize::MAX);
+        let kept = if with_vm_state { l1.len() } else { disk.max(1).min(l1.len()) };
+        Ok((kept, (0..kept).filter_map(|n| l1.l2_offset(n)).map(|o| o.0).collect()))
+    }
+
+    fn check_create(&mut self, with_vm_state: bool) -> Result<()> {
+        let (_, offsets) = self.taken_tables(with_vm_state)?;
+        let bytes = self.snapshot_table()?.1 as u64;
+        self.check_raise(&offsets, &[])?;
+        self.check_release(self.header.snapshots_offset, bytes)
+    }
+
+    /// Refuses where one more reference to each of these L2 tables, and to all that they name, could not be
+    /// counted; but for what the table of the same number in `beside` names in the same place.
+    fn check_raise(&mut self, offsets: &[u64], beside: &[Option<HostOffset>]) -> Result<()> {
+        let geometry = self.geometry();
+        let bits = geometry.cluster_bits;
+        // A cluster of data has a reference a snapshot and one more; of compressed ones, one a 512-byte
+        // sector each as a rule. Where that can pass the maximum they are counted up, in memory.
+        let most = (u64::from(self.header.snapshot_count) + 2).saturating_mul(bits.size() / 512);
+        let mut counted;
+        let (file, refcounts, header) = self.parts()?;
+        let (refcounts, change) = match most > refcounts.max() {
+            true => {
+                counted = Refcounts::load(file, header)?;
+                counted.dry_run();
+                (&mut counted, Change::Up(1))
+            }
+            false => (refcounts, Change::Used),
+        };
+        let mut other = Vec::new();
+        let mut references = References::default();
+        tables::visit(file, geometry, offsets, |n, bytes| {
+            let compare = match beside.get(n).copied().flatten() {
+                Some(offset) => {
+                    other.resize(bits.bytes(), 0);
+                    file.read_at(&mut other, offset)?;
+                    Some(&other[..])
+                }
+                None => None,
+            };
+            references.fill(geometry, bytes, compare)?;
+            references.clusters.push(bits.host_cluster(HostOffset(offsets.get(n).copied().unwrap_or(0))).0);
+            refcounts.change(file, &references.clusters, change, |_, _| {})?;
+            Ok(false)
+        })
+    }
+
+    /// Refuses where these clusters could not be given back.
+    fn check_release(&mut self, at: HostOffset, bytes: u64) -> Result<()> {
+        let bits = self.header.cluster_bits;
+        let first = bits.host_cluster(at).0;
+        let clusters: Vec<u64> = (first..first.saturating_add(bits.clusters_for(bytes))).collect();
+        let (file, refcounts, _) = self.parts()?;
+        let mut unused = None;
+        refcounts.change(file, &clusters, Change::Keep, |n, count| {
+            if count == 0 {
+                unused = clusters.get(n).copied();
+            }
+        })?;
+        match unused {
+            None => Ok(()),
+            Some(cluster) => Err(refcounts.not_in_use(cluster)),
+        }
     }
 
     fn check_new_snapshot(&self, new: &NewSnapshot) -> Result<()> {
@@ -117,12 +260,7 @@ impl Image {
     fn create_snapshot_unguarded(&mut self, new: &NewSnapshot) -> Result<()> {
         let geometry = self.geometry();
         let mut l1 = self.active_l1()?.clone();
-        // VM state lies behind the disk's end; what is there without any is a leftover that no snapshot needs.
-        let disk = usize::try_from(geometry.l1_entries_for(self.virtual_size())).unwrap_or(usize::MAX);
-        let kept = if new.vm_state_size > 0 { l1.len() } else { disk.max(1).min(l1.len()) };
-        let offsets: Vec<u64> = (0..kept).filter_map(|n| l1.l2_offset(n)).map(|o| o.0).collect();
-        self.check_headroom(&offsets)?;
-
+        let (kept, offsets) = self.taken_tables(new.vm_state_size > 0)?;
         let copy: Vec<u8> = l1.entries.iter().take(kept).flat_map(|e| (e & !COPIED).to_be_bytes()).collect();
         let l1_offset = self.allocate_for(&copy)?;
         let (old, old_bytes) = self.snapshot_table()?.clone();
@@ -173,39 +311,9 @@ impl Image {
         if old_bytes > 0 {
             self.release(old_offset, old_bytes as u64)?;
             self.settle()?;
+            self.punch_freed()?;
         }
         Ok(())
-    }
-
-    /// Refuses, before anything is changed, what one more reference to each cluster would overflow.
-    fn check_headroom(&mut self, l2_offsets: &[u64]) -> Result<()> {
-        let geometry = self.geometry();
-        let (file, refcounts, header) = self.parts()?;
-        // A cluster of data has a reference a snapshot and one more; of compressed ones, one a 512-byte sector each
-        // as a rule. Only where that can pass the maximum is it worth a look.
-        let most = (u64::from(header.snapshot_count) + 2).saturating_mul(header.cluster_bits.size() / 512);
-        if most <= refcounts.max() {
-            return Ok(());
-        }
-        let bits = header.cluster_bits;
-        let mut references = References::default();
-        tables::visit(file, geometry, l2_offsets, |n, bytes| {
-            references.fill(geometry, bytes, None)?;
-            let l2 = l2_offsets.get(n).copied().unwrap_or(0);
-            references.clusters.push(bits.host_cluster(HostOffset(l2)).0);
-            // One cluster may be there several times (compressed), so count up, and back down.
-            refcounts.change(file, &references.clusters, Change::Up(1), |_, _| {})?;
-            Ok(false)
-        })
-        .and_then(|()| {
-            tables::visit(file, geometry, l2_offsets, |n, bytes| {
-                references.fill(geometry, bytes, None)?;
-                let l2 = l2_offsets.get(n).copied().unwrap_or(0);
-                references.clusters.push(bits.host_cluster(HostOffset(l2)).0);
-                refcounts.change(file, &references.clusters, Change::Down(1), |_, _| {})?;
-                Ok(false)
-            })
-        })
     }
 
     /// Free clusters for these bytes; nothing for nothing.
@@ -234,10 +342,20 @@ impl Image {
     pub fn apply_snapshot(&mut self, name: &str) -> Result<()> {
         self.require_own_data("internal snapshots").context("apply a snapshot in", self.path())?;
         self.require_snapshot(name).context("apply a snapshot in", self.path())?;
-        self.guarded("apply a snapshot in", |image| image.apply_snapshot_unguarded(name))
+        let before = (self.header.l1_offset, self.header.virtual_size);
+        let done = self.checked(
+            "apply a snapshot in",
+            |image| image.check_apply(name),
+            |image| image.apply_snapshot_unguarded(name),
+        );
+        self.or_mended(done, |image| match (image.header.l1_offset, image.header.virtual_size) == before {
+            true => None,
+            false => Some(()),
+        })
     }
 
-    fn apply_snapshot_unguarded(&mut self, name: &str) -> Result<()> {
+    /// The active L1 table that an apply makes.
+    fn applied_l1(&self, name: &str) -> Result<(Snapshot, L1Table)> {
         let geometry = self.geometry();
         let snapshot = self.require_snapshot(name)?.clone();
         let needed = geometry.l1_entries_for(snapshot.disk_size).max(1);
@@ -251,6 +369,25 @@ impl Image {
         let mut new = self.snapshot_l1(&snapshot)?;
         new.entries.resize(needed as usize, 0);
         new.entries.iter_mut().for_each(|e| *e &= OFFSET_MASK);
+        Ok((snapshot, new))
+    }
+
+    fn check_apply(&mut self, name: &str) -> Result<()> {
+        let (_, new) = self.applied_l1(name)?;
+        let old = self.active_l1()?;
+        let (offsets, beside): (Vec<u64>, Vec<Option<HostOffset>>) = (0..new.len())
+            .filter(|n| new.l2_offset(*n) != old.l2_offset(*n))
+            .filter_map(|n| Some((new.l2_offset(n)?.0, old.l2_offset(n))))
+            .unzip();
+        self.check_raise(&offsets, &beside)?;
+        bitmaps::list(self)?;
+        self.check_release(self.header.l1_offset, u64::from(self.header.l1_entries) * 8)
+    }
+
+    fn apply_snapshot_unguarded(&mut self, name: &str) -> Result<()> {
+        let geometry = self.geometry();
+        let (snapshot, new) = self.applied_l1(name)?;
+        let needed = new.len();
         let old = self.active_l1()?.clone();
         let count = old.len().max(new.len());
         if snapshot.disk_size == self.virtual_size()
@@ -279,7 +416,8 @@ impl Image {
         }
         self.l1 = OnceLock::from(new);
         self.release(old_offset, u64::from(old_entries) * 8)?;
-        self.settle()
+        self.settle()?;
+        self.punch_freed()
     }
 
     /// Whether the active state is this snapshot: the same size, and every guest cluster in the same place. After a
@@ -334,30 +472,107 @@ impl Image {
         if doomed.is_empty() {
             return Ok(Deleted::default());
         }
-        self.guarded("delete snapshots in", |image| image.delete_unguarded(&doomed))
+        let check = |image: &mut Self| image.rehearse_delete(&doomed).map(|_| ());
+        let done = self.checked("delete snapshots in", check, |image| image.delete_unguarded(&doomed, false));
+        self.or_mended(done, |image| image.without(&doomed))
     }
 
-    /// Bytes of the file that deleting these snapshots would free for new clusters. Reads, changes nothing.
+    /// Takes snapshots out of the table and leaves everything that they refer to in use: leaked clusters,
+    /// which
+    /// `qemu-img check -r leaks` gives back. For snapshots whose own tables are damaged, so that what they refer to cannot
+    /// be known.
+    ///
+    /// Order: as [`Image::delete_snapshots`]; of (3) only the old snapshot table is given back.
+    ///
+    /// # Errors
+    /// As [`Image::delete_snapshots`], but for damage in the snapshots themselves.
+    pub fn forget_snapshots(&mut self, names: &[&str]) -> Result<Deleted> {
+        let doomed = self.doomed(names).context("forget snapshots in", self.path())?;
+        if doomed.is_empty() {
+            return Ok(Deleted::default());
+        }
+        let check = |image: &mut Self| {
+            let bytes = image.snapshot_table()?.1 as u64;
+            image.check_release(image.header.snapshots_offset, bytes)
+        };
+        let done = self.checked("forget snapshots in", check, |image| image.delete_unguarded(&doomed, true));
+        self.or_mended(done, |image| image.without(&doomed))
+    }
+
+    /// What a delete came to, if these are gone.
+    fn without(&self, doomed: &[Snapshot]) -> Option<Deleted> {
+        let gone = self.snapshots().is_ok_and(|left| !left.iter().any(|s| doomed.contains(s)));
+        gone.then_some(Deleted { snapshots: doomed.len(), freed_bytes: 0 })
+    }
+
+    /// Bytes of the file system that deleting these snapshots gives back, where freed clusters are punched.
+    /// Reads, changes nothing.
     ///
     /// # Errors
     /// As [`Image::delete_snapshots`].
     pub fn freed_by_deleting(&self, names: &[&str]) -> Result<u64> {
-        let count = || {
-            let doomed = self.doomed(names)?;
-            let mut refcounts = Refcounts::load(&self.file, &self.header)?;
-            refcounts.dry_run();
-            let losses = self.losses(&doomed)?;
-            let geometry = self.geometry();
-            take_losses(&self.file, &mut refcounts, geometry, &losses, self.active_l1()?.len(), false)?;
-            let bits = self.header.cluster_bits;
-            for s in &doomed {
-                let first = bits.host_cluster(s.l1_offset).0;
-                let l1: Vec<u64> = (first..first + bits.clusters_for(u64::from(s.l1_entries) * 8)).collect();
-                refcounts.change(&self.file, &l1, Change::Down(1), |_, _| {})?;
-            }
-            Ok(refcounts.take_freed() << bits.bits())
+        let rehearsed = self
+            .doomed(names)
+            .and_then(|doomed| self.rehearse_delete(&doomed))
+            .context("estimate a delete in", self.path())?;
+        let Some(file) = self.file.file() else { return Ok(0) };
+        let fails = |error| Error::io("what the file takes on its file system cannot be read", error);
+        let (bits, length) = (self.header.cluster_bits.bits(), self.file.len()?);
+        // A hole takes whole blocks; the last one of the file may be cut short.
+        let whole_blocks = |run: &std::ops::Range<u64>| {
+            let (from, to) = (run.start << bits, run.end << bits);
+            let end =
+                if to >= length { to.next_multiple_of(FILE_BLOCK) } else { to / FILE_BLOCK * FILE_BLOCK };
+            from.next_multiple_of(FILE_BLOCK)..end
         };
-        count().context("estimate a delete in", self.path())
+        let freed: Vec<_> = rehearsed.freed.iter().map(whole_blocks).filter(|run| !run.is_empty()).collect();
+        let freed = allocated_in(file, &freed).map_err(fails).context("estimate a delete in", self.path())?;
+        // The new snapshot table comes first: to where there is none of the file yet, it adds blocks.
+        let table = rehearsed.table.start..rehearsed.table.end.next_multiple_of(FILE_BLOCK);
+        let had = allocated_in(file, std::slice::from_ref(&table)).map_err(fails)?;
+        Ok(freed.saturating_sub((table.end - table.start).saturating_sub(had)))
+    }
+
+    /// Does a delete in memory.
+    ///
+    /// # Errors
+    /// Those that the delete itself would have.
+    fn rehearse_delete(&self, doomed: &[Snapshot]) -> Result<Rehearsed> {
+        let mut refcounts = Refcounts::load(&self.file, &self.header)?;
+        refcounts.dry_run();
+        let (left, _) = self.snapshot_table()?;
+        let left: Vec<Snapshot> = left.iter().filter(|s| !doomed.contains(s)).cloned().collect();
+        let table_bytes = snapshot_table::encode(&left)?.len() as u64;
+        let table = match self.header.cluster_bits.clusters_for(table_bytes) {
+            0 => 0..0,
+            clusters => {
+                let first = refcounts.allocate(&self.file, clusters)?.0 << self.header.cluster_bits.bits();
+                first..first + table_bytes
+            }
+        };
+        let losses = self.losses(doomed)?;
+        let geometry = self.geometry();
+        take_losses(&self.file, &mut refcounts, geometry, &losses, self.active_l1()?.len(), false)?;
+        let bits = self.header.cluster_bits;
+        let mut release = |offset: HostOffset, bytes: u64| {
+            let first = bits.host_cluster(offset).0;
+            let clusters: Vec<u64> = (first..first.saturating_add(bits.clusters_for(bytes))).collect();
+            refcounts.change(&self.file, &clusters, Change::Down(1), |_, _| {})
+        };
+        for s in doomed {
+            release(s.l1_offset, u64::from(s.l1_entries) * 8)?;
+        }
+        release(self.header.snapshots_offset, self.snapshot_table()?.1 as u64)?;
+        let freed = refcounts.take_freed_runs(&self.file)?;
+        let mut widened: Vec<std::ops::Range<u64>> = Vec::with_capacity(freed.len());
+        for run in freed {
+            let run = refcounts.widened(&self.file, run)?;
+            match widened.last_mut() {
+                Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
+                _ => widened.push(run),
+            }
+        }
+        Ok(Rehearsed { freed: widened, table })
     }
 
     fn doomed(&self, names: &[&str]) -> Result<Vec<Snapshot>> {
@@ -393,9 +608,10 @@ impl Image {
         Ok(losses)
     }
 
-    fn delete_unguarded(&mut self, doomed: &[Snapshot]) -> Result<Deleted> {
+    /// `forget`: only the table's entries go.
+    fn delete_unguarded(&mut self, doomed: &[Snapshot], forget: bool) -> Result<Deleted> {
         let geometry = self.geometry();
-        let losses = self.losses(doomed)?;
+        let losses = if forget { Vec::new() } else { self.losses(doomed)? };
         let (mut left, old_bytes) = self.snapshot_table()?.clone();
         left.retain(|s| !doomed.contains(s));
         let table = snapshot_table::encode(&left)?;
@@ -420,12 +636,13 @@ impl Image {
         restore_copied(file, refcounts, geometry, header.l1_offset, &mut l1, &touched)?;
         self.l1 = OnceLock::from(l1);
         self.release(old_offset, old_bytes as u64)?;
-        for s in doomed {
+        for s in doomed.iter().filter(|_| !forget) {
             self.release(s.l1_offset, u64::from(s.l1_entries) * 8)?;
         }
         let (_, refcounts, header) = self.parts()?;
         let freed_bytes = refcounts.take_freed() << header.cluster_bits.bits();
         self.settle()?;
+        self.punch_freed()?;
         Ok(Deleted { snapshots: doomed.len(), freed_bytes })
     }
 }
@@ -553,16 +770,22 @@ fn restore_copied(
     let mut references = References::default();
     let mut ones: Vec<u32> = Vec::new();
     tables::visit(file, geometry, &look, |_, bytes| {
-        references.fill(geometry, bytes, None)?;
         ones.clear();
-        let slots = &references.slots;
-        refcounts.change(file, &references.clusters, Change::Keep, |at, count| {
-            if count == 1
-                && let Some(slot) = slots.get(at)
-            {
-                ones.push(*slot);
-            }
-        })?;
+        // The delete is done. An active table that is damaged keeps its clear bits, which only cost copies.
+        let looked = references.fill(geometry, bytes, None).and_then(|()| {
+            let slots = &references.slots;
+            refcounts.change(file, &references.clusters, Change::Keep, |at, count| {
+                if count == 1
+                    && let Some(slot) = slots.get(at)
+                {
+                    ones.push(*slot);
+                }
+            })
+        });
+        match looked {
+            Err(error) if error.kind() == ErrorKind::Corrupt => {}
+            looked => looked?,
+        }
         let mut changed = false;
         for slot in &ones {
             changed |= set_copied(geometry, bytes, *slot);

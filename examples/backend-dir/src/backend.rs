@@ -209,7 +209,7 @@ impl DiskSnapshotter for Copies {
                     }
                 }
             }
-            DiskRequest::Delete { drop, keep } => {
+            DiskRequest::Delete { drop, keep, .. } => {
                 let gone = gone(&there, drop, keep);
                 let names: Vec<String> = gone.map(|(tag, _)| tag.clone()).collect();
                 if !names.is_empty() {

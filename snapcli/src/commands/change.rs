@@ -210,7 +210,7 @@ pub fn delete(session: &Session, args: Delete) -> Result<Answer, Failure> {
         (_, true) => DeleteScope::ChildrenOnly,
         (false, false) => DeleteScope::Only,
     };
-    let request = DeleteRequest::new(args.names).scope(scope).limit(args.limit);
+    let request = DeleteRequest::new(args.names).scope(scope).limit(args.limit).force(args.force);
     if args.dry_run {
         return dry_run(session, &args.domain, &Request::Delete(request));
     }

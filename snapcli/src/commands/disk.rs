@@ -5,9 +5,10 @@
 //! image are asked whether a domain counts on it, and the images beside it whether one stands on it. External snapshots,
 //! and whatever was made that way, go through the service as a domain of one disk.
 
-use backend_qcow2::image::{Image, NewSnapshot, OpenOptions};
+use backend_qcow2::image::{self, Image, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
+use snapcore::chain::layer_path;
 use snapcore::service::{Belonging, DomainRef, GivenImage, Listing, image_list, image_path, require_files};
 use snapcore::{
     ActivePath, CreateRequest, DeleteRequest, Disk as DomainDisk, Error, ErrorKind, InspectDepth, Point,
@@ -32,7 +33,9 @@ pub fn run(global: Global, disk: Disk) -> Result<Answer, Failure> {
     match disk {
         Disk::Create { image, name, kind } => create(&session, &path_of(&image)?, name, kind.wanted()),
         Disk::Revert { image, name, kind } => revert(&session, &path_of(&image)?, &name, kind.wanted()),
-        Disk::Delete { image, names, kind } => delete(&session, &path_of(&image)?, names, kind.wanted()),
+        Disk::Delete { image, names, kind, force } => {
+            delete(&session, &path_of(&image)?, names, kind.wanted(), force)
+        }
         Disk::List { image } => list(&session, &path_of(&image)?),
     }
 }
@@ -48,28 +51,43 @@ fn create(
         None => time_name(Timestamp::now())?,
     };
     let kind = kind.unwrap_or(PointKind::Internal);
+    // Of an image with a history of its own the catalogue must know this snapshot too: a revert may leave the
+    // layer that it is in, and nothing else would lead to it.
+    let through_service = match owner(session, image)? {
+        Some(owner) if owner.0.listing.catalogued => owner.is_lone()? && owner.0.is_active(),
+        _ => false,
+    };
     match kind {
-        PointKind::Internal => {
+        PointKind::Internal if !through_service => {
             let now = Timestamp::now();
             // The table counts seconds in 32 bits: a clock beyond 2106 says 1970.
             let seconds = u32::try_from(now.as_second()).unwrap_or_default();
             let nanoseconds = u32::try_from(now.subsec_nanosecond()).unwrap_or_default();
-            open_to_write(session, image)?
-                .create_snapshot(&NewSnapshot::new(name.as_str(), seconds, nanoseconds))
-                .map_err(Error::from)?;
+            let new = NewSnapshot::new(name.as_str(), seconds, nanoseconds);
+            of_engine(open_to_write(session, image)?.create_snapshot(&new))?;
         }
-        PointKind::External => {
+        PointKind::Internal | PointKind::External => {
             let request = CreateRequest::new(name.clone()).kind(kind);
             session.change(session.service.create(&alone(image)?, request, session.cancel()))?;
         }
     }
-    Ok(done(session, "create", image, vec![name.to_string()], kind))
+    Ok(done(session, "create", image, vec![name.to_string()], kind, Vec::new()))
 }
 
 /// Opens an image to write it, which no running domain may have open: not every hypervisor takes the locks that this does.
 fn open_to_write(session: &Session, image: &Utf8Path) -> Result<Image, Failure> {
     session.ask(session.service.require_closed(image))?;
-    Ok(open(image, &OpenOptions::read_write())?)
+    let options = OpenOptions::read_write();
+    let options = if session.global.no_punch { options.without_punching() } else { options };
+    of_engine(Image::open(image.as_std_path(), &options))
+}
+
+/// What the engine says of a change: a refusal where it had written nothing.
+fn of_engine<T>(done: image::Result<T>) -> Result<T, Failure> {
+    done.map_err(|error| {
+        let begun = error.is_half_way();
+        Failure::of(error.into(), begun)
+    })
 }
 
 fn revert(
@@ -87,15 +105,20 @@ fn revert(
     if through_service {
         let request = RevertRequest::new(SnapshotName::new(name)?);
         session.change(session.service.revert(&alone(image)?, request, session.cancel()))?;
-        return Ok(done(session, "revert", image, vec![name.to_owned()], PointKind::External));
+        return Ok(done(session, "revert", image, vec![name.to_owned()], PointKind::External, Vec::new()));
     }
     if let Some(owner) = &owner {
         owner.counts_on(image, name, "revert")?;
         owner.writes(image)?;
     }
+    if let Some(owner) = &owner
+        && !has_tag(image, name)?
+    {
+        owner.in_other_layer(image, name)?;
+    }
     nobody_stands_on(session, image)?;
-    open_to_write(session, image)?.apply_snapshot(name).map_err(Error::from)?;
-    Ok(done(session, "revert", image, vec![name.to_owned()], PointKind::Internal))
+    of_engine(open_to_write(session, image)?.apply_snapshot(name))?;
+    Ok(done(session, "revert", image, vec![name.to_owned()], PointKind::Internal, Vec::new()))
 }
 
 fn delete(
@@ -103,6 +126,7 @@ fn delete(
     image: &Utf8Path,
     names: Vec<String>,
     kind: Option<PointKind>,
+    force: bool,
 ) -> Result<Answer, Failure> {
     let owner = owner_to_ask(session, image)?;
     let mut known = Vec::new();
@@ -119,36 +143,65 @@ fn delete(
         }
         if let Some(owner) = &owner {
             owner.counts_on(image, name, "delete")?;
+            if !has_tag(image, name)? {
+                owner.in_other_layer(image, name)?;
+            }
         }
         tags.push(name.as_str());
     }
+    let mut forgotten = Vec::new();
     if !tags.is_empty() {
-        open_to_write(session, image)?.delete_snapshots(&tags).map_err(Error::from)?;
+        let mut opened = open_to_write(session, image)?;
+        if force {
+            for tag in &tags {
+                if opened.could_delete(&[tag]).is_err_and(|error| error.kind() == image::ErrorKind::Corrupt) {
+                    forgotten.push(*tag);
+                }
+            }
+            of_engine(opened.forget_snapshots(&forgotten))?;
+            tags.retain(|tag| !forgotten.contains(tag));
+        }
+        of_engine(opened.delete_snapshots(&tags))?;
+        tags.extend(&forgotten);
     }
+    let forgotten: Vec<String> = forgotten.into_iter().map(str::to_owned).collect();
     let kind = if tags.is_empty() { PointKind::External } else { PointKind::Internal };
     if !known.is_empty() {
-        let request = DeleteRequest::new(known);
+        let request = DeleteRequest::new(known).force(force);
         session.change(session.service.delete(&alone(image)?, request, session.cancel()))?;
     }
-    Ok(done(session, "delete", image, names, kind))
+    Ok(done(session, "delete", image, names, kind, forgotten))
+}
+
+fn has_tag(image: &Utf8Path, tag: &str) -> Result<bool> {
+    let opened = open(image, &OpenOptions::read_only().unlocked())?;
+    Ok(opened.find_snapshot(tag)?.is_some())
+}
+
+/// The internal snapshots of an image; `layer` where it is not the one that was asked for.
+fn tags_of(opened: &Image, layer: Option<&Utf8Path>) -> Result<Vec<DiskSnapshotDoc>> {
+    let tags = opened.snapshots()?.iter().map(|tag| DiskSnapshotDoc {
+        name: tag.name().into_owned(),
+        kind: PointKind::Internal,
+        created: Timestamp::new(i64::from(tag.date_seconds), 0).unwrap_or(Timestamp::UNIX_EPOCH),
+        virtual_size: tag.disk_size,
+        vm_state_size: tag.vm_state_size,
+        layer: layer.map(Utf8Path::to_owned),
+    });
+    Ok(tags.collect())
 }
 
 fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
     // Without a lock: looking at an image that a guest runs on is no harm to either.
     let opened = open(image, &OpenOptions::read_only().unlocked())?;
-    let mut snapshots: Vec<DiskSnapshotDoc> = opened
-        .snapshots()
-        .map_err(Error::from)?
-        .iter()
-        .map(|tag| DiskSnapshotDoc {
-            name: tag.name().into_owned(),
-            kind: PointKind::Internal,
-            created: Timestamp::new(i64::from(tag.date_seconds), 0).unwrap_or(Timestamp::UNIX_EPOCH),
-            virtual_size: tag.disk_size,
-            vm_state_size: tag.vm_state_size,
-        })
-        .collect();
+    let mut snapshots = tags_of(&opened, None)?;
     if let Some(owner) = owner(session, image)? {
+        for file in owner.other_layers() {
+            // A layer that is gone or damaged is for `check` to tell.
+            if let Ok(lower) = open(&file, &OpenOptions::read_only().unlocked()) {
+                snapshots.extend(tags_of(&lower, Some(&file)).unwrap_or_default());
+            }
+        }
         let Belonging { listing, target, .. } = &owner.0;
         for snapshot in &listing.snapshots {
             let Some(member) = snapshot.point(target) else { continue };
@@ -159,6 +212,7 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
                     created: snapshot.created,
                     virtual_size: member.virtual_size,
                     vm_state_size: 0,
+                    layer: None,
                 });
             }
         }
@@ -169,8 +223,9 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
             return format!("{} has no snapshots\n", document.image);
         }
         let zone = units::zone();
+        let lower = document.snapshots.iter().any(|snapshot| snapshot.layer.is_some());
         let rows = document.snapshots.iter().map(|snapshot| {
-            vec![
+            let mut row = vec![
                 snapshot.name.clone(),
                 kind_word(snapshot.kind).to_owned(),
                 units::time(snapshot.created, &zone),
@@ -179,9 +234,17 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
                     0 => "-".to_owned(),
                     size => units::bytes(size),
                 },
-            ]
+            ];
+            if lower {
+                let layer = snapshot.layer.as_ref().and_then(|layer| layer.file_name());
+                row.push(layer.unwrap_or("-").to_owned());
+            }
+            row
         });
-        table(&["NAME", "KIND", "CREATED", ">DISK SIZE", ">VM STATE"], rows)
+        match lower {
+            false => table(&["NAME", "KIND", "CREATED", ">DISK SIZE", ">VM STATE"], rows),
+            true => table(&["NAME", "KIND", "CREATED", ">DISK SIZE", ">VM STATE", "IN LAYER"], rows),
+        }
     }))
 }
 
@@ -212,15 +275,30 @@ fn alone(image: &Utf8Path) -> Result<DomainRef> {
     DomainRef::images([image])
 }
 
-fn done(session: &Session, operation: &str, image: &Utf8Path, names: Vec<String>, kind: PointKind) -> Answer {
-    let document = DiskDoc { operation: operation.to_owned(), image: image.to_owned(), names, kind };
+fn done(
+    session: &Session,
+    operation: &str,
+    image: &Utf8Path,
+    names: Vec<String>,
+    kind: PointKind,
+    forgotten: Vec<String>,
+) -> Answer {
+    let document =
+        DiskDoc { operation: operation.to_owned(), image: image.to_owned(), names, kind, forgotten };
     session.changed(document, |document| {
         let names = document.names.join(", ");
-        match operation {
+        let text = match operation {
             "create" => format!("created {} snapshot {names} of {image}\n", kind_word(kind)),
             "revert" => format!("reverted {image} to {names}\n"),
             _ if document.names.len() == 1 => format!("deleted snapshot {names} of {image}\n"),
             _ => format!("deleted {} snapshots of {image}: {names}\n", document.names.len()),
+        };
+        match document.forgotten.is_empty() {
+            true => text,
+            false => format!(
+                "{text}  note: damaged, so their space stays in use: {}; `qemu-img check -r leaks {image}` gives it back\n",
+                document.forgotten.join(", ")
+            ),
         }
     })
 }
@@ -245,6 +323,14 @@ impl Owner {
     /// # Errors
     /// [`ErrorKind::NeedsRecovery`] where an operation on the domain stopped half way.
     fn is_alone(&self, name: &str) -> Result<bool> {
+        Ok(self.is_lone()? && self.0.listing.snapshots.iter().any(|snapshot| snapshot.name.as_str() == name))
+    }
+
+    /// Whether the domain is this one disk, and nobody registered it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NeedsRecovery`] where an operation on the domain stopped half way.
+    fn is_lone(&self) -> Result<bool> {
         let Belonging { listing, .. } = &self.0;
         let domain = &listing.domain;
         if !listing.unfinished.is_empty() {
@@ -258,9 +344,34 @@ impl Owner {
             .state("or it runs just now; nothing was touched")
             .advise(format!("run `domsnap recover {}` first", domain.name)));
         }
-        Ok(domain.unregistered
-            && domain.disks.len() == 1
-            && listing.snapshots.iter().any(|snapshot| snapshot.name.as_str() == name))
+        Ok(domain.unregistered && domain.disks.len() == 1)
+    }
+
+    /// The files of the disk's other layers.
+    fn other_layers(&self) -> Vec<Utf8PathBuf> {
+        let Belonging { listing, target, layer, .. } = &self.0;
+        let Some(record) = listing.domain.disk(target) else { return Vec::new() };
+        let others = record.owned.iter().filter(|other| *other != layer);
+        others.map(|other| layer_path(&record.disk.path, other)).collect()
+    }
+
+    /// Refuses a tag that is in another layer of the disk and that the catalogue does not know, with the way
+    /// to it.
+    fn in_other_layer(&self, image: &Utf8Path, tag: &str) -> Result<()> {
+        for file in self.other_layers() {
+            let Ok(opened) = open(&file, &OpenOptions::read_only().unlocked()) else { continue };
+            if opened.find_snapshot(tag).is_ok_and(|found| found.is_some()) {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!("{tag} is an internal snapshot of {file}, a lower layer of {image}, and the catalogue does not know it"),
+                )
+                .state("no changes made")
+                .advise(format!(
+                    "run `domsnap import {image} --replace`, which adopts it, then the same command again"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses where a snapshot of the domain is the tag `name` of the image.

@@ -54,7 +54,9 @@ pub(super) fn allow_merges(
     let harmless = |step: &crate::Step| {
         matches!(
             serde_json::from_value(step.action.clone()),
-            Ok(ChainStep::DropInternal { .. } | ChainStep::TakeInternal { .. })
+            Ok(ChainStep::DropInternal { .. }
+                | ChainStep::ForgetInternal { .. }
+                | ChainStep::TakeInternal { .. })
         )
     };
     if plan.steps.iter().all(|planned| harmless(&planned.step)) {

@@ -59,7 +59,7 @@ pub async fn plan(
         Request::Create(create) => planner.create(create).await,
         Request::Revert(revert) => planner.revert(revert).await,
         Request::Delete(delete) => planner.delete(delete).await,
-        Request::Tidy => planner.drop_snapshots("tidy", &BTreeSet::new()).await,
+        Request::Tidy => planner.drop_snapshots("tidy", &BTreeSet::new(), false).await,
     }
 }
 
@@ -226,14 +226,20 @@ impl Planner<'_> {
                 doomed.extend(self.tree.descendants(snapshot.id).iter().map(|descendant| descendant.id));
             }
         }
-        self.drop_snapshots("delete", &doomed).await
+        self.drop_snapshots("delete", &doomed, request.force).await
     }
 
-    async fn drop_snapshots(&self, operation: &str, doomed: &BTreeSet<SnapshotId>) -> Result<Plan> {
+    async fn drop_snapshots(
+        &self,
+        operation: &str,
+        doomed: &BTreeSet<SnapshotId>,
+        force: bool,
+    ) -> Result<Plan> {
+        self.require_single_tags(doomed)?;
         let mut merged = Merged::default();
         for disk in self.disks {
             let (drop, keep) = split_points(self.tree, disk.target(), doomed);
-            merged.add(disk.plan(self.domain, &DiskRequest::Delete { drop, keep }).await?);
+            merged.add(disk.plan(self.domain, &DiskRequest::Delete { drop, keep, force }).await?);
         }
         let mut names = Vec::new();
         let gone: Vec<&Snapshot> =
@@ -248,6 +254,37 @@ impl Planner<'_> {
             merged.commit.push(Edit::SetCurrent { id: survivor });
         }
         Ok(merged.plan(operation, names))
+    }
+
+    /// Refuses where an image has several internal snapshots by the name of one that is to go: QEMU's tools
+    /// make such, and to delete one of them by its name may delete the other.
+    fn require_single_tags(&self, doomed: &BTreeSet<SnapshotId>) -> Result<()> {
+        for disk in self.disks {
+            for snapshot in self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)) {
+                let Some(Point { layer, tag: Some(tag) }) = snapshot.point(disk.target()).map(|m| &m.point)
+                else {
+                    continue;
+                };
+                let Some(layer) = disk.state.layer(layer) else { continue };
+                let same = layer.internal.iter().filter(|internal| internal.tag == *tag).count();
+                if same > 1 {
+                    return Err(Error::new(
+                        ErrorKind::Refused,
+                        format!(
+                            "{}: {} has {same} internal snapshots called {tag}, and the name cannot say which is meant",
+                            disk.target(),
+                            layer.file
+                        ),
+                    )
+                    .state("no changes made")
+                    .advise(format!(
+                        "'qemu-img snapshot -l {0}' shows their IDs, 'qemu-img snapshot -d ID {0}' deletes one",
+                        layer.file
+                    )));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn surviving_ancestor(

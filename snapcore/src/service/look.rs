@@ -128,7 +128,12 @@ impl Inner {
                 Ok(state) => {
                     findings.extend(points_missing(record, &state, &entry.tree));
                     for layer in unnamed(record, &state, &entry.tree) {
-                        let size = state.layer(&layer).map_or(0, |layer| layer.allocated);
+                        let Some(known) = state.layer(&layer) else { continue };
+                        // It is kept for the internal snapshots in it, which are needed.
+                        if !known.internal.is_empty() {
+                            continue;
+                        }
+                        let size = known.allocated;
                         findings.push(finding(
                             Severity::Note,
                             layer.as_str(),

@@ -206,7 +206,8 @@ impl Inner {
                 let written = match action {
                     ChainStep::TakeInternal { layer, .. }
                     | ChainStep::ApplyInternal { layer, .. }
-                    | ChainStep::DropInternal { layer, .. } => layer,
+                    | ChainStep::DropInternal { layer, .. }
+                    | ChainStep::ForgetInternal { layer, .. } => layer,
                     ChainStep::Merge { into, .. } => into,
                     ChainStep::Repoint { child, .. } => child,
                     ChainStep::NameLayer { .. }

@@ -1,0 +1,149 @@
+//! Failed calls and damaged images.
+//!
+//! A call that fails once leaves the image clean, and wholly before or wholly after the operation. An
+//! operation on an image with damaged metadata ends, without a panic, and where it says that nothing was
+//! changed, no byte is another.
+
+use super::crash_tests::{KINDS, Seeded, base, open, state};
+use super::error::Result;
+use super::open::Image;
+use super::recorder::Recorder;
+use super::snapshot::NewSnapshot;
+
+type Operation = (&'static str, fn(&mut Image) -> Result<()>);
+
+const OPERATIONS: [Operation; 6] = [
+    ("create", |image| image.create_snapshot(&NewSnapshot::new("new", 9, 9))),
+    ("apply", |image| image.apply_snapshot("one")),
+    ("delete one", |image| image.delete_snapshots(&["two"]).map(|_| ())),
+    ("delete all", |image| image.delete_snapshots(&["three", "two", "one"]).map(|_| ())),
+    ("forget", |image| image.forget_snapshots(&["two"]).map(|_| ())),
+    ("repair", |image| image.repair().map(|_| ())),
+];
+
+#[test]
+fn a_call_that_fails_once_leaves_the_image_clean() {
+    for kind in &KINDS {
+        let base = base(kind);
+        let before = state(&open(&base, false).1);
+        for (name, operation) in &OPERATIONS[..4] {
+            let (done, mut image) = open(&base, true);
+            operation(&mut image).unwrap();
+            let after = state(&open(&done.bytes(), false).1);
+            for calls in 0.. {
+                let (recorder, mut image) = open(&base, true);
+                recorder.fail_after(calls);
+                let outcome = operation(&mut image);
+                if !recorder.has_failed() {
+                    assert!(calls > 3, "{name}: it wrote nothing");
+                    break;
+                }
+                let left = open(&recorder.bytes(), false).1;
+                let report = left.check().unwrap();
+                assert!(report.is_clean(), "{name}, call {calls} failed: {report:?}");
+                let now = state(&left);
+                match outcome {
+                    Ok(()) => assert!(now == after, "{name}, call {calls}: done, and it is not"),
+                    Err(error) => {
+                        assert!(now == before, "{name}, call {calls}: {error}: it is not as before");
+                        assert!(!error.is_half_way(), "{name}, call {calls}: {error}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Where the metadata of an image lies: what mutations hit.
+fn metadata(bytes: &[u8]) -> Vec<std::ops::Range<usize>> {
+    let image = open(bytes, false).1;
+    let header = image.header();
+    let cluster = header.cluster_bits.bytes();
+    let at = |offset: u64, length: usize| offset as usize..(offset as usize + length).min(bytes.len());
+    let mut places = vec![
+        0..112,
+        at(header.l1_offset.0, header.l1_entries as usize * 8),
+        at(header.reftable_offset.0, 64),
+        at(header.snapshots_offset.0, 240),
+    ];
+    let table = header.reftable_offset.0 as usize;
+    for entry in bytes[table..table + cluster].as_chunks::<8>().0 {
+        let block = u64::from_be_bytes(*entry);
+        if block != 0 {
+            places.push(at(block, cluster));
+        }
+    }
+    let mut tables = vec![image.active_l1().unwrap().clone()];
+    for snapshot in image.snapshots().unwrap() {
+        places.push(at(snapshot.l1_offset.0, snapshot.l1_entries as usize * 8));
+        tables.push(image.snapshot_l1(snapshot).unwrap());
+    }
+    for l1 in tables {
+        for index in 0..l1.len() {
+            places.extend(l1.l2_offset(index).map(|offset| at(offset.0, cluster)));
+        }
+    }
+    places
+}
+
+/// Changes one to three words of metadata.
+fn damage(bytes: &mut [u8], places: &[std::ops::Range<usize>], random: &mut Seeded) {
+    for _ in 0..=random.next() % 3 {
+        let place = places[random.next() as usize % places.len()].clone();
+        let at = place.start + random.next() as usize % place.len().max(1);
+        match random.next() % 4 {
+            0 => bytes[at] ^= 1 << (random.next() % 8),
+            1 => bytes[at] = 0xff,
+            _ => {
+                let at = (at & !7).min(bytes.len() - 8);
+                let word = match random.next() % 5 {
+                    0 => 0,
+                    1 => u64::MAX,
+                    2 => random.next() % bytes.len() as u64,
+                    3 => 1 << 63 | (random.next() % bytes.len() as u64) & !0xfff,
+                    _ => random.next(),
+                };
+                bytes[at..at + 8].copy_from_slice(&word.to_be_bytes());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_refusal_of_a_damaged_image_changes_no_byte() {
+    let rounds = std::env::var("DAMAGE_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(400);
+    let (mut refused, mut half_way) = (0, 0);
+    for (number, kind) in KINDS.iter().enumerate() {
+        let whole = base(kind);
+        let places = metadata(&whole);
+        for seed in 0..rounds {
+            let mut bytes = whole.clone();
+            let mut random = Seeded((seed + 1u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number as u64);
+            let _ = (0..4).map(|_| random.next()).last();
+            damage(&mut bytes, &places, &mut random);
+            for (name, operation) in &OPERATIONS {
+                let recorder = Recorder::new(bytes.clone());
+                let Ok(mut image) = Image::from_file(recorder.open(true)) else { continue };
+                let Err(error) = operation(&mut image) else { continue };
+                if error.is_half_way() {
+                    half_way += 1;
+                    let text = error.to_string();
+                    assert!(
+                        !text.contains("nothing was changed"),
+                        "kind {number}, seed {seed}, {name}: {text}"
+                    );
+                } else {
+                    refused += 1;
+                    let same = recorder.bytes() == bytes;
+                    assert!(
+                        same || error.to_string().contains("rolled back"),
+                        "kind {number}, seed {seed}, {name}: something was written before: {error}"
+                    );
+                }
+            }
+        }
+    }
+    println!("{refused} refusals, {half_way} failures after the first write");
+    assert!(refused > rounds / 4, "the mutations hit nothing");
+    assert!(half_way * 50 < refused, "{half_way} of {refused} failures came after the first write");
+}

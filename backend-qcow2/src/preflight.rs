@@ -1,0 +1,395 @@
+//! What can be known to fail of a plan's steps, found out before the first of them: nothing is changed by a
+//! refusal here.
+//!
+//! Read from the images: encryption, damage that a step would meet, tags that are there twice. The steps
+//! check the same again before they write, because a recovery repeats them without a plan.
+
+use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::chain::ChainStep;
+use snapcore::{
+    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, LayerName, PlannedStep,
+    Result,
+};
+
+use crate::backing_string::resolve_backing;
+use crate::image::{self, Encryption, Image, NewSnapshot, OpenOptions};
+use crate::layers::file_of;
+
+/// Refuses what the steps of `plan` cannot do; with `force`, makes them forget damaged snapshots.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`], [`ErrorKind::Refused`] or [`ErrorKind::Corrupt`], with what to do.
+pub(crate) fn check(
+    record: &DiskRecord,
+    state: &DiskState,
+    request: &DiskRequest,
+    plan: &mut DiskPlan,
+    max_depth: u32,
+) -> Result<()> {
+    let preflight = Preflight { record, state, max_depth };
+    if let Some(DiskInstant::Internal { tag }) = &plan.instant {
+        preflight.writable(&state.active)?.could_take(&NewSnapshot::new(tag.as_str(), 0, 0))?;
+    }
+    let force = matches!(request, DiskRequest::Delete { force: true, .. });
+    let mut steps = Vec::with_capacity(plan.steps.len());
+    for planned in std::mem::take(&mut plan.steps) {
+        let action = serde_json::from_value::<ChainStep>(planned.step.action.clone());
+        match action {
+            Ok(ChainStep::DropInternal { layer, tags }) => {
+                if planned.window {
+                    preflight.require_reopening(&preflight.reading(&layer)?)?;
+                }
+                let damaged = preflight.damaged(&layer, &tags, force)?;
+                steps.extend(preflight.forgetting(planned, layer, tags, damaged, &mut plan.notes)?);
+            }
+            Ok(action) => {
+                preflight.step(&action)?;
+                preflight.losses(&action, &mut plan.notes)?;
+                steps.push(planned);
+            }
+            Err(_) => steps.push(planned),
+        }
+    }
+    plan.steps = steps;
+    Ok(())
+}
+
+struct Preflight<'a> {
+    record: &'a DiskRecord,
+    state: &'a DiskState,
+    max_depth: u32,
+}
+
+impl Preflight<'_> {
+    fn step(&self, step: &ChainStep) -> Result<()> {
+        match step {
+            ChainStep::CreateOverlay { on, on_format, .. } => {
+                if on_format != "qcow2" {
+                    return Ok(());
+                }
+                match encrypted_in(&file_of(self.record, on)?, self.max_depth)? {
+                    None => Ok(()),
+                    Some((file, how)) => Err(self.would_be_in_clear(&file, &how)),
+                }
+            }
+            ChainStep::Materialise { from, tag, .. } => {
+                self.require_single_tag(from, tag)?;
+                match encrypted_in(&file_of(self.record, from)?, self.max_depth)? {
+                    None => Ok(self.reading(from)?.require_plain_data()?),
+                    Some((file, how)) => Err(self.would_be_in_clear(&file, &how)),
+                }
+            }
+            // What a hypervisor writes just now is not whole in the file: the step looks at it in the
+            // detached section.
+            ChainStep::TakeInternal { layer, tag } if self.is_written(layer) => {
+                Ok(self.writable(layer)?.could_take(&NewSnapshot::new(tag.as_str(), 0, 0))?)
+            }
+            ChainStep::TakeInternal { layer, tag } => {
+                Ok(self.writable(layer)?.could_create(&NewSnapshot::new(tag.as_str(), 0, 0))?)
+            }
+            ChainStep::ApplyInternal { layer, tag, .. } => {
+                self.require_single_tag(layer, tag)?;
+                let mut image = self.writable(layer)?;
+                if self.is_open(layer) {
+                    self.require_reopening(&image)?;
+                }
+                Ok(image.could_apply(tag)?)
+            }
+            ChainStep::Merge { run, into, .. } => self.merge(run, into),
+            ChainStep::Repoint { child, .. } => self.writable(child).map(|_| ()),
+            ChainStep::NameLayer { .. }
+            | ChainStep::SwitchActive { .. }
+            | ChainStep::DropInternal { .. }
+            | ChainStep::ForgetInternal { .. }
+            | ChainStep::Remove { .. }
+            | ChainStep::Unname { .. } => Ok(()),
+        }
+    }
+
+    /// What the disk does not have any more after a step: said, because it may be somebody's.
+    fn losses(&self, step: &ChainStep, notes: &mut Vec<String>) -> Result<()> {
+        let target = &self.record.disk.target;
+        let (layer, bitmaps) = match step {
+            ChainStep::CreateOverlay { on, .. } => (on, "stay in it, and the new overlay has none"),
+            ChainStep::Materialise { from, .. } => (from, "stay in it, and the copy has none"),
+            ChainStep::ApplyInternal { layer, .. } => {
+                (layer, "do not know what changes, and are marked as invalid")
+            }
+            ChainStep::Merge { into, .. } => (into, "do not know what is merged, and are marked as invalid"),
+            _ => return Ok(()),
+        };
+        let known = self.state.layer(layer);
+        if known.is_some_and(|layer| layer.format != "qcow2") {
+            return Ok(());
+        }
+        let file = file_of(self.record, layer)?;
+        // Some are made by an earlier step of the same plan.
+        let Ok(image) = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked()) else {
+            return Ok(());
+        };
+        let valid: Vec<String> = match image::list_bitmaps(&image) {
+            Ok(list) => list.into_iter().filter(|bitmap| !bitmap.in_use).map(|bitmap| bitmap.name).collect(),
+            Err(_) => Vec::new(),
+        };
+        if !valid.is_empty() {
+            notes.push(format!(
+                "{target}: the dirty bitmaps of {file} ({}) {bitmaps}: the next incremental backup of this disk must be a \
+                 full one",
+                valid.join(", ")
+            ));
+        }
+        if let ChainStep::CreateOverlay { virtual_size, .. } = step {
+            let mut not = Vec::new();
+            if known.is_some_and(|layer| *virtual_size > 0 && layer.allocated >= *virtual_size) {
+                not.push("is allocated in full");
+            }
+            if image.header().has_data_file() {
+                not.push("keeps its data in a data file");
+            }
+            if image.header().version < 3 {
+                not.push("is of version 2 (compat=0.10)");
+            }
+            if !not.is_empty() {
+                notes
+                    .push(format!("{target}: {file} {}; the new overlay is not made so", not.join(", and ")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Only a program with the key can move an encrypted layer's data, and it must not come to lie in the
+    /// clear.
+    fn merge(&self, run: &[LayerName], into: &LayerName) -> Result<()> {
+        let mut encrypted = None;
+        let mut into_encrypted = false;
+        for layer in run {
+            let image = self.reading(layer)?;
+            if image.header().has_data_file() || image.header().encryption != Encryption::None {
+                let how = match image.header().encryption {
+                    Encryption::None => "keeps its data in another file".to_owned(),
+                    how => encrypted_words(how),
+                };
+                encrypted = Some((layer, how));
+                into_encrypted |= layer == into;
+            }
+        }
+        // A hypervisor that has the images open has the key too.
+        let by_hypervisor = self.state.attached && run.iter().all(|layer| self.is_open(layer));
+        match encrypted {
+            Some((layer, how)) if !(by_hypervisor && into_encrypted) => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "{}: the data of {} would have to be merged, which {how}: only a program that has the key can move it",
+                    self.record.disk.target,
+                    file_of(self.record, layer)?
+                ),
+            )
+            .state("no changes made")
+            .advise("merge by hand with `qemu-img commit` or `qemu-img rebase`, `--object secret,...` and `--image-opts`")),
+            _ => Ok(()),
+        }
+    }
+
+    fn would_be_in_clear(&self, file: &Utf8Path, how: &str) -> Error {
+        let target = &self.record.disk.target;
+        Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{target}: {file} {how}: a new image on it would hold what the guest writes from then on in the clear, and \
+                 the domain's own options would not open it"
+            ),
+        )
+        .state("no changes made")
+        .advise(format!(
+            "use internal snapshots for this disk (--disk {target}=internal), or leave it out (--disk {target}=skip)"
+        ))
+    }
+
+    /// Refuses what needs a detached section: an encrypted image cannot be opened again without its key,
+    /// which is QEMU's.
+    fn require_reopening(&self, image: &Image) -> Result<()> {
+        if image.header().encryption == Encryption::None {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{}: {} {}, so the running domain could not open it again after it",
+                self.record.disk.target,
+                image.path().display(),
+                encrypted_words(image.header().encryption)
+            ),
+        )
+        .state("no changes made")
+        .advise("shut the domain down, then run the same command again"))
+    }
+
+    /// The layer's image, if it may be written at all.
+    fn writable(&self, layer: &LayerName) -> Result<Image> {
+        let image = self.reading(layer)?;
+        image.require_writable()?;
+        Ok(image)
+    }
+
+    fn reading(&self, layer: &LayerName) -> Result<Image> {
+        let file = file_of(self.record, layer)?;
+        Ok(Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?)
+    }
+
+    fn is_open(&self, layer: &LayerName) -> bool {
+        self.state.attached && self.state.chain(&self.state.active).iter().any(|open| open.name == *layer)
+    }
+
+    /// Whether a hypervisor writes the layer.
+    fn is_written(&self, layer: &LayerName) -> bool {
+        self.state.attached && *layer == self.state.active
+    }
+
+    fn require_single_tag(&self, layer: &LayerName, tag: &str) -> Result<()> {
+        let Some(layer) = self.state.layer(layer) else { return Ok(()) };
+        match layer.internal.iter().filter(|internal| internal.tag == tag).count() {
+            0 | 1 => Ok(()),
+            n => Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{}: {} has {n} internal snapshots called {tag}, and a name cannot say which of them is meant",
+                    self.record.disk.target, layer.file
+                ),
+            )
+            .state("no changes made")
+            .advise(format!(
+                "`qemu-img snapshot -l {0}` shows their IDs, `qemu-img snapshot -d ID {0}` deletes one",
+                layer.file
+            ))),
+        }
+    }
+
+    /// Which of these snapshots cannot be deleted, because what they refer to contradicts itself.
+    fn damaged(&self, layer: &LayerName, tags: &[String], force: bool) -> Result<Vec<String>> {
+        let image = self.writable(layer)?;
+        let known = |tag: &&String| image.find_snapshot(tag).is_ok_and(|found| found.is_some());
+        // Some are made by an earlier step of the same plan.
+        let tags: Vec<&str> = tags.iter().filter(known).map(String::as_str).collect();
+        if tags.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut refusal = match self.could_delete(layer, &tags)? {
+            None => return Ok(Vec::new()),
+            Some(refusal) => refusal,
+        };
+        let mut damaged = Vec::new();
+        for tag in &tags {
+            if let Some(error) = self.could_delete(layer, &[tag])? {
+                damaged.push((*tag).to_owned());
+                refusal = error;
+            }
+        }
+        if damaged.is_empty() {
+            // Each by itself can go: what contradicts itself is how often they refer to something together.
+            damaged = tags.iter().map(|tag| (*tag).to_owned()).collect();
+        }
+        if force {
+            return Ok(damaged);
+        }
+        let file = file_of(self.record, layer)?;
+        Err(Error::from(refusal)
+            .context(format!("{} inside {file} is damaged and cannot be deleted", damaged.join(", ")))
+            .state("no changes made")
+            .advise(format!(
+                "`delete --force` forgets it and leaves its space in use, which `qemu-img check -r leaks {file}` gives back later"
+            )))
+    }
+
+    /// The damage that a delete would meet. A file that a hypervisor writes is read again before it is called
+    /// damaged.
+    fn could_delete(&self, layer: &LayerName, tags: &[&str]) -> Result<Option<image::Error>> {
+        let mut again = self.is_written(layer);
+        loop {
+            match self.reading(layer)?.could_delete(tags) {
+                Ok(()) => return Ok(None),
+                Err(error) if error.kind() != image::ErrorKind::Corrupt => return Err(error.into()),
+                Err(_) if again => again = false,
+                Err(error) => return Ok(Some(error)),
+            }
+        }
+    }
+
+    /// The step, and beside it or in its place one that forgets the damaged ones.
+    fn forgetting(
+        &self,
+        mut planned: PlannedStep,
+        layer: LayerName,
+        tags: Vec<String>,
+        damaged: Vec<String>,
+        notes: &mut Vec<String>,
+    ) -> Result<Vec<PlannedStep>> {
+        if damaged.is_empty() {
+            return Ok(vec![planned]);
+        }
+        let (target, file) = (&self.record.disk.target, file_of(self.record, &layer)?);
+        if self.is_open(&layer) {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{target}: {} inside {file} is damaged, and the running domain has the image open",
+                    damaged.join(", ")
+                ),
+            )
+            .state("no changes made")
+            .advise("shut the domain down, then run the same command again"));
+        }
+        notes.push(format!(
+            "{target}: {} inside {file} is damaged: it is forgotten, and its space stays in use until \
+             `qemu-img check -r leaks {file}` is run while the domain is off",
+            damaged.join(", ")
+        ));
+        let whole: Vec<String> = tags.into_iter().filter(|tag| !damaged.contains(tag)).collect();
+        let mut forget = planned.clone();
+        forget.step.summary = format!("forget {} inside {layer}", damaged.join(", "));
+        forget.step.action =
+            serde_json::to_value(ChainStep::ForgetInternal { layer: layer.clone(), tags: damaged })
+                .unwrap_or_default();
+        if whole.is_empty() {
+            return Ok(vec![forget]);
+        }
+        forget.edits.clear();
+        planned.step.summary = format!("delete {} inside {layer}", whole.join(", "));
+        planned.step.action =
+            serde_json::to_value(ChainStep::DropInternal { layer, tags: whole }).unwrap_or_default();
+        Ok(vec![forget, planned])
+    }
+}
+
+fn encrypted_words(how: Encryption) -> String {
+    match how {
+        Encryption::None => "is not encrypted".to_owned(),
+        Encryption::Aes => "is encrypted with AES".to_owned(),
+        Encryption::Luks => "is encrypted with LUKS".to_owned(),
+    }
+}
+
+/// The first encrypted image of the chain whose top is `top`, and how it is encrypted. An image that cannot
+/// be followed ends the walk: whoever reads the chain says so.
+fn encrypted_in(top: &Utf8Path, max_depth: u32) -> Result<Option<(Utf8PathBuf, String)>> {
+    let mut file = top.to_owned();
+    for _ in 0..max_depth {
+        let Some(header) = image::probe(file.as_std_path())? else { return Ok(None) };
+        if header.encryption != Encryption::None {
+            return Ok(Some((file, encrypted_words(header.encryption))));
+        }
+        if let Some(name) = header.data_file.filter(|name| !name.is_empty()) {
+            let data = resolve_backing(&file, &name)?;
+            if image_files::is_luks(&data).unwrap_or(false) {
+                return Ok(Some((data, encrypted_words(Encryption::Luks))));
+            }
+        }
+        let Some(backing) = header.backing else { return Ok(None) };
+        let next = resolve_backing(&file, &backing.file)?;
+        match backing.format.as_deref() {
+            Some("qcow2") => file = next,
+            Some("luks") => return Ok(Some((next, encrypted_words(Encryption::Luks)))),
+            _ => return Ok(None),
+        }
+    }
+    Ok(None)
+}

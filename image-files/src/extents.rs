@@ -1,0 +1,197 @@
+//! What a file takes on its file system, by ranges: `FIEMAP`, and where the file system has none,
+//! `SEEK_DATA`.
+//!
+//! `FIEMAP` also tells of room that is reserved and not written yet, which `SEEK_DATA` takes for a hole, and of blocks that
+//! other files share.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+/// Bytes that `ranges` of the file take on the file system.
+///
+/// # Errors
+/// The system's.
+pub fn allocated_in(file: &File, ranges: &[Range<u64>]) -> io::Result<u64> {
+    let mut bytes = 0u64;
+    for range in ranges.iter().filter(|range| !range.is_empty()) {
+        let counted = match sum_of_extents(file, range, |_| true) {
+            Ok(counted) => counted,
+            Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => data_in(file, range)?,
+            Err(errno) => return Err(errno.into()),
+        };
+        bytes = bytes.saturating_add(counted);
+    }
+    Ok(bytes)
+}
+
+/// Bytes of the file that no other file shares, and that its removal therefore gives back; `None` where the
+/// file system does not tell.
+///
+/// # Errors
+/// The system's.
+pub fn unshared(file: &File) -> io::Result<Option<u64>> {
+    let shared = |flags: u32| flags & sys::SHARED != 0;
+    match sum_of_extents(file, &(0..u64::MAX), |flags| !shared(flags)) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn sum_of_extents(file: &File, range: &Range<u64>, counts: impl Fn(u32) -> bool) -> Result<u64, Errno> {
+    let (mut at, mut bytes) = (range.start, 0u64);
+    while at < range.end {
+        let extents = sys::extents(file, at, range.end - at)?;
+        let Some(last) = extents.last() else { break };
+        for extent in &extents {
+            let end = extent.start.saturating_add(extent.length);
+            if counts(extent.flags) {
+                bytes =
+                    bytes.saturating_add(end.min(range.end).saturating_sub(extent.start.max(range.start)));
+            }
+        }
+        let next = last.start.saturating_add(last.length);
+        if last.flags & sys::LAST != 0 || next <= at {
+            break;
+        }
+        at = next;
+    }
+    Ok(bytes)
+}
+
+fn data_in(file: &File, range: &Range<u64>) -> io::Result<u64> {
+    let (mut at, mut bytes) = (range.start, 0);
+    while at < range.end {
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data.min(range.end),
+            Err(Errno::NXIO) => break,
+            // A file system that knows no holes has data everywhere.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(bytes + (range.end - at)),
+            Err(errno) => return Err(errno.into()),
+        };
+        let hole = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
+            Ok(hole) => hole.min(range.end),
+            Err(Errno::NXIO) => break,
+            Err(errno) => return Err(errno.into()),
+        };
+        bytes += hole - data;
+        at = hole.max(at + 1);
+    }
+    Ok(bytes)
+}
+
+/// The one system call of this crate that has no safe wrapper.
+#[allow(unsafe_code)]
+mod sys {
+    use std::ffi::c_void;
+    use std::fs::File;
+    use std::mem::offset_of;
+
+    use rustix::io::Errno;
+    use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
+
+    /// `FIEMAP_EXTENT_LAST`.
+    pub(super) const LAST: u32 = 1;
+    /// `FIEMAP_EXTENT_SHARED`.
+    pub(super) const SHARED: u32 = 0x2000;
+    /// Extents asked for at once.
+    const COUNT: usize = 64;
+
+    /// One extent.
+    pub(super) struct Extent {
+        /// Where in the file.
+        pub(super) start: u64,
+        /// Bytes.
+        pub(super) length: u64,
+        pub(super) flags: u32,
+    }
+
+    /// `struct fiemap`, without its array.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Head {
+        start: u64,
+        length: u64,
+        flags: u32,
+        mapped: u32,
+        count: u32,
+        reserved: u32,
+    }
+
+    /// `struct fiemap_extent`.
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Raw {
+        logical: u64,
+        physical: u64,
+        length: u64,
+        reserved: [u64; 2],
+        flags: u32,
+        reserved_too: [u32; 3],
+    }
+
+    #[repr(C)]
+    struct Request {
+        head: Head,
+        extents: [Raw; COUNT],
+    }
+
+    // The kernel's sizes (`linux/fiemap.h`).
+    const _: () =
+        assert!(size_of::<Head>() == 32 && size_of::<Raw>() == 56 && offset_of!(Request, extents) == 32);
+
+    // SAFETY: the opcode is FS_IOC_FIEMAP, whose argument is a `struct fiemap` followed by `count` extents,
+    // which is what
+    // `Request` is. The kernel writes at most `count` of them, and any bytes are valid values of their fields.
+    unsafe impl Ioctl for &mut Request {
+        type Output = ();
+        const IS_MUTATING: bool = true;
+        fn opcode(&self) -> Opcode {
+            opcode::read_write::<Head>(b'f', 11)
+        }
+        fn as_ptr(&mut self) -> *mut c_void {
+            std::ptr::from_mut::<Request>(self).cast()
+        }
+        unsafe fn output_from_ptr(_: IoctlOutput, _: *mut c_void) -> rustix::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The extents of `start..start + length`, the first ones where there are many.
+    pub(super) fn extents(file: &File, start: u64, length: u64) -> Result<Vec<Extent>, Errno> {
+        let head = Head { start, length, count: COUNT as u32, ..Head::default() };
+        let mut request = Request { head, extents: [Raw::default(); COUNT] };
+        // SAFETY: the request outlives the call, and is what this call takes (above).
+        unsafe { ioctl(file, &mut request) }?;
+        let found = request.extents.iter().take(request.head.mapped as usize);
+        Ok(found.map(|raw| Extent { start: raw.logical, length: raw.length, flags: raw.flags }).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use super::*;
+
+    #[test]
+    fn allocated_ranges_add_up_to_the_blocks() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        for at in [0, 65536, 70000, 500_000] {
+            file.write_all_at(&[1; 5000], at).unwrap();
+        }
+        file.sync_all().unwrap();
+        let blocks = || file.metadata().unwrap().blocks() * 512;
+        assert_eq!(allocated_in(&file, &[0..1 << 20]).unwrap(), blocks());
+        assert_eq!(allocated_in(&file, &[131_072..262_144]).unwrap(), 0);
+        assert!(allocated_in(&file, &[65536..69632]).unwrap() == 4096);
+        if let Some(own) = unshared(&file).unwrap() {
+            assert_eq!(own, blocks());
+        }
+    }
+}
