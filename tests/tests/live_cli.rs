@@ -136,7 +136,11 @@ fn a_compressed_memory_image_is_told_with_both_its_sizes_and_reverted_to_on_and_
     ensure!(std::fs::metadata(memory["file"].as_str().context("no file")?)?.len() == bytes, "{memory}");
     live.revert("small", &[])?;
     told(&domsnap, &["revert", NAME, "small", "--off"], &["domain was ended and is off"])?;
-    told(&domsnap, &["revert", NAME, "small"], &["; memory restored, guest resumed"])?;
+    told(
+        &domsnap,
+        &["revert", NAME, "small"],
+        &["; domain was started from the snapshot's memory (process "],
+    )?;
     live.delete(&["small"], &[])?;
     live.sound()
 }
