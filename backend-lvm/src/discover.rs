@@ -13,7 +13,7 @@ pub(crate) fn discover(
     volume: &Volume,
     group: &Group,
 ) -> Vec<Snapshot> {
-    let ours = |row: &Row| row.told().ours && volume.is_point(&row.name);
+    let ours = |row: &Row| row.told().ours && volume.is_point(&row.name) && group.is_made_for(row, volume);
     let foreign = |row: &Row| {
         row.origin.as_deref() == Some(volume.name.as_str())
             // A thin snapshot is not active unless somebody uses it, as another machine's disk maybe.

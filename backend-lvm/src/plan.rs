@@ -237,7 +237,10 @@ impl Planner<'_> {
                 layers.push(point.layer.clone());
             }
         }
-        let leftovers = self.group.rows.iter().filter(|row| row.told().ours && volume.is_passing(&row.name));
+        let passing = |row: &&Row| {
+            row.told().ours && volume.is_passing(&row.name) && self.group.is_made_for(row, volume)
+        };
+        let leftovers = self.group.rows.iter().filter(passing);
         layers.extend(leftovers.map(Row::layer));
         layers.sort();
         layers.dedup();

@@ -127,10 +127,24 @@ impl Group {
         self.rows.iter().find(|row| row.name == name)
     }
 
+    /// Whether a volume that says by name and tags that it was made for another can be that: anybody who may write tags can have
+    /// them say so of a volume of their own, and what is ours is removed.
+    pub(crate) fn is_made_for(&self, row: &Row, of: &Volume) -> bool {
+        match row.kind {
+            Kind::ThickSnapshot => row.origin.as_deref() == Some(of.name.as_str()),
+            // The volume may be absent, in the middle of a revert.
+            Kind::Thin => self.row(&of.name).is_none_or(|present| present.pool == row.pool),
+            Kind::Thick | Kind::Pool | Kind::Inner => false,
+        }
+    }
+
     /// The points of a volume, the oldest first.
     pub(crate) fn points<'a>(&'a self, of: &'a Volume) -> Vec<&'a Row> {
-        let mut points: Vec<&Row> =
-            self.rows.iter().filter(|row| of.is_point(&row.name) && row.told().ours).collect();
+        let mut points: Vec<&Row> = self
+            .rows
+            .iter()
+            .filter(|row| of.is_point(&row.name) && row.told().ours && self.is_made_for(row, of))
+            .collect();
         points.sort_by(|a, b| (a.time, &a.name).cmp(&(b.time, &b.name)));
         points
     }

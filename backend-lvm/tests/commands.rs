@@ -277,3 +277,24 @@ async fn a_revert_whose_safety_snapshot_overflowed_ends_with_words_and_with_its_
     );
     assert!(house.runner.told.lock().expect("nobody panicked").is_empty(), "the point is there");
 }
+
+#[tokio::test]
+async fn a_tag_of_a_stranger_makes_no_volume_ours() {
+    // A linear volume of somebody's, with the name and the tag of what a revert leaves.
+    let line = RECORDED.lines().find(|line| line.contains("\"lv_name\":\"thick\"")).expect("it is there");
+    let hostile = line
+        .replace("\"lv_name\":\"thick\"", "\"lv_name\":\"thin.ds-0000000f-old\"")
+        .replace("\"lv_tags\":\"\"", "\"lv_tags\":\"domsnap\"");
+    let point = hostile.replace("thin.ds-0000000f-old", "thin.ds-0000000e");
+    let report = RECORDED.replace(line, &format!("{line}\n{hostile}\n{point}"));
+    let mut house = House::with("/dev/vg/thin", &report).await.expect("it is a disk");
+    let one = Point::external(LayerName("thin.ds-00000001".into()));
+    let plan = house
+        .plan(DiskRequest::Delete { drop: vec![one], keep: Vec::new(), force: false })
+        .await
+        .expect("a plan");
+    let told = house.apply(&plan).await.expect("done").join("; ");
+    assert!(told.contains("thin.ds-00000001") && !told.contains("0000000f"), "{told}");
+    house.backend.discover(&mut house.record, &[]).await.expect("found");
+    assert!(!house.record.owned.iter().any(|layer| layer.as_str().contains("0000000e")));
+}

@@ -124,8 +124,23 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
 /// A snapshot without one of the disks would be of two instants: nobody may leave one out by not knowing of it.
 async fn refuse_hidden_disks(live: &Live, context: &DomainContext<'_>) -> Result<()> {
     for disk in live.xen_disks().await {
-        let known = context.domain.disk(&disk.target).is_some();
-        if known || !disk.writable || disk.removable {
+        if !disk.writable {
+            continue;
+        }
+        if let Some(record) = context.domain.disk(&disk.target) {
+            let registered = &record.disk.path;
+            // Attached later under the name of one that was detached: what is registered is not what the guest writes.
+            if disk.path.is_absolute() && !disk.is_file(registered) {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!(
+                        "disk {} of the running domain is {}, and {registered} is registered",
+                        disk.target, disk.path
+                    ),
+                )
+                .state("nothing was touched")
+                .advise("attach the registered one again, or register the domain anew"));
+            }
             continue;
         }
         let why = match disk.server {
@@ -139,7 +154,15 @@ async fn refuse_hidden_disks(live: &Live, context: &DomainContext<'_>) -> Result
         .state("nothing was touched")
         .advise(why));
     }
-    Ok(())
+    match live.other_storage().await.into_iter().next() {
+        None => Ok(()),
+        Some(words) => Err(Error::new(
+            ErrorKind::Refused,
+            format!("{words} of the running domain would be left out: no snapshot can be taken of it"),
+        )
+        .state("nothing was touched")
+        .advise("detach it, or shut the domain down and take the disks at rest")),
+    }
 }
 
 async fn save(live: &Live, plan: &MemoryPlan) -> Result<()> {

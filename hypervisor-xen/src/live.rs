@@ -184,6 +184,11 @@ impl Live {
         self.libxl.read().await.as_ref().map(seen::disks).unwrap_or_default()
     }
 
+    /// What it has besides and can write, in words.
+    pub(crate) async fn other_storage(&self) -> Vec<String> {
+        self.libxl.read().await.as_ref().map(seen::other_storage).unwrap_or_default()
+    }
+
     /// Whether the domain that runs has each of the disks.
     pub(crate) async fn has_all_disks(&self) -> bool {
         let drives = self.xen_disks().await;
@@ -210,6 +215,10 @@ impl LiveDomain for Live {
 
     fn differences(&self, recorded: &Value) -> Result<Vec<String>> {
         Ok(seen::differences(recorded, &self.seen.machine))
+    }
+
+    fn cannot_save_memory(&self) -> Option<String> {
+        seen::cannot_save(&self.seen.machine["xen"])
     }
 
     async fn resume(&self) -> Result<()> {

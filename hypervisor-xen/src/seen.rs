@@ -60,14 +60,18 @@ fn disk(disk: &Value) -> Option<XenDisk> {
         (_, "raw", false) => Server::Loop,
         _ => Server::Qdisk,
     };
-    let yes = |field: &str| match &disk[field] {
+    let (writable, removable) = (yes(disk, "readwrite"), yes(disk, "removable") || yes(disk, "is_cdrom"));
+    Some(XenDisk { target, path, format, writable, removable, server })
+}
+
+/// Whether a field is set: libxl writes numbers, booleans, and words for what may be left to a default.
+fn yes(of: &Value, field: &str) -> bool {
+    match &of[field] {
         Value::Bool(yes) => *yes,
         Value::Number(number) => number.as_i64() != Some(0),
         Value::String(text) => text == "True",
         _ => false,
-    };
-    let (writable, removable) = (yes("readwrite"), yes("removable") || yes("is_cdrom"));
-    Some(XenDisk { target, path, format, writable, removable, server })
+    }
 }
 
 /// A domain that runs.
@@ -104,11 +108,49 @@ fn seen_disk(disk: &XenDisk) -> SeenDisk {
 /// What is recorded with a snapshot: the configuration, without what each start makes anew.
 fn record(config: &Value) -> Value {
     let mut config = config.clone();
+    redact(&mut config);
     if let Some(identity) = config["c_info"].as_object_mut() {
         identity.remove("domid");
         identity.remove("uuid");
     }
     json!({ "xen": config })
+}
+
+/// Takes passwords (of VNC, of SPICE) out of a configuration: a record is stored, and shown.
+fn redact(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|name, _| !name.contains("passw"));
+            fields.values_mut().for_each(redact);
+        }
+        Value::Array(values) => values.iter_mut().for_each(redact),
+        _ => {}
+    }
+}
+
+/// Storage of a configuration that the guest can write and that is no disk of which snapshots are taken, each in words.
+pub(crate) fn other_storage(config: &Value) -> Vec<String> {
+    let listed = |name: &str| config[name].as_array().cloned().unwrap_or_default();
+    let nameless =
+        listed("disks").into_iter().filter(|entry| disk(entry).is_none() && yes(entry, "readwrite"));
+    let mut found: Vec<String> = nameless
+        .map(|entry| {
+            format!("the disk {} ({})", entry["vdev"], entry["pdev_path"].as_str().unwrap_or("no path"))
+        })
+        .collect();
+    if !listed("vscsictrls").is_empty() {
+        found.push("a SCSI device of the host (vscsi)".to_owned());
+    }
+    found
+}
+
+/// Why Xen cannot save the memory of such a domain, if so.
+pub(crate) fn cannot_save(config: &Value) -> Option<String> {
+    if config["pcidevs"].as_array().is_some_and(|devices| !devices.is_empty()) {
+        return Some("the domain has a PCI device of the host, whose state cannot be saved".to_owned());
+    }
+    yes(&config["b_info"], "disable_migrate")
+        .then(|| "the domain's config has nomigrate=1, which forbids saving it".to_owned())
 }
 
 /// What of a recorded machine would not fit the domain's disks as they are now: its memory begins on the recorded ones.
@@ -199,6 +241,23 @@ mod tests {
         assert_eq!(left_out[3], Some("its medium can be taken out"));
         assert!(!seen.running);
         assert_eq!(seen.summary, "Xen pv, 2 processors, 128 MiB, 4 drives");
+    }
+
+    #[test]
+    fn what_cannot_be_saved_is_known_and_passwords_are_not_recorded() {
+        let mut config = config();
+        assert_eq!((cannot_save(&config), other_storage(&config)), (None, Vec::new()));
+        config["b_info"]["disable_migrate"] = json!("True");
+        assert!(cannot_save(&config).unwrap().contains("nomigrate=1"));
+        config["pcidevs"] = json!([{ "bus": 1 }]);
+        assert!(cannot_save(&config).unwrap().contains("PCI"));
+        config["vscsictrls"] = json!([{ "devid": 0 }]);
+        config["disks"][1]["vdev"] = json!(null);
+        let words = other_storage(&config);
+        assert!(words.len() == 2 && words[0].contains("/nowhere/b.raw"), "{words:?}");
+        config["vfbs"] = json!([{ "vnc": { "passwd": "s3cret", "listen": "::1" } }]);
+        let record = record(&config).to_string();
+        assert!(!record.contains("s3cret") && record.contains("::1"), "{record}");
     }
 
     #[test]
