@@ -18,6 +18,8 @@ pub fn file_id(path: &Utf8Path) -> Result<Option<FileId>> {
     match fs::metadata(path) {
         Ok(metadata) => Ok(Some(file_identity(&metadata))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        // No file can have such a name.
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NAMETOOLONG.raw_os_error()) => Ok(None),
         Err(error) => Err(io_error(error, format!("cannot look at {path}"))),
     }
 }

@@ -314,6 +314,28 @@ pub enum Domain {
     },
     /// Find the domains that run on this machine, and how each is registered
     Scan,
+    /// Add a disk to a domain, or take one out that it does not have any more
+    #[command(subcommand)]
+    Disk(DomainDisk),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DomainDisk {
+    /// Add a disk
+    Add {
+        /// The domain
+        domain: DomainRef,
+        /// The disk: TARGET=PATH[,format=FORMAT]
+        #[arg(value_name = "TARGET=PATH", value_parser = disk_place)]
+        disk: DiskPlace,
+    },
+    /// Take a disk out; its image stays, and the domain's snapshots go on without it
+    Remove {
+        /// The domain
+        domain: DomainRef,
+        /// The disk
+        target: Target,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -436,6 +458,9 @@ pub struct Check {
 pub struct Recover {
     /// The domain [default: all]
     pub domain: Option<DomainRef>,
+    /// Close the interrupted operations of the domain as they are, where recovery cannot go on; no file is touched
+    #[arg(long, requires = "domain")]
+    pub abandon: bool,
 }
 
 #[derive(Debug, Args)]

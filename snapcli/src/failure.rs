@@ -62,7 +62,9 @@ impl Failure {
                 exit::REFUSED
             }
             // Damage that was found before anything was begun: that is a "no" too.
-            ErrorKind::Corrupt if self.changing && !self.started => exit::REFUSED,
+            ErrorKind::Corrupt | ErrorKind::Io | ErrorKind::NoSpace if self.changing && !self.started => {
+                exit::REFUSED
+            }
             _ => exit::FAILED,
         }
     }
@@ -146,7 +148,7 @@ mod tests {
 
     #[test]
     fn what_failed_and_was_undone_is_one() {
-        for kind in [ErrorKind::Io, ErrorKind::Cancelled, ErrorKind::Internal] {
+        for kind in [ErrorKind::Cancelled, ErrorKind::Internal] {
             assert_eq!(status(kind, false), exit::FAILED, "{kind:?}");
             assert_eq!(status(kind, true), exit::FAILED, "{kind:?}");
         }

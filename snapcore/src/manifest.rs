@@ -163,10 +163,14 @@ impl Manifests {
     /// snapshots that `catalogue` never knew stay.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`]; the directory may then be half way, and is known as such.
+    /// [`ErrorKind::Io`], [`ErrorKind::NoSpace`]; the directory may then be half way, and is known as such.
     pub fn write(&self, catalogue: CatalogueId, before: Option<&Entry>, after: &Entry) -> Result<()> {
         let failed = |cause: io::Error| {
-            Error::new(ErrorKind::Io, format!("the manifests in {} cannot be written", self.directory))
+            let kind = match cause.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+                _ => ErrorKind::Io,
+            };
+            Error::new(kind, format!("the manifests in {} cannot be written", self.directory))
                 .because(cause)
                 .advise("`domsnap check` tells which are missing; the next change of the domain writes them again")
         };

@@ -248,6 +248,7 @@ pub fn remarks(outcome: &Outcome) -> String {
         let end = match report.end {
             RecoveryEnd::Done => "was completed first",
             RecoveryEnd::Undone => "was rolled back first",
+            RecoveryEnd::Abandoned => "was abandoned",
         };
         text.push_str(&format!(
             "  recovered: the interrupted {} of {} {end}\n",

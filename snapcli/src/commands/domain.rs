@@ -5,7 +5,7 @@ use snapcore::service::{DomainRef, DomainSpec, DomainSummary, ImportOptions, Imp
 use snapcore::{Control, Error, ErrorKind, Hypervisor};
 
 use crate::answer::Answer;
-use crate::args::{Domain, DomainAdd, Import};
+use crate::args::{Domain, DomainAdd, DomainDisk, Import};
 use crate::commands::change::{names, shell_words};
 use crate::commands::list::{layers, stopped};
 use crate::commands::power::{self, Now};
@@ -24,7 +24,22 @@ pub fn run(session: &Session, domain: Domain) -> Result<Answer, Failure> {
         Domain::List => list(session),
         Domain::Show { domain } => show(session, &domain),
         Domain::Scan => scan::run(session),
+        Domain::Disk(DomainDisk::Add { domain, disk }) => {
+            let default = session.service.registry().default_format()?;
+            let format = disk.format.as_deref().unwrap_or(default).to_owned();
+            let disk = snapcore::Disk { target: disk.target, path: disk.path, format };
+            let domain = session.change(session.service.disk_add(&domain, disk))?;
+            Ok(session.changed(with_disks(domain), |document| told(document, "changed")))
+        }
+        Domain::Disk(DomainDisk::Remove { domain, target }) => {
+            let domain = session.change(session.service.disk_remove(&domain, &target))?;
+            Ok(session.changed(with_disks(domain), |document| told(document, "changed")))
+        }
     }
+}
+
+fn with_disks(domain: snapcore::Domain) -> DomainDoc {
+    DomainDoc { domain, restored: Vec::new(), adopted: Vec::new(), notes: Vec::new() }
 }
 
 fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {

@@ -59,8 +59,11 @@ fn told(document: &CheckDoc) -> String {
 }
 
 /// Finishes or undoes what stopped half way.
-pub fn recover(session: &Session, domain: Option<&DomainRef>) -> Result<Answer, Failure> {
-    let recovered = session.change(session.service.recover(domain, session.cancel()))?;
+pub fn recover(session: &Session, domain: Option<&DomainRef>, abandon: bool) -> Result<Answer, Failure> {
+    let recovered = match domain.filter(|_| abandon) {
+        Some(domain) => session.change(session.service.abandon(domain))?,
+        None => session.change(session.service.recover(domain, session.cancel()))?,
+    };
     // What a report tells as a note was told as it happened too.
     let is_noted = |words: &String| recovered.iter().any(|report| report.notes.contains(words));
     let others = session.warnings().into_iter().filter(|(_, message)| !is_noted(message));
@@ -78,6 +81,7 @@ fn report(report: &RecoveryReport) -> String {
     let end = match report.end {
         RecoveryEnd::Done => "finished",
         RecoveryEnd::Undone => "undone: it did not happen",
+        RecoveryEnd::Abandoned => "abandoned",
     };
     let what = match report.snapshots.is_empty() {
         true => report.operation.clone(),

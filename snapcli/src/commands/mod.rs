@@ -32,7 +32,9 @@ pub fn run(cli: Cli) -> Result<Answer, Failure> {
         Command::Domain(domain) => domain::run(&Session::open(global)?, domain),
         Command::Import(import) => domain::import(&Session::open(global)?, import),
         Command::Check(check) => health::check(&Session::open(global)?, check.domain),
-        Command::Recover(recover) => health::recover(&Session::open(global)?, recover.domain.as_ref()),
+        Command::Recover(recover) => {
+            health::recover(&Session::open(global)?, recover.domain.as_ref(), recover.abandon)
+        }
         Command::Backends => Ok(generate::backends(&Session::open(global)?)),
     }
 }

@@ -2,6 +2,7 @@
 
 use super::{Run, Running};
 use crate::catalogue::Change;
+use crate::chain::ChainStep;
 use crate::service::Postponed;
 use crate::{DomainStep, Error, ErrorKind, Event, Group, Result, StepState, Target, Transition};
 
@@ -57,7 +58,10 @@ impl Running<'_> {
                         pending.extend(edits.map(Change::Edit));
                         self.tell_done(unit.clone());
                     }
-                    Err(error) if deferrable && can_wait(&error) => reason = Some(error.to_string()),
+                    Err(error) if (deferrable || self.is_left_whole(index)) && can_wait(&error) => {
+                        reason = Some(error.to_string());
+                        self.note_kept_tags(index);
+                    }
                     Err(error) => {
                         let changes = vec![Change::Operation(
                             self.operation.id,
@@ -147,6 +151,26 @@ impl Running<'_> {
         Ok(())
     }
 
+    /// Returns true if the disk is whole without this step, and a later operation plans anew what is left of it: then a step that
+    /// cannot be done (an immutable file, no permission, a full disk) does not keep the domain from everything else.
+    fn is_left_whole(&self, index: usize) -> bool {
+        let step = &self.operation.plan.steps[index].step;
+        !step.target.is_domain() && serde_json::from_value::<ChainStep>(step.action.clone()).is_ok()
+    }
+
+    /// Tags that could not be deleted are no snapshots of the domain any more, and nothing deletes them later.
+    fn note_kept_tags(&mut self, index: usize) {
+        let step = &self.operation.plan.steps[index].step;
+        let Ok(ChainStep::DropInternal { layer, tags }) = serde_json::from_value(step.action.clone()) else {
+            return;
+        };
+        self.run.warnings.push(format!(
+            "{}: the internal snapshots {} stay in layer {layer}, and the domain has them no more: `domsnap check` tells of the              image, `domsnap import --replace` brings them back",
+            step.target,
+            tags.join(", ")
+        ));
+    }
+
     fn put_off(&mut self, target: &Target, index: usize, bytes: u64, reason: String) {
         if let Some(known) = self.run.postponed.iter_mut().find(|postponed| postponed.target == *target) {
             known.steps += 1;
@@ -177,7 +201,11 @@ impl Running<'_> {
         )
         .because(error)
         .state("the domain's disks and all its snapshots are whole")
-        .advise("mend what is named, then run `domsnap recover`: it does the rest")
+        .advise(format!(
+            "mend what is named, then run `domsnap recover`: it does the rest; where it cannot be mended, `domsnap recover \
+             --abandon {}` closes the operation and leaves everything as it is",
+            self.entry.domain.name
+        ))
     }
 }
 /// Whether a merge that failed so may be put off. A broken promise of the program's own parts may not: nobody knows

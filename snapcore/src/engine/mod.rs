@@ -492,7 +492,18 @@ impl Running<'_> {
                 let manifests = self.engine.manifests.clone();
                 on_a_thread(move || manifests.remove(&gone)).await
             }
-            None => self.try_manifests().await,
+            None => match self.try_manifests().await {
+                // A delete gives space back, so it must not need any: the others lag until they can be written.
+                Err(error) if error.kind() == ErrorKind::NoSpace => {
+                    let doomed = self.operation.plan.commit.iter().filter_map(|edit| match edit {
+                        Edit::RemoveSnapshot { id } => Some(*id),
+                        _ => None,
+                    });
+                    let (manifests, doomed) = (self.engine.manifests.clone(), doomed.collect::<Vec<_>>());
+                    on_a_thread(move || manifests.remove(&doomed)).await
+                }
+                written => written,
+            },
         };
         written.map_err(|error| self.left_unfinished(error))
     }

@@ -90,7 +90,11 @@ impl Running<'_> {
                 format!("the {} failed ({reason}) and could not be undone whole: {said}", self.operation.plan.operation),
             )
             .state("it did not happen, and all earlier snapshots are whole; remains of it are on the disks named")
-            .advise(format!("mend what is named, then run `domsnap recover`{stands}")));
+            .advise(format!(
+                "mend what is named, then run `domsnap recover`{stands}; where it cannot be mended, `domsnap recover --abandon \
+                 {}` closes the operation and leaves everything as it is",
+                self.entry.domain.name
+            )));
         }
         self.advance(Transition::Undone)?;
         changes.push(Change::Operation(self.operation.id, self.operation.state, None));

@@ -63,6 +63,26 @@ pub async fn plan(
     }
 }
 
+/// Refuses a point whose tag several internal snapshots of its image have: which one is meant cannot be told.
+fn is_unambiguous(disk: &DiskInput, point: &Point) -> Result<()> {
+    let Some(tag) = &point.tag else { return Ok(()) };
+    let Some(layer) = disk.state.layer(&point.layer) else { return Ok(()) };
+    let number = layer.internal.iter().filter(|internal| internal.tag == *tag).count();
+    if number < 2 {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Refused,
+        format!("{}: {} has {number} internal snapshots called {tag}: which one is meant cannot be told", disk.target(), layer.file),
+    )
+    .state("nothing was touched")
+    .advise(format!(
+        "delete all but one by their numbers ('qemu-img snapshot -l {0}' shows them, 'qemu-img snapshot -d NUMBER {0}' deletes \
+         one), then take the image in as it is: 'domsnap import --replace'",
+        layer.file
+    )))
+}
+
 /// A number for the name of a new layer.
 fn stamp() -> u32 {
     let bytes = Uuid::new_v4().into_bytes();
@@ -143,6 +163,7 @@ impl Planner<'_> {
         let mut plans = Vec::new();
         for disk in self.disks {
             let Some(member) = wanted.point(disk.target()) else { continue };
+            is_unambiguous(disk, &member.point)?;
             // Every disk can be taken back, the last one too: a crash between its cut and the commit would otherwise
             // leave it reverted and the others not, and what the domain then writes could not be told from either.
             plans.push((disk, self.revert_disk(disk, &member.point, request).await?));
@@ -238,6 +259,9 @@ impl Planner<'_> {
         self.require_single_tags(doomed)?;
         let mut merged = Merged::default();
         for disk in self.disks {
+            for member in self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)) {
+                member.point(disk.target()).map_or(Ok(()), |member| is_unambiguous(disk, &member.point))?;
+            }
             let (drop, keep) = split_points(self.tree, disk.target(), doomed);
             merged.add(disk.plan(self.domain, &DiskRequest::Delete { drop, keep, force }).await?);
         }

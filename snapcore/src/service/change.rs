@@ -16,8 +16,9 @@ use crate::manifest::Manifests;
 use crate::plan::DiskInput;
 use crate::service::locate::{Intake, followed, image_path, real_images};
 use crate::{
-    Disk, Domain, DomainName, Edit, Error, ErrorKind, Event, Guard, GuestChange, Hypervisor, InspectDepth,
-    OperationState, Plan, PowerAfter, Request, Result, Snapshot,
+    CreateDisk, Disk, DiskRecord, Domain, DomainName, DomainStep, Edit, Error, ErrorKind, Event, Group,
+    Guard, GuestChange, Hypervisor, InspectDepth, OperationState, Plan, PowerAfter, Request, Result,
+    Snapshot, StepState, Target,
 };
 
 /// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
@@ -82,7 +83,7 @@ impl Inner {
 
     async fn hold_disks(&self, domain: &Domain, live: Option<&Live>) -> Result<Vec<Guard>> {
         let mut guards = Vec::new();
-        for record in &domain.disks {
+        for record in domain.disks.iter().filter(|record| !self.is_gone(record)) {
             guards.push(
                 self.registry
                     .get(&record.disk.format)?
@@ -92,6 +93,15 @@ impl Inner {
         }
         self.refuse_open_elsewhere(domain, live).await?;
         Ok(guards)
+    }
+
+    /// Returns true if nothing is left of a disk: neither its image nor a layer, in a directory that is there.
+    fn is_gone(&self, record: &DiskRecord) -> bool {
+        let path = &record.disk.path;
+        let layers = record.owned.iter().chain([&record.active]);
+        path.parent().is_some_and(|directory| directory.is_dir())
+            && path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+            && layers.map(|layer| crate::chain::layer_path(path, layer)).all(|file| !file.exists())
     }
 
     /// The plan for `request` on the domain as it is on the machine.
@@ -106,14 +116,39 @@ impl Inner {
             Request::Revert(_) | Request::Delete(_) | Request::Tidy => InspectDepth::Dependents,
         };
         let mut disks = Vec::new();
+        let mut without = Vec::new();
         for record in &entry.domain.disks {
+            let target = &record.disk.target;
+            let skipped = match request {
+                Request::Create(create) => create.disks.iter().rev().find(|(known, _)| known == target),
+                Request::Revert(_) | Request::Delete(_) | Request::Tidy => None,
+            };
+            let skipped = matches!(skipped, Some((_, CreateDisk::Skip)));
+            let gone = self.is_gone(record);
+            let unplugged = live.is_some_and(|live| live.disk(target).is_none());
+            match request {
+                Request::Create(_) if skipped && (gone || unplugged) => {
+                    without.push(format!("{target}: left out, as asked"));
+                    continue;
+                }
+                Request::Delete(_) | Request::Tidy if gone => {
+                    without.push(format!(
+                        "{target}: {} and all its layers are gone; `domsnap domain disk remove {} {target}` takes the disk out",
+                        record.disk.path, entry.domain.name
+                    ));
+                    continue;
+                }
+                _ => {}
+            }
             let backend = self.registry.get(&record.disk.format)?;
             let mut state = backend
                 .inspect(record, depth, live.and_then(|live| live.disk(&record.disk.target)))
                 .await
                 .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
             if let Some(live) = live {
-                state.attached = self.is_attached(live, record).await?;
+                // A disk that the machine does not have any more is at rest: what a delete does to it is done as there.
+                let at_rest = unplugged && matches!(request, Request::Delete(_) | Request::Tidy);
+                state.attached = !at_rest && self.is_attached(live, record).await?;
             }
             disks.push(DiskInput { record: record.clone(), state, backend });
         }
@@ -122,6 +157,7 @@ impl Inner {
         }
         let alive = live.map(|live| self.alive(entry, live, request)).transpose()?;
         let mut plan = crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), request).await?;
+        plan.notes.extend(without);
         if let Some(live) = live {
             live.preflight(&plan, &[], false).await?;
         }
@@ -268,6 +304,7 @@ impl Inner {
         let Located { entry, catalogued, leftovers, .. } = located;
         let _held = self.hold_disks(&entry.domain, live).await?;
         let mut plan = self.plan_for(entry, live, request).await?;
+        self.preflight(&entry.domain, live, &plan).await?;
         let watched = self.watched(&entry.domain, live, Some(&plan)).await?;
         if !plan.steps.is_empty() {
             plan.notes.extend(watched.refuse_users().await?);
@@ -294,6 +331,8 @@ impl Inner {
                 prologue.extend(self.record_bases(&entry.domain).await);
             } else if let Err(error) = self.write_manifests(entry).await {
                 match request {
+                    // Those of what is deleted are removed before it is, which needs no space; the others follow later.
+                    Request::Delete(_) | Request::Tidy if error.kind() == ErrorKind::NoSpace => {}
                     // They would still promise what is destroyed.
                     Request::Delete(_) | Request::Tidy => return Err(error.state("nothing was touched")),
                     // The engine tries again at the end, and tells.
@@ -419,8 +458,160 @@ impl Inner {
                 notes: plan.notes.into_iter().chain(run.warnings).collect(),
             });
         }
-        self.write_manifests(entry).await?;
+        match self.write_manifests(entry).await {
+            Err(error) if error.kind() == ErrorKind::NoSpace => {
+                let (domain, message) = (entry.domain.name.clone(), error.to_string());
+                self.events.tell(Event::Warning { domain, message });
+            }
+            written => written?,
+        }
         Ok(reports)
+    }
+
+    pub(super) async fn abandon(
+        self: Arc<Self>,
+        reference: DomainRef,
+        cancel: CancellationToken,
+    ) -> Result<Vec<RecoveryReport>> {
+        let mut locked = self.lock(&reference, &cancel).await?;
+        let Located { entry, catalogued, .. } = &mut locked.located;
+        if !*catalogued {
+            return Ok(Vec::new());
+        }
+        let name = entry.domain.name.clone();
+        let live = self.connect(&entry.domain).await?;
+        let mut reports = Vec::new();
+        for operation in self.catalogue.unfinished(&name).await? {
+            let is_step = |index: usize, wanted: fn(&DomainStep) -> bool| {
+                let step = &operation.plan.steps[index].step;
+                step.target.is_domain()
+                    && serde_json::from_value(step.action.clone()).is_ok_and(|step| wanted(&step))
+            };
+            let mut window = false;
+            for (index, state) in operation.steps.iter().enumerate() {
+                if is_step(index, |step| matches!(step, DomainStep::OpenWindow { .. })) {
+                    window = matches!(state, StepState::Started | StepState::Done);
+                } else if is_step(index, |step| matches!(step, DomainStep::Continue { .. })) {
+                    window &= *state != StepState::Done;
+                }
+            }
+            if live.is_some() && window {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!(
+                        "the guest of domain {name} is paused, and its disks were taken from it by the {}",
+                        operation.plan.operation
+                    ),
+                )
+                .state("nothing was changed")
+                .advise("end its process first: the disks are whole; then abandon the operation"));
+            }
+            let happened = operation.state == OperationState::Finishing;
+            let end = if happened { OperationState::Done } else { OperationState::Undone };
+            let reason = "abandoned by the user".to_owned();
+            let changes = vec![Change::Operation(operation.id, end, Some(reason))];
+            entry.revision = self.catalogue.commit(&name, entry.revision, changes).await?;
+            let left =
+                operation.steps.iter().zip(&operation.plan.steps).filter(|(state, planned)| match happened {
+                    true => planned.group == Group::Finish && **state != StepState::Done,
+                    false => matches!(state, StepState::Started | StepState::Done),
+                });
+            let mut notes: Vec<String> = left
+                .map(|(_, planned)| {
+                    let what = if happened { "not done" } else { "not undone" };
+                    format!("{}: {what}: {}", planned.step.target, planned.step.summary)
+                })
+                .collect();
+            notes.extend(operation.errors.last().map(|error| format!("it had stopped because of: {error}")));
+            notes.push(
+                "no file was touched; `domsnap check` shows the state, and where the catalogue is wrong, `domsnap import \
+                 --replace` takes the images in as they are"
+                    .to_owned(),
+            );
+            reports.push(RecoveryReport {
+                domain: name.clone(),
+                operation_id: operation.id,
+                operation: operation.plan.operation,
+                snapshots: operation.plan.snapshots,
+                found: operation.state,
+                end: RecoveryEnd::Abandoned,
+                postponed: Vec::new(),
+                notes,
+            });
+        }
+        Ok(reports)
+    }
+
+    pub(super) async fn disk_remove(
+        self: Arc<Self>,
+        reference: DomainRef,
+        target: Target,
+        cancel: CancellationToken,
+    ) -> Result<Domain> {
+        let mut locked = self.lock(&reference, &cancel).await?;
+        let Located { entry, catalogued, .. } = &mut locked.located;
+        let name = entry.domain.name.clone();
+        if entry.domain.disk(&target).is_none() {
+            return Err(Error::new(ErrorKind::NotFound, format!("domain {name} has no disk {target}"))
+                .advise(format!("`domsnap domain show {name}` lists its disks")));
+        }
+        if entry.domain.disks.len() == 1 {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("{target} is the only disk of domain {name}"),
+            )
+            .advise(format!("take the whole domain out with `domsnap domain remove {name}`")));
+        }
+        self.refuse_unfinished(entry).await?;
+        entry.domain.disks.retain(|record| record.disk.target != target);
+        self.put_changed(entry, *catalogued).await?;
+        Ok(entry.domain.clone())
+    }
+
+    pub(super) async fn disk_add(
+        self: Arc<Self>,
+        reference: DomainRef,
+        disk: Disk,
+        cancel: CancellationToken,
+    ) -> Result<Domain> {
+        let mut locked = self.lock(&reference, &cancel).await?;
+        let Located { entry, catalogued, .. } = &mut locked.located;
+        let name = entry.domain.name.clone();
+        let absolute = camino::absolute_utf8(&disk.path).map_err(|cause| {
+            Error::new(ErrorKind::Usage, format!("the image path {:?} cannot be made absolute", disk.path))
+                .because(cause)
+        })?;
+        let disk = Disk { path: image_path(&absolute)?, ..disk };
+        if entry.domain.disk(&disk.target).is_some() {
+            return Err(Error::new(
+                ErrorKind::Exists,
+                format!("domain {name} has a disk {} already", disk.target),
+            )
+            .advise("give the new one another target"));
+        }
+        if let Some(owner) = self.owner_of(std::slice::from_ref(&disk.path)).await? {
+            return Err(Error::new(
+                ErrorKind::Exists,
+                format!("the image {} is a disk of domain {owner} already", disk.path),
+            )
+            .advise(format!("take it out there first: `domsnap domain remove {owner}`")));
+        }
+        self.refuse_unfinished(entry).await?;
+        let record = self.registry.get(&disk.format)?.adopt(&disk, entry.domain.active_path).await?;
+        entry.domain.disks.push(record);
+        self.put_changed(entry, *catalogued).await?;
+        Ok(entry.domain.clone())
+    }
+
+    /// Records a domain whose disks are others now. Its manifests follow; where they cannot, that is told and stops nothing.
+    async fn put_changed(&self, entry: &mut Entry, catalogued: bool) -> Result<()> {
+        let expected = if catalogued { entry.revision } else { Revision::ABSENT };
+        self.put(entry, expected, false).await?;
+        if let Err(error) = self.write_manifests(entry).await {
+            let domain = entry.domain.name.clone();
+            self.events.tell(Event::Warning { domain, message: error.to_string() });
+        }
+        Ok(())
     }
 
     /// Brings the manifests up to date where they are not. The caller knows that the catalogue has the last word.

@@ -679,8 +679,9 @@ impl Inner {
         let discovered = self.discover(&mut records, &snapshots, &unnamed, intake.import).await?;
         let newest = discovered.last().map(|snapshot| snapshot.id);
         let mut adopted = Vec::new();
+        let mut names = Names::of(&snapshots);
         for mut snapshot in discovered {
-            snapshot.name = free_name(&snapshot.name, &snapshots)?;
+            snapshot.name = names.free(&snapshot.name)?;
             adopted.push(snapshot.name.clone());
             snapshots.push(snapshot);
         }
@@ -757,6 +758,12 @@ impl Inner {
             if import {
                 *record = extended;
             }
+            let mut twins: HashMap<SnapshotName, Vec<usize>> = HashMap::new();
+            for (place, other) in merged.iter().enumerate().rev() {
+                if other.point(&target).is_none() {
+                    twins.entry(other.name.clone()).or_default().push(place);
+                }
+            }
             for mut snapshot in found {
                 let ours = |layer: &LayerName| *layer == record.active || record.owned.contains(layer);
                 let taken =
@@ -769,9 +776,8 @@ impl Inner {
                     }
                     continue;
                 }
-                let twin = merged
-                    .iter_mut()
-                    .find(|other| other.name == snapshot.name && other.point(&target).is_none());
+                let twin =
+                    twins.get_mut(&snapshot.name).and_then(Vec::pop).and_then(|place| merged.get_mut(place));
                 match twin {
                     Some(twin) => {
                         same.insert(snapshot.id, twin.id);
@@ -828,6 +834,15 @@ fn match_disks(
     if whole {
         return Ok(pairs);
     }
+    let gone = |record: &DiskRecord| {
+        let path = &record.disk.path;
+        pairs.iter().any(|(target, _)| *target == record.disk.target)
+            || (!path.exists() && path.parent().is_some_and(Utf8Path::is_dir))
+    };
+    let told_by_machine = !intake.by_path && intake.hypervisor != Hypervisor::None;
+    if !pairs.is_empty() && pairs.len() == intake.disks.len() && (told_by_machine || told.iter().all(gone)) {
+        return Ok(pairs);
+    }
     if intake.import && intake.by_path && !pairs.is_empty() && pairs.len() == intake.disks.len() {
         return Ok(pairs);
     }
@@ -861,6 +876,12 @@ fn disks_of_manifest(manifest: &DomainManifest, intake: &Intake) -> Vec<Disk> {
         .domain
         .disks
         .iter()
+        .filter(|record| {
+            let (path, name) = (&record.disk.path, record.disk.path.file_name());
+            let given = intake.disks.iter().any(|disk| disk.path == *path || disk.path.file_name() == name);
+            // A disk that is gone stays out; one whose place is not there is waited for.
+            given || path.exists() || !path.parent().is_some_and(Utf8Path::is_dir)
+        })
         .map(|record| {
             let told = &record.disk;
             let exact = intake.disks.iter().find(|disk| disk.path == told.path);
@@ -912,14 +933,33 @@ pub(super) fn free_name<'a>(
     wanted: &SnapshotName,
     taken: impl IntoIterator<Item = &'a Snapshot>,
 ) -> Result<SnapshotName> {
-    let taken: HashSet<&SnapshotName> = taken.into_iter().map(|snapshot| &snapshot.name).collect();
-    let mut name = wanted.clone();
-    let mut number = 2_u64;
-    while taken.contains(&name) {
-        let suffix = format!("-{number}");
-        let head: String = wanted.as_str().chars().take(crate::MAX_NAME_BYTES - suffix.len()).collect();
-        name = SnapshotName::new(format!("{head}{suffix}"))?;
-        number += 1;
+    Names::of(taken).free(wanted)
+}
+
+/// Names that are taken; an image can have thousands of snapshots of one name.
+struct Names {
+    taken: HashSet<SnapshotName>,
+    /// From which number on there may be a free one.
+    next: HashMap<SnapshotName, u64>,
+}
+
+impl Names {
+    fn of<'a>(snapshots: impl IntoIterator<Item = &'a Snapshot>) -> Self {
+        let taken = snapshots.into_iter().map(|snapshot| snapshot.name.clone()).collect();
+        Self { taken, next: HashMap::new() }
     }
-    Ok(name)
+
+    /// The name, or the first free one made of it, which is taken from now on.
+    fn free(&mut self, wanted: &SnapshotName) -> Result<SnapshotName> {
+        let mut name = wanted.clone();
+        let number = self.next.entry(wanted.clone()).or_insert(2);
+        while self.taken.contains(&name) {
+            let suffix = format!("-{number}");
+            let head: String = wanted.as_str().chars().take(crate::MAX_NAME_BYTES - suffix.len()).collect();
+            name = SnapshotName::new(format!("{head}{suffix}"))?;
+            *number += 1;
+        }
+        self.taken.insert(name.clone());
+        Ok(name)
+    }
 }

@@ -6,6 +6,7 @@ mod live;
 mod locate;
 mod look;
 mod neighbours;
+mod preflight;
 mod reference;
 mod report;
 mod users;
@@ -385,6 +386,34 @@ impl Domsnap {
             Some(error) => Err(error),
             None => Ok(reports),
         }
+    }
+
+    /// Closes the operations of a domain that stopped half way, without doing or undoing anything more: for where a recovery
+    /// cannot go on. No file is touched. Gives what each had left, in words.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where the domain's guest waits for the operation with its disks taken from it.
+    pub async fn abandon(&self, domain: &DomainRef) -> Result<Vec<RecoveryReport>> {
+        let (inner, domain) = (self.inner.clone(), domain.clone());
+        to_the_end(&CancellationToken::new(), |cancel| inner.abandon(domain, cancel)).await
+    }
+
+    /// Takes one disk out of a domain. Its image stays as it is, and the domain's snapshots go on without it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for a disk that the domain does not have; [`ErrorKind::Refused`] for its only one.
+    pub async fn disk_remove(&self, domain: &DomainRef, target: &crate::Target) -> Result<Domain> {
+        let (inner, domain, target) = (self.inner.clone(), domain.clone(), target.clone());
+        to_the_end(&CancellationToken::new(), |cancel| inner.disk_remove(domain, target, cancel)).await
+    }
+
+    /// Adds a disk to a domain. Snapshots that it has go on without it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] for a target or an image that a domain has already; what the image is wrong with.
+    pub async fn disk_add(&self, domain: &DomainRef, disk: crate::Disk) -> Result<Domain> {
+        let (inner, domain) = (self.inner.clone(), domain.clone());
+        to_the_end(&CancellationToken::new(), |cancel| inner.disk_add(domain, disk, cancel)).await
     }
 
     /// Rebuilds the catalogue of a domain from the manifests beside its images, and adopts the snapshots and layers

@@ -69,6 +69,8 @@ pub enum RecoveryEnd {
     Undone,
     /// It happened: the rest was done.
     Done,
+    /// It was closed as it was, at the user's word.
+    Abandoned,
 }
 
 /// What recovery did with one unfinished operation.

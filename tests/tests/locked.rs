@@ -1,0 +1,127 @@
+//! A domain is never locked for good: what is known to fail is refused before anything, a disk that went away can be left out and
+//! taken out, a full disk keeps nobody from deleting, and an operation that cannot go on can be abandoned.
+
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use domsnap_tests::domain::{Domain, NAME, Shape, images, same_images};
+use domsnap_tests::domsnap::status;
+use domsnap_tests::{qemu, report, shim};
+
+/// A name whose further names do not fit the file system is refused before anything, and an internal snapshot needs none.
+#[test]
+fn names_that_would_not_fit_are_refused_before() -> Result<()> {
+    let mut domain = Domain::new(&Shape::disks(1).named(&"x".repeat(230), ""))?;
+    let before = images(&domain.disks())?;
+    let said = domain.declined(&["create", NAME, "s1", "--external"], status::REFUSED)?;
+    ensure!(said.stderr.contains("too long"), "{said}");
+    same_images(&domain.disks(), &before)?;
+    domain.create("s1", "internal")?;
+    domain.verify()
+}
+
+/// Flags of files and directories are seen before, not after the commit point.
+#[test]
+fn immutable_images_are_refused_before() -> Result<()> {
+    let mut domain = Domain::new(&Shape::disks(1))?;
+    domain.create("s1", "external")?;
+    domain.write_everywhere()?;
+    domain.create("s2", "internal")?;
+    let path = domain.path("vda");
+    let flag = |how: &str| {
+        let done = Command::new("chattr").arg(how).arg(&path).output();
+        done.is_ok_and(|output| output.status.success())
+    };
+    if !flag("+i") {
+        println!("SKIPPED: no immutable files to be had here");
+        return Ok(());
+    }
+    let before = images(&domain.disks())?;
+    let checked = || -> Result<()> {
+        for words in [
+            &["create", NAME, "n", "--internal"][..],
+            &["create", NAME, "n", "--external"],
+            &["revert", NAME, "s1"],
+            &["delete", NAME, "s2"],
+        ] {
+            domain.declined(words, status::REFUSED)?;
+        }
+        same_images(&domain.disks(), &before)
+    };
+    let checked = checked();
+    ensure!(flag("-i"), "the flag stays");
+    checked?;
+    domain.delete(&["s1"])?;
+    domain.verify()
+}
+
+/// Two internal snapshots of one name: which is meant cannot be told, so neither is touched.
+#[test]
+fn tags_of_one_name_are_refused_before() -> Result<()> {
+    let domain = Domain::unregistered(&Shape::disks(1))?;
+    let path = domain.path("vda");
+    let image = path.to_string_lossy().into_owned();
+    for _ in 0..2 {
+        qemu::img(&["snapshot", "-c", "twice", &image])?;
+    }
+    domain.domsnap().done(&["import", &image])?;
+    for words in [["delete", &image, "twice"], ["delete", &image, "twice-2"], ["revert", &image, "twice"]] {
+        let said = domain.domsnap().run(&words)?.expect_status(status::REFUSED)?;
+        ensure!(said.stderr.contains("2 internal snapshots called twice"), "{said}");
+    }
+    domain.domsnap().done(&["create", &image, "next"])?;
+    Ok(())
+}
+
+/// A disk that is gone can be left out of a create and taken out of the domain; old snapshots can be deleted.
+#[test]
+fn a_disk_that_is_gone_locks_nothing() -> Result<()> {
+    let mut domain = Domain::new(&Shape::disks(2))?;
+    domain.create("s1", "internal")?;
+    domain.write_everywhere()?;
+    domain.create("s2", "internal")?;
+    std::fs::remove_file(domain.path("vdb"))?;
+    domain.declined(&["create", NAME, "s3"], status::REFUSED)?;
+    domain.domsnap().done(&["create", NAME, "s3", "--disk", "vdb=skip"])?;
+    let said = domain.domsnap().done(&["delete", NAME, "s1"])?;
+    ensure!(said.stdout.contains("vdb"), "the disk that is gone is not named: {said}");
+    domain.domsnap().done(&["domain", "disk", "remove", NAME, "vdb"])?;
+    domain.domsnap().done(&["create", NAME, "s4"])?;
+    domain.domsnap().done(&["revert", NAME, "s2"])?;
+    domain.declined(&["domain", "disk", "remove", NAME, "vda"], status::REFUSED)?;
+    let other = domain.disks().join("new.qcow2");
+    qemu::img(&["create", "-q", "-f", "qcow2", &other.to_string_lossy(), "4M"])?;
+    domain.domsnap().done(&["domain", "disk", "add", NAME, &format!("vdc={}", other.display())])?;
+    domain.domsnap().done(&["create", NAME, "s5"])?;
+    let list = report::list(&domain.domsnap(), NAME)?;
+    let last = list.snapshots.iter().find(|snapshot| snapshot.name == "s5");
+    ensure!(last.is_some_and(|snapshot| snapshot.points.len() == 2), "the new disk is not in s5");
+    Ok(())
+}
+
+/// An operation that stopped half way can be closed as it is; no file is touched, and the domain can be used again.
+#[test]
+fn an_operation_can_be_abandoned() -> Result<()> {
+    let domain = Domain::new(&Shape::disks(1))?;
+    domain.domsnap().done(&["create", NAME, "s1", "--internal"])?;
+    let mut stopped = false;
+    // The first operations are of the journal; somewhere after them the create is under way.
+    for number in 4..60 {
+        let killed = shim::killing(shim::watching(domain.domsnap(), domain.root())?, number, false);
+        killed.run(&["create", NAME, &format!("n{number}"), "--external"])?;
+        let shown = domain.domsnap().done(&["domain", "list"])?;
+        if shown.stdout.contains("needs recovery") {
+            stopped = true;
+            break;
+        }
+    }
+    ensure!(stopped, "no create stopped half way");
+    let before = images(&domain.disks())?;
+    let said = domain.domsnap().done(&["recover", NAME, "--abandon"])?;
+    ensure!(said.stdout.contains("abandoned") && said.stdout.contains("not undone"), "{said}");
+    same_images(&domain.disks(), &before)?;
+    ensure!(domain.domsnap().done(&["recover", NAME, "--abandon"])?.stdout.contains("nothing to recover"));
+    domain.domsnap().done(&["create", NAME, "after", "--internal"])?;
+    domain.domsnap().run(&["recover", "--abandon"])?.expect_status(status::USAGE)?;
+    Ok(())
+}
