@@ -97,7 +97,8 @@ fn uses_of(record: &DiskRecord, plan: &Plan) -> Uses {
             }
             ChainStep::TakeInternal { layer, .. }
             | ChainStep::ApplyInternal { layer, .. }
-            | ChainStep::DropInternal { layer, .. } => uses.writes.push(file(&layer)),
+            | ChainStep::DropInternal { layer, .. }
+            | ChainStep::ForgetInternal { layer, .. } => uses.writes.push(file(&layer)),
             ChainStep::Merge { into, .. } => uses.writes.push(file(&into)),
             ChainStep::Repoint { child, .. } => uses.writes.push(file(&child)),
             ChainStep::Remove { layers } => uses.renames.extend(layers.iter().map(file)),
