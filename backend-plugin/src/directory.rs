@@ -95,6 +95,15 @@ fn trusted(path: &Utf8Path) -> Result<()> {
         .state("nothing there was run")
         .advise(format!("chmod o-w {path}")));
     }
+    // A user's own group often is theirs alone; for root only root's is.
+    if own == 0 && found.mode() & 0o020 != 0 && found.gid() != 0 {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("group {} may write {path}, and so have any program run by root", found.gid()),
+        )
+        .state("nothing there was run")
+        .advise(format!("chmod g-w {path}")));
+    }
     Ok(())
 }
 
@@ -136,6 +145,22 @@ mod tests {
         assert!(words("data").contains("chmod +x"));
         assert!(words("dir").contains("is no program"));
         assert!(words("open").contains("anybody may write"));
+    }
+
+    #[test]
+    fn what_a_group_may_write_is_not_run_by_root() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let place = tempfile::tempdir().unwrap();
+        let directory = Utf8Path::from_path(place.path()).unwrap();
+        put(directory, "domsnap-backend-a", 0o775);
+        std::os::unix::fs::chown(directory.join("domsnap-backend-a"), None, Some(1234)).unwrap();
+        let problem = found(directory).unwrap().remove(0).problem.unwrap();
+        assert!(problem.to_string().contains("chmod g-w"), "{problem}");
+        std::os::unix::fs::chown(directory, None, Some(1234)).unwrap();
+        std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o770)).unwrap();
+        assert_eq!(found(directory).unwrap_err().kind(), ErrorKind::Refused);
     }
 
     #[test]
