@@ -52,6 +52,7 @@ pub(crate) fn discover(
             }],
             memory: None,
             machine: None,
+            skipped: Vec::new(),
         });
         if !record.owned.contains(&row.layer()) {
             record.owned.push(row.layer());

@@ -362,6 +362,7 @@ impl DiskSnapshotter for Plugin {
                 }],
                 memory: None,
                 machine: None,
+                skipped: Vec::new(),
             });
         }
         Ok(snapshots)

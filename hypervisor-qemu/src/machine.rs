@@ -1,6 +1,7 @@
 //! [`Machine`]: one live QEMU, and whether its guest runs.
 
 use std::{
+    collections::HashMap,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -13,7 +14,7 @@ use tokio::{sync::OnceCell, time::sleep};
 use crate::{
     discover::Abilities,
     error::{Error, ErrorKind, Result},
-    graph::Graph,
+    graph::{Graph, NodeOptions},
     run_state::{Permits, Refusal, RunState},
 };
 
@@ -28,6 +29,8 @@ pub struct Machine {
     kept: Arc<Mutex<Vec<i64>>>,
     abilities: Arc<OnceCell<Abilities>>,
     graph: Arc<Mutex<Option<RecentGraph>>>,
+    /// How nodes of ours were opened, by name: QEMU does not report all of it.
+    options: Arc<Mutex<HashMap<String, NodeOptions>>>,
 }
 
 /// A block graph that was read, and when.
@@ -71,12 +74,28 @@ impl Machine {
 
     /// The machine at the end of a connection.
     pub fn new(qmp: Qmp) -> Self {
-        Self { qmp, kept: Arc::default(), abilities: Arc::default(), graph: Arc::default() }
+        Self {
+            qmp,
+            kept: Arc::default(),
+            abilities: Arc::default(),
+            graph: Arc::default(),
+            options: Arc::default(),
+        }
     }
 
     /// The same with another deadline for each command.
     pub(crate) fn within(&self, deadline: Duration) -> Self {
         Self { qmp: self.qmp.within(deadline), ..self.clone() }
+    }
+
+    /// Notes how a node was opened.
+    pub(crate) fn remember_options(&self, node: &str, options: &NodeOptions) {
+        self.options.lock().unwrap_or_else(PoisonError::into_inner).insert(node.to_owned(), options.clone());
+    }
+
+    /// How a node was opened, if that is known.
+    pub(crate) fn options_of(&self, node: &str) -> Option<NodeOptions> {
+        self.options.lock().unwrap_or_else(PoisonError::into_inner).get(node).cloned()
     }
 
     /// Notes a descriptor set that must be given back again when the guest runs.

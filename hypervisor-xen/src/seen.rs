@@ -87,6 +87,7 @@ pub(crate) fn seen(row: &Row, config: &Value) -> Seen {
         running: !row.flags.paused,
         machine: record(config),
         summary,
+        memory_blockers: Vec::new(),
         disks: drives.iter().map(seen_disk).collect(),
         agent: None,
         config: config_file(&row.name),
@@ -102,7 +103,14 @@ fn seen_disk(disk: &XenDisk) -> SeenDisk {
         }
         (.., Server::Qdisk | Server::Device) => None,
     };
-    SeenDisk { target: disk.target.clone(), path: disk.path.clone(), format: disk.format.clone(), left_out }
+    SeenDisk {
+        target: disk.target.clone(),
+        path: disk.path.clone(),
+        format: disk.format.clone(),
+        left_out,
+        guest_writes: disk.writable,
+        member: None,
+    }
 }
 
 /// What is recorded with a snapshot: the configuration, without what each start makes anew.

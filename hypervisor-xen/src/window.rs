@@ -145,6 +145,7 @@ impl Note {
             running: false,
             machine: self.machine.clone(),
             summary: self.summary.clone(),
+            memory_blockers: Vec::new(),
             disks: self.disks.clone(),
             agent: None,
             config: self.config.clone(),

@@ -10,7 +10,8 @@ use serde::Serialize;
 use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, RecoveryReport, Removal, Unfinished};
 use snapcore::{
     Capabilities, Consistency, Control, DeleteCost, Domain, DomainName, ErrorKind, Finding, GuestChange,
-    Hypervisor, MemoryPoint, Plan, PointKind, Registry, SeenDisk, Snapshot, SnapshotId, SnapshotName, Target,
+    Hypervisor, MemoryPoint, Plan, PointKind, Registry, SeenDisk, SkippedDisk, Snapshot, SnapshotId,
+    SnapshotName, Target,
 };
 
 /// The version of all documents.
@@ -66,6 +67,8 @@ pub struct SnapshotDoc {
     pub points: Vec<PointDoc>,
     /// Its memory image; null where it has none.
     pub memory: Option<MemoryPoint>,
+    /// Disks that the domain had, and that were left out as the user asked; of older snapshots nothing is known.
+    pub skipped: Vec<SkippedDisk>,
 }
 
 impl SnapshotDoc {
@@ -82,6 +85,7 @@ impl SnapshotDoc {
             consistency: snapshot.consistency,
             points: points(snapshot, &listing.domain, registry),
             memory: snapshot.memory.clone(),
+            skipped: snapshot.skipped.clone(),
         }
     }
 

@@ -384,6 +384,13 @@ pub struct SeenDisk {
     pub format: String,
     /// Why it takes no part in snapshots: it is read-only, removable, firmware. Absent: it does.
     pub left_out: Option<String>,
+    /// The guest can change what is on it. A snapshot without it lacks what the guest wrote there, so that it is taken
+    /// along, or skipped by name, or the snapshot is refused. False for firmware variables, which are reported apart.
+    #[serde(default)]
+    pub guest_writes: bool,
+    /// The domain's disk that it is, where a domain was asked about.
+    #[serde(skip)]
+    pub member: Option<Target>,
 }
 
 /// A running domain as its hypervisor describes it.
@@ -398,6 +405,8 @@ pub struct Seen {
     pub machine: serde_json::Value,
     /// One line of it, for people.
     pub summary: String,
+    /// Why its memory cannot be saved, one reason an entry, naming the device: empty where it can.
+    pub memory_blockers: Vec<String>,
     /// Its drives.
     pub disks: Vec<SeenDisk>,
     /// The guest agent's socket, where the hypervisor tells.

@@ -89,7 +89,8 @@ pub use service::{DomainRef, DomainSpec, Domsnap, StateDir};
 pub use shell::{shell_command, shell_word};
 pub use size::shown_size;
 pub use snapshot::{
-    Consistency, DiskPoint, MemoryPoint, Point, PointKind, Snapshot, SnapshotId, SnapshotTree, add_found,
+    Consistency, DiskPoint, MemoryPoint, Point, PointKind, SkippedDisk, Snapshot, SnapshotId, SnapshotTree,
+    add_found,
 };
 pub use state::{DiskState, InternalPoint, Layer, Unclear};
 pub use step::{DiskPlan, DiskRequest, Edit, Group, Plan, PlannedStep, Step, StepStatus};

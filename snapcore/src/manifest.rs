@@ -476,6 +476,7 @@ mod tests {
             }],
             memory: None,
             machine: None,
+            skipped: Vec::new(),
         }
     }
 

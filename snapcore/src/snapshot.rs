@@ -112,6 +112,15 @@ pub struct MemoryPoint {
     pub running: bool,
 }
 
+/// A disk that the domain had at the instant, and of which the snapshot holds nothing, because the user said so.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct SkippedDisk {
+    /// Which disk.
+    pub target: Target,
+    /// Its image, as it was named at the instant.
+    pub image: String,
+}
+
 /// A snapshot of a domain: the points of its disks at one instant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Snapshot {
@@ -137,9 +146,21 @@ pub struct Snapshot {
     /// The machine that it was taken on ([`crate::Domain::machine`]); absent where the domain did not run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<String>,
+    /// Disks of the domain that were left out, as the user asked. Empty in snapshots of an older domsnap, which did not
+    /// record them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped: Vec<SkippedDisk>,
 }
 
 impl Snapshot {
+    /// Says why the snapshot holds nothing of the disk `target`.
+    pub(crate) fn why_without(&self, target: &Target) -> String {
+        match self.skipped.iter().any(|disk| disk.target == *target) {
+            true => format!("skipped when snapshot {} was created", self.name),
+            false => format!("not part of snapshot {}", self.name),
+        }
+    }
+
     /// The point of the disk `target`.
     pub fn point(&self, target: &Target) -> Option<&DiskPoint> {
         self.disks.iter().find(|point| point.target == *target)
@@ -170,6 +191,7 @@ pub fn add_found(
         disks: vec![DiskPoint { target: record.disk.target.clone(), point, virtual_size }],
         memory: None,
         machine: None,
+        skipped: Vec::new(),
     };
     found.push(snapshot);
 }

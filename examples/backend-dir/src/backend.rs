@@ -155,6 +155,7 @@ impl DiskSnapshotter for Copies {
                 }],
                 memory: None,
                 machine: None,
+                skipped: Vec::new(),
             });
         }
         all.sort_by_key(|snapshot| snapshot.created);

@@ -69,6 +69,21 @@ pub struct ChainLayer {
 }
 
 impl BlockDevice {
+    /// Returns true if the guest can change what is on it. Firmware variables are not meant.
+    pub fn guest_writes(&self) -> bool {
+        match self.role {
+            Role::Disk => true,
+            Role::Removable => !self.chain.is_empty() && !self.read_only,
+            Role::ReadOnlyDisk | Role::Firmware | Role::Unused => false,
+        }
+    }
+
+    /// The kind of its device, where that hands the guest's commands to a device of the host's, past the block layer.
+    pub(crate) fn passes_through<'a>(&self, devices: &'a [Device]) -> Option<&'a str> {
+        let device = devices.iter().find(|device| self.names.iter().any(|name| *name == device.path))?;
+        matches!(device.kind.as_str(), "scsi-block" | "scsi-generic").then_some(device.kind.as_str())
+    }
+
     /// The active image's node; none in an empty drive.
     pub fn root(&self) -> Option<&str> {
         self.chain.first().map(|layer| layer.node.name.as_str())

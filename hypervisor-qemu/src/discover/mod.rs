@@ -3,6 +3,7 @@
 mod abilities;
 mod compare;
 mod devices;
+mod given;
 mod process;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ use serde_json::{Value, json};
 pub use abilities::Abilities;
 pub use compare::{Difference, compare};
 pub use devices::{BlockDevice, ChainLayer, Device, Role};
+pub(crate) use given::Given;
 pub use process::Process;
 
 use crate::{

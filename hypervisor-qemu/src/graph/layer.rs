@@ -3,10 +3,11 @@
 use std::{collections::HashSet, os::unix::fs::FileTypeExt, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{Graph, Node};
 use crate::{
+    discover::Given,
     error::{Error, ErrorKind, Result},
     machine::Machine,
     name::Name,
@@ -22,24 +23,47 @@ pub struct NodeOptions {
     pub cache_no_flush: bool,
     /// `off`, `on` or `unmap`.
     pub detect_zeroes: String,
-    /// `threads`, `native` or `io_uring`; QEMU's default, if none.
-    pub aio: Option<String>,
+    /// More of the format's node, as QMP takes them: `discard`, `l2-cache-size`, ...
+    #[serde(default)]
+    pub format: Map<String, Value>,
+    /// More of the file's node: `aio`, `locking`, ...
+    #[serde(default)]
+    pub file: Map<String, Value>,
 }
 
 impl Default for NodeOptions {
     fn default() -> Self {
-        Self { cache_direct: false, cache_no_flush: false, detect_zeroes: "off".to_owned(), aio: None }
+        let (format, file) = (Map::new(), Map::new());
+        Self { cache_direct: false, cache_no_flush: false, detect_zeroes: "off".to_owned(), format, file }
     }
 }
 
 impl NodeOptions {
-    /// As another node was opened: an overlay behaves as what it stands on. (How a node does its I/O, QEMU does not tell.)
+    /// As another node was opened, as far as QEMU reports it: an overlay behaves as its backing file.
     pub fn like(node: &Node) -> Self {
         Self {
             cache_direct: node.cache.direct,
             cache_no_flush: node.cache.no_flush,
             detect_zeroes: node.detect_zeroes.clone(),
-            aio: None,
+            ..Self::default()
+        }
+    }
+
+    /// The same, with what else the user's command line says of the disk's image.
+    pub(crate) fn and(mut self, given: Option<&Given>) -> Self {
+        if let Some(given) = given {
+            self.format = given.format.clone();
+            self.file = given.file.clone();
+        }
+        self
+    }
+
+    /// What else is said of a node of the driver `driver`, on top of `node`.
+    fn extend(&self, driver: &str, node: &mut Value) {
+        for (key, value) in &self.format {
+            if driver == "qcow2" || key == "discard" {
+                node[key] = value.clone();
+            }
         }
     }
 }
@@ -101,19 +125,20 @@ impl Layer {
         let about = std::fs::metadata(&self.file).map_err(|error| Error::io(attempted, &self.file, error))?;
         let protocol = if about.file_type().is_block_device() { "host_device" } else { "file" };
         let mut file = json!({ "driver": protocol, "filename": path, "node-name": self.name.file() });
-        if let Some(aio) = &self.options.aio {
-            file["aio"] = json!(aio);
+        for (key, value) in &self.options.file {
+            file[key] = value.clone();
         }
         let mut node = json!({
             "driver": self.driver,
             "node-name": self.name.as_str(),
             "read-only": read_only,
-            // The guest's discards are passed on: a device that has them off never sends any.
+            // Where nothing is known, the guest's discards are passed on: a device that has them off never sends any.
             "discard": "unmap",
             "detect-zeroes": self.options.detect_zeroes,
             "cache": { "direct": self.options.cache_direct, "no-flush": self.options.cache_no_flush },
             "file": file,
         });
+        self.options.extend(&self.driver, &mut node);
         if self.backed {
             node["backing"] = json!(backing);
         } else if let Some(backing) = backing {
@@ -190,7 +215,9 @@ pub async fn add_layer(
 ) -> Result<()> {
     let arguments = layer.arguments(backing, read_only)?;
     let subject = layer.file.display().to_string();
-    machine.run("opening a layer", &subject, "blockdev-add", arguments).await.map(drop)
+    machine.run("opening a layer", &subject, "blockdev-add", arguments).await?;
+    machine.remember_options(layer.name.as_str(), &layer.options);
+    Ok(())
 }
 
 /// Opens an empty image as an overlay that is to be put on top of a device by the cut ([`crate::instant`]) or by
@@ -214,7 +241,7 @@ pub(crate) async fn reopen_backing(
     let file = graph.file(name).ok_or_else(|| {
         Error::new(ErrorKind::Invalid, attempted, format!("node {name}"), "it has no file below it")
     })?;
-    let options = json!({
+    let mut options = json!({
         "driver": node.driver,
         "node-name": name,
         "read-only": node.read_only,
@@ -224,6 +251,10 @@ pub(crate) async fn reopen_backing(
         "file": file,
         "backing": backing,
     });
+    // An option that is not said again is QEMU's default from then on.
+    if let Some(known) = machine.options_of(name) {
+        known.extend(&node.driver, &mut options);
+    }
     let subject = format!("node {name}");
     machine.run(attempted, &subject, "blockdev-reopen", json!({ "options": [options] })).await.map(drop)
 }
@@ -311,7 +342,7 @@ pub async fn delete_internal(machine: &Machine, device: &str, tag: &str) -> Resu
     if !there {
         return Ok(false);
     }
-    let arguments = json!({ "device": root, "name": tag });
+    let arguments = json!({ "device": graph.top_of(root), "name": tag });
     let subject = format!("{tag} of {device}");
     machine.run(attempted, &subject, "blockdev-snapshot-delete-internal-sync", arguments).await?;
     Ok(true)

@@ -14,7 +14,7 @@ pub(crate) use detach::{close_taken_off, detach_as, take_back};
 pub(crate) use layer::reopen_backing;
 pub use layer::{Layer, NodeOptions, Stack, add_layer, add_overlay, delete_internal, rehome, remove_layers};
 pub use nodes::{Cache, Edge, Graph, InternalSnapshot, Node};
-pub(crate) use nodes::{all, device_id, device_names, is_filter};
+pub(crate) use nodes::{all, device_id, device_names, is_filter, is_throttle};
 pub use swap::{Swap, fold, swap};
 pub(crate) use truth::open_images;
 pub use truth::{NodeFile, names_true};

@@ -25,6 +25,11 @@ pub(crate) fn is_filter(driver: &str) -> bool {
     FILTERS.contains(&driver) || JOB_FILTERS.contains(&driver)
 }
 
+/// Whether a filter of this driver only lets the guest wait.
+pub(crate) fn is_throttle(driver: &str) -> bool {
+    driver == "throttle"
+}
+
 /// No chain has more layers, and no walk is longer.
 const LONGEST_CHAIN: usize = 4096;
 
@@ -48,6 +53,17 @@ pub struct Node {
     pub virtual_size: u64,
     /// The snapshots inside of the image.
     pub snapshots: Vec<InternalSnapshot>,
+}
+
+impl Node {
+    /// Returns true if it shows a part of its file alone (`offset` or `size` of a raw node). QEMU names such a node by a
+    /// `json:` string, because a plain name would not open the same.
+    pub(crate) fn is_slice(&self) -> bool {
+        let options =
+            self.file.strip_prefix("json:").and_then(|text| serde_json::from_str::<Value>(text).ok());
+        let slice = |options: &Value| options.get("offset").is_some() || options.get("size").is_some();
+        self.driver == "raw" && options.as_ref().is_some_and(slice)
+    }
 }
 
 /// A node's cache options.
@@ -121,7 +137,38 @@ impl Graph {
                 roots.insert(name, root.to_owned());
             }
         }
-        Ok(Self { nodes, edges, roots, drives })
+        let mut graph = Self { nodes, edges, roots: HashMap::new(), drives };
+        graph.roots = roots.into_iter().map(|(name, root)| (name, graph.below_throttle(root))).collect();
+        Ok(graph)
+    }
+
+    /// The node that a user's throttle filter is on, or the node itself. Such a filter is a part of the device: what is done
+    /// to the disk is done below it, and it stays.
+    fn below_throttle(&self, root: String) -> String {
+        let mut at = root;
+        for _ in 0..LONGEST_CHAIN {
+            match self.node(&at).filter(|node| is_throttle(&node.driver)).and_then(|_| self.backing(&at)) {
+                Some(below) => at = below.to_owned(),
+                None => break,
+            }
+        }
+        at
+    }
+
+    /// The topmost of the throttle filters on a node, or the node itself: jobs and internal snapshots are asked for by the
+    /// node that no other node is above, which QEMU calls a root node.
+    pub(crate) fn top_of<'a>(&'a self, name: &'a str) -> &'a str {
+        let mut at = name;
+        for _ in 0..LONGEST_CHAIN {
+            let above = self.users(at).find(|edge| {
+                self.node(&edge.parent).is_some_and(|node| is_throttle(&node.driver)) && edge.role == "file"
+            });
+            match above {
+                Some(edge) => at = &edge.parent,
+                None => break,
+            }
+        }
+        at
     }
 
     /// All nodes.
@@ -152,7 +199,7 @@ impl Graph {
         })
     }
 
-    /// The topmost node of a device, by its id (`vda`), its drive's name, its path in QOM, or the node's own name.
+    /// The topmost node of a device that is not a throttle filter, by its id (`vda`), its drive's name, its path in QOM, or the node's own name.
     pub fn root(&self, device: &str) -> Option<&str> {
         let root = self.roots.get(device).map(String::as_str);
         root.or_else(|| self.node(device).map(|node| node.name.as_str()))

@@ -42,6 +42,8 @@ impl DiskCut {
 #[derive(Debug)]
 pub(super) struct Disks {
     all: Vec<(DiskCut, String)>,
+    /// The node that each is asked for by, where it is an internal snapshot.
+    tops: Vec<String>,
 }
 
 impl Disks {
@@ -79,7 +81,8 @@ impl Disks {
             }
             all.push((disk, root));
         }
-        Ok(Self { all })
+        let tops = all.iter().map(|(_, root)| graph.top_of(root).to_owned()).collect();
+        Ok(Self { all, tops })
     }
 
     /// All of them, or none.
@@ -87,13 +90,13 @@ impl Disks {
         if self.all.is_empty() {
             return Ok(());
         }
-        let action = |(disk, root): &(DiskCut, String)| match disk {
+        let action = |((disk, root), top): (&(DiskCut, String), &String)| match disk {
             DiskCut::Overlay { overlay, .. } => json!({ "type": "blockdev-snapshot",
                 "data": { "node": root, "overlay": overlay.as_str() } }),
             DiskCut::Internal { tag, .. } => json!({ "type": "blockdev-snapshot-internal-sync",
-                "data": { "device": root, "name": tag } }),
+                "data": { "device": top, "name": tag } }),
         };
-        let actions: Vec<Value> = self.all.iter().map(action).collect();
+        let actions: Vec<Value> = self.all.iter().zip(&self.tops).map(action).collect();
         let devices: Vec<_> = self.all.iter().map(|(disk, _)| disk.device()).collect();
         let subject = devices.join(", ");
         machine

@@ -142,7 +142,8 @@ where
     let graph = Graph::read(machine).await?;
     let merged = between(&graph, attempted, &commit.top, Some(&commit.base))?;
     let arguments = json!({
-        "job-id": commit.job.as_str(), "device": commit.top, "base-node": commit.base, "speed": commit.speed,
+        "job-id": commit.job.as_str(), "device": graph.top_of(&commit.top), "top-node": commit.top,
+        "base-node": commit.base, "speed": commit.speed,
         "auto-finalize": false, "auto-dismiss": false,
     });
     let subject = format!("node {}", commit.top);
@@ -217,8 +218,9 @@ async fn ended_early(machine: &Machine, job: &Name, ended: qmp::Job) -> Error {
 /// Merges an overlay into a node directly below it, with nobody to be told. Leaves the overlay's node.
 pub(crate) async fn fold(machine: &Machine, overlay: &str, below: &str) -> Result<()> {
     let commit = ActiveCommit::new(overlay, below);
+    let graph = machine.graph().await?;
     let arguments = json!({
-        "job-id": commit.job.as_str(), "device": overlay, "base-node": below,
+        "job-id": commit.job.as_str(), "device": graph.top_of(overlay), "top-node": overlay, "base-node": below,
         "auto-finalize": false, "auto-dismiss": false,
     });
     machine.run("merging an overlay", overlay, "block-commit", arguments).await?;
@@ -247,8 +249,8 @@ pub async fn commit_layers(
     }
     let merged = between(&graph, attempted, &commit.top, Some(&commit.base))?;
     let arguments = json!({
-        "job-id": commit.job.as_str(), "device": commit.root, "top-node": commit.top, "base-node": commit.base,
-        "backing-file": commit.backing_file, "speed": commit.speed, "auto-dismiss": false,
+        "job-id": commit.job.as_str(), "device": graph.top_of(&commit.root), "top-node": commit.top,
+        "base-node": commit.base, "backing-file": commit.backing_file, "speed": commit.speed, "auto-dismiss": false,
     });
     machine.run(attempted, &format!("node {}", commit.top), "block-commit", arguments).await?;
     let ended = reach(machine, &commit.job, &[], None, progress).await?;

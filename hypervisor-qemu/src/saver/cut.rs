@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     BoxError,
-    graph::{self, Graph, NodeOptions, remove_layers},
+    graph::{self, Graph, remove_layers},
     instant::{self, Cut, DiskCut, Live as LiveMemory, Way},
     jobs,
     machine::Paused,
@@ -225,7 +225,7 @@ async fn prepare(live: &Live, step: Step<'_>, opened: &mut Vec<String>) -> Resul
                     Some(place) => ready.swap_remove(place).node,
                     None => {
                         let file = snapcore::ChainFile { file: file.clone(), format: format.clone() };
-                        let overlay = layer(&file, Name::node(), NodeOptions::like(&root.node));
+                        let overlay = layer(&file, Name::node(), disk.like(&root.node));
                         graph::add_overlay(&live.machine, &overlay).await.map_err(told)?;
                         overlay.name
                     }

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{error::told, merge};
 use crate::{
-    discover::{BlockDevice, Role},
+    discover::{BlockDevice, Given},
     graph::{self, Graph, Layer, Node, NodeOptions},
     machine::Machine,
     name::Name,
@@ -89,7 +89,7 @@ pub(super) struct OpenChain {
     pub(super) placeholder: Option<String>,
     /// The images, the active one first. Filters are left out, and so is the placeholder.
     pub(super) layers: Vec<OpenLayer>,
-    /// The driver of the topmost node, if that is a filter of the user's.
+    /// The driver of a filter on top that is more than a throttle: below it nothing can be put.
     pub(super) filter: Option<String>,
 }
 
@@ -105,13 +105,13 @@ impl OpenChain {
 
     pub(super) fn read(graph: &Graph, view: &View, root: &str) -> Self {
         let mut open = Self::default();
-        for (place, node) in graph.chain(root).into_iter().enumerate() {
+        for node in graph.chain(root) {
             if node.name.starts_with(PLACEHOLDER) {
                 open.placeholder = Some(node.name.clone());
                 continue;
             }
             if graph::is_filter(&node.driver) {
-                if place == 0 {
+                if open.layers.is_empty() && !graph::is_throttle(&node.driver) {
                     open.filter = Some(node.driver.clone());
                 }
                 continue;
@@ -140,6 +140,8 @@ pub(super) struct Disk {
     pub(super) speed: watch::Receiver<u64>,
     /// How its images were opened before they were closed, and how any other of it is.
     options: Mutex<(Options, NodeOptions)>,
+    /// What the command line says of its image.
+    pub(super) given: Option<Given>,
 }
 
 impl Disk {
@@ -149,6 +151,7 @@ impl Disk {
         target: &Target,
         device: &str,
         speed: watch::Receiver<u64>,
+        given: Option<Given>,
     ) -> Self {
         Self {
             machine: machine.clone(),
@@ -157,6 +160,7 @@ impl Disk {
             device: device.to_owned(),
             speed,
             options: Mutex::default(),
+            given,
         }
     }
 
@@ -180,12 +184,17 @@ impl Disk {
         let mut options = self.options.lock().unwrap_or_else(PoisonError::into_inner);
         for layer in &open.layers {
             if let Some(identity) = layer.identity {
-                options.0.insert(identity, NodeOptions::like(&layer.node));
+                options.0.insert(identity, self.like(&layer.node));
             }
         }
         if let Some(root) = open.root() {
-            options.1 = NodeOptions::like(&root.node);
+            options.1 = self.like(&root.node);
         }
+    }
+
+    /// How a node is opened that is to behave as `node`, an image of the disk.
+    pub(super) fn like(&self, node: &Node) -> NodeOptions {
+        NodeOptions::like(node).and(self.given.as_ref())
     }
 
     /// A node for an image of its chain, to be opened as it was, or else as the active one was.
@@ -236,7 +245,7 @@ pub(super) fn device_of<'a>(
         layers.filter_map(|layer| view.identity(&directory.join(layer.as_str()))).chain(path).collect();
     let chains: Vec<(&BlockDevice, OpenChain)> = drives
         .iter()
-        .filter(|drive| drive.role == Role::Disk)
+        .filter(|drive| drive.guest_writes())
         .map(|drive| (drive, drive.root().map(|root| OpenChain::read(graph, view, root)).unwrap_or_default()))
         .collect();
     let is_called = |drive: &BlockDevice| {

@@ -24,7 +24,7 @@ use super::{
     window,
 };
 use crate::{
-    discover::{Abilities, Discovery, Process, compare},
+    discover::{Abilities, Discovery, Given, Process, compare},
     fdset::refusal,
     graph::{self, Node},
     guest_clock::set_guest_clock,
@@ -70,13 +70,22 @@ impl Live {
         remember(&machine, &discovery);
         let graph = machine.graph().await?;
         let view = View::of(&machine);
-        let seen = seen::describe(&machine, &discovery, &view, &graph).await?;
+        let mut seen = seen::describe(&machine, &discovery, &view, &graph).await?;
         let (speed, limits) = disk::speed();
         let mut disks = Vec::new();
         for record in &domain.disks {
             if let Some(device) = disk::device_of(record, &discovery.drives, &graph, &view) {
                 let target = &record.disk.target;
-                disks.push(Disk::new(&machine, &view, target, &device.target, limits.clone()));
+                let path = record.disk.path.as_std_path();
+                let now = view.identity(path);
+                let is_it = |file: &Path| file == path || now.is_some() && view.identity(file) == now;
+                let given = Given::of(&discovery.process, is_it);
+                let disk = Disk::new(&machine, &view, target, &device.target, limits.clone(), given);
+                for layer in disk.open_in(&graph).layers {
+                    machine.remember_options(&layer.node.name, &disk.like(&layer.node));
+                }
+                disks.push(disk);
+                seen::is_member(&mut seen.disks, &discovery, &view, &graph, device, target);
             }
         }
         let mut owned = Vec::new();

@@ -8,7 +8,7 @@ use snapcore::{Seen, SeenDisk, Target};
 
 use super::disk::{OpenChain, View, target_name};
 use crate::{
-    discover::{BlockDevice, Discovery, Process, Role},
+    discover::{BlockDevice, Discovery, Given, Process, Role},
     error::Result,
     graph::Graph,
     machine::Machine,
@@ -64,6 +64,7 @@ pub(super) async fn describe(
         running: discovery.state.running,
         machine: record(discovery),
         summary,
+        memory_blockers: memory_blockers(machine).await?,
         disks,
         agent: agent(machine, discovery, view).await?,
         config: None,
@@ -83,33 +84,88 @@ fn disks(discovery: &Discovery, view: &View, graph: &Graph) -> Vec<SeenDisk> {
         let image = open.root();
         let file =
             image.and_then(|layer| layer.file.clone()).and_then(|file| Utf8PathBuf::from_path_buf(file).ok());
-        let left_out = left_out(drive, &open, file.as_deref());
+        let left_out = left_out(drive, || unfit(discovery, drive, &open, view));
         // What has no name as a file is shown by what QEMU calls it.
         let shown = || Utf8PathBuf::from(image.map(|layer| layer.node.file.as_str()).unwrap_or_default());
-        let format = image.map(|layer| layer.node.driver.clone()).unwrap_or_default();
-        disks.push(SeenDisk { target, path: file.unwrap_or_else(shown), format, left_out });
+        // A device may sit on the node of the file itself: then the whole file is the disk.
+        let format = match image.map(|layer| layer.node.driver.as_str()) {
+            Some("file" | "host_device") => "raw",
+            Some(driver) => driver,
+            None => "",
+        };
+        disks.push(SeenDisk {
+            target,
+            path: file.unwrap_or_else(shown),
+            format: format.to_owned(),
+            left_out,
+            guest_writes: drive.guest_writes(),
+            member: None,
+        });
+    }
+    // Devices whose disk another process serves: QEMU's block layer does not know of them.
+    for device in &discovery.devices {
+        let Some(server) = served_elsewhere(&device.kind) else { continue };
+        let name = target_name(device.path.rsplit('/').next().unwrap_or(&device.path));
+        let Ok(target) = Target::new(name) else { continue };
+        disks.push(SeenDisk {
+            target,
+            path: Utf8PathBuf::from(device.kind.as_str()),
+            format: String::new(),
+            left_out: Some(format!("its disk is served by {server}, not by QEMU")),
+            guest_writes: true,
+            member: None,
+        });
     }
     disks
 }
 
-fn left_out(drive: &BlockDevice, open: &OpenChain, file: Option<&camino::Utf8Path>) -> Option<String> {
+/// Notes which of the drives the domain's disk `target` is.
+pub(super) fn is_member(
+    disks: &mut [SeenDisk],
+    discovery: &Discovery,
+    view: &View,
+    graph: &Graph,
+    device: &BlockDevice,
+    target: &Target,
+) {
+    // Drives are listed in the order of the discovery, without those that are empty.
+    let place =
+        discovery.drives.iter().filter(|drive| drive.root().is_some()).position(|drive| drive == device);
+    if let Some(disk) = place.and_then(|place| disks.get_mut(place)) {
+        disk.member = Some(target.clone());
+        // The user counts it among the disks, whatever a scan would do with it.
+        let open = device.root().map(|root| OpenChain::read(graph, view, root)).unwrap_or_default();
+        disk.left_out = unfit(discovery, device, &open, view);
+    }
+}
+
+/// Who serves the disk of a device of this kind, where that is not QEMU's block layer.
+fn served_elsewhere(kind: &str) -> Option<&'static str> {
+    let kind = kind.strip_suffix("-device").unwrap_or(kind);
+    let is = |name: &str| kind == name || kind.strip_prefix(name).is_some_and(|rest| rest.starts_with('-'));
+    match () {
+        () if is("vhost-user-blk") || is("vhost-user-scsi") => Some("a vhost-user process"),
+        () if is("vhost-scsi") => Some("the host's kernel (vhost-scsi)"),
+        () if is("vhost-vdpa") => Some("a vDPA device"),
+        () => None,
+    }
+}
+
+/// Why QEMU cannot save the machine's memory now: devices that cannot be migrated, and whatever else blocks a migration.
+async fn memory_blockers(machine: &Machine) -> Result<Vec<String>> {
+    let migration = machine.query("query-migrate", Value::Null).await?;
+    let reasons = migration["blocked-reasons"].as_array().map(Vec::as_slice).unwrap_or_default();
+    Ok(reasons.iter().filter_map(Value::as_str).map(str::to_owned).collect())
+}
+
+/// Why a drive takes no part in snapshots by itself.
+fn left_out(drive: &BlockDevice, unfit: impl FnOnce() -> Option<String>) -> Option<String> {
     let why = match drive.role {
         Role::Firmware => "it is firmware, or its variables",
         Role::Removable => "its medium can be taken out",
         Role::ReadOnlyDisk => "the guest can only read it",
         Role::Unused => "no device of the guest's uses it",
-        Role::Disk => {
-            if open.placeholder.is_some() {
-                return None;
-            }
-            if let Some(filter) = &open.filter {
-                return Some(format!("a {filter} filter stands on top of it"));
-            }
-            return match file {
-                Some(_) => None,
-                None => Some("its image is no file that has a name on this machine".to_owned()),
-            };
-        }
+        Role::Disk => return unfit(),
     };
     Some(why.to_owned())
 }
@@ -137,6 +193,40 @@ pub(super) fn outside(machine: Option<&Discovery>, start: &[String]) -> Vec<Stri
     };
     let all = [(nvram, "firmware variables (NVRAM)"), (tpm, "TPM state")];
     all.iter().filter(|(there, _)| *there).map(|(_, what)| (*what).to_owned()).collect()
+}
+
+/// Why snapshots of a disk cannot be taken as it is open now.
+fn unfit(discovery: &Discovery, drive: &BlockDevice, open: &OpenChain, view: &View) -> Option<String> {
+    if open.placeholder.is_some() {
+        return None;
+    }
+    if let Some(filter) = &open.filter {
+        return Some(match filter.as_str() {
+            "copy-before-write" | "mirror_top" | "commit_top" => {
+                format!(
+                    "a block job works on it (QEMU's filter {filter} is its top node): wait for the job, or end it"
+                )
+            }
+            _ => format!("its top node is a {filter} filter, below which nothing can be put"),
+        });
+    }
+    if let Some(device) = drive.passes_through(&discovery.devices) {
+        return Some(format!("a {device} device hands the host's own device to the guest"));
+    }
+    if open.layers.iter().any(|layer| layer.node.is_slice()) {
+        return Some("its node is a slice of a file (offset or size)".to_owned());
+    }
+    let Some(root) = open.root().filter(|root| root.file.is_some()) else {
+        return Some("its image is no file that has a name on this machine".to_owned());
+    };
+    let is_it = |file: &std::path::Path| root.identity.is_some() && view.identity(file) == root.identity;
+    if Given::of(&discovery.process, is_it).is_some_and(|given| given.copy_on_read) {
+        return Some(
+            "it is open with copy-on-read=on: what the guest reads would be written to frozen images"
+                .to_owned(),
+        );
+    }
+    None
 }
 
 /// What is recorded of a machine: the same for every start of it.

@@ -10,7 +10,7 @@ use super::{
     error::told,
 };
 use crate::{
-    graph::{self, NodeOptions},
+    graph::{self},
     name::Name,
 };
 
@@ -56,7 +56,7 @@ pub(super) async fn rehome(disk: &Disk, chain: &NamedChain) -> Result<usize> {
                 "shut the domain down and start it again, so that it opens what its disks' paths name",
             ));
         }
-        let node = super::disk::layer(named, Name::node(), NodeOptions::like(&layer.node));
+        let node = super::disk::layer(named, Name::node(), disk.like(&layer.node));
         let left = graph::rehome(&disk.machine, &above.node.name, &node).await.map_err(told)?;
         if !left.is_empty() {
             tracing::warn!(nodes = left.join(", "), "something else uses what a frozen image was known by");

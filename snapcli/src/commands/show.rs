@@ -40,6 +40,7 @@ fn document(details: Details) -> ShowDoc {
             consistency: snapshot.consistency,
             points: points.collect(),
             memory: snapshot.memory,
+            skipped: snapshot.skipped,
         },
         children,
         machine,
@@ -79,6 +80,9 @@ fn told(document: &ShowDoc) -> String {
             None => "a revert leaves them in their later state",
         };
         line("not included", &format!("{}: {but}", document.outside.join(", ")));
+    }
+    for disk in &snapshot.skipped {
+        line("skipped", &format!("{} ({}): the snapshot holds nothing of it", disk.target, disk.image));
     }
     text.push('\n');
     let rows = snapshot.points.iter().map(|point| {

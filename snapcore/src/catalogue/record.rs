@@ -145,7 +145,7 @@ pub(super) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
     // One pass over snapshots and points together: a list of thousands is one query.
     let mut statement = connection.prepare_cached(
         "SELECT s.id, s.name, s.parent, s.created, s.description, s.consistency,
-                p.target, p.layer, p.tag, p.virtual_size, s.memory, s.machine
+                p.target, p.layer, p.tag, p.virtual_size, s.memory, s.machine, s.skipped
          FROM snapshots s LEFT JOIN points p ON p.domain = s.domain AND p.snapshot = s.id
          WHERE s.domain = ?1 ORDER BY s.id, p.position",
     )?;
@@ -170,6 +170,11 @@ pub(super) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
                     .map(|text| from_json("memory image", &text))
                     .transpose()?,
                 machine: row.get(11)?,
+                skipped: row
+                    .get::<_, Option<String>>(12)?
+                    .map(|text| from_json("skipped disks", &text))
+                    .transpose()?
+                    .unwrap_or_default(),
             });
         }
         if let (Some(snapshot), Some(target)) = (snapshots.last_mut(), row.get::<_, Option<String>>(6)?) {
@@ -287,8 +292,9 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
         .execute(params![id, key])?;
     connection
         .prepare_cached(
-            "INSERT INTO snapshots (id, domain, name, parent, created, description, consistency, memory, machine)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+            "INSERT INTO snapshots (id, domain, name, parent, created, description, consistency, memory, machine,
+                 skipped)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
         )?
         .execute(params![
             key,
@@ -300,6 +306,7 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
             word(&snapshot.consistency)?,
             snapshot.memory.as_ref().map(json).transpose()?,
             snapshot.machine,
+            (!snapshot.skipped.is_empty()).then(|| json(&snapshot.skipped)).transpose()?,
         ])?;
     let mut statement = connection.prepare_cached(
         "INSERT INTO points (domain, snapshot, position, target, layer, tag, virtual_size)

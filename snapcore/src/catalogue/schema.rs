@@ -146,6 +146,9 @@ CREATE TABLE machines (
 ", "
 -- The files that a domain's images are backed by and that are no layers of its own, as JSON; absent: not recorded.
 ALTER TABLE domains ADD COLUMN bases TEXT;
+", "
+-- Disks that the user left out of a snapshot, as JSON.
+ALTER TABLE snapshots ADD COLUMN skipped TEXT;
 "];
 
 /// What a database's version means to this program.
@@ -224,7 +227,9 @@ mod tests {
         assert_eq!(count("SELECT length(id) FROM identity"), 32);
         // One identity in two domains is two snapshots; what is deleted takes its own points along.
         connection
-            .execute_batch("INSERT INTO snapshots VALUES (2, 'i1', 's2', NULL, 't', '', 'clean', NULL, NULL)")
+            .execute_batch(
+                "INSERT INTO snapshots VALUES (2, 'i1', 's2', NULL, 't', '', 'clean', NULL, NULL, NULL)",
+            )
             .unwrap();
         connection.execute_batch("DELETE FROM snapshots WHERE domain = 1").unwrap();
         assert_eq!((count("SELECT count(*) FROM snapshots"), count("SELECT count(*) FROM points")), (2, 1));

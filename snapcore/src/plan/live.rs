@@ -187,6 +187,20 @@ impl Planner<'_> {
     ) -> Result<()> {
         let memory = self.with_memory(request)?;
         let Some(alive) = self.alive else { return Ok(()) };
+        if memory && !alive.seen.memory_blockers.is_empty() {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "the memory of domain {} cannot be saved: {}",
+                    self.domain.name,
+                    alive.seen.memory_blockers.join("; ")
+                ),
+            )
+            .state("no changes made")
+            .advise(
+                "take its disks alone with --disk-only, or take the device that is named out of the machine",
+            ));
+        }
         if request.quiesce == Quiesce::Require && !memory {
             self.require_agent(alive)?;
         }

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::{
     Consistency, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, DiskPlan, DiskPoint, DiskRecord,
     DiskRequest, DiskSnapshotter, DiskState, Domain, Edit, Error, ErrorKind, Plan, Point, PointKind, Request,
-    Result, RevertRequest, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
+    Result, RevertRequest, SeenDisk, SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
 };
 
 pub use live::Alive;
@@ -99,7 +99,8 @@ struct Planner<'a> {
 impl Planner<'_> {
     async fn create(&self, request: &CreateRequest) -> Result<Plan> {
         self.new_name(&request.name)?;
-        for (index, (target, _)) in request.disks.iter().enumerate() {
+        let others = self.disks_of_others();
+        for (index, (target, how)) in request.disks.iter().enumerate() {
             if request.disks.iter().take(index).any(|(other, _)| other == target) {
                 return Err(Error::new(
                     ErrorKind::Usage,
@@ -108,8 +109,10 @@ impl Planner<'_> {
                 .state("nothing was touched")
                 .advise(format!("give --disk {target}=HOW once")));
             }
-            if self.domain.disk(target).is_none() {
-                let known: Vec<&str> = self.domain.disks.iter().map(|d| d.disk.target.as_str()).collect();
+            let skipped = *how == CreateDisk::Skip && others.iter().any(|disk| disk.target == *target);
+            if self.domain.disk(target).is_none() && !skipped {
+                let known = self.domain.disks.iter().map(|d| d.disk.target.as_str());
+                let known: Vec<&str> = known.chain(others.iter().map(|disk| disk.target.as_str())).collect();
                 return Err(Error::new(
                     ErrorKind::NotFound,
                     format!("domain {} has no disk {target}", self.domain.name),
@@ -117,16 +120,27 @@ impl Planner<'_> {
                 .advise(format!("its disks are: {}", known.join(", "))));
             }
         }
+        self.refuse_lacking(request, &others)?;
+        let skipped = |target: &Target| {
+            request.disks.iter().any(|(named, how)| named == target && *how == CreateDisk::Skip)
+        };
+        self.refuse_unfit(skipped)?;
         self.with_memory(request)?;
         let mut merged = Merged::default();
         let mut points = Vec::new();
         let mut instants = Vec::new();
+        let mut skipped: Vec<SkippedDisk> = others
+            .iter()
+            .filter(|disk| disk.guest_writes)
+            .map(|disk| SkippedDisk { target: disk.target.clone(), image: disk.path.to_string() })
+            .collect();
         for disk in self.disks {
             let said =
                 request.disks.iter().rev().find(|(target, _)| target == disk.target()).map(|(_, how)| how);
             let (kind, way, overlay) = match said {
                 Some(CreateDisk::Skip) => {
-                    merged.notes.push(format!("{}: left out, as asked", disk.target()));
+                    let image = disk.record.disk.path.to_string();
+                    skipped.push(SkippedDisk { target: disk.target().clone(), image });
                     continue;
                 }
                 Some(CreateDisk::Take(kind, overlay)) => (Some(*kind), None, overlay.clone()),
@@ -146,7 +160,14 @@ impl Planner<'_> {
             return Err(Error::new(ErrorKind::Refused, "every disk is left out: there is nothing to take")
                 .advise("leave at least one disk in"));
         }
+        for disk in &skipped {
+            merged.notes.push(format!(
+                "{}: skipped as asked: the snapshot holds nothing of {}, and a revert leaves it as it is then",
+                disk.target, disk.image
+            ));
+        }
         let mut snapshot = self.snapshot(request.name.clone(), request.description.clone(), points);
+        snapshot.skipped = skipped;
         self.create_alive(request, instants, &mut snapshot, &mut merged)?;
         let id = snapshot.id;
         merged.commit.push(Edit::AddSnapshot { snapshot: Box::new(snapshot) });
@@ -160,6 +181,7 @@ impl Planner<'_> {
         if let Some(name) = &request.save_current {
             self.new_name(name)?;
         }
+        self.refuse_unfit(|target| wanted.point(target).is_none())?;
         let mut plans = Vec::new();
         for disk in self.disks {
             let Some(member) = wanted.point(disk.target()) else { continue };
@@ -171,10 +193,14 @@ impl Planner<'_> {
         let mut merged = Merged::default();
         for disk in self.disks.iter().filter(|disk| wanted.point(disk.target()).is_none()) {
             merged.notes.push(format!(
-                "{}: not part of snapshot {}, so it stays as it is",
+                "{}: {}: it keeps what it holds now",
                 disk.target(),
-                wanted.name
+                wanted.why_without(disk.target())
             ));
+        }
+        for disk in self.disks_of_others().iter().filter(|disk| disk.guest_writes) {
+            let why = wanted.why_without(&disk.target);
+            merged.notes.push(format!("{} ({}): {why}: it keeps what it holds now", disk.target, disk.path));
         }
         if plans.is_empty() {
             return Err(Error::new(
@@ -200,6 +226,70 @@ impl Planner<'_> {
         merged.commit.push(Edit::SetCurrent { id: Some(wanted.id) });
         self.revert_alive(wanted, request, &mut merged)?;
         Ok(merged.plan("revert", names))
+    }
+
+    /// The drives of the running domain that are none of the domain's disks.
+    fn disks_of_others(&self) -> Vec<&SeenDisk> {
+        let seen = self.alive.map(|alive| alive.seen.disks.iter());
+        seen.into_iter().flatten().filter(|disk| disk.member.is_none()).collect()
+    }
+
+    /// Refuses what cannot be done to a disk of the running domain as it is open now: found out half way, it would leave the
+    /// guest without it.
+    fn refuse_unfit(&self, is_spared: impl Fn(&Target) -> bool) -> Result<()> {
+        let Some(alive) = self.alive else { return Ok(()) };
+        for disk in &alive.seen.disks {
+            let (Some(member), Some(why)) = (&disk.member, &disk.left_out) else { continue };
+            if is_spared(member) {
+                continue;
+            }
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("disk {member} of domain {} ({}): {why}", self.domain.name, disk.path),
+            )
+            .state("no changes made")
+            .advise(format!(
+                "change that and try again, shut the domain down first, or leave the disk out of a snapshot with --disk \
+                 {member}=skip"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Refuses a snapshot that would lack a disk which the guest writes, unless the user said so of each.
+    fn refuse_lacking(&self, request: &CreateRequest, others: &[&SeenDisk]) -> Result<()> {
+        let is_skipped = |target: &Target| {
+            request.disks.iter().any(|(named, how)| named == target && *how == CreateDisk::Skip)
+        };
+        let lacking: Vec<&&SeenDisk> =
+            others.iter().filter(|disk| disk.guest_writes && !is_skipped(&disk.target)).collect();
+        if lacking.is_empty() {
+            return Ok(());
+        }
+        let each = lacking.iter().map(|disk| {
+            let why = disk.left_out.as_deref().unwrap_or("it is not registered as a disk of the domain");
+            format!("{} ({}): {why}", disk.target, disk.path)
+        });
+        let skips = lacking.iter().map(|disk| format!("--disk {}=skip", disk.target));
+        let name = &self.domain.name;
+        let add = lacking.iter().filter(|disk| disk.left_out.is_none()).map(|disk| {
+            let SeenDisk { target, path, format, .. } = disk;
+            format!("register it with `domsnap domain disk add {name} {target}={path},format={format}`; or ")
+        });
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "the guest of domain {name} can write disks that the snapshot would not hold: {}",
+                each.collect::<Vec<_>>().join("; ")
+            ),
+        )
+        .state("no changes made")
+        .advise(format!(
+            "{}leave {} out of the snapshot with {}",
+            add.collect::<String>(),
+            if lacking.len() == 1 { "it" } else { "them" },
+            skips.collect::<Vec<_>>().join(" ")
+        )))
     }
 
     async fn revert_disk(&self, disk: &DiskInput, to: &Point, request: &RevertRequest) -> Result<DiskPlan> {
@@ -395,6 +485,7 @@ impl Planner<'_> {
             disks,
             memory: None,
             machine: None,
+            skipped: Vec::new(),
         }
     }
 }

@@ -697,7 +697,8 @@ mod tests {
     fn seen(disks: Vec<SeenDisk>) -> Seen {
         let agent = Some("/run/agent".into());
         let machine = serde_json::Value::Null;
-        Seen { name: None, running: true, machine, summary: String::new(), disks, agent, config: None }
+        let (summary, memory_blockers) = (String::new(), Vec::new());
+        Seen { name: None, running: true, machine, summary, memory_blockers, disks, agent, config: None }
     }
 
     fn drive(target: &str, path: &Utf8Path, left_out: Option<&str>) -> SeenDisk {
@@ -706,6 +707,8 @@ mod tests {
             path: path.to_owned(),
             format: "qcow2".to_owned(),
             left_out: left_out.map(str::to_owned),
+            guest_writes: left_out.is_none(),
+            member: None,
         }
     }
 

@@ -250,6 +250,7 @@ impl DiskSnapshotter for FakeBackend {
                 }],
                 memory: None,
                 machine: None,
+                skipped: Vec::new(),
             }
         });
         Ok(found.collect())
