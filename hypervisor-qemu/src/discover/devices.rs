@@ -80,7 +80,7 @@ impl BlockDevice {
 
     /// The kind of its device, where that hands the guest's commands to a device of the host's, past the block layer.
     pub(crate) fn passes_through<'a>(&self, devices: &'a [Device]) -> Option<&'a str> {
-        let device = devices.iter().find(|device| self.names.iter().any(|name| *name == device.path))?;
+        let device = devices.iter().find(|device| self.names.contains(&device.path))?;
         matches!(device.kind.as_str(), "scsi-block" | "scsi-generic").then_some(device.kind.as_str())
     }
 

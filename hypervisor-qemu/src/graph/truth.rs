@@ -92,19 +92,24 @@ fn shown(file: &NodeFile) -> String {
     format!("node {} names {}, {what}", file.node, file.file.display())
 }
 
-/// The device and inode of each image that a QEMU has open, by its byte locks.
+/// The device and inode of each image that a QEMU has open, by its byte locks. Of one that was told to lock some image not,
+/// each file that it has open may be one.
 ///
 /// # Errors
 /// Where `/proc` does not let us look.
 pub(crate) fn open_images(process: &Path) -> std::io::Result<HashSet<(u64, u64)>> {
     let open = open_files(process)?;
-    Ok(open.into_iter().filter(|(_, file)| file.is_image).map(|(identity, _)| identity).collect())
+    let any = may_lock_nothing(process);
+    let is_one = |file: &OpenFile| file.is_image || (any && file.may_be_image);
+    Ok(open.into_iter().filter(|(_, file)| is_one(file)).map(|(identity, _)| identity).collect())
 }
 
 /// A file that QEMU has open.
 struct OpenFile {
     path: PathBuf,
     is_image: bool,
+    /// It is of a kind that an image can be.
+    may_be_image: bool,
 }
 
 fn open_files(process: &Path) -> std::io::Result<HashMap<(u64, u64), OpenFile>> {
@@ -119,9 +124,9 @@ fn open_files(process: &Path) -> std::io::Result<HashMap<(u64, u64), OpenFile>> 
         let lent = path.starts_with("/memfd:");
         let standard = matches!(entry.file_name().to_str(), Some("0" | "1" | "2"));
         let kind = about.file_type();
-        let by_kind = locks_nothing && !standard && (kind.is_file() || kind.is_block_device());
-        let is_image = !lent && (by_kind || info.lines().any(is_image_lock));
-        let file = open.entry(file_identity(&about)).or_insert(OpenFile { path, is_image });
+        let may_be_image = !lent && !standard && (kind.is_file() || kind.is_block_device());
+        let is_image = may_be_image && locks_nothing || !lent && info.lines().any(is_image_lock);
+        let file = open.entry(file_identity(&about)).or_insert(OpenFile { path, is_image, may_be_image });
         file.is_image |= is_image;
     }
     Ok(open)
@@ -132,6 +137,12 @@ fn open_files(process: &Path) -> std::io::Result<HashMap<(u64, u64), OpenFile>> 
 fn is_of_xen(process: &Path) -> bool {
     let line = fs::read(process.join("cmdline")).unwrap_or_default();
     line.split(|byte| *byte == 0).any(|word| word == b"-xen-domid")
+}
+
+/// Returns true if the command line turns locks off for some image.
+fn may_lock_nothing(process: &Path) -> bool {
+    let line = fs::read(process.join("cmdline")).unwrap_or_default();
+    line.windows(b"locking".len()).any(|word| word == b"locking")
 }
 
 /// Whether a line of `/proc/PID/fdinfo/N` is one of the locks by which QEMU's processes know of each other: bytes from 100 on,

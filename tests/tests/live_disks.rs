@@ -1,0 +1,302 @@
+//! Every disk that a running guest can write is in a snapshot, or skipped by name, or the snapshot is refused; what the user
+//! said of his images' nodes survives.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use domsnap_tests::domsnap::{Domsnap, Outcome, status};
+use domsnap_tests::idle::{Idle, has_pattern};
+use domsnap_tests::qemu;
+use serde_json::{Value, json};
+use testguest::Version;
+
+/// A directory with images of 1 MiB, and a state directory.
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    fn new(images: &[&str]) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("domsnap-disks-").tempdir()?;
+        let place = Self { dir };
+        for image in images {
+            let format = if image.ends_with(".raw") { "raw" } else { "qcow2" };
+            qemu::img(&["create", "-q", "-f", format, &place.file(image), "1M"])?;
+        }
+        Ok(place)
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    fn domsnap(&self) -> Domsnap {
+        Domsnap::new(&self.dir.path().join("state"))
+    }
+
+    /// A machine with the disk `vda`, and more. `DIR` in a word is the directory.
+    fn start(&self, name: &str, more: &[&str]) -> Result<Idle> {
+        let words = [
+            "-blockdev",
+            "driver=qcow2,file.driver=file,file.filename=DIR/d.qcow2,node-name=d0",
+            "-device",
+            "virtio-blk-pci,drive=d0,id=vda",
+        ];
+        let dir = self.dir.path().display().to_string();
+        let words: Vec<String> = words.iter().chain(more).map(|word| word.replace("DIR", &dir)).collect();
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        Idle::start(Version::New, self.dir.path(), name, &words)
+    }
+}
+
+/// A server that ends with the test.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn serve(words: &[&str], socket: &str) -> Result<Server> {
+    let mut command = Command::new(words[0]);
+    let server = Server(command.args(&words[1..]).stdin(Stdio::null()).spawn().context(words[0].to_owned())?);
+    let until = Instant::now() + Duration::from_secs(60);
+    while !Path::new(socket).exists() {
+        ensure!(Instant::now() < until, "{words:?} does not serve {socket}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(server)
+}
+
+fn refused(outcome: Outcome, words: &[&str]) -> Result<()> {
+    let outcome = outcome.expect_status(status::REFUSED)?;
+    for word in words {
+        ensure!(outcome.stderr.contains(word), "{word:?} is not in: {}", outcome.stderr);
+    }
+    Ok(())
+}
+
+/// Each kind of disk that cannot be taken is named in the refusal, with memory and without, and can be skipped.
+#[test]
+fn disk_that_cannot_be_taken_is_refused_by_name() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "e.qcow2", "f.qcow2", "n.qcow2", "u.qcow2", "s.raw"])?;
+    let (nbd, vhost) = (place.file("n.sock"), place.file("vu.sock"));
+    let _nbd = serve(&["qemu-nbd", "-t", "-f", "qcow2", "-k", &nbd, &place.file("n.qcow2")], &nbd)?;
+    let served =
+        format!("driver=qcow2,file.driver=file,file.filename={},node-name=un", place.file("u.qcow2"));
+    let export =
+        format!("type=vhost-user-blk,id=ex,node-name=un,addr.type=unix,addr.path={vhost},writable=on");
+    let daemon = ["qemu-storage-daemon", "--blockdev", &served, "--export", &export];
+    let _vhost = serve(&daemon, &vhost)?;
+    let node = "driver=qcow2,file.driver=file,file.filename=DIR/e.qcow2,node-name=e0";
+    let second = "driver=qcow2,file.driver=file,file.filename=DIR/f.qcow2,node-name=f0";
+    let cases: [(&str, &[&str]); 7] = [
+        (
+            "network",
+            &[
+                "-blockdev",
+                "driver=nbd,server.type=unix,server.path=DIR/n.sock,node-name=n0",
+                "-device",
+                "virtio-blk-pci,drive=n0,id=vdb",
+            ],
+        ),
+        (
+            "mirrored",
+            &[
+                "-blockdev",
+                node,
+                "-blockdev",
+                second,
+                "-blockdev",
+                "driver=quorum,children.0=e0,children.1=f0,vote-threshold=1,node-name=q0",
+                "-device",
+                "virtio-blk-pci,drive=q0,id=vdb",
+            ],
+        ),
+        (
+            "stick",
+            &[
+                "-device",
+                "qemu-xhci",
+                "-blockdev",
+                node,
+                "-device",
+                "usb-storage,drive=e0,removable=on,id=vdb",
+            ],
+        ),
+        ("card", &["-device", "sdhci-pci", "-blockdev", node, "-device", "sd-card,drive=e0,id=vdb"]),
+        (
+            "slice",
+            &[
+                "-blockdev",
+                "driver=raw,offset=65536,size=524288,file.driver=file,file.filename=DIR/s.raw,node-name=e0",
+                "-device",
+                "virtio-blk-pci,drive=e0,id=vdb",
+            ],
+        ),
+        (
+            "reading-copies",
+            &[
+                "-drive",
+                "file=DIR/e.qcow2,if=none,id=x,format=qcow2,copy-on-read=on",
+                "-device",
+                "virtio-blk-pci,drive=x,id=vdb",
+            ],
+        ),
+        (
+            "elsewhere",
+            &[
+                "-object",
+                "memory-backend-memfd,id=mem,size=32M,share=on",
+                "-machine",
+                "q35,memory-backend=mem",
+                "-chardev",
+                "socket,id=vu,path=DIR/vu.sock",
+                "-device",
+                "vhost-user-blk-pci,chardev=vu,id=vdb",
+            ],
+        ),
+    ];
+    for (name, words) in cases {
+        let qemu = place.start(name, words)?;
+        // Each machine is another domain, with the same first disk.
+        let domsnap = Domsnap::new(&place.dir.path().join(format!("state-{name}")));
+        let create = |more: &[&str]| domsnap.run(&[&["create", &qemu.address()], more].concat());
+        for more in [&["s"][..], &["s", "--disk-only"]] {
+            refused(create(more)?, &["vdb", "--disk vdb=skip"])
+                .with_context(|| format!("{name} {more:?}"))?;
+        }
+        let made = create(&["s", "--disk-only", "--disk", "vdb=skip", "--json"])?;
+        let made: Value = made.expect_status(status::DONE).context(name)?.json()?;
+        ensure!(made["snapshot"]["skipped"][0]["target"] == "vdb", "{name}: {made}");
+        let shown = domsnap.done(&["show", &qemu.address(), "s"])?;
+        ensure!(shown.stdout.contains("skipped") && shown.stdout.contains("vdb"), "{name}: {}", shown.stdout);
+        let reverted = domsnap.done(&["revert", &qemu.address(), "s"])?;
+        ensure!(reverted.stdout.contains("vdb"), "{name}: {}", reverted.stdout);
+        qemu.quit()?;
+        std::fs::remove_dir_all(place.dir.path().join("d.qcow2.domsnap")).ok();
+        for image in ["d.qcow2", "e.qcow2"] {
+            qemu::img(&["create", "-q", "-f", "qcow2", &place.file(image), "1M"])?;
+        }
+    }
+    Ok(())
+}
+
+/// A disk that was plugged in later is missed, and a job that works on a disk keeps snapshots and reverts off it.
+#[test]
+fn disk_plugged_in_later_and_disk_under_a_job_are_refused() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "e.qcow2"])?;
+    let qemu = place.start("m", &["-device", "pcie-root-port,id=rp0,chassis=1"])?;
+    let domsnap = place.domsnap();
+    let address = qemu.address();
+    domsnap.done(&["create", &address, "first"])?;
+    qemu.qmp(
+        "blockdev-add",
+        json!({ "driver": "qcow2", "node-name": "e0", "file": { "driver": "file", "filename": place.file("e.qcow2") } }),
+    )?;
+    qemu.qmp("device_add", json!({ "driver": "virtio-blk-pci", "drive": "e0", "id": "vdb", "bus": "rp0" }))?;
+    refused(domsnap.run(&["create", &address, "second"])?, &["vdb", "not registered"])?;
+    refused(domsnap.run(&["create", &address, "second", "--disk-only"])?, &["vdb"])?;
+    domsnap.done(&["create", &address, "second", "--disk", "vdb=skip"])?;
+
+    // A backup at the least speed that there is: it does not end by itself.
+    qemu.write("vda", 7)?;
+    qemu.qmp(
+        "blockdev-add",
+        json!({ "driver": "null-co", "node-name": "target", "size": 1 << 20, "read-zeroes": true }),
+    )?;
+    let backup =
+        json!({ "job-id": "nightly", "device": "d0", "target": "target", "sync": "full", "speed": 1 });
+    qemu.qmp("blockdev-backup", backup)?;
+    refused(domsnap.run(&["create", &address, "third", "--disk", "vdb=skip"])?, &["vda", "job"])?;
+    refused(domsnap.run(&["revert", &address, "second"])?, &["vda", "job"])?;
+    qemu.qmp("job-cancel", json!({ "id": "nightly" }))?;
+    qemu.quit()
+}
+
+/// A throttle filter stays above what is done to the disk below it, and what the command line said of the image is said again.
+#[test]
+fn throttle_and_node_options_survive_snapshots() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "e.qcow2"])?;
+    let image = place.file("e.qcow2");
+    let words = [
+        "-object",
+        "throttle-group,id=t,x-bps-total=99999999",
+        "-blockdev",
+        "driver=qcow2,file.driver=file,file.filename=DIR/e.qcow2,file.locking=off,node-name=e0,overlap-check=none",
+        "-blockdev",
+        "driver=throttle,throttle-group=t,file=e0,node-name=t0",
+        "-device",
+        "virtio-blk-pci,drive=t0,id=vdb",
+    ];
+    let qemu = place.start("t", &words)?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    let create = |name: &str, pattern: u8, more: &[&str]| -> Result<()> {
+        qemu.write("vdb", pattern)?;
+        domsnap.done(&[&["create", &address, name], more].concat()).map(drop)
+    };
+    create("inside", 1, &["--internal"])?;
+    create("outside", 2, &["--external"])?;
+    create("disks", 3, &["--external", "--disk-only"])?;
+    qemu.write("vdb", 4)?;
+    for (name, pattern) in [("inside", 1), ("outside", 2), ("disks", 3)] {
+        domsnap.done(&["revert", &address, name])?;
+        qemu.flush("vdb")?;
+        ensure!(has_pattern(Path::new(&image), pattern)?, "{name}");
+    }
+    domsnap.done(&["delete", &address, "outside"])?;
+    domsnap.done(&["delete", &address, "disks", "inside"])?;
+    ensure!(has_pattern(Path::new(&image), 3)?);
+    let nodes = qemu.qmp("query-named-block-nodes", json!({ "flat": true }))?;
+    let drivers: Vec<&str> =
+        nodes.as_array().context("nodes")?.iter().filter_map(|node| node["drv"].as_str()).collect();
+    ensure!(drivers.contains(&"throttle"), "{drivers:?}");
+    // An image that QEMU opened without locks is open without them still: no byte of it is locked.
+    let free = Command::new("qemu-io").args(["-f", "qcow2", "-c", "read 0 64k", &image]).output()?;
+    ensure!(free.status.success(), "{}", String::from_utf8_lossy(&free.stderr));
+    qemu.quit()
+}
+
+/// A device whose state QEMU cannot save is named before anything is made, and the disks can be taken.
+#[test]
+fn device_that_cannot_be_migrated_is_named() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "e.qcow2"])?;
+    let words = [
+        "-blockdev",
+        "driver=qcow2,file.driver=file,file.filename=DIR/e.qcow2,node-name=e0",
+        "-device",
+        "nvme,drive=e0,serial=x,id=vdb",
+    ];
+    let qemu = place.start("m", &words)?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    refused(domsnap.run(&["create", &address, "s"])?, &["nvme", "--disk-only", "no changes made"])?;
+    ensure!(!Path::new(&place.file("e.qcow2.domsnap")).exists());
+    domsnap.done(&["create", &address, "s", "--disk-only"])?;
+    qemu.quit()
+}
+
+/// A disk whose device sits on the node of the file itself is a raw disk.
+#[test]
+fn file_node_without_format_is_a_raw_disk() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "e.raw"])?;
+    let words = [
+        "-blockdev",
+        "driver=file,filename=DIR/e.raw,node-name=e0",
+        "-device",
+        "virtio-blk-pci,drive=e0,id=vdb",
+    ];
+    let qemu = place.start("m", &words)?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    qemu.write("vdb", 5)?;
+    domsnap.done(&["create", &address, "s", "--disk", "vdb=copy"])?;
+    qemu.write("vdb", 6)?;
+    domsnap.done(&["revert", &address, "s"])?;
+    qemu.flush("vdb")?;
+    let held = std::fs::read(place.file("e.raw"))?;
+    ensure!(held[256 << 10..][..65536].iter().all(|byte| *byte == 5));
+    qemu.quit()
+}
