@@ -227,8 +227,10 @@ impl Graph {
 
     /// What a node stands on: its backing image's node; of a filter (`throttle`, ...), the filtered one.
     pub fn backing<'a>(&'a self, name: &'a str) -> Option<&'a str> {
-        let filter = self.node(name).is_some_and(|node| FILTERS.contains(&node.driver.as_str()));
-        self.below(name, if filter { "file" } else { "backing" })
+        let filter = self.node(name).is_some_and(|node| is_filter(&node.driver));
+        // Most filters have what they filter as their file; those of commit and mirror jobs as their backing image.
+        let file = filter && self.edges.iter().any(|edge| edge.parent == name && edge.role == "file");
+        self.below(name, if file { "file" } else { "backing" })
     }
 
     /// The node of the file below a format's node.
