@@ -88,7 +88,10 @@ fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
             running: number == 2,
         }),
         machine: (number > 1).then(|| "m".to_owned()),
-        skipped: vec![snapcore::SkippedDisk { target: Target::new("vdz").unwrap(), image: "/vdz.raw".to_owned() }],
+        skipped: vec![snapcore::SkippedDisk {
+            target: Target::new("vdz").unwrap(),
+            image: "/vdz.raw".to_owned(),
+        }],
     }
 }
 
