@@ -187,9 +187,9 @@ mod tests {
         }
         file.sync_all().unwrap();
         let blocks = || file.metadata().unwrap().blocks() * 512;
-        assert_eq!(allocated_in(&file, &[0..1 << 20]).unwrap(), blocks());
-        assert_eq!(allocated_in(&file, &[131_072..262_144]).unwrap(), 0);
-        assert!(allocated_in(&file, &[65536..69632]).unwrap() == 4096);
+        assert_eq!(allocated_in(&file, std::slice::from_ref(&(0..1 << 20))).unwrap(), blocks());
+        assert_eq!(allocated_in(&file, std::slice::from_ref(&(131_072..262_144))).unwrap(), 0);
+        assert!(allocated_in(&file, std::slice::from_ref(&(65536..69632))).unwrap() == 4096);
         if let Some(own) = unshared(&file).unwrap() {
             assert_eq!(own, blocks());
         }
