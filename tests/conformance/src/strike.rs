@@ -226,6 +226,12 @@ impl DiskSnapshotter for Struck {
     fn capabilities(&self) -> Capabilities {
         self.inner.capabilities()
     }
+    fn processes(&self) -> Vec<u32> {
+        self.inner.processes()
+    }
+    async fn bases(&self, disk: &DiskRecord) -> Result<Vec<snapcore::Base>> {
+        self.inner.bases(disk).await
+    }
     fn recognises(&self, path: &Utf8Path, open_format: Option<&str>) -> bool {
         self.inner.recognises(path, open_format)
     }
