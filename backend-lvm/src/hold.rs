@@ -4,12 +4,14 @@
 //! else has the volume open is asked of the kernel, when the operation begins and again before a step that needs it closed.
 
 use std::collections::HashMap;
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use camino::Utf8PathBuf;
+use confined_files::{Directory, Kind};
 use snapcore::{Error, ErrorKind, Result};
 
 use crate::names::Volume;
@@ -72,8 +74,22 @@ fn lock(volume: &Volume) -> Result<File> {
             .because(error)
             .advise("run as root: lvm's commands need that too")
     };
-    fs::create_dir_all(DIRECTORY).map_err(failed)?;
-    let file = File::options().create(true).append(true).read(true).open(&path).map_err(failed)?;
+    // Everybody may make files above it: it must be one that a trusted user made.
+    let open = || {
+        let directory = Directory::make_all(Path::new(DIRECTORY), 0o755)?;
+        let about = directory.about()?;
+        if !confined_files::is_trusted(about.uid) || about.mode & 0o022 != 0 {
+            return Err(confined_files::refused(format!("others than root can write {DIRECTORY}")));
+        }
+        let (_, name) = Directory::of(path.as_std_path())?;
+        match directory.create_new(&name, 0o600) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                directory.open_file(&name, true, Kind::Regular)
+            }
+            made => made,
+        }
+    };
+    let file = open().map_err(failed)?;
     let until = Instant::now() + PATIENCE;
     loop {
         match file.try_lock() {

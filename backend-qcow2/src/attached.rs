@@ -64,6 +64,7 @@ pub(crate) async fn apply(
                 below: below.as_ref().map(file).transpose()?,
                 string: named.map(|layer| backing_string(path, layer)),
             };
+            names::require_own_names(&merge.into, path)?;
             let top = run.last().filter(|top| **top == context.disk.active && !is_top);
             match top.map(|top| layer_path(path, top)) {
                 // The path is the layer's own name where it is another one after each change: it is not moved.

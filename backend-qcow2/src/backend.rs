@@ -187,6 +187,7 @@ impl DiskSnapshotter for Qcow2 {
 
     async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         names::require_writable_directory_of(&disk.disk.path)?;
+        names::require_private_directory_of(&disk.disk.path)?;
         let hold = self.holds.begin(&disk.disk.path)?;
         let open = attached::open_files(attached).await?;
         if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {

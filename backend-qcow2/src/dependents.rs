@@ -63,11 +63,22 @@ pub(crate) fn find(
             search.directory(directory.as_std_path(), |_| true)?;
         }
     }
-    let Search { on, on_path, unclear, .. } = search;
+    let Search { on, on_path, unclear, names, .. } = search;
     for layer in &mut state.layers {
         layer.dependents =
             on.iter().filter(|(name, _)| *name == layer.name).map(|(_, file)| file.clone()).collect();
         let is_ours = file_id(&layer.file)?.is_some_and(|id| open.contains(&id));
+        // A name in a directory that was not looked at: whoever has it may have images on it.
+        if layer.name != record.active && layer.owned {
+            let links = fs::symlink_metadata(&layer.file).map_or(0, |about| about.nlink());
+            let seen = names.get(&layer.name).copied().unwrap_or(0).max(1);
+            if links > seen {
+                layer.dependents.push(Utf8PathBuf::from(format!(
+                    "(another name of {}, a hard link in another directory)",
+                    layer.file.file_name().unwrap_or_default()
+                )));
+            }
+        }
         if layer.name != record.active && layer.owned && !is_ours && is_held_by_others(&layer.file)? {
             layer.dependents.push(Utf8PathBuf::from("(a running process)"));
         }
@@ -135,6 +146,8 @@ struct Search<'a> {
     /// The directory of the configured path and the name in it, where that is not the active layer's own name.
     configured: Option<(FileId, &'a str)>,
     on: Vec<(LayerName, Utf8PathBuf)>,
+    /// How many names of each layer were found, links to it left out.
+    names: HashMap<LayerName, u64>,
     on_path: Vec<Utf8PathBuf>,
     unclear: Vec<Unclear>,
 }
@@ -152,8 +165,8 @@ impl<'a> Search<'a> {
         {
             configured = file_id(directory)?.map(|directory| (directory, name));
         }
-        let (on, on_path, unclear) = Default::default();
-        Ok(Self { record, layers, seen, configured, on, on_path, unclear })
+        let (on, names, on_path, unclear) = Default::default();
+        Ok(Self { record, layers, seen, configured, on, names, on_path, unclear })
     }
 
     fn directory(&mut self, directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<()> {
@@ -165,6 +178,12 @@ impl<'a> Search<'a> {
             let name = name.to_string_lossy();
             if !is_passing_name(&name) && wanted(&name) {
                 files.push(entry.path());
+            } else if let Ok(found) = entry.metadata()
+                && found.is_file()
+                && let Some(layer) = self.seen.get(&(found.dev(), found.ino()))
+            {
+                // What an interrupted step left, or a name that is known.
+                *self.names.entry(layer.clone()).or_default() += 1;
             }
         }
         files.sort();
@@ -188,6 +207,9 @@ impl<'a> Search<'a> {
             return Ok(());
         }
         if let Some(layer) = self.seen.get(&(metadata.dev(), metadata.ino())) {
+            if fs::symlink_metadata(file).is_ok_and(|found| found.is_file()) {
+                *self.names.entry(layer.clone()).or_default() += 1;
+            }
             if !self.is_known_name(layer, file) {
                 self.on.push((layer.clone(), shown(file)));
             }

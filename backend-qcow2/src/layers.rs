@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::names::{FileId, file_id, io_error};
+use image_files::names::{FileId, file_id, io_error, require_own};
 use image_files::size_at;
 use jiff::Timestamp;
 use snapcore::chain::{self, is_layer_name, layer_path};
@@ -238,9 +238,12 @@ impl Reader<'_> {
         file: &Utf8Path,
         format: &str,
     ) -> Result<(Layer, Option<(LayerName, String)>)> {
+        let owned = self.record.owned.contains(&name);
+        if owned {
+            require_own(file)?;
+        }
         let metadata =
             std::fs::metadata(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
-        let owned = self.record.owned.contains(&name);
         let named = file_id(&layer_path(&self.record.disk.path, &name))?.is_some();
         let mut layer = Layer {
             name,

@@ -129,7 +129,7 @@ impl Workplace<'_> {
         let disk = &self.record.disk;
         let base = self.below(layer).unwrap_or(None);
         let stands_on_present = base.is_some_and(|base| names::same_file(&base, &disk.path).unwrap_or(false));
-        names::settle(&file, &aside)?;
+        names::settle(&file, &aside, None)?;
         Ok(Salvage::PutAside(match stands_on_present {
             true => words_of_kept_overlay(&disk.target, &file, &aside, &disk.path),
             false => format!(

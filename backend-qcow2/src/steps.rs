@@ -14,7 +14,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::{Hold, inherit, names};
+use image_files::{Hold, names};
 use jiff::Timestamp;
 use snapcore::chain::{ChainStep, layer_path};
 use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Progress, Result, StepStatus};
@@ -245,7 +245,6 @@ impl Workplace<'_> {
     fn create_overlay(&self, layer: &LayerName, on: &LayerName, on_format: &str, size: u64) -> Result<()> {
         let file = self.own_name(layer);
         let unfinished = names::unfinished_name(&file);
-        names::remove_name(&unfinished)?;
         let base = self.own_name(on);
         let mut new =
             NewImage::new(size).on(Backing { file: self.string(on), format: Some(on_format.to_owned()) });
@@ -255,13 +254,15 @@ impl Workplace<'_> {
             // Only version 3 can say that a cluster above a backing file reads as zeros.
             new.version = 3;
         }
-        image::create(unfinished.as_std_path(), &new)?;
-        let made = File::open(&unfinished)
-            .map_err(|error| names::io_error(error, format!("cannot open {unfinished}")))?;
-        inherit(&made, base.as_std_path()).map_err(|error| {
-            names::io_error(error, format!("cannot give {unfinished} the owner and mode of {base}"))
-        })?;
-        settle(&unfinished, &file)?;
+        // Who may use it is said before anything is in it, and before it has its name.
+        let made = names::create_unfinished(&file, &names::open_image(&base, false)?, &base)?;
+        let written = another(&made, &unfinished)
+            .and_then(|into| Ok(image::write_into(into, unfinished.as_std_path(), &new)?));
+        if let Err(error) = written {
+            names::remove_name(&unfinished)?;
+            return Err(error);
+        }
+        settle(&unfinished, &file, Some(&made))?;
         self.lock(&file)
     }
 
@@ -272,7 +273,7 @@ impl Workplace<'_> {
         let source = file_of(self.record, from)?;
         let image = Image::open(source.as_std_path(), &OpenOptions::read_only().unlocked())?;
         self.moving(|moving| image::materialise(&image, tag, unfinished.as_std_path(), moving))?;
-        settle(&unfinished, &file)?;
+        settle(&unfinished, &file, None)?;
         self.lock(&file)
     }
 
@@ -358,6 +359,7 @@ impl Workplace<'_> {
         for file in &files {
             self.lock(file)?;
         }
+        names::require_own_names(&file_of(self.record, into)?, &self.record.disk.path)?;
         let mut layers = Vec::new();
         for file in &files {
             let image = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;
@@ -467,8 +469,8 @@ impl Workplace<'_> {
 
 /// Gives a new image its own name. Where that is there already and is exactly the same image, the step was done before; what
 /// else is there is somebody else's, or has been written to, and nothing is written over it.
-fn settle(unfinished: &Utf8Path, file: &Utf8Path) -> Result<()> {
-    match names::settle(unfinished, file) {
+fn settle(unfinished: &Utf8Path, file: &Utf8Path, made: Option<&File>) -> Result<()> {
+    match names::settle(unfinished, file, made) {
         Err(error)
             if error.kind() == ErrorKind::Exists && is_same_image(unfinished, file).unwrap_or(false) =>
         {
@@ -477,6 +479,10 @@ fn settle(unfinished: &Utf8Path, file: &Utf8Path) -> Result<()> {
         }
         settled => settled,
     }
+}
+
+fn another(file: &File, path: &Utf8Path) -> Result<File> {
+    file.try_clone().map_err(|error| names::io_error(error, format!("cannot open {path} once more")))
 }
 
 fn is_same_image(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {

@@ -127,6 +127,7 @@ impl DiskSnapshotter for Raw {
         let is_device = layers::is_device(&disk.disk.path);
         if !is_device {
             names::require_writable_directory_of(&disk.disk.path)?;
+            names::require_private_directory_of(&disk.disk.path)?;
         }
         let hold = self.holds.begin(&disk.disk.path)?;
         let open = open_files(attached).await?;

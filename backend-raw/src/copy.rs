@@ -4,13 +4,13 @@
 //! It stands in a file of its own beside the copy, `<copy>.crc32`, which is durable before the copy gets its name.
 
 use std::fs::{self, File};
-use std::io;
-use std::io::Read;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use camino::{Utf8Path, Utf8PathBuf};
+use confined_files::Directory;
 use image_files::names::{self, io_error};
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
 use rustix::io::Errno;
 use snapcore::{Error, ErrorKind, Progress, Result};
 use tokio_util::sync::CancellationToken;
@@ -139,8 +139,7 @@ fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
 
 /// Whether two files hold the same.
 pub(crate) fn same_content(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {
-    let open =
-        |path: &Utf8Path| File::open(path).map_err(|error| io_error(error, format!("cannot open {path}")));
+    let open = |path: &Utf8Path| names::open_image(path, false);
     let (a, b) = (open(one)?, open(other)?);
     let length = |file: &File| file.metadata().map(|about| about.len());
     let looking = |error| io_error(error, format!("cannot look at {one} and {other}"));
@@ -176,29 +175,33 @@ pub(crate) fn write_sum(layer: &Utf8Path, sum: u32) -> Result<()> {
     let file = sum_file(layer);
     let writing = |error| io_error(error, format!("cannot write {file}"));
     let passing = names::unfinished_name(&file);
-    fs::write(&passing, format!("{HEADING}{sum:08x}\n")).map_err(writing)?;
-    File::open(&passing).and_then(|opened| opened.sync_all()).map_err(writing)?;
-    fs::rename(&passing, &file).map_err(writing)?;
-    names::flush_directory_of(&file)
+    let write = || {
+        let (directory, name) = Directory::of(passing.as_std_path())?;
+        directory.remove(&name)?;
+        let mut made = directory.create_new(&name, 0o600)?;
+        made.write_all(format!("{HEADING}{sum:08x}\n").as_bytes())?;
+        made.sync_all()?;
+        let about = made.metadata()?;
+        let (_, last) = Directory::of(file.as_std_path())?;
+        directory.rename(&name, &last, Some((about.dev(), about.ino())))?;
+        directory.sync()
+    };
+    write().map_err(writing)
 }
 
 /// The checksum that stands beside a layer; absent: it was not copied, but shares blocks.
 pub(crate) fn stated_sum(layer: &Utf8Path) -> Result<Option<u32>> {
     let file = sum_file(layer);
     let reading = |error| io_error(error, format!("cannot read {file}"));
-    // Whatever lies there: a FIFO is not waited for, a link not followed, and no more is read than a checksum
-    // has.
-    let flags = (OFlags::NONBLOCK | OFlags::NOFOLLOW).bits().cast_signed();
-    let opened = match fs::File::options().read(true).custom_flags(flags).open(&file) {
+    // Whatever lies there: a FIFO is not waited for, a link not followed, and no more is read than a checksum has.
+    let opened = match confined_files::open_regular(file.as_std_path(), false) {
         Ok(opened) => Some(opened),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::LOOP) => None,
+        Err(error) if confined_files::refusal(&error).is_some() => None,
         Err(error) => return Err(reading(error)),
     };
     let mut text = Vec::new();
-    if let Some(opened) = opened
-        && opened.metadata().map_err(reading)?.is_file()
-    {
+    if let Some(opened) = opened {
         opened.take(MAX_SUM_FILE).read_to_end(&mut text).map_err(reading)?;
     }
     let text = String::from_utf8_lossy(&text);
@@ -217,7 +220,7 @@ pub(crate) fn stated_sum(layer: &Utf8Path) -> Result<Option<u32>> {
 /// [`ErrorKind::Corrupt`] where it is not what was copied.
 pub(crate) fn verify(layer: &Utf8Path, watch: Watch<'_>) -> Result<()> {
     let Some(stated) = stated_sum(layer)? else { return Ok(()) };
-    let file = File::open(layer).map_err(|error| io_error(error, format!("cannot open {layer}")))?;
+    let file = names::open_own(layer, false)?;
     let found = sum(&file, layer, watch)?;
     if found == stated {
         return Ok(());

@@ -95,6 +95,7 @@ pub(crate) fn inspect(
         for name in record.owned.iter().filter(|name| **name != record.active) {
             let file = layer_path(path, name);
             if names::file_id(&file)?.is_some() {
+                names::require_own(&file)?;
                 layers.push(layer(record, name.clone(), &file)?);
             }
         }

@@ -15,12 +15,9 @@
 //! a create on a running domain has the guest's writes from the instant on; where that create is undone with nobody left who could merge them, the
 //! overlay is kept so too.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
-
 use backend_qcow2::image::{self, Backing, Image, NewImage, OpenOptions as ReadOptions};
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::{Hold, inherit, names};
+use image_files::{Hold, names};
 use serde::{Deserialize, Serialize};
 use snapcore::chain::{layer_path, words_of_kept_overlay};
 use snapcore::{DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Result, Salvage, StepStatus};
@@ -203,7 +200,7 @@ impl Workplace<'_> {
         }
         let aside = file.with_file_name(format!("{RESCUED}{}", file.file_name().unwrap_or_default()));
         self.refuse_in_use(&file)?;
-        names::settle(&file, &aside)?;
+        names::settle(&file, &aside, None)?;
         Ok(Salvage::PutAside(match step {
             RawStep::CreateOverlay { .. } => words_of_kept_overlay(target, &file, &aside, self.path()),
             _ => format!(
@@ -247,16 +244,11 @@ impl Workplace<'_> {
             copy::verify(&source, self.watch)?;
         }
         let passing = names::unfinished_name(&file);
-        names::remove_name(&passing)?;
-        let old =
-            File::open(&source).map_err(|error| names::io_error(error, format!("cannot open {source}")))?;
-        let new = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&passing)
-            .map_err(|error| names::io_error(error, format!("cannot make {passing}")))?;
+        let old = match from {
+            Some(_) => names::open_own(&source, false)?,
+            None => names::open_image(&source, false)?,
+        };
+        let new = names::create_unfinished(&file, &old, &source)?;
         match way {
             Way::Reflink => {
                 reflink(&old, &source, &new, &passing)?;
@@ -274,9 +266,7 @@ impl Workplace<'_> {
                 }
             }
         }
-        inherit(&new, source.as_std_path()).map_err(|error| {
-            names::io_error(error, format!("cannot give {passing} the owner and mode of {source}"))
-        })
+        Ok(())
     }
 
     /// Makes a copy durable, then gives it its name. Done already: nothing happens.
@@ -286,10 +276,9 @@ impl Workplace<'_> {
         if names::file_id(&passing)?.is_none() && names::file_id(&file)?.is_some() {
             return Ok(());
         }
-        File::open(&passing)
-            .and_then(|copy| copy.sync_all())
-            .map_err(|error| names::io_error(error, format!("cannot make {passing} durable")))?;
-        names::settle(&passing, &file)
+        let made = names::open_own(&passing, false)?;
+        made.sync_all().map_err(|error| names::io_error(error, format!("cannot make {passing} durable")))?;
+        names::settle(&passing, &file, Some(&made))
     }
 
     fn create_overlay(&self, layer: &LayerName, size: u64) -> Result<()> {
@@ -298,18 +287,18 @@ impl Workplace<'_> {
             return Ok(());
         }
         let passing = names::unfinished_name(&file);
-        names::remove_name(&passing)?;
         // Relative where they lie side by side, so that they can be moved together.
         let base = match file.parent() == self.path().parent() {
             true => self.path().file_name().unwrap_or_default().to_owned(),
             false => self.path().to_string(),
         };
         let new = NewImage::new(size).on(Backing { file: base, format: Some("raw".to_owned()) });
-        image::create(passing.as_std_path(), &new)?;
-        File::open(&passing).and_then(|made| inherit(&made, self.path().as_std_path())).map_err(|error| {
-            names::io_error(error, format!("cannot give {passing} the owner and mode of {}", self.path()))
-        })?;
-        names::settle(&passing, &file)
+        let made = names::create_unfinished(&file, &names::open_image(self.path(), false)?, self.path())?;
+        let into = made
+            .try_clone()
+            .map_err(|error| names::io_error(error, format!("cannot open {passing} once more")))?;
+        image::write_into(into, passing.as_std_path(), &new)?;
+        names::settle(&passing, &file, Some(&made))
     }
 
     fn unname(&self, layer: &LayerName) -> Result<()> {
@@ -381,7 +370,7 @@ impl Workplace<'_> {
 }
 
 fn write_out(path: &Utf8Path) -> Result<()> {
-    File::open(path)
-        .and_then(|file| file.sync_data())
+    names::open_image(path, false)?
+        .sync_data()
         .map_err(|error| names::io_error(error, format!("cannot write {path} out")))
 }

@@ -169,7 +169,7 @@ async fn save(live: &Live, plan: &MemoryPlan) -> Result<()> {
     let file = plan.file.clone();
     let part = blocking(move || {
         if let Some(directory) = file.parent() {
-            std::fs::create_dir_all(directory).map_err(|cause| {
+            confined_files::Directory::make_all(directory.as_std_path(), 0o700).map_err(|cause| {
                 Error::new(ErrorKind::Io, format!("the directory {directory} cannot be made")).because(cause)
             })?;
         }

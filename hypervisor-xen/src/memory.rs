@@ -13,10 +13,9 @@
 //! the length of the optional data, 32 bits each; in that a 32-bit length and the domain's configuration as JSON.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::File,
     io::{self, Read, Write},
-    os::unix::fs::OpenOptionsExt,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -33,6 +32,9 @@ const KNOWN_FLAGS: u32 = 3;
 
 /// No configuration is longer.
 const LONGEST_CONFIG: u32 = 16 << 20;
+
+/// A record has a checksum of 11 bytes, as text, for each 16 MiB: this is one of 8 TiB of memory.
+const LONGEST_RECORD: u64 = 8 << 20;
 
 /// A checksum is of so many bytes.
 const CHUNK: usize = 16 << 20;
@@ -72,7 +74,7 @@ pub(crate) fn draft(file: &Utf8Path) -> Result<Utf8PathBuf> {
 /// Makes an empty file for its owner alone, in the place of one of that name.
 pub(crate) fn make_private(file: &Utf8Path) -> Result<()> {
     remove_file(file)?;
-    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(file);
+    let made = confined_files::create_private(file.as_std_path());
     made.map(drop).map_err(|cause| told("making", file, cause))
 }
 
@@ -82,7 +84,7 @@ pub(crate) fn seal(file: &Utf8Path, running: bool, progress: &dyn Progress) -> R
     if file.exists() && !part.exists() {
         return Ok(read_record(file)?.bytes);
     }
-    let saved = File::open(&part).map_err(|cause| told("opening", &part, cause))?;
+    let saved = open(&part).map_err(|cause| told("opening", &part, cause))?;
     head(&mut &saved, &part)?;
     saved.sync_all().map_err(|cause| told("flushing", &part, cause))?;
     let (bytes, crc32) = checksums(&part, progress)?;
@@ -91,7 +93,8 @@ pub(crate) fn seal(file: &Utf8Path, running: bool, progress: &dyn Progress) -> R
         Error::new(ErrorKind::Internal, "a record cannot be written as JSON").because(cause)
     })?;
     write_durably(&record_of(file), &text)?;
-    fs::rename(&part, file).map_err(|cause| told("naming", file, cause))?;
+    confined_files::rename(part.as_std_path(), file.as_std_path(), true)
+        .map_err(|cause| told("naming", file, cause))?;
     flush_directory(file)?;
     Ok(bytes)
 }
@@ -103,7 +106,7 @@ pub(crate) fn check(file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
             .advise("the snapshot's disks are not concerned: revert with --off, and start the domain then")
     };
     let record = read_record(file)?;
-    let mut saved = File::open(file).map_err(|cause| told("opening", file, cause))?;
+    let mut saved = open(file).map_err(|cause| told("opening", file, cause))?;
     let length = saved.metadata().map_err(|cause| told("reading", file, cause))?.len();
     if length != record.bytes {
         return Err(corrupt(format!("has {length} bytes, and was saved with {}", record.bytes)));
@@ -126,7 +129,12 @@ pub(crate) fn read_record(file: &Utf8Path) -> Result<Record> {
         return Err(Error::new(ErrorKind::NotFound, format!("the memory image {file} is gone"))
             .advise("the snapshot's disks are not concerned: revert with --off, and start the domain then"));
     }
-    let text = fs::read(&path).map_err(|cause| told("reading", &path, cause))?;
+    let read = || {
+        let mut text = Vec::new();
+        open(&path)?.take(LONGEST_RECORD).read_to_end(&mut text)?;
+        Ok(text)
+    };
+    let text = read().map_err(|cause| told("reading", &path, cause))?;
     let record: Record = serde_json::from_slice(&text)
         .map_err(|cause| Error::new(ErrorKind::Corrupt, format!("{path} cannot be read")).because(cause))?;
     match record.version {
@@ -178,7 +186,7 @@ pub(crate) fn head(file: &mut impl Read, path: &Utf8Path) -> Result<Value> {
 }
 
 fn checksums(path: &Utf8Path, progress: &dyn Progress) -> Result<(u64, Vec<u32>)> {
-    let mut file = File::open(path).map_err(|cause| told("opening", path, cause))?;
+    let mut file = open(path).map_err(|cause| told("opening", path, cause))?;
     let total = file.metadata().map_err(|cause| told("reading", path, cause))?.len();
     let (mut sums, mut done) = (Vec::new(), 0);
     let mut chunk = Vec::with_capacity(CHUNK);
@@ -200,26 +208,29 @@ pub(crate) fn write_durably(path: &Utf8Path, bytes: &[u8]) -> Result<()> {
     let new = Utf8PathBuf::from(format!("{path}.new"));
     make_private(&new)?;
     let write = || -> io::Result<()> {
-        let mut file = OpenOptions::new().write(true).open(&new)?;
+        let mut file = confined_files::open_to_write(new.as_std_path())?;
         file.write_all(bytes)?;
         file.sync_all()?;
-        fs::rename(&new, path)
+        confined_files::rename(new.as_std_path(), path.as_std_path(), true)
     };
     write().map_err(|cause| told("writing", path, cause))?;
     flush_directory(path)
 }
 
 pub(crate) fn remove_file(path: &Utf8Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(told("removing", path, cause)),
-        _ => Ok(()),
-    }
+    confined_files::remove(path.as_std_path()).map(|_| ()).map_err(|cause| told("removing", path, cause))
+}
+
+/// Opens a regular file, whoever can write its directory.
+fn open(path: &Utf8Path) -> io::Result<File> {
+    confined_files::open_regular(path.as_std_path(), false)
 }
 
 pub(crate) fn flush_directory(of: &Utf8Path) -> Result<()> {
-    let directory: PathBuf = of.parent().map(|parent| parent.as_std_path().to_owned()).unwrap_or_default();
-    match File::open(&directory).and_then(|directory| directory.sync_all()) {
-        Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(told_at("flushing", &directory, cause)),
+    match confined_files::sync_directory_of(of.as_std_path()) {
+        Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
+            Err(told("flushing the directory of", of, cause))
+        }
         _ => Ok(()),
     }
 }
@@ -239,6 +250,7 @@ fn told_at(doing: &str, path: &Path, cause: io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;

@@ -13,7 +13,7 @@ use snapcore::chain;
 use snapcore::{Error, ErrorKind, Result};
 
 use crate::lock::{self, LockError, LockMode};
-use crate::names::{FileId, file_id, io_error};
+use crate::names::{FileId, file_id, open_image};
 
 /// The disks that operations of this process hold, by what all paths of a disk have in common: with
 /// `--active-path=new` its configured path changes in the middle of an operation.
@@ -85,7 +85,7 @@ impl Hold {
 }
 
 fn locked(file: &Utf8Path) -> Result<File> {
-    let opened = File::open(file).map_err(|error| io_error(error, format!("cannot open {file}")))?;
+    let opened = open_image(file, false)?;
     lock::lock(&opened, LockMode::Write).map_err(|error| told(error, "locking", file))?;
     Ok(opened)
 }
@@ -95,7 +95,7 @@ fn locked(file: &Utf8Path) -> Result<File> {
 /// # Errors
 /// The system's.
 pub fn is_held_by_others(file: &Utf8Path) -> Result<bool> {
-    let opened = File::open(file).map_err(|error| io_error(error, format!("cannot open {file}")))?;
+    let opened = open_image(file, false)?;
     lock::is_locked(&opened, LockMode::Write).map_err(|error| told(error, "asking for the locks of", file))
 }
 

@@ -1,12 +1,11 @@
 //! What backends of image files share, whatever the images' format.
 //!
 //! [`names`] gives files names and takes them away, each durable before it returns; [`lock`] is QEMU's way of locking an
-//! image, and [`Holds`] keeps such locks for a whole operation; [`inherit`] lets those read a new file who could read the one
-//! that it is made from.
+//! image, and [`Holds`] keeps such locks for a whole operation; [`Attributes`] let those use a new file
+//! who could use the one that it is made from.
 
 #![deny(unsafe_code)]
 
-mod access;
 mod blocking;
 mod extents;
 mod hold;
@@ -15,8 +14,8 @@ mod luks;
 pub mod names;
 mod size;
 
-pub use access::inherit;
 pub use blocking::{blocking, in_place};
+pub use confined_files::{Attributes, Directory, FileName, Kind};
 pub use extents::{allocated_in, unshared};
 pub use hold::{Hold, Holds, is_held_by_others};
 pub use lock::{LockError, LockMode, is_locked, lock};

@@ -4,24 +4,100 @@
 //! name and is durable; a second name for it is linked; that name is renamed over the configured path, which is one
 //! step for every observer; the directory is flushed. The layer shown before keeps its own permanent name throughout.
 
+//!
+//! All of it goes through the descriptor of the directory ([`confined_files`]): whoever owns the directory can put a link or
+//! another file under any of these names at any moment, and none is followed.
+
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
+use confined_files::{Attributes, Directory, FileName, Kind, is_trusted_link, refusal};
 use snapcore::{Error, ErrorKind, FileIdentity, Result, file_identity};
 
 /// The identity of a file, whatever it is called: device and inode.
 pub type FileId = FileIdentity;
 
-/// The identity of the file at `path`, or `None` where there is none. Symbolic links are followed.
+/// The identity of the file at `path`, or `None` where there is none. A symbolic link is a file of its own, unless it is one of
+/// those that [`confined_files::open`] follows.
 pub fn file_id(path: &Utf8Path) -> Result<Option<FileId>> {
-    match fs::metadata(path) {
+    let look = || {
+        let found = fs::symlink_metadata(path)?;
+        match found.is_symlink() && is_trusted_link(path.as_std_path())? {
+            true => fs::metadata(path),
+            false => Ok(found),
+        }
+    };
+    match look() {
         Ok(metadata) => Ok(Some(file_identity(&metadata))),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        // No file can have such a name.
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NAMETOOLONG.raw_os_error()) => Ok(None),
+        Err(error) if is_nothing(&error) => Ok(None),
         Err(error) => Err(io_error(error, format!("cannot look at {path}"))),
     }
+}
+
+/// Returns true where an error says that there is no such file: no file system has one of a name that it does not take.
+fn is_nothing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidFilename)
+}
+
+/// Opens the image at `path`, a regular file or a block device, without following a link that others can put there, and without
+/// waiting.
+///
+/// # Errors
+/// The system's; [`ErrorKind::Refused`] for anything else.
+pub fn open_image(path: &Utf8Path, writable: bool) -> Result<File> {
+    confined_files::open(path.as_std_path(), writable, Kind::RegularOrBlock)
+        .map_err(|error| io_error(error, format!("cannot open {path}")))
+}
+
+/// Makes a file under the passing name of `path` with the attributes of `model`: what an earlier attempt left there is removed.
+///
+/// # Errors
+/// The system's.
+pub fn create_unfinished(path: &Utf8Path, model: &File, model_path: &Utf8Path) -> Result<File> {
+    let passing = unfinished_name(path);
+    let make = || {
+        let like = Attributes::of(model)?;
+        let (directory, name) = Directory::of(passing.as_std_path())?;
+        directory.remove(&name)?;
+        directory.create_like(&name, &like)
+    };
+    make().map_err(|error| {
+        io_error(error, format!("cannot make {passing} with the owner, mode and attributes of {model_path}"))
+    })
+}
+
+/// Refuses anything but a regular file at `path`, where a layer of ours is or is to be: a link in its place is not followed,
+/// whoever made it. Nothing there is no refusal.
+///
+/// # Errors
+/// [`ErrorKind::Refused`]; the system's.
+pub fn require_own(path: &Utf8Path) -> Result<()> {
+    let look = || {
+        let (directory, name) = Directory::of(path.as_std_path())?;
+        directory.look(&name)
+    };
+    match look() {
+        Ok(Some(found)) if !found.is_file() => Err(Error::new(
+            ErrorKind::Refused,
+            format!("{path}, a layer of the disk, is {}, and must be a regular file", found.kind()),
+        )
+        .state("nothing was touched, and what it leads to was not opened")
+        .advise("put the layer's own file back; whoever can write its directory can have replaced it")),
+        Ok(_) => Ok(()),
+        Err(error) if is_nothing(&error) => Ok(()),
+        Err(error) => Err(io_error(error, format!("cannot look at {path}"))),
+    }
+}
+
+/// Opens the regular file at `path`, which is ours: no link in its place is followed, whoever made it.
+///
+/// # Errors
+/// The system's; [`ErrorKind::Refused`] for anything else.
+pub fn open_own(path: &Utf8Path, writable: bool) -> Result<File> {
+    confined_files::open_regular(path.as_std_path(), writable)
+        .map_err(|error| io_error(error, format!("cannot open {path}")))
 }
 
 /// Whether both paths lead to one file, and it is there.
@@ -35,6 +111,11 @@ pub fn same_file(a: &Utf8Path, b: &Utf8Path) -> Result<bool> {
 
 /// An I/O failure with words.
 pub fn io_error(error: io::Error, message: String) -> Error {
+    if refusal(&error).is_some() {
+        return Error::new(ErrorKind::Refused, message)
+            .because(error)
+            .advise("look at what is there, and who put it there; move it away, or put the file back");
+    }
     let advice = match error.kind() {
         io::ErrorKind::PermissionDenied => Some("run as a user who may write there"),
         io::ErrorKind::StorageFull => Some("free space on that file system and try again"),
@@ -66,12 +147,84 @@ pub fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
     })
 }
 
+/// Refuses a directory in which others could put another file in the place of the image at `path` or of its layers: users who are
+/// neither root, nor who runs this process, nor the image's owner, nor able to write the image itself.
+///
+/// # Errors
+/// [`ErrorKind::Refused`], with what to do; the system's.
+pub fn require_private_directory_of(path: &Utf8Path) -> Result<()> {
+    let directory = path.parent().filter(|parent| !parent.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
+    let looking = |error| io_error(error, format!("cannot look at {path} and its directory"));
+    let image = fs::symlink_metadata(path).map_err(looking)?;
+    let Some(writers) = confined_files::foreign_writers(directory.as_std_path(), &image).map_err(looking)?
+    else {
+        return Ok(());
+    };
+    let advice = match &writers {
+        confined_files::Writers::Owner(uid) => format!(
+            "give the image to the owner of its directory ('chown {uid} {path}'), or keep it in a directory of its own owner"
+        ),
+        confined_files::Writers::Group(_) => format!(
+            "'chmod g-w {directory}', or 'chmod +t {directory}' so that each user can replace his own files only"
+        ),
+        _ => format!(
+            "'chmod o-w {directory}', or 'chmod +t {directory}' so that each user can replace his own files only"
+        ),
+    };
+    Err(Error::new(
+        ErrorKind::Refused,
+        format!(
+            "the directory {directory} can be written by {writers}, so that another file could be put in the place of {path} or \
+             of its snapshots"
+        ),
+    )
+    .state("nothing was touched")
+    .advise(advice))
+}
+
+/// Refuses to write a frozen layer that has other names than its own ones: somebody keeps them, perhaps below images of his, and
+/// finds the layer changed. `active` is the configured path of its disk.
+///
+/// # Errors
+/// [`ErrorKind::Refused`]; the system's.
+pub fn require_own_names(layer: &Utf8Path, active: &Utf8Path) -> Result<()> {
+    let about =
+        fs::symlink_metadata(layer).map_err(|error| io_error(error, format!("cannot look at {layer}")))?;
+    let id = file_identity(&about);
+    if file_id(active)? == Some(id) {
+        return Ok(());
+    }
+    let mut own = 1;
+    for name in [switch_name(active), unfinished_name(layer)] {
+        own += u64::from(file_id(&name)? == Some(id));
+    }
+    if about.nlink() <= own {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Refused,
+        format!(
+            "{layer} has {} other names (hard links), and a merge would change what they show",
+            about.nlink() - own
+        ),
+    )
+    .state("it was not written")
+    .advise(format!(
+        "'find / -xdev -samefile {layer}' shows them; remove them, or copy the file and give the copy away"
+    )))
+}
+
 /// Makes the names in the directory of `path` durable.
 pub fn flush_directory_of(path: &Utf8Path) -> Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
-    File::open(directory)
-        .and_then(|opened| opened.sync_all())
+    Directory::open(directory.as_std_path())
+        .and_then(|opened| opened.sync())
         .map_err(|error| io_error(error, format!("cannot flush directory {directory}")))
+}
+
+fn directory_of(path: &Utf8Path) -> Result<(Directory, FileName)> {
+    Directory::of(path.as_std_path())
+        .map_err(|error| io_error(error, format!("cannot open the directory of {path}")))
 }
 
 /// Gives the file at `existing` the further name `new`. Done already: nothing happens.
@@ -80,7 +233,9 @@ pub fn flush_directory_of(path: &Utf8Path) -> Result<()> {
 /// [`ErrorKind::Exists`] where another file has that name; [`ErrorKind::Unsupported`] where the file system has no hard
 /// links.
 pub fn add_name(existing: &Utf8Path, new: &Utf8Path) -> Result<()> {
-    match fs::hard_link(existing, new) {
+    let (directory, from) = directory_of(existing)?;
+    let (to, name) = directory_of(new)?;
+    match directory.link(&from, &to, &name, None) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             if file_id(existing)? != file_id(new)? {
@@ -93,7 +248,7 @@ pub fn add_name(existing: &Utf8Path, new: &Utf8Path) -> Result<()> {
         }
         Err(error) => return Err(no_links(error, existing, new)),
     }
-    flush_directory_of(new)
+    to.sync().map_err(|error| io_error(error, format!("cannot flush the directory of {new}")))
 }
 
 fn no_links(error: io::Error, existing: &Utf8Path, new: &Utf8Path) -> Error {
@@ -134,19 +289,27 @@ pub fn is_passing_name(file_name: &str) -> bool {
 pub fn move_name(path: &Utf8Path, to: &Utf8Path) -> Result<()> {
     let passing = switch_name(path);
     remove_name(&passing)?;
-    let Some(wanted) = file_id(to)? else {
+    let (from, shown) = directory_of(to)?;
+    let look = from.look(&shown).map_err(|error| io_error(error, format!("cannot look at {to}")))?;
+    let Some(wanted) = look else {
         return Err(Error::new(
             ErrorKind::NotFound,
             format!("{to}, which {path} is to name, does not exist"),
         ));
     };
-    if file_id(path)? == Some(wanted) {
+    if file_id(path)? == Some(wanted.identity) {
         return flush_directory_of(path);
     }
-    fs::hard_link(to, &passing).map_err(|error| no_links(error, to, &passing))?;
-    fs::rename(&passing, path)
+    let (directory, name) = directory_of(path)?;
+    let (_, second) = directory_of(&passing)?;
+    // 1) A second name, of the very file that was looked at. 2) That name in the place of the configured path, in one step.
+    // 3) Durable. A crash between 1 and 2 leaves a hidden second name, which the next attempt removes.
+    from.link(&shown, &directory, &second, Some(wanted.identity))
+        .map_err(|error| no_links(error, to, &passing))?;
+    directory
+        .rename(&second, &name, Some(wanted.identity))
         .map_err(|error| io_error(error, format!("cannot rename {passing} to {path}")))?;
-    flush_directory_of(path)
+    directory.sync().map_err(|error| io_error(error, format!("cannot flush the directory of {path}")))
 }
 
 /// Removes what an interrupted [`move_name`] left beside `path`, durably, and leaves `path` as it is.
@@ -154,41 +317,51 @@ pub fn clear_move(path: &Utf8Path) -> Result<()> {
     remove(&switch_name(path))
 }
 
-/// Gives a file that was made under a passing name its own: fails where that exists.
-pub fn settle(unfinished: &Utf8Path, path: &Utf8Path) -> Result<()> {
-    let renamed = rustix::fs::renameat_with(
-        rustix::fs::CWD,
-        unfinished.as_std_path(),
-        rustix::fs::CWD,
-        path.as_std_path(),
-        rustix::fs::RenameFlags::NOREPLACE,
-    );
-    match renamed {
-        Ok(()) => flush_directory_of(path),
-        Err(rustix::io::Errno::EXIST) => {
-            Err(Error::new(ErrorKind::Exists, format!("{path} exists, and nothing is written over it"))
-                .advise("choose another name or move that file away"))
+/// Gives a file that was made under a passing name its own: fails where that exists. `made` is the file that was made, where the
+/// caller has it open still: no other file gets the name then.
+pub fn settle(unfinished: &Utf8Path, path: &Utf8Path, made: Option<&File>) -> Result<()> {
+    let made = match made {
+        Some(made) => {
+            let about =
+                made.metadata().map_err(|error| io_error(error, format!("cannot look at {unfinished}")))?;
+            Some((about.dev(), about.ino()))
         }
+        None => None,
+    };
+    let (directory, from) = directory_of(unfinished)?;
+    let (_, to) = directory_of(path)?;
+    let exists = || {
+        Error::new(ErrorKind::Exists, format!("{path} exists, and nothing is written over it"))
+            .advise("choose another name or move that file away")
+    };
+    match directory.rename_new(&from, &to, made) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(exists()),
         // Old file systems know no such flag; a link never replaces either.
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-            fs::hard_link(unfinished, path).map_err(|error| no_links(error, unfinished, path))?;
-            remove_name(unfinished)?;
-            flush_directory_of(path)
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported)
+                && refusal(&error).is_none() =>
+        {
+            match directory.link(&from, &directory, &to, made) {
+                Ok(()) => remove_name(unfinished)?,
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(exists()),
+                Err(error) => return Err(no_links(error, unfinished, path)),
+            }
         }
-        Err(errno) => Err(io_error(errno.into(), format!("cannot rename {unfinished} to {path}"))),
+        Err(error) => return Err(io_error(error, format!("cannot rename {unfinished} to {path}"))),
     }
+    directory.sync().map_err(|error| io_error(error, format!("cannot flush the directory of {path}")))
 }
 
 /// Removes one name of a file; no such name: nothing happens. The caller flushes the directory, or uses [`remove`].
 pub fn remove_name(path: &Utf8Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Ok(()) => Ok(()),
-        // A read-only file system says so before it looks whether there is such a name.
-        Err(error)
-            if error.kind() == io::ErrorKind::NotFound || file_id(path).is_ok_and(|id| id.is_none()) =>
-        {
-            Ok(())
-        }
+    let remove = || {
+        let (directory, name) = Directory::of(path.as_std_path())?;
+        directory.remove(&name)
+    };
+    match remove() {
+        Ok(_) => Ok(()),
+        Err(error) if is_nothing(&error) => Ok(()),
         Err(error) => Err(io_error(error, format!("cannot remove {path}"))),
     }
 }

@@ -25,7 +25,9 @@ pub fn size_of(file: &File) -> io::Result<u64> {
 pub fn size_at(path: &Utf8Path) -> io::Result<u64> {
     let about = path.metadata()?;
     match about.file_type().is_block_device() {
-        true => size_of(&File::open(path)?),
+        true => {
+            size_of(&confined_files::open(path.as_std_path(), false, confined_files::Kind::RegularOrBlock)?)
+        }
         false => Ok(about.len()),
     }
 }

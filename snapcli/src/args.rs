@@ -473,6 +473,10 @@ pub struct Import {
     /// Replace what the catalogue has of the domain
     #[arg(long)]
     pub replace: bool,
+    /// Believe what the manifests beside the images say of how the domain is reached and started, and of files elsewhere:
+    /// whoever can write the images' directory can have written it, and domsnap will run it
+    #[arg(long)]
+    pub trust: bool,
 }
 
 fn disk_choice(text: &str) -> Result<(Target, CreateDisk), String> {

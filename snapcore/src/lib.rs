@@ -49,6 +49,7 @@
 mod backend;
 pub mod catalogue;
 pub mod chain;
+pub mod confine;
 mod domain;
 pub mod engine;
 mod error;
@@ -60,6 +61,7 @@ mod operation;
 pub mod plan;
 mod registry;
 mod request;
+pub mod secrets;
 pub mod service;
 mod shell;
 mod size;

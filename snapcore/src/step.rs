@@ -149,6 +149,19 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The plan as it may be shown: what is recorded of a machine has no environment and no secrets of a command line in it.
+    #[must_use]
+    pub fn shown(&self) -> Self {
+        let mut shown = self.clone();
+        let edits = shown.steps.iter_mut().flat_map(|planned| &mut planned.edits).chain(&mut shown.commit);
+        for edit in edits {
+            if let Edit::AddMachine { machine } = edit {
+                machine.record = crate::secrets::shown_record(&machine.record);
+            }
+        }
+        shown
+    }
+
     /// Bytes of data that all steps move together.
     pub fn bytes(&self) -> u64 {
         self.steps.iter().map(|planned| planned.step.bytes).fold(0, u64::saturating_add)

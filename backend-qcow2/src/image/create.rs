@@ -5,8 +5,9 @@
 //! no file, or a file that nothing names yet.
 
 use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+
+use image_files::Directory;
 
 use super::error::{Error, ErrorKind, Result, shown};
 use super::file::ImageFile;
@@ -134,19 +135,26 @@ pub(crate) fn check_backing(backing: &Backing) -> Result<()> {
 pub fn create(path: &Path, new: &NewImage) -> Result<()> {
     let fail = |e: Error| e.on("create", path);
     let (header, head) = plan(new).map_err(fail)?;
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(new.mode)
-        .open(path)
-        .map_err(|e| fail(Error::io("the file cannot be made", e)))?;
+    let (directory, name) =
+        Directory::of(path).map_err(|e| fail(Error::io("its directory does not open", e)))?;
+    let file =
+        directory.create_new(&name, new.mode).map_err(|e| fail(Error::io("the file cannot be made", e)))?;
     let file = ImageFile::new(Box::new(file), path, true);
     write_new(&file, &header, &head).map_err(|e| {
         // It is ours, and nothing names it yet.
-        let _ = std::fs::remove_file(path);
+        let _ = directory.remove(&name);
         fail(e)
     })
+}
+
+/// Writes a new image into `file`, which is empty, new, and the caller's; `path` is for messages. Three writes and one flush.
+///
+/// # Errors
+/// As [`create`]. After an error the file holds a part of an image.
+pub fn write_into(file: File, path: &Path, new: &NewImage) -> Result<()> {
+    let fail = |e: Error| e.on("create", path);
+    let (header, head) = plan(new).map_err(fail)?;
+    write_new(&ImageFile::new(Box::new(file), path, true), &header, &head).map_err(fail)
 }
 
 /// Writes a new image to an empty file.

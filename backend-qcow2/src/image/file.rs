@@ -75,15 +75,12 @@ impl ImageFile {
         Self { storage, path: path.to_owned(), writable, writes: AtomicU64::new(0) }
     }
 
-    /// Opens a regular file or block device.
+    /// Opens a regular file or block device. It does not wait, and no link is followed that others can put there.
     ///
     /// # Errors
     /// The system's.
     pub fn open(path: &Path, writable: bool) -> Result<Self> {
-        let file = File::options()
-            .read(true)
-            .write(writable)
-            .open(path)
+        let file = confined_files::open(path, writable, confined_files::Kind::RegularOrBlock)
             .map_err(|e| Error::io("the file does not open", e).on("open", path))?;
         Ok(Self::new(Box::new(file), path, writable))
     }

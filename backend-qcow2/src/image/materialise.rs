@@ -1,13 +1,15 @@
 //! An internal snapshot copied out into an image of its own.
 
+use std::fs::File;
 use std::path::Path;
 
-use image_files::inherit;
+use image_files::{Attributes, Directory};
 
-use super::create::{NewImage, create};
+use super::create::{NewImage, write_into};
 use super::error::{Context, Error, Result};
+use super::file::ImageFile;
 use super::merge::{MergeReport, Moving, fill};
-use super::open::{Image, OpenOptions};
+use super::open::Image;
 use super::view::Layer;
 
 /// Makes a new image at `path` that reads as the internal snapshot `name` of `source` does, on the same backing file: only
@@ -15,7 +17,7 @@ use super::view::Layer;
 /// extended L2, compression. VM state is not copied. Its backing string is the source's, so it must be made in the same
 /// directory if that is relative.
 ///
-/// The new file has the source's owner and mode as far as this process may give them, and less otherwise. It is durable
+/// The new file has the source's owner, mode and attributes as far as this process may give them, and less otherwise. It is durable
 /// when this returns; its directory is the caller's to make durable. A crash before leaves no file or a part of one, which
 /// nothing names yet.
 ///
@@ -27,29 +29,32 @@ pub fn materialise(source: &Image, name: &str, path: &Path, moving: &Moving<'_>)
         Layer::snapshot(source, source.require_snapshot(name).context("copy a snapshot of", source.path())?)?;
     let mut new = NewImage::new(layer.size()).like(source.header());
     new.backing = source.header().backing.clone();
-    create(path, &new)?;
-    let filled = copy_out(source, layer, path, moving);
+    let fail = |e| Error::io("it cannot be made with the attributes of the image that it is made from", e);
+    let fail = |e| fail(e).on("create", path);
+    let (directory, file) = Directory::of(path).map_err(fail)?;
+    let made = match source.file().file() {
+        Some(model) => Attributes::of(model).and_then(|like| directory.create_like(&file, &like)),
+        None => directory.create_new(&file, 0o600),
+    };
+    let filled = copy_out(layer, &made.map_err(fail)?, path, &new, moving);
     if filled.is_err() {
         // It is ours, and nothing names it yet.
-        let _ = std::fs::remove_file(path);
+        let _ = directory.remove(&file);
     }
     filled
 }
 
-fn copy_out(source: &Image, layer: Layer, path: &Path, moving: &Moving<'_>) -> Result<MergeReport> {
-    let mut image = Image::open(path, &OpenOptions::read_write())?;
-    if let Some(file) = image.file().file() {
-        inherit(file, source.path()).map_err(|e| {
-            Error::io("its owner and mode cannot be those of the image that it is made from", e)
-                .on("create", path)
-        })?;
-    }
+fn copy_out(
+    layer: Layer,
+    file: &File,
+    path: &Path,
+    new: &NewImage,
+    moving: &Moving<'_>,
+) -> Result<MergeReport> {
+    let another = || file.try_clone().map_err(|e| Error::io("no further descriptor", e).on("create", path));
+    write_into(another()?, path, new)?;
+    let mut image = Image::from_file(ImageFile::new(Box::new(another()?), path, true))?;
     let report = fill(&mut image, layer, moving)?;
-    match image.file().file() {
-        Some(file) => file
-            .sync_all()
-            .map_err(|e| Error::io("what was written cannot be made durable", e).on("flush", path))?,
-        None => image.file().flush()?,
-    }
+    file.sync_all().map_err(|e| Error::io("what was written cannot be made durable", e).on("flush", path))?;
     Ok(report)
 }

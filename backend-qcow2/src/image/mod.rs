@@ -59,7 +59,7 @@ pub use bitmaps::{Bitmap, list as list_bitmaps, parse_directory as parse_bitmap_
 pub use check::{CheckReport, Finding};
 pub use compare::same_content;
 pub use compressed::{compress, decompress};
-pub use create::{NewImage, create};
+pub use create::{NewImage, create, write_into};
 pub use error::{Context, Error, ErrorKind, Result};
 pub use file::ImageFile;
 pub use header::{Backing, BitmapsPointer, Compression, Encryption, Extension, Header, HeaderSummary};

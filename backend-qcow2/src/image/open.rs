@@ -111,9 +111,14 @@ pub fn probe(path: &Path) -> Result<Option<HeaderSummary>> {
 /// The system's.
 pub fn stated_backing(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
-    // Whatever the name leads to by now, the open does not wait for it.
+    // Whatever the name leads to by now, the open does not wait for it. Links are followed: what they lead to may be an image on
+    // one of ours, and nothing but that is learnt from it.
     let flags = rustix::fs::OFlags::NONBLOCK.bits();
     let file = std::fs::File::options().read(true).custom_flags(flags.cast_signed()).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !std::os::unix::fs::FileTypeExt::is_block_device(&kind) {
+        return Ok(None);
+    }
     let read = |bytes: &mut [u8], at: u64| match file.read_exact_at(bytes, at) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(false),

@@ -3,6 +3,7 @@
 use std::{fs, io, os::unix::fs::MetadataExt, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
+use snapcore::secrets::is_needed_variable;
 
 use crate::machine::Machine;
 
@@ -22,8 +23,11 @@ pub struct Process {
     #[serde(default)]
     pub build: Option<String>,
     /// Its command line, the first word included.
+    #[serde(default)]
     pub command_line: Vec<String>,
-    /// Its environment.
+    /// The variables of its environment that another start of it needs ([`snapcore::secrets::is_needed_variable`]): no other is kept anywhere, because they
+    /// hold tokens and passwords of whoever started it.
+    #[serde(default)]
     pub environment: Vec<(String, String)>,
     /// Its working directory: relative names of images begin there.
     pub directory: Option<PathBuf>,
@@ -71,7 +75,7 @@ impl Process {
         let environment = process.keep("environment", fs::read(format!("/proc/{pid}/environ")));
         for entry in split(&environment.unwrap_or_default()) {
             let entry = process.text("an entry of the environment", entry);
-            if let Some((name, value)) = entry.split_once('=') {
+            if let Some((name, value)) = entry.split_once('=').filter(|(name, _)| is_needed_variable(name)) {
                 process.environment.push((name.to_owned(), value.to_owned()));
             }
         }

@@ -1,11 +1,11 @@
 //! [`Draft`]: a memory image that is being written.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
     os::{
         fd::OwnedFd,
-        unix::fs::{FileExt, OpenOptionsExt},
+        unix::fs::{FileExt, MetadataExt},
     },
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
@@ -45,7 +45,7 @@ impl Draft {
                 .advice("give the snapshot another name, or remove the file if nothing needs it"));
         }
         Self::remove_stale(&path)?;
-        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&part);
+        let file = confined_files::create_private(&part);
         let file = file.map_err(|error| Error::io(attempted, &part, error))?;
         Ok(Self { path, part, file: Some(file) })
     }
@@ -72,12 +72,8 @@ impl Draft {
     /// [`ErrorKind::Io`].
     pub fn remove_stale(path: &Path) -> Result<()> {
         for left in [Self::part(path), Self::packing(path)].into_iter().flatten() {
-            match fs::remove_file(&left) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::io("removing what is left of a memory image", &left, error));
-                }
-                _ => {}
-            }
+            confined_files::remove(&left)
+                .map_err(|error| Error::io("removing what is left of a memory image", &left, error))?;
         }
         Ok(())
     }
@@ -96,7 +92,11 @@ impl Draft {
     /// A description of the file for writing only, as QEMU wants it, at the place of the stream.
     pub(crate) fn writable(&self) -> Result<OwnedFd> {
         let open = || {
-            let mut file = File::options().write(true).open(&self.part)?;
+            let mut file = confined_files::open_to_write(&self.part)?;
+            let (is, made) = (file.metadata()?, self.file.as_ref().map(File::metadata).transpose()?);
+            if made.is_some_and(|made| (made.dev(), made.ino()) != (is.dev(), is.ino())) {
+                return Err(confined_files::refused("it is another file than the one that was made"));
+            }
             io::Seek::seek(&mut file, io::SeekFrom::Start(STREAM))?;
             // What a former attempt wrote must not stay behind the end of this one's stream.
             file.set_len(STREAM)?;
@@ -174,7 +174,7 @@ impl Draft {
             Ok(packed) => Ok(packed),
             Err(error) => {
                 if let Some(half) = Self::packing(&self.path) {
-                    let _ = fs::remove_file(half);
+                    let _ = confined_files::remove(&half);
                 }
                 Err((error, self))
             }
@@ -193,7 +193,7 @@ impl Draft {
         // That it can be unpacked.
         qcow2::wrapper(stream, tag, 0)?;
         let half = Self::packing(&self.path).ok_or_else(|| invalid("it has no file name".to_owned()))?;
-        let target = File::options().write(true).create(true).truncate(true).mode(0o600).open(&half);
+        let target = confined_files::remove(&half).and_then(|_| confined_files::create_private(&half));
         let target = target.map_err(|error| Error::io(attempted, &half, error))?;
         let done = packed::pack(file, &target, stream, (tag, metadata), level, packing);
         done.map_err(|error| match error.kind() {
@@ -203,7 +203,7 @@ impl Draft {
             _ => Error::io(attempted, &half, error),
         })?;
         give_name(&half, &self.path)?;
-        let removed = fs::remove_file(&self.part);
+        let removed = confined_files::remove(&self.part);
         removed.map_err(|error| Error::io(attempted, &self.part, error))?;
         flush_directory(&self.path)?;
         Packed::open(&self.path)
@@ -213,14 +213,13 @@ impl Draft {
 /// Gives a file its final name, which must be free.
 fn give_name(from: &Path, to: &Path) -> Result<()> {
     let attempted = "finishing a memory image";
-    let flags = rustix::fs::RenameFlags::NOREPLACE;
-    match rustix::fs::renameat_with(rustix::fs::CWD, from, rustix::fs::CWD, to, flags) {
+    match confined_files::rename(from, to, false) {
         Ok(()) => Ok(()),
         // A file system without that flag: nobody else makes names here, and `create` has looked.
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-            fs::rename(from, to).map_err(|error| Error::io(attempted, from, error))
+        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
+            confined_files::rename(from, to, true).map_err(|error| Error::io(attempted, from, error))
         }
-        Err(rustix::io::Errno::EXIST) => {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             let detail = "another file has its name by now";
             Err(Error::new(ErrorKind::Invalid, attempted, to.display(), detail))
         }
@@ -229,18 +228,14 @@ fn give_name(from: &Path, to: &Path) -> Result<()> {
 }
 
 fn flush_directory(of: &Path) -> Result<()> {
-    let directory = match of.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let flushed = File::open(directory).and_then(|directory| directory.sync_all());
-    flushed.map_err(|error| Error::io("flushing the directory of a memory image", directory, error))
+    confined_files::sync_directory_of(of)
+        .map_err(|error| Error::io("flushing the directory of a memory image", of, error))
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
         if self.file.is_some() {
-            let _ = fs::remove_file(&self.part);
+            let _ = confined_files::remove(&self.part);
         }
     }
 }

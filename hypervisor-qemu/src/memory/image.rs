@@ -68,7 +68,8 @@ impl Image {
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         let attempted = "opening a memory image";
-        let file = File::open(&path).map_err(|error| Error::io(attempted, &path, error))?;
+        let file =
+            confined_files::open_regular(&path, false).map_err(|error| Error::io(attempted, &path, error))?;
         Self::read(path, file, false)
     }
 
@@ -158,7 +159,7 @@ impl Image {
     pub(super) fn descriptor(&self) -> Result<OwnedFd> {
         let opened = match self.unnamed {
             true => reopen_read_only(&self.file),
-            false => File::open(&self.path).map(OwnedFd::from),
+            false => confined_files::open_regular(&self.path, false).map(OwnedFd::from),
         };
         opened.map_err(|error| Error::io("opening a memory image", &self.path, error))
     }

@@ -10,10 +10,10 @@
 //! CRC-32 (IEEE). The first frame begins at the next multiple of 4096.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
     ops::{Range, RangeInclusive},
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{
         Condvar, Mutex, PoisonError,
@@ -188,7 +188,7 @@ impl Packed {
         let path = path.into();
         let attempted = "opening a compressed memory image";
         let failed = |error: io::Error| Error::io(attempted, &path, error);
-        let file = File::open(&path).map_err(failed)?;
+        let file = confined_files::open_regular(&path, false).map_err(failed)?;
         let head = Head::read(&file).map_err(failed)?.map_err(|wrong| damaged(attempted, &path, wrong))?;
         let length = file.metadata().map_err(failed)?.len();
         let expected = head.begin() + head.frames.iter().map(|frame| u64::from(*frame)).sum::<u64>();
@@ -394,8 +394,8 @@ fn unnamed(beside: &Path) -> io::Result<File> {
         Err(error) => return Err(error.into()),
     }
     let path = directory.join(format!(".{}.scratch", uuid::Uuid::new_v4().simple()));
-    let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-    fs::remove_file(&path)?;
+    let file = confined_files::create_private(&path)?;
+    confined_files::remove(&path)?;
     Ok(file)
 }
 
@@ -473,6 +473,7 @@ pub(super) fn pack(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     use super::{super::Draft, *};

@@ -5,12 +5,9 @@
 //! copied: it is the same as that of a migration.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
-    os::{
-        fd::OwnedFd,
-        unix::fs::{FileExt, OpenOptionsExt},
-    },
+    os::{fd::OwnedFd, unix::fs::FileExt},
     time::Duration,
 };
 
@@ -55,8 +52,8 @@ pub(crate) async fn save(machine: &Machine, draft: &Draft) -> Result<()> {
 fn scratch(draft: &Draft) -> io::Result<File> {
     let name = format!(".{}.scratch", uuid::Uuid::new_v4().simple());
     let path = draft.path().with_file_name(name);
-    let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-    fs::remove_file(&path)?;
+    let file = confined_files::create_private(&path)?;
+    confined_files::remove(&path)?;
     Ok(file)
 }
 

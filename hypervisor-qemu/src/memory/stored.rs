@@ -1,6 +1,6 @@
 //! [`Stored`]: a memory image in either form.
 
-use std::{fs::File, path::PathBuf};
+use std::path::PathBuf;
 
 use super::{Image, Packed, packed::is_packed};
 use crate::error::{Error, Result};
@@ -21,7 +21,7 @@ impl Stored {
     /// [`crate::ErrorKind::Io`]; [`crate::ErrorKind::Damaged`] where it is not one of ours or is not whole.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
-        let packed = File::open(&path).and_then(|file| is_packed(&file));
+        let packed = confined_files::open_regular(&path, false).and_then(|file| is_packed(&file));
         match packed.map_err(|error| Error::io("opening a memory image", &path, error))? {
             true => Packed::open(path).map(Self::Packed),
             false => Image::open(path).map(Self::Plain),

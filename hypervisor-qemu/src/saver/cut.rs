@@ -1,7 +1,7 @@
 //! The instant of a snapshot, and the memory that is written after it.
 
 use std::{
-    fs, mem,
+    mem,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -257,7 +257,7 @@ async fn draft(file: &Utf8Path) -> Result<Draft> {
     let file = file.to_owned();
     blocking(move || {
         if let Some(directory) = file.parent() {
-            fs::create_dir_all(directory).map_err(|error| {
+            confined_files::Directory::make_all(directory.as_std_path(), 0o700).map_err(|error| {
                 crate::Error::io("making the directory of memory images", directory.as_std_path(), error)
             })?;
         }

@@ -38,7 +38,6 @@ mod window;
 use std::{
     collections::HashMap,
     error::Error as _,
-    fs::{self, File},
     io,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
@@ -202,15 +201,10 @@ async fn remove_memory(file: &Utf8Path) -> Result<()> {
 fn remove_image(file: &Path) -> crate::Result<()> {
     let attempted = "removing a memory image";
     Draft::remove_stale(file)?;
-    match fs::remove_file(file) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(crate::Error::io(attempted, file, error)),
-    }
-    let Some(directory) = file.parent() else { return Ok(()) };
-    match File::open(directory).and_then(|directory| directory.sync_all()) {
+    confined_files::remove(file).map_err(|error| crate::Error::io(attempted, file, error))?;
+    match confined_files::sync_directory_of(file) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(crate::Error::io(attempted, directory, error))
+            Err(crate::Error::io(attempted, file, error))
         }
         _ => Ok(()),
     }

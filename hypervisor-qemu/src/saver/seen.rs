@@ -17,25 +17,6 @@ use crate::{
 /// The guest agent's port, by the name that the agent in the guest looks for.
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
-/// What is of one start alone: of the shell or the supervisor that started it.
-const PASSING: [&str; 15] = [
-    "_",
-    "COLUMNS",
-    "INVOCATION_ID",
-    "JOURNAL_STREAM",
-    "LINES",
-    "LISTEN_FDS",
-    "LISTEN_PID",
-    "MANAGERPID",
-    "NOTIFY_SOCKET",
-    "OLDPWD",
-    "PWD",
-    "SHLVL",
-    "SYSTEMD_EXEC_PID",
-    "WATCHDOG_PID",
-    "XDG_SESSION_ID",
-];
-
 /// Looks at a QEMU. Changes nothing.
 pub(super) async fn look(machine: &Machine) -> Result<Seen> {
     let discovery = Discovery::read(machine).await?;
@@ -239,10 +220,6 @@ fn record(discovery: &Discovery) -> Value {
     record.process.start_ticks = None;
     record.process.unread.clear();
     record.process.command_line = lasting(&record.process);
-    record
-        .process
-        .environment
-        .retain(|(name, _)| !PASSING.contains(&name.as_str()) && !name.starts_with("SSH_"));
     record.process.environment.sort();
     for drive in &mut record.drives {
         drive.chain.clear();

@@ -111,6 +111,9 @@ pub fn import(session: &Session, args: Import) -> Result<Answer, Failure> {
     if args.replace {
         options = options.replace();
     }
+    if args.trust {
+        options = options.trust();
+    }
     let report = session.change(session.service.import(&args.domain, options))?;
     Ok(session.changed(document(report), |document| told(document, "imported")))
 }

@@ -1,10 +1,11 @@
 //! The state directory's files: private directories, and lock files that the kernel frees when their holder dies.
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{DirBuilder, File, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
+use confined_files::{Directory, Kind};
 
 use crate::{Error, ErrorKind, Result};
 
@@ -15,6 +16,7 @@ pub(super) fn make_private_directory(directory: &Utf8Path) -> Result<()> {
             .because(cause)
             .advise("give another one with --state-dir or DOMSNAP_STATE_DIR, or make this one writable")
     };
+    require_own_place(directory)?;
     let missing: Vec<&Utf8Path> = directory
         .ancestors()
         .take_while(|ancestor| !ancestor.as_str().is_empty() && !ancestor.exists())
@@ -34,6 +36,36 @@ pub(super) fn make_private_directory(directory: &Utf8Path) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a state directory that others could replace, or put files into: what the catalogue says is done.
+///
+/// # Errors
+/// [`ErrorKind::Refused`]; the system's.
+pub(super) fn require_own_place(directory: &Utf8Path) -> Result<()> {
+    let found = confined_files::foreign_place(directory.as_std_path()).map_err(|cause| {
+        Error::new(ErrorKind::Io, format!("the state directory {directory} cannot be looked at"))
+            .because(cause)
+    })?;
+    let Some((place, writers)) = found else { return Ok(()) };
+    let advice = match &writers {
+        confined_files::Writers::Owner(_) => {
+            "give another one with --state-dir or DOMSNAP_STATE_DIR".to_owned()
+        }
+        _ => format!(
+            "'chmod go-w {}', or give another one with --state-dir or DOMSNAP_STATE_DIR",
+            place.display()
+        ),
+    };
+    Err(Error::new(
+        ErrorKind::Refused,
+        format!(
+            "the state directory {directory} could be replaced or written by others: {} can be written by {writers}",
+            place.display()
+        ),
+    )
+    .state("nothing was read from it, and nothing was touched")
+    .advise(advice))
+}
+
 /// The longest text about a holder that is read back.
 const MAX_HOLDER_BYTES: u64 = 256;
 
@@ -47,14 +79,16 @@ pub(super) fn lock(locks: &Utf8Path, name: &str, holder: &str) -> Result<File> {
             .because(cause)
             .advise("make the state directory writable, or give another one with --state-dir")
     };
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(failed)?;
+    let open = || {
+        let (directory, name) = Directory::of(path.as_std_path())?;
+        match directory.create_new(&name, 0o600) {
+            Err(cause) if cause.kind() == std::io::ErrorKind::AlreadyExists => {
+                directory.open_file(&name, true, Kind::Regular)
+            }
+            made => made,
+        }
+    };
+    let mut file = open().map_err(failed)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {

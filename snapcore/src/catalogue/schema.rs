@@ -149,6 +149,20 @@ ALTER TABLE domains ADD COLUMN bases TEXT;
 ", "
 -- Disks that the user left out of a snapshot, as JSON.
 ALTER TABLE snapshots ADD COLUMN skipped TEXT;
+", "
+-- Of a machine's environment only what another start needs is kept (`secrets::NEEDED`): the rest may be tokens and passwords. What is
+-- overwritten is overwritten on the disk too. In the journal it is needed no more than that.
+PRAGMA secure_delete = ON;
+UPDATE machines SET record = json_set(record, '$.process.environment', json((
+    SELECT coalesce(json_group_array(json(value)), '[]') FROM json_each(record, '$.process.environment')
+    WHERE json_extract(value, '$[0]') IN (
+     'PATH','HOME','LANG','LANGUAGE','TZ','TMPDIR','DISPLAY','WAYLAND_DISPLAY','XAUTHORITY','XDG_RUNTIME_DIR','LD_LIBRARY_PATH',
+     'QEMU_MODULE_DIR','QEMU_AUDIO_DRV')
+    OR substr(json_extract(value, '$[0]'), 1, 3) = 'LC_'
+))) WHERE json_valid(record) AND json_type(record, '$.process.environment') = 'array';
+UPDATE operations SET commit_edits = json_remove(commit_edits, '$[0].machine.record.process.environment',
+    '$[1].machine.record.process.environment', '$[2].machine.record.process.environment',
+    '$[3].machine.record.process.environment') WHERE json_valid(commit_edits) AND commit_edits LIKE '%environment%';
 "];
 
 /// What a database's version means to this program.
@@ -235,6 +249,39 @@ mod tests {
         assert_eq!((count("SELECT count(*) FROM snapshots"), count("SELECT count(*) FROM points")), (2, 1));
         connection.execute_batch("DELETE FROM domains").unwrap();
         assert_eq!((count("SELECT count(*) FROM snapshots"), count("SELECT count(*) FROM points")), (0, 0));
+    }
+
+    #[test]
+    fn old_records_of_machines_lose_their_environment() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        connection.pragma_update(None, "foreign_keys", true).unwrap();
+        migrate(&mut connection, &MIGRATIONS[..3]).unwrap();
+        let record = |environment: &str| {
+            format!(
+                r#"{{"machine":"q35","process":{{"command_line":["qemu"],"environment":{environment}}}}}"#
+            )
+        };
+        let old = record(r#"[["API_TOKEN","hush"],["PATH","/bin"],["LC_ALL","C"],["LCX","hush"]]"#);
+        connection
+            .execute_batch(&format!(
+                r#"INSERT INTO domains (id, name, unregistered, hypervisor, active_path, current, revision)
+                     VALUES (1, 'web', 0, 'qemu', 'keep', NULL, 3);
+                 INSERT INTO machines VALUES (1, 'm1', '', '{old}'), (1, 'm2', '', '{{"xen":1}}'), (1, 'm3', '', '{}');
+                 INSERT INTO operations VALUES ('o1', 1, 'create', 'done', 't', '[]',
+                     '[{{"edit":"add-machine","machine":{{"id":"m1","record":{old}}}}}]', '[]', '[]');"#,
+                record("[]")
+            ))
+            .unwrap();
+        migrate(&mut connection, MIGRATIONS).unwrap();
+        let text = |query: &str| connection.query_row(query, [], |row| row.get::<_, String>(0)).unwrap();
+        assert_eq!(
+            text("SELECT record FROM machines WHERE id = 'm1'"),
+            record(r#"[["PATH","/bin"],["LC_ALL","C"]]"#)
+        );
+        assert_eq!(text("SELECT record FROM machines WHERE id = 'm2'"), r#"{"xen":1}"#);
+        assert_eq!(text("SELECT record FROM machines WHERE id = 'm3'"), record("[]"));
+        let edits = text("SELECT commit_edits FROM operations");
+        assert!(!edits.contains("hush") && edits.contains("command_line"), "{edits}");
     }
 
     #[test]

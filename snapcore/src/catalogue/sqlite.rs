@@ -117,7 +117,7 @@ impl Shared {
         if slot.is_none() {
             let path = self.database();
             match path.try_exists() {
-                Ok(true) => {}
+                Ok(true) => lock::require_own_place(&self.directory)?,
                 Ok(false) => return Ok(None),
                 Err(cause) => {
                     return Err(Error::new(
@@ -168,7 +168,10 @@ impl Shared {
             lock::make_private_directory(&self.directory)?;
             let path = self.database();
             // SQLite gives its log the permissions of the database: so this decides them all.
-            let made = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+            let flags = (rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits().cast_signed();
+            let mut options = OpenOptions::new();
+            options.write(true).create(true).truncate(false).mode(0o600).custom_flags(flags);
+            let made = options.open(&path);
             if let Err(cause) = made {
                 return Err(Error::new(ErrorKind::Io, format!("the catalogue {path} cannot be written"))
                     .because(cause)

@@ -301,7 +301,10 @@ impl Inner {
         request: &Request,
         cancel: &CancellationToken,
     ) -> Result<(Plan, Run)> {
-        let Located { entry, catalogued, leftovers, .. } = located;
+        let Located { entry, catalogued, leftovers, unconfirmed, .. } = located;
+        if let Some(error) = unconfirmed.take() {
+            return Err(error);
+        }
         let _held = self.hold_disks(&entry.domain, live).await?;
         let mut plan = self.plan_for(entry, live, request).await?;
         self.preflight(&entry.domain, live, &plan).await?;
@@ -316,7 +319,7 @@ impl Inner {
         if let (Some(live), Request::Delete(delete)) = (live, request) {
             live.limit(delete.limit);
         }
-        self.events.tell(Event::Planned { domain: entry.domain.name.clone(), plan: Box::new(plan.clone()) });
+        self.events.tell(Event::Planned { domain: entry.domain.name.clone(), plan: Box::new(plan.shown()) });
         let mut prologue = Vec::new();
         if !plan.steps.is_empty() || !plan.commit.is_empty() {
             let told = entry.follows.is_some() || !leftovers.left_out.is_empty();
@@ -677,8 +680,13 @@ impl Inner {
                 by_path: false,
                 known_as: former.as_ref().map(|(entry, _)| entry.domain.name.clone()),
                 import: false,
+                trust: false,
+                known: former.as_ref().map(|(entry, _)| entry.clone()),
             })
             .await?;
+        if let Some(error) = taken.unconfirmed {
+            return Err(error);
+        }
         if let Some((entry, _)) = &former {
             // Its manifests are whole: should this end between the two transactions, they bring it back.
             self.catalogue.commit(&entry.domain.name, entry.revision, vec![Change::RemoveDomain]).await?;
@@ -730,7 +738,8 @@ impl Inner {
         expected: Revision,
         anew: bool,
     ) -> Result<ImportReport> {
-        let super::locate::Taken { mut entry, restored, adopted, mut notes, leftovers } = taken;
+        let super::locate::Taken { mut entry, restored, adopted, mut notes, leftovers, unconfirmed: _ } =
+            taken;
         self.put(&mut entry, expected, anew).await?;
         if let Err(error) = self.settle_manifests(&entry, &leftovers).await {
             let message = error.to_string();
@@ -809,7 +818,10 @@ impl Inner {
                 .advise("to replace what it has by what manifests and images tell, say so with --replace"));
             }
         }
-        let mut taken = self.take_in(intake).await?;
+        let mut taken = self.take_in(Intake { trust: options.trust, ..intake }).await?;
+        if let Some(error) = taken.unconfirmed.take() {
+            return Err(error);
+        }
         let domain = &mut taken.entry.domain;
         if let Some((entry, _)) = &owner {
             domain.name = entry.domain.name.clone();
@@ -880,6 +892,7 @@ impl Inner {
 
     async fn intake_of_entry(&self, name: &DomainName) -> Result<Option<Intake>> {
         Ok(self.catalogue.load(name).await?.map(|entry| Intake {
+            known: Some(entry.clone()),
             name: Some(entry.domain.name.clone()),
             known_as: Some(entry.domain.name),
             disks: entry.domain.disks.into_iter().map(|record| record.disk).collect(),
@@ -888,6 +901,7 @@ impl Inner {
             active_path: entry.domain.active_path,
             by_path: false,
             import: true,
+            trust: false,
         }))
     }
 }
@@ -955,7 +969,7 @@ fn outcome_of(entry: &Entry, plan: Plan, run: Run) -> Outcome {
         recovered: Vec::new(),
         downtime_us: run.downtime.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
         way: run.taken.map(|taken| taken.way),
-        start: run.start,
+        start: run.start.iter().map(|word| crate::secrets::shown_word(word)).collect(),
         guest: run.guest,
         started: run.started,
     }

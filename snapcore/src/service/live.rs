@@ -1,9 +1,9 @@
 //! The running side of a domain: who is connected to, and whether what runs is the domain that the catalogue means.
 
-use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 
 use camino::Utf8PathBuf;
+use confined_files::Directory;
 
 use super::Inner;
 use super::identity::file_id;
@@ -172,7 +172,7 @@ pub(super) fn prepare_memory_dir(plan: &Plan) -> Result<()> {
         }
     });
     let Some(directory) = memory.as_ref().and_then(|file| file.parent()) else { return Ok(()) };
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(|cause| {
+    Directory::make_all(directory.as_std_path(), 0o700).map(|_| ()).map_err(|cause| {
         Error::new(ErrorKind::Io, format!("the directory {directory} for memory images cannot be made"))
             .because(cause)
             .state("nothing was touched")

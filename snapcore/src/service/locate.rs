@@ -10,11 +10,12 @@ use super::reference::target_at;
 use super::reference::{Chosen, choose_disks};
 use super::{DomainRef, GivenImage, Inner};
 use crate::catalogue::{Entry, Revision};
+use crate::confine::is_elsewhere;
 use crate::manifest::{DomainManifest, Found, Manifests};
 use crate::{
     ActivePath, Control, Disk, DiskRecord, DiskState, Domain, DomainName, Error, ErrorKind, Hypervisor,
-    InspectDepth, LayerName, Point, Result, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
-    shell_word,
+    InspectDepth, LayerName, Machine, Point, Result, Snapshot, SnapshotId, SnapshotName, SnapshotTree,
+    Target, shell_word,
 };
 
 /// A domain that was found.
@@ -27,15 +28,24 @@ pub(super) struct Located {
     pub leftovers: Leftovers,
     /// What the user should know.
     pub notes: Vec<String>,
+    /// As [`Taken::unconfirmed`].
+    pub unconfirmed: Option<Error>,
 }
 
 impl Located {
     fn known(entry: Entry) -> Self {
-        Self { entry, catalogued: true, leftovers: Leftovers::default(), notes: Vec::new() }
+        Self {
+            entry,
+            catalogued: true,
+            leftovers: Leftovers::default(),
+            notes: Vec::new(),
+            unconfirmed: None,
+        }
     }
 
     fn of(taken: Taken) -> Self {
-        Self { entry: taken.entry, catalogued: false, leftovers: taken.leftovers, notes: taken.notes }
+        let Taken { entry, leftovers, notes, unconfirmed, .. } = taken;
+        Self { entry, catalogued: false, leftovers, notes, unconfirmed }
     }
 }
 
@@ -60,6 +70,8 @@ pub(super) struct Taken {
     pub notes: Vec<String>,
     /// What is to be done with the manifests that it was taken from.
     pub leftovers: Leftovers,
+    /// Why it may be shown and not changed: manifests name files that only the user can confirm.
+    pub unconfirmed: Option<Error>,
 }
 
 /// What a domain is to be that is taken in.
@@ -82,6 +94,27 @@ pub(super) struct Intake {
     /// Whether layers and snapshots that other tools made become ours, and a part of a manifest's disks stands for
     /// all of them. Otherwise only tags in the active images are taken.
     pub import: bool,
+    /// Whether the user confirms what manifests say about more than the disks' own directory: how the domain is reached and
+    /// started, where its memory images and layers are.
+    pub trust: bool,
+    /// What the catalogue has of the domain: confirmed before.
+    pub known: Option<Entry>,
+}
+
+impl Intake {
+    /// Returns true where the catalogue has the layer as the domain's own.
+    fn owns(&self, path: &Utf8Path, layer: &LayerName) -> bool {
+        self.known
+            .iter()
+            .flat_map(|entry| &entry.domain.disks)
+            .any(|record| record.disk.path == path && record.owned.contains(layer))
+    }
+
+    /// Returns true where the catalogue has the memory image as the snapshot's.
+    fn has_memory(&self, snapshot: SnapshotId, file: &Utf8Path) -> bool {
+        let known = self.known.as_ref().and_then(|entry| entry.tree.get(snapshot)?.memory.as_ref());
+        known.is_some_and(|memory| memory.file == file)
+    }
 }
 
 /// The path by which an image is known: without links and dots. A symbolic link to an image is followed, here and nowhere
@@ -351,6 +384,8 @@ impl Inner {
             by_path: false,
             known_as: None,
             import: false,
+            trust: false,
+            known: None,
         };
         Ok((intake, links))
     }
@@ -378,6 +413,8 @@ impl Inner {
             by_path: true,
             known_as: None,
             import: false,
+            trust: false,
+            known: None,
         })
     }
 
@@ -486,6 +523,8 @@ impl Inner {
             by_path: true,
             known_as: Some(entry.domain.name.clone()),
             import: false,
+            trust: false,
+            known: None,
         };
         let mut taken = self.take_in(intake).await?;
         taken.entry.revision = entry.revision;
@@ -546,7 +585,20 @@ impl Inner {
         };
         let named_by_manifest = intake.name.is_none() && manifest.is_some();
         let (hypervisor, control, active_path) = match manifest.map(|manifest| &manifest.domain) {
-            Some(told) if intake.by_path => (told.hypervisor, told.control.clone(), told.active_path),
+            Some(told) if intake.by_path && (intake.trust || told.control.is_none()) => {
+                (told.hypervisor, told.control.clone(), told.active_path)
+            }
+            Some(told) if intake.by_path => {
+                // Who reads a socket's name or a command from a file beside the image does what the owner of the directory
+                // wants. What the catalogue has of it already stays.
+                let known = intake.control.clone();
+                if known.is_none() {
+                    notes.push(not_confirmed(told));
+                    // It is kept for the user to look at, under a name that is read no more.
+                    leftovers.left_out.push(manifests.domain_file());
+                }
+                (told.hypervisor, known, told.active_path)
+            }
             _ => (intake.hypervisor, intake.control.clone(), intake.active_path),
         };
         let unregistered = match (&intake.name, manifest) {
@@ -582,6 +634,7 @@ impl Inner {
             if let Some(told) = told
                 && active_path == ActivePath::Keep
                 && backend.layer_file(&record, &record.active) == disk.path
+                && !is_elsewhere(&told.active)
                 && !backend.layer_file(&record, &told.active).exists()
             {
                 // Neither was ever frozen, so neither has a file of its name: the image at the path is the one that the
@@ -590,6 +643,14 @@ impl Inner {
                     DiskRecord { active: told.active.clone(), owned: vec![told.active.clone()], ..record };
             }
             for layer in told.into_iter().flat_map(|told| told.owned.clone()) {
+                if !intake.trust && is_elsewhere(&layer) && !intake.owns(&disk.path, &layer) {
+                    notes.push(format!(
+                        "the layer {layer} lies outside of the directory of disk {}: it is only read, and never merged or \
+                         removed; `domsnap import --trust` confirms that it is the domain's own",
+                        disk.target
+                    ));
+                    continue;
+                }
                 let exists = backend.layer_file(&record, &layer).exists();
                 if !record.owned.contains(&layer) && exists {
                     record.owned.push(layer);
@@ -608,8 +669,38 @@ impl Inner {
 
         let mut snapshots: Vec<Snapshot> = Vec::new();
         let mut restored = Vec::new();
-        if manifest.is_some() {
+        let (machines, renamed_machines) = match manifest {
+            Some(manifest) if intake.trust => (manifest.domain.machines.clone(), HashMap::new()),
+            Some(manifest) => without_commands(&manifest.domain.machines, intake.known.as_ref()),
+            None => Default::default(),
+        };
+        let memory_dir = control
+            .as_ref()
+            .and_then(|control| control.memory_dir.clone())
+            .unwrap_or_else(|| directory.clone());
+        let mut unconfirmed = Vec::new();
+        if let Some(manifest) = manifest {
             for mut snapshot in found.snapshots {
+                if let Some(machine) = &mut snapshot.machine
+                    && let Some(now) = renamed_machines.get(machine)
+                {
+                    *machine = now.clone();
+                }
+                if let Some(memory) = &mut snapshot.memory
+                    && !intake.trust
+                    && !intake.has_memory(snapshot.id, &memory.file)
+                    && memory.file.parent() != Some(&*memory_dir)
+                {
+                    let here = memory.file.file_name().map(|name| directory.join(name));
+                    match here.filter(|here| {
+                        here.symlink_metadata().is_ok_and(|about| about.is_file())
+                            && !moved_from_elsewhere(manifest, &memory.file)
+                    }) {
+                        // The directory was moved or copied, and the image with it.
+                        Some(here) => memory.file = here,
+                        None => unconfirmed.push(format!("{} ({})", snapshot.name, memory.file)),
+                    }
+                }
                 for member in &mut snapshot.disks {
                     let Some(tag) = member.point.tag.clone() else { continue };
                     if !copies.contains(&(member.target.clone(), member.point.layer.clone(), tag)) {
@@ -662,7 +753,7 @@ impl Inner {
         }
         // Where all snapshots are there, a layer that is nobody's point is known as one that others only stand on.
         let whole = manifest.is_some_and(|manifest| manifest.snapshots == Some(restored.len() as u64))
-            && leftovers.left_out.is_empty();
+            && leftovers.left_out.iter().all(|file| *file == manifests.domain_file());
         let unnamed: Vec<(Target, LayerName)> = match manifest.filter(|_| whole) {
             None => Vec::new(),
             Some(manifest) => manifest
@@ -691,7 +782,6 @@ impl Inner {
         }
         let current =
             told_current.filter(|id| ids.contains(id)).or(if restored.is_empty() { newest } else { None });
-        let machines = manifest.map(|manifest| manifest.domain.machines.clone()).unwrap_or_default();
         let domain = Domain {
             name,
             unregistered,
@@ -708,7 +798,23 @@ impl Inner {
             revision: Revision::ABSENT,
             follows: manifest.map(DomainManifest::stamp),
         };
-        Ok(Taken { entry, restored, adopted, notes, leftovers })
+        let unconfirmed = (!unconfirmed.is_empty()).then(|| {
+            let images = images_of(&entry.domain);
+            Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "the manifests in {directory} say that memory images are outside of {memory_dir}, the domain's directory \
+                     for them: {}",
+                    unconfirmed.join(", ")
+                ),
+            )
+            .state("nothing was touched")
+            .advise(format!(
+                "where that is so, confirm it: `domsnap import --trust {images}`; the manifests were written by whoever owns \
+                 the directory"
+            ))
+        });
+        Ok(Taken { entry, restored, adopted, notes, leftovers, unconfirmed })
     }
 
     /// Which of `snapshots` have identities that snapshots of other domains than `own` have.
@@ -793,6 +899,51 @@ impl Inner {
         merged.sort_by_key(|snapshot| (snapshot.created, snapshot.id));
         Ok(merged)
     }
+}
+
+/// What is said of a domain whose manifests tell how it is reached, to a user who did not confirm that.
+fn not_confirmed(told: &Domain) -> String {
+    let what = match &told.control {
+        Some(control) if !control.start.is_empty() => "how it is reached and which command starts it",
+        _ => "how it is reached",
+    };
+    format!(
+        "the manifests of domain {} say {what}: that is not used, because whoever owns the images' directory can have written \
+         it; where it is right, confirm it before the domain is changed: `domsnap import --trust {}` (a change keeps what it \
+         said as domain.json.left-out)",
+        told.name,
+        images_of(told)
+    )
+}
+
+/// Machines without the commands that started them, and the names that they have now.
+///
+/// What the catalogue itself has of them is kept.
+fn without_commands(machines: &[Machine], known: Option<&Entry>) -> (Vec<Machine>, HashMap<String, String>) {
+    let mut names = HashMap::new();
+    let mut kept: Vec<Machine> = Vec::new();
+    for machine in machines {
+        if known.is_some_and(|entry| entry.domain.machines.contains(machine)) {
+            kept.push(machine.clone());
+            continue;
+        }
+        let mut record = machine.record.clone();
+        if let Some(process) = record.get_mut("process") {
+            *process = serde_json::json!({ "command_line": [], "environment": [] });
+        }
+        let now = Machine::new(record, machine.summary.clone());
+        names.insert(machine.id.clone(), now.id.clone());
+        if kept.iter().all(|other| other.id != now.id) {
+            kept.push(now);
+        }
+    }
+    (kept, names)
+}
+
+/// Returns true where a memory image was not in the directory of its domain's manifests when they were written.
+fn moved_from_elsewhere(manifest: &DomainManifest, file: &Utf8Path) -> bool {
+    let home = manifest.domain.disks.first().and_then(|record| record.disk.path.parent());
+    file.parent().and_then(Utf8Path::parent) != home
 }
 
 /// A disk of a domain of the catalogue that the manifest has at another path, because that is where its active image is

@@ -58,9 +58,19 @@ pub struct ImportOptions {
     pub name: Option<DomainName>,
     /// Replace what the catalogue has of the domain.
     pub replace: bool,
+    /// Believe what manifests say of how the domain is reached and started, and of files outside of the disks' directories:
+    /// the user has looked at it.
+    pub trust: bool,
 }
 
 impl ImportOptions {
+    /// Confirms what manifests say of how the domain is reached and started.
+    #[must_use]
+    pub fn trust(mut self) -> Self {
+        self.trust = true;
+        self
+    }
+
     /// Registers the domain under `name`.
     #[must_use]
     pub fn name(mut self, name: DomainName) -> Self {

@@ -1,0 +1,88 @@
+//! Names in what was written beside images, which is data from whoever owns the directory: checked before anything uses them.
+//!
+//! A layer that is ours lies in its disk's directory, so its name is one component. A path is absolute and has no `..`, so that
+//! what is compared with it is what is opened.
+
+use std::collections::HashSet;
+
+use camino::{Utf8Component, Utf8Path};
+use confined_files::FileName;
+
+use crate::{Domain, LayerName, Snapshot};
+
+/// Checks the names of a domain's disks and of the layers that are ours.
+///
+/// # Errors
+/// Which name is wrong, in words.
+pub fn check_domain(domain: &Domain) -> Result<(), String> {
+    let (mut targets, mut paths) = (HashSet::new(), HashSet::new());
+    for record in &domain.disks {
+        let disk = &record.disk;
+        check_path(&disk.path)?;
+        if !targets.insert(&disk.target) || !paths.insert(&disk.path) {
+            return Err(format!("it has the disk {} ({}) twice", disk.target, disk.path));
+        }
+        for layer in record.owned.iter().chain([&record.active]) {
+            check_layer(layer)?;
+        }
+    }
+    Ok(())
+}
+
+/// Checks the names of a snapshot's layers and of its memory image.
+///
+/// # Errors
+/// Which name is wrong, in words.
+pub fn check_snapshot(snapshot: &Snapshot) -> Result<(), String> {
+    for member in &snapshot.disks {
+        check_layer(&member.point.layer)?;
+    }
+    match &snapshot.memory {
+        Some(memory) => check_path(&memory.file),
+        None => Ok(()),
+    }
+}
+
+/// A name in the disk's directory; or an absolute path, which is believed only where the user confirms it
+/// ([`is_elsewhere`]), or where the chain itself leads to it.
+fn check_layer(layer: &LayerName) -> Result<(), String> {
+    if is_elsewhere(layer) {
+        return check_path(Utf8Path::new(layer.as_str()));
+    }
+    FileName::new(layer.as_str())
+        .map(|_| ())
+        .map_err(|bad| format!("a layer must lie in its disk's own directory: {bad}"))
+}
+
+/// Returns true for a layer that does not lie in its disk's directory.
+pub fn is_elsewhere(layer: &LayerName) -> bool {
+    layer.as_str().starts_with('/')
+}
+
+fn check_path(path: &Utf8Path) -> Result<(), String> {
+    let plain =
+        path.components().all(|part| matches!(part, Utf8Component::RootDir | Utf8Component::Normal(_)));
+    // `components` passes over single dots and doubled slashes: such a path is not what is compared with it.
+    let normal: camino::Utf8PathBuf = path.components().collect();
+    if path.is_absolute() && plain && normal.as_str() == path.as_str() && !path.as_str().contains('\0') {
+        return Ok(());
+    }
+    Err(format!("the path {path:?} must be absolute, without '.', '..' and empty parts"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_lead_out_are_refused() {
+        for bad in ["../b.qcow2", "/etc/../a", "a/b", "..", ".", "", "a\0"] {
+            check_layer(&LayerName(bad.to_owned())).expect_err(bad);
+        }
+        check_layer(&LayerName("a.ds-12345678.qcow2".to_owned())).unwrap();
+        for bad in ["a", "/a/../b", "/a/./b", "/a//b", "../a", "/a/", "/a\0"] {
+            check_path(Utf8Path::new(bad)).expect_err(bad);
+        }
+        check_path(Utf8Path::new("/a/b.qcow2")).unwrap();
+    }
+}

@@ -1,0 +1,146 @@
+//! What of a hypervisor's process is recorded, and what of that is shown.
+//!
+//! An environment holds tokens and passwords of whoever started the process: only variables that another start needs are kept.
+//! A command line may hold secrets too. It is kept, because the domain is started with it, in files that only their owner can
+//! read; where it is shown, they are left out.
+
+use serde_json::Value;
+
+/// Variables that say where a hypervisor finds its programs, libraries and displays, and in which language it speaks.
+const NEEDED: [&str; 13] = [
+    "PATH",
+    "HOME",
+    "LANG",
+    "LANGUAGE",
+    "TZ",
+    "TMPDIR",
+    "DISPLAY",
+    "WAYLAND_DISPLAY",
+    "XAUTHORITY",
+    "XDG_RUNTIME_DIR",
+    "LD_LIBRARY_PATH",
+    "QEMU_MODULE_DIR",
+    "QEMU_AUDIO_DRV",
+];
+
+/// What is shown in the place of a secret.
+const HIDDEN: &str = "(hidden)";
+
+/// Returns true for a variable of the environment that another start of a hypervisor's process needs.
+pub fn is_needed_variable(name: &str) -> bool {
+    NEEDED.contains(&name) || name.starts_with("LC_")
+}
+
+/// Takes the variables that are not needed out of a machine's record ([`crate::Machine::record`]).
+pub fn forget_variables(record: &mut Value) {
+    let Some(variables) = record.pointer_mut("/process/environment").and_then(Value::as_array_mut) else {
+        return;
+    };
+    variables.retain(|variable| variable.get(0).and_then(Value::as_str).is_some_and(is_needed_variable));
+}
+
+/// A machine's record as it may be shown: without its environment and without the secrets of its command line.
+pub fn shown_record(record: &Value) -> Value {
+    let mut shown = record.clone();
+    if let Some(process) = shown.get_mut("process").and_then(Value::as_object_mut) {
+        process.remove("environment");
+        for word in process.get_mut("command_line").and_then(Value::as_array_mut).into_iter().flatten() {
+            if let Some(text) = word.as_str() {
+                *word = Value::String(shown_word(text));
+            }
+        }
+    }
+    shown
+}
+
+/// A word of a command line as it may be shown: the values of passwords and of secret objects are left out.
+pub fn shown_word(word: &str) -> String {
+    if let Ok(mut object) = serde_json::from_str::<Value>(word)
+        && object.is_object()
+    {
+        hide(&mut object);
+        return object.to_string();
+    }
+    let is_secret = word == "secret" || word.starts_with("secret,") || word.contains("qom-type=secret");
+    let part = |part: &str| match part.split_once('=') {
+        Some((name, _)) if is_hidden(name, is_secret) => format!("{name}={HIDDEN}"),
+        _ => part.to_owned(),
+    };
+    // A comma that is part of a value is doubled: what follows it is the value still.
+    let mut shown: Vec<String> = Vec::new();
+    let mut inside = false;
+    let mut parts = word.split(',').peekable();
+    while let Some(text) = parts.next() {
+        if text.is_empty() && parts.peek().is_some() && !shown.is_empty() {
+            inside = true;
+            if !shown.last().is_some_and(|last| last.ends_with(HIDDEN)) {
+                shown.push(String::new());
+            }
+            continue;
+        }
+        let follows = std::mem::take(&mut inside);
+        if follows && shown.last().is_some_and(|last| last.ends_with(HIDDEN)) {
+            continue;
+        }
+        shown.push(part(text));
+    }
+    shown.join(",")
+}
+
+fn is_hidden(name: &str, is_secret: bool) -> bool {
+    let name = name.rsplit('.').next().unwrap_or(name);
+    matches!(name, "password" | "passwd" | "passphrase") || (is_secret && name == "data")
+}
+
+fn hide(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            let is_secret = fields.get("qom-type").and_then(Value::as_str) == Some("secret");
+            for (name, field) in fields {
+                match is_hidden(name, is_secret) && field.is_string() {
+                    true => *field = Value::String(HIDDEN.to_owned()),
+                    false => hide(field),
+                }
+            }
+        }
+        Value::Array(all) => all.iter_mut().for_each(hide),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn secrets_of_a_command_line_are_not_shown() {
+        for (word, shown) in [
+            ("secret,id=s,data=abc", "secret,id=s,data=(hidden)"),
+            ("secret,id=s,data=a,,b,format=raw", "secret,id=s,data=(hidden),format=raw"),
+            ("secret,id=s,file=/run/key", "secret,id=s,file=/run/key"),
+            ("port=1,password=x", "port=1,password=(hidden)"),
+            ("file.password=x,id=a", "file.password=(hidden),id=a"),
+            ("a,,b", "a,,b"),
+            ("password-secret=s,id=d", "password-secret=s,id=d"),
+            ("file=/a.qcow2,format=qcow2", "file=/a.qcow2,format=qcow2"),
+            (
+                r#"{"qom-type":"secret","id":"s","data":"x"}"#,
+                r#"{"data":"(hidden)","id":"s","qom-type":"secret"}"#,
+            ),
+        ] {
+            assert_eq!(shown_word(word), shown);
+        }
+    }
+
+    #[test]
+    fn only_variables_that_a_start_needs_are_kept() {
+        let variables =
+            json!([["PATH", "/bin"], ["API_TOKEN", "x"], ["LC_ALL", "C"], ["SSH_AUTH_SOCK", "y"]]);
+        let mut record = json!({ "process": { "command_line": ["qemu"], "environment": variables } });
+        forget_variables(&mut record);
+        assert_eq!(record["process"]["environment"], json!([["PATH", "/bin"], ["LC_ALL", "C"]]));
+        assert_eq!(shown_record(&record), json!({ "process": { "command_line": ["qemu"] } }));
+    }
+}
