@@ -3,7 +3,9 @@
 use camino::Utf8Path;
 use image_files::names::io_error;
 use jiff::Timestamp;
-use snapcore::{DiskRecord, InspectDepth, Layer, LayerName, Point, Result, Snapshot, add_found};
+use snapcore::{
+    DiskRecord, InspectDepth, InternalPoint, Layer, LayerName, Point, Result, Snapshot, add_found,
+};
 
 use crate::attached::FileIds;
 use crate::layers::{Limits, inspect};
@@ -28,11 +30,16 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point], limits: &Limits
     let mut found: Vec<Snapshot> = Vec::new();
     let mut chain = state.chain(&state.active);
     chain.reverse();
-    // A layer that a revert left is in no chain of the active one any more, and the tags in it are still
-    // snapshots.
-    let left =
-        state.layers.iter().filter(|layer| layer.owned && chain.iter().all(|other| other.name != layer.name));
-    for layer in left {
+    // A layer that a revert left is in no chain of the active one any more, and the tags in it are still snapshots. One
+    // that has a tag of the chain's, of the same time, is a copy of that layer: files that were copied without their
+    // hard links.
+    let is_in = |layer: &Layer, tag: &InternalPoint| {
+        layer.internal.iter().any(|other| other.tag == tag.tag && other.created == tag.created)
+    };
+    let is_copy =
+        |layer: &Layer| layer.internal.iter().any(|tag| chain.iter().any(|other| is_in(other, tag)));
+    let is_left = |layer: &&Layer| layer.owned && chain.iter().all(|other| other.name != layer.name);
+    for layer in state.layers.iter().filter(is_left).filter(|layer| !is_copy(layer)) {
         add_tags(&mut found, record, layer, known);
     }
     for layer in chain {

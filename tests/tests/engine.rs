@@ -242,12 +242,13 @@ fn revert_keeps_the_room_of_a_reserved_raw_disk() -> Result<()> {
     let reserved = std::process::Command::new("fallocate").args(["-l", "8M"]).arg(&image).status()?;
     ensure!(reserved.success(), "the room cannot be reserved");
     file.write_all_at(b"data", 4096)?;
+    // As long as it is open for writing here, domsnap refuses it.
+    drop(file);
     let disk = format!("vda={},format=raw", image.display());
     place.domsnap.done(&["domain", "add", "r", "--disk", &disk])?;
     place.domsnap.done(&["create", "r", "s", "--disk", "vda=copy"])?;
     let before = taken(&image)?;
-    file.write_all_at(b"more", 4096)?;
-    drop(file);
+    std::fs::File::options().write(true).open(&image)?.write_all_at(b"more", 4096)?;
     for _ in 0..2 {
         place.domsnap.done(&["revert", "r", "s"])?;
         ensure!(taken(&image)? >= before, "{before} bytes were reserved, {} are", taken(&image)?);
