@@ -212,9 +212,21 @@ fn disk_plugged_in_later_and_disk_under_a_job_are_refused() -> Result<()> {
     let backup =
         json!({ "job-id": "nightly", "device": "d0", "target": "target", "sync": "full", "speed": 1 });
     qemu.qmp("blockdev-backup", backup)?;
-    refused(domsnap.run(&["create", &address, "third", "--disk", "vdb=skip"])?, &["vda", "job"])?;
-    refused(domsnap.run(&["revert", &address, "second"])?, &["vda", "job"])?;
+    let listed = domsnap.done(&["list", &address])?;
+    ensure!(listed.stdout.contains("without vdb"), "{listed}");
+    refused(domsnap.run(&["create", &address, "third", "--disk", "vdb=skip"])?, &["vda", "job nightly"])?;
+    refused(domsnap.run(&["revert", &address, "second"])?, &["vda", "job nightly"])?;
     qemu.qmp("job-cancel", json!({ "id": "nightly" }))?;
+    let until = Instant::now() + Duration::from_secs(60);
+    while qemu.qmp("query-block-jobs", json!({}))?.as_array().is_some_and(|jobs| !jobs.is_empty()) {
+        ensure!(Instant::now() < until, "the backup does not end");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // A mirror that waits for its end.
+    let mirror = json!({ "job-id": "move", "device": "d0", "target": "target", "sync": "full" });
+    qemu.qmp("blockdev-mirror", mirror)?;
+    refused(domsnap.run(&["create", &address, "third", "--disk", "vdb=skip"])?, &["vda", "job move"])?;
+    qemu.qmp("job-cancel", json!({ "id": "move" }))?;
     qemu.quit()
 }
 
@@ -298,5 +310,25 @@ fn file_node_without_format_is_a_raw_disk() -> Result<()> {
     qemu.flush("vdb")?;
     let held = std::fs::read(place.file("e.raw"))?;
     ensure!(held[256 << 10..][..65536].iter().all(|byte| *byte == 5));
+    qemu.quit()
+}
+
+/// A medium that was changed after a snapshot with memory is named before the memory is loaded over it.
+#[test]
+fn medium_that_memory_does_not_know_is_named() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "a.raw", "b.raw"])?;
+    let words =
+        ["-drive", "file=DIR/a.raw,format=raw,if=none,id=m,media=cdrom", "-device", "ide-cd,drive=m,id=cd"];
+    let qemu = place.start("m", &words)?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    domsnap.done(&["create", &address, "s"])?;
+    let change = |file: &str| {
+        let new = json!({ "id": "cd", "filename": place.file(file), "format": "raw" });
+        qemu.qmp("blockdev-change-medium", new).map(drop)
+    };
+    change("b.raw")?;
+    refused(domsnap.run(&["revert", &address, "s"])?, &["medium", "a.raw", "b.raw"])?;
+    change("a.raw")?;
+    domsnap.done(&["revert", &address, "s"])?;
     qemu.quit()
 }

@@ -96,7 +96,7 @@ pub fn compare(recorded: &Discovery, now: &Discovery) -> Vec<Difference> {
                     size.map(|size| format!(" of {size} bytes")).unwrap_or_default()
                 )
             };
-            // A medium that was taken out, or a disk that grew since, is put in place by the revert.
+            // A disk that grew since is put in place by the revert.
             let present = before.is_some() == after.is_some();
             let same_role = before.map(|drive| drive.role) == after.map(|drive| drive.role);
             if !present || !same_role {
@@ -105,6 +105,12 @@ pub fn compare(recorded: &Discovery, now: &Discovery) -> Vec<Difference> {
                     before.map_or_else(none, shown),
                     after.map_or_else(none, shown),
                 );
+            }
+            // The guest may have it mounted: its memory goes on with what it has read of that medium.
+            let medium = |drive: Option<&super::BlockDevice>| drive.and_then(|drive| drive.medium.clone());
+            if let (Some(before), Some(after)) = (medium(before), medium(after)) {
+                let named = |medium: String| if medium.is_empty() { "none".to_owned() } else { medium };
+                differ(&format!("medium in drive {target}"), named(before), named(after));
             }
         },
     );

@@ -52,6 +52,10 @@ pub struct BlockDevice {
     pub removable: bool,
     /// Whether the guest can write it.
     pub read_only: bool,
+    /// The medium that is in it, of a drive whose medium can be taken out and cannot be written: the file's name, or nothing
+    /// in an empty drive. None where it was not recorded.
+    #[serde(default)]
+    pub medium: Option<String>,
     /// The layers, active image first; empty in an empty drive. Each is a node; the node of its file is below it. Not in
     /// what a snapshot records.
     #[serde(default)]
@@ -149,12 +153,15 @@ fn block_device(graph: &Graph, drive: &Value) -> Option<BlockDevice> {
         node: node.clone(),
         file: graph.file(&node.name).and_then(|file| graph.node(file)).cloned(),
     };
+    let file = chain.first().map(|node| node.file.clone()).unwrap_or_default();
+    let medium = (role == Role::Removable && (read_only || file.is_empty())).then_some(file);
     Some(BlockDevice {
         target,
         names,
         role,
         removable,
         read_only,
+        medium,
         chain: chain.into_iter().map(layer).collect(),
     })
 }

@@ -65,7 +65,7 @@ fn disks(discovery: &Discovery, view: &View, graph: &Graph) -> Vec<SeenDisk> {
         let image = open.root();
         let file =
             image.and_then(|layer| layer.file.clone()).and_then(|file| Utf8PathBuf::from_path_buf(file).ok());
-        let left_out = left_out(drive, || unfit(discovery, drive, &open, view));
+        let left_out = left_out(drive, || unfit(discovery, drive, &open, view, graph));
         // What has no name as a file is shown by what QEMU calls it.
         let shown = || Utf8PathBuf::from(image.map(|layer| layer.node.file.as_str()).unwrap_or_default());
         // A device may sit on the node of the file itself: then the whole file is the disk.
@@ -116,7 +116,7 @@ pub(super) fn is_member(
         disk.member = Some(target.clone());
         // The user counts it among the disks, whatever a scan would do with it.
         let open = device.root().map(|root| OpenChain::read(graph, view, root)).unwrap_or_default();
-        disk.left_out = unfit(discovery, device, &open, view);
+        disk.left_out = unfit(discovery, device, &open, view, graph);
     }
 }
 
@@ -177,13 +177,27 @@ pub(super) fn outside(machine: Option<&Discovery>, start: &[String]) -> Vec<Stri
 }
 
 /// Why snapshots of a disk cannot be taken as it is open now.
-fn unfit(discovery: &Discovery, drive: &BlockDevice, open: &OpenChain, view: &View) -> Option<String> {
+fn unfit(
+    discovery: &Discovery,
+    drive: &BlockDevice,
+    open: &OpenChain,
+    view: &View,
+    graph: &Graph,
+) -> Option<String> {
     if open.placeholder.is_some() {
         return None;
     }
-    if let Some(filter) = &open.filter {
+    // Jobs of ours are finished or cancelled by a recovery before anything is done, and their filters go with them.
+    let nodes = drive.chain.iter().map(|layer| layer.node.name.as_str());
+    let jobs = nodes.flat_map(|node| graph.users(node)).filter(|edge| edge.parent_type == "block-job");
+    let (ours, others): (Vec<&str>, Vec<&str>) =
+        jobs.map(|edge| edge.parent.as_str()).partition(|job| job.starts_with("domsnap-"));
+    if let Some(job) = others.first() {
+        return Some(format!("block job {job} works on it: wait for the job, or cancel it"));
+    }
+    if let Some(filter) = open.filter.as_ref().filter(|_| ours.is_empty()) {
         return Some(match filter.as_str() {
-            "copy-before-write" | "mirror_top" | "commit_top" => {
+            "mirror_top" | "commit_top" => {
                 format!(
                     "a block job works on it (QEMU's filter {filter} is its top node): wait for the job, or end it"
                 )

@@ -100,10 +100,10 @@ fn tabled(snapshots: &[SnapshotDoc], zone: &TimeZone) -> String {
 
 /// How its members are taken.
 fn kinds(snapshot: &SnapshotDoc) -> String {
-    match snapshot.memory {
-        Some(_) => format!("{}+mem", snapshot.kind()),
-        None => snapshot.kind().to_owned(),
-    }
+    let memory = if snapshot.memory.is_some() { "+mem" } else { "" };
+    let skipped: Vec<&str> = snapshot.skipped.iter().map(|disk| disk.target.as_str()).collect();
+    let without = if skipped.is_empty() { String::new() } else { format!(" without {}", skipped.join(", ")) };
+    format!("{}{memory}{without}", snapshot.kind())
 }
 
 fn consistency(snapshot: &SnapshotDoc) -> String {
