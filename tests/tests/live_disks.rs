@@ -332,3 +332,111 @@ fn medium_that_memory_does_not_know_is_named() -> Result<()> {
     domsnap.done(&["revert", &address, "s"])?;
     qemu.quit()
 }
+
+/// Several disks of one kind, and kinds mixed in every order: what one does after the instant must not come between it and what
+/// another does in it. Each disk is what its configured path names, and has its content and its size back.
+#[test]
+fn disks_of_all_kinds_are_cut_together_and_come_back_with_their_sizes() -> Result<()> {
+    for (ways, memory) in [
+        (&["copy", "copy"][..], false),
+        (&["copy", "external"], false),
+        (&["external", "copy", "external"], true),
+        (&["copy", "internal", "copy", "external", "internal", "external", "copy", "external"], false),
+    ] {
+        cut_together(ways, memory).with_context(|| format!("{ways:?}, memory: {memory}"))?;
+    }
+    Ok(())
+}
+
+fn cut_together(ways: &[&str], memory: bool) -> Result<()> {
+    let named = |index: usize| match ways[index] {
+        "copy" => format!("x{index}.raw"),
+        _ => format!("x{index}.qcow2"),
+    };
+    let images: Vec<String> = (0..ways.len()).map(named).chain(["d.qcow2".to_owned()]).collect();
+    let place = Place::new(&images.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let (mut words, mut create) = (Vec::new(), Vec::new());
+    for (index, way) in ways.iter().enumerate() {
+        let format = if *way == "copy" { "raw" } else { "qcow2" };
+        let file = &images[index];
+        words.extend([
+            "-blockdev".to_owned(),
+            format!("driver={format},file.driver=file,file.filename=DIR/{file},node-name=x{index}"),
+            "-device".to_owned(),
+            format!("virtio-blk-pci,drive=x{index},id=v{index}"),
+        ]);
+        create.extend(["--disk".to_owned(), format!("v{index}={way}")]);
+    }
+    let qemu = place.start("m", &words.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    let devices: Vec<String> = (0..ways.len()).map(|index| format!("v{index}")).collect();
+    let pattern = |index: usize| u8::try_from(index + 17);
+    for (index, device) in devices.iter().enumerate() {
+        qemu.write(device, pattern(index)?)?;
+    }
+    let create: Vec<&str> = ["create", &address, "s", if memory { "--memory" } else { "--disk-only" }]
+        .into_iter()
+        .chain(create.iter().map(String::as_str))
+        .collect();
+    domsnap.done(&create)?;
+    // What is written now must be in what the configured path names.
+    for (index, device) in devices.iter().enumerate() {
+        qemu.write(device, 99)?;
+        ensure!(holds(&place.file(&images[index]), 99)?, "{device}: its path names another file");
+    }
+    for (grown, size) in [(true, 3 << 20), (false, 512 << 10)] {
+        for (index, device) in devices.iter().enumerate() {
+            // QEMU shrinks no image that has an internal snapshot.
+            if grown || ways[index] != "internal" {
+                let path = format!("/machine/peripheral/{device}/virtio-backend");
+                let node = node_of(&qemu, &path)?;
+                qemu.qmp("block_resize", json!({ "node-name": node, "size": size }))?;
+            }
+        }
+        domsnap.done(&["revert", &address, "s", "--paused"])?;
+        for (index, device) in devices.iter().enumerate() {
+            let path = format!("/machine/peripheral/{device}/virtio-backend");
+            let seen = device_of(&qemu, &path)?["inserted"]["image"]["virtual-size"].as_u64();
+            ensure!(
+                seen == Some(1 << 20),
+                "{device}: QEMU has {seen:?} bytes after a revert, grown: {grown}"
+            );
+            let file = place.file(&images[index]);
+            ensure!(size_of_image(&file)? == 1 << 20, "{file}: size after a revert, grown: {grown}");
+            qemu.flush(device)?;
+            ensure!(holds(&file, pattern(index)?)?, "{device}: another content after a revert");
+        }
+    }
+    domsnap.done(&["delete", &address, "s"])?;
+    domsnap.done(&["check", &address])?;
+    qemu.quit()
+}
+
+fn device_of(qemu: &Idle, path: &str) -> Result<Value> {
+    let devices = qemu.qmp("query-block", json!({}))?;
+    let found = devices.as_array().into_iter().flatten().find(|device| device["qdev"] == path).cloned();
+    found.with_context(|| format!("{path}: {devices}"))
+}
+
+fn node_of(qemu: &Idle, path: &str) -> Result<String> {
+    let device = device_of(qemu, path)?;
+    Ok(device["inserted"]["node-name"].as_str().context("a device without a node")?.to_owned())
+}
+
+fn size_of_image(file: &str) -> Result<u64> {
+    if file.ends_with(".raw") {
+        return Ok(std::fs::metadata(file)?.len());
+    }
+    let output =
+        Command::new("qemu-img").args(["info", "-U", "--output=json", "-f", "qcow2", file]).output()?;
+    let info: Value = serde_json::from_slice(&output.stdout)?;
+    info["virtual-size"].as_u64().with_context(|| info.to_string())
+}
+
+fn holds(file: &str, pattern: u8) -> Result<bool> {
+    if file.ends_with(".raw") {
+        let held = std::fs::read(file)?;
+        return Ok(held[256 << 10..][..65536].iter().all(|byte| *byte == pattern));
+    }
+    has_pattern(Path::new(file), pattern)
+}

@@ -123,6 +123,9 @@ pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Re
         return Err(waiting(Error::new(ErrorKind::Invalid, attempted, device, detail)));
     };
     let opened = stack.open(machine, true).await.map_err(waiting)?;
+    if let Err(error) = resize_to(machine, placeholder, top).await {
+        return Err(waiting(undone(machine, error, &opened).await));
+    }
     if let Err(error) = reopen_backing(machine, &graph, placeholder, Some(top)).await {
         return Err(waiting(undone(machine, error, &opened).await));
     }
@@ -135,6 +138,21 @@ pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Re
     }
     remove_layers(machine, &[placeholder.to_owned()]).await?;
     take_back(machine, placeholder).await
+}
+
+/// Gives the placeholder the size of the image that is about to take its place.
+///
+/// It has the size that the disk had when it was detached. The merge would enlarge a smaller image to that, and the device would
+/// go on with it. While nothing is below the placeholder this changes no file, and it is repeated by a repeated [`attach`].
+async fn resize_to(machine: &Machine, placeholder: &str, top: &str) -> Result<()> {
+    let attempted = "attaching a disk";
+    let graph = Graph::read(machine).await?;
+    let wanted = graph.expect(attempted, top)?.virtual_size;
+    if graph.expect(attempted, placeholder)?.virtual_size == wanted {
+        return Ok(());
+    }
+    let size = json!({ "node-name": placeholder, "size": wanted });
+    machine.run(attempted, placeholder, "block_resize", size).await.map(drop)
 }
 
 /// What the placeholder's descriptors are lent under: its name, and those of the chain's nodes that are the

@@ -223,6 +223,20 @@ fn sorted(plan: &Plan) -> Result<()> {
     if !plan.steps.is_sorted_by_key(|planned| planned.group) {
         return Err(Error::new(ErrorKind::Internal, "the plan's steps are not sorted by group"));
     }
+    // The step of a disk has a moment only for steps of the same disk: another's would never be done, and nobody would know.
+    let mut head = None;
+    for planned in &plan.steps {
+        match head {
+            _ if !planned.inside => head = Some(&planned.step.target),
+            Some(target) if target.is_domain() || *target == planned.step.target => {}
+            _ => {
+                return Err(Error::new(
+                    ErrorKind::Internal,
+                    format!("a step is planned inside the step of another disk: {}", planned.step.summary),
+                ));
+            }
+        }
+    }
     if let Some(planned) =
         plan.steps.iter().find(|planned| planned.group != Group::Finish && !planned.edits.is_empty())
     {

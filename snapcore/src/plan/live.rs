@@ -240,6 +240,9 @@ impl Planner<'_> {
             quiesce_limit_ms: millis(request.quiesce_limit),
             then: request.then,
         };
+        // A step inside belongs to the nearest one before it that is not: what one disk does after the instant must not come
+        // between the instant and what another does in it. The order of each disk's own steps stays.
+        merged.steps.sort_by_key(|planned| planned.group == Group::Cut && !planned.inside);
         merged.first(step(Group::Cut, &instant, words));
         if memory {
             let tag = snapshot.name.as_str().to_owned();
