@@ -140,6 +140,10 @@ impl DiskSnapshotter for Qcow2 {
         Ok(found)
     }
 
+    fn plans_leftovers(&self) -> bool {
+        true
+    }
+
     async fn bases(&self, disk: &DiskRecord) -> Result<Vec<Base>> {
         let disk = disk.clone();
         blocking(move || dependents::bases(&disk)).await

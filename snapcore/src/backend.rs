@@ -157,6 +157,12 @@ pub trait DiskSnapshotter: Send + Sync {
         Vec::new()
     }
 
+    /// Returns true if a finish step of [`crate::chain`]'s that could not be done may be left: the next delete, or a tidy,
+    /// finds what is left of it on the disk, and plans it anew.
+    fn plans_leftovers(&self) -> bool {
+        false
+    }
+
     /// Whether a disk is this backend's to serve where nobody stated a backend: by the format that its hypervisor opens it
     /// with, or, where only the path is known, by what the path names. Never by what an image holds.
     ///

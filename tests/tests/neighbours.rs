@@ -77,8 +77,8 @@ impl Overlay {
 /// Does what a message advises: the command between the first quotes that begins with `program`.
 fn obey(domain: &Domain, said: &str, program: &str) -> Result<()> {
     let (_, rest) =
-        said.split_once(&format!("'{program} ")).with_context(|| format!("no {program} in {said}"))?;
-    let (words, _) = rest.split_once('\'').context("no end of the command")?;
+        said.split_once(&format!("`{program} ")).with_context(|| format!("no {program} in {said}"))?;
+    let (words, _) = rest.split_once('`').context("no end of the command")?;
     let words: Vec<&str> = words.split_whitespace().collect();
     let output = std::process::Command::new(program).args(&words).current_dir(domain.disks()).output()?;
     ensure!(output.status.success(), "{program} {words:?}: {}", String::from_utf8_lossy(&output.stderr));

@@ -85,7 +85,7 @@ fn a_copy_for_which_there_is_no_room_is_refused_before_it_begins() -> Result<()>
     let mut domain =
         Domain::new_in(&mounted.path().join("domain"), &Shape { size: 40 << 20, ..Shape::raw(1) })?;
     domain.fill(36 << 20)?;
-    let refused = domain.declined(&["create", NAME, "s1", "--disk", "vda=copy"], status::FAILED)?;
+    let refused = domain.declined(&["create", NAME, "s1", "--disk", "vda=copy"], status::REFUSED)?;
     ensure!(refused.stderr.contains("a copy needs 36.0 MiB"), "{refused}");
     domain.verify()
 }

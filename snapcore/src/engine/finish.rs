@@ -155,7 +155,10 @@ impl Running<'_> {
     /// cannot be done (an immutable file, no permission, a full disk) does not keep the domain from everything else.
     fn is_left_whole(&self, index: usize) -> bool {
         let step = &self.operation.plan.steps[index].step;
-        !step.target.is_domain() && serde_json::from_value::<ChainStep>(step.action.clone()).is_ok()
+        let record = self.entry.domain.disks.iter().find(|record| record.disk.target == step.target);
+        let backend = record.and_then(|record| self.engine.registry.get(&record.disk.format).ok());
+        backend.is_some_and(|backend| backend.plans_leftovers())
+            && serde_json::from_value::<ChainStep>(step.action.clone()).is_ok()
     }
 
     /// Tags that could not be deleted are no snapshots of the domain any more, and nothing deletes them later.
@@ -165,7 +168,8 @@ impl Running<'_> {
             return;
         };
         self.run.warnings.push(format!(
-            "{}: the internal snapshots {} stay in layer {layer}, and the domain has them no more: `domsnap check` tells of the              image, `domsnap import --replace` brings them back",
+            "{}: the internal snapshots {} stay in layer {layer}, and the domain has them no more: `domsnap check` tells of \
+             the image, `domsnap import --replace` brings them back",
             step.target,
             tags.join(", ")
         ));

@@ -229,6 +229,9 @@ impl DiskSnapshotter for Struck {
     fn processes(&self) -> Vec<u32> {
         self.inner.processes()
     }
+    fn plans_leftovers(&self) -> bool {
+        self.inner.plans_leftovers()
+    }
     async fn bases(&self, disk: &DiskRecord) -> Result<Vec<snapcore::Base>> {
         self.inner.bases(disk).await
     }
