@@ -128,6 +128,11 @@ impl CreateRequest {
         self
     }
 
+    /// Returns true if the user leaves the disk `target` out.
+    pub(crate) fn skips(&self, target: &Target) -> bool {
+        self.disks.iter().any(|(named, how)| named == target && *how == CreateDisk::Skip)
+    }
+
     /// Describes it.
     #[must_use]
     pub fn description(mut self, text: impl Into<String>) -> Self {

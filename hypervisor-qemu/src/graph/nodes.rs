@@ -199,7 +199,8 @@ impl Graph {
         })
     }
 
-    /// The topmost node of a device that is not a throttle filter, by its id (`vda`), its drive's name, its path in QOM, or the node's own name.
+    /// The topmost node of a device that is not a throttle filter, by its id (`vda`), its drive's name, its path in
+    /// QOM, or the node's own name.
     pub fn root(&self, device: &str) -> Option<&str> {
         let root = self.roots.get(device).map(String::as_str);
         root.or_else(|| self.node(device).map(|node| node.name.as_str()))

@@ -121,10 +121,7 @@ impl Planner<'_> {
             }
         }
         self.refuse_lacking(request, &others)?;
-        let skipped = |target: &Target| {
-            request.disks.iter().any(|(named, how)| named == target && *how == CreateDisk::Skip)
-        };
-        self.refuse_unfit(skipped)?;
+        self.refuse_unfit(|target| request.skips(target))?;
         self.with_memory(request)?;
         let mut merged = Merged::default();
         let mut points = Vec::new();
@@ -258,11 +255,8 @@ impl Planner<'_> {
 
     /// Refuses a snapshot that would lack a disk which the guest writes, unless the user said so of each.
     fn refuse_lacking(&self, request: &CreateRequest, others: &[&SeenDisk]) -> Result<()> {
-        let is_skipped = |target: &Target| {
-            request.disks.iter().any(|(named, how)| named == target && *how == CreateDisk::Skip)
-        };
         let lacking: Vec<&&SeenDisk> =
-            others.iter().filter(|disk| disk.guest_writes && !is_skipped(&disk.target)).collect();
+            others.iter().filter(|disk| disk.guest_writes && !request.skips(&disk.target)).collect();
         if lacking.is_empty() {
             return Ok(());
         }
