@@ -27,7 +27,7 @@ pub(crate) struct Disk {
 
 impl Disk {
     fn not_qemus(&self) -> Error {
-        Error::new(ErrorKind::Refused, format!("no QEMU serves disk {}: dom0's kernel does", self.target))
+        Error::new(ErrorKind::Refused, format!("disk {} is not served by the domain's QEMU", self.target))
             .state("nothing was touched")
             .advise(format!("shut the domain down, and do it then; or {MAKE_QDISK}"))
     }
@@ -52,7 +52,7 @@ impl AttachedDisk for Disk {
                 })?;
                 Ok(HashSet::from([file_identity(&about)]))
             }
-            Some(Server::Loop) => Err(self.not_qemus()),
+            Some(Server::Loop | Server::Other) => Err(self.not_qemus()),
         }
     }
 

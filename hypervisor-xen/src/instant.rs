@@ -17,7 +17,6 @@ use crate::{
     live::Live,
     memory,
     saver::blocking,
-    seen::{MAKE_QDISK, Server},
     users,
     xl::{SOON, Xl, failed, micros},
 };
@@ -45,7 +44,8 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     let row = live.row().await?;
     refuse_suspended(&row)?;
     let ran = !row.flags.paused;
-    refuse_hidden_disks(live, &context).await?;
+    // A disk that came since the plan was made would be left out without a word.
+    live.refuse_other_storage(row.domid).await?;
     match step.quiesce {
         Quiesce::No => {}
         Quiesce::Require => {
@@ -119,50 +119,6 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     let consistency = if step.memory.is_some() { Consistency::Memory } else { Consistency::Crash };
     facts.taken = Some(Taken { at, consistency, running: ran, way: way.to_owned() });
     Ok(facts)
-}
-
-/// A snapshot without one of the disks would be of two instants: nobody may leave one out by not knowing of it.
-async fn refuse_hidden_disks(live: &Live, context: &DomainContext<'_>) -> Result<()> {
-    for disk in live.xen_disks().await {
-        if !disk.writable {
-            continue;
-        }
-        if let Some(record) = context.domain.disk(&disk.target) {
-            let registered = &record.disk.path;
-            // Attached later under the name of one that was detached: what is registered is not what the guest writes.
-            if disk.path.is_absolute() && !disk.is_file(registered) {
-                return Err(Error::new(
-                    ErrorKind::Refused,
-                    format!(
-                        "disk {} of the running domain is {}, and {registered} is registered",
-                        disk.target, disk.path
-                    ),
-                )
-                .state("nothing was touched")
-                .advise("attach the registered one again, or register the domain anew"));
-            }
-            continue;
-        }
-        let why = match disk.server {
-            Server::Loop => format!("dom0's kernel serves this plain file over a loop device: {MAKE_QDISK}"),
-            Server::Qdisk | Server::Device => "register the domain anew, with all its disks".to_owned(),
-        };
-        return Err(Error::new(
-            ErrorKind::Refused,
-            format!("disk {} ({}) of the running domain would be left out", disk.target, disk.path),
-        )
-        .state("nothing was touched")
-        .advise(why));
-    }
-    match live.other_storage().await.into_iter().next() {
-        None => Ok(()),
-        Some(words) => Err(Error::new(
-            ErrorKind::Refused,
-            format!("{words} of the running domain would be left out: no snapshot can be taken of it"),
-        )
-        .state("nothing was touched")
-        .advise("detach it, or shut the domain down and take the disks at rest")),
-    }
 }
 
 async fn save(live: &Live, plan: &MemoryPlan) -> Result<()> {

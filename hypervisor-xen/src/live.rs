@@ -77,7 +77,7 @@ impl Live {
             };
             disks.push((disk, server));
         }
-        let live = Self {
+        let mut live = Self {
             xl,
             name: control.address.clone(),
             config: control.config.clone().or_else(|| seen.config.clone()),
@@ -95,6 +95,11 @@ impl Live {
         };
         if running {
             live.look_again().await?;
+        }
+        let drives = live.xen_disks().await;
+        seen::note_members(&mut live.seen, &drives, domain);
+        if let Some(qemu) = live.qemu().await {
+            live.seen.disks.extend(seen::unknown_to_libxl(qemu.seen(), &drives));
         }
         Ok(live)
     }
@@ -184,17 +189,26 @@ impl Live {
         self.libxl.read().await.as_ref().map(seen::disks).unwrap_or_default()
     }
 
-    /// What it has besides and can write, in words.
-    pub(crate) async fn other_storage(&self) -> Vec<String> {
-        self.libxl.read().await.as_ref().map(seen::other_storage).unwrap_or_default()
-    }
-
     /// Whether the domain that runs has each of the disks.
     pub(crate) async fn has_all_disks(&self) -> bool {
         let drives = self.xen_disks().await;
         let has =
             |disk: &Disk| drives.iter().any(|drive| drive.target == disk.target && drive.is_file(&disk.path));
         self.disks.iter().all(|(disk, _)| has(disk))
+    }
+
+    /// Refuses a domain whose storage is not that which the operation was planned with.
+    pub(crate) async fn refuse_other_storage(&self, domid: u32) -> Result<()> {
+        let config = list::config_of(&self.xl, domid).await?;
+        match self.libxl.read().await.as_ref().is_some_and(|planned| seen::is_same_storage(planned, &config))
+        {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorKind::Busy,
+                format!("a disk of domain {} was attached or detached while the operation began", self.name),
+            )
+            .advise("run the command again")),
+        }
     }
 
     pub(crate) async fn memory_mib(&self) -> u64 {

@@ -133,7 +133,7 @@ impl VmStateSaver for Xen {
         let machine = machine.or_else(|| domain.machines.last().map(|machine| &machine.record));
         let has_tpm = machine.is_some_and(|machine| {
             machine
-                .pointer("/vtpms")
+                .pointer("/xen/vtpms")
                 .and_then(serde_json::Value::as_array)
                 .is_some_and(|vtpms| !vtpms.is_empty())
         });

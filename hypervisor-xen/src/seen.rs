@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::FileTypeExt, path::Path};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
-use snapcore::{Seen, SeenDisk, Target, file_identity};
+use snapcore::{Domain, Seen, SeenDisk, Target, file_identity};
 
 use crate::list::Row;
 
@@ -17,6 +17,8 @@ pub(crate) enum Server {
     Device,
     /// dom0's kernel, from a plain file over a loop device.
     Loop,
+    /// Another process or another domain, of which nothing can be asked.
+    Other,
 }
 
 /// A disk as libxl has it.
@@ -28,6 +30,8 @@ pub(crate) struct XenDisk {
     pub(crate) writable: bool,
     pub(crate) removable: bool,
     pub(crate) server: Server,
+    /// Why snapshots of it cannot be taken while the domain runs.
+    pub(crate) unfit: Option<String>,
 }
 
 /// What a plain file over a loop device can be made.
@@ -54,14 +58,40 @@ fn disk(disk: &Value) -> Option<XenDisk> {
     let path = Utf8PathBuf::from(disk["pdev_path"].as_str().unwrap_or_default());
     let format = disk["format"].as_str().unwrap_or("raw").to_owned();
     let is_device = fs::metadata(&path).is_ok_and(|about| about.file_type().is_block_device());
+    let elsewhere = served_elsewhere(disk);
     let server = match (disk["backend"].as_str(), format.as_str(), is_device) {
+        _ if elsewhere.is_some() => Server::Other,
         (Some("qdisk"), ..) => Server::Qdisk,
         (_, "raw", true) => Server::Device,
         (_, "raw", false) => Server::Loop,
         _ => Server::Qdisk,
     };
+    let unfit = elsewhere.map(|who| format!("{who}; {MAKE_QDISK}")).or_else(|| {
+        let of_kernel = "dom0's kernel serves this plain file, over a loop device";
+        (server == Server::Loop).then(|| format!("{of_kernel}; {MAKE_QDISK}"))
+    });
     let (writable, removable) = (yes(disk, "readwrite"), yes(disk, "removable") || yes(disk, "is_cdrom"));
-    Some(XenDisk { target, path, format, writable, removable, server })
+    Some(XenDisk { target, path, format, writable, removable, server, unfit })
+}
+
+/// Who serves a disk that neither dom0's kernel nor the domain's QEMU serves from the path that the configuration names.
+fn served_elsewhere(disk: &Value) -> Option<String> {
+    let named = |field: &str| disk[field].as_str().filter(|text| !text.is_empty());
+    if let Some(domain) = named("backend_domname") {
+        return (domain != "0" && domain != "Domain-0").then(|| format!("driver domain {domain} serves it"));
+    }
+    if let Some(domid) = disk["backend_domid"].as_u64().filter(|domid| *domid != 0) {
+        return Some(format!("driver domain {domid} serves it"));
+    }
+    if let Some(script) =
+        named("script").filter(|script| Path::new(script).file_name() != Some("block".as_ref()))
+    {
+        return Some(format!("the script {script} sets it up, and says what it is"));
+    }
+    match named("backend") {
+        Some(backend @ ("tap" | "standalone")) => Some(format!("a backend of its own ({backend}) serves it")),
+        _ => None,
+    }
 }
 
 /// Whether a field is set: libxl writes numbers, booleans, and words for what may be left to a default.
@@ -82,26 +112,24 @@ pub(crate) fn seen(row: &Row, config: &Value) -> Seen {
     let kind = config["c_info"]["type"].as_str().unwrap_or("?");
     let cpus = build["max_vcpus"].as_u64().unwrap_or(1);
     let summary = format!("Xen {kind}, {cpus} processors, {} MiB, {} drives", memory >> 10, drives.len());
+    let disks = drives.iter().map(seen_disk).chain(other_storage(config)).collect();
     Seen {
         name: Some(row.name.clone()),
         running: !row.flags.paused,
         machine: record(config),
         summary,
         memory_blockers: Vec::new(),
-        disks: drives.iter().map(seen_disk).collect(),
+        disks,
         agent: None,
         config: config_file(&row.name),
     }
 }
 
 fn seen_disk(disk: &XenDisk) -> SeenDisk {
-    let left_out = match (disk.removable, disk.writable, disk.server) {
-        (true, ..) => Some("its medium can be taken out".to_owned()),
-        (_, false, _) => Some("the guest can only read it".to_owned()),
-        (.., Server::Loop) => {
-            Some(format!("dom0's kernel serves this plain file, over a loop device; {MAKE_QDISK}"))
-        }
-        (.., Server::Qdisk | Server::Device) => None,
+    let left_out = match (disk.removable, disk.writable) {
+        (true, _) => Some("its medium can be taken out".to_owned()),
+        (_, false) => Some("the guest can only read it".to_owned()),
+        (false, true) => disk.unfit.clone(),
     };
     SeenDisk {
         target: disk.target.clone(),
@@ -110,6 +138,32 @@ fn seen_disk(disk: &XenDisk) -> SeenDisk {
         left_out,
         guest_writes: disk.writable,
         member: None,
+    }
+}
+
+/// Notes which of the drives are the domain's disks, and where another file is in the place of one.
+pub(crate) fn note_members(seen: &mut Seen, drives: &[XenDisk], domain: &Domain) {
+    for disk in &mut seen.disks {
+        let Some(record) = domain.disk(&disk.target) else { continue };
+        let registered = &record.disk.path;
+        let drive = drives.iter().find(|drive| drive.target == disk.target);
+        match drive {
+            // Attached later under the name of one that was detached: what is registered is not what the guest writes.
+            Some(drive) if !drive.is_file(registered) => {
+                disk.left_out = Some(format!(
+                    "{registered} is registered as disk {}, and is not what the guest has there: attach that again, or register the \
+                     domain anew",
+                    disk.target
+                ));
+            }
+            // The user counts it among the disks, whatever a scan would do with it.
+            Some(drive) => {
+                disk.member = Some(disk.target.clone());
+                disk.left_out = drive.unfit.clone();
+            }
+            // Of a domain that a window of ours has ended, only what it had is known.
+            None => disk.member = Some(disk.target.clone()),
+        }
     }
 }
 
@@ -136,20 +190,56 @@ fn redact(value: &mut Value) {
     }
 }
 
-/// Storage of a configuration that the guest can write and that is no disk of which snapshots are taken, each in words.
-pub(crate) fn other_storage(config: &Value) -> Vec<String> {
-    let listed = |name: &str| config[name].as_array().cloned().unwrap_or_default();
-    let nameless =
-        listed("disks").into_iter().filter(|entry| disk(entry).is_none() && yes(entry, "readwrite"));
-    let mut found: Vec<String> = nameless
-        .map(|entry| {
-            format!("the disk {} ({})", entry["vdev"], entry["pdev_path"].as_str().unwrap_or("no path"))
-        })
-        .collect();
-    if !listed("vscsictrls").is_empty() {
-        found.push("a SCSI device of the host (vscsi)".to_owned());
+/// Storage that the guest can write and that is no disk of which snapshots are taken.
+fn other_storage(config: &Value) -> Vec<SeenDisk> {
+    let listed = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let mut found = Vec::new();
+    let mut add = |name: String, path: &str, why: &str| {
+        let Ok(target) = Target::new(name) else { return };
+        found.push(SeenDisk {
+            target,
+            path: Utf8PathBuf::from(path),
+            format: String::new(),
+            left_out: Some(why.to_owned()),
+            guest_writes: true,
+            member: None,
+        });
+    };
+    for (number, entry) in listed(&config["disks"]).iter().enumerate() {
+        if disk(entry).is_none() && yes(entry, "readwrite") {
+            let path = entry["pdev_path"].as_str().unwrap_or("no path");
+            add(format!("disk-{number}"), path, "its device has no name that can be a disk's");
+        }
+    }
+    for number in 0..listed(&config["vscsictrls"]).len() {
+        add(format!("vscsi-{number}"), "vscsi", "it is a SCSI device of the host");
+    }
+    let hvm = &config["b_info"]["type.hvm"];
+    let mut emulated = listed(&hvm["usbdevice_list"]);
+    emulated.push(hvm["usbdevice"].clone());
+    let emulated = emulated.iter().filter_map(|device| device.as_str()?.strip_prefix("disk:"));
+    for (number, device) in emulated.enumerate() {
+        add(format!("usb-{number}"), device, "it is an emulated USB stick");
     }
     found
+}
+
+/// Whether two configurations have the same disks and other storage.
+pub(crate) fn is_same_storage(one: &Value, other: &Value) -> bool {
+    disks(one) == disks(other) && other_storage(one) == other_storage(other)
+}
+
+/// Drives that the domain's QEMU has and libxl does not know of: given by `device_model_args`, or plugged in over its monitor.
+pub(crate) fn unknown_to_libxl(qemu: &Seen, drives: &[XenDisk]) -> Vec<SeenDisk> {
+    let is_known = |disk: &SeenDisk| drives.iter().any(|drive| drive.is_file(&disk.path));
+    let hidden =
+        qemu.disks.iter().filter(|disk| disk.guest_writes && disk.member.is_none() && !is_known(disk));
+    hidden
+        .map(|disk| {
+            let why = "libxl does not know of it: QEMU was given it apart";
+            SeenDisk { left_out: Some(why.to_owned()), ..disk.clone() }
+        })
+        .collect()
 }
 
 /// Why Xen cannot save the memory of such a domain, if so.
@@ -254,15 +344,17 @@ mod tests {
     #[test]
     fn what_cannot_be_saved_is_known_and_passwords_are_not_recorded() {
         let mut config = config();
-        assert_eq!((cannot_save(&config), other_storage(&config)), (None, Vec::new()));
+        assert!(cannot_save(&config).is_none() && other_storage(&config).is_empty());
         config["b_info"]["disable_migrate"] = json!("True");
         assert!(cannot_save(&config).unwrap().contains("nomigrate=1"));
         config["pcidevs"] = json!([{ "bus": 1 }]);
         assert!(cannot_save(&config).unwrap().contains("PCI"));
         config["vscsictrls"] = json!([{ "devid": 0 }]);
         config["disks"][1]["vdev"] = json!(null);
-        let words = other_storage(&config);
-        assert!(words.len() == 2 && words[0].contains("/nowhere/b.raw"), "{words:?}");
+        config["b_info"]["type.hvm"]["usbdevice_list"] = json!(["tablet", "disk:/nowhere/stick.img"]);
+        let others: Vec<String> =
+            other_storage(&config).iter().map(|disk| format!("{} {}", disk.target, disk.path)).collect();
+        assert_eq!(others, ["disk-1 /nowhere/b.raw", "vscsi-0 vscsi", "usb-0 /nowhere/stick.img"]);
         config["vfbs"] = json!([{ "vnc": { "passwd": "s3cret", "listen": "::1" } }]);
         let record = record(&config).to_string();
         assert!(!record.contains("s3cret") && record.contains("::1"), "{record}");

@@ -48,6 +48,10 @@ const TRIALS: &[Trial] = &[
     ),
     Trial::new("an_image_that_a_running_domain_has_open_is_refused_at_rest", open_elsewhere),
     Trial::new("a_plain_file_that_the_kernel_serves_is_refused_with_words_on_how_to_change_that", plain_file),
+    Trial::new(
+        "a_disk_that_is_attached_later_is_in_the_snapshots_or_they_are_refused_by_its_name",
+        attached_later,
+    ),
 ];
 
 fn main() -> ExitCode {
@@ -657,12 +661,36 @@ fn open_elsewhere() -> Result<()> {
 
 fn plain_file() -> Result<()> {
     let run = Run::start("plain", &[Backend::Qcow2, Backend::RawLoop])?;
-    run.refused(&["create", "DOMAIN", "s1"], 1, "backendtype=qdisk")?;
+    run.refused(&["create", "DOMAIN", "s1"], 3, "backendtype=qdisk")?;
     let scanned = run.ok(&["domain", "scan"])?;
     ensure!(
         scanned.contains("left out") && scanned.contains("backendtype=qdisk"),
         "the scan does not say it: {scanned}"
     );
     ensure!(run.files()? == ["xvda.qcow2", "xvdb.raw"], "left behind: {:?}", run.files()?);
+    run.ok(&["create", "DOMAIN", "without", "--disk-only", "--disk", "xvdb=skip"])?;
+    let shown = run.ok(&["show", "DOMAIN", "without"])?;
+    ensure!(shown.contains("xvdb") && shown.contains("skipped"), "the record does not say it: {shown}");
+    run.guest.expect_no_bad()
+}
+
+/// A disk that is attached to a running domain is in its snapshots, or they are refused by its name; one that was detached is no
+/// hindrance.
+fn attached_later() -> Result<()> {
+    let run = Run::start("later", &[Backend::Qcow2])?;
+    run.ok(&["create", "DOMAIN", "s1", "--disk-only", "--external"])?;
+    let (image, name) = (run.guest.dir().join("xvdc.qcow2"), run.guest.name());
+    let image = image.to_string_lossy();
+    program("/usr/bin/qemu-img", &["create", "-q", "-f", "qcow2", &image, "64M"])?;
+    xl(&["block-attach", name, &format!("format=qcow2,vdev=xvdc,access=rw,target={image}")])?;
+    run.refused(&["create", "DOMAIN", "s2"], 3, "xvdc")?;
+    run.ok(&["create", "DOMAIN", "s2", "--disk-only", "--disk", "xvdc=skip"])?;
+    run.ok(&["domain", "disk", "add", "DOMAIN", &format!("xvdc={image},format=qcow2")])?;
+    run.ok(&["create", "DOMAIN", "s3", "--disk-only", "--external"])?;
+    let shown = run.ok(&["show", "DOMAIN", "s3", "--json"])?;
+    ensure!(shown.contains("\"xvdc\""), "the disk is not in the snapshot: {shown}");
+    xl(&["block-detach", name, "xvdc"])?;
+    run.ok(&["delete", "DOMAIN", "s2"])?;
+    run.ok(&["create", "DOMAIN", "s4", "--disk-only", "--external", "--disk", "xvdc=skip"])?;
     run.guest.expect_no_bad()
 }
