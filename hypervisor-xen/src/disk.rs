@@ -1,6 +1,10 @@
 //! One disk of a domain, as a backend's steps meet it.
 
-use std::{collections::HashSet, fs, sync::Arc};
+use std::{
+    collections::HashSet,
+    fs,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
@@ -20,6 +24,8 @@ pub(crate) type Qemu = Arc<RwLock<Option<Arc<dyn LiveDomain>>>>;
 pub(crate) struct Disk {
     pub(crate) target: Target,
     pub(crate) path: Utf8PathBuf,
+    /// The domain runs without it.
+    pub(crate) detached: AtomicBool,
     /// None where the domain is away.
     pub(crate) server: Arc<RwLock<Option<Server>>>,
     pub(crate) qemu: Qemu,

@@ -3,7 +3,10 @@
 
 use std::{
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -72,6 +75,7 @@ impl Live {
             let disk = Disk {
                 target: record.disk.target.clone(),
                 path: record.disk.path.clone(),
+                detached: AtomicBool::new(false),
                 server: Arc::clone(&server),
                 qemu: Arc::clone(&qemu),
             };
@@ -110,8 +114,9 @@ impl Live {
         let config = list::config_of(&self.xl, row.domid).await?;
         let drives = seen::disks(&config);
         for (disk, server) in &self.disks {
-            *server.write().await =
-                drives.iter().find(|drive| drive.target == disk.target).map(|drive| drive.server);
+            let drive = drives.iter().find(|drive| drive.target == disk.target);
+            disk.detached.store(drive.is_none(), Ordering::Relaxed);
+            *server.write().await = drive.map(|drive| drive.server);
         }
         let qemu = match drives.iter().any(|drive| drive.server == Server::Qdisk) {
             true => Some(self.reach(row.domid).await?),
@@ -224,7 +229,9 @@ impl LiveDomain for Live {
     }
 
     fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk> {
-        self.disks.iter().map(|(disk, _)| disk).find(|disk| disk.target == *target).map(|disk| disk as _)
+        let mut disks = self.disks.iter().map(|(disk, _)| disk);
+        let disk = disks.find(|disk| disk.target == *target)?;
+        (!disk.detached.load(Ordering::Relaxed)).then_some(disk as _)
     }
 
     fn differences(&self, recorded: &Value) -> Result<Vec<String>> {
@@ -248,6 +255,13 @@ impl LiveDomain for Live {
             && let Some(qemu) = &*qemu
         {
             qemu.limit(bytes_per_second);
+        }
+    }
+
+    async fn tidy(&self) -> Result<()> {
+        match self.qemu().await {
+            Some(qemu) => qemu.tidy().await,
+            None => Ok(()),
         }
     }
 

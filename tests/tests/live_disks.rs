@@ -230,6 +230,33 @@ fn disk_plugged_in_later_and_disk_under_a_job_are_refused() -> Result<()> {
     qemu.quit()
 }
 
+/// A disk that was unplugged after a snapshot is let go by QEMU: who unplugged it could not close the nodes that stand on theirs.
+#[test]
+fn unplugged_disk_is_let_go_and_its_snapshots_can_be_deleted() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "e.qcow2"])?;
+    let qemu = place.start("m", &["-device", "virtio-scsi-pci,id=bus0"])?;
+    let domsnap = place.domsnap();
+    let address = qemu.address();
+    qemu.qmp(
+        "blockdev-add",
+        json!({ "driver": "qcow2", "node-name": "e0", "file": { "driver": "file", "filename": place.file("e.qcow2") } }),
+    )?;
+    qemu.qmp("device_add", json!({ "driver": "scsi-hd", "drive": "e0", "id": "sda", "bus": "bus0.0" }))?;
+    domsnap.done(&["create", &address, "s1", "--disk-only", "--external"])?;
+    domsnap.done(&["create", &address, "s2", "--disk-only", "--external"])?;
+    qemu.qmp("device_del", json!({ "id": "sda" }))?;
+    domsnap.done(&["delete", &address, "s1"])?;
+    ensure!(
+        qemu.qmp("query-named-block-nodes", json!({ "flat": true }))?
+            .as_array()
+            .is_some_and(|nodes| nodes.iter().all(|node| !node["file"].to_string().contains("e.qcow2"))),
+        "QEMU has the unplugged disk open"
+    );
+    domsnap.done(&["create", &address, "s3", "--disk-only", "--disk", "sda=skip"])?;
+    domsnap.done(&["delete", &address, "s2"])?;
+    qemu.quit()
+}
+
 /// A throttle filter stays above what is done to the disk below it, and what the command line said of the image is said again.
 #[test]
 fn throttle_and_node_options_survive_snapshots() -> Result<()> {

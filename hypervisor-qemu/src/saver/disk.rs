@@ -226,6 +226,15 @@ pub(super) fn target_name(device: &str) -> String {
     if name.is_empty() { "drive".to_owned() } else { name }
 }
 
+/// The files of a disk's layers, as QEMU sees them.
+pub(super) fn files_of(record: &DiskRecord, view: &View) -> Vec<FileIdentity> {
+    let path = record.disk.path.as_std_path();
+    let directory = path.parent().unwrap_or(Path::new(""));
+    let layers = record.owned.iter().chain([&record.active]);
+    let layers = layers.filter_map(|layer| view.identity(&directory.join(layer.as_str())));
+    layers.chain(view.identity(path)).collect()
+}
+
 /// How sure it is that a device is a certain disk.
 type Rank<'a> = &'a dyn Fn(&BlockDevice, &OpenChain) -> bool;
 
@@ -238,11 +247,8 @@ pub(super) fn device_of<'a>(
     view: &View,
 ) -> Option<&'a BlockDevice> {
     let disk = &record.disk;
-    let directory = disk.path.parent().map(|parent| parent.as_std_path().to_owned()).unwrap_or_default();
     let path = view.identity(disk.path.as_std_path());
-    let layers = record.owned.iter().chain([&record.active]);
-    let layers: Vec<FileIdentity> =
-        layers.filter_map(|layer| view.identity(&directory.join(layer.as_str()))).chain(path).collect();
+    let layers = files_of(record, view);
     let chains: Vec<(&BlockDevice, OpenChain)> = drives
         .iter()
         .filter(|drive| drive.guest_writes())

@@ -1,6 +1,7 @@
 //! [`Live`]: a connection to one running domain.
 
 use std::{
+    collections::HashSet,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -9,8 +10,8 @@ use std::{
 use async_trait::async_trait;
 use qmp::Agent;
 use snapcore::{
-    AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, LiveDomain, OpenChain,
-    Plan, Result, Seen, Target,
+    AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, FileIdentity,
+    LiveDomain, OpenChain, Plan, Result, Seen, Target,
 };
 use tokio::{sync::watch, time::timeout};
 
@@ -47,6 +48,8 @@ pub(super) struct Live {
     disks: Vec<Disk>,
     /// The layers of the domain's disks that are its own.
     owned: Vec<(Target, PathBuf)>,
+    /// The files of the domain's disks that the machine does not have.
+    unplugged: HashSet<FileIdentity>,
     speed: Arc<watch::Sender<u64>>,
     /// The overlays that were opened ahead of an instant.
     ready: Mutex<Vec<cut::Ready>>,
@@ -72,9 +75,13 @@ impl Live {
         let view = View::of(&machine);
         let mut seen = seen::describe(&machine, &discovery, &view, &graph).await?;
         let (speed, limits) = disk::speed();
-        let mut disks = Vec::new();
+        let (mut disks, mut unplugged) = (Vec::new(), HashSet::new());
         for record in &domain.disks {
-            if let Some(device) = disk::device_of(record, &discovery.drives, &graph, &view) {
+            let device = disk::device_of(record, &discovery.drives, &graph, &view);
+            if device.is_none() {
+                unplugged.extend(disk::files_of(record, &view));
+            }
+            if let Some(device) = device {
                 let target = &record.disk.target;
                 let path = record.disk.path.as_std_path();
                 let now = view.identity(path);
@@ -106,6 +113,7 @@ impl Live {
             agent,
             disks,
             owned,
+            unplugged,
             speed,
             ready,
             saving,
@@ -271,6 +279,21 @@ impl LiveDomain for Live {
             node.name.starts_with(disk::PLACEHOLDER)
                 || (is_ours(&node.name) && !is_mark(&node.name) && graph.users(&node.name).next().is_none())
         };
+        // Whoever unplugged a disk could not close its images: a node that is not theirs stands on them. Left open, they
+        // would be locked until QEMU ends; and a device plugged in again with the old node would write a frozen image.
+        let view = View::of(&self.machine);
+        for top in graph.nodes().iter().filter(|node| is_left(node)) {
+            let chain = disk::OpenChain::read(&graph, &view, &top.name);
+            if chain
+                .layers
+                .iter()
+                .any(|layer| layer.identity.is_some_and(|file| self.unplugged.contains(&file)))
+            {
+                let names: Vec<String> =
+                    graph.chain(&top.name).iter().map(|node| node.name.clone()).collect();
+                graph::remove_layers(&self.machine, &names).await.map_err(told)?;
+            }
+        }
         if graph.nodes().iter().any(is_left) {
             cut::sweep(self).await?;
             graph::close_taken_off(&self.machine).await.map_err(told)?;
