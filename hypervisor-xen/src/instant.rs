@@ -39,30 +39,43 @@ pub(crate) struct Step<'a> {
     pub(crate) then: Option<PowerAfter>,
 }
 
+/// Refuses an instant that Xen cannot give this domain as it is now.
+pub(crate) fn refuse(step: &Step<'_>, row: &Row) -> Result<()> {
+    refuse_suspended(row)?;
+    if step.quiesce == Quiesce::Require {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "Xen has no guest agent that could freeze file systems",
+        )
+        .context("the snapshot must be quiesced")
+        .state("no changes made")
+        .advise(
+            "take it with memory, which has all that the guest has not written yet; or without --quiesce",
+        ));
+    }
+    if step.memory.is_some() && row.flags.paused {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            "the guest is paused, and Xen saves only a guest that runs: it must answer",
+        )
+        .state("no changes made")
+        .advise("unpause it (`xl unpause`), or take its disks alone with --disk-only"));
+    }
+    Ok(())
+}
+
 pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<Facts> {
     let mut facts = Facts::default();
     let row = live.row().await?;
-    refuse_suspended(&row)?;
+    refuse(&step, &row)?;
     let ran = !row.flags.paused;
     // A disk that came since the plan was made would be left out without a word.
     live.refuse_other_storage(row.domid).await?;
-    match step.quiesce {
-        Quiesce::No => {}
-        Quiesce::Require => {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "Xen has no guest agent that could freeze file systems",
-            )
-            .context("the snapshot must be quiesced")
-            .advise(
-                "take it with memory, which has all that the guest has not written yet; or without --quiesce",
-            ));
-        }
-        Quiesce::Try if step.memory.is_some() => {}
-        Quiesce::Try => facts.notes.push(
+    if step.quiesce == Quiesce::Try && step.memory.is_none() {
+        facts.notes.push(
             "the guest's file systems are not quiesced: Xen has no guest agent that could freeze them"
                 .to_owned(),
-        ),
+        );
     }
     if context.cancel.is_cancelled() {
         return Err(Error::new(ErrorKind::Cancelled, "it was cancelled before the instant"));
@@ -74,13 +87,6 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     tracing::debug!("the pause begins");
     let way = match step.memory {
         Some(memory) => {
-            if !ran {
-                return Err(Error::new(
-                    ErrorKind::Refused,
-                    "the guest is paused, and Xen saves only a guest that runs: it must answer",
-                )
-                .advise("unpause it (`xl unpause`), or take its disks alone with --disk-only"));
-            }
             save(live, memory).await?;
             "saved while the guest stood still"
         }
@@ -178,7 +184,7 @@ async fn cut(live: &Live, step: &Step<'_>, context: DomainContext<'_>) -> Result
 }
 
 /// The instant as the disks' QEMU is asked for it.
-fn disks_alone(step: &Step<'_>) -> DomainStep {
+pub(crate) fn disks_alone(step: &Step<'_>) -> DomainStep {
     DomainStep::Instant {
         disks: step.disks.to_vec(),
         running: true,

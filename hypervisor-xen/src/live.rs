@@ -16,7 +16,7 @@ use hypervisor_qemu::Qemu as QemuSaver;
 use serde_json::Value;
 use snapcore::{
     AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, Hypervisor,
-    LiveDomain, OpenChain, Result, Seen, Target, VmStateSaver,
+    LiveDomain, OpenChain, Plan, Result, Seen, Target, VmStateSaver,
 };
 use tokio::sync::{Mutex, RwLock};
 
@@ -255,6 +255,39 @@ impl LiveDomain for Live {
             && let Some(qemu) = &*qemu
         {
             qemu.limit(bytes_per_second);
+        }
+    }
+
+    async fn preflight(&self, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
+        let mut of_disks = plan.clone();
+        of_disks.steps.clear();
+        for planned in &plan.steps {
+            if !planned.step.target.is_domain() {
+                of_disks.steps.push(planned.clone());
+                continue;
+            }
+            let Ok(step) = serde_json::from_value::<DomainStep>(planned.step.action.clone()) else {
+                continue;
+            };
+            if let DomainStep::OpenWindow { anew: Some(anew), .. } = &step {
+                // Where the domain is gone, a window of ours has ended it already.
+                if let Some(row) = list::row_of(&self.xl, &self.name).await? {
+                    window::refuse(self, anew, &row).await?;
+                }
+            }
+            if let Some(step) = instant(&step) {
+                instant::refuse(&step, &self.row().await?)?;
+                let mut planned = planned.clone();
+                planned.step.action = serde_json::to_value(instant::disks_alone(&step)).map_err(|cause| {
+                    Error::new(ErrorKind::Internal, "a step cannot be written as JSON").because(cause)
+                })?;
+                of_disks.steps.push(planned);
+            }
+        }
+        match self.qemu().await {
+            // Windows and memory are xl's: of what is left, QEMU knows what it cannot open.
+            Some(qemu) => qemu.preflight(&of_disks, chains, probe).await,
+            None => Ok(()),
         }
     }
 

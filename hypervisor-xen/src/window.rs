@@ -32,7 +32,7 @@ use snapcore::{
 
 use crate::{
     instant::{self, refuse_suspended},
-    list,
+    list::{self, Row},
     live::Live,
     memory,
     saver::blocking,
@@ -220,17 +220,10 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
         };
     };
     if note.is_none() {
-        refuse_suspended(&row)?;
-        refuse_without_beginning(live, anew).await?;
+        refuse(live, anew, &row).await?;
         let running = !row.flags.paused;
         // A paused guest cannot be saved, and need not be: a snapshot was taken, or nothing can be.
         let saved = anew.safety && running;
-        if anew.safety && !running {
-            let detail = "the guest is paused, and Xen saves only one that runs: a revert that fails could not bring it back";
-            return Err(Error::new(ErrorKind::Refused, detail)
-                .state("nothing was touched")
-                .advise("unpause it (`xl unpause`) first, or say --no-safety"));
-        }
         if saved {
             let former = live.places.former.clone();
             blocking(move || memory::make_private(&former)).await?;
@@ -279,7 +272,19 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
     .await
 }
 
-/// A revert that nothing could follow is refused before anything is touched.
+/// Refuses to end a domain that nothing could follow, or that a failed revert could not bring back.
+pub(crate) async fn refuse(live: &Live, anew: &Anew, row: &Row) -> Result<()> {
+    refuse_suspended(row)?;
+    refuse_without_beginning(live, anew).await?;
+    if anew.safety && row.flags.paused {
+        let detail = "the guest is paused, and Xen saves only one that runs: a revert that fails could not bring it back";
+        return Err(Error::new(ErrorKind::Refused, detail)
+            .state("nothing was touched")
+            .advise("unpause it (`xl unpause`) first, or say --no-safety"));
+    }
+    Ok(())
+}
+
 async fn refuse_without_beginning(live: &Live, anew: &Anew) -> Result<()> {
     match (&anew.from, anew.config.as_ref().or(live.config.as_ref())) {
         (Beginning::Boot, None) => Err(Error::new(

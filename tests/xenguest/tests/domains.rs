@@ -352,7 +352,7 @@ fn offline() -> Result<()> {
 fn paused() -> Result<()> {
     let run = Run::start("paused", &[Backend::Qcow2])?;
     xl(&["pause", "paused"])?;
-    run.refused(&["create", "DOMAIN", "m"], 1, "--disk-only")?;
+    run.refused(&["create", "DOMAIN", "m"], 3, "--disk-only")?;
     ensure!(run.guest.is_paused()?, "a guest that was paused runs");
     run.ok(&["create", "DOMAIN", "d", "--disk-only", "--external"])?;
     ensure!(run.guest.is_paused()?, "a guest that was paused runs");
@@ -441,9 +441,9 @@ fn other_config() -> Result<()> {
         ("memory=", "memory=lots", "xl create"),
     ] {
         let config = run.config_with(from, to)?;
-        run.refused(&["revert", "DOMAIN", "s1", "--config", &config], 1, says)?;
+        run.refused(&["revert", "DOMAIN", "s1", "--config", &config], 3, says)?;
     }
-    run.refused(&["revert", "DOMAIN", "s1", "--config", "/vm/nowhere"], 1, "no config file")?;
+    run.refused(&["revert", "DOMAIN", "s1", "--config", "/vm/nowhere"], 3, "no config file")?;
     run.guest.expect_no_bad()
 }
 
