@@ -404,9 +404,10 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
         find(Severity::Note, &stray, words);
     }
     for owned in disk.owned.iter().filter(|owned| state.layer(owned).is_none()) {
-        let words =
-            "the catalogue knows this layer, and its file is gone; what stood in it is lost".to_owned();
-        find(Severity::Error, &layer_path(&disk.disk.path, owned), words);
+        let words = "the catalogue knows this layer, and its file is gone; where no snapshot needs it, `domsnap recover` \
+                     forgets it"
+            .to_owned();
+        find(Severity::Warning, &layer_path(&disk.disk.path, owned), words);
     }
     Ok(findings)
 }

@@ -369,8 +369,13 @@ impl Workplace<'_> {
         layers.truncate(index);
         let mut target = self.writing(into)?;
         let lower = backing.zip(lower.as_mut()).map(|(backing, reader)| image::Below { backing, reader });
-        self.moving(|moving| image::merge(layers, &mut target, over, lower, moving))?;
-        Ok(())
+        let merged = self.moving(|moving| image::merge(layers, &mut target, over, lower, moving));
+        drop(target);
+        if merged.is_err() {
+            // What was allocated for data that no table refers to yet; the next attempt allocates its own.
+            self.mend(into);
+        }
+        merged.map(drop)
     }
 
     /// Moves data, telling how much.

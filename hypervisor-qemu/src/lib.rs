@@ -29,6 +29,7 @@ mod error;
 mod fdset;
 pub mod graph;
 mod guest_clock;
+mod hold;
 pub mod instant;
 pub mod jobs;
 mod machine;

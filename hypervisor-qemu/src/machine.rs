@@ -15,6 +15,7 @@ use crate::{
     discover::Abilities,
     error::{Error, ErrorKind, Result},
     graph::{Graph, NodeOptions},
+    hold,
     run_state::{Permits, Refusal, RunState},
 };
 
@@ -28,6 +29,7 @@ pub struct Machine {
     /// Descriptor sets that were given back and that QEMU keeps until the guest runs (7.2 does).
     kept: Arc<Mutex<Vec<i64>>>,
     abilities: Arc<OnceCell<Abilities>>,
+    needs_hold: Arc<OnceCell<bool>>,
     graph: Arc<Mutex<Option<RecentGraph>>>,
     /// How nodes of ours were opened, by name: QEMU does not report all of it.
     options: Arc<Mutex<HashMap<String, NodeOptions>>>,
@@ -78,6 +80,7 @@ impl Machine {
             qmp,
             kept: Arc::default(),
             abilities: Arc::default(),
+            needs_hold: Arc::default(),
             graph: Arc::default(),
             options: Arc::default(),
         }
@@ -121,6 +124,11 @@ impl Machine {
         }
         let reply = self.query("query-kvm", Value::Null).await?;
         reply["enabled"].as_bool().ok_or_else(|| self.odd("query-kvm", &reply))
+    }
+
+    /// Whether its guest's requests must be held before it is stopped ([`hold`]).
+    pub(crate) async fn needs_hold(&self) -> Result<bool> {
+        self.needs_hold.get_or_try_init(|| hold::is_needed(self)).await.copied()
     }
 
     /// Says what this QEMU can do, where that was asked of the same program before.
@@ -227,7 +235,10 @@ impl Machine {
         let since = Instant::now();
         let mut ours = state.running;
         if ours {
+            // A guest whose I/O threads complete a request just then would wait for it for ever.
+            let held = hold::hold(self).await;
             let stopped = self.run("pausing the guest", &subject.to_string(), "stop", Value::Null).await;
+            hold::release(self, held).await;
             if let Err(error) = stopped {
                 return Err(self.not_paused(error).await);
             }

@@ -376,6 +376,7 @@ impl Planner<'_> {
     }
 
     fn delete(&mut self, drop: &[Point], keep: &[Point], visible: &mut VisibleBytes<'_>) -> Result<()> {
+        self.forget_gone(keep);
         self.drop_tags(drop, keep);
         self.remove_unneeded(keep);
         self.empty_carriers(drop, keep);
@@ -383,6 +384,19 @@ impl Planner<'_> {
         self.note_unnamed(&keep);
         self.unname_last(&keep);
         Ok(())
+    }
+
+    /// Forgets layers whose files are gone, and that nothing needs: those of a step that removed some of its
+    /// files, or all, and failed then, so that the rest of it was deferred.
+    fn forget_gone(&mut self, keep: &[Point]) {
+        for layer in &self.record.owned {
+            let is_there = self.layers.iter().any(|known| known.name == *layer);
+            let is_needed = *layer == self.active || keep.iter().any(|point| point.layer == *layer);
+            if !is_there && !is_needed {
+                let edit = Edit::RemoveLayer { target: self.target.clone(), layer: layer.clone() };
+                self.plan.commit.push(edit);
+            }
+        }
     }
 
     fn drop_tags(&mut self, drop: &[Point], keep: &[Point]) {

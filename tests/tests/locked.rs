@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use domsnap_tests::domain::{Domain, NAME, Shape, images, same_images};
 use domsnap_tests::domsnap::status;
 use domsnap_tests::{qemu, report, shim};
@@ -123,5 +123,62 @@ fn an_operation_can_be_abandoned() -> Result<()> {
     ensure!(domain.domsnap().done(&["recover", NAME, "--abandon"])?.stdout.contains("nothing to recover"));
     domain.domsnap().done(&["create", NAME, "after", "--internal"])?;
     domain.domsnap().run(&["recover", "--abandon"])?.expect_status(status::USAGE)?;
+    Ok(())
+}
+
+/// Makes the snapshots that an operation is to work on.
+type Prepare = fn(&mut Domain) -> Result<()>;
+
+/// Each call on the disks' directory fails once, and `recover` ends what that left: every image is whole and
+/// has no leaked clusters, the catalogue knows no file that is gone, and the domain can be worked on.
+#[test]
+fn what_one_failed_call_leaves_is_recovered() -> Result<()> {
+    let two_layers_removed: Prepare = |domain| {
+        domain.create("s1", "external")?;
+        domain.write_and_create("s2", "external")?;
+        domain.write_and_create("s3", "external")?;
+        domain.revert("s1")
+    };
+    let merged_down_and_path_moved: Prepare = |domain| {
+        domain.create("s1", "internal")?;
+        domain.write_everywhere()?;
+        domain.create("s2", "external")?;
+        domain.write_everywhere()
+    };
+    for (prepare, words) in [
+        (two_layers_removed, &["delete", NAME, "s2", "--children"][..]),
+        (merged_down_and_path_moved, &["delete", NAME, "s2"]),
+    ] {
+        let mut domain = Domain::new(&Shape::disks(1))?;
+        prepare(&mut domain)?;
+        let copies = tempfile::tempdir()?;
+        let copy = copies.path().join("before");
+        domain.save_to(&copy)?;
+        let (_outputs, file) = shim::outputs()?;
+        shim::counting(shim::watching(domain.domsnap(), domain.root())?, &file).done(words)?;
+        let operations = shim::counted(&file)?;
+        let of_disks: Vec<_> =
+            operations.iter().filter(|operation| !operation.line.contains(" state/")).collect();
+        ensure!(of_disks.len() > 3, "what fails? {operations:?}");
+        for operation in of_disks {
+            domain.restore_from(&copy)?;
+            let watched = shim::watching(domain.domsnap(), domain.root())?;
+            let said = shim::failing(watched, operation.number, "EIO", shim::Often::Once).run(words)?;
+            let look = || -> Result<()> {
+                domain.domsnap().done(&["recover", NAME])?;
+                let check = domain.domsnap().done(&["check", NAME])?;
+                ensure!(check.stdout.contains("all is well"), "{check}");
+                for entry in std::fs::read_dir(domain.disks())? {
+                    let image = entry?.path();
+                    if image.extension().is_some_and(|extension| extension == "qcow2") {
+                        qemu::check(&image)?;
+                    }
+                }
+                domain.domsnap().done(&["create", NAME, "next", "--external"])?;
+                domain.domsnap().done(&["delete", NAME, "next"]).map(drop)
+            };
+            look().with_context(|| format!("EIO at {}: {said}", operation.line))?;
+        }
+    }
     Ok(())
 }

@@ -37,6 +37,11 @@ struct Operation {
 
 impl Machine {
     fn start() -> Result<Self> {
+        Self::start_with(false)
+    }
+
+    /// `thread`: an I/O thread serves `vda`.
+    fn start_with(thread: bool) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("domsnap-qmp-").tempdir()?;
         let disk = |name: &str| dir.path().join(format!("{name}.qcow2"));
         for name in DISKS {
@@ -50,13 +55,15 @@ impl Machine {
             "-blockdev".to_owned(),
             "driver=qcow2,file=f0,node-name=d0".to_owned(),
             "-device".to_owned(),
-            "virtio-blk-pci,drive=d0,id=vda,bootindex=1".to_owned(),
+            format!("virtio-blk-pci,drive=d0,id=vda,bootindex=1{}", if thread { ",iothread=io" } else { "" }),
             "-drive".to_owned(),
             format!("if=none,id=two,format=qcow2,file={}", disk("vdb").display()),
             "-device".to_owned(),
             "virtio-blk-pci,drive=two,id=vdb".to_owned(),
         ];
-        let words: Vec<&str> = named.iter().map(String::as_str).collect();
+        let object = ["-object", "iothread,id=io"];
+        let named = named.iter().map(String::as_str);
+        let words: Vec<&str> = object.into_iter().filter(|_| thread).chain(named).collect();
         let qemu = Idle::start(Version::New, dir.path(), "m", &words)?;
         Ok(Self { qemu, dir, held: BTreeMap::new() })
     }
@@ -188,7 +195,16 @@ fn nothing_left(socket: &Path, disks: &[(&str, PathBuf)]) -> Result<()> {
 /// Strikes before, and just after, each command of `operation`.
 fn strike(operation: &Operation) -> Result<()> {
     let ci = std::env::var("NEXTEST_PROFILE").as_deref() == Ok("ci");
-    let mut machine = Machine::start()?;
+    let step = if ci { 4 } else { 1 };
+    strike_where(operation, Machine::start()?, |place, _| place % step == 0)
+}
+
+/// Strikes before, and just after, those commands of `operation` of which `is_struck` is true.
+fn strike_where(
+    operation: &Operation,
+    mut machine: Machine,
+    is_struck: impl Fn(usize, &str) -> bool,
+) -> Result<()> {
     let (_outputs, file) = shim::outputs()?;
     (operation.again)(&mut machine).context("before the first")?;
     let address = machine.address();
@@ -197,8 +213,10 @@ fn strike(operation: &Operation) -> Result<()> {
     let commands: Vec<String> = std::fs::read_to_string(&file)?.lines().map(str::to_owned).collect();
     ensure!(commands.len() >= 2, "the shim saw {commands:?}");
     settle(&mut machine, operation).context("after the one that was counted")?;
-    let step = if ci { 4 } else { 1 };
-    for (place, command) in commands.iter().enumerate().step_by(step) {
+    let struck: Vec<_> =
+        commands.iter().enumerate().filter(|(place, command)| is_struck(*place, command)).collect();
+    ensure!(struck.len() >= 2, "none of these is struck: {commands:?}");
+    for (place, command) in struck {
         for sent in [false, true] {
             (operation.again)(&mut machine).with_context(|| format!("before {command}"))?;
             let struck = shim::killing_at_command(shim::preloaded(machine.domsnap()), place as u64 + 1, sent);
@@ -292,6 +310,18 @@ strikes! {
     delete_of_frozen_tags: ["delete", "x"], |machine| under_y(machine, &["--internal", "--disk-only"]);
     /// The layers are in the middle of a chain.
     delete_of_middle_layers: ["delete", "x"], |machine| under_y(machine, &["--external", "--disk-only"]);
+}
+
+/// While the guest's requests wait so that it can be stopped: a guest whose disks an I/O thread serves.
+#[test]
+fn create_while_requests_are_held() -> Result<()> {
+    let operation = Operation {
+        words: &["create", "x", "--disk-only", "--disk", "vda=external", "--disk", "vdb=internal"],
+        again: without_x,
+    };
+    let of_holding = ["blockdev-mirror", "block-job-cancel", "stop", "job-cancel", "job-dismiss"];
+    let is_of_holding = |_, command: &str| of_holding.iter().any(|name| command.ends_with(name));
+    strike_where(&operation, Machine::start_with(true)?, is_of_holding)
 }
 
 /// QEMU 10.0 ends by a segmentation fault where it is asked for its nodes while a stream job is concluded and

@@ -7,6 +7,7 @@ use crate::{
     error::Result,
     fdset,
     graph::{Edge, Graph, remove_layers},
+    hold,
     machine::Machine,
     migration,
     name::{is_mark, is_ours},
@@ -90,12 +91,13 @@ pub async fn reconcile(machine: &Machine) -> Result<Ours> {
 /// # Errors
 /// Those of the connection.
 pub async fn sweep(machine: &Machine, ours: &Ours) -> Result<()> {
-    for job in ours.jobs.iter().filter(|job| job.status == JobStatus::Concluded) {
+    let held = hold::release_left(machine, &ours.jobs).await?;
+    for job in ours.jobs.iter().filter(|job| job.status == JobStatus::Concluded && !hold::is_hold(&job.id)) {
         machine.run("dismissing a job", &job.id, "job-dismiss", json!({ "id": job.id })).await?;
     }
     // Each round frees what stood below.
     let is_idle = |node: &&OurNode| !is_mark(&node.name) && node.users.is_empty();
-    let rounds = if ours.nodes.iter().any(|node| is_idle(&node)) { ours.nodes.len() } else { 0 };
+    let rounds = if held || ours.nodes.iter().any(|node| is_idle(&node)) { ours.nodes.len() } else { 0 };
     for _ in 0..rounds {
         let graph = Graph::read(machine).await?;
         let idle = graph.nodes().iter().filter(|node| is_ours(&node.name));

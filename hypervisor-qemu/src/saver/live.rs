@@ -29,6 +29,7 @@ use crate::{
     fdset::refusal,
     graph::{self, Node},
     guest_clock::set_guest_clock,
+    hold,
     instant::Saving,
     machine::Machine,
     name::{is_mark, is_ours},
@@ -277,6 +278,7 @@ impl LiveDomain for Live {
         let graph = self.machine.graph().await.map_err(told)?;
         let is_left = |node: &Node| {
             node.name.starts_with(disk::PLACEHOLDER)
+                || hold::is_hold_node(&node.name)
                 || (is_ours(&node.name) && !is_mark(&node.name) && graph.users(&node.name).next().is_none())
         };
         // Whoever unplugged a disk could not close its images: a node that is not theirs stands on them. Left open, they

@@ -4,7 +4,7 @@ use super::{Run, Running};
 use crate::catalogue::Change;
 use crate::chain::ChainStep;
 use crate::service::Postponed;
-use crate::{DomainStep, Error, ErrorKind, Event, Group, Result, StepState, Target, Transition};
+use crate::{DomainStep, Error, ErrorKind, Event, Group, Result, StepState, StepStatus, Target, Transition};
 
 impl Running<'_> {
     /// Does the finish steps that are not done, and ends the operation.
@@ -58,7 +58,11 @@ impl Running<'_> {
                         pending.extend(edits.map(Change::Edit));
                         self.tell_done(unit.clone());
                     }
-                    Err(error) if (deferrable || self.is_left_whole(index)) && can_wait(&error) => {
+                    Err(error)
+                        if (deferrable || self.is_left_whole(index))
+                            && can_wait(&error)
+                            && !self.has_moved_path(unit.clone()).await =>
+                    {
                         reason = Some(error.to_string());
                         self.note_kept_tags(index);
                     }
@@ -159,6 +163,21 @@ impl Running<'_> {
         let backend = record.and_then(|record| self.engine.registry.get(&record.disk.format).ok());
         backend.is_some_and(|backend| backend.plans_leftovers())
             && serde_json::from_value::<ChainStep>(step.action.clone()).is_ok()
+    }
+
+    /// Whether one of these steps has moved the configured path, or may have, though it failed (its directory
+    /// could not be flushed). It is not deferred then, but repeated by `recover`: the catalogue would go on
+    /// to say that the path names the former layer, and everything would be refused because it does not.
+    async fn has_moved_path(&self, unit: std::ops::Range<usize>) -> bool {
+        for index in unit {
+            let action = self.operation.plan.steps[index].step.action.clone();
+            if matches!(serde_json::from_value(action), Ok(ChainStep::SwitchActive { .. }))
+                && !matches!(self.status(index).await, Ok(StepStatus::NotDone))
+            {
+                return true;
+            }
+        }
+        false
     }
 
     /// Tags that could not be deleted are no snapshots of the domain any more, and nothing deletes them later.

@@ -40,6 +40,7 @@ pub struct GuestOptions {
     pub(crate) cpus: u32,
     pub(crate) tick_ms: u64,
     pub(crate) drive: bool,
+    pub(crate) iothreads: usize,
     pub(crate) raw: Vec<usize>,
     pub(crate) devices: Vec<(usize, PathBuf)>,
     pub(crate) name: String,
@@ -63,6 +64,7 @@ impl Default for GuestOptions {
             cpus: 1,
             tick_ms: 5,
             drive: false,
+            iothreads: 0,
             raw: Vec::new(),
             devices: Vec::new(),
             name: "guest".into(),
@@ -130,6 +132,12 @@ impl GuestOptions {
     /// over `f0`, `f1`, ...).
     pub fn drive(mut self) -> Self {
         self.drive = true;
+        self
+    }
+
+    /// So many I/O threads, which serve the disks in turns. None: QEMU's main loop serves them.
+    pub fn iothreads(mut self, threads: usize) -> Self {
+        self.iothreads = threads;
         self
     }
 

@@ -124,12 +124,19 @@ impl Qemu {
                 format!("virtserialport,bus=ports.0,nr={number},id={id}-port,chardev={id},name={name}");
             add(&["-device", &port]);
         }
+        for thread in 0..options.iothreads {
+            add(&["-object", &format!("iothread,id=io{thread}")]);
+        }
         for (number, (target, format, file)) in options.formats(Path::new(dir)).into_iter().enumerate() {
             let is_device = options.devices.iter().any(|(disk, _)| *disk == number);
             let file = file.to_string_lossy();
+            let served = match options.iothreads {
+                0 => String::new(),
+                threads => format!(",iothread=io{}", number % threads),
+            };
             if options.drive {
                 add(&["-drive", &format!("file={file},format={format},if=none,id=drive{number}")]);
-                add(&["-device", &format!("virtio-blk-pci,drive=drive{number},id={target}")]);
+                add(&["-device", &format!("virtio-blk-pci,drive=drive{number},id={target}{served}")]);
             } else {
                 let (below, node) = (format!("f{number}"), format!("d{number}"));
                 let driver = if is_device { "host_device" } else { "file" };
@@ -137,7 +144,7 @@ impl Qemu {
                 let format =
                     json!({ "driver": format, "file": below, "node-name": node, "discard": "unmap" });
                 add(&["-blockdev", &protocol.to_string(), "-blockdev", &format.to_string()]);
-                add(&["-device", &format!("virtio-blk-pci,drive={node},id={target}")]);
+                add(&["-device", &format!("virtio-blk-pci,drive={node},id={target}{served}")]);
             }
         }
         line.extend(options.more.iter().map(|word| word.replace("DIR", dir).into()));

@@ -1,0 +1,219 @@
+//! A guest whose disks are served by I/O threads is stopped while no request of its is under way.
+//!
+//! QEMU 10.0.2 loses interrupts where its guest is stopped while an I/O thread completes requests: seen with
+//! `stop` and `cont` alone, without domsnap (docs/performance.md has the figures). By its source, the thread
+//! defers its notifications to the end of its round, since 8.2, and the stop takes the notifier away as soon
+//! as the requests are counted as done. The guest then waits for ever for a request that is complete, and so
+//! does its saved memory.
+//!
+//! So before the stop each disk is drained: a mirror of nothing (`sync=none`) to a node that stores nothing,
+//! which is told to end and may not yet (`auto-finalize=false`). Until it is let end, QEMU takes no requests
+//! from the guest, and the ones before have been completed and notified. It is told to end by a cancel that
+//! is not forced, and never by `job-complete`: so whoever finalises the job (a user, after a crash of ours)
+//! cannot put the empty node in the disk's place. A crash leaves the guest's requests waiting;
+//! [`release_left`] ends that, before anything else is done.
+
+use std::time::{Duration, Instant};
+
+use qmp::{Job, JobStatus};
+use serde_json::{Value, json};
+use tokio::time::sleep;
+
+use crate::{
+    error::Result,
+    machine::Machine,
+    name::{Name, is_ours},
+};
+
+/// The first QEMU whose I/O threads defer notifications.
+const DEFERS: (u64, u64, u64) = (8, 2, 0);
+
+/// What the names of such jobs begin with.
+const JOB: &str = "domsnap-hold-";
+
+/// What the names of the nodes begin with that store nothing.
+const NODE: &str = "domsnap-hn-";
+
+/// Within which each of the two states must be reached; else the guest is stopped without.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Within which the threads must have nothing to do.
+const IDLE: Duration = Duration::from_millis(500);
+
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// One disk whose requests wait.
+#[derive(Debug)]
+struct Held {
+    job: String,
+    node: String,
+}
+
+/// The disks whose requests wait.
+#[derive(Debug, Default)]
+#[must_use = "the guest's requests wait until `release`"]
+pub(crate) struct Holding(Vec<Held>);
+
+/// Whether a job is one of these.
+pub(crate) fn is_hold(job: &str) -> bool {
+    job.starts_with(JOB)
+}
+
+/// Whether a node is what such a job writes to.
+pub(crate) fn is_hold_node(node: &str) -> bool {
+    node.starts_with(NODE)
+}
+
+/// Whether this QEMU may lose an interrupt where it stops its guest.
+pub(crate) async fn is_needed(machine: &Machine) -> Result<bool> {
+    if machine.qmp().greeting().version.is_some_and(|version| version < DEFERS) {
+        return Ok(false);
+    }
+    let threads = machine.query("query-iothreads", Value::Null).await?;
+    Ok(threads.as_array().is_some_and(|threads| !threads.is_empty()))
+}
+
+/// Lets the requests of the guest's wait, of each disk that it can be had of: one that a job of somebody else
+/// works on cannot. Never fails: the guest can be stopped without.
+pub(crate) async fn hold(machine: &Machine) -> Holding {
+    match machine.needs_hold().await {
+        Ok(true) => {}
+        _ => return Holding::default(),
+    }
+    let mut holding = Holding::default();
+    if let Err(error) = hold_all(machine, &mut holding).await {
+        tracing::warn!(%error, "the guest's requests to its disks could not be held before it is paused");
+        release(machine, std::mem::take(&mut holding)).await;
+    }
+    holding
+}
+
+async fn hold_all(machine: &Machine, holding: &mut Holding) -> Result<()> {
+    let drives = machine.query("query-block", Value::Null).await?;
+    for drive in drives.as_array().into_iter().flatten() {
+        let inserted = &drive["inserted"];
+        let has_device = drive["qdev"].as_str().is_some_and(|qdev| !qdev.is_empty());
+        let (Some(node), Some(size)) =
+            (inserted["node-name"].as_str(), inserted["image"]["virtual-size"].as_u64())
+        else {
+            continue;
+        };
+        if has_device && let Err(error) = begin(machine, node, size, holding).await {
+            tracing::debug!(%error, node, "requests to this disk are not held");
+        }
+    }
+    let names: Vec<String> = holding.0.iter().map(|held| held.job.clone()).collect();
+    reach(machine, &names, &JobStatus::Ready).await?;
+    for job in &names {
+        let arguments = json!({ "device": job, "force": false });
+        machine.run("holding the guest's requests", job, "block-job-cancel", arguments).await?;
+    }
+    reach(machine, &names, &JobStatus::Pending).await?;
+    idle(machine).await
+}
+
+async fn begin(machine: &Machine, source: &str, size: u64, holding: &mut Holding) -> Result<()> {
+    let attempted = "holding the guest's requests";
+    let node = Name::fresh("hn").as_str().to_owned();
+    let added = json!({ "driver": "null-co", "node-name": node, "size": size });
+    machine.run(attempted, source, "blockdev-add", added).await?;
+    let job = Name::fresh("hold").as_str().to_owned();
+    let arguments = json!({
+        "job-id": job, "device": source, "target": node, "sync": "none",
+        "auto-finalize": false, "auto-dismiss": false,
+    });
+    match machine.run(attempted, source, "blockdev-mirror", arguments).await {
+        Ok(_) => {
+            holding.0.push(Held { job, node });
+            Ok(())
+        }
+        Err(error) => {
+            let _ = machine.run(attempted, &node, "blockdev-del", json!({ "node-name": node })).await;
+            Err(error)
+        }
+    }
+}
+
+async fn jobs(machine: &Machine) -> Result<Vec<Job>> {
+    let jobs = machine.query("query-jobs", Value::Null).await?;
+    Job::list(&jobs).ok_or_else(|| machine.odd("query-jobs", &jobs))
+}
+
+/// Waits until all of these jobs are in a state, or have ended.
+async fn reach(machine: &Machine, names: &[String], state: &JobStatus) -> Result<()> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let found = jobs(machine).await?;
+        let is_there = |name: &String| {
+            let job = found.iter().find(|job| job.id == *name);
+            job.is_none_or(|job| job.status == *state || job.status == JobStatus::Concluded)
+        };
+        if names.iter().all(is_there) {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            let subject = machine.qmp().socket().display();
+            let detail = format!("the disks' jobs do not come to {state:?}");
+            let attempted = "holding the guest's requests";
+            return Err(crate::Error::new(crate::ErrorKind::Timeout, attempted, subject, detail));
+        }
+        sleep(LOOK).await;
+    }
+}
+
+/// Waits until the I/O threads have nothing to do: then they have notified what they have completed.
+async fn idle(machine: &Machine) -> Result<()> {
+    let threads = machine.query("query-iothreads", Value::Null).await?;
+    let ids: Vec<u64> =
+        threads.as_array().into_iter().flatten().filter_map(|thread| thread["thread-id"].as_u64()).collect();
+    let Some(pid) = machine.pid() else {
+        sleep(Duration::from_millis(20)).await;
+        return Ok(());
+    };
+    let is_busy = |thread: &u64| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('S'))
+    };
+    let until = Instant::now() + IDLE;
+    sleep(LOOK).await;
+    while ids.iter().any(is_busy) && Instant::now() < until {
+        sleep(LOOK).await;
+    }
+    Ok(())
+}
+
+/// Lets the requests go on: for a guest that is stopped, when it runs.
+pub(crate) async fn release(machine: &Machine, holding: Holding) {
+    for held in &holding.0 {
+        if let Err(error) = end(machine, &held.job).await {
+            tracing::warn!(%error, job = held.job, "requests of the guest's wait still");
+        }
+    }
+    for held in &holding.0 {
+        let name = json!({ "node-name": held.node });
+        let _ = machine.run("deleting a node", &held.node, "blockdev-del", name).await;
+    }
+}
+
+async fn end(machine: &Machine, job: &str) -> Result<()> {
+    let attempted = "letting the guest's requests go on";
+    let id = json!({ "id": job });
+    let ended = machine.run(attempted, job, "job-cancel", id.clone()).await;
+    reach(machine, &[job.to_owned()], &JobStatus::Concluded).await?;
+    // One that ended by itself cannot be cancelled.
+    machine.run(attempted, job, "job-dismiss", id).await.map(drop).or(ended.map(drop))
+}
+
+/// Lets requests go on that a crash of ours left waiting. Changes nothing where there are none. May be
+/// repeated.
+///
+/// # Errors
+/// Those of the connection; what QEMU said.
+pub(crate) async fn release_left(machine: &Machine, jobs: &[Job]) -> Result<bool> {
+    let left: Vec<&Job> = jobs.iter().filter(|job| is_ours(&job.id) && is_hold(&job.id)).collect();
+    for job in &left {
+        end(machine, &job.id).await?;
+    }
+    Ok(!left.is_empty())
+}
