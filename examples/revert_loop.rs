@@ -6,8 +6,9 @@
 
 use std::sync::Arc;
 
+use catalogue_sqlite::SqliteCatalogue;
 use snapcore::{CreateRequest, DeleteRequest, DomainRef, Domsnap, Error, ErrorKind};
-use snapcore::{Registry, Result, RevertRequest, SnapshotName, StateDir};
+use snapcore::{Registry, Result, RevertRequest, SnapshotName};
 use tokio_util::sync::CancellationToken;
 
 #[tokio::main]
@@ -20,7 +21,7 @@ async fn main() -> Result<()> {
     registry.register(Arc::new(backend_qcow2::Qcow2::new()))?;
     hypervisor_qemu::register(&mut registry);
     let state = std::env::var("DOMSNAP_STATE_DIR").unwrap_or_else(|_| "/var/lib/domsnap".into());
-    let domsnap = Domsnap::open(StateDir::new(state), registry);
+    let domsnap = Domsnap::new(Arc::new(SqliteCatalogue::new(state)), registry);
 
     let (domain, booted) = (DomainRef::parse(&format!("qemu:{socket}"))?, SnapshotName::new("booted")?);
     let never = CancellationToken::new();

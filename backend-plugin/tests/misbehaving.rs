@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use backend_plugin::{Limits, Plugin};
 use camino::{Utf8Path, Utf8PathBuf};
+use catalogue_sqlite::SqliteCatalogue;
 use snapcore::{
     CreateRequest, DomainName, DomainRef, DomainSpec, Domsnap, Error, ErrorKind, Registry, RevertRequest,
-    Severity, SnapshotName, StateDir, Target,
+    Severity, SnapshotName, Target,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -82,7 +83,7 @@ impl House {
         let plugin = Plugin::with_limits("dir", self.path("domsnap-backend-dir"), self.limits);
         let mut registry = Registry::new();
         registry.register(Arc::new(plugin)).unwrap();
-        Domsnap::open(StateDir::new(self.path("state")), registry)
+        Domsnap::new(Arc::new(SqliteCatalogue::new(self.path("state"))), registry)
     }
 
     fn impatient(mut self) -> Self {

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use camino::Utf8PathBuf;
+use catalogue_sqlite::SqliteCatalogue;
 use snapcore::{
     CreateDisk, CreateRequest, DeleteRequest, DomainRef, Domsnap, PointKind, Registry, RevertRequest,
-    SnapshotName, StateDir, Target,
+    SnapshotName, Target,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -39,7 +41,7 @@ impl House {
         let mut registry = Registry::new();
         backend_qcow2::register(&mut registry).unwrap();
         let state = Utf8PathBuf::from_path_buf(directory.path().join("state")).unwrap();
-        let service = Domsnap::open(StateDir::new(state), registry);
+        let service = Domsnap::new(Arc::new(SqliteCatalogue::new(state)), registry);
         let paths: Vec<&str> = disks.iter().map(|disk| disk.to_str().unwrap()).collect();
         let domain = DomainRef::parse(&paths.join(",")).unwrap();
         Self { directory, service, domain }

@@ -7,6 +7,7 @@ mod args;
 mod backends;
 mod commands;
 mod documents;
+mod domain_file;
 mod failure;
 mod log;
 mod progress;

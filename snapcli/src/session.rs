@@ -2,10 +2,12 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::future::{Future, poll_fn};
+use std::sync::Arc;
 use std::task::Poll;
 
 use camino::Utf8PathBuf;
-use snapcore::service::{Domsnap, StateDir};
+use catalogue_sqlite::SqliteCatalogue;
+use snapcore::service::Domsnap;
 use snapcore::{DomainName, Error, ErrorKind, Result};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -33,9 +35,9 @@ pub struct Session {
 impl Session {
     /// Opens the service. Nothing is read yet.
     pub fn open(global: Global) -> Result<Self> {
-        let state = StateDir::new(state_dir(&global)?);
+        let catalogue = Arc::new(SqliteCatalogue::new(state_dir(&global)?));
         let backends = Backends::of(&global)?;
-        let service = Domsnap::open(state, backends.registry.clone());
+        let service = Domsnap::new(catalogue, backends.registry.clone());
         let (cancel, asking, warnings) = Default::default();
         Ok(Self { global, service, backends, cancel, asking, warnings })
     }

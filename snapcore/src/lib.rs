@@ -2,7 +2,8 @@
 //!
 //! This crate knows no disk format and no hypervisor. It has the words of the field as types, the trait that a
 //! storage backend fulfils ([`DiskSnapshotter`]), the pure planner ([`plan`]), the engine that carries a plan out
-//! so that a crash at any instant heals ([`engine`]), the catalogue that remembers what was taken ([`catalogue`]), and
+//! so that a crash at any instant heals ([`engine`]), the contract of the catalogue that remembers what was taken
+//! ([`catalogue`]; `catalogue-sqlite` is the one of one machine), and
 //! the service that puts them together ([`Domsnap`]).
 //!
 //! # Embedding
@@ -11,18 +12,20 @@
 //! use std::sync::Arc;
 //!
 //! use snapcore::{
-//!     CreateRequest, DiskSnapshotter, DomainRef, Domsnap, Event, Registry, RevertRequest, SnapshotName, StateDir,
+//!     CreateRequest, DiskSnapshotter, DomainRef, Domsnap, Event, Registry, RevertRequest, SnapshotName,
+//!     catalogue::Catalogue,
 //! };
 //! use tokio_util::sync::CancellationToken;
 //!
 //! /// Takes a snapshot, tries something, and returns to the snapshot where that failed.
 //! async fn protected(
+//!     catalogue: Arc<dyn Catalogue>,
 //!     backend: Arc<dyn DiskSnapshotter>,
 //!     attempt: impl AsyncFnOnce() -> bool,
 //! ) -> snapcore::Result<()> {
 //!     let mut registry = Registry::new();
 //!     registry.register(backend)?;
-//!     let domsnap = Domsnap::open(StateDir::new("/var/lib/domsnap"), registry);
+//!     let domsnap = Domsnap::new(catalogue, registry);
 //!
 //!     let mut events = domsnap.events();
 //!     tokio::spawn(async move {
@@ -87,7 +90,7 @@ pub use name::{DomainName, LayerName, MAX_NAME_BYTES, SnapshotName, Target};
 pub use operation::{Operation, OperationId, OperationState, StepState, Transition};
 pub use registry::Registry;
 pub use request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
-pub use service::{DomainRef, DomainSpec, Domsnap, StateDir};
+pub use service::{DomainRef, DomainSpec, Domsnap};
 pub use shell::{shell_command, shell_word};
 pub use size::shown_size;
 pub use snapshot::{

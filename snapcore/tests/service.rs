@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 
 use camino::{Utf8Path, Utf8PathBuf};
+use catalogue_sqlite::SqliteCatalogue;
 use fake::{FakeBackend, FakeDisk, Fault, How, When};
 use snapcore::service::{ImportOptions, RecoveryEnd};
 use snapcore::*;
@@ -58,7 +59,7 @@ impl Place {
     fn service(&self) -> Domsnap {
         let mut registry = Registry::new();
         registry.register(Arc::new(self.backend.clone())).unwrap();
-        Domsnap::open(StateDir::new(self.state()), registry)
+        Domsnap::new(Arc::new(SqliteCatalogue::new(self.state())), registry)
     }
 
     fn spec(&self, domain: &str, images: &[&str]) -> DomainSpec {
@@ -432,17 +433,6 @@ fn domain_strings_are_names_or_image_paths() {
     for bad in ["", "a b", "/vm/a,", ",", "/vm/a,/vm/a"] {
         assert_eq!(DomainRef::parse(bad).unwrap_err().kind(), ErrorKind::Usage, "{bad:?}");
     }
-}
-
-#[test]
-fn domain_files_are_read_and_their_mistakes_named() {
-    let text = "name = \"web\"\nhypervisor = \"none\"\nactive-path = \"new\"\n\
-                [[disk]]\ntarget = \"vda\"\npath = \"a.qcow2\"\nformat = \"qcow2\"\n";
-    let spec = DomainSpec::from_toml(text, Utf8Path::new("/vm")).unwrap();
-    assert_eq!((spec.disks[0].path.as_str(), spec.active_path), ("/vm/a.qcow2", ActivePath::New));
-    let error = DomainSpec::from_toml("name = \"web\"\ncolour = 1\n", Utf8Path::new("/vm")).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Usage);
-    assert!(error.to_string().contains("colour"), "{error}");
 }
 
 #[test]

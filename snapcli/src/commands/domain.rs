@@ -11,6 +11,7 @@ use crate::commands::list::{layers, stopped};
 use crate::commands::power::{self, Now};
 use crate::commands::scan;
 use crate::documents::{DomainDoc, DomainShowDoc, DomainsDoc, ListDoc, ListedDomain, Power, RemovalDoc};
+use crate::domain_file;
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::table::table;
@@ -99,7 +100,7 @@ fn read_file(file: &Utf8Path) -> Result<DomainSpec, Failure> {
     let file = camino::absolute_utf8(file).map_err(said)?;
     let text = std::fs::read_to_string(&file).map_err(said)?;
     let directory = file.parent().unwrap_or(Utf8Path::new("/"));
-    Ok(DomainSpec::from_toml(&text, directory).map_err(|error| error.context(format!("reading {file}")))?)
+    Ok(domain_file::read(&text, directory).map_err(|error| error.context(format!("reading {file}")))?)
 }
 
 /// `domsnap import`

@@ -1,14 +1,10 @@
 //! The catalogue: which domains there are, which snapshots they have, and the journal of what is being done to them.
 //!
-//! The engine knows [`Catalogue`] alone. [`SqliteCatalogue`] fulfils it on one machine; the contract is made so that
-//! a store of a cluster (etcd) can: it asks for no more than compare-and-set of one domain's keys in one
+//! The engine knows [`Catalogue`] alone, and no store. The crate `catalogue-sqlite` fulfils it on one machine; the contract
+//! is made so that a store of a cluster (etcd) can: it asks for no more than compare-and-set of one domain's keys in one
 //! transaction, watching them, and leases.
 
 mod edit;
-mod lock;
-mod record;
-mod schema;
-mod sqlite;
 
 use std::any::Any;
 use std::pin::Pin;
@@ -22,7 +18,6 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 pub use edit::apply_edit;
-pub use sqlite::SqliteCatalogue;
 
 use crate::{
     Domain, DomainName, Edit, Operation, OperationId, OperationState, Result, Snapshot, SnapshotTree,

@@ -20,34 +20,18 @@ use tokio_util::sync::CancellationToken;
 pub use identity::Belonging;
 pub use live::Scanned;
 pub use locate::{image_path, require_files};
-pub use reference::{DomainRef, DomainSpec, GivenImage, image_list, read_socket};
+pub use reference::{DomainRef, DomainSpec, GivenImage, image_list, read_socket, socket_in};
 pub use report::{
     Details, DiskReport, DomainSummary, ImportReport, Listing, Member, Outcome, Postponed, RecoveryEnd,
     RecoveryReport, Removal, Unfinished,
 };
 
 use self::change::to_the_end;
-use crate::catalogue::{Catalogue, SqliteCatalogue};
+use crate::catalogue::Catalogue;
 use crate::{
     Control, CreateRequest, DeleteRequest, Domain, DomainName, Error, ErrorKind, EventStream, Events,
     Finding, Hypervisor, Plan, Registry, Request, Result, RevertRequest, Seen, SnapshotName, time_name,
 };
-
-/// The directory where catalogue, journal and locks live.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StateDir(Utf8PathBuf);
-
-impl StateDir {
-    /// `path`, which is made when something is first written.
-    pub fn new(path: impl Into<Utf8PathBuf>) -> Self {
-        Self(path.into())
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Utf8Path {
-        &self.0
-    }
-}
 
 /// How an import goes.
 #[derive(Debug, Clone, Default)]
@@ -99,14 +83,8 @@ struct Inner {
 }
 
 impl Domsnap {
-    /// The service on a state directory. Nothing is read or made yet: a command that only reads works without a
-    /// state directory, and makes none.
-    pub fn open(state: StateDir, registry: Registry) -> Self {
-        Self::with_catalogue(Arc::new(SqliteCatalogue::new(state.0)), registry)
-    }
-
-    /// The service on another catalogue.
-    pub fn with_catalogue(catalogue: Arc<dyn Catalogue>, registry: Registry) -> Self {
+    /// The service on a catalogue. Nothing is read or made yet.
+    pub fn new(catalogue: Arc<dyn Catalogue>, registry: Registry) -> Self {
         Self { inner: Arc::new(Inner { registry, catalogue, events: Events::default() }) }
     }
 

@@ -1,12 +1,10 @@
 //! How a user names a domain, and describes a new one.
 
 use camino::{Utf8Path, Utf8PathBuf};
-use serde::Deserialize;
 
 use super::identity::file_id;
 use crate::{
-    ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, MAX_COMPRESSION, Result, Seen,
-    Target, chain,
+    ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, Seen, Target, chain,
 };
 
 /// A domain as a user names it: a registered name, the images of disks at rest, or where a running one is reached.
@@ -217,14 +215,6 @@ pub fn image_list<'a>(images: impl IntoIterator<Item = (&'a Utf8Path, Option<&'a
     images.into_iter().map(image).collect::<Vec<_>>().join(",")
 }
 
-/// How a domain file says where a domain is reached.
-fn advice_of(hypervisor: Hypervisor) -> &'static str {
-    match hypervisor {
-        Hypervisor::Xen => "add a [control] with xen = \"NAME\", as `xl list` shows it",
-        Hypervisor::None | Hypervisor::Qemu => "add a [control] with qmp = \"SOCKET\"",
-    }
-}
-
 /// What an address of TCP begins with.
 const TCP: &str = "tcp:";
 
@@ -246,7 +236,10 @@ pub fn read_socket(text: &str) -> Result<String> {
 }
 
 /// As [`read_socket`], in a file whose paths begin at `directory`.
-fn socket_in(directory: &Utf8Path, text: &Utf8Path) -> Result<String> {
+///
+/// # Errors
+/// [`ErrorKind::Usage`] for an address of TCP that cannot be used.
+pub fn socket_in(directory: &Utf8Path, text: &Utf8Path) -> Result<String> {
     match text.as_str().starts_with(TCP) {
         true => tcp_address(text.as_str()),
         false => Ok(directory.join(text).into()),
@@ -449,123 +442,12 @@ impl DomainSpec {
         self.active_path = active_path;
         self
     }
-
-    /// Reads a domain file: `name`, `hypervisor` (`"none"`, `"qemu"`), `active-path` (`"keep"`, `"new"`), for a
-    /// hypervisor a `[control]` with `qmp`, `agent`, `memory-dir` and `start`, and a `[[disk]]` with `target`, `path` and
-    /// `format` for each disk. Relative paths are taken from `directory`. With a `[control]` there may be no disk: then
-    /// the running domain is to be asked for them before it is registered.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Usage`], with the line and what was expected there.
-    pub fn from_toml(text: &str, directory: &Utf8Path) -> Result<Self> {
-        #[derive(Deserialize)]
-        #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-        struct File {
-            name: DomainName,
-            #[serde(default)]
-            hypervisor: Hypervisor,
-            control: Option<Reach>,
-            #[serde(default)]
-            active_path: ActivePath,
-            #[serde(default)]
-            disk: Vec<Disk>,
-        }
-        #[derive(Deserialize)]
-        #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-        struct Reach {
-            qmp: Option<Utf8PathBuf>,
-            xen: Option<String>,
-            agent: Option<Utf8PathBuf>,
-            memory_dir: Option<Utf8PathBuf>,
-            #[serde(default)]
-            start: Vec<String>,
-            compress: Option<u8>,
-            config: Option<Utf8PathBuf>,
-        }
-        let file: File = toml::from_str(text).map_err(|cause| {
-            Error::new(ErrorKind::Usage, "the domain file is not understood").because(cause).advise(
-                "it has name, hypervisor, active-path, for a hypervisor a [control] with qmp or xen, agent, memory-dir, \
-                 start, compress and config, and one [[disk]] with target, path and format a disk",
-            )
-        })?;
-        let mut spec = Self::new(file.name).active_path(file.active_path);
-        spec = match (file.hypervisor, file.control) {
-            (Hypervisor::None, None) => spec,
-            (Hypervisor::None, Some(_)) => {
-                return Err(Error::new(
-                    ErrorKind::Usage,
-                    "the domain file has a [control] and no hypervisor",
-                )
-                .advise("state it: hypervisor = \"qemu\""));
-            }
-            (hypervisor, None) => {
-                return Err(Error::new(
-                    ErrorKind::Usage,
-                    format!("the domain file does not say how hypervisor {hypervisor} is reached"),
-                )
-                .advise(advice_of(hypervisor)));
-            }
-            (hypervisor, Some(reach)) => {
-                if let Some(level) = reach.compress.filter(|level| *level > MAX_COMPRESSION) {
-                    return Err(Error::new(
-                        ErrorKind::Usage,
-                        format!("the domain file has compress = {level}, which is no level of compression"),
-                    )
-                    .advise("levels are 1 (fast) to 19 (small); 0 does not compress"));
-                }
-                let address = match (hypervisor, reach.qmp, reach.xen) {
-                    (Hypervisor::Qemu, Some(socket), None) => socket_in(directory, &socket)?,
-                    (Hypervisor::Xen, None, Some(name)) => name,
-                    _ => {
-                        let detail = format!(
-                            "the domain file does not say how hypervisor {hypervisor}, and it alone, is reached"
-                        );
-                        return Err(Error::new(ErrorKind::Usage, detail).advise(advice_of(hypervisor)));
-                    }
-                };
-                let control = Control {
-                    address,
-                    agent: reach.agent.map(|agent| socket_in(directory, &agent)).transpose()?.map(Into::into),
-                    memory_dir: reach.memory_dir.map(|memory| directory.join(memory)),
-                    start: reach.start,
-                    compress: reach.compress,
-                    config: reach.config.map(|config| directory.join(config)),
-                };
-                spec.run_by(hypervisor, control)
-            }
-        };
-        for disk in file.disk {
-            if disk.target.is_domain() {
-                return Err(Error::new(
-                    ErrorKind::Usage,
-                    format!(
-                        "the domain file calls a disk {:?}, which is what the domain itself is called",
-                        disk.target.as_str()
-                    ),
-                )
-                .advise("call it as the guest does: vda, sda, ..."));
-            }
-            let path = directory.join(&disk.path);
-            spec.disks.push(Disk { path, ..disk });
-        }
-        Ok(spec)
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::SeenDisk;
-
-    fn usage(result: Result<DomainSpec>) -> Error {
-        let error = result.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
-        error
-    }
-
-    fn read(text: &str) -> Result<DomainSpec> {
-        DomainSpec::from_toml(text, Utf8Path::new("/srv/web"))
-    }
 
     #[test]
     fn what_runs_at_a_socket_is_named_by_the_sockets_absolute_path_and_reads_back() {
@@ -634,14 +516,6 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Usage, "{text}");
             assert!(error.to_string().contains("TCP") && error.to_string().contains("unix:"), "{error}");
         }
-        let file =
-            "name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'tcp:localhost:1'\nagent = 'tcp:[::1]:2'\n";
-        let control = read(file).unwrap().control.unwrap();
-        assert_eq!(
-            (control.address.as_str(), control.agent),
-            ("tcp:127.0.0.1:1", Some("tcp:[::1]:2".into()))
-        );
-        usage(read("name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'tcp:192.0.2.1:1'\n"));
     }
 
     #[test]
@@ -662,36 +536,6 @@ mod tests {
         let error = DomainRef::parse("qemu:").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage);
         assert!(error.advice().unwrap().contains("QMP socket"), "{error}");
-    }
-
-    #[test]
-    fn a_domain_file_tells_how_a_running_domain_is_reached_from_its_own_directory() {
-        let spec = read(
-            "name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'qmp'\nagent = '/run/agent'\nmemory-dir = 'memory'\ncompress = 3\n\
-             start = ['qemu', '-m', '1G']\n[[disk]]\ntarget = 'vda'\npath = 'a.qcow2'\nformat = 'qcow2'\n",
-        )
-        .unwrap();
-        let control = Control {
-            address: "/srv/web/qmp".to_owned(),
-            agent: Some("/run/agent".into()),
-            memory_dir: Some("/srv/web/memory".into()),
-            compress: Some(3),
-            start: ["qemu", "-m", "1G"].map(str::to_owned).to_vec(),
-            config: None,
-        };
-        assert_eq!((spec.hypervisor, spec.control), (Hypervisor::Qemu, Some(control)));
-        assert_eq!(spec.disks[0].path, "/srv/web/a.qcow2");
-    }
-
-    #[test]
-    fn a_hypervisor_and_how_it_is_reached_are_told_together_or_not_at_all() {
-        let error = usage(read("name = 'web'\n[control]\nqmp = 'qmp'\n"));
-        assert!(error.to_string().contains("no hypervisor"), "{error}");
-        let error = usage(read("name = 'web'\nhypervisor = 'qemu'\n"));
-        assert!(error.to_string().contains("how hypervisor qemu is reached"), "{error}");
-        usage(read("name = 'web'\nhypervisor = 'qemu'\n[control]\nagent = 'a'\n"));
-        usage(read("name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'q'\nqpm = 'q'\n"));
-        assert_eq!(read("name = 'web'\n").unwrap().control, None);
     }
 
     fn seen(disks: Vec<SeenDisk>) -> Seen {
@@ -755,11 +599,5 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Refused);
         assert!(error.advice().unwrap().contains("absolute paths"), "{error}");
         assert!(spec.disks.is_empty());
-    }
-
-    #[test]
-    fn no_disk_may_be_called_as_the_domain_itself_is() {
-        let error = usage(read("name = 'web'\n[[disk]]\ntarget = 'domain'\npath = 'a'\nformat = 'qcow2'\n"));
-        assert!(error.to_string().contains("domain itself"), "{error}");
     }
 }

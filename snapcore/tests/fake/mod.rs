@@ -9,11 +9,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
+use catalogue_sqlite::SqliteCatalogue;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use snapcore::catalogue::{
-    Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions, SqliteCatalogue,
-};
+use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
 use snapcore::*;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
+use catalogue_sqlite::SqliteCatalogue;
 use serde::{Deserialize, Serialize};
-use snapcore::catalogue::SqliteCatalogue;
 use snapcore::service::{Outcome, RecoveryReport};
 use snapcore::{
     CreateDisk, CreateRequest, DeleteRequest, DiskRecord, DomainName, DomainRef, DomainSpec, Domsnap, Error,
@@ -110,7 +110,7 @@ impl Process {
         registry.register(Arc::new(Struck { inner: shop.backend(), strikes: strikes.clone() }))?;
         let catalogue =
             StruckCatalogue { inner: SqliteCatalogue::new(plot.state()), strikes: strikes.clone() };
-        let service = Domsnap::with_catalogue(Arc::new(catalogue), registry);
+        let service = Domsnap::new(Arc::new(catalogue), registry);
         drop(_entered);
         let domain = DomainRef::Name(plot.domain.clone());
         Ok(Self { runtime: Some(runtime), service, strikes, domain, plot: plot.clone() })

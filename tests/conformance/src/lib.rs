@@ -46,6 +46,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod catalogue;
 mod child;
 mod house;
 mod model;

@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::catalogue::{
-    Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions, SqliteCatalogue,
-};
+use catalogue_sqlite::SqliteCatalogue;
+use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
 use snapcore::{
     ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
     DiskSnapshotter, DiskState, DomainName, Error, ErrorKind, Finding, Guard, InspectDepth, LayerName,

@@ -22,12 +22,14 @@ use rusqlite::{Connection, MAIN_DB, OpenFlags, TransactionBehavior, params};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::record::{self, Failure, Rows};
-use super::schema::{self, MIGRATIONS, Version};
-use super::{
-    Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions, apply_edit, lock,
+use snapcore::catalogue::{
+    Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions, apply_edit,
 };
-use crate::{Domain, DomainName, Error, ErrorKind, Operation, OperationId, Result, SnapshotTree};
+use snapcore::{Domain, DomainName, Error, ErrorKind, Operation, OperationId, Result, SnapshotTree};
+
+use crate::lock;
+use crate::record::{self, Failure, Rows};
+use crate::schema::{self, MIGRATIONS, Version};
 
 /// How long a transaction of another process is waited for.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);

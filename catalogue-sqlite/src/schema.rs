@@ -3,7 +3,7 @@
 use rusqlite::Connection;
 
 /// What makes a database of version N one of version N + 1, in order. Only ever added to.
-pub(super) const MIGRATIONS: &[&str] = &["
+pub(crate) const MIGRATIONS: &[&str] = &["
 -- The last revision that was given to any domain.
 CREATE TABLE revision (
     only INTEGER PRIMARY KEY CHECK (only = 1),
@@ -167,7 +167,7 @@ UPDATE operations SET commit_edits = json_remove(commit_edits, '$[0].machine.rec
 
 /// What a database's version means to this program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Version {
+pub(crate) enum Version {
     /// It is this program's.
     Ours,
     /// It is older, and can be brought forward.
@@ -177,7 +177,7 @@ pub(super) enum Version {
 }
 
 /// Reads the version of a database against `migrations`.
-pub(super) fn version(connection: &Connection, migrations: &[&str]) -> rusqlite::Result<Version> {
+pub(crate) fn version(connection: &Connection, migrations: &[&str]) -> rusqlite::Result<Version> {
     let found: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     let ours = i64::try_from(migrations.len()).unwrap_or(i64::MAX);
     Ok(match found.cmp(&ours) {
@@ -188,7 +188,7 @@ pub(super) fn version(connection: &Connection, migrations: &[&str]) -> rusqlite:
 }
 
 /// Brings a database forward to the last of `migrations`, in one transaction: a crash leaves the old or the new.
-pub(super) fn migrate(connection: &mut Connection, migrations: &[&str]) -> rusqlite::Result<()> {
+pub(crate) fn migrate(connection: &mut Connection, migrations: &[&str]) -> rusqlite::Result<()> {
     let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     // Read under the transaction's lock: another process may have done it meanwhile.
     let found: i64 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;

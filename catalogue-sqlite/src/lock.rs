@@ -7,10 +7,10 @@ use std::os::unix::fs::DirBuilderExt;
 use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::{Directory, Kind};
 
-use crate::{Error, ErrorKind, Result};
+use snapcore::{Error, ErrorKind, Result};
 
 /// Makes `directory` and what is missing above it, for its owner alone. Durable when it returns.
-pub(super) fn make_private_directory(directory: &Utf8Path) -> Result<()> {
+pub(crate) fn make_private_directory(directory: &Utf8Path) -> Result<()> {
     let failed = |cause: std::io::Error| {
         Error::new(ErrorKind::Io, format!("the state directory {directory} cannot be made"))
             .because(cause)
@@ -40,7 +40,7 @@ pub(super) fn make_private_directory(directory: &Utf8Path) -> Result<()> {
 ///
 /// # Errors
 /// [`ErrorKind::Refused`]; the system's.
-pub(super) fn require_own_place(directory: &Utf8Path) -> Result<()> {
+pub(crate) fn require_own_place(directory: &Utf8Path) -> Result<()> {
     let found = confined_files::foreign_place(directory.as_std_path()).map_err(|cause| {
         Error::new(ErrorKind::Io, format!("the state directory {directory} cannot be looked at"))
             .because(cause)
@@ -71,7 +71,7 @@ const MAX_HOLDER_BYTES: u64 = 256;
 
 /// Takes the lock `name` under `locks`: an advisory lock on an open file description, so that the kernel gives it
 /// back however its holder ends. The file stays: removing it would let two holders lock two files of one name.
-pub(super) fn lock(locks: &Utf8Path, name: &str, holder: &str) -> Result<File> {
+pub(crate) fn lock(locks: &Utf8Path, name: &str, holder: &str) -> Result<File> {
     make_private_directory(locks)?;
     let path = file_of(locks, name);
     let failed = |cause: std::io::Error| {

@@ -1,30 +1,105 @@
-//! The catalogue's contract, kept by SQLite; and edits against a model.
+//! The contract of a catalogue ([`Catalogue`]), as trials that every catalogue runs: what its documentation promises, and edits
+//! against a model.
+//!
+//! ```no_run
+//! # use std::{process::ExitCode, sync::Arc};
+//! # use snapcore::catalogue::Catalogue;
+//! # struct Fresh;
+//! # impl Fresh { fn new() -> Self { Self } }
+//! # fn connect(_: &Fresh) -> Arc<dyn Catalogue> { unimplemented!() }
+//! use snapcore_conformance::catalogue::{Store, run};
+//!
+//! impl Store for Fresh {
+//!     fn open(&self) -> Arc<dyn Catalogue> {
+//!         connect(self)
+//!     }
+//!     fn another(&self) -> Box<dyn Store> {
+//!         Box::new(Fresh::new())
+//!     }
+//! }
+//!
+//! fn main() -> ExitCode {
+//!     run(|| Box::new(Fresh::new()))
+//! }
+//! ```
 
 use std::collections::BTreeMap;
+use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
-use camino::Utf8PathBuf;
 use jiff::Timestamp;
+use libtest_mimic::{Arguments, Trial};
 use proptest::prelude::*;
-use snapcore::catalogue::{
-    Catalogue, CatalogueId, Change, Entry, Revision, SqliteCatalogue, Stamp, apply_edit,
+use proptest::test_runner::TestRunner;
+use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, Revision, Stamp, apply_edit};
+use snapcore::{
+    ActivePath, Consistency, Disk, DiskPoint, DiskRecord, Domain, DomainName, Edit, ErrorKind, Group,
+    Hypervisor, LayerName, MemoryPoint, Operation, OperationId, OperationState, Plan, PlannedStep, Point,
+    SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Step, StepState, Target,
 };
-use snapcore::*;
 
-struct Place(tempfile::TempDir);
+/// Where a catalogue is kept, which is empty at first and lives as long as this.
+pub trait Store {
+    /// The catalogue, as a process of its own opens it.
+    fn open(&self) -> Arc<dyn Catalogue>;
 
-impl Place {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
+    /// Another store, empty.
+    fn another(&self) -> Box<dyn Store>;
+}
 
-    fn path(&self) -> Utf8PathBuf {
-        Utf8PathBuf::from_path_buf(self.0.path().join("state")).unwrap()
-    }
+/// Runs each trial on a store of its own. Words on the command line are those of every Rust test program.
+pub fn run(make: fn() -> Box<dyn Store>) -> ExitCode {
+    let mut trials = vec![
+        trial(make, "a commit on another revision changes nothing", async |store| {
+            a_commit_on_another_revision_changes_nothing(store).await
+        }),
+        trial(make, "a transaction of which one change fails changes nothing", async |store| {
+            a_transaction_of_which_one_change_fails_changes_nothing(store).await
+        }),
+        trial(make, "a disk belongs to one domain", async |store| a_disk_belongs_to_one_domain(store).await),
+        trial(make, "an operation is read as it was written", async |store| {
+            an_operation_is_read_as_it_was_written(store).await
+        }),
+        trial(make, "a watch tells the last revision", async |store| {
+            a_watch_tells_the_last_revision(store).await
+        }),
+        trial(make, "a lease excludes until it is dropped", async |store| {
+            a_lease_excludes_until_it_is_dropped(store).await
+        }),
+        trial(
+            make,
+            "what is done to one domains snapshots never touches anothers of the same identity",
+            async |store| {
+                what_is_done_to_one_domains_snapshots_never_touches_anothers_of_the_same_identity(store).await
+            },
+        ),
+        trial(
+            make,
+            "a catalogue keeps its identity and a domain is newer than what it was taken from",
+            async |store| {
+                a_catalogue_keeps_its_identity_and_a_domain_is_newer_than_what_it_was_taken_from(store).await
+            },
+        ),
+    ];
+    trials.push(Trial::test("edits do to the catalogue what they do to a model", move || {
+        edits_do_to_the_catalogue_what_they_do_to_a_model(make);
+        Ok(())
+    }));
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
 
-    fn catalogue(&self) -> SqliteCatalogue {
-        SqliteCatalogue::new(self.path())
-    }
+fn trial(
+    make: fn() -> Box<dyn Store>,
+    name: &str,
+    statement: impl AsyncFnOnce(&dyn Store) + Send + 'static,
+) -> Trial {
+    Trial::test(name, move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let store = make();
+        runtime.block_on(statement(&*store));
+        Ok(())
+    })
 }
 
 fn domain_name(text: &str) -> DomainName {
@@ -88,17 +163,12 @@ fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
             running: number == 2,
         }),
         machine: (number > 1).then(|| "m".to_owned()),
-        skipped: vec![snapcore::SkippedDisk {
-            target: Target::new("vdz").unwrap(),
-            image: "/vdz.raw".to_owned(),
-        }],
+        skipped: vec![SkippedDisk { target: Target::new("vdz").unwrap(), image: "/vdz.raw".to_owned() }],
     }
 }
 
-#[tokio::test]
-async fn a_commit_on_another_revision_changes_nothing() {
-    let place = Place::new();
-    let (one, two) = (place.catalogue(), place.catalogue());
+async fn a_commit_on_another_revision_changes_nothing(store: &dyn Store) {
+    let (one, two) = (store.open(), store.open());
     let web = domain("web", &["/a"]);
     let first = one.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
     let error = two.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap_err();
@@ -115,10 +185,8 @@ async fn a_commit_on_another_revision_changes_nothing() {
     assert!(again > second);
 }
 
-#[tokio::test]
-async fn a_transaction_of_which_one_change_fails_changes_nothing() {
-    let place = Place::new();
-    let catalogue = place.catalogue();
+async fn a_transaction_of_which_one_change_fails_changes_nothing(store: &dyn Store) {
+    let catalogue = store.open();
     let web = domain("web", &["/a", "/b"]);
     let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
     let s1 = snapshot(1, None);
@@ -132,10 +200,8 @@ async fn a_transaction_of_which_one_change_fails_changes_nothing() {
     assert_eq!((entry.revision, entry.tree.len()), (revision, 0));
 }
 
-#[tokio::test]
-async fn a_disk_belongs_to_one_domain() {
-    let place = Place::new();
-    let catalogue = place.catalogue();
+async fn a_disk_belongs_to_one_domain(store: &dyn Store) {
+    let catalogue = store.open();
     let (web, db) = (domain("web", &["/a", "/b"]), domain("db", &["/c", "/b"]));
     catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
     let error = catalogue.commit(&db.name, Revision::ABSENT, put(&db)).await.unwrap_err();
@@ -145,10 +211,8 @@ async fn a_disk_belongs_to_one_domain() {
     assert_eq!(owners, [("/b".into(), web.name)]);
 }
 
-#[tokio::test]
-async fn an_operation_is_read_as_it_was_written() {
-    let place = Place::new();
-    let catalogue = place.catalogue();
+async fn an_operation_is_read_as_it_was_written(store: &dyn Store) {
+    let catalogue = store.open();
     let web = domain("web", &["/a"]);
     let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
     let step = |group, edits, deferrable| PlannedStep {
@@ -207,10 +271,8 @@ async fn an_operation_is_read_as_it_was_written() {
     assert_eq!(catalogue.commit(&web.name, revision, nowhere).await.unwrap_err().kind(), ErrorKind::Internal);
 }
 
-#[tokio::test]
-async fn a_watch_tells_the_last_revision() {
-    let place = Place::new();
-    let (catalogue, other) = (place.catalogue(), place.catalogue());
+async fn a_watch_tells_the_last_revision(store: &dyn Store) {
+    let (catalogue, other) = (store.open(), store.open());
     let web = domain("web", &["/a"]);
     let mut revision = other.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
     let mut watched = catalogue.watch(&web.name).await.unwrap();
@@ -227,10 +289,8 @@ async fn a_watch_tells_the_last_revision() {
     }
 }
 
-#[tokio::test]
-async fn a_lease_excludes_until_it_is_dropped() {
-    let place = Place::new();
-    let (one, two) = (place.catalogue(), place.catalogue());
+async fn a_lease_excludes_until_it_is_dropped(store: &dyn Store) {
+    let (one, two) = (store.open(), store.open());
     let long = "n".repeat(255);
     for name in ["web", long.as_str()] {
         let held = one.lease(name, "the first", Duration::from_secs(1)).await.unwrap();
@@ -241,17 +301,6 @@ async fn a_lease_excludes_until_it_is_dropped() {
         drop(held);
         two.lease(name, "the second", Duration::from_secs(1)).await.unwrap();
     }
-}
-
-#[tokio::test]
-async fn a_state_directory_that_cannot_be_made_is_named() {
-    let place = Place::new();
-    std::fs::write(place.path(), "a file in the way").unwrap();
-    let web = domain("web", &["/a"]);
-    let error = place.catalogue().commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Io);
-    assert!(error.to_string().contains(place.path().as_str()), "{error}");
-    assert!(error.advice().unwrap().contains("--state-dir"), "{error}");
 }
 
 /// What a test does next; numbers choose among what there is.
@@ -295,15 +344,14 @@ fn model_of(entry: &Entry) -> Model {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
-
-    #[test]
-    fn edits_do_to_the_catalogue_what_they_do_to_a_model(all in proptest::collection::vec(doing(), 1..24)) {
+fn edits_do_to_the_catalogue_what_they_do_to_a_model(make: fn() -> Box<dyn Store>) {
+    let mut runner = TestRunner::new(ProptestConfig { cases: 24, ..ProptestConfig::default() });
+    let all = proptest::collection::vec(doing(), 1..24);
+    let held = runner.run(&all, |all| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let store = make();
         runtime.block_on(async {
-            let place = Place::new();
-            let catalogue = place.catalogue();
+            let catalogue = store.open();
             let web = domain("web", &["/a", "/b"]);
             let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
             let mut entry = Entry { domain: web, tree: SnapshotTree::default(), revision, follows: None };
@@ -339,9 +387,15 @@ proptest! {
                         vec![Edit::SetCurrent { id }]
                     }
                     Doing::Remove(_) => continue,
-                    Doing::Active(number) => vec![Edit::SetActive { target: target("vdb"), layer: layer(number) }],
-                    Doing::Own(number) => vec![Edit::AddLayer { target: target("vda"), layer: layer(number) }],
-                    Doing::Disown(number) => vec![Edit::RemoveLayer { target: target("vda"), layer: layer(number) }],
+                    Doing::Active(number) => {
+                        vec![Edit::SetActive { target: target("vdb"), layer: layer(number) }]
+                    }
+                    Doing::Own(number) => {
+                        vec![Edit::AddLayer { target: target("vda"), layer: layer(number) }]
+                    }
+                    Doing::Disown(number) => {
+                        vec![Edit::RemoveLayer { target: target("vda"), layer: layer(number) }]
+                    }
                     Doing::Move(from, to) => {
                         for at in model.layers.values_mut().filter(|at| **at == layer(from)) {
                             *at = layer(to);
@@ -358,16 +412,18 @@ proptest! {
                 assert_eq!(model_of(&entry), model);
             }
             // Another process reads what this one wrote.
-            let read = place.catalogue().load(&entry.domain.name).await.unwrap().unwrap();
+            let read = store.open().load(&entry.domain.name).await.unwrap().unwrap();
             assert_eq!(read, entry);
         });
-    }
+        Ok(())
+    });
+    held.unwrap();
 }
 
-#[tokio::test]
-async fn what_is_done_to_one_domains_snapshots_never_touches_anothers_of_the_same_identity() {
-    let place = Place::new();
-    let catalogue = place.catalogue();
+async fn what_is_done_to_one_domains_snapshots_never_touches_anothers_of_the_same_identity(
+    store: &dyn Store,
+) {
+    let catalogue = store.open();
     let (web, copy) = (domain("web", &["/a", "/b"]), domain("copy", &["/c", "/d"]));
     let s1 = snapshot(1, None);
     let with = |domain: &Domain| vec![Change::PutDomain(Box::new(domain.clone()), vec![s1.clone()])];
@@ -389,10 +445,8 @@ async fn what_is_done_to_one_domains_snapshots_never_touches_anothers_of_the_sam
     assert!(whole().await);
 }
 
-#[tokio::test]
-async fn a_catalogue_keeps_its_identity_and_a_domain_is_newer_than_what_it_was_taken_from() {
-    let place = Place::new();
-    let catalogue = place.catalogue();
+async fn a_catalogue_keeps_its_identity_and_a_domain_is_newer_than_what_it_was_taken_from(store: &dyn Store) {
+    let catalogue = store.open();
     assert_eq!(catalogue.identity().await.unwrap(), None);
     let web = domain("web", &["/a"]);
     let follows = Stamp { catalogue: Some(CatalogueId::fresh()), revision: Revision(1000) };
@@ -400,10 +454,10 @@ async fn a_catalogue_keeps_its_identity_and_a_domain_is_newer_than_what_it_was_t
     let first = catalogue.commit(&web.name, Revision::ABSENT, changes).await.unwrap();
     assert!(first > follows.revision);
     let identity = catalogue.identity().await.unwrap().unwrap();
-    let again = place.catalogue();
+    let again = store.open();
     assert_eq!(again.identity().await.unwrap(), Some(identity));
     assert_eq!(again.load(&web.name).await.unwrap().unwrap().follows, Some(follows));
     let second = again.commit(&web.name, first, put(&web)).await.unwrap();
     assert!(second > first);
-    assert_ne!(Place::new().catalogue().identity().await.unwrap(), Some(identity));
+    assert_ne!(store.another().open().identity().await.unwrap(), Some(identity));
 }

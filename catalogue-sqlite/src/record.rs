@@ -4,19 +4,19 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{CatalogueId, Entry, Revision, Stamp};
-use crate::{
+use snapcore::catalogue::{CatalogueId, Entry, Revision, Stamp};
+use snapcore::{
     Disk, DiskPoint, DiskRecord, Domain, DomainName, Group, LayerName, Machine, Operation, OperationId,
     OperationState, Plan, PlannedStep, Point, Snapshot, SnapshotId, SnapshotTree, Step, StepState, Target,
 };
 
 /// A row operation's failure.
 #[derive(Debug)]
-pub(super) enum Failure {
+pub(crate) enum Failure {
     /// The database said it.
     Sqlite(rusqlite::Error),
     /// The rows contradict themselves or the program.
-    Record(crate::Error),
+    Record(snapcore::Error),
 }
 
 impl From<rusqlite::Error> for Failure {
@@ -25,23 +25,23 @@ impl From<rusqlite::Error> for Failure {
     }
 }
 
-impl From<crate::Error> for Failure {
-    fn from(error: crate::Error) -> Self {
+impl From<snapcore::Error> for Failure {
+    fn from(error: snapcore::Error) -> Self {
         Self::Record(error)
     }
 }
 
-pub(super) type Rows<T> = Result<T, Failure>;
+pub(crate) type Rows<T> = Result<T, Failure>;
 
 fn corrupt(what: &str, found: &str) -> Failure {
     Failure::Record(
-        crate::Error::new(crate::ErrorKind::Corrupt, format!("the catalogue has the {what} {found:?}"))
+        snapcore::Error::new(snapcore::ErrorKind::Corrupt, format!("the catalogue has the {what} {found:?}"))
             .advise("move catalogue.db away and let `domsnap import` rebuild it from the manifests"),
     )
 }
 
 /// The word of a value without fields.
-pub(super) fn word<T: Serialize>(value: &T) -> Rows<String> {
+pub(crate) fn word<T: Serialize>(value: &T) -> Rows<String> {
     match serde_json::to_value(value) {
         Ok(serde_json::Value::String(word)) => Ok(word),
         other => Err(corrupt("value", &format!("{other:?}"))),
@@ -53,16 +53,16 @@ fn from_word<T: DeserializeOwned>(what: &str, word: String) -> Rows<T> {
     serde_json::from_value(serde_json::Value::String(word)).map_err(|_| corrupt(what, &shown))
 }
 
-pub(super) fn json<T: Serialize>(value: &T) -> Rows<String> {
+pub(crate) fn json<T: Serialize>(value: &T) -> Rows<String> {
     serde_json::to_string(value).map_err(|cause| corrupt("value", &cause.to_string()))
 }
 
-pub(super) fn from_json<T: DeserializeOwned>(what: &str, text: &str) -> Rows<T> {
+pub(crate) fn from_json<T: DeserializeOwned>(what: &str, text: &str) -> Rows<T> {
     serde_json::from_str(text).map_err(|cause| corrupt(what, &cause.to_string()))
 }
 
 /// Sizes are below 2^63 in every format; what is not is an estimate, and is cut off.
-pub(super) fn integer(value: u64) -> i64 {
+pub(crate) fn integer(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
@@ -71,14 +71,14 @@ fn unsigned(value: i64) -> u64 {
 }
 
 /// A domain's row number and revision.
-pub(super) fn find(connection: &Connection, name: &DomainName) -> Rows<Option<(i64, Revision)>> {
+pub(crate) fn find(connection: &Connection, name: &DomainName) -> Rows<Option<(i64, Revision)>> {
     Ok(connection
         .prepare_cached("SELECT id, revision FROM domains WHERE name = ?1")?
         .query_row([name.as_str()], |row| Ok((row.get(0)?, Revision(unsigned(row.get(1)?)))))
         .optional()?)
 }
 
-pub(super) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Revision)> {
+pub(crate) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Revision)> {
     let (name, unregistered, hypervisor, active_path, current, revision, control) = connection
         .prepare_cached(
             "SELECT name, unregistered, hypervisor, active_path, current, revision, control FROM domains WHERE id = ?1",
@@ -139,7 +139,7 @@ pub(super) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Rev
     Ok((domain, Revision(unsigned(revision))))
 }
 
-pub(super) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
+pub(crate) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
     let (domain, revision) = read_domain(connection, id)?;
     let mut snapshots: Vec<Snapshot> = Vec::new();
     // One pass over snapshots and points together: a list of thousands is one query.
@@ -156,7 +156,7 @@ pub(super) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
             let created: String = row.get(3)?;
             snapshots.push(Snapshot {
                 id,
-                name: crate::SnapshotName::new(row.get::<_, String>(1)?)?,
+                name: snapcore::SnapshotName::new(row.get::<_, String>(1)?)?,
                 parent: row
                     .get::<_, Option<String>>(2)?
                     .map(|id| from_word("snapshot identity", id))
@@ -199,14 +199,14 @@ fn read_follows(connection: &Connection, id: i64) -> Rows<Option<Stamp>> {
 }
 
 /// Which catalogue this is.
-pub(super) fn read_identity(connection: &Connection) -> Rows<CatalogueId> {
+pub(crate) fn read_identity(connection: &Connection) -> Rows<CatalogueId> {
     let id =
         connection.prepare_cached("SELECT id FROM identity")?.query_row([], |row| row.get::<_, String>(0))?;
     from_word("identity", id)
 }
 
 /// Records what a domain was taken from.
-pub(super) fn write_follows(connection: &Connection, id: i64, stamp: &Stamp) -> Rows<()> {
+pub(crate) fn write_follows(connection: &Connection, id: i64, stamp: &Stamp) -> Rows<()> {
     connection.execute(
         "UPDATE domains SET follows_catalogue = ?2, follows_revision = ?3 WHERE id = ?1",
         params![id, stamp.catalogue.map(|catalogue| catalogue.to_string()), integer(stamp.revision.0)],
@@ -215,7 +215,7 @@ pub(super) fn write_follows(connection: &Connection, id: i64, stamp: &Stamp) -> 
 }
 
 /// Makes the rows of domain `id` say `after` where they say `before`: only what differs is written.
-pub(super) fn write_difference(
+pub(crate) fn write_difference(
     connection: &Connection,
     id: i64,
     before: (&Domain, &SnapshotTree),
@@ -326,7 +326,7 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
     Ok(())
 }
 
-pub(super) fn write_operation(connection: &Connection, domain: i64, operation: &Operation) -> Rows<()> {
+pub(crate) fn write_operation(connection: &Connection, domain: i64, operation: &Operation) -> Rows<()> {
     let id = operation.id.to_string();
     let plan = &operation.plan;
     connection.execute(
@@ -367,7 +367,7 @@ pub(super) fn write_operation(connection: &Connection, domain: i64, operation: &
 }
 
 /// The operations of a domain that `only` says: one, or all that have not ended.
-pub(super) fn read_operations(
+pub(crate) fn read_operations(
     connection: &Connection,
     domain: i64,
     only: Option<OperationId>,

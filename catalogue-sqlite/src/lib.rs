@@ -1,0 +1,26 @@
+//! The catalogue of one machine, in one SQLite database: [`SqliteCatalogue`] fulfils [`snapcore::catalogue::Catalogue`].
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use catalogue_sqlite::SqliteCatalogue;
+//! use snapcore::{Domsnap, Registry};
+//!
+//! let domsnap = Domsnap::new(Arc::new(SqliteCatalogue::new("/var/lib/domsnap")), Registry::new());
+//! ```
+//!
+//! | module | what it has |
+//! |---|---|
+//! | `catalogue` | the database: how it is opened, read, changed and watched; what is durable when |
+//! | `record` | rows to types and back |
+//! | `schema` | the tables, and how those of older versions become them |
+//! | `lock` | the state directory, and the lock files that are leases |
+
+#![forbid(unsafe_code)]
+
+mod catalogue;
+mod lock;
+mod record;
+mod schema;
+
+pub use catalogue::SqliteCatalogue;
