@@ -194,8 +194,11 @@ pub struct ShowDoc {
     pub delete: Vec<DeleteDoc>,
     /// The machine that it was taken on, in a line; null where the domain did not run.
     pub machine: Option<String>,
-    /// What the guest can write and the snapshot does not hold, but in its memory: firmware variables, a TPM.
+    /// What the guest can write and the snapshot does not hold, but in its memory: firmware variables, a TPM, files of
+    /// the host's that are memory to it.
     pub outside: Vec<String>,
+    /// What the guest can write and no snapshot holds at all: directories shared with the host, devices of the host's.
+    pub shared: Vec<String>,
 }
 
 /// What a delete would do to one disk.

@@ -608,6 +608,12 @@ pub trait VmStateSaver: Send + Sync {
         Vec::new()
     }
 
+    /// What the guest of a machine can write that no snapshot holds at all: directories shared with the host, devices
+    /// of the host's. Each in words. As for [`VmStateSaver::outside`].
+    fn shared(&self, _domain: &Domain, _machine: Option<&serde_json::Value>) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Removes a memory image, and what a crash left of one of that name. One that is not there is no error.
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()>;
 

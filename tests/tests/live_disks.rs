@@ -230,6 +230,21 @@ fn disk_plugged_in_later_and_disk_under_a_job_are_refused() -> Result<()> {
     qemu.quit()
 }
 
+/// Waits until so many devices have images.
+fn wait_for_backends(qemu: &Idle, wanted: usize) -> Result<()> {
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        let graph = qemu.qmp("x-debug-query-block-graph", json!({}))?;
+        let nodes = graph["nodes"].as_array().context("nodes")?;
+        let backends = nodes.iter().filter(|node| node["type"] == "block-backend").count();
+        if backends == wanted {
+            return Ok(());
+        }
+        ensure!(Instant::now() < until, "{backends} devices have images, and not {wanted}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// A disk that was unplugged after a snapshot is let go by QEMU: who unplugged it could not close the nodes that stand on theirs.
 #[test]
 fn unplugged_disk_is_let_go_and_its_snapshots_can_be_deleted() -> Result<()> {
@@ -245,6 +260,8 @@ fn unplugged_disk_is_let_go_and_its_snapshots_can_be_deleted() -> Result<()> {
     domsnap.done(&["create", &address, "s1", "--disk-only", "--external"])?;
     domsnap.done(&["create", &address, "s2", "--disk-only", "--external"])?;
     qemu.qmp("device_del", json!({ "id": "sda" }))?;
+    // QEMU lets go of its image a moment later.
+    wait_for_backends(&qemu, 1)?;
     domsnap.done(&["delete", &address, "s1"])?;
     ensure!(
         qemu.qmp("query-named-block-nodes", json!({ "flat": true }))?
@@ -297,6 +314,205 @@ fn throttle_and_node_options_survive_snapshots() -> Result<()> {
     // An image that QEMU opened without locks is open without them still: no byte of it is locked.
     let free = Command::new("qemu-io").args(["-f", "qcow2", "-c", "read 0 64k", &image]).output()?;
     ensure!(free.status.success(), "{}", String::from_utf8_lossy(&free.stderr));
+    qemu.quit()
+}
+
+/// A slot that a disk can be plugged into.
+const SLOTS: [&str; 6] = [
+    "-device",
+    "pcie-root-port,id=rp0,chassis=1",
+    "-device",
+    "pcie-root-port,id=rp1,chassis=2",
+    "-device",
+    "pcie-root-port,id=rp2,chassis=3",
+];
+
+fn plug(qemu: &Idle, slot: usize, drive: &str, id: &str) -> Result<()> {
+    let device = json!({ "driver": "virtio-blk-pci", "drive": drive, "id": id, "bus": format!("rp{slot}") });
+    qemu.qmp("device_add", device).map(drop)
+}
+
+fn is_unlocked(image: &str) -> Result<bool> {
+    let free = Command::new("qemu-io").args(["-f", "qcow2", "-c", "read 0 64k", image]).output()?;
+    Ok(free.status.success())
+}
+
+/// Of a disk that was plugged in, what QEMU does not report is found out, or its loss is noted; and one with copy-on-read, which
+/// no query reports either, is refused before anything is made.
+#[test]
+fn options_of_plugged_in_disks_are_found_out_or_noted() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "e.qcow2", "f.qcow2", "g.qcow2"])?;
+    let qemu = place.start("m", &SLOTS)?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    let image = place.file("e.qcow2");
+    qemu.qmp(
+        "blockdev-add",
+        json!({ "driver": "qcow2", "node-name": "e0",
+            "file": { "driver": "file", "filename": image, "locking": "off" } }),
+    )?;
+    plug(&qemu, 0, "e0", "vdb")?;
+    qemu.write("vdb", 1)?;
+    let made = domsnap.done(&["create", &address, "s1", "--external"])?;
+    ensure!(made.stdout.contains("vdb: plugged in while QEMU ran"), "{made}");
+    ensure!(!made.stdout.contains("deferred"), "{made}");
+    ensure!(is_unlocked(&image)?, "the overlay is locked");
+    qemu.write("vdb", 2)?;
+    domsnap.done(&["revert", &address, "s1"])?;
+    qemu.flush("vdb")?;
+    ensure!(is_unlocked(&image)? && has_pattern(Path::new(&image), 1)?);
+    let made = domsnap.done(&["create", &address, "s2", "--external", "--disk-only"])?;
+    ensure!(!made.stdout.contains("plugged in"), "noted again: {made}");
+
+    for (slot, image, name) in [(1, "f.qcow2", "unnamed"), (2, "g.qcow2", "named")] {
+        let node = if name == "named" { ",node-name=g0" } else { "" };
+        let drive = format!(
+            "drive_add 0 file={},if=none,id={name},format=qcow2,copy-on-read=on{node}",
+            place.file(image)
+        );
+        let said = qemu.monitor(&drive)?;
+        ensure!(said.contains("OK"), "{said}");
+        plug(&qemu, slot, name, &format!("vd-{name}"))?;
+        refused(domsnap.run(&["create", &address, "s3", "--external"])?, &[name, "copy-on-read=on"])?;
+        qemu.qmp("device_del", json!({ "id": format!("vd-{name}") }))?;
+        domsnap.done(&["create", &address, name, "--disk", &format!("vd-{name}=skip")])?;
+        if name == "unnamed" {
+            // The firmware takes no notice of the unplug request; a reset does what it asks for.
+            qemu.qmp("system_reset", json!({}))?;
+            wait_for_backends(&qemu, 2)?;
+        }
+    }
+    qemu.quit()
+}
+
+/// Of a disk that was plugged in as a part of a file, or with a filter between format and file, nothing is taken.
+#[test]
+fn plugged_in_slices_and_filters_below_the_format_are_refused() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "e.qcow2", "s.raw"])?;
+    let file = |name: &str| json!({ "driver": "file", "filename": place.file(name) });
+    // A qcow2 image in the middle of a file.
+    let inside = std::fs::read(place.file("e.qcow2"))?;
+    let mut whole = vec![7_u8; 1 << 20];
+    whole.extend(&inside);
+    whole.resize(4 << 20, 7);
+    std::fs::write(place.file("s.raw"), &whole)?;
+    let cases = [
+        ("size-only", json!({ "driver": "raw", "size": 524288, "file": file("s.raw") })),
+        ("offset", json!({ "driver": "raw", "offset": 65536, "file": file("s.raw") })),
+        (
+            "inside",
+            json!({ "driver": "qcow2", "file": { "driver": "raw", "offset": 1 << 20, "file": file("s.raw") } }),
+        ),
+        (
+            "throttled",
+            json!({ "driver": "qcow2",
+                "file": { "driver": "throttle", "throttle-group": "t", "file": file("e.qcow2") } }),
+        ),
+        (
+            "copied",
+            json!({ "driver": "copy-on-read", "file": { "driver": "qcow2", "file": file("e.qcow2") } }),
+        ),
+    ];
+    for (name, mut node) in cases {
+        let words = [&SLOTS[..], &["-object", "throttle-group,id=t,x-bps-total=99999999"]].concat();
+        let qemu = place.start(name, &words)?;
+        let domsnap = Domsnap::new(&place.dir.path().join(format!("state-{name}")));
+        let address = qemu.address();
+        node["node-name"] = json!("n0");
+        qemu.qmp("blockdev-add", node)?;
+        plug(&qemu, 0, "n0", "vdb")?;
+        for more in [&["s"][..], &["s", "--disk-only", "--external"]] {
+            let outcome = domsnap.run(&[&["create", &address], more].concat())?;
+            refused(outcome, &["vdb", "--disk vdb=skip"]).with_context(|| format!("{name} {more:?}"))?;
+        }
+        qemu.quit()?;
+        std::fs::remove_dir_all(place.dir.path().join("d.qcow2.domsnap")).ok();
+    }
+    ensure!(std::fs::read(place.file("s.raw"))? == whole, "the file was changed");
+    Ok(())
+}
+
+/// A byte lock on an image, as another QEMU's that writes it.
+fn lock_as_a_writer(image: &str) -> Result<std::fs::File> {
+    use nix::fcntl::{FcntlArg, fcntl};
+    let file = std::fs::File::open(image)?;
+    let lock = nix::libc::flock {
+        l_type: nix::libc::F_RDLCK as _,
+        l_whence: nix::libc::SEEK_SET as _,
+        l_start: 101,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(&file, FcntlArg::F_OFD_SETLK(&lock))?;
+    Ok(file)
+}
+
+/// That QEMU cannot be given a frozen image by its new name does not lock the domain: it is deferred, what needs it is
+/// deferred too, and a recovery does it.
+#[test]
+fn names_that_qemu_cannot_be_given_are_deferred() -> Result<()> {
+    let place = Place::new(&["d.qcow2"])?;
+    let qemu = place.start("m", &[])?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    // Its images are open as soon as it answers.
+    qemu.state()?;
+    let locked = lock_as_a_writer(&place.file("d.qcow2"))?;
+    for (name, pattern) in [("s1", 1), ("s2", 2)] {
+        qemu.write("vda", pattern)?;
+        let made = domsnap.done(&["create", &address, name, "--external"])?;
+        ensure!(made.stdout.contains("deferred") && made.stdout.contains("domsnap recover"), "{made}");
+    }
+    qemu.write("vda", 4)?;
+    domsnap.done(&["create", &address, "s3", "--external", "--disk-only"])?;
+    drop(locked);
+    domsnap.done(&["recover", &address])?;
+    domsnap.done(&["delete", &address, "s1"])?;
+    for (name, pattern) in [("s2", 2), ("s3", 4)] {
+        domsnap.done(&["revert", &address, name])?;
+        qemu.flush("vda")?;
+        ensure!(has_pattern(Path::new(&place.file("d.qcow2")), pattern)?, "{name}");
+    }
+    qemu.quit()
+}
+
+/// Shared directories and files that are memory to the guest are named where they are not in a snapshot.
+#[test]
+fn shared_directories_and_mapped_files_are_named() -> Result<()> {
+    let place = Place::new(&["d.qcow2"])?;
+    let words = [
+        "-machine",
+        "nvdimm=on",
+        "-m",
+        "32,slots=2,maxmem=1G",
+        "-object",
+        "memory-backend-file,id=nv,share=on,mem-path=DIR/nv.raw,size=16M",
+        "-device",
+        "virtio-pmem-pci,memdev=nv,id=pm",
+        "-fsdev",
+        "local,id=fs,path=DIR,security_model=none",
+        "-device",
+        "virtio-9p-pci,fsdev=fs,mount_tag=host,id=p9",
+        "-virtfs",
+        "local,path=/usr,mount_tag=readonly,security_model=none,readonly=on",
+    ];
+    let qemu = place.start("m", &words)?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    let directory = format!("the shared directory {} (9p)", place.dir.path().display());
+    let file = format!("the file {} of the memory device pm (virtio-pmem-pci)", place.file("nv.raw"));
+    let made = domsnap.done(&["create", &address, "s", "--disk-only"])?;
+    ensure!(made.stdout.contains(&format!("{directory}: not in the snapshot")), "{made}");
+    ensure!(made.stdout.contains(&format!("{file}: not in the snapshot")), "{made}");
+    ensure!(!made.stdout.contains("/usr"), "{made}");
+    let made = domsnap.done(&["create", &address, "m"])?;
+    ensure!(made.stdout.contains(&format!("{directory}: not in the snapshot")), "{made}");
+    ensure!(made.stdout.contains(&format!("{file}: only in the snapshot's memory")), "{made}");
+    let shown: Value = domsnap.done(&["show", &address, "m", "--json"])?.json()?;
+    ensure!(shown["shared"] == json!([directory]) && shown["outside"] == json!([file]), "{shown}");
+    let reverted = domsnap.done(&["revert", &address, "m"])?;
+    ensure!(reverted.stdout.contains(&format!("{directory}: not reverted")), "{reverted}");
+    ensure!(!reverted.stdout.contains(&file), "{reverted}");
+    let reverted = domsnap.done(&["revert", &address, "s"])?;
+    ensure!(reverted.stdout.contains(&format!("{directory}: not reverted")), "{reverted}");
+    ensure!(reverted.stdout.contains(&format!("{file}: not reverted")), "{reverted}");
     qemu.quit()
 }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::optional_property;
+use super::{Process, optional_property};
 use crate::{
     error::Result,
     graph::{Graph, Node},
@@ -60,6 +60,10 @@ pub struct BlockDevice {
     /// what a snapshot records.
     #[serde(default)]
     pub chain: Vec<ChainLayer>,
+    /// Whether what is read from below is written to the image (`copy-on-read=on`), as far as QEMU could be asked. Not in what
+    /// a snapshot records.
+    #[serde(skip)]
+    pub copies_on_read: bool,
 }
 
 /// One layer of a drive.
@@ -163,5 +167,51 @@ fn block_device(graph: &Graph, drive: &Value) -> Option<BlockDevice> {
         read_only,
         medium,
         chain: chain.into_iter().map(layer).collect(),
+        copies_on_read: false,
     })
+}
+
+/// Finds out which drives copy on read.
+///
+/// `copy-on-read=on` of `-drive` and of the human monitor's `drive_add` is reported by no query. But QEMU refuses to make the
+/// node of such a drive read-only, with these words, before it looks at anything else. So it is asked for that together with
+/// an option that can never be changed: the command always fails, and changes nothing.
+pub(super) async fn ask_for_copies_on_read(
+    machine: &Machine,
+    graph: &Graph,
+    process: &Process,
+    drives: &mut [BlockDevice],
+) -> Result<()> {
+    for drive in drives.iter_mut().filter(|drive| drive.role == Role::Disk) {
+        // Only a drive, and no node of `-blockdev`, can have it. What the command line says of its drives is read there.
+        let legacy = graph.drives().iter().find_map(|listed| {
+            let name = listed["device"].as_str().filter(|name| !name.is_empty())?;
+            drive.names.iter().any(|known| known == name).then_some(name)
+        });
+        let Some(name) = legacy.filter(|name| !is_on_command_line(process, name)) else { continue };
+        let top = graph.drives().iter().find(|listed| listed["device"].as_str() == Some(name));
+        let Some(top) = top.and_then(|top| top["inserted"]["node-name"].as_str()) else { continue };
+        let (Some(node), Some(file)) = (graph.node(top), graph.file(top)) else { continue };
+        if node.driver != "qcow2" && node.driver != "raw" {
+            continue;
+        }
+        let mut options = json!({ "driver": node.driver, "node-name": top, "file": file,
+            "read-only": true, "force-share": true });
+        if node.driver == "qcow2" {
+            options["backing"] = json!(graph.backing(top));
+        }
+        let asked = json!({ "options": [options] });
+        match machine.run("asking for copy-on-read", name, "blockdev-reopen", asked).await {
+            Err(error) if error.is_lost() => return Err(error),
+            Err(error) => drive.copies_on_read = error.detail().contains("copy-on-read"),
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Returns true if a drive of this name was given when QEMU was started.
+fn is_on_command_line(process: &Process, name: &str) -> bool {
+    let id = format!("id={name}");
+    process.command_line.iter().any(|word| word.split(',').any(|part| part == id))
 }

@@ -52,6 +52,12 @@ pub(crate) struct Given {
 type Options = BTreeMap<String, Value>;
 
 impl Given {
+    /// Nothing is known but that the file is not locked.
+    pub(crate) fn without_locks() -> Self {
+        let file = Map::from_iter([("locking".to_owned(), Value::from("off"))]);
+        Self { file, ..Self::default() }
+    }
+
     /// What is said of the image that `is_it` knows; none where the command line does not name it: then it was plugged in, or
     /// opened in another way.
     pub(crate) fn of(process: &Process, is_it: impl Fn(&Path) -> bool) -> Option<Self> {

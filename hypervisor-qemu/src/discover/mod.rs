@@ -5,6 +5,7 @@ mod compare;
 mod devices;
 mod given;
 mod process;
+mod shared;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -14,6 +15,7 @@ pub use compare::{Difference, compare};
 pub use devices::{BlockDevice, ChainLayer, Device, Role};
 pub(crate) use given::Given;
 pub use process::Process;
+pub(crate) use shared::shared_by;
 
 use crate::{
     error::{ErrorKind, Result},
@@ -46,6 +48,12 @@ pub struct Discovery {
     pub drives: Vec<BlockDevice>,
     /// `query-tpm`: the ids of TPM devices; their state is not part of any image.
     pub tpms: Vec<String>,
+    /// What of the host the guest can write that no snapshot holds: shared directories, devices of the host. Each in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared: Vec<String>,
+    /// Files of the host's that are memory to the guest, which writes them: a snapshot's memory alone holds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mapped: Vec<String>,
     /// The process, as far as the system tells.
     pub process: Process,
     /// What this QEMU can do.
@@ -93,6 +101,10 @@ impl Discovery {
         let memory = machine.query("query-memory-size-summary", Value::Null).await?;
         let kind = property(machine, "/machine", "type").await?;
         let kind = kind.as_str().ok_or_else(|| machine.odd("qom-get", &kind))?;
+        let mut drives = devices::drives(&graph);
+        devices::ask_for_copies_on_read(machine, &graph, &process, &mut drives).await?;
+        let devices = devices::devices(machine).await?;
+        let shared = shared::shared(machine, &process, &devices).await?;
         Ok(Self {
             name,
             uuid: uuid.filter(|uuid| uuid.chars().any(|digit| !matches!(digit, '0' | '-'))),
@@ -106,8 +118,10 @@ impl Discovery {
                     .ok_or_else(|| machine.odd("query-memory-size-summary", &memory))?,
                 plugged: memory["plugged-memory"].as_u64().unwrap_or(0),
             },
-            devices: devices::devices(machine).await?,
-            drives: devices::drives(&graph),
+            shared: shared.nowhere,
+            mapped: shared.in_memory,
+            devices,
+            drives,
             tpms: tpms(&optional(machine, "query-tpm").await?),
             process,
             abilities,

@@ -16,5 +16,5 @@ pub use layer::{Layer, NodeOptions, Stack, add_layer, add_overlay, delete_intern
 pub use nodes::{Cache, Edge, Graph, InternalSnapshot, Node};
 pub(crate) use nodes::{all, device_id, device_names, is_filter, is_throttle};
 pub use swap::{Swap, fold, swap};
-pub(crate) use truth::open_images;
 pub use truth::{NodeFile, names_true};
+pub(crate) use truth::{is_of_xen, is_open_unlocked, open_images};

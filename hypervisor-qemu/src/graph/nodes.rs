@@ -53,6 +53,9 @@ pub struct Node {
     pub virtual_size: u64,
     /// The snapshots inside of the image.
     pub snapshots: Vec<InternalSnapshot>,
+    /// Whether it may be written and locked, which it may not after a migration. None of a QEMU before 10.0.
+    #[serde(default)]
+    pub active: Option<bool>,
 }
 
 impl Node {
@@ -298,6 +301,7 @@ fn node(value: &Value) -> Option<Node> {
         detect_zeroes: text("detect_zeroes").unwrap_or_else(|| "off".to_owned()),
         virtual_size: image["virtual-size"].as_u64()?,
         snapshots: snapshots.iter().map(snapshot).collect::<Option<_>>()?,
+        active: value["active"].as_bool(),
     })
 }
 
@@ -345,6 +349,7 @@ mod tests {
             detect_zeroes: "off".into(),
             virtual_size: 0,
             snapshots: Vec::new(),
+            active: None,
         }
     }
 

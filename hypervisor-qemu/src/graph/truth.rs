@@ -92,16 +92,25 @@ fn shown(file: &NodeFile) -> String {
     format!("node {} names {}, {what}", file.node, file.file.display())
 }
 
-/// The device and inode of each image that a QEMU has open, by its byte locks. Of one that was told to lock some image not,
-/// each file that it has open may be one.
+/// The device and inode of each file that a QEMU has open and that may be an image. Locks do not tell which is one: an image
+/// that was plugged in with `locking=off` has none, and no query reports that option.
 ///
 /// # Errors
 /// Where `/proc` does not let us look.
 pub(crate) fn open_images(process: &Path) -> std::io::Result<HashSet<(u64, u64)>> {
     let open = open_files(process)?;
-    let any = may_lock_nothing(process);
-    let is_one = |file: &OpenFile| file.is_image || (any && file.may_be_image);
+    let is_one = |file: &OpenFile| file.is_image || file.may_be_image;
     Ok(open.into_iter().filter(|(_, file)| is_one(file)).map(|(identity, _)| identity).collect())
+}
+
+/// Returns true if a QEMU has a file open and holds none of its image locks on it. For an image that a device of a machine with
+/// active disks uses, that means `locking=off`. Of a QEMU that serves a domain of Xen it says nothing.
+pub(crate) fn is_open_unlocked(process: &Path, image: (u64, u64)) -> bool {
+    if is_of_xen(process) {
+        return false;
+    }
+    let open = open_files(process).unwrap_or_default();
+    open.get(&image).is_some_and(|file| file.may_be_image && !file.is_image)
 }
 
 /// A file that QEMU has open.
@@ -134,15 +143,9 @@ fn open_files(process: &Path) -> std::io::Result<HashMap<(u64, u64), OpenFile>> 
 
 /// Whether a QEMU serves the disks of a domain of Xen: it opens their images with `locking=off`, and no file but images (its log
 /// is its standard output).
-fn is_of_xen(process: &Path) -> bool {
+pub(crate) fn is_of_xen(process: &Path) -> bool {
     let line = fs::read(process.join("cmdline")).unwrap_or_default();
     line.split(|byte| *byte == 0).any(|word| word == b"-xen-domid")
-}
-
-/// Returns true if the command line turns locks off for some image.
-fn may_lock_nothing(process: &Path) -> bool {
-    let line = fs::read(process.join("cmdline")).unwrap_or_default();
-    line.windows(b"locking".len()).any(|word| word == b"locking")
 }
 
 /// Whether a line of `/proc/PID/fdinfo/N` is one of the locks by which QEMU's processes know of each other: bytes from 100 on,

@@ -156,6 +156,8 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     if let Some(why) = taken.why_not.filter(|_| before.running) {
         facts.notes.push(format!("memory was not saved in the best way: {why}"));
     }
+    let overlaid = step.disks.iter().filter(|(_, instant)| matches!(instant, DiskInstant::Overlay { .. }));
+    facts.notes.extend(live.lost_options(overlaid.map(|(target, _)| target)));
     facts.taken = Some(Taken { at: taken.done, consistency, running: ran, way: words(taken.way).to_owned() });
     Ok(facts)
 }

@@ -60,6 +60,16 @@ impl View {
         graph::open_images(self.process.as_deref()?).ok()
     }
 
+    /// Returns true if QEMU has a file open and no image lock on it ([`graph::is_open_unlocked`]).
+    pub(super) fn is_open_unlocked(&self, file: FileIdentity) -> bool {
+        self.process.as_deref().is_some_and(|process| graph::is_open_unlocked(process, file))
+    }
+
+    /// Returns true if it serves the disks of a domain of Xen.
+    pub(super) fn is_of_xen(&self) -> bool {
+        self.process.as_deref().is_some_and(graph::is_of_xen)
+    }
+
     /// The file of a node: of an image, that of the file below it.
     fn file(&self, node: &Node) -> Option<PathBuf> {
         let is_file = matches!(node.driver.as_str(), "file" | "host_device" | "host_cdrom");
@@ -142,6 +152,8 @@ pub(super) struct Disk {
     options: Mutex<(Options, NodeOptions)>,
     /// What the command line says of its image.
     pub(super) given: Option<Given>,
+    /// The command line does not name its image: not all of its options are known.
+    pub(super) options_unknown: bool,
 }
 
 impl Disk {
@@ -161,6 +173,7 @@ impl Disk {
             speed,
             options: Mutex::default(),
             given,
+            options_unknown: false,
         }
     }
 

@@ -25,9 +25,9 @@ use super::{
     window,
 };
 use crate::{
-    discover::{Abilities, Discovery, Given, Process, compare},
+    discover::{Abilities, BlockDevice, Discovery, Given, Process, compare},
     fdset::refusal,
-    graph::{self, Node},
+    graph::{self, Graph, Node},
     guest_clock::set_guest_clock,
     hold,
     instant::Saving,
@@ -88,7 +88,14 @@ impl Live {
                 let now = view.identity(path);
                 let is_it = |file: &Path| file == path || now.is_some() && view.identity(file) == now;
                 let given = Given::of(&discovery.process, is_it);
-                let disk = Disk::new(&machine, &view, target, &device.target, limits.clone(), given);
+                // What is on top since an earlier snapshot was opened by us.
+                let unknown = given.is_none()
+                    && !discovery.process.command_line.is_empty()
+                    && !view.is_of_xen()
+                    && !device.root().is_some_and(is_ours);
+                let given = given.or_else(|| plugged_in(&discovery, &view, &graph, device));
+                let mut disk = Disk::new(&machine, &view, target, &device.target, limits.clone(), given);
+                disk.options_unknown = unknown;
                 for layer in disk.open_in(&graph).layers {
                     machine.remember_options(&layer.node.name, &disk.like(&layer.node));
                 }
@@ -169,10 +176,32 @@ impl Live {
         }
     }
 
+    /// A note on disks of which options are lost when their images are opened again, or new ones are put on top.
+    pub(super) fn lost_options<'a>(&self, targets: impl Iterator<Item = &'a Target>) -> Option<String> {
+        let unknown = targets.filter(|target| self.disk_of(target).is_some_and(|disk| disk.options_unknown));
+        let names: Vec<&str> = unknown.map(Target::as_str).collect();
+        (!names.is_empty()).then(|| {
+            format!(
+                "{}: plugged in while QEMU ran, which does not report the options discard, aio, overlap-check and cache sizes \
+                 of an image: images that are opened by this have discard=unmap, and QEMU's defaults of the others",
+                names.join(", ")
+            )
+        })
+    }
+
     /// Sets the guest's clock after memory was loaded; gives what the user should know.
     pub(super) async fn set_clock(&self) -> Option<String> {
         set_clock(&self.machine, self.agent.as_ref()).await
     }
+}
+
+/// What can be found out of how an image was opened that the command line does not name.
+fn plugged_in(discovery: &Discovery, view: &View, graph: &Graph, device: &BlockDevice) -> Option<Given> {
+    let open = disk::OpenChain::read(graph, view, device.root()?);
+    let root = open.root()?;
+    // Inactive images, after a migration, have no locks. A QEMU before 10.0 does not report them.
+    let is_active = root.node.active.unwrap_or(discovery.state.running);
+    (is_active && view.is_open_unlocked(root.identity?)).then(Given::without_locks)
 }
 
 /// What a QEMU can do, by its program's build and its version.
@@ -342,7 +371,13 @@ impl LiveDomain for Live {
                 }
             }
             DomainStep::OpenWindow { disks, .. } => window::open(self, disks).await?,
-            DomainStep::Attach { disks, .. } => window::attach(self, disks, context.chains).await?,
+            DomainStep::Attach { disks, .. } => {
+                window::attach(self, disks, context.chains).await?;
+                return Ok(Facts {
+                    notes: self.lost_options(disks.iter()).into_iter().collect(),
+                    ..Facts::default()
+                });
+            }
             DomainStep::Continue { memory, reset, power } => {
                 return window::go_on(self, memory.as_deref(), *reset, *power, context).await;
             }

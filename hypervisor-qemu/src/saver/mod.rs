@@ -54,7 +54,11 @@ use snapcore::{
 };
 use tokio::time::timeout;
 
-use crate::{discover::Discovery, machine::Machine, memory::Draft};
+use crate::{
+    discover::{Discovery, shared_by},
+    machine::Machine,
+    memory::Draft,
+};
 use error::{blocking, told};
 use live::Live;
 use unpacked::Unpacked;
@@ -184,6 +188,16 @@ impl VmStateSaver for Qemu {
         let machine = machine.or_else(|| domain.machines.last().map(|machine| &machine.record));
         let start = domain.control.as_ref().map(|control| control.start.as_slice()).unwrap_or_default();
         seen::outside(machine.and_then(|machine| recorded(machine).ok()).as_ref(), start)
+    }
+
+    fn shared(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {
+        let machine = machine.or_else(|| domain.machines.last().map(|machine| &machine.record));
+        match machine.and_then(|machine| recorded(machine).ok()) {
+            Some(machine) => machine.shared,
+            None => {
+                domain.control.as_ref().map(|control| shared_by(&control.start).nowhere).unwrap_or_default()
+            }
+        }
     }
 
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {

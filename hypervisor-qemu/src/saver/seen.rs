@@ -8,7 +8,7 @@ use snapcore::{Seen, SeenDisk, Target};
 
 use super::disk::{OpenChain, View, target_name};
 use crate::{
-    discover::{BlockDevice, Discovery, Given, Process, Role},
+    discover::{BlockDevice, Discovery, Given, Process, Role, shared_by},
     error::Result,
     graph::Graph,
     machine::Machine,
@@ -154,6 +154,10 @@ fn left_out(drive: &BlockDevice, unfit: impl FnOnce() -> Option<String>) -> Opti
 /// What the guest can write that no snapshot holds but in its memory: of a recorded machine, or else of the command that starts
 /// it.
 pub(super) fn outside(machine: Option<&Discovery>, start: &[String]) -> Vec<String> {
+    let mapped = match machine {
+        Some(machine) => machine.mapped.clone(),
+        None => shared_by(start).in_memory,
+    };
     let (nvram, tpm) = match machine {
         Some(machine) => {
             let variables =
@@ -173,7 +177,7 @@ pub(super) fn outside(machine: Option<&Discovery>, start: &[String]) -> Vec<Stri
         }
     };
     let all = [(nvram, "firmware variables (NVRAM)"), (tpm, "TPM state")];
-    all.iter().filter(|(there, _)| *there).map(|(_, what)| (*what).to_owned()).collect()
+    all.iter().filter(|(there, _)| *there).map(|(_, what)| (*what).to_owned()).chain(mapped).collect()
 }
 
 /// Why snapshots of a disk cannot be taken as it is open now.
@@ -215,7 +219,7 @@ fn unfit(
         return Some("its image is no file that has a name on this machine".to_owned());
     };
     let is_it = |file: &std::path::Path| root.identity.is_some() && view.identity(file) == root.identity;
-    if Given::of(&discovery.process, is_it).is_some_and(|given| given.copy_on_read) {
+    if drive.copies_on_read || Given::of(&discovery.process, is_it).is_some_and(|given| given.copy_on_read) {
         return Some(
             "it is open with copy-on-read=on: what the guest reads would be written to frozen images"
                 .to_owned(),

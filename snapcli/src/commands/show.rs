@@ -19,7 +19,8 @@ pub fn run(session: &Session, args: &Show) -> Result<Answer, Failure> {
 }
 
 fn document(details: Details) -> ShowDoc {
-    let Details { domain, snapshot, current, parent, children, members, machine, outside, .. } = details;
+    let Details { domain, snapshot, current, parent, children, members, machine, outside, shared, .. } =
+        details;
     let points = members.iter().map(|member| PointDoc {
         target: member.target.clone(),
         kind: member.kind,
@@ -45,6 +46,7 @@ fn document(details: Details) -> ShowDoc {
         children,
         machine,
         outside,
+        shared,
         delete: members.into_iter().map(|m| DeleteDoc { target: m.target, cost: m.delete }).collect(),
     }
 }
@@ -80,6 +82,12 @@ fn told(document: &ShowDoc) -> String {
             None => "a revert leaves them in their later state",
         };
         line("not included", &format!("{}: {but}", document.outside.join(", ")));
+    }
+    if !document.shared.is_empty() {
+        line(
+            "not included",
+            &format!("{}: a revert leaves them as they are then", document.shared.join(", ")),
+        );
     }
     for disk in &snapshot.skipped {
         line("skipped", &format!("{} ({}): the snapshot holds nothing of it", disk.target, disk.image));

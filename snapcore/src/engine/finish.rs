@@ -59,7 +59,7 @@ impl Running<'_> {
                         self.tell_done(unit.clone());
                     }
                     Err(error)
-                        if (deferrable || self.is_left_whole(index))
+                        if (deferrable || self.is_left_whole(index) || self.is_of_names(index))
                             && can_wait(&error)
                             && !self.has_moved_path(unit.clone()).await =>
                     {
@@ -80,7 +80,10 @@ impl Running<'_> {
                 }
             }
             if let Some(reason) = reason {
-                put_off.push(target.clone());
+                // What a hypervisor calls the images keeps no other step from being done.
+                if !self.is_of_names(index) {
+                    put_off.push(target.clone());
+                }
                 pending.extend(self.steps(unit, StepState::Postponed));
                 self.put_off(&target, index, bytes, reason);
             }
@@ -178,6 +181,13 @@ impl Running<'_> {
             }
         }
         false
+    }
+
+    /// Returns true for the step by which a hypervisor learns the new names of frozen images. The disks and all snapshots are
+    /// whole without it. Each operation that needs it looks whether it was done, and [`LiveDomain::settle`] does it.
+    fn is_of_names(&self, index: usize) -> bool {
+        self.operation.plan.steps[index].step.target.is_domain()
+            && matches!(self.domain_step(index), Ok(DomainStep::Rehome { .. }))
     }
 
     /// Tags that could not be deleted are no snapshots of the domain any more, and nothing deletes them later.

@@ -162,6 +162,7 @@ impl Inner {
             live.preflight(&plan, &[], false).await?;
         }
         plan.notes.extend(self.note_on_outside(entry, live, request, &plan));
+        plan.notes.extend(self.note_on_shared(entry, live, request, &plan));
         Ok(plan)
     }
 
@@ -198,6 +199,40 @@ impl Inner {
         };
         let outside = self.outside(domain, live.map(|live| &live.seen().machine));
         (!outside.is_empty()).then(|| format!("{}: {note}", outside.join(", ")))
+    }
+
+    /// What is to be said of what the guest can write and no snapshot holds at all.
+    fn note_on_shared(
+        &self,
+        entry: &Entry,
+        live: Option<&Live>,
+        request: &Request,
+        plan: &Plan,
+    ) -> Option<String> {
+        let shared = self.shared(&entry.domain, live.map(|live| &live.seen().machine));
+        let note = match request {
+            _ if shared.is_empty() => return None,
+            Request::Create(_) => "not in the snapshot: a revert leaves them as they are then",
+            Request::Revert(_) => match plan.guest(entry.domain.hypervisor) {
+                Some((
+                    GuestChange::Restored | GuestChange::RecreatedFromMemory | GuestChange::Started,
+                    _,
+                )) => {
+                    "not reverted: the guest's memory goes on with what it knew of them; mount them again in the guest"
+                }
+                _ => "not reverted: they stay as they are",
+            },
+            Request::Delete(_) | Request::Tidy => return None,
+        };
+        Some(format!("{}: {note}", shared.join(", ")))
+    }
+
+    /// What the guest of a domain can write that no snapshot holds at all.
+    pub(super) fn shared(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {
+        match self.registry.hypervisor(domain.hypervisor) {
+            Ok(saver) if domain.hypervisor != Hypervisor::None => saver.shared(domain, machine),
+            _ => Vec::new(),
+        }
     }
 
     /// What the guest of a domain can write that no snapshot holds but in its memory.

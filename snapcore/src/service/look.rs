@@ -63,8 +63,10 @@ impl Inner {
         let record =
             snapshot.machine.as_deref().and_then(|id| domain.machine(id)).map(|machine| &machine.record);
         let outside = self.outside(&domain, record);
+        let shared = self.shared(&domain, record);
         Ok(Details {
             outside,
+            shared,
             current: domain.current == Some(snapshot.id),
             parent: snapshot.parent.and_then(name_of),
             children: tree.children(Some(snapshot.id)).map(|child| child.name.clone()).collect(),

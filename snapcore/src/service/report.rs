@@ -170,6 +170,9 @@ pub struct Details {
     /// What the guest can write and the snapshot does not hold, but in its memory: firmware variables, a TPM.
     #[serde(default)]
     pub outside: Vec<String>,
+    /// What the guest can write and no snapshot holds at all: directories shared with the host, ...
+    #[serde(default)]
+    pub shared: Vec<String>,
 }
 
 /// What a snapshot holds of one disk.

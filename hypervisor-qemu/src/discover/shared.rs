@@ -1,0 +1,218 @@
+//! What of the host the guest can write besides its disks: shared directories and devices of the host, which no snapshot holds;
+//! files that are memory to it, which a snapshot's memory holds and their files keep.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use super::{Device, Process, optional_property};
+use crate::{error::Result, machine::Machine};
+
+/// Each in words that name where it is.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Shared {
+    /// What no snapshot holds.
+    pub(crate) nowhere: Vec<String>,
+    /// What a snapshot's memory alone holds.
+    pub(crate) in_memory: Vec<String>,
+}
+
+/// Asks a QEMU.
+pub(super) async fn shared(machine: &Machine, process: &Process, devices: &[Device]) -> Result<Shared> {
+    let (mut shared, mut in_memory) = (Vec::new(), Vec::new());
+    for device in devices {
+        let kind = kind(&device.kind);
+        let get = |name: &'static str| optional_property(machine, &device.path, name);
+        let text = |value: Value| value.as_str().map(str::to_owned);
+        let shown = device.path.rsplit('/').next().unwrap_or(&device.path);
+        match kind {
+            Kind::Plan9 => {
+                let id = text(get("fsdev").await?).unwrap_or_default();
+                let options = shares(&process.command_line).remove(&id).unwrap_or_default();
+                if options.read_only {
+                    continue;
+                }
+                let tag = text(get("mount_tag").await?).unwrap_or_default();
+                shared.push(match options.path {
+                    Some(path) => format!("the shared directory {path} (9p)"),
+                    None => format!("the shared directory with the tag {tag} (9p)"),
+                });
+            }
+            Kind::VirtioFs => {
+                let tag = text(get("tag").await?).unwrap_or_else(|| shown.to_owned());
+                shared.push(format!("the shared directory with the tag {tag} (virtiofs)"));
+            }
+            Kind::Mtp => {
+                if get("readonly").await?.as_bool() == Some(false) {
+                    let root = text(get("rootdir").await?).unwrap_or_else(|| shown.to_owned());
+                    shared.push(format!("the shared directory {root} (MTP)"));
+                }
+            }
+            Kind::SharedMemory => match mapped(machine, device).await? {
+                Some((path, _)) => in_memory.push(format!("the shared memory {path} ({})", device.kind)),
+                None => in_memory.push(format!("the shared memory of {shown} ({})", device.kind)),
+            },
+            // A private mapping is memory of the guest's, and saved with it.
+            Kind::Persistent => {
+                if let Some((path, true)) = mapped(machine, device).await? {
+                    in_memory.push(format!("the file {path} of the memory device {shown} ({})", device.kind));
+                }
+            }
+            Kind::OfHost => shared.push(format!("the host's device {shown} ({})", device.kind)),
+            Kind::Other => {}
+        }
+    }
+    Ok(Shared { nowhere: shared, in_memory })
+}
+
+/// The same of a command that starts a machine, by its words alone.
+pub(crate) fn shared_by(command: &[String]) -> Shared {
+    let options = |name: &'static str| {
+        let is = move |word: &str| word == name || word.strip_prefix('-') == Some(name);
+        command.windows(2).filter(move |pair| is(&pair[0])).map(|pair| pair[1].as_str())
+    };
+    let mut shares = shares(command);
+    let (mut shared, mut in_memory, mut used) = (Vec::new(), Vec::new(), Vec::new());
+    for device in options("-device") {
+        let name = match device.starts_with('{') {
+            true => serde_json::from_str::<Value>(device)
+                .ok()
+                .and_then(|value| value["driver"].as_str().map(str::to_owned))
+                .unwrap_or_default(),
+            false => {
+                let first = device.split(',').next().unwrap_or_default();
+                first.strip_prefix("driver=").unwrap_or(first).to_owned()
+            }
+        };
+        let part = |name: &str| {
+            device.split(',').find_map(|part| part.strip_prefix(name)?.strip_prefix('=')).map(str::to_owned)
+        };
+        match kind(&name) {
+            Kind::Plan9 => used.extend(part("fsdev")),
+            Kind::VirtioFs => shared.push(format!(
+                "the shared directory with the tag {} (virtiofs)",
+                part("tag").unwrap_or_else(|| "?".to_owned())
+            )),
+            Kind::Mtp if !device.contains("readonly=false") && !device.contains("readonly=off") => {}
+            Kind::Mtp => shared.push("a shared directory (MTP)".to_owned()),
+            Kind::SharedMemory => in_memory.push(format!("shared memory ({name})")),
+            Kind::Persistent => {
+                let maps = |object: &str| {
+                    let of = part("memdev").unwrap_or_default();
+                    object.split(',').any(|part| part == format!("id={of}")) && object.contains("share=on")
+                };
+                if options("-object").any(maps) {
+                    in_memory.push(format!("the file of a memory device ({name})"));
+                }
+            }
+            Kind::OfHost => shared.push(format!("a device of the host's ({name})")),
+            Kind::Other => {}
+        }
+    }
+    shares.retain(|name, share| !share.read_only && (share.is_used || used.contains(name)));
+    shared.extend(
+        shares
+            .into_values()
+            .filter_map(|share| share.path)
+            .map(|path| format!("the shared directory {path} (9p)")),
+    );
+    Shared { nowhere: shared, in_memory }
+}
+
+enum Kind {
+    Plan9,
+    VirtioFs,
+    Mtp,
+    SharedMemory,
+    Persistent,
+    OfHost,
+    Other,
+}
+
+fn kind(name: &str) -> Kind {
+    let is =
+        |wanted: &str| name == wanted || name.strip_prefix(wanted).is_some_and(|rest| rest.starts_with('-'));
+    match () {
+        () if is("virtio-9p") => Kind::Plan9,
+        () if is("vhost-user-fs") => Kind::VirtioFs,
+        () if is("usb-mtp") => Kind::Mtp,
+        () if is("ivshmem") => Kind::SharedMemory,
+        () if is("nvdimm") || is("virtio-pmem") => Kind::Persistent,
+        () if is("vfio-pci") || is("usb-host") || is("usb-redir") => Kind::OfHost,
+        () => Kind::Other,
+    }
+}
+
+/// The file that a memory device maps, and whether what the guest writes goes to it.
+async fn mapped(machine: &Machine, device: &Device) -> Result<Option<(String, bool)>> {
+    let backend = optional_property(machine, &device.path, "memdev").await?;
+    let Some(backend) = backend.as_str().filter(|backend| !backend.is_empty()) else { return Ok(None) };
+    let path = optional_property(machine, backend, "mem-path").await?;
+    let share = optional_property(machine, backend, "share").await?.as_bool().unwrap_or(false);
+    let read_only = optional_property(machine, backend, "readonly").await?.as_bool().unwrap_or(false);
+    Ok(path.as_str().map(|path| (path.to_owned(), share && !read_only)))
+}
+
+/// A directory that is shared by 9p.
+#[derive(Default)]
+struct Share {
+    path: Option<String>,
+    read_only: bool,
+    /// It came with its device (`-virtfs`).
+    is_used: bool,
+}
+
+/// The directories that a command shares by 9p, by their ids; that of a `-virtfs` may be its tag.
+fn shares(command: &[String]) -> BTreeMap<String, Share> {
+    let mut shares = BTreeMap::new();
+    for pair in command.windows(2) {
+        let is_used = match pair[0].trim_start_matches('-') {
+            "fsdev" => false,
+            "virtfs" => true,
+            _ => continue,
+        };
+        let part =
+            |name: &str| pair[1].split(',').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
+        let read_only = matches!(part("readonly"), Some("on" | "true" | "yes"))
+            || pair[1].split(',').any(|part| part == "readonly");
+        let share = Share { path: part("path").map(str::to_owned), read_only, is_used };
+        // QEMU names the `fsdev` of a `-virtfs` by its id, or by its tag.
+        if let Some(id) = part("id").or_else(|| part("mount_tag")) {
+            shares.insert(id.to_owned(), share);
+        }
+    }
+    shares
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_read_off_a_command() {
+        let told = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+            let shared = shared_by(&words);
+            [shared.nowhere, shared.in_memory].concat()
+        };
+        let fs = [
+            "-fsdev",
+            "local,id=a,path=/a",
+            "-fsdev",
+            "local,id=b,path=/b",
+            "-device",
+            "virtio-9p-pci,fsdev=a",
+        ];
+        assert_eq!(told(&fs), ["the shared directory /a (9p)"]);
+        assert_eq!(told(&["-virtfs", "local,path=/v,mount_tag=t"]), ["the shared directory /v (9p)"]);
+        assert!(told(&["-virtfs", "local,path=/v,mount_tag=t,readonly=on"]).is_empty());
+        let pmem = ["-object", "memory-backend-file,id=m,share=on,mem-path=/p", "-device", "nvdimm,memdev=m"];
+        assert_eq!(told(&pmem), ["the file of a memory device (nvdimm)"]);
+        assert!(
+            told(&["-object", "memory-backend-file,id=m,mem-path=/p", "-device", "nvdimm,memdev=m"])
+                .is_empty()
+        );
+        assert_eq!(told(&["-device", r#"{"driver":"ivshmem-plain"}"#]), ["shared memory (ivshmem-plain)"]);
+        assert!(told(&["-device", "virtio-blk-pci,drive=d"]).is_empty());
+    }
+}
