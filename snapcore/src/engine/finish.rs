@@ -184,7 +184,7 @@ impl Running<'_> {
     }
 
     /// Returns true for the step by which a hypervisor learns the new names of frozen images. The disks and all snapshots are
-    /// whole without it. Each operation that needs it looks whether it was done, and [`LiveDomain::settle`] does it.
+    /// whole without it. Each operation that needs it looks whether it was done, and `LiveDomain::settle` does it.
     fn is_of_names(&self, index: usize) -> bool {
         self.operation.plan.steps[index].step.target.is_domain()
             && matches!(self.domain_step(index), Ok(DomainStep::Rehome { .. }))
