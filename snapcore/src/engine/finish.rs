@@ -59,7 +59,7 @@ impl Running<'_> {
                         self.tell_done(unit.clone());
                     }
                     Err(error)
-                        if (deferrable || self.is_left_whole(index) || self.is_of_names(index))
+                        if (deferrable || self.is_left_whole(index, &error) || self.is_of_names(index))
                             && can_wait(&error)
                             && !self.has_moved_path(unit.clone()).await =>
                     {
@@ -160,12 +160,20 @@ impl Running<'_> {
 
     /// Returns true if the disk is whole without this step, and a later operation plans anew what is left of it: then a step that
     /// cannot be done (an immutable file, no permission, a full disk) does not keep the domain from everything else.
-    fn is_left_whole(&self, index: usize) -> bool {
+    ///
+    /// Nothing plans anew the deletion of tags that the catalogue has no more. So it is left for a recovery, unless the image is
+    /// such that it can never be done.
+    fn is_left_whole(&self, index: usize, error: &Error) -> bool {
         let step = &self.operation.plan.steps[index].step;
+        let action = serde_json::from_value::<ChainStep>(step.action.clone());
+        let for_ever =
+            matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Refused | ErrorKind::Unsupported);
+        if matches!(action, Ok(ChainStep::DropInternal { .. })) && !for_ever {
+            return false;
+        }
         let record = self.entry.domain.disks.iter().find(|record| record.disk.target == step.target);
         let backend = record.and_then(|record| self.engine.registry.get(&record.disk.format).ok());
-        backend.is_some_and(|backend| backend.plans_leftovers())
-            && serde_json::from_value::<ChainStep>(step.action.clone()).is_ok()
+        action.is_ok() && backend.is_some_and(|backend| backend.plans_leftovers())
     }
 
     /// Whether one of these steps has moved the configured path, or may have, though it failed (its directory
