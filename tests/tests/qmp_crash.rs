@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use domsnap_tests::domain::files;
 use domsnap_tests::domsnap::{Domsnap, status};
 use domsnap_tests::idle::{Boot, Idle, has_pattern};
 use domsnap_tests::{qemu, report, shim};
@@ -137,6 +138,12 @@ impl Machine {
             }
         }
         nothing_left(self.qemu.socket(), &DISKS.map(|disk| (disk, self.path(disk))))?;
+        let left = files(self.dir.path())?.into_keys().find(|file| {
+            let file = file.to_string_lossy();
+            [".part", ".packing", ".domsnap-new"].iter().any(|end| file.ends_with(end))
+                || file.contains(".domsnap-probe.")
+        });
+        ensure!(left.is_none(), "a passing file is left: {left:?}");
         Ok(then)
     }
 

@@ -304,6 +304,7 @@ impl LiveDomain for Live {
     }
 
     async fn tidy(&self) -> Result<()> {
+        preflight::remove_left(self.owned.iter().map(|(_, file)| file.as_path()));
         let graph = self.machine.graph().await.map_err(told)?;
         let is_left = |node: &Node| {
             node.name.starts_with(disk::PLACEHOLDER)

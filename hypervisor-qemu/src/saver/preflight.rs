@@ -244,14 +244,19 @@ async fn can_open(disk: &Disk, file: &Path, write: bool) -> Result<()> {
 struct Probe(PathBuf);
 
 impl Probe {
-    /// Makes it; none where that cannot be: the step that makes the image says why.
-    fn make(beside: &Path, like: &Path) -> Option<Self> {
+    /// Its name, beside an image.
+    fn path(beside: &Path) -> Option<PathBuf> {
         let ending =
             beside.extension().map(|ending| format!(".{}", ending.to_string_lossy())).unwrap_or_default();
         let stem = beside.file_stem()?.to_string_lossy().into_owned();
         // The stem of a layer's name is longer than that of the configured path, and is random.
         let stem = stem.split(".ds-").next().unwrap_or(&stem).to_owned();
-        let path = beside.with_file_name(format!("{stem}.{STANDS_FOR}{ending}"));
+        Some(beside.with_file_name(format!("{stem}.{STANDS_FOR}{ending}")))
+    }
+
+    /// Makes it; none where that cannot be: the step that makes the image says why.
+    fn make(beside: &Path, like: &Path) -> Option<Self> {
+        let path = Self::path(beside)?;
         let create = || File::options().write(true).create_new(true).mode(0o600).open(&path);
         let file = match create() {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -273,6 +278,15 @@ impl Probe {
         }
         let _ = file.set_permissions(fs::Permissions::from_mode(about.mode() & 0o777));
         Some(probe)
+    }
+}
+
+/// Removes the empty files that a crash left beside these images.
+pub(super) fn remove_left<'a>(images: impl IntoIterator<Item = &'a Path>) {
+    for path in images.into_iter().filter_map(Probe::path) {
+        if fs::symlink_metadata(&path).is_ok_and(|left| left.is_file() && left.len() == 0) {
+            let _ = fs::remove_file(&path);
+        }
     }
 }
 

@@ -254,6 +254,9 @@ impl Running<'_> {
                 self.engine.registry.hypervisor(domain.hypervisor)?.remove_memory(file).await
             }
             // Nobody has the disks: theirs is undone by their own steps.
+            (DomainStep::Instant { memory: Some(memory), .. }, None) => {
+                self.engine.registry.hypervisor(domain.hypervisor)?.remove_memory(&memory.file).await
+            }
             (_, None) => Ok(()),
             (_, Some(live)) => {
                 self.yield_locks().await?;
@@ -268,7 +271,14 @@ impl Running<'_> {
                     progress: &progress,
                     cancel: &deaf,
                 };
-                guarded(live.undo(&step, context)).await
+                guarded(live.undo(&step, context)).await?;
+                // What was written of it, where the step that makes an image of it was never begun.
+                match &step {
+                    DomainStep::Instant { memory: Some(memory), .. } => {
+                        self.engine.registry.hypervisor(domain.hypervisor)?.remove_memory(&memory.file).await
+                    }
+                    _ => Ok(()),
+                }
             }
         }
     }
