@@ -182,3 +182,28 @@ fn what_one_failed_call_leaves_is_recovered() -> Result<()> {
     }
     Ok(())
 }
+
+/// A domain that is changed while it is checked is not damaged, and is not said to be.
+#[test]
+fn check_of_a_domain_in_change_finds_no_damage() -> Result<()> {
+    let mut domain = Domain::new(&Shape::disks(2))?;
+    domain.create("s0", "external")?;
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let changes = scope.spawn(|| -> Result<()> {
+            let changed = (1..12).try_for_each(|number| {
+                let name = format!("s{number}");
+                domain.domsnap().done(&["create", NAME, &name, "--external"])?;
+                domain.domsnap().done(&["delete", NAME, &name]).map(drop)
+            });
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            changed
+        });
+        while !done.load(std::sync::atomic::Ordering::Relaxed) {
+            let check = domain.domsnap().run(&["check", NAME])?;
+            // A step that takes longer than the check waits is told.
+            ensure!(check.status == Some(status::DONE) || check.stdout.contains("runs just now"), "{check}");
+        }
+        changes.join().map_err(|_| anyhow::anyhow!("the changes panicked"))?
+    })
+}

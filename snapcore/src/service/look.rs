@@ -12,6 +12,12 @@ use crate::{
     SnapshotTree,
 };
 
+/// How often a domain is looked at that is being changed.
+const CHECKS: usize = 5;
+
+/// Between two looks while an operation is under way, or has stopped half way.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
+
 impl Inner {
     async fn unfinished_of(&self, entry: &Entry) -> Result<Vec<Unfinished>> {
         let unfinished = self.catalogue.unfinished(&entry.domain.name).await?;
@@ -105,7 +111,35 @@ impl Inner {
         Ok(reports)
     }
 
+    /// What there is to be said of a domain. One that is changed meanwhile looks wrong (the catalogue was read before
+    /// the images and manifests): it is looked at again, and if it goes on being changed, that alone is told.
     pub(super) async fn check(&self, reference: &DomainRef) -> Result<Vec<Finding>> {
+        let (mut name, mut last) = (String::new(), None);
+        for _ in 0..CHECKS {
+            let (entry, catalogued, findings) = self.check_once(reference).await?;
+            // A step that is under way changes images before the catalogue says so.
+            let under_way = !self.catalogue.unfinished(&entry.domain.name).await?.is_empty();
+            let is_harmless = findings.iter().all(|finding| finding.severity == Severity::Note);
+            if is_harmless || !catalogued {
+                return Ok(findings);
+            }
+            let now = self.catalogue.load(&entry.domain.name).await?;
+            let is_same = now.is_none_or(|now| now.revision == entry.revision);
+            if is_same && (!under_way || last.as_ref() == Some(&findings)) {
+                return Ok(findings);
+            }
+            last = Some(findings);
+            if under_way {
+                tokio::time::sleep(PAUSE).await;
+            }
+            name = entry.domain.name.to_string();
+        }
+        let words = "it is being changed, so what was seen of it may be of two moments, and is not told: check it when that \
+                     has ended";
+        Ok(vec![finding(Severity::Warning, &name, words.to_owned())])
+    }
+
+    async fn check_once(&self, reference: &DomainRef) -> Result<(Entry, bool, Vec<Finding>)> {
         let Located { entry, catalogued, notes, .. } = self.locate(reference).await?;
         let name = entry.domain.name.to_string();
         let mut findings: Vec<Finding> =
@@ -159,7 +193,7 @@ impl Inner {
             findings.extend(self.check_manifests(&entry).await?);
         }
         findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
-        Ok(findings)
+        Ok((entry, catalogued, findings))
     }
 
     async fn check_manifests(&self, entry: &Entry) -> Result<Vec<Finding>> {
