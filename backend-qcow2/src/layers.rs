@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::names::{FileId, file_id, io_error, require_own};
+use image_files::names::{FileId, file_id, io_error, require_own, require_own_or_device};
 use image_files::size_at;
 use jiff::Timestamp;
 use snapcore::chain::{self, is_layer_name, layer_path};
@@ -239,8 +239,11 @@ impl Reader<'_> {
         format: &str,
     ) -> Result<(Layer, Option<(LayerName, String)>)> {
         let owned = self.record.owned.contains(&name);
-        if owned {
-            require_own(file)?;
+        match (owned, format) {
+            (false, _) => {}
+            (true, "qcow2") => require_own(file)?,
+            // The lowest layer of a disk that was a raw device, under overlays elsewhere.
+            (true, _) => require_own_or_device(file)?,
         }
         let metadata =
             std::fs::metadata(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;

@@ -10,7 +10,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::{Attributes, Directory, FileName, Kind, is_trusted_link, refusal};
@@ -89,6 +89,19 @@ pub fn require_own(path: &Utf8Path) -> Result<()> {
         Err(error) if is_nothing(&error) => Ok(()),
         Err(error) => Err(io_error(error, format!("cannot look at {path}"))),
     }
+}
+
+/// As [`require_own`], for a raw layer: it may be a block device too, also by a link that none but trusted users can put there, as
+/// the names of devices in `/dev` are.
+///
+/// # Errors
+/// As [`require_own`].
+pub fn require_own_or_device(path: &Utf8Path) -> Result<()> {
+    let Err(refused) = require_own(path) else { return Ok(()) };
+    let is_device = confined_files::open(path.as_std_path(), false, Kind::RegularOrBlock)
+        .and_then(|file| file.metadata())
+        .is_ok_and(|about| about.file_type().is_block_device());
+    if is_device { Ok(()) } else { Err(refused) }
 }
 
 /// Opens the regular file at `path`, which is ours: no link in its place is followed, whoever made it.
@@ -370,4 +383,27 @@ pub fn remove_name(path: &Utf8Path) -> Result<()> {
 pub fn remove(path: &Utf8Path) -> Result<()> {
     remove_name(path)?;
     flush_directory_of(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A device may be below overlays; what another user can put in the place of a layer is no way to one.
+    #[test]
+    fn a_link_to_anything_but_a_device_is_no_layer() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = Utf8Path::from_path(dir.path()).unwrap();
+        let file = dir.join("a.raw");
+        fs::write(&file, b"x").unwrap();
+        require_own_or_device(&file).unwrap();
+        require_own_or_device(&dir.join("nothing")).unwrap();
+        for (name, to) in [("file", "a.raw"), ("null", "/dev/null"), ("dir", "."), ("broken", "none")] {
+            let link = dir.join(name);
+            std::os::unix::fs::symlink(to, &link).unwrap();
+            let error = require_own_or_device(&link).unwrap_err();
+            assert!(error.kind() == ErrorKind::Refused, "{error}");
+            assert!(error.to_string().contains("a symbolic link"), "{error}");
+        }
+    }
 }
