@@ -329,6 +329,8 @@ impl LiveDomain for Live {
             }
             DomainStep::Attach { .. } => window::attach(self, step, context).await.map(|()| Facts::default()),
             DomainStep::Continue { .. } => window::go_on(self, step, context).await,
+            // A domain is made again with the media of its configuration.
+            DomainStep::Media { .. } => Ok(Facts::default()),
             DomainStep::RemoveMemory { file } => remove_memory(file).await.map(|()| Facts::default()),
         }
     }
@@ -344,10 +346,9 @@ impl LiveDomain for Live {
             DomainStep::Attach { .. } => window::undo_attach(self, step, context).await,
             // They take nothing away; what a new name is given to keeps it.
             DomainStep::CheckMemory { .. } | DomainStep::Rehome { .. } => Ok(()),
-            DomainStep::Continue { .. } | DomainStep::RemoveMemory { .. } => Err(Error::new(
-                ErrorKind::Internal,
-                "a step that can only be carried through was to be undone",
-            )),
+            DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => Err(
+                Error::new(ErrorKind::Internal, "a step that can only be carried through was to be undone"),
+            ),
         }
     }
 

@@ -202,6 +202,11 @@ pub enum DomainStep {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         anew: Option<Anew>,
     },
+    /// Gives drives the media that the memory which is loaded next has in them. Part of a window.
+    Media {
+        /// The drives that have another medium now.
+        media: Vec<Medium>,
+    },
     /// The end of a window: loads memory or resets the guest, or neither, and lets it run or not.
     Continue {
         /// The memory image to load.
@@ -218,6 +223,17 @@ pub enum DomainStep {
         #[schemars(with = "String")]
         file: Utf8PathBuf,
     },
+}
+
+/// What is in a drive whose medium can be taken out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Medium {
+    /// The drive, as the hypervisor knows it.
+    pub drive: String,
+    /// The medium's file; absent: the drive is empty.
+    pub file: Option<String>,
+    /// The medium's format, as the hypervisor calls it.
+    pub format: String,
 }
 
 /// One layer of a chain as files, for a hypervisor to open.
@@ -494,6 +510,12 @@ pub trait LiveDomain: Send + Sync {
 
     /// What of a recorded machine ([`Seen::machine`]) is not so now and would not survive a revert with memory: each in words.
     fn differences(&self, recorded: &serde_json::Value) -> Result<Vec<String>>;
+
+    /// The media of a recorded machine that are not in their drives now, and can be put back before memory is loaded. What cannot
+    /// be put back is one of the [`LiveDomain::differences`].
+    fn media(&self, _recorded: &serde_json::Value) -> Result<Vec<Medium>> {
+        Ok(Vec::new())
+    }
 
     /// Says why memory cannot be saved through this connection, if so.
     fn cannot_save_memory(&self) -> Option<String> {

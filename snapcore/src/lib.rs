@@ -82,7 +82,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventStream, Events};
 pub use hypervisor::{
     Anew, AttachedDisk, AttachedMerge, Beginning, ChainFile, Control, DiskInstant, DomainContext, DomainStep,
-    Facts, FileIdentity, GuestChange, Inside, LiveDomain, MAX_COMPRESSION, MemoryPlan, NothingInside,
+    Facts, FileIdentity, GuestChange, Inside, LiveDomain, MAX_COMPRESSION, Medium, MemoryPlan, NothingInside,
     OpenChain, PowerAfter, Quiesce, Seen, SeenDisk, StartFromMemory, StartedDomain, Taken, VmStateSaver,
     file_identity,
 };

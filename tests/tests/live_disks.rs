@@ -556,23 +556,115 @@ fn file_node_without_format_is_a_raw_disk() -> Result<()> {
     qemu.quit()
 }
 
-/// A medium that was changed after a snapshot with memory is named before the memory is loaded over it.
+/// What is in each drive whose medium can be taken out.
+fn media_in(qemu: impl Fn(&str) -> Result<Value>) -> Result<Vec<(String, String)>> {
+    let drives = qemu("query-block")?;
+    let drives = drives.as_array().context("drives")?.iter().filter(|drive| drive["removable"] == true);
+    let mut media: Vec<_> = drives
+        .map(|drive| {
+            let file = drive["inserted"]["file"].as_str().unwrap_or_default();
+            let name = file.rsplit('/').next().unwrap_or_default();
+            (drive["qdev"].as_str().unwrap_or_default().to_owned(), name.to_owned())
+        })
+        .collect();
+    media.sort();
+    Ok(media)
+}
+
+/// A revert with memory puts back the media that the memory has in its drives: changed, ejected and inserted ones, of CD-ROMs,
+/// floppies and USB; and where the memory is loaded by a QEMU that is started for it. One that is gone is refused.
 #[test]
-fn medium_that_memory_does_not_know_is_named() -> Result<()> {
-    let place = Place::new(&["d.qcow2", "a.raw", "b.raw"])?;
-    let words =
-        ["-drive", "file=DIR/a.raw,format=raw,if=none,id=m,media=cdrom", "-device", "ide-cd,drive=m,id=cd"];
+fn media_are_put_back_before_memory_is_loaded() -> Result<()> {
+    let place = Place::new(&["d.qcow2"])?;
+    for image in ["a.raw", "b.raw"] {
+        std::fs::File::create(place.file(image))?.set_len(1_474_560)?;
+    }
+    let words = [
+        "-drive",
+        "file=DIR/a.raw,format=raw,if=none,id=m,media=cdrom",
+        "-device",
+        "ide-cd,drive=m,id=cd",
+        "-device",
+        "isa-fdc,id=fdc",
+        "-drive",
+        "file=DIR/a.raw,format=raw,if=none,id=f,readonly=on",
+        "-device",
+        "floppy,drive=f,id=fl",
+        "-drive",
+        "if=none,id=e,media=cdrom",
+        "-device",
+        "ide-cd,drive=e,id=none,bus=ide.1",
+        "-device",
+        "qemu-xhci",
+        "-drive",
+        "file=DIR/a.raw,format=raw,if=none,id=u,readonly=on",
+        "-device",
+        "usb-storage,drive=u,removable=on,id=us",
+    ];
     let qemu = place.start("m", &words)?;
     let (domsnap, address) = (place.domsnap(), qemu.address());
+    let usb = "/machine/peripheral/us/us.0/legacy[0]";
+    let all = [("cd", "a.raw"), ("fl", "a.raw"), ("none", ""), (usb, "a.raw")];
+    let expect = |wanted: &[(&str, &str)]| -> Result<()> {
+        let mut wanted: Vec<_> =
+            wanted.iter().map(|(id, file)| ((*id).to_owned(), (*file).to_owned())).collect();
+        wanted.sort();
+        let has = media_in(|command| qemu.qmp(command, json!({})))?;
+        ensure!(has == wanted, "{has:?} and not {wanted:?}");
+        Ok(())
+    };
     domsnap.done(&["create", &address, "s"])?;
-    let change = |file: &str| {
-        let new = json!({ "id": "cd", "filename": place.file(file), "format": "raw" });
+    let change = |id: &str, file: &str| {
+        let new = json!({ "id": id, "filename": place.file(file), "format": "raw" });
         qemu.qmp("blockdev-change-medium", new).map(drop)
     };
-    change("b.raw")?;
-    refused(domsnap.run(&["revert", &address, "s"])?, &["medium", "a.raw", "b.raw"])?;
-    change("a.raw")?;
+    for id in ["cd", "fl", "none", usb] {
+        change(id, "b.raw")?;
+    }
+    domsnap.done(&["create", &address, "t"])?;
+    let planned = domsnap.done(&["revert", &address, "s", "--dry-run"])?;
+    for words in ["a.raw into drive cd", "a.raw into drive fl", "out of drive none"] {
+        ensure!(planned.stdout.contains(words), "{planned}");
+    }
+    domsnap.done(&["revert", &address, "s", "--paused"])?;
+    expect(&all)?;
+    ensure!(qemu.state()? != "running");
     domsnap.done(&["revert", &address, "s"])?;
+    for id in ["cd", "fl", usb] {
+        qemu.qmp("eject", json!({ "id": id, "force": true }))?;
+    }
+    domsnap.done(&["revert", &address, "s"])?;
+    expect(&all)?;
+
+    change("cd", "b.raw")?;
+    std::fs::rename(place.file("a.raw"), place.file("c.raw"))?;
+    refused(
+        domsnap.run(&["revert", &address, "s"])?,
+        &["medium", "cd", "a.raw", "which is gone: put the file back"],
+    )?;
+    std::fs::rename(place.file("c.raw"), place.file("a.raw"))?;
+
+    // Its command has other media than its memory.
+    domsnap.done(&["revert", &address, "s", "--off"])?;
+    domsnap.done(&["revert", &address, "t"])?;
+    expect(&[("cd", "b.raw"), ("fl", "b.raw"), ("none", "b.raw"), (usb, "b.raw")])?;
+    qemu.wait_state("running")?;
+    domsnap.done(&["revert", &address, "s", "--off"]).map(drop)
+}
+
+/// A reset does not end a QEMU that was told at run time to end where its guest reboots: no query tells that.
+#[test]
+fn reset_does_not_end_a_qemu_that_ends_at_reboots() -> Result<()> {
+    let place = Place::new(&["d.qcow2"])?;
+    let mut qemu = place.start("m", &[])?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    domsnap.done(&["create", &address, "s", "--disk-only"])?;
+    qemu.qmp("set-action", json!({ "reboot": "shutdown" }))?;
+    let reverted = domsnap.done(&["revert", &address, "s"])?;
+    ensure!(reverted.stdout.contains("guest was reset"), "{reverted}");
+    // Firmware may reboot once more.
+    qemu.qmp("system_reset", json!({}))?;
+    ensure!(qemu.state()? == "running" && qemu.is_alive()?);
     qemu.quit()
 }
 

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use snapcore::Medium;
+
 use super::{Device, Discovery};
 
 /// One thing that is not as it was recorded.
@@ -108,7 +110,12 @@ pub fn compare(recorded: &Discovery, now: &Discovery) -> Vec<Difference> {
             }
             // The guest may have it mounted: its memory goes on with what it has read of that medium.
             let medium = |drive: Option<&super::BlockDevice>| drive.and_then(|drive| drive.medium.clone());
+            let format = before.and_then(|drive| drive.medium_format.clone());
             if let (Some(before), Some(after)) = (medium(before), medium(after)) {
+                // It can be put back ([`media`]).
+                if before != after && can_be_put_back(&before, format.as_deref()) {
+                    return;
+                }
                 let named = |medium: String| if medium.is_empty() { "none".to_owned() } else { medium };
                 differ(&format!("medium in drive {target}"), named(before), named(after));
             }
@@ -116,6 +123,30 @@ pub fn compare(recorded: &Discovery, now: &Discovery) -> Vec<Difference> {
     );
     differ("TPM devices", recorded.tpms.join(", "), now.tpms.join(", "));
     differences
+}
+
+/// Returns true if a recorded medium is known well enough to be put back: it is none, or a file of a known format.
+fn can_be_put_back(medium: &str, format: Option<&str>) -> bool {
+    medium.is_empty() || (format.is_some() && !medium.starts_with("json:"))
+}
+
+/// The media that a recorded machine had in its drives and this one has not, where they can be put back.
+pub(crate) fn media(recorded: &Discovery, now: &Discovery) -> Vec<Medium> {
+    let mut media = Vec::new();
+    for before in &recorded.drives {
+        let after = now.drives.iter().find(|drive| drive.target == before.target);
+        let Some(after) = after.filter(|drive| drive.role == before.role) else { continue };
+        let (Some(wanted), Some(has)) = (&before.medium, &after.medium) else { continue };
+        let format = before.medium_format.as_deref();
+        if wanted != has && can_be_put_back(wanted, format) {
+            media.push(Medium {
+                drive: before.target.clone(),
+                file: (!wanted.is_empty()).then(|| wanted.clone()),
+                format: format.unwrap_or_default().to_owned(),
+            });
+        }
+    }
+    media
 }
 
 /// Calls `each` for every key that one of two lists has.

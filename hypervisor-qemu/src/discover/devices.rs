@@ -56,6 +56,9 @@ pub struct BlockDevice {
     /// in an empty drive. None where it was not recorded.
     #[serde(default)]
     pub medium: Option<String>,
+    /// The format that the medium is opened as. None in an empty drive, and where it was not recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub medium_format: Option<String>,
     /// The layers, active image first; empty in an empty drive. Each is a node; the node of its file is below it. Not in
     /// what a snapshot records.
     #[serde(default)]
@@ -158,6 +161,9 @@ fn block_device(graph: &Graph, drive: &Value) -> Option<BlockDevice> {
         file: graph.file(&node.name).and_then(|file| graph.node(file)).cloned(),
     };
     let file = chain.first().map(|node| node.file.clone()).unwrap_or_default();
+    let medium_format = (role == Role::Removable && read_only)
+        .then(|| chain.first().map(|node| node.driver.clone()))
+        .flatten();
     let medium = (role == Role::Removable && (read_only || file.is_empty())).then_some(file);
     Some(BlockDevice {
         target,
@@ -166,6 +172,7 @@ fn block_device(graph: &Graph, drive: &Value) -> Option<BlockDevice> {
         removable,
         read_only,
         medium,
+        medium_format,
         chain: chain.into_iter().map(layer).collect(),
         copies_on_read: false,
     })

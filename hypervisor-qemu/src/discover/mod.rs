@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub use abilities::Abilities;
+pub(crate) use compare::media;
 pub use compare::{Difference, compare};
 pub use devices::{BlockDevice, ChainLayer, Device, Role};
 pub(crate) use given::Given;

@@ -5,8 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::json;
-use tokio::time::sleep;
+use qmp::{Events, Notice};
+use serde_json::{Value, json};
+use tokio::time::{sleep, timeout};
 
 use super::{
     clock::Clock,
@@ -415,6 +416,31 @@ async fn runs_yet(machine: &Machine, attempted: &str) -> Result<()> {
     Err(error.advice("take the snapshot again: it is taken of the guest as it stands now"))
 }
 
+/// Returns true if an event says that the guest stopped by itself.
+fn stops(name: &str, data: &Value) -> bool {
+    let action = data["action"].as_str();
+    match name {
+        "GUEST_PANICKED" | "WATCHDOG" => action == Some("pause"),
+        "BLOCK_IO_ERROR" => action == Some("stop"),
+        "SHUTDOWN" | "SUSPEND" => true,
+        _ => false,
+    }
+}
+
+/// The same as [`runs_yet`] of the last moments, after which QEMU's run state tells of the migration alone.
+async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str) -> Result<()> {
+    // What happened before the reply that said `pre-switchover` is here already.
+    while let Ok(Ok(notice)) = timeout(Duration::ZERO, events.next()).await {
+        let Notice::Event(event) = notice else { continue };
+        if stops(&event.name, &event.data) {
+            let detail = format!("the guest stopped by itself ({}) while its memory was copied", event.name);
+            let error = Error::new(ErrorKind::Invalid, attempted, machine.qmp().socket().display(), detail);
+            return Err(error.advice("take the snapshot again: it is taken of the guest as it stands now"));
+        }
+    }
+    Ok(())
+}
+
 async fn pre_copy<T, F>(
     machine: &Machine,
     disks: Disks,
@@ -430,6 +456,7 @@ where
     let attempted = "saving memory";
     let subject = draft.path().display().to_string();
     let clock = Clock::start(machine);
+    let mut events = machine.qmp().events();
     let mut undo =
         Undo { machine, disks: &disks, settings: None, writing: None, paused: None, inactive: false };
     match Writing::start(machine, &draft, settings).await {
@@ -458,7 +485,13 @@ where
         let waited = begun.elapsed();
         if converged && waited > budget {
             match machine.pause().await {
-                Ok(paused) => (undo.paused, converged) = (Some(paused), false),
+                Ok(paused) => {
+                    let stopped_before = !paused.is_ours();
+                    (undo.paused, converged) = (Some(paused), false);
+                    if stopped_before && let Err(error) = runs_yet(machine, attempted).await {
+                        return Err(undo.all(error).await);
+                    }
+                }
                 // It may have converged just now.
                 Err(error) if error.kind() == ErrorKind::Invalid => {}
                 Err(error) => return Err(undo.all(error).await),
@@ -470,6 +503,10 @@ where
             return Err(undo.all(error).await);
         }
         sleep(Duration::from_millis(if converged { 5 } else { 1 })).await;
+    }
+    // The end of the migration would let it go on; QEMU gives a cancelled one's guest its own state back.
+    if converged && let Err(error) = ran_to_the_end(machine, &mut events, attempted).await {
+        return Err(undo.all(error).await);
     }
     let cut = async {
         disks.cut(machine).await?;
@@ -502,4 +539,19 @@ where
     let memory = Saving { machine: machine.clone(), draft, writing: undo.writing };
     let way = Way::PreCopy { converged };
     Ok(Taken { way, why_not, stopped_for, was_running: true, memory: Some(memory), done })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_of_a_guest_that_stops_are_known() {
+        assert!(stops("GUEST_PANICKED", &json!({ "action": "pause" })));
+        assert!(!stops("GUEST_PANICKED", &json!({ "action": "run" })));
+        assert!(stops("BLOCK_IO_ERROR", &json!({ "action": "stop", "device": "vda" })));
+        assert!(!stops("BLOCK_IO_ERROR", &json!({ "action": "report" })));
+        assert!(stops("SHUTDOWN", &json!({ "guest": true, "reason": "guest-shutdown" })));
+        assert!(!stops("STOP", &Value::Null) && !stops("WATCHDOG", &json!({ "action": "none" })));
+    }
 }

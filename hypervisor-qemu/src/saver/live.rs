@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use qmp::Agent;
 use snapcore::{
     AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, FileIdentity,
-    LiveDomain, OpenChain, Plan, Result, Seen, Target,
+    LiveDomain, Medium, OpenChain, Plan, Result, Seen, Target,
 };
 use tokio::{sync::watch, time::timeout};
 
@@ -20,12 +20,12 @@ use super::{
     disk::{self, Disk, View},
     error::told,
     mark::Mark,
-    preflight, recorded, remove_memory, seen, truth,
+    media, preflight, recorded, remove_memory, seen, truth,
     unpacked::Unpacked,
     window,
 };
 use crate::{
-    discover::{Abilities, BlockDevice, Discovery, Given, Process, compare},
+    discover::{self, Abilities, BlockDevice, Discovery, Given, Process, compare},
     fdset::refusal,
     graph::{self, Graph, Node},
     guest_clock::set_guest_clock,
@@ -269,7 +269,22 @@ impl LiveDomain for Live {
 
     fn differences(&self, record: &serde_json::Value) -> Result<Vec<String>> {
         let record = recorded(record)?;
-        Ok(compare(&record, &self.discovery).iter().map(ToString::to_string).collect())
+        let mut differences: Vec<String> =
+            compare(&record, &self.discovery).iter().map(ToString::to_string).collect();
+        let view = View::of(&self.machine);
+        for medium in discover::media(&record, &self.discovery) {
+            if let Some(file) = medium.file.filter(|file| view.identity(&view.absolute(file)).is_none()) {
+                differences.push(format!(
+                    "medium in drive {}: recorded {file}, which is gone: put the file back",
+                    medium.drive
+                ));
+            }
+        }
+        Ok(differences)
+    }
+
+    fn media(&self, record: &serde_json::Value) -> Result<Vec<Medium>> {
+        Ok(discover::media(&recorded(record)?, &self.discovery))
     }
 
     fn cannot_save_memory(&self) -> Option<String> {
@@ -379,6 +394,9 @@ impl LiveDomain for Live {
                     ..Facts::default()
                 });
             }
+            DomainStep::Media { media } => {
+                media::put_back(&self.machine, media).await?;
+            }
             DomainStep::Continue { memory, reset, power } => {
                 return window::go_on(self, memory.as_deref(), *reset, *power, context).await;
             }
@@ -404,7 +422,7 @@ impl LiveDomain for Live {
                 Ok(())
             }
             DomainStep::Rehome { .. } => Ok(()),
-            DomainStep::Continue { .. } | DomainStep::RemoveMemory { .. } => {
+            DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
                 let detail = "a step that can only be carried through was to be undone";
                 Err(Error::new(ErrorKind::Internal, detail))
             }

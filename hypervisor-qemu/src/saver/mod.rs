@@ -26,6 +26,7 @@ mod disk;
 mod error;
 mod live;
 mod mark;
+mod media;
 mod merge;
 mod preflight;
 mod scan;

@@ -27,6 +27,7 @@ use super::{
     disk::{Disk, identity},
     error::told,
     live::Live,
+    media,
 };
 use crate::{discover::Process, name::Name};
 
@@ -57,6 +58,11 @@ pub(super) async fn check(live: &Live, plan: &Plan, chains: &[OpenChain], probe:
     check_state(live, plan).await.map_err(untouched)?;
     if !probe {
         return Ok(());
+    }
+    for step in plan.steps.iter().filter_map(domain_step) {
+        if let DomainStep::Media { media } = step {
+            media::check(&live.machine, &media).await.map_err(untouched)?;
+        }
     }
     for opens in opens(plan) {
         probe_one(live, &opens, chains).await.map_err(untouched)?;

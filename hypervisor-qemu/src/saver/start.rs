@@ -18,13 +18,14 @@ use super::{
     cut::About,
     error::{blocking, told},
     live::set_clock,
+    media::put_back,
     reach, recorded,
     seen::DESCRIPTOR,
     unpacked::Unpacked,
     window::reset,
 };
 use crate::{
-    discover::{Abilities, Process},
+    discover::{Abilities, Discovery, Process, media},
     machine::Machine,
     memory::{Image, Stored, restore_in_place},
 };
@@ -42,6 +43,7 @@ const ENDING: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// How a QEMU is to be started.
+#[derive(Clone)]
 struct Recipe {
     /// The program, where it is known apart from the first word.
     program: Option<PathBuf>,
@@ -85,6 +87,7 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         Some(PowerAfter::Paused | PowerAfter::Off) => Some(false),
         None => ran,
     };
+    let record = machine.clone();
     let Some(recipe) = recipe(&start, runs, machine.map(|machine| machine.process), &image, &abilities)?
     else {
         facts.notes.push(format!(
@@ -104,7 +107,14 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         facts.start = recipe.printed(by_hand);
         return Ok(facts);
     }
-    let mut process = match Started::spawn(&recipe) {
+    // Its command may have other media than its memory: then the guest waits until they are changed.
+    let has_media =
+        record.as_ref().is_some_and(|record| record.drives.iter().any(|drive| drive.medium.is_some()));
+    let mut spawned = recipe.clone();
+    if has_media && runs == Some(true) {
+        spawned.words.push("-S".to_owned());
+    }
+    let mut process = match Started::spawn(&spawned) {
         Ok(process) => process,
         Err(error) => {
             facts.notes.push(format!("the domain was not started: {error}; run the command to start it"));
@@ -123,6 +133,13 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
             // only after a reset. The state goes by that, and the memory comes again without it.
             reset(&machine).await?;
             restore_in_place(&machine, &image, &[], LOADING).await.map_err(told)?;
+        }
+        if let Some(record) = record.as_ref().filter(|_| has_media) {
+            let now = Discovery::read(&machine).await.map_err(told)?;
+            let differing = media(record, &now);
+            if !differing.is_empty() {
+                put_back(&machine, &differing).await?;
+            }
         }
         Ok::<_, Error>(machine)
     };

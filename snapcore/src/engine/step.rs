@@ -122,6 +122,14 @@ impl Running<'_> {
             _ => {}
         }
         let Some(live) = self.engine.live else { return self.apply_at_rest(&step).await };
+        if matches!(step, DomainStep::Media { .. })
+            && self.resumed
+            && live.seen().running
+            && self.window.is_none()
+        {
+            // The guest went on already, with the media that it has.
+            return Ok(Facts::default());
+        }
         if self.came_back(&step, live) {
             let note = "the domain runs already, on the disks of the snapshot: it went on just before the crash, or somebody started \
                         it since; it was not stopped, reset or given other memory; revert again to have exactly the snapshot";
@@ -192,6 +200,7 @@ impl Running<'_> {
                 self.engine.registry.hypervisor(domain.hypervisor)?.start(start).await
             }
             DomainStep::Continue { .. }
+            | DomainStep::Media { .. }
             | DomainStep::Rehome { .. }
             | DomainStep::OpenWindow { .. }
             | DomainStep::Attach { .. } => Ok(Facts::default()),

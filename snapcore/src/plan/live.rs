@@ -6,8 +6,8 @@ use super::{Merged, Planner};
 use crate::request::BUDGET;
 use crate::{
     Anew, Beginning, Consistency, CreateRequest, DiskInstant, DomainStep, Edit, Error, ErrorKind, Group,
-    Hypervisor, MAX_COMPRESSION, Machine, MemoryPlan, MemoryPoint, PlannedStep, PowerAfter, Quiesce, Result,
-    RevertRequest, Seen, Snapshot, Step, Target,
+    Hypervisor, MAX_COMPRESSION, Machine, Medium, MemoryPlan, MemoryPoint, PlannedStep, PowerAfter, Quiesce,
+    Result, RevertRequest, Seen, Snapshot, Step, Target,
 };
 
 /// A running domain as the planner sees it.
@@ -17,6 +17,8 @@ pub struct Alive<'a> {
     pub seen: &'a Seen,
     /// Of a revert to a snapshot with memory: what of the machine is not as it was then, each in words.
     pub differs: Vec<String>,
+    /// Of a revert to a snapshot with memory: the media that are in other drives than then, or in none.
+    pub media: Vec<Medium>,
     /// Where memory images go.
     pub memory_dir: Utf8PathBuf,
     /// Why its memory cannot be saved, if so.
@@ -348,6 +350,19 @@ impl Planner<'_> {
             merged.last(end);
         } else {
             merged.first(end);
+            // Before the memory: the drives' state comes from that, and says that this medium is in.
+            if file.is_some() && !alive.media.is_empty() {
+                let words: Vec<String> = alive
+                    .media
+                    .iter()
+                    .map(|medium| match &medium.file {
+                        Some(file) => format!("insert the medium {file} into drive {}", medium.drive),
+                        None => format!("take the medium out of drive {}", medium.drive),
+                    })
+                    .collect();
+                let media = DomainStep::Media { media: alive.media.clone() };
+                merged.first(step(Group::Finish, &media, words.join("; ")));
+            }
         }
         Ok(())
     }

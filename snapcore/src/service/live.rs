@@ -83,17 +83,19 @@ impl Inner {
 
     /// The running domain as the planner must know it.
     pub(super) fn alive<'a>(&self, entry: &Entry, live: &'a Live, request: &Request) -> Result<Alive<'a>> {
-        let mut differs = Vec::new();
+        let (mut differs, mut media) = (Vec::new(), Vec::new());
         if let Request::Revert(revert) = request
             && let Ok(wanted) = entry.tree.named(&revert.name)
             && wanted.memory.is_some()
             && let Some(machine) = wanted.machine.as_deref().and_then(|id| entry.domain.machine(id))
         {
             differs = live.differences(&machine.record)?;
+            media = live.media(&machine.record)?;
         }
         Ok(Alive {
             seen: live.seen(),
             differs,
+            media,
             memory_dir: self.memory_dir(&entry.domain)?,
             cannot_save_memory: live.cannot_save_memory(),
             cannot_detach: live.cannot_detach(),

@@ -1,0 +1,70 @@
+//! Media put back into the drives that memory has them in.
+
+use serde_json::json;
+use snapcore::{Error, ErrorKind, Medium, Result};
+
+use super::error::told;
+use crate::{
+    graph::{Graph, device_names},
+    machine::Machine,
+    name::Name,
+};
+
+/// Gives each drive its medium. Needs a guest that stands still. One that is in already is passed over, so this may be repeated.
+///
+/// The guest's drive notices the change; its state is the memory's as soon as that is loaded.
+pub(super) async fn put_back(machine: &Machine, media: &[Medium]) -> Result<()> {
+    for medium in media {
+        let changing = |error: Error| error.context(format!("changing the medium in drive {}", medium.drive));
+        let graph = Graph::read(machine).await.map_err(told).map_err(changing)?;
+        let drive = graph.drives().iter().find(|drive| device_names(drive).contains(&medium.drive));
+        let Some((drive, id)) = drive.and_then(|drive| Some((drive, drive["qdev"].as_str()?))) else {
+            return Err(changing(Error::new(ErrorKind::NotFound, "QEMU has no such drive")));
+        };
+        let has = drive["inserted"]["file"].as_str();
+        if has == medium.file.as_deref() {
+            continue;
+        }
+        let run = async |command: &str, arguments: serde_json::Value| {
+            let done = machine.run("changing a medium", &medium.drive, command, arguments).await;
+            done.map(drop).map_err(told).map_err(changing)
+        };
+        // By force: a guest that has a medium mounted locks the tray.
+        run("blockdev-open-tray", json!({ "id": id, "force": true })).await?;
+        match &medium.file {
+            Some(file) => {
+                let medium = json!({ "id": id, "filename": file, "format": medium.format,
+                    "read-only-mode": "read-only" });
+                run("blockdev-change-medium", medium).await?;
+            }
+            None => {
+                run("blockdev-remove-medium", json!({ "id": id })).await?;
+                run("blockdev-close-tray", json!({ "id": id })).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses media that QEMU cannot open.
+pub(super) async fn check(machine: &Machine, media: &[Medium]) -> Result<()> {
+    for medium in media {
+        let Some(file) = &medium.file else { continue };
+        // A device of the host's is opened by another driver, which QEMU finds by its name.
+        if file.starts_with("/dev/") {
+            continue;
+        }
+        let node = Name::node();
+        let added =
+            json!({ "driver": "file", "node-name": node.as_str(), "filename": file, "read-only": true });
+        machine.run("looking what QEMU can open", file, "blockdev-add", added).await.map_err(|error| {
+            told(error)
+                .context(format!("the memory has the medium {file} in drive {}", medium.drive))
+                .state("nothing was touched")
+                .advise("put the file back, or revert the disks alone with --off")
+        })?;
+        let closed = json!({ "node-name": node.as_str() });
+        machine.run("closing a node", node.as_str(), "blockdev-del", closed).await.map_err(told)?;
+    }
+    Ok(())
+}
