@@ -245,6 +245,27 @@ fn wait_for_backends(qemu: &Idle, wanted: usize) -> Result<()> {
     }
 }
 
+/// Memory that needs a disk which was plugged in is not loaded by a QEMU that is started without it: the disks are reverted, and
+/// the command is for the user.
+#[test]
+fn memory_with_a_plugged_in_disk_is_not_started() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "e.qcow2"])?;
+    let qemu = place.start("m", &["-device", "virtio-scsi-pci,id=bus0"])?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    qemu.write("vda", 1)?;
+    let file = json!({ "driver": "file", "filename": place.file("e.qcow2") });
+    qemu.qmp("blockdev-add", json!({ "driver": "qcow2", "node-name": "e0", "file": file }))?;
+    qemu.qmp("device_add", json!({ "driver": "scsi-hd", "drive": "e0", "id": "sda", "bus": "bus0.0" }))?;
+    domsnap.done(&["create", &address, "s"])?;
+    qemu.write("vda", 2)?;
+    domsnap.done(&["revert", &address, "s", "--off"])?;
+    let reverted = domsnap.done(&["revert", &address, "s"])?;
+    ensure!(reverted.stdout.contains("the domain was not started"), "{reverted}");
+    ensure!(reverted.stdout.contains("its memory needs them: sda"), "{reverted}");
+    ensure!(has_pattern(Path::new(&place.file("d.qcow2")), 1)?);
+    domsnap.done(&["create", &address, "t"]).map(drop)
+}
+
 /// A disk that was unplugged after a snapshot is let go by QEMU: who unplugged it could not close the nodes that stand on theirs.
 #[test]
 fn unplugged_disk_is_let_go_and_its_snapshots_can_be_deleted() -> Result<()> {

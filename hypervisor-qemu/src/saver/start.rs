@@ -52,6 +52,8 @@ struct Recipe {
     directory: Option<PathBuf>,
     /// Why we cannot do it.
     cannot: Option<String>,
+    /// It is the command that was recorded, and not one that the user configured.
+    is_recorded: bool,
 }
 
 impl Recipe {
@@ -101,6 +103,17 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         facts.notes.push(
             "its configuration must name the active images of its disks, which have new paths".to_owned(),
         );
+    }
+    let mut recipe = recipe;
+    if recipe.is_recorded && recipe.cannot.is_none() {
+        let missing = record.as_ref().map(|record| plugged_since(record, &recipe.words)).unwrap_or_default();
+        if !missing.is_empty() {
+            recipe.cannot = Some(format!(
+                "devices that were plugged in after it was started are not in its command, and its memory needs them: {} (add \
+                 them and their disks to the command)",
+                missing.join(", ")
+            ));
+        }
     }
     if let Some(why) = &recipe.cannot {
         facts.notes.push(format!("the domain was not started: {why}; run the command to start it"));
@@ -178,9 +191,14 @@ fn recipe(
 ) -> Result<Option<Recipe>> {
     let configured = start.domain.control.as_ref().map(|control| control.start.clone()).unwrap_or_default();
     let mut recipe = match (configured.is_empty(), recorded) {
-        (false, _) => {
-            Recipe { program: None, words: configured, environment: None, directory: None, cannot: None }
-        }
+        (false, _) => Recipe {
+            program: None,
+            words: configured,
+            environment: None,
+            directory: None,
+            cannot: None,
+            is_recorded: false,
+        },
         (true, Some(process)) if !process.command_line.is_empty() => {
             let own = rustix::process::geteuid().as_raw();
             let cannot = process.uid.filter(|uid| *uid != own).map(|uid| format!("it ran as the user {uid}"));
@@ -190,6 +208,7 @@ fn recipe(
                 environment: Some(process.environment),
                 directory: process.directory,
                 cannot,
+                is_recorded: true,
             }
         }
         (true, _) => return Ok(None),
@@ -215,6 +234,22 @@ fn recipe(
     }
     recipe.words = words;
     Ok(Some(recipe))
+}
+
+/// The devices of a recorded machine that its command does not name, by their ids: a QEMU that is started by it has not what the
+/// memory has, and refuses it.
+fn plugged_since(machine: &Discovery, words: &[String]) -> Vec<String> {
+    if words.iter().any(|word| word.trim_start_matches('-') == "readconfig") {
+        return Vec::new();
+    }
+    let ids = machine.devices.iter().filter_map(|device| device.path.strip_prefix("/machine/peripheral/"));
+    let is_named = |id: &str| {
+        let (plain, json) = (format!("id={id}"), format!("\"id\":\"{id}\""));
+        words.iter().any(|word| {
+            word.split(',').any(|part| part == plain) || word.replace(char::is_whitespace, "").contains(&json)
+        })
+    };
+    ids.filter(|id| !is_named(id)).map(str::to_owned).collect()
 }
 
 /// A QEMU that was started.
