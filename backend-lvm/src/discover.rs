@@ -1,7 +1,7 @@
 //! Points that the catalogue does not know: by their tags, and snapshots that other tools made of the volume.
 
 use jiff::Timestamp;
-use snapcore::{Consistency, DiskPoint, DiskRecord, Point, Snapshot, SnapshotId, SnapshotName};
+use snapcore::{Consistency, DiskPoint, DiskRecord, FreeNames, Point, Snapshot, SnapshotId};
 
 use crate::names::Volume;
 use crate::report::{Group, Kind, Row};
@@ -30,6 +30,7 @@ pub(crate) fn discover(
     let taken = |row: &Row| row.told().taken.unwrap_or(row.time);
     rows.sort_by(|a, b| (taken(a), &a.name).cmp(&(taken(b), &b.name)));
     let mut found: Vec<Snapshot> = Vec::new();
+    let mut names = FreeNames::default();
     for row in rows {
         let told = row.told();
         let parent = told.parent.and_then(|parent| {
@@ -37,7 +38,7 @@ pub(crate) fn discover(
                 |snapshot: &&Snapshot| snapshot.disks.iter().any(|member| member.point.layer == parent);
             found.iter().find(is_it).map(|snapshot| snapshot.id)
         });
-        let name = free_name(&found, told.name.as_deref().unwrap_or(&row.name));
+        let name = names.take(told.name.as_deref().unwrap_or(&row.name));
         found.push(Snapshot {
             id: SnapshotId::fresh(),
             name,
@@ -59,24 +60,4 @@ pub(crate) fn discover(
         }
     }
     found
-}
-
-/// A name as near to `wanted` as the rules allow, which no other has.
-fn free_name(found: &[Snapshot], wanted: &str) -> SnapshotName {
-    let allowed = |c: char| if c.is_ascii_alphanumeric() || "._-+:".contains(c) { c } else { '_' };
-    let mut base: String = wanted.chars().map(allowed).take(240).collect();
-    if base.is_empty() || base.starts_with(['.', '-']) {
-        base.insert(0, '_');
-    }
-    let mut name = base.clone();
-    let mut number = 1;
-    loop {
-        match SnapshotName::new(name.clone()) {
-            Ok(free) if found.iter().all(|other| other.name != free) => return free,
-            _ => {
-                number += 1;
-                name = format!("{base}-{number}");
-            }
-        }
-    }
 }

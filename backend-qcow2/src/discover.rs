@@ -1,11 +1,11 @@
 //! Points that other tools made: taken in as snapshots.
 
+use std::collections::HashSet;
+
 use camino::Utf8Path;
 use image_files::names::io_error;
 use jiff::Timestamp;
-use snapcore::{
-    DiskRecord, InspectDepth, InternalPoint, Layer, LayerName, Point, Result, Snapshot, add_found,
-};
+use snapcore::{DiskRecord, Found, InspectDepth, Layer, LayerName, Point, Result, Snapshot};
 
 use crate::attached::FileIds;
 use crate::layers::{Limits, inspect};
@@ -27,39 +27,39 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point], limits: &Limits
     }
     // Tags are read in layers that are ours.
     let state = inspect(record, InspectDepth::Layers, limits, &FileIds::new())?;
-    let mut found: Vec<Snapshot> = Vec::new();
+    let mut found = Found::default();
+    let known: HashSet<&Point> = known.iter().collect();
     let mut chain = state.chain(&state.active);
     chain.reverse();
     // A layer that a revert left is in no chain of the active one any more, and the tags in it are still snapshots. One
     // that has a tag of the chain's, of the same time, is a copy of that layer: files that were copied without their
     // hard links.
-    let is_in = |layer: &Layer, tag: &InternalPoint| {
-        layer.internal.iter().any(|other| other.tag == tag.tag && other.created == tag.created)
-    };
+    let in_chain: HashSet<(&str, Timestamp)> =
+        chain.iter().flat_map(|layer| &layer.internal).map(|tag| (tag.tag.as_str(), tag.created)).collect();
     let is_copy =
-        |layer: &Layer| layer.internal.iter().any(|tag| chain.iter().any(|other| is_in(other, tag)));
+        |layer: &Layer| layer.internal.iter().any(|tag| in_chain.contains(&(tag.tag.as_str(), tag.created)));
     let is_left = |layer: &&Layer| layer.owned && chain.iter().all(|other| other.name != layer.name);
     for layer in state.layers.iter().filter(is_left).filter(|layer| !is_copy(layer)) {
-        add_tags(&mut found, record, layer, known);
+        add_tags(&mut found, record, layer, &known);
     }
     for layer in chain {
-        add_tags(&mut found, record, layer, known);
+        add_tags(&mut found, record, layer, &known);
         let point = Point::external(layer.name.clone());
         if layer.name != state.active && !known.contains(&point) {
             let created = frozen_at(layer)?;
-            add_found(&mut found, record, stem(&layer.name), created, point, layer.virtual_size);
+            found.add(record, stem(&layer.name), created, point, layer.virtual_size);
         }
     }
-    Ok(found)
+    Ok(found.into_snapshots())
 }
 
-fn add_tags(found: &mut Vec<Snapshot>, record: &DiskRecord, layer: &Layer, known: &[Point]) {
+fn add_tags(found: &mut Found, record: &DiskRecord, layer: &Layer, known: &HashSet<&Point>) {
     let mut tags: Vec<_> = layer.internal.iter().collect();
     tags.sort_by_key(|tag| tag.created);
     for tag in tags {
         let point = Point::internal(layer.name.clone(), &tag.tag);
         if !known.contains(&point) {
-            add_found(found, record, &tag.tag, tag.created, point, tag.virtual_size);
+            found.add(record, &tag.tag, tag.created, point, tag.virtual_size);
         }
     }
 }

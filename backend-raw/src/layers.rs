@@ -10,8 +10,8 @@ use image_files::size_at;
 use jiff::Timestamp;
 use snapcore::chain::{self, is_layer_name, layer_path};
 use snapcore::{
-    Disk, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, InspectDepth, Layer, LayerName, Point,
-    Result, Snapshot, add_found,
+    Disk, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, Found, InspectDepth, Layer, LayerName,
+    Point, Result, Snapshot,
 };
 
 /// The name of the active layer: the path's own, and always the same.
@@ -167,13 +167,13 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point]) -> Result<Vec<S
         dated.push((modified.unwrap_or(Timestamp::UNIX_EPOCH), name, about.len()));
     }
     dated.sort();
-    let mut found = Vec::new();
+    let mut found = Found::default();
     for (modified, name, size) in dated {
         record.owned.push(name.clone());
         let stem = Utf8Path::new(name.as_str()).file_stem().unwrap_or("point").to_owned();
-        add_found(&mut found, record, &stem, modified, Point::external(name), size);
+        found.add(record, &stem, modified, Point::external(name), size);
     }
-    Ok(found)
+    Ok(found.into_snapshots())
 }
 
 /// Where manifests of devices are, beside which nothing can lie.

@@ -94,8 +94,8 @@ pub use service::{DomainRef, DomainSpec, Domsnap};
 pub use shell::{shell_command, shell_word};
 pub use size::shown_size;
 pub use snapshot::{
-    Consistency, DiskPoint, MemoryPoint, Point, PointKind, SkippedDisk, Snapshot, SnapshotId, SnapshotTree,
-    add_found,
+    Consistency, DiskPoint, Found, FreeNames, MemoryPoint, Point, PointKind, SkippedDisk, Snapshot,
+    SnapshotId, SnapshotTree,
 };
 pub use state::{DiskState, InternalPoint, Layer, Unclear};
 pub use step::{DiskPlan, DiskRequest, Edit, Group, Plan, PlannedStep, Step, StepStatus};

@@ -1,5 +1,7 @@
 //! Snapshots and the tree they form.
 
+use std::collections::{HashMap, HashSet};
+
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -167,50 +169,72 @@ impl Snapshot {
     }
 }
 
-/// Adds a snapshot of one disk that was found in its images, made by another tool: the child of the one found before it.
-/// Oldest first. `wanted` is what it is called there.
-pub fn add_found(
-    found: &mut Vec<Snapshot>,
-    record: &DiskRecord,
-    wanted: &str,
-    created: Timestamp,
-    point: Point,
-    virtual_size: u64,
-) {
-    let parent = found.last();
-    // A tree lists snapshots by time; clocks of images may disagree with the order of the chain, which is certain.
-    let created = parent.map_or(created, |parent| created.max(parent.created));
-    let name = free_name(found, wanted);
-    let snapshot = Snapshot {
-        id: SnapshotId::fresh(),
-        name,
-        parent: parent.map(|parent| parent.id),
-        created,
-        description: String::new(),
-        consistency: Consistency::Unknown,
-        disks: vec![DiskPoint { target: record.disk.target.clone(), point, virtual_size }],
-        memory: None,
-        machine: None,
-        skipped: Vec::new(),
-    };
-    found.push(snapshot);
+/// Snapshots of one disk that were found in its images, made by another tool. An image may have very many.
+#[derive(Debug, Default)]
+pub struct Found {
+    snapshots: Vec<Snapshot>,
+    names: FreeNames,
 }
 
-/// A name as near to `wanted` as the rules allow, which no other has.
-fn free_name(found: &[Snapshot], wanted: &str) -> SnapshotName {
-    let allowed = |c: char| if c.is_ascii_alphanumeric() || "._-+:".contains(c) { c } else { '_' };
-    let mut base: String = wanted.chars().map(allowed).take(240).collect();
-    if base.is_empty() || base.starts_with(['.', '-']) {
-        base.insert(0, '_');
+impl Found {
+    /// Adds one, the child of the one added before it: oldest first. `wanted` is what it is called there.
+    pub fn add(
+        &mut self,
+        record: &DiskRecord,
+        wanted: &str,
+        created: Timestamp,
+        point: Point,
+        virtual_size: u64,
+    ) {
+        let parent = self.snapshots.last();
+        // A tree lists snapshots by time; clocks of images may disagree with the order of the chain, which is certain.
+        let created = parent.map_or(created, |parent| created.max(parent.created));
+        let parent = parent.map(|parent| parent.id);
+        let snapshot = Snapshot {
+            id: SnapshotId::fresh(),
+            name: self.names.take(wanted),
+            parent,
+            created,
+            description: String::new(),
+            consistency: Consistency::Unknown,
+            disks: vec![DiskPoint { target: record.disk.target.clone(), point, virtual_size }],
+            memory: None,
+            machine: None,
+            skipped: Vec::new(),
+        };
+        self.snapshots.push(snapshot);
     }
-    let mut name = base.clone();
-    let mut number = 1;
-    loop {
-        match SnapshotName::new(name.clone()) {
-            Ok(free) if found.iter().all(|other| other.name != free) => return free,
-            _ => {
-                number += 1;
-                name = format!("{base}-{number}");
+
+    /// All of them, in the order in which they were added.
+    pub fn into_snapshots(self) -> Vec<Snapshot> {
+        self.snapshots
+    }
+}
+
+/// Names for snapshots that were found, each given once.
+#[derive(Debug, Default)]
+pub struct FreeNames {
+    taken: HashSet<SnapshotName>,
+    /// The last number that was tried behind a name: thousands of one name do not each try all again.
+    tried: HashMap<String, u64>,
+}
+
+impl FreeNames {
+    /// A name as near to `wanted` as the rules allow, which was not given before.
+    pub fn take(&mut self, wanted: &str) -> SnapshotName {
+        let allowed = |c: char| if c.is_ascii_alphanumeric() || "._-+:".contains(c) { c } else { '_' };
+        let mut base: String = wanted.chars().map(allowed).take(240).collect();
+        if base.is_empty() || base.starts_with(['.', '-']) {
+            base.insert(0, '_');
+        }
+        let number = self.tried.entry(base.clone()).or_default();
+        loop {
+            *number += 1;
+            let name = if *number == 1 { base.clone() } else { format!("{base}-{number}") };
+            if let Ok(free) = SnapshotName::new(name)
+                && self.taken.insert(free.clone())
+            {
+                return free;
             }
         }
     }
@@ -220,13 +244,16 @@ fn free_name(found: &[Snapshot], wanted: &str) -> SnapshotName {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SnapshotTree {
     snapshots: Vec<Snapshot>,
+    /// Where each is in them.
+    places: HashMap<SnapshotId, usize>,
 }
 
 impl SnapshotTree {
     /// A tree of `snapshots`, which it keeps in the order of their making.
     pub fn new(mut snapshots: Vec<Snapshot>) -> Self {
         snapshots.sort_by_key(|snapshot| (snapshot.created, snapshot.id));
-        Self { snapshots }
+        let places = snapshots.iter().enumerate().map(|(place, snapshot)| (snapshot.id, place)).collect();
+        Self { snapshots, places }
     }
 
     /// All, oldest first.
@@ -246,7 +273,7 @@ impl SnapshotTree {
 
     /// The one with this identity.
     pub fn get(&self, id: SnapshotId) -> Option<&Snapshot> {
-        self.snapshots.iter().find(|snapshot| snapshot.id == id)
+        self.places.get(&id).and_then(|place| self.snapshots.get(*place))
     }
 
     /// The one of this name.
@@ -271,7 +298,7 @@ impl SnapshotTree {
 
     /// All that derive from `ancestor`, without itself, oldest first.
     pub fn descendants(&self, ancestor: SnapshotId) -> Vec<&Snapshot> {
-        let mut found = std::collections::HashSet::from([ancestor]);
+        let mut found = HashSet::from([ancestor]);
         // Parents are older than their children, so one pass in the order of making finds all; a second guards
         // against clocks that went backwards.
         loop {
