@@ -17,7 +17,7 @@ use crate::names::Volume;
 use crate::plan::{self, Reserved};
 use crate::report::Kind;
 use crate::rules::Rules;
-use crate::steps::{LvmStep, Place, wait_closed};
+use crate::steps::{LvmStep, Place, refuse_kernel_use, wait_closed};
 use crate::{check, device, discover};
 
 /// Where manifests are, since nothing can lie beside a volume.
@@ -222,6 +222,8 @@ impl DiskSnapshotter for Lvm {
                     wait_closed(&inner.lvm, &volume, "nobody else may use it meanwhile")?;
                 }
             }
+            // lvm counts openings: with the hypervisor's among them they do not tell of a mount beside it.
+            refuse_kernel_use(&disk.disk.path, &volume)?;
             Ok(Box::new(hold) as Guard)
         })
         .await
@@ -276,6 +278,22 @@ impl DiskSnapshotter for Lvm {
                 .map(|row| row.size)
                 .sum();
             Ok(DeleteCost { frees, moves: 0 })
+        })
+        .await
+    }
+
+    async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {
+        let disk = disk.clone();
+        self.blocking(move |inner| {
+            let volume = volume_of(&disk)?;
+            match inner.lvm.group(&volume.group) {
+                // An inactive volume has no node, and nothing has the volume's name between the two renames
+                // of a revert: only the group knows what is there.
+                Ok(group) => Ok(layers::is_gone(&disk, &volume, &group)),
+                // A group that is not there may come back with its physical volumes.
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+                Err(error) => Err(error),
+            }
         })
         .await
     }

@@ -2,6 +2,7 @@
 
 use snapcore::{DiskRecord, Finding, Severity, shown_size};
 
+use crate::layers::require_known_kind;
 use crate::names::Volume;
 use crate::report::{Group, Kind, Row};
 use crate::rules::{Rules, WARN_PERCENT};
@@ -42,6 +43,9 @@ pub(crate) fn check(record: &DiskRecord, volume: &Volume, group: &Group, rules: 
         find(Severity::Error, &volume.to_string(), "the volume is not there".to_owned());
         return findings;
     };
+    if let Err(error) = require_known_kind(volume, present, group) {
+        find(Severity::Error, &volume.to_string(), format!("no snapshot can be made: {error}"));
+    }
     if group.missing > 0 {
         let words = format!("{} of the group's physical volumes are missing", group.missing);
         find(Severity::Error, &group.name, words);

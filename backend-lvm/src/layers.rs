@@ -36,25 +36,78 @@ pub(crate) fn present<'a>(group: &'a Group, volume: &Volume) -> Result<&'a Row> 
 /// [`ErrorKind::Refused`] or `Unsupported` for a volume of which no points can be taken.
 pub(crate) fn adopt(disk: &Disk, volume: &Volume, group: &Group) -> Result<DiskRecord> {
     let row = present(group, volume)?;
-    let refuse = |what: &str, advice: &str| {
+    require_known_kind(volume, row, group)?;
+    volume.require_room_for_names()?;
+    let active = volume.layer();
+    Ok(DiskRecord { disk: disk.clone(), active: active.clone(), owned: vec![active] })
+}
+
+/// Refuses a volume of a kind whose snapshots are not known to be true: only thin volumes, and plain ones,
+/// are taken.
+///
+/// # Errors
+/// [`ErrorKind::Refused`], with the kind's name and what to do instead.
+pub(crate) fn require_known_kind(volume: &Volume, row: &Row, group: &Group) -> Result<()> {
+    let refuse = |what: String, advice: String| {
         Err(Error::new(ErrorKind::Refused, format!("{volume} {what}"))
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(advice))
     };
     match row.kind {
         Kind::Thin | Kind::Thick => {}
         Kind::ThickSnapshot => {
             return refuse(
-                "is a thick snapshot, and lvm takes no snapshots of those",
-                "use the volume that it is of; or copy it into a volume of its own, best a thin one",
+                "is a thick snapshot, and lvm takes no snapshots of those".to_owned(),
+                "use the volume that it is of; or copy it into a volume of its own, best a thin one"
+                    .to_owned(),
             );
         }
-        Kind::Pool => return refuse("is a thin pool", "name a volume in it"),
-        Kind::Inner => return refuse("is a part of another volume", "name that one"),
+        Kind::Pool => return refuse("is a thin pool".to_owned(), "name a volume in it".to_owned()),
+        Kind::Inner => {
+            return refuse("is a part of another volume".to_owned(), "name that one".to_owned());
+        }
+        Kind::Foreign => {
+            return refuse(
+                format!(
+                    "is a volume of type {}; snapshots are supported of thin, linear and striped volumes only",
+                    row.types.join(" and ")
+                ),
+                instead_of(&row.types, volume),
+            );
+        }
     }
-    volume.require_room_for_names()?;
-    let active = volume.layer();
-    Ok(DiskRecord { disk: disk.clone(), active: active.clone(), owned: vec![active] })
+    match &group.shared {
+        Some(lock) => refuse(
+            format!(
+                "is in a volume group that several machines share (lock type {lock}), which is not supported"
+            ),
+            "use a volume of a group that is this machine's alone".to_owned(),
+        ),
+        None => Ok(()),
+    }
+}
+
+/// A way on for the owner of a volume of another kind.
+fn instead_of(types: &[String], volume: &Volume) -> String {
+    let path = volume.path();
+    let overlay = format!(
+        "add the disk as '{path},format=raw' with '--active-path new': its snapshots are qcow2 overlays in a directory"
+    );
+    let plain = match types.iter().map(String::as_str).find(|kind| !matches!(*kind, "linear" | "striped")) {
+        Some("cache" | "writecache") => format!("detach its cache ('lvconvert --splitcache {volume}')"),
+        Some("mirror" | "raid1") => format!("make it linear ('lvconvert -m0 {volume}')"),
+        _ => "copy it into a thin volume".to_owned(),
+    };
+    format!("{plain}; or {overlay}")
+}
+
+/// Returns true if the group has neither the volume nor anything that was made of it.
+pub(crate) fn is_gone(record: &DiskRecord, volume: &Volume, group: &Group) -> bool {
+    !group.rows.iter().any(|row| {
+        row.name == volume.name
+            || record.owned.contains(&row.layer())
+            || (row.told().ours && volume.is_made_of_it(&row.name))
+    })
 }
 
 /// Everything of the disk.

@@ -89,6 +89,11 @@ impl Volume {
         self.mark_of(name).is_some_and(|mark| mark.ends_with("-new") || mark.ends_with("-old"))
     }
 
+    /// Whether `name` is one that this backend gives to what it makes of this volume.
+    pub(crate) fn is_made_of_it(&self, name: &str) -> bool {
+        self.mark_of(name).is_some()
+    }
+
     /// What follows `.ds-` in the name of a volume that was made for this one.
     fn mark_of<'a>(&self, name: &'a str) -> Option<&'a str> {
         let mark = name.strip_prefix(self.name.as_str())?.strip_prefix(".ds-")?;

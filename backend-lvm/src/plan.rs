@@ -9,9 +9,9 @@ use snapcore::{
 
 use crate::check::{area_warning, pool_full};
 use crate::device::Moment;
-use crate::layers::{present, require_whole};
+use crate::layers::{present, require_known_kind, require_whole};
 use crate::names::Volume;
-use crate::report::{Group, Kind, Row};
+use crate::report::{Access, Group, Kind, Row};
 use crate::rules::Rules;
 use crate::steps::{LvmStep, refuse_taken_along};
 use crate::tags;
@@ -55,6 +55,21 @@ pub(crate) fn plan(
     }
     planner.plan.steps.sort_by_key(|planned| planned.group);
     Ok((planner.plan, planner.takes))
+}
+
+/// Refuses a volume, point or pool that lvm itself says is not whole.
+///
+/// # Errors
+/// [`ErrorKind::Refused`], with lvm's words.
+fn require_health(volume: &Volume, row: &Row) -> Result<()> {
+    let what = match (row.health.as_str(), row.check_needed) {
+        ("", false) => return Ok(()),
+        ("", true) => "needs a check of its metadata".to_owned(),
+        (health, _) => format!("is not healthy: lvm reports '{health}'"),
+    };
+    Err(Error::new(ErrorKind::Refused, format!("{volume} {what}"))
+        .state("no changes made")
+        .advise("see 'lvs -a -o +lv_health_status,devices' and lvmthin(7), and repair it first"))
 }
 
 struct Planner<'a> {
@@ -119,9 +134,20 @@ impl Planner<'_> {
                 .advise("somebody removed it with another tool; delete the snapshot from the catalogue")
         })?;
         require_whole(volume, row)?;
+        require_health(&volume.beside(row.name.as_str()), row)?;
+        if row.suspended || row.merging || row.locked {
+            let state = match (row.suspended, row.merging) {
+                (true, _) => "suspended",
+                (_, true) => "being merged",
+                _ => "being moved",
+            };
+            return Err(Error::new(ErrorKind::Refused, format!("{}/{} is {state}", volume.group, row.name))
+                .state("no changes made")
+                .advise("see 'lvs -a' and 'dmsetup info'; a command of lvm that stopped is ended by 'lvchange --refresh'"));
+        }
         match self.present.kind {
             Kind::Thin => self.revert_thin(row, save, stamp),
-            Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner => {
+            Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner | Kind::Foreign => {
                 self.revert_thick(row, save, stamp)
             }
         }
@@ -177,6 +203,22 @@ impl Planner<'_> {
                 ),
             )
             .state("nothing was touched"));
+        }
+        let then = row.visible_size();
+        if then != self.present.size {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{volume} had {then} bytes when {} was taken, and has {} now: a merge would not bring the former size back",
+                    row.name, self.present.size
+                ),
+            )
+            .state("no changes made")
+            .advise(format!(
+                "lvm cannot resize a volume that has snapshots: copy what you need from {}, or copy all of it into a new volume \
+                 ('qemu-img convert'); a thin volume gets its former size back by a revert",
+                volume.beside(row.name.as_str()).path()
+            )));
         }
         self.require_room_beside(row)?;
         let used = row.used();
@@ -293,46 +335,87 @@ impl Planner<'_> {
                 own.map(|row| row.layer()).or_else(|| self.present.told().from)
             }
             // The one that was reverted to was made anew.
-            Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner => {
+            Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner | Kind::Foreign => {
                 points.last().map(|row| row.layer())
             }
         }
     }
 
+    /// Refuses a volume that is not of a kind, or not in a state, in which a snapshot of it or a revert is
+    /// true.
     fn require_usable(&self) -> Result<()> {
+        let (volume, present) = (self.volume, self.present);
+        // It may have been converted since it was added.
+        require_known_kind(volume, present, self.group)?;
         let refuse = |what: String, advice: String| {
-            Err(Error::new(ErrorKind::Refused, format!("{} {what}", self.volume))
-                .state("nothing was touched")
+            Err(Error::new(ErrorKind::Refused, format!("{volume} {what}"))
+                .state("no changes made")
                 .advise(advice))
         };
-        if !self.present.active {
-            return refuse(
-                "is not active".to_owned(),
-                format!("activate it: 'lvchange -ay {}'", self.volume),
-            );
-        }
-        if self.present.suspended {
-            return refuse(
-                "is suspended: a command of lvm stopped in the middle".to_owned(),
-                format!("let it go on: 'lvchange --refresh {}'", self.volume),
-            );
-        }
-        if self.present.merging {
-            return refuse(
-                "has a merge in progress, or scheduled for its next activation".to_owned(),
-                format!(
-                    "shut down who uses it and let it be done: 'lvchange -an {0}', 'lvchange -ay {0}'",
-                    self.volume
-                ),
-            );
-        }
         if self.group.missing > 0 {
             return refuse(
                 format!("is in a group of which {} physical volumes are missing", self.group.missing),
                 "bring them back first: 'pvs' shows them".to_owned(),
             );
         }
-        self.volume.require_room_for_names()
+        if !self.group.writable {
+            return refuse(
+                "is in a volume group that is read-only".to_owned(),
+                "see 'vgs -o +vg_permissions'".to_owned(),
+            );
+        }
+        if !present.active {
+            return refuse("is not active".to_owned(), format!("activate it: 'lvchange -ay {volume}'"));
+        }
+        match present.access {
+            Access::Writable => {}
+            Access::ReadOnly => {
+                return refuse(
+                    "is read-only: what is reverted to is written".to_owned(),
+                    format!("make it writable: 'lvchange -prw {volume}'"),
+                );
+            }
+            Access::ReadOnlyHere => {
+                return refuse(
+                    "is active read-only on this machine".to_owned(),
+                    "see read_only_volume_list in lvm.conf; then deactivate the volume and activate it again"
+                        .to_owned(),
+                );
+            }
+            Access::Unknown => {
+                return refuse(
+                    "is writable or read-only: lvm could not tell which".to_owned(),
+                    format!("see 'lvs -o +lv_permissions {volume}'"),
+                );
+            }
+        }
+        if present.suspended {
+            return refuse(
+                "is suspended: a command of lvm stopped in the middle".to_owned(),
+                format!("resume it: 'lvchange --refresh {volume}'"),
+            );
+        }
+        if present.merging {
+            return refuse(
+                "has a merge in progress, or scheduled for its next activation".to_owned(),
+                format!(
+                    "shut down the programs that use it and complete the merge: 'lvchange -an {volume}', \
+                     'lvchange -ay {volume}'"
+                ),
+            );
+        }
+        if present.locked {
+            return refuse(
+                "is being moved or converted (pvmove)".to_owned(),
+                "wait until that has ended ('lvs -a' shows how far it is), or stop it: 'pvmove --abort'"
+                    .to_owned(),
+            );
+        }
+        require_health(volume, present)?;
+        if let Some(pool) = self.group.pool_of(present) {
+            require_health(&volume.beside(pool.name.as_str()), pool)?;
+        }
+        volume.require_room_for_names()
     }
 
     /// Bytes of the group that other disks of this operation take.

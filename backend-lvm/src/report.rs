@@ -10,7 +10,13 @@ use crate::tags::Told;
 pub(crate) const FIELDS: &str = "vg_name,vg_free,vg_extent_size,vg_missing_pv_count,lv_name,lv_uuid,lv_active,lv_size,origin,\
                                  origin_size,pool_lv,segtype,lv_role,data_percent,metadata_percent,lv_skip_activation,\
                                  lv_device_open,lv_merging,lv_snapshot_invalid,lv_merge_failed,lv_health_status,lv_time,\
-                                 lv_tags,lv_metadata_size,lv_suspended";
+                                 lv_tags,lv_metadata_size,lv_suspended,lv_permissions,lv_allocation_locked,lv_check_needed,\
+                                 vg_permissions,vg_lock_type";
+
+/// The types of segment whose volumes have thick snapshots here: `lvcreate -s` and a merge of them are
+/// tested. Of any other type (a cache, a mirror, an array, what lvm learns later) nothing is known, so it is
+/// refused by name.
+const PLAIN: [&str; 2] = ["linear", "striped"];
 
 /// A share, in hundredths of a percent: lvm gives two digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,10 +49,25 @@ pub(crate) enum Kind {
     ThickSnapshot,
     /// A pool of thin volumes.
     Pool,
-    /// Any other volume that can be used: its snapshots are thick.
+    /// A plain volume, linear or striped: its snapshots are thick.
     Thick,
     /// A part of another volume.
     Inner,
+    /// A volume of another type: none of our operations is known to be right on it.
+    Foreign,
+}
+
+/// Who may write a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Its users.
+    Writable,
+    /// Nobody, by the group's metadata.
+    ReadOnly,
+    /// Nobody on this machine, by its configuration (`read_only_volume_list`).
+    ReadOnlyHere,
+    /// lvm could not tell.
+    Unknown,
 }
 
 /// One volume.
@@ -54,11 +75,19 @@ pub(crate) enum Kind {
 pub(crate) struct Row {
     pub(crate) name: String,
     pub(crate) kind: Kind,
+    /// The types of its segments, as lvm names them.
+    pub(crate) types: Vec<String>,
+    pub(crate) access: Access,
+    /// A command that moves or converts it is under way (`pvmove`): lvm lets nothing else change it.
+    pub(crate) locked: bool,
+    /// A thin pool whose metadata is to be checked first.
+    pub(crate) check_needed: bool,
     pub(crate) active: bool,
     pub(crate) suspended: bool,
     /// Its own size, in bytes: of a thick snapshot, that of its area.
     pub(crate) size: u64,
-    /// Of a thick snapshot: what its origin is large, in bytes.
+    /// Of a thick snapshot: how large its origin was when it was taken, in bytes: lvm extends an origin
+    /// without its snapshots.
     pub(crate) origin_size: Option<u64>,
     pub(crate) origin: Option<String>,
     pub(crate) pool: Option<String>,
@@ -98,7 +127,7 @@ impl Row {
     pub(crate) fn allocated(&self) -> u64 {
         match self.kind {
             Kind::Thin => self.data.map_or(0, |share| share.of(self.size)),
-            Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner => self.size,
+            Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner | Kind::Foreign => self.size,
         }
     }
 
@@ -118,6 +147,10 @@ pub(crate) struct Group {
     pub(crate) extent: u64,
     /// Physical volumes that are not there.
     pub(crate) missing: u64,
+    /// Its metadata may be changed.
+    pub(crate) writable: bool,
+    /// The lock manager by which several machines share it; none for a group of one machine.
+    pub(crate) shared: Option<String>,
     pub(crate) rows: Vec<Row>,
 }
 
@@ -134,7 +167,7 @@ impl Group {
             Kind::ThickSnapshot => row.origin.as_deref() == Some(of.name.as_str()),
             // The volume may be absent, in the middle of a revert.
             Kind::Thin => self.row(&of.name).is_none_or(|present| present.pool == row.pool),
-            Kind::Thick | Kind::Pool | Kind::Inner => false,
+            Kind::Thick | Kind::Pool | Kind::Inner | Kind::Foreign => false,
         }
     }
 
@@ -165,7 +198,7 @@ impl Group {
             let stands = match row.kind {
                 Kind::ThickSnapshot => true,
                 Kind::Thin => origin.pool != row.pool,
-                Kind::Thick | Kind::Pool | Kind::Inner => false,
+                Kind::Thick | Kind::Pool | Kind::Inner | Kind::Foreign => false,
             };
             stands && removed.contains(&origin.layer()) && !removed.contains(&row.layer())
         };
@@ -214,6 +247,11 @@ struct Fields {
     lv_tags: String,
     lv_metadata_size: String,
     lv_suspended: String,
+    lv_permissions: String,
+    lv_allocation_locked: String,
+    lv_check_needed: String,
+    vg_permissions: String,
+    vg_lock_type: String,
 }
 
 /// Reads the report of one group; none where it has no volumes.
@@ -227,7 +265,6 @@ pub(crate) fn parse(text: &str) -> Result<Option<Group>> {
             .advise("domsnap needs lvm2 2.03 or later, with JSON reports")
     })?;
     let mut group: Option<Group> = None;
-    let mut seen = std::collections::HashSet::new();
     for fields in document.report.into_iter().flat_map(|section| section.lv) {
         let group = match &mut group {
             Some(group) => group,
@@ -236,12 +273,26 @@ pub(crate) fn parse(text: &str) -> Result<Option<Group>> {
                 free: number("vg_free", &fields.vg_free)?,
                 extent: number("vg_extent_size", &fields.vg_extent_size)?,
                 missing: number("vg_missing_pv_count", &fields.vg_missing_pv_count)?,
+                writable: fields.vg_permissions == "writeable",
+                shared: Some(fields.vg_lock_type.clone())
+                    .filter(|kind| !matches!(kind.as_str(), "" | "none")),
                 rows: Vec::new(),
             }),
         };
-        // A volume of several segments comes once for each where segments' fields are asked for.
-        if seen.insert(fields.lv_name.clone()) {
-            group.rows.push(row(fields)?);
+        // A volume of several segments comes once for each: the first that is not plain says what it is.
+        let row = row(fields)?;
+        match group.rows.iter_mut().find(|known| known.name == row.name) {
+            Some(known) => {
+                if known.kind == Kind::Thick {
+                    known.kind = row.kind;
+                }
+                for new in row.types {
+                    if !known.types.contains(&new) {
+                        known.types.push(new);
+                    }
+                }
+            }
+            None => group.rows.push(row),
         }
     }
     Ok(group)
@@ -261,11 +312,22 @@ fn row(fields: Fields) -> Result<Row> {
         // A snapshot that is merged is hidden, and is one all the same.
         _ if roles.contains(&"private") && fields.lv_merging != "1" => Kind::Inner,
         _ if fields.lv_merging == "1" && !fields.origin.is_empty() => Kind::ThickSnapshot,
-        _ => Kind::Thick,
+        plain if PLAIN.contains(&plain) => Kind::Thick,
+        _ => Kind::Foreign,
+    };
+    let access = match fields.lv_permissions.as_str() {
+        "writeable" => Access::Writable,
+        "read-only" => Access::ReadOnly,
+        "read-only-override" => Access::ReadOnlyHere,
+        _ => Access::Unknown,
     };
     Ok(Row {
         name: unbracketed(&fields.lv_name).to_owned(),
         kind,
+        types: vec![fields.segtype],
+        access,
+        locked: fields.lv_allocation_locked == "1",
+        check_needed: fields.lv_check_needed == "1",
         // On one of several machines it may be "local exclusive".
         active: fields.lv_active == "active" || fields.lv_active.starts_with("local"),
         suspended: fields.lv_suspended == "1",

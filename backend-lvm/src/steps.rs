@@ -466,6 +466,27 @@ pub(crate) fn wait_closed(lvm: &Lvm2, volume: &Volume, why: &str) -> Result<()> 
         .advise("shut the domain down, or unmount it; a running domain must be known by its QMP socket"))
 }
 
+/// Refuses a volume that the kernel of this machine itself uses, whoever else has it open.
+///
+/// # Errors
+/// [`ErrorKind::Busy`] with how, where that does not end within a moment: a check of a file system claims a
+/// device too.
+pub(crate) fn refuse_kernel_use(path: &Utf8Path, volume: &Volume) -> Result<()> {
+    let until = Instant::now() + PATIENCE;
+    while let Some(how) = device::kernel_use(path) {
+        if Instant::now() >= until {
+            return Err(Error::new(ErrorKind::Busy, format!("{volume} is used by this machine itself: {how}"))
+                .state("no changes made")
+                .advise(
+                    "unmount it, or take down what uses it ('lsblk' and 'dmsetup ls --tree' show that): a disk that two write \
+                     is destroyed",
+                ));
+        }
+        thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
 fn is_of(row: &Row, work: &str) -> bool {
     row.told().work.as_deref() == Some(work)
 }

@@ -251,6 +251,150 @@ async fn parts_and_snapshots_of_volumes_are_no_disks() {
     }
 }
 
+/// The recorded report with a field of one volume said otherwise.
+fn with_field(volume: &str, field: &str, value: &str) -> String {
+    let line =
+        RECORDED.lines().find(|line| line.contains(&format!("\"lv_name\":\"{volume}\""))).expect(volume);
+    let start = format!("\"{field}\":\"");
+    let (before, after) = line.split_once(&start).expect("the field");
+    let (_, after) = after.split_once('"').expect("its end");
+    RECORDED.replace(line, &format!("{before}{start}{value}\"{after}"))
+}
+
+/// Kinds of volume of which no snapshot is known to be true are refused when the disk is added, by the name
+/// of their kind.
+#[tokio::test]
+async fn volumes_of_other_kinds_are_refused_by_name() {
+    for kind in [
+        "cache",
+        "writecache",
+        "vdo",
+        "mirror",
+        "raid1",
+        "raid5_ls",
+        "raid6_zr",
+        "raid10",
+        "integrity",
+        "error",
+        "zero",
+        "future-kind",
+    ] {
+        let error =
+            House::with("/dev/vg/thick", &with_field("thick", "segtype", kind)).await.err().expect(kind);
+        let words = format!("of type {kind};");
+        assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(&words), "{error}");
+        assert!(error.advice().is_some_and(|advice| advice.contains("format=raw")), "{error}");
+        // One that was converted after it was added, and the same in its second segment.
+        let mut house = House::of("/dev/vg/thick").await;
+        let line = RECORDED.lines().find(|line| line.contains("\"lv_name\":\"thick\"")).expect("it is there");
+        let second = line.replace("\"linear\"", &format!("\"{kind}\""));
+        let report = RECORDED.replace(line, &format!("{line}\n{second}"));
+        let runner = Arc::new(Recorded { report, told: Mutex::default() });
+        house.backend = Lvm::by(runner.clone());
+        for request in [create(), revert("thick.ds-00000004", None)] {
+            let error = house.plan(request).await.expect_err(kind);
+            assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(kind), "{error}");
+        }
+        assert!(runner.told.lock().expect("nobody panicked").is_empty());
+    }
+    House::with("/dev/vg/thick", &with_field("thick", "segtype", "striped")).await.expect("it is plain");
+    let shared = RECORDED.replace("\"vg_lock_type\":\"\"", "\"vg_lock_type\":\"sanlock\"");
+    let error = House::with("/dev/vg/thin", &shared).await.err().expect("it is shared");
+    assert!(error.to_string().contains("several machines share (lock type sanlock)"), "{error}");
+}
+
+/// A state in which lvm would refuse half way, or what is made would not be whole, is refused before
+/// anything.
+#[tokio::test]
+async fn volumes_in_the_wrong_state_are_refused() {
+    let cases = [
+        ("thin", "lv_permissions", "read-only", "is read-only", "lvchange -prw vg/thin"),
+        (
+            "thin",
+            "lv_permissions",
+            "read-only-override",
+            "read-only on this machine",
+            "read_only_volume_list",
+        ),
+        ("thin", "lv_permissions", "unknown", "could not tell", "lv_permissions"),
+        ("thin", "lv_active", "", "not active", "lvchange -ay vg/thin"),
+        ("thin", "lv_suspended", "1", "suspended", "--refresh"),
+        ("thin", "lv_allocation_locked", "1", "pvmove", "pvmove --abort"),
+        ("thin", "lv_health_status", "partial", "reports 'partial'", "lv_health_status"),
+        ("tp", "lv_health_status", "metadata_read_only", "vg/tp is not healthy", "lvmthin(7)"),
+        ("tp", "lv_check_needed", "1", "vg/tp needs a check", "repair"),
+    ];
+    for (row, field, value, words, advice) in cases {
+        let house =
+            House::with("/dev/vg/thin", &with_field(row, field, value)).await.expect("it can be added");
+        for request in [create(), revert("thin.ds-00000001", Some("kept"))] {
+            let error = house.plan(request).await.expect_err(value);
+            assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+            assert!(error.to_string().contains(words), "{field}={value}: {error}");
+            assert!(error.advice().is_some_and(|given| given.contains(advice)), "{field}={value}: {error}");
+        }
+        assert!(house.runner.told.lock().expect("nobody panicked").is_empty());
+    }
+    for (field, value, words) in [
+        ("vg_missing_pv_count", "1", "physical volumes are missing"),
+        ("vg_permissions", "read-only", "group that is read-only"),
+    ] {
+        let now =
+            RECORDED.lines().find_map(|line| line.split_once(&format!("\"{field}\":\""))).expect(field).1;
+        let now = now.split_once('"').expect("its end").0;
+        let report = RECORDED.replace(&format!("\"{field}\":\"{now}\""), &format!("\"{field}\":\"{value}\""));
+        let house = House::with("/dev/vg/thin", &report).await.expect("it can be added");
+        let error = house.plan(create()).await.expect_err(value);
+        assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(words), "{error}");
+    }
+    // The point that is to be reverted to.
+    for (field, value) in [("lv_health_status", "partial"), ("lv_suspended", "1")] {
+        let report = with_field("thin.ds-00000001", field, value);
+        let house = House::with("/dev/vg/thin", &report).await.expect("it can be added");
+        let error = house.plan(revert("thin.ds-00000001", None)).await.expect_err(value);
+        assert!(
+            error.kind() == ErrorKind::Refused && error.to_string().contains("thin.ds-00000001"),
+            "{error}"
+        );
+        house.plan(create()).await.expect("the volume itself is whole");
+    }
+}
+
+/// A merge brings a thick volume's former size not back, so it is refused; a thin volume is replaced, size
+/// and all.
+#[tokio::test]
+async fn a_thick_volume_that_was_resized_is_not_reverted() {
+    let tagged = with_field("thick.ds-00000004", "origin_size", "16777216");
+    let house = House::with("/dev/vg/thick", &tagged).await.expect("it is a disk");
+    let error = house.plan(revert("thick.ds-00000004", None)).await.expect_err("it grew");
+    assert!(error.kind() == ErrorKind::Refused, "{error}");
+    assert!(
+        error.to_string().contains("had 16777216 bytes") && error.to_string().contains("33554432 now"),
+        "{error}"
+    );
+    assert!(error.advice().is_some_and(|advice| advice.contains("qemu-img convert")), "{error}");
+    house.plan(create()).await.expect("a new point has the new size");
+    let tagged = with_field("thin.ds-00000001", "lv_size", "8388608");
+    let house = House::with("/dev/vg/thin", &tagged).await.expect("it is a disk");
+    house.plan(revert("thin.ds-00000001", None)).await.expect("a plan");
+}
+
+/// A volume that is not active has no node in `/dev`, and is there all the same.
+#[tokio::test]
+async fn a_volume_is_gone_where_its_group_has_nothing_of_it() {
+    let house = House::with("/dev/vg/thin", &with_field("thin", "lv_active", "")).await.expect("a disk");
+    assert!(!house.backend.is_gone(&house.record).await.expect("an answer"));
+    // Between the two renames of a revert its points tell that it is there.
+    let renamed = RECORDED.replace("\"lv_name\":\"thin\"", "\"lv_name\":\"thin.ds-00000002-old\"");
+    let runner = Arc::new(Recorded { report: renamed, told: Mutex::default() });
+    assert!(!Lvm::by(runner).is_gone(&house.record).await.expect("an answer"));
+    let mut record = house.record.clone();
+    record.disk.path = "/dev/vg/never".into();
+    record.active = LayerName("never".into());
+    record.owned = vec![record.active.clone()];
+    assert!(house.backend.is_gone(&record).await.expect("an answer"));
+}
+
 /// The recorded group in the middle of a revert that stopped after its merge: the safety snapshot has overflowed since.
 #[tokio::test]
 async fn a_revert_whose_safety_snapshot_overflowed_ends_with_words_and_with_its_point() {

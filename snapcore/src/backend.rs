@@ -283,11 +283,27 @@ pub trait DiskSnapshotter: Send + Sync {
         keep: &[crate::Point],
     ) -> Result<DeleteCost>;
 
+    /// Returns true if nothing is left of a disk, neither its image nor a layer, in a place that is there. It
+    /// is at rest. A device is not gone because its node is not there: it comes back with its storage, or
+    /// when it is activated. A backend of devices asks those who know them.
+    async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {
+        let layers = disk.owned.iter().chain([&disk.active]);
+        let mut files = layers.map(|layer| crate::chain::layer_path(&disk.disk.path, layer));
+        Ok(is_gone_file(&disk.disk.path) && files.all(|file| !file.exists()))
+    }
+
     /// The directory where manifests belong: beside the disk's data.
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf;
 
     /// The file that a layer opens by, for people and tools.
     fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf;
+}
+
+/// Returns true if there is no file of that name in a directory that is there, and none comes back by itself.
+pub(crate) fn is_gone_file(path: &Utf8Path) -> bool {
+    !path.starts_with("/dev")
+        && path.parent().is_some_and(Utf8Path::is_dir)
+        && path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 /// An image that is backed by a file.

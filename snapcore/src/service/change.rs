@@ -16,9 +16,9 @@ use crate::manifest::Manifests;
 use crate::plan::DiskInput;
 use crate::service::locate::{Intake, followed, image_path, real_images};
 use crate::{
-    CreateDisk, Disk, DiskRecord, Domain, DomainName, DomainStep, Edit, Error, ErrorKind, Event, Group,
-    Guard, GuestChange, Hypervisor, InspectDepth, OperationState, Plan, PowerAfter, Request, Result,
-    Snapshot, StepState, Target,
+    CreateDisk, Disk, Domain, DomainName, DomainStep, Edit, Error, ErrorKind, Event, Group, Guard,
+    GuestChange, Hypervisor, InspectDepth, OperationState, Plan, PowerAfter, Request, Result, Snapshot,
+    StepState, Target,
 };
 
 /// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
@@ -83,25 +83,15 @@ impl Inner {
 
     async fn hold_disks(&self, domain: &Domain, live: Option<&Live>) -> Result<Vec<Guard>> {
         let mut guards = Vec::new();
-        for record in domain.disks.iter().filter(|record| !self.is_gone(record)) {
-            guards.push(
-                self.registry
-                    .get(&record.disk.format)?
-                    .hold(record, live.and_then(|live| live.disk(&record.disk.target)))
-                    .await?,
-            );
+        for record in &domain.disks {
+            let backend = self.registry.get(&record.disk.format)?;
+            if !backend.is_gone(record).await? {
+                let attached = live.and_then(|live| live.disk(&record.disk.target));
+                guards.push(backend.hold(record, attached).await?);
+            }
         }
         self.refuse_open_elsewhere(domain, live).await?;
         Ok(guards)
-    }
-
-    /// Returns true if nothing is left of a disk: neither its image nor a layer, in a directory that is there.
-    fn is_gone(&self, record: &DiskRecord) -> bool {
-        let path = &record.disk.path;
-        let layers = record.owned.iter().chain([&record.active]);
-        path.parent().is_some_and(|directory| directory.is_dir())
-            && path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
-            && layers.map(|layer| crate::chain::layer_path(path, layer)).all(|file| !file.exists())
     }
 
     /// The plan for `request` on the domain as it is on the machine.
@@ -124,7 +114,8 @@ impl Inner {
                 Request::Revert(_) | Request::Delete(_) | Request::Tidy => None,
             };
             let skipped = matches!(skipped, Some((_, CreateDisk::Skip)));
-            let gone = self.is_gone(record);
+            let backend = self.registry.get(&record.disk.format)?;
+            let gone = backend.is_gone(record).await?;
             let unplugged = live.is_some_and(|live| live.disk(target).is_none());
             match request {
                 Request::Create(_) if skipped && (gone || unplugged) => {
@@ -140,7 +131,6 @@ impl Inner {
                 }
                 _ => {}
             }
-            let backend = self.registry.get(&record.disk.format)?;
             let mut state = backend
                 .inspect(record, depth, live.and_then(|live| live.disk(&record.disk.target)))
                 .await

@@ -9,6 +9,7 @@ use super::identity::{file_id, images_of};
 use super::reference::target_at;
 use super::reference::{Chosen, choose_disks};
 use super::{DomainRef, GivenImage, Inner};
+use crate::backend::is_gone_file;
 use crate::catalogue::{Entry, Revision};
 use crate::confine::is_elsewhere;
 use crate::manifest::{DomainManifest, Found, Manifests};
@@ -986,9 +987,7 @@ fn match_disks(
         return Ok(pairs);
     }
     let gone = |record: &DiskRecord| {
-        let path = &record.disk.path;
-        pairs.iter().any(|(target, _)| *target == record.disk.target)
-            || (!path.exists() && path.parent().is_some_and(Utf8Path::is_dir))
+        pairs.iter().any(|(target, _)| *target == record.disk.target) || is_gone_file(&record.disk.path)
     };
     let told_by_machine = !intake.by_path && intake.hypervisor != Hypervisor::None;
     if !pairs.is_empty() && pairs.len() == intake.disks.len() && (told_by_machine || told.iter().all(gone)) {
@@ -1031,7 +1030,7 @@ fn disks_of_manifest(manifest: &DomainManifest, intake: &Intake) -> Vec<Disk> {
             let (path, name) = (&record.disk.path, record.disk.path.file_name());
             let given = intake.disks.iter().any(|disk| disk.path == *path || disk.path.file_name() == name);
             // A disk that is gone stays out; one whose place is not there is waited for.
-            given || path.exists() || !path.parent().is_some_and(Utf8Path::is_dir)
+            given || !is_gone_file(path)
         })
         .map(|record| {
             let told = &record.disk;

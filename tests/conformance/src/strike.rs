@@ -322,6 +322,10 @@ impl DiskSnapshotter for Struck {
     ) -> Result<DeleteCost> {
         self.inner.cost_of_delete(disk, state, drop, keep).await
     }
+    async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {
+        self.inner.is_gone(disk).await
+    }
+
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
         self.inner.manifest_directory(disk)
     }

@@ -1,6 +1,7 @@
 //! What is full, overflowed or in the way: told before it is needed, refused before anything is touched.
 
 use std::fs::OpenOptions;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Command;
@@ -233,6 +234,67 @@ fn a_device_that_knows_no_snapshots_goes_on_under_an_overlay_elsewhere() -> Resu
     expect(&device, 0, b'a')
 }
 
+fn lvm(words: &[&str]) -> Result<()> {
+    let (program, words) = words.split_first().unwrap_or((&"lvm", &[]));
+    succeed(Command::new(program).args(["-q", "-y"]).args(words)).map(drop)
+}
+
+fn volumes_of_other_kinds_and_states_are_refused() -> Result<()> {
+    group(Sort::Thin)?;
+    for (kind, name, more) in [("mirror", "m", &["-m1"][..]), ("error", "e", &[]), ("linear", "ro", &["-pr"])]
+    {
+        let words = ["lvcreate", "-Wn", "--type", kind, "-L", "8M", "-n", name];
+        lvm(&[&words[..], more, &["vg"]].concat())?;
+    }
+    refused(&["create", "/dev/vg/m", "s"], &["of type mirror", "lvconvert -m0 vg/m", "format=raw"])?;
+    refused(&["create", "/dev/vg/e", "s"], &["of type error", "format=raw"])?;
+    refused(&["create", "/dev/vg/ro", "s"], &["vg/ro is read-only", "lvchange -prw"])?;
+    lvm(&["lvcreate", "-Wn", "-i2", "-L", "32M", "-n", "striped", "vg"])?;
+    let path = "/dev/vg/striped";
+    write_block(path, 0, b'a')?;
+    done(&["create", path, "one"])?;
+    write_block(path, 0, b'b')?;
+    done(&["create", path, "two"])?;
+    done(&["revert", path, "one"])?;
+    expect(path, 0, b'a')?;
+    // lvm extends the volume and not its snapshots, and a merge leaves its size as it is.
+    lvm(&["lvchange", "-an", "vg/striped"])?;
+    refused(&["create", path, "s"], &["not active", "lvchange -ay vg/striped"])?;
+    lvm(&["lvextend", "-L", "+16M", "vg/striped"])?;
+    lvm(&["lvchange", "-ay", "vg/striped"])?;
+    write_block(path, 0, b'c')?;
+    let words = ["had 33554432 bytes", "50331648 now", "qemu-img convert"];
+    refused(&["revert", path, "two"], &words)?;
+    expect(path, 0, b'c')?;
+    done(&["create", path, "large"])?;
+    done(&["revert", path, "large"])?;
+    // An inactive volume has no node: it is there, and so are its points.
+    lvm(&["lvchange", "-an", "vg/striped"])?;
+    let told = done(&["delete", path, "one", "two", "large"])?;
+    ensure!(volumes()? == ["e", "m", "ro", "striped"], "{:?}: {told}", volumes()?);
+    let path = volume(Sort::Thin, "thin")?.path();
+    write_block(&path, 0, b'a')?;
+    done(&["create", &path, "s"])?;
+    lvm(&["lvextend", "-L", "48M", "vg/thin"])?;
+    write_block(&path, 0, b'b')?;
+    done(&["revert", &path, "s"])?;
+    expect(&path, 0, b'a')?;
+    let size = std::fs::File::open(&path).and_then(|mut disk| disk.seek(SeekFrom::End(0)))?;
+    ensure!(size == 32 << 20, "the thin volume has {size} bytes");
+    Ok(())
+}
+
+fn a_volume_that_the_machine_uses_is_refused() -> Result<()> {
+    group(Sort::Thick)?;
+    let path = volume(Sort::Thick, "root")?.path();
+    let table = format!("0 8 linear {path} 0");
+    succeed(Command::new("dmsetup").args(["create", "upper", "--table", &table]))?;
+    refused(&["create", &path, "s"], &["part of the device upper"])?;
+    succeed(Command::new("dmsetup").args(["remove", "upper"]))?;
+    done(&["create", &path, "s"])?;
+    Ok(())
+}
+
 /// All of them.
 pub static STATEMENTS: &[Statement] = &[
     (
@@ -264,6 +326,8 @@ pub static STATEMENTS: &[Statement] = &[
         "a point that somebody has open is not merged later",
         a_point_that_somebody_has_open_is_not_merged_later,
     ),
+    ("volumes of other kinds and states are refused", volumes_of_other_kinds_and_states_are_refused),
+    ("a volume that the machine uses is refused", a_volume_that_the_machine_uses_is_refused),
     ("what lvm would remove along is kept", what_lvm_would_remove_along_is_kept),
     ("a point that somebody removed is told", a_point_that_somebody_removed_is_told),
     ("a name that leaves no room for points is refused", a_name_that_leaves_no_room_for_points_is_refused),
