@@ -237,6 +237,9 @@ pub struct Revert {
     /// Leave the domain off afterwards; no memory is restored
     #[arg(long)]
     pub off: bool,
+    /// Leave this disk as it is; may be given several times. Not with memory that is restored
+    #[arg(long = "disk", value_name = "TARGET=skip", value_parser = skipped_disk)]
+    pub skip: Vec<Target>,
     /// Do not save the current memory first (Xen only, where the domain is destroyed for a revert): after a failure it is off
     #[arg(long)]
     pub no_safety: bool,
@@ -499,6 +502,13 @@ fn disk_choice(text: &str) -> Result<(Target, CreateDisk), String> {
         ("skip", None) => Ok((target, CreateDisk::Skip)),
         (way, None) if is_word(way) => Ok((target, CreateDisk::Way(way.to_owned()))),
         _ => Err(rule.to_owned()),
+    }
+}
+
+fn skipped_disk(text: &str) -> Result<Target, String> {
+    match disk_choice(text) {
+        Ok((target, CreateDisk::Skip)) => Ok(target),
+        _ => Err("expected TARGET=skip".to_owned()),
     }
 }
 

@@ -155,12 +155,14 @@ pub struct RevertRequest {
     pub safety: bool,
     /// The file that the domain is made from, in the place of its own, where its hypervisor has one.
     pub config: Option<Utf8PathBuf>,
+    /// Disks that are left as they are.
+    pub skip: Vec<Target>,
 }
 
 impl RevertRequest {
     /// Back to `name`; the present is dropped.
     pub fn new(name: SnapshotName) -> Self {
-        Self { name, save_current: None, power: None, safety: true, config: None }
+        Self { name, save_current: None, power: None, safety: true, config: None, skip: Vec::new() }
     }
 
     /// On a running domain, what saves the current state first, and the revert itself.
@@ -169,9 +171,10 @@ impl RevertRequest {
     /// nothing that it does in between is lost.
     pub(crate) fn in_two(&self, hypervisor: Hypervisor) -> Option<(CreateRequest, Self)> {
         let name = self.save_current.clone()?;
-        let save = CreateRequest::new(name)
+        let mut save = CreateRequest::new(name)
             .description(format!("the state before a revert to {}", self.name))
             .then(PowerAfter::Paused);
+        save.disks.extend(self.skip.iter().map(|target| (target.clone(), CreateDisk::Skip)));
         // What is saved first is all the safety that there can be.
         let safety = self.safety && hypervisor != Hypervisor::Xen;
         Some((save, Self { save_current: None, safety, ..self.clone() }))
@@ -188,6 +191,13 @@ impl RevertRequest {
     #[must_use]
     pub fn config(mut self, file: impl Into<Utf8PathBuf>) -> Self {
         self.config = Some(file.into());
+        self
+    }
+
+    /// Leaves a disk as it is: one that is gone, for example. Memory is not restored over such a disk.
+    #[must_use]
+    pub fn skip(mut self, target: Target) -> Self {
+        self.skip.push(target);
         self
     }
 

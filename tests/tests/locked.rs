@@ -85,6 +85,14 @@ fn a_disk_that_is_gone_locks_nothing() -> Result<()> {
     domain.domsnap().done(&["create", NAME, "s3", "--disk", "vdb=skip"])?;
     let said = domain.domsnap().done(&["delete", NAME, "s1"])?;
     ensure!(said.stdout.contains("vdb"), "the disk that is gone is not named: {said}");
+    domain.declined(&["revert", NAME, "s2"], status::REFUSED)?;
+    domain.declined(&["revert", NAME, "s2", "--disk", "vdx=skip"], status::REFUSED)?;
+    let dry = domain.domsnap().done(&["revert", NAME, "s2", "--disk", "vdb=skip", "--dry-run"])?;
+    ensure!(dry.stdout.contains("vdb: skipped as asked"), "{dry}");
+    let said = domain.domsnap().done(&["revert", NAME, "s2", "--disk", "vdb=skip", "--save-current=was"])?;
+    ensure!(said.stdout.contains("vdb: skipped as asked"), "{said}");
+    let shown = domain.domsnap().done(&["show", NAME, "was"])?;
+    ensure!(shown.stdout.contains("vdb") && shown.stdout.contains("skipped"), "{shown}");
     domain.domsnap().done(&["domain", "disk", "remove", NAME, "vdb"])?;
     domain.domsnap().done(&["create", NAME, "s4"])?;
     domain.domsnap().done(&["revert", NAME, "s2"])?;

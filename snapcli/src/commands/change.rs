@@ -135,6 +135,7 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
     if let Some(power) = power {
         request = request.power(power);
     }
+    request.skip = args.skip;
     if args.no_safety {
         request = request.without_safety();
     }

@@ -10,8 +10,9 @@ use uuid::Uuid;
 
 use crate::{
     Consistency, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, DiskPlan, DiskPoint, DiskRecord,
-    DiskRequest, DiskSnapshotter, DiskState, Domain, Edit, Error, ErrorKind, Plan, Point, PointKind, Request,
-    Result, RevertRequest, SeenDisk, SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Target,
+    DiskRequest, DiskSnapshotter, DiskState, Domain, Edit, Error, ErrorKind, Plan, Point, PointKind,
+    PowerAfter, Request, Result, RevertRequest, SeenDisk, SkippedDisk, Snapshot, SnapshotId, SnapshotName,
+    SnapshotTree, Target,
 };
 
 pub use live::Alive;
@@ -178,9 +179,11 @@ impl Planner<'_> {
         if let Some(name) = &request.save_current {
             self.new_name(name)?;
         }
-        self.refuse_unfit(|target| wanted.point(target).is_none())?;
+        let skips = |target: &Target| request.skip.contains(target);
+        self.refuse_skips(wanted, request)?;
+        self.refuse_unfit(|target| wanted.point(target).is_none() || skips(target))?;
         let mut plans = Vec::new();
-        for disk in self.disks {
+        for disk in self.disks.iter().filter(|disk| !skips(disk.target())) {
             let Some(member) = wanted.point(disk.target()) else { continue };
             is_unambiguous(disk, &member.point)?;
             // Every disk can be taken back, the last one too: a crash between its cut and the commit would otherwise
@@ -188,7 +191,11 @@ impl Planner<'_> {
             plans.push((disk, self.revert_disk(disk, &member.point, request).await?));
         }
         let mut merged = Merged::default();
-        for disk in self.disks.iter().filter(|disk| wanted.point(disk.target()).is_none()) {
+        for target in &request.skip {
+            merged.notes.push(format!("{target}: skipped as asked: it keeps what it holds now"));
+        }
+        let is_without = |disk: &&DiskInput| wanted.point(disk.target()).is_none() && !skips(disk.target());
+        for disk in self.disks.iter().filter(is_without) {
             merged.notes.push(format!(
                 "{}: {}: it keeps what it holds now",
                 disk.target(),
@@ -215,14 +222,45 @@ impl Planner<'_> {
         saved.sort_by_key(|member| self.disks.iter().position(|disk| *disk.target() == member.target));
         let mut names = vec![wanted.name.clone()];
         if let Some(name) = &request.save_current {
-            let snapshot =
+            let mut snapshot =
                 self.snapshot(name.clone(), format!("the state before a revert to {}", wanted.name), saved);
+            let skipped = self.domain.disks.iter().filter(|record| skips(&record.disk.target));
+            let skipped = skipped.map(|record| SkippedDisk {
+                target: record.disk.target.clone(),
+                image: record.disk.path.to_string(),
+            });
+            snapshot.skipped = skipped.collect();
             merged.commit.push(Edit::AddSnapshot { snapshot: Box::new(snapshot) });
             names.push(name.clone());
         }
         merged.commit.push(Edit::SetCurrent { id: Some(wanted.id) });
         self.revert_alive(wanted, request, &mut merged)?;
         Ok(merged.plan("revert", names))
+    }
+
+    /// Refuses to leave out a disk that there is not, or one that memory which is restored would meet in another state.
+    fn refuse_skips(&self, wanted: &Snapshot, request: &RevertRequest) -> Result<()> {
+        if let Some(target) = request.skip.iter().find(|target| self.domain.disk(target).is_none()) {
+            let known: Vec<&str> = self.domain.disks.iter().map(|d| d.disk.target.as_str()).collect();
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("domain {} has no disk {target}", self.domain.name),
+            )
+            .advise(format!("its disks are: {}", known.join(", "))));
+        }
+        let restores = wanted.memory.is_some() && request.power != Some(PowerAfter::Off);
+        match request.skip.iter().find(|target| restores && wanted.point(target).is_some()) {
+            None => Ok(()),
+            Some(target) => Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "disk {target} cannot be skipped: snapshot {} has memory, which would meet the disk in another state",
+                    wanted.name
+                ),
+            )
+            .state("no changes made")
+            .advise("revert the disks alone with --off, and start the domain then")),
+        }
     }
 
     /// The drives of the running domain that are none of the domain's disks.

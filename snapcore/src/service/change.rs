@@ -110,10 +110,13 @@ impl Inner {
         for record in &entry.domain.disks {
             let target = &record.disk.target;
             let skipped = match request {
-                Request::Create(create) => create.disks.iter().rev().find(|(known, _)| known == target),
-                Request::Revert(_) | Request::Delete(_) | Request::Tidy => None,
+                Request::Create(create) => {
+                    let said = create.disks.iter().rev().find(|(known, _)| known == target);
+                    matches!(said, Some((_, CreateDisk::Skip)))
+                }
+                Request::Revert(revert) => revert.skip.contains(target),
+                Request::Delete(_) | Request::Tidy => false,
             };
-            let skipped = matches!(skipped, Some((_, CreateDisk::Skip)));
             let backend = self.registry.get(&record.disk.format)?;
             let gone = backend.is_gone(record).await?;
             let unplugged = live.is_some_and(|live| live.disk(target).is_none());
@@ -122,6 +125,8 @@ impl Inner {
                     without.push(format!("{target}: left out, as asked"));
                     continue;
                 }
+                // The plan says it.
+                Request::Revert(_) if skipped && (gone || unplugged) => continue,
                 Request::Delete(_) | Request::Tidy if gone => {
                     without.push(format!(
                         "{target}: {} and all its layers are gone; `domsnap domain disk remove {} {target}` takes the disk out",
