@@ -3,6 +3,8 @@
 //! A field is never renamed, dropped or given another meaning within a version; new ones may come. `docs/schema.json`
 //! is made from these types.
 
+use std::collections::HashMap;
+
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -74,7 +76,25 @@ pub struct SnapshotDoc {
 impl SnapshotDoc {
     /// `snapshot` of the domain of `listing`.
     pub fn of(snapshot: &Snapshot, listing: &Listing, registry: &Registry) -> Self {
-        let parent = snapshot.parent.and_then(|id| listing.snapshots.iter().find(|other| other.id == id));
+        Self::child_of(|id| listing.snapshots.iter().find(|other| other.id == id), snapshot, listing, registry)
+    }
+
+    /// All of `listing`.
+    fn all(listing: &Listing, registry: &Registry) -> Vec<Self> {
+        // An image may have tens of thousands.
+        let by_id: HashMap<SnapshotId, &Snapshot> =
+            listing.snapshots.iter().map(|snapshot| (snapshot.id, snapshot)).collect();
+        let find = |id| by_id.get(&id).copied();
+        listing.snapshots.iter().map(|snapshot| Self::child_of(find, snapshot, listing, registry)).collect()
+    }
+
+    fn child_of<'a>(
+        find: impl Fn(SnapshotId) -> Option<&'a Snapshot>,
+        snapshot: &Snapshot,
+        listing: &Listing,
+        registry: &Registry,
+    ) -> Self {
+        let parent = snapshot.parent.and_then(find);
         Self {
             name: snapshot.name.clone(),
             id: snapshot.id,
@@ -161,8 +181,7 @@ pub struct ListDoc {
 impl ListDoc {
     /// What `listing` says.
     pub fn of(listing: &Listing, registry: &Registry) -> Self {
-        let snapshots: Vec<SnapshotDoc> =
-            listing.snapshots.iter().map(|snapshot| SnapshotDoc::of(snapshot, listing, registry)).collect();
+        let snapshots = SnapshotDoc::all(listing, registry);
         Self {
             domain: listing.domain.name.clone(),
             catalogued: listing.catalogued,
