@@ -76,7 +76,12 @@ pub struct SnapshotDoc {
 impl SnapshotDoc {
     /// `snapshot` of the domain of `listing`.
     pub fn of(snapshot: &Snapshot, listing: &Listing, registry: &Registry) -> Self {
-        Self::child_of(|id| listing.snapshots.iter().find(|other| other.id == id), snapshot, listing, registry)
+        Self::child_of(
+            |id| listing.snapshots.iter().find(|other| other.id == id),
+            snapshot,
+            listing,
+            registry,
+        )
     }
 
     /// All of `listing`.

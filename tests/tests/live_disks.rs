@@ -295,6 +295,80 @@ fn unplugged_disk_is_let_go_and_its_snapshots_can_be_deleted() -> Result<()> {
     qemu.quit()
 }
 
+/// Layers of other sizes are merged in any order, while the guest runs and at rest: the disk keeps its last size, what was written
+/// is there, and what was never written reads as zeroes.
+#[test]
+fn layers_of_growing_disks_are_merged_in_any_order() -> Result<()> {
+    const MIB: u64 = 1 << 20;
+    for (order, live) in [
+        (["s1", "s2", "s3"], true),
+        (["s3", "s2", "s1"], true),
+        (["s2", "s3", "s1"], true),
+        (["s2", "s1", "s3"], false),
+    ] {
+        let place = Place::new(&["d.qcow2"])?;
+        let qemu = place.start("m", &[])?;
+        let (domsnap, address) = (place.domsnap(), qemu.address());
+        let vda = "/machine/peripheral/vda/virtio-backend";
+        let writes = [(1_u8, 0), (2, MIB), (3, 3 * MIB), (4, 2 * MIB)];
+        let write = |(pattern, at): (u8, u64)| {
+            qemu.monitor(&format!("qemu-io -d {vda} \"write -P {pattern} {at} 64k\""))
+        };
+        write(writes[0])?;
+        for (name, size, written) in
+            [("s1", 2 * MIB, writes[1]), ("s2", 4 * MIB, writes[2]), ("s3", 4 * MIB, writes[3])]
+        {
+            domsnap.done(&["create", &address, name, "--external", "--disk-only"])?;
+            let node = node_of(&qemu, vda)?;
+            qemu.qmp("block_resize", json!({ "node-name": node, "size": size }))?;
+            write(written)?;
+        }
+        qemu.flush("vda")?;
+        let file = place.file("d.qcow2");
+        let mut qemu = Some(qemu);
+        let domain = if live {
+            address
+        } else {
+            qemu.take().context("it runs")?.quit()?;
+            file.clone()
+        };
+        for name in order {
+            domsnap.done(&["delete", &domain, name])?;
+            if let Some(qemu) = &qemu {
+                qemu.flush("vda")?;
+            }
+            ensure!(
+                size_of_image(&file)? == 4 * MIB,
+                "{order:?}, live: {live}: size after {name} was deleted"
+            );
+            for (pattern, at, length) in [
+                (1, 0, 64 << 10),
+                (0, 64 << 10, MIB - (64 << 10)),
+                (2, MIB, 64 << 10),
+                (0, MIB + (64 << 10), MIB - (64 << 10)),
+                (4, 2 * MIB, 64 << 10),
+                (3, 3 * MIB, 64 << 10),
+                (0, 3 * MIB + (64 << 10), MIB - (64 << 10)),
+            ] {
+                let read = format!("read -P {pattern} {at} {length}");
+                let output = std::process::Command::new("qemu-io")
+                    .args(["-U", "-r", "-f", "qcow2", "-c", &read, &file])
+                    .output()?;
+                let said = String::from_utf8_lossy(&output.stdout);
+                ensure!(
+                    output.status.success() && !said.contains("verification failed"),
+                    "{order:?}, live: {live}, after {name} was deleted: {read}: {said}"
+                );
+            }
+        }
+        domsnap.done(&["check", &domain])?;
+        if let Some(qemu) = qemu {
+            qemu.quit()?;
+        }
+    }
+    Ok(())
+}
+
 /// A throttle filter stays above what is done to the disk below it, and what the command line said of the image is said again.
 #[test]
 fn throttle_and_node_options_survive_snapshots() -> Result<()> {
