@@ -326,7 +326,7 @@ impl LiveDomain for Live {
                 || hold::is_hold_node(&node.name)
                 || (is_ours(&node.name) && !is_mark(&node.name) && graph.users(&node.name).next().is_none())
         };
-        // Whoever unplugged a disk could not close its images: a node that is not theirs stands on them. Left open, they
+        // Whoever unplugged a disk could not close its images: a node that is not theirs has them as its backing. Left open, they
         // would be locked until QEMU ends; and a device plugged in again with the old node would write a frozen image.
         let view = View::of(&self.machine);
         for top in graph.nodes().iter().filter(|node| is_left(node)) {

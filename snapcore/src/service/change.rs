@@ -183,13 +183,8 @@ impl Inner {
                     false => "not in the snapshot: a revert leaves them in their later state",
                 }
             }
-            Request::Revert(_) => match plan.guest(domain.hypervisor) {
-                Some((
-                    GuestChange::Restored | GuestChange::RecreatedFromMemory | GuestChange::Started,
-                    _,
-                )) => return None,
-                _ => "not reverted: they stay in their later state",
-            },
+            Request::Revert(_) if gets_memory(domain, plan) => return None,
+            Request::Revert(_) => "not reverted: they stay in their later state",
             Request::Delete(_) | Request::Tidy => return None,
         };
         let outside = self.outside(domain, live.map(|live| &live.seen().machine));
@@ -208,15 +203,10 @@ impl Inner {
         let note = match request {
             _ if shared.is_empty() => return None,
             Request::Create(_) => "not in the snapshot: a revert leaves them as they are then",
-            Request::Revert(_) => match plan.guest(entry.domain.hypervisor) {
-                Some((
-                    GuestChange::Restored | GuestChange::RecreatedFromMemory | GuestChange::Started,
-                    _,
-                )) => {
-                    "not reverted: the guest's memory goes on with what it knew of them; mount them again in the guest"
-                }
-                _ => "not reverted: they stay as they are",
-            },
+            Request::Revert(_) if gets_memory(&entry.domain, plan) => {
+                "not reverted: the guest's memory goes on with what it knew of them; mount them again in the guest"
+            }
+            Request::Revert(_) => "not reverted: they stay as they are",
             Request::Delete(_) | Request::Tidy => return None,
         };
         Some(format!("{}: {note}", shared.join(", ")))
@@ -1003,4 +993,10 @@ fn outcome_of(entry: &Entry, plan: Plan, run: Run) -> Outcome {
         guest: run.guest,
         started: run.started,
     }
+}
+
+/// Whether the guest goes on with a snapshot's memory after a plan.
+fn gets_memory(domain: &Domain, plan: &Plan) -> bool {
+    let change = plan.guest(domain.hypervisor).map(|(change, _)| change);
+    matches!(change, Some(GuestChange::Restored | GuestChange::RecreatedFromMemory | GuestChange::Started))
 }
