@@ -1,5 +1,6 @@
 //! From a request to a plan over all disks of a domain: a function of what is, without a side effect.
 
+mod capabilities;
 mod live;
 
 use std::collections::BTreeSet;
@@ -10,9 +11,9 @@ use uuid::Uuid;
 
 use crate::{
     Consistency, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, DiskPlan, DiskPoint, DiskRecord,
-    DiskRequest, DiskSnapshotter, DiskState, Domain, Edit, Error, ErrorKind, Plan, Point, PointKind,
-    PowerAfter, Request, Result, RevertRequest, SeenDisk, SkippedDisk, Snapshot, SnapshotId, SnapshotName,
-    SnapshotTree, Target,
+    DiskRequest, DiskSnapshotter, DiskState, Domain, Edit, Error, ErrorKind, Plan, Point, PowerAfter,
+    Request, Result, RevertRequest, SeenDisk, SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotTree,
+    Target,
 };
 
 pub use live::Alive;
@@ -145,7 +146,8 @@ impl Planner<'_> {
                 Some(CreateDisk::Way(way)) => (None, Some(way.clone()), None),
                 None => (request.kind, None, None),
             };
-            self.can_take(disk, kind, way.as_deref())?;
+            self.require_kind(disk, kind, way.as_deref())?;
+            self.require_new_point(disk)?;
             let keep = self.tree.points(disk.target()).cloned().collect();
             let name = request.name.clone();
             let ask = DiskRequest::Create { kind, way, name, overlay, keep, stamp: stamp() };
@@ -186,6 +188,10 @@ impl Planner<'_> {
         for disk in self.disks.iter().filter(|disk| !skips(disk.target())) {
             let Some(member) = wanted.point(disk.target()) else { continue };
             is_unambiguous(disk, &member.point)?;
+            self.require_live(disk)?;
+            if request.save_current.is_some() {
+                self.require_new_point(disk)?;
+            }
             // Every disk can be taken back, the last one too: a crash between its cut and the commit would otherwise
             // leave it reverted and the others not, and what the domain then writes could not be told from either.
             plans.push((disk, self.revert_disk(disk, &member.point, request).await?));
@@ -384,8 +390,16 @@ impl Planner<'_> {
             for member in self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)) {
                 member.point(disk.target()).map_or(Ok(()), |member| is_unambiguous(disk, &member.point))?;
             }
+            self.require_last(disk, doomed)?;
             let (drop, keep) = split_points(self.tree, disk.target(), doomed);
-            merged.add(disk.plan(self.domain, &DiskRequest::Delete { drop, keep, force }).await?);
+            let plan = disk.plan(self.domain, &DiskRequest::Delete { drop, keep, force }).await?;
+            match self.require_live(disk) {
+                // Tidying is asked for by nobody: what has to wait for the domain's end waits.
+                Err(_) if doomed.is_empty() => continue,
+                refused if !plan.steps.is_empty() => refused?,
+                _ => {}
+            }
+            merged.add(plan);
         }
         let mut names = Vec::new();
         let gone: Vec<&Snapshot> =
@@ -459,41 +473,6 @@ impl Planner<'_> {
             .advise("choose another name, or delete that one first")),
             Err(_) => Ok(()),
         }
-    }
-
-    fn can_take(&self, disk: &DiskInput, kind: Option<PointKind>, way: Option<&str>) -> Result<()> {
-        let can = disk.backend.capabilities();
-        if let Some(way) = way
-            && !can.ways.iter().any(|known| known == way)
-        {
-            let kinds = [(can.internal, "internal"), (can.external, "external")];
-            let kinds = kinds.iter().filter(|(can, _)| *can).map(|(_, kind)| *kind);
-            let known: Vec<&str> = kinds.chain(can.ways.iter().map(String::as_str)).collect();
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("{}: format {} takes no points by {way}", disk.target(), disk.backend.format()),
-            )
-            .state("nothing was touched")
-            .advise(format!(
-                "leave the way to the backend, leave the disk out with {}=skip, or take one of: {}",
-                disk.target(),
-                known.join(", ")
-            )));
-        }
-        let (possible, other) = match kind {
-            None => return Ok(()),
-            Some(PointKind::Internal) => (can.internal, "--external"),
-            Some(PointKind::External) => (can.external, "--internal"),
-        };
-        if possible {
-            return Ok(());
-        }
-        let kind = if other == "--external" { "internal" } else { "external" };
-        Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("{}: format {} has no {kind} snapshots", disk.target(), disk.backend.format()),
-        )
-        .advise(format!("take this disk with {other}, or leave it out")))
     }
 
     fn member(&self, disk: &DiskInput, plan: &DiskPlan) -> Result<DiskPoint> {

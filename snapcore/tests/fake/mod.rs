@@ -122,6 +122,8 @@ pub struct FakeBackend {
     pub overtaken: Arc<Mutex<Vec<String>>>,
     /// What salvage was asked for: the target, and whether the journal has the step as done.
     pub salvaged: Arc<Mutex<Vec<(Target, bool)>>>,
+    /// What it declares, instead of internal points at rest.
+    pub declared: Option<Capabilities>,
 }
 
 impl FakeBackend {
@@ -186,7 +188,7 @@ impl DiskSnapshotter for FakeBackend {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(PointKind::Internal, 1)
+        self.declared.clone().unwrap_or_else(|| Capabilities::new(PointKind::Internal, 1))
     }
 
     async fn adopt(&self, disk: &Disk, _: ActivePath) -> Result<DiskRecord> {

@@ -423,6 +423,16 @@ impl<'a> House<'a> {
         }
     }
 
+    /// An operation is refused, as an error of this kind, and changes nothing.
+    pub(crate) fn is_refused(&mut self, op: &Op, kind: ErrorKind) -> Result<()> {
+        let before = self.footprint()?;
+        let error = refusal(self.process()?.run_patiently(op)?, &format!("{op:?}"))?;
+        ensure!(error.kind() == kind, "{op:?} is refused by {error} ({:?})", error.kind());
+        let after = self.footprint()?;
+        ensure!(before == after, "{op:?} is refused, and leaves {after:?} where {before:?} was");
+        self.is_as_the_model()
+    }
+
     /// Whether a fault struck since they were armed, in the process that there is.
     pub(crate) fn have_struck(&mut self) -> Result<bool> {
         Ok(self.process()?.strikes.have_struck())

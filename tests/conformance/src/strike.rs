@@ -81,6 +81,7 @@ struct Armed {
     watched: bool,
     seen: Vec<String>,
     statuses: Vec<StepStatus>,
+    declared: Option<Capabilities>,
 }
 
 /// The faults that are to strike, and what was seen.
@@ -114,6 +115,11 @@ impl Strikes {
     /// Does and undoes every step twice from now on.
     pub(crate) fn do_twice(&self) {
         self.armed().twice = true;
+    }
+
+    /// Lets the backend declare this instead of what it can.
+    pub(crate) fn declare(&self, capabilities: Capabilities) {
+        self.armed().declared = Some(capabilities);
     }
 
     /// Asks for every step's status, before and after, from now on.
@@ -223,7 +229,7 @@ impl DiskSnapshotter for Struck {
         self.inner.format()
     }
     fn capabilities(&self) -> Capabilities {
-        self.inner.capabilities()
+        self.strikes.armed().declared.clone().unwrap_or_else(|| self.inner.capabilities())
     }
     fn processes(&self) -> Vec<u32> {
         self.inner.processes()

@@ -1,11 +1,12 @@
 //! Points and the present, when nothing goes wrong.
 
 use anyhow::ensure;
+use snapcore::ErrorKind;
 
 use super::{Statement, trees, trees_with_deletes};
 use crate::house::{House, Op};
 
-pub(super) const STATEMENTS: [Statement; 11] = [
+pub(super) const STATEMENTS: [Statement; 12] = [
     Statement::always("a create leaves the present byte for byte", |shop, way| {
         let mut house = House::new(shop, way)?;
         house.create("a")?;
@@ -94,6 +95,27 @@ pub(super) const STATEMENTS: [Statement; 11] = [
         ensure!(before == after, "there was {before:?}, and there is {after:?}");
         Ok(())
     }),
+    Statement::with(
+        "what is declared as impossible is refused before anything",
+        trees_with_deletes,
+        |shop, way| {
+            let mut house = House::furnished(shop, way)?;
+            let declared = house.capabilities()?;
+            let (mut one_point, mut no_middle) = (declared.clone(), declared);
+            one_point.snapshot_of_snapshot = false;
+            no_middle.delete_in_chain = false;
+            house.process()?.strikes.declare(one_point);
+            for op in [Op::Create("d".into()), Op::Revert { to: "a".into(), save: Some("d".into()) }] {
+                house.is_refused(&op, ErrorKind::Unsupported)?;
+            }
+            house.process()?.strikes.declare(no_middle);
+            house.is_refused(&Op::Delete(vec!["b".into()]), ErrorKind::Unsupported)?;
+            house.is_refused(&Op::Delete(vec!["a".into(), "b".into()]), ErrorKind::Unsupported)?;
+            house.delete(&["c"])?;
+            house.delete(&["a", "b"])?;
+            house.is_whole()
+        },
+    ),
     Statement::always("a lost catalogue comes back from the manifests", |shop, way| {
         let mut house = House::furnished(shop, way)?;
         let paths: Vec<_> = house.records()?.into_iter().map(|record| record.disk.path).collect();

@@ -1,0 +1,96 @@
+//! What a backend declares that it cannot do is refused by the planner, before anything.
+
+mod fake;
+
+use camino::Utf8PathBuf;
+use fake::{FakeBackend, FakeDisk};
+use snapcore::plan::{Alive, DiskInput, plan};
+use snapcore::*;
+
+/// A running domain of one disk, and a backend that declares `can`.
+async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
+    let mut backend = FakeBackend::default();
+    backend.declared = Some(can);
+    let path = Utf8PathBuf::from("/disks/root.fake");
+    backend.disks().insert(path.clone(), FakeDisk { data: 1, ..FakeDisk::default() });
+    let disk = Disk { target: Target::new("vda").unwrap(), path, format: "fake".into() };
+    let record = backend.adopt(&disk, ActivePath::Keep).await.unwrap();
+    let state = backend.inspect(&record, InspectDepth::Layers, None).await.unwrap();
+    let found = Snapshot {
+        id: SnapshotId::fresh(),
+        name: SnapshotName::new("s1").unwrap(),
+        parent: None,
+        created: jiff::Timestamp::UNIX_EPOCH,
+        description: String::new(),
+        consistency: Consistency::Clean,
+        disks: vec![DiskPoint {
+            target: disk.target.clone(),
+            point: Point::internal(record.active.clone(), "s1"),
+            virtual_size: 4096,
+        }],
+        memory: None,
+        machine: None,
+        skipped: Vec::new(),
+    };
+    backend.disks().get_mut(&disk.path).unwrap().tags.insert("s1".into(), 1);
+    let domain = Domain {
+        name: DomainName::new("web").unwrap(),
+        unregistered: false,
+        hypervisor: Hypervisor::Qemu,
+        control: None,
+        active_path: ActivePath::Keep,
+        disks: vec![record.clone()],
+        current: Some(found.id),
+        machines: Vec::new(),
+    };
+    let seen = Seen {
+        name: None,
+        running: true,
+        machine: serde_json::json!({}),
+        summary: String::new(),
+        memory_blockers: Vec::new(),
+        disks: Vec::new(),
+        agent: None,
+        config: None,
+    };
+    let alive = Alive {
+        seen: &seen,
+        differs: Vec::new(),
+        media: Vec::new(),
+        memory_dir: "/disks".into(),
+        cannot_save_memory: None,
+        cannot_detach: None,
+    };
+    let disks = [DiskInput { record, state, backend: std::sync::Arc::new(backend) }];
+    let tree = SnapshotTree::new(vec![found]);
+    let mut plans = Vec::new();
+    for request in requests {
+        plans.push(plan(&domain, &tree, &disks, Some(&alive), request).await);
+    }
+    plans
+}
+
+fn requests() -> Vec<Request> {
+    let name = |text: &str| SnapshotName::new(text).unwrap();
+    vec![
+        Request::Create(CreateRequest::new(name("s2")).memory(false)),
+        Request::Revert(RevertRequest::new(name("s1"))),
+        Request::Delete(DeleteRequest::new(vec![name("s1")])),
+    ]
+}
+
+#[tokio::test]
+async fn a_backend_of_disks_at_rest_does_nothing_beside_a_guest() {
+    let at_rest = planned(Capabilities::new(PointKind::Internal, 1), &requests()).await;
+    for refused in at_rest {
+        let error = refused.expect_err("its points would be of another instant");
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains("cannot be changed while domain web runs"), "{error}");
+    }
+    for plan in planned(Capabilities::new(PointKind::Internal, 1).live(), &requests()).await {
+        plan.expect("a backend that declares live disks serves them");
+    }
+    let tidied = planned(Capabilities::new(PointKind::Internal, 1), &[Request::Tidy]).await;
+    let tidied = tidied.into_iter().next().unwrap().expect("what has to wait for the domain's end waits");
+    assert!(tidied.steps.iter().all(|planned| planned.step.target.as_str() != "vda"));
+}
