@@ -604,6 +604,11 @@ async fn a_disk_that_a_crash_left_half_detached_is_detached_or_given_back() -> R
                 run.apply(&attach).await?;
                 run.apply(&DomainStep::Continue { memory: None, reset: false, power: None }).await?;
             } else {
+                // What works on another disk is not ended with it.
+                let job = "domsnap-j-0123456789ab";
+                run.copy_slowly(1, job).await?;
+                run.apply(&DomainStep::Attach { disks: vec![run.targets[0].clone()], anew: None }).await?;
+                assert!(run.end_job(job).await?, "the job of the other disk was ended");
                 run.undo(&window).await?;
             }
             run.sound().await?;

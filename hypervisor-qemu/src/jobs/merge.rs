@@ -215,9 +215,15 @@ async fn ended_early(machine: &Machine, job: &Name, ended: qmp::Job) -> Error {
     }
 }
 
+/// The job that merges this overlay by [`fold`]: its name is made of the overlay's, so that after a crash the one of another disk is
+/// not taken for it.
+pub(crate) fn fold_job(overlay: &str) -> Name {
+    Name::of("f", overlay)
+}
+
 /// Merges an overlay into a node directly below it, with nobody to be told. Leaves the overlay's node.
 pub(crate) async fn fold(machine: &Machine, overlay: &str, below: &str) -> Result<()> {
-    let commit = ActiveCommit::new(overlay, below);
+    let commit = ActiveCommit { job: fold_job(overlay), ..ActiveCommit::new(overlay, below) };
     let graph = machine.graph().await?;
     let arguments = json!({
         "job-id": commit.job.as_str(), "device": graph.top_of(overlay), "top-node": overlay, "base-node": below,

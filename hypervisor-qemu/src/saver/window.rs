@@ -88,7 +88,7 @@ async fn free(live: &Live, targets: &[Target]) -> Result<()> {
             Some(_) if open.layers.is_empty() => Vec::new(),
             Some(placeholder) => {
                 // It was put on top, and that was all.
-                stop_fold(machine, disk).await.map_err(told).map_err(detaching)?;
+                stop_fold(machine, placeholder).await.map_err(told).map_err(detaching)?;
                 let graph = Graph::read(machine).await.map_err(told)?;
                 graph::reopen_backing(machine, &graph, placeholder, None)
                     .await
@@ -145,9 +145,9 @@ async fn give(disk: &Disk, chains: &[NamedChain]) -> Result<()> {
     if !open.layers.is_empty() {
         // It stands on a chain: one that was about to be given, or was not yet taken.
         if is(&open, chain) {
-            return finish_fold(machine, disk, placeholder, &open).await.map_err(told).map_err(attaching);
+            return finish_fold(machine, placeholder, &open).await.map_err(told).map_err(attaching);
         }
-        stop_fold(machine, disk).await.map_err(told).map_err(attaching)?;
+        stop_fold(machine, placeholder).await.map_err(told).map_err(attaching)?;
         let graph = Graph::read(machine).await.map_err(told)?;
         graph::reopen_backing(machine, &graph, placeholder, None).await.map_err(told).map_err(attaching)?;
         let names: Vec<String> = open.layers.iter().map(|layer| layer.node.name.clone()).collect();
@@ -169,31 +169,20 @@ fn is(open: &OpenChain, chain: &NamedChain) -> bool {
         && open.layers.iter().zip(named).all(|(layer, named)| named.is_some() && layer.identity == named)
 }
 
-/// Our jobs on a placeholder: a merge of it that was interrupted.
-async fn folds(machine: &Machine) -> crate::Result<Vec<Name>> {
-    let ours = jobs::reconcile(machine).await?;
-    ours.jobs
-        .iter()
-        .filter(|job| job.id.starts_with("domsnap-j-"))
-        .map(|job| Name::new(job.id.as_str()))
-        .collect()
-}
-
-async fn stop_fold(machine: &Machine, _disk: &Disk) -> crate::Result<()> {
-    for job in folds(machine).await? {
-        jobs::cancel(machine, &job).await?;
-        let _ = jobs::finish(machine, &job, |_| {}).await;
+/// Ends a merge of this placeholder that was interrupted, and none of another disk.
+async fn stop_fold(machine: &Machine, placeholder: &str) -> crate::Result<()> {
+    let job = jobs::fold_job(placeholder);
+    if jobs::status(machine, &job).await?.is_none() {
+        return Ok(());
     }
+    jobs::cancel(machine, &job).await?;
+    // How it ended does not matter: the chain is looked at next.
+    let _ = jobs::finish(machine, &job, |_| {}).await;
     Ok(())
 }
 
-async fn finish_fold(
-    machine: &Machine,
-    disk: &Disk,
-    placeholder: &str,
-    open: &OpenChain,
-) -> crate::Result<()> {
-    stop_fold(machine, disk).await?;
+async fn finish_fold(machine: &Machine, placeholder: &str, open: &OpenChain) -> crate::Result<()> {
+    stop_fold(machine, placeholder).await?;
     if let Some(top) = open.root() {
         jobs::fold(machine, placeholder, &top.node.name).await?;
     }

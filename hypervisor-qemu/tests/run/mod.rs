@@ -359,6 +359,36 @@ impl Run {
         self.reconnect().await
     }
 
+    /// Begins to copy a disk into nothing, by a job of this name that takes as long as one likes.
+    pub async fn copy_slowly(&mut self, disk: usize, job: &str) -> Result<()> {
+        self.disconnect();
+        let machine = kit::machine(&self.guest).await?;
+        let graph = hypervisor_qemu::graph::Graph::read(&machine).await?;
+        let root = graph.root(self.targets[disk].as_str()).context("a root")?;
+        let size = 64 << 20;
+        let nothing = serde_json::json!({ "driver": "null-co", "node-name": "nothing", "size": size });
+        machine.qmp().execute_raw("blockdev-add", nothing).await?;
+        let copy = serde_json::json!({ "job-id": job, "device": root, "target": "nothing", "sync": "full", "speed": 1 });
+        machine.qmp().execute_raw("blockdev-mirror", copy).await?;
+        drop(machine);
+        self.reconnect().await
+    }
+
+    /// Ends a job that [`Self::copy_slowly`] began; gives whether it was there.
+    pub async fn end_job(&mut self, job: &str) -> Result<bool> {
+        self.disconnect();
+        let machine = kit::machine(&self.guest).await?;
+        let there = machine.qmp().execute_raw("job-cancel", serde_json::json!({ "id": job })).await.is_ok();
+        kit::until(async || {
+            let delete = serde_json::json!({ "node-name": "nothing" });
+            Ok(machine.qmp().execute_raw("blockdev-del", delete).await.is_ok())
+        })
+        .await?;
+        drop(machine);
+        self.reconnect().await?;
+        Ok(there)
+    }
+
     /// Pauses the guest as its user would.
     pub async fn pause(&mut self) -> Result<()> {
         self.disconnect();
