@@ -4,10 +4,11 @@
 
 use std::collections::HashSet;
 
-use camino::{Utf8Component, Utf8Path};
+use camino::Utf8Path;
+use snapcore::confine::{check_name, check_path, is_elsewhere};
 use snapcore::{
-    ChainFile, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Finding, Group, Layer,
-    LayerName, Point, Target,
+    ChainFile, DeleteCost, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Finding,
+    Group, Layer, LayerName, Point,
 };
 
 use crate::protocol::{DiscoverResult, FoundPoint, HelloResult, VERSION};
@@ -15,8 +16,17 @@ use crate::protocol::{DiscoverResult, FoundPoint, HelloResult, VERSION};
 /// What cannot be, if so.
 pub(crate) type Checked = Result<(), String>;
 
-/// The longest name of a layer or of a tag, and the longest text for people, in bytes.
+/// The longest text for people, and the longest path (`PATH_MAX`), in bytes.
 const MAX_TEXT: usize = 4096;
+
+/// The longest name in a path (`NAME_MAX`), in bytes.
+const MAX_COMPONENT: usize = 255;
+
+/// The longest name of a format, in bytes.
+const MAX_FORMAT: usize = 32;
+
+/// The largest size of anything, in bytes. The largest file of Linux is 8 times as long; sums of these do not overflow.
+const MAX_SIZE: u64 = 1 << 60;
 
 /// The most layers, points, steps or findings of one disk.
 const MAX_COUNT: usize = 10_000;
@@ -54,19 +64,34 @@ pub(crate) fn hello(hello: &HelloResult, name: &str) -> Checked {
 
 fn text(what: &str, text: &str) -> Checked {
     if text.is_empty() || text.len() > MAX_TEXT {
-        let head: String = text.chars().take(64).collect();
-        return Err(format!("{what} is empty or too long: {head:?}"));
+        return Err(format!("{what} is empty or too long: {}", head(text)));
     }
     Ok(())
 }
 
-/// What names something: anything but nothing, and not endless.
+/// A name that may become the name of a file, whatever the plug-in makes of it: one component, which can be shown on one line.
 fn name(what: &str, name: &str) -> Checked {
-    if name.is_empty() || name.len() > MAX_TEXT || name.contains('\0') {
-        let head: String = name.chars().take(64).collect();
-        return Err(format!("{what} cannot be a name: {head:?}"));
+    let control = name.chars().any(char::is_control);
+    match check_name(name) {
+        Ok(()) if !control => Ok(()),
+        Ok(()) => Err(format!("{what} has a control character: {}", head(name))),
+        Err(_) => Err(format!(
+            "{what} cannot be a name, of 1 to 255 bytes without '/', '.' and '..': {}",
+            head(name)
+        )),
     }
-    Ok(())
+}
+
+/// The beginning of what was answered, as it can be shown.
+fn head(text: &str) -> String {
+    format!("{:?}", text.chars().take(64).collect::<String>())
+}
+
+fn size(what: &str, bytes: u64) -> Checked {
+    match bytes {
+        0..=MAX_SIZE => Ok(()),
+        _ => Err(format!("{what} of {bytes} bytes is more than a disk can have")),
+    }
 }
 
 /// Text for people, on one line.
@@ -81,22 +106,33 @@ fn count(what: &str, number: usize) -> Checked {
     }
 }
 
-/// A path that means the same to everybody.
-pub(crate) fn path(what: &str, path: &Utf8Path) -> Checked {
-    let plain = path.is_absolute()
-        && path.components().all(|part| matches!(part, Utf8Component::RootDir | Utf8Component::Normal(_)))
+/// A path that means the same to everybody, and that a file system takes. Control characters are in none, unless the disk's own
+/// path `of` has some.
+pub(crate) fn path(what: &str, path: &Utf8Path, of: &Utf8Path) -> Checked {
+    let is_control = |text: &str| text.chars().any(char::is_control);
+    let text = path.as_str();
+    let plain = check_path(path).is_ok()
         && path.file_name().is_some()
-        && path.as_str().len() <= MAX_TEXT
-        && !path.as_str().contains('\0');
+        && text.len() < MAX_TEXT
+        && text.split('/').all(|part| part.len() <= MAX_COMPONENT)
+        && (!is_control(text) || is_control(of.as_str()));
     match plain {
         true => Ok(()),
-        false => Err(format!("{what} is no absolute path without dots: {:?}", path.as_str())),
+        false => Err(format!("{what} is no absolute path without dots: {}", head(text))),
+    }
+}
+
+fn format(name: &str) -> Checked {
+    let word = |c: char| c.is_ascii_alphanumeric() || "-_.+".contains(c);
+    match (1..=MAX_FORMAT).contains(&name.len()) && name.chars().all(word) {
+        true => Ok(()),
+        false => Err(format!("a layer's format is no word: {}", head(name))),
     }
 }
 
 /// Manifests are written and removed there, so it must not be a directory of anything else.
-pub(crate) fn manifest_directory(directory: &Utf8Path) -> Checked {
-    path("the directory of manifests", directory)?;
+pub(crate) fn manifest_directory(directory: &Utf8Path, of: &Utf8Path) -> Checked {
+    path("the directory of manifests", directory, of)?;
     match directory.extension() {
         Some("domsnap") => Ok(()),
         _ => Err(format!("the directory of manifests does not end in .domsnap: {directory}")),
@@ -105,6 +141,14 @@ pub(crate) fn manifest_directory(directory: &Utf8Path) -> Checked {
 
 fn layer_name(name: &LayerName) -> Checked {
     self::name("a layer's name", name.as_str())
+}
+
+/// The name of a layer that may be somebody else's image, which is known by its path.
+fn any_layer_name(name: &LayerName, owned: bool, of: &Utf8Path) -> Checked {
+    match is_elsewhere(name) && !owned {
+        true => path("the name of a layer elsewhere", Utf8Path::new(name.as_str()), of),
+        false => layer_name(name),
+    }
 }
 
 fn point(point: &Point) -> Checked {
@@ -125,7 +169,11 @@ pub(crate) fn record(record: &DiskRecord, asked: &snapcore::Disk) -> Checked {
     }
 }
 
-pub(crate) fn state(state: &DiskState, asked: &DiskRecord) -> Checked {
+pub(crate) fn state(state: &mut DiskState, asked: &DiskRecord) -> Checked {
+    for unclear in &mut state.unclear {
+        unclear.why = plain(&unclear.why);
+    }
+    let (state, of) = (&*state, &asked.disk.path);
     if state.target != asked.disk.target {
         return Err(format!("it is the state of another disk: {}", state.target));
     }
@@ -141,7 +189,7 @@ pub(crate) fn state(state: &DiskState, asked: &DiskRecord) -> Checked {
         return Err(format!("the active layer {} is not there", state.active));
     }
     for layer in &state.layers {
-        one_layer(layer, &names)?;
+        one_layer(layer, &names, of)?;
     }
     for layer in &state.layers {
         let mut below = layer.backing.as_ref();
@@ -152,13 +200,20 @@ pub(crate) fn state(state: &DiskState, asked: &DiskRecord) -> Checked {
             return Err(format!("the layers below {} are a loop", layer.name));
         }
     }
-    count("images", state.on_path.len() + state.unclear.len())
+    count("images", state.on_path.len().saturating_add(state.unclear.len()))?;
+    state.on_path.iter().try_for_each(|image| path("an image", image, of))?;
+    state.unclear.iter().try_for_each(|unclear| {
+        path("a file", &unclear.file, of)?;
+        text("a reason", &unclear.why)
+    })
 }
 
-fn one_layer(layer: &Layer, names: &HashSet<&LayerName>) -> Checked {
-    layer_name(&layer.name)?;
-    path("a layer's file", &layer.file)?;
-    text("a layer's format", &layer.format)?;
+fn one_layer(layer: &Layer, names: &HashSet<&LayerName>, of: &Utf8Path) -> Checked {
+    any_layer_name(&layer.name, layer.owned, of)?;
+    path("a layer's file", &layer.file, of)?;
+    format(&layer.format)?;
+    size("a layer", layer.virtual_size)?;
+    size("a layer", layer.allocated)?;
     if let Some(below) = layer.backing.as_ref().filter(|below| !names.contains(below)) {
         return Err(format!("{} stands on {below}, which is not there", layer.name));
     }
@@ -167,16 +222,22 @@ fn one_layer(layer: &Layer, names: &HashSet<&LayerName>) -> Checked {
     if tags.len() != layer.internal.len() {
         return Err(format!("two points of {} have one tag", layer.name));
     }
-    layer.internal.iter().try_for_each(|point| name("a tag", &point.tag))?;
-    count("dependents", layer.dependents.len())
+    for point in &layer.internal {
+        name("a tag", &point.tag)?;
+        size("a point", point.virtual_size)?;
+        size("a point's memory", point.vm_state_size)?;
+    }
+    count("dependents", layer.dependents.len())?;
+    layer.dependents.iter().try_for_each(|image| path("a dependent", image, of))
 }
 
 pub(crate) fn discovered(found: &DiscoverResult) -> Checked {
     count("layers", found.layers.len())?;
     count("points", found.points.len())?;
     found.layers.iter().try_for_each(layer_name)?;
-    for (index, FoundPoint { point: at, parent, name, .. }) in found.points.iter().enumerate() {
+    for (index, FoundPoint { point: at, parent, name, virtual_size, .. }) in found.points.iter().enumerate() {
         point(at)?;
+        size("a point", *virtual_size)?;
         if parent.is_some_and(|parent| parent >= index) {
             return Err(format!("the point {name} derives from one that comes after it"));
         }
@@ -184,8 +245,9 @@ pub(crate) fn discovered(found: &DiscoverResult) -> Checked {
     Ok(())
 }
 
-/// An edit may change the records of the disk alone: what snapshots there are is not a backend's to say.
-fn edit(edit: &Edit, target: &Target) -> Checked {
+/// An edit may change the records of the disk alone: what snapshots there are is not a backend's to say. The configured path may
+/// get another name, in its own directory.
+fn edit(edit: &Edit, disk: &Disk) -> Checked {
     let of = match edit {
         Edit::SetActive { target, layer }
         | Edit::AddLayer { target, layer }
@@ -199,23 +261,27 @@ fn edit(edit: &Edit, target: &Target) -> Checked {
             target
         }
         Edit::SetPath { target, path: to } => {
-            path("the configured path", to)?;
+            path("the configured path", to, &disk.path)?;
+            if to.parent() != disk.path.parent() {
+                return Err(format!("the configured path would leave its directory: {to}"));
+            }
             target
         }
         other => return Err(format!("it would change what is not its disk's: {other:?}")),
     };
-    match of == target {
+    match *of == disk.target {
         true => Ok(()),
         false => Err(format!("it would change another disk: {of}")),
     }
 }
 
-pub(crate) fn edits(all: &[Edit], target: &Target) -> Checked {
+pub(crate) fn edits(all: &[Edit], disk: &Disk) -> Checked {
     count("edits", all.len())?;
-    all.iter().try_for_each(|one| edit(one, target))
+    all.iter().try_for_each(|one| edit(one, disk))
 }
 
-pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, target: &Target) -> Checked {
+pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, disk: &Disk) -> Checked {
+    let target = &disk.target;
     for planned in &mut plan.steps {
         planned.step.summary = plain(&planned.step.summary);
     }
@@ -224,12 +290,14 @@ pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, t
     }
     count("steps", plan.steps.len())?;
     count("notes", plan.notes.len())?;
+    plan.notes.iter().try_for_each(|note| text("a note", note))?;
     if !plan.steps.is_sorted_by_key(|planned| planned.group) {
         return Err("its steps are not sorted by group".to_owned());
     }
     for planned in &plan.steps {
         let step = &planned.step;
         text("a step's summary", &step.summary)?;
+        size("a step", step.bytes)?;
         if step.target != *target {
             return Err(format!("the step '{}' is of another disk: {}", step.summary, step.target));
         }
@@ -245,9 +313,9 @@ pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, t
         if planned.inside && !(attached && planned.group == Group::Cut) {
             return Err(format!("'{}' would run inside an instant that there is not", step.summary));
         }
-        edits(&planned.edits, target)?;
+        edits(&planned.edits, disk)?;
     }
-    edits(&plan.commit, target)?;
+    edits(&plan.commit, disk)?;
     let taken = match request {
         DiskRequest::Create { .. } => true,
         DiskRequest::Revert { save, .. } => save.is_some(),
@@ -266,15 +334,20 @@ pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, t
     }
 }
 
-pub(crate) fn chain(files: &[ChainFile]) -> Checked {
+pub(crate) fn chain(files: &[ChainFile], of: &Utf8Path) -> Checked {
     if files.is_empty() {
         return Err("the configured path opens nothing".to_owned());
     }
     count("files", files.len())?;
     files.iter().try_for_each(|layer| {
-        path("a layer's file", &layer.file)?;
-        text("a layer's format", &layer.format)
+        path("a layer's file", &layer.file, of)?;
+        format(&layer.format)
     })
+}
+
+pub(crate) fn cost(cost: &DeleteCost) -> Checked {
+    size("what a delete frees", cost.frees)?;
+    size("what a delete moves", cost.moves)
 }
 
 pub(crate) fn words(words: &str) -> Checked {
@@ -288,4 +361,88 @@ pub(crate) fn findings(all: &mut [Finding]) -> Checked {
         text("a finding's subject", &one.subject)?;
         text("a finding", &one.message)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use snapcore::Disk;
+
+    use super::*;
+
+    const LEADING_OUT: [&str; 8] = ["", ".", "..", "a/b", "../a", "/etc/passwd", "a\0b", "a\nb"];
+
+    fn state_with(change: impl Fn(&mut Value)) -> Checked {
+        let record = json!({ "target": "vda", "path": "/vm/a.img", "format": "dir", "active": "disk", "owned": ["disk"] });
+        let record: DiskRecord = serde_json::from_value(record).unwrap();
+        let point =
+            json!({ "tag": "t", "virtual_size": 1, "created": "2026-01-01T00:00:00Z", "vm_state_size": 0 });
+        let layer = json!({
+            "name": "disk", "file": "/vm/a.img", "format": "dir", "named": false, "backing": null, "owned": true,
+            "virtual_size": 1, "allocated": 1, "internal": [point], "dependents": ["/vm/b"]
+        });
+        let mut base = layer.clone();
+        (base["name"], base["owned"]) = (json!("/base/b.img"), json!(false));
+        let mut state = json!({ "target": "vda", "active": "disk", "layers": [layer, base], "on_path": [],
+            "unclear": [{ "file": "/vm/c", "why": "it cannot\nbe read" }] });
+        change(&mut state);
+        let mut state: DiskState = serde_json::from_value(state).unwrap();
+        super::state(&mut state, &record)
+    }
+
+    #[test]
+    fn names_and_paths_of_a_state_cannot_lead_out() {
+        state_with(|_| ()).unwrap();
+        let long = "x".repeat(256);
+        for bad in LEADING_OUT.into_iter().chain([long.as_str()]) {
+            for place in ["/active", "/layers/0/name", "/layers/0/internal/0/tag"] {
+                let refused = state_with(|state| *state.pointer_mut(place).unwrap() = json!(bad));
+                refused.expect_err(&format!("{place}: {bad:?}"));
+            }
+        }
+        // Somebody else's image is known by its path; a layer that would be removed is not.
+        state_with(|state| state["layers"][1]["owned"] = json!(true)).unwrap_err();
+        let paths = ["", "a", "/a/../b", "/a/./b", "/a//b", "/a\nb", "/a\u{1b}[31m", "/"];
+        let (long, deep) = (format!("/{long}"), "/x".repeat(2048));
+        for bad in paths.into_iter().chain([long.as_str(), deep.as_str()]) {
+            for place in ["/layers/0/file", "/layers/0/dependents/0", "/unclear/0/file"] {
+                let refused = state_with(|state| *state.pointer_mut(place).unwrap() = json!(bad));
+                refused.expect_err(&format!("{place}: {bad:?}"));
+            }
+            if bad.contains('/') {
+                state_with(|state| state["layers"][1]["name"] = json!(bad)).expect_err(bad);
+            }
+            let refused = state_with(|state| state["on_path"] = json!([bad]));
+            refused.expect_err(&format!("on_path: {bad:?}"));
+        }
+    }
+
+    #[test]
+    fn sizes_of_a_state_cannot_overflow() {
+        for place in ["/layers/0/virtual_size", "/layers/0/allocated", "/layers/0/internal/0/vm_state_size"] {
+            let refused = state_with(|state| *state.pointer_mut(place).unwrap() = json!(u64::MAX));
+            assert!(refused.unwrap_err().contains("more than a disk can have"), "{place}");
+        }
+        let cost = DeleteCost { frees: u64::MAX, moves: 0 };
+        super::cost(&cost).unwrap_err();
+    }
+
+    #[test]
+    fn names_of_edits_and_points_cannot_lead_out() {
+        let disk: Disk =
+            serde_json::from_value(json!({ "target": "vda", "path": "/vm/a.img", "format": "dir" })).unwrap();
+        let checked = |edit: Value| edits(&[serde_json::from_value(edit).unwrap()], &disk);
+        checked(json!({ "edit": "add-layer", "target": "vda", "layer": "a" })).unwrap();
+        checked(json!({ "edit": "set-path", "target": "vda", "path": "/vm/b.img" })).unwrap();
+        checked(json!({ "edit": "set-path", "target": "vda", "path": "/other/b.img" })).unwrap_err();
+        for bad in LEADING_OUT {
+            for edit in ["set-active", "add-layer", "remove-layer"] {
+                checked(json!({ "edit": edit, "target": "vda", "layer": bad })).expect_err(bad);
+            }
+            let found = json!({ "points": [{ "name": "n", "layer": "disk", "tag": bad, "parent": null,
+                "created": "2026-01-01T00:00:00Z", "virtual_size": 1 }] });
+            discovered(&serde_json::from_value(found).unwrap()).expect_err(bad);
+            discovered(&serde_json::from_value(json!({ "layers": [bad] })).unwrap()).expect_err(bad);
+        }
+    }
 }

@@ -1,7 +1,9 @@
 //! One running plug-in: its process, and the calls that wait for its answers.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
@@ -51,6 +53,23 @@ impl Limits {
         self.frame = bytes;
         self
     }
+}
+
+/// Variables that every plug-in gets, where domsnap has them.
+const VARIABLES: [&str; 5] = ["PATH", "HOME", "TMPDIR", "TZ", "LANG"];
+
+/// The environment of the plug-in `name`, out of `all` that domsnap has: what a program needs to run, and what the user set for
+/// this plug-in. Nothing else, because domsnap's may hold others' tokens.
+fn environment(
+    name: &str,
+    all: impl Iterator<Item = (OsString, OsString)>,
+) -> impl Iterator<Item = (OsString, OsString)> {
+    let own = format!("DOMSNAP_PLUGIN_{}_", name.to_ascii_uppercase().replace('-', "_"));
+    all.filter(move |(variable, _)| {
+        let is_own = variable.as_bytes().starts_with(own.as_bytes());
+        is_own || VARIABLES.iter().any(|known| variable == known)
+    })
+    .chain([("LC_ALL".into(), "C".into())])
 }
 
 /// Requests that wait for a plug-in to read them.
@@ -186,7 +205,8 @@ impl Connection {
         };
         // A group of its own: an interrupt at the terminal is domsnap's to handle, and what the plug-in starts ends with it.
         let mut child = Command::new(program)
-            .env("LC_ALL", "C")
+            .env_clear()
+            .envs(environment(name, std::env::vars_os()))
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -527,6 +547,36 @@ fn read_frame(stdout: &mut impl BufRead, cap: usize) -> std::result::Result<Opti
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_plug_in_gets_its_own_variables_alone() {
+        let all = [
+            "PATH",
+            "HOME",
+            "LD_PRELOAD",
+            "AWS_SECRET_ACCESS_KEY",
+            "PYTHONPATH",
+            "DOMSNAP_STATE_DIR",
+            "DOMSNAP_PLUGIN_ZFS_POOL",
+            "DOMSNAP_PLUGIN_ZFS_2_POOL",
+            "DOMSNAP_PLUGIN_ZFSX_POOL",
+            "DOMSNAP_PLUGIN_ZFS",
+            "LC_ALL",
+        ];
+        let given = |plugin| {
+            let all = all.into_iter().map(|name| (name.into(), "value".into()));
+            environment(plugin, all).collect::<Vec<(OsString, OsString)>>()
+        };
+        let names = |plugin| -> Vec<String> {
+            given(plugin).into_iter().map(|(name, _)| name.into_string().unwrap()).collect()
+        };
+        assert_eq!(
+            names("zfs"),
+            ["PATH", "HOME", "DOMSNAP_PLUGIN_ZFS_POOL", "DOMSNAP_PLUGIN_ZFS_2_POOL", "LC_ALL"]
+        );
+        assert_eq!(names("zfs-2"), ["PATH", "HOME", "DOMSNAP_PLUGIN_ZFS_2_POOL", "LC_ALL"]);
+        assert_eq!(given("zfs").last(), Some(&("LC_ALL".into(), "C".into())));
+    }
 
     #[test]
     fn frames_end_at_lines_and_at_the_cap() {

@@ -377,7 +377,7 @@ impl DiskSnapshotter for Plugin {
     ) -> Result<DiskPlan> {
         let params =
             PlanParams { disk: disk.clone(), state: state.clone(), active_path, request: request.clone() };
-        let check = |plan: &mut DiskPlan| checks::plan(plan, request, state.attached, &disk.disk.target);
+        let check = |plan: &mut DiskPlan| checks::plan(plan, request, state.attached, &disk.disk);
         self.ask(Method::Plan, &params, check).await
     }
 
@@ -401,7 +401,7 @@ impl DiskSnapshotter for Plugin {
 
     async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
         let params = DiskParams { disk: disk.clone() };
-        self.ask(Method::OpenChain, &params, |files: &mut Vec<_>| checks::chain(files)).await
+        self.ask(Method::OpenChain, &params, |files: &mut Vec<_>| checks::chain(files, &disk.disk.path)).await
     }
 
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
@@ -425,7 +425,7 @@ impl DiskSnapshotter for Plugin {
             SalvageResult::Nothing => Ok(()),
             SalvageResult::PutAside { words } => checks::words(words),
             SalvageResult::Stays { edits, words } => {
-                checks::words(words).and_then(|()| checks::edits(edits, &context.disk.disk.target))
+                checks::words(words).and_then(|()| checks::edits(edits, &context.disk.disk))
             }
         };
         checked.map_err(|what| connection.lies(Method::Salvage, &what))?;
@@ -462,19 +462,20 @@ impl DiskSnapshotter for Plugin {
     ) -> Result<DeleteCost> {
         let params =
             CostParams { disk: disk.clone(), state: state.clone(), drop: drop.to_vec(), keep: keep.to_vec() };
-        self.ask(Method::CostOfDelete, &params, |_| Ok(())).await
+        self.ask(Method::CostOfDelete, &params, |cost| checks::cost(cost)).await
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
         let params = ManifestParams { disk: disk.clone() };
-        self.inner.path(Method::ManifestDirectory, &params, checks::manifest_directory, || {
+        let check = |path: &Utf8Path| checks::manifest_directory(path, &disk.path);
+        self.inner.path(Method::ManifestDirectory, &params, check, || {
             disk.path.with_file_name(format!("{}.domsnap", disk.path.file_name().unwrap_or("disk")))
         })
     }
 
     fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
         let params = LayerParams { disk: disk.clone(), layer: layer.clone() };
-        let check = |path: &Utf8Path| checks::path("a layer's file", path);
+        let check = |path: &Utf8Path| checks::path("a layer's file", path, &disk.disk.path);
         self.inner.path(Method::LayerFile, &params, check, || disk.disk.path.clone())
     }
 }

@@ -306,6 +306,10 @@ async fn a_plan_that_would_change_what_is_not_its_disks_is_refused() {
             "plan['commit'] = [{'edit': 'set-path', 'target': 'vda', 'path': '/a/../etc/x'}]",
             "no absolute path".to_owned(),
         ),
+        (
+            "plan['commit'] = [{'edit': 'add-layer', 'target': 'vda', 'layer': '/etc/shadow'}]",
+            "a layer's name cannot be a name".to_owned(),
+        ),
         ("plan['point'] = {'layer': 'disk', 'tag': 'x'}", "a point that nobody asked for".to_owned()),
         (
             "plan['instant'] = {'take': 'overlay', 'file': '/etc/shadow', 'format': 'raw'}",
@@ -337,6 +341,7 @@ async fn a_state_that_cannot_be_is_refused() {
         ("state['layers'][0]['backing'] = 'nowhere'", "which is not there"),
         ("state['layers'][0]['file'] = 'etc/passwd'", "no absolute path"),
         ("state['layers'][0]['internal'] *= 2", "one tag"),
+        ("state['layers'][0]['internal'][0]['tag'] = '../../etc/shadow'", "a tag cannot be a name"),
     ] {
         let otherwise = format!(
             "def lie(was, p, c):\n    state = was(p, c)\n    {change}\n    return state\ninstead('inspect', lie)"

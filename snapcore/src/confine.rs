@@ -49,9 +49,15 @@ fn check_layer(layer: &LayerName) -> Result<(), String> {
     if is_elsewhere(layer) {
         return check_path(Utf8Path::new(layer.as_str()));
     }
-    FileName::new(layer.as_str())
-        .map(|_| ())
-        .map_err(|bad| format!("a layer must lie in its disk's own directory: {bad}"))
+    check_name(layer.as_str()).map_err(|bad| format!("a layer must lie in its disk's own directory: {bad}"))
+}
+
+/// Checks that a text is the name of a file in a directory: one component, of 255 bytes at most.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn check_name(name: &str) -> Result<(), String> {
+    FileName::new(name).map(|_| ()).map_err(|bad| bad.to_string())
 }
 
 /// Returns true for a layer that does not lie in its disk's directory.
@@ -59,7 +65,11 @@ pub fn is_elsewhere(layer: &LayerName) -> bool {
     layer.as_str().starts_with('/')
 }
 
-fn check_path(path: &Utf8Path) -> Result<(), String> {
+/// Checks that a path is absolute, and is written as it is compared: without `.`, `..` and empty parts.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn check_path(path: &Utf8Path) -> Result<(), String> {
     let plain =
         path.components().all(|part| matches!(part, Utf8Component::RootDir | Utf8Component::Normal(_)));
     // `components` passes over single dots and doubled slashes: such a path is not what is compared with it.

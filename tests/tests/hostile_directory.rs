@@ -531,6 +531,27 @@ fn directories_that_others_write_are_refused() -> Result<()> {
     Ok(())
 }
 
+/// A plug-in gets the variables that it needs, and none of the tokens that its user has.
+#[test]
+fn a_plug_in_gets_no_environment_of_others() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700))?;
+    let (program, seen) = (dir.path().join("domsnap-backend-spy"), dir.path().join("seen"));
+    fs::write(&program, format!("#!/bin/sh\nenv > {}\n", seen.display()))?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    Domsnap::new(&dir.path().join("state"))
+        .env("DOMSNAP_BACKEND_DIR", dir.path())
+        .env("CLOUD_TOKEN", "hush")
+        .env("LD_BIND_NOW", "hush")
+        .env("DOMSNAP_PLUGIN_OTHER_KEY", "hush")
+        .env("DOMSNAP_PLUGIN_SPY_KEY", "spoken")
+        .run(&["backends"])?;
+    let seen = fs::read_to_string(&seen).context("the plug-in was not started")?;
+    ensure!(!seen.contains("hush") && !seen.contains("DOMSNAP_BACKEND_DIR"), "{seen}");
+    ensure!(seen.contains("DOMSNAP_PLUGIN_SPY_KEY=spoken") && seen.contains("\nPATH="), "{seen}");
+    Ok(())
+}
+
 /// The catalogue is believed, so it must lie where nobody else can put another.
 #[test]
 fn a_state_directory_that_others_own_is_refused() -> Result<()> {

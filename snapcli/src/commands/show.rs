@@ -113,8 +113,8 @@ fn told(document: &ShowDoc) -> String {
     text.push_str(&match costs {
         Some(costs) => format!(
             "deleting it would free {} and move {}\n",
-            units::bytes(costs.iter().map(|cost| cost.frees).sum::<u64>().saturating_add(memory)),
-            units::bytes(costs.iter().map(|cost| cost.moves).sum())
+            units::bytes(costs.iter().map(|cost| cost.frees).fold(memory, u64::saturating_add)),
+            units::bytes(costs.iter().map(|cost| cost.moves).fold(0, u64::saturating_add))
         ),
         None => {
             "what deleting it would free cannot be told: a disk cannot be read; `domsnap check` says why\n"
