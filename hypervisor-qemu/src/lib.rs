@@ -46,4 +46,4 @@ pub use guest_clock::set_guest_clock;
 pub use machine::{Machine, Paused};
 pub use name::{Name, PREFIX, is_ours};
 pub use run_state::RunState;
-pub use saver::{Qemu, register};
+pub use saver::{NAME, Qemu, register};

@@ -15,8 +15,8 @@ use camino::Utf8PathBuf;
 use hypervisor_qemu::Qemu as QemuSaver;
 use serde_json::Value;
 use snapcore::{
-    AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, Hypervisor,
-    LiveDomain, OpenChain, Plan, Result, Seen, Target, VmStateSaver,
+    AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, LiveDomain, Obstacle,
+    OpenChain, Plan, Result, Seen, Target, VmStateSaver,
 };
 use tokio::sync::{Mutex, RwLock};
 
@@ -138,8 +138,11 @@ impl Live {
                     continue;
                 }
                 let control = Control { address, ..Control::default() };
-                let domain =
-                    Domain { hypervisor: Hypervisor::Qemu, control: Some(control), ..self.domain.clone() };
+                let domain = Domain {
+                    hypervisor: hypervisor_qemu::NAME,
+                    control: Some(control),
+                    ..self.domain.clone()
+                };
                 match self.qemu_saver.connect(&domain).await {
                     Ok(Some(qemu)) => {
                         qemu.limit(*self.speed.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
@@ -238,7 +241,7 @@ impl LiveDomain for Live {
         Ok(seen::differences(recorded, &self.seen.machine))
     }
 
-    fn cannot_save_memory(&self) -> Option<String> {
+    fn cannot_save_memory(&self) -> Option<Obstacle> {
         seen::cannot_save(&self.seen.machine["xen"])
     }
 

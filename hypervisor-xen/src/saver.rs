@@ -3,10 +3,10 @@
 use std::{collections::HashSet, sync::Arc};
 
 use async_trait::async_trait;
-use camino::Utf8Path;
+use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{
-    Control, Domain, Error, ErrorKind, Facts, FileIdentity, GuestChange, Hypervisor, LiveDomain, PowerAfter,
-    Progress, Registry, Result, Seen, StartFromMemory, StartedDomain, VmStateSaver,
+    Control, Domain, Error, ErrorKind, Facts, FileIdentity, GuestChange, Hypervisor, HypervisorProfile,
+    LiveDomain, PowerAfter, Progress, Registry, Result, Seen, StartFromMemory, StartedDomain, VmStateSaver,
 };
 
 use crate::{
@@ -36,8 +36,19 @@ pub fn register(registry: &mut Registry) {
 
 #[async_trait]
 impl VmStateSaver for Xen {
-    fn hypervisor(&self) -> Hypervisor {
-        Hypervisor::Xen
+    fn profile(&self) -> HypervisorProfile {
+        HypervisorProfile::new(Hypervisor::named("xen"), "Xen", "NAME").config().recreates()
+    }
+
+    fn read_control(&self, control: Control, directory: &Utf8Path) -> Result<Control> {
+        let name = &control.address;
+        if name.is_empty() || name.starts_with('-') || name.contains(char::is_control) {
+            return Err(Error::new(ErrorKind::Usage, format!("{name:?} names no domain of Xen"))
+                .advise("give the name that `xl list` shows after 'xen:'"));
+        }
+        let from_directory = |path: Option<Utf8PathBuf>| path.map(|path| directory.join(path));
+        let (memory_dir, config) = (from_directory(control.memory_dir), from_directory(control.config));
+        Ok(Control { memory_dir, config, ..control })
     }
 
     async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>> {

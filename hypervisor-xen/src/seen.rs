@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::FileTypeExt, path::Path};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
-use snapcore::{Domain, Seen, SeenDisk, Target, file_identity};
+use snapcore::{Domain, Obstacle, Seen, SeenDisk, Target, file_identity};
 
 use crate::list::Row;
 
@@ -243,12 +243,20 @@ pub(crate) fn unknown_to_libxl(qemu: &Seen, drives: &[XenDisk]) -> Vec<SeenDisk>
 }
 
 /// Why Xen cannot save the memory of such a domain, if so.
-pub(crate) fn cannot_save(config: &Value) -> Option<String> {
+pub(crate) fn cannot_save(config: &Value) -> Option<Obstacle> {
+    let obstacle = |why: &str, advice: &str| Obstacle { why: why.to_owned(), advice: advice.to_owned() };
     if config["pcidevs"].as_array().is_some_and(|devices| !devices.is_empty()) {
-        return Some("the domain has a PCI device of the host, whose state cannot be saved".to_owned());
+        return Some(obstacle(
+            "the domain has a PCI device of the host, whose state cannot be saved",
+            "detach the device (`xl pci-detach`)",
+        ));
     }
-    yes(&config["b_info"], "disable_migrate")
-        .then(|| "the domain's config has nomigrate=1, which forbids saving it".to_owned())
+    yes(&config["b_info"], "disable_migrate").then(|| {
+        obstacle(
+            "the domain's config has nomigrate=1, which forbids saving it",
+            "create the domain without nomigrate",
+        )
+    })
 }
 
 /// What of a recorded machine would not fit the domain's disks as they are now: its memory begins on the recorded ones.
@@ -346,9 +354,9 @@ mod tests {
         let mut config = config();
         assert!(cannot_save(&config).is_none() && other_storage(&config).is_empty());
         config["b_info"]["disable_migrate"] = json!("True");
-        assert!(cannot_save(&config).unwrap().contains("nomigrate=1"));
+        assert!(cannot_save(&config).unwrap().why.contains("nomigrate=1"));
         config["pcidevs"] = json!([{ "bus": 1 }]);
-        assert!(cannot_save(&config).unwrap().contains("PCI"));
+        assert!(cannot_save(&config).unwrap().why.contains("PCI"));
         config["vscsictrls"] = json!([{ "devid": 0 }]);
         config["disks"][1]["vdev"] = json!(null);
         config["b_info"]["type.hvm"]["usbdevice_list"] = json!(["tablet", "disk:/nowhere/stick.img"]);

@@ -4,7 +4,7 @@ use camino::Utf8PathBuf;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
-use snapcore::service::{DomainRef, GivenImage, read_socket};
+use snapcore::service::{DomainRef, GivenImage};
 use snapcore::{
     ActivePath, CreateDisk, DomainName, LayerName, MAX_COMPRESSION, PointKind, PowerAfter, Quiesce,
     SnapshotName, Target,
@@ -18,7 +18,7 @@ const STYLES: Styles = Styles::styled()
 
 const AFTER_HELP: &str = "\
 DOMAIN is the name of a registered domain; or its images, PATH[,format=FORMAT] joined by commas (a comma of a path is written twice); or
-qemu:SOCKET, what runs at a QMP socket, or at qemu:tcp:127.0.0.1:PORT; or xen:NAME, a domain of Xen.
+where it runs: qemu:SOCKET, a QMP socket, or qemu:tcp:127.0.0.1:PORT; xen:NAME, a domain of Xen.
 Exit status: 0 done; 1 failed, and rolled back; 2 usage; 3 refused, no changes made; 4 `domsnap recover` is needed.";
 
 /// Snapshots of whole virtual machines.
@@ -344,42 +344,56 @@ pub enum DomainDisk {
 #[derive(Debug, Args)]
 pub struct DomainAdd {
     /// Its name
-    #[arg(required_unless_present = "file", value_parser = domain_name)]
+    #[arg(required_unless_present = "file")]
     pub name: Option<DomainName>,
     /// A disk: TARGET=PATH[,format=FORMAT]
     #[arg(long = "disk", value_name = "TARGET=PATH", value_parser = disk_place)]
-    #[arg(required_unless_present_any = ["file", "qmp", "xen"])]
+    #[arg(required_unless_present_any = ["file", "at", "qmp", "xen"])]
     pub disks: Vec<DiskPlace>,
-    /// A QEMU runs it: its QMP socket, or tcp:127.0.0.1:PORT. Without --disk it is asked for its disks
-    #[arg(long, value_name = "SOCKET", group = "run-by", value_hint = ValueHint::FilePath, value_parser = socket)]
+    /// Where it runs. Without --disk its hypervisor is asked for its disks
+    #[arg(long, value_name = "HYPERVISOR:ADDRESS", group = "run-by")]
+    pub at: Option<String>,
+    /// A QEMU runs it: its QMP socket, or tcp:127.0.0.1:PORT. Short for --at qemu:SOCKET
+    #[arg(long, value_name = "SOCKET", group = "run-by", value_hint = ValueHint::FilePath)]
     pub qmp: Option<String>,
-    /// Xen runs it: its name there. Without --disk it is asked for its disks
+    /// Xen runs it: its name there. Short for --at xen:NAME
     #[arg(long, value_name = "NAME", group = "run-by")]
     pub xen: Option<String>,
     /// The file that Xen creates it from [default: the one that it was created from, where that can be told]
-    #[arg(long, value_name = "FILE", requires = "xen", value_hint = ValueHint::FilePath)]
+    #[arg(long, value_name = "FILE", requires = "run-by", value_hint = ValueHint::FilePath)]
     pub config: Option<Utf8PathBuf>,
     /// The guest agent's socket, or tcp:127.0.0.1:PORT [default: as QEMU says]
-    #[arg(long, value_name = "SOCKET", requires = "qmp", value_hint = ValueHint::FilePath, value_parser = socket)]
+    #[arg(long, value_name = "SOCKET", requires = "run-by", value_hint = ValueHint::FilePath)]
     pub agent: Option<String>,
     /// Where memory images go [default: beside the first disk]
     #[arg(long, value_name = "DIR", requires = "run-by", value_hint = ValueHint::DirPath)]
     pub memory_dir: Option<Utf8PathBuf>,
     /// Compress memory images: 1 (fast) to 19 (small) [default: not] [default level: 1]
-    #[arg(long, value_name = "LEVEL", requires = "qmp", num_args = 0..=1, require_equals = true)]
+    #[arg(long, value_name = "LEVEL", requires = "run-by", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "1", value_parser = clap::value_parser!(u8).range(0..=i64::from(MAX_COMPRESSION)))]
     pub compress: Option<u8>,
     /// The command that starts it: all that follows, to the end of the line [default: as it was started when a snapshot
     /// was taken]
-    #[arg(long, value_name = "COMMAND", requires = "qmp", num_args = 1.., allow_hyphen_values = true)]
+    #[arg(long, value_name = "COMMAND", requires = "run-by", num_args = 1.., allow_hyphen_values = true)]
     pub start: Vec<String>,
     /// Where active images go: `keep` the configured paths, or to `new` ones
     #[arg(long, value_name = "HOW", default_value = "keep")]
     pub active_path: Active,
     /// Read the domain from a file of TOML
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "disks", "active_path", "qmp", "xen", "memory_dir"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "disks", "active_path", "run-by"])]
     #[arg(value_hint = ValueHint::FilePath)]
     pub file: Option<Utf8PathBuf>,
+}
+
+impl DomainAdd {
+    /// Where it runs, as `HYPERVISOR:ADDRESS`.
+    pub fn place(&self) -> Option<String> {
+        let short = [("qemu", &self.qmp), ("xen", &self.xen)];
+        let short = short.into_iter().find_map(|(hypervisor, address)| {
+            address.as_ref().map(|address| format!("{hypervisor}:{address}"))
+        });
+        self.at.clone().or(short)
+    }
 }
 
 /// A disk of a domain to register.
@@ -471,7 +485,7 @@ pub struct Import {
     /// The images, joined by commas, or the name of a registered domain
     pub domain: DomainRef,
     /// Register the domain under this name
-    #[arg(long, value_parser = domain_name)]
+    #[arg(long)]
     pub name: Option<DomainName>,
     /// Replace what the catalogue has of the domain
     #[arg(long)]
@@ -515,19 +529,6 @@ fn skipped_disk(text: &str) -> Result<Target, String> {
 /// Whether text can be the name of a backend's way.
 fn is_word(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-}
-
-/// A name for a domain that can be called by it: none that means where one is reached.
-pub fn domain_name(text: &str) -> Result<DomainName, String> {
-    if let Some(word) = ["qemu:", "xen:"].into_iter().find(|word| text.starts_with(word)) {
-        return Err(format!("what begins with {word:?} says where a domain is reached, and is no name"));
-    }
-    DomainName::new(text).map_err(|error| error.to_string())
-}
-
-/// Where a QEMU's monitor or a guest agent listens.
-fn socket(text: &str) -> Result<String, String> {
-    read_socket(text).map_err(|error| error.to_string())
 }
 
 fn bytes(text: &str) -> Result<u64, String> {
@@ -621,14 +622,6 @@ mod tests {
         assert_eq!((place.path.as_str(), place.format.as_deref()), ("/a,b=c.img", Some("qcow2")));
         assert!(disk_place("vda=").is_err());
         assert!(disk_place("vda=/x,format=").is_err());
-    }
-
-    #[test]
-    fn what_says_where_a_domain_is_reached_is_no_name_of_one() {
-        assert_eq!(domain_name("web").unwrap().as_str(), "web");
-        for text in ["qemu:web", "xen:web", "a b", ""] {
-            assert!(domain_name(text).is_err(), "{text}");
-        }
     }
 
     #[test]

@@ -16,6 +16,9 @@ const DIRECTORY: &str = "/usr/libexec/domsnap";
 /// The environment's word for it.
 const VARIABLE: &str = "DOMSNAP_BACKEND_DIR";
 
+/// What adds to the backends and hypervisors that this crate names.
+pub type Register<'a> = &'a dyn Fn(&mut Registry) -> Result<()>;
+
 /// The backends of this call.
 pub struct Backends {
     /// All that can be used.
@@ -31,8 +34,10 @@ impl Backends {
     ///
     /// # Errors
     /// Where a directory of plug-ins was named and cannot be used.
-    pub fn of(global: &Global) -> Result<Self> {
-        let mut all = Self { registry: own(global)?, plugins: Vec::new(), problems: Vec::new() };
+    pub fn of(global: &Global, register: Register<'_>) -> Result<Self> {
+        let mut registry = own(global)?;
+        register(&mut registry)?;
+        let mut all = Self { registry, plugins: Vec::new(), problems: Vec::new() };
         let (directory, said) = directory(global)?;
         let found = match backend_plugin::found(&directory) {
             Ok(found) => found,

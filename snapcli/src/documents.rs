@@ -12,8 +12,8 @@ use serde::Serialize;
 use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, RecoveryReport, Removal, Unfinished};
 use snapcore::{
     Capabilities, Consistency, Control, DeleteCost, Domain, DomainName, ErrorKind, Finding, GuestChange,
-    Hypervisor, MemoryPoint, Plan, PointKind, Registry, SeenDisk, SkippedDisk, Snapshot, SnapshotId,
-    SnapshotName, Target,
+    Hypervisor, HypervisorProfile, MemoryPoint, Plan, PointKind, Registry, SeenDisk, SkippedDisk, Snapshot,
+    SnapshotId, SnapshotName, Target,
 };
 
 /// The version of all documents.
@@ -479,6 +479,8 @@ pub struct BackendsDoc {
     pub backends: Vec<BackendDoc>,
     /// What looks like plug-ins and is not used.
     pub problems: Vec<BackendProblem>,
+    /// The hypervisors whose domains can be reached.
+    pub hypervisors: Vec<HypervisorProfile>,
 }
 
 /// A program that looks like a plug-in and is not used, or their directory.

@@ -2,34 +2,26 @@
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Deserialize;
-use snapcore::service::socket_in;
 use snapcore::{
-    ActivePath, Control, Disk, DomainName, DomainSpec, Error, ErrorKind, Hypervisor, MAX_COMPRESSION, Result,
+    ActivePath, Control, Disk, DomainName, DomainSpec, Error, ErrorKind, Hypervisor, MAX_COMPRESSION,
+    Registry, Result,
 };
 
-/// How a domain file says where a domain is reached.
-fn advice_of(hypervisor: Hypervisor) -> &'static str {
-    match hypervisor {
-        Hypervisor::Xen => "add a [control] with xen = \"NAME\", as `xl list` shows it",
-        _ => "add a [control] with qmp = \"SOCKET\"",
-    }
-}
-
 /// Reads a domain file: `name`, `hypervisor` (`"none"`, `"qemu"`), `active-path` (`"keep"`, `"new"`), for a
-/// hypervisor a `[control]` with `qmp`, `agent`, `memory-dir` and `start`, and a `[[disk]]` with `target`, `path` and
-/// `format` for each disk. Relative paths are taken from `directory`. With a `[control]` there may be no disk: then
+/// hypervisor a `[control]` with the key of its address and what else applies to its domains, and a `[[disk]]` with `target`,
+/// `path` and `format` for each disk. Relative paths are taken from `directory`. With a `[control]` there may be no disk: then
 /// the running domain is to be asked for them before it is registered.
 ///
 /// # Errors
 /// [`ErrorKind::Usage`], with the line and what was expected there.
-pub fn read(text: &str, directory: &Utf8Path) -> Result<DomainSpec> {
+pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<DomainSpec> {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case", deny_unknown_fields)]
     struct File {
         name: DomainName,
         #[serde(default)]
         hypervisor: Hypervisor,
-        control: Option<Reach>,
+        control: Option<toml::Table>,
         #[serde(default)]
         active_path: ActivePath,
         #[serde(default)]
@@ -38,8 +30,6 @@ pub fn read(text: &str, directory: &Utf8Path) -> Result<DomainSpec> {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case", deny_unknown_fields)]
     struct Reach {
-        qmp: Option<Utf8PathBuf>,
-        xen: Option<String>,
         agent: Option<Utf8PathBuf>,
         memory_dir: Option<Utf8PathBuf>,
         #[serde(default)]
@@ -47,27 +37,33 @@ pub fn read(text: &str, directory: &Utf8Path) -> Result<DomainSpec> {
         compress: Option<u8>,
         config: Option<Utf8PathBuf>,
     }
-    let file: File = toml::from_str(text).map_err(|cause| {
+    let wrong = |cause: toml::de::Error| {
         Error::new(ErrorKind::Usage, "the domain file is not understood").because(cause).advise(
-            "it has name, hypervisor, active-path, for a hypervisor a [control] with qmp or xen, agent, memory-dir, \
-             start, compress and config, and one [[disk]] with target, path and format a disk",
+            "it has name, hypervisor, active-path, for a hypervisor a [control], and one [[disk]] with target, path and format \
+             a disk",
         )
-    })?;
+    };
+    let file: File = toml::from_str(text).map_err(wrong)?;
     let mut spec = DomainSpec::new(file.name).active_path(file.active_path);
-    spec = match (file.hypervisor, file.control) {
-        (Hypervisor::None, None) => spec,
-        (Hypervisor::None, Some(_)) => {
+    spec = match (file.hypervisor.is_none(), file.control) {
+        (true, None) => spec,
+        (true, Some(_)) => {
             return Err(Error::new(ErrorKind::Usage, "the domain file has a [control] and no hypervisor")
                 .advise("state it: hypervisor = \"qemu\""));
         }
-        (hypervisor, None) => {
-            return Err(Error::new(
-                ErrorKind::Usage,
-                format!("the domain file does not say how hypervisor {hypervisor} is reached"),
-            )
-            .advise(advice_of(hypervisor)));
-        }
-        (hypervisor, Some(reach)) => {
+        (false, control) => {
+            let saver = registry.hypervisor(&file.hypervisor)?;
+            let (profile, mut said) = (saver.profile(), control.unwrap_or_default());
+            let Some(toml::Value::String(address)) = said.remove(&profile.key) else {
+                return Err(Error::new(
+                    ErrorKind::Usage,
+                    format!("the domain file does not say how hypervisor {} is reached", profile.name),
+                )
+                .advise(format!("add a [control] with {} = {:?}", profile.key, profile.address)));
+            };
+            let reach: Reach = said.try_into().map_err(|cause| {
+                wrong(cause).advise(format!("its [control] may have {}", profile.keys().join(", ")))
+            })?;
             if let Some(level) = reach.compress.filter(|level| *level > MAX_COMPRESSION) {
                 return Err(Error::new(
                     ErrorKind::Usage,
@@ -75,25 +71,15 @@ pub fn read(text: &str, directory: &Utf8Path) -> Result<DomainSpec> {
                 )
                 .advise("levels are 1 (fast) to 19 (small); 0 does not compress"));
             }
-            let address = match (hypervisor, reach.qmp, reach.xen) {
-                (Hypervisor::Qemu, Some(socket), None) => socket_in(directory, &socket)?,
-                (Hypervisor::Xen, None, Some(name)) => name,
-                _ => {
-                    let detail = format!(
-                        "the domain file does not say how hypervisor {hypervisor}, and it alone, is reached"
-                    );
-                    return Err(Error::new(ErrorKind::Usage, detail).advise(advice_of(hypervisor)));
-                }
-            };
             let control = Control {
                 address,
-                agent: reach.agent.map(|agent| socket_in(directory, &agent)).transpose()?.map(Into::into),
-                memory_dir: reach.memory_dir.map(|memory| directory.join(memory)),
+                agent: reach.agent,
+                memory_dir: reach.memory_dir,
                 start: reach.start,
                 compress: reach.compress,
-                config: reach.config.map(|config| directory.join(config)),
+                config: reach.config,
             };
-            spec.run_by(hypervisor, control)
+            spec.run_by(file.hypervisor, saver.read_control(control, directory)?)
         }
     };
     for disk in file.disk {
@@ -123,8 +109,15 @@ mod tests {
         error
     }
 
+    fn read_in(text: &str, directory: &str) -> Result<DomainSpec> {
+        let mut registry = Registry::new();
+        hypervisor_qemu::register(&mut registry);
+        hypervisor_xen::register(&mut registry);
+        super::read(text, Utf8Path::new(directory), &registry)
+    }
+
     fn read(text: &str) -> Result<DomainSpec> {
-        super::read(text, Utf8Path::new("/srv/web"))
+        read_in(text, "/srv/web")
     }
 
     #[test]
@@ -142,7 +135,7 @@ mod tests {
             start: ["qemu", "-m", "1G"].map(str::to_owned).to_vec(),
             config: None,
         };
-        assert_eq!((spec.hypervisor, spec.control), (Hypervisor::Qemu, Some(control)));
+        assert_eq!((spec.hypervisor, spec.control), (hypervisor_qemu::NAME, Some(control)));
         assert_eq!(spec.disks[0].path, "/srv/web/a.qcow2");
     }
 
@@ -154,6 +147,11 @@ mod tests {
         assert!(error.to_string().contains("how hypervisor qemu is reached"), "{error}");
         usage(read("name = 'web'\nhypervisor = 'qemu'\n[control]\nagent = 'a'\n"));
         usage(read("name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'q'\nqpm = 'q'\n"));
+        let error = usage(read("name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'q'\nxen = 'q'\n"));
+        assert!(error.advice().unwrap().contains("qmp, agent"), "{error}");
+        let spec =
+            read("name = 'web'\nhypervisor = 'xen'\n[control]\nxen = 'web'\nconfig = 'web.cfg'\n").unwrap();
+        assert_eq!(spec.control.unwrap().config.unwrap(), "/srv/web/web.cfg");
         assert_eq!(read("name = 'web'\n").unwrap().control, None);
     }
 
@@ -161,9 +159,9 @@ mod tests {
     fn domain_files_are_read_and_their_mistakes_named() {
         let text = "name = \"web\"\nhypervisor = \"none\"\nactive-path = \"new\"\n\
                     [[disk]]\ntarget = \"vda\"\npath = \"a.qcow2\"\nformat = \"qcow2\"\n";
-        let spec = super::read(text, Utf8Path::new("/vm")).unwrap();
+        let spec = read_in(text, "/vm").unwrap();
         assert_eq!((spec.disks[0].path.as_str(), spec.active_path), ("/vm/a.qcow2", ActivePath::New));
-        let error = super::read("name = \"web\"\ncolour = 1\n", Utf8Path::new("/vm")).unwrap_err();
+        let error = read_in("name = \"web\"\ncolour = 1\n", "/vm").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage);
         assert!(error.to_string().contains("colour"), "{error}");
     }

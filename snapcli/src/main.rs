@@ -1,59 +1,7 @@
-//! `domsnap`: snapshots of whole virtual machines, from the command line.
+//! `domsnap`.
 
 #![forbid(unsafe_code)]
 
-mod answer;
-mod args;
-mod backends;
-mod commands;
-mod documents;
-mod domain_file;
-mod failure;
-mod log;
-mod progress;
-mod session;
-mod table;
-mod tree;
-mod units;
-
-use std::process::ExitCode;
-
-use clap::Parser;
-
-fn main() -> ExitCode {
-    let cli = match args::Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => return usage(&error),
-    };
-    let json = cli.global.json;
-    log::begin();
-    match commands::run(cli) {
-        Ok(answer) => {
-            answer::print(&answer.text);
-            if let Some(complaint) = &answer.complaint {
-                anstream::eprintln!("domsnap: {complaint}");
-            }
-            ExitCode::from(answer.exit)
-        }
-        Err(failure) => {
-            failure.tell(json);
-            ExitCode::from(failure.exit())
-        }
-    }
-}
-
-/// Help and version are answers; anything else is a wrong command line, told to programs in their own form.
-fn usage(error: &clap::Error) -> ExitCode {
-    let wrong = error.use_stderr();
-    if wrong && std::env::args_os().any(|word| word == "--json") {
-        let words = error.render().to_string();
-        let message = words.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-        let error = snapcore::Error::new(snapcore::ErrorKind::Usage, message)
-            .advise("`domsnap --help` and `domsnap COMMAND --help` tell what may be said");
-        failure::Failure::from(error).tell(true);
-    } else {
-        // Nobody is left to be told where this fails.
-        let _ = error.print();
-    }
-    ExitCode::from(if wrong { failure::exit::USAGE } else { failure::exit::DONE })
+fn main() -> std::process::ExitCode {
+    snapcli::run(|_| Ok(()))
 }

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::answer::Answer;
 use crate::args::Global;
-use crate::backends::{Backends, absolute};
+use crate::backends::{Backends, Register, absolute};
 use crate::failure::Failure;
 use crate::progress::Progress;
 
@@ -34,9 +34,9 @@ pub struct Session {
 
 impl Session {
     /// Opens the service. Nothing is read yet.
-    pub fn open(global: Global) -> Result<Self> {
+    pub fn open(global: Global, register: Register<'_>) -> Result<Self> {
         let catalogue = Arc::new(SqliteCatalogue::new(state_dir(&global)?));
-        let backends = Backends::of(&global)?;
+        let backends = Backends::of(&global, register)?;
         let service = Domsnap::new(catalogue, backends.registry.clone());
         let (cancel, asking, warnings) = Default::default();
         Ok(Self { global, service, backends, cancel, asking, warnings })

@@ -1,31 +1,91 @@
 //! Domains and their disks.
 
+use std::borrow::Cow;
+
 use camino::Utf8PathBuf;
 use serde::{Deserialize, Serialize};
 
-use crate::{Control, DomainName, LayerName, SnapshotId, Target};
+use crate::{Control, DomainName, Error, ErrorKind, LayerName, Result, SnapshotId, Target};
 
-/// Who runs the domain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema, Default)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum Hypervisor {
+/// Who runs a domain: the name of a registered hypervisor, by which addresses of its domains begin too (`NAME:ADDRESS`); or
+/// nobody.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub struct Hypervisor(Cow<'static, str>);
+
+impl Hypervisor {
     /// Nobody: disks at rest.
-    #[default]
-    None,
-    /// QEMU, over QMP.
-    Qemu,
-    /// Xen, over xl.
-    Xen,
+    pub const NONE: Self = Self(Cow::Borrowed("none"));
+
+    /// The hypervisor of a name that is known when the program is built.
+    ///
+    /// # Panics
+    /// Where [`Hypervisor::new`] gives an error: of a constant, when it is built.
+    pub const fn named(name: &'static str) -> Self {
+        assert!(is_name(name.as_bytes()), "a hypervisor's name is 1 to 32 small letters, digits and '-'");
+        Self(Cow::Borrowed(name))
+    }
+
+    /// The hypervisor of this name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] where it is not 1 to 32 small letters, digits and `-`, beginning with a letter.
+    pub fn new(name: impl Into<String>) -> Result<Self> {
+        let name = name.into();
+        match is_name(name.as_bytes()) {
+            true => Ok(Self(Cow::Owned(name))),
+            false => Err(Error::new(ErrorKind::Usage, format!("{name:?} is not the name of a hypervisor"))
+                .advise("use 1 to 32 small letters, digits and '-', beginning with a letter")),
+        }
+    }
+
+    /// Its name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether nobody runs the domain.
+    pub fn is_none(&self) -> bool {
+        *self == Self::NONE
+    }
+}
+
+const fn is_name(name: &[u8]) -> bool {
+    let mut at = 0;
+    while at < name.len() {
+        let letter = name[at].is_ascii_lowercase();
+        if !letter && (at == 0 || !(name[at].is_ascii_digit() || name[at] == b'-')) {
+            return false;
+        }
+        at += 1;
+    }
+    0 < at && at <= 32
+}
+
+impl Default for Hypervisor {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
+impl TryFrom<String> for Hypervisor {
+    type Error = Error;
+
+    fn try_from(name: String) -> Result<Self> {
+        Self::new(name)
+    }
+}
+
+impl From<Hypervisor> for String {
+    fn from(hypervisor: Hypervisor) -> Self {
+        hypervisor.0.into_owned()
+    }
 }
 
 impl std::fmt::Display for Hypervisor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(match self {
-            Self::None => "none",
-            Self::Qemu => "qemu",
-            Self::Xen => "xen",
-        })
+        f.pad(&self.0)
     }
 }
 

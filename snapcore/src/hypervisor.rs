@@ -24,7 +24,7 @@ pub const MAX_COMPRESSION: u8 = 19;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Control {
-    /// Where: of QEMU the path of its QMP socket, or `tcp:IP:PORT`; of Xen the domain's name.
+    /// Where, as its hypervisor reads it ([`VmStateSaver::read_control`]): a socket, a name.
     pub address: String,
     /// The socket of the guest agent: its path, or `tcp:IP:PORT`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -42,7 +42,7 @@ pub struct Control {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 19))]
     pub compress: Option<u8>,
-    /// The file that the domain is created from, where its hypervisor has one: of Xen its config.
+    /// The file that the domain is created from, where its hypervisor has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub config: Option<Utf8PathBuf>,
@@ -121,6 +121,9 @@ pub struct Anew {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub config: Option<Utf8PathBuf>,
+    /// Whether the hypervisor ends the domain for it and makes it again.
+    #[serde(default)]
+    pub recreated: bool,
 }
 
 /// Where a domain begins anew.
@@ -518,12 +521,12 @@ pub trait LiveDomain: Send + Sync {
     }
 
     /// Says why memory cannot be saved through this connection, if so.
-    fn cannot_save_memory(&self) -> Option<String> {
+    fn cannot_save_memory(&self) -> Option<Obstacle> {
         None
     }
 
     /// Says why disks cannot be detached through this connection, if so: then there is no window.
-    fn cannot_detach(&self) -> Option<String> {
+    fn cannot_detach(&self) -> Option<Obstacle> {
         None
     }
 
@@ -586,11 +589,142 @@ pub struct StartFromMemory<'a> {
     pub power: Option<PowerAfter>,
 }
 
+/// Why something cannot be done through a connection, and what to do instead.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Obstacle {
+    /// Why.
+    pub why: String,
+    /// What to do.
+    pub advice: String,
+}
+
+/// What a hypervisor is like: what plans, and what is said of its domains, depend on.
+///
+/// ```
+/// use snapcore::{Hypervisor, HypervisorProfile};
+///
+/// let profile = HypervisorProfile::new(Hypervisor::new("fake")?, "Fake", "NAME").saves_while_running();
+/// assert!(profile.saves_while_running && !profile.recreates);
+/// # Ok::<(), snapcore::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct HypervisorProfile {
+    /// What domains are recorded under, and what addresses begin with.
+    pub name: Hypervisor,
+    /// What people call it.
+    pub title: String,
+    /// What an address is, in one word: `SOCKET`.
+    pub address: String,
+    /// The key of a domain file's `[control]` that has the address.
+    pub key: String,
+    /// Guests have an agent that can freeze their file systems.
+    pub agent: bool,
+    /// A domain is started by a command line that may be given.
+    pub start: bool,
+    /// Memory images can be compressed.
+    pub compress: bool,
+    /// A domain is made from a file that may be given.
+    pub config: bool,
+    /// Memory is saved while the guest runs; it is paused otherwise.
+    pub saves_while_running: bool,
+    /// A revert of a running domain ends it and makes it again; it is reverted in place otherwise.
+    pub recreates: bool,
+}
+
+impl HypervisorProfile {
+    /// One that saves memory while its guests are paused, reverts in place, and has nothing that could be said but the address.
+    pub fn new(name: Hypervisor, title: impl Into<String>, address: impl Into<String>) -> Self {
+        Self {
+            key: name.to_string(),
+            name,
+            title: title.into(),
+            address: address.into(),
+            agent: false,
+            start: false,
+            compress: false,
+            config: false,
+            saves_while_running: false,
+            recreates: false,
+        }
+    }
+
+    /// The key of a domain file's `[control]` that has the address; otherwise the hypervisor's name is.
+    #[must_use]
+    pub fn key(mut self, key: impl Into<String>) -> Self {
+        self.key = key.into();
+        self
+    }
+
+    /// Guests have an agent.
+    #[must_use]
+    pub fn agent(mut self) -> Self {
+        self.agent = true;
+        self
+    }
+
+    /// A domain is started by a command line that may be given.
+    #[must_use]
+    pub fn start(mut self) -> Self {
+        self.start = true;
+        self
+    }
+
+    /// Memory images can be compressed.
+    #[must_use]
+    pub fn compress(mut self) -> Self {
+        self.compress = true;
+        self
+    }
+
+    /// A domain is made from a file that may be given.
+    #[must_use]
+    pub fn config(mut self) -> Self {
+        self.config = true;
+        self
+    }
+
+    /// Memory is saved while the guest runs.
+    #[must_use]
+    pub fn saves_while_running(mut self) -> Self {
+        self.saves_while_running = true;
+        self
+    }
+
+    /// A revert of a running domain ends it and makes it again.
+    #[must_use]
+    pub fn recreates(mut self) -> Self {
+        self.recreates = true;
+        self
+    }
+
+    /// The keys that a domain file's `[control]` may have for it.
+    pub fn keys(&self) -> Vec<&str> {
+        let more = [
+            (self.agent, "agent"),
+            (true, "memory-dir"),
+            (self.start, "start"),
+            (self.compress, "compress"),
+            (self.config, "config"),
+        ];
+        std::iter::once(self.key.as_str())
+            .chain(more.into_iter().filter(|(takes, _)| *takes).map(|(_, key)| key))
+            .collect()
+    }
+}
+
 /// A hypervisor: finds running domains, and keeps their VM state in memory images.
 #[async_trait]
 pub trait VmStateSaver: Send + Sync {
-    /// Which one it is.
-    fn hypervisor(&self) -> Hypervisor;
+    /// What it is like.
+    fn profile(&self) -> HypervisorProfile;
+
+    /// Reads where a domain is reached, as a user says it, into its one form: the same domain has the same address, however it was
+    /// written. Relative paths are taken from `directory`. What is in that form already stays as it is.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Usage`] where it is no address of this hypervisor's.
+    fn read_control(&self, control: Control, directory: &Utf8Path) -> Result<Control>;
 
     /// Connects to the domain where it runs; none where it does not. Changes nothing.
     ///

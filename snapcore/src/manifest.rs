@@ -549,7 +549,7 @@ mod tests {
             domain: Domain {
                 name: DomainName::new("web").unwrap(),
                 unregistered: false,
-                hypervisor: Hypervisor::None,
+                hypervisor: Hypervisor::NONE,
                 control: None,
                 active_path: ActivePath::Keep,
                 disks: vec![DiskRecord { disk, active: layer.clone(), owned: vec![layer] }],

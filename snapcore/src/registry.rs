@@ -72,20 +72,29 @@ impl Registry {
         })
     }
 
-    /// Adds a hypervisor; in the place of another one of the same kind.
+    /// Adds a hypervisor; in the place of another one of the same name.
     pub fn register_hypervisor(&mut self, saver: Arc<dyn VmStateSaver>) {
-        self.hypervisors.retain(|known| known.hypervisor() != saver.hypervisor());
+        self.hypervisors.retain(|known| known.profile().name != saver.profile().name);
         self.hypervisors.push(saver);
     }
 
-    /// The hypervisor of this kind.
+    /// The hypervisor of this name.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] where this program has none.
-    pub fn hypervisor(&self, kind: Hypervisor) -> Result<Arc<dyn VmStateSaver>> {
-        self.hypervisors.iter().find(|known| known.hypervisor() == kind).cloned().ok_or_else(|| {
-            Error::new(ErrorKind::Unsupported, format!("this program knows no hypervisor {kind}"))
-                .advise("use a domsnap that was built with it")
+    pub fn hypervisor(&self, name: &Hypervisor) -> Result<Arc<dyn VmStateSaver>> {
+        self.hypervisors.iter().find(|known| known.profile().name == *name).cloned().ok_or_else(|| {
+            let known: Vec<String> =
+                self.hypervisors().map(|known| known.profile().name.to_string()).collect();
+            let error =
+                Error::new(ErrorKind::Unsupported, format!("this program knows no hypervisor {name}"));
+            match known.is_empty() {
+                true => error.advise("use a domsnap that was built with it"),
+                false => error.advise(format!(
+                    "use a domsnap that was built with it; this one knows {}",
+                    known.join(", ")
+                )),
+            }
         })
     }
 

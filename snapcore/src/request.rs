@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use camino::Utf8PathBuf;
 
-use crate::{Hypervisor, LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target};
+use crate::{LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target};
 
 /// What to do with one disk in a create.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -169,14 +169,14 @@ impl RevertRequest {
     ///
     /// The current state is saved by a snapshot of its own, with memory, which leaves the guest paused until the revert: so
     /// nothing that it does in between is lost.
-    pub(crate) fn in_two(&self, hypervisor: Hypervisor) -> Option<(CreateRequest, Self)> {
+    pub(crate) fn in_two(&self, recreates: bool) -> Option<(CreateRequest, Self)> {
         let name = self.save_current.clone()?;
         let mut save = CreateRequest::new(name)
             .description(format!("the state before a revert to {}", self.name))
             .then(PowerAfter::Paused);
         save.disks.extend(self.skip.iter().map(|target| (target.clone(), CreateDisk::Skip)));
         // What is saved first is all the safety that there can be.
-        let safety = self.safety && hypervisor != Hypervisor::Xen;
+        let safety = self.safety && !recreates;
         Some((save, Self { save_current: None, safety, ..self.clone() }))
     }
 

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DomainStep, GuestChange, Hypervisor, LayerName, Machine, Point, PowerAfter, Snapshot, SnapshotId,
-    SnapshotName, Target,
+    DomainStep, GuestChange, LayerName, Machine, Point, PowerAfter, Snapshot, SnapshotId, SnapshotName,
+    Target,
 };
 
 /// When a step runs.
@@ -168,20 +168,24 @@ impl Plan {
     }
 
     /// What it does to the guest, beyond pausing it, and what the guest does afterwards, where that is planned.
-    pub fn guest(&self, hypervisor: Hypervisor) -> Option<(GuestChange, Option<PowerAfter>)> {
+    pub fn guest(&self) -> Option<(GuestChange, Option<PowerAfter>)> {
         let steps = self.steps.iter().filter(|planned| planned.step.target.is_domain());
         let steps: Vec<DomainStep> =
             steps.filter_map(|planned| serde_json::from_value(planned.step.action.clone()).ok()).collect();
-        let runs = steps.iter().any(|step| matches!(step, DomainStep::OpenWindow { .. }));
+        let window = steps.iter().find_map(|step| match step {
+            DomainStep::OpenWindow { anew, .. } => Some(anew),
+            _ => None,
+        });
+        let recreated = window.is_some_and(|anew| anew.as_ref().is_some_and(|anew| anew.recreated));
         steps.iter().find_map(|step| {
             let DomainStep::Continue { memory, reset, power } = step else { return None };
-            let change = match (power, memory, reset, hypervisor) {
+            let change = match (power, memory, reset, recreated) {
                 (Some(PowerAfter::Off), ..) => GuestChange::Ended,
-                (_, Some(_), ..) if !runs => GuestChange::Started,
-                (_, Some(_), _, Hypervisor::Xen) => GuestChange::RecreatedFromMemory,
+                (_, Some(_), ..) if window.is_none() => GuestChange::Started,
+                (_, Some(_), _, true) => GuestChange::RecreatedFromMemory,
                 (_, Some(_), ..) => GuestChange::Restored,
-                (_, None, true, Hypervisor::Xen) => GuestChange::Recreated,
-                (_, None, true, _) => GuestChange::Reset,
+                (_, None, true, true) => GuestChange::Recreated,
+                (_, None, true, false) => GuestChange::Reset,
                 (_, None, false, _) => return None,
             };
             Some((change, *power))

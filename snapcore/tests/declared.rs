@@ -36,7 +36,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
     let domain = Domain {
         name: DomainName::new("web").unwrap(),
         unregistered: false,
-        hypervisor: Hypervisor::Qemu,
+        hypervisor: Hypervisor::new("fake").unwrap(),
         control: None,
         active_path: ActivePath::Keep,
         disks: vec![record.clone()],
@@ -54,6 +54,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         config: None,
     };
     let alive = Alive {
+        profile: HypervisorProfile::new(domain.hypervisor.clone(), "Fake", "NAME"),
         seen: &seen,
         differs: Vec::new(),
         media: Vec::new(),

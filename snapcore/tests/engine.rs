@@ -58,7 +58,7 @@ impl Bench {
         let domain = Domain {
             name: domain_name(),
             unregistered: false,
-            hypervisor: Hypervisor::None,
+            hypervisor: Hypervisor::NONE,
             control: None,
             active_path: ActivePath::Keep,
             disks,

@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use qmp::Agent;
 use snapcore::{
     AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, FileIdentity,
-    LiveDomain, Medium, OpenChain, Plan, Result, Seen, Target,
+    LiveDomain, Medium, Obstacle, OpenChain, Plan, Result, Seen, Target,
 };
 use tokio::{sync::watch, time::timeout};
 
@@ -253,6 +253,11 @@ pub(super) async fn set_clock(machine: &Machine, agent: Option<&Agent>) -> Optio
     }
 }
 
+fn needs_a_unix_socket(why: String) -> Obstacle {
+    let advice = "give QEMU a Unix socket (-qmp unix:PATH,server=on,wait=off) and use that".to_owned();
+    Obstacle { why, advice }
+}
+
 #[async_trait]
 impl LiveDomain for Live {
     fn seen(&self) -> &Seen {
@@ -287,17 +292,18 @@ impl LiveDomain for Live {
         Ok(discover::media(&recorded(record)?, &self.discovery))
     }
 
-    fn cannot_save_memory(&self) -> Option<String> {
-        refusal(&self.machine).or_else(|| {
+    fn cannot_save_memory(&self) -> Option<Obstacle> {
+        let why = refusal(&self.machine).or_else(|| {
             let by_name = self.discovery.abilities.file_migration || self.machine.qmp().passes_descriptors();
             let why = "this QEMU takes a memory image only as a descriptor, which cannot be passed over TCP";
             (!by_name).then(|| why.to_owned())
-        })
+        });
+        why.map(needs_a_unix_socket)
     }
 
-    fn cannot_detach(&self) -> Option<String> {
+    fn cannot_detach(&self) -> Option<Obstacle> {
         let why = "what stands for a detached disk is a descriptor, which cannot be passed over TCP";
-        (!self.machine.qmp().passes_descriptors()).then(|| why.to_owned())
+        (!self.machine.qmp().passes_descriptors()).then(|| needs_a_unix_socket(why.to_owned()))
     }
 
     async fn resume(&self) -> Result<()> {

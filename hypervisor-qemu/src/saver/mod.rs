@@ -12,6 +12,7 @@
 //! | `seen` | a domain as it is described, and what of it is recorded |
 //! | `start`, `scan` | a QEMU started from a memory image; all that run here |
 //! | `unpacked` | compressed memory images between their check and their use |
+//! | `address` | where a monitor listens, in its one form |
 //! | `error` | this crate's errors as the engine's |
 //!
 //! # After a crash
@@ -21,6 +22,7 @@
 //! merge's files; and that a window is open is told by a mark, a node that nobody uses and that lives as long as the window
 //! can: until QEMU ends.
 
+mod address;
 mod cut;
 mod disk;
 mod error;
@@ -50,8 +52,8 @@ use async_trait::async_trait;
 use camino::Utf8Path;
 use qmp::{Options, Qmp};
 use snapcore::{
-    Control, Domain, Error, ErrorKind, Facts, Hypervisor, LiveDomain, Progress, Registry, Result, Seen,
-    StartFromMemory, VmStateSaver,
+    Control, Domain, Error, ErrorKind, Facts, Hypervisor, HypervisorProfile, LiveDomain, Progress, Registry,
+    Result, Seen, StartFromMemory, VmStateSaver,
 };
 use tokio::time::timeout;
 
@@ -106,6 +108,9 @@ impl Qemu {
     }
 }
 
+/// What domains that QEMU runs are recorded under.
+pub const NAME: Hypervisor = Hypervisor::named("qemu");
+
 /// Makes QEMU known to a program.
 pub fn register(registry: &mut Registry) {
     registry.register_hypervisor(Arc::new(Qemu::new()));
@@ -137,8 +142,13 @@ async fn reach(socket: &Path, greeting: Duration) -> Result<Option<Machine>> {
 
 #[async_trait]
 impl VmStateSaver for Qemu {
-    fn hypervisor(&self) -> Hypervisor {
-        Hypervisor::Qemu
+    fn profile(&self) -> HypervisorProfile {
+        let profile = HypervisorProfile::new(NAME, "QEMU", "SOCKET").key("qmp");
+        profile.agent().start().compress().saves_while_running()
+    }
+
+    fn read_control(&self, control: Control, directory: &Utf8Path) -> Result<Control> {
+        address::read(control, directory)
     }
 
     async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>> {

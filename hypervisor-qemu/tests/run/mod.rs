@@ -15,8 +15,8 @@ use camino::Utf8PathBuf;
 use hypervisor_qemu::Qemu;
 use snapcore::{
     ActivePath, AttachedMerge, ChainFile, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext,
-    DomainName, DomainStep, Error, ErrorKind, Facts, FileIdentity, Hypervisor, Inside, LayerName, LiveDomain,
-    MemoryPlan, NothingInside, OpenChain, Progress, Quiesce, Target, VmStateSaver,
+    DomainName, DomainStep, Error, ErrorKind, Facts, FileIdentity, Inside, LayerName, LiveDomain, MemoryPlan,
+    NothingInside, OpenChain, Progress, Quiesce, Target, VmStateSaver,
 };
 use testguest::Guest;
 use tokio_util::sync::CancellationToken;
@@ -146,7 +146,7 @@ impl Run {
         let domain = Domain {
             name: DomainName::new("guest")?,
             unregistered: false,
-            hypervisor: Hypervisor::Qemu,
+            hypervisor: hypervisor_qemu::NAME,
             control: Some(control),
             active_path: ActivePath::Keep,
             disks,

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use snapcore::service::{DomainRef, Outcome, Postponed, RecoveryEnd};
 use snapcore::{
-    CreateRequest, DeleteRequest, DeleteScope, Error, ErrorKind, Group, GuestChange, Hypervisor, Plan,
-    PointKind, PowerAfter, Request, RevertRequest, SnapshotName, shell_command,
+    CreateRequest, DeleteRequest, DeleteScope, Error, ErrorKind, Group, GuestChange, Plan, PointKind,
+    PowerAfter, Request, RevertRequest, SnapshotName, shell_command,
 };
 
 use crate::answer::Answer;
@@ -298,12 +298,11 @@ pub fn kind_word(kind: PointKind) -> &'static str {
 
 fn dry_run(session: &Session, domain: &DomainRef, request: &Request) -> Result<Answer, Failure> {
     let mut plans = session.ask(session.service.plans(domain, request)).map_err(Failure::of_plan)?;
-    let hypervisor = session.ask(session.service.resolve(domain))?.hypervisor;
     plans = plans.iter().map(Plan::shown).collect();
     let Some(plan) = plans.pop() else {
         return Err(Error::new(ErrorKind::Internal, "no plan was made").into());
     };
-    let guest = plan.guest(hypervisor);
+    let guest = plan.guest();
     let document = PlanDoc {
         domain: domain.to_string(),
         bytes: plans.iter().chain([&plan]).map(Plan::bytes).fold(0, u64::saturating_add),
@@ -320,10 +319,10 @@ fn dry_run(session: &Session, domain: &DomainRef, request: &Request) -> Result<A
     Ok(session.told(document, |document| {
         let mut text = String::new();
         if let Some(first) = &document.first {
-            text.push_str(&told_plan(&document.domain, first, hypervisor));
+            text.push_str(&told_plan(&document.domain, first));
             text.push_str("then, planned again when that is done:\n");
         }
-        text.push_str(&told_plan(&document.domain, &document.plan, hypervisor));
+        text.push_str(&told_plan(&document.domain, &document.plan));
         text + "no changes made\n"
     }))
 }
@@ -347,7 +346,7 @@ fn guest_then(change: GuestChange, power: Option<PowerAfter>) -> String {
     format!("{what}{then}")
 }
 
-fn told_plan(domain: &str, plan: &Plan, hypervisor: Hypervisor) -> String {
+fn told_plan(domain: &str, plan: &Plan) -> String {
     let mut text = format!(
         "would {} {} of {domain}: {}, {} to move\n",
         plan.operation,
@@ -380,7 +379,7 @@ fn told_plan(domain: &str, plan: &Plan, hypervisor: Hypervisor) -> String {
     for note in &plan.notes {
         text.push_str(&format!("  note: {note}\n"));
     }
-    if let Some((change, power)) = plan.guest(hypervisor) {
+    if let Some((change, power)) = plan.guest() {
         text.push_str(&format!("  guest: {}\n", guest_then(change, power)));
     }
     text
@@ -432,7 +431,7 @@ mod tests {
             notes: vec!["vda: a note".to_owned()],
         };
         assert_eq!(
-            told_plan("web", &plan, Hypervisor::Qemu),
+            told_plan("web", &plan),
             "would delete s1 of web: 2 steps, 3.00 MiB to move\n  switch-over (can be rolled back)\n    vda  cut it\n  \
              clean-up (always completed)\n    vda  merge a into b (3.00 MiB); can be deferred\n  note: vda: a note\n"
         );

@@ -17,6 +17,7 @@ use snapcore::{
 
 use crate::answer::Answer;
 use crate::args::{Disk, Global};
+use crate::backends::Register;
 use crate::commands::change::kind_word;
 use crate::documents::{DiskDoc, DiskListDoc, DiskSnapshotDoc};
 use crate::failure::Failure;
@@ -28,8 +29,8 @@ use crate::units;
 const FORMAT: &str = "qcow2";
 
 /// Does what `disk` says.
-pub fn run(global: Global, disk: Disk) -> Result<Answer, Failure> {
-    let session = Session::open(global)?;
+pub fn run(global: Global, disk: Disk, register: Register<'_>) -> Result<Answer, Failure> {
+    let session = Session::open(global, register)?;
     match disk {
         Disk::Create { image, name, kind } => create(&session, &path_of(&image)?, name, kind.wanted()),
         Disk::Revert { image, name, kind } => revert(&session, &path_of(&image)?, &name, kind.wanted()),

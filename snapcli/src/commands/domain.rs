@@ -45,7 +45,7 @@ fn with_disks(domain: snapcore::Domain) -> DomainDoc {
 
 fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
     let mut spec = match (&args.file, args.name.clone()) {
-        (Some(file), _) => read_file(file)?,
+        (Some(file), _) => read_file(session, file)?,
         (None, Some(name)) => {
             let mut spec = DomainSpec::new(name).active_path(args.active_path.into());
             let default = session.service.registry().default_format()?;
@@ -53,10 +53,12 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
                 let format = disk.format.as_deref().unwrap_or(default);
                 spec = spec.disk(disk.target.clone(), disk.path.clone(), format);
             }
-            match (&args.qmp, &args.xen) {
-                (Some(socket), _) => spec.run_by(Hypervisor::Qemu, control(socket.clone(), &args)?),
-                (None, Some(name)) => spec.run_by(Hypervisor::Xen, control(name.clone(), &args)?),
-                (None, None) => spec,
+            match args.place() {
+                None => spec,
+                Some(place) => {
+                    let (hypervisor, address) = read_place(session, &place)?;
+                    spec.run_by(hypervisor, control(address, &args)?)
+                }
             }
         }
         (None, None) => {
@@ -67,12 +69,25 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
     if spec.disks.is_empty()
         && let Some(control) = &spec.control
     {
-        let seen = session.ask(session.service.look(spec.hypervisor, control))?;
+        let seen = session.ask(session.service.look(&spec.hypervisor, control))?;
         left_out = spec.disks_of(&seen)?;
     }
     let mut report = session.change(session.service.domain_add(&spec))?;
     report.notes.extend(left_out);
     Ok(session.changed(document(report), |document| told(document, "registered")))
+}
+
+/// Where a domain runs: one of the hypervisors of this program, and an address of its.
+fn read_place(session: &Session, place: &str) -> Result<(Hypervisor, String), Failure> {
+    match DomainRef::parse(place) {
+        Ok(DomainRef::Live { hypervisor, address }) => {
+            session.service.registry().hypervisor(&hypervisor)?;
+            Ok((hypervisor, address))
+        }
+        _ => Err(Error::new(ErrorKind::Usage, format!("{place:?} does not say where a domain runs"))
+            .advise("write it as HYPERVISOR:ADDRESS; 'domsnap domain scan' shows what runs here, and where")
+            .into()),
+    }
 }
 
 /// How a domain is reached that a hypervisor runs, as the command line says.
@@ -94,13 +109,14 @@ pub fn absolute(path: &Utf8Path) -> Result<Utf8PathBuf, Error> {
     })
 }
 
-fn read_file(file: &Utf8Path) -> Result<DomainSpec, Failure> {
+fn read_file(session: &Session, file: &Utf8Path) -> Result<DomainSpec, Failure> {
     let said =
         |cause| Error::new(ErrorKind::Usage, format!("the domain file {file} cannot be read")).because(cause);
     let file = camino::absolute_utf8(file).map_err(said)?;
     let text = std::fs::read_to_string(&file).map_err(said)?;
     let directory = file.parent().unwrap_or(Utf8Path::new("/"));
-    Ok(domain_file::read(&text, directory).map_err(|error| error.context(format!("reading {file}")))?)
+    Ok(domain_file::read(&text, directory, session.service.registry())
+        .map_err(|error| error.context(format!("reading {file}")))?)
 }
 
 /// `domsnap import`

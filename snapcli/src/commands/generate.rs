@@ -54,7 +54,8 @@ pub fn backends(session: &Session) -> Answer {
                 .push(BackendProblem { program: plugin.unwrap_or_default(), message: error.to_string() }),
         }
     }
-    session.told(BackendsDoc { backends, problems }, told_backends)
+    let hypervisors = session.service.registry().hypervisors().map(|known| known.profile()).collect();
+    session.told(BackendsDoc { backends, problems, hypervisors }, told_backends)
 }
 
 fn told_backends(document: &BackendsDoc) -> String {
@@ -85,6 +86,17 @@ fn told_backends(document: &BackendsDoc) -> String {
     for problem in &document.problems {
         text.push_str(&format!("not used: {}: {}\n", problem.program, problem.message));
     }
+    text.push('\n');
+    let rows = document.hypervisors.iter().map(|hypervisor| {
+        vec![
+            hypervisor.title.clone(),
+            format!("{}:{}", hypervisor.name, hypervisor.address),
+            if hypervisor.saves_while_running { "while running" } else { "while paused" }.to_owned(),
+            if hypervisor.recreates { "by a new domain" } else { "in place" }.to_owned(),
+            yes_or_no(hypervisor.agent),
+        ]
+    });
+    text.push_str(&table(&["HYPERVISOR", "DOMAINS AT", "MEMORY IS SAVED", "REVERTS", "QUIESCES"], rows));
     text
 }
 

@@ -4,10 +4,9 @@ use std::collections::BTreeSet;
 
 use camino::Utf8Path;
 use snapcore::service::{DomainRef, Scanned};
-use snapcore::{DomainName, Hypervisor, MAX_NAME_BYTES};
+use snapcore::{DomainName, MAX_NAME_BYTES};
 
 use crate::answer::Answer;
-use crate::args::domain_name;
 use crate::commands::change::shell_words;
 use crate::documents::{ScanDoc, ScannedDoc};
 use crate::failure::Failure;
@@ -44,10 +43,8 @@ fn document(session: &Session, scanned: Scanned, taken: &mut BTreeSet<DomainName
     let mut register = Vec::new();
     if registered.is_none() && problem.is_none() {
         let name = free_name(seen.name.as_deref(), Utf8Path::new(&control.address), taken);
-        let option = if hypervisor == Hypervisor::Xen { "--xen" } else { "--qmp" };
-        register = ["domsnap", "domain", "add", name.as_str(), option, control.address.as_str()]
-            .map(str::to_owned)
-            .to_vec();
+        let place = format!("{hypervisor}:{}", control.address);
+        register = ["domsnap", "domain", "add", name.as_str(), "--at", &place].map(str::to_owned).to_vec();
         taken.extend(DomainName::new(name));
     }
     ScannedDoc {
@@ -65,7 +62,9 @@ fn document(session: &Session, scanned: Scanned, taken: &mut BTreeSet<DomainName
 
 /// A name that no domain has, made of what the hypervisor calls it, or else of what its socket is called.
 fn free_name(own: Option<&str>, socket: &Utf8Path, taken: &BTreeSet<DomainName>) -> String {
-    let wanted = [own, socket.file_stem()].into_iter().flatten().find(|name| domain_name(name).is_ok());
+    // With a colon it might be read as the address of a hypervisor.
+    let is_name = |name: &&str| !name.contains(':') && DomainName::new(*name).is_ok();
+    let wanted = [own, socket.file_stem()].into_iter().flatten().find(is_name);
     let wanted: String = wanted.unwrap_or("domain").chars().take(MAX_NAME_BYTES - 4).collect();
     let is_free = |name: &str| !taken.iter().any(|taken| taken.as_str() == name);
     let numbered = (2_u64..).map(|number| format!("{wanted}-{number}"));

@@ -109,7 +109,7 @@ impl Running<'_> {
         let step = self.domain_step(index)?;
         let progress = Teller::new(self.engine.events.clone(), self.operation.id, index);
         let domain = &self.entry.domain;
-        let saver = || self.engine.registry.hypervisor(domain.hypervisor);
+        let saver = || self.engine.registry.hypervisor(&domain.hypervisor);
         match &step {
             DomainStep::CheckMemory { file } => {
                 saver()?.check_memory(file, &progress).await?;
@@ -197,7 +197,7 @@ impl Running<'_> {
                 self.yield_locks().await?;
                 let chains = self.open_chains().await?;
                 let start = StartFromMemory { domain, machine, file, chains: &chains, power: *power };
-                self.engine.registry.hypervisor(domain.hypervisor)?.start(start).await
+                self.engine.registry.hypervisor(&domain.hypervisor)?.start(start).await
             }
             DomainStep::Continue { .. }
             | DomainStep::Media { .. }
@@ -257,14 +257,14 @@ impl Running<'_> {
         let domain = &self.entry.domain;
         match (&step, self.engine.live) {
             (DomainStep::CheckMemory { file }, _) => {
-                self.engine.registry.hypervisor(domain.hypervisor)?.release_memory(file).await
+                self.engine.registry.hypervisor(&domain.hypervisor)?.release_memory(file).await
             }
             (DomainStep::SaveMemory { file, .. }, None) => {
-                self.engine.registry.hypervisor(domain.hypervisor)?.remove_memory(file).await
+                self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(file).await
             }
             // Nobody has the disks: theirs is undone by their own steps.
             (DomainStep::Instant { memory: Some(memory), .. }, None) => {
-                self.engine.registry.hypervisor(domain.hypervisor)?.remove_memory(&memory.file).await
+                self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(&memory.file).await
             }
             (_, None) => Ok(()),
             (_, Some(live)) => {
@@ -284,7 +284,7 @@ impl Running<'_> {
                 // What was written of it, where the step that makes an image of it was never begun.
                 match &step {
                     DomainStep::Instant { memory: Some(memory), .. } => {
-                        self.engine.registry.hypervisor(domain.hypervisor)?.remove_memory(&memory.file).await
+                        self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(&memory.file).await
                     }
                     _ => Ok(()),
                 }

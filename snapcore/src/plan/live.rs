@@ -6,13 +6,15 @@ use super::{Merged, Planner};
 use crate::request::BUDGET;
 use crate::{
     Anew, Beginning, Consistency, CreateRequest, DiskInstant, DomainStep, Edit, Error, ErrorKind, Group,
-    Hypervisor, MAX_COMPRESSION, Machine, Medium, MemoryPlan, MemoryPoint, PlannedStep, PowerAfter, Quiesce,
-    Result, RevertRequest, Seen, Snapshot, Step, Target,
+    HypervisorProfile, MAX_COMPRESSION, Machine, Medium, MemoryPlan, MemoryPoint, Obstacle, PlannedStep,
+    PowerAfter, Quiesce, Result, RevertRequest, Seen, Snapshot, Step, Target,
 };
 
 /// A running domain as the planner sees it.
 #[derive(Debug, Clone)]
 pub struct Alive<'a> {
+    /// What its hypervisor is like.
+    pub profile: HypervisorProfile,
     /// What its hypervisor says.
     pub seen: &'a Seen,
     /// Of a revert to a snapshot with memory: what of the machine is not as it was then, each in words.
@@ -22,9 +24,33 @@ pub struct Alive<'a> {
     /// Where memory images go.
     pub memory_dir: Utf8PathBuf,
     /// Why its memory cannot be saved, if so.
-    pub cannot_save_memory: Option<String>,
+    pub cannot_save_memory: Option<Obstacle>,
     /// Why its disks cannot be detached, if so.
-    pub cannot_detach: Option<String>,
+    pub cannot_detach: Option<Obstacle>,
+}
+
+impl Alive<'_> {
+    /// Refuses ways of saving memory that its hypervisor does not have.
+    fn require_ways_to_save(&self, request: &CreateRequest) -> Result<()> {
+        let HypervisorProfile { title, saves_while_running, compress, .. } = &self.profile;
+        let refused = |option: &str, why: String| {
+            Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{option} does not apply to a domain of {title}: {why}"),
+            )
+            .state("nothing was touched")
+            .advise(format!("leave {option} out")))
+        };
+        let paused = || format!("{title} saves memory only while the guest is paused");
+        match (request.live, request.budget, request.compress) {
+            (Some(true), ..) if !saves_while_running => refused("--live", paused()),
+            (_, Some(_), _) if !saves_while_running => refused("--budget", paused()),
+            (.., Some(1..)) if !compress => {
+                refused("--compress", format!("memory images of {title} are not compressed"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What a snapshot's memory image is called.
@@ -65,10 +91,10 @@ impl Planner<'_> {
                     .state("nothing was touched")
                     .advise("leave --live, --no-live, --budget and --compress out"))
             }
-            (Some(_), wanted) => {
+            (Some(alive), wanted) => {
                 let memory = wanted.unwrap_or(true);
-                if memory && self.domain.hypervisor == Hypervisor::Xen {
-                    self.require_options_of_xen(request)?;
+                if memory {
+                    alive.require_ways_to_save(request)?;
                 }
                 Ok(memory)
             }
@@ -111,38 +137,23 @@ impl Planner<'_> {
             .state("nothing was touched")
             .advise(advice))
         };
-        match (self.domain.hypervisor, known, alive.seen.running) {
-            (Hypervisor::Xen, ..) => refused(
-                "Xen has no guest agent that could freeze the guest's file systems",
+        match (alive.profile.agent, known, alive.seen.running) {
+            (false, ..) => refused(
+                &format!(
+                    "{} has no guest agent that could freeze the guest's file systems",
+                    alive.profile.title
+                ),
                 "take it with memory, which has all that the guest has not written yet; or without --quiesce",
             ),
-            (_, None, _) => refused(
+            (true, None, _) => refused(
                 "it has no guest agent that is known",
                 "register the domain with the agent's socket, or take the snapshot without --quiesce",
             ),
-            (_, Some(_), false) => refused(
+            (true, Some(_), false) => refused(
                 "the guest is paused, so its agent cannot answer",
                 "resume the guest, or take the snapshot without --quiesce",
             ),
-            (_, Some(_), true) => Ok(()),
-        }
-    }
-
-    /// Xen saves memory in one way: paused, as it is.
-    fn require_options_of_xen(&self, request: &CreateRequest) -> Result<()> {
-        let refused = |option: &str, why: &str| {
-            Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("{option} does not apply to a domain of Xen: {why}"),
-            )
-            .state("nothing was touched")
-            .advise(format!("leave {option} out")))
-        };
-        match (request.live, request.budget, request.compress) {
-            (Some(true), ..) => refused("--live", "Xen saves memory only while the guest is paused"),
-            (_, Some(_), _) => refused("--budget", "Xen saves memory only while the guest is paused"),
-            (.., Some(1..)) => refused("--compress", "memory images of Xen are not compressed"),
-            _ => Ok(()),
+            (true, Some(_), true) => Ok(()),
         }
     }
 
@@ -153,17 +164,25 @@ impl Planner<'_> {
                 .state("nothing was touched")
                 .advise(format!("leave {option} out")))
         };
-        let is_xen = self.domain.hypervisor == Hypervisor::Xen;
-        match (request.safety, &request.config) {
-            (false, _) if !is_xen => refused("--no-safety", "only a domain of Xen is ended for a revert"),
-            (false, _) if self.alive.is_none() => {
-                refused("--no-safety", "the domain does not run, so it has no memory that could be saved")
+        let no_safety = !request.safety;
+        let Some(profile) = self.alive.map(|alive| &alive.profile) else {
+            return match &request.config {
+                _ if no_safety => {
+                    refused("--no-safety", "the domain does not run, so it has no memory that could be saved")
+                }
+                Some(_) => refused("--config", "the domain does not run, and is not made again"),
+                None => Ok(()),
+            };
+        };
+        let title = &profile.title;
+        match &request.config {
+            _ if no_safety && !profile.recreates => {
+                refused("--no-safety", &format!("a domain of {title} is not ended for a revert"))
             }
-            (_, Some(_)) if !is_xen => refused("--config", "only a domain of Xen is made from a file"),
-            (_, Some(_)) if self.alive.is_none() => {
-                refused("--config", "the domain does not run, and is not made again")
+            Some(_) if !profile.config => {
+                refused("--config", &format!("a domain of {title} is not made from a file"))
             }
-            (_, Some(_)) if request.power == Some(PowerAfter::Off) => {
+            Some(_) if request.power == Some(PowerAfter::Off) => {
                 refused("--config", "the domain is to be off, and is not made again")
             }
             _ => Ok(()),
@@ -171,11 +190,7 @@ impl Planner<'_> {
     }
 
     fn off(&self, why: &str) -> Error {
-        let how = match self.domain.hypervisor {
-            Hypervisor::None => "is not running",
-            Hypervisor::Qemu | Hypervisor::Xen => "is not running",
-        };
-        Error::new(ErrorKind::Refused, format!("domain {} {how}: {why}", self.domain.name))
+        Error::new(ErrorKind::Refused, format!("domain {} is not running: {why}", self.domain.name))
             .state("nothing was touched")
     }
 
@@ -213,8 +228,7 @@ impl Planner<'_> {
                 "or leave memory out with --disk-only",
             )?;
         }
-        // Xen has no other way than to save it while the guest is paused.
-        let live = request.live.unwrap_or(self.domain.hypervisor != Hypervisor::Xen);
+        let live = request.live.unwrap_or(alive.profile.saves_while_running);
         snapshot.consistency = if memory { Consistency::Memory } else { Consistency::Crash };
         let machine = Machine::new(alive.seen.machine.clone(), &alive.seen.summary);
         snapshot.machine = Some(machine.id.clone());
@@ -334,15 +348,18 @@ impl Planner<'_> {
             (Some(file), false) => Beginning::Memory(file.clone()),
             (None, false) => Beginning::Boot,
         };
-        let anew = Some(Anew { from, safety: request.safety, config: request.config.clone() });
-        let (mut open, mut attach) =
-            (open_window(Group::Cut, &disks, alive, anew.clone()), attach(Group::Cut, &disks, anew.clone()));
+        let recreated = alive.profile.recreates;
+        let anew = Anew { from, safety: request.safety, config: request.config.clone(), recreated };
+        let (mut open, mut attach) = (
+            open_window(Group::Cut, &disks, alive, Some(anew.clone())),
+            attach(Group::Cut, &disks, Some(anew.clone())),
+        );
         let mut end = match off {
             true => go_on(None, false, power),
             false => go_on(file.clone(), file.is_none(), power),
         };
-        if let (Hypervisor::Xen, Some(anew)) = (self.domain.hypervisor, &anew) {
-            (open.step.summary, attach.step.summary, end.step.summary) = recreated(anew, power);
+        if anew.recreated {
+            (open.step.summary, attach.step.summary, end.step.summary) = recreated_words(&anew, power);
         }
         merged.first(open);
         merged.last(attach);
@@ -399,14 +416,12 @@ impl Planner<'_> {
 const DETACHED: &str = "the disks of the running domain cannot be detached";
 
 /// Refuses what cannot be done through the connection to the hypervisor.
-fn require(cannot: &Option<String>, what: &str, instead: &str) -> Result<()> {
+fn require(cannot: &Option<Obstacle>, what: &str, instead: &str) -> Result<()> {
     match cannot {
         None => Ok(()),
-        Some(why) => Err(Error::new(ErrorKind::Unsupported, format!("{what}: {why}"))
+        Some(Obstacle { why, advice }) => Err(Error::new(ErrorKind::Unsupported, format!("{what}: {why}"))
             .state("nothing was touched")
-            .advise(format!(
-                "give QEMU a Unix socket (-qmp unix:PATH,server=on,wait=off) and use that, {instead}"
-            ))),
+            .advise(format!("{advice}, {instead}"))),
     }
 }
 
@@ -419,7 +434,7 @@ fn as_now(alive: &Alive<'_>) -> PowerAfter {
 }
 
 /// What the steps of a window do where the hypervisor ends the domain for it, and makes it again.
-fn recreated(anew: &Anew, power: Option<PowerAfter>) -> (String, String, String) {
+fn recreated_words(anew: &Anew, power: Option<PowerAfter>) -> (String, String, String) {
     let open = match anew.safety {
         true => "save the memory of the domain, for an undo, and destroy the domain",
         false => "destroy the domain; its memory is not saved",

@@ -183,7 +183,7 @@ impl Inner {
                     false => "not in the snapshot: a revert leaves them in their later state",
                 }
             }
-            Request::Revert(_) if gets_memory(domain, plan) => return None,
+            Request::Revert(_) if gets_memory(plan) => return None,
             Request::Revert(_) => "not reverted: they stay in their later state",
             Request::Delete(_) | Request::Tidy => return None,
         };
@@ -203,7 +203,7 @@ impl Inner {
         let note = match request {
             _ if shared.is_empty() => return None,
             Request::Create(_) => "not in the snapshot: a revert leaves them as they are then",
-            Request::Revert(_) if gets_memory(&entry.domain, plan) => {
+            Request::Revert(_) if gets_memory(plan) => {
                 "not reverted: the guest's memory goes on with what it knew of them; mount them again in the guest"
             }
             Request::Revert(_) => "not reverted: they stay as they are",
@@ -214,16 +214,16 @@ impl Inner {
 
     /// What the guest of a domain can write that no snapshot holds at all.
     pub(super) fn shared(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {
-        match self.registry.hypervisor(domain.hypervisor) {
-            Ok(saver) if domain.hypervisor != Hypervisor::None => saver.shared(domain, machine),
+        match self.registry.hypervisor(&domain.hypervisor) {
+            Ok(saver) => saver.shared(domain, machine),
             _ => Vec::new(),
         }
     }
 
     /// What the guest of a domain can write that no snapshot holds but in its memory.
     pub(super) fn outside(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {
-        match self.registry.hypervisor(domain.hypervisor) {
-            Ok(saver) if domain.hypervisor != Hypervisor::None => saver.outside(domain, machine),
+        match self.registry.hypervisor(&domain.hypervisor) {
+            Ok(saver) => saver.outside(domain, machine),
             _ => Vec::new(),
         }
     }
@@ -271,9 +271,9 @@ impl Inner {
         request: Request,
         cancel: &CancellationToken,
     ) -> Result<Outcome> {
-        let hypervisor = located.entry.domain.hypervisor;
+        let recreates = self.registry.hypervisor(&located.entry.domain.hypervisor)?.profile().recreates;
         let in_two = match &request {
-            Request::Revert(revert) => revert.in_two(hypervisor),
+            Request::Revert(revert) => revert.in_two(recreates),
             _ => None,
         };
         let Some((save, mut revert)) = in_two else {
@@ -671,11 +671,31 @@ impl Inner {
         Ok(())
     }
 
+    /// Refuses a name by which a domain could not be called, because it begins as an address does.
+    fn require_a_name(&self, name: &DomainName) -> Result<()> {
+        let hypervisor = name.as_str().split_once(':').and_then(|(word, _)| Hypervisor::new(word).ok());
+        match hypervisor.filter(|hypervisor| self.registry.hypervisor(hypervisor).is_ok()) {
+            None => Ok(()),
+            Some(hypervisor) => Err(Error::new(
+                ErrorKind::Usage,
+                format!("the name {name} begins with '{hypervisor}:', which says where a domain is reached"),
+            )
+            .state("nothing was touched")
+            .advise("choose another name")),
+        }
+    }
+
     pub(super) async fn domain_add(
         self: Arc<Self>,
         spec: DomainSpec,
         cancel: CancellationToken,
     ) -> Result<ImportReport> {
+        self.require_a_name(&spec.name)?;
+        let control = match (&spec.control, spec.hypervisor.is_none()) {
+            (Some(control), false) => Some(self.read_control(&spec.hypervisor, control)?),
+            (control, _) => control.clone(),
+        };
+        let spec = DomainSpec { control, ..spec };
         let (disks, followed) = disks_of(&spec)?;
         let paths: Vec<_> = disks.iter().map(|disk| disk.path.clone()).collect();
         let _lease = self.lease(&spec.name, &cancel).await?;
@@ -808,6 +828,7 @@ impl Inner {
         options: ImportOptions,
         cancel: CancellationToken,
     ) -> Result<ImportReport> {
+        options.name.as_ref().map_or(Ok(()), |name| self.require_a_name(name))?;
         let (intake, owner) = self.import_of(&reference).await?;
         let owner = match owner {
             None => None,
@@ -879,14 +900,14 @@ impl Inner {
 
     /// What is to be imported, and the domain of the catalogue that it is already, if so.
     async fn import_of(&self, reference: &DomainRef) -> Result<(Intake, Option<DomainName>)> {
-        match reference {
-            DomainRef::Live { hypervisor, address } => match self.known_at(*hypervisor, address).await? {
+        match &*self.understood(reference)? {
+            DomainRef::Live { hypervisor, address } => match self.known_at(hypervisor, address).await? {
                 Some(name) => match self.intake_of_entry(&name).await? {
                     Some(intake) => Ok((intake, Some(name))),
                     None => Err(self.no_domain(&name).await?),
                 },
                 None => {
-                    let (intake, _) = self.intake_of_running(*hypervisor, address).await?;
+                    let (intake, _) = self.intake_of_running(hypervisor, address).await?;
                     let paths: Vec<_> = intake.disks.iter().map(|disk| disk.path.clone()).collect();
                     let owner = self.owner_of(&paths).await?;
                     Ok((Intake { import: true, ..intake }, owner))
@@ -996,7 +1017,7 @@ fn outcome_of(entry: &Entry, plan: Plan, run: Run) -> Outcome {
 }
 
 /// Whether the guest goes on with a snapshot's memory after a plan.
-fn gets_memory(domain: &Domain, plan: &Plan) -> bool {
-    let change = plan.guest(domain.hypervisor).map(|(change, _)| change);
+fn gets_memory(plan: &Plan) -> bool {
+    let change = plan.guest().map(|(change, _)| change);
     matches!(change, Some(GuestChange::Restored | GuestChange::RecreatedFromMemory | GuestChange::Started))
 }

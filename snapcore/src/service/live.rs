@@ -33,10 +33,10 @@ pub struct Scanned {
 impl Inner {
     /// Connects to the domain where it runs.
     pub(super) async fn connect(&self, domain: &Domain) -> Result<Option<Live>> {
-        if domain.hypervisor == Hypervisor::None {
+        if domain.hypervisor.is_none() {
             return Ok(None);
         }
-        let saver = self.registry.hypervisor(domain.hypervisor)?;
+        let saver = self.registry.hypervisor(&domain.hypervisor)?;
         saver
             .connect(domain)
             .await
@@ -52,19 +52,47 @@ impl Inner {
     }
 
     /// What runs at an address.
-    pub(super) async fn look(&self, hypervisor: Hypervisor, control: &Control) -> Result<Seen> {
-        let mut seen = self.registry.hypervisor(hypervisor)?.look(control).await?;
+    pub(super) async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<Seen> {
+        let control = self.read_control(hypervisor, control)?;
+        let mut seen = self.registry.hypervisor(hypervisor)?.look(&control).await?;
         self.know_disks(&mut seen);
         Ok(seen)
+    }
+
+    /// How a domain is reached, in the one form that its hypervisor has for it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] where the hypervisor has no such address, or something is said that does not apply to its domains.
+    pub(super) fn read_control(&self, hypervisor: &Hypervisor, control: &Control) -> Result<Control> {
+        let saver = self.registry.hypervisor(hypervisor)?;
+        let profile = saver.profile();
+        let said = [
+            (control.agent.is_some(), profile.agent, "agent"),
+            (!control.start.is_empty(), profile.start, "start"),
+            (control.compress.is_some_and(|level| level > 0), profile.compress, "compress"),
+            (control.config.is_some(), profile.config, "config"),
+        ];
+        if let Some((.., what)) = said.into_iter().find(|(said, applies, _)| *said && !applies) {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!("{what} does not apply to a domain of {}", profile.title),
+            )
+            .state("nothing was touched")
+            .advise(format!("leave it out; what can be said is: {}", profile.keys().join(", "))));
+        }
+        let here = camino::absolute_utf8(".").map_err(|cause| {
+            Error::new(ErrorKind::Io, "the current directory cannot be told").because(cause)
+        })?;
+        saver.read_control(control.clone(), &here)
     }
 
     pub(super) async fn scan(&self) -> Result<Vec<Scanned>> {
         let mut found = Vec::new();
         for saver in self.registry.hypervisors() {
-            let hypervisor = saver.hypervisor();
+            let hypervisor = saver.profile().name;
             for (control, mut seen) in saver.scan().await? {
                 self.know_disks(&mut seen);
-                found.push(Scanned { hypervisor, control, seen });
+                found.push(Scanned { hypervisor: hypervisor.clone(), control, seen });
             }
         }
         Ok(found)
@@ -93,6 +121,7 @@ impl Inner {
             media = live.media(&machine.record)?;
         }
         Ok(Alive {
+            profile: self.registry.hypervisor(&entry.domain.hypervisor)?.profile(),
             seen: live.seen(),
             differs,
             media,

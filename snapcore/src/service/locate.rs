@@ -1,5 +1,6 @@
 //! Which domain is meant; and taking in disks that the catalogue does not have.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
@@ -276,22 +277,22 @@ fn name_of_images(disks: &[Disk]) -> Result<DomainName> {
 impl Inner {
     /// The domain that is meant. Reads only.
     pub(super) async fn locate(&self, reference: &DomainRef) -> Result<Located> {
-        match reference {
+        match &*self.understood(reference)? {
             DomainRef::Name(name) => match self.catalogue.load(name).await? {
                 Some(entry) => self.refresh(entry).await,
                 None => Err(self.no_domain(name).await?),
             },
             DomainRef::Live { hypervisor, address } => {
-                if let Some(name) = self.known_at(*hypervisor, address).await?
+                if let Some(name) = self.known_at(hypervisor, address).await?
                     && let Some(entry) = self.catalogue.load(&name).await?
                 {
                     return Ok(Located::known(entry));
                 }
-                let (intake, followed) = self.intake_of_running(*hypervisor, address).await?;
+                let (intake, followed) = self.intake_of_running(hypervisor, address).await?;
                 let paths: Vec<Utf8PathBuf> = intake.disks.iter().map(|disk| disk.path.clone()).collect();
                 if let Some(owner) = self.owner_of(&paths).await? {
                     return match self.catalogue.load(&owner).await? {
-                        Some(entry) => self.reached(entry, *hypervisor, address),
+                        Some(entry) => self.reached(entry, hypervisor, address),
                         None => Err(self.no_domain(&owner).await?),
                     };
                 }
@@ -321,21 +322,37 @@ impl Inner {
         }
     }
 
+    /// A reference as the hypervisors of this program read it. Text that begins like an address of a hypervisor that there is not
+    /// here is a name or a list of images.
+    pub(super) fn understood<'r>(&self, reference: &'r DomainRef) -> Result<Cow<'r, DomainRef>> {
+        let DomainRef::Live { hypervisor, address } = reference else { return Ok(Cow::Borrowed(reference)) };
+        if self.registry.hypervisor(hypervisor).is_err() {
+            return DomainRef::at_rest(&reference.to_string()).map(Cow::Owned);
+        }
+        let control = Control { address: address.clone(), ..Control::default() };
+        let address = self.read_control(hypervisor, &control)?.address;
+        Ok(Cow::Owned(DomainRef::Live { hypervisor: hypervisor.clone(), address }))
+    }
+
     /// The domain of the catalogue that is reached at an address.
-    pub(super) async fn known_at(&self, hypervisor: Hypervisor, address: &str) -> Result<Option<DomainName>> {
+    pub(super) async fn known_at(
+        &self,
+        hypervisor: &Hypervisor,
+        address: &str,
+    ) -> Result<Option<DomainName>> {
         let all = self.catalogue.domains().await?;
         let known = all.into_iter().map(|entry| entry.domain).find(|domain| {
-            domain.hypervisor == hypervisor
+            domain.hypervisor == *hypervisor
                 && domain.control.as_ref().is_some_and(|control| control.address == address)
         });
         Ok(known.map(|domain| domain.name))
     }
 
     /// A domain of the catalogue that runs at an address.
-    fn reached(&self, entry: Entry, hypervisor: Hypervisor, address: &str) -> Result<Located> {
+    fn reached(&self, entry: Entry, hypervisor: &Hypervisor, address: &str) -> Result<Located> {
         let domain = &entry.domain;
         let known = domain.control.as_ref().map(|control| control.address.as_str());
-        if domain.hypervisor == hypervisor && known == Some(address) {
+        if domain.hypervisor == *hypervisor && known == Some(address) {
             return Ok(Located::known(entry));
         }
         let (name, known) = (&domain.name, known.unwrap_or("nowhere"));
@@ -348,16 +365,15 @@ impl Inner {
         .state("nothing was touched")
         .advise(format!(
             "name it {name}; or, where it is reached at {address} from now on: `domsnap domain remove {name}`, then \
-             `domsnap domain add {name} {} {}`",
-            if hypervisor == Hypervisor::Xen { "--xen" } else { "--qmp" },
-            shell_word(address)
+             `domsnap domain add {name} --at {}`",
+            shell_word(&format!("{hypervisor}:{address}"))
         )))
     }
 
     /// What runs at an address, as it would be imported, and a sentence for each image that it has open by a link.
     pub(super) async fn intake_of_running(
         &self,
-        hypervisor: Hypervisor,
+        hypervisor: &Hypervisor,
         address: &str,
     ) -> Result<(Intake, Vec<String>)> {
         let mut control = Control { address: address.to_owned(), ..Control::default() };
@@ -379,7 +395,7 @@ impl Inner {
         let intake = Intake {
             name: Some(name),
             disks,
-            hypervisor,
+            hypervisor: hypervisor.clone(),
             control: Some(control),
             active_path: ActivePath::Keep,
             by_path: false,
@@ -408,7 +424,7 @@ impl Inner {
         Ok(Intake {
             name: None,
             disks,
-            hypervisor: Hypervisor::None,
+            hypervisor: Hypervisor::NONE,
             control: None,
             active_path: ActivePath::Keep,
             by_path: true,
@@ -585,9 +601,14 @@ impl Inner {
             _ => (intake.disks.clone(), intake.name.clone()),
         };
         let named_by_manifest = intake.name.is_none() && manifest.is_some();
+        // Of a hypervisor that this program has not, nothing is known but disks at rest.
+        let told_by = |told: &Domain| match self.registry.hypervisor(&told.hypervisor) {
+            Ok(_) => told.hypervisor.clone(),
+            Err(_) => Hypervisor::NONE,
+        };
         let (hypervisor, control, active_path) = match manifest.map(|manifest| &manifest.domain) {
             Some(told) if intake.by_path && (intake.trust || told.control.is_none()) => {
-                (told.hypervisor, told.control.clone(), told.active_path)
+                (told_by(told), told.control.clone(), told.active_path)
             }
             Some(told) if intake.by_path => {
                 // Who reads a socket's name or a command from a file beside the image does what the owner of the directory
@@ -598,9 +619,9 @@ impl Inner {
                     // It is kept for the user to look at, under a name that is read no more.
                     leftovers.left_out.push(manifests.domain_file());
                 }
-                (told.hypervisor, known, told.active_path)
+                (told_by(told), known, told.active_path)
             }
-            _ => (intake.hypervisor, intake.control.clone(), intake.active_path),
+            _ => (intake.hypervisor.clone(), intake.control.clone(), intake.active_path),
         };
         let unregistered = match (&intake.name, manifest) {
             (Some(_), _) => false,
@@ -989,7 +1010,7 @@ fn match_disks(
     let gone = |record: &DiskRecord| {
         pairs.iter().any(|(target, _)| *target == record.disk.target) || is_gone_file(&record.disk.path)
     };
-    let told_by_machine = !intake.by_path && intake.hypervisor != Hypervisor::None;
+    let told_by_machine = !intake.by_path && !intake.hypervisor.is_none();
     if !pairs.is_empty() && pairs.len() == intake.disks.len() && (told_by_machine || told.iter().all(gone)) {
         return Ok(pairs);
     }

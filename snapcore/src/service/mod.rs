@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 pub use identity::Belonging;
 pub use live::Scanned;
 pub use locate::{image_path, require_files};
-pub use reference::{DomainRef, DomainSpec, GivenImage, image_list, read_socket, socket_in};
+pub use reference::{DomainRef, DomainSpec, GivenImage, image_list};
 pub use report::{
     Details, DiskReport, DomainSummary, ImportReport, Listing, Member, Outcome, Postponed, RecoveryEnd,
     RecoveryReport, Removal, Unfinished,
@@ -129,7 +129,7 @@ impl Domsnap {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where nothing does; [`ErrorKind::Unsupported`] where the hypervisor is not registered.
-    pub async fn look(&self, hypervisor: Hypervisor, control: &Control) -> Result<Seen> {
+    pub async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<Seen> {
         self.inner.look(hypervisor, control).await
     }
 
@@ -203,7 +203,10 @@ impl Domsnap {
         }
         let live = self.inner.connect(&located.entry.domain).await?;
         let saved = match request {
-            Request::Revert(revert) if live.is_some() => revert.in_two(located.entry.domain.hypervisor),
+            Request::Revert(revert) if live.is_some() => {
+                let saver = self.inner.registry.hypervisor(&located.entry.domain.hypervisor)?;
+                revert.in_two(saver.profile().recreates)
+            }
             _ => None,
         };
         let mut plans = Vec::new();

@@ -19,7 +19,7 @@ pub enum DomainRef {
     Live {
         /// Who runs it.
         hypervisor: Hypervisor,
-        /// Where it is reached: of QEMU the absolute path of its QMP socket, or `tcp:IP:PORT`; of Xen the domain's name.
+        /// Where it is reached, as the user said it or as the hypervisor reads it.
         address: String,
     },
 }
@@ -54,34 +54,30 @@ impl std::str::FromStr for GivenImage {
 /// What states the format of the image before it, in a list of images.
 const FORMAT: &str = "format=";
 
-/// What a QEMU's address begins with.
-const QEMU: &str = "qemu:";
-
-/// What a Xen domain's address begins with.
-const XEN: &str = "xen:";
-
 impl DomainRef {
-    /// Reads a command line's DOMAIN: `qemu:` and the path of a QMP socket is what runs there, `xen:` and a name is that
-    /// domain of Xen; text with a `/` or a `,`
+    /// Reads a command line's DOMAIN: `HYPERVISOR:ADDRESS` is what runs there; text with a `/` or a `,`
     /// in it, or that names an existing file, is a list of images; anything else a name. Relative paths are taken
     /// from the current directory.
     ///
     /// A list of images is `PATH[,format=FORMAT]`, joined by commas. A comma of a path is written twice, as in options of QEMU;
     /// text that is the path of an existing file is that file alone, commas and all.
     ///
+    /// Which hypervisors there are, and what their addresses mean, is known to the service alone: text that begins like an address
+    /// and names no hypervisor of the service is read there as a name or as images.
+    ///
     /// # Errors
     /// [`ErrorKind::Usage`] where the text is neither.
     pub fn parse(text: &str) -> Result<Self> {
-        if let Some(socket) = text.strip_prefix(QEMU) {
-            return Ok(Self::Live { hypervisor: Hypervisor::Qemu, address: read_socket(socket)? });
+        if let Some((hypervisor, address)) = text.split_once(':')
+            && let Ok(hypervisor) = Hypervisor::new(hypervisor)
+        {
+            return Ok(Self::Live { hypervisor, address: address.to_owned() });
         }
-        if let Some(name) = text.strip_prefix(XEN) {
-            if name.is_empty() || name.starts_with('-') || name.contains(char::is_control) {
-                return Err(Error::new(ErrorKind::Usage, format!("{text:?} names no domain of Xen"))
-                    .advise("give the name that `xl list` shows after 'xen:'"));
-            }
-            return Ok(Self::Live { hypervisor: Hypervisor::Xen, address: name.to_owned() });
-        }
+        Self::at_rest(text)
+    }
+
+    /// Reads a name, or a list of images.
+    pub(super) fn at_rest(text: &str) -> Result<Self> {
         if Utf8Path::new(text).symlink_metadata().is_ok_and(|found| !found.is_dir()) {
             return Self::images([text]);
         }
@@ -90,8 +86,8 @@ impl DomainRef {
         }
         DomainName::new(text).map(Self::Name).map_err(|error| {
             error.advise(
-                "DOMAIN is the name of a registered domain, image paths joined by commas, qemu: and a QMP socket, or \
-                 xen: and the name of a domain",
+                "DOMAIN is the name of a registered domain, image paths joined by commas, or where a running one is reached \
+                 ('domsnap domain scan' shows it)",
             )
         })
     }
@@ -215,69 +211,6 @@ pub fn image_list<'a>(images: impl IntoIterator<Item = (&'a Utf8Path, Option<&'a
     images.into_iter().map(image).collect::<Vec<_>>().join(",")
 }
 
-/// What an address of TCP begins with.
-const TCP: &str = "tcp:";
-
-/// Reads where a QEMU's monitor or a guest agent listens, as a user writes it: the path of a Unix socket, taken from the
-/// current directory, or `tcp:HOST:PORT` of the loopback interface. Gives its one name.
-///
-/// # Errors
-/// [`ErrorKind::Usage`] where the text is neither.
-pub fn read_socket(text: &str) -> Result<String> {
-    if text.starts_with(TCP) {
-        return tcp_address(text);
-    }
-    let absolute = camino::absolute_utf8(text).map_err(|cause| {
-        Error::new(ErrorKind::Usage, "the path of a socket is missing")
-            .because(cause)
-            .advise("give the path of a QMP socket, or tcp:127.0.0.1:PORT")
-    })?;
-    Ok(socket_address(&absolute))
-}
-
-/// As [`read_socket`], in a file whose paths begin at `directory`.
-///
-/// # Errors
-/// [`ErrorKind::Usage`] for an address of TCP that cannot be used.
-pub fn socket_in(directory: &Utf8Path, text: &Utf8Path) -> Result<String> {
-    match text.as_str().starts_with(TCP) {
-        true => tcp_address(text.as_str()),
-        false => Ok(directory.join(text).into()),
-    }
-}
-
-/// `tcp:IP:PORT`, where `localhost` is 127.0.0.1. Other machines are refused: QMP has no password and no encryption, and what
-/// runs elsewhere has other files.
-fn tcp_address(text: &str) -> Result<String> {
-    let place = text.strip_prefix(TCP).unwrap_or(text);
-    let place = match place.strip_prefix("localhost:") {
-        Some(port) => format!("127.0.0.1:{port}"),
-        None => place.to_owned(),
-    };
-    let wrong = |why: &str| {
-        Error::new(ErrorKind::Usage, format!("the TCP address {text:?} cannot be used: {why}")).advise(
-            "give tcp:127.0.0.1:PORT or tcp:[::1]:PORT, or better the path of a Unix socket \
-             (-qmp unix:PATH,server=on,wait=off)",
-        )
-    };
-    let read = place.parse::<std::net::SocketAddr>();
-    let read = read.map_err(|_| wrong("expected tcp:HOST:PORT, with HOST an IP address or localhost"))?;
-    match read.ip().to_canonical().is_loopback() {
-        true => Ok(format!("{TCP}{read}")),
-        false => Err(wrong("only this machine's loopback interface is connected to")),
-    }
-}
-
-/// The one name of a socket: its directory without links and dots, so that `/var/run/web.qmp` and `/run/web.qmp` are
-/// one domain. Where the directory is not there, the path as it is.
-fn socket_address(path: &Utf8Path) -> String {
-    let directory = path.parent().and_then(|directory| directory.canonicalize_utf8().ok());
-    match (directory, path.file_name()) {
-        (Some(directory), Some(name)) => directory.join(name).into(),
-        _ => path.as_str().to_owned(),
-    }
-}
-
 /// The path that a domain's configuration has for an image which its hypervisor has open by the permanent name of a
 /// layer.
 pub(super) fn configured_path(open: &Utf8Path) -> Utf8PathBuf {
@@ -393,7 +326,7 @@ impl DomainSpec {
     pub fn new(name: DomainName) -> Self {
         Self {
             name,
-            hypervisor: Hypervisor::None,
+            hypervisor: Hypervisor::NONE,
             control: None,
             active_path: ActivePath::Keep,
             disks: Vec::new(),
@@ -407,13 +340,9 @@ impl DomainSpec {
         self
     }
 
-    /// A domain that a hypervisor runs, and how it is reached: by the one name of that place, as [`DomainRef::Live`]
-    /// has it.
+    /// A domain that a hypervisor runs, and how it is reached.
     #[must_use]
-    pub fn run_by(mut self, hypervisor: Hypervisor, mut control: Control) -> Self {
-        if hypervisor == Hypervisor::Qemu && !control.address.starts_with(TCP) {
-            control.address = socket_address(Utf8Path::new(&control.address));
-        }
+    pub fn run_by(mut self, hypervisor: Hypervisor, control: Control) -> Self {
         self.hypervisor = hypervisor;
         self.control = Some(control);
         self
@@ -450,18 +379,17 @@ mod tests {
     use crate::SeenDisk;
 
     #[test]
-    fn what_runs_at_a_socket_is_named_by_the_sockets_absolute_path_and_reads_back() {
-        let here = Utf8PathBuf::try_from(std::env::current_dir().unwrap()).unwrap();
-        let here = here.canonicalize_utf8().unwrap();
-        for (text, address) in [
-            ("qemu:/nowhere/web.qmp", "/nowhere/web.qmp".to_owned()),
-            ("qemu:/nowhere/a,b", "/nowhere/a,b".to_owned()),
-            ("qemu:web.qmp", here.join("web.qmp").into_string()),
-            ("qemu:src/../web.qmp", here.join("web.qmp").into_string()),
-        ] {
+    fn what_begins_like_an_address_is_one_until_the_hypervisors_are_known() {
+        for (text, hypervisor, address) in
+            [("fake:/run/a,b", "fake", "/run/a,b"), ("other:web", "other", "web"), ("fake:", "fake", "")]
+        {
             let read: DomainRef = text.parse().unwrap();
-            assert_eq!(read, DomainRef::Live { hypervisor: Hypervisor::Qemu, address });
-            assert_eq!(read.to_string().parse::<DomainRef>().unwrap(), read, "{text}");
+            let hypervisor = Hypervisor::new(hypervisor).unwrap();
+            assert_eq!(read, DomainRef::Live { hypervisor, address: address.to_owned() });
+            assert_eq!(read.to_string(), text);
+        }
+        for text in ["Web:1", "_a:1", "/x/a:1"] {
+            assert!(!matches!(DomainRef::parse(text), Ok(DomainRef::Live { .. })), "{text}");
         }
     }
 
@@ -499,45 +427,6 @@ mod tests {
         assert_eq!(read(file.as_str()), own(&[(file.as_str(), "")]), "one that is there is itself");
     }
 
-    #[test]
-    fn a_monitor_on_the_loopback_interface_is_named_by_its_ip_address_and_port() {
-        for (text, address) in [
-            ("qemu:tcp:127.0.0.1:4444", "tcp:127.0.0.1:4444"),
-            ("qemu:tcp:localhost:4444", "tcp:127.0.0.1:4444"),
-            ("qemu:tcp:[::1]:4444", "tcp:[::1]:4444"),
-        ] {
-            let read = DomainRef::parse(text).unwrap();
-            let address = address.to_owned();
-            assert_eq!(read, DomainRef::Live { hypervisor: Hypervisor::Qemu, address });
-            assert_eq!(read.to_string().parse::<DomainRef>().unwrap(), read, "{text}");
-        }
-        for text in ["tcp:192.0.2.1:4444", "tcp:example.org:4444", "tcp:127.0.0.1", "tcp:", "tcp:0.0.0.0:1"] {
-            let error = DomainRef::parse(&format!("qemu:{text}")).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Usage, "{text}");
-            assert!(error.to_string().contains("TCP") && error.to_string().contains("unix:"), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_socket_below_a_link_is_the_same_as_where_the_link_leads() {
-        let directory = tempfile::tempdir().unwrap();
-        let directory = Utf8Path::from_path(directory.path()).unwrap().canonicalize_utf8().unwrap();
-        std::fs::create_dir(directory.join("run")).unwrap();
-        std::os::unix::fs::symlink("run", directory.join("var-run")).unwrap();
-        let by = |name: &str| DomainRef::parse(&format!("qemu:{}", directory.join(name).join("s"))).unwrap();
-        assert_eq!(by("var-run"), by("run"));
-        let control = Control { address: directory.join("var-run/s").into(), ..Control::default() };
-        let spec = DomainSpec::new(DomainName::new("web").unwrap()).run_by(Hypervisor::Qemu, control);
-        assert_eq!(spec.control.unwrap().address, directory.join("run/s").as_str());
-    }
-
-    #[test]
-    fn no_socket_is_no_domain() {
-        let error = DomainRef::parse("qemu:").unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Usage);
-        assert!(error.advice().unwrap().contains("QMP socket"), "{error}");
-    }
-
     fn seen(disks: Vec<SeenDisk>) -> Seen {
         let agent = Some("/run/agent".into());
         let machine = serde_json::Value::Null;
@@ -566,8 +455,10 @@ mod tests {
         let other = directory.join("b.ds-0123abcd.qcow2");
         std::fs::write(&other, "").unwrap();
         std::fs::write(directory.join("b.qcow2"), "").unwrap();
-        let mut spec = DomainSpec::new(DomainName::new("web").unwrap())
-            .run_by(Hypervisor::Qemu, Control { address: "/nowhere/qmp".to_owned(), ..Control::default() });
+        let mut spec = DomainSpec::new(DomainName::new("web").unwrap()).run_by(
+            Hypervisor::new("fake").unwrap(),
+            Control { address: "/nowhere/qmp".to_owned(), ..Control::default() },
+        );
         let drives = vec![
             drive("vda", &layer, None),
             drive("vdb", &other, None),

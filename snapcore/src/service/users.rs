@@ -147,7 +147,7 @@ impl User {
         };
         Error::new(ErrorKind::Busy, format!("{image} {uses} by {}", self.who)).state("nothing was touched").advise(
             "stop that program, unmount or detach the device ('losetup -d', 'swapoff'); where it is a virtual machine, take \
-             the snapshot through its QMP socket ('qemu:SOCKET') or shut it down",
+             the snapshot through its hypervisor ('domsnap domain scan' tells how) or shut it down",
         )
     }
 }
@@ -267,7 +267,7 @@ impl Inner {
         for saver in self.registry.hypervisors() {
             let mut found = saver.open_without_lock(files).await?.into_iter();
             if let Some((identity, user)) = found.next() {
-                return Ok(Some((identity, OpenElsewhere { user, hypervisor: saver.hypervisor() })));
+                return Ok(Some((identity, OpenElsewhere { user, hypervisor: saver.profile().name })));
             }
         }
         Ok(None)

@@ -123,7 +123,7 @@ fn domain(name: &str, paths: &[&str]) -> Domain {
     Domain {
         name: domain_name(name),
         unregistered: false,
-        hypervisor: Hypervisor::None,
+        hypervisor: Hypervisor::NONE,
         control: None,
         active_path: ActivePath::New,
         disks: disks.collect(),
