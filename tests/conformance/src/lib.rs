@@ -49,6 +49,7 @@
 pub mod catalogue;
 mod child;
 mod house;
+pub mod hypervisor;
 mod model;
 mod seed;
 mod strike;

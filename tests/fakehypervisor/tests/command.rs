@@ -1,0 +1,93 @@
+//! The command, with a hypervisor that it does not know: found, registered, snapshotted and reverted as any other.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use fakehypervisor::{Fake, FakeDisk, FakeMachine};
+use snapcore::Target;
+
+struct Place {
+    _directory: tempfile::TempDir,
+    root: Utf8PathBuf,
+    fake: Fake,
+}
+
+impl Place {
+    fn new() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let root = Utf8Path::from_path(directory.path()).context("of UTF-8")?.canonicalize_utf8()?;
+        let fake = Fake::new(&root);
+        let place = Self { _directory: directory, root, fake };
+        std::fs::write(place.disk(), [1; 4096])?;
+        let (target, open, format) = (Target::new("vda")?, vec![place.disk()], "raw".to_owned());
+        let disks = vec![FakeDisk { target, open, format }];
+        place.fake.put("web", &FakeMachine { running: true, memory: 7, disks, window: None })?;
+        Ok(place)
+    }
+
+    fn disk(&self) -> Utf8PathBuf {
+        self.root.join("root.raw")
+    }
+
+    /// Exit status, and what was said.
+    fn domsnap(&self, words: &[&str]) -> Result<(i32, String)> {
+        let output = Command::new(env!("CARGO_BIN_EXE_domsnap-fake"))
+            .args(words)
+            .env("FAKE_MACHINES", &self.root)
+            .env("DOMSNAP_STATE_DIR", self.root.join("state"))
+            .output()?;
+        let mut said = String::from_utf8(output.stdout)?;
+        said.push_str(&String::from_utf8(output.stderr)?);
+        Ok((output.status.code().context("it ends by itself")?, said))
+    }
+
+    fn done(&self, words: &[&str]) -> Result<String> {
+        let (status, said) = self.domsnap(words)?;
+        ensure!(status == 0, "{words:?} ends with {status}: {said}");
+        Ok(said)
+    }
+}
+
+#[test]
+fn a_hypervisor_that_was_added_is_listed_scanned_and_called_by_its_address() -> Result<()> {
+    let place = Place::new()?;
+    let listed = place.done(&["backends"])?;
+    ensure!(listed.contains("Fake") && listed.contains("fake:NAME"), "{listed}");
+    let scanned = place.done(&["domain", "scan"])?;
+    ensure!(scanned.contains("domsnap domain add web --at fake:web"), "{scanned}");
+    let seen = place.done(&["domain", "show", "fake:web"])?;
+    ensure!(seen.contains("fake at web"), "{seen}");
+    let (status, said) = place.domsnap(&["domain", "add", "fake:web", "--at", "fake:web"])?;
+    ensure!(status == 2 && said.contains("where a domain is reached"), "{status}: {said}");
+    let (status, said) = place.domsnap(&["domain", "add", "web", "--at", "fake:web", "--agent", "/x"])?;
+    ensure!(status == 2 && said.contains("agent does not apply to a domain of Fake"), "{status}: {said}");
+    place.done(&["domain", "add", "web", "--at", "fake:web"])?;
+    let toml = place.root.join("other.toml");
+    std::fs::write(&toml, "name = 'other'\nhypervisor = 'fake'\n[control]\nfake = 'other'\n")?;
+    let (status, said) = place.domsnap(&["domain", "add", "--file", toml.as_str()])?;
+    ensure!(status == 3 && said.contains("no machine other runs"), "{status}: {said}");
+    Ok(())
+}
+
+#[test]
+fn a_running_domain_of_it_is_snapshotted_reverted_and_its_snapshot_deleted() -> Result<()> {
+    let place = Place::new()?;
+    place.done(&["domain", "add", "web", "--at", "fake:web"])?;
+    for option in ["--live", "--budget=5", "--compress"] {
+        let (status, said) = place.domsnap(&["create", "web", "no", option])?;
+        ensure!(status == 3 && said.contains("does not apply to a domain of Fake"), "{status}: {said}");
+    }
+    place.done(&["create", "web", "good", "--disk", "vda=copy"])?;
+    let machine = place.fake.machine("web")?;
+    ensure!(machine.running && machine.memory == 7, "{machine:?}");
+    place.fake.put("web", &FakeMachine { memory: 8, ..machine })?;
+    std::fs::write(place.disk(), [2; 4096])?;
+    place.done(&["revert", "web", "good"])?;
+    let machine = place.fake.machine("web")?;
+    ensure!(machine.running && machine.memory == 7 && machine.window.is_none(), "{machine:?}");
+    ensure!(std::fs::read(place.disk())? == [1; 4096], "the disk is the snapshot's");
+    place.done(&["delete", "web", "good"])?;
+    place.done(&["check", "web"])?;
+    Ok(())
+}
