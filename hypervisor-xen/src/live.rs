@@ -272,14 +272,19 @@ impl LiveDomain for Live {
             let Ok(step) = serde_json::from_value::<DomainStep>(planned.step.action.clone()) else {
                 continue;
             };
-            if let DomainStep::OpenWindow { anew: Some(anew), .. } = &step {
+            // What xl is asked was answered when the plan was made, and each question takes it a while.
+            if let DomainStep::OpenWindow { anew: Some(anew), .. } = &step
+                && !probe
+            {
                 // Where the domain is gone, a window of ours has ended it already.
                 if let Some(row) = list::row_of(&self.xl, &self.name).await? {
                     window::refuse(self, anew, &row).await?;
                 }
             }
             if let Some(step) = instant(&step) {
-                instant::refuse(&step, &self.row().await?)?;
+                if !probe {
+                    instant::refuse(&step, &self.row().await?)?;
+                }
                 let mut planned = planned.clone();
                 planned.step.action = serde_json::to_value(instant::disks_alone(&step)).map_err(|cause| {
                     Error::new(ErrorKind::Internal, "a step cannot be written as JSON").because(cause)

@@ -538,8 +538,8 @@ pub trait LiveDomain: Send + Sync {
 
     /// Refuses a plan that cannot be carried out, as far as that is known before anything is begun: the
     /// guest's state does not permit it, or the hypervisor cannot open what it will be told to. `chains` is
-    /// of all disks. With `probe` the hypervisor may be asked to open images and close them again; without,
-    /// nothing is changed, not even for a moment.
+    /// of all disks. With `probe`, which follows a call without it for the same plan under the same locks, the
+    /// hypervisor may be asked to open images and close them again; without, nothing is changed, not even for a moment.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Refused`], [`crate::ErrorKind::Unsupported`]: nothing was touched.

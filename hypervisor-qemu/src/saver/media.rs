@@ -3,11 +3,10 @@
 use serde_json::json;
 use snapcore::{Error, ErrorKind, Medium, Result};
 
-use super::error::told;
+use super::{error::told, preflight};
 use crate::{
     graph::{Graph, device_names},
     machine::Machine,
-    name::Name,
 };
 
 /// Gives each drive its medium. Needs a guest that stands still. One that is in already is passed over, so this may be repeated.
@@ -54,17 +53,12 @@ pub(super) async fn check(machine: &Machine, media: &[Medium]) -> Result<()> {
         if file.starts_with("/dev/") {
             continue;
         }
-        let node = Name::node();
-        let added =
-            json!({ "driver": "file", "node-name": node.as_str(), "filename": file, "read-only": true });
-        machine.run("looking what QEMU can open", file, "blockdev-add", added).await.map_err(|error| {
+        preflight::open_and_close(machine, "file", file, false).await.map_err(|error| {
             told(error)
                 .context(format!("the memory has the medium {file} in drive {}", medium.drive))
                 .state("nothing was touched")
                 .advise("put the file back, or revert the disks alone with --off")
         })?;
-        let closed = json!({ "node-name": node.as_str() });
-        machine.run("closing a node", node.as_str(), "blockdev-del", closed).await.map_err(told)?;
     }
     Ok(())
 }

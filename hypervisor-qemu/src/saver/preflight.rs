@@ -29,7 +29,7 @@ use super::{
     live::Live,
     media,
 };
-use crate::{discover::Process, name::Name};
+use crate::{discover::Process, machine::Machine, name::Name};
 
 /// Labels that decide who may open a file, copied to what stands for a new one.
 const LABELS: [&str; 2] = ["security.selinux", "system.posix_acl_access"];
@@ -228,21 +228,28 @@ async fn can_open(disk: &Disk, file: &Path, write: bool) -> Result<()> {
         return Err(refused(format!("for this QEMU, {text} of disk {target} is another file")));
     }
     let driver = if about.file_type().is_block_device() { "host_device" } else { "file" };
-    let node = Name::node();
-    let added = json!({
-        "driver": driver, "node-name": node.as_str(), "filename": text, "read-only": !write,
-    });
     let mode = if write { "for writing" } else { "for reading" };
-    match disk.machine.run("looking what QEMU can open", text, "blockdev-add", added).await {
-        Ok(_) => {}
-        Err(error) if error.kind() == crate::ErrorKind::Refused => {
-            let said = error.detail();
-            return Err(refused(format!("QEMU cannot open {text} of disk {target} {mode}: {said}")));
+    open_and_close(&disk.machine, driver, text, write).await.map_err(|error| match error.kind() {
+        crate::ErrorKind::Refused => {
+            refused(format!("QEMU cannot open {text} of disk {target} {mode}: {}", error.detail()))
         }
-        Err(error) => return Err(told(error)),
-    }
+        _ => told(error),
+    })
+}
+
+/// Has QEMU open a file in a node that nobody uses, which reads nothing and takes no lock, and close it again.
+pub(super) async fn open_and_close(
+    machine: &Machine,
+    driver: &str,
+    file: &str,
+    write: bool,
+) -> crate::Result<()> {
+    let node = Name::node();
+    let added =
+        json!({ "driver": driver, "node-name": node.as_str(), "filename": file, "read-only": !write });
+    machine.run("looking what QEMU can open", file, "blockdev-add", added).await?;
     let closed = json!({ "node-name": node.as_str() });
-    disk.machine.run("closing a node", node.as_str(), "blockdev-del", closed).await.map(drop).map_err(told)
+    machine.run("closing a node", node.as_str(), "blockdev-del", closed).await.map(drop)
 }
 
 /// An empty file that stands for a new image; removed when dropped. Its name is always the same, so that what
