@@ -11,8 +11,8 @@ use snapcore::{
     Result,
 };
 
-use crate::backing_string::resolve_backing;
-use crate::image::{self, Encryption, Image, NewSnapshot, OpenOptions};
+use crate::backing_string::{backing_string, resolve_backing};
+use crate::image::{self, Backing, Encryption, Image, NewSnapshot, OpenOptions};
 use crate::layers::file_of;
 
 /// Refuses what the steps of `plan` cannot do; with `force`, makes them forget damaged snapshots.
@@ -96,7 +96,12 @@ impl Preflight<'_> {
                 Ok(image.could_apply(tag)?)
             }
             ChainStep::Merge { run, into, .. } => self.merge(run, into),
-            ChainStep::Repoint { child, .. } => self.writable(child).map(|_| ()),
+            ChainStep::Repoint { child, .. } if self.is_open(child) => self.writable(child).map(|_| ()),
+            ChainStep::Repoint { child, to } => {
+                let file = backing_string(&self.record.disk.path, to);
+                let backing = Backing { file, format: Some("qcow2".to_owned()) };
+                Ok(self.writable(child)?.could_set_backing(&backing)?)
+            }
             ChainStep::NameLayer { .. }
             | ChainStep::SwitchActive { .. }
             | ChainStep::DropInternal { .. }

@@ -57,10 +57,18 @@ impl Image {
         if backing == self.header.backing {
             return Ok(());
         }
-        self.guarded("set the backing file of", |image| {
-            let size = image.virtual_size();
-            image.switch_to(backing.as_ref(), size)
-        })
+        let size = self.virtual_size();
+        let check = |image: &mut Self| image.plan_head(backing.as_ref(), size).map(|_| ());
+        self.checked("set the backing file of", check, |image| image.switch_to(backing.as_ref(), size))
+    }
+
+    /// Checks all that [`Image::set_backing`] would touch, without a write.
+    ///
+    /// # Errors
+    /// As [`Image::set_backing`].
+    pub fn could_set_backing(&mut self, backing: &Backing) -> Result<()> {
+        let size = self.virtual_size();
+        self.rehearse("set the backing file of", |image| image.plan_head(Some(backing), size).map(|_| ()))
     }
 
     /// The header with which the image stands on `backing` and has `size` bytes. Nothing is written.

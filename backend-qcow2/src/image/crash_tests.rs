@@ -247,6 +247,26 @@ pub(super) fn base(kind: &Kind) -> Vec<u8> {
     bytes
 }
 
+/// An overlay of [`base`], larger than it, with data, zeros and compressed clusters.
+pub(super) fn overlay(kind: &Kind) -> Vec<u8> {
+    let recorder = Recorder::default();
+    let size = 1u64 << kind.bits;
+    let mut new = NewImage::new(300 * size);
+    new.cluster_bits = ClusterBits::new(kind.bits).unwrap();
+    new.refcount_bits = kind.refcount_bits;
+    create_in(Box::new(recorder.clone()), Path::new("/memory.qcow2"), &new).unwrap();
+    let mut image = Image::from_file(recorder.open(true)).unwrap();
+    let mut w = ActiveWriter::new(&mut image, InPlace::Never).unwrap();
+    w.write_data(GuestCluster(10), &vec![7; (40 * size) as usize]).unwrap();
+    w.write_zeros(GuestCluster(45), 10).unwrap();
+    let packed = super::compressed::compress(Compression::Deflate, &vec![8; size as usize]).unwrap().unwrap();
+    w.write_compressed(GuestCluster(205), &packed).unwrap();
+    w.write_data(GuestCluster(280), &vec![9; (10 * size) as usize]).unwrap();
+    w.finish().unwrap();
+    drop(image);
+    recorder.bytes()
+}
+
 #[test]
 fn a_crash_while_a_snapshot_is_created_leaves_before_or_after() {
     for kind in &KINDS {

@@ -4,21 +4,30 @@
 //! operation on an image with damaged metadata ends, without a panic, and where it says that nothing was
 //! changed, no byte is another.
 
-use super::crash_tests::{KINDS, Seeded, base, open, state};
-use super::error::Result;
+use super::crash_tests::{KINDS, Seeded, base, open, overlay, state};
+use super::error::{ErrorKind, Result};
+use super::header::Backing;
+use super::merge::{Moving, merge};
 use super::open::Image;
 use super::recorder::Recorder;
 use super::snapshot::NewSnapshot;
+use super::view::Layer;
 
 type Operation = (&'static str, fn(&mut Image) -> Result<()>);
 
-const OPERATIONS: [Operation; 6] = [
+const OPERATIONS: [Operation; 9] = [
     ("create", |image| image.create_snapshot(&NewSnapshot::new("new", 9, 9))),
     ("apply", |image| image.apply_snapshot("one")),
     ("delete one", |image| image.delete_snapshots(&["two"]).map(|_| ())),
     ("delete all", |image| image.delete_snapshots(&["three", "two", "one"]).map(|_| ())),
     ("forget", |image| image.forget_snapshots(&["two"]).map(|_| ())),
     ("repair", |image| image.repair().map(|_| ())),
+    ("grow", |image| image.set_virtual_size(image.virtual_size() * 300)),
+    ("shrink", |image| image.set_virtual_size(image.virtual_size() / 8)),
+    ("set the backing file", |image| {
+        let backing = Backing { file: "another.qcow2".to_owned(), format: Some("qcow2".to_owned()) };
+        image.set_backing(Some(backing))
+    }),
 ];
 
 #[test]
@@ -109,41 +118,95 @@ fn damage(bytes: &mut [u8], places: &[std::ops::Range<usize>], random: &mut Seed
     }
 }
 
+/// What became of operations on damaged images.
+#[derive(Debug, Default)]
+struct Tally {
+    refused: u64,
+    half_way: u64,
+}
+
+impl Tally {
+    /// Judges a failed operation by its words and by the bytes before and after it.
+    fn judge(&mut self, error: &super::error::Error, before: &[u8], after: &[u8], what: &str) {
+        let text = error.to_string();
+        if error.is_half_way() {
+            self.half_way += 1;
+            assert!(!text.contains("nothing was changed"), "{what}: {text}");
+        } else {
+            self.refused += 1;
+            let same = before == after;
+            assert!(same || text.contains("rolled back"), "{what}: something was written before: {text}");
+        }
+    }
+}
+
+fn rounds() -> u64 {
+    std::env::var("DAMAGE_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(400)
+}
+
+fn dice(seed: u64, number: usize) -> Seeded {
+    let mut random = Seeded((seed + 1u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number as u64);
+    let _ = (0..4).map(|_| random.next()).last();
+    random
+}
+
 #[test]
 fn a_refusal_of_a_damaged_image_changes_no_byte() {
-    let rounds = std::env::var("DAMAGE_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(400);
-    let (mut refused, mut half_way) = (0, 0);
+    let mut tally = Tally::default();
     for (number, kind) in KINDS.iter().enumerate() {
         let whole = base(kind);
         let places = metadata(&whole);
-        for seed in 0..rounds {
+        for seed in 0..rounds() {
             let mut bytes = whole.clone();
-            let mut random = Seeded((seed + 1u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number as u64);
-            let _ = (0..4).map(|_| random.next()).last();
-            damage(&mut bytes, &places, &mut random);
+            damage(&mut bytes, &places, &mut dice(seed, number));
             for (name, operation) in &OPERATIONS {
                 let recorder = Recorder::new(bytes.clone());
                 let Ok(mut image) = Image::from_file(recorder.open(true)) else { continue };
                 let Err(error) = operation(&mut image) else { continue };
-                if error.is_half_way() {
-                    half_way += 1;
-                    let text = error.to_string();
-                    assert!(
-                        !text.contains("nothing was changed"),
-                        "kind {number}, seed {seed}, {name}: {text}"
-                    );
-                } else {
-                    refused += 1;
-                    let same = recorder.bytes() == bytes;
-                    assert!(
-                        same || error.to_string().contains("rolled back"),
-                        "kind {number}, seed {seed}, {name}: something was written before: {error}"
-                    );
-                }
+                let what = format!("kind {number}, seed {seed}, {name}");
+                tally.judge(&error, &bytes, &recorder.bytes(), &what);
             }
         }
     }
-    println!("{refused} refusals, {half_way} failures after the first write");
-    assert!(refused > rounds / 4, "the mutations hit nothing");
-    assert!(half_way * 50 < refused, "{half_way} of {refused} failures came after the first write");
+    println!("{tally:?}");
+    assert!(tally.refused > rounds() / 4, "the mutations hit nothing");
+    assert!(tally.half_way * 50 < tally.refused, "too many failures came after the first write: {tally:?}");
+}
+
+#[test]
+fn a_refused_merge_of_damaged_layers_changes_no_byte() {
+    let mut tally = Tally::default();
+    let mut unpacked = 0;
+    for (number, kind) in KINDS.iter().enumerate() {
+        let whole = [base(kind), overlay(kind)];
+        let places = [metadata(&whole[0]), metadata(&whole[1])];
+        for seed in 0..rounds() {
+            let mut random = dice(seed, number);
+            let mut bytes = whole.clone();
+            let hit = random.next() as usize % 2;
+            damage(&mut bytes[hit], &places[hit], &mut random);
+            // Into the lower layer, and into the upper one.
+            for into in 0..2 {
+                let recorder = Recorder::new(bytes[into].clone());
+                let other = Recorder::new(bytes[1 - into].clone());
+                let Ok(mut target) = Image::from_file(recorder.open(true)) else { continue };
+                let Ok(source) = Image::from_file(other.open(false)) else { continue };
+                let Ok(source) = Layer::active(&source) else { continue };
+                let (under, over) = match into {
+                    0 => (vec![], vec![source]),
+                    _ => (vec![source], vec![]),
+                };
+                let Err(error) = merge(under, &mut target, over, None, &Moving::quietly()) else { continue };
+                let what = format!("kind {number}, seed {seed}, {hit} damaged, into {into}");
+                tally.judge(&error, &bytes[into], &recorder.bytes(), &what);
+                assert!(other.bytes() == bytes[1 - into], "{what}: the other layer was written");
+                // That compressed data is damaged shows where it is unpacked, which is moving of data.
+                unpacked += u64::from(error.is_half_way() && error.to_string().contains("ompressed"));
+                assert_ne!(error.kind(), ErrorKind::Io, "{what}: {error}");
+            }
+        }
+    }
+    println!("{tally:?}, {unpacked} of them met damaged data");
+    assert!(tally.refused > rounds() / 4, "the mutations hit nothing");
+    assert!((tally.half_way - unpacked) * 50 < tally.refused, "{tally:?}, {unpacked} met damaged data");
 }

@@ -92,6 +92,13 @@ impl Error {
         Self::new(ErrorKind::Corrupt, detail).advise(UNCHANGED)
     }
 
+    /// Names the part of the image that the detail is about.
+    #[must_use]
+    pub(crate) fn within(mut self, part: impl fmt::Display) -> Self {
+        self.0.detail = Cow::Owned(format!("{part}: {}", self.0.detail));
+        self
+    }
+
     /// Returns true if the error came after the first write of its operation.
     pub fn is_half_way(&self) -> bool {
         self.0.half_way

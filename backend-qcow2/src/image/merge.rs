@@ -128,14 +128,19 @@ fn merge_run(
         Some(b) => (Some(b.backing), Some(b.reader)),
         None => (None, None),
     };
-    into.plan_head(backing.as_ref(), size)?;
-    reserve::reserve(into, size)?;
     let mut run = under;
     run.push(Layer::active(into)?);
     run.extend(over);
+    let mut view = View::new(run)?;
+    into.check_first(|image| {
+        image.plan_head(backing.as_ref(), size)?;
+        let touched = touched(&mut view, target, image, moving)?;
+        image.check_touched(touched.into_iter())
+    })?;
+    reserve::reserve(into, size)?;
     // Under the target's own backing file, a cluster without mapping does not read as zeros.
     let zeros_needed = target > 0 || backing.is_some();
-    let report = sweep(View::new(run)?, target, into, zeros_needed, reader, moving)?;
+    let report = sweep(view, target, into, zeros_needed, reader, moving)?;
     into.guarded("merge into", |image| {
         image.switch_to(backing.as_ref(), size)?;
         image.settle()
@@ -175,6 +180,45 @@ fn refuse_for_snapshots(into: &Image, backing_changes: bool, size: u64) -> Resul
         .advise("delete the snapshots first, or upgrade the image with `qemu-img amend -o compat=1.1`"));
     }
     Ok(())
+}
+
+/// The L1 indexes of the target at which a merge changes something: where another layer of the run shows, and at
+/// and behind the disk's end, where [`reserve::trim`] looks. Reads all mappings that the merge will read.
+fn touched(view: &mut View, target: usize, into: &Image, moving: &Moving<'_>) -> Result<Vec<usize>> {
+    let (size, reach) = (view.size(), into.geometry().l2_reach());
+    // Both are bounded by the L1 limit.
+    let index = |at: u64| (at / reach) as usize;
+    let mut found: Vec<usize> = Vec::new();
+    let mut at = 0;
+    loop {
+        at = view.next_said(at, target);
+        let Some(piece) = view.piece(at)? else { break };
+        if (moving.cancelled)() {
+            return Err(cancelled());
+        }
+        if !stays(&piece, target) {
+            let from = found.last().map_or(0, |last| last + 1).max(index(piece.start));
+            found.extend(from..=index(piece.end - 1));
+        }
+        at = piece.end;
+    }
+    let behind = found.last().map_or(0, |last| last + 1).max(index(size));
+    found.extend(behind..into.active_l1()?.len());
+    Ok(found)
+}
+
+fn cancelled() -> Error {
+    Error::new(ErrorKind::Cancelled, "it was cancelled")
+        .advise("nothing that the disk shows has changed, and it can be done later")
+}
+
+/// Returns true if the target shows this by itself already, or nothing in the run does.
+fn stays(piece: &Piece, target: usize) -> bool {
+    match piece.content {
+        Content::Unowned => true,
+        Content::PastEnd => false,
+        Content::Zero | Content::Data(_) | Content::Compressed { .. } => piece.layer == target,
+    }
 }
 
 /// Goes through the disk once. When this returns, all mappings are durable.
@@ -249,11 +293,14 @@ struct Sweep<'a, 'b, 'i> {
 
 impl Sweep<'_, '_, '_> {
     fn run(&mut self) -> Result<()> {
+        let size = self.geometry.cluster_bits.size();
         let mut at = 0;
-        while let Some(piece) = self.view.piece(at)? {
+        loop {
+            // Tables of the target that no other layer has anything beside are not read.
+            at = at.max(self.view.next_said(at, self.target) / size * size);
+            let Some(piece) = self.view.piece(at)? else { break };
             if (self.moving.cancelled)() {
-                return Err(Error::new(ErrorKind::Cancelled, "it was cancelled")
-                    .advise("nothing that the disk shows has changed, and it can be done later"));
+                return Err(cancelled());
             }
             at = self.step(&piece)?;
             if self.since_flush >= BATCH || self.writer.pending_bytes() >= TABLES {
@@ -265,13 +312,8 @@ impl Sweep<'_, '_, '_> {
         self.drain()
     }
 
-    /// Whether the target shows this by itself already, or nobody in the run does.
     fn stays(&self, piece: &Piece) -> bool {
-        match piece.content {
-            Content::Unowned => true,
-            Content::PastEnd => false,
-            Content::Zero | Content::Data(_) | Content::Compressed { .. } => piece.layer == self.target,
-        }
+        stays(piece, self.target)
     }
 
     fn cluster_of(&self, at: u64) -> GuestCluster {

@@ -50,6 +50,7 @@ mod resize;
 mod snapshot;
 mod snapshot_table;
 mod tables;
+mod touched;
 mod transfer;
 mod units;
 mod view;

@@ -461,11 +461,7 @@ impl Image {
     ) -> Result<T> {
         let path = self.path().to_owned();
         let writes = self.file.writes();
-        let checked = self.check_before_write().and_then(|()| match self.header.is_dirty() {
-            true => self.begin_write(),
-            false => Ok(()),
-        });
-        let ready = checked.and_then(|()| check(self)).and_then(|()| self.begin_write());
+        let ready = self.check_first(check).and_then(|()| self.begin_write());
         let ran = ready.is_ok();
         let done = ready.and_then(|()| run(self)).context(operation, &path);
         done.map_err(|error| {
@@ -476,6 +472,16 @@ impl Image {
             }
             if wrote { error.after_writes() } else { error }
         })
+    }
+
+    /// Runs the checks of an operation that writes in several parts: nothing is written before them but the
+    /// refcounts of a dirty image.
+    pub(crate) fn check_first(&mut self, check: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        self.check_before_write()?;
+        if self.header.is_dirty() {
+            self.begin_write()?;
+        }
+        check(self)
     }
 
     /// Runs the checks of an operation, and writes nothing: of an image whose refcounts are out of date, or

@@ -12,6 +12,13 @@ pub(crate) struct Piece {
     what: &'static str,
 }
 
+impl Piece {
+    /// The clusters that it lies in.
+    pub(crate) fn clusters(&self) -> std::ops::Range<u64> {
+        self.from..self.to
+    }
+}
+
 /// All metadata but the L2 tables that only snapshots use, sorted by place.
 ///
 /// # Errors

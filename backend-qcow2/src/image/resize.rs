@@ -28,7 +28,18 @@ impl Image {
         if size == self.virtual_size() {
             return Ok(());
         }
-        self.guarded("resize", |image| image.resize(size))
+        self.checked("resize", |image| image.check_resize(size), |image| image.resize(size))
+    }
+
+    /// Checks all that [`Image::resize`] touches: what is mapped at the old end and behind the new one.
+    fn check_resize(&mut self, size: u64) -> Result<()> {
+        let (geometry, old_size) = (self.geometry(), self.virtual_size());
+        let first = (size.min(old_size) / geometry.l2_reach()) as usize;
+        let end = match size < old_size {
+            true => self.active_l1()?.len(),
+            false => first + 1,
+        };
+        self.check_touched(first..end)
     }
 
     fn check_new_size(&self, size: u64) -> Result<()> {

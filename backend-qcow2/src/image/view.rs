@@ -265,6 +265,8 @@ pub struct View {
     layers: Vec<Cursor>,
     size: u64,
     unpacked: Unpacked,
+    /// A range of which [`View::next_said`] knows that each of its bytes may be said something of.
+    said: std::ops::Range<u64>,
 }
 
 impl View {
@@ -277,7 +279,12 @@ impl View {
             .last()
             .map(Layer::size)
             .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a run has one layer at least"))?;
-        Ok(Self { layers: run.into_iter().map(Cursor::new).collect(), size, unpacked: Unpacked::default() })
+        Ok(Self {
+            layers: run.into_iter().map(Cursor::new).collect(),
+            size,
+            unpacked: Unpacked::default(),
+            said: 0..0,
+        })
     }
 
     /// Bytes of the disk that the top layer shows.
@@ -288,6 +295,38 @@ impl View {
     /// A layer of the run.
     pub(crate) fn layer(&self, number: usize) -> Option<&Layer> {
         self.layers.get(number).map(|c| &c.layer)
+    }
+
+    /// The first byte from `at` on at which the run may show something else than layer `but` does, told by the L1
+    /// tables and the sizes alone; the disk's end where there is none.
+    pub(super) fn next_said(&mut self, at: u64, but: usize) -> u64 {
+        if self.said.contains(&at) {
+            return at;
+        }
+        let mut next = self.size;
+        for (number, cursor) in self.layers.iter().enumerate().rev() {
+            let (l1, size, reach) = (&cursor.layer.l1, cursor.layer.size, cursor.layer.geometry.l2_reach());
+            // What is behind the end of any layer, it hides.
+            if at >= size {
+                self.said = at..u64::MAX;
+                return at;
+            }
+            next = next.min(size);
+            if number == but {
+                continue;
+            }
+            let index = usize::try_from(at / reach).unwrap_or(usize::MAX);
+            let place = |n: usize| (index.saturating_add(n) as u64).saturating_mul(reach);
+            match l1.entries.get(index..).and_then(|rest| rest.iter().position(|entry| *entry != 0)) {
+                Some(0) => {
+                    self.said = at..place(1);
+                    return at;
+                }
+                Some(n) => next = next.min(place(n)),
+                None => {}
+            }
+        }
+        next
     }
 
     /// The piece that starts at `at`, as long as it is easily told: the next may be of the same kind. `None` at the
