@@ -1,8 +1,9 @@
 //! Who else stands on a disk's layers: found by reading what lies beside them.
 //!
-//! Every file in the disk's directory and in the allowed ones is looked at, symbolic links followed; subdirectories are
-//! not entered. A file that cannot be read, or whose backing string cannot be understood, is told as unclear, and
-//! nothing is merged, removed or reverted while there is one.
+//! Every file in the disk's directory and in the allowed ones is looked at, symbolic links followed, and files in their
+//! subdirectories as far as [`DEEPEST`] and [`MOST_BELOW`]. A file that cannot be read, or whose backing string cannot be understood, is told as unclear, and
+//! nothing is merged, removed or reverted while there is one. (In a subdirectory it is passed over: most of what lies there
+//! is nothing to this disk.)
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -61,6 +62,8 @@ pub(crate) fn find(
         let Some(id) = file_id(&directory)? else { continue };
         if listed.insert(id) {
             search.directory(directory.as_std_path(), |_| true)?;
+            let mut left = MOST_BELOW;
+            search.below(directory.as_std_path(), id.0, DEEPEST, &mut left);
         }
     }
     let Search { on, on_path, unclear, names, .. } = search;
@@ -139,6 +142,12 @@ pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
     Ok(found)
 }
 
+/// How deep subdirectories of a disk's directory are entered.
+const DEEPEST: u32 = 2;
+
+/// How many names below a directory are looked at. One costs an open and a read.
+const MOST_BELOW: usize = 4096;
+
 struct Search<'a> {
     record: &'a DiskRecord,
     layers: &'a [Layer],
@@ -193,6 +202,32 @@ impl<'a> Search<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Looks at the files in subdirectories of one file system, which are entered by no link. What cannot be read or told
+    /// there is passed over.
+    fn below(&mut self, directory: &Path, device: u64, deep: u32, left: &mut usize) {
+        let Some(deeper) = deep.checked_sub(1) else { return };
+        let Ok(entries) = fs::read_dir(directory) else { return };
+        let is_directory = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let mut subdirectories: Vec<PathBuf> =
+            entries.filter_map(io::Result::ok).filter(is_directory).map(|entry| entry.path()).collect();
+        subdirectories.sort();
+        for subdirectory in subdirectories {
+            if fs::symlink_metadata(&subdirectory).map_or(true, |found| found.dev() != device) {
+                continue;
+            }
+            let Ok(entries) = fs::read_dir(&subdirectory) else { continue };
+            for entry in entries.filter_map(io::Result::ok) {
+                let Some(fewer) = left.checked_sub(1) else { return };
+                *left = fewer;
+                // What is no image is passed over, as is one of which nothing can be told.
+                if entry.file_type().is_ok_and(|kind| kind.is_file()) {
+                    let _ = self.file(&entry.path());
+                }
+            }
+            self.below(&subdirectory, device, deeper, left);
+        }
     }
 
     /// Looks at one file. The error is why it cannot be told what that stands on.

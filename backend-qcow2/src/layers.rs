@@ -169,9 +169,10 @@ fn missing_path(record: &DiskRecord) -> Error {
     let own = layer_path(path, &record.active);
     let error = Error::new(ErrorKind::NotFound, format!("the disk image {path} does not exist"));
     match file_id(&own) {
-        Ok(Some(_)) => {
-            error.advise(format!("its content is still there as {own}: 'ln {own} {path}' brings it back"))
-        }
+        Ok(Some(_)) => error.advise(format!(
+            "its content is still there as {own}: `{}` brings it back",
+            shell_command(["ln", own.as_str(), path.as_str()])
+        )),
         _ => error.advise("check the path, and whether its file system is mounted"),
     }
 }

@@ -17,7 +17,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use image_files::{Hold, names};
 use jiff::Timestamp;
 use snapcore::chain::{ChainStep, layer_path};
-use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Progress, Result, StepStatus};
+use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Progress, Result, StepStatus, shell_command};
 use tokio_util::sync::CancellationToken;
 
 use crate::attached::FileIds;
@@ -458,8 +458,9 @@ impl Workplace<'_> {
         )
         .state("that file was not touched, and all layers are whole")
         .advise(format!(
-            "move it away and put the layer back: 'ln {from} {path}'; then run 'domsnap recover', and after that take the \
-             other file in, if it is wanted, with 'domsnap import --replace'"
+            "move it away and put the layer back: `{}`; then run `domsnap recover`, and after that import the other file, if \
+             it is wanted, with `domsnap import --replace`",
+            shell_command(["ln", from.as_str(), path.as_str()])
         )))
     }
 

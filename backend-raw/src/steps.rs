@@ -20,7 +20,9 @@ use camino::{Utf8Path, Utf8PathBuf};
 use image_files::{Hold, names};
 use serde::{Deserialize, Serialize};
 use snapcore::chain::{layer_path, words_of_kept_overlay};
-use snapcore::{DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Result, Salvage, StepStatus};
+use snapcore::{
+    DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Result, Salvage, StepStatus, shell_command,
+};
 
 use crate::copy::{self, Watch};
 use crate::place::reflink;
@@ -363,8 +365,9 @@ impl Workplace<'_> {
         Err(Error::new(ErrorKind::Refused, format!("{path} should be {from} or {to}, and somebody put another file there"))
             .state("that file was not touched, and all points are whole")
             .advise(format!(
-                "move it away and put the disk back: 'ln {from} {path}'; then run 'domsnap recover', and after that take the \
-                 other file in, if it is wanted, with 'domsnap import --replace'"
+                "move it away and put the disk back: `{}`; then run `domsnap recover`, and after that import the other file, \
+                 if it is wanted, with `domsnap import --replace`",
+                shell_command(["ln", from.as_str(), path.as_str()])
             )))
     }
 }

@@ -44,6 +44,23 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 /// How many ended operations of a domain the journal keeps, for people who look into it.
 const KEPT_OPERATIONS: i64 = 32;
 
+/// What to do with a catalogue that cannot be read.
+const REBUILD: &str = "move it away with its -wal and -shm files, and run `domsnap import` on each domain's images: it \
+                       rebuilds the catalogue from the manifests beside them";
+
+/// Refuses what is no file in the catalogue's place: a FIFO, a socket, a directory. SQLite's words of it name an error code.
+fn require_regular(database: &Utf8Path) -> Result<()> {
+    match database.metadata() {
+        Ok(found) if !found.is_file() => {
+            Err(Error::new(ErrorKind::Refused, format!("the catalogue {database} is not a regular file"))
+                .state("nothing was touched")
+                .advise(REBUILD))
+        }
+        // What cannot be looked at cannot be opened either, which says why.
+        _ => Ok(()),
+    }
+}
+
 /// Domains, snapshots and the journal in `catalogue.db` of a state directory; leases are lock files beside it.
 #[derive(Clone)]
 pub struct SqliteCatalogue {
@@ -119,7 +136,10 @@ impl Shared {
         if slot.is_none() {
             let path = self.database();
             match path.try_exists() {
-                Ok(true) => lock::require_own_place(&self.directory)?,
+                Ok(true) => {
+                    lock::require_own_place(&self.directory)?;
+                    require_regular(&path)?;
+                }
                 Ok(false) => return Ok(None),
                 Err(cause) => {
                     return Err(Error::new(
@@ -220,40 +240,48 @@ impl Shared {
             Failure::Record(error) => return error.context(attempted.to_owned()),
             Failure::Sqlite(cause) => cause,
         };
+        // Its own words alone: what is behind them is the same with a number.
         let say = |kind, message: String| Error::new(kind, message).context(attempted.to_owned());
         match cause.sqlite_error_code() {
-            Some(Code::DatabaseCorrupt | Code::NotADatabase) => say(
-                ErrorKind::Corrupt,
-                format!("the catalogue {database} is damaged"),
-            )
-            .because(cause)
-            .state("images and manifests are not touched")
-            .advise(
-                "move it away with its -wal and -shm files, and run `domsnap import` on each domain's \
-                         images: it rebuilds the catalogue from the manifests beside them",
-            ),
+            Some(Code::DatabaseCorrupt | Code::NotADatabase) => {
+                say(ErrorKind::Corrupt, format!("the catalogue {database} is damaged"))
+                    .because(cause.to_string())
+                    .state("images and manifests are not touched")
+                    .advise(REBUILD)
+            }
             Some(Code::DatabaseBusy | Code::DatabaseLocked) => {
                 say(ErrorKind::Busy, format!("another process keeps the catalogue {database} locked"))
-                    .because(cause)
+                    .because(cause.to_string())
                     .advise("try again")
             }
             Some(Code::ReadOnly | Code::CannotOpen | Code::PermissionDenied) => {
                 say(ErrorKind::Io, format!("the catalogue {database} cannot be opened as is needed"))
-                    .because(cause)
+                    .because(cause.to_string())
                     .advise("make the state directory writable, or give another one with --state-dir")
             }
             Some(Code::DiskFull) => {
                 say(ErrorKind::Io, format!("no space is left for the catalogue {database}"))
-                    .because(cause)
+                    .because(cause.to_string())
                     .advise("free some space and try again")
             }
             Some(Code::ConstraintViolation) => say(
                 ErrorKind::Exists,
                 "the catalogue has a disk or a snapshot of this name already".to_owned(),
             )
-            .because(cause)
+            .because(cause.to_string())
             .advise("look at `domsnap domain list`: a disk belongs to one domain only"),
-            _ => say(ErrorKind::Io, format!("the catalogue {database} failed")).because(cause),
+            // This error's own words repeat the whole statement.
+            _ => match cause {
+                rusqlite::Error::SqlInputError { msg, .. } => say(
+                    ErrorKind::Corrupt,
+                    format!("the tables of the catalogue {database} are not as they should be: {msg}"),
+                )
+                .state("images and manifests are not touched")
+                .advise(REBUILD),
+                cause => {
+                    say(ErrorKind::Io, format!("the catalogue {database} failed")).because(cause.to_string())
+                }
+            },
         }
     }
 

@@ -7,7 +7,7 @@ use std::os::unix::fs::DirBuilderExt;
 use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::{Directory, Kind};
 
-use snapcore::{Error, ErrorKind, Result};
+use snapcore::{Error, ErrorKind, Result, shell_word};
 
 /// Makes `directory` and what is missing above it, for its owner alone. Durable when it returns.
 pub(crate) fn make_private_directory(directory: &Utf8Path) -> Result<()> {
@@ -51,8 +51,8 @@ pub(crate) fn require_own_place(directory: &Utf8Path) -> Result<()> {
             "give another one with --state-dir or DOMSNAP_STATE_DIR".to_owned()
         }
         _ => format!(
-            "'chmod go-w {}', or give another one with --state-dir or DOMSNAP_STATE_DIR",
-            place.display()
+            "`chmod go-w {}`, or give another one with --state-dir or DOMSNAP_STATE_DIR",
+            shell_word(&place.display().to_string())
         ),
     };
     Err(Error::new(

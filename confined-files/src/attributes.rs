@@ -5,7 +5,9 @@ use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 
-use rustix::fs::{IFlags, XattrFlags, fgetxattr, flistxattr, fsetxattr, ioctl_getflags, ioctl_setflags};
+use rustix::fs::{
+    IFlags, XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr, ioctl_getflags, ioctl_setflags,
+};
 use rustix::io::Errno;
 
 /// The access list that `acl(5)` describes.
@@ -66,6 +68,14 @@ impl Attributes {
             let _ = ioctl_setflags(file, flags | IFlags::NOCOW);
         }
         let is = file.metadata()?;
+        let has_list = self.extended.iter().any(|(name, _)| name.as_bytes() == ACCESS_LIST);
+        if !has_list {
+            // One that the file got from its directory's default: with the model's mode as its mask it would let others in.
+            match fremovexattr(file, ACCESS_LIST) {
+                Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
         // Not allowed to most: then the group alone may still be.
         if (is.uid() != self.uid || is.gid() != self.gid)
             && fchown(file, Some(self.uid), Some(self.gid)).is_err()
@@ -98,7 +108,6 @@ impl Attributes {
                 Err(errno) => return Err(errno.into()),
             }
         }
-        let has_list = self.extended.iter().any(|(name, _)| name.as_bytes() == ACCESS_LIST);
         if has_list && group_rights.is_none() {
             // The list has set the mode's bits; the owner's write right is the only one that it may lack.
             let mode = file.metadata()?.mode() & 0o7777;
@@ -241,6 +250,23 @@ mod tests {
         assert_eq!(group_of(&open), Some(6));
         assert_eq!(group_of(&limited_group(&open, 4)), Some(4));
         assert_eq!(limited_group(&list, 0), list);
+    }
+
+    /// A default access list of the directory is no right to what had none.
+    #[test]
+    fn no_list_is_taken_from_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = File::create(dir.path().join("model")).unwrap();
+        model.set_permissions(Permissions::from_mode(0o640)).unwrap();
+        let above = File::open(dir.path()).unwrap();
+        if fsetxattr(&above, "system.posix_acl_default", &access_list(), XattrFlags::empty()).is_err() {
+            eprintln!("left out: the file system of {} has no access lists", dir.path().display());
+            return;
+        }
+        let file = File::create(dir.path().join("new")).unwrap();
+        copy_attributes(&model, &file).unwrap();
+        assert!(!names(&file).unwrap().iter().any(|name| name.as_bytes() == ACCESS_LIST));
+        assert_eq!(file.metadata().unwrap().mode() & 0o7777, 0o640);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::{Attributes, Directory, FileName, Kind, is_trusted_link, refusal};
-use snapcore::{Error, ErrorKind, FileIdentity, Result, file_identity};
+use snapcore::{Error, ErrorKind, FileIdentity, Result, file_identity, shell_word};
 
 /// The identity of a file, whatever it is called: device and inode.
 pub type FileId = FileIdentity;
@@ -155,8 +155,17 @@ pub fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
     use rustix::fs::Access;
     let directory = path.parent().filter(|parent| !parent.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
     rustix::fs::access(directory.as_std_path(), Access::WRITE_OK | Access::EXEC_OK).map_err(|errno| {
-        io_error(errno.into(), format!("no file can be made or removed in directory {directory}"))
-            .with_kind(ErrorKind::Refused)
+        let error =
+            io_error(errno.into(), format!("no file can be made or removed in directory {directory}"))
+                .with_kind(ErrorKind::Refused);
+        match errno {
+            // No permission that a user could have: the directory's own flag.
+            rustix::io::Errno::PERM => error.advise(format!(
+                "the directory has the flag i: `chattr -i {}` takes it off",
+                shell_word(directory.as_str())
+            )),
+            _ => error,
+        }
     })
 }
 
@@ -173,15 +182,17 @@ pub fn require_private_directory_of(path: &Utf8Path) -> Result<()> {
     else {
         return Ok(());
     };
+    let place = shell_word(directory.as_str());
     let advice = match &writers {
         confined_files::Writers::Owner(uid) => format!(
-            "give the image to the owner of its directory ('chown {uid} {path}'), or keep it in a directory of its own owner"
+            "give the image to the owner of its directory (`chown {uid} {}`), or keep it in a directory of its own owner",
+            shell_word(path.as_str())
         ),
         confined_files::Writers::Group(_) => format!(
-            "'chmod g-w {directory}', or 'chmod +t {directory}' so that each user can replace his own files only"
+            "`chmod g-w {place}`, or `chmod +t {place}` so that each user can replace his own files only"
         ),
         _ => format!(
-            "'chmod o-w {directory}', or 'chmod +t {directory}' so that each user can replace his own files only"
+            "`chmod o-w {place}`, or `chmod +t {place}` so that each user can replace his own files only"
         ),
     };
     Err(Error::new(

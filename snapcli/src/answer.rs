@@ -16,12 +16,14 @@ pub struct Answer {
     pub complaint: Option<String>,
     /// The exit status.
     pub exit: u8,
+    /// Something was changed: that holds whether or not the answer can be written.
+    pub changed: bool,
 }
 
 impl Answer {
     /// `text`, done.
     pub fn text(text: impl Into<String>) -> Self {
-        Self { text: text.into(), complaint: None, exit: exit::DONE }
+        Self { text: text.into(), complaint: None, exit: exit::DONE, changed: false }
     }
 
     /// `document` with the version of its shape, done.
@@ -39,10 +41,11 @@ pub fn json<T: Serialize>(document: &T) -> String {
     }
 }
 
-/// Writes `text` to standard output, with a line break at its end. A reader that has gone is no failure.
-pub fn print(text: &str) {
+/// Writes `text` to standard output, with a line break at its end. Returns false, and says why, where it cannot be
+/// written. A reader that has gone is no failure.
+pub fn print(text: &str) -> bool {
     if text.is_empty() {
-        return;
+        return true;
     }
     let mut out = anstream::AutoStream::auto(std::io::stdout().lock());
     let end = if text.ends_with('\n') { "" } else { "\n" };
@@ -51,5 +54,7 @@ pub fn print(text: &str) {
         && error.kind() != std::io::ErrorKind::BrokenPipe
     {
         drop(writeln!(anstream::stderr(), "domsnap: write to standard output: {error}"));
+        return false;
     }
+    true
 }

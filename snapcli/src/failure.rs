@@ -47,6 +47,16 @@ impl Failure {
         Self { changing: true, ..self }
     }
 
+    /// The same failure of a command that had deleted the snapshots `done` before it.
+    #[must_use]
+    pub fn after(self, done: &[&str]) -> Self {
+        if done.is_empty() {
+            return self;
+        }
+        let state = format!("deleted before it: {}; the others are as they were", done.join(", "));
+        Self { error: Box::new(self.error.state(state)), changing: true, started: true }
+    }
+
     /// The exit status.
     pub fn exit(&self) -> u8 {
         match self.error.kind() {

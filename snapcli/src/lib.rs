@@ -44,11 +44,15 @@ pub fn run(register: impl Fn(&mut Registry) -> Result<()>) -> ExitCode {
     log::begin();
     match commands::run(cli, &register) {
         Ok(answer) => {
-            answer::print(&answer.text);
+            let written = answer::print(&answer.text);
             if let Some(complaint) = &answer.complaint {
                 anstream::eprintln!("domsnap: {complaint}");
             }
-            ExitCode::from(answer.exit)
+            match written || answer.changed {
+                true => ExitCode::from(answer.exit),
+                // What was asked for is not there, or not whole.
+                false => ExitCode::from(failure::exit::FAILED),
+            }
         }
         Err(failure) => {
             failure.tell(json);

@@ -92,11 +92,12 @@ impl Session {
 
     /// What a command that changes things answers: nothing to people who want it quiet.
     pub fn changed<T: serde::Serialize>(&self, document: T, text: impl FnOnce(&T) -> String) -> Answer {
-        match (self.global.json, self.global.quiet) {
+        let answer = match (self.global.json, self.global.quiet) {
             (true, _) => Answer::document(document),
             (false, true) => Answer::text(""),
             (false, false) => Answer::text(text(&document)),
-        }
+        };
+        Answer { changed: true, ..answer }
     }
 
     /// What a command answers that was asked for what it says.
@@ -111,7 +112,12 @@ impl Session {
 /// The signals that take back what is under way: SIGINT, SIGTERM, and SIGHUP, which a lost terminal or
 /// session sends. One that was ignored when the command was started (`nohup`, a shell's background job) stays
 /// so.
-struct Interrupts(Vec<Signal>);
+struct Interrupts {
+    heard: Vec<Signal>,
+    /// Heard and not acted upon: a limit on the size of files then fails one write, and does not kill this process in the
+    /// middle of an operation.
+    _too_large: Option<Signal>,
+}
 
 impl Interrupts {
     fn listen() -> Result<Self> {
@@ -119,15 +125,16 @@ impl Interrupts {
         let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
         let heard = kinds.into_iter().filter(|kind| ignored >> (kind.as_raw_value() - 1) & 1 == 0);
         let listened = heard.map(signal).collect::<std::io::Result<_>>();
+        let too_large = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw())).ok();
         listened
-            .map(Self)
+            .map(|heard| Self { heard, _too_large: too_large })
             .map_err(|cause| Error::new(ErrorKind::Io, "signals cannot be listened for").because(cause))
     }
 
     /// Waits for the next one, of whichever kind.
     async fn next(&mut self) {
         poll_fn(|context| {
-            let came = self.0.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
+            let came = self.heard.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
             if came { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;

@@ -125,8 +125,14 @@ impl fmt::Display for Error {
         }
         f.write_str(&self.message)?;
         let mut source = self.source.as_deref().map(|s| s as &dyn std::error::Error);
+        // Many libraries repeat their cause in their own message.
+        let mut said = self.message.clone();
         while let Some(cause) = source {
-            write!(f, ": {cause}")?;
+            let words = cause.to_string();
+            if !said.contains(&words) {
+                write!(f, ": {words}")?;
+                said.push_str(&words);
+            }
             source = cause.source();
         }
         if let Some(state) = &self.state {
@@ -141,4 +147,20 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {
     // The causes are part of Display, so that one line tells all; they are not offered a second time.
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_that_repeats_is_said_once() {
+        let cause = std::io::Error::other("no such thing");
+        let error =
+            Error::new(ErrorKind::Io, "it failed").because(Error::new(ErrorKind::Io, "inner").because(cause));
+        assert_eq!(error.to_string(), "it failed: inner: no such thing");
+        let twice = Error::new(ErrorKind::Io, "it failed: no such thing")
+            .because(std::io::Error::other("no such thing"));
+        assert_eq!(twice.to_string(), "it failed: no such thing");
+    }
 }

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::catalogue::{CatalogueId, Entry, Revision, Stamp};
-use crate::{Domain, Error, ErrorKind, Result, Snapshot, SnapshotId};
+use crate::{Domain, Error, ErrorKind, Result, Snapshot, SnapshotId, shell_word};
 
 /// The version of the envelope and of what is in it.
 pub const VERSION: u32 = 1;
@@ -179,9 +179,8 @@ impl Manifests {
     /// [`ErrorKind::Io`], [`ErrorKind::NoSpace`]; the directory may then be half way, and is known as such.
     pub fn write(&self, catalogue: CatalogueId, before: Option<&Entry>, after: &Entry) -> Result<()> {
         let failed = |cause: io::Error| {
-            failure(cause, format!("the manifests in {} cannot be written", self.directory)).advise(
-                "`domsnap check` tells which are missing; the next change of the domain writes them again",
-            )
+            let advice = self.advice(&cause);
+            failure(cause, format!("the manifests in {} cannot be written", self.directory)).advise(advice)
         };
         // What is there and right, and what is there and no more.
         let mut told: Vec<Snapshot> = Vec::new();
@@ -234,7 +233,7 @@ impl Manifests {
     /// [`ErrorKind::Io`].
     pub fn remove(&self, snapshots: &[SnapshotId]) -> Result<()> {
         let attempt = || {
-            let Some(directory) = self.open()? else { return Ok(()) };
+            let Some(directory) = self.open_if_ours()? else { return Ok(()) };
             let mut removed = false;
             for id in snapshots {
                 removed |= remove(&directory, &self.file_of(*id))?;
@@ -252,7 +251,7 @@ impl Manifests {
     /// [`ErrorKind::Io`].
     pub fn put_aside(&self, files: &[Utf8PathBuf]) -> Result<()> {
         let attempt = || {
-            let Some(directory) = self.open()? else { return Ok(()) };
+            let Some(directory) = self.open_if_ours()? else { return Ok(()) };
             let names = files.iter().filter(|file| file.parent() == Some(&*self.directory));
             for name in names.filter_map(|file| file.file_name()) {
                 let (from, to) = (file_name(name)?, file_name(&format!("{name}{ASIDE_SUFFIX}"))?);
@@ -337,6 +336,37 @@ impl Manifests {
         Ok(Some(directory))
     }
 
+    /// Opens the directory as [`Manifests::open`] does; `None` too where what is there is not ours to read, so that no
+    /// manifest in it promises anything to anybody.
+    fn open_if_ours(&self) -> io::Result<Option<Directory>> {
+        self.open().or_else(|cause| if refusal(&cause).is_some() { Ok(None) } else { Err(cause) })
+    }
+
+    /// Returns true where no manifest can be: something else has the directory's name, another user made it, or its name is
+    /// too long. Nothing there is ever read, so a delete need not wait until it is removed.
+    pub fn have_no_place(&self) -> bool {
+        self.directory.file_name().is_none_or(|name| file_name(name).is_err())
+            || self.open().is_err_and(|cause| refusal(&cause).is_some())
+    }
+
+    /// What the user can do where writing failed with `cause`.
+    fn advice(&self, cause: &io::Error) -> String {
+        let directory = shell_word(self.directory.as_str());
+        let next = "the next change of the domain writes them again";
+        match cause.kind() {
+            _ if self.directory.file_name().is_some_and(|name| file_name(name).is_err()) => {
+                "the catalogue alone knows these snapshots; give the image a shorter name".to_owned()
+            }
+            _ if self.have_no_place() => format!("move {directory} away; {next}"),
+            io::ErrorKind::ReadOnlyFilesystem => format!("remount its file system writable; {next}"),
+            io::ErrorKind::PermissionDenied => format!(
+                "run as a user who may write there, and take the flags off that `lsattr -d {directory} {directory}/*` \
+                 shows (`chattr -i`, `chattr -a`); {next}"
+            ),
+            _ => format!("`domsnap check` tells which are missing; {next}"),
+        }
+    }
+
     fn require_ours(&self, above: &Directory, directory: &Directory) -> io::Result<()> {
         let (owner, home) = (directory.about()?.uid, above.about()?.uid);
         match is_trusted(owner) || owner == home {
@@ -370,7 +400,7 @@ impl Manifests {
     /// Removes `domain.json` and `files`, then the directory and those above it that were made for it, where they are
     /// empty then.
     fn remove_all(&self, files: &[Utf8PathBuf]) -> io::Result<()> {
-        let Some(directory) = self.open()? else { return Ok(()) };
+        let Some(directory) = self.open_if_ours()? else { return Ok(()) };
         // The domain first: without it the rest is known to be what a removal left.
         directory.remove(&file_name(DOMAIN_FILE)?)?;
         for file in files {
@@ -406,7 +436,7 @@ fn failure(cause: io::Error, message: String) -> Error {
 }
 
 fn file_name(name: &str) -> io::Result<FileName> {
-    FileName::new(name).map_err(io::Error::other)
+    FileName::new(name).map_err(|bad| confined_files::refused(bad.to_string()))
 }
 
 /// Returns true where an error says that there is no such file.

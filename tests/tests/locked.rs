@@ -215,3 +215,77 @@ fn check_of_a_domain_in_change_finds_no_damage() -> Result<()> {
         changes.join().map_err(|_| anyhow::anyhow!("the changes panicked"))?
     })
 }
+
+/// Manifests of deleted snapshots go before anything is destroyed. Where they cannot be removed, the delete is refused
+/// before its commit point; where no manifest can be at all, nothing waits for one.
+#[test]
+fn manifests_that_cannot_go_lock_nothing() -> Result<()> {
+    let domain = Domain::unregistered(&Shape::disks(1))?;
+    let image = domain.path("vda").to_string_lossy().into_owned();
+    let manifests = format!("{image}.domsnap");
+    let run = |words: &[&str]| domain.domsnap().run(words);
+    run(&["create", &image, "s1"])?.expect_status(status::DONE)?;
+    let flag = |how: &str| {
+        let done = Command::new("chattr").args([how, &manifests]).output();
+        done.is_ok_and(|output| output.status.success())
+    };
+    for (on, off, word) in [("+i", "-i", "immutable"), ("+a", "-a", "append-only")] {
+        if !flag(on) {
+            println!("SKIPPED: no flags of files to be had here");
+            break;
+        }
+        let (deleted, created) =
+            (run(&["delete", &image, "s1"]), run(&["create", &image, &format!("made{on}")]));
+        ensure!(flag(off), "the flag stays");
+        let deleted = deleted?.expect_status(status::REFUSED)?;
+        ensure!(deleted.stderr.contains(word) && deleted.stderr.contains("`chattr -"), "{deleted}");
+        let created = created?.expect_status(status::DONE)?;
+        ensure!(created.stdout.contains("cannot be written"), "{created}");
+        run(&["delete", &image, &format!("made{on}")])?.expect_status(status::DONE)?;
+    }
+    // Something else has the name of their directory.
+    std::fs::rename(&manifests, format!("{manifests}.away"))?;
+    qemu::run("mkfifo", &[&manifests])?;
+    for words in [&["create", &image, "s2", "--external"][..], &["delete", &image, "s1"], &["recover"]] {
+        run(words)?.expect_status(status::DONE)?;
+    }
+    let said = run(&["delete", &image, "s2"])?.expect_status(status::DONE)?;
+    ensure!(said.stdout.contains("is a FIFO") && said.stdout.contains("move "), "{said}");
+
+    // A new domain beside which no manifest can be is not half registered by a refusal.
+    let new = domain.path("vda").with_file_name("new.qcow2").to_string_lossy().into_owned();
+    qemu::img(&["create", "-q", "-f", "qcow2", &new, "8M"])?;
+    std::os::unix::fs::symlink("nowhere", format!("{new}.domsnap"))?;
+    for words in [&["create", &new, "s1"][..], &["delete", &new, "s1"]] {
+        run(words)?.expect_status(status::DONE)?;
+    }
+
+    // Nor is a name too long for them a lock.
+    let long = domain.path("vda").with_file_name("x".repeat(250)).to_string_lossy().into_owned();
+    qemu::img(&["create", "-q", "-f", "qcow2", &long, "8M"])?;
+    for words in [&["create", &long, "s1"][..], &["create", &long, "s2"], &["delete", &long, "s1"]] {
+        run(words)?.expect_status(status::DONE)?;
+    }
+    Ok(())
+}
+
+/// A limit on the size of files ends one write, not the process in the middle of an operation.
+#[test]
+fn a_limited_file_size_is_an_error_of_one_write() -> Result<()> {
+    let mut domain = Domain::new(&Shape::disks(1))?;
+    domain.create("s1", "external")?;
+    domain.write_everywhere()?;
+    let domsnap = domain.domsnap().command(&["create", NAME, "s2", "--internal"]);
+    // Half a mebibyte: the catalogue is smaller, the image is not.
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "ulimit -f 1024; exec \"$@\"", "sh"])
+        .arg(domsnap.get_program())
+        .args(domsnap.get_args());
+    command.envs(domsnap.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let output = command.output()?;
+    let code = output.status.code().with_context(|| format!("ended by a signal: {}", output.status))?;
+    ensure!(code == status::FAILED || code == status::REFUSED, "{code}: {output:?}");
+    domain.domsnap().done(&["recover"])?;
+    domain.verify()
+}

@@ -517,3 +517,47 @@ mod replaced {
         domain.verify()
     }
 }
+
+/// Overlays that lie in a subdirectory, or that other formats than qcow2 made, keep what they are backed by.
+#[test]
+fn overlays_below_and_of_other_formats_are_seen() -> Result<()> {
+    let domain = line(&["external"])?;
+    let layer = layer_of(&domain, "s1")?;
+    let name = layer.file_name().context("no name")?.to_string_lossy().into_owned();
+    let below = domain.disks().join("machines/web");
+    std::fs::create_dir_all(&below)?;
+    let make = |format: &str, file: &Path, on: &str| -> Result<(PathBuf, Vec<u8>)> {
+        let words = ["create", "-q", "-f", format, "-F", "qcow2", "-b", on];
+        qemu::img(&words.iter().map(std::ffi::OsStr::new).chain([file.as_os_str()]).collect::<Vec<_>>())?;
+        Ok((file.to_owned(), shown(file)?))
+    };
+    let mut overlays = vec![
+        make("qcow2", &below.join("a.qcow2"), &format!("../../{name}"))?,
+        make("qed", &domain.disks().join("b.qed"), &name)?,
+    ];
+    // QEMU makes a VMDK overlay on a VMDK alone; its descriptor may name anything.
+    let vmdk = domain.disks().join("c.vmdk");
+    std::fs::write(&vmdk, format!("# Disk DescriptorFile\nversion=1\nparentFileNameHint=\"{name}\"\n"))?;
+    for seen in ["machines/web/a.qcow2", "b.qed", "c.vmdk"] {
+        let said = domain.domsnap().done(&["delete", NAME, "s1", "--dry-run"])?;
+        ensure!(all_said(&said).contains(seen), "{seen} is not named: {said}");
+        for (file, before) in &overlays {
+            ensure!(shown(file)? == *before, "{} shows something else", file.display());
+        }
+        match seen {
+            "c.vmdk" => std::fs::remove_file(&vmdk)?,
+            _ => std::fs::remove_file(overlays.remove(0).0)?,
+        }
+    }
+    domain.domsnap().done(&["delete", NAME, "s1"])?;
+    ensure!(!layer.exists() || layer_of(&domain, "s1").is_err(), "the layer stays without a reason");
+    Ok(())
+}
+
+/// What an image of whatever format shows.
+fn shown(image: &Path) -> Result<Vec<u8>> {
+    let raw = tempfile::NamedTempFile::new()?;
+    let words = [std::ffi::OsStr::new("convert"), "-O".as_ref(), "raw".as_ref(), image.as_os_str()];
+    qemu::img(&words.into_iter().chain([raw.path().as_os_str()]).collect::<Vec<_>>())?;
+    Ok(std::fs::read(raw.path())?)
+}

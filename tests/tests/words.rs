@@ -392,3 +392,61 @@ fn nvram_is_said_to_be_left_out() -> Result<()> {
     place.says(&["create", at, "rest"], &[what, "not in the snapshot"])?;
     Ok(())
 }
+
+/// What was asked for and could not be written is a failure; what was changed stays changed.
+#[test]
+fn answers_that_cannot_be_written_fail() -> Result<()> {
+    let place = Place::new()?;
+    let image = place.image("a.qcow2", "qcow2")?;
+    let to_a_full_device = |words: &[&str]| -> Result<Option<i32>> {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full")?;
+        let mut command = place.domsnap.command(words);
+        Ok(command.stdout(full).stderr(Stdio::null()).status()?.code())
+    };
+    ensure!(to_a_full_device(&["create", &image, "s1"])? == Some(status::DONE), "a create that was done");
+    for words in [&["list", &image][..], &["list", &image, "--json"], &["schema"]] {
+        ensure!(to_a_full_device(words)? == Some(status::FAILED), "{words:?}");
+    }
+    Ok(())
+}
+
+/// Files that are no image, no catalogue, or one and the same image are named as what they are.
+#[test]
+fn files_are_named_as_what_they_are() -> Result<()> {
+    let place = Place::new()?;
+    let (a, b) = (place.image("a.qcow2", "qcow2")?, place.text("b.qcow2"));
+    std::fs::hard_link(&a, &b)?;
+    let said = place.domsnap.run(&["create", &format!("{a},{b}"), "s1"])?.expect_status(status::USAGE)?;
+    ensure!(said.stderr.contains("given twice"), "{said}");
+    let (vda, vdb) = (format!("vda={a}"), format!("vdb={b}"));
+    let said = place
+        .domsnap
+        .run(&["domain", "add", "d", "--disk", &vda, "--disk", &vdb])?
+        .expect_status(status::USAGE)?;
+    ensure!(said.stderr.contains("names a disk twice"), "{said}");
+
+    // A state directory with something else in the catalogue's place: refused before anything, with what to do.
+    for state in ["fifo", "directory", "garbage"] {
+        let domsnap = Domsnap::new(&place.path(state));
+        domsnap.done(&["create", &a, "s1"])?;
+        let database = place.path(state).join("catalogue.db");
+        std::fs::remove_file(&database)?;
+        std::fs::remove_file(database.with_extension("db-wal"))?;
+        match state {
+            "fifo" => drop(qemu::run("mkfifo", &[&database.display().to_string()])?),
+            "directory" => std::fs::create_dir(&database)?,
+            _ => std::fs::write(&database, [0xa5; 8192])?,
+        }
+        // Without a name the catalogue is read before the operation begins.
+        for words in [&["create", &a, "s2"][..], &["create", &a], &["disk", "delete", &a, "s1"]] {
+            let said = domsnap.run(words)?.expect_status(status::REFUSED)?;
+            ensure!(said.stderr.contains("catalogue") && !said.stderr.contains("CREATE TABLE"), "{said}");
+            let lines: Vec<&str> = said.stderr.lines().collect();
+            ensure!(lines.len() == 3, "what is wrong, the state, what to do: {said}");
+        }
+        std::fs::remove_dir_all(place.path(state))?;
+        std::fs::remove_dir_all(format!("{a}.domsnap"))?;
+        qemu::run("qemu-img", &["snapshot", "-d", "s1", &a])?;
+    }
+    Ok(())
+}

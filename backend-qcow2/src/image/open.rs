@@ -103,8 +103,8 @@ pub fn probe(path: &Path) -> Result<Option<HeaderSummary>> {
     }
 }
 
-/// The backing string of a file that may be any: `None` when it is no qcow2 image, has none, or has one that no reader
-/// could take. Nothing else of the header is looked at, so that of an image that this engine cannot open, because it is
+/// The backing string of a file that may be any: `None` when it is no image with a backing file, has none, or has one that
+/// no reader could take. Known are qcow2, and of what QEMU writes beside it QED and VMDK. Nothing else of the header is looked at, so that of an image that this engine cannot open, because it is
 /// damaged or of a later version, is told too. (The first version of the format has the fields in the same places.)
 ///
 /// # Errors
@@ -128,6 +128,20 @@ pub fn stated_backing(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
     if !read(&mut head, 0)? {
         return Ok(None);
     }
+    match head {
+        [b'Q', b'E', b'D', 0, ..] => return qed_backing(&read),
+        [b'K', b'D', b'M', b'V', ..] => {
+            // The sparse header has the place of its descriptor, in sectors.
+            let mut place = [0; 8];
+            let sector = read(&mut place, 28)?.then_some(u64::from_le_bytes(place));
+            let Some(at) = sector.and_then(|sector| sector.checked_mul(512)) else { return Ok(None) };
+            return Ok(vmdk_parent(&text_at(&file, at)?));
+        }
+        [b'#', ..] if head.starts_with(b"# Disk DescriptorFil") => {
+            return Ok(vmdk_parent(&text_at(&file, 0)?));
+        }
+        _ => {}
+    }
     let [m0, m1, m2, m3, _, _, _, _, offset @ .., s0, s1, s2, s3] = head;
     let (offset, size) = (u64::from_be_bytes(offset), u32::from_be_bytes([s0, s1, s2, s3]));
     if [m0, m1, m2, m3] != *b"QFI\xfb" || offset == 0 || size == 0 || size > MAX_BACKING_NAME {
@@ -142,6 +156,48 @@ pub fn stated_backing(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
         }
         _ => None,
     })
+}
+
+/// The backing string of a QED image (QEMU's `docs/interop/qed_spec.rst`).
+fn qed_backing(read: impl Fn(&mut [u8], u64) -> std::io::Result<bool>) -> std::io::Result<Option<Vec<u8>>> {
+    let mut features = [0; 8];
+    let mut place = [0; 8];
+    if !read(&mut features, 16)? || !read(&mut place, 56)? {
+        return Ok(None);
+    }
+    let [o0, o1, o2, o3, s0, s1, s2, s3] = place;
+    let (offset, size) = (u32::from_le_bytes([o0, o1, o2, o3]), u32::from_le_bytes([s0, s1, s2, s3]));
+    // Feature bit 0: there is a backing file.
+    if u64::from_le_bytes(features) & 1 == 0 || size == 0 || size > MAX_BACKING_NAME {
+        return Ok(None);
+    }
+    let mut name = vec![0; size as usize];
+    Ok(read(&mut name, u64::from(offset))?.then_some(name))
+}
+
+/// The longest VMDK descriptor that is looked into: QEMU reads 20 sectors.
+const MAX_DESCRIPTOR: u64 = 20 * 512;
+
+fn text_at(file: &std::fs::File, at: u64) -> std::io::Result<Vec<u8>> {
+    use std::io::{Read, Seek};
+    let mut file = file;
+    // An offset beyond what the system takes is that of no descriptor.
+    if i64::try_from(at).is_err() {
+        return Ok(Vec::new());
+    }
+    file.seek(std::io::SeekFrom::Start(at))?;
+    let mut text = Vec::new();
+    file.take(MAX_DESCRIPTOR).read_to_end(&mut text)?;
+    Ok(text)
+}
+
+/// The parent that a VMDK descriptor names.
+fn vmdk_parent(descriptor: &[u8]) -> Option<Vec<u8>> {
+    const HINT: &[u8] = b"parentFileNameHint=\"";
+    let at = descriptor.windows(HINT.len()).position(|found| found == HINT)?;
+    let name = descriptor.get(at + HINT.len()..)?;
+    let end = name.iter().position(|byte| *byte == b'"')?;
+    name.get(..end).filter(|name| !name.is_empty()).map(<[u8]>::to_vec)
 }
 
 fn marked_corrupt() -> Error {

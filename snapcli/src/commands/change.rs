@@ -238,7 +238,7 @@ fn or_the_time(
 ) -> Result<SnapshotName, Failure> {
     match name {
         Some(name) => Ok(name),
-        None => session.ask(session.service.default_name(domain)),
+        None => session.ask(session.service.default_name(domain)).map_err(Failure::of_plan),
     }
 }
 

@@ -31,13 +31,19 @@ const FORMAT: &str = "qcow2";
 /// Does what `disk` says.
 pub fn run(global: Global, disk: Disk, register: Register<'_>) -> Result<Answer, Failure> {
     let session = Session::open(global, register)?;
-    match disk {
+    let looks = matches!(disk, Disk::List { .. });
+    let work = || match disk {
         Disk::Create { image, name, kind } => create(&session, &path_of(&image)?, name, kind.wanted()),
         Disk::Revert { image, name, kind } => revert(&session, &path_of(&image)?, &name, kind.wanted()),
         Disk::Delete { image, names, kind, force } => {
             delete(&session, &path_of(&image)?, names, kind.wanted(), force)
         }
         Disk::List { image } => list(&session, &path_of(&image)?),
+    };
+    match looks {
+        true => work(),
+        // What fails before the change begins is a refusal of it.
+        false => work().map_err(Failure::of_plan),
     }
 }
 
@@ -162,14 +168,16 @@ fn delete(
             of_engine(opened.forget_snapshots(&forgotten))?;
             tags.retain(|tag| !forgotten.contains(tag));
         }
-        of_engine(opened.delete_snapshots(&tags))?;
+        of_engine(opened.delete_snapshots(&tags)).map_err(|failure| failure.after(&forgotten))?;
         tags.extend(&forgotten);
     }
     let forgotten: Vec<String> = forgotten.into_iter().map(str::to_owned).collect();
     let kind = if tags.is_empty() { PointKind::External } else { PointKind::Internal };
     if !known.is_empty() {
         let request = DeleteRequest::new(known).force(force);
-        session.change(session.service.delete(&alone(image)?, request, session.cancel()))?;
+        session
+            .change(session.service.delete(&alone(image)?, request, session.cancel()))
+            .map_err(|failure| failure.after(&tags))?;
     }
     Ok(done(session, "delete", image, names, kind, forgotten))
 }

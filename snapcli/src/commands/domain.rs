@@ -69,7 +69,7 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
     if spec.disks.is_empty()
         && let Some(control) = &spec.control
     {
-        let seen = session.ask(session.service.look(&spec.hypervisor, control))?;
+        let seen = session.ask(session.service.look(&spec.hypervisor, control)).map_err(Failure::of_plan)?;
         left_out = spec.disks_of(&seen)?;
     }
     let mut report = session.change(session.service.domain_add(&spec))?;

@@ -507,8 +507,9 @@ impl Running<'_> {
                 on_a_thread(move || manifests.remove(&gone)).await
             }
             None => match self.try_manifests().await {
-                // A delete gives space back, so it must not need any: the others lag until they can be written.
-                Err(error) if error.kind() == ErrorKind::NoSpace => {
+                // A delete gives space back, so it must not need any: the others lag until they can be written. Where
+                // no manifest can be, none promises what is destroyed.
+                Err(error) if error.kind() == ErrorKind::NoSpace || self.engine.manifests.have_no_place() => {
                     let doomed = self.operation.plan.commit.iter().filter_map(|edit| match edit {
                         Edit::RemoveSnapshot { id } => Some(*id),
                         _ => None,

@@ -14,7 +14,7 @@ use crate::catalogue::{Change, Entry, Lease, Revision};
 use crate::engine::{Engine, Run};
 use crate::manifest::Manifests;
 use crate::plan::DiskInput;
-use crate::service::locate::{Intake, followed, image_path, real_images};
+use crate::service::locate::{Intake, followed, image_path, is_same_file, real_images};
 use crate::{
     CreateDisk, Disk, Domain, DomainName, DomainStep, Edit, Error, ErrorKind, Event, Group, Guard,
     GuestChange, Hypervisor, InspectDepth, OperationState, Plan, PowerAfter, Request, Result, Snapshot,
@@ -346,9 +346,15 @@ impl Inner {
             if !*catalogued && told {
                 self.put(entry, entry.revision, false).await?;
                 *catalogued = true;
-                self.settle_manifests(entry, leftovers).await.map_err(|error| {
-                    error.state("the catalogue has the domain as its manifests told it; no image was touched")
-                })?;
+                match self.settle_manifests(entry, leftovers).await {
+                    // The engine tries again at the end, and tells.
+                    Err(_) if self.manifests_of(&entry.domain)?.have_no_place() => {}
+                    settled => settled.map_err(|error| {
+                        error.state(
+                            "the catalogue has the domain as its manifests told it; no image was touched",
+                        )
+                    })?,
+                }
             } else if !*catalogued {
                 prologue = put_changes(entry);
                 prologue.extend(self.record_bases(&entry.domain).await);
@@ -356,6 +362,9 @@ impl Inner {
                 match request {
                     // Those of what is deleted are removed before it is, which needs no space; the others follow later.
                     Request::Delete(_) | Request::Tidy if error.kind() == ErrorKind::NoSpace => {}
+                    // No manifest there is read, so none promises what is destroyed.
+                    Request::Delete(_) | Request::Tidy
+                        if self.manifests_of(&entry.domain)?.have_no_place() => {}
                     // They would still promise what is destroyed.
                     Request::Delete(_) | Request::Tidy => return Err(error.state("nothing was touched")),
                     // The engine tries again at the end, and tells.
@@ -482,7 +491,10 @@ impl Inner {
             });
         }
         match self.write_manifests(entry).await {
-            Err(error) if error.kind() == ErrorKind::NoSpace => {
+            Err(error)
+                if error.kind() == ErrorKind::NoSpace
+                    || self.manifests_of(&entry.domain)?.have_no_place() =>
+            {
                 let (domain, message) = (entry.domain.name.clone(), error.to_string());
                 self.events.tell(Event::Warning { domain, message });
             }
@@ -618,6 +630,14 @@ impl Inner {
                 format!("the image {} is a disk of domain {owner} already", disk.path),
             )
             .advise(format!("take it out there first: `domsnap domain remove {owner}`")));
+        }
+        if let Some(same) = entry.domain.disks.iter().find(|known| is_same_file(&known.disk.path, &disk.path))
+        {
+            return Err(Error::new(
+                ErrorKind::Exists,
+                format!("{} and disk {} of domain {name} are one file", disk.path, same.disk.target),
+            )
+            .advise("give each disk an image of its own"));
         }
         self.refuse_unfinished(entry).await?;
         let record = self.registry.get(&disk.format)?.adopt(&disk, entry.domain.active_path).await?;
@@ -980,8 +1000,8 @@ fn disks_of(spec: &DomainSpec) -> Result<(Vec<Disk>, Vec<String>)> {
                 .context(format!("disk {}", disk.target)));
         }
         notes.extend(followed(&absolute, &disk.path));
-        if let Some(same) = disks.iter().find(|known| known.target == disk.target || known.path == disk.path)
-        {
+        let is_same = |known: &&Disk| known.target == disk.target || is_same_file(&known.path, &disk.path);
+        if let Some(same) = disks.iter().find(is_same) {
             return Err(Error::new(
                 ErrorKind::Usage,
                 format!(

@@ -216,7 +216,7 @@ pub(super) fn real_images(given: &[GivenImage]) -> Result<(Vec<GivenImage>, Vec<
     let mut notes = Vec::new();
     for image in given {
         let real = GivenImage { path: image_path(&image.path)?, ..image.clone() };
-        if let Some(same) = images.iter().find(|other| other.path == real.path) {
+        if let Some(same) = images.iter().find(|other| is_same_file(&other.path, &real.path)) {
             let detail = format!("{} is the image {}, which is given twice", image.path, same.path);
             return Err(Error::new(ErrorKind::Usage, detail));
         }
@@ -224,6 +224,11 @@ pub(super) fn real_images(given: &[GivenImage]) -> Result<(Vec<GivenImage>, Vec<
         images.push(real);
     }
     Ok((images, notes))
+}
+
+/// Returns true if two paths name one file, be it by two hard links.
+pub(super) fn is_same_file(one: &Utf8Path, other: &Utf8Path) -> bool {
+    one == other || file_id(one).is_some_and(|id| Some(id) == file_id(other))
 }
 
 /// What is to be said of an image that was named by a symbolic link.
@@ -498,6 +503,9 @@ impl Inner {
         let known: Vec<&str> = known.iter().map(|entry| entry.domain.name.as_str()).collect();
         let is_file = [".qcow2", ".raw", ".img"].iter().any(|ending| name.as_str().ends_with(ending));
         let detail = match is_file {
+            true if Utf8Path::new(name.as_str()).exists() => {
+                format!("{name} is not a regular file or block device; and there is no domain of that name")
+            }
             true => format!("no such file: {name}; and there is no domain of that name"),
             false => format!("there is no domain {name}"),
         };

@@ -2,20 +2,20 @@
 //!
 //! For each disk: the names that the steps make fit the file system; the directory takes new names, and gives up those that are
 //! removed (immutable, append-only, sticky); images that are written can be opened for writing; images that are linked or removed
-//! carry no flag that forbids it. Backends check their formats when they plan; a running domain checks what its hypervisor can do.
+//! carry no flag that forbids it; manifests of what is deleted can be removed. Backends check their formats when they plan; a running domain checks what its hypervisor can do.
 
 use std::collections::HashSet;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use rustix::fs::{AtFlags, CWD, OFlags, StatxFlags, statvfs, statx};
+use rustix::fs::{Access, AtFlags, CWD, OFlags, StatxFlags, statvfs, statx};
 
 use super::Inner;
 use super::identity::file_id;
 use super::live::Live;
 use crate::chain::{ChainStep, layer_path};
-use crate::{DiskRecord, Domain, Error, ErrorKind, Plan, Result};
+use crate::{DiskRecord, Domain, Edit, Error, ErrorKind, Plan, Result, shell_word};
 
 /// The most that a name gets which is made of another: a dot, and the mark of a name that is moved.
 const LONGEST_MARK: usize = ".".len() + ".domsnap-switch".len();
@@ -65,8 +65,43 @@ impl Inner {
                 }
             }
         }
-        Ok(())
+        self.manifests_can_go(domain, plan)
     }
+
+    /// Manifests of what a plan deletes can be removed: after its commit point nothing may be destroyed before they are.
+    fn manifests_can_go(&self, domain: &Domain, plan: &Plan) -> Result<()> {
+        let manifests = self.manifests_of(domain)?;
+        let directory = manifests.directory();
+        let doomed: Vec<Utf8PathBuf> = (plan.commit.iter())
+            .filter_map(|edit| match edit {
+                Edit::RemoveSnapshot { id } => Some(manifests.file_of(*id)),
+                _ => None,
+            })
+            .filter(|file| file.symlink_metadata().is_ok())
+            .collect();
+        if doomed.is_empty() || manifests.have_no_place() {
+            return Ok(());
+        }
+        let refused = |file: &Utf8Path, why: String| {
+            Error::new(ErrorKind::Refused, format!("the manifest {file} would be removed, and {why}"))
+                .state("nothing was touched")
+        };
+        for file in std::iter::once(directory).chain(doomed.iter().map(Utf8PathBuf::as_path)) {
+            if let Some((name, letter)) = flag_of(file) {
+                return Err(refused(&doomed[0], format!("{file} is {name}")).advise(take_off(letter, file)));
+            }
+        }
+        let (write, first) = (Access::WRITE_OK | Access::EXEC_OK, &doomed[0]);
+        rustix::fs::access(directory.as_std_path(), write).map_err(|errno| {
+            refused(first, "its directory cannot be written".to_owned())
+                .because(std::io::Error::from(errno))
+                .advise(format!("run as a user who may write in {directory}, or move {directory} away"))
+        })
+    }
+}
+
+fn take_off(letter: char, file: &Utf8Path) -> String {
+    format!("take the flag off: `chattr -{letter} {}`", shell_word(file.as_str()))
 }
 
 fn uses_of(record: &DiskRecord, plan: &Plan) -> Uses {
@@ -139,7 +174,10 @@ fn is_writable(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
         Err(cause) => {
             let advice = match flag_of(file) {
                 Some((_, letter)) => {
-                    format!("it has the flag {letter}: 'chattr -{letter} {file}' takes it off")
+                    format!(
+                        "it has the flag {letter}: `chattr -{letter} {}` takes it off",
+                        shell_word(file.as_str())
+                    )
                 }
                 None => "make the image writable for this user, or run as one who may write it".to_owned(),
             };
@@ -180,7 +218,7 @@ fn can_be_renamed(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
 fn flagged(record: &DiskRecord, file: &Utf8Path, name: &str, letter: char) -> Error {
     Error::new(ErrorKind::Refused, format!("{}: {file} is {name}", record.disk.target))
         .state("nothing was touched")
-        .advise(format!("take the flag off: 'chattr -{letter} {file}'"))
+        .advise(take_off(letter, file))
 }
 
 /// The flag of a file that keeps it from being written, linked, renamed and removed.
