@@ -377,7 +377,9 @@ pub fn settle(unfinished: &Utf8Path, path: &Utf8Path, made: Option<&File>) -> Re
     directory.sync().map_err(|error| io_error(error, format!("cannot flush the directory of {path}")))
 }
 
-/// Removes one name of a file; no such name: nothing happens. The caller flushes the directory, or uses [`remove`].
+/// Removes one name of a file; no such name: nothing happens. A directory that somebody put in the file's place stays, and
+/// there is nothing to remove then either: an operation past its commit point must not wait for it. The caller flushes the
+/// directory, or uses [`remove`].
 pub fn remove_name(path: &Utf8Path) -> Result<()> {
     let remove = || {
         let (directory, name) = Directory::of(path.as_std_path())?;
@@ -385,7 +387,7 @@ pub fn remove_name(path: &Utf8Path) -> Result<()> {
     };
     match remove() {
         Ok(_) => Ok(()),
-        Err(error) if is_nothing(&error) => Ok(()),
+        Err(error) if is_nothing(&error) || error.kind() == io::ErrorKind::IsADirectory => Ok(()),
         Err(error) => Err(io_error(error, format!("cannot remove {path}"))),
     }
 }
@@ -399,6 +401,18 @@ pub fn remove(path: &Utf8Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_directory_in_a_files_place_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = Utf8Path::from_path(dir.path()).unwrap();
+        fs::create_dir(dir.join("a.crc32")).unwrap();
+        fs::write(dir.join("a"), b"x").unwrap();
+        for name in ["a", "a.crc32", "nothing"] {
+            remove_name(&dir.join(name)).unwrap();
+        }
+        assert!(!dir.join("a").exists() && dir.join("a.crc32").is_dir());
+    }
 
     /// A device may be below overlays; what another user can put in the place of a layer is no way to one.
     #[test]

@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use domsnap_tests::domain::{Domain, NAME, Shape, images, same_images};
 use domsnap_tests::domsnap::status;
+use domsnap_tests::qemu::Write;
 use domsnap_tests::{qemu, report, shim};
 
 /// A name whose further names do not fit the file system is refused before anything, and an internal snapshot needs none.
@@ -272,20 +273,24 @@ fn manifests_that_cannot_go_lock_nothing() -> Result<()> {
 /// A limit on the size of files ends one write, not the process in the middle of an operation.
 #[test]
 fn a_limited_file_size_is_an_error_of_one_write() -> Result<()> {
-    let mut domain = Domain::new(&Shape::disks(1))?;
-    domain.create("s1", "external")?;
-    domain.write_everywhere()?;
-    let domsnap = domain.domsnap().command(&["create", NAME, "s2", "--internal"]);
-    // Half a mebibyte: the catalogue is smaller, the image is not.
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", "ulimit -f 1024; exec \"$@\"", "sh"])
-        .arg(domsnap.get_program())
-        .args(domsnap.get_args());
-    command.envs(domsnap.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    let output = command.output()?;
-    let code = output.status.code().with_context(|| format!("ended by a signal: {}", output.status))?;
-    ensure!(code == status::FAILED || code == status::REFUSED, "{code}: {output:?}");
-    domain.domsnap().done(&["recover"])?;
-    domain.verify()
+    let domain = Domain::unregistered(&Shape::disks(1))?;
+    let path = domain.path("vda").with_file_name("large.qcow2");
+    let image = path.to_string_lossy().into_owned();
+    qemu::img(&["create", "-q", "-f", "qcow2", &image, "8M"])?;
+    qemu::write(&path, &[Write { offset: 0, length: 4 << 20, byte: Some(1) }])?;
+    domain.domsnap().done(&["create", &image, "s1", "--internal"])?;
+    let before = qemu::read(&path, None)?;
+    for words in [["create", &image, "s2"], ["revert", &image, "s1"], ["delete", &image, "s1"]] {
+        let domsnap = domain.domsnap().command(&words);
+        // One mebibyte: the catalogue is smaller, the image is not.
+        let mut command = Command::new("sh");
+        command.args(["-c", "ulimit -f 2048; exec \"$@\"", "sh"]);
+        command.arg(domsnap.get_program()).args(domsnap.get_args());
+        let output = command.env_remove("DOMSNAP_STATE_DIR").output()?;
+        output.status.code().with_context(|| format!("{words:?} ended by a signal: {}", output.status))?;
+        domain.domsnap().done(&["recover"])?;
+        ensure!(qemu::read(&path, None)? == before, "{words:?} changed what the disk shows");
+        qemu::img(&["check", "-q", &image])?;
+    }
+    Ok(())
 }

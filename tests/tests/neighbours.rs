@@ -526,31 +526,35 @@ fn overlays_below_and_of_other_formats_are_seen() -> Result<()> {
     let name = layer.file_name().context("no name")?.to_string_lossy().into_owned();
     let below = domain.disks().join("machines/web");
     std::fs::create_dir_all(&below)?;
-    let make = |format: &str, file: &Path, on: &str| -> Result<(PathBuf, Vec<u8>)> {
+    let make = |format: &str, file: &Path, on: &str| -> Result<()> {
         let words = ["create", "-q", "-f", format, "-F", "qcow2", "-b", on];
-        qemu::img(&words.iter().map(std::ffi::OsStr::new).chain([file.as_os_str()]).collect::<Vec<_>>())?;
-        Ok((file.to_owned(), shown(file)?))
+        qemu::img(&words.iter().map(std::ffi::OsStr::new).chain([file.as_os_str()]).collect::<Vec<_>>())
+            .map(drop)
     };
-    let mut overlays = vec![
-        make("qcow2", &below.join("a.qcow2"), &format!("../../{name}"))?,
-        make("qed", &domain.disks().join("b.qed"), &name)?,
-    ];
-    // QEMU makes a VMDK overlay on a VMDK alone; its descriptor may name anything.
-    let vmdk = domain.disks().join("c.vmdk");
-    std::fs::write(&vmdk, format!("# Disk DescriptorFile\nversion=1\nparentFileNameHint=\"{name}\"\n"))?;
     for seen in ["machines/web/a.qcow2", "b.qed", "c.vmdk"] {
-        let said = domain.domsnap().done(&["delete", NAME, "s1", "--dry-run"])?;
-        ensure!(all_said(&said).contains(seen), "{seen} is not named: {said}");
-        for (file, before) in &overlays {
-            ensure!(shown(file)? == *before, "{} shows something else", file.display());
-        }
+        let file = domain.disks().join(seen);
         match seen {
-            "c.vmdk" => std::fs::remove_file(&vmdk)?,
-            _ => std::fs::remove_file(overlays.remove(0).0)?,
+            "b.qed" => make("qed", &file, &name)?,
+            // QEMU makes a VMDK overlay on a VMDK alone; its descriptor may name anything.
+            "c.vmdk" => std::fs::write(
+                &file,
+                format!("# Disk DescriptorFile\nversion=1\nparentFileNameHint=\"{name}\"\n"),
+            )?,
+            _ => make("qcow2", &file, &format!("../../{name}"))?,
         }
+        let before = (seen != "c.vmdk").then(|| shown(&file)).transpose()?;
+        let dry: &[&str] = if seen == "c.vmdk" { &[] } else { &["--dry-run"] };
+        let said = domain.domsnap().done(&[&["delete", NAME, "s1"][..], dry].concat())?;
+        ensure!(all_said(&said).contains(seen), "{seen} is not named: {said}");
+        ensure!(layer.exists(), "the layer under {seen} is gone");
+        if let Some(before) = before {
+            ensure!(shown(&file)? == before, "{seen} shows something else");
+        }
+        std::fs::remove_file(&file)?;
     }
-    domain.domsnap().done(&["delete", NAME, "s1"])?;
-    ensure!(!layer.exists() || layer_of(&domain, "s1").is_err(), "the layer stays without a reason");
+    // With the last of them the layer goes.
+    domain.domsnap().done(&["recover"])?;
+    ensure!(!layer.exists(), "the layer stays without a reason");
     Ok(())
 }
 

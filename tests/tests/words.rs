@@ -340,6 +340,13 @@ fn options_that_do_not_apply_are_refused() -> Result<()> {
             place.refuses(words, &[option])?;
         }
     }
+    // A snapshot of the other kind is not the one that is meant.
+    place.domsnap.done(&["disk", "create", rest, "e", "--external"])?;
+    for (name, kind) in [("s", "--external"), ("e", "--internal")] {
+        for command in ["revert", "delete"] {
+            place.refuses(&["disk", command, rest, name, kind], &[kind, name])?;
+        }
+    }
     let twice = ["create", rest, "x", "--disk", "vda=skip", "--disk", "vda=internal"];
     place.domsnap.run(&twice)?.expect_status(status::USAGE)?;
     // A snapshot that is not there is named with its domain; nothing is said twice.

@@ -129,7 +129,7 @@ pub fn stated_backing(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
         return Ok(None);
     }
     match head {
-        [b'Q', b'E', b'D', 0, ..] => return qed_backing(&read),
+        [b'Q', b'E', b'D', 0, ..] => return qed_backing(read),
         [b'K', b'D', b'M', b'V', ..] => {
             // The sparse header has the place of its descriptor, in sectors.
             let mut place = [0; 8];

@@ -104,6 +104,9 @@ fn revert(
     kind: Option<PointKind>,
 ) -> Result<Answer, Failure> {
     let owner = owner_to_ask(session, image)?;
+    if let Some(owner) = &owner {
+        owner.require_kind(image, name, kind)?;
+    }
     let through_service = match &owner {
         _ if kind == Some(PointKind::External) => true,
         Some(owner) => owner.is_alone(name)?,
@@ -139,6 +142,9 @@ fn delete(
     let mut known = Vec::new();
     let mut tags = Vec::new();
     for name in &names {
+        if let Some(owner) = &owner {
+            owner.require_kind(image, name, kind)?;
+        }
         let through_service = match &owner {
             _ if kind == Some(PointKind::External) => true,
             Some(owner) => owner.is_alone(name)?,
@@ -324,6 +330,24 @@ impl Owner {
             .snapshots
             .iter()
             .find(|snapshot| snapshot.point(&self.0.target).is_some_and(|member| member.point == point))
+    }
+
+    /// Refuses where the snapshot `name` is not of the kind that the command line says.
+    fn require_kind(&self, image: &Utf8Path, name: &str, said: Option<PointKind>) -> Result<()> {
+        let found = self.0.listing.snapshots.iter().find(|snapshot| snapshot.name.as_str() == name);
+        let found =
+            found.and_then(|snapshot| snapshot.point(&self.0.target)).map(|member| member.point.kind());
+        let (Some(found), Some(said)) = (found, said) else { return Ok(()) };
+        if found == said || (said == PointKind::Internal && has_tag(image, name)?) {
+            return Ok(());
+        }
+        let (found, said) = (kind_word(found), kind_word(said));
+        Err(Error::new(
+            ErrorKind::NotFound,
+            format!("{image} has no {said} snapshot {name}: the one of that name is {found}"),
+        )
+        .state("nothing was touched")
+        .advise(format!("say --{found}, or leave --{said} out")))
     }
 
     /// Whether `name` is a snapshot of this image as a domain of one disk, which nobody registered: then the service
