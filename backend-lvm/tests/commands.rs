@@ -68,6 +68,7 @@ impl House {
                 cancel: &cancel,
                 attached: None,
                 inside: &NothingInside,
+                resumed: false,
             };
             self.backend.apply(&planned.step, context).await?;
         }
@@ -177,6 +178,7 @@ async fn a_thick_revert_keeps_the_present_before_it_merges() {
         cancel: &cancel,
         attached: None,
         inside: &NothingInside,
+        resumed: false,
     };
     let status = house.backend.status(&plan.steps[1].step, context).await.expect("a status");
     assert_eq!(status, StepStatus::NotDone);
@@ -412,6 +414,7 @@ async fn a_revert_whose_safety_snapshot_overflowed_ends_with_words_and_with_its_
         cancel: &cancel,
         attached: None,
         inside: &NothingInside,
+        resumed: false,
     };
     let salvage = house.backend.salvage(&merge.step, true, context).await.expect("an answer");
     let Salvage::Stays(edits, words) = salvage else { panic!("it would be undone: {salvage:?}") };

@@ -88,6 +88,7 @@ impl Qcow2 {
             bytes: step.bytes,
             max_depth: self.limits.max_depth,
             punch: self.punch,
+            resumed: context.resumed,
         };
         in_place(|| work(&place, &action))
     }

@@ -39,6 +39,8 @@ pub(crate) struct Workplace<'a> {
     pub(crate) max_depth: u32,
     /// Whether the room of freed clusters is given back to the file system.
     pub(crate) punch: bool,
+    /// Whether the step may have been begun by a process that stopped.
+    pub(crate) resumed: bool,
 }
 
 impl Workplace<'_> {
@@ -294,7 +296,8 @@ impl Workplace<'_> {
             self.mend(layer);
             return Ok(());
         }
-        Ok(self.writing(layer)?.apply_snapshot(tag)?)
+        self.writing(layer)?.apply_snapshot(tag)?;
+        self.mend_if_resumed(layer)
     }
 
     /// `forget`: without giving back what they refer to.
@@ -308,7 +311,10 @@ impl Workplace<'_> {
         }
         match (present.is_empty(), forget) {
             (true, _) => self.mend(layer),
-            (false, false) => drop(self.writing(layer)?.delete_snapshots(&present)?),
+            (false, false) => {
+                self.writing(layer)?.delete_snapshots(&present)?;
+                self.mend_if_resumed(layer)?;
+            }
             (false, true) => drop(self.writing(layer)?.forget_snapshots(&present)?),
         }
         Ok(())
@@ -325,6 +331,14 @@ impl Workplace<'_> {
                 Err(error) => tracing::warn!(%layer, %error, "what a stopped step left is not given back"),
             }
         }
+    }
+
+    /// After a crash: gives back what the stopped step allocated in `layer` and nothing refers to.
+    fn mend_if_resumed(&self, layer: &LayerName) -> Result<()> {
+        if self.resumed && !self.is_open(&file_of(self.record, layer)?)? {
+            self.mend(layer);
+        }
+        Ok(())
     }
 
     fn merge(&self, run: &[LayerName], into: &LayerName, below: Option<&LayerName>) -> Result<()> {
@@ -360,6 +374,9 @@ impl Workplace<'_> {
             self.lock(file)?;
         }
         names::require_own_names(&file_of(self.record, into)?, &self.record.disk.path)?;
+        // What a stopped merge allocated for data that no table refers to yet. First, because it may be the room
+        // that this one needs.
+        self.mend_if_resumed(into)?;
         let mut layers = Vec::new();
         for file in &files {
             let image = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;

@@ -199,6 +199,7 @@ impl House {
             cancel: &self.cancel,
             attached: Some(&self.qemu),
             inside,
+            resumed: false,
         }
     }
 

@@ -134,6 +134,9 @@ pub struct StepContext<'a> {
     pub attached: Option<&'a dyn AttachedDisk>,
     /// What runs inside the step, where steps are planned so ([`crate::PlannedStep::inside`]); otherwise it does nothing.
     pub inside: &'a dyn Inside,
+    /// Whether another process began the operation and stopped in it. What the step does may be done in part; a backend
+    /// also gives back what the part left behind that nothing refers to, which it need not look for otherwise.
+    pub resumed: bool,
 }
 
 /// What [`DiskSnapshotter::hold`] gives: as long as it lives, nobody else can write the disk.

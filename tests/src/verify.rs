@@ -93,7 +93,7 @@ fn every_layer(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> 
     Ok(needed)
 }
 
-/// As [`every_image`], after a crash: a layer may have what [`qemu::check_after_crash`] calls harmless. That is mended,
+/// As [`every_image`], after a crash in what no journal knows of: a layer may have what [`qemu::check_after_crash`] calls harmless. That is mended,
 /// by QEMU, and every byte must then still be what it should be.
 ///
 /// # Errors

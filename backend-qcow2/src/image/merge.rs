@@ -22,7 +22,8 @@
 //!   durable. Before it and after it, all of the target that the header could change is owned by the target.
 //! * Mappings behind the end of a disk that became smaller go last.
 //!
-//! So a crash leaves leaked clusters at worst, and a repeated merge finds what is done and does the rest. A cancelled one
+//! So a crash leaves leaked clusters at worst, and a repeated merge finds what is done and does the rest; who repeats it
+//! after a crash has to give the leaked ones back before ([`Image::repair`]). A cancelled one
 //! keeps what it has moved and leaks nothing; so does one that fails, where the failure lets it.
 
 use std::sync::Arc;

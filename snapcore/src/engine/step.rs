@@ -408,6 +408,7 @@ impl Running<'_> {
             progress: Teller::new(self.engine.events.clone(), self.operation.id, index),
             deaf: CancellationToken::new(),
             live: self.engine.live,
+            resumed: self.resumed,
         };
         Ok((self.engine.registry.get(&disk.disk.format)?, work))
     }
@@ -457,6 +458,7 @@ struct Work<'a> {
     /// A token that nobody cancels.
     deaf: CancellationToken,
     live: Option<&'a dyn LiveDomain>,
+    resumed: bool,
 }
 
 impl Work<'_> {
@@ -467,6 +469,7 @@ impl Work<'_> {
             cancel,
             attached: self.live.and_then(|live| live.disk(&self.disk.disk.target)),
             inside,
+            resumed: self.resumed,
         }
     }
 }

@@ -131,6 +131,7 @@ pub(super) const STATEMENTS: [Statement; 5] = [
                     cancel: &cancel,
                     attached: None,
                     inside: &snapcore::NothingInside,
+                    resumed: false,
                 };
                 let junk = [
                     serde_json::json!(null),
