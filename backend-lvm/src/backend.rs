@@ -7,7 +7,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{
     ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
     DiskSnapshotter, DiskState, Error, ErrorKind, FileIdentity, Finding, Guard, InspectDepth, LayerName,
-    Point, PointKind, Result, Salvage, Snapshot, Step, StepContext, StepStatus, file_identity,
+    Point, PointKind, Result, Salvage, Snapshot, Step, StepContext, StepNeed, StepStatus, file_identity,
 };
 
 use crate::command::{Commands, Lvm2, Runner};
@@ -17,7 +17,7 @@ use crate::names::Volume;
 use crate::plan::{self, Reserved};
 use crate::report::Kind;
 use crate::rules::Rules;
-use crate::steps::{LvmStep, Place, refuse_kernel_use, wait_closed};
+use crate::steps::{LvmStep, Place, refuse_unseen_users, wait_closed};
 use crate::{check, device, discover};
 
 /// Where manifests are, since nothing can lie beside a volume.
@@ -143,6 +143,18 @@ impl DiskSnapshotter for Lvm {
         Capabilities::new(PointKind::External, MAX_DEPTH).live()
     }
 
+    /// A finish step removes volumes that nothing needs: those that a revert used, and what the record owns and no snapshot is.
+    fn plans_leftovers(&self) -> bool {
+        true
+    }
+
+    fn needs_of(&self, disk: &DiskRecord, step: &Step) -> Vec<StepNeed> {
+        let action = serde_json::from_value::<LvmStep>(step.action.clone());
+        let (Ok(volume), Ok(action)) = (volume_of(disk), action) else { return Vec::new() };
+        let needs = action.needs(&volume).into_iter();
+        needs.map(|(layer, alone)| StepNeed { file: self.layer_file(disk, &layer), alone }).collect()
+    }
+
     fn recognises(&self, path: &Utf8Path, open_format: Option<&str>) -> bool {
         let is_raw = matches!(open_format, None | Some("raw" | "lvm"));
         open_format == Some("lvm") || (is_raw && device::is_volume(path))
@@ -222,8 +234,10 @@ impl DiskSnapshotter for Lvm {
                     wait_closed(&inner.lvm, &volume, "nobody else may use it meanwhile")?;
                 }
             }
-            // lvm counts openings: with the hypervisor's among them they do not tell of a mount beside it.
-            refuse_kernel_use(&disk.disk.path, &volume)?;
+            if by_its_hypervisor {
+                // Whom the kernel shows is met by the service, with the hypervisor's process known.
+                refuse_unseen_users(&inner.lvm, &disk.disk.path, &volume)?;
+            }
             Ok(Box::new(hold) as Guard)
         })
         .await

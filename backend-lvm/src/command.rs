@@ -10,10 +10,14 @@ use std::time::{Duration, Instant};
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{Error, ErrorKind, Result};
 
+use crate::names::Volume;
 use crate::report::{self, FIELDS, Group};
 
 /// Where lvm2 is looked for: the caller's PATH has no say in what runs as root.
 const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+
+/// The program of device-mapper, which comes with lvm2: it is asked what lvm does not report.
+const DMSETUP: &str = "dmsetup";
 
 /// Within which a report must come.
 const REPORT: Duration = Duration::from_secs(120);
@@ -30,7 +34,7 @@ const FRESH: Duration = Duration::from_secs(5);
 /// One command of lvm2.
 #[derive(Debug)]
 pub struct Call<'a> {
-    /// The command and its arguments: `lvcreate`, `-s`, ...
+    /// The command and its arguments: `lvcreate`, `-s`, ...; or `dmsetup` and its arguments.
     pub words: &'a [String],
     /// Within which it must end.
     pub deadline: Duration,
@@ -64,8 +68,14 @@ pub struct Commands;
 
 impl Runner for Commands {
     fn run(&self, call: &Call<'_>) -> Result<Answer> {
-        let program = find()?;
-        let shown = format!("lvm {}", call.words.join(" "));
+        let (program, words) = match call.words {
+            [first, rest @ ..] if first == DMSETUP => (find(DMSETUP)?, rest),
+            words => (find("lvm")?, words),
+        };
+        let shown = match words.len() == call.words.len() {
+            true => format!("lvm {}", words.join(" ")),
+            false => call.words.join(" "),
+        };
         let failed = |what: &str, error: std::io::Error| {
             Error::new(ErrorKind::Io, format!("{shown}: {what}")).because(error)
         };
@@ -76,7 +86,7 @@ impl Runner for Commands {
             (Err(error), _) | (_, Err(error)) => return Err(failed("its output has no place", error)),
         };
         let copy = |file: &File| file.try_clone().map_err(|error| failed("its output has no place", error));
-        let expression = duct::cmd(program.as_std_path(), call.words)
+        let expression = duct::cmd(program.as_std_path(), words)
             .env("LC_ALL", "C")
             .env("LVM_SUPPRESS_FD_WARNINGS", "1")
             .dir("/")
@@ -127,10 +137,10 @@ impl Runner for Commands {
     }
 }
 
-fn find() -> Result<Utf8PathBuf> {
-    let found = DIRECTORIES.iter().map(|directory| Utf8Path::new(directory).join("lvm"));
+fn find(program: &str) -> Result<Utf8PathBuf> {
+    let found = DIRECTORIES.iter().map(|directory| Utf8Path::new(directory).join(program));
     found.into_iter().find(|file| file.is_file()).ok_or_else(|| {
-        Error::new(ErrorKind::Unsupported, format!("there is no lvm in {}", DIRECTORIES.join(", ")))
+        Error::new(ErrorKind::Unsupported, format!("there is no {program} in {}", DIRECTORIES.join(", ")))
             .advise("install lvm2 (Debian, Fedora: the package lvm2)")
     })
 }
@@ -195,6 +205,24 @@ impl Lvm2 {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.insert(name.to_owned(), (Instant::now(), Arc::clone(&group)));
         Ok(group)
+    }
+
+    /// How often the device of an active volume is open, as the kernel counts; none where there is no such device.
+    ///
+    /// # Errors
+    /// dmsetup is not there, or answers something else.
+    pub(crate) fn openings(&self, volume: &Volume) -> Result<Option<usize>> {
+        let name = volume.device();
+        let words = [DMSETUP, "info", "-c", "--noheadings", "-o", "open", &name].map(str::to_owned);
+        let answer = self.runner.run(&Call { words: &words, deadline: REPORT, lock: None })?;
+        if answer.status != Some(0) {
+            return Ok(None);
+        }
+        let count = answer.stdout.trim().parse().map_err(|error| {
+            let detail = format!("dmsetup does not say how often {name} is open: {:?}", answer.stdout.trim());
+            Error::new(ErrorKind::Io, detail).because(error).state("no changes made")
+        })?;
+        Ok(Some(count))
     }
 
     /// Changes something in a group; what was known of it is known no more.

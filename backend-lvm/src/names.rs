@@ -54,6 +54,11 @@ impl Volume {
         Utf8PathBuf::from(format!("/dev/{}/{}", self.group, self.name))
     }
 
+    /// The name of its device in device-mapper, which doubles hyphens.
+    pub(crate) fn device(&self) -> String {
+        format!("{}-{}", self.group.replace('-', "--"), self.name.replace('-', "--"))
+    }
+
     /// What the domain writes, as a layer.
     pub(crate) fn layer(&self) -> LayerName {
         LayerName(self.name.clone())
@@ -179,6 +184,8 @@ mod tests {
             let expected = Some((group.to_owned(), name.to_owned()));
             assert_eq!(volume(&format!("/dev/{group}/{name}")), expected);
             assert_eq!(volume(mapper), expected, "{mapper}");
+            let volume = Volume { group: group.into(), name: name.into() };
+            assert_eq!(format!("/dev/mapper/{}", volume.device()), mapper);
         }
     }
 

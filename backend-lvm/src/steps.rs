@@ -466,25 +466,50 @@ pub(crate) fn wait_closed(lvm: &Lvm2, volume: &Volume, why: &str) -> Result<()> 
         .advise("shut the domain down, or unmount it; a running domain must be known by its QMP socket"))
 }
 
-/// Refuses a volume that the kernel of this machine itself uses, whoever else has it open.
+/// Refuses a volume that its hypervisor has open, and somebody else whom no list of this machine shows: another driver of the
+/// kernel, or a process outside of this PID namespace. The kernel counts how often the device is open.
 ///
 /// # Errors
-/// [`ErrorKind::Busy`] with how, where that does not end within a moment: a check of a file system claims a
-/// device too.
-pub(crate) fn refuse_kernel_use(path: &Utf8Path, volume: &Volume) -> Result<()> {
+/// [`ErrorKind::Busy`] with both counts, where they do not meet within a moment.
+pub(crate) fn refuse_unseen_users(lvm: &Lvm2, path: &Utf8Path, volume: &Volume) -> Result<()> {
     let until = Instant::now() + PATIENCE;
-    while let Some(how) = device::kernel_use(path) {
+    loop {
+        let Some(opened) = lvm.openings(volume)? else { return Ok(()) };
+        let Some(shown) = device::shown_openings(path) else { return Ok(()) };
+        if opened <= shown {
+            return Ok(());
+        }
         if Instant::now() >= until {
-            return Err(Error::new(ErrorKind::Busy, format!("{volume} is used by this machine itself: {how}"))
-                .state("no changes made")
-                .advise(
-                    "unmount it, or take down what uses it ('lsblk' and 'dmsetup ls --tree' show that): a disk that two write \
-                     is destroyed",
-                ));
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!(
+                    "{volume} is open {opened} times, and the processes of this machine show {shown} of these: it has another \
+                     user, which no process shows"
+                ),
+            )
+            .state("no changes made")
+            .advise(
+                "see 'dmsetup ls --tree', 'lsblk' and 'xl block-list'; a process in another PID namespace (outside of this \
+                 container) is seen from there alone: a disk that two write is destroyed",
+            ));
         }
         thread::sleep(LOOK);
     }
-    Ok(())
+}
+
+impl LvmStep {
+    /// The layers that nobody else may use meanwhile, each with whether readers count. lvm neither merges nor removes what is open,
+    /// and a volume that is renamed would go on to be used under the name of another. Of a point that is being written, a copy is of
+    /// no one instant.
+    pub(crate) fn needs(&self, volume: &Volume) -> Vec<(LayerName, bool)> {
+        match self {
+            Self::Snapshot { .. } => Vec::new(),
+            Self::Clone { point, .. } => vec![(point.clone(), false)],
+            Self::Swap { .. } => vec![(volume.layer(), true)],
+            Self::Merge { point, .. } => vec![(volume.layer(), true), (point.clone(), true)],
+            Self::Remove { layers } => layers.iter().map(|layer| (layer.clone(), true)).collect(),
+        }
+    }
 }
 
 fn is_of(row: &Row, work: &str) -> bool {

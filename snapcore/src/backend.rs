@@ -139,6 +139,15 @@ pub struct StepContext<'a> {
     pub resumed: bool,
 }
 
+/// A file that nobody else may use in some way while a step is carried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepNeed {
+    /// The file, or device.
+    pub file: Utf8PathBuf,
+    /// Not even for reading.
+    pub alone: bool,
+}
+
 /// What [`DiskSnapshotter::hold`] gives: as long as it lives, nobody else can write the disk.
 pub type Guard = Box<dyn Any + Send + Sync>;
 
@@ -160,10 +169,16 @@ pub trait DiskSnapshotter: Send + Sync {
         Vec::new()
     }
 
-    /// Returns true if a finish step of [`crate::chain`]'s that could not be done may be left: the next delete, or a tidy,
-    /// finds what is left of it on the disk, and plans it anew.
+    /// Returns true if a finish step that could not be done may be left: the disk is whole without it, and the next delete, or a
+    /// tidy, finds what is left of it on the disk, and plans it anew. What is left must be in no later plan's way.
     fn plans_leftovers(&self) -> bool {
         false
+    }
+
+    /// Files that nobody else may write, or even have open, while a step is carried out. The domain's own hypervisor, and this
+    /// process, are nobody else. Writers of what the record owns are met without it.
+    fn needs_of(&self, _disk: &DiskRecord, _step: &crate::Step) -> Vec<StepNeed> {
+        Vec::new()
     }
 
     /// Whether a disk is this backend's to serve where nobody stated a backend: by the format that its hypervisor opens it

@@ -467,6 +467,11 @@ pub(crate) fn device_identity(number: u64) -> FileIdentity {
     (BLOCK_DEVICE, number)
 }
 
+/// Returns true if it is a block device's.
+pub(crate) fn is_device(identity: FileIdentity) -> bool {
+    identity.0 == BLOCK_DEVICE
+}
+
 /// One disk of a running domain, which its hypervisor has open.
 #[async_trait]
 pub trait AttachedDisk: Send + Sync {

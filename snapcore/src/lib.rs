@@ -53,6 +53,7 @@ mod backend;
 pub mod catalogue;
 pub mod chain;
 pub mod confine;
+pub mod devices;
 mod domain;
 pub mod engine;
 mod error;
@@ -75,7 +76,7 @@ mod zone;
 
 pub use backend::{
     Base, Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Salvage,
-    Severity, StepContext,
+    Severity, StepContext, StepNeed,
 };
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
 pub use error::{Error, ErrorKind, Result};

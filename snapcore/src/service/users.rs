@@ -10,11 +10,13 @@
 //! | a loop device | `/sys/block/loop*/loop/backing_file` |
 //! | swap | `/proc/swaps` |
 //! | a target of the kernel (iSCSI, vhost, NVMe) | its configuration in `/sys/kernel/config` |
+//! | of a block device: a mount, a device made of it, an exclusive claim, a Xen domain | [`crate::devices`] |
 //!
-//! Block devices that the kernel itself uses are met by their backends, which open them exclusively.
+//! Who uses a partition uses the disk. A backend that knows more of its devices (how often one was opened) asks for itself.
 //!
 //! **Who matters.** Anyone who can write a layer of the disk. A reader matters where the plan writes the file that he reads in
-//! place (an internal snapshot, a merge into it, a new backing file), unless a running domain writes it anyway. A reader of a
+//! place (an internal snapshot, a merge into it, a new backing file), unless a running domain writes it anyway; and where the
+//! plan cannot be carried out as long as a device is open ([`crate::DiskSnapshotter::needs_of`]). A reader of a
 //! layer that only stays as it is, or is removed, keeps what he reads. This process, and the process of the running domain
 //! that is worked on, are nobody else.
 
@@ -33,12 +35,19 @@ use super::Inner;
 use super::identity::file_id;
 use super::live::Live;
 use crate::chain::{ChainStep, layer_path};
+use crate::devices::{self, DeviceUse};
 use crate::engine::Watch;
-use crate::{Domain, Error, ErrorKind, FileIdentity, Hypervisor, Plan, Result, Target, file_identity};
+use crate::hypervisor::{device_identity, is_device};
+use crate::{
+    Domain, Error, ErrorKind, FileIdentity, Hypervisor, Plan, Result, StepNeed, Target, file_identity,
+};
 
-/// How often a user is looked for again before he counts: a process that was just forked has files of its parent open for a
+/// How long a user is looked for again before he counts: a process that was just forked has files of its parent open for a
 /// moment, and a look at an image takes no longer.
-const LOOKS: u32 = 4;
+const PATIENCE: Duration = Duration::from_millis(120);
+
+/// The same for block devices: programs that look at new devices, udev's among them, come by and go.
+const PATIENCE_WITH_DEVICES: Duration = Duration::from_secs(1);
 
 /// How long is waited between two looks.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(40);
@@ -67,6 +76,10 @@ struct Users {
     unreadable: u64,
     /// Whether other users' processes are not even listed (`hidepid`).
     hidden: bool,
+    /// [`Watched::unknown_process`].
+    unknown_process: bool,
+    /// What it took to find out, in µs of a processor's time.
+    cpu_us: u64,
 }
 
 /// A hypervisor's own answer: a running domain that has an image open.
@@ -91,6 +104,10 @@ pub(super) struct Watched {
     in_place: HashSet<FileIdentity>,
     /// Processes that are not somebody else, and leaders of groups of such processes.
     own: HashSet<u32>,
+    /// Those that the running domain has open.
+    of_domain: HashSet<FileIdentity>,
+    /// The running domain has files open, and in which process is not known: nobody else can be told from it.
+    unknown_process: bool,
     /// When the kernel answered last that nobody else uses them.
     answered: Mutex<Option<Instant>>,
 }
@@ -101,24 +118,37 @@ impl Watched {
     /// # Errors
     /// [`ErrorKind::Busy`], naming the file and its user.
     pub(super) async fn refuse_users(&self) -> Result<Option<String>> {
-        let files: HashSet<FileIdentity> = self.files.keys().copied().collect();
-        let mut looks = 0;
+        self.refuse(true).await
+    }
+
+    /// As [`Watched::refuse_users`]; `mapped`: also those who have a file in their memory alone. Their lists are half of the cost.
+    async fn refuse(&self, mapped: bool) -> Result<Option<String>> {
+        let files: HashMap<FileIdentity, Utf8PathBuf> =
+            self.files.iter().map(|(identity, (_, file))| (*identity, file.clone())).collect();
+        let begun = Instant::now();
         loop {
-            let (asked, own) = (files.clone(), self.own.clone());
-            let users =
-                tokio::task::spawn_blocking(move || users_of(&asked, &own)).await.map_err(|cause| {
-                    Error::new(ErrorKind::Internal, "looking for users of the images ended early")
-                        .because(cause)
-                })?;
+            let (asked, own, of_domain) = (files.clone(), self.own.clone(), self.of_domain.clone());
+            let looked =
+                tokio::task::spawn_blocking(move || users_of(&asked, &own, &of_domain, mapped)).await;
+            let mut users = looked.map_err(|cause| {
+                Error::new(ErrorKind::Internal, "looking for users of the images ended early").because(cause)
+            })?;
+            users.unknown_process = self.unknown_process;
             let Some(user) =
                 users.found.iter().find(|user| user.writes || self.in_place.contains(&user.file))
             else {
+                let took_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+                tracing::debug!(
+                    files = files.len(),
+                    took_us,
+                    cpu_us = users.cpu_us,
+                    "asked who else uses the disks"
+                );
                 *self.answered.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
                     Some(Instant::now());
                 return Ok(users.words());
             };
-            looks += 1;
-            if looks < LOOKS {
+            if begun.elapsed() < if is_device(user.file) { PATIENCE_WITH_DEVICES } else { PATIENCE } {
                 tokio::time::sleep(BETWEEN_LOOKS).await;
                 continue;
             }
@@ -134,7 +164,8 @@ impl Watch for Watched {
         let answered = *self.answered.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match answered.is_some_and(|at| at.elapsed() < FRESH) {
             true => Ok(()),
-            false => self.refuse_users().await.map(drop),
+            // Who came since has it open.
+            false => self.refuse(false).await.map(drop),
         }
     }
 }
@@ -143,6 +174,7 @@ impl User {
     fn error(&self, image: &str) -> Error {
         let uses = match self.writes {
             true => "is open for writing",
+            false if is_device(self.file) => "is to be changed or closed, and is open",
             false => "would be changed, and is being read",
         };
         Error::new(ErrorKind::Busy, format!("{image} {uses} by {}", self.who)).state("nothing was touched").advise(
@@ -155,6 +187,13 @@ impl User {
 impl Users {
     fn words(&self) -> Option<String> {
         let what = match (self.unreadable, self.hidden) {
+            (0, false) if self.unknown_process => {
+                return Some(
+                    "the process of the running domain is not known: whether another process has its images open without a \
+                     lock is not known"
+                        .to_owned(),
+                );
+            }
             (0, false) => return None,
             (0, true) => "processes of other users are hidden here".to_owned(),
             (count, _) => format!("the files of {count} processes of other users cannot be seen"),
@@ -177,6 +216,8 @@ impl Inner {
             files: HashMap::new(),
             in_place: HashSet::new(),
             own: self.registry.processes().into_iter().chain([std::process::id()]).collect(),
+            of_domain: HashSet::new(),
+            unknown_process: false,
             answered: Mutex::default(),
         };
         let processes = live.map(|live| live.processes());
@@ -188,17 +229,41 @@ impl Inner {
             if let Some(attached) = live.and_then(|live| live.disk(&disk.target)) {
                 open = attached.open_files().await?;
             }
+            // Where the running domain's process is not known, what it has open cannot be told from what others have.
+            let by_the_kernel = || {
+                devices::device_number(&disk.path)
+                    .is_some_and(|device| !devices::xen_disks(device).is_empty())
+            };
+            watched.unknown_process |= !known && !open.is_empty() && !by_the_kernel();
+            watched.of_domain.extend(&open);
+            let told_apart = |file: &Utf8PathBuf| file_id(file).filter(|id| known || !open.contains(id));
+            let known_backend = self.registry.get(&disk.format).ok();
+            let backend = known_backend.as_deref();
             let layers = record.owned.iter().chain([&record.active]);
-            let layers = layers.map(|layer| layer_path(&disk.path, layer));
+            let layers = layers.map(|layer| {
+                let file = layer_path(&disk.path, layer);
+                // What lies elsewhere than beside the disk only its backend knows.
+                match backend.filter(|_| !file.exists()) {
+                    Some(backend) => backend.layer_file(record, layer),
+                    None => file,
+                }
+            });
             for file in layers.chain([disk.path.clone()]) {
-                // Where the running domain's process is not known, what it has open cannot be told from what others have.
-                if let Some(identity) = file_id(&file).filter(|id| known || !open.contains(id)) {
+                if let Some(identity) = told_apart(&file) {
                     watched.files.entry(identity).or_insert((disk.target.clone(), file));
                 }
             }
             for planned in plan.iter().flat_map(|plan| &plan.steps) {
                 if planned.step.target != disk.target {
                     continue;
+                }
+                for StepNeed { file, alone } in
+                    backend.iter().flat_map(|backend| backend.needs_of(record, &planned.step))
+                {
+                    if let Some(identity) = told_apart(&file) {
+                        watched.in_place.extend(alone.then_some(identity));
+                        watched.files.entry(identity).or_insert((disk.target.clone(), file));
+                    }
                 }
                 let Ok(action) = serde_json::from_value::<ChainStep>(planned.step.action.clone()) else {
                     continue;
@@ -254,6 +319,8 @@ impl Inner {
             files: HashMap::from([(identity, (target, image.to_owned()))]),
             in_place: HashSet::from([identity]),
             own: HashSet::from([std::process::id()]),
+            of_domain: HashSet::new(),
+            unknown_process: false,
             answered: Mutex::default(),
         };
         watched.refuse_users().await.map(drop)
@@ -274,13 +341,35 @@ impl Inner {
     }
 }
 
-/// Everyone who uses one of `files`, but the processes `own`.
-fn users_of(files: &HashSet<FileIdentity>, own: &HashSet<u32>) -> Users {
+/// Everyone who uses one of these files, but the processes `own` and the domain that has `of_domain` open.
+fn users_of(
+    named: &HashMap<FileIdentity, Utf8PathBuf>,
+    own: &HashSet<u32>,
+    of_domain: &HashSet<FileIdentity>,
+    mapped: bool,
+) -> Users {
     let mut users = Users::default();
-    if files.is_empty() {
+    if named.is_empty() {
         return users;
     }
-    let inodes: HashSet<u64> = files.iter().map(|(_, inode)| *inode).collect();
+    let begun = on_processor();
+    let mut files: HashMap<FileIdentity, FileIdentity> = named.keys().map(|file| (*file, *file)).collect();
+    for (file, path) in named.iter().filter(|(file, _)| is_device(**file)) {
+        let Some(device) = devices::device_number(path) else { continue };
+        files.extend(devices::partitions(device).into_iter().map(|part| (device_identity(part), *file)));
+        // The kernel's driver may serve the disk to this very domain, unless a process of the domain's does.
+        let is_own = || of_domain.contains(file) && !own.iter().any(|pid| has_open(*pid, *file));
+        let mut xen = devices::xen_disks(device);
+        if !xen.is_empty() && is_own() {
+            xen.clear();
+        }
+        for DeviceUse { how, writes } in devices::kernel_use(path).into_iter().chain(xen) {
+            let who = format!("this machine itself ({how})");
+            users.found.push(User { file: *file, process: None, who, writes });
+        }
+    }
+    let files = &files;
+    let inodes: HashSet<u64> = files.keys().map(|(_, inode)| *inode).collect();
     let mut others = false;
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
@@ -297,15 +386,17 @@ fn users_of(files: &HashSet<FileIdentity>, own: &HashSet<u32>) -> Users {
         {
             users.unreadable += 1;
         }
-        process.mapped(&mut users.found);
+        if mapped {
+            process.mapped(&mut users.found);
+        }
     }
     users.hidden = !others;
     users.found.retain(|user| user.process.is_none_or(|pid| !own.contains(&group_of(pid))));
     let mut device = |who: String, file: &Path, writes: bool| {
         let Ok(about) = fs::metadata(file) else { return };
         let file = file_identity(&about);
-        if files.contains(&file) {
-            users.found.push(User { file, process: None, who, writes });
+        if let Some(file) = files.get(&file) {
+            users.found.push(User { file: *file, process: None, who, writes });
         }
     };
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
@@ -324,12 +415,20 @@ fn users_of(files: &HashSet<FileIdentity>, own: &HashSet<u32>) -> Users {
             device("the kernel, as a storage target".to_owned(), Path::new(&file), true);
         }
     }
+    users.cpu_us = on_processor().saturating_sub(begun) / 1000;
     users
+}
+
+/// For how long this thread has had a processor, in ns: on a busy machine other times say nothing.
+fn on_processor() -> u64 {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    text.split_ascii_whitespace().next().and_then(|text| text.parse().ok()).unwrap_or(0)
 }
 
 struct Process<'a> {
     pid: u32,
-    files: &'a HashSet<FileIdentity>,
+    /// Each with the one that it is a part of.
+    files: &'a HashMap<FileIdentity, FileIdentity>,
     inodes: &'a HashSet<u64>,
 }
 
@@ -355,7 +454,9 @@ impl Process<'_> {
             let Ok(about) = statx(&directory, name, flags, StatxFlags::TYPE | StatxFlags::INO) else {
                 continue;
             };
-            let Some(file) = identity_of(&about).filter(|file| self.files.contains(file)) else { continue };
+            let Some(file) = identity_of(&about).and_then(|file| self.files.get(&file)).copied() else {
+                continue;
+            };
             let name = name.to_string_lossy();
             let flags = match fs::read_to_string(format!("/proc/{}/fdinfo/{name}", self.pid)) {
                 Ok(info) => flags_of(&info),
@@ -385,11 +486,20 @@ impl Process<'_> {
             let by_range = format!("/proc/{}/map_files/{}", self.pid, mapping.range);
             let identity = fs::metadata(by_range).or_else(|_| fs::metadata(mapping.path));
             let file = identity.map_or((mapping.device, mapping.inode), |about| file_identity(&about));
-            if self.files.contains(&file) {
+            if let Some(file) = self.files.get(&file).copied() {
                 found.push(User { file, process: Some(self.pid), who: self.who(), writes: mapping.writes });
             }
         }
     }
+}
+
+/// Whether a process has a file open, as far as can be seen.
+fn has_open(pid: u32, file: FileIdentity) -> bool {
+    let mut found = Vec::new();
+    let (files, inodes) = (HashMap::from([(file, file)]), HashSet::new());
+    // What was found before an error counts.
+    let _ = Process { pid, files: &files, inodes: &inodes }.open(&mut found);
+    !found.is_empty()
 }
 
 /// A line of `/proc/PID/maps` that is of a file.
@@ -424,9 +534,7 @@ impl<'a> Mapping<'a> {
 fn identity_of(about: &rustix::fs::Statx) -> Option<FileIdentity> {
     match FileType::from_raw_mode(about.stx_mode.into()) {
         FileType::RegularFile => Some((makedev(about.stx_dev_major, about.stx_dev_minor), about.stx_ino)),
-        FileType::BlockDevice => {
-            Some(crate::hypervisor::device_identity(makedev(about.stx_rdev_major, about.stx_rdev_minor)))
-        }
+        FileType::BlockDevice => Some(device_identity(makedev(about.stx_rdev_major, about.stx_rdev_minor))),
         _ => None,
     }
 }
@@ -508,15 +616,19 @@ mod tests {
         fs::write(&file, b"x").unwrap();
         let link = dir.path().join("another name");
         fs::hard_link(&file, &link).unwrap();
-        let (files, nobody) = (HashSet::from([id(&file)]), HashSet::new());
-        assert_eq!(users_of(&files, &HashSet::from([std::process::id()])).found, []);
+        let users_of = |own: &HashSet<u32>| {
+            let file = Utf8PathBuf::from_path_buf(file.clone()).unwrap();
+            users_of(&HashMap::from([(id(file.as_std_path()), file)]), own, &HashSet::new(), true)
+        };
+        let nobody = HashSet::new();
+        assert_eq!(users_of(&HashSet::from([std::process::id()])).found, []);
         for (redirection, writes) in [("3<", false), ("3>>", true), ("3<>", true)] {
             with_shell(&format!("exec {redirection} '{}'", link.display()), |pid| {
-                let found = users_of(&files, &nobody).found;
+                let found = users_of(&nobody).found;
                 let user =
                     found.iter().find(|user| user.who.starts_with(&format!("process {pid} "))).unwrap();
                 assert_eq!((user.file, user.writes), (id(&file), writes), "{redirection}");
-                assert!(users_of(&files, &HashSet::from([pid, std::process::id()])).found.is_empty());
+                assert!(users_of(&HashSet::from([pid, std::process::id()])).found.is_empty());
             });
         }
     }

@@ -46,7 +46,7 @@ pub mod parts {
     pub use crate::build::{Archive, Root, WITNESS, compile, elf, uncompressed};
     pub use crate::cache::Built;
     pub use crate::process::run;
-    pub use crate::qemu::program;
+    pub use crate::qemu::{FIRMWARE, program};
 }
 
 pub use channel::{COUNTER_BYTES, Status, counter};

@@ -19,7 +19,7 @@ use crate::{
 const DEPS: &str = "run scripts/install-qemu";
 
 /// What a machine of the type pc or q35 loads when it starts a kernel by itself.
-pub(crate) const FIRMWARE: [&str; 3] =
+pub const FIRMWARE: [&str; 3] =
     ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/kvmvapic.bin", "/usr/share/qemu/linuxboot_dma.bin"];
 
 /// A program and the words that say where its firmware is.

@@ -59,7 +59,7 @@ const UNUSED: [&str; 12] = [
 ];
 
 /// In the order in which they load.
-const MODULES: [&str; 18] = [
+const MODULES: [&str; 22] = [
     "crc32c_generic",
     "libcrc32c",
     "virtio_ring",
@@ -78,6 +78,10 @@ const MODULES: [&str; 18] = [
     "dm-log",
     "dm-region-hash",
     "dm-mirror",
+    "crc16",
+    "mbcache",
+    "jbd2",
+    "ext4",
 ];
 
 /// The machine that these sources stand for; it is built now where nobody has.

@@ -4,6 +4,7 @@ mod crash;
 mod live;
 mod matrix;
 mod trouble;
+mod users;
 
 use std::process::{Command, ExitCode};
 
@@ -32,7 +33,7 @@ fn disks_are_blank_before_each_statement() -> Result<()> {
     Ok(())
 }
 
-static GROUPS: [Group; 8] = [
+static GROUPS: [Group; 9] = [
     Group::new(
         "the machine has real snapshots of volumes",
         Machine::new,
@@ -47,6 +48,7 @@ static GROUPS: [Group; 8] = [
     Group::new("volumes in trouble", Machine::new, trouble::STATEMENTS),
     Group::new("volumes and crashes", Machine::new, crash::STATEMENTS),
     Group::new("volumes that are written between crash and recovery", Machine::new, crash::WRITTEN),
+    Group::new("volumes that others use beside a running domain", users::machine, users::STATEMENTS),
     Group::new("guests that run on volumes", live::machine, live::STATEMENTS),
 ];
 
