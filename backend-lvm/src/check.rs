@@ -19,6 +19,14 @@ pub(crate) fn area_warning(volume: &Volume, row: &Row) -> Option<(Severity, Stri
             format!("{name} overflowed: its area was full, and what it held is lost; delete the snapshot"),
         ));
     }
+    if row.is_cut_off() {
+        return Some((
+            Severity::Error,
+            format!(
+                "{name} was made smaller than what it holds, and a part of that is lost; delete the snapshot"
+            ),
+        ));
+    }
     let full = row.data.filter(|data| data.reaches(WARN_PERCENT))?;
     // It never needs more than its origin has, and lvm grows it no further.
     let more = shown_size(row.size);

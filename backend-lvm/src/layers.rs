@@ -119,7 +119,7 @@ pub(crate) fn state(record: &DiskRecord, volume: &Volume, group: &Group) -> Resu
         let of_it = other.origin.as_deref() == Some(volume.name.as_str()) && other.kind != Kind::Inner;
         let known = record.owned.contains(&name);
         let ours = other.told().ours && volume.is_point(&other.name);
-        let leftover = other.told().ours && volume.is_passing(&other.name);
+        let leftover = (other.told().ours || known) && volume.is_passing(&other.name);
         if other.name == volume.name || leftover || !(of_it || known || ours) {
             continue;
         }
@@ -157,15 +157,15 @@ pub(crate) fn file(volume: &Volume, layer: &LayerName) -> Utf8PathBuf {
     volume.beside(layer.as_str()).path()
 }
 
-/// A thick snapshot that overflowed shows nothing any more.
+/// A thick snapshot that overflowed shows nothing any more; one whose area was made smaller than what it holds (lvresize allows that)
+/// has lost a part, and a merge would stop in the middle.
 pub(crate) fn require_whole(volume: &Volume, row: &Row) -> Result<()> {
-    if !row.invalid {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::Refused,
-        format!("{}/{} overflowed: its area was full, and what it held is lost", volume.group, row.name),
-    )
-    .state("nothing was touched; the volume itself and all other points are whole")
-    .advise("delete that snapshot; give the next ones more room with --lvm-area"))
+    let how = match (row.invalid, row.is_cut_off()) {
+        (false, false) => return Ok(()),
+        (true, _) => "overflowed: its area was full, and what it held is lost",
+        (false, true) => "was made smaller than what it holds, and a part of that is lost",
+    };
+    Err(Error::new(ErrorKind::Refused, format!("{}/{} {how}", volume.group, row.name))
+        .state("nothing was touched; the volume itself and all other points are whole")
+        .advise("delete that snapshot; give the next ones more room with --lvm-area"))
 }

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use snapcore::{
-    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, Group as When, LayerName,
-    PlannedStep, Point, Result, SnapshotName, Step, shown_size,
+    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group as When,
+    LayerName, PlannedStep, Point, Result, SnapshotName, Step, shown_size,
 };
 
 use crate::check::{area_warning, pool_full};
@@ -70,6 +70,12 @@ fn require_health(volume: &Volume, row: &Row) -> Result<()> {
     Err(Error::new(ErrorKind::Refused, format!("{volume} {what}"))
         .state("no changes made")
         .advise("see 'lvs -a -o +lv_health_status,devices' and lvmthin(7), and repair it first"))
+}
+
+fn read_only_group(volume: &Volume) -> Error {
+    Error::new(ErrorKind::Refused, format!("{volume} is in a volume group that is read-only"))
+        .state("no changes made")
+        .advise("see 'vgs -o +vg_permissions'")
 }
 
 struct Planner<'a> {
@@ -178,8 +184,14 @@ impl Planner<'_> {
             format!("rename {} to {old} and {new} to {}", volume.name, volume.name),
             0,
         );
-        self.push(When::Finish, LvmStep::Remove { layers: vec![old.clone()] }, format!("remove {old}"), 0);
+        self.remove_in_the_end(old);
         Ok(())
+    }
+
+    /// Removes what a revert needed for its own time.
+    fn remove_in_the_end(&mut self, layer: LayerName) {
+        let words = format!("remove {layer}");
+        self.remove(&[layer], words);
     }
 
     fn revert_thick(&mut self, row: &Row, save: Option<&SnapshotName>, stamp: u32) -> Result<()> {
@@ -256,8 +268,7 @@ impl Planner<'_> {
         match save {
             Some(_) => self.plan.point = Some(Point::external(safety)),
             None => {
-                let step = LvmStep::Remove { layers: vec![safety.clone()] };
-                self.push(When::Finish, step, format!("remove {safety}"), 0);
+                self.remove_in_the_end(safety);
             }
         }
         self.plan.notes.push(format!(
@@ -279,32 +290,82 @@ impl Planner<'_> {
                 layers.push(point.layer.clone());
             }
         }
-        let passing = |row: &&Row| {
-            row.told().ours && volume.is_passing(&row.name) && self.group.is_made_for(row, volume)
-        };
-        let leftovers = self.group.rows.iter().filter(passing);
-        layers.extend(leftovers.map(Row::layer));
         layers.sort();
         layers.dedup();
         self.refuse_taken_along(&layers)?;
-        if !layers.is_empty() {
-            let names: Vec<&str> = layers.iter().map(LayerName::as_str).collect();
-            let words = format!("remove {} of group {}", names.join(", "), volume.group);
-            let edits = layers
-                .iter()
-                .filter(|layer| self.record.owned.contains(layer))
-                .map(|layer| snapcore::Edit::RemoveLayer {
-                    target: self.record.disk.target.clone(),
-                    layer: layer.clone(),
-                })
-                .collect();
-            self.push(When::Finish, LvmStep::Remove { layers: layers.clone() }, words, 0);
-            if let Some(planned) = self.plan.steps.last_mut() {
-                planned.edits = edits;
-            }
+        if !layers.is_empty() && !self.group.writable {
+            return Err(read_only_group(volume));
         }
+        self.remove(&layers, self.removal(&layers, ""));
+        let leftovers = self.leftovers(&layers, keep);
+        self.remove(&leftovers, self.removal(&leftovers, ", left by earlier operations"));
         self.warn_of_areas(&layers);
         Ok(())
+    }
+
+    /// Volumes that earlier operations could not remove: those that a revert needed for its own time, and points that no
+    /// snapshot is any more. What still cannot be removed stays once more, and is in nobody's way.
+    fn leftovers(&mut self, dropped: &[LayerName], keep: &[Point]) -> Vec<LayerName> {
+        let volume = self.volume;
+        let needed = |layer: &LayerName| {
+            *layer == self.record.active
+                || dropped.contains(layer)
+                || keep.iter().any(|point| point.layer == *layer)
+        };
+        let owned = |row: &Row| self.record.owned.contains(&row.layer());
+        let passing = |row: &Row| volume.is_passing(&row.name) && (row.told().ours || owned(row));
+        let forgotten = |row: &Row| volume.is_point(&row.name) && owned(row);
+        let rows = self.group.rows.iter().filter(|row| passing(row) || forgotten(row));
+        let rows = rows.filter(|row| self.group.is_made_for(row, volume) && !needed(&row.layer()));
+        let mut layers = Vec::new();
+        for row in rows {
+            let layer = row.layer();
+            let why = match () {
+                () if row.open => "it is open".to_owned(),
+                () if !self.group.writable => "its volume group is read-only".to_owned(),
+                () => match refuse_taken_along(self.group, std::slice::from_ref(&layer)) {
+                    Ok(()) => {
+                        layers.push(layer);
+                        continue;
+                    }
+                    Err(error) => error.to_string(),
+                },
+            };
+            self.plan.notes.push(format!(
+                "{}: {}/{layer}, which is of no use any more, cannot be removed now: {why}; run 'domsnap recover' when that \
+                 has ended",
+                self.record.disk.target, volume.group
+            ));
+        }
+        layers.sort();
+        layers
+    }
+
+    /// Removes volumes after the commit point.
+    ///
+    /// From the commit point on they are the record's own, whatever their tags say (the volume that a revert left may be the user's
+    /// first), and until they are removed: so a later plan knows what could not be.
+    fn remove(&mut self, layers: &[LayerName], words: String) {
+        if layers.is_empty() {
+            return;
+        }
+        let target = &self.record.disk.target;
+        let unknown = layers.iter().filter(|layer| !self.record.owned.contains(layer));
+        let known = unknown.map(|layer| Edit::AddLayer { target: target.clone(), layer: layer.clone() });
+        self.plan.commit.extend(known);
+        let edits =
+            layers.iter().map(|layer| Edit::RemoveLayer { target: target.clone(), layer: layer.clone() });
+        let edits = edits.collect();
+        self.push(When::Finish, LvmStep::Remove { layers: layers.to_vec() }, words, 0);
+        if let Some(planned) = self.plan.steps.last_mut() {
+            planned.edits = edits;
+        }
+    }
+
+    /// The step of a delete.
+    fn removal(&self, layers: &[LayerName], why: &str) -> String {
+        let names: Vec<&str> = layers.iter().map(LayerName::as_str).collect();
+        format!("remove {} of group {}{why}", names.join(", "), self.volume.group)
     }
 
     fn refuse_taken_along(&self, removed: &[LayerName]) -> Result<()> {
@@ -359,10 +420,7 @@ impl Planner<'_> {
             );
         }
         if !self.group.writable {
-            return refuse(
-                "is in a volume group that is read-only".to_owned(),
-                "see 'vgs -o +vg_permissions'".to_owned(),
-            );
+            return Err(read_only_group(volume));
         }
         if !present.active {
             return refuse("is not active".to_owned(), format!("activate it: 'lvchange -ay {volume}'"));

@@ -23,6 +23,8 @@ const PLAIN: [&str; 2] = ["linear", "striped"];
 pub(crate) struct Share(u32);
 
 impl Share {
+    const WHOLE: Self = Self(10_000);
+
     /// Whether it is as large as so many percent.
     pub(crate) fn reaches(self, percent: u32) -> bool {
         self.0 >= percent.saturating_mul(100)
@@ -129,6 +131,11 @@ impl Row {
             Kind::Thin => self.data.map_or(0, |share| share.of(self.size)),
             Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner | Kind::Foreign => self.size,
         }
+    }
+
+    /// Of a thick snapshot: its area does not have all that is in use, because it was made smaller since.
+    pub(crate) fn is_cut_off(&self) -> bool {
+        self.kind == Kind::ThickSnapshot && self.data.is_some_and(|data| data > Share::WHOLE)
     }
 
     /// Of a thick snapshot: bytes of its area that are in use.

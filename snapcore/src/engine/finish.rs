@@ -173,7 +173,7 @@ impl Running<'_> {
         }
         let record = self.entry.domain.disks.iter().find(|record| record.disk.target == step.target);
         let backend = record.and_then(|record| self.engine.registry.get(&record.disk.format).ok());
-        action.is_ok() && backend.is_some_and(|backend| backend.plans_leftovers())
+        backend.is_some_and(|backend| backend.plans_leftovers())
     }
 
     /// Whether one of these steps has moved the configured path, or may have, though it failed (its directory

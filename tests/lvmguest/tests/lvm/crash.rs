@@ -41,6 +41,23 @@ fn killed(words: &[&str], lines: usize, after: Duration) -> Result<bool> {
     Ok(status.code().is_none())
 }
 
+/// Runs `domsnap -v` and kills it as soon as it says these words, which it must.
+pub fn killed_at(words: &[&str], said: &str) -> Result<()> {
+    let mut child = Command::new("/t/domsnap")
+        .arg("-v")
+        .args(words)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let told = BufReader::new(child.stderr.take().context("no standard error")?);
+    let heard = told.lines().map_while(Result::ok).any(|line| line.contains(said));
+    child.kill()?;
+    let status = child.wait()?;
+    ensure!(heard && status.code().is_none(), "it ended with {status} before it was killed");
+    Ok(())
+}
+
 /// The moments of an operation: after so many lines, and into what comes then.
 fn moments() -> impl Iterator<Item = (usize, Duration)> {
     (1..).flat_map(|lines| [0, 250].into_iter().map(move |ms| (lines, Duration::from_millis(ms))))
