@@ -29,6 +29,7 @@ use snapcore::{Domain, DomainName, Error, ErrorKind, Operation, OperationId, Res
 
 use crate::lock;
 use crate::record::{self, Failure, Rows};
+use crate::room;
 use crate::schema::{self, MIGRATIONS, Version};
 
 /// How long a transaction of another process is waited for.
@@ -77,12 +78,36 @@ struct Open {
     writable: bool,
 }
 
-/// Opens a database that exists, as this module's documentation promises.
-fn connect(path: &Utf8Path) -> Rows<Connection> {
+/// Opens a database that exists, and reads with `first` what it is. Where the file system is full it is opened for this
+/// process alone, see [`crate::room`].
+fn opened<T>(path: &Utf8Path, mut first: impl FnMut(&mut Connection) -> Rows<T>) -> Rows<(Connection, T)> {
+    let mut open = |alone: bool| {
+        let mut connection = connect(path, alone)?;
+        let found = first(&mut connection)?;
+        Ok((connection, found))
+    };
+    let connection = match open(false) {
+        Err(Failure::Sqlite(cause)) if lacks_index(&cause) => open(true)?,
+        tried => tried?,
+    };
+    room::keep_in_log(path);
+    Ok(connection)
+}
+
+/// Returns true if SQLite could not make its index of the log, because the file system has no block for it.
+fn lacks_index(cause: &rusqlite::Error) -> bool {
+    cause.sqlite_error().is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE)
+}
+
+/// Opens a database that exists, as this module's documentation promises; `alone` locks every other process out.
+fn connect(path: &Utf8Path, alone: bool) -> Rows<Connection> {
     // One thread at a time uses it, under a lock of ours: SQLite needs none of its own.
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
+    if alone {
+        connection.pragma_update_and_check(None, "locking_mode", "EXCLUSIVE", |_| Ok(()))?;
+    }
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
@@ -150,14 +175,9 @@ impl Shared {
                     .advise("give a state directory that you may read, with --state-dir"));
                 }
             }
-            let attempt = || -> Rows<(Connection, Version)> {
-                // For writing where the file permits it, and only for reading where not: a command that goes on to
-                // change something opens it once.
-                let connection = connect(&path)?;
-                let version = schema::version(&connection, MIGRATIONS)?;
-                Ok((connection, version))
-            };
-            let (connection, version) = match attempt() {
+            // For writing where the file permits it, and only for reading where not: a command that goes on to
+            // change something opens it once.
+            let (connection, version) = match opened(&path, |new| Ok(schema::version(new, MIGRATIONS)?)) {
                 Ok(opened) => opened,
                 // A process died while it wrote: its journal must be rolled back first, which a reader may not.
                 Err(Failure::Sqlite(cause))
@@ -194,26 +214,24 @@ impl Shared {
             let mut options = OpenOptions::new();
             options.write(true).create(true).truncate(false).mode(0o600).custom_flags(flags);
             let made = options.open(&path);
-            if let Err(cause) = made {
+            if let Err(cause) = made.map(drop) {
                 return Err(Error::new(ErrorKind::Io, format!("the catalogue {path} cannot be written"))
                     .because(cause)
                     .advise("make the state directory writable, or give another one with --state-dir"));
             }
-            let attempt = || -> Rows<Result<Connection, i64>> {
-                let mut connection = connect(&path)?;
-                let version = schema::version(&connection, MIGRATIONS)?;
-                if let Version::Newer(version) = version {
-                    return Ok(Err(version));
-                }
+            let brought_forward = |connection: &mut Connection| {
+                let version = schema::version(connection, MIGRATIONS)?;
                 if version == Version::Older {
                     connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
-                    schema::migrate(&mut connection, MIGRATIONS)?;
+                    schema::migrate(connection, MIGRATIONS)?;
                 }
-                Ok(Ok(connection))
+                Ok(version)
             };
-            match attempt().map_err(|failure| self.explain("opening the catalogue", failure))? {
-                Ok(connection) => *slot = Some(Open { connection, writable: true }),
-                Err(version) => return Err(self.newer(version)),
+            let (connection, version) = opened(&path, brought_forward)
+                .map_err(|failure| self.explain("opening the catalogue", failure))?;
+            match version {
+                Version::Newer(version) => return Err(self.newer(version)),
+                Version::Ours | Version::Older => *slot = Some(Open { connection, writable: true }),
             }
         }
         slot.as_mut()
@@ -287,6 +305,11 @@ impl Shared {
 
     fn commit(&self, name: &DomainName, expected: Revision, changes: Vec<Change>) -> Result<Revision> {
         let mut slot = self.connection.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let database = self.database();
+        // Before the transaction that may need them. What hinders it is not this commit's to report.
+        if room::keep_free_pages(&mut self.writer(&mut slot)?.connection, &database).is_err() {
+            *slot = None;
+        }
         let open = self.writer(&mut slot)?;
         let attempt = || -> Rows<Revision> {
             let transaction = open.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;

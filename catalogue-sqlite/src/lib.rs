@@ -13,6 +13,7 @@
 //! |---|---|
 //! | `catalogue` | the database: how it is opened, read, changed and watched; what is durable when |
 //! | `record` | rows to types and back |
+//! | `room` | what it keeps for itself on the file system, for when that is full |
 //! | `schema` | the tables, and how those of older versions become them |
 //! | `lock` | the state directory, and the lock files that are leases |
 
@@ -21,6 +22,7 @@
 mod catalogue;
 mod lock;
 mod record;
+mod room;
 mod schema;
 
 pub use catalogue::SqliteCatalogue;

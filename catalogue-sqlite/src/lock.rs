@@ -104,10 +104,16 @@ pub(crate) fn lock(locks: &Utf8Path, name: &str, holder: &str) -> Result<File> {
         }
         Err(TryLockError::Error(cause)) => return Err(failed(cause)),
     }
-    file.set_len(0).map_err(failed)?;
-    file.seek(SeekFrom::Start(0)).map_err(failed)?;
-    file.write_all(holder.as_bytes()).map_err(failed)?;
-    Ok(file)
+    // Over what the last holder wrote, so that it needs no new block of the file system. On a full one, who holds the lock is
+    // not written: that is a courtesy, and a delete must not fail for it.
+    let told = file
+        .seek(SeekFrom::Start(0))
+        .and_then(|_| file.write_all(holder.as_bytes()))
+        .and_then(|()| file.set_len(holder.len() as u64));
+    match told {
+        Err(cause) if cause.kind() != std::io::ErrorKind::StorageFull => Err(failed(cause)),
+        _ => Ok(file),
+    }
 }
 
 fn file_of(locks: &Utf8Path, name: &str) -> Utf8PathBuf {

@@ -39,6 +39,24 @@ impl Mounted {
         Ok(Mounted { point, domain, _dir: dir })
     }
 
+    /// As [`Mounted::make`], or a `tmpfs` of that size.
+    ///
+    /// # Errors
+    /// As [`Mounted::make`].
+    pub fn make_small(kind: &str, bytes: u64) -> Result<Mounted> {
+        if kind != "tmpfs" {
+            return Self::make(kind, bytes);
+        }
+        let dir = tempfile::Builder::new().prefix("domsnap-mount-").tempdir()?;
+        let point = dir.path().join("mounted");
+        std::fs::create_dir(&point)?;
+        let size = format!("size={bytes},mode=0700");
+        run(Command::new("mount").args(["-t", kind, "-o", &size, "tmpfs"]).arg(&point))
+            .context("mounting needs root")?;
+        let domain = point.join("domain");
+        Ok(Mounted { point, domain, _dir: dir })
+    }
+
     /// Where it is mounted.
     pub fn path(&self) -> &Path {
         &self.point

@@ -5,7 +5,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use domsnap_tests::domain::{Domain, NAME, Shape, images, same_images};
-use domsnap_tests::domsnap::status;
+use domsnap_tests::domsnap::{Domsnap, status};
+use domsnap_tests::mounted::{Mounted, may_mount};
 use domsnap_tests::qemu::Write;
 use domsnap_tests::{qemu, report, shim};
 
@@ -293,4 +294,81 @@ fn a_limited_file_size_is_an_error_of_one_write() -> Result<()> {
         qemu::img(&["check", "-q", &image])?;
     }
     Ok(())
+}
+
+/// The catalogue's file system has no byte left: snapshots are deleted and recoveries run all the same, and a create either
+/// happens or is rolled back.
+#[test]
+fn full_file_system_of_the_catalogue_locks_nothing() -> Result<()> {
+    for kind in ["tmpfs", "ext4"] {
+        if !may_mount(kind) {
+            return Ok(());
+        }
+        let mounted = Mounted::make_small(kind, 12 << 20)?;
+        let dir = tempfile::tempdir()?;
+        let image = dir.path().join("a.qcow2").display().to_string();
+        qemu::img(&["create", "-q", "-f", "qcow2", &image, "4M"])?;
+        let domsnap = Domsnap::new(&mounted.path().join("state"));
+        for name in ["s1", "s2", "s3", "s4", "s5", "s6"] {
+            domsnap.done(&["create", &image, name])?;
+        }
+        let fill = || -> Result<()> {
+            for number in 0.. {
+                let mut file = std::fs::File::create(mounted.path().join(format!("full-{number}")))?;
+                // Whole blocks first, then what is left.
+                let whole = std::io::copy(&mut std::io::repeat(1), &mut file);
+                ensure!(whole.is_err_and(|error| error.kind() == std::io::ErrorKind::StorageFull));
+                if file.metadata()?.len() == 0 {
+                    return Ok(());
+                }
+            }
+            Ok(())
+        };
+        fill()?;
+        let stopped = Stop::create(&domsnap, &image, dir.path())?;
+        fill()?;
+        let said = domsnap.done(&["recover"]).with_context(|| format!("{kind}, stopped: {stopped}"))?;
+        ensure!(!stopped || said.stdout.contains("create"), "{kind}: {said}");
+        // Nor is there a block for SQLite's index of its log.
+        std::fs::remove_file(mounted.path().join("state/catalogue.db-shm"))?;
+        for name in ["s1", "s3", "s2"] {
+            fill()?;
+            domsnap.done(&["delete", &image, name]).with_context(|| kind.to_owned())?;
+        }
+        // Many more changes than the log's reserved room holds without a checkpoint.
+        let rounds = if kind == "tmpfs" { 16 } else { 3 };
+        for number in 0..rounds {
+            fill()?;
+            let name = format!("n{number}");
+            let created = domsnap.run(&["create", &image, &name])?;
+            domsnap.done(&["recover"])?;
+            if created.status == Some(status::DONE) {
+                domsnap.done(&["delete", &image, &name]).with_context(|| format!("{kind}, {name}"))?;
+            }
+        }
+        domsnap.done(&["delete", &image, "s4", "s5", "s6"])?;
+        domsnap.done(&["list", &image])?;
+        qemu::check(std::path::Path::new(&image))?;
+    }
+    Ok(())
+}
+
+/// A create that is killed half way.
+struct Stop;
+
+impl Stop {
+    /// Returns true if one was left in the journal.
+    fn create(domsnap: &Domsnap, image: &str, root: &std::path::Path) -> Result<bool> {
+        for number in 4..40 {
+            let killed = shim::killing(shim::watching(domsnap.clone(), root)?, number, false);
+            killed.run(&["create", image, &format!("k{number}")])?;
+            if domsnap.done(&["list", image, "--json"])?.json::<serde_json::Value>()?["unfinished"]
+                .as_array()
+                .is_some_and(|all| !all.is_empty())
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
 }
