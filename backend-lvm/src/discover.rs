@@ -46,11 +46,11 @@ pub(crate) fn discover(
             created: Timestamp::from_second(taken(row)).unwrap_or(Timestamp::UNIX_EPOCH),
             description: String::new(),
             consistency: Consistency::Unknown,
-            disks: vec![DiskPoint {
-                target: record.disk.target.clone(),
-                point: Point::external(row.layer()),
-                virtual_size: row.visible_size(),
-            }],
+            disks: vec![DiskPoint::new(
+                record.disk.target.clone(),
+                Point::external(row.layer()),
+                row.visible_size(),
+            )],
             memory: None,
             machine: None,
             skipped: Vec::new(),

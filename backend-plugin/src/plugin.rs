@@ -355,11 +355,7 @@ impl DiskSnapshotter for Plugin {
                 created: point.created,
                 description: String::new(),
                 consistency: Consistency::Unknown,
-                disks: vec![DiskPoint {
-                    target: record.disk.target.clone(),
-                    point: point.point,
-                    virtual_size: point.virtual_size,
-                }],
+                disks: vec![DiskPoint::new(record.disk.target.clone(), point.point, point.virtual_size)],
                 memory: None,
                 machine: None,
                 skipped: Vec::new(),

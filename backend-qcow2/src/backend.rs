@@ -9,7 +9,7 @@ use snapcore::chain::{self, ChainStep, layer_path};
 use snapcore::{
     ActivePath, AttachedDisk, Base, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord,
     DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, Finding, Guard, InspectDepth, LayerName,
-    Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
+    Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus, TagIdentity,
 };
 
 use crate::attached::{self, FileIds};
@@ -240,6 +240,15 @@ impl DiskSnapshotter for Qcow2 {
 
     async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
         self.step(step, context, FileIds::new(), |place, action| place.status(action))
+    }
+
+    async fn identify(&self, disk: &DiskRecord, point: &Point) -> Result<Option<TagIdentity>> {
+        let (disk, point) = (disk.clone(), point.clone());
+        blocking(move || match &point.tag {
+            Some(tag) => layers::identify(&disk, &point.layer, tag),
+            None => Ok(None),
+        })
+        .await
     }
 
     async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {

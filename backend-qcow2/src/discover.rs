@@ -60,6 +60,7 @@ fn add_tags(found: &mut Found, record: &DiskRecord, layer: &Layer, known: &HashS
         let point = Point::internal(layer.name.clone(), &tag.tag);
         if !known.contains(&point) {
             found.add(record, &tag.tag, tag.created, point, tag.virtual_size);
+            found.identify_last(tag.identity.clone());
         }
     }
 }

@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use snapcore::chain::{self, is_layer_name, layer_path};
 use snapcore::{
     ChainFile, Disk, DiskRecord, DiskState, Error, ErrorKind, InspectDepth, InternalPoint, Layer, LayerName,
-    Result, shell_command,
+    Result, TagIdentity, shell_command,
 };
 
 use crate::attached::FileIds;
@@ -350,8 +350,29 @@ pub(crate) fn internal_points(image: &Image) -> Result<Vec<InternalPoint>> {
         virtual_size: snapshot.disk_size,
         created: Timestamp::new(i64::from(snapshot.date_seconds), 0).unwrap_or(Timestamp::UNIX_EPOCH),
         vm_state_size: snapshot.vm_state_size,
+        identity: Some(identity_of(snapshot)),
     });
     Ok(points.collect())
+}
+
+fn identity_of(snapshot: &image::Snapshot) -> TagIdentity {
+    TagIdentity {
+        id: snapshot.id().into_owned(),
+        seconds: snapshot.date_seconds,
+        nanoseconds: snapshot.date_nanoseconds,
+        vm_clock: snapshot.vm_clock_ns,
+    }
+}
+
+/// What tells the internal snapshot `tag` of `layer` from another of its name; `None` where it is not there, or there twice.
+pub(crate) fn identify(record: &DiskRecord, layer: &LayerName, tag: &str) -> Result<Option<TagIdentity>> {
+    let file = file_of(record, layer)?;
+    let image = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;
+    let mut same = image.snapshots()?.iter().filter(|snapshot| snapshot.name() == tag);
+    match (same.next(), same.next()) {
+        (Some(only), None) => Ok(Some(identity_of(only))),
+        _ => Ok(None),
+    }
 }
 
 /// The layer name of an active image that the catalogue does not know: the one that it was given before, where it is there

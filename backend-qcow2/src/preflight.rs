@@ -75,7 +75,15 @@ impl Preflight<'_> {
             ChainStep::Materialise { from, tag, .. } => {
                 self.require_single_tag(from, tag)?;
                 match encrypted_in(&file_of(self.record, from)?, self.max_depth)? {
-                    None => Ok(self.reading(from)?.require_plain_data()?),
+                    None => {
+                        let image = self.reading(from)?;
+                        image.require_plain_data()?;
+                        // What the copy will read. An earlier step of the same plan may make the tag.
+                        if let Some(snapshot) = image.find_snapshot(tag)? {
+                            image::visible_bytes(vec![image::Layer::snapshot(&image, snapshot)?])?;
+                        }
+                        Ok(())
+                    }
                     Some((file, how)) => Err(self.would_be_in_clear(&file, &how)),
                 }
             }
@@ -332,16 +340,9 @@ impl Preflight<'_> {
             return Ok(vec![planned]);
         }
         let (target, file) = (&self.record.disk.target, file_of(self.record, &layer)?);
-        if self.is_open(&layer) {
-            return Err(Error::new(
-                ErrorKind::Refused,
-                format!(
-                    "{target}: {} inside {file} is damaged, and the running domain has the image open",
-                    damaged.join(", ")
-                ),
-            )
-            .state("no changes made")
-            .advise("shut the domain down, then run the same command again"));
+        let open = self.is_open(&layer);
+        if open {
+            self.require_reopening(&self.reading(&layer)?)?;
         }
         notes.push(format!(
             "{target}: {} inside {file} is damaged: it is forgotten, and its space stays in use until \
@@ -351,6 +352,8 @@ impl Preflight<'_> {
         let whole: Vec<String> = tags.into_iter().filter(|tag| !damaged.contains(tag)).collect();
         let mut forget = planned.clone();
         forget.step.summary = format!("forget {} inside {layer}", damaged.join(", "));
+        // A hypervisor that deletes a damaged snapshot would follow its tables. So its image is closed meanwhile.
+        forget.window = open;
         forget.step.action =
             serde_json::to_value(ChainStep::ForgetInternal { layer: layer.clone(), tags: damaged })
                 .unwrap_or_default();

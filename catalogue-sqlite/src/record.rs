@@ -145,7 +145,7 @@ pub(crate) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
     // One pass over snapshots and points together: a list of thousands is one query.
     let mut statement = connection.prepare_cached(
         "SELECT s.id, s.name, s.parent, s.created, s.description, s.consistency,
-                p.target, p.layer, p.tag, p.virtual_size, s.memory, s.machine, s.skipped
+                p.target, p.layer, p.tag, p.virtual_size, s.memory, s.machine, s.skipped, p.identity
          FROM snapshots s LEFT JOIN points p ON p.domain = s.domain AND p.snapshot = s.id
          WHERE s.domain = ?1 ORDER BY s.id, p.position",
     )?;
@@ -178,11 +178,12 @@ pub(crate) fn read_entry(connection: &Connection, id: i64) -> Rows<Entry> {
             });
         }
         if let (Some(snapshot), Some(target)) = (snapshots.last_mut(), row.get::<_, Option<String>>(6)?) {
-            snapshot.disks.push(DiskPoint {
-                target: Target::new(target)?,
-                point: Point { layer: LayerName(row.get(7)?), tag: row.get(8)? },
-                virtual_size: unsigned(row.get(9)?),
-            });
+            let point = Point { layer: LayerName(row.get(7)?), tag: row.get(8)? };
+            let mut member = DiskPoint::new(Target::new(target)?, point, unsigned(row.get(9)?));
+            let identity = row.get::<_, Option<String>>(13)?;
+            member.identity =
+                identity.map(|text| from_json("identity of an internal snapshot", &text)).transpose()?;
+            snapshot.disks.push(member);
         }
     }
     let follows = read_follows(connection, id)?;
@@ -309,8 +310,8 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
             (!snapshot.skipped.is_empty()).then(|| json(&snapshot.skipped)).transpose()?,
         ])?;
     let mut statement = connection.prepare_cached(
-        "INSERT INTO points (domain, snapshot, position, target, layer, tag, virtual_size)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        "INSERT INTO points (domain, snapshot, position, target, layer, tag, virtual_size, identity)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
     )?;
     for (position, member) in (0_i64..).zip(&snapshot.disks) {
         statement.execute(params![
@@ -321,6 +322,7 @@ fn write_snapshot(connection: &Connection, id: i64, snapshot: &Snapshot) -> Rows
             member.point.layer.as_str(),
             member.point.tag,
             integer(member.virtual_size),
+            member.identity.as_ref().map(json).transpose()?,
         ])?;
     }
     Ok(())

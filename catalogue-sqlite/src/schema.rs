@@ -163,6 +163,9 @@ UPDATE machines SET record = json_set(record, '$.process.environment', json((
 UPDATE operations SET commit_edits = json_remove(commit_edits, '$[0].machine.record.process.environment',
     '$[1].machine.record.process.environment', '$[2].machine.record.process.environment',
     '$[3].machine.record.process.environment') WHERE json_valid(commit_edits) AND commit_edits LIKE '%environment%';
+", "
+-- What tells an internal snapshot from another of its name, as JSON; absent: not recorded.
+ALTER TABLE points ADD COLUMN identity TEXT;
 "];
 
 /// What a database's version means to this program.

@@ -289,6 +289,16 @@ pub trait DiskSnapshotter: Send + Sync {
     /// How far a step got, from what is on the disk.
     async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus>;
 
+    /// What tells an internal snapshot from another of its name, read from the image. Asked at the commit point of the operation
+    /// that took it, and recorded with it. Changes nothing.
+    async fn identify(
+        &self,
+        _disk: &DiskRecord,
+        _point: &crate::Point,
+    ) -> Result<Option<crate::TagIdentity>> {
+        Ok(None)
+    }
+
     /// Looks for damage in the disk's images. Changes nothing.
     async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>>;
 

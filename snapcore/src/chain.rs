@@ -417,6 +417,15 @@ impl Planner<'_> {
             }
             let name = layer.name.clone();
             let words = format!("delete {} inside {name}", tags.join(", "));
+            if name == self.active && self.is_attached() {
+                self.plan.notes.push(format!(
+                    "{}: the space of {} stays in {}, for what the guest writes next: QEMU gives it back to the file system \
+                     where the disk has discard=unmap",
+                    self.target,
+                    tags.join(", "),
+                    layer.file
+                ));
+            }
             self.layers[index].internal.retain(|internal| !tags.contains(&internal.tag));
             // A hypervisor can do it to what it writes, not to what it has open for reading alone.
             let window = name != self.active && self.open.contains(&name);

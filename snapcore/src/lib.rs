@@ -98,6 +98,6 @@ pub use snapshot::{
     Consistency, DiskPoint, Found, FreeNames, MemoryPoint, Point, PointKind, SkippedDisk, Snapshot,
     SnapshotId, SnapshotTree,
 };
-pub use state::{DiskState, InternalPoint, Layer, Unclear};
+pub use state::{DiskState, InternalPoint, Layer, TagIdentity, Unclear};
 pub use step::{DiskPlan, DiskRequest, Edit, Group, Plan, PlannedStep, Step, StepStatus};
 pub use zone::{local_zone, time_name};

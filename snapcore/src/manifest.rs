@@ -561,11 +561,11 @@ mod tests {
             created: Timestamp::now(),
             description: "tab\there \"quoted\" ünï".to_owned(),
             consistency: Consistency::Clean,
-            disks: vec![DiskPoint {
-                target: Target::new("vda").unwrap(),
-                point: Point::internal(LayerName("a.layer".into()), name),
-                virtual_size: 1 << 40,
-            }],
+            disks: vec![DiskPoint::new(
+                Target::new("vda").unwrap(),
+                Point::internal(LayerName("a.layer".into()), name),
+                1 << 40,
+            )],
             memory: None,
             machine: None,
             skipped: Vec::new(),

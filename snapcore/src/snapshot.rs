@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{DiskRecord, Error, ErrorKind, LayerName, Result, SnapshotName, Target};
+use crate::{DiskRecord, DiskState, Error, ErrorKind, LayerName, Result, SnapshotName, TagIdentity, Target};
 
 /// The identity of a snapshot: survives renames, and is unique over all domains. Sorts by time of making.
 #[derive(
@@ -97,6 +97,34 @@ pub struct DiskPoint {
     pub point: Point,
     /// The disk's size at the point, in bytes.
     pub virtual_size: u64,
+    /// Of an internal snapshot: what it was when it was taken. Absent in records of an older domsnap, and where the backend
+    /// cannot say; then it is known by its name alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<TagIdentity>,
+}
+
+impl DiskPoint {
+    /// A point of a disk, without an identity.
+    pub fn new(target: Target, point: Point, virtual_size: u64) -> Self {
+        Self { target, point, virtual_size, identity: None }
+    }
+
+    /// Says why what the disk has in the point's place is not what was recorded, if so: another program deleted the
+    /// internal snapshot, and made one of the same name.
+    pub fn replaced(&self, state: &DiskState) -> Option<String> {
+        let (tag, recorded) = (self.point.tag.as_ref()?, self.identity.as_ref()?);
+        let layer = state.layer(&self.point.layer)?;
+        let mut same = layer.internal.iter().filter(|internal| internal.tag == *tag).peekable();
+        let found = same.peek()?.identity.clone()?;
+        if same.any(|internal| internal.identity.as_ref() == Some(recorded)) {
+            return None;
+        }
+        Some(format!(
+            "internal snapshot {tag} in {} is not the one that was taken: another program deleted that ({recorded}) and made \
+             one of the same name ({found})",
+            layer.file
+        ))
+    }
 }
 
 /// Memory and devices as a member of a snapshot.
@@ -197,12 +225,19 @@ impl Found {
             created,
             description: String::new(),
             consistency: Consistency::Unknown,
-            disks: vec![DiskPoint { target: record.disk.target.clone(), point, virtual_size }],
+            disks: vec![DiskPoint::new(record.disk.target.clone(), point, virtual_size)],
             memory: None,
             machine: None,
             skipped: Vec::new(),
         };
         self.snapshots.push(snapshot);
+    }
+
+    /// Says what tells the internal snapshot that was added last from others of its name.
+    pub fn identify_last(&mut self, identity: Option<TagIdentity>) {
+        if let Some(member) = self.snapshots.last_mut().and_then(|snapshot| snapshot.disks.first_mut()) {
+            member.identity = identity;
+        }
     }
 
     /// All of them, in the order in which they were added.

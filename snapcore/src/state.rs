@@ -6,6 +6,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::{LayerName, Target};
 
+/// What tells an internal snapshot from another one of the same name, which another program made in its place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct TagIdentity {
+    /// The ID in the image's snapshot table.
+    pub id: String,
+    /// When the image says it was taken: seconds since 1970.
+    pub seconds: u32,
+    /// When the image says it was taken: nanoseconds within the second.
+    pub nanoseconds: u32,
+    /// How long the guest had run, in nanoseconds.
+    pub vm_clock: u64,
+}
+
+impl std::fmt::Display for TagIdentity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let taken = Timestamp::new(i64::from(self.seconds), i32::try_from(self.nanoseconds).unwrap_or(0));
+        write!(f, "ID {} of {}", self.id, taken.unwrap_or(Timestamp::UNIX_EPOCH))
+    }
+}
+
 /// An internal snapshot found in a layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct InternalPoint {
@@ -18,6 +38,9 @@ pub struct InternalPoint {
     pub created: Timestamp,
     /// Bytes of VM state that it holds.
     pub vm_state_size: u64,
+    /// What tells it from others of its name; absent where the backend cannot say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<TagIdentity>,
 }
 
 /// One image of a disk.

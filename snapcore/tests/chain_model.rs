@@ -89,6 +89,7 @@ impl Machine {
                     virtual_size: u64::from(CLUSTERS),
                     created: jiff::Timestamp::UNIX_EPOCH,
                     vm_state_size: 0,
+                    identity: None,
                 })
                 .collect(),
             dependents: self

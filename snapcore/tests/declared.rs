@@ -23,11 +23,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         created: jiff::Timestamp::UNIX_EPOCH,
         description: String::new(),
         consistency: Consistency::Clean,
-        disks: vec![DiskPoint {
-            target: disk.target.clone(),
-            point: Point::internal(record.active.clone(), "s1"),
-            virtual_size: 4096,
-        }],
+        disks: vec![DiskPoint::new(disk.target.clone(), Point::internal(record.active.clone(), "s1"), 4096)],
         memory: None,
         machine: None,
         skipped: Vec::new(),

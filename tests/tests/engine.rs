@@ -334,3 +334,48 @@ fn changes_under_dirty_bitmaps_are_reported() -> Result<()> {
     ensure!(said.contains("full one"), "{said}");
     Ok(())
 }
+
+/// Another program deletes an internal snapshot and makes one of the same name: it is not taken for the recorded one.
+#[test]
+fn tag_made_again_is_not_reverted_to() -> Result<()> {
+    let place = Place::new()?;
+    let image = place.path("a.qcow2");
+    create(&image, "", "4M")?;
+    write(&image, 0, 1 << 20, 1)?;
+    for name in ["old", "kept"] {
+        place.done(&format!("create @ {name} --internal"), &image)?;
+    }
+    write(&image, 0, 1 << 20, 2)?;
+    for word in ["-d", "-c"] {
+        qemu::img(&["snapshot".as_ref(), word.as_ref(), "old".as_ref(), image.as_os_str()])?;
+    }
+    write(&image, 0, 1 << 20, 3)?;
+    let before = std::fs::read(&image)?;
+    let said = place.refused("revert @ old", &image)?.stderr;
+    ensure!(said.contains("old") && said.contains("not the one that was taken"), "{said}");
+    ensure!(std::fs::read(&image)? == before, "the refusal changed the image");
+    let said = place.run("check @", &image)?.stdout;
+    ensure!(said.contains("not the one that was taken"), "{said}");
+    let said = place.done("create @ next --internal", &image)?.stdout;
+    ensure!(said.contains("snapshot old: ") && said.contains("not the one that was taken"), "{said}");
+    place.done("revert @ kept", &image)?;
+    ensure!(shows(&image, 1)?, "the other snapshot is not what it was");
+    // What the other program made is not ours to delete, and the domain is not locked by it.
+    let said = place.done("delete @ old", &image)?.stdout;
+    ensure!(said.contains("it stays in the image"), "{said}");
+    let left = qemu::img(&["snapshot".as_ref(), "-l".as_ref(), image.as_os_str()])?;
+    ensure!(left.contains("old") && left.contains("kept"), "{left}");
+    place.done("import @ --replace", &image)?;
+    place.done("revert @ old", &image)?;
+    ensure!(shows(&image, 2)?, "the imported snapshot is not what the other program made");
+    qemu::check(&image)?;
+    // A catalogue that is lost finds the same in the manifests and images.
+    for word in ["-d", "-c"] {
+        qemu::img(&["snapshot".as_ref(), word.as_ref(), "kept".as_ref(), image.as_os_str()])?;
+    }
+    std::fs::remove_dir_all(place.path("state"))?;
+    place.done("import @", &image)?;
+    place.done("revert @ kept", &image)?;
+    ensure!(shows(&image, 2)?, "what is called kept now is not what the image has");
+    Ok(())
+}

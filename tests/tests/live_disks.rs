@@ -870,3 +870,68 @@ fn holds(file: &str, pattern: u8) -> Result<bool> {
     }
     has_pattern(Path::new(file), pattern)
 }
+
+/// Internal snapshots of a running domain that another program made again, or that are damaged: the one is not taken for what
+/// was recorded, the other is forgotten with --force, in the active image and in a frozen one.
+#[test]
+fn live_tags_replaced_or_damaged() -> Result<()> {
+    let place = Place::new(&["d.qcow2"])?;
+    let mut qemu = place.start("tags", &[])?;
+    let (at, image) = (qemu.address(), place.file("d.qcow2"));
+    let run = |words: &[&str]| place.domsnap().run(&[&[words[0], &at], &words[1..]].concat());
+    let done = |words: &[&str]| run(words)?.expect_status(status::DONE);
+    qemu.write("vda", 1)?;
+    done(&["create", "s1", "--disk-only", "--internal"])?;
+    qemu.write("vda", 2)?;
+    qemu.qmp("blockdev-snapshot-delete-internal-sync", json!({ "device": "d0", "name": "s1" }))?;
+    qemu.qmp("blockdev-snapshot-internal-sync", json!({ "device": "d0", "name": "s1" }))?;
+    qemu.write("vda", 3)?;
+    refused(run(&["revert", "s1"])?, &["not the one that was taken"])?;
+    ensure!(run(&["check"])?.stdout.contains("not the one that was taken"), "check says nothing of it");
+    let said = done(&["create", "s2", "--disk-only", "--internal"])?.stdout;
+    ensure!(said.contains("snapshot s1: ") && said.contains("not the one that was taken"), "{said}");
+    let said = done(&["delete", "s1"])?.stdout;
+    ensure!(said.contains("it stays in the image"), "{said}");
+    done(&["create", "s3", "--disk-only", "--internal"])?;
+
+    damage_second(&image)?;
+    refused(run(&["delete", "s2"])?, &["s2", "damaged"])?;
+    let said = done(&["delete", "s2", "--force"])?.stdout;
+    ensure!(said.contains("forgotten"), "{said}");
+    ensure!(has_pattern(Path::new(&image), 3)?, "the guest's data is not what it wrote");
+    done(&["create", "s4", "--disk-only", "--internal"])?;
+
+    // And in an image that is open for reading alone.
+    done(&["create", "e1", "--disk-only", "--external"])?;
+    qemu.write("vda", 4)?;
+    let shown = done(&["show", "e1", "--json"])?.json::<Value>()?;
+    let frozen = shown["snapshot"]["points"][0]["layer"].as_str().context("no layer")?.to_owned();
+    damage_second(&frozen)?;
+    refused(run(&["delete", "s3"])?, &["s3", "damaged"])?;
+    done(&["delete", "s3", "--force"])?;
+    ensure!(qemu.is_alive()?, "QEMU ended");
+    qemu.flush("vda")?;
+    ensure!(has_pattern(Path::new(&image), 4)?, "the guest's data is not what it wrote");
+    done(&["revert", "s4"])?;
+    qemu.quit()?;
+    ensure!(has_pattern(Path::new(&image), 3)?, "s4 is not what it was");
+    let left = qemu::img(&["snapshot", "-l", &frozen])?;
+    ensure!(!left.contains("s2") && !left.contains("s3") && left.contains("s4"), "{left}");
+    Ok(())
+}
+
+/// Lets the first L1 entry of an image's second internal snapshot point far behind the file's end.
+fn damage_second(image: &str) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::options().read(true).write(true).open(image)?;
+    let word = |at: u64| -> Result<u64> {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, at)?;
+        Ok(u64::from_be_bytes(bytes))
+    };
+    let first = word(64)?;
+    let (sizes, extra) = (word(first + 8)?, word(first + 32)? & 0xffff_ffff);
+    let lengths = (sizes >> 16 & 0xffff) + (sizes & 0xffff);
+    let second = (first + 40 + extra + lengths).next_multiple_of(8);
+    Ok(file.write_all_at(&(1_u64 << 63 | 0x2000_0000_0000).to_be_bytes(), word(second)?)?)
+}

@@ -112,6 +112,7 @@ impl DiskSnapshotter for Copies {
             virtual_size: copied.len(),
             created: taken(&copied),
             vm_state_size: 0,
+            identity: None,
         });
         let only = Layer {
             name: layer(),
@@ -148,11 +149,7 @@ impl DiskSnapshotter for Copies {
                 created: taken(&copied),
                 description: String::new(),
                 consistency: Consistency::Unknown,
-                disks: vec![DiskPoint {
-                    target: record.disk.target.clone(),
-                    point: Point::internal(layer(), tag),
-                    virtual_size: copied.len(),
-                }],
+                disks: vec![DiskPoint::new(record.disk.target.clone(), Point::internal(layer(), tag), copied.len())],
                 memory: None,
                 machine: None,
                 skipped: Vec::new(),

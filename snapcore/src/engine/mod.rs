@@ -343,6 +343,7 @@ impl Running<'_> {
                 if self.operation.state == OperationState::Preparing {
                     self.advance(Transition::Cut)?;
                 }
+                self.identify().await;
                 changes.extend(self.commit_changes()?);
                 changes.push(Change::Operation(self.operation.id, self.operation.state, None));
             } else if self.operation.state == OperationState::Preparing && begun >= prepared {
@@ -406,6 +407,22 @@ impl Running<'_> {
     fn tell_done(&self, unit: Range<usize>) {
         for index in unit {
             self.tell(Event::StepDone { operation: self.operation.id, index: index as u64 });
+        }
+    }
+
+    /// Notes with the internal snapshots that were taken what tells them from others of their names. Where that cannot be
+    /// read they are known by their names alone.
+    async fn identify(&mut self) {
+        let disks = &self.entry.domain.disks;
+        let added = self.operation.plan.commit.iter_mut().filter_map(|edit| match edit {
+            Edit::AddSnapshot { snapshot } => Some(snapshot),
+            _ => None,
+        });
+        for member in added.flat_map(|snapshot| &mut snapshot.disks) {
+            let record = disks.iter().find(|record| record.disk.target == member.target);
+            let (Some(record), true) = (record, member.point.tag.is_some()) else { continue };
+            let Ok(backend) = self.engine.registry.get(&record.disk.format) else { continue };
+            member.identity = backend.identify(record, &member.point).await.unwrap_or_default();
         }
     }
 

@@ -168,6 +168,7 @@ impl Planner<'_> {
         }
         let mut snapshot = self.snapshot(request.name.clone(), request.description.clone(), points);
         snapshot.skipped = skipped;
+        merged.notes.extend(self.replaced(&BTreeSet::new()));
         self.create_alive(request, instants, &mut snapshot, &mut merged)?;
         let id = snapshot.id;
         merged.commit.push(Edit::AddSnapshot { snapshot: Box::new(snapshot) });
@@ -188,6 +189,7 @@ impl Planner<'_> {
         for disk in self.disks.iter().filter(|disk| !skips(disk.target())) {
             let Some(member) = wanted.point(disk.target()) else { continue };
             is_unambiguous(disk, &member.point)?;
+            self.refuse_replaced(wanted, disk, member)?;
             self.require_live(disk)?;
             if request.save_current.is_some() {
                 self.require_new_point(disk)?;
@@ -240,6 +242,7 @@ impl Planner<'_> {
             names.push(name.clone());
         }
         merged.commit.push(Edit::SetCurrent { id: Some(wanted.id) });
+        merged.notes.extend(self.replaced(&BTreeSet::new()));
         self.revert_alive(wanted, request, &mut merged)?;
         Ok(merged.plan("revert", names))
     }
@@ -351,6 +354,33 @@ impl Planner<'_> {
         Ok(plan)
     }
 
+    /// Refuses a revert to an internal snapshot that another program put into the place of the recorded one: the guest would
+    /// get other data, and nothing would say so.
+    fn refuse_replaced(&self, wanted: &Snapshot, disk: &DiskInput, member: &DiskPoint) -> Result<()> {
+        let Some(why) = member.replaced(&disk.state) else { return Ok(()) };
+        let (domain, snapshot) = (&self.domain.name, &wanted.name);
+        let remove = crate::shell_command(["domsnap", "delete", domain.as_str(), snapshot.as_str()]);
+        let adopt = crate::shell_command(["domsnap", "import", "--replace", disk.record.disk.path.as_str()]);
+        Err(Error::new(ErrorKind::Refused, format!("{}: {why}", disk.target()))
+            .state("no changes made")
+            .advise(format!(
+                "`{remove}` removes snapshot {snapshot} from the catalogue and leaves the internal snapshot in the image; \
+                 `{adopt}` then imports that as a snapshot of its own"
+            )))
+    }
+
+    /// Says which internal snapshots of those that are not `doomed` another program replaced, as far as their layers were read.
+    fn replaced(&self, doomed: &BTreeSet<SnapshotId>) -> Vec<String> {
+        let mut notes = Vec::new();
+        for snapshot in self.tree.iter().filter(|snapshot| !doomed.contains(&snapshot.id)) {
+            for disk in self.disks {
+                let why = snapshot.point(disk.target()).and_then(|member| member.replaced(&disk.state));
+                notes.extend(why.map(|why| format!("snapshot {}: {}: {why}", snapshot.name, disk.target())));
+            }
+        }
+        notes
+    }
+
     /// The snapshot called `name`.
     fn named(&self, name: &SnapshotName) -> Result<&Snapshot> {
         self.tree.named(name).map_err(|error| error.context(format!("domain {}", self.domain.name)))
@@ -391,7 +421,18 @@ impl Planner<'_> {
                 member.point(disk.target()).map_or(Ok(()), |member| is_unambiguous(disk, &member.point))?;
             }
             self.require_last(disk, doomed)?;
-            let (drop, keep) = split_points(self.tree, disk.target(), doomed);
+            let (mut drop, keep) = split_points(self.tree, disk.target(), doomed);
+            // What another program made in its place is not ours to delete.
+            for snapshot in self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)) {
+                let Some(member) = snapshot.point(disk.target()) else { continue };
+                if let Some(why) = member.replaced(&disk.state) {
+                    drop.retain(|point| *point != member.point);
+                    let note = format!("{}: {why}; it stays in the image", disk.target());
+                    if !merged.notes.contains(&note) {
+                        merged.notes.push(note);
+                    }
+                }
+            }
             let plan = disk.plan(self.domain, &DiskRequest::Delete { drop, keep, force }).await?;
             match self.require_live(disk) {
                 // Tidying is asked for by nobody: what has to wait for the domain's end waits.
@@ -400,6 +441,9 @@ impl Planner<'_> {
                 _ => {}
             }
             merged.add(plan);
+        }
+        if !doomed.is_empty() {
+            merged.notes.extend(self.replaced(doomed));
         }
         let mut names = Vec::new();
         let gone: Vec<&Snapshot> =
@@ -482,7 +526,7 @@ impl Planner<'_> {
                 format!("backend {} planned no point for {}", disk.backend.format(), disk.target()),
             )
         })?;
-        Ok(DiskPoint { target: disk.target().clone(), point, virtual_size: disk.size() })
+        Ok(DiskPoint::new(disk.target().clone(), point, disk.size()))
     }
 
     fn snapshot(&self, name: SnapshotName, description: String, disks: Vec<DiskPoint>) -> Snapshot {

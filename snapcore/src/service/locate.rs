@@ -15,9 +15,9 @@ use crate::catalogue::{Entry, Revision};
 use crate::confine::is_elsewhere;
 use crate::manifest::{DomainManifest, Found, Manifests};
 use crate::{
-    ActivePath, Control, Disk, DiskRecord, DiskState, Domain, DomainName, Error, ErrorKind, Hypervisor,
-    InspectDepth, LayerName, Machine, Point, Result, Snapshot, SnapshotId, SnapshotName, SnapshotTree,
-    Target, shell_word,
+    ActivePath, Control, Disk, DiskPoint, DiskRecord, DiskState, Domain, DomainName, Error, ErrorKind,
+    Hypervisor, InspectDepth, LayerName, Machine, Point, Result, Snapshot, SnapshotId, SnapshotName,
+    SnapshotTree, Target, shell_word,
 };
 
 /// A domain that was found.
@@ -1087,12 +1087,13 @@ fn copied_tags(state: &DiskState, told: &LayerName) -> Vec<String> {
 fn missing_point(snapshot: &Snapshot, records: &[DiskRecord], states: &[DiskState]) -> Option<String> {
     snapshot.disks.iter().find_map(|member| {
         let (record, state) = records.iter().zip(states).find(|(r, _)| r.disk.target == member.target)?;
-        point_problem(&member.point, record, state).map(|why| format!("{}: {why}", member.target))
+        point_problem(member, record, state).map(|why| format!("{}: {why}", member.target))
     })
 }
 
 /// Why a point is not to be had, if so.
-pub(super) fn point_problem(point: &Point, record: &DiskRecord, state: &DiskState) -> Option<String> {
+pub(super) fn point_problem(member: &DiskPoint, record: &DiskRecord, state: &DiskState) -> Option<String> {
+    let point = &member.point;
     let Some(layer) = state.layer(&point.layer) else {
         return Some(format!("the layer {} is gone", point.layer));
     };
@@ -1103,7 +1104,7 @@ pub(super) fn point_problem(point: &Point, record: &DiskRecord, state: &DiskStat
         None if point.layer == record.active => {
             Some(format!("the layer {} is the active image, not a frozen one", point.layer))
         }
-        Some(_) | None => None,
+        Some(_) | None => member.replaced(state),
     }
 }
 

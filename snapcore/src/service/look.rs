@@ -265,7 +265,7 @@ fn points_missing<'a>(
 ) -> impl Iterator<Item = Finding> + 'a {
     tree.iter().filter_map(move |snapshot| {
         let member = snapshot.point(&record.disk.target)?;
-        let why = point_problem(&member.point, record, state)?;
+        let why = point_problem(member, record, state)?;
         let subject = format!("snapshot {}", snapshot.name);
         Some(finding(Severity::Error, &subject, format!("{}: {why}; delete the snapshot", member.target)))
     })

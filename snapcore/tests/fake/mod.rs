@@ -208,6 +208,7 @@ impl DiskSnapshotter for FakeBackend {
             virtual_size: 4096,
             created: Timestamp::UNIX_EPOCH,
             vm_state_size: 0,
+            identity: None,
         });
         let layer = Layer {
             name: record.active.clone(),
@@ -244,11 +245,11 @@ impl DiskSnapshotter for FakeBackend {
                 created: Timestamp::UNIX_EPOCH,
                 description: String::new(),
                 consistency: Consistency::Unknown,
-                disks: vec![DiskPoint {
-                    target: record.disk.target.clone(),
-                    point: Point::internal(record.active.clone(), tag.clone()),
-                    virtual_size: 4096,
-                }],
+                disks: vec![DiskPoint::new(
+                    record.disk.target.clone(),
+                    Point::internal(record.active.clone(), tag.clone()),
+                    4096,
+                )],
                 memory: None,
                 machine: None,
                 skipped: Vec::new(),

@@ -145,16 +145,8 @@ fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
         description: "it's \"quoted\"\n".to_owned(),
         consistency: Consistency::Clean,
         disks: vec![
-            DiskPoint {
-                target: target("vda"),
-                point: Point::external(layer(number)),
-                virtual_size: u64::from(number),
-            },
-            DiskPoint {
-                target: target("vdb"),
-                point: Point::internal(layer(0), "tag"),
-                virtual_size: (1 << 63) - 1,
-            },
+            DiskPoint::new(target("vda"), Point::external(layer(number)), u64::from(number)),
+            DiskPoint::new(target("vdb"), Point::internal(layer(0), "tag"), (1 << 63) - 1),
         ],
         memory: (number > 1).then(|| MemoryPoint {
             file: format!("/memory/{number}").into(),
