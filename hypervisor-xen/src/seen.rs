@@ -138,6 +138,7 @@ fn seen_disk(disk: &XenDisk) -> SeenDisk {
         left_out,
         guest_writes: disk.writable,
         member: None,
+        no_internal: None,
     }
 }
 
@@ -203,6 +204,7 @@ fn other_storage(config: &Value) -> Vec<SeenDisk> {
             left_out: Some(why.to_owned()),
             guest_writes: true,
             member: None,
+            no_internal: None,
         });
     };
     for (number, entry) in listed(&config["disks"]).iter().enumerate() {

@@ -410,6 +410,9 @@ pub struct SeenDisk {
     /// The domain's disk that it is, where a domain was asked about.
     #[serde(skip)]
     pub member: Option<Target>,
+    /// Why the hypervisor takes no internal snapshot of it while the domain runs. Absent: it does, where its format has them.
+    #[serde(skip)]
+    pub no_internal: Option<String>,
 }
 
 /// A running domain as its hypervisor describes it.

@@ -412,6 +412,191 @@ fn throttle_and_node_options_survive_snapshots() -> Result<()> {
     qemu.quit()
 }
 
+/// Words for a disk `ID` with the image `ID.qcow2` and filters above it, the lowest first. A `target` has the image `ID-t.qcow2`.
+fn filtered(id: &str, filters: &[&str]) -> Vec<String> {
+    let file = |name: &str| format!("driver=qcow2,file.driver=file,file.filename=DIR/{name}.qcow2");
+    let mut words = vec!["-blockdev".to_owned(), format!("{},node-name={id}-0", file(id))];
+    for (place, filter) in filters.iter().enumerate() {
+        let target = format!("{id}-t");
+        if filter.contains("target=") {
+            words.extend(["-blockdev".to_owned(), format!("{},node-name={target}", file(&target))]);
+        }
+        let filter = filter.replace("BELOW", &format!("{id}-{place}")).replace("TARGET", &target);
+        words.extend(["-blockdev".to_owned(), format!("{filter},node-name={id}-{}", place + 1)]);
+    }
+    let device = format!("virtio-blk-pci,drive={id}-{},id={id}", filters.len());
+    words.extend(["-device".to_owned(), device]);
+    words
+}
+
+const COPIES: &str = "driver=copy-before-write,file=BELOW,target=TARGET";
+const WAITS: &str = "driver=throttle,throttle-group=t,file=BELOW";
+const COMPRESSES: &str = "driver=compress,file=BELOW";
+const GROUP: [&str; 2] = ["-object", "throttle-group,id=t,x-bps-total=99999999"];
+
+/// Filters that pass everything through stay above the disk, whatever is done below them; through `copy-before-write` QEMU takes
+/// no internal snapshot, which is known before, and ours deletes one that is there already.
+#[test]
+fn filters_that_pass_through_are_kept() -> Result<()> {
+    let stacks: [(&str, &[&str]); 4] = [
+        ("copied", &[COPIES]),
+        ("throttled-copied", &[WAITS, COPIES]),
+        ("copied-throttled", &[COPIES, WAITS]),
+        ("compressed", &[COMPRESSES, WAITS]),
+    ];
+    let images: Vec<String> = stacks
+        .iter()
+        .flat_map(|(id, _)| [format!("{id}.qcow2"), format!("{id}-t.qcow2")])
+        .chain(["d.qcow2".to_owned()])
+        .collect();
+    let place = Place::new(&images.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let words: Vec<String> = GROUP
+        .map(str::to_owned)
+        .into_iter()
+        .chain(stacks.iter().flat_map(|(id, filters)| filtered(id, filters)))
+        .collect();
+    let qemu = place.start("m", &words.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    let write = |pattern: u8| stacks.iter().try_for_each(|(id, _)| qemu.write(id, pattern));
+    write(1)?;
+    domsnap.done(&["create", &address, "s1", "--external"])?;
+    write(2)?;
+    refused(
+        domsnap.run(&["create", &address, "inside", "--internal"])?,
+        &["copied", "copy-before-write filter", "takes no internal snapshot", "=external"],
+    )?;
+    ensure!(qemu.state()? == "running");
+    domsnap.done(&["create", &address, "s2", "--external", "--disk-only"])?;
+    write(3)?;
+    for (name, pattern) in [("s1", 1), ("s2", 2)] {
+        let reverted = domsnap.done(&["revert", &address, name])?;
+        ensure!(reverted.stdout.contains("copied: its copy-before-write filter copied-1"), "{reverted}");
+        for (id, _) in stacks {
+            qemu.flush(id)?;
+            ensure!(has_pattern(Path::new(&place.file(&format!("{id}.qcow2"))), pattern)?, "{id}: {name}");
+        }
+    }
+    domsnap.done(&["delete", &address, "s1"])?;
+    domsnap.done(&["delete", &address, "s2"])?;
+    let devices = qemu.qmp("query-block", json!({}))?;
+    for (id, filters) in stacks {
+        let top = node_of(&qemu, &format!("/machine/peripheral/{id}/virtio-backend"))?;
+        ensure!(top == format!("{id}-{}", filters.len()), "{id}: {devices}");
+        ensure!(has_pattern(Path::new(&place.file(&format!("{id}.qcow2"))), 2)?, "{id}");
+    }
+
+    // The backup tool comes when internal snapshots are there.
+    let made = domsnap.done(&["create", &address, "i1", "--disk-only", "--disk", "vda=internal"])?;
+    ensure!(made.stdout.contains("copied: the snapshot is external: QEMU takes no internal"), "{made}");
+    domsnap.done(&["create", &address, "i2", "--external"])?;
+    domsnap.done(&["create", &address, "i3", "--disk-only", "--disk", "vda=internal"])?;
+    let vda = "/machine/peripheral/vda/virtio-backend";
+    let below = node_of(&qemu, vda)?;
+    let drive = |node: &str| {
+        qemu.qmp("qom-set", json!({ "path": "/machine/peripheral/vda", "property": "drive", "value": node }))
+    };
+    qemu.qmp("blockdev-add", json!({ "driver": "blkdebug", "node-name": "debug", "image": below }))?;
+    drive("debug")?;
+    for words in [&["revert", &address, "i3"][..], &["delete", &address, "i1"]] {
+        refused(domsnap.run(words)?, &["vda", "blkdebug filter"]).with_context(|| format!("{words:?}"))?;
+    }
+    domsnap.done(&["recover", &address])?;
+    drive(&below)?;
+    qemu.qmp("blockdev-del", json!({ "node-name": "debug" }))?;
+    let copies =
+        json!({ "driver": "copy-before-write", "node-name": "copies", "file": below, "target": "kept" });
+    qemu.qmp(
+        "blockdev-add",
+        json!({ "driver": "null-co", "node-name": "kept", "size": 1 << 20, "read-zeroes": true }),
+    )?;
+    qemu.qmp("blockdev-add", copies)?;
+    drive("copies")?;
+    domsnap.done(&["revert", &address, "i3"])?;
+    for name in ["i3", "i1", "i2"] {
+        domsnap.done(&["delete", &address, name])?;
+    }
+    let checked = domsnap.done(&["check", &address])?;
+    ensure!(!checked.stdout.contains("warning"), "{checked}");
+    qemu.quit()
+}
+
+/// A filter that does more, one below the format, and a backup that reads what a filter keeps, are refused by name: with memory and
+/// without, before anything is made.
+#[test]
+fn filters_that_do_more_are_refused_by_name() -> Result<()> {
+    let below = |filter: &str, child: &str| {
+        format!("driver=qcow2,file.driver={filter},file.{child}.driver=file,file.{child}.filename=DIR/")
+    };
+    let ids =
+        ["pre", "debug", "log", "cor", "raw", "fleeced", "exported", "pre-below", "debug-below", "middle"];
+    let words: [(&str, &[&str], &str); 7] = [
+        ("pre", &["driver=preallocate,file=BELOW"], "preallocate filter"),
+        ("debug", &[WAITS, "driver=blkdebug,image=BELOW"], "blkdebug filter"),
+        ("log", &["driver=blklogwrites,file=BELOW,log=TARGET"], "blklogwrites filter"),
+        ("cor", &["driver=copy-on-read,file=BELOW"], "copy-on-read filter"),
+        ("raw", &["driver=raw,file=BELOW"], "no file that has a name"),
+        ("fleeced", &[COPIES], "the node reads uses"),
+        ("exported", &[COPIES], "an export of this QEMU uses exported-t"),
+    ];
+    let images: Vec<String> = ids
+        .iter()
+        .flat_map(|id| [format!("{id}.qcow2"), format!("{id}-t.qcow2")])
+        .chain(["d.qcow2".to_owned()])
+        .collect();
+    let place = Place::new(&images.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let mut all: Vec<String> = GROUP.map(str::to_owned).into();
+    for (id, filters, _) in &words {
+        let mut more = filtered(id, filters);
+        // What `log=` names.
+        if *id == "log" {
+            let target = "driver=file,filename=DIR/log-t.qcow2,node-name=log-t".to_owned();
+            more.splice(2..2, ["-blockdev".to_owned(), target]);
+        }
+        all.extend(more);
+    }
+    let fleece =
+        "driver=qcow2,file.driver=file,file.filename=DIR/middle-t.qcow2,backing=fleeced-0,node-name=reads";
+    let base = "driver=qcow2,file.driver=file,file.filename=DIR/middle.qcow2,node-name=middle-b";
+    let middle =
+        "driver=qcow2,file.driver=file,file.filename=DIR/cor-t.qcow2,backing=middle-f,node-name=middle-0";
+    for (option, value) in [
+        ("-blockdev", fleece.to_owned()),
+        ("-blockdev", format!("{}pre-below.qcow2,node-name=pre-below-0", below("preallocate", "file"))),
+        ("-blockdev", format!("{}debug-below.qcow2,node-name=debug-below-0", below("blkdebug", "image"))),
+        ("-blockdev", base.to_owned()),
+        ("-blockdev", "driver=throttle,throttle-group=t,file=middle-b,node-name=middle-f".to_owned()),
+        ("-blockdev", middle.to_owned()),
+        ("-device", "virtio-blk-pci,drive=pre-below-0,id=pre-below".to_owned()),
+        ("-device", "virtio-blk-pci,drive=debug-below-0,id=debug-below".to_owned()),
+        ("-device", "virtio-blk-pci,drive=middle-0,id=middle".to_owned()),
+    ] {
+        all.extend([option.to_owned(), value]);
+    }
+    let qemu = place.start("m", &all.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let server = json!({ "addr": { "type": "unix", "data": { "path": place.file("n.sock") } } });
+    qemu.qmp("nbd-server-start", server)?;
+    qemu.qmp("block-export-add", json!({ "type": "nbd", "id": "x", "node-name": "exported-t" }))?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    for more in [&[][..], &["--disk-only", "--external"]] {
+        let outcome =
+            domsnap.run(&[&["create", &address, "s"], more].concat())?.expect_status(status::REFUSED)?;
+        let named = |id: &str, why: &str| {
+            let begin = format!("{id} (");
+            let part = outcome.stderr.split("; ").find(|part| part.contains(&begin));
+            ensure!(part.is_some_and(|part| part.contains(why)), "{id}: {why:?} is not in {outcome}");
+            Ok(())
+        };
+        for (id, _, why) in &words {
+            named(id, why)?;
+        }
+        named("pre-below", "preallocate filter below")?;
+        named("debug-below", "blkdebug filter below")?;
+        named("middle", "throttle filter below")?;
+        ensure!(outcome.stderr.contains("no changes made"), "{outcome}");
+    }
+    qemu.quit()
+}
+
 /// A slot that a disk can be plugged into.
 const SLOTS: [&str; 6] = [
     "-device",

@@ -62,6 +62,7 @@ pub(super) async fn shared(machine: &Machine, process: &Process, devices: &[Devi
             Kind::Other => {}
         }
     }
+    shared.extend(served_by_network(&process.command_line));
     Ok(Shared { nowhere: shared, in_memory })
 }
 
@@ -116,7 +117,33 @@ pub(crate) fn shared_by(command: &[String]) -> Shared {
             .filter_map(|share| share.path)
             .map(|path| format!("the shared directory {path} (9p)")),
     );
+    shared.extend(served_by_network(command));
     Shared { nowhere: shared, in_memory }
+}
+
+/// The directories that QEMU serves to the guest over its own network (`-netdev user,smb=DIRECTORY`). What it serves by TFTP
+/// the guest can only read.
+fn served_by_network(command: &[String]) -> Vec<String> {
+    let mut served = Vec::new();
+    for pair in command.windows(2) {
+        let (Some(option), value) = (pair[0].strip_prefix('-'), &pair[1]) else { continue };
+        if !matches!(option.trim_start_matches('-'), "netdev" | "nic" | "net") {
+            continue;
+        }
+        let directory = match value.starts_with('{') {
+            true => serde_json::from_str::<Value>(value)
+                .ok()
+                .and_then(|value| value["smb"].as_str().map(str::to_owned)),
+            // A doubled comma is one of a value.
+            false => {
+                let value = value.replace(",,", "\u{0}");
+                let part = value.split(',').find_map(|part| part.strip_prefix("smb="));
+                part.map(|directory| directory.replace('\u{0}', ","))
+            }
+        };
+        served.extend(directory.map(|directory| format!("the shared directory {directory} (SMB)")));
+    }
+    served
 }
 
 enum Kind {
@@ -214,5 +241,8 @@ mod tests {
         );
         assert_eq!(told(&["-device", r#"{"driver":"ivshmem-plain"}"#]), ["shared memory (ivshmem-plain)"]);
         assert!(told(&["-device", "virtio-blk-pci,drive=d"]).is_empty());
+        assert_eq!(told(&["-netdev", "user,id=n,smb=/a,,b,tftp=/t"]), ["the shared directory /a,b (SMB)"]);
+        let json = ["-netdev", r#"{"type":"user","id":"n","smb":"/s"}"#, "-nic", "user,tftp=/t"];
+        assert_eq!(told(&json), ["the shared directory /s (SMB)"]);
     }
 }

@@ -9,6 +9,7 @@ use super::{Graph, Node};
 use crate::{
     discover::Given,
     error::{Error, ErrorKind, Result},
+    jobs,
     machine::Machine,
     name::Name,
 };
@@ -342,8 +343,16 @@ pub async fn delete_internal(machine: &Machine, device: &str, tag: &str) -> Resu
     if !there {
         return Ok(false);
     }
-    let arguments = json!({ "device": graph.top_of(root), "name": tag });
     let subject = format!("{tag} of {device}");
+    if graph.keeps_internal_off(root).is_some() {
+        // Such a filter lets nothing through to its image; this job names the image itself.
+        let job = Name::job();
+        let arguments = json!({ "job-id": job.as_str(), "tag": tag, "devices": [root] });
+        machine.run(attempted, &subject, "snapshot-delete", arguments).await?;
+        jobs::finish(machine, &job, |_| {}).await?;
+        return Ok(true);
+    }
+    let arguments = json!({ "device": graph.top_of(root), "name": tag });
     machine.run(attempted, &subject, "blockdev-snapshot-delete-internal-sync", arguments).await?;
     Ok(true)
 }

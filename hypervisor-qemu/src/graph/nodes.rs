@@ -14,20 +14,44 @@ use crate::{
     machine::Machine,
 };
 
-/// Filters that QEMU puts into the graph for a job.
-const JOB_FILTERS: [&str; 4] = ["commit_top", "mirror_top", "copy-before-write", "preallocate"];
+/// Filters that only QEMU makes, for a job.
+const JOB_FILTERS: [&str; 2] = ["commit_top", "mirror_top"];
 
-/// Filters that a user puts above an image: what they filter is below them as their file.
-const FILTERS: [&str; 4] = ["throttle", "copy-on-read", "compress", "blklogwrites"];
+/// Filters that a user puts above an image. The last may be a job's too.
+const FILTERS: [&str; 8] = [
+    "throttle",
+    "copy-on-read",
+    "compress",
+    "blklogwrites",
+    "preallocate",
+    "blkdebug",
+    "blkreplay",
+    COPY_BEFORE_WRITE,
+];
 
-/// Whether a node of this driver is no image, but filters the one below it.
+/// The filter that keeps, in a target, what the guest overwrites: of a backup job, or of a backup tool.
+pub(crate) const COPY_BEFORE_WRITE: &str = "copy-before-write";
+
+/// Returns true if a node of this driver is no image, but filters the one below it.
 pub(crate) fn is_filter(driver: &str) -> bool {
-    FILTERS.contains(&driver) || JOB_FILTERS.contains(&driver)
+    FILTERS.contains(&driver) || is_job_filter(driver)
 }
 
-/// Whether a filter of this driver only lets the guest wait.
-pub(crate) fn is_throttle(driver: &str) -> bool {
-    driver == "throttle"
+/// Returns true if only a job of QEMU's has such a filter.
+pub(crate) fn is_job_filter(driver: &str) -> bool {
+    JOB_FILTERS.contains(&driver)
+}
+
+/// Returns true if a filter of this driver passes everything through that matters to a snapshot, so that images can be
+/// exchanged below it. Not so `copy-on-read`, which may hold on to its images, and those that log or check each write.
+pub(crate) fn passes_through(driver: &str) -> bool {
+    matches!(driver, "throttle" | "compress" | COPY_BEFORE_WRITE)
+}
+
+/// Returns true if QEMU takes internal snapshots through a filter of this driver. It does not where the filter has a second
+/// node below itself, which would need a snapshot too.
+fn passes_internal_snapshots(driver: &str) -> bool {
+    driver != COPY_BEFORE_WRITE
 }
 
 /// No chain has more layers, and no walk is longer.
@@ -141,16 +165,16 @@ impl Graph {
             }
         }
         let mut graph = Self { nodes, edges, roots: HashMap::new(), drives };
-        graph.roots = roots.into_iter().map(|(name, root)| (name, graph.below_throttle(root))).collect();
+        graph.roots = roots.into_iter().map(|(name, root)| (name, graph.below_filters(root))).collect();
         Ok(graph)
     }
 
-    /// The node that a user's throttle filter is on, or the node itself. Such a filter is a part of the device: what is done
-    /// to the disk is done below it, and it stays.
-    fn below_throttle(&self, root: String) -> String {
+    /// The node that the user's filters are on, or the node itself. A filter that passes everything through is a part of the
+    /// device: what is done to the disk is done below it, and it stays.
+    fn below_filters(&self, root: String) -> String {
         let mut at = root;
         for _ in 0..LONGEST_CHAIN {
-            match self.node(&at).filter(|node| is_throttle(&node.driver)).and_then(|_| self.backing(&at)) {
+            match self.node(&at).filter(|node| passes_through(&node.driver)).and_then(|_| self.backing(&at)) {
                 Some(below) => at = below.to_owned(),
                 None => break,
             }
@@ -158,20 +182,46 @@ impl Graph {
         at
     }
 
-    /// The topmost of the throttle filters on a node, or the node itself: jobs and internal snapshots are asked for by the
-    /// node that no other node is above, which QEMU calls a root node.
+    /// The filters on a node that pass everything through, the topmost last.
+    pub(crate) fn filters_on(&self, name: &str) -> Vec<&Node> {
+        let (mut filters, mut at): (Vec<&Node>, &str) = (Vec::new(), name);
+        while let Some(filter) = self
+            .users(at)
+            .filter(|edge| edge.role == "file")
+            .filter_map(|edge| self.node(&edge.parent))
+            .find(|node| passes_through(&node.driver))
+            .filter(|_| filters.len() < LONGEST_CHAIN)
+        {
+            filters.push(filter);
+            at = &filter.name;
+        }
+        filters
+    }
+
+    /// The topmost of the filters on a node that pass everything through, or the node itself: jobs and internal snapshots are
+    /// asked for by the node that no other node is above, which QEMU calls a root node.
     pub(crate) fn top_of<'a>(&'a self, name: &'a str) -> &'a str {
-        let mut at = name;
-        for _ in 0..LONGEST_CHAIN {
-            let above = self.users(at).find(|edge| {
-                self.node(&edge.parent).is_some_and(|node| is_throttle(&node.driver)) && edge.role == "file"
-            });
-            match above {
-                Some(edge) => at = &edge.parent,
-                None => break,
+        self.filters_on(name).last().map_or(name, |filter| filter.name.as_str())
+    }
+
+    /// The filter on a node through which QEMU takes and deletes no internal snapshot.
+    pub(crate) fn keeps_internal_off(&self, name: &str) -> Option<&Node> {
+        self.filters_on(name).into_iter().find(|filter| !passes_internal_snapshots(&filter.driver))
+    }
+
+    /// All nodes below a node, that one too; what a filter keeps elsewhere (its target) is not below it.
+    pub(crate) fn all_below<'a>(&'a self, top: &'a str) -> Vec<&'a str> {
+        let mut all = vec![top];
+        let mut seen = 0;
+        while let Some(at) = all.get(seen).copied() {
+            seen += 1;
+            for edge in self.edges.iter().filter(|edge| edge.parent == at && edge.role != "target") {
+                if !all.contains(&edge.child.as_str()) {
+                    all.push(&edge.child);
+                }
             }
         }
-        at
+        all
     }
 
     /// All nodes.
@@ -202,7 +252,7 @@ impl Graph {
         })
     }
 
-    /// The topmost node of a device that is not a throttle filter, by its id (`vda`), its drive's name, its path in
+    /// The topmost node of a device that is not a filter which passes everything through, by its id (`vda`), its drive's name, its path in
     /// QOM, or the node's own name.
     pub fn root(&self, device: &str) -> Option<&str> {
         let root = self.roots.get(device).map(String::as_str);
@@ -216,7 +266,7 @@ impl Graph {
         for _ in 0..LONGEST_CHAIN {
             let edge = self.edges.iter().find(|edge| edge.parent == at && edge.role == role)?;
             at = edge.child.as_str();
-            let filter = self.node(at).is_some_and(|node| JOB_FILTERS.contains(&node.driver.as_str()));
+            let filter = self.node(at).is_some_and(|node| is_job_filter(&node.driver));
             if !filter {
                 return Some(at);
             }
@@ -232,9 +282,11 @@ impl Graph {
     /// What a node stands on: its backing image's node; of a filter (`throttle`, ...), the filtered one.
     pub fn backing<'a>(&'a self, name: &'a str) -> Option<&'a str> {
         let filter = self.node(name).is_some_and(|node| is_filter(&node.driver));
-        // Most filters have what they filter as their file; those of commit and mirror jobs as their backing image.
-        let file = filter && self.edges.iter().any(|edge| edge.parent == name && edge.role == "file");
-        self.below(name, if file { "file" } else { "backing" })
+        // Most filters have what they filter as their file; those of commit and mirror jobs as their backing image; blkdebug and
+        // blkreplay as an image.
+        let has = |role: &&str| self.edges.iter().any(|edge| edge.parent == name && edge.role == *role);
+        let role = ["file", "image"].into_iter().find(has).filter(|_| filter);
+        self.below(name, role.unwrap_or("backing"))
     }
 
     /// The node of the file below a format's node.

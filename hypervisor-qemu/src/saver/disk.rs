@@ -99,8 +99,11 @@ pub(super) struct OpenChain {
     pub(super) placeholder: Option<String>,
     /// The images, the active one first. Filters are left out, and so is the placeholder.
     pub(super) layers: Vec<OpenLayer>,
-    /// The driver of a filter on top that is more than a throttle: below it nothing can be put.
+    /// The driver of a filter on top below which nothing can be put.
     pub(super) filter: Option<String>,
+    /// The driver of a filter between two images, or between an image and its file: it would be lost where they are opened
+    /// again.
+    pub(super) inner_filter: Option<String>,
 }
 
 impl OpenChain {
@@ -121,12 +124,16 @@ impl OpenChain {
                 continue;
             }
             if graph::is_filter(&node.driver) {
-                if open.layers.is_empty() && !graph::is_throttle(&node.driver) {
-                    open.filter = Some(node.driver.clone());
+                let of = if open.layers.is_empty() { &mut open.filter } else { &mut open.inner_filter };
+                if of.is_none() && (!open.layers.is_empty() || !graph::passes_through(&node.driver)) {
+                    *of = Some(node.driver.clone());
                 }
                 continue;
             }
             let below = graph.file(&node.name).and_then(|file| graph.node(file)).unwrap_or(node);
+            if graph::is_filter(&below.driver) {
+                open.inner_filter.get_or_insert_with(|| below.driver.clone());
+            }
             let file = view.file(below);
             let identity = file.as_deref().and_then(|file| view.identity(file));
             open.layers.push(OpenLayer { node: node.clone(), file, identity });

@@ -189,6 +189,22 @@ impl Live {
         })
     }
 
+    /// A note for each disk whose content was exchanged below a filter that copies what is overwritten.
+    async fn copies_left_behind(&self, targets: impl Iterator<Item = &Target>) -> Result<Vec<String>> {
+        let graph = self.machine.graph().await.map_err(told)?;
+        let mut notes = Vec::new();
+        for disk in targets.filter_map(|target| self.disk_of(target)) {
+            let filters = graph.root(&disk.device).map(|root| graph.filters_on(root)).unwrap_or_default();
+            for filter in filters.iter().filter(|filter| filter.driver == graph::COPY_BEFORE_WRITE) {
+                notes.push(format!(
+                    "{}: its {} filter {} copied nothing of what was exchanged below it: a backup must not use its target",
+                    disk.target, filter.driver, filter.name
+                ));
+            }
+        }
+        Ok(notes)
+    }
+
     /// Sets the guest's clock after memory was loaded; gives what the user should know.
     pub(super) async fn set_clock(&self) -> Option<String> {
         set_clock(&self.machine, self.agent.as_ref()).await
@@ -393,12 +409,13 @@ impl LiveDomain for Live {
                 }
             }
             DomainStep::OpenWindow { disks, .. } => window::open(self, disks).await?,
-            DomainStep::Attach { disks, .. } => {
+            DomainStep::Attach { disks, anew } => {
                 window::attach(self, disks, context.chains).await?;
-                return Ok(Facts {
-                    notes: self.lost_options(disks.iter()).into_iter().collect(),
-                    ..Facts::default()
-                });
+                let mut notes: Vec<String> = self.lost_options(disks.iter()).into_iter().collect();
+                if anew.is_some() {
+                    notes.extend(self.copies_left_behind(disks.iter()).await?);
+                }
+                return Ok(Facts { notes, ..Facts::default() });
             }
             DomainStep::Media { media } => {
                 media::put_back(&self.machine, media).await?;

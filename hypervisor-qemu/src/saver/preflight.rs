@@ -20,7 +20,7 @@ use std::{
 use serde_json::json;
 use snapcore::{
     DiskInstant, DomainStep, Edit, Error, ErrorKind, OpenChain, Plan, PlannedStep, PowerAfter, Quiesce,
-    Result, Target,
+    Result, SeenDisk, Target,
 };
 
 use super::{
@@ -80,8 +80,9 @@ async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
     let (mut disks, mut memory) = (false, false);
     for planned in &plan.steps {
         match domain_step(planned) {
-            Some(DomainStep::Instant { memory: wanted, quiesce, running, .. }) => {
+            Some(DomainStep::Instant { disks: taken, memory: wanted, quiesce, running, .. }) => {
                 disks = true;
+                refuse_internal(live, &taken).await?;
                 memory |= wanted.is_some();
                 if quiesce == Quiesce::Require
                     && wanted.is_none()
@@ -90,7 +91,10 @@ async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
                     return Err(error.context("the snapshot must be quiesced"));
                 }
             }
-            Some(DomainStep::OpenWindow { .. }) => disks = true,
+            Some(DomainStep::OpenWindow { disks: detached, .. }) => {
+                disks = true;
+                refuse_unfit(live, &detached)?;
+            }
             Some(DomainStep::Continue { reset: true, power, .. })
                 if power != Some(PowerAfter::Off) && Process::read(machine).ends_at_reboot() =>
             {
@@ -113,6 +117,36 @@ async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
     permits.disks.map_err(|refusal| told(machine.refused(attempted, &state, refusal)))?;
     if memory {
         permits.memory.map_err(|refusal| told(machine.refused(attempted, &state, refusal)))?;
+    }
+    Ok(())
+}
+
+/// Refuses to detach a disk that could not be attached as it is open now.
+fn refuse_unfit(live: &Live, targets: &[Target]) -> Result<()> {
+    let is_one = |disk: &&SeenDisk| disk.member.as_ref().is_some_and(|member| targets.contains(member));
+    for disk in live.seen.disks.iter().filter(is_one) {
+        let Some(why) = &disk.left_out else { continue };
+        let detail = format!("disk {} ({}) cannot be detached: {why}", disk.target, disk.path);
+        return Err(Error::new(ErrorKind::Refused, detail)
+            .advise("change that and try again, or shut the domain down first"));
+    }
+    Ok(())
+}
+
+/// Refuses internal snapshots that QEMU does not take because of a filter above the image.
+async fn refuse_internal(live: &Live, disks: &[(Target, DiskInstant)]) -> Result<()> {
+    let graph = live.machine.graph().await.map_err(told)?;
+    for (target, _) in disks.iter().filter(|(_, take)| matches!(take, DiskInstant::Internal { .. })) {
+        let Some(disk) = live.disk_of(target) else { continue };
+        let Some(filter) = graph.root(&disk.device).and_then(|root| graph.keeps_internal_off(root)) else {
+            continue;
+        };
+        let detail = format!(
+            "disk {target} has the {} filter {} on top, through which QEMU takes no internal snapshot",
+            filter.driver, filter.name
+        );
+        return Err(Error::new(ErrorKind::Refused, detail)
+            .advise(format!("take an external snapshot of it, with --disk {target}=external")));
     }
     Ok(())
 }

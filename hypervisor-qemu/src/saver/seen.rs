@@ -10,8 +10,9 @@ use super::disk::{OpenChain, View, target_name};
 use crate::{
     discover::{BlockDevice, Discovery, Given, Process, Role, shared_by},
     error::Result,
-    graph::Graph,
+    graph::{self, Edge, Graph},
     machine::Machine,
+    name::is_ours,
 };
 
 /// The guest agent's port, by the name that the agent in the guest looks for.
@@ -81,6 +82,12 @@ fn disks(discovery: &Discovery, view: &View, graph: &Graph) -> Vec<SeenDisk> {
             left_out,
             guest_writes: drive.guest_writes(),
             member: None,
+            no_internal: image.and_then(|layer| graph.keeps_internal_off(&layer.node.name)).map(|filter| {
+                format!(
+                    "QEMU takes no internal snapshot through its {} filter {}",
+                    filter.driver, filter.name
+                )
+            }),
         });
     }
     // Devices whose disk another process serves: QEMU's block layer does not know of them.
@@ -95,6 +102,7 @@ fn disks(discovery: &Discovery, view: &View, graph: &Graph) -> Vec<SeenDisk> {
             left_out: Some(format!("its disk is served by {server}, not by QEMU")),
             guest_writes: true,
             member: None,
+            no_internal: None,
         });
     }
     disks
@@ -192,8 +200,9 @@ fn unfit(
         return None;
     }
     // Jobs of ours are finished or cancelled by a recovery before anything is done, and their filters go with them.
-    let nodes = drive.chain.iter().map(|layer| layer.node.name.as_str());
-    let jobs = nodes.flat_map(|node| graph.users(node)).filter(|edge| edge.parent_type == "block-job");
+    let nodes = drive.root().map(|root| graph.all_below(root)).unwrap_or_default();
+    let jobs =
+        nodes.into_iter().flat_map(|node| graph.users(node)).filter(|edge| edge.parent_type == "block-job");
     let (ours, others): (Vec<&str>, Vec<&str>) =
         jobs.map(|edge| edge.parent.as_str()).partition(|job| job.starts_with("domsnap-"));
     if let Some(job) = others.first() {
@@ -208,6 +217,14 @@ fn unfit(
             }
             _ => format!("its top node is a {filter} filter, below which nothing can be put"),
         });
+    }
+    if let Some(filter) = open.inner_filter.as_ref().filter(|_| ours.is_empty()) {
+        return Some(format!(
+            "there is a {filter} filter below its active image, which would be lost where the images are opened again"
+        ));
+    }
+    if let Some(why) = is_shared(open, graph) {
+        return Some(why);
     }
     if let Some(device) = drive.passes_through(&discovery.devices) {
         return Some(format!("a {device} device hands the host's own device to the guest"));
@@ -226,6 +243,45 @@ fn unfit(
         );
     }
     None
+}
+
+/// Why images cannot be exchanged below the filters of a drive, or at its top: other nodes use them too.
+fn is_shared(open: &OpenChain, graph: &Graph) -> Option<String> {
+    let named = |user: &Edge| match user.parent.as_str() {
+        "" => "an export of this QEMU".to_owned(),
+        name => name.to_owned(),
+    };
+    let active = open.root()?.node.name.as_str();
+    let filters = graph.filters_on(active);
+    for filter in &filters {
+        let (driver, name) = (&filter.driver, &filter.name);
+        if let [_, other, ..] = graph.users(name).collect::<Vec<_>>()[..] {
+            let other = named(other);
+            return Some(format!("its {driver} filter {name} is used by {other} too: end that first"));
+        }
+        // What a backup reads.
+        let targets = graph.edges().iter().filter(|edge| edge.parent == *name && edge.role == "target");
+        for target in targets.map(|edge| &edge.child) {
+            if let Some(reader) = graph.users(target).find(|user| user.parent != *name) {
+                let reader = named(reader);
+                return Some(format!(
+                    "{reader} uses {target}, where its {driver} filter {name} keeps what the guest overwrites: end the backup first"
+                ));
+            }
+        }
+    }
+    let is_expected = |name: &str| match graph.node(name) {
+        // A device.
+        None => true,
+        // What a crash of ours left goes by itself.
+        Some(node) => {
+            filters.iter().any(|filter| filter.name == name)
+                || graph::is_job_filter(&node.driver)
+                || is_ours(name)
+        }
+    };
+    let other = graph.users(active).find(|user| !is_expected(&user.parent))?;
+    Some(format!("the node {} uses its active image too: delete that node first", other.parent))
 }
 
 /// What is recorded of a machine: the same for every start of it.

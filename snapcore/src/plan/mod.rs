@@ -150,8 +150,20 @@ impl Planner<'_> {
             self.require_new_point(disk)?;
             let keep = self.tree.points(disk.target()).cloned().collect();
             let name = request.name.clone();
-            let ask = DiskRequest::Create { kind, way, name, overlay, keep, stamp: stamp() };
-            let plan = disk.plan(self.domain, &ask).await?;
+            let is_default = kind.is_none() && way.is_none();
+            let mut ask = DiskRequest::Create { kind, way, name, overlay, keep, stamp: stamp() };
+            let mut plan = disk.plan(self.domain, &ask).await?;
+            if let Some(why) = self.seen(disk.target()).and_then(|seen| seen.no_internal.as_ref())
+                && matches!(plan.instant, Some(crate::DiskInstant::Internal { .. }))
+                && is_default
+            {
+                self.can_take(disk, Some(PointKind::External), None)?;
+                if let DiskRequest::Create { kind, .. } = &mut ask {
+                    *kind = Some(PointKind::External);
+                }
+                plan = disk.plan(self.domain, &ask).await?;
+                merged.notes.push(format!("{}: the snapshot is external: {why}", disk.target()));
+            }
             points.push(self.member(disk, &plan)?);
             instants.extend(plan.instant.clone().map(|instant| (disk.target().clone(), instant)));
             merged.add(plan);
@@ -270,6 +282,11 @@ impl Planner<'_> {
             .state("no changes made")
             .advise("revert the disks alone with --off, and start the domain then")),
         }
+    }
+
+    /// A disk as the hypervisor has it, where the domain runs.
+    fn seen(&self, target: &Target) -> Option<&SeenDisk> {
+        self.alive?.seen.disks.iter().find(|disk| disk.member.as_ref() == Some(target))
     }
 
     /// The drives of the running domain that are none of the domain's disks.

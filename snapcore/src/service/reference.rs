@@ -442,6 +442,7 @@ mod tests {
             left_out: left_out.map(str::to_owned),
             guest_writes: left_out.is_none(),
             member: None,
+            no_internal: None,
         }
     }
 
