@@ -754,6 +754,85 @@ fn names_that_qemu_cannot_be_given_are_deferred() -> Result<()> {
     qemu.quit()
 }
 
+/// Waits on a second monitor until the guest is stopped, then locks an image for a moment as a writer.
+fn lock_when_stopped(monitor: &str, image: &str) -> Result<()> {
+    use std::io::{BufRead, BufReader, Write};
+    let mut stream = std::os::unix::net::UnixStream::connect(monitor)?;
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
+    loop {
+        let line = lines.next().context("QEMU closed the monitor")??;
+        if line.contains("\"STOP\"") {
+            break;
+        }
+    }
+    let locked = lock_as_a_writer(image)?;
+    std::thread::sleep(Duration::from_millis(700));
+    drop(locked);
+    Ok(())
+}
+
+/// An image on which another program holds a writer's lock could not be opened again: its holder is named before the guest is
+/// stopped. Where the lock comes later, the revert is rolled back as soon as it goes, and the guest runs on.
+#[test]
+fn images_that_others_lock_are_not_detached() -> Result<()> {
+    let place = Place::new(&["d.qcow2"])?;
+    let second =
+        ["-chardev", "socket,id=m2,path=DIR/m2.qmp,server=on,wait=off", "-mon", "chardev=m2,mode=control"];
+    let qemu = place.start("m", &second)?;
+    let (domsnap, address, image) = (place.domsnap(), qemu.address(), place.file("d.qcow2"));
+    qemu.write("vda", 1)?;
+    domsnap.done(&["create", &address, "s1", "--external"])?;
+    qemu.write("vda", 2)?;
+    domsnap.done(&["create", &address, "s2", "--internal"])?;
+    qemu.write("vda", 3)?;
+    let inode =
+        |path: &Path| std::fs::metadata(path).map(|about| std::os::unix::fs::MetadataExt::ino(&about)).ok();
+    let base = std::fs::read_dir(place.dir.path())?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.to_string_lossy().contains(".ds-") && inode(path) != inode(Path::new(&image)))
+        .context("a frozen layer")?;
+    let holder = format!("process {}", std::process::id());
+    for file in [image.clone(), base.display().to_string()] {
+        let locked = lock_as_a_writer(&file)?;
+        for name in ["s1", "s2"] {
+            refused(domsnap.run(&["revert", &address, name])?, &["vda", "is locked", &holder])
+                .with_context(|| format!("{file}: {name}"))?;
+            ensure!(qemu.state()? == "running", "the guest is stopped for nothing");
+        }
+        drop(locked);
+    }
+    // How fast the other program is decides whether it comes in between.
+    let mut met = false;
+    for _ in 0..10 {
+        let (monitor, file) = (place.file("m2.qmp"), image.clone());
+        let other = std::thread::spawn(move || lock_when_stopped(&monitor, &file));
+        let reverted = domsnap.run(&["revert", &address, "s1"])?;
+        other.join().map_err(|_| anyhow::anyhow!("the other program"))??;
+        qemu.wait_state("running")?;
+        met = reverted.status != Some(status::DONE);
+        if met {
+            reverted.expect_status(status::FAILED)?;
+            domsnap.done(&["recover", &address])?;
+            break;
+        }
+        qemu.write("vda", 3)?;
+    }
+    if !met {
+        eprintln!("no lock came while the disk was detached: that half was not tried");
+    }
+    qemu.flush("vda")?;
+    ensure!(has_pattern(Path::new(&image), 3)?, "the disk is not as before the revert");
+    for (name, pattern) in [("s2", 2), ("s1", 1)] {
+        domsnap.done(&["revert", &address, name])?;
+        qemu.flush("vda")?;
+        ensure!(has_pattern(Path::new(&image), pattern)?, "{name}");
+    }
+    qemu.quit()
+}
+
 /// Shared directories and files that are memory to the guest are named where they are not in a snapshot.
 #[test]
 fn shared_directories_and_mapped_files_are_named() -> Result<()> {

@@ -1,11 +1,21 @@
 //! An operation that is taken back: because something failed before its commit point, or because a crash stopped it there.
 
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep;
+
 use super::Running;
 use crate::catalogue::Change;
 use crate::{
     DomainStep, Edit, Error, ErrorKind, Event, Group, PowerAfter, Result, StepState, StepStatus, Target,
     Transition,
 };
+
+/// How long an image that another program has locked is tried again while a guest waits for its disks.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Between two tries.
+const BETWEEN_TRIES: Duration = Duration::from_millis(100);
 
 impl Running<'_> {
     /// A failure before the commit point: undoes, and makes the error that says so.
@@ -63,7 +73,7 @@ impl Running<'_> {
             let undone = match (&window, target.is_domain()) {
                 (Window::Anew(opened), true) if index == *opened => self.end_new_window().await,
                 (Window::Anew(_) | Window::NotNeeded, true) if self.is_window_step(index) => Ok(Vec::new()),
-                _ => self.undo_step(index).await,
+                _ => self.undo_patiently(index).await,
             };
             match undone {
                 Ok(edits) => {
@@ -112,6 +122,24 @@ impl Running<'_> {
         }
         self.tell(Event::Finished { operation: self.operation.id, happened: false });
         Ok(())
+    }
+
+    /// Undoes a step. In a detached section, where the guest waits for its disks, an image that another program has locked
+    /// since is tried again: programs that look at an image lock it for a moment.
+    async fn undo_patiently(&mut self, index: usize) -> Result<Vec<Edit>> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let error = match self.undo_step(index).await {
+                Ok(edits) => return Ok(edits),
+                Err(error) => error,
+            };
+            // QEMU's own refusal of a locked image has no kind of its own.
+            let is_locked = error.kind() == ErrorKind::Busy || error.to_string().contains("\" lock");
+            if !is_locked || !self.stands_still() || Instant::now() >= until {
+                return Err(error);
+            }
+            sleep(BETWEEN_TRIES).await;
+        }
     }
 
     /// Whether a window of this operation is open in the running domain, before its commit point.

@@ -14,6 +14,9 @@
 //!
 //! Who uses a partition uses the disk. A backend that knows more of its devices (how often one was opened) asks for itself.
 //!
+//! **Locks.** A program may hold QEMU's byte locks on an image that it has open for reading alone. A running QEMU that has the
+//! image open is not hindered, but it could not open it again: so such a holder is refused where the plan detaches the disk.
+//!
 //! **Who matters.** Anyone who can write a layer of the disk. A reader matters where the plan writes the file that he reads in
 //! place (an internal snapshot, a merge into it, a new backing file), unless a running domain writes it anyway; and where the
 //! plan cannot be carried out as long as a device is open ([`crate::DiskSnapshotter::needs_of`]). A reader of a
@@ -39,7 +42,8 @@ use crate::devices::{self, DeviceUse};
 use crate::engine::Watch;
 use crate::hypervisor::{device_identity, is_device};
 use crate::{
-    Domain, Error, ErrorKind, FileIdentity, Hypervisor, Plan, Result, StepNeed, Target, file_identity,
+    Domain, DomainStep, Error, ErrorKind, FileIdentity, Hypervisor, Plan, Result, StepNeed, Target,
+    file_identity,
 };
 
 /// How long a user is looked for again before he counts: a process that was just forked has files of its parent open for a
@@ -66,6 +70,47 @@ struct User {
     /// For people: `process 12 (cp)`, `/dev/loop0`.
     who: String,
     writes: bool,
+    locks: Locks,
+}
+
+/// QEMU's byte locks of a user on a file (`block/file-posix.c`: byte 100 + N stands for a permission that is used, 200 + N for one
+/// that is kept from others).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Locks {
+    /// None that keeps anybody off.
+    #[default]
+    None,
+    /// Those of a reader, who does not share writing.
+    Reader,
+    /// Those of a writer, or one that nobody else can share.
+    Writer,
+}
+
+impl Locks {
+    /// Reads them off `fdinfo`.
+    fn of(info: &str) -> Self {
+        // Consistent read, write and resize.
+        let (uses, keeps) = ([101, 103], [200, 201, 203]);
+        let mut all = Self::None;
+        for line in info.lines().filter_map(|line| line.strip_prefix("lock:")) {
+            let words: Vec<&str> = line.split_ascii_whitespace().collect();
+            let [.., kind, _, _, first, last] = words[..] else { continue };
+            if !words.contains(&"OFDLCK") && !words.contains(&"POSIX") {
+                continue;
+            }
+            let Ok(first) = first.parse::<u64>() else { continue };
+            // `EOF` is no number: up to the end of all files.
+            let last = last.parse::<u64>().unwrap_or(u64::MAX);
+            let covers = |bytes: &[u64]| bytes.iter().any(|byte| (first..=last).contains(byte));
+            if covers(&uses) || kind == "WRITE" && covers(&[100, 200, 201, 203]) {
+                return Self::Writer;
+            }
+            if covers(&keeps) {
+                all = Self::Reader;
+            }
+        }
+        all
+    }
 }
 
 /// What the kernel told.
@@ -102,6 +147,8 @@ pub(super) struct Watched {
     files: HashMap<FileIdentity, (Target, Utf8PathBuf)>,
     /// Those that the plan writes while nobody else writes them.
     in_place: HashSet<FileIdentity>,
+    /// Those that the hypervisor must open again, and whether for writing.
+    reopened: HashMap<FileIdentity, bool>,
     /// Processes that are not somebody else, and leaders of groups of such processes.
     own: HashSet<u32>,
     /// Those that the running domain has open.
@@ -134,8 +181,10 @@ impl Watched {
                 Error::new(ErrorKind::Internal, "looking for users of the images ended early").because(cause)
             })?;
             users.unknown_process = self.unknown_process;
-            let Some(user) =
-                users.found.iter().find(|user| user.writes || self.in_place.contains(&user.file))
+            let Some(user) = users
+                .found
+                .iter()
+                .find(|user| user.writes || self.in_place.contains(&user.file) || self.is_locked_by(user))
             else {
                 let took_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
                 tracing::debug!(
@@ -156,6 +205,14 @@ impl Watched {
             return Err(user.error(&format!("disk {target}: {file}")));
         }
     }
+
+    /// Returns true if the locks of a user would keep the hypervisor from opening a file again.
+    fn is_locked_by(&self, user: &User) -> bool {
+        match (self.reopened.get(&user.file), user.locks) {
+            (None, _) | (_, Locks::None) | (Some(false), Locks::Reader) => false,
+            (Some(true), Locks::Reader) | (Some(_), Locks::Writer) => true,
+        }
+    }
 }
 
 #[async_trait]
@@ -172,10 +229,11 @@ impl Watch for Watched {
 
 impl User {
     fn error(&self, image: &str) -> Error {
-        let uses = match self.writes {
-            true => "is open for writing",
-            false if is_device(self.file) => "is to be changed or closed, and is open",
-            false => "would be changed, and is being read",
+        let uses = match (self.writes, self.locks) {
+            (true, _) => "is open for writing",
+            (false, Locks::Writer | Locks::Reader) => "is locked, so that it could not be opened again,",
+            (false, Locks::None) if is_device(self.file) => "is to be changed or closed, and is open",
+            (false, Locks::None) => "would be changed, and is being read",
         };
         Error::new(ErrorKind::Busy, format!("{image} {uses} by {}", self.who)).state("nothing was touched").advise(
             "stop that program, unmount or detach the device ('losetup -d', 'swapoff'); where it is a virtual machine, take \
@@ -215,11 +273,13 @@ impl Inner {
         let mut watched = Watched {
             files: HashMap::new(),
             in_place: HashSet::new(),
+            reopened: HashMap::new(),
             own: self.registry.processes().into_iter().chain([std::process::id()]).collect(),
             of_domain: HashSet::new(),
             unknown_process: false,
             answered: Mutex::default(),
         };
+        let detached: HashSet<Target> = plan.iter().flat_map(|plan| detached_by(plan)).collect();
         let processes = live.map(|live| live.processes());
         let known = processes.as_ref().is_some_and(|processes| !processes.is_empty());
         watched.own.extend(processes.into_iter().flatten());
@@ -250,6 +310,10 @@ impl Inner {
             });
             for file in layers.chain([disk.path.clone()]) {
                 if let Some(identity) = told_apart(&file) {
+                    if live.is_some() && detached.contains(&disk.target) {
+                        let is_active = file == disk.path;
+                        *watched.reopened.entry(identity).or_default() |= is_active;
+                    }
                     watched.files.entry(identity).or_insert((disk.target.clone(), file));
                 }
             }
@@ -318,6 +382,7 @@ impl Inner {
         let watched = Watched {
             files: HashMap::from([(identity, (target, image.to_owned()))]),
             in_place: HashSet::from([identity]),
+            reopened: HashMap::new(),
             own: HashSet::from([std::process::id()]),
             of_domain: HashSet::new(),
             unknown_process: false,
@@ -339,6 +404,19 @@ impl Inner {
         }
         Ok(None)
     }
+}
+
+/// The disks that a plan takes from a running domain for a while.
+fn detached_by(plan: &Plan) -> Vec<Target> {
+    let steps = plan.steps.iter().filter(|planned| planned.step.target.is_domain());
+    let steps = steps.filter_map(|planned| serde_json::from_value(planned.step.action.clone()).ok());
+    steps
+        .filter_map(|step| match step {
+            DomainStep::OpenWindow { disks, .. } => Some(disks),
+            _ => None,
+        })
+        .flatten()
+        .collect()
 }
 
 /// Everyone who uses one of these files, but the processes `own` and the domain that has `of_domain` open.
@@ -365,7 +443,7 @@ fn users_of(
         }
         for DeviceUse { how, writes } in devices::kernel_use(path).into_iter().chain(xen) {
             let who = format!("this machine itself ({how})");
-            users.found.push(User { file: *file, process: None, who, writes });
+            users.found.push(User { file: *file, process: None, who, writes, locks: Locks::None });
         }
     }
     let files = &files;
@@ -396,7 +474,7 @@ fn users_of(
         let Ok(about) = fs::metadata(file) else { return };
         let file = file_identity(&about);
         if let Some(file) = files.get(&file) {
-            users.found.push(User { file: *file, process: None, who, writes });
+            users.found.push(User { file: *file, process: None, who, writes, locks: Locks::None });
         }
     };
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
@@ -458,18 +536,18 @@ impl Process<'_> {
                 continue;
             };
             let name = name.to_string_lossy();
-            let flags = match fs::read_to_string(format!("/proc/{}/fdinfo/{name}", self.pid)) {
-                Ok(info) => flags_of(&info),
+            let (flags, locks) = match fs::read_to_string(format!("/proc/{}/fdinfo/{name}", self.pid)) {
+                Ok(info) => (flags_of(&info), Locks::of(&info)),
                 // Closed since.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                Err(_) => None,
+                Err(_) => (None, Locks::None),
             };
             let writes = match flags {
                 Some(flags) if flags & ONLY_PATH != 0 => continue,
                 Some(flags) => flags & 0o3 != 0,
                 None => true,
             };
-            found.push(User { file, process: Some(self.pid), who: self.who(), writes });
+            found.push(User { file, process: Some(self.pid), who: self.who(), writes, locks });
         }
         Ok(())
     }
@@ -487,7 +565,8 @@ impl Process<'_> {
             let identity = fs::metadata(by_range).or_else(|_| fs::metadata(mapping.path));
             let file = identity.map_or((mapping.device, mapping.inode), |about| file_identity(&about));
             if let Some(file) = self.files.get(&file).copied() {
-                found.push(User { file, process: Some(self.pid), who: self.who(), writes: mapping.writes });
+                let (writes, locks) = (mapping.writes, Locks::None);
+                found.push(User { file, process: Some(self.pid), who: self.who(), writes, locks });
             }
         }
     }
@@ -644,6 +723,23 @@ mod tests {
         for line in ["7f8e1000-7f8e2000 rw-p 00000000 00:00 0 [heap]", "", "nonsense", "a b c d"] {
             assert_eq!(Mapping::of(line.as_bytes()), None, "{line}");
         }
+    }
+
+    #[test]
+    fn locks_of_images_are_read() {
+        let lock = |kind: &str, first: &str, last: &str| {
+            let of =
+                |words: &str| Locks::of(&format!("pos:\t0\nlock:\t1: {words} -1 fe:00:17 {first} {last}\n"));
+            (of(&format!("OFDLCK ADVISORY  {kind}")), of(&format!("POSIX  ADVISORY  {kind}")))
+        };
+        let both = |locks: Locks| (locks, locks);
+        assert_eq!(lock("READ", "101", "101"), both(Locks::Writer));
+        assert_eq!(lock("READ", "201", "201"), both(Locks::Reader));
+        assert_eq!(lock("READ", "100", "100"), both(Locks::None));
+        assert_eq!(lock("WRITE", "0", "EOF"), both(Locks::Writer));
+        assert_eq!(lock("WRITE", "0", "0"), both(Locks::None));
+        assert_eq!(Locks::of("lock:\t1: FLOCK  ADVISORY  WRITE 81 fe:00:4 0 EOF\n"), Locks::None);
+        assert_eq!(Locks::of("flags:\t0100000\n"), Locks::None);
     }
 
     #[test]
