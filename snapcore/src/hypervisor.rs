@@ -237,6 +237,9 @@ pub struct Medium {
     pub file: Option<String>,
     /// The medium's format, as the hypervisor calls it.
     pub format: String,
+    /// The guest can write it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub writable: bool,
 }
 
 /// One layer of a chain as files, for a hypervisor to open.

@@ -26,6 +26,8 @@ enum How {
     Root,
     /// Lives in a mount namespace that has the image, and nothing else of its directory.
     OneFile,
+    /// May do no more than QEMU's own sandbox permits, which is enough.
+    Sandbox,
 }
 
 struct Words<'a> {
@@ -68,14 +70,14 @@ fn try_one(how: How) -> Result<()> {
         if path.is_file() {
             match how {
                 How::Owner | How::Directory => chown(&path, Some(NOBODY), Some(NOBODY))?,
-                How::User | How::Root | How::OneFile => {}
+                How::User | How::Root | How::OneFile | How::Sandbox => {}
             }
         }
     }
     match how {
         How::Owner => chown(&images, Some(NOBODY), Some(NOBODY))?,
         How::Directory => fs::set_permissions(&images, fs::Permissions::from_mode(0o700))?,
-        How::User | How::Root | How::OneFile => {}
+        How::User | How::Root | How::OneFile | How::Sandbox => {}
     }
     let mut words = vec![
         "-blockdev".to_owned(),
@@ -87,6 +89,10 @@ fn try_one(how: How) -> Result<()> {
     match how {
         How::User | How::Owner | How::Directory => {
             words.extend(["-run-with".to_owned(), "user=nobody".to_owned()]);
+        }
+        How::Sandbox => {
+            let all = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+            words.extend(["-sandbox".to_owned(), all.to_owned()]);
         }
         How::Root => words.extend(["-run-with".to_owned(), format!("chroot={}", jail.display())]),
         How::OneFile => {
@@ -103,7 +109,7 @@ fn try_one(how: How) -> Result<()> {
     let through: Vec<&str> = through.iter().map(String::as_str).collect();
     let qemu = Idle::start_through(&through, Version::New, dir.path(), "m", &words)?;
     let tried = Words { domsnap: &domsnap, qemu: &qemu };
-    let whole = how == How::Owner;
+    let whole = matches!(how, How::Owner | How::Sandbox);
     let if_whole = if whole { status::DONE } else { status::REFUSED };
     // Of one file, a tag is applied in place.
     let in_place = if whole || how == How::OneFile { status::DONE } else { status::REFUSED };
@@ -135,7 +141,7 @@ fn a_qemu_that_cannot_open_loses_nothing() -> Result<()> {
     if !may_mount("tmpfs") {
         return Ok(());
     }
-    for how in [How::User, How::Owner, How::Directory, How::Root, How::OneFile] {
+    for how in [How::User, How::Owner, How::Directory, How::Root, How::OneFile, How::Sandbox] {
         try_one(how).with_context(|| format!("{how:?}"))?;
     }
     Ok(())

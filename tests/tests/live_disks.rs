@@ -597,6 +597,59 @@ fn filters_that_do_more_are_refused_by_name() -> Result<()> {
     qemu.quit()
 }
 
+/// What else of the same QEMU uses an image is found before the guest is stopped; two devices on one image are named as such; and
+/// dirty bitmaps that no file has are told when they are left behind.
+#[test]
+fn images_that_qemu_itself_uses_twice_are_named() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "b.qcow2", "s.qcow2"])?;
+    for image in ["e.qcow2", "f.qcow2"] {
+        let (base, image) = (place.file("b.qcow2"), place.file(image));
+        qemu::img(&["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &image])?;
+    }
+    let words = [
+        "-blockdev",
+        "driver=qcow2,read-only=on,file.driver=file,file.filename=DIR/b.qcow2,node-name=base",
+        "-blockdev",
+        "driver=qcow2,file.driver=file,file.filename=DIR/e.qcow2,node-name=e0,backing=base",
+        "-blockdev",
+        "driver=qcow2,file.driver=file,file.filename=DIR/f.qcow2,node-name=left,backing=base",
+        "-device",
+        "virtio-blk-pci,drive=e0,id=vdb",
+        "-blockdev",
+        "driver=qcow2,file.driver=file,file.filename=DIR/s.qcow2,node-name=s0",
+        "-device",
+        "virtio-blk-pci,drive=s0,id=one,share-rw=on",
+        "-device",
+        "virtio-blk-pci,drive=s0,id=two,share-rw=on",
+    ];
+    let qemu = place.start("m", &words)?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    refused(
+        domsnap.run(&["create", &address, "s"])?,
+        &["one (", "the device two writes the same image", "two (", "the device one writes"],
+    )?;
+    let create = |name: &str, more: &[&str]| {
+        let skip = ["create", &address, name, "--disk", "one=skip", "--disk", "two=skip"];
+        domsnap.done(&[&skip[..], more].concat())
+    };
+    create("s", &["--disk-only"])?;
+    refused(domsnap.run(&["revert", &address, "s"])?, &["left of the same QEMU uses", "vdb"])?;
+    ensure!(qemu.state()? == "running");
+    qemu.qmp("blockdev-del", json!({ "node-name": "left" }))?;
+    domsnap.done(&["revert", &address, "s"])?;
+    let node = node_of(&qemu, "/machine/peripheral/vda/virtio-backend")?;
+    for (name, persistent) in [("kept", true), ("fleeting", false)] {
+        let bitmap = json!({ "node": node, "name": name, "persistent": persistent });
+        qemu.qmp("block-dirty-bitmap-add", bitmap)?;
+    }
+    let made = create("t", &["--external"])?;
+    ensure!(made.stdout.contains("vda: its dirty bitmaps (") && made.stdout.contains("fleeting"), "{made}");
+    ensure!(made.stdout.contains("must be a full one"), "{made}");
+    let made = create("u", &["--external"])?;
+    ensure!(!made.stdout.contains("bitmap"), "{made}");
+    qemu.quit()
+}
+
 /// A slot that a disk can be plugged into.
 const SLOTS: [&str; 6] = [
     "-device",
@@ -1009,6 +1062,102 @@ fn media_are_put_back_before_memory_is_loaded() -> Result<()> {
     expect(&[("cd", "b.raw"), ("fl", "b.raw"), ("none", "b.raw"), (usb, "b.raw")])?;
     qemu.wait_state("running")?;
     domsnap.done(&["revert", &address, "s", "--off"]).map(drop)
+}
+
+/// A medium that the guest can write is in no snapshot, which is said; but memory that is restored finds the medium that it has in
+/// its drive, because the guest would write what it has of one medium to another. A drive that is one of the domain's disks is a
+/// disk as any other.
+#[test]
+fn writable_media_are_skipped_by_name_and_put_back() -> Result<()> {
+    let place = Place::new(&["d.qcow2", "e.qcow2", "f.qcow2"])?;
+    for image in ["a.raw", "b.raw", "c.raw", "x.raw"] {
+        std::fs::File::create(place.file(image))?.set_len(1_474_560)?;
+    }
+    let words = [
+        "-device",
+        "isa-fdc,id=fdc",
+        "-drive",
+        "file=DIR/a.raw,format=raw,if=none,id=f",
+        "-device",
+        "floppy,drive=f,id=fl",
+        "-drive",
+        "file=DIR/c.raw,format=raw,if=none,id=r,readonly=on",
+        "-device",
+        "floppy,drive=r,id=ro",
+        "-device",
+        "qemu-xhci",
+        "-drive",
+        "file=DIR/e.qcow2,format=qcow2,if=none,id=u",
+        "-device",
+        "usb-storage,drive=u,removable=on,id=us",
+        "-drive",
+        "file=DIR/f.qcow2,format=qcow2,if=none,id=w",
+        "-device",
+        "usb-storage,drive=w,removable=on,id=own",
+    ];
+    let qemu = place.start("m", &words)?;
+    let domsnap = place.domsnap();
+    let disks = [format!("vda={}", place.file("d.qcow2")), format!("own={}", place.file("f.qcow2"))];
+    let socket = qemu.socket().display().to_string();
+    domsnap.done(&["domain", "add", "m", "--qmp", &socket, "--disk", &disks[0], "--disk", &disks[1]])?;
+    refused(
+        domsnap.run(&["create", "m", "s"])?,
+        &["fl (", "us (", "its medium can be taken out", "--disk fl=skip"],
+    )?;
+    let made = domsnap.done(&["create", "m", "s", "--external", "--disk", "fl=skip", "--disk", "us=skip"])?;
+    for word in ["fl: skipped as asked", "us: skipped as asked"] {
+        ensure!(made.stdout.contains(word), "{made}");
+    }
+    let shown = domsnap.done(&["show", "m", "s"])?;
+    ensure!(shown.stdout.contains("fl") && shown.stdout.contains("skipped"), "{shown}");
+    let usb = "/machine/peripheral/us/us.0/legacy[0]";
+    let change = |id: &str, file: &str, format: &str| {
+        let new = json!({ "id": id, "filename": place.file(file), "format": format, "read-only-mode": "read-write" });
+        qemu.qmp("blockdev-change-medium", new).map(drop)
+    };
+    change("ro", "b.raw", "raw")?;
+    change("fl", "x.raw", "raw")?;
+    qemu.qmp("eject", json!({ "id": usb, "force": true }))?;
+    let reverted = domsnap.done(&["revert", "m", "s", "--paused"])?;
+    ensure!(reverted.stdout.contains("fl"), "{reverted}");
+    let drives = qemu.qmp("query-block", json!({}))?;
+    let drive = |id: &str| {
+        drives
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|drive| drive["qdev"] == id)
+            .cloned()
+            .context(id.to_owned())
+    };
+    for (id, file, read_only) in [("fl", "a.raw", false), ("ro", "c.raw", true), (usb, "e.qcow2", false)] {
+        let inserted = drive(id)?["inserted"].clone();
+        ensure!(
+            inserted["file"] == place.file(file).as_str() && inserted["ro"] == read_only,
+            "{id}: {inserted}, and not {file}, read-only {read_only}"
+        );
+    }
+    // The stick that is a disk has its snapshot, not the image that was in it when memory was saved.
+    let own = drive("/machine/peripheral/own/own.0/legacy[0]")?["inserted"].clone();
+    ensure!(own["ro"] == false && own["image"]["backing-image"].is_object(), "{own}");
+    domsnap.done(&["delete", "m", "s"])?;
+    qemu.quit()
+}
+
+/// A QEMU that records its guest's run would end where it is stopped: it is refused before.
+#[test]
+fn recorded_run_is_not_stopped() -> Result<()> {
+    let place = Place::new(&["d.qcow2"])?;
+    let mut qemu = place.start("m", &["-icount", "shift=auto,rr=record,rrfile=DIR/run.bin"])?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    for more in [&[][..], &["--disk-only", "--external"]] {
+        refused(
+            domsnap.run(&[&["create", &address, "s"], more].concat())?,
+            &["records or replays", "nothing was touched"],
+        )?;
+    }
+    ensure!(qemu.is_alive()? && qemu.state()? == "running");
+    qemu.quit()
 }
 
 /// A reset does not end a QEMU that was told at run time to end where its guest reboots: no query tells that.

@@ -230,8 +230,15 @@ fn pretty_and_tcp_monitors_are_used() -> Result<()> {
     place.start(&image, "pretty.qmp", &more)?;
 
     let at = format!("qemu:{}", place.text("pretty.qmp"));
-    for words in [&["create", &at, "one"][..], &["create", &at, "two", "--external"], &["revert", &at, "one"]]
-    {
+    for words in [
+        &["create", &at, "one"][..],
+        &["create", &at, "two", "--external"],
+        &["create", &at, "bare", "--disk-only"],
+        &["revert", &at, "one"],
+        &["revert", &at, "two"],
+        &["revert", &at, "bare"],
+        &["delete", &at, "bare"],
+    ] {
         place.says(words, &[])?;
     }
     place.says(&["domain", "remove", "idle"], &["idle"])?;
@@ -239,7 +246,10 @@ fn pretty_and_tcp_monitors_are_used() -> Result<()> {
     let at = format!("qemu:{tcp}");
     place.says(&["create", &at, "three"], &["memory"])?;
     place.says(&["create", &at, "four", "--disk-only", "--external"], &["vda external"])?;
-    place.refuses(&["revert", &at, "four"], &["TCP", "-qmp unix:"])?;
+    for words in [&["revert", &at, "four"][..], &["revert", &at, "three"], &["revert", &at, "three", "--off"]]
+    {
+        place.refuses(words, &["TCP", "-qmp unix:"])?;
+    }
     place.says(&["domain", "list"], &["running", &tcp])?;
     let chain = place.json(&["list", &at])?;
     ensure!(chain["snapshots"].as_array().is_some_and(|all| all.len() == 4), "{chain}");

@@ -143,6 +143,7 @@ pub(crate) fn media(recorded: &Discovery, now: &Discovery) -> Vec<Medium> {
                 drive: before.target.clone(),
                 file: (!wanted.is_empty()).then(|| wanted.clone()),
                 format: format.unwrap_or_default().to_owned(),
+                writable: !wanted.is_empty() && !before.read_only,
             });
         }
     }

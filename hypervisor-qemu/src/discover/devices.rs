@@ -52,8 +52,8 @@ pub struct BlockDevice {
     pub removable: bool,
     /// Whether the guest can write it.
     pub read_only: bool,
-    /// The medium that is in it, of a drive whose medium can be taken out and cannot be written: the file's name, or nothing
-    /// in an empty drive. None where it was not recorded.
+    /// The medium that is in it, of a drive whose medium can be taken out: the file's name, or nothing in an empty drive. None
+    /// where it was not recorded.
     #[serde(default)]
     pub medium: Option<String>,
     /// The format that the medium is opened as. None in an empty drive, and where it was not recorded.
@@ -161,10 +161,9 @@ fn block_device(graph: &Graph, drive: &Value) -> Option<BlockDevice> {
         file: graph.file(&node.name).and_then(|file| graph.node(file)).cloned(),
     };
     let file = chain.first().map(|node| node.file.clone()).unwrap_or_default();
-    let medium_format = (role == Role::Removable && read_only)
-        .then(|| chain.first().map(|node| node.driver.clone()))
-        .flatten();
-    let medium = (role == Role::Removable && (read_only || file.is_empty())).then_some(file);
+    let medium_format =
+        (role == Role::Removable).then(|| chain.first().map(|node| node.driver.clone())).flatten();
+    let medium = (role == Role::Removable).then_some(file);
     Some(BlockDevice {
         target,
         names,

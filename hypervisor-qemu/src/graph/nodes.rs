@@ -77,6 +77,9 @@ pub struct Node {
     pub virtual_size: u64,
     /// The snapshots inside of the image.
     pub snapshots: Vec<InternalSnapshot>,
+    /// The names of the dirty bitmaps that QEMU alone has: they are in no file (yet).
+    #[serde(default)]
+    pub bitmaps: Vec<String>,
     /// Whether it may be written and locked, which it may not after a migration. None of a QEMU before 10.0.
     #[serde(default)]
     pub active: Option<bool>,
@@ -353,8 +356,21 @@ fn node(value: &Value) -> Option<Node> {
         detect_zeroes: text("detect_zeroes").unwrap_or_else(|| "off".to_owned()),
         virtual_size: image["virtual-size"].as_u64()?,
         snapshots: snapshots.iter().map(snapshot).collect::<Option<_>>()?,
+        bitmaps: unstored_bitmaps(value),
         active: value["active"].as_bool(),
     })
+}
+
+/// The dirty bitmaps of a node that its image's file does not have.
+fn unstored_bitmaps(node: &Value) -> Vec<String> {
+    let names = |list: &Value| -> Vec<String> {
+        let all = list.as_array().map(Vec::as_slice).unwrap_or_default();
+        all.iter().filter_map(|bitmap| bitmap["name"].as_str()).map(str::to_owned).collect()
+    };
+    let stored = names(&node["image"]["format-specific"]["data"]["bitmaps"]);
+    let mut all = names(&node["dirty-bitmaps"]);
+    all.retain(|name| !stored.contains(name));
+    all
 }
 
 fn snapshot(value: &Value) -> Option<InternalSnapshot> {
@@ -401,6 +417,7 @@ mod tests {
             detect_zeroes: "off".into(),
             virtual_size: 0,
             snapshots: Vec::new(),
+            bitmaps: Vec::new(),
             active: None,
         }
     }

@@ -65,6 +65,7 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     let mut facts = Facts::default();
     let before = machine.run_state().await.map_err(told)?;
     let ran = before.running;
+    let bitmaps = live.lost_bitmaps(overlaid(step)).await?;
     let mut cut = Cut::new();
     let mut opened: Vec<String> = Vec::new();
     let prepared = prepare(live, step, &mut opened).await;
@@ -156,10 +157,18 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     if let Some(why) = taken.why_not.filter(|_| before.running) {
         facts.notes.push(format!("memory was not saved in the best way: {why}"));
     }
-    let overlaid = step.disks.iter().filter(|(_, instant)| matches!(instant, DiskInstant::Overlay { .. }));
-    facts.notes.extend(live.lost_options(overlaid.map(|(target, _)| target)));
+    facts.notes.extend(live.lost_options(overlaid(step)));
+    facts.notes.extend(bitmaps);
     facts.taken = Some(Taken { at: taken.done, consistency, running: ran, way: words(taken.way).to_owned() });
     Ok(facts)
+}
+
+/// The disks that get an overlay.
+fn overlaid(step: Step<'_>) -> impl Iterator<Item = &Target> {
+    step.disks
+        .iter()
+        .filter(|(_, instant)| matches!(instant, DiskInstant::Overlay { .. }))
+        .map(|(target, _)| target)
 }
 
 fn words(way: Way) -> &'static str {

@@ -70,7 +70,7 @@ impl Live {
     ) -> crate::Result<Self> {
         let machine = connection.0.clone();
         recall(&machine, domain);
-        let discovery = Discovery::read(&machine).await?;
+        let mut discovery = Discovery::read(&machine).await?;
         remember(&machine, &discovery);
         let graph = machine.graph().await?;
         let view = View::of(&machine);
@@ -102,6 +102,17 @@ impl Live {
                 disks.push(disk);
                 seen::is_member(&mut seen.disks, &discovery, &view, &graph, device, target);
             }
+        }
+        // What is in a drive that is one of the domain's disks is for its snapshots to say.
+        let is_disk = |target: &String| disks.iter().any(|disk| disk.device == *target);
+        let mut is_recorded_so = true;
+        for drive in &mut discovery.drives {
+            if drive.removable && is_disk(&drive.target) {
+                (drive.medium, drive.medium_format, is_recorded_so) = (None, None, false);
+            }
+        }
+        if !is_recorded_so {
+            seen.machine = seen::record(&discovery);
         }
         let mut owned = Vec::new();
         for record in &domain.disks {
@@ -201,6 +212,23 @@ impl Live {
                     disk.target, filter.driver, filter.name
                 ));
             }
+        }
+        Ok(notes)
+    }
+
+    /// A note for each disk whose active image has dirty bitmaps that are in no file: they go with its node.
+    pub(super) async fn lost_bitmaps(&self, targets: impl Iterator<Item = &Target>) -> Result<Vec<String>> {
+        let graph = self.machine.graph().await.map_err(told)?;
+        let mut notes = Vec::new();
+        for disk in targets.filter_map(|target| self.disk_of(target)) {
+            let active = graph.root(&disk.device).and_then(|root| graph.node(root));
+            let Some(active) = active.filter(|node| !node.bitmaps.is_empty()) else { continue };
+            notes.push(format!(
+                "{}: its dirty bitmaps ({}) are not in the image that it goes on with: the next incremental backup of this disk \
+                 must be a full one",
+                disk.target,
+                active.bitmaps.join(", ")
+            ));
         }
         Ok(notes)
     }
@@ -408,7 +436,11 @@ impl LiveDomain for Live {
                     truth::rehome(self.expect(target)?, chain).await?;
                 }
             }
-            DomainStep::OpenWindow { disks, .. } => window::open(self, disks).await?,
+            DomainStep::OpenWindow { disks, .. } => {
+                let notes = self.lost_bitmaps(disks.iter()).await?;
+                window::open(self, disks).await?;
+                return Ok(Facts { notes, ..Facts::default() });
+            }
             DomainStep::Attach { disks, anew } => {
                 window::attach(self, disks, context.chains).await?;
                 let mut notes: Vec<String> = self.lost_options(disks.iter()).into_iter().collect();

@@ -32,8 +32,9 @@ pub(super) async fn put_back(machine: &Machine, media: &[Medium]) -> Result<()> 
         run("blockdev-open-tray", json!({ "id": id, "force": true })).await?;
         match &medium.file {
             Some(file) => {
+                let mode = if medium.writable { "read-write" } else { "read-only" };
                 let medium = json!({ "id": id, "filename": file, "format": medium.format,
-                    "read-only-mode": "read-only" });
+                    "read-only-mode": mode });
                 run("blockdev-change-medium", medium).await?;
             }
             None => {
@@ -53,7 +54,7 @@ pub(super) async fn check(machine: &Machine, media: &[Medium]) -> Result<()> {
         if file.starts_with("/dev/") {
             continue;
         }
-        preflight::open_and_close(machine, "file", file, false).await.map_err(|error| {
+        preflight::open_and_close(machine, "file", file, medium.writable).await.map_err(|error| {
             told(error)
                 .context(format!("the memory has the medium {file} in drive {}", medium.drive))
                 .state("nothing was touched")

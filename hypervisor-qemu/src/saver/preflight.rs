@@ -29,7 +29,11 @@ use super::{
     live::Live,
     media,
 };
-use crate::{discover::Process, machine::Machine, name::Name};
+use crate::{
+    discover::Process,
+    machine::Machine,
+    name::{Name, is_ours},
+};
 
 /// Labels that decide who may open a file, copied to what stands for a new one.
 const LABELS: [&str; 2] = ["security.selinux", "system.posix_acl_access"];
@@ -94,6 +98,7 @@ async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
             Some(DomainStep::OpenWindow { disks: detached, .. }) => {
                 disks = true;
                 refuse_unfit(live, &detached)?;
+                refuse_used(live, &detached).await?;
             }
             Some(DomainStep::Continue { reset: true, power, .. })
                 if power != Some(PowerAfter::Off) && Process::read(machine).ends_at_reboot() =>
@@ -111,6 +116,7 @@ async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
     if !disks {
         return Ok(());
     }
+    refuse_replay(live).await?;
     let state = machine.run_state().await.map_err(told)?;
     let permits = machine.permits(&state).await.map_err(told)?;
     let attempted = "looking whether the guest can be worked on";
@@ -119,6 +125,53 @@ async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
         permits.memory.map_err(|refusal| told(machine.refused(attempted, &state, refusal)))?;
     }
     Ok(())
+}
+
+/// Refuses to detach disks of which something else in QEMU uses an image, which would stay open.
+async fn refuse_used(live: &Live, targets: &[Target]) -> Result<()> {
+    let graph = live.machine.graph().await.map_err(told)?;
+    let disks = targets.iter().filter_map(|target| live.disk_of(target));
+    let chains: Vec<(&Target, Vec<&str>)> =
+        disks.filter_map(|disk| Some((&disk.target, graph.all_below(graph.root(&disk.device)?)))).collect();
+    // What two of the disks share is closed with the last of them.
+    let is_theirs = |name: &str| chains.iter().any(|(_, nodes)| nodes.contains(&name)) || is_ours(name);
+    for (target, nodes) in &chains {
+        for node in nodes.iter().skip(1) {
+            let mut users = graph.users(node);
+            let Some(user) = users.find(|user| user.parent_type != "block-job" && !is_theirs(&user.parent))
+            else {
+                continue;
+            };
+            let user = if user.parent.is_empty() { "an export" } else { user.parent.as_str() };
+            let detail = format!("{user} of the same QEMU uses the node {node} of disk {target} too");
+            return Err(Error::new(ErrorKind::Refused, detail)
+                .advise("end what uses it, or shut the domain down first"));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a QEMU that records its guest's run or replays one: stopping and saving it is no part of the record, and QEMU 10.0
+/// aborts.
+async fn refuse_replay(live: &Live) -> Result<()> {
+    let machine = &live.machine;
+    // It can only be said when QEMU is started.
+    let command = Process::read(machine).command_line;
+    if !command.is_empty() && !command.iter().any(|word| word.contains("rr=")) {
+        return Ok(());
+    }
+    let mode = match machine.query("query-replay", serde_json::Value::Null).await {
+        Ok(reply) => reply["mode"].as_str().unwrap_or("none").to_owned(),
+        Err(error) if error.is_lost() => return Err(told(error)),
+        Err(_) => return Ok(()),
+    };
+    if mode == "none" {
+        return Ok(());
+    }
+    let detail = format!(
+        "QEMU records or replays the guest's run (-icount rr=, mode {mode}), and ends where it is stopped or saved"
+    );
+    Err(Error::new(ErrorKind::Refused, detail).advise("shut the domain down, and do it then"))
 }
 
 /// Refuses to detach a disk that could not be attached as it is open now.

@@ -226,6 +226,17 @@ fn unfit(
     if let Some(why) = is_shared(open, graph) {
         return Some(why);
     }
+    let same =
+        discovery.drives.iter().filter(|other| other.guest_writes() && other.target != drive.target).find(
+            |other| {
+                let root = other.root().map(|root| OpenChain::read(graph, view, root)).unwrap_or_default();
+                let image = root.root().and_then(|root| root.identity);
+                image.is_some() && image == open.root().and_then(|root| root.identity)
+            },
+        );
+    if let Some(other) = same {
+        return Some(format!("the device {} writes the same image (share-rw)", target_name(&other.target)));
+    }
     if let Some(device) = drive.passes_through(&discovery.devices) {
         return Some(format!("a {device} device hands the host's own device to the guest"));
     }
@@ -288,7 +299,7 @@ fn is_shared(open: &OpenChain, graph: &Graph) -> Option<String> {
 ///
 /// It is a [`Discovery`] without its state, the images, the process's own numbers, and what is said to one start alone:
 /// where its memory comes from, whether it waits, which descriptors it got.
-fn record(discovery: &Discovery) -> Value {
+pub(super) fn record(discovery: &Discovery) -> Value {
     let mut record = discovery.clone();
     record.process.pid = None;
     record.process.start_ticks = None;

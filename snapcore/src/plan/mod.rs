@@ -11,9 +11,9 @@ use uuid::Uuid;
 
 use crate::{
     Consistency, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, DiskPlan, DiskPoint, DiskRecord,
-    DiskRequest, DiskSnapshotter, DiskState, Domain, Edit, Error, ErrorKind, Plan, Point, PowerAfter,
-    Request, Result, RevertRequest, SeenDisk, SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotTree,
-    Target,
+    DiskRequest, DiskSnapshotter, DiskState, Domain, Edit, Error, ErrorKind, Plan, Point, PointKind,
+    PowerAfter, Request, Result, RevertRequest, SeenDisk, SkippedDisk, Snapshot, SnapshotId, SnapshotName,
+    SnapshotTree, Target,
 };
 
 pub use live::Alive;
@@ -157,7 +157,7 @@ impl Planner<'_> {
                 && matches!(plan.instant, Some(crate::DiskInstant::Internal { .. }))
                 && is_default
             {
-                self.can_take(disk, Some(PointKind::External), None)?;
+                self.require_kind(disk, Some(PointKind::External), None)?;
                 if let DiskRequest::Create { kind, .. } = &mut ask {
                     *kind = Some(PointKind::External);
                 }

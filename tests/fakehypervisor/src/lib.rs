@@ -144,6 +144,7 @@ fn seen(name: &str, machine: &FakeMachine) -> Seen {
         left_out: None,
         guest_writes: true,
         member: Some(disk.target.clone()),
+        no_internal: None,
     });
     Seen {
         name: Some(name.to_owned()),
