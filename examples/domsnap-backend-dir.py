@@ -12,6 +12,9 @@ On the disk, for a file `/vm/web.img`:
     /vm/web.img.points/*.part, next-*   not yet anything: an undo removes them
     /vm/web.img.points/rescued-TAG      what a domain wrote after a crash, and an undo would have lost
 
+A copy that is to be removed is `doomed-TAG` among the disk's layers in the catalogue, from the commit point until it is gone. So its
+removal may be deferred: the next plan of a delete takes it up.
+
 What is durable before what: a copy is flushed before it gets its name, and a name is flushed before the step is said to be done.
 """
 
@@ -28,6 +31,7 @@ import threading
 FORMAT = "dir"
 PROTOCOL = 1
 LAYER = "disk"
+DOOMED = "doomed-"
 CHUNK = 64 * 1024
 FLUSH = 64 * 1024 * 1024
 
@@ -301,6 +305,14 @@ def plan(params, call):
         planned = {"group": group, "target": disk["target"], "action": action, "summary": summary}
         steps.append({**planned, "bytes": size, "inside": inside})
 
+    def edit(kind, tags):
+        return [{"edit": kind, "target": disk["target"], "layer": DOOMED + tag} for tag in tags]
+
+    def drop(tags, summary):
+        """Where that cannot be done, it waits: what is left is known by the layers that are removed with it."""
+        step("finish", {"do": "drop", "tags": tags}, summary, 0)
+        steps[-1].update({"deferrable": True, "edits": edit("remove-layer", tags)})
+
     def required(at):
         if at["layer"] != LAYER or at["tag"] not in tags_of(disk):
             raise Failure("not-found", f"{disk['path']} has no point {at['tag']}", "see `domsnap check`")
@@ -310,9 +322,10 @@ def plan(params, call):
         kept = {point["tag"] for point in asked["keep"]}
         there = tags_of(disk)
         gone = [at["tag"] for at in asked["drop"] if at["tag"] not in kept and at["tag"] in there]
-        if gone:
-            step("finish", {"do": "drop", "tags": gone}, f"remove the copies {', '.join(gone)}", 0)
-        return {"steps": steps}
+        left = [name[len(DOOMED) :] for name in disk["owned"] if name.startswith(DOOMED)]
+        if gone or left:
+            drop(gone + left, f"remove the copies {', '.join(gone + left)}")
+        return {"steps": steps, "commit": edit("add-layer", gone)}
 
     if params["active_path"] != "keep" or asked.get("overlay") or asked.get("kind") == "external":
         raise Failure("unsupported", f"points of {disk['path']} are copies", "leave the way to the backend")
@@ -333,8 +346,8 @@ def plan(params, call):
         step("cut", exchange, f"put that in the place of {disk['path']}", 0)
         if asked["save"] is not None:
             return {"steps": steps, "point": {"layer": LAYER, "tag": tag}}
-        step("finish", {"do": "drop", "tags": [tag]}, "remove what was there before", 0)
-        return {"steps": steps}
+        drop([tag], "remove what was there before")
+        return {"steps": steps, "commit": edit("add-layer", [tag])}
     raise Failure("unsupported", f"a request that this plug-in does not know: {asked['request']}", "use a newer one")
 
 

@@ -1,10 +1,10 @@
 //! Which plug-ins a directory has.
 
 use std::io::ErrorKind as Io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::PermissionsExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{Error, ErrorKind, Result};
+use snapcore::{Error, ErrorKind, Result, shell_word};
 
 /// What the name of a plug-in's file begins with.
 pub const PREFIX: &str = "domsnap-backend-";
@@ -66,51 +66,31 @@ fn runnable(program: &Utf8Path) -> Result<()> {
     let found = program.metadata().map_err(|cause| {
         Error::new(ErrorKind::Io, format!("the plug-in {program} cannot be looked at")).because(cause)
     })?;
-    if !found.is_file() || found.mode() & 0o111 == 0 {
+    if !found.is_file() || found.permissions().mode() & 0o111 == 0 {
         return Err(Error::new(ErrorKind::Refused, format!("the plug-in {program} is no program"))
             .advise(format!("make it executable: chmod +x {program}; or move it away")));
     }
     trusted(program)
 }
 
-/// A plug-in can do all that domsnap can: nobody else may be able to put one there.
+/// A plug-in can do all that domsnap can: nobody else may be able to put one there, or to change it, or the way to it.
 fn trusted(path: &Utf8Path) -> Result<()> {
-    let found = path
-        .metadata()
+    let found = confined_files::foreign_place(path.as_std_path())
         .map_err(|cause| Error::new(ErrorKind::Io, format!("{path} cannot be looked at")).because(cause))?;
-    let own = rustix::process::geteuid().as_raw();
-    if found.uid() != 0 && found.uid() != own {
-        return Err(Error::new(
-            ErrorKind::Refused,
-            format!("{path} belongs to user {}, who could have any program run by domsnap", found.uid()),
-        )
-        .state("nothing there was run")
-        .advise("plug-ins and their directory must belong to root or to who runs domsnap"));
-    }
-    if found.mode() & 0o002 != 0 {
-        return Err(Error::new(
-            ErrorKind::Refused,
-            format!("anybody may write {path}, and so have any program run by domsnap"),
-        )
-        .state("nothing there was run")
-        .advise(format!("chmod o-w {path}")));
-    }
-    // A user's own group often is theirs alone; for root only root's is.
-    if own == 0 && found.mode() & 0o020 != 0 && found.gid() != 0 {
-        return Err(Error::new(
-            ErrorKind::Refused,
-            format!("group {} may write {path}, and so have any program run by root", found.gid()),
-        )
-        .state("nothing there was run")
-        .advise(format!("chmod g-w {path}")));
-    }
-    Ok(())
+    let Some((place, writers)) = found else { return Ok(()) };
+    Err(Error::new(
+        ErrorKind::Refused,
+        format!("{} can be written by {writers}, who could have any program run by domsnap", place.display()),
+    )
+    .state("nothing there was run")
+    .advise(format!(
+        "{}: plug-ins are run only from where nobody else can write",
+        writers.advice(&shell_word(&place.display().to_string()))
+    )))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     fn put(directory: &Utf8Path, name: &str, mode: u32) {
@@ -144,7 +124,7 @@ mod tests {
         assert!(words(".py").contains("cannot name a format"));
         assert!(words("data").contains("chmod +x"));
         assert!(words("dir").contains("is no program"));
-        assert!(words("open").contains("anybody may write"));
+        assert!(words("open").contains("can be written by every user"));
     }
 
     #[test]

@@ -445,3 +445,25 @@ async fn what_a_plug_in_started_ends_with_it() {
     let gone = there.is_empty() || there.contains(") Z ");
     assert!(gone, "the plug-in's child goes on: {there}");
 }
+
+/// A clean-up that cannot be done after the commit point does not lock the domain: it waits for the next one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_up_that_fails_is_deferred_and_done_later() {
+    let otherwise = "def no(was, p, c):\n    if p['step']['action']['do'] == 'drop':\n        raise \
+                     good.Failure('io', 'not now')\n    return was(p, c)\ninstead('apply', no)";
+    let house = House::new(otherwise).await;
+    let copies = || std::fs::read_dir(house.path("disk.points")).unwrap().count();
+    house.reverted().await.unwrap();
+    assert_eq!(copies(), 3);
+    std::fs::write(house.path("otherwise"), "").unwrap();
+    let request = snapcore::DeleteRequest::new(vec![name("one")]);
+    let done = house.service().delete(&house.domain(), request, CancellationToken::new()).await.unwrap();
+    std::fs::remove_file(house.path("otherwise")).unwrap();
+    assert!(done.postponed.iter().any(|postponed| postponed.reason.contains("not now")), "{done:?}");
+    assert_eq!(copies(), 3);
+    let service = house.service();
+    service.recover(Some(&house.domain()), CancellationToken::new()).await.unwrap();
+    assert_eq!(copies(), 1);
+    let listing = service.list(&house.domain()).await.unwrap();
+    assert!(listing.unfinished.is_empty() && listing.snapshots.len() == 1);
+}

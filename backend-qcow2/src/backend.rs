@@ -8,8 +8,9 @@ use image_files::{Holds, blocking, in_place, is_held_by_others, names};
 use snapcore::chain::{self, ChainStep, layer_path};
 use snapcore::{
     ActivePath, AttachedDisk, Base, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord,
-    DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, Finding, Guard, InspectDepth, LayerName,
-    Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus, TagIdentity,
+    DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, FileUses, Finding, Guard, InspectDepth,
+    LayerName, Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
+    TagIdentity,
 };
 
 use crate::attached::{self, FileIds};
@@ -143,6 +144,10 @@ impl DiskSnapshotter for Qcow2 {
 
     fn plans_leftovers(&self) -> bool {
         true
+    }
+
+    fn uses(&self, disk: &DiskRecord, step: &Step) -> FileUses {
+        chain::uses(disk, step)
     }
 
     async fn bases(&self, disk: &DiskRecord) -> Result<Vec<Base>> {

@@ -115,6 +115,12 @@ pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
     let layers = record.owned.iter().map(|layer| layer_path(path, layer));
     let mut next: Vec<Utf8PathBuf> = layers.chain([path.clone()]).collect();
     let (mut found, mut seen) = (Vec::new(), HashSet::new());
+    for layer in record.owned.iter().filter(|layer| **layer != record.active) {
+        let file = layer_path(path, layer);
+        if file_id(&file)?.is_none() {
+            found.push(Base { image: path.clone(), file });
+        }
+    }
     while let Some(image) = next.pop() {
         match file_id(&image)? {
             Some(id) if seen.insert(id) => {}
@@ -126,17 +132,25 @@ pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
             Err(error) => return Err(io_error(error, format!("cannot read {image}"))),
         };
         let directories: Vec<&Path> = image.parent().into_iter().map(Utf8Path::as_std_path).collect();
+        // A file that is said to be there and is not is told too: what it is backed by is not known then.
+        let mut certain = false;
         let candidates = match named(&directories, &string) {
-            Named::Files(candidates) | Named::Perhaps(candidates) => candidates,
+            Named::Files(candidates) => {
+                certain = candidates.len() == 1;
+                candidates
+            }
+            Named::Perhaps(candidates) => candidates,
             Named::NoFile => continue,
             Named::Unknown(why) => return Err(Error::new(ErrorKind::Refused, format!("{image}: {why}"))),
         };
         for candidate in candidates {
             let Ok(file) = Utf8PathBuf::from_path_buf(candidate) else { continue };
-            if file_id(&file)?.is_some() {
-                next.push(file.clone());
-                found.push(Base { image: image.clone(), file });
+            match file_id(&file)? {
+                Some(_) => next.push(file.clone()),
+                None if certain => {}
+                None => continue,
             }
+            found.push(Base { image: image.clone(), file });
         }
     }
     Ok(found)

@@ -11,8 +11,8 @@ use rustix::fs::OFlags;
 use snapcore::chain::layer_path;
 use snapcore::{
     ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
-    DiskSnapshotter, DiskState, Error, ErrorKind, FileIdentity, Finding, Guard, InspectDepth, Layer,
-    LayerName, Point, PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext,
+    DiskSnapshotter, DiskState, Error, ErrorKind, FileIdentity, FileUses, Finding, Guard, InspectDepth,
+    Layer, LayerName, Point, PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext,
     StepStatus,
 };
 use tokio_util::sync::CancellationToken;
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::copy::{self, Watch};
 use crate::layers;
 use crate::plan::{self, WAYS};
-use crate::steps::{RawStep, Workplace};
+use crate::steps::{self, RawStep, Workplace};
 
 /// Disks that are raw files.
 #[derive(Default)]
@@ -78,6 +78,14 @@ impl DiskSnapshotter for Raw {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities::new(PointKind::External, 1).live().ways(WAYS)
+    }
+
+    fn plans_leftovers(&self) -> bool {
+        true
+    }
+
+    fn uses(&self, disk: &DiskRecord, step: &Step) -> FileUses {
+        steps::uses(disk, step)
     }
 
     async fn adopt(&self, disk: &Disk, _active_path: ActivePath) -> Result<DiskRecord> {

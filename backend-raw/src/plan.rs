@@ -396,12 +396,15 @@ impl Planner<'_> {
         self.push(Group::Cut, &switch, format!("make {} name {new}", self.path()), 0);
         let unname = RawStep::Unname { layer: new.clone() };
         self.push(Group::Finish, &unname, format!("remove the name {new}: {} is left", self.path()), 0);
+        // Known from the commit on until they are gone: a step that is deferred is planned anew.
+        self.known_until_done(&new);
         if save {
             self.add_layer(&former);
             self.plan.point = Some(Point::external(former));
         } else {
             let remove = RawStep::Remove { layers: vec![former.clone()] };
             self.push(Group::Finish, &remove, format!("remove {former}: nothing needs it"), 0);
+            self.known_until_done(&former);
         }
         let links = std::fs::metadata(self.path())
             .map_err(|error| io_error(error, format!("cannot look at {}", self.path())))?
@@ -415,9 +418,33 @@ impl Planner<'_> {
         Ok(())
     }
 
+    /// Makes a file one of the disk's layers at the commit point, and no more when the step that was planned last is done.
+    fn known_until_done(&mut self, layer: &LayerName) {
+        self.add_layer(layer);
+        let target = self.record.disk.target.clone();
+        if let Some(planned) = self.plan.steps.last_mut() {
+            planned.edits.push(Edit::RemoveLayer { target, layer: layer.clone() });
+        }
+    }
+
     fn delete(&mut self, tidying: bool, keep: &[Point]) -> Result<()> {
         let mut gone = Vec::new();
         for layer in &self.state.layers {
+            // A second name of the current state, which a revert could not remove.
+            if layer.name != self.state.active
+                && layer.owned
+                && !keep.contains(&Point::external(layer.name.clone()))
+                && names::same_file(&layer.file, self.path())?
+            {
+                let unname = RawStep::Unname { layer: layer.name.clone() };
+                let words = format!("remove the name {}: {} is left", layer.name, self.path());
+                self.push(Group::Finish, &unname, words, 0);
+                if let Some(planned) = self.plan.steps.last_mut() {
+                    let target = self.record.disk.target.clone();
+                    planned.edits.push(Edit::RemoveLayer { target, layer: layer.name.clone() });
+                }
+                continue;
+            }
             let needed = layer.name == self.state.active
                 || !layer.owned
                 || keep.contains(&Point::external(layer.name.clone()));

@@ -19,9 +19,10 @@ use backend_qcow2::image::{self, Backing, Image, NewImage, OpenOptions as ReadOp
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::{Hold, names};
 use serde::{Deserialize, Serialize};
-use snapcore::chain::{layer_path, words_of_kept_overlay};
+use snapcore::chain::{layer_path, room_of_overlay, words_of_kept_overlay};
 use snapcore::{
-    DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Result, Salvage, StepStatus, shell_command,
+    DiskRecord, Error, ErrorKind, FileIdentity, FileUses, LayerName, Result, Salvage, Step, StepStatus,
+    shell_command,
 };
 
 use crate::copy::{self, Watch};
@@ -67,6 +68,38 @@ pub(crate) enum RawStep {
     Unname { layer: LayerName },
     /// Removes layers.
     Remove { layers: Vec<LayerName> },
+}
+
+/// What a step does with files.
+pub(crate) fn uses(record: &DiskRecord, step: &Step) -> FileUses {
+    let path = &record.disk.path;
+    let file = |layer: &LayerName| layer_path(path, layer);
+    let mut uses = FileUses::default();
+    let Ok(action) = serde_json::from_value::<RawStep>(step.action.clone()) else { return uses };
+    match action {
+        RawStep::WriteOut | RawStep::Settle { .. } => {}
+        RawStep::Copy { layer, .. } => {
+            // With its checksum.
+            uses.makes.extend([file(&layer), copy::sum_file(&file(&layer))]);
+            uses.room = step.bytes;
+        }
+        RawStep::CreateOverlay { layer, virtual_size } => {
+            uses.makes.push(file(&layer));
+            uses.room = room_of_overlay(virtual_size);
+        }
+        RawStep::Name { layer } => {
+            uses.makes.push(file(&layer));
+            uses.links.push(path.clone());
+        }
+        RawStep::Switch { to, .. } => {
+            uses.makes.push(path.clone());
+            uses.renames.push(path.clone());
+            uses.links.push(file(&to));
+        }
+        RawStep::Unname { layer } => uses.renames.push(file(&layer)),
+        RawStep::Remove { layers } => uses.renames.extend(layers.iter().map(file)),
+    }
+    uses
 }
 
 /// What a step works with.

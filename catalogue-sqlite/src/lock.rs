@@ -50,10 +50,10 @@ pub(crate) fn require_own_place(directory: &Utf8Path) -> Result<()> {
         confined_files::Writers::Owner(_) => {
             "give another one with --state-dir or DOMSNAP_STATE_DIR".to_owned()
         }
-        _ => format!(
-            "`chmod go-w {}`, or give another one with --state-dir or DOMSNAP_STATE_DIR",
-            shell_word(&place.display().to_string())
-        ),
+        others => {
+            let first = others.advice(&shell_word(&place.display().to_string()));
+            format!("{first}, or give another one with --state-dir or DOMSNAP_STATE_DIR")
+        }
     };
     Err(Error::new(
         ErrorKind::Refused,

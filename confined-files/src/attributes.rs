@@ -10,8 +10,10 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use crate::access::{ACCESS_LIST as ACCESS_LIST_NAME, GROUP_OF_FILE, MASK};
+
 /// The access list that `acl(5)` describes.
-const ACCESS_LIST: &[u8] = b"system.posix_acl_access";
+const ACCESS_LIST: &[u8] = ACCESS_LIST_NAME.as_bytes();
 
 /// The most bytes of one attribute (`XATTR_SIZE_MAX`), and of the list of their names (`XATTR_LIST_MAX`).
 const LONGEST: usize = 64 << 10;
@@ -84,6 +86,15 @@ impl Attributes {
         }
         let is = file.metadata()?;
         let (same_owner, same_group) = (is.uid() == self.uid, is.gid() == self.gid);
+        let has_list = self.extended.iter().any(|(name, _)| name.as_bytes() == ACCESS_LIST);
+        if !has_list {
+            // What a directory gives to each new file (its default list) lets in users who may not use the model: the mode below would
+            // let them in, because it sets the list's mask.
+            match fremovexattr(file, ACCESS_LIST_NAME) {
+                Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
         let mut group_rights = None;
         for (name, value) in &self.extended {
             if !is_copied(name.as_bytes()) {
@@ -171,10 +182,6 @@ fn granted(model: u32, same_owner: bool, same_group: bool) -> u32 {
     owner | 0o400 | group | other
 }
 
-/// Kinds of entries of an access list (`linux/posix_acl.h`).
-const GROUP: u16 = 0x04;
-const MASK: u16 = 0x10;
-
 /// Its entries: kind, rights and where the rights stand. The head has 4 bytes, an entry 8: kind, rights (2 bytes each, little
 /// endian), id.
 fn entries(list: &[u8]) -> impl Iterator<Item = (u16, u16, usize)> + '_ {
@@ -187,13 +194,13 @@ fn entries(list: &[u8]) -> impl Iterator<Item = (u16, u16, usize)> + '_ {
 /// The rights of the file's own group: those of its entry that the mask lets through.
 fn group_of(list: &[u8]) -> Option<u32> {
     let of = |kind| entries(list).find(|(found, ..)| *found == kind).map(|(_, rights, _)| u32::from(rights));
-    Some(of(GROUP)? & of(MASK).unwrap_or(0o7) & 0o6)
+    Some(of(GROUP_OF_FILE)? & of(MASK).unwrap_or(0o7) & 0o6)
 }
 
 /// The list with no more rights for the file's own group, which is another one now, than everybody has.
 fn limited_group(list: &[u8], others: u32) -> Vec<u8> {
     let mut limited = list.to_vec();
-    let group = entries(list).find(|(kind, ..)| *kind == GROUP);
+    let group = entries(list).find(|(kind, ..)| *kind == GROUP_OF_FILE);
     if let Some((_, rights, at)) = group
         && let Some(place) = limited.get_mut(at..at + 2)
     {
@@ -267,6 +274,23 @@ mod tests {
         copy_attributes(&model, &file).unwrap();
         assert!(!names(&file).unwrap().iter().any(|name| name.as_bytes() == ACCESS_LIST));
         assert_eq!(file.metadata().unwrap().mode() & 0o7777, 0o640);
+    }
+
+    #[test]
+    fn a_directorys_default_list_lets_nobody_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = File::create(dir.path().join("model")).unwrap();
+        model.set_permissions(Permissions::from_mode(0o660)).unwrap();
+        let default = "system.posix_acl_default";
+        if rustix::fs::setxattr(dir.path(), default, &access_list(), XattrFlags::empty()).is_err() {
+            eprintln!("left out: the file system of {} has no access lists", dir.path().display());
+            return;
+        }
+        let file = File::create(dir.path().join("new")).unwrap();
+        assert!(fgetxattr(&file, ACCESS_LIST_NAME, &mut [0; 256][..]).is_ok());
+        copy_attributes(&model, &file).unwrap();
+        assert_eq!(fgetxattr(&file, ACCESS_LIST_NAME, &mut [0; 256][..]), Err(Errno::NODATA));
+        assert_eq!(file.metadata().unwrap().mode() & 0o7777, 0o660);
     }
 
     #[test]

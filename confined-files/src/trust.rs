@@ -4,6 +4,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use crate::access::Writing;
+
 /// Returns true for root, for the user who runs this process, and for the owner of `/`.
 pub fn is_trusted(uid: u32) -> bool {
     static ROOT: OnceLock<u32> = OnceLock::new();
@@ -19,6 +21,10 @@ pub enum Writers {
     Owner(u32),
     /// The members of its group.
     Group(u32),
+    /// A user whom its access list names.
+    NamedUser(u32),
+    /// The members of a group that its access list names.
+    NamedGroup(u32),
     /// Everybody.
     Everybody,
 }
@@ -27,7 +33,10 @@ impl std::fmt::Display for Writers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Owner(uid) => write!(f, "its owner, {}", named("/etc/passwd", "user", *uid)),
-            Self::Group(gid) => write!(f, "the members of {}", named("/etc/group", "group", *gid)),
+            Self::Group(gid) | Self::NamedGroup(gid) => {
+                write!(f, "the members of {}", named("/etc/group", "group", *gid))
+            }
+            Self::NamedUser(uid) => f.write_str(&named("/etc/passwd", "user", *uid)),
             Self::Everybody => f.write_str("every user"),
         }
     }
@@ -45,15 +54,33 @@ fn named(file: &str, what: &str, id: u32) -> String {
     name.map_or_else(|| format!("{what} {id}"), |name| format!("{what} {name} ({id})"))
 }
 
-/// The users who can take away or replace the names of `file` in `directory`, and who are neither trusted, nor the file's
-/// owner, nor able to write the file itself. `None` where there are none.
+impl Writers {
+    /// What keeps them from writing a place; `place` is its path as a word of a shell.
+    pub fn advice(&self, place: &str) -> String {
+        match self {
+            Self::Owner(_) => format!("give {place} to root, or to the user who runs domsnap"),
+            Self::Group(_) => format!("`chmod g-w {place}`"),
+            Self::NamedUser(uid) => format!("`setfacl -x u:{uid} {place}`"),
+            Self::NamedGroup(gid) => format!("`setfacl -x g:{gid} {place}`"),
+            Self::Everybody => format!("`chmod o-w {place}`"),
+        }
+    }
+}
+
+/// The users who can take away or replace the names of the file at `path` in `directory`, and who are neither trusted, nor the
+/// file's owner, nor able to write the file itself. `None` where there are none.
 ///
-/// In a directory with the sticky bit nobody but its owner and a file's owner can do that. A group that can write the file
-/// too gains nothing by writing the directory. Neither does the group of one user, which many systems give to each.
+/// In a directory with the sticky bit nobody but its owner and a file's owner can do that. A user or a group that can write the
+/// file too gains nothing by writing the directory. Neither does the group of one user, which many systems give to each. Entries
+/// of access lists count as the mode's bits do.
 ///
 /// # Errors
 /// The system's.
-pub fn foreign_writers(directory: &Path, file: &std::fs::Metadata) -> std::io::Result<Option<Writers>> {
+pub fn foreign_writers(
+    directory: &Path,
+    path: &Path,
+    file: &std::fs::Metadata,
+) -> std::io::Result<Option<Writers>> {
     let about = std::fs::metadata(directory)?;
     let mode = about.mode();
     let is_known = |uid: u32| is_trusted(uid) || uid == file.uid();
@@ -67,16 +94,35 @@ pub fn foreign_writers(directory: &Path, file: &std::fs::Metadata) -> std::io::R
     if mode & 0o002 != 0 && file.mode() & 0o002 == 0 {
         return Ok(Some(Writers::Everybody));
     }
-    let group = about.gid();
-    let writes_file = file.gid() == group && file.mode() & 0o020 != 0;
-    if mode & 0o020 != 0 && !writes_file && !is_private(group, &[about.uid(), file.uid()]) {
-        return Ok(Some(Writers::Group(group)));
-    }
-    Ok(None)
+    // A link to a directory has no list of its own.
+    let writing = Writing::of(&directory.canonicalize()?, mode)?;
+    let of_file = Writing::of(path, file.mode())?;
+    let group_gains = |gid: u32| {
+        let writes_file = (of_file.own_group && file.gid() == gid) || of_file.groups.contains(&gid);
+        !writes_file && !is_private(gid, &[about.uid(), file.uid()])
+    };
+    let user_gains = |uid: u32| !is_known(uid) && uid != about.uid() && !of_file.users.contains(&uid);
+    Ok(beyond_the_owner(&writing, about.gid(), group_gains, user_gains))
 }
 
-/// The first directory of `path` and those above it that users who are not trusted can write, and who they are: what is in it, or
-/// the way to it, is theirs to replace. Links are resolved; what does not exist is passed over. `None` where all is trusted.
+/// Those whom a group's bits or an access list let write, and who are not to.
+fn beyond_the_owner(
+    writing: &Writing,
+    group: u32,
+    group_gains: impl Fn(u32) -> bool,
+    user_gains: impl Fn(u32) -> bool,
+) -> Option<Writers> {
+    if writing.own_group && group_gains(group) {
+        return Some(Writers::Group(group));
+    }
+    let groups = writing.groups.iter().copied().filter(|gid| group_gains(*gid)).map(Writers::NamedGroup);
+    let users = writing.users.iter().copied().filter(|uid| user_gains(*uid)).map(Writers::NamedUser);
+    groups.chain(users).next()
+}
+
+/// The first directory of `path` and those above it, or `path` itself where it is a file, that users who are not trusted can write,
+/// and who they are: what is in it, or the way to it, is theirs to replace. Links are resolved; what does not exist is passed over.
+/// `None` where all is trusted.
 ///
 /// # Errors
 /// The system's.
@@ -92,17 +138,19 @@ pub fn foreign_place(path: &Path) -> std::io::Result<Option<(PathBuf, Writers)>>
         // Whoever can make files in the place itself can make those that are looked for there.
         let is_sticky = mode & 0o1000 != 0 && itself.as_deref() != Some(place);
         let writers = if !is_trusted(owner) {
-            Writers::Owner(owner)
+            Some(Writers::Owner(owner))
         } else if is_sticky {
-            continue;
+            None
         } else if mode & 0o002 != 0 {
-            Writers::Everybody
-        } else if mode & 0o020 != 0 && !is_private(about.gid(), &[owner]) {
-            Writers::Group(about.gid())
+            Some(Writers::Everybody)
         } else {
-            continue;
+            let writing = Writing::of(place, mode)?;
+            let group_gains = |gid: u32| !is_private(gid, &[owner]);
+            beyond_the_owner(&writing, about.gid(), group_gains, |uid| !is_trusted(uid))
         };
-        return Ok(Some((place.to_owned(), writers)));
+        if let Some(writers) = writers {
+            return Ok(Some((place.to_owned(), writers)));
+        }
     }
     Ok(None)
 }

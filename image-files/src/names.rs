@@ -178,21 +178,17 @@ pub fn require_private_directory_of(path: &Utf8Path) -> Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
     let looking = |error| io_error(error, format!("cannot look at {path} and its directory"));
     let image = fs::symlink_metadata(path).map_err(looking)?;
-    let Some(writers) = confined_files::foreign_writers(directory.as_std_path(), &image).map_err(looking)?
-    else {
-        return Ok(());
-    };
+    let found = confined_files::foreign_writers(directory.as_std_path(), path.as_std_path(), &image);
+    let Some(writers) = found.map_err(looking)? else { return Ok(()) };
     let place = shell_word(directory.as_str());
     let advice = match &writers {
         confined_files::Writers::Owner(uid) => format!(
             "give the image to the owner of its directory (`chown {uid} {}`), or keep it in a directory of its own owner",
             shell_word(path.as_str())
         ),
-        confined_files::Writers::Group(_) => format!(
-            "`chmod g-w {place}`, or `chmod +t {place}` so that each user can replace his own files only"
-        ),
-        _ => format!(
-            "`chmod o-w {place}`, or `chmod +t {place}` so that each user can replace his own files only"
+        others => format!(
+            "{}, or `chmod +t {place}` so that each user can replace his own files only",
+            others.advice(&place)
         ),
     };
     Err(Error::new(

@@ -169,8 +169,10 @@ pub trait DiskSnapshotter: Send + Sync {
         Vec::new()
     }
 
-    /// Returns true if a finish step that could not be done may be left: the disk is whole without it, and the next delete, or a
-    /// tidy, finds what is left of it on the disk, and plans it anew. What is left must be in no later plan's way.
+    /// Returns true if every finish step that could not be done may be left: the disk is whole without it, and the next delete, or
+    /// a tidy, finds what is left of it, on the disk or by the layers that the catalogue has, and plans it anew. What is left must
+    /// be in no later plan's way. A backend of which that is true of some steps alone says so with each
+    /// ([`crate::PlannedStep::deferrable`]).
     fn plans_leftovers(&self) -> bool {
         false
     }
@@ -179,6 +181,12 @@ pub trait DiskSnapshotter: Send + Sync {
     /// process, are nobody else. Writers of what the record owns are met without it.
     fn needs_of(&self, _disk: &DiskRecord, _step: &crate::Step) -> Vec<StepNeed> {
         Vec::new()
+    }
+
+    /// What a step of this backend's does with files: so that what is known to fail is found before an operation begins.
+    /// A backend whose plans are [`crate::chain`]'s gives [`crate::chain::uses`]; one that works with no files, nothing.
+    fn uses(&self, _disk: &DiskRecord, _step: &Step) -> FileUses {
+        FileUses::default()
     }
 
     /// Whether a disk is this backend's to serve where nobody stated a backend: by the format that its hypervisor opens it
@@ -213,7 +221,8 @@ pub trait DiskSnapshotter: Send + Sync {
     async fn discover(&self, record: &mut DiskRecord, known: &[crate::Point]) -> Result<Vec<Snapshot>>;
 
     /// The files that the disk's layers are backed by, with everything below them: read from the images alone, whatever they name,
-    /// so that another domain does not change what this one needs. Changes nothing.
+    /// so that another domain does not change what this one needs. A file that is named and is not there is among them, and so is
+    /// a layer of the disk that is not there: what they are backed by is not known then. Changes nothing.
     ///
     /// # Errors
     /// Where the disk's image is not there or cannot be read.
@@ -325,6 +334,32 @@ pub trait DiskSnapshotter: Send + Sync {
 
     /// The file that a layer opens by, for people and tools.
     fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf;
+}
+
+/// What a step does with files. Paths are absolute.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FileUses {
+    /// The names of files that are made, or that files get.
+    pub makes: Vec<Utf8PathBuf>,
+    /// Files that are written in place.
+    pub writes: Vec<Utf8PathBuf>,
+    /// Files that get another name, or lose one.
+    pub renames: Vec<Utf8PathBuf>,
+    /// Files that get a further name (a hard link).
+    pub links: Vec<Utf8PathBuf>,
+    /// The bytes that it needs at least on the file system of the disk's directory. Where that cannot be known, nothing.
+    pub room: u64,
+}
+
+impl FileUses {
+    /// Adds what another step does.
+    pub fn extend(&mut self, other: Self) {
+        self.makes.extend(other.makes);
+        self.writes.extend(other.writes);
+        self.renames.extend(other.renames);
+        self.links.extend(other.links);
+        self.room = self.room.saturating_add(other.room);
+    }
 }
 
 /// Returns true if there is no file of that name in a directory that is there, and none comes back by itself.

@@ -15,8 +15,8 @@ pub use neighbours::rebase;
 
 use crate::{
     ActivePath, Capabilities, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error,
-    ErrorKind, Group, Layer, LayerName, PlannedStep, Point, PointKind, Result, SnapshotName, Step, Target,
-    shown_size,
+    ErrorKind, FileUses, Group, Layer, LayerName, PlannedStep, Point, PointKind, Result, SnapshotName, Step,
+    Target, shown_size,
 };
 
 /// What is done to a chain of files, one typed action a step.
@@ -111,6 +111,55 @@ pub enum ChainStep {
         /// The layer.
         layer: LayerName,
     },
+}
+
+/// The least that any new file or table needs of a file system: its blocks are seldom smaller.
+const BLOCK: u64 = 4096;
+
+/// The bytes of an empty overlay of a disk of this size, at least: its header, its refcounts, and the table that has 8 bytes for each
+/// 512 MiB of the disk.
+pub fn room_of_overlay(virtual_size: u64) -> u64 {
+    let table = virtual_size.div_ceil(512 << 20).saturating_mul(8);
+    table.next_multiple_of(BLOCK).saturating_add(3 * BLOCK)
+}
+
+/// What a step of a chain does with files: for [`crate::DiskSnapshotter::uses`]. Nothing for a step that is none of a chain's.
+pub fn uses(record: &DiskRecord, step: &Step) -> FileUses {
+    let path = &record.disk.path;
+    let file = |layer: &LayerName| {
+        let own = layer_path(path, layer);
+        if own.exists() || *layer != record.active { own } else { path.clone() }
+    };
+    let mut uses = FileUses::default();
+    let Ok(step) = serde_json::from_value::<ChainStep>(step.action.clone()) else { return uses };
+    match step {
+        ChainStep::NameLayer { layer } => {
+            uses.makes.push(layer_path(path, &layer));
+            uses.links.push(file(&layer));
+        }
+        ChainStep::CreateOverlay { layer, virtual_size, .. } => {
+            uses.makes.push(layer_path(path, &layer));
+            uses.room = room_of_overlay(virtual_size);
+        }
+        ChainStep::Materialise { layer, .. } => {
+            uses.makes.push(layer_path(path, &layer));
+            uses.room = 3 * BLOCK;
+        }
+        ChainStep::SwitchActive { to, .. } => {
+            uses.makes.push(path.clone());
+            uses.renames.push(path.clone());
+            uses.links.push(layer_path(path, &to));
+        }
+        ChainStep::TakeInternal { layer, .. }
+        | ChainStep::ApplyInternal { layer, .. }
+        | ChainStep::DropInternal { layer, .. }
+        | ChainStep::ForgetInternal { layer, .. } => uses.writes.push(file(&layer)),
+        ChainStep::Merge { into, .. } => uses.writes.push(file(&into)),
+        ChainStep::Repoint { child, .. } => uses.writes.push(file(&child)),
+        ChainStep::Remove { layers } => uses.renames.extend(layers.iter().map(file)),
+        ChainStep::Unname { layer } => uses.renames.push(file(&layer)),
+    }
+    uses
 }
 
 /// The permanent name for a layer of the disk at `path`: `<stem>.ds-<8 hex>.<extension>`.

@@ -75,8 +75,8 @@ mod step;
 mod zone;
 
 pub use backend::{
-    Base, Capabilities, DeleteCost, DiskSnapshotter, Finding, Guard, InspectDepth, Progress, Salvage,
-    Severity, StepContext, StepNeed,
+    Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth, Progress,
+    Salvage, Severity, StepContext, StepNeed,
 };
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
 pub use error::{Error, ErrorKind, Result};

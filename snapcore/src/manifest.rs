@@ -244,6 +244,24 @@ impl Manifests {
             .map_err(|cause| failure(cause, format!("manifests in {} cannot be removed", self.directory)))
     }
 
+    /// Removes what `catalogue` wrote of `entry`, whose manifests are elsewhere from now on, and the directory where nothing else is in
+    /// it. Another's manifests stay. Durable when it returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub fn clear(&self, catalogue: CatalogueId, entry: &Entry) -> Result<()> {
+        let found = self.read()?;
+        if !found.domain.as_ref().is_some_and(|manifest| manifest.is_known_to(catalogue, entry)) {
+            return Ok(());
+        }
+        let own =
+            found.snapshots.iter().filter(|snapshot| found.is_by(snapshot.id, catalogue, entry.revision));
+        let files: Vec<Utf8PathBuf> = own.map(|snapshot| self.file_of(snapshot.id)).collect();
+        self.remove_all(&files).map_err(|cause| {
+            failure(cause, format!("the former manifests in {} cannot be removed", self.directory))
+        })
+    }
+
     /// Gives manifests a name under which they are kept and read no more. Durable when it returns. One that is not there
     /// is passed over.
     ///

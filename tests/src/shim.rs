@@ -7,11 +7,23 @@ use anyhow::{Context, Result};
 use crate::domsnap::{self, Domsnap};
 use crate::record::Record;
 
-/// `domsnap` with the shim preloaded, watching `root`, and nothing asked of it yet.
+/// `domsnap` with the shim preloaded, watching `root`, and nothing asked of it yet. What is tried before an operation begins, with
+/// empty files of their own, is left alone: it is the same before each, and tests of its own fail and kill it ([`TRIED`]).
 pub fn watching(domsnap: Domsnap, root: &Path) -> Result<Domsnap> {
     let library = domsnap::product("DOMSNAP_FAULTFS", "libfaultfs.so", "faultfs");
     let root = root.canonicalize().with_context(|| format!("find {}", root.display()))?;
-    Ok(domsnap.env("LD_PRELOAD", library).env("FAULTFS_ROOT", root))
+    Ok(domsnap.env("LD_PRELOAD", library).env("FAULTFS_ROOT", root).env("FAULTFS_LEAVE", TRIED))
+}
+
+/// A part of the names of files by which directories are tried.
+pub const TRIED: &str = "/.domsnap-probe-";
+
+/// [`watching`], also what is tried before an operation begins.
+///
+/// # Errors
+/// As of [`watching`].
+pub fn watching_all(domsnap: Domsnap, root: &Path) -> Result<Domsnap> {
+    Ok(watching(domsnap, root)?.env("FAULTFS_LEAVE", ""))
 }
 
 /// One operation as the shim counted it.

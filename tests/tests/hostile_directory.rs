@@ -552,6 +552,116 @@ fn a_plug_in_gets_no_environment_of_others() -> Result<()> {
     Ok(())
 }
 
+/// An access list that names a user or a group with these rights, below a mask.
+fn naming(kind: u16, id: u32, rights: u16, mask: u16) -> Vec<u8> {
+    let mut list = 2u32.to_le_bytes().to_vec();
+    let none = u32::MAX;
+    for (kind, rights, id) in
+        [(1u16, 7u16, none), (4, 5, none), (kind, rights, id), (0x10, mask, none), (0x20, 5, none)]
+    {
+        list.extend(kind.to_le_bytes());
+        list.extend(rights.to_le_bytes());
+        list.extend(id.to_le_bytes());
+    }
+    // Users come before the owner's group.
+    if kind == 2 {
+        let (a, b) = (4 + 8, 4 + 16);
+        let own = list[a..b].to_vec();
+        list.copy_within(b..b + 8, a);
+        list[b..b + 8].copy_from_slice(&own);
+    }
+    list
+}
+
+/// Access lists of directories count as their modes do: of images, of the state directory, and of plug-ins.
+#[test]
+fn access_lists_of_directories_count() -> Result<()> {
+    const STRANGER: u32 = 5001;
+    // Kind, number, rights and mask of an entry; whether a snapshot is taken.
+    let cases = [
+        (2, STRANGER, 7, 7, false),
+        (8, STRANGER, 7, 7, false),
+        (2, STRANGER, 7, 5, true),
+        (2, STRANGER, 5, 7, true),
+        (2, TENANT, 7, 7, true),
+        (2, 0, 7, 7, true),
+    ];
+    for (kind, id, rights, mask, works) in cases {
+        let Some(place) = Place::new()? else { return Ok(()) };
+        let list = naming(kind, id, rights, mask);
+        let give =
+            |path: &Path| rustix::fs::setxattr(path, "system.posix_acl_access", &list, XattrFlags::empty());
+        if let Err(errno) = give(&place.path("tenant")) {
+            ensure!(errno == rustix::io::Errno::OPNOTSUPP, "the list is wrong: {errno}");
+            eprintln!("left out: this file system has no access lists");
+            return Ok(());
+        }
+        let outcome = place.on_image("create", &["s1", "--external"])?;
+        let wanted = if works { status::DONE } else { status::REFUSED };
+        ensure!(outcome.status == Some(wanted), "{kind} {id} {rights} {mask}: {outcome}");
+        ensure!(works || outcome.stderr.contains("setfacl -x"), "{outcome}");
+        if works || kind != 2 {
+            continue;
+        }
+        give(&place.path("state"))?;
+        let other = place.path("other/victim.qcow2").display().to_string();
+        let outcome = place.run(&["create", &other, "s1"])?.expect_status(status::REFUSED)?;
+        ensure!(outcome.stderr.contains("state directory"), "{outcome}");
+        let plugins = place.path("plugins");
+        fs::create_dir(&plugins)?;
+        let (program, ran) = (plugins.join("domsnap-backend-spy"), place.path("ran"));
+        fs::write(&program, format!("#!/bin/sh\n: > {}\n", ran.display()))?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        for refused in [&program, &plugins] {
+            give(refused)?;
+            let state = place.path("fresh");
+            let outcome = Domsnap::new(&state).env("DOMSNAP_BACKEND_DIR", &plugins).run(&["backends"])?;
+            ensure!(!ran.exists(), "{outcome}");
+            ensure!(format!("{}{}", outcome.stdout, outcome.stderr).contains("setfacl -x"), "{outcome}");
+            rustix::fs::removexattr(refused, "system.posix_acl_access")?;
+        }
+    }
+    Ok(())
+}
+
+/// What a directory gives to new files lets nobody into an overlay or a copy who may not use the image.
+#[test]
+fn default_lists_of_directories_let_nobody_in() -> Result<()> {
+    for (format, kind) in [("qcow2", "external"), ("raw", "copy")] {
+        let Some(place) = Place::new()? else { return Ok(()) };
+        let image = place.path(&format!("tenant/d.{format}"));
+        let make = ["create", "-q", "-f", format].map(std::ffi::OsStr::new);
+        qemu::img(&[&make[..], &[image.as_os_str(), "4M".as_ref()]].concat())?;
+        chown(&image, Some(TENANT), Some(TENANT))?;
+        fs::set_permissions(&image, fs::Permissions::from_mode(0o660))?;
+        let list = naming(2, 5001, 7, 7);
+        let directory = place.path("tenant");
+        if rustix::fs::setxattr(&directory, "system.posix_acl_default", &list, XattrFlags::empty()).is_err() {
+            eprintln!("left out: this file system has no access lists");
+            return Ok(());
+        }
+        let disk = format!("vda={},format={format}", image.display());
+        place.run(&["domain", "add", "d", "--disk", &disk])?.expect_status(status::DONE)?;
+        let choice = format!("vda={kind}");
+        for words in [&["create", "d", "s1", "--disk", &choice][..], &["revert", "d", "s1"]] {
+            place.run(words)?.expect_status(status::DONE)?;
+            for entry in fs::read_dir(&directory)? {
+                let path = entry?.path();
+                if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("d."))
+                    && path.is_file()
+                {
+                    let mut value = [0; 256];
+                    let read = rustix::fs::getxattr(&path, "system.posix_acl_access", &mut value[..]);
+                    let closed =
+                        read == Err(rustix::io::Errno::NODATA) || fs::metadata(&path)?.mode() & 0o070 == 0;
+                    ensure!(closed, "{kind}: {} lets user 5001 in", path.display());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// The catalogue is believed, so it must lie where nobody else can put another.
 #[test]
 fn a_state_directory_that_others_own_is_refused() -> Result<()> {

@@ -372,3 +372,186 @@ impl Stop {
         Ok(false)
     }
 }
+
+/// All names in a domain's directory, with sizes: what lies there, whatever it is.
+fn names(domain: &Domain) -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    let mut below = vec![domain.disks()];
+    while let Some(directory) = below.pop() {
+        for entry in std::fs::read_dir(&directory)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                below.push(entry.path());
+            }
+            all.push(entry.path().to_string_lossy().into_owned());
+        }
+    }
+    all.sort();
+    Ok(all)
+}
+
+/// Expects that each command is refused before anything, in these words, and predicted by a dry run; and that nothing is left.
+fn refused_before(
+    domain: &Domain,
+    commands: &[&[&str]],
+    says: &str,
+    with: impl Fn() -> Result<Domsnap>,
+) -> Result<()> {
+    let (before, there) = (images(&domain.disks())?, names(domain)?);
+    for words in commands {
+        for words in [words.to_vec(), [words, &["--dry-run"][..]].concat()] {
+            let said = with()?.run(&words)?.expect_status(status::REFUSED)?;
+            ensure!(said.stderr.contains(says), "{words:?}: {said}");
+            ensure!(said.stderr.contains("nothing was touched"), "{words:?}: {said}");
+            same_images(&domain.disks(), &before)?;
+            ensure!(names(domain)? == there, "{words:?} left something: {:?}", names(domain)?);
+        }
+    }
+    Ok(())
+}
+
+/// A file system without hard links is known before anything, also in a dry run; what needs none is done there.
+#[test]
+fn missing_hard_links_are_known_before() -> Result<()> {
+    let without = |domain: &Domain, kind: &str| -> Result<Domsnap> {
+        let domsnap = shim::watching_all(domain.domsnap(), domain.root())?;
+        Ok(domsnap.env("FAULTFS_FAIL_KIND", kind).env("FAULTFS_ERRNO", "EPERM"))
+    };
+    let mut domain = Domain::new(&Shape::disks(1))?;
+    domain.create("s1", "external")?;
+    domain.write_everywhere()?;
+    let commands: [&[&str]; 2] = [&["create", NAME, "n", "--external"], &["revert", NAME, "s1"]];
+    refused_before(&domain, &commands, "a hard link", || without(&domain, "link"))?;
+    // A directory that takes no names, or lets none be moved or removed.
+    refused_before(&domain, &commands, "takes no new file", || without(&domain, "create"))?;
+    refused_before(&domain, &commands, "lets no file be renamed", || without(&domain, "rename"))?;
+    without(&domain, "link")?.done(&["create", NAME, "inside", "--internal"])?;
+    domain.domsnap().done(&["delete", NAME, "inside"])?;
+    domain.verify()?;
+
+    let mut raw = Domain::new(&Shape::raw(1))?;
+    raw.create("s1", "copy")?;
+    raw.write_everywhere()?;
+    refused_before(&raw, &[&["revert", NAME, "s1"]], "a hard link", || without(&raw, "link"))?;
+    without(&raw, "link")?.done(&["create", NAME, "n", "--disk", "vda=copy"])?;
+    raw.domsnap().done(&["delete", NAME, "n"])?;
+    raw.verify()
+}
+
+/// What a killed try has left goes with the next operation.
+#[test]
+fn a_killed_try_leaves_nothing_for_long() -> Result<()> {
+    let mut domain = Domain::new(&Shape::disks(1))?;
+    let (mut left, there) = (0, names(&domain)?.len());
+    for number in 1..12 {
+        let killed = shim::killing(shim::watching_all(domain.domsnap(), &domain.disks())?, number, false);
+        killed.run(&["create", NAME, "n", "--external", "--dry-run"])?;
+        left += usize::from(names(&domain)?.len() > there);
+        domain.domsnap().done(&["recover", NAME])?;
+        ensure!(names(&domain)?.len() == there, "{number}: {:?}", names(&domain)?);
+    }
+    ensure!(left > 0, "no try was ever killed half way");
+    domain.create("s1", "external")?;
+    domain.verify()
+}
+
+/// Makes a file of all the room that there is.
+fn fill_up(file: &std::path::Path) -> Result<()> {
+    let mut made = std::fs::File::create(file)?;
+    let (mut offset, mut step) = (0, 256 << 20);
+    while step >= 512 {
+        match rustix::fs::fallocate(&made, rustix::fs::FallocateFlags::empty(), offset, step) {
+            Ok(()) => offset += step,
+            Err(_) => step /= 2,
+        }
+    }
+    // What an allocation leaves, plain writes take.
+    std::io::Seek::seek(&mut made, std::io::SeekFrom::End(0))?;
+    while std::io::Write::write_all(&mut made, &[1; 4096]).is_ok() {}
+    Ok(())
+}
+
+/// Room for metadata and manifests is asked for before anything.
+#[test]
+fn room_for_metadata_is_asked_for_before() -> Result<()> {
+    if !may_mount("tmpfs") {
+        return Ok(());
+    }
+    let mounted = Mounted::make_small("tmpfs", 32 << 20)?;
+    for (name, shape) in [("qcow2", Shape::disks(1)), ("raw", Shape::raw(1))] {
+        let mut domain = Domain::new_in(&mounted.path().join(name), &shape)?;
+        let kind = if shape.naming.1 == ".raw" { "copy" } else { "external" };
+        domain.create("s1", kind)?;
+        domain.write_everywhere()?;
+        let filler = domain.disks().join("filler");
+        fill_up(&filler)?;
+        let choice = format!("vda={kind}");
+        let commands: [&[&str]; 2] = [&["create", NAME, "n", "--disk", &choice], &["revert", NAME, "s1"]];
+        refused_before(&domain, &commands, "room for", || Ok(domain.domsnap()))?;
+        std::fs::remove_file(&filler)?;
+        domain.delete(&["s1"])?;
+        domain.verify()?;
+    }
+    Ok(())
+}
+
+/// An append-only directory and a file that is mounted are known before too.
+#[test]
+fn directories_that_keep_names_are_known_before() -> Result<()> {
+    let mut domain = Domain::new(&Shape::disks(1))?;
+    domain.create("s1", "external")?;
+    domain.write_everywhere()?;
+    let run = |words: &[&std::ffi::OsStr]| {
+        let done = Command::new(words[0]).args(&words[1..]).output();
+        done.is_ok_and(|output| output.status.success())
+    };
+    let commands: [&[&str]; 2] = [&["create", NAME, "n", "--external"], &["revert", NAME, "s1"]];
+    let directory = domain.disks();
+    if !run(&["chattr".as_ref(), "+a".as_ref(), directory.as_ref()]) {
+        println!("SKIPPED: no append-only directories to be had here");
+        return Ok(());
+    }
+    let checked = refused_before(&domain, &commands[..1], "append-only", || Ok(domain.domsnap()));
+    ensure!(run(&["chattr".as_ref(), "-a".as_ref(), directory.as_ref()]), "the flag stays");
+    checked?;
+    let path = domain.path("vda");
+    if run(&["mount".as_ref(), "--bind".as_ref(), path.as_ref(), path.as_ref()]) {
+        let checked = refused_before(&domain, &commands, "is a mount point", || Ok(domain.domsnap()));
+        ensure!(run(&["umount".as_ref(), path.as_ref()]), "the mount stays");
+        checked?;
+    }
+    domain.verify()
+}
+
+/// Manifests lie beside the first disk. When that is taken out of the domain, those of the next one are all that is left, wherever
+/// it is killed.
+#[test]
+fn manifests_follow_the_first_disk() -> Result<()> {
+    let remove = ["domain", "disk", "remove", NAME, "vda"];
+    for number in (0..24).step_by(3) {
+        let mut domain = Domain::new(&Shape::disks(2))?;
+        domain.create("s1", "internal")?;
+        let former = domain.disks().join("a.qcow2.domsnap");
+        ensure!(former.join("domain.json").exists(), "manifests are elsewhere");
+        let whole = match number {
+            0 => domain.domsnap().run(&remove)?,
+            number => {
+                shim::killing(shim::watching(domain.domsnap(), domain.root())?, number, false).run(&remove)?
+            }
+        };
+        let killed = whole.status != Some(status::DONE);
+        if number == 0 {
+            ensure!(!killed, "{whole}");
+        }
+        // Whatever came of it, the next change writes what is true, and nothing is where nobody looks.
+        domain.domsnap().done(&["create", NAME, "s2", "--internal"])?;
+        let shown = domain.domsnap().done(&["domain", "show", NAME])?;
+        let has_first = shown.stdout.contains("a.qcow2");
+        let (here, there) = (former.exists(), domain.disks().join("b.qcow2.domsnap").exists());
+        ensure!(here == has_first && there != here, "{number}: {here} {there}: {shown}");
+        if number > 0 && !killed {
+            break;
+        }
+    }
+    Ok(())
+}

@@ -565,3 +565,74 @@ fn shown(image: &Path) -> Result<Vec<u8>> {
     qemu::img(&words.into_iter().chain([raw.path().as_os_str()]).collect::<Vec<_>>())?;
     Ok(std::fs::read(raw.path())?)
 }
+
+/// Domains of one catalogue in several directories, one of which is out of reach when another domain is changed.
+mod domains_out_of_reach {
+    use super::*;
+
+    /// A domain with the frozen layer of `s1`, and a directory for others.
+    fn base() -> Result<(Domain, PathBuf, Bytes)> {
+        let mut domain = line(&["external"])?;
+        let below = domain.model.snapshots["s1"].disks["vda"].clone();
+        let layer = layer_of(&domain, "s1")?;
+        domain.write_everywhere()?;
+        domain.create("s2", "internal")?;
+        Ok((domain, layer, below))
+    }
+
+    fn directory(domain: &Domain, name: &str) -> Result<PathBuf> {
+        let path = domain.root().join(name);
+        std::fs::create_dir(&path)?;
+        Ok(path)
+    }
+
+    fn add(domain: &Domain, name: &str, overlay: &Overlay) -> Result<()> {
+        let disk = format!("vda={}", overlay.path.display());
+        domain.domsnap().done(&["--allow-backing", "/", "domain", "add", name, "--disk", &disk])?;
+        Ok(())
+    }
+
+    /// Deletes `s1` while `away` is not there; then all shows what it did.
+    fn keeps_its_base(domain: &mut Domain, away: &Path, layer: &Path, overlay: &Overlay) -> Result<()> {
+        let hidden = away.with_extension("away");
+        std::fs::rename(away, &hidden)?;
+        let deleted = domain.domsnap().run(&["delete", NAME, "s1"])?;
+        std::fs::rename(&hidden, away)?;
+        ensure!(layer.exists(), "the base of another domain was removed: {deleted}");
+        overlay.verify()?;
+        qemu::check(&overlay.path)
+    }
+
+    /// Its own directory is there, and that of an image in the middle of its chain is not.
+    #[test]
+    fn one_whose_middle_is_away_keeps_its_base() -> Result<()> {
+        let (mut domain, layer, below) = base()?;
+        let (middle, own) = (directory(&domain, "middle")?, directory(&domain, "own")?);
+        let between = Overlay::new(&middle.join("m.qcow2"), &layer.to_string_lossy(), &below)?;
+        let overlay = Overlay::new(&own.join("b.qcow2"), &between.path.to_string_lossy(), &between.bytes)?;
+        add(&domain, "other", &overlay)?;
+        keeps_its_base(&mut domain, &middle, &layer, &overlay)
+    }
+
+    /// It got this base from another tool after it was registered, and an operation of its own, or of the other domain, has seen it.
+    #[test]
+    fn one_that_was_rebased_since_keeps_its_base() -> Result<()> {
+        for seen_by in [&["create", "other", "x", "--internal"][..], &["delete", NAME, "s2"]] {
+            let (mut domain, layer, below) = base()?;
+            let own = directory(&domain, "own")?;
+            let path = own.join("b.qcow2");
+            let size = below.len().to_string();
+            let words = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096"].map(std::ffi::OsStr::new);
+            qemu::img(&[&words[..], &[path.as_os_str(), size.as_ref()]].concat())?;
+            let mut overlay = Overlay { path, bytes: vec![0; below.len()].into() };
+            add(&domain, "other", &overlay)?;
+            let words = ["rebase", "-u", "-F", "qcow2", "-b"].map(std::ffi::OsStr::new);
+            qemu::img(&[&words[..], &[layer.as_os_str(), overlay.path.as_os_str()]].concat())?;
+            overlay.bytes = below;
+            overlay.verify()?;
+            domain.domsnap().done(&[&["--allow-backing", "/"][..], seen_by].concat())?;
+            keeps_its_base(&mut domain, &own, &layer, &overlay)?;
+        }
+        Ok(())
+    }
+}

@@ -12,7 +12,7 @@ use domsnap_tests::domsnap::{Domsnap, Outcome, status};
 use domsnap_tests::mounted::{Mounted, may_mount};
 use domsnap_tests::qemu::{self, Write};
 use domsnap_tests::report;
-use domsnap_tests::{crash, scenario, verify};
+use domsnap_tests::{crash, scenario, shim, verify};
 
 /// Raw disks where temporary files are, with the snapshots `ways`, called `s1`, `s2`, ..., and writes between and after.
 fn line(disks: usize, ways: &[&str]) -> Result<Domain> {
@@ -664,4 +664,35 @@ fn two_domsnap_at_once_take_turns_or_one_is_told() -> Result<()> {
         domain.model.create(&snapshot.name);
     }
     domain.verify()
+}
+
+/// What cannot be removed after the commit point waits, locks nothing, and goes with the next operation.
+#[test]
+fn files_that_cannot_be_removed_are_deferred() -> Result<()> {
+    let mut domain = line(1, &["copy", "copy"])?;
+    let count = |domain: &Domain| -> Result<usize> {
+        let names = std::fs::read_dir(domain.disks())?.flatten().map(|entry| entry.file_name());
+        Ok(names.filter(|name| name.to_string_lossy().ends_with(".raw")).count())
+    };
+    let stuck = |domain: &Domain| -> Result<Domsnap> {
+        let domsnap = shim::watching(domain.domsnap(), domain.root())?;
+        let fails = domsnap.env("FAULTFS_FAIL_KIND", "unlink").env("FAULTFS_FAIL_PATH", ".ds-");
+        Ok(fails.env("FAULTFS_ERRNO", "EPERM"))
+    };
+    let points = count(&domain)?;
+    let said = stuck(&domain)?.done(&["revert", NAME, "s1"])?;
+    ensure!(format!("{}{}", said.stdout, said.stderr).contains("deferred"), "{said}");
+    ensure!(count(&domain)? == points + 2, "{said}");
+    // Nothing is locked by it; what is done next does not trip over it.
+    domain.domsnap().done(&["create", NAME, "s9", "--disk", "vda=copy"])?;
+    let said = stuck(&domain)?.done(&["delete", NAME, "s9"])?;
+    ensure!(format!("{}{}", said.stdout, said.stderr).contains("deferred"), "{said}");
+    ensure!(!domain.domsnap().done(&["domain", "list"])?.stdout.contains("needs recovery"));
+    domain.domsnap().done(&["recover", NAME])?;
+    ensure!(count(&domain)? == points, "something is left: {said}");
+    domain.domsnap().done(&["revert", NAME, "s2"])?;
+    domain.domsnap().done(&["check", NAME])?;
+    domain.delete(&["s1"])?;
+    ensure!(count(&domain)? == points - 1);
+    Ok(())
 }

@@ -327,7 +327,7 @@ impl Inner {
         }
         let _held = self.hold_disks(&entry.domain, live).await?;
         let mut plan = self.plan_for(entry, live, request).await?;
-        self.preflight(&entry.domain, live, &plan).await?;
+        self.preflight(&entry.domain, live, &plan, false).await?;
         let watched = self.watched(&entry.domain, live, Some(&plan)).await?;
         if !plan.steps.is_empty() {
             plan.notes.extend(watched.refuse_users().await?);
@@ -372,6 +372,11 @@ impl Inner {
                 }
             }
         }
+        if *catalogued && !(plan.steps.is_empty() && plan.commit.is_empty()) {
+            // Another tool may have given its images other bases since they were recorded.
+            prologue.extend(self.record_bases(&entry.domain).await);
+        }
+        self.record_neighbours().await;
         let manifests = self.manifests_of(&entry.domain)?;
         let engine = Engine {
             catalogue: &*self.catalogue,
@@ -598,7 +603,19 @@ impl Inner {
             .advise(format!("take the whole domain out with `domsnap domain remove {name}`")));
         }
         self.refuse_unfinished(entry).await?;
+        if !*catalogued {
+            // What only manifests tell is in the catalogue before they go.
+            self.put(entry, Revision::ABSENT, false).await?;
+            *catalogued = true;
+        }
+        let (before, former) = (self.manifests_of(&entry.domain)?, entry.clone());
         entry.domain.disks.retain(|record| record.disk.target != target);
+        if self.manifests_of(&entry.domain)?.directory() != before.directory() {
+            // Manifests lie beside the first disk. Those beside the former one go before the catalogue has the domain without it: a
+            // crash in between leaves a domain without manifests, and its next change writes them. The other way round it
+            // would leave manifests of a domain that the disk is not in any more, and nobody would look there again.
+            self.clear_manifests(before, former).await;
+        }
         self.put_changed(entry, *catalogued).await?;
         Ok(entry.domain.clone())
     }
@@ -644,6 +661,20 @@ impl Inner {
         entry.domain.disks.push(record);
         self.put_changed(entry, *catalogued).await?;
         Ok(entry.domain.clone())
+    }
+
+    /// Removes the manifests of a domain from a directory that is not theirs any more. Where that cannot be, it is told and stops
+    /// nothing.
+    async fn clear_manifests(&self, manifests: Manifests, entry: Entry) {
+        let domain = entry.domain.name.clone();
+        let cleared = match self.catalogue.identity().await {
+            Ok(Some(catalogue)) => blocking(move || manifests.clear(catalogue, &entry)).await,
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = cleared {
+            self.events.tell(Event::Warning { domain, message: error.to_string() });
+        }
     }
 
     /// Records a domain whose disks are others now. Its manifests follow; where they cannot, that is told and stops nothing.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::Directory;
 
 use super::Inner;
@@ -196,17 +196,22 @@ pub(super) fn attached<'a>(live: &'a Option<Live>, record: &DiskRecord) -> Optio
 
 /// Makes the directory that the plan's memory image goes to, for its owner alone.
 pub(super) fn prepare_memory_dir(plan: &Plan) -> Result<()> {
-    let memory = plan.steps.iter().filter(|planned| planned.step.target.is_domain()).find_map(|planned| {
-        match serde_json::from_value(planned.step.action.clone()) {
-            Ok(DomainStep::Instant { memory: Some(MemoryPlan { file, .. }), .. }) => Some(file),
-            _ => None,
-        }
-    });
-    let Some(directory) = memory.as_ref().and_then(|file| file.parent()) else { return Ok(()) };
+    let Some(directory) = memory_directory_of(plan) else { return Ok(()) };
     Directory::make_all(directory.as_std_path(), 0o700).map(|_| ()).map_err(|cause| {
         Error::new(ErrorKind::Io, format!("the directory {directory} for memory images cannot be made"))
             .because(cause)
             .state("nothing was touched")
             .advise("make it, or name another one with --memory-dir when the domain is registered")
     })
+}
+
+/// The directory of the memory image that a plan makes.
+pub(super) fn memory_directory_of(plan: &Plan) -> Option<Utf8PathBuf> {
+    let memory = plan.steps.iter().filter(|planned| planned.step.target.is_domain()).find_map(|planned| {
+        match serde_json::from_value(planned.step.action.clone()) {
+            Ok(DomainStep::Instant { memory: Some(MemoryPlan { file, .. }), .. }) => Some(file),
+            _ => None,
+        }
+    });
+    memory.as_ref().and_then(|file| file.parent()).map(Utf8Path::to_owned)
 }

@@ -9,9 +9,11 @@ mod neighbours;
 mod preflight;
 mod reference;
 mod report;
+mod trial;
 mod users;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
@@ -80,12 +82,21 @@ struct Inner {
     registry: Registry,
     catalogue: Arc<dyn Catalogue>,
     events: Events,
+    /// What other domains' images were found to be backed by while a change was planned, where something else is recorded.
+    newer: Mutex<BTreeMap<DomainName, Vec<Utf8PathBuf>>>,
 }
 
 impl Domsnap {
     /// The service on a catalogue. Nothing is read or made yet.
     pub fn new(catalogue: Arc<dyn Catalogue>, registry: Registry) -> Self {
-        Self { inner: Arc::new(Inner { registry, catalogue, events: Events::default() }) }
+        Self {
+            inner: Arc::new(Inner {
+                registry,
+                catalogue,
+                events: Events::default(),
+                newer: Mutex::default(),
+            }),
+        }
     }
 
     /// The backends that it was opened with.
@@ -171,7 +182,8 @@ impl Domsnap {
         Ok(self.inner.locate(domain).await?.entry.domain)
     }
 
-    /// What `request` would do. Changes nothing and needs no lock.
+    /// What `request` would do. Changes nothing and needs no lock. What only a try can tell is tried: an empty file of ours is
+    /// made in each directory that the request works in, and removed.
     ///
     /// # Errors
     /// As the request itself would be refused; [`ErrorKind::NeedsRecovery`] where an operation stopped half way, so
@@ -217,6 +229,9 @@ impl Domsnap {
                     plans.push(self.inner.plan_for(&located.entry, live.as_ref(), &request).await?);
                 }
             }
+        }
+        for plan in &plans {
+            self.inner.preflight(&located.entry.domain, live.as_ref(), plan, true).await?;
         }
         if let Some(first) = plans.first_mut() {
             first.notes.splice(0..0, located.notes);

@@ -1,9 +1,13 @@
 //! Domains of one catalogue know each other: an image of one that is backed by a layer of another keeps that layer.
 //!
 //! A backend finds the images beside a disk that are backed by its layers. Those of other domains may lie in any directory, so
-//! they are read here. Where they cannot be read (their file system is not mounted), what was recorded of them counts.
+//! they are read here. Where they cannot be read, or not down to their base (a file system is not mounted), what was recorded of them
+//! counts too. It is recorded when a domain is registered, with each operation of its own, and whenever an operation of another
+//! domain has read something else: an image may be given another base by any tool.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{MutexGuard, PoisonError};
+use std::time::Duration;
 
 use camino::{Utf8Path, Utf8PathBuf};
 
@@ -11,7 +15,28 @@ use super::Inner;
 use super::identity::file_id;
 use crate::catalogue::{Change, EntrySummary};
 use crate::plan::DiskInput;
-use crate::{Base, DiskState, Domain, DomainName, FileIdentity, LayerName, Result, Unclear};
+use crate::{Base, DiskRecord, DiskState, Domain, DomainName, FileIdentity, LayerName, Result, Unclear};
+
+/// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
+const LEASE_TIME: Duration = Duration::from_secs(30);
+
+/// What is known of a domain's images.
+#[derive(Default)]
+struct Known {
+    /// What they are backed by, as they say or else as it is recorded.
+    bases: Vec<Base>,
+    /// Those that nothing is known of.
+    unclear: Vec<Unclear>,
+    /// The files that all of them are backed by, where all could be read and something else is recorded.
+    newer: Option<Vec<Utf8PathBuf>>,
+}
+
+fn files_of(bases: &[Base]) -> Vec<Utf8PathBuf> {
+    let mut files: Vec<Utf8PathBuf> = bases.iter().map(|base| base.file.clone()).collect();
+    files.sort();
+    files.dedup();
+    files
+}
 
 impl Inner {
     /// Adds to the states of `disks`, of the domain `own`, which images of other domains are backed by their layers.
@@ -26,7 +51,10 @@ impl Inner {
             if other.domain.name == *own {
                 continue;
             }
-            let (bases, unclear) = self.bases_of(&other).await;
+            let Known { bases, unclear, newer } = self.bases_of(&other).await;
+            if let Some(newer) = newer {
+                self.newer_bases().insert(other.domain.name.clone(), newer);
+            }
             for disk in disks.iter_mut() {
                 disk.state.unclear.extend(unclear.iter().cloned());
             }
@@ -43,24 +71,30 @@ impl Inner {
         Ok(())
     }
 
-    /// What the images of a domain are backed by, as they say or else as it is recorded; and those that nothing is known of.
-    async fn bases_of(&self, entry: &EntrySummary) -> (Vec<Base>, Vec<Unclear>) {
-        let (mut bases, mut unclear) = (Vec::new(), Vec::new());
+    /// What the images of a domain are backed by.
+    async fn bases_of(&self, entry: &EntrySummary) -> Known {
+        let mut known = Known::default();
+        let mut whole = true;
         for record in &entry.domain.disks {
             let path = &record.disk.path;
-            let read = match self.registry.get(&record.disk.format) {
-                Ok(backend) => backend.bases(record).await,
-                Err(error) => Err(error),
-            };
+            let read = self.read_bases(record).await;
+            whole &= matches!(&read, Ok((_, true)));
             match (read, &entry.bases) {
-                (Ok(found), _) => bases.extend(found),
+                (Ok((found, true)), _) | (Ok((found, false)), None) => known.bases.extend(found),
+                // Something below is not there now: what it is backed by is known by what was seen last.
+                (Ok((found, false)), Some(recorded)) => {
+                    let last = found.last().map_or(path, |base| &base.file).clone();
+                    let base = |file: &Utf8PathBuf| Base { image: last.clone(), file: file.clone() };
+                    known.bases.extend(found);
+                    known.bases.extend(recorded.iter().map(base));
+                }
                 (Err(_), Some(recorded)) => {
                     let base = |file: &Utf8PathBuf| Base { image: path.clone(), file: file.clone() };
-                    bases.extend(recorded.iter().map(base));
+                    known.bases.extend(recorded.iter().map(base));
                 }
                 // An image that was removed needs nothing; one whose directory is not there may be back tomorrow.
                 (Err(_), None) if file_id(path).is_none() && path.parent().is_some_and(Utf8Path::exists) => {}
-                (Err(error), None) => unclear.push(Unclear {
+                (Err(error), None) => known.unclear.push(Unclear {
                     file: path.clone(),
                     why: format!(
                         "it is a disk of domain {name}, and cannot be read ({error}); mount its file system, or take that \
@@ -70,19 +104,56 @@ impl Inner {
                 }),
             }
         }
-        (bases, unclear)
+        if whole {
+            let files = files_of(&known.bases);
+            known.newer = (entry.bases.as_ref() != Some(&files)).then_some(files);
+        }
+        known
+    }
+
+    /// What the images of a disk are backed by, and whether all of them could be read, down to their bases.
+    async fn read_bases(&self, record: &DiskRecord) -> Result<(Vec<Base>, bool)> {
+        let found = self.registry.get(&record.disk.format)?.bases(record).await?;
+        let whole = found.iter().all(|base| file_id(&base.file).is_some());
+        Ok((found, whole))
     }
 
     /// What the catalogue is to know of the images that `domain` needs of others; nothing where they cannot be read.
     pub(super) async fn record_bases(&self, domain: &Domain) -> Option<Change> {
-        let mut files: Vec<Utf8PathBuf> = Vec::new();
+        let mut bases: Vec<Base> = Vec::new();
         for record in &domain.disks {
-            let found = self.registry.get(&record.disk.format).ok()?.bases(record).await.ok()?;
-            files.extend(found.into_iter().map(|base| base.file));
+            match self.read_bases(record).await {
+                Ok((found, true)) => bases.extend(found),
+                _ => return None,
+            }
         }
-        files.sort();
-        files.dedup();
-        Some(Change::Bases(files))
+        Some(Change::Bases(files_of(&bases)))
+    }
+
+    /// Records what was read of other domains while a change was planned: they may be out of reach when the next one is. A domain
+    /// in which somebody works just now records it by itself.
+    pub(super) async fn record_neighbours(&self) {
+        let newer = std::mem::take(&mut *self.newer_bases());
+        for (name, files) in newer {
+            let recording = async {
+                let holder = format!("domsnap, process {}", std::process::id());
+                let _lease = self.catalogue.lease(name.as_str(), &holder, LEASE_TIME).await?;
+                match self.catalogue.load(&name).await? {
+                    Some(entry) => {
+                        let change = vec![Change::Bases(files)];
+                        self.catalogue.commit(&name, entry.revision, change).await.map(drop)
+                    }
+                    None => Ok(()),
+                }
+            };
+            if let Err(error) = recording.await {
+                tracing::debug!(%error, %name, "recording what a domain's images are backed by");
+            }
+        }
+    }
+
+    fn newer_bases(&self) -> MutexGuard<'_, BTreeMap<DomainName, Vec<Utf8PathBuf>>> {
+        self.newer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The images of the catalogue's domains that are backed by the file `image`, whatever its name.
@@ -90,7 +161,7 @@ impl Inner {
         let Some(wanted) = file_id(image) else { return Ok(Vec::new()) };
         let mut found = Vec::new();
         for entry in self.catalogue.domains().await? {
-            let (bases, _) = self.bases_of(&entry).await;
+            let Known { bases, .. } = self.bases_of(&entry).await;
             found.extend(
                 bases.into_iter().filter(|base| file_id(&base.file) == Some(wanted)).map(|base| base.image),
             );

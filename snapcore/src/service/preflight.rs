@@ -2,20 +2,24 @@
 //!
 //! For each disk: the names that the steps make fit the file system; the directory takes new names, and gives up those that are
 //! removed (immutable, append-only, sticky); images that are written can be opened for writing; images that are linked or removed
-//! carry no flag that forbids it; manifests of what is deleted can be removed. Backends check their formats when they plan; a running domain checks what its hypervisor can do.
+//! carry no flag that forbids it, and are no mount points; manifests of what is deleted can be removed. Then what only a try can tell is tried, in each directory that is worked
+//! in ([`super::trial`]), and the room is asked for. Backends check their formats when they plan; a running domain checks what its
+//! hypervisor can do.
+//!
+//! A dry run does the same, so that it is refused as the operation would be. It leaves nothing, as the operation's own preflight.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{Access, AtFlags, CWD, OFlags, StatxFlags, statvfs, statx};
 
 use super::Inner;
 use super::identity::file_id;
-use super::live::Live;
-use crate::chain::{ChainStep, layer_path};
-use crate::{DiskRecord, Domain, Edit, Error, ErrorKind, Plan, Result, shell_word};
+use super::live::{Live, memory_directory_of};
+use super::trial::{MAKE_ROOM, Needs, Trial, no_room};
+use crate::{DiskRecord, Domain, Edit, Error, ErrorKind, FileUses, Plan, Result, shell_word};
 
 /// The most that a name gets which is made of another: a dot, and the mark of a name that is moved.
 const LONGEST_MARK: usize = ".".len() + ".domsnap-switch".len();
@@ -23,32 +27,41 @@ const LONGEST_MARK: usize = ".".len() + ".domsnap-switch".len();
 /// The longest path that the system takes, with its end.
 const PATH_MAX: usize = 4096;
 
+/// What a small file takes at least.
+const BLOCK: u64 = 4096;
+
+/// The most bytes that are allocated for a moment, to see whether there is room for them.
+const MOST_TRIED: u64 = 16 << 20;
+
 /// `STATX_ATTR_IMMUTABLE` and `STATX_ATTR_APPEND`.
 const FLAGS: [(u64, &str, char); 2] = [(0x10, "immutable", 'i'), (0x20, "append-only", 'a')];
 
-/// What the steps of a plan do with a disk's files.
-#[derive(Default)]
-struct Uses {
-    /// Names of files that are made.
-    makes: Vec<String>,
-    /// Files that are written in place.
-    writes: Vec<Utf8PathBuf>,
-    /// Files that get another name, or lose one.
-    renames: Vec<Utf8PathBuf>,
-}
+/// `STATX_ATTR_MOUNT_ROOT`.
+const MOUNT_ROOT: u64 = 0x2000;
 
 impl Inner {
-    /// Refuses a plan of which a step is known to fail.
+    /// Refuses a plan of which a step is known to fail. The domain's lock is held, unless this is a `dry` run.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`], with what is in the way. Nothing was changed.
-    pub(super) async fn preflight(&self, domain: &Domain, live: Option<&Live>, plan: &Plan) -> Result<()> {
+    /// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`] or [`ErrorKind::NoSpace`], with what is in the way. Nothing was changed.
+    pub(super) async fn preflight(
+        &self,
+        domain: &Domain,
+        live: Option<&Live>,
+        plan: &Plan,
+        dry: bool,
+    ) -> Result<()> {
+        let mut works = Works::default();
         for record in &domain.disks {
             let mut open = HashSet::new();
             if let Some(attached) = live.and_then(|live| live.disk(&record.disk.target)) {
                 open = attached.open_files().await?;
             }
-            let uses = uses_of(record, plan);
+            let backend = self.registry.get(&record.disk.format)?;
+            let mut uses = FileUses::default();
+            for planned in plan.steps.iter().filter(|planned| planned.step.target == record.disk.target) {
+                uses.extend(backend.uses(record, &planned.step));
+            }
             names_fit(record, &uses)?;
             for file in &uses.writes {
                 if file_id(file).is_some_and(|id| !open.contains(&id)) {
@@ -58,14 +71,25 @@ impl Inner {
             for file in &uses.renames {
                 can_be_renamed(record, file)?;
             }
-            if !uses.makes.is_empty() || !uses.renames.is_empty() {
-                let directory = record.disk.path.parent().unwrap_or(Utf8Path::new("/"));
+            for file in uses.renames.iter().chain(&uses.links) {
+                can_get_names(record, file)?;
+            }
+            for directory in uses.makes.iter().chain(&uses.renames).filter_map(|file| file.parent()) {
                 if let Some((name, letter)) = flag_of(directory) {
-                    return Err(flagged(record, directory, name, letter));
+                    return Err(flagged(record.disk.target.as_str(), directory, name, letter));
                 }
             }
+            works.add(record, &uses);
         }
-        self.manifests_can_go(domain, plan)
+        self.manifests_can_go(domain, plan)?;
+        works.memory = memory_directory_of(plan);
+        works.manifests = Some(self.manifests_of(domain)?.directory().to_owned());
+        let (room, plan, records) = (manifests_room(domain, plan), plan.clone(), domain.disks.clone());
+        tokio::task::spawn_blocking(move || works.check(&plan, &records, room, dry)).await.map_err(
+            |cause| {
+                Error::new(ErrorKind::Internal, "trying what an operation needs broke off").because(cause)
+            },
+        )?
     }
 
     /// Manifests of what a plan deletes can be removed: after its commit point nothing may be destroyed before they are.
@@ -100,71 +124,153 @@ impl Inner {
     }
 }
 
+/// Where an operation works, and what it needs there.
+#[derive(Default)]
+struct Works {
+    /// Directories of images: what is done there, the disk, the bytes that are needed, and the files that are made.
+    images: BTreeMap<Utf8PathBuf, (Needs, u64, u64)>,
+    memory: Option<Utf8PathBuf>,
+    manifests: Option<Utf8PathBuf>,
+}
+
+impl Works {
+    fn add(&mut self, record: &DiskRecord, uses: &FileUses) {
+        // Nothing is made beside a device but what it says itself.
+        let own = record.disk.path.parent().filter(|directory| !directory.starts_with("/dev"));
+        for file in uses.makes.iter().chain(&uses.renames) {
+            let Some(directory) = file.parent().filter(|directory| !directory.starts_with("/dev")) else {
+                continue;
+            };
+            let (needs, _, files) = self.images.entry(directory.to_owned()).or_default();
+            *files += u64::from(uses.makes.contains(file));
+            *needs = (*needs).max(if uses.links.is_empty() { Needs::Names } else { Needs::Links });
+        }
+        if let Some((_, bytes, _)) = own.and_then(|own| self.images.get_mut(own)) {
+            *bytes = bytes.saturating_add(uses.room);
+        }
+    }
+
+    /// Tries the directories, and asks for the room.
+    fn check(self, plan: &Plan, records: &[DiskRecord], manifests_room: u64, dry: bool) -> Result<()> {
+        // What a crash has left goes, also where nothing is to be done.
+        if !dry {
+            let beside = records.iter().filter_map(|record| record.disk.path.parent());
+            let others = [&self.memory, &self.manifests].into_iter().flatten().map(|path| &**path);
+            let all = beside.chain(self.images.keys().map(|path| &**path)).chain(others);
+            for directory in all.filter(|directory| !directory.starts_with("/dev")) {
+                Trial::of(directory, records, false).sweep();
+            }
+        }
+        if plan.steps.is_empty() && plan.commit.is_empty() {
+            return Ok(());
+        }
+        // What gives room needs none.
+        let gives_room = plan.operation == "delete" || plan.operation == "tidy";
+        let mut places: Vec<(Utf8PathBuf, Option<Needs>, u64, u64)> = Vec::new();
+        for (directory, (needs, bytes, files)) in self.images {
+            places.push((directory, Some(needs), bytes, files));
+        }
+        if let Some(directory) = self.memory {
+            places.push((nearest(&directory), Some(Needs::Names), BLOCK, 1));
+        }
+        // Manifests may lag: where none can be made, the operation says so at its end. So only their room is asked for.
+        if let Some(directory) = self.manifests {
+            places.push((nearest(&directory), None, manifests_room, 2));
+        }
+        // What all of them need of one file system together, which is tried once.
+        let mut room: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
+        if !gives_room {
+            for (directory, _, bytes, files) in &places {
+                let Ok(about) = std::fs::metadata(directory) else { continue };
+                let (all_bytes, all_files) = room.entry(about.dev()).or_default();
+                *all_bytes = all_bytes.saturating_add(*bytes);
+                *all_files = all_files.saturating_add(*files);
+            }
+        }
+        for (directory, needs, ..) in places {
+            let of_system = std::fs::metadata(&directory).ok().and_then(|about| room.remove(&about.dev()));
+            let (bytes, files) = of_system.unwrap_or_default();
+            has_room(&directory, bytes, files)?;
+            let Some(needs) = needs else { continue };
+            if let Some((name, letter)) = flag_of(&directory) {
+                return Err(flagged("what is made", &directory, name, letter));
+            }
+            match Trial::of(&directory, records, dry).run(needs, bytes.min(MOST_TRIED)) {
+                Err(error) if gives_room && error.kind() == ErrorKind::NoSpace => {}
+                tried => tried?,
+            }
+        }
+        Ok(())
+    }
+}
+
 fn take_off(letter: char, file: &Utf8Path) -> String {
     format!("take the flag off: `chattr -{letter} {}`", shell_word(file.as_str()))
 }
 
-fn uses_of(record: &DiskRecord, plan: &Plan) -> Uses {
-    let path = &record.disk.path;
-    let file = |layer: &crate::LayerName| {
-        let own = layer_path(path, layer);
-        if own.exists() || *layer != record.active { own } else { path.clone() }
-    };
-    let mut uses = Uses::default();
-    for planned in plan.steps.iter().filter(|planned| planned.step.target == record.disk.target) {
-        let Ok(step) = serde_json::from_value::<ChainStep>(planned.step.action.clone()) else {
-            // A step of a format's own that makes a file says so by its name.
-            let made = planned.step.action.get("layer").and_then(|layer| layer.as_str());
-            uses.makes.extend(made.filter(|name| !name.contains('/')).map(str::to_owned));
-            continue;
-        };
-        match step {
-            ChainStep::NameLayer { layer } => {
-                uses.makes.push(layer.0.clone());
-                uses.renames.push(file(&layer));
-            }
-            ChainStep::CreateOverlay { layer, .. } | ChainStep::Materialise { layer, .. } => {
-                uses.makes.push(layer.0);
-            }
-            ChainStep::SwitchActive { .. } => {
-                uses.makes.extend(path.file_name().map(str::to_owned));
-                uses.renames.push(path.clone());
-            }
-            ChainStep::TakeInternal { layer, .. }
-            | ChainStep::ApplyInternal { layer, .. }
-            | ChainStep::DropInternal { layer, .. }
-            | ChainStep::ForgetInternal { layer, .. } => uses.writes.push(file(&layer)),
-            ChainStep::Merge { into, .. } => uses.writes.push(file(&into)),
-            ChainStep::Repoint { child, .. } => uses.writes.push(file(&child)),
-            ChainStep::Remove { layers } => uses.renames.extend(layers.iter().map(file)),
-            ChainStep::Unname { layer } => uses.renames.push(file(&layer)),
-        }
-    }
-    uses
+/// The directory itself, or the nearest one above it that is there: it will be made.
+fn nearest(directory: &Utf8Path) -> Utf8PathBuf {
+    let there = |above: &&Utf8Path| above.symlink_metadata().is_ok();
+    directory.ancestors().find(there).unwrap_or(Utf8Path::new("/")).to_owned()
 }
 
-fn names_fit(record: &DiskRecord, uses: &Uses) -> Result<()> {
-    let directory = record.disk.path.parent().unwrap_or(Utf8Path::new("/"));
-    let Some(longest) = uses.makes.iter().max_by_key(|name| name.len()) else { return Ok(()) };
-    // A directory that cannot be asked is found out by whoever works in it.
-    let most = statvfs(directory.as_std_path()).map_or(255, |about| about.f_namemax);
-    let name = longest.len() + LONGEST_MARK;
-    let path = directory.as_str().len() + 1 + name + 1;
-    if name as u64 <= most && path <= PATH_MAX {
-        return Ok(());
+/// What the manifests need that are written at the end: those of new snapshots, and the domain's beside its former one.
+fn manifests_room(domain: &Domain, plan: &Plan) -> u64 {
+    let length = |text: serde_json::Result<String>| text.map_or(0, |text| text.len() as u64);
+    let mut room = length(serde_json::to_string(domain)).next_multiple_of(BLOCK);
+    for edit in &plan.commit {
+        room += match edit {
+            Edit::AddSnapshot { .. } => length(serde_json::to_string(edit)).next_multiple_of(BLOCK),
+            Edit::AddMachine { .. } => length(serde_json::to_string(edit)),
+            _ => 0,
+        };
     }
-    let (length, limit) =
-        if name as u64 > most { (name as u64, most) } else { (path as u64, PATH_MAX as u64) };
-    Err(Error::new(
-        ErrorKind::Refused,
-        format!(
-            "{}: the name {longest} is too long: with the marks of unfinished files it would have {length} bytes, and the \
-             file system takes {limit}",
-            record.disk.target
-        ),
-    )
-    .state("nothing was touched")
-    .advise("give the image a shorter name, or take the snapshot with --internal, which makes no files"))
+    room.next_multiple_of(BLOCK)
+}
+
+/// Refuses where a file system says that it has less room than is needed at least.
+fn has_room(directory: &Utf8Path, bytes: u64, files: u64) -> Result<()> {
+    let Ok(about) = statvfs(directory.as_std_path()) else { return Ok(()) };
+    let (blocks, inodes) = match rustix::process::geteuid().is_root() {
+        true => (about.f_bfree, about.f_ffree),
+        false => (about.f_bavail, about.f_favail),
+    };
+    // A file system that has no table of files says that it has none of them, not that they are all used.
+    if about.f_files > 0 && inodes < files {
+        let message =
+            format!("the file system of {directory} takes {inodes} more files, and this makes {files}");
+        return Err(Error::new(ErrorKind::NoSpace, message).state("nothing was touched").advise(MAKE_ROOM));
+    }
+    match about.f_blocks == 0 || blocks.saturating_mul(about.f_frsize) >= bytes {
+        true => Ok(()),
+        false => Err(no_room(directory, bytes)),
+    }
+}
+
+fn names_fit(record: &DiskRecord, uses: &FileUses) -> Result<()> {
+    for file in &uses.makes {
+        let (Some(directory), Some(made)) = (file.parent(), file.file_name()) else { continue };
+        // A directory that cannot be asked is found out by whoever works in it.
+        let most = statvfs(directory.as_std_path()).map_or(255, |about| about.f_namemax);
+        let name = made.len() + LONGEST_MARK;
+        let path = directory.as_str().len() + 1 + name + 1;
+        if name as u64 <= most && path <= PATH_MAX {
+            continue;
+        }
+        let (length, limit) =
+            if name as u64 > most { (name as u64, most) } else { (path as u64, PATH_MAX as u64) };
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{}: the name {made} is too long: with the marks of unfinished files it would have {length} bytes, and the \
+                 file system takes {limit}",
+                record.disk.target
+            ),
+        )
+        .state("nothing was touched")
+        .advise("give the image a shorter name, or take the snapshot with --internal, which makes no files"));
+    }
+    Ok(())
 }
 
 fn is_writable(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
@@ -192,12 +298,26 @@ fn is_writable(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
     }
 }
 
-/// No flag and no sticky directory keeps the file from getting or losing a name.
-fn can_be_renamed(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
-    use std::os::unix::fs::MetadataExt;
+/// No flag keeps the file from getting or losing a name, and it is no mount point.
+fn can_get_names(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
     if let Some((name, letter)) = flag_of(file) {
-        return Err(flagged(record, file, name, letter));
+        return Err(flagged(record.disk.target.as_str(), file, name, letter));
     }
+    if attributes_of(file) & MOUNT_ROOT != 0 {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!("{}: {file} is a mount point, whose name cannot be moved", record.disk.target),
+        )
+        .state("nothing was touched")
+        .advise(
+            "mount the directory that it is in instead of the one file, or take snapshots with --internal",
+        ));
+    }
+    Ok(())
+}
+
+/// No sticky directory keeps the file from losing its name.
+fn can_be_renamed(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
     let us = rustix::process::geteuid().as_raw();
     let (Some(directory), Ok(about)) = (file.parent(), file.symlink_metadata()) else { return Ok(()) };
     let Ok(above) = directory.metadata() else { return Ok(()) };
@@ -215,15 +335,20 @@ fn can_be_renamed(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
     .advise(format!("run as the owner of {file}, or move the image to a directory of its own")))
 }
 
-fn flagged(record: &DiskRecord, file: &Utf8Path, name: &str, letter: char) -> Error {
-    Error::new(ErrorKind::Refused, format!("{}: {file} is {name}", record.disk.target))
+fn flagged(what: &str, file: &Utf8Path, name: &str, letter: char) -> Error {
+    Error::new(ErrorKind::Refused, format!("{what}: {file} is {name}"))
         .state("nothing was touched")
         .advise(take_off(letter, file))
 }
 
 /// The flag of a file that keeps it from being written, linked, renamed and removed.
 fn flag_of(file: &Utf8Path) -> Option<(&'static str, char)> {
-    let about = statx(CWD, file.as_std_path(), AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE).ok()?;
-    let attributes: u64 = about.stx_attributes.bits();
+    let attributes = attributes_of(file);
     FLAGS.iter().find(|(bit, ..)| attributes & bit != 0).map(|(_, name, letter)| (*name, *letter))
+}
+
+/// The attributes of a file, of itself if it is a link; none where it cannot be asked.
+fn attributes_of(file: &Utf8Path) -> u64 {
+    let flags = AtFlags::STATX_DONT_SYNC;
+    statx(CWD, file.as_std_path(), flags, StatxFlags::TYPE).map_or(0, |about| about.stx_attributes.bits())
 }

@@ -237,6 +237,9 @@ impl DiskSnapshotter for Struck {
     fn plans_leftovers(&self) -> bool {
         self.inner.plans_leftovers()
     }
+    fn uses(&self, disk: &DiskRecord, step: &Step) -> snapcore::FileUses {
+        self.inner.uses(disk, step)
+    }
     async fn bases(&self, disk: &DiskRecord) -> Result<Vec<snapcore::Base>> {
         self.inner.bases(disk).await
     }

@@ -7,6 +7,7 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `FAULTFS_ROOT` | the directory (canonical) whose files are watched; without it the shim does nothing |
+//! | `FAULTFS_LEAVE` | a part of paths whose operations are done and not seen |
 //! | `FAULTFS_PROGRAM` | the name of the only program that is meant; in others, which it starts, the shim does nothing |
 //! | `FAULTFS_COUNT` | file that gets one line for each operation: its number, kind, path, offset and length |
 //! | `FAULTFS_LOG` | file that gets one binary record (`record.rs`) for each operation that succeeded, with its data |
@@ -16,7 +17,9 @@
 //! | `FAULTFS_INTERRUPT_AT` | number of the operation just before which the process gets SIGINT, and time to hear it |
 //! | `FAULTFS_FAIL_AT` | number of the operation that fails instead of being done |
 //! | `FAULTFS_FAIL_MODE` | `on`: from that operation on, every one that needs space fails, as on a full disk |
-//! | `FAULTFS_ERRNO` | with which error: `ENOSPC` (the default), `EIO`, `EDQUOT` |
+//! | `FAULTFS_FAIL_KIND` | the kind of operations that all fail, as on a file system that does not have it: `link` |
+//! | `FAULTFS_FAIL_PATH` | a part of the paths on which they fail; all where it is not given |
+//! | `FAULTFS_ERRNO` | with which error: `ENOSPC` (the default), `EIO`, `EDQUOT`, `EPERM` |
 //!
 //! `qmp.rs` has the same for the commands that the program sends to a QEMU.
 //!

@@ -29,6 +29,9 @@ pub struct Config {
     torn: bool,
     fail_at: Option<u64>,
     fail_on: bool,
+    fail_kind: Option<String>,
+    fail_path: Option<String>,
+    leave: Option<String>,
     errno: i32,
 }
 
@@ -81,8 +84,11 @@ pub fn config() -> Option<&'static Config> {
             let errno = match std::env::var("FAULTFS_ERRNO").as_deref() {
                 Ok("EIO") => libc::EIO,
                 Ok("EDQUOT") => libc::EDQUOT,
+                Ok("EPERM") => libc::EPERM,
                 Ok("ENOSPC") | Err(_) => libc::ENOSPC,
-                Ok(other) => abort(&format!("FAULTFS_ERRNO is {other:?}; known are ENOSPC, EIO, EDQUOT")),
+                Ok(other) => {
+                    abort(&format!("FAULTFS_ERRNO is {other:?}; known are ENOSPC, EIO, EDQUOT, EPERM"))
+                }
             };
             Some(Config {
                 root,
@@ -94,6 +100,9 @@ pub fn config() -> Option<&'static Config> {
                 torn: std::env::var("FAULTFS_KILL_MODE").as_deref() == Ok("torn"),
                 fail_at: number("FAULTFS_FAIL_AT"),
                 fail_on: std::env::var("FAULTFS_FAIL_MODE").as_deref() == Ok("on"),
+                fail_kind: std::env::var("FAULTFS_FAIL_KIND").ok(),
+                fail_path: std::env::var("FAULTFS_FAIL_PATH").ok(),
+                leave: std::env::var("FAULTFS_LEAVE").ok().filter(|part| !part.is_empty()),
                 errno,
             })
         })
@@ -103,7 +112,9 @@ pub fn config() -> Option<&'static Config> {
 impl Config {
     /// Whether operations on `path` (absolute) are ours.
     pub fn watches(&self, path: &Path) -> bool {
-        path.starts_with(&self.root) && !path.as_os_str().as_encoded_bytes().ends_with(b"-shm")
+        path.starts_with(&self.root)
+            && !path.as_os_str().as_encoded_bytes().ends_with(b"-shm")
+            && !self.leave.as_ref().is_some_and(|part| path.to_string_lossy().contains(part))
     }
 
     /// Whether anybody reads records.
@@ -132,6 +143,11 @@ impl Config {
                 return Verdict::Tear;
             }
             die();
+        }
+        if self.fail_kind.as_ref().is_some_and(|kind| line.split(' ').next() == Some(kind))
+            && self.fail_path.as_ref().is_none_or(|part| line.contains(part))
+        {
+            return Verdict::Fail(self.errno);
         }
         match self.fail_at {
             Some(at) if at == turn.done || (self.fail_on && turn.done > at && needs_space) => {
