@@ -151,6 +151,10 @@ impl VmStateSaver for Xen {
         has_tpm.then(|| "TPM state".to_owned()).into_iter().collect()
     }
 
+    fn tidy_at_rest(&self, domain: &Domain) {
+        hypervisor_qemu::Qemu::new().tidy_at_rest(domain);
+    }
+
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {
         remove_memory(file).await
     }

@@ -781,6 +781,12 @@ pub trait VmStateSaver: Send + Sync {
         Vec::new()
     }
 
+    /// Removes what a crash left beside the disks of a domain that does not run, and [`LiveDomain::tidy`] could not. Called with
+    /// the domain's lock held. What is not certainly the hypervisor's own stays.
+    fn tidy_at_rest(&self, domain: &Domain) {
+        let _ = domain;
+    }
+
     /// Removes a memory image, and what a crash left of one of that name. One that is not there is no error.
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()>;
 

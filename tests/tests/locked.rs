@@ -57,6 +57,31 @@ fn immutable_images_are_refused_before() -> Result<()> {
     domain.verify()
 }
 
+/// What stood for a new image when QEMU was asked whether it can open one goes with the next recovery, also where that QEMU is gone.
+#[test]
+fn recover_removes_the_probes_of_a_dead_qemu() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let file = |name: &str| place.path().join(name).display().to_string();
+    let domsnap = Domsnap::new(&place.path().join("state"));
+    for (target, name) in [("vda", "root"), ("vdb", "data")] {
+        qemu::img(&["create", "-q", "-f", "qcow2", &file(&format!("{name}.qcow2")), "1M"])?;
+        std::fs::write(
+            file(&format!("{name}.domsnap-probe.qcow2")),
+            if target == "vda" { "" } else { "mine" },
+        )?;
+    }
+    let disks = [format!("vda={}", file("root.qcow2")), format!("vdb={}", file("data.qcow2"))];
+    let at = format!("qemu:{}", file("gone.qmp"));
+    domsnap.done(&["domain", "add", "web", "--disk", &disks[0], "--disk", &disks[1], "--at", &at])?;
+    domsnap.done(&["recover", "web"])?;
+    ensure!(!place.path().join("root.domsnap-probe.qcow2").exists(), "the empty file is left");
+    ensure!(
+        std::fs::read(file("data.domsnap-probe.qcow2"))? == b"mine",
+        "a file with something in it is somebody's"
+    );
+    Ok(())
+}
+
 /// Two internal snapshots of one name: which is meant cannot be told, so neither is touched.
 #[test]
 fn tags_of_one_name_are_refused_before() -> Result<()> {

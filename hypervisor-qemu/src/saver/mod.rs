@@ -211,6 +211,10 @@ impl VmStateSaver for Qemu {
         }
     }
 
+    fn tidy_at_rest(&self, domain: &Domain) {
+        preflight::remove_left(domain.disks.iter().map(|record| record.disk.path.as_std_path()));
+    }
+
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {
         self.unpacked.release(file);
         remove_memory(file).await

@@ -411,8 +411,10 @@ impl Inner {
         cancel: &CancellationToken,
     ) -> Result<Vec<RecoveryReport>> {
         let mut reports = Vec::new();
-        if let Some(live) = &*live {
-            live.tidy().await?;
+        match (&*live, self.registry.hypervisor(&entry.domain.hypervisor)) {
+            (Some(live), _) => live.tidy().await?,
+            (None, Ok(saver)) => saver.tidy_at_rest(&entry.domain),
+            (None, Err(_)) => {}
         }
         for operation in self.catalogue.unfinished(&entry.domain.name).await? {
             let _held = self.hold_disks(&entry.domain, live.as_ref()).await?;
