@@ -48,10 +48,8 @@ impl Planner<'_> {
         .advise(format!("take this disk with {other}, or leave it out")))
     }
 
-    /// Refuses a point on a point where the format can have one at a time; and a point of a disk that a running domain has
-    /// open, where the backend takes points at rest alone.
+    /// Refuses a point on a point where the format can have one at a time.
     pub(super) fn require_new_point(&self, disk: &DiskInput) -> Result<()> {
-        self.require_live(disk)?;
         if disk.backend.capabilities().snapshot_of_snapshot {
             return Ok(());
         }

@@ -147,6 +147,7 @@ impl Planner<'_> {
                 None => (request.kind, None, None),
             };
             self.require_kind(disk, kind, way.as_deref())?;
+            self.require_live(disk)?;
             self.require_new_point(disk)?;
             let keep = self.tree.points(disk.target()).cloned().collect();
             let name = request.name.clone();
@@ -434,9 +435,6 @@ impl Planner<'_> {
         self.require_single_tags(doomed)?;
         let mut merged = Merged::default();
         for disk in self.disks {
-            for member in self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)) {
-                member.point(disk.target()).map_or(Ok(()), |member| is_unambiguous(disk, &member.point))?;
-            }
             self.require_last(disk, doomed)?;
             let (mut drop, keep) = split_points(self.tree, disk.target(), doomed);
             // What another program made in its place is not ours to delete.

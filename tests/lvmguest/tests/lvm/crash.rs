@@ -1,7 +1,7 @@
 //! `domsnap` killed at every step and in the middle of each, and then recovered.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -17,8 +17,8 @@ const STATE: u64 = 0;
 /// The block that is written between the crash and the recovery.
 const MEANWHILE: u64 = 900;
 
-/// Runs `domsnap -v` and kills it some time after it has told so many lines; gives whether it was killed before its end.
-fn killed(words: &[&str], lines: usize, after: Duration) -> Result<bool> {
+/// Starts `domsnap -v`, and gives what it tells.
+fn started(words: &[&str]) -> Result<(Child, BufReader<ChildStderr>)> {
     let mut child = Command::new("/t/domsnap")
         .arg("-v")
         .args(words)
@@ -27,6 +27,12 @@ fn killed(words: &[&str], lines: usize, after: Duration) -> Result<bool> {
         .stderr(Stdio::piped())
         .spawn()?;
     let told = BufReader::new(child.stderr.take().context("no standard error")?);
+    Ok((child, told))
+}
+
+/// Runs `domsnap -v` and kills it some time after it has told so many lines; gives whether it was killed before its end.
+fn killed(words: &[&str], lines: usize, after: Duration) -> Result<bool> {
+    let (mut child, told) = started(words)?;
     let mut heard = 0;
     for line in told.lines() {
         line?;
@@ -43,14 +49,7 @@ fn killed(words: &[&str], lines: usize, after: Duration) -> Result<bool> {
 
 /// Runs `domsnap -v` and kills it as soon as it says these words, which it must.
 pub fn killed_at(words: &[&str], said: &str) -> Result<()> {
-    let mut child = Command::new("/t/domsnap")
-        .arg("-v")
-        .args(words)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    let told = BufReader::new(child.stderr.take().context("no standard error")?);
+    let (mut child, told) = started(words)?;
     let heard = told.lines().map_while(Result::ok).any(|line| line.contains(said));
     child.kill()?;
     let status = child.wait()?;
