@@ -167,7 +167,7 @@ def lock(path):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise Failure("busy", f"{path} is worked on by somebody else", "wait until that has ended") from None
+            raise Failure("busy", f"{path} is in use by another process", "wait until that has ended") from None
         if identity(os.fstat(handle)) == identity(os.stat(path)):
             return handle
         os.close(handle)  # it was exchanged meanwhile

@@ -195,7 +195,7 @@ impl Lvm2 {
                 ErrorKind::NotFound,
                 format!("lvm does not report the volume group {name}: {}", said(&answer)),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise("check the group's name and whether its devices are there: 'vgs', 'pvs'"));
         }
         let group = report::parse(&answer.stdout)?.ok_or_else(|| {

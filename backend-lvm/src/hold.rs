@@ -101,7 +101,7 @@ fn lock(volume: &Volume) -> Result<File> {
                     ErrorKind::Busy,
                     format!("another domsnap, or a command that one left, works on {volume}"),
                 )
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise(format!("wait until it has ended; 'fuser -v {path}' shows it")));
             }
         }

@@ -166,6 +166,6 @@ pub(crate) fn require_whole(volume: &Volume, row: &Row) -> Result<()> {
         (false, true) => "was made smaller than what it holds, and a part of that is lost",
     };
     Err(Error::new(ErrorKind::Refused, format!("{}/{} {how}", volume.group, row.name))
-        .state("nothing was touched; the volume itself and all other points are whole")
+        .state("no changes made; the volume itself and all other points are whole")
         .advise("delete that snapshot; give the next ones more room with --lvm-area"))
 }

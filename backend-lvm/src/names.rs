@@ -39,7 +39,7 @@ impl Volume {
         };
         found.filter(|volume| is_name(&volume.group) && is_name(&volume.name)).ok_or_else(|| {
             Error::new(ErrorKind::Unsupported, format!("{path} is no path of a logical volume"))
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise("give it as /dev/GROUP/VOLUME or /dev/mapper/GROUP-VOLUME: other names change from boot to boot")
         })
     }
@@ -122,7 +122,7 @@ impl Volume {
                 longest.len()
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise("give the volume or its group a shorter name: 'lvrename', 'vgrename'"))
     }
 }

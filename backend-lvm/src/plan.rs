@@ -97,7 +97,7 @@ impl Planner<'_> {
                 ErrorKind::Unsupported,
                 format!("{}: a point of a volume is a volume of the same group, and no file", self.volume),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise("leave the file out"));
         }
         self.require_usable()?;
@@ -132,11 +132,11 @@ impl Planner<'_> {
         if to.tag.is_some() || to.layer == self.record.active {
             let detail =
                 format!("{}/{} is what the domain writes, and no snapshot of it", volume.group, to.layer);
-            return Err(Error::new(ErrorKind::NotFound, detail).state("nothing was touched"));
+            return Err(Error::new(ErrorKind::NotFound, detail).state("no changes made"));
         }
         let row = self.group.row(to.layer.as_str()).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("there is no volume {}/{}", volume.group, to.layer))
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise("somebody removed it with another tool; delete the snapshot from the catalogue")
         })?;
         require_whole(volume, row)?;
@@ -174,7 +174,7 @@ impl Planner<'_> {
             let point = volume.point(stamp);
             let tags = tags::of_point(name, self.parent().as_ref());
             let step = LvmStep::Snapshot { layer: point.clone(), area: None, tags };
-            self.push(When::Cut, step, format!("keep the present as {}/{point}", volume.group), 0);
+            self.push(When::Cut, step, format!("keep the current state as {}/{point}", volume.group), 0);
             self.plan.point = Some(Point::external(point));
         }
         let swap = LvmStep::Swap { new: new.clone(), old: old.clone(), work, kept, since: Moment::birth() };
@@ -201,7 +201,7 @@ impl Planner<'_> {
                 ErrorKind::Corrupt,
                 format!("{}/{} should be a snapshot of {volume}, and is none", volume.group, row.name),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise("see 'lvs -o +role,origin'"));
         }
         if row.origin.as_deref() != Some(volume.name.as_str()) {
@@ -214,7 +214,7 @@ impl Planner<'_> {
                     row.origin.as_deref().unwrap_or("nothing")
                 ),
             )
-            .state("nothing was touched"));
+            .state("no changes made"));
         }
         let then = row.visible_size();
         if then != self.present.size {
@@ -246,8 +246,8 @@ impl Planner<'_> {
             None => (volume.former(stamp), tags::of_work(&work, None)),
         };
         let words = match save {
-            Some(_) => format!("keep the present as {}/{safety}", volume.group),
-            None => format!("keep the present as {}/{safety} until the revert is done", volume.group),
+            Some(_) => format!("keep the current state as {}/{safety}", volume.group),
+            None => format!("keep the current state as {}/{safety} until the revert is done", volume.group),
         };
         self.push(When::Cut, LvmStep::Snapshot { layer: safety.clone(), area, tags }, words, 0);
         let merge = LvmStep::Merge {
@@ -369,7 +369,7 @@ impl Planner<'_> {
     }
 
     fn refuse_taken_along(&self, removed: &[LayerName]) -> Result<()> {
-        refuse_taken_along(self.group, removed).map_err(|error| error.state("nothing was touched"))
+        refuse_taken_along(self.group, removed).map_err(|error| error.state("no changes made"))
     }
 
     fn push(&mut self, group: When, step: LvmStep, summary: String, bytes: u64) {
@@ -510,7 +510,7 @@ impl Planner<'_> {
                     shown_size(free)
                 ),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!(
                 "add a disk with 'vgextend {}', delete snapshots, or give points smaller areas with --lvm-area",
                 self.volume.group
@@ -523,8 +523,10 @@ impl Planner<'_> {
     fn require_room_in_pool(&self) -> Result<()> {
         let full = self.group.pool_of(self.present).and_then(|pool| pool_full(self.group, pool, self.rules));
         match full {
-            Some(words) => Err(Error::new(ErrorKind::Refused, format!("{}: {words}", self.volume))
-                .state("nothing was touched")),
+            Some(words) => {
+                Err(Error::new(ErrorKind::Refused, format!("{}: {words}", self.volume))
+                    .state("no changes made"))
+            }
             None => Ok(()),
         }
     }
@@ -548,7 +550,7 @@ impl Planner<'_> {
                         shown_size(row.size)
                     ),
                 )
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise(format!(
                     "give it more room: 'lvextend -L+{needed}b {}/{}'; or delete that snapshot",
                     self.volume.group, row.name

@@ -350,7 +350,7 @@ impl Place<'_> {
     fn merge(&self, layer: &LayerName) -> Result<()> {
         let full = self.full(layer.as_str());
         let row = |group: &Group| group.row(layer.as_str()).cloned();
-        self.require_closed("lvm would put off the merge until the volume's next activation")?;
+        self.require_closed("lvm would defer the merge until the volume's next activation")?;
         match row(&*self.group()?) {
             None => return Ok(()),
             // Begun by a command that ended in the middle: the kernel goes on with it, and somebody must tell lvm.
@@ -358,7 +358,7 @@ impl Place<'_> {
                 self.change(&["lvpoll", "-q", "--polloperation", "merge", &self.volume.to_string()], MERGE)?;
             }
             Some(_) => {
-                let why = "lvm would put off its merge until the volume's next activation";
+                let why = "lvm would defer its merge until the volume's next activation";
                 self.wait_closed(&self.volume.beside(layer.as_str()), why)?;
                 self.change(&["lvconvert", "-q", "-y", "--merge", &full], MERGE)?;
             }
@@ -368,7 +368,7 @@ impl Place<'_> {
             Some(found) if found.merging => Err(Error::new(
                 ErrorKind::Busy,
                 format!(
-                    "the merge of {full} was put off by lvm: somebody opened that, or {}, just before",
+                    "the merge of {full} was deferred by lvm: another process opened that, or {}, just before",
                     self.volume
                 ),
             )

@@ -306,7 +306,7 @@ pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, d
         }
         if planned.group != Group::Finish && (!planned.edits.is_empty() || planned.deferrable) {
             return Err(format!(
-                "'{}' comes before the commit point, and has edits or can be put off",
+                "'{}' comes before the commit point, and has edits or is deferrable",
                 step.summary
             ));
         }

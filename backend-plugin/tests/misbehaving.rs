@@ -316,7 +316,7 @@ async fn a_plan_that_would_change_what_is_not_its_disks_is_refused() {
             "takes a running domain's disk itself".to_owned(),
         ),
         ("plan['steps'][0]['inside'] = True", "inside an instant that there is not".to_owned()),
-        ("plan['steps'][0]['deferrable'] = True", "can be put off".to_owned()),
+        ("plan['steps'][0]['deferrable'] = True", "is deferrable".to_owned()),
         ("plan['steps'][0]['action'] = 'x' * 100000", "longer than 65536 bytes".to_owned()),
         (
             "plan['commit'] = [{'edit': 'add-layer', 'target': 'vda', 'layer': 'x'}] * 10001",

@@ -314,8 +314,8 @@ fn warnings_of_moving(disk: &DiskRecord, frozen: &LayerName) -> Result<Vec<Strin
     let path = &disk.disk.path;
     let warning = |overlay: Utf8PathBuf| {
         format!(
-            "{}: {overlay} stands on {path} by that name: whatever is written there changes what it shows; make it stand \
-             on the frozen layer, once that is there: {}",
+            "{}: {overlay} uses {path} as its backing file; writing to that corrupts it; rebase it onto the frozen layer \
+             once that exists: {}",
             disk.disk.target,
             chain::rebase(&layer_path(path, frozen), &overlay)
         )

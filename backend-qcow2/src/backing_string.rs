@@ -218,7 +218,7 @@ pub(crate) fn check_backing_string(path: &Utf8Path, layer: &LayerName) -> Result
         ErrorKind::Unsupported,
         format!("a qcow2 image has room for a backing file's name of {LONGEST} bytes, and this has {length}: {layer}"),
     )
-    .state("nothing was touched")
+    .state("no changes made")
     .advise("move the images to where their paths are shorter"))
 }
 

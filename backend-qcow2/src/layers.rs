@@ -128,7 +128,7 @@ fn replaced(
                  disk: something else than this catalogue changed the disk"
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(
             "if another state directory is in use for this disk, use that; otherwise take the disk in as it is with \
              'domsnap import --replace'. Do not put the former layer back: what was written since is in this one",
@@ -138,7 +138,7 @@ fn replaced(
         ErrorKind::Corrupt,
         format!("{path} is not the file that domsnap left there: it should be {own}, and is another file"),
     )
-    .state("nothing was touched; all snapshots are as they were")
+    .state("no changes made; all snapshots are as they were")
     .advise(format!(
         "if the replacement was not meant, put the layer back: `{}` and `{}`; if it was, import the new file with \
          `{}`",
@@ -228,7 +228,7 @@ impl Reader<'_> {
         let child =
             self.layers.last().map_or_else(|| self.record.disk.path.clone(), |layer| layer.file.clone());
         Error::new(ErrorKind::NotFound, format!("{file}, the backing file of {child}, does not exist"))
-            .state("nothing was touched")
+            .state("no changes made")
             .advise("bring that file back, or mount its file system, before anything is done to this disk")
     }
 
@@ -330,7 +330,7 @@ impl Reader<'_> {
             ErrorKind::Refused,
             format!("{child} names the backing file {file}, which is outside the disk's directory"),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(format!("if that is meant, allow it: '--allow-backing {directory}'")))
     }
 }

@@ -34,7 +34,7 @@ pub(crate) fn refuse_used_device(path: &Utf8Path) -> Result<()> {
                 ErrorKind::Busy,
                 format!("this machine itself uses {path}: it is mounted, or part of another device"),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise("unmount it here (`lsblk` shows by what it is used): two that write one disk destroy it"))
         }
         Err(error) => Err(io_error(error, format!("cannot open {path}"))),

@@ -101,7 +101,7 @@ impl Planner<'_> {
             Some(other) => {
                 return Err(Error::new(
                     ErrorKind::Unsupported,
-                    format!("{target}: raw takes no points by {other}"),
+                    format!("{target}: format raw has no method '{other}'"),
                 )
                 .advise(format!("its ways are: {}", WAYS.join(", "))));
             }
@@ -120,7 +120,7 @@ impl Planner<'_> {
             self.plan.instant = Some(DiskInstant::ByBackend);
             if way == Way::Copy {
                 self.plan.notes.push(format!(
-                    "{target}: the guest stands still while {} are copied, as asked",
+                    "{target}: the guest is paused while {} are copied, as requested",
                     shown_size(bytes)
                 ));
             }
@@ -150,11 +150,11 @@ impl Planner<'_> {
         Error::new(
             ErrorKind::Refused,
             format!(
-                "{target}: a point of {} cannot be had at once: its file system shares no blocks between files",
+                "{target}: cannot snapshot {} instantly: its file system has no reflinks",
                 self.path()
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(format!(
             "take it with --disk {target}=copy ({} to copy), leave it out with --disk {target}=skip, {instead}, or register \
              the domain with --active-path=new for a qcow2 overlay on it",
@@ -181,7 +181,7 @@ impl Planner<'_> {
                 shown_size(free)
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise("delete snapshots or free space there, and try again"))
     }
 
@@ -211,7 +211,7 @@ impl Planner<'_> {
                     self.path()
                 ),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(match is_device {
                 true => self.overlay_advice(),
                 false => format!(
@@ -243,7 +243,7 @@ impl Planner<'_> {
             None if is_device => {
                 let detail = format!("{target}: beside the device {} is no room for an overlay", self.path());
                 return Err(Error::new(ErrorKind::Refused, detail)
-                    .state("nothing was touched")
+                    .state("no changes made")
                     .advise(self.overlay_advice()));
             }
             Some(_) => self.new_layer(chosen, stamp)?,
@@ -316,7 +316,7 @@ impl Planner<'_> {
             ErrorKind::Refused,
             format!("{target}: it has points that are raw files ({}), which no overlay can go with", points.join(", ")),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(format!(
             "delete the snapshots that they are of first, or take this one with --disk {target}=copy or {target}=reflink"
         )))
@@ -330,7 +330,7 @@ impl Planner<'_> {
         if directory.is_none_or(|directory| Some(directory) == self.path().parent()) {
             let detail = format!("{target}: {path} is no path in a directory where an overlay could be");
             return Err(Error::new(ErrorKind::Refused, detail)
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise("give an absolute path, in a directory that exists"));
         }
         names::require_writable_directory_of(path)?;
@@ -343,7 +343,7 @@ impl Planner<'_> {
         let Some(point) = self.state.layer(&to.layer).filter(|_| to.tag.is_none()) else {
             let file = layer_path(self.path(), &to.layer);
             return Err(Error::new(ErrorKind::NotFound, format!("{target}: {file} does not exist"))
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise("bring the file back, or delete the snapshot"));
         };
         self.refuse_unclear()?;
@@ -355,10 +355,8 @@ impl Planner<'_> {
                     self.path()
                 ),
             )
-            .state("nothing was touched")
-            .advise(
-                "take a snapshot first and make the image stand on the file that it makes, or remove it",
-            ));
+            .state("no changes made")
+            .advise("take a snapshot first and rebase the image onto the file that it makes, or remove it"));
         }
         let way = if can_reflink(self.path())? { Way::Reflink } else { Way::Copy };
         let new = self.new_layer(None, stamp)?;
@@ -510,7 +508,7 @@ impl Planner<'_> {
                 unclear.why
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(
             "make the file readable, or move it to another directory if it has nothing to do with this disk",
         ))

@@ -54,7 +54,7 @@ fn require_regular(database: &Utf8Path) -> Result<()> {
     match database.metadata() {
         Ok(found) if !found.is_file() => {
             Err(Error::new(ErrorKind::Refused, format!("the catalogue {database} is not a regular file"))
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise(REBUILD))
         }
         // What cannot be looked at cannot be opened either, which says why.
@@ -247,7 +247,7 @@ impl Shared {
                 MIGRATIONS.len()
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise("use the domsnap that wrote it, or give another state directory with --state-dir")
     }
 

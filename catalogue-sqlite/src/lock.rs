@@ -62,7 +62,7 @@ pub(crate) fn require_own_place(directory: &Utf8Path) -> Result<()> {
             place.display()
         ),
     )
-    .state("nothing was read from it, and nothing was touched")
+    .state("nothing was read from it; no changes were made")
     .advise(advice))
 }
 
@@ -99,7 +99,7 @@ pub(crate) fn lock(locks: &Utf8Path, name: &str, holder: &str) -> Result<File> {
             let said: String = said.trim().chars().filter(|c| !c.is_control()).collect();
             let by = if said.is_empty() { "another domsnap".to_owned() } else { said };
             return Err(Error::new(ErrorKind::Busy, format!("{name} is being worked on by {by}"))
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise("wait until it has ended, and try again"));
         }
         Err(TryLockError::Error(cause)) => return Err(failed(cause)),

@@ -12,9 +12,9 @@ pub type BoxError = Box<dyn StdError + Send + Sync>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The request cannot be carried out as it is; nothing was touched.
+    /// The request cannot be carried out as it is; no changes made.
     Invalid,
-    /// This QEMU, or this host, cannot do it; nothing was touched.
+    /// This QEMU, or this host, cannot do it; no changes made.
     Unsupported,
     /// QEMU answered with an error.
     Refused,

@@ -34,7 +34,7 @@ pub(crate) struct Disk {
 impl Disk {
     fn not_qemus(&self) -> Error {
         Error::new(ErrorKind::Refused, format!("disk {} is not served by the domain's QEMU", self.target))
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!("shut the domain down, and do it then; or {MAKE_QDISK}"))
     }
 }

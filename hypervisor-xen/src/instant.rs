@@ -88,7 +88,7 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     let way = match step.memory {
         Some(memory) => {
             save(live, memory).await?;
-            "saved while the guest stood still"
+            "saved while the guest was paused"
         }
         None => {
             // Xen counts pauses: a second one would outlast the user's `xl unpause`.
@@ -116,9 +116,7 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     }
     if let Some(memory) = step.memory {
         if memory.live {
-            facts
-                .notes
-                .push("Xen saves memory only while the guest stands still: it was not live".to_owned());
+            facts.notes.push("Xen saves memory only while the guest is paused: it was not live".to_owned());
         }
         *live.saved_running.lock().await = Some(ran);
     }

@@ -52,7 +52,7 @@ pub(crate) async fn row_of(xl: &Xl, name: &str) -> Result<Option<Row>> {
 /// A domain that is on its way somewhere, with which nothing can be done.
 pub(crate) fn busy(name: &str, doing: &str) -> Error {
     Error::new(ErrorKind::Busy, format!("domain {name} of Xen is {doing}"))
-        .state("nothing was touched")
+        .state("no changes made")
         .advise("wait until that is over (`xl list` shows it), then try again")
 }
 

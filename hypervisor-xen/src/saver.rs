@@ -90,9 +90,9 @@ impl VmStateSaver for Xen {
             }
             (None, _) => Err(Error::new(
                 ErrorKind::Busy,
-                format!("domain {} of Xen is half made, and nobody goes on making it", row.name),
+                format!("domain {} of Xen is half created, and no xl continues it", row.name),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!("remove it (`xl destroy {}`), then try again", row.domid))),
         }
     }

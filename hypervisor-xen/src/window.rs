@@ -229,7 +229,7 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
             blocking(move || memory::make_private(&former)).await?;
             instant::save_to(live, &live.places.former).await.map_err(|error| {
                 error
-                    .context("saving the present, which brings the domain back if the revert fails")
+                    .context("saving the current memory, which brings the domain back if the revert fails")
                     .advise("make room there, or do without it: --no-safety")
             })?;
         }
@@ -279,7 +279,7 @@ pub(crate) async fn refuse(live: &Live, anew: &Anew, row: &Row) -> Result<()> {
     if anew.safety && row.flags.paused {
         let detail = "the guest is paused, and Xen saves only one that runs: a revert that fails could not bring it back";
         return Err(Error::new(ErrorKind::Refused, detail)
-            .state("nothing was touched")
+            .state("no changes made")
             .advise("unpause it (`xl unpause`) first, or say --no-safety"));
     }
     Ok(())
@@ -299,7 +299,7 @@ async fn refuse_without_beginning(live: &Live, anew: &Anew) -> Result<()> {
         },
         (Beginning::Off, _) => Ok(()),
     }
-    .map_err(|error| error.state("nothing was touched"))
+    .map_err(|error| error.state("no changes made"))
 }
 
 /// A config must be of this domain: of another name, it would become a second one that has the same disks.

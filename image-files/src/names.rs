@@ -83,7 +83,7 @@ pub fn require_own(path: &Utf8Path) -> Result<()> {
             ErrorKind::Refused,
             format!("{path}, a layer of the disk, is {}, and must be a regular file", found.kind()),
         )
-        .state("nothing was touched, and what it leads to was not opened")
+        .state("no changes made, and what it leads to was not opened")
         .advise("put the layer's own file back; whoever can write its directory can have replaced it")),
         Ok(_) => Ok(()),
         Err(error) if is_nothing(&error) => Ok(()),
@@ -155,9 +155,8 @@ pub fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
     use rustix::fs::Access;
     let directory = path.parent().filter(|parent| !parent.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
     rustix::fs::access(directory.as_std_path(), Access::WRITE_OK | Access::EXEC_OK).map_err(|errno| {
-        let error =
-            io_error(errno.into(), format!("no file can be made or removed in directory {directory}"))
-                .with_kind(ErrorKind::Refused);
+        let error = io_error(errno.into(), format!("directory {directory} is not writable"))
+            .with_kind(ErrorKind::Refused);
         match errno {
             // No permission that a user could have: the directory's own flag.
             rustix::io::Errno::PERM => error.advise(format!(
@@ -198,7 +197,7 @@ pub fn require_private_directory_of(path: &Utf8Path) -> Result<()> {
              of its snapshots"
         ),
     )
-    .state("nothing was touched")
+    .state("no changes made")
     .advise(advice))
 }
 

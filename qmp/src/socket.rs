@@ -133,7 +133,7 @@ fn open_error(socket: &Path, error: io::Error) -> Error {
     let advice = match error.kind() {
         io::ErrorKind::NotFound => "check the path, and that QEMU runs",
         io::ErrorKind::ConnectionRefused => {
-            "nobody serves this socket: QEMU has ended, or was started anew elsewhere"
+            "no process is listening on this socket: QEMU has ended, or was restarted with another"
         }
         io::ErrorKind::PermissionDenied => "run as the user that QEMU runs as, or as root",
         io::ErrorKind::WouldBlock => {

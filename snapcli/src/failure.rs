@@ -15,7 +15,7 @@ pub mod exit {
     pub const FAILED: u8 = 1;
     /// The command line is wrong.
     pub const USAGE: u8 = 2;
-    /// Refused; nothing was touched.
+    /// Refused; no changes made.
     pub const REFUSED: u8 = 3;
     /// An operation stopped half way; `recover` goes on.
     pub const NEEDS_RECOVERY: u8 = 4;
@@ -98,9 +98,7 @@ impl Failure {
             message = stem.map_or(message.clone(), str::to_owned);
         }
         let state = match (state, self.exit()) {
-            (None, exit::REFUSED) if self.changing || self.declined() => {
-                Some("nothing was touched".to_owned())
-            }
+            (None, exit::REFUSED) if self.changing || self.declined() => Some("no changes made".to_owned()),
             (state, _) => state.map(str::to_owned),
         };
         ErrorBody {
@@ -193,6 +191,6 @@ mod tests {
     #[test]
     fn a_refusal_says_that_nothing_was_touched() {
         let body = Failure::of(Error::new(ErrorKind::NotFound, "there is no snapshot x"), false).body();
-        assert_eq!(body.state.as_deref(), Some("nothing was touched"));
+        assert_eq!(body.state.as_deref(), Some("no changes made"));
     }
 }

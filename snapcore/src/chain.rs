@@ -388,7 +388,7 @@ impl Planner<'_> {
         }
         let bytes = holder.allocated.min(size);
         self.plan.notes.push(format!(
-            "{}: other points need what {} holds now, so {tag} is copied out of it (at most {})",
+            "{}: other snapshots depend on {}; {tag} is copied to a new image (up to {})",
             self.target,
             holder.file,
             shown_size(bytes)
@@ -662,7 +662,7 @@ impl Planner<'_> {
         }
         if *into != top.name {
             for child in self.children(&top.name) {
-                let words = format!("make {child} stand on {into}");
+                let words = format!("set the backing file of {child} to {into}");
                 let step = ChainStep::Repoint { child: child.clone(), to: into.clone() };
                 self.push(Group::Finish, step, &words, 0);
                 if let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == child) {
@@ -723,13 +723,13 @@ impl Planner<'_> {
                 continue;
             }
             self.plan.notes.push(format!(
-                "{}: layer {} ({}) stays as an unnamed one: {} on it; the delete that frees it merges it away",
+                "{}: layer {} ({}) is kept: {} on it; it is merged when the last of them is deleted",
                 self.target,
                 layer.name,
                 shown_size(layer.allocated),
                 match children {
-                    1 => "internal snapshots of the layer above stand".to_owned(),
-                    n => format!("{n} layers stand"),
+                    1 => "internal snapshots of the layer above depend".to_owned(),
+                    n => format!("{n} layers depend"),
                 }
             ));
         }

@@ -18,7 +18,7 @@ pub enum ErrorKind {
     NotFound,
     /// What was to be made exists already.
     Exists,
-    /// It cannot be done in this state, and nothing was touched.
+    /// It cannot be done in this state; no changes were made.
     Refused,
     /// Somebody else holds the domain or an image: a running guest, another `domsnap`.
     Busy,

@@ -553,7 +553,7 @@ pub trait LiveDomain: Send + Sync {
     /// hypervisor may be asked to open images and close them again; without, nothing is changed, not even for a moment.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Refused`], [`crate::ErrorKind::Unsupported`]: nothing was touched.
+    /// [`crate::ErrorKind::Refused`], [`crate::ErrorKind::Unsupported`]: no changes made.
     async fn preflight(&self, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
         let _ = (plan, chains, probe);
         Ok(())

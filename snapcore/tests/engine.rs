@@ -279,7 +279,7 @@ async fn a_failure_at_any_step_before_the_commit_point_is_undone() {
             let error = bench.run(&request, &CancellationToken::new()).await.unwrap_err();
             let kind = if matches!(how, How::Panic) { ErrorKind::Internal } else { ErrorKind::Io };
             assert_eq!(error.kind(), kind, "{error}");
-            assert_eq!(error.state_now(), Some("everything was undone"));
+            assert_eq!(error.state_now(), Some("rolled back"));
             assert_eq!(clear(&bench, bench.world().await), before);
             assert_eq!(bench.recover().await, Vec::new());
             bench.assert_manifests_tell(&bench.entry().await).await;
@@ -409,7 +409,7 @@ async fn cancelled_at_any_step_before_the_commit_point_it_is_undone_and_after_it
     let cancel = CancellationToken::new();
     cancel.cancel();
     let error = bench.run(&request, &cancel).await.unwrap_err();
-    assert_eq!((error.kind(), error.state_now()), (ErrorKind::Cancelled, Some("nothing was touched")));
+    assert_eq!((error.kind(), error.state_now()), (ErrorKind::Cancelled, Some("no changes made")));
 }
 
 #[tokio::test]
@@ -520,7 +520,7 @@ async fn another_writer_of_the_records_stops_the_operation() {
         notes: Vec::new(),
     };
     let error = engine.run(&mut entry, plan, Vec::new(), &CancellationToken::new()).await.unwrap_err();
-    assert_eq!((error.kind(), error.state_now()), (ErrorKind::Busy, Some("nothing was touched")));
+    assert_eq!((error.kind(), error.state_now()), (ErrorKind::Busy, Some("no changes made")));
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ pub mod status {
     pub const FAILED: i32 = 1;
     /// The command line itself is wrong.
     pub const USAGE: i32 = 2;
-    /// Refused; nothing was touched.
+    /// Refused; no changes made.
     pub const REFUSED: i32 = 3;
     /// A journal must be healed first.
     pub const NEEDS_RECOVERY: i32 = 4;

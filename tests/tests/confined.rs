@@ -39,7 +39,7 @@ impl Words<'_> {
     fn run(&self, words: &[&str], wanted: i32) -> Result<()> {
         let outcome = self.domsnap.run(words)?.expect_status(wanted)?;
         ensure!(
-            wanted != status::REFUSED || outcome.stderr.contains("nothing was touched"),
+            wanted != status::REFUSED || outcome.stderr.contains("no changes made"),
             "what is the state now? {outcome}"
         );
         let state = self.qemu.state()?;

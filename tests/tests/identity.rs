@@ -162,7 +162,7 @@ mod an_older_catalogue {
         ];
         for words in all {
             let outcome = domain.declined(words, status::REFUSED)?;
-            for word in ["import --replace", "a.qcow2", "nothing was touched"] {
+            for word in ["import --replace", "a.qcow2", "no changes made"] {
                 ensure!(outcome.stderr.contains(word), "{word:?} is not said: {outcome}");
             }
         }

@@ -270,7 +270,7 @@ fn what_cannot_be_is_refused_in_words_and_the_guest_does_not_notice() -> Result<
     refused(
         &domsnap,
         &["create", &format!("qemu:{nobody}"), "x"],
-        &["no QEMU is listening on", "nothing was touched"],
+        &["no QEMU is listening on", "no changes made"],
     )?;
     let socket = text(live.guest.qmp_socket())?;
     refused(
@@ -278,12 +278,12 @@ fn what_cannot_be_is_refused_in_words_and_the_guest_does_not_notice() -> Result<
         &["domain", "add", "x", "--qmp", socket],
         &["belong to domain live already", "domain remove live"],
     )?;
-    refused(&domsnap, &["revert", NAME, "x"], &["there is no snapshot x", "nothing was touched"])?;
+    refused(&domsnap, &["revert", NAME, "x"], &["there is no snapshot x", "no changes made"])?;
     live.sound()?;
 
     // Another program at the socket: QEMU serves one at a time.
     let other = UnixStream::connect(live.guest.qmp_socket())?;
-    refused(&domsnap, &["create", NAME, "x"], &["connecting to domain live", socket, "nothing was touched"])?;
+    refused(&domsnap, &["create", NAME, "x"], &["connecting to domain live", socket, "no changes made"])?;
     let list = domsnap.done(&["domain", "list", "--json"])?.json::<Value>()?;
     ensure!(list["domains"][0]["power"].is_null(), "{list}");
     told(&domsnap, &["domain", "show", NAME], &["now          not known: "])?;

@@ -1153,7 +1153,7 @@ fn recorded_run_is_not_stopped() -> Result<()> {
     for more in [&[][..], &["--disk-only", "--external"]] {
         refused(
             domsnap.run(&[&["create", &address, "s"], more].concat())?,
-            &["records or replays", "nothing was touched"],
+            &["records or replays", "no changes made"],
         )?;
     }
     ensure!(qemu.is_alive()? && qemu.state()? == "running");

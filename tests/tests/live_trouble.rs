@@ -193,7 +193,7 @@ fn a_disk_that_fills_up_while_memory_is_written_undoes_the_snapshot_and_the_gues
     live.create("disks", &["--disk-only"])?;
     for kind in ["--internal", "--external"] {
         let outcome = live.domsnap().run(&["create", NAME, "full", kind])?.expect_status(status::FAILED)?;
-        ensure!(outcome.stderr.contains("everything was undone"), "{outcome}");
+        ensure!(outcome.stderr.contains("rolled back"), "{outcome}");
         live.sound()?;
         live.verify()?;
         let left: Vec<_> = fs::read_dir(&dir)?.flatten().map(|entry| entry.file_name()).collect();

@@ -427,7 +427,7 @@ fn refused_before(
         for words in [words.to_vec(), [words, &["--dry-run"][..]].concat()] {
             let said = with()?.run(&words)?.expect_status(status::REFUSED)?;
             ensure!(said.stderr.contains(says), "{words:?}: {said}");
-            ensure!(said.stderr.contains("nothing was touched"), "{words:?}: {said}");
+            ensure!(said.stderr.contains("no changes made"), "{words:?}: {said}");
             same_images(&domain.disks(), &before)?;
             ensure!(names(domain)? == there, "{words:?} left something: {:?}", names(domain)?);
         }

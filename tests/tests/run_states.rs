@@ -144,7 +144,7 @@ impl Domain {
     fn refuses(&mut self, word: &str, words: &[&str]) -> Result<()> {
         self.lives(word)?;
         let outcome = self.run(words)?.expect_status(status::REFUSED)?;
-        ensure!(outcome.stderr.contains("nothing was touched"), "{outcome}");
+        ensure!(outcome.stderr.contains("no changes made"), "{outcome}");
         self.lives(word)
     }
 }

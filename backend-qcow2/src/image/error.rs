@@ -63,8 +63,7 @@ struct Inner {
 }
 
 /// The advice of an error that comes before the first write.
-const UNCHANGED: &str =
-    "nothing was changed by this refusal; look at the image with `domsnap check`, and work on a copy of it";
+const UNCHANGED: &str = "no changes made; look at the image with `domsnap check`, and work on a copy of it";
 /// The advice of an error that comes after the first write, where the write order has kept the image
 /// readable.
 const HALF_WAY: &str = "the operation had begun: the image shows what it did before or what it does after it, and clusters \

@@ -337,7 +337,7 @@ impl Header {
             let end = backing_offset.checked_add(u64::from(size));
             if size > MAX_BACKING_NAME || end.is_none_or(|end| end > cluster_bits.size()) {
                 return Err(Error::corrupt(format!(
-                    "the backing file's name is said to be {size} bytes at offset {backing_offset}; it may be 1023 \
+                    "invalid name of the backing file: {size} bytes at offset {backing_offset}; it may be 1023 \
                      bytes and must lie in the first cluster"
                 ))
                 .into());
@@ -439,9 +439,7 @@ impl Header {
         }
         let end = offset.0.checked_add(bytes).filter(|end| i64::try_from(*end).is_ok());
         if offset.0 == 0 || offset.0 & self.cluster_bits.mask() != 0 || end.is_none() {
-            return Err(Error::corrupt(format!(
-                "the {what} is said to be {bytes} bytes at offset {offset}, which is no place for it"
-            )));
+            return Err(Error::corrupt(format!("invalid {what}: {bytes} bytes at offset {offset}")));
         }
         Ok(())
     }

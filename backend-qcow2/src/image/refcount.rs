@@ -801,7 +801,7 @@ pub fn parse_table(bits: ClusterBits, raw: &[u8], file_len: u64) -> Result<Vec<u
         let offset = entry & BLOCK_OFFSET_MASK;
         if entry != 0 && (offset != entry || offset == 0 || offset & bits.mask() != 0 || offset >= file_len) {
             return Err(Error::corrupt(format!(
-                "entry {number} of the refcount table is {entry:#x}, which is no place for a refcount block in a file \
+                "entry {number} of the refcount table is {entry:#x}, which is not a valid offset of a refcount block in a file \
                  of {file_len:#x} bytes"
             )));
         }

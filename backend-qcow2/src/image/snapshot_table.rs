@@ -123,7 +123,7 @@ fn parse_entry(header: &Header, bytes: &[u8], at: usize) -> std::result::Result<
     let end = l1_offset.checked_add(l1_bytes).filter(|end| i64::try_from(*end).is_ok());
     if l1_entries > 0 && (l1_offset == 0 || l1_offset & header.cluster_bits.mask() != 0 || end.is_none()) {
         return Err(bad(format!(
-            "the L1 table of snapshot \"{}\" is said to be at offset {l1_offset:#x}, which is no place for it",
+            "invalid L1 table of snapshot \"{}\" (offset {l1_offset:#x})",
             shown(&name)
         )));
     }

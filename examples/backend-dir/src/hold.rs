@@ -60,7 +60,7 @@ fn lock(path: &Utf8Path) -> Result<File> {
         match opened.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(Error::new(ErrorKind::Busy, format!("{path} is worked on by somebody else"))
+                return Err(Error::new(ErrorKind::Busy, format!("{path} is in use by another process"))
                     .advise("wait until that has ended"));
             }
             Err(TryLockError::Error(cause)) => return Err(failed(format!("cannot lock {path}"))(cause)),

@@ -134,7 +134,7 @@ impl Cut {
     /// Drive this to its end: a call that is dropped between the pause and the resume leaves the guest paused.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`]: nothing was touched, overlays stay open. [`ErrorKind::Refused`],
+    /// [`ErrorKind::Invalid`]: no changes made, overlays stay open. [`ErrorKind::Refused`],
     /// [`ErrorKind::Failed`], [`ErrorKind::Hook`]: the disks are as before and the overlays' nodes are closed, the migration
     /// is cancelled and its settings put back, the guest runs if it ran; what of this could not be done [`Error::state`]
     /// says. [`ErrorKind::Lost`], [`ErrorKind::Timeout`]: the same is tried; what QEMU did not answer is not known.

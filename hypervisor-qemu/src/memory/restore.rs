@@ -36,7 +36,7 @@ pub struct Restored {
 /// # Errors
 /// [`ErrorKind::Invalid`] where the guest runs, [`ErrorKind::Failed`] with what QEMU said. After an error the guest stands
 /// still; where the load had begun its memory is undefined, and the disks of `devices` may be reverted: load another memory
-/// image, reset the guest, or (only where [`Error::state`] says that nothing was touched) let it go on.
+/// image, reset the guest, or (only where [`Error::state`] says that no changes made) let it go on.
 pub async fn restore_in_place(
     machine: &Machine,
     image: &Image,

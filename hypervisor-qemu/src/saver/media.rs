@@ -57,7 +57,7 @@ pub(super) async fn check(machine: &Machine, media: &[Medium]) -> Result<()> {
         preflight::open_and_close(machine, "file", file, medium.writable).await.map_err(|error| {
             told(error)
                 .context(format!("the memory has the medium {file} in drive {}", medium.drive))
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise("put the file back, or revert the disks alone with --off")
         })?;
     }

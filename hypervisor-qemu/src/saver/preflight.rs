@@ -57,7 +57,7 @@ enum Opens {
 pub(super) async fn check(live: &Live, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
     let untouched = |error: Error| match error.state_now() {
         Some(_) => error,
-        None => error.state("nothing was touched"),
+        None => error.state("no changes made"),
     };
     check_state(live, plan).await.map_err(untouched)?;
     if !probe {
@@ -215,7 +215,7 @@ pub(super) fn cannot_freeze(live: &Live, running: bool) -> Option<Error> {
         );
     }
     (!running).then(|| {
-        Error::new(ErrorKind::Refused, "the guest stands still, so its agent cannot answer")
+        Error::new(ErrorKind::Refused, "the guest is paused, so its agent cannot answer")
             .advise("let the domain run, or take the snapshot without --quiesce")
     })
 }
@@ -302,7 +302,7 @@ async fn probe_one(live: &Live, opens: &Opens, chains: &[OpenChain]) -> Result<(
 async fn can_open(disk: &Disk, file: &Path, write: bool) -> Result<()> {
     let target = &disk.target;
     let refused = |detail: String| {
-        Error::new(ErrorKind::Refused, detail).state("nothing was touched").advise(
+        Error::new(ErrorKind::Refused, detail).state("no changes made").advise(
             "this QEMU is confined (by the user that it runs as, a chroot, a mount namespace, AppArmor or SELinux): give it \
              access to the directory of its images, or shut the domain down and do it then",
         )

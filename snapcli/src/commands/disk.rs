@@ -270,7 +270,7 @@ fn path_of(image: &GivenImage) -> Result<Utf8PathBuf> {
         return Err(Error::new(
             ErrorKind::Unsupported,
             format!(
-                "{} is said to be of format {format}, and `domsnap disk` works on {FORMAT} images",
+                "{} was given as format {format}, and `domsnap disk` works on {FORMAT} images",
                 image.path
             ),
         )
@@ -346,7 +346,7 @@ impl Owner {
             ErrorKind::NotFound,
             format!("{image} has no {said} snapshot {name}: the one of that name is {found}"),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(format!("say --{found}, or leave --{said} out")))
     }
 
@@ -374,7 +374,7 @@ impl Owner {
                     domain.name
                 ),
             )
-            .state("or it runs just now; nothing was touched")
+            .state("or it runs just now; no changes made")
             .advise(format!("run `domsnap recover {}` first", domain.name)));
         }
         Ok(domain.unregistered && domain.disks.len() == 1)
@@ -416,7 +416,7 @@ impl Owner {
                 ErrorKind::Refused,
                 format!("{name} of {image} is part of snapshot {} of domain {domain}", snapshot.name),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!(
                 "{}use `domsnap {command} {domain} {}`, which takes all its disks",
                 self.brought_back(),
@@ -442,7 +442,7 @@ impl Owner {
                 ErrorKind::Refused,
                 format!("{image} is a frozen layer of disk {target} of domain {}", listing.domain.name),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!(
                 "{}use the image that the domain writes: {}",
                 self.brought_back(),
@@ -490,7 +490,7 @@ fn nobody_stands_on(session: &Session, image: &Utf8Path) -> Result<(), Failure> 
             ErrorKind::Refused,
             format!("whether {} stands on {image} cannot be told: {}", unclear.file, unclear.why),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(
             "make that file readable with a plain path as its backing file, or move it to another directory",
         )

@@ -259,9 +259,7 @@ fn facts(document: &DomainShowDoc) -> String {
     line("hypervisor", &format!("{} at {}", domain.hypervisor, control.address));
     match (document.power, &document.problem) {
         (Some(power), _) => line("now", power.word()),
-        (None, problem) => {
-            line("now", &format!("not known: {}", problem.as_deref().unwrap_or("nobody says")))
-        }
+        (None, problem) => line("now", &format!("not known: {}", problem.as_deref().unwrap_or("unknown"))),
     }
     if let Some(machine) = &document.machine {
         line("machine", machine);

@@ -89,14 +89,14 @@ fn report(report: &RecoveryReport) -> String {
     };
     let mut text = match report.found {
         // Nothing had stopped: merges had been put off.
-        OperationState::Planned => format!("{}: merged what had been put off\n", report.domain),
+        OperationState::Planned => format!("{}: completed deferred merges\n", report.domain),
         found => format!("{}: {what} (found {found}): {end}\n", report.domain),
     };
     for note in &report.notes {
         text.push_str(&format!("  note: {note}\n"));
     }
     for postponed in &report.postponed {
-        text.push_str(&format!("  put off: {}\n", put_off(postponed)));
+        text.push_str(&format!("  deferred: {}\n", put_off(postponed)));
     }
     text
 }

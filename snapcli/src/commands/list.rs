@@ -195,7 +195,7 @@ fn shown_name(layer: &Layer) -> String {
 fn holds(layer: &Layer, state: &DiskState, disk: &DiskReport, snapshots: &[SnapshotDoc]) -> String {
     let mut parts = Vec::new();
     if layer.name == state.active {
-        parts.push("the present".to_owned());
+        parts.push("current state".to_owned());
     }
     let mine = |snapshot: &&SnapshotDoc, tag: Option<&str>| {
         snapshot.points.iter().any(|point| {
@@ -215,17 +215,17 @@ fn holds(layer: &Layer, state: &DiskState, disk: &DiskReport, snapshots: &[Snaps
     }
     if disk.unnamed.contains(&layer.name) {
         parts.push(match state.children(&layer.name).count() {
-            0 => "unnamed: nothing needs its own state".to_owned(),
-            1 => "unnamed: 1 layer stands on it".to_owned(),
-            n => format!("unnamed: {n} layers stand on it"),
+            0 => "intermediate layer".to_owned(),
+            1 => "intermediate layer: 1 layer depends on it".to_owned(),
+            n => format!("intermediate layer: {n} layers depend on it"),
         });
     }
     if !layer.owned {
-        parts.push("somebody else's: only read".to_owned());
+        parts.push("external base image (read-only)".to_owned());
     }
     match layer.dependents.len() {
         0 => {}
-        n => parts.push(format!("{} elsewhere on it", units::count(n, "image"))),
+        n => parts.push(format!("backing file of {}", units::count(n, "other image"))),
     }
     parts.join(", ")
 }

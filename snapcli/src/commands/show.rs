@@ -150,6 +150,6 @@ fn consistency(consistency: Consistency) -> &'static str {
         Consistency::Filesystem => "filesystem: flushed and frozen by the guest",
         Consistency::Clean => "clean: the domain was shut down",
         Consistency::Memory => "memory: memory and disks of one instant",
-        _ => "unknown: nobody recorded it",
+        _ => "unknown: not recorded",
     }
 }

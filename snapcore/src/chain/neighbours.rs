@@ -15,11 +15,11 @@ pub(super) fn allow_revert(record: &DiskRecord, state: &DiskState, active_path: 
         let active = state.layer(&state.active);
         let advice = match active.filter(|layer| layer.named) {
             Some(layer) => format!(
-                "make {} stand on the layer that the path names now, which stays as it is: {}",
+                "rebase {} onto the layer that the path names now, which is kept: {}",
                 if state.on_path.len() == 1 { "it" } else { "each of them" },
                 rebase(&layer_path(path, &layer.name), overlay)
             ),
-            None => "take an external snapshot first, and make the image stand on the layer that it freezes: the create \
+            None => "take an external snapshot first, and rebase the image onto the layer that it freezes: the create \
                      says how"
                 .to_owned(),
         };
@@ -31,7 +31,7 @@ pub(super) fn allow_revert(record: &DiskRecord, state: &DiskState, active_path: 
                 standing(&state.on_path)
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(advice));
     }
     match refusal(record, state) {
@@ -86,7 +86,7 @@ fn refusal(record: &DiskRecord, state: &DiskState) -> Option<Error> {
                 record.disk.target, record.disk.path
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(
             "make the file readable, give it a plain path as its backing file with 'qemu-img rebase -u', or move it to \
              another directory if it has nothing to do with this disk",

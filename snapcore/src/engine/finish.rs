@@ -36,7 +36,7 @@ impl Running<'_> {
             }
             let mut reason = None;
             if put_off.contains(&target) || self.operation.steps[index] == StepState::Postponed {
-                reason = Some("an earlier step of this disk was put off".to_owned());
+                reason = Some("an earlier step of this disk was deferred".to_owned());
             } else if deferrable && self.cancel.is_cancelled() {
                 reason = Some("it was cancelled".to_owned());
             } else {
@@ -124,13 +124,11 @@ impl Running<'_> {
         let Some(opened) = self.window else { return error };
         let in_finish = self.operation.plan.steps[opened].group == Group::Finish;
         if !in_finish {
-            return error.state("the disks and all snapshots are whole; the guest stands still");
+            return error.state("the disks and all snapshots are whole; the guest is paused");
         }
         match self.undo_step(opened).await {
-            Ok(_) => error.state("the guest goes on, and all its disks and snapshots are whole"),
-            Err(second) => {
-                error.state(format!("the guest stands still, and could not be let go on: {second}"))
-            }
+            Ok(_) => error.state("the guest is running, and all its disks and snapshots are whole"),
+            Err(second) => error.state(format!("the guest is paused and could not be resumed: {second}")),
         }
     }
 

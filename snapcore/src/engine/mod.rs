@@ -129,7 +129,7 @@ impl Engine<'_> {
             return Ok(Run::new(None));
         }
         if cancel.is_cancelled() {
-            return Err(cancelled().state("nothing was touched"));
+            return Err(cancelled().state("no changes made"));
         }
         sorted(&plan)?;
         let steps = vec![StepState::Pending; plan.steps.len()];
@@ -269,7 +269,7 @@ impl Running<'_> {
         if let Err(failure) = self.record(changes).await {
             let found = self.engine.catalogue.operation(&self.entry.domain.name, self.operation.id).await;
             match found {
-                Ok(None) => return Err(failure.state("nothing was touched")),
+                Ok(None) => return Err(failure.state("no changes made")),
                 // It was recorded although it failed. What was to happen at once has happened, and is carried through.
                 Ok(Some(_)) if self.is_committed() && self.committed_after_all().await? => {}
                 Ok(Some(_)) => return Err(self.give_up(failure).await),

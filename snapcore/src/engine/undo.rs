@@ -26,7 +26,7 @@ impl Running<'_> {
                 self.write_manifests().await;
                 match failure.state_now() {
                     Some(_) => failure,
-                    None => failure.state("everything was undone"),
+                    None => failure.state("rolled back"),
                 }
             }
             Err(stuck) => stuck,
@@ -92,7 +92,7 @@ impl Running<'_> {
                 tracing::warn!(%error, "recording which steps could not be undone");
             }
             let stands = match self.stands_still() {
-                true => "; the guest stands still, with its disks taken from it, until that has been done",
+                true => "; the guest is paused, with its disks detached, until that has been done",
                 false => "",
             };
             return Err(Error::new(

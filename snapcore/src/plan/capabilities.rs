@@ -23,9 +23,9 @@ impl Planner<'_> {
             let known: Vec<&str> = kinds.chain(can.ways.iter().map(String::as_str)).collect();
             return Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("{}: format {} takes no points by {way}", disk.target(), disk.backend.format()),
+                format!("{}: format {} has no method '{way}'", disk.target(), disk.backend.format()),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!(
                 "leave the way to the backend, leave the disk out with {}=skip, or take one of: {}",
                 disk.target(),

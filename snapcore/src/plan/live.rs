@@ -38,7 +38,7 @@ impl Alive<'_> {
                 ErrorKind::Unsupported,
                 format!("{option} does not apply to a domain of {title}: {why}"),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!("leave {option} out")))
         };
         let paused = || format!("{title} saves memory only while the guest is paused");
@@ -79,7 +79,7 @@ impl Planner<'_> {
     pub(super) fn with_memory(&self, request: &CreateRequest) -> Result<bool> {
         if let Some(level) = request.compress.filter(|level| *level > MAX_COMPRESSION) {
             return Err(Error::new(ErrorKind::Usage, format!("{level} is no level of compression"))
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise("levels are 1 (fast) to 19 (small); 0 does not compress"));
         }
         match (self.alive, request.memory) {
@@ -88,7 +88,7 @@ impl Planner<'_> {
             {
                 let detail = "how memory is saved is said of a snapshot without memory";
                 Err(Error::new(ErrorKind::Usage, detail)
-                    .state("nothing was touched")
+                    .state("no changes made")
                     .advise("leave --live, --no-live, --budget and --compress out"))
             }
             (Some(alive), wanted) => {
@@ -134,7 +134,7 @@ impl Planner<'_> {
                 ErrorKind::Refused,
                 format!("domain {} cannot be quiesced: {why}", self.domain.name),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(advice))
         };
         match (alive.profile.agent, known, alive.seen.running) {
@@ -161,7 +161,7 @@ impl Planner<'_> {
     pub(super) fn require_options(&self, request: &RevertRequest) -> Result<()> {
         let refused = |option: &str, why: &str| {
             Err(Error::new(ErrorKind::Refused, format!("{option} does not apply here: {why}"))
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise(format!("leave {option} out")))
         };
         let no_safety = !request.safety;
@@ -191,7 +191,7 @@ impl Planner<'_> {
 
     fn off(&self, why: &str) -> Error {
         Error::new(ErrorKind::Refused, format!("domain {} is not running: {why}", self.domain.name))
-            .state("nothing was touched")
+            .state("no changes made")
     }
 
     /// Puts the instant around the disks of a create.
@@ -312,7 +312,7 @@ impl Planner<'_> {
                         alive.differs.join("; ")
                     ),
                 )
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise(
                     "shut the domain down and revert then: it is started as it was recorded; or start it as it was, or \
                      revert its disks alone with --off",
@@ -420,7 +420,7 @@ fn require(cannot: &Option<Obstacle>, what: &str, instead: &str) -> Result<()> {
     match cannot {
         None => Ok(()),
         Some(Obstacle { why, advice }) => Err(Error::new(ErrorKind::Unsupported, format!("{what}: {why}"))
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!("{advice}, {instead}"))),
     }
 }

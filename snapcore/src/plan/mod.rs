@@ -77,7 +77,7 @@ fn is_unambiguous(disk: &DiskInput, point: &Point) -> Result<()> {
         ErrorKind::Refused,
         format!("{}: {} has {number} internal snapshots called {tag}: which one is meant cannot be told", disk.target(), layer.file),
     )
-    .state("nothing was touched")
+    .state("no changes made")
     .advise(format!(
         "delete all but one by their numbers ('qemu-img snapshot -l {0}' shows them, 'qemu-img snapshot -d NUMBER {0}' deletes \
          one), then take the image in as it is: 'domsnap import --replace'",
@@ -108,7 +108,7 @@ impl Planner<'_> {
                     ErrorKind::Usage,
                     format!("it is said twice how disk {target} is taken"),
                 )
-                .state("nothing was touched")
+                .state("no changes made")
                 .advise(format!("give --disk {target}=HOW once")));
             }
             let skipped = *how == CreateDisk::Skip && others.iter().any(|disk| disk.target == *target);
@@ -410,7 +410,7 @@ impl Planner<'_> {
                 ErrorKind::Refused,
                 format!("--limit does not apply: domain {} does not run", self.domain.name),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise("leave --limit out: only merges of a running domain are slowed down"));
         }
         let mut doomed = BTreeSet::new();

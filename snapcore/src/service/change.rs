@@ -300,10 +300,10 @@ impl Inner {
                     (true, _) => live.resume().await,
                 };
                 let names: Vec<&str> = saved.snapshots.iter().map(|name| name.as_str()).collect();
-                let kept = format!("the present was saved as {}, which stays", names.join(", "));
+                let kept = format!("the current state was saved as {}, which is kept", names.join(", "));
                 Err(match left {
                     Ok(()) => error.state(kept),
-                    Err(second) => error.state(format!("{kept}; the guest stands still: {second}")),
+                    Err(second) => error.state(format!("{kept}; the guest is paused: {second}")),
                 })
             }
         }
@@ -366,7 +366,7 @@ impl Inner {
                     Request::Delete(_) | Request::Tidy
                         if self.manifests_of(&entry.domain)?.have_no_place() => {}
                     // They would still promise what is destroyed.
-                    Request::Delete(_) | Request::Tidy => return Err(error.state("nothing was touched")),
+                    Request::Delete(_) | Request::Tidy => return Err(error.state("no changes made")),
                     // The engine tries again at the end, and tells.
                     Request::Create(_) | Request::Revert(_) => {}
                 }
@@ -733,7 +733,7 @@ impl Inner {
                 ErrorKind::Usage,
                 format!("the name {name} begins with '{hypervisor}:', which says where a domain is reached"),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise("choose another name")),
         }
     }
@@ -818,7 +818,7 @@ impl Inner {
                 ErrorKind::Refused,
                 format!("a {} of domain {} stopped half way", operation.plan.operation, entry.domain.name),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!("run `domsnap recover {}` first", entry.domain.name))),
         }
     }

@@ -89,7 +89,7 @@ impl Inner {
         };
         Ok(Some(
             Error::new(ErrorKind::Refused, message)
-                .state("its layers may not be what this catalogue takes them for; nothing was touched")
+                .state("its layers may not be what this catalogue takes them for; no changes made")
                 .advise(format!(
                     "use the state directory that the domain was last changed from; or take what manifests and images \
                      tell in place of what this one has: `domsnap import --replace {}`",
@@ -177,7 +177,7 @@ impl Inner {
                             record.disk.target
                         ),
                     )
-                    .state("nothing was touched")
+                    .state("no changes made")
                     .advise(format!(
                         "name the domain's own images: {images}; where that domain is given up, move {manifests} away"
                     )));
@@ -187,7 +187,7 @@ impl Inner {
                         ErrorKind::Refused,
                         format!("the image {path} is a disk of domain {name}, as the manifests in {manifests} tell"),
                     )
-                    .state("nothing was touched")
+                    .state("no changes made")
                     .advise(format!(
                         "name all its images, in its order: {images}; where that domain is given up, move {manifests} \
                          away"

@@ -77,7 +77,7 @@ impl Inner {
                 ErrorKind::Usage,
                 format!("{what} does not apply to a domain of {}", profile.title),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!("leave it out; what can be said is: {}", profile.keys().join(", "))));
         }
         let here = camino::absolute_utf8(".").map_err(|cause| {
@@ -157,7 +157,7 @@ impl Inner {
                     known.join(", ")
                 ),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise("shut the domain down, or register it anew with the disks that it has"));
         };
         let open = disk.open_files().await?;
@@ -169,7 +169,7 @@ impl Inner {
             ErrorKind::Refused,
             format!("{target}: the running domain has another image open than {path} names now"),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise("if a file was moved or replaced under the running domain, put it back, or shut the domain down first"))
     }
 
@@ -200,7 +200,7 @@ pub(super) fn prepare_memory_dir(plan: &Plan) -> Result<()> {
     Directory::make_all(directory.as_std_path(), 0o700).map(|_| ()).map_err(|cause| {
         Error::new(ErrorKind::Io, format!("the directory {directory} for memory images cannot be made"))
             .because(cause)
-            .state("nothing was touched")
+            .state("no changes made")
             .advise("make it, or name another one with --memory-dir when the domain is registered")
     })
 }

@@ -140,7 +140,7 @@ pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
                 ErrorKind::NotFound => format!("no such file: {path}{leads}"),
                 _ => format!("{path}{leads}, cannot be opened"),
             };
-            let error = Error::new(kind, detail).state("nothing was touched");
+            let error = Error::new(kind, detail).state("no changes made");
             return Err(if kind == ErrorKind::NotFound { error } else { error.because(cause) });
         }
     };
@@ -162,7 +162,7 @@ pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
                 about.uid()
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise("give the path that it leads to, if that is the image you mean"));
     }
     let real = path.canonicalize_utf8();
@@ -252,7 +252,7 @@ fn same_formats(images: &[GivenImage], entry: &Entry) -> Result<()> {
                     image.path, disk.format
                 ),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!(
                 "leave the format out, or take the domain out with `domsnap domain remove {}`",
                 entry.domain.name
@@ -367,7 +367,7 @@ impl Inner {
                 "what runs at {address} has the disks of domain {name}, which the catalogue knows to run at {known}"
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(format!(
             "name it {name}; or, where it is reached at {address} from now on: `domsnap domain remove {name}`, then \
              `domsnap domain add {name} --at {}`",
@@ -464,7 +464,7 @@ impl Inner {
                 "the image {path} is a disk of domain {owner}, and the images given are not exactly its disks"
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(format!("name the domain {owner}, or all its images: {}", images_of(&entry.domain))))
     }
 
@@ -486,7 +486,7 @@ impl Inner {
                                 record.disk.target, domain.name
                             ),
                         )
-                        .state("nothing was touched")
+                        .state("no changes made")
                         .advise(format!(
                             "name the domain {}, or its image {}",
                             domain.name, record.disk.path
@@ -838,7 +838,7 @@ impl Inner {
                     unconfirmed.join(", ")
                 ),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!(
                 "where that is so, confirm it: `domsnap import --trust {images}`; the manifests were written by whoever owns \
                  the directory"
@@ -1034,7 +1034,7 @@ fn match_disks(
                 manifest.domain.name
             ),
         )
-        .state("nothing was touched: what is written there would be lost")
+        .state("no changes made: what is written there would be lost")
         .advise(format!("name those images; or, where that domain is given up, move {directory} away")));
     }
     Err(Error::new(
@@ -1044,7 +1044,7 @@ fn match_disks(
             manifest.domain.name
         ),
     )
-    .state("nothing was touched")
+    .state("no changes made")
     .advise(format!("name all its images: {all}; or bring it back with `domsnap import`")))
 }
 

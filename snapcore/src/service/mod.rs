@@ -207,7 +207,7 @@ impl Domsnap {
                 ErrorKind::NeedsRecovery,
                 format!("a {} of domain {name} is {}", unfinished.plan.operation, unfinished.state),
             )
-            .state("it runs just now, or stopped half way; nothing was touched")
+            .state("it runs just now, or stopped half way; no changes made")
             .advise(format!("run `domsnap recover {name}` first: only then is known what is to be done")));
         }
         if located.catalogued {

@@ -108,7 +108,7 @@ impl Inner {
         }
         let refused = |file: &Utf8Path, why: String| {
             Error::new(ErrorKind::Refused, format!("the manifest {file} would be removed, and {why}"))
-                .state("nothing was touched")
+                .state("no changes made")
         };
         for file in std::iter::once(directory).chain(doomed.iter().map(Utf8PathBuf::as_path)) {
             if let Some((name, letter)) = flag_of(file) {
@@ -239,7 +239,7 @@ fn has_room(directory: &Utf8Path, bytes: u64, files: u64) -> Result<()> {
     if about.f_files > 0 && inodes < files {
         let message =
             format!("the file system of {directory} takes {inodes} more files, and this makes {files}");
-        return Err(Error::new(ErrorKind::NoSpace, message).state("nothing was touched").advise(MAKE_ROOM));
+        return Err(Error::new(ErrorKind::NoSpace, message).state("no changes made").advise(MAKE_ROOM));
     }
     match about.f_blocks == 0 || blocks.saturating_mul(about.f_frsize) >= bytes {
         true => Ok(()),
@@ -267,7 +267,7 @@ fn names_fit(record: &DiskRecord, uses: &FileUses) -> Result<()> {
                 record.disk.target
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise("give the image a shorter name, or take the snapshot with --internal, which makes no files"));
     }
     Ok(())
@@ -292,7 +292,7 @@ fn is_writable(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
                 format!("{}: {file} would be changed, and cannot be opened for writing", record.disk.target),
             )
             .because(cause)
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(advice))
         }
     }
@@ -308,7 +308,7 @@ fn can_get_names(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
             ErrorKind::Refused,
             format!("{}: {file} is a mount point, whose name cannot be moved", record.disk.target),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(
             "mount the directory that it is in instead of the one file, or take snapshots with --internal",
         ));
@@ -331,13 +331,13 @@ fn can_be_renamed(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
             record.disk.target
         ),
     )
-    .state("nothing was touched")
+    .state("no changes made")
     .advise(format!("run as the owner of {file}, or move the image to a directory of its own")))
 }
 
 fn flagged(what: &str, file: &Utf8Path, name: &str, letter: char) -> Error {
     Error::new(ErrorKind::Refused, format!("{what}: {file} is {name}"))
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(take_off(letter, file))
 }
 

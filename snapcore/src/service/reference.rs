@@ -236,13 +236,13 @@ fn require_image(target: &Target, path: &Utf8Path) -> Result<()> {
                  no name any more and ends with QEMU"
             ),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise("start the domain without snapshot=on (-snapshot) for this drive")),
         Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Err(Error::new(
             ErrorKind::Refused,
             format!("the running domain has {path} open as {target}, and there is no such file"),
         )
-        .state("nothing was touched")
+        .state("no changes made")
         .advise(
             "start it with absolute paths: a QEMU that became a daemon has left the directory that its relative ones \
              began in; and look whether it runs in a file system of its own",
@@ -300,7 +300,7 @@ pub(super) fn choose_disks(seen: &Seen) -> Result<Chosen> {
             false => chosen.left_out.join("; "),
         };
         let none = format!("the running domain has no disk of which a snapshot could be taken: {why}");
-        return Err(Error::new(ErrorKind::Refused, none).state("nothing was touched"));
+        return Err(Error::new(ErrorKind::Refused, none).state("no changes made"));
     }
     Ok(chosen)
 }

@@ -41,7 +41,7 @@ pub(super) fn no_room(directory: &Utf8Path, bytes: u64) -> Error {
             shown_size(bytes)
         ),
     )
-    .state("nothing was touched")
+    .state("no changes made")
     .advise(MAKE_ROOM)
 }
 
@@ -158,7 +158,7 @@ impl Trial {
                 ErrorKind::Unsupported,
                 format!("in directory {} no file can have a second name (a hard link): {error}", self.directory),
             )
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(
                 "register the domain with --active-path=new: then the active image gets a new path after each external \
                  snapshot, and the domain's configuration must follow; or take internal snapshots",
@@ -179,7 +179,7 @@ impl Trial {
             ),
         };
         Error::new(kind, format!("the directory {} {what}: {error}", self.directory))
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(advice)
     }
 }

@@ -137,7 +137,7 @@ impl OpenElsewhere {
     fn error(&self, image: &str) -> Error {
         let Self { user, hypervisor } = self;
         Error::new(ErrorKind::Busy, format!("{image} is open in {user}, which {hypervisor} runs"))
-            .state("nothing was touched")
+            .state("no changes made")
             .advise(format!("take the snapshot of that domain ('{hypervisor}:NAME'), or shut it down first"))
     }
 }
@@ -235,7 +235,7 @@ impl User {
             (false, Locks::None) if is_device(self.file) => "is to be changed or closed, and is open",
             (false, Locks::None) => "would be changed, and is being read",
         };
-        Error::new(ErrorKind::Busy, format!("{image} {uses} by {}", self.who)).state("nothing was touched").advise(
+        Error::new(ErrorKind::Busy, format!("{image} {uses} by {}", self.who)).state("no changes made").advise(
             "stop that program, unmount or detach the device ('losetup -d', 'swapoff'); where it is a virtual machine, take \
              the snapshot through its hypervisor ('domsnap domain scan' tells how) or shut it down",
         )

@@ -24,7 +24,7 @@ fn a_snapshot_that_overflowed_is_told_before_it_is_needed() -> Result<()> {
     let checked = domsnap(&["check", &path])?;
     let said = format!("{}{}", checked.stdout, checked.stderr);
     ensure!(said.contains("overflowed") && said.contains("lost"), "{checked}");
-    refused(&["revert", &path, "lost"], &["overflowed", "nothing was touched"])?;
+    refused(&["revert", &path, "lost"], &["overflowed", "no changes made"])?;
     expect(&path, 0, b'b')?;
     write_block(&path, 0, b'c')?;
     done(&["revert", &path, "whole"])?;
@@ -156,7 +156,7 @@ fn what_lvm_would_remove_along_is_kept() -> Result<()> {
     write_block(&path, 0, b'b')?;
     let thick = ["-q", "-y", "-s", "-L", "8M", "-n", "backup", "vg/root"];
     succeed(Command::new("lvcreate").args(thick))?;
-    refused(&["revert", &path, "s"], &["would remove with it", "vg/backup", "nothing was touched"])?;
+    refused(&["revert", &path, "s"], &["would remove with it", "vg/backup", "no changes made"])?;
     expect(&path, 0, b'b')?;
     expect("/dev/vg/backup", 0, b'b')?;
     succeed(Command::new("lvremove").args(["-q", "-y", "vg/backup"]))?;
@@ -263,7 +263,7 @@ fn a_device_that_knows_no_snapshots_goes_on_under_an_overlay_elsewhere() -> Resu
     let create = ["create", "moved", "s1", "--disk", &format!("vda=external,path={overlay}")];
     let mounted =
         OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(&device)?;
-    refused(&create, &["this machine itself uses", "nothing was touched"])?;
+    refused(&create, &["this machine itself uses", "no changes made"])?;
     drop(mounted);
     let told = done(&create)?;
     ensure!(told.stdout.contains(&overlay) && told.stdout.contains("must now name"), "{told}");
