@@ -231,7 +231,7 @@ impl DiskSnapshotter for Lvm {
             if !by_its_hypervisor {
                 let group = inner.lvm.group(&volume.group)?;
                 if group.row(&volume.name).is_some_and(|row| row.open) {
-                    wait_closed(&inner.lvm, &volume, "nobody else may use it meanwhile")?;
+                    wait_closed(&inner.lvm, &volume, "no other program may use it meanwhile")?;
                 }
             }
             if by_its_hypervisor {

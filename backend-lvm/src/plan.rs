@@ -137,7 +137,7 @@ impl Planner<'_> {
         let row = self.group.row(to.layer.as_str()).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("there is no volume {}/{}", volume.group, to.layer))
                 .state("no changes made")
-                .advise("somebody removed it with another tool; delete the snapshot from the catalogue")
+                .advise("another tool removed it; delete the snapshot from the catalogue")
         })?;
         require_whole(volume, row)?;
         require_health(&volume.beside(row.name.as_str()), row)?;
@@ -169,7 +169,7 @@ impl Planner<'_> {
         let tags = tags::of_work(&work, Some(&row.layer()));
         let active = self.present.active;
         let clone = LvmStep::Clone { point: row.layer(), layer: new.clone(), active, tags };
-        self.push(When::Prepare, clone, format!("make {new} as {} is", row.name), 0);
+        self.push(When::Prepare, clone, format!("create {new} as a copy of {}", row.name), 0);
         if let Some(name) = save {
             let point = volume.point(stamp);
             let tags = tags::of_point(name, self.parent().as_ref());

@@ -440,7 +440,7 @@ pub(crate) fn refuse_taken_along(group: &Group, removed: &[LayerName]) -> Result
             format!("lvm would remove with it what was made of it: {}", along.join(", ")),
         )
         .state("nothing was removed")
-        .advise("remove those first with 'lvremove', where nobody needs them, and try again ('domsnap recover' where that is asked for)")),
+        .advise("remove those first with 'lvremove', if they are not needed, and try again ('domsnap recover' where that is asked for)")),
     }
 }
 

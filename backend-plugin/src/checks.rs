@@ -324,7 +324,7 @@ pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, d
     match (&plan.point, taken) {
         (Some(at), true) => point(at)?,
         (None, false) => {}
-        (Some(_), false) => return Err("it takes a point that nobody asked for".to_owned()),
+        (Some(_), false) => return Err("it takes a snapshot that was not requested".to_owned()),
         (None, true) => return Err("it takes no point".to_owned()),
     }
     match (&plan.instant, attached && matches!(request, DiskRequest::Create { .. })) {

@@ -442,7 +442,7 @@ impl Shared {
         }
         if let Some(method) = frame.get("method") {
             let (Some("progress"), None) = (method.as_str(), frame.get("id")) else {
-                return Err("asked what nobody answers: only 'progress' may be told".to_owned());
+                return Err("sent a request: only the notification 'progress' is allowed".to_owned());
             };
             let params = frame.get("params").cloned().unwrap_or_default();
             let told: ProgressParams =
@@ -461,7 +461,7 @@ impl Shared {
             match calls.waiting.remove(&id) {
                 Some(call) => call,
                 None if calls.given_up.remove(&id) => return Ok(()),
-                None => return Err(format!("answered {id}, which nobody asked")),
+                None => return Err(format!("answered request {id}, which was never sent")),
             }
         };
         let told = match (frame.get("result"), frame.get("error")) {

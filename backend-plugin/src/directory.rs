@@ -84,7 +84,7 @@ fn trusted(path: &Utf8Path) -> Result<()> {
     )
     .state("nothing there was run")
     .advise(format!(
-        "{}: plug-ins are run only from where nobody else can write",
+        "{}: plug-ins are run only from places that no other user can write to",
         writers.advice(&shell_word(&place.display().to_string()))
     )))
 }

@@ -471,7 +471,7 @@ impl Workplace<'_> {
         }
         Err(Error::new(
             ErrorKind::Refused,
-            format!("{path} should be {from} or {to}, and somebody put another file there"),
+            format!("{path} should be {from} or {to}, and is another file"),
         )
         .state("that file was not touched, and all layers are whole")
         .advise(format!(

@@ -126,7 +126,7 @@ impl Planner<'_> {
             }
         }
         let words = match way {
-            Way::Reflink => format!("make {layer} share the blocks of {}", self.path()),
+            Way::Reflink => format!("create {layer} as a reflink of {}", self.path()),
             Way::Copy => format!("copy {} into {layer}", self.path()),
         };
         let reserve = is_reserved(self.path());
@@ -137,7 +137,7 @@ impl Planner<'_> {
                 copy.inside = true;
             }
             let settle = RawStep::Settle { layer: layer.clone() };
-            self.push(Group::Cut, &settle, format!("make {layer} durable"), 0);
+            self.push(Group::Cut, &settle, format!("flush and publish {layer}"), 0);
         }
         self.add_layer(&layer);
         self.plan.point = Some(Point::external(layer));
@@ -377,7 +377,7 @@ impl Planner<'_> {
             ));
         }
         let words = match way {
-            Way::Reflink => format!("make {new} share the blocks of {}", to.layer),
+            Way::Reflink => format!("create {new} as a reflink of {}", to.layer),
             Way::Copy => format!("copy {} into {new}", to.layer),
         };
         let copy = RawStep::Copy {
@@ -391,7 +391,7 @@ impl Planner<'_> {
         let name = RawStep::Name { layer: former.clone() };
         self.push(Group::Prepare, &name, format!("give {} the name {former} too", self.path()), 0);
         let switch = RawStep::Switch { from: former.clone(), to: new.clone() };
-        self.push(Group::Cut, &switch, format!("make {} name {new}", self.path()), 0);
+        self.push(Group::Cut, &switch, format!("switch {} to {new}", self.path()), 0);
         let unname = RawStep::Unname { layer: new.clone() };
         self.push(Group::Finish, &unname, format!("remove the name {new}: {} is left", self.path()), 0);
         // Known from the commit on until they are gone: a step that is deferred is planned anew.

@@ -395,7 +395,7 @@ impl Workplace<'_> {
             return Ok(());
         }
         let path = self.path();
-        Err(Error::new(ErrorKind::Refused, format!("{path} should be {from} or {to}, and somebody put another file there"))
+        Err(Error::new(ErrorKind::Refused, format!("{path} should be {from} or {to}, and is another file"))
             .state("that file was not touched, and all points are whole")
             .advise(format!(
                 "move it away and put the disk back: `{}`; then run `domsnap recover`, and after that import the other file, \

@@ -233,7 +233,7 @@ pub(crate) async fn is_left_suspended(xl: &Xl, row: &Row) -> Result<bool> {
 pub(crate) fn refuse_suspended(row: &Row) -> Result<()> {
     match row.flags.shut {
         false => Ok(()),
-        true => Err(list::busy(&row.name, "suspended, and nobody saves it: its `xl save` was killed")
+        true => Err(list::busy(&row.name, "suspended, and no `xl save` of it runs: it was killed")
             .advise("if `domsnap recover` knows of no operation, wake it: `xl save -p DOMAIN /dev/null`, `xl unpause DOMAIN`")),
     }
 }

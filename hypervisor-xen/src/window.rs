@@ -382,7 +382,7 @@ pub(crate) async fn attach(live: &Live, step: &DomainStep, context: DomainContex
 pub(crate) fn taken(live: &Live, domid: u32) -> Error {
     let name = &live.name;
     let detail =
-        format!("somebody made another domain {name} (number {domid}) while it was away for a revert");
+        format!("another domain {name} (number {domid}) was created while it was destroyed for a revert");
     Error::new(ErrorKind::Busy, detail).advise(format!(
         "shut that one down (`xl shutdown {name}`; what it wrote to these disks is given up), then run `domsnap recover`"
     ))
@@ -471,7 +471,7 @@ pub(crate) async fn undo_open(live: &Live, step: &DomainStep, context: DomainCon
                 }
                 tracing::warn!(
                     domain = live.name,
-                    "somebody has started the domain anew: its memory of before the revert is given up"
+                    "the domain was started again: its memory from before the revert is discarded"
                 );
             }
             if former {
@@ -489,7 +489,7 @@ pub(crate) async fn undo_open(live: &Live, step: &DomainStep, context: DomainCon
                 let former = &live.places.former;
                 tracing::warn!(
                     domain = live.name,
-                    "the domain is off, start it anew: somebody wrote to {path} since the revert ended it, so that its former \
+                    "the domain is off, start it: {path} was written since the revert destroyed the domain, so its previous \
                      memory does not fit its disks any more; remove {former} when it is of no use"
                 );
                 memory::remove_file(&live.places.note)?;

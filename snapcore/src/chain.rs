@@ -346,7 +346,7 @@ impl Planner<'_> {
                 ErrorKind::NotFound,
                 format!("image {} has no internal snapshot {tag}", holder.file),
             )
-            .advise("somebody removed it with another tool; delete the snapshot from the catalogue"));
+            .advise("another tool removed it; delete the snapshot from the catalogue"));
         };
         let size = found.virtual_size;
         // Applying a tag changes the layer's own state: only where nobody needs that.
@@ -830,7 +830,7 @@ impl Planner<'_> {
             on_format: base.format.clone(),
             virtual_size: base.virtual_size,
         };
-        self.push(Group::Prepare, step, &format!("make {new} on {on}"), 0);
+        self.push(Group::Prepare, step, &format!("create overlay {new} (backing file {on})"), 0);
         self.plan.commit.push(Edit::AddLayer { target: self.target.clone(), layer: new.clone() });
         self.layers.push(Layer {
             file: layer_path(&self.record.disk.path, new),
@@ -849,12 +849,12 @@ impl Planner<'_> {
 
     fn take_internal(&mut self, group: Group, layer: &LayerName, tag: &str) {
         let step = ChainStep::TakeInternal { layer: layer.clone(), tag: tag.to_owned() };
-        self.push(group, step, &format!("take {tag} inside {layer}"), 0);
+        self.push(group, step, &format!("create internal snapshot {tag} in {layer}"), 0);
     }
 
     fn apply_internal(&mut self, group: Group, layer: &LayerName, tag: &str, safety: Option<String>) {
         let step = ChainStep::ApplyInternal { layer: layer.clone(), tag: tag.to_owned(), safety };
-        self.push(group, step, &format!("apply {tag} inside {layer}"), 0);
+        self.push(group, step, &format!("restore internal snapshot {tag} in {layer}"), 0);
     }
 
     fn switch(&mut self, group: Group, to: &LayerName) {
@@ -862,7 +862,7 @@ impl Planner<'_> {
         let mut edits = vec![Edit::SetActive { target: self.target.clone(), layer: to.clone() }];
         match self.active_path {
             ActivePath::Keep => {
-                let words = format!("make {} name {to}", self.record.disk.path);
+                let words = format!("switch {} to {to}", self.record.disk.path);
                 self.push(group, ChainStep::SwitchActive { from, to: to.clone() }, &words, 0);
             }
             ActivePath::New => {

@@ -208,7 +208,7 @@ async fn ended_early(machine: &Machine, job: &Name, ended: qmp::Job) -> Error {
     match dismiss(machine, job, ended).await {
         Err(error) => error.now("the chain is as before"),
         Ok(()) => {
-            let detail = "it ended before it was told to: somebody else finalized it";
+            let detail = "it ended early: another program finalized it";
             Error::new(ErrorKind::Failed, "merging the active image", job, detail)
                 .now("the base is the active image")
         }

@@ -51,7 +51,7 @@ pub(super) async fn reach(
     loop {
         let Some(found) = status(machine, job).await? else {
             return Err(Error::new(ErrorKind::Invalid, attempted, job, "QEMU has no such job (any more)")
-                .advice("somebody else dismissed it; look at what the disks stand on"));
+                .advice("another program dismissed it; check the disks' backing chains"));
         };
         let progress = Progress { status: found.status.clone(), current: found.current, total: found.total };
         if before.as_ref() != Some(&progress) {

@@ -109,7 +109,9 @@ impl Image {
             let mut found = vec![0; bytes.len()];
             let read = read_up_to(&self.file, &mut found, *at).map_err(failed)?;
             if read != bytes.len() || &found != bytes {
-                let detail = format!("its tables at {at} are not as they were written: somebody wrote to it");
+                let detail = format!(
+                    "its tables at {at} are not as domsnap wrote them: another program changed the file"
+                );
                 return Err(damaged(attempted, &self.path, detail));
             }
         }

@@ -108,7 +108,7 @@ impl Agent {
     /// As [`Agent::execute`].
     pub async fn execute_raw(&self, name: &str, arguments: Value) -> Result<Value> {
         if matches!(name, link::FREEZE | link::FREEZE_LIST) {
-            let detail = "a freeze by its bare name has nobody who must thaw";
+            let detail = "a freeze by its bare name has no owner that must thaw";
             return Err(
                 Error::new(ErrorKind::Invalid, name, &self.socket, detail).advice("use `Agent::freeze`")
             );

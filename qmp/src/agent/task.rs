@@ -178,7 +178,7 @@ impl Task {
             return already("the guest is frozen already", advice);
         }
         let Some(requests) = self.requests.upgrade() else {
-            return Err(Error::new(ErrorKind::Lost, FREEZE, &self.socket, "nobody waits for it"));
+            return Err(Error::new(ErrorKind::Lost, FREEZE, &self.socket, "its caller has gone"));
         };
         self.freezes += 1;
         let number = self.freezes;

@@ -131,7 +131,7 @@ impl Running<'_> {
             return Ok(Facts::default());
         }
         if self.came_back(&step, live) {
-            let note = "the domain runs already, on the disks of the snapshot: it went on just before the crash, or somebody started \
+            let note = "the domain runs already, on the disks of the snapshot: it went on just before the crash, or it was started \
                         it since; it was not stopped, reset or given other memory; revert again to have exactly the snapshot";
             return Ok(Facts { notes: vec![note.to_owned()], ..Facts::default() });
         }
