@@ -1,9 +1,9 @@
 //! The catalogue of one machine, in one SQLite database.
 //!
-//! **What is durable before what.** The database is in WAL mode with `synchronous=FULL`: one flush of the log a
-//! transaction, before [`Catalogue::commit`] returns. Directories that are made are flushed into their parents
-//! first. The log is kept when the last process closes it, so that a command ends without a checkpoint; SQLite
-//! checkpoints when the log has grown to 200 pages.
+//! **What is durable before what.** The database is in WAL mode with `synchronous=FULL`: one flush of the log
+//! a transaction, before [`Catalogue::commit`] returns. Directories that are made are flushed into their
+//! parents first. The log is kept when the last process closes it, so that a command ends without a
+//! checkpoint; SQLite checkpoints when the log has grown to 200 pages.
 //!
 //! Reading makes no directory and no database: a state directory that does not exist reads as empty.
 
@@ -32,24 +32,25 @@ use crate::record::{self, Failure, Rows};
 use crate::room;
 use crate::schema::{self, MIGRATIONS, Version};
 
-/// How long a transaction of another process is waited for.
+/// Time to wait for a transaction of another process.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// At how many pages the log is checkpointed. Each process reads the log when it opens the database, so a long one
-/// costs every command; a checkpoint costs two flushes now and then.
+/// At how many pages the log is checkpointed. Each process reads the log when it opens the database, so a
+/// long one costs every command; a checkpoint costs two flushes now and then.
 const CHECKPOINT_PAGES: u32 = 200;
 
-/// How often [`Catalogue::watch`] looks.
+/// Interval at which [`Catalogue::watch`] looks for changes.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 
-/// How many ended operations of a domain the journal keeps, for people who look into it.
+/// Number of ended operations of a domain that the journal keeps, for people who read it.
 const KEPT_OPERATIONS: i64 = 32;
 
-/// What to do with a catalogue that cannot be read.
+/// Advice for a catalogue that cannot be read.
 const REBUILD: &str = "move it away with its -wal and -shm files, and run `domsnap import` on each domain's images: it \
                        rebuilds the catalogue from the manifests beside them";
 
-/// Refuses what is no file in the catalogue's place: a FIFO, a socket, a directory. SQLite's words of it name an error code.
+/// Refuses anything but a regular file in the catalogue's place: a FIFO, a socket, a directory. SQLite's own
+/// message names only an error code.
 fn require_regular(database: &Utf8Path) -> Result<()> {
     match database.metadata() {
         Ok(found) if !found.is_file() => {
@@ -57,12 +58,13 @@ fn require_regular(database: &Utf8Path) -> Result<()> {
                 .state("no changes made")
                 .advise(REBUILD))
         }
-        // What cannot be looked at cannot be opened either, which says why.
+        // A file that cannot be examined cannot be opened either, and that error says why.
         _ => Ok(()),
     }
 }
 
-/// Domains, snapshots and the journal in `catalogue.db` of a state directory; leases are lock files beside it.
+/// Domains, snapshots and the journal in `catalogue.db` of a state directory; leases are lock files beside
+/// it.
 #[derive(Clone)]
 pub struct SqliteCatalogue {
     shared: Arc<Shared>,
@@ -78,8 +80,8 @@ struct Open {
     writable: bool,
 }
 
-/// Opens a database that exists, and reads with `first` what it is. Where the file system is full it is opened for this
-/// process alone, see [`crate::room`].
+/// Opens a database that exists, and reads with `first` what it is. Where the file system is full it is
+/// opened for this process alone, see [`crate::room`].
 fn opened<T>(path: &Utf8Path, mut first: impl FnMut(&mut Connection) -> Rows<T>) -> Rows<(Connection, T)> {
     let mut open = |alone: bool| {
         let mut connection = connect(path, alone)?;
@@ -99,7 +101,8 @@ fn lacks_index(cause: &rusqlite::Error) -> bool {
     cause.sqlite_error().is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE)
 }
 
-/// Opens a database that exists, as this module's documentation promises; `alone` locks every other process out.
+/// Opens a database that exists, as this module's documentation promises; `alone` locks every other process
+/// out.
 fn connect(path: &Utf8Path, alone: bool) -> Rows<Connection> {
     // One thread at a time uses it, under a lock of ours: SQLite needs none of its own.
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -175,11 +178,12 @@ impl Shared {
                     .advise("give a state directory that you may read, with --state-dir"));
                 }
             }
-            // For writing where the file permits it, and only for reading where not: a command that goes on to
-            // change something opens it once.
+            // For writing where the file permits it, and only for reading where not: a command that goes on
+            // to change something opens it once.
             let (connection, version) = match opened(&path, |new| Ok(schema::version(new, MIGRATIONS)?)) {
                 Ok(opened) => opened,
-                // A process died while it wrote: its journal must be rolled back first, which a reader may not.
+                // A process died while it wrote: its journal must be rolled back first, which a reader may
+                // not.
                 Err(Failure::Sqlite(cause))
                     if cause.sqlite_error_code() == Some(rusqlite::ErrorCode::ReadOnly) =>
                 {
@@ -258,7 +262,7 @@ impl Shared {
             Failure::Record(error) => return error.context(attempted.to_owned()),
             Failure::Sqlite(cause) => cause,
         };
-        // Its own words alone: what is behind them is the same with a number.
+        // Its own message alone: its source is the same text with a number.
         let say = |kind, message: String| Error::new(kind, message).context(attempted.to_owned());
         match cause.sqlite_error_code() {
             Some(Code::DatabaseCorrupt | Code::NotADatabase) => {
@@ -288,7 +292,7 @@ impl Shared {
             )
             .because(cause.to_string())
             .advise("look at `domsnap domain list`: a disk belongs to one domain only"),
-            // This error's own words repeat the whole statement.
+            // This error's own message repeats the whole SQL statement.
             _ => match cause {
                 rusqlite::Error::SqlInputError { msg, .. } => say(
                     ErrorKind::Corrupt,
@@ -364,8 +368,9 @@ impl Shared {
             })
         };
         attempt().map_err(|failure| {
-            // A flush that failed leaves a commit in the log that this connection does not believe in, and the next
-            // process would. So this one looks anew, and what it answers from now on is what that would answer.
+            // A flush that failed leaves a commit in the log that this connection does not believe in, and
+            // the next process would. So this one looks again, and answers from now on what that process
+            // would.
             if matches!(failure, Failure::Sqlite(_)) {
                 *slot = None;
             }

@@ -1,4 +1,5 @@
-//! The catalogue of one machine, in one SQLite database: [`SqliteCatalogue`] fulfils [`snapcore::catalogue::Catalogue`].
+//! The catalogue of one machine, in one SQLite database: [`SqliteCatalogue`] fulfils
+//! [`snapcore::catalogue::Catalogue`].
 //!
 //! ```
 //! use std::sync::Arc;

@@ -1,4 +1,5 @@
-//! The state directory's files: private directories, and lock files that the kernel frees when their holder dies.
+//! The state directory's files: private directories, and lock files that the kernel frees when their holder
+//! dies.
 
 use std::fs::{DirBuilder, File, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -69,8 +70,9 @@ pub(crate) fn require_own_place(directory: &Utf8Path) -> Result<()> {
 /// The longest text about a holder that is read back.
 const MAX_HOLDER_BYTES: u64 = 256;
 
-/// Takes the lock `name` under `locks`: an advisory lock on an open file description, so that the kernel gives it
-/// back however its holder ends. The file stays: removing it would let two holders lock two files of one name.
+/// Takes the lock `name` under `locks`: an advisory lock on an open file description, so that the kernel
+/// gives it back however its holder ends. The file stays: removing it would let two holders lock two files of
+/// one name.
 pub(crate) fn lock(locks: &Utf8Path, name: &str, holder: &str) -> Result<File> {
     make_private_directory(locks)?;
     let path = file_of(locks, name);
@@ -93,7 +95,7 @@ pub(crate) fn lock(locks: &Utf8Path, name: &str, holder: &str) -> Result<File> {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
             let mut said = Vec::new();
-            // Who holds it is a courtesy; that it is held is the answer.
+            // The holder's name is a courtesy; the answer is that the lock is held.
             let _ = (&file).take(MAX_HOLDER_BYTES).read_to_end(&mut said);
             let said = String::from_utf8_lossy(&said);
             let said: String = said.trim().chars().filter(|c| !c.is_control()).collect();
@@ -104,8 +106,8 @@ pub(crate) fn lock(locks: &Utf8Path, name: &str, holder: &str) -> Result<File> {
         }
         Err(TryLockError::Error(cause)) => return Err(failed(cause)),
     }
-    // Over what the last holder wrote, so that it needs no new block of the file system. On a full one, who holds the lock is
-    // not written: that is a courtesy, and a delete must not fail for it.
+    // Over what the last holder wrote, so that it needs no new block of the file system. On a full one, who
+    // holds the lock is not written: that is a courtesy, and a delete must not fail for it.
     let told = file
         .seek(SeekFrom::Start(0))
         .and_then(|_| file.write_all(holder.as_bytes()))

@@ -199,7 +199,7 @@ fn read_follows(connection: &Connection, id: i64) -> Rows<Option<Stamp>> {
     Ok(Some(Stamp { catalogue, revision: Revision(unsigned(revision)) }))
 }
 
-/// Which catalogue this is.
+/// Identity of this catalogue.
 pub(crate) fn read_identity(connection: &Connection) -> Rows<CatalogueId> {
     let id =
         connection.prepare_cached("SELECT id FROM identity")?.query_row([], |row| row.get::<_, String>(0))?;

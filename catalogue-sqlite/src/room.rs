@@ -1,16 +1,19 @@
-//! Room that the catalogue keeps for itself, so that what gives space back can be recorded on a full file system.
+//! Room that the catalogue keeps for itself, so that what gives space back can be recorded on a full file
+//! system.
 //!
-//! A commit writes to SQLite's log alone, and SQLite begins the log again from its start after each checkpoint. So blocks
-//! are reserved behind the end of the log (`fallocate`, its size stays as it is) for a checkpoint's pages and a transaction.
-//! A checkpoint writes to the database, which grows only where it has no free pages: so it is given some, and new ones
-//! when they become few. Both are topped up when the file system has room.
+//! A commit writes to SQLite's log alone, and SQLite begins the log again from its start after each
+//! checkpoint. So blocks are reserved behind the end of the log (`fallocate`, its size stays as it is) for a
+//! checkpoint's pages and a transaction. A checkpoint writes to the database, which grows only where it has
+//! no free pages: so it is given some, and new ones when they become few. Both are topped up when the file
+//! system has room.
 //!
-//! **What is durable before what.** Nothing rests on the reserve: without it a commit fails as it does on any full file
-//! system, before it is recorded. The order of log, database and flushes is SQLite's. Free pages are made by a transaction
-//! of their own, before the one that may need them.
+//! **What is durable before what.** Nothing rests on the reserve: without it a commit fails as it does on any
+//! full file system, before it is recorded. The order of log, database and flushes is SQLite's. Free pages
+//! are made by a transaction of their own, before the one that may need them.
 //!
-//! SQLite's index of the log (`-shm`) is made anew by the first process that opens the database, and needs blocks then. Where
-//! there are none, the database is opened by this process alone (`locking_mode=EXCLUSIVE`), which needs no index.
+//! SQLite's index of the log (`-shm`) is created by the first process that opens the database, and needs
+//! blocks then. Where there are none, the database is opened by this process alone
+//! (`locking_mode=EXCLUSIVE`), which needs no index.
 
 use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::Kind;
@@ -30,8 +33,8 @@ const PAGES: u64 = 512 << 10;
 /// Bytes that a file system must have free, for the database to take some of them in advance.
 const PLENTY: u64 = 4 << 20;
 
-/// Reserves blocks for the database's log. Only a favour: a file that is not there or not ours to write, or a file system
-/// that cannot do it, is left as it is.
+/// Reserves blocks for the database's log. Only a favour: a file that is not there or not ours to write, or a
+/// file system that cannot do it, is left as it is.
 pub(crate) fn keep_in_log(database: &Utf8Path) {
     let log = Utf8PathBuf::from(format!("{database}-wal"));
     let Ok(log) = confined_files::open(log.as_std_path(), true, Kind::Regular) else { return };
@@ -41,7 +44,8 @@ pub(crate) fn keep_in_log(database: &Utf8Path) {
     }
 }
 
-/// Gives the database free pages where it has few. They are in the file itself after this, not only in the log.
+/// Gives the database free pages where it has few. They are in the file itself after this, not only in the
+/// log.
 pub(crate) fn keep_free_pages(connection: &mut Connection, database: &Utf8Path) -> rusqlite::Result<()> {
     let free: i64 = connection.query_row("PRAGMA freelist_count", [], |row| row.get(0))?;
     if free >= FEW_PAGES || !has_plenty(database) {

@@ -2,7 +2,7 @@
 
 use rusqlite::Connection;
 
-/// What makes a database of version N one of version N + 1, in order. Only ever added to.
+/// Migrations from version N to version N + 1, in order. Only ever appended to.
 pub(crate) const MIGRATIONS: &[&str] = &["
 -- The last revision that was given to any domain.
 CREATE TABLE revision (
@@ -168,7 +168,7 @@ UPDATE operations SET commit_edits = json_remove(commit_edits, '$[0].machine.rec
 ALTER TABLE points ADD COLUMN identity TEXT;
 "];
 
-/// What a database's version means to this program.
+/// Meaning of a database's version to this program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Version {
     /// It is this program's.
@@ -190,7 +190,8 @@ pub(crate) fn version(connection: &Connection, migrations: &[&str]) -> rusqlite:
     })
 }
 
-/// Brings a database forward to the last of `migrations`, in one transaction: a crash leaves the old or the new.
+/// Brings a database forward to the last of `migrations`, in one transaction: a crash leaves the old or the
+/// new.
 pub(crate) fn migrate(connection: &mut Connection, migrations: &[&str]) -> rusqlite::Result<()> {
     let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     // Read under the transaction's lock: another process may have done it meanwhile.

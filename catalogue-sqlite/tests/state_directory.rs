@@ -1,4 +1,4 @@
-//! What is said of a state directory that cannot be used.
+//! Errors about a state directory that cannot be used.
 
 use camino::Utf8PathBuf;
 use catalogue_sqlite::SqliteCatalogue;

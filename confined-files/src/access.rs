@@ -1,5 +1,5 @@
-//! Access lists (`acl(5)`) as the system gives them: a head of 4 bytes (version 2), then 8 bytes an entry: kind, rights (2 bytes each,
-//! little endian), and the number of a user or group (`linux/posix_acl_xattr.h`).
+//! Access lists (`acl(5)`) as the system gives them: a head of 4 bytes (version 2), then 8 bytes an entry:
+//! kind, rights (2 bytes each, little endian), and the number of a user or group (`linux/posix_acl_xattr.h`).
 
 use std::io;
 use std::path::Path;
@@ -21,7 +21,7 @@ const WRITE: u16 = 0o2;
 /// The most bytes of one attribute (`XATTR_SIZE_MAX`).
 const LONGEST: usize = 64 << 10;
 
-/// Who can write a file beyond its owner and everybody.
+/// Users and groups with write access to a file, other than its owner and everybody.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Writing {
     /// Users with an entry of their own.

@@ -1,4 +1,4 @@
-//! Who may use a file, and how it is stored: owner, group, mode, access lists, extended attributes, copy-on-write or not.
+//! Access to a file and its storage: owner, group, mode, access lists, extended attributes, copy-on-write.
 
 use std::ffi::CString;
 use std::fs::{File, Permissions};
@@ -18,8 +18,8 @@ const ACCESS_LIST: &[u8] = ACCESS_LIST_NAME.as_bytes();
 /// The most bytes of one attribute (`XATTR_SIZE_MAX`), and of the list of their names (`XATTR_LIST_MAX`).
 const LONGEST: usize = 64 << 10;
 
-/// Attributes of a file that another is made from. Read once, from an open file, so that nobody can put another file between
-/// the reading and the making.
+/// Attributes of a file that another is made from. Read once, from an open file, so that no other file can
+/// come between the reading and the making.
 #[derive(Debug, Clone)]
 pub struct Attributes {
     uid: u32,
@@ -55,9 +55,10 @@ impl Attributes {
 
     /// Gives them to `file`, which is new, empty, and open to its owner alone.
     ///
-    /// The owner can write it whatever the model's mode says: it may be the active image next. Where the owner or the group
-    /// cannot be given, nobody gets more than he had: the group no more than everybody else. Where the access list cannot be
-    /// given, the group gets its own entry's rights and not the mask's.
+    /// The owner can write it whatever the model's mode says: it may be the active image next. Where the
+    /// owner or the group cannot be given, no user gets more access than before: the group no more than
+    /// everybody else. Where the access list cannot be given, the group gets its own entry's rights and not
+    /// the mask's.
     ///
     /// # Errors
     /// The system's, where the mode or an attribute of the users' own cannot be set.
@@ -72,7 +73,8 @@ impl Attributes {
         let is = file.metadata()?;
         let has_list = self.extended.iter().any(|(name, _)| name.as_bytes() == ACCESS_LIST);
         if !has_list {
-            // One that the file got from its directory's default: with the model's mode as its mask it would let others in.
+            // One that the file got from its directory's default: with the model's mode as its mask it would
+            // let others in.
             match fremovexattr(file, ACCESS_LIST) {
                 Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS) => {}
                 Err(errno) => return Err(errno.into()),
@@ -88,8 +90,8 @@ impl Attributes {
         let (same_owner, same_group) = (is.uid() == self.uid, is.gid() == self.gid);
         let has_list = self.extended.iter().any(|(name, _)| name.as_bytes() == ACCESS_LIST);
         if !has_list {
-            // What a directory gives to each new file (its default list) lets in users who may not use the model: the mode below would
-            // let them in, because it sets the list's mask.
+            // What a directory gives to each new file (its default list) lets in users who may not use the
+            // model: the mode below would let them in, because it sets the list's mask.
             match fremovexattr(file, ACCESS_LIST_NAME) {
                 Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS) => {}
                 Err(errno) => return Err(errno.into()),
@@ -108,13 +110,14 @@ impl Attributes {
                     value = limited_group(&value, others).into();
                 }
                 group_rights = Some(group_of(&value).unwrap_or(0));
-                // Until the list is there, nobody but the owner may use the file.
+                // Until the list is set, only the owner may use the file.
                 file.set_permissions(Permissions::from_mode(0o600))?;
             }
             match fsetxattr(file, name, &value, XattrFlags::empty()) {
                 Ok(()) if is_list => group_rights = None,
                 Ok(()) => {}
-                // What only some processes, kernels or file systems can set. The rights are made right below.
+                // Attributes that only some processes, kernels or file systems can set. The rights are set
+                // below.
                 Err(Errno::PERM | Errno::ACCESS | Errno::OPNOTSUPP | Errno::INVAL) => {}
                 Err(errno) => return Err(errno.into()),
             }
@@ -158,8 +161,8 @@ fn names(file: &File) -> io::Result<Vec<CString>> {
     Ok(list.split(|byte| *byte == 0).filter(|n| !n.is_empty()).filter_map(|n| CString::new(n).ok()).collect())
 }
 
-/// Returns true for an attribute that says who may use the file, or that its users gave it. Others belong to the one file
-/// that they were made for: signatures, capabilities of programs, marks of a file system.
+/// Returns true for an attribute that says who may use the file, or that its users gave it. Others belong to
+/// the one file that they were made for: signatures, capabilities of programs, marks of a file system.
 fn is_copied(name: &[u8]) -> bool {
     const OWN: [&[u8]; 6] = [
         b"security.capability",
@@ -172,8 +175,8 @@ fn is_copied(name: &[u8]) -> bool {
     !OWN.iter().any(|own| name.starts_with(own))
 }
 
-/// The mode of a file made from one of mode `model`, with the same owner and group or not. The owner can always write: it
-/// may be the active image next.
+/// The mode of a file made from one of mode `model`, with the same owner and group or not. The owner can
+/// always write: it may be the active image next.
 fn granted(model: u32, same_owner: bool, same_group: bool) -> u32 {
     let (owner, group, other) = (model & 0o600, model & 0o060, model & 0o006);
     // Who owned the model and not this file is one of the others now; whoever owns this file made it.
@@ -182,8 +185,8 @@ fn granted(model: u32, same_owner: bool, same_group: bool) -> u32 {
     owner | 0o400 | group | other
 }
 
-/// Its entries: kind, rights and where the rights stand. The head has 4 bytes, an entry 8: kind, rights (2 bytes each, little
-/// endian), id.
+/// Its entries: kind, rights and where the rights stand. The head has 4 bytes, an entry 8: kind, rights (2
+/// bytes each, little endian), id.
 fn entries(list: &[u8]) -> impl Iterator<Item = (u16, u16, usize)> + '_ {
     let all = list.get(4..).unwrap_or_default().as_chunks::<8>().0;
     all.iter().enumerate().map(|(number, [k0, k1, r0, r1, ..])| {

@@ -14,10 +14,11 @@ use crate::attributes::Attributes;
 use crate::name::FileName;
 use crate::trust::is_trusted;
 
-/// The most symbolic links of trusted users that are followed on the way to a directory, as Linux itself does.
+/// The most symbolic links of trusted users that are followed on the way to a directory, as Linux itself
+/// does.
 const MOST_LINKS: u32 = 40;
 
-/// What a file may be.
+/// Kinds of file that are accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A regular file.
@@ -40,23 +41,23 @@ impl Kind {
 #[error("{0}")]
 struct Refusal(String);
 
-/// A refusal in words: for callers with rules of their own on whose a file must be.
+/// Makes a refusal: for callers with rules of their own on whose a file must be.
 pub fn refused(why: impl Into<String>) -> io::Error {
     io::Error::other(Refusal(why.into()))
 }
 
-/// The words of a refusal of this crate: a link, FIFO or device in the place of a file, or a name that leads out. `None` for
-/// the system's own errors.
+/// Returns the message of a refusal of this crate: a link, FIFO or device in the place of a file, or a name
+/// that leads out. `None` for the system's own errors.
 pub fn refusal(error: &io::Error) -> Option<String> {
     error.get_ref().and_then(|inner| inner.downcast_ref::<Refusal>()).map(ToString::to_string)
 }
 
-/// What a name in a directory is, without a link followed.
+/// Metadata of a name in a directory; a link is not followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Look {
     /// Device and inode.
     pub identity: (u64, u64),
-    /// How many names the file has.
+    /// Number of names of the file (hard links).
     pub links: u64,
     /// Its owner.
     pub uid: u32,
@@ -95,7 +96,7 @@ impl Look {
         self.kind == FileType::Directory
     }
 
-    /// What it is, in words.
+    /// Its type, for messages.
     pub fn kind(&self) -> &'static str {
         words(self.kind)
     }
@@ -119,7 +120,8 @@ fn words(kind: FileType) -> &'static str {
     }
 }
 
-/// An open directory. Names in it are looked up by its descriptor, so it stays the same directory whatever is renamed.
+/// An open directory. Names in it are looked up by its descriptor, so it stays the same directory whatever is
+/// renamed.
 #[derive(Debug)]
 pub struct Directory {
     fd: OwnedFd,
@@ -127,7 +129,8 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// Opens a directory. A symbolic link on the way is followed where a trusted user owns it and nobody else can replace it.
+    /// Opens a directory. A symbolic link in its path is followed if a trusted user owns it and no other user
+    /// can replace it.
     ///
     /// # Errors
     /// The system's; a [`refusal`] for a symbolic link that others can put there.
@@ -172,7 +175,7 @@ impl Directory {
     pub fn of(path: &Path) -> io::Result<(Self, FileName)> {
         let name = path.file_name().ok_or_else(|| refused(format!("{} names no file", path.display())))?;
         let name = FileName::new(name).map_err(|bad| match bad {
-            // The system's own words, which callers know.
+            // The system's own error, which callers know.
             _ if name.as_bytes().len() > 255 => io::Error::from(Errno::NAMETOOLONG),
             bad => refused(bad.to_string()),
         })?;
@@ -184,7 +187,7 @@ impl Directory {
         &self.path
     }
 
-    /// What the directory itself is.
+    /// Metadata of the directory itself.
     ///
     /// # Errors
     /// The system's.
@@ -192,7 +195,7 @@ impl Directory {
         Ok(Look::of(&sys::fstat(&self.fd)?))
     }
 
-    /// What a name is; `None` where there is none. A link is not followed.
+    /// Metadata of a name; `None` if there is none. A link is not followed.
     ///
     /// # Errors
     /// The system's.
@@ -230,7 +233,7 @@ impl Directory {
         let opened = sys::openat(&self.fd, name.as_os_str(), flags, Mode::empty());
         let file = match opened {
             Ok(fd) => File::from(fd),
-            // A link; a FIFO or a socket that nobody serves; a directory to be written.
+            // A link; a FIFO or socket without a peer; a directory opened for writing.
             Err(errno @ (Errno::LOOP | Errno::NXIO | Errno::ISDIR)) => {
                 return Err(match self.look(name)? {
                     Some(found) => self.wrong_kind(name, found.kind, kind),
@@ -258,7 +261,7 @@ impl Directory {
         refused(format!("{} is {}, and must be {wanted}", path.display(), words(found)))
     }
 
-    /// Makes a file that nobody else can read, for reading and writing.
+    /// Creates a file that only its owner can read, for reading and writing.
     ///
     /// # Errors
     /// The system's; `AlreadyExists` where anything has the name, a link too.
@@ -273,7 +276,8 @@ impl Directory {
         Ok(File::from(fd))
     }
 
-    /// Makes a file with the attributes of another, before anything is in it and before it gets its last name.
+    /// Makes a file with the attributes of another, before anything is in it and before it gets its last
+    /// name.
     ///
     /// # Errors
     /// The system's. After an error the file is not there.
@@ -318,7 +322,8 @@ impl Directory {
     /// Gives a file another name in this directory, which nothing has.
     ///
     /// # Errors
-    /// As [`Directory::rename`]; `AlreadyExists`; `Unsupported` or `InvalidInput` where the file system cannot do it.
+    /// As [`Directory::rename`]; `AlreadyExists`; `Unsupported` or `InvalidInput` where the file system
+    /// cannot do it.
     pub fn rename_new(&self, from: &FileName, to: &FileName, expected: Option<(u64, u64)>) -> io::Result<()> {
         self.expect(from, expected)?;
         let (from, new) = (from.as_os_str(), to.as_os_str());
@@ -339,7 +344,8 @@ impl Directory {
         Ok(())
     }
 
-    /// Takes a name away: of a file, a link, a FIFO, whatever it is but a directory. Returns false where there is none.
+    /// Takes a name away: of a file, a link, a FIFO, whatever it is but a directory. Returns false where
+    /// there is none.
     ///
     /// # Errors
     /// The system's.
@@ -446,7 +452,8 @@ fn open_without_links(path: &Path, access: OFlags) -> Result<OwnedFd, Errno> {
     sys::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)
 }
 
-/// Opens a directory component by component, following links of trusted users in places that nobody else can write.
+/// Opens a directory component by component. Follows links of trusted users in places that no other user can
+/// write to.
 fn walk(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let start = |path: &Path| if path.is_absolute() { "/" } else { "." };
@@ -498,13 +505,13 @@ fn components(path: &Path) -> impl DoubleEndedIterator<Item = OsString> + '_ {
     })
 }
 
-/// Returns true where a trusted user made the link, and nobody else can put another in its place.
+/// Returns true if a trusted user made the link and no other user can replace it.
 fn is_link_trusted(directory: &Stat, link: &Stat) -> bool {
     let only_trusted = directory.st_mode & 0o022 == 0 || directory.st_mode & 0o1000 != 0;
     is_trusted(link.st_uid) && is_trusted(directory.st_uid) && only_trusted
 }
 
-/// Returns true where `path` is a symbolic link that a trusted user made, and nobody else can put another in its place.
+/// Returns true if `path` is a symbolic link that a trusted user made and no other user can replace.
 ///
 /// # Errors
 /// The system's.
@@ -515,8 +522,8 @@ pub fn is_trusted_link(path: &Path) -> io::Result<bool> {
     Ok(is_link && is_link_trusted(&sys::fstat(&directory.fd)?, &stat))
 }
 
-/// Opens the file at `path`. A link in its place is followed where a trusted user made it and nobody else can replace it, as
-/// those below `/dev` are; what it leads to is opened by the same rules.
+/// Opens the file at `path`. A link in its place is followed where a trusted user made it and nobody else can
+/// replace it, as those below `/dev` are; what it leads to is opened by the same rules.
 ///
 /// # Errors
 /// The system's; a [`refusal`].

@@ -1,8 +1,9 @@
 //! File work in directories that others may own.
 //!
-//! domsnap runs as root on directories that QEMU's user or a tenant owns. The owner of a directory can put a symbolic link,
-//! a FIFO or another file under any name in it, at any moment. So a [`Directory`] is opened once, and all work goes through
-//! its descriptor with [`FileName`]s: single components that cannot lead out of it.
+//! domsnap runs as root on directories that QEMU's user or a tenant owns. The owner of a directory can put a
+//! symbolic link, a FIFO or another file under any name in it, at any moment. So a [`Directory`] is opened
+//! once, and all work goes through its descriptor with [`FileName`]s: single components that cannot lead out
+//! of it.
 //!
 //! | rule | where |
 //! |---|---|
@@ -13,8 +14,8 @@
 //! | owner, mode and attributes are set on descriptors, never by name | [`copy_attributes`] |
 //! | what gets another name is the file that was looked at before | [`Directory::link`], [`Directory::rename_new`] |
 //!
-//! *Trusted* users are root, the user who runs this process, and the owner of `/` (who is root where a user namespace does not
-//! map it).
+//! *Trusted* users are root, the user who runs this process, and the owner of `/` (who is root where a user
+//! namespace does not map it).
 
 #![forbid(unsafe_code)]
 

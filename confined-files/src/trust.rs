@@ -1,4 +1,4 @@
-//! Who is trusted, and who else can write a directory.
+//! Trusted users, and other users who can write to a directory.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -55,7 +55,7 @@ fn named(file: &str, what: &str, id: u32) -> String {
 }
 
 impl Writers {
-    /// What keeps them from writing a place; `place` is its path as a word of a shell.
+    /// Command that removes their write access; `place` is its path, quoted for a shell.
     pub fn advice(&self, place: &str) -> String {
         match self {
             Self::Owner(_) => format!("give {place} to root, or to the user who runs domsnap"),
@@ -67,12 +67,12 @@ impl Writers {
     }
 }
 
-/// The users who can take away or replace the names of the file at `path` in `directory`, and who are neither trusted, nor the
-/// file's owner, nor able to write the file itself. `None` where there are none.
+/// The users who can take away or replace the names of the file at `path` in `directory`, and who are neither
+/// trusted, nor the file's owner, nor able to write the file itself. `None` where there are none.
 ///
-/// In a directory with the sticky bit nobody but its owner and a file's owner can do that. A user or a group that can write the
-/// file too gains nothing by writing the directory. Neither does the group of one user, which many systems give to each. Entries
-/// of access lists count as the mode's bits do.
+/// In a directory with the sticky bit only its owner and a file's owner can do that. A user or a group that
+/// can write the file too gains nothing by writing the directory. Neither does the group of one user, which
+/// many systems give to each. Entries of access lists count as the mode's bits do.
 ///
 /// # Errors
 /// The system's.
@@ -120,9 +120,9 @@ fn beyond_the_owner(
     groups.chain(users).next()
 }
 
-/// The first directory of `path` and those above it, or `path` itself where it is a file, that users who are not trusted can write,
-/// and who they are: what is in it, or the way to it, is theirs to replace. Links are resolved; what does not exist is passed over.
-/// `None` where all is trusted.
+/// The first directory of `path` and those above it, or `path` itself where it is a file, that users who are
+/// not trusted can write, and who they are: what is in it, or the way to it, is theirs to replace. Links are
+/// resolved; what does not exist is passed over. `None` where all is trusted.
 ///
 /// # Errors
 /// The system's.
@@ -155,8 +155,8 @@ pub fn foreign_place(path: &Path) -> std::io::Result<Option<(PathBuf, Writers)>>
     Ok(None)
 }
 
-/// Returns true for the account of a service, such as the one that QEMU runs as. A hypervisor's manager gives it the images of
-/// the user in whose directory they are, for as long as they are used.
+/// Returns true for the account of a service, such as the one that QEMU runs as. A hypervisor's manager gives
+/// it the images of the user in whose directory they are, for as long as they are used.
 fn is_service(uid: u32) -> bool {
     let text = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
     let id = uid.to_string();

@@ -1,4 +1,4 @@
-//! What a command answers, and how it gets to standard output.
+//! A command's answer, and how it is written to standard output.
 
 use std::io::Write;
 
@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::documents::{SCHEMA, Versioned};
 use crate::failure::exit;
 
-/// What a command has to say, and its exit status.
+/// A command's output and its exit status.
 #[derive(Debug)]
 pub struct Answer {
     /// For standard output.
@@ -41,8 +41,8 @@ pub fn json<T: Serialize>(document: &T) -> String {
     }
 }
 
-/// Writes `text` to standard output, with a line break at its end. Returns false, and says why, where it cannot be
-/// written. A reader that has gone is no failure.
+/// Writes `text` to standard output, with a line break at its end. Returns false, and says why, where it
+/// cannot be written. A reader that has gone is no failure.
 pub fn print(text: &str) -> bool {
     if text.is_empty() {
         return true;

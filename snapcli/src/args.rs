@@ -1,4 +1,4 @@
-//! The command line: what may be said, and nothing of what it does.
+//! The command line: its grammar alone. `commands` carries it out.
 
 use camino::Utf8PathBuf;
 use clap::builder::styling::{AnsiColor, Styles};
@@ -17,9 +17,18 @@ const STYLES: Styles = Styles::styled()
     .placeholder(AnsiColor::Cyan.on_default());
 
 const AFTER_HELP: &str = "\
-DOMAIN is the name of a registered domain; or its images, PATH[,format=FORMAT] joined by commas (a comma of a path is written twice); or
-where it runs: qemu:SOCKET, a QMP socket, or qemu:tcp:127.0.0.1:PORT; xen:NAME, a domain of Xen.
-Exit status: 0 done; 1 failed, and rolled back; 2 usage; 3 refused, no changes made; 4 `domsnap recover` is needed.";
+DOMAIN is one of:
+  NAME                      a registered domain
+  PATH[,format=FORMAT],...  its images, joined by commas (write a comma in a path twice)
+  qemu:SOCKET               a running QEMU, by its QMP socket or tcp:127.0.0.1:PORT
+  xen:NAME                  a running Xen domain
+
+Exit status:
+  0  done
+  1  failed and rolled back
+  2  wrong usage
+  3  refused; no changes were made
+  4  incomplete; run `domsnap recover`";
 
 /// Snapshots of whole virtual machines.
 #[derive(Debug, Parser)]
@@ -32,22 +41,22 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// What every command understands.
+/// Options of every command.
 #[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Everywhere")]
+#[command(next_help_heading = "Global options")]
 pub struct Global {
-    /// Where catalogue and journal live [default: $DOMSNAP_STATE_DIR, else /var/lib/domsnap for root,
-    /// else $XDG_STATE_HOME/domsnap]
+    /// Directory of the catalogue and the journal [default: $DOMSNAP_STATE_DIR, else /var/lib/domsnap for
+    /// root, else $XDG_STATE_HOME/domsnap]
     #[arg(long, value_name = "DIR", global = true, value_hint = ValueHint::DirPath)]
     pub state_dir: Option<Utf8PathBuf>,
-    /// Where plug-ins are: programs called domsnap-backend-NAME, each for the disks of the format NAME
+    /// Directory of plug-ins: programs named domsnap-backend-NAME, each for disks of the format NAME
     /// [default: $DOMSNAP_BACKEND_DIR, else /usr/libexec/domsnap]
     #[arg(long, value_name = "DIR", global = true, value_hint = ValueHint::DirPath)]
     pub backend_dir: Option<Utf8PathBuf>,
-    /// Follow backing files into this directory too, besides the disk's own
+    /// Follow backing files into this directory too, in addition to the disk's own
     #[arg(long, value_name = "DIR", global = true, value_hint = ValueHint::DirPath)]
     pub allow_backing: Vec<Utf8PathBuf>,
-    /// The longest chain of layers that is followed or made [default: 200]
+    /// Limit the length of a chain of layers [default: 200]
     #[arg(long, value_name = "LAYERS", global = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_depth: Option<u32>,
     /// Keep the space of deleted internal snapshots in the image file instead of giving it back to the file
@@ -70,7 +79,7 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Take a snapshot of a domain: its disks, and its memory where it runs
+    /// Create a snapshot of a domain: its disks, and its memory if it runs
     Create(Create),
     /// Revert a domain to a snapshot; the current state is discarded unless --save-current is given
     Revert(Revert),
@@ -80,39 +89,39 @@ pub enum Command {
     List(List),
     /// Show one snapshot: its files, their sizes, what deleting it would free
     Show(Show),
-    /// Register domains and look at them
+    /// Register, list and show domains
     #[command(subcommand)]
     Domain(Domain),
-    /// Snapshots of one image, with no domain
+    /// Snapshots of one image, without a domain
     #[command(subcommand)]
     Disk(Disk),
-    /// Look for damage in images, catalogue and manifests; change nothing
+    /// Check images, catalogue and manifests for damage; make no changes
     Check(Check),
     /// Complete or roll back interrupted operations; run deferred merges
     Recover(Recover),
     /// Rebuild a domain's catalogue from its manifests and images
     Import(Import),
-    /// List the disk formats that are known, and what each can do
+    /// List the disk formats and hypervisors, and what each supports
     Backends,
     /// Print the JSON schema of everything that --json prints
     Schema,
     /// Print completions for a shell
     Completions {
-        /// Which shell
+        /// The shell
         shell: Shell,
     },
     /// Write the man pages to a directory
     Man {
-        /// Where to; it is made if it is not there
+        /// The directory; it is created if it does not exist
         #[arg(value_hint = ValueHint::DirPath)]
         dir: Utf8PathBuf,
     },
 }
 
-/// How points are taken, if said.
+/// The kind of snapshot on each disk, if given.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Kind {
-    /// Inside the images
+    /// Store the snapshot inside the images
     #[arg(long, conflicts_with = "external")]
     pub internal: bool,
     /// Freeze the images and write to overlays on them
@@ -138,11 +147,11 @@ pub struct Create {
     pub name: Option<SnapshotName>,
     #[command(flatten)]
     pub kind: Kind,
-    /// How to take one disk: TARGET=internal, TARGET=external[,path=FILE], TARGET=skip, or TARGET=WAY with one of
-    /// its format's own ways (see 'domsnap backends')
+    /// Choose for one disk: TARGET=internal, TARGET=external[,path=FILE], TARGET=skip, or TARGET=METHOD with
+    /// one of its format's own methods (see 'domsnap backends')
     #[arg(long = "disk", value_name = "TARGET=HOW", value_parser = disk_choice)]
     pub disks: Vec<(Target, CreateDisk)>,
-    /// What it is for, in your words
+    /// Describe the snapshot
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub description: String,
     /// Print what would be done; make no changes
@@ -152,17 +161,17 @@ pub struct Create {
     pub running: CreateRunning,
 }
 
-/// What is said of a running domain's snapshot.
+/// Options for a snapshot of a running domain.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Running domains")]
 pub struct CreateRunning {
-    /// Take memory too [the default where it runs]
+    /// Include the guest's memory [default if the domain runs]
     #[arg(long, conflicts_with = "disk_only")]
     pub memory: bool,
     /// Snapshot the disks alone, atomically
     #[arg(long)]
     pub disk_only: bool,
-    /// Let the guest run while its memory is written [the default]
+    /// Let the guest run while its memory is written [default]
     #[arg(long, conflicts_with_all = ["no_live", "disk_only"])]
     pub live: bool,
     /// Pause the guest until its memory is written
@@ -172,17 +181,18 @@ pub struct CreateRunning {
     #[arg(long, value_name = "SECONDS", conflicts_with_all = ["no_live", "disk_only"])]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub budget: Option<u64>,
-    /// Compress the memory image: 1 (fast) to 19 (small); 0: not [default: the domain's setting] [default level: 1]
+    /// Compress the memory image: 1 (fast) to 19 (small); 0: not [default: the domain's setting] [default
+    /// level: 1]
     #[arg(long, value_name = "LEVEL", num_args = 0..=1, require_equals = true, default_missing_value = "1")]
     #[arg(value_parser = clap::value_parser!(u8).range(0..=i64::from(MAX_COMPRESSION)), conflicts_with = "disk_only")]
     pub compress: Option<u8>,
-    /// Flush and freeze the guest's file systems for the snapshot: `require` it, or `try` to
+    /// Flush and freeze the guest's file systems for the snapshot: `require` or `try`
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "require")]
     pub quiesce: Option<Freeze>,
-    /// How long they may stay frozen [default: 10]
+    /// Thaw the file systems after this time at the latest [default: 10]
     #[arg(long, value_name = "SECONDS", requires = "quiesce", value_parser = clap::value_parser!(u64).range(1..=600))]
     pub quiesce_limit: Option<u64>,
-    /// What the guest does after it [default: keep]
+    /// State of the guest afterwards [default: keep]
     #[arg(long, value_name = "WHAT")]
     pub then: Option<Then>,
 }
@@ -240,7 +250,8 @@ pub struct Revert {
     /// Leave this disk as it is; may be given several times. Not with memory that is restored
     #[arg(long = "disk", value_name = "TARGET=skip", value_parser = skipped_disk)]
     pub skip: Vec<Target>,
-    /// Do not save the current memory first (Xen only, where the domain is destroyed for a revert): after a failure it is off
+    /// Do not save the current memory first (Xen only, where the domain is destroyed for a revert): after a
+    /// failure it is off
     #[arg(long)]
     pub no_safety: bool,
     /// Create the domain from this file, and not from its own (Xen only)
@@ -258,10 +269,10 @@ pub struct Delete {
     /// The snapshots
     #[arg(required = true, value_name = "NAME")]
     pub names: Vec<SnapshotName>,
-    /// And all that derive from them
+    /// Delete all snapshots derived from them, too
     #[arg(long, conflicts_with = "children_only")]
     pub children: bool,
-    /// All that derive from them, and not them
+    /// Delete only the snapshots derived from them
     #[arg(long)]
     pub children_only: bool,
     /// Limit merges in a running domain to this many bytes a second; K, M and G are units
@@ -280,13 +291,13 @@ pub struct Delete {
 pub struct List {
     /// The domain [default: all]
     pub domain: Option<DomainRef>,
-    /// Draw how they derive from each other
+    /// Draw the tree of snapshots
     #[arg(long)]
     pub tree: bool,
-    /// And the layers of each disk, with their sizes
+    /// Show the layers of each disk and their sizes
     #[arg(long)]
     pub disks: bool,
-    /// Of all registered domains
+    /// List the snapshots of all registered domains
     #[arg(long, conflicts_with = "domain")]
     pub all: bool,
 }
@@ -310,14 +321,14 @@ pub enum Domain {
     },
     /// List the registered domains
     List,
-    /// Show a domain: its disks, their layers, what is wrong with them
+    /// Show a domain: its disks, their layers, and problems
     Show {
         /// The domain
         domain: DomainRef,
     },
-    /// Find the domains that run on this machine, and how each is registered
+    /// Find the domains that run on this host, and the command that registers each
     Scan,
-    /// Add a disk to a domain, or take one out that it does not have any more
+    /// Add a disk to a domain, or remove one
     #[command(subcommand)]
     Disk(DomainDisk),
 }
@@ -332,7 +343,7 @@ pub enum DomainDisk {
         #[arg(value_name = "TARGET=PATH", value_parser = disk_place)]
         disk: DiskPlace,
     },
-    /// Take a disk out; its image stays, and the domain's snapshots go on without it
+    /// Remove a disk; its image stays, and the snapshots keep their other disks
     Remove {
         /// The domain
         domain: DomainRef,
@@ -350,33 +361,33 @@ pub struct DomainAdd {
     #[arg(long = "disk", value_name = "TARGET=PATH", value_parser = disk_place)]
     #[arg(required_unless_present_any = ["file", "at", "qmp", "xen"])]
     pub disks: Vec<DiskPlace>,
-    /// Where it runs. Without --disk its hypervisor is asked for its disks
+    /// Hypervisor and address of the domain. Without --disk its hypervisor is asked for the disks
     #[arg(long, value_name = "HYPERVISOR:ADDRESS", group = "run-by")]
     pub at: Option<String>,
-    /// A QEMU runs it: its QMP socket, or tcp:127.0.0.1:PORT. Short for --at qemu:SOCKET
+    /// QMP socket of its QEMU, or tcp:127.0.0.1:PORT. Short for --at qemu:SOCKET
     #[arg(long, value_name = "SOCKET", group = "run-by", value_hint = ValueHint::FilePath)]
     pub qmp: Option<String>,
-    /// Xen runs it: its name there. Short for --at xen:NAME
+    /// Name of the Xen domain. Short for --at xen:NAME
     #[arg(long, value_name = "NAME", group = "run-by")]
     pub xen: Option<String>,
-    /// The file that Xen creates it from [default: the one that it was created from, where that can be told]
+    /// The file that Xen creates it from [default: the one it was created from, if known]
     #[arg(long, value_name = "FILE", requires = "run-by", value_hint = ValueHint::FilePath)]
     pub config: Option<Utf8PathBuf>,
-    /// The guest agent's socket, or tcp:127.0.0.1:PORT [default: as QEMU says]
+    /// The guest agent's socket, or tcp:127.0.0.1:PORT [default: as QEMU reports]
     #[arg(long, value_name = "SOCKET", requires = "run-by", value_hint = ValueHint::FilePath)]
     pub agent: Option<String>,
-    /// Where memory images go [default: beside the first disk]
+    /// Directory of memory images [default: beside the first disk]
     #[arg(long, value_name = "DIR", requires = "run-by", value_hint = ValueHint::DirPath)]
     pub memory_dir: Option<Utf8PathBuf>,
     /// Compress memory images: 1 (fast) to 19 (small) [default: not] [default level: 1]
     #[arg(long, value_name = "LEVEL", requires = "run-by", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "1", value_parser = clap::value_parser!(u8).range(0..=i64::from(MAX_COMPRESSION)))]
     pub compress: Option<u8>,
-    /// The command that starts it: all that follows, to the end of the line [default: as it was started when a snapshot
-    /// was taken]
+    /// The command that starts it: everything up to the end of the line [default: as it was started when the
+    /// snapshot was created]
     #[arg(long, value_name = "COMMAND", requires = "run-by", num_args = 1.., allow_hyphen_values = true)]
     pub start: Vec<String>,
-    /// Where active images go: `keep` the configured paths, or to `new` ones
+    /// Path of the active image: `keep` the configured path, or use a `new` one for each external snapshot
     #[arg(long, value_name = "HOW", default_value = "keep")]
     pub active_path: Active,
     /// Read the domain from a file of TOML
@@ -386,7 +397,7 @@ pub struct DomainAdd {
 }
 
 impl DomainAdd {
-    /// Where it runs, as `HYPERVISOR:ADDRESS`.
+    /// Returns the domain's `HYPERVISOR:ADDRESS`, if one was given.
     pub fn place(&self) -> Option<String> {
         let short = [("qemu", &self.qmp), ("xen", &self.xen)];
         let short = short.into_iter().find_map(|(hypervisor, address)| {
@@ -475,7 +486,7 @@ pub struct Check {
 pub struct Recover {
     /// The domain [default: all]
     pub domain: Option<DomainRef>,
-    /// Close the interrupted operations of the domain as they are, where recovery cannot go on; no file is touched
+    /// Close the domain's interrupted operations as they are, if recovery cannot continue; touches no file
     #[arg(long, requires = "domain")]
     pub abandon: bool,
 }
@@ -490,15 +501,15 @@ pub struct Import {
     /// Replace what the catalogue has of the domain
     #[arg(long)]
     pub replace: bool,
-    /// Believe what the manifests beside the images say of how the domain is reached and started, and of files elsewhere:
-    /// whoever can write the images' directory can have written it, and domsnap will run it
+    /// Trust the commands, addresses and paths in the manifests beside the images. Anyone who can write to
+    /// the images' directory can have written them, and domsnap will run them
     #[arg(long)]
     pub trust: bool,
 }
 
 fn disk_choice(text: &str) -> Result<(Target, CreateDisk), String> {
-    let rule = "expected TARGET=internal, TARGET=external[,path=FILE], TARGET=skip, or TARGET= and a way that `domsnap \
-                backends` lists for the disk's format";
+    let rule = "expected TARGET=internal, TARGET=external[,path=FILE], TARGET=skip, or TARGET=METHOD with a method that \
+                `domsnap backends` lists for the disk's format";
     let (target, how) = text.split_once('=').ok_or(rule)?;
     let target = Target::new(target).map_err(|error| error.to_string())?;
     let (how, option) = match how.split_once(',') {
@@ -526,13 +537,13 @@ fn skipped_disk(text: &str) -> Result<Target, String> {
     }
 }
 
-/// Whether text can be the name of a backend's way.
+/// Returns true if `text` can be the name of a backend's method.
 fn is_word(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 fn bytes(text: &str) -> Result<u64, String> {
-    let rule = "expected a number of bytes, with K, M or G behind it if it is of those";
+    let rule = "expected a number of bytes, optionally followed by K, M or G";
     let (digits, unit) = match text.char_indices().last() {
         Some((end, 'K' | 'k')) => (&text[..end], 1 << 10),
         Some((end, 'M' | 'm')) => (&text[..end], 1 << 20),
@@ -548,7 +559,7 @@ fn disk_place(text: &str) -> Result<DiskPlace, String> {
     let target = Target::new(target).map_err(|error| error.to_string())?;
     if target.is_domain() {
         return Err(
-            "'domain' is what the domain itself is called; call the disk as the guest does: vda, sda"
+            "'domain' is a reserved name; use the name that the guest knows the disk by, such as vda or sda"
                 .to_owned(),
         );
     }
@@ -570,12 +581,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_tree_contradicts_itself_nowhere() {
+    fn command_tree_is_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn a_disk_of_a_create_is_internal_external_or_skipped() {
+    fn create_disk_choices_are_parsed() {
         let vda = Target::new("vda").unwrap();
         let take = |kind, path: Option<&str>| CreateDisk::Take(kind, path.map(|p| LayerName(p.into())));
         for (text, how) in [
@@ -590,7 +601,7 @@ mod tests {
     }
 
     #[test]
-    fn other_words_for_a_disk_are_refused_with_the_rule() {
+    fn wrong_disk_choices_name_the_rule() {
         for text in [
             "vda",
             "vda=",
@@ -606,7 +617,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_is_in_bytes_or_in_a_unit_that_is_said() {
+    fn limit_takes_bytes_and_units() {
         assert_eq!(
             (bytes("7"), bytes("2K"), bytes("3m"), bytes("1G")),
             (Ok(7), Ok(2048), Ok(3 << 20), Ok(1 << 30))
@@ -617,7 +628,7 @@ mod tests {
     }
 
     #[test]
-    fn the_format_of_a_disk_is_what_stands_last() {
+    fn format_is_the_last_option() {
         let place = disk_place("vda=/a,b=c.img,format=qcow2").unwrap();
         assert_eq!((place.path.as_str(), place.format.as_deref()), ("/a,b=c.img", Some("qcow2")));
         assert!(disk_place("vda=").is_err());
@@ -625,7 +636,7 @@ mod tests {
     }
 
     #[test]
-    fn no_disk_is_called_as_the_domain_itself_is() {
-        assert!(disk_place("domain=/x").unwrap_err().contains("the domain itself"));
+    fn domain_is_a_reserved_disk_name() {
+        assert!(disk_place("domain=/x").unwrap_err().contains("reserved name"));
     }
 }

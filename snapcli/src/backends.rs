@@ -1,4 +1,5 @@
-//! The formats that this program knows: its own backends, and the plug-ins of a directory. The one place that names backends.
+//! The formats that this program knows: its own backends, and the plug-ins of a directory. The one place that
+//! names backends.
 
 use std::sync::Arc;
 
@@ -10,13 +11,13 @@ use snapcore::{Error, ErrorKind, Registry, Result};
 
 use crate::args::Global;
 
-/// Where plug-ins are, where nothing else is said.
+/// The default directory of plug-ins.
 const DIRECTORY: &str = "/usr/libexec/domsnap";
 
 /// The environment's word for it.
 const VARIABLE: &str = "DOMSNAP_BACKEND_DIR";
 
-/// What adds to the backends and hypervisors that this crate names.
+/// Adds to the backends and hypervisors that this crate names.
 pub type Register<'a> = &'a dyn Fn(&mut Registry) -> Result<()>;
 
 /// The backends of this call.
@@ -25,7 +26,7 @@ pub struct Backends {
     pub registry: Registry,
     /// Those of them that are plug-ins.
     pub plugins: Vec<Plugin>,
-    /// What looks like plug-ins and is not used, with the reason.
+    /// Programs that look like plug-ins and are not used, with the reason.
     pub problems: Vec<(Utf8PathBuf, Error)>,
 }
 
@@ -33,7 +34,7 @@ impl Backends {
     /// Those that `global` says. No plug-in is started yet.
     ///
     /// # Errors
-    /// Where a directory of plug-ins was named and cannot be used.
+    /// If a directory of plug-ins was named and cannot be used.
     pub fn of(global: &Global, register: Register<'_>) -> Result<Self> {
         let mut registry = own(global)?;
         register(&mut registry)?;
@@ -95,7 +96,7 @@ fn own(global: &Global) -> Result<Registry> {
     Ok(registry)
 }
 
-/// Where plug-ins are, and whether somebody said so.
+/// Returns the directory of plug-ins, and true if the user named it.
 fn directory(global: &Global) -> Result<(Utf8PathBuf, bool)> {
     if let Some(said) = &global.backend_dir {
         return Ok((absolute(said)?, true));

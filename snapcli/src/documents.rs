@@ -1,7 +1,7 @@
-//! What `--json` prints: one document a command, each with the version of these shapes.
+//! The output of `--json`: one document for each command, with the version of these shapes.
 //!
-//! A field is never renamed, dropped or given another meaning within a version; new ones may come. `docs/schema.json`
-//! is made from these types.
+//! A field is never renamed, dropped or given another meaning within a version; new ones may come.
+//! `docs/schema.json` is made from these types.
 
 use std::collections::HashMap;
 
@@ -32,7 +32,7 @@ pub struct Versioned<T> {
 /// One state of one disk.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 pub struct PointDoc {
-    /// Which disk.
+    /// The disk's target.
     pub target: Target,
     /// Inside an image, or a frozen layer.
     pub kind: PointKind,
@@ -43,7 +43,8 @@ pub struct PointDoc {
     pub tag: Option<String>,
     /// The disk's size at the point, in bytes.
     pub virtual_size: u64,
-    /// Bytes on the disk of the layer, where the point is external; null where they are shared or cannot be read.
+    /// Bytes on the disk of the layer, where the point is external; null where they are shared or cannot be
+    /// read.
     pub allocated: Option<u64>,
 }
 
@@ -56,20 +57,21 @@ pub struct SnapshotDoc {
     pub id: SnapshotId,
     /// The name of the snapshot that it derives from.
     pub parent: Option<SnapshotName>,
-    /// Whether the present derives from it.
+    /// True if the current state derives from it.
     pub current: bool,
     /// When its instant was.
     #[schemars(with = "String")]
     pub created: Timestamp,
-    /// What the user wrote about it.
+    /// The user's description.
     pub description: String,
-    /// How consistent its disks are.
+    /// Consistency of its disks.
     pub consistency: Consistency,
     /// One a disk; a disk that was left out has none.
     pub points: Vec<PointDoc>,
     /// Its memory image; null where it has none.
     pub memory: Option<MemoryPoint>,
-    /// Disks that the domain had, and that were left out as the user asked; of older snapshots nothing is known.
+    /// Disks that the domain had, and that were left out as the user asked; of older snapshots nothing is
+    /// known.
     pub skipped: Vec<SkippedDisk>,
 }
 
@@ -114,7 +116,7 @@ impl SnapshotDoc {
         }
     }
 
-    /// How its points are taken, in a word.
+    /// Kind of its members, in a word.
     pub fn kind(&self) -> &'static str {
         let has = |kind| self.points.iter().any(|point| point.kind == kind);
         match (has(PointKind::Internal), has(PointKind::External)) {
@@ -141,7 +143,8 @@ fn points(snapshot: &Snapshot, domain: &Domain, registry: &Registry) -> Vec<Poin
         let layer = domain.disk(&member.target).and_then(|record| {
             Some(registry.get(&record.disk.format).ok()?.layer_file(record, &member.point.layer))
         });
-        // A disk that left the domain, or whose backend is not here: the layer's own name is all that is known.
+        // A disk that left the domain, or whose backend is not here: the layer's own name is all that is
+        // known.
         let layer = layer.unwrap_or_else(|| Utf8PathBuf::from(member.point.layer.as_str()));
         let allocated = match kind {
             PointKind::Internal => None,
@@ -170,13 +173,13 @@ fn allocated(file: &Utf8PathBuf) -> Option<u64> {
 pub struct ListDoc {
     /// The domain.
     pub domain: DomainName,
-    /// Whether the catalogue has it; where not, this is what images and manifests tell.
+    /// True if the catalogue has it; otherwise this was read from images and manifests.
     pub catalogued: bool,
-    /// The snapshot that the present derives from.
+    /// The snapshot that the current state derives from.
     pub current: Option<SnapshotName>,
     /// All snapshots, oldest first.
     pub snapshots: Vec<SnapshotDoc>,
-    /// Operations that stopped half way, or run just now.
+    /// Operations that were interrupted, or that run now.
     pub unfinished: Vec<Unfinished>,
     /// Each disk as it is on the machine; only with `--disks`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -184,7 +187,7 @@ pub struct ListDoc {
 }
 
 impl ListDoc {
-    /// What `listing` says.
+    /// Builds the document from `listing`.
     pub fn of(listing: &Listing, registry: &Registry) -> Self {
         let snapshots = SnapshotDoc::all(listing, registry);
         Self {
@@ -214,21 +217,22 @@ pub struct ShowDoc {
     pub snapshot: SnapshotDoc,
     /// The names of the snapshots that derive from it directly, oldest first.
     pub children: Vec<SnapshotName>,
-    /// What a delete of it alone would free and move, disk by disk; null where the disk cannot be read.
+    /// Bytes that a delete of it alone would free and move, disk by disk; null if the disk cannot be read.
     pub delete: Vec<DeleteDoc>,
     /// The machine that it was taken on, in a line; null where the domain did not run.
     pub machine: Option<String>,
-    /// What the guest can write and the snapshot does not hold, but in its memory: firmware variables, a TPM, files of
-    /// the host's that are memory to it.
+    /// State that the guest can write and that is only in the snapshot's memory: firmware variables, a TPM,
+    /// files of the host's that are memory to it.
     pub outside: Vec<String>,
-    /// What the guest can write and no snapshot holds at all: directories shared with the host, devices of the host's.
+    /// State that the guest can write and that is in no snapshot: directories shared with the host, host
+    /// devices.
     pub shared: Vec<String>,
 }
 
-/// What a delete would do to one disk.
+/// Effect of a delete on one disk.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct DeleteDoc {
-    /// Which disk.
+    /// The disk's target.
     pub target: Target,
     /// Its cost, in bytes.
     pub cost: Option<DeleteCost>,
@@ -241,9 +245,9 @@ pub struct CreateDoc {
     pub domain: DomainName,
     /// The new snapshot.
     pub snapshot: SnapshotDoc,
-    /// What was done.
+    /// The outcome.
     pub outcome: Outcome,
-    /// What the domain does now; null where it did not run.
+    /// The domain's power state now; null if it did not run.
     pub power: Option<Power>,
 }
 
@@ -252,7 +256,7 @@ pub struct CreateDoc {
 pub struct ChangeDoc {
     /// The domain.
     pub domain: DomainName,
-    /// What was done.
+    /// The outcome.
     pub outcome: Outcome,
 }
 
@@ -261,19 +265,19 @@ pub struct ChangeDoc {
 pub struct RevertDoc {
     /// The domain.
     pub domain: DomainName,
-    /// What was done.
+    /// The outcome.
     pub outcome: Outcome,
-    /// What the domain does now; null where no hypervisor runs it, or it cannot be told.
+    /// The domain's power state now; null if no hypervisor runs it, or it is not known.
     pub power: Option<Power>,
 }
 
-/// What a domain does.
+/// A domain's power state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Power {
     /// Its processors run.
     Running,
-    /// It stands still.
+    /// The guest is paused.
     Paused,
     /// Nothing runs.
     Off,
@@ -297,13 +301,13 @@ pub struct PlanDoc {
     pub domain: String,
     /// Bytes of data that all steps move together.
     pub bytes: u64,
-    /// What is done first, as an operation of its own: the snapshot that keeps the current state of a running domain.
+    /// Plan of the operation that comes first: the snapshot that saves the current state of a running domain.
     pub first: Option<Plan>,
     /// The steps.
     pub plan: Plan,
-    /// What is done to the guest, beyond pausing it.
+    /// Effect on the guest, other than a pause.
     pub guest: Option<GuestChange>,
-    /// What the domain does afterwards, where that is planned.
+    /// The domain's power state afterwards, if it is planned.
     pub power: Option<Power>,
 }
 
@@ -314,16 +318,16 @@ pub struct DomainDoc {
     pub domain: Domain,
     /// Snapshots that came from manifests.
     pub restored: Vec<SnapshotName>,
-    /// Snapshots that the images themselves told.
+    /// Snapshots that were found in the images.
     pub adopted: Vec<SnapshotName>,
-    /// What could not be taken, and why.
+    /// What could not be imported, and why.
     pub notes: Vec<String>,
 }
 
 /// `domain remove`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct RemovalDoc {
-    /// What was removed, and what stays.
+    /// The domain that was removed, and what stays.
     pub removed: Removal,
 }
 
@@ -337,10 +341,10 @@ pub struct DomainsDoc {
 /// A domain in the list of all.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct ListedDomain {
-    /// What the catalogue has of it.
+    /// The catalogue's record of it.
     #[serde(flatten)]
     pub summary: DomainSummary,
-    /// What it does now; null where no hypervisor runs it, or none answers at once.
+    /// Its power state now; null if no hypervisor runs it, or none answers at once.
     pub power: Option<Power>,
 }
 
@@ -351,13 +355,13 @@ pub struct DomainShowDoc {
     pub domain: Domain,
     /// Its disks as they are on the machine.
     pub disks: Vec<DiskReport>,
-    /// Operations that stopped half way, or run just now.
+    /// Operations that were interrupted, or that run now.
     pub unfinished: Vec<Unfinished>,
-    /// What it does now; null where no hypervisor runs it, or `problem` says why it cannot be told.
+    /// Its power state now; null if no hypervisor runs it, or if `problem` says why it is not known.
     pub power: Option<Power>,
     /// The machine that runs now, in a line.
     pub machine: Option<String>,
-    /// Why it cannot be told what it does.
+    /// The reason why its power state is not known.
     pub problem: Option<String>,
 }
 
@@ -373,19 +377,20 @@ pub struct ScanDoc {
 pub struct ScannedDoc {
     /// Its hypervisor.
     pub hypervisor: Hypervisor,
-    /// How it is reached.
+    /// Its address, as HYPERVISOR:ADDRESS.
     pub control: Control,
-    /// What its hypervisor calls it.
+    /// Its name in the hypervisor.
     pub name: Option<String>,
-    /// Whether the guest's processors run; it is paused otherwise.
+    /// True if the guest's processors run; otherwise it is paused.
     pub running: bool,
-    /// What it is, in a line.
+    /// The machine, in a line.
     pub summary: String,
     /// Its drives, with why one takes no part in snapshots.
     pub disks: Vec<SeenDisk>,
     /// The domain that it is registered as.
     pub registered: Option<DomainName>,
-    /// The command that registers it, word by word; none where it is registered, or `problem` says why it cannot be.
+    /// The command that registers it, word by word; none where it is registered, or `problem` says why it
+    /// cannot be.
     pub register: Vec<String>,
     /// Why it cannot be registered as it is.
     pub problem: Option<String>,
@@ -394,14 +399,14 @@ pub struct ScannedDoc {
 /// `disk create`, `disk revert`, `disk delete`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct DiskDoc {
-    /// What was done: "create", "revert", "delete".
+    /// The operation: "create", "revert", "delete".
     pub operation: String,
     /// The image, absolute.
     #[schemars(with = "String")]
     pub image: Utf8PathBuf,
     /// The snapshots.
     pub names: Vec<String>,
-    /// Where they live.
+    /// The image.
     pub kind: PointKind,
     /// Those of them that were damaged: they are out of the image's table, and their space is still in use.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -414,7 +419,8 @@ pub struct DiskListDoc {
     /// The image, absolute.
     #[schemars(with = "String")]
     pub image: Utf8PathBuf,
-    /// Its snapshots: first the internal ones in the order of its table, then the external ones, oldest first.
+    /// Its snapshots: first the internal ones in the order of its table, then the external ones, oldest
+    /// first.
     pub snapshots: Vec<DiskSnapshotDoc>,
 }
 
@@ -423,7 +429,7 @@ pub struct DiskListDoc {
 pub struct DiskSnapshotDoc {
     /// Its name.
     pub name: String,
-    /// Where it lives.
+    /// The image.
     pub kind: PointKind,
     /// When it was taken.
     #[schemars(with = "String")]
@@ -445,21 +451,21 @@ pub struct CheckDoc {
     pub domains: Vec<CheckedDomain>,
 }
 
-/// What a check found in one domain.
+/// Findings of a check in one domain.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct CheckedDomain {
     /// The domain.
     pub domain: String,
-    /// What was found; nothing: all is well.
+    /// The findings; empty if all is well.
     pub findings: Vec<Finding>,
 }
 
 /// `recover`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct RecoverDoc {
-    /// What was done, operation by operation; nothing: there was nothing to do.
+    /// The recovered operations; empty if there was nothing to do.
     pub recovered: Vec<RecoveryReport>,
-    /// What else was put right, or noticed, that no operation tells of: a guest that was still frozen, say.
+    /// Other repairs and observations that belong to no operation, such as a guest that was still frozen.
     pub notes: Vec<RecoverNote>,
 }
 
@@ -477,7 +483,7 @@ pub struct RecoverNote {
 pub struct BackendsDoc {
     /// One a format.
     pub backends: Vec<BackendDoc>,
-    /// What looks like plug-ins and is not used.
+    /// Programs that look like plug-ins and are not used.
     pub problems: Vec<BackendProblem>,
     /// The hypervisors whose domains can be reached.
     pub hypervisors: Vec<HypervisorProfile>,
@@ -486,7 +492,7 @@ pub struct BackendsDoc {
 /// A program that looks like a plug-in and is not used, or their directory.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct BackendProblem {
-    /// Where it is.
+    /// Its path.
     #[schemars(with = "String")]
     pub program: Utf8PathBuf,
     /// Why it is not used.
@@ -498,7 +504,7 @@ pub struct BackendProblem {
 pub struct BackendDoc {
     /// Its format.
     pub format: String,
-    /// What it can do.
+    /// Its capabilities.
     pub capabilities: Capabilities,
     /// The program, where it is a plug-in.
     #[schemars(with = "Option<String>")]
@@ -515,13 +521,13 @@ pub struct ErrorDoc {
 /// Why a command failed.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct ErrorBody {
-    /// What sort of failure it is.
+    /// The kind of failure.
     pub kind: ErrorKind,
-    /// What went wrong, with what was attempted in front and the causes behind.
+    /// The failure: first what was attempted, then the causes.
     pub message: String,
-    /// What state things are in now, where that needs saying.
+    /// The state now, if it needs explanation.
     pub state: Option<String>,
-    /// What to do.
+    /// Advice: what to do next.
     pub advice: Option<String>,
     /// The exit status.
     pub exit: u8,

@@ -8,9 +8,10 @@ use snapcore::{
 };
 
 /// Reads a domain file: `name`, `hypervisor` (`"none"`, `"qemu"`), `active-path` (`"keep"`, `"new"`), for a
-/// hypervisor a `[control]` with the key of its address and what else applies to its domains, and a `[[disk]]` with `target`,
-/// `path` and `format` for each disk. Relative paths are taken from `directory`. With a `[control]` there may be no disk: then
-/// the running domain is to be asked for them before it is registered.
+/// hypervisor a `[control]` with the key of its address and what else applies to its domains, and a
+/// `[[disk]]` with `target`, `path` and `format` for each disk. Relative paths are taken from `directory`.
+/// With a `[control]` there may be no disk: then the running domain is to be asked for them before it is
+/// registered.
 ///
 /// # Errors
 /// [`ErrorKind::Usage`], with the line and what was expected there.

@@ -1,4 +1,4 @@
-//! Failures: what is said of them, and the exit status.
+//! Failures: their text, JSON and exit status.
 
 use std::io::{IsTerminal, Write};
 
@@ -17,7 +17,7 @@ pub mod exit {
     pub const USAGE: u8 = 2;
     /// Refused; no changes made.
     pub const REFUSED: u8 = 3;
-    /// An operation stopped half way; `recover` goes on.
+    /// An operation is incomplete; `recover` continues it.
     pub const NEEDS_RECOVERY: u8 = 4;
 }
 
@@ -36,12 +36,14 @@ impl From<Error> for Failure {
 }
 
 impl Failure {
-    /// `error` of an operation that was to change things, and had been written into the journal when `started`.
+    /// `error` of an operation that was to change things, and had been written into the journal when
+    /// `started`.
     pub fn of(error: Error, started: bool) -> Self {
         Self { error: Box::new(error), changing: true, started }
     }
 
-    /// The same failure of an operation that was only planned: it is refused as the operation itself would be.
+    /// The same failure of an operation that was only planned: it is refused as the operation itself would
+    /// be.
     #[must_use]
     pub fn of_plan(self) -> Self {
         Self { changing: true, ..self }
@@ -79,19 +81,19 @@ impl Failure {
         }
     }
 
-    /// What went wrong, in a line.
+    /// The failure, in a line.
     pub fn words(&self) -> String {
         self.error.to_string()
     }
 
-    /// Whether the error itself is a "no" to a wish to change things.
+    /// Returns true if the error is a refusal of a requested change.
     fn declined(&self) -> bool {
         matches!(self.error.kind(), ErrorKind::Refused | ErrorKind::Busy | ErrorKind::Exists)
     }
 
     fn body(&self) -> ErrorBody {
         let (state, advice) = (self.error.state_now(), self.error.advice());
-        // Display tells all on one line; state and advice stand apart here.
+        // Display puts everything on one line; here state and advice have lines of their own.
         let mut message = self.error.to_string();
         for part in [advice, state].into_iter().flatten() {
             let stem = message.strip_suffix(part).and_then(|stem| stem.strip_suffix("; "));

@@ -1,6 +1,6 @@
 //! The `domsnap` command: snapshots of whole virtual machines, from the command line.
 //!
-//! It knows its own backends and hypervisors. Who has written another puts a program together that knows it too:
+//! It has its own backends and hypervisors. A program that adds another one is written like this:
 //!
 //! ```no_run
 //! # use std::sync::Arc;
@@ -34,7 +34,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use snapcore::{Registry, Result};
 
-/// Does what the command line says, with the program's own backends and hypervisors and those that `register` adds.
+/// Runs the command line, with the program's own backends and hypervisors and those that `register` adds.
 pub fn run(register: impl Fn(&mut Registry) -> Result<()>) -> ExitCode {
     let cli = match args::Cli::try_parse() {
         Ok(cli) => cli,
@@ -50,7 +50,7 @@ pub fn run(register: impl Fn(&mut Registry) -> Result<()>) -> ExitCode {
             }
             match written || answer.changed {
                 true => ExitCode::from(answer.exit),
-                // What was asked for is not there, or not whole.
+                // The requested output was not written completely.
                 false => ExitCode::from(failure::exit::FAILED),
             }
         }
@@ -61,17 +61,17 @@ pub fn run(register: impl Fn(&mut Registry) -> Result<()>) -> ExitCode {
     }
 }
 
-/// Help and version are answers; anything else is a wrong command line, told to programs in their own form.
+/// Prints help and version as answers; anything else is a usage error, printed as JSON if that was requested.
 fn usage(error: &clap::Error) -> ExitCode {
     let wrong = error.use_stderr();
     if wrong && std::env::args_os().any(|word| word == "--json") {
         let words = error.render().to_string();
         let message = words.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
         let error = snapcore::Error::new(snapcore::ErrorKind::Usage, message)
-            .advise("`domsnap --help` and `domsnap COMMAND --help` tell what may be said");
+            .advise("`domsnap --help` and `domsnap COMMAND --help` describe the command line");
         failure::Failure::from(error).tell(true);
     } else {
-        // Nobody is left to be told where this fails.
+        // If standard error is closed, there is no place left for a report.
         let _ = error.print();
     }
     ExitCode::from(if wrong { failure::exit::USAGE } else { failure::exit::DONE })

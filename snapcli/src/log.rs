@@ -1,4 +1,4 @@
-//! What the crates say on the way, on standard error: warnings; or more, where `DOMSNAP_LOG` says so.
+//! Log output of the crates on standard error: warnings, or more if `DOMSNAP_LOG` says so.
 
 use tracing_subscriber::{
     filter::{LevelFilter, Targets},
@@ -10,7 +10,7 @@ use tracing_subscriber::{
 /// A level (`off`, `warn`, `info`, `debug`, `trace`), or levels of crates: `warn,qmp=debug`.
 const VARIABLE: &str = "DOMSNAP_LOG";
 
-/// Begins to show it. What cannot be understood is as if nothing were said.
+/// Starts the log. A value that cannot be parsed counts as unset.
 pub(crate) fn begin() {
     let said = std::env::var(VARIABLE).ok().and_then(|said| said.parse::<Targets>().ok());
     // With more than warnings, when is half of what one wants to know.

@@ -1,4 +1,5 @@
-//! What is shown while an operation runs: one subscriber of the service's events. All of it goes to standard error.
+//! Progress of a running operation: one subscriber of the service's events. Everything goes to standard
+//! error.
 
 use std::collections::HashMap;
 use std::io::{IsTerminal, Write};
@@ -16,9 +17,9 @@ const WORTH_A_BAR: u64 = 32 << 20;
 /// The view of one operation.
 pub struct Progress {
     bar: Option<ProgressBar>,
-    /// What the bar is of.
+    /// The operation that the bar shows.
     what: String,
-    /// What is being done now.
+    /// The step that runs now.
     step: String,
     shows_bars: bool,
     verbose: bool,
@@ -29,7 +30,7 @@ pub struct Progress {
     warnings: Vec<(DomainName, String)>,
 }
 
-/// How many bytes there are to move, and were. A plan tells what its steps will move; of memory, and of what a running
+/// Bytes to move, and bytes moved. A plan says what its steps will move; of memory, and of what a running
 /// domain merges itself, only the step does, while it runs.
 #[derive(Debug, Default)]
 struct Moved {
@@ -82,12 +83,12 @@ impl Progress {
         }
     }
 
-    /// What was warned of, and in which domain.
+    /// Warnings, each with its domain.
     pub fn warnings(self) -> Vec<(DomainName, String)> {
         self.warnings
     }
 
-    /// Whether the operation that was asked for was written into the journal.
+    /// Returns true if the requested operation was recorded in the journal.
     pub fn started(&self) -> bool {
         self.started
     }
@@ -127,7 +128,7 @@ impl Progress {
                     self.say("committed; completing");
                 }
             }
-            // The error that ends the command gives the reason; here it would be said twice.
+            // The error that ends the command gives the reason; it is not printed twice.
             Event::Undoing { reason, .. } if self.verbose => self.say(&format!("rolling back: {reason}")),
             Event::Undoing { .. } if self.speaks => self.say("rolling back"),
             Event::Warning { domain, message } => {
@@ -136,7 +137,7 @@ impl Progress {
                 }
                 self.warnings.push((domain, message));
             }
-            // The answer tells of these.
+            // The answer has these.
             _ => {}
         }
     }
@@ -174,7 +175,7 @@ impl Progress {
     }
 
     fn say(&self, line: &str) {
-        // A terminal that is gone must not end what is under way.
+        // A lost terminal must not end the operation.
         let say = || drop(writeln!(anstream::stderr(), "{line}"));
         match &self.bar {
             Some(bar) => bar.suspend(say),

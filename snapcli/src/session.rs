@@ -21,11 +21,11 @@ use crate::progress::Progress;
 
 /// One call of the command.
 pub struct Session {
-    /// What was said that every command understands.
+    /// The options of every command.
     pub global: Global,
     /// The service.
     pub service: Domsnap,
-    /// What serves which format.
+    /// The backends by format.
     pub backends: Backends,
     cancel: CancellationToken,
     asking: OnceCell<Runtime>,
@@ -42,17 +42,17 @@ impl Session {
         Ok(Self { global, service, backends, cancel, asking, warnings })
     }
 
-    /// What ends the work of this call when it is cancelled.
+    /// Token that cancels the work of this call.
     pub fn cancel(&self) -> CancellationToken {
         self.cancel.clone()
     }
 
-    /// What was warned of, and in which domain, while work was done that changes things.
+    /// Warnings of changing work, each with its domain.
     pub fn warnings(&self) -> Vec<(DomainName, String)> {
         self.warnings.borrow().clone()
     }
 
-    /// Waits for `work` that changes nothing.
+    /// Runs `work` that makes no changes.
     pub fn ask<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T, Failure> {
         if let Some(runtime) = self.asking.get() {
             return Ok(runtime.block_on(work)?);
@@ -61,10 +61,11 @@ impl Session {
         Ok(self.asking.get_or_init(|| runtime).block_on(work)?)
     }
 
-    /// Waits for `work` that changes things: shows how it goes on, and takes it back at the first interrupt.
+    /// Runs `work` that makes changes: shows its progress, and rolls it back at the first interrupt.
     pub fn change<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T, Failure> {
         let mut progress = Progress::new(&self.global);
-        // The work has a thread of its own, so that this one sees events and signals while an image is written.
+        // The work has a thread of its own, so that this one sees events and signals while an image is
+        // written.
         let runtime =
             Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(no_runtime)?;
         let done = runtime.block_on(async {
@@ -90,7 +91,7 @@ impl Session {
         done.map_err(|error| Failure::of(error, started))
     }
 
-    /// What a command that changes things answers: nothing to people who want it quiet.
+    /// Builds the answer of a changing command: empty with `--quiet`.
     pub fn changed<T: serde::Serialize>(&self, document: T, text: impl FnOnce(&T) -> String) -> Answer {
         let answer = match (self.global.json, self.global.quiet) {
             (true, _) => Answer::document(document),
@@ -100,7 +101,7 @@ impl Session {
         Answer { changed: true, ..answer }
     }
 
-    /// What a command answers that was asked for what it says.
+    /// Builds the answer of a command whose output is its purpose.
     pub fn told<T: serde::Serialize>(&self, document: T, text: impl FnOnce(&T) -> String) -> Answer {
         match self.global.json {
             true => Answer::document(document),
@@ -109,13 +110,13 @@ impl Session {
     }
 }
 
-/// The signals that take back what is under way: SIGINT, SIGTERM, and SIGHUP, which a lost terminal or
+/// The signals that roll back the operation: SIGINT, SIGTERM, and SIGHUP, which a lost terminal or
 /// session sends. One that was ignored when the command was started (`nohup`, a shell's background job) stays
 /// so.
 struct Interrupts {
     heard: Vec<Signal>,
-    /// Heard and not acted upon: a limit on the size of files then fails one write, and does not kill this process in the
-    /// middle of an operation.
+    /// Heard and not acted upon: a limit on the size of files then fails one write, and does not kill this
+    /// process in the middle of an operation.
     _too_large: Option<Signal>,
 }
 
@@ -152,7 +153,7 @@ fn no_runtime(cause: std::io::Error) -> Error {
     Error::new(ErrorKind::Io, "the event loop cannot be started").because(cause)
 }
 
-/// Where catalogue and journal live.
+/// Returns the directory of the catalogue and the journal.
 pub fn state_dir(global: &Global) -> Result<Utf8PathBuf> {
     if let Some(said) = &global.state_dir {
         return absolute(said);

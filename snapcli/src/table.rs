@@ -4,8 +4,8 @@ use unicode_width::UnicodeWidthStr;
 
 /// A table under its column names. A name that begins with `>` is a column of numbers.
 ///
-/// Written for thousands of rows: one pass for the widths, one for the text. Control characters, which a name in a
-/// foreign image may have, come out as blanks: a terminal is not theirs to steer.
+/// Written for thousands of rows: one pass for the widths, one for the text. Control characters, which a name
+/// in a foreign image may have, come out as blanks: a terminal is not theirs to steer.
 pub fn table(columns: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let header = columns.iter().map(|name| name.trim_start_matches('>').to_owned()).collect();
     let mut cells: Vec<Vec<String>> = vec![header];

@@ -1,6 +1,7 @@
 //! Drawing how snapshots derive from each other.
 //!
-//! The line that leads to the present runs straight down, however long it is; only side branches are indented:
+//! The line that leads to the current state runs straight down, however long it is; only side branches are
+//! indented:
 //!
 //! ```text
 //! ○ base
@@ -19,9 +20,9 @@ pub struct Signs {
     pub snapshot: &'static str,
     /// The present.
     pub present: &'static str,
-    /// Where a side branch begins.
+    /// Start of a side branch.
     pub fork: &'static str,
-    /// What passes by a side branch.
+    /// Line that passes a side branch.
     pub past: &'static str,
 }
 
@@ -46,13 +47,14 @@ impl Signs {
 /// One line of the drawing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
-    /// What stands left of the name.
+    /// Drawing to the left of the name.
     pub graph: String,
-    /// The snapshot's index; `None`: the present.
+    /// The snapshot's index; `None` for the current state.
     pub node: Option<usize>,
 }
 
-/// Draws `parents`: the index of each snapshot's parent, oldest first; `current` is what the present derives from.
+/// Draws `parents`: the index of each snapshot's parent, oldest first. The current state derives from
+/// `current`.
 pub fn draw(parents: &[Option<usize>], current: Option<usize>, signs: Signs) -> Vec<Line> {
     let mut children: BTreeMap<Option<usize>, Vec<usize>> = BTreeMap::new();
     for (index, parent) in parents.iter().enumerate() {

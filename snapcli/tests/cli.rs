@@ -19,7 +19,8 @@ fn qemu_img() -> PathBuf {
         .expect("qemu-img is needed: run scripts/install-deps")
 }
 
-/// Transcripts: `tests/cmd/NAME.trycmd`. `TRYCMD=overwrite` writes what is printed now; look at the difference.
+/// Transcripts: `tests/cmd/NAME.trycmd`. `TRYCMD=overwrite` writes what is printed now; look at the
+/// difference.
 #[test]
 fn commands_print_what_the_transcripts_say() {
     let cases = trycmd::TestCases::new();

@@ -49,13 +49,13 @@ pub fn create(session: &Session, args: Create) -> Result<Answer, Failure> {
             "created snapshot {name} of {}: {}{}\n{}",
             document.domain,
             points.join(", "),
-            stood_still(document),
+            pause_summary(document),
             remarks(&document.outcome)
         )
     }))
 }
 
-/// A request with what is said of a running domain.
+/// Adds the options for a running domain to a request.
 fn running(mut request: CreateRequest, said: &CreateRunning) -> CreateRequest {
     if said.memory || said.disk_only {
         request = request.memory(said.memory);
@@ -79,8 +79,8 @@ fn running(mut request: CreateRequest, said: &CreateRunning) -> CreateRequest {
     }
 }
 
-/// How long the guest stood still, and by which way; or what it does instead of going on.
-fn stood_still(document: &CreateDoc) -> String {
+/// Formats how long the guest was paused, and by which method; or its state if it did not resume.
+fn pause_summary(document: &CreateDoc) -> String {
     let way = document.outcome.way.as_ref().map(|way| format!(" ({way})")).unwrap_or_default();
     match (document.power, document.outcome.downtime_us) {
         (None, _) => String::new(),
@@ -163,7 +163,7 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
     }))
 }
 
-/// What a revert did to the guest, and what that does now.
+/// Formats a revert's effect on the guest, and the guest's state now.
 fn guest_now(document: &RevertDoc) -> String {
     let outcome = &document.outcome;
     let process = outcome.started.as_ref().and_then(|started| match (started.pid, started.domid) {
@@ -242,7 +242,7 @@ fn or_the_time(
     }
 }
 
-/// What a user should know after an operation, a line each.
+/// Formats what the user should know after an operation, a line each.
 pub fn remarks(outcome: &Outcome) -> String {
     let mut text = String::new();
     for report in &outcome.recovered {
@@ -263,7 +263,7 @@ pub fn remarks(outcome: &Outcome) -> String {
     for postponed in &outcome.postponed {
         text.push_str(&format!(
             "  deferred: {} ({}); run `domsnap recover {}`\n",
-            put_off(postponed),
+            deferred(postponed),
             units::bytes(postponed.bytes),
             outcome.domain
         ));
@@ -271,14 +271,14 @@ pub fn remarks(outcome: &Outcome) -> String {
     text
 }
 
-/// Which merge was put off, and why; a reason that names the step itself is not preceded by it.
-pub fn put_off(postponed: &Postponed) -> String {
+/// Formats a deferred step and the reason. A reason that begins with the step's name is not preceded by it.
+pub fn deferred(postponed: &Postponed) -> String {
     let Postponed { target, step, reason, .. } = postponed;
     let why = reason.strip_prefix(step.as_str()).and_then(|why| why.strip_prefix(": ")).unwrap_or(reason);
     format!("{target}: {step}: {why}")
 }
 
-/// A command as a shell takes it.
+/// Quotes a command for a shell.
 pub fn shell_words(words: &[String]) -> String {
     shell_command(words.iter().map(String::as_str))
 }
@@ -288,7 +288,7 @@ pub fn names(names: &[SnapshotName]) -> String {
     names.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
 }
 
-/// The kind in a word.
+/// The kind as a word.
 pub fn kind_word(kind: PointKind) -> &'static str {
     match kind {
         PointKind::Internal => "internal",
@@ -319,15 +319,15 @@ fn dry_run(session: &Session, domain: &DomainRef, request: &Request) -> Result<A
     Ok(session.told(document, |document| {
         let mut text = String::new();
         if let Some(first) = &document.first {
-            text.push_str(&told_plan(&document.domain, first));
+            text.push_str(&plan_text(&document.domain, first));
             text.push_str("then, planned again when that is done:\n");
         }
-        text.push_str(&told_plan(&document.domain, &document.plan));
+        text.push_str(&plan_text(&document.domain, &document.plan));
         text + "no changes made\n"
     }))
 }
 
-/// What will be done to the guest.
+/// Formats a plan's effect on the guest.
 fn guest_then(change: GuestChange, power: Option<PowerAfter>) -> String {
     let what = match change {
         GuestChange::Restored => "the snapshot's memory is restored",
@@ -346,7 +346,7 @@ fn guest_then(change: GuestChange, power: Option<PowerAfter>) -> String {
     format!("{what}{then}")
 }
 
-fn told_plan(domain: &str, plan: &Plan) -> String {
+fn plan_text(domain: &str, plan: &Plan) -> String {
     let mut text = format!(
         "would {} {} of {domain}: {}, {} to move\n",
         plan.operation,
@@ -392,7 +392,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_put_off_is_named_once() {
+    fn deferred_step_is_named_once() {
         let postponed = |reason: &str| Postponed {
             target: Target::new("vda").unwrap(),
             step: "merge a into b".to_owned(),
@@ -400,13 +400,13 @@ mod tests {
             bytes: 7,
             reason: reason.to_owned(),
         };
-        let told = "vda: merge a into b: the disk is full";
-        assert_eq!(put_off(&postponed("merge a into b: the disk is full")), told);
-        assert_eq!(put_off(&postponed("the disk is full")), told);
+        let expected = "vda: merge a into b: the disk is full";
+        assert_eq!(deferred(&postponed("merge a into b: the disk is full")), expected);
+        assert_eq!(deferred(&postponed("the disk is full")), expected);
     }
 
     #[test]
-    fn a_plan_is_told_group_by_group_with_what_it_moves() {
+    fn plan_is_shown_by_group_with_sizes() {
         let step = |group, summary: &str, bytes, deferrable| PlannedStep {
             group,
             step: Step {
@@ -431,7 +431,7 @@ mod tests {
             notes: vec!["vda: a note".to_owned()],
         };
         assert_eq!(
-            told_plan("web", &plan),
+            plan_text("web", &plan),
             "would delete s1 of web: 2 steps, 3.00 MiB to move\n  switch-over (can be rolled back)\n    vda  cut it\n  \
              clean-up (always completed)\n    vda  merge a into b (3.00 MiB); can be deferred\n  note: vda: a note\n"
         );

@@ -1,9 +1,10 @@
 //! `domsnap disk ...`: one image, no domain.
 //!
-//! Internal snapshots go straight to the image engine: no catalogue, no journal, no event loop, because the engine alone
-//! makes each of them whole or not at all. Before something is taken away the catalogue and the manifests beside the
-//! image are asked whether a domain counts on it, and the images beside it whether one stands on it. External snapshots,
-//! and whatever was made that way, go through the service as a domain of one disk.
+//! Internal snapshots go straight to the image engine: no catalogue, no journal, no event loop, because the
+//! engine alone makes each of them whole or not at all. Before something is taken away the catalogue and the
+//! manifests beside the image are asked whether a domain counts on it, and the images beside it whether one
+//! stands on it. External snapshots, and whatever was made that way, go through the service as a domain of
+//! one disk.
 
 use backend_qcow2::image::{self, Image, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -42,7 +43,7 @@ pub fn run(global: Global, disk: Disk, register: Register<'_>) -> Result<Answer,
     };
     match looks {
         true => work(),
-        // What fails before the change begins is a refusal of it.
+        // A failure before the change begins is a refusal.
         false => work().map_err(Failure::of_plan),
     }
 }
@@ -81,7 +82,8 @@ fn create(
     Ok(done(session, "create", image, vec![name.to_string()], kind, Vec::new()))
 }
 
-/// Opens an image to write it, which no running domain may have open: not every hypervisor takes the locks that this does.
+/// Opens an image to write it, which no running domain may have open: not every hypervisor takes the locks
+/// that this does.
 fn open_to_write(session: &Session, image: &Utf8Path) -> Result<Image, Failure> {
     session.ask(session.service.require_closed(image))?;
     let options = OpenOptions::read_write();
@@ -89,7 +91,7 @@ fn open_to_write(session: &Session, image: &Utf8Path) -> Result<Image, Failure> 
     of_engine(Image::open(image.as_std_path(), &options))
 }
 
-/// What the engine says of a change: a refusal where it had written nothing.
+/// Maps an error of the image engine: a refusal if it has written nothing.
 fn of_engine<T>(done: image::Result<T>) -> Result<T, Failure> {
     done.map_err(|error| {
         let begun = error.is_half_way();
@@ -212,7 +214,7 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
     let mut snapshots = tags_of(&opened, None)?;
     if let Some(owner) = owner(session, image)? {
         for file in owner.other_layers() {
-            // A layer that is gone or damaged is for `check` to tell.
+            // A missing or damaged layer is reported by `check`.
             if let Ok(lower) = open(&file, &OpenOptions::read_only().unlocked()) {
                 snapshots.extend(tags_of(&lower, Some(&file)).unwrap_or_default());
             }
@@ -263,7 +265,8 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
     }))
 }
 
-/// The path by which an image is known, which must be there, and of the one format that these commands work on.
+/// The path by which an image is known, which must be there, and of the one format that these commands work
+/// on.
 fn path_of(image: &GivenImage) -> Result<Utf8PathBuf> {
     if let Some(format) = image.format.as_deref().filter(|format| *format != FORMAT) {
         let all = shell_word(&image_list([(image.path.as_path(), Some(format))]));
@@ -350,19 +353,19 @@ impl Owner {
         .advise(format!("say --{found}, or leave --{said} out")))
     }
 
-    /// Whether `name` is a snapshot of this image as a domain of one disk, which nobody registered: then the service
-    /// is the way to it.
+    /// Returns true if `name` is a snapshot of this image as an unregistered domain of one disk: then the
+    /// service handles it.
     ///
     /// # Errors
-    /// [`ErrorKind::NeedsRecovery`] where an operation on the domain stopped half way.
+    /// [`ErrorKind::NeedsRecovery`] if an operation on the domain was interrupted.
     fn is_alone(&self, name: &str) -> Result<bool> {
         Ok(self.is_lone()? && self.0.listing.snapshots.iter().any(|snapshot| snapshot.name.as_str() == name))
     }
 
-    /// Whether the domain is this one disk, and nobody registered it.
+    /// Returns true if the domain is this one disk and is not registered.
     ///
     /// # Errors
-    /// [`ErrorKind::NeedsRecovery`] where an operation on the domain stopped half way.
+    /// [`ErrorKind::NeedsRecovery`] if an operation on the domain was interrupted.
     fn is_lone(&self) -> Result<bool> {
         let Belonging { listing, .. } = &self.0;
         let domain = &listing.domain;
@@ -425,7 +428,7 @@ impl Owner {
         }
     }
 
-    /// What comes before a command on the domain, where only its manifests tell of it.
+    /// Prefix of a command on a domain that only manifests describe.
     fn brought_back(&self) -> String {
         let Belonging { listing, .. } = &self.0;
         match listing.catalogued {
@@ -457,13 +460,14 @@ fn images_of(listing: &Listing) -> String {
     shell_word(&image_list(listing.domain.disks.iter().map(|record| (record.disk.path.as_path(), None))))
 }
 
-/// Who has `image` as a layer. Reads the catalogue, if there is one, and the manifests beside the image; changes nothing.
+/// Who has `image` as a layer. Reads the catalogue, if there is one, and the manifests beside the image;
+/// changes nothing.
 fn owner(session: &Session, image: &Utf8Path) -> Result<Option<Owner>, Failure> {
     Ok(session.ask(session.service.belonging(image))?.map(Owner))
 }
 
-/// As [`owner`], before something is taken away on its word: the catalogue must have the last one, and what the
-/// catalogue does not know must be no frozen layer.
+/// As [`owner`], before something is taken away on its word: the catalogue must have the last one, and what
+/// the catalogue does not know must be no frozen layer.
 fn owner_to_ask(session: &Session, image: &Utf8Path) -> Result<Option<Owner>, Failure> {
     let owner = owner(session, image)?;
     if let Some(owner) = &owner {
@@ -475,7 +479,8 @@ fn owner_to_ask(session: &Session, image: &Utf8Path) -> Result<Option<Owner>, Fa
     Ok(owner)
 }
 
-/// Refuses where another image in the same directory stands on `image`: to change what it shows would change theirs.
+/// Refuses where another image in the same directory stands on `image`: to change what it shows would change
+/// theirs.
 fn nobody_stands_on(session: &Session, image: &Utf8Path) -> Result<(), Failure> {
     let backend = session.service.registry().get(FORMAT)?;
     let disk = DomainDisk { target: Target::new("vda")?, path: image.to_owned(), format: FORMAT.to_owned() };

@@ -77,7 +77,7 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
     Ok(session.changed(document(report), |document| told(document, "registered")))
 }
 
-/// Where a domain runs: one of the hypervisors of this program, and an address of its.
+/// Parses `HYPERVISOR:ADDRESS` with the hypervisors of this program.
 fn read_place(session: &Session, place: &str) -> Result<(Hypervisor, String), Failure> {
     match DomainRef::parse(place) {
         Ok(DomainRef::Live { hypervisor, address }) => {
@@ -90,7 +90,7 @@ fn read_place(session: &Session, place: &str) -> Result<(Hypervisor, String), Fa
     }
 }
 
-/// How a domain is reached that a hypervisor runs, as the command line says.
+/// Builds the record of how a domain is reached, from the command line.
 fn control(address: String, args: &DomainAdd) -> Result<Control, Failure> {
     Ok(Control {
         address,
@@ -188,7 +188,7 @@ fn list(session: &Session) -> Result<Answer, Failure> {
         }
         let runs = document.domains.iter().any(|listed| listed.summary.domain.control.is_some());
         let columns = ["NAME", "DISKS", ">SNAPSHOTS", "STATE", "NOW", "RUN AT"];
-        // Where all are disks at rest there is nothing to say of who runs them.
+        // If all domains are disks at rest, the columns about hypervisors are left out.
         let columns = if runs { &columns[..] } else { &columns[..4] };
         table(columns, document.domains.iter().map(|listed| row(listed, columns.len())))
     }))
@@ -246,7 +246,7 @@ fn show(session: &Session, domain: &DomainRef) -> Result<Answer, Failure> {
     }))
 }
 
-/// What it is, who runs it, and what it does now.
+/// Formats the domain, its hypervisor, and its state now.
 fn facts(document: &DomainShowDoc) -> String {
     let domain = &document.domain;
     let mut text = String::new();

@@ -1,4 +1,4 @@
-//! What the program tells of itself: backends, schema, completions, man pages.
+//! Output about the program itself: backends, schema, completions, man pages.
 
 use camino::Utf8Path;
 use clap::CommandFactory;

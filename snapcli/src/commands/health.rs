@@ -5,7 +5,7 @@ use snapcore::service::{DomainRef, RecoveryEnd, RecoveryReport};
 use snapcore::{OperationState, Severity};
 
 use crate::answer::Answer;
-use crate::commands::change::{names, put_off};
+use crate::commands::change::{deferred, names};
 use crate::documents::{CheckDoc, CheckedDomain, RecoverDoc, RecoverNote};
 use crate::failure::{Failure, exit};
 use crate::session::Session;
@@ -27,7 +27,7 @@ pub fn check(session: &Session, domain: Option<DomainRef>) -> Result<Answer, Fai
     }
     let findings = domains.iter().flat_map(|domain| &domain.findings);
     let errors = findings.filter(|found| found.severity == Severity::Error).count();
-    let mut answer = session.told(CheckDoc { domains }, told);
+    let mut answer = session.told(CheckDoc { domains }, findings_text);
     if errors > 0 {
         answer.exit = exit::FAILED;
         answer.complaint = Some(format!("the check found {}", units::count(errors, "error")));
@@ -35,7 +35,7 @@ pub fn check(session: &Session, domain: Option<DomainRef>) -> Result<Answer, Fai
     Ok(answer)
 }
 
-fn told(document: &CheckDoc) -> String {
+fn findings_text(document: &CheckDoc) -> String {
     if document.domains.is_empty() {
         return "no domains are known: nothing to check\n".to_owned();
     }
@@ -58,13 +58,13 @@ fn told(document: &CheckDoc) -> String {
     text
 }
 
-/// Finishes or undoes what stopped half way.
+/// Completes or rolls back interrupted operations.
 pub fn recover(session: &Session, domain: Option<&DomainRef>, abandon: bool) -> Result<Answer, Failure> {
     let recovered = match domain.filter(|_| abandon) {
         Some(domain) => session.change(session.service.abandon(domain))?,
         None => session.change(session.service.recover(domain, session.cancel()))?,
     };
-    // What a report tells as a note was told as it happened too.
+    // A report's notes were also emitted as events.
     let is_noted = |words: &String| recovered.iter().any(|report| report.notes.contains(words));
     let others = session.warnings().into_iter().filter(|(_, message)| !is_noted(message));
     let notes = others.map(|(domain, message)| RecoverNote { domain, message }).collect();
@@ -88,7 +88,7 @@ fn report(report: &RecoveryReport) -> String {
         false => format!("{} of {}", report.operation, names(&report.snapshots)),
     };
     let mut text = match report.found {
-        // Nothing had stopped: merges had been put off.
+        // Nothing was interrupted: merges had been deferred.
         OperationState::Planned => format!("{}: completed deferred merges\n", report.domain),
         found => format!("{}: {what} (found {found}): {end}\n", report.domain),
     };
@@ -96,7 +96,7 @@ fn report(report: &RecoveryReport) -> String {
         text.push_str(&format!("  note: {note}\n"));
     }
     for postponed in &report.postponed {
-        text.push_str(&format!("  deferred: {}\n", put_off(postponed)));
+        text.push_str(&format!("  deferred: {}\n", deferred(postponed)));
     }
     text
 }

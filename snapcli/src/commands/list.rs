@@ -98,7 +98,7 @@ fn tabled(snapshots: &[SnapshotDoc], zone: &TimeZone) -> String {
     }
 }
 
-/// How its members are taken.
+/// The kind of a snapshot: int, ext or mixed.
 fn kinds(snapshot: &SnapshotDoc) -> String {
     let memory = if snapshot.memory.is_some() { "+mem" } else { "" };
     let skipped: Vec<&str> = snapshot.skipped.iter().map(|disk| disk.target.as_str()).collect();
@@ -187,7 +187,7 @@ fn memory(snapshots: &[SnapshotDoc]) -> String {
 fn shown_name(layer: &Layer) -> String {
     match layer.named {
         true => layer.name.to_string(),
-        // Its permanent name is not a file yet: the configured path is the way to it.
+        // No file has its permanent name yet: only the configured path leads to it.
         false => layer.file.file_name().unwrap_or(layer.file.as_str()).to_owned(),
     }
 }
@@ -236,7 +236,7 @@ fn same_file(point: &str, layer: &Layer) -> bool {
         || point == layer.name.as_str()
 }
 
-/// What stopped half way, and what to do.
+/// Formats interrupted operations and the command to run.
 pub fn stopped(unfinished: &[Unfinished], domain: &str) -> String {
     let yellow = AnsiColor::Yellow.on_default();
     let line = |operation: &Unfinished| {

@@ -1,4 +1,4 @@
-//! The commands: each asks the service, and puts its answer into words or a document.
+//! The commands: each calls the service and formats its answer as text or JSON.
 
 mod change;
 mod disk;

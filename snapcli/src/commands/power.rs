@@ -1,4 +1,4 @@
-//! What a domain does now: from what an operation told, or asked of its hypervisor.
+//! A domain's power state: from an operation's outcome, or asked from its hypervisor.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -11,21 +11,21 @@ use tokio::time::timeout;
 use crate::documents::Power;
 use crate::session::Session;
 
-/// How long a list waits for a hypervisor: one that hangs, or serves somebody else, is passed over.
+/// Time that a list waits for a hypervisor. One that hangs, or serves another client, is skipped.
 const AT_ONCE: Duration = Duration::from_secs(2);
 
-/// What a domain does, its machine in a line, and why that cannot be told.
+/// A domain's power state, its machine in a line, or why neither is known.
 #[derive(Debug, Default)]
 pub struct Now {
-    /// What it does.
+    /// The power state.
     pub power: Option<Power>,
-    /// What its machine is.
+    /// The machine, in a line.
     pub machine: Option<String>,
     /// Why that is not known.
     pub problem: Option<String>,
 }
 
-/// What `domain` does now.
+/// Asks for the state of `domain` now.
 pub fn now(session: &Session, domain: &DomainRef) -> Now {
     match session.ask(session.service.running(domain)) {
         Ok(seen) => {
@@ -35,7 +35,7 @@ pub fn now(session: &Session, domain: &DomainRef) -> Now {
     }
 }
 
-/// What each of `domains` does, as far as it is told at once; nothing of those that no hypervisor runs.
+/// Asks for the state of each of `domains`, as far as it is known at once. Disks at rest have none.
 pub fn of_all<'a>(
     session: &Session,
     domains: impl Iterator<Item = &'a Domain>,
@@ -54,7 +54,7 @@ pub fn of_all<'a>(
         }
         Ok(asked.join_all().await.into_iter().flatten().collect())
     };
-    // What cannot be asked is not known, and that is what the list says of it.
+    // A domain that cannot be asked is listed as unknown.
     session.ask(asked).unwrap_or_default()
 }
 
@@ -66,9 +66,9 @@ fn of(seen: Option<&Seen>) -> Power {
     }
 }
 
-/// What a domain does after a create that was to leave it `then`; nothing where it did not run.
+/// Returns the power state after a create that was to leave the domain `then`. None if it did not run.
 pub fn after_create(outcome: &Outcome, then: Option<PowerAfter>) -> Option<Power> {
-    // Only a running domain, or a paused one, has a way of its instant.
+    // Only a running or paused domain has a method of its instant.
     outcome.way.as_ref()?;
     Some(match (then, outcome.downtime_us) {
         (Some(PowerAfter::Off), _) => Power::Off,
@@ -78,8 +78,8 @@ pub fn after_create(outcome: &Outcome, then: Option<PowerAfter>) -> Option<Power
     })
 }
 
-/// What a domain does after a revert; nothing where no hypervisor runs it. One that went on is not asked: that would cost
-/// more than the revert took the guest.
+/// What a domain does after a revert; nothing where no hypervisor runs it. One that went on is not asked:
+/// that would cost more than the revert took the guest.
 pub fn after_revert(session: &Session, domain: &DomainRef, outcome: &Outcome) -> Option<Power> {
     if outcome.downtime_us.is_some() {
         return Some(Power::Running);

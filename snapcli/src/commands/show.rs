@@ -135,7 +135,7 @@ fn told_memory(memory: &MemoryPoint) -> String {
     format!("{}, of a guest that was {state}: {}{gone}", memory_size(memory), memory.file)
 }
 
-/// How large a memory image is, as it is stored and as it is unpacked.
+/// Formats the size of a memory image, as stored and as unpacked.
 pub fn memory_size(memory: &MemoryPoint) -> String {
     let stored = units::bytes(memory.bytes);
     match memory.full {
