@@ -1,4 +1,5 @@
-//! The crate's one error: what was attempted, on what, what was expected and found, the state now, and what to do.
+//! The crate's one error: the operation, its subject, what was expected and found, the state now, and what to
+//! do.
 
 use std::{error::Error as StdError, fmt, io, path::Path};
 
@@ -8,7 +9,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// An error of a caller's hook, of any kind.
 pub type BoxError = Box<dyn StdError + Send + Sync>;
 
-/// What kind of thing went wrong: what a caller decides by.
+/// Kind of failure; the caller decides by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -20,9 +21,9 @@ pub enum ErrorKind {
     Refused,
     /// A deadline passed.
     Timeout,
-    /// The connection is gone: QEMU has ended, or nobody knows.
+    /// The connection is gone: QEMU has ended, or its state is unknown.
     Lost,
-    /// QEMU said something that has not the form it should have.
+    /// QEMU's reply does not have the expected form.
     Protocol,
     /// A job or a migration ended in an error, by QEMU's account.
     Failed,
@@ -32,9 +33,9 @@ pub enum ErrorKind {
     Hook,
     /// A file could not be read or written.
     Io,
-    /// A memory image is not one, is not whole, or was changed.
+    /// A memory image is not one, is incomplete, or was changed.
     Damaged,
-    /// QEMU holds something else than what it names.
+    /// QEMU has other images open than it names.
     Untrue,
 }
 
@@ -99,8 +100,8 @@ impl Error {
         self
     }
 
-    /// Says in what state things are now, after what was said before. Where the connection is lost, nobody knows: then this
-    /// is left out.
+    /// Adds the state now, after any that was added before. Adds nothing if the connection is lost, because
+    /// the state is unknown then.
     pub(crate) fn now(mut self, now: impl AsRef<str>) -> Self {
         if self.is_lost() {
             return self;
@@ -125,22 +126,23 @@ impl Error {
         self
     }
 
-    /// What kind of thing went wrong.
+    /// Returns the kind of failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// What was attempted.
+    /// Returns the operation that was attempted.
     pub fn attempted(&self) -> &str {
         &self.0.attempted
     }
 
-    /// On what: a node, a job, a file, a socket.
+    /// Returns the subject of the operation: a node, a job, a file, a socket.
     pub fn subject(&self) -> &str {
         &self.0.subject
     }
 
-    /// In what state QEMU was left, where that is not as before; always none where the connection was lost.
+    /// Returns the state that QEMU was left in, if that differs from the state before. Always `None` if the
+    /// connection was lost.
     pub fn state(&self) -> Option<&str> {
         self.0.now.as_deref()
     }
@@ -153,12 +155,12 @@ impl Error {
         self.0.advice.as_deref()
     }
 
-    /// What lies behind it, taken out.
+    /// Takes out the cause of the error.
     pub(crate) fn into_source(self) -> Option<BoxError> {
         self.0.source
     }
 
-    /// Whether QEMU, or the connection to it, is gone.
+    /// Returns true if QEMU, or the connection to it, is gone.
     pub fn is_lost(&self) -> bool {
         self.kind() == ErrorKind::Lost
     }

@@ -1,4 +1,5 @@
-//! Descriptors that are lent to QEMU: it then opens `/dev/fdset/N`, and needs no right to the path, nor one at all.
+//! Descriptors lent to QEMU. QEMU then opens `/dev/fdset/N`, and needs neither rights to the path nor a path
+//! at all.
 
 use std::{
     fs::{self, File},
@@ -15,10 +16,10 @@ use crate::{
     name::PREFIX,
 };
 
-/// What makes it possible to lend descriptors.
+/// Advice that makes it possible to lend descriptors.
 pub(crate) const BY_UNIX: &str = "give QEMU a Unix socket (-qmp unix:PATH,server=on,wait=off), and use that";
 
-/// Descriptors that QEMU may open. [`FdSet::remove`] takes them away; a QEMU that still uses one keeps that one open.
+/// Descriptors that QEMU may open. [`FdSet::remove`] takes them back; QEMU keeps open any that it still uses.
 #[derive(Debug)]
 pub(crate) struct FdSet(Lent);
 
@@ -26,14 +27,16 @@ pub(crate) struct FdSet(Lent);
 enum Lent {
     /// A set in QEMU, of ours.
     Set(i64),
-    /// A descriptor of this process, which QEMU opens below `/proc`: where none can be passed ([`refusal`]).
+    /// A descriptor of this process, which QEMU opens through `/proc`: used if none can be passed
+    /// ([`refusal`]).
     Own(OwnedFd),
 }
 
-/// Says why neither descriptors can be passed to QEMU, nor QEMU may open those of this process. None: they can be lent.
+/// Returns the reason why no descriptor can be lent. `None`: they can be lent, by passing them or through
+/// `/proc`.
 ///
-/// QEMU opens a descriptor of this process through `/proc` only where it has the same user and group, and the same view of
-/// processes and files.
+/// QEMU can open a descriptor of this process through `/proc` only if it has the same user and group, and the
+/// same view of processes and files.
 pub(crate) fn refusal(machine: &Machine) -> Option<String> {
     if machine.qmp().passes_descriptors() {
         return None;
@@ -81,10 +84,12 @@ impl FdSet {
         set.map(Self::of).ok_or_else(|| machine.odd("add-fd", &Value::Null))
     }
 
-    /// As [`FdSet::add`], for what QEMU opens only as long as this process has it: where no descriptors can be passed, the
-    /// first of them, for QEMU to open through `/proc`. It gets a description of its own, in the mode that it asks for.
+    /// Like [`FdSet::add`], for a file that QEMU opens only while this process has it. If no descriptors can
+    /// be passed, QEMU opens the first of them through `/proc`. QEMU then gets an open file description of
+    /// its own, in the mode that it asks for.
     ///
-    /// Never for what outlives this process: QEMU opens a node's file again by its name when the node is changed.
+    /// Never use it for a file that outlives this process: QEMU reopens a node's file by its name when the
+    /// node is changed.
     pub(crate) async fn for_now(machine: &Machine, what: &str, fds: &[&OwnedFd]) -> Result<Self> {
         if machine.qmp().passes_descriptors() {
             return Self::add(machine, what, fds).await;
@@ -98,12 +103,12 @@ impl FdSet {
         Ok(Self(Lent::Own(own)))
     }
 
-    /// A set that is there already.
+    /// Wraps a set that exists already.
     pub(crate) fn of(id: i64) -> Self {
         Self(Lent::Set(id))
     }
 
-    /// The name by which QEMU opens it.
+    /// Returns the path by which QEMU opens it.
     pub(crate) fn path(&self) -> String {
         match &self.0 {
             Lent::Set(id) => format!("/dev/fdset/{id}"),
@@ -111,9 +116,10 @@ impl FdSet {
         }
     }
 
-    /// Takes the set away. What fails leaves a descriptor open in QEMU, and no more: [`crate::jobs::reconcile`] lists it.
+    /// Removes the set. A failure leaves a descriptor open in QEMU and nothing else;
+    /// [`crate::jobs::reconcile`] lists it.
     ///
-    /// QEMU 7.2 lets go of it only while the guest runs: it is taken away again after the next resume.
+    /// QEMU 7.2 closes it only while the guest runs: such a set is removed again after the next resume.
     pub(crate) async fn remove(self, machine: &Machine) {
         let Lent::Set(set) = self.0 else { return };
         if let Err(error) = machine.qmp().execute_raw("remove-fd", json!({ "fdset-id": set })).await {
@@ -126,12 +132,12 @@ impl FdSet {
     }
 }
 
-/// A second description of an open file, for reading only.
+/// Opens a second, read-only description of an open file.
 pub(crate) fn reopen_read_only(file: &impl AsRawFd) -> io::Result<OwnedFd> {
     Ok(File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?.into())
 }
 
-/// The sets that are ours, and what each is for, from `query-fdsets`.
+/// Returns our sets and the purpose of each, from `query-fdsets`.
 pub(crate) fn ours(sets: &Value) -> Vec<(i64, String)> {
     let mut ours = Vec::new();
     for set in sets.as_array().into_iter().flatten() {

@@ -7,11 +7,12 @@ use serde_json::json;
 
 use crate::error::{Error, Result};
 
-/// Sets the guest's clock to the host's, by the guest agent. May be repeated.
+/// Sets the guest's clock to the host's, through the guest agent. May be repeated.
 ///
 /// # Errors
-/// [`crate::ErrorKind::Lost`] and [`crate::ErrorKind::Timeout`] where no agent answers; [`crate::ErrorKind::Unsupported`],
-/// [`crate::ErrorKind::Refused`] with what it said: the clock may be set and the hardware clock not (an agent sets both).
+/// [`crate::ErrorKind::Lost`] and [`crate::ErrorKind::Timeout`] if no agent answers;
+/// [`crate::ErrorKind::Unsupported`] and [`crate::ErrorKind::Refused`] with its message. The system clock may
+/// then be set and the hardware clock not (an agent sets both).
 pub async fn set_guest_clock(agent: &Agent) -> Result<()> {
     let attempted = "setting the guest's clock";
     let subject = agent.socket().display();

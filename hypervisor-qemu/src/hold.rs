@@ -1,17 +1,17 @@
-//! A guest whose disks are served by I/O threads is stopped while no request of its is under way.
+//! Holds the disk requests of a guest with I/O threads while the guest is being stopped.
 //!
-//! QEMU 10.0.2 loses interrupts where its guest is stopped while an I/O thread completes requests: seen with
-//! `stop` and `cont` alone, without domsnap (docs/performance.md has the figures). By its source, the thread
-//! defers its notifications to the end of its round, since 8.2, and the stop takes the notifier away as soon
-//! as the requests are counted as done. The guest then waits for ever for a request that is complete, and so
+//! QEMU 10.0.2 loses interrupts if its guest is stopped while an I/O thread completes requests. This was seen
+//! with `stop` and `cont` alone, without domsnap (docs/performance.md has the figures). By its source, since
+//! 8.2 the thread defers its notifications to the end of its round. The stop removes the notifier as soon as
+//! the requests are counted as done. The guest then waits for ever for a request that is complete, and so
 //! does its saved memory.
 //!
-//! So before the stop each disk is drained: a mirror of nothing (`sync=none`) to a node that stores nothing,
-//! which is told to end and may not yet (`auto-finalize=false`). Until it is let end, QEMU takes no requests
-//! from the guest, and the ones before have been completed and notified. It is told to end by a cancel that
-//! is not forced, and never by `job-complete`: so whoever finalises the job (a user, after a crash of ours)
+//! So each disk is drained before the stop. A mirror job that copies nothing (`sync=none`) to a node that
+//! stores nothing is asked to end, and may not end yet (`auto-finalize=false`). Until it ends, QEMU takes no
+//! requests from the guest, and earlier ones have been completed and notified. The job is ended by a cancel
+//! that is not forced, and never by `job-complete`. So a user who finalises the job after a crash of ours
 //! cannot put the empty node in the disk's place. A crash leaves the guest's requests waiting;
-//! [`release_left`] ends that, before anything else is done.
+//! [`release_left`] ends that before anything else is done.
 
 use std::time::{Duration, Instant};
 
@@ -28,19 +28,19 @@ use crate::{
 /// The first QEMU whose I/O threads defer notifications.
 const DEFERS: (u64, u64, u64) = (8, 2, 0);
 
-/// What the names of such jobs begin with.
+/// Prefix of the names of these jobs.
 const JOB: &str = "domsnap-hold-";
 
-/// What the names of the nodes begin with that store nothing.
+/// Prefix of the names of the nodes that store nothing.
 const NODE: &str = "domsnap-hn-";
 
-/// Within which each of the two states must be reached; else the guest is stopped without.
+/// Time limit for each of the two states; after it the guest is stopped without a hold.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Within which the threads must have nothing to do.
+/// Time limit for the threads to become idle.
 const IDLE: Duration = Duration::from_millis(500);
 
-/// Between two looks.
+/// Time between two polls.
 const LOOK: Duration = Duration::from_millis(1);
 
 /// One disk whose requests wait.
@@ -55,17 +55,17 @@ struct Held {
 #[must_use = "the guest's requests wait until `release`"]
 pub(crate) struct Holding(Vec<Held>);
 
-/// Whether a job is one of these.
+/// Returns true if a job is one of these.
 pub(crate) fn is_hold(job: &str) -> bool {
     job.starts_with(JOB)
 }
 
-/// Whether a node is what such a job writes to.
+/// Returns true if a node is the target of such a job.
 pub(crate) fn is_hold_node(node: &str) -> bool {
     node.starts_with(NODE)
 }
 
-/// Whether this QEMU may lose an interrupt where it stops its guest.
+/// Returns true if this QEMU may lose an interrupt when it stops its guest.
 pub(crate) async fn is_needed(machine: &Machine) -> Result<bool> {
     if machine.qmp().greeting().version.is_some_and(|version| version < DEFERS) {
         return Ok(false);
@@ -74,8 +74,8 @@ pub(crate) async fn is_needed(machine: &Machine) -> Result<bool> {
     Ok(threads.as_array().is_some_and(|threads| !threads.is_empty()))
 }
 
-/// Lets the requests of the guest's wait, of each disk that it can be had of: one that a job of somebody else
-/// works on cannot. Never fails: the guest can be stopped without.
+/// Holds the guest's requests on each disk where that is possible. It is not possible on a disk that another
+/// program's job works on. Never fails: the guest can be stopped without it.
 pub(crate) async fn hold(machine: &Machine) -> Holding {
     match machine.needs_hold().await {
         Ok(true) => {}
@@ -162,7 +162,7 @@ async fn reach(machine: &Machine, names: &[String], state: &JobStatus) -> Result
     }
 }
 
-/// Waits until the I/O threads have nothing to do: then they have notified what they have completed.
+/// Waits until the I/O threads are idle: then they have sent the notifications of all completed requests.
 async fn idle(machine: &Machine) -> Result<()> {
     let threads = machine.query("query-iothreads", Value::Null).await?;
     let ids: Vec<u64> =
@@ -183,7 +183,7 @@ async fn idle(machine: &Machine) -> Result<()> {
     Ok(())
 }
 
-/// Lets the requests go on: for a guest that is stopped, when it runs.
+/// Releases the requests. Those of a stopped guest are served when it runs.
 pub(crate) async fn release(machine: &Machine, holding: Holding) {
     for held in &holding.0 {
         if let Err(error) = end(machine, &held.job).await {
@@ -201,15 +201,14 @@ async fn end(machine: &Machine, job: &str) -> Result<()> {
     let id = json!({ "id": job });
     let ended = machine.run(attempted, job, "job-cancel", id.clone()).await;
     reach(machine, &[job.to_owned()], &JobStatus::Concluded).await?;
-    // One that ended by itself cannot be cancelled.
+    // A job that ended by itself cannot be cancelled.
     machine.run(attempted, job, "job-dismiss", id).await.map(drop).or(ended.map(drop))
 }
 
-/// Lets requests go on that a crash of ours left waiting. Changes nothing where there are none. May be
-/// repeated.
+/// Releases requests that a crash of ours left waiting. Changes nothing if there are none. May be repeated.
 ///
 /// # Errors
-/// Those of the connection; what QEMU said.
+/// Errors of the connection, and what QEMU reported.
 pub(crate) async fn release_left(machine: &Machine, jobs: &[Job]) -> Result<bool> {
     let left: Vec<&Job> = jobs.iter().filter(|job| is_ours(&job.id) && is_hold(&job.id)).collect();
     for job in &left {

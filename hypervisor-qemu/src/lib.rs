@@ -1,27 +1,30 @@
-//! What a live QEMU can be made to do: as primitives, and, over them, as the hypervisor that [`snapcore`] asks for ([`Qemu`]).
+//! Operations on a live QEMU: primitives and, built on them, the hypervisor driver that [`snapcore`] asks for
+//! ([`Qemu`]).
 //!
 //! | module | subject |
 //! |---|---|
-//! | [`discover`] | what machine this is: disks and chains, processors, memory, process; and what would not fit a memory image |
-//! | [`instant`] | the cut: all disks and the memory at one instant, live or not |
-//! | [`memory`] | the memory image: one file with three ways in, checked before it is used |
-//! | [`graph`] | the block graph: overlays, re-homed images, chains swapped under a device, disks detached and attached |
-//! | [`jobs`] | commit and stream, with the pivot in the caller's hands; what a crash left |
+//! | [`discover`] | the machine: disks and chains, processors, memory, process; what breaks a restore |
+//! | [`instant`] | the cut: all disks and the memory at one instant, with the guest running or paused |
+//! | [`memory`] | the memory image: one file, loaded in three ways, checked before use |
+//! | [`graph`] | the block graph: overlays, images reopened by name, chains swapped, disks detached |
+//! | [`jobs`] | commit and stream, with the pivot under the caller's control; what a crash left |
 //! | [`quiesce`] | the guest's file systems flushed and frozen, for a bounded time |
 //!
-//! All speak to a [`Machine`]. [`Qemu`] puts them together for an engine: which disk is which device, and what there is still
-//! to do of a step after a crash. Nothing here knows what an image has inside (the one exception is the wrapper around a memory
-//! image, which this crate writes itself), keeps a catalogue, or decides what is to be done.
+//! All of them work on a [`Machine`]. [`Qemu`] combines them for the engine: it finds the device of each disk
+//! and the part of a step that is still to be done after a crash. Nothing here reads the content of an image,
+//! keeps a catalogue, or decides what is done. One exception: this crate writes the wrapper around a memory
+//! image itself.
 //!
 //! # Names
 //!
-//! Every node, job and descriptor set that this crate makes begins with `domsnap-`: after a crash, [`jobs::reconcile`] says
-//! what of ours there is in QEMU and in what state.
+//! Every node, job and descriptor set that this crate creates has a name that begins with `domsnap-`. After a
+//! crash, [`jobs::reconcile`] lists those that are in QEMU, and their states.
 //!
 //! # After an error
 //!
-//! Each function says what holds then. Where the connection is lost ([`ErrorKind::Lost`]), or a command was not answered
-//! ([`ErrorKind::Timeout`]), nothing holds but what the images and, if it lives, QEMU itself say: ask them.
+//! Each function documents the state after an error. If the connection is lost ([`ErrorKind::Lost`]) or a
+//! command is not answered ([`ErrorKind::Timeout`]), the state is undetermined: read it from the images and,
+//! if it lives, from QEMU.
 #![forbid(unsafe_code)]
 
 pub mod discover;

@@ -1,4 +1,4 @@
-//! [`Machine`]: one live QEMU, and whether its guest runs.
+//! [`Machine`]: one live QEMU, and the run state of its guest.
 
 use std::{
     collections::HashMap,
@@ -19,23 +19,23 @@ use crate::{
     run_state::{Permits, Refusal, RunState},
 };
 
-/// How long QEMU may take to be ready for `cont` after a migration.
+/// Longest time until QEMU accepts `cont` after a migration.
 const FINALIZED: Duration = Duration::from_secs(30);
 
-/// One live QEMU: a connection to it, and what everything else here is asked through. Clones share the connection.
+/// One live QEMU: a connection to it, through which everything here is asked. Clones share the connection.
 #[derive(Debug, Clone)]
 pub struct Machine {
     qmp: Qmp,
-    /// Descriptor sets that were given back and that QEMU keeps until the guest runs (7.2 does).
+    /// Descriptor sets that were given back and that QEMU keeps until the guest runs (7.2 does so).
     kept: Arc<Mutex<Vec<i64>>>,
     abilities: Arc<OnceCell<Abilities>>,
     needs_hold: Arc<OnceCell<bool>>,
     graph: Arc<Mutex<Option<RecentGraph>>>,
-    /// How nodes of ours were opened, by name: QEMU does not report all of it.
+    /// Options of our nodes by name: QEMU does not report all of them.
     options: Arc<Mutex<HashMap<String, NodeOptions>>>,
 }
 
-/// A block graph that was read, and when.
+/// A block graph, and the time when it was read.
 #[derive(Debug, Clone)]
 struct RecentGraph {
     graph: Arc<Graph>,
@@ -43,20 +43,20 @@ struct RecentGraph {
     read: Instant,
 }
 
-/// How long a graph is believed at most: other clients of QEMU may change it.
+/// Longest time for which a graph is used again: other clients of QEMU may change it.
 const RECENT: Duration = Duration::from_millis(500);
 
-/// A guest that stands still. Resumes nothing by itself: [`Machine::resume`] does.
+/// A paused guest. Dropping it resumes nothing: [`Machine::resume`] does.
 #[derive(Debug)]
 #[must_use = "a guest that was paused by this stays so until `Machine::resume`"]
 pub struct Paused {
-    /// Whether it ran before, and so was stopped by us.
+    /// True if the guest ran before, so that we stopped it.
     ours: bool,
     since: Instant,
 }
 
 impl Paused {
-    /// Whether the guest ran until this stopped it.
+    /// Returns true if the guest ran until this call stopped it.
     pub fn is_ours(&self) -> bool {
         self.ours
     }
@@ -66,15 +66,15 @@ impl Machine {
     /// Connects to a QMP socket.
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`] where nobody serves it; [`ErrorKind::Timeout`] where another client is served;
-    /// [`ErrorKind::Protocol`] where it is no QMP socket.
+    /// [`ErrorKind::Lost`] if no QEMU is listening on it; [`ErrorKind::Timeout`] if another client is
+    /// connected; [`ErrorKind::Protocol`] if it is not a QMP socket.
     pub async fn connect(socket: impl AsRef<Path>) -> Result<Self> {
         let socket = socket.as_ref();
         let qmp = Qmp::connect(socket).await;
         qmp.map(Self::new).map_err(|error| Error::qmp("connecting to QEMU", socket.display(), error))
     }
 
-    /// The machine at the end of a connection.
+    /// Wraps an open connection.
     pub fn new(qmp: Qmp) -> Self {
         Self {
             qmp,
@@ -86,27 +86,28 @@ impl Machine {
         }
     }
 
-    /// The same with another deadline for each command.
+    /// Returns the same machine with another deadline for each command.
     pub(crate) fn within(&self, deadline: Duration) -> Self {
         Self { qmp: self.qmp.within(deadline), ..self.clone() }
     }
 
-    /// Notes how a node was opened.
+    /// Records the options with which a node was opened.
     pub(crate) fn remember_options(&self, node: &str, options: &NodeOptions) {
         self.options.lock().unwrap_or_else(PoisonError::into_inner).insert(node.to_owned(), options.clone());
     }
 
-    /// How a node was opened, if that is known.
+    /// Returns the options with which a node was opened, if they are known.
     pub(crate) fn options_of(&self, node: &str) -> Option<NodeOptions> {
         self.options.lock().unwrap_or_else(PoisonError::into_inner).get(node).cloned()
     }
 
-    /// Notes a descriptor set that must be given back again when the guest runs.
+    /// Records a descriptor set that must be given back again when the guest runs.
     pub(crate) fn keep(&self, set: i64) {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(set);
     }
 
-    /// What this QEMU can do, by its own schema, which is asked for once a connection: it takes longer than anything else.
+    /// Returns the abilities of this QEMU, from its own schema. The schema is read once per connection,
+    /// because no other query takes longer.
     ///
     /// # Errors
     /// Those of the connection.
@@ -114,7 +115,7 @@ impl Machine {
         self.abilities.get_or_try_init(|| Abilities::read(self)).await
     }
 
-    /// Whether whatever the guest writes while its memory is copied will be copied again.
+    /// Returns true if everything that the guest writes while its memory is copied will be copied again.
     ///
     /// # Errors
     /// Those of the connection.
@@ -126,18 +127,19 @@ impl Machine {
         reply["enabled"].as_bool().ok_or_else(|| self.odd("query-kvm", &reply))
     }
 
-    /// Whether its guest's requests must be held before it is stopped ([`hold`]).
+    /// Returns true if the guest's requests must be held before it is stopped (see [`hold`]).
     pub(crate) async fn needs_hold(&self) -> Result<bool> {
         self.needs_hold.get_or_try_init(|| hold::is_needed(self)).await.copied()
     }
 
-    /// Says what this QEMU can do, where that was asked of the same program before.
+    /// Sets the abilities of this QEMU, if they were read from the same program before.
     pub(crate) fn know(&self, abilities: Abilities) {
-        // Asked already: it is the same.
+        // Already set: the value is the same.
         let _ = self.abilities.set(abilities);
     }
 
-    /// The block graph as it was read last, if nothing has been done since that could have changed it; else it is read.
+    /// Returns the block graph that was read last, unless something has been done since that could have
+    /// changed it. Otherwise reads it.
     pub(crate) async fn graph(&self) -> Result<Arc<Graph>> {
         let known = self.graph.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match known {
@@ -150,7 +152,7 @@ impl Machine {
 
     /// Reads the block graph.
     pub(crate) async fn read_graph(&self) -> Result<Arc<Graph>> {
-        // What happens while it is read makes it stale.
+        // A change during the read makes the result stale, so the epoch is taken first.
         let (epoch, read) = (self.qmp.epoch(), Instant::now());
         let graph = Arc::new(Graph::read(self).await?);
         let recent = RecentGraph { graph: Arc::clone(&graph), epoch, read };
@@ -158,17 +160,17 @@ impl Machine {
         Ok(graph)
     }
 
-    /// The connection.
+    /// Returns the connection.
     pub fn qmp(&self) -> &Qmp {
         &self.qmp
     }
 
-    /// The process of this QEMU, where the system tells.
+    /// Returns the process of this QEMU, if the system reports it.
     pub fn pid(&self) -> Option<u32> {
         self.qmp.peer().map(|peer| peer.pid)
     }
 
-    /// Runs one command; `attempted` and `subject` are for the error.
+    /// Runs one command; `attempted` and `subject` go into the error.
     pub(crate) async fn run(
         &self,
         attempted: &str,
@@ -180,13 +182,13 @@ impl Machine {
         reply.map_err(|error| Error::qmp(attempted, subject, error))
     }
 
-    /// Runs one query, which has no subject but QEMU itself.
+    /// Runs one query, whose subject is QEMU itself.
     pub(crate) async fn query(&self, command: &str, arguments: Value) -> Result<Value> {
         let socket = self.qmp.socket().display().to_string();
         self.run("asking QEMU", &socket, command, arguments).await
     }
 
-    /// A reply that has not the form that it should have.
+    /// Makes the error for a reply that does not have the expected form.
     pub(crate) fn odd(&self, command: &str, reply: &Value) -> Error {
         let mut text = reply.to_string();
         if text.len() > 200 {
@@ -196,18 +198,18 @@ impl Machine {
         Error::new(ErrorKind::Protocol, format!("reading the reply to {command}"), subject, text)
     }
 
-    /// What can be done in a run state of this QEMU.
+    /// Returns the operations that a run state permits in this QEMU.
     pub(crate) async fn permits(&self, state: &RunState) -> Result<Permits> {
         Ok(state.permits(self.abilities().await?.keeps_suspended()))
     }
 
-    /// What a run state does not permit.
+    /// Makes the error for an operation that a run state does not permit.
     pub(crate) fn refused(&self, attempted: &str, state: &RunState, refusal: Refusal) -> Error {
         let detail = format!("{} (QEMU's run state is {:?})", refusal.why, state.word);
         Error::new(ErrorKind::Invalid, attempted, self.qmp.socket().display(), detail).advice(refusal.advice)
     }
 
-    /// The run state.
+    /// Reads the run state.
     ///
     /// # Errors
     /// Those of the connection.
@@ -219,13 +221,14 @@ impl Machine {
         }
     }
 
-    /// Stops the guest if it runs. When this returns no processor runs, and every request of the guest's to its disks is
-    /// done. May be repeated: a guest that was paused before is not ours to resume.
+    /// Stops the guest if it runs. When this returns, no processor runs and every disk request of the guest
+    /// is complete. The call may be repeated. A guest that was paused before is not ours to resume.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] where the guest is not there yet, on its way elsewhere, or gone (`inmigrate`, `save-vm`,
-    /// `postmigrate`, ...; its disks are inactive then, and some QEMUs die of an operation on them); those of
-    /// the connection. After an error the guest is as it was, save where the connection was lost.
+    /// [`ErrorKind::Invalid`] if the guest has not arrived yet, is being migrated, or is gone (`inmigrate`,
+    /// `save-vm`, `postmigrate`, ...). Its disks are inactive then, and some QEMUs crash on an operation on
+    /// them. Also errors of the connection. After an error the guest is as it was, unless the connection was
+    /// lost.
     pub async fn pause(&self) -> Result<Paused> {
         let state = self.run_state().await?;
         let subject = self.qmp.socket().display();
@@ -235,22 +238,25 @@ impl Machine {
         let since = Instant::now();
         let mut ours = state.running;
         if ours {
-            // A guest whose I/O threads complete a request just then would wait for it for ever.
+            // 1) Hold the requests before the stop: a guest whose I/O threads complete a request at that
+            //    moment would wait for it for ever. 2) Release them whatever `stop` returned. A crash between
+            //    the two leaves the requests waiting; `hold::release_left` ends that.
             let held = hold::hold(self).await;
             let stopped = self.run("pausing the guest", &subject.to_string(), "stop", Value::Null).await;
             hold::release(self, held).await;
             if let Err(error) = stopped {
                 return Err(self.not_paused(error).await);
             }
-            // It may have panicked, or switched itself off, just before: then it did not stop by us, and
-            // `cont` is not ours.
+            // The guest may have panicked or switched itself off just before. Then we did not stop it, and
+            // `cont` is not ours to send.
             ours = !self.run_state().await?.stopped_by_itself();
         }
         Ok(Paused { ours, since })
     }
 
-    /// A `stop` that was not answered may come later, when nobody waits: then a `cont` stands behind it in QEMU's queue. (QEMU
-    /// drops its queue when the connection is closed: a `stop` that was not begun by then too.)
+    /// Follows a `stop` that was not answered by a `cont`. QEMU may run the `stop` later, when no client
+    /// waits for it; the `cont` is behind it in QEMU's queue. (QEMU drops its queue when the connection is
+    /// closed, and with it a `stop` that has not begun.)
     async fn not_paused(&self, error: Error) -> Error {
         if error.kind() != ErrorKind::Timeout {
             return error;
@@ -261,12 +267,12 @@ impl Machine {
         }
     }
 
-    /// Lets the guest go on if this pause stopped it; gives how long it stood still.
+    /// Resumes the guest if this pause stopped it. Returns the length of the pause.
     ///
     /// Tries again while QEMU finishes a migration ("Migration is not finalized yet").
     ///
     /// # Errors
-    /// Those of the connection, and what QEMU said: the guest is paused then.
+    /// Errors of the connection, and what QEMU reported: the guest is paused then.
     pub async fn resume(&self, paused: Paused) -> Result<Duration> {
         if paused.ours {
             self.cont().await?;
@@ -274,10 +280,10 @@ impl Machine {
         Ok(paused.since.elapsed())
     }
 
-    /// Lets the guest run, whoever paused it. Repeating it is harmless.
+    /// Resumes the guest, whatever paused it. Repeating it is harmless.
     ///
     /// # Errors
-    /// As [`Machine::resume`].
+    /// See [`Machine::resume`].
     pub async fn cont(&self) -> Result<()> {
         let subject = self.qmp.socket().display().to_string();
         let until = Instant::now() + FINALIZED;
@@ -302,18 +308,17 @@ impl Machine {
         }
         let kept = std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner));
         for set in kept {
-            // It may be gone by itself.
+            // The set may be gone already.
             let _ = self.qmp.execute_raw("remove-fd", json!({ "fdset-id": set })).await;
         }
         Ok(())
     }
 
-    /// Lets a guest go on that stands still because of us. One that panicked, switched itself off or met a
-    /// disk's error just before we stopped it stays as it is: to go on is not ours to tell it, and QEMU may
-    /// refuse it.
+    /// Resumes a guest that is paused because of us. A guest that panicked, switched itself off or met a disk
+    /// error just before the pause stays as it is: resuming it is not ours to do, and QEMU may refuse it.
     ///
     /// # Errors
-    /// As [`Machine::resume`].
+    /// See [`Machine::resume`].
     pub(crate) async fn let_go_on(&self) -> Result<()> {
         match self.run_state().await?.stopped_by_itself() {
             true => Ok(()),
@@ -321,12 +326,12 @@ impl Machine {
         }
     }
 
-    /// Makes the disks of a guest usable that was loaded and has not run since: QEMU keeps them inactive until it runs, and refuses
-    /// every change of their chains. A QEMU that cannot be told so (before 10.0) lets the guest run for a moment. Repeating it is
-    /// harmless.
+    /// Makes the disks usable of a guest that was loaded and has not run since. QEMU keeps such disks
+    /// inactive until the guest runs, and refuses every change of their chains. A QEMU without the command
+    /// (before 10.0) runs the guest for a moment. Repeating it is harmless.
     ///
     /// # Errors
-    /// Those of the connection; what QEMU said.
+    /// Errors of the connection, and what QEMU reported.
     pub async fn activate_disks(&self) -> Result<()> {
         let subject = self.qmp.socket().display().to_string();
         let active = json!({ "active": true });
@@ -339,10 +344,10 @@ impl Machine {
         }
     }
 
-    /// Resets the guest, as its reset button does: at once, whether it runs or not. Not idempotent.
+    /// Resets the guest at once, as its reset button does, running or paused. Not idempotent.
     ///
     /// # Errors
-    /// Those of the connection.
+    /// Errors of the connection.
     pub async fn reset(&self) -> Result<()> {
         let subject = self.qmp.socket().display().to_string();
         self.run("resetting the guest", &subject, "system_reset", json!({})).await.map(drop)

@@ -1,4 +1,5 @@
-//! QEMU's migration, as the one way to get at memory: settings that are put back, a stream into a draft, and where it is.
+//! QEMU's migration, the method to save memory: its settings are restored afterwards, the stream goes into a
+//! draft.
 
 use std::{
     os::fd::AsFd,
@@ -22,13 +23,13 @@ const BANDWIDTH: u64 = 64 << 30;
 /// QEMU's default.
 const USUAL_BANDWIDTH: u64 = 128 << 20;
 
-/// How long a migration may take to end once it is told to.
+/// Longest time from the request to end a migration to its end.
 const ENDING: Duration = Duration::from_secs(60);
 
-/// Where a migration is, from `query-migrate`.
+/// State of a migration, from `query-migrate`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Now {
-    /// QEMU's word; empty before the first one.
+    /// QEMU's status word; empty before the first migration.
     pub(crate) status: String,
     pub(crate) error: Option<String>,
     pub(crate) transferred: u64,
@@ -46,7 +47,7 @@ impl Now {
         self.status == "completed"
     }
 
-    /// An error, if it has ended otherwise than it should.
+    /// Returns an error if the migration failed or was cancelled.
     pub(crate) fn check(&self, attempted: &str, subject: &str) -> Result<()> {
         match self.status.as_str() {
             "failed" => {
@@ -73,7 +74,8 @@ pub(crate) async fn status(machine: &Machine) -> Result<Now> {
     })
 }
 
-/// Whether a saving of memory of ours is under way, or its settings are: after a crash it may have ended by itself.
+/// Returns true if a memory save of ours is under way, or its settings are still set. After a crash the save
+/// may have ended by itself.
 pub(crate) async fn is_left(machine: &Machine) -> Result<bool> {
     let capabilities = machine.query("query-migrate-capabilities", Value::Null).await?;
     let on = capabilities.as_array().into_iter().flatten().any(|capability| {
@@ -86,7 +88,7 @@ pub(crate) async fn is_left(machine: &Machine) -> Result<bool> {
     Ok(on || unlimited || status(machine).await?.under_way())
 }
 
-/// Ends whatever migration there is, and switches off what a cut switches on. For what a crash of ours left.
+/// Ends any migration, and switches off the settings that a cut switches on. Used after a crash of ours.
 pub(crate) async fn abandon(machine: &Machine) -> Result<()> {
     let attempted = "ending a saving of memory that was left";
     let subject = machine.qmp().socket().display().to_string();
@@ -116,7 +118,7 @@ async fn end(machine: &Machine, attempted: &str) -> Result<()> {
     Ok(())
 }
 
-/// Which form of migration.
+/// The form of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
     Background,
@@ -125,7 +127,7 @@ pub(crate) enum Form {
     Plain,
 }
 
-/// Settings of QEMU's that were changed, as they were before.
+/// Settings of QEMU that were changed, with their previous values.
 #[derive(Debug)]
 #[must_use = "the settings stay changed until `Settings::restore`"]
 pub(crate) struct Settings {
@@ -134,8 +136,8 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
-    /// Sets what a form needs, and all other capabilities off that would change the stream. After an error they are as
-    /// before.
+    /// Sets what a form needs, and switches off all other capabilities that would change the stream. After an
+    /// error the previous settings are restored.
     pub(crate) async fn apply(machine: &Machine, form: Form) -> Result<Self> {
         let attempted = "preparing to save memory";
         let subject = machine.qmp().socket().display().to_string();
@@ -190,7 +192,7 @@ impl Settings {
         }
     }
 
-    /// Puts them back. A migration must not be under way.
+    /// Restores the previous values. No migration may be under way.
     pub(crate) async fn restore(&self, machine: &Machine) -> Result<()> {
         let attempted = "putting the settings of migration back";
         let subject = machine.qmp().socket().display().to_string();
@@ -221,7 +223,8 @@ pub(crate) struct Writing {
 }
 
 impl Writing {
-    /// Starts one. The settings are those of [`Settings::apply`]; they are not put back by an error here.
+    /// Starts a migration. The settings are those of [`Settings::apply`]; an error here does not restore
+    /// them.
     pub(crate) async fn start(
         machine: &Machine,
         draft: &Draft,
@@ -249,20 +252,21 @@ impl Writing {
                 }
             };
         }
-        // A QEMU that knows no files writes to any descriptor, from where it is: at the place of the stream.
+        // A QEMU without file migration writes to any descriptor, from its current position: set to the
+        // stream's offset.
         let name = "domsnap-memory";
         let lent = machine.qmp().get_fd(name, descriptor.as_fd()).await;
         lent.map_err(|error| Error::qmp(attempted, &subject, error))?;
         let started =
             machine.run(attempted, &subject, "migrate", json!({ "uri": format!("fd:{name}") })).await;
         if started.is_err() {
-            // It may have been taken by the attempt.
+            // The failed attempt may have consumed the descriptor.
             let _ = machine.qmp().execute_raw("closefd", json!({ "fdname": name })).await;
         }
         started.map(|_| None)
     }
 
-    /// Takes back what was lent, and puts the settings back: when the migration has ended.
+    /// Takes back the lent descriptor and restores the settings. Call it when the migration has ended.
     pub(crate) async fn tidy(self, machine: &Machine) -> Result<()> {
         if let Some(set) = self.lent {
             set.remove(machine).await;
@@ -270,7 +274,7 @@ impl Writing {
         self.settings.restore(machine).await
     }
 
-    /// Ends the migration without its effect, and tidies.
+    /// Ends the migration without its effect, and tidies up.
     pub(crate) async fn cancel(self, machine: &Machine) -> Result<()> {
         end(machine, "cancelling the saving of memory").await?;
         self.tidy(machine).await

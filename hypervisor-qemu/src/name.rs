@@ -1,4 +1,5 @@
-//! The names that this crate gives in QEMU: all begin with `domsnap-`, so that after a crash ours are known from others'.
+//! The names that this crate gives in QEMU. All begin with `domsnap-`, so that ours can be recognised after a
+//! crash.
 
 use std::fmt;
 
@@ -6,10 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// What every name of ours in QEMU begins with.
+/// The prefix of every name of ours in QEMU.
 pub const PREFIX: &str = "domsnap-";
 
-/// QEMU's names of nodes have 31 bytes at most; two are for the suffix of the file below.
+/// QEMU's node names have at most 31 bytes; two are for the suffix of the file node below.
 const LONGEST: usize = 29;
 
 /// The name of a node or a job of ours: `domsnap-` and letters, digits, `-`, `_` and `.`.
@@ -18,10 +19,11 @@ const LONGEST: usize = 29;
 pub struct Name(String);
 
 impl Name {
-    /// A given name, for those that a journal records before they are used.
+    /// Checks a given name. Used for names that a journal records before they are used.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] where it does not begin with `domsnap-`, is longer than 29 bytes, or has other characters.
+    /// [`ErrorKind::Invalid`] if it does not begin with `domsnap-`, is longer than 29 bytes, or has other
+    /// characters.
     pub fn new(name: impl Into<String>) -> Result<Self> {
         let name = name.into();
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
@@ -35,49 +37,51 @@ impl Name {
         Ok(Self(name))
     }
 
-    /// A name that nothing else has: `domsnap-`, one letter or two, and 48 random bits.
+    /// Makes a unique name: `domsnap-`, one letter or two, and 48 random bits.
     pub(crate) fn fresh(kind: &str) -> Self {
         let random = uuid::Uuid::new_v4().simple().to_string();
         Self(format!("{PREFIX}{kind}-{}", random.get(..12).unwrap_or(&random)))
     }
 
-    /// The name that the same text always has: `domsnap-`, one letter or two, and 64 bits (FNV-1a) of the text.
+    /// Makes the name that belongs to a text: `domsnap-`, one letter or two, and 64 bits (FNV-1a) of the
+    /// text.
     pub(crate) fn of(kind: &str, text: &str) -> Self {
         let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
         let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325, step);
         Self(format!("{PREFIX}{kind}-{hash:016x}"))
     }
 
-    /// A fresh name for a node of a disk's layer.
+    /// Makes a fresh name for a node of a disk's layer.
     pub fn node() -> Self {
         Self::fresh("n")
     }
 
-    /// A fresh name for a job.
+    /// Makes a fresh name for a job.
     pub fn job() -> Self {
         Self::fresh("j")
     }
 
-    /// The name.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The name of the node of the file below this node.
+    /// Returns the name of the node of the file below this node.
     pub fn file(&self) -> String {
         format!("{}-f", self.0)
     }
 }
 
-/// Whether a name in QEMU is one of ours.
+/// Returns true if a name in QEMU is one of ours.
 pub fn is_ours(name: &str) -> bool {
     name.starts_with(PREFIX)
 }
 
-/// What the name of a mark begins with: a node that nobody uses, and that only says something by being there.
+/// The prefix of a mark's name. A mark is a node that nothing uses; its existence alone carries the
+/// information.
 pub(crate) const MARK: &str = "domsnap-mark-";
 
-/// Whether a name is that of a mark.
+/// Returns true if a name is that of a mark.
 pub(crate) fn is_mark(name: &str) -> bool {
     name.starts_with(MARK)
 }

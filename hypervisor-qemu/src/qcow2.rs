@@ -1,7 +1,8 @@
-//! The two qcow2 images that this crate writes itself, as bytes: an empty one, and the wrapper around a memory image.
+//! The two qcow2 images that this crate writes itself, as bytes: an empty image, and the wrapper around a
+//! memory image.
 //!
-//! The layout is that of the specification (`docs/interop/qcow2.rst` of QEMU), version 3. Nothing here reads an image of a
-//! guest's.
+//! The layout is that of the specification (`docs/interop/qcow2.rst` of QEMU), version 3. Nothing here reads
+//! a guest's image.
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -15,14 +16,14 @@ pub(crate) const CLUSTER: u64 = 2 << 20;
 /// Entries of the one table of clusters.
 const ENTRIES: u64 = CLUSTER / 8;
 
-/// Where the stream begins in a wrapper: after eight clusters.
+/// Offset of the stream in a wrapper: after eight clusters.
 pub(crate) const STREAM: u64 = 8 * CLUSTER;
-/// Where the record is: in the last of them.
+/// Offset of the record: the last of those clusters.
 pub(crate) const RECORD: u64 = 7 * CLUSTER;
-/// How long a stream can be: one entry of the table of clusters is the record's.
+/// Longest possible stream: one entry of the table of clusters is the record's.
 pub(crate) const LONGEST: u64 = (ENTRIES - 1) * CLUSTER;
 
-/// An image of the same size as a disk, with nothing in it. Clusters of 64 KiB.
+/// Makes an image of the same size as a disk, with nothing in it. Clusters of 64 KiB.
 pub(crate) fn empty(virtual_size: u64) -> Result<Vec<u8>> {
     const BITS: u32 = 16;
     const CLUSTER: usize = 1 << BITS;
@@ -56,23 +57,24 @@ pub(crate) fn empty(virtual_size: u64) -> Result<Vec<u8>> {
     Ok(image)
 }
 
-/// What of the image's format stands around a stream, by the place in the file where it belongs.
+/// The parts of the image format around a stream, each with its offset in the file.
 #[derive(Debug)]
 pub(crate) struct Wrapper {
-    /// The tables: written, and durable, before the header.
+    /// The tables. They must be durable before the header is written.
     pub(crate) tables: Vec<(u64, Vec<u8>)>,
-    /// The header, at 0: with it the file is an image.
+    /// The header, at offset 0. Writing it makes the file an image.
     pub(crate) header: Vec<u8>,
     /// The file's length.
     pub(crate) length: u64,
 }
 
-/// The wrapper around a stream of so many bytes: an image whose disk is one empty cluster, with one internal snapshot whose VM
-/// state is the stream.
+/// Makes the wrapper around a stream of `stream` bytes: an image whose disk is one empty cluster, with one
+/// internal snapshot whose VM state is the stream.
 ///
-/// A VM state lies behind the end of the virtual disk, in clusters of the snapshot's own table: here in the second entry of
-/// its first-level table, because the first covers the disk. The record's cluster is the last entry of the second-level
-/// table, far behind the VM state: so it is in use, and no check and no writer takes it for free.
+/// A VM state lies behind the end of the virtual disk, in clusters of the snapshot's own table. Here it is in
+/// the second entry of its first-level table, because the first entry covers the disk. The record's cluster
+/// is the last entry of the second-level table, far behind the VM state. So the cluster is in use, and no
+/// check or writer treats it as free.
 pub(crate) fn wrapper(stream: u64, tag: &str, seconds: u32) -> Result<Wrapper> {
     let clusters = stream.div_ceil(CLUSTER);
     if stream == 0 || stream > LONGEST {
@@ -85,8 +87,8 @@ pub(crate) fn wrapper(stream: u64, tag: &str, seconds: u32) -> Result<Wrapper> {
         let detail = "a snapshot's name in an image has 1 to 255 bytes";
         Error::new(ErrorKind::Invalid, "wrapping a memory image", tag, detail)
     })?;
-    // 0 header, 1 table of reference blocks, 2 reference block, 3 the disk's table, 4 and 5 the snapshot's, 6 snapshots,
-    // 7 record.
+    // 0 header, 1 table of reference blocks, 2 reference block, 3 the disk's table, 4 and 5 the snapshot's, 6
+    // snapshots, 7 record.
     let at = |cluster: u64| cluster * CLUSTER;
     let count = usize::try_from(clusters).unwrap_or(usize::MAX);
     let references = 1u16.to_be_bytes().repeat(count.saturating_add(8));

@@ -1,7 +1,9 @@
-//! The guest's file systems flushed and frozen for the instant of a snapshot: for a bounded time, and thawed whatever happens.
+//! Flushes and freezes the guest's file systems for the instant of a snapshot: for a bounded time, and thawed
+//! in every case.
 //!
-//! The thaw is [`qmp::Agent`]'s promise: by the holder, by its drop, by a limit of the host's, and after a freeze that was not
-//! answered. A process that is killed cannot thaw: whoever comes after calls [`thaw_after_crash`].
+//! [`qmp::Agent`] guarantees the thaw: by the holder, by its drop, by a time limit of the host's, and after a
+//! freeze that was not answered. A process that is killed cannot thaw: the next command calls
+//! [`thaw_after_crash`].
 
 use std::time::Duration;
 
@@ -14,43 +16,43 @@ use crate::{
     machine::Machine,
 };
 
-/// How long a guest stays frozen at most, unless it is said otherwise.
+/// Longest freeze of a guest, unless the user sets another limit.
 pub const LIMIT: Duration = Duration::from_secs(10);
 
-/// What a snapshot's disks are when nobody knows what the guest had in memory.
+/// Consistency of a snapshot's disks without the guest's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Consistency {
     /// As after a power failure.
     Crash {
-        /// Why not better.
+        /// The reason why it is not better.
         because: String,
     },
     /// Flushed and frozen.
     Filesystem {
-        /// How many file systems the agent says.
+        /// Number of frozen file systems, as the agent reports it.
         filesystems: u64,
     },
 }
 
-/// A guest that is frozen. Dropping it thaws, too.
+/// A frozen guest. Dropping it thaws the guest, too.
 #[derive(Debug)]
 #[must_use = "the guest is thawed as soon as this is dropped"]
 pub struct Quiesced {
     frozen: Frozen,
 }
 
-/// Flushes and freezes the guest's file systems. `limit` bounds both: how long the guest may take to answer, and how long it
-/// stays frozen.
+/// Flushes and freezes the guest's file systems. `limit` bounds both the time until the guest answers and the
+/// time for which it stays frozen.
 ///
-/// Where QEMU says that no agent has the port open in the guest, it is not waited for. Not idempotent: a guest that is
-/// frozen already is an error.
+/// If QEMU reports that no agent has the port open in the guest, this does not wait. Not idempotent: freezing
+/// a frozen guest is an error.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`] where no agent is there, or it cannot freeze; [`ErrorKind::Timeout`] where it does not answer;
-/// [`ErrorKind::Refused`] with what it said; [`ErrorKind::Failed`] where it froze nothing. After any error the guest is not
-/// frozen, or is being thawed.
+/// [`ErrorKind::Unsupported`] if there is no agent or it cannot freeze; [`ErrorKind::Timeout`] if it does not
+/// answer; [`ErrorKind::Refused`] with its message; [`ErrorKind::Failed`] if it froze nothing. After any
+/// error the guest is not frozen, or is being thawed.
 pub async fn quiesce(machine: &Machine, agent: &Agent, limit: Duration) -> Result<Quiesced> {
     let attempted = "freezing the guest's file systems";
     let subject = agent.socket().display().to_string();
@@ -77,20 +79,21 @@ pub async fn quiesce(machine: &Machine, agent: &Agent, limit: Duration) -> Resul
 }
 
 impl Quiesced {
-    /// How many file systems are frozen.
+    /// Returns the number of frozen file systems.
     pub fn filesystems(&self) -> u64 {
         self.frozen.filesystems()
     }
 
-    /// How long it is until the host thaws by itself.
+    /// Returns the time until the host thaws the guest by itself.
     pub fn left(&self) -> Duration {
         self.frozen.left()
     }
 
-    /// Thaws, and says what the disks are that were cut meanwhile: quiesced, only if the guest was frozen all the time.
+    /// Thaws the guest, and returns the consistency of disks that were cut meanwhile. They are quiesced only
+    /// if the guest was frozen all the time.
     ///
-    /// An error of the thaw is in it as well: then nobody knows whether the guest was frozen to the end, and thawing goes on
-    /// being tried.
+    /// An error of the thaw is part of the result: then it is unknown whether the guest was frozen to the
+    /// end, and the thaw is tried again in the background.
     pub async fn thaw(self) -> Consistency {
         let filesystems = self.frozen.filesystems();
         match self.frozen.thaw().await {
@@ -105,18 +108,18 @@ impl Quiesced {
     }
 }
 
-/// Thaws a guest, whoever froze it: for the next command after one that was killed. Gives how many file systems were thawed;
-/// harmless where none was frozen, so it may be repeated.
+/// Thaws a guest, whatever froze it: for the next command after one that was killed. Returns the number of
+/// thawed file systems. Harmless if none was frozen, so it may be repeated.
 ///
 /// # Errors
-/// As [`quiesce`].
+/// See [`quiesce`].
 pub async fn thaw_after_crash(agent: &Agent) -> Result<u64> {
     let subject = agent.socket().display();
     agent.thaw().await.map_err(|error| Error::qmp("thawing the guest's file systems", subject, error))
 }
 
-/// Whether something in the guest has the agent's port open; none where QEMU does not tell which port that is. (An agent that
-/// hangs has it open.)
+/// Returns true if a process in the guest has the agent's port open. `None` if QEMU does not report which
+/// port that is. (An agent that hangs has it open.)
 pub(crate) async fn is_agent_there(machine: &Machine, agent: &Agent) -> Result<Option<bool>> {
     let devices = machine.query("query-chardev", Value::Null).await?;
     let socket = agent.socket().to_string_lossy().into_owned();

@@ -1,8 +1,7 @@
-//! QEMU's run states, and what can be done in each.
+//! QEMU's run states, and the operations that each permits.
 //!
-//! QEMU aborts ("invalid runstate transition") where it is told to do what its table of transitions does not
-//! have. So nothing is asked of it in a state that this table does not allow, and a state that this table
-//! does not know is refused.
+//! QEMU aborts ("invalid runstate transition") on an operation that its table of transitions does not have.
+//! So nothing is asked of it in a state that this table does not allow, and an unknown state is refused.
 //!
 //! | state | disks: create, merge, detach | memory is saved by | memory is loaded |
 //! |---|---|---|---|
@@ -15,17 +14,17 @@
 //! | `save-vm`, `finish-migrate`, `inmigrate` | no: wait until QEMU has ended it | no | no |
 //! | `postmigrate`, `colo` | no: another QEMU may have the disks | no | no |
 //!
-//! * A background snapshot goes through `paused`, to which only `paused` and a running state lead and return.
-//!   A migration to its end leaves `postmigrate`, from which only `cont` leads, which a guest that stands
-//!   still must not be told. `snapshot-save` changes no state, so it is right in every one in which the guest
-//!   stands still.
-//! * `suspended` (the guest sleeps, S3) counts as running: it can wake at any time. QEMU before 9.0 cannot
-//!   keep such a guest asleep, so nothing is done there.
-//! * The reset before a load takes QEMU from a state that says something of a guest which is about to be
-//!   replaced. The guest is `prelaunch` then, and stands still until `cont`.
+//! * A background snapshot goes through `paused`. Only `paused` and a running state lead there and back. A
+//!   migration that runs to its end leaves `postmigrate`, from which only `cont` leads; a paused guest must
+//!   not get that. `snapshot-save` changes no state, so it is right in every state in which the guest is
+//!   paused.
+//! * `suspended` (the guest sleeps, S3) counts as running: the guest can wake at any time. QEMU before 9.0
+//!   cannot keep such a guest asleep, so nothing is done there.
+//! * The reset before a load takes QEMU from a state that describes a guest which is about to be replaced.
+//!   The guest is `prelaunch` then, and paused until `cont`.
 //!
-//! A snapshot records whether the guest ran, not the state's word: the memory of a guest that panicked is
-//! restored standing still, and goes on where it was if it is told to.
+//! A snapshot records whether the guest ran, not the name of the state. The memory of a guest that panicked
+//! is restored paused, and continues from there when it is resumed.
 
 use serde::{Deserialize, Serialize};
 
@@ -33,13 +32,13 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct RunState {
-    /// Returns true if the guest runs, or sleeps and can wake at any time.
+    /// True if the guest runs, or sleeps and can wake at any time.
     pub running: bool,
-    /// QEMU's word: `running`, `paused`, `postmigrate`, `restore-vm`, `shutdown`, ...
+    /// QEMU's name of the state: `running`, `paused`, `postmigrate`, `restore-vm`, `shutdown`, ...
     pub word: String,
 }
 
-/// How memory can be saved.
+/// Methods to save memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SaveBy {
     /// The guest runs: it is paused by us, or by a migration.
@@ -50,18 +49,18 @@ pub(crate) enum SaveBy {
     SnapshotSave,
 }
 
-/// What can be done in a run state.
+/// The operations that a run state permits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Permits {
-    /// Why its disks cannot be worked on, and what to do.
+    /// The reason why its disks cannot be worked on, and the advice.
     pub(crate) disks: Result<(), Refusal>,
-    /// How its memory is saved, or why not.
+    /// The method to save its memory, or the reason why there is none.
     pub(crate) memory: Result<SaveBy, Refusal>,
-    /// Returns true if the guest is reset before memory is loaded.
+    /// True if the guest is reset before memory is loaded.
     pub(crate) reset_before_load: bool,
 }
 
-/// Why something is refused, and what to do instead.
+/// The reason for a refusal, and the advice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Refusal {
     pub(crate) why: &'static str,
@@ -73,7 +72,7 @@ impl RunState {
         Self { running: running || word == "suspended", word: word.to_owned() }
     }
 
-    /// What can be done. `keeps_asleep` is whether a guest that sleeps stays stopped when it is stopped
+    /// Returns the permitted operations. `keeps_asleep`: a sleeping guest stays stopped after `stop`
     /// ([`crate::discover::Abilities::keeps_suspended`]).
     pub(crate) fn permits(&self, keeps_asleep: bool) -> Permits {
         let usable = |memory, reset_before_load| Permits { disks: Ok(()), memory, reset_before_load };
@@ -121,18 +120,18 @@ impl RunState {
         }
     }
 
-    /// Returns true if the guest stands still because of what befell it, and not because it was told to.
+    /// Returns true if an event stopped the guest, and not a command.
     pub(crate) fn stopped_by_itself(&self) -> bool {
         let states = ["guest-panicked", "internal-error", "io-error", "shutdown", "watchdog"];
         states.contains(&self.word.as_str())
     }
 
-    /// Returns true if QEMU refuses to let the guest go on before it was reset.
+    /// Returns true if QEMU refuses to resume the guest before a reset.
     pub(crate) fn must_be_reset(&self) -> bool {
         matches!(self.word.as_str(), "shutdown" | "internal-error")
     }
 
-    /// What a user must know of memory that is saved in this state: it is restored standing still.
+    /// Returns the remark for the user on memory that is saved in this state: it is restored paused.
     pub(crate) fn remark(&self) -> Option<&'static str> {
         match self.word.as_str() {
             "io-error" => Some("the guest was stopped by an error of a disk"),

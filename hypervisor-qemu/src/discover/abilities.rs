@@ -1,4 +1,4 @@
-//! What a QEMU can do, by its own schema; never concluded from its version.
+//! The abilities of a QEMU, from its own schema; never concluded from its version.
 
 use qmp::Schema;
 use serde::{Deserialize, Serialize};
@@ -8,33 +8,33 @@ use crate::{
     machine::Machine,
 };
 
-/// What a QEMU can do. That it knows a word does not mean that this host, or this guest's memory, allows it:
-/// background-snapshot needs userfaultfd, and memory that is not shared.
+/// The abilities of a QEMU. A word in its schema does not mean that this host, or this guest's memory, allows
+/// it: background-snapshot needs userfaultfd, and memory that is not shared.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Abilities {
-    /// Memory is written while the guest runs on, by write-protecting it.
+    /// Memory is written while the guest keeps running, by write-protecting it.
     pub background_snapshot: bool,
-    /// A background snapshot leaves the guest paused until it is told to go on, and running after a failure. Seen to hold in
-    /// 10.0; 7.2 resumes the guest by itself, and one that is cancelled, or fails, leaves the guest's processors hanging for
-    /// ever. No word of the schema's tells; this is whether there is mapped-ram, which came in the version (9.0) that mended
-    /// the first.
+    /// A background snapshot leaves the guest paused until `cont`, and running after a failure. QEMU 10.0 was
+    /// seen to do so. QEMU 7.2 resumes the guest by itself; one that is cancelled or fails leaves the guest's
+    /// processors hanging for ever. The schema has no word for this. The field is true if mapped-ram is
+    /// there, which came in the version (9.0) that fixed the first of these.
     pub background_snapshot_holds: bool,
-    /// Each page at a place of its own in a file.
+    /// Each page has a fixed offset in a file.
     pub mapped_ram: bool,
-    /// A migration goes to, and comes from, a file, at an offset.
+    /// A migration can be written to, and read from, a file at an offset.
     pub file_migration: bool,
-    /// A migration waits, with the guest stopped, before it ends.
+    /// A migration waits before its end, with the guest stopped.
     pub pause_before_switchover: bool,
     /// A node's backing image can be replaced.
     pub blockdev_reopen: bool,
     /// VM state is loaded from a named node.
     pub snapshot_load: bool,
-    /// A job waits before it ends, until it is told to.
+    /// A job waits before its end, until it is finalised.
     pub job_finalize: bool,
     /// Overlays and internal snapshots are put into one transaction.
     pub transaction: bool,
-    /// Who stands on what is told.
+    /// The edges of the block graph are reported.
     pub block_graph: bool,
     /// A failed start from a memory image leaves the process alive, on request.
     pub exit_on_error: bool,
@@ -59,22 +59,22 @@ impl Abilities {
         }
     }
 
-    /// Whether, without KVM too, what a guest writes during a pre-copy is copied again.
+    /// Returns true if a guest's writes during a pre-copy are copied again even without KVM.
     ///
-    /// Before 9.0 it may not be: the marks of many pages were cleared without telling the emulated processors, which wrote on
-    /// without marking (mended by "physmem: Fix migration dirty bitmap coherency with TCG memory access"). Mapped-ram came in
-    /// the same version.
+    /// Before 9.0 they may not be. The marks of many pages were cleared without notifying the emulated
+    /// processors, which kept writing without marking (fixed by "physmem: Fix migration dirty bitmap
+    /// coherency with TCG memory access"). Mapped-ram came in the same version.
     pub fn emulation_marks_writes(&self) -> bool {
         self.mapped_ram
     }
 
-    /// Returns true if `stop` stops a guest that sleeps (S3): it stays so until `cont`. Before 9.0 it does
-    /// nothing, and the guest may wake at any time. Mapped-ram came in the same version.
+    /// Returns true if `stop` stops a guest that sleeps (S3) until `cont`. Before 9.0 `stop` does nothing to
+    /// it, and the guest may wake at any time. Mapped-ram came in the same version.
     pub(crate) fn keeps_suspended(&self) -> bool {
         self.mapped_ram
     }
 
-    /// Asks a QEMU, each time anew: [`Machine::abilities`] asks once.
+    /// Reads the abilities of a QEMU again; [`Machine::abilities`] reads them once.
     ///
     /// # Errors
     /// Those of the connection.
@@ -85,7 +85,7 @@ impl Abilities {
 }
 
 impl Machine {
-    /// What this QEMU can be asked; asked for once a connection.
+    /// Returns QEMU's schema, which is read once per connection.
     pub(crate) async fn schema(&self) -> Result<std::sync::Arc<Schema>> {
         let schema = self.qmp().schema().await;
         schema.map_err(|error| Error::qmp("asking QEMU what it can do", self.qmp().socket().display(), error))

@@ -1,4 +1,4 @@
-//! Why a memory image would not load, or would load and then go wrong, in the machine that is there now.
+//! Differences between the recorded machine and the current one that break the restore of a memory image.
 
 use std::fmt;
 
@@ -6,15 +6,15 @@ use snapcore::Medium;
 
 use super::{Device, Discovery};
 
-/// One thing that is not as it was recorded.
+/// One difference from the record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Difference {
-    /// What: the machine type, a device, ...
+    /// Name of the part: the machine type, a device, ...
     pub what: String,
-    /// As it was when the memory was saved.
+    /// Its value when the memory was saved.
     pub recorded: String,
-    /// As it is.
+    /// Its value now.
     pub now: String,
 }
 
@@ -24,10 +24,12 @@ impl fmt::Display for Difference {
     }
 }
 
-/// Names every difference that memory does not survive: machine type, processors, memory, devices and drives.
+/// Lists every difference that prevents a restore of memory: machine type, processors, memory, devices and
+/// drives.
 ///
-/// Disks' contents, files and chains may differ: they are put in place by the revert. QEMU itself accepts another `-cpu`
-/// silently, and the guest then runs on features that are gone; so this is asked before anything is touched.
+/// Contents, files and chains of disks may differ: the revert puts them in place. QEMU accepts another `-cpu`
+/// without a word, and the guest then runs on features that are gone. So this is checked before anything is
+/// changed.
 pub fn compare(recorded: &Discovery, now: &Discovery) -> Vec<Difference> {
     let mut differences = Vec::new();
     let mut differ = |what: &str, recorded: String, now: String| {
@@ -55,7 +57,7 @@ pub fn compare(recorded: &Discovery, now: &Discovery) -> Vec<Difference> {
             },
         )
     };
-    // A QEMU of another version may know more words: one that is missing says nothing, if the other has it empty.
+    // A QEMU of another version may know more feature words: a missing word counts as an empty one.
     let empty = |value: &str| matches!(value, "none" | "0x0");
     let names = recorded.cpu.features.iter().chain(&now.cpu.features).map(|feature| feature.0.as_str());
     let mut names: Vec<_> = names.collect();
@@ -108,11 +110,11 @@ pub fn compare(recorded: &Discovery, now: &Discovery) -> Vec<Difference> {
                     after.map_or_else(none, shown),
                 );
             }
-            // The guest may have it mounted: its memory goes on with what it has read of that medium.
+            // The guest may have the medium mounted: its memory refers to what it has read from that medium.
             let medium = |drive: Option<&super::BlockDevice>| drive.and_then(|drive| drive.medium.clone());
             let format = before.and_then(|drive| drive.medium_format.clone());
             if let (Some(before), Some(after)) = (medium(before), medium(after)) {
-                // It can be put back ([`media`]).
+                // The revert can put it back ([`media`]).
                 if before != after && can_be_put_back(&before, format.as_deref()) {
                     return;
                 }
@@ -125,12 +127,12 @@ pub fn compare(recorded: &Discovery, now: &Discovery) -> Vec<Difference> {
     differences
 }
 
-/// Returns true if a recorded medium is known well enough to be put back: it is none, or a file of a known format.
+/// Returns true if a recorded medium can be put back: there was none, or it is a file of a known format.
 fn can_be_put_back(medium: &str, format: Option<&str>) -> bool {
     medium.is_empty() || (format.is_some() && !medium.starts_with("json:"))
 }
 
-/// The media that a recorded machine had in its drives and this one has not, where they can be put back.
+/// Returns the recorded media that are no longer in their drives, if they can be put back.
 pub(crate) fn media(recorded: &Discovery, now: &Discovery) -> Vec<Medium> {
     let mut media = Vec::new();
     for before in &recorded.drives {
@@ -150,7 +152,7 @@ pub(crate) fn media(recorded: &Discovery, now: &Discovery) -> Vec<Medium> {
     media
 }
 
-/// Calls `each` for every key that one of two lists has.
+/// Calls `each` for every key in either of two lists.
 fn both<'a, T>(
     before: &'a [T],
     after: &'a [T],

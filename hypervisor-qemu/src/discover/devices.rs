@@ -10,7 +10,7 @@ use crate::{
     machine::Machine,
 };
 
-/// A device that the command line, or a plug, gave to the guest.
+/// A device of the guest, from the command line or hot-plugged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Device {
@@ -18,11 +18,11 @@ pub struct Device {
     pub path: String,
     /// `virtio-blk-pci`, ...
     pub kind: String,
-    /// Where it sits on its bus, where it tells.
+    /// Its address on its bus, if it reports one.
     pub address: Option<String>,
 }
 
-/// What a drive is to the guest.
+/// Role of a drive in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Role {
@@ -30,11 +30,11 @@ pub enum Role {
     Disk,
     /// A disk that the guest can only read: a cloud-init image, ...
     ReadOnlyDisk,
-    /// A drive whose medium can be taken out; also an empty one.
+    /// A drive with a removable medium; it may be empty.
     Removable,
     /// Firmware and its variables (pflash).
     Firmware,
-    /// A drive that no device of the guest's uses.
+    /// A drive that no device of the guest uses.
     Unused,
 }
 
@@ -42,29 +42,28 @@ pub enum Role {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct BlockDevice {
-    /// What it is called: its device's id, or its drive's name, or its path in QOM; the first that there is.
+    /// Its name: the device's id, the drive's name, or the path in QOM; the first that exists.
     pub target: String,
-    /// All that it is known as.
+    /// All its names.
     pub names: Vec<String>,
-    /// What it is to the guest.
+    /// Its role in the guest.
     pub role: Role,
-    /// Whether its medium can be taken out.
+    /// True if its medium is removable.
     pub removable: bool,
-    /// Whether the guest can write it.
+    /// True if the guest cannot write it.
     pub read_only: bool,
-    /// The medium that is in it, of a drive whose medium can be taken out: the file's name, or nothing in an empty drive. None
-    /// where it was not recorded.
+    /// File name of a removable drive's medium; empty in an empty drive. `None` if it was not recorded.
     #[serde(default)]
     pub medium: Option<String>,
-    /// The format that the medium is opened as. None in an empty drive, and where it was not recorded.
+    /// Format as which the medium is opened. `None` in an empty drive, and if it was not recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub medium_format: Option<String>,
-    /// The layers, active image first; empty in an empty drive. Each is a node; the node of its file is below it. Not in
-    /// what a snapshot records.
+    /// The layers, active image first; empty in an empty drive. Each is a node; the node of its file is below
+    /// it. A snapshot does not record them.
     #[serde(default)]
     pub chain: Vec<ChainLayer>,
-    /// Whether what is read from below is written to the image (`copy-on-read=on`), as far as QEMU could be asked. Not in what
-    /// a snapshot records.
+    /// True if data read from below is written to the image (`copy-on-read=on`), as far as QEMU
+    /// reports it. A snapshot does not record it.
     #[serde(skip)]
     pub copies_on_read: bool,
 }
@@ -75,12 +74,12 @@ pub struct BlockDevice {
 pub struct ChainLayer {
     /// The node.
     pub node: Node,
-    /// The node of the file below it; none where the node is the file itself.
+    /// The node of the file below it. `None` if the node is the file itself.
     pub file: Option<Node>,
 }
 
 impl BlockDevice {
-    /// Returns true if the guest can change what is on it. Firmware variables are not meant.
+    /// Returns true if the guest can change its content. Firmware variables are not meant.
     pub fn guest_writes(&self) -> bool {
         match self.role {
             Role::Disk => true,
@@ -89,13 +88,14 @@ impl BlockDevice {
         }
     }
 
-    /// The kind of its device, where that hands the guest's commands to a device of the host's, past the block layer.
+    /// Returns the kind of its device, if that passes the guest's commands to a device of the host, past the
+    /// block layer.
     pub(crate) fn passes_through<'a>(&self, devices: &'a [Device]) -> Option<&'a str> {
         let device = devices.iter().find(|device| self.names.contains(&device.path))?;
         matches!(device.kind.as_str(), "scsi-block" | "scsi-generic").then_some(device.kind.as_str())
     }
 
-    /// The active image's node; none in an empty drive.
+    /// Returns the active image's node; `None` in an empty drive.
     pub fn root(&self) -> Option<&str> {
         self.chain.first().map(|layer| layer.node.name.as_str())
     }
@@ -177,11 +177,12 @@ fn block_device(graph: &Graph, drive: &Value) -> Option<BlockDevice> {
     })
 }
 
-/// Finds out which drives copy on read.
+/// Finds the drives that copy on read.
 ///
-/// `copy-on-read=on` of `-drive` and of the human monitor's `drive_add` is reported by no query. But QEMU refuses to make the
-/// node of such a drive read-only, with these words, before it looks at anything else. So it is asked for that together with
-/// an option that can never be changed: the command always fails, and changes nothing.
+/// No query reports `copy-on-read=on` of `-drive` and of the human monitor's `drive_add`. But QEMU refuses to
+/// make the node of such a drive read-only, with a message about copy-on-read, before it checks anything
+/// else. So the request is sent together with an option that can never be changed: the command always fails,
+/// and changes nothing.
 pub(super) async fn ask_for_copies_on_read(
     machine: &Machine,
     graph: &Graph,
@@ -189,7 +190,8 @@ pub(super) async fn ask_for_copies_on_read(
     drives: &mut [BlockDevice],
 ) -> Result<()> {
     for drive in drives.iter_mut().filter(|drive| drive.role == Role::Disk) {
-        // Only a drive, and no node of `-blockdev`, can have it. What the command line says of its drives is read there.
+        // Only a legacy drive can have it, not a node of `-blockdev`. Drives on the command line are read
+        // from there.
         let legacy = graph.drives().iter().find_map(|listed| {
             let name = listed["device"].as_str().filter(|name| !name.is_empty())?;
             drive.names.iter().any(|known| known == name).then_some(name)
@@ -216,7 +218,7 @@ pub(super) async fn ask_for_copies_on_read(
     Ok(())
 }
 
-/// Returns true if a drive of this name was given when QEMU was started.
+/// Returns true if a drive of this name is on QEMU's command line.
 fn is_on_command_line(process: &Process, name: &str) -> bool {
     let id = format!("id={name}");
     process.command_line.iter().any(|word| word.split(',').any(|part| part == id))

@@ -1,4 +1,4 @@
-//! How the user opened an image, as far as the command line tells: QMP reports few of a node's options.
+//! Options with which the user opened an image, from the command line: QMP reports few of a node's options.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -6,8 +6,7 @@ use serde_json::{Map, Value};
 
 use super::Process;
 
-/// Options of a format's node that another node of the same disk is to have too. Sizes and times are numbers, the last three
-/// groups are words or switches.
+/// Options of a format node that another node of the same disk should have too.
 const OF_FORMAT: [(&str, Kind); 15] = [
     ("discard", Kind::Word),
     ("cache-size", Kind::Number),
@@ -37,29 +36,29 @@ enum Kind {
     Switch,
 }
 
-/// What the command line says of one image.
+/// Options that the command line gives for one image.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(crate) struct Given {
-    /// Of the format's node, as QMP takes them.
+    /// Options of the format node, in QMP's form.
     pub(crate) format: Map<String, Value>,
-    /// Of the file's node, likewise.
+    /// Options of the file node, in QMP's form.
     pub(crate) file: Map<String, Value>,
-    /// What is read from below is written to the image.
+    /// Data read from below is written to the image.
     pub(crate) copy_on_read: bool,
 }
 
-/// One `-blockdev` or `-drive`: its options, with dots for what is inside others.
+/// One `-blockdev` or `-drive`: its options, with dotted keys for nested ones.
 type Options = BTreeMap<String, Value>;
 
 impl Given {
-    /// Nothing is known but that the file is not locked.
+    /// Options of an image of which only one thing is known: its file is not locked.
     pub(crate) fn without_locks() -> Self {
         let file = Map::from_iter([("locking".to_owned(), Value::from("off"))]);
         Self { file, ..Self::default() }
     }
 
-    /// What is said of the image that `is_it` knows; none where the command line does not name it: then it was plugged in, or
-    /// opened in another way.
+    /// Returns the options of the image that `is_it` recognises. `None` if the command line does not name it:
+    /// it was hot-plugged, or opened by another method.
     pub(crate) fn of(process: &Process, is_it: impl Fn(&Path) -> bool) -> Option<Self> {
         let words = process.command_line.windows(2);
         let all: Vec<(bool, Options)> = words
@@ -78,7 +77,7 @@ impl Given {
         let directory = process.directory.clone().unwrap_or_default();
         let found = |file: &str| is_it(&directory.join(file));
         for (drive, options) in &all {
-            // The node of the file stands apart, or its options are said with the format's.
+            // The file node is a `-blockdev` of its own, or its options are among the format's.
             let file = match text(options, "file") {
                 Some(file) if *drive => found(file).then(|| below(options)),
                 Some(node) => {
@@ -93,7 +92,7 @@ impl Given {
                 }
             };
             let Some(mut file) = file else { continue };
-            // A file node that is no disk by itself is named by the format's, which comes in its own turn.
+            // A file node below a format node is handled in the format node's turn.
             let is_below = text(options, "filename").is_some()
                 && text(options, "node-name")
                     .is_some_and(|name| all.iter().any(|(_, other)| text(other, "file") == Some(name)));
@@ -112,7 +111,7 @@ impl Given {
                 file: chosen(&file, &OF_FILE),
                 copy_on_read: *drive && options.get("copy-on-read").and_then(switch).unwrap_or(false),
             };
-            // QEMU's default, which is said because a node of ours has another one.
+            // QEMU's default, set explicitly because our nodes have another one.
             given.format.entry("discard").or_insert_with(|| Value::from("ignore"));
             return Some(given);
         }
@@ -120,7 +119,7 @@ impl Given {
     }
 }
 
-/// The options of the file below, of those that name it in place.
+/// Returns the options of the file below, from those that are prefixed with `file.`.
 fn below(options: &Options) -> Options {
     let inside =
         |(key, value): (&String, &Value)| Some((key.strip_prefix("file.")?.to_owned(), value.clone()));
@@ -168,7 +167,7 @@ fn switch(value: &Value) -> Option<bool> {
     })
 }
 
-/// A number, or one with a unit behind it, as QEMU's command line takes them.
+/// Parses a number with an optional unit, as QEMU's command line accepts it.
 fn number(value: &Value) -> Option<u64> {
     if let Some(number) = value.as_u64() {
         return Some(number);
@@ -186,7 +185,8 @@ fn number(value: &Value) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// The options of `-blockdev` or `-drive`: JSON, or `key=value` parts with commas between; a doubled comma is one of a value.
+/// Parses the options of `-blockdev` or `-drive`: JSON, or `key=value` parts separated by commas. A doubled
+/// comma belongs to a value.
 fn options(value: &str) -> Options {
     let mut options = Options::new();
     if value.starts_with('{') {

@@ -1,4 +1,5 @@
-//! What machine a live QEMU is: everything that a snapshot records of it, and everything that a memory image must find again.
+//! The machine of a live QEMU: all that a snapshot records of it, and all that a memory image must find
+//! again.
 
 mod abilities;
 mod compare;
@@ -24,17 +25,17 @@ use crate::{
     run_state::RunState,
 };
 
-/// A live QEMU as it is. Serialisable: it is recorded with each snapshot.
+/// A live QEMU. Serialisable: each snapshot records it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Discovery {
-    /// `-name`, where there is one.
+    /// `-name`, if it was given.
     pub name: Option<String>,
-    /// The machine's UUID, where it has one.
+    /// The machine's UUID, if it has one.
     pub uuid: Option<String>,
-    /// QEMU's version, to be shown: what it can do, `abilities` says.
+    /// QEMU's version, for display only: `abilities` holds what it can do.
     pub version: Option<(u64, u64, u64)>,
-    /// Whether the guest runs. Not in what a snapshot records.
+    /// Run state of the guest. A snapshot does not record it.
     #[serde(default)]
     pub state: RunState,
     /// The machine type with its version: `pc-q35-10.0`, never `q35`.
@@ -43,21 +44,23 @@ pub struct Discovery {
     pub cpu: Cpu,
     /// Memory.
     pub memory: Memory,
-    /// The guest's devices that were asked for by the command line or plugged in, in the order of their paths.
+    /// The guest's devices from the command line or hot-plugged, in the order of their paths.
     pub devices: Vec<Device>,
     /// The drives: disks, CD-ROMs, firmware.
     pub drives: Vec<BlockDevice>,
     /// `query-tpm`: the ids of TPM devices; their state is not part of any image.
     pub tpms: Vec<String>,
-    /// What of the host the guest can write that no snapshot holds: shared directories, devices of the host. Each in words.
+    /// Writable parts of the host that no snapshot holds: shared directories, devices of the host. Each as a
+    /// phrase.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shared: Vec<String>,
-    /// Files of the host's that are memory to the guest, which writes them: a snapshot's memory alone holds them.
+    /// Files of the host that are memory to the guest, which writes them: only a snapshot's memory holds
+    /// them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mapped: Vec<String>,
-    /// The process, as far as the system tells.
+    /// The process, as far as the system reports it.
     pub process: Process,
-    /// What this QEMU can do.
+    /// The abilities of this QEMU.
     pub abilities: Abilities,
 }
 
@@ -67,12 +70,12 @@ pub struct Discovery {
 pub struct Cpu {
     /// The model: `max`, `Skylake-Server-v4`, ...
     pub model: String,
-    /// How many there are.
+    /// Number of processors.
     pub count: usize,
-    /// `-cpu` as it was given; none where it was not, or where the command line cannot be read.
+    /// `-cpu` as it was given. `None` if it was not, or if the command line cannot be read.
     pub option: Option<String>,
-    /// What the guest finds: vendor, family, model, stepping and every feature word; empty on an architecture that does not
-    /// tell.
+    /// Features visible to the guest: vendor, family, model, stepping and every feature word; empty on an
+    /// architecture that does not report them.
     pub features: Vec<(String, Value)>,
 }
 
@@ -80,18 +83,18 @@ pub struct Cpu {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Memory {
-    /// Given at the start.
+    /// Size at the start.
     pub base: u64,
-    /// Plugged in since.
+    /// Size hot-plugged since.
     pub plugged: u64,
 }
 
 impl Discovery {
-    /// Asks a QEMU. Changes nothing.
+    /// Reads it from a QEMU. Changes nothing.
     ///
     /// # Errors
-    /// Those of the connection; [`ErrorKind::Unsupported`] for a QEMU that is too old to be asked. What only the system could
-    /// tell of the process, and does not, is no error: [`Process::unread`] says what and why.
+    /// Errors of the connection; [`ErrorKind::Unsupported`] for a QEMU that is too old for the queries.
+    /// Missing information about the process is no error: [`Process::unread`] lists what is missing and why.
     pub async fn read(machine: &Machine) -> Result<Self> {
         let state = machine.run_state().await?;
         let abilities = machine.abilities().await?.clone();
@@ -129,13 +132,13 @@ impl Discovery {
         })
     }
 
-    /// The drive that a target names: its device's id, its drive's name, or its path in QOM.
+    /// Finds the drive of a target: its device's id, its drive's name, or its path in QOM.
     pub fn drive(&self, target: &str) -> Option<&BlockDevice> {
         self.drives.iter().find(|drive| drive.names.iter().any(|name| name == target))
     }
 }
 
-/// The reply to a query that not every QEMU has; null where it has not.
+/// Runs a query that not every QEMU has; null if it has not.
 async fn optional(machine: &Machine, command: &str) -> Result<Value> {
     match machine.query(command, Value::Null).await {
         Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::Refused) => Ok(Value::Null),
@@ -147,7 +150,7 @@ async fn property(machine: &Machine, path: &str, property: &str) -> Result<Value
     machine.query("qom-get", json!({ "path": path, "property": property })).await
 }
 
-/// A property that not every object has; null where it has not.
+/// Reads a property that not every object has; null if it has not.
 async fn optional_property(machine: &Machine, path: &str, name: &str) -> Result<Value> {
     match property(machine, path, name).await {
         Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::Refused) => Ok(Value::Null),

@@ -1,4 +1,4 @@
-//! The process of a QEMU: how it was started, so that it can be started again.
+//! The process of a QEMU: all that is needed to start it again.
 
 use std::{fs, io, os::unix::fs::MetadataExt, path::PathBuf};
 
@@ -7,31 +7,33 @@ use snapcore::secrets::is_needed_variable;
 
 use crate::machine::Machine;
 
-/// The process behind a QMP socket, from `/proc`: what could not be read is missing, and `unread` says why.
+/// The process behind a QMP socket, from `/proc`. A part that could not be read is missing, and `unread`
+/// gives the reason.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Process {
     /// Its id.
     pub pid: Option<u32>,
-    /// When it started, in clock ticks since boot: tells it from a later one of the same id.
+    /// Its start time, in clock ticks since boot: distinguishes it from a later process with the same id.
     pub start_ticks: Option<u64>,
-    /// The user that it was started as.
+    /// The user that it runs as.
     pub uid: Option<u32>,
     /// The program.
     pub program: Option<PathBuf>,
-    /// Which file the program is: device, inode, size and time of change. What it could do once, it can.
+    /// Identity of the program file: device, inode, size and time of change. The abilities of one build do
+    /// not change.
     #[serde(default)]
     pub build: Option<String>,
     /// Its command line, the first word included.
     #[serde(default)]
     pub command_line: Vec<String>,
-    /// The variables of its environment that another start of it needs ([`snapcore::secrets::is_needed_variable`]): no other is kept anywhere, because they
-    /// hold tokens and passwords of whoever started it.
+    /// The environment variables that the next start needs ([`snapcore::secrets::is_needed_variable`]). No
+    /// other is kept anywhere, because they hold tokens and passwords of the user who started it.
     #[serde(default)]
     pub environment: Vec<(String, String)>,
     /// Its working directory: relative names of images begin there.
     pub directory: Option<PathBuf>,
-    /// What could not be read, and why. Not in what a snapshot records.
+    /// Parts that could not be read, and the reasons. A snapshot does not record them.
     #[serde(default)]
     pub unread: Vec<String>,
 }
@@ -59,7 +61,8 @@ impl Process {
             .or_else(|| words.first().map(|word| String::from_utf8_lossy(word).into_owned()))
             .is_some_and(|name| name.contains("qemu") || name.contains("kvm"));
         if !is_qemu {
-            // A socket that was handed to QEMU belongs to who made it listen: its command line is not QEMU's.
+            // A socket that was handed to QEMU belongs to the process that made it listen: its command line
+            // is not QEMU's.
             let unread =
                 format!("the socket was opened by process {pid}, which is not a QEMU: its supervisor");
             return Self { unread: vec![unread], ..Self::default() };
@@ -94,8 +97,8 @@ impl Process {
         })
     }
 
-    /// The value of an option of the command line: `-cpu` or `--cpu` as a word of its own, and the next word. The last one
-    /// counts, as QEMU has it.
+    /// Returns the value of an option of the command line: `-cpu` or `--cpu` as a word of its own, then the
+    /// value. The last one counts, as in QEMU.
     pub fn option(&self, name: &str) -> Option<&str> {
         let is = |word: &str| word == name || word.strip_prefix('-') == Some(name);
         self.command_line.windows(2).rev().find_map(|pair| match pair {
@@ -104,8 +107,8 @@ impl Process {
         })
     }
 
-    /// Returns true if its command line has QEMU end where the guest reboots. (What `set-action` changed
-    /// since, no query tells.)
+    /// Returns true if its command line makes QEMU end when the guest reboots. (No query reports what
+    /// `set-action` changed since.)
     pub(crate) fn ends_at_reboot(&self) -> bool {
         let is = |word: &str, name: &str| word == name || word.strip_prefix('-') == Some(name);
         let mut ends = false;
@@ -125,7 +128,7 @@ impl Process {
     }
 }
 
-/// Strings that each end in a NUL.
+/// Splits strings that each end in a NUL.
 fn split(bytes: &[u8]) -> Vec<Vec<u8>> {
     let bytes = bytes.strip_suffix(&[0]).unwrap_or(bytes);
     if bytes.is_empty() {

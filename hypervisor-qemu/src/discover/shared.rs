@@ -1,5 +1,5 @@
-//! What of the host the guest can write besides its disks: shared directories and devices of the host, which no snapshot holds;
-//! files that are memory to it, which a snapshot's memory holds and their files keep.
+//! Parts of the host that the guest can write besides its disks. No snapshot holds shared directories and
+//! devices of the host. A snapshot's memory holds files that are memory to the guest.
 
 use std::collections::BTreeMap;
 
@@ -8,16 +8,16 @@ use serde_json::Value;
 use super::{Device, Process, optional_property};
 use crate::{error::Result, machine::Machine};
 
-/// Each in words that name where it is.
+/// Each as a phrase that names its place.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Shared {
-    /// What no snapshot holds.
+    /// Parts that no snapshot holds.
     pub(crate) nowhere: Vec<String>,
-    /// What a snapshot's memory alone holds.
+    /// Parts that only a snapshot's memory holds.
     pub(crate) in_memory: Vec<String>,
 }
 
-/// Asks a QEMU.
+/// Reads them from a QEMU.
 pub(super) async fn shared(machine: &Machine, process: &Process, devices: &[Device]) -> Result<Shared> {
     let (mut shared, mut in_memory) = (Vec::new(), Vec::new());
     for device in devices {
@@ -52,7 +52,7 @@ pub(super) async fn shared(machine: &Machine, process: &Process, devices: &[Devi
                 Some((path, _)) => in_memory.push(format!("the shared memory {path} ({})", device.kind)),
                 None => in_memory.push(format!("the shared memory of {shown} ({})", device.kind)),
             },
-            // A private mapping is memory of the guest's, and saved with it.
+            // A private mapping is the guest's own memory, and is saved with it.
             Kind::Persistent => {
                 if let Some((path, true)) = mapped(machine, device).await? {
                     in_memory.push(format!("the file {path} of the memory device {shown} ({})", device.kind));
@@ -66,7 +66,7 @@ pub(super) async fn shared(machine: &Machine, process: &Process, devices: &[Devi
     Ok(Shared { nowhere: shared, in_memory })
 }
 
-/// The same of a command that starts a machine, by its words alone.
+/// Reads them from the command that starts a machine.
 pub(crate) fn shared_by(command: &[String]) -> Shared {
     let options = |name: &'static str| {
         let is = move |word: &str| word == name || word.strip_prefix('-') == Some(name);
@@ -121,8 +121,8 @@ pub(crate) fn shared_by(command: &[String]) -> Shared {
     Shared { nowhere: shared, in_memory }
 }
 
-/// The directories that QEMU serves to the guest over its own network (`-netdev user,smb=DIRECTORY`). What it serves by TFTP
-/// the guest can only read.
+/// Returns the directories that QEMU serves to the guest over its own network (`-netdev user,smb=DIRECTORY`).
+/// The guest can only read what QEMU serves by TFTP.
 fn served_by_network(command: &[String]) -> Vec<String> {
     let mut served = Vec::new();
     for pair in command.windows(2) {
@@ -134,7 +134,7 @@ fn served_by_network(command: &[String]) -> Vec<String> {
             true => serde_json::from_str::<Value>(value)
                 .ok()
                 .and_then(|value| value["smb"].as_str().map(str::to_owned)),
-            // A doubled comma is one of a value.
+            // A doubled comma belongs to a value.
             false => {
                 let value = value.replace(",,", "\u{0}");
                 let part = value.split(',').find_map(|part| part.strip_prefix("smb="));
@@ -170,7 +170,7 @@ fn kind(name: &str) -> Kind {
     }
 }
 
-/// The file that a memory device maps, and whether what the guest writes goes to it.
+/// Returns the file that a memory device maps. The flag is true if the guest's writes go to the file.
 async fn mapped(machine: &Machine, device: &Device) -> Result<Option<(String, bool)>> {
     let backend = optional_property(machine, &device.path, "memdev").await?;
     let Some(backend) = backend.as_str().filter(|backend| !backend.is_empty()) else { return Ok(None) };
@@ -189,7 +189,7 @@ struct Share {
     is_used: bool,
 }
 
-/// The directories that a command shares by 9p, by their ids; that of a `-virtfs` may be its tag.
+/// Returns the directories that a command shares by 9p, by their ids; the id of a `-virtfs` may be its tag.
 fn shares(command: &[String]) -> BTreeMap<String, Share> {
     let mut shares = BTreeMap::new();
     for pair in command.windows(2) {
@@ -203,7 +203,7 @@ fn shares(command: &[String]) -> BTreeMap<String, Share> {
         let read_only = matches!(part("readonly"), Some("on" | "true" | "yes"))
             || pair[1].split(',').any(|part| part == "readonly");
         let share = Share { path: part("path").map(str::to_owned), read_only, is_used };
-        // QEMU names the `fsdev` of a `-virtfs` by its id, or by its tag.
+        // QEMU names the `fsdev` of a `-virtfs` after its id, or after its tag.
         if let Some(id) = part("id").or_else(|| part("mount_tag")) {
             shares.insert(id.to_owned(), share);
         }

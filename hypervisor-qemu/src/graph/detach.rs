@@ -1,8 +1,8 @@
-//! A disk's files set free under a paused guest, and taken up again: for whatever can only be done to an image that nobody has
-//! open (applying an internal snapshot, ...).
+//! Closes a disk's files under a paused guest, and reopens them later. Used for changes that need an image
+//! that no process has open (applying an internal snapshot, ...).
 //!
-//! An empty overlay in memory is put on top, and what is below it is deleted from the graph. The guest must not run meanwhile:
-//! it would read zeros.
+//! An empty overlay in memory is put on top, and the nodes below it are deleted from the graph. The guest
+//! must not run meanwhile: it would read zeros.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -22,32 +22,32 @@ use crate::{
     qcow2,
 };
 
-/// A device whose files are free. Serialisable: a journal must have it before the guest may go on.
+/// A device whose files are closed. Serialisable: a journal must have it before the guest may resume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 #[must_use = "the guest must not run until `attach`"]
 pub struct Detached {
-    /// The device, as it was asked for.
+    /// The device, as the caller named it.
     pub device: String,
-    /// The node of the empty overlay that it has instead.
+    /// The node of the empty overlay that replaces the chain.
     pub placeholder: Name,
-    /// Nodes of the old chain that something else uses: their files are not free.
+    /// Nodes of the old chain that are still in use: their files stay open.
     pub still_open: Vec<String>,
 }
 
-/// Sets the files of a device's whole chain free.
+/// Closes the files of a device's whole chain.
 ///
-/// Needs a guest that stands still, and keeps standing still until [`attach`]. Not idempotent: where the device has a
-/// placeholder already, that is an error which says so.
+/// Needs a paused guest that stays paused until [`attach`]. Not idempotent: if the device has a placeholder
+/// already, the error says so.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`], [`ErrorKind::Refused`] with what QEMU said. After an error the device has its old chain, or
-/// [`Error::state`] says what it has.
+/// [`ErrorKind::Invalid`], [`ErrorKind::Refused`] with QEMU's message. After an error the device has its old
+/// chain, unless [`Error::state`] says otherwise.
 pub async fn detach(machine: &Machine, device: &str) -> Result<Detached> {
     detach_as(machine, device, Name::fresh("ph")).await
 }
 
-/// [`detach`] with a name for the placeholder by which the disk is known after a crash.
+/// Like [`detach`], with a given name for the placeholder, by which the disk is recognised after a crash.
 pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name) -> Result<Detached> {
     let attempted = "detaching a disk";
     standing_still(machine, attempted).await?;
@@ -62,6 +62,8 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
     let root = graph.expect(attempted, root)?;
     let chain: Vec<String> = graph.chain(&root.name).iter().map(|node| node.name.clone()).collect();
 
+    // 1) Lend the descriptors under a note that names the nodes. A crash from here on leaves the note, by
+    //    which `close_taken_off` finds nodes that are no longer in any chain.
     let file = memory_file("placeholder", &qcow2::empty(root.virtual_size)?)
         .map_err(|error| Error::new(ErrorKind::Io, attempted, device, error.to_string()).source(error))?;
     let set = FdSet::add(machine, &note_of(&graph, &placeholder, &chain), &[&file.0, &file.1]).await?;
@@ -73,6 +75,8 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
         set.remove(machine).await;
         return Err(error);
     }
+    // 2) Put the empty overlay on top. A crash here leaves the old chain open below it: the disk still has
+    //    its data.
     let on_top = json!({ "actions": [{ "type": "blockdev-snapshot",
         "data": { "node": root.name, "overlay": placeholder.as_str() } }] });
     if let Err(error) = machine.run(attempted, device, "transaction", on_top).await {
@@ -81,6 +85,7 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
         return Err(error);
     }
     let graph = Graph::read(machine).await?;
+    // 3) Take the old chain off the overlay. A crash after this leaves the chain's nodes open and unused.
     if let Err(mut error) = reopen_backing(machine, &graph, placeholder.as_str(), None).await {
         match jobs::fold(machine, placeholder.as_str(), &root.name).await {
             Ok(()) => {
@@ -93,19 +98,23 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
         }
         return Err(error);
     }
+    // 4) Close the old chain: only now are the files free.
     let still_open = remove_layers(machine, &chain).await?;
     Ok(Detached { device: device.to_owned(), placeholder, still_open })
 }
 
-/// Gives a device a chain again: opens it (its top writable), hangs the placeholder on it, merges it down (it is empty, so
-/// nothing is moved), and deletes it. The device then has the chain itself.
+/// Gives a device a chain again. Opens the chain with a writable top, sets it as the placeholder's backing
+/// image, and merges the placeholder down. The placeholder is empty, so no data is moved. It is then deleted,
+/// and the device has the chain itself.
 ///
-/// Needs a guest that has stood still since [`detach`]. May be repeated after an error, and after a crash with the
-/// [`Detached`] from a journal: where the placeholder is gone it was done, and this says so by [`ErrorKind::Invalid`].
+/// Needs a guest that has been paused since [`detach`]. May be repeated after an error, and after a crash
+/// with the [`Detached`] from a journal. If the placeholder is gone, the disk was attached before; the call
+/// reports this as [`ErrorKind::Invalid`].
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`], [`ErrorKind::Refused`] with what QEMU said. After an error the device has its placeholder, the
-/// chain's nodes are closed again (or [`Error::state`] says which are left), and the guest must not run.
+/// [`ErrorKind::Invalid`], [`ErrorKind::Refused`] with QEMU's message. After an error the device has its
+/// placeholder and the chain's nodes are closed again (or [`Error::state`] names those left). The guest must
+/// not run then.
 pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Result<()> {
     let attempted = "attaching a disk";
     let device = &detached.device;
@@ -140,10 +149,11 @@ pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Re
     take_back(machine, placeholder).await
 }
 
-/// Gives the placeholder the size of the image that is about to take its place.
+/// Gives the placeholder the size of the image that is about to replace it.
 ///
-/// It has the size that the disk had when it was detached. The merge would enlarge a smaller image to that, and the device would
-/// go on with it. While nothing is below the placeholder this changes no file, and it is repeated by a repeated [`attach`].
+/// It has the size of the disk when that was detached. The merge would enlarge a smaller image to that size,
+/// and the device would keep it. While the placeholder has no backing image this changes no file, and a
+/// repeated [`attach`] repeats it.
 async fn resize_to(machine: &Machine, placeholder: &str, top: &str) -> Result<()> {
     let attempted = "attaching a disk";
     let graph = Graph::read(machine).await?;
@@ -155,12 +165,12 @@ async fn resize_to(machine: &Machine, placeholder: &str, top: &str) -> Result<()
     machine.run(attempted, placeholder, "block_resize", size).await.map(drop)
 }
 
-/// What the placeholder's descriptors are lent under: its name, and those of the chain's nodes that are the
-/// user's own. A crash between taking the chain off and closing it leaves them open, used by nobody and
-/// locked: then this tells what they are.
+/// Makes the note under which the placeholder's descriptors are lent: its name, and the names of the user's
+/// own nodes in the chain. A crash between taking the chain off and closing it leaves those nodes open and
+/// locked without a user: then this note names them.
 fn note_of(graph: &Graph, placeholder: &Name, chain: &[String]) -> String {
     let files = chain.iter().filter_map(|name| graph.file(name));
-    // QEMU closes nodes that it named itself, and ours are known by their names.
+    // QEMU closes nodes that it named itself, and ours are recognised by their names.
     let own =
         chain.iter().map(String::as_str).chain(files).filter(|name| !name.starts_with('#') && !is_ours(name));
     let mut note = placeholder.to_string();
@@ -171,8 +181,8 @@ fn note_of(graph: &Graph, placeholder: &Name, chain: &[String]) -> String {
     note
 }
 
-/// Closes the nodes of chains that were taken off their devices, and which a crash left open. Gives how many
-/// there were.
+/// Closes the nodes of chains that were taken off their devices and that a crash left open. Returns their
+/// number.
 pub(crate) async fn close_taken_off(machine: &Machine) -> Result<usize> {
     let sets = machine.query("query-fdsets", Value::Null).await?;
     let mut closed = 0;
@@ -180,7 +190,7 @@ pub(crate) async fn close_taken_off(machine: &Machine) -> Result<usize> {
         let mut words = note.split(' ');
         let (Some(placeholder), chain) = (words.next(), words.collect::<Vec<_>>()) else { continue };
         let graph = machine.graph().await?;
-        // Where the device has the chain below its placeholder, the chain is in use.
+        // If the device has the chain below its placeholder, the chain is in use.
         if chain.is_empty() || graph.node(placeholder).is_none() || graph.backing(placeholder).is_some() {
             continue;
         }
@@ -193,7 +203,7 @@ pub(crate) async fn close_taken_off(machine: &Machine) -> Result<usize> {
     Ok(closed)
 }
 
-/// Takes back what was lent under a name of ours.
+/// Takes back the descriptors that were lent under a name of ours.
 pub(crate) async fn take_back(machine: &Machine, what: &str) -> Result<()> {
     let sets = machine.query("query-fdsets", Value::Null).await?;
     for (id, opaque) in crate::fdset::ours(&sets) {

@@ -1,4 +1,4 @@
-//! Nodes of layers: added, re-homed, deleted.
+//! Nodes of layers: added, reopened by name, deleted.
 
 use std::{collections::HashSet, os::unix::fs::FileTypeExt, path::PathBuf};
 
@@ -14,7 +14,7 @@ use crate::{
     name::Name,
 };
 
-/// How a node is opened.
+/// Options with which a node is opened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct NodeOptions {
@@ -24,10 +24,10 @@ pub struct NodeOptions {
     pub cache_no_flush: bool,
     /// `off`, `on` or `unmap`.
     pub detect_zeroes: String,
-    /// More of the format's node, as QMP takes them: `discard`, `l2-cache-size`, ...
+    /// Other options of the format node, in QMP's form: `discard`, `l2-cache-size`, ...
     #[serde(default)]
     pub format: Map<String, Value>,
-    /// More of the file's node: `aio`, `locking`, ...
+    /// Other options of the file node: `aio`, `locking`, ...
     #[serde(default)]
     pub file: Map<String, Value>,
 }
@@ -40,7 +40,8 @@ impl Default for NodeOptions {
 }
 
 impl NodeOptions {
-    /// As another node was opened, as far as QEMU reports it: an overlay behaves as its backing file.
+    /// Returns the options of another node, as far as QEMU reports them: an overlay behaves as its backing
+    /// file.
     pub fn like(node: &Node) -> Self {
         Self {
             cache_direct: node.cache.direct,
@@ -50,7 +51,7 @@ impl NodeOptions {
         }
     }
 
-    /// The same, with what else the user's command line says of the disk's image.
+    /// Adds the other options that the user's command line gives for the disk's image.
     pub(crate) fn and(mut self, given: Option<&Given>) -> Self {
         if let Some(given) = given {
             self.format = given.format.clone();
@@ -59,7 +60,7 @@ impl NodeOptions {
         self
     }
 
-    /// What else is said of a node of the driver `driver`, on top of `node`.
+    /// Adds the other options that fit the driver to a node.
     fn extend(&self, driver: &str, node: &mut Value) {
         for (key, value) in &self.format {
             if driver == "qcow2" || key == "discard" {
@@ -73,21 +74,21 @@ impl NodeOptions {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Layer {
-    /// The node's name; that of the file below it has `-f` behind it.
+    /// The node's name. The file node below it has `-f` appended.
     pub name: Name,
-    /// The image's permanent name, absolute. It must never be renamed while a QEMU has it: QEMU opens it again, by this name,
-    /// whenever the node turns writable or read-only.
+    /// The image's permanent name, absolute. It must never be renamed while a QEMU has it open. QEMU reopens
+    /// it by this name whenever the node turns writable or read-only.
     pub file: PathBuf,
-    /// QEMU's word for the format: `qcow2`, `raw`, ... Stated, never guessed.
+    /// QEMU's name of the format: `qcow2`, `raw`, ... Stated, never guessed.
     pub driver: String,
-    /// Whether the format has backing images.
+    /// True if the format has backing images.
     pub backed: bool,
-    /// How it is opened.
+    /// Its options.
     pub options: NodeOptions,
 }
 
 impl Layer {
-    /// A qcow2 layer.
+    /// Makes a qcow2 layer.
     pub fn qcow2(name: Name, file: impl Into<PathBuf>) -> Self {
         Self {
             name,
@@ -98,7 +99,7 @@ impl Layer {
         }
     }
 
-    /// A raw layer: only ever the base.
+    /// Makes a raw layer, which is always the base.
     pub fn raw(name: Name, file: impl Into<PathBuf>) -> Self {
         Self {
             name,
@@ -109,7 +110,7 @@ impl Layer {
         }
     }
 
-    /// The same with other options.
+    /// Sets other options.
     pub fn options(mut self, options: NodeOptions) -> Self {
         self.options = options;
         self
@@ -133,7 +134,8 @@ impl Layer {
             "driver": self.driver,
             "node-name": self.name.as_str(),
             "read-only": read_only,
-            // Where nothing is known, the guest's discards are passed on: a device that has them off never sends any.
+            // Without known options, discards of the guest are passed on: a device that has them off never
+            // sends any.
             "discard": "unmap",
             "detect-zeroes": self.options.detect_zeroes,
             "cache": { "direct": self.options.cache_direct, "no-flush": self.options.cache_no_flush },
@@ -149,39 +151,39 @@ impl Layer {
     }
 }
 
-/// A chain that is to be under a device: layers to open, bottom first, on a node that is there already, or on nothing.
+/// The new chain of a device: layers to open, bottom first, on an existing node or on nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Stack {
-    /// The node on which the first layer stands.
+    /// The node that backs the first layer.
     pub below: Option<String>,
     /// The layers to open, bottom first.
     pub layers: Vec<Layer>,
 }
 
 impl Stack {
-    /// A node that is there already.
+    /// Makes a stack of one existing node.
     pub fn node(name: impl Into<String>) -> Self {
         Self { below: Some(name.into()), layers: Vec::new() }
     }
 
-    /// Layers, bottom first, on nothing.
+    /// Makes a stack of layers, bottom first, without a node below.
     pub fn layers(layers: impl IntoIterator<Item = Layer>) -> Self {
         Self { below: None, layers: layers.into_iter().collect() }
     }
 
-    /// One more on top.
+    /// Adds a layer on top.
     pub fn and(mut self, layer: Layer) -> Self {
         self.layers.push(layer);
         self
     }
 
-    /// The name of its topmost node.
+    /// Returns the name of its topmost node.
     pub(super) fn top(&self) -> Option<&str> {
         self.layers.last().map(|layer| layer.name.as_str()).or(self.below.as_deref())
     }
 
-    /// Opens its layers; gives those that were opened, top first. After an error none of them is open.
+    /// Opens its layers; returns those that were opened, top first. After an error none of them is open.
     pub(super) async fn open(&self, machine: &Machine, top_writable: bool) -> Result<Vec<String>> {
         let mut opened: Vec<String> = Vec::new();
         let mut below = self.below.clone();
@@ -201,13 +203,13 @@ impl Stack {
     }
 }
 
-/// Opens a layer as a node. With `backing` none, it stands on nothing, whatever its file says.
+/// Opens a layer as a node. With `backing` none it has no backing image, whatever its file says.
 ///
-/// Not idempotent: a name can be taken once.
+/// Not idempotent: a node name is unique.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`], [`ErrorKind::Io`] for a file that is not there; [`ErrorKind::Refused`] with what QEMU said. After
-/// an error there is no such node.
+/// [`ErrorKind::Invalid`], [`ErrorKind::Io`] for a missing file; [`ErrorKind::Refused`] with QEMU's message.
+/// After an error there is no such node.
 pub async fn add_layer(
     machine: &Machine,
     layer: &Layer,
@@ -221,16 +223,16 @@ pub async fn add_layer(
     Ok(())
 }
 
-/// Opens an empty image as an overlay that is to be put on top of a device by the cut ([`crate::instant`]) or by
-/// [`super::swap()`]: writable, standing on nothing until then.
+/// Opens an empty image as an overlay, which the cut ([`crate::instant`]) or [`super::swap()`] then puts on
+/// top of a device. It is writable and has no backing image until then.
 ///
 /// # Errors
-/// As [`add_layer`].
+/// See [`add_layer`].
 pub async fn add_overlay(machine: &Machine, overlay: &Layer) -> Result<()> {
     add_layer(machine, overlay, None, false).await
 }
 
-/// Puts another image below a node of ours. Its other options stay as they are.
+/// Replaces the backing image of a node of ours. Its other options stay as they are.
 pub(crate) async fn reopen_backing(
     machine: &Machine,
     graph: &Graph,
@@ -252,7 +254,7 @@ pub(crate) async fn reopen_backing(
         "file": file,
         "backing": backing,
     });
-    // An option that is not said again is QEMU's default from then on.
+    // An option that is not repeated here returns to QEMU's default.
     if let Some(known) = machine.options_of(name) {
         known.extend(&node.driver, &mut options);
     }
@@ -260,16 +262,16 @@ pub(crate) async fn reopen_backing(
     machine.run(attempted, &subject, "blockdev-reopen", json!({ "options": [options] })).await.map(drop)
 }
 
-/// Gives the frozen image below an overlay of ours a node that knows it by its layer's name: the node that QEMU was started
-/// with knows it by the configured path, which is another image's by now.
+/// Replaces the node of the frozen image below an overlay of ours by one with the layer's permanent name. The
+/// node that QEMU was started with has the configured path as its name, which is another image's by now.
 ///
-/// Opens the layer, read-only, on what the old node stands on; hangs the overlay on it; deletes the old node. The guest may
-/// run. May be repeated: where the overlay stands on the layer's node already, only what is left of the old one is deleted.
-/// Gives the nodes that could not be deleted because something else uses them.
+/// Opens the layer read-only on the old node's backing node, makes it the overlay's backing image, and
+/// deletes the old node. The guest may run. May be repeated: if the overlay is backed by the layer's node
+/// already, this does nothing. Returns the nodes that could not be deleted because they are in use.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`], [`ErrorKind::Refused`]. After an error the overlay stands on the old node (and the layer's is
-/// gone), or on the layer's.
+/// [`ErrorKind::Invalid`], [`ErrorKind::Refused`]. After an error the overlay is backed by the old node (and
+/// the layer's is gone), or by the layer's.
 pub async fn rehome(machine: &Machine, overlay: &str, layer: &Layer) -> Result<Vec<String>> {
     let attempted = "giving a frozen image a node of its own name";
     let graph = machine.graph().await?;
@@ -288,21 +290,21 @@ pub async fn rehome(machine: &Machine, overlay: &str, layer: &Layer) -> Result<V
             Err(second) => error.now(format!("the node {} is left ({second})", layer.name)),
         });
     }
-    // The old node's file is the one that it had.
+    // The old node's file is the one that the graph had before.
     remove_layers_of(machine, &graph, &[old.to_owned()]).await
 }
 
-/// Deletes nodes, in the order given (top first), each with the node of its file. One that is gone already is passed over,
-/// so this may be repeated. One that something still uses is not deleted, and named in what this gives.
+/// Deletes nodes in the given order (top first), each with its file node. A node that is gone already is
+/// skipped, so this may be repeated. A node that is still in use is not deleted; its name is returned.
 ///
 /// # Errors
-/// Those of the connection.
+/// Errors of the connection.
 pub async fn remove_layers(machine: &Machine, names: &[String]) -> Result<Vec<String>> {
     let before = machine.graph().await?;
     remove_layers_of(machine, &before, names).await
 }
 
-/// The same, where the graph with the nodes was read before.
+/// Like [`remove_layers`], with the graph that was read before.
 async fn remove_layers_of(machine: &Machine, before: &Graph, names: &[String]) -> Result<Vec<String>> {
     let mut wanted = Vec::new();
     for name in names {
@@ -310,7 +312,7 @@ async fn remove_layers_of(machine: &Machine, before: &Graph, names: &[String]) -
         wanted.push(name.clone());
         wanted.extend(file);
     }
-    // A node of QEMU's own making goes by itself with the last that uses it, and its name tells nobody anything.
+    // A node that QEMU named itself is deleted by QEMU with its last user; its name need not be returned.
     for name in &wanted {
         if before.node(name).is_none() {
             continue;
@@ -326,12 +328,12 @@ async fn remove_layers_of(machine: &Machine, before: &Graph, names: &[String]) -
     Ok(wanted.into_iter().filter(|name| seen.insert(name.clone()) && after.node(name).is_some()).collect())
 }
 
-/// Deletes an internal snapshot of a device's active image. The guest may run. Gives whether it was there, so it may be
-/// repeated.
+/// Deletes an internal snapshot of a device's active image. The guest may run. Returns false if there was
+/// none, so it may be repeated.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`] where there is no such device; [`ErrorKind::Refused`] with what QEMU said: the snapshot is there
-/// still.
+/// [`ErrorKind::Invalid`] if there is no such device; [`ErrorKind::Refused`] with QEMU's message: the
+/// snapshot still exists.
 pub async fn delete_internal(machine: &Machine, device: &str, tag: &str) -> Result<bool> {
     let attempted = "deleting an internal snapshot";
     let graph = Graph::read(machine).await?;
@@ -345,7 +347,7 @@ pub async fn delete_internal(machine: &Machine, device: &str, tag: &str) -> Resu
     }
     let subject = format!("{tag} of {device}");
     if graph.keeps_internal_off(root).is_some() {
-        // Such a filter lets nothing through to its image; this job names the image itself.
+        // Such a filter passes no snapshot command to its image; this job names the image itself.
         let job = Name::job();
         let arguments = json!({ "job-id": job.as_str(), "tag": tag, "devices": [root] });
         machine.run(attempted, &subject, "snapshot-delete", arguments).await?;

@@ -1,7 +1,7 @@
-//! The block graph: which nodes there are, what stands on what, and how it is changed under a device.
+//! The block graph: its nodes and edges, and changes of it under a device.
 //!
-//! `nodes` reads it, `layer` adds and deletes, `swap` replaces what is below a device, `detach` frees a disk's files under a
-//! paused guest, `truth` proves that every node still has the file that it names.
+//! `nodes` reads it, `layer` adds and deletes, `swap` replaces the chain below a device. `detach` closes a
+//! disk's files under a paused guest, `truth` proves that every node still has the file that it names.
 
 mod detach;
 mod layer;

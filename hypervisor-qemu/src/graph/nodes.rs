@@ -1,7 +1,8 @@
-//! [`Graph`]: QEMU's block nodes as they are, from `query-named-block-nodes`, `query-block` and `x-debug-query-block-graph`.
+//! [`Graph`]: QEMU's block nodes, from `query-named-block-nodes`, `query-block` and
+//! `x-debug-query-block-graph`.
 //!
-//! The last is called unstable by QEMU, but it is in every version since 4.0 and is the only query that says, for nodes with
-//! and without a device, which stands on which; before 10.1 `query-named-block-nodes` does not.
+//! QEMU calls the last one unstable, but it is in every version since 4.0. It is the only query that reports
+//! the edges of all nodes, with and without a device; before 10.1 `query-named-block-nodes` does not.
 
 use std::collections::{HashMap, HashSet};
 
@@ -14,7 +15,7 @@ use crate::{
     machine::Machine,
 };
 
-/// Filters that only QEMU makes, for a job.
+/// Filters that only QEMU creates, for a job.
 const JOB_FILTERS: [&str; 2] = ["commit_top", "mirror_top"];
 
 /// Filters that a user puts above an image. The last may be a job's too.
@@ -29,32 +30,34 @@ const FILTERS: [&str; 8] = [
     COPY_BEFORE_WRITE,
 ];
 
-/// The filter that keeps, in a target, what the guest overwrites: of a backup job, or of a backup tool.
+/// The filter that saves to a target the data that the guest overwrites; it belongs to a backup job or a
+/// backup tool.
 pub(crate) const COPY_BEFORE_WRITE: &str = "copy-before-write";
 
-/// Returns true if a node of this driver is no image, but filters the one below it.
+/// Returns true if a node of this driver is not an image, but filters the one below it.
 pub(crate) fn is_filter(driver: &str) -> bool {
     FILTERS.contains(&driver) || is_job_filter(driver)
 }
 
-/// Returns true if only a job of QEMU's has such a filter.
+/// Returns true if only a job of QEMU has such a filter.
 pub(crate) fn is_job_filter(driver: &str) -> bool {
     JOB_FILTERS.contains(&driver)
 }
 
-/// Returns true if a filter of this driver passes everything through that matters to a snapshot, so that images can be
-/// exchanged below it. Not so `copy-on-read`, which may hold on to its images, and those that log or check each write.
+/// Returns true if a filter of this driver passes everything through that matters to a snapshot. Images can
+/// then be exchanged below it. `copy-on-read` does not, because it may keep its images; nor do filters that
+/// log or check each write.
 pub(crate) fn passes_through(driver: &str) -> bool {
     matches!(driver, "throttle" | "compress" | COPY_BEFORE_WRITE)
 }
 
-/// Returns true if QEMU takes internal snapshots through a filter of this driver. It does not where the filter has a second
-/// node below itself, which would need a snapshot too.
+/// Returns true if QEMU takes internal snapshots through a filter of this driver. It does not if the filter
+/// has a second node below itself, which would need a snapshot too.
 fn passes_internal_snapshots(driver: &str) -> bool {
     driver != COPY_BEFORE_WRITE
 }
 
-/// No chain has more layers, and no walk is longer.
+/// Limit for the length of a chain, and of every walk.
 const LONGEST_CHAIN: usize = 4096;
 
 /// One node.
@@ -65,29 +68,30 @@ pub struct Node {
     pub name: String,
     /// `qcow2`, `raw`, `file`, ...
     pub driver: String,
-    /// The name QEMU has for its file: of a format's node, that of the file below. May be a `json:` string.
+    /// QEMU's name of its file; for a format node, that of the file below. May be a `json:` string.
     pub file: String,
-    /// Whether it was opened for reading only.
+    /// True if it was opened read-only.
     pub read_only: bool,
-    /// How it is cached.
+    /// Its cache options.
     pub cache: Cache,
     /// `off`, `on` or `unmap`.
     pub detect_zeroes: String,
-    /// What the guest sees, in bytes.
+    /// Size that the guest sees, in bytes.
     pub virtual_size: u64,
     /// The snapshots inside of the image.
     pub snapshots: Vec<InternalSnapshot>,
-    /// The names of the dirty bitmaps that QEMU alone has: they are in no file (yet).
+    /// Names of the dirty bitmaps that only QEMU has: they are in no file (yet).
     #[serde(default)]
     pub bitmaps: Vec<String>,
-    /// Whether it may be written and locked, which it may not after a migration. None of a QEMU before 10.0.
+    /// True if it may be written and locked, which is not so after a migration. `None` for a QEMU before
+    /// 10.0.
     #[serde(default)]
     pub active: Option<bool>,
 }
 
 impl Node {
-    /// Returns true if it shows a part of its file alone (`offset` or `size` of a raw node). QEMU names such a node by a
-    /// `json:` string, because a plain name would not open the same.
+    /// Returns true if it shows only a part of its file (`offset` or `size` of a raw node). QEMU names such a
+    /// node by a `json:` string, because a plain name would not open the same.
     pub(crate) fn is_slice(&self) -> bool {
         let options =
             self.file.strip_prefix("json:").and_then(|text| serde_json::from_str::<Value>(text).ok());
@@ -114,44 +118,44 @@ pub struct InternalSnapshot {
     pub id: String,
     /// Its name.
     pub name: String,
-    /// The size of its VM state, in bytes; 0 where there is none.
+    /// Size of its VM state, in bytes; 0 if there is none.
     pub vm_state_size: u64,
 }
 
-/// Who uses a node, and as what.
+/// The user of a node, and the role of the node in it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Edge {
-    /// The name of the node above; of a device or drive; of a job.
+    /// Name of the node above, of the device or drive, or of the job.
     pub parent: String,
-    /// Whether the parent is a node, a `block-backend` (a device), or a `block-job`.
+    /// Kind of the parent: a node, a `block-backend` (a device), or a `block-job`.
     pub parent_type: String,
     /// `backing`, `file`, `root`, ...
     pub role: String,
-    /// The name of the node below.
+    /// Name of the node below.
     pub child: String,
 }
 
-/// The nodes and what stands on what.
+/// The nodes and their edges.
 #[derive(Debug, Clone)]
 pub struct Graph {
     nodes: Vec<Node>,
     edges: Vec<Edge>,
-    /// Roots by what a device is known as: the drive's name, its path in QOM, its id.
+    /// Root nodes by each name of a device: the drive's name, its path in QOM, its id.
     roots: HashMap<String, String>,
     drives: Vec<Value>,
 }
 
 impl Graph {
-    /// Reads it; a job that ends meanwhile may make it stale.
+    /// Reads the graph. A job that ends meanwhile may make it stale.
     ///
-    /// QEMU 10.0 ends by a segmentation fault where its nodes are asked for while a stream job is concluded
-    /// and not dismissed. One of ours, which a crash left, is dismissed first: what it did is in the chains.
+    /// QEMU 10.0 crashes (segmentation fault) if its nodes are queried while a stream job is concluded and
+    /// not dismissed. One of ours, which a crash left, is dismissed first: its effect is in the chains.
     /// Nothing else is changed.
     ///
     /// # Errors
-    /// Those of the connection; [`ErrorKind::Unsupported`] where QEMU has no `x-debug-query-block-graph`;
-    /// [`ErrorKind::Invalid`] where another program has a concluded stream job.
+    /// Errors of the connection; [`ErrorKind::Unsupported`] if QEMU has no `x-debug-query-block-graph`;
+    /// [`ErrorKind::Invalid`] if another program has a concluded stream job.
     pub async fn read(machine: &Machine) -> Result<Self> {
         jobs::dismiss_streams(machine).await?;
         let listed = machine.query("query-named-block-nodes", json!({ "flat": true })).await?;
@@ -172,8 +176,8 @@ impl Graph {
         Ok(graph)
     }
 
-    /// The node that the user's filters are on, or the node itself. A filter that passes everything through is a part of the
-    /// device: what is done to the disk is done below it, and it stays.
+    /// Returns the node below the user's filters, or the node itself. A filter that passes everything through
+    /// is a part of the device: operations on the disk happen below it, and it stays.
     fn below_filters(&self, root: String) -> String {
         let mut at = root;
         for _ in 0..LONGEST_CHAIN {
@@ -185,7 +189,7 @@ impl Graph {
         at
     }
 
-    /// The filters on a node that pass everything through, the topmost last.
+    /// Returns the filters on a node that pass everything through, the topmost last.
     pub(crate) fn filters_on(&self, name: &str) -> Vec<&Node> {
         let (mut filters, mut at): (Vec<&Node>, &str) = (Vec::new(), name);
         while let Some(filter) = self
@@ -201,18 +205,18 @@ impl Graph {
         filters
     }
 
-    /// The topmost of the filters on a node that pass everything through, or the node itself: jobs and internal snapshots are
-    /// asked for by the node that no other node is above, which QEMU calls a root node.
+    /// Returns the topmost of those filters, or the node itself. Jobs and internal snapshots need the node
+    /// that no other node is above, which QEMU calls a root node.
     pub(crate) fn top_of<'a>(&'a self, name: &'a str) -> &'a str {
         self.filters_on(name).last().map_or(name, |filter| filter.name.as_str())
     }
 
-    /// The filter on a node through which QEMU takes and deletes no internal snapshot.
+    /// Returns the filter on a node that blocks QEMU's internal snapshots.
     pub(crate) fn keeps_internal_off(&self, name: &str) -> Option<&Node> {
         self.filters_on(name).into_iter().find(|filter| !passes_internal_snapshots(&filter.driver))
     }
 
-    /// All nodes below a node, that one too; what a filter keeps elsewhere (its target) is not below it.
+    /// Returns all nodes below a node, and that node. The target of a filter is not below it.
     pub(crate) fn all_below<'a>(&'a self, top: &'a str) -> Vec<&'a str> {
         let mut all = vec![top];
         let mut seen = 0;
@@ -227,12 +231,12 @@ impl Graph {
         all
     }
 
-    /// All nodes.
+    /// Returns all nodes.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
 
-    /// Who uses what.
+    /// Returns all edges.
     pub fn edges(&self) -> &[Edge] {
         &self.edges
     }
@@ -241,12 +245,12 @@ impl Graph {
         &self.drives
     }
 
-    /// The node of a name.
+    /// Finds a node by its name.
     pub fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.iter().find(|node| node.name == name)
     }
 
-    /// The node of a name, or an error that says that there is none.
+    /// Finds a node by its name, or returns an error.
     pub(crate) fn expect(&self, attempted: &str, name: &str) -> Result<&Node> {
         self.node(name).ok_or_else(|| {
             let detail = "QEMU has no such node";
@@ -255,14 +259,14 @@ impl Graph {
         })
     }
 
-    /// The topmost node of a device that is not a filter which passes everything through, by its id (`vda`), its drive's name, its path in
-    /// QOM, or the node's own name.
+    /// Finds the root node of a device: the topmost that is not a filter which passes everything through.
+    /// `device` is its id (`vda`), its drive's name, its path in QOM, or the node's own name.
     pub fn root(&self, device: &str) -> Option<&str> {
         let root = self.roots.get(device).map(String::as_str);
         root.or_else(|| self.node(device).map(|node| node.name.as_str()))
     }
 
-    /// The node that has a role below a node. Filters of jobs are passed over.
+    /// Returns the child of a node in a role. Filters of jobs are skipped.
     fn below<'a>(&'a self, name: &'a str, role: &'a str) -> Option<&'a str> {
         let mut at = name;
         let mut role = role;
@@ -282,22 +286,22 @@ impl Graph {
         None
     }
 
-    /// What a node stands on: its backing image's node; of a filter (`throttle`, ...), the filtered one.
+    /// Returns the node of its backing image; for a filter (`throttle`, ...), the filtered node.
     pub fn backing<'a>(&'a self, name: &'a str) -> Option<&'a str> {
         let filter = self.node(name).is_some_and(|node| is_filter(&node.driver));
-        // Most filters have what they filter as their file; those of commit and mirror jobs as their backing image; blkdebug and
-        // blkreplay as an image.
+        // Most filters have the filtered node as their file; those of commit and mirror jobs as their backing
+        // image; blkdebug and blkreplay as an image.
         let has = |role: &&str| self.edges.iter().any(|edge| edge.parent == name && edge.role == *role);
         let role = ["file", "image"].into_iter().find(has).filter(|_| filter);
         self.below(name, role.unwrap_or("backing"))
     }
 
-    /// The node of the file below a format's node.
+    /// Returns the file node below a format node.
     pub fn file<'a>(&'a self, name: &'a str) -> Option<&'a str> {
         self.below(name, "file")
     }
 
-    /// The layers from a node down to the base, that node first. A node's file is not one of them.
+    /// Returns the layers from a node down to the base, that node first. File nodes are not included.
     pub fn chain<'a>(&'a self, top: &'a str) -> Vec<&'a Node> {
         let (mut chain, mut seen, mut at) = (Vec::new(), HashSet::new(), Some(top));
         while let Some(node) = at.and_then(|name| self.node(name)) {
@@ -310,13 +314,13 @@ impl Graph {
         chain
     }
 
-    /// Who uses a node directly.
+    /// Returns the edges from a node's direct users.
     pub fn users(&self, name: &str) -> impl Iterator<Item = &Edge> {
         self.edges.iter().filter(move |edge| edge.child == name)
     }
 }
 
-/// What a device is known as: `/machine/peripheral/vda/virtio-backend` is also `vda`.
+/// Returns all names of a device: `/machine/peripheral/vda/virtio-backend` is also `vda`.
 pub(crate) fn device_names(drive: &Value) -> Vec<String> {
     let mut names = Vec::new();
     if let Some(device) = drive["device"].as_str().filter(|device| !device.is_empty()) {
@@ -331,7 +335,7 @@ pub(crate) fn device_names(drive: &Value) -> Vec<String> {
     names
 }
 
-/// The id of a device, from its path in QOM; a device without an id has none.
+/// Returns the id of a device from its path in QOM, if it has one.
 pub(crate) fn device_id(qdev: &str) -> Option<&str> {
     if !qdev.starts_with('/') {
         return Some(qdev);
@@ -361,7 +365,7 @@ fn node(value: &Value) -> Option<Node> {
     })
 }
 
-/// The dirty bitmaps of a node that its image's file does not have.
+/// Returns the dirty bitmaps of a node that its image's file does not have.
 fn unstored_bitmaps(node: &Value) -> Vec<String> {
     let names = |list: &Value| -> Vec<String> {
         let all = list.as_array().map(Vec::as_slice).unwrap_or_default();
@@ -398,7 +402,7 @@ fn edges(graph: &Value) -> Option<Vec<Edge>> {
     })
 }
 
-/// All entries of a list, or none if one of them cannot be read: one that is passed over would be worse.
+/// Reads all entries of a list; none if one of them cannot be read, because skipping it would be worse.
 pub(crate) fn all<T>(value: &Value, each: impl Fn(&Value) -> Option<T>) -> Option<Vec<T>> {
     value.as_array()?.iter().map(each).collect()
 }

@@ -1,4 +1,4 @@
-//! The chain under a device replaced by another one, in place: how an external snapshot is reverted to.
+//! Replaces the chain under a device in place: the revert to an external snapshot.
 
 use serde_json::{Value, json};
 
@@ -13,7 +13,7 @@ use crate::{
     name::Name,
 };
 
-/// One device and what it is to stand on.
+/// One device and its new chain.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Swap {
@@ -21,27 +21,29 @@ pub struct Swap {
     pub device: String,
     /// An overlay that [`super::add_overlay`] has opened; it becomes the active image.
     pub overlay: Name,
-    /// What the overlay stands on afterwards: the image that is reverted to.
+    /// The backing image of the overlay afterwards: the image that is reverted to.
     pub onto: Stack,
 }
 
 impl Swap {
-    /// A device, its new active image, and what that stands on.
+    /// Combines a device, its new active image, and the backing image of that.
     pub fn new(device: impl Into<String>, overlay: Name, onto: Stack) -> Self {
         Self { device: device.into(), overlay, onto }
     }
 }
 
-/// Puts other chains under several devices, all or none. What nothing uses any more is deleted from the graph (files are not
-/// touched).
+/// Replaces the chains of several devices, all or none. Nodes that become unused are deleted from the graph
+/// (files are not touched).
 ///
-/// Needs a guest that stands still: what it sees changes under it. Afterwards restore memory of the same instant, or reset it.
-/// Each overlay must be empty and open, and be as large as its image. Gives the old nodes that could not be deleted because
-/// something else uses them. Not idempotent: after a crash, [`Graph::root`] tells whether it was done.
+/// Needs a paused guest: its disks change under it. Afterwards restore memory of the same instant, or reset
+/// the guest. Each overlay must be empty and open, and as large as its image. Returns the old nodes that
+/// could not be deleted because they are in use. Not idempotent: after a crash, [`Graph::root`] shows if it
+/// was done.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`] where the guest runs or a node is missing; [`ErrorKind::Refused`] with what QEMU said. After an
-/// error every device has its old chain (or [`Error::state`] names those that do not); the overlays stay open.
+/// [`ErrorKind::Invalid`] if the guest runs or a node is missing; [`ErrorKind::Refused`] with QEMU's message.
+/// After an error every device has its old chain (or [`Error::state`] names those that do not); the overlays
+/// stay open.
 pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
     let attempted = "replacing the chains of disks";
     standing_still(machine, attempted).await?;
@@ -55,6 +57,8 @@ pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
         roots.push(root.to_owned());
     }
 
+    // 1) Open the new chains. Nothing uses them yet: an error closes them, a crash leaves nodes that `sweep`
+    //    deletes.
     let mut opened: Vec<String> = Vec::new();
     for swap in swaps {
         match swap.onto.open(machine, false).await {
@@ -62,6 +66,7 @@ pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
             Err(error) => return Err(undone(machine, error, &opened).await),
         }
     }
+    // 2) Put all overlays on top in one transaction. They are backed by the old chains until step 3.
     let actions: Vec<Value> = swaps
         .iter()
         .zip(&roots)
@@ -73,6 +78,8 @@ pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
     if let Err(error) = machine.run(attempted, &subject, "transaction", json!({ "actions": actions })).await {
         return Err(undone(machine, error, &opened).await);
     }
+    // 3) Move each overlay to its new chain. If one fails, the overlays that are already on top are taken off
+    //    again: they are empty, so no data is lost.
     let graph_now = Graph::read(machine).await?;
     for swap in swaps {
         let hung = reopen_backing(machine, &graph_now, swap.overlay.as_str(), swap.onto.top()).await;
@@ -85,7 +92,8 @@ pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
         }
         return Err(undone(machine, error, &opened).await);
     }
-    // What the new chains do not use: of two disks on one base, what one drops the other may keep.
+    // 4) Delete the old nodes that no new chain uses. Two disks may have one base: the node that one drops
+    //    may be in use by the other.
     let after = Graph::read(machine).await?;
     let kept: Vec<&str> = swaps
         .iter()
@@ -97,7 +105,7 @@ pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
     remove_layers(machine, &old).await
 }
 
-/// Takes an empty overlay off again that was put on `root`, and leaves it open.
+/// Removes an empty overlay that was put on `root`, and leaves it open.
 async fn take_off(machine: &Machine, overlay: &Name, root: &str) -> Result<()> {
     let graph = Graph::read(machine).await?;
     if graph.backing(overlay.as_str()) != Some(root) {
@@ -106,11 +114,12 @@ async fn take_off(machine: &Machine, overlay: &Name, root: &str) -> Result<()> {
     jobs::fold(machine, overlay.as_str(), root).await
 }
 
-/// Merges a device's active image, an overlay of ours, into what it stands on, and deletes its node: undoes an overlay. With
-/// an overlay that is empty nothing is moved. The guest may run or stand still; its disks must be active (not `postmigrate`).
+/// Merges a device's active image, an overlay of ours, into its backing image, and deletes its node. This
+/// undoes an overlay. If the overlay is empty, no data is moved. The guest may run or be paused; its disks
+/// must be active (not `postmigrate`).
 ///
 /// # Errors
-/// Those of [`crate::jobs::commit_active`]: the overlay is on top still.
+/// See [`crate::jobs::commit_active`]: the overlay is still on top.
 pub async fn fold(machine: &Machine, overlay: &str) -> Result<()> {
     let attempted = "undoing an overlay";
     let graph = Graph::read(machine).await?;
@@ -122,7 +131,7 @@ pub async fn fold(machine: &Machine, overlay: &str) -> Result<()> {
     remove_layers(machine, &[overlay.to_owned()]).await.map(drop)
 }
 
-/// An error, after what was opened was closed again.
+/// Closes the nodes that were opened, and adds to the error any that are left.
 pub(super) async fn undone(machine: &Machine, error: Error, opened: &[String]) -> Error {
     match remove_layers(machine, opened).await {
         Ok(left) if left.is_empty() => error,

@@ -1,7 +1,8 @@
-//! That every node has the file that it names.
+//! Proof that every node has the file that it names.
 //!
-//! QEMU opens a file again, by the name it knows, whenever a node turns writable or read-only: a name that leads to another
-//! file by then makes it write the wrong image, silently. So no operation may leave such a node.
+//! QEMU reopens a file by the name it knows whenever a node turns writable or read-only. If that name leads
+//! to another file by then, QEMU writes the wrong image, without an error. So no operation may leave such a
+//! node.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -26,22 +27,23 @@ pub struct NodeFile {
     pub node: String,
     /// The file that it names.
     pub file: PathBuf,
-    /// Device and inode of the file that has this name now; none where there is none.
+    /// Device and inode of the file that has this name now; `None` if there is no such file.
     pub names: Option<(u64, u64)>,
-    /// Whether QEMU has that file open.
+    /// True if QEMU has that file open.
     pub is_open: bool,
 }
 
-/// Compares the files that have the nodes' names with the files that QEMU has open, both ways: each node's must be open, and
-/// each image that is open (QEMU holds its byte locks) must be some node's. So a name that leads to another image which QEMU
-/// has open too is found: then nothing names the one it stood for. Gives all nodes of files.
+/// Compares the files that have the nodes' names with the files that QEMU has open, in both directions. Each
+/// node's file must be open, and each open image (QEMU has byte locks on it) must be a node's. So this finds
+/// a name that leads to another image which QEMU has open too: then no node names the original image. Returns
+/// all file nodes.
 ///
-/// Nodes of descriptors that were lent (`/dev/fdset/N`) have no name to be wrong. What this cannot see: two open images whose
-/// names were exchanged; and images opened with `locking=off`.
+/// Nodes of lent descriptors (`/dev/fdset/N`) have no name that could be wrong. This check cannot find two
+/// open images whose names were exchanged, nor images opened with `locking=off`.
 ///
 /// # Errors
-/// [`ErrorKind::Untrue`], naming each node that is wrong; [`ErrorKind::Unsupported`] where the process is not known;
-/// [`ErrorKind::Io`] where `/proc` does not let us look (be root, or the user that QEMU runs as).
+/// [`ErrorKind::Untrue`], naming each node that is wrong; [`ErrorKind::Unsupported`] if the process is not
+/// known; [`ErrorKind::Io`] if `/proc` is not readable (be root, or the user that QEMU runs as).
 pub async fn names_true(machine: &Machine) -> Result<Vec<NodeFile>> {
     let attempted = "comparing nodes with their files";
     let subject = machine.qmp().socket().display().to_string();
@@ -60,7 +62,7 @@ pub async fn names_true(machine: &Machine) -> Result<Vec<NodeFile>> {
             continue;
         }
         let file = directory.join(&node.file);
-        // QEMU may live in a mount namespace of its own.
+        // QEMU may run in a mount namespace of its own.
         let seen_by_it = process.join("root").join(file.strip_prefix("/").unwrap_or(&file));
         let about = fs::metadata(&seen_by_it).or_else(|_| fs::metadata(&file)).ok();
         let names = about.map(|about| file_identity(&about));
@@ -92,19 +94,19 @@ fn shown(file: &NodeFile) -> String {
     format!("node {} names {}, {what}", file.node, file.file.display())
 }
 
-/// The device and inode of each file that a QEMU has open and that may be an image. Locks do not tell which is one: an image
-/// that was plugged in with `locking=off` has none, and no query reports that option.
+/// Returns device and inode of each file that a QEMU has open and that may be an image. Locks do not identify
+/// images: an image that was hot-plugged with `locking=off` has none, and no query reports that option.
 ///
 /// # Errors
-/// Where `/proc` does not let us look.
+/// An error if `/proc` is not readable.
 pub(crate) fn open_images(process: &Path) -> std::io::Result<HashSet<(u64, u64)>> {
     let open = open_files(process)?;
     let is_one = |file: &OpenFile| file.is_image || file.may_be_image;
     Ok(open.into_iter().filter(|(_, file)| is_one(file)).map(|(identity, _)| identity).collect())
 }
 
-/// Returns true if a QEMU has a file open and holds none of its image locks on it. For an image that a device of a machine with
-/// active disks uses, that means `locking=off`. Of a QEMU that serves a domain of Xen it says nothing.
+/// Returns true if a QEMU has a file open without any of its image locks. For an image of a machine with
+/// active disks, that means `locking=off`. For a QEMU that serves a domain of Xen it means nothing.
 pub(crate) fn is_open_unlocked(process: &Path, image: (u64, u64)) -> bool {
     if is_of_xen(process) {
         return false;
@@ -117,7 +119,7 @@ pub(crate) fn is_open_unlocked(process: &Path, image: (u64, u64)) -> bool {
 struct OpenFile {
     path: PathBuf,
     is_image: bool,
-    /// It is of a kind that an image can be.
+    /// True if it is of a kind that an image can be.
     may_be_image: bool,
 }
 
@@ -126,7 +128,7 @@ fn open_files(process: &Path) -> std::io::Result<HashMap<(u64, u64), OpenFile>> 
     let locks_nothing = is_of_xen(process);
     for entry in fs::read_dir(process.join("fd"))? {
         let entry = entry?;
-        // One that is closed meanwhile is no longer open.
+        // A file that is closed meanwhile is no longer open.
         let Ok(about) = fs::metadata(entry.path()) else { continue };
         let path = fs::read_link(entry.path()).unwrap_or_default();
         let info = fs::read_to_string(process.join("fdinfo").join(entry.file_name())).unwrap_or_default();
@@ -141,15 +143,15 @@ fn open_files(process: &Path) -> std::io::Result<HashMap<(u64, u64), OpenFile>> 
     Ok(open)
 }
 
-/// Whether a QEMU serves the disks of a domain of Xen: it opens their images with `locking=off`, and no file but images (its log
-/// is its standard output).
+/// Returns true if a QEMU serves the disks of a domain of Xen. Such a QEMU opens their images with
+/// `locking=off`, and no file but images (its log is its standard output).
 pub(crate) fn is_of_xen(process: &Path) -> bool {
     let line = fs::read(process.join("cmdline")).unwrap_or_default();
     line.split(|byte| *byte == 0).any(|word| word == b"-xen-domid")
 }
 
-/// Whether a line of `/proc/PID/fdinfo/N` is one of the locks by which QEMU's processes know of each other: bytes from 100 on,
-/// and from 200 on.
+/// Returns true if a line of `/proc/PID/fdinfo/N` is a lock by which QEMU processes detect each other: bytes
+/// from 100 on, and from 200 on.
 fn is_image_lock(line: &str) -> bool {
     let Some(lock) = line.strip_prefix("lock:") else { return false };
     let words: Vec<_> = lock.split_whitespace().collect();

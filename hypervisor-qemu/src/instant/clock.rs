@@ -1,4 +1,4 @@
-//! How long the guest stood still, by QEMU's own account.
+//! Length of the guest's pause, as QEMU reports it.
 
 use std::time::{Duration, Instant};
 
@@ -7,14 +7,14 @@ use tokio::time::timeout;
 
 use crate::machine::Machine;
 
-/// Events come before the reply to the command that made them; this is only for a QEMU that is slow.
+/// Events come before the reply to the command that caused them; this limit is only for a slow QEMU.
 const LATE: Duration = Duration::from_millis(200);
 
-/// Notes STOP and RESUME from now on.
+/// Records STOP and RESUME from now on.
 #[derive(Debug)]
 pub(super) struct Clock {
     events: Events,
-    /// When we began to stop it, where we did.
+    /// The time when we began to stop it, if we did.
     pub(super) since: Option<Instant>,
 }
 
@@ -23,7 +23,8 @@ impl Clock {
         Self { events: machine.qmp().events(), since: None }
     }
 
-    /// From the last STOP to the RESUME after it; by our own clock, where QEMU did not say.
+    /// Returns the time from the last STOP to the RESUME after it; measured by our own clock if QEMU did not
+    /// report it.
     pub(super) async fn stopped_for(mut self) -> Duration {
         let (mut stop, now) = (None, Instant::now());
         while let Ok(Ok(notice)) = timeout(LATE, self.events.next()).await {

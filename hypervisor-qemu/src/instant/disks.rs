@@ -1,4 +1,4 @@
-//! The disks of a cut: one transaction, and how it is undone.
+//! The disks of a cut: one transaction, and its undo.
 
 use serde_json::{Value, json};
 
@@ -9,7 +9,7 @@ use crate::{
     name::Name,
 };
 
-/// What happens to one disk at the cut.
+/// The action on one disk at the cut.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DiskCut {
@@ -30,7 +30,7 @@ pub enum DiskCut {
 }
 
 impl DiskCut {
-    /// The device.
+    /// Returns the device.
     pub fn device(&self) -> &str {
         match self {
             Self::Overlay { device, .. } | Self::Internal { device, .. } => device,
@@ -38,16 +38,16 @@ impl DiskCut {
     }
 }
 
-/// The disks of a cut, with the nodes that are theirs.
+/// The disks of a cut, with their nodes.
 #[derive(Debug)]
 pub(super) struct Disks {
     all: Vec<(DiskCut, String)>,
-    /// The node that each is asked for by, where it is an internal snapshot.
+    /// The node to name in the command of each internal snapshot.
     tops: Vec<String>,
 }
 
 impl Disks {
-    /// Finds the nodes. Nothing is touched.
+    /// Finds the nodes. Changes nothing.
     pub(super) async fn find(machine: &Machine, disks: Vec<DiskCut>) -> Result<Self> {
         let attempted = "preparing the cut";
         let graph = machine.graph().await?;
@@ -85,7 +85,7 @@ impl Disks {
         Ok(Self { all, tops })
     }
 
-    /// All of them, or none.
+    /// Cuts all of them, or none.
     pub(super) async fn cut(&self, machine: &Machine) -> Result<()> {
         if self.all.is_empty() {
             return Ok(());
@@ -105,8 +105,8 @@ impl Disks {
             .map(drop)
     }
 
-    /// Whether the transaction has happened, by what is on top now: for when its reply did not come. (QEMU carries out one
-    /// command after another: where it answers this, the transaction is over.)
+    /// Returns true if the transaction has happened, judged by the nodes on top: used if its reply did not
+    /// come. (QEMU runs commands one after another: when it answers this, the transaction is over.)
     async fn has_happened(&self, machine: &Machine) -> Result<bool> {
         let graph = Graph::read(machine).await?;
         Ok(self.all.iter().any(|(disk, root)| match disk {
@@ -117,8 +117,8 @@ impl Disks {
         }))
     }
 
-    /// Makes the disks as they were before, whether the transaction happened or not, and closes the overlays. Says what it
-    /// could not do.
+    /// Restores the disks, whether or not the transaction happened, and closes the overlays. Reports what it
+    /// could not undo.
     pub(super) async fn undo(&self, machine: &Machine) -> std::result::Result<(), String> {
         let mut wrong = Vec::new();
         match self.has_happened(machine).await {

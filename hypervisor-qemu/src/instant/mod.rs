@@ -2,23 +2,24 @@
 //!
 //! ```text
 //! disk-only             pause - transaction - while_paused - resume
-//! background snapshot   pause - transaction - migrate until the first page is out - while_paused - resume ... memory is written
+//! background snapshot   pause - transaction - migrate until the first page is out - while_paused - resume
+//!                       memory is written while the guest runs
 //! non-live              pause - transaction - migrate to its end - while_paused - resume
 //! pre-copy              migrate ... QEMU pauses - transaction - migrate to its end - while_paused - resume
 //! ```
 //!
-//! (Of a guest that is paused already, memory is saved by a background snapshot too, or else by `snapshot-save`: a migration
-//! would leave it `postmigrate`.)
+//! (For a guest that is paused already, memory is also saved by a background snapshot, or else by
+//! `snapshot-save`: a migration would leave it `postmigrate`.)
 //!
-//! A background snapshot write-protects memory, so the pause does not depend on its size nor on how fast the guest dirties
-//! it; it needs a kernel, rights, memory and a QEMU that allow it
-//! ([`crate::discover::Abilities::background_snapshot_holds`]), and where it cannot be had a live cut falls back to pre-copy,
-//! or, where a QEMU would lose writes in that ([`crate::discover::Abilities::emulation_marks_writes`]), to non-live.
-//! Waiting for the first page is what makes it right: only then does QEMU have the state of the devices, and the protection
-//! in place.
+//! A background snapshot write-protects memory, so the length of the pause does not depend on its size nor on
+//! how fast the guest dirties it. It needs a kernel, rights, memory and a QEMU that allow it
+//! ([`crate::discover::Abilities::background_snapshot_holds`]). Without it, a live cut falls back to
+//! pre-copy, or to non-live if this QEMU would lose writes in a pre-copy
+//! ([`crate::discover::Abilities::emulation_marks_writes`]). The wait for the first page makes it correct:
+//! only then does QEMU have the state of the devices, and the protection in place.
 //!
-//! `take` is the order of the above, `disks` the transaction and how it is undone, `saving` the memory that is still being
-//! written when the guest runs again, `clock` how long the guest stood still.
+//! `take` runs these steps in order, `disks` is the transaction and its undo. `saving` is the memory that is
+//! still being written when the guest runs again, `clock` measures the guest's pause.
 
 mod clock;
 mod disks;

@@ -14,23 +14,24 @@ use crate::{
     migration::{self, Writing},
 };
 
-/// Within which something must be written: a disk that hangs would hold the guest's writes to memory for ever.
+/// Time limit without any write: a disk that hangs would block the guest's writes to memory for ever.
 const STALLED: Duration = Duration::from_secs(60);
 
-/// Between two looks.
+/// Time between two polls.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// Ends the saving of memory that a crash of ours left ([`crate::jobs::Ours::outgoing`]), and switches off what a cut switches
-/// on; the limit of bandwidth becomes QEMU's default. The guest is not resumed: whether it was we who paused it, a journal
-/// knows. May be repeated. Only where a journal says that the migration is ours: QEMU does not tell.
+/// Ends a memory save that a crash of ours left ([`crate::jobs::Ours::outgoing`]), and switches off the
+/// settings of a cut; the bandwidth limit becomes QEMU's default. The guest is not resumed: only a journal
+/// knows if we paused it. May be repeated. Call it only if a journal says that the migration is ours: QEMU
+/// does not report that.
 ///
 /// # Errors
-/// Those of the connection; [`ErrorKind::Timeout`] where it does not end.
+/// Errors of the connection; [`ErrorKind::Timeout`] if it does not end.
 pub async fn abandon(machine: &Machine) -> Result<()> {
     migration::abandon(machine).await
 }
 
-/// How far the memory is written.
+/// Progress of the memory's write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
@@ -42,32 +43,32 @@ pub struct Progress {
 
 /// The memory of a cut that is being written.
 ///
-/// Dropping it removes the draft, and leaves QEMU writing to a file that has no name any more: call [`Saving::wait`] or
-/// [`Saving::cancel`].
+/// Dropping it removes the draft, while QEMU still writes to a file that no longer has a name: call
+/// [`Saving::wait`] or [`Saving::cancel`].
 #[derive(Debug)]
 #[must_use = "the memory is being written until `wait` or `cancel`"]
 pub struct Saving {
     pub(super) machine: Machine,
     pub(super) draft: Draft,
-    /// None once QEMU has completed it.
+    /// `None` once QEMU has completed it.
     pub(super) writing: Option<Writing>,
 }
 
 impl Saving {
-    /// Waits until QEMU has written it, and gives the draft, which is to be sealed.
+    /// Waits until QEMU has written it, and returns the draft, which is to be sealed.
     ///
     /// # Errors
-    /// [`ErrorKind::Failed`] with what QEMU said (a full disk, ...); [`ErrorKind::Timeout`] where nothing was written for a
-    /// minute. After an error the draft is gone, the migration is cancelled and its settings are put back; the disks stay cut,
-    /// and the guest runs on.
+    /// [`ErrorKind::Failed`] with QEMU's message (a full disk, ...); [`ErrorKind::Timeout`] if nothing was
+    /// written for a minute. After an error the draft is gone, the migration is cancelled and its settings
+    /// are restored; the disks stay cut, and the guest runs.
     pub async fn wait(self, each: impl FnMut(Progress)) -> Result<Draft> {
         self.wait_unless(std::future::pending(), each).await
     }
 
-    /// [`Saving::wait`], until `cancelled` is ready.
+    /// Like [`Saving::wait`], until `cancelled` is ready.
     ///
     /// # Errors
-    /// And [`ErrorKind::Cancelled`], with the same left.
+    /// Also [`ErrorKind::Cancelled`], with the same state afterwards.
     pub async fn wait_unless(
         mut self,
         cancelled: impl Future<Output = ()>,
@@ -114,10 +115,10 @@ impl Saving {
         }
     }
 
-    /// Ends it: no memory image. The disks stay cut, and the guest runs on.
+    /// Cancels the write: there will be no memory image. The disks stay cut, and the guest runs.
     ///
     /// # Errors
-    /// Those of the connection: QEMU may go on writing.
+    /// Errors of the connection: QEMU may still be writing.
     pub async fn cancel(mut self) -> Result<()> {
         match self.writing.take() {
             Some(writing) => writing.cancel(&self.machine).await,

@@ -1,4 +1,4 @@
-//! [`Cut::take`]: the cut itself.
+//! [`Cut::take`]: performs the cut.
 
 use std::{
     future::Future,
@@ -22,46 +22,47 @@ use crate::{
     run_state::{RunState, SaveBy},
 };
 
-/// Between two looks at a migration while the guest stands still.
+/// Time between two polls of a migration while the guest is paused.
 const LOOK: Duration = Duration::from_micros(500);
 
-/// Within which the first page must be out, and a migration that has paused the guest must go on.
+/// Time limit for the first page, and for a migration that has paused the guest.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Within which each step of an undo must be answered by a QEMU that did not answer before.
+/// Time limit for each step of an undo, for a QEMU that did not answer before.
 const HANGS: Duration = Duration::from_secs(5);
 
-/// Whether the guest runs while its memory is written.
+/// State of the guest while its memory is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Live {
-    /// It does. With pre-copy, the guest is paused after the budget where it dirties memory faster than that is written.
+    /// It runs. With pre-copy, the guest is paused after the budget if it dirties memory faster than that is
+    /// written.
     Live {
-        /// How long pre-copy may go on before the guest is paused.
+        /// Longest time of pre-copy before the guest is paused.
         budget: Duration,
     },
-    /// It stands still until its memory is written.
+    /// It is paused until its memory is written.
     Paused,
 }
 
-/// Which way the cut went.
+/// Method by which the cut was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Way {
     /// No memory.
     DiskOnly,
-    /// Memory is write-protected, and written while the guest runs on.
+    /// Memory was write-protected, and is written while the guest runs.
     BackgroundSnapshot,
-    /// Memory was written while the guest ran, and what it dirtied again, until little was left.
+    /// Memory was written while the guest ran, and again where the guest dirtied it, until little was left.
     PreCopy {
-        /// Whether little was left within the budget; otherwise the guest was paused for the rest.
+        /// True if little was left within the budget; otherwise the guest was paused for the rest.
         converged: bool,
     },
-    /// The guest stood still until its memory was written.
+    /// The guest was paused until its memory was written.
     NonLive,
 }
 
-/// What is to be cut.
+/// A cut that is to be made.
 #[derive(Debug, Default)]
 #[must_use = "nothing is done until `take`"]
 pub struct Cut {
@@ -78,46 +79,46 @@ struct Mode(Live);
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Taken<T> {
-    /// Which way it went.
+    /// The method that was used.
     pub way: Way,
-    /// Why it did not go a better way.
+    /// The reason why a better method was not used.
     pub why_not: Option<String>,
-    /// From STOP to RESUME. Nothing, where the guest stood still before and does still.
+    /// Time from STOP to RESUME. Zero if the guest was paused before, and still is.
     pub stopped_for: Duration,
-    /// Whether the guest ran before, and runs again.
+    /// True if the guest ran before, and runs again.
     pub was_running: bool,
-    /// The memory, still being written where the way is [`Way::BackgroundSnapshot`].
+    /// The memory; still being written if the method is [`Way::BackgroundSnapshot`].
     pub memory: Option<Saving>,
-    /// What `while_paused` gave.
+    /// The result of `while_paused`.
     pub done: T,
 }
 
 impl Cut {
-    /// Nothing yet.
+    /// Makes a cut of nothing.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// One more disk.
+    /// Adds a disk.
     pub fn disk(mut self, disk: DiskCut) -> Self {
         self.disks.push(disk);
         self
     }
 
-    /// The memory too.
+    /// Adds the memory.
     pub fn memory(mut self, draft: Draft, live: Live) -> Self {
         self.memory = Some((draft, Mode(live)));
         self
     }
 
-    /// Never by a background snapshot, even where it could be had.
+    /// Never uses a background snapshot, even if it would be possible.
     pub fn without_background_snapshot(mut self) -> Self {
         self.avoid_background = true;
         self
     }
 
-    /// By pre-copy even of a QEMU that loses writes in it ([`Abilities::emulation_marks_writes`][holds]): for trying that
-    /// way where there is no KVM, not for memory that is to be used.
+    /// Uses pre-copy even with a QEMU that loses writes in it ([`Abilities::emulation_marks_writes`][holds]).
+    /// This is for tests of pre-copy without KVM, not for memory that is to be used.
     ///
     /// [holds]: crate::discover::Abilities::emulation_marks_writes
     pub fn trusting_pre_copy(mut self) -> Self {
@@ -125,19 +126,20 @@ impl Cut {
         self
     }
 
-    /// Cuts, and lets the guest go on (only if it ran).
+    /// Cuts, and resumes the guest (only if it ran).
     ///
-    /// `while_paused` runs when everything is of one instant and the guest stands still: what must be done before it writes
-    /// again is done there (configured paths are moved, and that is made durable). Where it fails, it must have undone what it
-    /// did.
+    /// `while_paused` runs when everything is of one instant and the guest is paused. It does all that must
+    /// be done before the guest writes again: it moves configured paths and makes that durable. If it fails,
+    /// it must have undone its changes.
     ///
-    /// Drive this to its end: a call that is dropped between the pause and the resume leaves the guest paused.
+    /// Drive this future to its end: dropping it between the pause and the resume leaves the guest paused.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`]: no changes made, overlays stay open. [`ErrorKind::Refused`],
-    /// [`ErrorKind::Failed`], [`ErrorKind::Hook`]: the disks are as before and the overlays' nodes are closed, the migration
-    /// is cancelled and its settings put back, the guest runs if it ran; what of this could not be done [`Error::state`]
-    /// says. [`ErrorKind::Lost`], [`ErrorKind::Timeout`]: the same is tried; what QEMU did not answer is not known.
+    /// [`ErrorKind::Failed`], [`ErrorKind::Hook`]: the disks are as before and the overlays' nodes are
+    /// closed. The migration is cancelled, its settings are restored, and the guest runs if it ran.
+    /// [`Error::state`] names any part of this that failed. [`ErrorKind::Lost`], [`ErrorKind::Timeout`]: the
+    /// same is tried, and steps that QEMU did not answer are undetermined.
     pub async fn take<T, F>(self, machine: &Machine, while_paused: impl FnOnce() -> F) -> Result<Taken<T>>
     where
         F: Future<Output = std::result::Result<T, BoxError>>,
@@ -153,7 +155,8 @@ impl Cut {
         };
         let running = state.running;
         let save_by = permits.memory.map_err(|refusal| machine.refused(attempted, &state, refusal))?;
-        // A paused guest's memory by a plain migration would leave it `postmigrate`, with no way back to `paused`.
+        // Saving a paused guest's memory by a plain migration would leave it `postmigrate`, from which
+        // nothing leads back to `paused`.
         let holds = machine.abilities().await?.background_snapshot_holds;
         let background = match (save_by, avoid_background, holds) {
             (SaveBy::SnapshotSave, ..) => Err(unsupported(machine, &only_snapshot_save(&state))),
@@ -217,7 +220,7 @@ fn unsupported(machine: &Machine, detail: &str) -> Error {
     Error::new(ErrorKind::Unsupported, "preparing to save memory", subject, detail)
 }
 
-/// How a cut goes that begins with a pause.
+/// The course of a cut that begins with a pause.
 enum Plan {
     DiskOnly,
     Memory {
@@ -227,7 +230,7 @@ enum Plan {
         way: Way,
         why_not: Option<String>,
     },
-    /// By `snapshot-save`, for a guest that is paused already.
+    /// Uses `snapshot-save`, for a guest that is paused already.
     Saved {
         draft: Draft,
         settings: Settings,
@@ -235,19 +238,19 @@ enum Plan {
     },
 }
 
-/// What must be undone, as far as it has come.
+/// The part of a cut that must be undone, as far as it has come.
 struct Undo<'a> {
     machine: &'a Machine,
     disks: &'a Disks,
     settings: Option<Settings>,
     writing: Option<Writing>,
     paused: Option<Paused>,
-    /// Disks that a plain migration has made inactive: nothing can be done with them before the guest runs.
+    /// True if a plain migration has made the disks inactive: they cannot be changed before the guest runs.
     inactive: bool,
 }
 
 impl Undo<'_> {
-    /// Applies the settings of another form than those that were applied for.
+    /// Replaces the applied settings by those of another form.
     async fn settings_for(&mut self, form: Form) -> Result<()> {
         if let Some(settings) = self.settings.take() {
             settings.restore(self.machine).await?;
@@ -260,9 +263,10 @@ impl Undo<'_> {
         if error.is_lost() {
             return error;
         }
-        // One that did not answer once is not waited for as long again, at each step.
+        // 1) A QEMU that timed out once gets less time for each further step.
         let hangs = error.kind() == ErrorKind::Timeout;
         let machine = if hangs { self.machine.within(HANGS) } else { self.machine.clone() };
+        // 2) End the migration before anything else: QEMU accepts the old settings only when it has ended.
         if let Some(writing) = self.writing {
             if let Err(second) = writing.cancel(&machine).await {
                 error = error.now(second.to_string());
@@ -272,6 +276,9 @@ impl Undo<'_> {
         {
             error = error.now(second.to_string());
         }
+        // 3) Undo the disks before the guest resumes: until then it has written nothing to the overlays, so
+        //    the merge moves no data. If a plain migration has made the disks inactive, QEMU refuses this
+        //    until the guest runs, so it follows the resume.
         if !self.inactive
             && let Err(wrong) = self.disks.undo(&machine).await
         {
@@ -314,6 +321,7 @@ where
     };
     let mut undo = Undo { machine, disks: &disks, settings, writing: None, paused: None, inactive: false };
     let mut clock = Clock::start(machine);
+    // 1) Pause: from here until the transaction nothing may change the disks.
     clock.since = Some(Instant::now());
     match machine.pause().await {
         Ok(paused) => undo.paused = Some(paused),
@@ -321,8 +329,8 @@ where
     }
     let was_running = undo.paused.as_ref().is_some_and(Paused::is_ours);
     if draft.is_some() && !was_running && !by_snapshot {
-        // Another state than it was planned for: the guest may have panicked, or switched itself off, just
-        // before it was stopped.
+        // The state differs from the one planned for: the guest may have panicked, or switched itself off,
+        // just before it was stopped.
         let state = match machine.run_state().await {
             Ok(state) => state,
             Err(error) => return Err(undo.all(error).await),
@@ -335,9 +343,12 @@ where
             }
         }
     }
+    // 2) Cut the disks while the guest is paused: this transaction is the instant.
     if let Err(error) = disks.cut(machine).await {
         return Err(undo.all(error).await);
     }
+    // 3) Save the memory of the same instant, or wait until QEMU has its devices' state and has
+    //    write-protected its pages. An earlier resume would mix later memory with the disks of the instant.
     if let (true, Some(draft)) = (by_snapshot, &draft) {
         if let Err(error) = memory::save(machine, draft).await {
             return Err(undo.all(error).await);
@@ -357,6 +368,9 @@ where
             return Err(undo.all(error).await);
         }
     }
+    // 4) The caller makes the cut durable (configured paths, journal) before the guest can write to the
+    //    overlays. A crash before this leaves overlays that the journal does not commit: undo merges them
+    //    back.
     let done = match while_paused().await {
         Ok(done) => done,
         Err(error) => {
@@ -370,6 +384,7 @@ where
         let restored = settings.restore(machine).await;
         restored.map_err(|error| error.now("the cut was made, and what had to be done meanwhile is done"))?;
     }
+    // 5) Resume: from here the cut cannot be undone without losing writes of the guest.
     if let Some(paused) = paused {
         machine
             .resume(paused)
@@ -381,7 +396,7 @@ where
     Ok(Taken { way, why_not, stopped_for, was_running, memory, done })
 }
 
-/// Waits until the first page is out, or all of them.
+/// Waits until the first page is written, or all of them.
 async fn wait_while_paused(machine: &Machine, draft: &Draft, to_the_end: bool) -> Result<()> {
     let attempted = "saving memory";
     let subject = draft.path().display().to_string();
@@ -403,8 +418,8 @@ async fn wait_while_paused(machine: &Machine, draft: &Draft, to_the_end: bool) -
     }
 }
 
-/// Refuses to go on where the guest stopped by itself while its memory was copied: the end of the migration
-/// would let it run.
+/// Fails if the guest stopped by itself while its memory was copied: the end of the migration would let it
+/// run.
 async fn runs_yet(machine: &Machine, attempted: &str) -> Result<()> {
     let state = machine.run_state().await?;
     if !state.stopped_by_itself() {
@@ -416,7 +431,7 @@ async fn runs_yet(machine: &Machine, attempted: &str) -> Result<()> {
     Err(error.advice("take the snapshot again: it is taken of the guest as it stands now"))
 }
 
-/// Returns true if an event says that the guest stopped by itself.
+/// Returns true if an event reports that the guest stopped by itself.
 fn stops(name: &str, data: &Value) -> bool {
     let action = data["action"].as_str();
     match name {
@@ -427,9 +442,9 @@ fn stops(name: &str, data: &Value) -> bool {
     }
 }
 
-/// The same as [`runs_yet`] of the last moments, after which QEMU's run state tells of the migration alone.
+/// Like [`runs_yet`], for the last moments, after which QEMU's run state shows only the migration.
 async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str) -> Result<()> {
-    // What happened before the reply that said `pre-switchover` is here already.
+    // All events before the reply that said `pre-switchover` have been received already.
     while let Ok(Ok(notice)) = timeout(Duration::ZERO, events.next()).await {
         let Notice::Event(event) = notice else { continue };
         if stops(&event.name, &event.data) {
@@ -466,7 +481,7 @@ where
             return Err(undo.all(error).await);
         }
     }
-    // QEMU pauses the guest by itself when little is left; a cancelled migration lets it go on by itself.
+    // QEMU pauses the guest by itself when little is left; a cancelled migration resumes it by itself.
     let (begun, mut converged) = (Instant::now(), true);
     loop {
         let now = match migration::status(machine)
@@ -504,10 +519,14 @@ where
         }
         sleep(Duration::from_millis(if converged { 5 } else { 1 })).await;
     }
-    // The end of the migration would let it go on; QEMU gives a cancelled one's guest its own state back.
+    // The end of the migration would resume the guest. If it is cancelled, QEMU gives the guest its own state
+    // back.
     if converged && let Err(error) = ran_to_the_end(machine, &mut events, attempted).await {
         return Err(undo.all(error).await);
     }
+    // The guest is paused by QEMU (`pre-switchover`). Cut the disks before the last pages are written: the
+    // transaction is the instant, and no page can change after it. A crash here leaves a migration that
+    // waits, and overlays that undo merges back.
     let cut = async {
         disks.cut(machine).await?;
         let state = json!({ "state": "pre-switchover" });
@@ -519,7 +538,7 @@ where
     if let Err(error) = outcome {
         return Err(undo.all(error).await);
     }
-    // Completed: the guest stands still until it is told otherwise.
+    // Completed: the guest stays paused until `cont`.
     let done = match while_paused().await {
         Ok(done) => done,
         Err(error) => {

@@ -16,10 +16,10 @@ use crate::{
     name::Name,
 };
 
-/// How long a job may take from its completion on until it holds the guest's I/O, and then to end.
+/// Longest time from a job's completion until it holds the guest's I/O, and then until it ends.
 const HANDOVER: Duration = Duration::from_secs(300);
 
-/// A device's active image merged into a layer below it, which becomes the active one.
+/// Merge of a device's active image into a layer below it, which becomes the active one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ActiveCommit {
@@ -29,18 +29,18 @@ pub struct ActiveCommit {
     pub top: String,
     /// The node that becomes the active one.
     pub base: String,
-    /// Bytes a second; 0 is as fast as it can.
+    /// Bytes a second; 0 is unlimited.
     pub speed: u64,
 }
 
 impl ActiveCommit {
-    /// A commit under a fresh name, as fast as it can.
+    /// Makes an unlimited commit under a fresh name.
     pub fn new(top: impl Into<String>, base: impl Into<String>) -> Self {
         Self { job: Name::job(), top: top.into(), base: base.into(), speed: 0 }
     }
 }
 
-/// Layers in the middle of a chain merged into the lowest of them.
+/// Merge of layers in the middle of a chain into the lowest of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LayerCommit {
@@ -50,16 +50,16 @@ pub struct LayerCommit {
     pub root: String,
     /// The topmost layer that is merged; not the active one.
     pub top: String,
-    /// What it is merged into.
+    /// The layer that they are merged into.
     pub base: String,
-    /// The backing string that the layer above `top` gets. (Without it QEMU writes an absolute path of its own.)
+    /// The backing string for the layer above `top`. (Without it QEMU writes an absolute path of its own.)
     pub backing_file: String,
-    /// Bytes a second; 0 is as fast as it can.
+    /// Bytes a second; 0 is unlimited.
     pub speed: u64,
 }
 
 impl LayerCommit {
-    /// A commit under a fresh name, as fast as it can.
+    /// Makes an unlimited commit under a fresh name.
     pub fn new(
         root: impl Into<String>,
         top: impl Into<String>,
@@ -71,29 +71,29 @@ impl LayerCommit {
     }
 }
 
-/// Layers below a node pulled up into it.
+/// Copy of the layers below a node up into it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stream {
     /// The job's name.
     pub job: Name,
-    /// The node that the data goes into.
+    /// The node that receives the data.
     pub into: String,
-    /// The node that it stands on afterwards; none: on nothing.
+    /// Its backing node afterwards; `None`: it has none.
     pub base: Option<String>,
-    /// The backing string that it gets; must be given where there is a base.
+    /// Its backing string afterwards; required with a base.
     pub backing_file: Option<String>,
-    /// Bytes a second; 0 is as fast as it can.
+    /// Bytes a second; 0 is unlimited.
     pub speed: u64,
 }
 
 impl Stream {
-    /// All layers below a node, which then stands on nothing.
+    /// Copies all layers below a node, which then has no backing image.
     pub fn all(into: impl Into<String>) -> Self {
         Self { job: Name::job(), into: into.into(), base: None, backing_file: None, speed: 0 }
     }
 
-    /// The layers above a base, on which the node then stands, with that backing string.
+    /// Copies only the layers above a base, which becomes the backing image, with that backing string.
     pub fn down_to(mut self, base: impl Into<String>, backing_file: impl Into<String>) -> Self {
         self.base = Some(base.into());
         self.backing_file = Some(backing_file.into());
@@ -101,7 +101,7 @@ impl Stream {
     }
 }
 
-/// The names of the nodes from `top` to before `base`, top first.
+/// Returns the names of the nodes from `top` to just above `base`, top first.
 fn between(graph: &Graph, attempted: &str, top: &str, base: Option<&str>) -> Result<Vec<String>> {
     let chain: Vec<_> = graph.chain(top).iter().map(|node| node.name.clone()).collect();
     let Some(base) = base else { return Ok(chain) };
@@ -116,19 +116,20 @@ fn between(graph: &Graph, attempted: &str, top: &str, base: Option<&str>) -> Res
 
 /// Merges the active image into a layer below it, and pivots: that layer is then the active one.
 ///
-/// The pivot is the instant that must be in a journal: from it on the old top opens cleanly with *old* data. So the job
-/// waits before it: `while_pending` runs when top and base are equal and the guest's I/O is held. Let it record the pivot,
-/// make it durable, and move the configured path; and undo what it did where it fails. Nothing is lost if QEMU is killed in
-/// it: top and base are the same.
+/// The pivot must be in a journal: after it the old top still opens cleanly, with *old* data. So the job
+/// waits before the pivot. `while_pending` runs while top and base are equal and the guest's I/O is held. It
+/// records the pivot, makes the record durable, and moves the configured path; if it fails, it undoes its
+/// changes. A kill of QEMU during it loses nothing, because top and base are equal.
 ///
-/// The guest may run. Not idempotent; after a crash [`super::reconcile`] finds the job and [`drive_active`] goes on, or
-/// [`cancel`] ends it. Afterwards the merged nodes are deleted from the graph; those that something else uses are given.
+/// The guest may run. Not idempotent. After a crash [`super::reconcile`] finds the job; [`drive_active`]
+/// continues it, or [`cancel`] ends it. Afterwards the merged nodes are deleted from the graph; those that
+/// are still in use are returned.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`], [`ErrorKind::Refused`] before it began. [`ErrorKind::Hook`]: the job was cancelled.
-/// [`ErrorKind::Cancelled`], [`ErrorKind::Failed`] with what QEMU said. After all of these the chain is as before.
-/// [`ErrorKind::Lost`], [`ErrorKind::Timeout`]: before `while_pending` was called the top is right; after it has returned, the
-/// base.
+/// [`ErrorKind::Invalid`], [`ErrorKind::Refused`] before it began. [`ErrorKind::Hook`]: the job was
+/// cancelled. [`ErrorKind::Cancelled`], [`ErrorKind::Failed`] with QEMU's message. After all of these the
+/// chain is as before. [`ErrorKind::Lost`], [`ErrorKind::Timeout`]: before the call of `while_pending` the
+/// top has the data; after its return, the base.
 pub async fn commit_active<T, F>(
     machine: &Machine,
     commit: &ActiveCommit,
@@ -152,11 +153,11 @@ where
     Ok((done, remove_layers(machine, &merged).await?))
 }
 
-/// Takes an active commit, wherever it is, through to its end: the second half of [`commit_active`], and what finishes one
-/// that a crash of ours left. Deletes no nodes.
+/// Drives an active commit from any state to its end. This is the second half of [`commit_active`], and it
+/// finishes a commit that a crash of ours left. Deletes no nodes.
 ///
 /// # Errors
-/// As [`commit_active`].
+/// See [`commit_active`].
 pub async fn drive_active<T, F>(
     machine: &Machine,
     job: &Name,
@@ -215,13 +216,13 @@ async fn ended_early(machine: &Machine, job: &Name, ended: qmp::Job) -> Error {
     }
 }
 
-/// The job that merges this overlay by [`fold`]: its name is made of the overlay's, so that after a crash the one of another disk is
-/// not taken for it.
+/// Returns the name of the job that merges this overlay by [`fold`]. It is derived from the overlay's name,
+/// so that after a crash the job of another disk is not mistaken for it.
 pub(crate) fn fold_job(overlay: &str) -> Name {
     Name::of("f", overlay)
 }
 
-/// Merges an overlay into a node directly below it, with nobody to be told. Leaves the overlay's node.
+/// Merges an overlay into the node directly below it, without progress reports. Keeps the overlay's node.
 pub(crate) async fn fold(machine: &Machine, overlay: &str, below: &str) -> Result<()> {
     let commit = ActiveCommit { job: fold_job(overlay), ..ActiveCommit::new(overlay, below) };
     let graph = machine.graph().await?;
@@ -233,14 +234,15 @@ pub(crate) async fn fold(machine: &Machine, overlay: &str, below: &str) -> Resul
     drive_active(machine, &commit.job, |_| {}, async || Ok(())).await
 }
 
-/// Merges layers in the middle of a chain into the lowest of them; the layer above them then stands on that. Deletes their
-/// nodes; gives those that something else uses.
+/// Merges layers in the middle of a chain into the lowest of them, which becomes the backing image of the
+/// layer above. Deletes the merged nodes; returns those that are still in use.
 ///
-/// The guest may run. Killed in the middle, the chain is as before: the base has got some data that the layers above it have
-/// too. Not idempotent, but it may be begun again.
+/// The guest may run. If it is killed in the middle, the chain is as before: the base has some data that the
+/// layers above it have too. Not idempotent, but it may be started again.
 ///
 /// # Errors
-/// As [`commit_active`], without a hook. After [`ErrorKind::Cancelled`] and [`ErrorKind::Failed`] the chain is as before.
+/// See [`commit_active`], without a hook. After [`ErrorKind::Cancelled`] and [`ErrorKind::Failed`] the chain
+/// is as before.
 pub async fn commit_layers(
     machine: &Machine,
     commit: &LayerCommit,
@@ -264,14 +266,14 @@ pub async fn commit_layers(
     remove_layers(machine, &merged).await
 }
 
-/// Pulls the data of layers below a node up into it; it then stands on the base. Deletes their nodes; gives those that
-/// something else uses.
+/// Copies the data of layers below a node up into it; its backing image is then the base. Deletes the merged
+/// nodes; returns those that are still in use.
 ///
-/// The guest may run. Killed in the middle, the chain is as before, and the node has got some data that is below it too. Not
-/// idempotent, but it may be begun again.
+/// The guest may run. If it is killed in the middle, the chain is as before, and the node has some data that
+/// is below it too. Not idempotent, but it may be started again.
 ///
 /// # Errors
-/// As [`commit_layers`].
+/// See [`commit_layers`].
 pub async fn stream(
     machine: &Machine,
     stream: &Stream,

@@ -1,8 +1,8 @@
-//! Merging layers while the guest runs: commit and stream, and what a crash left of them.
+//! Merges of layers while the guest runs: commit and stream, and what a crash left of them.
 //!
-//! QEMU tells no progress by itself, so jobs are polled. They never dismiss themselves: how one ended is read before it goes.
-//! Nodes that a job has made superfluous stay in the graph until they are deleted, top first; until then later operations
-//! fail, so each function here deletes them.
+//! QEMU sends no progress events, so jobs are polled. Jobs never dismiss themselves: their result is read
+//! first. Nodes that a job made superfluous stay in the graph until they are deleted, top first. Until then
+//! later operations fail, so each function here deletes them.
 
 mod merge;
 mod reconcile;

@@ -1,4 +1,4 @@
-//! What of ours there is in a QEMU: after a crash of domsnap, or of the connection.
+//! Objects of ours in a QEMU, after a crash of domsnap or the loss of the connection.
 
 use qmp::{Job, JobStatus};
 use serde_json::{Value, json};
@@ -14,19 +14,20 @@ use crate::{
     run_state::RunState,
 };
 
-/// What of ours there is, by the names that begin with `domsnap-`.
+/// Objects of ours: those whose names begin with `domsnap-`.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Ours {
-    /// Whether the guest runs.
+    /// Run state of the guest.
     pub state: RunState,
-    /// Our jobs, and where each is.
+    /// Our jobs, and the state of each.
     pub jobs: Vec<Job>,
-    /// Our nodes, and who uses each.
+    /// Our nodes, and the users of each.
     pub nodes: Vec<OurNode>,
     /// Descriptors that we lent: set and purpose.
     pub lent: Vec<(i64, String)>,
-    /// A migration that is under way, whosoever: QEMU does not tell. A memory image that was being written is one.
+    /// A migration that is under way. QEMU does not report its owner: it may be a memory image being written,
+    /// or another program's.
     pub outgoing: Option<Outgoing>,
 }
 
@@ -38,10 +39,11 @@ pub struct OurNode {
     pub name: String,
     /// The file that it names.
     pub file: String,
-    /// Who uses it: nodes above, devices, jobs. Nobody: it was made ready and not put in place, or is left from what was
-    /// merged.
+    /// Its users: nodes above, devices, jobs. Empty: it was prepared and not put in place, or a merge left
+    /// it.
     pub users: Vec<Edge>,
-    /// Whether it stands for the chain of a device that is detached: then the guest must not run until it was attached.
+    /// True if it replaces the chain of a detached device: the guest must not run until the disk was
+    /// attached.
     pub placeholder: bool,
 }
 
@@ -49,16 +51,16 @@ pub struct OurNode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Outgoing {
-    /// QEMU's word: `active`, `pre-switchover`, ...
+    /// QEMU's status word: `active`, `pre-switchover`, ...
     pub status: String,
     /// Bytes written.
     pub transferred: u64,
 }
 
-/// Reads what of ours there is. Changes nothing.
+/// Lists the objects of ours. Changes nothing.
 ///
 /// # Errors
-/// Those of the connection.
+/// Errors of the connection.
 pub async fn reconcile(machine: &Machine) -> Result<Ours> {
     let state = machine.run_state().await?;
     let jobs = machine.query("query-jobs", Value::Null).await?;
@@ -84,18 +86,18 @@ pub async fn reconcile(machine: &Machine) -> Result<Ours> {
     })
 }
 
-/// Tidies away what of ours does nothing (but the marks of windows): jobs that have ended are dismissed, nodes that nobody uses are deleted, descriptors
-/// that no node has are taken back. What runs, and what a device stands on, is not touched: that is the journal's to decide.
-/// May be repeated.
+/// Removes our objects that have no effect, except marks of detached sections: dismisses ended jobs, deletes
+/// unused nodes, takes back unused descriptors. Running jobs, and nodes that a device depends on, are not
+/// touched: the journal decides on those. May be repeated.
 ///
 /// # Errors
-/// Those of the connection.
+/// Errors of the connection.
 pub async fn sweep(machine: &Machine, ours: &Ours) -> Result<()> {
     let held = hold::release_left(machine, &ours.jobs).await?;
     for job in ours.jobs.iter().filter(|job| job.status == JobStatus::Concluded && !hold::is_hold(&job.id)) {
         machine.run("dismissing a job", &job.id, "job-dismiss", json!({ "id": job.id })).await?;
     }
-    // Each round frees what stood below.
+    // Each round frees the nodes below.
     let is_idle = |node: &&OurNode| !is_mark(&node.name) && node.users.is_empty();
     let rounds = if held || ours.nodes.iter().any(|node| is_idle(&node)) { ours.nodes.len() } else { 0 };
     for _ in 0..rounds {

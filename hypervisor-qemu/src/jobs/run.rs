@@ -1,4 +1,4 @@
-//! One job: where it is, waited for, cancelled.
+//! One job: its state, waiting for it, cancelling it.
 
 use std::time::{Duration, Instant};
 
@@ -12,14 +12,14 @@ use crate::{
     name::{Name, is_ours},
 };
 
-/// Between two looks: at first, and at most.
+/// Time between two polls: at first, and at most.
 const LOOK: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(50)];
 
-/// How far a job is.
+/// Progress of a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// Where it is.
+    /// State of the job.
     pub status: JobStatus,
     /// Bytes done.
     pub current: u64,
@@ -27,10 +27,10 @@ pub struct Progress {
     pub total: u64,
 }
 
-/// A job as QEMU lists it; none where there is none, or it was dismissed.
+/// Returns a job as QEMU lists it; `None` if there is none, or it was dismissed.
 ///
 /// # Errors
-/// Those of the connection.
+/// Errors of the connection.
 pub async fn status(machine: &Machine, job: &Name) -> Result<Option<Job>> {
     let jobs = machine.query("query-jobs", Value::Null).await?;
     let all = qmp::Job::list(&jobs).ok_or_else(|| machine.odd("query-jobs", &jobs))?;
@@ -70,19 +70,20 @@ pub(super) async fn reach(
     }
 }
 
-/// Waits until a job has ended, dismisses it, and gives how it ended.
+/// Waits until a job has ended, dismisses it, and returns its result.
 pub(crate) async fn concluded(machine: &Machine, job: &Name, deadline: Duration) -> Result<()> {
     let ended = reach(machine, job, &[], Some(Instant::now() + deadline), |_| {}).await?;
     dismiss(machine, job, ended).await
 }
 
-/// Waits for a job that ends by itself, which a crash of ours may have left, and dismisses it; gives how it ended.
+/// Waits for a job that ends by itself, which a crash of ours may have left. Dismisses it and returns its
+/// result.
 pub(crate) async fn finish(machine: &Machine, job: &Name, each: impl FnMut(Progress)) -> Result<()> {
     let ended = reach(machine, job, &[], None, each).await?;
     dismiss(machine, job, ended).await
 }
 
-/// Dismisses a job that has ended without anybody looking, whose effect is in the chains: nothing else can be told of it.
+/// Dismisses a job that has ended, if there is one. Its effect is in the chains; nothing else is known of it.
 pub(crate) async fn dismiss_ended(machine: &Machine, job: &Name) -> Result<()> {
     match status(machine, job).await? {
         Some(found) if found.status == JobStatus::Concluded => {
@@ -93,11 +94,11 @@ pub(crate) async fn dismiss_ended(machine: &Machine, job: &Name) -> Result<()> {
     }
 }
 
-/// Dismisses our stream jobs that have ended: where nodes are asked for while there is one, QEMU 10.0 ends by
-/// a segmentation fault.
+/// Dismisses our stream jobs that have ended. QEMU 10.0 crashes (segmentation fault) if its nodes are queried
+/// while there is one.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`] where another program has one, which is its own to dismiss; those of the
+/// [`ErrorKind::Invalid`] if another program has one, which only that program may dismiss; errors of the
 /// connection.
 pub(crate) async fn dismiss_streams(machine: &Machine) -> Result<()> {
     let jobs = machine.query("query-jobs", Value::Null).await?;
@@ -120,7 +121,7 @@ pub(crate) async fn dismiss_streams(machine: &Machine) -> Result<()> {
     Ok(())
 }
 
-/// Dismisses a job that has ended; gives how it ended.
+/// Dismisses a job that has ended, and returns its result.
 pub(super) async fn dismiss(machine: &Machine, job: &Name, ended: Job) -> Result<()> {
     let subject = job.as_str();
     machine.run("dismissing a job", subject, "job-dismiss", json!({ "id": subject })).await?;
@@ -135,20 +136,21 @@ pub(super) async fn dismiss(machine: &Machine, job: &Name, ended: Job) -> Result
     }
 }
 
-/// Limits a job's speed, in bytes a second; 0 is as fast as it can. At any time, also from another task. May be repeated.
+/// Limits a job's speed, in bytes a second; 0 is unlimited. May be called at any time, also from another
+/// task. May be repeated.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] where there is no such job, or it is no block job.
+/// [`ErrorKind::Refused`] if there is no such job, or it is not a block job.
 pub async fn set_speed(machine: &Machine, job: &Name, bytes_per_second: u64) -> Result<()> {
     let arguments = json!({ "device": job.as_str(), "speed": bytes_per_second });
     machine.run("limiting a job", job.as_str(), "block-job-set-speed", arguments).await.map(drop)
 }
 
-/// Asks a job to end without its effect; whoever waits for it gets [`ErrorKind::Cancelled`]. The chain is as before. Does
-/// nothing where the job has ended, or is gone.
+/// Asks a job to end without its effect; the task that waits for it gets [`ErrorKind::Cancelled`]. The chain
+/// is as before. Does nothing if the job has ended, or is gone.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] where it can no longer be cancelled.
+/// [`ErrorKind::Refused`] if it can no longer be cancelled.
 pub async fn cancel(machine: &Machine, job: &Name) -> Result<()> {
     match status(machine, job).await? {
         None => return Ok(()),

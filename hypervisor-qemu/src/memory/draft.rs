@@ -30,10 +30,10 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Begins one. What an earlier attempt at the same name left is replaced.
+    /// Creates a draft. Replaces the remains of an earlier attempt at the same name.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] where the name is taken; [`ErrorKind::Io`]. Nothing is left behind.
+    /// [`ErrorKind::Invalid`] if the name is taken; [`ErrorKind::Io`]. Nothing is left behind.
     pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         let attempted = "making a memory image";
@@ -54,7 +54,7 @@ impl Draft {
         Self::beside(path, ".part")
     }
 
-    /// Where it is compressed to.
+    /// The file that the compressed image is written to.
     fn packing(path: &Path) -> Option<PathBuf> {
         Self::beside(path, ".packing")
     }
@@ -66,7 +66,7 @@ impl Draft {
         Some(path.with_file_name(name))
     }
 
-    /// Removes what a crash left of a draft of that name. Does nothing where there is none.
+    /// Removes the remains of a draft of that name after a crash. Does nothing if there are none.
     ///
     /// # Errors
     /// [`ErrorKind::Io`].
@@ -78,7 +78,7 @@ impl Draft {
         Ok(())
     }
 
-    /// The name that it will have.
+    /// Returns its final name.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -89,7 +89,7 @@ impl Draft {
         self.file.as_ref().ok_or_else(gone)
     }
 
-    /// A description of the file for writing only, as QEMU wants it, at the place of the stream.
+    /// Opens the file write-only, as QEMU needs it, positioned at the stream.
     pub(crate) fn writable(&self) -> Result<OwnedFd> {
         let open = || {
             let mut file = confined_files::open_to_write(&self.part)?;
@@ -98,14 +98,14 @@ impl Draft {
                 return Err(confined_files::refused("it is another file than the one that was made"));
             }
             io::Seek::seek(&mut file, io::SeekFrom::Start(STREAM))?;
-            // What a former attempt wrote must not stay behind the end of this one's stream.
+            // Data of a previous attempt must not remain behind the end of this stream.
             file.set_len(STREAM)?;
             Ok(file.into())
         };
         open().map_err(|error: io::Error| Error::io("opening a memory image", &self.part, error))
     }
 
-    /// How many bytes QEMU has written.
+    /// Returns the number of bytes that QEMU has written.
     ///
     /// # Errors
     /// [`ErrorKind::Io`].
@@ -115,17 +115,17 @@ impl Draft {
         Ok(about.len().saturating_sub(STREAM))
     }
 
-    /// Makes it an image: checksums, tables, record, header, durable, named. Blocks while it reads the stream once: call it
-    /// from a thread that may. Not before the migration is completed.
+    /// Makes it an image: checksums, tables, record, header, durable, named. Blocks while it reads the stream
+    /// once, so call it from a thread that may block. The migration must be completed.
     ///
-    /// `tag` is the name of the internal snapshot: where disks have internal snapshots of the same instant, theirs.
-    /// `metadata`, 1 MiB at most, is kept in the record and given back by [`Image::metadata`].
+    /// `tag` is the name of the internal snapshot. If disks have internal snapshots of the same instant, it
+    /// is their name. `metadata`, 1 MiB at most, is kept in the record and returned by [`Image::metadata`].
     ///
     /// # Errors
-    /// [`ErrorKind::Damaged`] where what was written is no stream of QEMU's; [`ErrorKind::Invalid`] for a name or metadata
-    /// that does not fit, or where the final name is taken by now; [`ErrorKind::Io`]. After any error the draft is gone, and
-    /// no file has the name (unless only the directory's flush failed: then it is whole, and perhaps not there after a power
-    /// loss).
+    /// [`ErrorKind::Damaged`] if the data is not a stream of QEMU; [`ErrorKind::Invalid`] for a name or
+    /// metadata that does not fit, or if the final name is taken by now; [`ErrorKind::Io`]. After any error
+    /// the draft is gone, and no file has the name. One exception: if only the directory's flush failed, the
+    /// file is complete, but may be missing after a power loss.
     pub fn seal(mut self, tag: &str, metadata: &[u8]) -> Result<Image> {
         let attempted = "finishing a memory image";
         let failed = |error: io::Error| Error::io(attempted, &self.part, error);
@@ -142,27 +142,32 @@ impl Draft {
         let checksums = checksums(file, stream).map_err(failed)?;
         let record = Record { stream, checksums, metadata: metadata.to_vec() };
 
+        // 1) Tables and record, then make them durable together with the stream.
         for (at, bytes) in &wrapper.tables {
             file.write_all_at(bytes, *at).map_err(failed)?;
         }
         file.write_all_at(&record.bytes(), RECORD).map_err(failed)?;
         file.set_len(wrapper.length).map_err(failed)?;
         file.sync_all().map_err(failed)?;
+        // 2) The header, which makes the file an image: only after all that it points to. A crash before this
+        //    leaves a file that neither QEMU nor `open` accepts.
         file.write_all_at(&wrapper.header, 0).map_err(failed)?;
         file.sync_all().map_err(failed)?;
 
+        // 3) The final name, only for a complete file. A crash before this leaves `.NAME.part`, which
+        //    `remove_stale` removes.
         give_name(&self.part, &self.path)?;
         self.file = None;
         flush_directory(&self.path)?;
         Image::open(&self.path)
     }
 
-    /// [`Draft::seal`], compressed with zstd at a level of 1 to 19, by several threads. Needs room for both forms. The
-    /// draft is removed when the compressed image is whole, durable and has the name.
+    /// Like [`Draft::seal`], compressed with zstd at a level of 1 to 19, by several threads. Needs space for
+    /// both forms. The draft is removed when the compressed image is complete, durable and has the name.
     ///
     /// # Errors
-    /// Those of [`Draft::seal`]; [`ErrorKind::Cancelled`] after [`Packing::stop`]. With the draft, from which nothing is
-    /// taken: it can be sealed instead.
+    /// Those of [`Draft::seal`]; [`ErrorKind::Cancelled`] after [`Packing::stop`]. The error comes with the
+    /// draft, which is unchanged: it can be sealed instead.
     pub fn pack(
         self,
         tag: &str,
@@ -190,7 +195,7 @@ impl Draft {
         let file = self.file()?;
         let stream = self.written()?;
         super::image::expect_stream(&self.path, file, stream)?;
-        // That it can be unpacked.
+        // Checks that it can be unpacked later.
         qcow2::wrapper(stream, tag, 0)?;
         let half = Self::packing(&self.path).ok_or_else(|| invalid("it has no file name".to_owned()))?;
         let target = confined_files::remove(&half).and_then(|_| confined_files::create_private(&half));
@@ -202,6 +207,8 @@ impl Draft {
             }
             _ => Error::io(attempted, &half, error),
         })?;
+        // The compressed file is durable (`packed::pack` flushed it). Name it before the draft is removed: a
+        // crash between the two leaves both, and never neither.
         give_name(&half, &self.path)?;
         let removed = confined_files::remove(&self.part);
         removed.map_err(|error| Error::io(attempted, &self.part, error))?;
@@ -215,7 +222,7 @@ fn give_name(from: &Path, to: &Path) -> Result<()> {
     let attempted = "finishing a memory image";
     match confined_files::rename(from, to, false) {
         Ok(()) => Ok(()),
-        // A file system without that flag: nobody else makes names here, and `create` has looked.
+        // The file system lacks that flag. No other process creates names here, and `create` has checked.
         Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
             confined_files::rename(from, to, true).map_err(|error| Error::io(attempted, from, error))
         }

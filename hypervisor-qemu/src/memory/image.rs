@@ -1,4 +1,4 @@
-//! [`Image`]: a memory image that is whole.
+//! [`Image`]: a complete memory image.
 
 use std::{
     fs::File,
@@ -20,16 +20,16 @@ use crate::{
     qcow2::{CLUSTER, RECORD, STREAM, wrapper},
 };
 
-/// What a stream of QEMU's begins with: its magic and version.
+/// First bytes of a stream of QEMU: its magic and version.
 const STREAM_HEAD: [u8; 8] = *b"QEVM\0\0\0\x03";
 
-/// Bytes that are read at once.
+/// Bytes per read.
 const READ: usize = 1 << 20;
 
-/// How many threads read: more do not make memory faster.
+/// Maximum number of reading threads: more do not increase the memory bandwidth.
 const THREADS: usize = 4;
 
-/// A memory image that is whole, as far as its record tells; [`Image::verify`] reads all of it.
+/// A memory image that is complete according to its record; [`Image::verify`] reads all of it.
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
@@ -37,22 +37,22 @@ pub struct Image {
     tag: String,
     seconds: u32,
     record: Record,
-    /// Its path is not its own: that of the compressed image that it was unpacked from.
+    /// True if the file has no name: its path is that of the compressed image that it was unpacked from.
     unnamed: bool,
 }
 
-/// How a QEMU is started from a memory image.
+/// The argument with which QEMU is started from a memory image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Incoming {
-    /// This word after `-incoming`.
+    /// The argument of `-incoming`: a file.
     File(String),
-    /// This word after `-incoming`: for a QEMU that cannot read a file itself. It runs a shell.
+    /// The argument of `-incoming`: a command, for a QEMU that cannot read a file itself. It runs a shell.
     Command(String),
 }
 
 impl Incoming {
-    /// The word.
+    /// Returns the argument.
     pub fn argument(&self) -> &str {
         match self {
             Self::File(argument) | Self::Command(argument) => argument,
@@ -61,10 +61,10 @@ impl Incoming {
 }
 
 impl Image {
-    /// Opens one, and reads its record.
+    /// Opens an image, and reads its record.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`]; [`ErrorKind::Damaged`] where it is not one of ours or its record is not whole.
+    /// [`ErrorKind::Io`]; [`ErrorKind::Damaged`] if it is not one of ours or its record is incomplete.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         let attempted = "opening a memory image";
@@ -73,7 +73,7 @@ impl Image {
         Self::read(path, file, false)
     }
 
-    /// One that has no name, unpacked from another.
+    /// Wraps an image without a name, which was unpacked from another file.
     pub(super) fn unnamed(of: &Path, file: File) -> Result<Self> {
         Self::read(of.to_owned(), file, true)
     }
@@ -91,11 +91,12 @@ impl Image {
         Ok(Self { path, file, tag, seconds, record, unnamed })
     }
 
-    /// Reads all of it and compares: the tables with what they must be, the stream with its checksums. Blocks, with several
-    /// threads: call it from a thread that may, before a revert touches anything.
+    /// Reads the whole image and checks it: the tables against their expected content, the stream against its
+    /// checksums. Blocks, with several threads, so call it from a thread that may block. Call it before a
+    /// revert changes anything.
     ///
     /// # Errors
-    /// [`ErrorKind::Damaged`], naming the first place that is wrong; [`ErrorKind::Io`].
+    /// [`ErrorKind::Damaged`], naming the first damaged place; [`ErrorKind::Io`].
     pub fn verify(&self) -> Result<()> {
         let attempted = "verifying a memory image";
         let failed = |error: io::Error| Error::io(attempted, &self.path, error);
@@ -128,27 +129,27 @@ impl Image {
         }
     }
 
-    /// Its path.
+    /// Returns its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The name of its internal snapshot.
+    /// Returns the name of its internal snapshot.
     pub fn tag(&self) -> &str {
         &self.tag
     }
 
-    /// How long QEMU's stream is, in bytes.
+    /// Returns the length of QEMU's stream, in bytes.
     pub fn stream_length(&self) -> u64 {
         self.record.stream
     }
 
-    /// What the caller gave to [`super::Draft::seal`].
+    /// Returns the metadata that the caller passed to [`super::Draft::seal`].
     pub fn metadata(&self) -> &[u8] {
         &self.record.metadata
     }
 
-    /// The file's length, in bytes.
+    /// Returns the file's length, in bytes.
     ///
     /// # Errors
     /// [`ErrorKind::Io`].
@@ -157,7 +158,7 @@ impl Image {
         Ok(about.map_err(|error| Error::io("reading a memory image", &self.path, error))?.len())
     }
 
-    /// A descriptor to lend.
+    /// Returns a descriptor to lend.
     pub(super) fn descriptor(&self) -> Result<OwnedFd> {
         let opened = match self.unnamed {
             true => reopen_read_only(&self.file),
@@ -166,14 +167,14 @@ impl Image {
         opened.map_err(|error| Error::io("opening a memory image", &self.path, error))
     }
 
-    /// What follows `-incoming` on the command line of a QEMU that is to be started from it.
+    /// Returns the argument of `-incoming` for a QEMU that is to be started from this image.
     ///
-    /// The guest then runs as soon as it is loaded, unless `-S` is given too. Of an image that was unpacked it can be used as
-    /// long as this one is there.
+    /// The guest then runs as soon as it is loaded, unless `-S` is given too. The argument of an unpacked
+    /// image is valid only as long as this value exists.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] where the path is not absolute or not UTF-8, or has a comma where QEMU must read the file
-    /// itself.
+    /// [`ErrorKind::Invalid`] if the path is not absolute or not UTF-8, or has a comma and QEMU must read the
+    /// file itself.
     pub fn incoming(&self, abilities: &Abilities) -> Result<Incoming> {
         let attempted = "naming a memory image for QEMU";
         let invalid = |detail: &str| {
@@ -205,7 +206,7 @@ pub(super) fn damaged(attempted: &str, path: &Path, detail: String) -> Error {
         .advice("the memory of this snapshot cannot be used; its disks can (revert without memory)")
 }
 
-/// The name and date of the image's one snapshot.
+/// Reads the name and date of the image's one snapshot.
 fn snapshot(file: &File) -> io::Result<Option<(String, u32)>> {
     let mut bytes = vec![0; 512];
     let read = read_up_to(file, &mut bytes, 6 * CLUSTER)?;
@@ -222,7 +223,7 @@ fn snapshot(file: &File) -> io::Result<Option<(String, u32)>> {
     Ok(parse())
 }
 
-/// That a stream is there, and is QEMU's.
+/// Checks that the stream exists and is one of QEMU.
 pub(super) fn expect_stream(path: &Path, file: &File, stream: u64) -> Result<()> {
     let attempted = "reading a memory image";
     let mut head = [0; STREAM_HEAD.len()];
@@ -234,7 +235,7 @@ pub(super) fn expect_stream(path: &Path, file: &File, stream: u64) -> Result<()>
     Ok(())
 }
 
-/// The checksum of each part of a stream, in several threads.
+/// Computes the checksum of each part of a stream, in several threads.
 pub(super) fn checksums(file: &File, stream: u64) -> io::Result<Vec<u32>> {
     let parts = usize::try_from(stream.div_ceil(PART)).map_err(io::Error::other)?;
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));

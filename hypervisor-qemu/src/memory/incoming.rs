@@ -1,4 +1,4 @@
-//! A memory image into a QEMU that was started to wait for one.
+//! Loads a memory image into a QEMU that was started to wait for one.
 
 use std::{
     fs::File,
@@ -20,14 +20,16 @@ use crate::{
     run_state::RunState,
 };
 
-/// Loads a memory image into a QEMU that was started with `-incoming defer`. Give `-S` too, or the guest runs as soon as it is
-/// loaded, if it ran when it was saved. Gives the run state.
+/// Loads a memory image into a QEMU that was started with `-incoming defer`. Without `-S` too, the guest runs
+/// as soon as it is loaded, if it ran when it was saved. Returns the run state.
 ///
-/// The image is lent as a descriptor, so QEMU needs no right to its path. Not idempotent: such a QEMU takes one image.
+/// The image is lent as a descriptor, so QEMU needs no rights to its path. Not idempotent: such a QEMU loads
+/// one image.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`] where this QEMU does not wait for an image; [`ErrorKind::Failed`] with what QEMU said: it can only
-/// be ended then; [`ErrorKind::Lost`] where it has ended by itself, which older ones do when an image does not fit.
+/// [`ErrorKind::Invalid`] if this QEMU does not wait for an image; [`ErrorKind::Failed`] with QEMU's message:
+/// that QEMU can only be ended then; [`ErrorKind::Lost`] if it has ended by itself, as older ones do when an
+/// image does not fit.
 pub async fn restore_deferred(machine: &Machine, image: &Image, deadline: Duration) -> Result<RunState> {
     let attempted = "loading a memory image";
     let subject = image.path().display().to_string();

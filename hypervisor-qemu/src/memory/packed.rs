@@ -1,13 +1,14 @@
-//! [`Packed`]: a memory image that is compressed.
+//! [`Packed`]: a compressed memory image.
 //!
-//! It is no image of QEMU's: before QEMU can load it, it is unpacked ([`Packed::unpack`]) into an image that has no name, so
-//! that nothing of it is left after a crash. A part of the stream is one frame of zstd, and the frames stand one after the
-//! other to the file's end: parts are packed and unpacked by several threads, and `tail | zstd -dc` gives the stream too.
+//! It is not an image that QEMU can load. It is first unpacked ([`Packed::unpack`]) into a file that has no
+//! name, so that nothing of that is left after a crash. Each part of the stream is one frame of zstd, and the
+//! frames follow each other to the file's end. So several threads pack and unpack parts, and
+//! `tail | zstd -dc` extracts the stream too.
 //!
-//! All numbers are big endian: magic (8 bytes), version, flags (4 bytes each; 0), length of the stream, bytes of a part
-//! (8 bytes each), number of parts, length of the tag, of the metadata (4 bytes each), the checksum of each part as it is
-//! unpacked, the length of each frame (4 bytes each), the tag, the metadata, and a checksum of all before it. Checksums are
-//! CRC-32 (IEEE). The first frame begins at the next multiple of 4096.
+//! All numbers are big endian: magic (8 bytes), version, flags (4 bytes each; 0), length of the stream, bytes
+//! of a part (8 bytes each), number of parts, length of the tag, of the metadata (4 bytes each), the checksum
+//! of each unpacked part, the length of each frame (4 bytes each), the tag, the metadata, and a checksum of
+//! all before it. Checksums are CRC-32 (IEEE). The first frame begins at the next multiple of 4096.
 
 use std::{
     fs::File,
@@ -38,16 +39,16 @@ const VERSION: u32 = 1;
 const HEAD: usize = 44;
 const ALIGN: u64 = 4096;
 
-/// How many threads pack or unpack: each has two parts in memory.
+/// Maximum number of threads that pack or unpack: each has two parts in memory.
 const THREADS: usize = 8;
 
-/// What reads as zeros is not written, in pieces of so many bytes.
+/// Size of a piece: pieces of zeros are not written.
 const PIECE: usize = 64 << 10;
 
 /// The levels of compression.
 pub(super) const LEVELS: RangeInclusive<u8> = 1..=snapcore::MAX_COMPRESSION;
 
-/// How far the packing of an image is, and whether it is to go on: for the threads that do it and those that look at it.
+/// Progress of packing, and the request to stop it. Shared by the threads that pack and those that watch.
 #[derive(Debug, Default)]
 pub struct Packing {
     done: AtomicU64,
@@ -55,12 +56,12 @@ pub struct Packing {
 }
 
 impl Packing {
-    /// How many bytes of the stream are packed.
+    /// Returns the number of bytes of the stream that are packed.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// Ends it soon.
+    /// Stops packing soon.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
@@ -87,7 +88,7 @@ impl Head {
         HEAD + 8 * parts + tag + metadata + 4
     }
 
-    /// Where the frames begin.
+    /// Returns the offset of the frames.
     fn begin(&self) -> u64 {
         let length = Self::length(self.checksums.len(), self.tag.len(), self.metadata.len());
         (length as u64).next_multiple_of(ALIGN)
@@ -113,7 +114,7 @@ impl Head {
         bytes
     }
 
-    /// Reads one; says what is wrong with it.
+    /// Reads a head; the inner error describes a damaged one.
     fn read(file: &File) -> io::Result<std::result::Result<Self, String>> {
         let mut head = [0; HEAD];
         let read = read_up_to(file, &mut head, 0)?;
@@ -165,7 +166,7 @@ impl Head {
     }
 }
 
-/// A memory image that is compressed, and whole as far as its record tells; [`Packed::verify`] reads all of it.
+/// A compressed memory image that is complete according to its record; [`Packed::verify`] reads all of it.
 #[derive(Debug)]
 pub struct Packed {
     path: PathBuf,
@@ -173,17 +174,17 @@ pub struct Packed {
     head: Head,
 }
 
-/// Whether a file begins as a compressed memory image.
+/// Returns true if a file begins like a compressed memory image.
 pub(super) fn is_packed(file: &File) -> io::Result<bool> {
     let mut magic = [0; MAGIC.len()];
     Ok(read_up_to(file, &mut magic, 0)? == magic.len() && &magic == MAGIC)
 }
 
 impl Packed {
-    /// Opens one, and reads its record.
+    /// Opens a compressed image, and reads its record.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`]; [`ErrorKind::Damaged`] where it is not one or is not whole.
+    /// [`ErrorKind::Io`]; [`ErrorKind::Damaged`] if it is not one or is incomplete.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         let attempted = "opening a compressed memory image";
@@ -199,35 +200,35 @@ impl Packed {
         Ok(Self { path, file, head })
     }
 
-    /// Its path.
+    /// Returns its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The name that its internal snapshot has when it is unpacked.
+    /// Returns the name that its internal snapshot has when it is unpacked.
     pub fn tag(&self) -> &str {
         &self.head.tag
     }
 
-    /// What the caller gave to [`super::Draft::pack`].
+    /// Returns the metadata that the caller passed to [`super::Draft::pack`].
     pub fn metadata(&self) -> &[u8] {
         &self.head.metadata
     }
 
-    /// How long QEMU's stream is, in bytes.
+    /// Returns the length of QEMU's stream, in bytes.
     pub fn stream_length(&self) -> u64 {
         self.head.stream
     }
 
-    /// How long the image is when it is unpacked, in bytes.
+    /// Returns the length of the unpacked image, in bytes.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] where no image has such a stream or tag.
+    /// [`ErrorKind::Invalid`] if no image can have such a stream or tag.
     pub fn full_length(&self) -> Result<u64> {
         Ok(qcow2::wrapper(self.head.stream, &self.head.tag, 0)?.length)
     }
 
-    /// The file's length, in bytes.
+    /// Returns the file's length, in bytes.
     ///
     /// # Errors
     /// [`ErrorKind::Io`].
@@ -236,20 +237,20 @@ impl Packed {
         Ok(about.map_err(|error| Error::io("reading a memory image", &self.path, error))?.len())
     }
 
-    /// Reads and unpacks all of it, and compares it with its checksums. Writes nothing. Blocks.
+    /// Reads and unpacks the whole image, and checks it against its checksums. Writes nothing. Blocks.
     ///
     /// # Errors
-    /// [`ErrorKind::Damaged`], naming the first place that is wrong; [`ErrorKind::Io`].
+    /// [`ErrorKind::Damaged`], naming the first damaged place; [`ErrorKind::Io`].
     pub fn verify(&self) -> Result<()> {
         self.unpack_to(None)
     }
 
-    /// Unpacks it into an image that has no name, in the directory of this one, and compares it with its checksums. That
-    /// image is gone with the process. Blocks.
+    /// Unpacks it into a file without a name in the same directory, and checks it against its checksums. The
+    /// kernel removes that file when the process ends. Blocks.
     ///
     /// # Errors
-    /// [`ErrorKind::Damaged`], naming the first place that is wrong; [`ErrorKind::Io`], also where the file system has not
-    /// the room. Nothing is left.
+    /// [`ErrorKind::Damaged`], naming the first damaged place; [`ErrorKind::Io`], also if the file system is
+    /// too full. Nothing is left.
     pub fn unpack(&self) -> Result<Image> {
         let attempted = "unpacking a memory image";
         let failed = |error: io::Error| Error::io(attempted, &self.path, error);
@@ -282,11 +283,11 @@ impl Packed {
         Image::unnamed(&self.path, target)
     }
 
-    /// What gives the stream to a QEMU that is started by hand: the word after `-incoming`. It runs a shell, which needs the
-    /// program `zstd`.
+    /// Returns the argument of `-incoming` for a QEMU that is started by hand. It runs a shell, which needs
+    /// the program `zstd`.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] where the path is not absolute or not UTF-8.
+    /// [`ErrorKind::Invalid`] if the path is not absolute or not UTF-8.
     pub fn incoming(&self) -> Result<String> {
         let path = self.path.to_str().filter(|path| path.starts_with('/'));
         let path = path.ok_or_else(|| {
@@ -311,7 +312,7 @@ impl Packed {
                 place
             })
             .collect();
-        // The first part that is wrong.
+        // The first damaged part.
         let wrong = AtomicUsize::new(usize::MAX);
         let work = |next: &AtomicUsize, failed: &AtomicBool| -> io::Result<()> {
             let mut unpacker = zstd::bulk::Decompressor::new()?;
@@ -352,7 +353,7 @@ impl Packed {
     }
 }
 
-/// Where a part is in the stream.
+/// Returns the range of a part in the stream.
 fn part_range(stream: u64, number: usize) -> Range<u64> {
     let begin = number as u64 * PART;
     begin..stream.min(begin + PART)
@@ -381,7 +382,7 @@ fn in_threads(
     })
 }
 
-/// A file for its owner alone, which has no name, in the directory of another.
+/// Creates a private file without a name, in the directory of another file.
 fn unnamed(beside: &Path) -> io::Result<File> {
     let directory = match beside.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -399,8 +400,8 @@ fn unnamed(beside: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Packs the stream of a draft into a file, frame by frame, and writes its record when all else is durable. The file is whole
-/// and durable when this returns.
+/// Packs the stream of a draft into a file, frame by frame, and writes its record when all else is durable.
+/// The file is complete and durable when this returns.
 pub(super) fn pack(
     source: &File,
     target: &File,
@@ -412,7 +413,8 @@ pub(super) fn pack(
     let parts = usize::try_from(stream.div_ceil(PART)).map_err(io::Error::other)?;
     let (tag, metadata) = (about.0.to_owned(), about.1.to_vec());
     let mut head = Head { stream, checksums: vec![0; parts], frames: vec![0; parts], tag, metadata };
-    /// The frames stand in the order of their parts: who has one waits until the ones before it have their places.
+    /// The frames follow in the order of their parts: a thread waits until all frames before its own have
+    /// their offsets.
     struct Order {
         next: usize,
         place: u64,
@@ -452,7 +454,7 @@ pub(super) fn pack(
             packing.done.fetch_add(range.end - range.start, Ordering::Relaxed);
         }
     };
-    // Who fails wakes those that wait for its place.
+    // A thread that fails wakes those that wait for its frame.
     let work = |next: &AtomicUsize, failed: &AtomicBool| {
         work(next, failed).inspect_err(|_| {
             let _turn = order.lock().unwrap_or_else(PoisonError::into_inner);
@@ -466,6 +468,8 @@ pub(super) fn pack(
         return Err(io::Error::other("not all parts were packed"));
     }
     (head.checksums, head.frames) = order.told.into_iter().unzip();
+    // 1) Frames durable, 2) then the record that names them, 3) then that durable. A crash before the end of
+    //    2) leaves a file that `Packed::open` rejects.
     target.sync_all()?;
     target.write_all_at(&head.bytes(), 0)?;
     target.sync_all()

@@ -1,8 +1,10 @@
-//! The record of a memory image: how long its stream is, a checksum for each part of it, and the caller's metadata.
+//! The record of a memory image: the length of its stream, a checksum for each part of it, and the caller's
+//! metadata.
 //!
-//! All numbers are big endian: magic (8 bytes), version, flags (4 bytes each; the flags are for compression to come, and 0),
-//! length of the stream, bytes of a part (8 bytes each), number of parts, length of the metadata (4 bytes each), the
-//! checksums (4 bytes each), the metadata, and a checksum of all before it. Checksums are CRC-32 (IEEE).
+//! All numbers are big endian: magic (8 bytes), version, flags (4 bytes each; the flags are reserved, and 0),
+//! length of the stream, bytes of a part (8 bytes each), number of parts, length of the metadata (4 bytes
+//! each), the checksums (4 bytes each), the metadata, and a checksum of all before it. Checksums are CRC-32
+//! (IEEE).
 
 use crate::qcow2::{CLUSTER, LONGEST};
 
@@ -13,7 +15,8 @@ const HEAD: usize = 40;
 /// Bytes of the stream that share a checksum.
 pub(super) const PART: u64 = 16 << 20;
 
-/// How long the caller's metadata may be: with the checksums of the longest stream the record still fits its cluster.
+/// Longest metadata of the caller: with the checksums of the longest stream the record still fits its
+/// cluster.
 pub(crate) const LONGEST_METADATA: usize = 1 << 20;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,7 +44,7 @@ impl Record {
         bytes
     }
 
-    /// Reads one; says what is wrong with it.
+    /// Parses a record; the error describes a damaged one.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, String> {
         let word = |at: usize| -> Option<u32> {
             Some(u32::from_be_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))

@@ -1,4 +1,4 @@
-//! A memory image back into a running QEMU.
+//! Restores a memory image into a running QEMU.
 
 use std::time::Duration;
 
@@ -15,28 +15,31 @@ use crate::{
     run_state::RunState,
 };
 
-/// How a restore went.
+/// Result of a restore.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Restored {
-    /// The run state now: `paused`, or `restore-vm` where QEMU has no way back to `paused` but through running. The guest
-    /// stands still in both, and [`Machine::cont`] lets it go on.
+    /// The run state now: `paused`, or `restore-vm` if this QEMU returns to `paused` only through running.
+    /// The guest is paused in both, and [`Machine::cont`] resumes it.
     pub state: RunState,
 }
 
-/// Puts a memory image into a running QEMU: its guest's memory and devices are as they were, and it stands still.
+/// Loads a memory image into a running QEMU: memory and devices of the guest are as they were, and the guest
+/// is paused.
 ///
-/// Needs: a guest that is paused; disks that are as they were at the image's instant, except those of `devices`: nodes with an
-/// internal snapshot of the image's tag, which are reverted to it too, in one go. [`Image::verify`] before. The processor and
-/// the devices must be those of the image ([`crate::discover::compare`]). May be repeated.
+/// It needs a paused guest, and disks with their content of the image's instant. Excepted are the disks of
+/// `devices`: nodes with an internal snapshot of the image's tag, which are reverted to it in the same step.
+/// Call [`Image::verify`] before. The processor and the devices must be those of the image
+/// ([`crate::discover::compare`]). May be repeated.
 ///
-/// The image is not written: QEMU's writes (it takes up the snapshot's tables) go to an overlay in memory. Both are lent as
-/// descriptors, so QEMU needs no right to the path, and nothing is left on disk by a crash.
+/// The image is not written: QEMU's writes (it updates the snapshot's tables) go to an overlay in memory.
+/// Both are lent as descriptors, so QEMU needs no rights to the path, and a crash leaves nothing on disk.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`] where the guest runs, [`ErrorKind::Failed`] with what QEMU said. After an error the guest stands
-/// still; where the load had begun its memory is undefined, and the disks of `devices` may be reverted: load another memory
-/// image, reset the guest, or (only where [`Error::state`] says that no changes made) let it go on.
+/// [`ErrorKind::Invalid`] if the guest runs, [`ErrorKind::Failed`] with QEMU's message. After an error the
+/// guest is paused. If the load had begun, its memory is undefined, and the disks of `devices` may be
+/// reverted. Load another memory image or reset the guest then. Resume it only if [`Error::state`] reports
+/// that nothing was changed.
 pub async fn restore_in_place(
     machine: &Machine,
     image: &Image,
@@ -65,7 +68,7 @@ pub async fn restore_in_place(
     };
     let node = Name::fresh("vm");
     let outcome = load(machine, image, &node, &below, &above, devices, deadline).await;
-    // Taken out also after a failure, so that nothing holds the image.
+    // Removed also after a failure, so that no process has the image open.
     let removed =
         machine.run(attempted, &subject, "blockdev-del", json!({ "node-name": node.as_str() })).await;
     below.remove(machine).await;
@@ -88,7 +91,7 @@ async fn load(
 ) -> Result<()> {
     let attempted = "restoring memory";
     let subject = image.path().display().to_string();
-    // An image whose *file* is an overlay of the image's file.
+    // A qcow2 node whose *file* is an overlay of the image's file.
     let raw = json!({ "driver": "raw", "read-only": true,
         "file": { "driver": "file", "filename": below.path(), "read-only": true } });
     let file = json!({ "driver": "qcow2", "node-name": node.file(), "backing": raw,
@@ -126,7 +129,7 @@ fn untouched(error: Error) -> Error {
     }
 }
 
-/// A file in memory with these bytes, for writing and for reading.
+/// Creates a file in memory with these bytes; returns a writable and a read-only descriptor.
 pub(crate) fn memory_file(
     name: &str,
     bytes: &[u8],

@@ -1,8 +1,8 @@
-//! The memory of a guest that is paused, where a background snapshot cannot be had: a migration would leave the guest
-//! `postmigrate`, with no way back to `paused` but through running.
+//! Saves the memory of a paused guest if a background snapshot is not possible. A migration would leave the
+//! guest `postmigrate`, from which it returns to `paused` only through running.
 //!
-//! `snapshot-save` leaves the run state alone. It writes into a scratch image, which has no name, and from which the stream is
-//! copied: it is the same as that of a migration.
+//! `snapshot-save` does not change the run state. It writes into a scratch image without a name. The stream
+//! is copied from there; it is the same as that of a migration.
 
 use std::{
     fs::File,
@@ -23,13 +23,13 @@ use crate::{
     qcow2::{self, STREAM},
 };
 
-/// QEMU answers nothing until its memory is written.
+/// Time limit: QEMU answers nothing until its memory is written.
 const SAVING: Duration = Duration::from_secs(600);
 
 const TAG: &str = "domsnap";
 
-/// Saves the memory of a guest that is paused, and stays so, into a draft. Needs room for the memory twice in the draft's
-/// directory.
+/// Saves the memory of a guest that is paused, and stays so, into a draft. Needs space for twice the memory
+/// in the draft's directory.
 ///
 /// After an error QEMU is as before.
 pub(crate) async fn save(machine: &Machine, draft: &Draft) -> Result<()> {
@@ -48,7 +48,7 @@ pub(crate) async fn save(machine: &Machine, draft: &Draft) -> Result<()> {
     copied.await.map_err(io::Error::other).and_then(|copied| copied).map_err(failed)
 }
 
-/// A file that has no name any more.
+/// Creates a file without a name.
 fn scratch(draft: &Draft) -> io::Result<File> {
     let name = format!(".{}.scratch", uuid::Uuid::new_v4().simple());
     let path = draft.path().with_file_name(name);
@@ -78,7 +78,7 @@ async fn run(machine: &Machine, draft: &Draft, set: &FdSet) -> Result<()> {
     removed.map(drop)
 }
 
-/// Copies the VM state of the one snapshot of a scratch image to the place of the stream.
+/// Copies the VM state of the one snapshot of a scratch image to the stream's offset.
 fn copy(scratch: &File, target: &File) -> io::Result<()> {
     let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("the scratch image: {what}"));
     let long = |at: u64| -> io::Result<u64> {
@@ -95,7 +95,7 @@ fn copy(scratch: &File, target: &File) -> io::Result<()> {
     let table = long(64)?;
     let first = long(table)?;
     let entries = long(table + 8)? >> 32;
-    // The size is in the data that follows the fixed part; the 32 bits before that are too short for it.
+    // The size is in the extra data after the fixed part; the 32-bit field before that is too small for it.
     let size = long(table + 40)?;
     if size == 0 || size > qcow2::LONGEST {
         return Err(wrong("its snapshot has no VM state"));
@@ -114,7 +114,7 @@ fn copy(scratch: &File, target: &File) -> io::Result<()> {
         let place = if second == 0 { 0 } else { long(second + 8 * (cluster % per_table))? };
         let length = usize::try_from((size - done).min(CLUSTER)).map_err(io::Error::other)?;
         let piece = buffer.get_mut(..length).ok_or_else(|| wrong("no buffer"))?;
-        // Bit 0 of an entry: the cluster reads as zeros; bit 62: compressed, which no VM state is.
+        // Bit 0 of an entry: the cluster reads as zeros; bit 62: compressed, which a VM state never is.
         match place & PLACE {
             _ if place & (1 << 62) != 0 => return Err(wrong("its VM state is compressed")),
             0 => piece.fill(0),

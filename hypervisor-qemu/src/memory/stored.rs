@@ -5,20 +5,20 @@ use std::path::PathBuf;
 use super::{Image, Packed, packed::is_packed};
 use crate::error::{Error, Result};
 
-/// A memory image as it is stored.
+/// A memory image in either form.
 #[derive(Debug)]
 pub enum Stored {
-    /// As QEMU loads it.
+    /// The form that QEMU loads.
     Plain(Image),
     /// Compressed.
     Packed(Packed),
 }
 
 impl Stored {
-    /// Opens one, and reads its record.
+    /// Opens an image, and reads its record.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Io`]; [`crate::ErrorKind::Damaged`] where it is not one of ours or is not whole.
+    /// [`crate::ErrorKind::Io`]; [`crate::ErrorKind::Damaged`] if it is not one of ours or is incomplete.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         let packed = confined_files::open_regular(&path, false).and_then(|file| is_packed(&file));
@@ -28,7 +28,7 @@ impl Stored {
         }
     }
 
-    /// The name of its internal snapshot.
+    /// Returns the name of its internal snapshot.
     pub fn tag(&self) -> &str {
         match self {
             Self::Plain(image) => image.tag(),
@@ -36,7 +36,7 @@ impl Stored {
         }
     }
 
-    /// The file's length, in bytes.
+    /// Returns the file's length, in bytes.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Io`].
@@ -47,10 +47,10 @@ impl Stored {
         }
     }
 
-    /// How long it is as QEMU loads it, in bytes, where it is stored in another form.
+    /// Returns the length of the form that QEMU loads, in bytes, if it is stored in the other form.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] where no image has its stream or tag.
+    /// [`crate::ErrorKind::Invalid`] if no image can have its stream or tag.
     pub fn full_length(&self) -> Result<Option<u64>> {
         match self {
             Self::Plain(_) => Ok(None),
@@ -58,7 +58,8 @@ impl Stored {
         }
     }
 
-    /// The image that QEMU can load: a compressed one is unpacked, and compared with its checksums. Blocks.
+    /// Returns the image that QEMU can load: a compressed one is unpacked, and checked against its checksums.
+    /// Blocks.
     ///
     /// # Errors
     /// Those of [`Packed::unpack`].
