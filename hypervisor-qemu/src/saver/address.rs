@@ -1,15 +1,16 @@
-//! Where a QEMU's monitor or a guest agent listens, as users write it and in its one form.
+//! Addresses of monitors and guest agents, as users write them and in their canonical form.
 
 use camino::Utf8Path;
 use snapcore::{Control, Error, ErrorKind, Result};
 
-/// What an address of TCP begins with.
+/// Prefix of a TCP address.
 const TCP: &str = "tcp:";
 
-/// How a domain is reached, with the one names of its sockets. Relative paths are taken from `directory`.
+/// Returns how a domain is reached, with canonical names of its sockets. Relative paths are relative to
+/// `directory`.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`] where a socket is neither a path nor `tcp:HOST:PORT` of the loopback interface.
+/// [`ErrorKind::Usage`] if a socket is neither a path nor `tcp:HOST:PORT` on the loopback interface.
 pub(super) fn read(control: Control, directory: &Utf8Path) -> Result<Control> {
     if control.address.is_empty() {
         return Err(Error::new(ErrorKind::Usage, "the path of a socket is missing")
@@ -28,8 +29,8 @@ fn socket(directory: &Utf8Path, text: &str) -> Result<String> {
     }
 }
 
-/// `tcp:IP:PORT`, where `localhost` is 127.0.0.1. Other machines are refused: QMP has no password and no encryption, and what
-/// runs elsewhere has other files.
+/// Returns `tcp:IP:PORT`, where `localhost` is 127.0.0.1. Other machines are refused: QMP has no password and
+/// no encryption, and a QEMU elsewhere has other files.
 fn tcp_address(text: &str) -> Result<String> {
     let place = text.strip_prefix(TCP).unwrap_or(text);
     let place = match place.strip_prefix("localhost:") {
@@ -50,8 +51,8 @@ fn tcp_address(text: &str) -> Result<String> {
     }
 }
 
-/// The one name of a socket: its directory without links and dots, so that `/var/run/web.qmp` and `/run/web.qmp` are
-/// one domain. Where the directory is not there, the path as it is.
+/// Returns the canonical name of a socket: its directory has no links and dots, so that `/var/run/web.qmp`
+/// and `/run/web.qmp` are one domain. If the directory does not exist, the path is unchanged.
 fn socket_address(path: &Utf8Path) -> String {
     let directory = path.parent().and_then(|directory| directory.canonicalize_utf8().ok());
     match (directory, path.file_name()) {

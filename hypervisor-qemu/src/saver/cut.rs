@@ -1,4 +1,4 @@
-//! The instant of a snapshot, and the memory that is written after it.
+//! The cut of a snapshot, and the memory that is written after it.
 
 use std::{
     mem,
@@ -34,21 +34,21 @@ use crate::{
     quiesce::{self, Quiesced},
 };
 
-/// What a memory image says of itself.
+/// Metadata of a memory image.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct About {
-    /// Whether the guest ran at the instant: QEMU's stream has it as it was when it was written.
+    /// True if the guest ran at the instant: QEMU's stream has the state of the moment when it was written.
     pub(super) running: bool,
     /// The machine, as it is recorded with the snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) machine: Option<serde_json::Value>,
 }
 
-/// The instant, as its step has it.
+/// The cut, as its step describes it.
 #[derive(Clone, Copy)]
 pub(super) struct Step<'a> {
     pub(super) disks: &'a [(Target, DiskInstant)],
-    /// Whether the guest ran when the snapshot was planned.
+    /// True if the guest ran when the snapshot was planned.
     pub(super) running: bool,
     pub(super) memory: Option<&'a MemoryPlan>,
     pub(super) quiesce: Quiesce,
@@ -56,10 +56,11 @@ pub(super) struct Step<'a> {
     pub(super) then: Option<PowerAfter>,
 }
 
-/// Takes the instant. Where it fails QEMU is as it was before, or the error says what is not: the undo mends it.
+/// Performs the cut. After an error QEMU is as it was before, unless the error names a difference, which the
+/// undo repairs.
 ///
-/// That a guest whose snapshot is to be quiesced was frozen to the end is known only after it. Where it was required and is
-/// not so, this is an error, and the undo takes the instant back.
+/// Only after the cut is it known if the guest stayed frozen. If quiescing was required and the guest did not
+/// stay frozen, this is an error, and the undo discards the cut.
 pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<Facts> {
     let machine = &live.machine;
     let mut facts = Facts::default();
@@ -67,6 +68,8 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     let ran = before.running;
     let bitmaps = live.lost_bitmaps(overlaid(step)).await?;
     let mut cut = Cut::new();
+    // 1) Open the overlays and create the draft while the guest runs: neither changes the disks. A crash here
+    //    leaves unused nodes and a draft, which `sweep` and `remove_stale` remove.
     let mut opened: Vec<String> = Vec::new();
     let prepared = prepare(live, step, &mut opened).await;
     let disks = match prepared {
@@ -88,22 +91,29 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
         };
         cut = cut.memory(draft, mode);
     }
+    // 2) Freeze as late as possible: the guest blocks from here on. A crash leaves it frozen until the next
+    //    command thaws it (`settle`).
     let frozen = match freeze(live, step, ran, &mut facts).await {
         Ok(frozen) => frozen,
         Err(error) => return Err(close(live, error, &opened).await),
     };
     let stays = matches!(step.then, Some(PowerAfter::Paused | PowerAfter::Off));
+    // 3) Last point to cancel: nothing has been cut.
     if context.cancel.is_cancelled() {
         let error = Error::new(ErrorKind::Cancelled, "it was cancelled before the instant");
         return Err(close(live, error, &opened).await);
     }
-    // A guest that is frozen must run once more, or its agent could not thaw it.
+    // 4) Pause at once if the guest is to stay paused. A frozen guest must run once more, or its agent could
+    //    not thaw it.
     let paused_before = stays && frozen.is_none();
     if paused_before && let Err(error) = machine.pause().await {
         return Err(close(live, told(error), &opened).await);
     }
 
     let required = step.quiesce == Quiesce::Require;
+    // 5) Runs inside of the cut, with the guest paused: disks served by others are cut here, paths are moved
+    //    and made durable. If it fails, the cut undoes its own part; a crash in it is undone from the
+    //    journal.
     let hook = async || -> Result<Timestamp, BoxError> {
         let over = frozen.as_ref().is_some_and(|frozen| frozen.left().is_zero());
         if required && over {
@@ -136,6 +146,7 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
         }
     }
 
+    // 6) Thaw before any other work: the guest's writers are blocked. Only now is the consistency known.
     let consistency = match frozen {
         Some(frozen) => thawed(frozen, step, &mut facts).await?,
         None if step.memory.is_some() => Consistency::Memory,
@@ -147,6 +158,7 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
             .notes
             .push("the guest ran a moment after the instant, to be thawed, before it was paused".to_owned());
     }
+    // 7) The power state that the user asked for comes last, when everything else of the cut is done.
     match step.then {
         Some(PowerAfter::Running) => machine.cont().await.map_err(told)?,
         Some(PowerAfter::Paused | PowerAfter::Off) | None => {}
@@ -163,7 +175,7 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     Ok(facts)
 }
 
-/// The disks that get an overlay.
+/// Returns the disks that get an overlay.
 fn overlaid(step: Step<'_>) -> impl Iterator<Item = &Target> {
     step.disks
         .iter()
@@ -181,14 +193,14 @@ fn words(way: Way) -> &'static str {
     }
 }
 
-/// An overlay that is open in QEMU, and in nobody's use yet.
+/// An overlay that is open in QEMU and not used yet.
 #[derive(Debug)]
 pub(super) struct Ready {
     file: Utf8PathBuf,
     node: Name,
 }
 
-/// Opens the overlays ahead of the instant, which takes most of the time that it needs.
+/// Opens the overlays ahead of the cut, which takes most of the cut's time.
 pub(super) async fn make_ready(live: &Live, step: Step<'_>) -> Result<()> {
     let mut opened = Vec::new();
     let cuts = match prepare(live, step, &mut opened).await {
@@ -207,14 +219,14 @@ pub(super) async fn make_ready(live: &Live, step: Step<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Opens the overlays that are not open yet; gives what is to be cut.
+/// Opens the overlays that are not open yet; returns the cuts of all disks.
 async fn prepare(live: &Live, step: Step<'_>, opened: &mut Vec<String>) -> Result<Vec<DiskCut>> {
     let mut cuts = Vec::new();
     let mut ready = mem::take(&mut *live.ready());
     let graph = live.machine.graph().await.map_err(told)?;
     for (target, instant) in step.disks {
         if *instant == DiskInstant::ByBackend && live.disk_of(target).is_none() {
-            // Somebody else serves it to the guest: dom0's kernel, where this is the QEMU of a domain of Xen's.
+            // Another server has it: dom0's kernel, if this is the QEMU of a Xen domain.
             continue;
         }
         let disk = live.expect(target)?;
@@ -249,7 +261,7 @@ async fn prepare(live: &Live, step: Step<'_>, opened: &mut Vec<String>) -> Resul
     Ok(cuts)
 }
 
-/// An error, after the overlays that are in nobody's use were closed.
+/// Closes the unused ones of the given overlays, and adds to the error any that are left.
 async fn close(live: &Live, error: Error, opened: &[String]) -> Error {
     match Graph::read(&live.machine).await {
         Ok(graph) => {
@@ -277,7 +289,7 @@ async fn draft(file: &Utf8Path) -> Result<Draft> {
     .await
 }
 
-/// Freezes the guest's file systems, where that is asked for.
+/// Freezes the guest's file systems, if the user asked for it.
 async fn freeze(live: &Live, step: Step<'_>, ran: bool, facts: &mut Facts) -> Result<Option<Quiesced>> {
     let why = match (step.quiesce, step.memory, &live.agent, cannot_freeze(live, ran)) {
         (Quiesce::No, ..) => return Ok(None),
@@ -315,25 +327,29 @@ async fn thawed(frozen: Quiesced, step: Step<'_>, facts: &mut Facts) -> Result<C
     }
 }
 
-/// Takes the instant back, wherever it had got to.
+/// Undoes the cut, at whatever point it stopped.
 ///
-/// 1. The saving of memory is ended; a guest that a migration left with inactive disks is resumed first.
-/// 2. Disk by disk. Where the guest writes to the overlay: the image below it gets a node of its permanent name (its own names
-///    the overlay by now, and the merge would write that); the overlay is merged down, and at the pivot the path is moved
-///    back. Otherwise the path alone is. Tags are deleted.
-/// 3. The guest goes on, if it ran when all this began; it is thawed.
+/// 1. It ends the memory save; a guest that a migration left with inactive disks is resumed first.
+/// 2. It undoes disk by disk. If the guest writes to the overlay, the image below it first gets a node of its
+///    permanent name: its own node has the configured path, which is the overlay's by now, and the merge
+///    would write to that file. Then the overlay is merged down, and at the pivot the path is moved back. If
+///    the guest does not write to the overlay, only the path is moved back. Tags are deleted.
+/// 3. It resumes the guest, if that ran before the cut, and thaws it.
 pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<()> {
     let machine = &live.machine;
+    // 1) End the save first: a migration that ran to its end left the disks inactive, and only a running
+    //    guest activates them.
     end_saving(live, step.memory.is_some()).await?;
     let state = machine.run_state().await.map_err(told)?;
     if state.word == "postmigrate" && step.memory.is_some() {
         machine.cont().await.map_err(told)?;
     }
+    // 2) Close unused overlays: an overlay that never was put on top must not be found as one.
     sweep(live).await?;
     for (target, instant) in step.disks {
         let taking = |error: Error| error.context(format!("taking back the instant of disk {target}"));
         let Some(disk) = live.disk_of(target) else {
-            // Nothing of it is in QEMU.
+            // No part of it is in QEMU.
             context.inside.run(Some(target)).await.map_err(taking)?;
             continue;
         };
@@ -347,6 +363,7 @@ pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>
         }
     }
     sweep(live).await?;
+    // 3) Resume only when all disks are back: from then on the guest writes to them.
     if step.running {
         machine.let_go_on().await.map_err(told)?;
     }
@@ -363,7 +380,8 @@ async fn take_off(disk: &Disk, file: &Utf8PathBuf, context: DomainContext<'_>) -
         None => layer.file.as_deref() == Some(file.as_std_path()),
     };
     if !open.root().is_some_and(is_it) {
-        // A frozen image that is known by the path names the overlay too, so a place further down says nothing by itself.
+        // A frozen image that still has the configured path as its name would match the overlay's file too.
+        // So a match further down proves nothing by itself.
         let by_name = |layer: &super::disk::OpenLayer| layer.file.as_deref() == Some(file.as_std_path());
         if open.layers.iter().skip(1).any(by_name) {
             let detail = format!("another image stands on {file}, which another program put there");
@@ -372,6 +390,7 @@ async fn take_off(disk: &Disk, file: &Utf8PathBuf, context: DomainContext<'_>) -
         }
         return context.inside.run(Some(&disk.target)).await;
     }
+    // Reopen by name before the merge: QEMU opens the base for writing by the name that its node has.
     if let Some(chain) = context.chains.iter().find(|chain| chain.target == disk.target) {
         truth::rehome(disk, chain).await?;
     }
@@ -386,7 +405,7 @@ async fn take_off(disk: &Disk, file: &Utf8PathBuf, context: DomainContext<'_>) -
     merge::fold_active(disk, &open, context.inside, context.progress).await
 }
 
-/// Ends the saving of memory: ours, or that of a run that crashed.
+/// Ends a memory save: ours, or that of a run that crashed.
 async fn end_saving(live: &Live, is_ours: bool) -> Result<()> {
     let saving = live.saving().take();
     if let Some((saving, _)) = saving {
@@ -398,7 +417,7 @@ async fn end_saving(live: &Live, is_ours: bool) -> Result<()> {
     Ok(())
 }
 
-/// Closes what nobody uses.
+/// Closes our unused nodes.
 pub(super) async fn sweep(live: &Live) -> Result<()> {
     live.ready().clear();
     let ours = jobs::reconcile(&live.machine).await.map_err(told)?;
@@ -419,7 +438,7 @@ pub(super) async fn save_memory(
         let path = file.to_owned();
         let whole = blocking(move || {
             let image = Stored::open(path.as_std_path())?;
-            // A compressed one gets its name before its draft is removed.
+            // A compressed image gets its name before its draft is removed, so a draft may be left.
             Draft::remove_stale(path.as_std_path())?;
             Ok((image.tag().to_owned(), image.length()?, image.full_length()?))
         });
@@ -438,7 +457,8 @@ pub(super) async fn save_memory(
         |now: instant::Progress| progress.bytes(now.written, now.written.saturating_add(now.remaining));
     let draft = saving.wait_unless(context.cancel.cancelled(), each).await.map_err(told)?;
     let tag = tag.to_owned();
-    // For whoever finds the image alone. What is too long for it is in the catalogue all the same.
+    // Metadata for a user who has only the image. If the machine is too long for it, the catalogue still has
+    // that.
     let about = |machine| serde_json::to_vec(&About { running: ran, machine }).unwrap_or_default();
     let mut metadata = about(Some(live.seen.machine.clone()));
     if metadata.len() > LONGEST_METADATA {
@@ -460,10 +480,10 @@ pub(super) async fn save_memory(
     Ok(Facts { memory_bytes: Some(length), ..facts })
 }
 
-/// Between two looks at how far the compression is.
+/// Time between two polls of the compression's progress.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Compresses memory that is written. Gives the draft back where that cannot be: then it is kept as it is.
+/// Compresses written memory. If that fails, returns the draft, which is then kept uncompressed.
 async fn packed(
     draft: Draft,
     tag: &str,
@@ -502,7 +522,7 @@ async fn packed(
     }
 }
 
-/// Ends the saving of memory, and removes what there is of it.
+/// Ends the memory save, and removes its files.
 pub(super) async fn forget_memory(live: &Live, file: &Utf8Path) -> Result<()> {
     end_saving(live, true).await?;
     super::remove_memory(file).await

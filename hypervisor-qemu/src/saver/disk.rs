@@ -1,4 +1,4 @@
-//! One disk of a running domain: which device it is, and what of it is open.
+//! One disk of a running domain: its device, and the images that it has open.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,13 +23,13 @@ use crate::{
     name::Name,
 };
 
-/// What the name of every placeholder begins with.
+/// Prefix of every placeholder's name.
 pub(super) const PLACEHOLDER: &str = "domsnap-ph-";
 
 /// The file system as a QEMU sees it.
 #[derive(Debug, Clone)]
 pub(super) struct View {
-    /// `/proc/PID`; none where the process is not known.
+    /// `/proc/PID`; `None` if the process is not known.
     process: Option<PathBuf>,
     directory: PathBuf,
 }
@@ -41,26 +41,26 @@ impl View {
         Self { process, directory: directory.unwrap_or_default() }
     }
 
-    /// A name of QEMU's, from the root on.
+    /// Makes a name of QEMU absolute.
     pub(super) fn absolute(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
 
-    /// The device and inode of the file that has this name for QEMU.
+    /// Returns device and inode of the file that has this name for QEMU.
     pub(super) fn identity(&self, file: &Path) -> Option<FileIdentity> {
         let inside = self.process.as_ref().map(|process| {
-            // QEMU may live in a mount namespace of its own.
+            // QEMU may run in a mount namespace of its own.
             process.join("root").join(file.strip_prefix("/").unwrap_or(file))
         });
         inside.and_then(|inside| identity(&inside)).or_else(|| identity(file))
     }
 
-    /// The images that QEMU has open, whatever it calls them; none where the system does not tell.
+    /// Returns the images that QEMU has open, whatever their names; `None` if the system does not report it.
     pub(super) fn open_images(&self) -> Option<HashSet<FileIdentity>> {
         graph::open_images(self.process.as_deref()?).ok()
     }
 
-    /// Returns true if QEMU has a file open and no image lock on it ([`graph::is_open_unlocked`]).
+    /// Returns true if QEMU has a file open without an image lock ([`graph::is_open_unlocked`]).
     pub(super) fn is_open_unlocked(&self, file: FileIdentity) -> bool {
         self.process.as_deref().is_some_and(|process| graph::is_open_unlocked(process, file))
     }
@@ -70,14 +70,14 @@ impl View {
         self.process.as_deref().is_some_and(graph::is_of_xen)
     }
 
-    /// The file of a node: of an image, that of the file below it.
+    /// Returns the file of a node; for an image, that of the file node below it.
     fn file(&self, node: &Node) -> Option<PathBuf> {
         let is_file = matches!(node.driver.as_str(), "file" | "host_device" | "host_cdrom");
         (is_file && !node.file.starts_with("/dev/fdset/")).then(|| self.directory.join(&node.file))
     }
 }
 
-/// The device and inode of a file; none where there is none.
+/// Returns device and inode of a file; `None` if it does not exist.
 pub(super) fn identity(file: &Path) -> Option<FileIdentity> {
     fs::metadata(file).ok().map(|about| file_identity(&about))
 }
@@ -86,23 +86,23 @@ pub(super) fn identity(file: &Path) -> Option<FileIdentity> {
 #[derive(Debug, Clone)]
 pub(super) struct OpenLayer {
     pub(super) node: Node,
-    /// The file that the node names; none for what is no file.
+    /// The file that the node names; `None` if it has none.
     pub(super) file: Option<PathBuf>,
     /// The file that has this name now.
     pub(super) identity: Option<FileIdentity>,
 }
 
-/// What a device has open.
+/// The images that a device has open.
 #[derive(Debug, Clone, Default)]
 pub(super) struct OpenChain {
-    /// The node of the empty overlay that stands for the chain, where it is detached.
+    /// The node of the empty overlay that replaces the chain of a detached disk.
     pub(super) placeholder: Option<String>,
     /// The images, the active one first. Filters are left out, and so is the placeholder.
     pub(super) layers: Vec<OpenLayer>,
     /// The driver of a filter on top below which nothing can be put.
     pub(super) filter: Option<String>,
-    /// The driver of a filter between two images, or between an image and its file: it would be lost where they are opened
-    /// again.
+    /// The driver of a filter between two images, or between an image and its file. Reopening the images
+    /// would lose it.
     pub(super) inner_filter: Option<String>,
 }
 
@@ -111,7 +111,7 @@ impl OpenChain {
         self.layers.first()
     }
 
-    /// The place of the image that is this file, by what its node names.
+    /// Returns the position of the image that is this file, by the file that its node names.
     pub(super) fn position(&self, file: FileIdentity) -> Option<usize> {
         self.layers.iter().position(|layer| layer.identity == Some(file))
     }
@@ -142,7 +142,7 @@ impl OpenChain {
     }
 }
 
-/// How images were opened, by file.
+/// Options with which images were opened, by file.
 type Options = HashMap<FileIdentity, NodeOptions>;
 
 /// One disk that a QEMU has.
@@ -151,15 +151,15 @@ pub(super) struct Disk {
     pub(super) machine: Machine,
     pub(super) view: View,
     pub(super) target: Target,
-    /// What QEMU calls it.
+    /// QEMU's name of the device.
     pub(super) device: String,
-    /// What merges may move, in bytes a second.
+    /// Speed limit of merges, in bytes a second.
     pub(super) speed: watch::Receiver<u64>,
-    /// How its images were opened before they were closed, and how any other of it is.
+    /// Options of its images before they were closed, and the options for any other image of it.
     options: Mutex<(Options, NodeOptions)>,
-    /// What the command line says of its image.
+    /// Options that the command line gives for its image.
     pub(super) given: Option<Given>,
-    /// The command line does not name its image: not all of its options are known.
+    /// True if the command line does not name its image: some of its options are not known.
     pub(super) options_unknown: bool,
 }
 
@@ -184,7 +184,7 @@ impl Disk {
         }
     }
 
-    /// What the device has open now.
+    /// Returns the images that the device has open now.
     pub(super) async fn open(&self) -> crate::Result<OpenChain> {
         let graph = self.machine.graph().await?;
         Ok(self.open_in(&graph))
@@ -194,12 +194,12 @@ impl Disk {
         graph.root(&self.device).map(|root| OpenChain::read(graph, &self.view, root)).unwrap_or_default()
     }
 
-    /// The name of its placeholder: it is known by it after a crash.
+    /// Returns the name of its placeholder, by which the disk is recognised after a crash.
     pub(super) fn placeholder(&self) -> Name {
         placeholder(&self.target)
     }
 
-    /// Remembers how its images are opened.
+    /// Records the options of its open images.
     pub(super) fn remember(&self, open: &OpenChain) {
         let mut options = self.options.lock().unwrap_or_else(PoisonError::into_inner);
         for layer in &open.layers {
@@ -212,12 +212,13 @@ impl Disk {
         }
     }
 
-    /// How a node is opened that is to behave as `node`, an image of the disk.
+    /// Returns options for a node that is to behave as `node`, an image of the disk.
     pub(super) fn like(&self, node: &Node) -> NodeOptions {
         NodeOptions::like(node).and(self.given.as_ref())
     }
 
-    /// A node for an image of its chain, to be opened as it was, or else as the active one was.
+    /// Makes a node for an image of its chain: with the image's own previous options, or else those of the
+    /// active image.
     pub(super) fn layer(&self, file: &ChainFile, name: Name) -> Layer {
         let options = self.options.lock().unwrap_or_else(PoisonError::into_inner);
         let known = identity(file.file.as_std_path()).and_then(|identity| options.0.get(&identity));
@@ -225,7 +226,7 @@ impl Disk {
     }
 }
 
-/// A node for an image.
+/// Makes a node for an image.
 pub(super) fn layer(file: &ChainFile, name: Name, options: NodeOptions) -> Layer {
     let path = file.file.as_std_path().to_owned();
     Layer { name, file: path, driver: file.format.clone(), backed: file.format == "qcow2", options }
@@ -235,8 +236,8 @@ fn placeholder(target: &Target) -> Name {
     Name::of("ph", target.as_str())
 }
 
-/// What a device is called as a target: its id or its drive's name, or else its path in QOM, with other characters than a
-/// target has replaced.
+/// Makes a target name for a device: its id or its drive's name, or else its path in QOM. Characters that a
+/// target may not have are replaced.
 pub(super) fn target_name(device: &str) -> String {
     let short = device.strip_prefix("/machine/").unwrap_or(device);
     let short = short.strip_suffix("/virtio-backend").unwrap_or(short);
@@ -246,7 +247,7 @@ pub(super) fn target_name(device: &str) -> String {
     if name.is_empty() { "drive".to_owned() } else { name }
 }
 
-/// The files of a disk's layers, as QEMU sees them.
+/// Returns the files of a disk's layers, as QEMU sees them.
 pub(super) fn files_of(record: &DiskRecord, view: &View) -> Vec<FileIdentity> {
     let path = record.disk.path.as_std_path();
     let directory = path.parent().unwrap_or(Path::new(""));
@@ -255,11 +256,12 @@ pub(super) fn files_of(record: &DiskRecord, view: &View) -> Vec<FileIdentity> {
     layers.chain(view.identity(path)).collect()
 }
 
-/// How sure it is that a device is a certain disk.
+/// A criterion by which a device is recognised as a certain disk.
 type Rank<'a> = &'a dyn Fn(&BlockDevice, &OpenChain) -> bool;
 
-/// Which device a disk of the domain's is: the one that has its configured path open as the active image; or one of its
-/// layers; or whose chain it is that its placeholder stands for. Where several have it, the one that is called like it.
+/// Finds the device of a disk of the domain. The criteria, strongest first: its active image is the
+/// configured path; it has the disk's placeholder; one of its images is a layer of the disk; it has a
+/// placeholder and the disk's name. If several devices match, the one with the disk's name is taken.
 pub(super) fn device_of<'a>(
     record: &DiskRecord,
     drives: &'a [BlockDevice],
@@ -304,7 +306,8 @@ impl AttachedDisk for Disk {
         let named: Vec<FileIdentity> = open.layers.iter().filter_map(|layer| layer.identity).collect();
         let mut files: HashSet<FileIdentity> = named.iter().copied().collect();
         if files.len() < open.layers.len() {
-            // A frozen image that is still known by the configured path: what QEMU has open and nothing names.
+            // A frozen image may still have the configured path as its name. Its file is one that QEMU has
+            // open and no node names.
             let all = graph.nodes().iter().filter_map(|node| self.view.file(node));
             let all: HashSet<FileIdentity> = all.filter_map(|file| self.view.identity(&file)).collect();
             let unnamed = self.view.open_images().unwrap_or_default();
@@ -331,7 +334,7 @@ impl AttachedDisk for Disk {
     }
 }
 
-/// Keeps what limits merges, for all disks of a domain.
+/// Creates the channel for the speed limit of merges, shared by all disks of a domain.
 pub(super) fn speed() -> (Arc<watch::Sender<u64>>, watch::Receiver<u64>) {
     let (sender, receiver) = watch::channel(0);
     (Arc::new(sender), receiver)

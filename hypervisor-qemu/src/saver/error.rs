@@ -1,4 +1,4 @@
-//! This crate's errors as the engine's.
+//! Converts this crate's errors to the engine's.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use snapcore::{Error, ErrorKind, Result};
 
 use crate::error::ErrorKind as Kind;
 
-/// What the engine is told of an error. What a hook said is told as it said it.
+/// Converts an error to the engine's. The error of a hook keeps its message.
 pub(super) fn told(error: crate::Error) -> Error {
     let attempted = format!("{}, {}", error.attempted(), error.subject());
     let (detail, state) = (error.detail().to_owned(), error.state().map(str::to_owned));
@@ -14,7 +14,7 @@ pub(super) fn told(error: crate::Error) -> Error {
     let kind = error.kind();
     let source = error.into_source();
     let source = match source.map(|source| source.downcast::<Error>()) {
-        // A hook of the engine's.
+        // The error is one of the engine's own hooks.
         Some(Ok(inner)) => return with(inner.context(attempted), state, None),
         Some(Err(other)) => Some(other),
         None => None,
@@ -47,7 +47,7 @@ fn with(mut error: Error, state: Option<String>, advice: Option<String>) -> Erro
     error
 }
 
-/// Work that blocks, on a thread that may.
+/// Runs blocking work on a thread that may block.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> crate::Result<T> + Send + 'static,
 ) -> Result<T> {

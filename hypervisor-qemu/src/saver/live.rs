@@ -36,10 +36,10 @@ use crate::{
     quiesce,
 };
 
-/// How long a guest agent is waited for where nobody asked for it.
+/// Time limit for a guest agent in operations that the user did not ask for.
 const AGENT: Duration = Duration::from_secs(2);
 
-/// A running domain. What it remembers of a step is only what would be lost with its process anyway.
+/// A running domain. Its memory of a step is only what would be lost with its process anyway.
 pub(super) struct Live {
     _connection: Arc<Connection>,
     pub(super) machine: Machine,
@@ -47,16 +47,16 @@ pub(super) struct Live {
     discovery: Discovery,
     pub(super) agent: Option<Agent>,
     disks: Vec<Disk>,
-    /// The layers of the domain's disks that are its own.
+    /// The layers of the domain's disks that belong to the domain.
     owned: Vec<(Target, PathBuf)>,
-    /// The files of the domain's disks that the machine does not have.
+    /// The files of those disks of the domain that the machine does not have.
     unplugged: HashSet<FileIdentity>,
     speed: Arc<watch::Sender<u64>>,
-    /// The overlays that were opened ahead of an instant.
+    /// The overlays that were opened ahead of a cut.
     ready: Mutex<Vec<cut::Ready>>,
-    /// The memory of the instant, which is being written, and whether the guest ran at it.
+    /// The memory of the cut that is being written. The flag is true if the guest ran at the instant.
     saving: Mutex<Option<(Saving, bool)>>,
-    /// Since when a window is open.
+    /// Start of the current detached section.
     window: Mutex<Option<Instant>>,
     pub(super) unpacked: Unpacked,
 }
@@ -88,7 +88,7 @@ impl Live {
                 let now = view.identity(path);
                 let is_it = |file: &Path| file == path || now.is_some() && view.identity(file) == now;
                 let given = Given::of(&discovery.process, is_it);
-                // What is on top since an earlier snapshot was opened by us.
+                // An image on top since an earlier snapshot was opened by us.
                 let unknown = given.is_none()
                     && !discovery.process.command_line.is_empty()
                     && !view.is_of_xen()
@@ -103,7 +103,8 @@ impl Live {
                 seen::is_member(&mut seen.disks, &discovery, &view, &graph, device, target);
             }
         }
-        // What is in a drive that is one of the domain's disks is for its snapshots to say.
+        // The content of a drive that is one of the domain's disks is in its snapshots, not in the machine's
+        // record.
         let is_disk = |target: &String| disks.iter().any(|disk| disk.device == *target);
         let mut is_recorded_so = true;
         for drive in &mut discovery.drives {
@@ -145,7 +146,7 @@ impl Live {
         self.disks.iter().find(|disk| disk.target == *target)
     }
 
-    /// Returns true if a file is a layer of a disk's that is the domain's own.
+    /// Returns true if a file is a layer of the disk that belongs to the domain.
     pub(super) fn owns(&self, target: &Target, file: &Path) -> bool {
         self.owned.iter().any(|(of, layer)| of == target && layer == file)
     }
@@ -170,7 +171,7 @@ impl Live {
         self.window.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Thaws the guest's file systems, if its agent answers soon; gives how many there were.
+    /// Thaws the guest's file systems, if its agent answers soon; returns their number.
     pub(super) async fn thaw(&self) -> u64 {
         let Some(agent) = &self.agent else { return 0 };
         let answers = quiesce::is_agent_there(&self.machine, agent).await;
@@ -187,7 +188,8 @@ impl Live {
         }
     }
 
-    /// A note on disks of which options are lost when their images are opened again, or new ones are put on top.
+    /// Makes a note on disks of which options are lost when their images are reopened, or new ones are put on
+    /// top.
     pub(super) fn lost_options<'a>(&self, targets: impl Iterator<Item = &'a Target>) -> Option<String> {
         let unknown = targets.filter(|target| self.disk_of(target).is_some_and(|disk| disk.options_unknown));
         let names: Vec<&str> = unknown.map(Target::as_str).collect();
@@ -200,7 +202,7 @@ impl Live {
         })
     }
 
-    /// A note for each disk whose content was exchanged below a filter that copies what is overwritten.
+    /// Makes a note for each disk whose content was exchanged below a filter that saves overwritten data.
     async fn copies_left_behind(&self, targets: impl Iterator<Item = &Target>) -> Result<Vec<String>> {
         let graph = self.machine.graph().await.map_err(told)?;
         let mut notes = Vec::new();
@@ -216,7 +218,8 @@ impl Live {
         Ok(notes)
     }
 
-    /// A note for each disk whose active image has dirty bitmaps that are in no file: they go with its node.
+    /// Makes a note for each disk whose active image has dirty bitmaps that are in no file: they are lost
+    /// with its node.
     pub(super) async fn lost_bitmaps(&self, targets: impl Iterator<Item = &Target>) -> Result<Vec<String>> {
         let graph = self.machine.graph().await.map_err(told)?;
         let mut notes = Vec::new();
@@ -233,32 +236,34 @@ impl Live {
         Ok(notes)
     }
 
-    /// Sets the guest's clock after memory was loaded; gives what the user should know.
+    /// Sets the guest's clock after memory was loaded; returns a note for the user if it is not set.
     pub(super) async fn set_clock(&self) -> Option<String> {
         set_clock(&self.machine, self.agent.as_ref()).await
     }
 }
 
-/// What can be found out of how an image was opened that the command line does not name.
+/// Finds the options of an image that the command line does not name, as far as possible.
 fn plugged_in(discovery: &Discovery, view: &View, graph: &Graph, device: &BlockDevice) -> Option<Given> {
     let open = disk::OpenChain::read(graph, view, device.root()?);
     let root = open.root()?;
-    // Inactive images, after a migration, have no locks. A QEMU before 10.0 does not report them.
+    // Inactive images, after a migration, have no locks. A QEMU before 10.0 does not report if an image is
+    // active.
     let is_active = root.node.active.unwrap_or(discovery.state.running);
     (is_active && view.is_open_unlocked(root.identity?)).then(Given::without_locks)
 }
 
-/// What a QEMU can do, by its program's build and its version.
+/// The abilities of a QEMU, by its program's build and its version.
 type Known = (String, Option<(u64, u64, u64)>, Abilities);
 
-/// What this process has asked QEMUs for: their whole schema, which takes a while.
+/// The abilities that this process has read from QEMUs: their schema takes a while to read.
 static KNOWN: Mutex<Vec<Known>> = Mutex::new(Vec::new());
 
 fn known() -> MutexGuard<'static, Vec<Known>> {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What this QEMU can do was asked before, or is recorded with the snapshots of a machine that the same program ran.
+/// Sets the abilities of this QEMU if they are known: read before, or recorded with the snapshots of a
+/// machine that the same program ran.
 fn recall(machine: &Machine, domain: &Domain) {
     let Some(build) = Process::read(machine).build else { return };
     let version = machine.qmp().greeting().version;
@@ -283,7 +288,7 @@ fn remember(machine: &Machine, discovery: &Discovery) {
     }
 }
 
-/// Sets a guest's clock by its agent, if that answers soon.
+/// Sets a guest's clock through its agent, if that answers soon.
 pub(super) async fn set_clock(machine: &Machine, agent: Option<&Agent>) -> Option<String> {
     let late = |why: String| Some(format!("the guest's clock is as old as its memory: {why}"));
     let Some(agent) = agent else { return late("no guest agent is known that could set it".to_owned()) };
@@ -376,8 +381,9 @@ impl LiveDomain for Live {
                 || hold::is_hold_node(&node.name)
                 || (is_ours(&node.name) && !is_mark(&node.name) && graph.users(&node.name).next().is_none())
         };
-        // Whoever unplugged a disk could not close its images: a node that is not theirs has them as its backing. Left open, they
-        // would be locked until QEMU ends; and a device plugged in again with the old node would write a frozen image.
+        // A program that unplugged a disk could not close its images if one of our nodes was backed by them.
+        // Left open, they would be locked until QEMU ends. A device plugged in again with the old node would
+        // write a frozen image.
         let view = View::of(&self.machine);
         for top in graph.nodes().iter().filter(|node| is_left(node)) {
             let chain = disk::OpenChain::read(&graph, &view, &top.name);
@@ -395,8 +401,8 @@ impl LiveDomain for Live {
             cut::sweep(self).await?;
             graph::close_taken_off(&self.machine).await.map_err(told)?;
         }
-        // A guest that runs on its own disks is in no detached section: it was not stopped yet, or went on
-        // already. A mark that says otherwise would have memory loaded over disks that were written since.
+        // A guest that runs on its own disks is not in a detached section: it was not stopped yet, or was
+        // resumed already. With a wrong mark, memory would be loaded over disks that were written since.
         let is_detached = graph.nodes().iter().any(|node| node.name.starts_with(disk::PLACEHOLDER));
         if !is_detached
             && graph.nodes().iter().any(|node| is_mark(&node.name))
@@ -471,7 +477,8 @@ impl LiveDomain for Live {
             DomainStep::SaveMemory { file, .. } => cut::forget_memory(self, file).await,
             DomainStep::OpenWindow { disks, .. } => window::undo_open(self, disks, context.chains).await,
             DomainStep::Attach { disks, .. } => window::undo_attach(self, disks).await,
-            // They take nothing away; what a new name is given to keeps it.
+            // There is nothing to undo in QEMU: a check changes nothing, and a node that was reopened by name
+            // keeps its name.
             DomainStep::CheckMemory { file } => {
                 self.unpacked.release(file);
                 Ok(())
@@ -510,7 +517,7 @@ impl LiveDomain for Live {
     }
 }
 
-/// An instant, as the cut takes it.
+/// Returns the cut of a step, if it is one.
 fn instant(step: &DomainStep) -> Option<cut::Step<'_>> {
     match step {
         DomainStep::Instant { disks, running, memory, quiesce, quiesce_limit_ms, then } => Some(cut::Step {

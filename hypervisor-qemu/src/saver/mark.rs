@@ -1,8 +1,9 @@
-//! That a window is open, and over what, kept in QEMU itself.
+//! Marks in QEMU that a detached section is open, and the previous run state of the guest.
 //!
-//! A window outlives the process that opened it. Whoever ends it must know whether the guest ran before; and that it was not
-//! ended already, because memory that is loaded twice does not fit disks that were written in between. So before the guest is
-//! paused for it a mark is made: a node (of nothing) that nobody uses. It lasts as long as the window can: QEMU's life.
+//! A detached section outlives the process that opened it. The process that ends it must know if the guest
+//! ran before. It must also know that the section was not ended already, because memory that is loaded twice
+//! does not fit disks that were written in between. So a mark is made before the guest is paused: a node (of
+//! driver `null-co`) that nothing uses. It lasts as long as the section can: until QEMU ends.
 
 use serde_json::json;
 
@@ -11,12 +12,12 @@ use crate::{
     machine::{Machine, Paused},
 };
 
-/// What a mark says.
+/// The information of a mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mark {
-    /// A window is open over a guest that ran.
+    /// A section is open; the guest ran before.
     WindowRan,
-    /// A window is open over a guest that stood still.
+    /// A section is open; the guest was paused before.
     WindowStood,
 }
 
@@ -35,7 +36,7 @@ impl Mark {
         Ok(machine.graph().await?.node(&self.name()).is_some())
     }
 
-    /// Makes it. One that is there already is as good.
+    /// Makes the mark, unless it exists.
     pub(super) async fn make(self, machine: &Machine) -> Result<()> {
         if self.is_there(machine).await? {
             return Ok(());
@@ -44,7 +45,7 @@ impl Mark {
         machine.run("noting who pauses the guest", &self.name(), "blockdev-add", node).await.map(drop)
     }
 
-    /// Removes it; gives whether it was there.
+    /// Removes the mark; returns true if it existed.
     pub(super) async fn remove(self, machine: &Machine) -> Result<bool> {
         if !self.is_there(machine).await? {
             return Ok(false);
@@ -53,7 +54,7 @@ impl Mark {
         machine.run("removing a note", &self.name(), "blockdev-del", node).await.map(|_| true)
     }
 
-    /// The window that is open, if one is.
+    /// Returns the mark of the open section, if there is one.
     pub(super) async fn window(machine: &Machine) -> Result<Option<Self>> {
         for mark in Self::WINDOW {
             if mark.is_there(machine).await? {
@@ -63,16 +64,20 @@ impl Mark {
         Ok(None)
     }
 
-    /// Opens a window: the guest stands still afterwards. Where one is open already, that it ran before it was opened stays
-    /// noted.
+    /// Opens a section; the guest is paused afterwards. If one is open already, it keeps the record that the
+    /// guest ran before.
     pub(super) async fn open_window(machine: &Machine) -> Result<Paused> {
         let state = machine.run_state().await?;
         if let Err(refusal) = machine.permits(&state).await?.disks {
             return Err(machine.refused("pausing the guest", &state, refusal));
         }
+        // 1) Mark first: a crash between the mark and the pause leaves a mark beside a running guest, which
+        //    `tidy` removes. A pause without a mark would leave no record that the guest ran.
         let runs = state.running;
         match Self::window(machine).await? {
             Some(Self::WindowStood) if runs => {
+                // The new mark before the old one is removed: a crash between the two leaves both, and
+                // `WINDOW` prefers the one that says that the guest ran.
                 Self::WindowRan.make(machine).await?;
                 Self::WindowStood.remove(machine).await?;
             }
@@ -80,10 +85,11 @@ impl Mark {
             None if runs => Self::WindowRan.make(machine).await?,
             None => Self::WindowStood.make(machine).await?,
         }
+        // 2) Only then pause.
         machine.pause().await
     }
 
-    /// Forgets the window.
+    /// Removes the marks of a section.
     pub(super) async fn close_window(machine: &Machine) -> Result<()> {
         for mark in Self::WINDOW {
             mark.remove(machine).await?;

@@ -1,4 +1,4 @@
-//! Media put back into the drives that memory has them in.
+//! Puts media back into the drives that the memory has them in.
 
 use serde_json::json;
 use snapcore::{Error, ErrorKind, Medium, Result};
@@ -9,7 +9,8 @@ use crate::{
     machine::Machine,
 };
 
-/// Gives each drive its medium. Needs a guest that stands still. One that is in already is passed over, so this may be repeated.
+/// Gives each drive its medium. Needs a paused guest. A medium that is in its drive already is skipped, so
+/// this may be repeated.
 ///
 /// The guest's drive notices the change; its state is the memory's as soon as that is loaded.
 pub(super) async fn put_back(machine: &Machine, media: &[Medium]) -> Result<()> {
@@ -28,7 +29,7 @@ pub(super) async fn put_back(machine: &Machine, media: &[Medium]) -> Result<()> 
             let done = machine.run("changing a medium", &medium.drive, command, arguments).await;
             done.map(drop).map_err(told).map_err(changing)
         };
-        // By force: a guest that has a medium mounted locks the tray.
+        // Forced, because a guest that has a medium mounted locks the tray.
         run("blockdev-open-tray", json!({ "id": id, "force": true })).await?;
         match &medium.file {
             Some(file) => {
@@ -50,7 +51,7 @@ pub(super) async fn put_back(machine: &Machine, media: &[Medium]) -> Result<()> 
 pub(super) async fn check(machine: &Machine, media: &[Medium]) -> Result<()> {
     for medium in media {
         let Some(file) = &medium.file else { continue };
-        // A device of the host's is opened by another driver, which QEMU finds by its name.
+        // A device of the host is opened by another driver, which QEMU finds by its name.
         if file.starts_with("/dev/") {
             continue;
         }

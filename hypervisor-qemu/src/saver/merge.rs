@@ -1,4 +1,4 @@
-//! Layers of an open chain merged into one.
+//! Merges layers of an open chain into one.
 
 use std::{
     path::Path,
@@ -21,20 +21,20 @@ use crate::{
     name::Name,
 };
 
-/// Where the data goes.
+/// Direction of a merge.
 enum Way {
-    /// Into the first, from the active image on.
+    /// Into the first layer, beginning with the active image.
     Pivot { top: String, base: String },
-    /// Into the first, with layers above.
+    /// Into the first layer, with layers above.
     Down { top: String, base: String },
-    /// Into the last.
+    /// Into the last layer.
     Up { into: String, base: Option<String> },
 }
 
-/// Does a merge, or what is left of it to do.
+/// Performs a merge, or the remaining part of it.
 ///
-/// What was done of it before is read from QEMU: a job of this merge's name goes on; where the other layers are in no chain
-/// any more it has ended, and only what hangs about of it is closed.
+/// The part done before is read from QEMU. If a job of this merge's name exists, the merge continues with it.
+/// If the other layers are no longer in any chain, the job has ended, and only its leftover nodes are closed.
 pub(super) async fn merge(
     disk: &Disk,
     merge: &AttachedMerge,
@@ -66,7 +66,8 @@ pub(super) async fn merge(
         if into.and_then(|into| open.position(into)).is_none() {
             return Err(refuse("none of its layers is in the chain that QEMU has open"));
         }
-        // It was done before.
+        // The merge was done before. The hook is idempotent: a crash may have come between the pivot and its
+        // record.
         inside.run(None).await?;
         return close(machine, &graph, disk, &identities).await;
     }
@@ -77,7 +78,8 @@ pub(super) async fn merge(
 
     let (cancelled, pivoting) = (AtomicBool::new(false), AtomicBool::new(false));
     let hook = async || -> Result<(), BoxError> {
-        // From here on it is carried through: the path would name one image, and the guest write another.
+        // 1) From here the merge cannot be cancelled: the path will name the base while QEMU pivots to it. A
+        //    crash in the hook is harmless, because top and base are equal while the job is pending.
         if cancelled.load(Ordering::SeqCst) {
             return Err(Error::new(ErrorKind::Cancelled, "it was cancelled").into());
         }
@@ -115,7 +117,8 @@ pub(super) async fn merge(
     limits.mark_unchanged();
     let mut told_to_end = false;
     let ended = loop {
-        // While a command of these branches is answered the work does not go on, so the hook cannot begin meanwhile.
+        // While a command of these branches waits for its answer, the work is not polled. So the hook cannot
+        // begin meanwhile, and a cancel cannot cross a pivot.
         tokio::select! {
             ended = &mut work => break ended,
             () = cancel.cancelled(), if !told_to_end && !pivoting.load(Ordering::SeqCst) => {
@@ -143,7 +146,7 @@ pub(super) async fn merge(
     close(machine, &graph, disk, &identities).await
 }
 
-/// Merges the active image into the one below it, or goes on with that.
+/// Merges the active image into the one below it, or continues such a merge.
 pub(super) async fn fold_active(
     disk: &Disk,
     open: &OpenChain,
@@ -177,8 +180,9 @@ pub(super) async fn fold_active(
     close(machine, &graph, disk, &merged).await
 }
 
-/// A merge of the active image failed after its hook may have run. Where QEMU says that the job is gone and that the guest goes
-/// on with the upper image, what the hook did is taken back: or else the path would name an image that nobody writes.
+/// Handles a failed merge of the active image after its hook may have run. If QEMU reports that the job is
+/// gone and that the guest writes to the upper image, the hook's changes are undone. Otherwise the path would
+/// name an image that is not written.
 async fn not_pivoted(
     disk: &Disk,
     job: &Name,
@@ -203,13 +207,13 @@ async fn not_pivoted(
     }
 }
 
-/// The job of a merge: of the same name each time it is asked for.
+/// Returns the name of a merge's job, which is the same each time.
 fn job(merge: &AttachedMerge) -> Name {
     let run: Vec<&str> = merge.run.iter().map(|file| file.as_str()).collect();
     Name::of("m", &format!("{}\0\0{}", run.join("\0"), merge.into))
 }
 
-/// Closes what is left of merged layers: nodes of their files that nothing stands on.
+/// Closes the leftover nodes of merged layers: nodes of their files that are not a backing image.
 async fn close(machine: &Machine, graph: &Graph, disk: &Disk, merged: &[FileIdentity]) -> Result<()> {
     let idle = graph.nodes().iter().filter(|node| {
         graph.file(&node.name).is_some() && graph.users(&node.name).next().is_none() && {

@@ -1,26 +1,26 @@
-//! QEMU as the hypervisor that [`snapcore`] asks for.
+//! The hypervisor driver for QEMU that [`snapcore`] asks for.
 //!
 //! | module | subject |
 //! |---|---|
-//! | `live` | [`snapcore::LiveDomain`]: a connection, and which step is done where |
-//! | `disk`, `merge` | [`snapcore::AttachedDisk`]: which device a disk is, what of it is open; merges |
-//! | `cut` | the instant, and the memory that is written after it |
-//! | `truth` | frozen images known by their permanent names |
-//! | `window` | disks set free and given back, under a guest that stands still |
-//! | `mark` | that a window is open, kept in QEMU itself |
-//! | `preflight` | what keeps a plan from being carried out, found before it is begun |
-//! | `seen` | a domain as it is described, and what of it is recorded |
-//! | `start`, `scan` | a QEMU started from a memory image; all that run here |
+//! | `live` | [`snapcore::LiveDomain`]: a connection, and the place where each step is done |
+//! | `disk`, `merge` | [`snapcore::AttachedDisk`]: the device of a disk, its open images; merges |
+//! | `cut` | the cut, and the memory that is written after it |
+//! | `truth` | frozen images reopened by their permanent names |
+//! | `window` | detached sections: disks closed and reopened under a paused guest |
+//! | `mark` | the mark in QEMU that a detached section is open |
+//! | `preflight` | obstacles to a plan, found before it is begun |
+//! | `seen` | the description of a domain, and the part of it that is recorded |
+//! | `start`, `scan` | a QEMU started from a memory image; all QEMUs that run here |
 //! | `unpacked` | compressed memory images between their check and their use |
-//! | `address` | where a monitor listens, in its one form |
-//! | `error` | this crate's errors as the engine's |
+//! | `address` | canonical addresses of monitors |
+//! | `error` | conversion of this crate's errors to the engine's |
 //!
 //! # After a crash
 //!
-//! Nothing here remembers what an engine could lose: what was done of a step is read from QEMU. A disk is known by its files,
-//! and a detached one by the name of its placeholder, which is made of the disk's; the job of a merge has a name made of the
-//! merge's files; and that a window is open is told by a mark, a node that nobody uses and that lives as long as the window
-//! can: until QEMU ends.
+//! Nothing here stores state that an engine could lose: the progress of a step is read from QEMU. A disk is
+//! recognised by its files, and a detached one by its placeholder's name, which is derived from the disk's.
+//! The name of a merge's job is derived from the merge's files. An open detached section is recognised by a
+//! mark: an unused node that lives as long as the section can, until QEMU ends.
 
 mod address;
 mod cut;
@@ -66,28 +66,29 @@ use error::{blocking, told};
 use live::Live;
 use unpacked::Unpacked;
 
-/// Within which a QEMU must greet: one that serves somebody else does not, and neither does one that hangs.
+/// Time limit for QEMU's greeting: a QEMU that serves another client sends none, nor does one that hangs.
 const GREETING: Duration = Duration::from_secs(5);
 
 /// QEMU, over QMP. Clones share their connections: a QEMU serves one client of a socket at a time.
 #[derive(Debug, Clone, Default)]
 pub struct Qemu {
-    /// By socket, as long as somebody has them.
+    /// By socket, as long as a user of them exists.
     connections: Arc<Mutex<HashMap<PathBuf, Weak<Connection>>>>,
     unpacked: Unpacked,
 }
 
-/// A connection that is closed when the last who has it is gone.
+/// A connection that is closed when its last user drops it.
 #[derive(Debug)]
 struct Connection(Machine);
 
 impl Qemu {
-    /// One that is connected to nothing yet.
+    /// Makes a driver without connections.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A connection to the QEMU at a socket: the one that there is, if it is open still; none where nobody serves it.
+    /// Connects to the QEMU at a socket, or returns the existing connection if it is still open. `None` if no
+    /// QEMU is listening.
     async fn reach(&self, socket: &Path, greeting: Duration) -> Result<Option<Arc<Connection>>> {
         let known = self.connections().get(socket).and_then(Weak::upgrade);
         if let Some(known) = known
@@ -108,15 +109,15 @@ impl Qemu {
     }
 }
 
-/// What domains that QEMU runs are recorded under.
+/// The name under which domains that QEMU runs are recorded.
 pub const NAME: Hypervisor = Hypervisor::named("qemu");
 
-/// Makes QEMU known to a program.
+/// Registers QEMU with a program.
 pub fn register(registry: &mut Registry) {
     registry.register_hypervisor(Arc::new(Qemu::new()));
 }
 
-/// A connection to the QEMU at a socket; none where nobody serves it.
+/// Connects to the QEMU at a socket; `None` if no QEMU is listening.
 async fn reach(socket: &Path, greeting: Duration) -> Result<Option<Machine>> {
     let mut options = Options::default();
     options.connect_deadline = greeting;
@@ -239,7 +240,7 @@ fn remove_image(file: &Path) -> crate::Result<()> {
     }
 }
 
-/// A machine as it was recorded with a snapshot.
+/// Parses a machine that was recorded with a snapshot.
 fn recorded(record: &serde_json::Value) -> Result<Discovery> {
     serde_json::from_value(record.clone()).map_err(|error| {
         Error::new(ErrorKind::Corrupt, "the recorded machine cannot be read").because(error).advise(

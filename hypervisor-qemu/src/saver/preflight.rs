@@ -1,14 +1,14 @@
-//! What keeps a plan from being carried out on this QEMU, found before anything is begun.
+//! Obstacles to a plan on this QEMU, found before anything is begun.
 //!
-//! 1. The run state permits it ([`crate::RunState`] has the table).
-//! 2. A guest whose file systems must be frozen can be.
-//! 3. A guest that is to be reset can be: its QEMU does not end by it.
-//! 4. QEMU can open what it will be told to open. A QEMU that gave up its rights, or that lives in another
-//!    root, mount namespace, AppArmor profile or SELinux domain, may have its images open and be unable to
-//!    open them again. In a detached section, that would leave the guest without its disks. So each file is
-//!    opened by QEMU in a node that nobody uses, in the mode that it will need, and closed again. A node that
-//!    nobody uses takes no lock and reads nothing. A new overlay is stood for by an empty file beside it with
-//!    the rights, the owner and the labels of the active image.
+//! 1. The run state must permit it ([`crate::RunState`] has the table).
+//! 2. A guest whose file systems must be frozen must have a usable agent.
+//! 3. A guest that is to be reset must survive it: its QEMU must not end at a reset.
+//! 4. QEMU must be able to open the files that the plan names. A QEMU that gave up its rights, or that runs
+//!    in another root, mount namespace, AppArmor profile or SELinux domain, may have its images open and be
+//!    unable to reopen them. In a detached section, that would leave the guest without its disks. So QEMU
+//!    opens each file in an unused node, in the mode that it will need, and closes it again. An unused node
+//!    takes no lock and reads nothing. For a new overlay the check uses an empty file beside it with the
+//!    rights, the owner and the labels of the active image.
 
 use std::{
     fs::{self, File},
@@ -35,25 +35,25 @@ use crate::{
     name::{Name, is_ours},
 };
 
-/// Labels that decide who may open a file, copied to what stands for a new one.
+/// Labels that decide who may open a file, copied to the stand-in for a new one.
 const LABELS: [&str; 2] = ["security.selinux", "system.posix_acl_access"];
 
-/// What is behind the stem of the file that stands for a new one.
+/// Suffix of the stem in the name of a stand-in for a new file.
 const STANDS_FOR: &str = "domsnap-probe";
 
-/// What QEMU will open.
+/// Files that QEMU will open.
 #[derive(Debug, PartialEq, Eq)]
 enum Opens {
     /// The active image again, and a new overlay of this name.
     Overlay(Target, PathBuf),
-    /// All layers, the active one for writing; also new layers, where the disk's current state is given up.
+    /// All layers, the active one for writing; also new layers, if the disk's current state is discarded.
     Chain { target: Target, new_layers: bool },
-    /// All layers that are the domain's own, for writing.
+    /// All layers that belong to the domain, for writing.
     Merge(Target),
 }
 
-/// Refuses a plan that this QEMU cannot carry out. With `probe`, QEMU is asked to open what it will need;
-/// without, nothing is changed, not even for a moment.
+/// Refuses a plan that this QEMU cannot carry out. With `probe`, QEMU is asked to open the files that it will
+/// need. Without it nothing is changed, not even for a moment.
 pub(super) async fn check(live: &Live, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
     let untouched = |error: Error| match error.state_now() {
         Some(_) => error,
@@ -127,13 +127,13 @@ async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// Refuses to detach disks of which something else in QEMU uses an image, which would stay open.
+/// Refuses to detach disks of which another part of QEMU uses an image, which would stay open.
 async fn refuse_used(live: &Live, targets: &[Target]) -> Result<()> {
     let graph = live.machine.graph().await.map_err(told)?;
     let disks = targets.iter().filter_map(|target| live.disk_of(target));
     let chains: Vec<(&Target, Vec<&str>)> =
         disks.filter_map(|disk| Some((&disk.target, graph.all_below(graph.root(&disk.device)?)))).collect();
-    // What two of the disks share is closed with the last of them.
+    // Images that two of the disks share are closed with the last of them.
     let is_theirs = |name: &str| chains.iter().any(|(_, nodes)| nodes.contains(&name)) || is_ours(name);
     for (target, nodes) in &chains {
         for node in nodes.iter().skip(1) {
@@ -151,11 +151,11 @@ async fn refuse_used(live: &Live, targets: &[Target]) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a QEMU that records its guest's run or replays one: stopping and saving it is no part of the record, and QEMU 10.0
-/// aborts.
+/// Refuses a QEMU that records its guest's run or replays one. Stopping and saving the guest is not part of
+/// the record, and QEMU 10.0 aborts.
 async fn refuse_replay(live: &Live) -> Result<()> {
     let machine = &live.machine;
-    // It can only be said when QEMU is started.
+    // This mode can only be set on QEMU's command line.
     let command = Process::read(machine).command_line;
     if !command.is_empty() && !command.iter().any(|word| word.contains("rr=")) {
         return Ok(());
@@ -174,7 +174,7 @@ async fn refuse_replay(live: &Live) -> Result<()> {
     Err(Error::new(ErrorKind::Refused, detail).advise("shut the domain down, and do it then"))
 }
 
-/// Refuses to detach a disk that could not be attached as it is open now.
+/// Refuses to detach a disk that could not be attached with its current options.
 fn refuse_unfit(live: &Live, targets: &[Target]) -> Result<()> {
     let is_one = |disk: &&SeenDisk| disk.member.as_ref().is_some_and(|member| targets.contains(member));
     for disk in live.seen.disks.iter().filter(is_one) {
@@ -204,7 +204,8 @@ async fn refuse_internal(live: &Live, disks: &[(Target, DiskInstant)]) -> Result
     Ok(())
 }
 
-/// Why the guest's file systems cannot be frozen, as far as that is known without asking its agent.
+/// Returns the reason why the guest's file systems cannot be frozen, as far as it is known without asking its
+/// agent.
 pub(super) fn cannot_freeze(live: &Live, running: bool) -> Option<Error> {
     if live.agent.is_none() {
         let detail = "the domain has no guest agent that is known";
@@ -220,8 +221,7 @@ pub(super) fn cannot_freeze(live: &Live, running: bool) -> Option<Error> {
     })
 }
 
-/// Returns true if a disk's active image is another one afterwards: a tag that is applied in place makes
-/// none.
+/// Returns true if the disk has another active image afterwards: applying a tag in place does not change it.
 fn gets_new_layer(plan: &Plan, of: &Target) -> bool {
     plan.commit.iter().any(|edit| match edit {
         Edit::SetActive { target, .. } | Edit::SetPath { target, .. } => target == of,
@@ -276,7 +276,7 @@ async fn probe_one(live: &Live, opens: &Opens, chains: &[OpenChain]) -> Result<(
             Opens::Overlay(..) | Opens::Chain { .. } => place == 0,
             Opens::Merge(_) => place == 0 || live.owns(target, file),
         };
-        // What QEMU does not have open is not merged by it.
+        // QEMU does not merge an image that it does not have open.
         let merged_by_us = matches!(opens, Opens::Merge(_))
             && identity(file).is_some_and(|identity| !open.contains(&identity));
         if !merged_by_us {
@@ -298,7 +298,7 @@ async fn probe_one(live: &Live, opens: &Opens, chains: &[OpenChain]) -> Result<(
     Ok(())
 }
 
-/// Refuses a file that QEMU cannot open, or that is another one for QEMU.
+/// Refuses a file that QEMU cannot open, or whose name is another file for QEMU.
 async fn can_open(disk: &Disk, file: &Path, write: bool) -> Result<()> {
     let target = &disk.target;
     let refused = |detail: String| {
@@ -308,7 +308,7 @@ async fn can_open(disk: &Disk, file: &Path, write: bool) -> Result<()> {
         )
     };
     let Some(text) = file.to_str() else { return Ok(()) };
-    // A file that is not there is not QEMU's fault: whoever opens it says so.
+    // A missing file is not QEMU's fault: the step that opens it reports it.
     let Ok(about) = fs::metadata(file) else { return Ok(()) };
     let ours = identity(file);
     if ours.is_some() && disk.view.identity(file) != ours {
@@ -324,7 +324,7 @@ async fn can_open(disk: &Disk, file: &Path, write: bool) -> Result<()> {
     })
 }
 
-/// Has QEMU open a file in a node that nobody uses, which reads nothing and takes no lock, and close it again.
+/// Lets QEMU open a file in an unused node, which reads nothing and takes no lock, and close it again.
 pub(super) async fn open_and_close(
     machine: &Machine,
     driver: &str,
@@ -339,12 +339,12 @@ pub(super) async fn open_and_close(
     machine.run("closing a node", node.as_str(), "blockdev-del", closed).await.map(drop)
 }
 
-/// An empty file that stands for a new image; removed when dropped. Its name is always the same, so that what
-/// a crash leaves does not add up: the next one replaces it.
+/// An empty stand-in for a new image; removed when dropped. Its name is always the same, so that leftovers of
+/// crashes do not add up: the next one replaces the last.
 struct Probe(PathBuf);
 
 impl Probe {
-    /// Its name, beside an image.
+    /// Returns its name, beside an image.
     fn path(beside: &Path) -> Option<PathBuf> {
         let ending =
             beside.extension().map(|ending| format!(".{}", ending.to_string_lossy())).unwrap_or_default();
@@ -354,7 +354,7 @@ impl Probe {
         Some(beside.with_file_name(format!("{stem}.{STANDS_FOR}{ending}")))
     }
 
-    /// Makes it; none where that cannot be: the step that makes the image says why.
+    /// Creates it; `None` if that is not possible: the step that creates the image reports the reason.
     fn make(beside: &Path, like: &Path) -> Option<Self> {
         let path = Self::path(beside)?;
         let create = || File::options().write(true).create_new(true).mode(0o600).open(&path);
@@ -371,7 +371,7 @@ impl Probe {
         };
         let probe = Self(path);
         let about = fs::metadata(like).ok().filter(|about| about.is_file())?;
-        // As far as we may: a new image is made with the same rights.
+        // As far as permitted: a new image is created with the same rights.
         let _ = fchown(&file, Some(about.uid()), Some(about.gid()));
         for label in LABELS {
             copy_label(like, &file, label);
@@ -381,7 +381,7 @@ impl Probe {
     }
 }
 
-/// Removes the empty files that a crash left beside these images.
+/// Removes the stand-ins that a crash left beside these images.
 pub(super) fn remove_left<'a>(images: impl IntoIterator<Item = &'a Path>) {
     for path in images.into_iter().filter_map(Probe::path) {
         if fs::symlink_metadata(&path).is_ok_and(|left| left.is_file() && left.len() == 0) {

@@ -1,4 +1,4 @@
-//! The QEMUs that run on this machine and can be reached.
+//! Finds the QEMUs that run on this machine and can be reached.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -12,13 +12,13 @@ use tokio::time::timeout;
 
 use super::{Qemu, seen};
 
-/// How long one QEMU is waited for: one that serves somebody else does not answer.
+/// Time limit for one QEMU's greeting: one that serves another client sends none.
 const GREETING: Duration = Duration::from_millis(500);
 
-/// How long one may take to describe itself.
+/// Time limit for the description of one QEMU.
 const LOOKING: Duration = Duration::from_secs(5);
 
-/// Asks each QEMU by the first of its QMP sockets that answers.
+/// Connects to each QEMU by the first of its QMP sockets that answers.
 pub(super) async fn scan(qemu: &Qemu) -> Result<Vec<(Control, Seen)>> {
     let mut found = Vec::new();
     let mut seen_sockets = BTreeSet::new();
@@ -43,7 +43,7 @@ pub(super) async fn scan(qemu: &Qemu) -> Result<Vec<(Control, Seen)>> {
     Ok(found)
 }
 
-/// The QMP sockets of each QEMU, in the order of process ids.
+/// Returns the QMP sockets of each QEMU, in the order of process ids.
 fn processes() -> Vec<Vec<PathBuf>> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let mut pids: Vec<u32> =
@@ -65,7 +65,7 @@ fn processes() -> Vec<Vec<PathBuf>> {
     pids.into_iter().filter_map(of).filter(|sockets| !sockets.is_empty()).collect()
 }
 
-/// An address of TCP that is connected to: one of the loopback interface.
+/// Parses a TCP address, if it is on the loopback interface.
 fn loopback(place: &str) -> Option<PathBuf> {
     let (host, port) = place.rsplit_once(':')?;
     let host = if host == "localhost" { "127.0.0.1" } else { host };
@@ -73,7 +73,8 @@ fn loopback(place: &str) -> Option<PathBuf> {
     (is_loopback && port.parse::<u16>().is_ok()).then(|| format!("tcp:{host}:{port}").into())
 }
 
-/// The sockets on which a QEMU serves QMP, by its command line: Unix sockets, then TCP of the loopback interface.
+/// Returns the sockets on which a QEMU serves QMP, from its command line: Unix sockets, then TCP on the
+/// loopback interface.
 fn sockets(words: &[String], directory: &Path) -> Vec<PathBuf> {
     let mut chardevs: HashMap<String, String> = HashMap::new();
     let (mut direct, mut monitors, mut tcp) = (Vec::new(), Vec::new(), Vec::new());

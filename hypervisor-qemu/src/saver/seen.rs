@@ -1,4 +1,4 @@
-//! A domain as it is described, and what of it is recorded with a snapshot.
+//! The description of a domain, and the part of it that is recorded with a snapshot.
 
 use std::collections::HashSet;
 
@@ -15,10 +15,10 @@ use crate::{
     name::is_ours,
 };
 
-/// The guest agent's port, by the name that the agent in the guest looks for.
+/// Name of the guest agent's port, which the agent in the guest looks for.
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
-/// Looks at a QEMU. Changes nothing.
+/// Describes the machine of a QEMU. Changes nothing.
 pub(super) async fn look(machine: &Machine) -> Result<Seen> {
     let discovery = Discovery::read(machine).await?;
     let graph = machine.graph().await?;
@@ -67,9 +67,9 @@ fn disks(discovery: &Discovery, view: &View, graph: &Graph) -> Vec<SeenDisk> {
         let file =
             image.and_then(|layer| layer.file.clone()).and_then(|file| Utf8PathBuf::from_path_buf(file).ok());
         let left_out = left_out(drive, || unfit(discovery, drive, &open, view, graph));
-        // What has no name as a file is shown by what QEMU calls it.
+        // An image without a file name is shown by QEMU's name.
         let shown = || Utf8PathBuf::from(image.map(|layer| layer.node.file.as_str()).unwrap_or_default());
-        // A device may sit on the node of the file itself: then the whole file is the disk.
+        // A device may use the file node itself: then the whole file is the disk.
         let format = match image.map(|layer| layer.node.driver.as_str()) {
             Some("file" | "host_device") => "raw",
             Some(driver) => driver,
@@ -90,7 +90,7 @@ fn disks(discovery: &Discovery, view: &View, graph: &Graph) -> Vec<SeenDisk> {
             }),
         });
     }
-    // Devices whose disk another process serves: QEMU's block layer does not know of them.
+    // Devices whose disk another process serves: QEMU's block layer has no node of it.
     for device in &discovery.devices {
         let Some(server) = served_elsewhere(&device.kind) else { continue };
         let name = target_name(device.path.rsplit('/').next().unwrap_or(&device.path));
@@ -108,7 +108,7 @@ fn disks(discovery: &Discovery, view: &View, graph: &Graph) -> Vec<SeenDisk> {
     disks
 }
 
-/// Notes which of the drives the domain's disk `target` is.
+/// Records which of the drives is the domain's disk `target`.
 pub(super) fn is_member(
     disks: &mut [SeenDisk],
     discovery: &Discovery,
@@ -117,7 +117,7 @@ pub(super) fn is_member(
     device: &BlockDevice,
     target: &Target,
 ) {
-    // Drives are listed in the order of the discovery, without those that are empty.
+    // Drives are listed in the order of the discovery, without the empty ones.
     let place =
         discovery.drives.iter().filter(|drive| drive.root().is_some()).position(|drive| drive == device);
     if let Some(disk) = place.and_then(|place| disks.get_mut(place)) {
@@ -128,7 +128,7 @@ pub(super) fn is_member(
     }
 }
 
-/// Who serves the disk of a device of this kind, where that is not QEMU's block layer.
+/// Returns the server of the disk of a device of this kind, if that is not QEMU's block layer.
 fn served_elsewhere(kind: &str) -> Option<&'static str> {
     let kind = kind.strip_suffix("-device").unwrap_or(kind);
     let is = |name: &str| kind == name || kind.strip_prefix(name).is_some_and(|rest| rest.starts_with('-'));
@@ -140,14 +140,15 @@ fn served_elsewhere(kind: &str) -> Option<&'static str> {
     }
 }
 
-/// Why QEMU cannot save the machine's memory now: devices that cannot be migrated, and whatever else blocks a migration.
+/// Returns the reasons why QEMU cannot save the machine's memory now: devices that cannot be migrated, and
+/// any other blocker of a migration.
 async fn memory_blockers(machine: &Machine) -> Result<Vec<String>> {
     let migration = machine.query("query-migrate", Value::Null).await?;
     let reasons = migration["blocked-reasons"].as_array().map(Vec::as_slice).unwrap_or_default();
     Ok(reasons.iter().filter_map(Value::as_str).map(str::to_owned).collect())
 }
 
-/// Why a drive takes no part in snapshots by itself.
+/// Returns the reason why a drive is not part of snapshots by default.
 fn left_out(drive: &BlockDevice, unfit: impl FnOnce() -> Option<String>) -> Option<String> {
     let why = match drive.role {
         Role::Firmware => "it is firmware, or its variables",
@@ -159,8 +160,8 @@ fn left_out(drive: &BlockDevice, unfit: impl FnOnce() -> Option<String>) -> Opti
     Some(why.to_owned())
 }
 
-/// What the guest can write that no snapshot holds but in its memory: of a recorded machine, or else of the command that starts
-/// it.
+/// Lists the guest's writable state that only a snapshot's memory holds: from a recorded machine, or else
+/// from the command that starts it.
 pub(super) fn outside(machine: Option<&Discovery>, start: &[String]) -> Vec<String> {
     let mapped = match machine {
         Some(machine) => machine.mapped.clone(),
@@ -188,7 +189,7 @@ pub(super) fn outside(machine: Option<&Discovery>, start: &[String]) -> Vec<Stri
     all.iter().filter(|(there, _)| *there).map(|(_, what)| (*what).to_owned()).chain(mapped).collect()
 }
 
-/// Why snapshots of a disk cannot be taken as it is open now.
+/// Returns the reason why snapshots of a disk cannot be taken with its current chain.
 fn unfit(
     discovery: &Discovery,
     drive: &BlockDevice,
@@ -199,7 +200,7 @@ fn unfit(
     if open.placeholder.is_some() {
         return None;
     }
-    // Jobs of ours are finished or cancelled by a recovery before anything is done, and their filters go with them.
+    // A recovery finishes or cancels our jobs before anything is done, and their filters go with them.
     let nodes = drive.root().map(|root| graph.all_below(root)).unwrap_or_default();
     let jobs =
         nodes.into_iter().flat_map(|node| graph.users(node)).filter(|edge| edge.parent_type == "block-job");
@@ -256,7 +257,8 @@ fn unfit(
     None
 }
 
-/// Why images cannot be exchanged below the filters of a drive, or at its top: other nodes use them too.
+/// Returns the reason why images cannot be exchanged below the filters of a drive, or at its top: other nodes
+/// use them too.
 fn is_shared(open: &OpenChain, graph: &Graph) -> Option<String> {
     let named = |user: &Edge| match user.parent.as_str() {
         "" => "an export of this QEMU".to_owned(),
@@ -270,7 +272,7 @@ fn is_shared(open: &OpenChain, graph: &Graph) -> Option<String> {
             let other = named(other);
             return Some(format!("its {driver} filter {name} is used by {other} too: end that first"));
         }
-        // What a backup reads.
+        // Nodes that a backup reads.
         let targets = graph.edges().iter().filter(|edge| edge.parent == *name && edge.role == "target");
         for target in targets.map(|edge| &edge.child) {
             if let Some(reader) = graph.users(target).find(|user| user.parent != *name) {
@@ -284,7 +286,7 @@ fn is_shared(open: &OpenChain, graph: &Graph) -> Option<String> {
     let is_expected = |name: &str| match graph.node(name) {
         // A device.
         None => true,
-        // What a crash of ours left goes by itself.
+        // Leftovers of a crash of ours are removed by `tidy`.
         Some(node) => {
             filters.iter().any(|filter| filter.name == name)
                 || graph::is_job_filter(&node.driver)
@@ -295,10 +297,10 @@ fn is_shared(open: &OpenChain, graph: &Graph) -> Option<String> {
     Some(format!("the node {} uses its active image too: delete that node first", other.parent))
 }
 
-/// What is recorded of a machine: the same for every start of it.
+/// Makes the record of a machine, which is the same for every start of it.
 ///
-/// It is a [`Discovery`] without its state, the images, the process's own numbers, and what is said to one start alone:
-/// where its memory comes from, whether it waits, which descriptors it got.
+/// It is a [`Discovery`] without its state, the images, the process's numbers, and arguments of one start
+/// only: where its memory comes from, whether it waits, which descriptors it got.
 pub(super) fn record(discovery: &Discovery) -> Value {
     let mut record = discovery.clone();
     record.process.pid = None;
@@ -326,7 +328,7 @@ pub(super) fn record(discovery: &Discovery) -> Value {
     value
 }
 
-/// The words of a command line that are not for one start alone.
+/// Returns the words of a command line that are not for one start only.
 fn lasting(process: &Process) -> Vec<String> {
     let mut words = Vec::new();
     let mut skip = false;
@@ -344,10 +346,10 @@ fn lasting(process: &Process) -> Vec<String> {
     words
 }
 
-/// What stands for the number of a descriptor in a recorded command: nobody can start that again.
+/// Replacement for the number of a descriptor in a recorded command: such a command cannot be run again.
 pub(super) const DESCRIPTOR: &str = "fd=?";
 
-/// A word with the numbers of descriptors made unknown: each start gets others.
+/// Replaces the numbers of descriptors in a word: each start gets others.
 fn without_descriptors(word: &str) -> String {
     let part = |part: &str| -> String {
         let Some((name, value)) = part.split_once('=') else { return part.to_owned() };
@@ -360,7 +362,7 @@ fn without_descriptors(word: &str) -> String {
     word.split(',').map(part).collect::<Vec<_>>().join(",")
 }
 
-/// The socket of the guest agent's port, if it is one that others can connect to.
+/// Returns the socket of the guest agent's port, if other processes can connect to it.
 async fn agent(machine: &Machine, discovery: &Discovery, view: &View) -> Result<Option<Utf8PathBuf>> {
     let ports = discovery.devices.iter().filter(|device| device.kind == "virtserialport");
     for port in ports {
@@ -376,7 +378,8 @@ async fn agent(machine: &Machine, discovery: &Discovery, view: &View) -> Result<
         let file = device.and_then(|device| device["filename"].as_str()).unwrap_or_default();
         let file = file.strip_prefix("disconnected:").unwrap_or(file);
         if file.starts_with("tcp:") {
-            // `tcp:127.0.0.1:5000,server=on`, and behind it who is connected; of IPv6 the address is in brackets.
+            // The form is `tcp:127.0.0.1:5000,server=on`, followed by the connected client; an IPv6 address
+            // is in brackets.
             let place = file.split([',', ' ']).next().unwrap_or(file);
             let reached = place.starts_with("tcp:127.") || place.starts_with("tcp:[::1]:");
             if reached && file.contains("server=on") {

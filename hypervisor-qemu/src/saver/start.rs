@@ -1,4 +1,4 @@
-//! A QEMU started from a memory image.
+//! Starts a QEMU from a memory image.
 
 use std::{
     fs::File,
@@ -30,34 +30,35 @@ use crate::{
     memory::{Image, Stored, restore_in_place},
 };
 
-/// How long it may take until it answers.
+/// Time limit until it answers.
 const ANSWERING: Duration = Duration::from_secs(60);
 
-/// How long it may take until its memory is loaded.
+/// Time limit until its memory is loaded.
 const LOADING: Duration = Duration::from_secs(600);
 
-/// How long one that has closed its socket may take to end.
+/// Time limit until a QEMU that has closed its socket ends.
 const ENDING: Duration = Duration::from_secs(2);
 
-/// Between two looks.
+/// Time between two polls.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// How a QEMU is to be started.
+/// The command that starts a QEMU.
 #[derive(Clone)]
 struct Recipe {
-    /// The program, where it is known apart from the first word.
+    /// The program, if it is known apart from the first word.
     program: Option<PathBuf>,
     words: Vec<String>,
     environment: Option<Vec<(String, String)>>,
     directory: Option<PathBuf>,
-    /// Why we cannot do it.
+    /// The reason why domsnap cannot run it.
     cannot: Option<String>,
-    /// It is the command that was recorded, and not one that the user configured.
+    /// True if it is the recorded command, and not one that the user configured.
     is_recorded: bool,
 }
 
 impl Recipe {
-    /// The command for the user, who has not the image that was unpacked: `incoming` instead of it.
+    /// Returns the command for the user, who does not have the unpacked image: with `incoming` instead of
+    /// that.
     fn printed(mut self, incoming: Option<String>) -> Vec<String> {
         let place = self.words.iter().position(|word| word == "-incoming").map(|at| at + 1);
         if let (Some(word), Some(incoming)) = (place.and_then(|at| self.words.get_mut(at)), incoming) {
@@ -69,13 +70,14 @@ impl Recipe {
 
 /// Starts the domain from a memory image. Its disks are those of its command: the configured paths.
 ///
-/// What keeps us from starting it (another user's process, a program that is gone, a descriptor that only its supervisor has)
-/// is no error: then the facts have the command. What QEMU says against the memory is one, and no process is left.
+/// If domsnap cannot start it (another user's process, a missing program, a descriptor that only its
+/// supervisor has), that is no error: the facts then have the command. If QEMU rejects the memory, that is an
+/// error, and no process is left.
 pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Result<Facts> {
     let mut facts = Facts::default();
     let path = start.file.to_owned();
     let stored = blocking(move || Stored::open(path.as_std_path())).await?;
-    // QEMU loads this one; it is there until the end of this.
+    // QEMU loads this image; it exists until this function returns.
     let image = unpacked.take(start.file).await?;
     let by_hand = match &stored {
         Stored::Packed(packed) => Some(packed.incoming().map_err(told)?),
@@ -120,7 +122,8 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         facts.start = recipe.printed(by_hand);
         return Ok(facts);
     }
-    // Its command may have other media than its memory: then the guest waits until they are changed.
+    // Its command may name other media than its memory has: then the guest stays paused until they are
+    // changed.
     let has_media =
         record.as_ref().is_some_and(|record| record.drives.iter().any(|drive| drive.medium.is_some()));
     let mut spawned = recipe.clone();
@@ -142,8 +145,8 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         process.loads(&machine).await?;
         let state = machine.run_state().await.map_err(told)?;
         if state.must_be_reset() {
-            // QEMU takes the state of a guest that had switched itself off from its memory, and lets it go on
-            // only after a reset. The state goes by that, and the memory comes again without it.
+            // QEMU takes over the state of a guest that had switched itself off from its memory, and resumes
+            // it only after a reset. The reset clears that state, and the memory is loaded again without it.
             reset(&machine).await?;
             restore_in_place(&machine, &image, &[], LOADING).await.map_err(told)?;
         }
@@ -165,7 +168,7 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
     };
     process.leave();
     facts.guest = Some(GuestChange::Started);
-    // The process that serves the socket: what was started may have made itself a daemon.
+    // The process that serves the socket: the started one may have made itself a daemon.
     facts.started = Some(StartedDomain::process(machine.pid(), recipe.words));
     if runs == Some(true) {
         machine.cont().await.map_err(told)?;
@@ -181,7 +184,7 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
     Ok(facts)
 }
 
-/// The command; none where nobody knows it.
+/// Returns the command; `None` if it is not known.
 fn recipe(
     start: &StartFromMemory<'_>,
     runs: Option<bool>,
@@ -236,8 +239,8 @@ fn recipe(
     Ok(Some(recipe))
 }
 
-/// The devices of a recorded machine that its command does not name, by their ids: a QEMU that is started by it has not what the
-/// memory has, and refuses it.
+/// Lists the devices of a recorded machine that its command does not name, by their ids. A QEMU started by
+/// that command lacks devices that the memory has, and refuses it.
 fn plugged_since(machine: &Discovery, words: &[String]) -> Vec<String> {
     if words.iter().any(|word| word.trim_start_matches('-') == "readconfig") {
         return Vec::new();
@@ -255,13 +258,13 @@ fn plugged_since(machine: &Discovery, words: &[String]) -> Vec<String> {
 /// A QEMU that was started.
 struct Started {
     child: Option<Child>,
-    /// What it says: a file that has no name.
+    /// Its error output: a file without a name.
     said: File,
     pid: u32,
 }
 
 impl Started {
-    /// Starts it apart from this process: in a process group of its own, with nothing of ours open.
+    /// Starts it detached from this process: in its own process group, with none of our files open.
     fn spawn(recipe: &Recipe) -> std::io::Result<Self> {
         let said = File::from(rustix::fs::memfd_create("domsnap-stderr", rustix::fs::MemfdFlags::CLOEXEC)?);
         let words = recipe.words.split_first();
@@ -284,7 +287,7 @@ impl Started {
     async fn answers(&mut self, socket: &Path) -> Result<Machine> {
         let until = Instant::now() + ANSWERING;
         loop {
-            // A socket that is left of an earlier process is one that nobody serves.
+            // A socket that an earlier process left has no listener.
             match reach(socket, ANSWERING).await {
                 Ok(Some(machine)) => return Ok(machine),
                 Ok(None) => self.expect_alive()?,
@@ -318,7 +321,7 @@ impl Started {
         }
     }
 
-    /// What is to be told when it does not answer: that it has ended, and why, where it has.
+    /// Returns the error for a QEMU that does not answer: if it has ended, that and the reason.
     async fn ended_or(&mut self, error: Error) -> Error {
         let until = Instant::now() + ENDING;
         while Instant::now() < until {
@@ -330,7 +333,8 @@ impl Started {
         error.state(format!("QEMU said: {}", self.words()))
     }
 
-    /// That it has not ended. (One that makes itself a daemon ends with success, and goes on as another process.)
+    /// Fails if it has ended. (A QEMU that makes itself a daemon ends with success, and continues as another
+    /// process.)
     fn expect_alive(&mut self) -> Result<()> {
         let ended = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
         match ended {
@@ -344,7 +348,7 @@ impl Started {
         }
     }
 
-    /// What it said, the last of it.
+    /// Returns the end of its error output.
     fn words(&self) -> String {
         let length = self.said.metadata().map(|about| about.len()).unwrap_or_default();
         let mut bytes = vec![0; usize::try_from(length.min(4096)).unwrap_or_default()];
@@ -354,7 +358,7 @@ impl Started {
         if text.is_empty() { format!("process {} said nothing", self.pid) } else { text }
     }
 
-    /// Ends it.
+    /// Kills it.
     fn end(&mut self) {
         if let Some(child) = &mut self.child {
             let _ = child.kill();
@@ -362,7 +366,7 @@ impl Started {
         }
     }
 
-    /// Lets it live on; whoever lives as long as it sees to it that it does not stay as a zombie.
+    /// Leaves it running; a thread waits for its end, so that it does not stay as a zombie.
     fn leave(mut self) {
         if let Some(mut child) = self.child.take() {
             std::thread::spawn(move || child.wait());

@@ -1,7 +1,7 @@
-//! Frozen images known by their permanent names.
+//! Reopens frozen images by their permanent names.
 //!
-//! QEMU knows the image that it was started with by the configured path, which another image has as soon as that one is frozen.
-//! It opens images again by the names that it knows, and would write the wrong one.
+//! QEMU has the image that it was started with under the configured path, which is another image's as soon as
+//! that one is frozen. QEMU reopens images by the names that it has, and would write the wrong one.
 
 use snapcore::{Error, ErrorKind, OpenChain as NamedChain, Result};
 
@@ -14,11 +14,11 @@ use crate::{
     name::Name,
 };
 
-/// Gives every frozen image of a disk that is known by a name that is another's a node of its permanent name. The guest may
-/// run. Gives how many there were; may be repeated.
+/// Gives every frozen image of a disk whose node has another image's name a node of its permanent name. The
+/// guest may run. Returns the number of such images; may be repeated.
 ///
-/// The images are told apart by their place in the chain, counted from its base: on top QEMU may have an overlay to which the
-/// path was not moved yet, or was moved back from. The active image stays as it was opened.
+/// The images are identified by their position in the chain, counted from its base. On top QEMU may have an
+/// overlay to which the path was not moved yet, or was moved back from. The active image keeps its node.
 pub(super) async fn rehome(disk: &Disk, chain: &NamedChain) -> Result<usize> {
     let mut count = 0;
     let open = disk.open().await.map_err(told)?;
@@ -26,9 +26,9 @@ pub(super) async fn rehome(disk: &Disk, chain: &NamedChain) -> Result<usize> {
         return Ok(0);
     }
     let really_open = disk.view.open_images();
-    // From the base up: each stands on what is right already.
+    // From the base up: each new node is backed by one that is right already.
     for above_base in 0..open.layers.len().saturating_sub(1) {
-        // Read anew: what was re-homed has another node.
+        // Read again: an image that was reopened has another node.
         let now = disk.open().await.map_err(told)?;
         let place = now.layers.len().saturating_sub(1 + above_base);
         let named = chain.layers.len().checked_sub(1 + above_base).and_then(|place| chain.layers.get(place));

@@ -1,4 +1,4 @@
-//! [`Unpacked`]: compressed memory images, between their check and their use.
+//! [`Unpacked`]: compressed memory images between their check and their use.
 
 use std::{
     collections::HashMap,
@@ -11,8 +11,8 @@ use snapcore::{Progress, Result};
 use super::error::blocking;
 use crate::memory::{Image, Stored};
 
-/// Images that were unpacked before anything was touched, so that the guest does not stand still for it. They have no name:
-/// they are gone with the process, and unpacked again by whoever goes on after a crash.
+/// Images that were unpacked before anything was changed, so that the guest is not paused for it. They have
+/// no name, so they are gone with the process. After a crash the next process unpacks them again.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Unpacked(Arc<Mutex<HashMap<Utf8PathBuf, Arc<Image>>>>);
 
@@ -21,7 +21,7 @@ impl Unpacked {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads an image and compares it with its checksums; a compressed one is unpacked for that, and kept.
+    /// Reads an image and checks it against its checksums. A compressed one is unpacked for that, and kept.
     pub(super) async fn check(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
         self.release(file);
         let path = file.to_owned();
@@ -45,7 +45,8 @@ impl Unpacked {
         Ok(())
     }
 
-    /// The image that QEMU can load, and no more kept here: the one that was checked, or unpacked now.
+    /// Returns the image that QEMU can load, and keeps it no longer: the one that was checked, or one
+    /// unpacked now.
     pub(super) async fn take(&self, file: &Utf8Path) -> Result<Arc<Image>> {
         let kept = self.all().remove(file);
         if let Some(image) = kept {
@@ -55,7 +56,7 @@ impl Unpacked {
         blocking(move || Stored::open(path.as_std_path())?.ready()).await.map(Arc::new)
     }
 
-    /// Lets go of one that is not going to be loaded.
+    /// Drops an image that will not be loaded.
     pub(super) fn release(&self, file: &Utf8Path) {
         self.all().remove(file);
     }

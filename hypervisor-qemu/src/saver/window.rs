@@ -1,4 +1,4 @@
-//! A window: disks set free under a guest that stands still, and given back.
+//! A detached section: disks closed under a paused guest, and reopened.
 
 use std::time::{Duration, Instant};
 
@@ -26,32 +26,39 @@ use crate::{
     name::Name,
 };
 
-/// How long memory may take to be loaded.
+/// Time limit for loading memory.
 const LOADING: Duration = Duration::from_secs(600);
 
-/// How long a reset, and the end of a process, may take.
+/// Time limit for a reset, and for the end of a process.
 const SOON: Duration = Duration::from_secs(30);
 
-/// Pauses the guest and sets the files of disks free. A disk that is free already is passed over.
+/// Pauses the guest and closes the files of disks. A disk that is closed already is skipped.
 pub(super) async fn open(live: &Live, targets: &[Target]) -> Result<()> {
+    // 1) Refuse before anything is changed. 2) Delete our unused nodes, which could keep an image open.
     refuse_encrypted(live, targets).await?;
     sweep(live).await?;
     let begun = Instant::now();
+    // 3) Mark the section and pause the guest, in this order (see `mark`).
     let _paused = Mark::open_window(&live.machine).await.map_err(told)?;
     live.window().get_or_insert(begun);
+    // 4) Close the chains. A crash here leaves some disks detached under a paused guest; undo reopens those
+    //    by their placeholders.
     free(live, targets).await
 }
 
-/// Gives the disks of a window that is to be forgotten back, and lets the guest go on, if it ran.
+/// Reopens the disks of a section that is to be undone, and resumes the guest, if it ran before.
 pub(super) async fn undo_open(live: &Live, targets: &[Target], chains: &[NamedChain]) -> Result<()> {
     let machine = &live.machine;
     sweep(live).await?;
+    // 1) All disks before the guest resumes: it would read zeros from a placeholder.
     for target in targets {
         let Some(disk) = live.disk_of(target) else { continue };
         if disk.open().await.map_err(told)?.placeholder.is_some() {
             give(disk, chains).await?;
         }
     }
+    // 2) Resume while the mark exists: the mark has the record that the guest ran. 3) Remove the mark last. A
+    //    crash between the two leaves a mark beside a running guest, which `tidy` removes.
     let window = Mark::window(machine).await.map_err(told)?;
     if window == Some(Mark::WindowRan) {
         machine.let_go_on().await.map_err(told)?;
@@ -60,7 +67,7 @@ pub(super) async fn undo_open(live: &Live, targets: &[Target], chains: &[NamedCh
     Mark::close_window(machine).await.map_err(told)
 }
 
-/// Gives disks what their configured paths name. One that has it already is passed over.
+/// Gives disks the chains that their configured paths name. A disk that has its chain already is skipped.
 pub(super) async fn attach(live: &Live, targets: &[Target], chains: &[NamedChain]) -> Result<()> {
     sweep(live).await?;
     for target in targets {
@@ -69,14 +76,14 @@ pub(super) async fn attach(live: &Live, targets: &[Target], chains: &[NamedChain
     Ok(())
 }
 
-/// Takes back what [`attach`] gave.
+/// Undoes [`attach`].
 pub(super) async fn undo_attach(live: &Live, targets: &[Target]) -> Result<()> {
     sweep(live).await?;
     let _paused = Mark::open_window(&live.machine).await.map_err(told)?;
     free(live, targets).await
 }
 
-/// Closes the chains of disks. Nothing of ours is idle in QEMU, and the guest stands still.
+/// Closes the chains of disks. Needs a paused guest, and no unused node of ours in QEMU.
 async fn free(live: &Live, targets: &[Target]) -> Result<()> {
     let machine = &live.machine;
     let mut shared: Vec<(String, Target)> = Vec::new();
@@ -87,7 +94,8 @@ async fn free(live: &Live, targets: &[Target]) -> Result<()> {
         let left = match &open.placeholder {
             Some(_) if open.layers.is_empty() => Vec::new(),
             Some(placeholder) => {
-                // It was put on top, and that was all.
+                // The placeholder was put on top, and nothing more: end a merge of it, take the chain off,
+                // close that.
                 stop_fold(machine, placeholder).await.map_err(told).map_err(detaching)?;
                 let graph = Graph::read(machine).await.map_err(told)?;
                 graph::reopen_backing(machine, &graph, placeholder, None)
@@ -108,7 +116,7 @@ async fn free(live: &Live, targets: &[Target]) -> Result<()> {
     if shared.is_empty() {
         return Ok(());
     }
-    // What two disks of the window share is closed with the last of them.
+    // An image that two disks of the section share is closed with the last of them.
     let graph = Graph::read(machine).await.map_err(told)?;
     shared.retain(|(node, _)| graph.node(node).is_some());
     match shared.first() {
@@ -143,7 +151,8 @@ async fn give(disk: &Disk, chains: &[NamedChain]) -> Result<()> {
         Some(placeholder) => placeholder,
     };
     if !open.layers.is_empty() {
-        // It stands on a chain: one that was about to be given, or was not yet taken.
+        // The placeholder has a chain: one that was about to be attached, or was not yet taken off. If it is
+        // the wanted one, finish the merge; else take it off as `free` does.
         if is(&open, chain) {
             return finish_fold(machine, placeholder, &open).await.map_err(told).map_err(attaching);
         }
@@ -162,21 +171,21 @@ async fn give(disk: &Disk, chains: &[NamedChain]) -> Result<()> {
     graph::attach(machine, &detached, &Stack::layers(layers)).await.map_err(told).map_err(attaching)
 }
 
-/// Whether what is open is this chain.
+/// Returns true if the open images are this chain.
 fn is(open: &OpenChain, chain: &NamedChain) -> bool {
     let named = chain.layers.iter().map(|layer| identity(layer.file.as_std_path()));
     open.layers.len() == chain.layers.len()
         && open.layers.iter().zip(named).all(|(layer, named)| named.is_some() && layer.identity == named)
 }
 
-/// Ends a merge of this placeholder that was interrupted, and none of another disk.
+/// Ends an interrupted merge of this placeholder, and of no other disk.
 async fn stop_fold(machine: &Machine, placeholder: &str) -> crate::Result<()> {
     let job = jobs::fold_job(placeholder);
     if jobs::status(machine, &job).await?.is_none() {
         return Ok(());
     }
     jobs::cancel(machine, &job).await?;
-    // How it ended does not matter: the chain is looked at next.
+    // Its result does not matter: the chain is read next.
     let _ = jobs::finish(machine, &job, |_| {}).await;
     Ok(())
 }
@@ -190,7 +199,7 @@ async fn finish_fold(machine: &Machine, placeholder: &str, open: &OpenChain) -> 
     graph::take_back(machine, placeholder).await
 }
 
-/// An image that needs a secret to be opened is opened here without one: better not to close it.
+/// Refuses encrypted images: here they would be reopened without their secret, so they must not be closed.
 async fn refuse_encrypted(live: &Live, targets: &[Target]) -> Result<()> {
     jobs::dismiss_streams(&live.machine).await.map_err(told)?;
     let nodes = live.machine.query("query-named-block-nodes", json!({ "flat": true })).await.map_err(told)?;
@@ -216,10 +225,10 @@ async fn refuse_encrypted(live: &Live, targets: &[Target]) -> Result<()> {
     Ok(())
 }
 
-/// The end of a window.
+/// Ends a detached section.
 ///
-/// A guest that runs while no window is open has gone on already: then nothing is done, because memory that is loaded over
-/// disks that were written since would not fit them.
+/// If the guest runs and no section is open, it was resumed already. Then nothing is done, because memory
+/// that is loaded over disks that were written since would not fit them.
 pub(super) async fn go_on(
     live: &Live,
     memory: Option<&Utf8Path>,
@@ -249,6 +258,7 @@ pub(super) async fn go_on(
         facts.guest = Some(GuestChange::Ended);
         return Ok(facts);
     }
+    // 1) Memory before the guest runs: its disks are those of the snapshot by now.
     if let Some(file) = memory {
         load(live, file, context).await?;
         facts.guest = Some(GuestChange::Restored);
@@ -262,6 +272,9 @@ pub(super) async fn go_on(
         Some(PowerAfter::Paused | PowerAfter::Off) => false,
         None => window == Some(Mark::WindowRan),
     };
+    // 2) Resume before the marks are removed. A crash in between leaves marks beside a running guest, which
+    //    `tidy` removes. With the opposite order, a crash would leave a paused guest without a record that it
+    //    ran.
     if goes_on {
         match memory.is_some() || reset {
             true => machine.cont().await.map_err(told)?,
@@ -270,6 +283,7 @@ pub(super) async fn go_on(
         facts.downtime = live.window().map(|since| since.elapsed());
     }
     *live.window() = None;
+    // 3) Close the section: a repeated call finds a running guest and no mark, and does nothing.
     Mark::close_window(machine).await.map_err(told)?;
     if goes_on && memory.is_some() {
         facts.notes.extend(live.set_clock().await);
@@ -282,9 +296,9 @@ async fn load(live: &Live, file: &Utf8Path, context: DomainContext<'_>) -> Resul
     let length = image.length().map_err(told)?;
     let state = live.machine.run_state().await.map_err(told)?;
     if live.machine.permits(&state).await.map_err(told)?.reset_before_load {
-        // QEMU keeps its run state over a load, and refuses to let a guest go on that has switched itself
-        // off: the state says something of the guest that is about to be replaced. Nothing is lost by a
-        // reset: its disks are the snapshot's.
+        // QEMU keeps its run state over a load, and refuses to resume a guest that has switched itself off:
+        // the state is that of the guest that is about to be replaced. A reset loses nothing: the disks are
+        // the snapshot's.
         self::reset(&live.machine).await?;
     }
     restore_in_place(&live.machine, &image, &[], LOADING).await.map_err(told)?;
@@ -292,16 +306,17 @@ async fn load(live: &Live, file: &Utf8Path, context: DomainContext<'_>) -> Resul
     Ok(())
 }
 
-/// Resets the guest, and waits until it is.
+/// Resets the guest, and waits until it is done.
 ///
-/// A QEMU that was told to end where its guest reboots takes this for a reboot, so it is told otherwise before. Where the command
-/// line said so (`-no-reboot`, `-action reboot=shutdown`), it is told again afterwards. That `set-action` said so at run time, no
-/// query tells: then the guest's reboots reset it from now on.
+/// A QEMU that was configured to end when its guest reboots treats this as a reboot, so this is switched off
+/// before. If the command line said so (`-no-reboot`, `-action reboot=shutdown`), it is switched on again
+/// afterwards. No query reports that `set-action` said so at run time: then reboots of the guest reset it
+/// from now on.
 pub(super) async fn reset(machine: &Machine) -> Result<()> {
     let ends = Process::read(machine).ends_at_reboot();
     let action = |reboot: &'static str| json!({ "reboot": reboot });
     match machine.query("set-action", action("reset")).await {
-        // A QEMU before 6.0: nobody can have told it at run time.
+        // A QEMU before 6.0: it could not be set at run time.
         Err(error) if error.kind() == crate::ErrorKind::Unsupported && !ends => {}
         told_so => drop(told_so.map_err(told)?),
     }
@@ -319,7 +334,7 @@ async fn reset_now(machine: &Machine) -> Result<()> {
         loop {
             match events.next().await {
                 Ok(Notice::Event(event)) if event.name == "RESET" => return Ok(()),
-                // Nobody knows what was missed.
+                // It is unknown which events were missed.
                 Ok(Notice::Missed(_)) => return Ok(()),
                 Ok(_) => {}
                 Err(error) => return Err(error),
@@ -336,10 +351,10 @@ async fn reset_now(machine: &Machine) -> Result<()> {
     }
 }
 
-/// Ends QEMU, and waits until its process is gone: then nothing has the images open.
+/// Ends QEMU, and waits until its process is gone: only then are the images closed.
 async fn quit(machine: &Machine) -> Result<()> {
     let peer = machine.qmp().peer();
-    // It may end before it answers.
+    // QEMU may end before it answers.
     let said = machine.qmp().execute_raw("quit", Value::Null).await;
     let gone = async {
         machine.qmp().closed().await;
@@ -359,18 +374,18 @@ async fn quit(machine: &Machine) -> Result<()> {
     }
 }
 
-/// Whether a process is there still, and no zombie.
+/// Returns true if a process still exists and is not a zombie.
 fn is_alive(peer: qmp::Peer) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{}/stat", peer.pid)) else { return false };
     let Some((_, fields)) = stat.rsplit_once(')') else { return false };
     let mut fields = fields.split_whitespace();
     let state = fields.next().unwrap_or("X");
-    // The first is field 3 of the file, the start is field 22.
+    // The first one is field 3 of the file, the start is field 22.
     let start = fields.nth(18).and_then(|ticks| ticks.parse::<u64>().ok());
     start == peer.start_ticks && (!matches!(state, "Z" | "X") || has_threads(peer.pid))
 }
 
-/// Whether threads of a process whose first thread has ended go on: they have its files open.
+/// Returns true if threads of a process whose first thread has ended still run: they have its files open.
 fn has_threads(pid: u32) -> bool {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
     tasks.into_iter().flatten().flatten().any(|task| task.file_name().to_str() != Some(&pid.to_string()))
