@@ -209,8 +209,9 @@ pub(crate) fn migrate(connection: &mut Connection, migrations: &[&str]) -> rusql
 mod tests {
     use super::*;
 
+    /// An older database is migrated and keeps its rows.
     #[test]
-    fn an_older_database_is_brought_forward_and_keeps_its_rows() {
+    fn older_database_is_migrated_with_its_rows() {
         let first = "CREATE TABLE a (x INTEGER) STRICT";
         let second = "ALTER TABLE a ADD COLUMN y INTEGER NOT NULL DEFAULT 7";
         let mut connection = Connection::open_in_memory().unwrap();
@@ -226,8 +227,9 @@ mod tests {
         assert_eq!(version(&connection, &[first]).unwrap(), Version::Newer(2));
     }
 
+    /// A catalogue of the first version keeps snapshots and points, and gets an identity.
     #[test]
-    fn a_catalogue_of_the_first_version_keeps_snapshots_and_points_and_gets_an_identity() {
+    fn first_version_keeps_snapshots_gets_identity() {
         let mut connection = Connection::open_in_memory().unwrap();
         connection.pragma_update(None, "foreign_keys", true).unwrap();
         migrate(&mut connection, &MIGRATIONS[..1]).unwrap();

@@ -643,8 +643,9 @@ mod tests {
         assert_eq!((error.kind(), refusal(&error)), (io::ErrorKind::NotFound, None));
     }
 
+    /// Nothing is created, renamed or removed through a symbolic link.
     #[test]
-    fn a_link_is_neither_made_through_nor_renamed_nor_removed_through() {
+    fn link_is_never_followed_by_changes() {
         let (dir, opened) = place();
         std::fs::write(dir.path().join("victim"), b"abc").unwrap();
         symlink("victim", dir.path().join("link")).unwrap();
@@ -671,8 +672,9 @@ mod tests {
         assert_eq!(opened.look(&name("last")).unwrap(), None);
     }
 
+    /// An open directory stays the same when its path becomes a link.
     #[test]
-    fn an_open_directory_stays_the_same_when_its_path_becomes_a_link() {
+    fn open_directory_survives_replaced_path() {
         let dir = tempfile::tempdir().unwrap();
         let (home, other) = (dir.path().join("home"), dir.path().join("other"));
         std::fs::create_dir(&home).unwrap();

@@ -121,8 +121,9 @@ mod tests {
         read_in(text, "/srv/web")
     }
 
+    /// Relative paths of `[control]` start at the file's directory.
     #[test]
-    fn a_domain_file_tells_how_a_running_domain_is_reached_from_its_own_directory() {
+    fn control_paths_start_at_the_file() {
         let spec = read(
             "name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'qmp'\nagent = '/run/agent'\nmemory-dir = 'memory'\ncompress = 3\n\
              start = ['qemu', '-m', '1G']\n[[disk]]\ntarget = 'vda'\npath = 'a.qcow2'\nformat = 'qcow2'\n",
@@ -140,8 +141,9 @@ mod tests {
         assert_eq!(spec.disks[0].path, "/srv/web/a.qcow2");
     }
 
+    /// `hypervisor` and `[control]` are given together or not at all.
     #[test]
-    fn a_hypervisor_and_how_it_is_reached_are_told_together_or_not_at_all() {
+    fn hypervisor_and_control_come_together() {
         let error = usage(read("name = 'web'\n[control]\nqmp = 'qmp'\n"));
         assert!(error.to_string().contains("no hypervisor"), "{error}");
         let error = usage(read("name = 'web'\nhypervisor = 'qemu'\n"));
@@ -167,8 +169,9 @@ mod tests {
         assert!(error.to_string().contains("colour"), "{error}");
     }
 
+    /// A monitor over TCP must be on this host.
     #[test]
-    fn a_monitor_is_reached_over_tcp_on_this_machine_alone() {
+    fn tcp_monitor_is_local_only() {
         let file =
             "name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'tcp:localhost:1'\nagent = 'tcp:[::1]:2'\n";
         let control = read(file).unwrap().control.unwrap();

@@ -164,8 +164,9 @@ mod tests {
         }
     }
 
+    /// Damage that is found before a change begins is a refusal.
     #[test]
-    fn damage_that_is_found_before_a_change_begins_refuses_it() {
+    fn damage_before_a_change_is_a_refusal() {
         assert_eq!(status(ErrorKind::Corrupt, false), exit::REFUSED);
         assert_eq!(status(ErrorKind::Corrupt, true), exit::FAILED);
         let looking = Failure::from(Error::new(ErrorKind::Corrupt, "x"));
@@ -179,8 +180,9 @@ mod tests {
         assert_eq!(status(ErrorKind::Usage, false), exit::USAGE);
     }
 
+    /// State and advice have lines of their own, and nothing is printed twice.
     #[test]
-    fn error_state_and_advice_stand_apart_and_nothing_is_said_twice() {
+    fn state_and_advice_have_their_own_lines() {
         let error = Error::new(ErrorKind::Io, "disk full")
             .because(std::io::Error::other("no space"))
             .context("creating s1 of web")

@@ -55,8 +55,10 @@ mod tests {
             "NAME    SIZE  WHAT\na        1 B  x\nlong  10 MiB\n"
         );
     }
+
+    /// Wide letters take two columns; control characters are escaped.
     #[test]
-    fn wide_letters_take_two_columns_and_control_characters_none_of_their_own() {
+    fn wide_and_control_characters_align() {
         let rows = vec![vec!["雪".into(), "x".into()], vec!["a\u{1b}[2Jb".into(), "y".into()]];
         assert_eq!(table(&["NAME", "WHAT"], rows), "NAME    WHAT\n雪      x\na [2Jb  y\n");
     }

@@ -134,8 +134,9 @@ mod tests {
         assert_eq!(drawn(&[None, Some(0), Some(1)], Some(2)), "○ 0\n○ 1\n○ 2\n● now\n");
     }
 
+    /// Side branches are indented; the line to the current state is not.
     #[test]
-    fn side_branches_are_indented_and_the_presents_line_is_not() {
+    fn only_side_branches_are_indented() {
         let parents = [None, Some(0), Some(1), Some(0), Some(3), Some(0)];
         assert_eq!(drawn(&parents, Some(4)), "○ 0\n├─○ 1\n│ ○ 2\n├─○ 5\n○ 3\n○ 4\n● now\n");
     }

@@ -61,8 +61,9 @@ fn the_exit_status_tells_usage_from_refusal() {
     ends(&["check", "web"], 3);
 }
 
+/// A failure with `--json` is one document and nothing else.
 #[test]
-fn a_failure_with_json_is_one_document_and_nothing_else() {
+fn json_failure_is_one_document() {
     let state = tempfile::tempdir().unwrap();
     for words in [&["show", "web", "s1"][..], &["create", "web", "a b"], &["frobnicate"]] {
         let output = domsnap(state.path()).args(words).arg("--json").output().unwrap();
@@ -131,8 +132,9 @@ fn plug_ins() -> tempfile::TempDir {
     directory
 }
 
+/// Plug-ins are listed, and those that cannot be used say why.
 #[test]
-fn plug_ins_are_listed_and_those_that_cannot_be_used_say_why() {
+fn unusable_plug_ins_say_why() {
     let (state, directory) = (tempfile::tempdir().unwrap(), plug_ins());
     let output = domsnap(state.path())
         .env("DOMSNAP_BACKEND_DIR", directory.path())
@@ -180,8 +182,9 @@ fn a_disk_of_a_plug_in_is_served_like_any_other() {
     assert!(!lost.status.success() && said.contains("no backend serves the format \"dir\""), "{said}");
 }
 
+/// A plug-in directory that anybody can write to is refused.
 #[test]
-fn a_directory_of_plug_ins_that_anybody_may_write_is_refused() {
+fn world_writable_plug_in_directory_is_refused() {
     use std::os::unix::fs::PermissionsExt;
     let (state, directory) = (tempfile::tempdir().unwrap(), plug_ins());
     std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();

@@ -94,8 +94,9 @@ fn told(found: &ScannedDoc) -> String {
 mod tests {
     use super::*;
 
+    /// The suggested name is the hypervisor's or the socket's, and never another domain's.
     #[test]
-    fn a_name_is_the_hypervisors_or_the_sockets_and_no_other_domains() {
+    fn suggested_name_is_unique() {
         let taken: BTreeSet<DomainName> =
             ["web", "web-2", "db"].into_iter().map(|name| DomainName::new(name).unwrap()).collect();
         let free = |own, socket| free_name(own, Utf8Path::new(socket), &taken);
