@@ -20,13 +20,13 @@ use crate::rules::Rules;
 use crate::steps::{LvmStep, Place, refuse_unseen_users, wait_closed};
 use crate::{check, device, discover};
 
-/// Where manifests are, since nothing can lie beside a volume.
+/// Directory of manifests, because no file can lie beside a volume.
 const MANIFESTS: &str = "/var/lib/domsnap/lvm";
 
-/// More points than anybody takes: no point stands on another.
+/// Unlimited in practice: no point depends on another.
 const MAX_DEPTH: u32 = 1 << 20;
 
-/// Disks that are logical volumes.
+/// The backend for disks that are logical volumes.
 pub struct Lvm {
     inner: Arc<Inner>,
     manifests: Utf8PathBuf,
@@ -46,12 +46,12 @@ impl Default for Lvm {
 }
 
 impl Lvm {
-    /// By the lvm2 of this machine, with the usual rules.
+    /// Makes the backend with the lvm2 of this machine and the default rules.
     pub fn new() -> Self {
         Self::by(Arc::new(Commands))
     }
 
-    /// By commands that `runner` runs.
+    /// Makes the backend with commands that `runner` runs.
     pub fn by(runner: Arc<dyn Runner>) -> Self {
         let inner = Inner {
             lvm: Lvm2::new(runner),
@@ -62,19 +62,19 @@ impl Lvm {
         Self { inner: Arc::new(inner), manifests: MANIFESTS.into() }
     }
 
-    /// Makes the areas of thick snapshots so large, in percent of the volume.
+    /// Sets the size of thick snapshots' areas, in percent of the volume.
     #[must_use]
     pub fn area_percent(self, percent: u32) -> Self {
         self.with(|rules| rules.cow_percent = percent)
     }
 
-    /// Takes no more points in thin pools whose data, or metadata, is so full, in percent.
+    /// Sets the limits for thin pools, in percent: above them no more points are taken.
     #[must_use]
     pub fn pool_limits(self, data: u32, metadata: u32) -> Self {
         self.with(|rules| (rules.pool_data_percent, rules.pool_metadata_percent) = (data, metadata))
     }
 
-    /// Keeps manifests below `directory`.
+    /// Stores manifests below `directory`.
     #[must_use]
     pub fn manifests(mut self, directory: impl Into<Utf8PathBuf>) -> Self {
         self.manifests = directory.into();
@@ -82,14 +82,14 @@ impl Lvm {
     }
 
     fn with(mut self, change: impl FnOnce(&mut Rules)) -> Self {
-        // Nobody else has it before it is registered.
+        // There is only one reference before it is registered.
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
             change(&mut inner.rules);
         }
         self
     }
 
-    /// Runs `work` on a blocking thread: it waits for other programs.
+    /// Runs `work` on a blocking thread, because it waits for other programs.
     async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Inner) -> Result<T> + Send + 'static,
@@ -128,7 +128,7 @@ impl Lvm {
     }
 }
 
-/// The identity of what the path leads to now.
+/// Returns the identity of the path's current target.
 fn identity(path: &Utf8Path) -> Option<FileIdentity> {
     path.metadata().ok().map(|about| file_identity(&about))
 }
@@ -143,7 +143,8 @@ impl DiskSnapshotter for Lvm {
         Capabilities::new(PointKind::External, MAX_DEPTH).live()
     }
 
-    /// A finish step removes volumes that nothing needs: those that a revert used, and what the record owns and no snapshot is.
+    /// A finish step removes unused volumes: those that a revert used, and those that the record owns without
+    /// a snapshot.
     fn plans_leftovers(&self) -> bool {
         true
     }
@@ -235,7 +236,7 @@ impl DiskSnapshotter for Lvm {
                 }
             }
             if by_its_hypervisor {
-                // Whom the kernel shows is met by the service, with the hypervisor's process known.
+                // The service finds users that the kernel shows; it knows the hypervisor's process.
                 refuse_unseen_users(&inner.lvm, &disk.disk.path, &volume)?;
             }
             Ok(Box::new(hold) as Guard)
@@ -283,7 +284,7 @@ impl DiskSnapshotter for Lvm {
         self.blocking(move |inner| {
             let volume = volume_of(&disk)?;
             let group = inner.lvm.group(&volume.group)?;
-            // Of a thin one nobody knows which blocks are its alone.
+            // It is not known which blocks belong to a thin volume alone.
             let frees = drop
                 .iter()
                 .filter(|point| !keep.contains(point))
@@ -301,10 +302,10 @@ impl DiskSnapshotter for Lvm {
         self.blocking(move |inner| {
             let volume = volume_of(&disk)?;
             match inner.lvm.group(&volume.group) {
-                // An inactive volume has no node, and nothing has the volume's name between the two renames
-                // of a revert: only the group knows what is there.
+                // An inactive volume has no device node, and between the two renames of a revert no volume
+                // has the name. So only the group shows what exists.
                 Ok(group) => Ok(layers::is_gone(&disk, &volume, &group)),
-                // A group that is not there may come back with its physical volumes.
+                // A missing group may come back with its physical volumes.
                 Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
                 Err(error) => Err(error),
             }

@@ -1,4 +1,4 @@
-//! What is wrong with a disk's volumes, their pool and their group.
+//! Checks of a disk's volumes, their pool and their group.
 
 use snapcore::{DiskRecord, Finding, Severity, shown_size};
 
@@ -7,7 +7,7 @@ use crate::names::Volume;
 use crate::report::{Group, Kind, Row};
 use crate::rules::{Rules, WARN_PERCENT};
 
-/// What of a thick snapshot's area is worth a word: that it overflowed, or will.
+/// Returns a warning for a thick snapshot's area that overflowed, or will overflow.
 pub(crate) fn area_warning(volume: &Volume, row: &Row) -> Option<(Severity, String)> {
     if row.kind != Kind::ThickSnapshot {
         return None;
@@ -28,7 +28,7 @@ pub(crate) fn area_warning(volume: &Volume, row: &Row) -> Option<(Severity, Stri
         ));
     }
     let full = row.data.filter(|data| data.reaches(WARN_PERCENT))?;
-    // It never needs more than its origin has, and lvm grows it no further.
+    // An area never needs more than its origin has, and lvm extends it no further.
     let more = shown_size(row.size);
     Some((
         Severity::Warning,
@@ -41,7 +41,7 @@ pub(crate) fn area_warning(volume: &Volume, row: &Row) -> Option<(Severity, Stri
     ))
 }
 
-/// Everything.
+/// Checks a disk's volumes, their pool and their group.
 pub(crate) fn check(record: &DiskRecord, volume: &Volume, group: &Group, rules: &Rules) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut find = |severity, subject: &str, message: String| {
@@ -102,7 +102,7 @@ pub(crate) fn check(record: &DiskRecord, volume: &Volume, group: &Group, rules: 
     findings
 }
 
-/// Why no more points are taken in a pool, with figures.
+/// Returns the reason why no more points are taken in a pool, with figures.
 pub(crate) fn pool_full(group: &Group, pool: &Row, rules: &Rules) -> Option<String> {
     let name = format!("{}/{}", group.name, pool.name);
     if let Some(data) = pool.data.filter(|data| data.reaches(rules.pool_data_percent)) {

@@ -1,4 +1,4 @@
-//! lvm2's commands: found, run, and what they answer.
+//! lvm2's commands: finding them, running them, and their output.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,22 +13,23 @@ use snapcore::{Error, ErrorKind, Result};
 use crate::names::Volume;
 use crate::report::{self, FIELDS, Group};
 
-/// Where lvm2 is looked for: the caller's PATH has no say in what runs as root.
+/// Directories where lvm2 is searched: the caller's PATH must not choose a program that runs as root.
 const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
-/// The program of device-mapper, which comes with lvm2: it is asked what lvm does not report.
+/// The program of device-mapper, which comes with lvm2. It reports what lvm does not.
 const DMSETUP: &str = "dmsetup";
 
-/// Within which a report must come.
+/// Time limit for a report.
 const REPORT: Duration = Duration::from_secs(120);
 
-/// Within which metadata must be changed.
+/// Time limit for a change of metadata.
 pub(crate) const CHANGE: Duration = Duration::from_secs(300);
 
-/// Within which a merge must have moved its data.
+/// Time limit for a merge.
 pub(crate) const MERGE: Duration = Duration::from_secs(24 * 3600);
 
-/// How long a report is good for, as long as this process changes nothing: one operation asks for several disks of a group.
+/// Time for which a report is used again while this process changes nothing: one operation asks for several
+/// disks of a group.
 const FRESH: Duration = Duration::from_secs(5);
 
 /// One command of lvm2.
@@ -36,29 +37,29 @@ const FRESH: Duration = Duration::from_secs(5);
 pub struct Call<'a> {
     /// The command and its arguments: `lvcreate`, `-s`, ...; or `dmsetup` and its arguments.
     pub words: &'a [String],
-    /// Within which it must end.
+    /// Its time limit.
     pub deadline: Duration,
-    /// What it has as its standard input: a lock that lasts until it ends, even where this process does not see that.
+    /// Its standard input: a lock that lasts until the command ends, even if this process ends before.
     pub lock: Option<&'a File>,
 }
 
-/// What a command answered.
+/// Result of a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     /// Its exit status; none if a signal ended it.
     pub status: Option<i32>,
-    /// What it wrote.
+    /// Its standard output.
     pub stdout: String,
-    /// What it said besides.
+    /// Its standard error.
     pub stderr: String,
 }
 
-/// Who runs lvm2's commands.
+/// Runs lvm2's commands.
 pub trait Runner: Send + Sync {
-    /// Runs one to its end, whatever that is.
+    /// Runs one to its end, with any result.
     ///
     /// # Errors
-    /// It cannot be found or started, or does not end in time.
+    /// If it cannot be found or started, or does not end in time.
     fn run(&self, call: &Call<'_>) -> Result<Answer>;
 }
 
@@ -79,7 +80,8 @@ impl Runner for Commands {
         let failed = |what: &str, error: std::io::Error| {
             Error::new(ErrorKind::Io, format!("{shown}: {what}")).because(error)
         };
-        // Files, not pipes: a child that outlives this process must not die of what it says in the middle of its work.
+        // Output goes to files, not pipes: a child that outlives this process must not die of a write in the
+        // middle of its work.
         let (stdout, stderr) = (tempfile::tempfile(), tempfile::tempfile());
         let (mut stdout, mut stderr) = match (stdout, stderr) {
             (Ok(stdout), Ok(stderr)) => (stdout, stderr),
@@ -93,7 +95,8 @@ impl Runner for Commands {
             .stdout_file(copy(&stdout)?)
             .stderr_file(copy(&stderr)?)
             .unchecked()
-            // An interrupt from the terminal is this process's to hear; half a command leaves a volume suspended.
+            // An interrupt from the terminal must reach only this process: half a command leaves a volume
+            // suspended.
             .before_spawn(|command| {
                 command.process_group(0);
                 Ok(())
@@ -107,7 +110,8 @@ impl Runner for Commands {
         let status = match handle.wait_timeout(call.deadline) {
             Ok(Some(output)) => output.status,
             Ok(None) => {
-                // It is left alone: killed, it might leave a volume suspended; it has the lock until it ends.
+                // The command is not killed: that might leave a volume suspended. It keeps the lock until it
+                // ends.
                 std::mem::forget(handle);
                 return Err(Error::new(
                     ErrorKind::Io,
@@ -145,7 +149,7 @@ fn find(program: &str) -> Result<Utf8PathBuf> {
     })
 }
 
-/// lvm2, asked and told; what it said last of each group is kept for a moment.
+/// lvm2 with a short cache of each group's last report.
 pub(crate) struct Lvm2 {
     runner: Arc<dyn Runner>,
     known: Mutex<HashMap<String, (Instant, Arc<Group>)>>,
@@ -156,10 +160,10 @@ impl Lvm2 {
         Self { runner, known: Mutex::default() }
     }
 
-    /// A group and all its volumes, as it was at most a moment ago.
+    /// Returns a group and all its volumes; the report may be a moment old.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] where there is no such group, or it has no volumes.
+    /// [`ErrorKind::NotFound`] if there is no such group, or it has no volumes.
     pub(crate) fn group(&self, name: &str) -> Result<Arc<Group>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         match known.get(name) {
@@ -171,7 +175,7 @@ impl Lvm2 {
         }
     }
 
-    /// A group and all its volumes, as it is.
+    /// Reads a group and all its volumes now.
     pub(crate) fn group_now(&self, name: &str) -> Result<Arc<Group>> {
         let words = [
             "lvs",
@@ -207,10 +211,10 @@ impl Lvm2 {
         Ok(group)
     }
 
-    /// How often the device of an active volume is open, as the kernel counts; none where there is no such device.
+    /// Returns the kernel's open count of an active volume's device; `None` if there is no such device.
     ///
     /// # Errors
-    /// dmsetup is not there, or answers something else.
+    /// If dmsetup is missing, or its output is not understood.
     pub(crate) fn openings(&self, volume: &Volume) -> Result<Option<usize>> {
         let name = volume.device();
         let words = [DMSETUP, "info", "-c", "--noheadings", "-o", "open", &name].map(str::to_owned);
@@ -225,10 +229,10 @@ impl Lvm2 {
         Ok(Some(count))
     }
 
-    /// Changes something in a group; what was known of it is known no more.
+    /// Changes a group, and drops its cached report.
     ///
     /// # Errors
-    /// What lvm said.
+    /// lvm's error message.
     pub(crate) fn change(
         &self,
         group: &str,
@@ -247,7 +251,7 @@ impl Lvm2 {
     }
 }
 
-/// What a command that failed said, in one line: without what is only a warning.
+/// Returns the error output of a failed command in one line, without mere warnings.
 fn said(answer: &Answer) -> String {
     let noise = |line: &&str| !line.is_empty() && !line.starts_with("WARNING") && !line.contains("lvmpolld");
     let lines: Vec<&str> = answer.stderr.lines().map(str::trim).filter(noise).collect();

@@ -1,4 +1,4 @@
-//! Block devices: which are logical volumes, who has one open, and whether it was written.
+//! Block devices: which are logical volumes, their users, and whether they were written.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -7,17 +7,17 @@ use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
 use snapcore::devices::{DeviceUse, device_number as number, kernel_use, xen_disks};
 
-/// What sysfs has of the device.
+/// Reads a file of the device in sysfs.
 fn sysfs(path: &Utf8Path, file: &str) -> Option<String> {
     fs::read_to_string(snapcore::devices::sysfs(number(path)?).join(file)).ok()
 }
 
-/// Whether a path leads to a logical volume: device-mapper has who made a device in its identity.
+/// Returns true if a path leads to a logical volume: a device-mapper device has its creator in its identity.
 pub(crate) fn is_volume(path: &Utf8Path) -> bool {
     sysfs(path, "dm/uuid").is_some_and(|uuid| uuid.starts_with("LVM-"))
 }
 
-/// Who has the device open, in words, as far as that can be seen.
+/// Describes the user of an open device, as far as that is visible.
 pub(crate) fn holder(path: &Utf8Path) -> Option<String> {
     let device = number(path)?;
     if let Some(DeviceUse { how, .. }) = kernel_use(path) {
@@ -29,9 +29,10 @@ pub(crate) fn holder(path: &Utf8Path) -> Option<String> {
     })
 }
 
-/// How often processes have the device open, and Xen's driver; none where some processes' files cannot be seen.
+/// Returns how often processes, and Xen's driver, have the device open. `None` if the files of some processes
+/// are not readable.
 ///
-/// A descriptor that was duplicated counts each time, so it is at least as much as the kernel has counted of them.
+/// A duplicated descriptor counts each time, so the result is at least the kernel's count of them.
 pub(crate) fn shown_openings(path: &Utf8Path) -> Option<usize> {
     let device = number(path)?;
     let seen: usize = processes(device).into_iter().map(|(_, times)| times).sum();
@@ -42,7 +43,7 @@ pub(crate) fn shown_openings(path: &Utf8Path) -> Option<usize> {
     unseen.next().is_none().then(|| seen + xen_disks(device).len())
 }
 
-/// The processes that have the device open, each with how often.
+/// Returns the processes that have the device open, each with its number of descriptors.
 fn processes(device: u64) -> Vec<(String, usize)> {
     let mut found = Vec::new();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten().filter(is_process) {
@@ -63,28 +64,28 @@ fn is_process(entry: &fs::DirEntry) -> bool {
     entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit)
 }
 
-/// A moment in the life of a device, to tell later whether it was written since.
+/// State of a device at one time, to detect later whether it was written since.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Moment {
-    /// The machine's start.
+    /// Identity of the machine's boot.
     boot: String,
-    /// How many writes the device had had.
+    /// Number of writes to the device so far.
     writes: u64,
 }
 
 impl Moment {
-    /// Now.
+    /// Takes the current state.
     pub(crate) fn now(path: &Utf8Path) -> Self {
         Self { boot: boot(), writes: writes(path).unwrap_or(0) }
     }
 
-    /// The birth of a device that is about to be made.
+    /// Makes the state of a device that is about to be created.
     pub(crate) fn birth() -> Self {
         Self { boot: boot(), writes: 0 }
     }
 
-    /// Whether the device may have been written since. One that is not there now was not, in this boot of the machine; of what
-    /// was in another nobody knows.
+    /// Returns true if the device may have been written since. A device that does not exist now was not, in
+    /// this boot; after another boot it is not known.
     pub(crate) fn may_have_passed(&self, path: &Utf8Path) -> bool {
         boot() != self.boot || writes(path).is_some_and(|writes| writes != self.writes)
     }

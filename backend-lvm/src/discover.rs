@@ -1,4 +1,5 @@
-//! Points that the catalogue does not know: by their tags, and snapshots that other tools made of the volume.
+//! Finds points that the catalogue does not have: by their tags, and snapshots that other tools took of the
+//! volume.
 
 use jiff::Timestamp;
 use snapcore::{Consistency, DiskPoint, DiskRecord, FreeNames, Point, Snapshot, SnapshotId};
@@ -6,7 +7,7 @@ use snapcore::{Consistency, DiskPoint, DiskRecord, FreeNames, Point, Snapshot, S
 use crate::names::Volume;
 use crate::report::{Group, Kind, Row};
 
-/// Snapshots of those that `known` does not have, oldest first. They become ours.
+/// Returns snapshots of the points that `known` does not have, oldest first. They become ours.
 pub(crate) fn discover(
     record: &mut DiskRecord,
     known: &[Point],
@@ -16,7 +17,7 @@ pub(crate) fn discover(
     let ours = |row: &Row| row.told().ours && volume.is_point(&row.name) && group.is_made_for(row, volume);
     let foreign = |row: &Row| {
         row.origin.as_deref() == Some(volume.name.as_str())
-            // A thin snapshot is not active unless somebody uses it, as another machine's disk maybe.
+            // A thin snapshot is inactive unless it is in use, for example as another machine's disk.
             && (row.kind == Kind::ThickSnapshot || (row.kind == Kind::Thin && !row.active))
             && !row.told().ours
             && !row.merging

@@ -1,7 +1,9 @@
-//! A volume under an operation: a lock file of ours, since lvm has no lock that lasts longer than one command.
+//! The lock on a volume during an operation: a lock file of ours, because lvm has no lock that lasts longer
+//! than one command.
 //!
-//! QEMU's byte locks cannot be held meanwhile: who holds one has the device open, and lvm puts off the merge of an open volume. So who
-//! else has the volume open is asked of the kernel, when the operation begins and again before a step that needs it closed.
+//! QEMU's byte locks cannot be used: a process that has one has the device open, and lvm defers the merge of
+//! an open volume. So other users of the volume are read from the kernel, when the operation begins and again
+//! before a step that needs it closed.
 
 use std::collections::HashMap;
 use std::fs::{File, TryLockError};
@@ -16,31 +18,31 @@ use snapcore::{Error, ErrorKind, Result};
 
 use crate::names::Volume;
 
-/// Where the lock files are: it is empty after a boot, as locks are.
+/// Directory of the lock files: it is empty after a boot, as locks are.
 const DIRECTORY: &str = "/run/lock/domsnap";
 
-/// How long an operation waits for a command that a killed one left.
+/// Time limit for a command that a killed operation left.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 const LOOK: Duration = Duration::from_millis(50);
 
-/// The volumes that operations of this process hold.
+/// The volumes that operations of this process have locked.
 #[derive(Default)]
 pub(crate) struct Holds {
     volumes: Mutex<HashMap<Volume, Weak<Hold>>>,
 }
 
-/// One volume, held.
+/// The lock on one volume.
 pub(crate) struct Hold {
     /// Locked as long as this is open, here or as the standard input of a command.
     pub(crate) file: File,
 }
 
 impl Holds {
-    /// Begins to hold a volume.
+    /// Locks a volume.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] where somebody else does.
+    /// [`ErrorKind::Busy`] if another operation has locked it.
     pub(crate) fn begin(&self, volume: &Volume) -> Result<Arc<Hold>> {
         let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
         volumes.retain(|_, hold| hold.strong_count() > 0);
@@ -56,7 +58,7 @@ impl Holds {
         Ok(hold)
     }
 
-    /// The hold on a volume, where there is one.
+    /// Returns the lock on a volume, if there is one.
     pub(crate) fn of(&self, volume: &Volume) -> Option<Arc<Hold>> {
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner).get(volume).and_then(Weak::upgrade)
     }
@@ -74,7 +76,7 @@ fn lock(volume: &Volume) -> Result<File> {
             .because(error)
             .advise("run as root: lvm's commands need that too")
     };
-    // Everybody may make files above it: it must be one that a trusted user made.
+    // All users may create files in the directories above: this one must belong to a trusted user.
     let open = || {
         let directory = Directory::make_all(Path::new(DIRECTORY), 0o755)?;
         let about = directory.about()?;

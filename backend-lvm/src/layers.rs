@@ -6,15 +6,16 @@ use snapcore::{Disk, DiskRecord, DiskState, Error, ErrorKind, Layer, LayerName, 
 use crate::names::Volume;
 use crate::report::{Group, Kind, Row};
 
-/// The volume that a record's disk is.
+/// Returns the volume of a record's disk.
 pub(crate) fn volume_of(record: &DiskRecord) -> Result<Volume> {
     Volume::of_path(&record.disk.path)
 }
 
-/// The volume that the domain writes, in the report.
+/// Finds the volume that the domain writes in the report.
 ///
 /// # Errors
-/// [`ErrorKind::NotFound`], with what brings it back where an operation stopped between two renames.
+/// [`ErrorKind::NotFound`]; if an operation stopped between two renames, the advice is how to restore the
+/// name.
 pub(crate) fn present<'a>(group: &'a Group, volume: &Volume) -> Result<&'a Row> {
     group.row(&volume.name).ok_or_else(|| {
         let error = Error::new(ErrorKind::NotFound, format!("there is no volume {volume}"));
@@ -30,7 +31,7 @@ pub(crate) fn present<'a>(group: &'a Group, volume: &Volume) -> Result<&'a Row> 
     })
 }
 
-/// Takes a disk in.
+/// Adopts a disk.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`] or `Unsupported` for a volume of which no points can be taken.
@@ -42,8 +43,8 @@ pub(crate) fn adopt(disk: &Disk, volume: &Volume, group: &Group) -> Result<DiskR
     Ok(DiskRecord { disk: disk.clone(), active: active.clone(), owned: vec![active] })
 }
 
-/// Refuses a volume of a kind whose snapshots are not known to be true: only thin volumes, and plain ones,
-/// are taken.
+/// Refuses a volume of a kind whose snapshots are not known to be correct: only thin volumes and plain ones
+/// are adopted.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`], with the kind's name and what to do instead.
@@ -87,7 +88,7 @@ pub(crate) fn require_known_kind(volume: &Volume, row: &Row, group: &Group) -> R
     }
 }
 
-/// A way on for the owner of a volume of another kind.
+/// Returns advice for the owner of a volume of another kind.
 fn instead_of(types: &[String], volume: &Volume) -> String {
     let path = volume.path();
     let overlay = format!(
@@ -101,7 +102,7 @@ fn instead_of(types: &[String], volume: &Volume) -> String {
     format!("{plain}; or {overlay}")
 }
 
-/// Returns true if the group has neither the volume nor anything that was made of it.
+/// Returns true if the group has neither the volume nor any volume that was made of it.
 pub(crate) fn is_gone(record: &DiskRecord, volume: &Volume, group: &Group) -> bool {
     !group.rows.iter().any(|row| {
         row.name == volume.name
@@ -110,7 +111,7 @@ pub(crate) fn is_gone(record: &DiskRecord, volume: &Volume, group: &Group) -> bo
     })
 }
 
-/// Everything of the disk.
+/// Describes all volumes of the disk.
 pub(crate) fn state(record: &DiskRecord, volume: &Volume, group: &Group) -> Result<DiskState> {
     let row = present(group, volume)?;
     let mut layers = vec![layer(volume, row, None, true)];
@@ -123,7 +124,7 @@ pub(crate) fn state(record: &DiskRecord, volume: &Volume, group: &Group) -> Resu
         if other.name == volume.name || leftover || !(of_it || known || ours) {
             continue;
         }
-        // A thick snapshot shows what its origin has where its own area has nothing.
+        // A thick snapshot shows its origin's data where its own area has none.
         let backing = (other.kind == Kind::ThickSnapshot).then(|| volume.layer());
         layers.push(layer(volume, other, backing, ours || known));
     }
@@ -152,13 +153,13 @@ fn layer(volume: &Volume, row: &Row, backing: Option<LayerName>, owned: bool) ->
     }
 }
 
-/// The device of a layer; there is one while the volume is active.
+/// Returns the device of a layer, which exists while the volume is active.
 pub(crate) fn file(volume: &Volume, layer: &LayerName) -> Utf8PathBuf {
     volume.beside(layer.as_str()).path()
 }
 
-/// A thick snapshot that overflowed shows nothing any more; one whose area was made smaller than what it holds (lvresize allows that)
-/// has lost a part, and a merge would stop in the middle.
+/// Refuses a thick snapshot that is not complete. One that overflowed has lost its data. One whose area was
+/// made smaller than its data (lvresize allows that) has lost a part, and a merge would stop in the middle.
 pub(crate) fn require_whole(volume: &Volume, row: &Row) -> Result<()> {
     let how = match (row.invalid, row.is_cut_off()) {
         (false, false) => return Ok(()),

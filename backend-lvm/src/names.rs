@@ -1,14 +1,15 @@
-//! Names of groups and volumes: as paths, as device-mapper's names, and of what this backend makes.
+//! Names of groups and volumes: as paths, as device-mapper names, and of volumes that this backend creates.
 
 use std::fmt;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{Error, ErrorKind, LayerName, Result};
 
-/// The longest name of a volume (lvm2, `NAME_LEN`), and of a device-mapper device (`DM_NAME_LEN`), without their ends.
+/// Longest name of a volume (lvm2, `NAME_LEN`), and of a device-mapper device (`DM_NAME_LEN`), without the
+/// terminator.
 const MAX_NAME: usize = 127;
 
-/// The longest that lvm appends to a device's name for a part of a volume: `-real`.
+/// Longest suffix that lvm appends to a device's name for a part of a volume: `-real`.
 const MAX_SUFFIX: usize = 5;
 
 /// A logical volume, by its group and name.
@@ -19,14 +20,15 @@ pub(crate) struct Volume {
 }
 
 impl fmt::Display for Volume {
-    /// As lvm's commands take it.
+    /// Writes the form for lvm's commands.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.group, self.name)
     }
 }
 
 impl Volume {
-    /// The volume that a path names: `/dev/GROUP/NAME`, or `/dev/mapper/GROUP-NAME` with the hyphens of either doubled.
+    /// Parses a path of a volume: `/dev/GROUP/NAME`, or `/dev/mapper/GROUP-NAME` with hyphens in either
+    /// doubled.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] for any other path.
@@ -44,62 +46,62 @@ impl Volume {
         })
     }
 
-    /// Another volume of the same group.
+    /// Returns another volume of the same group.
     pub(crate) fn beside(&self, name: impl Into<String>) -> Self {
         Self { group: self.group.clone(), name: name.into() }
     }
 
-    /// `/dev/GROUP/NAME`.
+    /// Returns `/dev/GROUP/NAME`.
     pub(crate) fn path(&self) -> Utf8PathBuf {
         Utf8PathBuf::from(format!("/dev/{}/{}", self.group, self.name))
     }
 
-    /// The name of its device in device-mapper, which doubles hyphens.
+    /// Returns the name of its device in device-mapper, which doubles hyphens.
     pub(crate) fn device(&self) -> String {
         format!("{}-{}", self.group.replace('-', "--"), self.name.replace('-', "--"))
     }
 
-    /// What the domain writes, as a layer.
+    /// Returns the volume that the domain writes, as a layer.
     pub(crate) fn layer(&self) -> LayerName {
         LayerName(self.name.clone())
     }
 
-    /// The permanent name of a new point.
+    /// Returns the permanent name of a new point.
     pub(crate) fn point(&self, stamp: u32) -> LayerName {
         LayerName(format!("{}.ds-{stamp:08x}", self.name))
     }
 
-    /// The present that a revert prepares.
+    /// Returns the name of the new volume that a revert prepares.
     pub(crate) fn upcoming(&self, stamp: u32) -> LayerName {
         LayerName(format!("{}.ds-{stamp:08x}-new", self.name))
     }
 
-    /// The present that a revert leaves.
+    /// Returns the name of the previous volume after a revert.
     pub(crate) fn former(&self, stamp: u32) -> LayerName {
         LayerName(format!("{}.ds-{stamp:08x}-old", self.name))
     }
 
-    /// What a domain wrote that was started in the middle of a revert.
+    /// Returns the name for data of a domain that was started in the middle of a revert.
     pub(crate) fn rescued(&self, stamp: u32) -> LayerName {
         LayerName(format!("{}.ds-{stamp:08x}-kept", self.name))
     }
 
-    /// Whether `name` is one of a point of this volume.
+    /// Returns true if `name` is one of a point of this volume.
     pub(crate) fn is_point(&self, name: &str) -> bool {
         self.mark_of(name).is_some_and(|mark| mark.len() == 8)
     }
 
-    /// Whether `name` is one that a revert gives to a volume for its own time.
+    /// Returns true if `name` is one that a revert gives to a volume temporarily.
     pub(crate) fn is_passing(&self, name: &str) -> bool {
         self.mark_of(name).is_some_and(|mark| mark.ends_with("-new") || mark.ends_with("-old"))
     }
 
-    /// Whether `name` is one that this backend gives to what it makes of this volume.
+    /// Returns true if `name` is one that this backend gives to volumes made of this one.
     pub(crate) fn is_made_of_it(&self, name: &str) -> bool {
         self.mark_of(name).is_some()
     }
 
-    /// What follows `.ds-` in the name of a volume that was made for this one.
+    /// Returns the part after `.ds-` in the name of a volume that was made of this one.
     fn mark_of<'a>(&self, name: &'a str) -> Option<&'a str> {
         let mark = name.strip_prefix(self.name.as_str())?.strip_prefix(".ds-")?;
         let hex = mark.get(..8)?;
@@ -108,7 +110,7 @@ impl Volume {
         (known && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))).then_some(mark)
     }
 
-    /// Refuses a volume whose points could not be named.
+    /// Refuses a volume whose points would have too long names.
     pub(crate) fn require_room_for_names(&self) -> Result<()> {
         let longest = self.rescued(0).0;
         let device = escaped(&self.group) + 1 + escaped(&longest) + MAX_SUFFIX;
@@ -137,12 +139,12 @@ fn is_name(name: &str) -> bool {
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+_.-".contains(&byte))
 }
 
-/// How long a name is in device-mapper's, which doubles hyphens.
+/// Returns the length of a name in device-mapper, which doubles hyphens.
 fn escaped(name: &str) -> usize {
     name.len() + name.bytes().filter(|byte| *byte == b'-').count()
 }
 
-/// Group and volume of a device-mapper name: they are parted by the one hyphen that is not doubled.
+/// Splits a device-mapper name into group and volume, at the one hyphen that is not doubled.
 fn of_mapper(name: &str) -> Option<Volume> {
     let bytes = name.as_bytes();
     let mut at = 0;
@@ -151,7 +153,7 @@ fn of_mapper(name: &str) -> Option<Volume> {
         match (bytes[at], bytes.get(at + 1)) {
             (b'-', Some(b'-')) => at += 2,
             (b'-', _) => {
-                // A second one parts off what lvm calls an inner device.
+                // A second single hyphen separates the suffix of an inner device of lvm.
                 if parted.replace(at).is_some() {
                     return None;
                 }

@@ -1,4 +1,4 @@
-//! Which steps an operation takes on a volume: a function of the request and of lvm's report.
+//! Plans the steps of an operation on a volume: a function of the request and of lvm's report.
 
 use std::collections::HashMap;
 
@@ -16,10 +16,10 @@ use crate::rules::Rules;
 use crate::steps::{LvmStep, refuse_taken_along};
 use crate::tags;
 
-/// Bytes of a group that other disks of the same operation are to take, by volume.
+/// Bytes of a group that other disks of the same operation will use, by volume.
 pub(crate) type Reserved = HashMap<Volume, u64>;
 
-/// The steps, and the bytes of the group that they take.
+/// Plans the steps; returns them and the bytes of the group that they use.
 pub(crate) fn plan(
     record: &DiskRecord,
     volume: &Volume,
@@ -57,10 +57,10 @@ pub(crate) fn plan(
     Ok((planner.plan, planner.takes))
 }
 
-/// Refuses a volume, point or pool that lvm itself says is not whole.
+/// Refuses a volume, point or pool that lvm reports as unhealthy.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`], with lvm's words.
+/// [`ErrorKind::Refused`], with lvm's message.
 fn require_health(volume: &Volume, row: &Row) -> Result<()> {
     let what = match (row.health.as_str(), row.check_needed) {
         ("", false) => return Ok(()),
@@ -162,7 +162,7 @@ impl Planner<'_> {
     fn revert_thin(&mut self, row: &Row, save: Option<&SnapshotName>, stamp: u32) -> Result<()> {
         let volume = self.volume;
         self.require_room_in_pool()?;
-        // The present gets another name, and is removed when the revert is done.
+        // The current volume is renamed, and removed when the revert is complete.
         self.refuse_taken_along(&[volume.layer()])?;
         let (new, old, kept) = (volume.upcoming(stamp), volume.former(stamp), volume.rescued(stamp));
         let work = format!("{stamp:08x}");
@@ -188,7 +188,7 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Removes what a revert needed for its own time.
+    /// Removes a volume that a revert used temporarily.
     fn remove_in_the_end(&mut self, layer: LayerName) {
         let words = format!("remove {layer}");
         self.remove(&[layer], words);
@@ -235,8 +235,8 @@ impl Planner<'_> {
         self.require_room_beside(row)?;
         let used = row.used();
         let wanted = self.rules.cow_for(used, self.group.extent);
-        // What is kept as a point goes on to be one: it gets the room of one. So does what is kept until the revert is done, where there
-        // is room: the domain may be started after a crash, and what it writes goes in there too.
+        // A safety snapshot that becomes a point gets the area of a point. So does a temporary one, if there
+        // is enough space: the domain may be started after a crash, and its writes go into that area too.
         let roomy = wanted.max(self.rules.cow_bytes(self.present.size, self.group.extent));
         let wanted = if save.is_some() || roomy <= self.free() { roomy } else { wanted };
         let area = self.area(wanted, "the safety snapshot that a revert needs")?;
@@ -303,8 +303,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Volumes that earlier operations could not remove: those that a revert needed for its own time, and points that no
-    /// snapshot is any more. What still cannot be removed stays once more, and is in nobody's way.
+    /// Finds volumes that earlier operations could not remove: temporary ones of a revert, and points without
+    /// a snapshot. A volume that still cannot be removed stays, and blocks nothing.
     fn leftovers(&mut self, dropped: &[LayerName], keep: &[Point]) -> Vec<LayerName> {
         let volume = self.volume;
         let needed = |layer: &LayerName| {
@@ -343,8 +343,9 @@ impl Planner<'_> {
 
     /// Removes volumes after the commit point.
     ///
-    /// From the commit point on they are the record's own, whatever their tags say (the volume that a revert left may be the user's
-    /// first), and until they are removed: so a later plan knows what could not be.
+    /// From the commit point until their removal the record owns them, whatever their tags say (the volume
+    /// that a revert replaced may be the user's first one). So a later plan finds those that could not be
+    /// removed.
     fn remove(&mut self, layers: &[LayerName], words: String) {
         if layers.is_empty() {
             return;
@@ -362,7 +363,7 @@ impl Planner<'_> {
         }
     }
 
-    /// The step of a delete.
+    /// Describes the step of a delete.
     fn removal(&self, layers: &[LayerName], why: &str) -> String {
         let names: Vec<&str> = layers.iter().map(LayerName::as_str).collect();
         format!("remove {} of group {}{why}", names.join(", "), self.volume.group)
@@ -385,25 +386,24 @@ impl Planner<'_> {
         });
     }
 
-    /// The point that the present derives from.
+    /// Returns the point from which the current volume derives.
     fn parent(&self) -> Option<LayerName> {
         let points = self.group.points(self.volume);
         match self.present.kind {
-            // Those that were taken of this very volume: a revert makes another one.
+            // Points that were taken of this very volume: a revert replaces the volume.
             Kind::Thin => {
                 let own =
                     points.iter().rev().find(|row| row.origin.as_deref() == Some(self.volume.name.as_str()));
                 own.map(|row| row.layer()).or_else(|| self.present.told().from)
             }
-            // The one that was reverted to was made anew.
+            // The point of a revert was taken again, so it is the newest.
             Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner | Kind::Foreign => {
                 points.last().map(|row| row.layer())
             }
         }
     }
 
-    /// Refuses a volume that is not of a kind, or not in a state, in which a snapshot of it or a revert is
-    /// true.
+    /// Refuses a volume of a kind, or in a state, in which a snapshot of it or a revert is not correct.
     fn require_usable(&self) -> Result<()> {
         let (volume, present) = (self.volume, self.present);
         // It may have been converted since it was added.
@@ -476,19 +476,19 @@ impl Planner<'_> {
         volume.require_room_for_names()
     }
 
-    /// Bytes of the group that other disks of this operation take.
+    /// Returns the bytes of the group that other disks of this operation use.
     fn reserved_by_others(&self) -> u64 {
         let others =
             |(volume, _): &(&Volume, &u64)| **volume != *self.volume && volume.group == self.volume.group;
         self.reserved.iter().filter(others).map(|(_, bytes)| *bytes).sum()
     }
 
-    /// Bytes of the group that are there to be taken.
+    /// Returns the bytes of the group that are available.
     fn free(&self) -> u64 {
         self.group.free.saturating_sub(self.reserved_by_others())
     }
 
-    /// The area of a thick snapshot; none for a thin one. Refused where there is no room for it.
+    /// Returns the area of a thick snapshot; `None` for a thin one. Fails if there is not enough space.
     fn area(&mut self, wanted: u64, what: &str) -> Result<Option<u64>> {
         if self.present.kind == Kind::Thin {
             self.require_room_in_pool()?;
@@ -531,7 +531,8 @@ impl Planner<'_> {
         }
     }
 
-    /// A merge writes to the volume, and what it writes over goes into every later snapshot, whoever made it.
+    /// Refuses a merge that would overflow a later snapshot. A merge writes to the volume, and the
+    /// overwritten data goes into every later snapshot, whatever created it.
     fn require_room_beside(&self, merged: &Row) -> Result<()> {
         for row in self.group.snapshots(self.volume) {
             let later = row.name != merged.name && row.time >= merged.time;

@@ -1,4 +1,4 @@
-//! What lvm says: its JSON reports, taken apart once.
+//! lvm's JSON reports, parsed once.
 
 use serde::Deserialize;
 use snapcore::{Error, ErrorKind, LayerName, Result};
@@ -6,31 +6,31 @@ use snapcore::{Error, ErrorKind, LayerName, Result};
 use crate::names::Volume;
 use crate::tags::Told;
 
-/// The fields that are asked for, of all volumes of one group, hidden ones too. Those of the group come with each.
+/// The fields of the report, for all volumes of one group, hidden ones too. The group's fields come with
+/// each.
 pub(crate) const FIELDS: &str = "vg_name,vg_free,vg_extent_size,vg_missing_pv_count,lv_name,lv_uuid,lv_active,lv_size,origin,\
                                  origin_size,pool_lv,segtype,lv_role,data_percent,metadata_percent,lv_skip_activation,\
                                  lv_device_open,lv_merging,lv_snapshot_invalid,lv_merge_failed,lv_health_status,lv_time,\
                                  lv_tags,lv_metadata_size,lv_suspended,lv_permissions,lv_allocation_locked,lv_check_needed,\
                                  vg_permissions,vg_lock_type";
 
-/// The types of segment whose volumes have thick snapshots here: `lvcreate -s` and a merge of them are
-/// tested. Of any other type (a cache, a mirror, an array, what lvm learns later) nothing is known, so it is
-/// refused by name.
+/// Segment types whose volumes have thick snapshots here: `lvcreate -s` and a merge of them are tested.
+/// Nothing is known of any other type (a cache, a mirror, an array, a future one), so it is refused by name.
 const PLAIN: [&str; 2] = ["linear", "striped"];
 
-/// A share, in hundredths of a percent: lvm gives two digits.
+/// A share, in hundredths of a percent: lvm reports two digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Share(u32);
 
 impl Share {
     const WHOLE: Self = Self(10_000);
 
-    /// Whether it is as large as so many percent.
+    /// Returns true if it is at least `percent` percent.
     pub(crate) fn reaches(self, percent: u32) -> bool {
         self.0 >= percent.saturating_mul(100)
     }
 
-    /// So much of a whole.
+    /// Returns this share of a whole.
     pub(crate) fn of(self, whole: u64) -> u64 {
         u64::try_from(u128::from(whole) * u128::from(self.0) / 10_000).unwrap_or(u64::MAX)
     }
@@ -42,7 +42,7 @@ impl std::fmt::Display for Share {
     }
 }
 
-/// What a volume is, as far as it matters here.
+/// Kind of a volume, as far as it matters here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// In a thin pool: snapshots share its blocks.
@@ -55,20 +55,20 @@ pub(crate) enum Kind {
     Thick,
     /// A part of another volume.
     Inner,
-    /// A volume of another type: none of our operations is known to be right on it.
+    /// A volume of another type: no operation of ours is known to be correct on it.
     Foreign,
 }
 
-/// Who may write a volume.
+/// Write access to a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// Its users.
+    /// Its users may write.
     Writable,
-    /// Nobody, by the group's metadata.
+    /// Read-only, by the group's metadata.
     ReadOnly,
-    /// Nobody on this machine, by its configuration (`read_only_volume_list`).
+    /// Read-only on this machine, by its configuration (`read_only_volume_list`).
     ReadOnlyHere,
-    /// lvm could not tell.
+    /// lvm could not determine it.
     Unknown,
 }
 
@@ -77,55 +77,55 @@ pub(crate) enum Access {
 pub(crate) struct Row {
     pub(crate) name: String,
     pub(crate) kind: Kind,
-    /// The types of its segments, as lvm names them.
+    /// The types of its segments, in lvm's names.
     pub(crate) types: Vec<String>,
     pub(crate) access: Access,
-    /// A command that moves or converts it is under way (`pvmove`): lvm lets nothing else change it.
+    /// True while a command moves or converts it (`pvmove`): lvm permits no other change then.
     pub(crate) locked: bool,
-    /// A thin pool whose metadata is to be checked first.
+    /// True for a thin pool whose metadata must be checked first.
     pub(crate) check_needed: bool,
     pub(crate) active: bool,
     pub(crate) suspended: bool,
-    /// Its own size, in bytes: of a thick snapshot, that of its area.
+    /// Its own size, in bytes; for a thick snapshot, that of its area.
     pub(crate) size: u64,
-    /// Of a thick snapshot: how large its origin was when it was taken, in bytes: lvm extends an origin
-    /// without its snapshots.
+    /// For a thick snapshot: size of its origin when it was taken, in bytes. lvm extends an origin without
+    /// its snapshots.
     pub(crate) origin_size: Option<u64>,
     pub(crate) origin: Option<String>,
     pub(crate) pool: Option<String>,
-    /// How full it is; known while it is active.
+    /// Its fill level; known while it is active.
     pub(crate) data: Option<Share>,
     pub(crate) metadata: Option<Share>,
     pub(crate) metadata_size: Option<u64>,
     pub(crate) open: bool,
     pub(crate) merging: bool,
     pub(crate) merge_failed: bool,
-    /// A thick snapshot that overflowed.
+    /// True for a thick snapshot that overflowed.
     pub(crate) invalid: bool,
-    /// Empty where it is well.
+    /// Empty if it is healthy.
     pub(crate) health: String,
-    /// When it was made, in seconds since 1970.
+    /// Creation time, in seconds since 1970.
     pub(crate) time: i64,
     pub(crate) tags: Vec<String>,
 }
 
 impl Row {
-    /// What its tags say.
+    /// Parses its tags.
     pub(crate) fn told(&self) -> Told {
         Told::of(self.tags.iter().map(String::as_str))
     }
 
-    /// It as a layer.
+    /// Returns it as a layer.
     pub(crate) fn layer(&self) -> LayerName {
         LayerName(self.name.clone())
     }
 
-    /// What its user sees of it, in bytes.
+    /// Returns the size that its user sees, in bytes.
     pub(crate) fn visible_size(&self) -> u64 {
         self.origin_size.filter(|_| self.kind == Kind::ThickSnapshot).unwrap_or(self.size)
     }
 
-    /// Bytes on the disk, as far as lvm tells.
+    /// Returns its bytes on the disk, as far as lvm reports them.
     pub(crate) fn allocated(&self) -> u64 {
         match self.kind {
             Kind::Thin => self.data.map_or(0, |share| share.of(self.size)),
@@ -133,12 +133,13 @@ impl Row {
         }
     }
 
-    /// Of a thick snapshot: its area does not have all that is in use, because it was made smaller since.
+    /// Returns true for a thick snapshot whose area lacks some of the data in use, because it was made
+    /// smaller.
     pub(crate) fn is_cut_off(&self) -> bool {
         self.kind == Kind::ThickSnapshot && self.data.is_some_and(|data| data > Share::WHOLE)
     }
 
-    /// Of a thick snapshot: bytes of its area that are in use.
+    /// Returns the used bytes of a thick snapshot's area.
     pub(crate) fn used(&self) -> u64 {
         self.data.map_or(self.size, |share| share.of(self.size))
     }
@@ -148,27 +149,28 @@ impl Row {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Group {
     pub(crate) name: String,
-    /// Bytes that no volume has.
+    /// Bytes that no volume uses.
     pub(crate) free: u64,
     /// The size of an extent, in bytes.
     pub(crate) extent: u64,
-    /// Physical volumes that are not there.
+    /// Number of missing physical volumes.
     pub(crate) missing: u64,
-    /// Its metadata may be changed.
+    /// True if its metadata may be changed.
     pub(crate) writable: bool,
-    /// The lock manager by which several machines share it; none for a group of one machine.
+    /// The lock manager by which several machines share it; `None` for a group of one machine.
     pub(crate) shared: Option<String>,
     pub(crate) rows: Vec<Row>,
 }
 
 impl Group {
-    /// The volume of that name.
+    /// Finds a volume by its name.
     pub(crate) fn row(&self, name: &str) -> Option<&Row> {
         self.rows.iter().find(|row| row.name == name)
     }
 
-    /// Whether a volume that says by name and tags that it was made for another can be that: anybody who may write tags can have
-    /// them say so of a volume of their own, and what is ours is removed.
+    /// Returns true if a volume whose name and tags claim that it was made for another one can be that. A
+    /// user who may write tags can make such a claim for a volume of their own, and volumes of ours are
+    /// removed.
     pub(crate) fn is_made_for(&self, row: &Row, of: &Volume) -> bool {
         match row.kind {
             Kind::ThickSnapshot => row.origin.as_deref() == Some(of.name.as_str()),
@@ -178,7 +180,7 @@ impl Group {
         }
     }
 
-    /// The points of a volume, the oldest first.
+    /// Returns the points of a volume, the oldest first.
     pub(crate) fn points<'a>(&'a self, of: &'a Volume) -> Vec<&'a Row> {
         let mut points: Vec<&Row> = self
             .rows
@@ -189,14 +191,15 @@ impl Group {
         points
     }
 
-    /// The thick snapshots of a volume, whoever made them: a write to the volume goes into the area of each.
+    /// Returns the thick snapshots of a volume, whatever created them: a write to the volume goes into the
+    /// area of each.
     pub(crate) fn snapshots<'a>(&'a self, of: &'a Volume) -> impl Iterator<Item = &'a Row> {
         let is_of = move |row: &&Row| row.origin.as_deref() == Some(of.name.as_str());
         self.rows.iter().filter(|row| row.kind == Kind::ThickSnapshot).filter(is_of)
     }
 
-    /// What lvm removes with these volumes, unasked where it is told not to ask: their thick snapshots, and thin volumes that stand
-    /// on one of them from outside of its pool.
+    /// Returns the volumes that lvm would remove together with these, without a question if asked not to ask:
+    /// their thick snapshots, and thin volumes in another pool that have one of them as their origin.
     pub(crate) fn taken_along(&self, removed: &[LayerName]) -> Vec<&Row> {
         let falls = |row: &&Row| {
             let Some(origin) = row.origin.as_deref().and_then(|origin| self.row(origin)) else {
@@ -212,7 +215,7 @@ impl Group {
         self.rows.iter().filter(falls).collect()
     }
 
-    /// The pool that a volume is in.
+    /// Returns the pool of a volume.
     pub(crate) fn pool_of(&self, row: &Row) -> Option<&Row> {
         self.row(row.pool.as_deref()?)
     }
@@ -261,10 +264,10 @@ struct Fields {
     vg_lock_type: String,
 }
 
-/// Reads the report of one group; none where it has no volumes.
+/// Parses the report of one group; `None` if it has no volumes.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`]: it is not what was asked for.
+/// [`ErrorKind::Corrupt`]: it does not have the expected form.
 pub(crate) fn parse(text: &str) -> Result<Option<Group>> {
     let document: Document = serde_json::from_str(text).map_err(|error| {
         Error::new(ErrorKind::Corrupt, "lvm's report is not the JSON that was asked for")
@@ -286,7 +289,8 @@ pub(crate) fn parse(text: &str) -> Result<Option<Group>> {
                 rows: Vec::new(),
             }),
         };
-        // A volume of several segments comes once for each: the first that is not plain says what it is.
+        // A volume of several segments appears once for each: the first segment that is not plain determines
+        // its kind.
         let row = row(fields)?;
         match group.rows.iter_mut().find(|known| known.name == row.name) {
             Some(known) => {
@@ -316,7 +320,7 @@ fn row(fields: Fields) -> Result<Row> {
         "thin" => Kind::Thin,
         "thin-pool" => Kind::Pool,
         _ if roles.contains(&"thicksnapshot") => Kind::ThickSnapshot,
-        // A snapshot that is merged is hidden, and is one all the same.
+        // A snapshot that is being merged is hidden, but still a snapshot.
         _ if roles.contains(&"private") && fields.lv_merging != "1" => Kind::Inner,
         _ if fields.lv_merging == "1" && !fields.origin.is_empty() => Kind::ThickSnapshot,
         plain if PLAIN.contains(&plain) => Kind::Thick,
@@ -335,7 +339,7 @@ fn row(fields: Fields) -> Result<Row> {
         access,
         locked: fields.lv_allocation_locked == "1",
         check_needed: fields.lv_check_needed == "1",
-        // On one of several machines it may be "local exclusive".
+        // In a shared group it may be "local exclusive".
         active: fields.lv_active == "active" || fields.lv_active.starts_with("local"),
         suspended: fields.lv_suspended == "1",
         size: number("lv_size", &fields.lv_size)?,
@@ -355,7 +359,7 @@ fn row(fields: Fields) -> Result<Row> {
     })
 }
 
-/// lvm puts the names of hidden volumes into brackets.
+/// Removes the brackets that lvm puts around names of hidden volumes.
 fn unbracketed(name: &str) -> &str {
     name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name)
 }
@@ -388,7 +392,7 @@ fn unreadable(name: &str, text: &str) -> Error {
 mod tests {
     use super::*;
 
-    /// lvm2 2.03.16: thin and thick volumes with points, one of which overflowed; a merge that was put off.
+    /// lvm2 2.03.16: thin and thick volumes with points, one of which overflowed; a deferred merge.
     const RECORDED: &str = include_str!("../tests/recorded/group.json");
 
     fn recorded() -> Group {

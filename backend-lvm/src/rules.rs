@@ -1,18 +1,19 @@
-//! What is not lvm's to decide: how large a snapshot is made, and how full is too full.
+//! Limits that are not lvm's decision: the size of a snapshot's area, and the fill levels that stop new
+//! points.
 
-/// How large the area of a thick snapshot is made, in percent of its origin, where nothing else is said.
+/// Default size of a thick snapshot's area, in percent of its origin.
 pub const COW_PERCENT: u32 = 20;
 
-/// How full the data of a thin pool may be, in percent, for another point to be taken.
+/// Default limit for the data of a thin pool, in percent, above which no more points are taken.
 pub const POOL_DATA_PERCENT: u32 = 95;
 
-/// How full the metadata of a thin pool may be, in percent, for another point to be taken.
+/// Default limit for the metadata of a thin pool, in percent, above which no more points are taken.
 pub const POOL_METADATA_PERCENT: u32 = 90;
 
-/// From how full a thick snapshot's area is warned of, in percent.
+/// Fill level of a thick snapshot's area, in percent, from which there is a warning.
 pub(crate) const WARN_PERCENT: u32 = 80;
 
-/// Extents of a snapshot's area beyond what it is known to hold: for its own metadata.
+/// Extents of a snapshot's area beyond its known data: for its own metadata.
 const SLACK_EXTENTS: u64 = 2;
 
 /// The rules of one backend.
@@ -34,13 +35,14 @@ impl Default for Rules {
 }
 
 impl Rules {
-    /// The area for a point of a volume of `size` bytes, in whole extents. lvm makes it no larger than can ever be used.
+    /// Returns the area for a point of a volume of `size` bytes, in whole extents. lvm makes it no larger
+    /// than can ever be used.
     pub(crate) fn cow_bytes(&self, size: u64, extent: u64) -> u64 {
         let share = u128::from(size) * u128::from(self.cow_percent) / 100;
         whole_extents(u64::try_from(share).unwrap_or(u64::MAX), extent, 1)
     }
 
-    /// The area for what is known to be written once: `used` bytes.
+    /// Returns the area for data that is written once: `used` bytes.
     pub(crate) fn cow_for(&self, used: u64, extent: u64) -> u64 {
         // Each chunk has an entry of 16 bytes; a twentieth is far more.
         whole_extents(used.saturating_add(used / 20), extent, SLACK_EXTENTS)

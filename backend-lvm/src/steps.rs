@@ -1,4 +1,5 @@
-//! Steps carried out by lvm2's commands: each done, undone, or told how far it got, from what the group holds.
+//! Steps as lvm2 commands. Applying, undoing and the status of a step start from the volumes that the group
+//! has.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,11 +16,12 @@ use crate::names::Volume;
 use crate::report::{Group, Row};
 use crate::tags;
 
-/// How often a volume that should be closed is looked at, and how long: what comes by to see what it is, udev's, goes by itself.
+/// Poll interval and time limit for a volume that should be closed. udev briefly opens new volumes; it closes
+/// them by itself.
 const LOOK: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// What is done to a volume, one typed action a step. Layers are volumes of the same group.
+/// An action on a volume, one per step. Layers are volumes of the same group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
 pub(crate) enum LvmStep {
@@ -27,60 +29,62 @@ pub(crate) enum LvmStep {
     Snapshot {
         /// Its name.
         layer: LayerName,
-        /// The bytes of its area, where it is a thick one.
+        /// The bytes of its area, if it is a thick one.
         area: Option<u64>,
-        /// What it says of itself.
+        /// Its tags.
         tags: Vec<String>,
     },
-    /// Makes a thin volume as a point is, beside the volume.
+    /// Makes a thin volume with a point's content, beside the volume.
     Clone {
         /// The point.
         point: LayerName,
-        /// The name of the new one.
+        /// Name of the new volume.
         layer: LayerName,
-        /// Whether it is active.
+        /// True if it is active.
         active: bool,
-        /// What it says of itself: by which operation it was made.
+        /// Its tags, with the operation that made it.
         tags: Vec<String>,
     },
-    /// Gives the volume's name to a new one: two renames, the volume first. Between them nothing has the name.
+    /// Gives the volume's name to a new one: two renames, the volume first. Between them no volume has the
+    /// name.
     Swap {
-        /// The new one.
+        /// The new volume.
         new: LayerName,
-        /// The name that the former one gets.
+        /// The name that the previous volume gets.
         old: LayerName,
-        /// The operation, which is in the new one's tags, whatever its name.
+        /// The operation. It is in the new volume's tags, whatever its name.
         work: String,
-        /// The name of what was written meanwhile.
+        /// The name for data that was written meanwhile.
         kept: LayerName,
-        /// When the new one was made.
+        /// State of the new volume when it was made.
         since: Moment,
     },
-    /// Merges a thick snapshot into the volume, then takes it again under its name. Between the two the volume alone has its state.
+    /// Merges a thick snapshot into the volume, then takes it again under its name. Between the two only the
+    /// volume has its data.
     Merge {
         /// The snapshot.
         point: LayerName,
-        /// A snapshot of the state before: what an undo merges.
+        /// A snapshot of the state before, which an undo merges.
         safety: LayerName,
         /// The bytes of its area.
         area: u64,
-        /// The tags that it gets when it is taken again: the operation among them.
+        /// Its tags when it is taken again, the operation among them.
         tags: Vec<String>,
         /// The operation.
         work: String,
-        /// The name of what was written meanwhile.
+        /// The name for data that was written meanwhile.
         kept: LayerName,
-        /// When this was planned.
+        /// State of the volume when this was planned.
         since: Moment,
     },
-    /// Removes volumes: one command, and each is gone by itself.
+    /// Removes volumes: one command, and each is removed by itself.
     Remove {
         /// Their names.
         layers: Vec<LayerName>,
     },
 }
 
-/// Where a step is done.
+/// The volume on which a step is performed, and the tools for it.
 pub(crate) struct Place<'a> {
     pub(crate) lvm: &'a Lvm2,
     pub(crate) volume: &'a Volume,
@@ -112,9 +116,14 @@ impl Place<'_> {
                 }
             }
             LvmStep::Swap { new, old, work, .. } => {
+                // The previous volume is renamed first. If it still has the configured name, nothing was
+                // done.
                 if group.row(old.as_str()).is_none() {
                     return Ok(());
                 }
+                // 1) Move the new volume out of the name, if the second rename was done. 2) Then give the
+                //    name back to the previous one. A crash between the two leaves the name absent, and the
+                //    undo is repeated.
                 if group.row(&self.volume.name).is_some_and(|row| is_of(row, work)) {
                     self.require_closed("its former state would be put in its place")?;
                     self.rename(&self.volume.name, new.as_str())?;
@@ -126,7 +135,9 @@ impl Place<'_> {
                 if !begun || group.row(safety.as_str()).is_none() {
                     return Ok(());
                 }
-                // Forward first: so that the point is there again.
+                // 1) First complete the step, so that the point exists again: a merge consumes it. 2) Only
+                //    then merge the safety snapshot, which restores the previous data. A crash in either is
+                //    repeated from the volumes that exist.
                 self.merge_and_take_again(point, *area, tags, work)?;
                 self.merge(safety)
             }
@@ -144,7 +155,7 @@ impl Place<'_> {
             LvmStep::Snapshot { layer, tags, .. } | LvmStep::Clone { layer, tags, .. } => {
                 match there(layer) {
                     Some(row) if has_tags(row, tags) => StepStatus::Done,
-                    // The new present of a revert, under its last name.
+                    // The new volume of a revert, under its final name.
                     None if group.row(&self.volume.name).is_some_and(|row| has_tags(row, tags)) => {
                         StepStatus::Done
                     }
@@ -171,7 +182,8 @@ impl Place<'_> {
         })
     }
 
-    /// What the domain wrote into a present that an undo would take away is kept as a snapshot of it, under a name of its own.
+    /// Saves, as a snapshot with its own name, data that the domain wrote into a volume which an undo would
+    /// discard.
     ///
     /// It is durable before this returns, and before anything is undone.
     pub(crate) fn salvage(&self, step: &LvmStep) -> Result<Salvage> {
@@ -179,7 +191,8 @@ impl Place<'_> {
         if let LvmStep::Merge { point, .. } = step
             && group.row(point.as_str()).is_some_and(|row| row.merging)
         {
-            // No snapshot can be taken of a volume that is merged into. What it shows does not change.
+            // No snapshot can be taken of a volume while a merge into it runs. Its content does not change by
+            // completing that.
             self.merge(point)?;
             group = self.group()?;
         }
@@ -200,7 +213,7 @@ impl Place<'_> {
                 if !begun || !since.may_have_passed(self.path) {
                     return Ok(Salvage::Nothing);
                 }
-                // Merging the safety snapshot writes at most what that holds.
+                // Merging the safety snapshot writes at most the data in it.
                 let extent = group.extent.max(1);
                 (kept, Some(safety.used().div_ceil(extent).saturating_add(2).saturating_mul(extent)))
             }
@@ -226,8 +239,8 @@ impl Place<'_> {
         Ok(Salvage::PutAside(words))
     }
 
-    /// A revert whose safety snapshot overflowed, by what the domain wrote after a crash: it cannot be taken back any more. The point is
-    /// made sure to be there, so that the operation can end.
+    /// Handles a revert whose safety snapshot overflowed because the domain wrote after a crash. It cannot be
+    /// undone any more. The point is completed, so that the operation can end.
     fn stays(&self, step: &LvmStep) -> Result<Salvage> {
         if let LvmStep::Merge { point, safety, area, tags, work, .. } = step {
             self.merge_and_take_again(point, *area, tags, work)?;
@@ -256,14 +269,15 @@ impl Place<'_> {
         self.lvm.change(&self.volume.group, &words, deadline, self.hold.map(|hold| &hold.file))
     }
 
-    /// One command. That it was done before is asked only where it fails: it is the guest's pause that this is in.
+    /// Takes a snapshot in one command. Only if that fails, it is checked if the snapshot was taken before:
+    /// this runs during the guest's pause.
     fn snapshot(&self, layer: &LayerName, area: Option<u64>, tags: &[String]) -> Result<()> {
         let area = area.map(|bytes| format!("{bytes}b"));
         let origin = self.volume.to_string();
         let mut words = vec!["lvcreate", "-q", "-y", "-s", "-n", layer.as_str()];
         match &area {
             Some(area) => words.extend(["-pr", "-L", area]),
-            // Inactive, and skipped at activation: nobody writes it by mistake.
+            // Inactive, and skipped at activation, so that it is not written by mistake.
             None => words.push("-ky"),
         }
         for tag in tags {
@@ -313,6 +327,9 @@ impl Place<'_> {
         match group.row(&self.volume.name) {
             Some(row) if is_of(row, work) => return Ok(()),
             Some(_) => {
+                // 1) No process may have the volume open: it would continue under another name. 2) Free the
+                //    name. From here until 3) the name is absent; a crash leaves it so, and `status` reports
+                //    `Partly`.
                 self.require_closed("another volume would get its name under who has it open")?;
                 self.rename(&self.volume.name, old.as_str())?;
             }
@@ -324,6 +341,7 @@ impl Place<'_> {
                 ));
             }
         }
+        // 3) Give the name to the new volume. lvm commits each rename durably by itself.
         self.rename(new.as_str(), &self.volume.name)
     }
 
@@ -336,24 +354,30 @@ impl Place<'_> {
         match group.row(point.as_str()) {
             Some(row) if is_of(row, work) => return Ok(()),
             Some(row) => {
+                // 1) A damaged snapshot must not be merged: the merge would stop in the middle. 2) The merge
+                //    consumes the point.
                 require_whole(self.volume, row)?;
                 self.merge(point)?;
             }
             None => {}
         }
+        // 3) Take the point again. A crash between 2) and 3) leaves only the volume with its data: the tags
+        //    of the operation tell a repeated call that the point is still to be taken.
         self.snapshot(point, Some(area), tags)
     }
 
     /// Merges a thick snapshot into the volume, and waits until it is gone.
     ///
-    /// The volume must be closed: otherwise lvm puts the merge off until its next activation, and says that it succeeded.
+    /// The volume must be closed: otherwise lvm defers the merge until its next activation, and reports
+    /// success.
     fn merge(&self, layer: &LayerName) -> Result<()> {
         let full = self.full(layer.as_str());
         let row = |group: &Group| group.row(layer.as_str()).cloned();
         self.require_closed("lvm would defer the merge until the volume's next activation")?;
         match row(&*self.group()?) {
             None => return Ok(()),
-            // Begun by a command that ended in the middle: the kernel goes on with it, and somebody must tell lvm.
+            // Begun by a command that ended in the middle: the kernel continues it, and lvm must be notified
+            // of its end.
             Some(found) if found.merging => {
                 self.change(&["lvpoll", "-q", "--polloperation", "merge", &self.volume.to_string()], MERGE)?;
             }
@@ -385,7 +409,7 @@ impl Place<'_> {
         }
     }
 
-    /// Volumes that are there, in one command.
+    /// Removes those of the volumes that exist, in one command.
     fn remove(&self, layers: &[LayerName]) -> Result<()> {
         let group = self.group()?;
         let mut names = Vec::new();
@@ -404,7 +428,7 @@ impl Place<'_> {
             }
             names.push(self.full(layer.as_str()));
         }
-        // Asked again: who made one meanwhile did not know.
+        // Check again: another process may have created a dependent volume since the plan.
         refuse_taken_along(&group, layers)?;
         if names.is_empty() {
             return Ok(());
@@ -444,10 +468,10 @@ pub(crate) fn refuse_taken_along(group: &Group, removed: &[LayerName]) -> Result
     }
 }
 
-/// Waits until nobody has a volume open.
+/// Waits until no process has a volume open.
 ///
 /// # Errors
-/// [`ErrorKind::Busy`] with who has it, as far as that can be seen.
+/// [`ErrorKind::Busy`] with the user, as far as that is visible.
 pub(crate) fn wait_closed(lvm: &Lvm2, volume: &Volume, why: &str) -> Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
@@ -466,11 +490,12 @@ pub(crate) fn wait_closed(lvm: &Lvm2, volume: &Volume, why: &str) -> Result<()> 
         .advise("shut the domain down, or unmount it; a running domain must be known by its QMP socket"))
 }
 
-/// Refuses a volume that its hypervisor has open, and somebody else whom no list of this machine shows: another driver of the
-/// kernel, or a process outside of this PID namespace. The kernel counts how often the device is open.
+/// Refuses a volume that its hypervisor has open, together with a user that this machine does not list:
+/// another driver of the kernel, or a process outside of this PID namespace. The kernel counts how often the
+/// device is open.
 ///
 /// # Errors
-/// [`ErrorKind::Busy`] with both counts, where they do not meet within a moment.
+/// [`ErrorKind::Busy`] with both counts, if they do not agree within a moment.
 pub(crate) fn refuse_unseen_users(lvm: &Lvm2, path: &Utf8Path, volume: &Volume) -> Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
@@ -498,9 +523,9 @@ pub(crate) fn refuse_unseen_users(lvm: &Lvm2, path: &Utf8Path, volume: &Volume) 
 }
 
 impl LvmStep {
-    /// The layers that nobody else may use meanwhile, each with whether readers count. lvm neither merges nor removes what is open,
-    /// and a volume that is renamed would go on to be used under the name of another. Of a point that is being written, a copy is of
-    /// no one instant.
+    /// Returns the layers that no other process may use meanwhile; the flag is true if readers count. lvm
+    /// neither merges nor removes an open volume. A user of a renamed volume would continue on another
+    /// volume's name. A copy of a point that is being written has no consistent state.
     pub(crate) fn needs(&self, volume: &Volume) -> Vec<(LayerName, bool)> {
         match self {
             Self::Snapshot { .. } => Vec::new(),

@@ -1,8 +1,8 @@
-//! What volumes say of themselves, in lvm's tags: so that points are found again where catalogue and manifests are lost.
+//! lvm tags of our volumes: by them points are found again if catalogue and manifests are lost.
 
 use snapcore::{LayerName, SnapshotName};
 
-/// Every volume that this backend made has it.
+/// The tag of every volume that this backend created.
 pub(crate) const OURS: &str = "domsnap";
 
 const NAME: &str = "domsnap.name=";
@@ -11,25 +11,25 @@ const FROM: &str = "domsnap.from=";
 const WORK: &str = "domsnap.work=";
 const TAKEN: &str = "domsnap.taken=";
 
-/// What the tags of a volume say.
+/// Parsed tags of a volume.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Told {
-    /// It was made by this backend.
+    /// True if this backend created it.
     pub(crate) ours: bool,
-    /// Of a point: its snapshot's name.
+    /// For a point: its snapshot's name.
     pub(crate) name: Option<String>,
-    /// Of a point: the point that was current when it was taken.
+    /// For a point: the point that was current when it was taken.
     pub(crate) parent: Option<LayerName>,
-    /// Of a present: the point that it was made from by a revert.
+    /// For a current volume: the point from which a revert created it.
     pub(crate) from: Option<LayerName>,
-    /// By which operation it was made, or made anew.
+    /// The operation that created it, or took it again.
     pub(crate) work: Option<String>,
-    /// Of a point that was made anew: when it was taken first, in seconds since 1970.
+    /// For a point that was taken again: its first time, in seconds since 1970.
     pub(crate) taken: Option<i64>,
 }
 
 impl Told {
-    /// Reads them.
+    /// Parses the tags.
     pub(crate) fn of<'a>(tags: impl IntoIterator<Item = &'a str>) -> Self {
         let mut told = Self::default();
         let layer = |text: &str| (!text.is_empty()).then(|| LayerName(text.to_owned()));
@@ -52,21 +52,21 @@ impl Told {
     }
 }
 
-/// Those of a new point.
+/// Returns the tags of a new point.
 pub(crate) fn of_point(name: &SnapshotName, parent: Option<&LayerName>) -> Vec<String> {
     let mut tags = vec![OURS.to_owned(), format!("{NAME}{name}")];
     tags.extend(parent.map(|parent| format!("{PARENT}{parent}")));
     tags
 }
 
-/// Those of a volume that an operation needs for its own time.
+/// Returns the tags of a volume that an operation uses temporarily.
 pub(crate) fn of_work(work: &str, from: Option<&LayerName>) -> Vec<String> {
     let mut tags = vec![OURS.to_owned(), format!("{WORK}{work}")];
     tags.extend(from.map(|from| format!("{FROM}{from}")));
     tags
 }
 
-/// Those of a point that is made anew by an operation, from those that it had.
+/// Returns the tags of a point that an operation takes again, from its previous tags.
 pub(crate) fn made_anew(former: &[String], work: &str, taken: i64) -> Vec<String> {
     let stays = |tag: &&String| !tag.starts_with(WORK) && !tag.starts_with(TAKEN);
     let mut tags: Vec<String> = former.iter().filter(stays).cloned().collect();

@@ -1,4 +1,4 @@
-//! One disk of a domain, as a backend's steps meet it.
+//! One disk of a domain, as the steps of a backend use it.
 
 use std::{
     collections::HashSet,
@@ -17,16 +17,16 @@ use tokio_util::sync::CancellationToken;
 
 use crate::seen::{MAKE_QDISK, Server};
 
-/// The domain's QEMU, while it has one: it ends with the domain, and another comes with the next.
+/// The domain's QEMU, while it has one: it ends with the domain, and the next domain has another.
 pub(crate) type Qemu = Arc<RwLock<Option<Arc<dyn LiveDomain>>>>;
 
 /// A disk of the domain.
 pub(crate) struct Disk {
     pub(crate) target: Target,
     pub(crate) path: Utf8PathBuf,
-    /// The domain runs without it.
+    /// True if the domain runs without it.
     pub(crate) detached: AtomicBool,
-    /// None where the domain is away.
+    /// `None` while the domain does not exist.
     pub(crate) server: Arc<RwLock<Option<Server>>>,
     pub(crate) qemu: Qemu,
 }

@@ -1,7 +1,8 @@
-//! The instant of a snapshot: memory, and all disks, while the guest stands still.
+//! The cut of a snapshot: memory, and all disks, while the guest is paused.
 //!
-//! With memory: `xl save -p` writes memory and leaves the guest paused, so that it has executed nothing since; the disks are cut;
-//! `xl unpause`. Without: `xl pause`, cut, `xl unpause`. Overlays are opened before that. Whatever fails, a guest that ran goes on.
+//! With memory: `xl save -p` writes memory and leaves the guest paused, so it executes nothing after that;
+//! the disks are cut; `xl unpause`. Without: `xl pause`, cut, `xl unpause`. Overlays are opened before. After
+//! any failure, a guest that ran is resumed.
 
 use std::time::{Duration, Instant};
 
@@ -21,16 +22,16 @@ use crate::{
     xl::{SOON, Xl, failed, micros},
 };
 
-/// What saving takes at worst: so much, and a second for each of these.
+/// Time limit for a save: this constant, and a second for each `SLOWEST_MIB`.
 const SAVING: Duration = Duration::from_secs(300);
 const SLOWEST_MIB: u64 = 10;
 
-/// How long an `xl save` whose domsnap was killed is waited for.
+/// Time limit for an `xl save` whose domsnap was killed.
 const ORPHAN: Duration = Duration::from_secs(600);
 
 const LOOK: Duration = Duration::from_millis(100);
 
-/// The instant, as its step has it.
+/// The cut, as its step describes it.
 pub(crate) struct Step<'a> {
     pub(crate) disks: &'a [(Target, DiskInstant)],
     pub(crate) running: bool,
@@ -39,7 +40,7 @@ pub(crate) struct Step<'a> {
     pub(crate) then: Option<PowerAfter>,
 }
 
-/// Refuses an instant that Xen cannot give this domain as it is now.
+/// Refuses a cut that is not possible for this domain now.
 pub(crate) fn refuse(step: &Step<'_>, row: &Row) -> Result<()> {
     refuse_suspended(row)?;
     if step.quiesce == Quiesce::Require {
@@ -69,7 +70,7 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     let row = live.row().await?;
     refuse(&step, &row)?;
     let ran = !row.flags.paused;
-    // A disk that came since the plan was made would be left out without a word.
+    // A disk that was attached since the plan was made would be missing without a message.
     live.refuse_other_storage(row.domid).await?;
     if step.quiesce == Quiesce::Try && step.memory.is_none() {
         facts.notes.push(
@@ -80,11 +81,14 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     if context.cancel.is_cancelled() {
         return Err(Error::new(ErrorKind::Cancelled, "it was cancelled before the instant"));
     }
+    // 1) Open the overlays while the guest runs: nothing is cut yet.
     if let Some(qemu) = live.qemu().await {
         qemu.make_ready(&disks_alone(&step)).await?;
     }
     let since = Instant::now();
     tracing::debug!("the pause begins");
+    // 2) Pause, by the save itself or by `xl pause`. A crash here leaves a paused guest, and perhaps a part
+    //    of a save file: undo waits for the save, wakes the guest and removes the file.
     let way = match step.memory {
         Some(memory) => {
             save(live, memory).await?;
@@ -100,6 +104,7 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     };
     let stays = matches!(step.then, Some(PowerAfter::Paused | PowerAfter::Off)) || !ran;
     let at = Timestamp::now();
+    // 3) Cut the disks before the guest runs: it has executed nothing since its memory was saved.
     if let Err(error) = cut(live, &step, context).await {
         if let Some(memory) = step.memory {
             memory::remove_file(&memory::part_of(&memory.file))?;
@@ -109,6 +114,7 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
             false => error,
         });
     }
+    // 4) Resume only when all disks are cut and the paths are moved.
     if !stays || step.then == Some(PowerAfter::Running) {
         live.unpause().await?;
         facts.downtime = Some(since.elapsed());
@@ -139,7 +145,8 @@ async fn save(live: &Live, plan: &MemoryPlan) -> Result<()> {
     save_to(live, &part).await
 }
 
-/// Saves memory into a file that is there; the guest stands still afterwards. After an error it goes on, and the file is gone.
+/// Saves memory into an existing file; the guest is paused afterwards. After an error it is resumed, and the
+/// file is removed.
 pub(crate) async fn save_to(live: &Live, file: &Utf8PathBuf) -> Result<()> {
     let words = ["save", "-p", live.name.as_str(), file.as_str()];
     let error = match live.xl.run(&words, saving(live).await).await {
@@ -151,12 +158,12 @@ pub(crate) async fn save_to(live: &Live, file: &Utf8PathBuf) -> Result<()> {
     Err(goes_on(live, error.context("saving the guest's memory")).await)
 }
 
-/// Within which a save must end.
+/// Returns the time limit for a save.
 async fn saving(live: &Live) -> Duration {
     SAVING + Duration::from_secs(live.memory_mib().await / SLOWEST_MIB)
 }
 
-/// Lets a guest go on after what failed.
+/// Resumes a guest after a failure.
 async fn goes_on(live: &Live, error: Error) -> Error {
     if let Err(second) = wake(live).await {
         return error.state(format!("whether the guest goes on is not known, look at `xl list`: {second}"));
@@ -173,7 +180,8 @@ async fn goes_on(live: &Live, error: Error) -> Error {
     }
 }
 
-/// Cuts all disks: those of QEMU in one transaction, inside of which the others' steps run, and the paths are moved.
+/// Cuts all disks. Those of QEMU are cut in one transaction. Inside of it the steps of the other disks run,
+/// and the paths are moved.
 async fn cut(live: &Live, step: &Step<'_>, context: DomainContext<'_>) -> Result<()> {
     match live.qemu().await {
         Some(qemu) => qemu.apply(&disks_alone(step), context).await.map(drop),
@@ -181,7 +189,7 @@ async fn cut(live: &Live, step: &Step<'_>, context: DomainContext<'_>) -> Result
     }
 }
 
-/// The instant as the disks' QEMU is asked for it.
+/// Makes the step with which the disks' QEMU is asked for the cut.
 pub(crate) fn disks_alone(step: &Step<'_>) -> DomainStep {
     DomainStep::Instant {
         disks: step.disks.to_vec(),
@@ -193,8 +201,11 @@ pub(crate) fn disks_alone(step: &Step<'_>) -> DomainStep {
     }
 }
 
-/// Takes the instant back, wherever it had got to: an `xl save` that goes on is waited for; the disks; then the guest goes on.
+/// Undoes the cut, at whatever point it stopped: waits for an `xl save` that still runs, undoes the disks,
+/// resumes the guest.
 pub(crate) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<()> {
+    // 1) Wait for the save, then wake the guest: a killed save left it suspended. 2) Only then remove the
+    //    file, which `xl` had open.
     if let Some(memory) = step.memory {
         let part = memory::part_of(&memory.file);
         await_save(part.as_str()).await?;
@@ -205,13 +216,15 @@ pub(crate) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>
         Some(qemu) => qemu.undo(&disks_alone(&step), context).await?,
         None => context.inside.run(None).await?,
     }
+    // 3) Resume when all disks are back: from then on the guest writes to them.
     if step.running && live.row().await?.flags.paused {
         live.unpause().await?;
     }
     Ok(())
 }
 
-/// Waits for an `xl` that saves into this file, and outlived whoever started it: to end it would leave the guest suspended.
+/// Waits for an `xl` that saves into this file and outlived its caller. Ending it would leave the guest
+/// suspended.
 pub(crate) async fn await_save(file: &str) -> Result<()> {
     let until = Instant::now() + ORPHAN;
     while users::is_being_saved(file) {
@@ -224,12 +237,14 @@ pub(crate) async fn await_save(file: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether a domain was suspended to be saved, and nobody saves it any more: its `xl save` was killed.
+/// Returns true if a domain was suspended for a save, and no process saves it any more: its `xl save` was
+/// killed.
 pub(crate) async fn is_left_suspended(xl: &Xl, row: &Row) -> Result<bool> {
     Ok(users::save_of(&row.name, row.domid).is_none() && list::is_suspended(xl, row).await?)
 }
 
-/// A guest that a killed `xl save` left suspended is woken by `recover`, and nothing else is done with it.
+/// Refuses a guest that a killed `xl save` left suspended: `recover` wakes it, and nothing else is done with
+/// it.
 pub(crate) fn refuse_suspended(row: &Row) -> Result<()> {
     match row.flags.shut {
         false => Ok(()),
@@ -238,8 +253,8 @@ pub(crate) fn refuse_suspended(row: &Row) -> Result<()> {
     }
 }
 
-/// Wakes a guest that a killed `xl save` left suspended; it stands still then, as after any save. Only a save that ends can do it:
-/// what it writes is of no use.
+/// Wakes a guest that a killed `xl save` left suspended; it is paused then, as after any save. Only a
+/// complete save wakes it; the data is discarded.
 pub(crate) async fn wake(live: &Live) -> Result<()> {
     let row = live.row().await?;
     if !is_left_suspended(&live.xl, &row).await? {

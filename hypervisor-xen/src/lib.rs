@@ -1,25 +1,26 @@
-//! Live domains of Xen, as the hypervisor that [`snapcore`] asks for ([`Xen`]).
+//! Live domains of Xen: the hypervisor driver for Xen that [`snapcore`] asks for ([`Xen`]).
 //!
 //! | module | subject |
 //! |---|---|
 //! | `xl` | the program: found once, run with a deadline and no shell |
-//! | `list` | which domains there are, in which state, and their configurations |
-//! | `seen` | a domain as it is described; what serves each of its disks |
+//! | `list` | the existing domains, their states and configurations |
+//! | `seen` | the description of a domain, and the server of each of its disks |
 //! | `memory` | the memory image: xl's own save file, and beside it its checksums |
-//! | `live` | [`snapcore::LiveDomain`]: a connection, and which step is done where |
+//! | `live` | [`snapcore::LiveDomain`]: a connection, and the place where each step is done |
 //! | `disk` | [`snapcore::AttachedDisk`]: one disk of it |
-//! | `instant` | the instant of a snapshot |
-//! | `window` | a domain that is ended for a revert, and made anew |
-//! | `users` | which files running domains have open: QEMU takes no locks for Xen |
+//! | `instant` | the cut of a snapshot |
+//! | `window` | detached sections: a domain that is destroyed for a revert and created again |
+//! | `users` | the files that running domains have open: QEMU takes no locks for Xen |
 //!
-//! # Who does what
+//! # Division of work
 //!
-//! Xen has no snapshots: it can save a domain's memory into a file while the domain stands still, end it, and make one from such a
-//! file. The disks are served by others. Where that is a QEMU (`qdisk`), its QMP socket is spoken to by [`hypervisor_qemu`],
-//! to which that QEMU is a machine as any other: it puts overlays on top, takes internal snapshots and merges, under a guest that
-//! is paused here. Disks that dom0's kernel serves (`phy`) are their backends': of logical volumes lvm's.
+//! Xen has no snapshots. It can save a domain's memory into a file while the domain is paused, destroy a
+//! domain, and restore one from such a file. The disks are served by other programs. If that is a QEMU
+//! (`qdisk`), [`hypervisor_qemu`] uses its QMP socket like that of any other machine. That QEMU puts overlays
+//! on top, takes internal snapshots and merges, while the guest is paused here. Disks that dom0's kernel
+//! serves (`phy`) are the work of their backends: logical volumes that of lvm's.
 //!
-//! Xen learns nothing of any of this: a disk's configured path always is its active image.
+//! Xen is not informed of any of this: a disk's configured path always is its active image.
 #![forbid(unsafe_code)]
 
 mod disk;

@@ -1,4 +1,4 @@
-//! Which domains there are: `xl list` for their states, `xl list -l` for their configurations.
+//! The existing domains: `xl list` for their states, `xl list -l` for their configurations.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use crate::{
     xl::{SOON, Xl},
 };
 
-/// What a domain does, by the flags of `xl list`.
+/// State of a domain, from the flags of `xl list`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Flags {
     pub(crate) paused: bool,
@@ -26,20 +26,20 @@ pub(crate) struct Row {
     pub(crate) name: String,
     pub(crate) domid: u32,
     pub(crate) flags: Flags,
-    /// Whether its processors ever ran: those of a domain that was made to stand still never did.
+    /// True if its processors ever ran: those of a domain that was created paused have not.
     pub(crate) has_run: bool,
 }
 
-/// All domains but dom0.
+/// Lists all domains but dom0.
 pub(crate) async fn rows(xl: &Xl) -> Result<Vec<Row>> {
     let text = xl.must(&["list"], SOON).await?;
     Ok(text.lines().skip(1).filter_map(row).filter(|row| row.domid != 0).collect())
 }
 
-/// The domain of a name; none where there is none.
+/// Finds a domain by its name.
 pub(crate) async fn row_of(xl: &Xl, name: &str) -> Result<Option<Row>> {
     let all = rows(xl).await?;
-    // A domain that arrives, or has left, has its name with words behind it.
+    // A domain that is being migrated has a suffix after its name.
     for (word, doing) in [("incoming", "arriving by a migration"), ("migratedaway", "leaving by a migration")]
     {
         if all.iter().any(|row| row.name == format!("{name}--{word}")) {
@@ -49,14 +49,14 @@ pub(crate) async fn row_of(xl: &Xl, name: &str) -> Result<Option<Row>> {
     Ok(all.into_iter().find(|row| row.name == name))
 }
 
-/// A domain that is on its way somewhere, with which nothing can be done.
+/// Makes the error for a domain in a transition, on which no work is possible.
 pub(crate) fn busy(name: &str, doing: &str) -> Error {
     Error::new(ErrorKind::Busy, format!("domain {name} of Xen is {doing}"))
         .state("no changes made")
         .advise("wait until that is over (`xl list` shows it), then try again")
 }
 
-/// The state that forbids all work on a domain, in words.
+/// Describes the state that forbids all work on a domain, if it is in one.
 pub(crate) fn in_transition(row: &Row) -> Option<&'static str> {
     if row.flags.dying {
         return Some("dying");
@@ -67,7 +67,7 @@ pub(crate) fn in_transition(row: &Row) -> Option<&'static str> {
     row.flags.shut.then_some("shutting down, or being saved")
 }
 
-/// A line of `xl list`: name, id, memory, processors, state, seconds. A name may have blanks in it.
+/// Parses a line of `xl list`: name, id, memory, processors, state, seconds. A name may contain blanks.
 fn row(line: &str) -> Option<Row> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let at = words.len().checked_sub(5)?;
@@ -81,7 +81,7 @@ fn row(line: &str) -> Option<Row> {
     })
 }
 
-/// Whether a domain has shut down only to be saved (`SHUTDOWN_suspend`), and not to end.
+/// Returns true if a domain has shut down only for a save (`SHUTDOWN_suspend`), and not to end.
 pub(crate) async fn is_suspended(xl: &Xl, row: &Row) -> Result<bool> {
     if !row.flags.shut {
         return Ok(false);
@@ -92,17 +92,18 @@ pub(crate) async fn is_suspended(xl: &Xl, row: &Row) -> Result<bool> {
 
 const SUSPEND: u32 = 2;
 
-/// Why a domain has shut down: the word before the last of a line of `xl list -v`, in hexadecimal; `-` where it has not.
+/// Returns the reason of a domain's shutdown: the last field but one of a line of `xl list -v`, in
+/// hexadecimal; `-` if there is none.
 fn reason(line: &str) -> Option<u32> {
     u32::from_str_radix(line.split_whitespace().rev().nth(1)?, 16).ok()
 }
 
-/// The configuration of a domain, as libxl has it.
+/// Reads the configuration of a domain from libxl.
 pub(crate) async fn config_of(xl: &Xl, domid: u32) -> Result<Value> {
     let id = domid.to_string();
     let words = ["list", "-l", id.as_str()];
     let mut failure = None;
-    // It now and then prints half of it, when something changes meanwhile.
+    // xl sometimes prints half of it, if something changes meanwhile.
     for _ in 0..2 {
         let text = xl.must(&words, SOON).await?;
         match serde_json::from_str::<Value>(&text) {
@@ -126,13 +127,16 @@ pub(crate) async fn config_of(xl: &Xl, domid: u32) -> Result<Value> {
     Err(error)
 }
 
-/// How long a domain that is being created is waited for: it may be ours, of a domsnap that was killed.
+/// Time limit for a domain that is being created: the creator may be an xl of ours, of a domsnap that was
+/// killed.
 const CREATING: Duration = Duration::from_secs(300);
 
-/// A domain that is half made has no configuration: for so long after nobody is seen at work it may yet get one.
+/// A domain that is half created has no configuration. It may still get one within this time after the last
+/// creating xl has ended.
 const SETTLING: Duration = Duration::from_secs(3);
 
-/// The configuration of a domain, which has none as long as it is being created. None where nobody goes on creating it.
+/// Reads the configuration of a domain; it has none while it is being created. `None` if no process continues
+/// its creation.
 pub(crate) async fn config_when_made(xl: &Xl, row: &Row) -> Result<Option<Value>> {
     let until = Instant::now() + CREATING;
     let mut idle_since = None;

@@ -1,5 +1,5 @@
-//! [`Live`]: a connection to one domain, which may be ended and made anew meanwhile: its number, its QEMU and that QEMU's socket
-//! change then.
+//! [`Live`]: a connection to one domain. The domain may be destroyed and created again meanwhile: its number,
+//! its QEMU and that QEMU's socket then change.
 
 use std::{
     path::Path,
@@ -31,36 +31,36 @@ use crate::{
     xl::{SOON, Xl},
 };
 
-/// The sockets of a domain's QEMU, in the order in which they are tried: the first is free of libxl's own use.
+/// The sockets of a domain's QEMU, in the order in which they are tried: libxl itself does not use the first.
 const SOCKETS: [&str; 2] = ["qmp-libxenstat", "qmp-libxl"];
 
-/// How long a socket that serves another client is tried again: libxl connects for moments.
+/// Time limit for a socket that serves another client: libxl connects for moments.
 const BUSY: Duration = Duration::from_secs(10);
 
 pub(crate) struct Live {
     pub(crate) xl: Xl,
     pub(crate) name: String,
     pub(crate) seen: Seen,
-    /// The file that the domain is created from.
+    /// The file from which the domain is created.
     pub(crate) config: Option<Utf8PathBuf>,
     pub(crate) places: Places,
-    /// Its disks when the connection was made.
+    /// Fingerprints of its disks when the connection was made.
     pub(crate) found: Vec<Mark>,
     pub(crate) domain: Domain,
     qemu_saver: QemuSaver,
     qemu: Qemu,
     disks: Vec<(Disk, Arc<RwLock<Option<Server>>>)>,
-    /// libxl's configuration, while there is a domain.
+    /// libxl's configuration, while the domain exists.
     libxl: RwLock<Option<Value>>,
     speed: std::sync::Mutex<u64>,
-    /// Whether the guest ran at the instant whose memory is to be sealed.
+    /// True if the guest ran at the instant whose memory is to be sealed.
     pub(crate) saved_running: Mutex<Option<bool>>,
-    /// Since when a window is open.
+    /// Start of the current detached section.
     pub(crate) window: Mutex<Option<Instant>>,
 }
 
 impl Live {
-    /// A connection to a domain that runs, or that a window of ours has ended.
+    /// Connects to a domain that runs, or that a detached section of ours has destroyed.
     pub(crate) async fn new(
         xl: Xl,
         domain: &Domain,
@@ -108,7 +108,7 @@ impl Live {
         Ok(live)
     }
 
-    /// Connects to what the domain is now.
+    /// Connects to the current domain.
     pub(crate) async fn look_again(&self) -> Result<()> {
         let row = self.row().await?;
         let config = list::config_of(&self.xl, row.domid).await?;
@@ -127,7 +127,7 @@ impl Live {
         Ok(())
     }
 
-    /// The QEMU that serves the disks of a domain.
+    /// Connects to the QEMU that serves the disks of a domain.
     async fn reach(&self, domid: u32) -> Result<Arc<dyn LiveDomain>> {
         let until = Instant::now() + BUSY;
         loop {
@@ -167,12 +167,13 @@ impl Live {
         }
     }
 
-    /// The domain's QEMU, where it has one.
+    /// Returns the domain's QEMU, if it has one.
     pub(crate) async fn qemu(&self) -> Option<Arc<dyn LiveDomain>> {
         self.qemu.read().await.clone()
     }
 
-    /// The domain is about to be ended, or is: nobody has its disks.
+    /// Closes the connection to QEMU: the domain is about to be destroyed, or is, and no process has its
+    /// disks.
     pub(crate) async fn forget_qemu(&self) -> Result<()> {
         *self.qemu.write().await = None;
         *self.libxl.write().await = None;
@@ -182,7 +183,7 @@ impl Live {
         Ok(())
     }
 
-    /// The domain's line in `xl list`.
+    /// Returns the domain's line in `xl list`.
     pub(crate) async fn row(&self) -> Result<Row> {
         let row = list::row_of(&self.xl, &self.name).await?;
         row.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("domain {} of Xen is gone", self.name)))
@@ -192,12 +193,12 @@ impl Live {
         self.xl.must(&["unpause", &self.name], SOON).await.map(drop)
     }
 
-    /// Its disks, as libxl has them.
+    /// Returns its disks, as libxl has them.
     pub(crate) async fn xen_disks(&self) -> Vec<XenDisk> {
         self.libxl.read().await.as_ref().map(seen::disks).unwrap_or_default()
     }
 
-    /// Whether the domain that runs has each of the disks.
+    /// Returns true if the running domain has each of the disks.
     pub(crate) async fn has_all_disks(&self) -> bool {
         let drives = self.xen_disks().await;
         let has =
@@ -205,7 +206,7 @@ impl Live {
         self.disks.iter().all(|(disk, _)| has(disk))
     }
 
-    /// Refuses a domain whose storage is not that which the operation was planned with.
+    /// Refuses a domain whose storage has changed since the operation was planned.
     pub(crate) async fn refuse_other_storage(&self, domid: u32) -> Result<()> {
         let config = list::config_of(&self.xl, domid).await?;
         match self.libxl.read().await.as_ref().is_some_and(|planned| seen::is_same_storage(planned, &config))
@@ -272,11 +273,11 @@ impl LiveDomain for Live {
             let Ok(step) = serde_json::from_value::<DomainStep>(planned.step.action.clone()) else {
                 continue;
             };
-            // What xl is asked was answered when the plan was made, and each question takes it a while.
+            // Questions to xl were answered when the plan was made; each one takes a while.
             if let DomainStep::OpenWindow { anew: Some(anew), .. } = &step
                 && !probe
             {
-                // Where the domain is gone, a window of ours has ended it already.
+                // If the domain does not exist, a detached section of ours has destroyed it already.
                 if let Some(row) = list::row_of(&self.xl, &self.name).await? {
                     window::refuse(self, anew, &row).await?;
                 }
@@ -293,7 +294,8 @@ impl LiveDomain for Live {
             }
         }
         match self.qemu().await {
-            // Windows and memory are xl's: of what is left, QEMU knows what it cannot open.
+            // Detached sections and memory are xl's work. For the rest, QEMU knows which files it cannot
+            // open.
             Some(qemu) => qemu.preflight(&of_disks, chains, probe).await,
             None => Ok(()),
         }
@@ -337,7 +339,7 @@ impl LiveDomain for Live {
             }
             DomainStep::Attach { .. } => window::attach(self, step, context).await.map(|()| Facts::default()),
             DomainStep::Continue { .. } => window::go_on(self, step, context).await,
-            // A domain is made again with the media of its configuration.
+            // A domain is created again with the media of its configuration.
             DomainStep::Media { .. } => Ok(Facts::default()),
             DomainStep::RemoveMemory { file } => remove_memory(file).await.map(|()| Facts::default()),
         }
@@ -352,7 +354,8 @@ impl LiveDomain for Live {
             DomainStep::SaveMemory { file, .. } => remove_memory(file).await,
             DomainStep::OpenWindow { .. } => window::undo_open(self, step, context).await,
             DomainStep::Attach { .. } => window::undo_attach(self, step, context).await,
-            // They take nothing away; what a new name is given to keeps it.
+            // There is nothing to undo: a check changes nothing, and a node that was reopened by name keeps
+            // its name.
             DomainStep::CheckMemory { .. } | DomainStep::Rehome { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => Err(
                 Error::new(ErrorKind::Internal, "a step that can only be carried through was to be undone"),
@@ -368,7 +371,7 @@ impl LiveDomain for Live {
     }
 }
 
-/// Progress of what is told when it is done.
+/// Progress of work that is reported when it is complete.
 pub(crate) struct Silent;
 
 impl snapcore::Progress for Silent {

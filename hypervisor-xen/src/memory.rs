@@ -1,16 +1,17 @@
-//! The memory image: the file that xl saved, as it is, and beside it a record with its checksums.
+//! The memory image: the file that xl saved, unchanged, and beside it a record with its checksums.
 //!
 //! ```text
-//! NAME.memory.part   what xl writes, made before with mode 0600: xl would make it readable for everybody
+//! NAME.memory.part   xl's output, created before with mode 0600: xl would make it readable for all users
 //! NAME.memory.json   the record: length, checksums, whether the guest ran
-//! NAME.memory        the save file, once it is whole
+//! NAME.memory        the save file, when it is complete
 //! ```
 //!
-//! Durable before what: the save file's bytes; then the record; then the save file's own name. So a file of that name is whole
-//! and has a record.
+//! Order of durability: the save file's bytes; then the record; then the save file's own name. So a file of
+//! that name is complete and has a record.
 //!
-//! The file's head (tools/xl/xl.h, `struct save_file_header`): 32 bytes of magic; byte order, mandatory flags, optional flags and
-//! the length of the optional data, 32 bits each; in that a 32-bit length and the domain's configuration as JSON.
+//! The file's head (tools/xl/xl.h, `struct save_file_header`): 32 bytes of magic; byte order, mandatory
+//! flags, optional flags and the length of the optional data, 32 bits each; in that a 32-bit length and the
+//! domain's configuration as JSON.
 
 use std::{
     fs::File,
@@ -30,18 +31,19 @@ const BYTE_ORDER: u32 = 0x0102_0304;
 const FLAG_JSON: u32 = 1;
 const KNOWN_FLAGS: u32 = 3;
 
-/// No configuration is longer.
+/// Longest accepted configuration.
 const LONGEST_CONFIG: u32 = 16 << 20;
 
-/// A record has a checksum of 11 bytes, as text, for each 16 MiB: this is one of 8 TiB of memory.
+/// Longest accepted record: it has a checksum of 11 bytes, as text, for each 16 MiB. This is enough for 8 TiB
+/// of memory.
 const LONGEST_RECORD: u64 = 8 << 20;
 
-/// A checksum is of so many bytes.
+/// Bytes per checksum.
 const CHUNK: usize = 16 << 20;
 
 const VERSION: u32 = 1;
 
-/// What is recorded beside a save file.
+/// The record beside a save file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
     version: u32,
@@ -49,7 +51,7 @@ pub(crate) struct Record {
     bytes: u64,
     /// The CRC-32 of each 16 MiB.
     crc32: Vec<u32>,
-    /// Whether the guest ran at the instant.
+    /// True if the guest ran at the instant.
     pub(crate) running: bool,
 }
 
@@ -61,7 +63,7 @@ fn record_of(file: &Utf8Path) -> Utf8PathBuf {
     Utf8PathBuf::from(format!("{file}.json"))
 }
 
-/// Makes the file that xl is to save into: empty, for its owner alone. One that a crash left goes.
+/// Creates the file for xl to save into: empty, private. Replaces one that a crash left.
 pub(crate) fn draft(file: &Utf8Path) -> Result<Utf8PathBuf> {
     let part = part_of(file);
     if file.exists() {
@@ -71,35 +73,39 @@ pub(crate) fn draft(file: &Utf8Path) -> Result<Utf8PathBuf> {
     Ok(part)
 }
 
-/// Makes an empty file for its owner alone, in the place of one of that name.
+/// Creates an empty private file, and replaces one of that name.
 pub(crate) fn make_private(file: &Utf8Path) -> Result<()> {
     remove_file(file)?;
     let made = confined_files::create_private(file.as_std_path());
     made.map(drop).map_err(|cause| told("making", file, cause))
 }
 
-/// Makes what xl saved a memory image; gives its length. May be repeated.
+/// Makes xl's save file a memory image; returns its length. May be repeated.
 pub(crate) fn seal(file: &Utf8Path, running: bool, progress: &dyn Progress) -> Result<u64> {
     let part = part_of(file);
     if file.exists() && !part.exists() {
         return Ok(read_record(file)?.bytes);
     }
+    // 1) The save file's bytes are durable, and only then read for the checksums.
     let saved = open(&part).map_err(|cause| told("opening", &part, cause))?;
     head(&mut &saved, &part)?;
     saved.sync_all().map_err(|cause| told("flushing", &part, cause))?;
     let (bytes, crc32) = checksums(&part, progress)?;
+    // 2) The record is durable before the save file gets its name. A crash before 3) leaves `.part` and
+    //    perhaps a record: this function can be repeated.
     let record = Record { version: VERSION, bytes, crc32, running };
     let text = serde_json::to_vec(&record).map_err(|cause| {
         Error::new(ErrorKind::Internal, "a record cannot be written as JSON").because(cause)
     })?;
     write_durably(&record_of(file), &text)?;
+    // 3) The final name: from here the image counts as complete.
     confined_files::rename(part.as_std_path(), file.as_std_path(), true)
         .map_err(|cause| told("naming", file, cause))?;
     flush_directory(file)?;
     Ok(bytes)
 }
 
-/// Reads a memory image and compares it with its record.
+/// Reads a memory image and checks it against its record.
 pub(crate) fn check(file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
     let corrupt = |detail: String| {
         Error::new(ErrorKind::Corrupt, format!("the memory image {file} {detail}"))
@@ -122,7 +128,7 @@ pub(crate) fn check(file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
     }
 }
 
-/// The record of a memory image.
+/// Reads the record of a memory image.
 pub(crate) fn read_record(file: &Utf8Path) -> Result<Record> {
     let path = record_of(file);
     if !file.exists() {
@@ -144,7 +150,7 @@ pub(crate) fn read_record(file: &Utf8Path) -> Result<Record> {
     }
 }
 
-/// Removes a memory image and what a crash left of one. One that is not there is no error.
+/// Removes a memory image and the remains of one after a crash. A missing file is no error.
 pub(crate) fn remove(file: &Utf8Path) -> Result<()> {
     for path in [file.to_owned(), part_of(file), record_of(file)] {
         remove_file(&path)?;
@@ -152,7 +158,7 @@ pub(crate) fn remove(file: &Utf8Path) -> Result<()> {
     flush_directory(file)
 }
 
-/// The configuration in the head of a save file.
+/// Reads the configuration in the head of a save file.
 pub(crate) fn head(file: &mut impl Read, path: &Utf8Path) -> Result<Value> {
     let corrupt =
         |detail: &str| Error::new(ErrorKind::Corrupt, format!("{path} is no save file of xl's: {detail}"));
@@ -203,7 +209,8 @@ fn checksums(path: &Utf8Path, progress: &dyn Progress) -> Result<(u64, Vec<u32>)
     }
 }
 
-/// Writes a small file: its bytes are durable before it has its name, and the name is when this returns.
+/// Writes a small file. Its bytes are durable before it has its name, and the name is durable when this
+/// returns.
 pub(crate) fn write_durably(path: &Utf8Path, bytes: &[u8]) -> Result<()> {
     let new = Utf8PathBuf::from(format!("{path}.new"));
     make_private(&new)?;
@@ -221,7 +228,7 @@ pub(crate) fn remove_file(path: &Utf8Path) -> Result<()> {
     confined_files::remove(path.as_std_path()).map(|_| ()).map_err(|cause| told("removing", path, cause))
 }
 
-/// Opens a regular file, whoever can write its directory.
+/// Opens a regular file safely, even if other users can write its directory.
 fn open(path: &Utf8Path) -> io::Result<File> {
     confined_files::open_regular(path.as_std_path(), false)
 }

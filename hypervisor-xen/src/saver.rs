@@ -1,4 +1,4 @@
-//! Xen, as a hypervisor among others.
+//! The hypervisor driver for Xen.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -18,18 +18,18 @@ use crate::{
     xl::Xl,
 };
 
-/// Xen, over xl.
+/// Xen, through xl.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Xen;
 
 impl Xen {
-    /// Whatever Xen runs on this machine.
+    /// Makes the driver for the Xen of this machine.
     pub fn new() -> Self {
         Self
     }
 }
 
-/// Makes Xen known to a program.
+/// Registers Xen with a program.
 pub fn register(registry: &mut Registry) {
     registry.register_hypervisor(Arc::new(Xen::new()));
 }
@@ -61,13 +61,13 @@ impl VmStateSaver for Xen {
             && saved.flags.shut
             && let Some(Save::Ours(file)) = users::save_of(&saved.name, saved.domid)
         {
-            // A domsnap was killed over it, and xl goes on.
+            // The domsnap that began this save was killed, and its xl still runs.
             instant::await_save(&file).await?;
             row = list::row_of(&xl, &control.address).await?;
         }
         let live = |seen, running| Live::new(xl.clone(), domain, control, seen, running);
         let Some(row) = row else {
-            // A window of ours may have ended it.
+            // A detached section of ours may have destroyed it.
             let Some(note) = note else { return Ok(None) };
             return Ok(Some(Arc::new(live(note.seen(&control.address), false).await?)));
         };
@@ -84,7 +84,7 @@ impl VmStateSaver for Xen {
                 }
                 Ok(Some(Arc::new(live)))
             }
-            // Made by a window of ours, whose xl was killed as well.
+            // It was created in a detached section of ours, whose xl was killed as well.
             (None, Some(note)) if note.is_another(row.domid) => {
                 Ok(Some(Arc::new(live(note.seen(&control.address), false).await?)))
             }
@@ -134,7 +134,7 @@ impl VmStateSaver for Xen {
         let goes_on = start.power.map_or(running, |power| power == PowerAfter::Running);
         window::restore_domain(&xl, start.file, None, !goes_on).await?;
         let name = start.domain.control.as_ref().map(|control| control.address.as_str()).unwrap_or_default();
-        // It is started: that its number cannot be read is no failure.
+        // The domain is started: a failure to read its number is no error.
         let row = list::row_of(&xl, name).await.ok().flatten();
         let started = row.map(|row| StartedDomain::number(row.domid));
         Ok(Facts { guest: Some(GuestChange::Started), started, ..Facts::default() })
@@ -181,7 +181,7 @@ pub(crate) async fn remove_memory(file: &Utf8Path) -> Result<()> {
     blocking(move || memory::remove(&path)).await
 }
 
-/// Work that blocks, on a thread that may.
+/// Runs blocking work on a thread that may block.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {

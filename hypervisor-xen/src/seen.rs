@@ -1,4 +1,4 @@
-//! A domain as it is described, and what serves each of its disks.
+//! The description of a domain, and the server of each of its disks.
 
 use std::{fs, os::unix::fs::FileTypeExt, path::Path};
 
@@ -8,7 +8,7 @@ use snapcore::{Domain, Obstacle, Seen, SeenDisk, Target, file_identity};
 
 use crate::list::Row;
 
-/// Who serves a disk.
+/// The server of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Server {
     /// A QEMU.
@@ -17,7 +17,7 @@ pub(crate) enum Server {
     Device,
     /// dom0's kernel, from a plain file over a loop device.
     Loop,
-    /// Another process or another domain, of which nothing can be asked.
+    /// Another process or another domain, which cannot be queried.
     Other,
 }
 
@@ -30,23 +30,23 @@ pub(crate) struct XenDisk {
     pub(crate) writable: bool,
     pub(crate) removable: bool,
     pub(crate) server: Server,
-    /// Why snapshots of it cannot be taken while the domain runs.
+    /// The reason why snapshots of it cannot be taken while the domain runs.
     pub(crate) unfit: Option<String>,
 }
 
-/// What a plain file over a loop device can be made.
+/// Advice for a plain file over a loop device.
 pub(crate) const MAKE_QDISK: &str = "let QEMU serve it: say backendtype=qdisk for this disk in the domain's config, and start it \
                                      anew; a qcow2 image always is";
 
 impl XenDisk {
-    /// Whether it is this file, by whatever name.
+    /// Returns true if it is this file, by whatever name.
     pub(crate) fn is_file(&self, path: &Utf8Path) -> bool {
         let identity = |path: &Utf8Path| fs::metadata(path).ok().map(|about| file_identity(&about));
         self.path == path || identity(&self.path).is_some_and(|own| identity(path) == Some(own))
     }
 }
 
-/// The disks of a configuration.
+/// Returns the disks of a configuration.
 pub(crate) fn disks(config: &Value) -> Vec<XenDisk> {
     let listed = config["disks"].as_array().into_iter().flatten();
     listed.filter_map(disk).collect()
@@ -74,7 +74,8 @@ fn disk(disk: &Value) -> Option<XenDisk> {
     Some(XenDisk { target, path, format, writable, removable, server, unfit })
 }
 
-/// Who serves a disk that neither dom0's kernel nor the domain's QEMU serves from the path that the configuration names.
+/// Returns the server of a disk that neither dom0's kernel nor the domain's QEMU serves from the path in the
+/// configuration.
 fn served_elsewhere(disk: &Value) -> Option<String> {
     let named = |field: &str| disk[field].as_str().filter(|text| !text.is_empty());
     if let Some(domain) = named("backend_domname") {
@@ -94,7 +95,8 @@ fn served_elsewhere(disk: &Value) -> Option<String> {
     }
 }
 
-/// Whether a field is set: libxl writes numbers, booleans, and words for what may be left to a default.
+/// Returns true if a field is set: libxl writes numbers, booleans, and words for fields that may be left to a
+/// default.
 fn yes(of: &Value, field: &str) -> bool {
     match &of[field] {
         Value::Bool(yes) => *yes,
@@ -104,7 +106,7 @@ fn yes(of: &Value, field: &str) -> bool {
     }
 }
 
-/// A domain that runs.
+/// Describes a running domain.
 pub(crate) fn seen(row: &Row, config: &Value) -> Seen {
     let drives = disks(config);
     let build = &config["b_info"];
@@ -142,14 +144,15 @@ fn seen_disk(disk: &XenDisk) -> SeenDisk {
     }
 }
 
-/// Notes which of the drives are the domain's disks, and where another file is in the place of one.
+/// Records which of the drives are the domain's disks, and which disk has another file in its place.
 pub(crate) fn note_members(seen: &mut Seen, drives: &[XenDisk], domain: &Domain) {
     for disk in &mut seen.disks {
         let Some(record) = domain.disk(&disk.target) else { continue };
         let registered = &record.disk.path;
         let drive = drives.iter().find(|drive| drive.target == disk.target);
         match drive {
-            // Attached later under the name of one that was detached: what is registered is not what the guest writes.
+            // Another drive was attached under the name of a detached one: the guest does not write the
+            // registered file.
             Some(drive) if !drive.is_file(registered) => {
                 disk.left_out = Some(format!(
                     "{registered} is registered as disk {}, and is not what the guest has there: attach that again, or register the \
@@ -162,13 +165,13 @@ pub(crate) fn note_members(seen: &mut Seen, drives: &[XenDisk], domain: &Domain)
                 disk.member = Some(disk.target.clone());
                 disk.left_out = drive.unfit.clone();
             }
-            // Of a domain that a window of ours has ended, only what it had is known.
+            // A detached section of ours has destroyed the domain: only its previous disks are known.
             None => disk.member = Some(disk.target.clone()),
         }
     }
 }
 
-/// What is recorded with a snapshot: the configuration, without what each start makes anew.
+/// Makes the record of a machine: the configuration, without the parts that each start changes.
 fn record(config: &Value) -> Value {
     let mut config = config.clone();
     redact(&mut config);
@@ -179,7 +182,7 @@ fn record(config: &Value) -> Value {
     json!({ "xen": config })
 }
 
-/// Takes passwords (of VNC, of SPICE) out of a configuration: a record is stored, and shown.
+/// Removes passwords (of VNC, of SPICE) from a configuration: a record is stored, and shown.
 fn redact(value: &mut Value) {
     match value {
         Value::Object(fields) => {
@@ -191,7 +194,7 @@ fn redact(value: &mut Value) {
     }
 }
 
-/// Storage that the guest can write and that is no disk of which snapshots are taken.
+/// Lists storage that the guest can write and that is not a disk for snapshots.
 fn other_storage(config: &Value) -> Vec<SeenDisk> {
     let listed = |value: &Value| value.as_array().cloned().unwrap_or_default();
     let mut found = Vec::new();
@@ -226,12 +229,13 @@ fn other_storage(config: &Value) -> Vec<SeenDisk> {
     found
 }
 
-/// Whether two configurations have the same disks and other storage.
+/// Returns true if two configurations have the same disks and other storage.
 pub(crate) fn is_same_storage(one: &Value, other: &Value) -> bool {
     disks(one) == disks(other) && other_storage(one) == other_storage(other)
 }
 
-/// Drives that the domain's QEMU has and libxl does not know of: given by `device_model_args`, or plugged in over its monitor.
+/// Lists drives of the domain's QEMU that libxl does not know: given by `device_model_args`, or hot-plugged
+/// over its monitor.
 pub(crate) fn unknown_to_libxl(qemu: &Seen, drives: &[XenDisk]) -> Vec<SeenDisk> {
     let is_known = |disk: &SeenDisk| drives.iter().any(|drive| drive.is_file(&disk.path));
     let hidden =
@@ -244,7 +248,7 @@ pub(crate) fn unknown_to_libxl(qemu: &Seen, drives: &[XenDisk]) -> Vec<SeenDisk>
         .collect()
 }
 
-/// Why Xen cannot save the memory of such a domain, if so.
+/// Returns the reason why Xen cannot save the memory of such a domain, if there is one.
 pub(crate) fn cannot_save(config: &Value) -> Option<Obstacle> {
     let obstacle = |why: &str, advice: &str| Obstacle { why: why.to_owned(), advice: advice.to_owned() };
     if config["pcidevs"].as_array().is_some_and(|devices| !devices.is_empty()) {
@@ -261,7 +265,8 @@ pub(crate) fn cannot_save(config: &Value) -> Option<Obstacle> {
     })
 }
 
-/// What of a recorded machine would not fit the domain's disks as they are now: its memory begins on the recorded ones.
+/// Lists the differences between a recorded machine and the domain's current disks: its memory refers to the
+/// recorded ones.
 pub(crate) fn differences(recorded: &Value, now: &Value) -> Vec<String> {
     let (recorded, now) = (disks(&recorded["xen"]), disks(&now["xen"]));
     let mut differ = Vec::new();
@@ -277,7 +282,8 @@ pub(crate) fn differences(recorded: &Value, now: &Value) -> Vec<String> {
     differ
 }
 
-/// The file that a domain was created from, by the `xl create` that waits for its end, or where Debian and others keep them.
+/// Finds the file from which a domain was created: that of the `xl create` that waits for its end, or the one
+/// in the usual directory.
 fn config_file(name: &str) -> Option<Utf8PathBuf> {
     let names_it = |path: &Utf8Path| {
         let text = fs::read_to_string(path).unwrap_or_default();
@@ -290,7 +296,7 @@ fn config_file(name: &str) -> Option<Utf8PathBuf> {
     waiting_creates().into_iter().chain([usual]).find(|path| names_it(path))
 }
 
-/// The config files of all `xl create`s that wait.
+/// Returns the config files of all `xl create` processes that wait.
 fn waiting_creates() -> Vec<Utf8PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -307,7 +313,7 @@ fn waiting_creates() -> Vec<Utf8PathBuf> {
             .skip(2)
             .find(|word| !word.is_empty() && !word.starts_with('-') && !word.contains('='));
         let Some(file) = file else { continue };
-        // It has left the directory that it began in.
+        // The process has left the directory in which it was started.
         if file.starts_with('/') {
             found.push(Utf8PathBuf::from(file));
         }

@@ -1,5 +1,5 @@
-//! Which files running domains have open. QEMU takes no locks on the images that it serves to a guest of Xen, and neither does a
-//! loop device: so nobody else would meet one.
+//! The files that running domains have open. QEMU takes no locks on images that it serves to a guest of Xen,
+//! nor does a loop device, so no other process would find one.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -9,7 +9,7 @@ use std::{
 
 use snapcore::{FileIdentity, file_identity};
 
-/// Of these files those that a QEMU of Xen's or a loop device has open, each with who that is.
+/// Returns those of the files that a QEMU of Xen or a loop device has open, each with the user's name.
 pub(crate) fn open_without_lock(files: &HashSet<FileIdentity>) -> Vec<(FileIdentity, String)> {
     let mut found: HashMap<FileIdentity, String> = HashMap::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -35,7 +35,7 @@ pub(crate) fn open_without_lock(files: &HashSet<FileIdentity>) -> Vec<(FileIdent
     found.into_iter().collect()
 }
 
-/// The domain that a process is the QEMU of.
+/// Returns the domain of a process, if it is the QEMU of one.
 fn domain_of(process: &Path) -> Option<String> {
     let line = fs::read(process.join("cmdline")).ok()?;
     let words: Vec<String> =
@@ -47,7 +47,7 @@ fn domain_of(process: &Path) -> Option<String> {
     Some(after("-name").unwrap_or_else(|| format!("number {domid}")))
 }
 
-/// Whether the QEMU of a domain is there still.
+/// Returns true if the QEMU of a domain still runs.
 pub(crate) fn has_qemu(domid: u32) -> bool {
     let wanted = domid.to_string();
     fs::read_dir("/proc").into_iter().flatten().flatten().any(|entry| {
@@ -57,21 +57,21 @@ pub(crate) fn has_qemu(domid: u32) -> bool {
     })
 }
 
-/// Whether an `xl` that saves into a file is there still: it goes on when whoever started it was killed.
+/// Returns true if an `xl` that saves into a file still runs: it continues when its caller was killed.
 pub(crate) fn is_being_saved(file: &str) -> bool {
     xls(&["save"]).iter().any(|words| words.iter().any(|word| word == file))
 }
 
-/// What an `xl` that saves a domain does with it.
+/// Owner of a save that runs.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Save {
-    /// It is one of ours, into this file.
+    /// One of ours, into this file.
     Ours(String),
-    /// Somebody else's.
+    /// Another program's.
     Foreign,
 }
 
-/// The `xl` that saves, or sends away, a domain.
+/// Finds the `xl` that saves, or migrates, a domain.
 pub(crate) fn save_of(name: &str, domid: u32) -> Option<Save> {
     let number = domid.to_string();
     let of_it = xls(&["save", "migrate", "suspend"])
@@ -81,12 +81,13 @@ pub(crate) fn save_of(name: &str, domid: u32) -> Option<Save> {
     Some(of_it.iter().find(is_ours).cloned().map_or(Save::Foreign, Save::Ours))
 }
 
-/// Whether an `xl` is there that makes domains: which ones it does not say.
+/// Returns true if an `xl` creates domains: which ones it does not show.
 pub(crate) fn somebody_makes_domains() -> bool {
     !xls(&["create", "restore", "migrate-receive"]).is_empty()
 }
 
-/// The command lines of all `xl`s that do one of these things. One that stays with its domain, to see it end, has done it.
+/// Returns the command lines of all `xl` processes that perform one of these commands. An `xl` that stays
+/// with its domain, to see it end, has finished its command.
 fn xls(commands: &[&str]) -> Vec<Vec<String>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -104,7 +105,7 @@ fn xls(commands: &[&str]) -> Vec<Vec<String>> {
     found
 }
 
-/// Whether an `xl` has become the one that waits for its domain's end: it writes into a log then.
+/// Returns true if an `xl` is the one that waits for its domain's end: it writes into a log then.
 fn stays(process: &Path) -> bool {
     fs::read_link(process.join("fd/1")).is_ok_and(|file| file.starts_with("/var/log/xen"))
 }

@@ -1,19 +1,25 @@
-//! A window: disks set free and given back.
+//! A detached section: disks closed and reopened.
 //!
-//! Where the guest is to go on as it is (what changes frozen images), it is paused, and its QEMU closes the disks.
+//! If the guest continues afterwards (a change of frozen images), it is paused, and its QEMU closes the
+//! disks.
 //!
-//! Where its present is given up (a revert), the domain is ended, because Xen cannot give a domain that runs other memory:
+//! If its current state is discarded (a revert), the domain is destroyed, because Xen cannot load other
+//! memory into a running domain:
 //!
-//! 1. its memory is saved beside its first disk, as NAME.domsnap-former (unless nobody wants that); the guest stands still;
-//! 2. a note of that, NAME.domsnap-window, is durable: who the domain was, and whether it ran;
-//! 3. it is destroyed, and its disks' QEMU is gone: nobody has the files open;
+//! 1. its memory is saved beside its first disk, as NAME.domsnap-former (unless the user declined); the guest
+//!    is paused;
+//! 2. a note of that, NAME.domsnap-window, is made durable: the domain's identity, and whether it ran;
+//! 3. the domain is destroyed, and its disks' QEMU has ended: no process has the files open;
 //! 4. the disks' own steps run, as at rest;
-//! 5. the domain is made anew, and stands still: restored from the snapshot's memory, or created. What fails until here is undone:
-//!    what was made is destroyed, the disks are as they were, and the former domain is restored from step 1;
-//! 6. after the commit point the guest goes on, and note and former memory are removed.
+//! 5. the domain is created again, and is paused: restored from the snapshot's memory, or created. A failure
+//!    up to here is undone: the new domain is destroyed, the disks are restored, and the previous domain is
+//!    restored from step 1;
+//! 6. after the commit point the guest is resumed, and the note and the previous memory are removed.
 //!
-//! After a crash the note tells how far that got: a domain of the noted number is the former one, which was not ended yet; another that
-//! never ran was made by step 5; one that ran was made by somebody else, and is nobody's to destroy but theirs; and none is step 4.
+//! After a crash the note shows the progress. A domain with the noted number is the previous one, which was
+//! not destroyed yet. A domain with another number that never ran was created by step 5. A domain with
+//! another number that ran belongs to another program, and only that may destroy it. If there is no domain,
+//! the crash was in step 4.
 
 use std::{
     fs,
@@ -40,17 +46,17 @@ use crate::{
     xl::{MAKING, SOON, Xl, failed},
 };
 
-/// Within which a domain's QEMU must have ended after it.
+/// Time limit for a domain's QEMU to end after the domain.
 const GONE: Duration = Duration::from_secs(60);
 
 const LOOK: Duration = Duration::from_millis(20);
 
-/// How often a restore is tried that ends by libxl's own time limit (`ERROR_TIMEDOUT`): it gives a new QEMU ten seconds, which are
-/// not enough on a machine that is busy.
+/// Number of tries for a restore that ends by libxl's own time limit (`ERROR_TIMEDOUT`). libxl gives a new
+/// QEMU ten seconds, which are not enough on a busy machine.
 const TRIES: usize = 4;
 const TIMED_OUT: &str = "rc=-9";
 
-/// Where the note and the former memory are.
+/// Paths of the note and of the previous memory.
 #[derive(Debug, Clone)]
 pub(crate) struct Places {
     pub(crate) note: Utf8PathBuf,
@@ -76,24 +82,24 @@ impl Places {
     }
 }
 
-/// A domain that was ended, or is about to be.
+/// Record of a domain that was destroyed, or is about to be.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Note {
     domid: u32,
     running: bool,
-    /// Whether its memory was saved.
+    /// True if its memory was saved.
     saved: bool,
     machine: Value,
     summary: String,
     disks: Vec<SeenDisk>,
     config: Option<Utf8PathBuf>,
-    /// Its disks as it left them; none before it was destroyed.
+    /// Fingerprints of its disks when it was destroyed; empty before that.
     #[serde(default)]
     left: Vec<Mark>,
 }
 
-/// By what a disk is known again that nobody has written to: which one it is, and of a file the time of its last write, of a block
-/// device the sectors that were written since it has been there.
+/// Fingerprint that shows that a disk was not written to: its identity, and the modification time of a file,
+/// or the sectors written to a block device since it exists.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Mark {
     path: Utf8PathBuf,
@@ -102,7 +108,7 @@ pub(crate) struct Mark {
 }
 
 impl Mark {
-    /// Those of a domain's disks, as they are now.
+    /// Takes the fingerprints of a domain's disks.
     pub(crate) fn of_all(domain: &Domain) -> Vec<Self> {
         let mark = |path: &Utf8PathBuf| {
             let about = fs::metadata(path).ok()?;
@@ -124,8 +130,9 @@ fn sectors_written(device: u64) -> Option<i64> {
 }
 
 impl Note {
-    /// A disk that somebody else has written to since the domain was ended, or put another in its place: its memory does not fit
-    /// that any more. What was written between `found` and now is our own undo, which brings back what was there.
+    /// Finds a disk that another program has written to or replaced since the domain was destroyed: the
+    /// previous memory does not fit it any more. Writes between `found` and now are those of our own undo,
+    /// which restores the previous content.
     fn written_by_others(&self, found: &[Mark], now: &[Mark]) -> Option<&Utf8Path> {
         let by_others = |left: &&Mark| {
             let of = |marks: &[Mark]| marks.iter().find(|mark| mark.path == left.path).cloned();
@@ -134,12 +141,12 @@ impl Note {
         self.left.iter().find(by_others).map(|mark| mark.path.as_path())
     }
 
-    /// Whether a domain is not the one of the note, but one that took its place.
+    /// Returns true if a domain is not the one of the note, but a later one.
     pub(crate) fn is_another(&self, domid: u32) -> bool {
         self.domid != domid
     }
 
-    /// The domain as it was.
+    /// Describes the previous domain.
     pub(crate) fn seen(&self, name: &str) -> Seen {
         Seen {
             name: Some(name.to_owned()),
@@ -154,16 +161,17 @@ impl Note {
     }
 }
 
-/// The most bytes of a note: it has a domain's configuration.
+/// Longest accepted note: it has a domain's configuration.
 const LONGEST_NOTE: u64 = 32 << 20;
 
-/// The note of a window, where one is open.
+/// Reads the note of a detached section, if one is open.
 pub(crate) fn read(places: &Places) -> Result<Option<Note>> {
     let read = || {
         let mut text = Vec::new();
         let file = confined_files::open_regular(places.note.as_std_path(), false)?;
         let about = file.metadata()?;
-        // A domain is made from what it says: whoever can make a file beside the images must not be able to say it.
+        // A domain is created from the note. So a user who can only create files beside the images must not
+        // be able to forge it.
         if !confined_files::is_trusted(about.uid()) || about.nlink() != 1 {
             return Err(confined_files::refused(format!("it belongs to user {}", about.uid())));
         }
@@ -208,7 +216,7 @@ pub(crate) async fn open(live: &Live, step: &DomainStep, context: DomainContext<
     }
 }
 
-/// Ends the domain. One that is ended already stays so.
+/// Destroys the domain. If it is destroyed already, does nothing.
 async fn end(live: &Live, anew: &Anew) -> Result<()> {
     *live.window.lock().await = Some(Instant::now());
     let row = list::row_of(&live.xl, &live.name).await?;
@@ -219,10 +227,13 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
             None => Err(Error::new(ErrorKind::NotFound, format!("domain {} of Xen is gone", live.name))),
         };
     };
+    // 1) Save the memory, 2) make it durable, 3) then the note durable: a note that names saved memory is
+    //    never without it. A crash before 4) leaves the domain suspended or paused, and undo resumes it by
+    //    the note's number.
     if note.is_none() {
         refuse(live, anew, &row).await?;
         let running = !row.flags.paused;
-        // A paused guest cannot be saved, and need not be: a snapshot was taken, or nothing can be.
+        // A paused guest cannot be saved, and need not be: a snapshot was taken, or none is possible.
         let saved = anew.safety && running;
         if saved {
             let former = live.places.former.clone();
@@ -262,8 +273,9 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
             return Err(error);
         }
     }
+    // 4) Destroy only when the note is durable: otherwise nothing would bring the domain back.
     destroy(live, row.domid).await?;
-    // Only now: its QEMU wrote to them until its end.
+    // 5) The fingerprints, only now: QEMU wrote to the disks until its end.
     let (places, left) = (live.places.clone(), Mark::of_all(&live.domain));
     blocking(move || match read(&places)? {
         Some(note) => write(&places, &Note { left, ..note }),
@@ -272,7 +284,8 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
     .await
 }
 
-/// Refuses to end a domain that nothing could follow, or that a failed revert could not bring back.
+/// Refuses to destroy a domain that could not be created afterwards, or that a failed revert could not
+/// restore.
 pub(crate) async fn refuse(live: &Live, anew: &Anew, row: &Row) -> Result<()> {
     refuse_suspended(row)?;
     refuse_without_beginning(live, anew).await?;
@@ -302,7 +315,8 @@ async fn refuse_without_beginning(live: &Live, anew: &Anew) -> Result<()> {
     .map_err(|error| error.state("no changes made"))
 }
 
-/// A config must be of this domain: of another name, it would become a second one that has the same disks.
+/// Checks that a config is that of this domain. One with another name would create a second domain with the
+/// same disks.
 async fn refuse_other_config(live: &Live, path: &Utf8Path) -> Result<()> {
     let advice = "name the file that the domain is to be created from: --config FILE";
     if !path.is_file() {
@@ -334,7 +348,7 @@ async fn refuse_other_config(live: &Live, path: &Utf8Path) -> Result<()> {
     Ok(())
 }
 
-/// Destroys a domain; when this returns nobody has its disks open.
+/// Destroys a domain; when this returns, no process has its disks open.
 async fn destroy(live: &Live, domid: u32) -> Result<()> {
     live.forget_qemu().await?;
     live.xl.must(&["destroy", &domid.to_string()], MAKING).await?;
@@ -356,7 +370,7 @@ pub(crate) async fn attach(live: &Live, step: &DomainStep, context: DomainContex
     let Some(anew) = anew else {
         return match (live.qemu().await, read(&live.places)?) {
             (Some(qemu), None) => qemu.apply(step, context).await.map(drop),
-            // A domain that is to be made anew.
+            // A domain that is to be created again.
             _ => Ok(()),
         };
     };
@@ -364,7 +378,7 @@ pub(crate) async fn attach(live: &Live, step: &DomainStep, context: DomainContex
         if row.has_run {
             return Err(taken(live, row.domid));
         }
-        // It was made before, by this step.
+        // It was created before, by this step.
         live.look_again().await?;
         return match live.has_all_disks().await {
             true => Ok(()),
@@ -378,7 +392,8 @@ pub(crate) async fn attach(live: &Live, step: &DomainStep, context: DomainContex
     }
 }
 
-/// Somebody else made a domain of this name while it was away. It may do what nobody wants to lose: it is theirs to end.
+/// Makes the error for a domain of this name that another program created meanwhile. It may hold valuable
+/// data: only its owner may end it.
 pub(crate) fn taken(live: &Live, domid: u32) -> Error {
     let name = &live.name;
     let detail =
@@ -388,13 +403,13 @@ pub(crate) fn taken(live: &Live, domid: u32) -> Error {
     ))
 }
 
-/// Makes the domain from a save file; it stands still or not.
+/// Restores the domain from a save file, paused or not.
 async fn restore(live: &Live, file: &Utf8Path, config: Option<&Utf8Path>, paused: bool) -> Result<()> {
     restore_domain(&live.xl, file, config, paused).await?;
     live.look_again().await
 }
 
-/// The same where there is no connection.
+/// Restores a domain without a connection.
 pub(crate) async fn restore_domain(
     xl: &Xl,
     file: &Utf8Path,
@@ -419,7 +434,7 @@ pub(crate) async fn restore_domain(
     }
 }
 
-/// Creates the domain, which stands still.
+/// Creates the domain, which is paused.
 async fn create(live: &Live, config: Option<&Utf8Path>) -> Result<()> {
     let Some(config) = config.or(live.config.as_deref()) else {
         return Err(Error::new(ErrorKind::Refused, "the config file of the domain is not known"));
@@ -445,7 +460,7 @@ pub(crate) async fn undo_attach(live: &Live, step: &DomainStep, context: DomainC
     }
 }
 
-/// Brings the former domain back; one that was only paused goes on.
+/// Restores the previous domain; one that was only paused is resumed.
 pub(crate) async fn undo_open(live: &Live, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
     let DomainStep::OpenWindow { anew, running, .. } = step else { return Ok(()) };
     *live.window.lock().await = None;
@@ -461,7 +476,8 @@ pub(crate) async fn undo_open(live: &Live, step: &DomainStep, context: DomainCon
     }
     let note = read(&live.places)?;
     match (row, note) {
-        // It was not ended yet, or not even noted; or somebody has started it anew, and may have paused it.
+        // It was not destroyed yet, or not even noted; or another program has started it again, and may have
+        // paused it.
         (Some(row), note) => {
             let former = note.as_ref().is_none_or(|note| !note.is_another(row.domid));
             if !former {
@@ -514,7 +530,7 @@ pub(crate) async fn undo_open(live: &Live, step: &DomainStep, context: DomainCon
     }
 }
 
-/// The end of a window.
+/// Ends a detached section.
 pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts> {
     let DomainStep::Continue { memory, reset, power } = step else { return Ok(Facts::default()) };
     let mut facts = Facts::default();
@@ -529,7 +545,7 @@ pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext
     }
     match (&row, memory, reset) {
         (Some(_), None, false) => {
-            // Its disks were away for a while, and it goes on.
+            // Its disks were detached for a while, and it continues.
             if let Some(qemu) = live.qemu().await {
                 let go_on =
                     DomainStep::Continue { memory: None, reset: false, power: Some(PowerAfter::Running) };
@@ -540,7 +556,7 @@ pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext
             return Err(Error::new(ErrorKind::Internal, "the former domain was not ended"));
         }
         (Some(_), ..) => {}
-        // It is gone since: this machine was started anew, or somebody has destroyed it.
+        // It is gone since: the host was restarted, or another program has destroyed it.
         (None, Some(file), _) => restore(live, file, None, true).await?,
         (None, None, _) => create(live, None).await?,
     }
@@ -558,6 +574,7 @@ pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext
     if facts.guest.is_some() {
         facts.started = Some(StartedDomain::number(live.row().await?.domid));
     }
+    // The note and the previous memory go last: until here a repeated call, or an undo, needs them.
     *live.window.lock().await = None;
     live.places.remove()?;
     Ok(facts)

@@ -1,7 +1,8 @@
-//! `xl`: found once, by its absolute path; run with an argument vector, no shell, the C locale and a deadline.
+//! `xl`: found once, by its absolute path; run with an argument vector, no shell, the C locale, a deadline.
 //!
-//! It runs in a process group of its own and writes into files, not pipes: an interrupt of the terminal's, or the death of this
-//! process, must not end a save half way, which would leave the guest suspended, or a restore, which would leave half a domain.
+//! xl runs in its own process group and writes into files, not pipes. An interrupt from the terminal, or the
+//! death of this process, must not end a save half way, which would leave the guest suspended. Nor may it end
+//! a restore, which would leave half a domain.
 
 use std::{
     fs::File,
@@ -13,13 +14,13 @@ use std::{
 
 use snapcore::{Error, ErrorKind, Result, shell_command};
 
-/// Where it is looked for.
+/// Paths where it is searched.
 const PLACES: [&str; 4] = ["/usr/sbin/xl", "/usr/local/sbin/xl", "/sbin/xl", "/usr/bin/xl"];
 
-/// Within which what only looks or pauses must answer.
+/// Time limit for commands that only query or pause.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
-/// Within which a domain must be created or destroyed.
+/// Time limit for creating or destroying a domain.
 pub(crate) const MAKING: Duration = Duration::from_secs(300);
 
 /// The program.
@@ -28,7 +29,7 @@ pub(crate) struct Xl {
     path: PathBuf,
 }
 
-/// What it said.
+/// Its output.
 #[derive(Debug)]
 pub(crate) struct Said {
     pub(crate) ok: bool,
@@ -37,17 +38,17 @@ pub(crate) struct Said {
 }
 
 impl Xl {
-    /// The one of this machine, where it is.
+    /// Finds the xl of this machine.
     pub(crate) fn find() -> Option<Self> {
         let path = PLACES.iter().map(Path::new).find(|path| path.is_file())?;
-        // Only a dom0 has it: what is installed elsewhere would only fail.
+        // Only a dom0 has it: an xl elsewhere would only fail.
         Path::new("/proc/xen/capabilities").exists().then(|| Self { path: path.to_owned() })
     }
 
-    /// The one of this machine.
+    /// Finds the xl of this machine, or fails.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] where there is none.
+    /// [`ErrorKind::NotFound`] if there is none.
     pub(crate) fn expect() -> Result<Self> {
         Self::find().ok_or_else(|| {
             Error::new(ErrorKind::NotFound, "not a Xen dom0, or xl is not installed").advise(
@@ -56,10 +57,11 @@ impl Xl {
         })
     }
 
-    /// Runs it to its end, whatever that is.
+    /// Runs it to its end, with any result.
     ///
     /// # Errors
-    /// It cannot be started; [`ErrorKind::Io`] where it has not ended within the deadline: then it was killed.
+    /// If it cannot be started; [`ErrorKind::Io`] if it has not ended within the deadline: then it was
+    /// killed.
     pub(crate) async fn run(&self, words: &[&str], deadline: Duration) -> Result<Said> {
         let path = self.path.clone();
         let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
@@ -72,10 +74,10 @@ impl Xl {
         said
     }
 
-    /// Runs it; it must succeed. Gives its standard output.
+    /// Runs it and requires success. Returns its standard output.
     ///
     /// # Errors
-    /// As [`Xl::run`], and what it said.
+    /// See [`Xl::run`]; also xl's error message.
     pub(crate) async fn must(&self, words: &[&str], deadline: Duration) -> Result<String> {
         let said = self.run(words, deadline).await?;
         match said.ok {
@@ -85,7 +87,7 @@ impl Xl {
     }
 }
 
-/// The error of a run that failed.
+/// Makes the error of a failed run.
 pub(crate) fn failed(words: &[&str], said: &Said) -> Error {
     let full = ["No space left", "Disk quota exceeded"].iter().any(|words| said.err.contains(words));
     let kind = if full { ErrorKind::NoSpace } else { ErrorKind::Io };
@@ -95,7 +97,7 @@ pub(crate) fn failed(words: &[&str], said: &Said) -> Error {
     )
 }
 
-/// What is worth telling of all that it writes.
+/// Returns the relevant part of its error output.
 fn last_words(text: &str) -> String {
     let chatter = |line: &&str| {
         !line.trim().is_empty()
