@@ -16,9 +16,9 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use lvmguest::Machine;
 use lvmguest::inside::{disks, succeed};
 use snapcore::{DiskRecord, DiskSnapshotter};
-use snapcore_conformance::Workshop;
+use snapcore_testkit::TestBackend;
 
-/// Statements that do an operation again for each moment at which it can be struck, for each name, or for many reverts: in this machine, which is emulated,
+/// Statements that do an operation again for each moment at which it can be fired, for each name, or for many reverts: in this machine, which is emulated,
 /// more than an hour. `tests/lvmguest` has suites of its own for that; `DOMSNAP_TEST_LVM_KIT=all` tries these too, and all on thick volumes,
 /// where each of the many reverts is a merge that is waited for.
 const LONG: [&str; 12] = [
@@ -32,7 +32,7 @@ const LONG: [&str; 12] = [
     "cancelled at any step",
     "between a crash and the recovery",
     "undone",
-    "half way",
+    "half method",
     "is done by the recovery",
 ];
 const WHICH: &str = "DOMSNAP_TEST_LVM_KIT";
@@ -70,15 +70,15 @@ impl Volumes {
         Ok(())
     }
 
-    fn mark(place: &Utf8Path) -> String {
+    fn mark(dir: &Utf8Path) -> String {
         let mut hasher = DefaultHasher::new();
-        place.hash(&mut hasher);
+        dir.hash(&mut hasher);
         format!("p{:016x}", hasher.finish())
     }
 
-    fn of(place: &Utf8Path) -> Result<BTreeSet<String>> {
+    fn of(dir: &Utf8Path) -> Result<BTreeSet<String>> {
         let listed = succeed(Command::new("lvs").args(["--noheadings", "-o", "lv_name", "vg"]))?;
-        let mark = Self::mark(place);
+        let mark = Self::mark(dir);
         Ok(listed
             .stdout
             .split_whitespace()
@@ -88,14 +88,14 @@ impl Volumes {
     }
 }
 
-impl Workshop for Volumes {
+impl TestBackend for Volumes {
     fn backend(&self) -> Arc<dyn DiskSnapshotter> {
         // The kit's guest writes all of its small disks between two points.
         Arc::new(Lvm::new().area_percent(150))
     }
 
-    fn make(&self, place: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf> {
-        let name = format!("{}{name}", Self::mark(place));
+    fn make(&self, dir: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf> {
+        let name = format!("{}{name}", Self::mark(dir));
         let size = format!("{}b", content.len());
         let mut words = vec!["-q", "-y", "-Wn", "-n", &name];
         match self.thin {
@@ -127,8 +127,8 @@ impl Workshop for Volumes {
             .into()
     }
 
-    fn footprint(&self, place: &Utf8Path) -> Result<BTreeSet<String>> {
-        Self::of(place)
+    fn footprint(&self, dir: &Utf8Path) -> Result<BTreeSet<String>> {
+        Self::of(dir)
     }
 
     /// A thin revert is two renames; and lvm puts off the merge of a volume that somebody has open.
@@ -136,12 +136,12 @@ impl Workshop for Volumes {
         false
     }
 
-    fn clear(&self, place: &Utf8Path) -> Result<()> {
-        let names = Self::of(place)?;
+    fn clear(&self, dir: &Utf8Path) -> Result<()> {
+        let names = Self::of(dir)?;
         if names.is_empty() {
             return Ok(());
         }
-        let mark = Self::mark(place);
+        let mark = Self::mark(dir);
         let names: Vec<String> = names.iter().map(|name| format!("vg/{mark}{name}")).collect();
         succeed(Command::new("lvremove").args(["-q", "-f", "-y"]).args(names)).map(drop)
     }
@@ -150,14 +150,14 @@ impl Workshop for Volumes {
 fn main() -> ExitCode {
     if let Ok(sort) = env::var(SORT) {
         let volumes = Volumes { thin: sort == "thin" };
-        // A copy of this program that does one errand of the kit finds the group there.
-        if env::var_os("CONFORMANCE_ERRAND").is_none()
+        // A copy of this program that does one job of the kit finds the group there.
+        if env::var_os("TESTKIT_CHILD").is_none()
             && let Err(error) = volumes.prepare()
         {
             eprintln!("no volume group can be made: {error:#}");
             return ExitCode::FAILURE;
         }
-        return snapcore_conformance::run(volumes);
+        return snapcore_testkit::run(volumes);
     }
     let sorts = if all() { &["thin", "thick"][..] } else { &["thin"] };
     let trials = sorts.iter().map(|sort| {

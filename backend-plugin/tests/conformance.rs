@@ -8,18 +8,18 @@ use anyhow::Result;
 use backend_plugin::Plugin;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{DiskRecord, DiskSnapshotter};
-use snapcore_conformance::Workshop;
+use snapcore_testkit::TestBackend;
 
 struct Copies;
 
-impl Workshop for Copies {
+impl TestBackend for Copies {
     fn backend(&self) -> Arc<dyn DiskSnapshotter> {
         let program = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/domsnap-backend-dir.py");
         Arc::new(Plugin::new("dir", program))
     }
 
-    fn make(&self, place: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf> {
-        let path = place.join(name);
+    fn make(&self, dir: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf> {
+        let path = dir.join(name);
         std::fs::write(&path, content)?;
         Ok(path)
     }
@@ -33,8 +33,8 @@ impl Workshop for Copies {
         Ok(file.write_all_at(bytes, offset)?)
     }
 
-    fn is_aside(&self, place: &Utf8Path, holds: &[u8]) -> Result<Option<bool>> {
-        for directory in place.read_dir_utf8()? {
+    fn is_saved(&self, dir: &Utf8Path, holds: &[u8]) -> Result<Option<bool>> {
+        for directory in dir.read_dir_utf8()? {
             let directory = directory?;
             if directory.path().extension() != Some("points") {
                 continue;
@@ -51,5 +51,5 @@ impl Workshop for Copies {
 }
 
 fn main() -> ExitCode {
-    snapcore_conformance::run(Copies)
+    snapcore_testkit::run(Copies)
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use backend_qcow2::Qcow2;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{DiskRecord, DiskSnapshotter};
-use snapcore_conformance::Workshop;
+use snapcore_testkit::TestBackend;
 
 struct Images;
 
@@ -44,17 +44,17 @@ fn content(path: &Utf8Path, tag: Option<&str>) -> Result<Vec<u8>> {
     Ok(std::fs::read(raw.path())?)
 }
 
-impl Workshop for Images {
+impl TestBackend for Images {
     fn backend(&self) -> Arc<dyn DiskSnapshotter> {
         Arc::new(Qcow2::new())
     }
 
-    fn make(&self, place: &Utf8Path, name: &str, bytes: &[u8]) -> Result<Utf8PathBuf> {
-        let path = place.join(format!("{name}.qcow2"));
+    fn make(&self, dir: &Utf8Path, name: &str, bytes: &[u8]) -> Result<Utf8PathBuf> {
+        let path = dir.join(format!("{name}.qcow2"));
         let raw = tempfile::NamedTempFile::new()?;
         std::fs::write(raw.path(), bytes)?;
         // Made under a plain name: qemu-img would take some names for protocols.
-        let made = place.join("made.tmp");
+        let made = dir.join("made.tmp");
         let words: Vec<&OsStr> = vec![
             "convert".as_ref(),
             "-f".as_ref(),
@@ -95,8 +95,8 @@ impl Workshop for Images {
         }
     }
 
-    fn is_aside(&self, place: &Utf8Path, holds: &[u8]) -> Result<Option<bool>> {
-        for entry in place.read_dir_utf8()? {
+    fn is_saved(&self, dir: &Utf8Path, holds: &[u8]) -> Result<Option<bool>> {
+        for entry in dir.read_dir_utf8()? {
             let entry = entry?;
             let path = entry.path();
             if !entry.file_type()?.is_file() {
@@ -126,5 +126,5 @@ fn rescued_tags(image: &Path) -> Result<Vec<String>> {
 }
 
 fn main() -> ExitCode {
-    snapcore_conformance::run(Images)
+    snapcore_testkit::run(Images)
 }

@@ -8,17 +8,17 @@ use anyhow::Result;
 use backend_raw::Raw;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{DiskRecord, DiskSnapshotter};
-use snapcore_conformance::Workshop;
+use snapcore_testkit::TestBackend;
 
 struct Files;
 
-impl Workshop for Files {
+impl TestBackend for Files {
     fn backend(&self) -> Arc<dyn DiskSnapshotter> {
         Arc::new(Raw::new())
     }
 
-    fn make(&self, place: &Utf8Path, name: &str, bytes: &[u8]) -> Result<Utf8PathBuf> {
-        let path = place.join(format!("{name}.raw"));
+    fn make(&self, dir: &Utf8Path, name: &str, bytes: &[u8]) -> Result<Utf8PathBuf> {
+        let path = dir.join(format!("{name}.raw"));
         std::fs::write(&path, bytes)?;
         Ok(path)
     }
@@ -31,8 +31,8 @@ impl Workshop for Files {
         Ok(std::fs::OpenOptions::new().write(true).open(&disk.disk.path)?.write_all_at(bytes, offset)?)
     }
 
-    fn offers(&self, way: &str) -> bool {
-        match way {
+    fn offers(&self, method: &str) -> bool {
+        match method {
             "copy" => true,
             // Directories for temporary files mostly share no blocks; the suites of whole domains mount what does.
             "reflink" | "external" => {
@@ -42,7 +42,7 @@ impl Workshop for Files {
                 let shares = shares.unwrap_or(false);
                 if !shares {
                     eprintln!(
-                        "no {way} here: the file system of {} shares no blocks",
+                        "no {method} here: the file system of {} shares no blocks",
                         std::env::temp_dir().display()
                     );
                 }
@@ -53,8 +53,8 @@ impl Workshop for Files {
         }
     }
 
-    fn is_aside(&self, place: &Utf8Path, holds: &[u8]) -> Result<Option<bool>> {
-        for entry in place.read_dir_utf8()? {
+    fn is_saved(&self, dir: &Utf8Path, holds: &[u8]) -> Result<Option<bool>> {
+        for entry in dir.read_dir_utf8()? {
             let entry = entry?;
             if entry.file_name().starts_with("rescued-") && std::fs::read(entry.path())? == holds {
                 return Ok(Some(true));
@@ -65,5 +65,5 @@ impl Workshop for Files {
 }
 
 fn main() -> ExitCode {
-    snapcore_conformance::run(Files)
+    snapcore_testkit::run(Files)
 }

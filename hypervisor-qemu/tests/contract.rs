@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 use hypervisor_qemu::Qemu;
 use snapcore::{Control, Target, VmStateSaver};
-use snapcore_conformance::hypervisor::{Machine, run};
+use snapcore_testkit::hypervisor::{TestMachine, run};
 use testguest::{Guest, GuestOptions};
 
 struct Running {
@@ -14,7 +14,7 @@ struct Running {
     disks: Vec<(Target, Utf8PathBuf, String)>,
 }
 
-impl Machine for Running {
+impl TestMachine for Running {
     fn saver(&self) -> Arc<dyn VmStateSaver> {
         Arc::new(Qemu::new())
     }
@@ -28,10 +28,10 @@ impl Machine for Running {
     }
 
     fn nowhere(&self) -> String {
-        self.room().join("nowhere.qmp").into_string()
+        self.memory_dir().join("nowhere.qmp").into_string()
     }
 
-    fn room(&self) -> &Utf8Path {
+    fn memory_dir(&self) -> &Utf8Path {
         Utf8Path::from_path(self.guest.dir()).expect("a directory of the tests is of UTF-8")
     }
 }

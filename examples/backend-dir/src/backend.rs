@@ -149,7 +149,11 @@ impl DiskSnapshotter for Copies {
                 created: taken(&copied),
                 description: String::new(),
                 consistency: Consistency::Unknown,
-                disks: vec![DiskPoint::new(record.disk.target.clone(), Point::internal(layer(), tag), copied.len())],
+                disks: vec![DiskPoint::new(
+                    record.disk.target.clone(),
+                    Point::internal(layer(), tag),
+                    copied.len(),
+                )],
                 memory: None,
                 machine: None,
                 skipped: Vec::new(),

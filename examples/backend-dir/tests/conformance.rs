@@ -8,17 +8,17 @@ use anyhow::Result;
 use backend_dir::Copies;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{DiskRecord, DiskSnapshotter};
-use snapcore_conformance::Workshop;
+use snapcore_testkit::TestBackend;
 
 struct Files;
 
-impl Workshop for Files {
+impl TestBackend for Files {
     fn backend(&self) -> Arc<dyn DiskSnapshotter> {
         Arc::new(Copies::default())
     }
 
-    fn make(&self, place: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf> {
-        let path = place.join(name);
+    fn make(&self, dir: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf> {
+        let path = dir.join(name);
         std::fs::write(&path, content)?;
         Ok(path)
     }
@@ -32,8 +32,8 @@ impl Workshop for Files {
         Ok(file.write_all_at(bytes, offset)?)
     }
 
-    fn is_aside(&self, place: &Utf8Path, holds: &[u8]) -> Result<Option<bool>> {
-        for directory in place.read_dir_utf8()? {
+    fn is_saved(&self, dir: &Utf8Path, holds: &[u8]) -> Result<Option<bool>> {
+        for directory in dir.read_dir_utf8()? {
             let directory = directory?;
             if directory.path().extension() != Some("points") {
                 continue;
@@ -50,5 +50,5 @@ impl Workshop for Files {
 }
 
 fn main() -> ExitCode {
-    snapcore_conformance::run(Files)
+    snapcore_testkit::run(Files)
 }

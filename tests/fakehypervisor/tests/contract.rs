@@ -6,16 +6,16 @@ use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 use fakehypervisor::{Fake, FakeDisk, FakeMachine};
 use snapcore::{Control, Target, VmStateSaver};
-use snapcore_conformance::hypervisor::{Machine, run};
+use snapcore_testkit::hypervisor::{TestMachine, run};
 
 struct Place {
     directory: tempfile::TempDir,
     disk: Utf8PathBuf,
 }
 
-impl Machine for Place {
+impl TestMachine for Place {
     fn saver(&self) -> Arc<dyn VmStateSaver> {
-        Arc::new(Fake::new(self.room()))
+        Arc::new(Fake::new(self.memory_dir()))
     }
     fn control(&self) -> Control {
         Control { address: "web".to_owned(), ..Control::default() }
@@ -27,7 +27,7 @@ impl Machine for Place {
     fn nowhere(&self) -> String {
         "nowhere".to_owned()
     }
-    fn room(&self) -> &Utf8Path {
+    fn memory_dir(&self) -> &Utf8Path {
         Utf8Path::from_path(self.directory.path()).expect("of UTF-8")
     }
 }
@@ -39,7 +39,8 @@ fn place() -> Result<Place> {
     std::fs::write(&place.disk, [1; 4096])?;
     let (target, open, format) = (Target::new("vda")?, vec![place.disk.clone()], "raw".to_owned());
     let disks = vec![FakeDisk { target, open, format }];
-    Fake::new(place.room()).put("web", &FakeMachine { running: true, memory: 7, disks, window: None })?;
+    Fake::new(place.memory_dir())
+        .put("web", &FakeMachine { running: true, memory: 7, disks, window: None })?;
     Ok(place)
 }
 

@@ -7,13 +7,13 @@
 //! # struct Fresh;
 //! # impl Fresh { fn new() -> Self { Self } }
 //! # fn connect(_: &Fresh) -> Arc<dyn Catalogue> { unimplemented!() }
-//! use snapcore_conformance::catalogue::{Store, run};
+//! use snapcore_testkit::catalogue::{TestCatalogue, run};
 //!
-//! impl Store for Fresh {
+//! impl TestCatalogue for Fresh {
 //!     fn open(&self) -> Arc<dyn Catalogue> {
 //!         connect(self)
 //!     }
-//!     fn another(&self) -> Box<dyn Store> {
+//!     fn another(&self) -> Box<dyn TestCatalogue> {
 //!         Box::new(Fresh::new())
 //!     }
 //! }
@@ -40,16 +40,16 @@ use snapcore::{
 };
 
 /// Where a catalogue is kept, which is empty at first and lives as long as this.
-pub trait Store {
+pub trait TestCatalogue {
     /// The catalogue, as a process of its own opens it.
     fn open(&self) -> Arc<dyn Catalogue>;
 
     /// Another store, empty.
-    fn another(&self) -> Box<dyn Store>;
+    fn another(&self) -> Box<dyn TestCatalogue>;
 }
 
 /// Runs each trial on a store of its own. Words on the command line are those of every Rust test program.
-pub fn run(make: fn() -> Box<dyn Store>) -> ExitCode {
+pub fn run(make: fn() -> Box<dyn TestCatalogue>) -> ExitCode {
     let mut trials = vec![
         trial(make, "a commit on another revision changes nothing", async |store| {
             a_commit_on_another_revision_changes_nothing(store).await
@@ -90,9 +90,9 @@ pub fn run(make: fn() -> Box<dyn Store>) -> ExitCode {
 }
 
 fn trial(
-    make: fn() -> Box<dyn Store>,
+    make: fn() -> Box<dyn TestCatalogue>,
     name: &str,
-    statement: impl AsyncFnOnce(&dyn Store) + Send + 'static,
+    statement: impl AsyncFnOnce(&dyn TestCatalogue) + Send + 'static,
 ) -> Trial {
     Trial::test(name, move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -159,7 +159,7 @@ fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
     }
 }
 
-async fn a_commit_on_another_revision_changes_nothing(store: &dyn Store) {
+async fn a_commit_on_another_revision_changes_nothing(store: &dyn TestCatalogue) {
     let (one, two) = (store.open(), store.open());
     let web = domain("web", &["/a"]);
     let first = one.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
@@ -177,7 +177,7 @@ async fn a_commit_on_another_revision_changes_nothing(store: &dyn Store) {
     assert!(again > second);
 }
 
-async fn a_transaction_of_which_one_change_fails_changes_nothing(store: &dyn Store) {
+async fn a_transaction_of_which_one_change_fails_changes_nothing(store: &dyn TestCatalogue) {
     let catalogue = store.open();
     let web = domain("web", &["/a", "/b"]);
     let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
@@ -192,7 +192,7 @@ async fn a_transaction_of_which_one_change_fails_changes_nothing(store: &dyn Sto
     assert_eq!((entry.revision, entry.tree.len()), (revision, 0));
 }
 
-async fn a_disk_belongs_to_one_domain(store: &dyn Store) {
+async fn a_disk_belongs_to_one_domain(store: &dyn TestCatalogue) {
     let catalogue = store.open();
     let (web, db) = (domain("web", &["/a", "/b"]), domain("db", &["/c", "/b"]));
     catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
@@ -203,7 +203,7 @@ async fn a_disk_belongs_to_one_domain(store: &dyn Store) {
     assert_eq!(owners, [("/b".into(), web.name)]);
 }
 
-async fn an_operation_is_read_as_it_was_written(store: &dyn Store) {
+async fn an_operation_is_read_as_it_was_written(store: &dyn TestCatalogue) {
     let catalogue = store.open();
     let web = domain("web", &["/a"]);
     let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
@@ -263,7 +263,7 @@ async fn an_operation_is_read_as_it_was_written(store: &dyn Store) {
     assert_eq!(catalogue.commit(&web.name, revision, nowhere).await.unwrap_err().kind(), ErrorKind::Internal);
 }
 
-async fn a_watch_tells_the_last_revision(store: &dyn Store) {
+async fn a_watch_tells_the_last_revision(store: &dyn TestCatalogue) {
     let (catalogue, other) = (store.open(), store.open());
     let web = domain("web", &["/a"]);
     let mut revision = other.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
@@ -281,7 +281,7 @@ async fn a_watch_tells_the_last_revision(store: &dyn Store) {
     }
 }
 
-async fn a_lease_excludes_until_it_is_dropped(store: &dyn Store) {
+async fn a_lease_excludes_until_it_is_dropped(store: &dyn TestCatalogue) {
     let (one, two) = (store.open(), store.open());
     let long = "n".repeat(255);
     for name in ["web", long.as_str()] {
@@ -336,7 +336,7 @@ fn model_of(entry: &Entry) -> Model {
     }
 }
 
-fn edits_do_to_the_catalogue_what_they_do_to_a_model(make: fn() -> Box<dyn Store>) {
+fn edits_do_to_the_catalogue_what_they_do_to_a_model(make: fn() -> Box<dyn TestCatalogue>) {
     let mut runner = TestRunner::new(ProptestConfig { cases: 24, ..ProptestConfig::default() });
     let all = proptest::collection::vec(doing(), 1..24);
     let held = runner.run(&all, |all| {
@@ -413,7 +413,7 @@ fn edits_do_to_the_catalogue_what_they_do_to_a_model(make: fn() -> Box<dyn Store
 }
 
 async fn what_is_done_to_one_domains_snapshots_never_touches_anothers_of_the_same_identity(
-    store: &dyn Store,
+    store: &dyn TestCatalogue,
 ) {
     let catalogue = store.open();
     let (web, copy) = (domain("web", &["/a", "/b"]), domain("copy", &["/c", "/d"]));
@@ -437,7 +437,9 @@ async fn what_is_done_to_one_domains_snapshots_never_touches_anothers_of_the_sam
     assert!(whole().await);
 }
 
-async fn a_catalogue_keeps_its_identity_and_a_domain_is_newer_than_what_it_was_taken_from(store: &dyn Store) {
+async fn a_catalogue_keeps_its_identity_and_a_domain_is_newer_than_what_it_was_taken_from(
+    store: &dyn TestCatalogue,
+) {
     let catalogue = store.open();
     assert_eq!(catalogue.identity().await.unwrap(), None);
     let web = domain("web", &["/a"]);

@@ -17,28 +17,28 @@ use snapcore::{
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 
+use crate::fault::{Fault, FaultInjector, FaultyBackend, FaultyCatalogue};
 use crate::model::{Bytes, Model, Tree};
 use crate::seed::Seed;
-use crate::strike::{Strike, Strikes, Struck, StruckCatalogue};
-use crate::workshop::Workshop;
+use crate::test_backend::TestBackend;
 
 /// The disks of a domain under trial.
 pub(crate) const TARGETS: [&str; 2] = ["vda", "vdb"];
 
-/// How long one waits for a process that was killed to be gone.
+/// FaultKind long one waits for a process that was killed to be gone.
 const GONE: Duration = Duration::from_secs(30);
 
-/// How points are taken.
+/// FaultKind points are taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Way {
+pub(crate) enum Method {
     /// As points of a kind.
     Kind(PointKind),
-    /// In a way that the backend has a name for.
+    /// In a method that the backend has a name for.
     Named(String),
 }
 
-impl Way {
-    /// A create of the disks `targets` in this way.
+impl Method {
+    /// A create of the disks `targets` in this method.
     pub(crate) fn create<T: AsRef<str>>(
         &self,
         name: SnapshotName,
@@ -47,19 +47,19 @@ impl Way {
         let request = CreateRequest::new(name);
         match self {
             Self::Kind(kind) => Ok(request.kind(*kind)),
-            Self::Named(way) => targets.iter().try_fold(request, |request, target| {
-                Ok(request.disk(Target::new(target.as_ref())?, CreateDisk::Way(way.clone())))
+            Self::Named(method) => targets.iter().try_fold(request, |request, target| {
+                Ok(request.disk(Target::new(target.as_ref())?, CreateDisk::Way(method.clone())))
             }),
         }
     }
 }
 
-impl std::fmt::Display for Way {
+impl std::fmt::Display for Method {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Kind(PointKind::Internal) => "internal",
             Self::Kind(PointKind::External) => "external",
-            Self::Named(way) => way,
+            Self::Named(method) => method,
         })
     }
 }
@@ -73,16 +73,16 @@ pub(crate) enum Op {
     Tidy,
 }
 
-/// Where a house stands: enough for another process to do an operation in it.
+/// Where a fixture stands: enough for another process to do an operation in it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Plot {
+pub(crate) struct TestDomain {
     pub(crate) root: Utf8PathBuf,
     pub(crate) domain: DomainName,
-    pub(crate) way: Way,
+    pub(crate) method: Method,
     pub(crate) targets: Vec<String>,
 }
 
-impl Plot {
+impl TestDomain {
     fn disks(&self) -> Utf8PathBuf {
         self.root.join("disks")
     }
@@ -96,24 +96,24 @@ impl Plot {
 pub(crate) struct Process {
     runtime: Option<Runtime>,
     pub(crate) service: Domsnap,
-    pub(crate) strikes: Arc<Strikes>,
+    pub(crate) faults: Arc<FaultInjector>,
     domain: DomainRef,
-    plot: Plot,
+    test_domain: TestDomain,
 }
 
 impl Process {
-    pub(crate) fn new(shop: &dyn Workshop, plot: &Plot) -> Result<Self> {
+    pub(crate) fn new(subject: &dyn TestBackend, test_domain: &TestDomain) -> Result<Self> {
         let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let strikes = Arc::new(Strikes::default());
+        let faults = Arc::new(FaultInjector::default());
         let _entered = runtime.enter();
         let mut registry = Registry::new();
-        registry.register(Arc::new(Struck { inner: shop.backend(), strikes: strikes.clone() }))?;
+        registry.register(Arc::new(FaultyBackend { inner: subject.backend(), faults: faults.clone() }))?;
         let catalogue =
-            StruckCatalogue { inner: SqliteCatalogue::new(plot.state()), strikes: strikes.clone() };
+            FaultyCatalogue { inner: SqliteCatalogue::new(test_domain.state()), faults: faults.clone() };
         let service = Domsnap::new(Arc::new(catalogue), registry);
         drop(_entered);
-        let domain = DomainRef::Name(plot.domain.clone());
-        Ok(Self { runtime: Some(runtime), service, strikes, domain, plot: plot.clone() })
+        let domain = DomainRef::Name(test_domain.domain.clone());
+        Ok(Self { runtime: Some(runtime), service, faults, domain, test_domain: test_domain.clone() })
     }
 
     pub(crate) fn wait<T>(&self, work: impl Future<Output = T>) -> T {
@@ -133,7 +133,7 @@ impl Process {
         let (service, domain, cancel) = (&self.service, &self.domain, cancel.clone());
         let work: std::pin::Pin<Box<dyn Future<Output = snapcore::Result<Outcome>> + '_>> = match op {
             Op::Create(point) => {
-                let request = self.plot.way.create(name(point)?, &self.plot.targets)?;
+                let request = self.test_domain.method.create(name(point)?, &self.test_domain.targets)?;
                 Box::pin(service.create(domain, request, cancel))
             }
             Op::Revert { to, save } => {
@@ -149,7 +149,7 @@ impl Process {
             }
             Op::Tidy => Box::pin(service.tidy(domain, cancel)),
         };
-        let stopped = self.strikes.stopped.notified();
+        let stopped = self.faults.stopped.notified();
         Ok(self.wait(async {
             tokio::select! {
                 outcome = work => Some(outcome),
@@ -160,12 +160,12 @@ impl Process {
 
     /// Does an operation that nothing stops. Where a process that ended still holds something, it is waited for: what it held
     /// is given back by the system in its own time, and a child that another thread starts just then has it for a moment too.
-    pub(crate) fn run_patiently(&self, op: &Op) -> Result<snapcore::Result<Outcome>> {
+    pub(crate) fn run_waiting(&self, op: &Op) -> Result<snapcore::Result<Outcome>> {
         let begun = Instant::now();
         loop {
             let done = self.run(op, &CancellationToken::new())?;
             let outcome = done.with_context(|| format!("{op:?} stopped for ever"))?;
-            if !waits(&outcome, begun) {
+            if !wait_while_busy(&outcome, begun) {
                 return Ok(outcome);
             }
         }
@@ -175,7 +175,7 @@ impl Process {
     pub(crate) fn recover(&self) -> Option<snapcore::Result<Vec<RecoveryReport>>> {
         let begun = Instant::now();
         loop {
-            let stopped = self.strikes.stopped.notified();
+            let stopped = self.faults.stopped.notified();
             let ended = self.wait(async {
                 tokio::select! {
                     outcome = self.service.recover(Some(&self.domain), CancellationToken::new()) => Some(outcome),
@@ -183,7 +183,7 @@ impl Process {
                 }
             });
             match ended {
-                Some(outcome) if waits(&outcome, begun) => {}
+                Some(outcome) if wait_while_busy(&outcome, begun) => {}
                 ended => return ended,
             }
         }
@@ -191,7 +191,7 @@ impl Process {
 }
 
 /// Waits a moment, where it failed because something is busy still.
-fn waits<T>(outcome: &snapcore::Result<T>, begun: Instant) -> bool {
+fn wait_while_busy<T>(outcome: &snapcore::Result<T>, begun: Instant) -> bool {
     let busy = outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy);
     if busy && begun.elapsed() < GONE {
         std::thread::sleep(Duration::from_millis(20));
@@ -210,80 +210,90 @@ impl Drop for Process {
 }
 
 /// A domain of two disks, with the model of what they must hold.
-pub(crate) struct House<'a> {
-    shop: &'a dyn Workshop,
-    pub(crate) plot: Plot,
+pub(crate) struct Fixture<'a> {
+    subject: &'a dyn TestBackend,
+    pub(crate) test_domain: TestDomain,
     process: Option<Process>,
     pub(crate) model: Model,
-    pub(crate) dice: Seed,
+    pub(crate) random: Seed,
     _root: tempfile::TempDir,
 }
 
-impl<'a> House<'a> {
+impl<'a> Fixture<'a> {
     /// A domain without snapshots, its disks called as its targets.
-    pub(crate) fn new(shop: &'a dyn Workshop, way: &Way) -> Result<Self> {
-        Self::named(shop, way, &TARGETS)
+    pub(crate) fn new(subject: &'a dyn TestBackend, method: &Method) -> Result<Self> {
+        Self::named(subject, method, &TARGETS)
     }
 
     /// A domain without snapshots, whose disks have these names.
-    pub(crate) fn named(shop: &'a dyn Workshop, way: &Way, names: &[&str]) -> Result<Self> {
-        let root = match shop.ground() {
+    pub(crate) fn named(subject: &'a dyn TestBackend, method: &Method, names: &[&str]) -> Result<Self> {
+        let root = match subject.ground() {
             Some(ground) => tempfile::tempdir_in(ground)?,
             None => tempfile::tempdir()?,
         };
         let path = Utf8Path::from_path(root.path()).context("the temporary directory is not UTF-8")?;
         let path = path.canonicalize_utf8()?;
-        let plot =
-            Plot { root: path, domain: DomainName::new("trial")?, way: way.clone(), targets: Vec::new() };
-        std::fs::create_dir(plot.disks())?;
-        let mut house =
-            Self { shop, process: None, model: Model::default(), dice: Seed::new(0x5eed), plot, _root: root };
-        let mut spec = DomainSpec::new(house.plot.domain.clone()).active_path(shop.active_path());
+        let test_domain = TestDomain {
+            root: path,
+            domain: DomainName::new("trial")?,
+            method: method.clone(),
+            targets: Vec::new(),
+        };
+        std::fs::create_dir(test_domain.disks())?;
+        let mut fixture = Self {
+            subject,
+            process: None,
+            model: Model::default(),
+            random: Seed::new(0x5eed),
+            test_domain,
+            _root: root,
+        };
+        let mut spec = DomainSpec::new(fixture.test_domain.domain.clone()).active_path(subject.active_path());
         let format = {
-            let process = Process::new(shop, &house.plot)?;
+            let process = Process::new(subject, &fixture.test_domain)?;
             let backend = process.service.registry().iter().next().context("no backend")?;
             backend.format().to_owned()
         };
         for (index, name) in names.iter().enumerate() {
             let target = format!("vd{}", char::from(b'a' + u8::try_from(index)?));
-            let content = house.some_bytes(usize::try_from(shop.size())?);
-            let path = shop
-                .make(&house.plot.disks(), name, &content)
+            let content = fixture.random_bytes(usize::try_from(subject.size())?);
+            let path = subject
+                .make(&fixture.test_domain.disks(), name, &content)
                 .with_context(|| format!("making a disk called {name:?}"))?;
             spec = spec.disk(Target::new(target.clone())?, path, format.clone());
-            house.model.present.insert(target.clone(), Arc::new(content));
-            house.plot.targets.push(target);
+            fixture.model.disks.insert(target.clone(), Arc::new(content));
+            fixture.test_domain.targets.push(target);
         }
-        let process = house.process()?;
+        let process = fixture.process()?;
         process.wait(process.service.domain_add(&spec))?;
-        Ok(house)
+        Ok(fixture)
     }
 
     /// A domain with the points `a`, `b` on it and `c` on that, each other than the one before, and a present that is other
     /// than all; where the backend has no point on a point, with `a` alone.
-    pub(crate) fn furnished(shop: &'a dyn Workshop, way: &Way) -> Result<Self> {
-        let mut house = Self::new(shop, way)?;
+    pub(crate) fn with_snapshots(subject: &'a dyn TestBackend, method: &Method) -> Result<Self> {
+        let mut fixture = Self::new(subject, method)?;
         let names: &[&str] =
-            if house.capabilities()?.snapshot_of_snapshot { &["a", "b", "c"] } else { &["a"] };
+            if fixture.capabilities()?.snapshot_of_snapshot { &["a", "b", "c"] } else { &["a"] };
         for name in names {
-            house.create(name)?;
-            house.write_somewhere()?;
+            fixture.create(name)?;
+            fixture.write_random()?;
         }
-        Ok(house)
+        Ok(fixture)
     }
 
-    pub(crate) fn shop(&self) -> &'a dyn Workshop {
-        self.shop
+    pub(crate) fn subject(&self) -> &'a dyn TestBackend {
+        self.subject
     }
 
-    pub(crate) fn place(&self) -> Utf8PathBuf {
-        self.plot.disks()
+    pub(crate) fn dir(&self) -> Utf8PathBuf {
+        self.test_domain.disks()
     }
 
     /// The process that there is, or a new one.
     pub(crate) fn process(&mut self) -> Result<&Process> {
         if self.process.is_none() {
-            self.process = Some(Process::new(self.shop, &self.plot)?);
+            self.process = Some(Process::new(self.subject, &self.test_domain)?);
         }
         self.process.as_ref().context("there is no process")
     }
@@ -294,13 +304,13 @@ impl<'a> House<'a> {
     }
 
     /// Forgets the catalogue and its journal.
-    pub(crate) fn lose_the_catalogue(&mut self) -> Result<()> {
+    pub(crate) fn lose_catalogue(&mut self) -> Result<()> {
         self.crash();
-        Ok(std::fs::remove_dir_all(self.plot.state())?)
+        Ok(std::fs::remove_dir_all(self.test_domain.state())?)
     }
 
     pub(crate) fn reference(&self) -> DomainRef {
-        DomainRef::Name(self.plot.domain.clone())
+        DomainRef::Name(self.test_domain.domain.clone())
     }
 
     pub(crate) fn capabilities(&mut self) -> Result<snapcore::Capabilities> {
@@ -316,11 +326,11 @@ impl<'a> House<'a> {
     }
 
     /// Random bytes, so that no two blocks are the same by chance; with runs of zeros, which are kept in other ways.
-    pub(crate) fn some_bytes(&mut self, length: usize) -> Vec<u8> {
+    pub(crate) fn random_bytes(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         for block in bytes.chunks_mut(4096) {
-            if self.dice.chance(50) {
-                let word = self.dice.draw().to_le_bytes();
+            if self.random.chance(50) {
+                let word = self.random.draw().to_le_bytes();
                 for (index, byte) in block.iter_mut().enumerate() {
                     *byte = word[index % 8] ^ (index / 8) as u8;
                 }
@@ -330,17 +340,17 @@ impl<'a> House<'a> {
     }
 
     /// The guest writes: some bytes somewhere, on each disk.
-    pub(crate) fn write_somewhere(&mut self) -> Result<()> {
+    pub(crate) fn write_random(&mut self) -> Result<()> {
         for record in self.records()? {
             let target = record.disk.target.to_string();
-            let size = self.model.present.get(&target).context("a disk of the model")?.len() as u64;
-            let length = [512, 4096, 20_480, 61_440][self.dice.below(4) as usize];
-            let offset = 512 * self.dice.below((size - length) / 512 + 1);
+            let size = self.model.disks.get(&target).context("a disk of the model")?.len() as u64;
+            let length = [512, 4096, 20_480, 61_440][self.random.below(4) as usize];
+            let offset = 512 * self.random.below((size - length) / 512 + 1);
             // Never all zeros: the disk must be another than before.
-            let mut bytes = self.some_bytes(length as usize);
-            bytes[0] = 1 + self.dice.below(255) as u8;
-            bytes[1] = self.dice.below(256) as u8;
-            self.shop
+            let mut bytes = self.random_bytes(length as usize);
+            bytes[0] = 1 + self.random.below(255) as u8;
+            bytes[1] = self.random.below(256) as u8;
+            self.subject
                 .write(&record, offset, &bytes)
                 .with_context(|| format!("the guest writes {length} bytes at {offset} of {target}"))?;
             self.model.write(&target, offset, &bytes);
@@ -352,14 +362,15 @@ impl<'a> House<'a> {
     pub(crate) fn read(&mut self) -> Result<Vec<(String, Vec<u8>)>> {
         let mut all = Vec::new();
         for record in self.records()? {
-            let bytes = self.shop.read(&record).with_context(|| format!("reading {}", record.disk.path))?;
+            let bytes =
+                self.subject.read(&record).with_context(|| format!("reading {}", record.disk.path))?;
             all.push((record.disk.target.to_string(), bytes));
         }
         Ok(all)
     }
 
     /// Makes the model what `op` makes of the domain.
-    pub(crate) fn imagine(&mut self, op: &Op) {
+    pub(crate) fn update_model(&mut self, op: &Op) {
         match op {
             Op::Create(name) => self.model.create(name),
             Op::Revert { to, save } => self.model.revert(to, save.as_deref()),
@@ -370,8 +381,8 @@ impl<'a> House<'a> {
 
     /// Does an operation that must succeed.
     pub(crate) fn run(&mut self, op: &Op) -> Result<Outcome> {
-        let outcome = self.process()?.run_patiently(op)?.with_context(|| format!("{op:?}"))?;
-        self.imagine(op);
+        let outcome = self.process()?.run_waiting(op)?.with_context(|| format!("{op:?}"))?;
+        self.update_model(op);
         Ok(outcome)
     }
 
@@ -387,32 +398,34 @@ impl<'a> House<'a> {
         self.run(&Op::Delete(names.iter().map(|name| (*name).to_owned()).collect()))
     }
 
-    /// Does an operation while faults strike; `None` where it stopped for ever, and the process with it. The model does not
+    /// Does an operation while faults fault; `None` where it stopped for ever, and the process with it. The model does not
     /// learn of it.
-    pub(crate) fn run_struck(
+    pub(crate) fn run_with_faults(
         &mut self,
         op: &Op,
-        strikes: Vec<Strike>,
+        faults: Vec<Fault>,
     ) -> Result<Option<snapcore::Result<Outcome>>> {
-        self.run_cancellable(op, strikes, &CancellationToken::new())
+        self.run_cancellable(op, faults, &CancellationToken::new())
     }
 
     pub(crate) fn run_cancellable(
         &mut self,
         op: &Op,
-        strikes: Vec<Strike>,
+        faults: Vec<Fault>,
         cancel: &CancellationToken,
     ) -> Result<Option<snapcore::Result<Outcome>>> {
         let process = self.process()?;
         let begun = Instant::now();
         loop {
-            process.strikes.arm(strikes.clone());
+            process.faults.arm(faults.clone());
             match process.run(op, cancel)? {
-                // A child that another thread starts just then has our locks for a moment. (Without strikes it may be refused on purpose.)
+                // A child that another thread starts just then has our locks for a moment. (Without faults it may be refused on purpose.)
                 Some(outcome)
-                    if !strikes.is_empty() && !process.strikes.have_struck() && waits(&outcome, begun) => {}
+                    if !faults.is_empty()
+                        && !process.faults.has_fired()
+                        && wait_while_busy(&outcome, begun) => {}
                 Some(outcome) => {
-                    process.strikes.disarm();
+                    process.faults.disarm();
                     return Ok(Some(outcome));
                 }
                 None => {
@@ -424,25 +437,25 @@ impl<'a> House<'a> {
     }
 
     /// An operation is refused, as an error of this kind, and changes nothing.
-    pub(crate) fn is_refused(&mut self, op: &Op, kind: ErrorKind) -> Result<()> {
+    pub(crate) fn expect_refusal(&mut self, op: &Op, kind: ErrorKind) -> Result<()> {
         let before = self.footprint()?;
-        let error = refusal(self.process()?.run_patiently(op)?, &format!("{op:?}"))?;
+        let error = refusal(self.process()?.run_waiting(op)?, &format!("{op:?}"))?;
         ensure!(error.kind() == kind, "{op:?} is refused by {error} ({:?})", error.kind());
         let after = self.footprint()?;
         ensure!(before == after, "{op:?} is refused, and leaves {after:?} where {before:?} was");
-        self.is_as_the_model()
+        self.check_current()
     }
 
-    /// Whether a fault struck since they were armed, in the process that there is.
-    pub(crate) fn have_struck(&mut self) -> Result<bool> {
-        Ok(self.process()?.strikes.have_struck())
+    /// Whether a fault fired since they were armed, in the process that there is.
+    pub(crate) fn has_fired(&mut self) -> Result<bool> {
+        Ok(self.process()?.faults.has_fired())
     }
 
-    /// Recovers what stopped half way, and ends with nothing left to recover. Where a process that was killed still works on a
+    /// Recovers what stopped half method, and ends with nothing left to recover. Where a process that was killed still works on a
     /// disk, it is waited for.
     pub(crate) fn recover(&mut self) -> Result<Vec<RecoveryReport>> {
         let process = self.process()?;
-        process.strikes.disarm();
+        process.faults.disarm();
         let reports = process.recover().context("the recovery stopped for ever")?.context("recovering")?;
         let reference = self.reference();
         let process = self.process()?;
@@ -468,32 +481,32 @@ impl<'a> House<'a> {
     }
 
     /// The present and the tree are the model's.
-    pub(crate) fn is_as_the_model(&mut self) -> Result<()> {
+    pub(crate) fn check_current(&mut self) -> Result<()> {
         let (tree, wanted) = (self.tree()?, self.model.tree());
         ensure!(tree == wanted, "the catalogue has {tree:?} instead of {wanted:?}");
-        self.shows("the present")
+        self.check_disks("the present")
     }
 
-    fn shows(&mut self, what: &str) -> Result<()> {
+    fn check_disks(&mut self, what: &str) -> Result<()> {
         for (target, found) in self.read()? {
-            let wanted = self.model.present.get(&target).context("a disk of the model")?;
-            same(&found, wanted).with_context(|| format!("{what} on {target}"))?;
+            let wanted = self.model.disks.get(&target).context("a disk of the model")?;
+            compare(&found, wanted).with_context(|| format!("{what} on {target}"))?;
         }
         Ok(())
     }
 
     /// The present, the tree and every point are the model's. Ends at the last point of the tree.
-    pub(crate) fn is_whole(&mut self) -> Result<()> {
-        self.is_as_the_model()?;
+    pub(crate) fn check_all(&mut self) -> Result<()> {
+        self.check_current()?;
         for name in self.model.points.keys().cloned().collect::<Vec<_>>() {
             self.revert(&name)?;
-            self.shows(&format!("the point {name}"))?;
+            self.check_disks(&format!("the point {name}"))?;
         }
-        self.is_sound()
+        self.check_findings()
     }
 
     /// The service's own check finds nothing wrong.
-    pub(crate) fn is_sound(&mut self) -> Result<()> {
+    pub(crate) fn check_findings(&mut self) -> Result<()> {
         let reference = self.reference();
         let process = self.process()?;
         let findings = process.wait(process.service.check(&reference))?;
@@ -504,21 +517,21 @@ impl<'a> House<'a> {
 
     /// What there is of disks.
     pub(crate) fn footprint(&self) -> Result<BTreeSet<String>> {
-        self.shop.footprint(&self.place())
+        self.subject.footprint(&self.dir())
     }
 
     /// After an operation that may have happened: takes the model on to what the catalogue says, which must be as before or as
     /// after. Gives whether it happened.
-    pub(crate) fn settle(&mut self, op: &Op) -> Result<bool> {
+    pub(crate) fn sync_model(&mut self, op: &Op) -> Result<bool> {
         let found = self.tree()?;
         let before = self.model.clone();
-        self.imagine(op);
+        self.update_model(op);
         if before.tree() == self.model.tree() {
             // A revert to where it came from: only the disks tell.
             let after = self.read()?;
-            let happened = after.iter().all(|(target, bytes)| {
-                self.model.present.get(target).is_some_and(|wanted| **wanted == *bytes)
-            });
+            let happened = after
+                .iter()
+                .all(|(target, bytes)| self.model.disks.get(target).is_some_and(|wanted| **wanted == *bytes));
             if !happened {
                 self.model = before;
             }
@@ -538,17 +551,17 @@ impl<'a> House<'a> {
     }
 }
 
-impl Drop for House<'_> {
+impl Drop for Fixture<'_> {
     fn drop(&mut self) {
         self.crash();
-        if let Err(error) = self.shop.clear(&self.place()) {
-            eprintln!("the remains of {} cannot be removed: {error:#}", self.place());
+        if let Err(error) = self.subject.clear(&self.dir()) {
+            eprintln!("the remains of {} cannot be removed: {error:#}", self.dir());
         }
     }
 }
 
 /// Both are the same bytes.
-pub(crate) fn same(found: &[u8], wanted: &Bytes) -> Result<()> {
+pub(crate) fn compare(found: &[u8], wanted: &Bytes) -> Result<()> {
     ensure!(found.len() == wanted.len(), "{} bytes instead of {}", found.len(), wanted.len());
     let differing = found.iter().zip(wanted.iter()).position(|(one, other)| one != other);
     if let Some(at) = differing {

@@ -6,27 +6,27 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::house::{House, Op, Plot, Process};
-use crate::strike::{How, Moment, Strike};
-use crate::workshop::Workshop;
+use crate::fault::{Fault, FaultKind, Moment};
+use crate::fixture::{Fixture, Op, Process, TestDomain};
+use crate::test_backend::TestBackend;
 
 /// Tells a copy of the test program what to do.
-const ERRAND: &str = "CONFORMANCE_ERRAND";
+const CHILD_JOB: &str = "TESTKIT_CHILD";
 
 /// What a child does.
 #[derive(Debug, Serialize, Deserialize)]
-struct Errand {
-    plot: Plot,
+struct ChildJob {
+    test_domain: TestDomain,
     op: Op,
     /// In the middle of steps; otherwise between them.
     inside: bool,
     number: u64,
 }
 
-/// Does a child's errand, where this process is one.
-pub(crate) fn run(shop: &dyn Workshop) -> Option<ExitCode> {
-    let errand = std::env::var(ERRAND).ok()?;
-    Some(match go(shop, &errand) {
+/// Does a child's job, where this process is one.
+pub(crate) fn run(subject: &dyn TestBackend) -> Option<ExitCode> {
+    let job = std::env::var(CHILD_JOB).ok()?;
+    Some(match go(subject, &job) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error:#}");
@@ -35,22 +35,22 @@ pub(crate) fn run(shop: &dyn Workshop) -> Option<ExitCode> {
     })
 }
 
-fn go(shop: &dyn Workshop, errand: &str) -> Result<()> {
-    let Errand { plot, op, inside, number } = serde_json::from_str(errand)?;
-    let process = Process::new(shop, &plot)?;
+fn go(subject: &dyn TestBackend, job: &str) -> Result<()> {
+    let ChildJob { test_domain, op, inside, number } = serde_json::from_str(job)?;
+    let process = Process::new(subject, &test_domain)?;
     let moments: &[Moment] = if inside { &[Moment::Progress] } else { &Moment::BETWEEN };
-    process.strikes.arm(vec![Strike::new(moments, number, How::Kill)]);
-    process.run_patiently(&op)??;
+    process.faults.arm(vec![Fault::new(moments, number, FaultKind::Kill)]);
+    process.run_waiting(&op)??;
     Ok(())
 }
 
-impl House<'_> {
+impl Fixture<'_> {
     /// Lets a child do `op` and be killed at the `number`th moment; gives whether it was. The model does not learn of it.
-    pub(crate) fn is_killed(&mut self, op: &Op, inside: bool, number: u64) -> Result<bool> {
+    pub(crate) fn kill_child(&mut self, op: &Op, inside: bool, number: u64) -> Result<bool> {
         self.crash();
-        let errand = Errand { plot: self.plot.clone(), op: op.clone(), inside, number };
+        let job = ChildJob { test_domain: self.test_domain.clone(), op: op.clone(), inside, number };
         let output = Command::new(std::env::current_exe()?)
-            .env(ERRAND, serde_json::to_string(&errand)?)
+            .env(CHILD_JOB, serde_json::to_string(&job)?)
             .stdin(Stdio::null())
             .output()
             .context("starting a copy of the test program")?;

@@ -17,7 +17,7 @@ use tokio::{runtime, sync::Mutex};
 use tokio_util::sync::CancellationToken;
 
 /// A machine of a hypervisor, which runs, with a guest that does not mind what is done to it. It lasts as long as this.
-pub trait Machine {
+pub trait TestMachine {
     /// Its hypervisor, as a process that has just begun knows it.
     fn saver(&self) -> Arc<dyn VmStateSaver>;
 
@@ -31,11 +31,11 @@ pub trait Machine {
     fn nowhere(&self) -> String;
 
     /// Where memory images may be made.
-    fn room(&self) -> &Utf8Path;
+    fn memory_dir(&self) -> &Utf8Path;
 }
 
 /// Runs each trial on a machine of its own. Words on the command line are those of every Rust test program.
-pub fn run<M: Machine + 'static>(make: fn() -> Result<M>) -> ExitCode {
+pub fn run<M: TestMachine + 'static>(make: fn() -> Result<M>) -> ExitCode {
     let trials = vec![
         trial(make, "an address has one form", addresses),
         trial(make, "nothing is found where nothing runs", nothing),
@@ -48,10 +48,10 @@ pub fn run<M: Machine + 'static>(make: fn() -> Result<M>) -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-fn trial<M: Machine + 'static>(
+fn trial<M: TestMachine + 'static>(
     make: fn() -> Result<M>,
     name: &str,
-    statement: impl AsyncFn(&dyn Machine) -> Result<()> + Send + 'static,
+    statement: impl AsyncFn(&dyn TestMachine) -> Result<()> + Send + 'static,
 ) -> Trial {
     Trial::test(name, move || {
         let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
@@ -89,17 +89,17 @@ impl Progress for Quiet {
 }
 
 /// A machine, and the domain that a catalogue would have of it.
-struct Bench {
+struct Fixture {
     saver: Arc<dyn VmStateSaver>,
     domain: Domain,
     chains: Vec<OpenChain>,
     targets: Vec<Target>,
 }
 
-impl Bench {
-    fn new(machine: &dyn Machine) -> Result<Self> {
+impl Fixture {
+    fn new(machine: &dyn TestMachine) -> Result<Self> {
         let saver = machine.saver();
-        let control = saver.read_control(machine.control(), machine.room())?;
+        let control = saver.read_control(machine.control(), machine.memory_dir())?;
         let (mut disks, mut chains, mut targets) = (Vec::new(), Vec::new(), Vec::new());
         for (target, path, format) in machine.disks() {
             let active = LayerName(path.file_name().context("a file's name")?.to_owned());
@@ -174,14 +174,14 @@ impl Bench {
     }
 }
 
-async fn addresses(machine: &dyn Machine) -> Result<()> {
-    let bench = Bench::new(machine)?;
-    let control = bench.control();
-    let again = bench.saver.read_control(control.clone(), "/nowhere".into())?;
+async fn addresses(machine: &dyn TestMachine) -> Result<()> {
+    let fixture = Fixture::new(machine)?;
+    let control = fixture.control();
+    let again = fixture.saver.read_control(control.clone(), "/nowhere".into())?;
     ensure!(again == *control, "{control:?} reads as {again:?}");
-    let empty = bench.saver.read_control(Control::default(), machine.room());
+    let empty = fixture.saver.read_control(Control::default(), machine.memory_dir());
     ensure!(empty.is_err_and(|error| error.kind() == ErrorKind::Usage), "no address is an address");
-    let profile = bench.saver.profile();
+    let profile = fixture.saver.profile();
     ensure!(
         !profile.name.is_none() && !profile.title.is_empty() && !profile.address.is_empty(),
         "{profile:?}"
@@ -190,124 +190,124 @@ async fn addresses(machine: &dyn Machine) -> Result<()> {
     Ok(())
 }
 
-async fn nothing(machine: &dyn Machine) -> Result<()> {
-    let mut bench = Bench::new(machine)?;
+async fn nothing(machine: &dyn TestMachine) -> Result<()> {
+    let mut fixture = Fixture::new(machine)?;
     let said = Control { address: machine.nowhere(), ..Control::default() };
-    let control = bench.saver.read_control(said, machine.room())?;
-    let looked = bench.saver.look(&control).await;
+    let control = fixture.saver.read_control(said, machine.memory_dir())?;
+    let looked = fixture.saver.look(&control).await;
     ensure!(looked.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound), "{looked:?}");
-    bench.domain.control = Some(control);
-    ensure!(bench.saver.connect(&bench.domain).await?.is_none(), "it connects to nothing");
+    fixture.domain.control = Some(control);
+    ensure!(fixture.saver.connect(&fixture.domain).await?.is_none(), "it connects to nothing");
     Ok(())
 }
 
-async fn found(machine: &dyn Machine) -> Result<()> {
-    let bench = Bench::new(machine)?;
-    let looked = bench.saver.look(bench.control()).await?;
+async fn found(machine: &dyn TestMachine) -> Result<()> {
+    let fixture = Fixture::new(machine)?;
+    let looked = fixture.saver.look(fixture.control()).await?;
     ensure!(looked.running, "its guest runs");
     for (target, path, _) in machine.disks() {
         let disk = looked.disks.iter().find(|disk| disk.target == target);
         let disk = disk.with_context(|| format!("{target} is a disk of it"))?;
         ensure!(disk.path == path && disk.guest_writes && disk.left_out.is_none(), "{disk:?}");
     }
-    let seen = bench.seen().await?;
+    let seen = fixture.seen().await?;
     ensure!(seen.machine == looked.machine, "a look and a connection tell of different machines");
-    let scanned = bench.saver.scan().await?;
+    let scanned = fixture.saver.scan().await?;
     let scanned: Vec<_> = scanned.into_iter().map(|(control, _)| control.address).collect();
     let mut read = Vec::new();
     for address in &scanned {
         let said = Control { address: address.clone(), ..Control::default() };
-        read.push(bench.saver.read_control(said, machine.room())?.address);
+        read.push(fixture.saver.read_control(said, machine.memory_dir())?.address);
     }
-    ensure!(read.contains(&bench.control().address), "the scan finds {scanned:?}");
-    let live = bench.connect().await?;
+    ensure!(read.contains(&fixture.control().address), "the scan finds {scanned:?}");
+    let live = fixture.connect().await?;
     let differs = live.differences(&seen.machine)?;
     ensure!(differs.is_empty(), "it differs from itself: {differs:?}");
     ensure!(live.disk(&Target::new("nowhere")?).is_none(), "it has a disk that it has not");
     Ok(())
 }
 
-async fn undone(machine: &dyn Machine) -> Result<()> {
-    let bench = Bench::new(machine)?;
-    let before = bench.open_files().await?;
-    let step = bench.instant(None);
+async fn undone(machine: &dyn TestMachine) -> Result<()> {
+    let fixture = Fixture::new(machine)?;
+    let before = fixture.open_files().await?;
+    let step = fixture.instant(None);
     let inside = Counted::default();
-    let facts = bench.apply(&step, &inside).await?;
+    let facts = fixture.apply(&step, &inside).await?;
     ensure!(*inside.runs.lock().await == 1, "what is inside the instant runs once");
     ensure!(facts.taken.is_some_and(|taken| taken.running), "it does not tell how the instant was");
-    ensure!(bench.seen().await?.running, "the guest goes on");
+    ensure!(fixture.seen().await?.running, "the guest goes on");
     for _ in 0..2 {
-        bench.undo(&step).await?;
-        ensure!(bench.seen().await?.running && bench.open_files().await? == before, "it is as before");
+        fixture.undo(&step).await?;
+        ensure!(fixture.seen().await?.running && fixture.open_files().await? == before, "it is as before");
     }
     Ok(())
 }
 
-async fn failed_inside(machine: &dyn Machine) -> Result<()> {
-    let bench = Bench::new(machine)?;
-    let step = bench.instant(None);
-    let failed = bench.apply(&step, &Counted { fails: true, ..Counted::default() }).await;
+async fn failed_inside(machine: &dyn TestMachine) -> Result<()> {
+    let fixture = Fixture::new(machine)?;
+    let step = fixture.instant(None);
+    let failed = fixture.apply(&step, &Counted { fails: true, ..Counted::default() }).await;
     ensure!(failed.as_ref().is_err_and(|error| error.kind() == ErrorKind::NoSpace), "{failed:?}");
-    bench.undo(&step).await?;
-    ensure!(bench.seen().await?.running, "the guest goes on");
+    fixture.undo(&step).await?;
+    ensure!(fixture.seen().await?.running, "the guest goes on");
     Ok(())
 }
 
-async fn memory(machine: &dyn Machine) -> Result<()> {
-    let bench = Bench::new(machine)?;
-    let file = machine.room().join("trial.memory");
-    let missing = bench.saver.check_memory(&file, &Quiet).await;
+async fn memory(machine: &dyn TestMachine) -> Result<()> {
+    let fixture = Fixture::new(machine)?;
+    let file = machine.memory_dir().join("trial.memory");
+    let missing = fixture.saver.check_memory(&file, &Quiet).await;
     ensure!(missing.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound), "{missing:?}");
     // One connection writes what was begun at the instant.
-    let (live, inside, cancel) = (bench.connect().await?, Counted::default(), CancellationToken::new());
-    live.apply(&bench.instant(Some(&file)), bench.context(&inside, &cancel)).await?;
+    let (live, inside, cancel) = (fixture.connect().await?, Counted::default(), CancellationToken::new());
+    live.apply(&fixture.instant(Some(&file)), fixture.context(&inside, &cancel)).await?;
     let save = DomainStep::SaveMemory { file: file.clone(), tag: "trial".to_owned(), compress: 0 };
-    let saved = live.apply(&save, bench.context(&inside, &cancel)).await?;
+    let saved = live.apply(&save, fixture.context(&inside, &cancel)).await?;
     drop(live);
     let length = file.metadata()?.len();
     ensure!(saved.memory_bytes.is_some_and(|bytes| 0 < bytes && bytes <= length), "{saved:?} of {length}");
-    bench.saver.check_memory(&file, &Quiet).await?;
-    bench.saver.release_memory(&file).await?;
-    let cut = machine.room().join("cut.memory");
+    fixture.saver.check_memory(&file, &Quiet).await?;
+    fixture.saver.release_memory(&file).await?;
+    let cut = machine.memory_dir().join("cut.memory");
     std::fs::write(&cut, &std::fs::read(&file)?[..usize::try_from(length)? / 2])?;
-    let damaged = bench.saver.check_memory(&cut, &Quiet).await;
+    let damaged = fixture.saver.check_memory(&cut, &Quiet).await;
     ensure!(damaged.as_ref().is_err_and(|error| error.kind() == ErrorKind::Corrupt), "{damaged:?}");
-    if !bench.saver.profile().recreates {
-        let disks = bench.targets.clone();
-        bench.apply(&DomainStep::CheckMemory { file: file.clone() }, &Counted::default()).await?;
+    if !fixture.saver.profile().recreates {
+        let disks = fixture.targets.clone();
+        fixture.apply(&DomainStep::CheckMemory { file: file.clone() }, &Counted::default()).await?;
         let window = DomainStep::OpenWindow { disks: disks.clone(), running: true, anew: None };
-        bench.apply(&window, &Counted::default()).await?;
-        ensure!(bench.open_files().await?.iter().all(HashSet::is_empty), "its disks are not free");
-        bench.apply(&DomainStep::Attach { disks, anew: None }, &Counted::default()).await?;
+        fixture.apply(&window, &Counted::default()).await?;
+        ensure!(fixture.open_files().await?.iter().all(HashSet::is_empty), "its disks are not free");
+        fixture.apply(&DomainStep::Attach { disks, anew: None }, &Counted::default()).await?;
         let power = Some(PowerAfter::Running);
         let go_on = DomainStep::Continue { memory: Some(file.clone()), reset: false, power };
-        let facts = bench.apply(&go_on, &Counted::default()).await?;
+        let facts = fixture.apply(&go_on, &Counted::default()).await?;
         ensure!(facts.guest == Some(GuestChange::Restored), "{facts:?}");
-        ensure!(bench.seen().await?.running, "the guest goes on");
+        ensure!(fixture.seen().await?.running, "the guest goes on");
     }
     for _ in 0..2 {
-        bench.saver.remove_memory(&file).await?;
+        fixture.saver.remove_memory(&file).await?;
         ensure!(!file.exists(), "it was removed");
     }
     Ok(())
 }
 
-async fn given_up(machine: &dyn Machine) -> Result<()> {
-    let bench = Bench::new(machine)?;
-    if bench.saver.profile().recreates {
+async fn given_up(machine: &dyn TestMachine) -> Result<()> {
+    let fixture = Fixture::new(machine)?;
+    if fixture.saver.profile().recreates {
         return Ok(());
     }
-    let before = bench.open_files().await?;
-    let window = DomainStep::OpenWindow { disks: bench.targets.clone(), running: true, anew: None };
+    let before = fixture.open_files().await?;
+    let window = DomainStep::OpenWindow { disks: fixture.targets.clone(), running: true, anew: None };
     for _ in 0..2 {
-        bench.apply(&window, &Counted::default()).await?;
-        ensure!(bench.open_files().await?.iter().all(HashSet::is_empty), "its disks are not free");
-        ensure!(!bench.seen().await?.running, "the guest stands still");
+        fixture.apply(&window, &Counted::default()).await?;
+        ensure!(fixture.open_files().await?.iter().all(HashSet::is_empty), "its disks are not free");
+        ensure!(!fixture.seen().await?.running, "the guest stands still");
     }
     for _ in 0..2 {
-        bench.undo(&window).await?;
-        ensure!(bench.open_files().await? == before, "it has its disks again");
-        ensure!(bench.seen().await?.running, "the guest goes on");
+        fixture.undo(&window).await?;
+        ensure!(fixture.open_files().await? == before, "it has its disks again");
+        ensure!(fixture.seen().await?.running, "the guest goes on");
     }
     Ok(())
 }

@@ -23,13 +23,13 @@ pub struct Model {
     /// The snapshot that the present grew from.
     pub current: Option<String>,
     /// The present, by target.
-    pub present: BTreeMap<String, Bytes>,
+    pub disks: BTreeMap<String, Bytes>,
 }
 
 impl Model {
     /// Writes to a disk of the present.
     pub fn write(&mut self, target: &str, offset: u64, bytes: &[u8]) {
-        if let Some(disk) = self.present.get_mut(target) {
+        if let Some(disk) = self.disks.get_mut(target) {
             let start = offset as usize;
             Arc::make_mut(disk)[start..start + bytes.len()].copy_from_slice(bytes);
         }
@@ -37,7 +37,7 @@ impl Model {
 
     /// The present gets the name `name`.
     pub fn create(&mut self, name: &str) {
-        let point = Point { parent: self.current.take(), disks: self.present.clone() };
+        let point = Point { parent: self.current.take(), disks: self.disks.clone() };
         self.points.insert(name.to_owned(), point);
         self.current = Some(name.to_owned());
     }
@@ -48,7 +48,7 @@ impl Model {
             self.create(save);
         }
         if let Some(point) = self.points.get(name) {
-            self.present = point.disks.clone();
+            self.disks = point.disks.clone();
             self.current = Some(name.to_owned());
         }
     }
@@ -102,7 +102,7 @@ mod tests {
 
     fn model() -> Model {
         let mut model = Model::default();
-        model.present.insert("vda".into(), Arc::new(vec![0; 8]));
+        model.disks.insert("vda".into(), Arc::new(vec![0; 8]));
         model
     }
 
@@ -114,7 +114,7 @@ mod tests {
         model.write("vda", 0, &[2; 8]);
         assert_eq!(*model.points["a"].disks["vda"], [0, 0, 1, 1, 0, 0, 0, 0]);
         model.revert("a", Some("b"));
-        assert_eq!(*model.present["vda"], [0, 0, 1, 1, 0, 0, 0, 0]);
+        assert_eq!(*model.disks["vda"], [0, 0, 1, 1, 0, 0, 0, 0]);
         assert_eq!(*model.points["b"].disks["vda"], [2; 8]);
         assert_eq!(model.current.as_deref(), Some("a"));
     }

@@ -8,26 +8,26 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use snapcore::ErrorKind;
 use tokio_util::sync::CancellationToken;
 
-use super::{Statement, trees_with_deletes};
-use crate::house::{House, Op, Process, Way};
-use crate::strike::{How, Moment, Strike};
-use crate::workshop::Workshop;
+use super::{TestCase, trees_with_deletes};
+use crate::fault::{Fault, FaultKind, Moment};
+use crate::fixture::{Fixture, Method, Op, Process};
+use crate::test_backend::TestBackend;
 
-fn path_stays(_: &snapcore::Capabilities, shop: &dyn Workshop) -> bool {
-    shop.path_stays()
+fn path_stays(_: &snapcore::Capabilities, subject: &dyn TestBackend) -> bool {
+    subject.path_stays()
 }
 
-pub(super) const STATEMENTS: [Statement; 4] = [
-    Statement::with("the configured path opens at every instant", path_stays, always_opens),
-    Statement::always("two operations at once: one is refused as busy", two_at_once),
-    Statement::always("a disk that is held is held against whoever comes, until it is given back", held),
-    Statement::always("many domains at once do not see each other", many),
+pub(super) const CASES: [TestCase; 4] = [
+    TestCase::with("the configured path opens at every instant", path_stays, always_opens),
+    TestCase::always("two operations at once: one is refused as busy", two_at_once),
+    TestCase::always("a disk that is held is held against whoever comes, until it is given back", held),
+    TestCase::always("many domains at once do not see each other", many),
 ];
 
 /// A domain may be started at any instant, by somebody who knows of nothing: he must find its disks.
-fn always_opens(shop: &dyn Workshop, way: &Way) -> Result<()> {
-    let mut house = House::furnished(shop, way)?;
-    let deletes = trees_with_deletes(&house.capabilities()?, shop);
+fn always_opens(subject: &dyn TestBackend, method: &Method) -> Result<()> {
+    let mut fixture = Fixture::with_snapshots(subject, method)?;
+    let deletes = trees_with_deletes(&fixture.capabilities()?, subject);
     for round in 0..5 {
         let mut ops = vec![Op::Revert { to: "a".into(), save: None }];
         if deletes {
@@ -35,16 +35,16 @@ fn always_opens(shop: &dyn Workshop, way: &Way) -> Result<()> {
             ops.extend([Op::Create(name.clone()), Op::Delete(vec![name])]);
         }
         for op in ops {
-            watched(&mut house, &op).with_context(|| format!("{op:?}, the {}th time", round + 1))?;
-            house.write_somewhere()?;
+            watched(&mut fixture, &op).with_context(|| format!("{op:?}, the {}th time", round + 1))?;
+            fixture.write_random()?;
         }
     }
-    house.is_whole()
+    fixture.check_all()
 }
 
 /// Does an operation while another thread opens the disks, again and again.
-fn watched(house: &mut House<'_>, op: &Op) -> Result<()> {
-    let paths: Vec<_> = house.records()?.into_iter().map(|record| record.disk.path).collect();
+fn watched(fixture: &mut Fixture<'_>, op: &Op) -> Result<()> {
+    let paths: Vec<_> = fixture.records()?.into_iter().map(|record| record.disk.path).collect();
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         let watcher = scope.spawn(|| -> Result<()> {
@@ -55,7 +55,7 @@ fn watched(house: &mut House<'_>, op: &Op) -> Result<()> {
             }
             Ok(())
         });
-        let done = house.run(op);
+        let done = fixture.run(op);
         over.store(true, Ordering::Relaxed);
         let seen = watcher.join().map_err(|_| anyhow!("the watcher panicked"))?;
         done?;
@@ -64,28 +64,28 @@ fn watched(house: &mut House<'_>, op: &Op) -> Result<()> {
 }
 
 /// The first one stops in the middle and stays there while a second process comes.
-fn two_at_once(shop: &dyn Workshop, way: &Way) -> Result<()> {
-    let mut house = House::furnished(shop, way)?;
-    let first = Process::new(shop, &house.plot)?;
-    first.strikes.arm(vec![Strike::new(&[Moment::AfterApply], 1, How::Stop)]);
+fn two_at_once(subject: &dyn TestBackend, method: &Method) -> Result<()> {
+    let mut fixture = Fixture::with_snapshots(subject, method)?;
+    let first = Process::new(subject, &fixture.test_domain)?;
+    first.faults.arm(vec![Fault::new(&[Moment::AfterApply], 1, FaultKind::Stop)]);
     let op = Op::Revert { to: "a".into(), save: None };
     if first.run(&op, &CancellationToken::new())?.is_some() {
         bail!("the first operation did not stop");
     }
-    let Some(second) = house.run_struck(&op, Vec::new())? else { bail!("nothing stops here") };
+    let Some(second) = fixture.run_with_faults(&op, Vec::new())? else { bail!("nothing stops here") };
     let refused = second.err().context("both were let in")?;
     ensure!(refused.kind() == ErrorKind::Busy, "it was refused as {:?}: {refused}", refused.kind());
     drop(first);
-    house.recover()?;
-    house.settle(&op)?;
-    house.is_whole()
+    fixture.recover()?;
+    fixture.sync_model(&op)?;
+    fixture.check_all()
 }
 
-fn held(shop: &dyn Workshop, way: &Way) -> Result<()> {
-    let mut house = House::new(shop, way)?;
-    let record = house.records()?.swap_remove(0);
-    let other = Process::new(shop, &house.plot)?;
-    let process = house.process()?;
+fn held(subject: &dyn TestBackend, method: &Method) -> Result<()> {
+    let mut fixture = Fixture::new(subject, method)?;
+    let record = fixture.records()?.swap_remove(0);
+    let other = Process::new(subject, &fixture.test_domain)?;
+    let process = fixture.process()?;
     let ours = process.service.registry().get(&record.disk.format)?;
     let theirs = other.service.registry().get(&record.disk.format)?;
     let guard = process.wait(ours.hold(&record, None))?;
@@ -109,23 +109,23 @@ fn held(shop: &dyn Workshop, way: &Way) -> Result<()> {
         }
     }
     drop(other);
-    house.create("a")?;
-    house.is_whole()
+    fixture.create("a")?;
+    fixture.check_all()
 }
 
-fn many(shop: &dyn Workshop, way: &Way) -> Result<()> {
+fn many(subject: &dyn TestBackend, method: &Method) -> Result<()> {
     std::thread::scope(|scope| {
         let lives: Vec<_> = (0..4)
             .map(|number| {
                 scope.spawn(move || {
-                    let mut house = House::new(shop, way)?;
-                    house.dice = crate::seed::Seed::new(number);
-                    house.write_somewhere()?;
-                    house.create("a")?;
-                    house.write_somewhere()?;
-                    house.is_as_the_model()?;
-                    house.revert("a")?;
-                    house.is_whole()
+                    let mut fixture = Fixture::new(subject, method)?;
+                    fixture.random = crate::seed::Seed::new(number);
+                    fixture.write_random()?;
+                    fixture.create("a")?;
+                    fixture.write_random()?;
+                    fixture.check_current()?;
+                    fixture.revert("a")?;
+                    fixture.check_all()
                 })
             })
             .collect();

@@ -5,7 +5,7 @@ use std::process::Command;
 
 #[test]
 fn the_example_of_a_backend_builds_and_passes_the_kit() {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
     let example = root.join("examples/backend-dir");
     // The versions that everything else was built with.
     std::fs::copy(root.join("Cargo.lock"), example.join("Cargo.lock")).unwrap();

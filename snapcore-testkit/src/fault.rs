@@ -46,9 +46,9 @@ impl Moment {
     ];
 }
 
-/// How a fault strikes.
+/// FaultKind a fault faults.
 #[derive(Debug, Clone)]
-pub(crate) enum How {
+pub(crate) enum FaultKind {
     /// The call fails.
     Fail(ErrorKind),
     /// The call never comes back.
@@ -61,22 +61,22 @@ pub(crate) enum How {
 
 /// A fault at the `number`th, counted from 1, of some moments.
 #[derive(Debug, Clone)]
-pub(crate) struct Strike {
+pub(crate) struct Fault {
     pub(crate) moments: Vec<Moment>,
     pub(crate) number: u64,
-    pub(crate) how: How,
+    pub(crate) kind: FaultKind,
 }
 
-impl Strike {
-    pub(crate) fn new(moments: &[Moment], number: u64, how: How) -> Self {
-        Self { moments: moments.to_vec(), number, how }
+impl Fault {
+    pub(crate) fn new(moments: &[Moment], number: u64, kind: FaultKind) -> Self {
+        Self { moments: moments.to_vec(), number, kind }
     }
 }
 
 #[derive(Debug, Default)]
 struct Armed {
-    strikes: Vec<Strike>,
-    struck: bool,
+    faults: Vec<Fault>,
+    fired: bool,
     twice: bool,
     watched: bool,
     seen: Vec<String>,
@@ -84,32 +84,32 @@ struct Armed {
     declared: Option<Capabilities>,
 }
 
-/// The faults that are to strike, and what was seen.
+/// The faults that are to fault, and what was seen.
 #[derive(Debug, Default)]
-pub(crate) struct Strikes {
+pub(crate) struct FaultInjector {
     armed: Mutex<Armed>,
     pub(crate) stopped: Notify,
 }
 
-impl Strikes {
+impl FaultInjector {
     fn armed(&self) -> MutexGuard<'_, Armed> {
         self.armed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets these strike, and forgets earlier ones.
-    pub(crate) fn arm(&self, strikes: Vec<Strike>) {
+    /// Lets these fault, and forgets earlier ones.
+    pub(crate) fn arm(&self, faults: Vec<Fault>) {
         let mut armed = self.armed();
-        (armed.strikes, armed.struck) = (strikes, false);
+        (armed.faults, armed.fired) = (faults, false);
     }
 
-    /// Lets none strike any more.
+    /// Lets none fault any more.
     pub(crate) fn disarm(&self) {
-        self.armed().strikes.clear();
+        self.armed().faults.clear();
     }
 
-    /// Whether one struck since they were armed.
-    pub(crate) fn have_struck(&self) -> bool {
-        self.armed().struck
+    /// Whether one fired since they were armed.
+    pub(crate) fn has_fired(&self) -> bool {
+        self.armed().fired
     }
 
     /// Does and undoes every step twice from now on.
@@ -128,12 +128,12 @@ impl Strikes {
     }
 
     /// What was wrong with statuses.
-    pub(crate) fn lies(&self) -> Vec<String> {
+    pub(crate) fn wrong_statuses(&self) -> Vec<String> {
         self.armed().seen.clone()
     }
 
     /// Whether the backend ever told so.
-    pub(crate) fn was_told(&self, status: StepStatus) -> bool {
+    pub(crate) fn was_reported(&self, status: StepStatus) -> bool {
         self.armed().statuses.contains(&status)
     }
 
@@ -142,34 +142,34 @@ impl Strikes {
         (armed.twice, armed.watched)
     }
 
-    fn due(&self, moment: Moment) -> Option<How> {
+    fn due(&self, moment: Moment) -> Option<FaultKind> {
         let mut armed = self.armed();
         let mut due = None;
-        for strike in armed.strikes.iter_mut().filter(|strike| strike.moments.contains(&moment)) {
-            if strike.number == 1 {
-                due = Some(strike.how.clone());
+        for fault in armed.faults.iter_mut().filter(|fault| fault.moments.contains(&moment)) {
+            if fault.number == 1 {
+                due = Some(fault.kind.clone());
             }
-            strike.number = strike.number.wrapping_sub(1);
+            fault.number = fault.number.wrapping_sub(1);
         }
-        armed.struck |= due.is_some();
+        armed.fired |= due.is_some();
         due
     }
 
     async fn pass(&self, moment: Moment) -> Result<()> {
         match self.due(moment) {
             None => Ok(()),
-            Some(How::Fail(kind)) => {
+            Some(FaultKind::Fail(kind)) => {
                 Err(Error::new(kind, format!("the fault that the kit wanted ({moment:?})")))
             }
-            Some(How::Stop) => {
+            Some(FaultKind::Stop) => {
                 self.stopped.notify_one();
                 std::future::pending().await
             }
-            Some(How::Cancel(token)) => {
+            Some(FaultKind::Cancel(token)) => {
                 token.cancel();
                 Ok(())
             }
-            Some(How::Kill) => die(),
+            Some(FaultKind::Kill) => die(),
         }
     }
 }
@@ -186,36 +186,36 @@ fn die<T>() -> Result<T> {
 }
 
 /// A backend with faults at its calls.
-pub(crate) struct Struck {
+pub(crate) struct FaultyBackend {
     pub(crate) inner: Arc<dyn DiskSnapshotter>,
-    pub(crate) strikes: Arc<Strikes>,
+    pub(crate) faults: Arc<FaultInjector>,
 }
 
-/// Tells progress on, and strikes there.
-struct Telling<'a> {
+/// Tells progress on, and faults there.
+struct FaultyProgress<'a> {
     inner: &'a dyn Progress,
-    strikes: &'a Strikes,
+    faults: &'a FaultInjector,
 }
 
-impl Progress for Telling<'_> {
+impl Progress for FaultyProgress<'_> {
     fn bytes(&self, done: u64, total: u64) {
         self.inner.bytes(done, total);
-        match self.strikes.due(Moment::Progress) {
-            Some(How::Kill) => {
+        match self.faults.due(Moment::Progress) {
+            Some(FaultKind::Kill) => {
                 let _ = die::<()>();
             }
-            Some(How::Cancel(token)) => token.cancel(),
-            Some(How::Fail(_) | How::Stop) | None => {}
+            Some(FaultKind::Cancel(token)) => token.cancel(),
+            Some(FaultKind::Fail(_) | FaultKind::Stop) | None => {}
         }
     }
 }
 
-impl Struck {
-    /// `Partly` is never a lie: some steps can only be told to be whole by doing them again.
-    async fn ask(&self, step: &Step, context: StepContext<'_>, when: &str, lie: StepStatus) -> Result<()> {
+impl FaultyBackend {
+    /// `Partly` is never a wrong: some steps can only be told to be whole by doing them again.
+    async fn ask(&self, step: &Step, context: StepContext<'_>, when: &str, wrong: StepStatus) -> Result<()> {
         let status = self.inner.status(step, context).await?;
-        let mut armed = self.strikes.armed();
-        if status == lie {
+        let mut armed = self.faults.armed();
+        if status == wrong {
             armed.seen.push(format!("{when}, the status of '{}' is {status:?}", step.summary));
         }
         armed.statuses.push(status);
@@ -224,12 +224,12 @@ impl Struck {
 }
 
 #[async_trait]
-impl DiskSnapshotter for Struck {
+impl DiskSnapshotter for FaultyBackend {
     fn format(&self) -> &str {
         self.inner.format()
     }
     fn capabilities(&self) -> Capabilities {
-        self.strikes.armed().declared.clone().unwrap_or_else(|| self.inner.capabilities())
+        self.faults.armed().declared.clone().unwrap_or_else(|| self.inner.capabilities())
     }
     fn processes(&self) -> Vec<u32> {
         self.inner.processes()
@@ -280,13 +280,13 @@ impl DiskSnapshotter for Struck {
     }
 
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
-        let (twice, watched) = self.strikes.modes();
+        let (twice, watched) = self.faults.modes();
         if watched {
             self.ask(step, context, "before it is done", StepStatus::Done).await?;
         }
-        self.strikes.pass(Moment::BeforeApply).await?;
-        let telling = Telling { inner: context.progress, strikes: &self.strikes };
-        let context = StepContext { progress: &telling, ..context };
+        self.faults.pass(Moment::BeforeApply).await?;
+        let progress = FaultyProgress { inner: context.progress, faults: &self.faults };
+        let context = StepContext { progress: &progress, ..context };
         self.inner.apply(step, context).await?;
         if twice {
             self.inner.apply(step, context).await?;
@@ -294,12 +294,12 @@ impl DiskSnapshotter for Struck {
         if watched {
             self.ask(step, context, "after it is done", StepStatus::NotDone).await?;
         }
-        self.strikes.pass(Moment::AfterApply).await
+        self.faults.pass(Moment::AfterApply).await
     }
 
     async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
-        let (twice, watched) = self.strikes.modes();
-        self.strikes.pass(Moment::BeforeUndo).await?;
+        let (twice, watched) = self.faults.modes();
+        self.faults.pass(Moment::BeforeUndo).await?;
         self.inner.undo(step, context).await?;
         if twice {
             self.inner.undo(step, context).await?;
@@ -307,7 +307,7 @@ impl DiskSnapshotter for Struck {
         if watched {
             self.ask(step, context, "after it is undone", StepStatus::Done).await?;
         }
-        self.strikes.pass(Moment::AfterUndo).await
+        self.faults.pass(Moment::AfterUndo).await
     }
 
     async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
@@ -344,13 +344,13 @@ impl DiskSnapshotter for Struck {
 }
 
 /// The catalogue of one machine, with faults at its commits.
-pub(crate) struct StruckCatalogue {
+pub(crate) struct FaultyCatalogue {
     pub(crate) inner: SqliteCatalogue,
-    pub(crate) strikes: Arc<Strikes>,
+    pub(crate) faults: Arc<FaultInjector>,
 }
 
 #[async_trait]
-impl Catalogue for StruckCatalogue {
+impl Catalogue for FaultyCatalogue {
     async fn identity(&self) -> Result<Option<CatalogueId>> {
         self.inner.identity().await
     }
@@ -370,9 +370,9 @@ impl Catalogue for StruckCatalogue {
         self.inner.operation(name, id).await
     }
     async fn commit(&self, name: &DomainName, expected: Revision, changes: Vec<Change>) -> Result<Revision> {
-        self.strikes.pass(Moment::BeforeCommit).await?;
+        self.faults.pass(Moment::BeforeCommit).await?;
         let revision = self.inner.commit(name, expected, changes).await?;
-        self.strikes.pass(Moment::AfterCommit).await?;
+        self.faults.pass(Moment::AfterCommit).await?;
         Ok(revision)
     }
     async fn watch(&self, name: &DomainName) -> Result<Revisions> {

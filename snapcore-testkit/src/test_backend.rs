@@ -10,14 +10,14 @@ use snapcore::{ActivePath, DiskRecord, DiskSnapshotter};
 /// Makes the disks that the backend is tried on, and does what a guest would, without the backend.
 ///
 /// A place is a fresh directory of one trial. A backend whose disks are no files (volumes, say) makes them elsewhere, and
-/// removes them in [`Workshop::clear`]. Trials run at the same time, in threads of one process or in several.
-pub trait Workshop: Send + Sync + 'static {
+/// removes them in [`TestBackend::clear`]. Trials run at the same time, in threads of one process or in several.
+pub trait TestBackend: Send + Sync + 'static {
     /// The backend as a process that begins now would have it: it knows of disks what is on them, and nothing else.
     fn backend(&self) -> Arc<dyn DiskSnapshotter>;
 
     /// Makes a disk that holds exactly `content` and is called `name`, as far as it can be; gives the path by which a domain's
     /// configuration would name it.
-    fn make(&self, place: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf>;
+    fn make(&self, dir: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf>;
 
     /// All bytes that a guest would find on the disk now.
     fn read(&self, disk: &DiskRecord) -> Result<Vec<u8>>;
@@ -25,7 +25,7 @@ pub trait Workshop: Send + Sync + 'static {
     /// Writes as a guest would. When it returns it is what every reader sees.
     fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> Result<()>;
 
-    /// How large disks are made, in bytes: at least 64 KiB, and a multiple of 4096.
+    /// FaultKind large disks are made, in bytes: at least 64 KiB, and a multiple of 4096.
     fn size(&self) -> u64 {
         512 << 10
     }
@@ -70,9 +70,9 @@ pub trait Workshop: Send + Sync + 'static {
 
     /// What there is of disks in a place: after all snapshots are deleted it must be what it was before the first. Without
     /// manifests, which belong to domsnap.
-    fn footprint(&self, place: &Utf8Path) -> Result<BTreeSet<String>> {
+    fn footprint(&self, dir: &Utf8Path) -> Result<BTreeSet<String>> {
         let mut found = BTreeSet::new();
-        let mut directories = vec![place.to_owned()];
+        let mut directories = vec![dir.to_owned()];
         while let Some(directory) = directories.pop() {
             for entry in directory.read_dir_utf8()? {
                 let entry = entry?;
@@ -80,10 +80,10 @@ pub trait Workshop: Send + Sync + 'static {
                 if entry.file_type()?.is_dir() {
                     if path.extension() != Some("domsnap") {
                         directories.push(path.clone());
-                        found.insert(path.strip_prefix(place)?.to_string() + "/");
+                        found.insert(path.strip_prefix(dir)?.to_string() + "/");
                     }
                 } else {
-                    found.insert(path.strip_prefix(place)?.to_string());
+                    found.insert(path.strip_prefix(dir)?.to_string());
                 }
             }
         }
@@ -92,7 +92,7 @@ pub trait Workshop: Send + Sync + 'static {
 
     /// Whether bytes that an undo would have lost are to be found where the backend puts such aside; absent: this cannot be
     /// told.
-    fn is_aside(&self, _place: &Utf8Path, _holds: &[u8]) -> Result<Option<bool>> {
+    fn is_saved(&self, _dir: &Utf8Path, _holds: &[u8]) -> Result<Option<bool>> {
         Ok(None)
     }
 
@@ -108,8 +108,8 @@ pub trait Workshop: Send + Sync + 'static {
         true
     }
 
-    /// Removes what [`Workshop::make`] and the backend left of a place outside its directory.
-    fn clear(&self, _place: &Utf8Path) -> Result<()> {
+    /// Removes what [`TestBackend::make`] and the backend left of a place outside its directory.
+    fn clear(&self, _dir: &Utf8Path) -> Result<()> {
         Ok(())
     }
 }

@@ -6,8 +6,8 @@ use anyhow::{Context, ensure};
 use snapcore::{DeleteRequest, Error, LayerName, Point, Request, RevertRequest, SnapshotName, StepContext};
 use tokio_util::sync::CancellationToken;
 
-use super::Statement;
-use crate::house::{House, TARGETS, refusal};
+use super::TestCase;
+use crate::fixture::{Fixture, TARGETS, refusal};
 
 struct Silent;
 
@@ -15,17 +15,17 @@ impl snapcore::Progress for Silent {
     fn bytes(&self, _: u64, _: u64) {}
 }
 
-pub(super) const STATEMENTS: [Statement; 5] = [
-    Statement::always("looking and planning change nothing", |shop, way| {
-        let mut house = House::furnished(shop, way)?;
-        let before = house.footprint()?;
-        let reference = house.reference();
-        let process = house.process()?;
+pub(super) const CASES: [TestCase; 5] = [
+    TestCase::always("looking and planning change nothing", |subject, method| {
+        let mut fixture = Fixture::with_snapshots(subject, method)?;
+        let before = fixture.footprint()?;
+        let reference = fixture.reference();
+        let process = fixture.process()?;
         let service = &process.service;
         process.wait(async {
             let name = SnapshotName::new("a")?;
             let requests = [
-                Request::Create(way.create(SnapshotName::new("new")?, &TARGETS)?),
+                Request::Create(method.create(SnapshotName::new("new")?, &TARGETS)?),
                 Request::Revert(RevertRequest::new(name.clone())),
                 Request::Delete(DeleteRequest::new(vec![name.clone()])),
                 Request::Tidy,
@@ -38,14 +38,14 @@ pub(super) const STATEMENTS: [Statement; 5] = [
             service.check(&reference).await?;
             Ok::<_, Error>(())
         })?;
-        let after = house.footprint()?;
+        let after = fixture.footprint()?;
         ensure!(before == after, "there was {before:?}, and there is {after:?}");
-        house.is_whole()
+        fixture.check_all()
     }),
-    Statement::always("a disk's state is one tree of layers under the active one", |shop, way| {
-        let mut house = House::furnished(shop, way)?;
-        let reference = house.reference();
-        let process = house.process()?;
+    TestCase::always("a disk's state is one tree of layers under the active one", |subject, method| {
+        let mut fixture = Fixture::with_snapshots(subject, method)?;
+        let reference = fixture.reference();
+        let process = fixture.process()?;
         for report in process.wait(process.service.inspect(&reference))? {
             let state =
                 report.state.with_context(|| format!("it could not be read: {:?}", report.problem))?;
@@ -73,11 +73,11 @@ pub(super) const STATEMENTS: [Statement; 5] = [
         }
         Ok(())
     }),
-    Statement::always("what a delete would cost is told, and costs nothing", |shop, way| {
-        let mut house = House::furnished(shop, way)?;
-        let reference = house.reference();
-        let names: Vec<String> = house.model.points.keys().cloned().collect();
-        let process = house.process()?;
+    TestCase::always("what a delete would cost is told, and costs nothing", |subject, method| {
+        let mut fixture = Fixture::with_snapshots(subject, method)?;
+        let reference = fixture.reference();
+        let names: Vec<String> = fixture.model.points.keys().cloned().collect();
+        let process = fixture.process()?;
         for name in names {
             let details =
                 process.wait(process.service.show(&reference, &SnapshotName::new(name.clone())?))?;
@@ -85,26 +85,26 @@ pub(super) const STATEMENTS: [Statement; 5] = [
                 ensure!(member.delete.is_some(), "of {name} on {} it is not told", member.target);
             }
         }
-        house.is_whole()
+        fixture.check_all()
     }),
-    Statement::always("a disk that is not there is refused by name", |shop, way| {
-        let mut house = House::new(shop, way)?;
-        let records = house.records()?;
-        let process = house.process()?;
+    TestCase::always("a disk that is not there is refused by name", |subject, method| {
+        let mut fixture = Fixture::new(subject, method)?;
+        let records = fixture.records()?;
+        let process = fixture.process()?;
         let backend = process.service.registry().get(&records[0].disk.format)?;
         let mut disk = records[0].disk.clone();
         disk.path = disk.path.with_file_name("there-is-no-such-disk");
-        let refused = refusal(process.wait(backend.adopt(&disk, shop.active_path())), "adopting it")?;
+        let refused = refusal(process.wait(backend.adopt(&disk, subject.active_path())), "adopting it")?;
         ensure!(refused.to_string().contains("there-is-no-such-disk"), "it is not named: {refused}");
-        house.is_as_the_model()
+        fixture.check_current()
     }),
-    Statement::always(
+    TestCase::always(
         "a point that is not there and a step that is not known are errors that change nothing",
-        |shop, way| {
-            let mut house = House::furnished(shop, way)?;
-            let record = house.records()?.swap_remove(0);
-            let before = house.footprint()?;
-            let process = house.process()?;
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            let record = fixture.records()?.swap_remove(0);
+            let before = fixture.footprint()?;
+            let process = fixture.process()?;
             let backend = process.service.registry().get(&record.disk.format)?;
             process.wait(async {
                 let state = backend.inspect(&record, snapcore::InspectDepth::Dependents, None).await?;
@@ -119,7 +119,7 @@ pub(super) const STATEMENTS: [Statement; 5] = [
                         undoable: true,
                         stamp: 7,
                     };
-                    if let Ok(plan) = backend.plan(&record, &state, shop.active_path(), &request).await {
+                    if let Ok(plan) = backend.plan(&record, &state, subject.active_path(), &request).await {
                         anyhow::bail!("a revert to a point that is not there was planned: {plan:?}");
                     }
                 }
@@ -154,9 +154,9 @@ pub(super) const STATEMENTS: [Statement; 5] = [
                 }
                 Ok(())
             })?;
-            let after = house.footprint()?;
+            let after = fixture.footprint()?;
             ensure!(before == after, "there was {before:?}, and there is {after:?}");
-            house.is_whole()?;
+            fixture.check_all()?;
             Ok(())
         },
     ),

@@ -1,0 +1,213 @@
+//! Crashes: between any two calls, in the middle of a step, in a recovery; and what the domain writes before it.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+
+use super::failures::restore;
+use super::{TestCase, trees, trees_with_deletes};
+use crate::fault::{Fault, FaultKind, Moment};
+use crate::fixture::{Fixture, Method, Op};
+use crate::test_backend::TestBackend;
+
+fn revert_to_a() -> Op {
+    Op::Revert { to: "a".into(), save: None }
+}
+
+fn can_be_killed(_: &snapcore::Capabilities, subject: &dyn TestBackend) -> bool {
+    subject.can_be_killed()
+}
+
+fn killed_in_trees(can: &snapcore::Capabilities, subject: &dyn TestBackend) -> bool {
+    trees_with_deletes(can, subject) && subject.can_be_killed()
+}
+
+pub(super) const CASES: [TestCase; 10] = [
+    TestCase::always("a create that crashes anywhere happened whole or not at all", |subject, method| {
+        crashing(subject, method, &Op::Create("new".into()))
+    }),
+    TestCase::always("a revert that crashes anywhere happened whole or not at all", |subject, method| {
+        crashing(subject, method, &revert_to_a())
+    }),
+    TestCase::with(
+        "a revert that saves and crashes anywhere happened whole or not at all",
+        trees,
+        |subject, method| crashing(subject, method, &Op::Revert { to: "a".into(), save: Some("new".into()) }),
+    ),
+    TestCase::with(
+        "a delete that crashes anywhere is carried through",
+        trees_with_deletes,
+        |subject, method| crashing(subject, method, &Op::Delete(vec!["b".into()])),
+    ),
+    TestCase::with(
+        "a delete of all but the present that crashes anywhere is carried through",
+        trees_with_deletes,
+        |subject, method| crashing(subject, method, &Op::Delete(vec!["a".into(), "b".into(), "c".into()])),
+    ),
+    TestCase::with(
+        "a process killed in a create leaves it whole or undone",
+        can_be_killed,
+        |subject, method| killed(subject, method, &Op::Create("new".into())),
+    ),
+    TestCase::with(
+        "a process killed in a revert leaves it whole or undone",
+        can_be_killed,
+        |subject, method| killed(subject, method, &revert_to_a()),
+    ),
+    TestCase::with(
+        "a process killed in a delete leaves it to be carried through",
+        killed_in_trees,
+        |subject, method| killed(subject, method, &Op::Delete(vec!["b".into()])),
+    ),
+    TestCase::always("a recovery that crashes anywhere is done by the next", recovering),
+    TestCase::always(
+        "what the domain writes between a crash and the recovery is not lost",
+        started_meanwhile,
+    ),
+];
+
+/// Stops an operation at each moment, one after the other, until it ends; recovers each time.
+fn crashing(subject: &dyn TestBackend, method: &Method, op: &Op) -> Result<()> {
+    let mut fixture = Fixture::with_snapshots(subject, method)?;
+    for number in 1.. {
+        let before = fixture.model.clone();
+        let fault = Fault::new(&Moment::BETWEEN, number, FaultKind::Stop);
+        let at = || format!("{op:?}, which crashed at moment {number}");
+        if let Some(outcome) = fixture.run_with_faults(op, vec![fault])? {
+            ensure!(number > 1, "it has no moment to crash at");
+            outcome.with_context(at)?;
+            fixture.update_model(op);
+            return fixture.check_all();
+        }
+        after_a_crash(&mut fixture, op, &before).with_context(at)?;
+    }
+    Ok(())
+}
+
+/// Recovers, and looks whether all is as before or as after.
+fn after_a_crash(fixture: &mut Fixture<'_>, op: &Op, before: &crate::Model) -> Result<()> {
+    fixture.recover()?;
+    fixture.sync_model(op)?;
+    fixture.check_all()?;
+    restore(fixture, before)
+}
+
+/// Kills a process in an operation at each moment, between steps and inside them.
+fn killed(subject: &dyn TestBackend, method: &Method, op: &Op) -> Result<()> {
+    let mut fixture = Fixture::with_snapshots(subject, method)?;
+    for inside in [true, false] {
+        for number in 1.. {
+            let before = fixture.model.clone();
+            let at_what = if inside { "progress" } else { "moment" };
+            let at = || format!("{op:?}, killed at {at_what} {number}");
+            if !fixture.kill_child(op, inside, number).with_context(at)? {
+                fixture.update_model(op);
+                fixture.check_all().with_context(at)?;
+                restore(&mut fixture, &before).with_context(at)?;
+                break;
+            }
+            after_a_crash(&mut fixture, op, &before).with_context(at)?;
+        }
+    }
+    Ok(())
+}
+
+/// Crashes an operation, and then its recovery.
+fn recovering(subject: &dyn TestBackend, method: &Method) -> Result<()> {
+    let mut fixture = Fixture::with_snapshots(subject, method)?;
+    for op in [revert_to_a(), Op::Create("new".into())] {
+        if matches!(op, Op::Create(_)) && !fixture.capabilities()?.snapshot_of_snapshot {
+            continue;
+        }
+        for number in 1.. {
+            let before = fixture.model.clone();
+            let fault = Fault::new(&Moment::BETWEEN, number, FaultKind::Stop);
+            let at = || format!("{op:?}, which crashed at moment {number}");
+            if let Some(outcome) = fixture.run_with_faults(&op, vec![fault])? {
+                outcome.with_context(at)?;
+                fixture.update_model(&op);
+                restore(&mut fixture, &before)?;
+                break;
+            }
+            // Deeper into the recovery each time, until one ends.
+            for deeper in 1.. {
+                let process = fixture.process()?;
+                process.faults.arm(vec![Fault::new(&Moment::BETWEEN, deeper, FaultKind::Stop)]);
+                match process.recover() {
+                    Some(done) => {
+                        done.with_context(at).with_context(|| format!("recovery {deeper}"))?;
+                        break;
+                    }
+                    None => fixture.crash(),
+                }
+            }
+            fixture.recover().with_context(at)?;
+            fixture.sync_model(&op).with_context(at)?;
+            fixture.check_current().with_context(at)?;
+            restore(&mut fixture, &before).with_context(at)?;
+        }
+    }
+    fixture.check_all()
+}
+
+/// Crashes an operation; the domain starts and writes; then it is recovered.
+fn started_meanwhile(subject: &dyn TestBackend, method: &Method) -> Result<()> {
+    let mut fixture = Fixture::with_snapshots(subject, method)?;
+    let mut ops = vec![revert_to_a()];
+    if trees_with_deletes(&fixture.capabilities()?, subject) {
+        ops.extend([Op::Create("new".into()), Op::Delete(vec!["b".into(), "c".into()])]);
+    }
+    for op in ops {
+        for number in 1.. {
+            let before = fixture.model.clone();
+            let fault = Fault::new(&Moment::BETWEEN, number, FaultKind::Stop);
+            let at = || format!("{op:?}, which crashed at moment {number}");
+            if let Some(outcome) = fixture.run_with_faults(&op, vec![fault])? {
+                outcome.with_context(at)?;
+                fixture.update_model(&op);
+                restore(&mut fixture, &before)?;
+                break;
+            }
+            written_meanwhile(&mut fixture, &op).with_context(at)?;
+            fixture.check_all().with_context(at)?;
+            restore(&mut fixture, &before).with_context(at)?;
+        }
+    }
+    Ok(())
+}
+
+fn written_meanwhile(fixture: &mut Fixture<'_>, op: &Op) -> Result<()> {
+    let before = fixture.model.disks.clone();
+    let mut imagined = fixture.model.clone();
+    std::mem::swap(&mut fixture.model, &mut imagined);
+    fixture.update_model(op);
+    std::mem::swap(&mut fixture.model, &mut imagined);
+    let after = imagined.disks;
+
+    // The domain finds its disks as before or as after, and writes to them.
+    let shown = fixture.read().context("the domain starts after the crash")?;
+    for (target, bytes) in &shown {
+        let whole = before.get(target).is_some_and(|wanted| **wanted == *bytes)
+            || after.get(target).is_some_and(|wanted| **wanted == *bytes);
+        ensure!(whole, "after the crash {target} shows what is neither as before nor as after");
+        fixture.model.disks.insert(target.clone(), Arc::new(bytes.clone()));
+    }
+    fixture.write_random()?;
+    let written = fixture.model.disks.clone();
+
+    fixture.model.disks = before;
+    let reports = fixture.recover()?;
+    fixture.sync_model(op)?;
+    let told = reports.iter().any(|report| !report.notes.is_empty());
+    for (target, found) in fixture.read()? {
+        let Some(written) = written.get(&target) else { continue };
+        if **written == found {
+            fixture.model.disks.insert(target, written.clone());
+            continue;
+        }
+        ensure!(told, "what the domain wrote to {target} is not in the present, and nothing was told of it");
+        let aside = fixture.subject().is_saved(&fixture.dir(), written)?;
+        ensure!(aside != Some(false), "what the domain wrote to {target} was put aside, and is not there");
+    }
+    Ok(())
+}

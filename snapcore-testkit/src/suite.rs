@@ -1,0 +1,70 @@
+//! Which trials a backend's capabilities call for.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use libtest_mimic::{Arguments, Trial};
+use snapcore::{Capabilities, PointKind};
+
+use crate::cases::{TestCase, all};
+use crate::child;
+use crate::fixture::Method;
+use crate::test_backend::TestBackend;
+
+/// Runs the suite on the backend that `subject` makes: the `main` of a test program.
+pub fn run(subject: impl TestBackend) -> ExitCode {
+    let subject: Arc<dyn TestBackend> = Arc::new(subject);
+    if let Some(code) = child::run(&*subject) {
+        return code;
+    }
+    let arguments = Arguments::from_args();
+    let trials = match trials(&subject) {
+        Ok(trials) => trials,
+        Err(error) => {
+            eprintln!("the backend cannot be run: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    if trials.is_empty() {
+        eprintln!("no trial: the backend declares nothing that it can do");
+        return ExitCode::FAILURE;
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let filtered = arguments.filter.is_some() || !arguments.skip.is_empty() || arguments.list;
+    if !filtered && conclusion.num_passed == 0 && conclusion.num_failed == 0 {
+        eprintln!("no trial was run");
+        return ExitCode::FAILURE;
+    }
+    conclusion.exit_code()
+}
+
+/// The ways of taking points that the backend declares, and the test_backend's disks can have.
+fn ways(can: &Capabilities, subject: &dyn TestBackend) -> Vec<Method> {
+    let kinds = [(can.internal, PointKind::Internal), (can.external, PointKind::External)];
+    let kinds = kinds.into_iter().filter(|(able, _)| *able).map(|(_, kind)| Method::Kind(kind));
+    let declared = kinds.chain(can.ways.iter().cloned().map(Method::Named));
+    declared.filter(|method| subject.offers(&method.to_string())).collect()
+}
+
+fn trials(subject: &Arc<dyn TestBackend>) -> Result<Vec<Trial>> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let entered = runtime.enter();
+    let can = subject.backend().capabilities();
+    drop(entered);
+    drop(runtime);
+    let mut trials = Vec::new();
+    for method in ways(&can, &**subject) {
+        for TestCase { name, needs, run } in all() {
+            if !needs(&can, &**subject) {
+                eprintln!("not run ({method}), for want of a capability: {name}");
+                continue;
+            }
+            let (subject, method) = (subject.clone(), method.clone());
+            trials.push(Trial::test(format!("{method}: {name}"), move || {
+                run(&*subject, &method).with_context(|| name).map_err(|error| format!("{error:?}").into())
+            }));
+        }
+    }
+    Ok(trials)
+}
