@@ -1,8 +1,10 @@
-//! What runs behind a [`Qmp`](crate::Qmp): one task that reads, one that writes, and the commands that wait for a reply.
+//! The tasks behind a [`Qmp`](crate::Qmp): one that reads, one that writes, and the commands that wait for a
+//! reply.
 //!
-//! A command is queued as one whole line, and the writer writes all of it or none: a caller that gives up cannot cut a
-//! line in half. The reader never waits for anybody: a reply goes to whom it belongs or is dropped, an event goes to the
-//! subscribers' rings. Both end when the connection does, and then nobody waits on.
+//! A command is queued as one whole line, and the writer writes all of it or none. So a caller that gives up
+//! cannot cut a line in half. The reader never waits for others: a reply goes to its caller or is dropped, an
+//! event goes to the subscribers' rings. Both tasks end with the connection, and then no caller waits any
+//! longer.
 
 use std::{
     collections::HashMap,
@@ -28,19 +30,20 @@ use crate::{
     socket::{self, Stream},
 };
 
-/// Commands that wait for a reply, those that were given up included: then a QEMU that hangs cannot make us grow.
+/// Limit for commands that wait for a reply, including those that were given up: so a QEMU that hangs cannot
+/// make this process grow.
 const OUTSTANDING: usize = 256;
 
-/// What a command's reply is, or what came in its place.
+/// A command's reply, or the error in place of it.
 pub(crate) type Outcome = Result<std::result::Result<Value, Reported>>;
 
-/// A command that was queued, and what it holds until its reply is there.
+/// A queued command, and the permits that it keeps until its reply comes.
 #[derive(Debug)]
 struct Pending {
     name: String,
     reply: oneshot::Sender<Outcome>,
     _place: OwnedSemaphorePermit,
-    /// QEMU keeps only the last descriptor that it received: the next must wait until this one was taken.
+    /// QEMU keeps only the last descriptor that it received: the next must wait until this one was consumed.
     _fd_turn: Option<OwnedSemaphorePermit>,
 }
 
@@ -54,18 +57,18 @@ struct Outgoing {
     sent: Arc<AtomicBool>,
 }
 
-/// What the tasks and the handle share.
+/// State shared by the tasks and the handle.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) socket: PathBuf,
     pub(crate) ids: Ids,
     state: Mutex<State>,
     lost: watch::Sender<Option<Arc<str>>>,
-    /// Counts what may have changed QEMU.
+    /// Counts events and commands that may have changed QEMU.
     epoch: AtomicU64,
 }
 
-/// Whether a command only asks.
+/// Returns true if a command only queries.
 fn only_asks(command: &str) -> bool {
     ["query-", "qom-get", "qom-list", "x-debug-query-", "device-list-properties"]
         .iter()
@@ -76,12 +79,12 @@ fn only_asks(command: &str) -> bool {
 struct State {
     pending: HashMap<u64, Pending>,
     greeting: Option<oneshot::Sender<Result<Value>>>,
-    /// None once the connection is gone.
+    /// `None` once the connection is gone.
     events: Option<broadcast::Sender<Event>>,
     noise: Noise,
 }
 
-/// Lines that were not understood: told by a command that gets no reply.
+/// Lines that were not understood: reported with a command that gets no reply.
 #[derive(Debug, Default, Clone)]
 struct Noise {
     lines: u64,
@@ -93,7 +96,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Why the connection is gone, if it is.
+    /// Returns the reason why the connection is gone, if it is.
     pub(crate) fn lost(&self) -> Option<Arc<str>> {
         self.lost.borrow().clone()
     }
@@ -103,7 +106,7 @@ impl Shared {
             .advice("reconnect, and reconcile with what QEMU then says")
     }
 
-    /// Ends the connection: everyone who waits is told, and everyone who comes.
+    /// Ends the connection: all current and later callers get an error.
     fn lose(&self, reason: &str) {
         let (pending, greeting) = {
             let mut state = self.state();
@@ -138,7 +141,7 @@ impl Shared {
         state.noise.last = what;
     }
 
-    /// See [`crate::Qmp::epoch`].
+    /// Returns the epoch; see [`crate::Qmp::epoch`].
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::SeqCst)
     }
@@ -174,7 +177,7 @@ impl Shared {
         }
     }
 
-    /// A line that cannot be read: if a command's id is in it, it is that command's reply.
+    /// Handles a line that cannot be read. If a command's id is in it, it is that command's reply.
     fn unusable(&self, bytes: &[u8], kind: ErrorKind, what: String) {
         let greeting = self.state().greeting.take();
         if let Some(greeting) = greeting {
@@ -210,7 +213,7 @@ impl Shared {
             Message::Event(event) => {
                 self.turn();
                 if let Some(events) = &self.state().events {
-                    // With no subscriber, nobody wants it.
+                    // Without a subscriber the event is dropped.
                     let _ = events.send(event);
                 }
             }
@@ -234,7 +237,7 @@ impl Shared {
         }
     }
 
-    /// What a timeout tells beside the time.
+    /// Returns the note on lines that were not understood, for the message of a timeout.
     pub(crate) fn noise_note(&self, before: u64) -> String {
         let noise = self.state().noise.clone();
         match noise.lines.saturating_sub(before) {
@@ -248,7 +251,7 @@ impl Shared {
     }
 }
 
-/// A connection's owner: when the last one is dropped, the socket is closed.
+/// The owner of a connection: dropping the last one closes the socket.
 #[derive(Debug)]
 pub(crate) struct Handle {
     pub(crate) shared: Arc<Shared>,
@@ -306,25 +309,25 @@ impl Handle {
         (handle, greeting)
     }
 
-    /// A new subscription; the first one has also what came before it was asked for.
+    /// Makes a subscription; the first one also gets the events before it.
     pub(crate) fn subscribe(&self) -> broadcast::Receiver<Event> {
         let first = self.events.lock().unwrap_or_else(PoisonError::into_inner).take();
         first
             .or_else(|| self.shared.state().events.as_ref().map(broadcast::Sender::subscribe))
             .unwrap_or_else(
-                // The connection is gone: a ring whose sender is, too.
+                // The connection is gone: return a ring without a sender.
                 || broadcast::channel(1).1,
             )
     }
 
     /// Waits until the connection is gone.
     pub(crate) async fn closed(&self) {
-        // The sender lives in `shared`: it cannot be gone before.
+        // The sender is part of `shared`, which outlives this call.
         let _ = self.shared.lost.subscribe().wait_for(Option::is_some).await;
     }
 
-    /// Queues one command and waits for what comes of it. `line` makes its line of its id. `sent` becomes true before the
-    /// first byte is written. May be dropped at any point.
+    /// Queues one command and waits for its outcome. `line` makes the command's line from its id. `sent`
+    /// becomes true before the first byte is written. The future may be dropped at any point.
     pub(crate) async fn command(
         &self,
         name: &str,
@@ -348,7 +351,7 @@ impl Handle {
             () = self.closed() => return Err(lost()),
             places = places => places,
         };
-        // Nobody closes the semaphores.
+        // The semaphores are never closed.
         let (Ok(place), Ok(fd_turn)) = (place, fd_turn) else { return Err(lost()) };
         if !only_asks(name) {
             self.shared.turn();
@@ -372,7 +375,7 @@ async fn read(shared: Arc<Shared>, stream: Arc<Stream>, line_cap: usize) {
             Ok(0) => break "the other side closed the connection".to_owned(),
             Ok(count) => {
                 lines.push(buffer.get(..count).unwrap_or_default(), |line| shared.line(line));
-                // A flood may not keep the others of this thread from running, timers among them.
+                // A flood of input must not keep other tasks of this thread from running, timers among them.
                 tokio::task::yield_now().await;
             }
             Err(error) => break format!("reading failed: {error}"),
@@ -397,11 +400,12 @@ async fn write(shared: Arc<Shared>, stream: Arc<Stream>, mut queue: mpsc::Unboun
         }
         sent.store(true, Ordering::SeqCst);
         if pending.reply.is_closed() {
-            // Given up before a byte of it was written: it is not sent at all.
+            // Given up before its first byte was written: it is not sent at all.
             continue;
         }
         {
-            // Under the lock that `lose` takes: either it sees this command, or we see that the connection is gone.
+            // Under the lock that `lose` takes: either `lose` finds this command, or this task finds that the
+            // connection is gone.
             let mut state = shared.state();
             if let Some(reason) = shared.lost() {
                 drop(state);
@@ -413,14 +417,14 @@ async fn write(shared: Arc<Shared>, stream: Arc<Stream>, mut queue: mpsc::Unboun
         let mut written = 0;
         let result = tokio::select! {
             result = socket::write_all(&stream, &line, fd, &mut written) => result,
-            // `lose` tells whoever waits.
+            // `lose` notifies the callers that wait.
             _ = gone.wait_for(Option::is_some) => continue,
         };
         if let Err(error) = result {
-            // What QEMU still had to say is read to its end; nothing more can be written.
+            // Nothing more can be written; input from QEMU is still read to its end.
             let reason = format!("writing failed: {error}");
             shared.answer(number, |pending| {
-                // Without its last brace and the line's end, it is no command.
+                // Without its last brace and the line's end, it is not a command.
                 let whole = written + 2 > line.len();
                 Err(shared.lost_error(&pending.name, &reason).sent(whole).source(error))
             });

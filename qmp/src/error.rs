@@ -1,4 +1,4 @@
-//! The crate's one error: what was attempted, on what socket, what came back, and what to do.
+//! The crate's one error: the operation, its socket, what was found, and what to do.
 
 use std::{fmt, io, path::Path};
 
@@ -7,7 +7,7 @@ use serde_json::Value;
 /// The result of this crate's calls.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What kind of thing went wrong: what a caller decides by.
+/// Kind of failure; the caller decides by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -23,7 +23,7 @@ pub enum ErrorKind {
     Refused,
     /// This QEMU or agent does not have the command or the ability.
     Unsupported,
-    /// The reply came, but it is not what it should be (not JSON, or another shape than the command's type).
+    /// The reply does not have the expected form (not JSON, or another shape than the command's type).
     Reply,
     /// The reply is longer than a line may be.
     TooLong,
@@ -47,7 +47,7 @@ struct Inner {
     source: Option<io::Error>,
 }
 
-/// The error object of a reply, as it was sent.
+/// The error object of a reply, as it was received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Reported {
     pub(crate) class: String,
@@ -55,7 +55,7 @@ pub(crate) struct Reported {
 }
 
 impl Reported {
-    /// Reads the value of `"error"`; what is missing reads as empty.
+    /// Parses the value of `"error"`; a missing part is empty.
     pub(crate) fn from_value(error: &Value) -> Self {
         let text = |key| error.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         Self { class: text("class"), desc: text("desc") }
@@ -81,7 +81,8 @@ impl Error {
         }))
     }
 
-    /// An error reply. A command that is not known (or was disabled) is [`ErrorKind::Unsupported`].
+    /// Makes the error of an error reply. A command that is not known (or was disabled) is
+    /// [`ErrorKind::Unsupported`].
     pub(crate) fn reported(attempted: &str, socket: &Path, who: &str, reported: Reported) -> Self {
         let kind = match reported.class.as_str() {
             "CommandNotFound" => ErrorKind::Unsupported,
@@ -109,33 +110,35 @@ impl Error {
         self
     }
 
-    /// What kind of thing went wrong.
+    /// Returns the kind of failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// What was attempted: a command's name, or a step of the connection.
+    /// Returns the operation: a command's name, or a step of the connection.
     pub fn attempted(&self) -> &str {
         &self.0.attempted
     }
 
-    /// The socket that it was attempted on.
+    /// Returns the socket of the operation.
     pub fn socket(&self) -> &str {
         &self.0.socket
     }
 
-    /// The error class of an error reply (`GenericError`, `CommandNotFound`, ...), as it was sent.
+    /// Returns the error class of an error reply (`GenericError`, `CommandNotFound`, ...), as it was
+    /// received.
     pub fn class(&self) -> Option<&str> {
         self.0.reported.as_ref().map(|reported| reported.class.as_str())
     }
 
-    /// The description of an error reply, as it was sent: for people, QEMU changes it between versions.
+    /// Returns the description of an error reply, as it was received. It is for people: QEMU changes it
+    /// between versions.
     pub fn desc(&self) -> Option<&str> {
         self.0.reported.as_ref().map(|reported| reported.desc.as_str())
     }
 
-    /// Whether the command was handed to the socket, and so may have run, may be running, or may yet run, though there is
-    /// no reply. False for an error reply: then it is known.
+    /// Returns true if the command was handed to the socket without a reply, so that it may have run, may be
+    /// running, or may still run. False for an error reply: then its result is known.
     pub fn may_have_run(&self) -> bool {
         self.0.may_have_run
     }
@@ -161,7 +164,7 @@ impl std::error::Error for Error {
     }
 }
 
-/// The first bytes of what came, fit to be shown: they may be anything.
+/// Returns the first bytes of received data in printable form.
 pub(crate) fn shown(bytes: &[u8]) -> String {
     const SHOWN: usize = 120;
     let head = bytes.get(..SHOWN).unwrap_or(bytes);

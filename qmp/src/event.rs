@@ -1,4 +1,4 @@
-//! Events, as they were sent, and a subscription to them.
+//! Events, as they were received, and a subscription to them.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -10,17 +10,17 @@ use crate::{
     error::{Error, ErrorKind, Result},
 };
 
-/// One event. Its name and data may be ones that nobody here has heard of.
+/// One event. Its name and data need not be known here.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Event {
     /// `STOP`, `JOB_STATUS_CHANGE`, ...
     pub name: String,
-    /// The value of `"data"`; null where there is none.
+    /// The value of `"data"`; null if there is none.
     pub data: Value,
-    /// When it happened, by the host's clock, in microseconds since 1970; none where QEMU could not tell.
+    /// Time of the event by the host's clock, in microseconds since 1970; `None` if QEMU did not report it.
     pub time_us: Option<i64>,
-    /// Whatever else the event's object had.
+    /// All other members of the event's object.
     pub rest: Map<String, Value>,
 }
 
@@ -34,9 +34,9 @@ impl Event {
         Self { name, data, time_us, rest }
     }
 
-    /// The event's data as one of `qapi_qmp`'s types; none if it is an event of another name.
+    /// Converts the event to one of `qapi_qmp`'s types; `None` if it is an event of another name.
     ///
-    /// Fails when the data is not what that type knows: a newer QEMU may say more. [`Event::data`] has it all.
+    /// Fails if the data does not fit that type: a newer QEMU may send more. [`Event::data`] has all of it.
     pub fn typed<E: qapi_spec::Event>(&self) -> Option<serde_json::Result<E>> {
         (self.name == E::NAME).then(|| match &self.data {
             Value::Null => E::deserialize(Value::Object(Map::new())),
@@ -45,19 +45,20 @@ impl Event {
     }
 }
 
-/// What a subscription gives.
+/// Result of a subscription.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Notice {
     /// The next event.
     Event(Event),
-    /// This many events were lost, because they were not taken in time: read the state anew, by
-    /// [`Qmp::reconcile`](crate::Qmp::reconcile) or a query of its own.
+    /// Number of events that were lost because they were not read in time: read the state again, by
+    /// [`Qmp::reconcile`](crate::Qmp::reconcile) or another query.
     Missed(u64),
 }
 
-/// A subscription to the events of a connection, from [`Qmp::events`](crate::Qmp::events) on. One that is not read loses
-/// the oldest events, is told how many, and holds up nobody. It keeps the connection open.
+/// A subscription to the events of a connection, beginning at [`Qmp::events`](crate::Qmp::events). A
+/// subscriber that does not read loses the oldest events, gets their number, and delays no other. A
+/// subscription keeps the connection open.
 #[derive(Debug)]
 pub struct Events {
     receiver: broadcast::Receiver<Event>,
@@ -70,10 +71,11 @@ impl Events {
         Self { receiver, socket, handle }
     }
 
-    /// The next event, or how many were missed. Waits for ever: put it under a deadline. A dropped call loses nothing.
+    /// Returns the next event, or the number of missed ones. Waits for ever: call it with a deadline. A
+    /// dropped call loses nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::Lost`] when the connection is gone and the events that came over it are all read.
+    /// [`ErrorKind::Lost`] if the connection is gone and all its events were read.
     pub async fn next(&mut self) -> Result<Notice> {
         match self.receiver.recv().await {
             Ok(event) => Ok(Notice::Event(event)),

@@ -1,8 +1,8 @@
-//! A QMP and guest-agent connection that survives what it does not know.
+//! A QMP and guest-agent connection that survives unknown input.
 //!
-//! [`Qmp`] speaks to a QEMU, [`Agent`] to a guest agent, both over a Unix socket. Neither is ended by an event, a field, an
-//! enum value or an id that it has not heard of: those are data. What ends a [`Qmp`] connection is the end of its socket,
-//! and then [`Qmp::reconnect`] gives a new one together with what QEMU is doing by now ([`Reconciled`]).
+//! [`Qmp`] connects to a QEMU, [`Agent`] to a guest agent, both over a Unix socket. An unknown event, field,
+//! enum value or id ends neither: those are data. Only the end of its socket ends a [`Qmp`] connection.
+//! [`Qmp::reconnect`] then makes a new one, and reads QEMU's current state ([`Reconciled`]).
 //!
 //! ```no_run
 //! # async fn example() -> qmp::Result<()> {
@@ -35,14 +35,16 @@
 //! # }
 //! ```
 //!
-//! # What is promised
+//! # Guarantees
 //!
 //! * Every command has a deadline, and every call may be dropped at any point: the connection stays usable.
-//! * Lines are capped, JSON depth is bounded, and so is what waits for a QEMU that hangs.
-//! * Events reach every subscriber in order; one that does not read them loses the oldest and is told how many.
-//! * An error says whether the command may have run ([`Error::may_have_run`]).
-//! * A guest that was frozen is thawed ([`Frozen`]): by the holder, by its drop, by a limit of the host's, after a freeze that
-//!   was not answered, and when the runtime ends.
+//! * The length of a line, the depth of JSON and the number of waiting commands are limited, also for a QEMU
+//!   that hangs.
+//! * Events reach every subscriber in order; one that does not read them loses the oldest, and gets their
+//!   number.
+//! * An error reports if the command may have run ([`Error::may_have_run`]).
+//! * A frozen guest is thawed ([`Frozen`]): by the holder, by its drop, by a time limit of the host's, after
+//!   a freeze that was not answered, and when the runtime ends.
 #![forbid(unsafe_code)]
 
 mod agent;

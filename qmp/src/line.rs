@@ -1,6 +1,6 @@
-//! Bytes into lines, with a cap: memory is bounded whatever the other side sends.
+//! Splits bytes into lines of limited length: memory is bounded for any input.
 
-/// How much is kept of each end of a line that is over the cap: enough to find the id of a reply in it.
+/// Bytes kept of each end of a line over the limit: enough to find the id of a reply in it.
 const KEPT: usize = 512;
 /// One read of the socket.
 pub(crate) const CHUNK: usize = 64 * 1024;
@@ -8,18 +8,19 @@ pub(crate) const CHUNK: usize = 64 * 1024;
 /// One line, without its end.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Line {
-    /// A line within the cap. Never empty: blank lines are not told.
+    /// A line within the limit. Never empty: blank lines are skipped.
     Whole(Vec<u8>),
-    /// A line over the cap: its length in bytes, and its two ends.
+    /// A line over the limit: its length in bytes, and its two ends.
     TooLong { length: u64, ends: Vec<u8> },
 }
 
-/// Splits what a QMP server sends into messages of at most `cap` bytes: one a line, or over several lines, where its monitor
-/// prints prettily (`pretty=on`).
+/// Splits the output of a QMP server into messages of at most `cap` bytes. A message is one line, or several
+/// lines if its monitor prints prettily (`pretty=on`).
 ///
-/// The first line decides: QEMU begins a pretty greeting with a line of `{` alone. From then on a message goes from such a
-/// line to the next line of `}` alone; what is nested is indented, and a string has no line end. A line of `{` inside a
-/// message begins a new one, so that a message without end costs one message.
+/// The first line decides: QEMU begins a pretty greeting with a line of `{` alone. From then on a message
+/// reaches from such a line to the next line of `}` alone; nested braces are indented, and a string has no
+/// line end. A line of `{` inside a message begins a new one, so that an unfinished message costs only one
+/// message.
 #[derive(Debug)]
 pub(crate) struct MessageSplitter {
     lines: LineSplitter,
@@ -29,7 +30,7 @@ pub(crate) struct MessageSplitter {
 #[derive(Debug)]
 struct Messages {
     cap: usize,
-    /// Whether messages go over several lines; none as long as no line came.
+    /// True if messages have several lines; `None` before the first line.
     pretty: Option<bool>,
     message: Vec<u8>,
     over: Option<Over>,
@@ -41,13 +42,13 @@ impl MessageSplitter {
         Self { lines: LineSplitter::new(cap), messages }
     }
 
-    /// Takes what was read and gives the messages that it completes to `each`.
+    /// Adds input, and passes the messages that it completes to `each`.
     pub(crate) fn push(&mut self, bytes: &[u8], mut each: impl FnMut(Line)) {
         let Self { lines, messages } = self;
         lines.push(bytes, |line| messages.line(line, &mut each));
     }
 
-    /// What came of a message whose end has not come: its length and its head.
+    /// Returns length and head of an unfinished message.
     pub(crate) fn unfinished(&self) -> (u64, &[u8]) {
         let Messages { message, over, .. } = &self.messages;
         match (over, message.is_empty()) {
@@ -68,7 +69,7 @@ impl Messages {
             return each(line);
         }
         if whole == b"{" {
-            // What began before it has no end.
+            // The previous message is unfinished.
             self.finish(each);
             self.message.push(b'{');
             return;
@@ -111,7 +112,7 @@ impl Messages {
     }
 }
 
-/// Splits what is read into lines of at most `cap` bytes; of a longer one only the ends are kept.
+/// Splits input into lines of at most `cap` bytes; of a longer one only the ends are kept.
 #[derive(Debug)]
 pub(crate) struct LineSplitter {
     cap: usize,
@@ -131,7 +132,7 @@ impl LineSplitter {
         Self { cap, line: Vec::new(), over: None }
     }
 
-    /// Takes what was read and gives the lines that it completes to `each`.
+    /// Adds input, and passes the lines that it completes to `each`.
     pub(crate) fn push(&mut self, mut bytes: &[u8], mut each: impl FnMut(Line)) {
         while let Some(end) = bytes.iter().position(|&byte| byte == b'\n') {
             let (part, rest) = bytes.split_at(end);
@@ -144,7 +145,7 @@ impl LineSplitter {
         self.extend(bytes);
     }
 
-    /// What came of a line whose end has not come: its length and its head.
+    /// Returns length and head of an unfinished line.
     pub(crate) fn unfinished(&self) -> (u64, &[u8]) {
         match &self.over {
             Some(over) => (over.length, &over.head),

@@ -1,22 +1,23 @@
-//! One line of QMP into what it says. Nothing is refused for being unknown: that is data.
+//! Parses one line of QMP. Unknown content is no error: it is data.
 
 use serde_json::{Map, Value};
 
 use crate::{error::Reported, event::Event};
 
-/// How deep JSON may nest. QEMU's own parser stops at 1024; `query-block` nests once a layer of a backing chain.
+/// Deepest accepted JSON. QEMU's own parser stops at 1024; `query-block` nests once for each layer of a
+/// backing chain.
 pub(crate) const MAX_DEPTH: usize = 512;
 
-/// What a line says.
+/// Content of a line.
 #[derive(Debug)]
 pub(crate) enum Message {
     /// The value of `"QMP"`.
     Greeting(Value),
-    /// An event, of whatever name.
+    /// An event of any name.
     Event(Event),
-    /// A reply; the id as it was sent, if there was one.
+    /// A reply, with its id as it was received, if there was one.
     Reply { id: Option<Value>, outcome: Result<Value, Reported> },
-    /// JSON, but none of these.
+    /// JSON, but none of the others.
     Other,
 }
 
@@ -42,7 +43,7 @@ impl Message {
     }
 }
 
-/// Parses one line of JSON that nests at most `max_depth` deep; says what is wrong with it.
+/// Parses one line of JSON that nests at most `max_depth` deep; the error describes the damage.
 pub(crate) fn parse(line: &[u8], max_depth: usize) -> Result<Value, String> {
     let depth = depth(line);
     if depth > max_depth {
@@ -56,7 +57,7 @@ pub(crate) fn parse(line: &[u8], max_depth: usize) -> Result<Value, String> {
     Ok(value)
 }
 
-/// The line of a command. Arguments that are none, or empty, are left out.
+/// Makes the line of a command. Empty or missing arguments are left out.
 pub(crate) fn command(oob: bool, name: &str, arguments: Value, id: Option<&str>) -> Vec<u8> {
     let mut object = Map::new();
     object.insert(if oob { "exec-oob" } else { "execute" }.to_owned(), name.into());
@@ -72,7 +73,7 @@ pub(crate) fn command(oob: bool, name: &str, arguments: Value, id: Option<&str>)
     line
 }
 
-/// How deep brackets nest outside strings.
+/// Returns the nesting depth of brackets outside strings.
 fn depth(line: &[u8]) -> usize {
     let (mut now, mut most, mut in_string, mut escaped) = (0usize, 0, false, false);
     for &byte in line {
@@ -98,8 +99,8 @@ fn depth(line: &[u8]) -> usize {
     most
 }
 
-/// The ids of one connection's commands: strings with a part that no other connection has, because a QEMU may answer a
-/// command of the client before this one.
+/// The ids of one connection's commands. They have a part that is unique to the connection, because a QEMU
+/// may answer a command of the previous client.
 #[derive(Debug)]
 pub(crate) struct Ids {
     prefix: String,
@@ -115,19 +116,19 @@ impl Ids {
         format!("{}{number}", self.prefix)
     }
 
-    /// The number of the command that an id is of; none if it is not one of this connection.
+    /// Returns the number of an id's command; `None` if it is not one of this connection.
     pub(crate) fn number(&self, id: &Value) -> Option<u64> {
         id.as_str()?.strip_prefix(&self.prefix)?.parse().ok()
     }
 
-    /// The number of the command whose id stands in bytes that cannot be parsed.
+    /// Finds the number of a command by its id in bytes that cannot be parsed.
     pub(crate) fn find(&self, bytes: &[u8]) -> Option<u64> {
         let prefix = self.prefix.as_bytes();
         let at = bytes.windows(prefix.len()).position(|window| window == prefix)?;
         let rest = bytes.get(at + prefix.len()..)?;
         let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
         match rest.get(digits) {
-            // Cut off after a digit, it could be another number.
+            // An id that is cut off after a digit could be another number.
             Some(b'"') => std::str::from_utf8(rest.get(..digits)?).ok()?.parse().ok(),
             _ => None,
         }

@@ -28,23 +28,23 @@ use crate::{
     socket::{self, Other, Patience, Peer, Stream},
 };
 
-/// How a connection behaves.
+/// Options of a connection.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Options {
-    /// Within which a command must be answered, unless [`Qmp::within`] says otherwise. 30 s.
+    /// Time limit for a command, unless [`Qmp::within`] sets another. 30 s.
     pub deadline: Duration,
-    /// Within which the socket must open, greet, and agree on capabilities. 10 s.
+    /// Time limit for opening the socket, the greeting, and the capabilities. 10 s.
     pub connect_deadline: Duration,
-    /// Whether a socket that is not there yet, or that nobody serves yet, is waited for within `connect_deadline`: for a
-    /// QEMU that is being started. No.
+    /// True if a missing socket, or one without a listener, is awaited within `connect_deadline`: for a QEMU
+    /// that is being started. Default: false.
     pub await_socket: bool,
-    /// The longest line that is read, in bytes. 64 MiB. (Ask `query-named-block-nodes` with `flat`: without it, its reply
-    /// grows with the square of a chain's length, to megabytes at sixty layers.)
+    /// Longest accepted line, in bytes. 64 MiB. (Use `query-named-block-nodes` with `flat`: without it, its
+    /// reply grows with the square of a chain's length, to megabytes at sixty layers.)
     pub line_cap: usize,
-    /// How many events are kept for a subscriber that does not take them. 1024.
+    /// Number of events kept for a subscriber that does not read them. 1024.
     pub event_ring: usize,
-    /// Whether out-of-band commands are asked for where QEMU offers them. Yes.
+    /// True if out-of-band commands are requested from a QEMU that offers them. Default: true.
     pub oob: bool,
 }
 
@@ -61,15 +61,15 @@ impl Default for Options {
     }
 }
 
-/// What QEMU said when the connection opened.
+/// QEMU's greeting.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Greeting {
-    /// Major, minor, micro; to be shown. What QEMU can do, [`Qmp::schema`] tells.
+    /// Major, minor, micro; for display only. [`Qmp::schema`] has QEMU's abilities.
     pub version: Option<(u64, u64, u64)>,
-    /// The capabilities that it offered.
+    /// The capabilities that QEMU offers.
     pub capabilities: Vec<String>,
-    /// The value of `"QMP"`, whole.
+    /// The whole value of `"QMP"`.
     pub raw: Value,
 }
 
@@ -86,10 +86,11 @@ impl Greeting {
     }
 }
 
-/// A connection to one QEMU. Clones share it; the last one dropped closes it.
+/// A connection to one QEMU. Clones share it; dropping the last one closes it.
 ///
-/// Every call may be dropped at any point (or raced, or put under a timeout of its own): the reply is then dropped when it
-/// comes, and the connection stays usable. A command that was given up before it was written is not sent.
+/// Every call may be dropped at any point (or raced, or put under its own timeout). Its reply is then dropped
+/// when it comes, and the connection stays usable. A command that was given up before it was written is not
+/// sent.
 #[derive(Debug, Clone)]
 pub struct Qmp {
     handle: Arc<Handle>,
@@ -108,20 +109,20 @@ struct About {
 }
 
 impl Qmp {
-    /// Connects to the QMP socket at a path, or to `tcp:HOST:PORT` of the loopback interface.
+    /// Connects to the QMP socket at a path, or to `tcp:HOST:PORT` on the loopback interface.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] where the address is not one of these;
-    /// [`ErrorKind::Connect`] where the socket cannot be opened; [`ErrorKind::Protocol`] where it is no QMP socket;
-    /// [`ErrorKind::Timeout`] where no greeting comes: QEMU serves one client of a socket at a time.
+    /// [`ErrorKind::Invalid`] if the address is neither; [`ErrorKind::Connect`] if the socket cannot be
+    /// opened; [`ErrorKind::Protocol`] if it is not a QMP socket; [`ErrorKind::Timeout`] if no greeting
+    /// comes: QEMU serves one client of a socket at a time.
     pub async fn connect(socket: impl AsRef<Path>) -> Result<Self> {
         Self::connect_with(socket, Options::default()).await
     }
 
-    /// Connects with other options than the default ones.
+    /// Connects with the given options.
     ///
     /// # Errors
-    /// As [`Qmp::connect`].
+    /// See [`Qmp::connect`].
     pub async fn connect_with(socket: impl AsRef<Path>, options: Options) -> Result<Self> {
         let deadline = Instant::now() + options.connect_deadline;
         let patience = if options.await_socket { Patience::Absent } else { Patience::Busy };
@@ -129,10 +130,10 @@ impl Qmp {
         Self::greet(stream, socket.as_ref().to_owned(), options, deadline).await
     }
 
-    /// Takes a stream that is open already, and has read nothing yet; `name` stands for its path in errors.
+    /// Uses a stream that is open already, and that has read nothing yet; `name` replaces its path in errors.
     ///
     /// # Errors
-    /// As [`Qmp::connect`], but never [`ErrorKind::Connect`].
+    /// See [`Qmp::connect`], but never [`ErrorKind::Connect`].
     pub async fn from_stream(stream: UnixStream, name: impl Into<PathBuf>, options: Options) -> Result<Self> {
         let deadline = Instant::now() + options.connect_deadline;
         Self::greet(Stream::Unix(stream), name.into(), options, deadline).await
@@ -166,17 +167,17 @@ impl Qmp {
         Ok(qmp.within(qmp.about.options.deadline))
     }
 
-    /// The same connection with another deadline for each command.
+    /// Returns the same connection with another deadline for each command.
     pub fn within(&self, deadline: Duration) -> Self {
         Self { deadline, ..self.clone() }
     }
 
-    /// Runs a command of `qapi_qmp`'s.
+    /// Runs a command of `qapi_qmp`.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] or [`ErrorKind::Unsupported`] with what QEMU said; [`ErrorKind::Timeout`];
-    /// [`ErrorKind::Lost`]; [`ErrorKind::Reply`] where the reply has a form that the type does not know: the command has
-    /// run then, and [`Qmp::execute_raw`] gives the reply as it is.
+    /// [`ErrorKind::Refused`] or [`ErrorKind::Unsupported`] with QEMU's message; [`ErrorKind::Timeout`];
+    /// [`ErrorKind::Lost`]; [`ErrorKind::Reply`] if the reply does not fit the command's type. The command
+    /// has run then, and [`Qmp::execute_raw`] returns its reply unparsed.
     pub async fn execute<C: QmpCommand>(&self, command: C) -> Result<C::Ok> {
         let reply = self.run(C::NAME, self.arguments(&command)?, false, None).await?;
         self.typed::<C>(reply)
@@ -185,16 +186,16 @@ impl Qmp {
     /// Runs a command by its name. Arguments are an object, or null for none.
     ///
     /// # Errors
-    /// As [`Qmp::execute`].
+    /// See [`Qmp::execute`].
     pub async fn execute_raw(&self, name: &str, arguments: Value) -> Result<Value> {
         self.run(name, arguments, false, None).await
     }
 
-    /// Runs a command out of band: at once, even while another one is being carried out.
+    /// Runs a command out of band: at once, even while another one runs.
     ///
     /// # Errors
-    /// As [`Qmp::execute`]; [`ErrorKind::Unsupported`] where out-of-band was not agreed on. QEMU refuses it for most
-    /// commands.
+    /// See [`Qmp::execute`]; [`ErrorKind::Unsupported`] if out-of-band was not negotiated. QEMU refuses it
+    /// for most commands.
     pub async fn execute_oob<C: QmpCommand>(&self, command: C) -> Result<C::Ok> {
         let reply = self.execute_oob_raw(C::NAME, self.arguments(&command)?).await?;
         self.typed::<C>(reply)
@@ -203,7 +204,7 @@ impl Qmp {
     /// Runs a command out of band, by its name.
     ///
     /// # Errors
-    /// As [`Qmp::execute_oob`].
+    /// See [`Qmp::execute_oob`].
     pub async fn execute_oob_raw(&self, name: &str, arguments: Value) -> Result<Value> {
         if !self.about.oob {
             let detail = "out-of-band commands were not agreed on when the connection opened";
@@ -213,11 +214,12 @@ impl Qmp {
         self.run(name, arguments, true, None).await
     }
 
-    /// Runs a command that takes a file descriptor (`getfd`, `add-fd`). The descriptor is duplicated; QEMU gets one of its
-    /// own. Commands with descriptors go one at a time: QEMU keeps only the last descriptor that came.
+    /// Runs a command that takes a file descriptor (`getfd`, `add-fd`). The descriptor is duplicated; QEMU
+    /// gets its own. Commands with descriptors are sent one at a time, because QEMU keeps only the last
+    /// descriptor that came.
     ///
     /// # Errors
-    /// As [`Qmp::execute`]; [`ErrorKind::Invalid`] where the descriptor cannot be duplicated;
+    /// See [`Qmp::execute`]; [`ErrorKind::Invalid`] if the descriptor cannot be duplicated;
     /// [`ErrorKind::Unsupported`] over TCP.
     pub async fn execute_with_fd(&self, name: &str, arguments: Value, fd: impl AsFd) -> Result<Value> {
         if !self.passes_descriptors() {
@@ -232,20 +234,20 @@ impl Qmp {
         self.run(name, arguments, false, Some(fd)).await
     }
 
-    /// Gives QEMU a descriptor under a name, for commands that take such a name (`fd:NAME` of a migration).
+    /// Passes QEMU a descriptor under a name, for commands that take such a name (`fd:NAME` of a migration).
     ///
     /// # Errors
-    /// As [`Qmp::execute_with_fd`].
+    /// See [`Qmp::execute_with_fd`].
     pub async fn get_fd(&self, name: &str, fd: impl AsFd) -> Result<()> {
         self.execute_with_fd("getfd", json!({ "fdname": name }), fd).await.map(drop)
     }
 
-    /// Adds a descriptor to a set of QEMU's, a new one by default. `/dev/fdset/ID` then opens it.
+    /// Adds a descriptor to a set in QEMU, a new one by default. `/dev/fdset/ID` then opens it.
     ///
     /// The set keeps its descriptors, and with them their image locks, until `remove-fd`.
     ///
     /// # Errors
-    /// As [`Qmp::execute_with_fd`].
+    /// See [`Qmp::execute_with_fd`].
     pub async fn add_fd(
         &self,
         set: Option<i64>,
@@ -257,21 +259,23 @@ impl Qmp {
         self.typed::<qapi_qmp::add_fd>(reply)
     }
 
-    /// Subscribes to events. The first subscription of a connection has those since the greeting, later ones begin here.
+    /// Subscribes to events. The first subscription of a connection gets those since the greeting; later ones
+    /// begin at the call.
     pub fn events(&self) -> Events {
         Events::new(self.handle.subscribe(), self.socket().to_owned(), Arc::clone(&self.handle))
     }
 
-    /// A number that grows whenever a command that does more than ask was sent or answered, and with each event. As long as it
-    /// is the same, nothing is known here to have changed QEMU; another client of it still may have.
+    /// Returns a number that grows with each event, and whenever a command that is not a mere query was sent
+    /// or answered. As long as it is the same, nothing known here has changed QEMU; another client may still
+    /// have.
     pub fn epoch(&self) -> u64 {
         self.handle.shared.epoch()
     }
 
-    /// What this QEMU can do, by its own account. Asked for once a connection.
+    /// Returns QEMU's own schema, which is read once per connection.
     ///
     /// # Errors
-    /// As [`Qmp::execute`]; a failure is not kept, the next call asks again.
+    /// See [`Qmp::execute`]; a failure is not cached, the next call asks again.
     pub async fn schema(&self) -> Result<Arc<Schema>> {
         let schema = self.about.schema.get_or_try_init(|| async {
             let reply = self.execute_raw("query-qmp-schema", Value::Null).await?;
@@ -282,26 +286,26 @@ impl Qmp {
         schema.await.cloned()
     }
 
-    /// What QEMU is doing now: run state, jobs, drives.
+    /// Reads QEMU's current state: run state, jobs, drives.
     ///
     /// # Errors
-    /// As [`Qmp::execute`].
+    /// See [`Qmp::execute`].
     pub async fn reconcile(&self) -> Result<Reconciled> {
         Reconciled::read(self).await
     }
 
-    /// Connects anew to the same socket, waiting up to `patience` for it to be served, and reads what QEMU is doing now:
-    /// commands that were under way when the connection was lost may have run, events may have been missed, and it may be
-    /// another QEMU ([`Reconciled::same_process`]).
+    /// Connects to the same socket again, waiting up to `patience` for a listener, and reads QEMU's current
+    /// state. Commands that ran when the connection was lost may have completed, events may have been missed,
+    /// and it may be another QEMU ([`Reconciled::same_process`]).
     ///
     /// # Errors
-    /// As [`Qmp::connect`] and [`Qmp::reconcile`].
+    /// See [`Qmp::connect`] and [`Qmp::reconcile`].
     pub async fn reconnect(&self, patience: Duration) -> Result<(Self, Reconciled)> {
         let deadline = Instant::now() + patience;
         loop {
             let (qmp, mut reconciled) = match self.connect_again(deadline).await {
                 Ok(both) => both,
-                // It accepted, and then ended: it is being started again.
+                // The listener accepted the connection and ended: QEMU is being restarted.
                 Err(error)
                     if matches!(error.kind(), ErrorKind::Lost | ErrorKind::Protocol)
                         && Instant::now() < deadline =>
@@ -329,7 +333,7 @@ impl Qmp {
         Ok((qmp, reconciled))
     }
 
-    /// What QEMU said when the connection opened.
+    /// Returns QEMU's greeting.
     pub fn greeting(&self) -> &Greeting {
         &self.about.greeting
     }
@@ -339,22 +343,22 @@ impl Qmp {
         self.about.passes_descriptors
     }
 
-    /// Whether out-of-band commands were agreed on.
+    /// Returns true if out-of-band commands were negotiated.
     pub fn has_oob(&self) -> bool {
         self.about.oob
     }
 
-    /// The process at the other end, where the system tells.
+    /// Returns the process at the other end, if the system reports it.
     pub fn peer(&self) -> Option<Peer> {
         self.about.peer
     }
 
-    /// The socket's address: its path, or `tcp:HOST:PORT`.
+    /// Returns the socket's address: its path, or `tcp:HOST:PORT`.
     pub fn socket(&self) -> &Path {
         &self.handle.shared.socket
     }
 
-    /// Whether the connection is gone.
+    /// Returns true if the connection is gone.
     pub fn is_closed(&self) -> bool {
         self.handle.shared.lost().is_some()
     }
@@ -381,7 +385,8 @@ impl Qmp {
                 outcome?.map_err(|reported| Error::reported(name, self.socket(), "QEMU", reported))
             }
             Err(_) => {
-                // The future that waited is gone by now: the writer that finds this not set will not send it.
+                // The future that waited is dropped by now: a writer that finds this not set will not send
+                // the command.
                 let sent = sent.load(Ordering::SeqCst);
                 let how = if sent { "no reply" } else { "it could not even be sent" };
                 let detail = format!(

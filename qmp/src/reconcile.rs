@@ -1,4 +1,4 @@
-//! What a QEMU is doing now, as one snapshot: what stands when a connection was lost and events were missed.
+//! The current state of a QEMU in one value, for use after a connection was lost and events were missed.
 
 use serde_json::Value;
 
@@ -7,20 +7,20 @@ use crate::{
     qmp::Qmp,
 };
 
-/// The state of a QEMU, as its own queries tell it. Words that are not known are kept, not refused.
+/// The state of a QEMU, as its own queries report it. Unknown words are kept, not refused.
 ///
-/// The queries follow one another; a guest that runs, or a job, may go on between them.
+/// The queries run one after another; a running guest, or a job, may change state between them.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Reconciled {
-    /// Whether this is the process that the former connection was to; none where that cannot be told, or where there was
-    /// no former one.
+    /// True if this is the same process as that of the previous connection. `None` if that is not known, or
+    /// there was no previous one.
     pub same_process: Option<bool>,
-    /// Whether the guest runs.
+    /// True if the guest runs.
     pub running: bool,
     /// `query-status`: `running`, `paused`, `postmigrate`, `restore-vm`, ...
     pub run_state: String,
-    /// `query-jobs`: jobs that are under way, and those that have ended and were not dismissed.
+    /// `query-jobs`: jobs that run, and those that have ended and were not dismissed.
     pub jobs: Vec<Job>,
     /// `query-block`: the drives of the guest's devices, empty ones too.
     pub drives: Vec<Drive>,
@@ -34,15 +34,15 @@ pub struct Job {
     pub id: String,
     /// `commit`, `stream`, `snapshot-save`, ...
     pub kind: String,
-    /// Where it is.
+    /// Its state.
     pub status: JobStatus,
-    /// Progress, in units of the job's own (bytes for most).
+    /// Progress, in the job's own units (bytes for most).
     pub current: u64,
-    /// What `current` is on its way to; may move.
+    /// Value of `current` at the end; it may change.
     pub total: u64,
-    /// Why it failed, once it has.
+    /// The reason of its failure, if it failed.
     pub error: Option<String>,
-    /// The entry as it was sent.
+    /// The entry as it was received.
     pub raw: Value,
 }
 
@@ -61,12 +61,12 @@ pub enum JobStatus {
     Aborting,
     Concluded,
     Null,
-    /// A word that is not known here.
+    /// An unknown word.
     Other(String),
 }
 
 impl JobStatus {
-    /// From QEMU's word, also that of an event.
+    /// Parses QEMU's word, also that of an event.
     pub fn from_word(word: &str) -> Self {
         match word {
             "created" => Self::Created,
@@ -88,15 +88,15 @@ impl JobStatus {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Drive {
-    /// The drive's name; empty where it was made by `-blockdev`.
+    /// The drive's name; empty if it was made by `-blockdev`.
     pub device: String,
     /// The device's id or its path in QOM.
     pub qdev: Option<String>,
-    /// Whether its medium can be taken out.
+    /// True if its medium is removable.
     pub removable: bool,
-    /// The medium; none in an empty drive.
+    /// The medium; `None` in an empty drive.
     pub inserted: Option<Inserted>,
-    /// The entry as it was sent.
+    /// The entry as it was received.
     pub raw: Value,
 }
 
@@ -108,11 +108,11 @@ pub struct Inserted {
     pub node: Option<String>,
     /// `qcow2`, `raw`, ...
     pub driver: String,
-    /// The name QEMU has for its file; may be a `json:` string.
+    /// QEMU's name of its file; may be a `json:` string.
     pub file: String,
-    /// The backing file's name, as QEMU has it.
+    /// QEMU's name of the backing file.
     pub backing_file: Option<String>,
-    /// Whether the guest cannot write it.
+    /// True if the guest cannot write it.
     pub read_only: bool,
 }
 
@@ -137,20 +137,20 @@ impl Reconciled {
         })
     }
 
-    /// The job of that id.
+    /// Finds a job by its id.
     pub fn job(&self, id: &str) -> Option<&Job> {
         self.jobs.iter().find(|job| job.id == id)
     }
 }
 
 impl Job {
-    /// The jobs in a reply to `query-jobs`; none where one of them cannot be read.
+    /// Parses a reply to `query-jobs`; `None` if one of the jobs cannot be read.
     pub fn list(reply: &Value) -> Option<Vec<Self>> {
         all(reply, Self::from_value)
     }
 
     fn from_value(value: &Value) -> Option<Self> {
-        // The protocol has these as signed; what is out of range reads as 0.
+        // The protocol has signed values; one that is out of range becomes 0.
         let count = |key| value.get(key).and_then(Value::as_u64).unwrap_or_default();
         Some(Self {
             id: text(value, "id")?,
@@ -194,7 +194,7 @@ fn flag(value: &Value, key: &str) -> Option<bool> {
     value.get(key)?.as_bool()
 }
 
-/// All entries of a list, or none if one of them cannot be read: a job that is passed over would be worse.
+/// Reads all entries of a list; none if one of them cannot be read, because skipping a job would be worse.
 fn all<T>(value: &Value, each: impl Fn(&Value) -> Option<T>) -> Option<Vec<T>> {
     value.as_array()?.iter().map(each).collect()
 }

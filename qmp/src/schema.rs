@@ -1,16 +1,17 @@
-//! What a QEMU can do, from its `query-qmp-schema`: asked of it, never concluded from its version.
+//! The abilities of a QEMU, from its `query-qmp-schema`, never concluded from its version.
 
 use std::collections::HashMap;
 
 use serde_json::Value;
 
-/// Alternates of alternates do not exist; this only ends a walk through a schema that is made to have no end.
+/// Alternates of alternates do not exist; this limit only ends a walk through a malicious, endless schema.
 const MAX_ALTERNATES: usize = 8;
 
-/// The commands, events, arguments and enum values that one QEMU knows.
+/// The commands, events, arguments and enum values of one QEMU.
 ///
-/// A *path* names a member of a command's arguments (or of its reply), with a dot between levels. Lists are walked into by
-/// themselves. A member of one branch of a union is found in any branch; `tag=value` as a step walks into one branch only:
+/// A *path* names a member of a command's arguments (or of its reply), with a dot between levels. Lists are
+/// entered implicitly. A member of one branch of a union is found in any branch; a step `tag=value` enters
+/// one branch only:
 ///
 /// ```
 /// # let reply = serde_json::json!([
@@ -48,7 +49,7 @@ enum Shape {
     Object {
         members: Vec<Member>,
         tag: Option<String>,
-        /// Case and type.
+        /// Pairs of case and type.
         variants: Vec<(String, String)>,
     },
     Array(String),
@@ -87,7 +88,7 @@ impl Entity {
             },
             "array" => text(value, "element-type").map(Shape::Array).unwrap_or_default(),
             "alternate" => Shape::Alternate(list(value, "members").filter_map(|m| text(m, "type")).collect()),
-            // "members" replaces "values", which old versions have alone.
+            // "members" replaces "values"; old versions have only the latter.
             "enum" => Shape::Enum(
                 list(value, "members")
                     .filter_map(|m| text(m, "name"))
@@ -116,10 +117,10 @@ impl Member {
 }
 
 impl Schema {
-    /// Reads the reply of `query-qmp-schema`. Entities of kinds that are not known are passed over.
+    /// Parses the reply of `query-qmp-schema`. Entities of unknown kinds are skipped.
     ///
     /// # Errors
-    /// Says what is wrong when it is no list, or names no command.
+    /// A description of the error if it is not a list, or names no command.
     pub fn from_value(reply: &Value) -> Result<Self, String> {
         let entities = reply.as_array().ok_or("the schema is not a list")?;
         let mut schema = Self { types: HashMap::new(), commands: HashMap::new(), events: HashMap::new() };
@@ -138,34 +139,34 @@ impl Schema {
         Ok(schema)
     }
 
-    /// Whether there is such a command.
+    /// Returns true if the command exists.
     pub fn has_command(&self, command: &str) -> bool {
         self.commands.contains_key(command)
     }
 
-    /// Whether there is such an event.
+    /// Returns true if the event exists.
     pub fn has_event(&self, event: &str) -> bool {
         self.events.contains_key(event)
     }
 
-    /// Whether a command has a feature flag of its own (`deprecated`, ...).
+    /// Returns true if a command itself has a feature flag (`deprecated`, ...).
     pub fn has_feature(&self, command: &str, feature: &str) -> bool {
         self.commands.get(command).is_some_and(|entity| entity.features.iter().any(|known| known == feature))
     }
 
-    /// Whether a command takes the argument at a path.
+    /// Returns true if a command has the argument at a path.
     pub fn has_argument(&self, command: &str, path: &str) -> bool {
         self.arguments(command).is_some_and(|start| !self.walk(start, path).is_empty())
     }
 
-    /// Whether the argument at a path has a feature flag.
+    /// Returns true if the argument at a path has a feature flag.
     pub fn has_argument_feature(&self, command: &str, path: &str, feature: &str) -> bool {
         self.arguments(command).is_some_and(|start| {
             self.walk(start, path).iter().any(|found| found.features.iter().any(|known| known == feature))
         })
     }
 
-    /// Whether the argument at a path is an enum (or a list of one) that has this value.
+    /// Returns true if the argument at a path is an enum (or a list of one) with this value.
     pub fn has_value(&self, command: &str, path: &str, value: &str) -> bool {
         self.arguments(command).is_some_and(|start| {
             self.walk(start, path).iter().any(|found| {
@@ -177,7 +178,7 @@ impl Schema {
         })
     }
 
-    /// Whether a command's reply has the member at a path.
+    /// Returns true if a command's reply has the member at a path.
     pub fn has_reply(&self, command: &str, path: &str) -> bool {
         let reply = self.commands.get(command).and_then(|entity| entity.reply.as_deref());
         reply.is_some_and(|start| !self.walk(start, path).is_empty())
@@ -187,7 +188,7 @@ impl Schema {
         self.commands.get(command)?.argument.as_deref()
     }
 
-    /// The members that a path may name.
+    /// Returns the members that a path may name.
     fn walk<'a>(&'a self, start: &'a str, path: &str) -> Vec<Found<'a>> {
         let mut at = vec![Found { of: start, features: &[] }];
         for step in path.split('.') {
@@ -207,7 +208,7 @@ impl Schema {
         at
     }
 
-    /// A type, or what is behind it where it is a list or an alternate.
+    /// Returns a type; for a list or an alternate, the types in it.
     fn plain<'a>(&'a self, name: &'a str) -> Vec<(&'a str, &'a Entity)> {
         let (mut open, mut plain) = (vec![name], Vec::new());
         for _ in 0..MAX_ALTERNATES {
@@ -225,7 +226,8 @@ impl Schema {
         plain
     }
 
-    /// The members of that name of an object: its own, and those of every branch. Branches have none of their own.
+    /// Finds the members of that name of an object: its own, and those of every branch. Branches have no
+    /// branches.
     fn members<'a>(&'a self, of: &str, entity: &'a Entity, name: &str, found: &mut Vec<Found<'a>>) {
         let Shape::Object { members, variants, .. } = &entity.shape else { return };
         let mut take = |members: &'a [Member]| {
@@ -244,7 +246,7 @@ impl Schema {
     }
 }
 
-/// What a path led to.
+/// A member that a path names.
 #[derive(Debug, Clone, Copy)]
 struct Found<'a> {
     of: &'a str,

@@ -1,4 +1,4 @@
-//! The socket itself: opening it, writing a line with a file descriptor, and the process at the other end.
+//! The socket: opening it, writing a line with a file descriptor, and the process at the other end.
 //!
 //! An address is the path of a Unix socket, or `tcp:HOST:PORT` on the loopback interface.
 
@@ -23,19 +23,19 @@ use crate::error::{Error, ErrorKind, Result};
 
 const RETRY: Duration = Duration::from_millis(20);
 
-/// Which failures to open a socket are worth another try.
+/// The failures to open a socket after which it is tried again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Patience {
-    /// Only a full backlog: somebody else is being served.
+    /// Only a full backlog: another client is being served.
     Busy,
-    /// Also a socket that is not there (yet), or that nobody serves: QEMU is being started again.
+    /// Also a missing socket, or one without a listener: QEMU is being restarted.
     Absent,
 }
 
-/// What an address of TCP begins with.
+/// Prefix of a TCP address.
 const TCP: &str = "tcp:";
 
-/// Where something listens.
+/// Address of a listener.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Address {
     Unix(PathBuf),
@@ -43,8 +43,8 @@ pub(crate) enum Address {
 }
 
 impl Address {
-    /// Reads an address. Only the loopback interface is connected to by TCP: QMP has no password and no encryption, and a
-    /// QEMU elsewhere has other files than this machine.
+    /// Parses an address. TCP is supported only on the loopback interface: QMP has no password and no
+    /// encryption, and a QEMU elsewhere has other files than this machine.
     pub(crate) fn parse(address: &Path) -> Result<Self> {
         let Some(place) = address.to_str().and_then(|text| text.strip_prefix(TCP)) else {
             return Ok(Self::Unix(address.to_owned()));
@@ -78,14 +78,14 @@ impl Stream {
             Address::Unix(path) => UnixStream::connect(path).await.map(Self::Unix),
             Address::Tcp(place) => {
                 let stream = TcpStream::connect(place).await?;
-                // Commands are small and wait for an answer each.
+                // Commands are small, and each waits for an answer.
                 stream.set_nodelay(true)?;
                 Ok(Self::Tcp(stream))
             }
         }
     }
 
-    /// Returns true if descriptors can be passed over it.
+    /// Returns true if it can pass descriptors.
     pub(crate) fn passes_descriptors(&self) -> bool {
         matches!(self, Self::Unix(_))
     }
@@ -108,7 +108,7 @@ impl AsFd for Stream {
     }
 }
 
-/// Connects, trying again until `deadline` where `patience` says so.
+/// Connects, and tries again until `deadline` after the failures in `patience`.
 pub(crate) async fn open(socket: &Path, patience: Patience, deadline: Instant) -> Result<Stream> {
     let address = Address::parse(socket)?;
     loop {
@@ -144,8 +144,8 @@ fn open_error(socket: &Path, error: io::Error) -> Error {
     Error::new(ErrorKind::Connect, "connecting", socket, error.to_string()).advice(advice).source(error)
 }
 
-/// Writes all of `bytes`, with `fd` (if any) attached to the first of them; adds to `written` what is written, also when it
-/// fails or the future is dropped.
+/// Writes all of `bytes`, with `fd` (if any) attached to the first of them. Adds the written length to
+/// `written`, also after a failure or if the future is dropped.
 pub(crate) async fn write_all(
     stream: &Stream,
     bytes: &[u8],
@@ -169,7 +169,7 @@ fn send(stream: BorrowedFd<'_>, bytes: &[u8], fd: Option<&OwnedFd>) -> io::Resul
     Ok(sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
 }
 
-/// Reads some bytes into `buffer`; 0 is the end.
+/// Reads some bytes into `buffer`; 0 means the end.
 pub(crate) async fn read(stream: &Stream, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         let read = match stream {
@@ -189,7 +189,8 @@ pub(crate) async fn read(stream: &Stream, buffer: &mut [u8]) -> io::Result<usize
     }
 }
 
-/// The process at the other end: who made the socket listen. QEMU itself, unless it was handed the socket.
+/// The process at the other end, which made the socket listen: QEMU itself, unless the socket was handed to
+/// it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Peer {
@@ -197,16 +198,16 @@ pub struct Peer {
     pub pid: u32,
     /// Its user.
     pub uid: u32,
-    /// When it started, in clock ticks since boot: tells it from a later process of the same id.
+    /// Its start time, in clock ticks since boot: distinguishes it from a later process with the same id.
     pub start_ticks: Option<u64>,
 }
 
-/// How the process at the other end is known.
+/// Source of information about the process at the other end.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Other {
-    /// The system told when the socket was opened.
+    /// The system reported it when the socket was opened.
     Known(Peer),
-    /// Both ends of a TCP connection: ours, and its.
+    /// Both ends of a TCP connection: ours, and the peer's.
     Tcp(SocketAddr, SocketAddr),
     Unknown,
 }
@@ -222,7 +223,8 @@ impl Other {
         }
     }
 
-    /// The process. Of TCP it can be told only after it has accepted: after it has greeted.
+    /// Returns the process. For TCP it is known only after it has accepted the connection, so after the
+    /// greeting.
     pub(crate) fn peer(self) -> Option<Peer> {
         match self {
             Self::Known(peer) => Some(peer),
@@ -236,7 +238,7 @@ impl Other {
     }
 }
 
-/// The inode of the TCP socket between these ends, and its user, from the kernel's tables.
+/// Finds inode and user of the TCP socket between these ends in the kernel's tables.
 fn tcp_socket(local: SocketAddr, remote: SocketAddr) -> Option<(u64, u32)> {
     let wanted = (canonical(local), canonical(remote));
     ["/proc/net/tcp", "/proc/net/tcp6"].iter().find_map(|table| {
@@ -250,12 +252,12 @@ fn tcp_socket(local: SocketAddr, remote: SocketAddr) -> Option<(u64, u32)> {
     })
 }
 
-/// An IPv4 address that is written as one of IPv6 is the same.
+/// Makes an IPv4 address in IPv6 form the same as in IPv4 form.
 fn canonical(address: SocketAddr) -> (IpAddr, u16) {
     (address.ip().to_canonical(), address.port())
 }
 
-/// `0100007F:1F90`: 32-bit words in the machine's order, then the port.
+/// Parses `0100007F:1F90`: 32-bit words in the machine's byte order, then the port.
 fn table_address(text: &str) -> Option<SocketAddr> {
     let (address, port) = text.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
@@ -271,7 +273,7 @@ fn table_address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, port))
 }
 
-/// The process that has a socket open. Processes whose descriptors may not be read are passed over.
+/// Finds the process that has a socket open. Processes with unreadable descriptors are skipped.
 fn process_with(inode: u64) -> Option<u32> {
     let link = format!("socket:[{inode}]");
     let pids =
@@ -294,7 +296,8 @@ impl Peer {
     }
 }
 
-/// Field 22 of `/proc/PID/stat`; the second field, the command's name, may hold anything, parentheses too.
+/// Reads field 22 of `/proc/PID/stat`. The second field, the command's name, may contain anything,
+/// parentheses too.
 fn start_ticks(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, after_name) = stat.rsplit_once(')')?;

@@ -1,4 +1,4 @@
-//! What the holder of a frozen guest has: a guard whose end is a thaw.
+//! The guard of a frozen guest: dropping it thaws the guest.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -10,13 +10,13 @@ use tokio::{
 use super::task::Request;
 use crate::error::{Error, ErrorKind, Result};
 
-/// How to freeze.
+/// Options of a freeze.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Freeze {
-    /// Within which the freeze must be answered: the guest writes out what it holds first. 10 s.
+    /// Time limit for the freeze's answer: the guest first writes out its data. 10 s.
     pub deadline: Duration,
-    /// How long the guest stays frozen at most: then the host thaws it, whatever its holder does. 10 s.
+    /// Longest time for which the guest stays frozen: then the host thaws it, whatever the holder does. 10 s.
     pub limit: Duration,
     /// Only these mount points; all, if empty.
     pub mountpoints: Vec<String>,
@@ -28,20 +28,20 @@ impl Default for Freeze {
     }
 }
 
-/// How a freeze ended.
+/// Result of a freeze.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Thaw {
-    /// How many file systems the agent says it thawed.
+    /// Number of thawed file systems, as the agent reports it.
     pub filesystems: u64,
-    /// Whether the guest was frozen until this thaw. False where the limit was over, or the guest thawed by itself (Windows
-    /// does after 10 s): then what was done in between is not quiesced.
+    /// True if the guest was frozen until this thaw. False if the limit was over, or the guest thawed by
+    /// itself (Windows does so after 10 s): then work done in between is not quiesced.
     pub held: bool,
-    /// From the freeze's answer to the thaw's.
+    /// Time from the freeze's answer to the thaw's.
     pub frozen_for: Duration,
 }
 
-/// A guest whose file systems are frozen. Thaws when dropped; call [`Frozen::thaw`] to know how it went.
+/// A frozen guest. Dropping it thaws the guest; [`Frozen::thaw`] also returns the result.
 #[derive(Debug)]
 #[must_use = "the guest is thawed as soon as this is dropped"]
 pub struct Frozen {
@@ -49,26 +49,26 @@ pub struct Frozen {
     pub(super) filesystems: u64,
     pub(super) since: Instant,
     pub(super) limit: Instant,
-    /// None once the release was asked for.
+    /// `None` once the release was requested.
     pub(super) requests: Option<mpsc::UnboundedSender<Request>>,
     pub(super) socket: Arc<PathBuf>,
 }
 
 impl Frozen {
-    /// How many file systems the agent says it froze. With 0 nothing is quiesced.
+    /// Returns the number of frozen file systems, as the agent reports it. With 0 nothing is quiesced.
     pub fn filesystems(&self) -> u64 {
         self.filesystems
     }
 
-    /// How long it is until the host thaws the guest by itself.
+    /// Returns the time until the host thaws the guest by itself.
     pub fn left(&self) -> Duration {
         self.limit.saturating_duration_since(Instant::now())
     }
 
-    /// Thaws the guest. Trying goes on after a failure, and after this call is dropped.
+    /// Thaws the guest. The thaw is tried again after a failure, and after this call is dropped.
     ///
     /// # Errors
-    /// As [`Agent::execute`](crate::Agent::execute): the guest may still be frozen then;
+    /// See [`Agent::execute`](crate::Agent::execute): the guest may still be frozen then;
     /// [`Agent::settle`](crate::Agent::settle) waits for the thaw.
     pub async fn thaw(mut self) -> Result<Thaw> {
         let (reply, receiver) = oneshot::channel();
@@ -83,7 +83,7 @@ impl Frozen {
         if requests.send(request).is_err() {
             return Err(ended);
         }
-        // No deadline here: the task answers after one try, which has one.
+        // No deadline here: the task answers after one try, which has its own.
         receiver.await.map_err(|_| ended)?
     }
 }
@@ -91,7 +91,7 @@ impl Frozen {
 impl Drop for Frozen {
     fn drop(&mut self) {
         if let Some(requests) = self.requests.take() {
-            // Where the task is gone, it thawed as it went.
+            // If the task is gone, it thawed when it was dropped.
             let _ = requests.send(Request::Release { number: self.number, since: self.since, reply: None });
         }
     }

@@ -1,4 +1,4 @@
-//! One open socket of an agent's, and the exchange of a sync or a command on it.
+//! One open socket of an agent, and the exchange of a sync or a command on it.
 
 use std::{
     collections::VecDeque,
@@ -25,23 +25,24 @@ pub(super) const FREEZE_LIST: &str = "guest-fsfreeze-freeze-list";
 pub(super) const THAW: &str = "guest-fsfreeze-thaw";
 pub(super) const STATUS: &str = "guest-fsfreeze-status";
 
-/// How deep an agent's reply may nest; the deepest of the protocol have about ten levels.
+/// Deepest accepted reply of an agent; the deepest of the protocol have about ten levels.
 const MAX_DEPTH: usize = 64;
-/// Ends what the agent's parser has of a line that was cut, and marks the sync's reply.
+/// Ends a cut line in the agent's parser, and marks the sync's reply.
 const DELIMITER: u8 = 0xff;
 
-/// One open socket of an agent's.
+/// One open socket of an agent.
 #[derive(Debug)]
 pub(super) struct Link {
     stream: Stream,
     splitter: LineSplitter,
     lines: VecDeque<Line>,
     buffer: Vec<u8>,
-    /// A write that was cut, or a socket that ended: nothing more is to be had here.
+    /// True after a cut write or the end of the socket: it is not usable any more.
     broken: bool,
 }
 
-/// A number that nobody else is likely to have used for a sync; within what every JSON parser holds exactly.
+/// Makes a number that is unlikely to have been used for a sync, within the range that every JSON parser
+/// keeps exactly.
 fn fresh_id() -> u64 {
     RandomState::new().build_hasher().finish() >> 12
 }
@@ -52,7 +53,7 @@ fn sync_line(id: u64) -> Vec<u8> {
     line
 }
 
-/// Whether a line is the reply to the sync of that id: what stands before the last delimiter is of before.
+/// Returns true if a line is the reply to the sync of that id. Data before the last delimiter is older.
 fn is_synced(line: &[u8], id: u64) -> bool {
     let Some(at) = line.iter().rposition(|&byte| byte == DELIMITER) else { return false };
     let reply = parse(line.get(at + 1..).unwrap_or_default(), MAX_DEPTH);
@@ -70,8 +71,8 @@ impl Link {
         self.broken
     }
 
-    /// Asks the agent for a fresh number and waits for it. After that, every command of before is done, and no reply is on
-    /// its way.
+    /// Sends a sync with a fresh number and waits for its reply. After that, every earlier command is done,
+    /// and no reply is outstanding.
     pub(super) async fn sync(&mut self, socket: &Path, deadline: Instant) -> Result<()> {
         let id = fresh_id();
         let (mut lines, mut last) = (0u64, String::new());
@@ -101,7 +102,7 @@ impl Link {
         ))
     }
 
-    /// Sends a command and waits for its reply. Only right after a sync.
+    /// Sends a command and waits for its reply. Call it only right after a sync.
     pub(super) async fn exchange(
         &mut self,
         name: &str,
@@ -114,14 +115,14 @@ impl Link {
             self.write(&command(false, name, arguments, Some(&id)), deadline).await?;
             loop {
                 let line = match self.line(deadline).await? {
-                    // A late reply to a sync of before.
+                    // A late reply to an earlier sync.
                     Line::Whole(line) if line.contains(&DELIMITER) => continue,
                     Line::Whole(line) => line,
                     Line::TooLong { length, .. } => return Err(Failure::TooLong(length)),
                 };
                 let value = parse(&line, MAX_DEPTH)
                     .map_err(|wrong| Failure::Reply(format!("it {wrong}: {}", shown(&line))))?;
-                // Agents of today send the id back, old ones do not; with another id it is late.
+                // Current agents send the id back, old ones do not; a reply with another id is late.
                 if let Message::Reply { id: of, outcome } = Message::from_value(value)
                     && of.is_none_or(|of| of.as_str() == Some(&id))
                 {
@@ -170,12 +171,12 @@ impl Link {
             }
             let lines = &mut self.lines;
             self.splitter.push(self.buffer.get(..count).unwrap_or_default(), |line| lines.push_back(line));
-            // A guest that floods may not keep the others of this thread from running.
+            // A guest that floods must not keep other tasks of this thread from running.
             tokio::task::yield_now().await;
         }
     }
 
-    /// Thaws without a runtime, within `patience`: the last thing that is done for a guest that is still frozen.
+    /// Thaws without a runtime, within `patience`: the last resort for a guest that is still frozen.
     pub(super) fn thaw_blocking(&self, patience: Duration) -> io::Result<()> {
         let socket = self.stream.as_fd().try_clone_to_owned()?;
         match &self.stream {
@@ -192,7 +193,7 @@ pub(super) enum Blocking {
 }
 
 impl Blocking {
-    /// Makes it wait, to write for `patience` at most.
+    /// Makes it blocking, with a write timeout of `patience`.
     fn wait_for(&self, patience: Duration) -> io::Result<()> {
         match self {
             Self::Unix(stream) => {
@@ -225,10 +226,10 @@ impl Blocking {
     }
 }
 
-/// How long a connection to this machine itself may take without a runtime.
+/// Time limit without a runtime for a connection to this machine itself.
 const CONNECTING: Duration = Duration::from_millis(200);
 
-/// Opens the socket without a runtime; fails where that would take time.
+/// Opens the socket without a runtime; fails if that would take time.
 pub(super) fn open_blocking(socket: &Path) -> io::Result<Blocking> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
     let socket = match Address::parse(socket).map_err(io::Error::other)? {
@@ -243,7 +244,7 @@ pub(super) fn open_blocking(socket: &Path) -> io::Result<Blocking> {
     Ok(Blocking::Unix(fd.into()))
 }
 
-/// As [`Link::thaw_blocking`], over any stream.
+/// See [`Link::thaw_blocking`], for any stream.
 pub(super) fn thaw_blocking(mut stream: Blocking, patience: Duration) -> io::Result<()> {
     let end = std::time::Instant::now() + patience;
     stream.wait_for(patience)?;
@@ -272,7 +273,7 @@ pub(super) fn thaw_blocking(mut stream: Blocking, patience: Duration) -> io::Res
     Ok(())
 }
 
-/// What ended an exchange.
+/// Failure of an exchange.
 #[derive(Debug)]
 enum Failure {
     Timeout,

@@ -1,11 +1,12 @@
-//! The guest agent: another protocol than QMP, spoken by the guest, which may be anything.
+//! The guest agent: another protocol than QMP, with an untrusted guest at the other end.
 //!
-//! Nothing that it sends is trusted, and nothing that was sent to it is gone: an agent that hangs carries out later what was
-//! queued. So each command is preceded by a `guest-sync-delimited` with an id of its own: where that is not answered, the
-//! command is not sent; where it is, all that came before is done and the next reply is ours.
+//! No input from the agent is trusted, and no earlier command can be assumed to be over: an agent that hangs
+//! runs queued commands later. So each command is preceded by a `guest-sync-delimited` with its own id. If
+//! that is not answered, the command is not sent. If it is, all earlier commands are done and the next reply
+//! is ours.
 //!
-//! `link` is one socket and the exchange on it, `task` runs the exchanges one after another and owns the duty to thaw,
-//! `freeze` is what the holder of a frozen guest has.
+//! `link` is one socket and the exchange on it, `task` runs the exchanges one after another and has the duty
+//! to thaw, `freeze` is the guard of a frozen guest.
 
 mod freeze;
 mod link;
@@ -32,15 +33,15 @@ use task::{Request, Task};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// How a connection to a guest agent behaves.
+/// Options of a connection to a guest agent.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct AgentOptions {
-    /// Within which a command must be answered, the sync before it included, unless [`Agent::within`] says otherwise. 10 s.
+    /// Time limit for a command, including the sync before it, unless [`Agent::within`] sets another. 10 s.
     pub deadline: Duration,
-    /// Within which the sync must be answered: an agent that runs does so in a millisecond. 5 s.
+    /// Time limit for the sync: a running agent answers within a millisecond. 5 s.
     pub sync_deadline: Duration,
-    /// The longest line that is read, in bytes. 1 MiB.
+    /// Longest accepted line, in bytes. 1 MiB.
     pub line_cap: usize,
 }
 
@@ -50,9 +51,10 @@ impl Default for AgentOptions {
     }
 }
 
-/// A connection to one guest's agent. Clones share it; commands go one after another.
+/// A connection to one guest's agent. Clones share it; commands run one after another.
 ///
-/// The socket is opened by the first command, and again after it was lost. Every call may be dropped at any point.
+/// The first command opens the socket, and the next one after it was lost opens it again. Every call may be
+/// dropped at any point.
 #[derive(Debug, Clone)]
 pub struct Agent {
     socket: Arc<PathBuf>,
@@ -63,12 +65,13 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent's connection, over the socket of its chardev. Nothing is opened yet. Must be called in a tokio runtime.
+    /// Makes a connection over the socket of the agent's chardev. Opens nothing yet. Must be called in a
+    /// tokio runtime.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
         Self::with(socket, AgentOptions::default())
     }
 
-    /// The same with other options than the default ones.
+    /// Makes a connection with the given options.
     pub fn with(socket: impl Into<PathBuf>, options: AgentOptions) -> Self {
         let (socket, options) = (Arc::new(socket.into()), Arc::new(options));
         let (requests, queue) = mpsc::unbounded_channel();
@@ -77,17 +80,18 @@ impl Agent {
         Self { socket, requests, owed, deadline: options.deadline, options }
     }
 
-    /// The same connection with another deadline for each command.
+    /// Returns the same connection with another deadline for each command.
     pub fn within(&self, deadline: Duration) -> Self {
         Self { deadline, ..self.clone() }
     }
 
-    /// Runs a command of `qapi_qga`'s.
+    /// Runs a command of `qapi_qga`.
     ///
     /// # Errors
-    /// [`ErrorKind::Connect`]; [`ErrorKind::Timeout`], with [`Error::may_have_run`] false when the agent did not even
-    /// answer the sync; [`ErrorKind::Refused`] or [`ErrorKind::Unsupported`] with what it said; [`ErrorKind::Reply`] or
-    /// [`ErrorKind::TooLong`] for a reply that cannot be used; [`ErrorKind::Invalid`] for a freeze: see [`Agent::freeze`].
+    /// [`ErrorKind::Connect`]; [`ErrorKind::Timeout`], with [`Error::may_have_run`] false if the agent did
+    /// not even answer the sync; [`ErrorKind::Refused`] or [`ErrorKind::Unsupported`] with its message;
+    /// [`ErrorKind::Reply`] or [`ErrorKind::TooLong`] for an unusable reply; [`ErrorKind::Invalid`] for a
+    /// freeze: see [`Agent::freeze`].
     pub async fn execute<C: QgaCommand>(&self, command: C) -> Result<C::Ok> {
         let arguments = serde_json::to_value(&command).map_err(|error| {
             let detail = format!("the arguments cannot be written as JSON: {error}");
@@ -101,11 +105,11 @@ impl Agent {
         })
     }
 
-    /// Runs a command by its name. Arguments are an object, or null for none. Not for commands that do not answer
-    /// (`guest-shutdown`, `guest-suspend-*`): they end in a timeout.
+    /// Runs a command by its name. Arguments are an object, or null for none. Commands that do not answer
+    /// (`guest-shutdown`, `guest-suspend-*`) end in a timeout.
     ///
     /// # Errors
-    /// As [`Agent::execute`].
+    /// See [`Agent::execute`].
     pub async fn execute_raw(&self, name: &str, arguments: Value) -> Result<Value> {
         if matches!(name, link::FREEZE | link::FREEZE_LIST) {
             let detail = "a freeze by its bare name has no owner that must thaw";
@@ -124,16 +128,17 @@ impl Agent {
         self.ask(name, request, receiver, deadline, &sent).await
     }
 
-    /// Flushes and freezes the guest's file systems, and hands over the duty to thaw them.
+    /// Flushes and freezes the guest's file systems, and returns the guard that thaws them.
     ///
-    /// The guest is thawed when [`Frozen::thaw`] is called, when the [`Frozen`] is dropped, when [`Freeze::limit`] is over,
-    /// or when the runtime ends. A freeze that is not answered may happen later: then thawing is tried until the agent
-    /// answers, or its socket is gone; [`Agent::settle`] waits for it. (A process that is killed cannot thaw: whoever comes
-    /// after calls [`Agent::thaw`].) Not even a call that is dropped leaves the guest frozen.
+    /// The guest is thawed by [`Frozen::thaw`], by dropping the [`Frozen`], when [`Freeze::limit`] is over,
+    /// or when the runtime ends. A freeze that is not answered may happen later. Then the thaw is tried until
+    /// the agent answers, or its socket is gone; [`Agent::settle`] waits for it. (A process that is killed
+    /// cannot thaw: the next process calls [`Agent::thaw`].) Even a dropped call does not leave the guest
+    /// frozen.
     ///
     /// # Errors
-    /// As [`Agent::execute`]; [`ErrorKind::Invalid`] where the guest is frozen already. After any error the guest is not
-    /// frozen, or is being thawed.
+    /// See [`Agent::execute`]; [`ErrorKind::Invalid`] if the guest is frozen already. After any error the
+    /// guest is not frozen, or is being thawed.
     pub async fn freeze(&self, freeze: Freeze) -> Result<Frozen> {
         let (deadline, sent) = (Instant::now() + freeze.deadline, Arc::new(AtomicBool::new(false)));
         let (reply, receiver) = oneshot::channel();
@@ -141,10 +146,11 @@ impl Agent {
         self.ask(link::FREEZE, request, receiver, deadline, &sent).await
     }
 
-    /// Thaws the guest, whoever froze it: harmless where nobody did. Returns how many file systems the agent says it thawed.
+    /// Thaws the guest, whatever froze it; harmless if it is not frozen. Returns the number of thawed file
+    /// systems, as the agent reports it.
     ///
     /// # Errors
-    /// As [`Agent::execute`].
+    /// See [`Agent::execute`].
     pub async fn thaw(&self) -> Result<u64> {
         let (deadline, sent) = (Instant::now() + self.deadline, Arc::new(AtomicBool::new(false)));
         let (reply, receiver) = oneshot::channel();
@@ -152,10 +158,11 @@ impl Agent {
         self.ask(link::THAW, request, receiver, deadline, &sent).await
     }
 
-    /// Waits until this connection owes the guest no thaw: at once, unless a freeze is held or was not answered.
+    /// Waits until this connection has no outstanding thaw: at once, unless a freeze is held or was not
+    /// answered.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] when it still does after `patience`; the thaw goes on being tried.
+    /// [`ErrorKind::Timeout`] if one is outstanding after `patience`; the thaw is still tried.
     pub async fn settle(&self, patience: Duration) -> Result<()> {
         let mut owed = self.owed.clone();
         let settled = owed.wait_for(|owed| !owed);
@@ -169,7 +176,7 @@ impl Agent {
         }
     }
 
-    /// The socket's path.
+    /// Returns the socket's path.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
@@ -185,7 +192,7 @@ impl Agent {
         let ended =
             || Error::new(ErrorKind::Lost, name, &self.socket, "the runtime that served the agent has ended");
         self.requests.send(request).map_err(|_| ended())?;
-        // The task keeps the deadline itself; this is for the time in its queue.
+        // The task checks the deadline itself; this is for the time in its queue.
         match timeout_at(deadline + self.options.sync_deadline / 10, reply).await {
             Ok(outcome) => outcome.map_err(|_| ended())?,
             Err(_) => {

@@ -1,8 +1,8 @@
-//! The task that speaks to one agent: one exchange after another, none ever cut, and the duty to thaw.
+//! The task of one agent: it runs one exchange after another, never cuts one, and has the duty to thaw.
 //!
-//! The duty begins before the first byte of a freeze is written and ends when the agent has answered a thaw after it. In
-//! between, whatever happens to the callers, the task comes back to it; and should the task itself be dropped (the runtime
-//! ends), its drop thaws.
+//! The duty begins before the first byte of a freeze is written and ends when the agent has answered a thaw
+//! after it. In between the task returns to it, whatever happens to the callers. If the task itself is
+//! dropped (the runtime ends), its drop thaws.
 
 use std::{
     path::PathBuf,
@@ -25,15 +25,15 @@ use super::{
 };
 use crate::error::{Error, ErrorKind, Reported, Result};
 
-/// Between two tries to thaw: at first, and at most.
+/// Time between two tries to thaw: at first, and at most.
 const RETRY: Duration = Duration::from_millis(100);
 const MAX_RETRY: Duration = Duration::from_secs(2);
-/// With the socket gone for so long, there is no guest any more.
+/// If the socket is gone for this time, the guest does not exist any more.
 const GONE: Duration = Duration::from_secs(10);
-/// How long the end of the runtime may be held up to thaw a guest.
+/// Longest delay of the runtime's end for a thaw.
 const LAST_RESORT: Duration = Duration::from_secs(3);
 
-/// What the task is asked for.
+/// A request to the task.
 #[derive(Debug)]
 pub(super) enum Request {
     Run {
@@ -62,17 +62,17 @@ pub(super) enum Request {
     },
 }
 
-/// A thaw that is owed.
+/// An outstanding thaw.
 #[derive(Debug)]
 struct Owed {
-    /// Which freeze it is of.
+    /// Number of its freeze.
     number: u64,
-    /// When it is due: the limit of a freeze that is held, or the next try.
+    /// Time when it is due: the limit of a freeze that is held, or the next try.
     due: Instant,
-    /// Whether nobody holds the freeze any more.
+    /// True if the freeze has no holder any more.
     overdue: bool,
     retry: Duration,
-    /// Since when the socket cannot be opened.
+    /// Time since which the socket cannot be opened.
     gone_since: Option<Instant>,
 }
 
@@ -109,7 +109,7 @@ impl Task {
                 }
                 request = queue.recv(), if open => match request {
                     Some(request) => self.serve(request).await,
-                    // Nobody is left who could ask; what is owed is owed at once.
+                    // No caller is left: an outstanding thaw is due at once.
                     None => {
                         open = false;
                         self.make_due();
@@ -130,7 +130,7 @@ impl Task {
             Request::Freeze { freeze, deadline, sent, reply } => {
                 if !reply.is_closed() {
                     let outcome = self.freeze(freeze, deadline, &sent).await;
-                    // Where the caller has gone, this drops the `Frozen`, and that releases it.
+                    // If the caller is gone, this drops the `Frozen`, which releases it.
                     let _ = reply.send(outcome);
                 }
             }
@@ -154,7 +154,7 @@ impl Task {
         deadline: Instant,
         sent: &AtomicBool,
     ) -> Result<Value> {
-        // Not beyond the instant at which a frozen guest must be thawed.
+        // Not beyond the time at which a frozen guest must be thawed.
         let deadline = self.owed.as_ref().map_or(deadline, |owed| deadline.min(owed.due));
         self.in_time(name, deadline)?;
         self.sync(deadline).await?;
@@ -187,7 +187,8 @@ impl Task {
             mountpoints => (FREEZE_LIST, json!({ "mountpoints": mountpoints })),
         };
         sent.store(true, Ordering::SeqCst);
-        // From here on a thaw is owed: due as soon as this exchange is over, unless it succeeds.
+        // From here on a thaw is outstanding: due as soon as this exchange is over, unless it succeeds. It is
+        // recorded before the first byte is written, so that no failure can leave a frozen guest without it.
         self.set_owed(Some(Owed {
             number,
             due: Instant::now(),
@@ -223,7 +224,7 @@ impl Task {
         Ok(Thaw { filesystems, held: held && was_frozen, frozen_for: since.elapsed() })
     }
 
-    /// The limit of a freeze is over, or it is time for the next try.
+    /// Thaws when the limit of a freeze is over, or when the next try is due.
     async fn due(&mut self) {
         self.make_due();
         let deadline = Instant::now() + self.options.deadline;
@@ -237,7 +238,7 @@ impl Task {
         }
     }
 
-    /// What became of a try to thaw; success has ended what was owed.
+    /// Records a failed try to thaw; a successful one has cleared the outstanding thaw.
     fn tried(&mut self, failure: Option<&Error>) {
         let (Some(owed), Some(failure)) = (&mut self.owed, failure) else { return };
         tracing::warn!(error = %failure, "the guest may still be frozen; the thaw is tried again");
@@ -256,7 +257,8 @@ impl Task {
         owed.retry = (owed.retry * 2).min(MAX_RETRY);
     }
 
-    /// One try to thaw: how many file systems, and whether they were frozen until now. Ends what is owed if it succeeds.
+    /// Tries to thaw once. Returns the number of file systems, and true if they were frozen until now.
+    /// Success clears the outstanding thaw.
     async fn thaw_once(&mut self, deadline: Instant, sent: Option<&AtomicBool>) -> Result<(u64, bool)> {
         self.in_time(THAW, deadline)?;
         self.sync(deadline).await?;
@@ -276,7 +278,7 @@ impl Task {
         Ok((filesystems, was_frozen))
     }
 
-    /// What the agent says: `thawed`, `frozen`; none where it cannot tell.
+    /// Asks the agent for its state: `thawed`, `frozen`; `None` if it does not report one.
     async fn status(&mut self, deadline: Instant) -> Result<Option<String>> {
         let reply = self.exchange(STATUS, Value::Null, deadline).await?;
         Ok(reply.ok().and_then(|status| status.as_str().map(str::to_owned)))
@@ -309,7 +311,7 @@ impl Task {
             let outcome = link.sync(&self.socket, deadline).await;
             if link.is_broken() {
                 self.link = None;
-                // The socket of before may have ended long ago: once more on a new one.
+                // The previous socket may have ended long ago: try once more on a new one.
                 if outcome.is_err() && !fresh {
                     continue;
                 }
