@@ -191,8 +191,9 @@ mod tests {
         }
     }
 
+    /// Paths that are not those of a volume are refused.
     #[test]
-    fn what_is_no_volume_is_refused() {
+    fn paths_of_no_volume_are_refused() {
         for path in [
             "/dev/dm-3",
             "/dev/sda",
@@ -208,8 +209,9 @@ mod tests {
         }
     }
 
+    /// Names that this backend makes are recognised, and no others.
     #[test]
-    fn names_that_are_made_are_known_again_and_no_others() {
+    fn made_names_are_recognised_and_no_others() {
         let volume = Volume { group: "vg".into(), name: "root".into() };
         assert!(volume.is_point(volume.point(0x1a).as_str()));
         assert!(
@@ -230,8 +232,9 @@ mod tests {
         }
     }
 
+    /// A volume whose points would have too long names is refused.
     #[test]
-    fn a_volume_whose_points_could_have_no_name_is_refused() {
+    fn volume_with_too_long_names_is_refused() {
         let long = |name: String| Volume { group: "vg".into(), name }.require_room_for_names();
         long("x".repeat(100)).expect("there is room");
         let error = long("x".repeat(115)).expect_err("there is none");

@@ -421,8 +421,9 @@ mod tests {
         );
     }
 
+    /// Kind and fill level of a snapshot are read.
     #[test]
-    fn what_a_snapshot_is_and_how_full_is_read() {
+    fn kind_and_fill_level_are_read() {
         let group = recorded();
         let lost = group.row("thick.ds-00000003").expect("it is there");
         assert!(lost.invalid && lost.data.is_some_and(|share| share.reaches(100)));
@@ -436,8 +437,9 @@ mod tests {
         assert!(!point.active && point.told().name.as_deref() == Some("before"));
     }
 
+    /// Points are recognised by their names and tags.
     #[test]
-    fn points_are_known_by_name_and_tags() {
+    fn points_are_recognised_by_name_and_tags() {
         let group = recorded();
         let volume = |name: &str| Volume { group: "vg".into(), name: name.into() };
         let names = |of: &str| -> Vec<String> {
@@ -448,8 +450,9 @@ mod tests {
         assert_eq!(names("other"), Vec::<String>::new());
     }
 
+    /// Text that is not a report is an error, and never a panic.
     #[test]
-    fn what_is_no_report_is_an_error_and_never_a_panic() {
+    fn invalid_report_is_an_error() {
         assert_eq!(parse(r#"{"report":[{"lv":[]}]}"#).expect("an empty one"), None);
         for text in ["", "{}", "{\"report\":[{\"lv\":[{}]}]}", "No volume groups found"] {
             assert!(parse(text).is_err(), "{text}");

@@ -80,8 +80,9 @@ pub(crate) fn made_anew(former: &[String], work: &str, taken: i64) -> Vec<String
 mod tests {
     use super::*;
 
+    /// Tags are parsed as they were written.
     #[test]
-    fn what_is_written_is_read() {
+    fn tags_are_parsed_as_written() {
         let name = SnapshotName::new("v1:2026+x").expect("a name");
         let parent = LayerName("root.ds-00000001".into());
         let tags = of_point(&name, Some(&parent));
@@ -95,8 +96,9 @@ mod tests {
         assert_eq!((told.ours, told.name.as_deref(), told.parent), (true, Some("v1:2026+x"), Some(parent)));
     }
 
+    /// A point that was taken again twice keeps its first time.
     #[test]
-    fn a_point_that_is_made_anew_twice_keeps_its_first_time() {
+    fn retaken_point_keeps_its_first_time() {
         let name = SnapshotName::new("a").expect("a name");
         let once = made_anew(&of_point(&name, None), "1", 100);
         let twice = made_anew(&once, "2", 200);

@@ -1,4 +1,4 @@
-//! Which commands of lvm2 the backend runs, against a recorded report of a real group.
+//! The commands of lvm2 that the backend runs, against a recorded report of a real group.
 
 use std::sync::{Arc, Mutex};
 
@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 const RECORDED: &str = include_str!("recorded/group.json");
 
-/// Reports what was recorded, and notes what else it is told to do.
+/// Returns the recorded report, and records all other commands.
 struct Recorded {
     report: String,
     told: Mutex<Vec<String>>,
@@ -132,8 +132,9 @@ async fn a_thick_create_has_an_area_in_whole_extents() {
     );
 }
 
+/// A volume that a hypervisor has open is snapshotted inside its cut.
 #[tokio::test]
-async fn what_a_hypervisor_has_open_is_taken_inside_its_instant() {
+async fn open_volume_is_snapshotted_inside_the_cut() {
     let mut house = House::of("/dev/vg/thin").await;
     house.state.attached = true;
     let plan = house.plan(create()).await.expect("a plan");
@@ -141,16 +142,18 @@ async fn what_a_hypervisor_has_open_is_taken_inside_its_instant() {
     assert!(plan.steps.iter().all(|step| step.inside && step.group == Group::Cut));
 }
 
+/// The volume that the domain writes is not a point to revert to.
 #[tokio::test]
-async fn the_volume_that_the_domain_writes_is_no_point_to_revert_to() {
+async fn current_volume_is_not_a_revert_target() {
     let house = House::of("/dev/vg/thin").await;
     let error = house.plan(revert("thin", None)).await.expect_err("it is the present");
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(error.to_string().contains("no snapshot"), "{error}");
 }
 
+/// A thin revert prepares a volume and gives it the name.
 #[tokio::test]
-async fn a_thin_revert_prepares_a_volume_and_gives_it_the_name() {
+async fn thin_revert_prepares_and_renames() {
     let house = House::of("/dev/vg/thin").await;
     let plan = house.plan(revert("thin.ds-00000001", Some("kept"))).await.expect("a plan");
     let groups: Vec<Group> = plan.steps.iter().map(|step| step.group).collect();
@@ -182,7 +185,7 @@ async fn a_thick_revert_keeps_the_present_before_it_merges() {
     };
     let status = house.backend.status(&plan.steps[1].step, context).await.expect("a status");
     assert_eq!(status, StepStatus::NotDone);
-    // The recorded group still has the snapshot after the merge: that is told, not taken for success.
+    // The recorded group still has the snapshot after the merge: this is an error, and not a success.
     let error = house.apply(&plan).await.expect_err("lvm did not do it");
     assert!(error.to_string().contains("did not merge"), "{error}");
     let told = house.runner.told.lock().expect("nobody panicked").clone();
@@ -202,8 +205,9 @@ async fn a_snapshot_that_overflowed_is_refused() {
     );
 }
 
+/// Points are removed in one command, and those that are gone are skipped.
 #[tokio::test]
-async fn points_are_removed_in_one_command_and_what_is_gone_is_passed_over() {
+async fn points_are_removed_in_one_command() {
     let house = House::of("/dev/vg/thick").await;
     let drop = ["thick.ds-00000003", "thick.ds-00000004", "thick.ds-00000099"];
     let drop = drop.map(|layer| Point::external(LayerName(layer.into()))).to_vec();
@@ -215,8 +219,9 @@ async fn points_are_removed_in_one_command_and_what_is_gone_is_passed_over() {
     );
 }
 
+/// A volume with a scheduled merge and a full pool are refused.
 #[tokio::test]
-async fn a_volume_with_a_merge_ahead_and_a_full_pool_are_refused() {
+async fn scheduled_merge_and_full_pool_are_refused() {
     let house = House::of("/dev/vg/other").await;
     let error = house.plan(create()).await.expect_err("a merge is scheduled");
     assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("next activation"), "{error}");
@@ -253,7 +258,7 @@ async fn parts_and_snapshots_of_volumes_are_no_disks() {
     }
 }
 
-/// The recorded report with a field of one volume said otherwise.
+/// Returns the recorded report with another value in a field of one volume.
 fn with_field(volume: &str, field: &str, value: &str) -> String {
     let line =
         RECORDED.lines().find(|line| line.contains(&format!("\"lv_name\":\"{volume}\""))).expect(volume);
@@ -263,8 +268,7 @@ fn with_field(volume: &str, field: &str, value: &str) -> String {
     RECORDED.replace(line, &format!("{before}{start}{value}\"{after}"))
 }
 
-/// Kinds of volume of which no snapshot is known to be true are refused when the disk is added, by the name
-/// of their kind.
+/// Kinds of volume whose snapshots are not known to be correct are refused by name when the disk is added.
 #[tokio::test]
 async fn volumes_of_other_kinds_are_refused_by_name() {
     for kind in [
@@ -286,7 +290,7 @@ async fn volumes_of_other_kinds_are_refused_by_name() {
         let words = format!("of type {kind};");
         assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(&words), "{error}");
         assert!(error.advice().is_some_and(|advice| advice.contains("format=raw")), "{error}");
-        // One that was converted after it was added, and the same in its second segment.
+        // A volume that was converted after it was added, in its second segment.
         let mut house = House::of("/dev/vg/thick").await;
         let line = RECORDED.lines().find(|line| line.contains("\"lv_name\":\"thick\"")).expect("it is there");
         let second = line.replace("\"linear\"", &format!("\"{kind}\""));
@@ -305,8 +309,8 @@ async fn volumes_of_other_kinds_are_refused_by_name() {
     assert!(error.to_string().contains("several machines share (lock type sanlock)"), "{error}");
 }
 
-/// A state in which lvm would refuse half way, or what is made would not be whole, is refused before
-/// anything.
+/// A state in which lvm would fail in the middle, or a snapshot would be incomplete, is refused before
+/// anything is changed.
 #[tokio::test]
 async fn volumes_in_the_wrong_state_are_refused() {
     let cases = [
@@ -349,7 +353,7 @@ async fn volumes_in_the_wrong_state_are_refused() {
         let error = house.plan(create()).await.expect_err(value);
         assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(words), "{error}");
     }
-    // The point that is to be reverted to.
+    // The same for the target of a revert.
     for (field, value) in [("lv_health_status", "partial"), ("lv_suspended", "1")] {
         let report = with_field("thin.ds-00000001", field, value);
         let house = House::with("/dev/vg/thin", &report).await.expect("it can be added");
@@ -362,8 +366,8 @@ async fn volumes_in_the_wrong_state_are_refused() {
     }
 }
 
-/// A merge brings a thick volume's former size not back, so it is refused; a thin volume is replaced, size
-/// and all.
+/// A merge does not restore a thick volume's previous size, so it is refused; a thin volume is replaced with
+/// its size.
 #[tokio::test]
 async fn a_thick_volume_that_was_resized_is_not_reverted() {
     let tagged = with_field("thick.ds-00000004", "origin_size", "16777216");
@@ -381,12 +385,12 @@ async fn a_thick_volume_that_was_resized_is_not_reverted() {
     house.plan(revert("thin.ds-00000001", None)).await.expect("a plan");
 }
 
-/// A volume that is not active has no node in `/dev`, and is there all the same.
+/// An inactive volume has no node in `/dev`, but it exists.
 #[tokio::test]
 async fn a_volume_is_gone_where_its_group_has_nothing_of_it() {
     let house = House::with("/dev/vg/thin", &with_field("thin", "lv_active", "")).await.expect("a disk");
     assert!(!house.backend.is_gone(&house.record).await.expect("an answer"));
-    // Between the two renames of a revert its points tell that it is there.
+    // Between the two renames of a revert its points show that it exists.
     let renamed = RECORDED.replace("\"lv_name\":\"thin\"", "\"lv_name\":\"thin.ds-00000002-old\"");
     let runner = Arc::new(Recorded { report: renamed, told: Mutex::default() });
     assert!(!Lvm::by(runner).is_gone(&house.record).await.expect("an answer"));
@@ -397,9 +401,10 @@ async fn a_volume_is_gone_where_its_group_has_nothing_of_it() {
     assert!(house.backend.is_gone(&record).await.expect("an answer"));
 }
 
-/// The recorded group in the middle of a revert that stopped after its merge: the safety snapshot has overflowed since.
+/// A revert whose safety snapshot overflowed ends with a message and with its point. The recorded group is in
+/// the middle of such a revert, which stopped after its merge.
 #[tokio::test]
-async fn a_revert_whose_safety_snapshot_overflowed_ends_with_words_and_with_its_point() {
+async fn overflowed_safety_snapshot_ends_the_revert() {
     let house = House::of("/dev/vg/thick").await;
     let plan = house.plan(revert("thick.ds-00000004", None)).await.expect("a plan");
     let merge = plan.steps.iter().find(|planned| planned.step.summary.contains("merge")).expect("it merges");
@@ -427,7 +432,7 @@ async fn a_revert_whose_safety_snapshot_overflowed_ends_with_words_and_with_its_
 
 #[tokio::test]
 async fn a_tag_of_a_stranger_makes_no_volume_ours() {
-    // A linear volume of somebody's, with the name and the tag of what a revert leaves.
+    // A linear volume of another user, with the name and the tag of a volume that a revert leaves.
     let line = RECORDED.lines().find(|line| line.contains("\"lv_name\":\"thick\"")).expect("it is there");
     let hostile = line
         .replace("\"lv_name\":\"thick\"", "\"lv_name\":\"thin.ds-0000000f-old\"")

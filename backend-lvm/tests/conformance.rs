@@ -1,4 +1,5 @@
-//! The behaviour kit on logical volumes, thin and thick: inside of a machine with lvm2, where this program runs again.
+//! The behaviour kit on logical volumes, thin and thick. It runs inside of a machine with lvm2, by this same
+//! program.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -40,7 +41,7 @@ const WHICH: &str = "DOMSNAP_TEST_LVM_KIT";
 /// Set in the machine: `thin` or `thick`.
 const SORT: &str = "DOMSNAP_TEST_LVM_SORT";
 
-/// Volumes of one group; those of a place have its mark before their names.
+/// Volumes of one group; those of one directory have its mark before their names.
 struct Volumes {
     thin: bool,
 }
@@ -90,7 +91,7 @@ impl Volumes {
 
 impl TestBackend for Volumes {
     fn backend(&self) -> Arc<dyn DiskSnapshotter> {
-        // The kit's guest writes all of its small disks between two points.
+        // The kit's guest overwrites its small disks completely between two points.
         Arc::new(Lvm::new().area_percent(150))
     }
 
@@ -121,7 +122,7 @@ impl TestBackend for Volumes {
     }
 
     fn hostile_names(&self) -> Vec<String> {
-        // What lvm2 allows, and device-mapper's escapes and our own names make nasty.
+        // Names that lvm2 allows, and that collide with device-mapper's escapes or our own names.
         ["a-b", "a--b", "-", "plus+", "dot.ted", "_under", "x.ds-00000001", "x.ds-zz", "trailing-"]
             .map(str::to_owned)
             .into()
@@ -131,7 +132,7 @@ impl TestBackend for Volumes {
         Self::of(dir)
     }
 
-    /// A thin revert is two renames; and lvm puts off the merge of a volume that somebody has open.
+    /// A thin revert is two renames, and lvm defers the merge of a volume that is open.
     fn path_stays(&self) -> bool {
         false
     }
@@ -150,7 +151,7 @@ impl TestBackend for Volumes {
 fn main() -> ExitCode {
     if let Ok(sort) = env::var(SORT) {
         let volumes = Volumes { thin: sort == "thin" };
-        // A copy of this program that does one job of the kit finds the group there.
+        // A copy of this program that runs one job of the kit finds the existing group.
         if env::var_os("TESTKIT_CHILD").is_none()
             && let Err(error) = volumes.prepare()
         {

@@ -197,7 +197,7 @@ impl Settings {
         let attempted = "putting the settings of migration back";
         let subject = machine.qmp().socket().display().to_string();
         let mut capabilities: Vec<_> = self.capabilities.clone();
-        // What was off goes first, what was on after.
+        // Switch off before switching on: some exclude each other.
         capabilities.sort_by_key(|(_, before)| *before);
         if !capabilities.is_empty() {
             let set: Vec<_> = capabilities

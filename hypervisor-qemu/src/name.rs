@@ -110,8 +110,9 @@ impl TryFrom<String> for Name {
 mod tests {
     use super::*;
 
+    /// Our names fit into QEMU with their suffix, and are recognised as ours.
     #[test]
-    fn a_name_of_ours_fits_into_qemu_with_its_suffix_and_is_known_again() {
+    fn our_names_fit_and_are_recognised() {
         for name in [
             Name::node(),
             Name::job(),
@@ -129,8 +130,9 @@ mod tests {
         );
     }
 
+    /// Names without our prefix, too long ones and those with other characters are refused.
     #[test]
-    fn names_that_are_not_ours_too_long_or_strange_are_refused() {
+    fn invalid_names_are_refused() {
         for name in
             ["", "domsnap-", "d0", "domsnap-0123456789012345678901", "domsnap-a b", "domsnap-ä", "domsnap-#1"]
         {

@@ -213,8 +213,9 @@ mod tests {
         assert_eq!(empty(u64::MAX).expect_err("too large").kind(), ErrorKind::Invalid);
     }
 
+    /// A wrapper is a valid image, and its snapshot has the size of the stream.
     #[test]
-    fn a_wrapper_is_whole_and_its_snapshot_has_the_streams_size() {
+    fn wrapper_is_valid_and_has_the_stream_size() {
         let dir = tempfile::tempdir().expect("a directory");
         for stream in [1, CLUSTER, CLUSTER + 1, 77 << 20, 3 << 30] {
             let path = dir.path().join("memory.qcow2");

@@ -24,7 +24,7 @@ pub const LIMIT: Duration = Duration::from_secs(10);
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Consistency {
-    /// As after a power failure.
+    /// Like after a power failure.
     Crash {
         /// The reason why it is not better.
         because: String,

@@ -169,8 +169,9 @@ mod tests {
         "watchdog",
     ];
 
+    /// Every state of QEMU has a row, and an unknown state is refused.
     #[test]
-    fn every_state_has_a_row_and_an_unknown_one_is_refused() {
+    fn every_run_state_is_known() {
         let unknown = RunState::new(false, "dreaming").permits(true);
         let why = unknown.disks.expect_err("refused").why;
         assert!(why.contains("does not know"));
@@ -180,8 +181,9 @@ mod tests {
         }
     }
 
+    /// A background snapshot is permitted only in running states and in `paused`.
     #[test]
-    fn a_background_snapshot_is_only_for_running_and_paused() {
+    fn background_snapshot_needs_running_or_paused() {
         for word in ALL {
             let memory = RunState::new(false, word).permits(true).memory;
             let background = matches!(memory, Ok(SaveBy::AnyMethod | SaveBy::Paused));
@@ -189,8 +191,9 @@ mod tests {
         }
     }
 
+    /// A sleeping guest counts as running if this QEMU can stop it; otherwise it is refused.
     #[test]
-    fn a_sleeping_guest_is_a_running_one_where_it_can_be_stopped() {
+    fn sleeping_guest_counts_as_running() {
         let state = RunState::new(false, "suspended");
         assert!(state.running && state.permits(true).disks.is_ok());
         assert!(state.permits(false).disks.is_err() && state.permits(false).memory.is_err());

@@ -18,7 +18,7 @@ use testguest::{Guest, GuestOptions, Version};
 
 const LIVE: Live = Live::Live { budget: BUDGET };
 
-/// What a live cut goes by.
+/// Returns the best method of a live cut.
 fn best(version: Version) -> Way {
     match version {
         Version::New => Way::BackgroundSnapshot,
@@ -27,7 +27,8 @@ fn best(version: Version) -> Way {
     }
 }
 
-/// The image is restored into a new process, on overlays of the frozen disks: it ticks on, and never was BAD.
+/// Restores the image into a new process, on overlays of the frozen disks: the guest continues to tick, and
+/// never was BAD.
 async fn starts_cold(
     guest: &mut Guest,
     image: &hypervisor_qemu::memory::Image,
@@ -72,8 +73,9 @@ async fn starts_cold(
     Ok(())
 }
 
+/// Memory and disks of a live cut are of one instant, also in a new process.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_live_cut_is_of_one_instant_in_memory_and_on_disks_also_in_a_new_process() -> Result<()> {
+async fn live_cut_is_one_instant() -> Result<()> {
     for version in BOTH {
         let mut guest = kit::loaded(GuestOptions::new().version(version))?;
         let machine = kit::machine(&guest).await?;
@@ -119,8 +121,9 @@ async fn pre_copy_and_a_paused_guest_give_the_same_image() -> Result<()> {
     Ok(())
 }
 
+/// Memory is restored in place, repeatedly, together with internal snapshots of disks.
 #[tokio::test(flavor = "multi_thread")]
-async fn memory_comes_back_in_place_again_and_again_with_internal_disks() -> Result<()> {
+async fn memory_is_restored_in_place_repeatedly() -> Result<()> {
     for (version, drive) in
         [(Version::New, false), (Version::New, true), (Version::Old, false), (Version::Old, true)]
     {
@@ -167,8 +170,9 @@ async fn memory_comes_back_in_place_again_and_again_with_internal_disks() -> Res
     Ok(())
 }
 
+/// Eight disks, external and internal, are cut at one instant.
 #[tokio::test(flavor = "multi_thread")]
-async fn eight_disks_external_and_internal_are_cut_in_one_instant() -> Result<()> {
+async fn eight_mixed_disks_are_one_instant() -> Result<()> {
     for drive in [false, true] {
         let options = GuestOptions::new().disks(8);
         let guest = kit::loaded(if drive { options.drive() } else { options })?;
@@ -207,8 +211,9 @@ async fn eight_disks_external_and_internal_are_cut_in_one_instant() -> Result<()
     Ok(())
 }
 
+/// A failure at each point of the cut leaves the guest as it was.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failure_at_each_point_of_the_cut_leaves_the_guest_as_it_was() -> Result<()> {
+async fn failed_cut_leaves_the_guest_as_it_was() -> Result<()> {
     for version in BOTH {
         for (live, background) in [(LIVE, true), (LIVE, false), (Live::Paused, false)] {
             let guest = kit::loaded(GuestOptions::new().version(version))?;
@@ -220,7 +225,7 @@ async fn a_failure_at_each_point_of_the_cut_leaves_the_guest_as_it_was() -> Resu
                 false => cut.without_background_snapshot().trusting_pre_copy(),
             };
 
-            // The hook fails: everything was done by then.
+            // The hook fails: the cut is complete by then.
             let overlays = kit::overlays(&machine, &guest, "a", &guest.disks()).await?;
             let cut = prepare(kit::onto(&guest, &overlays).memory(draft()?, live));
             let error = cut.take::<(), _>(&machine, async || Err("no space for links".into())).await;
@@ -233,7 +238,7 @@ async fn a_failure_at_each_point_of_the_cut_leaves_the_guest_as_it_was() -> Resu
             kit::sound(&machine).await?;
             guest.expect_no_bad()?;
 
-            // The transaction fails: an overlay of another size than its disk is no overlay... of a read-only file.
+            // The transaction fails: a raw file has no internal snapshots.
             let overlays = kit::overlays(&machine, &guest, "b", &guest.disks()).await?;
             let cut = prepare(kit::onto(&guest, &overlays).memory(draft()?, live));
             let cut = cut.disk(DiskCut::Internal { device: "f0".into(), tag: "s".into() });
@@ -242,7 +247,7 @@ async fn a_failure_at_each_point_of_the_cut_leaves_the_guest_as_it_was() -> Resu
             kit::sound(&machine).await?;
             guest.expect_no_bad()?;
 
-            // Nothing is touched.
+            // Nothing is changed.
             let error = Cut::new().disk(DiskCut::Internal { device: "vdz".into(), tag: "s".into() });
             let error = error.take(&machine, kit::nothing).await.expect_err("no such disk");
             assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
@@ -254,8 +259,9 @@ async fn a_failure_at_each_point_of_the_cut_leaves_the_guest_as_it_was() -> Resu
     Ok(())
 }
 
+/// A memory image that cannot be written is an error, and the guest keeps running.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_memory_image_that_cannot_be_written_fails_and_the_guest_runs_on() -> Result<()> {
+async fn unwritable_memory_image_fails_the_cut() -> Result<()> {
     for version in BOTH {
         let guest = kit::loaded(GuestOptions::new().version(version))?;
         let machine = kit::machine(&guest).await?;
@@ -325,8 +331,8 @@ async fn a_guest_that_is_paused_stays_paused() -> Result<()> {
     Ok(())
 }
 
-/// QEMU alone loses an interrupt within the first ten or so, where the machine is busy: the guest then waits
-/// for ever.
+/// A guest with I/O threads loses no interrupt when it is paused. QEMU alone loses one within the first ten
+/// pauses or so on a busy machine: the guest then waits for ever.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_of_io_threads_loses_no_interrupt() -> Result<()> {
     let options = GuestOptions::new().iothreads(2).cpus(2).tick_ms(0).from_boot();
@@ -338,7 +344,7 @@ async fn a_guest_of_io_threads_loses_no_interrupt() -> Result<()> {
         machine.resume(paused).await?;
         guest.wait_ticks(2)?;
     }
-    // The memory of a guest that was paused so goes on too.
+    // The memory of a guest that was paused like this can be restored, too.
     let on = guest.disks();
     let (_, image, _) = kit::snapshot(&machine, &guest, "a", &on, LIVE, true).await?;
     kit::sound(&machine).await?;
@@ -348,8 +354,9 @@ async fn a_guest_of_io_threads_loses_no_interrupt() -> Result<()> {
     starts_cold(&mut guest, &image, &on).await
 }
 
+/// A machine is described, and each difference that its memory does not survive is listed.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_machine_is_known_and_what_would_not_fit_its_memory_is_named() -> Result<()> {
+async fn differences_of_machines_are_listed() -> Result<()> {
     for version in BOTH {
         let options = GuestOptions::new().version(version).more(&[
             "-drive",
@@ -418,8 +425,9 @@ async fn a_machine_is_known_and_what_would_not_fit_its_memory_is_named() -> Resu
     kit::sound(&machine).await
 }
 
+/// A memory save that a crash of ours left is abandoned.
 #[tokio::test(flavor = "multi_thread")]
-async fn memory_that_a_crash_of_ours_left_being_written_is_abandoned() -> Result<()> {
+async fn memory_save_left_by_a_crash_is_abandoned() -> Result<()> {
     for version in BOTH {
         let guest = kit::loaded(GuestOptions::new().version(version))?;
         let machine = kit::machine(&guest).await?;
@@ -452,8 +460,9 @@ async fn memory_that_a_crash_of_ours_left_being_written_is_abandoned() -> Result
     Ok(())
 }
 
+/// Memory that cannot be write-protected is saved by pre-copy, and the reason is reported.
 #[tokio::test(flavor = "multi_thread")]
-async fn memory_that_cannot_be_protected_is_saved_by_pre_copy_which_is_said() -> Result<()> {
+async fn unprotectable_memory_is_saved_by_pre_copy() -> Result<()> {
     let shared = [
         "-object",
         "memory-backend-file,id=m,size=128M,mem-path=DIR/ram,share=on",

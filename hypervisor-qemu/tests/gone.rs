@@ -1,4 +1,4 @@
-//! A QEMU that is killed in the middle of each operation: an error that says so, no hang, and disks that are whole.
+//! Kills QEMU in the middle of each operation: this is an error, not a hang, and the disks are intact.
 
 mod kit;
 
@@ -29,7 +29,8 @@ fn kill(guest: &Guest) -> Result<()> {
     Ok(kill_process(pid, Signal::KILL)?)
 }
 
-/// Runs an operation and kills QEMU after a while; the operation must end soon, and say what happened if it failed.
+/// Runs an operation and kills QEMU after a while. The operation must end soon, and report the loss if it
+/// failed.
 async fn killed<T>(
     guest: &Guest,
     after: Duration,
@@ -48,7 +49,7 @@ async fn killed<T>(
     Ok(outcome)
 }
 
-/// The guest boots from these images, and has what it had flushed.
+/// Boots the guest from these images, and checks that they have all flushed data.
 fn boots_from(guest: &mut Guest, disks: &[PathBuf], ticks: u64) -> Result<()> {
     for (disk, now) in guest.disks().iter().zip(disks) {
         if disk != now {
@@ -65,21 +66,22 @@ fn boots_from(guest: &mut Guest, disks: &[PathBuf], ticks: u64) -> Result<()> {
     Ok(())
 }
 
-/// The images that hold the present after a cut that may have happened or not: an overlay that was put on has been written.
+/// Returns the active images after a cut that may have happened or not: an overlay in use has been written.
 fn present(guest: &Guest, overlays: &[PathBuf]) -> Vec<PathBuf> {
     let written = |file: &Path| std::fs::metadata(file).is_ok_and(|about| about.len() > 4 << 16);
     if overlays.iter().all(|file| written(file)) { overlays.to_vec() } else { guest.disks() }
 }
 
+/// A kill of QEMU in the cut is an error, and the disks are intact.
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_in_the_cut_it_is_an_error_and_the_disks_are_whole() -> Result<()> {
+async fn kill_in_a_cut_leaves_disks_intact() -> Result<()> {
     for version in [Version::New, Version::Old] {
         for (after, live) in [(0, LIVE), (6, LIVE), (12, LIVE), (20, LIVE), (100, LIVE), (25, Live::Paused)] {
             let mut guest = kit::loaded(GuestOptions::new().version(version))?;
             let machine = kit::machine(&guest).await?;
             let overlays = kit::overlays(&machine, &guest, "s", &guest.disks()).await?;
             let ticks = guest.ticks()?;
-            // Asked for once a connection.
+            // Read once per connection.
             machine.abilities().await?;
             let cut = kit::onto(&guest, &overlays).memory(Draft::create(guest.dir().join("memory"))?, live);
             let operation = async {
@@ -93,7 +95,7 @@ async fn killed_in_the_cut_it_is_an_error_and_the_disks_are_whole() -> Result<()
             let files: Vec<_> = overlays.into_iter().map(|(file, _)| file).collect();
             let disks = present(&guest, &files);
             if disks == files {
-                // Their backing strings lead to the disks' names.
+                // Their backing strings name the disks.
                 for (number, (disk, file)) in guest.disks().iter().zip(&files).enumerate() {
                     let base = guest.dir().join(format!("base{number}.qcow2"));
                     std::fs::rename(disk, &base)?;
@@ -106,8 +108,9 @@ async fn killed_in_the_cut_it_is_an_error_and_the_disks_are_whole() -> Result<()
     Ok(())
 }
 
+/// A kill of QEMU in a merge is an error, and the chain is intact.
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_in_a_merge_it_is_an_error_and_the_chain_is_whole() -> Result<()> {
+async fn kill_in_a_merge_leaves_the_chain_intact() -> Result<()> {
     for version in [Version::New, Version::Old] {
         for number in 0..4 {
             let mut guest = kit::loaded(GuestOptions::new().version(version))?;
@@ -133,7 +136,7 @@ async fn killed_in_a_merge_it_is_an_error_and_the_chain_is_whole() -> Result<()>
                 1 => killed(&guest, after, jobs::commit_layers(&machine, &middle, |_| {})).await?.map(drop),
                 2 => killed(&guest, after, jobs::stream(&machine, &stream, |_| {})).await?.map(drop),
                 _ => {
-                    // In the hook, when top and base are equal.
+                    // Killed in the hook, when top and base are equal.
                     let commit = ActiveCommit::new("domsnap-b0", "domsnap-a0");
                     let hook = async || {
                         kill(&guest)?;
@@ -151,7 +154,7 @@ async fn killed_in_a_merge_it_is_an_error_and_the_chain_is_whole() -> Result<()>
             for (file, _) in first.iter().chain(&second) {
                 kit::img(&["check", "-r", "leaks"], file)?;
             }
-            // After the hook's beginning the base is right, too: it has all that the top has.
+            // After the hook's start the base is right, too: it has all data of the top.
             let now = if number == 3 { first[0].0.clone() } else { second[0].0.clone() };
             let disks: Vec<_> = guest.disks().iter().map(|disk| disk.with_extension("moved")).collect();
             for (number, (disk, moved)) in guest.disks().iter().zip(&disks).enumerate() {
@@ -167,8 +170,9 @@ async fn killed_in_a_merge_it_is_an_error_and_the_chain_is_whole() -> Result<()>
     Ok(())
 }
 
+/// A kill of QEMU in a revert or a detach is an error, and not a hang.
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_in_a_revert_or_a_detach_it_is_an_error_and_no_hang() -> Result<()> {
+async fn kill_in_a_revert_or_detach_is_an_error() -> Result<()> {
     for version in [Version::New, Version::Old] {
         for number in 0..4 {
             let mut guest = kit::loaded(GuestOptions::new().version(version))?;
@@ -200,9 +204,9 @@ async fn killed_in_a_revert_or_a_detach_it_is_an_error_and_no_hang() -> Result<(
             println!("{version:?} {number}: {:?}", outcome.map_err(|error| error.to_string()));
             assert!(machine.resume(paused).await.is_err());
             guest.wait_end()?;
-            // The image is not written by a restore, nor by one that ends like this.
+            // A restore does not write the image, not even one that ends like this.
             image.verify()?;
-            // What was frozen is whole.
+            // The frozen images are intact.
             let disks = guest.disks();
             for disk in &disks {
                 kit::img(&["check", "-r", "leaks"], disk)?;
@@ -226,8 +230,9 @@ async fn detach_and_attach(machine: &Machine, guest: &Guest) -> hypervisor_qemu:
     graph::attach(machine, &detached, &Stack::layers(files)).await
 }
 
+/// A guest is frozen for a cut, and thawed in every case.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_guest_is_frozen_for_a_cut_and_thawed_whatever_happens() -> Result<()> {
+async fn guest_is_frozen_for_a_cut_and_thawed() -> Result<()> {
     let guest = kit::loaded(GuestOptions::new())?;
     guest.await_agent()?;
     let machine = kit::machine(&guest).await?;
@@ -241,7 +246,7 @@ async fn a_guest_is_frozen_for_a_cut_and_thawed_whatever_happens() -> Result<()>
     assert_eq!(consistency, quiesce::Consistency::Filesystem { filesystems: 2 });
     kit::sound(&machine).await?;
     guest.expect_no_bad()?;
-    // The frozen file systems are clean: nothing is to be recovered from their journals.
+    // The frozen file systems are clean: their journals need no recovery.
     for disk in guest.disks() {
         let raw = disk.with_extension("raw");
         kit::img(&["convert", "-U", "-O", "raw", &disk.display().to_string()], &raw)?;
@@ -249,7 +254,7 @@ async fn a_guest_is_frozen_for_a_cut_and_thawed_whatever_happens() -> Result<()>
         assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
     }
 
-    // Dropped, over its limit, and by whoever comes after a crash.
+    // Thawed by a drop, by its limit, and by the next process after a crash.
     drop(quiesce::quiesce(&machine, &agent, quiesce::LIMIT).await?);
     agent.settle(Duration::from_secs(30)).await?;
     guest.shell("sync")?;
@@ -261,7 +266,7 @@ async fn a_guest_is_frozen_for_a_cut_and_thawed_whatever_happens() -> Result<()>
     assert_eq!(quiesce::thaw_after_crash(&agent).await?, 0);
     guest.expect_no_bad()?;
 
-    // No agent: said at once, by what QEMU knows of the port.
+    // Without an agent it fails at once, because QEMU reports that the port is closed.
     guest.shell("killall qemu-ga")?;
     let until = std::time::Instant::now() + Duration::from_secs(30);
     loop {
@@ -279,9 +284,9 @@ async fn a_guest_is_frozen_for_a_cut_and_thawed_whatever_happens() -> Result<()>
     }
 }
 
+/// A QEMU that hangs is an error within its deadlines, and the guest runs when QEMU continues.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_qemu_that_hangs_is_an_error_within_its_deadlines_and_the_guest_runs_when_it_is_back() -> Result<()>
-{
+async fn hanging_qemu_is_an_error_in_time() -> Result<()> {
     let guest = kit::loaded(GuestOptions::new())?;
     let pid = Pid::from_raw(i32::try_from(guest.pid().context("it runs")?)?).context("a process")?;
     let qmp = kit::machine(&guest).await?.qmp().within(Duration::from_secs(2));
@@ -299,7 +304,8 @@ async fn a_qemu_that_hangs_is_an_error_within_its_deadlines_and_the_guest_runs_w
     let error = machine.pause().await.expect_err("it hangs");
     assert_eq!(error.kind(), ErrorKind::Timeout);
     kill_process(pid, Signal::CONT)?;
-    // All that was sent is carried out, and the guest goes on; not so if the connection were closed now.
+    // QEMU runs all commands that were sent, and the guest continues. It would not if the connection were
+    // closed now.
     kit::until(async || Ok(machine.run_state().await.is_ok_and(|state| state.running))).await?;
     drop(machine);
     let machine = kit::machine(&guest).await?;

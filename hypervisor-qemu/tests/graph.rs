@@ -1,4 +1,4 @@
-//! The block graph under a real guest: chains swapped, images re-homed, disks detached and attached.
+//! The block graph under a real guest: chains swapped, images reopened by name, disks detached and attached.
 
 mod kit;
 
@@ -28,7 +28,8 @@ fn move_path(path: &Path, layer: &Path) -> std::io::Result<()> {
     fs::File::open(path.parent().expect("a directory"))?.sync_all()
 }
 
-/// Freezes each disk under a layer name of its own, with the configured paths moved inside of the cut, and re-homes them.
+/// Freezes each disk under its own layer name, moves the configured paths inside of the cut, and reopens the
+/// images by name.
 async fn freeze(machine: &Machine, guest: &Guest, tag: &str, layers: &mut [PathBuf]) -> Result<Vec<Name>> {
     let mut cut = Cut::new();
     let mut overlays = Vec::new();
@@ -70,8 +71,9 @@ async fn freeze(machine: &Machine, guest: &Guest, tag: &str, layers: &mut [PathB
     Ok(overlays.into_iter().map(|(_, name)| name).collect())
 }
 
+/// The configured path stays the active image through snapshots under load.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_configured_path_stays_the_active_image_through_snapshots_under_load() -> Result<()> {
+async fn path_stays_the_active_image() -> Result<()> {
     for version in BOTH {
         for drive in [false, true] {
             let options = GuestOptions::new().version(version);
@@ -94,7 +96,7 @@ async fn the_configured_path_stays_the_active_image_through_snapshots_under_load
             );
             guest.verify_blocks()?;
             drop(machine);
-            // A boot from the configured paths goes on where it was.
+            // A boot from the configured paths continues from the last state.
             let before = guest.ticks()?;
             guest.restart()?;
             assert!(
@@ -109,8 +111,9 @@ async fn the_configured_path_stays_the_active_image_through_snapshots_under_load
     Ok(())
 }
 
+/// An external snapshot is reverted to in place, repeatedly.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_external_snapshot_comes_back_in_place_again_and_again() -> Result<()> {
+async fn external_snapshot_is_reverted_repeatedly() -> Result<()> {
     for version in BOTH {
         for drive in [false, true] {
             let options = GuestOptions::new().version(version);
@@ -153,8 +156,9 @@ async fn an_external_snapshot_comes_back_in_place_again_and_again() -> Result<()
     Ok(())
 }
 
+/// Each of many cuts of a guest that never rests is of one instant.
 #[tokio::test(flavor = "multi_thread")]
-async fn each_of_many_cuts_of_a_guest_that_never_rests_is_of_one_instant() -> Result<()> {
+async fn each_of_many_cuts_is_one_instant() -> Result<()> {
     for version in BOTH {
         let guest = GuestOptions::new().version(version).tick_ms(0).start()?;
         guest.dirty(40, 100.0)?;
@@ -189,11 +193,12 @@ async fn each_of_many_cuts_of_a_guest_that_never_rests_is_of_one_instant() -> Re
     Ok(())
 }
 
+/// A swap opens another branch; a failure leaves the old chain.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_swap_opens_another_branch_and_a_failure_leaves_the_old_chain() -> Result<()> {
+async fn failed_swap_leaves_the_old_chain() -> Result<()> {
     let guest = kit::loaded(GuestOptions::new())?;
     let machine = kit::machine(&guest).await?;
-    // Two branches on the disks as they are now.
+    // Two branches on the current disks.
     let (_, image, _) = kit::snapshot(&machine, &guest, "s", &guest.disks(), LIVE, true).await?;
     let mut layers = Vec::new();
     for (number, disk) in guest.disks().into_iter().enumerate() {
@@ -231,8 +236,9 @@ async fn a_swap_opens_another_branch_and_a_failure_leaves_the_old_chain() -> Res
     guest.expect_no_bad()
 }
 
+/// A disk is detached, changed offline and attached again in a live QEMU.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_is_detached_changed_offline_and_attached_in_a_live_qemu() -> Result<()> {
+async fn disk_is_changed_while_detached() -> Result<()> {
     for version in BOTH {
         for drive in [false, true] {
             let options = GuestOptions::new().version(version);
@@ -253,9 +259,9 @@ async fn a_disk_is_detached_changed_offline_and_attached_in_a_live_qemu() -> Res
                 assert_eq!(detached.still_open, Vec::<String>::new());
                 let again = graph::detach(&machine, &device).await.expect_err("it is detached");
                 assert!(again.to_string().contains("detached already"), "{again}");
-                // qemu-img takes the image's lock: nobody else has it.
+                // qemu-img takes the image's lock: no other process has it.
                 kit::img(&["snapshot", "-a", "s"], &disk)?;
-                // A journal keeps it as text.
+                // A journal stores it as text.
                 let detached = serde_json::from_str(&serde_json::to_string(&detached)?)?;
                 let missing = Layer::qcow2(Name::node(), guest.dir().join("missing"));
                 let error =

@@ -14,7 +14,7 @@ use kit::BOTH;
 use qmp::JobStatus;
 use testguest::{Guest, GuestOptions};
 
-/// A chain of so many overlays on each disk, written in between; gives the files of `vda`, bottom first.
+/// Makes a chain of overlays on each disk, with writes in between; returns the files of `vda`, bottom first.
 async fn chain(machine: &Machine, guest: &Guest, overlays: usize) -> Result<Vec<PathBuf>> {
     let mut on = guest.disks();
     let mut files = vec![on[0].clone()];
@@ -35,8 +35,9 @@ fn content_is_right(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+/// Layers merge in the middle and upwards, and the active one pivots.
 #[tokio::test(flavor = "multi_thread")]
-async fn layers_merge_in_the_middle_and_upwards_and_the_active_one_pivots() -> Result<()> {
+async fn layers_merge_down_up_and_by_pivot() -> Result<()> {
     for version in BOTH {
         for drive in [false, true] {
             let options = GuestOptions::new().version(version);
@@ -99,7 +100,7 @@ async fn layers_merge_in_the_middle_and_upwards_and_the_active_one_pivots() -> R
             kit::sound(&machine).await?;
             content_is_right(&guest)?;
 
-            // All above the base into the base, which had another node's name from the start.
+            // All layers above the base into the base, whose node was not named by us.
             guest.forget_gap();
             let commit = ActiveCommit::new(name('d'), base.clone());
             jobs::commit_active(&machine, &commit, |_| {}, kit::nothing).await?;
@@ -108,7 +109,7 @@ async fn layers_merge_in_the_middle_and_upwards_and_the_active_one_pivots() -> R
             kit::sound(&machine).await?;
             content_is_right(&guest)?;
 
-            // The other disk was not touched by any of it. All of its layers into the active image.
+            // The other disk was not changed by any of this. All of its layers into the active image.
             assert_eq!(kit::chain(&machine, "vdb").await?.len(), 6);
             jobs::stream(&machine, &Stream::all("domsnap-e1"), |_| {}).await?;
             assert_eq!(kit::chain(&machine, "vdb").await?, ["domsnap-e1"]);
@@ -120,8 +121,9 @@ async fn layers_merge_in_the_middle_and_upwards_and_the_active_one_pivots() -> R
     Ok(())
 }
 
+/// A job can be limited and cancelled; a failing hook leaves the chain as it was.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_is_cancelled_limited_and_a_failing_hook_leaves_the_chain() -> Result<()> {
+async fn jobs_are_limited_and_cancelled() -> Result<()> {
     for version in BOTH {
         let guest = kit::loaded(GuestOptions::new().version(version))?;
         let machine = kit::machine(&guest).await?;
@@ -186,13 +188,15 @@ async fn a_job_is_cancelled_limited_and_a_failing_hook_leaves_the_chain() -> Res
     Ok(())
 }
 
+/// Jobs and nodes that a crash of ours left are found, and finished or removed.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_crash_of_ours_leaves_is_found_and_brought_to_an_end() -> Result<()> {
+async fn leftovers_of_a_crash_are_found_and_finished() -> Result<()> {
     for version in BOTH {
         let guest = kit::loaded(GuestOptions::new().version(version))?;
         let machine = kit::machine(&guest).await?;
         chain(&machine, &guest, 2).await?;
-        // A commit whose caller goes away in the hook, an overlay that was never put on, a job that ended unseen.
+        // A commit whose caller is dropped in the hook, an overlay that was never used, a job that ended
+        // unnoticed.
         let commit = ActiveCommit::new("domsnap-b0", "domsnap-a0");
         let stuck = jobs::commit_active::<(), _>(
             &machine,
@@ -226,7 +230,7 @@ async fn what_a_crash_of_ours_leaves_is_found_and_brought_to_an_end() -> Result<
         let mut idle: Vec<_> = idle.collect();
         idle.sort_unstable();
         assert_eq!(idle, ["domsnap-z0", "domsnap-z1"]);
-        // Sweeping touches neither the job nor what a device stands on.
+        // A sweep changes neither the job nor nodes that a device depends on.
         jobs::sweep(&machine, &ours).await?;
         let ours = jobs::reconcile(&machine).await?;
         assert!(

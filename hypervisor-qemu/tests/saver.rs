@@ -17,8 +17,9 @@ use snapcore::{
 use testguest::GuestOptions;
 use tokio_util::sync::CancellationToken;
 
+/// A mixed snapshot with memory is reverted to in a detached section.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mixed_snapshot_with_memory_is_reverted_to_in_a_window() -> Result<()> {
+async fn mixed_snapshot_with_memory_is_reverted() -> Result<()> {
     for version in BOTH {
         for drive in [false, true] {
             let options = GuestOptions::new().version(version);
@@ -62,7 +63,7 @@ async fn a_mixed_snapshot_with_memory_is_reverted_to_in_a_window() -> Result<()>
                     run.reconnect().await?;
                     assert_eq!(run.open_files(1).await?.len(), 0, "the disk is known by its placeholder");
                 }
-                // As at rest: another overlay on what was frozen, and the snapshot applied.
+                // As at rest: another overlay on the frozen image, and the snapshot applied.
                 run.layers[0].remove(0);
                 run.grow(0)?;
                 kit::img(&["snapshot", "-a", "s"], &run.layers[1][0])?;
@@ -82,7 +83,7 @@ async fn a_mixed_snapshot_with_memory_is_reverted_to_in_a_window() -> Result<()>
                 }
                 run.sound().await?;
                 run.guest.expect_no_bad()?;
-                // Once more, as after a crash that came after it: nothing is loaded over what was written since.
+                // Repeated, as after a later crash: nothing is loaded over data that was written since.
                 run.guest.wait_ticks(30)?;
                 let before = run.guest.ticks()?;
                 run.apply(&go_on).await?;
@@ -96,9 +97,9 @@ async fn a_mixed_snapshot_with_memory_is_reverted_to_in_a_window() -> Result<()>
     Ok(())
 }
 
+/// A compressed memory image is loaded in place and started from, and nothing else is left.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_compressed_memory_image_is_loaded_in_place_and_started_from_and_nothing_else_is_left() -> Result<()>
-{
+async fn compressed_memory_is_loaded_and_started() -> Result<()> {
     for version in BOTH {
         let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
         let machine = run.live()?.seen().machine.clone();
@@ -122,7 +123,7 @@ async fn a_compressed_memory_image_is_loaded_in_place_and_started_from_and_nothi
         };
         assert_eq!(files(&run)?, 0);
 
-        // What was changed is refused while the guest runs.
+        // A changed image is refused while the guest runs.
         let file = fs::File::options().read(true).write(true).open(&memory)?;
         let mut byte = [0];
         file.read_exact_at(&mut byte, stored / 2)?;
@@ -131,7 +132,7 @@ async fn a_compressed_memory_image_is_loaded_in_place_and_started_from_and_nothi
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
         file.write_all_at(&byte, stored / 2)?;
 
-        // In place: with what the check unpacked, and as after a crash without it.
+        // In place: with the unpacked image of the check, and without it, as after a crash.
         let then = run.guest.ticks()?;
         for crash in [false, true] {
             run.guest.wait_ticks(30)?;
@@ -172,7 +173,7 @@ async fn a_compressed_memory_image_is_loaded_in_place_and_started_from_and_nothi
             chains: &chains,
             power: None,
         };
-        // For the user it is a pipe: what is unpacked here ends with this process.
+        // The user gets a pipe: the unpacked image ends with this process.
         let mut other = machine.clone();
         other["process"]["uid"] = 4_000_000.into();
         let told = run.saver.start(start(&other)).await?.start;
@@ -194,11 +195,11 @@ async fn a_compressed_memory_image_is_loaded_in_place_and_started_from_and_nothi
     Ok(())
 }
 
-/// Copies a disk's file, as a backend does that takes points itself; back: removes the copy.
+/// Copies a disk's file, like a backend that takes points itself.
 struct Copies {
     from: PathBuf,
     to: PathBuf,
-    /// What is done beside it.
+    /// Other moves of the same step.
     moves: Moves,
 }
 
@@ -215,9 +216,9 @@ impl Inside for Copies {
     }
 }
 
+/// A raw disk that its backend copies is of the same instant, and is reattached in a detached section.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_raw_disk_that_its_backend_copies_is_of_the_same_instant_and_is_given_back_in_a_window()
--> Result<()> {
+async fn raw_disk_copied_by_its_backend_is_consistent() -> Result<()> {
     for version in BOTH {
         for drive in [false, true] {
             let options = GuestOptions::new().version(version).raw(&[1]);
@@ -246,7 +247,7 @@ async fn a_raw_disk_that_its_backend_copies_is_of_the_same_instant_and_is_given_
                 assert_eq!(run.open_files(1).await?.len(), 0);
                 run.layers[0].remove(0);
                 run.grow(0)?;
-                // Another file is at the raw disk's path, and the one before is gone.
+                // Another file is at the raw disk's path, and the previous one is gone.
                 let new = run.dir.join("vdb.new");
                 fs::copy(&copy, &new)?;
                 fs::rename(&new, run.guest.disk(1))?;
@@ -274,8 +275,9 @@ async fn a_raw_disk_that_its_backend_copies_is_of_the_same_instant_and_is_given_
     Ok(())
 }
 
+/// A cut is undone, and all later writes of the guest are kept.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instant_is_taken_back_with_all_that_the_guest_wrote_since() -> Result<()> {
+async fn cut_is_undone_with_later_writes() -> Result<()> {
     for version in BOTH {
         for (drive, crash) in [(false, true), (true, false)] {
             let options = GuestOptions::new().version(version);
@@ -291,7 +293,7 @@ async fn an_instant_is_taken_back_with_all_that_the_guest_wrote_since() -> Resul
                 compress: 0,
             };
             if crash {
-                // The migration goes on, and nobody has it.
+                // The migration continues without a reader of its result.
                 run.reconnect().await?;
                 let error = run.apply(&save).await.expect_err("the memory is lost");
                 assert!(error.to_string().contains("lost"), "{error}");
@@ -299,7 +301,7 @@ async fn an_instant_is_taken_back_with_all_that_the_guest_wrote_since() -> Resul
             run.guest.wait_ticks(40)?;
             let ticks = run.guest.ticks()?;
             run.undo(&save).await?;
-            // Within the undo the path is moved back at each disk's pivot.
+            // The undo moves the path back at each disk's pivot.
             if crash {
                 for after in [false, true] {
                     let hangs = run::Hangs { moves: run.back(&step), after };
@@ -326,7 +328,7 @@ async fn an_instant_is_taken_back_with_all_that_the_guest_wrote_since() -> Resul
                 found.iter().all(|counter| counter.is_some_and(|counter| counter + 1 >= now)),
                 "{found:?} of {now}"
             );
-            // It was started anew since: there is nothing to take back.
+            // It was started again since: there is nothing to undo.
             run.reconnect().await?;
             run.undo_instant(&step).await?;
             run.sound().await?;
@@ -336,8 +338,9 @@ async fn an_instant_is_taken_back_with_all_that_the_guest_wrote_since() -> Resul
     Ok(())
 }
 
+/// Layers merge in each direction, with the path moved at the pivot, also after a crash.
 #[tokio::test(flavor = "multi_thread")]
-async fn layers_are_merged_each_way_with_the_path_moved_at_the_pivot_also_after_a_crash() -> Result<()> {
+async fn layers_merge_in_each_direction() -> Result<()> {
     for version in BOTH {
         let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
         for _ in 0..5 {
@@ -366,7 +369,7 @@ async fn layers_are_merged_each_way_with_the_path_moved_at_the_pivot_also_after_
             let live = run.live()?;
             let disk = live.disk(&target).context("it is attached")?;
             if round == 0 {
-                // Limited, cancelled; then one whose caller goes away.
+                // Limited and cancelled; then one whose caller is dropped.
                 live.limit(1 << 16);
                 let cancel = CancellationToken::new();
                 let cancelling = async {
@@ -384,7 +387,7 @@ async fn layers_are_merged_each_way_with_the_path_moved_at_the_pivot_also_after_
                 run.reconnect().await?;
                 continue;
             }
-            // The limit of a job that runs already is lifted.
+            // The limit of a running job is removed.
             let lifting = async {
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 live.limit(1);
@@ -414,7 +417,7 @@ async fn layers_are_merged_each_way_with_the_path_moved_at_the_pivot_also_after_
         );
         run.sound().await?;
 
-        // Down from the active image; first the path cannot be moved, then a crash comes before it is.
+        // Down from the active image. First the path cannot be moved, then a crash comes before the move.
         let pivot = AttachedMerge {
             run: vec![file(4), file(5)],
             into: file(4),
@@ -434,7 +437,7 @@ async fn layers_are_merged_each_way_with_the_path_moved_at_the_pivot_also_after_
         assert_eq!(run.paths()[0], identity(&layers[1])?);
         run.sound().await?;
 
-        // And all into the base, with a crash after the path was moved.
+        // All into the base, with a crash after the path was moved.
         let run_of_all = vec![file(0), file(1), file(4)];
         let pivot = AttachedMerge { run: run_of_all, into: file(0), below: None, string: None };
         let hangs = run::Hangs { moves: run.moves(&[(0, layers[5].clone())]), after: true };
@@ -448,15 +451,16 @@ async fn layers_are_merged_each_way_with_the_path_moved_at_the_pivot_also_after_
         run.guest.expect_no_bad()?;
         run.guest.verify_blocks()?;
 
-        // What is not in the chain is refused.
+        // Layers that are not in the chain are refused.
         let error = run.merge(&down, &NothingInside).await.expect_err("it is gone");
         assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
     }
     Ok(())
 }
 
+/// A domain that is off is started from memory, with its previous command.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_domain_that_is_off_is_started_from_memory_as_it_was_started_before() -> Result<()> {
+async fn stopped_domain_is_started_from_memory() -> Result<()> {
     for version in BOTH {
         let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
         let machine = run.live()?.seen().machine.clone();
@@ -510,7 +514,7 @@ async fn a_domain_that_is_off_is_started_from_memory_as_it_was_started_before() 
             run.disconnect();
         }
 
-        // What cannot be started is told.
+        // A domain that cannot be started is reported.
         let mut other = machine.clone();
         other["process"]["uid"] = 4_000_000.into();
         let start = StartFromMemory {
@@ -528,7 +532,7 @@ async fn a_domain_that_is_off_is_started_from_memory_as_it_was_started_before() 
             StartFromMemory { domain: &run.domain, machine: None, file: &memory, chains: &[], power: None };
         let facts = run.saver.start(start).await?;
         assert!(facts.start.is_empty() && facts.notes[0].contains("is not known"), "{facts:?}");
-        // And what QEMU says against it.
+        // QEMU's refusal is an error.
         let mut other = machine.clone();
         let words = other["process"]["command_line"].as_array_mut().context("words")?;
         let place = words.iter().position(|word| word == "-m").context("-m")?;
@@ -553,8 +557,9 @@ async fn a_domain_that_is_off_is_started_from_memory_as_it_was_started_before() 
     Ok(())
 }
 
+/// A detached section that is undone leaves the disks and the guest as they were.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_window_that_is_given_up_leaves_the_disks_and_the_guest_as_they_were() -> Result<()> {
+async fn undone_detached_section_changes_nothing() -> Result<()> {
     for version in BOTH {
         for (runs, crash) in [(true, false), (true, true), (false, true)] {
             let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
@@ -586,8 +591,9 @@ async fn a_window_that_is_given_up_leaves_the_disks_and_the_guest_as_they_were()
     Ok(())
 }
 
+/// A disk that a crash left half detached is detached completely, or reattached.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_a_crash_left_half_detached_is_detached_or_given_back() -> Result<()> {
+async fn half_detached_disk_is_finished_or_undone() -> Result<()> {
     for version in BOTH {
         for to_the_end in [false, true] {
             let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
@@ -604,7 +610,7 @@ async fn a_disk_that_a_crash_left_half_detached_is_detached_or_given_back() -> R
                 run.apply(&attach).await?;
                 run.apply(&DomainStep::Continue { memory: None, reset: false, power: None }).await?;
             } else {
-                // What works on another disk is not ended with it.
+                // A job of another disk is not ended with it.
                 let job = "domsnap-j-0123456789ab";
                 run.copy_slowly(1, job).await?;
                 run.apply(&DomainStep::Attach { disks: vec![run.targets[0].clone()], anew: None }).await?;
@@ -622,8 +628,9 @@ async fn a_disk_that_a_crash_left_half_detached_is_detached_or_given_back() -> R
     Ok(())
 }
 
+/// A snapshot is quiesced, or refused, or has a note with the reason.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_snapshot_is_quiesced_or_is_not_taken_or_says_why_not() -> Result<()> {
+async fn quiesce_is_done_refused_or_explained() -> Result<()> {
     let mut run = Run::new(kit::loaded(GuestOptions::new())?).await?;
     run.guest.await_agent()?;
     let overlay = run.overlay(0)?;
@@ -663,8 +670,9 @@ async fn a_snapshot_is_quiesced_or_is_not_taken_or_says_why_not() -> Result<()> 
     Ok(())
 }
 
+/// A running domain is described and found, and disks that are left out have a reason.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_running_domain_is_described_and_found_and_what_takes_no_part_is_said() -> Result<()> {
+async fn running_domain_is_described_and_found() -> Result<()> {
     let more = [
         "-drive",
         "if=none,id=cd,media=cdrom,format=raw,file=DIR/cd.iso",
@@ -718,7 +726,7 @@ async fn a_running_domain_is_described_and_found_and_what_takes_no_part_is_said(
     let record = seen.machine.to_string();
     assert!(!record.contains("vda.qcow2\",\"driver\"") && record.contains("pc-q35-"), "{record}");
 
-    // Somebody who is connected already keeps others out, but not himself.
+    // A connected client keeps others out, but not itself.
     let control = run.domain.control.clone().context("control")?;
     assert_eq!(&run.saver.look(&control).await?.machine, &seen.machine);
     let begun = std::time::Instant::now();

@@ -288,8 +288,9 @@ mod tests {
         file
     }
 
+    /// A sealed memory image is complete and private, and sealing may be repeated.
     #[test]
-    fn what_was_sealed_is_whole_and_for_its_owner_alone_and_sealing_may_be_repeated() {
+    fn sealed_memory_is_complete_and_private() {
         let directory = tempfile::tempdir().unwrap();
         let file = saved(&directory);
         check(&file, &Silent).unwrap();
@@ -320,8 +321,9 @@ mod tests {
         assert!(check(&file, &Silent).unwrap_err().to_string().contains("is not what was saved"));
     }
 
+    /// A file that is not a save file is never sealed.
     #[test]
-    fn what_is_no_save_file_is_never_sealed() {
+    fn invalid_save_file_is_never_sealed() {
         let directory = tempfile::tempdir().unwrap();
         let file = Utf8Path::from_path(directory.path()).unwrap().join("a.memory");
         let whole = save_file("{}");

@@ -338,8 +338,10 @@ mod tests {
         })
     }
 
+    /// The server of a disk is the one that libxl reports; plain files of dom0's kernel are left out with a
+    /// reason.
     #[test]
-    fn a_disk_is_served_by_who_libxl_gives_it_to_and_plain_files_of_the_kernels_are_left_out_with_words() {
+    fn disk_server_is_what_libxl_reports() {
         let servers: Vec<Server> = disks(&config()).iter().map(|disk| disk.server).collect();
         assert_eq!(servers, [Server::Qdisk, Server::Loop, Server::Qdisk, Server::Loop]);
         let row = Row {
@@ -357,8 +359,9 @@ mod tests {
         assert_eq!(seen.summary, "Xen pv, 2 processors, 128 MiB, 4 drives");
     }
 
+    /// A domain that cannot be saved is recognised, and passwords are not recorded.
     #[test]
-    fn what_cannot_be_saved_is_known_and_passwords_are_not_recorded() {
+    fn unsavable_domains_are_recognised() {
         let mut config = config();
         assert!(cannot_save(&config).is_none() && other_storage(&config).is_empty());
         config["b_info"]["disable_migrate"] = json!("True");
@@ -376,8 +379,9 @@ mod tests {
         assert!(!record.contains("s3cret") && record.contains("::1"), "{record}");
     }
 
+    /// The record is the same after another start, and a moved disk is a difference.
     #[test]
-    fn the_record_is_the_same_after_another_start_and_tells_a_disk_that_was_moved() {
+    fn record_survives_a_restart() {
         let mut later = config();
         later["c_info"]["domid"] = json!(9);
         later["c_info"]["uuid"] = json!("v");

@@ -588,8 +588,9 @@ mod tests {
         Mark { path: "/srv/a.qcow2".into(), disk: (1, inode), written: (written, 0) }
     }
 
+    /// A disk written by another program is distinguished from one that the undo wrote.
     #[test]
-    fn a_disk_that_somebody_else_wrote_to_is_told_from_one_that_the_undo_wrote_to() {
+    fn foreign_writes_differ_from_undo_writes() {
         let note = Note {
             domid: 1,
             running: true,
@@ -601,11 +602,11 @@ mod tests {
             left: vec![mark(1, 1)],
         };
         let others = |found: &[Mark], now: &[Mark]| note.written_by_others(found, now).is_some();
-        // Nobody did; a revert to another file was undone; the undo wrote.
+        // No other program wrote; a revert to another file was undone; the undo wrote.
         assert!(!others(&[mark(1, 1)], &[mark(1, 1)]));
         assert!(!others(&[mark(2, 5)], &[mark(1, 1)]));
         assert!(!others(&[mark(1, 5)], &[mark(1, 9)]));
-        // It was written, replaced, removed, and the undo has nothing to do with it.
+        // It was written, replaced, or removed, and not by the undo.
         assert!(others(&[mark(1, 5)], &[mark(1, 5)]));
         assert!(others(&[mark(2, 5)], &[mark(2, 5)]));
         assert!(others(&[], &[]));

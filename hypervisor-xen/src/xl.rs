@@ -157,8 +157,9 @@ fn text_of(mut file: File) -> io::Result<String> {
 mod tests {
     use super::*;
 
+    /// A program that hangs is killed at its deadline, and the output of one that ends is returned.
     #[test]
-    fn what_hangs_is_killed_at_its_deadline_and_what_ends_is_told() {
+    fn hanging_xl_is_killed_at_its_deadline() {
         let words = ["-c".to_owned(), "echo out; echo err >&2; exit 3".to_owned()];
         let said = run(Path::new("/bin/sh"), &words, SOON).unwrap();
         assert_eq!((said.ok, said.out.as_str(), said.err.as_str()), (false, "out\n", "err\n"));
@@ -167,8 +168,9 @@ mod tests {
         assert!(error.to_string().contains("was killed"), "{error}");
     }
 
+    /// A full disk is recognised by its kind, and progress messages are left out.
     #[test]
-    fn a_full_disk_is_known_by_its_kind_and_chatter_is_left_out() {
+    fn full_disk_has_its_error_kind() {
         let err = "xc: info: Saving domain 1\nxc: error: Write failed (28 = No space left on device)\n";
         let error = failed(&["save", "x"], &Said { ok: false, out: String::new(), err: err.to_owned() });
         assert_eq!(error.kind(), ErrorKind::NoSpace);

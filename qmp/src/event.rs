@@ -109,16 +109,18 @@ mod tests {
         assert_eq!((event.time_us, event.rest.get("extra")), (None, Some(&json!(5))));
     }
 
+    /// A timestamp that QEMU could not determine is none.
     #[test]
-    fn a_timestamp_that_qemu_could_not_tell_is_none() {
+    fn missing_timestamp_is_none() {
         let time = |timestamp: Value| event(json!({"event": "E", "timestamp": timestamp})).time_us;
         assert_eq!(time(json!({"seconds": 3, "microseconds": 4})), Some(3_000_004));
         assert_eq!(time(json!({"seconds": -1, "microseconds": -1})), None);
         assert_eq!(time(json!({"seconds": i64::MAX, "microseconds": 0})), None);
     }
 
+    /// A typed event needs its name, and unknown values are an error.
     #[test]
-    fn a_typed_event_is_of_its_name_only_and_fails_softly_on_unknown_values() {
+    fn typed_event_needs_its_name() {
         use qapi_qmp::{JOB_STATUS_CHANGE, STOP};
         let stop = event(json!({"event": "STOP"}));
         assert!(stop.typed::<STOP>().expect("its name").is_ok());

@@ -270,8 +270,9 @@ mod tests {
         assert_eq!(endless.unfinished().0, 1_200_001);
     }
 
+    /// A line over the limit keeps only its ends, and the next line is complete.
     #[test]
-    fn a_line_over_the_cap_keeps_only_its_ends_and_the_next_line_is_whole() {
+    fn line_over_the_limit_keeps_its_ends() {
         let mut bytes = b"head".to_vec();
         bytes.extend(std::iter::repeat_n(b'x', 1 << 20));
         bytes.extend(b"tail\nnext\n");

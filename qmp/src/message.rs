@@ -145,8 +145,9 @@ mod tests {
         format!("{}1{}", "{\"a\":".repeat(depth), "}".repeat(depth)).into_bytes()
     }
 
+    /// JSON as deep as a long chain is read on a small stack, and deeper JSON is refused.
     #[test]
-    fn json_as_deep_as_a_long_chain_is_read_on_a_small_stack_and_deeper_json_is_refused() {
+    fn deep_json_is_read_up_to_the_limit() {
         // The stack of a tokio worker.
         let thread = std::thread::Builder::new().stack_size(2 << 20).spawn(|| {
             let value = parse(&nested(MAX_DEPTH), MAX_DEPTH).expect("512 levels");
@@ -165,15 +166,17 @@ mod tests {
         parse(text.as_bytes(), 1).expect("it is flat");
     }
 
+    /// Data after the value and invalid UTF-8 are refused.
     #[test]
-    fn what_follows_the_value_and_what_is_not_utf8_are_refused() {
+    fn trailing_data_and_invalid_utf8_are_refused() {
         for line in [&b"{} {}"[..], b"{\"a\": \"\xff\"}", b"{", b"nonsense", b"{\"a\": 1e999}"] {
             parse(line, MAX_DEPTH).expect_err("not one JSON value");
         }
     }
 
+    /// An id is found only if it is complete and of this connection.
     #[test]
-    fn an_id_is_found_only_whole_and_only_of_this_connection() {
+    fn id_is_found_only_complete_and_own() {
         let (ids, other) = (Ids::new(), Ids::new());
         let line = format!("..., \"id\": \"{}\", garbage", ids.id(17));
         assert_eq!(ids.find(line.as_bytes()), Some(17));
@@ -194,8 +197,9 @@ mod tests {
     }
 
     proptest::proptest! {
+        /// Any bytes are split and parsed without a panic, and alike in any pieces.
         #[test]
-        fn any_bytes_are_split_and_parsed_without_a_panic_and_alike_in_any_pieces(
+        fn any_bytes_are_split_and_parsed_alike(
             bytes in proptest::collection::vec(
                 proptest::prop_oneof![
                     3 => proptest::sample::select(&b"{}[]\",:\\\n01e-\xff \0"[..]),

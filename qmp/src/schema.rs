@@ -324,8 +324,9 @@ mod tests {
         }
     }
 
+    /// Enum values are read in their new form and in their old one.
     #[test]
-    fn enum_values_are_known_in_their_new_form_and_their_old_one() {
+    fn enum_values_are_read_in_both_forms() {
         let schema = schema();
         assert!(schema.has_value("reopen", "options.driver", "raw"));
         assert!(schema.has_value("reopen", "options.lazy", "off"));
@@ -333,8 +334,9 @@ mod tests {
         assert!(!schema.has_value("reopen", "options.backing", "raw"), "a member that is no enum");
     }
 
+    /// A walk through an endless schema ends.
     #[test]
-    fn a_schema_without_end_is_walked_to_an_end() {
+    fn endless_schema_is_walked_to_an_end() {
         let circle = json!([
             {"meta-type": "command", "name": "c", "arg-type": "a"},
             {"meta-type": "alternate", "name": "a", "members": [{"type": "b"}, {"type": "a"}]},
@@ -344,8 +346,9 @@ mod tests {
         assert!(!schema.has_argument("c", "x.y.z"));
     }
 
+    /// A reply that is not a schema is refused.
     #[test]
-    fn what_is_no_schema_is_refused() {
+    fn invalid_schema_is_refused() {
         for reply in [json!({}), json!([]), json!([1, "a"]), json!(null)] {
             Schema::from_value(&reply).expect_err("no command in it");
         }

@@ -1,4 +1,4 @@
-//! A guest agent that misbehaves. Time is paused, except where a runtime must end.
+//! A misbehaving guest agent. Time is paused, except in tests of a runtime's end.
 
 mod script;
 
@@ -28,7 +28,7 @@ async fn answer_sync(client: &mut Client, id: &Value) {
     client.send(&[b"\xff", json!({ "return": id }).to_string().as_bytes(), b"\n"].concat()).await;
 }
 
-/// A guest that behaves: serves one client until it closes, and gives what it was told.
+/// A well-behaved guest: serves one client until that closes, and returns the commands that it received.
 async fn serve(client: &mut Client, guest: &mut Guest) {
     while let Some(command) = client.line().await {
         let name = command["execute"].as_str().expect("a name").to_owned();
@@ -105,8 +105,9 @@ async fn a_command_is_not_sent_to_an_agent_that_hangs() {
     assert_eq!(sent.matches("execute").count(), 2, "nothing but the syncs: {sent}");
 }
 
+/// Late replies and stale delimiters are not taken for the next reply.
 #[tokio::test(start_paused = true)]
-async fn late_replies_and_stale_delimiters_are_not_taken_for_the_next_reply() {
+async fn late_replies_are_not_taken_for_the_next() {
     let server = Server::new();
     let agent = Agent::new(server.path());
     let serve = async {
@@ -160,8 +161,9 @@ async fn an_old_agent_that_sends_no_ids_is_understood() {
     tokio::join!(serve, commands);
 }
 
+/// A hostile reply fails its command, and the next command works.
 #[tokio::test(start_paused = true)]
-async fn hostile_replies_fail_their_command_and_the_next_one_works() {
+async fn hostile_reply_fails_only_its_command() {
     let server = Server::new();
     let mut options = AgentOptions::default();
     options.line_cap = 4096;
@@ -181,7 +183,8 @@ async fn hostile_replies_fail_their_command_and_the_next_one_works() {
             client.expect("guest-ping").await;
             client.send(reply).await;
         }
-        // The last was a line without an end: the next try begins in the middle of it, and that one is lost with it.
+        // The last reply was an unfinished line: the next try begins in the middle of it, and is lost with
+        // it.
         let lost = client.line().await.expect("a sync");
         answer_sync(&mut client, &lost["arguments"]["id"]).await;
         synced(&mut client).await.expect("a sync");
@@ -264,7 +267,7 @@ async fn a_freeze_that_is_dropped_in_any_state_is_thawed() {
         // The guard.
         drop(agent.freeze(Freeze::default()).await.expect("it freezes"));
         agent.settle(Duration::from_secs(5)).await.expect("it is thawed");
-        // The call, after each number of polls, until it is through.
+        // The call, dropped after each number of polls, until it completes.
         for polls in 1.. {
             let mut freeze = Box::pin(agent.freeze(Freeze::default()));
             let mut left = polls;
@@ -286,7 +289,7 @@ async fn a_freeze_that_is_dropped_in_any_state_is_thawed() {
                 break;
             }
         }
-        // The thaw, and the agent's own handle with the guard still held.
+        // The thaw, and the agent's own handle while the guard still exists.
         let frozen = agent.freeze(Freeze::default()).await.expect("it freezes");
         tokio::time::timeout(Duration::ZERO, frozen.thaw()).await.expect_err("dropped");
         agent.settle(Duration::from_secs(5)).await.expect("it is thawed");
@@ -300,8 +303,9 @@ async fn a_freeze_that_is_dropped_in_any_state_is_thawed() {
     assert!(count(FREEZE) >= 4 && count(FREEZE) == count(THAW), "{:?}", guest.log);
 }
 
+/// A freeze that is not answered is followed by thaws until one is answered.
 #[tokio::test(start_paused = true)]
-async fn a_freeze_that_is_not_answered_is_followed_by_thaws_until_one_is_answered() {
+async fn unanswered_freeze_is_thawed_until_answered() {
     let server = Server::new();
     let agent = Agent::new(server.path());
     let mut guest = Guest::default();
@@ -311,7 +315,8 @@ async fn a_freeze_that_is_not_answered_is_followed_by_thaws_until_one_is_answere
         let id = client.expect(STATUS).await;
         client.reply(&id, json!("thawed")).await;
         let freeze = client.expect(FREEZE).await;
-        // It hangs for a minute, and then does what is queued, in its order: it freezes, when nobody waits any more.
+        // It hangs for a minute, and then runs the queued commands in order: it freezes when no caller waits
+        // any more.
         tokio::time::sleep(Duration::from_secs(60)).await;
         client.reply(&freeze, guest.run(FREEZE)).await;
         assert!(guest.frozen);
@@ -333,8 +338,9 @@ async fn a_freeze_that_is_not_answered_is_followed_by_thaws_until_one_is_answere
     assert!(!guest.frozen && guest.log.contains(&THAW.to_owned()), "{:?}", guest.log);
 }
 
+/// A thaw is tried again after an error, a false report and a lost socket.
 #[tokio::test(start_paused = true)]
-async fn a_thaw_is_tried_again_after_an_error_a_lie_and_a_lost_socket() {
+async fn thaw_is_retried_after_each_failure() {
     let server = Server::new();
     let agent = Agent::new(server.path());
     let mut guest = Guest::default();
@@ -348,7 +354,7 @@ async fn a_thaw_is_tried_again_after_an_error_a_lie_and_a_lost_socket() {
                 (THAW, 0) => {
                     client.say(json!({"error": {"class": "GenericError", "desc": "busy"}, "id": id})).await
                 }
-                // It says so, and its status says otherwise.
+                // It reports a thaw, and its status contradicts.
                 (THAW, 1) => client.reply(id, json!(2)).await,
                 (THAW, _) => break,
                 _ => client.reply(id, guest.run(&name)).await,
@@ -370,8 +376,9 @@ async fn a_thaw_is_tried_again_after_an_error_a_lie_and_a_lost_socket() {
     assert!(!guest.frozen);
 }
 
+/// The host thaws when the limit is over, and the holder gets to know it.
 #[tokio::test(start_paused = true)]
-async fn the_host_thaws_when_the_limit_is_over_and_the_holder_learns_it() {
+async fn host_thaws_at_the_limit() {
     let server = Server::new();
     let agent = Agent::new(server.path());
     let mut guest = Guest::default();
@@ -389,8 +396,9 @@ async fn the_host_thaws_when_the_limit_is_over_and_the_holder_learns_it() {
     assert!(!guest.frozen);
 }
 
+/// A guest that thawed by itself is distinguished from one that stayed frozen.
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_thawed_by_itself_is_told_from_one_that_held() {
+async fn early_thaw_of_the_guest_is_reported() {
     let server = Server::new();
     let agent = Agent::new(server.path());
     let serving = async {
@@ -402,7 +410,7 @@ async fn a_guest_that_thawed_by_itself_is_told_from_one_that_held() {
                 name => {
                     let value = guest.run(name);
                     client.reply(&command["id"], value).await;
-                    // As Windows does when its time is over.
+                    // As Windows does when its time limit is over.
                     guest.frozen = false;
                 }
             }
@@ -416,8 +424,9 @@ async fn a_guest_that_thawed_by_itself_is_told_from_one_that_held() {
     tokio::join!(serving, commands);
 }
 
+/// A guest that another tool froze is left frozen until a thaw is requested.
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_another_tool_froze_is_left_as_it_is_until_a_thaw_is_asked_for() {
+async fn foreign_freeze_is_left_until_a_thaw() {
     let server = Server::new();
     let agent = Agent::new(server.path());
     let mut guest = Guest { frozen: true, log: Vec::new() };

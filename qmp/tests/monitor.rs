@@ -1,4 +1,4 @@
-//! A monitor that misbehaves. Time is paused: where nothing comes, the next deadline comes at once.
+//! A misbehaving monitor. Time is paused: without input, the next deadline is reached at once.
 
 mod script;
 
@@ -55,8 +55,9 @@ async fn messages_are_the_same_however_their_bytes_arrive() {
     }
 }
 
+/// A reply before its command, and replies without a caller, are dropped.
 #[tokio::test(start_paused = true)]
-async fn a_reply_before_its_command_and_replies_to_nobody_are_dropped() {
+async fn stray_replies_are_dropped() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(Options::default()).await;
     let serve = async {
@@ -64,7 +65,8 @@ async fn a_reply_before_its_command_and_replies_to_nobody_are_dropped() {
         let text = id.as_str().expect("a string").to_owned();
         let (prefix, number) = text.rsplit_once('-').expect("a number at the end");
         let next = format!("{prefix}-{}", number.parse::<u64>().expect("a number") + 1);
-        // Of the next command, of none, of another's connection, with no id, with an odd one; and then twice.
+        // A reply to the next command, to none, to another connection's, without an id, with an odd one; and
+        // then twice.
         for wrong in
             [json!(next), json!("x"), json!("domsnap-0000000000000000-2"), json!(2), json!({"a": []})]
         {
@@ -85,8 +87,9 @@ async fn a_reply_before_its_command_and_replies_to_nobody_are_dropped() {
     tokio::join!(serve, commands);
 }
 
+/// Unknown messages are data or are skipped, and a timeout reports them.
 #[tokio::test(start_paused = true)]
-async fn unknown_messages_between_are_data_or_nothing_and_a_timeout_tells_of_them() {
+async fn unknown_messages_are_data_or_noise() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(Options::default()).await;
     let mut events = qmp.events();
@@ -121,8 +124,9 @@ async fn unknown_messages_between_are_data_or_nothing_and_a_timeout_tells_of_the
     works(&mut client, &qmp).await;
 }
 
+/// A late reply is dropped, and the next command gets its own.
 #[tokio::test(start_paused = true)]
-async fn a_late_reply_is_dropped_and_the_next_command_gets_its_own() {
+async fn late_reply_is_dropped() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(Options::default()).await;
     let error = qmp.within(Duration::from_secs(3)).execute_raw("snapshot-save", json!({"tag": "t"})).await;
@@ -143,11 +147,12 @@ async fn a_late_reply_is_dropped_and_the_next_command_gets_its_own() {
     works(&mut client, &qmp).await;
 }
 
+/// A dropped call leaves the connection usable, and a command that was not written is not sent.
 #[tokio::test(start_paused = true)]
-async fn a_call_that_is_dropped_leaves_the_connection_usable_and_what_was_not_written_is_not_sent() {
+async fn dropped_call_leaves_the_connection_usable() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(Options::default()).await;
-    // The server does not read: this one fills the socket, half written.
+    // The server does not read: this line fills the socket, and is half written.
     let big = qmp.execute_raw("big", json!({"a": "x".repeat(8 << 20)}));
     tokio::time::timeout(Duration::from_secs(1), big).await.expect_err("it is dropped half written");
     let behind = qmp
@@ -159,14 +164,15 @@ async fn a_call_that_is_dropped_leaves_the_connection_usable_and_what_was_not_wr
     tokio::time::timeout(Duration::from_secs(1), qmp.execute_raw("dropped", Value::Null))
         .await
         .expect_err("dropped");
-    // Now it reads: the first line is whole, and nothing of the others comes between it and the next.
+    // Now it reads: the first line is complete, and no part of the others is between it and the next.
     let id = client.expect("big").await;
     client.reply(&id, json!({"running": "dropped"})).await;
     works(&mut client, &qmp).await;
 }
 
+/// Replies out of order and out of band reach their callers.
 #[tokio::test(start_paused = true)]
-async fn replies_out_of_order_and_out_of_band_reach_their_callers() {
+async fn replies_out_of_order_reach_their_callers() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(Options::default()).await;
     let serve = async {
@@ -190,8 +196,9 @@ async fn replies_out_of_order_and_out_of_band_reach_their_callers() {
     assert_eq!([a, b, c, oob], [json!("a"), json!("b"), json!("c"), json!("yank")]);
 }
 
+/// An oversized or broken reply fails its command at once, and no other.
 #[tokio::test(start_paused = true)]
-async fn an_oversized_or_broken_reply_fails_its_command_at_once_and_no_other() {
+async fn bad_reply_fails_only_its_command() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(options(|options| options.line_cap = 10_000)).await;
     let serve = async {
@@ -226,8 +233,9 @@ async fn an_oversized_or_broken_reply_fails_its_command_at_once_and_no_other() {
     works(&mut client, &qmp).await;
 }
 
+/// A reply of another form than its type is an error, and the connection stays.
 #[tokio::test(start_paused = true)]
-async fn a_reply_of_another_form_than_its_type_is_an_error_and_the_connection_stays() {
+async fn reply_of_another_form_is_an_error() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(Options::default()).await;
     let serve = async {
@@ -242,8 +250,9 @@ async fn a_reply_of_another_form_than_its_type_is_an_error_and_the_connection_st
     works(&mut client, &qmp).await;
 }
 
+/// Arguments that are not an object are refused before they are sent.
 #[tokio::test(start_paused = true)]
-async fn arguments_that_are_no_object_are_refused_before_they_are_sent() {
+async fn arguments_must_be_an_object() {
     let server = Server::new();
     let (client, qmp) = server.greeted(Options::default()).await;
     let error = qmp.execute_raw("stop", json!([1])).await.expect_err("a list");
@@ -252,8 +261,9 @@ async fn arguments_that_are_no_object_are_refused_before_they_are_sent() {
     assert_eq!(client.rest().await, b"", "nothing was sent");
 }
 
+/// A slow subscriber loses the oldest events, gets their number, and delays no other.
 #[tokio::test(start_paused = true)]
-async fn a_slow_subscriber_loses_the_oldest_events_is_told_how_many_and_holds_up_nobody() {
+async fn slow_subscriber_loses_the_oldest_events() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(options(|options| options.event_ring = 64)).await;
     let mut slow = qmp.events();
@@ -278,8 +288,9 @@ async fn a_slow_subscriber_loses_the_oldest_events_is_told_how_many_and_holds_up
     assert_eq!(qmp.events().next().await.expect_err("a subscription after the end").kind(), ErrorKind::Lost);
 }
 
+/// A QEMU that hangs cannot make the number of waiting commands grow without limit.
 #[tokio::test(start_paused = true)]
-async fn a_qemu_that_hangs_cannot_make_the_waiting_commands_grow_without_end() {
+async fn waiting_commands_are_limited() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(Options::default()).await;
     let brief = qmp.within(Duration::from_millis(10));
@@ -332,7 +343,7 @@ async fn a_greeting_of_another_form_is_a_greeting() {
     let server = Server::new();
     let serve = async {
         let mut client = server.accept().await;
-        // A leftover of the client before us, and a greeting without what we look for.
+        // A leftover of the previous client, and a greeting without the expected members.
         client.say(json!({"return": {}, "id": "libvirt-7"})).await;
         client.say(json!({"QMP": {"capabilities": "none", "version": {"qemu": "eleven"}}})).await;
         let command = client.line().await.expect("a command");
@@ -347,8 +358,9 @@ async fn a_greeting_of_another_form_is_a_greeting() {
     works(&mut client, &qmp).await;
 }
 
+/// A socket that closes after any byte is an error, and never a hang.
 #[tokio::test(start_paused = true)]
-async fn a_socket_that_closes_after_any_byte_gives_an_error_and_never_a_hang() {
+async fn socket_closed_at_any_byte_is_an_error() {
     let server = Server::new();
     let path = server.path();
     let greeting = format!("{}\r\n", greeting());
@@ -396,13 +408,14 @@ async fn a_socket_that_closes_after_any_byte_gives_an_error_and_never_a_hang() {
     assert!(kinds.get("execute Lost").is_some_and(|&count| count > 50), "{kinds:?}");
 }
 
+/// Each waiting caller gets an error when the socket is lost, with the information if its command was sent.
 #[tokio::test(start_paused = true)]
-async fn everyone_who_waits_is_told_when_the_socket_is_lost_and_whether_it_was_sent() {
+async fn all_callers_learn_of_a_lost_socket() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(Options::default()).await;
     let serve = async {
         client.expect("sent").await;
-        // The next is too big to be written whole.
+        // The next one is too big to be written completely.
         tokio::time::sleep(Duration::from_secs(1)).await;
         drop(client);
     };
@@ -420,14 +433,15 @@ async fn everyone_who_waits_is_told_when_the_socket_is_lost_and_whether_it_was_s
     assert!(qmp.is_closed());
 }
 
+/// A reconnect waits for the socket and reads QEMU's current state.
 #[tokio::test(start_paused = true)]
-async fn a_reconnect_waits_for_the_socket_and_tells_what_qemu_does_now() {
+async fn reconnect_waits_and_reads_the_state() {
     let server = Server::new();
     let (client, qmp) = server.greeted(Options::default()).await;
     drop(client);
     qmp.closed().await;
     let serve = async {
-        // It accepts, and ends, as a QEMU that is being stopped: it is tried again.
+        // The server accepts and ends, like a QEMU that is being stopped: the client tries again.
         drop(server.accept().await);
         let mut client = server.accept().await;
         client.greet().await;
@@ -462,8 +476,9 @@ async fn a_reconnect_waits_for_the_socket_and_tells_what_qemu_does_now() {
     assert_eq!(error.kind(), ErrorKind::Connect);
 }
 
+/// A reconciliation never skips a job that it cannot read.
 #[tokio::test(start_paused = true)]
-async fn a_reconciliation_never_passes_over_a_job_that_it_cannot_read() {
+async fn unreadable_job_fails_a_reconciliation() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(Options::default()).await;
     let serve = async {
@@ -479,8 +494,9 @@ async fn a_reconciliation_never_passes_over_a_job_that_it_cannot_read() {
     assert_eq!((error.kind(), error.attempted()), (ErrorKind::Reply, "query-jobs"));
 }
 
+/// A command with a descriptor waits until the previous one took its own.
 #[tokio::test(start_paused = true)]
-async fn a_command_with_a_descriptor_waits_until_the_one_before_took_its_own() {
+async fn descriptors_are_sent_one_at_a_time() {
     let server = Server::new();
     let (mut client, qmp) = server.greeted(Options::default()).await;
     let serve = async {

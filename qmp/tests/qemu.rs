@@ -1,4 +1,4 @@
-//! Against the QEMUs that are supported: `scripts/install-qemu` installs them.
+//! Tests with the supported QEMUs, which `scripts/install-qemu` installs.
 
 mod machine;
 
@@ -12,7 +12,7 @@ use qapi_qmp::{query_kvm, query_status, query_version, quit};
 use qmp::{ErrorKind, JobStatus, Notice, Options};
 use serde_json::{Value, json};
 
-/// The next event of that name. The deadline is for a test that fails.
+/// Returns the next event of that name. The deadline is for a failing test.
 async fn wait_for(events: &mut qmp::Events, name: &str) -> qmp::Event {
     let search = async {
         loop {
@@ -25,8 +25,9 @@ async fn wait_for(events: &mut qmp::Events, name: &str) -> qmp::Event {
     tokio::time::timeout(Duration::from_secs(30), search).await.unwrap_or_else(|_| panic!("no event {name}"))
 }
 
+/// A connection greets, runs typed and raw commands, and returns QEMU's refusals.
 #[tokio::test]
-async fn it_greets_runs_typed_and_raw_commands_and_says_what_qemu_refuses() {
+async fn commands_run_typed_and_raw() {
     for version in BOTH {
         let machine = Machine::start(version, &[]);
         let qmp = machine.qmp().await;
@@ -57,8 +58,9 @@ async fn it_greets_runs_typed_and_raw_commands_and_says_what_qemu_refuses() {
     }
 }
 
+/// Abilities are read from the schema, and differ between versions.
 #[tokio::test]
-async fn abilities_are_read_from_the_schema_and_differ_between_versions() {
+async fn schema_differs_between_versions() {
     let mut abilities = Vec::new();
     for version in BOTH {
         let machine = Machine::start(version, &[]);
@@ -93,7 +95,8 @@ async fn out_of_band_commands_are_agreed_on_and_run() {
     for version in BOTH {
         let machine = Machine::start(version, &[]);
         let qmp = machine.qmp().await;
-        // Both are allowed out of band; with no migration to recover they are refused, each with its own words.
+        // Both are allowed out of band; without a migration to recover they are refused, each with its own
+        // message.
         let error = qmp.execute_oob(qapi_qmp::migrate_pause {}).await.expect_err("no migration");
         assert!(
             error.kind() == ErrorKind::Refused && error.desc().unwrap_or_default().contains("migrat"),
@@ -113,8 +116,9 @@ async fn out_of_band_commands_are_agreed_on_and_run() {
     }
 }
 
+/// Descriptors reach QEMU by `getfd` and `add-fd`, also many at once.
 #[tokio::test]
-async fn descriptors_reach_qemu_by_getfd_and_add_fd_also_many_at_once() {
+async fn descriptors_reach_qemu() {
     for version in BOTH {
         let machine = Machine::start(version, &[]);
         let qmp = machine.qmp().await;
@@ -148,7 +152,7 @@ async fn descriptors_reach_qemu_by_getfd_and_add_fd_also_many_at_once() {
     }
 }
 
-/// A job that stays: a mirror at one byte a second.
+/// A long job: a mirror at one byte a second.
 async fn slow_job(machine: &Machine, qmp: &qmp::Qmp) {
     let base = machine.path("base.raw");
     std::fs::write(&base, vec![7; 1 << 20]).expect("a base");
@@ -170,8 +174,9 @@ async fn slow_job(machine: &Machine, qmp: &qmp::Qmp) {
     .expect("a job");
 }
 
+/// A second connection waits for the first, and then finds its jobs.
 #[tokio::test]
-async fn a_second_connection_waits_for_the_first_and_then_knows_its_jobs() {
+async fn second_connection_waits_for_the_first() {
     for version in BOTH {
         let drive = ["-drive", "if=none,id=cd,media=cdrom"];
         let machine = Machine::start(version, &drive);
@@ -196,8 +201,9 @@ async fn a_second_connection_waits_for_the_first_and_then_knows_its_jobs() {
     }
 }
 
+/// A QEMU that was restarted is distinguished from the previous one.
 #[tokio::test]
-async fn a_qemu_that_was_restarted_is_told_from_the_former_one() {
+async fn restarted_qemu_is_another_process() {
     for version in BOTH {
         let mut machine = Machine::start(version, &[]);
         let qmp = machine.qmp().await;
@@ -212,8 +218,9 @@ async fn a_qemu_that_was_restarted_is_told_from_the_former_one() {
     }
 }
 
+/// A command that was given up leaves the connection usable.
 #[tokio::test]
-async fn a_command_that_was_given_up_leaves_the_connection_usable() {
+async fn abandoned_command_keeps_the_connection() {
     for version in BOTH {
         let machine = Machine::start(version, &[]);
         let qmp = machine.qmp().await;
@@ -227,8 +234,9 @@ async fn a_command_that_was_given_up_leaves_the_connection_usable() {
     }
 }
 
+/// A chain deeper than the default limit of JSON parsers is read.
 #[tokio::test]
-async fn a_chain_of_more_layers_than_json_parsers_like_is_read() {
+async fn very_long_chain_is_read() {
     const LAYERS: usize = 140;
     for version in BOTH {
         let machine = Machine::start(version, &["-M", "pc", "-S"]);
@@ -268,9 +276,10 @@ async fn a_chain_of_more_layers_than_json_parsers_like_is_read() {
     }
 }
 
-/// The real agent, on a socket of its own, on this machine: so it is only asked, and never told to do anything.
+/// The real guest agent is synced, answers, and survives garbage. It runs on this machine, so the test only
+/// queries it.
 #[tokio::test]
-async fn the_real_guest_agent_is_synced_asked_and_survives_garbage() {
+async fn real_guest_agent_answers() {
     let program = machine::old_root().join("usr/bin/qemu-ga");
     assert!(program.is_file(), "{} is missing: run scripts/install-qemu", program.display());
     let dir = tempfile::tempdir().expect("a directory");
@@ -278,7 +287,7 @@ async fn the_real_guest_agent_is_synced_asked_and_survives_garbage() {
     let mut process = tokio::process::Command::new(program)
         .args(["-m", "unix-listen", "-t"])
         .arg(dir.path())
-        // All that could change this machine is off.
+        // All commands that could change this machine are disabled.
         .args(["-b", "guest-fsfreeze-freeze,guest-fsfreeze-freeze-list,guest-shutdown,guest-exec,guest-file-open,guest-set-time,guest-fstrim"])
         .arg("-p")
         .arg(&socket)
@@ -294,7 +303,7 @@ async fn the_real_guest_agent_is_synced_asked_and_survives_garbage() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     {
-        // A client before us that left half a command.
+        // A previous client left half a command.
         use std::os::unix::net::UnixStream;
         let mut stream = UnixStream::connect(&socket).expect("it listens");
         stream.write_all(b"{\"execute\": \"guest-info\"}\n{\"execute\": \"gue").expect("it is written");

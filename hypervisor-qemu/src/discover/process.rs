@@ -141,8 +141,9 @@ fn split(bytes: &[u8]) -> Vec<Vec<u8>> {
 mod tests {
     use super::*;
 
+    /// A QEMU that ends when its guest reboots is recognised by its command line.
     #[test]
-    fn who_ends_at_a_reboot_is_read_from_the_command_line() {
+    fn end_at_reboot_is_read_from_command_line() {
         let ends = |words: &[&str]| {
             let command_line = ["qemu"].iter().chain(words).map(|word| (*word).to_owned()).collect();
             Process { command_line, ..Process::default() }.ends_at_reboot()
@@ -152,8 +153,9 @@ mod tests {
         assert!(!ends(&["-no-reboot", "-action", "reboot=reset"]) && !ends(&["-m", "1"]));
     }
 
+    /// The last occurrence of an option counts, and its value may be empty.
     #[test]
-    fn the_last_of_an_option_counts_and_words_may_be_empty() {
+    fn last_option_counts_and_may_be_empty() {
         let words = split(b"qemu\0-cpu\0max\0-name\0\0--cpu\0host\0");
         let command_line = words.into_iter().map(|word| String::from_utf8(word).expect("text")).collect();
         let process = Process { command_line, ..Process::default() };

@@ -441,8 +441,9 @@ mod tests {
         }
     }
 
+    /// A chain skips the filter of a job, and a circular one has an end.
     #[test]
-    fn a_chain_passes_over_the_filter_of_a_job_and_ends_in_a_circle() {
+    fn chain_skips_job_filters_and_ends_in_a_circle() {
         let graph = graph(
             &[("a", "qcow2"), ("x", "commit_top"), ("b", "qcow2"), ("c", "qcow2")],
             &[("a", "backing", "x"), ("x", "backing", "b"), ("b", "backing", "c"), ("c", "backing", "a")],

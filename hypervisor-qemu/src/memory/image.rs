@@ -310,8 +310,9 @@ mod tests {
         stream
     }
 
+    /// A sealed image verifies; any change of a byte and a cut are detected.
     #[test]
-    fn a_sealed_image_is_found_whole_and_any_change_is_found() {
+    fn sealed_image_verifies_until_changed() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("memory");
         let stream = stream(20 << 20);
@@ -338,8 +339,9 @@ mod tests {
         assert!(error.to_string().contains("cut off"), "{error}");
     }
 
+    /// A draft that is dropped, or that has no stream, leaves nothing; a name that is taken is refused.
     #[test]
-    fn a_draft_that_is_dropped_or_not_a_stream_leaves_nothing_and_a_taken_name_is_refused() {
+    fn failed_draft_leaves_nothing() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("memory");
         drop(draft(&path, &stream(100)));

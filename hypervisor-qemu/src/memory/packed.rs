@@ -496,8 +496,9 @@ mod tests {
         draft
     }
 
+    /// A packed image unpacks to the original; any change of a byte and a cut are detected.
     #[test]
-    fn a_packed_image_is_unpacked_as_it_was_and_any_change_is_found() {
+    fn packed_image_unpacks_unchanged() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("it's memory");
         let stream = stream();
@@ -540,8 +541,9 @@ mod tests {
         assert!(Packed::open(&path).expect_err("cut off").to_string().contains("cut off"));
     }
 
+    /// Stopped packing returns the complete draft, and leaves nothing else.
     #[test]
-    fn packing_that_is_stopped_gives_the_draft_back_whole_and_leaves_nothing_else() {
+    fn stopped_packing_returns_the_draft() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("memory");
         let packing = Packing::default();
@@ -553,8 +555,9 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).expect("a directory").count(), 1);
     }
 
+    /// A file that a crash left while packing is not an image, and is removed.
     #[test]
-    fn what_a_crash_left_while_an_image_was_packed_is_removed_and_is_no_image() {
+    fn crash_while_packing_leaves_no_image() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("memory");
         std::mem::forget(draft(&path, &stream()));

@@ -87,8 +87,9 @@ impl Record {
 mod tests {
     use super::*;
 
+    /// A record is parsed as it was written; any flipped byte and any cut are detected.
     #[test]
-    fn a_record_is_read_back_and_any_flipped_byte_or_cut_is_found() {
+    fn record_parses_until_changed() {
         let record = Record { stream: 3 * PART - 5, checksums: vec![1, 2, 3], metadata: b"{}".to_vec() };
         let bytes = record.bytes();
         assert_eq!(Record::parse(&bytes).expect("whole"), record);

@@ -74,8 +74,9 @@ mod tests {
         Ok(control.address)
     }
 
+    /// The address of a QEMU is the absolute path of its socket.
     #[test]
-    fn what_runs_at_a_socket_is_named_by_the_sockets_absolute_path() {
+    fn address_is_the_absolute_socket_path() {
         let here = Utf8PathBuf::try_from(std::env::current_dir().expect("there is one")).expect("of UTF-8");
         let here = here.canonicalize_utf8().expect("it is there");
         for (text, wanted) in [
@@ -88,8 +89,9 @@ mod tests {
         }
     }
 
+    /// The address of a TCP monitor is its IP address and port; only the loopback interface is accepted.
     #[test]
-    fn a_monitor_on_the_loopback_interface_is_named_by_its_ip_address_and_port() {
+    fn tcp_address_is_loopback_ip_and_port() {
         for (text, wanted) in [
             ("tcp:127.0.0.1:4444", "tcp:127.0.0.1:4444"),
             ("tcp:localhost:4444", "tcp:127.0.0.1:4444"),
@@ -104,8 +106,9 @@ mod tests {
         }
     }
 
+    /// A socket below a symbolic link has the same address as through the link's target.
     #[test]
-    fn a_socket_below_a_link_is_the_same_as_where_the_link_leads() {
+    fn links_to_a_socket_directory_are_resolved() {
         let directory = tempfile::tempdir().expect("made");
         let directory = Utf8Path::from_path(directory.path()).expect("of UTF-8");
         let directory = directory.canonicalize_utf8().expect("it is there");
@@ -115,8 +118,9 @@ mod tests {
         assert_eq!(by("var-run"), by("run"));
     }
 
+    /// An empty address is a usage error.
     #[test]
-    fn no_socket_is_no_domain() {
+    fn missing_socket_is_a_usage_error() {
         let error = address("").expect_err("it is missing");
         assert_eq!(error.kind(), ErrorKind::Usage);
         assert!(error.advice().expect("some").contains("QMP socket"), "{error}");

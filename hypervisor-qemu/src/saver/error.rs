@@ -65,8 +65,9 @@ mod tests {
 
     use super::*;
 
+    /// The error of a hook passes unchanged, and a full disk is recognised by its kind.
     #[test]
-    fn what_a_hook_said_is_told_as_it_was_and_a_full_disk_by_its_kind() {
+    fn hook_errors_pass_unchanged() {
         let inner = Error::new(ErrorKind::NoSpace, "no space for a link").advise("make some");
         let error = told(crate::Error::hook("the cut", "q", Box::new(inner)).now("all is as before"));
         assert_eq!((error.kind(), error.message()), (ErrorKind::NoSpace, "no space for a link"));

@@ -114,8 +114,9 @@ fn sockets(words: &[String], directory: &Path) -> Vec<PathBuf> {
 mod tests {
     use super::*;
 
+    /// QMP sockets are found in each form of the command line, and no other sockets are.
     #[test]
-    fn qmp_sockets_are_found_in_each_form_and_nothing_else_is() {
+    fn qmp_sockets_are_found_in_each_form() {
         let words = [
             "qemu-system-x86_64",
             "-qmp",

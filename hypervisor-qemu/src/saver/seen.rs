@@ -404,8 +404,9 @@ mod tests {
         Process { command_line: words.iter().map(|word| (*word).to_owned()).collect(), ..Process::default() }
     }
 
+    /// Firmware variables and a TPM are found in the command that starts a machine.
     #[test]
-    fn firmware_variables_and_a_tpm_are_told_from_the_command_that_starts_a_machine() {
+    fn outside_state_is_found_in_the_start_command() {
         let told = |words: &[&str]| {
             let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
             outside(None, &words)
@@ -416,8 +417,9 @@ mod tests {
         assert!(told(&["qemu", "-m", "1G"]).is_empty());
     }
 
+    /// Arguments of one start only are not recorded.
     #[test]
-    fn what_is_said_to_one_start_alone_is_not_recorded() {
+    fn arguments_of_one_start_are_not_recorded() {
         let words =
             ["qemu", "-S", "-m", "128", "-incoming", "file:/m,offset=16777216", "--incoming", "defer"];
         let rest = ["-netdev", "tap,id=n,fd=21,vhostfd=22,fds=3:4", "-daemonize", "-name", "fd=x"];

@@ -1,5 +1,5 @@
-//! What the tests of a live guest share: a guest under load, its machine, overlays beside its disks, and what must hold after
-//! each operation.
+//! Shared parts of the tests with a live guest: a guest under load, its machine, overlays beside its disks,
+//! and the conditions after each operation.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::{
@@ -53,7 +53,7 @@ pub fn make_overlay(file: &Path, on: &Path, mib: u64) -> Result<()> {
     Ok(())
 }
 
-/// What qemu-img says of an image.
+/// Runs qemu-img on an image, and returns its output.
 pub fn img(words: &[&str], file: &Path) -> Result<String> {
     let output = Command::new("qemu-img").args(words).arg(file).output()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -79,7 +79,7 @@ pub async fn overlays(
     Ok(made)
 }
 
-/// A cut of all disks of a guest onto overlays.
+/// Makes a cut of all disks of a guest onto overlays.
 pub fn onto(guest: &Guest, overlays: &[(PathBuf, Name)]) -> Cut {
     let cuts = guest.targets().into_iter().zip(overlays);
     cuts.fold(Cut::new(), |cut, (device, (_, overlay))| {
@@ -91,7 +91,8 @@ pub async fn nothing() -> Result<(), hypervisor_qemu::BoxError> {
     Ok(())
 }
 
-/// A whole external snapshot: disks onto overlays, memory into an image. Gives the overlays, the image, the pause and the way.
+/// Takes a complete external snapshot: disks onto overlays, memory into an image. Returns the overlays, the
+/// image and the method.
 pub async fn snapshot(
     machine: &Machine,
     guest: &Guest,
@@ -115,7 +116,8 @@ pub async fn snapshot(
     Ok((overlays, image, way))
 }
 
-/// What must hold after each operation: every node has the file it names, and nothing idle of ours is left.
+/// Checks the conditions after each operation: every node has the file that it names, and no unused object of
+/// ours is left.
 pub async fn sound(machine: &Machine) -> Result<()> {
     let said = machine.qmp().socket().with_file_name("stderr");
     let said = || format!("QEMU said: {}", std::fs::read_to_string(said).unwrap_or_default());
@@ -133,20 +135,20 @@ pub async fn sound(machine: &Machine) -> Result<()> {
         ensure!(setting["state"] == false, "{} is left on", setting["capability"]);
     }
     let parameters = machine.qmp().execute_raw("query-migrate-parameters", serde_json::Value::Null).await?;
-    // 7.2's guest was restored with 10 GiB/s; ours is another number than both.
+    // QEMU 7.2's guest was restored with 10 GiB/s; our own setting differs from both.
     let bandwidth = parameters["max-bandwidth"].as_u64().context("a number")?;
     ensure!([128 << 20, 10 << 30].contains(&bandwidth), "max-bandwidth is left at {bandwidth}");
     Ok(())
 }
 
-/// The names of a device's chain, top first.
+/// Returns the node names of a device's chain, top first.
 pub async fn chain(machine: &Machine, device: &str) -> Result<Vec<String>> {
     let graph = Graph::read(machine).await?;
     let root = graph.root(device).context("it is there")?;
     Ok(graph.chain(root).iter().map(|node| node.name.clone()).collect())
 }
 
-/// Starts another QEMU on the guest's directory, with other disks and other words.
+/// Starts another QEMU on the guest's directory, with other disks and more arguments.
 pub fn start_again(guest: &Guest, disks: &[PathBuf], more: &[&str]) -> Result<Child> {
     let names: Vec<_> = guest.disks().iter().map(|disk| disk.display().to_string()).collect();
     let words = guest.command_line().iter().map(|word| {
@@ -162,12 +164,12 @@ pub fn start_again(guest: &Guest, disks: &[PathBuf], more: &[&str]) -> Result<Ch
     Ok(command.args(&words[1..]).stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said).spawn()?)
 }
 
-/// Waits until a QEMU that was started from a memory image has it. The guest is as it was at the cut: paused, mostly.
+/// Waits until a QEMU has loaded its memory image. The guest is then as it was at the cut: paused, usually.
 pub async fn until_loaded(machine: &Machine) -> Result<()> {
     until(async || Ok(machine.run_state().await?.word != "inmigrate")).await
 }
 
-/// Waits until something holds.
+/// Waits until a condition is true.
 pub async fn until(mut holds: impl AsyncFnMut() -> Result<bool>) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(60);
     while !holds().await? {

@@ -1,4 +1,5 @@
-//! What an engine has around a running domain: its disks' layers and paths, what runs inside a step, a connection.
+//! The environment of an engine around a running domain: its disks' layers and paths, nested steps, a
+//! connection.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::{
@@ -29,7 +30,7 @@ impl Progress for Quiet {
     fn bytes(&self, _: u64, _: u64) {}
 }
 
-/// What fails where it should move a path.
+/// A nested step that fails instead of moving a path.
 pub struct Fails;
 
 #[async_trait]
@@ -43,7 +44,7 @@ impl Inside for Fails {
     }
 }
 
-/// What is interrupted by a crash, before or after it has moved the paths.
+/// A nested step that a crash interrupts, before or after it has moved the paths.
 pub struct Hangs {
     pub moves: Moves,
     pub after: bool,
@@ -63,7 +64,7 @@ impl Inside for Hangs {
     }
 }
 
-/// Moves configured paths to layers, as the engine does it inside a step.
+/// Moves configured paths to layers, as the engine does inside of a step.
 pub struct Moves(Vec<(Target, PathBuf, PathBuf)>);
 
 #[async_trait]
@@ -101,7 +102,7 @@ pub fn utf8(path: &Path) -> Utf8PathBuf {
     Utf8PathBuf::from_path_buf(path.to_owned()).expect("UTF-8")
 }
 
-/// An image whose name ends in its format.
+/// Makes an image from a file name that ends in its format.
 pub fn image(file: &Path) -> ChainFile {
     let format = file.extension().expect("a layer's name ends in its format").to_string_lossy().into_owned();
     ChainFile { file: utf8(file), format }
@@ -115,7 +116,7 @@ pub struct Run {
     pub targets: Vec<Target>,
     /// The layers of each disk, by their permanent names, the active one first.
     pub layers: Vec<Vec<PathBuf>>,
-    /// What was frozen below the overlays of the last instant.
+    /// Number of overlays made so far.
     made: usize,
     live: Option<Arc<dyn LiveDomain>>,
 }
@@ -166,14 +167,14 @@ impl Run {
         self.live = None;
     }
 
-    /// As after a crash: nothing is remembered.
+    /// Connects again, as after a crash: no state is kept.
     pub async fn reconnect(&mut self) -> Result<()> {
         self.disconnect();
         self.live = Some(self.saver.connect(&self.domain).await?.context("it runs")?);
         Ok(())
     }
 
-    /// Each layer's file, as a chain for the hypervisor: what the configured path opens now.
+    /// Returns the chains for the hypervisor: the layers that the configured paths open now.
     pub fn chains(&self) -> Vec<OpenChain> {
         let chains = self.targets.iter().zip(&self.layers).zip(self.guest.disks());
         let chain = |((target, layers), path): ((&Target, &Vec<PathBuf>), PathBuf)| {
@@ -190,12 +191,12 @@ impl Run {
         chains.map(chain).collect()
     }
 
-    /// What the configured paths name.
+    /// Returns the files that the configured paths name.
     pub fn paths(&self) -> Vec<FileIdentity> {
         self.guest.disks().iter().map(|path| identity(path).expect("it is there")).collect()
     }
 
-    /// The files of a disk's layers.
+    /// Returns the files of a disk's layers.
     pub fn files(&self, disk: usize) -> HashSet<FileIdentity> {
         self.layers[disk].iter().map(|layer| identity(layer).expect("it is there")).collect()
     }
@@ -213,7 +214,7 @@ impl Run {
         Ok(file)
     }
 
-    /// An overlay for an instant: the disk's active layer from then on.
+    /// Makes an overlay for a cut: the disk's active layer from then on.
     pub fn overlay(&mut self, disk: usize) -> Result<(Target, DiskInstant)> {
         let file = self.overlay_file(disk)?;
         self.layers[disk].insert(0, file.clone());
@@ -223,7 +224,7 @@ impl Run {
         ))
     }
 
-    /// Another overlay on a disk's topmost layer, to which the path is moved: as at rest.
+    /// Makes another overlay on a disk's topmost layer, and moves the path to it, as at rest.
     pub fn grow(&mut self, disk: usize) -> Result<()> {
         let file = self.overlay_file(disk)?;
         move_path(&self.guest.disk(disk), &file)?;
@@ -246,7 +247,7 @@ impl Run {
         }
     }
 
-    /// What moves the paths of some disks.
+    /// Makes a nested step that moves the paths of some disks.
     pub fn moves(&self, to: &[(usize, PathBuf)]) -> Moves {
         let of = |(disk, layer): &(usize, PathBuf)| {
             (self.targets[*disk].clone(), self.guest.disk(*disk), layer.clone())
@@ -254,7 +255,7 @@ impl Run {
         Moves(to.iter().map(of).collect())
     }
 
-    /// The disks of an instant that get overlays, and the layer at a place of their chains.
+    /// Returns the disks of a cut that get overlays, and the layer at a position of their chains.
     fn layers_of(&self, step: &DomainStep, place: usize) -> Vec<(usize, PathBuf)> {
         let DomainStep::Instant { disks, .. } = step else { return Vec::new() };
         let overlays = disks.iter().filter(|(_, instant)| matches!(instant, DiskInstant::Overlay { .. }));
@@ -277,7 +278,7 @@ impl Run {
         self.undo_instant_with(step, &self.back(step)).await
     }
 
-    /// What moves the paths of an instant back.
+    /// Makes the nested step that moves the paths of a cut back.
     pub fn back(&self, step: &DomainStep) -> Moves {
         self.moves(&self.layers_of(step, 1))
     }
@@ -318,7 +319,7 @@ impl Run {
         disk.merge(merge, inside, &Quiet, &CancellationToken::new()).await
     }
 
-    /// What must hold after each operation, asked by a connection of its own.
+    /// Checks the conditions after each operation, over its own connection.
     pub async fn sound(&mut self) -> Result<()> {
         self.disconnect();
         let checked = kit::sound(&kit::machine(&self.guest).await?).await;
@@ -326,14 +327,14 @@ impl Run {
         checked
     }
 
-    /// Gives up on something in its middle, and connects anew.
+    /// Abandons work in its middle, and connects again.
     pub async fn interrupt(&mut self, work: impl AsyncFnOnce(&Self) -> snapcore::Result<()>) -> Result<()> {
         let gone = tokio::time::timeout(std::time::Duration::from_secs(2), work(self)).await;
         anyhow::ensure!(gone.is_err(), "it came to its end: {gone:?}");
         self.reconnect().await
     }
 
-    /// The nodes that stand for the chains of detached disks.
+    /// Returns the placeholders of detached disks.
     pub async fn placeholders(&mut self) -> Result<Vec<String>> {
         self.disconnect();
         let graph = hypervisor_qemu::graph::Graph::read(&kit::machine(&self.guest).await?).await?;
@@ -359,7 +360,7 @@ impl Run {
         self.reconnect().await
     }
 
-    /// Begins to copy a disk into nothing, by a job of this name that takes as long as one likes.
+    /// Starts a job of this name that copies a disk into nothing, at one byte a second.
     pub async fn copy_slowly(&mut self, disk: usize, job: &str) -> Result<()> {
         self.disconnect();
         let machine = kit::machine(&self.guest).await?;
@@ -374,7 +375,7 @@ impl Run {
         self.reconnect().await
     }
 
-    /// Ends a job that [`Self::copy_slowly`] began; gives whether it was there.
+    /// Ends a job that [`Self::copy_slowly`] started; returns true if it existed.
     pub async fn end_job(&mut self, job: &str) -> Result<bool> {
         self.disconnect();
         let machine = kit::machine(&self.guest).await?;
@@ -389,14 +390,14 @@ impl Run {
         Ok(there)
     }
 
-    /// Pauses the guest as its user would.
+    /// Pauses the guest like its user.
     pub async fn pause(&mut self) -> Result<()> {
         self.disconnect();
         kit::machine(&self.guest).await?.qmp().execute_raw("stop", serde_json::Value::Null).await?;
         self.reconnect().await
     }
 
-    /// Whether an agent has its port open in the guest.
+    /// Returns true if an agent has its port open in the guest.
     pub async fn agent_is_there(&self) -> Result<bool> {
         let agent = qmp::Agent::new(self.guest.agent_socket()).within(std::time::Duration::from_secs(1));
         Ok(agent.execute_raw("guest-ping", serde_json::Value::Null).await.is_ok())

@@ -298,8 +298,9 @@ impl Failure {
 mod tests {
     use super::*;
 
+    /// Only the fresh number after the last delimiter is the reply to a sync.
     #[test]
-    fn only_the_fresh_number_after_the_last_delimiter_is_the_reply_to_a_sync() {
+    fn sync_reply_is_the_last_fresh_number() {
         let synced = |line: &[u8]| is_synced(line, 7);
         assert!(synced(b"\xff{\"return\": 7}"));
         assert!(synced(b"\xff\xff\xff{\"return\": 7}"), "stale delimiters");

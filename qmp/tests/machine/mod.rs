@@ -1,4 +1,4 @@
-//! A real QEMU with no guest, of each version that is supported, and the directory it runs in.
+//! A real QEMU without a guest, of each supported version, and its directory.
 
 use std::{
     path::{Path, PathBuf},
@@ -9,7 +9,7 @@ use std::{
 use qmp::{Options, Qmp};
 use tokio::process::{Child, Command};
 
-/// A QEMU that the tests need.
+/// A QEMU version of the tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
     /// 10.0, in PATH.
@@ -20,7 +20,7 @@ pub enum Version {
 
 pub const BOTH: [Version; 2] = [Version::New, Version::Old];
 
-/// Where `scripts/install-qemu` puts QEMU 7.2.
+/// Directory into which `scripts/install-qemu` installs QEMU 7.2.
 pub fn old_root() -> PathBuf {
     let root = std::env::var_os("DOMSNAP_TEST_QEMU").unwrap_or_else(|| "/opt/domsnap-test-qemu".into());
     Path::new(&root).join("7.2")
@@ -55,7 +55,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Starts one with no machine at all: enough for the monitor, the block layer and jobs.
+    /// Starts one without a machine: enough for the monitor, the block layer and jobs.
     pub fn start(version: Version, more: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let arguments =
@@ -81,7 +81,7 @@ impl Machine {
             .expect("QEMU starts")
     }
 
-    /// Starts it again, as its supervisor would.
+    /// Starts it again, like a supervisor.
     pub async fn restart(&mut self) {
         self.process.kill().await.expect("it is killed");
         self.process = Self::spawn(self.version, self.dir.path(), &self.arguments);

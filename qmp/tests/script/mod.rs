@@ -9,7 +9,7 @@ use tokio::{
     net::{UnixListener, UnixStream},
 };
 
-/// A socket in a directory of its own, that a test serves.
+/// A socket in its own directory, served by a test.
 pub struct Server {
     pub dir: tempfile::TempDir,
     listener: UnixListener,
@@ -33,7 +33,7 @@ impl Server {
         Client(BufReader::new(self.listener.accept().await.expect("a client").0))
     }
 
-    /// Both sides of a connection that has greeted.
+    /// Makes both sides of a connection after the greeting.
     #[allow(dead_code, reason = "the agent's tests greet nobody")]
     pub async fn greeted(&self, options: Options) -> (Client, Qmp) {
         let serve = async {
@@ -61,7 +61,7 @@ impl Client {
         self.send(format!("{value}\r\n").as_bytes()).await;
     }
 
-    /// The next line, without the delimiter that an agent's client may begin it with; none at the end.
+    /// Returns the next line, without a leading delimiter of an agent's client; `None` at the end.
     pub async fn line(&mut self) -> Option<Value> {
         let mut line = Vec::new();
         self.0.read_until(b'\n', &mut line).await.expect("it reads");
@@ -69,7 +69,7 @@ impl Client {
         (!text.is_empty()).then(|| serde_json::from_slice(text).expect("we send JSON"))
     }
 
-    /// The next command, which must be of that name; its id.
+    /// Returns the id of the next command, which must have that name.
     pub async fn expect(&mut self, name: &str) -> Value {
         let command = self.line().await.unwrap_or_else(|| panic!("the end, not {name}"));
         let found = command.get("execute").or(command.get("exec-oob"));
@@ -89,7 +89,7 @@ impl Client {
         self.reply(&command["id"], json!({})).await;
     }
 
-    /// Everything until the client closes.
+    /// Returns all input until the client closes.
     pub async fn rest(mut self) -> Vec<u8> {
         let mut rest = Vec::new();
         let _ = self.0.read_to_end(&mut rest).await;
