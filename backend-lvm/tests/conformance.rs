@@ -19,9 +19,10 @@ use lvmguest::inside::{disks, succeed};
 use snapcore::{DiskRecord, DiskSnapshotter};
 use snapcore_testkit::TestBackend;
 
-/// Statements that do an operation again for each moment at which it can be fired, for each name, or for many reverts: in this machine, which is emulated,
-/// more than an hour. `tests/lvmguest` has suites of its own for that; `DOMSNAP_TEST_LVM_KIT=all` tries these too, and all on thick volumes,
-/// where each of the many reverts is a merge that is waited for.
+/// Long test cases: they repeat an operation for each fault, for each name, or for many reverts. In this
+/// emulated machine they take more than an hour. `tests/lvmguest` has its own suites for them;
+/// `DOMSNAP_TEST_LVM_KIT=all` runs these too, and all cases on thick volumes, where each of the many reverts
+/// waits for a merge.
 const LONG: [&str; 12] = [
     "any legal name",
     "again and again",
@@ -33,7 +34,7 @@ const LONG: [&str; 12] = [
     "cancelled at any step",
     "between a crash and the recovery",
     "undone",
-    "half method",
+    "half way",
     "is done by the recovery",
 ];
 const WHICH: &str = "DOMSNAP_TEST_LVM_KIT";

@@ -451,7 +451,7 @@ impl<'a> Fixture<'a> {
         Ok(self.process()?.faults.has_fired())
     }
 
-    /// Recovers what stopped half method, and ends with nothing left to recover. Where a process that was killed still works on a
+    /// Recovers what stopped half way, and ends with nothing left to recover. Where a process that was killed still works on a
     /// disk, it is waited for.
     pub(crate) fn recover(&mut self) -> Result<Vec<RecoveryReport>> {
         let process = self.process()?;

@@ -24,7 +24,7 @@ pub(super) const CASES: [TestCase; 9] = [
         },
     ),
     TestCase::with(
-        "a delete that fails half method is finished later",
+        "a delete that fails half way is finished later",
         trees_with_deletes,
         |subject, method| {
             failing(subject, method, |fixture| {
