@@ -6,8 +6,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use backend_qcow2::image::{
-    Backing, Below, ChainReader, Error, ErrorKind, Image, Layer, Moving, OpenOptions, Result, materialise,
-    merge,
+    Backing, ChainReader, Error, ErrorKind, Image, Moving, OpenOptions, Result, RunBacking, RunLayer,
+    materialise, merge,
 };
 
 /// What is below the run is not opened here: clusters that would need it are an error.
@@ -31,8 +31,8 @@ fn run(words: &[String]) -> Result<u64> {
         ("merge", [into, images @ ..]) => {
             let into: usize = into.parse().map_err(|_| usage())?;
             let target = images.get(into).ok_or_else(usage)?;
-            let layers = |part: &[String]| -> Result<Vec<Layer>> {
-                part.iter().map(|path| Layer::active(&Image::open(Path::new(path), &reading)?)).collect()
+            let layers = |part: &[String]| -> Result<Vec<RunLayer>> {
+                part.iter().map(|path| RunLayer::active(&Image::open(Path::new(path), &reading)?)).collect()
             };
             let (under, over) = (layers(&images[..into])?, layers(&images[into + 1..])?);
             let lowest = Image::open(Path::new(&images[0]), &OpenOptions::read_only().unlocked())?;
@@ -40,7 +40,7 @@ fn run(words: &[String]) -> Result<u64> {
             drop(lowest);
             let mut image = Image::open(Path::new(target), &OpenOptions::read_write())?;
             let mut reader = Unread;
-            let below = backing.map(|backing| Below { backing, reader: &mut reader });
+            let below = backing.map(|backing| RunBacking { backing, reader: &mut reader });
             Ok(merge(under, &mut image, over, below, &Moving::quietly())?.bytes_moved)
         }
         ("materialise", [image, tag, new]) => {

@@ -352,7 +352,7 @@ fn visible(state: &DiskState, run: &[LayerName]) -> Result<Vec<u64>> {
             )
         })?;
         let image = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked())?;
-        layers.push(image::Layer::active(&image)?);
+        layers.push(image::RunLayer::active(&image)?);
     }
     Ok(image::visible_bytes(layers)?)
 }

@@ -6,7 +6,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use image_files::names::file_id;
 
 use crate::backing_string::resolve_backing;
-use crate::image::{ChainReader, Error, ErrorKind, Image, ImageFile, Layer, OpenOptions, Result, View};
+use crate::image::{ChainReader, Error, ErrorKind, Image, ImageFile, OpenOptions, Result, RunLayer, View};
 
 /// The chain under a run.
 pub(crate) struct Below {
@@ -42,7 +42,7 @@ impl Below {
             match format.as_str() {
                 "qcow2" => {
                     let image = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;
-                    layers.push(Layer::active(&image)?);
+                    layers.push(RunLayer::active(&image)?);
                     if let Some(backing) = &image.header().backing {
                         let below = resolve_backing(&file, &backing.file).map_err(|e| unusable(&file, &e))?;
                         next = Some((below, backing.format.clone().unwrap_or_default()));

@@ -80,7 +80,7 @@ impl Preflight<'_> {
                         image.require_plain_data()?;
                         // What the copy will read. An earlier step of the same plan may make the tag.
                         if let Some(snapshot) = image.find_snapshot(tag)? {
-                            image::visible_bytes(vec![image::Layer::snapshot(&image, snapshot)?])?;
+                            image::visible_bytes(vec![image::RunLayer::snapshot(&image, snapshot)?])?;
                         }
                         Ok(())
                     }

@@ -22,7 +22,7 @@ use image_files::names;
 use snapcore::chain::{ChainStep, words_of_kept_overlay};
 use snapcore::{Edit, LayerName, Result, Salvage, shell_command};
 
-use crate::image::{self, Layer};
+use crate::image::{self, RunLayer};
 use crate::layers::file_of;
 use crate::steps::Workplace;
 
@@ -117,7 +117,7 @@ impl Workplace<'_> {
             return Ok(false);
         }
         let backed = source.header().backing.is_some();
-        Ok(image::same_content(Layer::snapshot(&source, snapshot)?, Layer::active(&copy)?, backed)?)
+        Ok(image::same_content(RunLayer::snapshot(&source, snapshot)?, RunLayer::active(&copy)?, backed)?)
     }
 
     /// The file of a layer that an undo would remove gets a name that no undo knows.

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::attached::FileIds;
 use crate::backing_string::{backing_string, resolve_backing};
 use crate::below::Below;
-use crate::image::{self, Backing, Image, Layer, NewImage, NewSnapshot, OpenOptions};
+use crate::image::{self, Backing, Image, NewImage, NewSnapshot, OpenOptions, RunLayer};
 use crate::layers::file_of;
 
 /// What a step works with.
@@ -380,12 +380,13 @@ impl Workplace<'_> {
         let mut layers = Vec::new();
         for file in &files {
             let image = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;
-            layers.push(Layer::active(&image)?);
+            layers.push(RunLayer::active(&image)?);
         }
         let over = layers.split_off(index + 1);
         layers.truncate(index);
         let mut target = self.writing(into)?;
-        let lower = backing.zip(lower.as_mut()).map(|(backing, reader)| image::Below { backing, reader });
+        let lower =
+            backing.zip(lower.as_mut()).map(|(backing, reader)| image::RunBacking { backing, reader });
         let merged = self.moving(|moving| image::merge(layers, &mut target, over, lower, moving));
         drop(target);
         if merged.is_err() {
@@ -515,7 +516,7 @@ fn is_same_image(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {
     if backing != other.header().backing || !one.snapshots()?.is_empty() || !other.snapshots()?.is_empty() {
         return Ok(false);
     }
-    let (one, other) = (image::Layer::active(&one)?, image::Layer::active(&other)?);
+    let (one, other) = (image::RunLayer::active(&one)?, image::RunLayer::active(&other)?);
     Ok(image::same_content(one, other, backing.is_some())?)
 }
 

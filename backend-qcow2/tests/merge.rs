@@ -5,8 +5,8 @@ mod chain;
 use std::path::Path;
 
 use backend_qcow2::image::{
-    Backing, Below, ErrorKind, Image, Layer, MergeReport, Moving, OpenOptions, View, materialise, merge,
-    visible_bytes,
+    Backing, ErrorKind, Image, MergeReport, Moving, OpenOptions, RunBacking, RunLayer, View, materialise,
+    merge, visible_bytes,
 };
 use chain::{Dice, Made, Shape, assert_same, build, check, read, run, text};
 
@@ -14,8 +14,8 @@ fn open(path: &Path) -> Image {
     Image::open(path, &OpenOptions::read_only().unlocked()).unwrap()
 }
 
-fn layers(chain: &[Made]) -> Vec<Layer> {
-    chain.iter().map(|made| Layer::active(&open(&made.path)).unwrap()).collect()
+fn layers(chain: &[Made]) -> Vec<RunLayer> {
+    chain.iter().map(|made| RunLayer::active(&open(&made.path)).unwrap()).collect()
 }
 
 fn backing(made: &Made) -> Backing {
@@ -34,7 +34,7 @@ fn merge_chain(
 ) -> backend_qcow2::image::Result<MergeReport> {
     let mut image = Image::open(&chain[into].path, &OpenOptions::read_write()).unwrap();
     let mut reader = (low > 0).then(|| View::new(layers(&chain[..low])).unwrap());
-    let below = reader.as_mut().map(|reader| Below { backing: backing(&chain[low - 1]), reader });
+    let below = reader.as_mut().map(|reader| RunBacking { backing: backing(&chain[low - 1]), reader });
     merge(layers(&chain[low..into]), &mut image, layers(&chain[into + 1..]), below, moving)
 }
 
@@ -151,7 +151,7 @@ fn a_snapshot_copied_out_reads_as_it_did_and_takes_only_what_it_maps() {
             let out = dir.path().join("out.qcow2");
             let source = open(&made.path);
             let layer =
-                Layer::snapshot(&source, source.find_snapshot(&made.tags[0]).unwrap().unwrap()).unwrap();
+                RunLayer::snapshot(&source, source.find_snapshot(&made.tags[0]).unwrap().unwrap()).unwrap();
             let mapped: u64 = visible_bytes(vec![layer]).unwrap().iter().sum();
             let report = materialise(&source, &made.tags[0], &out, &Moving::quietly()).unwrap();
             assert!(report.bytes_moved <= mapped, "{} of {mapped} bytes; {what}", report.bytes_moved);
@@ -179,7 +179,7 @@ fn the_planner_is_told_what_each_layer_would_move() {
     run("qemu-io", &["-c", "write 0 512k", text(&paths[0])]);
     run("qemu-io", &["-c", "write 128k 192k", "-c", "write -z 512k 64k", text(&paths[1])]);
     run("qemu-io", &["-c", "write 64k 128k", text(&paths[2])]);
-    let run = paths.iter().map(|p| Layer::active(&open(p)).unwrap()).collect();
+    let run = paths.iter().map(|p| RunLayer::active(&open(p)).unwrap()).collect();
     assert_eq!(visible_bytes(run).unwrap(), [(64 + 192) << 10, 128 << 10, 128 << 10]);
 }
 

@@ -1,13 +1,18 @@
-//! Changing what an image says that it stands on.
+//! Changing the backing file that an image names.
 //!
-//! Name and format lie in the first cluster: the format in a header extension behind the header, the name where the
-//! header says. Only a sector is written whole or not at all, so the new words are put where the old header does not
-//! look, made durable, and then the first sector switches to them:
-//! what the new header needs outside of the first sector and the old one does not use is written first, flush; then the
-//! first sector, flush. Where the extensions outside of the first sector would have to change in place, the feature name
-//! table is left out, which is optional and only serves messages: all others then fit the first sector.
+//! Name and format lie in the first cluster: the format in a header extension behind the header, the name at
+//! the offset that the header gives. Only a sector is written atomically. So the order is:
 //!
-//! So at each instant the image names its old or its new backing file, with the format that belongs to it.
+//! 1. Write what the new header needs outside of the first sector, to places that the old header does not
+//!    use; flush.
+//! 2. Write the first sector, which switches to it; flush.
+//!
+//! A crash before 2 leaves the old backing file, a crash after it the new one. At each point the image names
+//! one of the two with the format that belongs to it.
+//!
+//! The extensions outside of the first sector might have to change in place. In that case the feature name
+//! table is left out: it is optional and only serves messages. All other extensions then fit the first
+//! sector.
 
 use super::create::check_backing;
 use super::error::{Context, Error, ErrorKind, Result};
@@ -15,7 +20,7 @@ use super::header::{AUTOCLEAR_RAW_EXTERNAL, Backing, EXT_FEATURE_NAMES, Header, 
 use super::open::Image;
 use super::units::HostOffset;
 
-/// Which bytes of the first cluster a header uses.
+/// Bytes of the first cluster that a header uses.
 struct Used {
     extensions_end: usize,
     name: std::ops::Range<usize>,
@@ -35,13 +40,13 @@ impl Used {
 }
 
 impl Image {
-    /// Makes the image stand on another backing file, or on none. Only the image's word is changed: what it reads
-    /// where it has no data of its own is the caller's care. The backing file is not opened.
+    /// Gives the image another backing file, or none. Only the stored name changes. The caller must ensure
+    /// that the image still reads the same where it has no data of its own. The backing file is not opened.
     ///
     /// Order: the module's.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a name that cannot be, or that finds no room in the first cluster;
+    /// [`ErrorKind::InvalidInput`] for an invalid name, or one that does not fit the first cluster;
     /// [`ErrorKind::Unsupported`] for an image whose external data file is a raw disk; the system's.
     pub fn set_backing(&mut self, backing: Option<Backing>) -> Result<()> {
         if let Some(b) = &backing {
@@ -62,7 +67,7 @@ impl Image {
         self.checked("set the backing file of", check, |image| image.switch_to(backing.as_ref(), size))
     }
 
-    /// Checks all that [`Image::set_backing`] would touch, without a write.
+    /// Checks everything that [`Image::set_backing`] would touch, without a write.
     ///
     /// # Errors
     /// As [`Image::set_backing`].
@@ -71,10 +76,11 @@ impl Image {
         self.rehearse("set the backing file of", |image| image.plan_head(Some(backing), size).map(|_| ()))
     }
 
-    /// The header with which the image stands on `backing` and has `size` bytes. Nothing is written.
+    /// Returns the header with which the image has `backing` as its backing file and `size` bytes. Nothing is
+    /// written.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a name that cannot be, or that finds no room.
+    /// [`ErrorKind::InvalidInput`] for an invalid name, or one that does not fit.
     pub(super) fn plan_head(&self, backing: Option<&Backing>, size: u64) -> Result<Header> {
         if let Some(b) = backing {
             check_backing(b)?;
@@ -94,7 +100,8 @@ impl Image {
         Ok(target)
     }
 
-    /// Switches backing file and size at once, in the module's order. The caller has made durable what both mean.
+    /// Switches backing file and size at once, in the module's order. The caller has made durable what both
+    /// depend on.
     pub(super) fn switch_to(&mut self, backing: Option<&Backing>, size: u64) -> Result<()> {
         if self.header.backing.as_ref() != backing {
             let target = self.plan_head(backing, size)?;
@@ -108,7 +115,8 @@ impl Image {
         Ok(())
     }
 
-    /// Finds the name's place in `target`; `false` when there is none, or extensions would change in place.
+    /// Finds a place for the name in `target`. Returns `false` if there is none, or if extensions would
+    /// change in place.
     fn place(&self, target: &mut Header) -> Result<bool> {
         let size = self.header.cluster_bits.bytes();
         let old = Used::of(&self.header);
@@ -132,14 +140,14 @@ impl Image {
         Ok(true)
     }
 
-    /// Whether the extensions behind the first sector would change.
+    /// Returns true if the extensions behind the first sector would change.
     fn tail_differs(&self, target: &Header, spill: &std::ops::Range<usize>) -> Result<bool> {
         let mut now = vec![0; spill.len()];
         self.file.read_at(&mut now, HostOffset(spill.start as u64))?;
         Ok(target.encode(true).get(spill.clone()) != Some(&now[..]))
     }
 
-    /// Writes what lies behind the first sector, flush; then the first sector, flush.
+    /// Switches to `header`, in the module's order.
     fn switch_head(&mut self, header: Header) -> Result<()> {
         let size = self.header.cluster_bits.bytes();
         let mut head = vec![
@@ -161,11 +169,16 @@ impl Image {
             }
         }
         header.write_fields(&mut head);
+        // 1) What the new header needs outside of the first sector. The old header does not use these bytes,
+        //    so a crash
+        //    here leaves the old backing file, whole.
         let rest = SECTOR.min(head.len());
         if head.get(rest..) != before.get(rest..) {
             self.file.write_at(head.get(rest..).unwrap_or_default(), HostOffset(rest as u64))?;
             self.file.flush()?;
         }
+        // 2) The first sector. It is written whole or not at all, and everything that it refers to is
+        //    durable.
         if let Some(first) = head.get(..SECTOR) {
             self.sector.copy_from_slice(first);
         }

@@ -1,9 +1,10 @@
-//! Persistent dirty bitmaps: found, counted, and marked as in use when the guest's data changes under them.
+//! Persistent dirty bitmaps: lists them, counts them, and marks them as in use before the guest's data
+//! changes.
 //!
-//! This engine does not track writes in bitmaps. Who changes what the guest sees must say so to their users, and the
-//! format has the `in_use` flag for it: "the bitmap was not saved correctly and may be inconsistent". QEMU then refuses
-//! to build an incremental backup on it, which is right. Taking a snapshot changes nothing that the guest sees, so it
-//! leaves bitmaps alone.
+//! This engine does not track writes in bitmaps. Code that changes what the guest sees must inform the users of
+//! the bitmaps. The format has the `in_use` flag for that: "the bitmap was not saved correctly and may be
+//! inconsistent". QEMU then refuses to build an incremental backup on the bitmap, which is right. Creating a
+//! snapshot does not change what the guest sees, so it leaves bitmaps alone.
 
 use zerocopy::FromBytes;
 
@@ -23,33 +24,33 @@ pub const MAX_TABLE_ENTRIES: u32 = 0x800_0000;
 pub const MAX_NAME: usize = 1023;
 
 const FLAG_IN_USE: u32 = 1;
-/// Where the flags lie in an entry.
+/// Offset of the flags in an entry.
 const FLAGS_AT: usize = 12;
 
 /// One persistent bitmap, as the directory has it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Bitmap {
-    /// Its name.
+    /// The bitmap's name.
     pub name: String,
-    /// Where its table starts.
+    /// Offset of its table.
     pub table_offset: HostOffset,
     /// Entries of its table.
     pub table_entries: u32,
-    /// Whether it is marked as not to be relied on.
+    /// True if the bitmap is marked as unreliable.
     pub in_use: bool,
-    /// Whether it records writes.
+    /// True if the bitmap records writes.
     pub auto: bool,
-    /// `1 << granularity_bits` bytes of the disk are one bit.
+    /// One bit stands for `1 << granularity_bits` bytes of the disk.
     pub granularity_bits: u8,
-    /// Where its entry starts in the directory.
+    /// Offset of its entry in the directory.
     at: usize,
 }
 
 /// Parses a bitmap directory.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] or [`ErrorKind::LimitExceeded`] for a directory that cannot be.
+/// [`ErrorKind::Corrupt`] or [`ErrorKind::LimitExceeded`] for an invalid directory.
 pub fn parse_directory(bits: ClusterBits, count: u32, bytes: &[u8]) -> Result<Vec<Bitmap>> {
     if count == 0 || count > MAX_BITMAPS {
         return Err(Error::corrupt(format!(
@@ -102,7 +103,8 @@ pub fn parse_directory(bits: ClusterBits, count: u32, bytes: &[u8]) -> Result<Ve
     Ok(found)
 }
 
-/// The directory's bytes and where it lies; `None` when there is none, or it is said to be inconsistent.
+/// Reads the directory: its pointer and its bytes. Returns `None` if there is none, or if the image marks it
+/// as inconsistent.
 fn directory(image: &Image) -> Result<Option<(BitmapsPointer, Vec<u8>)>> {
     if image.header.autoclear & AUTOCLEAR_BITMAPS == 0 {
         return Ok(None);
@@ -126,7 +128,7 @@ fn directory(image: &Image) -> Result<Option<(BitmapsPointer, Vec<u8>)>> {
     Ok(Some((pointer, bytes)))
 }
 
-/// The persistent bitmaps of an image; none when the image says that they are inconsistent.
+/// Lists the persistent bitmaps of an image. The list is empty if the image marks them as inconsistent.
 ///
 /// # Errors
 /// As [`parse_directory`], and the system's.
@@ -137,8 +139,8 @@ pub fn list(image: &Image) -> Result<Vec<Bitmap>> {
     }
 }
 
-/// Marks every bitmap as not to be relied on; `true` if there was one to mark. Durable with the next flush, which must
-/// come before the guest's data changes.
+/// Marks every bitmap as unreliable. Returns true if there was one to mark. The mark is durable with the next
+/// flush, which must come before the guest's data changes.
 pub(crate) fn mark_in_use(image: &Image) -> Result<bool> {
     let Some((pointer, mut bytes)) = directory(image)? else { return Ok(false) };
     let mut changed = false;
@@ -151,7 +153,8 @@ pub(crate) fn mark_in_use(image: &Image) -> Result<bool> {
         }
     }
     if changed {
-        // One bit an entry: whatever part of this reaches the disk is a directory of the same bitmaps.
+        // One bit of each entry changes. So whatever part of this write reaches the disk is a directory of
+        // the same bitmaps.
         image.file.write_at(&bytes, pointer.directory_offset)?;
     }
     Ok(changed)

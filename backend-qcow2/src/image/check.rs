@@ -1,8 +1,9 @@
-//! The engine's own consistency check, and the mending of what a crash may leave.
+//! The engine's own consistency check, and the repair of what a crash may leave.
 //!
-//! References are counted anew from all tables and compared with the stored refcounts. Stored too high is a leak: space
-//! lost, nothing else. Stored too low, or a COPIED bit over a cluster with several references, is an error: the next
-//! write could destroy what a snapshot needs. A COPIED bit that is clear though it might be set only costs a copy.
+//! The check counts all references in the tables and compares them with the stored refcounts. A stored
+//! refcount that is too high is a leak: it costs space and nothing else. One that is too low, or a COPIED bit
+//! over a cluster with several references, is an error: the next write could destroy what a snapshot needs. A
+//! COPIED bit that is clear although it could be set only costs a copy.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -17,42 +18,42 @@ use super::references::{References, set_copied};
 use super::tables::{self, L1Table};
 use super::units::{ClusterIndex, HostOffset};
 
-/// Findings that are told one by one; all are counted.
+/// Findings that are reported one by one. All are counted.
 const MAX_FINDINGS: usize = 100;
-/// Clusters of one piece of the count.
+/// Clusters of one chunk of the count.
 const CHUNK: u64 = 4096;
 
-/// One thing that is wrong.
+/// One inconsistency.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Finding {
-    /// What, in words.
+    /// Description, in plain text.
     pub what: String,
 }
 
-/// What a check found.
+/// Result of a check.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct CheckReport {
-    /// The first hundred errors, in words.
+    /// The first hundred errors.
     pub findings: Vec<Finding>,
-    /// Errors: data may be lost if the image is written.
+    /// Errors: a write to the image may destroy data.
     pub errors: u64,
     /// Clusters whose refcount is too high.
     pub leaked_clusters: u64,
-    /// COPIED bits that are clear though they might be set.
+    /// COPIED bits that are clear although they could be set.
     pub copied_clear: u64,
-    /// Clusters that something refers to.
+    /// Clusters with at least one reference.
     pub used_clusters: u64,
 }
 
 impl CheckReport {
-    /// No error: what there may be, [`Image::repair`] mends without touching data.
+    /// Returns true if there is no error. [`Image::repair`] corrects everything else without touching data.
     pub fn is_sound(&self) -> bool {
         self.errors == 0
     }
 
-    /// Nothing at all to say.
+    /// Returns true if nothing was found.
     pub fn is_clean(&self) -> bool {
         self.errors == 0 && self.leaked_clusters == 0 && self.copied_clear == 0
     }
@@ -65,7 +66,8 @@ impl CheckReport {
     }
 }
 
-/// References by cluster. Memory follows the clusters that are referred to, not what the image claims to be.
+/// References by cluster. Memory use follows the clusters that are referred to, not the size that the image
+/// claims.
 #[derive(Default)]
 struct Counts {
     chunks: HashMap<u64, Box<[u32; CHUNK as usize]>>,
@@ -104,7 +106,7 @@ impl Counts {
     }
 }
 
-/// A stored refcount that is not what was counted.
+/// A stored refcount that differs from the counted references.
 #[derive(Clone, Copy, Debug)]
 struct Mismatch {
     cluster: u64,
@@ -113,11 +115,12 @@ struct Mismatch {
 }
 
 impl Image {
-    /// Counts all references and compares. Changes nothing; works on an image opened for reading.
+    /// Counts all references and compares them with the refcounts. Changes nothing; works on an image opened
+    /// for reading.
     ///
     /// # Errors
-    /// The system's, and [`ErrorKind::Corrupt`] only for what keeps the check from counting at all (the header's own
-    /// tables); everything else is in the report.
+    /// The system's. [`ErrorKind::Corrupt`] only where the check cannot count at all, because the header's
+    /// own tables are damaged. Everything else is in the report.
     pub fn check(&self) -> Result<CheckReport> {
         self.check_unguarded().map(|(report, _, _)| report).context("check", self.path())
     }
@@ -199,7 +202,7 @@ impl Image {
                         report.error(format!("the L2 table at {offset:#x}, entry {slot}: {}", e.detail()));
                     }
                 } else {
-                    // Without subclusters, `fill` has checked all that can be wrong.
+                    // Without subclusters, `fill` has checked everything already.
                     break;
                 }
             }
@@ -268,7 +271,8 @@ impl Image {
     ) -> Result<Vec<Mismatch>> {
         let mut mismatches = Vec::new();
         let file_end = self.header.cluster_bits.clusters_for(self.file.len()?);
-        // Only where something is counted or stored: what an image refers to may be as far away as it likes.
+        // Only chunks in which something is counted or stored: an image may refer to clusters at any
+        // distance.
         let mut chunks: Vec<u64> = counts.chunks.keys().copied().collect();
         for covered in refcounts.covered() {
             chunks.extend(covered.start / CHUNK..covered.end.div_ceil(CHUNK));
@@ -282,7 +286,7 @@ impl Image {
                 let counted = if counted { counts.get(cluster) } else { 0 };
                 let stored = refcounts.get(&self.file, ClusterIndex(cluster))?;
                 report.used_clusters += u64::from(counted > 0);
-                // As QEMU: the last cluster may be cut short, not more.
+                // Like QEMU: the last cluster may be partial, but not missing.
                 if counted > 0 && cluster > file_end {
                     report.error(format!(
                         "cluster {cluster:#x} is referred to, and lies past the end of the file"
@@ -336,14 +340,15 @@ impl Image {
         })
     }
 
-    /// Mends what a crash may leave: leaked clusters are given back, COPIED bits that might be set are set. No data and
-    /// no mapping is touched. Returns what was found.
+    /// Corrects what a crash may leave: frees leaked clusters and sets COPIED bits that could be set. No data
+    /// and no mapping is touched. Returns what was found.
     ///
-    /// Order: all in any order, one flush; each single change is right by itself. Then the room of free
-    /// clusters is given back, what a crash before that left among it.
+    /// Order: the corrections in any order, then one flush. Each single correction is valid by itself. After
+    /// that the space of free clusters is returned to the file system, including space that an earlier crash
+    /// left allocated.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`], and nothing is changed, when the check finds errors; the system's.
+    /// [`ErrorKind::Corrupt`] if the check finds errors; nothing is changed then. The system's.
     pub fn repair(&mut self) -> Result<CheckReport> {
         let found = Cell::new(None);
         let check = |image: &mut Self| {
@@ -367,8 +372,9 @@ impl Image {
 
     /// Rebuilds the refcounts of an image whose dirty bit is set, as QEMU does when it opens one.
     ///
-    /// Order: refcounts that are too low are raised and COPIED bits made right; flush; those too high are lowered;
-    /// flush; the dirty bit is cleared; flush. A crash before leaves the bit set, and all is done again.
+    /// Order: raise refcounts that are too low, correct COPIED bits; flush; lower refcounts that are too
+    /// high; flush; clear the dirty bit; flush. A crash before the last step leaves the bit set, and the next
+    /// writer repeats everything.
     pub(crate) fn rebuild_refcounts(&mut self) -> Result<()> {
         let (report, counts, mismatches) = self.check_unguarded()?;
         let low = mismatches.iter().filter(|m| m.stored < m.counted).count() as u64;
@@ -382,24 +388,28 @@ impl Image {
                 "the image was not closed properly, and its tables are wrong too: {}",
                 first.map_or("", |f| f.what.as_str())
             ))
-            .advise("nothing was changed; `qemu-img check -r all` on a copy may mend it"));
+            .advise("no changes made; `qemu-img check -r all` on a copy may mend it"));
         }
         let floor = counts.end().max(self.header.cluster_bits.clusters_for(self.file.len()?));
         let (file, refcounts, _) = self.parts()?;
-        // What is free by these refcounts may be in use: new blocks go behind everything.
+        // A cluster that is free by these refcounts may be in use. So new refcount blocks go behind
+        // everything.
         refcounts.allocate_from(ClusterIndex(floor));
+        // 1) Raise what is too low. From here on no cluster in use counts as free.
         for m in mismatches.iter().filter(|m| m.counted > m.stored) {
             refcounts.force(file, ClusterIndex(m.cluster), m.counted)?;
         }
-        self.settle()?;
+        self.flush_metadata()?;
+        // 2) Lower what is too high, by a fresh count that includes the new refcount blocks.
         let (_, counts, mismatches) = self.check_unguarded()?;
         self.correct(&counts, &mismatches)?;
+        // 3) Only now the refcounts are reliable. A crash before this flush leaves the dirty bit set.
         self.header.incompatible &= !INCOMPATIBLE_DIRTY;
         self.write_header_sector()?;
         self.file.flush()
     }
 
-    /// Lowers refcounts that are too high and makes the active COPIED bits what the counts say.
+    /// Lowers refcounts that are too high, and sets each active COPIED bit to what the counts say.
     fn correct(&mut self, counts: &Counts, mismatches: &[Mismatch]) -> Result<()> {
         let geometry = self.geometry();
         let mut l1 = self.active_l1()?.clone();
@@ -440,6 +450,6 @@ impl Image {
         }
         self.l1 = std::sync::OnceLock::from(l1);
         self.protected = None;
-        self.settle()
+        self.flush_metadata()
     }
 }

@@ -1,18 +1,18 @@
-//! Whether two states of images show the same.
+//! Comparison of two states of images.
 
 use super::error::Result;
-use super::view::{Content, Layer, Piece, View};
+use super::view::{Content, Piece, RunLayer, View};
 
-/// The most that is read at once, of each.
+/// Bytes that are read at once from each of the two.
 const STEP: u64 = 1 << 20;
 
-/// Whether `one` and `other` show the same, on whatever they both stand on; `backed` says whether that is anything. What
-/// one of them says itself and the other leaves to what is below counts as different, whatever that shows: it is not
-/// read.
+/// Returns true if `one` and `other` show the same data over whatever they both have as backing file.
+/// `backed` says if they have one. Parts that only one of them contains count as different, whatever the
+/// backing file shows there: it is not read.
 ///
 /// # Errors
-/// [`super::ErrorKind::Corrupt`] for tables or compressed clusters that cannot be, and the system's.
-pub fn same_content(one: Layer, other: Layer, backed: bool) -> Result<bool> {
+/// [`super::ErrorKind::Corrupt`] for invalid tables or compressed clusters, and the system's.
+pub fn same_content(one: RunLayer, other: RunLayer, backed: bool) -> Result<bool> {
     let (mut one, mut other) = (View::new(vec![one])?, View::new(vec![other])?);
     if one.size() != other.size() {
         return Ok(false);

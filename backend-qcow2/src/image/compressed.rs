@@ -1,18 +1,18 @@
-//! Compressed clusters: raw deflate with a window of 4 KiB, or zstd, as QEMU makes them.
+//! Compressed clusters: raw deflate with a window of 4 KiB, or zstd, as QEMU writes them.
 
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 
 use super::error::{Error, ErrorKind, Result};
 use super::header::Compression;
 
-/// QEMU compresses with a window of 12 bits. Reading takes any window: a larger one costs 32 KiB.
+/// QEMU compresses with a window of 12 bits. Reading accepts any window: a larger one costs 32 KiB.
 const DEFLATE_WINDOW: u8 = 12;
 
-/// Decompresses one cluster. `compressed` may be longer than what was compressed: the descriptor only tells sectors.
-/// `out` is exactly one cluster; that bounds memory and work.
+/// Decompresses one cluster. `compressed` may be longer than the compressed data, because the descriptor only
+/// counts sectors. `out` is exactly one cluster; that bounds memory and work.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] when the bytes do not decompress to a whole cluster.
+/// [`ErrorKind::Corrupt`] if the bytes do not decompress to a whole cluster.
 pub fn decompress(method: Compression, compressed: &[u8], out: &mut [u8]) -> Result<()> {
     let bad = |why: String| Error::corrupt(format!("a compressed cluster does not decompress: {why}"));
     match method {
@@ -20,7 +20,7 @@ pub fn decompress(method: Compression, compressed: &[u8], out: &mut [u8]) -> Res
             let mut d = Decompress::new(false);
             let status =
                 d.decompress(compressed, out, FlushDecompress::Finish).map_err(|e| bad(e.to_string()))?;
-            // As QEMU: the stream may go on, but the cluster must be full.
+            // Like QEMU: the stream may continue, but the cluster must be full.
             match status {
                 Status::Ok | Status::StreamEnd | Status::BufError if d.total_out() == out.len() as u64 => {
                     Ok(())
@@ -48,13 +48,13 @@ pub fn decompress(method: Compression, compressed: &[u8], out: &mut [u8]) -> Res
     }
 }
 
-/// Compresses one cluster; `None` when that saves nothing and the cluster is to be written as it is.
+/// Compresses one cluster. Returns `None` if that saves nothing; the cluster is then written uncompressed.
 ///
 /// # Errors
-/// [`ErrorKind::Io`] when the compressor fails.
+/// [`ErrorKind::Io`] if the compressor fails.
 pub fn compress(method: Compression, cluster: &[u8]) -> Result<Option<Vec<u8>>> {
     let fail = |why: String| Error::new(ErrorKind::Io, format!("a cluster cannot be compressed: {why}"));
-    // What does not fit into less than a cluster is not worth it.
+    // Compressed data that is not smaller than a cluster saves nothing.
     let room = cluster.len().saturating_sub(1);
     match method {
         Compression::Deflate => {
@@ -80,6 +80,7 @@ pub fn compress(method: Compression, cluster: &[u8]) -> Result<Option<Vec<u8>>> 
 mod tests {
     use super::*;
 
+    /// Both methods restore a cluster, and incompressible data is left alone.
     #[test]
     fn both_methods_come_back_and_noise_is_left_alone() {
         let cluster: Vec<u8> = (0..65536u32).map(|n| (n / 100) as u8).collect();
@@ -100,6 +101,7 @@ mod tests {
         }
     }
 
+    /// Garbage and streams that are too short are refused.
     #[test]
     fn garbage_and_short_streams_are_refused() {
         let mut out = vec![0; 65536];

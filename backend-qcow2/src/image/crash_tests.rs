@@ -1,7 +1,9 @@
-//! Power loss at every write and every flush of every operation, with any part of what was not flushed lost.
+//! Power loss at every write and every flush of every operation. Any part of what was not flushed may be
+//! lost.
 //!
-//! After each the image must open, have no error but leaks and clear COPIED bits, hold every snapshot whole, be wholly
-//! before or wholly after the operation, and come out of [`Image::repair`] with nothing to say.
+//! After each crash the image must open and have no errors except leaks and clear COPIED bits. Every snapshot
+//! must be intact. The state must be the one before or after the operation. [`Image::repair`] must leave
+//! nothing to report.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,7 +19,7 @@ use super::tables::L1Table;
 use super::units::{ClusterBits, GuestCluster};
 use super::writer::{ActiveWriter, InPlace};
 
-/// All that an image holds: the active state, the backing file, each snapshot.
+/// Everything that an image contains: the active state, the backing file, each snapshot.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct State {
     active: Vec<u8>,
@@ -74,7 +76,7 @@ pub(super) fn state(image: &Image) -> State {
     }
 }
 
-/// A small random source that is the same every time.
+/// A small random generator that gives the same numbers every time.
 pub(super) struct Seeded(pub(super) u64);
 
 impl Seeded {
@@ -86,12 +88,13 @@ impl Seeded {
     }
 }
 
-/// The file after a crash before event `at`: what was flushed, and of the rest whichever sectors the seed says.
+/// Returns the file after a crash before event `at`: everything that was flushed, and of the rest the sectors
+/// that the seed selects.
 pub(super) fn crashed(base: &[u8], log: &[Event], at: usize, seed: u64) -> Vec<u8> {
     let flushed = log[..at].iter().rposition(|e| matches!(e, Event::Flush)).map_or(0, |n| n + 1);
     let mut bytes = base.to_vec();
     let mut random = Seeded(seed | 1);
-    // Three kinds of loss: everything, nothing, and by the sector.
+    // Three kinds of loss: everything, nothing, and single sectors.
     for (n, event) in log[..at].iter().enumerate() {
         match event {
             Event::Flush => {}
@@ -125,7 +128,8 @@ pub(super) fn open(bytes: &[u8], writable: bool) -> (Recorder, Image) {
     (recorder, image)
 }
 
-/// Crashes everywhere in `operation`; `mixed` says that the active state may be old here and new there.
+/// Crashes everywhere in `operation`. With `mixed`, the active state may be old in some clusters and new in
+/// others.
 fn crash_everywhere(
     base: &[u8],
     what: &str,
@@ -148,46 +152,46 @@ fn crash_everywhere(
     let (mut saw_before, mut saw_after) = (false, false);
     for at in 0..=log.len() {
         for seed in 0..6u64 {
-            // Beside the three kinds, one of this place's own.
+            // Besides the common seeds, one seed for this place.
             let seed = if seed < 2 { seed } else { seed + 7 * at as u64 + 2 };
             let bytes = crashed(base, &log, at, seed);
-            let tell = || format!("{what}, before event {at} of {}, seed {seed}", log.len());
+            let case = || format!("{what}, before event {at} of {}, seed {seed}", log.len());
             let image = open(&bytes, false).1;
-            let report = image.check().unwrap_or_else(|e| panic!("{}: {e}", tell()));
-            assert!(report.is_sound(), "{}: {report:?}", tell());
+            let report = image.check().unwrap_or_else(|e| panic!("{}: {e}", case()));
+            assert!(report.is_sound(), "{}: {report:?}", case());
             let now = state(&image);
             saw_before |= now == before;
             saw_after |= now == after;
             if mixed {
-                assert_eq!(now.snapshots, before.snapshots, "{}", tell());
+                assert_eq!(now.snapshots, before.snapshots, "{}", case());
                 let size = image.geometry().cluster_bits.bytes();
                 for (n, cluster) in now.active.chunks(size).enumerate() {
                     let range = n * size..n * size + cluster.len();
                     assert!(
                         cluster == &before.active[range.clone()] || cluster == &after.active[range],
                         "{}: guest cluster {n} is neither old nor new",
-                        tell()
+                        case()
                     );
                 }
             } else {
-                assert!(now == before || now == after, "{}:\n{now:?}\n{before:?}\n{after:?}", tell());
+                assert!(now == before || now == after, "{}:\n{now:?}\n{before:?}\n{after:?}", case());
             }
-            let (mended, mut image) = open(&bytes, true);
-            image.repair().unwrap_or_else(|e| panic!("{}: {e}", tell()));
+            let (repaired, mut image) = open(&bytes, true);
+            image.repair().unwrap_or_else(|e| panic!("{}: {e}", case()));
             drop(image);
-            let mended = open(&mended.bytes(), false).1;
-            assert!(mended.check().unwrap().is_clean(), "{}: {:?}", tell(), mended.check());
-            assert!(state(&mended) == now, "{}: repair changed data", tell());
+            let repaired = open(&repaired.bytes(), false).1;
+            assert!(repaired.check().unwrap().is_clean(), "{}: {:?}", case(), repaired.check());
+            assert!(state(&repaired) == now, "{}: repair changed data", case());
             // qemu-img would look for the backing file.
             if at % 5 == 0 && seed < 2 && now.backing.is_none() {
-                judged_by_qemu(&bytes, &tell());
+                judged_by_qemu(&bytes, &case());
             }
         }
     }
     assert!(saw_before && saw_after, "{what}: the crashes did not reach both sides");
 }
 
-/// `qemu-img` mends leaks and finds the image clean.
+/// Checks that `qemu-img` repairs leaks and then finds the image clean.
 fn judged_by_qemu(bytes: &[u8], what: &str) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("crashed.qcow2");
@@ -205,7 +209,7 @@ fn judged_by_qemu(bytes: &[u8], what: &str) {
     assert!(out.status.success(), "{what}: qemu-img check says {}", String::from_utf8_lossy(&out.stdout));
 }
 
-/// What the base images are made of.
+/// Format of the base images.
 pub(super) struct Kind {
     bits: u32,
     refcount_bits: u32,
@@ -217,7 +221,7 @@ pub(super) const KINDS: [Kind; 3] = [
     Kind { bits: 9, refcount_bits: 4 },
 ];
 
-/// An image of 256 clusters of disk with three snapshots, all different, and compressed clusters.
+/// Makes an image of 256 clusters of disk with three snapshots, all different, and compressed clusters.
 pub(super) fn base(kind: &Kind) -> Vec<u8> {
     let recorder = Recorder::default();
     let size = 1u64 << kind.bits;
@@ -247,7 +251,7 @@ pub(super) fn base(kind: &Kind) -> Vec<u8> {
     bytes
 }
 
-/// An overlay of [`base`], larger than it, with data, zeros and compressed clusters.
+/// Makes an overlay of [`base`], larger than it, with data, zeros and compressed clusters.
 pub(super) fn overlay(kind: &Kind) -> Vec<u8> {
     let recorder = Recorder::default();
     let size = 1u64 << kind.bits;
@@ -267,8 +271,9 @@ pub(super) fn overlay(kind: &Kind) -> Vec<u8> {
     recorder.bytes()
 }
 
+/// A crash while a snapshot is created leaves the state before or after.
 #[test]
-fn a_crash_while_a_snapshot_is_created_leaves_before_or_after() {
+fn create_crash_leaves_before_or_after() {
     for kind in &KINDS {
         crash_everywhere(&base(kind), "create", false, 4, |image| {
             image.create_snapshot(&NewSnapshot::new("new", 9, 9)).unwrap();
@@ -276,8 +281,9 @@ fn a_crash_while_a_snapshot_is_created_leaves_before_or_after() {
     }
 }
 
+/// A crash while a snapshot is applied leaves the state before or after.
 #[test]
-fn a_crash_while_a_snapshot_is_applied_leaves_before_or_after() {
+fn apply_crash_leaves_before_or_after() {
     for kind in &KINDS {
         for name in ["one", "three"] {
             crash_everywhere(&base(kind), name, false, 4, |image| image.apply_snapshot(name).unwrap());
@@ -285,8 +291,9 @@ fn a_crash_while_a_snapshot_is_applied_leaves_before_or_after() {
     }
 }
 
+/// A crash while snapshots are deleted leaves all or none of them.
 #[test]
-fn a_crash_while_snapshots_are_deleted_leaves_all_or_none_of_them() {
+fn delete_crash_leaves_all_or_none() {
     for kind in &KINDS {
         for names in [&["two"][..], &["one", "three"], &["three", "two", "one"]] {
             crash_everywhere(&base(kind), &names.join(" "), false, 4, |image| {
@@ -296,8 +303,9 @@ fn a_crash_while_snapshots_are_deleted_leaves_all_or_none_of_them() {
     }
 }
 
+/// A crash while the disk is resized leaves one size or the other.
 #[test]
-fn a_crash_while_the_disk_is_resized_leaves_one_size_or_the_other() {
+fn resize_crash_leaves_one_size_or_the_other() {
     for kind in &KINDS {
         let size = 1u64 << kind.bits;
         for clusters in [30, 300, 65536] {
@@ -308,8 +316,9 @@ fn a_crash_while_the_disk_is_resized_leaves_one_size_or_the_other() {
     }
 }
 
+/// A crash while the backing file is changed leaves one or the other.
 #[test]
-fn a_crash_while_the_backing_file_is_changed_leaves_one_or_the_other() {
+fn backing_change_crash_leaves_old_or_new() {
     let backing = |file: &str, format: Option<&str>| {
         Some(Backing { file: file.into(), format: format.map(Into::into) })
     };
@@ -334,8 +343,9 @@ fn a_crash_while_the_backing_file_is_changed_leaves_one_or_the_other() {
     }
 }
 
+/// A crash while clusters are written leaves each of them old or new.
 #[test]
-fn a_crash_while_clusters_are_written_leaves_each_old_or_new() {
+fn write_crash_leaves_each_cluster_old_or_new() {
     for kind in &KINDS {
         let size = 1usize << kind.bits;
         crash_everywhere(&base(kind), "write", true, 8, |image| {

@@ -1,8 +1,8 @@
-//! Making a new image: empty, or an overlay over a backing file that is not opened.
+//! Creation of a new image: empty, or an overlay over a backing file that is not opened.
 //!
-//! The whole of a new image's metadata (header, refcount table, first refcount blocks, L1 table) is written to the start
-//! of a file that did not exist, and made durable. The caller makes the directory durable; a crash before that leaves
-//! no file, or a file that nothing names yet.
+//! All metadata of a new image (header, refcount table, first refcount blocks, L1 table) is written to the
+//! start of a new file and made durable. The caller makes the directory durable. A crash before that leaves
+//! no file, or a file that nothing refers to yet.
 
 use std::fs::File;
 use std::path::Path;
@@ -18,7 +18,7 @@ use super::header::{
 use super::mapping::Geometry;
 use super::units::{ClusterBits, HostOffset};
 
-/// What a new image shall be.
+/// Properties of a new image.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct NewImage {
@@ -28,22 +28,22 @@ pub struct NewImage {
     pub cluster_bits: ClusterBits,
     /// 2 or 3.
     pub version: u32,
-    /// What it stands on; taken as it is, nothing is opened.
+    /// The backing file. The string is stored unchanged, and nothing is opened.
     pub backing: Option<Backing>,
     /// Width of refcounts: a power of two from 1 to 64. Version 2 has 16.
     pub refcount_bits: u32,
     /// L2 entries with subclusters.
     pub extended_l2: bool,
-    /// How compressed clusters will be compressed.
+    /// Compression method of compressed clusters.
     pub compression: Compression,
-    /// Let QEMU update refcounts lazily.
+    /// Lets QEMU update refcounts lazily.
     pub lazy_refcounts: bool,
     /// The file's mode.
     pub mode: u32,
 }
 
 impl NewImage {
-    /// As `qemu-img create` makes it by default, but readable by its owner alone.
+    /// Takes the defaults of `qemu-img create`, but makes the file readable by its owner alone.
     pub fn new(virtual_size: u64) -> Self {
         Self {
             virtual_size,
@@ -58,15 +58,15 @@ impl NewImage {
         }
     }
 
-    /// On this backing file.
+    /// Sets the backing file.
     #[must_use]
     pub fn on(mut self, backing: Backing) -> Self {
         self.backing = Some(backing);
         self
     }
 
-    /// With the format choices of another image: cluster size, version, refcounts, extended L2, compression,
-    /// lazy refcounts.
+    /// Copies the format choices of another image: cluster size, version, refcounts, extended L2,
+    /// compression, lazy refcounts.
     #[must_use]
     pub fn like(mut self, header: &Header) -> Self {
         self.cluster_bits = header.cluster_bits;
@@ -79,7 +79,7 @@ impl NewImage {
     }
 }
 
-/// The names of all features that are known, for readers that do not know them (`docs/interop/qcow2.rst`).
+/// The names of all known features, for readers that do not know them (`docs/interop/qcow2.rst`).
 const FEATURE_NAMES: [(u8, u8, &str); 8] = [
     (0, 0, "dirty bit"),
     (0, 1, "corrupt bit"),
@@ -106,7 +106,7 @@ fn invalid(detail: String) -> Error {
     Error::new(ErrorKind::InvalidInput, detail)
 }
 
-/// Refuses what QEMU would refuse or cut short.
+/// Refuses a backing file's name or format that QEMU would refuse or truncate.
 pub(crate) fn check_backing(backing: &Backing) -> Result<()> {
     if backing.file.is_empty()
         || backing.file.len() > MAX_BACKING_NAME as usize
@@ -127,11 +127,12 @@ pub(crate) fn check_backing(backing: &Backing) -> Result<()> {
     Ok(())
 }
 
-/// Makes a new image at a path where nothing is. Three writes and one flush, whatever it stands on.
+/// Creates a new image at a path where no file is. It takes three writes and one flush, with any backing
+/// file.
 ///
 /// # Errors
-/// [`ErrorKind::FileExists`]; [`ErrorKind::InvalidInput`] and [`ErrorKind::LimitExceeded`] for what cannot be; the
-/// system's. After an error the file is not there.
+/// [`ErrorKind::FileExists`]; [`ErrorKind::InvalidInput`] and [`ErrorKind::LimitExceeded`] for invalid
+/// properties; the system's. After an error the file does not exist.
 pub fn create(path: &Path, new: &NewImage) -> Result<()> {
     let fail = |e: Error| e.on("create", path);
     let (header, head) = plan(new).map_err(fail)?;
@@ -141,16 +142,17 @@ pub fn create(path: &Path, new: &NewImage) -> Result<()> {
         directory.create_new(&name, new.mode).map_err(|e| fail(Error::io("the file cannot be made", e)))?;
     let file = ImageFile::new(Box::new(file), path, true);
     write_new(&file, &header, &head).map_err(|e| {
-        // It is ours, and nothing names it yet.
+        // The file is ours, and nothing refers to it yet.
         let _ = directory.remove(&name);
         fail(e)
     })
 }
 
-/// Writes a new image into `file`, which is empty, new, and the caller's; `path` is for messages. Three writes and one flush.
+/// Writes a new image into `file`, which is empty, new, and the caller's. `path` is for messages. It takes
+/// three writes and one flush.
 ///
 /// # Errors
-/// As [`create`]. After an error the file holds a part of an image.
+/// As [`create`]. After an error the file contains a part of an image.
 pub fn write_into(file: File, path: &Path, new: &NewImage) -> Result<()> {
     let fail = |e: Error| e.on("create", path);
     let (header, head) = plan(new).map_err(fail)?;
@@ -170,7 +172,7 @@ pub(crate) fn create_in(
     Ok(file)
 }
 
-/// The header, and the first cluster's used bytes.
+/// Returns the header, and the used bytes of the first cluster.
 fn plan(new: &NewImage) -> Result<(Header, Vec<u8>)> {
     let bits = new.cluster_bits;
     if !new.virtual_size.is_multiple_of(512) {
@@ -238,10 +240,10 @@ fn plan(new: &NewImage) -> Result<(Header, Vec<u8>)> {
         )
         .advise("use larger clusters"));
     }
-    // QEMU keeps an L1 table of one entry at least.
+    // QEMU always has an L1 table of at least one entry.
     header.l1_entries = entries.max(1) as u32;
 
-    // With clusters of 512 bytes the feature names leave no room for a long backing name; they are optional.
+    // With clusters of 512 bytes the feature names leave no space for a long backing name. They are optional.
     let name = new.backing.as_ref().map_or(&[][..], |b| b.file.as_bytes());
     let mut head = header.encode(true);
     if head.len() + name.len() > bits.bytes() {
@@ -264,14 +266,14 @@ fn plan(new: &NewImage) -> Result<(Header, Vec<u8>)> {
     Ok((header, head))
 }
 
-/// Header, refcount table, refcount blocks, L1 table: one after the other.
+/// Writes header, refcount table, refcount blocks and L1 table, one after the other.
 fn write_new(file: &ImageFile, header: &Header, head: &[u8]) -> Result<()> {
     let bits = header.cluster_bits;
     let mut header = header.clone();
     let l1_clusters = bits.clusters_for(u64::from(header.l1_entries) * 8);
     let per_block = (bits.size() * 8) >> header.refcount_order;
     let per_table_cluster = bits.size() / 8;
-    // How many blocks and table clusters count everything, themselves included.
+    // The number of refcount blocks and table clusters that count everything, themselves included.
     let (mut blocks, mut table) = (1, 1);
     loop {
         let total = 1 + table + blocks + l1_clusters;
@@ -298,7 +300,7 @@ fn write_new(file: &ImageFile, header: &Header, head: &[u8]) -> Result<()> {
     let mut head = head.to_vec();
     header.write_fields(&mut head);
     raw_table.extend_from_slice(&raw_blocks);
-    // The L1 table is all zeros: the file's new length is enough.
+    // The L1 table is all zeros, so the new length of the file is enough.
     file.set_len(total << bits.bits())?;
     file.write_at(&raw_table, at(1))?;
     file.write_at(&head, HostOffset(0))?;

@@ -1,8 +1,8 @@
 //! Failed calls and damaged images.
 //!
-//! A call that fails once leaves the image clean, and wholly before or wholly after the operation. An
-//! operation on an image with damaged metadata ends, without a panic, and where it says that nothing was
-//! changed, no byte is another.
+//! A call that fails once leaves the image clean, and in the state before or after the operation. An
+//! operation on an image with damaged metadata ends without a panic. If it reports that nothing was changed,
+//! no byte differs.
 
 use super::crash_tests::{KINDS, Seeded, base, open, overlay, state};
 use super::error::{ErrorKind, Result};
@@ -11,7 +11,7 @@ use super::merge::{Moving, merge};
 use super::open::Image;
 use super::recorder::Recorder;
 use super::snapshot::NewSnapshot;
-use super::view::Layer;
+use super::view::RunLayer;
 
 type Operation = (&'static str, fn(&mut Image) -> Result<()>);
 
@@ -63,7 +63,7 @@ fn a_call_that_fails_once_leaves_the_image_clean() {
     }
 }
 
-/// Where the metadata of an image lies: what mutations hit.
+/// Places of the metadata of an image, which the mutations change.
 fn metadata(bytes: &[u8]) -> Vec<std::ops::Range<usize>> {
     let image = open(bytes, false).1;
     let header = image.header();
@@ -118,7 +118,7 @@ fn damage(bytes: &mut [u8], places: &[std::ops::Range<usize>], random: &mut Seed
     }
 }
 
-/// What became of operations on damaged images.
+/// Number of outcomes of operations on damaged images.
 #[derive(Debug, Default)]
 struct Tally {
     refused: u64,
@@ -126,12 +126,12 @@ struct Tally {
 }
 
 impl Tally {
-    /// Judges a failed operation by its words and by the bytes before and after it.
+    /// Checks a failed operation by its message and by the bytes before and after it.
     fn judge(&mut self, error: &super::error::Error, before: &[u8], after: &[u8], what: &str) {
         let text = error.to_string();
         if error.is_half_way() {
             self.half_way += 1;
-            assert!(!text.contains("nothing was changed"), "{what}: {text}");
+            assert!(!text.contains("no changes made"), "{what}: {text}");
         } else {
             self.refused += 1;
             let same = before == after;
@@ -191,7 +191,7 @@ fn a_refused_merge_of_damaged_layers_changes_no_byte() {
                 let other = Recorder::new(bytes[1 - into].clone());
                 let Ok(mut target) = Image::from_file(recorder.open(true)) else { continue };
                 let Ok(source) = Image::from_file(other.open(false)) else { continue };
-                let Ok(source) = Layer::active(&source) else { continue };
+                let Ok(source) = RunLayer::active(&source) else { continue };
                 let (under, over) = match into {
                     0 => (vec![], vec![source]),
                     _ => (vec![source], vec![]),
@@ -200,7 +200,7 @@ fn a_refused_merge_of_damaged_layers_changes_no_byte() {
                 let what = format!("kind {number}, seed {seed}, {hit} damaged, into {into}");
                 tally.judge(&error, &bytes[into], &recorder.bytes(), &what);
                 assert!(other.bytes() == bytes[1 - into], "{what}: the other layer was written");
-                // That compressed data is damaged shows where it is unpacked, which is moving of data.
+                // Damaged compressed data is found where it is decompressed, which is while data is moved.
                 unpacked += u64::from(error.is_half_way() && error.to_string().contains("ompressed"));
                 assert_ne!(error.kind(), ErrorKind::Io, "{what}: {error}");
             }

@@ -1,7 +1,7 @@
-//! The one error of the image engine.
+//! The error type of the image engine.
 //!
-//! A parser makes an [`Error`] of kind and detail; whoever knows the file adds operation and path with
-//! [`Context::context`]. Nothing in an error's text is trusted to be short: strings from images are cut.
+//! A parser makes an [`Error`] of kind and detail. Code that knows the file adds operation and path with
+//! [`Context::context`]. Strings from images are cut, because any of them may be long.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 
 use image_files::LockError;
 
-/// What went wrong, as far as a caller may want to decide by it.
+/// Kinds of error, as far as a caller may want to decide by them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// The file does not start with a qcow2 header.
     NotQcow2,
-    /// The image uses something that this engine, or this operation, does not do.
+    /// The image uses something that this engine, or this operation, does not support.
     Unsupported,
     /// The image contradicts itself or the format.
     Corrupt,
@@ -34,21 +34,21 @@ pub enum ErrorKind {
     FileNotFound,
     /// The image was opened for reading, or the file may not be written.
     ReadOnly,
-    /// The caller asked for something that cannot be.
+    /// The caller's request is invalid.
     InvalidInput,
-    /// A limit of the format, or of QEMU, would be passed.
+    /// A limit of the format, or of QEMU, would be exceeded.
     LimitExceeded,
     /// A refcount would not fit its width.
     RefcountOverflow,
     /// The file system is full.
     NoSpace,
-    /// The caller asked to stop.
+    /// The caller requested cancellation.
     Cancelled,
     /// Any other failed system call.
     Io,
 }
 
-/// What was attempted, on what, what was found, and what to do.
+/// A failed operation: its name, the file, the detail, and advice.
 pub struct Error(Box<Inner>);
 
 struct Inner {
@@ -58,22 +58,21 @@ struct Inner {
     detail: Cow<'static, str>,
     advice: Option<Cow<'static, str>>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
-    /// Something was written before it.
+    /// True if something was written before the error.
     half_way: bool,
 }
 
-/// The advice of an error that comes before the first write.
+/// Advice of an error that comes before the first write.
 const UNCHANGED: &str = "no changes made; look at the image with `domsnap check`, and work on a copy of it";
-/// The advice of an error that comes after the first write, where the write order has kept the image
-/// readable.
+/// Advice of an error that comes after the first write. The write order has kept the image readable.
 const HALF_WAY: &str = "the operation had begun: the image shows what it did before or what it does after it, and clusters \
      may be leaked; run `domsnap check`, and mend a copy of it with `qemu-img check -r all`";
 
-/// The result of everything here.
+/// Result type of the engine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// An error that does not know yet which file it is about.
+    /// Makes an error without a file. [`Error::on`] adds it.
     pub fn new(kind: ErrorKind, detail: impl Into<Cow<'static, str>>) -> Self {
         Self(Box::new(Inner {
             kind,
@@ -86,12 +85,12 @@ impl Error {
         }))
     }
 
-    /// The image contradicts itself: says so, and what to do about it.
+    /// Makes the error of an image that contradicts itself, with advice.
     pub fn corrupt(detail: impl Into<Cow<'static, str>>) -> Self {
         Self::new(ErrorKind::Corrupt, detail).advise(UNCHANGED)
     }
 
-    /// Names the part of the image that the detail is about.
+    /// Adds the part of the image that the detail is about.
     #[must_use]
     pub(crate) fn within(mut self, part: impl fmt::Display) -> Self {
         self.0.detail = Cow::Owned(format!("{part}: {}", self.0.detail));
@@ -103,7 +102,7 @@ impl Error {
         self.0.half_way
     }
 
-    /// The error of an operation of which nothing is left, because the image was mended after it.
+    /// Marks the operation as rolled back, because the image was repaired after the error.
     #[must_use]
     pub(crate) fn rolled_back(mut self) -> Self {
         self.0.half_way = false;
@@ -113,8 +112,7 @@ impl Error {
         self
     }
 
-    /// Corrects the advice of an error that says that nothing was changed, where something was written before
-    /// it.
+    /// Marks the error as coming after a write, and corrects advice which says that nothing was changed.
     #[must_use]
     pub(crate) fn after_writes(mut self) -> Self {
         self.0.half_way = true;
@@ -124,7 +122,7 @@ impl Error {
         self
     }
 
-    /// A failed system call.
+    /// Makes the error of a failed system call.
     pub fn io(doing: impl Into<Cow<'static, str>>, source: io::Error) -> Self {
         let kind = match source.kind() {
             io::ErrorKind::NotFound => ErrorKind::FileNotFound,
@@ -138,14 +136,14 @@ impl Error {
         e
     }
 
-    /// Says what to do.
+    /// Sets the advice.
     #[must_use]
     pub fn advise(mut self, advice: impl Into<Cow<'static, str>>) -> Self {
         self.0.advice = Some(advice.into());
         self
     }
 
-    /// Says what was attempted on which file; an earlier, inner word stays.
+    /// Sets operation and path, unless an inner caller has set them.
     #[must_use]
     pub fn on(mut self, operation: impl Into<Cow<'static, str>>, path: &Path) -> Self {
         if self.0.operation.is_empty() {
@@ -157,27 +155,27 @@ impl Error {
         self
     }
 
-    /// What to decide by.
+    /// The kind, for decisions.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// What was attempted; empty if nobody said.
+    /// The attempted operation; empty if not set.
     pub fn operation(&self) -> &str {
         &self.0.operation
     }
 
-    /// The image; empty if nobody said.
+    /// The image; empty if not set.
     pub fn path(&self) -> &Path {
         &self.0.path
     }
 
-    /// What was found.
+    /// Description of what was found.
     pub fn detail(&self) -> &str {
         &self.0.detail
     }
 
-    /// What to do.
+    /// Advice for the user.
     pub fn advice(&self) -> Option<&str> {
         self.0.advice.as_deref()
     }
@@ -218,7 +216,7 @@ impl std::error::Error for Error {
     }
 }
 
-/// Adds operation and path to an error on its way out.
+/// Adds operation and path to an error that is passed on.
 pub trait Context<T> {
     /// See [`Error::on`].
     fn context(self, operation: &'static str, path: &Path) -> Result<T>;
@@ -241,7 +239,7 @@ impl From<LockError> for Error {
     }
 }
 
-/// A string from an image, made fit for a message: printable, and at most 64 characters.
+/// Makes a string from an image fit for a message: printable, and at most 64 characters.
 pub(crate) fn shown(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let mut out: String = text.chars().take(64).flat_map(char::escape_debug).collect();
@@ -255,6 +253,7 @@ pub(crate) fn shown(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
+    /// An error names operation, path, detail and advice.
     #[test]
     fn an_error_says_operation_path_detail_and_advice() {
         let e = Error::new(ErrorKind::Locked, "it is open elsewhere")

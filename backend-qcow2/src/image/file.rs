@@ -1,7 +1,8 @@
-//! The image as a file: positioned reads and writes that are whole or an error.
+//! The image as a file: positioned reads and writes that succeed whole or return an error.
 //!
-//! A read past the end of the file gives zeros there, as the format wants it. Nothing is cached and nothing is ordered
-//! here: two writes with no [`ImageFile::flush`] between them may reach the disk in any order, or one of them not at all.
+//! A read past the end of the file returns zeros there, as the format requires. Nothing is cached or ordered
+//! here. Two writes without an [`ImageFile::flush`] between them may reach the disk in any order, or only one
+//! of them may.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::error::{Error, Result};
 use super::units::HostOffset;
 
-/// What an [`ImageFile`] writes to: a file, or in tests a recorder.
+/// Storage below an [`ImageFile`]: a file, or a recorder in tests.
 pub(crate) trait Storage: Send + Sync {
     /// Reads up to `buf.len()` bytes; 0 at the end.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
@@ -22,11 +23,11 @@ pub(crate) trait Storage: Send + Sync {
     fn len(&self) -> io::Result<u64>;
     /// Makes the file longer or shorter.
     fn set_len(&self, len: u64) -> io::Result<()>;
-    /// Everything written so far is durable after this.
+    /// Makes everything written so far durable.
     fn flush(&self) -> io::Result<()>;
-    /// Gives back the space of a range, which then reads as zeros; an error where that cannot be.
+    /// Frees the space of a range, which then reads as zeros. Returns an error where that is not supported.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
-    /// The file itself, for reflink and the like.
+    /// The underlying file, for reflinks and the like.
     fn file(&self) -> Option<&File>;
 }
 
@@ -60,7 +61,7 @@ pub struct ImageFile {
     storage: Box<dyn Storage>,
     path: PathBuf,
     writable: bool,
-    /// Writes that were begun through this value, changes of length among them.
+    /// Writes begun through this value, changes of length included.
     writes: AtomicU64,
 }
 
@@ -75,7 +76,8 @@ impl ImageFile {
         Self { storage, path: path.to_owned(), writable, writes: AtomicU64::new(0) }
     }
 
-    /// Opens a regular file or block device. It does not wait, and no link is followed that others can put there.
+    /// Opens a regular file or block device. The open does not wait, and it follows no link that another user
+    /// can put there.
     ///
     /// # Errors
     /// The system's.
@@ -90,18 +92,18 @@ impl ImageFile {
         &self.path
     }
 
-    /// Counts the writes that were begun, whether or not they succeeded. An operation that fails reads it:
-    /// where the number is the one before, the file is as it was.
+    /// Counts the writes that were begun, successful or not. A failing operation compares the number with the
+    /// one at its start: if they are equal, the file is unchanged.
     pub(crate) fn writes(&self) -> u64 {
         self.writes.load(Ordering::Relaxed)
     }
 
-    /// Whether it was opened for writing.
+    /// Returns true if it was opened for writing.
     pub fn is_writable(&self) -> bool {
         self.writable
     }
 
-    /// The file, for reflink and `copy_file_range`; `None` when it is not a file of the system's.
+    /// The file, for reflinks and `copy_file_range`; `None` if it is not a file of the system's.
     pub fn file(&self) -> Option<&File> {
         self.storage.file()
     }
@@ -114,7 +116,7 @@ impl ImageFile {
         self.storage.len().map_err(|e| Error::io("the file's size cannot be had", e).on("read", &self.path))
     }
 
-    /// Whether the file has no byte.
+    /// Returns true if the file is empty.
     ///
     /// # Errors
     /// The system's.
@@ -122,7 +124,7 @@ impl ImageFile {
         Ok(self.len()? == 0)
     }
 
-    /// Fills `buf`; what is past the end of the file becomes zeros.
+    /// Fills `buf`. Bytes past the end of the file become zeros.
     ///
     /// # Errors
     /// The system's, with the offset.
@@ -151,10 +153,11 @@ impl ImageFile {
         Ok(())
     }
 
-    /// Writes all of `buf`. Durable after the next [`ImageFile::flush`], in no order before.
+    /// Writes all of `buf`. The bytes are durable after the next [`ImageFile::flush`], and in no order before
+    /// it.
     ///
     /// # Errors
-    /// The system's, with the offset. Part of the bytes may have been written.
+    /// The system's, with the offset. A part of the bytes may have been written.
     pub fn write_at(&self, buf: &[u8], offset: HostOffset) -> Result<()> {
         let fail = |e| {
             Error::io(format!("{} bytes at offset {offset} cannot be written", buf.len()), e)
@@ -180,15 +183,15 @@ impl ImageFile {
     /// Makes everything written so far durable (`fdatasync`).
     ///
     /// # Errors
-    /// The system's. What was written since the last flush may or may not be on the disk then, and asking again does
-    /// not tell: the image must be closed and looked at anew.
+    /// The system's. Bytes written since the last flush may or may not be on the disk then, and a second
+    /// flush does not show which. The image must be closed and read again.
     pub fn flush(&self) -> Result<()> {
         self.storage
             .flush()
             .map_err(|e| Error::io("what was written cannot be made durable", e).on("flush", &self.path))
     }
 
-    /// Makes the file longer (reads as zeros there) or shorter.
+    /// Makes the file longer (it reads as zeros there) or shorter.
     ///
     /// # Errors
     /// The system's.
@@ -199,7 +202,8 @@ impl ImageFile {
         })
     }
 
-    /// Gives the space of a range back to the file system. Only a favour: `false` when it cannot be done.
+    /// Returns the space of a range to the file system. This is an optimisation: the result is `false` where
+    /// it is not supported.
     pub fn punch(&self, offset: HostOffset, len: u64) -> bool {
         self.storage.punch(offset.0, len).is_ok()
     }

@@ -1,8 +1,9 @@
 //! The image header: parsed once, checked, and written back field by field.
 //!
-//! All of it lies in the first cluster: the header proper, the header extensions, and the backing file's name. The
-//! fields that an operation switches (L1, refcount table, snapshot table, size, feature bits) lie in the first 112
-//! bytes, hence in one sector of 512: writing that sector is what makes an operation happen, whole or not at all.
+//! All of it lies in the first cluster: the header proper, the header extensions, and the backing file's
+//! name. The fields that an operation switches (L1, refcount table, snapshot table, size, feature bits) lie
+//! in the first 112 bytes, so in one sector of 512. The write of that sector is atomic: it makes an operation
+//! take effect, whole or not at all.
 
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -23,9 +24,9 @@ pub const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 pub const MAX_SNAPSHOTS: u32 = 65536;
 /// The specification's limit for a backing file's name, in bytes.
 pub const MAX_BACKING_NAME: u32 = 1023;
-/// QEMU's buffer for a format name holds 15 bytes; longer ones are refused.
+/// QEMU's buffer for a format name has 15 bytes; longer ones are refused.
 pub const MAX_FORMAT_NAME: usize = 15;
-/// The least unit that a disk writes whole.
+/// The largest unit that every disk writes atomically.
 pub const SECTOR: usize = 512;
 
 /// Incompatible feature: refcounts may be out of date.
@@ -43,7 +44,7 @@ const INCOMPATIBLE_KNOWN: u64 = (1 << 5) - 1;
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear feature: the external data file is a valid raw image.
 pub const AUTOCLEAR_RAW_EXTERNAL: u64 = 1 << 1;
-/// The autoclear features that this engine keeps right; all others are cleared at the first write.
+/// The autoclear features that this engine maintains. All others are cleared at the first write.
 pub const AUTOCLEAR_KNOWN: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_EXTERNAL;
 /// Compatible feature: refcounts may be updated lazily.
 pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
@@ -63,11 +64,11 @@ const EXT_DATA_FILE: u32 = 0x4441_5441;
 /// Bytes of an entry of the feature name table.
 const FEATURE_NAME_ENTRY: usize = 48;
 
-/// How guest data is encrypted.
+/// Encryption of guest data.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Encryption {
-    /// Not.
+    /// No encryption.
     None,
     /// QEMU's legacy AES.
     Aes,
@@ -75,7 +76,7 @@ pub enum Encryption {
     Luks,
 }
 
-/// How compressed clusters are compressed.
+/// Compression method of compressed clusters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Compression {
@@ -86,16 +87,16 @@ pub enum Compression {
     Zstd,
 }
 
-/// What an image stands on.
+/// The backing file of an image.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Backing {
     /// The file name as the image states it: absolute, or relative to the image's directory.
     pub file: String,
-    /// The format that the image states; `None`: it does not, and nobody should guess.
+    /// The format that the image states. `None` if it states none; it must not be guessed then.
     pub format: Option<String>,
 }
 
-/// A header extension, as it was found.
+/// A header extension, as found.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Extension {
     /// Its type.
@@ -111,7 +112,7 @@ pub struct BitmapsPointer {
     pub count: u32,
     /// Bytes of the directory.
     pub directory_size: u64,
-    /// Where the directory starts.
+    /// Offset of the directory.
     pub directory_offset: HostOffset,
 }
 
@@ -125,19 +126,19 @@ pub struct Header {
     pub cluster_bits: ClusterBits,
     /// Bytes of the guest's disk.
     pub virtual_size: u64,
-    /// How data is encrypted.
+    /// Encryption of the data.
     pub encryption: Encryption,
     /// Entries of the active L1 table.
     pub l1_entries: u32,
-    /// Where the active L1 table starts.
+    /// Offset of the active L1 table.
     pub l1_offset: HostOffset,
-    /// Where the refcount table starts.
+    /// Offset of the refcount table.
     pub reftable_offset: HostOffset,
     /// Clusters of the refcount table.
     pub reftable_clusters: u32,
     /// Snapshots in the image.
     pub snapshot_count: u32,
-    /// Where the snapshot table starts; 0 without snapshots.
+    /// Offset of the snapshot table; 0 without snapshots.
     pub snapshots_offset: HostOffset,
     /// Incompatible feature bits.
     pub incompatible: u64,
@@ -147,21 +148,21 @@ pub struct Header {
     pub autoclear: u64,
     /// Refcounts are `1 << refcount_order` bits wide.
     pub refcount_order: u32,
-    /// How compressed clusters are compressed.
+    /// Compression method of compressed clusters.
     pub compression: Compression,
-    /// What the image stands on.
+    /// The backing file.
     pub backing: Option<Backing>,
     /// All extensions but the backing format, in their order, byte for byte.
     pub extensions: Vec<Extension>,
-    /// Bytes 104 to the header's end as found (version 3), the compression type included.
+    /// Bytes 104 to the header's end as found (version 3), including the compression type.
     pub(crate) additional: Vec<u8>,
-    /// Where the backing file's name lies in the first cluster.
+    /// Offset of the backing file's name in the first cluster.
     pub(crate) backing_offset: u64,
     /// First byte after the end marker of the extensions.
     pub(crate) extensions_end: usize,
 }
 
-/// What the header alone tells, for looking through directories: no lock, no table read.
+/// Summary of the header alone, for scans of directories. No lock is needed and no table is read.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct HeaderSummary {
@@ -173,21 +174,21 @@ pub struct HeaderSummary {
     pub cluster_bits: ClusterBits,
     /// Snapshots in the image.
     pub snapshot_count: u32,
-    /// What the image stands on.
+    /// The backing file.
     pub backing: Option<Backing>,
-    /// How data is encrypted.
+    /// Encryption of the data.
     pub encryption: Encryption,
-    /// The external data file's name, where the image uses one.
+    /// The external data file's name, if the image uses one.
     pub data_file: Option<String>,
-    /// Whether the refcounts are marked as out of date.
+    /// True if the refcounts are marked as out of date.
     pub dirty: bool,
-    /// Whether the image is marked as corrupt.
+    /// True if the image is marked as corrupt.
     pub corrupt: bool,
 }
 
-/// Why a header did not parse.
+/// Reasons for a header that does not parse.
 enum Failure {
-    /// It may, with this many bytes.
+    /// The input is too short; with this many bytes the header may parse.
     Short(usize),
     Bad(Error),
 }
@@ -203,12 +204,12 @@ fn unsupported(detail: String) -> Error {
 }
 
 impl Header {
-    /// Parses the first bytes of an image. `head` is the first cluster, or as much of it as matters.
+    /// Parses the first bytes of an image. `head` is the first cluster, or the part of it that matters.
     ///
     /// # Errors
-    /// [`ErrorKind::NotQcow2`] without the magic; [`ErrorKind::Unsupported`] for other versions and for incompatible
-    /// features that this engine does not know, by name where the image names them; [`ErrorKind::Corrupt`] or
-    /// [`ErrorKind::LimitExceeded`] for fields that cannot be.
+    /// [`ErrorKind::NotQcow2`] without the magic. [`ErrorKind::Unsupported`] for other versions, and for
+    /// incompatible features that this engine does not know; the message uses their names where the image
+    /// states them. [`ErrorKind::Corrupt`] or [`ErrorKind::LimitExceeded`] for invalid fields.
     pub fn parse(head: &[u8]) -> Result<Self> {
         Self::parse_some(head).map_err(|f| match f {
             Failure::Bad(e) => e,
@@ -219,7 +220,7 @@ impl Header {
         })
     }
 
-    /// Reads and parses: one read of 4 KiB for nearly every image.
+    /// Reads and parses the header. One read of 4 KiB is enough for nearly every image.
     ///
     /// # Errors
     /// As [`Header::parse`], and the system's.
@@ -230,7 +231,7 @@ impl Header {
             file.read_at(&mut head, HostOffset(0))?;
             match Self::parse_some(&head) {
                 Ok(header) => return Ok((header, head)),
-                // A parser never asks for more than the largest cluster, nor for less than it was given.
+                // The parser never asks for more than the largest cluster, nor for less than it was given.
                 Err(Failure::Short(n)) if n > want && n <= 1 << super::units::MAX_CLUSTER_BITS => want = n,
                 Err(Failure::Short(n)) => {
                     return Err(
@@ -378,7 +379,7 @@ impl Header {
         Ok(header)
     }
 
-    /// Sizes and places of the tables, by themselves.
+    /// Checks the size and place of each table on its own.
     fn check_tables(&self) -> Result<()> {
         let l1_bytes = u64::from(self.l1_entries) * 8;
         if l1_bytes > MAX_L1_BYTES {
@@ -432,7 +433,8 @@ impl Header {
         Ok(())
     }
 
-    /// That a table starts at a cluster other than the first, and ends where a file can end.
+    /// Checks that a table starts at a cluster other than the first, and ends at an offset that a file can
+    /// have.
     fn check_extent(&self, what: &str, offset: HostOffset, bytes: u64) -> Result<()> {
         if bytes == 0 {
             return Ok(());
@@ -444,27 +446,27 @@ impl Header {
         Ok(())
     }
 
-    /// Whether L2 entries have subcluster bitmaps.
+    /// Returns true if L2 entries have subcluster bitmaps.
     pub fn has_extended_l2(&self) -> bool {
         self.incompatible & INCOMPATIBLE_EXTENDED_L2 != 0
     }
 
-    /// Whether QEMU may update refcounts lazily.
+    /// Returns true if QEMU may update refcounts lazily.
     pub fn has_lazy_refcounts(&self) -> bool {
         self.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0
     }
 
-    /// Whether guest data is in another file.
+    /// Returns true if guest data is in another file.
     pub fn has_data_file(&self) -> bool {
         self.incompatible & INCOMPATIBLE_DATA_FILE != 0
     }
 
-    /// Whether the refcounts are marked as out of date.
+    /// Returns true if the refcounts are marked as out of date.
     pub fn is_dirty(&self) -> bool {
         self.incompatible & INCOMPATIBLE_DIRTY != 0
     }
 
-    /// Whether the image is marked as corrupt.
+    /// Returns true if the image is marked as corrupt.
     pub fn is_corrupt(&self) -> bool {
         self.incompatible & INCOMPATIBLE_CORRUPT != 0
     }
@@ -475,10 +477,10 @@ impl Header {
         Some(String::from_utf8_lossy(&e.data).into_owned())
     }
 
-    /// The bitmaps extension, whether or not its feature bit says that it is consistent.
+    /// The bitmaps extension, also if its feature bit does not mark it as consistent.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for an extension that cannot be.
+    /// [`ErrorKind::Corrupt`] for an invalid extension.
     pub fn bitmaps(&self) -> Result<Option<BitmapsPointer>> {
         let Some(e) = self.extensions.iter().find(|e| e.magic == EXT_BITMAPS) else { return Ok(None) };
         let raw = RawBitmapsExtension::read_from_bytes(&e.data).map_err(|_| {
@@ -491,10 +493,10 @@ impl Header {
         }))
     }
 
-    /// Where the LUKS header lies: offset and bytes.
+    /// Offset and length of the LUKS header.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for an extension that cannot be.
+    /// [`ErrorKind::Corrupt`] for an invalid extension.
     pub fn crypto_header(&self) -> Result<Option<(HostOffset, u64)>> {
         let Some(e) = self.extensions.iter().find(|e| e.magic == EXT_CRYPTO) else { return Ok(None) };
         let raw = RawCryptoPointer::read_from_bytes(&e.data).map_err(|_| {
@@ -505,7 +507,7 @@ impl Header {
         Ok(Some((offset, length)))
     }
 
-    /// The short form.
+    /// The summary of this header.
     pub fn summary(&self) -> HeaderSummary {
         HeaderSummary {
             version: self.version,
@@ -525,7 +527,7 @@ impl Header {
         if self.version == 2 { V2_LENGTH } else { V3_LENGTH + self.additional.len() }
     }
 
-    /// Puts the header's fixed fields over the first bytes of `head`, leaving all else.
+    /// Overwrites the fixed fields in the first bytes of `head`, and leaves everything else.
     pub(crate) fn write_fields(&self, head: &mut [u8]) {
         let v2 = RawHeaderV2 {
             magic: MAGIC.into(),
@@ -567,8 +569,8 @@ impl Header {
         }
     }
 
-    /// Header and extensions as they should lie in the file, the backing format first and the feature names last.
-    /// The backing file's name is not among them.
+    /// Encodes header and extensions as they should lie in the file, the backing format first and the feature
+    /// names last. The backing file's name is not included.
     pub(crate) fn encode(&self, with_feature_names: bool) -> Vec<u8> {
         let mut out = vec![0; self.length()];
         self.write_fields(&mut out);
@@ -596,7 +598,7 @@ impl Header {
     }
 }
 
-/// Walks the extensions from `at`: those found, and where the end marker ends.
+/// Walks the extensions from `at`. Returns them, and the offset behind the end marker.
 fn parse_extensions(
     head: &[u8],
     mut at: usize,
@@ -604,7 +606,7 @@ fn parse_extensions(
 ) -> std::result::Result<(Vec<Extension>, usize), Failure> {
     let mut found: Vec<Extension> = Vec::new();
     loop {
-        // The area ends with the first cluster, if not by a marker.
+        // The area ends with the first cluster, if no marker ends it.
         let body = at + size_of::<RawExtension>();
         if body > bits.bytes() {
             return Ok((found, at));
@@ -671,7 +673,7 @@ fn not_qcow2() -> Error {
 mod tests {
     use super::*;
 
-    /// A version 3 header of 64 KiB clusters with these extension bytes.
+    /// Makes a version 3 header of 64 KiB clusters with these extension bytes.
     fn sample(extensions: &[u8]) -> Vec<u8> {
         let mut head = vec![0; 65536];
         let header = Header {
@@ -727,8 +729,9 @@ mod tests {
         assert_eq!(header.encode(true)[112..128], ext[..]);
     }
 
+    /// Unknown incompatible features are refused by the name that the image gives them.
     #[test]
-    fn unknown_incompatible_features_are_refused_by_the_name_that_the_image_gives() {
+    fn unknown_features_are_refused_by_name() {
         let mut ext = EXT_FEATURE_NAMES.to_be_bytes().to_vec();
         ext.extend_from_slice(&48u32.to_be_bytes());
         ext.extend_from_slice(&[0, 17]);
@@ -741,8 +744,9 @@ mod tests {
         assert!(e.to_string().contains("\"time travel\" (bit 17), bit 40"), "{e}");
     }
 
+    /// Each field that lies is refused, and the message says why.
     #[test]
-    fn lying_fields_are_refused_in_words() {
+    fn lying_fields_are_refused_with_a_reason() {
         type Lie = fn(&mut [u8]);
         let lies: [(&str, Lie); 20] = [
             ("does not start", |h| h[0] = b'X'),
@@ -755,31 +759,32 @@ mod tests {
             ("encryption method 3", |h| put32(h, 32, 3)),
             ("the L1 table has 4194305 entries", |h| put32(h, 36, 4_194_305)),
             ("the L1 table has 1 entries", |h| put32(h, 36, 1)),
-            ("the L1 table is said", |h| put64(h, 40, 0x30200)),
-            ("the L1 table is said", |h| put64(h, 40, 0)),
-            ("the refcount table is said", |h| put64(h, 48, 0x7fff_ffff_ffff_0000)),
+            ("invalid L1 table: ", |h| put64(h, 40, 0x30200)),
+            ("invalid L1 table: ", |h| put64(h, 40, 0)),
+            ("invalid refcount table: ", |h| put64(h, 48, 0x7fff_ffff_ffff_0000)),
             ("no refcount table", |h| put32(h, 56, 0)),
             ("the refcount table has 8454144 bytes", |h| put32(h, 56, 129)),
             ("65537 snapshots", |h| put32(h, 60, 65537)),
-            ("the snapshot table is said", |h| put32(h, 60, 1)),
+            ("invalid snapshot table: ", |h| put32(h, 60, 1)),
             ("refcount_order is 7", |h| put32(h, 96, 7)),
             ("103 bytes long", |h| put32(h, 100, 103)),
             ("contradict each other", |h| h[104] = 1),
         ];
-        for (words, lie) in lies {
+        for (reason, lie) in lies {
             let mut head = sample(&[]);
             lie(&mut head);
             let e = Header::parse(&head).unwrap_err().to_string();
-            assert!(e.contains(words), "expected {words:?} in {e:?}");
+            assert!(e.contains(reason), "expected {reason:?} in {e:?}");
         }
     }
 
+    /// A backing file's name outside of the first cluster is refused.
     #[test]
-    fn a_backing_name_outside_of_the_first_cluster_is_refused() {
+    fn backing_name_outside_first_cluster_is_refused() {
         let mut head = sample(&[]);
         put64(&mut head, 8, 65536 - 4);
         put32(&mut head, 16, 5);
-        assert!(Header::parse(&head).unwrap_err().to_string().contains("backing file's name"));
+        assert!(Header::parse(&head).unwrap_err().to_string().contains("invalid name of the backing file"));
         put64(&mut head, 8, u64::MAX);
         assert!(Header::parse(&head).is_err());
     }

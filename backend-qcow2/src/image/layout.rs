@@ -1,5 +1,5 @@
-//! The on-disk structures as they lie in the file: big-endian, unaligned, unchecked. Only parsers and encoders of this
-//! engine see them.
+//! The on-disk structures as they lie in the file: big-endian, unaligned, unchecked. Only parsers and
+//! encoders of this engine use them.
 
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -30,7 +30,7 @@ pub(crate) struct RawHeaderV2 {
     pub snapshots_offset: U64,
 }
 
-/// What version 3 adds.
+/// The fields that version 3 adds.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct RawHeaderV3 {

@@ -1,4 +1,4 @@
-//! L1 and L2 entries: which host cluster a guest cluster is in, if any.
+//! L1 and L2 entries: the mapping from guest clusters to host clusters.
 
 use super::error::{Error, Result};
 use super::header::Header;
@@ -17,19 +17,19 @@ pub const SUBCLUSTERS: u32 = 32;
 /// Unit of a compressed cluster's length.
 const COMPRESSED_SECTOR: u64 = 512;
 
-/// How the tables of one image are laid out: all that is needed to read its L1 and L2 entries.
+/// Layout of the tables of one image: everything that is needed to read its L1 and L2 entries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Geometry {
     /// The cluster size.
     pub cluster_bits: ClusterBits,
-    /// Whether L2 entries are 16 bytes with a bitmap of subclusters.
+    /// True if L2 entries are 16 bytes with a bitmap of subclusters.
     pub extended_l2: bool,
-    /// Whether bit 0 of an entry means "zero" (version 3 without extended L2).
+    /// True if bit 0 of an entry means "zero" (version 3 without extended L2).
     pub zero_flag: bool,
 }
 
 impl Geometry {
-    /// Of this header.
+    /// The geometry of this header.
     pub fn of(header: &Header) -> Self {
         Self {
             cluster_bits: header.cluster_bits,
@@ -62,7 +62,7 @@ impl Geometry {
         virtual_size.div_ceil(self.l2_reach())
     }
 
-    /// Bytes of one subcluster, or of the cluster where there are none.
+    /// Bytes of one subcluster, or of the cluster if it has none.
     #[inline]
     pub const fn subcluster_size(self) -> u64 {
         if self.extended_l2 {
@@ -76,34 +76,34 @@ impl Geometry {
 /// One L2 entry, checked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mapping {
-    /// Nothing here: reads from the backing file, or zeros without one.
+    /// No mapping: reads from the backing file, or as zeros without one.
     Unallocated,
-    /// Reads as zeros, whatever the backing file has; a host cluster may be kept for it.
+    /// Reads as zeros, whatever the backing file contains. A host cluster may be allocated for it.
     Zero {
-        /// The preallocated cluster, whose content does not count.
+        /// The preallocated cluster. Its content has no meaning.
         host: Option<HostOffset>,
     },
     /// A cluster of data.
     Data(HostOffset),
     /// A compressed cluster.
     Compressed(CompressedExtent),
-    /// An extended entry whose subclusters are not all alike; without extended L2 it does not occur.
+    /// An extended entry whose subclusters differ. It only occurs with extended L2.
     Subclusters {
         /// The host cluster, if there is one; subcluster *n* lies at its *n*-th 32nd.
         host: Option<HostOffset>,
         /// Bit *n*: subcluster *n* has data in the host cluster.
         allocated: u32,
-        /// Bit *n*: subcluster *n* reads as zeros. Neither bit: it reads from the backing file.
+        /// Bit *n*: subcluster *n* reads as zeros. With neither bit it reads from the backing file.
         zero: u32,
     },
 }
 
-/// Where a compressed cluster lies.
+/// Place of a compressed cluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct CompressedExtent {
     /// The first byte; not aligned to anything.
     pub offset: HostOffset,
-    /// Bytes up to the end of the last 512-byte sector that it uses. What decompresses to one cluster may be less.
+    /// Bytes up to the end of the last 512-byte sector that it uses. The compressed data may be shorter.
     pub length: u64,
 }
 
@@ -117,7 +117,7 @@ pub struct L2Entry {
 }
 
 impl L2Entry {
-    /// Of a table's bytes; entries past its end read as unallocated.
+    /// Reads an entry from a table's bytes. Entries past its end read as unallocated.
     #[inline]
     pub fn read(geometry: Geometry, table: &[u8], index: usize) -> Self {
         let size = geometry.l2_entry_size();
@@ -129,7 +129,7 @@ impl L2Entry {
         }
     }
 
-    /// Into a table's bytes; an index past its end is ignored.
+    /// Writes the entry into a table's bytes. An index past its end is ignored.
     #[inline]
     pub fn write(self, geometry: Geometry, table: &mut [u8], index: usize) {
         let at = index * geometry.l2_entry_size();
@@ -143,13 +143,13 @@ impl L2Entry {
         }
     }
 
-    /// Whether the cluster's refcount is one, as far as the active tables say.
+    /// Returns true if the active tables mark the cluster's refcount as one.
     #[inline]
     pub const fn is_copied(self) -> bool {
         self.descriptor & COPIED != 0
     }
 
-    /// This entry with bit 63 set or clear; compressed and cluster-less entries never have it.
+    /// This entry with bit 63 set or clear. Compressed entries and entries without a cluster never have it.
     #[inline]
     #[must_use]
     pub const fn with_copied(self, copied: bool) -> Self {
@@ -158,11 +158,11 @@ impl L2Entry {
         Self { descriptor: if copied && may { d | COPIED } else { d }, bitmap: self.bitmap }
     }
 
-    /// What the entry says, checked.
+    /// Decodes and checks the entry.
     ///
     /// # Errors
-    /// [`super::ErrorKind::Corrupt`]: an unaligned or too large offset, a zero flag where there can be none, or a
-    /// subcluster that is both data and zero, or data without a cluster.
+    /// [`super::ErrorKind::Corrupt`] for: an unaligned or too large offset; a zero flag in a version without
+    /// one; a subcluster that is both data and zero; data without a cluster.
     pub fn mapping(self, geometry: Geometry) -> Result<Mapping> {
         let d = self.descriptor;
         if d & COMPRESSED != 0 {
@@ -206,7 +206,7 @@ impl L2Entry {
         Ok(host.map_or(Mapping::Unallocated, Mapping::Data))
     }
 
-    /// The entry that says this. `copied` is left out where it cannot be.
+    /// Encodes a mapping. `copied` is ignored where the bit is not allowed.
     pub fn new(geometry: Geometry, mapping: Mapping, copied: bool) -> Self {
         let entry = match mapping {
             Mapping::Unallocated => Self::default(),
@@ -234,7 +234,7 @@ impl L2Entry {
     }
 }
 
-/// Bits of a compressed descriptor that are the offset: `62 - (cluster_bits - 8)`.
+/// Width of the offset in a compressed descriptor: `62 - (cluster_bits - 8)`.
 #[inline]
 const fn compressed_offset_bits(bits: ClusterBits) -> u32 {
     62 - (bits.bits() - 8)
@@ -305,8 +305,9 @@ mod tests {
     }
 
     proptest! {
+        /// Any entry parses or is refused, and an entry that parses is encoded the same.
         #[test]
-        fn any_entry_parses_or_is_refused_and_what_parses_comes_back(bits in 9u32..=21, x: bool, d: u64, bitmap: u64) {
+        fn any_entry_is_refused_or_survives_a_round_trip(bits in 9u32..=21, x: bool, d: u64, bitmap: u64) {
             let g = geometry(bits, x && bits >= 14);
             let entry = L2Entry { descriptor: d, bitmap: if g.extended_l2 { bitmap } else { 0 } };
             if let Ok(mapping) = entry.mapping(g) {

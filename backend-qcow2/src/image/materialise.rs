@@ -1,4 +1,4 @@
-//! An internal snapshot copied out into an image of its own.
+//! Copying of an internal snapshot into an image of its own.
 
 use std::fs::File;
 use std::path::Path;
@@ -10,23 +10,26 @@ use super::error::{Context, Error, Result};
 use super::file::ImageFile;
 use super::merge::{MergeReport, Moving, fill};
 use super::open::Image;
-use super::view::Layer;
+use super::view::RunLayer;
 
-/// Makes a new image at `path` that reads as the internal snapshot `name` of `source` does, on the same backing file: only
-/// what the snapshot's own tables map is copied. It is an image of the same kind: cluster size, version, refcounts,
-/// extended L2, compression. VM state is not copied. Its backing string is the source's, so it must be made in the same
-/// directory if that is relative.
+/// Creates a new image at `path` that reads like the internal snapshot `name` of `source`, with the same
+/// backing file. Only clusters that the snapshot's own tables map are copied. The new image has the same
+/// cluster size, version, refcounts, extended L2 and compression. VM state is not copied. The backing string
+/// is copied unchanged, so a relative one requires the same directory.
 ///
-/// The new file has the source's owner, mode and attributes as far as this process may give them, and less otherwise. It is durable
-/// when this returns; its directory is the caller's to make durable. A crash before leaves no file or a part of one, which
-/// nothing names yet.
+/// The new file gets the source's owner, mode and attributes as far as this process may set them, and
+/// stricter ones otherwise. The file is durable when this returns; the caller makes its directory durable. A
+/// crash before that leaves no file, or a part of one, and nothing refers to it yet.
 ///
 /// # Errors
-/// [`super::ErrorKind::SnapshotNotFound`]; [`super::ErrorKind::FileExists`]; [`super::ErrorKind::Unsupported`] for encrypted
-/// images and external data files; [`super::ErrorKind::Cancelled`]; the system's. After an error the file is not there.
+/// [`super::ErrorKind::SnapshotNotFound`]; [`super::ErrorKind::FileExists`];
+/// [`super::ErrorKind::Unsupported`] for encrypted images and external data files;
+/// [`super::ErrorKind::Cancelled`]; the system's. After an error the file does not exist.
 pub fn materialise(source: &Image, name: &str, path: &Path, moving: &Moving<'_>) -> Result<MergeReport> {
-    let layer =
-        Layer::snapshot(source, source.require_snapshot(name).context("copy a snapshot of", source.path())?)?;
+    let layer = RunLayer::snapshot(
+        source,
+        source.require_snapshot(name).context("copy a snapshot of", source.path())?,
+    )?;
     let mut new = NewImage::new(layer.size()).like(source.header());
     new.backing = source.header().backing.clone();
     let fail = |e| Error::io("it cannot be made with the attributes of the image that it is made from", e);
@@ -38,14 +41,14 @@ pub fn materialise(source: &Image, name: &str, path: &Path, moving: &Moving<'_>)
     };
     let filled = copy_out(layer, &made.map_err(fail)?, path, &new, moving);
     if filled.is_err() {
-        // It is ours, and nothing names it yet.
+        // The file is ours, and nothing refers to it yet.
         let _ = directory.remove(&file);
     }
     filled
 }
 
 fn copy_out(
-    layer: Layer,
+    layer: RunLayer,
     file: &File,
     path: &Path,
     new: &NewImage,

@@ -1,30 +1,36 @@
-//! Moving data between the layers of a chain: several layers made one.
+//! Moving data between the layers of a chain: several layers become one.
 //!
-//! [`merge`] makes one layer of a run show what the run's top shows. That is a commit when the layer is the bottom of the
-//! run, a stream or a safe rebase when it is the top, a flatten when nothing is below; and anything between. Each cluster
-//! that the top shows is moved once, however many layers there are. The other layers are only read.
+//! [`merge`] makes one layer of a run show what the top of the run shows. If that layer is the bottom of the
+//! run, this is a commit. If it is the top, this is a stream or a safe rebase. If nothing is below the run,
+//! this is a flatten. All cases between work too. Each cluster that the top shows is moved once, however many
+//! layers there are. The other layers are only read.
 //!
 //! # Which clusters change
-//! A cluster of the target changes if some range in it is owned by another layer of the run; it then gets all that the
-//! top shows there, or, in an image with subclusters, each subcluster does. What no layer owns stays unmapped, except in a
-//! cluster that has to be mapped for another part of it: only then is what is below the run read. A layer's disk that
-//! ends before the top's does owns zeros from there on. Zeros stay mappings without data; where nothing is below they
-//! become no mapping at all; version 2 has no such mapping and gets zeros written where something is below.
+//! A cluster of the target changes if another layer of the run owns some range in it. It then gets everything
+//! that the top shows there. In an image with subclusters, each subcluster is treated so. A range that no
+//! layer owns stays unmapped, except in a cluster that must be mapped for another part of it. Only in this
+//! case the data below the run is read.
+//!
+//! A layer whose disk ends before the top's disk owns zeros from there on. Zeros stay mappings without data.
+//! Where nothing is below, they become no mapping at all. Version 2 has no such mapping and gets zeros
+//! written where something is below.
 //!
 //! # What is durable before what
-//! While this runs, the top read *through the run* shows the same at every instant:
+//! While the merge runs, the top read *through the run* shows the same at every point:
 //!
-//! * A cluster that the target owns alone is overwritten in place, but only those bytes of it that another layer of the
-//!   run hides. Whatever a crash leaves of such a write is not seen.
-//! * All else goes to fresh clusters: data and refcounts are durable before L2 entries name them; an entry's old clusters
-//!   are given back after the entry is durable. A new entry shows what the run shows there, so it may come at any time.
-//! * A longer L1 table is in place before; the header's size and backing file change in one sector after all entries are
-//!   durable. Before it and after it, all of the target that the header could change is owned by the target.
-//! * Mappings behind the end of a disk that became smaller go last.
+//! * A cluster that only the target owns is overwritten in place, but only those of its bytes that another
+//!   layer of the run hides. Whatever a crash leaves of such a write is not visible.
+//! * Everything else goes to fresh clusters. Data and refcounts are durable before L2 entries refer to them.
+//!   An entry's old clusters are freed after the entry is durable. A new entry shows what the run shows
+//!   there, so it may become durable at any time.
+//! * A longer L1 table is in place before. The header's size and backing file change in one sector, after all
+//!   entries are durable. Before and after that write, the target owns every part of itself that the header
+//!   could change.
+//! * Mappings behind the end of a disk that became smaller are removed last.
 //!
-//! So a crash leaves leaked clusters at worst, and a repeated merge finds what is done and does the rest; who repeats it
-//! after a crash has to give the leaked ones back before ([`Image::repair`]). A cancelled one
-//! keeps what it has moved and leaks nothing; so does one that fails, where the failure lets it.
+//! So a crash leaves leaked clusters at worst. A repeated merge finds what is done and does the rest. After a
+//! crash, the caller must free the leaked clusters first ([`Image::repair`]). A cancelled merge keeps what it
+//! has moved and leaks nothing. So does one that fails, if the failure allows it.
 
 use std::sync::Arc;
 
@@ -36,65 +42,69 @@ use super::open::Image;
 use super::reserve;
 use super::transfer::{Copier, Copy, Joiner};
 use super::units::{GuestCluster, GuestOffset, HostOffset};
-use super::view::{ChainReader, Content, Layer, Piece, View};
+use super::view::{ChainReader, Content, Piece, RunLayer, View};
 use super::writer::{ActiveWriter, InPlace};
 
 /// Data moved between two flushes.
 const BATCH: u64 = 512 << 20;
 /// L2 tables in memory between two flushes.
 const TABLES: usize = 32 << 20;
-/// Data that is taken in one step, between two looks at the caller's wish to stop.
+/// Data that is moved in one step, between two checks for cancellation.
 const STEP: u64 = 16 << 20;
 
-/// How the caller takes part.
+/// The caller's side of a merge.
 #[derive(Clone, Copy)]
 pub struct Moving<'a> {
-    /// Is told of bytes of data moved, as they are: not a sum.
+    /// Receives the bytes of each move: not a sum.
     pub progress: &'a dyn Fn(u64),
-    /// Whether to stop.
+    /// Returns true if the merge should stop.
     pub cancelled: &'a dyn Fn() -> bool,
 }
 
 impl Moving<'static> {
-    /// To the end, in silence.
+    /// Runs to the end without reports.
     pub fn quietly() -> Self {
         Self { progress: &|_| {}, cancelled: &|| false }
     }
 }
 
-/// What the run stands on.
-pub struct Below<'a> {
-    /// How the target shall name it.
+/// The backing file of the run.
+pub struct RunBacking<'a> {
+    /// The name and format that the target will store.
     pub backing: Backing,
-    /// Its bytes; asked for only where a cluster has to be filled up with them.
+    /// Its data. Read only where a cluster has to be filled up with it.
     pub reader: &'a mut (dyn ChainReader + 'a),
 }
 
-/// What was done.
+/// Result of a merge.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct MergeReport {
-    /// Bytes of guest data that were moved, compressed ones as they are compressed.
+    /// Bytes of guest data that were moved. Compressed clusters count by their compressed size.
     pub bytes_moved: u64,
     /// Clusters that became zeros or unmapped.
     pub clusters_cleared: u64,
 }
 
-/// Makes `into` show what the top of the run `under`, `into`, `over` (each from the bottom up) shows, with `below` under it.
+/// Makes `into` show what the top of the run `under`, `into`, `over` (each from the bottom up) shows, with
+/// `below` under it.
 ///
-/// `below` is what the lowest layer of the run stands on. `into` must be open for writing.
+/// `below` is the backing file of the lowest layer of the run. `into` must be open for writing.
 ///
 /// # Errors
-/// [`ErrorKind::InvalidInput`] for a run of one, or for a `below` that contradicts the lowest layer;
-/// [`ErrorKind::Unsupported`] for encrypted images, external data files, snapshots in `into` that read through layers
-/// under it, and a version 2 image with snapshots that would change its size; [`ErrorKind::Dirty`];
-/// [`ErrorKind::Corrupt`]; [`ErrorKind::LimitExceeded`]; [`ErrorKind::Cancelled`]; the system's. After any of them the top
-/// read through the run shows what it did, and the merge may be asked for again, with the image opened anew.
+/// [`ErrorKind::InvalidInput`] for a run of one, or for a `below` that contradicts the lowest layer.
+/// [`ErrorKind::Unsupported`] for encrypted images, external data files, snapshots in `into` that read
+/// through layers under it, and a version 2 image with snapshots whose size would change.
+/// [`ErrorKind::Dirty`]; [`ErrorKind::Corrupt`]; [`ErrorKind::LimitExceeded`]; [`ErrorKind::Cancelled`]; the
+/// system's.
+///
+/// After each of them the top read through the run shows the same as before. The merge can be repeated, with
+/// the image opened again.
 pub fn merge(
-    under: Vec<Layer>,
+    under: Vec<RunLayer>,
     into: &mut Image,
-    over: Vec<Layer>,
-    below: Option<Below<'_>>,
+    over: Vec<RunLayer>,
+    below: Option<RunBacking<'_>>,
     moving: &Moving<'_>,
 ) -> Result<MergeReport> {
     let (path, writes) = (into.path().to_owned(), into.file().writes());
@@ -107,10 +117,10 @@ pub fn merge(
 }
 
 fn merge_run(
-    under: Vec<Layer>,
+    under: Vec<RunLayer>,
     into: &mut Image,
-    over: Vec<Layer>,
-    below: Option<Below<'_>>,
+    over: Vec<RunLayer>,
+    below: Option<RunBacking<'_>>,
     moving: &Moving<'_>,
 ) -> Result<MergeReport> {
     let target = under.len();
@@ -123,14 +133,14 @@ fn merge_run(
             "the lowest layer of the run is the target, and it and the caller disagree on whether anything is below",
         ));
     }
-    let size = over.last().map_or(into.virtual_size(), Layer::size);
+    let size = over.last().map_or(into.virtual_size(), RunLayer::size);
     refuse_for_snapshots(into, target > 0, size)?;
     let (backing, reader) = match below {
         Some(b) => (Some(b.backing), Some(b.reader)),
         None => (None, None),
     };
     let mut run = under;
-    run.push(Layer::active(into)?);
+    run.push(RunLayer::active(into)?);
     run.extend(over);
     let mut view = View::new(run)?;
     into.check_first(|image| {
@@ -138,29 +148,34 @@ fn merge_run(
         let touched = touched(&mut view, target, image, moving)?;
         image.check_touched(touched.into_iter())
     })?;
+    // 1) The L1 table has room for every mapping, durably, before the first mapping is made.
     reserve::reserve(into, size)?;
-    // Under the target's own backing file, a cluster without mapping does not read as zeros.
+    // If the target keeps a backing file, a cluster without mapping does not read as zeros.
     let zeros_needed = target > 0 || backing.is_some();
+    // 2) All mappings become durable. The header still has the old size and backing file.
     let report = sweep(view, target, into, zeros_needed, reader, moving)?;
+    // 3) One sector switches size and backing file. From here on the target alone shows what the top shows.
     into.guarded("merge into", |image| {
         image.switch_to(backing.as_ref(), size)?;
-        image.settle()
+        image.flush_metadata()
     })?;
+    // 4) Only now mappings behind the end are unused: before 3 the old size still covered them.
     reserve::trim(into)?;
     into.punch_freed()?;
     Ok(report)
 }
 
-/// Gives an empty image what `layer` maps. Both stand on the same backing file.
-pub(super) fn fill(image: &mut Image, layer: Layer, moving: &Moving<'_>) -> Result<MergeReport> {
+/// Copies everything that `layer` maps into an empty image. Both have the same backing file.
+pub(super) fn fill(image: &mut Image, layer: RunLayer, moving: &Moving<'_>) -> Result<MergeReport> {
     let zeros_needed = image.header().backing.is_some();
-    let own = Layer::active(image)?;
+    let own = RunLayer::active(image)?;
     let report = sweep(View::new(vec![layer, own])?, 1, image, zeros_needed, None, moving)?;
-    image.guarded("write", Image::settle)?;
+    image.guarded("write", Image::flush_metadata)?;
     Ok(report)
 }
 
-/// Internal snapshots read through the target's backing file, and some know no size of their own.
+/// Refuses a merge that would change what internal snapshots show. They read through the target's backing
+/// file, and in version 2 they have no size of their own.
 fn refuse_for_snapshots(into: &Image, backing_changes: bool, size: u64) -> Result<()> {
     let snapshots = into.snapshots()?;
     if snapshots.is_empty() {
@@ -183,8 +198,9 @@ fn refuse_for_snapshots(into: &Image, backing_changes: bool, size: u64) -> Resul
     Ok(())
 }
 
-/// The L1 indexes of the target at which a merge changes something: where another layer of the run shows, and at
-/// and behind the disk's end, where [`reserve::trim`] looks. Reads all mappings that the merge will read.
+/// Lists the L1 indexes of the target at which a merge changes something: where another layer of the run
+/// shows, and at and behind the disk's end, where [`reserve::trim`] works. Reads all mappings that the merge
+/// will read.
 fn touched(view: &mut View, target: usize, into: &Image, moving: &Moving<'_>) -> Result<Vec<usize>> {
     let (size, reach) = (view.size(), into.geometry().l2_reach());
     // Both are bounded by the L1 limit.
@@ -192,7 +208,7 @@ fn touched(view: &mut View, target: usize, into: &Image, moving: &Moving<'_>) ->
     let mut found: Vec<usize> = Vec::new();
     let mut at = 0;
     loop {
-        at = view.next_said(at, target);
+        at = view.next_defined(at, target);
         let Some(piece) = view.piece(at)? else { break };
         if (moving.cancelled)() {
             return Err(cancelled());
@@ -213,7 +229,7 @@ fn cancelled() -> Error {
         .advise("nothing that the disk shows has changed, and it can be done later")
 }
 
-/// Returns true if the target shows this by itself already, or nothing in the run does.
+/// Returns true if the target already shows this by itself, or nothing in the run does.
 fn stays(piece: &Piece, target: usize) -> bool {
     match piece.content {
         Content::Unowned => true,
@@ -262,7 +278,7 @@ fn sweep<'b>(
             Err(e)
         }
         Err(e) => {
-            // What went wrong first is what matters.
+            // The first error is the one to report.
             let _ = sweep.writer.abandon();
             Err(e)
         }
@@ -278,7 +294,7 @@ struct Sweep<'a, 'b, 'i> {
     file: Arc<ImageFile>,
     geometry: Geometry,
     compression: Compression,
-    /// Whether zeros need a mapping that says so.
+    /// True if zeros need an explicit mapping.
     zeros_needed: bool,
     below: Option<&'b mut (dyn ChainReader + 'b)>,
     moving: &'a Moving<'a>,
@@ -297,8 +313,8 @@ impl Sweep<'_, '_, '_> {
         let size = self.geometry.cluster_bits.size();
         let mut at = 0;
         loop {
-            // Tables of the target that no other layer has anything beside are not read.
-            at = at.max(self.view.next_said(at, self.target) / size * size);
+            // Skips tables of the target where no other layer has anything.
+            at = at.max(self.view.next_defined(at, self.target) / size * size);
             let Some(piece) = self.view.piece(at)? else { break };
             if (self.moving.cancelled)() {
                 return Err(cancelled());
@@ -321,7 +337,7 @@ impl Sweep<'_, '_, '_> {
         self.geometry.cluster_bits.guest_cluster(GuestOffset(at))
     }
 
-    /// Deals with the start of a piece, which is the start of a cluster; gives where to go on.
+    /// Handles the start of a piece, which is the start of a cluster. Returns the offset to continue at.
     fn step(&mut self, piece: &Piece) -> Result<u64> {
         let size = self.geometry.cluster_bits.size();
         let at = piece.start;
@@ -344,7 +360,7 @@ impl Sweep<'_, '_, '_> {
         Ok(at + size)
     }
 
-    /// Whole clusters of data that lie side by side in their layer.
+    /// Moves whole clusters of data that are adjacent in their layer.
     fn data(&mut self, at: u64, layer: usize, from: HostOffset, count: u64) -> Result<()> {
         let size = self.geometry.cluster_bits.size();
         let first = self.cluster_of(at);
@@ -383,7 +399,7 @@ impl Sweep<'_, '_, '_> {
         Ok(())
     }
 
-    /// Does the copies that are put off.
+    /// Performs the deferred copies.
     fn drain(&mut self) -> Result<()> {
         match self.joiner.take() {
             Some(ready) => self.copy(ready),
@@ -397,7 +413,7 @@ impl Sweep<'_, '_, '_> {
         (self.moving.progress)(bytes);
     }
 
-    /// A whole compressed cluster, moved as it is; `false` if it cannot be.
+    /// Moves a whole compressed cluster without decompressing it. Returns `false` if that is impossible.
     fn packed(&mut self, piece: &Piece) -> Result<bool> {
         let Content::Compressed { extent, cluster } = piece.content else { return Ok(false) };
         let Some(layer) = self.view.layer(piece.layer) else { return Ok(false) };
@@ -413,7 +429,7 @@ impl Sweep<'_, '_, '_> {
         Ok(true)
     }
 
-    /// Clusters of zeros; gives where to go on.
+    /// Handles clusters of zeros. Returns the offset to continue at.
     fn zeros(&mut self, piece: &Piece, whole: u64) -> Result<u64> {
         let (size, reach) = (self.geometry.cluster_bits.size(), self.geometry.l2_reach());
         let at = piece.start;
@@ -441,7 +457,7 @@ impl Sweep<'_, '_, '_> {
         Ok(end)
     }
 
-    /// One cluster of several pieces.
+    /// Handles one cluster of several pieces.
     fn gather(&mut self, at: u64) -> Result<()> {
         let end = (at + self.geometry.cluster_bits.size()).min(self.view.size());
         self.pieces.clear();
@@ -459,7 +475,7 @@ impl Sweep<'_, '_, '_> {
         self.place(at)
     }
 
-    /// Gives one cluster what `pieces`, which cover it, show: subcluster by subcluster where there are such.
+    /// Makes one cluster show `pieces`, which cover it: each subcluster by itself if there are any.
     fn place(&mut self, at: u64) -> Result<()> {
         let (size, cluster) = (self.geometry.cluster_bits.size(), self.cluster_of(at));
         let parts = if self.geometry.extended_l2 { SUBCLUSTERS } else { 1 };
@@ -467,7 +483,7 @@ impl Sweep<'_, '_, '_> {
         let old = Parts::of(self.writer.mapping(cluster)?, parts);
         let own = self.writer.reusable(cluster)?;
         let mut new = Parts::default();
-        // Subclusters to be written whole, and those of which only what is hidden may be touched.
+        // Subclusters to be written whole, and those in which only hidden bytes may be overwritten.
         let (mut rewrite, mut patch) = (0u32, 0u32);
         for n in 0..parts {
             let (bit, from) = (1u32 << n, at + u64::from(n) * part);
@@ -490,7 +506,7 @@ impl Sweep<'_, '_, '_> {
                     rewrite |= old.data & bit;
                 }
             } else if zero && !self.zeros_needed {
-                // No mapping reads as zeros.
+                // A cluster without mapping reads as zeros.
             } else if zero && (self.geometry.zero_flag || self.geometry.extended_l2) {
                 new.zero |= bit;
             } else {
@@ -519,8 +535,8 @@ impl Sweep<'_, '_, '_> {
         Ok(())
     }
 
-    /// Reads what the pieces show and writes it into the cluster at `host`: subclusters of `rewrite` whole, of `patch` only
-    /// the pieces that are not the target's own.
+    /// Reads what the pieces show and writes it into the cluster at `host`: subclusters of `rewrite` whole,
+    /// of `patch` only the pieces that are not the target's own.
     fn write_parts(&mut self, at: u64, host: HostOffset, part: u64, rewrite: u32, patch: u32) -> Result<()> {
         let length = self.geometry.cluster_bits.bytes();
         self.buffer.clear();
@@ -574,7 +590,7 @@ impl Sweep<'_, '_, '_> {
     }
 }
 
-/// A cluster by its subclusters; without such it is one.
+/// State of a cluster, by subclusters. A cluster without subclusters counts as one.
 #[derive(Clone, Copy, Default)]
 struct Parts {
     data: u32,

@@ -1,5 +1,5 @@
-//! Power loss at every write and every flush of a merge, with any part of what was not flushed lost: the top of the run
-//! reads the same, the target's snapshots are whole, and the merge can be done again.
+//! Power loss at every write and every flush of a merge. Any part of what was not flushed may be lost. The
+//! top of the run reads the same, the target's snapshots are intact, and the merge can be repeated.
 
 #[path = "../../tests/chain/mod.rs"]
 mod chain;
@@ -8,31 +8,31 @@ use std::path::Path;
 
 use super::crash_tests::crashed;
 use super::header::Backing;
-use super::merge::{Below, Moving, merge};
+use super::merge::{Moving, RunBacking, merge};
 use super::open::{Image, OpenOptions};
 use super::recorder::Recorder;
-use super::view::{Layer, View};
+use super::view::{RunLayer, View};
 use chain::{Dice, Made, Shape, assert_same, build};
 
-fn layer(made: &Made) -> Layer {
-    Layer::active(&Image::open(&made.path, &OpenOptions::read_only().unlocked()).unwrap()).unwrap()
+fn layer(made: &Made) -> RunLayer {
+    RunLayer::active(&Image::open(&made.path, &OpenOptions::read_only().unlocked()).unwrap()).unwrap()
 }
 
-fn layers(chain: &[Made]) -> Vec<Layer> {
+fn layers(chain: &[Made]) -> Vec<RunLayer> {
     chain.iter().map(layer).collect()
 }
 
-fn read(run: Vec<Layer>) -> Vec<u8> {
+fn read(run: Vec<RunLayer>) -> Vec<u8> {
     let mut view = View::new(run).unwrap();
     let mut bytes = vec![0; view.size() as usize];
     view.read_at(&mut bytes, 0, None).unwrap();
     bytes
 }
 
-fn tags(image: &Image, under: &[Layer]) -> Vec<Vec<u8>> {
+fn tags(image: &Image, under: &[RunLayer]) -> Vec<Vec<u8>> {
     let of = |s| {
         let mut run = under.to_vec();
-        run.push(Layer::snapshot(image, s).unwrap());
+        run.push(RunLayer::snapshot(image, s).unwrap());
         read(run)
     };
     image.snapshots().unwrap().iter().map(of).collect()
@@ -41,7 +41,7 @@ fn tags(image: &Image, under: &[Layer]) -> Vec<Vec<u8>> {
 fn do_merge(chain: &[Made], low: usize, into: usize, image: &mut Image) {
     let name = |made: &Made| made.path.file_name().unwrap().to_str().unwrap().to_owned();
     let mut reader = (low > 0).then(|| View::new(layers(&chain[..low])).unwrap());
-    let below = reader.as_mut().map(|reader| Below {
+    let below = reader.as_mut().map(|reader| RunBacking {
         backing: Backing { file: name(&chain[low - 1]), format: Some("qcow2".to_owned()) },
         reader,
     });
@@ -74,7 +74,7 @@ fn crash_in_merges(salt: u64, cases: u64, shape: Shape) {
         drop(image);
         let log = recorder.log();
         assert!(!log.is_empty(), "case {seed} wrote nothing");
-        // Long runs are looked at in every third place or so, another each time.
+        // Long logs are tested at about 30 places, different ones for each case.
         let stride = (log.len() / 30).max(1);
         for at in (seed as usize % stride..=log.len()).step_by(stride) {
             for loss in [0, 1, 9 + at as u64 * 7] {
@@ -85,7 +85,7 @@ fn crash_in_merges(salt: u64, cases: u64, shape: Shape) {
                 let bytes = crashed(&base, &log, at, loss);
                 let again = Recorder::new(bytes);
                 let mut image = Image::from_file(again.open(true)).unwrap();
-                let own = Layer::active(&image).unwrap();
+                let own = RunLayer::active(&image).unwrap();
                 let report = image.check().unwrap();
                 assert!(report.is_sound(), "{what}: {report:?}");
                 let mut run = layers(&chain[..low]);
@@ -110,7 +110,7 @@ fn crash_in_merges(salt: u64, cases: u64, shape: Shape) {
                 drop(image);
                 let image = Image::from_file(again.open(false)).unwrap();
                 let mut run = layers(&chain[..low]);
-                run.push(Layer::active(&image).unwrap());
+                run.push(RunLayer::active(&image).unwrap());
                 assert_same(&read(run), &expected, &format!("merged again; {what}"));
                 assert_eq!(image.header().backing, new_backing, "{what}");
                 assert!(image.check().unwrap().is_sound(), "{what}: after merging again");
@@ -121,8 +121,9 @@ fn crash_in_merges(salt: u64, cases: u64, shape: Shape) {
     assert!(not_switched > 0 && (switched > 0 || shape.snapshots), "the crashes did not reach both sides");
 }
 
+/// A crash in a merge of plain layers changes nothing that the guest sees.
 #[test]
-fn a_crash_in_a_merge_of_plain_layers_changes_nothing_that_is_seen() {
+fn merge_crash_changes_nothing_visible() {
     crash_in_merges(
         11,
         4,
@@ -130,8 +131,9 @@ fn a_crash_in_a_merge_of_plain_layers_changes_nothing_that_is_seen() {
     );
 }
 
+/// A crash in a merge into a layer with snapshots leaves the snapshots intact.
 #[test]
-fn a_crash_in_a_merge_into_a_layer_with_snapshots_leaves_them_whole() {
+fn merge_crash_leaves_snapshots_intact() {
     crash_in_merges(
         12,
         4,

@@ -1,23 +1,32 @@
 //! The qcow2 image engine: reads, checks and changes qcow2 images by itself.
 //!
-//! It is blocking and positioned, and knows nothing of domains or plans. The specification is QEMU's
-//! `docs/interop/qcow2.rst`; where QEMU has a limit of its own, so has this engine, by the same number.
+//! The engine uses blocking, positioned I/O and knows nothing of domains or plans. The specification is
+//! QEMU's `docs/interop/qcow2.rst`. Where QEMU has a limit of its own, this engine has the same limit, by the
+//! same number.
 //!
-//! # Rooms
-//! `units`, `error`, `layout` are the words; `file` the file; `header`, `mapping`, `tables`, `refcount`,
-//! `snapshot_table`, `bitmaps`, `compressed` one on-disk structure each; [`Image`] in `open` holds them together;
-//! `snapshot`, `create`, `resize`, `backing`, `check` and [`ActiveWriter`] in `writer` change it.
+//! # Layout
+//! * `units`, `error`, `layout`: the basic types.
+//! * `file`: the image file.
+//! * `header`, `mapping`, `tables`, `refcount`, `snapshot_table`, `bitmaps`, `compressed`: one on-disk
+//!   structure each.
+//! * `open`: [`Image`], which holds them together.
+//! * `snapshot`, `create`, `resize`, `backing`, `check`, and [`ActiveWriter`] in `writer`: the operations
+//!   that change an image.
 //!
 //! # What is durable before what
-//! The header sector (the first 512 bytes) is where an operation happens: everything that the new header names is
-//! durable before it is written, and what only the old header named is given back after it is durable. Refcounts go
-//! up before there is a reference and down after it is gone. So a crash at any instant, with any part of what was not
-//! flushed lost, leaves an image that is wholly before or wholly after the operation, with leaked clusters and clear
-//! COPIED bits at worst; [`Image::repair`] mends both without touching data. Each operation's page says its own order.
+//! An operation takes effect with the write of the header sector (the first 512 bytes). Everything that the
+//! new header refers to is durable before that write. What only the old header referred to is freed after
+//! that write is durable. A refcount is raised before the reference exists and lowered after the reference is
+//! gone.
+//!
+//! So a crash may happen at any point, and any part of what was not flushed may be lost. The image then shows
+//! either the state before the operation or the state after it. At worst it has leaked clusters and clear
+//! COPIED bits. [`Image::repair`] corrects both without touching data. The documentation of each operation
+//! states its own order.
 //!
 //! # Images are attacks until parsed
-//! Every number from an image is checked before use, memory is bounded by named constants, and nothing here panics on
-//! what an image says.
+//! Every number from an image is checked before use. Named constants bound memory. No content of an image
+//! makes this code panic.
 
 mod backing;
 mod bitmaps;
@@ -66,12 +75,12 @@ pub use file::ImageFile;
 pub use header::{Backing, BitmapsPointer, Compression, Encryption, Extension, Header, HeaderSummary};
 pub use mapping::{CompressedExtent, Geometry, L2Entry, Mapping, SUBCLUSTERS};
 pub use materialise::materialise;
-pub use merge::{Below, MergeReport, Moving, merge};
+pub use merge::{MergeReport, Moving, RunBacking, merge};
 pub use open::{Image, OpenOptions, probe, stated_backing};
 pub use refcount::{entry_of_block as refcount_of_block, parse_table as parse_reftable};
 pub use snapshot::{Deleted, NewSnapshot};
 pub use snapshot_table::{Snapshot, encode as encode_snapshot_table, parse as parse_snapshot_table};
 pub use tables::{L1Table, L2Table};
 pub use units::{ClusterBits, ClusterIndex, GuestCluster, GuestOffset, HostOffset};
-pub use view::{ChainReader, Content, Layer, Piece, View, visible_bytes};
+pub use view::{ChainReader, Content, Piece, RunLayer, View, visible_bytes};
 pub use writer::{ActiveWriter, InPlace};

@@ -1,4 +1,4 @@
-//! An open image: what is read once and kept, and what every writing operation goes through first.
+//! An open image: the tables that are read once and cached, and the checks before every writing operation.
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -17,37 +17,37 @@ use super::snapshot_table::{self, Snapshot};
 use super::tables::{self, L1Table, L2Table};
 use super::units::HostOffset;
 
-/// How to open an image.
+/// Options for opening an image.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct OpenOptions {
-    /// For reading and writing; else for reading.
+    /// True for reading and writing, false for reading only.
     pub writable: bool,
-    /// Take QEMU's locks. Off only for looking at an image that is known to be in use.
+    /// Takes QEMU's locks. Turn it off only to look at an image that is known to be in use.
     pub lock: bool,
-    /// Give the room of freed clusters back to the file system.
+    /// Returns the space of freed clusters to the file system.
     pub punch: bool,
 }
 
 impl OpenOptions {
-    /// For reading, with the lock of a reader.
+    /// Opens for reading, with the lock of a reader.
     pub fn read_only() -> Self {
         Self { writable: false, lock: true, punch: true }
     }
 
-    /// For reading and writing, with the lock of a writer.
+    /// Opens for reading and writing, with the lock of a writer.
     pub fn read_write() -> Self {
         Self { writable: true, lock: true, punch: true }
     }
 
-    /// Without locks.
+    /// Opens without locks.
     #[must_use]
     pub fn unlocked(mut self) -> Self {
         self.lock = false;
         self
     }
 
-    /// Keeping the room of freed clusters in the file, for what the image writes next.
+    /// Leaves the space of freed clusters in the file, for the next writes.
     #[must_use]
     pub fn without_punching(mut self) -> Self {
         self.punch = false;
@@ -55,16 +55,16 @@ impl OpenOptions {
     }
 }
 
-/// What stands between an image and the first write to it.
+/// Progress of an image towards its first write.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
-    /// Opened; nothing was checked that only a writer needs.
+    /// Opened; the checks for writers were not done yet.
     Open,
-    /// What a writer needs was read and checked; nothing was written.
+    /// Everything that a writer needs was read and checked; nothing was written.
     Checked,
     /// Ready for writes.
     Writing,
-    /// A write failed: what is in memory need not be what is in the file.
+    /// A write failed: memory may differ from the file.
     Failed,
 }
 
@@ -77,9 +77,9 @@ pub struct Image {
     pub(crate) l1: OnceLock<L1Table>,
     pub(crate) snapshots: OnceLock<(Vec<Snapshot>, usize)>,
     pub(crate) refcounts: Option<Refcounts>,
-    /// Where metadata lies, as long as that is known: nothing is allocated there.
-    pub(crate) protected: Option<Vec<overlap::Piece>>,
-    /// Whether freed clusters are punched.
+    /// Places of the metadata, while they are known. Nothing is allocated there.
+    pub(crate) protected: Option<Vec<overlap::MetadataRange>>,
+    /// True if freed clusters are punched.
     pub(crate) punch: bool,
     state: State,
 }
@@ -90,7 +90,7 @@ impl std::fmt::Debug for Image {
     }
 }
 
-/// Reads a file's header and nothing else, without any lock: `None` when the file is no qcow2 image.
+/// Reads a file's header and nothing else, without any lock. Returns `None` if the file is not a qcow2 image.
 ///
 /// # Errors
 /// The system's, and [`Header::parse`]'s.
@@ -103,16 +103,19 @@ pub fn probe(path: &Path) -> Result<Option<HeaderSummary>> {
     }
 }
 
-/// The backing string of a file that may be any: `None` when it is no image with a backing file, has none, or has one that
-/// no reader could take. Known are qcow2, and of what QEMU writes beside it QED and VMDK. Nothing else of the header is looked at, so that of an image that this engine cannot open, because it is
-/// damaged or of a later version, is told too. (The first version of the format has the fields in the same places.)
+/// Returns the backing string of a file of any kind. `None` if it is not an image with a backing file, or if
+/// its string is invalid for every reader. The known formats are qcow2, and of the others that QEMU writes
+/// QED and VMDK.
+///
+/// Nothing else of the header is read. So this also works for an image that the engine cannot open, because
+/// it is damaged or of a later version. (The first version of qcow has the fields in the same places.)
 ///
 /// # Errors
 /// The system's.
 pub fn stated_backing(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
-    // Whatever the name leads to by now, the open does not wait for it. Links are followed: what they lead to may be an image on
-    // one of ours, and nothing but that is learnt from it.
+    // The open does not wait, whatever file the name leads to by now. Links are followed: their target may be
+    // an image that is backed by one of ours, and only its backing string is learnt from it.
     let flags = rustix::fs::OFlags::NONBLOCK.bits();
     let file = std::fs::File::options().read(true).custom_flags(flags.cast_signed()).open(path)?;
     let kind = file.metadata()?.file_type();
@@ -131,7 +134,7 @@ pub fn stated_backing(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
     match head {
         [b'Q', b'E', b'D', 0, ..] => return qed_backing(read),
         [b'K', b'D', b'M', b'V', ..] => {
-            // The sparse header has the place of its descriptor, in sectors.
+            // The sparse header has the offset of its descriptor, in sectors.
             let mut place = [0; 8];
             let sector = read(&mut place, 28)?.then_some(u64::from_le_bytes(place));
             let Some(at) = sector.and_then(|sector| sector.checked_mul(512)) else { return Ok(None) };
@@ -150,7 +153,7 @@ pub fn stated_backing(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
     let mut name = vec![0; size as usize];
     Ok(match offset.checked_add(u64::from(size)) {
         Some(end) if i64::try_from(end).is_ok() && read(&mut name, offset)? => {
-            // As in C: the string ends with the first NUL.
+            // Like in C, the string ends with the first NUL.
             name.truncate(name.iter().position(|byte| *byte == 0).unwrap_or(name.len()));
             Some(name)
         }
@@ -167,7 +170,7 @@ fn qed_backing(read: impl Fn(&mut [u8], u64) -> std::io::Result<bool>) -> std::i
     }
     let [o0, o1, o2, o3, s0, s1, s2, s3] = place;
     let (offset, size) = (u32::from_le_bytes([o0, o1, o2, o3]), u32::from_le_bytes([s0, s1, s2, s3]));
-    // Feature bit 0: there is a backing file.
+    // Feature bit 0: the image has a backing file.
     if u64::from_le_bytes(features) & 1 == 0 || size == 0 || size > MAX_BACKING_NAME {
         return Ok(None);
     }
@@ -175,13 +178,13 @@ fn qed_backing(read: impl Fn(&mut [u8], u64) -> std::io::Result<bool>) -> std::i
     Ok(read(&mut name, u64::from(offset))?.then_some(name))
 }
 
-/// The longest VMDK descriptor that is looked into: QEMU reads 20 sectors.
+/// Largest VMDK descriptor that is read: QEMU reads 20 sectors.
 const MAX_DESCRIPTOR: u64 = 20 * 512;
 
 fn text_at(file: &std::fs::File, at: u64) -> std::io::Result<Vec<u8>> {
     use std::io::{Read, Seek};
     let mut file = file;
-    // An offset beyond what the system takes is that of no descriptor.
+    // No descriptor lies beyond the largest offset that the system accepts.
     if i64::try_from(at).is_err() {
         return Ok(Vec::new());
     }
@@ -191,7 +194,7 @@ fn text_at(file: &std::fs::File, at: u64) -> std::io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// The parent that a VMDK descriptor names.
+/// Finds the parent that a VMDK descriptor names.
 fn vmdk_parent(descriptor: &[u8]) -> Option<Vec<u8>> {
     const HINT: &[u8] = b"parentFileNameHint=\"";
     let at = descriptor.windows(HINT.len()).position(|found| found == HINT)?;
@@ -207,11 +210,11 @@ fn marked_corrupt() -> Error {
 }
 
 impl Image {
-    /// Opens an image: one read. Tables are read when they are first asked for.
+    /// Opens an image with one read. Each table is read when it is first needed.
     ///
     /// # Errors
-    /// The system's; [`ErrorKind::Locked`]; [`Header::parse`]'s; for writing, [`ErrorKind::Corrupt`] when the image is
-    /// marked as corrupt.
+    /// The system's; [`ErrorKind::Locked`]; [`Header::parse`]'s; for writing, [`ErrorKind::Corrupt`] if the
+    /// image is marked as corrupt.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
         let file = ImageFile::open(path, options.writable)?;
         if options.lock
@@ -261,7 +264,7 @@ impl Image {
         self.file.path()
     }
 
-    /// The file: to read data clusters, and for reflink.
+    /// The file, for reads of data clusters and for reflinks.
     pub fn file(&self) -> &ImageFile {
         &self.file
     }
@@ -276,12 +279,12 @@ impl Image {
         self.header.virtual_size
     }
 
-    /// How the tables are laid out.
+    /// Layout of the tables.
     pub fn geometry(&self) -> Geometry {
         Geometry::of(&self.header)
     }
 
-    /// Bytes that the file takes on its file system.
+    /// Bytes that the file occupies on its file system.
     ///
     /// # Errors
     /// The system's.
@@ -296,7 +299,8 @@ impl Image {
         }
     }
 
-    /// Whether an overlay, empty when it was made, has anything in it: data, or an internal snapshot.
+    /// Returns true if an overlay contains anything that it did not have when it was created: data, or an
+    /// internal snapshot.
     ///
     /// # Errors
     /// As [`Image::active_l1`] and [`Image::snapshots`].
@@ -309,7 +313,7 @@ impl Image {
     /// The internal snapshots, in the table's order.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for a table that cannot be, and the system's.
+    /// [`ErrorKind::Corrupt`] for an invalid table, and the system's.
     pub fn snapshots(&self) -> Result<&[Snapshot]> {
         Ok(&self.snapshot_table()?.0)
     }
@@ -317,13 +321,14 @@ impl Image {
     /// The snapshots and the bytes of their table.
     pub(crate) fn snapshot_table(&self) -> Result<&(Vec<Snapshot>, usize)> {
         if self.snapshots.get().is_none() {
-            // A second thread that was faster has read the same.
+            // If another thread was faster, it has read the same.
             let _ = self.snapshots.set(snapshot_table::read(&self.file, &self.header)?);
         }
         self.snapshots.get().ok_or_else(|| Error::new(ErrorKind::Io, "the snapshot table is not there"))
     }
 
-    /// The snapshot of this name; `None` without one. If QEMU made several of one name, it is the first, as QEMU takes it.
+    /// Returns the snapshot of this name, or `None`. If QEMU made several of one name, it is the first, as in
+    /// QEMU.
     ///
     /// # Errors
     /// As [`Image::snapshots`].
@@ -331,7 +336,8 @@ impl Image {
         Ok(self.snapshots()?.iter().find(|s| s.name == name.as_bytes()))
     }
 
-    /// The one snapshot of this name. QEMU lets names be taken twice; which of the two is meant is not ours to guess.
+    /// Returns the only snapshot of this name. QEMU allows a name to be used twice; this engine then refuses
+    /// instead of guessing.
     pub(crate) fn require_snapshot(&self, name: &str) -> Result<&Snapshot> {
         let same = self.snapshots()?.iter().filter(|s| s.name == name.as_bytes()).count();
         if same > 1 {
@@ -356,7 +362,7 @@ impl Image {
     /// The active L1 table.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for a table that cannot be, and the system's.
+    /// [`ErrorKind::Corrupt`] for an invalid table, and the system's.
     pub fn active_l1(&self) -> Result<&L1Table> {
         if self.l1.get().is_none() {
             let l1 =
@@ -366,7 +372,8 @@ impl Image {
         self.l1.get().ok_or_else(|| Error::new(ErrorKind::Io, "the L1 table is not there"))
     }
 
-    /// A snapshot's L1 table. Its first `l1_entries_for(disk_size)` entries map the disk; VM state lies behind.
+    /// A snapshot's L1 table. Its first `l1_entries_for(disk_size)` entries map the disk; VM state lies
+    /// behind.
     ///
     /// # Errors
     /// As [`Image::active_l1`].
@@ -384,8 +391,8 @@ impl Image {
         Ok(L2Table { geometry: self.geometry(), bytes: buffer })
     }
 
-    /// Reads the L2 tables of the L1 entries `range`, in order and in large reads, and gives each with its L1 index.
-    /// Entries without a table are left out.
+    /// Reads the L2 tables of the L1 entries `range`, in order and in large reads, and passes each to `each`
+    /// with its L1 index. Entries without a table are skipped.
     ///
     /// # Errors
     /// The system's, and whatever `each` returns.
@@ -403,7 +410,7 @@ impl Image {
         })
     }
 
-    /// Refuses what cannot be done to images with an external data file.
+    /// Refuses an operation that is impossible on images with an external data file.
     pub(crate) fn require_own_data(&self, what: &str) -> Result<()> {
         if !self.header.has_data_file() {
             return Ok(());
@@ -429,7 +436,7 @@ impl Image {
         }
     }
 
-    /// Refuses what needs the guest's data in clear.
+    /// Refuses an operation that needs the guest's data unencrypted and in this file.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] for an encrypted image or one with an external data file.
@@ -445,8 +452,8 @@ impl Image {
             .on("move data of", self.path()))
     }
 
-    /// Reads and checks what every writing operation needs, and writes nothing. Once an image: tables that
-    /// overlap are refused.
+    /// Reads and checks what every writing operation needs, and writes nothing. It is done once for each open
+    /// image. Tables that overlap are refused.
     ///
     /// # Errors
     /// [`ErrorKind::ReadOnly`]; [`ErrorKind::Corrupt`]; the system's.
@@ -472,10 +479,10 @@ impl Image {
         Ok(())
     }
 
-    /// Readies the image for writes; the first thing in every writing operation.
+    /// Prepares the image for writes. Every writing operation does this first.
     ///
-    /// Once an image: a dirty image's refcounts are rebuilt; autoclear features that are not known are
-    /// cleared, and that is durable, before anything else is written.
+    /// It is done once for each open image. Unknown autoclear features are cleared, durably, before anything
+    /// else is written. A dirty image's refcounts are rebuilt.
     ///
     /// # Errors
     /// As [`Image::check_before_write`].
@@ -485,19 +492,23 @@ impl Image {
             return Ok(());
         }
         let path = self.path().to_owned();
+        // 1) Data of unknown features becomes stale with the next write. Their bits are durably clear before
+        //    it, so no reader relies on that data after a crash.
         if self.header.autoclear & !AUTOCLEAR_KNOWN != 0 {
             self.header.autoclear &= AUTOCLEAR_KNOWN;
             self.write_header_sector()?;
             self.file.flush()?;
         }
         self.state = State::Writing;
+        // 2) Until the refcounts are rebuilt, a cluster in use may count as free, so nothing may be
+        //    allocated.
         if self.header.is_dirty() {
             self.rebuild_refcounts().context("rebuild the refcounts of", &path)?;
         }
         Ok(())
     }
 
-    /// Marks the image as failed when an operation that writes returned an error.
+    /// Runs an operation that writes, and marks the image as failed if it returns an error.
     pub(crate) fn guarded<T>(
         &mut self,
         operation: &'static str,
@@ -506,9 +517,9 @@ impl Image {
         self.checked(operation, |_| Ok(()), run)
     }
 
-    /// As [`Image::guarded`], with a check of all that the operation will touch before its first write:
-    /// `check` reads and refuses, and what it refuses has changed nothing. A dirty image's refcounts are
-    /// rebuilt before it, because they say nothing until then.
+    /// Like [`Image::guarded`], with a check of everything that the operation will touch before its first
+    /// write. `check` reads and refuses; a refusal has changed nothing. A dirty image's refcounts are rebuilt
+    /// before the check, because they are unreliable until then.
     pub(crate) fn checked<T>(
         &mut self,
         operation: &'static str,
@@ -522,7 +533,7 @@ impl Image {
         let done = ready.and_then(|()| run(self)).context(operation, &path);
         done.map_err(|error| {
             let wrote = self.file.writes() != writes;
-            // What `run` changed in memory is not in the file.
+            // The changes that `run` made in memory are not in the file.
             if ran || wrote {
                 self.state = State::Failed;
             }
@@ -530,8 +541,8 @@ impl Image {
         })
     }
 
-    /// Runs the checks of an operation that writes in several parts: nothing is written before them but the
-    /// refcounts of a dirty image.
+    /// Runs the checks of an operation that writes in several parts. Nothing is written before them except
+    /// the refcounts of a dirty image.
     pub(crate) fn check_first(&mut self, check: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         self.check_before_write()?;
         if self.header.is_dirty() {
@@ -540,8 +551,8 @@ impl Image {
         check(self)
     }
 
-    /// Runs the checks of an operation, and writes nothing: of an image whose refcounts are out of date, or
-    /// that is marked as corrupt, only what can be told without them.
+    /// Runs the checks of an operation, and writes nothing. An image with outdated refcounts gets only the
+    /// checks that do not need them; one that is marked as corrupt is refused.
     pub(crate) fn rehearse(
         &mut self,
         operation: &'static str,
@@ -561,10 +572,10 @@ impl Image {
         done
     }
 
-    /// Mends an image after an operation on it failed, as far as it lets itself be mended, and gives it as it
-    /// now is: clean, and wholly before the operation or wholly after it. One more failed call must not
-    /// decide, so it is tried twice.
-    pub(crate) fn mended(&self) -> Option<Self> {
+    /// Repairs an image after a failed operation, where that is possible. Returns the image as it now is:
+    /// clean, and in the state before the operation or after it. It is tried twice, so that one more failed
+    /// system call does not decide.
+    pub(crate) fn repaired(&self) -> Option<Self> {
         (0..2).find_map(|_| {
             let mut image = Self::of(Arc::clone(&self.file)).ok()?;
             image.punch = self.punch;
@@ -572,7 +583,8 @@ impl Image {
         })
     }
 
-    /// Takes `count` free clusters in a row with a refcount of one. In memory only until [`Image::settle`].
+    /// Allocates `count` consecutive free clusters with a refcount of one. The change is in memory only until
+    /// [`Image::flush_metadata`].
     pub(crate) fn allocate(&mut self, count: u64) -> Result<HostOffset> {
         if self.protected.is_none() {
             self.protected = Some(overlap::metadata(self)?);
@@ -589,7 +601,7 @@ impl Image {
         })
     }
 
-    /// Takes one reference from each of `count` clusters in a row, in memory.
+    /// Removes one reference from each cluster of the range, in memory.
     pub(crate) fn release(&mut self, at: HostOffset, bytes: u64) -> Result<()> {
         let bits = self.header.cluster_bits;
         let first = bits.host_cluster(at).0;
@@ -600,12 +612,12 @@ impl Image {
         Ok(())
     }
 
-    /// After a failed write: nothing more is written through this value.
+    /// Marks the image as failed after a failed write: nothing more is written through this value.
     pub(crate) fn mark_failed(&mut self) {
         self.state = State::Failed;
     }
 
-    /// The file and its refcounts, both at once.
+    /// The file, its refcounts and the header, borrowed together.
     pub(crate) fn parts(&mut self) -> Result<(&ImageFile, &mut Refcounts, &mut Header)> {
         match &mut self.refcounts {
             Some(r) => Ok((&self.file, r, &mut self.header)),
@@ -613,16 +625,19 @@ impl Image {
         }
     }
 
-    /// Writes the header's fields: one sector, so it happens or it does not. Not durable before the next flush.
+    /// Writes the header's fields. It is one sector, so the write is atomic. It is not durable before the
+    /// next flush.
     pub(crate) fn write_header_sector(&mut self) -> Result<()> {
         self.header.write_fields(&mut self.sector);
         self.file.write_at(&self.sector, HostOffset(0))
     }
 
-    /// All that was written, refcounts included, is durable after this, and a moved refcount table is in use.
-    pub(crate) fn settle(&mut self) -> Result<()> {
+    /// Makes everything that was written durable, refcounts included, and switches to a moved refcount table.
+    pub(crate) fn flush_metadata(&mut self) -> Result<()> {
         let (file, refcounts, header) = self.parts()?;
-        if refcounts.settle(file, header)? {
+        // The new refcount table is durable. The old one is freed only after the header names the new one
+        // durably: a crash between leaves leaked clusters at worst.
+        if refcounts.write_back(file, header)? {
             self.write_header_sector()?;
             self.file.flush()?;
             let (file, refcounts, _) = self.parts()?;
@@ -631,10 +646,12 @@ impl Image {
         Ok(())
     }
 
-    /// As [`Image::settle`], then writes the header sector as it now is in memory and makes that durable.
-    pub(crate) fn settle_and_switch(&mut self) -> Result<()> {
+    /// Like [`Image::flush_metadata`], then writes the header sector from memory and makes that durable.
+    pub(crate) fn flush_and_switch(&mut self) -> Result<()> {
         let (file, refcounts, header) = self.parts()?;
-        let moved = refcounts.settle(file, header)?;
+        // 1) Everything that the new header refers to is durable. 2) The header sector switches to it. 3) Then
+        //    the old refcount table is unused and can be freed.
+        let moved = refcounts.write_back(file, header)?;
         self.write_header_sector()?;
         self.file.flush()?;
         if moved {
@@ -644,7 +661,7 @@ impl Image {
         Ok(())
     }
 
-    /// Whether the image has persistent bitmaps that are said to be consistent.
+    /// Returns true if the image has persistent bitmaps that are marked as consistent.
     pub(crate) fn has_valid_bitmaps(&self) -> bool {
         self.header.autoclear & AUTOCLEAR_BITMAPS != 0
     }

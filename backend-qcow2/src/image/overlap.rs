@@ -1,35 +1,35 @@
-//! Where the image's metadata lies, and the refusal to write when two pieces of it claim the same cluster.
+//! The places of an image's metadata. A write is refused if two pieces of metadata claim the same cluster.
 
 use super::error::{Error, Result};
 use super::open::Image;
 use super::units::HostOffset;
 
-/// A piece of metadata: clusters `from..to`.
+/// Clusters `from..to` of one piece of metadata.
 #[derive(Clone, Debug)]
-pub(crate) struct Piece {
+pub(crate) struct MetadataRange {
     from: u64,
     to: u64,
     what: &'static str,
 }
 
-impl Piece {
-    /// The clusters that it lies in.
+impl MetadataRange {
+    /// The clusters of this piece.
     pub(crate) fn clusters(&self) -> std::ops::Range<u64> {
         self.from..self.to
     }
 }
 
-/// All metadata but the L2 tables that only snapshots use, sorted by place.
+/// Lists all metadata except the L2 tables that only snapshots use, sorted by place.
 ///
 /// # Errors
-/// [`super::ErrorKind::Corrupt`] when two pieces overlap.
-pub(crate) fn metadata(image: &Image) -> Result<Vec<Piece>> {
+/// [`super::ErrorKind::Corrupt`] if two pieces overlap.
+pub(crate) fn metadata(image: &Image) -> Result<Vec<MetadataRange>> {
     let bits = image.header.cluster_bits;
-    let mut pieces = vec![Piece { from: 0, to: 1, what: "the header" }];
+    let mut pieces = vec![MetadataRange { from: 0, to: 1, what: "the header" }];
     let mut add = |what: &'static str, offset: HostOffset, bytes: u64| {
         if bytes > 0 {
             let from = bits.host_cluster(offset).0;
-            pieces.push(Piece { from, to: from.saturating_add(bits.clusters_for(bytes)), what });
+            pieces.push(MetadataRange { from, to: from.saturating_add(bits.clusters_for(bytes)), what });
         }
     };
     let header = &image.header;
@@ -82,9 +82,9 @@ pub(crate) fn check(image: &Image) -> Result<()> {
     Ok(())
 }
 
-/// Refuses clusters that are about to be written anew but hold metadata: the refcounts must be wrong.
-pub(crate) fn check_fresh(pieces: &[Piece], first: u64, count: u64) -> Result<()> {
-    // Pieces do not overlap, so their ends are sorted as their starts are.
+/// Refuses newly allocated clusters that contain metadata: the refcounts must be wrong then.
+pub(crate) fn check_fresh(pieces: &[MetadataRange], first: u64, count: u64) -> Result<()> {
+    // The pieces do not overlap, so their ends are sorted like their starts.
     let near = pieces.partition_point(|p| p.to <= first);
     match pieces.get(near).filter(|p| p.from < first.saturating_add(count)) {
         None => Ok(()),

@@ -1,25 +1,27 @@
-//! Freed clusters given back to the file system, as QEMU does it (`pass-discard-snapshot`).
+//! Return of freed clusters to the file system, as QEMU does it (`pass-discard-snapshot`).
 //!
-//! **What is durable before a cluster is punched.** A punched cluster reads as zeros, so nothing durable may refer to it:
+//! **What is durable before a cluster is punched.** A punched cluster reads as zeros, so nothing durable may
+//! refer to it:
 //!
-//! 1. the header sector, or the tables, that no longer refer to it are durable;
-//! 2. its refcount of zero is durable;
-//! 3. then it is punched, and nothing has to be made durable after that.
+//! 1. The header sector or the tables that no longer refer to it are durable.
+//! 2. Its refcount of zero is durable.
+//! 3. Then it is punched, and nothing has to be made durable after that.
 //!
-//! A crash before 3 leaves a free cluster that still takes room in the file system, which the image may use
-//! again; [`Image::repair`] gives such room back too. Between 2 and 3 nothing is allocated, and what is
-//! punched is asked for its refcount first. A file system that cannot punch keeps the room: that is no error.
+//! A crash before 3 leaves a free cluster that still occupies space in the file system. The image may use it
+//! again, and [`Image::repair`] returns such space too. Nothing is allocated between 2 and 3, and the
+//! refcount of each cluster is read again before it is punched. A file system that cannot punch keeps the
+//! space; that is not an error.
 
 use super::error::Result;
 use super::open::Image;
 use super::units::HostOffset;
 
-/// Blocks of a file system, in bytes.
+/// Bytes of a file system block.
 const BLOCK: u64 = 4096;
 
 impl Image {
-    /// Punches what became free since the image was opened, or since this was last called. Only when
-    /// everything that was written, refcounts too, is durable.
+    /// Punches the clusters that became free since the image was opened, or since the last call. Call it only
+    /// when everything that was written is durable, refcounts included.
     ///
     /// # Errors
     /// The system's, of reading refcounts.
@@ -64,7 +66,7 @@ impl Image {
         for run in runs {
             let run = refcounts.widened(file, run)?;
             let from = run.start << bits.bits();
-            // The last block of the file may be cut short: a hole up to the block's end takes it whole.
+            // The last block of the file may be partial. A hole up to the block's end covers it whole.
             let to = (run.end << bits.bits()).min(file_len.next_multiple_of(BLOCK));
             if from < to && !file.punch(HostOffset(from), to - from) {
                 return Ok(());

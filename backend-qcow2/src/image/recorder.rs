@@ -1,4 +1,4 @@
-//! A file in memory that remembers every write and flush, for tests that crash between them.
+//! A file in memory that records every write and flush, for tests that crash between them.
 
 use std::fs::File;
 use std::io;
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::file::{ImageFile, Storage};
 
-/// What was done to the file.
+/// One recorded call.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
     Write(u64, Vec<u8>),
@@ -19,12 +19,12 @@ pub(crate) enum Event {
 struct Inner {
     bytes: Vec<u8>,
     log: Vec<Event>,
-    /// The call that fails, counted from here: nothing of it is done.
+    /// Number of calls before the one that fails without any effect.
     fail_at: Option<usize>,
 }
 
 impl Inner {
-    /// Whether this call is the one to fail.
+    /// Counts this call, and fails it if it is the chosen one.
     fn fails(&mut self) -> io::Result<()> {
         match self.fail_at {
             Some(0) => {
@@ -40,7 +40,7 @@ impl Inner {
     }
 }
 
-/// The recorder; clones are the same file.
+/// The recorder. Clones are the same file.
 #[derive(Clone, Default)]
 pub(crate) struct Recorder(Arc<Mutex<Inner>>);
 
@@ -53,12 +53,12 @@ impl Recorder {
         ImageFile::new(Box::new(self.clone()), Path::new("/memory.qcow2"), writable)
     }
 
-    /// Lets the write, change of length or flush fail that comes after `calls` others, once.
+    /// Makes the write, change of length or flush after `calls` others fail, once.
     pub(crate) fn fail_after(&self, calls: usize) {
         self.0.lock().unwrap().fail_at = Some(calls);
     }
 
-    /// Whether the call that was to fail has failed.
+    /// Returns true if the chosen call has failed.
     pub(crate) fn has_failed(&self) -> bool {
         self.0.lock().unwrap().fail_at.is_none()
     }
@@ -72,7 +72,7 @@ impl Recorder {
     }
 }
 
-/// Does a write to bytes.
+/// Performs a write on bytes.
 pub(crate) fn put(bytes: &mut Vec<u8>, offset: u64, data: &[u8]) {
     let at = offset as usize;
     if bytes.len() < at + data.len() {
@@ -115,8 +115,8 @@ impl Storage for Recorder {
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut inner = self.0.lock().unwrap();
         inner.fails()?;
-        // A hole reads as zeros, and is as durable as a write: perhaps, until the next flush. It makes
-        // nothing longer.
+        // A hole reads as zeros. Like a write, it may or may not be durable before the next flush. It does
+        // not make the file longer.
         let end = (offset + len).min(inner.bytes.len() as u64);
         let zeros = vec![0; end.saturating_sub(offset) as usize];
         put(&mut inner.bytes, offset, &zeros);

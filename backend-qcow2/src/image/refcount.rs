@@ -1,25 +1,28 @@
-//! Refcounts: how many references each cluster of the file has, and which clusters are free.
+//! Refcounts: the number of references to each cluster of the file, and the allocation of free clusters.
 //!
-//! Refcount blocks are read when first needed and changed in memory. Nothing is durable, and nothing that uses what was
-//! allocated may be made visible, before [`Refcounts::settle`]. Its order: blocks are written, flush; then table entries
-//! of new blocks (or a moved table, whose switch is the caller's header write), flush; blocks that are counted by other
-//! new blocks come after those, with a flush between. So a table entry never names a block that is not whole or not
-//! counted.
+//! Refcount blocks are read when first needed and changed in memory. Nothing is durable before
+//! [`Refcounts::write_back`], and nothing that uses an allocated cluster may become visible before it. Its
+//! order:
 //!
-//! A crash before that leaves refcounts that are too high at worst, if the caller raises before it refers, and lowers
-//! only after what referred is durably gone.
+//! 1. Write the blocks; flush.
+//! 2. Write the table entries of new blocks, or a moved table, which the caller's header write switches to;
+//!    flush.
+//! 3. Blocks that other new blocks count come after those, with a flush between.
+//!
+//! So a table entry never refers to a block that is incomplete or not counted. A crash leaves refcounts that
+//! are too high at worst. For that the caller must raise a refcount before it makes the reference, and lower
+//! it only after the reference is durably gone.
 
 use super::error::{Error, ErrorKind, Result};
 use super::file::ImageFile;
 use super::header::{Header, MAX_REFTABLE_BYTES, SECTOR};
 use super::units::{ClusterBits, ClusterIndex, HostOffset};
 
-/// Refcount blocks kept in memory; beyond, changed ones are written and all are dropped.
+/// Limit of refcount blocks in memory. Beyond it, changed blocks are written and all are dropped.
 const MAX_LOADED_BYTES: usize = 160 << 20;
-/// Refcount blocks kept in memory by an estimate, which may write none: those of 32 TiB in clusters of 64
-/// KiB.
+/// The same limit for an estimate, which must not write any: the blocks of 32 TiB in clusters of 64 KiB.
 const MAX_ESTIMATE_BYTES: usize = 1 << 30;
-/// Blocks of a file system, in bytes.
+/// Bytes of a file system block.
 const FILE_BLOCK: u64 = 4096;
 /// Adjacent changed blocks are written together up to this many bytes.
 const WRITE_RUN: usize = 4 << 20;
@@ -108,19 +111,19 @@ fn set_entry<W: Width>(block: &mut [u8], index: usize, value: u64) {
 fn max_of<W: Width>() -> u64 {
     W::MAX
 }
-/// The first entry that is free (`want_free`) or used, in `from..to`.
+/// Finds the first entry that is free (`want_free`) or used, in `from..to`.
 fn scan<W: Width>(block: &[u8], from: usize, to: usize, want_free: bool) -> Option<usize> {
     (from..to).find(|i| (W::get(block, *i) == 0) == want_free)
 }
 
-/// Reads one refcount from the bytes of a block: for checks and fuzzing.
+/// Reads one refcount from the bytes of a block, for checks and fuzzing.
 pub fn entry_of_block(order: u32, block: &[u8], index: usize) -> u64 {
     with_width!(order, get_entry::<_>(block, index))
 }
 
 struct Block {
     data: Vec<u8>,
-    /// Changed bytes; empty when from >= to.
+    /// Changed bytes; empty if from >= to.
     from: usize,
     to: usize,
 }
@@ -135,7 +138,7 @@ impl Block {
     }
 }
 
-/// Adds a cluster to runs, joining it to the last one where it follows that.
+/// Adds a cluster to runs, and joins it to the last run if it follows that.
 fn extend_runs(runs: &mut Vec<std::ops::Range<u64>>, cluster: u64) {
     match runs.last_mut() {
         Some(last) if last.end == cluster => last.end += 1,
@@ -144,16 +147,16 @@ fn extend_runs(runs: &mut Vec<std::ops::Range<u64>>, cluster: u64) {
     }
 }
 
-/// How a refcount changes.
+/// Change of a refcount.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Change {
-    /// One or more references more. The cluster must be in use.
+    /// Adds one or more references. The cluster must be in use.
     Up(u64),
-    /// One or more references less.
+    /// Removes one or more references.
     Down(u64),
-    /// None: only to see the counts.
+    /// Changes nothing; only reads the counts.
     Keep,
-    /// None: only to see that the clusters are in use, and could have one reference more.
+    /// Changes nothing; only checks that the clusters are in use and could have one more reference.
     Used,
 }
 
@@ -169,16 +172,16 @@ pub struct Refcounts {
     loaded: usize,
     /// Blocks whose table entry is not on disk yet.
     unpublished: Vec<usize>,
-    /// The table was moved; its old place is to be freed once the header has switched.
+    /// Old places of a moved table, to be freed once the header has switched.
     moved_from: Vec<(ClusterIndex, u64)>,
     table_moved: bool,
-    /// No free cluster below.
+    /// No cluster below this one is free.
     hint: u64,
-    /// Changes must not reach the file.
+    /// True if changes must not reach the file.
     dry: bool,
-    /// Clusters whose refcount fell to zero since this was last asked.
+    /// Clusters whose refcount fell to zero since the last call of [`Refcounts::take_freed`].
     freed: u64,
-    /// The same ones, as runs in the order in which they fell; adjacent ones are one run.
+    /// Runs of clusters whose refcount fell to zero, in that order; adjacent ones are one run.
     freed_runs: Vec<std::ops::Range<u64>>,
 }
 
@@ -192,7 +195,7 @@ impl Refcounts {
     /// Reads the refcount table.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for entries that are unaligned, past the file's end, or there twice.
+    /// [`ErrorKind::Corrupt`] for entries that are unaligned, past the file's end, or duplicate.
     pub fn load(file: &ImageFile, header: &Header) -> Result<Self> {
         let bits = header.cluster_bits;
         let bytes = usize::try_from(u64::from(header.reftable_clusters) << bits.bits())
@@ -232,17 +235,18 @@ impl Refcounts {
         with_width!(self.order, max_of::<_>())
     }
 
-    /// Keeps all changes in memory from here on: for estimates. The value must not be used for writing afterwards.
+    /// Keeps all changes in memory from here on, for estimates. The value must not be used for writing
+    /// afterwards.
     pub(crate) fn dry_run(&mut self) {
         self.dry = true;
     }
 
-    /// How many clusters became free by [`Refcounts::change`] since this was last asked.
+    /// Returns the number of clusters that [`Refcounts::change`] freed since the last call.
     pub(crate) fn take_freed(&mut self) -> u64 {
         std::mem::take(&mut self.freed)
     }
 
-    /// Which clusters became free since this was last asked, sorted, as far as they still are.
+    /// Returns the clusters that were freed since the last call and are still free, sorted.
     ///
     /// # Errors
     /// The system's.
@@ -258,8 +262,8 @@ impl Refcounts {
         Ok(free)
     }
 
-    /// A run of free clusters with its free neighbours in the same blocks of the file system: clusters
-    /// smaller than those give no room back by themselves.
+    /// Extends a run of free clusters by its free neighbours in the same blocks of the file system. Clusters
+    /// smaller than such a block free no space by themselves.
     ///
     /// # Errors
     /// The system's.
@@ -280,26 +284,27 @@ impl Refcounts {
         Ok(run)
     }
 
-    /// Forgets which clusters became free.
+    /// Forgets the clusters that became free.
     pub(crate) fn forget_freed(&mut self) {
         self.freed = 0;
         self.freed_runs.clear();
     }
 
-    /// Where the blocks lie, in the table's order.
+    /// Offsets of the blocks, in the table's order.
     pub fn block_offsets(&self) -> impl Iterator<Item = HostOffset> + '_ {
         self.table.iter().filter(|e| **e != 0).map(|e| HostOffset(*e))
     }
 
-    /// The clusters that existing blocks count, a range a block.
+    /// The clusters that existing blocks count, one range for each block.
     pub(crate) fn covered(&self) -> impl Iterator<Item = std::ops::Range<u64>> + '_ {
         let shift = self.block_shift;
         let numbers = self.table.iter().enumerate().filter(|(_, e)| **e != 0).map(|(n, _)| n as u64);
         numbers.map(move |n| n << shift..(n + 1) << shift)
     }
 
-    /// Sets a refcount whatever it was, making the block that counts the cluster if there is none. Only after
-    /// [`Refcounts::allocate_from`]: what seems free may not be.
+    /// Sets a refcount regardless of its old value, and makes the block that counts the cluster if there is
+    /// none. Call it only after [`Refcounts::allocate_from`], because a cluster that seems free may be in
+    /// use.
     pub(crate) fn force(&mut self, file: &ImageFile, cluster: ClusterIndex, value: u64) -> Result<()> {
         let floor = self.hint.max(cluster.0 + 1);
         self.ensure_block_at(file, cluster.0 >> self.block_shift, floor)?;
@@ -309,33 +314,33 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Makes the block of this number, if there is none, at or behind cluster `floor`.
+    /// Makes the block of this number at or behind cluster `floor`, if there is none.
     fn ensure_block_at(&mut self, file: &ImageFile, number: u64, floor: u64) -> Result<()> {
-        // A claim that reaches from the block's own range to the floor keeps the block out of all of it.
+        // A claim from the block's own range to the floor keeps the block out of this range.
         let start = number << self.block_shift;
         self.ensure_block(file, number, start..floor.max(start + (1 << self.block_shift)))
     }
 
-    /// Never allocate below this cluster: for rebuilding refcounts that cannot be trusted.
+    /// Prevents allocation below this cluster, while refcounts that cannot be trusted are rebuilt.
     pub(crate) fn allocate_from(&mut self, cluster: ClusterIndex) {
         self.hint = cluster.0;
     }
 
-    /// Block number and entry of a cluster; `None` where no table can reach.
+    /// Returns block number and entry of a cluster; `None` where no table can reach.
     #[inline(always)]
     fn position(&self, cluster: u64) -> Option<(usize, usize)> {
         let entry = (cluster & ((1 << self.block_shift) - 1)) as usize;
         Some((usize::try_from(cluster >> self.block_shift).ok()?, entry))
     }
 
-    /// Reads a block if it is not there; `false` when the image has none at this number.
+    /// Reads a block if it is not loaded. Returns `false` if the image has no block of this number.
     fn ensure_loaded(&mut self, file: &ImageFile, number: usize) -> Result<bool> {
         if self.blocks.get(number).is_some_and(Option::is_some) {
             return Ok(true);
         }
         let Some(offset) = self.table.get(number).copied().filter(|o| *o != 0) else { return Ok(false) };
         if self.dry && self.loaded + self.bits.bytes() > MAX_ESTIMATE_BYTES {
-            // What was only looked at can be read again; what an estimate has changed cannot be written.
+            // Unchanged blocks can be read again; blocks that an estimate has changed cannot be written.
             self.blocks.iter_mut().for_each(|b| *b = b.take().filter(|b| b.is_dirty()));
             self.loaded = self.blocks.iter().flatten().count() * self.bits.bytes();
             if self.loaded + self.bits.bytes() > MAX_ESTIMATE_BYTES {
@@ -363,7 +368,7 @@ impl Refcounts {
         Ok(true)
     }
 
-    /// The refcount of a cluster.
+    /// Returns the refcount of a cluster.
     ///
     /// # Errors
     /// The system's.
@@ -376,12 +381,12 @@ impl Refcounts {
         Ok(with_width!(self.order, get_entry::<_>(&block.data, entry)))
     }
 
-    /// The first free cluster at or after `from`, at most `end`.
+    /// Returns the first free cluster at or after `from`, at most `end`.
     pub(crate) fn first_free(&mut self, file: &ImageFile, from: u64, end: u64) -> Result<u64> {
         self.first(file, from, end, true)
     }
 
-    /// The first cluster in use at or after `from`, at most `end`.
+    /// Returns the first cluster in use at or after `from`, at most `end`.
     pub(crate) fn first_used(&mut self, file: &ImageFile, from: u64, end: u64) -> Result<u64> {
         self.first(file, from, end, false)
     }
@@ -393,7 +398,7 @@ impl Refcounts {
             let Some((number, entry)) = self.position(at) else { return Ok(end) };
             let next = (at | (per_block - 1)) + 1;
             if !self.ensure_loaded(file, number)? {
-                // Without a block nothing is counted there.
+                // Clusters without a block are not counted, so they are free.
                 if want_free {
                     return Ok(at);
                 }
@@ -408,7 +413,7 @@ impl Refcounts {
         Ok(end)
     }
 
-    /// Sets a refcount whatever it was. The cluster's block must exist.
+    /// Sets a refcount regardless of its old value. The cluster's block must exist.
     pub(crate) fn set(&mut self, file: &ImageFile, cluster: ClusterIndex, value: u64) -> Result<()> {
         if value > self.max() {
             return Err(self.overflow(cluster.0));
@@ -432,12 +437,12 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Changes the refcounts of clusters that are in use; calls `seen` with each one's place in the list and its new
-    /// refcount. In memory only.
+    /// Changes the refcounts of clusters that are in use. Calls `seen` with each cluster's position in the
+    /// list and its new refcount. In memory only.
     ///
     /// # Errors
-    /// [`ErrorKind::RefcountOverflow`], and [`ErrorKind::Corrupt`] when a cluster is not in use or has too few
-    /// references. Some of the list is then changed: the value must be thrown away.
+    /// [`ErrorKind::RefcountOverflow`]. [`ErrorKind::Corrupt`] if a cluster is not in use or has too few
+    /// references. A part of the list is then changed, so the value must be thrown away.
     #[inline]
     pub fn change<F: FnMut(usize, u64)>(
         &mut self,
@@ -542,10 +547,11 @@ impl Refcounts {
         .advise("delete snapshots, or convert the image with `qemu-img convert -o refcount_bits=16` or more")
     }
 
-    /// Takes `count` free clusters in a row and gives them a refcount of one. In memory only: see the module's order.
+    /// Allocates `count` consecutive free clusters with a refcount of one. In memory only: see the module's
+    /// order.
     ///
     /// # Errors
-    /// [`ErrorKind::LimitExceeded`] when the refcount table cannot grow any more.
+    /// [`ErrorKind::LimitExceeded`] if the refcount table cannot grow any more.
     pub fn allocate(&mut self, file: &ImageFile, count: u64) -> Result<ClusterIndex> {
         let first = self.find_free(file, self.hint, count)?;
         self.claim(file, first, count)?;
@@ -555,7 +561,7 @@ impl Refcounts {
         Ok(ClusterIndex(first))
     }
 
-    /// The first of `count` free clusters in a row, at or after `from`.
+    /// Finds `count` consecutive free clusters at or after `from`, and returns the first.
     fn find_free(&mut self, file: &ImageFile, from: u64, count: u64) -> Result<u64> {
         let per_block = 1u64 << self.block_shift;
         let limit = self.limit();
@@ -574,7 +580,7 @@ impl Refcounts {
             }
             let Some(Some(block)) = self.blocks.get(number) else { continue };
             if start == at {
-                // Looking for the first free one.
+                // Search for the first free one.
                 match with_width!(self.order, scan::<_>(&block.data, entry, per_block as usize, true)) {
                     None => {
                         start = end;
@@ -598,7 +604,7 @@ impl Refcounts {
         Ok(start)
     }
 
-    /// Clusters that the largest refcount table can count, or that a mapping can name.
+    /// Number of clusters that the largest refcount table can count and a mapping can refer to.
     fn limit(&self) -> u64 {
         ((MAX_REFTABLE_BYTES / 8) << self.block_shift).min(1 << (56 - self.bits.bits()))
     }
@@ -611,10 +617,11 @@ impl Refcounts {
         .advise("convert it to larger clusters or narrower refcounts")
     }
 
-    /// Gives `count` free clusters a refcount of one, making the blocks for them.
+    /// Gives `count` free clusters a refcount of one, and makes the blocks for them.
     fn claim(&mut self, file: &ImageFile, first: u64, count: u64) -> Result<()> {
         let (from, to) = (first >> self.block_shift, (first + count - 1) >> self.block_shift);
-        // Growing or adding blocks must not take what is being claimed: they take from behind it.
+        // A new block or a larger table must not use the clusters that are being claimed, so it goes behind
+        // them.
         for number in from..=to {
             self.ensure_block(file, number, first..first + count)?;
         }
@@ -624,7 +631,7 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Makes the block of this number, if there is none, taking clusters that are not in `claimed`.
+    /// Makes the block of this number if there is none, from clusters that are not in `claimed`.
     fn ensure_block(&mut self, file: &ImageFile, number: u64, claimed: std::ops::Range<u64>) -> Result<()> {
         let slot = usize::try_from(number).map_err(|_| self.full())?;
         if slot >= self.table.len() {
@@ -633,7 +640,7 @@ impl Refcounts {
         if self.table.get(slot).is_some_and(|e| *e != 0) {
             return Ok(());
         }
-        // In its own range if there is room: it then counts itself.
+        // Preferably in the block's own range, where it counts itself.
         let range = (number << self.block_shift)..((number + 1) << self.block_shift);
         let own = if claimed.end < range.end && claimed.end >= range.start {
             Some(claimed.end)
@@ -645,7 +652,8 @@ impl Refcounts {
         let at = match own {
             Some(at) => at,
             None => {
-                // The claim fills the whole range: the block goes behind the claim, which may need a block of its own.
+                // The claim fills the whole range. So the block goes behind the claim, where it may need
+                // another block.
                 let at = self.find_free(file, claimed.end, 1)?;
                 let home = at >> self.block_shift;
                 if home != number {
@@ -730,16 +738,19 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Writes what changed and makes it durable, together with everything else written before.
+    /// Writes the changes and makes them durable, together with everything else written before.
     ///
-    /// If the table moved, `header` gets its new place and `true` is returned: the caller must write the header sector
-    /// next, flush, and then call [`Refcounts::free_old_tables`].
+    /// If the table has moved, `header` gets its new place and the result is `true`. The caller must then
+    /// write the header sector, flush, and call [`Refcounts::free_old_tables`].
     ///
     /// # Errors
     /// The system's.
-    pub fn settle(&mut self, file: &ImageFile, header: &mut Header) -> Result<bool> {
+    pub fn write_back(&mut self, file: &ImageFile, header: &mut Header) -> Result<bool> {
         debug_assert!(!self.dry, "an estimate must not be written");
+        // 1) Blocks first. The table on disk does not refer to the new ones yet, so a crash here leaks them.
         self.write_blocks(file)?;
+        // 2) A moved table lies at a new place. Only the header, which the caller writes next, makes it
+        //    visible.
         if self.table_moved {
             let raw: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
             file.write_at(&raw, self.table_offset)?;
@@ -751,6 +762,7 @@ impl Refcounts {
             header.reftable_clusters = u32::try_from(clusters).map_err(|_| self.full())?;
             return Ok(true);
         }
+        // 3) The blocks are durable, so table entries may refer to them.
         file.flush()?;
         while !self.unpublished.is_empty() {
             for number in self.next_to_publish() {
@@ -763,8 +775,8 @@ impl Refcounts {
         Ok(false)
     }
 
-    /// Takes those new blocks that may be named now: a block must be counted by itself or by one that is named, or a
-    /// crash would leave it in use with a refcount of 0.
+    /// Takes the new blocks that table entries may refer to now. A block must be counted by itself, or by a
+    /// block that an entry on disk refers to. Otherwise a crash would leave it in use with a refcount of 0.
     fn next_to_publish(&mut self) -> Vec<usize> {
         let all = std::mem::take(&mut self.unpublished);
         let home = |number: &usize| {
@@ -780,7 +792,8 @@ impl Refcounts {
         now
     }
 
-    /// Frees where the table was, in memory. Only after the header that names the new one is durable.
+    /// Frees the old places of the table, in memory. Call it only after the header that refers to the new one
+    /// is durable.
     pub(crate) fn free_old_tables(&mut self, file: &ImageFile) -> Result<()> {
         for (first, count) in std::mem::take(&mut self.moved_from) {
             let clusters: Vec<u64> = (first.0..first.0 + count).collect();
@@ -790,10 +803,10 @@ impl Refcounts {
     }
 }
 
-/// Parses a refcount table: host offsets of blocks, 0 where there is none.
+/// Parses a refcount table: host offsets of blocks, 0 for no block.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] for entries that are unaligned, past the file's end, in the header, or there twice.
+/// [`ErrorKind::Corrupt`] for entries that are unaligned, past the file's end, in the header, or duplicate.
 pub fn parse_table(bits: ClusterBits, raw: &[u8], file_len: u64) -> Result<Vec<u64>> {
     let mut table = Vec::with_capacity(raw.len() / 8);
     for (number, word) in raw.as_chunks::<8>().0.iter().enumerate() {
@@ -817,7 +830,7 @@ pub fn parse_table(bits: ClusterBits, raw: &[u8], file_len: u64) -> Result<Vec<u
     Ok(table)
 }
 
-/// Gives the first `count` entries of adjacent blocks a refcount of one.
+/// Sets the first `count` entries of adjacent blocks to a refcount of one.
 pub(crate) fn fill_ones(order: u32, blocks: &mut [u8], count: usize) {
     for entry in 0..count {
         with_width!(order, set_entry::<_>(blocks, entry, 1));

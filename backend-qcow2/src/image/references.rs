@@ -1,23 +1,26 @@
-//! Which host clusters the entries of an L2 table refer to: the inner loop of every snapshot operation and check.
+//! The host clusters that the entries of an L2 table refer to. This is the inner loop of every snapshot
+//! operation and check.
 
 use super::error::{Error, Result};
 use super::mapping::{COMPRESSED, COPIED, Geometry, OFFSET_MASK, compressed_extent};
 use super::units::HostOffset;
 
-/// The references of one L2 table, by their entries. Kept and filled anew, so that nothing is allocated a table.
+/// The references of one L2 table, by entries. The value is reused for many tables, so that no table needs an
+/// allocation.
 #[derive(Default)]
 pub(crate) struct References {
     /// Cluster numbers, in the order of the entries.
     pub clusters: Vec<u64>,
-    /// The entry that each one is of.
+    /// The entry of each reference.
     pub slots: Vec<u32>,
 }
 
 impl References {
-    /// Takes the references of `table`, leaving out entries that `other` (if any) has alike in the same place.
+    /// Collects the references of `table`. Entries that `other` (if any) has alike at the same place are left
+    /// out.
     ///
     /// # Errors
-    /// [`super::ErrorKind::Corrupt`] for an offset that is no cluster's.
+    /// [`super::ErrorKind::Corrupt`] for an offset that is not the start of a cluster.
     pub(crate) fn fill(&mut self, geometry: Geometry, table: &[u8], other: Option<&[u8]>) -> Result<()> {
         self.clusters.clear();
         self.slots.clear();
@@ -75,7 +78,8 @@ impl References {
     }
 }
 
-/// Whether two descriptors refer to the same clusters, so that one gone and the other come changes no refcount.
+/// Returns true if two descriptors refer to the same clusters. Replacing one by the other then changes no
+/// refcount.
 #[inline(always)]
 fn same_clusters(a: u64, b: u64) -> bool {
     if (a | b) & COMPRESSED == 0 { a & OFFSET_MASK == b & OFFSET_MASK } else { a & !COPIED == b & !COPIED }
@@ -86,7 +90,7 @@ fn descriptor(entry: &[u8]) -> u64 {
     entry.first_chunk::<8>().map_or(0, |b| u64::from_be_bytes(*b))
 }
 
-/// Clears bit 63 in every entry; whether one had it.
+/// Clears bit 63 in every entry. Returns true if an entry had it.
 pub(crate) fn clear_copied(geometry: Geometry, table: &mut [u8]) -> bool {
     let mut any = 0;
     for entry in table.chunks_exact_mut(geometry.l2_entry_size()) {
@@ -98,7 +102,7 @@ pub(crate) fn clear_copied(geometry: Geometry, table: &mut [u8]) -> bool {
     any != 0
 }
 
-/// Sets bit 63 of a standard entry that has a cluster; whether it was clear.
+/// Sets bit 63 of a standard entry that has a cluster. Returns true if it was clear.
 pub(crate) fn set_copied(geometry: Geometry, table: &mut [u8], slot: u32) -> bool {
     let at = slot as usize * geometry.l2_entry_size();
     let Some(entry) = table.get_mut(at..at + 8) else { return false };
@@ -117,8 +121,9 @@ mod tests {
     use super::*;
     use crate::image::units::ClusterBits;
 
+    /// A compressed cluster refers to every host cluster that it touches.
     #[test]
-    fn compressed_clusters_refer_to_every_cluster_they_touch() {
+    fn compressed_cluster_refers_to_all_it_touches() {
         let g = Geometry { cluster_bits: ClusterBits::new(9).unwrap(), extended_l2: false, zero_flag: true };
         let mut table = vec![0; 512];
         // Sector 0x400, three more sectors: clusters 2 to 5 of 512 bytes.

@@ -1,5 +1,5 @@
-//! The two ends of a merge that changes the disk's size: room for what will be mapped, before; what is mapped behind the
-//! end given back, after.
+//! The two ends of a merge that changes the disk's size. Before the merge, the L1 table is made large enough.
+//! After it, mappings behind the end are freed.
 
 use super::error::{Error, ErrorKind, Result};
 use super::header::MAX_L1_BYTES;
@@ -10,8 +10,8 @@ use super::tables::L1Table;
 use super::units::HostOffset;
 use super::writer::drop_references;
 
-/// Makes the active L1 table long enough for a disk of `size` bytes, which the disk is not yet. The new table is durable
-/// before the header sector names it, and the old one is given back after.
+/// Makes the active L1 table long enough for a disk of `size` bytes, which the disk does not have yet. The
+/// new table is durable before the header sector refers to it, and the old one is freed after that.
 ///
 /// # Errors
 /// [`ErrorKind::LimitExceeded`] past 32 MiB of table, and the system's.
@@ -40,17 +40,19 @@ pub(super) fn reserve(image: &mut Image, size: u64) -> Result<()> {
         let at = image.allocate(bits.clusters_for(needed * 8))?;
         bytes.resize(bytes.len().next_multiple_of(bits.bytes()), 0);
         image.file().write_at(&bytes, at)?;
-        image.settle()?;
+        // 1) The new table and its refcounts are durable. 2) The header sector switches to it, durably. 3) Only then
+        //    the old table is released.
+        image.flush_metadata()?;
         (image.header.l1_offset, image.header.l1_entries) = (at, needed as u32);
-        image.settle_and_switch()?;
+        image.flush_and_switch()?;
         image.l1 = l1.into();
         image.protected = None;
         image.release(old, old_bytes)
     })
 }
 
-/// Gives back what the active state maps behind the disk's end: once a disk has become smaller. Mappings go first, and
-/// that is durable before the clusters' references go.
+/// Frees what the active state maps behind the disk's end, once a disk has become smaller. The mappings are
+/// durably gone before the references to the clusters are removed.
 ///
 /// # Errors
 /// The system's.
@@ -63,7 +65,7 @@ pub(super) fn trim(image: &mut Image) -> Result<()> {
     let mut buffer = Vec::new();
     let from = usize::try_from(first.div_ceil(per_table)).unwrap_or(usize::MAX);
     let behind = l1.entries.get(from..).is_some_and(|rest| rest.iter().any(|e| e & OFFSET_MASK != 0));
-    // The table that the end is in.
+    // The table in which the end lies.
     let mut last: Option<(HostOffset, Vec<u8>)> = None;
     if !first.is_multiple_of(per_table)
         && let Some(offset) = l1.l2_offset((first / per_table) as usize)
@@ -104,11 +106,12 @@ pub(super) fn trim(image: &mut Image) -> Result<()> {
                 .write_at(bytes.get(from * 8..).unwrap_or_default(), HostOffset(at.0 + from as u64 * 8))?;
         }
         image.l1 = l1.into();
-        image.settle()?;
+        // The mappings are durably gone. A crash before the refcounts are lowered leaks these clusters.
+        image.flush_metadata()?;
         dropped.sort_unstable();
         let (file, refcounts, _) = image.parts()?;
         refcounts.change(file, &dropped, Change::Down(1), |_, _| {})?;
         image.protected = None;
-        image.settle()
+        image.flush_metadata()
     })
 }

@@ -1,4 +1,4 @@
-//! Making the guest's disk larger or smaller.
+//! Resizing of the guest's disk.
 
 use std::sync::OnceLock;
 
@@ -13,16 +13,20 @@ use super::tables;
 use super::units::HostOffset;
 
 impl Image {
-    /// Makes the disk this many bytes. What is added reads from the backing file where that is long enough, and as
-    /// zeros else; what is cut off is gone.
+    /// Resizes the disk to this many bytes. Added space reads from the backing file where that is long
+    /// enough, and as zeros elsewhere. Removed space is lost.
     ///
-    /// Order: (1) where the L1 table changes: the new one at a free place, with a copy of the L2 table that the new end
-    /// falls into; persistent bitmaps marked as in use; flush; (2) the header's sector, which switches size and table
-    /// at once; flush; (3) what is not needed any more is given back; flush.
+    /// Order:
+    ///
+    /// 1. If the L1 table changes: write the new one to a free place, with a copy of the L2 table in which
+    ///    the new end lies. Mark persistent bitmaps as in use; flush.
+    /// 2. Write the header's sector, which switches size and table at once; flush.
+    /// 3. Free what is no longer needed; flush.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for part of a sector; [`ErrorKind::LimitExceeded`]; [`ErrorKind::Unsupported`] for a
-    /// version 2 image with snapshots, which may not record their size; the system's.
+    /// [`ErrorKind::InvalidInput`] for a part of a sector; [`ErrorKind::LimitExceeded`];
+    /// [`ErrorKind::Unsupported`] for a version 2 image with snapshots, which may not record their size; the
+    /// system's.
     pub fn set_virtual_size(&mut self, size: u64) -> Result<()> {
         self.check_new_size(size).context("resize", self.path())?;
         if size == self.virtual_size() {
@@ -31,7 +35,7 @@ impl Image {
         self.checked("resize", |image| image.check_resize(size), |image| image.resize(size))
     }
 
-    /// Checks all that [`Image::resize`] touches: what is mapped at the old end and behind the new one.
+    /// Checks everything that [`Image::resize`] touches: the mappings at the old end and behind the new one.
     fn check_resize(&mut self, size: u64) -> Result<()> {
         let (geometry, old_size) = (self.geometry(), self.virtual_size());
         let first = (size.min(old_size) / geometry.l2_reach()) as usize;
@@ -78,7 +82,7 @@ impl Image {
             self.clear_tail(old_size)?;
         }
 
-        // The L2 table that the new end falls into, without what lies behind the end.
+        // The L2 table in which the new end lies, without the entries behind the end.
         let mut new = old.clone();
         new.entries.truncate(kept);
         new.entries.resize(needed, 0);
@@ -124,14 +128,18 @@ impl Image {
             self.header.l1_offset = at;
             self.header.l1_entries = needed as u32;
         }
+        // 1) The guest's data changes with the switch, so bitmaps are marked before it. `flush_and_switch`
+        //    makes this and the new tables durable first.
         bitmaps::mark_in_use(self)?;
         self.header.virtual_size = size;
-        self.settle_and_switch()?;
+        // 2) The switch. The old tables are still counted, so a crash after it leaks them at worst.
+        self.flush_and_switch()?;
         if !moved {
             return Ok(());
         }
 
-        // Tables that went whole lose a reference with all that they refer to; the cut one, only what was cut.
+        // Tables that are removed whole lose a reference, and so does everything that they refer to. The
+        // table at the end loses only the entries behind it.
         let gone: Vec<u64> = (kept..old.len()).filter_map(|n| old.l2_offset(n)).map(|o| o.0).collect();
         let (file, refcounts, _) = self.parts()?;
         let mut references = References::default();
@@ -148,12 +156,12 @@ impl Image {
         }
         self.l1 = OnceLock::from(new);
         self.release(old_offset, u64::from(old_entries) * 8)?;
-        self.settle()?;
+        self.flush_metadata()?;
         self.punch_freed()
     }
 
-    /// Zeros what the last cluster has behind the disk's end, where the image owns that cluster alone: it would come to
-    /// light in the larger disk. Nobody reads it before, so it may be written in place.
+    /// Zeros the part of the last cluster behind the disk's end, if only this image owns the cluster. That
+    /// part would become visible in the larger disk. No reader sees it before, so it may be written in place.
     fn clear_tail(&mut self, end: u64) -> Result<()> {
         let geometry = self.geometry();
         let within = end & geometry.cluster_bits.mask();

@@ -1,8 +1,8 @@
 //! Internal snapshots: create, apply, delete.
 //!
-//! What each makes durable before what is said at each. All three end with one write of the header's sector that makes
-//! them happen, and give back what is not needed any more after it. A snapshot's name is unique among those made here;
-//! in a table where QEMU made several of one name, the first is meant.
+//! Each operation states what it makes durable before what. All three take effect with one write of the
+//! header's sector, and free what is no longer needed after it. The engine keeps the names of its own
+//! snapshots unique. A table in which QEMU made several snapshots of one name is refused.
 
 use std::sync::OnceLock;
 
@@ -20,26 +20,26 @@ use super::snapshot_table::{self, Snapshot};
 use super::tables::{self, L1Table};
 use super::units::HostOffset;
 
-/// What a new snapshot shall be called and remember.
+/// Name and metadata of a new snapshot.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct NewSnapshot {
-    /// Its name: not empty, not in the table yet.
+    /// Its name: not empty, and not in the table yet.
     pub name: String,
-    /// When it is taken: seconds since 1970.
+    /// Time of the snapshot: seconds since 1970.
     pub date_seconds: u32,
-    /// When it is taken: nanoseconds within the second.
+    /// Time of the snapshot: nanoseconds within the second.
     pub date_nanoseconds: u32,
-    /// How long the guest had run, in nanoseconds.
+    /// Running time of the guest, in nanoseconds.
     pub vm_clock_ns: u64,
     /// QEMU's instruction count.
     pub icount: Option<u64>,
-    /// Bytes of VM state that were put behind the disk's end before; 0 without.
+    /// Bytes of VM state that the caller has written behind the disk's end; 0 without.
     pub vm_state_size: u64,
 }
 
 impl NewSnapshot {
-    /// A snapshot of the disk alone, taken at this time.
+    /// Makes the description of a snapshot of the disk alone, at this time.
     pub fn new(name: impl Into<String>, date_seconds: u32, date_nanoseconds: u32) -> Self {
         Self {
             name: name.into(),
@@ -52,59 +52,65 @@ impl NewSnapshot {
     }
 }
 
-/// What a delete did.
+/// Result of a delete.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct Deleted {
-    /// Snapshots that are gone.
+    /// Snapshots that were deleted.
     pub snapshots: usize,
     /// Bytes of the file that became free for new clusters.
     pub freed_bytes: u64,
 }
 
-/// Blocks of a file system, in bytes: what the smallest write takes.
+/// Bytes of a file system block, the least that a write occupies.
 const FILE_BLOCK: u64 = 4096;
 
-/// What a delete will do to the file.
-struct Rehearsed {
+/// Effect of a planned delete on the file.
+struct DeleteEffect {
     /// Clusters that become free.
     freed: Vec<std::ops::Range<u64>>,
     /// Bytes that the new snapshot table will be written to.
     table: std::ops::Range<u64>,
 }
 
-/// One L2 table that loses references: by which L1 index, where, how many times.
+/// One L2 table that loses references: its L1 index, its offset, and their number.
 struct Loss {
     index: usize,
     offset: u64,
     times: u64,
-    /// The active L1 has the same table at the same index.
+    /// True if the active L1 has the same table at the same index.
     active: bool,
 }
 
 impl Image {
-    /// Takes a snapshot of the active state.
+    /// Creates a snapshot of the active state.
     ///
-    /// Order: (1) in any order: the new L1 table and snapshot table, at free places; COPIED bits of the active tables
-    /// cleared; refcounts raised; flush; (2) table entries of new refcount blocks, if any; flush; (3) the header's
-    /// sector; flush; (4) the old snapshot table's refcounts; flush. Three flushes, four with new refcount blocks.
+    /// Order:
+    ///
+    /// 1. In any order: write the new L1 table and snapshot table to free places; clear COPIED bits of the
+    ///    active tables; raise refcounts; flush.
+    /// 2. Write table entries of new refcount blocks, if any; flush.
+    /// 3. Write the header's sector; flush.
+    /// 4. Lower the old snapshot table's refcounts; flush.
+    ///
+    /// That is three flushes, and four with new refcount blocks.
     ///
     /// # Errors
-    /// [`ErrorKind::SnapshotExists`], [`ErrorKind::InvalidInput`] for a name that cannot be, [`ErrorKind::RefcountOverflow`],
-    /// [`ErrorKind::LimitExceeded`], [`ErrorKind::Unsupported`] with an external data file, [`ErrorKind::Corrupt`], the
-    /// system's. The first five change nothing.
+    /// [`ErrorKind::SnapshotExists`], [`ErrorKind::InvalidInput`] for an invalid name,
+    /// [`ErrorKind::RefcountOverflow`], [`ErrorKind::LimitExceeded`], [`ErrorKind::Unsupported`] with an
+    /// external data file, [`ErrorKind::Corrupt`], the system's. The first five change nothing.
     pub fn create_snapshot(&mut self, new: &NewSnapshot) -> Result<()> {
         self.check_new_snapshot(new).context("create a snapshot in", self.path())?;
         let check = |image: &mut Self| image.check_create(new.vm_state_size > 0);
         let before = self.header.snapshots_offset;
         let done = self.checked("create a snapshot in", check, |image| image.create_snapshot_unguarded(new));
-        self.or_mended(done, |image| match image.header.snapshots_offset == before {
+        self.or_repaired(done, |image| match image.header.snapshots_offset == before {
             true => None,
             false => Some(()),
         })
     }
 
-    /// Checks all that a create would touch, without a write: what it refuses is refused before anything is
+    /// Checks everything that a create would touch, without a write. So a refusal comes before anything is
     /// begun.
     ///
     /// # Errors
@@ -114,7 +120,7 @@ impl Image {
         self.rehearse("create a snapshot in", |image| image.check_create(new.vm_state_size > 0))
     }
 
-    /// The part of [`Image::could_create`] that does not look at tables: for an image that another process
+    /// The part of [`Image::could_create`] that does not read tables, for an image that another process
     /// writes.
     ///
     /// # Errors
@@ -123,7 +129,7 @@ impl Image {
         self.check_new_snapshot(new).context("create a snapshot in", self.path())
     }
 
-    /// As [`Image::could_create`], of [`Image::apply_snapshot`].
+    /// Like [`Image::could_create`], for [`Image::apply_snapshot`].
     ///
     /// # Errors
     /// As [`Image::apply_snapshot`].
@@ -133,7 +139,7 @@ impl Image {
         self.rehearse("apply a snapshot in", |image| image.check_apply(name))
     }
 
-    /// As [`Image::could_create`], of [`Image::delete_snapshots`].
+    /// Like [`Image::could_create`], for [`Image::delete_snapshots`].
     ///
     /// # Errors
     /// As [`Image::delete_snapshots`].
@@ -142,45 +148,47 @@ impl Image {
         self.rehearse("delete snapshots in", |image| image.rehearse_delete(&doomed).map(|_| ()))
     }
 
-    /// What a failed operation comes to once the image is mended: done after all, or not done and nothing
-    /// left of it.
-    /// `outcome` reads which of the two the mended image shows.
-    fn or_mended<T>(&self, done: Result<T>, outcome: impl FnOnce(&Self) -> Option<T>) -> Result<T> {
+    /// Repairs the image after a failed operation, and returns the result. Either the operation was done
+    /// after all, or it was not done and nothing is left of it. `outcome` reads from the repaired image which
+    /// of the two it is.
+    fn or_repaired<T>(&self, done: Result<T>, outcome: impl FnOnce(&Self) -> Option<T>) -> Result<T> {
         let error = match done {
             Ok(value) => return Ok(value),
             Err(error) if !error.is_half_way() => return Err(error),
             Err(error) => error,
         };
-        match self.mended() {
+        match self.repaired() {
             None => Err(error),
             Some(image) => outcome(&image).ok_or_else(|| error.rolled_back()),
         }
     }
 
-    /// The L1 entries that a snapshot of the active state takes, as L2 tables.
-    fn taken_tables(&self, with_vm_state: bool) -> Result<(usize, Vec<u64>)> {
+    /// Returns the number of L1 entries that a snapshot of the active state copies, and their L2 tables.
+    fn copied_tables(&self, with_vm_state: bool) -> Result<(usize, Vec<u64>)> {
         let l1 = self.active_l1()?;
-        // VM state lies behind the disk's end; what is there without any is a leftover that no snapshot
-        // needs.
+        // VM state lies behind the disk's end. Without VM state, mappings there are leftovers that no
+        // snapshot needs.
         let disk = usize::try_from(self.geometry().l1_entries_for(self.virtual_size())).unwrap_or(usize::MAX);
         let kept = if with_vm_state { l1.len() } else { disk.max(1).min(l1.len()) };
         Ok((kept, (0..kept).filter_map(|n| l1.l2_offset(n)).map(|o| o.0).collect()))
     }
 
     fn check_create(&mut self, with_vm_state: bool) -> Result<()> {
-        let (_, offsets) = self.taken_tables(with_vm_state)?;
+        let (_, offsets) = self.copied_tables(with_vm_state)?;
         let bytes = self.snapshot_table()?.1 as u64;
         self.check_raise(&offsets, &[])?;
         self.check_release(self.header.snapshots_offset, bytes)
     }
 
-    /// Refuses where one more reference to each of these L2 tables, and to all that they name, could not be
-    /// counted; but for what the table of the same number in `beside` names in the same place.
+    /// Fails if the refcounts cannot count one more reference to each of these L2 tables and to everything
+    /// that they refer to. Entries that the table of the same number in `beside` has at the same place are
+    /// exempt.
     fn check_raise(&mut self, offsets: &[u64], beside: &[Option<HostOffset>]) -> Result<()> {
         let geometry = self.geometry();
         let bits = geometry.cluster_bits;
-        // A cluster of data has a reference a snapshot and one more; of compressed ones, one a 512-byte
-        // sector each as a rule. Where that can pass the maximum they are counted up, in memory.
+        // A cluster of data has one reference for each snapshot and one more. A compressed cluster usually
+        // has one for each of its 512-byte sectors. If that can exceed the maximum, they are counted up in
+        // memory.
         let most = (u64::from(self.header.snapshot_count) + 2).saturating_mul(bits.size() / 512);
         let mut counted;
         let (file, refcounts, header) = self.parts()?;
@@ -210,7 +218,7 @@ impl Image {
         })
     }
 
-    /// Refuses where these clusters could not be given back.
+    /// Fails if these clusters could not be freed.
     fn check_release(&mut self, at: HostOffset, bytes: u64) -> Result<()> {
         let bits = self.header.cluster_bits;
         let first = bits.host_cluster(at).0;
@@ -260,7 +268,7 @@ impl Image {
     fn create_snapshot_unguarded(&mut self, new: &NewSnapshot) -> Result<()> {
         let geometry = self.geometry();
         let mut l1 = self.active_l1()?.clone();
-        let (kept, offsets) = self.taken_tables(new.vm_state_size > 0)?;
+        let (kept, offsets) = self.copied_tables(new.vm_state_size > 0)?;
         let copy: Vec<u8> = l1.entries.iter().take(kept).flat_map(|e| (e & !COPIED).to_be_bytes()).collect();
         let l1_offset = self.allocate_for(&copy)?;
         let (old, old_bytes) = self.snapshot_table()?.clone();
@@ -303,20 +311,20 @@ impl Image {
         let old_offset = header.snapshots_offset;
         header.snapshots_offset = table_offset;
         header.snapshot_count += 1;
-        self.settle_and_switch()?;
+        self.flush_and_switch()?;
 
         self.l1 = OnceLock::from(l1);
         self.snapshots = OnceLock::from((snapshots, table.len()));
         self.protected = None;
         if old_bytes > 0 {
             self.release(old_offset, old_bytes as u64)?;
-            self.settle()?;
+            self.flush_metadata()?;
             self.punch_freed()?;
         }
         Ok(())
     }
 
-    /// Free clusters for these bytes; nothing for nothing.
+    /// Allocates clusters for these bytes; none for no bytes.
     fn allocate_for(&mut self, bytes: &[u8]) -> Result<HostOffset> {
         match self.header.cluster_bits.clusters_for(bytes.len() as u64) {
             0 => Ok(HostOffset(0)),
@@ -324,18 +332,22 @@ impl Image {
         }
     }
 
-    /// Makes the active state that of a snapshot; its size too. The snapshot stays, and so does every other.
+    /// Makes the active state that of a snapshot, including its size. All snapshots are kept.
     ///
-    /// Order: (1) in any order: the new active L1 table at a free place; refcounts of what the snapshot has and the old
-    /// active state has not raised; COPIED bits in those tables cleared; persistent bitmaps marked as in use; flush (and
-    /// table entries of new refcount blocks; flush); (2) the header's sector, which switches L1 table and size at once;
-    /// flush; (3) refcounts of what only the old active state had lowered; flush. What both share at the same place is
-    /// not touched at all. Applied twice, the second time does nothing.
+    /// Order:
     ///
-    /// VM state is not taken into the active state: a QEMU that loads it reads it from the snapshot.
+    /// 1. In any order: write the new active L1 table to a free place; raise refcounts of what only the
+    ///    snapshot has; clear COPIED bits in those tables; mark persistent bitmaps as in use; flush. Write
+    ///    table entries of new refcount blocks, if any; flush.
+    /// 2. Write the header's sector, which switches L1 table and size at once; flush.
+    /// 3. Lower refcounts of what only the old active state had; flush.
     ///
-    /// Damaged tables of the *old* active state do not stop (3), which is past the point where anything could be
-    /// refused: what they refer to stays allocated, as a leak that a check finds and repairs.
+    /// Entries that both have at the same place are not touched. A second apply does nothing.
+    ///
+    /// VM state is not copied into the active state: a QEMU that loads it reads it from the snapshot.
+    ///
+    /// Damaged tables of the *old* active state do not stop step 3, at which nothing can be refused any more.
+    /// What they refer to stays allocated, as a leak that a check finds and repairs.
     ///
     /// # Errors
     /// [`ErrorKind::SnapshotNotFound`], [`ErrorKind::Unsupported`], [`ErrorKind::Corrupt`], the system's.
@@ -348,13 +360,13 @@ impl Image {
             |image| image.check_apply(name),
             |image| image.apply_snapshot_unguarded(name),
         );
-        self.or_mended(done, |image| match (image.header.l1_offset, image.header.virtual_size) == before {
+        self.or_repaired(done, |image| match (image.header.l1_offset, image.header.virtual_size) == before {
             true => None,
             false => Some(()),
         })
     }
 
-    /// The active L1 table that an apply makes.
+    /// Builds the active L1 table that an apply writes.
     fn applied_l1(&self, name: &str) -> Result<(Snapshot, L1Table)> {
         let geometry = self.geometry();
         let snapshot = self.require_snapshot(name)?.clone();
@@ -399,6 +411,8 @@ impl Image {
         let raw = new.to_bytes();
         let l1_offset = self.allocate_for(&raw)?;
         let (file, refcounts, _) = self.parts()?;
+        // 1) References are raised before the header sector makes them. A crash here leaves refcounts that
+        //    are too high.
         change_differences(file, refcounts, geometry, &new, &old, Change::Up(1), true)?;
         file.write_at(&raw, l1_offset)?;
         bitmaps::mark_in_use(self)?;
@@ -406,22 +420,25 @@ impl Image {
         self.header.l1_offset = l1_offset;
         self.header.l1_entries = needed as u32;
         self.header.virtual_size = snapshot.disk_size;
-        self.settle_and_switch()?;
+        // 2) The switch. Before it the old state is whole, after it the snapshot's.
+        self.flush_and_switch()?;
 
+        // 3) The references of the old state are durably gone, so their refcounts may go down.
         let (file, refcounts, _) = self.parts()?;
         match change_differences(file, refcounts, geometry, &old, &new, Change::Down(1), false) {
-            // The apply is done. A present whose own tables lie is left behind with it; what they claim leaks.
+            // The apply is done. A previous state with damaged tables is left behind; the clusters that they
+            // claim leak.
             Err(error) if error.kind() == ErrorKind::Corrupt => {}
             result => result?,
         }
         self.l1 = OnceLock::from(new);
         self.release(old_offset, u64::from(old_entries) * 8)?;
-        self.settle()?;
+        self.flush_metadata()?;
         self.punch_freed()
     }
 
-    /// Whether the active state is this snapshot: the same size, and every guest cluster in the same place. After a
-    /// crash this tells whether an apply was done.
+    /// Returns true if the active state is this snapshot: the same size, and every guest cluster at the same
+    /// place. After a crash this shows if an apply was done.
     ///
     /// # Errors
     /// [`ErrorKind::SnapshotNotFound`], [`ErrorKind::Corrupt`], the system's.
@@ -458,12 +475,18 @@ impl Image {
         Ok(true)
     }
 
-    /// Deletes snapshots, any number in one pass; all of them or none.
+    /// Deletes any number of snapshots in one pass; all of them or none.
     ///
-    /// Order: (1) a snapshot table without them at a free place, its refcounts; flush (nothing of this when none is
-    /// left); (2) the header's sector; flush; (3) in any order: refcounts lowered, COPIED bits set where one is left
-    /// and the active state has it, the old table and their L1 tables given back; flush. Three flushes for any set.
-    /// A crash in (3) leaves leaked clusters, some of which the active state may write in place: nobody else needs them.
+    /// Order:
+    ///
+    /// 1. Write a snapshot table without them to a free place, and its refcounts; flush. (Nothing of this if
+    ///    no snapshot is left.)
+    /// 2. Write the header's sector; flush.
+    /// 3. In any order: lower refcounts; set COPIED bits where one reference is left and the active state has
+    ///    it; free the old table and the L1 tables of the deleted snapshots; flush.
+    ///
+    /// That is three flushes for any number of snapshots. A crash in step 3 leaves leaked clusters. The
+    /// active state may write some of them in place, because nothing else needs them.
     ///
     /// # Errors
     /// [`ErrorKind::SnapshotNotFound`] (nothing is changed), [`ErrorKind::Corrupt`], the system's.
@@ -474,18 +497,17 @@ impl Image {
         }
         let check = |image: &mut Self| image.rehearse_delete(&doomed).map(|_| ());
         let done = self.checked("delete snapshots in", check, |image| image.delete_unguarded(&doomed, false));
-        self.or_mended(done, |image| image.without(&doomed))
+        self.or_repaired(done, |image| image.without(&doomed))
     }
 
-    /// Takes snapshots out of the table and leaves everything that they refer to in use: leaked clusters,
-    /// which
-    /// `qemu-img check -r leaks` gives back. For snapshots whose own tables are damaged, so that what they refer to cannot
-    /// be known.
+    /// Removes snapshots from the table and leaves everything that they refer to allocated, as leaked
+    /// clusters that `qemu-img check -r leaks` frees. This is for snapshots with damaged tables, whose
+    /// references cannot be known.
     ///
-    /// Order: as [`Image::delete_snapshots`]; of (3) only the old snapshot table is given back.
+    /// Order: as [`Image::delete_snapshots`], but step 3 only frees the old snapshot table.
     ///
     /// # Errors
-    /// As [`Image::delete_snapshots`], but for damage in the snapshots themselves.
+    /// As [`Image::delete_snapshots`], except for damage in the snapshots themselves.
     pub fn forget_snapshots(&mut self, names: &[&str]) -> Result<Deleted> {
         let doomed = self.doomed(names).context("forget snapshots in", self.path())?;
         if doomed.is_empty() {
@@ -496,17 +518,17 @@ impl Image {
             image.check_release(image.header.snapshots_offset, bytes)
         };
         let done = self.checked("forget snapshots in", check, |image| image.delete_unguarded(&doomed, true));
-        self.or_mended(done, |image| image.without(&doomed))
+        self.or_repaired(done, |image| image.without(&doomed))
     }
 
-    /// What a delete came to, if these are gone.
+    /// Returns the result of a delete if these snapshots are gone.
     fn without(&self, doomed: &[Snapshot]) -> Option<Deleted> {
         let gone = self.snapshots().is_ok_and(|left| !left.iter().any(|s| doomed.contains(s)));
         gone.then_some(Deleted { snapshots: doomed.len(), freed_bytes: 0 })
     }
 
-    /// Bytes of the file system that deleting these snapshots gives back, where freed clusters are punched.
-    /// Reads, changes nothing.
+    /// Estimates the bytes of the file system that deleting these snapshots frees, if freed clusters are
+    /// punched. Only reads.
     ///
     /// # Errors
     /// As [`Image::delete_snapshots`].
@@ -518,7 +540,7 @@ impl Image {
         let Some(file) = self.file.file() else { return Ok(0) };
         let fails = |error| Error::io("what the file takes on its file system cannot be read", error);
         let (bits, length) = (self.header.cluster_bits.bits(), self.file.len()?);
-        // A hole takes whole blocks; the last one of the file may be cut short.
+        // A hole covers whole blocks; the last one of the file may be partial.
         let whole_blocks = |run: &std::ops::Range<u64>| {
             let (from, to) = (run.start << bits, run.end << bits);
             let end =
@@ -527,17 +549,17 @@ impl Image {
         };
         let freed: Vec<_> = rehearsed.freed.iter().map(whole_blocks).filter(|run| !run.is_empty()).collect();
         let freed = allocated_in(file, &freed).map_err(fails).context("estimate a delete in", self.path())?;
-        // The new snapshot table comes first: to where there is none of the file yet, it adds blocks.
+        // The new snapshot table is written first. It adds blocks where the file has none yet.
         let table = rehearsed.table.start..rehearsed.table.end.next_multiple_of(FILE_BLOCK);
         let had = allocated_in(file, std::slice::from_ref(&table)).map_err(fails)?;
         Ok(freed.saturating_sub((table.end - table.start).saturating_sub(had)))
     }
 
-    /// Does a delete in memory.
+    /// Performs a delete in memory.
     ///
     /// # Errors
-    /// Those that the delete itself would have.
-    fn rehearse_delete(&self, doomed: &[Snapshot]) -> Result<Rehearsed> {
+    /// The same as of the delete itself.
+    fn rehearse_delete(&self, doomed: &[Snapshot]) -> Result<DeleteEffect> {
         let mut refcounts = Refcounts::load(&self.file, &self.header)?;
         refcounts.dry_run();
         let (left, _) = self.snapshot_table()?;
@@ -552,7 +574,7 @@ impl Image {
         };
         let losses = self.losses(doomed)?;
         let geometry = self.geometry();
-        take_losses(&self.file, &mut refcounts, geometry, &losses, self.active_l1()?.len(), false)?;
+        remove_references(&self.file, &mut refcounts, geometry, &losses, self.active_l1()?.len(), false)?;
         let bits = self.header.cluster_bits;
         let mut release = |offset: HostOffset, bytes: u64| {
             let first = bits.host_cluster(offset).0;
@@ -572,7 +594,7 @@ impl Image {
                 _ => widened.push(run),
             }
         }
-        Ok(Rehearsed { freed: widened, table })
+        Ok(DeleteEffect { freed: widened, table })
     }
 
     fn doomed(&self, names: &[&str]) -> Result<Vec<Snapshot>> {
@@ -586,7 +608,8 @@ impl Image {
         Ok(doomed)
     }
 
-    /// The L2 tables that these snapshots refer to; for each L1 index, the one that is also active comes last.
+    /// Lists the L2 tables that these snapshots refer to. For each L1 index, the one that is also active
+    /// comes last.
     fn losses(&self, doomed: &[Snapshot]) -> Result<Vec<Loss>> {
         let active = self.active_l1()?;
         let mut all: Vec<(usize, bool, u64)> = Vec::new();
@@ -608,7 +631,7 @@ impl Image {
         Ok(losses)
     }
 
-    /// `forget`: only the table's entries go.
+    /// Deletes snapshots. With `forget`, only the table's entries are removed.
     fn delete_unguarded(&mut self, doomed: &[Snapshot], forget: bool) -> Result<Deleted> {
         let geometry = self.geometry();
         let losses = if forget { Vec::new() } else { self.losses(doomed)? };
@@ -619,20 +642,24 @@ impl Image {
         let old_offset = self.header.snapshots_offset;
         self.header.snapshots_offset = table_offset;
         self.header.snapshot_count = u32::try_from(left.len()).unwrap_or(u32::MAX);
+        // 1) and 2) The new table, then the header sector. Without a table left there is nothing to make
+        //    durable before the header.
         if table.is_empty() {
             self.write_header_sector()?;
             self.file.flush()?;
         } else {
             self.file.write_at(&table, table_offset)?;
-            self.settle_and_switch()?;
+            self.flush_and_switch()?;
         }
         self.snapshots = OnceLock::from((left, table.len()));
         self.protected = None;
 
+        // 3) The snapshots are durably gone, so their references may go down. A crash from here on leaks
+        //    clusters.
         let mut l1 = self.active_l1()?.clone();
         let (file, refcounts, header) = self.parts()?;
         refcounts.take_freed();
-        let touched = take_losses(file, refcounts, geometry, &losses, l1.len(), true)?;
+        let touched = remove_references(file, refcounts, geometry, &losses, l1.len(), true)?;
         restore_copied(file, refcounts, geometry, header.l1_offset, &mut l1, &touched)?;
         self.l1 = OnceLock::from(l1);
         self.release(old_offset, old_bytes as u64)?;
@@ -641,13 +668,14 @@ impl Image {
         }
         let (_, refcounts, header) = self.parts()?;
         let freed_bytes = refcounts.take_freed() << header.cluster_bits.bits();
-        self.settle()?;
+        self.flush_metadata()?;
         self.punch_freed()?;
         Ok(Deleted { snapshots: doomed.len(), freed_bytes })
     }
 }
 
-/// Changes the refcounts of all L2 tables and clusters that `l1` has and `other` has not in the same place.
+/// Changes the refcounts of all L2 tables and clusters that `l1` has and `other` does not have at the same
+/// place.
 fn change_differences(
     file: &ImageFile,
     refcounts: &mut Refcounts,
@@ -680,19 +708,19 @@ fn change_differences(
     })
 }
 
-/// What a delete left to look at in the active L1, by index.
+/// Follow-up work of a delete at one active L1 index.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Touched {
     No,
     /// Something there has one reference left.
     Look,
-    /// The L2 table's own COPIED bits are right already.
+    /// The L2 table's own COPIED bits are correct already.
     TableDone,
 }
 
-/// Takes the references of deleted snapshots. With `write`, an L2 table that now is the active state's alone gets its
-/// COPIED bits at once, as long as it is in memory.
-fn take_losses(
+/// Removes the references of deleted snapshots. With `write`, an L2 table that now belongs to the active
+/// state alone gets its COPIED bits at once, while it is in memory.
+fn remove_references(
     file: &ImageFile,
     refcounts: &mut Refcounts,
     geometry: Geometry,
@@ -740,8 +768,8 @@ fn take_losses(
     Ok(touched)
 }
 
-/// Sets the COPIED bits of the active L1 entries, and of those L2 tables that were not in memory before, where the
-/// refcount has become one.
+/// Sets COPIED bits where the refcount has become one: of active L1 entries, and of L2 tables that were not
+/// in memory before.
 fn restore_copied(
     file: &ImageFile,
     refcounts: &mut Refcounts,
@@ -771,7 +799,7 @@ fn restore_copied(
     let mut ones: Vec<u32> = Vec::new();
     tables::visit(file, geometry, &look, |_, bytes| {
         ones.clear();
-        // The delete is done. An active table that is damaged keeps its clear bits, which only cost copies.
+        // The delete is done. A damaged active table keeps its clear bits, which only cost copies.
         let looked = references.fill(geometry, bytes, None).and_then(|()| {
             let slots = &references.slots;
             refcounts.change(file, &references.clusters, Change::Keep, |at, count| {

@@ -1,4 +1,4 @@
-//! The table of internal snapshots: read whole, written whole, always to a new place.
+//! The table of internal snapshots. It is read whole and written whole, always to a new place.
 
 use std::borrow::Cow;
 
@@ -18,42 +18,42 @@ pub const MAX_TABLE_BYTES: usize = 1024 * MAX_SNAPSHOTS as usize;
 const KNOWN_EXTRA: usize = 24;
 /// "No icount" on disk.
 const NO_ICOUNT: u64 = u64::MAX;
-/// What an entry takes as a rule; the first read asks for this much a snapshot.
+/// Bytes of a typical entry. The first read asks for this much for each snapshot.
 const USUAL_ENTRY: usize = 112;
 
-/// One internal snapshot, as the table has it.
+/// One internal snapshot, as stored in the table.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Snapshot {
     pub(crate) id: Vec<u8>,
     pub(crate) name: Vec<u8>,
-    /// Where its L1 table starts.
+    /// Offset of its L1 table.
     pub l1_offset: HostOffset,
     /// Entries of its L1 table.
     pub l1_entries: u32,
-    /// When it was taken: seconds since 1970.
+    /// Time of the snapshot: seconds since 1970.
     pub date_seconds: u32,
-    /// When it was taken: nanoseconds within the second.
+    /// Time of the snapshot: nanoseconds within the second.
     pub date_nanoseconds: u32,
-    /// How long the guest had run, in nanoseconds.
+    /// Running time of the guest, in nanoseconds.
     pub vm_clock_ns: u64,
     /// Bytes of VM state; 0 without.
     pub vm_state_size: u64,
-    /// Bytes of the disk at the time.
+    /// Bytes of the disk at that time.
     pub disk_size: u64,
-    /// QEMU's instruction count, if it was on.
+    /// QEMU's instruction count, if it was enabled.
     pub icount: Option<u64>,
-    /// Extra data beyond what the format knows, kept as it is.
+    /// Extra data beyond what the format defines, kept unchanged.
     pub(crate) unknown_extra: Vec<u8>,
 }
 
 impl Snapshot {
-    /// The unique id: what QEMU makes is a decimal number.
+    /// The unique id. QEMU uses decimal numbers.
     pub fn id(&self) -> Cow<'_, str> {
         String::from_utf8_lossy(&self.id)
     }
 
-    /// The name. QEMU does not keep names unique; this engine does for those that it makes.
+    /// The name. QEMU does not keep names unique; this engine does for its own snapshots.
     pub fn name(&self) -> Cow<'_, str> {
         String::from_utf8_lossy(&self.name)
     }
@@ -67,7 +67,7 @@ enum Failure {
 /// Parses `header.snapshot_count` entries from the table's bytes.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] or [`ErrorKind::LimitExceeded`]; also when the bytes end before the table does.
+/// [`ErrorKind::Corrupt`] or [`ErrorKind::LimitExceeded`]; also if the bytes end before the table does.
 pub fn parse(header: &Header, bytes: &[u8]) -> Result<(Vec<Snapshot>, usize)> {
     parse_some(header, bytes).map_err(|f| match f {
         Failure::Bad(e) => e,
@@ -136,7 +136,7 @@ fn parse_entry(header: &Header, bytes: &[u8], at: usize) -> std::result::Result<
         date_nanoseconds: raw.date_nanoseconds.get(),
         vm_clock_ns: raw.vm_clock_ns.get(),
         vm_state_size: word(0).unwrap_or_else(|| u64::from(raw.vm_state_size.get())),
-        // Entries without it are from before images could be resized with snapshots in them.
+        // Entries without this field are older than resizing of images with snapshots.
         disk_size: word(8).unwrap_or(header.virtual_size),
         icount: word(16).filter(|n| *n != NO_ICOUNT),
         unknown_extra: extra.get(KNOWN_EXTRA..).unwrap_or_default().to_vec(),
@@ -144,10 +144,10 @@ fn parse_entry(header: &Header, bytes: &[u8], at: usize) -> std::result::Result<
     Ok((snapshot, from))
 }
 
-/// Reads the table of an image: one read as a rule.
+/// Reads the table of an image, usually with one read.
 ///
 /// # Errors
-/// As [`parse`], and the system's. Never takes more memory than [`MAX_TABLE_BYTES`] twice.
+/// As [`parse`], and the system's. It never uses more memory than [`MAX_TABLE_BYTES`] twice.
 pub fn read(file: &ImageFile, header: &Header) -> Result<(Vec<Snapshot>, usize)> {
     let fail = |e: Error| e.on("read the snapshot table of", file.path());
     if header.snapshot_count == 0 {
@@ -174,7 +174,7 @@ pub fn read(file: &ImageFile, header: &Header) -> Result<(Vec<Snapshot>, usize)>
     }
 }
 
-/// The bytes of a table of these snapshots.
+/// Encodes a table of these snapshots.
 ///
 /// # Errors
 /// [`ErrorKind::LimitExceeded`] for more snapshots, longer names or a larger table than QEMU reads.
@@ -200,7 +200,8 @@ pub fn encode(snapshots: &[Snapshot]) -> Result<Vec<u8>> {
             date_seconds: s.date_seconds.into(),
             date_nanoseconds: s.date_nanoseconds.into(),
             vm_clock_ns: s.vm_clock_ns.into(),
-            // Who does not know the 64-bit field shall see a disk-only snapshot rather than a part of the VM state.
+            // A reader that does not know the 64-bit field should see a disk-only snapshot, not a part of the
+            // VM state.
             vm_state_size: u32::try_from(s.vm_state_size).unwrap_or(0).into(),
             extra_data_size: ((KNOWN_EXTRA + s.unknown_extra.len()) as u32).into(),
         };
@@ -221,7 +222,7 @@ pub fn encode(snapshots: &[Snapshot]) -> Result<Vec<u8>> {
     Ok(out)
 }
 
-/// The id of the next snapshot, as QEMU counts: one more than the largest number among the ids.
+/// Returns the id of the next snapshot, as QEMU counts: one more than the largest number among the ids.
 pub(crate) fn next_id(snapshots: &[Snapshot]) -> Vec<u8> {
     let number = |s: &Snapshot| {
         let digits = s.id.iter().take_while(|b| b.is_ascii_digit()).count();

@@ -1,14 +1,14 @@
-//! L1 and L2 tables as values, and reading many L2 tables in few large reads.
+//! L1 and L2 tables as values, and reads of many L2 tables in few large reads.
 
 use super::error::{Error, Result};
 use super::file::ImageFile;
 use super::mapping::{COPIED, Geometry, L2Entry, Mapping, OFFSET_MASK};
 use super::units::HostOffset;
 
-/// L2 tables that lie side by side are read together up to this many bytes.
+/// Adjacent L2 tables are read together up to this many bytes.
 const READ_RUN: usize = 4 << 20;
 
-/// An L1 table, checked: every entry is 0 or names a cluster within the file.
+/// A checked L1 table: every entry is 0 or refers to a cluster within the file.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct L1Table {
     pub(crate) entries: Vec<u64>,
@@ -18,7 +18,8 @@ impl L1Table {
     /// Parses and checks a table's bytes.
     ///
     /// # Errors
-    /// [`super::ErrorKind::Corrupt`] for an entry that is not aligned to a cluster or lies past the file's end.
+    /// [`super::ErrorKind::Corrupt`] for an entry that is not aligned to a cluster or lies past the file's
+    /// end.
     pub fn parse(geometry: Geometry, raw: &[u8], file_len: u64) -> Result<Self> {
         let mut entries = Vec::with_capacity(raw.len() / 8);
         for (index, word) in raw.as_chunks::<8>().0.iter().enumerate() {
@@ -29,7 +30,7 @@ impl L1Table {
                     "L1 entry {index} ({entry:#018x}) is no place for an L2 table in a file of {file_len:#x} bytes"
                 )));
             }
-            // Bit 63 without an offset says nothing.
+            // Bit 63 without an offset has no meaning.
             entries.push(if offset == 0 { 0 } else { entry & (OFFSET_MASK | COPIED) });
         }
         Ok(Self { entries })
@@ -63,18 +64,18 @@ impl L1Table {
         self.entries.len()
     }
 
-    /// Whether it has no entry.
+    /// Returns true if it has no entry.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Where the L2 table of an entry lies; `None` where there is none, or past the table's end.
+    /// Offset of an entry's L2 table; `None` without one, or past the table's end.
     #[inline]
     pub fn l2_offset(&self, index: usize) -> Option<HostOffset> {
         self.entries.get(index).map(|e| e & OFFSET_MASK).filter(|o| *o != 0).map(HostOffset)
     }
 
-    /// Whether the L2 table of an entry may be written in place (its refcount is one).
+    /// Returns true if the L2 table of an entry may be written in place, because its refcount is one.
     #[inline]
     pub fn is_copied(&self, index: usize) -> bool {
         self.entries.get(index).is_some_and(|e| e & COPIED != 0)
@@ -93,13 +94,13 @@ pub struct L2Table<'a> {
 }
 
 impl L2Table<'_> {
-    /// The entry as it lies there.
+    /// Returns an entry as stored.
     #[inline]
     pub fn entry(&self, index: usize) -> L2Entry {
         L2Entry::read(self.geometry, self.bytes, index)
     }
 
-    /// What an entry says.
+    /// Decodes an entry.
     ///
     /// # Errors
     /// As [`L2Entry::mapping`].
@@ -113,14 +114,15 @@ impl L2Table<'_> {
         self.geometry.l2_entries() as usize
     }
 
-    /// Never: a table has 32 entries at least.
+    /// Returns false: a table has at least 32 entries.
     pub fn is_empty(&self) -> bool {
         false
     }
 }
 
-/// Reads the L2 tables at these offsets, in this order, side by side ones together, and gives each with its number in
-/// the list. What `each` changes in a table (and says so by `true`) is written back, side by side ones together.
+/// Reads the L2 tables at these offsets, in this order, adjacent ones together, and passes each to `each`
+/// with its number in the list. If `each` returns true, it has changed the table, which is then written back,
+/// adjacent ones together.
 pub(crate) fn visit<F>(file: &ImageFile, geometry: Geometry, offsets: &[u64], mut each: F) -> Result<()>
 where
     F: FnMut(usize, &mut [u8]) -> Result<bool>,
@@ -137,7 +139,7 @@ where
             .enumerate()
             .take_while(|(n, o)| first.checked_add((n * size) as u64) == Some(**o))
             .count();
-        // Not `resize` alone: what is read in full needs no zeroing.
+        // Without clearing: the part that is read in full needs no zeroing.
         if buffer.len() < run * size {
             buffer.resize(run * size, 0);
         }

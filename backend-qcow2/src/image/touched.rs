@@ -1,9 +1,10 @@
-//! The check of what an operation on the active state will touch, before its first write.
+//! The check of everything that an operation on the active state will touch, before its first write.
 //!
-//! Resizing and merging lower refcounts of what they replace, and allocate what became free. In an image whose
-//! metadata contradicts itself that can fail in the middle, or hand out a cluster that holds metadata. So each
-//! reference that the operation may give back is taken from the refcounts in memory first, and all metadata counts
-//! as one reference of its own. What cannot be taken is refused, and nothing was written.
+//! Resizing and merging lower refcounts of what they replace, and allocate what became free. In an image with
+//! contradictory metadata that can fail in the middle, or allocate a cluster that contains metadata. So each
+//! reference that the operation may remove is first removed from the refcounts in memory, and all metadata
+//! counts as one reference of its own. A reference that cannot be removed is refused before anything is
+//! written.
 
 use super::bitmaps;
 use super::error::{Error, ErrorKind, Result};
@@ -16,9 +17,10 @@ use super::tables;
 use super::units::HostOffset;
 
 impl Image {
-    /// Refuses where the metadata, and all that the L2 tables at these L1 indexes refer to, could not be given back.
+    /// Fails if the metadata, and everything that the L2 tables at these L1 indexes refer to, could not be
+    /// freed.
     ///
-    /// Reads those tables, and the refcount blocks that count them and the metadata; no others.
+    /// Reads only those tables, and the refcount blocks that count them and the metadata.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`], and the system's.
@@ -27,7 +29,8 @@ impl Image {
         let geometry = self.geometry();
         let mut refcounts = Refcounts::load(&self.file, &self.header)?;
         refcounts.dry_run();
-        let metadata: Vec<u64> = overlap::metadata(self)?.iter().flat_map(overlap::Piece::clusters).collect();
+        let metadata: Vec<u64> =
+            overlap::metadata(self)?.iter().flat_map(overlap::MetadataRange::clusters).collect();
         let l1 = self.active_l1()?;
         let offsets: Vec<u64> = indexes.filter_map(|index| l1.l2_offset(index)).map(|o| o.0).collect();
         let mut references = References::default();
@@ -36,7 +39,7 @@ impl Image {
                 let at = HostOffset(offsets.get(n).copied().unwrap_or(0));
                 let wrong = |error: Error| error.within(format!("the L2 table at {at}"));
                 references.fill(geometry, bytes, None).map_err(wrong)?;
-                // Without subclusters, and with zero mappings, `fill` has checked all that can be wrong.
+                // Without subclusters, and with zero mappings, `fill` has checked everything already.
                 if geometry.extended_l2 || !geometry.zero_flag {
                     for slot in 0..geometry.l2_entries() as usize {
                         L2Entry::read(geometry, bytes, slot).mapping(geometry).map_err(wrong)?;
@@ -47,8 +50,8 @@ impl Image {
             })
         });
         match counted {
-            // More than an estimate may keep in memory. Then the operation goes on without: what it meets is an error
-            // of its own, in the words of one that had begun.
+            // The check needs more memory than an estimate may use. The operation then runs without it: an
+            // error that it meets is its own, reported as one after the first write.
             Err(error) if error.kind() == ErrorKind::LimitExceeded => Ok(()),
             counted => counted,
         }

@@ -1,7 +1,9 @@
-//! Copying bytes from one image file to another in large pieces, by the cheapest way that the file systems have.
+//! Copying bytes from one image file to another in large pieces, by the cheapest method that the file systems
+//! have.
 //!
-//! `copy_file_range` shares the blocks where the file system can (btrfs, xfs), and else copies within the kernel.
-//! Between file systems, or on anything that has no such call, it is a read and a write of 1 MiB.
+//! `copy_file_range` shares the blocks where the file system supports that (btrfs, xfs), and copies within
+//! the kernel elsewhere. Between file systems, or where the call is not supported, it is a read and a write
+//! of 1 MiB.
 
 use std::io;
 
@@ -11,30 +13,30 @@ use super::units::HostOffset;
 
 /// Bytes in one read or write.
 const CHUNK: usize = 1 << 20;
-/// Copies that touch are joined up to this many bytes before they are done.
+/// Adjacent copies are joined up to this many bytes.
 const JOIN: u64 = 64 << 20;
 
 /// One copy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Copy {
-    /// Which source: any number that tells one file from another.
+    /// Source: any number that identifies one file.
     pub source: usize,
-    /// Where in the source.
+    /// Offset in the source.
     pub from: u64,
-    /// Where in the target.
+    /// Offset in the target.
     pub to: u64,
     /// Bytes.
     pub length: u64,
 }
 
-/// Joins copies that touch.
+/// Joins adjacent copies.
 #[derive(Debug, Default)]
 pub(super) struct Joiner {
     pending: Option<Copy>,
 }
 
 impl Joiner {
-    /// Takes one more; gives back what can be done now because the new one does not go on from it.
+    /// Adds one copy. Returns the previous one if the new one does not continue it.
     pub fn push(&mut self, next: Copy) -> Option<Copy> {
         if let Some(last) = &mut self.pending
             && last.source == next.source
@@ -48,13 +50,13 @@ impl Joiner {
         self.pending.replace(next)
     }
 
-    /// What is left.
+    /// Returns the remaining copy.
     pub fn take(&mut self) -> Option<Copy> {
         self.pending.take()
     }
 }
 
-/// Does copies; remembers what the file systems cannot.
+/// Performs copies, and remembers what the file systems do not support.
 #[derive(Debug, Default)]
 pub(super) struct Copier {
     buffer: Vec<u8>,
@@ -63,7 +65,7 @@ pub(super) struct Copier {
 }
 
 impl Copier {
-    /// Copies; calls `step` with the bytes done after each megabyte or so, which may stop it with an error.
+    /// Copies. Calls `step` with the bytes done after about each megabyte; an error from it stops the copy.
     ///
     /// # Errors
     /// The system's, and those of `step`.
@@ -97,18 +99,18 @@ impl Copier {
         Ok(())
     }
 
-    /// Bytes that the kernel copied; `None` when it is to be done by hand.
+    /// Lets the kernel copy, and returns the number of bytes. `None` if read and write must be used.
     fn in_kernel(&mut self, source: &ImageFile, target: &ImageFile, copy: Copy) -> Result<Option<u64>> {
         let (Some(from), Some(to)) = (source.file(), target.file()) else { return Ok(None) };
         if self.by_hand.contains(&copy.source) {
             return Ok(None);
         }
         let (mut at, mut place) = (copy.from, copy.to);
-        // In pieces, so that a cancel is heard on file systems that really copy.
+        // In pieces, so that cancellation works on file systems that really copy.
         let length = usize::try_from(copy.length.min(16 << 20)).unwrap_or(CHUNK);
         loop {
             return match rustix::fs::copy_file_range(from, Some(&mut at), to, Some(&mut place), length) {
-                // The source file ends here: zeros are written by hand.
+                // The source file ends here; zeros are written instead.
                 Ok(0) => Ok(None),
                 Ok(n) => Ok(Some(n as u64)),
                 Err(rustix::io::Errno::INTR) => continue,
@@ -117,7 +119,8 @@ impl Copier {
                     io::Error::from(rustix::io::Errno::NOSPC),
                 )
                 .on("write", target.path())),
-                // Another file system, a device, no such call: by hand; what is really wrong will show there.
+                // Another file system, a device, or no such call: read and write. A real error will appear
+                // there.
                 Err(_) => {
                     self.by_hand.push(copy.source);
                     Ok(None)
@@ -147,8 +150,9 @@ mod tests {
         assert_eq!(j.take(), None);
     }
 
+    /// A range past the end of the source is copied as zeros.
     #[test]
-    fn what_lies_past_the_end_of_the_source_is_copied_as_zeros() {
+    fn range_past_the_source_end_is_copied_as_zeros() {
         let dir = tempfile::tempdir().unwrap();
         let (a, b) = (dir.path().join("a"), dir.path().join("b"));
         std::fs::write(&a, vec![7; 3000]).unwrap();

@@ -1,4 +1,5 @@
-//! Offsets, indices and sizes as types of their own, so that a guest offset cannot be passed for a host offset.
+//! Offsets, indices and sizes as types of their own, so that a guest offset cannot be passed for a host
+//! offset.
 
 use std::fmt;
 
@@ -51,10 +52,10 @@ impl HostOffset {
 pub struct ClusterBits(u8);
 
 impl ClusterBits {
-    /// 64 KiB, what QEMU makes by default.
+    /// 64 KiB, QEMU's default.
     pub const DEFAULT: Self = Self(16);
 
-    /// `None` outside of 9 to 21.
+    /// Returns `None` outside of 9 to 21.
     pub fn new(bits: u32) -> Option<Self> {
         (MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&bits).then_some(Self(bits as u8))
     }
@@ -77,31 +78,31 @@ impl ClusterBits {
         1 << self.0
     }
 
-    /// The lowest bits of an offset: where in its cluster it is.
+    /// Mask of the lowest bits of an offset, which are its position in its cluster.
     #[inline]
     pub const fn mask(self) -> u64 {
         self.size() - 1
     }
 
-    /// The cluster that holds a host offset.
+    /// The cluster that contains a host offset.
     #[inline]
     pub const fn host_cluster(self, offset: HostOffset) -> ClusterIndex {
         ClusterIndex(offset.0 >> self.0)
     }
 
-    /// Where a cluster of the file starts; `None` past 2^64.
+    /// The start of a cluster of the file; `None` past 2^64.
     #[inline]
     pub fn host_offset(self, cluster: ClusterIndex) -> Option<HostOffset> {
         cluster.0.checked_mul(self.size()).map(HostOffset)
     }
 
-    /// The cluster that holds a guest offset.
+    /// The cluster that contains a guest offset.
     #[inline]
     pub const fn guest_cluster(self, offset: GuestOffset) -> GuestCluster {
         GuestCluster(offset.0 >> self.0)
     }
 
-    /// How many clusters `bytes` need.
+    /// Number of clusters that `bytes` need.
     #[inline]
     pub const fn clusters_for(self, bytes: u64) -> u64 {
         bytes.div_ceil(self.size())

@@ -1,8 +1,10 @@
-//! What a run of layers shows: for each range of the guest's disk, which layer owns it and how.
+//! The content of a run of layers: for each range of the guest's disk, the layer that owns it and the kind of
+//! its content.
 //!
-//! A [`View`] is swept from the disk's start to its end. Each layer keeps one piece of one L2 table in memory and one
-//! extent of it, so a view of 200 layers of 1 TiB takes some megabytes, and each table is read once. A layer is a state
-//! of an image: what it shows now, or one of its internal snapshots. Layers of one run may differ in everything.
+//! A [`View`] is swept from the disk's start to its end. Each layer keeps one slice of one L2 table in memory
+//! and one extent of it. So a view of 200 layers of 1 TiB uses some megabytes, and each table is read once. A
+//! layer is one state of an image: its active state, or one of its internal snapshots. The layers of one run
+//! may differ in everything.
 
 use std::sync::Arc;
 
@@ -16,10 +18,10 @@ use super::snapshot_table::Snapshot;
 use super::tables::L1Table;
 use super::units::HostOffset;
 
-/// The most of an L2 table that a layer keeps in memory.
+/// The largest slice of an L2 table that a layer keeps in memory.
 const SLICE: usize = 64 << 10;
 
-/// Bytes below a run of layers: what the bottom layer stands on. Past its end it reads as zeros.
+/// Data below a run of layers: the backing file of the bottom layer. It reads as zeros past its end.
 pub trait ChainReader {
     /// Fills `buf` with the guest's bytes from `offset`.
     ///
@@ -30,7 +32,7 @@ pub trait ChainReader {
 
 /// One state of one image.
 #[derive(Clone, Debug)]
-pub struct Layer {
+pub struct RunLayer {
     file: Arc<ImageFile>,
     geometry: Geometry,
     compression: Compression,
@@ -38,21 +40,21 @@ pub struct Layer {
     size: u64,
 }
 
-impl Layer {
-    /// What the image shows now.
+impl RunLayer {
+    /// The active state of the image.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] for encrypted images and external data files; [`ErrorKind::Corrupt`] for an image that
-    /// is marked as corrupt or whose L1 table cannot be; the system's.
+    /// [`ErrorKind::Unsupported`] for encrypted images and external data files; [`ErrorKind::Corrupt`] for an
+    /// image that is marked as corrupt or whose L1 table is invalid; the system's.
     pub fn active(image: &Image) -> Result<Self> {
         let l1 = image.active_l1()?.clone();
         Self::of(image, l1, image.virtual_size())
     }
 
-    /// What an internal snapshot of the image shows, without its VM state.
+    /// The state of an internal snapshot of the image, without its VM state.
     ///
     /// # Errors
-    /// As [`Layer::active`].
+    /// As [`RunLayer::active`].
     pub fn snapshot(image: &Image, snapshot: &Snapshot) -> Result<Self> {
         let l1 = image.snapshot_l1(snapshot)?;
         Self::of(image, l1, snapshot.disk_size)
@@ -70,7 +72,7 @@ impl Layer {
             );
         }
         let geometry = image.geometry();
-        // What lies behind the disk's end is VM state, or nothing.
+        // Behind the disk's end is VM state, or nothing.
         let needed = usize::try_from(geometry.l1_entries_for(size)).unwrap_or(usize::MAX);
         l1.entries.truncate(needed);
         Ok(Self { file: image.shared_file(), geometry, compression: image.header().compression, l1, size })
@@ -81,31 +83,32 @@ impl Layer {
         self.size
     }
 
-    /// The file that holds it.
+    /// The file that contains it.
     pub(crate) fn file(&self) -> &ImageFile {
         &self.file
     }
 
-    /// Whether a compressed cluster of this layer is one of an image with that geometry and method, as it is.
+    /// Returns true if compressed clusters of this layer can be used unchanged in an image with that geometry
+    /// and method.
     pub(crate) fn packs_like(&self, geometry: Geometry, compression: Compression) -> bool {
         self.geometry.cluster_bits == geometry.cluster_bits && self.compression == compression
     }
 }
 
-/// How a range is there.
+/// Kind of content of a range.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Content {
-    /// No layer of the run says anything: what is below shows.
+    /// No layer of the run defines it: the data below shows.
     Unowned,
-    /// Zeros, because the layer says so.
+    /// Zeros that the layer defines.
     Zero,
     /// Zeros, because the layer's disk ends before.
     PastEnd,
-    /// Data, from this place in the layer's file on.
+    /// Data, starting at this offset of the layer's file.
     Data(HostOffset),
     /// A part of a compressed cluster.
     Compressed {
-        /// Where it lies.
+        /// Place of the compressed cluster.
         extent: CompressedExtent,
         /// The guest offset at which its cluster starts.
         cluster: u64,
@@ -113,7 +116,7 @@ pub enum Content {
 }
 
 impl Content {
-    /// The same, `by` bytes further on.
+    /// The same content, `by` bytes further on.
     pub(super) fn advanced(self, by: u64) -> Self {
         match self {
             Self::Data(at) => Self::Data(HostOffset(at.0.saturating_add(by))),
@@ -122,33 +125,33 @@ impl Content {
     }
 }
 
-/// A range of the guest's disk that is all alike.
+/// A range of the guest's disk with the same kind of content.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Piece {
     /// First byte.
     pub start: u64,
     /// First byte after it.
     pub end: u64,
-    /// The layer of the run that says so; the bottom is 0. Of no meaning for [`Content::Unowned`].
+    /// The layer of the run that defines it; the bottom is 0. Without meaning for [`Content::Unowned`].
     pub layer: usize,
-    /// What it is.
+    /// Kind of content.
     pub content: Content,
 }
 
 /// One extent of one layer, and the part of a table that it came from.
 #[derive(Debug)]
 struct Cursor {
-    layer: Layer,
+    layer: RunLayer,
     start: u64,
     end: u64,
     content: Content,
     slice: Vec<u8>,
-    /// L1 index and first entry of what is in `slice`.
+    /// L1 index and first entry of the content of `slice`.
     loaded: Option<(usize, usize)>,
 }
 
 impl Cursor {
-    fn new(layer: Layer) -> Self {
+    fn new(layer: RunLayer) -> Self {
         Self { layer, start: 0, end: 0, content: Content::Unowned, slice: Vec::new(), loaded: None }
     }
 
@@ -156,7 +159,7 @@ impl Cursor {
         (self.start, self.end, self.content) = (start, end, content);
     }
 
-    /// Finds the extent that `at` is in.
+    /// Finds the extent that contains `at`.
     fn seek(&mut self, at: u64) -> Result<()> {
         if self.start <= at && at < self.end {
             return Ok(());
@@ -191,7 +194,7 @@ impl Cursor {
         self.extend(at, index as u64 * reach, first, entry, per_slice)
     }
 
-    /// Makes the extent at `at` as long as the slice tells.
+    /// Makes the extent at `at` as long as the slice allows.
     fn extend(&mut self, at: u64, base: u64, first: usize, entry: usize, per_slice: usize) -> Result<()> {
         let (geometry, size) = (self.layer.geometry, self.layer.size);
         let (bits, cluster) = (geometry.cluster_bits.bits(), geometry.cluster_bits.size());
@@ -227,7 +230,7 @@ impl Cursor {
         let mut to = entry + 1;
         let content = match found {
             Mapping::Data(host) => {
-                // The table says more later if the next entry is broken: reading goes on until it is met.
+                // A broken entry ends the extent. The error is reported when reading reaches that entry.
                 while to < first + per_slice
                     && mapping(&self.slice, to).is_ok_and(|m| {
                         m == Mapping::Data(HostOffset(host.0.saturating_add(((to - entry) as u64) << bits)))
@@ -259,31 +262,31 @@ impl Cursor {
     }
 }
 
-/// What the top of a run of layers shows.
+/// The content that the top of a run of layers shows.
 #[derive(Debug)]
 pub struct View {
     layers: Vec<Cursor>,
     size: u64,
     unpacked: Unpacked,
-    /// A range of which [`View::next_said`] knows that each of its bytes may be said something of.
-    said: std::ops::Range<u64>,
+    /// A range in which, as [`View::next_defined`] has found, every byte may be defined by the run.
+    defined: std::ops::Range<u64>,
 }
 
 impl View {
-    /// Of layers, the bottom first. Layers below the run are not looked at.
+    /// Makes a view of layers, the bottom first. Layers below the run are not read.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for no layer at all.
-    pub fn new(run: Vec<Layer>) -> Result<Self> {
+    /// [`ErrorKind::InvalidInput`] for an empty run.
+    pub fn new(run: Vec<RunLayer>) -> Result<Self> {
         let size = run
             .last()
-            .map(Layer::size)
+            .map(RunLayer::size)
             .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a run has one layer at least"))?;
         Ok(Self {
             layers: run.into_iter().map(Cursor::new).collect(),
             size,
             unpacked: Unpacked::default(),
-            said: 0..0,
+            defined: 0..0,
         })
     }
 
@@ -293,22 +296,22 @@ impl View {
     }
 
     /// A layer of the run.
-    pub(crate) fn layer(&self, number: usize) -> Option<&Layer> {
+    pub(crate) fn layer(&self, number: usize) -> Option<&RunLayer> {
         self.layers.get(number).map(|c| &c.layer)
     }
 
-    /// The first byte from `at` on at which the run may show something else than layer `but` does, told by the L1
-    /// tables and the sizes alone; the disk's end where there is none.
-    pub(super) fn next_said(&mut self, at: u64, but: usize) -> u64 {
-        if self.said.contains(&at) {
+    /// Finds the first byte at or after `at` at which the run may show something else than layer `but` does.
+    /// Uses only the L1 tables and the sizes. Returns the disk's end if there is none.
+    pub(super) fn next_defined(&mut self, at: u64, but: usize) -> u64 {
+        if self.defined.contains(&at) {
             return at;
         }
         let mut next = self.size;
         for (number, cursor) in self.layers.iter().enumerate().rev() {
             let (l1, size, reach) = (&cursor.layer.l1, cursor.layer.size, cursor.layer.geometry.l2_reach());
-            // What is behind the end of any layer, it hides.
+            // A layer hides everything behind its own end.
             if at >= size {
-                self.said = at..u64::MAX;
+                self.defined = at..u64::MAX;
                 return at;
             }
             next = next.min(size);
@@ -319,7 +322,7 @@ impl View {
             let place = |n: usize| (index.saturating_add(n) as u64).saturating_mul(reach);
             match l1.entries.get(index..).and_then(|rest| rest.iter().position(|entry| *entry != 0)) {
                 Some(0) => {
-                    self.said = at..place(1);
+                    self.defined = at..place(1);
                     return at;
                 }
                 Some(n) => next = next.min(place(n)),
@@ -329,11 +332,11 @@ impl View {
         next
     }
 
-    /// The piece that starts at `at`, as long as it is easily told: the next may be of the same kind. `None` at the
-    /// disk's end.
+    /// Returns the piece that starts at `at`, as far as one slice of the tables shows it: the next piece may
+    /// be of the same kind. `None` at the disk's end.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for tables that cannot be, and the system's.
+    /// [`ErrorKind::Corrupt`] for invalid tables, and the system's.
     pub fn piece(&mut self, at: u64) -> Result<Option<Piece>> {
         if at >= self.size {
             return Ok(None);
@@ -350,11 +353,11 @@ impl View {
         Ok(Some(Piece { start: at, end, layer: 0, content: Content::Unowned }))
     }
 
-    /// Fills `buf` with what the piece shows; `buf` may be shorter than the piece. What is unowned comes from `below`,
-    /// and is zero without one.
+    /// Fills `buf` with the content of the piece; `buf` may be shorter than the piece. Unowned content comes
+    /// from `below`, and is zero without one.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for a compressed cluster that is none, and the system's.
+    /// [`ErrorKind::Corrupt`] for an invalid compressed cluster, and the system's.
     pub fn read_piece(
         &mut self,
         piece: &Piece,
@@ -389,7 +392,7 @@ impl View {
         Ok(())
     }
 
-    /// Fills `buf` with what the guest reads at `offset`; past the disk's end are zeros.
+    /// Fills `buf` with what the guest reads at `offset`. Past the disk's end are zeros.
     ///
     /// # Errors
     /// As [`View::piece`] and [`View::read_piece`].
@@ -418,7 +421,7 @@ impl View {
     }
 }
 
-/// A whole chain is what its lowest layer may stand on.
+/// A whole chain can be the backing file of another run.
 impl ChainReader for View {
     fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<()> {
         View::read_at(self, buf, offset, None)
@@ -441,7 +444,7 @@ struct Unpacked {
 }
 
 impl Unpacked {
-    fn get(&mut self, number: usize, layer: &Layer, extent: CompressedExtent) -> Result<&[u8]> {
+    fn get(&mut self, number: usize, layer: &RunLayer, extent: CompressedExtent) -> Result<&[u8]> {
         if self.of != Some((number, extent)) {
             self.of = None;
             // A descriptor's length is at most two clusters.
@@ -456,11 +459,12 @@ impl Unpacked {
     }
 }
 
-/// For each layer of a run, how many bytes of its data the top shows: what merging into another layer would move.
+/// Counts, for each layer of a run, the bytes of its data that the top shows. A merge into another layer
+/// would move them.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] for tables that cannot be, and the system's.
-pub fn visible_bytes(run: Vec<Layer>) -> Result<Vec<u64>> {
+/// [`ErrorKind::Corrupt`] for invalid tables, and the system's.
+pub fn visible_bytes(run: Vec<RunLayer>) -> Result<Vec<u64>> {
     let mut bytes = vec![0u64; run.len()];
     let mut view = View::new(run)?;
     let mut at = 0;

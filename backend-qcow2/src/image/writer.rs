@@ -1,17 +1,18 @@
-//! Writing to the active state of an image: what merging, flattening and materialising are made of.
+//! Writing to the active state of an image: the basis of merging, flattening and materialising.
 //!
-//! Everything is in whole clusters. The order that [`ActiveWriter::flush`] keeps, and that holds whenever it is called
-//! (by itself too, when much is pending):
+//! Everything is done in whole clusters. [`ActiveWriter::flush`] keeps this order, also when it runs by
+//! itself because much is pending:
 //!
-//! 1. data, refcounts of what was allocated, and new L2 tables are durable (one flush; one more when the refcount table
-//!    got a new block, one more when it had to move);
-//! 2. then L2 entries in tables that were there before, and L1 entries, are written and made durable;
-//! 3. only then references to what was replaced are taken back, in memory; that reaches the disk with the next flush, and
-//!    with [`ActiveWriter::finish`].
+//! 1. Data, refcounts of allocated clusters, and new L2 tables become durable: one flush, one more if the
+//!    refcount table got a new block, one more if it had to move.
+//! 2. Then L2 entries in existing tables, and L1 entries, are written and become durable.
+//! 3. Only then references to what was replaced are removed, in memory. That reaches the disk with the next
+//!    flush, and with [`ActiveWriter::finish`].
 //!
-//! A crash at any instant leaves each guest cluster with its old or its new mapping and at worst leaked clusters. One
-//! exception, on request only: a cluster that the image owns alone is overwritten in place ([`InPlace::Allowed`]), so a
-//! crash may leave it half written; that is right where another image still shadows it (commit into a backing file).
+//! A crash at any point leaves each guest cluster with its old or its new mapping, and leaked clusters at
+//! worst. There is one exception, on request only: a cluster that only this image owns is overwritten in
+//! place ([`InPlace::Allowed`]). A crash may leave it half written. That is safe where another image still
+//! hides it (commit into a backing file).
 
 use std::collections::BTreeMap;
 
@@ -25,13 +26,13 @@ use super::refcount::Change;
 use super::references::clear_copied;
 use super::units::{GuestCluster, HostOffset};
 
-/// L2 tables that are held changed in memory before they are flushed by themselves.
+/// Limit of changed L2 tables in memory, beyond which the writer flushes by itself.
 const MAX_PENDING_BYTES: usize = 64 << 20;
 
-/// Whether clusters that the image owns alone may be overwritten where they are.
+/// Permission to overwrite clusters that only this image owns.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum InPlace {
-    /// They may: the guest does not see this image's content there until the whole operation is done.
+    /// Allowed: the guest does not see this image's content there until the whole operation is done.
     Allowed,
     /// Every write goes to a fresh cluster.
     Never,
@@ -40,9 +41,10 @@ pub enum InPlace {
 /// An L2 table in memory.
 struct Table {
     bytes: Vec<u8>,
-    /// Where it will be written.
+    /// Offset to which it will be written.
     offset: HostOffset,
-    /// Not in the file yet: it may be written before what it names is durable, since nothing names it.
+    /// True if it is not in the file yet. It may be written before the clusters that it refers to are
+    /// durable, because nothing refers to it.
     fresh: bool,
     dirty: bool,
 }
@@ -57,11 +59,11 @@ pub struct ActiveWriter<'a> {
     l1: BTreeMap<usize, u64>,
     /// Clusters that lose a reference once the new mappings are durable.
     dropped: Vec<u64>,
-    /// References that were added since the last flush, for [`ActiveWriter::abandon`].
+    /// References added since the last flush, for [`ActiveWriter::abandon`].
     added: Vec<u64>,
-    /// Guest clusters that may be mapped: the disk's, or those of the disk that it will be.
+    /// Number of guest clusters that may be mapped: those of the disk, or of its future size.
     end: u64,
-    /// Where the next compressed cluster may start, and the end of what is allocated for it.
+    /// Offset at which the next compressed cluster may start, and the end of the space allocated for it.
     packed: Option<(u64, u64)>,
     failed: bool,
 }
@@ -76,10 +78,12 @@ impl std::fmt::Debug for ActiveWriter<'_> {
 }
 
 impl<'a> ActiveWriter<'a> {
-    /// Begins to write. Marks persistent bitmaps as in use, because what they say of the guest's data will be wrong.
+    /// Begins to write. Marks persistent bitmaps as in use, because their record of the guest's data becomes
+    /// wrong.
     ///
     /// # Errors
-    /// [`Image`]'s refusals to be written to; [`ErrorKind::Unsupported`] for encrypted images and external data files.
+    /// [`Image`]'s refusals of writes; [`ErrorKind::Unsupported`] for encrypted images and external data
+    /// files.
     pub fn new(image: &'a mut Image, in_place: InPlace) -> Result<Self> {
         image.require_plain_data()?;
         image.guarded("write to", |image| {
@@ -105,18 +109,18 @@ impl<'a> ActiveWriter<'a> {
         })
     }
 
-    /// Lets clusters be mapped up to what will be the disk's end. The L1 table must have room for them.
+    /// Allows mappings up to the future end of the disk. The L1 table must have room for them.
     pub(crate) fn extend_to(&mut self, virtual_size: u64) {
         let room = u64::from(self.image.header.l1_entries).saturating_mul(self.geometry.l2_entries());
         self.end = self.geometry.cluster_bits.clusters_for(virtual_size).min(room).max(self.end);
     }
 
-    /// The image; what is pending here is not in it yet.
+    /// The image. It does not contain the pending changes yet.
     pub fn image(&self) -> &Image {
         self.image
     }
 
-    /// What a guest cluster is mapped to, pending changes included.
+    /// The mapping of a guest cluster, pending changes included.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] past the disk's end, [`ErrorKind::Corrupt`], and the system's.
@@ -163,7 +167,8 @@ impl<'a> ActiveWriter<'a> {
         Ok(())
     }
 
-    /// The table of an L1 entry, ready to be changed: made if there is none, copied if it is shared.
+    /// Makes the table of an L1 entry ready for changes: creates it if there is none, copies it if it is
+    /// shared.
     fn own_table(&mut self, index: usize) -> Result<()> {
         if self.tables.get(&index).is_some_and(|t| t.dirty) {
             return Ok(());
@@ -175,7 +180,7 @@ impl<'a> ActiveWriter<'a> {
         let l1 = self.image.active_l1()?;
         let (old, mut copied) = (l1.l2_offset(index), l1.is_copied(index));
         if let (Some(offset), false) = (old, copied) {
-            // Bit 63 may be clear though it might be set, after a crash: the refcount tells.
+            // After a crash bit 63 may be clear although it could be set. The refcount decides.
             let cluster = self.geometry.cluster_bits.host_cluster(offset);
             let (file, refcounts, _) = self.image.parts()?;
             if refcounts.get(file, cluster)? == 1 {
@@ -200,7 +205,7 @@ impl<'a> ActiveWriter<'a> {
                 }
                 let size = self.geometry.cluster_bits.bytes();
                 let mut bytes = self.tables.remove(&index).map_or_else(|| vec![0; size], |t| t.bytes);
-                // Data under a shared table has two references or more.
+                // Data below a shared table has two references or more.
                 clear_copied(self.geometry, &mut bytes);
                 let offset = self.fresh(1)?;
                 self.tables.insert(index, Table { bytes, offset, fresh: true, dirty: true });
@@ -213,7 +218,7 @@ impl<'a> ActiveWriter<'a> {
         Ok(())
     }
 
-    /// Maps a guest cluster anew; its old clusters lose their reference after the next flush.
+    /// Replaces the mapping of a guest cluster. Its old clusters lose their reference after the next flush.
     pub(crate) fn replace(&mut self, cluster: GuestCluster, new: Mapping) -> Result<()> {
         let (index, slot) = self.place(cluster)?;
         self.own_table(index)?;
@@ -231,7 +236,7 @@ impl<'a> ActiveWriter<'a> {
         Ok(())
     }
 
-    /// Takes free clusters in a row.
+    /// Allocates consecutive free clusters.
     pub(crate) fn fresh(&mut self, count: u64) -> Result<HostOffset> {
         let at = self.image.allocate(count)?;
         let first = self.geometry.cluster_bits.host_cluster(at).0;
@@ -239,13 +244,13 @@ impl<'a> ActiveWriter<'a> {
         Ok(at)
     }
 
-    /// Where a write of a whole cluster may go without a fresh one.
+    /// Returns the place where a whole cluster may be overwritten, without a fresh one.
     pub(crate) fn reusable(&mut self, cluster: GuestCluster) -> Result<Option<HostOffset>> {
         if self.in_place == InPlace::Never {
             return Ok(None);
         }
         let (index, _) = self.place(cluster)?;
-        // A table that is shared says nothing of who owns the data.
+        // A shared table does not show which image owns the data.
         let owned = self.l1.contains_key(&index) || self.image.active_l1()?.is_copied(index);
         let entry = self.entry(cluster)?;
         if !owned || !entry.is_copied() {
@@ -257,8 +262,8 @@ impl<'a> ActiveWriter<'a> {
     /// Writes whole clusters of data, `data.len() / cluster size` of them from `first`.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a part of a cluster or past the disk's end; the system's. After any error the
-    /// writer refuses to go on.
+    /// [`ErrorKind::InvalidInput`] for a part of a cluster or past the disk's end; the system's. After an
+    /// error the writer refuses to continue.
     pub fn write_data(&mut self, first: GuestCluster, data: &[u8]) -> Result<()> {
         let size = self.geometry.cluster_bits.bytes();
         if !data.len().is_multiple_of(size) {
@@ -279,8 +284,9 @@ impl<'a> ActiveWriter<'a> {
         })
     }
 
-    /// Maps whole clusters for data that the caller puts into the file itself (by reflink or `copy_file_range`) before
-    /// the next [`ActiveWriter::flush`]: the places, in order, each with its number of clusters.
+    /// Maps whole clusters for data that the caller writes into the file itself (by reflink or
+    /// `copy_file_range`) before the next [`ActiveWriter::flush`]. Returns the places, in order, each with
+    /// its number of clusters.
     ///
     /// # Errors
     /// As [`ActiveWriter::write_data`].
@@ -317,10 +323,10 @@ impl<'a> ActiveWriter<'a> {
         Ok(places)
     }
 
-    /// Writes one cluster that is compressed already, by the image's own method.
+    /// Writes one cluster that the caller has compressed by the image's own method.
     ///
     /// # Errors
-    /// As [`ActiveWriter::write_data`]; [`ErrorKind::InvalidInput`] for nothing, or for more than a cluster.
+    /// As [`ActiveWriter::write_data`]; [`ErrorKind::InvalidInput`] for no bytes, or for more than a cluster.
     pub fn write_compressed(&mut self, cluster: GuestCluster, compressed: &[u8]) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let (size, length) = (bits.size(), compressed.len() as u64);
@@ -334,8 +340,9 @@ impl<'a> ActiveWriter<'a> {
         self.pack(cluster, compressed, None)
     }
 
-    /// Writes one cluster that another image has compressed: `raw` are its bytes up to the end of a sector, and `phase`
-    /// is where in its first sector it starts. It keeps that place, so that its length in sectors stays what it is.
+    /// Writes one cluster that another image has compressed. `raw` contains its bytes up to the end of a
+    /// sector, and `phase` is its start within its first sector. It gets the same phase, so that its length
+    /// in sectors stays the same.
     pub(crate) fn write_packed(&mut self, cluster: GuestCluster, raw: &[u8], phase: u64) -> Result<()> {
         self.pack(cluster, raw, Some(phase))
     }
@@ -368,7 +375,7 @@ impl<'a> ActiveWriter<'a> {
         })
     }
 
-    /// Adds a reference to the cluster that `at` is in; `false` when its refcount cannot take one more.
+    /// Adds a reference to the cluster that contains `at`. Returns `false` if its refcount is at the maximum.
     fn share(&mut self, at: u64) -> Result<bool> {
         let cluster = self.geometry.cluster_bits.host_cluster(HostOffset(at));
         let (file, refcounts, _) = self.image.parts()?;
@@ -380,7 +387,7 @@ impl<'a> ActiveWriter<'a> {
         Ok(true)
     }
 
-    /// Makes guest clusters read as zeros. In a version 2 image, which knows no such mapping, zeros are written.
+    /// Makes guest clusters read as zeros. Version 2 has no such mapping, so there zeros are written.
     ///
     /// # Errors
     /// As [`ActiveWriter::write_data`].
@@ -406,7 +413,7 @@ impl<'a> ActiveWriter<'a> {
         })
     }
 
-    /// Takes guest clusters' mappings away: they read from the backing file, or as zeros without one.
+    /// Removes the mappings of guest clusters: they then read from the backing file, or as zeros without one.
     ///
     /// # Errors
     /// As [`ActiveWriter::write_data`].
@@ -415,18 +422,20 @@ impl<'a> ActiveWriter<'a> {
     }
 
     fn unmap(&mut self, cluster: GuestCluster) -> Result<()> {
-        // Nothing to take away needs no table.
+        // A cluster without mapping needs no table.
         if self.entry(cluster)? == L2Entry::default() {
             return Ok(());
         }
         self.replace(cluster, Mapping::Unallocated)
     }
 
-    /// Maps one cluster of an extended-L2 image by subclusters: those in `allocated` have the data of the same place in
-    /// `data` (one whole cluster), those in `zero` read as zeros, the others from the backing file.
+    /// Maps one cluster of an extended-L2 image by subclusters. Those in `allocated` have the data of the
+    /// same place in `data` (one whole cluster), those in `zero` read as zeros, the others from the backing
+    /// file.
     ///
     /// # Errors
-    /// As [`ActiveWriter::write_data`]; [`ErrorKind::InvalidInput`] without extended L2, or for a subcluster in both.
+    /// As [`ActiveWriter::write_data`]; [`ErrorKind::InvalidInput`] without extended L2, or for a subcluster
+    /// in both.
     pub fn write_subclusters(
         &mut self,
         cluster: GuestCluster,
@@ -451,16 +460,20 @@ impl<'a> ActiveWriter<'a> {
         })
     }
 
-    /// Makes all that was written durable, in the module's order.
+    /// Makes everything that was written durable, in the module's order.
     ///
     /// # Errors
     /// The system's.
     pub fn flush(&mut self) -> Result<()> {
         self.guarded(|w| {
+            // 1) New tables first: nothing refers to them yet. `flush_metadata` makes them durable, with all
+            //    data and refcounts.
             for table in w.tables.values().filter(|t| t.fresh && t.dirty) {
                 w.image.file.write_at(&table.bytes, table.offset)?;
             }
-            w.image.settle()?;
+            w.image.flush_metadata()?;
+            // 2) Entries that make the new clusters visible. A crash before the flush below leaves each one
+            //    old or new.
             let mut visible = false;
             for table in w.tables.values_mut().filter(|t| t.dirty) {
                 if !table.fresh {
@@ -476,6 +489,7 @@ impl<'a> ActiveWriter<'a> {
             if visible {
                 w.image.file.flush()?;
             }
+            // 3) The old mappings are durably gone, so their clusters may be freed. A crash here leaks them.
             w.packed = None;
             w.added.clear();
             let mut dropped = std::mem::take(&mut w.dropped);
@@ -522,35 +536,35 @@ impl<'a> ActiveWriter<'a> {
         Ok(())
     }
 
-    /// Makes everything durable, what was replaced is given back too.
+    /// Makes everything durable, including the release of replaced clusters.
     ///
     /// # Errors
     /// The system's.
     pub fn finish(mut self) -> Result<()> {
         self.flush()?;
-        self.guarded(|w| w.image.settle())
+        self.guarded(|w| w.image.flush_metadata())
     }
 
-    /// Whether an L1 entry has an L2 table, pending ones included.
+    /// Returns true if an L1 entry has an L2 table, pending ones included.
     pub(crate) fn has_table(&self, index: usize) -> Result<bool> {
         Ok(self.tables.contains_key(&index) || self.image.active_l1()?.l2_offset(index).is_some())
     }
 
-    /// Bytes of L2 tables in memory. At 64 MiB the writer flushes by itself, which whoever fills clusters later must
-    /// forestall with [`ActiveWriter::commit`].
+    /// Bytes of L2 tables in memory. At 64 MiB the writer flushes by itself. A caller that fills clusters
+    /// later must call [`ActiveWriter::commit`] before that.
     pub(crate) fn pending_bytes(&self) -> usize {
         self.tables.len() * self.geometry.cluster_bits.bytes()
     }
 
-    /// As [`ActiveWriter::flush`], and forgets the tables.
+    /// Like [`ActiveWriter::flush`], and drops the tables.
     pub(crate) fn commit(&mut self) -> Result<()> {
         self.flush()?;
         self.tables.clear();
         Ok(())
     }
 
-    /// Gives up what was begun since the last flush: no mapping of it reaches the file, what was allocated for it is
-    /// free again, and the space is given back. What was flushed before stays.
+    /// Discards everything since the last flush. No mapping of it reaches the file, its clusters are free
+    /// again, and their space is returned. Changes that were flushed before stay.
     ///
     /// # Errors
     /// The system's; the image then has leaked clusters at worst.
@@ -578,7 +592,7 @@ impl<'a> ActiveWriter<'a> {
                 }
             }
             w.image.protected = None;
-            w.image.settle()
+            w.image.flush_metadata()
         })
     }
 
@@ -607,7 +621,7 @@ pub(crate) fn host_of(mapping: Mapping) -> Option<HostOffset> {
     }
 }
 
-/// The host clusters that an entry refers to.
+/// Adds the host clusters that an entry refers to.
 pub(crate) fn drop_references(geometry: Geometry, entry: L2Entry, into: &mut Vec<u64>) -> Result<()> {
     let bits = geometry.cluster_bits;
     match entry.mapping(geometry)? {
