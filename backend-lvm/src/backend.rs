@@ -11,13 +11,13 @@ use snapcore::{
 };
 
 use crate::command::{Commands, Lvm2, Runner};
-use crate::hold::Holds;
 use crate::layers::{self, volume_of};
+use crate::lock::VolumeLocks;
 use crate::names::Volume;
 use crate::plan::{self, Reserved};
-use crate::report::Kind;
+use crate::report::VolumeKind;
 use crate::rules::Rules;
-use crate::steps::{LvmStep, Place, refuse_unseen_users, wait_closed};
+use crate::steps::{LvmStep, StepRunner, refuse_unseen_users, wait_closed};
 use crate::{check, device, discover};
 
 /// Directory of manifests, because no file can lie beside a volume.
@@ -35,7 +35,7 @@ pub struct Lvm {
 struct Inner {
     lvm: Lvm2,
     rules: Rules,
-    holds: Holds,
+    locks: VolumeLocks,
     reserved: Mutex<Reserved>,
 }
 
@@ -56,7 +56,7 @@ impl Lvm {
         let inner = Inner {
             lvm: Lvm2::new(runner),
             rules: Rules::default(),
-            holds: Holds::default(),
+            locks: VolumeLocks::default(),
             reserved: Mutex::default(),
         };
         Self { inner: Arc::new(inner), manifests: MANIFESTS.into() }
@@ -107,7 +107,7 @@ impl Lvm {
         &self,
         step: &Step,
         context: StepContext<'_>,
-        work: impl FnOnce(&Place<'_>, &LvmStep) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&StepRunner<'_>, &LvmStep) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let action: LvmStep = serde_json::from_value(step.action.clone()).map_err(|error| {
             Error::new(
@@ -120,9 +120,9 @@ impl Lvm {
         let path = context.disk.disk.path.clone();
         let volume = volume_of(context.disk)?;
         self.blocking(move |inner| {
-            let hold = inner.holds.of(&volume);
-            let place = Place { lvm: &inner.lvm, volume: &volume, path: &path, hold: hold.as_deref() };
-            work(&place, &action)
+            let lock = inner.locks.of(&volume);
+            let runner = StepRunner { lvm: &inner.lvm, volume: &volume, path: &path, lock: lock.as_deref() };
+            work(&runner, &action)
         })
         .await
     }
@@ -226,7 +226,7 @@ impl DiskSnapshotter for Lvm {
         let disk = disk.clone();
         self.blocking(move |inner| {
             let volume = volume_of(&disk)?;
-            let hold = inner.holds.begin(&volume)?;
+            let lock = inner.locks.begin(&volume)?;
             inner.reserved.lock().unwrap_or_else(PoisonError::into_inner).remove(&volume);
             let by_its_hypervisor = identity(&disk.disk.path).is_some_and(|id| open.contains(&id));
             if !by_its_hypervisor {
@@ -239,7 +239,7 @@ impl DiskSnapshotter for Lvm {
                 // The service finds users that the kernel shows; it knows the hypervisor's process.
                 refuse_unseen_users(&inner.lvm, &disk.disk.path, &volume)?;
             }
-            Ok(Box::new(hold) as Guard)
+            Ok(Box::new(lock) as Guard)
         })
         .await
     }
@@ -249,19 +249,19 @@ impl DiskSnapshotter for Lvm {
     }
 
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
-        self.step(step, context, |place, action| place.apply(action)).await
+        self.step(step, context, |runner, action| runner.apply(action)).await
     }
 
     async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
-        self.step(step, context, |place, action| place.undo(action)).await
+        self.step(step, context, |runner, action| runner.undo(action)).await
     }
 
     async fn salvage(&self, step: &Step, _: bool, context: StepContext<'_>) -> Result<Salvage> {
-        self.step(step, context, |place, action| place.salvage(action)).await
+        self.step(step, context, |runner, action| runner.salvage(action)).await
     }
 
     async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
-        self.step(step, context, |place, action| place.status(action)).await
+        self.step(step, context, |runner, action| runner.status(action)).await
     }
 
     async fn check(&self, disk: &DiskRecord, _: &DiskState) -> Result<Vec<Finding>> {
@@ -289,7 +289,7 @@ impl DiskSnapshotter for Lvm {
                 .iter()
                 .filter(|point| !keep.contains(point))
                 .filter_map(|point| group.row(point.layer.as_str()))
-                .filter(|row| row.kind == Kind::ThickSnapshot)
+                .filter(|row| row.kind == VolumeKind::ThickSnapshot)
                 .map(|row| row.size)
                 .sum();
             Ok(DeleteCost { frees, moves: 0 })

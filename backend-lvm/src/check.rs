@@ -4,27 +4,25 @@ use snapcore::{DiskRecord, Finding, Severity, shown_size};
 
 use crate::layers::require_known_kind;
 use crate::names::Volume;
-use crate::report::{Group, Kind, Row};
+use crate::report::{Row, VolumeGroup, VolumeKind};
 use crate::rules::{Rules, WARN_PERCENT};
 
 /// Returns a warning for a thick snapshot's area that overflowed, or will overflow.
 pub(crate) fn area_warning(volume: &Volume, row: &Row) -> Option<(Severity, String)> {
-    if row.kind != Kind::ThickSnapshot {
+    if row.kind != VolumeKind::ThickSnapshot {
         return None;
     }
     let name = format!("{}/{}", volume.group, row.name);
     if row.invalid {
         return Some((
             Severity::Error,
-            format!("{name} overflowed: its area was full, and what it held is lost; delete the snapshot"),
+            format!("{name} overflowed: its area was full, and its data is lost; delete the snapshot"),
         ));
     }
     if row.is_cut_off() {
         return Some((
             Severity::Error,
-            format!(
-                "{name} was made smaller than what it holds, and a part of that is lost; delete the snapshot"
-            ),
+            format!("{name} was made smaller than its data, and a part of that is lost; delete the snapshot"),
         ));
     }
     let full = row.data.filter(|data| data.reaches(WARN_PERCENT))?;
@@ -42,16 +40,21 @@ pub(crate) fn area_warning(volume: &Volume, row: &Row) -> Option<(Severity, Stri
 }
 
 /// Checks a disk's volumes, their pool and their group.
-pub(crate) fn check(record: &DiskRecord, volume: &Volume, group: &Group, rules: &Rules) -> Vec<Finding> {
+pub(crate) fn check(
+    record: &DiskRecord,
+    volume: &Volume,
+    group: &VolumeGroup,
+    rules: &Rules,
+) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut find = |severity, subject: &str, message: String| {
         findings.push(Finding { severity, subject: subject.to_owned(), message });
     };
-    let Some(present) = group.row(&volume.name) else {
-        find(Severity::Error, &volume.to_string(), "the volume is not there".to_owned());
+    let Some(current) = group.row(&volume.name) else {
+        find(Severity::Error, &volume.to_string(), "the volume does not exist".to_owned());
         return findings;
     };
-    if let Err(error) = require_known_kind(volume, present, group) {
+    if let Err(error) = require_known_kind(volume, current, group) {
         find(Severity::Error, &volume.to_string(), format!("no snapshot can be made: {error}"));
     }
     if group.missing > 0 {
@@ -61,7 +64,7 @@ pub(crate) fn check(record: &DiskRecord, volume: &Volume, group: &Group, rules: 
     let concerned = |row: &&Row| {
         row.name == volume.name
             || record.owned.contains(&row.layer())
-            || (row.told().ours && volume.is_point(&row.name))
+            || (row.parsed_tags().ours && volume.is_point(&row.name))
     };
     for row in group.rows.iter().filter(concerned) {
         let subject = format!("{}/{}", group.name, row.name);
@@ -69,7 +72,7 @@ pub(crate) fn check(record: &DiskRecord, volume: &Volume, group: &Group, rules: 
             find(severity, &subject, words);
         }
         if !row.health.is_empty() {
-            find(Severity::Error, &subject, format!("lvm says of it: {}", row.health));
+            find(Severity::Error, &subject, format!("lvm reports: {}", row.health));
         }
         if row.merge_failed {
             find(Severity::Error, &subject, "a merge into it failed; 'dmesg' may say why".to_owned());
@@ -80,30 +83,30 @@ pub(crate) fn check(record: &DiskRecord, volume: &Volume, group: &Group, rules: 
         }
         if row.suspended {
             let words =
-                "it is suspended: who reads or writes it waits; 'dmsetup resume' lets it go on".to_owned();
+                "it is suspended: its readers and writers wait; resume it with 'dmsetup resume'".to_owned();
             find(Severity::Error, &subject, words);
         }
     }
-    if let Some(pool) = group.pool_of(present) {
+    if let Some(pool) = group.pool_of(current) {
         let subject = format!("{}/{}", group.name, pool.name);
         if !pool.health.is_empty() {
-            find(Severity::Error, &subject, format!("lvm says of the pool: {}", pool.health));
+            find(Severity::Error, &subject, format!("lvm reports for the pool: {}", pool.health));
         }
         if let Some(words) = pool_full(group, pool, rules) {
             find(Severity::Warning, &subject, words);
         }
     }
-    let leftovers = group.rows.iter().filter(|row| row.told().ours && volume.is_passing(&row.name));
+    let leftovers = group.rows.iter().filter(|row| row.parsed_tags().ours && volume.is_temporary(&row.name));
     for row in leftovers {
         let words =
-            "it was left by an operation that stopped half way; 'domsnap recover' removes it".to_owned();
+            "it was left by an operation that did not complete; 'domsnap recover' removes it".to_owned();
         find(Severity::Note, &format!("{}/{}", group.name, row.name), words);
     }
     findings
 }
 
 /// Returns the reason why no more points are taken in a pool, with figures.
-pub(crate) fn pool_full(group: &Group, pool: &Row, rules: &Rules) -> Option<String> {
+pub(crate) fn pool_full(group: &VolumeGroup, pool: &Row, rules: &Rules) -> Option<String> {
     let name = format!("{}/{}", group.name, pool.name);
     if let Some(data) = pool.data.filter(|data| data.reaches(rules.pool_data_percent)) {
         return Some(format!(

@@ -11,7 +11,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{Error, ErrorKind, Result};
 
 use crate::names::Volume;
-use crate::report::{self, FIELDS, Group};
+use crate::report::{self, FIELDS, VolumeGroup};
 
 /// Directories where lvm2 is searched: the caller's PATH must not choose a program that runs as root.
 const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
@@ -34,7 +34,7 @@ const FRESH: Duration = Duration::from_secs(5);
 
 /// One command of lvm2.
 #[derive(Debug)]
-pub struct Call<'a> {
+pub struct Invocation<'a> {
     /// The command and its arguments: `lvcreate`, `-s`, ...; or `dmsetup` and its arguments.
     pub words: &'a [String],
     /// Its time limit.
@@ -60,7 +60,7 @@ pub trait Runner: Send + Sync {
     ///
     /// # Errors
     /// If it cannot be found or started, or does not end in time.
-    fn run(&self, call: &Call<'_>) -> Result<Answer>;
+    fn run(&self, invocation: &Invocation<'_>) -> Result<Answer>;
 }
 
 /// The lvm2 of this machine.
@@ -68,14 +68,14 @@ pub trait Runner: Send + Sync {
 pub struct Commands;
 
 impl Runner for Commands {
-    fn run(&self, call: &Call<'_>) -> Result<Answer> {
-        let (program, words) = match call.words {
+    fn run(&self, invocation: &Invocation<'_>) -> Result<Answer> {
+        let (program, words) = match invocation.words {
             [first, rest @ ..] if first == DMSETUP => (find(DMSETUP)?, rest),
             words => (find("lvm")?, words),
         };
-        let shown = match words.len() == call.words.len() {
+        let shown = match words.len() == invocation.words.len() {
             true => format!("lvm {}", words.join(" ")),
-            false => call.words.join(" "),
+            false => invocation.words.join(" "),
         };
         let failed = |what: &str, error: std::io::Error| {
             Error::new(ErrorKind::Io, format!("{shown}: {what}")).because(error)
@@ -101,13 +101,13 @@ impl Runner for Commands {
                 command.process_group(0);
                 Ok(())
             });
-        let expression = match call.lock {
+        let expression = match invocation.lock {
             Some(lock) => expression.stdin_file(copy(lock)?),
             None => expression.stdin_null(),
         };
         let begun = Instant::now();
         let handle = expression.start().map_err(|error| failed("it cannot be started", error))?;
-        let status = match handle.wait_timeout(call.deadline) {
+        let status = match handle.wait_timeout(invocation.deadline) {
             Ok(Some(output)) => output.status,
             Ok(None) => {
                 // The command is not killed: that might leave a volume suspended. It keeps the lock until it
@@ -115,7 +115,7 @@ impl Runner for Commands {
                 std::mem::forget(handle);
                 return Err(Error::new(
                     ErrorKind::Io,
-                    format!("{shown}: it has not ended after {} s, and was left alone", call.deadline.as_secs()),
+                    format!("{shown}: it has not ended after {} s, and was left alone", invocation.deadline.as_secs()),
                 )
                 .advise(
                     "see what it waits for ('dmsetup info' shows suspended devices, 'lvs -a' the state of volumes); when it \
@@ -152,7 +152,7 @@ fn find(program: &str) -> Result<Utf8PathBuf> {
 /// lvm2 with a short cache of each group's last report.
 pub(crate) struct Lvm2 {
     runner: Arc<dyn Runner>,
-    known: Mutex<HashMap<String, (Instant, Arc<Group>)>>,
+    known: Mutex<HashMap<String, (Instant, Arc<VolumeGroup>)>>,
 }
 
 impl Lvm2 {
@@ -164,7 +164,7 @@ impl Lvm2 {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if there is no such group, or it has no volumes.
-    pub(crate) fn group(&self, name: &str) -> Result<Arc<Group>> {
+    pub(crate) fn group(&self, name: &str) -> Result<Arc<VolumeGroup>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         match known.get(name) {
             Some((at, group)) if at.elapsed() < FRESH => Ok(Arc::clone(group)),
@@ -176,7 +176,7 @@ impl Lvm2 {
     }
 
     /// Reads a group and all its volumes now.
-    pub(crate) fn group_now(&self, name: &str) -> Result<Arc<Group>> {
+    pub(crate) fn group_now(&self, name: &str) -> Result<Arc<VolumeGroup>> {
         let words = [
             "lvs",
             "-a",
@@ -193,7 +193,7 @@ impl Lvm2 {
             name,
         ];
         let words = words.map(str::to_owned);
-        let answer = self.runner.run(&Call { words: &words, deadline: REPORT, lock: None })?;
+        let answer = self.runner.run(&Invocation { words: &words, deadline: REPORT, lock: None })?;
         if answer.status != Some(0) {
             return Err(Error::new(
                 ErrorKind::NotFound,
@@ -218,7 +218,7 @@ impl Lvm2 {
     pub(crate) fn openings(&self, volume: &Volume) -> Result<Option<usize>> {
         let name = volume.device();
         let words = [DMSETUP, "info", "-c", "--noheadings", "-o", "open", &name].map(str::to_owned);
-        let answer = self.runner.run(&Call { words: &words, deadline: REPORT, lock: None })?;
+        let answer = self.runner.run(&Invocation { words: &words, deadline: REPORT, lock: None })?;
         if answer.status != Some(0) {
             return Ok(None);
         }
@@ -241,7 +241,7 @@ impl Lvm2 {
         lock: Option<&File>,
     ) -> Result<()> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(group);
-        let answer = self.runner.run(&Call { words, deadline, lock });
+        let answer = self.runner.run(&Invocation { words, deadline, lock });
         self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(group);
         let answer = answer?;
         match answer.status {

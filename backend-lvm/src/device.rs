@@ -66,21 +66,21 @@ fn is_process(entry: &fs::DirEntry) -> bool {
 
 /// State of a device at one time, to detect later whether it was written since.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Moment {
+pub(crate) struct DeviceState {
     /// Identity of the machine's boot.
     boot: String,
     /// Number of writes to the device so far.
     writes: u64,
 }
 
-impl Moment {
+impl DeviceState {
     /// Takes the current state.
     pub(crate) fn now(path: &Utf8Path) -> Self {
         Self { boot: boot(), writes: writes(path).unwrap_or(0) }
     }
 
     /// Makes the state of a device that is about to be created.
-    pub(crate) fn birth() -> Self {
+    pub(crate) fn fresh() -> Self {
         Self { boot: boot(), writes: 0 }
     }
 

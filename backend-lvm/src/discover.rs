@@ -5,21 +5,22 @@ use jiff::Timestamp;
 use snapcore::{Consistency, DiskPoint, DiskRecord, FreeNames, Point, Snapshot, SnapshotId};
 
 use crate::names::Volume;
-use crate::report::{Group, Kind, Row};
+use crate::report::{Row, VolumeGroup, VolumeKind};
 
 /// Returns snapshots of the points that `known` does not have, oldest first. They become ours.
 pub(crate) fn discover(
     record: &mut DiskRecord,
     known: &[Point],
     volume: &Volume,
-    group: &Group,
+    group: &VolumeGroup,
 ) -> Vec<Snapshot> {
-    let ours = |row: &Row| row.told().ours && volume.is_point(&row.name) && group.is_made_for(row, volume);
+    let ours =
+        |row: &Row| row.parsed_tags().ours && volume.is_point(&row.name) && group.is_made_for(row, volume);
     let foreign = |row: &Row| {
         row.origin.as_deref() == Some(volume.name.as_str())
             // A thin snapshot is inactive unless it is in use, for example as another machine's disk.
-            && (row.kind == Kind::ThickSnapshot || (row.kind == Kind::Thin && !row.active))
-            && !row.told().ours
+            && (row.kind == VolumeKind::ThickSnapshot || (row.kind == VolumeKind::Thin && !row.active))
+            && !row.parsed_tags().ours
             && !row.merging
     };
     let mut rows: Vec<&Row> = group
@@ -28,18 +29,18 @@ pub(crate) fn discover(
         .filter(|row| (ours(row) || foreign(row)) && !row.invalid)
         .filter(|row| !known.contains(&Point::external(row.layer())))
         .collect();
-    let taken = |row: &Row| row.told().taken.unwrap_or(row.time);
+    let taken = |row: &Row| row.parsed_tags().taken.unwrap_or(row.time);
     rows.sort_by(|a, b| (taken(a), &a.name).cmp(&(taken(b), &b.name)));
     let mut found: Vec<Snapshot> = Vec::new();
     let mut names = FreeNames::default();
     for row in rows {
-        let told = row.told();
-        let parent = told.parent.and_then(|parent| {
+        let tags = row.parsed_tags();
+        let parent = tags.parent.and_then(|parent| {
             let is_it =
                 |snapshot: &&Snapshot| snapshot.disks.iter().any(|member| member.point.layer == parent);
             found.iter().find(is_it).map(|snapshot| snapshot.id)
         });
-        let name = names.take(told.name.as_deref().unwrap_or(&row.name));
+        let name = names.take(tags.name.as_deref().unwrap_or(&row.name));
         found.push(Snapshot {
             id: SnapshotId::fresh(),
             name,

@@ -4,7 +4,7 @@ use camino::Utf8PathBuf;
 use snapcore::{Disk, DiskRecord, DiskState, Error, ErrorKind, Layer, LayerName, Result};
 
 use crate::names::Volume;
-use crate::report::{Group, Kind, Row};
+use crate::report::{Row, VolumeGroup, VolumeKind};
 
 /// Returns the volume of a record's disk.
 pub(crate) fn volume_of(record: &DiskRecord) -> Result<Volume> {
@@ -16,12 +16,12 @@ pub(crate) fn volume_of(record: &DiskRecord) -> Result<Volume> {
 /// # Errors
 /// [`ErrorKind::NotFound`]; if an operation stopped between two renames, the advice is how to restore the
 /// name.
-pub(crate) fn present<'a>(group: &'a Group, volume: &Volume) -> Result<&'a Row> {
+pub(crate) fn current_row<'a>(group: &'a VolumeGroup, volume: &Volume) -> Result<&'a Row> {
     group.row(&volume.name).ok_or_else(|| {
         let error = Error::new(ErrorKind::NotFound, format!("there is no volume {volume}"));
-        match group.rows.iter().find(|row| volume.is_passing(&row.name) && row.name.ends_with("-old")) {
+        match group.rows.iter().find(|row| volume.is_temporary(&row.name) && row.name.ends_with("-old")) {
             Some(row) => error
-                .state(format!("a revert stopped half way: it is there as {}", row.name))
+                .state(format!("a revert did not complete: the volume exists as {}", row.name))
                 .advise(format!(
                     "run 'domsnap recover'; or, by hand: 'lvrename {} {} {}'",
                     volume.group, row.name, volume.name
@@ -35,8 +35,8 @@ pub(crate) fn present<'a>(group: &'a Group, volume: &Volume) -> Result<&'a Row> 
 ///
 /// # Errors
 /// [`ErrorKind::Refused`] or `Unsupported` for a volume of which no points can be taken.
-pub(crate) fn adopt(disk: &Disk, volume: &Volume, group: &Group) -> Result<DiskRecord> {
-    let row = present(group, volume)?;
+pub(crate) fn adopt(disk: &Disk, volume: &Volume, group: &VolumeGroup) -> Result<DiskRecord> {
+    let row = current_row(group, volume)?;
     require_known_kind(volume, row, group)?;
     volume.require_room_for_names()?;
     let active = volume.layer();
@@ -48,26 +48,26 @@ pub(crate) fn adopt(disk: &Disk, volume: &Volume, group: &Group) -> Result<DiskR
 ///
 /// # Errors
 /// [`ErrorKind::Refused`], with the kind's name and what to do instead.
-pub(crate) fn require_known_kind(volume: &Volume, row: &Row, group: &Group) -> Result<()> {
+pub(crate) fn require_known_kind(volume: &Volume, row: &Row, group: &VolumeGroup) -> Result<()> {
     let refuse = |what: String, advice: String| {
         Err(Error::new(ErrorKind::Refused, format!("{volume} {what}"))
             .state("no changes made")
             .advise(advice))
     };
     match row.kind {
-        Kind::Thin | Kind::Thick => {}
-        Kind::ThickSnapshot => {
+        VolumeKind::Thin | VolumeKind::Thick => {}
+        VolumeKind::ThickSnapshot => {
             return refuse(
                 "is a thick snapshot, and lvm takes no snapshots of those".to_owned(),
                 "use the volume that it is of; or copy it into a volume of its own, best a thin one"
                     .to_owned(),
             );
         }
-        Kind::Pool => return refuse("is a thin pool".to_owned(), "name a volume in it".to_owned()),
-        Kind::Inner => {
+        VolumeKind::Pool => return refuse("is a thin pool".to_owned(), "name a volume in it".to_owned()),
+        VolumeKind::Inner => {
             return refuse("is a part of another volume".to_owned(), "name that one".to_owned());
         }
-        Kind::Foreign => {
+        VolumeKind::Foreign => {
             return refuse(
                 format!(
                     "is a volume of type {}; snapshots are supported of thin, linear and striped volumes only",
@@ -103,29 +103,29 @@ fn instead_of(types: &[String], volume: &Volume) -> String {
 }
 
 /// Returns true if the group has neither the volume nor any volume that was made of it.
-pub(crate) fn is_gone(record: &DiskRecord, volume: &Volume, group: &Group) -> bool {
+pub(crate) fn is_gone(record: &DiskRecord, volume: &Volume, group: &VolumeGroup) -> bool {
     !group.rows.iter().any(|row| {
         row.name == volume.name
             || record.owned.contains(&row.layer())
-            || (row.told().ours && volume.is_made_of_it(&row.name))
+            || (row.parsed_tags().ours && volume.is_made_of_it(&row.name))
     })
 }
 
 /// Describes all volumes of the disk.
-pub(crate) fn state(record: &DiskRecord, volume: &Volume, group: &Group) -> Result<DiskState> {
-    let row = present(group, volume)?;
+pub(crate) fn state(record: &DiskRecord, volume: &Volume, group: &VolumeGroup) -> Result<DiskState> {
+    let row = current_row(group, volume)?;
     let mut layers = vec![layer(volume, row, None, true)];
     for other in &group.rows {
         let name = other.layer();
-        let of_it = other.origin.as_deref() == Some(volume.name.as_str()) && other.kind != Kind::Inner;
+        let of_it = other.origin.as_deref() == Some(volume.name.as_str()) && other.kind != VolumeKind::Inner;
         let known = record.owned.contains(&name);
-        let ours = other.told().ours && volume.is_point(&other.name);
-        let leftover = (other.told().ours || known) && volume.is_passing(&other.name);
+        let ours = other.parsed_tags().ours && volume.is_point(&other.name);
+        let leftover = (other.parsed_tags().ours || known) && volume.is_temporary(&other.name);
         if other.name == volume.name || leftover || !(of_it || known || ours) {
             continue;
         }
         // A thick snapshot shows its origin's data where its own area has none.
-        let backing = (other.kind == Kind::ThickSnapshot).then(|| volume.layer());
+        let backing = (other.kind == VolumeKind::ThickSnapshot).then(|| volume.layer());
         layers.push(layer(volume, other, backing, ours || known));
     }
     Ok(DiskState {
@@ -163,8 +163,8 @@ pub(crate) fn file(volume: &Volume, layer: &LayerName) -> Utf8PathBuf {
 pub(crate) fn require_whole(volume: &Volume, row: &Row) -> Result<()> {
     let how = match (row.invalid, row.is_cut_off()) {
         (false, false) => return Ok(()),
-        (true, _) => "overflowed: its area was full, and what it held is lost",
-        (false, true) => "was made smaller than what it holds, and a part of that is lost",
+        (true, _) => "overflowed: its area was full, and its data is lost",
+        (false, true) => "was made smaller than its data, and a part of that is lost",
     };
     Err(Error::new(ErrorKind::Refused, format!("{}/{} {how}", volume.group, row.name))
         .state("no changes made; the volume itself and all other points are whole")

@@ -43,8 +43,8 @@ mod check;
 mod command;
 mod device;
 mod discover;
-mod hold;
 mod layers;
+mod lock;
 mod names;
 mod plan;
 mod report;
@@ -55,7 +55,7 @@ mod tags;
 use std::sync::Arc;
 
 pub use backend::Lvm;
-pub use command::{Answer, Call, Commands, Runner};
+pub use command::{Answer, Commands, Invocation, Runner};
 pub use rules::{COW_PERCENT, POOL_DATA_PERCENT, POOL_METADATA_PERCENT};
 
 /// Registers the backend with its usual rules.

@@ -72,37 +72,37 @@ impl Volume {
     }
 
     /// Returns the name of the new volume that a revert prepares.
-    pub(crate) fn upcoming(&self, stamp: u32) -> LayerName {
+    pub(crate) fn replacement(&self, stamp: u32) -> LayerName {
         LayerName(format!("{}.ds-{stamp:08x}-new", self.name))
     }
 
     /// Returns the name of the previous volume after a revert.
-    pub(crate) fn former(&self, stamp: u32) -> LayerName {
+    pub(crate) fn previous(&self, stamp: u32) -> LayerName {
         LayerName(format!("{}.ds-{stamp:08x}-old", self.name))
     }
 
     /// Returns the name for data of a domain that was started in the middle of a revert.
-    pub(crate) fn rescued(&self, stamp: u32) -> LayerName {
+    pub(crate) fn salvaged(&self, stamp: u32) -> LayerName {
         LayerName(format!("{}.ds-{stamp:08x}-kept", self.name))
     }
 
     /// Returns true if `name` is one of a point of this volume.
     pub(crate) fn is_point(&self, name: &str) -> bool {
-        self.mark_of(name).is_some_and(|mark| mark.len() == 8)
+        self.suffix_of(name).is_some_and(|mark| mark.len() == 8)
     }
 
     /// Returns true if `name` is one that a revert gives to a volume temporarily.
-    pub(crate) fn is_passing(&self, name: &str) -> bool {
-        self.mark_of(name).is_some_and(|mark| mark.ends_with("-new") || mark.ends_with("-old"))
+    pub(crate) fn is_temporary(&self, name: &str) -> bool {
+        self.suffix_of(name).is_some_and(|mark| mark.ends_with("-new") || mark.ends_with("-old"))
     }
 
     /// Returns true if `name` is one that this backend gives to volumes made of this one.
     pub(crate) fn is_made_of_it(&self, name: &str) -> bool {
-        self.mark_of(name).is_some()
+        self.suffix_of(name).is_some()
     }
 
     /// Returns the part after `.ds-` in the name of a volume that was made of this one.
-    fn mark_of<'a>(&self, name: &'a str) -> Option<&'a str> {
+    fn suffix_of<'a>(&self, name: &'a str) -> Option<&'a str> {
         let mark = name.strip_prefix(self.name.as_str())?.strip_prefix(".ds-")?;
         let hex = mark.get(..8)?;
         let rest = mark.get(8..)?;
@@ -112,7 +112,7 @@ impl Volume {
 
     /// Refuses a volume whose points would have too long names.
     pub(crate) fn require_room_for_names(&self) -> Result<()> {
-        let longest = self.rescued(0).0;
+        let longest = self.salvaged(0).0;
         let device = escaped(&self.group) + 1 + escaped(&longest) + MAX_SUFFIX;
         if longest.len() <= MAX_NAME && device <= MAX_NAME {
             return Ok(());
@@ -215,10 +215,12 @@ mod tests {
         let volume = Volume { group: "vg".into(), name: "root".into() };
         assert!(volume.is_point(volume.point(0x1a).as_str()));
         assert!(
-            volume.is_passing(volume.upcoming(1).as_str()) && volume.is_passing(volume.former(1).as_str())
+            volume.is_temporary(volume.replacement(1).as_str())
+                && volume.is_temporary(volume.previous(1).as_str())
         );
         assert!(
-            !volume.is_point(volume.rescued(1).as_str()) && !volume.is_passing(volume.rescued(1).as_str())
+            !volume.is_point(volume.salvaged(1).as_str())
+                && !volume.is_temporary(volume.salvaged(1).as_str())
         );
         for other in [
             "root",
@@ -228,7 +230,7 @@ mod tests {
             "root.ds-0000001a-x",
             "root.ds-0000001A",
         ] {
-            assert!(!volume.is_point(other) && !volume.is_passing(other), "{other}");
+            assert!(!volume.is_point(other) && !volume.is_temporary(other), "{other}");
         }
     }
 

@@ -3,17 +3,17 @@
 use std::collections::HashMap;
 
 use snapcore::{
-    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group as When,
-    LayerName, PlannedStep, Point, Result, SnapshotName, Step, shown_size,
+    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group, LayerName,
+    PlannedStep, Point, Result, SnapshotName, Step, shown_size,
 };
 
 use crate::check::{area_warning, pool_full};
-use crate::device::Moment;
-use crate::layers::{present, require_known_kind, require_whole};
+use crate::device::DeviceState;
+use crate::layers::{current_row, require_known_kind, require_whole};
 use crate::names::Volume;
-use crate::report::{Access, Group, Kind, Row};
+use crate::report::{Access, Row, VolumeGroup, VolumeKind};
 use crate::rules::Rules;
-use crate::steps::{LvmStep, refuse_taken_along};
+use crate::steps::{LvmStep, refuse_dependents};
 use crate::tags;
 
 /// Bytes of a group that other disks of the same operation will use, by volume.
@@ -23,7 +23,7 @@ pub(crate) type Reserved = HashMap<Volume, u64>;
 pub(crate) fn plan(
     record: &DiskRecord,
     volume: &Volume,
-    group: &Group,
+    group: &VolumeGroup,
     state: &DiskState,
     rules: &Rules,
     reserved: &Reserved,
@@ -33,7 +33,7 @@ pub(crate) fn plan(
         record,
         volume,
         group,
-        present: present(group, volume)?,
+        current: current_row(group, volume)?,
         attached: state.attached,
         rules,
         reserved,
@@ -81,8 +81,8 @@ fn read_only_group(volume: &Volume) -> Error {
 struct Planner<'a> {
     record: &'a DiskRecord,
     volume: &'a Volume,
-    group: &'a Group,
-    present: &'a Row,
+    group: &'a VolumeGroup,
+    current: &'a Row,
     attached: bool,
     rules: &'a Rules,
     reserved: &'a Reserved,
@@ -103,7 +103,7 @@ impl Planner<'_> {
         self.require_usable()?;
         let point = self.volume.point(stamp);
         let tags = tags::of_point(name, self.parent().as_ref());
-        let area = self.area(self.rules.cow_bytes(self.present.size, self.group.extent), "a point")?;
+        let area = self.area(self.rules.cow_bytes(self.current.size, self.group.extent), "a point")?;
         let words = match area {
             None => format!("take the thin snapshot {}/{point}", self.volume.group),
             Some(area) => {
@@ -114,7 +114,7 @@ impl Planner<'_> {
                 )
             }
         };
-        self.push(When::Cut, LvmStep::Snapshot { layer: point.clone(), area, tags }, words, 0);
+        self.push(Group::Cut, LvmStep::Snapshot { layer: point.clone(), area, tags }, words, 0);
         if self.attached {
             self.plan.instant = Some(DiskInstant::ByBackend);
             for planned in &mut self.plan.steps {
@@ -151,11 +151,13 @@ impl Planner<'_> {
                 .state("no changes made")
                 .advise("see 'lvs -a' and 'dmsetup info'; a command of lvm that stopped is ended by 'lvchange --refresh'"));
         }
-        match self.present.kind {
-            Kind::Thin => self.revert_thin(row, save, stamp),
-            Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner | Kind::Foreign => {
-                self.revert_thick(row, save, stamp)
-            }
+        match self.current.kind {
+            VolumeKind::Thin => self.revert_thin(row, save, stamp),
+            VolumeKind::Thick
+            | VolumeKind::ThickSnapshot
+            | VolumeKind::Pool
+            | VolumeKind::Inner
+            | VolumeKind::Foreign => self.revert_thick(row, save, stamp),
         }
     }
 
@@ -163,43 +165,44 @@ impl Planner<'_> {
         let volume = self.volume;
         self.require_room_in_pool()?;
         // The current volume is renamed, and removed when the revert is complete.
-        self.refuse_taken_along(&[volume.layer()])?;
-        let (new, old, kept) = (volume.upcoming(stamp), volume.former(stamp), volume.rescued(stamp));
+        self.refuse_dependents(&[volume.layer()])?;
+        let (new, old, kept) = (volume.replacement(stamp), volume.previous(stamp), volume.salvaged(stamp));
         let work = format!("{stamp:08x}");
         let tags = tags::of_work(&work, Some(&row.layer()));
-        let active = self.present.active;
+        let active = self.current.active;
         let clone = LvmStep::Clone { point: row.layer(), layer: new.clone(), active, tags };
-        self.push(When::Prepare, clone, format!("create {new} as a copy of {}", row.name), 0);
+        self.push(Group::Prepare, clone, format!("create {new} as a copy of {}", row.name), 0);
         if let Some(name) = save {
             let point = volume.point(stamp);
             let tags = tags::of_point(name, self.parent().as_ref());
             let step = LvmStep::Snapshot { layer: point.clone(), area: None, tags };
-            self.push(When::Cut, step, format!("keep the current state as {}/{point}", volume.group), 0);
+            self.push(Group::Cut, step, format!("keep the current state as {}/{point}", volume.group), 0);
             self.plan.point = Some(Point::external(point));
         }
-        let swap = LvmStep::Swap { new: new.clone(), old: old.clone(), work, kept, since: Moment::birth() };
+        let swap =
+            LvmStep::Swap { new: new.clone(), old: old.clone(), work, kept, since: DeviceState::fresh() };
         self.push(
-            When::Cut,
+            Group::Cut,
             swap,
             format!("rename {} to {old} and {new} to {}", volume.name, volume.name),
             0,
         );
-        self.remove_in_the_end(old);
+        self.remove_later(old);
         Ok(())
     }
 
     /// Removes a volume that a revert used temporarily.
-    fn remove_in_the_end(&mut self, layer: LayerName) {
+    fn remove_later(&mut self, layer: LayerName) {
         let words = format!("remove {layer}");
         self.remove(&[layer], words);
     }
 
     fn revert_thick(&mut self, row: &Row, save: Option<&SnapshotName>, stamp: u32) -> Result<()> {
         let volume = self.volume;
-        if row.kind != Kind::ThickSnapshot {
+        if row.kind != VolumeKind::ThickSnapshot {
             return Err(Error::new(
                 ErrorKind::Corrupt,
-                format!("{}/{} should be a snapshot of {volume}, and is none", volume.group, row.name),
+                format!("{}/{} should be a snapshot of {volume}, and is not one", volume.group, row.name),
             )
             .state("no changes made")
             .advise("see 'lvs -o +role,origin'"));
@@ -217,18 +220,18 @@ impl Planner<'_> {
             .state("no changes made"));
         }
         let then = row.visible_size();
-        if then != self.present.size {
+        if then != self.current.size {
             return Err(Error::new(
                 ErrorKind::Refused,
                 format!(
-                    "{volume} had {then} bytes when {} was taken, and has {} now: a merge would not bring the former size back",
-                    row.name, self.present.size
+                    "{volume} had {then} bytes when {} was taken, and has {} now: a merge would not restore the previous size",
+                    row.name, self.current.size
                 ),
             )
             .state("no changes made")
             .advise(format!(
                 "lvm cannot resize a volume that has snapshots: copy what you need from {}, or copy all of it into a new volume \
-                 ('qemu-img convert'); a thin volume gets its former size back by a revert",
+                 ('qemu-img convert'); a revert gives a thin volume its previous size",
                 volume.beside(row.name.as_str()).path()
             )));
         }
@@ -237,30 +240,30 @@ impl Planner<'_> {
         let wanted = self.rules.cow_for(used, self.group.extent);
         // A safety snapshot that becomes a point gets the area of a point. So does a temporary one, if there
         // is enough space: the domain may be started after a crash, and its writes go into that area too.
-        let roomy = wanted.max(self.rules.cow_bytes(self.present.size, self.group.extent));
+        let roomy = wanted.max(self.rules.cow_bytes(self.current.size, self.group.extent));
         let wanted = if save.is_some() || roomy <= self.free() { roomy } else { wanted };
         let area = self.area(wanted, "the safety snapshot that a revert needs")?;
         let work = format!("{stamp:08x}");
         let (safety, tags) = match save {
             Some(name) => (volume.point(stamp), tags::of_point(name, self.parent().as_ref())),
-            None => (volume.former(stamp), tags::of_work(&work, None)),
+            None => (volume.previous(stamp), tags::of_work(&work, None)),
         };
         let words = match save {
             Some(_) => format!("keep the current state as {}/{safety}", volume.group),
             None => format!("keep the current state as {}/{safety} until the revert is done", volume.group),
         };
-        self.push(When::Cut, LvmStep::Snapshot { layer: safety.clone(), area, tags }, words, 0);
+        self.push(Group::Cut, LvmStep::Snapshot { layer: safety.clone(), area, tags }, words, 0);
         let merge = LvmStep::Merge {
             point: row.layer(),
             safety: safety.clone(),
             area: row.size,
-            tags: tags::made_anew(&row.tags, &work, row.time),
+            tags: tags::retaken(&row.tags, &work, row.time),
             work,
-            kept: volume.rescued(stamp),
-            since: Moment::now(&self.record.disk.path),
+            kept: volume.salvaged(stamp),
+            since: DeviceState::now(&self.record.disk.path),
         };
         self.push(
-            When::Cut,
+            Group::Cut,
             merge,
             format!("merge {} into {}, and take it again", row.name, volume.name),
             used,
@@ -268,12 +271,12 @@ impl Planner<'_> {
         match save {
             Some(_) => self.plan.point = Some(Point::external(safety)),
             None => {
-                self.remove_in_the_end(safety);
+                self.remove_later(safety);
             }
         }
         self.plan.notes.push(format!(
-            "{}: a merge takes up a thick snapshot, so {} is taken again after it; {} are moved, during which a running guest \
-             stands still",
+            "{}: a merge takes up a thick snapshot, so {} is taken again after it; {} are moved, while a running guest \
+             is paused",
             self.record.disk.target,
             row.name,
             shown_size(used)
@@ -292,7 +295,7 @@ impl Planner<'_> {
         }
         layers.sort();
         layers.dedup();
-        self.refuse_taken_along(&layers)?;
+        self.refuse_dependents(&layers)?;
         if !layers.is_empty() && !self.group.writable {
             return Err(read_only_group(volume));
         }
@@ -313,7 +316,7 @@ impl Planner<'_> {
                 || keep.iter().any(|point| point.layer == *layer)
         };
         let owned = |row: &Row| self.record.owned.contains(&row.layer());
-        let passing = |row: &Row| volume.is_passing(&row.name) && (row.told().ours || owned(row));
+        let passing = |row: &Row| volume.is_temporary(&row.name) && (row.parsed_tags().ours || owned(row));
         let forgotten = |row: &Row| volume.is_point(&row.name) && owned(row);
         let rows = self.group.rows.iter().filter(|row| passing(row) || forgotten(row));
         let rows = rows.filter(|row| self.group.is_made_for(row, volume) && !needed(&row.layer()));
@@ -323,7 +326,7 @@ impl Planner<'_> {
             let why = match () {
                 () if row.open => "it is open".to_owned(),
                 () if !self.group.writable => "its volume group is read-only".to_owned(),
-                () => match refuse_taken_along(self.group, std::slice::from_ref(&layer)) {
+                () => match refuse_dependents(self.group, std::slice::from_ref(&layer)) {
                     Ok(()) => {
                         layers.push(layer);
                         continue;
@@ -357,7 +360,7 @@ impl Planner<'_> {
         let edits =
             layers.iter().map(|layer| Edit::RemoveLayer { target: target.clone(), layer: layer.clone() });
         let edits = edits.collect();
-        self.push(When::Finish, LvmStep::Remove { layers: layers.to_vec() }, words, 0);
+        self.push(Group::Finish, LvmStep::Remove { layers: layers.to_vec() }, words, 0);
         if let Some(planned) = self.plan.steps.last_mut() {
             planned.edits = edits;
         }
@@ -369,11 +372,11 @@ impl Planner<'_> {
         format!("remove {} of group {}{why}", names.join(", "), self.volume.group)
     }
 
-    fn refuse_taken_along(&self, removed: &[LayerName]) -> Result<()> {
-        refuse_taken_along(self.group, removed).map_err(|error| error.state("no changes made"))
+    fn refuse_dependents(&self, removed: &[LayerName]) -> Result<()> {
+        refuse_dependents(self.group, removed).map_err(|error| error.state("no changes made"))
     }
 
-    fn push(&mut self, group: When, step: LvmStep, summary: String, bytes: u64) {
+    fn push(&mut self, group: Group, step: LvmStep, summary: String, bytes: u64) {
         let action = serde_json::to_value(step).unwrap_or_default();
         let step = Step { target: self.record.disk.target.clone(), action, summary, bytes };
         self.plan.steps.push(PlannedStep {
@@ -389,25 +392,27 @@ impl Planner<'_> {
     /// Returns the point from which the current volume derives.
     fn parent(&self) -> Option<LayerName> {
         let points = self.group.points(self.volume);
-        match self.present.kind {
+        match self.current.kind {
             // Points that were taken of this very volume: a revert replaces the volume.
-            Kind::Thin => {
+            VolumeKind::Thin => {
                 let own =
                     points.iter().rev().find(|row| row.origin.as_deref() == Some(self.volume.name.as_str()));
-                own.map(|row| row.layer()).or_else(|| self.present.told().from)
+                own.map(|row| row.layer()).or_else(|| self.current.parsed_tags().from)
             }
             // The point of a revert was taken again, so it is the newest.
-            Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner | Kind::Foreign => {
-                points.last().map(|row| row.layer())
-            }
+            VolumeKind::Thick
+            | VolumeKind::ThickSnapshot
+            | VolumeKind::Pool
+            | VolumeKind::Inner
+            | VolumeKind::Foreign => points.last().map(|row| row.layer()),
         }
     }
 
     /// Refuses a volume of a kind, or in a state, in which a snapshot of it or a revert is not correct.
     fn require_usable(&self) -> Result<()> {
-        let (volume, present) = (self.volume, self.present);
+        let (volume, current) = (self.volume, self.current);
         // It may have been converted since it was added.
-        require_known_kind(volume, present, self.group)?;
+        require_known_kind(volume, current, self.group)?;
         let refuse = |what: String, advice: String| {
             Err(Error::new(ErrorKind::Refused, format!("{volume} {what}"))
                 .state("no changes made")
@@ -422,10 +427,10 @@ impl Planner<'_> {
         if !self.group.writable {
             return Err(read_only_group(volume));
         }
-        if !present.active {
+        if !current.active {
             return refuse("is not active".to_owned(), format!("activate it: 'lvchange -ay {volume}'"));
         }
-        match present.access {
+        match current.access {
             Access::Writable => {}
             Access::ReadOnly => {
                 return refuse(
@@ -442,18 +447,18 @@ impl Planner<'_> {
             }
             Access::Unknown => {
                 return refuse(
-                    "is writable or read-only: lvm could not tell which".to_owned(),
+                    "is writable or read-only: lvm could not determine which".to_owned(),
                     format!("see 'lvs -o +lv_permissions {volume}'"),
                 );
             }
         }
-        if present.suspended {
+        if current.suspended {
             return refuse(
                 "is suspended: a command of lvm stopped in the middle".to_owned(),
                 format!("resume it: 'lvchange --refresh {volume}'"),
             );
         }
-        if present.merging {
+        if current.merging {
             return refuse(
                 "has a merge in progress, or scheduled for its next activation".to_owned(),
                 format!(
@@ -462,15 +467,15 @@ impl Planner<'_> {
                 ),
             );
         }
-        if present.locked {
+        if current.locked {
             return refuse(
                 "is being moved or converted (pvmove)".to_owned(),
                 "wait until that has ended ('lvs -a' shows how far it is), or stop it: 'pvmove --abort'"
                     .to_owned(),
             );
         }
-        require_health(volume, present)?;
-        if let Some(pool) = self.group.pool_of(present) {
+        require_health(volume, current)?;
+        if let Some(pool) = self.group.pool_of(current) {
             require_health(&volume.beside(pool.name.as_str()), pool)?;
         }
         volume.require_room_for_names()
@@ -490,7 +495,7 @@ impl Planner<'_> {
 
     /// Returns the area of a thick snapshot; `None` for a thin one. Fails if there is not enough space.
     fn area(&mut self, wanted: u64, what: &str) -> Result<Option<u64>> {
-        if self.present.kind == Kind::Thin {
+        if self.current.kind == VolumeKind::Thin {
             self.require_room_in_pool()?;
             return Ok(None);
         }
@@ -521,7 +526,7 @@ impl Planner<'_> {
     }
 
     fn require_room_in_pool(&self) -> Result<()> {
-        let full = self.group.pool_of(self.present).and_then(|pool| pool_full(self.group, pool, self.rules));
+        let full = self.group.pool_of(self.current).and_then(|pool| pool_full(self.group, pool, self.rules));
         match full {
             Some(words) => {
                 Err(Error::new(ErrorKind::Refused, format!("{}: {words}", self.volume))

@@ -4,7 +4,7 @@ use serde::Deserialize;
 use snapcore::{Error, ErrorKind, LayerName, Result};
 
 use crate::names::Volume;
-use crate::tags::Told;
+use crate::tags::ParsedTags;
 
 /// The fields of the report, for all volumes of one group, hidden ones too. The group's fields come with
 /// each.
@@ -42,9 +42,9 @@ impl std::fmt::Display for Share {
     }
 }
 
-/// Kind of a volume, as far as it matters here.
+/// VolumeKind of a volume, as far as it matters here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum VolumeKind {
     /// In a thin pool: snapshots share its blocks.
     Thin,
     /// A snapshot with an area of its own.
@@ -76,7 +76,7 @@ pub(crate) enum Access {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Row {
     pub(crate) name: String,
-    pub(crate) kind: Kind,
+    pub(crate) kind: VolumeKind,
     /// The types of its segments, in lvm's names.
     pub(crate) types: Vec<String>,
     pub(crate) access: Access,
@@ -111,8 +111,8 @@ pub(crate) struct Row {
 
 impl Row {
     /// Parses its tags.
-    pub(crate) fn told(&self) -> Told {
-        Told::of(self.tags.iter().map(String::as_str))
+    pub(crate) fn parsed_tags(&self) -> ParsedTags {
+        ParsedTags::of(self.tags.iter().map(String::as_str))
     }
 
     /// Returns it as a layer.
@@ -122,21 +122,25 @@ impl Row {
 
     /// Returns the size that its user sees, in bytes.
     pub(crate) fn visible_size(&self) -> u64 {
-        self.origin_size.filter(|_| self.kind == Kind::ThickSnapshot).unwrap_or(self.size)
+        self.origin_size.filter(|_| self.kind == VolumeKind::ThickSnapshot).unwrap_or(self.size)
     }
 
     /// Returns its bytes on the disk, as far as lvm reports them.
     pub(crate) fn allocated(&self) -> u64 {
         match self.kind {
-            Kind::Thin => self.data.map_or(0, |share| share.of(self.size)),
-            Kind::Thick | Kind::ThickSnapshot | Kind::Pool | Kind::Inner | Kind::Foreign => self.size,
+            VolumeKind::Thin => self.data.map_or(0, |share| share.of(self.size)),
+            VolumeKind::Thick
+            | VolumeKind::ThickSnapshot
+            | VolumeKind::Pool
+            | VolumeKind::Inner
+            | VolumeKind::Foreign => self.size,
         }
     }
 
     /// Returns true for a thick snapshot whose area lacks some of the data in use, because it was made
     /// smaller.
     pub(crate) fn is_cut_off(&self) -> bool {
-        self.kind == Kind::ThickSnapshot && self.data.is_some_and(|data| data > Share::WHOLE)
+        self.kind == VolumeKind::ThickSnapshot && self.data.is_some_and(|data| data > Share::WHOLE)
     }
 
     /// Returns the used bytes of a thick snapshot's area.
@@ -147,7 +151,7 @@ impl Row {
 
 /// One volume group.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Group {
+pub(crate) struct VolumeGroup {
     pub(crate) name: String,
     /// Bytes that no volume uses.
     pub(crate) free: u64,
@@ -162,7 +166,7 @@ pub(crate) struct Group {
     pub(crate) rows: Vec<Row>,
 }
 
-impl Group {
+impl VolumeGroup {
     /// Finds a volume by its name.
     pub(crate) fn row(&self, name: &str) -> Option<&Row> {
         self.rows.iter().find(|row| row.name == name)
@@ -173,10 +177,10 @@ impl Group {
     /// removed.
     pub(crate) fn is_made_for(&self, row: &Row, of: &Volume) -> bool {
         match row.kind {
-            Kind::ThickSnapshot => row.origin.as_deref() == Some(of.name.as_str()),
+            VolumeKind::ThickSnapshot => row.origin.as_deref() == Some(of.name.as_str()),
             // The volume may be absent, in the middle of a revert.
-            Kind::Thin => self.row(&of.name).is_none_or(|present| present.pool == row.pool),
-            Kind::Thick | Kind::Pool | Kind::Inner | Kind::Foreign => false,
+            VolumeKind::Thin => self.row(&of.name).is_none_or(|current| current.pool == row.pool),
+            VolumeKind::Thick | VolumeKind::Pool | VolumeKind::Inner | VolumeKind::Foreign => false,
         }
     }
 
@@ -185,7 +189,7 @@ impl Group {
         let mut points: Vec<&Row> = self
             .rows
             .iter()
-            .filter(|row| of.is_point(&row.name) && row.told().ours && self.is_made_for(row, of))
+            .filter(|row| of.is_point(&row.name) && row.parsed_tags().ours && self.is_made_for(row, of))
             .collect();
         points.sort_by(|a, b| (a.time, &a.name).cmp(&(b.time, &b.name)));
         points
@@ -195,20 +199,20 @@ impl Group {
     /// area of each.
     pub(crate) fn snapshots<'a>(&'a self, of: &'a Volume) -> impl Iterator<Item = &'a Row> {
         let is_of = move |row: &&Row| row.origin.as_deref() == Some(of.name.as_str());
-        self.rows.iter().filter(|row| row.kind == Kind::ThickSnapshot).filter(is_of)
+        self.rows.iter().filter(|row| row.kind == VolumeKind::ThickSnapshot).filter(is_of)
     }
 
     /// Returns the volumes that lvm would remove together with these, without a question if asked not to ask:
     /// their thick snapshots, and thin volumes in another pool that have one of them as their origin.
-    pub(crate) fn taken_along(&self, removed: &[LayerName]) -> Vec<&Row> {
+    pub(crate) fn removed_with(&self, removed: &[LayerName]) -> Vec<&Row> {
         let falls = |row: &&Row| {
             let Some(origin) = row.origin.as_deref().and_then(|origin| self.row(origin)) else {
                 return false;
             };
             let stands = match row.kind {
-                Kind::ThickSnapshot => true,
-                Kind::Thin => origin.pool != row.pool,
-                Kind::Thick | Kind::Pool | Kind::Inner | Kind::Foreign => false,
+                VolumeKind::ThickSnapshot => true,
+                VolumeKind::Thin => origin.pool != row.pool,
+                VolumeKind::Thick | VolumeKind::Pool | VolumeKind::Inner | VolumeKind::Foreign => false,
             };
             stands && removed.contains(&origin.layer()) && !removed.contains(&row.layer())
         };
@@ -268,17 +272,17 @@ struct Fields {
 ///
 /// # Errors
 /// [`ErrorKind::Corrupt`]: it does not have the expected form.
-pub(crate) fn parse(text: &str) -> Result<Option<Group>> {
+pub(crate) fn parse(text: &str) -> Result<Option<VolumeGroup>> {
     let document: Document = serde_json::from_str(text).map_err(|error| {
         Error::new(ErrorKind::Corrupt, "lvm's report is not the JSON that was asked for")
             .because(error)
             .advise("domsnap needs lvm2 2.03 or later, with JSON reports")
     })?;
-    let mut group: Option<Group> = None;
+    let mut group: Option<VolumeGroup> = None;
     for fields in document.report.into_iter().flat_map(|section| section.lv) {
         let group = match &mut group {
             Some(group) => group,
-            none => none.insert(Group {
+            none => none.insert(VolumeGroup {
                 name: fields.vg_name.clone(),
                 free: number("vg_free", &fields.vg_free)?,
                 extent: number("vg_extent_size", &fields.vg_extent_size)?,
@@ -294,7 +298,7 @@ pub(crate) fn parse(text: &str) -> Result<Option<Group>> {
         let row = row(fields)?;
         match group.rows.iter_mut().find(|known| known.name == row.name) {
             Some(known) => {
-                if known.kind == Kind::Thick {
+                if known.kind == VolumeKind::Thick {
                     known.kind = row.kind;
                 }
                 for new in row.types {
@@ -317,14 +321,14 @@ fn row(fields: Fields) -> Result<Row> {
     };
     let roles: Vec<&str> = fields.lv_role.split(',').collect();
     let kind = match fields.segtype.as_str() {
-        "thin" => Kind::Thin,
-        "thin-pool" => Kind::Pool,
-        _ if roles.contains(&"thicksnapshot") => Kind::ThickSnapshot,
+        "thin" => VolumeKind::Thin,
+        "thin-pool" => VolumeKind::Pool,
+        _ if roles.contains(&"thicksnapshot") => VolumeKind::ThickSnapshot,
         // A snapshot that is being merged is hidden, but still a snapshot.
-        _ if roles.contains(&"private") && fields.lv_merging != "1" => Kind::Inner,
-        _ if fields.lv_merging == "1" && !fields.origin.is_empty() => Kind::ThickSnapshot,
-        plain if PLAIN.contains(&plain) => Kind::Thick,
-        _ => Kind::Foreign,
+        _ if roles.contains(&"private") && fields.lv_merging != "1" => VolumeKind::Inner,
+        _ if fields.lv_merging == "1" && !fields.origin.is_empty() => VolumeKind::ThickSnapshot,
+        plain if PLAIN.contains(&plain) => VolumeKind::Thick,
+        _ => VolumeKind::Foreign,
     };
     let access = match fields.lv_permissions.as_str() {
         "writeable" => Access::Writable,
@@ -395,7 +399,7 @@ mod tests {
     /// lvm2 2.03.16: thin and thick volumes with points, one of which overflowed; a deferred merge.
     const RECORDED: &str = include_str!("../tests/recorded/group.json");
 
-    fn recorded() -> Group {
+    fn recorded() -> VolumeGroup {
         parse(RECORDED).expect("a report").expect("a group")
     }
 
@@ -407,13 +411,13 @@ mod tests {
             ("vg", 373_293_056, 4 << 20, 0)
         );
         let kind = |name: &str| group.row(name).map(|row| row.kind);
-        assert_eq!(kind("thin"), Some(Kind::Thin));
-        assert_eq!(kind("thin.ds-00000001"), Some(Kind::Thin));
-        assert_eq!(kind("thick"), Some(Kind::Thick));
-        assert_eq!(kind("thick.ds-00000003"), Some(Kind::ThickSnapshot));
-        assert_eq!(kind("tp"), Some(Kind::Pool));
-        assert_eq!(kind("tp_tdata"), Some(Kind::Inner));
-        assert_eq!(kind("hand"), Some(Kind::ThickSnapshot));
+        assert_eq!(kind("thin"), Some(VolumeKind::Thin));
+        assert_eq!(kind("thin.ds-00000001"), Some(VolumeKind::Thin));
+        assert_eq!(kind("thick"), Some(VolumeKind::Thick));
+        assert_eq!(kind("thick.ds-00000003"), Some(VolumeKind::ThickSnapshot));
+        assert_eq!(kind("tp"), Some(VolumeKind::Pool));
+        assert_eq!(kind("tp_tdata"), Some(VolumeKind::Inner));
+        assert_eq!(kind("hand"), Some(VolumeKind::ThickSnapshot));
         let pool = group.row("thin").and_then(|row| group.pool_of(row)).expect("it is in a pool");
         assert!(
             pool.metadata.is_some_and(|share| share.reaches(10))
@@ -421,7 +425,7 @@ mod tests {
         );
     }
 
-    /// Kind and fill level of a snapshot are read.
+    /// VolumeKind and fill level of a snapshot are read.
     #[test]
     fn kind_and_fill_level_are_read() {
         let group = recorded();
@@ -434,7 +438,7 @@ mod tests {
         let hidden = group.row("hand").expect("it is there under its name without brackets");
         assert!(hidden.merging && group.row("other").is_some_and(|row| row.merging && row.open));
         let point = group.row("thin.ds-00000001").expect("it is there");
-        assert!(!point.active && point.told().name.as_deref() == Some("before"));
+        assert!(!point.active && point.parsed_tags().name.as_deref() == Some("before"));
     }
 
     /// Points are recognised by their names and tags.
@@ -465,7 +469,7 @@ mod tests {
         ] {
             let broken = RECORDED.replace(from, to);
             assert_ne!(broken, RECORDED, "{from} is in the recording");
-            let error = parse(&broken).expect_err("it does not hold together");
+            let error = parse(&broken).expect_err("it is inconsistent");
             assert_eq!(error.kind(), ErrorKind::Corrupt, "{to}: {error}");
         }
     }

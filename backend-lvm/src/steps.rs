@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 use snapcore::{Error, ErrorKind, LayerName, Result, Salvage, StepStatus};
 
 use crate::command::{CHANGE, Lvm2, MERGE};
-use crate::device::{self, Moment};
-use crate::hold::Hold;
+use crate::device::{self, DeviceState};
 use crate::layers::require_whole;
+use crate::lock::VolumeLock;
 use crate::names::Volume;
-use crate::report::{Group, Row};
+use crate::report::{Row, VolumeGroup};
 use crate::tags;
 
 /// Poll interval and time limit for a volume that should be closed. udev briefly opens new volumes; it closes
@@ -57,7 +57,7 @@ pub(crate) enum LvmStep {
         /// The name for data that was written meanwhile.
         kept: LayerName,
         /// State of the new volume when it was made.
-        since: Moment,
+        since: DeviceState,
     },
     /// Merges a thick snapshot into the volume, then takes it again under its name. Between the two only the
     /// volume has its data.
@@ -75,7 +75,7 @@ pub(crate) enum LvmStep {
         /// The name for data that was written meanwhile.
         kept: LayerName,
         /// State of the volume when this was planned.
-        since: Moment,
+        since: DeviceState,
     },
     /// Removes volumes: one command, and each is removed by itself.
     Remove {
@@ -85,15 +85,15 @@ pub(crate) enum LvmStep {
 }
 
 /// The volume on which a step is performed, and the tools for it.
-pub(crate) struct Place<'a> {
+pub(crate) struct StepRunner<'a> {
     pub(crate) lvm: &'a Lvm2,
     pub(crate) volume: &'a Volume,
     /// The configured path.
     pub(crate) path: &'a Utf8Path,
-    pub(crate) hold: Option<&'a Hold>,
+    pub(crate) lock: Option<&'a VolumeLock>,
 }
 
-impl Place<'_> {
+impl StepRunner<'_> {
     pub(crate) fn apply(&self, step: &LvmStep) -> Result<()> {
         match step {
             LvmStep::Snapshot { layer, area, tags } => self.snapshot(layer, *area, tags),
@@ -125,7 +125,7 @@ impl Place<'_> {
                 //    name back to the previous one. A crash between the two leaves the name absent, and the
                 //    undo is repeated.
                 if group.row(&self.volume.name).is_some_and(|row| is_of(row, work)) {
-                    self.require_closed("its former state would be put in its place")?;
+                    self.require_closed("its previous state would replace it")?;
                     self.rename(&self.volume.name, new.as_str())?;
                 }
                 self.rename(old.as_str(), &self.volume.name)
@@ -208,7 +208,7 @@ impl Place<'_> {
                 let begun = group.row(point.as_str()).is_none_or(|row| row.merging || is_of(row, work));
                 let Some(safety) = group.row(safety.as_str()) else { return Ok(Salvage::Nothing) };
                 if begun && safety.invalid {
-                    return self.stays(step);
+                    return self.complete_instead(step);
                 }
                 if !begun || !since.may_have_passed(self.path) {
                     return Ok(Salvage::Nothing);
@@ -241,7 +241,7 @@ impl Place<'_> {
 
     /// Handles a revert whose safety snapshot overflowed because the domain wrote after a crash. It cannot be
     /// undone any more. The point is completed, so that the operation can end.
-    fn stays(&self, step: &LvmStep) -> Result<Salvage> {
+    fn complete_instead(&self, step: &LvmStep) -> Result<Salvage> {
         if let LvmStep::Merge { point, safety, area, tags, work, .. } = step {
             self.merge_and_take_again(point, *area, tags, work)?;
             return Ok(Salvage::Stays(
@@ -256,7 +256,7 @@ impl Place<'_> {
         Ok(Salvage::Nothing)
     }
 
-    fn group(&self) -> Result<std::sync::Arc<Group>> {
+    fn group(&self) -> Result<std::sync::Arc<VolumeGroup>> {
         self.lvm.group_now(&self.volume.group)
     }
 
@@ -266,7 +266,7 @@ impl Place<'_> {
 
     fn change(&self, words: &[&str], deadline: Duration) -> Result<()> {
         let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-        self.lvm.change(&self.volume.group, &words, deadline, self.hold.map(|hold| &hold.file))
+        self.lvm.change(&self.volume.group, &words, deadline, self.lock.map(|lock| &lock.file))
     }
 
     /// Takes a snapshot in one command. Only if that fails, it is checked if the snapshot was taken before:
@@ -330,7 +330,7 @@ impl Place<'_> {
                 // 1) No process may have the volume open: it would continue under another name. 2) Free the
                 //    name. From here until 3) the name is absent; a crash leaves it so, and `status` reports
                 //    `Partly`.
-                self.require_closed("another volume would get its name under who has it open")?;
+                self.require_closed("its user would continue on a volume of another name")?;
                 self.rename(&self.volume.name, old.as_str())?;
             }
             None if group.row(old.as_str()).is_some() => {}
@@ -372,7 +372,7 @@ impl Place<'_> {
     /// success.
     fn merge(&self, layer: &LayerName) -> Result<()> {
         let full = self.full(layer.as_str());
-        let row = |group: &Group| group.row(layer.as_str()).cloned();
+        let row = |group: &VolumeGroup| group.row(layer.as_str()).cloned();
         self.require_closed("lvm would defer the merge until the volume's next activation")?;
         match row(&*self.group()?) {
             None => return Ok(()),
@@ -429,7 +429,7 @@ impl Place<'_> {
             names.push(self.full(layer.as_str()));
         }
         // Check again: another process may have created a dependent volume since the plan.
-        refuse_taken_along(&group, layers)?;
+        refuse_dependents(&group, layers)?;
         if names.is_empty() {
             return Ok(());
         }
@@ -451,9 +451,9 @@ impl Place<'_> {
 ///
 /// # Errors
 /// [`ErrorKind::Refused`], naming those.
-pub(crate) fn refuse_taken_along(group: &Group, removed: &[LayerName]) -> Result<()> {
+pub(crate) fn refuse_dependents(group: &VolumeGroup, removed: &[LayerName]) -> Result<()> {
     let along: Vec<String> = group
-        .taken_along(removed)
+        .removed_with(removed)
         .iter()
         .map(|row| format!("{}/{} (of {})", group.name, row.name, row.origin.as_deref().unwrap_or_default()))
         .collect();
@@ -484,7 +484,8 @@ pub(crate) fn wait_closed(lvm: &Lvm2, volume: &Volume, why: &str) -> Result<()> 
         }
         thread::sleep(LOOK);
     }
-    let who = device::holder(&volume.path()).unwrap_or_else(|| "the kernel does not show who".to_owned());
+    let who =
+        device::holder(&volume.path()).unwrap_or_else(|| "the kernel does not show the user".to_owned());
     Err(Error::new(ErrorKind::Busy, format!("{volume} is open ({who}), and {why}"))
         .state("it was not touched")
         .advise("shut the domain down, or unmount it; a running domain must be known by its QMP socket"))
@@ -538,7 +539,7 @@ impl LvmStep {
 }
 
 fn is_of(row: &Row, work: &str) -> bool {
-    row.told().work.as_deref() == Some(work)
+    row.parsed_tags().work.as_deref() == Some(work)
 }
 
 fn has_tags(row: &Row, tags: &[String]) -> bool {

@@ -13,7 +13,7 @@ const TAKEN: &str = "domsnap.taken=";
 
 /// Parsed tags of a volume.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Told {
+pub(crate) struct ParsedTags {
     /// True if this backend created it.
     pub(crate) ours: bool,
     /// For a point: its snapshot's name.
@@ -28,27 +28,27 @@ pub(crate) struct Told {
     pub(crate) taken: Option<i64>,
 }
 
-impl Told {
+impl ParsedTags {
     /// Parses the tags.
     pub(crate) fn of<'a>(tags: impl IntoIterator<Item = &'a str>) -> Self {
-        let mut told = Self::default();
+        let mut parsed = Self::default();
         let layer = |text: &str| (!text.is_empty()).then(|| LayerName(text.to_owned()));
         for tag in tags {
             if tag == OURS {
-                told.ours = true;
+                parsed.ours = true;
             } else if let Some(name) = tag.strip_prefix(NAME) {
-                told.name = Some(name.to_owned());
+                parsed.name = Some(name.to_owned());
             } else if let Some(parent) = tag.strip_prefix(PARENT) {
-                told.parent = layer(parent);
+                parsed.parent = layer(parent);
             } else if let Some(from) = tag.strip_prefix(FROM) {
-                told.from = layer(from);
+                parsed.from = layer(from);
             } else if let Some(work) = tag.strip_prefix(WORK) {
-                told.work = Some(work.to_owned());
+                parsed.work = Some(work.to_owned());
             } else if let Some(taken) = tag.strip_prefix(TAKEN) {
-                told.taken = taken.parse().ok();
+                parsed.taken = taken.parse().ok();
             }
         }
-        told
+        parsed
     }
 }
 
@@ -67,10 +67,10 @@ pub(crate) fn of_work(work: &str, from: Option<&LayerName>) -> Vec<String> {
 }
 
 /// Returns the tags of a point that an operation takes again, from its previous tags.
-pub(crate) fn made_anew(former: &[String], work: &str, taken: i64) -> Vec<String> {
-    let stays = |tag: &&String| !tag.starts_with(WORK) && !tag.starts_with(TAKEN);
-    let mut tags: Vec<String> = former.iter().filter(stays).cloned().collect();
-    let taken = Told::of(former.iter().map(String::as_str)).taken.unwrap_or(taken);
+pub(crate) fn retaken(previous: &[String], work: &str, taken: i64) -> Vec<String> {
+    let is_kept = |tag: &&String| !tag.starts_with(WORK) && !tag.starts_with(TAKEN);
+    let mut tags: Vec<String> = previous.iter().filter(is_kept).cloned().collect();
+    let taken = ParsedTags::of(previous.iter().map(String::as_str)).taken.unwrap_or(taken);
     tags.push(format!("{WORK}{work}"));
     tags.push(format!("{TAKEN}{taken}"));
     tags
@@ -92,19 +92,22 @@ mod tests {
                 .flat_map(|tag| tag.bytes())
                 .all(|b| b.is_ascii_alphanumeric() || b"_+.-/=!:&#".contains(&b))
         );
-        let told = Told::of(tags.iter().map(String::as_str));
-        assert_eq!((told.ours, told.name.as_deref(), told.parent), (true, Some("v1:2026+x"), Some(parent)));
+        let parsed = ParsedTags::of(tags.iter().map(String::as_str));
+        assert_eq!(
+            (parsed.ours, parsed.name.as_deref(), parsed.parent),
+            (true, Some("v1:2026+x"), Some(parent))
+        );
     }
 
     /// A point that was taken again twice keeps its first time.
     #[test]
     fn retaken_point_keeps_its_first_time() {
         let name = SnapshotName::new("a").expect("a name");
-        let once = made_anew(&of_point(&name, None), "1", 100);
-        let twice = made_anew(&once, "2", 200);
-        let told = Told::of(twice.iter().map(String::as_str));
+        let once = retaken(&of_point(&name, None), "1", 100);
+        let twice = retaken(&once, "2", 200);
+        let parsed = ParsedTags::of(twice.iter().map(String::as_str));
         assert_eq!(
-            (told.taken, told.work.as_deref(), told.name.as_deref()),
+            (parsed.taken, parsed.work.as_deref(), parsed.name.as_deref()),
             (Some(100), Some("2"), Some("a"))
         );
     }

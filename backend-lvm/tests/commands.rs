@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use backend_lvm::{Answer, Call, Lvm, Runner};
+use backend_lvm::{Answer, Invocation, Lvm, Runner};
 use snapcore::{
     ActivePath, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskSnapshotter, DiskState, ErrorKind,
     Group, InspectDepth, LayerName, NothingInside, Point, Progress, Salvage, SnapshotName, StepContext,
@@ -15,13 +15,13 @@ const RECORDED: &str = include_str!("recorded/group.json");
 /// Returns the recorded report, and records all other commands.
 struct Recorded {
     report: String,
-    told: Mutex<Vec<String>>,
+    commands: Mutex<Vec<String>>,
 }
 
 impl Runner for Recorded {
-    fn run(&self, call: &Call<'_>) -> snapcore::Result<Answer> {
-        if call.words[0] != "lvs" {
-            self.told.lock().expect("nobody panicked").push(call.words.join(" "));
+    fn run(&self, invocation: &Invocation<'_>) -> snapcore::Result<Answer> {
+        if invocation.words[0] != "lvs" {
+            self.commands.lock().expect("no thread panicked").push(invocation.words.join(" "));
             return Ok(Answer { status: Some(0), stdout: String::new(), stderr: String::new() });
         }
         Ok(Answer { status: Some(0), stdout: self.report.clone(), stderr: String::new() })
@@ -34,20 +34,20 @@ impl Progress for Silent {
     fn bytes(&self, _: u64, _: u64) {}
 }
 
-struct House {
+struct Fixture {
     backend: Lvm,
     runner: Arc<Recorded>,
     record: DiskRecord,
     state: DiskState,
 }
 
-impl House {
+impl Fixture {
     async fn of(path: &str) -> Self {
         Self::with(path, RECORDED).await.expect("it is a disk")
     }
 
     async fn with(path: &str, report: &str) -> snapcore::Result<Self> {
-        let runner = Arc::new(Recorded { report: report.to_owned(), told: Mutex::default() });
+        let runner = Arc::new(Recorded { report: report.to_owned(), commands: Mutex::default() });
         let backend = Lvm::by(runner.clone());
         let disk = Disk { target: Target::new("vda")?, path: path.into(), format: "lvm".into() };
         let record = backend.adopt(&disk, ActivePath::Keep).await?;
@@ -72,7 +72,7 @@ impl House {
             };
             self.backend.apply(&planned.step, context).await?;
         }
-        Ok(std::mem::take(&mut *self.runner.told.lock().expect("nobody panicked")))
+        Ok(std::mem::take(&mut *self.runner.commands.lock().expect("no thread panicked")))
     }
 }
 
@@ -103,13 +103,13 @@ fn revert(layer: &str, save: Option<&str>) -> DiskRequest {
 
 #[tokio::test]
 async fn a_thin_create_is_one_command_in_the_cut() {
-    let house = House::of("/dev/mapper/vg-thin").await;
-    let plan = house.plan(create()).await.expect("a plan");
+    let fixture = Fixture::of("/dev/mapper/vg-thin").await;
+    let plan = fixture.plan(create()).await.expect("a plan");
     assert_eq!(plan.steps.iter().map(|step| step.group).collect::<Vec<_>>(), [Group::Cut]);
     assert_eq!(plan.point, Some(Point::external(LayerName("thin.ds-000000ab".into()))));
     assert_eq!(plan.instant, None);
     assert_eq!(
-        house.apply(&plan).await.expect("done"),
+        fixture.apply(&plan).await.expect("done"),
         ["lvcreate -q -y -s -n thin.ds-000000ab -ky --addtag domsnap --addtag domsnap.name=n \
           --addtag domsnap.parent=thin.ds-00000001 vg/thin"]
     );
@@ -117,13 +117,13 @@ async fn a_thin_create_is_one_command_in_the_cut() {
 
 #[tokio::test]
 async fn a_thick_create_has_an_area_in_whole_extents() {
-    let house = House::of("/dev/vg/thick").await;
-    let plan = house.plan(create()).await.expect("a plan");
-    let told = house.apply(&plan).await.expect("done");
+    let fixture = Fixture::of("/dev/vg/thick").await;
+    let plan = fixture.plan(create()).await.expect("a plan");
+    let commands = fixture.apply(&plan).await.expect("done");
     // 20 % of 32 MiB, and one extent more.
     assert!(
-        told.len() == 1 && told[0].contains("-pr -L 12582912b") && told[0].ends_with("vg/thick"),
-        "{told:?}"
+        commands.len() == 1 && commands[0].contains("-pr -L 12582912b") && commands[0].ends_with("vg/thick"),
+        "{commands:?}"
     );
     assert!(
         plan.notes.iter().any(|note| note.contains("thick.ds-00000003") && note.contains("lost")),
@@ -135,9 +135,9 @@ async fn a_thick_create_has_an_area_in_whole_extents() {
 /// A volume that a hypervisor has open is snapshotted inside its cut.
 #[tokio::test]
 async fn open_volume_is_snapshotted_inside_the_cut() {
-    let mut house = House::of("/dev/vg/thin").await;
-    house.state.attached = true;
-    let plan = house.plan(create()).await.expect("a plan");
+    let mut fixture = Fixture::of("/dev/vg/thin").await;
+    fixture.state.attached = true;
+    let plan = fixture.plan(create()).await.expect("a plan");
     assert_eq!(plan.instant, Some(DiskInstant::ByBackend));
     assert!(plan.steps.iter().all(|step| step.inside && step.group == Group::Cut));
 }
@@ -145,8 +145,8 @@ async fn open_volume_is_snapshotted_inside_the_cut() {
 /// The volume that the domain writes is not a point to revert to.
 #[tokio::test]
 async fn current_volume_is_not_a_revert_target() {
-    let house = House::of("/dev/vg/thin").await;
-    let error = house.plan(revert("thin", None)).await.expect_err("it is the present");
+    let fixture = Fixture::of("/dev/vg/thin").await;
+    let error = fixture.plan(revert("thin", None)).await.expect_err("it is the current volume");
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(error.to_string().contains("no snapshot"), "{error}");
 }
@@ -154,51 +154,51 @@ async fn current_volume_is_not_a_revert_target() {
 /// A thin revert prepares a volume and gives it the name.
 #[tokio::test]
 async fn thin_revert_prepares_and_renames() {
-    let house = House::of("/dev/vg/thin").await;
-    let plan = house.plan(revert("thin.ds-00000001", Some("kept"))).await.expect("a plan");
+    let fixture = Fixture::of("/dev/vg/thin").await;
+    let plan = fixture.plan(revert("thin.ds-00000001", Some("kept"))).await.expect("a plan");
     let groups: Vec<Group> = plan.steps.iter().map(|step| step.group).collect();
     assert_eq!(groups, [Group::Prepare, Group::Cut, Group::Cut, Group::Finish]);
-    let told = house.apply(&plan).await.expect("done");
-    let begin = |index: usize, words: &str| assert!(told[index].starts_with(words), "{told:?}");
+    let commands = fixture.apply(&plan).await.expect("done");
+    let begin = |index: usize, words: &str| assert!(commands[index].starts_with(words), "{commands:?}");
     begin(0, "lvcreate -q -y -s -kn -ay -prw -n thin.ds-000000ab-new");
     begin(1, "lvcreate -q -y -s -n thin.ds-000000ab -ky");
     begin(2, "lvrename -q -y vg thin thin.ds-000000ab-old");
     begin(3, "lvrename -q -y vg thin.ds-000000ab-new thin");
-    assert_eq!(told.len(), 4, "the recording has no former present to be removed: {told:?}");
+    assert_eq!(commands.len(), 4, "the recording has no previous volume to remove: {commands:?}");
 }
 
 #[tokio::test]
-async fn a_thick_revert_keeps_the_present_before_it_merges() {
-    let house = House::of("/dev/vg/thick").await;
-    let plan = house.plan(revert("thick.ds-00000004", None)).await.expect("a plan");
+async fn thick_revert_saves_the_state_before_the_merge() {
+    let fixture = Fixture::of("/dev/vg/thick").await;
+    let plan = fixture.plan(revert("thick.ds-00000004", None)).await.expect("a plan");
     let groups: Vec<Group> = plan.steps.iter().map(|step| step.group).collect();
     assert_eq!(groups, [Group::Cut, Group::Cut, Group::Finish]);
     assert!(plan.notes.iter().any(|note| note.contains("taken again")), "{:?}", plan.notes);
     let cancel = CancellationToken::new();
     let context = StepContext {
-        disk: &house.record,
+        disk: &fixture.record,
         progress: &Silent,
         cancel: &cancel,
         attached: None,
         inside: &NothingInside,
         resumed: false,
     };
-    let status = house.backend.status(&plan.steps[1].step, context).await.expect("a status");
+    let status = fixture.backend.status(&plan.steps[1].step, context).await.expect("a status");
     assert_eq!(status, StepStatus::NotDone);
     // The recorded group still has the snapshot after the merge: this is an error, and not a success.
-    let error = house.apply(&plan).await.expect_err("lvm did not do it");
+    let error = fixture.apply(&plan).await.expect_err("lvm did not do it");
     assert!(error.to_string().contains("did not merge"), "{error}");
-    let told = house.runner.told.lock().expect("nobody panicked").clone();
-    assert!(told[0].starts_with("lvcreate -q -y -s -n thick.ds-000000ab-old -pr -L"), "{told:?}");
-    assert_eq!(told[1], "lvconvert -q -y --merge vg/thick.ds-00000004");
+    let commands = fixture.runner.commands.lock().expect("no thread panicked").clone();
+    assert!(commands[0].starts_with("lvcreate -q -y -s -n thick.ds-000000ab-old -pr -L"), "{commands:?}");
+    assert_eq!(commands[1], "lvconvert -q -y --merge vg/thick.ds-00000004");
 }
 
 #[tokio::test]
 async fn a_snapshot_that_overflowed_is_refused() {
-    let house = House::of("/dev/vg/thick").await;
-    let error = house.plan(revert("thick.ds-00000003", None)).await.expect_err("it is lost");
+    let fixture = Fixture::of("/dev/vg/thick").await;
+    let error = fixture.plan(revert("thick.ds-00000003", None)).await.expect_err("it is lost");
     assert_eq!(error.kind(), ErrorKind::Refused);
-    let found = house.backend.check(&house.record, &house.state).await.expect("findings");
+    let found = fixture.backend.check(&fixture.record, &fixture.state).await.expect("findings");
     assert!(
         found.iter().any(|found| found.subject == "vg/thick.ds-00000003" && found.message.contains("lost")),
         "{found:?}"
@@ -208,13 +208,13 @@ async fn a_snapshot_that_overflowed_is_refused() {
 /// Points are removed in one command, and those that are gone are skipped.
 #[tokio::test]
 async fn points_are_removed_in_one_command() {
-    let house = House::of("/dev/vg/thick").await;
+    let fixture = Fixture::of("/dev/vg/thick").await;
     let drop = ["thick.ds-00000003", "thick.ds-00000004", "thick.ds-00000099"];
     let drop = drop.map(|layer| Point::external(LayerName(layer.into()))).to_vec();
     let plan =
-        house.plan(DiskRequest::Delete { drop, keep: Vec::new(), force: false }).await.expect("a plan");
+        fixture.plan(DiskRequest::Delete { drop, keep: Vec::new(), force: false }).await.expect("a plan");
     assert_eq!(
-        house.apply(&plan).await.expect("done"),
+        fixture.apply(&plan).await.expect("done"),
         ["lvremove -q -y vg/thick.ds-00000003 vg/thick.ds-00000004"]
     );
 }
@@ -222,26 +222,26 @@ async fn points_are_removed_in_one_command() {
 /// A volume with a scheduled merge and a full pool are refused.
 #[tokio::test]
 async fn scheduled_merge_and_full_pool_are_refused() {
-    let house = House::of("/dev/vg/other").await;
-    let error = house.plan(create()).await.expect_err("a merge is scheduled");
+    let fixture = Fixture::of("/dev/vg/other").await;
+    let error = fixture.plan(create()).await.expect_err("a merge is scheduled");
     assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("next activation"), "{error}");
     let line = RECORDED.lines().find(|line| line.contains("\"lv_name\":\"tp\"")).expect("the pool");
     let (before, after) = line.split_once("\"data_percent\":\"").expect("how full it is");
     let (_, after) = after.split_once('"').expect("a number");
     let full = RECORDED.replace(line, &format!("{before}\"data_percent\":\"96.10\"{after}"));
-    let house = House::with("/dev/vg/thin", &full).await.expect("a disk");
-    let error = house.plan(create()).await.expect_err("the pool is full");
+    let fixture = Fixture::with("/dev/vg/thin", &full).await.expect("a disk");
+    let error = fixture.plan(create()).await.expect_err("the pool is full");
     assert!(error.to_string().contains("96.10 %") && error.to_string().contains("95 %"), "{error}");
 }
 
 #[tokio::test]
-async fn points_that_nobody_knows_are_found_by_their_tags() {
-    let mut house = House::of("/dev/vg/thick").await;
-    let found = house.backend.discover(&mut house.record, &[]).await.expect("snapshots");
+async fn unknown_points_are_found_by_their_tags() {
+    let mut fixture = Fixture::of("/dev/vg/thick").await;
+    let found = fixture.backend.discover(&mut fixture.record, &[]).await.expect("snapshots");
     let names: Vec<&str> = found.iter().map(|snapshot| snapshot.name.as_str()).collect();
     assert_eq!(names, ["good"], "what overflowed is no snapshot any more");
     let known = [found[0].disks[0].point.clone()];
-    assert!(house.backend.discover(&mut house.record, &known).await.expect("none").is_empty());
+    assert!(fixture.backend.discover(&mut fixture.record, &known).await.expect("none").is_empty());
 }
 
 #[tokio::test]
@@ -253,7 +253,7 @@ async fn parts_and_snapshots_of_volumes_are_no_disks() {
         ("/dev/vg/none", "no volume"),
         ("/dev/sda1", "no path of a logical volume"),
     ] {
-        let error = House::with(path, RECORDED).await.err().expect("refused");
+        let error = Fixture::with(path, RECORDED).await.err().expect("refused");
         assert!(error.to_string().contains(words), "{path}: {error}");
     }
 }
@@ -286,26 +286,26 @@ async fn volumes_of_other_kinds_are_refused_by_name() {
         "future-kind",
     ] {
         let error =
-            House::with("/dev/vg/thick", &with_field("thick", "segtype", kind)).await.err().expect(kind);
+            Fixture::with("/dev/vg/thick", &with_field("thick", "segtype", kind)).await.err().expect(kind);
         let words = format!("of type {kind};");
         assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(&words), "{error}");
         assert!(error.advice().is_some_and(|advice| advice.contains("format=raw")), "{error}");
         // A volume that was converted after it was added, in its second segment.
-        let mut house = House::of("/dev/vg/thick").await;
+        let mut fixture = Fixture::of("/dev/vg/thick").await;
         let line = RECORDED.lines().find(|line| line.contains("\"lv_name\":\"thick\"")).expect("it is there");
         let second = line.replace("\"linear\"", &format!("\"{kind}\""));
         let report = RECORDED.replace(line, &format!("{line}\n{second}"));
-        let runner = Arc::new(Recorded { report, told: Mutex::default() });
-        house.backend = Lvm::by(runner.clone());
+        let runner = Arc::new(Recorded { report, commands: Mutex::default() });
+        fixture.backend = Lvm::by(runner.clone());
         for request in [create(), revert("thick.ds-00000004", None)] {
-            let error = house.plan(request).await.expect_err(kind);
+            let error = fixture.plan(request).await.expect_err(kind);
             assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(kind), "{error}");
         }
-        assert!(runner.told.lock().expect("nobody panicked").is_empty());
+        assert!(runner.commands.lock().expect("no thread panicked").is_empty());
     }
-    House::with("/dev/vg/thick", &with_field("thick", "segtype", "striped")).await.expect("it is plain");
+    Fixture::with("/dev/vg/thick", &with_field("thick", "segtype", "striped")).await.expect("it is plain");
     let shared = RECORDED.replace("\"vg_lock_type\":\"\"", "\"vg_lock_type\":\"sanlock\"");
-    let error = House::with("/dev/vg/thin", &shared).await.err().expect("it is shared");
+    let error = Fixture::with("/dev/vg/thin", &shared).await.err().expect("it is shared");
     assert!(error.to_string().contains("several machines share (lock type sanlock)"), "{error}");
 }
 
@@ -322,7 +322,7 @@ async fn volumes_in_the_wrong_state_are_refused() {
             "read-only on this machine",
             "read_only_volume_list",
         ),
-        ("thin", "lv_permissions", "unknown", "could not tell", "lv_permissions"),
+        ("thin", "lv_permissions", "unknown", "could not determine", "lv_permissions"),
         ("thin", "lv_active", "", "not active", "lvchange -ay vg/thin"),
         ("thin", "lv_suspended", "1", "suspended", "--refresh"),
         ("thin", "lv_allocation_locked", "1", "pvmove", "pvmove --abort"),
@@ -331,15 +331,15 @@ async fn volumes_in_the_wrong_state_are_refused() {
         ("tp", "lv_check_needed", "1", "vg/tp needs a check", "repair"),
     ];
     for (row, field, value, words, advice) in cases {
-        let house =
-            House::with("/dev/vg/thin", &with_field(row, field, value)).await.expect("it can be added");
+        let fixture =
+            Fixture::with("/dev/vg/thin", &with_field(row, field, value)).await.expect("it can be added");
         for request in [create(), revert("thin.ds-00000001", Some("kept"))] {
-            let error = house.plan(request).await.expect_err(value);
+            let error = fixture.plan(request).await.expect_err(value);
             assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
             assert!(error.to_string().contains(words), "{field}={value}: {error}");
             assert!(error.advice().is_some_and(|given| given.contains(advice)), "{field}={value}: {error}");
         }
-        assert!(house.runner.told.lock().expect("nobody panicked").is_empty());
+        assert!(fixture.runner.commands.lock().expect("no thread panicked").is_empty());
     }
     for (field, value, words) in [
         ("vg_missing_pv_count", "1", "physical volumes are missing"),
@@ -349,20 +349,20 @@ async fn volumes_in_the_wrong_state_are_refused() {
             RECORDED.lines().find_map(|line| line.split_once(&format!("\"{field}\":\""))).expect(field).1;
         let now = now.split_once('"').expect("its end").0;
         let report = RECORDED.replace(&format!("\"{field}\":\"{now}\""), &format!("\"{field}\":\"{value}\""));
-        let house = House::with("/dev/vg/thin", &report).await.expect("it can be added");
-        let error = house.plan(create()).await.expect_err(value);
+        let fixture = Fixture::with("/dev/vg/thin", &report).await.expect("it can be added");
+        let error = fixture.plan(create()).await.expect_err(value);
         assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(words), "{error}");
     }
     // The same for the target of a revert.
     for (field, value) in [("lv_health_status", "partial"), ("lv_suspended", "1")] {
         let report = with_field("thin.ds-00000001", field, value);
-        let house = House::with("/dev/vg/thin", &report).await.expect("it can be added");
-        let error = house.plan(revert("thin.ds-00000001", None)).await.expect_err(value);
+        let fixture = Fixture::with("/dev/vg/thin", &report).await.expect("it can be added");
+        let error = fixture.plan(revert("thin.ds-00000001", None)).await.expect_err(value);
         assert!(
             error.kind() == ErrorKind::Refused && error.to_string().contains("thin.ds-00000001"),
             "{error}"
         );
-        house.plan(create()).await.expect("the volume itself is whole");
+        fixture.plan(create()).await.expect("the volume itself is whole");
     }
 }
 
@@ -371,67 +371,67 @@ async fn volumes_in_the_wrong_state_are_refused() {
 #[tokio::test]
 async fn a_thick_volume_that_was_resized_is_not_reverted() {
     let tagged = with_field("thick.ds-00000004", "origin_size", "16777216");
-    let house = House::with("/dev/vg/thick", &tagged).await.expect("it is a disk");
-    let error = house.plan(revert("thick.ds-00000004", None)).await.expect_err("it grew");
+    let fixture = Fixture::with("/dev/vg/thick", &tagged).await.expect("it is a disk");
+    let error = fixture.plan(revert("thick.ds-00000004", None)).await.expect_err("it grew");
     assert!(error.kind() == ErrorKind::Refused, "{error}");
     assert!(
         error.to_string().contains("had 16777216 bytes") && error.to_string().contains("33554432 now"),
         "{error}"
     );
     assert!(error.advice().is_some_and(|advice| advice.contains("qemu-img convert")), "{error}");
-    house.plan(create()).await.expect("a new point has the new size");
+    fixture.plan(create()).await.expect("a new point has the new size");
     let tagged = with_field("thin.ds-00000001", "lv_size", "8388608");
-    let house = House::with("/dev/vg/thin", &tagged).await.expect("it is a disk");
-    house.plan(revert("thin.ds-00000001", None)).await.expect("a plan");
+    let fixture = Fixture::with("/dev/vg/thin", &tagged).await.expect("it is a disk");
+    fixture.plan(revert("thin.ds-00000001", None)).await.expect("a plan");
 }
 
 /// An inactive volume has no node in `/dev`, but it exists.
 #[tokio::test]
 async fn a_volume_is_gone_where_its_group_has_nothing_of_it() {
-    let house = House::with("/dev/vg/thin", &with_field("thin", "lv_active", "")).await.expect("a disk");
-    assert!(!house.backend.is_gone(&house.record).await.expect("an answer"));
+    let fixture = Fixture::with("/dev/vg/thin", &with_field("thin", "lv_active", "")).await.expect("a disk");
+    assert!(!fixture.backend.is_gone(&fixture.record).await.expect("an answer"));
     // Between the two renames of a revert its points show that it exists.
     let renamed = RECORDED.replace("\"lv_name\":\"thin\"", "\"lv_name\":\"thin.ds-00000002-old\"");
-    let runner = Arc::new(Recorded { report: renamed, told: Mutex::default() });
-    assert!(!Lvm::by(runner).is_gone(&house.record).await.expect("an answer"));
-    let mut record = house.record.clone();
+    let runner = Arc::new(Recorded { report: renamed, commands: Mutex::default() });
+    assert!(!Lvm::by(runner).is_gone(&fixture.record).await.expect("an answer"));
+    let mut record = fixture.record.clone();
     record.disk.path = "/dev/vg/never".into();
     record.active = LayerName("never".into());
     record.owned = vec![record.active.clone()];
-    assert!(house.backend.is_gone(&record).await.expect("an answer"));
+    assert!(fixture.backend.is_gone(&record).await.expect("an answer"));
 }
 
 /// A revert whose safety snapshot overflowed ends with a message and with its point. The recorded group is in
 /// the middle of such a revert, which stopped after its merge.
 #[tokio::test]
 async fn overflowed_safety_snapshot_ends_the_revert() {
-    let house = House::of("/dev/vg/thick").await;
-    let plan = house.plan(revert("thick.ds-00000004", None)).await.expect("a plan");
+    let fixture = Fixture::of("/dev/vg/thick").await;
+    let plan = fixture.plan(revert("thick.ds-00000004", None)).await.expect("a plan");
     let merge = plan.steps.iter().find(|planned| planned.step.summary.contains("merge")).expect("it merges");
     let later = RECORDED
         .replace("thick.ds-00000003", "thick.ds-000000ab-old")
         .replace("domsnap,domsnap.name=good", "domsnap,domsnap.name=good,domsnap.work=000000ab");
-    let house = House::with("/dev/vg/thick", &later).await.expect("a disk");
+    let fixture = Fixture::with("/dev/vg/thick", &later).await.expect("a disk");
     let cancel = CancellationToken::new();
     let context = StepContext {
-        disk: &house.record,
+        disk: &fixture.record,
         progress: &Silent,
         cancel: &cancel,
         attached: None,
         inside: &NothingInside,
         resumed: false,
     };
-    let salvage = house.backend.salvage(&merge.step, true, context).await.expect("an answer");
+    let salvage = fixture.backend.salvage(&merge.step, true, context).await.expect("an answer");
     let Salvage::Stays(edits, words) = salvage else { panic!("it would be undone: {salvage:?}") };
     assert!(
         edits.is_empty() && words.contains("overflowed") && words.contains("thick.ds-00000004"),
         "{words}"
     );
-    assert!(house.runner.told.lock().expect("nobody panicked").is_empty(), "the point is there");
+    assert!(fixture.runner.commands.lock().expect("no thread panicked").is_empty(), "the point is there");
 }
 
 #[tokio::test]
-async fn a_tag_of_a_stranger_makes_no_volume_ours() {
+async fn foreign_tag_makes_no_volume_ours() {
     // A linear volume of another user, with the name and the tag of a volume that a revert leaves.
     let line = RECORDED.lines().find(|line| line.contains("\"lv_name\":\"thick\"")).expect("it is there");
     let hostile = line
@@ -439,14 +439,14 @@ async fn a_tag_of_a_stranger_makes_no_volume_ours() {
         .replace("\"lv_tags\":\"\"", "\"lv_tags\":\"domsnap\"");
     let point = hostile.replace("thin.ds-0000000f-old", "thin.ds-0000000e");
     let report = RECORDED.replace(line, &format!("{line}\n{hostile}\n{point}"));
-    let mut house = House::with("/dev/vg/thin", &report).await.expect("it is a disk");
+    let mut fixture = Fixture::with("/dev/vg/thin", &report).await.expect("it is a disk");
     let one = Point::external(LayerName("thin.ds-00000001".into()));
-    let plan = house
+    let plan = fixture
         .plan(DiskRequest::Delete { drop: vec![one], keep: Vec::new(), force: false })
         .await
         .expect("a plan");
-    let told = house.apply(&plan).await.expect("done").join("; ");
-    assert!(told.contains("thin.ds-00000001") && !told.contains("0000000f"), "{told}");
-    house.backend.discover(&mut house.record, &[]).await.expect("found");
-    assert!(!house.record.owned.iter().any(|layer| layer.as_str().contains("0000000e")));
+    let commands = fixture.apply(&plan).await.expect("done").join("; ");
+    assert!(commands.contains("thin.ds-00000001") && !commands.contains("0000000f"), "{commands}");
+    fixture.backend.discover(&mut fixture.record, &[]).await.expect("found");
+    assert!(!fixture.record.owned.iter().any(|layer| layer.as_str().contains("0000000e")));
 }

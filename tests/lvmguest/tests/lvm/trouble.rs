@@ -173,7 +173,7 @@ fn a_point_that_was_made_smaller_is_not_merged() -> Result<()> {
     write_block(&path, 0, b'b')?;
     let point = volumes()?.into_iter().find(|name| name != "root").unwrap_or_default();
     succeed(Command::new("lvreduce").args(["-q", "-y", "-f", "-L", "8M", &format!("vg/{point}")]))?;
-    refused(&["revert", &path, "s"], &["was made smaller than what it holds", "delete that snapshot"])?;
+    refused(&["revert", &path, "s"], &["was made smaller than its data", "delete that snapshot"])?;
     expect(&path, 0, b'b')?;
     let checked = domsnap(&["check", &path])?;
     ensure!(format!("{}{}", checked.stdout, checked.stderr).contains("was made smaller"), "{checked}");

@@ -28,24 +28,24 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// The volumes that operations of this process have locked.
 #[derive(Default)]
-pub(crate) struct Holds {
-    volumes: Mutex<HashMap<Volume, Weak<Hold>>>,
+pub(crate) struct VolumeLocks {
+    volumes: Mutex<HashMap<Volume, Weak<VolumeLock>>>,
 }
 
 /// The lock on one volume.
-pub(crate) struct Hold {
+pub(crate) struct VolumeLock {
     /// Locked as long as this is open, here or as the standard input of a command.
     pub(crate) file: File,
 }
 
-impl Holds {
+impl VolumeLocks {
     /// Locks a volume.
     ///
     /// # Errors
     /// [`ErrorKind::Busy`] if another operation has locked it.
-    pub(crate) fn begin(&self, volume: &Volume) -> Result<Arc<Hold>> {
+    pub(crate) fn begin(&self, volume: &Volume) -> Result<Arc<VolumeLock>> {
         let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
-        volumes.retain(|_, hold| hold.strong_count() > 0);
+        volumes.retain(|_, lock| lock.strong_count() > 0);
         if volumes.contains_key(volume) {
             return Err(Error::new(
                 ErrorKind::Busy,
@@ -53,18 +53,18 @@ impl Holds {
             )
             .advise("wait until it is done"));
         }
-        let hold = Arc::new(Hold { file: lock(volume)? });
-        volumes.insert(volume.clone(), Arc::downgrade(&hold));
-        Ok(hold)
+        let lock = Arc::new(VolumeLock { file: lock_file(volume)? });
+        volumes.insert(volume.clone(), Arc::downgrade(&lock));
+        Ok(lock)
     }
 
     /// Returns the lock on a volume, if there is one.
-    pub(crate) fn of(&self, volume: &Volume) -> Option<Arc<Hold>> {
+    pub(crate) fn of(&self, volume: &Volume) -> Option<Arc<VolumeLock>> {
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner).get(volume).and_then(Weak::upgrade)
     }
 }
 
-fn lock(volume: &Volume) -> Result<File> {
+fn lock_file(volume: &Volume) -> Result<File> {
     let double = |name: &str| name.replace('-', "--");
     let path = Utf8PathBuf::from(DIRECTORY).join(format!(
         "lvm-{}-{}.lock",
