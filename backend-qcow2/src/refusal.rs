@@ -20,15 +20,11 @@ impl From<image::Error> for Error {
             image::ErrorKind::ReadOnly | image::ErrorKind::Io => ErrorKind::Io,
             image::ErrorKind::Cancelled => ErrorKind::Cancelled,
         };
-        // The engine's message has operation, path and detail, and ends with the advice.
-        let message = error.to_string();
+        let summary = error.summary();
+        let core = Error::new(kind, summary);
         match error.advice() {
-            Some(advice) => {
-                let without =
-                    message.strip_suffix(advice).map_or(message.as_str(), |m| m.trim_end_matches("; "));
-                Error::new(kind, without).advise(advice)
-            }
-            None => Error::new(kind, message),
+            Some(advice) => core.advise(advice.to_owned()),
+            None => core,
         }
     }
 }

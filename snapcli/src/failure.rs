@@ -93,19 +93,14 @@ impl Failure {
 
     fn body(&self) -> ErrorBody {
         let (state, advice) = (self.error.state_now(), self.error.advice());
-        // Display puts everything on one line; here state and advice have lines of their own.
-        let mut message = self.error.to_string();
-        for part in [advice, state].into_iter().flatten() {
-            let stem = message.strip_suffix(part).and_then(|stem| stem.strip_suffix("; "));
-            message = stem.map_or(message.clone(), str::to_owned);
-        }
         let state = match (state, self.exit()) {
             (None, exit::REFUSED) if self.changing || self.declined() => Some("no changes made".to_owned()),
             (state, _) => state.map(str::to_owned),
         };
         ErrorBody {
             kind: self.error.kind(),
-            message,
+            // State and advice have fields of their own.
+            message: self.error.summary(),
             state,
             advice: advice.map(str::to_owned),
             exit: self.exit(),

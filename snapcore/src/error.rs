@@ -101,6 +101,24 @@ impl Error {
         &self.message
     }
 
+    /// The failure on one line, without state and advice: `attempted: attempted: message: cause`.
+    pub fn summary(&self) -> String {
+        let mut line: String = self.attempted().map(|attempted| format!("{attempted}: ")).collect();
+        let causes = line.len();
+        line.push_str(&self.message);
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            let text = cause.to_string();
+            // Many libraries repeat their cause in their own message.
+            if !line.get(causes..).is_some_and(|said| said.contains(&text)) {
+                line.push_str(": ");
+                line.push_str(&text);
+            }
+            source = cause.source();
+        }
+        line
+    }
+
     /// What was attempted, outermost first.
     pub fn attempted(&self) -> impl Iterator<Item = &str> {
         self.context.iter().rev().map(String::as_str)
@@ -120,33 +138,18 @@ impl Error {
 impl fmt::Display for Error {
     /// `attempted: attempted: message: cause; state; advice` on one line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for attempted in self.attempted() {
-            write!(f, "{attempted}: ")?;
-        }
-        f.write_str(&self.message)?;
-        let mut source = self.source.as_deref().map(|s| s as &dyn std::error::Error);
-        // Many libraries repeat their cause in their own message.
-        let mut said = self.message.clone();
-        while let Some(cause) = source {
-            let words = cause.to_string();
-            if !said.contains(&words) {
-                write!(f, ": {words}")?;
-                said.push_str(&words);
-            }
-            source = cause.source();
-        }
-        if let Some(state) = &self.state {
-            write!(f, "; {state}")?;
-        }
-        if let Some(advice) = &self.advice {
-            write!(f, "; {advice}")?;
+        f.write_str(&self.summary())?;
+        for part in [&self.state, &self.advice].into_iter().flatten() {
+            write!(f, "; {part}")?;
         }
         Ok(())
     }
 }
 
 impl std::error::Error for Error {
-    // The causes are part of Display, so that one line tells all; they are not offered a second time.
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
 }
 
 #[cfg(test)]
@@ -162,5 +165,20 @@ mod tests {
         let twice = Error::new(ErrorKind::Io, "it failed: no such thing")
             .because(std::io::Error::other("no such thing"));
         assert_eq!(twice.to_string(), "it failed: no such thing");
+    }
+
+    #[test]
+    fn summary_leaves_state_and_advice_out() {
+        let error = Error::new(ErrorKind::Io, "it failed")
+            .context("deleting s1")
+            .because(std::io::Error::other("no such thing"))
+            .state("s1 is there")
+            .advise("try again");
+        assert_eq!(error.summary(), "deleting s1: it failed: no such thing");
+        assert_eq!(error.to_string(), "deleting s1: it failed: no such thing; s1 is there; try again");
+        assert_eq!(
+            std::error::Error::source(&error).map(ToString::to_string).as_deref(),
+            Some("no such thing")
+        );
     }
 }

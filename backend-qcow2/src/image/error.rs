@@ -179,28 +179,32 @@ impl Error {
     pub fn advice(&self) -> Option<&str> {
         self.0.advice.as_deref()
     }
+
+    /// The failure on one line, without the advice: operation, path, detail and cause.
+    pub fn summary(&self) -> String {
+        let e = &*self.0;
+        let path = match e.path.as_os_str().is_empty() {
+            true => String::new(),
+            false => format!("{:?}", e.path),
+        };
+        let attempted = match (e.operation.as_ref(), path.as_str()) {
+            ("", "") => String::new(),
+            ("", path) => format!("{path}: "),
+            (operation, "") => format!("cannot {operation}: "),
+            (operation, path) => format!("cannot {operation} {path}: "),
+        };
+        let cause = e.source.as_ref().map(|source| format!(": {source}")).unwrap_or_default();
+        format!("{attempted}{}{cause}", e.detail)
+    }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let e = &*self.0;
-        if !e.operation.is_empty() {
-            write!(f, "cannot {}", e.operation)?;
-            if !e.path.as_os_str().is_empty() {
-                write!(f, " {:?}", e.path)?;
-            }
-            write!(f, ": ")?;
-        } else if !e.path.as_os_str().is_empty() {
-            write!(f, "{:?}: ", e.path)?;
+        f.write_str(&self.summary())?;
+        match &self.0.advice {
+            Some(advice) => write!(f, "; {advice}"),
+            None => Ok(()),
         }
-        write!(f, "{}", e.detail)?;
-        if let Some(source) = &e.source {
-            write!(f, ": {source}")?;
-        }
-        if let Some(advice) = &e.advice {
-            write!(f, "; {advice}")?;
-        }
-        Ok(())
     }
 }
 
