@@ -15,7 +15,7 @@ use snapcore::{
 use tokio::sync::RwLock;
 use tokio_util::sync::CancellationToken;
 
-use crate::seen::{MAKE_QDISK, Server};
+use crate::describe::{MAKE_QDISK, Server};
 
 /// The domain's QEMU, while it has one: it ends with the domain, and the next domain has another.
 pub(crate) type Qemu = Arc<RwLock<Option<Arc<dyn LiveDomain>>>>;

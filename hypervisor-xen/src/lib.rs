@@ -1,15 +1,15 @@
-//! Live domains of Xen: the hypervisor driver for Xen that [`snapcore`] asks for ([`Xen`]).
+//! XenDomain domains of Xen: the hypervisor driver for Xen that [`snapcore`] asks for ([`Xen`]).
 //!
 //! | module | subject |
 //! |---|---|
 //! | `xl` | the program: found once, run with a deadline and no shell |
 //! | `list` | the existing domains, their states and configurations |
-//! | `seen` | the description of a domain, and the server of each of its disks |
+//! | `describe` | the description of a domain, and the server of each of its disks |
 //! | `memory` | the memory image: xl's own save file, and beside it its checksums |
 //! | `live` | [`snapcore::LiveDomain`]: a connection, and the place where each step is done |
 //! | `disk` | [`snapcore::AttachedDisk`]: one disk of it |
-//! | `instant` | the cut of a snapshot |
-//! | `window` | detached sections: a domain that is destroyed for a revert and created again |
+//! | `cut` | the cut of a snapshot |
+//! | `section` | detached sections: a domain that is destroyed for a revert and created again |
 //! | `users` | the files that running domains have open: QEMU takes no locks for Xen |
 //!
 //! # Division of work
@@ -23,15 +23,15 @@
 //! Xen is not informed of any of this: a disk's configured path always is its active image.
 #![forbid(unsafe_code)]
 
+mod cut;
+mod describe;
 mod disk;
-mod instant;
 mod list;
 mod live;
 mod memory;
 mod saver;
-mod seen;
+mod section;
 mod users;
-mod window;
 mod xl;
 
 pub use saver::{Xen, register};

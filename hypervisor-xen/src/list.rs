@@ -62,7 +62,7 @@ pub(crate) fn in_transition(row: &Row) -> Option<&'static str> {
         return Some("dying");
     }
     if row.flags.crashed {
-        return Some("crashed, and kept as it is");
+        return Some("crashed, and is kept for inspection");
     }
     row.flags.shut.then_some("shutting down, or being saved")
 }
@@ -120,7 +120,7 @@ pub(crate) async fn config_of(xl: &Xl, domid: u32) -> Result<Value> {
             Err(error) => failure = Some(error),
         }
     }
-    let mut error = Error::new(ErrorKind::Io, "what `xl list -l` prints is not understood");
+    let mut error = Error::new(ErrorKind::Io, "the output of `xl list -l` is not understood");
     if let Some(cause) = failure {
         error = error.because(cause);
     }
@@ -146,7 +146,7 @@ pub(crate) async fn config_when_made(xl: &Xl, row: &Row) -> Result<Option<Value>
             Err(error) => return Err(error),
             Ok(config) => return Ok(Some(config)),
         }
-        if users::somebody_makes_domains() {
+        if users::is_a_domain_being_created() {
             idle_since = None;
         } else if idle_since.get_or_insert_with(Instant::now).elapsed() > SETTLING {
             return Ok(None);

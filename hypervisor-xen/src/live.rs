@@ -1,5 +1,5 @@
-//! [`Live`]: a connection to one domain. The domain may be destroyed and created again meanwhile: its number,
-//! its QEMU and that QEMU's socket then change.
+//! [`XenDomain`]: a connection to one domain. The domain may be destroyed and created again meanwhile: its
+//! number, its QEMU and that QEMU's socket then change.
 
 use std::{
     path::Path,
@@ -21,13 +21,13 @@ use snapcore::{
 use tokio::sync::{Mutex, RwLock};
 
 use crate::{
+    cut,
+    describe::{self, Server, XenDisk},
     disk::{Disk, Qemu},
-    instant,
     list::{self, Row},
     memory,
     saver::{blocking, check_memory, remove_memory},
-    seen::{self, Server, XenDisk},
-    window::{self, Mark, Places},
+    section::{self, Fingerprint, NotePaths},
     xl::{SOON, Xl},
 };
 
@@ -37,15 +37,15 @@ const SOCKETS: [&str; 2] = ["qmp-libxenstat", "qmp-libxl"];
 /// Time limit for a socket that serves another client: libxl connects for moments.
 const BUSY: Duration = Duration::from_secs(10);
 
-pub(crate) struct Live {
+pub(crate) struct XenDomain {
     pub(crate) xl: Xl,
     pub(crate) name: String,
     pub(crate) seen: Seen,
     /// The file from which the domain is created.
     pub(crate) config: Option<Utf8PathBuf>,
-    pub(crate) places: Places,
+    pub(crate) places: NotePaths,
     /// Fingerprints of its disks when the connection was made.
-    pub(crate) found: Vec<Mark>,
+    pub(crate) found: Vec<Fingerprint>,
     pub(crate) domain: Domain,
     qemu_saver: QemuSaver,
     qemu: Qemu,
@@ -56,10 +56,10 @@ pub(crate) struct Live {
     /// True if the guest ran at the instant whose memory is to be sealed.
     pub(crate) saved_running: Mutex<Option<bool>>,
     /// Start of the current detached section.
-    pub(crate) window: Mutex<Option<Instant>>,
+    pub(crate) section: Mutex<Option<Instant>>,
 }
 
-impl Live {
+impl XenDomain {
     /// Connects to a domain that runs, or that a detached section of ours has destroyed.
     pub(crate) async fn new(
         xl: Xl,
@@ -85,8 +85,8 @@ impl Live {
             xl,
             name: control.address.clone(),
             config: control.config.clone().or_else(|| seen.config.clone()),
-            places: Places::of(domain, control),
-            found: Mark::of_all(domain),
+            places: NotePaths::of(domain, control),
+            found: Fingerprint::of_all(domain),
             seen,
             domain: domain.clone(),
             qemu_saver: QemuSaver::new(),
@@ -95,24 +95,24 @@ impl Live {
             libxl: RwLock::default(),
             speed: std::sync::Mutex::default(),
             saved_running: Mutex::default(),
-            window: Mutex::default(),
+            section: Mutex::default(),
         };
         if running {
-            live.look_again().await?;
+            live.refresh().await?;
         }
         let drives = live.xen_disks().await;
-        seen::note_members(&mut live.seen, &drives, domain);
+        describe::note_members(&mut live.seen, &drives, domain);
         if let Some(qemu) = live.qemu().await {
-            live.seen.disks.extend(seen::unknown_to_libxl(qemu.seen(), &drives));
+            live.seen.disks.extend(describe::unknown_to_libxl(qemu.seen(), &drives));
         }
         Ok(live)
     }
 
     /// Connects to the current domain.
-    pub(crate) async fn look_again(&self) -> Result<()> {
+    pub(crate) async fn refresh(&self) -> Result<()> {
         let row = self.row().await?;
         let config = list::config_of(&self.xl, row.domid).await?;
-        let drives = seen::disks(&config);
+        let drives = describe::disks(&config);
         for (disk, server) in &self.disks {
             let drive = drives.iter().find(|drive| drive.target == disk.target);
             disk.detached.store(drive.is_none(), Ordering::Relaxed);
@@ -174,7 +174,7 @@ impl Live {
 
     /// Closes the connection to QEMU: the domain is about to be destroyed, or is, and no process has its
     /// disks.
-    pub(crate) async fn forget_qemu(&self) -> Result<()> {
+    pub(crate) async fn drop_qemu(&self) -> Result<()> {
         *self.qemu.write().await = None;
         *self.libxl.write().await = None;
         for (_, server) in &self.disks {
@@ -195,7 +195,7 @@ impl Live {
 
     /// Returns its disks, as libxl has them.
     pub(crate) async fn xen_disks(&self) -> Vec<XenDisk> {
-        self.libxl.read().await.as_ref().map(seen::disks).unwrap_or_default()
+        self.libxl.read().await.as_ref().map(describe::disks).unwrap_or_default()
     }
 
     /// Returns true if the running domain has each of the disks.
@@ -209,7 +209,12 @@ impl Live {
     /// Refuses a domain whose storage has changed since the operation was planned.
     pub(crate) async fn refuse_other_storage(&self, domid: u32) -> Result<()> {
         let config = list::config_of(&self.xl, domid).await?;
-        match self.libxl.read().await.as_ref().is_some_and(|planned| seen::is_same_storage(planned, &config))
+        match self
+            .libxl
+            .read()
+            .await
+            .as_ref()
+            .is_some_and(|planned| describe::is_same_storage(planned, &config))
         {
             true => Ok(()),
             false => Err(Error::new(
@@ -227,7 +232,7 @@ impl Live {
 }
 
 #[async_trait]
-impl LiveDomain for Live {
+impl LiveDomain for XenDomain {
     fn seen(&self) -> &Seen {
         &self.seen
     }
@@ -239,11 +244,11 @@ impl LiveDomain for Live {
     }
 
     fn differences(&self, recorded: &Value) -> Result<Vec<String>> {
-        Ok(seen::differences(recorded, &self.seen.machine))
+        Ok(describe::differences(recorded, &self.seen.machine))
     }
 
     fn cannot_save_memory(&self) -> Option<Obstacle> {
-        seen::cannot_save(&self.seen.machine["xen"])
+        describe::cannot_save(&self.seen.machine["xen"])
     }
 
     async fn resume(&self) -> Result<()> {
@@ -279,15 +284,15 @@ impl LiveDomain for Live {
             {
                 // If the domain does not exist, a detached section of ours has destroyed it already.
                 if let Some(row) = list::row_of(&self.xl, &self.name).await? {
-                    window::refuse(self, anew, &row).await?;
+                    section::refuse(self, anew, &row).await?;
                 }
             }
             if let Some(step) = instant(&step) {
                 if !probe {
-                    instant::refuse(&step, &self.row().await?)?;
+                    cut::refuse(&step, &self.row().await?)?;
                 }
                 let mut planned = planned.clone();
-                planned.step.action = serde_json::to_value(instant::disks_alone(&step)).map_err(|cause| {
+                planned.step.action = serde_json::to_value(cut::disks_alone(&step)).map_err(|cause| {
                     Error::new(ErrorKind::Internal, "a step cannot be written as JSON").because(cause)
                 })?;
                 of_disks.steps.push(planned);
@@ -314,7 +319,7 @@ impl LiveDomain for Live {
                 check_memory(file, context.progress).await.map(|()| Facts::default())
             }
             DomainStep::Instant { .. } => match instant(step) {
-                Some(step) => instant::take(self, step, context).await,
+                Some(step) => cut::take(self, step, context).await,
                 None => Ok(Facts::default()),
             },
             DomainStep::SaveMemory { file, compress, .. } => {
@@ -324,9 +329,9 @@ impl LiveDomain for Live {
                 context.progress.bytes(bytes, bytes);
                 let mut facts = Facts { memory_bytes: Some(bytes), ..Facts::default() };
                 if *compress > 0 {
-                    facts
-                        .notes
-                        .push("the memory image is not compressed: of Xen's domains none is yet".to_owned());
+                    facts.notes.push(
+                        "the memory image is not compressed: this is not supported with Xen".to_owned(),
+                    );
                 }
                 Ok(facts)
             }
@@ -335,10 +340,12 @@ impl LiveDomain for Live {
                 None => Ok(Facts::default()),
             },
             DomainStep::OpenWindow { .. } => {
-                window::open(self, step, context).await.map(|()| Facts::default())
+                section::open(self, step, context).await.map(|()| Facts::default())
             }
-            DomainStep::Attach { .. } => window::attach(self, step, context).await.map(|()| Facts::default()),
-            DomainStep::Continue { .. } => window::go_on(self, step, context).await,
+            DomainStep::Attach { .. } => {
+                section::attach(self, step, context).await.map(|()| Facts::default())
+            }
+            DomainStep::Continue { .. } => section::finish(self, step, context).await,
             // A domain is created again with the media of its configuration.
             DomainStep::Media { .. } => Ok(Facts::default()),
             DomainStep::RemoveMemory { file } => remove_memory(file).await.map(|()| Facts::default()),
@@ -348,12 +355,12 @@ impl LiveDomain for Live {
     async fn undo(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
         match step {
             DomainStep::Instant { .. } => match instant(step) {
-                Some(step) => instant::undo(self, step, context).await,
+                Some(step) => cut::undo(self, step, context).await,
                 None => Ok(()),
             },
             DomainStep::SaveMemory { file, .. } => remove_memory(file).await,
-            DomainStep::OpenWindow { .. } => window::undo_open(self, step, context).await,
-            DomainStep::Attach { .. } => window::undo_attach(self, step, context).await,
+            DomainStep::OpenWindow { .. } => section::undo_open(self, step, context).await,
+            DomainStep::Attach { .. } => section::undo_attach(self, step, context).await,
             // There is nothing to undo: a check changes nothing, and a node that was reopened by name keeps
             // its name.
             DomainStep::CheckMemory { .. } | DomainStep::Rehome { .. } => Ok(()),
@@ -378,9 +385,9 @@ impl snapcore::Progress for Silent {
     fn bytes(&self, _: u64, _: u64) {}
 }
 
-fn instant(step: &DomainStep) -> Option<instant::Step<'_>> {
+fn instant(step: &DomainStep) -> Option<cut::CutStep<'_>> {
     match step {
-        DomainStep::Instant { disks, running, memory, quiesce, then, .. } => Some(instant::Step {
+        DomainStep::Instant { disks, running, memory, quiesce, then, .. } => Some(cut::CutStep {
             disks,
             running: *running,
             memory: memory.as_ref(),

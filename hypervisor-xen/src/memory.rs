@@ -77,7 +77,7 @@ pub(crate) fn draft(file: &Utf8Path) -> Result<Utf8PathBuf> {
 pub(crate) fn make_private(file: &Utf8Path) -> Result<()> {
     remove_file(file)?;
     let made = confined_files::create_private(file.as_std_path());
-    made.map(drop).map_err(|cause| told("making", file, cause))
+    made.map(drop).map_err(|cause| file_error("making", file, cause))
 }
 
 /// Makes xl's save file a memory image; returns its length. May be repeated.
@@ -87,9 +87,9 @@ pub(crate) fn seal(file: &Utf8Path, running: bool, progress: &dyn Progress) -> R
         return Ok(read_record(file)?.bytes);
     }
     // 1) The save file's bytes are durable, and only then read for the checksums.
-    let saved = open(&part).map_err(|cause| told("opening", &part, cause))?;
+    let saved = open(&part).map_err(|cause| file_error("opening", &part, cause))?;
     head(&mut &saved, &part)?;
-    saved.sync_all().map_err(|cause| told("flushing", &part, cause))?;
+    saved.sync_all().map_err(|cause| file_error("flushing", &part, cause))?;
     let (bytes, crc32) = checksums(&part, progress)?;
     // 2) The record is durable before the save file gets its name. A crash before 3) leaves `.part` and
     //    perhaps a record: this function can be repeated.
@@ -100,7 +100,7 @@ pub(crate) fn seal(file: &Utf8Path, running: bool, progress: &dyn Progress) -> R
     write_durably(&record_of(file), &text)?;
     // 3) The final name: from here the image counts as complete.
     confined_files::rename(part.as_std_path(), file.as_std_path(), true)
-        .map_err(|cause| told("naming", file, cause))?;
+        .map_err(|cause| file_error("naming", file, cause))?;
     flush_directory(file)?;
     Ok(bytes)
 }
@@ -112,8 +112,8 @@ pub(crate) fn check(file: &Utf8Path, progress: &dyn Progress) -> Result<()> {
             .advise("the snapshot's disks are not concerned: revert with --off, and start the domain then")
     };
     let record = read_record(file)?;
-    let mut saved = open(file).map_err(|cause| told("opening", file, cause))?;
-    let length = saved.metadata().map_err(|cause| told("reading", file, cause))?.len();
+    let mut saved = open(file).map_err(|cause| file_error("opening", file, cause))?;
+    let length = saved.metadata().map_err(|cause| file_error("reading", file, cause))?.len();
     if length != record.bytes {
         return Err(corrupt(format!("has {length} bytes, and was saved with {}", record.bytes)));
     }
@@ -140,7 +140,7 @@ pub(crate) fn read_record(file: &Utf8Path) -> Result<Record> {
         open(&path)?.take(LONGEST_RECORD).read_to_end(&mut text)?;
         Ok(text)
     };
-    let text = read().map_err(|cause| told("reading", &path, cause))?;
+    let text = read().map_err(|cause| file_error("reading", &path, cause))?;
     let record: Record = serde_json::from_slice(&text)
         .map_err(|cause| Error::new(ErrorKind::Corrupt, format!("{path} cannot be read")).because(cause))?;
     match record.version {
@@ -161,12 +161,12 @@ pub(crate) fn remove(file: &Utf8Path) -> Result<()> {
 /// Reads the configuration in the head of a save file.
 pub(crate) fn head(file: &mut impl Read, path: &Utf8Path) -> Result<Value> {
     let corrupt =
-        |detail: &str| Error::new(ErrorKind::Corrupt, format!("{path} is no save file of xl's: {detail}"));
+        |detail: &str| Error::new(ErrorKind::Corrupt, format!("{path} is not a save file of xl: {detail}"));
     let short = |cause: io::Error| corrupt("it ends in its head").because(cause);
     let mut magic = [0; 32];
     file.read_exact(&mut magic).map_err(short)?;
     if magic != *MAGIC {
-        return Err(corrupt("it does not begin as one"));
+        return Err(corrupt("it does not begin like one"));
     }
     let mut number = || -> Result<u32> {
         let mut bytes = [0; 4];
@@ -188,18 +188,18 @@ pub(crate) fn head(file: &mut impl Read, path: &Utf8Path) -> Result<Value> {
     while text.last() == Some(&0) {
         text.pop();
     }
-    serde_json::from_slice(&text).map_err(|cause| corrupt("its configuration is no JSON").because(cause))
+    serde_json::from_slice(&text).map_err(|cause| corrupt("its configuration is not JSON").because(cause))
 }
 
 fn checksums(path: &Utf8Path, progress: &dyn Progress) -> Result<(u64, Vec<u32>)> {
-    let mut file = open(path).map_err(|cause| told("opening", path, cause))?;
-    let total = file.metadata().map_err(|cause| told("reading", path, cause))?.len();
+    let mut file = open(path).map_err(|cause| file_error("opening", path, cause))?;
+    let total = file.metadata().map_err(|cause| file_error("reading", path, cause))?.len();
     let (mut sums, mut done) = (Vec::new(), 0);
     let mut chunk = Vec::with_capacity(CHUNK);
     loop {
         chunk.clear();
         let read = (&mut file).take(CHUNK as u64).read_to_end(&mut chunk);
-        let read = read.map_err(|cause| told("reading", path, cause))?;
+        let read = read.map_err(|cause| file_error("reading", path, cause))?;
         if read == 0 {
             return Ok((done, sums));
         }
@@ -220,12 +220,14 @@ pub(crate) fn write_durably(path: &Utf8Path, bytes: &[u8]) -> Result<()> {
         file.sync_all()?;
         confined_files::rename(new.as_std_path(), path.as_std_path(), true)
     };
-    write().map_err(|cause| told("writing", path, cause))?;
+    write().map_err(|cause| file_error("writing", path, cause))?;
     flush_directory(path)
 }
 
 pub(crate) fn remove_file(path: &Utf8Path) -> Result<()> {
-    confined_files::remove(path.as_std_path()).map(|_| ()).map_err(|cause| told("removing", path, cause))
+    confined_files::remove(path.as_std_path())
+        .map(|_| ())
+        .map_err(|cause| file_error("removing", path, cause))
 }
 
 /// Opens a regular file safely, even if other users can write its directory.
@@ -236,17 +238,17 @@ fn open(path: &Utf8Path) -> io::Result<File> {
 pub(crate) fn flush_directory(of: &Utf8Path) -> Result<()> {
     match confined_files::sync_directory_of(of.as_std_path()) {
         Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
-            Err(told("flushing the directory of", of, cause))
+            Err(file_error("flushing the directory of", of, cause))
         }
         _ => Ok(()),
     }
 }
 
-fn told(doing: &str, path: &Utf8Path, cause: io::Error) -> Error {
-    told_at(doing, path.as_std_path(), cause)
+fn file_error(doing: &str, path: &Utf8Path, cause: io::Error) -> Error {
+    file_error_at(doing, path.as_std_path(), cause)
 }
 
-fn told_at(doing: &str, path: &Path, cause: io::Error) -> Error {
+fn file_error_at(doing: &str, path: &Path, cause: io::Error) -> Error {
     let kind = match cause.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
         io::ErrorKind::NotFound => ErrorKind::NotFound,

@@ -10,11 +10,10 @@ use snapcore::{
 };
 
 use crate::{
-    instant, list,
-    live::{Live, Silent},
-    memory, seen,
+    cut, describe, list,
+    live::{Silent, XenDomain},
+    memory, section,
     users::{self, Save},
-    window,
     xl::Xl,
 };
 
@@ -43,7 +42,7 @@ impl VmStateSaver for Xen {
     fn read_control(&self, control: Control, directory: &Utf8Path) -> Result<Control> {
         let name = &control.address;
         if name.is_empty() || name.starts_with('-') || name.contains(char::is_control) {
-            return Err(Error::new(ErrorKind::Usage, format!("{name:?} names no domain of Xen"))
+            return Err(Error::new(ErrorKind::Usage, format!("{name:?} is not a name of a Xen domain"))
                 .advise("give the name that `xl list` shows after 'xen:'"));
         }
         let from_directory = |path: Option<Utf8PathBuf>| path.map(|path| directory.join(path));
@@ -54,33 +53,33 @@ impl VmStateSaver for Xen {
     async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>> {
         let Some(control) = &domain.control else { return Ok(None) };
         let xl = Xl::expect()?;
-        let places = window::Places::of(domain, control);
-        let note = window::read(&places)?;
+        let places = section::NotePaths::of(domain, control);
+        let note = section::read(&places)?;
         let mut row = list::row_of(&xl, &control.address).await?;
         if let Some(saved) = &row
             && saved.flags.shut
             && let Some(Save::Ours(file)) = users::save_of(&saved.name, saved.domid)
         {
             // The domsnap that began this save was killed, and its xl still runs.
-            instant::await_save(&file).await?;
+            cut::await_save(&file).await?;
             row = list::row_of(&xl, &control.address).await?;
         }
-        let live = |seen, running| Live::new(xl.clone(), domain, control, seen, running);
+        let live = |info, running| XenDomain::new(xl.clone(), domain, control, info, running);
         let Some(row) = row else {
             // A detached section of ours may have destroyed it.
             let Some(note) = note else { return Ok(None) };
             return Ok(Some(Arc::new(live(note.seen(&control.address), false).await?)));
         };
         if let Some(doing) = list::in_transition(&row)
-            && !instant::is_left_suspended(&xl, &row).await?
+            && !cut::is_left_suspended(&xl, &row).await?
         {
             return Err(list::busy(&row.name, doing));
         }
         match (list::config_when_made(&xl, &row).await?, note) {
             (Some(config), note) => {
-                let live = live(seen::seen(&row, &config), true).await?;
+                let live = live(describe::seen(&row, &config), true).await?;
                 if note.is_some_and(|note| note.is_another(row.domid)) && !live.has_all_disks().await {
-                    return Err(window::taken(&live, row.domid));
+                    return Err(section::name_taken(&live, row.domid));
                 }
                 Ok(Some(Arc::new(live)))
             }
@@ -106,7 +105,7 @@ impl VmStateSaver for Xen {
         if let Some(doing) = list::in_transition(&row) {
             return Err(list::busy(&row.name, doing));
         }
-        Ok(seen::seen(&row, &list::config_of(&xl, row.domid).await?))
+        Ok(describe::seen(&row, &list::config_of(&xl, row.domid).await?))
     }
 
     async fn scan(&self) -> Result<Vec<(Control, Seen)>> {
@@ -117,7 +116,7 @@ impl VmStateSaver for Xen {
                 continue;
             }
             let Ok(config) = list::config_of(&xl, row.domid).await else { continue };
-            let seen = seen::seen(&row, &config);
+            let seen = describe::seen(&row, &config);
             let control = Control { address: row.name, config: seen.config.clone(), ..Control::default() };
             found.push((control, seen));
         }
@@ -132,7 +131,7 @@ impl VmStateSaver for Xen {
         let xl = Xl::expect()?;
         let running = memory::read_record(start.file)?.running;
         let goes_on = start.power.map_or(running, |power| power == PowerAfter::Running);
-        window::restore_domain(&xl, start.file, None, !goes_on).await?;
+        section::restore_domain(&xl, start.file, None, !goes_on).await?;
         let name = start.domain.control.as_ref().map(|control| control.address.as_str()).unwrap_or_default();
         // The domain is started: a failure to read its number is no error.
         let row = list::row_of(&xl, name).await.ok().flatten();

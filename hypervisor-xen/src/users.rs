@@ -77,12 +77,12 @@ pub(crate) fn save_of(name: &str, domid: u32) -> Option<Save> {
     let of_it = xls(&["save", "migrate", "suspend"])
         .into_iter()
         .find(|words| words.iter().any(|word| word == name || *word == number))?;
-    let is_ours = |word: &&String| word.ends_with(".memory.part") || word.ends_with(".domsnap-former");
+    let is_ours = |word: &&String| word.ends_with(".memory.part") || word.ends_with(".domsnap-previous");
     Some(of_it.iter().find(is_ours).cloned().map_or(Save::Foreign, Save::Ours))
 }
 
 /// Returns true if an `xl` creates domains: which ones it does not show.
-pub(crate) fn somebody_makes_domains() -> bool {
+pub(crate) fn is_a_domain_being_created() -> bool {
     !xls(&["create", "restore", "migrate-receive"]).is_empty()
 }
 

@@ -31,7 +31,7 @@ pub(crate) struct Xl {
 
 /// Its output.
 #[derive(Debug)]
-pub(crate) struct Said {
+pub(crate) struct Output {
     pub(crate) ok: bool,
     pub(crate) out: String,
     pub(crate) err: String,
@@ -62,7 +62,7 @@ impl Xl {
     /// # Errors
     /// If it cannot be started; [`ErrorKind::Io`] if it has not ended within the deadline: then it was
     /// killed.
-    pub(crate) async fn run(&self, words: &[&str], deadline: Duration) -> Result<Said> {
+    pub(crate) async fn run(&self, words: &[&str], deadline: Duration) -> Result<Output> {
         let path = self.path.clone();
         let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
         let (begun, asked) = (Instant::now(), words.join(" "));
@@ -88,17 +88,17 @@ impl Xl {
 }
 
 /// Makes the error of a failed run.
-pub(crate) fn failed(words: &[&str], said: &Said) -> Error {
+pub(crate) fn failed(words: &[&str], said: &Output) -> Error {
     let full = ["No space left", "Disk quota exceeded"].iter().any(|words| said.err.contains(words));
     let kind = if full { ErrorKind::NoSpace } else { ErrorKind::Io };
     Error::new(
         kind,
-        format!("`xl {}` failed: {}", shell_command(words.iter().copied()), last_words(&said.err)),
+        format!("`xl {}` failed: {}", shell_command(words.iter().copied()), relevant_output(&said.err)),
     )
 }
 
 /// Returns the relevant part of its error output.
-fn last_words(text: &str) -> String {
+fn relevant_output(text: &str) -> String {
     let chatter = |line: &&str| {
         !line.trim().is_empty()
             && !line.contains("xc: info")
@@ -107,17 +107,17 @@ fn last_words(text: &str) -> String {
     };
     let lines: Vec<&str> = text.lines().filter(chatter).collect();
     let lines = &lines[lines.len().saturating_sub(6)..];
-    if lines.is_empty() { "it did not say why".to_owned() } else { lines.join("; ") }
+    if lines.is_empty() { "it gave no reason".to_owned() } else { lines.join("; ") }
 }
 
-fn run(path: &Path, words: &[String], deadline: Duration) -> Result<Said> {
+fn run(path: &Path, words: &[String], deadline: Duration) -> Result<Output> {
     let shown = || format!("`xl {}`", shell_command(words.iter().map(String::as_str)));
     let io = |attempted: &str, cause: io::Error| {
         Error::new(ErrorKind::Io, format!("{} {attempted}", shown())).because(cause)
     };
-    let file = || tempfile::tempfile().map_err(|cause| io("has no place for what it says", cause));
+    let file = || tempfile::tempfile().map_err(|cause| io("has no place for its output", cause));
     let (out, err) = (file()?, file()?);
-    let own = |file: &File| file.try_clone().map_err(|cause| io("has no place for what it says", cause));
+    let own = |file: &File| file.try_clone().map_err(|cause| io("has no place for its output", cause));
     let handle = duct::cmd(path, words)
         .env("LC_ALL", "C")
         .stdin_null()
@@ -138,8 +138,8 @@ fn run(path: &Path, words: &[String], deadline: Duration) -> Result<Said> {
             format!("{} has not ended within {} s and was killed", shown(), deadline.as_secs()),
         ));
     };
-    let text = |file| text_of(file).map_err(|cause| io("ended, and what it said cannot be read", cause));
-    Ok(Said { ok: output.status.success(), out: text(out)?, err: text(err)? })
+    let text = |file| text_of(file).map_err(|cause| io("ended, and its output cannot be read", cause));
+    Ok(Output { ok: output.status.success(), out: text(out)?, err: text(err)? })
 }
 
 pub(crate) fn micros(since: Instant) -> u64 {
@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn full_disk_has_its_error_kind() {
         let err = "xc: info: Saving domain 1\nxc: error: Write failed (28 = No space left on device)\n";
-        let error = failed(&["save", "x"], &Said { ok: false, out: String::new(), err: err.to_owned() });
+        let error = failed(&["save", "x"], &Output { ok: false, out: String::new(), err: err.to_owned() });
         assert_eq!(error.kind(), ErrorKind::NoSpace);
         assert!(!error.to_string().contains("info"), "{error}");
     }

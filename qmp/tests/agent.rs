@@ -117,7 +117,8 @@ async fn late_replies_are_not_taken_for_the_next() {
         // It hangs: this command times out, and the sync of the next one too.
         let first = client.line().await.expect("a sync");
         let second = client.line().await.expect("a sync");
-        // Then it answers everything: the command, the first sync, half a line, delimiters, and the second sync.
+        // Then it answers everything: the command, the first sync, half a line, delimiters, and the second
+        // sync.
         client.reply(&late, json!({"running": "late"})).await;
         answer_sync(&mut client, &first["arguments"]["id"]).await;
         client.send(b"{\"return\": {\"ha").await;

@@ -616,7 +616,7 @@ fn killed_with_xl() -> Result<()> {
     let before = run.guest.ticks()?;
     run.ok(&["create", "DOMAIN", "s1", "--external"])?;
     let after = run.guest.ticks()?;
-    let note = run.guest.dir().join("killedxl.domsnap-window");
+    let note = run.guest.dir().join("killedxl.domsnap-revert");
     let (domid, present) = (run.guest.domid()?, run.guest.ticks()?);
     let is_half_made = || note.exists() && run.guest.domid().is_ok_and(|now| now.is_some() && now != domid);
     kill_when(&run, &["revert", "DOMAIN", "s1"], "the domain is half made", is_half_made)?;

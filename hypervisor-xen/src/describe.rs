@@ -35,8 +35,8 @@ pub(crate) struct XenDisk {
 }
 
 /// Advice for a plain file over a loop device.
-pub(crate) const MAKE_QDISK: &str = "let QEMU serve it: say backendtype=qdisk for this disk in the domain's config, and start it \
-                                     anew; a qcow2 image always is";
+pub(crate) const MAKE_QDISK: &str = "let QEMU serve it: set backendtype=qdisk for this disk in the domain's config, and restart the \
+                                     domain; QEMU always serves a qcow2 image";
 
 impl XenDisk {
     /// Returns true if it is this file, by whatever name.
@@ -87,7 +87,7 @@ fn served_elsewhere(disk: &Value) -> Option<String> {
     if let Some(script) =
         named("script").filter(|script| Path::new(script).file_name() != Some("block".as_ref()))
     {
-        return Some(format!("the script {script} sets it up, and says what it is"));
+        return Some(format!("the script {script} sets it up"));
     }
     match named("backend") {
         Some(backend @ ("tap" | "standalone")) => Some(format!("a backend of its own ({backend}) serves it")),
@@ -156,7 +156,7 @@ pub(crate) fn note_members(seen: &mut Seen, drives: &[XenDisk], domain: &Domain)
             Some(drive) if !drive.is_file(registered) => {
                 disk.left_out = Some(format!(
                     "{registered} is registered as disk {}, and is not what the guest has there: attach that again, or register the \
-                     domain anew",
+                     domain again",
                     disk.target
                 ));
             }
@@ -242,7 +242,7 @@ pub(crate) fn unknown_to_libxl(qemu: &Seen, drives: &[XenDisk]) -> Vec<SeenDisk>
         qemu.disks.iter().filter(|disk| disk.guest_writes && disk.member.is_none() && !is_known(disk));
     hidden
         .map(|disk| {
-            let why = "libxl does not know of it: QEMU was given it apart";
+            let why = "libxl does not know it: it was added to QEMU directly";
             SeenDisk { left_out: Some(why.to_owned()), ..disk.clone() }
         })
         .collect()

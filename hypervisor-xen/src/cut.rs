@@ -15,7 +15,7 @@ use snapcore::{
 
 use crate::{
     list::{self, Row},
-    live::Live,
+    live::XenDomain,
     memory,
     saver::blocking,
     users,
@@ -32,7 +32,7 @@ const ORPHAN: Duration = Duration::from_secs(600);
 const LOOK: Duration = Duration::from_millis(100);
 
 /// The cut, as its step describes it.
-pub(crate) struct Step<'a> {
+pub(crate) struct CutStep<'a> {
     pub(crate) disks: &'a [(Target, DiskInstant)],
     pub(crate) running: bool,
     pub(crate) memory: Option<&'a MemoryPlan>,
@@ -41,7 +41,7 @@ pub(crate) struct Step<'a> {
 }
 
 /// Refuses a cut that is not possible for this domain now.
-pub(crate) fn refuse(step: &Step<'_>, row: &Row) -> Result<()> {
+pub(crate) fn refuse(step: &CutStep<'_>, row: &Row) -> Result<()> {
     refuse_suspended(row)?;
     if step.quiesce == Quiesce::Require {
         return Err(Error::new(
@@ -65,7 +65,7 @@ pub(crate) fn refuse(step: &Step<'_>, row: &Row) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<Facts> {
+pub(crate) async fn take(live: &XenDomain, step: CutStep<'_>, context: DomainContext<'_>) -> Result<Facts> {
     let mut facts = Facts::default();
     let row = live.row().await?;
     refuse(&step, &row)?;
@@ -110,7 +110,7 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
             memory::remove_file(&memory::part_of(&memory.file))?;
         }
         return Err(match ran {
-            true => goes_on(live, error).await,
+            true => resume_after(live, error).await,
             false => error,
         });
     }
@@ -131,7 +131,7 @@ pub(crate) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     Ok(facts)
 }
 
-async fn save(live: &Live, plan: &MemoryPlan) -> Result<()> {
+async fn save(live: &XenDomain, plan: &MemoryPlan) -> Result<()> {
     let file = plan.file.clone();
     let part = blocking(move || {
         if let Some(directory) = file.parent() {
@@ -147,7 +147,7 @@ async fn save(live: &Live, plan: &MemoryPlan) -> Result<()> {
 
 /// Saves memory into an existing file; the guest is paused afterwards. After an error it is resumed, and the
 /// file is removed.
-pub(crate) async fn save_to(live: &Live, file: &Utf8PathBuf) -> Result<()> {
+pub(crate) async fn save_to(live: &XenDomain, file: &Utf8PathBuf) -> Result<()> {
     let words = ["save", "-p", live.name.as_str(), file.as_str()];
     let error = match live.xl.run(&words, saving(live).await).await {
         Ok(said) if said.ok => return Ok(()),
@@ -155,34 +155,34 @@ pub(crate) async fn save_to(live: &Live, file: &Utf8PathBuf) -> Result<()> {
         Err(error) => error,
     };
     memory::remove_file(file)?;
-    Err(goes_on(live, error.context("saving the guest's memory")).await)
+    Err(resume_after(live, error.context("saving the guest's memory")).await)
 }
 
 /// Returns the time limit for a save.
-async fn saving(live: &Live) -> Duration {
+async fn saving(live: &XenDomain) -> Duration {
     SAVING + Duration::from_secs(live.memory_mib().await / SLOWEST_MIB)
 }
 
 /// Resumes a guest after a failure.
-async fn goes_on(live: &Live, error: Error) -> Error {
+async fn resume_after(live: &XenDomain, error: Error) -> Error {
     if let Err(second) = wake(live).await {
-        return error.state(format!("whether the guest goes on is not known, look at `xl list`: {second}"));
+        return error.state(format!("it is not known if the guest runs, see `xl list`: {second}"));
     }
     let Ok(Some(row)) = list::row_of(&live.xl, &live.name).await else {
-        return error.state("whether the guest goes on is not known: look at `xl list`");
+        return error.state("it is not known if the guest runs: see `xl list`");
     };
     if !row.flags.paused {
         return error;
     }
     match live.unpause().await {
         Ok(()) => error,
-        Err(second) => error.state(format!("the guest is paused, and could not be let go on: {second}")),
+        Err(second) => error.state(format!("the guest is paused, and could not be resumed: {second}")),
     }
 }
 
 /// Cuts all disks. Those of QEMU are cut in one transaction. Inside of it the steps of the other disks run,
 /// and the paths are moved.
-async fn cut(live: &Live, step: &Step<'_>, context: DomainContext<'_>) -> Result<()> {
+async fn cut(live: &XenDomain, step: &CutStep<'_>, context: DomainContext<'_>) -> Result<()> {
     match live.qemu().await {
         Some(qemu) => qemu.apply(&disks_alone(step), context).await.map(drop),
         None => context.inside.run(None).await,
@@ -190,7 +190,7 @@ async fn cut(live: &Live, step: &Step<'_>, context: DomainContext<'_>) -> Result
 }
 
 /// Makes the step with which the disks' QEMU is asked for the cut.
-pub(crate) fn disks_alone(step: &Step<'_>) -> DomainStep {
+pub(crate) fn disks_alone(step: &CutStep<'_>) -> DomainStep {
     DomainStep::Instant {
         disks: step.disks.to_vec(),
         running: true,
@@ -203,7 +203,7 @@ pub(crate) fn disks_alone(step: &Step<'_>) -> DomainStep {
 
 /// Undoes the cut, at whatever point it stopped: waits for an `xl save` that still runs, undoes the disks,
 /// resumes the guest.
-pub(crate) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<()> {
+pub(crate) async fn undo(live: &XenDomain, step: CutStep<'_>, context: DomainContext<'_>) -> Result<()> {
     // 1) Wait for the save, then wake the guest: a killed save left it suspended. 2) Only then remove the
     //    file, which `xl` had open.
     if let Some(memory) = step.memory {
@@ -229,7 +229,7 @@ pub(crate) async fn await_save(file: &str) -> Result<()> {
     let until = Instant::now() + ORPHAN;
     while users::is_being_saved(file) {
         if Instant::now() > until {
-            return Err(Error::new(ErrorKind::Busy, format!("an `xl save` goes on that writes {file}"))
+            return Err(Error::new(ErrorKind::Busy, format!("an `xl save` still writes {file}"))
                 .advise("look whether it makes progress; then run `domsnap recover`"));
         }
         tokio::time::sleep(LOOK).await;
@@ -255,7 +255,7 @@ pub(crate) fn refuse_suspended(row: &Row) -> Result<()> {
 
 /// Wakes a guest that a killed `xl save` left suspended; it is paused then, as after any save. Only a
 /// complete save wakes it; the data is discarded.
-pub(crate) async fn wake(live: &Live) -> Result<()> {
+pub(crate) async fn wake(live: &XenDomain) -> Result<()> {
     let row = live.row().await?;
     if !is_left_suspended(&live.xl, &row).await? {
         return Ok(());

@@ -6,9 +6,9 @@
 //! If its current state is discarded (a revert), the domain is destroyed, because Xen cannot load other
 //! memory into a running domain:
 //!
-//! 1. its memory is saved beside its first disk, as NAME.domsnap-former (unless the user declined); the guest
-//!    is paused;
-//! 2. a note of that, NAME.domsnap-window, is made durable: the domain's identity, and whether it ran;
+//! 1. its memory is saved beside its first disk, as NAME.domsnap-previous (unless the user declined); the
+//!    guest is paused;
+//! 2. a note of that, NAME.domsnap-revert, is made durable: the domain's identity, and whether it ran;
 //! 3. the domain is destroyed, and its disks' QEMU has ended: no process has the files open;
 //! 4. the disks' own steps run, as at rest;
 //! 5. the domain is created again, and is paused: restored from the snapshot's memory, or created. A failure
@@ -37,12 +37,13 @@ use snapcore::{
 };
 
 use crate::{
-    instant::{self, refuse_suspended},
+    cut::{self, refuse_suspended},
+    describe,
     list::{self, Row},
-    live::Live,
+    live::XenDomain,
     memory,
     saver::blocking,
-    seen, users,
+    users,
     xl::{MAKING, SOON, Xl, failed},
 };
 
@@ -58,25 +59,25 @@ const TIMED_OUT: &str = "rc=-9";
 
 /// Paths of the note and of the previous memory.
 #[derive(Debug, Clone)]
-pub(crate) struct Places {
+pub(crate) struct NotePaths {
     pub(crate) note: Utf8PathBuf,
-    pub(crate) former: Utf8PathBuf,
+    pub(crate) previous: Utf8PathBuf,
 }
 
-impl Places {
+impl NotePaths {
     pub(crate) fn of(domain: &Domain, control: &Control) -> Self {
         let beside =
             || domain.disks.first().and_then(|record| record.disk.path.parent()).map(Utf8Path::to_owned);
         let directory = control.memory_dir.clone().or_else(beside).unwrap_or_else(|| "/var/lib/xen".into());
         let name = domain.name.as_str();
         Self {
-            note: directory.join(format!("{name}.domsnap-window")),
-            former: directory.join(format!("{name}.domsnap-former")),
+            note: directory.join(format!("{name}.domsnap-revert")),
+            previous: directory.join(format!("{name}.domsnap-previous")),
         }
     }
 
     fn remove(&self) -> Result<()> {
-        memory::remove_file(&self.former)?;
+        memory::remove_file(&self.previous)?;
         memory::remove_file(&self.note)?;
         memory::flush_directory(&self.note)
     }
@@ -95,19 +96,19 @@ pub(crate) struct Note {
     config: Option<Utf8PathBuf>,
     /// Fingerprints of its disks when it was destroyed; empty before that.
     #[serde(default)]
-    left: Vec<Mark>,
+    left: Vec<Fingerprint>,
 }
 
 /// Fingerprint that shows that a disk was not written to: its identity, and the modification time of a file,
 /// or the sectors written to a block device since it exists.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Mark {
+pub(crate) struct Fingerprint {
     path: Utf8PathBuf,
     disk: FileIdentity,
     written: (i64, i64),
 }
 
-impl Mark {
+impl Fingerprint {
     /// Takes the fingerprints of a domain's disks.
     pub(crate) fn of_all(domain: &Domain) -> Vec<Self> {
         let mark = |path: &Utf8PathBuf| {
@@ -133,9 +134,9 @@ impl Note {
     /// Finds a disk that another program has written to or replaced since the domain was destroyed: the
     /// previous memory does not fit it any more. Writes between `found` and now are those of our own undo,
     /// which restores the previous content.
-    fn written_by_others(&self, found: &[Mark], now: &[Mark]) -> Option<&Utf8Path> {
-        let by_others = |left: &&Mark| {
-            let of = |marks: &[Mark]| marks.iter().find(|mark| mark.path == left.path).cloned();
+    fn written_by_others(&self, found: &[Fingerprint], now: &[Fingerprint]) -> Option<&Utf8Path> {
+        let by_others = |left: &&Fingerprint| {
+            let of = |marks: &[Fingerprint]| marks.iter().find(|mark| mark.path == left.path).cloned();
             of(now).as_ref() != Some(*left) && of(now) == of(found)
         };
         self.left.iter().find(by_others).map(|mark| mark.path.as_path())
@@ -165,7 +166,7 @@ impl Note {
 const LONGEST_NOTE: u64 = 32 << 20;
 
 /// Reads the note of a detached section, if one is open.
-pub(crate) fn read(places: &Places) -> Result<Option<Note>> {
+pub(crate) fn read(places: &NotePaths) -> Result<Option<Note>> {
     let read = || {
         let mut text = Vec::new();
         let file = confined_files::open_regular(places.note.as_std_path(), false)?;
@@ -186,19 +187,19 @@ pub(crate) fn read(places: &Places) -> Result<Option<Note>> {
         }
     };
     serde_json::from_slice(&text).map(Some).map_err(|cause| {
-        Error::new(ErrorKind::Corrupt, format!("{} is no note of a domain that was ended", places.note))
+        Error::new(ErrorKind::Corrupt, format!("{} is not the note of a destroyed domain", places.note))
             .because(cause)
     })
 }
 
-fn write(places: &Places, note: &Note) -> Result<()> {
+fn write(places: &NotePaths, note: &Note) -> Result<()> {
     let text = serde_json::to_vec(note).map_err(|cause| {
         Error::new(ErrorKind::Internal, "a note cannot be written as JSON").because(cause)
     })?;
     memory::write_durably(&places.note, &text)
 }
 
-pub(crate) async fn open(live: &Live, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
+pub(crate) async fn open(live: &XenDomain, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
     let DomainStep::OpenWindow { anew, .. } = step else { return Ok(()) };
     match anew {
         None => {
@@ -217,13 +218,13 @@ pub(crate) async fn open(live: &Live, step: &DomainStep, context: DomainContext<
 }
 
 /// Destroys the domain. If it is destroyed already, does nothing.
-async fn end(live: &Live, anew: &Anew) -> Result<()> {
-    *live.window.lock().await = Some(Instant::now());
+async fn end(live: &XenDomain, anew: &Anew) -> Result<()> {
+    *live.section.lock().await = Some(Instant::now());
     let row = list::row_of(&live.xl, &live.name).await?;
     let note = read(&live.places)?;
     let Some(row) = row else {
         return match note {
-            Some(_) => live.forget_qemu().await,
+            Some(_) => live.drop_qemu().await,
             None => Err(Error::new(ErrorKind::NotFound, format!("domain {} of Xen is gone", live.name))),
         };
     };
@@ -236,9 +237,9 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
         // A paused guest cannot be saved, and need not be: a snapshot was taken, or none is possible.
         let saved = anew.safety && running;
         if saved {
-            let former = live.places.former.clone();
-            blocking(move || memory::make_private(&former)).await?;
-            instant::save_to(live, &live.places.former).await.map_err(|error| {
+            let previous = live.places.previous.clone();
+            blocking(move || memory::make_private(&previous)).await?;
+            cut::save_to(live, &live.places.previous).await.map_err(|error| {
                 error
                     .context("saving the current memory, which brings the domain back if the revert fails")
                     .advise("make room there, or do without it: --no-safety")
@@ -258,15 +259,15 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
         let places = live.places.clone();
         let noted = blocking(move || {
             if saved {
-                let former = fs::File::open(&places.former).and_then(|file| file.sync_all());
-                former.map_err(|cause| {
-                    Error::new(ErrorKind::Io, format!("flushing {} failed", places.former)).because(cause)
+                let previous = fs::File::open(&places.previous).and_then(|file| file.sync_all());
+                previous.map_err(|cause| {
+                    Error::new(ErrorKind::Io, format!("flushing {} failed", places.previous)).because(cause)
                 })?;
             }
             write(&places, &note)
         });
         if let Err(error) = noted.await {
-            memory::remove_file(&live.places.former)?;
+            memory::remove_file(&live.places.previous)?;
             if running {
                 live.unpause().await?;
             }
@@ -276,7 +277,7 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
     // 4) Destroy only when the note is durable: otherwise nothing would bring the domain back.
     destroy(live, row.domid).await?;
     // 5) The fingerprints, only now: QEMU wrote to the disks until its end.
-    let (places, left) = (live.places.clone(), Mark::of_all(&live.domain));
+    let (places, left) = (live.places.clone(), Fingerprint::of_all(&live.domain));
     blocking(move || match read(&places)? {
         Some(note) => write(&places, &Note { left, ..note }),
         None => Ok(()),
@@ -286,7 +287,7 @@ async fn end(live: &Live, anew: &Anew) -> Result<()> {
 
 /// Refuses to destroy a domain that could not be created afterwards, or that a failed revert could not
 /// restore.
-pub(crate) async fn refuse(live: &Live, anew: &Anew, row: &Row) -> Result<()> {
+pub(crate) async fn refuse(live: &XenDomain, anew: &Anew, row: &Row) -> Result<()> {
     refuse_suspended(row)?;
     refuse_without_beginning(live, anew).await?;
     if anew.safety && row.flags.paused {
@@ -298,7 +299,7 @@ pub(crate) async fn refuse(live: &Live, anew: &Anew, row: &Row) -> Result<()> {
     Ok(())
 }
 
-async fn refuse_without_beginning(live: &Live, anew: &Anew) -> Result<()> {
+async fn refuse_without_beginning(live: &XenDomain, anew: &Anew) -> Result<()> {
     match (&anew.from, anew.config.as_ref().or(live.config.as_ref())) {
         (Beginning::Boot, None) => Err(Error::new(
             ErrorKind::Refused,
@@ -317,7 +318,7 @@ async fn refuse_without_beginning(live: &Live, anew: &Anew) -> Result<()> {
 
 /// Checks that a config is that of this domain. One with another name would create a second domain with the
 /// same disks.
-async fn refuse_other_config(live: &Live, path: &Utf8Path) -> Result<()> {
+async fn refuse_other_config(live: &XenDomain, path: &Utf8Path) -> Result<()> {
     let advice = "name the file that the domain is to be created from: --config FILE";
     if !path.is_file() {
         let detail = format!("there is no config file {path}");
@@ -325,7 +326,7 @@ async fn refuse_other_config(live: &Live, path: &Utf8Path) -> Result<()> {
     }
     let text = live.xl.must(&["create", "-q", "-n", path.as_str()], SOON).await?;
     let config: Value = serde_json::from_str(&text).map_err(|cause| {
-        Error::new(ErrorKind::Io, format!("what `xl create -n {path}` prints is not understood"))
+        Error::new(ErrorKind::Io, format!("the output of `xl create -n {path}` is not understood"))
             .because(cause)
     })?;
     let refuse = |detail: String| {
@@ -335,7 +336,7 @@ async fn refuse_other_config(live: &Live, path: &Utf8Path) -> Result<()> {
     if name != live.name {
         return refuse(format!("is that of a domain {name}, not of {}", live.name));
     }
-    let disks = seen::disks(&config);
+    let disks = describe::disks(&config);
     for disk in live.xen_disks().await.into_iter().filter(|disk| disk.writable && !disk.removable) {
         match disks.iter().find(|other| other.target == disk.target) {
             None => return refuse(format!("has no disk {}", disk.target)),
@@ -349,8 +350,8 @@ async fn refuse_other_config(live: &Live, path: &Utf8Path) -> Result<()> {
 }
 
 /// Destroys a domain; when this returns, no process has its disks open.
-async fn destroy(live: &Live, domid: u32) -> Result<()> {
-    live.forget_qemu().await?;
+async fn destroy(live: &XenDomain, domid: u32) -> Result<()> {
+    live.drop_qemu().await?;
     live.xl.must(&["destroy", &domid.to_string()], MAKING).await?;
     let until = Instant::now() + GONE;
     while users::has_qemu(domid) {
@@ -365,7 +366,7 @@ async fn destroy(live: &Live, domid: u32) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn attach(live: &Live, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
+pub(crate) async fn attach(live: &XenDomain, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
     let DomainStep::Attach { anew, .. } = step else { return Ok(()) };
     let Some(anew) = anew else {
         return match (live.qemu().await, read(&live.places)?) {
@@ -376,13 +377,13 @@ pub(crate) async fn attach(live: &Live, step: &DomainStep, context: DomainContex
     };
     if let Some(row) = list::row_of(&live.xl, &live.name).await? {
         if row.has_run {
-            return Err(taken(live, row.domid));
+            return Err(name_taken(live, row.domid));
         }
         // It was created before, by this step.
-        live.look_again().await?;
+        live.refresh().await?;
         return match live.has_all_disks().await {
             true => Ok(()),
-            false => Err(taken(live, row.domid)),
+            false => Err(name_taken(live, row.domid)),
         };
     }
     match &anew.from {
@@ -394,7 +395,7 @@ pub(crate) async fn attach(live: &Live, step: &DomainStep, context: DomainContex
 
 /// Makes the error for a domain of this name that another program created meanwhile. It may hold valuable
 /// data: only its owner may end it.
-pub(crate) fn taken(live: &Live, domid: u32) -> Error {
+pub(crate) fn name_taken(live: &XenDomain, domid: u32) -> Error {
     let name = &live.name;
     let detail =
         format!("another domain {name} (number {domid}) was created while it was destroyed for a revert");
@@ -404,9 +405,9 @@ pub(crate) fn taken(live: &Live, domid: u32) -> Error {
 }
 
 /// Restores the domain from a save file, paused or not.
-async fn restore(live: &Live, file: &Utf8Path, config: Option<&Utf8Path>, paused: bool) -> Result<()> {
+async fn restore(live: &XenDomain, file: &Utf8Path, config: Option<&Utf8Path>, paused: bool) -> Result<()> {
     restore_domain(&live.xl, file, config, paused).await?;
-    live.look_again().await
+    live.refresh().await
 }
 
 /// Restores a domain without a connection.
@@ -435,15 +436,19 @@ pub(crate) async fn restore_domain(
 }
 
 /// Creates the domain, which is paused.
-async fn create(live: &Live, config: Option<&Utf8Path>) -> Result<()> {
+async fn create(live: &XenDomain, config: Option<&Utf8Path>) -> Result<()> {
     let Some(config) = config.or(live.config.as_deref()) else {
         return Err(Error::new(ErrorKind::Refused, "the config file of the domain is not known"));
     };
     live.xl.must(&["create", "-q", "-p", config.as_str()], MAKING).await?;
-    live.look_again().await
+    live.refresh().await
 }
 
-pub(crate) async fn undo_attach(live: &Live, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
+pub(crate) async fn undo_attach(
+    live: &XenDomain,
+    step: &DomainStep,
+    context: DomainContext<'_>,
+) -> Result<()> {
     let DomainStep::Attach { anew, .. } = step else { return Ok(()) };
     if anew.is_none() {
         return match live.qemu().await {
@@ -454,16 +459,16 @@ pub(crate) async fn undo_attach(live: &Live, step: &DomainStep, context: DomainC
     match (list::row_of(&live.xl, &live.name).await?, read(&live.places)?) {
         (Some(row), Some(note)) if note.is_another(row.domid) => match row.has_run {
             false => destroy(live, row.domid).await,
-            true => Err(taken(live, row.domid)),
+            true => Err(name_taken(live, row.domid)),
         },
         _ => Ok(()),
     }
 }
 
 /// Restores the previous domain; one that was only paused is resumed.
-pub(crate) async fn undo_open(live: &Live, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
+pub(crate) async fn undo_open(live: &XenDomain, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
     let DomainStep::OpenWindow { anew, running, .. } = step else { return Ok(()) };
-    *live.window.lock().await = None;
+    *live.section.lock().await = None;
     let row = list::row_of(&live.xl, &live.name).await?;
     if anew.is_none() {
         if let Some(qemu) = live.qemu().await {
@@ -479,42 +484,42 @@ pub(crate) async fn undo_open(live: &Live, step: &DomainStep, context: DomainCon
         // It was not destroyed yet, or not even noted; or another program has started it again, and may have
         // paused it.
         (Some(row), note) => {
-            let former = note.as_ref().is_none_or(|note| !note.is_another(row.domid));
-            if !former {
-                live.look_again().await?;
+            let previous = note.as_ref().is_none_or(|note| !note.is_another(row.domid));
+            if !previous {
+                live.refresh().await?;
                 if !live.has_all_disks().await {
-                    return Err(taken(live, row.domid));
+                    return Err(name_taken(live, row.domid));
                 }
                 tracing::warn!(
                     domain = live.name,
                     "the domain was started again: its memory from before the revert is discarded"
                 );
             }
-            if former {
-                instant::await_save(live.places.former.as_str()).await?;
-                instant::wake(live).await?;
+            if previous {
+                cut::await_save(live.places.previous.as_str()).await?;
+                cut::wake(live).await?;
             }
             let paused = live.row().await?.flags.paused;
-            if former && paused && note.map_or(*running, |note| note.running) {
+            if previous && paused && note.map_or(*running, |note| note.running) {
                 live.unpause().await?;
             }
             live.places.remove()
         }
         (None, Some(note)) if note.saved => {
-            if let Some(path) = note.written_by_others(&live.found, &Mark::of_all(&live.domain)) {
-                let former = &live.places.former;
+            if let Some(path) = note.written_by_others(&live.found, &Fingerprint::of_all(&live.domain)) {
+                let previous = &live.places.previous;
                 tracing::warn!(
                     domain = live.name,
                     "the domain is off, start it: {path} was written since the revert destroyed the domain, so its previous \
-                     memory does not fit its disks any more; remove {former} when it is of no use"
+                     memory does not fit its disks any more; remove {previous} when it is not needed"
                 );
                 memory::remove_file(&live.places.note)?;
                 return memory::flush_directory(&live.places.note);
             }
-            restore(live, &live.places.former, None, !note.running).await.map_err(|error| {
-                error.context("bringing the former domain back").advise(format!(
-                    "mend what is named and run `domsnap recover`; its memory is in {}",
-                    live.places.former
+            restore(live, &live.places.previous, None, !note.running).await.map_err(|error| {
+                error.context("restoring the previous domain").advise(format!(
+                    "fix the cause, then run `domsnap recover`; its memory is in {}",
+                    live.places.previous
                 ))
             })?;
             live.places.remove()
@@ -531,7 +536,7 @@ pub(crate) async fn undo_open(live: &Live, step: &DomainStep, context: DomainCon
 }
 
 /// Ends a detached section.
-pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts> {
+pub(crate) async fn finish(live: &XenDomain, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts> {
     let DomainStep::Continue { memory, reset, power } = step else { return Ok(Facts::default()) };
     let mut facts = Facts::default();
     let row = list::row_of(&live.xl, &live.name).await?;
@@ -553,7 +558,7 @@ pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext
             }
         }
         (Some(row), None, true) if read(&live.places)?.is_some_and(|note| !note.is_another(row.domid)) => {
-            return Err(Error::new(ErrorKind::Internal, "the former domain was not ended"));
+            return Err(Error::new(ErrorKind::Internal, "the previous domain was not destroyed"));
         }
         (Some(_), ..) => {}
         // It is gone since: the host was restarted, or another program has destroyed it.
@@ -564,7 +569,7 @@ pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext
         if live.row().await?.flags.paused {
             live.unpause().await?;
         }
-        facts.downtime = live.window.lock().await.map(|since| since.elapsed());
+        facts.downtime = live.section.lock().await.map(|since| since.elapsed());
     }
     facts.guest = match (memory, reset) {
         (Some(_), _) => Some(GuestChange::RecreatedFromMemory),
@@ -575,7 +580,7 @@ pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext
         facts.started = Some(StartedDomain::number(live.row().await?.domid));
     }
     // The note and the previous memory go last: until here a repeated call, or an undo, needs them.
-    *live.window.lock().await = None;
+    *live.section.lock().await = None;
     live.places.remove()?;
     Ok(facts)
 }
@@ -584,8 +589,8 @@ pub(crate) async fn go_on(live: &Live, step: &DomainStep, context: DomainContext
 mod tests {
     use super::*;
 
-    fn mark(inode: u64, written: i64) -> Mark {
-        Mark { path: "/srv/a.qcow2".into(), disk: (1, inode), written: (written, 0) }
+    fn mark(inode: u64, written: i64) -> Fingerprint {
+        Fingerprint { path: "/srv/a.qcow2".into(), disk: (1, inode), written: (written, 0) }
     }
 
     /// A disk written by another program is distinguished from one that the undo wrote.
@@ -601,7 +606,8 @@ mod tests {
             config: None,
             left: vec![mark(1, 1)],
         };
-        let others = |found: &[Mark], now: &[Mark]| note.written_by_others(found, now).is_some();
+        let others =
+            |found: &[Fingerprint], now: &[Fingerprint]| note.written_by_others(found, now).is_some();
         // No other program wrote; a revert to another file was undone; the undo wrote.
         assert!(!others(&[mark(1, 1)], &[mark(1, 1)]));
         assert!(!others(&[mark(2, 5)], &[mark(1, 1)]));
