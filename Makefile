@@ -1,16 +1,21 @@
-# make test       every suite, a debug build of the binary under test
-# make test-fast  the unit tests and the behaviour matrix: no crash suites, no property test, nothing inside Xen
+# make test       every suite with what each promise needs: 25 minutes on two cores; prints what it leaves out
+# make test-all   every test at its full length: hours
+# make test-fast  the unit tests and the behaviour matrix: no crash suites, no property test, no Xen
+# make widths     lines that are too wide: comments over 110 columns, prose over 120
 # make bench      side by side with qemu-img, QEMU's own jobs, virsh and lvcreate, a release build
-# make demo       a domain of two disks, then a running guest: snapshots, destruction, reverts, deletes, proofs
+# make demo       a domain of two disks, then a running guest: snapshots, destruction, reverts, deletes
 # make build      the release binary: target/release/domsnap
 
 CARGO ?= cargo
 NEXTEST ?= $(CARGO) nextest run
 
-# Failures of the suites tell their story in words.
+# The message of a failed test says what it was about; a backtrace would not.
 export RUST_LIB_BACKTRACE = 0
 
-.PHONY: all build test test-fast bench demo ci deps qemu nextest under-test
+# Places for tests (.config/nextest.toml): each takes two or more of them.
+export NEXTEST_TEST_THREADS ?= $(shell expr 3 \* `nproc`)
+
+.PHONY: all build test test-all test-fast widths bench demo ci deps qemu nextest under-test
 
 all: build
 
@@ -28,12 +33,24 @@ qemu:
 nextest:
 	@$(CARGO) nextest --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-nextest
 
-# The suites run the real binary and preload the real shim: neither is a dependency that cargo would build for them.
+# The suites run the real binary and preload the real shim: neither is a dependency that cargo would build for
+# them.
 under-test:
 	$(CARGO) build --locked -p snapcli -p faultfs
 	$(CARGO) build --locked -p snapcli --example revert_loop
 
 test: deps qemu nextest under-test
+	$(NEXTEST) --workspace --locked
+	$(CARGO) test --workspace --locked --doc
+	@scripts/left-out
+
+test-all: export NEXTEST_PROFILE = all
+test-all: export DOMSNAP_TWICE_EVERY = 12
+test-all: export DOMSNAP_LIVE_EVERY = 1
+test-all: export DOMSNAP_LIVE_OPERATIONS = 200
+test-all: export DOMSNAP_TEST_LVM_KIT = all
+test-all: export TESTKIT_EVERY = 1
+test-all: deps qemu nextest under-test
 	$(NEXTEST) --workspace --locked
 	$(CARGO) test --workspace --locked --doc
 
@@ -45,6 +62,9 @@ bench: deps qemu build
 	scripts/install-libvirt
 	$(CARGO) run --release --locked -q -p domsnap-benches -- $(BENCH)
 	$(if $(BENCH),,$(CARGO) run --release --locked -q -p lvmguest --example create_over_volumes -- target/release/domsnap 9)
+
+widths:
+	@scripts/widths
 
 demo: deps qemu build
 	scripts/demo

@@ -15,6 +15,7 @@ use snapcore::{
 };
 use tokio_util::sync::CancellationToken;
 
+const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples");
 const GOOD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/domsnap-backend-dir.py");
 
 /// How long silence is borne where a test waits for it to end.
@@ -37,6 +38,7 @@ impl House {
         let script = format!(
             "#!/usr/bin/env python3\n\
              import importlib.util, os, signal, sys, time\n\
+             sys.path.append({EXAMPLES:?})\n\
              spec = importlib.util.spec_from_file_location('good', {GOOD:?})\n\
              good = importlib.util.module_from_spec(spec)\n\
              spec.loader.exec_module(good)\n\
@@ -310,7 +312,7 @@ async fn a_plan_that_would_change_what_is_not_its_disks_is_refused() {
             "plan['commit'] = [{'edit': 'add-layer', 'target': 'vda', 'layer': '/etc/shadow'}]",
             "a layer's name cannot be a name".to_owned(),
         ),
-        ("plan['point'] = {'layer': 'disk', 'tag': 'x'}", "a point that nobody asked for".to_owned()),
+        ("plan['point'] = {'layer': 'disk', 'tag': 'x'}", "a snapshot that was not requested".to_owned()),
         (
             "plan['instant'] = {'take': 'overlay', 'file': '/etc/shadow', 'format': 'raw'}",
             "takes a running domain's disk itself".to_owned(),

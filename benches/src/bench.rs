@@ -152,8 +152,8 @@ impl Bench {
     }
 }
 
-/// Makes a file of so many bytes. This process must stay small meanwhile: until a child runs its own program its
-/// memory is ours, and counts in its peak.
+/// Makes a file of so many bytes. This process must stay small meanwhile: until a child runs its own program
+/// its memory is ours, and counts in its peak.
 pub fn fill(file: &Path, bytes: u64) -> Result<()> {
     let mut out = std::fs::File::create(file)?;
     let piece = vec![3; 1 << 20];

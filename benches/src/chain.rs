@@ -25,7 +25,8 @@ pub struct Shape {
     pub extents: u32,
     /// How long each of them is.
     pub extent: u64,
-    /// Whether each layer's runs follow each other, and no layer hides another's; else they are scattered, and do.
+    /// Whether each layer's runs follow each other, and no layer hides another's; else they are scattered,
+    /// and do.
     pub orderly: bool,
 }
 
@@ -107,7 +108,8 @@ impl Chain {
         Ok(to.join("disk.qcow2"))
     }
 
-    /// Fails if the chain is not so many layers, or if qemu-img finds anything wrong in the `first` from the top.
+    /// Fails if the chain is not so many layers, or if qemu-img finds anything wrong in the `first` from the
+    /// top.
     pub fn check(&self, layers: usize, first: usize) -> Result<()> {
         let chain = image::chain(&self.disk())?;
         ensure!(chain.len() == layers, "{} has {} layers, not {layers}", self.disk().display(), chain.len());

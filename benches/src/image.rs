@@ -30,8 +30,8 @@ pub struct Extent {
     pub length: u64,
 }
 
-/// Writes `extents` to the image itself, each full of `pattern`; what is below it is not opened, so all must be whole
-/// clusters. Durable.
+/// Writes `extents` to the image itself, each full of `pattern`; what is below it is not opened, so all must
+/// be whole clusters. Durable.
 pub fn write(file: &Path, extents: &[Extent], pattern: u8) -> Result<()> {
     let node = format!(
         r#"json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{}"}},"backing":null}}"#,
@@ -82,8 +82,8 @@ pub fn chain(top: &Path) -> Result<Vec<PathBuf>> {
     Ok(text.lines().filter_map(|line| line.strip_prefix("image: ")).map(PathBuf::from).collect())
 }
 
-/// Copies a file or a directory as it is: holes, hard links, and no shared blocks. Durable, so that what is measured
-/// next does not wait for it.
+/// Copies a file or a directory as it is: holes, hard links, and no shared blocks. Durable, so that what is
+/// measured next does not wait for it.
 pub fn copy(from: &Path, to: &Path) -> Result<()> {
     let options = ["-a", "--sparse=auto", "--reflink=never"];
     child::run(child::command("cp", &options).arg(from).arg(to))?;

@@ -1,9 +1,10 @@
-//! domsnap side by side with qemu-img: each operation as a user meets it, from the start of the process to its end.
+//! domsnap side by side with qemu-img: each operation as a user meets it, from the start of the process to
+//! its end.
 //!
-//! Every row runs both programs alternately on files of one directory, checks once what they left (with `qemu-img`),
-//! and prints medians, spread, ratios, peak memory and flush counts beside what domsnap aims at. A missed target is a
-//! line of the report and not an error: the exit status is 1 only where something could not be measured, or where an
-//! operation left a wrong result.
+//! Every row runs both programs alternately on files of one directory, checks once what they left (with
+//! `qemu-img`), and prints medians, spread, ratios, peak memory and flush counts beside what domsnap aims at.
+//! A missed target is a line of the report and not an error: the exit status is 1 only where something could
+//! not be measured, or where an operation left a wrong result.
 //!
 //! - [`options`]: the command line
 //! - [`mod@bench`]: what every row is given: programs, directory, how often to repeat

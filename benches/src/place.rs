@@ -1,4 +1,5 @@
-//! Where is measured: directories, the file systems that they are on, and file systems of our own on loop devices.
+//! Where is measured: directories, the file systems that they are on, and file systems of our own on loop
+//! devices.
 
 use std::path::{Path, PathBuf};
 

@@ -1,7 +1,9 @@
-//! How long QEMU takes to answer: a socket between domsnap and QEMU, which forwards everything and looks at the clock.
+//! How long QEMU takes to answer: a socket between domsnap and QEMU, which forwards everything and looks at
+//! the clock.
 //!
-//! QEMU's time is that in which at least one command is under way, from when the proxy has read it until the proxy has read its
-//! reply, and the time from a connection to its greeting. The way to the proxy, and from it, is not QEMU's.
+//! QEMU's time is that in which at least one command is under way, from when the proxy has read it until the
+//! proxy has read its reply, and the time from a connection to its greeting. The way to the proxy, and from
+//! it, is not QEMU's.
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};

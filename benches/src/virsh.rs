@@ -31,7 +31,8 @@ impl Virsh {
     /// What libvirt said; or it is not here: `scripts/install-libvirt` installs it.
     pub fn start(bench: &Bench, options: GuestOptions, memory_mib: u64) -> Result<Self> {
         let mut guest = options.inside(bench.path()).start()?;
-        // What is restored from memory is no libvirt's: its disks, kernel and sockets are taken over by a boot.
+        // What is restored from memory is no libvirt's: its disks, kernel and sockets are taken over by a
+        // boot.
         guest.kill()?;
         let boots = guest.boots();
         let description = guest.dir().join("domain.xml");
@@ -47,7 +48,8 @@ impl Virsh {
         child::run(&mut command(words))
     }
 
-    /// Ends the domain, and removes what libvirt keeps of it: a revert makes it a lasting one. What is not there is no error.
+    /// Ends the domain, and removes what libvirt keeps of it: a revert makes it a lasting one. What is not
+    /// there is no error.
     fn forget(&self) {
         for words in [&["destroy", NAME][..], &["undefine", NAME, "--snapshots-metadata"]] {
             let _ = command(words).output();

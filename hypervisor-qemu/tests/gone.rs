@@ -23,6 +23,15 @@ use testguest::{Guest, GuestOptions, Version};
 
 const LIVE: Live = Live::Live { budget: BUDGET };
 
+/// The versions of QEMU that are killed: the old one with `DOMSNAP_LIVE_EVERY=1` alone. What is tried is how
+/// this crate bears the loss, and that does not depend on the version.
+fn versions() -> Vec<Version> {
+    match std::env::var("DOMSNAP_LIVE_EVERY").as_deref() {
+        Ok("1") => vec![Version::New, Version::Old],
+        _ => vec![Version::New],
+    }
+}
+
 fn kill(guest: &Guest) -> Result<()> {
     let pid = guest.pid().context("it runs")?;
     let pid = Pid::from_raw(i32::try_from(pid)?).context("a process")?;
@@ -75,7 +84,7 @@ fn present(guest: &Guest, overlays: &[PathBuf]) -> Vec<PathBuf> {
 /// A kill of QEMU in the cut is an error, and the disks are intact.
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_in_a_cut_leaves_disks_intact() -> Result<()> {
-    for version in [Version::New, Version::Old] {
+    for version in versions() {
         for (after, live) in [(0, LIVE), (6, LIVE), (12, LIVE), (20, LIVE), (100, LIVE), (25, Live::Paused)] {
             let mut guest = kit::loaded(GuestOptions::new().version(version))?;
             let machine = kit::machine(&guest).await?;
@@ -111,7 +120,7 @@ async fn kill_in_a_cut_leaves_disks_intact() -> Result<()> {
 /// A kill of QEMU in a merge is an error, and the chain is intact.
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_in_a_merge_leaves_the_chain_intact() -> Result<()> {
-    for version in [Version::New, Version::Old] {
+    for version in versions() {
         for number in 0..4 {
             let mut guest = kit::loaded(GuestOptions::new().version(version))?;
             let machine = kit::machine(&guest).await?;
@@ -173,7 +182,7 @@ async fn kill_in_a_merge_leaves_the_chain_intact() -> Result<()> {
 /// A kill of QEMU in a revert or a detach is an error, and not a hang.
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_in_a_revert_or_detach_is_an_error() -> Result<()> {
-    for version in [Version::New, Version::Old] {
+    for version in versions() {
         for number in 0..4 {
             let mut guest = kit::loaded(GuestOptions::new().version(version))?;
             let machine = kit::machine(&guest).await?;

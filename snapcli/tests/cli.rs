@@ -123,6 +123,8 @@ fn plug_ins() -> tempfile::TempDir {
     use std::os::unix::fs::PermissionsExt;
     let directory = tempfile::tempdir().unwrap();
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/domsnap-backend-dir.py");
+    let wire = example.with_file_name("domsnap_backend.py");
+    std::fs::copy(wire, directory.path().join("domsnap_backend.py")).unwrap();
     std::fs::copy(&example, directory.path().join("domsnap-backend-dir")).unwrap();
     std::fs::copy(&example, directory.path().join("domsnap-backend-other")).unwrap();
     std::fs::copy(&example, directory.path().join("domsnap-backend-qcow2")).unwrap();

@@ -1,5 +1,5 @@
-//! The contract of a catalogue ([`Catalogue`]), as trials that every catalogue runs: what its documentation promises, and edits
-//! against a model.
+//! The contract of a catalogue ([`Catalogue`]), as test cases that every catalogue runs: what its
+//! documentation promises, and edits against a model.
 //!
 //! ```no_run
 //! # use std::{process::ExitCode, sync::Arc};
@@ -39,7 +39,7 @@ use snapcore::{
     SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Step, StepState, Target,
 };
 
-/// Where a catalogue is kept, which is empty at first and lives as long as this.
+/// A place for a catalogue, empty at first. It lasts as long as this.
 pub trait TestCatalogue {
     /// The catalogue, as a process of its own opens it.
     fn open(&self) -> Arc<dyn Catalogue>;
@@ -48,56 +48,39 @@ pub trait TestCatalogue {
     fn another(&self) -> Box<dyn TestCatalogue>;
 }
 
-/// Runs each trial on a store of its own. Words on the command line are those of every Rust test program.
+/// Runs each test case on a store of its own: the `main` of a test program with the arguments of every Rust
+/// one.
 pub fn run(make: fn() -> Box<dyn TestCatalogue>) -> ExitCode {
-    let mut trials = vec![
-        trial(make, "a commit on another revision changes nothing", async |store| {
-            a_commit_on_another_revision_changes_nothing(store).await
+    let mut cases = vec![
+        case(make, "stale_commit_changes_nothing", async |store| stale_commit_changes_nothing(store).await),
+        case(make, "failed_transaction_changes_nothing", async |store| {
+            failed_transaction_changes_nothing(store).await
         }),
-        trial(make, "a transaction of which one change fails changes nothing", async |store| {
-            a_transaction_of_which_one_change_fails_changes_nothing(store).await
+        case(make, "disk_has_one_domain", async |store| disk_has_one_domain(store).await),
+        case(make, "operation_reads_as_written", async |store| operation_reads_as_written(store).await),
+        case(make, "watch_reports_last_revision", async |store| watch_reports_last_revision(store).await),
+        case(make, "lease_excludes_until_dropped", async |store| lease_excludes_until_dropped(store).await),
+        case(make, "domains_share_no_snapshots", async |store| domains_share_no_snapshots(store).await),
+        case(make, "identity_lasts_and_revisions_grow", async |store| {
+            identity_lasts_and_revisions_grow(store).await
         }),
-        trial(make, "a disk belongs to one domain", async |store| a_disk_belongs_to_one_domain(store).await),
-        trial(make, "an operation is read as it was written", async |store| {
-            an_operation_is_read_as_it_was_written(store).await
-        }),
-        trial(make, "a watch tells the last revision", async |store| {
-            a_watch_tells_the_last_revision(store).await
-        }),
-        trial(make, "a lease excludes until it is dropped", async |store| {
-            a_lease_excludes_until_it_is_dropped(store).await
-        }),
-        trial(
-            make,
-            "what is done to one domains snapshots never touches anothers of the same identity",
-            async |store| {
-                what_is_done_to_one_domains_snapshots_never_touches_anothers_of_the_same_identity(store).await
-            },
-        ),
-        trial(
-            make,
-            "a catalogue keeps its identity and a domain is newer than what it was taken from",
-            async |store| {
-                a_catalogue_keeps_its_identity_and_a_domain_is_newer_than_what_it_was_taken_from(store).await
-            },
-        ),
     ];
-    trials.push(Trial::test("edits do to the catalogue what they do to a model", move || {
-        edits_do_to_the_catalogue_what_they_do_to_a_model(make);
+    cases.push(Trial::test("edits_match_the_model", move || {
+        edits_match_the_model(make);
         Ok(())
     }));
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+    libtest_mimic::run(&Arguments::from_args(), cases).exit_code()
 }
 
-fn trial(
+fn case(
     make: fn() -> Box<dyn TestCatalogue>,
     name: &str,
-    statement: impl AsyncFnOnce(&dyn TestCatalogue) + Send + 'static,
+    attempt: impl AsyncFnOnce(&dyn TestCatalogue) + Send + 'static,
 ) -> Trial {
     Trial::test(name, move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let store = make();
-        runtime.block_on(statement(&*store));
+        runtime.block_on(attempt(&*store));
         Ok(())
     })
 }
@@ -159,7 +142,8 @@ fn snapshot(number: u8, parent: Option<SnapshotId>) -> Snapshot {
     }
 }
 
-async fn a_commit_on_another_revision_changes_nothing(store: &dyn TestCatalogue) {
+/// A commit that expects another revision changes nothing.
+async fn stale_commit_changes_nothing(store: &dyn TestCatalogue) {
     let (one, two) = (store.open(), store.open());
     let web = domain("web", &["/a"]);
     let first = one.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
@@ -177,7 +161,8 @@ async fn a_commit_on_another_revision_changes_nothing(store: &dyn TestCatalogue)
     assert!(again > second);
 }
 
-async fn a_transaction_of_which_one_change_fails_changes_nothing(store: &dyn TestCatalogue) {
+/// A transaction of which one change fails changes nothing.
+async fn failed_transaction_changes_nothing(store: &dyn TestCatalogue) {
     let catalogue = store.open();
     let web = domain("web", &["/a", "/b"]);
     let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
@@ -192,7 +177,8 @@ async fn a_transaction_of_which_one_change_fails_changes_nothing(store: &dyn Tes
     assert_eq!((entry.revision, entry.tree.len()), (revision, 0));
 }
 
-async fn a_disk_belongs_to_one_domain(store: &dyn TestCatalogue) {
+/// A disk belongs to one domain.
+async fn disk_has_one_domain(store: &dyn TestCatalogue) {
     let catalogue = store.open();
     let (web, db) = (domain("web", &["/a", "/b"]), domain("db", &["/c", "/b"]));
     catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
@@ -203,7 +189,8 @@ async fn a_disk_belongs_to_one_domain(store: &dyn TestCatalogue) {
     assert_eq!(owners, [("/b".into(), web.name)]);
 }
 
-async fn an_operation_is_read_as_it_was_written(store: &dyn TestCatalogue) {
+/// An operation is read as it was written.
+async fn operation_reads_as_written(store: &dyn TestCatalogue) {
     let catalogue = store.open();
     let web = domain("web", &["/a"]);
     let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
@@ -263,7 +250,8 @@ async fn an_operation_is_read_as_it_was_written(store: &dyn TestCatalogue) {
     assert_eq!(catalogue.commit(&web.name, revision, nowhere).await.unwrap_err().kind(), ErrorKind::Internal);
 }
 
-async fn a_watch_tells_the_last_revision(store: &dyn TestCatalogue) {
+/// A watch reports the last revision.
+async fn watch_reports_last_revision(store: &dyn TestCatalogue) {
     let (catalogue, other) = (store.open(), store.open());
     let web = domain("web", &["/a"]);
     let mut revision = other.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
@@ -281,7 +269,8 @@ async fn a_watch_tells_the_last_revision(store: &dyn TestCatalogue) {
     }
 }
 
-async fn a_lease_excludes_until_it_is_dropped(store: &dyn TestCatalogue) {
+/// A lease excludes others until it is dropped.
+async fn lease_excludes_until_dropped(store: &dyn TestCatalogue) {
     let (one, two) = (store.open(), store.open());
     let long = "n".repeat(255);
     for name in ["web", long.as_str()] {
@@ -295,7 +284,7 @@ async fn a_lease_excludes_until_it_is_dropped(store: &dyn TestCatalogue) {
     }
 }
 
-/// What a test does next; numbers choose among what there is.
+/// The next edit of a test; numbers choose among the snapshots there are.
 #[derive(Debug, Clone)]
 enum Doing {
     Add,
@@ -336,7 +325,8 @@ fn model_of(entry: &Entry) -> Model {
     }
 }
 
-fn edits_do_to_the_catalogue_what_they_do_to_a_model(make: fn() -> Box<dyn TestCatalogue>) {
+/// Edits do to the catalogue what they do to a model.
+fn edits_match_the_model(make: fn() -> Box<dyn TestCatalogue>) {
     let mut runner = TestRunner::new(ProptestConfig { cases: 24, ..ProptestConfig::default() });
     let all = proptest::collection::vec(doing(), 1..24);
     let held = runner.run(&all, |all| {
@@ -412,9 +402,8 @@ fn edits_do_to_the_catalogue_what_they_do_to_a_model(make: fn() -> Box<dyn TestC
     held.unwrap();
 }
 
-async fn what_is_done_to_one_domains_snapshots_never_touches_anothers_of_the_same_identity(
-    store: &dyn TestCatalogue,
-) {
+/// A change of one domain's snapshots never touches another domain's of the same identity.
+async fn domains_share_no_snapshots(store: &dyn TestCatalogue) {
     let catalogue = store.open();
     let (web, copy) = (domain("web", &["/a", "/b"]), domain("copy", &["/c", "/d"]));
     let s1 = snapshot(1, None);
@@ -437,9 +426,8 @@ async fn what_is_done_to_one_domains_snapshots_never_touches_anothers_of_the_sam
     assert!(whole().await);
 }
 
-async fn a_catalogue_keeps_its_identity_and_a_domain_is_newer_than_what_it_was_taken_from(
-    store: &dyn TestCatalogue,
-) {
+/// A catalogue keeps its identity, and a domain is newer than what it was imported from.
+async fn identity_lasts_and_revisions_grow(store: &dyn TestCatalogue) {
     let catalogue = store.open();
     assert_eq!(catalogue.identity().await.unwrap(), None);
     let web = domain("web", &["/a"]);

@@ -10,10 +10,10 @@ use crate::fault::{Fault, FaultKind, Moment};
 use crate::fixture::{Fixture, Op, Process, TestDomain};
 use crate::test_backend::TestBackend;
 
-/// Tells a copy of the test program what to do.
+/// The variable that gives a copy of the test program its job.
 const CHILD_JOB: &str = "TESTKIT_CHILD";
 
-/// What a child does.
+/// The job of a child.
 #[derive(Debug, Serialize, Deserialize)]
 struct ChildJob {
     test_domain: TestDomain,
@@ -23,7 +23,7 @@ struct ChildJob {
     number: u64,
 }
 
-/// Does a child's job, where this process is one.
+/// Does a child's job, if this process is one.
 pub(crate) fn run(subject: &dyn TestBackend) -> Option<ExitCode> {
     let job = std::env::var(CHILD_JOB).ok()?;
     Some(match go(subject, &job) {
@@ -45,7 +45,8 @@ fn go(subject: &dyn TestBackend, job: &str) -> Result<()> {
 }
 
 impl Fixture<'_> {
-    /// Lets a child do `op` and be killed at the `number`th moment; gives whether it was. The model does not learn of it.
+    /// Lets a child do `op` and be killed at the `number`th moment; gives whether it was. The model does not
+    /// learn of it.
     pub(crate) fn kill_child(&mut self, op: &Op, inside: bool, number: u64) -> Result<bool> {
         self.crash();
         let job = ChildJob { test_domain: self.test_domain.clone(), op: op.clone(), inside, number };

@@ -1,4 +1,5 @@
-//! Faults at every call that the engine makes to a backend or to its catalogue, and watching what a backend answers.
+//! Faults at every call that the engine makes to a backend or to its catalogue, and watching what a backend
+//! answers.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -20,11 +21,11 @@ use tokio_util::sync::CancellationToken;
 pub(crate) enum Moment {
     /// A step is about to be done.
     BeforeApply,
-    /// A step is done, and nobody knows it yet.
+    /// A step is done, and the engine does not know it yet.
     AfterApply,
-    /// A step is about to be taken back.
+    /// A step is about to be undone.
     BeforeUndo,
-    /// A step is taken back, and nobody knows it yet.
+    /// A step is undone, and the engine does not know it yet.
     AfterUndo,
     /// Something is about to be recorded.
     BeforeCommit,
@@ -35,7 +36,7 @@ pub(crate) enum Moment {
 }
 
 impl Moment {
-    /// What all moments are that an operation can be stopped at from outside.
+    /// All moments at which an operation can be stopped from outside a step.
     pub(crate) const BETWEEN: [Self; 6] = [
         Self::BeforeApply,
         Self::AfterApply,
@@ -84,7 +85,7 @@ struct Armed {
     declared: Option<Capabilities>,
 }
 
-/// The faults that are to fault, and what was seen.
+/// Injects faults, and records what it saw.
 #[derive(Debug, Default)]
 pub(crate) struct FaultInjector {
     armed: Mutex<Armed>,
@@ -96,18 +97,18 @@ impl FaultInjector {
         self.armed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets these fault, and forgets earlier ones.
+    /// Injects these faults from now on, and forgets earlier ones.
     pub(crate) fn arm(&self, faults: Vec<Fault>) {
         let mut armed = self.armed();
         (armed.faults, armed.fired) = (faults, false);
     }
 
-    /// Lets none fault any more.
+    /// Injects none any more.
     pub(crate) fn disarm(&self) {
         self.armed().faults.clear();
     }
 
-    /// Whether one fired since they were armed.
+    /// Returns true if one fired since they were armed.
     pub(crate) fn has_fired(&self) -> bool {
         self.armed().fired
     }
@@ -127,12 +128,12 @@ impl FaultInjector {
         self.armed().watched = true;
     }
 
-    /// What was wrong with statuses.
+    /// The wrong statuses that were reported.
     pub(crate) fn wrong_statuses(&self) -> Vec<String> {
         self.armed().seen.clone()
     }
 
-    /// Whether the backend ever told so.
+    /// Returns true if the backend ever reported `status`.
     pub(crate) fn was_reported(&self, status: StepStatus) -> bool {
         self.armed().statuses.contains(&status)
     }
@@ -158,9 +159,7 @@ impl FaultInjector {
     async fn pass(&self, moment: Moment) -> Result<()> {
         match self.due(moment) {
             None => Ok(()),
-            Some(FaultKind::Fail(kind)) => {
-                Err(Error::new(kind, format!("the fault that the kit wanted ({moment:?})")))
-            }
+            Some(FaultKind::Fail(kind)) => Err(Error::new(kind, format!("an injected fault ({moment:?})"))),
             Some(FaultKind::Stop) => {
                 self.stopped.notify_one();
                 std::future::pending().await
@@ -174,7 +173,7 @@ impl FaultInjector {
     }
 }
 
-/// Ends this process as a power failure would, as far as it can be told from within.
+/// Ends this process as a power failure would, as far as can be done from within.
 fn die<T>() -> Result<T> {
     let own = rustix::process::getpid();
     if let Err(cause) = rustix::process::kill_process(own, rustix::process::Signal::KILL) {
@@ -191,7 +190,7 @@ pub(crate) struct FaultyBackend {
     pub(crate) faults: Arc<FaultInjector>,
 }
 
-/// Tells progress on, and faults there.
+/// Forwards progress, and injects faults there.
 struct FaultyProgress<'a> {
     inner: &'a dyn Progress,
     faults: &'a FaultInjector,
@@ -211,7 +210,8 @@ impl Progress for FaultyProgress<'_> {
 }
 
 impl FaultyBackend {
-    /// `Partly` is never a wrong: some steps can only be told to be whole by doing them again.
+    /// Records a status that is `wrong`. `Partly` never is: some steps show that they are complete only by
+    /// being done again.
     async fn ask(&self, step: &Step, context: StepContext<'_>, when: &str, wrong: StepStatus) -> Result<()> {
         let status = self.inner.status(step, context).await?;
         let mut armed = self.faults.armed();

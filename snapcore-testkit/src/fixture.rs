@@ -1,4 +1,4 @@
-//! A domain under trial: its disks, the service that changes it, and the model beside it.
+//! A domain under test: its disks, the service that changes it, and the model beside it.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -22,7 +22,7 @@ use crate::model::{Bytes, Model, Tree};
 use crate::seed::Seed;
 use crate::test_backend::TestBackend;
 
-/// The disks of a domain under trial.
+/// The disks of a domain under test.
 pub(crate) const TARGETS: [&str; 2] = ["vda", "vdb"];
 
 /// FaultKind long one waits for a process that was killed to be gone.
@@ -33,12 +33,12 @@ const GONE: Duration = Duration::from_secs(30);
 pub(crate) enum Method {
     /// As points of a kind.
     Kind(PointKind),
-    /// In a method that the backend has a name for.
+    /// A method that the backend has a name for.
     Named(String),
 }
 
 impl Method {
-    /// A create of the disks `targets` in this method.
+    /// Requests a create of the disks `targets` by this method.
     pub(crate) fn create<T: AsRef<str>>(
         &self,
         name: SnapshotName,
@@ -158,8 +158,9 @@ impl Process {
         }))
     }
 
-    /// Does an operation that nothing stops. Where a process that ended still holds something, it is waited for: what it held
-    /// is given back by the system in its own time, and a child that another thread starts just then has it for a moment too.
+    /// Does an operation that nothing stops. Where a process that ended still holds something, it is waited
+    /// for: what it held is given back by the system in its own time, and a child that another thread starts
+    /// just then has it for a moment too.
     pub(crate) fn run_waiting(&self, op: &Op) -> Result<snapcore::Result<Outcome>> {
         let begun = Instant::now();
         loop {
@@ -202,7 +203,8 @@ fn wait_while_busy<T>(outcome: &snapcore::Result<T>, begun: Instant) -> bool {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Work on blocking threads is waited for: in one process two backends must not work on one disk at once.
+        // Work on blocking threads is waited for: in one process two backends must not work on one disk at
+        // once.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_timeout(GONE);
         }
@@ -235,7 +237,7 @@ impl<'a> Fixture<'a> {
         let path = path.canonicalize_utf8()?;
         let test_domain = TestDomain {
             root: path,
-            domain: DomainName::new("trial")?,
+            domain: DomainName::new("test")?,
             method: method.clone(),
             targets: Vec::new(),
         };
@@ -269,8 +271,8 @@ impl<'a> Fixture<'a> {
         Ok(fixture)
     }
 
-    /// A domain with the points `a`, `b` on it and `c` on that, each other than the one before, and a present that is other
-    /// than all; where the backend has no point on a point, with `a` alone.
+    /// A domain with the snapshots `a`, `b` after it and `c` after that, and a current state. Each differs
+    /// from the one before. Without `snapshot_of_snapshot` there is `a` alone.
     pub(crate) fn with_snapshots(subject: &'a dyn TestBackend, method: &Method) -> Result<Self> {
         let mut fixture = Self::new(subject, method)?;
         let names: &[&str] =
@@ -325,7 +327,8 @@ impl<'a> Fixture<'a> {
         Ok(process.wait(process.service.resolve(&reference))?.disks)
     }
 
-    /// Random bytes, so that no two blocks are the same by chance; with runs of zeros, which are kept in other ways.
+    /// Random bytes, so that no two blocks are the same by chance; with runs of zeros, which are kept in
+    /// other ways.
     pub(crate) fn random_bytes(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         for block in bytes.chunks_mut(4096) {
@@ -398,8 +401,8 @@ impl<'a> Fixture<'a> {
         self.run(&Op::Delete(names.iter().map(|name| (*name).to_owned()).collect()))
     }
 
-    /// Does an operation while faults fault; `None` where it stopped for ever, and the process with it. The model does not
-    /// learn of it.
+    /// Does an operation while faults fault; `None` where it stopped for ever, and the process with it. The
+    /// model does not learn of it.
     pub(crate) fn run_with_faults(
         &mut self,
         op: &Op,
@@ -419,7 +422,8 @@ impl<'a> Fixture<'a> {
         loop {
             process.faults.arm(faults.clone());
             match process.run(op, cancel)? {
-                // A child that another thread starts just then has our locks for a moment. (Without faults it may be refused on purpose.)
+                // A child that another thread starts just then has our locks for a moment. (Without faults it
+                // may be refused on purpose.)
                 Some(outcome)
                     if !faults.is_empty()
                         && !process.faults.has_fired()
@@ -451,8 +455,8 @@ impl<'a> Fixture<'a> {
         Ok(self.process()?.faults.has_fired())
     }
 
-    /// Recovers what stopped half way, and ends with nothing left to recover. Where a process that was killed still works on a
-    /// disk, it is waited for.
+    /// Recovers what stopped half way, and ends with nothing left to recover. Where a process that was killed
+    /// still works on a disk, it is waited for.
     pub(crate) fn recover(&mut self) -> Result<Vec<RecoveryReport>> {
         let process = self.process()?;
         process.faults.disarm();
@@ -480,11 +484,11 @@ impl<'a> Fixture<'a> {
         })
     }
 
-    /// The present and the tree are the model's.
+    /// The current state and the tree are the model's.
     pub(crate) fn check_current(&mut self) -> Result<()> {
         let (tree, wanted) = (self.tree()?, self.model.tree());
         ensure!(tree == wanted, "the catalogue has {tree:?} instead of {wanted:?}");
-        self.check_disks("the present")
+        self.check_disks("the current state")
     }
 
     fn check_disks(&mut self, what: &str) -> Result<()> {
@@ -495,12 +499,12 @@ impl<'a> Fixture<'a> {
         Ok(())
     }
 
-    /// The present, the tree and every point are the model's. Ends at the last point of the tree.
+    /// The current state, the tree and every snapshot are the model's. Ends at the last snapshot of the tree.
     pub(crate) fn check_all(&mut self) -> Result<()> {
         self.check_current()?;
         for name in self.model.points.keys().cloned().collect::<Vec<_>>() {
             self.revert(&name)?;
-            self.check_disks(&format!("the point {name}"))?;
+            self.check_disks(&format!("the snapshot {name}"))?;
         }
         self.check_findings()
     }
@@ -515,19 +519,19 @@ impl<'a> Fixture<'a> {
         Ok(())
     }
 
-    /// What there is of disks.
+    /// The names of what the disks consist of.
     pub(crate) fn footprint(&self) -> Result<BTreeSet<String>> {
         self.subject.footprint(&self.dir())
     }
 
-    /// After an operation that may have happened: takes the model on to what the catalogue says, which must be as before or as
-    /// after. Gives whether it happened.
+    /// After an operation that may have happened: takes the model on to what the catalogue says, which must
+    /// be as before or as after. Gives whether it happened.
     pub(crate) fn sync_model(&mut self, op: &Op) -> Result<bool> {
         let found = self.tree()?;
         let before = self.model.clone();
         self.update_model(op);
         if before.tree() == self.model.tree() {
-            // A revert to where it came from: only the disks tell.
+            // A revert to the current snapshot: only the disks show it.
             let after = self.read()?;
             let happened = after
                 .iter()

@@ -1,6 +1,7 @@
-//! The contract of a hypervisor ([`VmStateSaver`] and [`LiveDomain`]), as trials that every hypervisor runs on a machine of its.
+//! The contract of a hypervisor ([`VmStateSaver`] and [`LiveDomain`]), as test cases that every hypervisor
+//! runs on a machine of its own.
 //!
-//! They are few and short: what a revert does to disks is shown by the suites of a running guest.
+//! They are few and short: the suites with a running guest show what a revert does to disks.
 
 use std::{collections::HashSet, process::ExitCode, sync::Arc};
 
@@ -16,7 +17,8 @@ use snapcore::{
 use tokio::{runtime, sync::Mutex};
 use tokio_util::sync::CancellationToken;
 
-/// A machine of a hypervisor, which runs, with a guest that does not mind what is done to it. It lasts as long as this.
+/// A machine of a hypervisor, which runs, with a guest that does not mind what is done to it. It lasts as
+/// long as this.
 pub trait TestMachine {
     /// Its hypervisor, as a process that has just begun knows it.
     fn saver(&self) -> Arc<dyn VmStateSaver>;
@@ -24,7 +26,7 @@ pub trait TestMachine {
     /// Where it is reached, as a user would say it.
     fn control(&self) -> Control;
 
-    /// Its disks: what each is called, its active image, which stands on nothing, and the image's format.
+    /// Its disks: what each is called, its active image, which has no backing file, and the image's format.
     fn disks(&self) -> Vec<(Target, Utf8PathBuf, String)>;
 
     /// An address of the right form at which nothing runs.
@@ -34,33 +36,34 @@ pub trait TestMachine {
     fn memory_dir(&self) -> &Utf8Path;
 }
 
-/// Runs each trial on a machine of its own. Words on the command line are those of every Rust test program.
+/// Runs each test case on a machine of its own: the `main` of a test program with the arguments of every Rust
+/// one.
 pub fn run<M: TestMachine + 'static>(make: fn() -> Result<M>) -> ExitCode {
-    let trials = vec![
-        trial(make, "an address has one form", addresses),
-        trial(make, "nothing is found where nothing runs", nothing),
-        trial(make, "what runs is found at its address and by a scan", found),
-        trial(make, "an instant that is taken back leaves the machine as it was", undone),
-        trial(make, "what fails inside an instant lets the guest go on", failed_inside),
-        trial(make, "memory that was saved is checked, loaded and removed", memory),
-        trial(make, "a window that is given up gives the disks back", given_up),
+    let cases = vec![
+        case(make, "address_has_one_form", addresses),
+        case(make, "absent_machine_is_not_found", nothing),
+        case(make, "machine_is_found_and_scanned", found),
+        case(make, "instant_undo_restores_machine", undone),
+        case(make, "nested_failure_resumes_guest", failed_inside),
+        case(make, "memory_is_checked_loaded_removed", memory),
+        case(make, "detach_undo_returns_disks", given_up),
     ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+    libtest_mimic::run(&Arguments::from_args(), cases).exit_code()
 }
 
-fn trial<M: TestMachine + 'static>(
+fn case<M: TestMachine + 'static>(
     make: fn() -> Result<M>,
     name: &str,
-    statement: impl AsyncFn(&dyn TestMachine) -> Result<()> + Send + 'static,
+    attempt: impl AsyncFn(&dyn TestMachine) -> Result<()> + Send + 'static,
 ) -> Trial {
     Trial::test(name, move || {
         let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let machine = make().map_err(|error| format!("{error:#}"))?;
-        runtime.block_on(statement(&machine)).map_err(|error| format!("{error:#}").into())
+        runtime.block_on(attempt(&machine)).map_err(|error| format!("{error:#}").into())
     })
 }
 
-/// What runs inside an instant: it is counted, and fails where it is to.
+/// Counts what runs inside an instant, and fails it on request.
 #[derive(Default)]
 struct Counted {
     runs: Mutex<u32>,
@@ -72,7 +75,7 @@ impl Inside for Counted {
     async fn run(&self, _: Option<&Target>) -> snapcore::Result<()> {
         *self.runs.lock().await += 1;
         match self.fails {
-            true => Err(snapcore::Error::new(ErrorKind::NoSpace, "the failure that the kit wanted")),
+            true => Err(snapcore::Error::new(ErrorKind::NoSpace, "an injected failure")),
             false => Ok(()),
         }
     }
@@ -110,7 +113,7 @@ impl Fixture {
             targets.push(target);
         }
         let domain = Domain {
-            name: DomainName::new("trial")?,
+            name: DomainName::new("test")?,
             unregistered: false,
             hypervisor: saver.profile().name,
             control: Some(control),
@@ -211,7 +214,7 @@ async fn found(machine: &dyn TestMachine) -> Result<()> {
         ensure!(disk.path == path && disk.guest_writes && disk.left_out.is_none(), "{disk:?}");
     }
     let seen = fixture.seen().await?;
-    ensure!(seen.machine == looked.machine, "a look and a connection tell of different machines");
+    ensure!(seen.machine == looked.machine, "look and connect report different machines");
     let scanned = fixture.saver.scan().await?;
     let scanned: Vec<_> = scanned.into_iter().map(|(control, _)| control.address).collect();
     let mut read = Vec::new();
@@ -234,7 +237,7 @@ async fn undone(machine: &dyn TestMachine) -> Result<()> {
     let inside = Counted::default();
     let facts = fixture.apply(&step, &inside).await?;
     ensure!(*inside.runs.lock().await == 1, "what is inside the instant runs once");
-    ensure!(facts.taken.is_some_and(|taken| taken.running), "it does not tell how the instant was");
+    ensure!(facts.taken.is_some_and(|taken| taken.running), "it does not report what the instant was");
     ensure!(fixture.seen().await?.running, "the guest goes on");
     for _ in 0..2 {
         fixture.undo(&step).await?;
@@ -255,13 +258,13 @@ async fn failed_inside(machine: &dyn TestMachine) -> Result<()> {
 
 async fn memory(machine: &dyn TestMachine) -> Result<()> {
     let fixture = Fixture::new(machine)?;
-    let file = machine.memory_dir().join("trial.memory");
+    let file = machine.memory_dir().join("test.memory");
     let missing = fixture.saver.check_memory(&file, &Quiet).await;
     ensure!(missing.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound), "{missing:?}");
     // One connection writes what was begun at the instant.
     let (live, inside, cancel) = (fixture.connect().await?, Counted::default(), CancellationToken::new());
     live.apply(&fixture.instant(Some(&file)), fixture.context(&inside, &cancel)).await?;
-    let save = DomainStep::SaveMemory { file: file.clone(), tag: "trial".to_owned(), compress: 0 };
+    let save = DomainStep::SaveMemory { file: file.clone(), tag: "test".to_owned(), compress: 0 };
     let saved = live.apply(&save, fixture.context(&inside, &cancel)).await?;
     drop(live);
     let length = file.metadata()?.len();

@@ -1,9 +1,12 @@
 //! The behaviour kit: one suite that every [`snapcore::DiskSnapshotter`] runs, in process or not.
 //!
-//! An author says how disks are made, written and read without the backend ([`TestBackend`]); the kit asks the backend what it
-//! can do ([`snapcore::Capabilities`]) and runs every trial that this calls for. A trial's name is the statement that it
-//! tries to break. The backend is driven by the real service, planner, engine, journal and catalogue of snapcore, in a state
-//! directory of its own; beside it goes a [model](Model) of byte vectors and a tree.
+//! An author says how disks are made, written and read without the backend ([`TestBackend`]). The kit asks
+//! the backend for its [`snapcore::Capabilities`] and runs every test case that they call for. Each has a
+//! short name, and a sentence: the promise that it tries to break. The real service, planner, engine, journal
+//! and catalogue of snapcore drive the backend, in a state directory of its own. A [model](Model) of byte
+//! vectors and a tree is kept beside it.
+//!
+//! The contracts of a [catalogue] and of a [hypervisor] have test cases too.
 //!
 //! ```no_run
 //! # use std::{process::ExitCode, sync::Arc};
@@ -36,13 +39,19 @@
 //! }
 //! ```
 //!
-//! It belongs into a test of its own with `harness = false`. Words on the command line are those of every Rust test program;
-//! the random trials start from the seed in `TESTKIT_SEED` and do `TESTKIT_OPERATIONS` operations.
+//! It belongs into a test of its own with `harness = false`. Its arguments are those of every Rust test
+//! program. A test case that the capabilities exclude is printed to standard error, with the reason.
 //!
-//! **Crashes.** Most are of this process's own making: the operation stops for ever at a call to the backend or to the
-//! catalogue, before or after its effect, and everything of it is dropped; the next "process" has a new backend, catalogue and
-//! service. Others are real: the operation runs in a child, a copy of the test program, that is killed there or in the
-//! middle of a step, where the step tells its progress.
+//! | variable | meaning |
+//! |---|---|
+//! | `TESTKIT_SEED` | the seed of the random test cases and of samples; 1 |
+//! | `TESTKIT_OPERATIONS` | operations of a random history; 24 |
+//! | `TESTKIT_EVERY` | of pairs of a crash and a crash in its recovery, and of comparisons of every snapshot after a crash, one of so many is done; 4. Set 1 before you trust a backend |
+//!
+//! **Crashes.** Most are made in this process: the operation stops for ever at a call to the backend or to
+//! the catalogue, before or after its effect, and all of it is dropped. The next "process" has a new backend,
+//! catalogue and service. Others are real: the operation runs in a child, a copy of the test program, which
+//! is killed there, or in the middle of a step where the step reports progress.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! What a domain's present and each of its points must hold: byte vectors and a tree, kept beside the real thing.
+//! What a domain's current state and each of its snapshots must hold: byte vectors and a tree.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,19 +15,19 @@ pub struct Point {
     pub disks: BTreeMap<String, Bytes>,
 }
 
-/// A domain's tree and its present.
+/// A domain's tree and its current state.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Model {
     /// Every snapshot by name.
     pub points: BTreeMap<String, Point>,
-    /// The snapshot that the present grew from.
+    /// The snapshot that the current state descends from.
     pub current: Option<String>,
-    /// The present, by target.
+    /// The current state, by target.
     pub disks: BTreeMap<String, Bytes>,
 }
 
 impl Model {
-    /// Writes to a disk of the present.
+    /// Writes to a disk.
     pub fn write(&mut self, target: &str, offset: u64, bytes: &[u8]) {
         if let Some(disk) = self.disks.get_mut(target) {
             let start = offset as usize;
@@ -35,14 +35,14 @@ impl Model {
         }
     }
 
-    /// The present gets the name `name`.
+    /// Takes the snapshot `name`.
     pub fn create(&mut self, name: &str) {
         let point = Point { parent: self.current.take(), disks: self.disks.clone() };
         self.points.insert(name.to_owned(), point);
         self.current = Some(name.to_owned());
     }
 
-    /// The present becomes what `name` holds; kept as `save` first, where that is given.
+    /// Reverts to `name`, after the current state is saved as `save` if that is given.
     pub fn revert(&mut self, name: &str, save: Option<&str>) {
         if let Some(save) = save {
             self.create(save);
@@ -53,7 +53,7 @@ impl Model {
         }
     }
 
-    /// `name` and all that grew from it.
+    /// `name` and its descendants.
     pub fn subtree(&self, name: &str) -> Vec<String> {
         let mut found = vec![name.to_owned()];
         let mut next = 0;
@@ -67,7 +67,7 @@ impl Model {
         found
     }
 
-    /// `names` go; what grew from one of them now grows from its parent.
+    /// Deletes `names`: the children of each become its parent's.
     pub fn delete(&mut self, names: &[String]) {
         for name in names {
             let Some(gone) = self.points.remove(name) else { continue };
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_point_keeps_what_the_present_was() {
+    fn point_keeps_state() {
         let mut model = model();
         model.write("vda", 2, &[1, 1]);
         model.create("a");
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_delete_hands_the_children_to_the_parent() {
+    fn delete_moves_children_up() {
         let mut model = model();
         for name in ["a", "b", "c"] {
             model.create(name);

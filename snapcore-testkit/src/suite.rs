@@ -1,4 +1,4 @@
-//! Which trials a backend's capabilities call for.
+//! Selects the test cases that a backend's capabilities call for.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -22,18 +22,18 @@ pub fn run(subject: impl TestBackend) -> ExitCode {
     let trials = match trials(&subject) {
         Ok(trials) => trials,
         Err(error) => {
-            eprintln!("the backend cannot be run: {error:#}");
+            eprintln!("the backend cannot be tested: {error:#}");
             return ExitCode::FAILURE;
         }
     };
     if trials.is_empty() {
-        eprintln!("no trial: the backend declares nothing that it can do");
+        eprintln!("no test case: the backend declares no capability");
         return ExitCode::FAILURE;
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     let filtered = arguments.filter.is_some() || !arguments.skip.is_empty() || arguments.list;
     if !filtered && conclusion.num_passed == 0 && conclusion.num_failed == 0 {
-        eprintln!("no trial was run");
+        eprintln!("no test case was run");
         return ExitCode::FAILURE;
     }
     conclusion.exit_code()
@@ -55,14 +55,14 @@ fn trials(subject: &Arc<dyn TestBackend>) -> Result<Vec<Trial>> {
     drop(runtime);
     let mut trials = Vec::new();
     for method in ways(&can, &**subject) {
-        for TestCase { name, needs, run } in all() {
+        for TestCase { name, promise, needs, run } in all() {
             if !needs(&can, &**subject) {
-                eprintln!("not run ({method}), for want of a capability: {name}");
+                eprintln!("not run ({method}), the capabilities exclude it: {name}: {promise}");
                 continue;
             }
             let (subject, method) = (subject.clone(), method.clone());
-            trials.push(Trial::test(format!("{method}: {name}"), move || {
-                run(&*subject, &method).with_context(|| name).map_err(|error| format!("{error:?}").into())
+            trials.push(Trial::test(format!("{method}::{name}"), move || {
+                run(&*subject, &method).with_context(|| promise).map_err(|error| format!("{error:?}").into())
             }));
         }
     }

@@ -1,4 +1,4 @@
-//! What an author gives to the kit: disks, and a guest's hands on them.
+//! What an author gives to the kit: disks, and the reads and writes of a guest.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -7,46 +7,59 @@ use anyhow::Result;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{ActivePath, DiskRecord, DiskSnapshotter};
 
-/// Makes the disks that the backend is tried on, and does what a guest would, without the backend.
+/// Makes the disks that the backend is tested on, and reads and writes them as a guest would, without the
+/// backend.
 ///
-/// A place is a fresh directory of one trial. A backend whose disks are no files (volumes, say) makes them elsewhere, and
-/// removes them in [`TestBackend::clear`]. Trials run at the same time, in threads of one process or in several.
+/// Required are [`backend`](Self::backend), [`make`](Self::make), [`read`](Self::read) and
+/// [`write`](Self::write). The other methods describe storage that differs from files in a directory.
+///
+/// Each test case has a directory of its own, `dir`. A backend whose disks are not files (volumes, for
+/// example) makes them elsewhere, tells the directories apart by their paths, and removes the disks in
+/// [`clear`](Self::clear). Test cases run at the same time, in threads of one process or in several
+/// processes.
 pub trait TestBackend: Send + Sync + 'static {
-    /// The backend as a process that begins now would have it: it knows of disks what is on them, and nothing else.
+    /// The backend, as a process that starts now has it: it knows of a disk what is stored with the disk.
     fn backend(&self) -> Arc<dyn DiskSnapshotter>;
 
-    /// Makes a disk that holds exactly `content` and is called `name`, as far as it can be; gives the path by which a domain's
-    /// configuration would name it.
+    /// Makes a disk in `dir` that holds exactly `content`, and returns the path that a domain's configuration
+    /// has.
+    ///
+    /// `name` is part of the disk's name as far as the storage allows. Refuse a name that it does not allow
+    /// with the [`snapcore::Error`] of the backend.
     fn make(&self, dir: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf>;
 
-    /// All bytes that a guest would find on the disk now.
+    /// Reads all bytes that a guest would find on the disk now.
     fn read(&self, disk: &DiskRecord) -> Result<Vec<u8>>;
 
-    /// Writes as a guest would. When it returns it is what every reader sees.
+    /// Writes as a guest would. When it returns, every reader sees the bytes. They need not be durable.
     fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> Result<()>;
 
-    /// FaultKind large disks are made, in bytes: at least 64 KiB, and a multiple of 4096.
+    /// The size of each disk in bytes: at least 64 KiB, and a multiple of 4096. Smaller is faster; the
+    /// default is 512 KiB.
     fn size(&self) -> u64 {
         512 << 10
     }
 
-    /// Where active images go, where the backend cannot keep the configured path.
+    /// Where active images go: [`ActivePath::New`] if the backend cannot keep the configured path.
     fn active_path(&self) -> ActivePath {
         ActivePath::Keep
     }
 
-    /// Whether points of its disks can be taken so: `internal`, `external`, or one of the backend's own ways. Say no only to what
-    /// the backend can and this machine cannot, and say why on standard error.
+    /// Returns true if points of these disks can be taken by `method`: `internal`, `external`, or a method of
+    /// the backend's own. Return false only if the backend can and this machine cannot (a file system without
+    /// reflinks, for example), and print the reason to standard error.
     fn offers(&self, _way: &str) -> bool {
         true
     }
 
-    /// The directory in which places are made, where not any will do: one on a file system that can clone files, say.
+    /// The directory in which the directories of test cases are made, if a temporary directory will not do:
+    /// one on a file system with reflinks, for example.
     fn ground(&self) -> Option<Utf8PathBuf> {
         None
     }
 
-    /// Names of disks that are as nasty as its names can be.
+    /// Names of disks that a careless backend mishandles: quotes, spaces, options, other languages. Return
+    /// those that the storage allows, or that the backend must refuse before it changes anything.
     fn hostile_names(&self) -> Vec<String> {
         [
             "a b",
@@ -68,8 +81,9 @@ pub trait TestBackend: Send + Sync + 'static {
         .into()
     }
 
-    /// What there is of disks in a place: after all snapshots are deleted it must be what it was before the first. Without
-    /// manifests, which belong to domsnap.
+    /// The names of all files or volumes of the disks in `dir`. After all snapshots are deleted it must be
+    /// what it was before the first one, and a refused operation must not change it. Leave out manifests:
+    /// they belong to domsnap.
     fn footprint(&self, dir: &Utf8Path) -> Result<BTreeSet<String>> {
         let mut found = BTreeSet::new();
         let mut directories = vec![dir.to_owned()];
@@ -90,25 +104,33 @@ pub trait TestBackend: Send + Sync + 'static {
         Ok(found)
     }
 
-    /// Whether bytes that an undo would have lost are to be found where the backend puts such aside; absent: this cannot be
-    /// told.
+    /// Returns whether the bytes `holds` are found where the backend saves what an undo would have lost.
+    /// `None`: the test cannot find out.
     fn is_saved(&self, _dir: &Utf8Path, _holds: &[u8]) -> Result<Option<bool>> {
         Ok(None)
     }
 
-    /// Whether the configured path names a disk at every instant, and may be opened at every instant. Not where domains under
-    /// [`ActivePath::New`] get another path; say no of others only where the storage cannot exchange what a name stands for.
+    /// Returns true if the configured path names a disk at every instant and opens at every instant. By
+    /// default it does unless [`active_path`](Self::active_path) is `New`. Return false only if the storage
+    /// cannot exchange a name.
     fn path_stays(&self) -> bool {
         self.active_path() == ActivePath::Keep
     }
 
-    /// Whether a crash may be made by killing a copy of this program in the middle of a step. Not where the disks of a place
-    /// are this process's alone.
+    /// Returns true if `cost_of_delete` knows what a delete frees or moves. Return false only if the storage
+    /// cannot tell: which blocks belong to one thin volume alone, for example.
+    fn knows_cost(&self) -> bool {
+        true
+    }
+
+    /// Returns true if a crash may be made by killing a copy of this program in the middle of a step. Return
+    /// false if the disks of a directory belong to this process alone.
     fn can_be_killed(&self) -> bool {
         true
     }
 
-    /// Removes what [`TestBackend::make`] and the backend left of a place outside its directory.
+    /// Removes what [`make`](Self::make) and the backend left outside `dir`. Called when a test case ends,
+    /// passed or not.
     fn clear(&self, _dir: &Utf8Path) -> Result<()> {
         Ok(())
     }

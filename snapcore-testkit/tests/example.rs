@@ -1,10 +1,10 @@
-//! The example of a backend by somebody else, which is no member of the workspace, builds and passes the kit.
+//! The example of a third party's backend, which is no member of the workspace, builds and passes the kit.
 
 use std::path::PathBuf;
 use std::process::Command;
 
 #[test]
-fn the_example_of_a_backend_builds_and_passes_the_kit() {
+fn example_backend_passes() {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
     let example = root.join("examples/backend-dir");
     // The versions that everything else was built with.
@@ -14,7 +14,7 @@ fn the_example_of_a_backend_builds_and_passes_the_kit() {
         .args(["test", "--manifest-path"])
         .arg(example.join("Cargo.toml"))
         .env("CARGO_TARGET_DIR", target)
-        // What cargo tells its test programs of this crate is not that crate's.
+        // Cargo sets this for the test programs of this crate, and it is not that crate's.
         .env_remove("CARGO_MANIFEST_DIR")
         .output()
         .unwrap();
@@ -22,5 +22,5 @@ fn the_example_of_a_backend_builds_and_passes_the_kit() {
     let complaint = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}\n{complaint}");
     let tried = said.lines().filter(|line| line.starts_with("test ") && line.ends_with("... ok")).count();
-    assert!(tried > 30, "only {tried} trials were run:\n{said}");
+    assert!(tried > 30, "only {tried} test cases were run:\n{said}");
 }

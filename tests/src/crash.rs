@@ -1,10 +1,10 @@
 //! Interrupting an operation everywhere, healing it, and looking at what is left.
 //!
-//! Whatever happened, after `domsnap recover` the domain must be as before the operation or as after it: every point
-//! of one of the two trees whole, the configured paths reading as that tree's present, and no file left behind. What
-//! was undone must then be possible, and what was reported as done must have happened. `qemu-img check` finds nothing
-//! in any image of a domain, not even a leaked cluster; one of no domain, which nothing recovers, may have leaked clusters
-//! and COPIED bits that are clear though they might be set.
+//! Whatever happened, after `domsnap recover` the domain must be as before the operation or as after it:
+//! every point of one of the two trees whole, the configured paths reading as that tree's present, and no
+//! file left behind. What was undone must then be possible, and what was reported as done must have happened.
+//! `qemu-img check` finds nothing in any image of a domain, not even a leaked cluster; one of no domain,
+//! which nothing recovers, may have leaked clusters and COPIED bits that are clear though they might be set.
 
 mod twice;
 
@@ -129,8 +129,8 @@ impl Bench {
     }
 }
 
-/// Calls `instant` with every number below `instants` (found by `survey`, on the first worker's bench), over all
-/// workers, until one fails.
+/// Calls `instant` with every number below `instants` (found by `survey`, on the first worker's bench), over
+/// all workers, until one fails.
 fn everywhere<S: Send + Sync>(
     scenario: Scenario,
     survey: impl Fn(&mut Bench) -> Result<(usize, S)> + Sync,
@@ -200,9 +200,9 @@ pub fn kill_everywhere(scenario: Scenario) -> Result<()> {
     kill(scenario, false)
 }
 
-/// SIGKILL before each operation; then, before anything is healed, the domain is started: its disks open by their
-/// configured paths, and it writes. What it wrote must be there after `recover`: in the present, or put aside where that
-/// is of a revert which was undone; and it stays there when the revert is done again.
+/// SIGKILL before each operation; then, before anything is healed, the domain is started: its disks open by
+/// their configured paths, and it writes. What it wrote must be there after `recover`: in the present, or put
+/// aside where that is of a revert which was undone; and it stays there when the revert is done again.
 ///
 /// # Errors
 /// The first instant after which a disk does not open, or does not keep what was written.
@@ -210,9 +210,10 @@ pub fn kill_and_write_everywhere(scenario: Scenario) -> Result<()> {
     kill(scenario, true)
 }
 
-/// Whether a death just before this operation can leave something else than a death before the one before it. Not so
-/// behind a flush, which changes nothing that outlives a process but not the power; nor between the frames of one
-/// transaction in SQLite's log, none of which count before the last. With `DOMSNAP_KILL_EVERY=1` all are tried.
+/// Whether a death just before this operation can leave something else than a death before the one before it.
+/// Not so behind a flush, which changes nothing that outlives a process but not the power; nor between the
+/// frames of one transaction in SQLite's log, none of which count before the last. With
+/// `DOMSNAP_KILL_EVERY=1` all are tried.
 pub fn is_told_apart(operations: &[shim::Counted], index: usize) -> bool {
     let log = |index: usize| operations.get(index).is_some_and(shim::Counted::is_of_the_log);
     let Some(before) = index.checked_sub(1) else { return true };
@@ -258,8 +259,9 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
             if outcome.status.is_some() {
                 ensure!(found == Found::After || before == after, "reported as done, and is not");
             }
-            // Doing everything again everywhere would double the time and show little more. Where the domain wrote,
-            // only a revert done again gives what the model says: the others are of a present that it does not know.
+            // Doing everything again everywhere would double the time and show little more. Where the domain
+            // wrote, only a revert done again gives what the model says: the others are of a present that it
+            // does not know.
             let drops_the_present =
                 before.present != after.present && before.snapshots.keys().eq(after.snapshots.keys());
             let again = number % 8 == 1 && (!write || drops_the_present);
@@ -286,8 +288,8 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
     everywhere(scenario, count, kill)
 }
 
-/// The power goes at each instant, with seeded losses. `DOMSNAP_POWER_SEED` moves the seeds, `DOMSNAP_POWER_CASES`
-/// says how many there are.
+/// The power goes at each instant, with seeded losses. `DOMSNAP_POWER_SEED` moves the seeds,
+/// `DOMSNAP_POWER_CASES` says how many there are.
 ///
 /// # Errors
 /// The first case that does not heal, with its instant and seed.
@@ -339,8 +341,9 @@ fn describe(record: &Record, records: &[Record]) -> String {
     format!("{:?} {name} at {} length {}", record.kind, record.offset, record.data.len())
 }
 
-/// Each operation fails once with `errno`; or, `often`, everything that needs space from then on. The command says
-/// so, and heals by itself or asks for it; once the trouble is over, the domain is as before or as after.
+/// Each operation fails once with `errno`; or, `often`, everything that needs space from then on. The command
+/// says so, and heals by itself or asks for it; once the trouble is over, the domain is as before or as
+/// after.
 ///
 /// # Errors
 /// The first operation whose failure does harm.
@@ -378,8 +381,8 @@ pub fn fail_everywhere(scenario: Scenario, errno: &'static str, often: Often) ->
     everywhere(scenario, count, fail)
 }
 
-/// SIGINT before each operation: the command ends by itself, what it says it undid is undone without `recover`, and what
-/// it says it did is done. Gives how often it was undone.
+/// SIGINT before each operation: the command ends by itself, what it says it undid is undone without
+/// `recover`, and what it says it did is done. Gives how often it was undone.
 ///
 /// # Errors
 /// The first instant at which an interrupt does harm.
@@ -419,8 +422,8 @@ pub fn interrupt_everywhere(scenario: Scenario) -> Result<usize> {
     Ok(undone.into_inner())
 }
 
-/// `recover` leaves nothing that `qemu-img check` finds. An image of no domain has no journal and is not recovered: it
-/// may have what a check mends without touching data.
+/// `recover` leaves nothing that `qemu-img check` finds. An image of no domain has no journal and is not
+/// recovered: it may have what a check mends without touching data.
 fn every_image(look: Look, domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> Result<()> {
     match look {
         Look::Tree => verify::every_image(domain, list, model, memo),

@@ -210,8 +210,8 @@ impl Domain {
         Domsnap::new(&self.state())
     }
 
-    /// A copy of all of it, hard links kept, in `dir`, which must not exist. What is registered names the original, so
-    /// the copy is used by path, or put back with [`Domain::restore_from`].
+    /// A copy of all of it, hard links kept, in `dir`, which must not exist. What is registered names the
+    /// original, so the copy is used by path, or put back with [`Domain::restore_from`].
     ///
     /// # Errors
     /// If it cannot be copied.
@@ -244,7 +244,8 @@ impl Domain {
         Ok(())
     }
 
-    /// Writes a new pattern to every disk: one place that every call overwrites, one of its own, and some zeros.
+    /// Writes a new pattern to every disk: one place that every call overwrites, one of its own, and some
+    /// zeros.
     ///
     /// # Errors
     /// If `qemu-io` fails.
@@ -286,8 +287,9 @@ impl Domain {
         Ok(())
     }
 
-    /// The words that create `name`: `kind` is `internal`, `external`, `mixed`, which takes turns over the disks, one of the
-    /// format's own ways, or `ways`, which takes turns over those of raw disks that leave the path alone.
+    /// The words that create `name`: `kind` is `internal`, `external`, `mixed`, which takes turns over the
+    /// disks, one of the format's own ways, or `ways`, which takes turns over those of raw disks that leave
+    /// the path alone.
     pub fn create_words(&self, name: &str, kind: &str) -> Vec<String> {
         let mut words: Vec<String> = ["create", NAME, name].map(Into::into).into();
         match kind {
@@ -420,7 +422,8 @@ fn same(before: &Contents, now: &Contents) -> Result<()> {
     Ok(())
 }
 
-/// As [`contents`], without manifests: a command that fails may have told beside an image what it found in it.
+/// As [`contents`], without manifests: a command that fails may have told beside an image what it found in
+/// it.
 ///
 /// # Errors
 /// If it cannot be read.

@@ -28,7 +28,8 @@ fn target_dir() -> Result<PathBuf> {
     Ok(deps.parent().context("target/PROFILE/deps has no parent")?.to_owned())
 }
 
-/// A product of this workspace: the file that the variable `variable` names, or `file` in the target directory.
+/// A product of this workspace: the file that the variable `variable` names, or `file` in the target
+/// directory.
 ///
 /// # Panics
 /// If it was not built, with the command that builds it.

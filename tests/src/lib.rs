@@ -1,7 +1,8 @@
-//! The proof of domsnap: fixtures, a model, and the means to kill, cut the power of, and starve the real binary.
+//! The proof of domsnap: fixtures, a model, and the means to kill, cut the power of, and starve the real
+//! binary.
 //!
-//! The suites under `tests/` run the `domsnap` that users run. What it left on disk is read with `qemu-img` and
-//! `qemu-io`, never with domsnap's own engine, and compared with a [`model::Model`] kept beside it.
+//! The suites under `tests/` run the `domsnap` that users run. What it left on disk is read with `qemu-img`
+//! and `qemu-io`, never with domsnap's own engine, and compared with a [`model::Model`] kept beside it.
 //!
 //! - [`domsnap`]: running the binary, its output and its exit status
 //! - [`report`]: the part of its JSON that the tests rely on

@@ -1,5 +1,5 @@
-//! A running domain: a guest under load that checks itself, registered with domsnap, and a record of what each of its
-//! snapshots held.
+//! A running domain: a guest under load that checks itself, registered with domsnap, and a record of what
+//! each of its snapshots held.
 
 pub mod crash;
 
@@ -86,7 +86,8 @@ impl Live {
         Ok(live)
     }
 
-    /// A guest under load whose disks have these formats for domsnap, of which a plug-in in the directory may serve some.
+    /// A guest under load whose disks have these formats for domsnap, of which a plug-in in the directory may
+    /// serve some.
     ///
     /// # Errors
     /// What failed, in words.
@@ -181,8 +182,8 @@ impl Live {
         Ok(())
     }
 
-    /// Returns to a snapshot, in place, and looks whether the guest is there: with memory it goes on at the instant's tick,
-    /// without it boots, from disks that are of one instant.
+    /// Returns to a snapshot, in place, and looks whether the guest is there: with memory it goes on at the
+    /// instant's tick, without it boots, from disks that are of one instant.
     ///
     /// # Errors
     /// If it fails, or the guest is elsewhere.
@@ -241,8 +242,8 @@ impl Live {
         self.held.remove(name);
     }
 
-    /// Looks whether the guest runs, found memory and disks of one instant at each tick, and QEMU has open what its nodes
-    /// name.
+    /// Looks whether the guest runs, found memory and disks of one instant at each tick, and QEMU has open
+    /// what its nodes name.
     ///
     /// # Errors
     /// What is wrong.
@@ -253,8 +254,8 @@ impl Live {
         self.names_true()
     }
 
-    /// Every node of QEMU names the file that it has open, each configured path is the image that QEMU writes, and nothing of
-    /// ours is left that does nothing.
+    /// Every node of QEMU names the file that it has open, each configured path is the image that QEMU
+    /// writes, and nothing of ours is left that does nothing.
     ///
     /// # Errors
     /// What is not so.

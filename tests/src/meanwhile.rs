@@ -73,8 +73,9 @@ pub(crate) fn nothing_is_healed_while_it_runs(domain: &Domain) -> Result<()> {
     running.stop()
 }
 
-/// After the healing: finds what was written. In the present: then the models learn it. Or aside, where the operation
-/// changes the present: then it is checked, and files that were put aside are removed, as a user would.
+/// After the healing: finds what was written. In the present: then the models learn it. Or aside, where the
+/// operation changes the present: then it is checked, and files that were put aside are removed, as a user
+/// would.
 pub(crate) fn kept(
     domain: &Domain,
     written: &[Written],

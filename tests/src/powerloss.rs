@@ -1,18 +1,22 @@
 //! What a directory may hold after the power went.
 //!
-//! Built from the directory as it was ([`Baseline`]) and the record of every operation since then. The model is
-//! harsher than any one file system, and no harsher than what POSIX and Linux promise:
+//! Built from the directory as it was ([`Baseline`]) and the record of every operation since then. The model
+//! is harsher than any one file system, and no harsher than what POSIX and Linux promise:
 //!
-//! - **Data.** What was written to a file before its last flush is there. Of each write (or zeroing) since then, each
-//!   512-byte sector is kept or lost by itself, in any order. A lost sector holds what it held before.
-//! - **Length.** The changes of a file's length since its last flush survive as a prefix: a file may be shorter than
-//!   what was written to it, and where it is longer, sectors that were lost read as zeros.
-//! - **Names.** Operations on the names of a directory survive up to its last flush, and after that as a prefix,
-//!   chosen for each directory by itself. A name may therefore survive whose file was never flushed, and is empty or
-//!   partial then. A file whose last name survived the unlink, because the unlink was lost, has its data.
-//! - `fsync` and `fdatasync` are the same; neither makes the file's name durable; `sync_file_range` promises nothing.
+//! - **Data.** What was written to a file before its last flush is there. Of each write (or zeroing) since
+//!   then, each 512-byte sector is kept or lost by itself, in any order. A lost sector holds what it held
+//!   before.
+//! - **Length.** The changes of a file's length since its last flush survive as a prefix: a file may be
+//!   shorter than what was written to it, and where it is longer, sectors that were lost read as zeros.
+//! - **Names.** Operations on the names of a directory survive up to its last flush, and after that as a
+//!   prefix, chosen for each directory by itself. A name may therefore survive whose file was never flushed,
+//!   and is empty or partial then. A file whose last name survived the unlink, because the unlink was lost,
+//!   has its data.
+//! - `fsync` and `fdatasync` are the same; neither makes the file's name durable; `sync_file_range` promises
+//!   nothing.
 //!
-//! Not modelled, and refused with words: renames and exchanges across directories, since nothing here does them.
+//! Not modelled, and refused with words: renames and exchanges across directories, since nothing here does
+//! them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
@@ -78,7 +82,8 @@ enum Fate {
 }
 
 impl Baseline {
-    /// Reads the tree below `root` (canonical), following hard links by inode. SQLite's `-shm` files are left out.
+    /// Reads the tree below `root` (canonical), following hard links by inode. SQLite's `-shm` files are left
+    /// out.
     ///
     /// # Errors
     /// What cannot be read, or is neither file nor directory.
@@ -88,8 +93,8 @@ impl Baseline {
         Ok(Baseline(disk))
     }
 
-    /// The directory at the instant after `done` of `records`, with losses drawn from `seed`, built at `target`,
-    /// which must not exist.
+    /// The directory at the instant after `done` of `records`, with losses drawn from `seed`, built at
+    /// `target`, which must not exist.
     ///
     /// # Errors
     /// A record that does not fit the directory, or what is not modelled.
@@ -241,7 +246,8 @@ impl Disk {
             Fate::Sectors(50),
             Fate::Sectors(90),
         ];
-        // Often everything has one fate; else each file has its own, which is what reorders files against each other.
+        // Often everything has one fate; else each file has its own, which is what reorders files against
+        // each other.
         let common = seed.chance(40).then(|| seed.pick(&fates));
         for node in &mut self.nodes {
             let fate = common.unwrap_or_else(|| seed.pick(&fates));
@@ -405,7 +411,8 @@ impl Body {
                     }
                     let next = change.length_after(length);
                     length_changes += usize::from(next != length);
-                    // A shrinking that survives takes away what was beyond it, also where the file grew again later.
+                    // A shrinking that survives takes away what was beyond it, also where the file grew again
+                    // later.
                     if next < length && length_changes <= kept {
                         durable.truncate(next as usize);
                     }

@@ -9,7 +9,8 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-/// How long any of these programs may take, in seconds: an image that lies can send `qemu-img` round for hours.
+/// How long any of these programs may take, in seconds: an image that lies can send `qemu-img` round for
+/// hours.
 const LIMIT: &str = "60";
 
 /// Runs `program` with `words`, which must succeed; gives its standard output.
@@ -40,7 +41,8 @@ pub fn img<S: AsRef<OsStr>>(words: &[S]) -> Result<String> {
     run("qemu-img", words)
 }
 
-/// The bytes of `image` (through its whole chain), or of the internal snapshot `tag` in it. Locks are not asked for.
+/// The bytes of `image` (through its whole chain), or of the internal snapshot `tag` in it. Locks are not
+/// asked for.
 ///
 /// # Errors
 /// If QEMU cannot read it.
@@ -89,13 +91,13 @@ pub fn check_within(image: &Path, limit: &str) -> Result<()> {
     Ok(())
 }
 
-/// As [`check`], but after a crash: what it finds is at worst what a check mends without touching data. Says whether it
-/// found any. That is
+/// As [`check`], but after a crash: what it finds is at worst what a check mends without touching data. Says
+/// whether it found any. That is
 ///
 /// - leaked clusters;
 /// - a COPIED bit that is clear though it might be set;
-/// - a COPIED bit over a cluster whose count is too high only because it is leaked: one reference is left, so that
-///   nothing in the snapshot table needs what a write in place would change.
+/// - a COPIED bit over a cluster whose count is too high only because it is leaked: one reference is left, so
+///   that nothing in the snapshot table needs what a write in place would change.
 ///
 /// # Errors
 /// Anything worse: a count too low, a COPIED bit over a cluster that is truly shared, a reference to nowhere.

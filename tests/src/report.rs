@@ -1,4 +1,5 @@
-//! The part of domsnap's JSON that the tests rely on. Unknown fields are let pass: the schema test looks at all.
+//! The part of domsnap's JSON that the tests rely on. Unknown fields are let pass: the schema test looks at
+//! all.
 
 use std::path::{Path, PathBuf};
 
@@ -82,8 +83,8 @@ struct DiskSnapshot {
     kind: Kind,
 }
 
-/// The snapshots of one image, told as those of the disk `vda`: no parents, no current one; what is external is looked
-/// for in the layer right below.
+/// The snapshots of one image, told as those of the disk `vda`: no parents, no current one; what is external
+/// is looked for in the layer right below.
 ///
 /// # Errors
 /// If `disk list` fails, or says something else.

@@ -1,4 +1,5 @@
-//! The operations that the crash suites interrupt: how to get there, the command, and what it means to the model.
+//! The operations that the crash suites interrupt: how to get there, the command, and what it means to the
+//! model.
 
 use anyhow::Result;
 
@@ -59,7 +60,8 @@ fn raw_line(snapshots: usize) -> Result<Domain> {
     Ok(domain)
 }
 
-/// Two snapshots and one beside them: `s1` with the children `s2` and `side`, all of `kind`, the present on `side`.
+/// Two snapshots and one beside them: `s1` with the children `s2` and `side`, all of `kind`, the present on
+/// `side`.
 fn fork(kind: &str) -> Result<Domain> {
     let mut domain = line(&[kind, kind])?;
     domain.revert("s1")?;

@@ -35,7 +35,8 @@ impl Seed {
     }
 }
 
-/// The number in the environment variable `name`, or `default`: seeds and numbers of cases are fixed unless asked.
+/// The number in the environment variable `name`, or `default`: seeds and numbers of cases are fixed unless
+/// asked.
 ///
 /// # Panics
 /// If the variable holds something else than a number.

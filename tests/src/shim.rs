@@ -7,8 +7,9 @@ use anyhow::{Context, Result};
 use crate::domsnap::{self, Domsnap};
 use crate::record::Record;
 
-/// `domsnap` with the shim preloaded, watching `root`, and nothing asked of it yet. What is tried before an operation begins, with
-/// empty files of their own, is left alone: it is the same before each, and tests of its own fail and kill it ([`TRIED`]).
+/// `domsnap` with the shim preloaded, watching `root`, and nothing asked of it yet. What is tried before an
+/// operation begins, with empty files of their own, is left alone: it is the same before each, and tests of
+/// its own fail and kill it ([`TRIED`]).
 pub fn watching(domsnap: Domsnap, root: &Path) -> Result<Domsnap> {
     let library = domsnap::product("DOMSNAP_FAULTFS", "libfaultfs.so", "faultfs");
     let root = root.canonicalize().with_context(|| format!("find {}", root.display()))?;
@@ -43,8 +44,8 @@ impl Counted {
             && !self.line.ends_with(" length 0")
     }
 
-    /// Whether it is one before which a step of an operation on a running domain begins: the journal is made durable, or a name of
-    /// an image or memory image changes.
+    /// Whether it is one before which a step of an operation on a running domain begins: the journal is made
+    /// durable, or a name of an image or memory image changes.
     pub fn begins_a_step(&self) -> bool {
         let journal = self.line.contains("-wal") && !self.line.starts_with("write ");
         let names = ["rename ", "link ", "unlink "].iter().any(|kind| self.line.starts_with(kind));

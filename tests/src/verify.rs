@@ -15,13 +15,14 @@ use crate::report::{self, Kind, List};
 
 /// What was found right before, so that it need not be read through QEMU again.
 ///
-/// The crash suites look at thousands of directories, most of which hold the same bytes as one before. What is
-/// remembered is that a chain of files with *these bytes* reads as *those*; random layer names are masked.
+/// The crash suites look at thousands of directories, most of which hold the same bytes as one before. What
+/// is remembered is that a chain of files with *these bytes* reads as *those*; random layer names are masked.
 #[derive(Debug, Default)]
 pub struct Memo(HashSet<u64>);
 
-/// Compares every point of the tree of `domain` (called `address` on the command line) with `model`; then the present,
-/// by the configured paths; then checks every layer with `qemu-img check`; then looks for leftover files.
+/// Compares every point of the tree of `domain` (called `address` on the command line) with `model`; then the
+/// present, by the configured paths; then checks every layer with `qemu-img check`; then looks for leftover
+/// files.
 ///
 /// # Errors
 /// The first difference, with the place and both values.
@@ -60,7 +61,8 @@ pub fn names(list: &List, model: &Model) -> Result<()> {
     Ok(())
 }
 
-/// Compares the bytes of every point that `list` tells of, and the present; checks layers; looks for leftovers.
+/// Compares the bytes of every point that `list` tells of, and the present; checks layers; looks for
+/// leftovers.
 ///
 /// # Errors
 /// The first difference.
@@ -69,7 +71,8 @@ pub fn every_image(domain: &Domain, list: &List, model: &Model, memo: &mut Memo)
     leftovers(&domain.disks(), &needed)
 }
 
-/// As [`every_point`], without a look for leftover files: images that are not the domain's lie beside its own.
+/// As [`every_point`], without a look for leftover files: images that are not the domain's lie beside its
+/// own.
 ///
 /// # Errors
 /// The first difference.
@@ -93,8 +96,9 @@ fn every_layer(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> 
     Ok(needed)
 }
 
-/// As [`every_image`], after a crash in what no journal knows of: a layer may have what [`qemu::check_after_crash`] calls harmless. That is mended,
-/// by QEMU, and every byte must then still be what it should be.
+/// As [`every_image`], after a crash in what no journal knows of: a layer may have what
+/// [`qemu::check_after_crash`] calls harmless. That is mended, by QEMU, and every byte must then still be
+/// what it should be.
 ///
 /// # Errors
 /// The first difference.
@@ -171,8 +175,8 @@ pub fn bytes(image: &Path, tag: Option<&str>, wanted: &Bytes, memo: &mut Memo) -
     Ok(())
 }
 
-/// The bytes of the internal snapshot `tag`, at its own length: `convert -l` reads it at the image's present length,
-/// so it is applied to a copy, beside the image for the sake of the backing string.
+/// The bytes of the internal snapshot `tag`, at its own length: `convert -l` reads it at the image's present
+/// length, so it is applied to a copy, beside the image for the sake of the backing string.
 fn read_applied(image: &Path, tag: &str) -> Result<Vec<u8>> {
     let dir = image.parent().context("an image in no directory")?;
     let copy = tempfile::Builder::new().prefix("judge-").suffix(".qcow2").tempfile_in(dir)?;
@@ -270,8 +274,8 @@ mod tests {
     use crate::qemu::Write;
     use crate::report::{Point, Snapshot};
 
-    /// One disk with an overlay `a.qcow2` on `a.ds-00000000.qcow2`, which holds the internal snapshot `in`; both are
-    /// points, and all is as it should be.
+    /// One disk with an overlay `a.qcow2` on `a.ds-00000000.qcow2`, which holds the internal snapshot `in`;
+    /// both are points, and all is as it should be.
     fn good() -> (Domain, List) {
         let mut domain = Domain::unregistered(&Shape::disks(1)).unwrap();
         let (path, layer) = (domain.path("vda"), domain.disks().join("a.ds-00000000.qcow2"));

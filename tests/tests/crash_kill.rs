@@ -1,4 +1,5 @@
-//! SIGKILL of the real binary at every operation on files that it makes, in every kind of command; then `recover`.
+//! SIGKILL of the real binary at every operation on files that it makes, in every kind of command; then
+//! `recover`.
 
 use domsnap_tests::{crash, scenario};
 
@@ -57,8 +58,8 @@ scenarios! {
     raw_delete RAW_DELETE
 }
 
-/// Between the crash and the healing the domain runs and writes. What it wrote is in the present afterwards; only of a
-/// revert that is undone it is put aside, because it belongs to the present that was not to be.
+/// Between the crash and the healing the domain runs and writes. What it wrote is in the present afterwards;
+/// only of a revert that is undone it is put aside, because it belongs to the present that was not to be.
 mod what_a_domain_writes_before_it_is_healed_is_kept_after_a_kill_in {
     use super::*;
 

@@ -1,4 +1,5 @@
-//! Power loss during every kind of command, replayed from a record of the real binary with seeded losses; then `recover`.
+//! Power loss during every kind of command, replayed from a record of the real binary with seeded losses;
+//! then `recover`.
 
 use domsnap_tests::{crash, scenario};
 

@@ -37,8 +37,8 @@ scenarios! {
     delete_middle DELETE_MIDDLE
 }
 
-/// Between the crash and the healing the domain runs and writes. What it wrote is in the present afterwards; only of a
-/// revert that is undone it is put aside.
+/// Between the crash and the healing the domain runs and writes. What it wrote is in the present afterwards;
+/// only of a revert that is undone it is put aside.
 mod what_a_domain_writes_before_it_is_healed_is_kept_after_a_kill_in {
     use super::*;
 

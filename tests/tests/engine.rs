@@ -335,7 +335,8 @@ fn changes_under_dirty_bitmaps_are_reported() -> Result<()> {
     Ok(())
 }
 
-/// Another program deletes an internal snapshot and makes one of the same name: it is not taken for the recorded one.
+/// Another program deletes an internal snapshot and makes one of the same name: it is not taken for the
+/// recorded one.
 #[test]
 fn tag_made_again_is_not_reverted_to() -> Result<()> {
     let place = Place::new()?;

@@ -1,5 +1,5 @@
-//! Images that lie. Whatever a header, a table or a snapshot table says: a clear error, no panic, no death, little
-//! memory, an end within seconds, and not a byte of the image changed.
+//! Images that lie. Whatever a header, a table or a snapshot table says: a clear error, no panic, no death,
+//! little memory, an end within seconds, and not a byte of the image changed.
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -91,8 +91,8 @@ fn well_behaved(outcome: &Outcome) -> Result<()> {
     }
 }
 
-/// Tells the lie `lie`; then every command behaves, and what changes the image either refuses, changing nothing, or
-/// leaves an image in which QEMU sees nothing worse than before.
+/// Tells the lie `lie`; then every command behaves, and what changes the image either refuses, changing
+/// nothing, or leaves an image in which QEMU sees nothing worse than before.
 fn lie(lie: impl Fn(&Image) -> Result<()>) -> Result<Vec<Outcome>> {
     let image = Image::good()?;
     lie(&image)?;

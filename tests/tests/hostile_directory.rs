@@ -1,7 +1,7 @@
 //! Directories that a tenant owns, in which root runs domsnap: a test for each line of `docs/security.md`.
 //!
-//! Whatever lies beside the images, nothing outside of the directory is read, written, made, removed or run, nothing hangs, and
-//! what is refused is refused in words.
+//! Whatever lies beside the images, nothing outside of the directory is read, written, made, removed or run,
+//! nothing hangs, and what is refused is refused in words.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -22,7 +22,8 @@ const TENANT: u32 = 5000;
 /// A file of somebody else's: path, owner, mode, number of names, content.
 type Foreign = (PathBuf, u32, u32, u64, Vec<u8>);
 
-/// Changes the content of `domain.json` and of a snapshot's manifest; the text is the directory of somebody else.
+/// Changes the content of `domain.json` and of a snapshot's manifest; the text is the directory of somebody
+/// else.
 type Forgery = dyn Fn(&mut Value, &mut Value, &str);
 
 /// A tenant's directory with an image of his, root's state directory, and what is somebody else's.
@@ -263,7 +264,8 @@ fn a_manifest_that_is_too_much_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// Names and paths that lead out of the directory are refused, and files elsewhere are neither shown nor removed.
+/// Names and paths that lead out of the directory are refused, and files elsewhere are neither shown nor
+/// removed.
 #[test]
 fn names_in_manifests_do_not_lead_out() -> Result<()> {
     const VICTIM: &str = "../other/victim.qcow2";
@@ -339,7 +341,8 @@ fn idle(place: &Place, environment: &[(&str, &str)]) -> Result<(Qemu, PathBuf)> 
     Ok((qemu, socket))
 }
 
-/// Commands in manifests run only where the user confirms them; the environment and secrets of a QEMU are nowhere.
+/// Commands in manifests run only where the user confirms them; the environment and secrets of a QEMU are
+/// nowhere.
 #[test]
 fn commands_in_manifests_need_to_be_confirmed() -> Result<()> {
     let Some(place) = Place::new()? else { return Ok(()) };

@@ -1,6 +1,6 @@
-//! Whose snapshots they are: copies of directories, catalogues that are older than the images, two catalogues on one
-//! domain, and layers that are taken for disks. Nothing may be lost on the word of a catalogue that does not have the
-//! last one. Every test ends by comparing every point of each tree with the model.
+//! Whose snapshots they are: copies of directories, catalogues that are older than the images, two catalogues
+//! on one domain, and layers that are taken for disks. Nothing may be lost on the word of a catalogue that
+//! does not have the last one. Every test ends by comparing every point of each tree with the model.
 
 use std::path::Path;
 
@@ -82,7 +82,8 @@ mod copies {
         }
         domain.verify().context("the original")?;
         if how == "-r" {
-            // The layer that was active is another file than the configured path; what is tagged in it is tagged there.
+            // The layer that was active is another file than the configured path; what is tagged in it is
+            // tagged there.
             drop_tags_that_nothing_counts_on(&copy)?;
         }
         domain.domsnap().done(&["recover"])?;

@@ -1,5 +1,5 @@
-//! Every row of the lists for running domains, on a real guest under load: after each the guest runs on, found memory and disks
-//! of one instant at every tick, and every snapshot holds what it held.
+//! Every row of the lists for running domains, on a real guest under load: after each the guest runs on,
+//! found memory and disks of one instant at every tick, and every snapshot holds what it held.
 
 use anyhow::{Result, ensure};
 use domsnap_tests::domsnap::{product, status};

@@ -1,5 +1,5 @@
-//! The command line on a running domain as its users meet it: what it prints for people and for programs, and its refusals.
-//! What the operations do to the guest is for `live.rs`.
+//! The command line on a running domain as its users meet it: what it prints for people and for programs, and
+//! its refusals. What the operations do to the guest is for `live.rs`.
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;

@@ -1,5 +1,6 @@
-//! Whatever dies in the middle of an operation on a running domain, `recover` heals it: the guest runs, memory and disks are of
-//! one instant, every snapshot holds what it held, and what was begun has happened or has not.
+//! Whatever dies in the middle of an operation on a running domain, `recover` heals it: the guest runs,
+//! memory and disks are of one instant, every snapshot holds what it held, and what was begun has happened or
+//! has not.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -114,8 +115,9 @@ struck! {
     both_die_in_a_merge_of_the_active_image: DELETE_ACTIVE, Both, 1, 2;
 }
 
-/// Under `--active-path=new` the configured paths keep naming what the guest no longer writes once the instant has put overlays on it.
-/// Where domsnap and QEMU die before the commit point, what the guest wrote in between is in those overlays alone.
+/// Under `--active-path=new` the configured paths keep naming what the guest no longer writes once the
+/// instant has put overlays on it. Where domsnap and QEMU die before the commit point, what the guest wrote
+/// in between is in those overlays alone.
 #[test]
 fn what_the_guest_wrote_into_overlays_that_nobody_can_merge_is_put_aside() -> Result<()> {
     for raw in [false, true] {

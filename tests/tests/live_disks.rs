@@ -1,5 +1,5 @@
-//! Every disk that a running guest can write is in a snapshot, or skipped by name, or the snapshot is refused; what the user
-//! said of his images' nodes survives.
+//! Every disk that a running guest can write is in a snapshot, or skipped by name, or the snapshot is
+//! refused; what the user said of his images' nodes survives.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -80,7 +80,8 @@ fn refused(outcome: Outcome, words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Each kind of disk that cannot be taken is named in the refusal, with memory and without, and can be skipped.
+/// Each kind of disk that cannot be taken is named in the refusal, with memory and without, and can be
+/// skipped.
 #[test]
 fn disk_that_cannot_be_taken_is_refused_by_name() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2", "f.qcow2", "n.qcow2", "u.qcow2", "s.raw"])?;
@@ -186,7 +187,8 @@ fn disk_that_cannot_be_taken_is_refused_by_name() -> Result<()> {
     Ok(())
 }
 
-/// A disk that was plugged in later is missed, and a job that works on a disk keeps snapshots and reverts off it.
+/// A disk that was plugged in later is missed, and a job that works on a disk keeps snapshots and reverts off
+/// it.
 #[test]
 fn disk_plugged_in_later_and_disk_under_a_job_are_refused() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2"])?;
@@ -245,8 +247,8 @@ fn wait_for_backends(qemu: &Idle, wanted: usize) -> Result<()> {
     }
 }
 
-/// Memory that needs a disk which was plugged in is not loaded by a QEMU that is started without it: the disks are reverted, and
-/// the command is for the user.
+/// Memory that needs a disk which was plugged in is not loaded by a QEMU that is started without it: the
+/// disks are reverted, and the command is for the user.
 #[test]
 fn memory_with_a_plugged_in_disk_is_not_started() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2"])?;
@@ -266,7 +268,8 @@ fn memory_with_a_plugged_in_disk_is_not_started() -> Result<()> {
     domsnap.done(&["create", &address, "t"]).map(drop)
 }
 
-/// A disk that was unplugged after a snapshot is let go by QEMU: who unplugged it could not close the nodes that stand on theirs.
+/// A disk that was unplugged after a snapshot is let go by QEMU: who unplugged it could not close the nodes
+/// that stand on theirs.
 #[test]
 fn unplugged_disk_is_let_go_and_its_snapshots_can_be_deleted() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2"])?;
@@ -295,8 +298,8 @@ fn unplugged_disk_is_let_go_and_its_snapshots_can_be_deleted() -> Result<()> {
     qemu.quit()
 }
 
-/// Layers of other sizes are merged in any order, while the guest runs and at rest: the disk keeps its last size, what was written
-/// is there, and what was never written reads as zeroes.
+/// Layers of other sizes are merged in any order, while the guest runs and at rest: the disk keeps its last
+/// size, what was written is there, and what was never written reads as zeroes.
 #[test]
 fn layers_of_growing_disks_are_merged_in_any_order() -> Result<()> {
     const MIB: u64 = 1 << 20;
@@ -369,7 +372,8 @@ fn layers_of_growing_disks_are_merged_in_any_order() -> Result<()> {
     Ok(())
 }
 
-/// A throttle filter stays above what is done to the disk below it, and what the command line said of the image is said again.
+/// A throttle filter stays above what is done to the disk below it, and what the command line said of the
+/// image is said again.
 #[test]
 fn throttle_and_node_options_survive_snapshots() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2"])?;
@@ -412,7 +416,8 @@ fn throttle_and_node_options_survive_snapshots() -> Result<()> {
     qemu.quit()
 }
 
-/// Words for a disk `ID` with the image `ID.qcow2` and filters above it, the lowest first. A `target` has the image `ID-t.qcow2`.
+/// Words for a disk `ID` with the image `ID.qcow2` and filters above it, the lowest first. A `target` has the
+/// image `ID-t.qcow2`.
 fn filtered(id: &str, filters: &[&str]) -> Vec<String> {
     let file = |name: &str| format!("driver=qcow2,file.driver=file,file.filename=DIR/{name}.qcow2");
     let mut words = vec!["-blockdev".to_owned(), format!("{},node-name={id}-0", file(id))];
@@ -434,8 +439,9 @@ const WAITS: &str = "driver=throttle,throttle-group=t,file=BELOW";
 const COMPRESSES: &str = "driver=compress,file=BELOW";
 const GROUP: [&str; 2] = ["-object", "throttle-group,id=t,x-bps-total=99999999"];
 
-/// Filters that pass everything through stay above the disk, whatever is done below them; through `copy-before-write` QEMU takes
-/// no internal snapshot, which is known before, and ours deletes one that is there already.
+/// Filters that pass everything through stay above the disk, whatever is done below them; through
+/// `copy-before-write` QEMU takes no internal snapshot, which is known before, and ours deletes one that is
+/// there already.
 #[test]
 fn filters_that_pass_through_are_kept() -> Result<()> {
     let stacks: [(&str, &[&str]); 4] = [
@@ -520,8 +526,8 @@ fn filters_that_pass_through_are_kept() -> Result<()> {
     qemu.quit()
 }
 
-/// A filter that does more, one below the format, and a backup that reads what a filter keeps, are refused by name: with memory and
-/// without, before anything is made.
+/// A filter that does more, one below the format, and a backup that reads what a filter keeps, are refused by
+/// name: with memory and without, before anything is made.
 #[test]
 fn filters_that_do_more_are_refused_by_name() -> Result<()> {
     let below = |filter: &str, child: &str| {
@@ -597,8 +603,8 @@ fn filters_that_do_more_are_refused_by_name() -> Result<()> {
     qemu.quit()
 }
 
-/// What else of the same QEMU uses an image is found before the guest is stopped; two devices on one image are named as such; and
-/// dirty bitmaps that no file has are told when they are left behind.
+/// What else of the same QEMU uses an image is found before the guest is stopped; two devices on one image
+/// are named as such; and dirty bitmaps that no file has are told when they are left behind.
 #[test]
 fn images_that_qemu_itself_uses_twice_are_named() -> Result<()> {
     let place = Place::new(&["d.qcow2", "b.qcow2", "s.qcow2"])?;
@@ -670,8 +676,8 @@ fn is_unlocked(image: &str) -> Result<bool> {
     Ok(free.status.success())
 }
 
-/// Of a disk that was plugged in, what QEMU does not report is found out, or its loss is noted; and one with copy-on-read, which
-/// no query reports either, is refused before anything is made.
+/// Of a disk that was plugged in, what QEMU does not report is found out, or its loss is noted; and one with
+/// copy-on-read, which no query reports either, is refused before anything is made.
 #[test]
 fn options_of_plugged_in_disks_are_found_out_or_noted() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2", "f.qcow2", "g.qcow2"])?;
@@ -717,7 +723,8 @@ fn options_of_plugged_in_disks_are_found_out_or_noted() -> Result<()> {
     qemu.quit()
 }
 
-/// Of a disk that was plugged in as a part of a file, or with a filter between format and file, nothing is taken.
+/// Of a disk that was plugged in as a part of a file, or with a filter between format and file, nothing is
+/// taken.
 #[test]
 fn plugged_in_slices_and_filters_below_the_format_are_refused() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2", "s.raw"])?;
@@ -779,8 +786,8 @@ fn lock_as_a_writer(image: &str) -> Result<std::fs::File> {
     Ok(file)
 }
 
-/// That QEMU cannot be given a frozen image by its new name does not lock the domain: it is deferred, what needs it is
-/// deferred too, and a recovery does it.
+/// That QEMU cannot be given a frozen image by its new name does not lock the domain: it is deferred, what
+/// needs it is deferred too, and a recovery does it.
 #[test]
 fn names_that_qemu_cannot_be_given_are_deferred() -> Result<()> {
     let place = Place::new(&["d.qcow2"])?;
@@ -826,8 +833,9 @@ fn lock_when_stopped(monitor: &str, image: &str) -> Result<()> {
     Ok(())
 }
 
-/// An image on which another program holds a writer's lock could not be opened again: its holder is named before the guest is
-/// stopped. Where the lock comes later, the revert is rolled back as soon as it goes, and the guest runs on.
+/// An image on which another program holds a writer's lock could not be opened again: its holder is named
+/// before the guest is stopped. Where the lock comes later, the revert is rolled back as soon as it goes, and
+/// the guest runs on.
 #[test]
 fn images_that_others_lock_are_not_detached() -> Result<()> {
     let place = Place::new(&["d.qcow2"])?;
@@ -983,8 +991,9 @@ fn media_in(qemu: impl Fn(&str) -> Result<Value>) -> Result<Vec<(String, String)
     Ok(media)
 }
 
-/// A revert with memory puts back the media that the memory has in its drives: changed, ejected and inserted ones, of CD-ROMs,
-/// floppies and USB; and where the memory is loaded by a QEMU that is started for it. One that is gone is refused.
+/// A revert with memory puts back the media that the memory has in its drives: changed, ejected and inserted
+/// ones, of CD-ROMs, floppies and USB; and where the memory is loaded by a QEMU that is started for it. One
+/// that is gone is refused.
 #[test]
 fn media_are_put_back_before_memory_is_loaded() -> Result<()> {
     let place = Place::new(&["d.qcow2"])?;
@@ -1064,9 +1073,9 @@ fn media_are_put_back_before_memory_is_loaded() -> Result<()> {
     domsnap.done(&["revert", &address, "s", "--off"]).map(drop)
 }
 
-/// A medium that the guest can write is in no snapshot, which is said; but memory that is restored finds the medium that it has in
-/// its drive, because the guest would write what it has of one medium to another. A drive that is one of the domain's disks is a
-/// disk as any other.
+/// A medium that the guest can write is in no snapshot, which is said; but memory that is restored finds the
+/// medium that it has in its drive, because the guest would write what it has of one medium to another. A
+/// drive that is one of the domain's disks is a disk as any other.
 #[test]
 fn writable_media_are_skipped_by_name_and_put_back() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2", "f.qcow2"])?;
@@ -1176,8 +1185,9 @@ fn reset_does_not_end_a_qemu_that_ends_at_reboots() -> Result<()> {
     qemu.quit()
 }
 
-/// Several disks of one kind, and kinds mixed in every order: what one does after the instant must not come between it and what
-/// another does in it. Each disk is what its configured path names, and has its content and its size back.
+/// Several disks of one kind, and kinds mixed in every order: what one does after the instant must not come
+/// between it and what another does in it. Each disk is what its configured path names, and has its content
+/// and its size back.
 #[test]
 fn disks_of_all_kinds_are_cut_together_and_come_back_with_their_sizes() -> Result<()> {
     for (ways, memory) in [
@@ -1284,8 +1294,9 @@ fn holds(file: &str, pattern: u8) -> Result<bool> {
     has_pattern(Path::new(file), pattern)
 }
 
-/// Internal snapshots of a running domain that another program made again, or that are damaged: the one is not taken for what
-/// was recorded, the other is forgotten with --force, in the active image and in a frozen one.
+/// Internal snapshots of a running domain that another program made again, or that are damaged: the one is
+/// not taken for what was recorded, the other is forgotten with --force, in the active image and in a frozen
+/// one.
 #[test]
 fn live_tags_replaced_or_damaged() -> Result<()> {
     let place = Place::new(&["d.qcow2"])?;

@@ -1,5 +1,5 @@
-//! A running domain of which a plug-in serves a disk: the example in Python, which copies the disk's file while the guest
-//! stands still.
+//! A running domain of which a plug-in serves a disk: the example in Python, which copies the disk's file
+//! while the guest stands still.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,23 +12,25 @@ use tempfile::TempDir;
 use testguest::GuestOptions;
 
 const EXAMPLE: &str = include_str!("../../examples/domsnap-backend-dir.py");
+const WIRE: &str = include_str!("../../examples/domsnap_backend.py");
 
 /// A directory with the example, after `change`.
 fn plugins(change: impl Fn(&str) -> String) -> Result<TempDir> {
     let directory = tempfile::tempdir()?;
     let program = directory.path().join("domsnap-backend-dir");
     fs::write(&program, change(EXAMPLE))?;
+    fs::write(directory.path().join("domsnap_backend.py"), WIRE)?;
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
     Ok(directory)
 }
 
 /// The example, which dies at the steps that `marks/STEP` says, with no word.
 fn mortal(marks: &Path) -> Result<TempDir> {
-    let before = "    disk, action = step_of(params, *STEPS)\n    parent =";
+    let before = "action_of(params, *STEPS)\n        if action[\"do\"] == \"drop\":\n            wire.remove";
     let dies = format!(
-        "    disk, action = step_of(params, *STEPS)\n    \
-             if os.path.exists({:?} + \"/\" + action[\"do\"]):\n        os._exit(9)\n    parent =",
-        marks.display().to_string()
+        "action_of(params, *STEPS)\n        if os.path.exists({:?} + \"/\" + action[\"do\"]):\n            os._exit(9)\n{}",
+        marks.display().to_string(),
+        &before["action_of(params, *STEPS)\n".len()..]
     );
     ensure!(EXAMPLE.matches(before).count() == 1, "the example is written otherwise now");
     plugins(|example| example.replace(before, &dies))

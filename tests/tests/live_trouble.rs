@@ -1,6 +1,6 @@
-//! What befalls a running domain in the middle of things: a QEMU that hangs, a guest that ends itself, an interrupt, a full
-//! disk, a damaged memory image, a second domsnap. What was begun is undone or carried through, the guest goes on, and every
-//! snapshot holds what it held.
+//! What befalls a running domain in the middle of things: a QEMU that hangs, a guest that ends itself, an
+//! interrupt, a full disk, a damaged memory image, a second domsnap. What was begun is undone or carried
+//! through, the guest goes on, and every snapshot holds what it held.
 
 use std::fs;
 use std::path::PathBuf;
@@ -58,7 +58,8 @@ fn memory_of(live: &Live, name: &str) -> Result<PathBuf> {
     Ok(found.and_then(|snapshot| snapshot.memory).context("it has memory")?.file)
 }
 
-/// After a create that may have been done or undone: heals, looks that all is sound, and remembers what there is.
+/// After a create that may have been done or undone: heals, looks that all is sound, and remembers what there
+/// is.
 fn settle(live: &mut Live, name: &str, outcome: &Outcome, before: u64) -> Result<()> {
     live.domsnap().done(&["recover"]).with_context(|| outcome.to_string())?;
     live.sound().with_context(|| outcome.to_string())?;

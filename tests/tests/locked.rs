@@ -1,5 +1,6 @@
-//! A domain is never locked for good: what is known to fail is refused before anything, a disk that went away can be left out and
-//! taken out, a full disk keeps nobody from deleting, and an operation that cannot go on can be abandoned.
+//! A domain is never locked for good: what is known to fail is refused before anything, a disk that went away
+//! can be left out and taken out, a full disk keeps nobody from deleting, and an operation that cannot go on
+//! can be abandoned.
 
 use std::process::Command;
 
@@ -10,7 +11,8 @@ use domsnap_tests::mounted::{Mounted, may_mount};
 use domsnap_tests::qemu::Write;
 use domsnap_tests::{qemu, report, shim};
 
-/// A name whose further names do not fit the file system is refused before anything, and an internal snapshot needs none.
+/// A name whose further names do not fit the file system is refused before anything, and an internal snapshot
+/// needs none.
 #[test]
 fn names_that_would_not_fit_are_refused_before() -> Result<()> {
     let mut domain = Domain::new(&Shape::disks(1).named(&"x".repeat(230), ""))?;
@@ -57,7 +59,8 @@ fn immutable_images_are_refused_before() -> Result<()> {
     domain.verify()
 }
 
-/// What stood for a new image when QEMU was asked whether it can open one goes with the next recovery, also where that QEMU is gone.
+/// What stood for a new image when QEMU was asked whether it can open one goes with the next recovery, also
+/// where that QEMU is gone.
 #[test]
 fn recover_removes_the_probes_of_a_dead_qemu() -> Result<()> {
     let place = tempfile::tempdir()?;
@@ -134,7 +137,8 @@ fn a_disk_that_is_gone_locks_nothing() -> Result<()> {
     Ok(())
 }
 
-/// An operation that stopped half way can be closed as it is; no file is touched, and the domain can be used again.
+/// An operation that stopped half way can be closed as it is; no file is touched, and the domain can be used
+/// again.
 #[test]
 fn an_operation_can_be_abandoned() -> Result<()> {
     let domain = Domain::new(&Shape::disks(1))?;
@@ -243,8 +247,8 @@ fn check_of_a_domain_in_change_finds_no_damage() -> Result<()> {
     })
 }
 
-/// Manifests of deleted snapshots go before anything is destroyed. Where they cannot be removed, the delete is refused
-/// before its commit point; where no manifest can be at all, nothing waits for one.
+/// Manifests of deleted snapshots go before anything is destroyed. Where they cannot be removed, the delete
+/// is refused before its commit point; where no manifest can be at all, nothing waits for one.
 #[test]
 fn manifests_that_cannot_go_lock_nothing() -> Result<()> {
     let domain = Domain::unregistered(&Shape::disks(1))?;
@@ -321,8 +325,8 @@ fn a_limited_file_size_is_an_error_of_one_write() -> Result<()> {
     Ok(())
 }
 
-/// The catalogue's file system has no byte left: snapshots are deleted and recoveries run all the same, and a create either
-/// happens or is rolled back.
+/// The catalogue's file system has no byte left: snapshots are deleted and recoveries run all the same, and a
+/// create either happens or is rolled back.
 #[test]
 fn full_file_system_of_the_catalogue_locks_nothing() -> Result<()> {
     for kind in ["tmpfs", "ext4"] {
@@ -415,7 +419,8 @@ fn names(domain: &Domain) -> Result<Vec<String>> {
     Ok(all)
 }
 
-/// Expects that each command is refused before anything, in these words, and predicted by a dry run; and that nothing is left.
+/// Expects that each command is refused before anything, in these words, and predicted by a dry run; and that
+/// nothing is left.
 fn refused_before(
     domain: &Domain,
     commands: &[&[&str]],
@@ -435,7 +440,8 @@ fn refused_before(
     Ok(())
 }
 
-/// A file system without hard links is known before anything, also in a dry run; what needs none is done there.
+/// A file system without hard links is known before anything, also in a dry run; what needs none is done
+/// there.
 #[test]
 fn missing_hard_links_are_known_before() -> Result<()> {
     let without = |domain: &Domain, kind: &str| -> Result<Domsnap> {
@@ -548,8 +554,8 @@ fn directories_that_keep_names_are_known_before() -> Result<()> {
     domain.verify()
 }
 
-/// Manifests lie beside the first disk. When that is taken out of the domain, those of the next one are all that is left, wherever
-/// it is killed.
+/// Manifests lie beside the first disk. When that is taken out of the domain, those of the next one are all
+/// that is left, wherever it is killed.
 #[test]
 fn manifests_follow_the_first_disk() -> Result<()> {
     let remove = ["domain", "disk", "remove", NAME, "vda"];

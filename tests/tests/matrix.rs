@@ -1,5 +1,5 @@
-//! What a domain at rest must be able to do: each row of the proposal that domsnap started from, each thing that
-//! other tools refuse or get wrong. Every test ends by comparing every point of the tree with the model.
+//! What a domain at rest must be able to do: each row of the proposal that domsnap started from, each thing
+//! that other tools refuse or get wrong. Every test ends by comparing every point of the tree with the model.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -10,7 +10,8 @@ use domsnap_tests::domsnap::status;
 use domsnap_tests::report::{self, Kind};
 use domsnap_tests::{qemu, verify};
 
-/// A domain of `disks` disks with the snapshots `kinds`, called `s1`, `s2`, ..., and writes between and after.
+/// A domain of `disks` disks with the snapshots `kinds`, called `s1`, `s2`, ..., and writes between and
+/// after.
 fn line(disks: usize, kinds: &[&str]) -> Result<Domain> {
     let mut domain = Domain::new(&Shape::disks(disks))?;
     for (index, kind) in kinds.iter().enumerate() {

@@ -1,6 +1,6 @@
-//! Images that lie beside a disk and are none of its layers: overlays of others on its layers, gold images under it, files
-//! that nobody can read. Whatever domsnap does, they show what they showed; and every point of the disk's own tree is
-//! what the model says.
+//! Images that lie beside a disk and are none of its layers: overlays of others on its layers, gold images
+//! under it, files that nobody can read. Whatever domsnap does, they show what they showed; and every point
+//! of the disk's own tree is what the model says.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -92,8 +92,8 @@ fn all_said(outcome: &Outcome) -> String {
 mod overlays {
     use super::*;
 
-    /// An overlay whose backing string is `string`, `LAYER` in it replaced by the layer's path: what `s1` holds is deleted,
-    /// and the overlay keeps its layer as long as it is there.
+    /// An overlay whose backing string is `string`, `LAYER` in it replaced by the layer's path: what `s1`
+    /// holds is deleted, and the overlay keeps its layer as long as it is there.
     fn is_seen(string: &str) -> Result<()> {
         let mut domain = line(&["external", "external"])?;
         let layer = layer_of(&domain, "s1")?;
@@ -566,7 +566,8 @@ fn shown(image: &Path) -> Result<Vec<u8>> {
     Ok(std::fs::read(raw.path())?)
 }
 
-/// Domains of one catalogue in several directories, one of which is out of reach when another domain is changed.
+/// Domains of one catalogue in several directories, one of which is out of reach when another domain is
+/// changed.
 mod domains_out_of_reach {
     use super::*;
 
@@ -614,7 +615,8 @@ mod domains_out_of_reach {
         keeps_its_base(&mut domain, &middle, &layer, &overlay)
     }
 
-    /// It got this base from another tool after it was registered, and an operation of its own, or of the other domain, has seen it.
+    /// It got this base from another tool after it was registered, and an operation of its own, or of the
+    /// other domain, has seen it.
     #[test]
     fn one_that_was_rebased_since_keeps_its_base() -> Result<()> {
         for seen_by in [&["create", "other", "x", "--internal"][..], &["delete", NAME, "s2"]] {

@@ -1,5 +1,5 @@
-//! Others who use the images and take no lock: QEMU with `locking=off`, loop devices, programs that read or write; and other
-//! domains of the same catalogue. They are met before anything is changed.
+//! Others who use the images and take no lock: QEMU with `locking=off`, loop devices, programs that read or
+//! write; and other domains of the same catalogue. They are met before anything is changed.
 
 use std::fs::{File, OpenOptions};
 use std::path::Path;
@@ -92,7 +92,8 @@ fn users_without_locks_are_met() -> Result<()> {
     domain.verify()
 }
 
-/// A layer that another domain's image in another directory is backed by stays, whether that can be read just now or not.
+/// A layer that another domain's image in another directory is backed by stays, whether that can be read just
+/// now or not.
 #[test]
 fn domains_of_a_catalogue_keep_what_each_needs() -> Result<()> {
     let mut domain = Domain::new(&Shape::disks(1))?;

@@ -1,7 +1,8 @@
-//! Random sequences of writes, creates, reverts and deletes, with the model beside them: after each step, every point
-//! of the tree is what the model says, every layer is clean, and nothing is left behind.
+//! Random sequences of writes, creates, reverts and deletes, with the model beside them: after each step,
+//! every point of the tree is what the model says, every layer is clean, and nothing is left behind.
 //!
-//! `DOMSNAP_PROPERTY_SEED` and `DOMSNAP_PROPERTY_CASES` try others; a failure prints both and the shrunk sequence.
+//! `DOMSNAP_PROPERTY_SEED` and `DOMSNAP_PROPERTY_CASES` try others; a failure prints both and the shrunk
+//! sequence.
 
 use anyhow::{Context, Result};
 use domsnap_tests::domain::{Domain, NAME, Shape};

@@ -16,8 +16,8 @@ fn img(words: &[&str], image: &Path) -> Result<String> {
     qemu::img(&words)
 }
 
-/// A disk as qemu-img makes it: `base` with the internal snapshot `i0`, an overlay `mid` on it, and on that the active
-/// image with the internal snapshot `i1`; data written at each step.
+/// A disk as qemu-img makes it: `base` with the internal snapshot `i0`, an overlay `mid` on it, and on that
+/// the active image with the internal snapshot `i1`; data written at each step.
 struct Foreign {
     domain: Domain,
     /// What each point holds, by file name and tag.

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use domsnap_tests::domain::files;
 use domsnap_tests::domsnap::{Domsnap, status};
 use domsnap_tests::idle::{Boot, Idle, has_pattern};
-use domsnap_tests::{qemu, report, shim};
+use domsnap_tests::{qemu, report, seed, shim};
 use testguest::Version;
 
 const DISKS: [&str; 2] = ["vda", "vdb"];
@@ -199,11 +199,10 @@ fn nothing_left(socket: &Path, disks: &[(&str, PathBuf)]) -> Result<()> {
     })
 }
 
-/// Strikes before, and just after, each command of `operation`.
+/// Strikes before, and just after, one of `DOMSNAP_LIVE_EVERY` commands of `operation`, by default of 4.
 fn strike(operation: &Operation) -> Result<()> {
-    let ci = std::env::var("NEXTEST_PROFILE").as_deref() == Ok("ci");
-    let step = if ci { 4 } else { 1 };
-    strike_where(operation, Machine::start()?, |place, _| place % step == 0)
+    let every = seed::from_env("DOMSNAP_LIVE_EVERY", 4).max(1) as usize;
+    strike_where(operation, Machine::start()?, |place, _| place % every == 0)
 }
 
 /// Strikes before, and just after, those commands of `operation` of which `is_struck` is true.

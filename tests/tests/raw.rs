@@ -1,5 +1,5 @@
-//! Raw disks: by reflink where the file system shares blocks, by copy anywhere, under a qcow2 overlay where the path may
-//! change.
+//! Raw disks: by reflink where the file system shares blocks, by copy anywhere, under a qcow2 overlay where
+//! the path may change.
 
 use anyhow::{Context, Result, ensure};
 use domsnap_tests::domain::{Domain, NAME, Shape};

@@ -1,5 +1,6 @@
-//! Raw disks in unfriendly surroundings: damage, full disks, interrupts, lost files and catalogues, other names and other
-//! users of a file, content that pretends to be another format, sizes that change. Nothing is lost, nothing is left behind.
+//! Raw disks in unfriendly surroundings: damage, full disks, interrupts, lost files and catalogues, other
+//! names and other users of a file, content that pretends to be another format, sizes that change. Nothing is
+//! lost, nothing is left behind.
 
 use std::ffi::OsStr;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -14,7 +15,8 @@ use domsnap_tests::qemu::{self, Write};
 use domsnap_tests::report;
 use domsnap_tests::{crash, scenario, shim, verify};
 
-/// Raw disks where temporary files are, with the snapshots `ways`, called `s1`, `s2`, ..., and writes between and after.
+/// Raw disks where temporary files are, with the snapshots `ways`, called `s1`, `s2`, ..., and writes between
+/// and after.
 fn line(disks: usize, ways: &[&str]) -> Result<Domain> {
     grown(Domain::new(&Shape::raw(disks))?, ways)
 }
@@ -190,7 +192,8 @@ mod any_input_or_output_error {
 mod an_overlay {
     use super::*;
 
-    /// One raw disk registered with `--active-path=new`, and its snapshot `s1` as an overlay; and the path of the present.
+    /// One raw disk registered with `--active-path=new`, and its snapshot `s1` as an overlay; and the path of
+    /// the present.
     fn taken() -> Result<(Domain, PathBuf)> {
         let mut domain = Domain::unregistered(&Shape::raw(1))?;
         domain.domsnap().done(&[domain.register_words(), vec!["--active-path=new".into()]].concat())?;

@@ -1,5 +1,5 @@
-//! What goes wrong around domsnap: others who hold the images, full disks, closed doors, missing files. It says so in
-//! words, nothing is lost, nothing is left behind, and once the trouble is over everything works.
+//! What goes wrong around domsnap: others who hold the images, full disks, closed doors, missing files. It
+//! says so in words, nothing is lost, nothing is left behind, and once the trouble is over everything works.
 
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
@@ -254,7 +254,8 @@ mod closed_doors {
             return Ok(());
         }
         let mut domain = line(1, &["external"])?;
-        // Another user, who owns the state and the directory but not the image, with a copy of the binary in reach.
+        // Another user, who owns the state and the directory but not the image, with a copy of the binary in
+        // reach.
         let copy = domain.root().join("domsnap");
         std::fs::copy(domsnap::binary(), &copy)?;
         std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755))?;

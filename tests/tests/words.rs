@@ -1,5 +1,5 @@
-//! What commands say that they did is what happened; options that do not apply are refused; monitors and images as people have
-//! them are used. On idle QEMUs without a guest system, and on images at rest.
+//! What commands say that they did is what happened; options that do not apply are refused; monitors and
+//! images as people have them are used. On idle QEMUs without a guest system, and on images at rest.
 
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
@@ -42,7 +42,8 @@ impl Place {
         Ok(self.text(name))
     }
 
-    /// Starts a QEMU without a guest on a qcow2 image, as the disk `vda`. `socket` is there when this returns.
+    /// Starts a QEMU without a guest on a qcow2 image, as the disk `vda`. `socket` is there when this
+    /// returns.
     fn start(&mut self, image: &str, socket: &str, more: &[&str]) -> Result<u32> {
         let place = format!("driver=qcow2,node-name=d0,file.driver=file,file.filename={image}");
         let mut command = Command::new("qemu-system-x86_64");
@@ -364,7 +365,8 @@ fn options_that_do_not_apply_are_refused() -> Result<()> {
         let outcome = place.domsnap.run(&[command, at, "nope"])?.expect_status(status::REFUSED)?;
         says(&outcome.stderr, &["domain idle: ", "nope"])?;
     }
-    // An automatic name has no character that a file name or a shell has another use for, and is not in the future.
+    // An automatic name has no character that a file name or a shell has another use for, and is not in the
+    // future.
     let made = place.json(&["create", rest])?;
     let name = made["snapshot"]["name"].as_str().context("a name")?;
     ensure!(name.len() == 17 && name.chars().all(|c| c.is_ascii_digit() || c == '-'), "{name}");
@@ -442,7 +444,8 @@ fn files_are_named_as_what_they_are() -> Result<()> {
         .expect_status(status::USAGE)?;
     ensure!(said.stderr.contains("names a disk twice"), "{said}");
 
-    // A state directory with something else in the catalogue's place: refused before anything, with what to do.
+    // A state directory with something else in the catalogue's place: refused before anything, with what to
+    // do.
     for state in ["fifo", "directory", "garbage"] {
         let domsnap = Domsnap::new(&place.path(state));
         domsnap.done(&["create", &a, "s1"])?;

@@ -30,7 +30,8 @@ pub fn huge(bench: &Bench) -> Result<Vec<Row>> {
     let what = format!("{} GiB, every cluster allocated, 64 KiB clusters", size >> 30);
     let mut rows = cycle_rows(HUGE, &what, &targets);
     cycles(bench, &mut rows, &ours, &theirs, (3, Duration::from_secs(90)))?;
-    // 8 bytes of L2 table and 2 of refcount a cluster: every one changes at create (its COPIED bit goes) and delete.
+    // 8 bytes of L2 table and 2 of refcount a cluster: every one changes at create (its COPIED bit goes) and
+    // delete.
     let tables = size / CLUSTER * 10;
     bench.rewrite_limit(&mut rows[0], tables, 3)?;
     bench.rewrite_limit(&mut rows[2], tables, 3)?;

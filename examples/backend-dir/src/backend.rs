@@ -19,7 +19,8 @@ use crate::step::Action;
 /// What the one layer of a disk is called.
 const LAYER: &str = "disk";
 
-/// Files whose points are copies. Work is done where it is asked for: whoever embeds it gives it a thread that may wait.
+/// Files whose points are copies. Work is done where it is asked for: whoever embeds it gives it a thread
+/// that may wait.
 #[derive(Default)]
 pub struct Copies {
     holds: Holds,

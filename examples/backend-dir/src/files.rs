@@ -100,7 +100,8 @@ pub(crate) fn same_content(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {
     compare().map_err(failed(format!("cannot compare {one} and {other}")))
 }
 
-/// Makes `to` a whole copy of `source`: the bytes are durable before they have the name, and the name before this returns.
+/// Makes `to` a whole copy of `source`: the bytes are durable before they have the name, and the name before
+/// this returns.
 pub(crate) fn copy(
     disk: &Utf8Path,
     source: &Utf8Path,

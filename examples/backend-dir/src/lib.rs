@@ -7,8 +7,8 @@
 //! /vm/web.img.points/rescued-TAG     what a domain wrote after a crash, and an undo would have lost
 //! ```
 //!
-//! [`Copies`] is the backend (`backend.rs`), `step.rs` has what it does to the disk, step by step, `files.rs` how files are made
-//! durable, `hold.rs` the lock. `docs/backend-authors.md` tells how it came to be.
+//! [`Copies`] is the backend (`backend.rs`), `step.rs` has what it does to the disk, step by step, `files.rs`
+//! how files are made durable, `hold.rs` the lock. `docs/backend-authors.md` tells how it came to be.
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]

@@ -1,5 +1,5 @@
-//! What is done to a disk, step by step. Each can be done again, and those before the commit point can be undone, wherever they
-//! had got to: what was done is read from the files.
+//! What is done to a disk, step by step. Each can be done again, and those before the commit point can be
+//! undone, wherever they had got to: what was done is read from the files.
 
 use std::fs;
 
@@ -66,7 +66,8 @@ impl Action {
                     return Ok(()); // done before
                 }
                 holds.lock_too(disk, &next)?;
-                // What is there gets a second name, then the first name moves: at every instant the path opens to a whole disk.
+                // What is there gets a second name, then the first name moves: at every instant the path
+                // opens to a whole disk.
                 if !former.exists() {
                     fs::hard_link(disk, &former).map_err(failed(format!("cannot name {former}")))?;
                     flush(&points(disk))?;
@@ -111,7 +112,8 @@ impl Action {
         }
     }
 
-    /// The exchange alone makes another file what the domain writes: what it wrote there would go with the undo.
+    /// The exchange alone makes another file what the domain writes: what it wrote there would go with the
+    /// undo.
     pub(crate) fn salvage(&self, target: &str, disk: &Utf8Path) -> Result<Salvage> {
         let Self::Exchange { from, former, .. } = self else { return Ok(Salvage::Nothing) };
         let (kept, rescued) = (point(disk, former), point(disk, &format!("rescued-{former}")));

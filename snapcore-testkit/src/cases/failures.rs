@@ -10,13 +10,18 @@ use crate::fixture::{Fixture, Method, Op};
 use crate::test_backend::TestBackend;
 
 pub(super) const CASES: [TestCase; 9] = [
-    TestCase::always("an undone create leaves the disk byte for byte", |subject, method| {
-        failing(subject, method, |_| Op::Create("new".into()))
-    }),
-    TestCase::always("an undone revert leaves the disk byte for byte", |subject, method| {
-        failing(subject, method, |_| Op::Revert { to: "a".into(), save: None })
-    }),
+    TestCase::always(
+        "create_undo_keeps_disk",
+        "an undone create leaves the disk byte for byte",
+        |subject, method| failing(subject, method, |_| Op::Create("new".into())),
+    ),
+    TestCase::always(
+        "revert_undo_keeps_disk",
+        "an undone revert leaves the disk byte for byte",
+        |subject, method| failing(subject, method, |_| Op::Revert { to: "a".into(), save: None }),
+    ),
     TestCase::with(
+        "saving_revert_undo_keeps_disk",
         "an undone revert that saves leaves the disk byte for byte",
         super::trees,
         |subject, method| {
@@ -24,7 +29,8 @@ pub(super) const CASES: [TestCase; 9] = [
         },
     ),
     TestCase::with(
-        "a delete that fails half way is finished later",
+        "failed_delete_is_completed",
+        "a delete that fails half way is completed later",
         trees_with_deletes,
         |subject, method| {
             failing(subject, method, |fixture| {
@@ -33,66 +39,93 @@ pub(super) const CASES: [TestCase; 9] = [
             })
         },
     ),
-    TestCase::always("an operation cancelled at any step happened whole or not at all", cancelled),
-    TestCase::always("apply twice is apply once, and undo twice is undo once", |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        fixture.process()?.faults.do_twice();
-        history(&mut fixture)?;
-        for number in 1.. {
-            let fail = Fault::new(&[Moment::AfterApply], number, FaultKind::Fail(ErrorKind::Io));
-            if !undone(&mut fixture, fail)? {
-                break;
+    TestCase::always(
+        "cancel_is_atomic",
+        "an operation cancelled at any step happened whole or not at all",
+        cancelled,
+    ),
+    TestCase::always(
+        "apply_and_undo_are_idempotent",
+        "apply twice is apply once, and undo twice is undo once",
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            fixture.process()?.faults.do_twice();
+            history(&mut fixture)?;
+            for number in 1.. {
+                let fail = Fault::new(&[Moment::AfterApply], number, FaultKind::Fail(ErrorKind::Io));
+                if !undone(&mut fixture, fail)? {
+                    break;
+                }
             }
-        }
-        fixture.check_all()
-    }),
-    TestCase::always("status tells truthfully what is done and what is not", |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        fixture.process()?.faults.watch();
-        history(&mut fixture)?;
-        for number in 1.. {
-            let fail = Fault::new(&[Moment::AfterApply], number, FaultKind::Fail(ErrorKind::Io));
-            if !undone(&mut fixture, fail)? {
-                break;
+            fixture.check_all()
+        },
+    ),
+    TestCase::always(
+        "status_is_true",
+        "status reports truthfully what is done and what is not",
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            fixture.process()?.faults.watch();
+            history(&mut fixture)?;
+            for number in 1.. {
+                let fail = Fault::new(&[Moment::AfterApply], number, FaultKind::Fail(ErrorKind::Io));
+                if !undone(&mut fixture, fail)? {
+                    break;
+                }
             }
-        }
-        let faults = fixture.process()?.faults.clone();
-        let wrong_statuses = faults.wrong_statuses();
-        ensure!(wrong_statuses.is_empty(), "{}", wrong_statuses.join("\n"));
-        for status in [StepStatus::Done, StepStatus::NotDone] {
-            ensure!(faults.was_reported(status), "no step was ever told to be {status:?}: that says nothing");
-        }
-        Ok(())
-    }),
-    TestCase::always("a step that was never begun can be undone", |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        let fail = Fault::new(&[Moment::BeforeApply], 1, FaultKind::Fail(ErrorKind::Io));
-        ensure!(undone(&mut fixture, fail)?, "a create has no step");
-        fixture.check_all()
-    }),
-    TestCase::always("an undo that fails is done by the recovery", |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        for number in 1.. {
-            let op = Op::Create("new".into());
-            let faults = vec![
-                // The last step before the commit point is done, and its record fails: so all are undone.
-                Fault::new(&[Moment::BeforeCommit], 2, FaultKind::Fail(ErrorKind::Io)),
-                Fault::new(&[Moment::BeforeUndo, Moment::AfterUndo], number, FaultKind::Fail(ErrorKind::Io)),
-            ];
-            let Some(outcome) = fixture.run_with_faults(&op, faults)? else {
-                anyhow::bail!("nothing stops here")
-            };
-            let error = outcome.err().context("a commit failed, and the create succeeded")?;
-            let stuck = error.kind() == ErrorKind::NeedsRecovery;
-            fixture.recover().with_context(|| format!("undo moment {number}"))?;
-            fixture.check_current().with_context(|| format!("undo moment {number}"))?;
-            if !stuck {
-                ensure!(number > 1, "nothing was undone: {error}");
-                break;
+            let faults = fixture.process()?.faults.clone();
+            let wrong_statuses = faults.wrong_statuses();
+            ensure!(wrong_statuses.is_empty(), "{}", wrong_statuses.join("\n"));
+            for status in [StepStatus::Done, StepStatus::NotDone] {
+                ensure!(
+                    faults.was_reported(status),
+                    "no step was ever reported as {status:?}: that shows nothing"
+                );
             }
-        }
-        fixture.check_all()
-    }),
+            Ok(())
+        },
+    ),
+    TestCase::always(
+        "undo_of_unbegun_step",
+        "a step that was never begun can be undone",
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            let fail = Fault::new(&[Moment::BeforeApply], 1, FaultKind::Fail(ErrorKind::Io));
+            ensure!(undone(&mut fixture, fail)?, "a create has no step");
+            fixture.check_all()
+        },
+    ),
+    TestCase::always(
+        "failed_undo_is_recovered",
+        "an undo that fails is done by the recovery",
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            for number in 1.. {
+                let op = Op::Create("new".into());
+                let faults = vec![
+                    // The last step before the commit point is done, and its record fails: so all are undone.
+                    Fault::new(&[Moment::BeforeCommit], 2, FaultKind::Fail(ErrorKind::Io)),
+                    Fault::new(
+                        &[Moment::BeforeUndo, Moment::AfterUndo],
+                        number,
+                        FaultKind::Fail(ErrorKind::Io),
+                    ),
+                ];
+                let Some(outcome) = fixture.run_with_faults(&op, faults)? else {
+                    anyhow::bail!("nothing stops here")
+                };
+                let error = outcome.err().context("a commit failed, and the create succeeded")?;
+                let stuck = error.kind() == ErrorKind::NeedsRecovery;
+                fixture.recover().with_context(|| format!("undo moment {number}"))?;
+                fixture.check_current().with_context(|| format!("undo moment {number}"))?;
+                if !stuck {
+                    ensure!(number > 1, "nothing was undone: {error}");
+                    break;
+                }
+            }
+            fixture.check_all()
+        },
+    ),
 ];
 
 /// Everything there is, once.
@@ -115,7 +148,7 @@ fn history(fixture: &mut Fixture<'_>) -> Result<()> {
     fixture.check_current()
 }
 
-/// Whether a create was fired by `fail`, and so undone; otherwise it is deleted again.
+/// Returns true if a create was stopped by `fail`, and so undone; otherwise it is deleted again.
 fn undone(fixture: &mut Fixture<'_>, fail: Fault) -> Result<bool> {
     let op = Op::Create("x".into());
     let at = format!("{fail:?}");
@@ -135,7 +168,8 @@ fn undone(fixture: &mut Fixture<'_>, fail: Fault) -> Result<bool> {
     Ok(fired)
 }
 
-/// Fails an operation at each call to the backend and each record, one after the other, until it succeeds untouched.
+/// Fails an operation at each call to the backend and each record, one after the other, until it succeeds
+/// untouched.
 fn failing(subject: &dyn TestBackend, method: &Method, of: fn(&Fixture<'_>) -> Op) -> Result<()> {
     let mut fixture = Fixture::with_snapshots(subject, method)?;
     for number in 1.. {
@@ -200,7 +234,7 @@ fn cancelled(subject: &dyn TestBackend, method: &Method) -> Result<()> {
             if !fired {
                 break;
             }
-            // What was put off is done.
+            // Deferred steps are done by the recovery.
             fixture.recover().with_context(at)?;
             fixture.check_current().with_context(at)?;
             restore(&mut fixture, &before).with_context(at)?;
@@ -222,7 +256,7 @@ pub(super) fn restore(fixture: &mut Fixture<'_>, before: &crate::Model) -> Resul
         fixture.write_random()?;
         fixture.create(&name)?;
     }
-    // So that the tree tells whether a revert to the first point happened.
+    // So that the tree shows if a revert to the first snapshot happened.
     if fixture.model.current.as_deref() == Some("a") && fixture.model.points.contains_key("c") {
         fixture.revert("c")?;
     }

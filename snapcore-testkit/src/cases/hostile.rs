@@ -8,9 +8,14 @@ use crate::fixture::{Fixture, Method};
 use crate::test_backend::TestBackend;
 
 pub(super) const CASES: [TestCase; 2] = [
-    TestCase::always("a snapshot of any legal name is what its name says", names_of_snapshots),
     TestCase::always(
-        "a disk of a nasty name is served rightly, or refused before anything is done",
+        "any_snapshot_name",
+        "a snapshot of any legal name is what its name says",
+        names_of_snapshots,
+    ),
+    TestCase::always(
+        "hostile_disk_names",
+        "a disk of a hostile name is served rightly, or refused before anything is done",
         names_of_disks,
     ),
 ];

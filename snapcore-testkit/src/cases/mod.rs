@@ -1,4 +1,4 @@
-//! The statements, subject by subject.
+//! The test cases, subject by subject.
 
 mod crashes;
 mod failures;
@@ -11,34 +11,40 @@ mod together;
 use anyhow::Result;
 use snapcore::Capabilities;
 
-use crate::fixture::Method;
+use crate::fixture::{Fixture, Method};
+use crate::seed::from_env;
 use crate::test_backend::TestBackend;
 
-/// One statement, and how it is run.
+/// A test case: a promise of the contract, and the attempt to break it.
 pub(crate) struct TestCase {
-    /// What must be true of every backend that can do it.
+    /// Its name on the command line and in results.
     pub(crate) name: &'static str,
-    /// Whether these capabilities call for it.
+    /// The promise, as a sentence.
+    pub(crate) promise: &'static str,
+    /// Returns true if these capabilities call for it.
     pub(crate) needs: fn(&Capabilities, &dyn TestBackend) -> bool,
-    /// Tries to break it.
-    pub(crate) run: fn(&dyn TestBackend, &Method) -> Result<()>,
+    /// Tries to break the promise.
+    pub(crate) run: Attempt,
 }
 
+type Attempt = fn(&dyn TestBackend, &Method) -> Result<()>;
+
 impl TestCase {
-    const fn always(name: &'static str, run: fn(&dyn TestBackend, &Method) -> Result<()>) -> Self {
-        Self { name, needs: |_, _| true, run }
+    const fn always(name: &'static str, promise: &'static str, run: Attempt) -> Self {
+        Self { name, promise, needs: |_, _| true, run }
     }
 
     const fn with(
         name: &'static str,
+        promise: &'static str,
         needs: fn(&Capabilities, &dyn TestBackend) -> bool,
-        run: fn(&dyn TestBackend, &Method) -> Result<()>,
+        run: Attempt,
     ) -> Self {
-        Self { name, needs, run }
+        Self { name, promise, needs, run }
     }
 }
 
-/// All statements.
+/// All test cases.
 pub(crate) fn all() -> impl Iterator<Item = TestCase> {
     points::CASES
         .into_iter()
@@ -50,10 +56,23 @@ pub(crate) fn all() -> impl Iterator<Item = TestCase> {
         .chain(random::CASES)
 }
 
+/// Returns true for one of `TESTKIT_EVERY` numbers, by default 4; 1 is all of them. `TESTKIT_SEED` chooses
+/// which.
+fn is_sampled(number: u64) -> Result<bool> {
+    let every = from_env("TESTKIT_EVERY", 4)?.max(1);
+    Ok(number.wrapping_add(from_env("TESTKIT_SEED", 1)?) % every == 0)
+}
+
 fn trees(can: &Capabilities, _: &dyn TestBackend) -> bool {
     can.snapshot_of_snapshot
 }
 
 fn trees_with_deletes(can: &Capabilities, _: &dyn TestBackend) -> bool {
     can.snapshot_of_snapshot && can.delete_in_chain
+}
+
+/// Compares the current state with the model, and every snapshot too if `number` is sampled. Damage to a
+/// snapshot lasts, so a later comparison finds it: each test case compares all of them at its end.
+fn check_sampled(fixture: &mut Fixture<'_>, number: u64) -> Result<()> {
+    if is_sampled(number)? { fixture.check_all() } else { fixture.check_current() }
 }

@@ -1,4 +1,4 @@
-//! Points and the present, when nothing goes wrong.
+//! Snapshots and the current state, when nothing fails.
 
 use anyhow::ensure;
 use snapcore::ErrorKind;
@@ -7,20 +7,28 @@ use super::{TestCase, trees, trees_with_deletes};
 use crate::fixture::{Fixture, Op};
 
 pub(super) const CASES: [TestCase; 12] = [
-    TestCase::always("a create leaves the present byte for byte", |subject, method| {
-        let mut fixture = Fixture::new(subject, method)?;
-        fixture.create("a")?;
-        fixture.check_current()
-    }),
-    TestCase::always("what is written after a point is not in it", |subject, method| {
-        let mut fixture = Fixture::new(subject, method)?;
-        fixture.create("a")?;
-        fixture.write_random()?;
-        fixture.check_current()?;
-        fixture.revert("a")?;
-        fixture.check_current()
-    }),
-    TestCase::always("a point can be returned to again and again", |subject, method| {
+    TestCase::always(
+        "create_keeps_current",
+        "a create leaves the current state byte for byte",
+        |subject, method| {
+            let mut fixture = Fixture::new(subject, method)?;
+            fixture.create("a")?;
+            fixture.check_current()
+        },
+    ),
+    TestCase::always(
+        "later_writes_not_in_snapshot",
+        "what is written after a snapshot is not in it",
+        |subject, method| {
+            let mut fixture = Fixture::new(subject, method)?;
+            fixture.create("a")?;
+            fixture.write_random()?;
+            fixture.check_current()?;
+            fixture.revert("a")?;
+            fixture.check_current()
+        },
+    ),
+    TestCase::always("revert_repeats", "a snapshot can be reverted to again and again", |subject, method| {
         let mut fixture = Fixture::new(subject, method)?;
         fixture.create("a")?;
         for _ in 0..4 {
@@ -30,73 +38,107 @@ pub(super) const CASES: [TestCase; 12] = [
         }
         Ok(())
     }),
-    TestCase::with("a revert leaves every other point as it was", trees, |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        for name in ["a", "c", "b", "c", "a"] {
-            fixture.revert(name)?;
+    TestCase::with(
+        "revert_keeps_others",
+        "a revert leaves every other snapshot as it was",
+        trees,
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            for name in ["a", "c", "b", "c", "a"] {
+                fixture.revert(name)?;
+                fixture.check_current()?;
+                fixture.write_random()?;
+            }
+            fixture.check_all()
+        },
+    ),
+    TestCase::with(
+        "branch_keeps_siblings",
+        "a branch leaves its siblings as they were",
+        trees,
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            for (from, name) in [("a", "a1"), ("b", "b1"), ("a1", "a2"), ("a", "a3")] {
+                fixture.revert(from)?;
+                fixture.write_random()?;
+                fixture.create(name)?;
+                fixture.write_random()?;
+            }
+            fixture.check_all()
+        },
+    ),
+    TestCase::with(
+        "saving_revert_loses_nothing",
+        "a revert that saves the current state loses nothing",
+        trees,
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            fixture.run(&Op::Revert { to: "a".into(), save: Some("saved".into()) })?;
             fixture.check_current()?;
             fixture.write_random()?;
-        }
-        fixture.check_all()
-    }),
-    TestCase::with("a branch leaves its siblings as they were", trees, |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        for (from, name) in [("a", "a1"), ("b", "b1"), ("a1", "a2"), ("a", "a3")] {
-            fixture.revert(from)?;
-            fixture.write_random()?;
-            fixture.create(name)?;
-            fixture.write_random()?;
-        }
-        fixture.check_all()
-    }),
-    TestCase::with("a revert that saves the present loses nothing", trees, |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        fixture.run(&Op::Revert { to: "a".into(), save: Some("saved".into()) })?;
-        fixture.check_current()?;
-        fixture.write_random()?;
-        fixture.run(&Op::Revert { to: "saved".into(), save: Some("again".into()) })?;
-        fixture.check_all()
-    }),
-    TestCase::with("delete of a middle point keeps all others", trees_with_deletes, |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        fixture.delete(&["b"])?;
-        fixture.check_all()
-    }),
-    TestCase::with("delete of a root keeps all that grew from it", trees_with_deletes, |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        fixture.revert("a")?;
-        fixture.write_random()?;
-        fixture.create("a1")?;
-        fixture.delete(&["a"])?;
-        fixture.check_all()
-    }),
-    TestCase::always("delete of the newest point keeps the present", |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        let newest = fixture.model.current.clone().unwrap_or_default();
-        fixture.delete(&[&newest])?;
-        fixture.check_all()
-    }),
-    TestCase::always("after all points are deleted nothing of them is left", |subject, method| {
-        let mut fixture = Fixture::new(subject, method)?;
-        let before = fixture.footprint()?;
-        for name in ["a", "b"] {
-            fixture.create(name)?;
-            fixture.write_random()?;
-            if !fixture.capabilities()?.snapshot_of_snapshot {
-                break;
-            }
-        }
-        fixture.revert("a")?;
-        fixture.write_random()?;
-        let all: Vec<String> = fixture.model.points.keys().cloned().collect();
-        fixture.run(&Op::Delete(all))?;
-        fixture.check_current()?;
-        let after = fixture.footprint()?;
-        ensure!(before == after, "there was {before:?}, and there is {after:?}");
-        Ok(())
-    }),
+            fixture.run(&Op::Revert { to: "saved".into(), save: Some("again".into()) })?;
+            fixture.check_all()
+        },
+    ),
     TestCase::with(
-        "what is declared as impossible is refused before anything",
+        "delete_middle_keeps_others",
+        "a delete of a middle snapshot keeps all others",
+        trees_with_deletes,
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            fixture.delete(&["b"])?;
+            fixture.check_all()
+        },
+    ),
+    TestCase::with(
+        "delete_root_keeps_descendants",
+        "a delete of a root keeps its descendants",
+        trees_with_deletes,
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            fixture.revert("a")?;
+            fixture.write_random()?;
+            fixture.create("a1")?;
+            fixture.delete(&["a"])?;
+            fixture.check_all()
+        },
+    ),
+    TestCase::always(
+        "delete_newest_keeps_current",
+        "a delete of the newest snapshot keeps the current state",
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            let newest = fixture.model.current.clone().unwrap_or_default();
+            fixture.delete(&[&newest])?;
+            fixture.check_all()
+        },
+    ),
+    TestCase::always(
+        "delete_all_leaves_nothing",
+        "after all snapshots are deleted nothing of them is left",
+        |subject, method| {
+            let mut fixture = Fixture::new(subject, method)?;
+            let before = fixture.footprint()?;
+            for name in ["a", "b"] {
+                fixture.create(name)?;
+                fixture.write_random()?;
+                if !fixture.capabilities()?.snapshot_of_snapshot {
+                    break;
+                }
+            }
+            fixture.revert("a")?;
+            fixture.write_random()?;
+            let all: Vec<String> = fixture.model.points.keys().cloned().collect();
+            fixture.run(&Op::Delete(all))?;
+            fixture.check_current()?;
+            let after = fixture.footprint()?;
+            ensure!(before == after, "there was {before:?}, and there is {after:?}");
+            Ok(())
+        },
+    ),
+    TestCase::with(
+        "undeclared_is_refused",
+        "what the capabilities exclude is refused before anything is changed",
         trees_with_deletes,
         |subject, method| {
             let mut fixture = Fixture::with_snapshots(subject, method)?;
@@ -116,17 +158,21 @@ pub(super) const CASES: [TestCase; 12] = [
             fixture.check_all()
         },
     ),
-    TestCase::always("a lost catalogue comes back from the manifests", |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        let paths: Vec<_> = fixture.records()?.into_iter().map(|record| record.disk.path).collect();
-        let capabilities = fixture.capabilities()?;
-        let format = fixture.records()?[0].disk.format.clone();
-        ensure!(capabilities.internal || capabilities.external, "it declares no kind of point");
-        fixture.lose_catalogue()?;
-        let images = snapcore::DomainRef::images(&paths)?.format(format);
-        let process = fixture.process()?;
-        let report = process.wait(process.service.import(&images, Default::default()))?;
-        ensure!(report.notes.is_empty(), "it was told: {:?}", report.notes);
-        fixture.check_all()
-    }),
+    TestCase::always(
+        "import_after_lost_catalogue",
+        "a lost catalogue is imported again from the manifests",
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            let paths: Vec<_> = fixture.records()?.into_iter().map(|record| record.disk.path).collect();
+            let capabilities = fixture.capabilities()?;
+            let format = fixture.records()?[0].disk.format.clone();
+            ensure!(capabilities.internal || capabilities.external, "it declares no kind of point");
+            fixture.lose_catalogue()?;
+            let images = snapcore::DomainRef::images(&paths)?.format(format);
+            let process = fixture.process()?;
+            let report = process.wait(process.service.import(&images, Default::default()))?;
+            ensure!(report.notes.is_empty(), "the import reports {:?}", report.notes);
+            fixture.check_all()
+        },
+    ),
 ];

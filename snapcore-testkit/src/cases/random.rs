@@ -1,4 +1,4 @@
-//! Histories that nobody thought of.
+//! Random histories.
 
 use anyhow::{Context, Result, ensure};
 
@@ -9,10 +9,14 @@ use crate::seed::{Seed, from_env};
 use crate::test_backend::TestBackend;
 
 pub(super) const CASES: [TestCase; 2] = [
-    TestCase::with("a random history is as the model says", trees_with_deletes, |subject, method| {
-        history(subject, method, 0)
-    }),
     TestCase::with(
+        "random_history",
+        "a random history is as the model says",
+        trees_with_deletes,
+        |subject, method| history(subject, method, 0),
+    ),
+    TestCase::with(
+        "random_history_with_crashes",
         "a random history full of crashes is as the model says",
         trees_with_deletes,
         |subject, method| history(subject, method, 40),
@@ -27,14 +31,14 @@ fn history(subject: &dyn TestBackend, method: &Method, crashes: u64) -> Result<(
     let mut fixture = Fixture::new(subject, method)?;
     let mut random = Seed::new(seed);
     fixture.random = Seed::new(random.draw());
-    let mut told = vec![format!("TESTKIT_SEED={seed} TESTKIT_OPERATIONS={operations}")];
+    let mut log = vec![format!("TESTKIT_SEED={seed} TESTKIT_OPERATIONS={operations}")];
     for number in 0..operations {
         let op = choose(&fixture, &mut random, number);
         let fault = random.chance(crashes).then(|| 1 + random.below(16));
-        told.push(format!("{op:?}{}", fault.map_or(String::new(), |at| format!(", crash at {at}"))));
-        step(&mut fixture, &op, fault, &mut random).with_context(|| told.join("\n"))?;
+        log.push(format!("{op:?}{}", fault.map_or(String::new(), |at| format!(", crash at {at}"))));
+        step(&mut fixture, &op, fault, &mut random).with_context(|| log.join("\n"))?;
     }
-    fixture.check_all().with_context(|| told.join("\n"))
+    fixture.check_all().with_context(|| log.join("\n"))
 }
 
 fn choose(fixture: &Fixture<'_>, random: &mut Seed, number: u64) -> Op {
@@ -46,7 +50,7 @@ fn choose(fixture: &Fixture<'_>, random: &mut Seed, number: u64) -> Op {
     match random.below(10) {
         0..=4 => {
             let save = (points.len() < POINTS && random.chance(30)).then_some(name);
-            // A revert to where it is already cannot be told from none.
+            // A revert to the current snapshot cannot be distinguished from none.
             let others: Vec<&&String> =
                 points.iter().filter(|name| fixture.model.current.as_ref() != Some(**name)).collect();
             match others.is_empty() {

@@ -1,4 +1,4 @@
-//! What only looks changes nothing.
+//! Reading changes nothing.
 
 use std::collections::HashSet;
 
@@ -15,91 +15,132 @@ impl snapcore::Progress for Silent {
     fn bytes(&self, _: u64, _: u64) {}
 }
 
-pub(super) const CASES: [TestCase; 5] = [
-    TestCase::always("looking and planning change nothing", |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        let before = fixture.footprint()?;
-        let reference = fixture.reference();
-        let process = fixture.process()?;
-        let service = &process.service;
-        process.wait(async {
-            let name = SnapshotName::new("a")?;
-            let requests = [
-                Request::Create(method.create(SnapshotName::new("new")?, &TARGETS)?),
-                Request::Revert(RevertRequest::new(name.clone())),
-                Request::Delete(DeleteRequest::new(vec![name.clone()])),
-                Request::Tidy,
-            ];
-            for request in &requests {
-                service.plan(&reference, request).await?;
-            }
-            service.show(&reference, &name).await?;
-            service.inspect(&reference).await?;
-            service.check(&reference).await?;
-            Ok::<_, Error>(())
-        })?;
-        let after = fixture.footprint()?;
-        ensure!(before == after, "there was {before:?}, and there is {after:?}");
-        fixture.check_all()
-    }),
-    TestCase::always("a disk's state is one tree of layers under the active one", |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        let reference = fixture.reference();
-        let process = fixture.process()?;
-        for report in process.wait(process.service.inspect(&reference))? {
-            let state =
-                report.state.with_context(|| format!("it could not be read: {:?}", report.problem))?;
-            ensure!(state.target == report.record.disk.target, "the state is of {}", state.target);
-            ensure!(
-                state.active == report.record.active,
-                "the state's active layer is {}, the catalogue's {}",
-                state.active,
-                report.record.active
-            );
-            let names: HashSet<_> = state.layers.iter().map(|layer| &layer.name).collect();
-            ensure!(names.len() == state.layers.len(), "two layers have one name: {names:?}");
-            ensure!(names.contains(&state.active), "the active layer is none of {names:?}");
-            for layer in &state.layers {
-                ensure!(
-                    layer.backing.as_ref().is_none_or(|below| names.contains(below)),
-                    "{} stands on {:?}, which is no layer",
-                    layer.name,
-                    layer.backing
-                );
-                ensure!(layer.virtual_size > 0, "{} has no size", layer.name);
-            }
-            let chain = state.chain(&state.active);
-            ensure!(chain.len() <= state.layers.len(), "the active chain is a loop");
-        }
-        Ok(())
-    }),
-    TestCase::always("what a delete would cost is told, and costs nothing", |subject, method| {
-        let mut fixture = Fixture::with_snapshots(subject, method)?;
-        let reference = fixture.reference();
-        let names: Vec<String> = fixture.model.points.keys().cloned().collect();
-        let process = fixture.process()?;
-        for name in names {
-            let details =
-                process.wait(process.service.show(&reference, &SnapshotName::new(name.clone())?))?;
-            for member in &details.members {
-                ensure!(member.delete.is_some(), "of {name} on {} it is not told", member.target);
-            }
-        }
-        fixture.check_all()
-    }),
-    TestCase::always("a disk that is not there is refused by name", |subject, method| {
-        let mut fixture = Fixture::new(subject, method)?;
-        let records = fixture.records()?;
-        let process = fixture.process()?;
-        let backend = process.service.registry().get(&records[0].disk.format)?;
-        let mut disk = records[0].disk.clone();
-        disk.path = disk.path.with_file_name("there-is-no-such-disk");
-        let refused = refusal(process.wait(backend.adopt(&disk, subject.active_path())), "adopting it")?;
-        ensure!(refused.to_string().contains("there-is-no-such-disk"), "it is not named: {refused}");
-        fixture.check_current()
-    }),
+pub(super) const CASES: [TestCase; 6] = [
     TestCase::always(
-        "a point that is not there and a step that is not known are errors that change nothing",
+        "reads_change_nothing",
+        "listing, inspecting and planning change nothing",
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            let before = fixture.footprint()?;
+            let reference = fixture.reference();
+            let process = fixture.process()?;
+            let service = &process.service;
+            process.wait(async {
+                let name = SnapshotName::new("a")?;
+                let requests = [
+                    Request::Create(method.create(SnapshotName::new("new")?, &TARGETS)?),
+                    Request::Revert(RevertRequest::new(name.clone())),
+                    Request::Delete(DeleteRequest::new(vec![name.clone()])),
+                    Request::Tidy,
+                ];
+                for request in &requests {
+                    service.plan(&reference, request).await?;
+                }
+                service.show(&reference, &name).await?;
+                service.inspect(&reference).await?;
+                service.check(&reference).await?;
+                Ok::<_, Error>(())
+            })?;
+            let after = fixture.footprint()?;
+            ensure!(before == after, "there was {before:?}, and there is {after:?}");
+            fixture.check_all()
+        },
+    ),
+    TestCase::always(
+        "state_is_one_tree",
+        "a disk's state is one tree of layers with the active one",
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            let reference = fixture.reference();
+            let process = fixture.process()?;
+            for report in process.wait(process.service.inspect(&reference))? {
+                let state =
+                    report.state.with_context(|| format!("it could not be read: {:?}", report.problem))?;
+                ensure!(state.target == report.record.disk.target, "the state is of {}", state.target);
+                ensure!(
+                    state.active == report.record.active,
+                    "the state's active layer is {}, the catalogue's {}",
+                    state.active,
+                    report.record.active
+                );
+                let names: HashSet<_> = state.layers.iter().map(|layer| &layer.name).collect();
+                ensure!(names.len() == state.layers.len(), "two layers have one name: {names:?}");
+                ensure!(names.contains(&state.active), "the active layer is none of {names:?}");
+                for layer in &state.layers {
+                    ensure!(
+                        layer.backing.as_ref().is_none_or(|below| names.contains(below)),
+                        "{} is backed by {:?}, which is no layer",
+                        layer.name,
+                        layer.backing
+                    );
+                    ensure!(layer.virtual_size > 0, "{} has no size", layer.name);
+                }
+                let chain = state.chain(&state.active);
+                ensure!(chain.len() <= state.layers.len(), "the active chain is a loop");
+            }
+            Ok(())
+        },
+    ),
+    TestCase::always(
+        "delete_cost_is_reported",
+        "the cost of a delete is reported, and reporting it changes nothing",
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            let reference = fixture.reference();
+            let names: Vec<String> = fixture.model.points.keys().cloned().collect();
+            let process = fixture.process()?;
+            for name in names {
+                let details =
+                    process.wait(process.service.show(&reference, &SnapshotName::new(name.clone())?))?;
+                for member in &details.members {
+                    ensure!(member.delete.is_some(), "of {name} on {} it is not reported", member.target);
+                }
+            }
+            fixture.check_all()
+        },
+    ),
+    TestCase::with(
+        "delete_cost_is_not_always_zero",
+        "of snapshots that differ, at least one frees or moves bytes when it is deleted",
+        |_, subject| subject.knows_cost(),
+        |subject, method| {
+            let mut fixture = Fixture::with_snapshots(subject, method)?;
+            let reference = fixture.reference();
+            let names: Vec<String> = fixture.model.points.keys().cloned().collect();
+            let process = fixture.process()?;
+            let mut bytes = 0;
+            for name in &names {
+                let details =
+                    process.wait(process.service.show(&reference, &SnapshotName::new(name.clone())?))?;
+                for cost in details.members.iter().filter_map(|member| member.delete.as_ref()) {
+                    bytes += cost.frees + cost.moves;
+                }
+            }
+            ensure!(
+                bytes > 0,
+                "the guest wrote after each of {names:?}, and to delete any frees and moves nothing"
+            );
+            Ok(())
+        },
+    ),
+    TestCase::always(
+        "absent_disk_is_refused",
+        "a disk that is not there is refused by name",
+        |subject, method| {
+            let mut fixture = Fixture::new(subject, method)?;
+            let records = fixture.records()?;
+            let process = fixture.process()?;
+            let backend = process.service.registry().get(&records[0].disk.format)?;
+            let mut disk = records[0].disk.clone();
+            disk.path = disk.path.with_file_name("there-is-no-such-disk");
+            let refused = refusal(process.wait(backend.adopt(&disk, subject.active_path())), "adopting it")?;
+            ensure!(refused.to_string().contains("there-is-no-such-disk"), "it is not named: {refused}");
+            fixture.check_current()
+        },
+    ),
+    TestCase::always(
+        "unknown_point_and_step_are_errors",
+        "an unknown point and an unknown step are errors that change nothing",
         |subject, method| {
             let mut fixture = Fixture::with_snapshots(subject, method)?;
             let record = fixture.records()?.swap_remove(0);
@@ -135,7 +176,7 @@ pub(super) const CASES: [TestCase; 5] = [
                 };
                 let junk = [
                     serde_json::json!(null),
-                    serde_json::json!({"do": "what nobody knows"}),
+                    serde_json::json!({"do": "an unknown step"}),
                     serde_json::json!([1, 2]),
                 ];
                 for action in junk {

@@ -1,4 +1,4 @@
-//! Several at once.
+//! Several operations and domains at once.
 
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,13 +18,26 @@ fn path_stays(_: &snapcore::Capabilities, subject: &dyn TestBackend) -> bool {
 }
 
 pub(super) const CASES: [TestCase; 4] = [
-    TestCase::with("the configured path opens at every instant", path_stays, always_opens),
-    TestCase::always("two operations at once: one is refused as busy", two_at_once),
-    TestCase::always("a disk that is held is held against whoever comes, until it is given back", held),
-    TestCase::always("many domains at once do not see each other", many),
+    TestCase::with(
+        "path_always_opens",
+        "the configured path opens at every instant",
+        path_stays,
+        always_opens,
+    ),
+    TestCase::always(
+        "second_operation_is_busy",
+        "of two operations at once one is refused as busy",
+        two_at_once,
+    ),
+    TestCase::always(
+        "hold_excludes_all",
+        "a disk that is held is held against every other process, until it is released",
+        held,
+    ),
+    TestCase::always("domains_are_independent", "many domains at once do not affect each other", many),
 ];
 
-/// A domain may be started at any instant, by somebody who knows of nothing: he must find its disks.
+/// A domain may be started at any instant by a program that knows nothing of domsnap: it must find its disks.
 fn always_opens(subject: &dyn TestBackend, method: &Method) -> Result<()> {
     let mut fixture = Fixture::with_snapshots(subject, method)?;
     let deletes = trees_with_deletes(&fixture.capabilities()?, subject);
@@ -105,7 +118,7 @@ fn held(subject: &dyn TestBackend, method: &Method) -> Result<()> {
             Err(busy) if busy.kind() == ErrorKind::Busy && begun.elapsed().as_secs() < 10 => {
                 std::thread::sleep(std::time::Duration::from_millis(10));
             }
-            Err(error) => return Err(error).context("it was given back, and is held still"),
+            Err(error) => return Err(error).context("it was released, and is held still"),
         }
     }
     drop(other);

@@ -1,7 +1,9 @@
-//! A hypervisor of files: a stand-in, to show what it takes to add one, and that nothing else need know of it.
+//! A hypervisor of files: a stand-in, to show what it takes to add one, and that nothing else need know of
+//! it.
 //!
-//! A machine is a file `NAME.json` in a directory: its guest's memory is a number, and its disks are files that it "has open". It is
-//! reached as `fake:NAME`. A memory image is a file of the number and its complement.
+//! A machine is a file `NAME.json` in a directory: its guest's memory is a number, and its disks are files
+//! that it "has open". It is reached as `fake:NAME`. A memory image is a file of the number and its
+//! complement.
 
 use std::{collections::HashSet, fs, io, sync::Arc};
 

@@ -1,4 +1,5 @@
-//! The command, with a hypervisor that it does not know: found, registered, snapshotted and reverted as any other.
+//! The command, with a hypervisor that it does not know: found, registered, snapshotted and reverted as any
+//! other.
 
 use std::process::Command;
 

@@ -1,8 +1,8 @@
 //! The functions that take libc's place.
 //!
-//! Each one is one operation: is the file watched? wait for the turn; judge; do; record. `open`, `openat`, `ioctl`
-//! and `syscall` are variadic in C; on the calling conventions of Linux on x86-64 and aarch64 their integer arguments
-//! arrive as in a function that names them all, which is how they are declared here.
+//! Each one is one operation: is the file watched? wait for the turn; judge; do; record. `open`, `openat`,
+//! `ioctl` and `syscall` are variadic in C; on the calling conventions of Linux on x86-64 and aarch64 their
+//! integer arguments arrive as in a function that names them all, which is how they are declared here.
 
 use std::ffi::{CStr, OsStr, c_char, c_int, c_long, c_uint, c_ulong, c_void};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};

@@ -1,8 +1,8 @@
 //! A shim that the crash tests preload into the real `domsnap` with `LD_PRELOAD`.
 //!
-//! It stands between the program and libc's file operations, for files below one directory, and counts, records,
-//! fails, or dies before, each of them. The product therefore has no crash hooks of its own: what is tested is the
-//! binary that users run.
+//! It stands between the program and libc's file operations, for files below one directory, and counts,
+//! records, fails, or dies before, each of them. The product therefore has no crash hooks of its own: what is
+//! tested is the binary that users run.
 //!
 //! | variable | meaning |
 //! |---|---|
@@ -23,14 +23,16 @@
 //!
 //! `qmp.rs` has the same for the commands that the program sends to a QEMU.
 //!
-//! What counts as an operation: everything that changes what a file system holds, or asks it to make that durable.
-//! Reads, locks, opens of what exists and mode changes do not. Operations are serialised by one lock, so that the
-//! record's order is the order in which they were done, also between threads.
+//! What counts as an operation: everything that changes what a file system holds, or asks it to make that
+//! durable. Reads, locks, opens of what exists and mode changes do not. Operations are serialised by one
+//! lock, so that the record's order is the order in which they were done, also between threads.
 //!
-//! Left out: SQLite's `-shm` file, which is shared memory with a name, rebuilt from the `-wal` file after a crash.
+//! Left out: SQLite's `-shm` file, which is shared memory with a name, rebuilt from the `-wal` file after a
+//! crash.
 //!
-//! What the shim cannot see: system calls that do not go through libc (hence rustix's `use-libc` feature in the
-//! workspace), stores to shared mappings, and io_uring. A test compares its count with strace's to notice.
+//! What the shim cannot see: system calls that do not go through libc (hence rustix's `use-libc` feature in
+//! the workspace), stores to shared mappings, and io_uring. A test compares its count with strace's to
+//! notice.
 
 mod hooks;
 mod qmp;

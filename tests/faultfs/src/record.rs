@@ -1,8 +1,8 @@
 //! The binary record of file operations: written by the shim, read by the power-loss replayer.
 //!
-//! A record is a fixed head, little-endian (`kind` u8, then u64 `dev`, `ino`, `offset`, `length`, then u32 lengths of
-//! `path`, `path2` and `data`), followed by those three. A file is records back to back; the last one may be cut
-//! short by the death of its writer, and is then ignored.
+//! A record is a fixed head, little-endian (`kind` u8, then u64 `dev`, `ino`, `offset`, `length`, then u32
+//! lengths of `path`, `path2` and `data`), followed by those three. A file is records back to back; the last
+//! one may be cut short by the death of its writer, and is then ignored.
 
 /// What an operation did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -55,7 +55,8 @@ pub fn number(name: &str) -> Option<u64> {
     }
 }
 
-/// Opens an output file of the shim's own, at a high descriptor so that the program's own numbers stay what they are.
+/// Opens an output file of the shim's own, at a high descriptor so that the program's own numbers stay what
+/// they are.
 pub fn output(name: &str) -> Option<i32> {
     let path = CString::new(std::env::var_os(name)?.into_vec()).ok()?;
     let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_APPEND | libc::O_CLOEXEC;
@@ -122,7 +123,8 @@ impl Config {
         self.log.is_some()
     }
 
-    /// Counts the operation `line` (kind, path, offset, length), and says what is to happen to it. May not return.
+    /// Counts the operation `line` (kind, path, offset, length), and says what is to happen to it. May not
+    /// return.
     pub fn judge(&self, turn: &mut Turn, line: &str, is_write: bool, needs_space: bool) -> Verdict {
         turn.done += 1;
         if let Some(fd) = self.count {

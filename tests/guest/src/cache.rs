@@ -6,11 +6,11 @@
 //! TARGET/testguest/guest-KEY/      the built guest; KEY stands for what it was built from
 //!     kernel, initrd
 //!     blank-MIB.qcow2              an empty disk of that size
-//!     state-KEY/                   memory and disks of a guest that is ready; KEY stands for QEMU and its command line
+//!     state-KEY/                   memory and disks of a ready guest; KEY is of QEMU and its command line
 //! ```
 //!
-//! Everything is made under another name in the same directory and then renamed, so what is there is whole. A lock is a file
-//! beside it and goes with the process that holds it.
+//! Everything is made under another name in the same directory and then renamed, so what is there is whole. A
+//! lock is a file beside it and goes with the process that holds it.
 
 use std::{
     env,
@@ -37,8 +37,9 @@ impl Built {
         Self::of("guest", &build::key(), build::build)
     }
 
-    /// A guest of a kind, made from what `key` stands for; where nobody has, `build` makes it in the directory that it is given
-    /// first, of the packages that are kept in the other. One of the same kind and another key is removed.
+    /// A guest of a kind, made from what `key` stands for; where nobody has, `build` makes it in the
+    /// directory that it is given first, of the packages that are kept in the other. One of the same kind and
+    /// another key is removed.
     ///
     /// # Errors
     /// As `build`; the cache cannot be written.
@@ -68,7 +69,8 @@ impl Built {
         &self.dir
     }
 
-    /// The file or directory of that name in it; `make` makes it at the path that it is given where nobody has.
+    /// The file or directory of that name in it; `make` makes it at the path that it is given where nobody
+    /// has.
     ///
     /// # Errors
     /// As `make`.

@@ -1,8 +1,8 @@
 //! What the guest's program says, and what it is asked (`src-guest/witness.c` has the lines).
 //!
-//! A thread reads the port as long as the [`Channel`] lives, from whichever QEMU serves its socket. Lines may come again, or
-//! late, or by halves, after a machine was put back to an earlier instant: a line that is not whole is not counted, and an
-//! answer is known by the id of its question, which is used once.
+//! A thread reads the port as long as the [`Channel`] lives, from whichever QEMU serves its socket. Lines may
+//! come again, or late, or by halves, after a machine was put back to an earlier instant: a line that is not
+//! whole is not counted, and an answer is known by the id of its question, which is used once.
 
 use std::{
     collections::HashMap,
@@ -32,7 +32,8 @@ pub struct Status {
     pub ticks: u64,
     /// How often it found memory and disks to differ, by its own memory.
     pub bad: u64,
-    /// The longest time between two ticks by the guest's own clock, which may stand still while the machine does.
+    /// The longest time between two ticks by the guest's own clock, which may stand still while the machine
+    /// does.
     pub gap: Duration,
     /// How many pages of 4 KiB [`Guest::dirty`](crate::Guest::dirty) has written.
     pub dirtied: u64,
@@ -56,7 +57,8 @@ impl Status {
     }
 }
 
-/// How many bytes of a disk hold its counter, from [`Guest::counter_offset`](crate::Guest::counter_offset) on.
+/// How many bytes of a disk hold its counter, from [`Guest::counter_offset`](crate::Guest::counter_offset)
+/// on.
 pub const COUNTER_BYTES: usize = SLOTS as usize * BLOCK;
 
 const SLOTS: u64 = 8;

@@ -42,11 +42,12 @@ pub struct ShellOutput {
     pub stdout: Vec<u8>,
 }
 
-/// A guest that runs in a QEMU, with its sockets and disks in a directory of its own. Dropping it kills the QEMU and removes
-/// the directory.
+/// A guest that runs in a QEMU, with its sockets and disks in a directory of its own. Dropping it kills the
+/// QEMU and removes the directory.
 ///
-/// The guest belongs to the directory, not to the process: another QEMU that is started with the same sockets (a cold start
-/// from a memory image, a restart by a supervisor) is heard, asked, and killed in the end just as the first one.
+/// The guest belongs to the directory, not to the process: another QEMU that is started with the same sockets
+/// (a cold start from a memory image, a restart by a supervisor) is heard, asked, and killed in the end just
+/// as the first one.
 pub struct Guest {
     // In this order: the reader ends, then what it reads.
     channel: Channel,
@@ -159,8 +160,8 @@ impl Guest {
         &self.agent
     }
 
-    /// The names of its disks: `vda`, `vdb`, ... These are also the ids of their devices, and the directories under which
-    /// the guest has them mounted.
+    /// The names of its disks: `vda`, `vdb`, ... These are also the ids of their devices, and the directories
+    /// under which the guest has them mounted.
     pub fn targets(&self) -> Vec<String> {
         targets(self.options.disks).collect()
     }
@@ -175,13 +176,14 @@ impl Guest {
         self.disks().swap_remove(number)
     }
 
-    /// The words that boot it, the program first. (The process itself has `-incoming defer` beside them, unless it was
-    /// booted.)
+    /// The words that boot it, the program first. (The process itself has `-incoming defer` beside them,
+    /// unless it was booted.)
     pub fn command_line(&self) -> &[OsString] {
         &self.line
     }
 
-    /// The process that runs it: the one that was started here, or another QEMU that was started on the same directory.
+    /// The process that runs it: the one that was started here, or another QEMU that was started on the same
+    /// directory.
     pub fn pid(&self) -> Option<u32> {
         self.processes().first().copied()
     }
@@ -236,8 +238,8 @@ impl Guest {
         self.channel.wait_ticks(ticks, self.options.deadline)
     }
 
-    /// The guest runs, has looked again (three ticks), and has not once found its memory and disks to be of different
-    /// instants, nor met an I/O error, since it was started or [`Guest::forget_bad`] was called.
+    /// The guest runs, has looked again (three ticks), and has not once found its memory and disks to be of
+    /// different instants, nor met an I/O error, since it was started or [`Guest::forget_bad`] was called.
     ///
     /// # Errors
     /// With what it found; as [`Guest::ticks`].
@@ -253,7 +255,8 @@ impl Guest {
         }
     }
 
-    /// Every line with which the guest said that something is wrong. Heard by this process, so no revert takes them back.
+    /// Every line with which the guest said that something is wrong. Heard by this process, so no revert
+    /// takes them back.
     pub fn bad(&self) -> Vec<String> {
         self.channel.bad()
     }
@@ -263,9 +266,9 @@ impl Guest {
         self.channel.forget_bad();
     }
 
-    /// The longest time between two ticks since the start or the last [`Guest::forget_gap`], by the clock of this machine:
-    /// how long the guest stood still, the rest between ticks and the disks' flushes included. The time since the last tick
-    /// counts too.
+    /// The longest time between two ticks since the start or the last [`Guest::forget_gap`], by the clock of
+    /// this machine: how long the guest stood still, the rest between ticks and the disks' flushes included.
+    /// The time since the last tick counts too.
     pub fn largest_gap(&self) -> Duration {
         self.channel.gap()
     }
@@ -288,15 +291,16 @@ impl Guest {
         self.await_boot(boots).with_context(|| self.last_words())
     }
 
-    /// The counters that the guest found on its disks at its last boot; none for one that was not whole. (It says BAD itself
-    /// when they cannot be of one instant.)
+    /// The counters that the guest found on its disks at its last boot; none for one that was not whole. (It
+    /// says BAD itself when they cannot be of one instant.)
     pub fn counters_at_boot(&self) -> Vec<Option<u64>> {
         self.channel.counters()
     }
 
     // What it does.
 
-    /// Gives the guest's program a command (`src-guest/witness.c` has them), and returns its answer without the "ok".
+    /// Gives the guest's program a command (`src-guest/witness.c` has them), and returns its answer without
+    /// the "ok".
     ///
     /// # Errors
     /// What the guest answered instead; as [`Guest::ticks`].
@@ -318,8 +322,8 @@ impl Guest {
         Ok(ShellOutput { status: number(&answer, "status")?.try_into()?, stdout })
     }
 
-    /// Memory load: so many MiB of its own are written at so many MiB a second, page after page; rate 0 is as fast as it
-    /// can, 0 MiB ends it. The memory is filled before this returns.
+    /// Memory load: so many MiB of its own are written at so many MiB a second, page after page; rate 0 is as
+    /// fast as it can, 0 MiB ends it. The memory is filled before this returns.
     ///
     /// # Errors
     /// As [`Guest::command`].
@@ -327,8 +331,9 @@ impl Guest {
         self.command(&format!("dirty {mib} {mib_per_second}")).map(drop)
     }
 
-    /// Disk load: random blocks of 4 KiB, among so many a disk, are written so often a second, each with a generation that
-    /// the guest's memory knows and that is read back; rate 0 is as fast as it can, 0 blocks end it.
+    /// Disk load: random blocks of 4 KiB, among so many a disk, are written so often a second, each with a
+    /// generation that the guest's memory knows and that is read back; rate 0 is as fast as it can, 0 blocks
+    /// end it.
     ///
     /// # Errors
     /// As [`Guest::command`].
@@ -336,7 +341,8 @@ impl Guest {
         self.command(&format!("blocks {count} {per_second}")).map(drop)
     }
 
-    /// Reads all blocks of the disk load and compares them with what the guest's memory knows; gives their number.
+    /// Reads all blocks of the disk load and compares them with what the guest's memory knows; gives their
+    /// number.
     ///
     /// # Errors
     /// When one is wrong; as [`Guest::command`].
@@ -348,8 +354,8 @@ impl Guest {
         }
     }
 
-    /// Stops ticking, between two ticks: memory and all disks have the counter that this gives, until [`Guest::go_on`]. The
-    /// loads, if there are any, run on.
+    /// Stops ticking, between two ticks: memory and all disks have the counter that this gives, until
+    /// [`Guest::go_on`]. The loads, if there are any, run on.
     ///
     /// # Errors
     /// As [`Guest::command`].
@@ -365,8 +371,8 @@ impl Guest {
         self.command("go").map(drop)
     }
 
-    /// Where on a disk its counter is, in bytes: with [`counter`](crate::counter) the counter of any image or snapshot of
-    /// that disk can be read from outside.
+    /// Where on a disk its counter is, in bytes: with [`counter`](crate::counter) the counter of any image or
+    /// snapshot of that disk can be read from outside.
     ///
     /// # Errors
     /// As [`Guest::command`].
@@ -507,8 +513,8 @@ fn qemus_of(dir: &Path, known: &BTreeSet<u32>) -> Vec<u32> {
     pids.filter(ours).collect()
 }
 
-/// Whether a process has let go of its files, and only waits for its parent to hear of it: until the last of its threads is
-/// gone it holds the locks of its images.
+/// Whether a process has let go of its files, and only waits for its parent to hear of it: until the last of
+/// its threads is gone it holds the locks of its images.
 fn ended(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat.rsplit_once(") ").map_or("X", |(_, rest)| rest);
@@ -539,7 +545,8 @@ fn blank(built: &Built, mib: u64, format: &str) -> Result<PathBuf> {
     let raw = built.once(&format!("blank-{mib}.raw"), |image| {
         File::create(image)?.set_len(mib << 20)?;
         let mut mkfs = Command::new("mkfs.ext4");
-        // Blocks as large as the witness's: one that is written when QEMU is killed is written or is not, and never half.
+        // Blocks as large as the witness's: one that is written when QEMU is killed is written or is not, and
+        // never half.
         mkfs.args(["-q", "-F", "-b", "4096", "-m", "0", "-E", "lazy_itable_init=0,nodiscard"]).arg(image);
         process::run(&mut mkfs, "run scripts/install-deps").map(drop)
     })?;

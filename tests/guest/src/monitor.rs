@@ -1,5 +1,5 @@
-//! QMP and the guest agent, from code that is not async: each call has a thread and a runtime of its own, so that it may be
-//! made inside of a runtime too, and leaves the socket free for the test.
+//! QMP and the guest agent, from code that is not async: each call has a thread and a runtime of its own, so
+//! that it may be made inside of a runtime too, and leaves the socket free for the test.
 
 use std::{path::Path, thread, time::Duration};
 

@@ -128,8 +128,8 @@ impl GuestOptions {
         self
     }
 
-    /// Disks by `-drive` (ids `drive0`, `drive1`, ..., nodes without a name) and not by `-blockdev` (nodes `d0`, `d1`, ...
-    /// over `f0`, `f1`, ...).
+    /// Disks by `-drive` (ids `drive0`, `drive1`, ..., nodes without a name) and not by `-blockdev` (nodes
+    /// `d0`, `d1`, ... over `f0`, `f1`, ...).
     pub fn drive(mut self) -> Self {
         self.drive = true;
         self
@@ -171,23 +171,24 @@ impl GuestOptions {
         self
     }
 
-    /// More words of QEMU's command line. `DIR` in them stands for [`Guest::dir`]. A word that differs from run to run makes
-    /// each run keep a memory of its own: give QEMU what it needs by [`GuestOptions::file`], or start by
-    /// [`GuestOptions::from_boot`].
+    /// More words of QEMU's command line. `DIR` in them stands for [`Guest::dir`]. A word that differs from
+    /// run to run makes each run keep a memory of its own: give QEMU what it needs by [`GuestOptions::file`],
+    /// or start by [`GuestOptions::from_boot`].
     pub fn more<S: AsRef<str>>(mut self, words: &[S]) -> Self {
         self.more.extend(words.iter().map(|word| word.as_ref().to_owned()));
         self
     }
 
-    /// Puts a file into [`Guest::dir`] before QEMU starts, for [`GuestOptions::more`] to name: a cdrom's image, a second kind
-    /// of disk. A guest that is restored has it as it was given, so the guest should not write it before it is ready.
+    /// Puts a file into [`Guest::dir`] before QEMU starts, for [`GuestOptions::more`] to name: a cdrom's
+    /// image, a second kind of disk. A guest that is restored has it as it was given, so the guest should not
+    /// write it before it is ready.
     pub fn file(mut self, name: &str, content: impl Into<Vec<u8>>) -> Self {
         self.files.push((name.to_owned(), content.into()));
         self
     }
 
-    /// Boots it, and does not start it from memory that was kept: for machines whose memory cannot be kept, and for tests
-    /// of what a boot itself does. It takes seconds.
+    /// Boots it, and does not start it from memory that was kept: for machines whose memory cannot be kept,
+    /// and for tests of what a boot itself does. It takes seconds.
     pub fn from_boot(mut self) -> Self {
         self.boot = true;
         self
@@ -199,7 +200,8 @@ impl GuestOptions {
         self
     }
 
-    /// Within which the guest must be ready, and answer each command. 180 s, because machines that run tests are slow.
+    /// Within which the guest must be ready, and answer each command. 180 s, because machines that run tests
+    /// are slow.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
@@ -220,15 +222,16 @@ impl GuestOptions {
         targets(self.disks).enumerate().map(disk).collect()
     }
 
-    /// Starts it from memory and disks that another machine kept: its [`GuestOptions::luggage`] is here, in this directory.
+    /// Starts it from memory and disks that another machine kept: its [`GuestOptions::luggage`] is here, in
+    /// this directory.
     pub fn kept(mut self, place: &Path) -> Self {
         self.kept = Some(place.join(Self::KEPT));
         self
     }
 
-    /// What another machine needs so that this guest starts there from memory that is kept here: files, and where each belongs.
-    /// Those with relative places belong below the directory that `DOMSNAP_TEST_GUEST` names there, where [`GuestOptions::kept`] looks;
-    /// QEMU itself, 10.0, is wanted in PATH.
+    /// What another machine needs so that this guest starts there from memory that is kept here: files, and
+    /// where each belongs. Those with relative places belong below the directory that `DOMSNAP_TEST_GUEST`
+    /// names there, where [`GuestOptions::kept`] looks; QEMU itself, 10.0, is wanted in PATH.
     ///
     /// # Errors
     /// What is missing on this machine and which script installs it.
@@ -255,7 +258,8 @@ impl GuestOptions {
     /// Starts it; it is ready, and has ticked, when this returns.
     ///
     /// # Errors
-    /// What is missing on this machine and which script installs it; or what QEMU and the guest's console said.
+    /// What is missing on this machine and which script installs it; or what QEMU and the guest's console
+    /// said.
     pub fn start(self) -> Result<Guest> {
         Guest::start(self)
     }

@@ -1,8 +1,9 @@
-//! Memory that is kept: a guest that is ready is stopped, and its memory and disks go into the cache; other guests of the
-//! same options begin there. Both are of one instant, because the guest does not run between them.
+//! Memory that is kept: a guest that is ready is stopped, and its memory and disks go into the cache; other
+//! guests of the same options begin there. Both are of one instant, because the guest does not run between
+//! them.
 //!
-//! QEMU 10.0 writes each page at a place of its own (mapped-ram), and reads them back that way; 7.2 knows neither that nor
-//! files, and writes a stream through `cat`.
+//! QEMU 10.0 writes each page at a place of its own (mapped-ram), and reads them back that way; 7.2 knows
+//! neither that nor files, and writes a stream through `cat`.
 
 use std::{
     ffi::OsString,
@@ -40,7 +41,8 @@ pub(crate) fn get(options: &GuestOptions, built: &Built) -> Result<PathBuf> {
     })
 }
 
-/// Everything that the memory depends on: QEMU, its command line, the disks' size. The guest's build is the directory.
+/// Everything that the memory depends on: QEMU, its command line, the disks' size. The guest's build is the
+/// directory.
 fn inputs(options: &GuestOptions, built: &Built) -> Result<String> {
     let qemu = Qemu::find(options.version)?;
     let line = qemu.command_line(options, built.dir(), "DIR")?;

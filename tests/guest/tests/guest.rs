@@ -232,8 +232,8 @@ fn memory_load_dirties_memory_at_about_the_rate() -> Result<()> {
     let after = guest.status()?;
     // QEMU counts each page once in the time that it takes to look: enough to see that pages really change.
     assert!(loaded >= idle + 4, "QEMU measures {loaded} MiB/s, {idle} without the load");
-    // By the guest's own clock it cannot be faster, but for the fifth of a second that it may make up for; on a machine
-    // that is busy it may be slower.
+    // By the guest's own clock it cannot be faster, but for the fifth of a second that it may make up for; on
+    // a machine that is busy it may be slower.
     let (pages, seconds) = (after.dirtied - before.dirtied, (after.up - before.up).as_secs_f64());
     let rate = pages as f64 / 256.0 / seconds;
     let most = 20.0 * (seconds + 0.25) / seconds;

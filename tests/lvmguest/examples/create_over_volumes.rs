@@ -1,5 +1,6 @@
 //! How long a create over eight volumes takes beside the bare `lvcreate` calls, in the machine with lvm2:
-//! `cargo run -p lvmguest --example create_over_volumes -- DOMSNAP [ROUNDS]`, with a `domsnap` that was built with --release.
+//! `cargo run -p lvmguest --example create_over_volumes -- DOMSNAP [ROUNDS]`, with a `domsnap` that was built
+//! with --release.
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};

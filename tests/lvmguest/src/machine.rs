@@ -117,7 +117,8 @@ impl Machine {
     /// Boots it, runs a line of shell in it, and gives what came of that.
     ///
     /// # Errors
-    /// What is missing here and which script installs it; that it did not end in time, with what was said until then.
+    /// What is missing here and which script installs it; that it did not end in time, with what was said
+    /// until then.
     pub fn run(&self, command: &str) -> Result<Ended> {
         let built = build::get()?;
         let work = tempfile::Builder::new().prefix("run-").tempdir_in(built.dir())?;
@@ -175,7 +176,8 @@ impl Machine {
         Ok(Ended { status, output: read("output"), console, files })
     }
 
-    /// The built file system, and behind it an archive with what this run has of its own: the kernel unpacks both.
+    /// The built file system, and behind it an archive with what this run has of its own: the kernel unpacks
+    /// both.
     fn write_initrd(&self, built: &Path, command: &str, dir: &Path) -> Result<()> {
         let mut archive = Archive::new();
         let variables: String =

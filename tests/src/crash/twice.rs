@@ -9,14 +9,14 @@ use crate::model::Bytes;
 use crate::scenario::Scenario;
 use crate::{qemu, seed, shim};
 
-/// SIGKILL before an operation, then the domain writes; SIGKILL before an operation of the recovery, then it writes again.
-/// After another recovery all of both must be somewhere: in the present, or put aside where that is of a revert. One of
-/// `DOMSNAP_TWICE_EVERY` pairs of instants is tried, by default of 12.
+/// SIGKILL before an operation, then the domain writes; SIGKILL before an operation of the recovery, then it
+/// writes again. After another recovery all of both must be somewhere: in the present, or put aside where
+/// that is of a revert. One of `DOMSNAP_TWICE_EVERY` pairs of instants is tried, by default of 24.
 ///
 /// # Errors
 /// The first pair of instants after which something is lost.
 pub fn kill_twice_and_write(scenario: Scenario) -> Result<()> {
-    let every = seed::from_env("DOMSNAP_TWICE_EVERY", 12).max(1);
+    let every = seed::from_env("DOMSNAP_TWICE_EVERY", 24).max(1);
     let count = |bench: &mut Bench| {
         let operations = survey(bench)?;
         let told_apart = (0..operations.len()).filter(|index| is_told_apart(&operations, *index));

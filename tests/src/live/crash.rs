@@ -1,8 +1,9 @@
-//! Whoever can die in the middle of an operation on a running domain dies, at each step of it; then `recover`.
+//! Whoever can die in the middle of an operation on a running domain dies, at each step of it; then
+//! `recover`.
 //!
-//! A step begins where the journal is made durable, or a name of an image or memory image changes: just before each such
-//! operation on files the shim strikes. All instants of an operation are struck in one guest, one after the other, so that
-//! what a recovery leaves behind meets the next.
+//! A step begins where the journal is made durable, or a name of an image or memory image changes: just
+//! before each such operation on files the shim strikes. All instants of an operation are struck in one
+//! guest, one after the other, so that what a recovery leaves behind meets the next.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -20,7 +21,8 @@ use crate::shim::{self, Counted};
 pub enum Victim {
     /// `domsnap`; the guest lives.
     Domsnap,
-    /// QEMU, while `domsnap` is about to do the step; it is started again, as a supervisor would, before the recovery.
+    /// QEMU, while `domsnap` is about to do the step; it is started again, as a supervisor would, before the
+    /// recovery.
     Qemu,
     /// `domsnap`, and then QEMU, which is started again before the recovery.
     Both,
@@ -120,8 +122,9 @@ fn once(live: &mut Live, operation: &Operation, words: &[&str], victim: Victim, 
     } else {
         live.wait_running()?;
         if operation.words[0] == "revert" {
-            // Its supervisor started it before the recovery, on disks of which some were reverted and some not, and it wrote
-            // to them: no recovery makes one instant of that. All snapshots are whole, and it can be returned to each.
+            // Its supervisor started it before the recovery, on disks of which some were reverted and some
+            // not, and it wrote to them: no recovery makes one instant of that. All snapshots are whole, and
+            // it can be returned to each.
             live.guest.forget_bad();
             live.verify()?;
             live.revert(operation.words[1], &[])?;
@@ -131,7 +134,8 @@ fn once(live: &mut Live, operation: &Operation, words: &[&str], victim: Victim, 
     settle(live, operation, happened)
 }
 
-/// Looks whether all is as before the operation or as after it; a snapshot that was taken must be one that can be returned to.
+/// Looks whether all is as before the operation or as after it; a snapshot that was taken must be one that
+/// can be returned to.
 fn settle(live: &mut Live, operation: &Operation, happened: bool) -> Result<()> {
     live.wait_running()?;
     live.sound()?;

@@ -5,8 +5,8 @@ use anyhow::Result;
 use super::{Look, Scenario, strings, words};
 use crate::domain::{Domain, NAME, Shape};
 
-/// Two raw disks on a file system that shares blocks; snapshots by `ways`, called `s1`, `s2`, ..., with writes between
-/// and after.
+/// Two raw disks on a file system that shares blocks; snapshots by `ways`, called `s1`, `s2`, ..., with
+/// writes between and after.
 fn line(ways: &[&str]) -> Result<Domain> {
     let mut domain = Domain::new_on("xfs", &Shape::raw(2))?;
     for (index, way) in ways.iter().enumerate() {

@@ -1,5 +1,5 @@
-//! Runs a line of shell in the machine with Xen: `dom0 'xl list'`. `dom0 --put FILE` makes a program there first, as
-//! `/host/bin/NAME`; `dom0 --stop` powers the machine off.
+//! Runs a line of shell in the machine with Xen: `dom0 'xl list'`. `dom0 --put FILE` makes a program there
+//! first, as `/host/bin/NAME`; `dom0 --stop` powers the machine off.
 
 use std::{env, path::Path, process::ExitCode, time::Duration};
 

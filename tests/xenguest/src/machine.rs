@@ -28,7 +28,8 @@ use testguest::parts::{Built, run};
 
 use crate::build;
 
-/// Within which dom0 must be ready. It is in less than half a minute; now and then it hangs at once, and is booted again.
+/// Within which dom0 must be ready. It is in less than half a minute; now and then it hangs at once, and is
+/// booted again.
 const BOOT: Duration = Duration::from_secs(150);
 const BOOTS: usize = 3;
 

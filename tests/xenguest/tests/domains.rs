@@ -1,5 +1,5 @@
-//! Domains of Xen under domsnap: each way to create, revert, delete and list, and what goes wrong on the way. The guest's program
-//! itself says when its memory and its disks are not of one instant.
+//! Domains of Xen under domsnap: each way to create, revert, delete and list, and what goes wrong on the way.
+//! The guest's program itself says when its memory and its disks are not of one instant.
 use std::{
     fs,
     os::unix::{fs::MetadataExt, process::ExitStatusExt},
@@ -195,8 +195,8 @@ impl Run {
         Ok(listed.iter().filter_map(|one| one["name"].as_str().map(str::to_owned)).collect())
     }
 
-    /// Every file of the guest's directory but its own config. The name by which QEMU has an active image open, a second one of the
-    /// same file, stays as long as the guest runs.
+    /// Every file of the guest's directory but its own config. The name by which QEMU has an active image
+    /// open, a second one of the same file, stays as long as the guest runs.
     fn files(&self) -> Result<Vec<String>> {
         let mut names = Vec::new();
         let mut active = Vec::new();
@@ -248,7 +248,8 @@ fn external() -> Result<()> {
     Ok(())
 }
 
-/// Of the guest's pause, what xl and QEMU took, and what is domsnap's own: told, not judged, for machines differ.
+/// Of the guest's pause, what xl and QEMU took, and what is domsnap's own: told, not judged, for machines
+/// differ.
 fn tell_pause(log: &str) -> Result<()> {
     let (_, rest) = log.split_once("the pause begins").context("the log tells of no pause")?;
     let end =
@@ -554,7 +555,8 @@ fn killed_in_revert() -> Result<()> {
         run.strike(&words, step)?;
         let note = fs::read_to_string(&places[0]).unwrap_or_default();
         if !started && note.contains("\"left\":[{") && is_away("inrevert") {
-            // Somebody starts it, who knows of nothing, and ends it. Its former memory does not fit the disks any more.
+            // Somebody starts it, who knows of nothing, and ends it. Its former memory does not fit the disks
+            // any more.
             run.guest.create()?;
             run.guest.ticks()?;
             xl(&["destroy", "inrevert"])?;
@@ -674,8 +676,8 @@ fn plain_file() -> Result<()> {
     run.guest.expect_no_bad()
 }
 
-/// A disk that is attached to a running domain is in its snapshots, or they are refused by its name; one that was detached is no
-/// hindrance.
+/// A disk that is attached to a running domain is in its snapshots, or they are refused by its name; one that
+/// was detached is no hindrance.
 fn attached_later() -> Result<()> {
     let run = Run::start("later", &[Backend::Qcow2])?;
     run.ok(&["create", "DOMAIN", "s1", "--disk-only", "--external"])?;

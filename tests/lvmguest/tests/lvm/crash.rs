@@ -30,7 +30,8 @@ fn started(words: &[&str]) -> Result<(Child, BufReader<ChildStderr>)> {
     Ok((child, told))
 }
 
-/// Runs `domsnap -v` and kills it some time after it has told so many lines; gives whether it was killed before its end.
+/// Runs `domsnap -v` and kills it some time after it has told so many lines; gives whether it was killed
+/// before its end.
 fn killed(words: &[&str], lines: usize, after: Duration) -> Result<bool> {
     let (mut child, told) = started(words)?;
     let mut heard = 0;

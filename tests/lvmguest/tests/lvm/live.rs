@@ -1,5 +1,5 @@
-//! A guest that runs on volumes: the small one of the other live tests, under QEMU inside of this machine. Everything in it is
-//! translated twice, so it is slow, and there is little of it.
+//! A guest that runs on volumes: the small one of the other live tests, under QEMU inside of this machine.
+//! Everything in it is translated twice, so it is slow, and there is little of it.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,4 +1,5 @@
-//! What must work on thin and on thick volumes alike: create, revert to any point, delete any, keep the present, several volumes.
+//! What must work on thin and on thick volumes alike: create, revert to any point, delete any, keep the
+//! present, several volumes.
 
 use std::process::Command;
 

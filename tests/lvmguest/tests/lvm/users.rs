@@ -1,4 +1,5 @@
-//! Other users of a domain's volumes and points, beside the domain's own QEMU: each is named, and refused before anything is done.
+//! Other users of a domain's volumes and points, beside the domain's own QEMU: each is named, and refused
+//! before anything is done.
 
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, IoSlice, Write};

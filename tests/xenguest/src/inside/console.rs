@@ -1,5 +1,5 @@
-//! The guest's console: its program's lines are read from the log that xenconsoled keeps, and commands go into the terminal
-//! that it has for the guest. (`tests/guest/src-guest/witness.c` has the lines.)
+//! The guest's console: its program's lines are read from the log that xenconsoled keeps, and commands go
+//! into the terminal that it has for the guest. (`tests/guest/src-guest/witness.c` has the lines.)
 //!
 //! The log goes on over saves, restores and reboots; the terminal is another one after each.
 

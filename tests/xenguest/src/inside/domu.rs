@@ -26,7 +26,8 @@ pub enum Backend {
     Qcow2,
     /// A raw file, which QEMU serves.
     RawQdisk,
-    /// A raw file over a loop device, which dom0's kernel serves: what xl does with a raw file unless it is told otherwise.
+    /// A raw file over a loop device, which dom0's kernel serves: what xl does with a raw file unless it is
+    /// told otherwise.
     RawLoop,
     /// A logical volume, which dom0's kernel serves.
     Lvm,
@@ -266,8 +267,8 @@ impl DomU {
         })
     }
 
-    /// The guest runs, has looked again, and has not once found its memory and disks to be of different instants since it was
-    /// made or [`DomU::forget_bad`] was called.
+    /// The guest runs, has looked again, and has not once found its memory and disks to be of different
+    /// instants since it was made or [`DomU::forget_bad`] was called.
     ///
     /// # Errors
     /// With what it found.

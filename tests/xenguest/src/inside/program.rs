@@ -29,7 +29,8 @@ impl Said {
     }
 }
 
-/// Runs a program of dom0's to its end, and tells how long it took: the machine is slow, and a trial that fails is slow to repeat.
+/// Runs a program of dom0's to its end, and tells how long it took: the machine is slow, and a trial that
+/// fails is slow to repeat.
 ///
 /// # Errors
 /// It cannot be started.
