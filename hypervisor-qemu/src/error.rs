@@ -36,7 +36,7 @@ pub enum ErrorKind {
     /// A memory image is not one, is incomplete, or was changed.
     Damaged,
     /// QEMU has other images open than it names.
-    Untrue,
+    NameMismatch,
 }
 
 /// An error of this crate.

@@ -28,11 +28,11 @@
 #![forbid(unsafe_code)]
 
 pub mod discover;
+mod drain;
 mod error;
 mod fdset;
 pub mod graph;
 mod guest_clock;
-mod hold;
 pub mod instant;
 pub mod jobs;
 mod machine;

@@ -13,9 +13,9 @@ use tokio::{sync::OnceCell, time::sleep};
 
 use crate::{
     discover::Abilities,
+    drain,
     error::{Error, ErrorKind, Result},
     graph::{Graph, NodeOptions},
-    hold,
     run_state::{Permits, Refusal, RunState},
 };
 
@@ -29,7 +29,7 @@ pub struct Machine {
     /// Descriptor sets that were given back and that QEMU keeps until the guest runs (7.2 does so).
     kept: Arc<Mutex<Vec<i64>>>,
     abilities: Arc<OnceCell<Abilities>>,
-    needs_hold: Arc<OnceCell<bool>>,
+    needs_drain: Arc<OnceCell<bool>>,
     graph: Arc<Mutex<Option<RecentGraph>>>,
     /// Options of our nodes by name: QEMU does not report all of them.
     options: Arc<Mutex<HashMap<String, NodeOptions>>>,
@@ -80,7 +80,7 @@ impl Machine {
             qmp,
             kept: Arc::default(),
             abilities: Arc::default(),
-            needs_hold: Arc::default(),
+            needs_drain: Arc::default(),
             graph: Arc::default(),
             options: Arc::default(),
         }
@@ -127,9 +127,9 @@ impl Machine {
         reply["enabled"].as_bool().ok_or_else(|| self.odd("query-kvm", &reply))
     }
 
-    /// Returns true if the guest's requests must be held before it is stopped (see [`hold`]).
-    pub(crate) async fn needs_hold(&self) -> Result<bool> {
-        self.needs_hold.get_or_try_init(|| hold::is_needed(self)).await.copied()
+    /// Returns true if the guest's requests must be held before it is stopped (see [`drain`]).
+    pub(crate) async fn needs_drain(&self) -> Result<bool> {
+        self.needs_drain.get_or_try_init(|| drain::is_needed(self)).await.copied()
     }
 
     /// Sets the abilities of this QEMU, if they were read from the same program before.
@@ -240,10 +240,10 @@ impl Machine {
         if ours {
             // 1) Hold the requests before the stop: a guest whose I/O threads complete a request at that
             //    moment would wait for it for ever. 2) Release them whatever `stop` returned. A crash between
-            //    the two leaves the requests waiting; `hold::release_left` ends that.
-            let held = hold::hold(self).await;
+            //    the two leaves the requests waiting; `drain::release_left` ends that.
+            let held = drain::drain(self).await;
             let stopped = self.run("pausing the guest", &subject.to_string(), "stop", Value::Null).await;
-            hold::release(self, held).await;
+            drain::release(self, held).await;
             if let Err(error) = stopped {
                 return Err(self.not_paused(error).await);
             }

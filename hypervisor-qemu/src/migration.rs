@@ -28,7 +28,7 @@ const ENDING: Duration = Duration::from_secs(60);
 
 /// State of a migration, from `query-migrate`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Now {
+pub(crate) struct MigrationStatus {
     /// QEMU's status word; empty before the first migration.
     pub(crate) status: String,
     pub(crate) error: Option<String>,
@@ -38,7 +38,7 @@ pub(crate) struct Now {
     pub(crate) pages: u64,
 }
 
-impl Now {
+impl MigrationStatus {
     pub(crate) fn under_way(&self) -> bool {
         !matches!(self.status.as_str(), "" | "none" | "completed" | "failed" | "cancelled")
     }
@@ -62,10 +62,10 @@ impl Now {
     }
 }
 
-pub(crate) async fn status(machine: &Machine) -> Result<Now> {
+pub(crate) async fn status(machine: &Machine) -> Result<MigrationStatus> {
     let reply = machine.query("query-migrate", Value::Null).await?;
     let ram = |key: &str| reply["ram"][key].as_u64().unwrap_or_default();
-    Ok(Now {
+    Ok(MigrationStatus {
         status: reply["status"].as_str().unwrap_or_default().to_owned(),
         error: reply["error-desc"].as_str().map(str::to_owned),
         transferred: ram("transferred"),

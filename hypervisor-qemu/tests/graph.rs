@@ -58,14 +58,19 @@ async fn freeze(machine: &Machine, guest: &Guest, tag: &str, layers: &mut [PathB
         let below =
             graph.node(graph.backing(name.as_str()).context("it stands on something")?).context("a node")?;
         if Path::new(&below.file) != frozen {
-            let error = graph::names_true(machine).await.expect_err("it names the configured path");
+            let error = graph::verify_names(machine).await.expect_err("it names the configured path");
             assert!(
-                error.kind() == ErrorKind::Untrue && error.to_string().contains("no node names the image"),
+                error.kind() == ErrorKind::NameMismatch
+                    && error.to_string().contains("no node names the image"),
                 "{error}"
             );
             let layer = Layer::qcow2(Name::new(format!("domsnap-{tag}-{number}-b"))?, &frozen);
-            assert_eq!(graph::rehome(machine, name.as_str(), &layer).await?, Vec::<String>::new());
-            assert_eq!(graph::rehome(machine, name.as_str(), &layer).await?, Vec::<String>::new(), "again");
+            assert_eq!(graph::reopen_by_name(machine, name.as_str(), &layer).await?, Vec::<String>::new());
+            assert_eq!(
+                graph::reopen_by_name(machine, name.as_str(), &layer).await?,
+                Vec::<String>::new(),
+                "again"
+            );
         }
     }
     Ok(overlays.into_iter().map(|(_, name)| name).collect())
@@ -296,11 +301,11 @@ async fn disk_is_changed_while_detached() -> Result<()> {
 async fn a_renamed_image_is_noticed() -> Result<()> {
     let guest = GuestOptions::new().version(Version::New).start()?;
     let machine = kit::machine(&guest).await?;
-    graph::names_true(&machine).await?;
+    graph::verify_names(&machine).await?;
     fs::rename(guest.disk(0), guest.dir().join("elsewhere"))?;
-    let error = graph::names_true(&machine).await.expect_err("gone");
+    let error = graph::verify_names(&machine).await.expect_err("gone");
     assert!(
-        error.kind() == ErrorKind::Untrue
+        error.kind() == ErrorKind::NameMismatch
             && error.to_string().contains("f0")
             && error.to_string().contains("gone"),
         "{error}"

@@ -264,7 +264,7 @@ impl Live {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let machine = hypervisor_qemu::Machine::connect(&socket).await?;
-            let files = hypervisor_qemu::graph::names_true(&machine).await?;
+            let files = hypervisor_qemu::graph::verify_names(&machine).await?;
             let graph = hypervisor_qemu::graph::Graph::read(&machine).await?;
             for (target, path) in self.guest.targets().iter().zip(self.guest.disks()) {
                 let file = graph.root(target).and_then(|root| graph.file(root));

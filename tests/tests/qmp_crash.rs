@@ -183,7 +183,7 @@ fn nothing_left(socket: &Path, disks: &[(&str, PathBuf)]) -> Result<()> {
         ensure!(ours.lent.is_empty(), "descriptors are left: {:?}", ours.lent);
         let idle = ours.nodes.iter().find(|node| node.placeholder || node.users.is_empty());
         ensure!(idle.is_none(), "a node of ours is left: {idle:?}");
-        let files = hypervisor_qemu::graph::names_true(&machine).await?;
+        let files = hypervisor_qemu::graph::verify_names(&machine).await?;
         let graph = hypervisor_qemu::graph::Graph::read(&machine).await?;
         for (disk, path) in disks {
             let node = graph.root(disk).and_then(|root| graph.file(root));

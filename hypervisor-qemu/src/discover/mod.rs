@@ -4,7 +4,7 @@
 mod abilities;
 mod compare;
 mod devices;
-mod given;
+mod image_options;
 mod process;
 mod shared;
 
@@ -15,7 +15,7 @@ pub use abilities::Abilities;
 pub(crate) use compare::media;
 pub use compare::{Difference, compare};
 pub use devices::{BlockDevice, ChainLayer, Device, Role};
-pub(crate) use given::Given;
+pub(crate) use image_options::ImageOptions;
 pub use process::Process;
 pub(crate) use shared::shared_by;
 

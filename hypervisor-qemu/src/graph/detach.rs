@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{
     Graph, Stack,
     layer::{remove_layers, reopen_backing},
-    swap::{standing_still, undone},
+    swap::{close_opened, require_paused},
 };
 use crate::{
     error::{Error, ErrorKind, Result},
@@ -50,7 +50,7 @@ pub async fn detach(machine: &Machine, device: &str) -> Result<Detached> {
 /// Like [`detach`], with a given name for the placeholder, by which the disk is recognised after a crash.
 pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name) -> Result<Detached> {
     let attempted = "detaching a disk";
-    standing_still(machine, attempted).await?;
+    require_paused(machine, attempted).await?;
     let graph = Graph::read(machine).await?;
     let root = graph.root(device).ok_or_else(|| {
         Error::new(ErrorKind::Invalid, attempted, device, "QEMU has no such device or node")
@@ -63,7 +63,7 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
     let chain: Vec<String> = graph.chain(&root.name).iter().map(|node| node.name.clone()).collect();
 
     // 1) Lend the descriptors under a note that names the nodes. A crash from here on leaves the note, by
-    //    which `close_taken_off` finds nodes that are no longer in any chain.
+    //    which `close_detached_chains` finds nodes that are no longer in any chain.
     let file = memory_file("placeholder", &qcow2::empty(root.virtual_size)?)
         .map_err(|error| Error::new(ErrorKind::Io, attempted, device, error.to_string()).source(error))?;
     let set = FdSet::add(machine, &note_of(&graph, &placeholder, &chain), &[&file.0, &file.1]).await?;
@@ -80,7 +80,7 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
     let on_top = json!({ "actions": [{ "type": "blockdev-snapshot",
         "data": { "node": root.name, "overlay": placeholder.as_str() } }] });
     if let Err(error) = machine.run(attempted, device, "transaction", on_top).await {
-        let error = undone(machine, error, &[placeholder.to_string()]).await;
+        let error = close_opened(machine, error, &[placeholder.to_string()]).await;
         set.remove(machine).await;
         return Err(error);
     }
@@ -89,7 +89,7 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
     if let Err(mut error) = reopen_backing(machine, &graph, placeholder.as_str(), None).await {
         match jobs::fold(machine, placeholder.as_str(), &root.name).await {
             Ok(()) => {
-                error = undone(machine, error, &[placeholder.to_string()]).await;
+                error = close_opened(machine, error, &[placeholder.to_string()]).await;
                 set.remove(machine).await;
             }
             Err(second) => {
@@ -124,7 +124,7 @@ pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Re
             "{device} has no image, but the empty overlay {placeholder}: the guest must not run"
         ))
     };
-    standing_still(machine, attempted).await?;
+    require_paused(machine, attempted).await?;
     let graph = Graph::read(machine).await?;
     graph.expect(attempted, placeholder)?;
     let Some(top) = stack.layers.last().map(|layer| layer.name.as_str()) else {
@@ -133,14 +133,14 @@ pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Re
     };
     let opened = stack.open(machine, true).await.map_err(waiting)?;
     if let Err(error) = resize_to(machine, placeholder, top).await {
-        return Err(waiting(undone(machine, error, &opened).await));
+        return Err(waiting(close_opened(machine, error, &opened).await));
     }
     if let Err(error) = reopen_backing(machine, &graph, placeholder, Some(top)).await {
-        return Err(waiting(undone(machine, error, &opened).await));
+        return Err(waiting(close_opened(machine, error, &opened).await));
     }
     if let Err(error) = jobs::fold(machine, placeholder, top).await {
         let error = match reopen_backing(machine, &graph, placeholder, None).await {
-            Ok(()) => undone(machine, error, &opened).await,
+            Ok(()) => close_opened(machine, error, &opened).await,
             Err(second) => error.now(format!("{placeholder} stands on the chain already ({second})")),
         };
         return Err(waiting(error));
@@ -183,7 +183,7 @@ fn note_of(graph: &Graph, placeholder: &Name, chain: &[String]) -> String {
 
 /// Closes the nodes of chains that were taken off their devices and that a crash left open. Returns their
 /// number.
-pub(crate) async fn close_taken_off(machine: &Machine) -> Result<usize> {
+pub(crate) async fn close_detached_chains(machine: &Machine) -> Result<usize> {
     let sets = machine.query("query-fdsets", Value::Null).await?;
     let mut closed = 0;
     for (_, note) in crate::fdset::ours(&sets) {

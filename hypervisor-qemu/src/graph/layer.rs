@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Graph, Node};
 use crate::{
-    discover::Given,
+    discover::ImageOptions,
     error::{Error, ErrorKind, Result},
     jobs,
     machine::Machine,
@@ -52,7 +52,7 @@ impl NodeOptions {
     }
 
     /// Adds the other options that the user's command line gives for the disk's image.
-    pub(crate) fn and(mut self, given: Option<&Given>) -> Self {
+    pub(crate) fn and(mut self, given: Option<&ImageOptions>) -> Self {
         if let Some(given) = given {
             self.format = given.format.clone();
             self.file = given.file.clone();
@@ -272,7 +272,7 @@ pub(crate) async fn reopen_backing(
 /// # Errors
 /// [`ErrorKind::Invalid`], [`ErrorKind::Refused`]. After an error the overlay is backed by the old node (and
 /// the layer's is gone), or by the layer's.
-pub async fn rehome(machine: &Machine, overlay: &str, layer: &Layer) -> Result<Vec<String>> {
+pub async fn reopen_by_name(machine: &Machine, overlay: &str, layer: &Layer) -> Result<Vec<String>> {
     let attempted = "giving a frozen image a node of its own name";
     let graph = machine.graph().await?;
     graph.expect(attempted, overlay)?;
@@ -346,7 +346,7 @@ pub async fn delete_internal(machine: &Machine, device: &str, tag: &str) -> Resu
         return Ok(false);
     }
     let subject = format!("{tag} of {device}");
-    if graph.keeps_internal_off(root).is_some() {
+    if graph.internal_snapshot_blocker(root).is_some() {
         // Such a filter passes no snapshot command to its image; this job names the image itself.
         let job = Name::job();
         let arguments = json!({ "job-id": job.as_str(), "tag": tag, "devices": [root] });

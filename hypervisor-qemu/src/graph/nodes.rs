@@ -212,7 +212,7 @@ impl Graph {
     }
 
     /// Returns the filter on a node that blocks QEMU's internal snapshots.
-    pub(crate) fn keeps_internal_off(&self, name: &str) -> Option<&Node> {
+    pub(crate) fn internal_snapshot_blocker(&self, name: &str) -> Option<&Node> {
         self.filters_on(name).into_iter().find(|filter| !passes_internal_snapshots(&filter.driver))
     }
 

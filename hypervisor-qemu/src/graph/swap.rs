@@ -46,7 +46,7 @@ impl Swap {
 /// stay open.
 pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
     let attempted = "replacing the chains of disks";
-    standing_still(machine, attempted).await?;
+    require_paused(machine, attempted).await?;
     let graph = Graph::read(machine).await?;
     let mut roots = Vec::new();
     for swap in swaps {
@@ -63,7 +63,7 @@ pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
     for swap in swaps {
         match swap.onto.open(machine, false).await {
             Ok(layers) => opened.extend(layers),
-            Err(error) => return Err(undone(machine, error, &opened).await),
+            Err(error) => return Err(close_opened(machine, error, &opened).await),
         }
     }
     // 2) Put all overlays on top in one transaction. They are backed by the old chains until step 3.
@@ -76,7 +76,7 @@ pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
         .collect();
     let subject = machine.qmp().socket().display().to_string();
     if let Err(error) = machine.run(attempted, &subject, "transaction", json!({ "actions": actions })).await {
-        return Err(undone(machine, error, &opened).await);
+        return Err(close_opened(machine, error, &opened).await);
     }
     // 3) Move each overlay to its new chain. If one fails, the overlays that are already on top are taken off
     //    again: they are empty, so no data is lost.
@@ -85,12 +85,12 @@ pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
         let hung = reopen_backing(machine, &graph_now, swap.overlay.as_str(), swap.onto.top()).await;
         let Err(mut error) = hung else { continue };
         for (swap, root) in swaps.iter().zip(&roots) {
-            if let Err(second) = take_off(machine, &swap.overlay, root).await {
+            if let Err(second) = remove_overlay(machine, &swap.overlay, root).await {
                 error =
                     error.now(format!("{} keeps the empty overlay {} ({second})", swap.device, swap.overlay));
             }
         }
-        return Err(undone(machine, error, &opened).await);
+        return Err(close_opened(machine, error, &opened).await);
     }
     // 4) Delete the old nodes that no new chain uses. Two disks may have one base: the node that one drops
     //    may be in use by the other.
@@ -106,7 +106,7 @@ pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
 }
 
 /// Removes an empty overlay that was put on `root`, and leaves it open.
-async fn take_off(machine: &Machine, overlay: &Name, root: &str) -> Result<()> {
+async fn remove_overlay(machine: &Machine, overlay: &Name, root: &str) -> Result<()> {
     let graph = Graph::read(machine).await?;
     if graph.backing(overlay.as_str()) != Some(root) {
         reopen_backing(machine, &graph, overlay.as_str(), Some(root)).await?;
@@ -132,7 +132,7 @@ pub async fn fold(machine: &Machine, overlay: &str) -> Result<()> {
 }
 
 /// Closes the nodes that were opened, and adds to the error any that are left.
-pub(super) async fn undone(machine: &Machine, error: Error, opened: &[String]) -> Error {
+pub(super) async fn close_opened(machine: &Machine, error: Error, opened: &[String]) -> Error {
     match remove_layers(machine, opened).await {
         Ok(left) if left.is_empty() => error,
         Ok(left) => error.now(format!("these nodes of ours are left: {}", left.join(", "))),
@@ -140,7 +140,7 @@ pub(super) async fn undone(machine: &Machine, error: Error, opened: &[String]) -
     }
 }
 
-pub(super) async fn standing_still(machine: &Machine, attempted: &str) -> Result<()> {
+pub(super) async fn require_paused(machine: &Machine, attempted: &str) -> Result<()> {
     let state = machine.run_state().await?;
     let subject = machine.qmp().socket().display();
     if let Err(refusal) = machine.permits(&state).await?.disks {

@@ -8,7 +8,7 @@ use std::{
 use qmp::JobStatus;
 use serde_json::json;
 
-use super::run::{Progress, cancel, dismiss, reach};
+use super::run::{JobProgress, cancel, dismiss, reach};
 use crate::{
     error::{BoxError, Error, ErrorKind, Result},
     graph::{Graph, remove_layers},
@@ -133,7 +133,7 @@ fn between(graph: &Graph, attempted: &str, top: &str, base: Option<&str>) -> Res
 pub async fn commit_active<T, F>(
     machine: &Machine,
     commit: &ActiveCommit,
-    progress: impl FnMut(Progress),
+    progress: impl FnMut(JobProgress),
     while_pending: impl FnOnce() -> F,
 ) -> Result<(T, Vec<String>)>
 where
@@ -161,7 +161,7 @@ where
 pub async fn drive_active<T, F>(
     machine: &Machine,
     job: &Name,
-    mut progress: impl FnMut(Progress),
+    mut progress: impl FnMut(JobProgress),
     while_pending: impl FnOnce() -> F,
 ) -> Result<T>
 where
@@ -246,7 +246,7 @@ pub(crate) async fn fold(machine: &Machine, overlay: &str, below: &str) -> Resul
 pub async fn commit_layers(
     machine: &Machine,
     commit: &LayerCommit,
-    progress: impl FnMut(Progress),
+    progress: impl FnMut(JobProgress),
 ) -> Result<Vec<String>> {
     let attempted = "merging layers";
     let graph = Graph::read(machine).await?;
@@ -277,7 +277,7 @@ pub async fn commit_layers(
 pub async fn stream(
     machine: &Machine,
     stream: &Stream,
-    progress: impl FnMut(Progress),
+    progress: impl FnMut(JobProgress),
 ) -> Result<Vec<String>> {
     let attempted = "pulling up layers";
     let graph = Graph::read(machine).await?;

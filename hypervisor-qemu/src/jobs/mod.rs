@@ -11,5 +11,5 @@ mod run;
 pub use merge::{ActiveCommit, LayerCommit, Stream, commit_active, commit_layers, drive_active, stream};
 pub(crate) use merge::{fold, fold_job};
 pub use reconcile::{OurNode, Ours, Outgoing, reconcile, sweep};
-pub use run::{Progress, cancel, set_speed, status};
+pub use run::{JobProgress, cancel, set_speed, status};
 pub(crate) use run::{concluded, dismiss_ended, dismiss_streams, finish};

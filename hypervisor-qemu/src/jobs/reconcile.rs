@@ -4,10 +4,10 @@ use qmp::{Job, JobStatus};
 use serde_json::{Value, json};
 
 use crate::{
+    drain,
     error::Result,
     fdset,
     graph::{Edge, Graph, remove_layers},
-    hold,
     machine::Machine,
     migration,
     name::{is_mark, is_ours},
@@ -93,8 +93,10 @@ pub async fn reconcile(machine: &Machine) -> Result<Ours> {
 /// # Errors
 /// Errors of the connection.
 pub async fn sweep(machine: &Machine, ours: &Ours) -> Result<()> {
-    let held = hold::release_left(machine, &ours.jobs).await?;
-    for job in ours.jobs.iter().filter(|job| job.status == JobStatus::Concluded && !hold::is_hold(&job.id)) {
+    let held = drain::release_left(machine, &ours.jobs).await?;
+    for job in
+        ours.jobs.iter().filter(|job| job.status == JobStatus::Concluded && !drain::is_drain_job(&job.id))
+    {
         machine.run("dismissing a job", &job.id, "job-dismiss", json!({ "id": job.id })).await?;
     }
     // Each round frees the nodes below.

@@ -15,10 +15,10 @@ use crate::{
 /// Time between two polls: at first, and at most.
 const LOOK: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(50)];
 
-/// Progress of a job.
+/// JobProgress of a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Progress {
+pub struct JobProgress {
     /// State of the job.
     pub status: JobStatus,
     /// Bytes done.
@@ -43,7 +43,7 @@ pub(super) async fn reach(
     job: &Name,
     states: &[JobStatus],
     until: Option<Instant>,
-    mut each: impl FnMut(Progress),
+    mut each: impl FnMut(JobProgress),
 ) -> Result<Job> {
     let attempted = "waiting for a job";
     let [mut pause, longest] = LOOK;
@@ -53,7 +53,8 @@ pub(super) async fn reach(
             return Err(Error::new(ErrorKind::Invalid, attempted, job, "QEMU has no such job (any more)")
                 .advice("another program dismissed it; check the disks' backing chains"));
         };
-        let progress = Progress { status: found.status.clone(), current: found.current, total: found.total };
+        let progress =
+            JobProgress { status: found.status.clone(), current: found.current, total: found.total };
         if before.as_ref() != Some(&progress) {
             each(progress.clone());
             before = Some(progress);
@@ -78,7 +79,7 @@ pub(crate) async fn concluded(machine: &Machine, job: &Name, deadline: Duration)
 
 /// Waits for a job that ends by itself, which a crash of ours may have left. Dismisses it and returns its
 /// result.
-pub(crate) async fn finish(machine: &Machine, job: &Name, each: impl FnMut(Progress)) -> Result<()> {
+pub(crate) async fn finish(machine: &Machine, job: &Name, each: impl FnMut(JobProgress)) -> Result<()> {
     let ended = reach(machine, job, &[], None, each).await?;
     dismiss(machine, job, ended).await
 }

@@ -38,7 +38,7 @@ pub struct Image {
     seconds: u32,
     record: Record,
     /// True if the file has no name: its path is that of the compressed image that it was unpacked from.
-    unnamed: bool,
+    nameless: bool,
 }
 
 /// The argument with which QEMU is started from a memory image.
@@ -74,11 +74,11 @@ impl Image {
     }
 
     /// Wraps an image without a name, which was unpacked from another file.
-    pub(super) fn unnamed(of: &Path, file: File) -> Result<Self> {
+    pub(super) fn nameless(of: &Path, file: File) -> Result<Self> {
         Self::read(of.to_owned(), file, true)
     }
 
-    fn read(path: PathBuf, file: File, unnamed: bool) -> Result<Self> {
+    fn read(path: PathBuf, file: File, nameless: bool) -> Result<Self> {
         let attempted = "opening a memory image";
         let mut bytes = vec![0; usize::try_from(CLUSTER).unwrap_or_default()];
         let read =
@@ -88,7 +88,7 @@ impl Image {
         let snapshot = snapshot(&file).map_err(|error| Error::io(attempted, &path, error))?;
         let (tag, seconds) = snapshot
             .ok_or_else(|| damaged(attempted, &path, "its snapshot table cannot be read".to_owned()))?;
-        Ok(Self { path, file, tag, seconds, record, unnamed })
+        Ok(Self { path, file, tag, seconds, record, nameless })
     }
 
     /// Reads the whole image and checks it: the tables against their expected content, the stream against its
@@ -160,7 +160,7 @@ impl Image {
 
     /// Returns a descriptor to lend.
     pub(super) fn descriptor(&self) -> Result<OwnedFd> {
-        let opened = match self.unnamed {
+        let opened = match self.nameless {
             true => reopen_read_only(&self.file),
             false => confined_files::open_regular(&self.path, false).map(OwnedFd::from),
         };
@@ -181,7 +181,7 @@ impl Image {
             Err(Error::new(ErrorKind::Invalid, attempted, self.path.display(), detail)
                 .advice("give the memory image a name without it"))
         };
-        let own = match self.unnamed {
+        let own = match self.nameless {
             true => PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())),
             false => self.path.clone(),
         };

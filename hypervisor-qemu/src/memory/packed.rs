@@ -66,7 +66,7 @@ impl Packing {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    fn expect_wanted(&self) -> io::Result<()> {
+    fn check_stop(&self) -> io::Result<()> {
         match self.stop.load(Ordering::Relaxed) {
             true => Err(io::ErrorKind::Interrupted.into()),
             false => Ok(()),
@@ -255,7 +255,7 @@ impl Packed {
         let attempted = "unpacking a memory image";
         let failed = |error: io::Error| Error::io(attempted, &self.path, error);
         let wrapper = qcow2::wrapper(self.head.stream, &self.head.tag, 0)?;
-        let target = unnamed(&self.path).map_err(failed)?;
+        let target = nameless_file(&self.path).map_err(failed)?;
         let room = rustix::fs::fstatvfs(&target).map_err(|error| failed(error.into()))?;
         let free = room.f_bavail.saturating_mul(room.f_frsize);
         let record = Record {
@@ -280,7 +280,7 @@ impl Packed {
         }
         target.write_all_at(&record, qcow2::RECORD).map_err(failed)?;
         target.write_all_at(&wrapper.header, 0).map_err(failed)?;
-        Image::unnamed(&self.path, target)
+        Image::nameless(&self.path, target)
     }
 
     /// Returns the argument of `-incoming` for a QEMU that is started by hand. It runs a shell, which needs
@@ -383,7 +383,7 @@ fn in_threads(
 }
 
 /// Creates a private file without a name, in the directory of another file.
-fn unnamed(beside: &Path) -> io::Result<File> {
+fn nameless_file(beside: &Path) -> io::Result<File> {
     let directory = match beside.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -418,9 +418,9 @@ pub(super) fn pack(
     struct Order {
         next: usize,
         place: u64,
-        told: Vec<(u32, u32)>,
+        done: Vec<(u32, u32)>,
     }
-    let order = Mutex::new(Order { next: 0, place: head.begin(), told: Vec::with_capacity(parts) });
+    let order = Mutex::new(Order { next: 0, place: head.begin(), done: Vec::with_capacity(parts) });
     let (moved, ended) = (Condvar::new(), AtomicBool::new(false));
     let work = |next: &AtomicUsize, failed: &AtomicBool| -> io::Result<()> {
         let mut packer = zstd::bulk::Compressor::new(i32::from(level))?;
@@ -430,7 +430,7 @@ pub(super) fn pack(
             if number >= parts || failed.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            packing.expect_wanted()?;
+            packing.check_stop()?;
             let range = part_range(stream, number);
             part.resize(size(&range)?, 0);
             source.read_exact_at(&mut part, STREAM + range.start)?;
@@ -446,7 +446,7 @@ pub(super) fn pack(
                 let place = turn.place;
                 turn.place += u64::from(length);
                 turn.next += 1;
-                turn.told.push((crc32fast::hash(&part), length));
+                turn.done.push((crc32fast::hash(&part), length));
                 moved.notify_all();
                 place
             };
@@ -464,10 +464,10 @@ pub(super) fn pack(
     };
     in_threads(parts, work)?;
     let order = order.into_inner().unwrap_or_else(PoisonError::into_inner);
-    if order.told.len() != parts {
+    if order.done.len() != parts {
         return Err(io::Error::other("not all parts were packed"));
     }
-    (head.checksums, head.frames) = order.told.into_iter().unzip();
+    (head.checksums, head.frames) = order.done.into_iter().unzip();
     // 1) Frames durable, 2) then the record that names them, 3) then that durable. A crash before the end of
     //    2) leaves a file that `Packed::open` rejects.
     target.sync_all()?;

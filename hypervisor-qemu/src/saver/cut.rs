@@ -20,7 +20,7 @@ use super::{
     live::Live,
     merge,
     preflight::cannot_freeze,
-    truth,
+    reopen,
 };
 use crate::{
     BoxError,
@@ -375,14 +375,14 @@ pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>
 
 async fn take_off(disk: &Disk, file: &Utf8PathBuf, context: DomainContext<'_>) -> Result<()> {
     let open = disk.open().await.map_err(told)?;
-    let is_it = |layer: &super::disk::OpenLayer| match identity(file.as_std_path()) {
+    let is_it = |layer: &super::disk::QemuLayer| match identity(file.as_std_path()) {
         Some(overlay) => layer.identity == Some(overlay),
         None => layer.file.as_deref() == Some(file.as_std_path()),
     };
     if !open.root().is_some_and(is_it) {
         // A frozen image that still has the configured path as its name would match the overlay's file too.
         // So a match further down proves nothing by itself.
-        let by_name = |layer: &super::disk::OpenLayer| layer.file.as_deref() == Some(file.as_std_path());
+        let by_name = |layer: &super::disk::QemuLayer| layer.file.as_deref() == Some(file.as_std_path());
         if open.layers.iter().skip(1).any(by_name) {
             let detail = format!("another image stands on {file}, which another program put there");
             return Err(Error::new(ErrorKind::Refused, detail)
@@ -392,7 +392,7 @@ async fn take_off(disk: &Disk, file: &Utf8PathBuf, context: DomainContext<'_>) -
     }
     // Reopen by name before the merge: QEMU opens the base for writing by the name that its node has.
     if let Some(chain) = context.chains.iter().find(|chain| chain.target == disk.target) {
-        truth::rehome(disk, chain).await?;
+        reopen::reopen_by_name(disk, chain).await?;
     }
     let open = disk.open().await.map_err(told)?;
     let overlay = open.root().and_then(|root| root.identity);

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{error::told, merge};
 use crate::{
-    discover::{BlockDevice, Given},
+    discover::{BlockDevice, ImageOptions},
     graph::{self, Graph, Layer, Node, NodeOptions},
     machine::Machine,
     name::Name,
@@ -28,13 +28,13 @@ pub(super) const PLACEHOLDER: &str = "domsnap-ph-";
 
 /// The file system as a QEMU sees it.
 #[derive(Debug, Clone)]
-pub(super) struct View {
+pub(super) struct FileView {
     /// `/proc/PID`; `None` if the process is not known.
     process: Option<PathBuf>,
     directory: PathBuf,
 }
 
-impl View {
+impl FileView {
     pub(super) fn of(machine: &Machine) -> Self {
         let process = machine.pid().map(|pid| PathBuf::from(format!("/proc/{pid}")));
         let directory = process.as_ref().and_then(|process| fs::read_link(process.join("cwd")).ok());
@@ -84,7 +84,7 @@ pub(super) fn identity(file: &Path) -> Option<FileIdentity> {
 
 /// An image that a device has open.
 #[derive(Debug, Clone)]
-pub(super) struct OpenLayer {
+pub(super) struct QemuLayer {
     pub(super) node: Node,
     /// The file that the node names; `None` if it has none.
     pub(super) file: Option<PathBuf>,
@@ -94,11 +94,11 @@ pub(super) struct OpenLayer {
 
 /// The images that a device has open.
 #[derive(Debug, Clone, Default)]
-pub(super) struct OpenChain {
+pub(super) struct QemuChain {
     /// The node of the empty overlay that replaces the chain of a detached disk.
     pub(super) placeholder: Option<String>,
     /// The images, the active one first. Filters are left out, and so is the placeholder.
-    pub(super) layers: Vec<OpenLayer>,
+    pub(super) layers: Vec<QemuLayer>,
     /// The driver of a filter on top below which nothing can be put.
     pub(super) filter: Option<String>,
     /// The driver of a filter between two images, or between an image and its file. Reopening the images
@@ -106,8 +106,8 @@ pub(super) struct OpenChain {
     pub(super) inner_filter: Option<String>,
 }
 
-impl OpenChain {
-    pub(super) fn root(&self) -> Option<&OpenLayer> {
+impl QemuChain {
+    pub(super) fn root(&self) -> Option<&QemuLayer> {
         self.layers.first()
     }
 
@@ -116,7 +116,7 @@ impl OpenChain {
         self.layers.iter().position(|layer| layer.identity == Some(file))
     }
 
-    pub(super) fn read(graph: &Graph, view: &View, root: &str) -> Self {
+    pub(super) fn read(graph: &Graph, view: &FileView, root: &str) -> Self {
         let mut open = Self::default();
         for node in graph.chain(root) {
             if node.name.starts_with(PLACEHOLDER) {
@@ -136,7 +136,7 @@ impl OpenChain {
             }
             let file = view.file(below);
             let identity = file.as_deref().and_then(|file| view.identity(file));
-            open.layers.push(OpenLayer { node: node.clone(), file, identity });
+            open.layers.push(QemuLayer { node: node.clone(), file, identity });
         }
         open
     }
@@ -149,7 +149,7 @@ type Options = HashMap<FileIdentity, NodeOptions>;
 #[derive(Debug)]
 pub(super) struct Disk {
     pub(super) machine: Machine,
-    pub(super) view: View,
+    pub(super) view: FileView,
     pub(super) target: Target,
     /// QEMU's name of the device.
     pub(super) device: String,
@@ -158,7 +158,7 @@ pub(super) struct Disk {
     /// Options of its images before they were closed, and the options for any other image of it.
     options: Mutex<(Options, NodeOptions)>,
     /// Options that the command line gives for its image.
-    pub(super) given: Option<Given>,
+    pub(super) given: Option<ImageOptions>,
     /// True if the command line does not name its image: some of its options are not known.
     pub(super) options_unknown: bool,
 }
@@ -166,11 +166,11 @@ pub(super) struct Disk {
 impl Disk {
     pub(super) fn new(
         machine: &Machine,
-        view: &View,
+        view: &FileView,
         target: &Target,
         device: &str,
         speed: watch::Receiver<u64>,
-        given: Option<Given>,
+        given: Option<ImageOptions>,
     ) -> Self {
         Self {
             machine: machine.clone(),
@@ -185,13 +185,13 @@ impl Disk {
     }
 
     /// Returns the images that the device has open now.
-    pub(super) async fn open(&self) -> crate::Result<OpenChain> {
+    pub(super) async fn open(&self) -> crate::Result<QemuChain> {
         let graph = self.machine.graph().await?;
         Ok(self.open_in(&graph))
     }
 
-    pub(super) fn open_in(&self, graph: &Graph) -> OpenChain {
-        graph.root(&self.device).map(|root| OpenChain::read(graph, &self.view, root)).unwrap_or_default()
+    pub(super) fn open_in(&self, graph: &Graph) -> QemuChain {
+        graph.root(&self.device).map(|root| QemuChain::read(graph, &self.view, root)).unwrap_or_default()
     }
 
     /// Returns the name of its placeholder, by which the disk is recognised after a crash.
@@ -200,7 +200,7 @@ impl Disk {
     }
 
     /// Records the options of its open images.
-    pub(super) fn remember(&self, open: &OpenChain) {
+    pub(super) fn remember(&self, open: &QemuChain) {
         let mut options = self.options.lock().unwrap_or_else(PoisonError::into_inner);
         for layer in &open.layers {
             if let Some(identity) = layer.identity {
@@ -248,7 +248,7 @@ pub(super) fn target_name(device: &str) -> String {
 }
 
 /// Returns the files of a disk's layers, as QEMU sees them.
-pub(super) fn files_of(record: &DiskRecord, view: &View) -> Vec<FileIdentity> {
+pub(super) fn files_of(record: &DiskRecord, view: &FileView) -> Vec<FileIdentity> {
     let path = record.disk.path.as_std_path();
     let directory = path.parent().unwrap_or(Path::new(""));
     let layers = record.owned.iter().chain([&record.active]);
@@ -257,7 +257,7 @@ pub(super) fn files_of(record: &DiskRecord, view: &View) -> Vec<FileIdentity> {
 }
 
 /// A criterion by which a device is recognised as a certain disk.
-type Rank<'a> = &'a dyn Fn(&BlockDevice, &OpenChain) -> bool;
+type Rank<'a> = &'a dyn Fn(&BlockDevice, &QemuChain) -> bool;
 
 /// Finds the device of a disk of the domain. The criteria, strongest first: its active image is the
 /// configured path; it has the disk's placeholder; one of its images is a layer of the disk; it has a
@@ -266,21 +266,21 @@ pub(super) fn device_of<'a>(
     record: &DiskRecord,
     drives: &'a [BlockDevice],
     graph: &Graph,
-    view: &View,
+    view: &FileView,
 ) -> Option<&'a BlockDevice> {
     let disk = &record.disk;
     let path = view.identity(disk.path.as_std_path());
     let layers = files_of(record, view);
-    let chains: Vec<(&BlockDevice, OpenChain)> = drives
+    let chains: Vec<(&BlockDevice, QemuChain)> = drives
         .iter()
         .filter(|drive| drive.guest_writes())
-        .map(|drive| (drive, drive.root().map(|root| OpenChain::read(graph, view, root)).unwrap_or_default()))
+        .map(|drive| (drive, drive.root().map(|root| QemuChain::read(graph, view, root)).unwrap_or_default()))
         .collect();
     let is_called = |drive: &BlockDevice| {
         drive.names.iter().any(|name| *name == disk.target.as_str())
             || target_name(&drive.target) == disk.target.as_str()
     };
-    let has = |open: &OpenChain, wanted: FileIdentity| open.position(wanted).is_some();
+    let has = |open: &QemuChain, wanted: FileIdentity| open.position(wanted).is_some();
     let ranks: [Rank<'_>; 4] = [
         &|_, open| path.is_some() && open.root().is_some_and(|root| root.identity == path),
         &|_, open| open.placeholder.as_deref() == Some(placeholder(&disk.target).as_str()),

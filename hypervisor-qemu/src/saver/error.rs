@@ -28,7 +28,7 @@ pub(super) fn told(error: crate::Error) -> Error {
         (Kind::Invalid, _) => ErrorKind::Refused,
         (Kind::Unsupported, _) => ErrorKind::Unsupported,
         (Kind::Cancelled, _) => ErrorKind::Cancelled,
-        (Kind::Damaged | Kind::Untrue, _) => ErrorKind::Corrupt,
+        (Kind::Damaged | Kind::NameMismatch, _) => ErrorKind::Corrupt,
         (Kind::Hook, _) => ErrorKind::Internal,
         (Kind::Refused | Kind::Timeout | Kind::Lost | Kind::Protocol | Kind::Failed | Kind::Io, _) => {
             ErrorKind::Io

@@ -16,20 +16,19 @@ use snapcore::{
 use tokio::{sync::watch, time::timeout};
 
 use super::{
-    Connection, cut,
-    disk::{self, Disk, View},
+    Connection, cut, describe,
+    disk::{self, Disk, FileView},
     error::told,
     mark::Mark,
-    media, preflight, recorded, remove_memory, seen, truth,
+    media, preflight, recorded, remove_memory, reopen, section,
     unpacked::Unpacked,
-    window,
 };
 use crate::{
-    discover::{self, Abilities, BlockDevice, Discovery, Given, Process, compare},
+    discover::{self, Abilities, BlockDevice, Discovery, ImageOptions, Process, compare},
+    drain,
     fdset::refusal,
     graph::{self, Graph, Node},
     guest_clock::set_guest_clock,
-    hold,
     instant::Saving,
     machine::Machine,
     name::{is_mark, is_ours},
@@ -73,8 +72,8 @@ impl Live {
         let mut discovery = Discovery::read(&machine).await?;
         remember(&machine, &discovery);
         let graph = machine.graph().await?;
-        let view = View::of(&machine);
-        let mut seen = seen::describe(&machine, &discovery, &view, &graph).await?;
+        let view = FileView::of(&machine);
+        let mut seen = describe::describe(&machine, &discovery, &view, &graph).await?;
         let (speed, limits) = disk::speed();
         let (mut disks, mut unplugged) = (Vec::new(), HashSet::new());
         for record in &domain.disks {
@@ -87,7 +86,7 @@ impl Live {
                 let path = record.disk.path.as_std_path();
                 let now = view.identity(path);
                 let is_it = |file: &Path| file == path || now.is_some() && view.identity(file) == now;
-                let given = Given::of(&discovery.process, is_it);
+                let given = ImageOptions::of(&discovery.process, is_it);
                 // An image on top since an earlier snapshot was opened by us.
                 let unknown = given.is_none()
                     && !discovery.process.command_line.is_empty()
@@ -100,7 +99,7 @@ impl Live {
                     machine.remember_options(&layer.node.name, &disk.like(&layer.node));
                 }
                 disks.push(disk);
-                seen::is_member(&mut seen.disks, &discovery, &view, &graph, device, target);
+                describe::is_member(&mut seen.disks, &discovery, &view, &graph, device, target);
             }
         }
         // The content of a drive that is one of the domain's disks is in its snapshots, not in the machine's
@@ -113,7 +112,7 @@ impl Live {
             }
         }
         if !is_recorded_so {
-            seen.machine = seen::record(&discovery);
+            seen.machine = describe::record(&discovery);
         }
         let mut owned = Vec::new();
         for record in &domain.disks {
@@ -243,13 +242,18 @@ impl Live {
 }
 
 /// Finds the options of an image that the command line does not name, as far as possible.
-fn plugged_in(discovery: &Discovery, view: &View, graph: &Graph, device: &BlockDevice) -> Option<Given> {
-    let open = disk::OpenChain::read(graph, view, device.root()?);
+fn plugged_in(
+    discovery: &Discovery,
+    view: &FileView,
+    graph: &Graph,
+    device: &BlockDevice,
+) -> Option<ImageOptions> {
+    let open = disk::QemuChain::read(graph, view, device.root()?);
     let root = open.root()?;
     // Inactive images, after a migration, have no locks. A QEMU before 10.0 does not report if an image is
     // active.
     let is_active = root.node.active.unwrap_or(discovery.state.running);
-    (is_active && view.is_open_unlocked(root.identity?)).then(Given::without_locks)
+    (is_active && view.is_open_unlocked(root.identity?)).then(ImageOptions::without_locks)
 }
 
 /// The abilities of a QEMU, by its program's build and its version.
@@ -325,7 +329,7 @@ impl LiveDomain for Live {
         let record = recorded(record)?;
         let mut differences: Vec<String> =
             compare(&record, &self.discovery).iter().map(ToString::to_string).collect();
-        let view = View::of(&self.machine);
+        let view = FileView::of(&self.machine);
         for medium in discover::media(&record, &self.discovery) {
             if let Some(file) = medium.file.filter(|file| view.identity(&view.absolute(file)).is_none()) {
                 differences.push(format!(
@@ -378,15 +382,15 @@ impl LiveDomain for Live {
         let graph = self.machine.graph().await.map_err(told)?;
         let is_left = |node: &Node| {
             node.name.starts_with(disk::PLACEHOLDER)
-                || hold::is_hold_node(&node.name)
+                || drain::is_drain_node(&node.name)
                 || (is_ours(&node.name) && !is_mark(&node.name) && graph.users(&node.name).next().is_none())
         };
         // A program that unplugged a disk could not close its images if one of our nodes was backed by them.
         // Left open, they would be locked until QEMU ends. A device plugged in again with the old node would
         // write a frozen image.
-        let view = View::of(&self.machine);
+        let view = FileView::of(&self.machine);
         for top in graph.nodes().iter().filter(|node| is_left(node)) {
-            let chain = disk::OpenChain::read(&graph, &view, &top.name);
+            let chain = disk::QemuChain::read(&graph, &view, &top.name);
             if chain
                 .layers
                 .iter()
@@ -399,7 +403,7 @@ impl LiveDomain for Live {
         }
         if graph.nodes().iter().any(is_left) {
             cut::sweep(self).await?;
-            graph::close_taken_off(&self.machine).await.map_err(told)?;
+            graph::close_detached_chains(&self.machine).await.map_err(told)?;
         }
         // A guest that runs on its own disks is not in a detached section: it was not stopped yet, or was
         // resumed already. With a wrong mark, memory would be loaded over disks that were written since.
@@ -439,16 +443,16 @@ impl LiveDomain for Live {
                         let detail = format!("no chain was given for disk {target}");
                         return Err(Error::new(ErrorKind::Internal, detail));
                     };
-                    truth::rehome(self.expect(target)?, chain).await?;
+                    reopen::reopen_by_name(self.expect(target)?, chain).await?;
                 }
             }
             DomainStep::OpenWindow { disks, .. } => {
                 let notes = self.lost_bitmaps(disks.iter()).await?;
-                window::open(self, disks).await?;
+                section::open(self, disks).await?;
                 return Ok(Facts { notes, ..Facts::default() });
             }
             DomainStep::Attach { disks, anew } => {
-                window::attach(self, disks, context.chains).await?;
+                section::attach(self, disks, context.chains).await?;
                 let mut notes: Vec<String> = self.lost_options(disks.iter()).into_iter().collect();
                 if anew.is_some() {
                     notes.extend(self.copies_left_behind(disks.iter()).await?);
@@ -459,7 +463,7 @@ impl LiveDomain for Live {
                 media::put_back(&self.machine, media).await?;
             }
             DomainStep::Continue { memory, reset, power } => {
-                return window::go_on(self, memory.as_deref(), *reset, *power, context).await;
+                return section::go_on(self, memory.as_deref(), *reset, *power, context).await;
             }
             DomainStep::RemoveMemory { file } => {
                 remove_memory(file).await?;
@@ -475,8 +479,8 @@ impl LiveDomain for Live {
                 None => Ok(()),
             },
             DomainStep::SaveMemory { file, .. } => cut::forget_memory(self, file).await,
-            DomainStep::OpenWindow { disks, .. } => window::undo_open(self, disks, context.chains).await,
-            DomainStep::Attach { disks, .. } => window::undo_attach(self, disks).await,
+            DomainStep::OpenWindow { disks, .. } => section::undo_open(self, disks, context.chains).await,
+            DomainStep::Attach { disks, .. } => section::undo_attach(self, disks).await,
             // There is nothing to undo in QEMU: a check changes nothing, and a node that was reopened by name
             // keeps its name.
             DomainStep::CheckMemory { file } => {
@@ -501,7 +505,7 @@ impl LiveDomain for Live {
         cut::sweep(self).await?;
         for chain in chains {
             let Some(disk) = self.disk_of(&chain.target) else { continue };
-            match truth::rehome(disk, chain).await {
+            match reopen::reopen_by_name(disk, chain).await {
                 Ok(0) => {}
                 Ok(1) => {
                     done.push(format!("made a frozen image of disk {} known by its own name", chain.target))

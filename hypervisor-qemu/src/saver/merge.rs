@@ -10,7 +10,7 @@ use snapcore::{AttachedMerge, Error, ErrorKind, FileIdentity, Inside, Progress, 
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    disk::{Disk, OpenChain, identity},
+    disk::{Disk, QemuChain, identity},
     error::told,
 };
 use crate::{
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Direction of a merge.
-enum Way {
+enum Direction {
     /// Into the first layer, beginning with the active image.
     Pivot { top: String, base: String },
     /// Into the first layer, with layers above.
@@ -71,7 +71,7 @@ pub(super) async fn merge(
         inside.run(None).await?;
         return close(machine, &graph, disk, &identities).await;
     }
-    let way = way(&open, merge).map_err(|detail| refuse(&detail))?;
+    let direction = direction(&open, merge).map_err(|detail| refuse(&detail))?;
     if cancel.is_cancelled() && !running {
         return Err(Error::new(ErrorKind::Cancelled, "it was cancelled").context(attempted()));
     }
@@ -86,25 +86,25 @@ pub(super) async fn merge(
         pivoting.store(true, Ordering::SeqCst);
         inside.run(None).await.map_err(BoxError::from)
     };
-    let each = |now: jobs::Progress| progress.bytes(now.current, now.total);
+    let each = |now: jobs::JobProgress| progress.bytes(now.current, now.total);
     let speed = *disk.speed.borrow();
     let work = async {
-        match (&way, running) {
-            (Way::Pivot { .. }, true) => jobs::drive_active(machine, &job, each, hook).await,
+        match (&direction, running) {
+            (Direction::Pivot { .. }, true) => jobs::drive_active(machine, &job, each, hook).await,
             (_, true) => jobs::finish(machine, &job, each).await,
-            (Way::Pivot { top, base }, false) => {
+            (Direction::Pivot { top, base }, false) => {
                 let (top, base) = (top.clone(), base.clone());
                 let commit = ActiveCommit { job: job.clone(), top, base, speed };
                 jobs::commit_active(machine, &commit, each, hook).await.map(drop)
             }
-            (Way::Down { top, base }, false) => {
+            (Direction::Down { top, base }, false) => {
                 let root = open.root().map(|root| root.node.name.clone()).unwrap_or_default();
                 let backing_file = merge.string.clone().unwrap_or_default();
                 let (top, base) = (top.clone(), base.clone());
                 let commit = LayerCommit { job: job.clone(), root, top, base, backing_file, speed };
                 jobs::commit_layers(machine, &commit, each).await.map(drop)
             }
-            (Way::Up { into, base }, false) => {
+            (Direction::Up { into, base }, false) => {
                 let (into, base) = (into.clone(), base.clone());
                 let backing_file = merge.string.clone();
                 let stream = Stream { job: job.clone(), into, base, backing_file, speed };
@@ -115,14 +115,14 @@ pub(super) async fn merge(
     let mut work = pin!(work);
     let mut limits = disk.speed.clone();
     limits.mark_unchanged();
-    let mut told_to_end = false;
+    let mut asked_to_end = false;
     let ended = loop {
         // While a command of these branches waits for its answer, the work is not polled. So the hook cannot
         // begin meanwhile, and a cancel cannot cross a pivot.
         tokio::select! {
             ended = &mut work => break ended,
-            () = cancel.cancelled(), if !told_to_end && !pivoting.load(Ordering::SeqCst) => {
-                told_to_end = true;
+            () = cancel.cancelled(), if !asked_to_end && !pivoting.load(Ordering::SeqCst) => {
+                asked_to_end = true;
                 cancelled.store(true, Ordering::SeqCst);
                 jobs::cancel(machine, &job).await.map_err(told)?;
             }
@@ -149,7 +149,7 @@ pub(super) async fn merge(
 /// Merges the active image into the one below it, or continues such a merge.
 pub(super) async fn fold_active(
     disk: &Disk,
-    open: &OpenChain,
+    open: &QemuChain,
     inside: &dyn Inside,
     progress: &dyn Progress,
 ) -> Result<()> {
@@ -161,7 +161,7 @@ pub(super) async fn fold_active(
     let job = Name::of("u", disk.target.as_str());
     let target: &Target = &disk.target;
     let hook = async || inside.run(Some(target)).await.map_err(BoxError::from);
-    let each = |now: jobs::Progress| progress.bytes(now.current, now.total);
+    let each = |now: jobs::JobProgress| progress.bytes(now.current, now.total);
     let running = jobs::status(machine, &job).await.map_err(told)?.is_some();
     let done = match running {
         true => jobs::drive_active(machine, &job, each, hook).await,
@@ -217,7 +217,7 @@ fn job(merge: &AttachedMerge) -> Name {
 async fn close(machine: &Machine, graph: &Graph, disk: &Disk, merged: &[FileIdentity]) -> Result<()> {
     let idle = graph.nodes().iter().filter(|node| {
         graph.file(&node.name).is_some() && graph.users(&node.name).next().is_none() && {
-            let open = OpenChain::read(graph, &disk.view, &node.name);
+            let open = QemuChain::read(graph, &disk.view, &node.name);
             open.root().and_then(|root| root.identity).is_some_and(|file| merged.contains(&file))
         }
     });
@@ -225,7 +225,7 @@ async fn close(machine: &Machine, graph: &Graph, disk: &Disk, merged: &[FileIden
     remove_layers(machine, &idle).await.map(drop).map_err(told)
 }
 
-fn way(open: &OpenChain, merge: &AttachedMerge) -> Result<Way, String> {
+fn direction(open: &QemuChain, merge: &AttachedMerge) -> Result<Direction, String> {
     let position = |file: &Path| {
         let place = identity(file).and_then(|file| open.position(file));
         place.ok_or_else(|| format!("{} is not in the chain that QEMU has open", file.display()))
@@ -244,11 +244,11 @@ fn way(open: &OpenChain, merge: &AttachedMerge) -> Result<Way, String> {
     let node = |place: usize| open.layers.get(place).map(|layer| layer.node.name.clone()).unwrap_or_default();
     if merge.into == *first {
         return match top {
-            0 => Ok(Way::Pivot { top: node(top), base: node(bottom) }),
+            0 => Ok(Direction::Pivot { top: node(top), base: node(bottom) }),
             _ if merge.string.is_none() => {
                 Err("the image above the merged ones needs a backing string".to_owned())
             }
-            _ => Ok(Way::Down { top: node(top), base: node(bottom) }),
+            _ => Ok(Direction::Down { top: node(top), base: node(bottom) }),
         };
     }
     if merge.into != *last {
@@ -258,5 +258,5 @@ fn way(open: &OpenChain, merge: &AttachedMerge) -> Result<Way, String> {
     if base.is_some_and(|base| base != bottom + 1) || (base.is_none() && open.layers.len() > bottom + 1) {
         return Err("the layers stand on another image than they are said to".to_owned());
     }
-    Ok(Way::Up { into: node(top), base: base.map(node) })
+    Ok(Direction::Up { into: node(top), base: base.map(node) })
 }

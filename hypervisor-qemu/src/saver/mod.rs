@@ -5,11 +5,11 @@
 //! | `live` | [`snapcore::LiveDomain`]: a connection, and the place where each step is done |
 //! | `disk`, `merge` | [`snapcore::AttachedDisk`]: the device of a disk, its open images; merges |
 //! | `cut` | the cut, and the memory that is written after it |
-//! | `truth` | frozen images reopened by their permanent names |
-//! | `window` | detached sections: disks closed and reopened under a paused guest |
+//! | `reopen` | frozen images reopened by their permanent names |
+//! | `section` | detached sections: disks closed and reopened under a paused guest |
 //! | `mark` | the mark in QEMU that a detached section is open |
 //! | `preflight` | obstacles to a plan, found before it is begun |
-//! | `seen` | the description of a domain, and the part of it that is recorded |
+//! | `describe` | the description of a domain, and the part of it that is recorded |
 //! | `start`, `scan` | a QEMU started from a memory image; all QEMUs that run here |
 //! | `unpacked` | compressed memory images between their check and their use |
 //! | `address` | canonical addresses of monitors |
@@ -24,6 +24,7 @@
 
 mod address;
 mod cut;
+mod describe;
 mod disk;
 mod error;
 mod live;
@@ -31,12 +32,11 @@ mod mark;
 mod media;
 mod merge;
 mod preflight;
+mod reopen;
 mod scan;
-mod seen;
+mod section;
 mod start;
-mod truth;
 mod unpacked;
-mod window;
 
 use std::{
     collections::HashMap,
@@ -176,7 +176,7 @@ impl VmStateSaver for Qemu {
                 "start the domain with a QMP socket (-qmp unix:PATH,server=on,wait=off), or check the path",
             ));
         };
-        seen::look(&connection.0).await.map_err(told)
+        describe::look(&connection.0).await.map_err(told)
     }
 
     async fn scan(&self) -> Result<Vec<(Control, Seen)>> {
@@ -199,7 +199,7 @@ impl VmStateSaver for Qemu {
     fn outside(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {
         let machine = machine.or_else(|| domain.machines.last().map(|machine| &machine.record));
         let start = domain.control.as_ref().map(|control| control.start.as_slice()).unwrap_or_default();
-        seen::outside(machine.and_then(|machine| recorded(machine).ok()).as_ref(), start)
+        describe::outside(machine.and_then(|machine| recorded(machine).ok()).as_ref(), start)
     }
 
     fn shared(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {

@@ -191,7 +191,8 @@ async fn refuse_internal(live: &Live, disks: &[(Target, DiskInstant)]) -> Result
     let graph = live.machine.graph().await.map_err(told)?;
     for (target, _) in disks.iter().filter(|(_, take)| matches!(take, DiskInstant::Internal { .. })) {
         let Some(disk) = live.disk_of(target) else { continue };
-        let Some(filter) = graph.root(&disk.device).and_then(|root| graph.keeps_internal_off(root)) else {
+        let Some(filter) = graph.root(&disk.device).and_then(|root| graph.internal_snapshot_blocker(root))
+        else {
             continue;
         };
         let detail = format!(

@@ -10,7 +10,7 @@ use std::{
 use snapcore::{Control, Result, Seen};
 use tokio::time::timeout;
 
-use super::{Qemu, seen};
+use super::{Qemu, describe};
 
 /// Time limit for one QEMU's greeting: one that serves another client sends none.
 const GREETING: Duration = Duration::from_millis(500);
@@ -30,7 +30,7 @@ pub(super) async fn scan(qemu: &Qemu) -> Result<Vec<(Control, Seen)>> {
             }
             let looked = async {
                 let connection = qemu.reach(&socket, GREETING).await.ok()??;
-                seen::look(&connection.0).await.ok()
+                describe::look(&connection.0).await.ok()
             };
             let Ok(Some(seen)) = timeout(LOOKING, looked).await else {
                 tracing::debug!(address, "passed over: it does not answer");

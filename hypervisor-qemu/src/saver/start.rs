@@ -16,13 +16,13 @@ use tokio::time::sleep;
 
 use super::{
     cut::About,
+    describe::DESCRIPTOR,
     error::{blocking, told},
     live::set_clock,
     media::put_back,
     reach, recorded,
-    seen::DESCRIPTOR,
+    section::reset,
     unpacked::Unpacked,
-    window::reset,
 };
 use crate::{
     discover::{Abilities, Discovery, Process, media},
@@ -259,18 +259,18 @@ fn plugged_since(machine: &Discovery, words: &[String]) -> Vec<String> {
 struct Started {
     child: Option<Child>,
     /// Its error output: a file without a name.
-    said: File,
+    stderr: File,
     pid: u32,
 }
 
 impl Started {
     /// Starts it detached from this process: in its own process group, with none of our files open.
     fn spawn(recipe: &Recipe) -> std::io::Result<Self> {
-        let said = File::from(rustix::fs::memfd_create("domsnap-stderr", rustix::fs::MemfdFlags::CLOEXEC)?);
+        let stderr = File::from(rustix::fs::memfd_create("domsnap-stderr", rustix::fs::MemfdFlags::CLOEXEC)?);
         let words = recipe.words.split_first();
         let (first, rest) = words.ok_or_else(|| std::io::Error::other("the command is empty"))?;
         let mut command = Command::new(recipe.program.as_deref().unwrap_or(Path::new(first)));
-        command.arg0(first).args(rest).stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.try_clone()?);
+        command.arg0(first).args(rest).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr.try_clone()?);
         command.process_group(0);
         if let Some(environment) = &recipe.environment {
             command.env_clear().envs(environment.iter().map(|(name, value)| (name, value)));
@@ -280,7 +280,7 @@ impl Started {
         }
         let child = command.spawn()?;
         let pid = child.id();
-        Ok(Self { child: Some(child), said, pid })
+        Ok(Self { child: Some(child), stderr, pid })
     }
 
     /// Waits until it answers at its QMP socket.
@@ -330,7 +330,7 @@ impl Started {
             }
             sleep(LOOK).await;
         }
-        error.state(format!("QEMU said: {}", self.words()))
+        error.state(format!("QEMU said: {}", self.error_output()))
     }
 
     /// Fails if it has ended. (A QEMU that makes itself a daemon ends with success, and continues as another
@@ -340,7 +340,7 @@ impl Started {
         match ended {
             Some(status) if !status.success() => {
                 self.child = None;
-                let detail = format!("QEMU ended ({status}): {}", self.words());
+                let detail = format!("QEMU ended ({status}): {}", self.error_output());
                 Err(Error::new(ErrorKind::Io, detail)
                     .advise("the disks are as at the snapshot; revert without memory to boot from them"))
             }
@@ -349,10 +349,10 @@ impl Started {
     }
 
     /// Returns the end of its error output.
-    fn words(&self) -> String {
-        let length = self.said.metadata().map(|about| about.len()).unwrap_or_default();
+    fn error_output(&self) -> String {
+        let length = self.stderr.metadata().map(|about| about.len()).unwrap_or_default();
         let mut bytes = vec![0; usize::try_from(length.min(4096)).unwrap_or_default()];
-        let read = self.said.read_at(&mut bytes, length.saturating_sub(4096)).unwrap_or_default();
+        let read = self.stderr.read_at(&mut bytes, length.saturating_sub(4096)).unwrap_or_default();
         bytes.truncate(read);
         let text = String::from_utf8_lossy(&bytes).trim().replace('\n', "; ");
         if text.is_empty() { format!("process {} said nothing", self.pid) } else { text }

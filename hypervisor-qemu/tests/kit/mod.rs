@@ -121,7 +121,7 @@ pub async fn snapshot(
 pub async fn sound(machine: &Machine) -> Result<()> {
     let said = machine.qmp().socket().with_file_name("stderr");
     let said = || format!("QEMU said: {}", std::fs::read_to_string(said).unwrap_or_default());
-    graph::names_true(machine).await.with_context(said)?;
+    graph::verify_names(machine).await.with_context(said)?;
     let ours = jobs::reconcile(machine).await?;
     ensure!(ours.jobs.is_empty(), "jobs are left: {:?}", ours.jobs);
     ensure!(ours.outgoing.is_none(), "a migration is left: {:?}", ours.outgoing);

@@ -5,14 +5,12 @@ use std::time::{Duration, Instant};
 use camino::Utf8Path;
 use qmp::Notice;
 use serde_json::{Value, json};
-use snapcore::{
-    DomainContext, Error, ErrorKind, Facts, GuestChange, OpenChain as NamedChain, PowerAfter, Result, Target,
-};
+use snapcore::{DomainContext, Error, ErrorKind, Facts, GuestChange, OpenChain, PowerAfter, Result, Target};
 use tokio::time::timeout;
 
 use super::{
     cut::sweep,
-    disk::{Disk, OpenChain, identity},
+    disk::{Disk, QemuChain, identity},
     error::told,
     live::Live,
     mark::Mark,
@@ -43,18 +41,18 @@ pub(super) async fn open(live: &Live, targets: &[Target]) -> Result<()> {
     live.window().get_or_insert(begun);
     // 4) Close the chains. A crash here leaves some disks detached under a paused guest; undo reopens those
     //    by their placeholders.
-    free(live, targets).await
+    close_disks(live, targets).await
 }
 
 /// Reopens the disks of a section that is to be undone, and resumes the guest, if it ran before.
-pub(super) async fn undo_open(live: &Live, targets: &[Target], chains: &[NamedChain]) -> Result<()> {
+pub(super) async fn undo_open(live: &Live, targets: &[Target], chains: &[OpenChain]) -> Result<()> {
     let machine = &live.machine;
     sweep(live).await?;
     // 1) All disks before the guest resumes: it would read zeros from a placeholder.
     for target in targets {
         let Some(disk) = live.disk_of(target) else { continue };
         if disk.open().await.map_err(told)?.placeholder.is_some() {
-            give(disk, chains).await?;
+            attach_disk(disk, chains).await?;
         }
     }
     // 2) Resume while the mark exists: the mark has the record that the guest ran. 3) Remove the mark last. A
@@ -68,10 +66,10 @@ pub(super) async fn undo_open(live: &Live, targets: &[Target], chains: &[NamedCh
 }
 
 /// Gives disks the chains that their configured paths name. A disk that has its chain already is skipped.
-pub(super) async fn attach(live: &Live, targets: &[Target], chains: &[NamedChain]) -> Result<()> {
+pub(super) async fn attach(live: &Live, targets: &[Target], chains: &[OpenChain]) -> Result<()> {
     sweep(live).await?;
     for target in targets {
-        give(live.expect(target)?, chains).await?;
+        attach_disk(live.expect(target)?, chains).await?;
     }
     Ok(())
 }
@@ -80,11 +78,11 @@ pub(super) async fn attach(live: &Live, targets: &[Target], chains: &[NamedChain
 pub(super) async fn undo_attach(live: &Live, targets: &[Target]) -> Result<()> {
     sweep(live).await?;
     let _paused = Mark::open_window(&live.machine).await.map_err(told)?;
-    free(live, targets).await
+    close_disks(live, targets).await
 }
 
 /// Closes the chains of disks. Needs a paused guest, and no unused node of ours in QEMU.
-async fn free(live: &Live, targets: &[Target]) -> Result<()> {
+async fn close_disks(live: &Live, targets: &[Target]) -> Result<()> {
     let machine = &live.machine;
     let mut shared: Vec<(String, Target)> = Vec::new();
     for target in targets {
@@ -131,7 +129,7 @@ async fn free(live: &Live, targets: &[Target]) -> Result<()> {
 }
 
 /// Gives one disk its chain.
-async fn give(disk: &Disk, chains: &[NamedChain]) -> Result<()> {
+async fn attach_disk(disk: &Disk, chains: &[OpenChain]) -> Result<()> {
     let machine = &disk.machine;
     let attaching = |error: Error| error.context(format!("giving disk {} its chain", disk.target));
     let Some(chain) = chains.iter().find(|chain| chain.target == disk.target) else {
@@ -140,7 +138,7 @@ async fn give(disk: &Disk, chains: &[NamedChain]) -> Result<()> {
     };
     let open = disk.open().await.map_err(told)?;
     let placeholder = match &open.placeholder {
-        None if is(&open, chain) => return Ok(()),
+        None if is_chain(&open, chain) => return Ok(()),
         None => {
             let detail = "QEMU has another chain open than the one that its path names";
             return Err(attaching(
@@ -152,8 +150,8 @@ async fn give(disk: &Disk, chains: &[NamedChain]) -> Result<()> {
     };
     if !open.layers.is_empty() {
         // The placeholder has a chain: one that was about to be attached, or was not yet taken off. If it is
-        // the wanted one, finish the merge; else take it off as `free` does.
-        if is(&open, chain) {
+        // the wanted one, finish the merge; else take it off as `close_disks` does.
+        if is_chain(&open, chain) {
             return finish_fold(machine, placeholder, &open).await.map_err(told).map_err(attaching);
         }
         stop_fold(machine, placeholder).await.map_err(told).map_err(attaching)?;
@@ -172,7 +170,7 @@ async fn give(disk: &Disk, chains: &[NamedChain]) -> Result<()> {
 }
 
 /// Returns true if the open images are this chain.
-fn is(open: &OpenChain, chain: &NamedChain) -> bool {
+fn is_chain(open: &QemuChain, chain: &OpenChain) -> bool {
     let named = chain.layers.iter().map(|layer| identity(layer.file.as_std_path()));
     open.layers.len() == chain.layers.len()
         && open.layers.iter().zip(named).all(|(layer, named)| named.is_some() && layer.identity == named)
@@ -190,7 +188,7 @@ async fn stop_fold(machine: &Machine, placeholder: &str) -> crate::Result<()> {
     Ok(())
 }
 
-async fn finish_fold(machine: &Machine, placeholder: &str, open: &OpenChain) -> crate::Result<()> {
+async fn finish_fold(machine: &Machine, placeholder: &str, open: &QemuChain) -> crate::Result<()> {
     stop_fold(machine, placeholder).await?;
     if let Some(top) = open.root() {
         jobs::fold(machine, placeholder, &top.node.name).await?;

@@ -6,9 +6,9 @@ use camino::Utf8PathBuf;
 use serde_json::{Value, json};
 use snapcore::{Seen, SeenDisk, Target};
 
-use super::disk::{OpenChain, View, target_name};
+use super::disk::{FileView, QemuChain, target_name};
 use crate::{
-    discover::{BlockDevice, Discovery, Given, Process, Role, shared_by},
+    discover::{BlockDevice, Discovery, ImageOptions, Process, Role, shared_by},
     error::Result,
     graph::{self, Edge, Graph},
     machine::Machine,
@@ -22,13 +22,13 @@ const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 pub(super) async fn look(machine: &Machine) -> Result<Seen> {
     let discovery = Discovery::read(machine).await?;
     let graph = machine.graph().await?;
-    describe(machine, &discovery, &View::of(machine), &graph).await
+    describe(machine, &discovery, &FileView::of(machine), &graph).await
 }
 
 pub(super) async fn describe(
     machine: &Machine,
     discovery: &Discovery,
-    view: &View,
+    view: &FileView,
     graph: &Graph,
 ) -> Result<Seen> {
     let disks = disks(discovery, view, graph);
@@ -53,12 +53,12 @@ pub(super) async fn describe(
     })
 }
 
-fn disks(discovery: &Discovery, view: &View, graph: &Graph) -> Vec<SeenDisk> {
+fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk> {
     let mut taken = HashSet::new();
     let mut disks = Vec::new();
     for drive in &discovery.drives {
         let Some(root) = drive.root() else { continue };
-        let open = OpenChain::read(graph, view, root);
+        let open = QemuChain::read(graph, view, root);
         let name = target_name(&drive.target);
         let names = std::iter::once(name.clone()).chain((2..).map(|number| format!("{name}-{number}")));
         let free = names.take(discovery.drives.len() + 1).find(|name| taken.insert(name.clone()));
@@ -82,12 +82,14 @@ fn disks(discovery: &Discovery, view: &View, graph: &Graph) -> Vec<SeenDisk> {
             left_out,
             guest_writes: drive.guest_writes(),
             member: None,
-            no_internal: image.and_then(|layer| graph.keeps_internal_off(&layer.node.name)).map(|filter| {
-                format!(
-                    "QEMU takes no internal snapshot through its {} filter {}",
-                    filter.driver, filter.name
-                )
-            }),
+            no_internal: image.and_then(|layer| graph.internal_snapshot_blocker(&layer.node.name)).map(
+                |filter| {
+                    format!(
+                        "QEMU takes no internal snapshot through its {} filter {}",
+                        filter.driver, filter.name
+                    )
+                },
+            ),
         });
     }
     // Devices whose disk another process serves: QEMU's block layer has no node of it.
@@ -112,7 +114,7 @@ fn disks(discovery: &Discovery, view: &View, graph: &Graph) -> Vec<SeenDisk> {
 pub(super) fn is_member(
     disks: &mut [SeenDisk],
     discovery: &Discovery,
-    view: &View,
+    view: &FileView,
     graph: &Graph,
     device: &BlockDevice,
     target: &Target,
@@ -123,7 +125,7 @@ pub(super) fn is_member(
     if let Some(disk) = place.and_then(|place| disks.get_mut(place)) {
         disk.member = Some(target.clone());
         // The user counts it among the disks, whatever a scan would do with it.
-        let open = device.root().map(|root| OpenChain::read(graph, view, root)).unwrap_or_default();
+        let open = device.root().map(|root| QemuChain::read(graph, view, root)).unwrap_or_default();
         disk.left_out = unfit(discovery, device, &open, view, graph);
     }
 }
@@ -193,8 +195,8 @@ pub(super) fn outside(machine: Option<&Discovery>, start: &[String]) -> Vec<Stri
 fn unfit(
     discovery: &Discovery,
     drive: &BlockDevice,
-    open: &OpenChain,
-    view: &View,
+    open: &QemuChain,
+    view: &FileView,
     graph: &Graph,
 ) -> Option<String> {
     if open.placeholder.is_some() {
@@ -230,7 +232,7 @@ fn unfit(
     let same =
         discovery.drives.iter().filter(|other| other.guest_writes() && other.target != drive.target).find(
             |other| {
-                let root = other.root().map(|root| OpenChain::read(graph, view, root)).unwrap_or_default();
+                let root = other.root().map(|root| QemuChain::read(graph, view, root)).unwrap_or_default();
                 let image = root.root().and_then(|root| root.identity);
                 image.is_some() && image == open.root().and_then(|root| root.identity)
             },
@@ -248,7 +250,9 @@ fn unfit(
         return Some("its image is no file that has a name on this machine".to_owned());
     };
     let is_it = |file: &std::path::Path| root.identity.is_some() && view.identity(file) == root.identity;
-    if drive.copies_on_read || Given::of(&discovery.process, is_it).is_some_and(|given| given.copy_on_read) {
+    if drive.copies_on_read
+        || ImageOptions::of(&discovery.process, is_it).is_some_and(|given| given.copy_on_read)
+    {
         return Some(
             "it is open with copy-on-read=on: what the guest reads would be written to frozen images"
                 .to_owned(),
@@ -259,7 +263,7 @@ fn unfit(
 
 /// Returns the reason why images cannot be exchanged below the filters of a drive, or at its top: other nodes
 /// use them too.
-fn is_shared(open: &OpenChain, graph: &Graph) -> Option<String> {
+fn is_shared(open: &QemuChain, graph: &Graph) -> Option<String> {
     let named = |user: &Edge| match user.parent.as_str() {
         "" => "an export of this QEMU".to_owned(),
         name => name.to_owned(),
@@ -363,7 +367,7 @@ fn without_descriptors(word: &str) -> String {
 }
 
 /// Returns the socket of the guest agent's port, if other processes can connect to it.
-async fn agent(machine: &Machine, discovery: &Discovery, view: &View) -> Result<Option<Utf8PathBuf>> {
+async fn agent(machine: &Machine, discovery: &Discovery, view: &FileView) -> Result<Option<Utf8PathBuf>> {
     let ports = discovery.devices.iter().filter(|device| device.kind == "virtserialport");
     for port in ports {
         let get = |property: &'static str| {

@@ -3,7 +3,7 @@
 //! QEMU has the image that it was started with under the configured path, which is another image's as soon as
 //! that one is frozen. QEMU reopens images by the names that it has, and would write the wrong one.
 
-use snapcore::{Error, ErrorKind, OpenChain as NamedChain, Result};
+use snapcore::{Error, ErrorKind, OpenChain, Result};
 
 use super::{
     disk::{Disk, identity},
@@ -19,7 +19,7 @@ use crate::{
 ///
 /// The images are identified by their position in the chain, counted from its base. On top QEMU may have an
 /// overlay to which the path was not moved yet, or was moved back from. The active image keeps its node.
-pub(super) async fn rehome(disk: &Disk, chain: &NamedChain) -> Result<usize> {
+pub(super) async fn reopen_by_name(disk: &Disk, chain: &OpenChain) -> Result<usize> {
     let mut count = 0;
     let open = disk.open().await.map_err(told)?;
     if open.placeholder.is_some() {
@@ -57,7 +57,7 @@ pub(super) async fn rehome(disk: &Disk, chain: &NamedChain) -> Result<usize> {
             ));
         }
         let node = super::disk::layer(named, Name::node(), disk.like(&layer.node));
-        let left = graph::rehome(&disk.machine, &above.node.name, &node).await.map_err(told)?;
+        let left = graph::reopen_by_name(&disk.machine, &above.node.name, &node).await.map_err(told)?;
         if !left.is_empty() {
             tracing::warn!(nodes = left.join(", "), "something else uses what a frozen image was known by");
         }

@@ -45,7 +45,7 @@ const LOOK: Duration = Duration::from_millis(1);
 
 /// One disk whose requests wait.
 #[derive(Debug)]
-struct Held {
+struct DrainedDisk {
     job: String,
     node: String,
 }
@@ -53,15 +53,15 @@ struct Held {
 /// The disks whose requests wait.
 #[derive(Debug, Default)]
 #[must_use = "the guest's requests wait until `release`"]
-pub(crate) struct Holding(Vec<Held>);
+pub(crate) struct Drained(Vec<DrainedDisk>);
 
 /// Returns true if a job is one of these.
-pub(crate) fn is_hold(job: &str) -> bool {
+pub(crate) fn is_drain_job(job: &str) -> bool {
     job.starts_with(JOB)
 }
 
 /// Returns true if a node is the target of such a job.
-pub(crate) fn is_hold_node(node: &str) -> bool {
+pub(crate) fn is_drain_node(node: &str) -> bool {
     node.starts_with(NODE)
 }
 
@@ -76,20 +76,20 @@ pub(crate) async fn is_needed(machine: &Machine) -> Result<bool> {
 
 /// Holds the guest's requests on each disk where that is possible. It is not possible on a disk that another
 /// program's job works on. Never fails: the guest can be stopped without it.
-pub(crate) async fn hold(machine: &Machine) -> Holding {
-    match machine.needs_hold().await {
+pub(crate) async fn drain(machine: &Machine) -> Drained {
+    match machine.needs_drain().await {
         Ok(true) => {}
-        _ => return Holding::default(),
+        _ => return Drained::default(),
     }
-    let mut holding = Holding::default();
-    if let Err(error) = hold_all(machine, &mut holding).await {
+    let mut drained = Drained::default();
+    if let Err(error) = drain_all(machine, &mut drained).await {
         tracing::warn!(%error, "the guest's requests to its disks could not be held before it is paused");
-        release(machine, std::mem::take(&mut holding)).await;
+        release(machine, std::mem::take(&mut drained)).await;
     }
-    holding
+    drained
 }
 
-async fn hold_all(machine: &Machine, holding: &mut Holding) -> Result<()> {
+async fn drain_all(machine: &Machine, drained: &mut Drained) -> Result<()> {
     let drives = machine.query("query-block", Value::Null).await?;
     for drive in drives.as_array().into_iter().flatten() {
         let inserted = &drive["inserted"];
@@ -99,11 +99,11 @@ async fn hold_all(machine: &Machine, holding: &mut Holding) -> Result<()> {
         else {
             continue;
         };
-        if has_device && let Err(error) = begin(machine, node, size, holding).await {
+        if has_device && let Err(error) = begin(machine, node, size, drained).await {
             tracing::debug!(%error, node, "requests to this disk are not held");
         }
     }
-    let names: Vec<String> = holding.0.iter().map(|held| held.job.clone()).collect();
+    let names: Vec<String> = drained.0.iter().map(|disk| disk.job.clone()).collect();
     reach(machine, &names, &JobStatus::Ready).await?;
     for job in &names {
         let arguments = json!({ "device": job, "force": false });
@@ -113,7 +113,7 @@ async fn hold_all(machine: &Machine, holding: &mut Holding) -> Result<()> {
     idle(machine).await
 }
 
-async fn begin(machine: &Machine, source: &str, size: u64, holding: &mut Holding) -> Result<()> {
+async fn begin(machine: &Machine, source: &str, size: u64, drained: &mut Drained) -> Result<()> {
     let attempted = "holding the guest's requests";
     let node = Name::fresh("hn").as_str().to_owned();
     let added = json!({ "driver": "null-co", "node-name": node, "size": size });
@@ -125,7 +125,7 @@ async fn begin(machine: &Machine, source: &str, size: u64, holding: &mut Holding
     });
     match machine.run(attempted, source, "blockdev-mirror", arguments).await {
         Ok(_) => {
-            holding.0.push(Held { job, node });
+            drained.0.push(DrainedDisk { job, node });
             Ok(())
         }
         Err(error) => {
@@ -184,15 +184,15 @@ async fn idle(machine: &Machine) -> Result<()> {
 }
 
 /// Releases the requests. Those of a stopped guest are served when it runs.
-pub(crate) async fn release(machine: &Machine, holding: Holding) {
-    for held in &holding.0 {
-        if let Err(error) = end(machine, &held.job).await {
-            tracing::warn!(%error, job = held.job, "requests of the guest's wait still");
+pub(crate) async fn release(machine: &Machine, drained: Drained) {
+    for disk in &drained.0 {
+        if let Err(error) = end(machine, &disk.job).await {
+            tracing::warn!(%error, job = disk.job, "requests of the guest's wait still");
         }
     }
-    for held in &holding.0 {
-        let name = json!({ "node-name": held.node });
-        let _ = machine.run("deleting a node", &held.node, "blockdev-del", name).await;
+    for disk in &drained.0 {
+        let name = json!({ "node-name": disk.node });
+        let _ = machine.run("deleting a node", &disk.node, "blockdev-del", name).await;
     }
 }
 
@@ -210,7 +210,7 @@ async fn end(machine: &Machine, job: &str) -> Result<()> {
 /// # Errors
 /// Errors of the connection, and what QEMU reported.
 pub(crate) async fn release_left(machine: &Machine, jobs: &[Job]) -> Result<bool> {
-    let left: Vec<&Job> = jobs.iter().filter(|job| is_ours(&job.id) && is_hold(&job.id)).collect();
+    let left: Vec<&Job> = jobs.iter().filter(|job| is_ours(&job.id) && is_drain_job(&job.id)).collect();
     for job in &left {
         end(machine, &job.id).await?;
     }

@@ -38,7 +38,7 @@ enum Kind {
 
 /// Options that the command line gives for one image.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub(crate) struct Given {
+pub(crate) struct ImageOptions {
     /// Options of the format node, in QMP's form.
     pub(crate) format: Map<String, Value>,
     /// Options of the file node, in QMP's form.
@@ -50,7 +50,7 @@ pub(crate) struct Given {
 /// One `-blockdev` or `-drive`: its options, with dotted keys for nested ones.
 type Options = BTreeMap<String, Value>;
 
-impl Given {
+impl ImageOptions {
     /// Options of an image of which only one thing is known: its file is not locked.
     pub(crate) fn without_locks() -> Self {
         let file = Map::from_iter([("locking".to_owned(), Value::from("off"))]);
@@ -236,11 +236,11 @@ mod tests {
 
     use super::*;
 
-    fn of(words: &[&str]) -> Option<Given> {
+    fn of(words: &[&str]) -> Option<ImageOptions> {
         let command_line = words.iter().map(|word| (*word).to_owned()).collect();
         let directory = Some(PathBuf::from("/vm"));
         let process = Process { command_line, directory, ..Process::default() };
-        Given::of(&process, |file| file == Path::new("/vm/a,b.qcow2"))
+        ImageOptions::of(&process, |file| file == Path::new("/vm/a,b.qcow2"))
     }
 
     #[test]

@@ -42,9 +42,9 @@ pub struct NodeFile {
 /// open images whose names were exchanged, nor images opened with `locking=off`.
 ///
 /// # Errors
-/// [`ErrorKind::Untrue`], naming each node that is wrong; [`ErrorKind::Unsupported`] if the process is not
+/// [`ErrorKind::NameMismatch`], naming each node that is wrong; [`ErrorKind::Unsupported`] if the process is not
 /// known; [`ErrorKind::Io`] if `/proc` is not readable (be root, or the user that QEMU runs as).
-pub async fn names_true(machine: &Machine) -> Result<Vec<NodeFile>> {
+pub async fn verify_names(machine: &Machine) -> Result<Vec<NodeFile>> {
     let attempted = "comparing nodes with their files";
     let subject = machine.qmp().socket().display().to_string();
     let graph = Graph::read(machine).await?;
@@ -84,7 +84,7 @@ pub async fn names_true(machine: &Machine) -> Result<Vec<NodeFile>> {
     }
     wrong.sort();
     let detail = format!("QEMU does not have open what it names: {}", wrong.join("; "));
-    Err(Error::new(ErrorKind::Untrue, attempted, subject, detail).advice(
+    Err(Error::new(ErrorKind::NameMismatch, attempted, subject, detail).advice(
         "let nothing commit, snapshot or reopen these images until QEMU was restarted from the right files",
     ))
 }
