@@ -243,7 +243,7 @@ async fn garbage_is_not_taken_for_an_answer() {
         ("b'{\"jsonrpc\":\"2.0\",\"id\":\"x\",\"result\":null}\\n'", "without a number"),
         ("b'{\"jsonrpc\":\"2.0\",\"id\":%d}\\n' % c.number", "neither a result nor an error"),
         ("b'{\"jsonrpc\":\"2.0\",\"id\":%d,\"error\":7}\\n' % c.number", "told an error wrongly"),
-        ("b'{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"rm\",\"params\":[]}\\n'", "asked what nobody answers"),
+        ("b'{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"rm\",\"params\":[]}\\n'", "sent a request"),
     ] {
         let otherwise = format!("instead('apply', lambda was, p, c: raw({line}))");
         says(&otherwise, ErrorKind::Internal, &[words]).await;
@@ -254,10 +254,10 @@ async fn garbage_is_not_taken_for_an_answer() {
 async fn an_answer_that_nobody_asked_for_is_a_lie() {
     let answer = |id: &str| format!("raw(b'{{\"jsonrpc\":\"2.0\",\"id\":%d,\"result\":null}}\\n' % ({id}))");
     let wrong = format!("instead('apply', lambda was, p, c: {})", answer("c.number + 1000"));
-    says(&wrong, ErrorKind::Internal, &["which nobody asked"]).await;
+    says(&wrong, ErrorKind::Internal, &["which was never sent"]).await;
     // Answered here, and once more when it is done.
     let twice = format!("instead('apply', lambda was, p, c: (was(p, c), {}) and None)", answer("c.number"));
-    says(&twice, ErrorKind::Internal, &["which nobody asked"]).await;
+    says(&twice, ErrorKind::Internal, &["which was never sent"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -77,7 +77,7 @@ fn a_plug_in_that_dies_while_the_guest_stands_still_does_not_leave_it_standing()
         ensure!(failed.stderr.contains("plug-in dir"), "{failed}");
         ensure!(failed.status == Some(status::NEEDS_RECOVERY), "nobody is left to undo it: {failed}");
         // In the cut of a create the guest goes on by itself; of a revert it has no disks yet.
-        let stands = failed.stderr.contains("the guest stands still");
+        let stands = failed.stderr.contains("the guest is paused");
         ensure!(stands == (mark == "exchange"), "{failed}");
         live.domsnap().done(&["recover", NAME])?;
         live.sound().with_context(|| format!("after {failed}"))?;

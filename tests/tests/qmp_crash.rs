@@ -399,7 +399,7 @@ fn signals_undo_or_are_ignored() -> Result<()> {
                 // Before the first step there is nothing to undo, and it says that.
                 Some(status::FAILED) if outcome.stderr.contains("no changes made") => {}
                 Some(status::FAILED) => {
-                    ensure!(outcome.stderr.contains("undone"), "signal {signal}: {outcome}");
+                    ensure!(outcome.stderr.contains("rolled back"), "signal {signal}: {outcome}");
                     undone += 1;
                 }
                 _ => anyhow::bail!("signal {signal} before command {}: {outcome}", place + 1),

@@ -71,7 +71,7 @@ fn where_no_blocks_are_shared_a_point_is_refused_with_what_to_do() -> Result<()>
     let refused = domain.declined(&["create", NAME, "s1"], status::REFUSED)?;
     ensure!(refused.stderr.contains("--disk vda=copy"), "{refused}");
     let refused = domain.declined(&["create", NAME, "s1", "--disk", "vda=reflink"], status::REFUSED)?;
-    ensure!(refused.stderr.contains("shares no blocks"), "{refused}");
+    ensure!(refused.stderr.contains("has no reflinks"), "{refused}");
     let refused = domain.declined(&["create", NAME, "s1", "--internal"], status::REFUSED)?;
     ensure!(refused.stderr.contains("raw has no internal snapshots"), "{refused}");
     let refused = domain.declined(&["create", NAME, "s1", "--disk", "vda=overlay"], status::REFUSED)?;
