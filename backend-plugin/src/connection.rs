@@ -26,7 +26,8 @@ use crate::stderr::LastWords;
 pub struct Limits {
     /// How long it may take to start and say who it is.
     pub start: Duration,
-    /// How long nothing may be heard of a call: no answer, and no progress that is further than the one before.
+    /// How long nothing may be heard of a call: no answer, and no progress that is further than the one
+    /// before.
     pub silence: Duration,
     /// The longest frame, in bytes.
     pub frame: usize,
@@ -58,8 +59,8 @@ impl Limits {
 /// Variables that every plug-in gets, where domsnap has them.
 const VARIABLES: [&str; 5] = ["PATH", "HOME", "TMPDIR", "TZ", "LANG"];
 
-/// The environment of the plug-in `name`, out of `all` that domsnap has: what a program needs to run, and what the user set for
-/// this plug-in. Nothing else, because domsnap's may hold others' tokens.
+/// The environment of the plug-in `name`, out of `all` that domsnap has: what a program needs to run, and
+/// what the user set for this plug-in. Nothing else, because domsnap's may hold others' tokens.
 fn environment(
     name: &str,
     all: impl Iterator<Item = (OsString, OsString)>,
@@ -184,6 +185,8 @@ struct Shared {
     calls: Mutex<Calls>,
     child: Mutex<Child>,
     words: Arc<LastWords>,
+    /// Held while the connection is broken off.
+    breaking: Mutex<()>,
 }
 
 /// A plug-in that runs. Dropped, it is killed.
@@ -203,7 +206,8 @@ impl Connection {
             Error::new(ErrorKind::Io, format!("the plug-in {name} ({program}) cannot be started"))
                 .because(cause)
         };
-        // A group of its own: an interrupt at the terminal is domsnap's to handle, and what the plug-in starts ends with it.
+        // A group of its own: an interrupt at the terminal is domsnap's to handle, and what the plug-in
+        // starts ends with it.
         let mut child = Command::new(program)
             .env_clear()
             .envs(environment(name, std::env::vars_os()))
@@ -225,6 +229,7 @@ impl Connection {
             program: program.to_owned(),
             calls: Mutex::default(),
             child: Mutex::new(child),
+            breaking: Mutex::default(),
             words,
         });
         let requests = write_on_a_thread(stdin).map_err(failed)?;
@@ -389,6 +394,9 @@ impl Shared {
 
     /// The end of the connection, for the first reason that there was.
     fn break_off(&self, kind: ErrorKind, what: &str) -> Broken {
+        // The kill below makes the reader see the end of the output: it waits here, so that the reason for
+        // the kill is recorded before "ended by SIGKILL" could be.
+        let _breaking = self.breaking.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(broken) = &self.calls().broken {
             return broken.clone();
         }
@@ -511,8 +519,8 @@ impl Shared {
     }
 }
 
-/// Writes what is sent, on a thread of its own: a plug-in that does not read must hold up nobody. The plug-in's standard input
-/// ends with the sender.
+/// Writes what is sent, on a thread of its own: a plug-in that does not read must hold up nobody. The
+/// plug-in's standard input ends with the sender.
 fn write_on_a_thread(mut stdin: ChildStdin) -> std::io::Result<SyncSender<Vec<u8>>> {
     let (sender, receiver) = sync_channel::<Vec<u8>>(QUEUE);
     std::thread::Builder::new().name("plug-in's requests".to_owned()).spawn(move || {
