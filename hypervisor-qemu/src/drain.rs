@@ -187,7 +187,7 @@ async fn idle(machine: &Machine) -> Result<()> {
 pub(crate) async fn release(machine: &Machine, drained: Drained) {
     for disk in &drained.0 {
         if let Err(error) = end(machine, &disk.job).await {
-            tracing::warn!(%error, job = disk.job, "requests of the guest's wait still");
+            tracing::warn!(%error, job = disk.job, "requests of the guest are still held");
         }
     }
     for disk in &drained.0 {

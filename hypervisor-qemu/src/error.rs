@@ -91,7 +91,7 @@ impl Error {
     }
 
     pub(crate) fn hook(attempted: impl Into<String>, subject: impl fmt::Display, error: BoxError) -> Self {
-        let detail = format!("what had to be done meanwhile failed: {error}");
+        let detail = format!("the nested step failed: {error}");
         Self::new(ErrorKind::Hook, attempted, subject, detail).boxed(error)
     }
 

@@ -263,7 +263,7 @@ impl Machine {
         }
         match self.within(Duration::from_secs(1)).qmp.execute_raw("cont", Value::Null).await {
             Ok(_) => error.now("the guest was resumed"),
-            Err(_) => error.now("the guest may be paused yet; QEMU was told to resume it then, and does if this connection is open still"),
+            Err(_) => error.now("the guest may still be paused; QEMU resumes it when it answers, if this connection stays open"),
         }
     }
 
@@ -296,7 +296,7 @@ impl Machine {
             if !again || Instant::now() >= until {
                 let now = match error.kind() {
                     qmp::ErrorKind::Timeout => {
-                        "the guest is paused; QEMU resumes it when it answers again, if this connection is open still"
+                        "the guest is paused; QEMU resumes it when it answers, if this connection stays open"
                     }
                     _ => "the guest is paused",
                 };

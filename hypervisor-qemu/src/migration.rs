@@ -51,7 +51,7 @@ impl MigrationStatus {
     pub(crate) fn check(&self, attempted: &str, subject: &str) -> Result<()> {
         match self.status.as_str() {
             "failed" => {
-                let detail = self.error.clone().unwrap_or_else(|| "QEMU does not say why".to_owned());
+                let detail = self.error.clone().unwrap_or_else(|| "QEMU gave no reason".to_owned());
                 Err(Error::new(ErrorKind::Failed, attempted, subject, detail))
             }
             "cancelled" | "cancelling" => {
@@ -143,7 +143,7 @@ impl Settings {
         let subject = machine.qmp().socket().display().to_string();
         let now = status(machine).await?;
         if now.under_way() {
-            let detail = format!("a migration is under way ({})", now.status);
+            let detail = format!("a migration is running ({})", now.status);
             return Err(Error::new(ErrorKind::Invalid, attempted, subject, detail)
                 .advice("wait for it, or cancel it (`migrate_cancel`)"));
         }

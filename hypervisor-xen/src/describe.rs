@@ -129,7 +129,7 @@ pub(crate) fn seen(row: &Row, config: &Value) -> Seen {
 
 fn seen_disk(disk: &XenDisk) -> SeenDisk {
     let left_out = match (disk.removable, disk.writable) {
-        (true, _) => Some("its medium can be taken out".to_owned()),
+        (true, _) => Some("its medium is removable".to_owned()),
         (_, false) => Some("the guest can only read it".to_owned()),
         (false, true) => disk.unfit.clone(),
     };
@@ -354,7 +354,7 @@ mod tests {
         let left_out: Vec<Option<&str>> = seen.disks.iter().map(|disk| disk.left_out.as_deref()).collect();
         assert!(left_out[0].is_none() && left_out[2].is_none());
         assert!(left_out[1].unwrap().contains("backendtype=qdisk"), "{left_out:?}");
-        assert_eq!(left_out[3], Some("its medium can be taken out"));
+        assert_eq!(left_out[3], Some("its medium is removable"));
         assert!(!seen.running);
         assert_eq!(seen.summary, "Xen pv, 2 processors, 128 MiB, 4 drives");
     }

@@ -364,9 +364,9 @@ impl LiveDomain for XenDomain {
             // There is nothing to undo: a check changes nothing, and a node that was reopened by name keeps
             // its name.
             DomainStep::CheckMemory { .. } | DomainStep::Rehome { .. } => Ok(()),
-            DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => Err(
-                Error::new(ErrorKind::Internal, "a step that can only be carried through was to be undone"),
-            ),
+            DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
+                Err(Error::new(ErrorKind::Internal, "a step that cannot be undone was to be undone"))
+            }
         }
     }
 

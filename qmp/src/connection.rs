@@ -103,7 +103,7 @@ impl Shared {
 
     fn lost_error(&self, attempted: &str, reason: &str) -> Error {
         Error::new(ErrorKind::Lost, attempted, &self.socket, reason)
-            .advice("reconnect, and reconcile with what QEMU then says")
+            .advice("reconnect, and reconcile with QEMU's state")
     }
 
     /// Ends the connection: all current and later callers get an error.
@@ -185,7 +185,7 @@ impl Shared {
                 ErrorKind::Protocol,
                 "waiting for the greeting",
                 &self.socket,
-                format!("the first line is no QMP greeting, {what}"),
+                format!("the first line is not a QMP greeting, {what}"),
             );
             let _ = greeting
                 .send(Err(error.advice("give the path of a QMP socket, not of another monitor or port")));
@@ -200,7 +200,7 @@ impl Shared {
                     format!("the reply cannot be read, {what}"),
                 )
                 .sent(true)
-                .advice("the connection is still usable; ask for less, or query what came of it"))
+                .advice("the connection is still usable; ask for less, or query the result"))
             })
         });
         if !answered {

@@ -388,14 +388,14 @@ impl Qmp {
                 // The future that waited is dropped by now: a writer that finds this not set will not send
                 // the command.
                 let sent = sent.load(Ordering::SeqCst);
-                let how = if sent { "no reply" } else { "it could not even be sent" };
+                let how = if sent { "no reply" } else { "it could not be sent" };
                 let detail = format!(
                     "{how} within {} s{}",
                     self.deadline.as_secs_f64(),
                     self.handle.shared.noise_note(noise)
                 );
                 Err(Error::new(ErrorKind::Timeout, name, self.socket(), detail).sent(sent).advice(
-                    "QEMU is busy or hangs; the connection is still usable: wait longer, or query what came of it",
+                    "QEMU is busy or hangs; the connection is still usable: wait longer, or query the result",
                 ))
             }
         }

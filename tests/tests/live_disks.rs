@@ -1111,7 +1111,7 @@ fn writable_media_are_skipped_by_name_and_put_back() -> Result<()> {
     domsnap.done(&["domain", "add", "m", "--qmp", &socket, "--disk", &disks[0], "--disk", &disks[1]])?;
     refused(
         domsnap.run(&["create", "m", "s"])?,
-        &["fl (", "us (", "its medium can be taken out", "--disk fl=skip"],
+        &["fl (", "us (", "its medium is removable", "--disk fl=skip"],
     )?;
     let made = domsnap.done(&["create", "m", "s", "--external", "--disk", "fl=skip", "--disk", "us=skip"])?;
     for word in ["fl: skipped as asked", "us: skipped as asked"] {

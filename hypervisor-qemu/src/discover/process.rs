@@ -42,7 +42,7 @@ impl Process {
     pub(crate) fn read(machine: &Machine) -> Self {
         let mut process = Self::default();
         let Some(peer) = machine.qmp().peer() else {
-            process.unread.push("the system does not tell which process serves the socket".to_owned());
+            process.unread.push("the system does not report the process of the socket".to_owned());
             return process;
         };
         let pid = peer.pid;

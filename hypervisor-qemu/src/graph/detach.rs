@@ -56,7 +56,7 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
         Error::new(ErrorKind::Invalid, attempted, device, "QEMU has no such device or node")
     })?;
     if root.starts_with("domsnap-ph-") {
-        let detail = format!("it is detached already: {root} stands for its chain");
+        let detail = format!("it is detached already: {root} replaces its chain");
         return Err(Error::new(ErrorKind::Invalid, attempted, device, detail).advice("attach it first"));
     }
     let root = graph.expect(attempted, root)?;
@@ -141,7 +141,7 @@ pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Re
     if let Err(error) = jobs::fold(machine, placeholder, top).await {
         let error = match reopen_backing(machine, &graph, placeholder, None).await {
             Ok(()) => close_opened(machine, error, &opened).await,
-            Err(second) => error.now(format!("{placeholder} stands on the chain already ({second})")),
+            Err(second) => error.now(format!("{placeholder} is backed by the chain already ({second})")),
         };
         return Err(waiting(error));
     }

@@ -145,7 +145,7 @@ impl Layer {
         if self.backed {
             node["backing"] = json!(backing);
         } else if let Some(backing) = backing {
-            return Err(invalid(&format!("a {} image stands on nothing, not on {backing}", self.driver)));
+            return Err(invalid(&format!("a {} image has no backing image, so not {backing}", self.driver)));
         }
         Ok(node)
     }
@@ -193,7 +193,7 @@ impl Stack {
                 return Err(match remove_layers(machine, &opened).await {
                     Ok(left) if left.is_empty() => error,
                     Ok(left) => error.now(format!("these nodes of ours are left: {}", left.join(", "))),
-                    Err(second) => error.now(format!("what was opened before it is left ({second})")),
+                    Err(second) => error.now(format!("nodes that were opened before are left ({second})")),
                 });
             }
             below = Some(layer.name.to_string());
@@ -277,7 +277,7 @@ pub async fn reopen_by_name(machine: &Machine, overlay: &str, layer: &Layer) -> 
     let graph = machine.graph().await?;
     graph.expect(attempted, overlay)?;
     let old = graph.backing(overlay).ok_or_else(|| {
-        Error::new(ErrorKind::Invalid, attempted, format!("node {overlay}"), "it stands on nothing")
+        Error::new(ErrorKind::Invalid, attempted, format!("node {overlay}"), "it has no backing image")
     })?;
     if old == layer.name.as_str() {
         return Ok(Vec::new());

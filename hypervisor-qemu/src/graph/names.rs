@@ -49,7 +49,7 @@ pub async fn verify_names(machine: &Machine) -> Result<Vec<NodeFile>> {
     let subject = machine.qmp().socket().display().to_string();
     let graph = Graph::read(machine).await?;
     let Some(pid) = machine.pid() else {
-        let detail = "the system does not tell which process serves the socket";
+        let detail = "the system does not report the process of the socket";
         return Err(Error::new(ErrorKind::Unsupported, attempted, subject, detail));
     };
     let process = PathBuf::from(format!("/proc/{pid}"));
@@ -83,7 +83,7 @@ pub async fn verify_names(machine: &Machine) -> Result<Vec<NodeFile>> {
         return Ok(files);
     }
     wrong.sort();
-    let detail = format!("QEMU does not have open what it names: {}", wrong.join("; "));
+    let detail = format!("QEMU does not have these files open: {}", wrong.join("; "));
     Err(Error::new(ErrorKind::NameMismatch, attempted, subject, detail).advice(
         "let nothing commit, snapshot or reopen these images until QEMU was restarted from the right files",
     ))

@@ -125,7 +125,7 @@ pub async fn fold(machine: &Machine, overlay: &str) -> Result<()> {
     let graph = Graph::read(machine).await?;
     graph.expect(attempted, overlay)?;
     let below = graph.backing(overlay).ok_or_else(|| {
-        Error::new(ErrorKind::Invalid, attempted, format!("node {overlay}"), "it stands on nothing")
+        Error::new(ErrorKind::Invalid, attempted, format!("node {overlay}"), "it has no backing image")
     })?;
     jobs::fold(machine, overlay, below).await?;
     remove_layers(machine, &[overlay.to_owned()]).await.map(drop)

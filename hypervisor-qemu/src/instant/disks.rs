@@ -67,7 +67,7 @@ impl Disks {
                         return Err(invalid(format!("the overlay {overlay} is used by {}", user.parent)));
                     }
                     if graph.backing(overlay.as_str()).is_some() {
-                        return Err(invalid(format!("the overlay {overlay} stands on something already")));
+                        return Err(invalid(format!("the overlay {overlay} has a backing image already")));
                     }
                 }
                 DiskCut::Internal { tag, .. } => {

@@ -382,14 +382,14 @@ where
     let Undo { paused, writing, settings, .. } = undo;
     if let Some(settings) = settings {
         let restored = settings.restore(machine).await;
-        restored.map_err(|error| error.now("the cut was made, and what had to be done meanwhile is done"))?;
+        restored.map_err(|error| error.now("the cut and its nested steps are complete"))?;
     }
     // 5) Resume: from here the cut cannot be undone without losing writes of the guest.
     if let Some(paused) = paused {
         machine
             .resume(paused)
             .await
-            .map_err(|error| error.now("the cut was made, and what had to be done meanwhile is done"))?;
+            .map_err(|error| error.now("the cut and its nested steps are complete"))?;
     }
     let stopped_for = if was_running { clock.stopped_for().await } else { Duration::ZERO };
     let memory = draft.map(|draft| Saving { machine: machine.clone(), draft, writing });
@@ -428,7 +428,7 @@ async fn runs_yet(machine: &Machine, attempted: &str) -> Result<()> {
     let detail =
         format!("the guest stopped by itself (run state {:?}) while its memory was copied", state.word);
     let error = Error::new(ErrorKind::Invalid, attempted, machine.qmp().socket().display(), detail);
-    Err(error.advice("take the snapshot again: it is taken of the guest as it stands now"))
+    Err(error.advice("take the snapshot again, with the guest as it is now"))
 }
 
 /// Returns true if an event reports that the guest stopped by itself.
@@ -450,7 +450,7 @@ async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str)
         if stops(&event.name, &event.data) {
             let detail = format!("the guest stopped by itself ({}) while its memory was copied", event.name);
             let error = Error::new(ErrorKind::Invalid, attempted, machine.qmp().socket().display(), detail);
-            return Err(error.advice("take the snapshot again: it is taken of the guest as it stands now"));
+            return Err(error.advice("take the snapshot again, with the guest as it is now"));
         }
     }
     Ok(())
@@ -550,10 +550,7 @@ where
             return Err(undo.all(error).await);
         }
     };
-    machine
-        .cont()
-        .await
-        .map_err(|error| error.now("the cut was made, and what had to be done meanwhile is done"))?;
+    machine.cont().await.map_err(|error| error.now("the cut and its nested steps are complete"))?;
     let stopped_for = clock.stopped_for().await;
     let memory = Saving { machine: machine.clone(), draft, writing: undo.writing };
     let way = Way::PreCopy { converged };

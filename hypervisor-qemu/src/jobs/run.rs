@@ -63,8 +63,10 @@ pub(super) async fn reach(
             return Ok(found);
         }
         if until.is_some_and(|until| Instant::now() >= until) {
-            let detail = format!("it is {:?} still, waited for {states:?}", found.status);
-            return Err(Error::new(ErrorKind::Timeout, attempted, job, detail).now("the job goes on"));
+            let detail = format!("it is still {:?}, expected {states:?}", found.status);
+            return Err(
+                Error::new(ErrorKind::Timeout, attempted, job, detail).now("the job is still running")
+            );
         }
         sleep(pause).await;
         pause = (pause * 2).min(longest);

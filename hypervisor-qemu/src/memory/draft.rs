@@ -73,7 +73,7 @@ impl Draft {
     pub fn remove_stale(path: &Path) -> Result<()> {
         for left in [Self::part(path), Self::packing(path)].into_iter().flatten() {
             confined_files::remove(&left)
-                .map_err(|error| Error::io("removing what is left of a memory image", &left, error))?;
+                .map_err(|error| Error::io("removing the remains of a memory image", &left, error))?;
         }
         Ok(())
     }

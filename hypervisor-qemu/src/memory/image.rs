@@ -229,7 +229,7 @@ pub(super) fn expect_stream(path: &Path, file: &File, stream: u64) -> Result<()>
     let mut head = [0; STREAM_HEAD.len()];
     let read = read_up_to(file, &mut head, STREAM).map_err(|error| Error::io(attempted, path, error))?;
     if stream == 0 || read != head.len() || head != STREAM_HEAD {
-        let detail = format!("what is in it is no stream of QEMU's: it begins with {}", head.escape_ascii());
+        let detail = format!("it has no stream of QEMU: it begins with {}", head.escape_ascii());
         return Err(damaged(attempted, path, detail));
     }
     Ok(())

@@ -154,7 +154,7 @@ impl Head {
         };
         let (frames, names) = (HEAD + 4 * parts, HEAD + 8 * parts);
         let Ok(name) = String::from_utf8(checked.get(names..names + tag).unwrap_or_default().to_vec()) else {
-            return Ok(Err("its tag is no text".to_owned()));
+            return Ok(Err("its tag is not valid text".to_owned()));
         };
         Ok(Ok(Self {
             stream,
@@ -268,7 +268,7 @@ impl Packed {
         let needed = self.head.stream + (tables + wrapper.header.len()) as u64;
         if free < needed {
             let detail = format!(
-                "No space left beside it: unpacked it needs {needed} bytes for a while, and {free} are free"
+                "No space left beside it: unpacking needs {needed} bytes temporarily, and {free} are free"
             );
             return Err(Error::new(ErrorKind::Io, attempted, self.path.display(), detail)
                 .advice("make room there, or revert the disks without memory"));

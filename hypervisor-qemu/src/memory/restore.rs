@@ -118,7 +118,7 @@ async fn load(
                 .now("the guest is stopped, its memory is undefined; disks with internal snapshots may be reverted")
                 .advice("restore another memory image, or reset the guest (revert without memory)"))
         }
-        Err(error) => Err(error.now("QEMU did not say how it ended")),
+        Err(error) => Err(error.now("QEMU did not report the result")),
     }
 }
 

@@ -142,7 +142,7 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
         let state = machine.run_state().await.map_err(told)?;
         if let Some(remark) = state.remark() {
             let word = state.word;
-            facts.notes.push(format!("{remark} (run state {word:?}): a revert restores it standing still"));
+            facts.notes.push(format!("{remark} (run state {word:?}): a revert restores it paused"));
         }
     }
 
@@ -167,7 +167,7 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
         facts.downtime = Some(taken.stopped_for);
     }
     if let Some(why) = taken.why_not.filter(|_| before.running) {
-        facts.notes.push(format!("memory was not saved in the best way: {why}"));
+        facts.notes.push(format!("memory was not saved by the best method: {why}"));
     }
     facts.notes.extend(live.lost_options(overlaid(step)));
     facts.notes.extend(bitmaps);
@@ -268,11 +268,11 @@ async fn close(live: &Live, error: Error, opened: &[String]) -> Error {
             let idle = opened.iter().filter(|name| graph.users(name).next().is_none());
             let idle: Vec<String> = idle.cloned().collect();
             if let Err(second) = remove_layers(&live.machine, &idle).await {
-                return error.state(format!("overlays may be open in QEMU still ({second})"));
+                return error.state(format!("overlays may still be open in QEMU ({second})"));
             }
             error
         }
-        Err(second) => error.state(format!("overlays may be open in QEMU still ({second})")),
+        Err(second) => error.state(format!("overlays may still be open in QEMU ({second})")),
     }
 }
 
@@ -347,7 +347,7 @@ pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>
     // 2) Close unused overlays: an overlay that never was put on top must not be found as one.
     sweep(live).await?;
     for (target, instant) in step.disks {
-        let taking = |error: Error| error.context(format!("taking back the instant of disk {target}"));
+        let taking = |error: Error| error.context(format!("undoing the cut of disk {target}"));
         let Some(disk) = live.disk_of(target) else {
             // No part of it is in QEMU.
             context.inside.run(Some(target)).await.map_err(taking)?;
@@ -384,7 +384,7 @@ async fn take_off(disk: &Disk, file: &Utf8PathBuf, context: DomainContext<'_>) -
         // So a match further down proves nothing by itself.
         let by_name = |layer: &super::disk::QemuLayer| layer.file.as_deref() == Some(file.as_std_path());
         if open.layers.iter().skip(1).any(by_name) {
-            let detail = format!("another image stands on {file}, which another program put there");
+            let detail = format!("another program put an image on top of {file}");
             return Err(Error::new(ErrorKind::Refused, detail)
                 .advise("merge that one down first (block-commit), then run `domsnap recover`"));
         }
@@ -447,7 +447,7 @@ pub(super) async fn save_memory(
                 Ok(Facts { memory_bytes: Some(length), memory_full: full, ..Facts::default() })
             }
             _ => {
-                let detail = "the memory of the instant is lost: who wrote it down has ended";
+                let detail = "the memory of the snapshot is lost: the process that wrote it has ended";
                 Err(Error::new(ErrorKind::Refused, detail).context(format!("saving memory into {file}")))
             }
         };

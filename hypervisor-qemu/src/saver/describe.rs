@@ -154,7 +154,7 @@ async fn memory_blockers(machine: &Machine) -> Result<Vec<String>> {
 fn left_out(drive: &BlockDevice, unfit: impl FnOnce() -> Option<String>) -> Option<String> {
     let why = match drive.role {
         Role::Firmware => "it is firmware, or its variables",
-        Role::Removable => "its medium can be taken out",
+        Role::Removable => "its medium is removable",
         Role::ReadOnlyDisk => "the guest can only read it",
         Role::Unused => "no device of the guest's uses it",
         Role::Disk => return unfit(),
@@ -247,15 +247,14 @@ fn unfit(
         return Some("its node is a slice of a file (offset or size)".to_owned());
     }
     let Some(root) = open.root().filter(|root| root.file.is_some()) else {
-        return Some("its image is no file that has a name on this machine".to_owned());
+        return Some("its image is not a file with a name on this machine".to_owned());
     };
     let is_it = |file: &std::path::Path| root.identity.is_some() && view.identity(file) == root.identity;
     if drive.copies_on_read
         || ImageOptions::of(&discovery.process, is_it).is_some_and(|given| given.copy_on_read)
     {
         return Some(
-            "it is open with copy-on-read=on: what the guest reads would be written to frozen images"
-                .to_owned(),
+            "it is open with copy-on-read=on: the guest's reads would be written to frozen images".to_owned(),
         );
     }
     None
@@ -282,7 +281,7 @@ fn is_shared(open: &QemuChain, graph: &Graph) -> Option<String> {
             if let Some(reader) = graph.users(target).find(|user| user.parent != *name) {
                 let reader = named(reader);
                 return Some(format!(
-                    "{reader} uses {target}, where its {driver} filter {name} keeps what the guest overwrites: end the backup first"
+                    "{reader} uses {target}, the target of its {driver} filter {name}: end the backup first"
                 ));
             }
         }

@@ -209,7 +209,7 @@ impl Live {
             let filters = graph.root(&disk.device).map(|root| graph.filters_on(root)).unwrap_or_default();
             for filter in filters.iter().filter(|filter| filter.driver == graph::COPY_BEFORE_WRITE) {
                 notes.push(format!(
-                    "{}: its {} filter {} copied nothing of what was exchanged below it: a backup must not use its target",
+                    "{}: its {} filter {} did not copy the replaced content: a backup must not use its target",
                     disk.target, filter.driver, filter.name
                 ));
             }
@@ -226,7 +226,7 @@ impl Live {
             let active = graph.root(&disk.device).and_then(|root| graph.node(root));
             let Some(active) = active.filter(|node| !node.bitmaps.is_empty()) else { continue };
             notes.push(format!(
-                "{}: its dirty bitmaps ({}) are not in the image that it goes on with: the next incremental backup of this disk \
+                "{}: its dirty bitmaps ({}) are not in its new active image: the next incremental backup of this disk \
                  must be a full one",
                 disk.target,
                 active.bitmaps.join(", ")
@@ -355,7 +355,7 @@ impl LiveDomain for Live {
     }
 
     fn cannot_detach(&self) -> Option<Obstacle> {
-        let why = "what stands for a detached disk is a descriptor, which cannot be passed over TCP";
+        let why = "a detached disk is replaced by a descriptor, which cannot be passed over TCP";
         (!self.machine.qmp().passes_descriptors()).then(|| needs_a_unix_socket(why.to_owned()))
     }
 
@@ -489,7 +489,7 @@ impl LiveDomain for Live {
             }
             DomainStep::Rehome { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
-                let detail = "a step that can only be carried through was to be undone";
+                let detail = "a step that cannot be undone was to be undone";
                 Err(Error::new(ErrorKind::Internal, detail))
             }
         }

@@ -42,7 +42,10 @@ impl Mark {
             return Ok(());
         }
         let node = json!({ "driver": "null-co", "node-name": self.name(), "size": 512, "read-only": true });
-        machine.run("noting who pauses the guest", &self.name(), "blockdev-add", node).await.map(drop)
+        machine
+            .run("recording the run state of the guest", &self.name(), "blockdev-add", node)
+            .await
+            .map(drop)
     }
 
     /// Removes the mark; returns true if it existed.

@@ -59,7 +59,7 @@ pub(super) async fn merge(
     let identities: Vec<FileIdentity> =
         merged.iter().filter_map(|file| identity(file.as_std_path())).collect();
     if open.placeholder.is_some() {
-        return Err(refuse("the disk is detached: a window is open over it"));
+        return Err(refuse("the disk is detached: recover the operation that detached it"));
     }
     if !running && !identities.iter().any(|file| open.position(*file).is_some()) {
         let into = identity(merge.into.as_std_path());
@@ -154,7 +154,7 @@ pub(super) async fn fold_active(
     progress: &dyn Progress,
 ) -> Result<()> {
     let [top, base, ..] = &open.layers[..] else {
-        let detail = format!("the active image of disk {} stands on nothing", disk.target);
+        let detail = format!("the active image of disk {} has no backing image", disk.target);
         return Err(Error::new(ErrorKind::Corrupt, detail));
     };
     let machine = &disk.machine;
@@ -256,7 +256,7 @@ fn direction(open: &QemuChain, merge: &AttachedMerge) -> Result<Direction, Strin
     }
     let base = merge.below.as_deref().map(|below| position(below.as_std_path())).transpose()?;
     if base.is_some_and(|base| base != bottom + 1) || (base.is_none() && open.layers.len() > bottom + 1) {
-        return Err("the layers stand on another image than they are said to".to_owned());
+        return Err("the layers have another backing image than expected".to_owned());
     }
     Ok(Direction::Up { into: node(top), base: base.map(node) })
 }

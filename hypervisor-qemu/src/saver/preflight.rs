@@ -119,7 +119,7 @@ async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
     refuse_replay(live).await?;
     let state = machine.run_state().await.map_err(told)?;
     let permits = machine.permits(&state).await.map_err(told)?;
-    let attempted = "looking whether the guest can be worked on";
+    let attempted = "checking the run state of the guest";
     permits.disks.map_err(|refusal| told(machine.refused(attempted, &state, refusal)))?;
     if memory {
         permits.memory.map_err(|refusal| told(machine.refused(attempted, &state, refusal)))?;
@@ -145,7 +145,7 @@ async fn refuse_used(live: &Live, targets: &[Target]) -> Result<()> {
             let user = if user.parent.is_empty() { "an export" } else { user.parent.as_str() };
             let detail = format!("{user} of the same QEMU uses the node {node} of disk {target} too");
             return Err(Error::new(ErrorKind::Refused, detail)
-                .advise("end what uses it, or shut the domain down first"));
+                .advise("end its other use, or shut the domain down first"));
         }
     }
     Ok(())
@@ -335,7 +335,7 @@ pub(super) async fn open_and_close(
     let node = Name::node();
     let added =
         json!({ "driver": driver, "node-name": node.as_str(), "filename": file, "read-only": !write });
-    machine.run("looking what QEMU can open", file, "blockdev-add", added).await?;
+    machine.run("checking that QEMU can open a file", file, "blockdev-add", added).await?;
     let closed = json!({ "node-name": node.as_str() });
     machine.run("closing a node", node.as_str(), "blockdev-del", closed).await.map(drop)
 }

@@ -53,13 +53,13 @@ pub(super) async fn reopen_by_name(disk: &Disk, chain: &OpenChain) -> Result<usi
                 layer.file.as_deref().map_or_else(|| "no file".to_owned(), |file| file.display().to_string()),
             );
             return Err(Error::new(ErrorKind::Corrupt, detail).advise(
-                "shut the domain down and start it again, so that it opens what its disks' paths name",
+                "shut the domain down and start it again, so that it opens the files of its configured paths",
             ));
         }
         let node = super::disk::layer(named, Name::node(), disk.like(&layer.node));
         let left = graph::reopen_by_name(&disk.machine, &above.node.name, &node).await.map_err(told)?;
         if !left.is_empty() {
-            tracing::warn!(nodes = left.join(", "), "something else uses what a frozen image was known by");
+            tracing::warn!(nodes = left.join(", "), "the previous node of a frozen image is still in use");
         }
         count += 1;
     }

@@ -86,7 +86,7 @@ async fn close_disks(live: &Live, targets: &[Target]) -> Result<()> {
     let machine = &live.machine;
     let mut shared: Vec<(String, Target)> = Vec::new();
     for target in targets {
-        let detaching = |error: Error| error.context(format!("setting the files of disk {target} free"));
+        let detaching = |error: Error| error.context(format!("closing the files of disk {target}"));
         let Some(disk) = live.disk_of(target) else { continue };
         let open = disk.open().await.map_err(told)?;
         let left = match &open.placeholder {
@@ -123,7 +123,7 @@ async fn close_disks(live: &Live, targets: &[Target]) -> Result<()> {
             let users: Vec<&str> = graph.users(node).map(|user| user.parent.as_str()).collect();
             let users = users.join(", ");
             let detail = format!("{users} of the same QEMU uses the node {node} of disk {target} too");
-            Err(Error::new(ErrorKind::Busy, detail).advise("end what uses it, or shut the domain down"))
+            Err(Error::new(ErrorKind::Busy, detail).advise("end its other use, or shut the domain down"))
         }
     }
 }
@@ -131,7 +131,7 @@ async fn close_disks(live: &Live, targets: &[Target]) -> Result<()> {
 /// Gives one disk its chain.
 async fn attach_disk(disk: &Disk, chains: &[OpenChain]) -> Result<()> {
     let machine = &disk.machine;
-    let attaching = |error: Error| error.context(format!("giving disk {} its chain", disk.target));
+    let attaching = |error: Error| error.context(format!("attaching the chain of disk {}", disk.target));
     let Some(chain) = chains.iter().find(|chain| chain.target == disk.target) else {
         let detail = format!("no chain was given for disk {}", disk.target);
         return Err(Error::new(ErrorKind::Internal, detail));
@@ -240,10 +240,7 @@ pub(super) async fn go_on(
     let runs = machine.run_state().await.map_err(told)?.running;
     if window.is_none() && runs && power != Some(PowerAfter::Off) {
         if memory.is_some() || reset {
-            facts.notes.push(
-                "the domain runs already: it went on before this was repeated, or was started anew"
-                    .to_owned(),
-            );
+            facts.notes.push("the domain runs already: it was resumed before, or started again".to_owned());
         }
         if power == Some(PowerAfter::Paused) {
             let _paused = machine.pause().await.map_err(told)?;
@@ -343,7 +340,7 @@ async fn reset_now(machine: &Machine) -> Result<()> {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(Error::new(ErrorKind::Io, error.to_string()).context("resetting the guest")),
         Err(_) => {
-            let detail = format!("QEMU does not say within {} s that it was reset", SOON.as_secs());
+            let detail = format!("QEMU did not report the reset within {} s", SOON.as_secs());
             Err(Error::new(ErrorKind::Io, detail).context("resetting the guest"))
         }
     }

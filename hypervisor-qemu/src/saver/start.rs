@@ -217,7 +217,7 @@ fn recipe(
         (true, _) => return Ok(None),
     };
     if recipe.words.iter().any(|word| word.split(',').any(|part| part == DESCRIPTOR)) {
-        recipe.cannot = Some("its command names descriptors, which only what starts it can open".to_owned());
+        recipe.cannot = Some("its command names descriptors, which only its supervisor can open".to_owned());
     }
     let incoming = image.incoming(abilities).map_err(told)?;
     let mut words = Vec::new();

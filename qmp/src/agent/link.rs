@@ -97,7 +97,7 @@ impl Link {
             lines => format!("; {lines} other lines came, the last: {last}"),
         };
         Err(failure.error(SYNC, socket, &noise).advice(
-            "no agent runs in the guest, or it hangs: QEMU's `query-chardev` tells by `frontend-open` whether one runs; or \
+            "no agent runs in the guest, or it hangs: `frontend-open` of QEMU's `query-chardev` shows whether one runs; or \
              another client has the socket",
         ))
     }

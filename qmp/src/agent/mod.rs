@@ -171,7 +171,7 @@ impl Agent {
             Err(_) => {
                 let detail = format!("the guest may still be frozen after {} s", patience.as_secs_f64());
                 Err(Error::new(ErrorKind::Timeout, link::THAW, &self.socket, detail)
-                    .advice("the thaw goes on being tried; see whether the agent in the guest hangs"))
+                    .advice("the thaw is tried again; check whether the agent in the guest hangs"))
             }
         }
     }
