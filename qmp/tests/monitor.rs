@@ -318,7 +318,7 @@ async fn what_is_no_monitor_is_told_from_one_that_is_silent() {
             b"QEMU 10.0.2 monitor - type 'help' for more information\r\n(qemu) ",
             false,
             ErrorKind::Protocol,
-            "no QMP greeting",
+            "not a QMP greeting",
         ),
         (b"\xff\xff\x00\n", false, ErrorKind::Protocol, "\\xff\\xff"),
         (b"{\"return\": {}}\n{\"event\": \"X\"}\n", false, ErrorKind::Timeout, "1 lines were not understood"),

@@ -540,7 +540,7 @@ fn filters_that_do_more_are_refused_by_name() -> Result<()> {
         ("debug", &[WAITS, "driver=blkdebug,image=BELOW"], "blkdebug filter"),
         ("log", &["driver=blklogwrites,file=BELOW,log=TARGET"], "blklogwrites filter"),
         ("cor", &["driver=copy-on-read,file=BELOW"], "copy-on-read filter"),
-        ("raw", &["driver=raw,file=BELOW"], "no file that has a name"),
+        ("raw", &["driver=raw,file=BELOW"], "not a file with a name"),
         ("fleeced", &[COPIES], "the node reads uses"),
         ("exported", &[COPIES], "an export of this QEMU uses exported-t"),
     ];

@@ -547,7 +547,7 @@ fn killed_in_revert() -> Result<()> {
     let before = run.guest.ticks()?;
     run.ok(&["create", "DOMAIN", "s1", "--external"])?;
     let after = run.guest.ticks()?;
-    let places = ["window", "former"].map(|end| run.guest.dir().join(format!("inrevert.domsnap-{end}")));
+    let places = ["revert", "previous"].map(|end| run.guest.dir().join(format!("inrevert.domsnap-{end}")));
     let words = ["revert", "DOMAIN", "s1"];
     let (mut started, mut went_on) = (false, false);
     for step in run.steps(&words)? {
