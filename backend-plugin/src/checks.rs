@@ -1,6 +1,6 @@
-//! Whether what a plug-in answers can be: before anybody uses it, and before any of it is recorded.
+//! Checks of a plug-in's answers, before any code uses them and before any of them is recorded.
 //!
-//! Each check gives, in words, what cannot be.
+//! Each check returns a description of what is invalid.
 
 use std::collections::HashSet;
 
@@ -13,7 +13,7 @@ use snapcore::{
 
 use crate::protocol::{DiscoverResult, FoundPoint, HelloResult, VERSION};
 
-/// What cannot be, if so.
+/// Result of a check: a description of what is invalid, if anything.
 pub(crate) type Checked = Result<(), String>;
 
 /// The longest text for people, and the longest path (`PATH_MAX`), in bytes.
@@ -25,16 +25,17 @@ const MAX_COMPONENT: usize = 255;
 /// The longest name of a format, in bytes.
 const MAX_FORMAT: usize = 32;
 
-/// The largest size of anything, in bytes. The largest file of Linux is 8 times as long; sums of these do not overflow.
+/// The largest size of anything, in bytes. The largest file of Linux is 8 times as long. Sums of these do not
+/// overflow.
 const MAX_SIZE: u64 = 1 << 60;
 
-/// The most layers, points, steps or findings of one disk.
+/// The largest number of layers, points, steps or findings of one disk.
 const MAX_COUNT: usize = 10_000;
 
 /// The longest action of a step, in bytes of JSON.
 const MAX_ACTION: usize = 64 << 10;
 
-/// The most ways, each a short word.
+/// The largest number of methods, each a short word.
 const MAX_WAYS: usize = 16;
 
 pub(crate) fn hello(hello: &HelloResult, name: &str) -> Checked {
@@ -69,7 +70,7 @@ fn text(what: &str, text: &str) -> Checked {
     Ok(())
 }
 
-/// A name that may become the name of a file, whatever the plug-in makes of it: one component, which can be shown on one line.
+/// Checks a name that the plug-in may use as a file name: one component, printable on one line.
 fn name(what: &str, name: &str) -> Checked {
     let control = name.chars().any(char::is_control);
     match check_name(name) {
@@ -82,7 +83,7 @@ fn name(what: &str, name: &str) -> Checked {
     }
 }
 
-/// The beginning of what was answered, as it can be shown.
+/// Returns the beginning of an answer, fit for a message.
 fn head(text: &str) -> String {
     format!("{:?}", text.chars().take(64).collect::<String>())
 }
@@ -94,7 +95,7 @@ fn size(what: &str, bytes: u64) -> Checked {
     }
 }
 
-/// Text for people, on one line.
+/// Makes text for people fit for one line.
 pub(crate) fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
@@ -106,8 +107,8 @@ fn count(what: &str, number: usize) -> Checked {
     }
 }
 
-/// A path that means the same to everybody, and that a file system takes. Control characters are in none, unless the disk's own
-/// path `of` has some.
+/// Checks a path: absolute, canonical, and valid for a file system. Control characters are only allowed if
+/// the disk's own path `of` has some.
 pub(crate) fn path(what: &str, path: &Utf8Path, of: &Utf8Path) -> Checked {
     let is_control = |text: &str| text.chars().any(char::is_control);
     let text = path.as_str();
@@ -130,7 +131,8 @@ fn format(name: &str) -> Checked {
     }
 }
 
-/// Manifests are written and removed there, so it must not be a directory of anything else.
+/// Checks the directory of manifests. Files are written and removed there, so it must not be a directory of
+/// anything else.
 pub(crate) fn manifest_directory(directory: &Utf8Path, of: &Utf8Path) -> Checked {
     path("the directory of manifests", directory, of)?;
     match directory.extension() {
@@ -143,7 +145,7 @@ fn layer_name(name: &LayerName) -> Checked {
     self::name("a layer's name", name.as_str())
 }
 
-/// The name of a layer that may be somebody else's image, which is known by its path.
+/// Checks the name of a layer that may be an image of another owner, which is known by its path.
 fn any_layer_name(name: &LayerName, owned: bool, of: &Utf8Path) -> Checked {
     match is_elsewhere(name) && !owned {
         true => path("the name of a layer elsewhere", Utf8Path::new(name.as_str()), of),
@@ -245,8 +247,8 @@ pub(crate) fn discovered(found: &DiscoverResult) -> Checked {
     Ok(())
 }
 
-/// An edit may change the records of the disk alone: what snapshots there are is not a backend's to say. The configured path may
-/// get another name, in its own directory.
+/// Checks that an edit only changes the records of this disk: a backend has no say about snapshots. The
+/// configured path may get another name in its own directory.
 fn edit(edit: &Edit, disk: &Disk) -> Checked {
     let of = match edit {
         Edit::SetActive { target, layer }
@@ -400,7 +402,7 @@ mod tests {
                 refused.expect_err(&format!("{place}: {bad:?}"));
             }
         }
-        // Somebody else's image is known by its path; a layer that would be removed is not.
+        // An image of another owner is known by its path. A layer that would be removed is not.
         state_with(|state| state["layers"][1]["owned"] = json!(true)).unwrap_err();
         let paths = ["", "a", "/a/../b", "/a/./b", "/a//b", "/a\nb", "/a\u{1b}[31m", "/"];
         let (long, deep) = (format!("/{long}"), "/x".repeat(2048));

@@ -18,16 +18,15 @@ use tokio::sync::Notify;
 
 use crate::checks;
 use crate::protocol::{CancelParams, Failure, Method, ProgressParams};
-use crate::stderr::LastWords;
+use crate::stderr::StderrTail;
 
-/// What is borne from a plug-in.
+/// Limits enforced on a plug-in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// How long it may take to start and say who it is.
+    /// Time limit for its start and its greeting.
     pub start: Duration,
-    /// How long nothing may be heard of a call: no answer, and no progress that is further than the one
-    /// before.
+    /// Time limit without news of a call: no answer, and no progress beyond the previous one.
     pub silence: Duration,
     /// The longest frame, in bytes.
     pub frame: usize,
@@ -40,7 +39,7 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// Bears silence for so long, and for no longer at the start.
+    /// Sets the time limit without news, and limits the start to it.
     #[must_use]
     pub fn silence(mut self, time: Duration) -> Self {
         self.silence = time;
@@ -48,7 +47,7 @@ impl Limits {
         self
     }
 
-    /// Takes frames of at most so many bytes.
+    /// Sets the longest frame, in bytes.
     #[must_use]
     pub fn frame(mut self, bytes: usize) -> Self {
         self.frame = bytes;
@@ -56,11 +55,12 @@ impl Limits {
     }
 }
 
-/// Variables that every plug-in gets, where domsnap has them.
+/// Variables that every plug-in gets, if domsnap has them.
 const VARIABLES: [&str; 5] = ["PATH", "HOME", "TMPDIR", "TZ", "LANG"];
 
-/// The environment of the plug-in `name`, out of `all` that domsnap has: what a program needs to run, and
-/// what the user set for this plug-in. Nothing else, because domsnap's may hold others' tokens.
+/// Selects the environment of the plug-in `name` from `all` variables of domsnap: what a program needs to
+/// run, and what the user set for this plug-in. Others are left out, because they may contain tokens for
+/// other programs.
 fn environment(
     name: &str,
     all: impl Iterator<Item = (OsString, OsString)>,
@@ -73,89 +73,89 @@ fn environment(
     .chain([("LC_ALL".into(), "C".into())])
 }
 
-/// Requests that wait for a plug-in to read them.
+/// Number of requests that may wait for a plug-in to read them.
 const QUEUE: usize = 64;
 
-/// How much of a bad frame an error shows.
+/// Bytes of a bad frame that an error shows.
 const SHOWN: usize = 120;
 
-/// One call that waits.
+/// One call that waits for its answer.
 #[derive(Debug, Default)]
 pub(crate) struct Call {
-    news: Mutex<News>,
-    told: Notify,
-    told_blocking: Condvar,
+    updates: Mutex<Updates>,
+    changed: Notify,
+    changed_blocking: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct News {
+struct Updates {
     answer: Option<std::result::Result<Value, Broken>>,
     failure: Option<Failure>,
     progress: Option<(u64, u64)>,
 }
 
-/// What there is to hear of a call.
+/// Updates of a call.
 #[derive(Debug)]
-pub(crate) enum Heard {
-    /// Nothing more than before.
+pub(crate) enum News {
+    /// Nothing new.
     Nothing,
-    /// It got further.
+    /// Progress.
     Progress(u64, u64),
-    /// It ended well.
+    /// The call succeeded.
     Answer(Value),
-    /// It failed, by the plug-in's own word.
+    /// The call failed, as the plug-in reported.
     Failure(Failure),
-    /// The plug-in is no more.
+    /// The connection to the plug-in has ended.
     Broken(Broken),
 }
 
 impl Call {
-    fn tell(&self, change: impl FnOnce(&mut News)) {
-        change(&mut self.news.lock().unwrap_or_else(PoisonError::into_inner));
-        self.told.notify_one();
-        self.told_blocking.notify_all();
+    fn update(&self, change: impl FnOnce(&mut Updates)) {
+        change(&mut self.updates.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_one();
+        self.changed_blocking.notify_all();
     }
 
-    /// What is new.
-    pub(crate) fn heard(&self) -> Heard {
-        let mut news = self.news.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(failure) = news.failure.take() {
-            return Heard::Failure(failure);
+    /// Takes the latest news.
+    pub(crate) fn news(&self) -> News {
+        let mut updates = self.updates.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(failure) = updates.failure.take() {
+            return News::Failure(failure);
         }
-        match (news.answer.take(), news.progress.take()) {
-            (Some(Ok(answer)), _) => Heard::Answer(answer),
-            (Some(Err(broken)), _) => Heard::Broken(broken),
-            (None, Some((done, total))) => Heard::Progress(done, total),
-            (None, None) => Heard::Nothing,
+        match (updates.answer.take(), updates.progress.take()) {
+            (Some(Ok(answer)), _) => News::Answer(answer),
+            (Some(Err(broken)), _) => News::Broken(broken),
+            (None, Some((done, total))) => News::Progress(done, total),
+            (None, None) => News::Nothing,
         }
     }
 
-    /// Waits until something may be new.
+    /// Waits until there may be news.
     pub(crate) async fn changed(&self) {
-        self.told.notified().await;
+        self.changed.notified().await;
     }
 
-    /// Waits on this thread until it ends; nothing where it does not in time.
-    fn ended(&self, time: Duration) -> Heard {
+    /// Waits on this thread until the call ends. Returns [`News::Nothing`] if it does not end in time.
+    fn ended(&self, time: Duration) -> News {
         let begun = Instant::now();
         loop {
-            match self.heard() {
-                Heard::Nothing | Heard::Progress(..) => {}
+            match self.news() {
+                News::Nothing | News::Progress(..) => {}
                 ended => return ended,
             }
             let left = time.saturating_sub(begun.elapsed());
             if left.is_zero() {
-                return Heard::Nothing;
+                return News::Nothing;
             }
-            let news = self.news.lock().unwrap_or_else(PoisonError::into_inner);
-            if news.answer.is_none() && news.failure.is_none() {
-                let _ = self.told_blocking.wait_timeout(news, left);
+            let updates = self.updates.lock().unwrap_or_else(PoisonError::into_inner);
+            if updates.answer.is_none() && updates.failure.is_none() {
+                let _ = self.changed_blocking.wait_timeout(updates, left);
             }
         }
     }
 }
 
-/// Why a plug-in is no more.
+/// The reason for which a connection has ended.
 #[derive(Debug, Clone)]
 pub(crate) struct Broken {
     kind: ErrorKind,
@@ -163,7 +163,7 @@ pub(crate) struct Broken {
 }
 
 impl Broken {
-    /// As the error of a call.
+    /// Converts it to the error of a call.
     pub(crate) fn error(&self) -> Error {
         Error::new(self.kind, self.message.clone())
     }
@@ -173,23 +173,23 @@ impl Broken {
 struct Calls {
     next: u64,
     waiting: HashMap<u64, Arc<Call>>,
-    /// Calls that nobody waits for any more, and that are still to be answered.
+    /// Calls that no caller waits for any more, and that are still to be answered.
     given_up: HashSet<u64>,
     broken: Option<Broken>,
 }
 
-/// What the connection and its reader share.
+/// State shared by the connection and its reader.
 struct Shared {
     name: String,
     program: Utf8PathBuf,
     calls: Mutex<Calls>,
     child: Mutex<Child>,
-    words: Arc<LastWords>,
-    /// Held while the connection is broken off.
+    stderr: Arc<StderrTail>,
+    /// Locked while the connection is being ended.
     breaking: Mutex<()>,
 }
 
-/// A plug-in that runs. Dropped, it is killed.
+/// A running plug-in. It is killed when this is dropped.
 pub(crate) struct Connection {
     shared: Arc<Shared>,
     requests: Option<SyncSender<Vec<u8>>>,
@@ -197,17 +197,17 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Starts the program. It must be greeted before anything else.
+    /// Starts the program. The caller must greet it before any other call.
     ///
     /// # Errors
-    /// Where it cannot be run.
+    /// If the program cannot be run.
     pub(crate) fn start(name: &str, program: &Utf8Path, limits: Limits) -> Result<Self> {
         let failed = |cause: std::io::Error| {
             Error::new(ErrorKind::Io, format!("the plug-in {name} ({program}) cannot be started"))
                 .because(cause)
         };
-        // A group of its own: an interrupt at the terminal is domsnap's to handle, and what the plug-in
-        // starts ends with it.
+        // The plug-in gets a process group of its own. So an interrupt at the terminal only reaches domsnap,
+        // and the children of the plug-in end with it.
         let mut child = Command::new(program)
             .env_clear()
             .envs(environment(name, std::env::vars_os()))
@@ -223,14 +223,14 @@ impl Connection {
         else {
             return Err(Error::new(ErrorKind::Internal, "a child without the pipes that were asked for"));
         };
-        let words = LastWords::of(stderr).map_err(failed)?;
+        let stderr = StderrTail::of(stderr).map_err(failed)?;
         let shared = Arc::new(Shared {
             name: name.to_owned(),
             program: program.to_owned(),
             calls: Mutex::default(),
             child: Mutex::new(child),
             breaking: Mutex::default(),
-            words,
+            stderr,
         });
         let requests = write_on_a_thread(stdin).map_err(failed)?;
         let reader = shared.clone();
@@ -246,12 +246,12 @@ impl Connection {
         self.shared.child.lock().unwrap_or_else(std::sync::PoisonError::into_inner).id()
     }
 
-    /// What is borne.
+    /// The limits of this plug-in.
     pub(crate) fn limits(&self) -> Limits {
         self.limits
     }
 
-    /// Why it is no more, where it is not.
+    /// The reason for which the connection has ended, if it has.
     pub(crate) fn broken(&self) -> Option<Broken> {
         self.shared.calls().broken.clone()
     }
@@ -277,14 +277,14 @@ impl Connection {
         Ok((id, call))
     }
 
-    /// Asks a request to stop.
+    /// Requests the cancellation of a call.
     pub(crate) fn cancel(&self, id: u64) {
         if let Err(error) = self.write("cancel", None, &CancelParams { id }) {
             tracing::warn!(%error, "cancelling a call to a plug-in");
         }
     }
 
-    /// Nobody waits for this call any more.
+    /// Drops a call that no caller waits for any more.
     pub(crate) fn forget(&self, id: u64) {
         let mut calls = self.shared.calls();
         if calls.waiting.remove(&id).is_some() && calls.broken.is_none() {
@@ -294,7 +294,7 @@ impl Connection {
         }
     }
 
-    /// A request and its answer, waited for on this thread.
+    /// Sends a request and waits for its answer on this thread.
     pub(crate) fn call_blocking(
         &self,
         method: Method,
@@ -303,29 +303,32 @@ impl Connection {
     ) -> Result<Value> {
         let (_, call) = self.send(method, params)?;
         match call.ended(time) {
-            Heard::Answer(answer) => Ok(answer),
-            Heard::Failure(failure) => Err(self.shared.error_of(failure, false)),
-            Heard::Broken(broken) => Err(broken.error()),
-            Heard::Nothing | Heard::Progress(..) => Err(self.give_up(method, time).error()),
+            News::Answer(answer) => Ok(answer),
+            News::Failure(failure) => Err(self.shared.error_of(failure, false)),
+            News::Broken(broken) => Err(broken.error()),
+            News::Nothing | News::Progress(..) => Err(self.give_up(method, time).error()),
         }
     }
 
-    /// The error of a failure that the plug-in tells.
+    /// Converts a failure that the plug-in reported to an error.
     pub(crate) fn error_of(&self, failure: Failure, cancelled: bool) -> Error {
         self.shared.error_of(failure, cancelled)
     }
 
-    /// Kills a plug-in of which nothing was heard.
+    /// Kills a plug-in that sent no news in time.
     pub(crate) fn give_up(&self, method: Method, time: Duration) -> Broken {
-        let words =
-            format!("said nothing of '{}' for {} seconds, and was killed", method.name(), time.as_secs_f64());
-        self.shared.break_off(ErrorKind::Io, &words)
+        let message = format!(
+            "sent no answer to '{}' and no progress for {} seconds, and was killed",
+            method.name(),
+            time.as_secs_f64()
+        );
+        self.shared.break_off(ErrorKind::Io, &message)
     }
 
-    /// Kills a plug-in that said what cannot be.
-    pub(crate) fn lies(&self, method: Method, what: &str) -> Error {
-        let words = format!("answered '{}' with what cannot be, and was killed: {what}", method.name());
-        self.shared.break_off(ErrorKind::Internal, &words).error().advise(
+    /// Kills a plug-in that sent an invalid answer.
+    pub(crate) fn reject(&self, method: Method, what: &str) -> Error {
+        let message = format!("answered '{}' with an invalid value, and was killed: {what}", method.name());
+        self.shared.break_off(ErrorKind::Internal, &message).error().advise(
             "this is a defect of the plug-in: report it to its author; `domsnap backends` shows where it is",
         )
     }
@@ -354,7 +357,7 @@ impl Connection {
             Err(TrySendError::Full(_)) => {
                 Err(self.shared.break_off(ErrorKind::Io, "reads no requests, and was killed").error())
             }
-            // Its end of the pipe is closed: the reader will tell, or has told, why.
+            // The plug-in has closed its end of the pipe. The reader reports the reason.
             Err(TrySendError::Disconnected(_)) => {
                 Err(self.shared.break_off(ErrorKind::Io, "closed its standard input").error())
             }
@@ -374,7 +377,7 @@ impl Shared {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the process and all that it started; gives how it ended.
+    /// Ends the process and its children. Returns how it ended.
     fn end(&self) -> String {
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
         if matches!(child.try_wait(), Ok(None)) {
@@ -392,17 +395,17 @@ impl Shared {
         }
     }
 
-    /// The end of the connection, for the first reason that there was.
+    /// Ends the connection. The first reason is the one that counts.
     fn break_off(&self, kind: ErrorKind, what: &str) -> Broken {
-        // The kill below makes the reader see the end of the output: it waits here, so that the reason for
-        // the kill is recorded before "ended by SIGKILL" could be.
+        // The kill below makes the reader see the end of the output. The reader waits here, so that the reason for
+        // the kill is recorded before "ended by SIGKILL".
         let _breaking = self.breaking.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(broken) = &self.calls().broken {
             return broken.clone();
         }
         self.end();
-        let last = match self.words.told() {
-            Some(words) => format!("; its last words: {words}"),
+        let last = match self.stderr.text() {
+            Some(text) => format!("; its last output on standard error: {text}"),
             None => String::new(),
         };
         let message = format!("the plug-in {} ({}) {what}{last}", self.name, self.program);
@@ -411,18 +414,18 @@ impl Shared {
         let waiting = std::mem::take(&mut calls.waiting);
         drop(calls);
         for call in waiting.into_values() {
-            call.tell(|news| news.answer = Some(Err(broken.clone())));
+            call.update(|updates| updates.answer = Some(Err(broken.clone())));
         }
         broken
     }
 
-    /// Reads frames until there are no more, or one is none.
+    /// Reads frames until the end, or until one is invalid.
     fn read(&self, mut stdout: impl BufRead, cap: usize) {
         loop {
             let frame = match read_frame(&mut stdout, cap) {
                 Ok(Some(frame)) => frame,
                 Ok(None) => {
-                    // It may be ending only now.
+                    // The process may not have ended yet.
                     std::thread::sleep(Duration::from_millis(20));
                     let status = self.end();
                     self.break_off(ErrorKind::Io, &format!("ended ({status})"));
@@ -436,7 +439,7 @@ impl Shared {
             if let Err(what) = self.take(&frame) {
                 let shown: String =
                     String::from_utf8_lossy(&frame[..frame.len().min(SHOWN)]).escape_debug().collect();
-                self.break_off(ErrorKind::Internal, &format!("{what}, and was killed; it said: {shown}"));
+                self.break_off(ErrorKind::Internal, &format!("{what}, and was killed; it sent: {shown}"));
                 return;
             }
         }
@@ -444,20 +447,20 @@ impl Shared {
 
     fn take(&self, frame: &[u8]) -> std::result::Result<(), String> {
         let frame: Map<String, Value> =
-            serde_json::from_slice(frame).map_err(|error| format!("spoke no JSON-RPC ({error})"))?;
+            serde_json::from_slice(frame).map_err(|error| format!("did not send JSON-RPC ({error})"))?;
         if frame.get("jsonrpc").and_then(Value::as_str) != Some("2.0") {
-            return Err("spoke no JSON-RPC 2.0".to_owned());
+            return Err("did not send JSON-RPC 2.0".to_owned());
         }
         if let Some(method) = frame.get("method") {
             let (Some("progress"), None) = (method.as_str(), frame.get("id")) else {
                 return Err("sent a request: only the notification 'progress' is allowed".to_owned());
             };
             let params = frame.get("params").cloned().unwrap_or_default();
-            let told: ProgressParams =
-                serde_json::from_value(params).map_err(|error| format!("told progress wrongly ({error})"))?;
-            // Of a call that has ended meanwhile it may come late.
-            if let Some(call) = self.calls().waiting.get(&told.id) {
-                call.tell(|news| news.progress = Some((told.done, told.total)));
+            let progress: ProgressParams =
+                serde_json::from_value(params).map_err(|error| format!("sent invalid progress ({error})"))?;
+            // Progress of a call that has ended meanwhile is ignored.
+            if let Some(call) = self.calls().waiting.get(&progress.id) {
+                call.update(|updates| updates.progress = Some((progress.done, progress.total)));
             }
             return Ok(());
         }
@@ -472,22 +475,22 @@ impl Shared {
                 None => return Err(format!("answered request {id}, which was never sent")),
             }
         };
-        let told = match (frame.get("result"), frame.get("error")) {
+        let failure = match (frame.get("result"), frame.get("error")) {
             (Some(result), None) => {
-                call.tell(|news| news.answer = Some(Ok(result.clone())));
+                call.update(|updates| updates.answer = Some(Ok(result.clone())));
                 return Ok(());
             }
             (None, Some(error)) => serde_json::from_value(error.clone())
-                .map_err(|cause| format!("told an error wrongly ({cause})")),
+                .map_err(|cause| format!("sent an invalid error ({cause})")),
             _ => Err("answered with neither a result nor an error".to_owned()),
         };
-        match told {
+        match failure {
             Ok(failure) => {
-                call.tell(|news| news.failure = Some(failure));
+                call.update(|updates| updates.failure = Some(failure));
                 Ok(())
             }
             Err(what) => {
-                // So that its caller hears of the end too.
+                // Put back, so that its caller learns of the end too.
                 self.calls().waiting.insert(id, call);
                 Err(what)
             }
@@ -497,7 +500,7 @@ impl Shared {
     fn error_of(&self, failure: Failure, cancelled: bool) -> Error {
         let plain = |text: &str| checks::plain(&text.chars().take(4096).collect::<String>());
         let kind = match failure.data.as_ref().map(|data| data.kind) {
-            // Only who is cancelled may say so, and what a recovery needs only the engine knows.
+            // Only a cancelled call may fail as cancelled, and only the engine knows what needs recovery.
             Some(ErrorKind::Cancelled) if !cancelled => ErrorKind::Io,
             Some(ErrorKind::NeedsRecovery) => ErrorKind::Io,
             Some(kind) => kind,
@@ -519,7 +522,7 @@ impl Shared {
     }
 }
 
-/// Writes what is sent, on a thread of its own: a plug-in that does not read must hold up nobody. The
+/// Writes requests on a thread of its own, so that a plug-in that does not read blocks no caller. The
 /// plug-in's standard input ends with the sender.
 fn write_on_a_thread(mut stdin: ChildStdin) -> std::io::Result<SyncSender<Vec<u8>>> {
     let (sender, receiver) = sync_channel::<Vec<u8>>(QUEUE);
@@ -533,21 +536,21 @@ fn write_on_a_thread(mut stdin: ChildStdin) -> std::io::Result<SyncSender<Vec<u8
     Ok(sender)
 }
 
-/// One line, without its end; `None` at the end of all.
+/// Reads one line, without its end; `None` at the end of the stream.
 fn read_frame(stdout: &mut impl BufRead, cap: usize) -> std::result::Result<Option<Vec<u8>>, String> {
     let mut frame = Vec::new();
     let limit = u64::try_from(cap).unwrap_or(u64::MAX).saturating_add(1);
     match stdout.by_ref().take(limit).read_until(b'\n', &mut frame) {
         Ok(0) => return Ok(None),
         Ok(_) => {}
-        Err(error) => return Err(format!("cannot be heard ({error})")),
+        Err(error) => return Err(format!("cannot be read ({error})")),
     }
     if frame.last() == Some(&b'\n') {
         frame.pop();
         return Ok(Some(frame));
     }
     if frame.len() > cap {
-        return Err(format!("spoke more than {cap} bytes without an end of line"));
+        return Err(format!("sent more than {cap} bytes without an end of line"));
     }
     Ok(None) // it ended in the middle of a line
 }
@@ -556,6 +559,7 @@ fn read_frame(stdout: &mut impl BufRead, cap: usize) -> std::result::Result<Opti
 mod tests {
     use super::*;
 
+    /// A plug-in only gets its own variables.
     #[test]
     fn a_plug_in_gets_its_own_variables_alone() {
         let all = [

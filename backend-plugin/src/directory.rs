@@ -1,4 +1,4 @@
-//! Which plug-ins a directory has.
+//! The plug-ins of a directory.
 
 use std::io::ErrorKind as Io;
 use std::os::unix::fs::PermissionsExt;
@@ -6,27 +6,27 @@ use std::os::unix::fs::PermissionsExt;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{Error, ErrorKind, Result, shell_word};
 
-/// What the name of a plug-in's file begins with.
+/// The beginning of a plug-in's file name.
 pub const PREFIX: &str = "domsnap-backend-";
 
 /// The longest name of a plug-in.
 const MAX_NAME: usize = 32;
 
-/// A program that calls itself a plug-in.
+/// A program with the name of a plug-in.
 #[derive(Debug)]
 pub struct Found {
-    /// The format that it is to serve.
+    /// The format that it should serve.
     pub name: String,
     /// The program.
     pub program: Utf8PathBuf,
-    /// Why it is not used, where it is not.
+    /// The reason for which it is not used, if it is not.
     pub problem: Option<Error>,
 }
 
-/// The plug-ins of `directory`, by name. One that is not there has none.
+/// Lists the plug-ins of `directory`, by name. A missing directory has none.
 ///
 /// # Errors
-/// Where the directory cannot be read, or anybody may put programs into it.
+/// If the directory cannot be read, or other users may put programs into it.
 pub fn found(directory: &Utf8Path) -> Result<Vec<Found>> {
     let entries = match directory.read_dir_utf8() {
         Ok(entries) => entries,
@@ -50,7 +50,7 @@ fn unreadable(directory: &Utf8Path, cause: std::io::Error) -> Error {
     Error::new(ErrorKind::Io, format!("the directory of plug-ins {directory} cannot be read")).because(cause)
 }
 
-/// The name of a format, which is what configurations state.
+/// Checks the name of a format, which configurations refer to.
 fn named(name: &str, program: &Utf8Path) -> Result<()> {
     let plain = name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
     if plain && !name.is_empty() && name.len() <= MAX_NAME && !name.starts_with('-') {
@@ -73,7 +73,8 @@ fn runnable(program: &Utf8Path) -> Result<()> {
     trusted(program)
 }
 
-/// A plug-in can do all that domsnap can: nobody else may be able to put one there, or to change it, or the way to it.
+/// Checks that no other user can put a plug-in there, or change it or a directory on its path. A plug-in can
+/// do everything that domsnap can.
 fn trusted(path: &Utf8Path) -> Result<()> {
     let found = confined_files::foreign_place(path.as_std_path())
         .map_err(|cause| Error::new(ErrorKind::Io, format!("{path} cannot be looked at")).because(cause))?;
@@ -99,8 +100,9 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
     }
 
+    /// Programs of the right name are found; others come with the reason against them.
     #[test]
-    fn programs_of_the_right_name_are_found_and_others_say_why_not() {
+    fn programs_of_the_right_name_are_found() {
         let place = tempfile::tempdir().unwrap();
         let directory = Utf8Path::from_path(place.path()).unwrap();
         for (name, mode) in [
@@ -118,17 +120,18 @@ mod tests {
         let good: Vec<_> =
             all.iter().filter(|found| found.problem.is_none()).map(|found| found.name.as_str()).collect();
         assert_eq!(good, ["a1-b", "zfs"]);
-        let words = |name: &str| {
+        let problem = |name: &str| {
             all.iter().find(|found| found.name == name).unwrap().problem.as_ref().unwrap().to_string()
         };
-        assert!(words(".py").contains("cannot name a format"));
-        assert!(words("data").contains("chmod +x"));
-        assert!(words("dir").contains("is no program"));
-        assert!(words("open").contains("can be written by every user"));
+        assert!(problem(".py").contains("cannot name a format"));
+        assert!(problem("data").contains("chmod +x"));
+        assert!(problem("dir").contains("is no program"));
+        assert!(problem("open").contains("can be written by every user"));
     }
 
+    /// Root does not run a program that a group may write.
     #[test]
-    fn what_a_group_may_write_is_not_run_by_root() {
+    fn root_does_not_run_what_a_group_may_write() {
         if !rustix::process::geteuid().is_root() {
             return;
         }
@@ -143,8 +146,9 @@ mod tests {
         assert_eq!(found(directory).unwrap_err().kind(), ErrorKind::Refused);
     }
 
+    /// A missing directory has no plug-ins, and one that every user may write is refused.
     #[test]
-    fn a_directory_that_is_not_there_has_no_plug_ins_and_one_that_anybody_may_write_is_refused() {
+    fn directory_missing_is_empty_writable_is_refused() {
         let place = tempfile::tempdir().unwrap();
         let directory = Utf8Path::from_path(place.path()).unwrap();
         assert!(found(&directory.join("nothing")).unwrap().is_empty());

@@ -1,18 +1,21 @@
-//! Backends by other people, in processes of their own.
+//! Third-party backends, in processes of their own.
 //!
-//! A plug-in is a program called `domsnap-backend-NAME` in a configured directory. It serves disks of the format `NAME` and speaks
-//! JSON-RPC 2.0 on its standard input and output, one JSON document a line ([`protocol`]). [`found`] lists the plug-ins of a
-//! directory; a [`Plugin`] is one of them as a [`snapcore::DiskSnapshotter`]. The program is started when it is first needed, and
-//! killed when the [`Plugin`] is dropped.
+//! A plug-in is a program called `domsnap-backend-NAME` in a configured directory. It serves disks of the
+//! format `NAME`. It speaks JSON-RPC 2.0 on its standard input and output, one JSON document a line
+//! ([`protocol`]). [`found`] lists the plug-ins of a directory. A [`Plugin`] is one of them as a
+//! [`snapcore::DiskSnapshotter`]. The program is started when it is first needed, and killed when the
+//! [`Plugin`] is dropped.
 //!
-//! **Nothing that a plug-in says is believed unseen.** What it answers is checked before anybody uses it (`checks`): shapes,
-//! names, paths, and that its plans change the records of their own disk alone. One that hangs, floods or speaks garbage is
-//! killed, and the call fails; the engine undoes, or leaves the journal to a recovery, which starts the plug-in anew. While
-//! a plug-in that died held a disk, nothing more is done to that disk in this process.
+//! **No answer of a plug-in is used unchecked** (`checks`): shapes, names, paths, and that its plans only
+//! change the records of their own disk. A plug-in that hangs, floods or sends garbage is killed, and the
+//! call fails. The engine then undoes the operation, or leaves the journal to a recovery, which starts the
+//! plug-in again. If a plug-in dies while it has a disk locked, nothing more is done to that disk in this
+//! process.
 //!
-//! **What stays with the plug-in's author** is what stays with every backend's: that a step is durable when it is said to be
-//! done, and that `hold` is a lock which ends with the process and without which nothing is written. A plug-in reads the end of
-//! its standard input when domsnap is gone, and must end; while it does not, its lock keeps the next domsnap away.
+//! **The plug-in's author is responsible** for what every backend must guarantee. A step is durable when it
+//! is reported as done. `hold` takes a lock that ends with the process, and nothing is written without it.
+//! When domsnap ends, the plug-in reads the end of its standard input and must end. Until it does, its lock
+//! keeps the next domsnap away.
 
 #![forbid(unsafe_code)]
 

@@ -18,14 +18,14 @@ use snapcore::{
 use tokio_util::sync::CancellationToken;
 
 use crate::checks::{self, Checked};
-use crate::connection::{Connection, Heard, Limits};
+use crate::connection::{Connection, Limits, News};
 use crate::protocol::{
     AdoptParams, CheckParams, CostParams, DiscoverParams, DiscoverResult, DiskParams, HelloParams,
     HelloResult, Hold, HoldParams, InspectParams, LayerParams, ManifestParams, Method, NO_METHOD, OpenFile,
     PlanParams, SalvageParams, SalvageResult, StepParams, VERSION,
 };
 
-/// How long a guard waits until the plug-in has given a lock back.
+/// Time limit for a guard that waits until the plug-in has released a lock.
 const RELEASE: Duration = Duration::from_secs(2);
 
 /// A backend in a process of its own.
@@ -39,7 +39,7 @@ struct Inner {
     program: Utf8PathBuf,
     limits: Limits,
     link: Mutex<Link>,
-    /// What the plug-in told of paths, which never change, by what it was asked.
+    /// Paths that the plug-in returned, by request. They never change.
     paths: Mutex<HashMap<String, Utf8PathBuf>>,
 }
 
@@ -47,17 +47,17 @@ struct Inner {
 struct Link {
     connection: Option<Arc<Connection>>,
     capabilities: Option<Capabilities>,
-    /// Disks that are held over the connection.
+    /// Number of disks that are locked over the connection.
     held: usize,
 }
 
 impl Plugin {
-    /// The plug-in `program`, which serves the format `name`. It is started when it is first asked something.
+    /// The plug-in `program`, which serves the format `name`. It is started when it is first needed.
     pub fn new(name: impl Into<String>, program: impl Into<Utf8PathBuf>) -> Self {
         Self::with_limits(name, program, Limits::default())
     }
 
-    /// The same, bearing other things from it.
+    /// Like [`Plugin::new`], with other limits.
     pub fn with_limits(name: impl Into<String>, program: impl Into<Utf8PathBuf>, limits: Limits) -> Self {
         Self {
             inner: Arc::new(Inner {
@@ -75,10 +75,10 @@ impl Plugin {
         &self.inner.program
     }
 
-    /// Starts it, where it does not run, and gives what it can do. Waits for it on this thread.
+    /// Starts the plug-in if it does not run, and returns its capabilities. Waits for it on this thread.
     ///
     /// # Errors
-    /// Where it cannot be run, does not say who it is in time, or says what cannot be.
+    /// If it cannot be run, does not greet in time, or sends an invalid answer.
     pub fn greet(&self) -> Result<Capabilities> {
         self.inner.connection()?;
         match &self.inner.link().capabilities {
@@ -93,7 +93,8 @@ impl Inner {
         self.link.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The running plug-in. One that died is started anew, but not while disks are held: their locks died with it.
+    /// Returns the running plug-in. A plug-in that died is started again, but not while disks are locked:
+    /// their locks died with it.
     fn connection(&self) -> Result<Arc<Connection>> {
         let mut link = self.link();
         if let Some(connection) = &link.connection {
@@ -111,14 +112,15 @@ impl Inner {
         let params = HelloParams { protocol: VERSION, domsnap: env!("CARGO_PKG_VERSION").to_owned() };
         let answer = connection.call_blocking(Method::Hello, &params, self.limits.start)?;
         let hello: HelloResult = decoded(&connection, Method::Hello, answer)?;
-        checks::hello(&hello, &self.name).map_err(|what| connection.lies(Method::Hello, &what))?;
+        checks::hello(&hello, &self.name).map_err(|what| connection.reject(Method::Hello, &what))?;
         let connection = Arc::new(connection);
         link.capabilities = Some(hello.capabilities);
         link.connection = Some(connection.clone());
         Ok(connection)
     }
 
-    /// A path that the plug-in tells; where it cannot, or what cannot be, `otherwise`: the next call that can fail does.
+    /// Returns a path from the plug-in. If it fails or returns an invalid one, the result is `otherwise`; the
+    /// next call that can fail reports the error.
     fn path(
         &self,
         method: Method,
@@ -130,13 +132,13 @@ impl Inner {
         if let Some(known) = self.paths.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return known.clone();
         }
-        let told = self.connection().and_then(|connection| {
+        let answer = self.connection().and_then(|connection| {
             let answer = connection.call_blocking(method, params, self.limits.start)?;
             let path: Utf8PathBuf = decoded(&connection, method, answer)?;
-            check(&path).map_err(|what| connection.lies(method, &what))?;
+            check(&path).map_err(|what| connection.reject(method, &what))?;
             Ok(path)
         });
-        match told {
+        match answer {
             Ok(path) => {
                 self.paths.lock().unwrap_or_else(PoisonError::into_inner).insert(key, path.clone());
                 path
@@ -149,12 +151,12 @@ impl Inner {
     }
 }
 
-/// What an answer says.
+/// Decodes an answer.
 fn decoded<T: DeserializeOwned>(connection: &Connection, method: Method, answer: Value) -> Result<T> {
-    serde_json::from_value(answer).map_err(|error| connection.lies(method, &error.to_string()))
+    serde_json::from_value(answer).map_err(|error| connection.reject(method, &error.to_string()))
 }
 
-/// A call whose caller may go away.
+/// A call whose caller may be dropped.
 struct Waiting<'a> {
     connection: &'a Connection,
     id: u64,
@@ -166,14 +168,14 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// What a long call goes with.
+/// Context of a long call.
 #[derive(Clone, Copy, Default)]
-struct With<'a> {
+struct CallContext<'a> {
     progress: Option<&'a dyn Progress>,
     cancel: Option<&'a CancellationToken>,
 }
 
-impl<'a> From<StepContext<'a>> for With<'a> {
+impl<'a> From<StepContext<'a>> for CallContext<'a> {
     fn from(context: StepContext<'a>) -> Self {
         Self { progress: Some(context.progress), cancel: Some(context.cancel) }
     }
@@ -187,24 +189,24 @@ async fn running(inner: &Arc<Inner>) -> Result<Arc<Connection>> {
     }
 }
 
-/// One request over a connection, and what its answer says.
+/// Sends one request over a connection, and decodes the answer.
 async fn ask<T: DeserializeOwned>(
     connection: &Connection,
     method: Method,
     params: &impl Serialize,
-    with: With<'_>,
+    with: CallContext<'_>,
 ) -> Result<T> {
     ask_if_known(connection, method, params, with)
         .await?
-        .ok_or_else(|| connection.lies(method, "it does not know a method that every plug-in must"))
+        .ok_or_else(|| connection.reject(method, "it does not know a method that every plug-in must"))
 }
 
-/// The same, of a method that a plug-in need not know: nothing where it does not.
+/// Like [`ask`], for an optional method. Returns `None` if the plug-in does not implement it.
 async fn ask_if_known<T: DeserializeOwned>(
     connection: &Connection,
     method: Method,
     params: &impl Serialize,
-    with: With<'_>,
+    with: CallContext<'_>,
 ) -> Result<Option<T>> {
     let (id, call) = connection.send(method, params)?;
     let _waiting = Waiting { connection, id };
@@ -214,10 +216,10 @@ async fn ask_if_known<T: DeserializeOwned>(
     let never = CancellationToken::new();
     let cancel = with.cancel.unwrap_or(&never);
     loop {
-        match call.heard() {
-            Heard::Nothing => {}
-            Heard::Progress(done, total) => {
-                // What says the same again and again, or goes on after it was cancelled, hangs as well.
+        match call.news() {
+            News::Nothing => {}
+            News::Progress(done, total) => {
+                // A plug-in also hangs if it repeats the same progress, or continues after it was cancelled.
                 if done > furthest && !cancelled {
                     (furthest, deadline) = (done, Instant::now() + silence);
                 }
@@ -226,10 +228,10 @@ async fn ask_if_known<T: DeserializeOwned>(
                 }
                 continue;
             }
-            Heard::Answer(answer) => return decoded(connection, method, answer).map(Some),
-            Heard::Failure(failure) if failure.code == NO_METHOD => return Ok(None),
-            Heard::Failure(failure) => return Err(connection.error_of(failure, cancelled)),
-            Heard::Broken(broken) => return Err(broken.error()),
+            News::Answer(answer) => return decoded(connection, method, answer).map(Some),
+            News::Failure(failure) if failure.code == NO_METHOD => return Ok(None),
+            News::Failure(failure) => return Err(connection.error_of(failure, cancelled)),
+            News::Broken(broken) => return Err(broken.error()),
         }
         tokio::select! {
             () = call.changed() => {}
@@ -238,7 +240,7 @@ async fn ask_if_known<T: DeserializeOwned>(
                 (cancelled, deadline) = (true, Instant::now() + silence);
             }
             () = tokio::time::sleep_until(deadline.into()) => {
-                if matches!(call.heard(), Heard::Nothing) {
+                if matches!(call.news(), News::Nothing) {
                     return Err(connection.give_up(method, silence).error());
                 }
             }
@@ -246,7 +248,7 @@ async fn ask_if_known<T: DeserializeOwned>(
     }
 }
 
-/// What the hypervisor has open.
+/// The files that the hypervisor has open.
 async fn open_files(attached: Option<&dyn AttachedDisk>) -> Result<Vec<OpenFile>> {
     let Some(attached) = attached else { return Ok(Vec::new()) };
     let files = attached.open_files().await?;
@@ -261,8 +263,8 @@ impl Plugin {
         check: impl FnOnce(&mut T) -> Checked,
     ) -> Result<T> {
         let connection = running(&self.inner).await?;
-        let mut answer = ask(&connection, method, params, With::default()).await?;
-        check(&mut answer).map_err(|what| connection.lies(method, &what))?;
+        let mut answer = ask(&connection, method, params, CallContext::default()).await?;
+        check(&mut answer).map_err(|what| connection.reject(method, &what))?;
         Ok(answer)
     }
 
@@ -271,7 +273,7 @@ impl Plugin {
         method: Method,
         step: &Step,
         context: StepContext<'_>,
-        with: With<'_>,
+        with: CallContext<'_>,
     ) -> Result<T> {
         let open = open_files(context.attached).await?;
         let params = StepParams { step: step.clone(), disk: context.disk.clone(), open };
@@ -279,7 +281,8 @@ impl Plugin {
         ask(&connection, method, &params, with).await
     }
 
-    /// A step that is said to be done, or to be undone, must not be told to be the contrary in the same breath.
+    /// Checks the status after a success: a step that was done or undone must not be reported as the
+    /// contrary.
     async fn is_not(
         &self,
         method: Method,
@@ -287,13 +290,14 @@ impl Plugin {
         context: StepContext<'_>,
         contrary: StepStatus,
     ) -> Result<()> {
-        let status: StepStatus = self.ask_of_step(Method::Status, step, context, With::default()).await?;
+        let status: StepStatus =
+            self.ask_of_step(Method::Status, step, context, CallContext::default()).await?;
         if status != contrary {
             return Ok(());
         }
         let connection = running(&self.inner).await?;
         let what = format!("it succeeded, and its status is {status:?}");
-        Err(connection.lies(method, &what))
+        Err(connection.reject(method, &what))
     }
 }
 
@@ -307,7 +311,7 @@ impl DiskSnapshotter for Plugin {
         self.inner.link().connection.iter().map(|connection| connection.process()).collect()
     }
 
-    /// Where the plug-in cannot say what it can do, it can do nothing.
+    /// Returns no capabilities if the plug-in cannot be asked.
     fn capabilities(&self) -> Capabilities {
         self.greet().unwrap_or_else(|error| {
             tracing::warn!(%error, "asking a plug-in what it can do");
@@ -331,7 +335,7 @@ impl DiskSnapshotter for Plugin {
         let params = InspectParams { disk: disk.clone(), depth, open: open_files(attached).await? };
         let mut state: DiskState =
             self.ask(Method::Inspect, &params, |state| checks::state(state, disk)).await?;
-        // Whether a hypervisor has it is the service's to say.
+        // The service, not the plug-in, knows if a hypervisor has the disk.
         state.attached = false;
         Ok(state)
     }
@@ -381,16 +385,16 @@ impl DiskSnapshotter for Plugin {
         let open = open_files(attached).await?;
         let connection = running(&self.inner).await?;
         let params = HoldParams { disk: disk.clone(), open };
-        let hold: Hold = ask(&connection, Method::Hold, &params, With::default()).await?;
-        checks::words(&hold.hold).map_err(|what| connection.lies(Method::Hold, &what))?;
+        let hold: Hold = ask(&connection, Method::Hold, &params, CallContext::default()).await?;
+        checks::words(&hold.hold).map_err(|what| connection.reject(Method::Hold, &what))?;
         self.inner.link().held += 1;
-        Ok(Box::new(Held { inner: self.inner.clone(), connection, hold }))
+        Ok(Box::new(DiskLock { inner: self.inner.clone(), connection, hold }))
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
         let params = DiskParams { disk: disk.clone() };
         let connection = running(&self.inner).await?;
-        ask_if_known(&connection, Method::YieldLocks, &params, With::default())
+        ask_if_known(&connection, Method::YieldLocks, &params, CallContext::default())
             .await
             .map(Option::unwrap_or_default)
     }
@@ -406,7 +410,7 @@ impl DiskSnapshotter for Plugin {
     }
 
     async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
-        let with = With { cancel: None, ..context.into() };
+        let with = CallContext { cancel: None, ..context.into() };
         let () = self.ask_of_step(Method::Undo, step, context, with).await?;
         self.is_not(Method::Undo, step, context, StepStatus::Done).await
     }
@@ -415,17 +419,17 @@ impl DiskSnapshotter for Plugin {
         let open = open_files(context.attached).await?;
         let params = SalvageParams { step: step.clone(), done, disk: context.disk.clone(), open };
         let connection = running(&self.inner).await?;
-        let told = ask_if_known(&connection, Method::Salvage, &params, With::default()).await?;
-        let told = told.unwrap_or(SalvageResult::Nothing);
-        let checked = match &told {
+        let answer = ask_if_known(&connection, Method::Salvage, &params, CallContext::default()).await?;
+        let answer = answer.unwrap_or(SalvageResult::Nothing);
+        let checked = match &answer {
             SalvageResult::Nothing => Ok(()),
             SalvageResult::PutAside { words } => checks::words(words),
             SalvageResult::Stays { edits, words } => {
                 checks::words(words).and_then(|()| checks::edits(edits, &context.disk.disk))
             }
         };
-        checked.map_err(|what| connection.lies(Method::Salvage, &what))?;
-        Ok(match told {
+        checked.map_err(|what| connection.reject(Method::Salvage, &what))?;
+        Ok(match answer {
             SalvageResult::Nothing => Salvage::Nothing,
             SalvageResult::PutAside { words } => Salvage::PutAside(checks::plain(&words)),
             SalvageResult::Stays { edits, words } => Salvage::Stays(edits, checks::plain(&words)),
@@ -436,12 +440,12 @@ impl DiskSnapshotter for Plugin {
         let open = open_files(context.attached).await?;
         let params = StepParams { step: step.clone(), disk: context.disk.clone(), open };
         let connection = running(&self.inner).await?;
-        let told = ask_if_known(&connection, Method::IsOvertaken, &params, With::default()).await?;
-        Ok(told.unwrap_or(false))
+        let answer = ask_if_known(&connection, Method::IsOvertaken, &params, CallContext::default()).await?;
+        Ok(answer.unwrap_or(false))
     }
 
     async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
-        self.ask_of_step(Method::Status, step, context, With::default()).await
+        self.ask_of_step(Method::Status, step, context, CallContext::default()).await
     }
 
     async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
@@ -476,20 +480,20 @@ impl DiskSnapshotter for Plugin {
     }
 }
 
-/// A disk that a plug-in holds. Dropped, it is given back before anything else is done.
-struct Held {
+/// A disk that a plug-in has locked. It is released when this is dropped, before anything else is done.
+struct DiskLock {
     inner: Arc<Inner>,
     connection: Arc<Connection>,
     hold: Hold,
 }
 
-impl Drop for Held {
+impl Drop for DiskLock {
     fn drop(&mut self) {
-        // Where it cannot be given back the plug-in ends, and its lock with it.
+        // If the release fails, the plug-in is ended, and its lock with it.
         if self.connection.broken().is_none()
             && let Err(error) = self.connection.call_blocking(Method::Release, &self.hold, RELEASE)
         {
-            let error = self.connection.lies(Method::Release, &error.to_string());
+            let error = self.connection.reject(Method::Release, &error.to_string());
             tracing::warn!(%error, "giving back a disk");
         }
         let mut link = self.inner.link();

@@ -1,12 +1,13 @@
-//! What is said between domsnap and a plug-in, version 1.
+//! The protocol between domsnap and a plug-in, version 1.
 //!
-//! Each frame is one JSON-RPC 2.0 document on one line. domsnap sends requests with numbers as `id`; the plug-in answers each with
-//! `result` or `error`, in any order. It may send the notification `progress` of a request that is under way, and gets the
-//! notification `cancel` of one. Nothing else may be on its standard output; what it writes to standard error is kept for
-//! error messages.
+//! Each frame is one JSON-RPC 2.0 document on one line. domsnap sends requests with numbers as `id`. The
+//! plug-in answers each with `result` or `error`, in any order. It may send the notification `progress` of a
+//! running request, and gets the notification `cancel` of one. Its standard output must have nothing else.
+//! Its standard error is recorded for error messages.
 //!
-//! The methods are those of [`snapcore::DiskSnapshotter`], where each one's contract stands. Parameters and results are the types
-//! here; [`schema`] has them all, and `docs/plugin-schema.json` is what it gives.
+//! The methods are those of [`snapcore::DiskSnapshotter`], which documents the contract of each. Parameters
+//! and results are the types in this module. [`schema`] describes all of them; `docs/plugin-schema.json` is
+//! its output.
 
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
@@ -20,50 +21,50 @@ use snapcore::{
 /// The version of the protocol that this crate speaks.
 pub const VERSION: u32 = 1;
 
-/// The code of an error that a plug-in tells of; others are JSON-RPC's own.
+/// The code of an error that a plug-in reports. Others are JSON-RPC's own.
 pub const FAILED: i64 = 1;
 
-/// JSON-RPC's code for a method that is not known.
+/// JSON-RPC's code for an unknown method.
 pub const NO_METHOD: i64 = -32601;
 
 /// Every method, by its name on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
-    /// The first request: who are you.
+    /// The first request: asks for identity and capabilities.
     Hello,
-    /// Takes in a disk.
+    /// Adopts a disk.
     Adopt,
-    /// A disk as it is.
+    /// Reads the state of a disk.
     Inspect,
-    /// Points that only the disk itself knows.
+    /// Finds points that only the disk itself knows.
     Discover,
-    /// The steps of a request.
+    /// Plans the steps of a request.
     Plan,
     /// Locks a disk.
     Hold,
-    /// Gives a lock back.
+    /// Releases a lock.
     Release,
-    /// Lets a hypervisor open what is locked. May be unknown to a plug-in.
+    /// Lets a hypervisor open what is locked. A plug-in need not implement it.
     YieldLocks,
-    /// What the configured path opens.
+    /// Returns the files that the configured path opens.
     OpenChain,
-    /// Does a step.
+    /// Performs a step.
     Apply,
-    /// Takes a step back.
+    /// Undoes a step.
     Undo,
-    /// Makes safe what an undo would lose. May be unknown to a plug-in.
+    /// Saves what an undo would lose. A plug-in need not implement it.
     Salvage,
-    /// Whether a finish step must be done again. May be unknown to a plug-in.
+    /// Returns true if a finish step must be done again. A plug-in need not implement it.
     IsOvertaken,
-    /// How far a step got.
+    /// Returns how far a step got.
     Status,
     /// Looks for damage.
     Check,
-    /// What a delete would cost.
+    /// Estimates the cost of a delete.
     CostOfDelete,
-    /// Where manifests belong.
+    /// Returns the directory of manifests.
     ManifestDirectory,
-    /// The file of a layer.
+    /// Returns the file of a layer.
     LayerFile,
 }
 
@@ -109,7 +110,7 @@ pub struct HelloResult {
     pub protocol: u32,
     /// The format that it serves: the `NAME` of its file.
     pub format: String,
-    /// What it can do.
+    /// The capabilities of the plug-in.
     pub capabilities: Capabilities,
 }
 
@@ -118,11 +119,11 @@ pub struct HelloResult {
 pub struct AdoptParams {
     /// The disk.
     pub disk: Disk,
-    /// Where active images go.
+    /// The rule for paths of active images.
     pub active_path: ActivePath,
 }
 
-/// A file that a hypervisor has open: it is the hypervisor's to lock, and its content is the guest's.
+/// A file that a hypervisor has open. The hypervisor has it locked, and its content is the guest's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct OpenFile {
     /// Its device.
@@ -136,9 +137,9 @@ pub struct OpenFile {
 pub struct InspectParams {
     /// The disk.
     pub disk: DiskRecord,
-    /// How much is read.
+    /// The amount of information to read.
     pub depth: InspectDepth,
-    /// What the disk's own hypervisor has open of it.
+    /// The files of the disk that its own hypervisor has open.
     pub open: Vec<OpenFile>,
 }
 
@@ -155,7 +156,7 @@ pub struct DiscoverParams {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct DiscoverResult {
-    /// Layers that become domsnap's to merge and to remove, beside those that are already.
+    /// Layers, other than the ones already owned, that domsnap may merge and remove from now on.
     pub layers: Vec<LayerName>,
     /// The points, oldest first.
     pub points: Vec<FoundPoint>,
@@ -164,18 +165,18 @@ pub struct DiscoverResult {
 /// A point that only the disk itself knows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FoundPoint {
-    /// What a snapshot of it would be called.
+    /// The name for a snapshot of it.
     pub name: SnapshotName,
-    /// Where it is.
+    /// The location of the point.
     #[serde(flatten)]
     pub point: Point,
-    /// Which of the points before it, counted from 0, it derives from.
+    /// The parent: the index of one of the previous points, counted from 0.
     #[serde(default)]
     pub parent: Option<usize>,
-    /// When it was taken.
+    /// Time of the point.
     #[schemars(with = "String")]
     pub created: Timestamp,
-    /// The disk's size at it, in bytes.
+    /// The disk's size at the point, in bytes.
     pub virtual_size: u64,
 }
 
@@ -184,11 +185,11 @@ pub struct FoundPoint {
 pub struct PlanParams {
     /// The disk.
     pub disk: DiskRecord,
-    /// What `inspect` told.
+    /// The result of `inspect`.
     pub state: DiskState,
-    /// Where active images go.
+    /// The rule for paths of active images.
     pub active_path: ActivePath,
-    /// What is asked.
+    /// The request.
     pub request: DiskRequest,
 }
 
@@ -197,14 +198,14 @@ pub struct PlanParams {
 pub struct HoldParams {
     /// The disk.
     pub disk: DiskRecord,
-    /// What the disk's own hypervisor has open of it.
+    /// The files of the disk that its own hypervisor has open.
     pub open: Vec<OpenFile>,
 }
 
 /// Result of `hold`, and parameters of `release`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Hold {
-    /// What the plug-in calls it.
+    /// The plug-in's name for it.
     pub hold: String,
 }
 
@@ -218,11 +219,11 @@ pub struct DiskParams {
 /// Parameters of `apply`, `undo` (their result is null), `is_overtaken` (true or false) and `status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct StepParams {
-    /// The step, as `plan` gave it.
+    /// The step, as `plan` returned it.
     pub step: Step,
-    /// The disk, as the catalogue has it.
+    /// The disk, as recorded in the catalogue.
     pub disk: DiskRecord,
-    /// What the disk's own hypervisor has open of it.
+    /// The files of the disk that its own hypervisor has open.
     pub open: Vec<OpenFile>,
 }
 
@@ -231,11 +232,11 @@ pub struct StepParams {
 pub struct SalvageParams {
     /// The step that will be undone.
     pub step: Step,
-    /// Whether the journal has it as done.
+    /// True if the journal has recorded it as done.
     pub done: bool,
     /// The disk.
     pub disk: DiskRecord,
-    /// What the disk's own hypervisor has open of it.
+    /// The files of the disk that its own hypervisor has open.
     pub open: Vec<OpenFile>,
 }
 
@@ -245,16 +246,16 @@ pub struct SalvageParams {
 pub enum SalvageResult {
     /// The undo loses nothing.
     Nothing,
-    /// What it would lose is safe.
+    /// The loss is prevented: the data is saved.
     PutAside {
-        /// Where it is, for people.
+        /// Place of the saved data, for people.
         words: String,
     },
-    /// The step must stay.
+    /// The step must not be undone.
     Stays {
-        /// What the catalogue learns.
+        /// The changes of the catalogue.
         edits: Vec<Edit>,
-        /// What that means, for people.
+        /// The consequence, for people.
         words: String,
     },
 }
@@ -264,7 +265,7 @@ pub enum SalvageResult {
 pub struct CheckParams {
     /// The disk.
     pub disk: DiskRecord,
-    /// What `inspect` told.
+    /// The result of `inspect`.
     pub state: DiskState,
 }
 
@@ -273,11 +274,11 @@ pub struct CheckParams {
 pub struct CostParams {
     /// The disk.
     pub disk: DiskRecord,
-    /// What `inspect` told.
+    /// The result of `inspect`.
     pub state: DiskState,
     /// The points that would be deleted.
     pub drop: Vec<Point>,
-    /// The points that would stay.
+    /// The points that would be kept.
     pub keep: Vec<Point>,
 }
 
@@ -297,8 +298,8 @@ pub struct LayerParams {
     pub layer: LayerName,
 }
 
-/// Parameters of the notification `progress`, from the plug-in. A call of which nothing is heard for too long, no answer and
-/// no progress that is further than the one before, is taken to hang.
+/// Parameters of the notification `progress`, from the plug-in. A call hangs if it sends no news for too
+/// long: no answer, and no progress beyond the previous one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ProgressParams {
     /// The request.
@@ -309,8 +310,8 @@ pub struct ProgressParams {
     pub total: u64,
 }
 
-/// Parameters of the notification `cancel`, to the plug-in. The request is answered all the same: with an error of the kind
-/// `cancelled`, or as if nothing had been said.
+/// Parameters of the notification `cancel`, to the plug-in. The request is still answered: with an error of
+/// the kind `cancelled`, or as if it had not been cancelled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CancelParams {
     /// The request.
@@ -322,27 +323,27 @@ pub struct CancelParams {
 pub struct Failure {
     /// [`FAILED`], or one of JSON-RPC's.
     pub code: i64,
-    /// What was attempted, on what, what was expected and found: lower case, no full stop.
+    /// The attempted operation, the object, what was expected and what was found: lower case, no full stop.
     pub message: String,
-    /// More of it.
+    /// Further details.
     #[serde(default)]
     pub data: Option<FailureData>,
 }
 
-/// What else there is to say of a failure.
+/// Further details of a failure.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FailureData {
-    /// What sort of failure it is.
+    /// The kind of failure.
     pub kind: ErrorKind,
-    /// What state things are in now.
+    /// The state that things are in now.
     #[serde(default)]
     pub state: Option<String>,
-    /// What the user can do.
+    /// Advice for the user.
     #[serde(default)]
     pub advice: Option<String>,
 }
 
-/// Every method with the types of its parameters and of its result: what [`schema`] is made from.
+/// Every method with the types of its parameters and of its result, from which [`schema`] is made.
 #[derive(JsonSchema)]
 #[allow(dead_code, reason = "only its shape is used")]
 #[schemars(rename = "domsnap backend protocol, version 1")]
@@ -388,7 +389,7 @@ struct Call<P, R> {
 #[allow(dead_code, reason = "only its shape is used")]
 struct PathText(#[schemars(with = "String")] Utf8PathBuf);
 
-/// The protocol's JSON schema: an object with a property for each method and notification.
+/// Returns the protocol's JSON schema: an object with a property for each method and notification.
 pub fn schema() -> serde_json::Value {
     schemars::schema_for!(Everything).to_value()
 }

@@ -1,4 +1,5 @@
-//! Plug-ins that hang, die, flood, lie and speak garbage: what they do ends as an error, and the journal heals.
+//! Plug-ins that hang, die, flood, lie and speak garbage: what they do ends as an error, and the journal
+//! heals.
 //!
 //! Each is the good example with something else in it, as long as a file beside it says so.
 
@@ -18,10 +19,10 @@ use tokio_util::sync::CancellationToken;
 const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples");
 const GOOD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/domsnap-backend-dir.py");
 
-/// How long silence is borne where a test waits for it to end.
+/// Time limit without news, for tests that wait for its end.
 const SILENCE: Duration = Duration::from_secs(4);
 
-struct House {
+struct Fixture {
     directory: tempfile::TempDir,
     limits: Limits,
 }
@@ -30,10 +31,11 @@ fn name(text: &str) -> SnapshotName {
     SnapshotName::new(text).unwrap()
 }
 
-impl House {
-    /// A disk with the points `one` and `two`, and a plug-in that does what it should until it is told otherwise.
+impl Fixture {
+    /// Makes a disk with the points `one` and `two`, and a plug-in that behaves well until `otherwise` is
+    /// enabled.
     async fn new(otherwise: &str) -> Self {
-        let house =
+        let fixture =
             Self { directory: tempfile::tempdir().unwrap(), limits: Limits::default().frame(1 << 20) };
         let script = format!(
             "#!/usr/bin/env python3\n\
@@ -49,28 +51,28 @@ impl House {
              if os.path.exists({:?}):\n\
              \x20   {}\n\
              good.main()\n",
-            house.path("otherwise"),
+            fixture.path("otherwise"),
             otherwise.trim().replace('\n', "\n    ")
         );
-        let program = house.path("domsnap-backend-dir");
+        let program = fixture.path("domsnap-backend-dir");
         std::fs::write(&program, script).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        std::fs::write(house.path("disk"), b"first").unwrap();
-        let service = house.service();
+        std::fs::write(fixture.path("disk"), b"first").unwrap();
+        let service = fixture.service();
         let spec = DomainSpec::new(DomainName::new("web").unwrap()).disk(
             Target::new("vda").unwrap(),
-            house.path("disk"),
+            fixture.path("disk"),
             "dir",
         );
         service.domain_add(&spec).await.unwrap();
         for (point, next) in [("one", "second"), ("two", "third")] {
             service
-                .create(&house.domain(), CreateRequest::new(name(point)), CancellationToken::new())
+                .create(&fixture.domain(), CreateRequest::new(name(point)), CancellationToken::new())
                 .await
                 .unwrap();
-            std::fs::write(house.path("disk"), next).unwrap();
+            std::fs::write(fixture.path("disk"), next).unwrap();
         }
-        house
+        fixture
     }
 
     fn path(&self, name: &str) -> Utf8PathBuf {
@@ -113,13 +115,13 @@ impl House {
         error
     }
 
-    /// The journal is empty, the present is this, and every point is what it was.
-    async fn is_whole(&self, service: &Domsnap, present: &str) {
+    /// Checks that the journal is empty, the disk has this content, and every point is unchanged.
+    async fn is_whole(&self, service: &Domsnap, current: &str) {
         let listing = service.list(&self.domain()).await.unwrap();
         assert!(listing.unfinished.is_empty(), "{:?}", listing.unfinished);
         let names: Vec<_> = listing.snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
         assert_eq!(names, ["one", "two"]);
-        assert_eq!(std::fs::read_to_string(self.path("disk")).unwrap(), present);
+        assert_eq!(std::fs::read_to_string(self.path("disk")).unwrap(), current);
         for (point, content) in [("one", "first"), ("two", "second")] {
             service
                 .revert(&self.domain(), RevertRequest::new(name(point)), CancellationToken::new())
@@ -133,75 +135,86 @@ impl House {
     }
 }
 
-async fn says(otherwise: &str, kind: ErrorKind, words: &[&str]) {
-    expects(House::new(otherwise).await, kind, words).await;
+async fn says(otherwise: &str, kind: ErrorKind, texts: &[&str]) {
+    expects(Fixture::new(otherwise).await, kind, texts).await;
 }
 
-async fn expects(house: House, kind: ErrorKind, words: &[&str]) {
-    let error = house.refused().await;
-    let said = error.to_string();
-    for words in words {
-        assert!(said.contains(words), "{words:?} is not in: {said}");
+async fn expects(fixture: Fixture, kind: ErrorKind, texts: &[&str]) {
+    let error = fixture.refused().await;
+    let message = error.to_string();
+    for text in texts {
+        assert!(message.contains(text), "{text:?} is not in: {message}");
     }
     let fits = error.kind() == kind || error.kind() == ErrorKind::NeedsRecovery;
-    assert!(fits, "{:?}: {said}", error.kind());
+    assert!(fits, "{:?}: {message}", error.kind());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_that_hangs_in_a_step_is_killed() {
-    let house = House::new("instead('apply', lambda was, p, c: time.sleep(3600))").await.impatient();
-    expects(house, ErrorKind::Io, &["said nothing of 'apply' for 4 seconds"]).await;
+    let fixture = Fixture::new("instead('apply', lambda was, p, c: time.sleep(3600))").await.impatient();
+    expects(fixture, ErrorKind::Io, &["sent no answer to 'apply' and no progress for 4 seconds"]).await;
 }
 
+/// A plug-in that hangs before anything is recorded is killed.
 #[tokio::test(flavor = "multi_thread")]
-async fn one_that_hangs_before_anything_is_recorded_is_killed() {
-    let house = House::new("instead('plan', lambda was, p, c: time.sleep(3600))").await.impatient();
-    expects(house, ErrorKind::Io, &["said nothing of 'plan'"]).await;
+async fn plugin_that_hangs_is_killed() {
+    let fixture = Fixture::new("instead('plan', lambda was, p, c: time.sleep(3600))").await.impatient();
+    expects(fixture, ErrorKind::Io, &["sent no answer to 'plan'"]).await;
 }
 
+/// A plug-in that reports the same progress for ever hangs too.
 #[tokio::test(flavor = "multi_thread")]
-async fn one_that_tells_the_same_progress_for_ever_hangs_too() {
+async fn repeated_progress_counts_as_a_hang() {
     let otherwise = "def on(was, p, c):\n    while True:\n        c.progress(1, 10)\n        time.sleep(0.1)\n\
                      instead('apply', on)";
-    let house = House::new(otherwise).await.impatient();
-    expects(house, ErrorKind::Io, &["said nothing of 'apply'"]).await;
+    let fixture = Fixture::new(otherwise).await.impatient();
+    expects(fixture, ErrorKind::Io, &["sent no answer to 'apply'"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_that_is_stopped_is_killed() {
-    let house =
-        House::new("instead('apply', lambda was, p, c: os.kill(0, signal.SIGSTOP))").await.impatient();
-    expects(house, ErrorKind::Io, &["said nothing of '"]).await;
+    let fixture =
+        Fixture::new("instead('apply', lambda was, p, c: os.kill(0, signal.SIGSTOP))").await.impatient();
+    expects(fixture, ErrorKind::Io, &["sent no answer to '"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_that_never_says_who_it_is_is_killed() {
-    let house = House::new("time.sleep(3600)").await.impatient();
-    expects(house, ErrorKind::Io, &["said nothing of 'hello'"]).await;
+    let fixture = Fixture::new("time.sleep(3600)").await.impatient();
+    expects(fixture, ErrorKind::Io, &["sent no answer to 'hello'"]).await;
 }
 
+/// The death of a plug-in in a step is reported with the end of its standard error.
 #[tokio::test(flavor = "multi_thread")]
-async fn one_that_dies_in_a_step_is_told_with_its_last_words() {
+async fn death_in_a_step_is_reported_with_stderr() {
     let otherwise = "def die(was, p, c):\n    sys.stderr.write('the disk is on fire\\n')\n    sys.stderr.flush()\n    \
                      os._exit(3)\ninstead('apply', die)";
-    says(otherwise, ErrorKind::Io, &["exit status: 3", "its last words: the disk is on fire"]).await;
+    says(
+        otherwise,
+        ErrorKind::Io,
+        &["exit status: 3", "its last output on standard error: the disk is on fire"],
+    )
+    .await;
 }
 
+/// A plug-in that dies after a step leaves the rest to the recovery.
 #[tokio::test(flavor = "multi_thread")]
-async fn one_that_dies_after_a_step_leaves_it_to_the_recovery() {
+async fn death_after_a_step_is_recovered_later() {
     let otherwise = "def die(was, p, c):\n    was(p, c)\n    os._exit(4)\ninstead('apply', die)";
     says(otherwise, ErrorKind::Io, &["exit status: 4"]).await;
 }
 
+/// A plug-in that dies in an undo leaves the rest to the recovery.
 #[tokio::test(flavor = "multi_thread")]
-async fn one_that_dies_in_an_undo_leaves_it_to_the_recovery() {
+async fn death_in_an_undo_is_recovered_later() {
     let otherwise = "def fail(was, p, c):\n    raise good.Failure('no-space', 'no room')\n\
                      instead('apply', fail)\ninstead('undo', lambda was, p, c: os._exit(5))";
     says(otherwise, ErrorKind::NeedsRecovery, &["no room", "exit status: 5", "domsnap recover"]).await;
 }
 
+/// A plug-in that is killed while it locks is reported.
 #[tokio::test(flavor = "multi_thread")]
-async fn one_that_is_killed_while_it_locks_is_told() {
+async fn death_in_hold_is_reported() {
     says(
         "instead('hold', lambda was, p, c: os.kill(os.getpid(), signal.SIGKILL))",
         ErrorKind::Io,
@@ -210,11 +223,12 @@ async fn one_that_is_killed_while_it_locks_is_told() {
     .await;
 }
 
+/// A plug-in that cannot be run is reported.
 #[tokio::test(flavor = "multi_thread")]
-async fn one_that_cannot_be_run_is_told() {
-    let house = House::new("pass").await;
-    std::fs::write(house.path("domsnap-backend-dir"), "#!/no/such/interpreter\n").unwrap();
-    let error = house.reverted().await.unwrap_err();
+async fn program_that_cannot_be_run_is_reported() {
+    let fixture = Fixture::new("pass").await;
+    std::fs::write(fixture.path("domsnap-backend-dir"), "#!/no/such/interpreter\n").unwrap();
+    let error = fixture.reverted().await.unwrap_err();
     assert!(error.to_string().contains("cannot be started"), "{error}");
 }
 
@@ -224,29 +238,30 @@ async fn a_frame_without_end_is_not_kept_for_ever() {
     says(otherwise, ErrorKind::Internal, &["more than 1048576 bytes without an end of line"]).await;
 }
 
+/// A flood of progress and of output on standard error does no harm.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_flood_of_progress_and_of_last_words_is_borne() {
+async fn flood_of_progress_and_stderr_is_handled() {
     let otherwise = "def flood(was, p, c):\n    for n in range(20000):\n        c.progress(n, 20000)\n    for _ in \
                      range(200):\n        sys.stderr.write('x' * 65536)\n    return was(p, c)\ninstead('apply', flood)";
-    let house = House::new(otherwise).await;
-    house.reverted().await.unwrap();
-    house.is_whole(&house.service(), "first").await;
+    let fixture = Fixture::new(otherwise).await;
+    fixture.reverted().await.unwrap();
+    fixture.is_whole(&fixture.service(), "first").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn garbage_is_not_taken_for_an_answer() {
-    for (line, words) in [
-        ("b'Segmentation fault\\n'", "spoke no JSON-RPC"),
-        ("b'\\xff\\xfe\\x00\\n'", "spoke no JSON-RPC"),
-        ("b'[' * 200000 + b'\\n'", "spoke no JSON-RPC"),
-        ("b'{\"id\":1,\"result\":null}\\n'", "spoke no JSON-RPC 2.0"),
+    for (line, text) in [
+        ("b'Segmentation fault\\n'", "did not send JSON-RPC"),
+        ("b'\\xff\\xfe\\x00\\n'", "did not send JSON-RPC"),
+        ("b'[' * 200000 + b'\\n'", "did not send JSON-RPC"),
+        ("b'{\"id\":1,\"result\":null}\\n'", "did not send JSON-RPC 2.0"),
         ("b'{\"jsonrpc\":\"2.0\",\"id\":\"x\",\"result\":null}\\n'", "without a number"),
         ("b'{\"jsonrpc\":\"2.0\",\"id\":%d}\\n' % c.number", "neither a result nor an error"),
-        ("b'{\"jsonrpc\":\"2.0\",\"id\":%d,\"error\":7}\\n' % c.number", "told an error wrongly"),
+        ("b'{\"jsonrpc\":\"2.0\",\"id\":%d,\"error\":7}\\n' % c.number", "sent an invalid error"),
         ("b'{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"rm\",\"params\":[]}\\n'", "sent a request"),
     ] {
         let otherwise = format!("instead('apply', lambda was, p, c: raw({line}))");
-        says(&otherwise, ErrorKind::Internal, &[words]).await;
+        says(&otherwise, ErrorKind::Internal, &[text]).await;
     }
 }
 
@@ -271,12 +286,13 @@ async fn an_answer_of_another_shape_is_a_lie() {
         ("hold", "{'hold': ''}"),
     ] {
         let otherwise = format!("instead({method:?}, lambda was, p, c: {result})");
-        says(&otherwise, ErrorKind::Internal, &["answered", "with what cannot be"]).await;
+        says(&otherwise, ErrorKind::Internal, &["answered", "with an invalid value"]).await;
     }
 }
 
+/// A step that is reported as done, and is not, is undone.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_step_that_is_said_to_be_done_and_is_not_is_undone() {
+async fn step_falsely_reported_as_done_is_undone() {
     says(
         "instead('apply', lambda was, p, c: None)",
         ErrorKind::Internal,
@@ -285,10 +301,11 @@ async fn a_step_that_is_said_to_be_done_and_is_not_is_undone() {
     .await;
 }
 
+/// A plan that would change anything but its own disk is refused.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_plan_that_would_change_what_is_not_its_disks_is_refused() {
+async fn plan_that_changes_other_objects_is_refused() {
     let id = "00000000-0000-7000-8000-000000000000";
-    for (change, words) in [
+    for (change, text) in [
         ("plan['steps'][0]['target'] = 'vdb'", "of another disk: vdb".to_owned()),
         ("plan['steps'].reverse()", "not sorted by group".to_owned()),
         (
@@ -328,13 +345,13 @@ async fn a_plan_that_would_change_what_is_not_its_disks_is_refused() {
         let otherwise = format!(
             "def lie(was, p, c):\n    plan = was(p, c)\n    {change}\n    return plan\ninstead('plan', lie)"
         );
-        says(&otherwise, ErrorKind::Internal, &[&words]).await;
+        says(&otherwise, ErrorKind::Internal, &[&text]).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_state_that_cannot_be_is_refused() {
-    for (change, words) in [
+    for (change, text) in [
         ("state['target'] = 'vdb'", "another disk"),
         ("state['active'] = 'other'", "was asked for as disk"),
         ("state['layers'] = []", "is not there"),
@@ -348,63 +365,68 @@ async fn a_state_that_cannot_be_is_refused() {
         let otherwise = format!(
             "def lie(was, p, c):\n    state = was(p, c)\n    {change}\n    return state\ninstead('inspect', lie)"
         );
-        says(&otherwise, ErrorKind::Internal, &[words]).await;
+        says(&otherwise, ErrorKind::Internal, &[text]).await;
     }
 }
 
+/// A disk other than the requested one is not adopted.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_is_another_than_was_asked_for_is_not_taken_in() {
-    let house = House::new("instead('adopt', lambda was, p, c: {**was(p, c), 'path': '/etc/passwd'})").await;
-    std::fs::write(house.path("otherwise"), "").unwrap();
-    std::fs::write(house.path("other"), "x").unwrap();
+async fn wrong_disk_is_not_adopted() {
+    let fixture =
+        Fixture::new("instead('adopt', lambda was, p, c: {**was(p, c), 'path': '/etc/passwd'})").await;
+    std::fs::write(fixture.path("otherwise"), "").unwrap();
+    std::fs::write(fixture.path("other"), "x").unwrap();
     let spec = DomainSpec::new(DomainName::new("db").unwrap()).disk(
         Target::new("vda").unwrap(),
-        house.path("other"),
+        fixture.path("other"),
         "dir",
     );
-    let service = house.service();
+    let service = fixture.service();
     let error = service.domain_add(&spec).await.unwrap_err();
     assert!(error.to_string().contains("took in another disk"), "{error}");
     assert_eq!(service.domains().await.unwrap().len(), 1);
 }
 
+/// Manifests go to no directory that may belong to another program.
 #[tokio::test(flavor = "multi_thread")]
-async fn manifests_go_to_no_directory_that_may_be_somebody_elses() {
-    let house = House::new(
+async fn manifests_need_a_directory_of_their_own() {
+    let fixture = Fixture::new(
         "instead('manifest_directory', lambda was, p, c: os.path.dirname(p['disk']['path']) + '/etc')",
     )
     .await;
-    std::fs::create_dir(house.path("etc")).unwrap();
-    std::fs::write(house.path("etc/domain.json"), "mine").unwrap();
+    std::fs::create_dir(fixture.path("etc")).unwrap();
+    std::fs::write(fixture.path("etc/domain.json"), "mine").unwrap();
     // It is killed for it; where the manifests are is known without it.
-    let _ = house.reverted().await;
-    assert_eq!(std::fs::read_dir(house.path("etc")).unwrap().count(), 1);
-    assert_eq!(std::fs::read_to_string(house.path("etc/domain.json")).unwrap(), "mine");
-    let service = house.service();
-    service.recover(Some(&house.domain()), CancellationToken::new()).await.unwrap();
-    let present = std::fs::read_to_string(house.path("disk")).unwrap();
-    assert!(present == "first" || present == "third", "{present}");
-    house.is_whole(&service, &present).await;
+    let _ = fixture.reverted().await;
+    assert_eq!(std::fs::read_dir(fixture.path("etc")).unwrap().count(), 1);
+    assert_eq!(std::fs::read_to_string(fixture.path("etc/domain.json")).unwrap(), "mine");
+    let service = fixture.service();
+    service.recover(Some(&fixture.domain()), CancellationToken::new()).await.unwrap();
+    let current = std::fs::read_to_string(fixture.path("disk")).unwrap();
+    assert!(current == "first" || current == "third", "{current}");
+    fixture.is_whole(&service, &current).await;
 }
 
+/// A plug-in whose greeting contradicts its file name is not used.
 #[tokio::test(flavor = "multi_thread")]
-async fn one_that_is_another_than_its_name_says_is_not_used() {
-    for (change, words) in [
+async fn plugin_with_a_wrong_name_is_not_used() {
+    for (change, text) in [
         ("hello['protocol'] = 99", "speaks the protocol 99"),
         ("hello['format'] = 'qcow2'", "serves the format \"qcow2\""),
         ("hello['capabilities']['internal'] = False", "can take no point"),
-        ("hello['capabilities']['ways'] = ['internal']", "no words of their own"),
-        ("hello['capabilities']['max_depth'] = -1", "with what cannot be"),
+        ("hello['capabilities']['ways'] = ['internal']", "no text of their own"),
+        ("hello['capabilities']['max_depth'] = -1", "with an invalid value"),
     ] {
         let otherwise = format!(
             "def lie(was, p, c):\n    hello = was(p, c)\n    {change}\n    return hello\ninstead('hello', lie)"
         );
-        says(&otherwise, ErrorKind::Internal, &[words]).await;
+        says(&otherwise, ErrorKind::Internal, &[text]).await;
     }
 }
 
+/// A plug-in's error is reported unchanged, except for kinds that only domsnap can report.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_error_is_told_as_it_is_but_never_as_what_only_domsnap_can_say() {
+async fn error_kinds_of_domsnap_are_not_accepted() {
     for (kind, told) in [
         ("no-space", ErrorKind::NoSpace),
         ("needs-recovery", ErrorKind::Io),
@@ -414,19 +436,20 @@ async fn an_error_is_told_as_it_is_but_never_as_what_only_domsnap_can_say() {
         let otherwise = format!(
             "def fail(was, p, c):\n    raise good.Failure('{kind}', 'it \\x1b[31mfailed', 'try\\nagain')\ninstead('apply', fail)"
         );
-        let house = House::new(&otherwise).await;
-        let error = house.refused().await;
+        let fixture = Fixture::new(&otherwise).await;
+        let error = fixture.refused().await;
         assert_eq!(error.kind(), told, "{error}");
         assert!(error.to_string().contains("the plug-in dir says: it  [31mfailed"), "{error}");
         assert!(error.to_string().contains("try again"), "{error}");
     }
 }
 
+/// A plug-in need not implement optional methods, and must implement all others.
 #[tokio::test(flavor = "multi_thread")]
-async fn methods_that_are_not_needed_need_not_be_known_and_others_must() {
-    let house = House::new("del good.METHODS['salvage']").await;
-    house.reverted().await.unwrap();
-    house.is_whole(&house.service(), "first").await;
+async fn only_optional_methods_may_be_unknown() {
+    let fixture = Fixture::new("del good.METHODS['salvage']").await;
+    fixture.reverted().await.unwrap();
+    fixture.is_whole(&fixture.service(), "first").await;
     says(
         "del good.METHODS['undo']\ninstead('apply', lambda was, p, c: 1 / 0)",
         ErrorKind::NeedsRecovery,
@@ -440,9 +463,9 @@ async fn what_a_plug_in_started_ends_with_it() {
     let otherwise = "import subprocess\ndef hang(was, p, c):\n    child = subprocess.Popen(['sleep', '3600'])\n    \
                      open(os.path.dirname(p['disk']['disk']['path'] if 'disk' in p['disk'] else p['disk']['path']) + \
                      '/child', 'w').write(str(child.pid))\n    time.sleep(3600)\ninstead('apply', hang)";
-    let house = House::new(otherwise).await.impatient();
-    house.refused().await;
-    let child = std::fs::read_to_string(house.path("child")).unwrap();
+    let fixture = Fixture::new(otherwise).await.impatient();
+    fixture.refused().await;
+    let child = std::fs::read_to_string(fixture.path("child")).unwrap();
     let there = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
     let gone = there.is_empty() || there.contains(") Z ");
     assert!(gone, "the plug-in's child goes on: {there}");
@@ -453,19 +476,19 @@ async fn what_a_plug_in_started_ends_with_it() {
 async fn a_clean_up_that_fails_is_deferred_and_done_later() {
     let otherwise = "def no(was, p, c):\n    if p['step']['action']['do'] == 'drop':\n        raise \
                      good.Failure('io', 'not now')\n    return was(p, c)\ninstead('apply', no)";
-    let house = House::new(otherwise).await;
-    let copies = || std::fs::read_dir(house.path("disk.points")).unwrap().count();
-    house.reverted().await.unwrap();
+    let fixture = Fixture::new(otherwise).await;
+    let copies = || std::fs::read_dir(fixture.path("disk.points")).unwrap().count();
+    fixture.reverted().await.unwrap();
     assert_eq!(copies(), 3);
-    std::fs::write(house.path("otherwise"), "").unwrap();
+    std::fs::write(fixture.path("otherwise"), "").unwrap();
     let request = snapcore::DeleteRequest::new(vec![name("one")]);
-    let done = house.service().delete(&house.domain(), request, CancellationToken::new()).await.unwrap();
-    std::fs::remove_file(house.path("otherwise")).unwrap();
+    let done = fixture.service().delete(&fixture.domain(), request, CancellationToken::new()).await.unwrap();
+    std::fs::remove_file(fixture.path("otherwise")).unwrap();
     assert!(done.postponed.iter().any(|postponed| postponed.reason.contains("not now")), "{done:?}");
     assert_eq!(copies(), 3);
-    let service = house.service();
-    service.recover(Some(&house.domain()), CancellationToken::new()).await.unwrap();
+    let service = fixture.service();
+    service.recover(Some(&fixture.domain()), CancellationToken::new()).await.unwrap();
     assert_eq!(copies(), 1);
-    let listing = service.list(&house.domain()).await.unwrap();
+    let listing = service.list(&fixture.domain()).await.unwrap();
     assert!(listing.unfinished.is_empty() && listing.snapshots.len() == 1);
 }

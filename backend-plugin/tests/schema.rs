@@ -2,8 +2,9 @@
 
 use backend_plugin::protocol;
 
+/// The schema that authors read is that of the protocol in use.
 #[test]
-fn the_schema_that_authors_read_is_the_one_that_is_spoken() {
+fn published_schema_matches_the_protocol() {
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/plugin-schema.json");
     let spoken = serde_json::to_string_pretty(&protocol::schema()).unwrap() + "\n";
     if std::env::var_os("BLESS").is_some() {

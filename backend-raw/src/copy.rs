@@ -1,7 +1,8 @@
 //! Sparse copies with a checksum.
 //!
-//! The checksum is over the blocks that are not all zeros, each with its number, so it is the same however sparse a file is.
-//! It stands in a file of its own beside the copy, `<copy>.crc32`, which is durable before the copy gets its name.
+//! The checksum covers the blocks that are not all zeros, each with its number, so it does not depend on how
+//! sparse a file is. It is stored in a file of its own beside the copy, `<copy>.crc32`, which is durable
+//! before the copy gets its name.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -15,27 +16,27 @@ use rustix::io::Errno;
 use snapcore::{Error, ErrorKind, Progress, Result};
 use tokio_util::sync::CancellationToken;
 
-/// What is read, compared with zeros, summed and written at once, in bytes. Part of the checksum's meaning.
+/// Bytes that are read, compared with zeros, summed and written at once. The checksum depends on this number.
 const BLOCK: usize = 64 << 10;
 
-/// What stands before the number in a checksum's file.
+/// Text before the number in a checksum's file.
 const HEADING: &str = "domsnap raw crc32 ";
 
 /// Bytes of a checksum's file that are read: more than any has.
 const MAX_SUM_FILE: u64 = 64;
 
-/// Who is told of a copy, and may end it.
+/// Progress and cancellation of a copy.
 #[derive(Clone, Copy)]
 pub(crate) struct Watch<'a> {
     pub(crate) progress: &'a dyn Progress,
     pub(crate) cancel: &'a CancellationToken,
-    /// Bytes of data, as they were planned.
+    /// Planned bytes of data.
     pub(crate) bytes: u64,
 }
 
-/// Copies what is not zero of `from` into the empty `to`, gives that its length last, and gives the checksum.
-/// So a copy that is as long as its source is whole, but not yet durable. With `reserve`, room for all of it
-/// is reserved too.
+/// Copies the non-zero blocks of `from` into the empty `to`, sets the length of `to` last, and returns the
+/// checksum. So a copy that is as long as its source is complete, but not yet durable. With `reserve`, space
+/// for all of it is reserved too.
 ///
 /// # Errors
 /// [`ErrorKind::Cancelled`], [`ErrorKind::NoSpace`], [`ErrorKind::Io`].
@@ -58,29 +59,28 @@ pub(crate) fn copy(
     Ok(sum)
 }
 
-/// Reserves room for all of a file that is or will be `length` bytes long, and changes neither its length nor
-/// its data.
+/// Reserves space for a file that is or will be `length` bytes long. Its length and data do not change.
 pub(crate) fn reserve_all(file: &File, path: &Utf8Path, length: u64) -> Result<()> {
     match fallocate(file, FallocateFlags::KEEP_SIZE, 0, length.max(1)) {
-        // A file system that reserves nothing had nothing reserved.
+        // On a file system that cannot reserve space, the source had none reserved.
         Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
         Err(errno) => Err(io_error(errno.into(), format!("cannot reserve {length} bytes for {path}"))),
     }
 }
 
-/// Returns true if the file takes at least its length on the file system: its room was reserved, or written
-/// in full.
+/// Returns true if the file occupies at least its length on the file system: its space was reserved, or it
+/// was written in full.
 pub(crate) fn is_reserved(path: &Utf8Path) -> bool {
     fs::metadata(path)
         .is_ok_and(|about| about.is_file() && about.len() > 0 && about.blocks() * 512 >= about.len())
 }
 
-/// The checksum of a file.
+/// Computes the checksum of a file.
 pub(crate) fn sum(file: &File, path: &Utf8Path, watch: Watch<'_>) -> Result<u32> {
     read_blocks(file, path, watch, |_, _| Ok(()))
 }
 
-/// Gives each block that is not all zeros, with its place, and sums them.
+/// Passes each block that is not all zeros to `block`, with its offset, and computes their checksum.
 fn read_blocks(
     file: &File,
     path: &Utf8Path,
@@ -101,7 +101,7 @@ fn read_blocks(
         let Some(found) = buffer.get(..read).filter(|found| !found.is_empty()) else { break };
         if found.iter().any(|byte| *byte != 0) {
             sum.update(&(at / step).to_le_bytes());
-            // The last block may be short: zeros behind it are not data of its own.
+            // The last block may be short. Trailing zeros are not part of the checksum.
             let end = found.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
             sum.update(found.get(..end).unwrap_or(found));
             block(at, found)?;
@@ -113,12 +113,12 @@ fn read_blocks(
     Ok(sum.finalize())
 }
 
-/// Where data begins, from `at` on.
+/// Returns the start of data at or after `at`.
 fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
     match rustix::fs::seek(file, SeekFrom::Data(at)) {
         Ok(data) => Ok(Some(data)),
         Err(Errno::NXIO) => Ok(None),
-        // A file system that knows no holes has data everywhere.
+        // A file system without holes has data everywhere.
         Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok((at < file.metadata()?.len()).then_some(at)),
         Err(errno) => Err(errno.into()),
     }
@@ -137,7 +137,7 @@ fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// Whether two files hold the same.
+/// Returns true if two files have the same content.
 pub(crate) fn same_content(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {
     let open = |path: &Utf8Path| names::open_image(path, false);
     let (a, b) = (open(one)?, open(other)?);
@@ -170,7 +170,7 @@ pub(crate) fn sum_file(layer: &Utf8Path) -> Utf8PathBuf {
     Utf8PathBuf::from(format!("{layer}.crc32"))
 }
 
-/// Writes a copy's checksum; durable when this returns.
+/// Writes a copy's checksum. It is durable when this returns.
 pub(crate) fn write_sum(layer: &Utf8Path, sum: u32) -> Result<()> {
     let file = sum_file(layer);
     let writing = |error| io_error(error, format!("cannot write {file}"));
@@ -189,11 +189,13 @@ pub(crate) fn write_sum(layer: &Utf8Path, sum: u32) -> Result<()> {
     write().map_err(writing)
 }
 
-/// The checksum that stands beside a layer; absent: it was not copied, but shares blocks.
+/// Reads the checksum beside a layer; `None` if there is none, because the layer is not a copy but shares
+/// blocks.
 pub(crate) fn stated_sum(layer: &Utf8Path) -> Result<Option<u32>> {
     let file = sum_file(layer);
     let reading = |error| io_error(error, format!("cannot read {file}"));
-    // Whatever lies there: a FIFO is not waited for, a link not followed, and no more is read than a checksum has.
+    // Another user may have put anything there. So a FIFO is not waited for, a link is not followed, and no
+    // more is read than a checksum has.
     let opened = match confined_files::open_regular(file.as_std_path(), false) {
         Ok(opened) => Some(opened),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -214,10 +216,10 @@ pub(crate) fn stated_sum(layer: &Utf8Path) -> Result<Option<u32>> {
     }
 }
 
-/// Compares a copy with its checksum, where it has one.
+/// Compares a copy with its checksum, if it has one.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] where it is not what was copied.
+/// [`ErrorKind::Corrupt`] if the content differs from what was copied.
 pub(crate) fn verify(layer: &Utf8Path, watch: Watch<'_>) -> Result<()> {
     let Some(stated) = stated_sum(layer)? else { return Ok(()) };
     let file = names::open_own(layer, false)?;

@@ -1,4 +1,4 @@
-//! What a file's place can do.
+//! Features of the file system on which a file lies.
 
 use std::fs::File;
 
@@ -8,10 +8,11 @@ use rustix::fs::{IFlags, Mode, OFlags};
 use rustix::io::Errno;
 use snapcore::{Error, ErrorKind, Result};
 
-/// Whether files beside `path` can share blocks. Tried with two files without names, so nothing is changed.
+/// Returns true if files beside `path` can share blocks. It tries this with two files without names, so
+/// nothing changes.
 ///
 /// # Errors
-/// Where the directory is not there or cannot be written.
+/// If the directory does not exist or cannot be written.
 pub fn can_reflink(path: &Utf8Path) -> Result<bool> {
     let directory = path.parent().unwrap_or(Utf8Path::new("."));
     let nameless = || {
@@ -20,7 +21,7 @@ pub fn can_reflink(path: &Utf8Path) -> Result<bool> {
     };
     let (one, other) = match (nameless(), nameless()) {
         (Ok(one), Ok(other)) => (one, other),
-        // Where there are no nameless files there are no shared blocks either.
+        // A file system without nameless files has no shared blocks either.
         (Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL), _) => return Ok(false),
         (Err(errno), _) | (_, Err(errno)) => {
             return Err(io_error(
@@ -32,9 +33,10 @@ pub fn can_reflink(path: &Utf8Path) -> Result<bool> {
     Ok(rustix::fs::ioctl_ficlone(&one, &other).is_ok())
 }
 
-/// Makes the empty `to` share all blocks of `from`: afterwards it is as long, and holds the same, at once for every observer.
+/// Makes the empty `to` share all blocks of `from`. Afterwards it has the same length and content, atomically
+/// for every observer.
 pub(crate) fn reflink(from: &File, from_path: &Utf8Path, to: &File, to_path: &Utf8Path) -> Result<()> {
-    // Blocks are shared only between files that are both written in place, or both not.
+    // Blocks can only be shared if both files are written in place, or neither is.
     if let (Ok(like), Ok(is)) = (rustix::fs::ioctl_getflags(from), rustix::fs::ioctl_getflags(to))
         && like.contains(IFlags::NOCOW) != is.contains(IFlags::NOCOW)
     {

@@ -1,8 +1,8 @@
-//! What a file takes on its file system, by ranges: `FIEMAP`, and where the file system has none,
-//! `SEEK_DATA`.
+//! Space that a file occupies on its file system, by ranges: from `FIEMAP`, or from `SEEK_DATA` where the
+//! file system has no `FIEMAP`.
 //!
-//! `FIEMAP` also tells of room that is reserved and not written yet, which `SEEK_DATA` takes for a hole, and of blocks that
-//! other files share.
+//! `FIEMAP` also reports reserved space that is not written yet, which `SEEK_DATA` treats as a hole, and
+//! blocks that other files share.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +11,7 @@ use std::ops::Range;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-/// Bytes that `ranges` of the file take on the file system.
+/// Returns the bytes that `ranges` of the file occupy on the file system.
 ///
 /// # Errors
 /// The system's.
@@ -28,8 +28,8 @@ pub fn allocated_in(file: &File, ranges: &[Range<u64>]) -> io::Result<u64> {
     Ok(bytes)
 }
 
-/// Bytes of the file that no other file shares, and that its removal therefore gives back; `None` where the
-/// file system does not tell.
+/// Returns the bytes of the file that no other file shares, so that its removal frees them; `None` if the
+/// file system does not report that.
 ///
 /// # Errors
 /// The system's.
@@ -69,7 +69,7 @@ fn data_in(file: &File, range: &Range<u64>) -> io::Result<u64> {
         let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
             Ok(data) => data.min(range.end),
             Err(Errno::NXIO) => break,
-            // A file system that knows no holes has data everywhere.
+            // A file system without holes has data everywhere.
             Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(bytes + (range.end - at)),
             Err(errno) => return Err(errno.into()),
         };
@@ -84,7 +84,7 @@ fn data_in(file: &File, range: &Range<u64>) -> io::Result<u64> {
     Ok(bytes)
 }
 
-/// The one system call of this crate that has no safe wrapper.
+/// The only system call of this crate without a safe wrapper.
 #[allow(unsafe_code)]
 mod sys {
     use std::ffi::c_void;
@@ -98,12 +98,12 @@ mod sys {
     pub(super) const LAST: u32 = 1;
     /// `FIEMAP_EXTENT_SHARED`.
     pub(super) const SHARED: u32 = 0x2000;
-    /// Extents asked for at once.
+    /// Extents requested at once.
     const COUNT: usize = 64;
 
     /// One extent.
     pub(super) struct Extent {
-        /// Where in the file.
+        /// Offset in the file.
         pub(super) start: u64,
         /// Bytes.
         pub(super) length: u64,
@@ -144,9 +144,9 @@ mod sys {
     const _: () =
         assert!(size_of::<Head>() == 32 && size_of::<Raw>() == 56 && offset_of!(Request, extents) == 32);
 
-    // SAFETY: the opcode is FS_IOC_FIEMAP, whose argument is a `struct fiemap` followed by `count` extents,
-    // which is what
-    // `Request` is. The kernel writes at most `count` of them, and any bytes are valid values of their fields.
+    // SAFETY: the opcode is FS_IOC_FIEMAP, whose argument is a `struct fiemap` followed by `count` extents.
+    // `Request` has this layout. The kernel writes at most `count` extents, and any bytes are valid values of
+    // their fields.
     unsafe impl Ioctl for &mut Request {
         type Output = ();
         const IS_MUTATING: bool = true;
@@ -161,11 +161,11 @@ mod sys {
         }
     }
 
-    /// The extents of `start..start + length`, the first ones where there are many.
+    /// Returns the extents of `start..start + length`, only the first ones if there are many.
     pub(super) fn extents(file: &File, start: u64, length: u64) -> Result<Vec<Extent>, Errno> {
         let head = Head { start, length, count: COUNT as u32, ..Head::default() };
         let mut request = Request { head, extents: [Raw::default(); COUNT] };
-        // SAFETY: the request outlives the call, and is what this call takes (above).
+        // SAFETY: the request outlives the call, and has the layout that this call requires (see above).
         unsafe { ioctl(file, &mut request) }?;
         let found = request.extents.iter().take(request.head.mapped as usize);
         Ok(found.map(|raw| Extent { start: raw.logical, length: raw.length, flags: raw.flags }).collect())

@@ -1,12 +1,13 @@
 //! QEMU-compatible image locks: open-file-description byte locks on the image file itself.
 //!
-//! QEMU's protocol (`block/file-posix.c`): a process that uses permission *p* of an image holds a *shared* lock on byte
-//! `100 + p`; one that does not let others use *p* holds a shared lock on byte `200 + p`. After taking its own bytes it
-//! asks, with `F_OFD_GETLK`, whether anyone holds the byte that it cannot live with: somebody unsharing what it uses, or
-//! using what it does not share. Nobody ever takes an exclusive lock, so two that come at the same time may both refuse,
-//! but never both go on. The locks go with the last descriptor of the open file, so SIGKILL frees them.
+//! QEMU's protocol (`block/file-posix.c`): a process that uses permission *p* of an image takes a *shared*
+//! lock on byte `100 + p`. A process that does not let others use *p* takes a shared lock on byte `200 + p`.
+//! After it has locked its own bytes it asks with `F_OFD_GETLK` for locks of others on conflicting bytes: a
+//! process that unshares what it uses, or uses what it does not share. No process takes an exclusive lock. So
+//! two that come at the same time may both refuse, but never both continue. The locks end with the last
+//! descriptor of the open file, so SIGKILL releases them.
 //!
-//! Locking is advisory: Xen's qdisk takes none.
+//! Locking is advisory: Xen's qdisk takes no locks.
 
 use std::fs::File;
 use std::io;
@@ -14,26 +15,26 @@ use std::io;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-/// Why an image is not locked.
+/// Reasons for an image that could not be locked.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Another process has it, in the way that the words say.
+    /// Another process has the image open; the text says how.
     #[error("another process has the image open and {0}")]
     Held(String),
-    /// The system does not lock, or does not tell.
+    /// The system cannot lock, or cannot query locks.
     #[error("the {mode:?} lock of the image cannot be {what}")]
     System {
-        /// What was tried.
+        /// The attempted operation.
         what: &'static str,
-        /// Which lock.
+        /// The kind of lock.
         mode: LockMode,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
 
 impl LockError {
-    /// What to do.
+    /// Advice for the user.
     pub fn advice(&self) -> &'static str {
         match self {
             Self::Held(_) => {
@@ -50,7 +51,7 @@ type Result<T> = std::result::Result<T, LockError>;
 
 /// First byte of "I use this permission".
 const PERM_BASE: i64 = 100;
-/// First byte of "nobody else may use this permission".
+/// First byte of "no other process may use this permission".
 const UNSHARED_BASE: i64 = 200;
 
 /// QEMU's block permissions, by bit.
@@ -60,12 +61,12 @@ const RESIZE: u32 = 3;
 const ALL: [(u32, &str); 4] =
     [(CONSISTENT_READ, "consistent read"), (WRITE, "write"), (2, "write unchanged"), (RESIZE, "resize")];
 
-/// What is locked.
+/// Kinds of lock.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LockMode {
-    /// As `qemu-img info` does: others may read; a writer is refused and refuses us.
+    /// Like `qemu-img info`: others may read; a writer is refused and refuses us.
     Read,
-    /// As `qemu-img snapshot` does: nobody else may have the image open, but to read it with `-U`.
+    /// Like `qemu-img snapshot`: no other process may have the image open, except to read it with `-U`.
     Write,
 }
 
@@ -96,10 +97,10 @@ fn refused(what: &'static str, mode: LockMode, errno: nix::errno::Errno) -> Lock
     LockError::System { what, mode, source: io::Error::from(errno) }
 }
 
-/// Locks the image as a QEMU would; held until every descriptor of this open file is closed.
+/// Locks the image like QEMU. The lock lasts until every descriptor of this open file is closed.
 ///
 /// # Errors
-/// [`LockError::Held`] when another process holds it in a way that does not go with `mode`; nothing stays locked then.
+/// [`LockError::Held`] if another process has a conflicting lock; nothing stays locked then.
 pub fn lock(file: &File, mode: LockMode) -> Result<()> {
     let ours: Vec<i64> = mode
         .uses()
@@ -123,7 +124,7 @@ pub fn lock(file: &File, mode: LockMode) -> Result<()> {
     }
 }
 
-/// Whether [`lock`] would be refused. Nothing is locked, not even for a moment.
+/// Returns true if [`lock`] would be refused. Nothing is locked, not even for a moment.
 ///
 /// # Errors
 /// The system's.
@@ -131,7 +132,7 @@ pub fn is_locked(file: &File, mode: LockMode) -> Result<bool> {
     Ok(find_conflict(file, mode)?.is_some())
 }
 
-/// The first permission that another process uses or keeps from us, in words.
+/// Describes the first permission that another process uses or does not share with us.
 fn find_conflict(file: &File, mode: LockMode) -> Result<Option<String>> {
     let held = |at: i64| -> Result<bool> {
         let mut probe = byte(libc::F_WRLCK, at);
@@ -151,7 +152,7 @@ fn find_conflict(file: &File, mode: LockMode) -> Result<Option<String>> {
 
 fn unlock(file: &File, bytes: &[i64]) {
     for at in bytes {
-        // Nothing better can be done: closing the file frees it in any case.
+        // An error here cannot be handled: closing the file releases the lock in any case.
         let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&byte(libc::F_UNLCK, *at)));
     }
 }
@@ -167,15 +168,17 @@ mod tests {
         (f, a, b)
     }
 
+    /// Two readers share the lock.
     #[test]
-    fn two_readers_go_together() {
+    fn two_readers_share_a_lock() {
         let (_f, a, b) = two_openers();
         lock(&a, LockMode::Read).unwrap();
         lock(&b, LockMode::Read).unwrap();
     }
 
+    /// A writer excludes readers and writers until its file is closed.
     #[test]
-    fn a_writer_refuses_readers_and_writers_and_frees_on_close() {
+    fn writer_excludes_all_until_it_closes() {
         let (_f, a, b) = two_openers();
         lock(&a, LockMode::Write).unwrap();
         for mode in [LockMode::Read, LockMode::Write] {
@@ -187,8 +190,9 @@ mod tests {
         lock(&b, LockMode::Write).unwrap();
     }
 
+    /// A reader refuses a writer, which then leaves nothing locked.
     #[test]
-    fn a_reader_refuses_a_writer_which_then_leaves_nothing_locked() {
+    fn refused_writer_leaves_nothing_locked() {
         let (f, a, b) = two_openers();
         lock(&a, LockMode::Read).unwrap();
         assert!(matches!(lock(&b, LockMode::Write), Err(LockError::Held(_))));

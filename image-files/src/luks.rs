@@ -1,4 +1,4 @@
-//! Whether a file begins as a LUKS volume does.
+//! Detection of LUKS volumes by the beginning of a file.
 
 use std::fs::File;
 use std::io;
@@ -6,16 +6,16 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use camino::Utf8Path;
 
-/// How a LUKS header begins, of version 1 and 2.
+/// The first bytes of a LUKS header, of version 1 and 2.
 const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
 
 /// Returns true if the file at `path` begins with a LUKS header. A guest that encrypts its whole disk by
-/// itself writes one too, so this says that the data may be encrypted outside the guest, not that it is.
+/// itself writes one too. So the data may be encrypted outside the guest, but need not be.
 ///
 /// # Errors
 /// The system's.
 pub fn is_luks(path: &Utf8Path) -> io::Result<bool> {
-    // Whatever the name leads to by now, the open does not wait for it.
+    // The open does not wait, whatever file the name leads to by now.
     let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
     let file = File::options().read(true).custom_flags(flags).open(path)?;
     let mut head = [0; MAGIC.len()];

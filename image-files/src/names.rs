@@ -1,12 +1,16 @@
 //! Names of files: links, renames and removals, each durable before it returns.
 //!
-//! The order that keeps the configured path whole at every instant: the layer to be shown exists under its permanent
-//! name and is durable; a second name for it is linked; that name is renamed over the configured path, which is one
-//! step for every observer; the directory is flushed. The layer shown before keeps its own permanent name throughout.
+//! The configured path is whole at every point, because of this order: the layer to be shown exists under its
+//! permanent name and is durable; a second name for it is linked; that name is renamed over the configured
+//! path, which is atomic for every observer; the directory is flushed. The layer shown before keeps its own
+//! permanent name throughout.
+//!
+//! All operations use the descriptor of the directory ([`confined_files`]). The owner of the directory can
+//! put a link or another file under any of these names at any moment, and none is followed.
 
 //!
-//! All of it goes through the descriptor of the directory ([`confined_files`]): whoever owns the directory can put a link or
-//! another file under any of these names at any moment, and none is followed.
+//! All of it goes through the descriptor of the directory ([`confined_files`]): whoever owns the directory
+//! can put a link or another file under any of these names at any moment, and none is followed.
 
 use std::fs::{self, File};
 use std::io;
@@ -16,11 +20,11 @@ use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::{Attributes, Directory, FileName, Kind, is_trusted_link, refusal};
 use snapcore::{Error, ErrorKind, FileIdentity, Result, file_identity, shell_word};
 
-/// The identity of a file, whatever it is called: device and inode.
+/// The identity of a file, under any name: device and inode.
 pub type FileId = FileIdentity;
 
-/// The identity of the file at `path`, or `None` where there is none. A symbolic link is a file of its own, unless it is one of
-/// those that [`confined_files::open`] follows.
+/// Returns the identity of the file at `path`, or `None` if there is none. A symbolic link is a file of its
+/// own, unless it is one of those that [`confined_files::open`] follows.
 pub fn file_id(path: &Utf8Path) -> Result<Option<FileId>> {
     let look = || {
         let found = fs::symlink_metadata(path)?;
@@ -36,13 +40,14 @@ pub fn file_id(path: &Utf8Path) -> Result<Option<FileId>> {
     }
 }
 
-/// Returns true where an error says that there is no such file: no file system has one of a name that it does not take.
+/// Returns true if an error means that there is no such file. A name that the file system does not accept has
+/// none.
 fn is_nothing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidFilename)
 }
 
-/// Opens the image at `path`, a regular file or a block device, without following a link that others can put there, and without
-/// waiting.
+/// Opens the image at `path`, a regular file or a block device, without waiting. It follows no link that
+/// others can put there.
 ///
 /// # Errors
 /// The system's; [`ErrorKind::Refused`] for anything else.
@@ -51,7 +56,8 @@ pub fn open_image(path: &Utf8Path, writable: bool) -> Result<File> {
         .map_err(|error| io_error(error, format!("cannot open {path}")))
 }
 
-/// Makes a file under the passing name of `path` with the attributes of `model`: what an earlier attempt left there is removed.
+/// Creates a file under the temporary name of `path` with the attributes of `model`. A leftover of an earlier
+/// attempt is removed.
 ///
 /// # Errors
 /// The system's.
@@ -68,8 +74,8 @@ pub fn create_unfinished(path: &Utf8Path, model: &File, model_path: &Utf8Path) -
     })
 }
 
-/// Refuses anything but a regular file at `path`, where a layer of ours is or is to be: a link in its place is not followed,
-/// whoever made it. Nothing there is no refusal.
+/// Refuses anything but a regular file at `path`, the place of a layer of ours. A link in its place is never
+/// followed. A missing file is accepted.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`]; the system's.
@@ -91,8 +97,8 @@ pub fn require_own(path: &Utf8Path) -> Result<()> {
     }
 }
 
-/// As [`require_own`], for a raw layer: it may be a block device too, also by a link that none but trusted users can put there, as
-/// the names of devices in `/dev` are.
+/// Like [`require_own`], for a raw layer, which may also be a block device. A link to a device is accepted if
+/// only trusted users can put it there, like the device names in `/dev`.
 ///
 /// # Errors
 /// As [`require_own`].
@@ -104,7 +110,7 @@ pub fn require_own_or_device(path: &Utf8Path) -> Result<()> {
     if is_device { Ok(()) } else { Err(refused) }
 }
 
-/// Opens the regular file at `path`, which is ours: no link in its place is followed, whoever made it.
+/// Opens the regular file at `path`, which is ours. A link in its place is never followed.
 ///
 /// # Errors
 /// The system's; [`ErrorKind::Refused`] for anything else.
@@ -113,7 +119,7 @@ pub fn open_own(path: &Utf8Path, writable: bool) -> Result<File> {
         .map_err(|error| io_error(error, format!("cannot open {path}")))
 }
 
-/// Whether both paths lead to one file, and it is there.
+/// Returns true if both paths lead to one existing file.
 ///
 /// # Errors
 /// The system's.
@@ -122,7 +128,7 @@ pub fn same_file(a: &Utf8Path, b: &Utf8Path) -> Result<bool> {
     Ok(a.is_some() && a == b)
 }
 
-/// An I/O failure with words.
+/// Makes the error of a failed system call, with advice.
 pub fn io_error(error: io::Error, message: String) -> Error {
     if refusal(&error).is_some() {
         return Error::new(ErrorKind::Refused, message)
@@ -146,8 +152,8 @@ pub fn io_error(error: io::Error, message: String) -> Error {
     }
 }
 
-/// Names can be made and removed in the directory of `path`: asked before anything is begun, since an operation that
-/// finds out half way can neither go on nor back.
+/// Checks that names can be created and removed in the directory of `path`. It is called before anything is
+/// begun, since an operation that finds out later can neither continue nor go back.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`]: no permission, a read-only file system, an immutable directory.
@@ -158,7 +164,7 @@ pub fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
         let error = io_error(errno.into(), format!("directory {directory} is not writable"))
             .with_kind(ErrorKind::Refused);
         match errno {
-            // No permission that a user could have: the directory's own flag.
+            // Not a matter of permissions: the directory's own flag.
             rustix::io::Errno::PERM => error.advise(format!(
                 "the directory has the flag i: `chattr -i {}` takes it off",
                 shell_word(directory.as_str())
@@ -168,11 +174,11 @@ pub fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
     })
 }
 
-/// Refuses a directory in which others could put another file in the place of the image at `path` or of its layers: users who are
-/// neither root, nor who runs this process, nor the image's owner, nor able to write the image itself.
+/// Refuses a directory in which other users could replace the image at `path` or its layers. Other users are
+/// all but root, the user who runs this process, the image's owner, and users who can write the image itself.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`], with what to do; the system's.
+/// [`ErrorKind::Refused`], with advice; the system's.
 pub fn require_private_directory_of(path: &Utf8Path) -> Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
     let looking = |error| io_error(error, format!("cannot look at {path} and its directory"));
@@ -201,8 +207,8 @@ pub fn require_private_directory_of(path: &Utf8Path) -> Result<()> {
     .advise(advice))
 }
 
-/// Refuses to write a frozen layer that has other names than its own ones: somebody keeps them, perhaps below images of his, and
-/// finds the layer changed. `active` is the configured path of its disk.
+/// Refuses to write a frozen layer that has names other than its own: another user may have images on such a
+/// name, and would find the layer changed. `active` is the configured path of its disk.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`]; the system's.
@@ -246,11 +252,11 @@ fn directory_of(path: &Utf8Path) -> Result<(Directory, FileName)> {
         .map_err(|error| io_error(error, format!("cannot open the directory of {path}")))
 }
 
-/// Gives the file at `existing` the further name `new`. Done already: nothing happens.
+/// Gives the file at `existing` the additional name `new`. If it has that name already, nothing happens.
 ///
 /// # Errors
-/// [`ErrorKind::Exists`] where another file has that name; [`ErrorKind::Unsupported`] where the file system has no hard
-/// links.
+/// [`ErrorKind::Exists`] if another file has that name; [`ErrorKind::Unsupported`] if the file system has no
+/// hard links.
 pub fn add_name(existing: &Utf8Path, new: &Utf8Path) -> Result<()> {
     let (directory, from) = directory_of(existing)?;
     let (to, name) = directory_of(new)?;
@@ -288,7 +294,7 @@ fn switch_name(path: &Utf8Path) -> Utf8PathBuf {
     hidden(path, "domsnap-switch")
 }
 
-/// The name under which a file is made before it is whole: in the same directory, hidden.
+/// The name under which a file is made until it is complete: in the same directory, hidden.
 pub fn unfinished_name(path: &Utf8Path) -> Utf8PathBuf {
     hidden(path, "domsnap-new")
 }
@@ -297,14 +303,14 @@ fn hidden(path: &Utf8Path, mark: &str) -> Utf8PathBuf {
     path.with_file_name(format!(".{}.{mark}", path.file_name().unwrap_or("disk")))
 }
 
-/// Whether a file name is one that this module makes for the time of a step.
+/// Returns true for a file name that this module uses for the duration of a step.
 pub fn is_passing_name(file_name: &str) -> bool {
     file_name.starts_with('.')
         && (file_name.ends_with(".domsnap-switch") || file_name.ends_with(".domsnap-new"))
 }
 
-/// Makes `path` name the file at `to`, in one step for every observer. Done already: nothing happens but the removal of
-/// what an interrupted attempt left.
+/// Makes `path` name the file at `to`, atomically for every observer. If it does already, only leftovers of
+/// an interrupted attempt are removed.
 pub fn move_name(path: &Utf8Path, to: &Utf8Path) -> Result<()> {
     let passing = switch_name(path);
     remove_name(&passing)?;
@@ -321,8 +327,9 @@ pub fn move_name(path: &Utf8Path, to: &Utf8Path) -> Result<()> {
     }
     let (directory, name) = directory_of(path)?;
     let (_, second) = directory_of(&passing)?;
-    // 1) A second name, of the very file that was looked at. 2) That name in the place of the configured path, in one step.
-    // 3) Durable. A crash between 1 and 2 leaves a hidden second name, which the next attempt removes.
+    // 1) Link a second name of the very file that was checked. 2) Rename it over the configured path,
+    //    atomically. 3) Make that durable. A crash between 1 and 2 leaves a hidden second name, which the
+    //    next attempt removes.
     from.link(&shown, &directory, &second, Some(wanted.identity))
         .map_err(|error| no_links(error, to, &passing))?;
     directory
@@ -331,13 +338,13 @@ pub fn move_name(path: &Utf8Path, to: &Utf8Path) -> Result<()> {
     directory.sync().map_err(|error| io_error(error, format!("cannot flush the directory of {path}")))
 }
 
-/// Removes what an interrupted [`move_name`] left beside `path`, durably, and leaves `path` as it is.
+/// Removes leftovers of an interrupted [`move_name`] beside `path`, durably, and leaves `path` as it is.
 pub fn clear_move(path: &Utf8Path) -> Result<()> {
     remove(&switch_name(path))
 }
 
-/// Gives a file that was made under a passing name its own: fails where that exists. `made` is the file that was made, where the
-/// caller has it open still: no other file gets the name then.
+/// Renames a file from its temporary name to its own; fails if that exists. `made` is the created file, if
+/// the caller still has it open: then no other file gets the name.
 pub fn settle(unfinished: &Utf8Path, path: &Utf8Path, made: Option<&File>) -> Result<()> {
     let made = match made {
         Some(made) => {
@@ -356,7 +363,7 @@ pub fn settle(unfinished: &Utf8Path, path: &Utf8Path, made: Option<&File>) -> Re
     match directory.rename_new(&from, &to, made) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(exists()),
-        // Old file systems know no such flag; a link never replaces either.
+        // Old file systems do not support this flag. A link never replaces a file either.
         Err(error)
             if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported)
                 && refusal(&error).is_none() =>
@@ -372,9 +379,9 @@ pub fn settle(unfinished: &Utf8Path, path: &Utf8Path, made: Option<&File>) -> Re
     directory.sync().map_err(|error| io_error(error, format!("cannot flush the directory of {path}")))
 }
 
-/// Removes one name of a file; no such name: nothing happens. A directory that somebody put in the file's place stays, and
-/// there is nothing to remove then either: an operation past its commit point must not wait for it. The caller flushes the
-/// directory, or uses [`remove`].
+/// Removes one name of a file. If there is no such name, nothing happens. A directory in the file's place is
+/// kept, and this is not an error: an operation past its commit point must not wait for it. The caller
+/// flushes the directory, or uses [`remove`].
 pub fn remove_name(path: &Utf8Path) -> Result<()> {
     let remove = || {
         let (directory, name) = Directory::of(path.as_std_path())?;
@@ -387,7 +394,7 @@ pub fn remove_name(path: &Utf8Path) -> Result<()> {
     }
 }
 
-/// Removes one name of a file, durably; no such name: nothing happens.
+/// Removes one name of a file, durably. If there is no such name, nothing happens.
 pub fn remove(path: &Utf8Path) -> Result<()> {
     remove_name(path)?;
     flush_directory_of(path)
@@ -409,7 +416,8 @@ mod tests {
         assert!(!dir.join("a").exists() && dir.join("a.crc32").is_dir());
     }
 
-    /// A device may be below overlays; what another user can put in the place of a layer is no way to one.
+    /// A device may be below overlays. A link that another user can put in a layer's place must not lead to
+    /// one.
     #[test]
     fn a_link_to_anything_but_a_device_is_no_layer() {
         let dir = tempfile::tempdir().unwrap();

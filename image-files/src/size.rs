@@ -1,4 +1,4 @@
-//! How large a file or a block device is.
+//! Sizes of files and block devices.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -6,7 +6,7 @@ use std::os::unix::fs::FileTypeExt;
 
 use camino::Utf8Path;
 
-/// The bytes of an open file or block device, whose metadata tells of none.
+/// Returns the bytes of an open file or block device. The metadata of a block device does not have them.
 ///
 /// # Errors
 /// The system's.
@@ -18,7 +18,7 @@ pub fn size_of(file: &File) -> io::Result<u64> {
     }
 }
 
-/// The bytes of the file or block device at `path`.
+/// Returns the bytes of the file or block device at `path`.
 ///
 /// # Errors
 /// The system's.

@@ -1,7 +1,8 @@
-//! How the kernel of this machine itself uses a block device: a mount, swap, a device made of it, an exclusive claim, a Xen domain.
+//! Uses of a block device by the kernel of this machine: a mount, swap, a device made of it, an exclusive
+//! claim, a Xen domain.
 //!
-//! No process has such a device open, or none that shows it, and no lock tells. A disk that two write is destroyed; what is read
-//! beside a merge or a removal is torn.
+//! No process has such a device open, or none that shows it, and no lock shows it. Two writers destroy a
+//! disk. A reader beside a merge or a removal gets inconsistent data.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -13,31 +14,31 @@ use rustix::fs::{major, makedev, minor};
 /// A use of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceUse {
-    /// For people: "mounted at /srv".
+    /// Description for people: "mounted at /srv".
     pub how: String,
-    /// It may write the device.
+    /// True if the use may write the device.
     pub writes: bool,
 }
 
-/// The number of the block device that a path leads to; none where it leads to something else.
+/// Returns the number of the block device that a path leads to; `None` if it leads to something else.
 pub fn device_number(path: &Utf8Path) -> Option<u64> {
     let about = fs::metadata(path).ok()?;
     about.file_type().is_block_device().then(|| about.rdev())
 }
 
-/// The directory that sysfs has of a device.
+/// The directory of a device in sysfs.
 pub fn sysfs(device: u64) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{}:{}", major(device), minor(device)))
 }
 
-/// The partitions of a device, by their numbers: who uses one uses the device.
+/// The partitions of a device, by their numbers. A use of a partition is a use of the device.
 pub fn partitions(device: u64) -> Vec<u64> {
     let entries = fs::read_dir(sysfs(device)).into_iter().flatten().flatten();
     let partitions = entries.map(|entry| entry.path()).filter(|path| path.join("partition").exists());
     partitions.filter_map(|path| number_in(&path.join("dev"), 10)).collect()
 }
 
-/// How the kernel uses the device at `path`: the first use that is found, writers before readers.
+/// Returns the first use of the device at `path` by the kernel, writers before readers.
 pub fn kernel_use(path: &Utf8Path) -> Option<DeviceUse> {
     let device = device_number(path)?;
     let mut uses = Vec::new();
@@ -60,10 +61,11 @@ fn mounts(device: u64) -> Option<DeviceUse> {
     Some(DeviceUse { how: format!("mounted at {at}"), writes })
 }
 
-/// Where a device is mounted, and whether its file system may write it, by the text of `mountinfo`.
+/// Finds in the text of `mountinfo` where a device is mounted, and if its file system may write it.
 ///
-/// The options of the file system count, not those of one mount: a file system that is mounted read-only in one
-/// place may be writable in another. One of several devices (btrfs) has no number of theirs, and names one.
+/// The options of the file system decide, not those of one mount: a file system that is mounted read-only in
+/// one place may be writable in another. A file system of several devices (btrfs) has none of their numbers
+/// and names one of them.
 fn mounted_at(text: &str, (major, minor): (u32, u32), named: impl Fn(&str) -> bool) -> Option<(&str, bool)> {
     let number = format!("{major}:{minor}");
     text.lines().find_map(|line| {
@@ -85,7 +87,7 @@ fn swap(device: u64) -> Option<DeviceUse> {
     is_it.then(|| DeviceUse { how: "swap space".to_owned(), writes: true })
 }
 
-/// Devices that are made of it: a volume group, an array, a mapping as kpartx makes it.
+/// Finds devices that are made of it: a volume group, an array, a mapping by kpartx.
 fn holders(device: u64) -> Option<DeviceUse> {
     let entries = fs::read_dir(sysfs(device).join("holders")).into_iter().flatten().flatten();
     let mut found: Vec<(String, bool)> = entries
@@ -107,7 +109,8 @@ fn holders(device: u64) -> Option<DeviceUse> {
     })
 }
 
-/// Xen domains whose disk it is by the kernel's own driver, which opens it as any program does.
+/// Lists Xen domains that use the device as a disk by the kernel's own driver, which opens it like any
+/// program.
 pub fn xen_disks(device: u64) -> Vec<DeviceUse> {
     let entries = fs::read_dir("/sys/bus/xen-backend/devices").into_iter().flatten().flatten();
     let of_it = entries
@@ -122,7 +125,8 @@ pub fn xen_disks(device: u64) -> Vec<DeviceUse> {
         .collect()
 }
 
-/// A claim that nothing shows: a mount in another namespace, a target of the kernel, a check of a file system.
+/// Finds an exclusive claim that is visible nowhere else: a mount in another namespace, a kernel target, a
+/// file system check.
 fn claim(path: &Utf8Path, device: u64) -> Option<DeviceUse> {
     let alone = OpenOptions::new()
         .read(true)
@@ -137,7 +141,8 @@ fn claim(path: &Utf8Path, device: u64) -> Option<DeviceUse> {
     })
 }
 
-/// A mount that only another mount namespace has: a service's, a container's, one that outlived its `umount` here.
+/// Finds a mount that only another mount namespace has: of a service, of a container, or one that outlived
+/// its `umount` here.
 fn mounted_elsewhere(device: u64) -> Option<String> {
     let mut known: Vec<PathBuf> = fs::read_link("/proc/self/ns/mnt").into_iter().collect();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -162,7 +167,7 @@ fn mounted_elsewhere(device: u64) -> Option<String> {
     None
 }
 
-/// A device's number in a file, as `MAJOR:MINOR`.
+/// Reads a device's number from a file, as `MAJOR:MINOR`.
 fn number_in(file: &Path, radix: u32) -> Option<u64> {
     let text = fs::read_to_string(file).ok()?;
     let (major, minor) = text.trim().split_once(':')?;

@@ -1,11 +1,11 @@
-//! The one error type of this crate, and of every backend's answers to it.
+//! The error type of this crate and of every backend.
 
 use std::fmt;
 
-/// What came of an operation of this crate.
+/// Result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What sort of failure it is: decides the exit status, and what a caller may do.
+/// Kinds of failure. The kind decides the exit status, and what a caller may do.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
 )]
@@ -14,31 +14,31 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum ErrorKind {
     /// The request itself is malformed: a bad name, options that exclude each other.
     Usage,
-    /// A domain, snapshot, disk, file or backend that was named does not exist.
+    /// A named domain, snapshot, disk, file or backend does not exist.
     NotFound,
-    /// What was to be made exists already.
+    /// The object to be created exists already.
     Exists,
-    /// It cannot be done in this state; no changes were made.
+    /// The operation is impossible in this state; no changes were made.
     Refused,
-    /// Somebody else holds the domain or an image: a running guest, another `domsnap`.
+    /// Another process uses the domain or an image: a running guest, another `domsnap`.
     Busy,
-    /// The backend or the format cannot do it.
+    /// The backend or the format does not support the operation.
     Unsupported,
-    /// An image, a manifest or a record contradicts itself or what it should be.
+    /// An image, a manifest or a record is inconsistent.
     Corrupt,
     /// The machine failed: I/O error, permission.
     Io,
     /// A file system is full.
     NoSpace,
-    /// The caller cancelled, and what was done was undone.
+    /// The caller cancelled, and the changes were rolled back.
     Cancelled,
-    /// An operation stopped half way; `recover` must finish it before anything else.
+    /// An operation was interrupted; `recover` must finish it before anything else.
     NeedsRecovery,
-    /// A defect in domsnap itself or in a backend: a broken promise between parts.
+    /// A defect in domsnap itself or in a backend: one part broke the contract with another.
     Internal,
 }
 
-/// An error: what was attempted, on what, why it failed, what state things are in, what to do.
+/// An error: the attempted operation, the object, the reason, the state now, and advice.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
@@ -50,58 +50,58 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error of `kind`; `message` is lower case, has no full stop, and names the object, what was expected and
-    /// what was found.
+    /// Makes an error of `kind`. `message` is lower case and has no full stop. It names the object, what was
+    /// expected and what was found.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), context: Vec::new(), state: None, advice: None, source: None }
     }
 
-    /// Adds what was attempted, outermost last: "deleting snapshot s1 of domain web".
+    /// Adds the attempted operation, outermost last: "deleting snapshot s1 of domain web".
     #[must_use]
     pub fn context(mut self, attempted: impl Into<String>) -> Self {
         self.context.push(attempted.into());
         self
     }
 
-    /// Says what state things are in now.
+    /// Sets the state that things are in now.
     #[must_use]
     pub fn state(mut self, state: impl Into<String>) -> Self {
         self.state = Some(state.into());
         self
     }
 
-    /// Says what the user can do.
+    /// Sets the advice for the user.
     #[must_use]
     pub fn advise(mut self, advice: impl Into<String>) -> Self {
         self.advice = Some(advice.into());
         self
     }
 
-    /// Keeps the cause.
+    /// Sets the cause.
     #[must_use]
     pub fn because(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         self.source = Some(source.into());
         self
     }
 
-    /// Same error, of another kind: where an outer layer knows better what it means.
+    /// Changes the kind, where an outer layer knows better what the failure means.
     #[must_use]
     pub fn with_kind(mut self, kind: ErrorKind) -> Self {
         self.kind = kind;
         self
     }
 
-    /// What sort of failure it is.
+    /// The kind of failure.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// What went wrong, alone: without context, state and advice.
+    /// The message alone: without context, state and advice.
     pub fn message(&self) -> &str {
         &self.message
     }
 
-    /// The failure on one line, without state and advice: `attempted: attempted: message: cause`.
+    /// Returns the failure on one line, without state and advice: `attempted: attempted: message: cause`.
     pub fn summary(&self) -> String {
         let mut line: String = self.attempted().map(|attempted| format!("{attempted}: ")).collect();
         let causes = line.len();
@@ -119,24 +119,24 @@ impl Error {
         line
     }
 
-    /// What was attempted, outermost first.
+    /// The attempted operations, outermost first.
     pub fn attempted(&self) -> impl Iterator<Item = &str> {
         self.context.iter().rev().map(String::as_str)
     }
 
-    /// What state things are in now, where it was said.
+    /// The state that things are in now, if set.
     pub fn state_now(&self) -> Option<&str> {
         self.state.as_deref()
     }
 
-    /// What to do, where it was said.
+    /// The advice, if set.
     pub fn advice(&self) -> Option<&str> {
         self.advice.as_deref()
     }
 }
 
 impl fmt::Display for Error {
-    /// `attempted: attempted: message: cause; state; advice` on one line.
+    /// Formats `attempted: attempted: message: cause; state; advice` on one line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.summary())?;
         for part in [&self.state, &self.advice].into_iter().flatten() {
@@ -156,8 +156,9 @@ impl std::error::Error for Error {
 mod tests {
     use super::*;
 
+    /// A cause that repeats the message is printed once.
     #[test]
-    fn a_cause_that_repeats_is_said_once() {
+    fn repeated_cause_is_printed_once() {
         let cause = std::io::Error::other("no such thing");
         let error =
             Error::new(ErrorKind::Io, "it failed").because(Error::new(ErrorKind::Io, "inner").because(cause));

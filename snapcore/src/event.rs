@@ -1,4 +1,4 @@
-//! What happens while it happens: the stream that progress bars, logs and metrics are drawn from.
+//! The stream of events from which progress bars, logs and metrics are made.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
@@ -11,112 +11,112 @@ use tokio_util::sync::ReusableBoxFuture;
 use crate::service::RecoveryReport;
 use crate::{DomainName, Group, OperationId, Plan, SnapshotName, Target};
 
-/// One thing that happened.
+/// One event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case", tag = "event")]
 #[non_exhaustive]
 pub enum Event {
     /// A plan was made and will be carried out.
     Planned {
-        /// On which domain.
+        /// The domain.
         domain: DomainName,
-        /// What will be done.
+        /// The plan.
         plan: Box<Plan>,
     },
     /// The operation and all its steps are in the journal.
     Started {
         /// The operation.
         operation: OperationId,
-        /// On which domain.
+        /// The domain.
         domain: DomainName,
-        /// What it is: "create", "revert", "delete", "tidy".
+        /// Its kind: "create", "revert", "delete", "tidy".
         kind: String,
-        /// The snapshots that it is about.
+        /// Its snapshots.
         snapshots: Vec<SnapshotName>,
-        /// How many steps it has.
+        /// Number of its steps.
         steps: u64,
         /// Bytes of data that they will move.
         bytes: u64,
     },
-    /// An operation that had stopped half way was finished, or undone.
+    /// An interrupted operation was finished, or rolled back.
     Recovered {
-        /// What was done.
+        /// The result of the recovery.
         report: Box<RecoveryReport>,
     },
     /// A step begins.
     StepStarted {
         /// The operation.
         operation: OperationId,
-        /// Which step, from 0.
+        /// The step's index, from 0.
         index: u64,
-        /// When it runs.
+        /// The part of the plan that it belongs to.
         group: Group,
-        /// Which disk.
+        /// The disk.
         target: Target,
-        /// What it does, for people.
+        /// Description for people.
         summary: String,
-        /// Bytes of data that it will move, as far as can be told.
+        /// Bytes of data that it will move, as far as known.
         bytes: u64,
     },
-    /// A step is under way. A slow listener loses these first.
+    /// A step makes progress. A slow listener loses these events first.
     Progress {
         /// The operation.
         operation: OperationId,
-        /// Which step.
+        /// The step's index.
         index: u64,
         /// Bytes done.
         done: u64,
         /// Bytes in all.
         total: u64,
     },
-    /// A step is done, and the journal knows it.
+    /// A step is done, and the journal has recorded it.
     StepDone {
         /// The operation.
         operation: OperationId,
-        /// Which step.
+        /// The step's index.
         index: u64,
     },
-    /// The commit point: from here on it happened.
+    /// The commit point: from here on the operation is carried through.
     Committed {
         /// The operation.
         operation: OperationId,
     },
-    /// It did not happen: steps are being taken back.
+    /// The operation failed or was cancelled: its steps are being undone.
     Undoing {
         /// The operation.
         operation: OperationId,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// A merge was put off.
+    /// A merge was deferred.
     Postponed {
         /// The operation.
         operation: OperationId,
-        /// Which disk.
+        /// The disk.
         target: Target,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// Something that the user should know and that stopped nothing.
+    /// A warning for the user that stopped nothing.
     Warning {
-        /// On which domain.
+        /// The domain.
         domain: DomainName,
-        /// What.
+        /// The message.
         message: String,
     },
     /// The operation has ended.
     Finished {
         /// The operation.
         operation: OperationId,
-        /// Whether it happened.
+        /// True if the operation was carried out.
         happened: bool,
     },
 }
 
-/// How many events a listener may be behind before it loses the oldest.
+/// Number of events that a listener may be behind before it loses the oldest.
 const BACKLOG: usize = 1024;
 
-/// Where the engine tells what happens. Telling never waits for a listener.
+/// The sender of the engine's events. Sending never waits for a listener.
 #[derive(Debug, Clone)]
 pub struct Events {
     sender: broadcast::Sender<Event>,
@@ -129,13 +129,13 @@ impl Default for Events {
 }
 
 impl Events {
-    /// A stream of all events from now on.
+    /// Returns a stream of all events from now on.
     pub fn subscribe(&self) -> EventStream {
         EventStream { receiving: ReusableBoxFuture::new(receive(self.sender.subscribe())) }
     }
 
     pub(crate) fn tell(&self, event: Event) {
-        // An error means that nobody listens, which is no error.
+        // An error means that there is no listener. That is not a failure.
         let _ = self.sender.send(event);
     }
 }
@@ -146,19 +146,19 @@ async fn receive(mut receiver: broadcast::Receiver<Event>) -> Received {
     (receiver.recv().await, receiver)
 }
 
-/// The events since the subscription, in order. A listener that falls far behind loses the oldest; the engine never
-/// waits for it. It ends when the service is gone.
+/// The events since the subscription, in order. A listener that falls far behind loses the oldest; the engine
+/// never waits for it. The stream ends when the service is dropped.
 pub struct EventStream {
     receiving: ReusableBoxFuture<'static, Received>,
 }
 
 impl EventStream {
-    /// The next event; `None` once the service is gone.
+    /// Waits for the next event; `None` once the service is dropped.
     pub async fn next(&mut self) -> Option<Event> {
         std::future::poll_fn(|context| Pin::new(&mut *self).poll_next(context)).await
     }
 
-    /// The next event, if one is there already.
+    /// Returns the next event, if one is there already.
     pub fn try_next(&mut self) -> Option<Event> {
         match Pin::new(self).poll_next(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(event) => event,
@@ -191,8 +191,9 @@ mod tests {
         Event::Warning { domain: DomainName::new("web").unwrap(), message: number.to_string() }
     }
 
+    /// A slow listener loses the oldest events, and the sender never waits for it.
     #[tokio::test]
-    async fn a_listener_that_falls_behind_loses_the_oldest_and_the_teller_never_waits() {
+    async fn slow_listener_loses_oldest_sender_never_waits() {
         let events = Events::default();
         let mut stream = events.subscribe();
         assert_eq!(stream.try_next(), None);
@@ -209,8 +210,9 @@ mod tests {
         assert_eq!(last, Some(warning(BACKLOG + 9)));
     }
 
+    /// A waiting listener is woken.
     #[tokio::test]
-    async fn a_listener_that_waits_is_woken() {
+    async fn waiting_listener_is_woken() {
         let events = Events::default();
         let mut stream = events.subscribe();
         let waiting = tokio::spawn(async move { stream.next().await });

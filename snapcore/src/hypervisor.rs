@@ -1,8 +1,9 @@
-//! What a hypervisor does for a domain that runs.
+//! The contract of a hypervisor: its operations on a running domain.
 //!
-//! A domain is one more actor of a plan beside its disks: [`DomainStep`]s stand in it under [`Target::of_domain`], are
-//! journalled like the others, and are carried out by a [`LiveDomain`]. For a disk that a hypervisor has open, a backend's steps
-//! speak through [`AttachedDisk`]: so a backend knows no hypervisor, and a hypervisor no format.
+//! A plan has steps of disks and steps of the domain ([`DomainStep`]). The latter have the target
+//! [`Target::of_domain`], are journalled like the others, and are carried out by a [`LiveDomain`]. For a disk
+//! that a hypervisor has open, a backend's steps use [`AttachedDisk`]. So a backend knows no hypervisor, and
+//! a hypervisor no format.
 
 use std::collections::HashSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -17,69 +18,69 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{Consistency, Domain, Hypervisor, Plan, Progress, Result, Target};
 
-/// The strongest level at which a memory image can be compressed.
+/// The highest compression level of a memory image.
 pub const MAX_COMPRESSION: u8 = 19;
 
-/// How a running domain is reached, and what else its hypervisor must be told. Recorded with the domain.
+/// Connection to a running domain, and the hypervisor's other settings. It is recorded with the domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Control {
-    /// Where, as its hypervisor reads it ([`VmStateSaver::read_control`]): a socket, a name.
+    /// Address in the hypervisor's form ([`VmStateSaver::read_control`]): a socket, a name.
     pub address: String,
     /// The socket of the guest agent: its path, or `tcp:IP:PORT`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub agent: Option<Utf8PathBuf>,
-    /// The directory of memory images; absent: the one of the manifests.
+    /// The directory of memory images; absent: the directory of the manifests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub memory_dir: Option<Utf8PathBuf>,
-    /// The command that starts the domain, for a revert of one that is off to a snapshot with memory; absent: the one that was
-    /// recorded with the snapshot.
+    /// The command that starts the domain, for a revert of a stopped domain to a snapshot with memory;
+    /// absent: the command that was recorded with the snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub start: Vec<String>,
-    /// How strongly memory images are compressed, 1 to 19; absent or 0: they are not.
+    /// Compression level of memory images, 1 to 19; absent or 0: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 19))]
     pub compress: Option<u8>,
-    /// The file that the domain is created from, where its hypervisor has one.
+    /// The file from which the domain is created, if its hypervisor uses one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub config: Option<Utf8PathBuf>,
 }
 
-/// Whether the guest's file systems are flushed and frozen for the instant.
+/// Freezing of the guest's file systems during the cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Quiesce {
-    /// They are not.
+    /// They are not frozen.
     #[default]
     No,
-    /// Where the guest can; otherwise the snapshot is taken all the same, and says so.
+    /// They are frozen if the guest can. Otherwise the snapshot is created anyway, and reports it.
     Try,
-    /// Or else no snapshot is taken.
+    /// They are frozen, or no snapshot is created.
     Require,
 }
 
-/// What the domain is to do when an operation is over.
+/// Power state of the domain after an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PowerAfter {
-    /// Run.
+    /// The guest runs.
     Running,
-    /// Stand still.
+    /// The guest is paused.
     Paused,
-    /// Be off: its process ends.
+    /// The domain is off: its process ends.
     Off,
 }
 
-/// What happens to one disk at the instant of a snapshot.
+/// The cut of one disk: what happens to it at the instant of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(tag = "take", rename_all = "kebab-case")]
 pub enum DiskInstant {
-    /// The guest writes to an empty overlay from then on. The file is there and durable.
+    /// The guest writes to an empty overlay from then on. The file exists and is durable.
     Overlay {
-        /// The overlay, by its permanent name.
+        /// The overlay's permanent name.
         #[schemars(with = "String")]
         file: Utf8PathBuf,
         /// Its format.
@@ -90,134 +91,139 @@ pub enum DiskInstant {
         /// Its name.
         tag: String,
     },
-    /// The hypervisor leaves it alone: its backend takes it, by steps that run inside the instant while the guest stands still
-    /// and everything that it wrote is in its file.
+    /// The hypervisor does nothing. The disk's backend takes the point, by steps nested in the cut. The guest
+    /// is paused then, and everything that it wrote is in the file.
     ByBackend,
 }
 
-/// How memory is written.
+/// Saving of memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct MemoryPlan {
     /// The memory image.
     #[schemars(with = "String")]
     pub file: Utf8PathBuf,
-    /// Whether the guest runs meanwhile.
+    /// True if the guest runs meanwhile.
     pub live: bool,
-    /// How long, in milliseconds, it may go on before the guest is paused, where the hypervisor must copy what the guest
-    /// dirties again and again.
+    /// Time limit of pre-copy, in milliseconds, after which the guest is paused. It applies where the
+    /// hypervisor must repeatedly copy the pages that the guest changes.
     pub budget_ms: u64,
 }
 
-/// What a domain begins anew with, when a window is over in which its present is given up.
+/// The restart of a domain after a detached section in which its current state was given up.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Anew {
-    /// From where.
+    /// The source of the restart.
     pub from: Beginning,
-    /// Whether the present's own memory is kept until the new beginning is certain, where the hypervisor must end the domain for
-    /// it: so that a failure brings the former guest back.
+    /// True to keep the current memory until the restart is certain, if the hypervisor must end the domain
+    /// for it. A failure then restores the previous guest.
     pub safety: bool,
-    /// The file that the domain is made from, in the place of its own, where its hypervisor has one.
+    /// The file from which the domain is created instead of its own, if its hypervisor uses one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub config: Option<Utf8PathBuf>,
-    /// Whether the hypervisor ends the domain for it and makes it again.
+    /// True if the hypervisor ends the domain and creates it again.
     #[serde(default)]
     pub recreated: bool,
 }
 
-/// Where a domain begins anew.
+/// The source of a domain's restart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Beginning {
-    /// At the instant of this memory image.
+    /// This memory image: the guest continues from its instant.
     Memory(#[schemars(with = "String")] Utf8PathBuf),
-    /// As after a reset.
+    /// A boot, as after a reset.
     Boot,
-    /// Not at all: it is off.
+    /// None: the domain is off.
     Off,
 }
 
-/// One thing that a hypervisor does to a whole domain.
+/// One action of a hypervisor on a whole domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(tag = "do", rename_all = "kebab-case")]
 pub enum DomainStep {
-    /// Reads a memory image and compares it with its checksums, before anything is touched.
+    /// Reads a memory image and compares it with its checksums, before anything is changed.
     CheckMemory {
         /// The memory image.
         #[schemars(with = "String")]
         file: Utf8PathBuf,
     },
-    /// The instant of a snapshot: all disks, and memory. The steps inside it (configured paths are moved) run while the guest
-    /// stands still. Undone: the overlays are merged down again, with what the guest wrote since; tags are deleted.
+    /// The cut of a snapshot: all disks, and memory, at one instant. The steps nested in it (which move
+    /// configured paths) run while the guest is paused. Undo merges the overlays down again, with what the
+    /// guest wrote since, and deletes tags.
     Instant {
         /// The disks.
         disks: Vec<(Target, DiskInstant)>,
-        /// Whether the guest ran when this was planned: then an undo after a crash, which finds it standing still, lets it
-        /// go on.
+        /// True if the guest ran when this was planned. An undo after a crash finds the guest paused and then
+        /// resumes it.
         running: bool,
-        /// Memory, where it is taken.
+        /// Memory, if it is saved.
         memory: Option<MemoryPlan>,
-        /// Whether file systems are frozen for it.
+        /// Freezing of file systems during the cut.
         quiesce: Quiesce,
-        /// How long, in milliseconds, they may stay so.
+        /// Time limit of the freeze, in milliseconds.
         quiesce_limit_ms: u64,
-        /// What the guest does after it; absent: what it did before.
+        /// Power state of the guest afterwards; absent: the same as before.
         then: Option<PowerAfter>,
     },
-    /// Waits until the memory of the instant is written, and makes it a memory image that is whole and durable. Undone: the
-    /// image, and what is there of it, is removed.
+    /// Waits until the memory of the instant is written, and makes it a complete and durable memory image.
+    /// Undo removes the image, also a partial one.
     SaveMemory {
         /// The memory image.
         #[schemars(with = "String")]
         file: Utf8PathBuf,
         /// The tag of its internal snapshot.
         tag: String,
-        /// How strongly it is compressed, 1 to 19; 0: it is not.
+        /// Compression level, 1 to 19; 0: none.
         #[serde(default)]
         compress: u8,
     },
-    /// Makes the hypervisor know each frozen image by its permanent name: it may know one by the configured path, which is
-    /// another image's by now.
+    /// Reopens each frozen image by its permanent name. The hypervisor may know it by the configured path,
+    /// which names another image by now.
     Rehome {
         /// The disks.
         disks: Vec<Target>,
     },
-    /// Pauses the guest and sets the files of these disks free, so that they can be worked on as at rest. Undone: the disks
-    /// are given what their configured paths name, and the guest goes on, if it stood still for this alone.
+    /// Opens a detached section: pauses the guest and closes the files of these disks, so that they can be
+    /// changed like disks at rest. Undo reopens what the configured paths name, and resumes the guest if it
+    /// was paused only for this.
     OpenWindow {
         /// The disks.
         disks: Vec<Target>,
-        /// Whether the guest ran when this was planned: then the window's end lets it go on, also after a crash.
+        /// True if the guest ran when this was planned. The end of the section then resumes it, also after a
+        /// crash.
         running: bool,
-        /// Where the guest's present is given up: how the domain begins anew. A hypervisor that cannot set a running guest's disks
-        /// free ends the domain then.
+        /// The restart of the domain, if the guest's current state is given up. A hypervisor that cannot
+        /// close the disks of a running guest ends the domain in this case.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         anew: Option<Anew>,
     },
-    /// Gives the disks what their configured paths name now. The guest stands still yet. Undone: the files are set free
-    /// again.
+    /// Opens for the disks what the configured paths name now. The guest is still paused. Undo closes the
+    /// files again.
     Attach {
         /// The disks.
         disks: Vec<Target>,
-        /// As the window's: a hypervisor that ended the domain makes it anew here, standing still, so that what fails can be
-        /// undone yet.
+        /// The same as of the detached section. A hypervisor that ended the domain creates it again here,
+        /// paused, so that a failure can still be undone.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         anew: Option<Anew>,
     },
-    /// Gives drives the media that the memory which is loaded next has in them. Part of a window.
+    /// Loads media into drives, as the memory that is loaded next expects them. Part of a detached section.
     Media {
         /// The drives that have another medium now.
         media: Vec<Medium>,
     },
-    /// The end of a window: loads memory or resets the guest, or neither, and lets it run or not.
+    /// Ends a detached section: loads memory, resets the guest, or neither; then resumes it or leaves it
+    /// paused.
     Continue {
         /// The memory image to load.
         #[schemars(with = "Option<String>")]
         memory: Option<Utf8PathBuf>,
-        /// Whether the guest is reset: its disks are others, and its memory is not.
+        /// True if the guest is reset: its disks have changed and its memory is not restored.
         reset: bool,
-        /// What it does afterwards; absent: what it did before the window, which the step that opened it tells.
+        /// Power state afterwards; absent: the same as before the detached section, which the step that
+        /// opened it records.
         power: Option<PowerAfter>,
     },
     /// Removes a memory image.
@@ -228,16 +234,16 @@ pub enum DomainStep {
     },
 }
 
-/// What is in a drive whose medium can be taken out.
+/// Content of a drive with a removable medium.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Medium {
-    /// The drive, as the hypervisor knows it.
+    /// The drive, by the hypervisor's name.
     pub drive: String,
     /// The medium's file; absent: the drive is empty.
     pub file: Option<String>,
-    /// The medium's format, as the hypervisor calls it.
+    /// The medium's format, by the hypervisor's name.
     pub format: String,
-    /// The guest can write it.
+    /// True if the guest can write it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub writable: bool,
 }
@@ -245,34 +251,34 @@ pub struct Medium {
 /// One layer of a chain as files, for a hypervisor to open.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct ChainFile {
-    /// The file, by its permanent name, absolute. The hypervisor may open it again by this name at any time.
+    /// The file's permanent name, absolute. The hypervisor may open it again by this name at any time.
     #[schemars(with = "String")]
     pub file: Utf8PathBuf,
     /// Its format, as stated.
     pub format: String,
 }
 
-/// What the configured path of a disk opens, layer by layer.
+/// The layers that the configured path of a disk opens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenChain {
-    /// Which disk.
+    /// The disk.
     pub target: Target,
     /// The active layer first, the base last.
     pub layers: Vec<ChainFile>,
 }
 
-/// What runs inside a step: at the instant of a snapshot, at the pivot of a merge.
+/// Work nested in a step: at the instant of a snapshot, at the pivot of a merge.
 #[async_trait]
 pub trait Inside: Send + Sync {
-    /// Does what is that disk's; without one, all of it. Where it fails it has undone what it did.
+    /// Performs the work for one disk, or for all without one. If it fails, it has undone its changes.
     async fn run(&self, only: Option<&Target>) -> Result<()>;
 
-    /// Takes back what [`Inside::run`] did, where the moment passed without what it was for: the pivot failed, and the guest
-    /// goes on writing to the image that it wrote to.
+    /// Reverses [`Inside::run`] after its purpose failed: the pivot failed, and the guest continues to write
+    /// to the same image as before.
     async fn back(&self, only: Option<&Target>) -> Result<()>;
 }
 
-/// Nothing that runs inside a step.
+/// No nested work.
 #[derive(Debug, Clone, Copy)]
 pub struct NothingInside;
 
@@ -287,33 +293,36 @@ impl Inside for NothingInside {
     }
 }
 
-/// What a step of the domain runs with.
+/// Context of a domain step.
 #[derive(Clone, Copy)]
 pub struct DomainContext<'a> {
-    /// The domain, as the catalogue has it.
+    /// The domain, as recorded in the catalogue.
     pub domain: &'a Domain,
-    /// What the configured paths of the step's disks open now, in the order of the domain's disks.
+    /// The layers that the configured paths of the step's disks open now, in the order of the domain's disks.
     pub chains: &'a [OpenChain],
-    /// What runs inside the step: in [`LiveDomain::apply`] of an instant the steps to do, all at once while the guest stands
-    /// still; in [`LiveDomain::undo`] those to undo, disk by disk, each at the pivot of that disk: what is moved back for a disk
-    /// whose overlay the guest still writes to would be lost.
+    /// The work nested in the step. In [`LiveDomain::apply`] of a cut it is the nested steps, run together
+    /// while the guest is paused. In [`LiveDomain::undo`] it is their undo, disk by disk, each at the pivot
+    /// of that disk. If the path were moved back before the pivot, what the guest still writes to the overlay
+    /// would be lost.
     pub inside: &'a dyn Inside,
-    /// Where to tell progress.
+    /// Receiver of progress.
     pub progress: &'a dyn Progress,
-    /// When it is cancelled, a step before the commit point fails soon with [`crate::ErrorKind::Cancelled`].
+    /// If it is cancelled, a step before the commit point soon fails with [`crate::ErrorKind::Cancelled`].
     pub cancel: &'a CancellationToken,
 }
 
-/// What an operation did to the guest of a domain, beyond pausing it.
+/// Effect of an operation on the guest of a domain, other than a pause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum GuestChange {
-    /// The snapshot's memory was loaded into the running process: it goes on from the instant of the snapshot.
+    /// The snapshot's memory was loaded into the running process: the guest continues from the instant of the
+    /// snapshot.
     Restored,
-    /// It was reset in the running process: it boots from the disks of the snapshot, and what its memory held is gone.
+    /// The guest was reset in the running process: it boots from the disks of the snapshot, and the content
+    /// of its memory is lost.
     Reset,
-    /// Its domain was destroyed, and made again from the snapshot's memory.
+    /// Its domain was destroyed, and created again from the snapshot's memory.
     RecreatedFromMemory,
     /// Its domain was destroyed, and created again: it boots from the disks of the snapshot.
     Recreated,
@@ -336,15 +345,15 @@ impl std::fmt::Display for GuestChange {
     }
 }
 
-/// What runs a domain that an operation started, or made again.
+/// The process or domain that an operation started or created again.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct StartedDomain {
-    /// Its process, where it is one.
+    /// Process ID, if it is a process.
     pub pid: Option<u32>,
-    /// Its number, where its hypervisor numbers domains.
+    /// Domain ID, if its hypervisor numbers domains.
     pub domid: Option<u32>,
-    /// The command that it was started by.
+    /// The command that started it.
     pub command: Vec<String>,
 }
 
@@ -354,113 +363,116 @@ impl StartedDomain {
         Self { pid, domid: None, command }
     }
 
-    /// A domain by its number.
+    /// A domain by its ID.
     pub fn number(domid: u32) -> Self {
         Self { domid: Some(domid), ..Self::default() }
     }
 }
 
-/// What there is to tell of a step of the domain that was done.
+/// The outcome of a domain step.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Facts {
-    /// What it did to the guest.
+    /// Effect on the guest.
     pub guest: Option<GuestChange>,
-    /// What runs it now, where that was started.
+    /// The started process or domain, if the step started one.
     pub started: Option<StartedDomain>,
-    /// What the user should know.
+    /// Notes for the user.
     pub notes: Vec<String>,
-    /// Of an instant: how it was.
+    /// Details of a cut.
     pub taken: Option<Taken>,
-    /// Of memory that was saved: the size of its image, in bytes.
+    /// Size of a saved memory image, in bytes.
     pub memory_bytes: Option<u64>,
-    /// Of memory that was compressed: the size of its image when it is unpacked, in bytes.
+    /// Uncompressed size of a compressed memory image, in bytes.
     pub memory_full: Option<u64>,
-    /// How long the guest stood still, where this step let it go on.
+    /// Time that the guest was paused, if this step resumed it.
     pub downtime: Option<Duration>,
-    /// The command that starts the domain, where the user must.
+    /// The command that starts the domain, if the user must run it.
     pub start: Vec<String>,
 }
 
-/// How the instant of a snapshot was.
+/// Details of the cut of a snapshot.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Taken {
-    /// When.
+    /// The instant.
     pub at: Timestamp,
-    /// What the disks, and the memory, are at it.
+    /// Consistency of the disks and the memory.
     pub consistency: Consistency,
-    /// Whether the guest ran before.
+    /// True if the guest ran before.
     pub running: bool,
-    /// The way it went, in words: `background snapshot`, `pre-copy`, `disks only`.
+    /// The method, for people: `background snapshot`, `pre-copy`, `disks only`.
     pub way: String,
 }
 
-/// A disk as the hypervisor has it.
+/// A disk as the hypervisor reports it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct SeenDisk {
-    /// What the hypervisor calls it, made a target.
+    /// The hypervisor's name for it, converted to a target.
     pub target: Target,
     /// The file of its active image, absolute.
     #[schemars(with = "String")]
     pub path: Utf8PathBuf,
-    /// The format that it is opened with.
+    /// The format with which it is opened.
     pub format: String,
-    /// Why it takes no part in snapshots: it is read-only, removable, firmware. Absent: it does.
+    /// The reason that it is not part of snapshots: it is read-only, removable, firmware. Absent: it is part
+    /// of them.
     pub left_out: Option<String>,
-    /// The guest can change what is on it. A snapshot without it lacks what the guest wrote there, so that it is taken
-    /// along, or skipped by name, or the snapshot is refused. False for firmware variables, which are reported apart.
+    /// True if the guest can change its content. A snapshot without the disk lacks what the guest wrote
+    /// there. So the disk is included, or skipped by name, or the snapshot is refused. False for firmware
+    /// variables, which are reported separately.
     #[serde(default)]
     pub guest_writes: bool,
-    /// The domain's disk that it is, where a domain was asked about.
+    /// The matching disk of the domain, if the query was about a domain.
     #[serde(skip)]
     pub member: Option<Target>,
-    /// Why the hypervisor takes no internal snapshot of it while the domain runs. Absent: it does, where its format has them.
+    /// The reason that the hypervisor takes no internal snapshot of it while the domain runs. Absent: it
+    /// does, if the format supports them.
     #[serde(skip)]
     pub no_internal: Option<String>,
 }
 
-/// A running domain as its hypervisor describes it.
+/// Description of a running domain by its hypervisor.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Seen {
-    /// Its name, where the hypervisor knows one.
+    /// Its name, if the hypervisor knows one.
     pub name: Option<String>,
-    /// Whether the guest's processors run; it is paused otherwise.
+    /// True if the guest's processors run; otherwise it is paused.
     pub running: bool,
-    /// Everything that is recorded with a snapshot: machine type, processors, memory, devices, how it was started. The
-    /// hypervisor's own form; the same machine started anew is the same value.
+    /// Everything that is recorded with a snapshot: machine type, processors, memory, devices, how it was
+    /// started. It has the hypervisor's own form. The same machine has the same value after a restart.
     pub machine: serde_json::Value,
-    /// One line of it, for people.
+    /// One-line summary, for people.
     pub summary: String,
-    /// Why its memory cannot be saved, one reason an entry, naming the device: empty where it can.
+    /// Reasons that its memory cannot be saved, one per entry, naming the device; empty if it can.
     pub memory_blockers: Vec<String>,
     /// Its drives.
     pub disks: Vec<SeenDisk>,
-    /// The guest agent's socket, where the hypervisor tells.
+    /// The guest agent's socket, if the hypervisor reports it.
     pub agent: Option<Utf8PathBuf>,
-    /// The file that it was created from ([`Control::config`]), where the hypervisor tells.
+    /// The file from which it was created ([`Control::config`]), if the hypervisor reports it.
     pub config: Option<Utf8PathBuf>,
 }
 
-/// Layers of an open chain that are to be merged into one.
+/// A merge of layers of an open chain into one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttachedMerge {
     /// The layers' files, by their permanent names, bottom first.
     pub run: Vec<Utf8PathBuf>,
-    /// The one that receives the others' data: the first or the last of them.
+    /// The layer that receives the others' data: the first or the last of them.
     pub into: Utf8PathBuf,
-    /// The file that the run's bottom stands on.
+    /// The backing file of the run's bottom.
     pub below: Option<Utf8PathBuf>,
-    /// The backing string that names, in an image, what an image above the merged ones stands on afterwards: `into`; or, where
-    /// `into` is the last, what `into` stands on.
+    /// The backing string that the image above the merged ones gets: it names `into`. If `into` is the last,
+    /// it is the backing string of `into`.
     pub string: Option<String>,
 }
 
-/// The device and inode of a file; of a block device its number, because several nodes can lead to one.
+/// The device and inode of a file, or the number of a block device, because several nodes can lead to one.
 pub type FileIdentity = (u64, u64);
 
-/// What is in the place of the device in a block device's identity: no file system has this number.
+/// Placeholder for the device in a block device's identity: no file system has this number.
 const BLOCK_DEVICE: u64 = u64::MAX;
 
-/// Which file this is, by whatever name it was opened.
+/// Returns the identity of the file, which does not depend on the name by which it was opened.
 pub fn file_identity(about: &std::fs::Metadata) -> FileIdentity {
     match about.file_type().is_block_device() {
         true => device_identity(about.rdev()),
@@ -473,28 +485,28 @@ pub(crate) fn device_identity(number: u64) -> FileIdentity {
     (BLOCK_DEVICE, number)
 }
 
-/// Returns true if it is a block device's.
+/// Returns true if it is the identity of a block device.
 pub(crate) fn is_device(identity: FileIdentity) -> bool {
     identity.0 == BLOCK_DEVICE
 }
 
-/// One disk of a running domain, which its hypervisor has open.
+/// One disk of a running domain that its hypervisor has open.
 #[async_trait]
 pub trait AttachedDisk: Send + Sync {
-    /// The image files that the hypervisor has open for this disk now: none in a window. They are locked by it, and their
-    /// contents are its.
+    /// The image files that the hypervisor has open for this disk now: none in a detached section. The
+    /// hypervisor has them locked and controls their contents.
     async fn open_files(&self) -> Result<HashSet<FileIdentity>>;
 
-    /// Merges layers of the open chain while the guest runs. Afterwards the hypervisor has the others' files closed, and the
-    /// image above stands on the merged one.
+    /// Merges layers of the open chain while the guest runs. Afterwards the hypervisor has closed the others'
+    /// files, and the image above is backed by the merged one.
     ///
-    /// Where the last of the run is the active image and is merged down, `inside` runs at the pivot, when both show the same
-    /// and the guest's writes wait: it moves the configured path.
+    /// If the last layer of the run is the active image and is merged down, `inside` runs at the pivot, when
+    /// both show the same and the guest's writes wait. It moves the configured path.
     ///
-    /// May be repeated, also after a crash in the middle: it goes on where it was.
+    /// The call may be repeated, also after a crash in the middle: it continues where it stopped.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Cancelled`], or what failed: the chain is as before.
+    /// [`crate::ErrorKind::Cancelled`], or the failure: the chain is as before.
     async fn merge(
         &self,
         merge: &AttachedMerge,
@@ -503,7 +515,7 @@ pub trait AttachedDisk: Send + Sync {
         cancel: &CancellationToken,
     ) -> Result<()>;
 
-    /// Deletes internal snapshots of the active image. One that is not there is passed over.
+    /// Deletes internal snapshots of the active image. A missing one is ignored.
     async fn drop_internal(&self, tags: &[String]) -> Result<()>;
 }
 
@@ -513,44 +525,49 @@ pub trait LiveDomain: Send + Sync {
     /// The domain as it was when the connection was made.
     fn seen(&self) -> &Seen;
 
-    /// The processes that have its disks open, where they are known: what they have open is nobody else's
-    /// use. Empty: not known.
+    /// The processes of the hypervisor that have its disks open, if known. Their open files do not count as
+    /// uses by other programs. Empty: not known.
     fn processes(&self) -> Vec<u32> {
         Vec::new()
     }
 
-    /// One of its disks; absent: the running domain has none whose image is a layer of it.
+    /// One of its disks; absent: the running domain has no disk whose image is a layer of it.
     fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk>;
 
-    /// What of a recorded machine ([`Seen::machine`]) is not so now and would not survive a revert with memory: each in words.
+    /// Lists the differences from a recorded machine ([`Seen::machine`]) that would prevent a revert with
+    /// memory, as text.
     fn differences(&self, recorded: &serde_json::Value) -> Result<Vec<String>>;
 
-    /// The media of a recorded machine that are not in their drives now, and can be put back before memory is loaded. What cannot
-    /// be put back is one of the [`LiveDomain::differences`].
+    /// Lists the media of a recorded machine that are not in their drives now, and can be inserted before
+    /// memory is loaded. A medium that cannot be inserted is one of the [`LiveDomain::differences`].
     fn media(&self, _recorded: &serde_json::Value) -> Result<Vec<Medium>> {
         Ok(Vec::new())
     }
 
-    /// Says why memory cannot be saved through this connection, if so.
+    /// Returns the obstacle, if memory cannot be saved through this connection.
     fn cannot_save_memory(&self) -> Option<Obstacle> {
         None
     }
 
-    /// Says why disks cannot be detached through this connection, if so: then there is no window.
+    /// Returns the obstacle, if disks cannot be detached through this connection. There is no detached
+    /// section then.
     fn cannot_detach(&self) -> Option<Obstacle> {
         None
     }
 
-    /// Lets the guest go on, whoever paused it.
+    /// Resumes the guest, regardless of what paused it.
     async fn resume(&self) -> Result<()>;
 
-    /// Limits what merges move, in bytes a second; 0: as fast as they can.
+    /// Limits the rate of merges, in bytes per second; 0: no limit.
     fn limit(&self, bytes_per_second: u64);
 
-    /// Refuses a plan that cannot be carried out, as far as that is known before anything is begun: the
-    /// guest's state does not permit it, or the hypervisor cannot open what it will be told to. `chains` is
-    /// of all disks. With `probe`, which follows a call without it for the same plan under the same locks, the
-    /// hypervisor may be asked to open images and close them again; without, nothing is changed, not even for a moment.
+    /// Refuses a plan that cannot be carried out, as far as that is known before anything is begun. The
+    /// guest's state may not permit it, or the hypervisor may be unable to open a file. `chains` has all
+    /// disks.
+    ///
+    /// With `probe`, the hypervisor may be asked to open images and close them again. Such a call follows one
+    /// without it for the same plan under the same locks. Without `probe`, nothing is changed, not even for a
+    /// moment.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Refused`], [`crate::ErrorKind::Unsupported`]: no changes made.
@@ -559,57 +576,57 @@ pub trait LiveDomain: Send + Sync {
         Ok(())
     }
 
-    /// Closes what a crash left open in the hypervisor and nobody uses, so that its images can be locked:
-    /// before an unfinished operation is recovered. What a device has is not touched. Does nothing where
-    /// there is nothing.
+    /// Closes nodes that a crash left open and unused in the hypervisor, so that their images can be locked.
+    /// It is called before an unfinished operation is recovered. Nodes of a device are not changed.
     async fn tidy(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Does ahead what of a step can be done while the guest runs: for who makes the guest stand still by other means before it
-    /// has the step applied. Changes nothing that others see; [`LiveDomain::undo`] takes it back, and so does
-    /// [`LiveDomain::settle`].
+    /// Performs the part of a step that does not need the guest to be paused. Used by drivers that pause it
+    /// by other means before they apply the step. Other programs see no change. [`LiveDomain::undo`] reverses
+    /// it, and so does [`LiveDomain::settle`].
     async fn make_ready(&self, step: &DomainStep) -> Result<()> {
         let _ = step;
         Ok(())
     }
 
-    /// Does a step. Idempotent, also after a crash: what is done already is not done again.
+    /// Performs a step. It is idempotent, also after a crash: completed work is not repeated.
     async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts>;
 
-    /// Takes a step back, wherever it had got to. Idempotent.
+    /// Undoes a step, however far it got. It is idempotent.
     async fn undo(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<()>;
 
-    /// Mends what a crash left that no journal has: thaws the guest, closes what nobody uses, makes the hypervisor know images
-    /// by their permanent names. Does not let a guest go on. `chains` is of all disks. Gives what it did, in words.
+    /// Cleans up what an interrupted run left in the hypervisor and the journal does not record: thaws the
+    /// guest, closes unused nodes, reopens images under their permanent names. Does not resume a guest.
+    /// `chains` has all disks. Returns a description of what it did.
     async fn settle(&self, chains: &[OpenChain]) -> Result<Vec<String>>;
 }
 
-/// What is needed to start a domain from a memory image.
+/// Input for starting a domain from a memory image.
 #[derive(Clone, Copy)]
 pub struct StartFromMemory<'a> {
     /// The domain.
     pub domain: &'a Domain,
     /// The machine that was recorded with the snapshot.
     pub machine: Option<&'a serde_json::Value>,
-    /// The memory image, which was checked.
+    /// The memory image, already checked.
     pub file: &'a Utf8Path,
-    /// What its disks are.
+    /// The layers of its disks.
     pub chains: &'a [OpenChain],
-    /// Whether it runs then; absent: as it did at the instant.
+    /// Power state afterwards; absent: the same as at the instant.
     pub power: Option<PowerAfter>,
 }
 
-/// Why something cannot be done through a connection, and what to do instead.
+/// An obstacle to an operation through a connection, with advice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Obstacle {
-    /// Why.
+    /// The reason.
     pub why: String,
-    /// What to do.
+    /// The advice.
     pub advice: String,
 }
 
-/// What a hypervisor is like: what plans, and what is said of its domains, depend on.
+/// Properties of a hypervisor, on which plans and settings of its domains depend.
 ///
 /// ```
 /// use snapcore::{Hypervisor, HypervisorProfile};
@@ -621,30 +638,31 @@ pub struct Obstacle {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct HypervisorProfile {
-    /// What domains are recorded under, and what addresses begin with.
+    /// The name under which domains are recorded, and with which addresses begin.
     pub name: Hypervisor,
-    /// What people call it.
+    /// The name for people.
     pub title: String,
-    /// What an address is, in one word: `SOCKET`.
+    /// The kind of its addresses, in one word: `SOCKET`.
     pub address: String,
     /// The key of a domain file's `[control]` that has the address.
     pub key: String,
-    /// Guests have an agent that can freeze their file systems.
+    /// True if guests have an agent that can freeze their file systems.
     pub agent: bool,
-    /// A domain is started by a command line that may be given.
+    /// True if a command line that starts a domain may be given.
     pub start: bool,
-    /// Memory images can be compressed.
+    /// True if memory images can be compressed.
     pub compress: bool,
-    /// A domain is made from a file that may be given.
+    /// True if a file from which a domain is created may be given.
     pub config: bool,
-    /// Memory is saved while the guest runs; it is paused otherwise.
+    /// True if memory is saved while the guest runs; otherwise it is paused.
     pub saves_while_running: bool,
-    /// A revert of a running domain ends it and makes it again; it is reverted in place otherwise.
+    /// True if a revert of a running domain ends it and creates it again; otherwise it is reverted in place.
     pub recreates: bool,
 }
 
 impl HypervisorProfile {
-    /// One that saves memory while its guests are paused, reverts in place, and has nothing that could be said but the address.
+    /// Makes the profile of a hypervisor that saves memory while its guests are paused, reverts in place, and
+    /// has no setting except the address.
     pub fn new(name: Hypervisor, title: impl Into<String>, address: impl Into<String>) -> Self {
         Self {
             key: name.to_string(),
@@ -660,7 +678,8 @@ impl HypervisorProfile {
         }
     }
 
-    /// The key of a domain file's `[control]` that has the address; otherwise the hypervisor's name is.
+    /// Sets the key of a domain file's `[control]` that has the address. The default is the hypervisor's
+    /// name.
     #[must_use]
     pub fn key(mut self, key: impl Into<String>) -> Self {
         self.key = key.into();
@@ -674,7 +693,7 @@ impl HypervisorProfile {
         self
     }
 
-    /// A domain is started by a command line that may be given.
+    /// A command line that starts a domain may be given.
     #[must_use]
     pub fn start(mut self) -> Self {
         self.start = true;
@@ -688,7 +707,7 @@ impl HypervisorProfile {
         self
     }
 
-    /// A domain is made from a file that may be given.
+    /// A file from which a domain is created may be given.
     #[must_use]
     pub fn config(mut self) -> Self {
         self.config = true;
@@ -702,7 +721,7 @@ impl HypervisorProfile {
         self
     }
 
-    /// A revert of a running domain ends it and makes it again.
+    /// A revert of a running domain ends it and creates it again.
     #[must_use]
     pub fn recreates(mut self) -> Self {
         self.recreates = true;
@@ -724,74 +743,77 @@ impl HypervisorProfile {
     }
 }
 
-/// A hypervisor: finds running domains, and keeps their VM state in memory images.
+/// A hypervisor: finds running domains, and saves their VM state in memory images.
 #[async_trait]
 pub trait VmStateSaver: Send + Sync {
-    /// What it is like.
+    /// The properties of this hypervisor.
     fn profile(&self) -> HypervisorProfile;
 
-    /// Reads where a domain is reached, as a user says it, into its one form: the same domain has the same address, however it was
-    /// written. Relative paths are taken from `directory`. What is in that form already stays as it is.
+    /// Converts a user's address of a domain to its canonical form: the same domain always has the same
+    /// address. Relative paths start at `directory`. A canonical address is unchanged.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Usage`] where it is no address of this hypervisor's.
+    /// [`crate::ErrorKind::Usage`] if it is not an address of this hypervisor.
     fn read_control(&self, control: Control, directory: &Utf8Path) -> Result<Control>;
 
-    /// Connects to the domain where it runs; none where it does not. Changes nothing.
+    /// Connects to the domain if it runs; returns `None` otherwise. Changes nothing.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Busy`] where another program has the connection; whatever keeps it from being known.
+    /// [`crate::ErrorKind::Busy`] if another program has the connection; any failure that leaves it unknown.
     async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>>;
 
-    /// What runs at an address.
+    /// Describes the domain at an address.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::NotFound`] where nothing does.
+    /// [`crate::ErrorKind::NotFound`] if none runs there.
     async fn look(&self, control: &Control) -> Result<Seen>;
 
-    /// The domains that run on this machine and can be reached. What cannot be asked is passed over.
+    /// Lists the domains that run on this machine and can be reached. Domains that cannot be queried are
+    /// skipped.
     async fn scan(&self) -> Result<Vec<(Control, Seen)>>;
 
-    /// Reads a memory image and compares it with its checksums, before it is loaded. What must be unpacked for that is kept
-    /// until it is loaded, or [`VmStateSaver::release_memory`]; not beyond this process.
+    /// Reads a memory image and compares it with its checksums, before it is loaded. A copy that must be
+    /// uncompressed for that is kept until the image is loaded, or until [`VmStateSaver::release_memory`]. It
+    /// does not outlive this process.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Corrupt`] with the first place that is wrong; [`crate::ErrorKind::NotFound`];
-    /// [`crate::ErrorKind::NoSpace`] where it cannot be unpacked.
+    /// [`crate::ErrorKind::Corrupt`] with the first wrong place; [`crate::ErrorKind::NotFound`];
+    /// [`crate::ErrorKind::NoSpace`] if it cannot be uncompressed.
     async fn check_memory(&self, file: &Utf8Path, progress: &dyn Progress) -> Result<()>;
 
-    /// Lets go of what [`VmStateSaver::check_memory`] keeps of an image that is not going to be loaded.
+    /// Releases what [`VmStateSaver::check_memory`] keeps of an image that is not going to be loaded.
     async fn release_memory(&self, _file: &Utf8Path) -> Result<()> {
         Ok(())
     }
 
-    /// Starts the domain from a memory image, by the command that is configured or was recorded; where that cannot be, gives
-    /// the command for the user.
+    /// Starts the domain from a memory image, by the configured or recorded command. If that is impossible,
+    /// returns the command for the user.
     async fn start(&self, start: StartFromMemory<'_>) -> Result<Facts>;
 
-    /// What the guest of a machine can write that no snapshot holds but in its memory: firmware variables, a TPM. Each in words.
-    /// `machine` is as [`Seen::machine`]; without it what the domain's record tells is used.
+    /// Lists state that the guest of a machine can write and that a snapshot contains only in its memory, as
+    /// text: firmware variables, a TPM. `machine` is as [`Seen::machine`]; without it the domain's record is
+    /// used.
     fn outside(&self, _domain: &Domain, _machine: Option<&serde_json::Value>) -> Vec<String> {
         Vec::new()
     }
 
-    /// What the guest of a machine can write that no snapshot holds at all: directories shared with the host, devices
-    /// of the host's. Each in words. As for [`VmStateSaver::outside`].
+    /// Lists state that the guest of a machine can write and that no snapshot contains, as text: directories
+    /// shared with the host, devices of the host. Parameters are as for [`VmStateSaver::outside`].
     fn shared(&self, _domain: &Domain, _machine: Option<&serde_json::Value>) -> Vec<String> {
         Vec::new()
     }
 
-    /// Removes what a crash left beside the disks of a domain that does not run, and [`LiveDomain::tidy`] could not. Called with
-    /// the domain's lock held. What is not certainly the hypervisor's own stays.
+    /// Removes what a crash left beside the disks of a stopped domain, and [`LiveDomain::tidy`] could not.
+    /// The caller has the domain's lock. Files that are not certainly the hypervisor's own are kept.
     fn tidy_at_rest(&self, domain: &Domain) {
         let _ = domain;
     }
 
-    /// Removes a memory image, and what a crash left of one of that name. One that is not there is no error.
+    /// Removes a memory image, and leftovers of a crash under its name. A missing image is not an error.
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()>;
 
-    /// Which of these files running domains of this hypervisor have open without a lock that others would meet, each with the
-    /// domain's name.
+    /// Lists which of these files running domains of this hypervisor have open without a lock that others
+    /// would meet, each with the domain's name.
     async fn open_without_lock(&self, files: &HashSet<FileIdentity>) -> Result<Vec<(FileIdentity, String)>> {
         let _ = files;
         Ok(Vec::new())

@@ -1,4 +1,4 @@
-//! Names, checked once at the edge: nothing behind these types sees an unchecked one.
+//! Names, checked once where they enter: code behind these types never sees an unchecked name.
 
 use std::fmt;
 
@@ -38,10 +38,10 @@ macro_rules! checked_name {
         pub struct $name(String);
 
         impl $name {
-            /// Checks `name` and takes it.
+            /// Checks `name` and wraps it.
             ///
             /// # Errors
-            /// [`ErrorKind::Usage`] where it is empty, too long, or has a character that is not allowed.
+            /// [`ErrorKind::Usage`] if it is empty, too long, or has a character that is not allowed.
             pub fn new(name: impl Into<String>) -> Result<Self> {
                 let name = name.into();
                 check($what, &name)?;
@@ -93,18 +93,18 @@ checked_name!(
     "domain"
 );
 checked_name!(
-    /// What a disk is called inside its domain: `vda`, `xvda`.
+    /// The name of a disk inside its domain: `vda`, `xvda`.
     Target,
     "target"
 );
 
 impl Target {
-    /// What stands for the domain itself, where a step is its hypervisor's and no disk's. No disk may be called so.
+    /// Stands for the domain itself, in a step that its hypervisor performs. No disk may have this name.
     pub fn of_domain() -> Self {
         Self(DOMAIN.to_owned())
     }
 
-    /// Whether this is the domain itself.
+    /// Returns true if this stands for the domain itself.
     pub fn is_domain(&self) -> bool {
         self.0 == DOMAIN
     }
@@ -114,9 +114,9 @@ const DOMAIN: &str = "domain";
 
 /// The permanent name of one layer of a disk, in its backend's own terms.
 ///
-/// For file formats it is a file name in the directory of the disk's configured path, or an absolute path for an
-/// image that lives elsewhere. It never changes while the layer exists; a layer that was never frozen may not have
-/// a file under this name yet: then the layer is what the configured path names.
+/// For file formats it is a file name in the directory of the disk's configured path, or an absolute path for
+/// an image elsewhere. It never changes while the layer exists. A layer that was never frozen may have no
+/// file of this name yet. In this case the layer is the file that the configured path names.
 #[derive(
     Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
 )]

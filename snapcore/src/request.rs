@@ -1,4 +1,4 @@
-//! What a user can ask for.
+//! The requests of a user.
 
 use std::time::Duration;
 
@@ -6,55 +6,55 @@ use camino::Utf8PathBuf;
 
 use crate::{LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target};
 
-/// What to do with one disk in a create.
+/// Action for one disk in a create.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CreateDisk {
-    /// Take it in this way; for an external point, `path` may name the new overlay's file.
+    /// Take a point of this kind. For an external point, a name may be given to the new overlay's file.
     Take(PointKind, Option<LayerName>),
-    /// Take it in a way that its backend has a name for ([`crate::Capabilities::ways`]).
+    /// Take a point by a method of the backend ([`crate::Capabilities::ways`]).
     Way(String),
-    /// Leave it out of the snapshot.
+    /// Leave the disk out of the snapshot.
     Skip,
 }
 
-/// A snapshot to take.
+/// A request to create a snapshot.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct CreateRequest {
-    /// Its name.
+    /// Name of the snapshot.
     pub name: SnapshotName,
-    /// What the user writes about it.
+    /// The user's description.
     pub description: String,
-    /// How disks are taken that are not named in `disks`; absent: the way that the backend prefers.
+    /// Kind of point for disks that are not in `disks`; absent: the kind that the backend prefers.
     pub kind: Option<PointKind>,
-    /// Disk by disk.
+    /// Actions for single disks.
     pub disks: Vec<(Target, CreateDisk)>,
-    /// Whether memory is taken too; absent: where the domain runs or is paused.
+    /// True to save memory too; absent: if the domain runs or is paused.
     pub memory: Option<bool>,
-    /// Whether the guest runs while its memory is written; absent: where its hypervisor can.
+    /// True to let the guest run while its memory is saved; absent: if its hypervisor supports that.
     pub live: Option<bool>,
-    /// How long the writing of memory may go on before the guest is paused, where the hypervisor must write what the guest
-    /// dirties again and again; absent: a minute.
+    /// Time limit of pre-copy, after which the guest is paused; absent: a minute. It applies where the
+    /// hypervisor must repeatedly copy the pages that the guest changes.
     pub budget: Option<Duration>,
-    /// How strongly its memory image is compressed, 1 to 19; 0: it is not; absent: as it is said of the domain.
+    /// Compression level of the memory image, 1 to 19; 0: none; absent: the domain's setting.
     pub compress: Option<u8>,
-    /// Whether the guest's file systems are frozen for the instant. They need not be where memory is taken.
+    /// Freezing of the guest's file systems during the cut. It is not needed if memory is saved.
     pub quiesce: Quiesce,
-    /// How long they may stay frozen.
+    /// Time limit of the freeze.
     pub quiesce_limit: Duration,
-    /// What the domain does afterwards; absent: what it did before.
+    /// Power state of the domain afterwards; absent: the same as before.
     pub then: Option<PowerAfter>,
 }
 
-/// How long pre-copy may go on, where nothing else is said.
+/// Default time limit of pre-copy.
 pub(crate) const BUDGET: Duration = Duration::from_secs(60);
 
-/// How long a guest may stay frozen, where nothing else is said.
+/// Default time limit of the freeze.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
 
 impl CreateRequest {
-    /// A snapshot called `name` of all disks, each in its backend's preferred way.
+    /// Requests a snapshot called `name` of all disks, each by its backend's preferred method.
     pub fn new(name: SnapshotName) -> Self {
         Self {
             name,
@@ -71,35 +71,35 @@ impl CreateRequest {
         }
     }
 
-    /// Takes memory, or disks only.
+    /// Sets whether memory is saved too.
     #[must_use]
     pub fn memory(mut self, taken: bool) -> Self {
         self.memory = Some(taken);
         self
     }
 
-    /// Lets the guest run while its memory is written, or not.
+    /// Sets whether the guest runs while its memory is saved.
     #[must_use]
     pub fn live(mut self, live: bool) -> Self {
         self.live = Some(live);
         self
     }
 
-    /// How long pre-copy may go on before the guest is paused.
+    /// Sets the time limit of pre-copy.
     #[must_use]
     pub fn budget(mut self, budget: Duration) -> Self {
         self.budget = Some(budget);
         self
     }
 
-    /// Compresses the memory image, at a level of 1 to 19; 0: not.
+    /// Sets the compression level of the memory image, 1 to 19; 0: none.
     #[must_use]
     pub fn compress(mut self, level: u8) -> Self {
         self.compress = Some(level);
         self
     }
 
-    /// Freezes the guest's file systems for the instant, for `limit` at most.
+    /// Freezes the guest's file systems during the cut, for `limit` at most.
     #[must_use]
     pub fn quiesce(mut self, quiesce: Quiesce, limit: Duration) -> Self {
         self.quiesce = quiesce;
@@ -107,21 +107,21 @@ impl CreateRequest {
         self
     }
 
-    /// What the domain does afterwards.
+    /// Sets the power state of the domain afterwards.
     #[must_use]
     pub fn then(mut self, power: PowerAfter) -> Self {
         self.then = Some(power);
         self
     }
 
-    /// Takes all disks in this way that are not said otherwise.
+    /// Sets the kind of point for all disks without an action of their own.
     #[must_use]
     pub fn kind(mut self, kind: PointKind) -> Self {
         self.kind = Some(kind);
         self
     }
 
-    /// Says what to do with one disk.
+    /// Sets the action for one disk.
     #[must_use]
     pub fn disk(mut self, target: Target, how: CreateDisk) -> Self {
         self.disks.push((target, how));
@@ -133,7 +133,7 @@ impl CreateRequest {
         self.disks.iter().any(|(named, how)| named == target && *how == CreateDisk::Skip)
     }
 
-    /// Describes it.
+    /// Sets the description.
     #[must_use]
     pub fn description(mut self, text: impl Into<String>) -> Self {
         self.description = text.into();
@@ -141,74 +141,78 @@ impl CreateRequest {
     }
 }
 
-/// A snapshot to return to.
+/// A request to revert to a snapshot.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct RevertRequest {
-    /// Which.
+    /// Name of the snapshot.
     pub name: SnapshotName,
-    /// Where given, the present is kept as a snapshot of this name first.
+    /// If given, the current state is saved as a snapshot of this name first.
     pub save_current: Option<SnapshotName>,
-    /// What the domain does afterwards; absent: with memory what it did at the snapshot, without what it does now.
+    /// Power state of the domain afterwards; absent: with memory the state at the snapshot, without memory
+    /// the state now.
     pub power: Option<PowerAfter>,
-    /// Whether the present's memory is kept until the revert is certain, by a hypervisor that must end the domain for it.
+    /// True to keep the current memory until the revert is certain, if the hypervisor must end the domain for
+    /// it.
     pub safety: bool,
-    /// The file that the domain is made from, in the place of its own, where its hypervisor has one.
+    /// The file that the domain is created from instead of its own, if its hypervisor uses one.
     pub config: Option<Utf8PathBuf>,
-    /// Disks that are left as they are.
+    /// Disks that are not reverted.
     pub skip: Vec<Target>,
 }
 
 impl RevertRequest {
-    /// Back to `name`; the present is dropped.
+    /// Requests a revert to `name` that discards the current state.
     pub fn new(name: SnapshotName) -> Self {
         Self { name, save_current: None, power: None, safety: true, config: None, skip: Vec::new() }
     }
 
-    /// On a running domain, what saves the current state first, and the revert itself.
+    /// Splits a revert that saves the current state of a running domain: returns the create that saves it,
+    /// and the revert.
     ///
-    /// The current state is saved by a snapshot of its own, with memory, which leaves the guest paused until the revert: so
-    /// nothing that it does in between is lost.
+    /// The create saves a snapshot with memory and leaves the guest paused until the revert. So nothing that
+    /// the guest does in between is lost.
     pub(crate) fn in_two(&self, recreates: bool) -> Option<(CreateRequest, Self)> {
         let name = self.save_current.clone()?;
         let mut save = CreateRequest::new(name)
             .description(format!("the state before a revert to {}", self.name))
             .then(PowerAfter::Paused);
         save.disks.extend(self.skip.iter().map(|target| (target.clone(), CreateDisk::Skip)));
-        // What is saved first is all the safety that there can be.
+        // The saved snapshot already provides all the safety that is possible.
         let safety = self.safety && !recreates;
         Some((save, Self { save_current: None, safety, ..self.clone() }))
     }
 
-    /// Does without what would bring the former guest back.
+    /// Does not keep the memory that could restore the previous guest.
     #[must_use]
     pub fn without_safety(mut self) -> Self {
         self.safety = false;
         self
     }
 
-    /// Makes the domain from this file.
+    /// Creates the domain from this file.
     #[must_use]
     pub fn config(mut self, file: impl Into<Utf8PathBuf>) -> Self {
         self.config = Some(file.into());
         self
     }
 
-    /// Leaves a disk as it is: one that is gone, for example. Memory is not restored over such a disk.
+    /// Leaves a disk as it is, for example one that no longer exists. Memory is not restored over such a
+    /// disk.
     #[must_use]
     pub fn skip(mut self, target: Target) -> Self {
         self.skip.push(target);
         self
     }
 
-    /// What the domain does afterwards.
+    /// Sets the power state of the domain afterwards.
     #[must_use]
     pub fn power(mut self, power: PowerAfter) -> Self {
         self.power = Some(power);
         self
     }
 
-    /// Keeps the present as a snapshot first.
+    /// Saves the current state as a snapshot first.
     #[must_use]
     pub fn save_current(mut self, name: SnapshotName) -> Self {
         self.save_current = Some(name);
@@ -216,53 +220,53 @@ impl RevertRequest {
     }
 }
 
-/// How much of the tree a delete takes.
+/// The part of the tree that a delete removes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeleteScope {
-    /// The named snapshots alone; their children become their parents' children.
+    /// The named snapshots only; their children become children of their parents.
     #[default]
     Only,
-    /// The named ones and all that derive from them.
+    /// The named snapshots and all their descendants.
     WithChildren,
-    /// All that derive from the named ones, which stay.
+    /// All descendants of the named snapshots, which are kept.
     ChildrenOnly,
 }
 
-/// Snapshots to delete.
+/// A request to delete snapshots.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct DeleteRequest {
-    /// Which.
+    /// Names of the snapshots.
     pub names: Vec<SnapshotName>,
-    /// How far.
+    /// The part of the tree to delete.
     pub scope: DeleteScope,
-    /// What merges on a running domain may move, in bytes a second; 0: as fast as they can.
+    /// Limit of merges on a running domain, in bytes per second; 0: no limit.
     pub limit: u64,
-    /// Whether points that are damaged are forgotten, where a backend can: their space stays in use.
+    /// True to forget damaged points, if the backend can: their space stays in use.
     pub force: bool,
 }
 
 impl DeleteRequest {
-    /// Deletes `names`, alone.
+    /// Requests the deletion of `names` only.
     pub fn new(names: Vec<SnapshotName>) -> Self {
         Self { names, scope: DeleteScope::Only, limit: 0, force: false }
     }
 
-    /// Limits merges on a running domain, in bytes a second.
+    /// Limits merges on a running domain, in bytes per second.
     #[must_use]
     pub fn limit(mut self, bytes_per_second: u64) -> Self {
         self.limit = bytes_per_second;
         self
     }
 
-    /// Forgets points that are damaged.
+    /// Forgets damaged points.
     #[must_use]
     pub fn force(mut self, force: bool) -> Self {
         self.force = force;
         self
     }
 
-    /// Says how far.
+    /// Sets the part of the tree to delete.
     #[must_use]
     pub fn scope(mut self, scope: DeleteScope) -> Self {
         self.scope = scope;
@@ -274,12 +278,12 @@ impl DeleteRequest {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Request {
-    /// Take a snapshot.
+    /// Create a snapshot.
     Create(CreateRequest),
-    /// Return to one.
+    /// Revert to a snapshot.
     Revert(RevertRequest),
-    /// Delete some.
+    /// Delete snapshots.
     Delete(DeleteRequest),
-    /// Merge and remove layers that nothing needs any more: what a cancelled or failed merge left.
+    /// Merge and remove layers that are no longer needed: leftovers of a cancelled or failed merge.
     Tidy,
 }

@@ -1,6 +1,6 @@
-//! Sizes as people read them.
+//! Sizes for people.
 
-/// Bytes with three digits that count: `0 B`, `512 B`, `1.50 KiB`, `12.3 MiB`, `100 GiB`.
+/// Formats bytes with three significant digits: `0 B`, `512 B`, `1.50 KiB`, `12.3 MiB`, `100 GiB`.
 pub fn shown_size(count: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if count < 1024 {
@@ -11,7 +11,7 @@ pub fn shown_size(count: u64) -> String {
     for next in UNITS {
         value /= 1024.0;
         unit = next;
-        // What would round up to 1024 of this unit is one of the next.
+        // A value that would round up to 1024 of this unit is shown in the next.
         if value < 999.5 {
             break;
         }

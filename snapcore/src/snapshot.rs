@@ -1,4 +1,4 @@
-//! Snapshots and the tree they form.
+//! Snapshots, and the tree that they form.
 
 use std::collections::{HashMap, HashSet};
 
@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::{DiskRecord, DiskState, Error, ErrorKind, LayerName, Result, SnapshotName, TagIdentity, Target};
 
-/// The identity of a snapshot: survives renames, and is unique over all domains. Sorts by time of making.
+/// The identity of a snapshot. It survives renames, is unique over all domains, and sorts by creation time.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
 )]
@@ -17,7 +17,7 @@ use crate::{DiskRecord, DiskState, Error, ErrorKind, LayerName, Result, Snapshot
 pub struct SnapshotId(#[schemars(with = "String")] pub Uuid);
 
 impl SnapshotId {
-    /// A new one.
+    /// Makes a new identity.
     pub fn fresh() -> Self {
         Self(Uuid::now_v7())
     }
@@ -29,24 +29,24 @@ impl std::fmt::Display for SnapshotId {
     }
 }
 
-/// In which state the disks are at the point.
+/// State of the disks at the point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Consistency {
-    /// As after a power failure.
+    /// Like after a power failure.
     Crash,
     /// The guest's file systems were flushed and frozen.
     Filesystem,
-    /// The domain was shut down. As clean as its shutdown was.
+    /// The domain was shut down. The disks are as clean as its shutdown was.
     Clean,
-    /// Memory and disks are of one instant.
+    /// Memory and disks are of the same instant.
     Memory,
-    /// Nobody recorded it: an imported point.
+    /// Unknown: an imported point, for which it was not recorded.
     Unknown,
 }
 
-/// Where a point lives.
+/// Location of a point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PointKind {
@@ -56,14 +56,14 @@ pub enum PointKind {
     External,
 }
 
-/// One state of one disk that can be returned to.
+/// One state of one disk to which it can be reverted.
 #[derive(
     Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
 )]
 pub struct Point {
-    /// The layer that holds it.
+    /// The layer that contains it.
     pub layer: LayerName,
-    /// The name in the layer's own snapshot table; absent: the layer itself, frozen.
+    /// The name in the layer's own snapshot table; absent: the frozen layer itself.
     pub tag: Option<String>,
 }
 
@@ -78,7 +78,7 @@ impl Point {
         Self { layer, tag: Some(tag.into()) }
     }
 
-    /// Where it lives.
+    /// The location of the point.
     pub fn kind(&self) -> PointKind {
         match self.tag {
             Some(_) => PointKind::Internal,
@@ -90,27 +90,27 @@ impl Point {
 /// A point of one disk as a member of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct DiskPoint {
-    /// Which disk.
+    /// The disk.
     pub target: Target,
-    /// Where its state is.
+    /// The location of its state.
     #[serde(flatten)]
     pub point: Point,
     /// The disk's size at the point, in bytes.
     pub virtual_size: u64,
-    /// Of an internal snapshot: what it was when it was taken. Absent in records of an older domsnap, and where the backend
-    /// cannot say; then it is known by its name alone.
+    /// Identity of an internal snapshot when it was created. Absent in records of an older domsnap, and if
+    /// the backend does not provide one. Then only its name identifies it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<TagIdentity>,
 }
 
 impl DiskPoint {
-    /// A point of a disk, without an identity.
+    /// Makes a point of a disk without an identity.
     pub fn new(target: Target, point: Point, virtual_size: u64) -> Self {
         Self { target, point, virtual_size, identity: None }
     }
 
-    /// Says why what the disk has in the point's place is not what was recorded, if so: another program deleted the
-    /// internal snapshot, and made one of the same name.
+    /// Returns the reason if the internal snapshot at the point's place is not the recorded one: another
+    /// program deleted that one and made another of the same name.
     pub fn replaced(&self, state: &DiskState) -> Option<String> {
         let (tag, recorded) = (self.point.tag.as_ref()?, self.identity.as_ref()?);
         let layer = state.layer(&self.point.layer)?;
@@ -135,19 +135,19 @@ pub struct MemoryPoint {
     pub file: Utf8PathBuf,
     /// Its size, in bytes.
     pub bytes: u64,
-    /// Of one that is compressed: its size when it is unpacked, in bytes.
+    /// Uncompressed size of a compressed image, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full: Option<u64>,
-    /// Whether the guest ran at the instant; it was paused otherwise.
+    /// True if the guest ran at the instant; otherwise it was paused.
     pub running: bool,
 }
 
-/// A disk that the domain had at the instant, and of which the snapshot holds nothing, because the user said so.
+/// A disk of the domain that the user left out of the snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct SkippedDisk {
-    /// Which disk.
+    /// The disk.
     pub target: Target,
-    /// Its image, as it was named at the instant.
+    /// Its image, by the name that it had at the instant.
     pub image: String,
 }
 
@@ -158,32 +158,32 @@ pub struct Snapshot {
     pub id: SnapshotId,
     /// Its name, unique in the domain.
     pub name: SnapshotName,
-    /// The snapshot that was current when it was taken.
+    /// The snapshot that was current when this one was created.
     pub parent: Option<SnapshotId>,
-    /// When its instant was.
+    /// Time of its instant.
     #[schemars(with = "String")]
     pub created: Timestamp,
-    /// What the user wrote about it.
+    /// The user's description.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub description: String,
-    /// How consistent its disks are.
+    /// Consistency of its disks.
     pub consistency: Consistency,
-    /// One point a disk; a disk that was skipped has none.
+    /// One point for each disk; none for a skipped disk.
     pub disks: Vec<DiskPoint>,
-    /// Memory of the same instant, where it was taken.
+    /// Memory of the same instant, if it was saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryPoint>,
-    /// The machine that it was taken on ([`crate::Domain::machine`]); absent where the domain did not run.
+    /// The machine on which it was created ([`crate::Domain::machine`]); absent if the domain did not run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<String>,
-    /// Disks of the domain that were left out, as the user asked. Empty in snapshots of an older domsnap, which did not
+    /// Disks of the domain that the user left out. Empty in snapshots of an older domsnap, which did not
     /// record them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<SkippedDisk>,
 }
 
 impl Snapshot {
-    /// Says why the snapshot holds nothing of the disk `target`.
+    /// Explains why the snapshot has no point of the disk `target`.
     pub(crate) fn why_without(&self, target: &Target) -> String {
         match self.skipped.iter().any(|disk| disk.target == *target) {
             true => format!("skipped when snapshot {} was created", self.name),
@@ -197,7 +197,7 @@ impl Snapshot {
     }
 }
 
-/// Snapshots of one disk that were found in its images, made by another tool. An image may have very many.
+/// Snapshots by other tools that were found in the images of one disk. An image may have very many.
 #[derive(Debug, Default)]
 pub struct Found {
     snapshots: Vec<Snapshot>,
@@ -205,7 +205,8 @@ pub struct Found {
 }
 
 impl Found {
-    /// Adds one, the child of the one added before it: oldest first. `wanted` is what it is called there.
+    /// Adds one snapshot as the child of the one added before it: oldest first. `wanted` is its name in the
+    /// image.
     pub fn add(
         &mut self,
         record: &DiskRecord,
@@ -215,7 +216,8 @@ impl Found {
         virtual_size: u64,
     ) {
         let parent = self.snapshots.last();
-        // A tree lists snapshots by time; clocks of images may disagree with the order of the chain, which is certain.
+        // A tree lists snapshots by time. The clocks of images may contradict the order of the chain, which
+        // is certain.
         let created = parent.map_or(created, |parent| created.max(parent.created));
         let parent = parent.map(|parent| parent.id);
         let snapshot = Snapshot {
@@ -233,29 +235,29 @@ impl Found {
         self.snapshots.push(snapshot);
     }
 
-    /// Says what tells the internal snapshot that was added last from others of its name.
+    /// Sets the identity of the snapshot that was added last, to distinguish it from others of its name.
     pub fn identify_last(&mut self, identity: Option<TagIdentity>) {
         if let Some(member) = self.snapshots.last_mut().and_then(|snapshot| snapshot.disks.first_mut()) {
             member.identity = identity;
         }
     }
 
-    /// All of them, in the order in which they were added.
+    /// All snapshots, in the order in which they were added.
     pub fn into_snapshots(self) -> Vec<Snapshot> {
         self.snapshots
     }
 }
 
-/// Names for snapshots that were found, each given once.
+/// Names for snapshots that were found, each used once.
 #[derive(Debug, Default)]
 pub struct FreeNames {
     taken: HashSet<SnapshotName>,
-    /// The last number that was tried behind a name: thousands of one name do not each try all again.
+    /// The last number that was tried for a name, so that thousands of one name do not each try all again.
     tried: HashMap<String, u64>,
 }
 
 impl FreeNames {
-    /// A name as near to `wanted` as the rules allow, which was not given before.
+    /// Returns a name as near to `wanted` as the rules allow, and not used before.
     pub fn take(&mut self, wanted: &str) -> SnapshotName {
         let allowed = |c: char| if c.is_ascii_alphanumeric() || "._-+:".contains(c) { c } else { '_' };
         let mut base: String = wanted.chars().map(allowed).take(240).collect();
@@ -275,46 +277,46 @@ impl FreeNames {
     }
 }
 
-/// All snapshots of a domain, with questions about their relations.
+/// All snapshots of a domain, with queries about their relations.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SnapshotTree {
     snapshots: Vec<Snapshot>,
-    /// Where each is in them.
+    /// Index of each snapshot in them.
     places: HashMap<SnapshotId, usize>,
 }
 
 impl SnapshotTree {
-    /// A tree of `snapshots`, which it keeps in the order of their making.
+    /// Makes a tree of `snapshots`, in the order of their creation.
     pub fn new(mut snapshots: Vec<Snapshot>) -> Self {
         snapshots.sort_by_key(|snapshot| (snapshot.created, snapshot.id));
         let places = snapshots.iter().enumerate().map(|(place, snapshot)| (snapshot.id, place)).collect();
         Self { snapshots, places }
     }
 
-    /// All, oldest first.
+    /// All snapshots, oldest first.
     pub fn iter(&self) -> impl Iterator<Item = &Snapshot> {
         self.snapshots.iter()
     }
 
-    /// How many there are.
+    /// Number of snapshots.
     pub fn len(&self) -> usize {
         self.snapshots.len()
     }
 
-    /// Whether there are none.
+    /// Returns true if there are no snapshots.
     pub fn is_empty(&self) -> bool {
         self.snapshots.is_empty()
     }
 
-    /// The one with this identity.
+    /// The snapshot with this identity.
     pub fn get(&self, id: SnapshotId) -> Option<&Snapshot> {
         self.places.get(&id).and_then(|place| self.snapshots.get(*place))
     }
 
-    /// The one of this name.
+    /// The snapshot of this name.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`], with the nearest names there are.
+    /// [`ErrorKind::NotFound`], with the names of the newest snapshots.
     pub fn named(&self, name: &SnapshotName) -> Result<&Snapshot> {
         self.snapshots.iter().find(|snapshot| snapshot.name == *name).ok_or_else(|| {
             let known: Vec<&str> = self.snapshots.iter().rev().take(8).map(|s| s.name.as_str()).collect();
@@ -331,11 +333,11 @@ impl SnapshotTree {
         self.snapshots.iter().filter(move |snapshot| snapshot.parent == parent)
     }
 
-    /// All that derive from `ancestor`, without itself, oldest first.
+    /// All descendants of `ancestor`, without itself, oldest first.
     pub fn descendants(&self, ancestor: SnapshotId) -> Vec<&Snapshot> {
         let mut found = HashSet::from([ancestor]);
-        // Parents are older than their children, so one pass in the order of making finds all; a second guards
-        // against clocks that went backwards.
+        // Parents are older than their children, so one pass in the order of creation finds all. The loop
+        // repeats it in case clocks went backwards.
         loop {
             let before = found.len();
             for snapshot in &self.snapshots {

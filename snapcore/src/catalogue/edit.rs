@@ -1,12 +1,12 @@
-//! What an edit does to a domain and its snapshots: said here, once.
+//! The effect of an edit on a domain and its snapshots, defined once for every store.
 
 use crate::{Domain, Edit, Error, ErrorKind, Result, SnapshotTree, Target};
 
 /// Applies `edit`.
 ///
 /// # Errors
-/// [`ErrorKind::Exists`] for a second snapshot of one name or identity, [`ErrorKind::NotFound`] for a snapshot or
-/// disk that is not there. `domain` and `tree` are as before then.
+/// [`ErrorKind::Exists`] for a second snapshot of the same name or identity; [`ErrorKind::NotFound`] for a
+/// snapshot or disk that does not exist. `domain` and `tree` are then unchanged.
 pub fn apply_edit(edit: &Edit, domain: &mut Domain, tree: &mut SnapshotTree) -> Result<()> {
     match edit {
         Edit::AddSnapshot { snapshot } => {

@@ -1,8 +1,8 @@
-//! The catalogue: which domains there are, which snapshots they have, and the journal of what is being done to them.
+//! The catalogue: the domains, their snapshots, and the journal of the operations on them.
 //!
-//! The engine knows [`Catalogue`] alone, and no store. The crate `catalogue-sqlite` fulfils it on one machine; the contract
-//! is made so that a store of a cluster (etcd) can: it asks for no more than compare-and-set of one domain's keys in one
-//! transaction, watching them, and leases.
+//! The engine only knows [`Catalogue`], and no store. The crate `catalogue-sqlite` implements it on one
+//! machine. The contract is made so that a store of a cluster (etcd) can implement it too. It needs no more
+//! than compare-and-set of one domain's keys in one transaction, watches on them, and leases.
 
 mod edit;
 
@@ -24,8 +24,9 @@ use crate::{
     StepState,
 };
 
-/// How often a domain's records have changed. Each transaction on a domain makes it greater; it never goes back, not
-/// even when the domain is removed and registered again in between, as far as a holder of the old value can see.
+/// Counter of the changes of a domain's records. Each transaction on a domain increases it. It never
+/// decreases, as far as a holder of an older value can see, even if the domain is removed and registered
+/// again in between.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
 )]
@@ -33,12 +34,12 @@ use crate::{
 pub struct Revision(pub u64);
 
 impl Revision {
-    /// The revision of a domain that the catalogue does not have.
+    /// The revision of a domain that is not in the catalogue.
     pub const ABSENT: Self = Self(0);
 }
 
-/// Which catalogue it is: random, made with it, and never changed. A copy of a catalogue, as a backup of it, has the
-/// same one.
+/// Identity of a catalogue: random, made with it, and never changed. A copy of a catalogue, such as its
+/// backup, has the same identity.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
 )]
@@ -46,7 +47,7 @@ impl Revision {
 pub struct CatalogueId(#[schemars(with = "String")] pub Uuid);
 
 impl CatalogueId {
-    /// A new one.
+    /// Makes a new identity.
     pub fn fresh() -> Self {
         Self(Uuid::new_v4())
     }
@@ -58,7 +59,7 @@ impl std::fmt::Display for CatalogueId {
     }
 }
 
-/// Who said something about a domain, and when: what manifests are marked with.
+/// Origin and age of a statement about a domain. Manifests are marked with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     /// The catalogue; absent in manifests from before catalogues had identities.
@@ -74,10 +75,10 @@ pub struct Entry {
     pub domain: Domain,
     /// Its snapshots.
     pub tree: SnapshotTree,
-    /// When this was so.
+    /// The revision at which this was read.
     pub revision: Revision,
-    /// The manifests that the domain was taken from when it entered the catalogue, where it was: until ours are
-    /// written over them, these are the ones beside the data.
+    /// The stamp of the manifests from which the domain was imported, if it was. Until our manifests
+    /// overwrite them, these are the ones beside the data.
     pub follows: Option<Stamp>,
 }
 
@@ -86,79 +87,84 @@ pub struct Entry {
 pub struct EntrySummary {
     /// The domain.
     pub domain: Domain,
-    /// How many snapshots it has.
+    /// Number of its snapshots.
     pub snapshots: u64,
-    /// Whether the journal has an operation of it that has not ended.
+    /// True if the journal has an operation of it that has not ended.
     pub unfinished: bool,
-    /// What its images were backed by beside its own layers when it was recorded last; absent: not recorded.
+    /// Files outside its own layers that backed its images when it was last recorded; absent: not recorded.
     pub bases: Option<Vec<Utf8PathBuf>>,
 }
 
 /// One change of a transaction.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
-    /// The domain is exactly this, with exactly these snapshots. Its journal stays.
+    /// Sets the domain and its snapshots to exactly this. Its journal is kept.
     PutDomain(Box<Domain>, Vec<Snapshot>),
-    /// The domain was taken from manifests of this stamp: it is the entry's from now on, and the domain's revision
-    /// becomes greater than the one in it.
+    /// Records that the domain was imported from manifests of this stamp. The entry keeps the stamp, and the
+    /// domain's revision becomes greater than the one in it.
     Follow(Stamp),
-    /// The domain's images are backed by these files beside its own layers: known also where the images cannot be read.
+    /// Records the files outside the domain's own layers that back its images, so that they are known even if
+    /// the images cannot be read.
     Bases(Vec<Utf8PathBuf>),
-    /// The catalogue forgets the domain, its snapshots and its journal.
+    /// Removes the domain, its snapshots and its journal from the catalogue.
     RemoveDomain,
-    /// The domain or its snapshots change.
+    /// Changes the domain or its snapshots.
     Edit(Edit),
-    /// An operation and all its steps are recorded.
+    /// Records an operation with all its steps.
     Begin(Box<Operation>),
-    /// An operation is in this state; `error`, where given, is added to its errors.
+    /// Sets the state of an operation; `error`, if given, is added to its errors.
     Operation(OperationId, OperationState, Option<String>),
-    /// A step of an operation is in this state.
+    /// Sets the state of a step of an operation.
     Step(OperationId, usize, StepState),
 }
 
 /// A stream of a domain's revisions.
 pub type Revisions = Pin<Box<dyn Stream<Item = Revision> + Send>>;
 
-/// A lease that is held: given back when it is dropped.
+/// A lease on a name. It is released when it is dropped.
 pub struct Lease {
     lost: CancellationToken,
     _guard: Box<dyn Any + Send + Sync>,
 }
 
 impl Lease {
-    /// A lease that `guard` keeps, and that is lost when `lost` is cancelled.
+    /// Makes a lease that `guard` keeps, and that is lost when `lost` is cancelled.
     pub fn new(guard: impl Any + Send + Sync, lost: CancellationToken) -> Self {
         Self { lost, _guard: Box::new(guard) }
     }
 
-    /// Is cancelled when the lease was lost before it was given back: its store could not be reached for longer than
-    /// its time to live. Whoever holds it must then stop before the commit point, and change nothing more.
+    /// Returns a token that is cancelled if the lease was lost before its release: its store was unreachable
+    /// for longer than its time to live. The holder must then stop before the commit point, and change
+    /// nothing more.
     pub fn lost(&self) -> &CancellationToken {
         &self.lost
     }
 }
 
-/// Where domains, snapshots and the journal are kept.
+/// The store of domains, snapshots and the journal.
 ///
-/// The contract that every implementation fulfils:
+/// Every implementation fulfils this contract:
 ///
-/// * **One domain, one transaction.** [`Catalogue::commit`] applies all its changes or none, and when it returns
-///   they are durable: they outlive a power failure. A transaction never spans domains.
-/// * **Compare and set.** It names the revision that it expects. Where the domain's is another it changes nothing
-///   and fails with [`crate::ErrorKind::Busy`]. A success gives the new revision, which is greater.
-/// * **Identities are of a domain.** Snapshots of two domains may have one identity, as where an older domsnap took in
-///   a copy of a directory: what is done to one domain's never touches the other's.
-/// * **Revisions tell old from new.** Together with the catalogue's [`Catalogue::identity`] they are written beside the
-///   data. So the revision of a domain that follows manifests is greater than theirs ([`Change::Follow`]): of two
-///   catalogues that tell of the same data, the greater revision is the later word.
-/// * **A failure may hide a success.** A commit that fails with any other error may still have happened; whoever
-///   must know reads again.
-/// * **Reads are whole.** What a read returns was true at one instant, and makes or changes nothing.
-/// * **Leases exclude.** Of all processes, one at most holds the lease of a name, as long as its `lost` is not
+/// * **One domain, one transaction.** [`Catalogue::commit`] applies all its changes or none. When it returns
+///   they are durable: they survive a power failure. A transaction never spans domains.
+/// * **Compare and set.** A transaction names the revision that it expects. If the domain has another one, it
+///   changes nothing and fails with [`crate::ErrorKind::Busy`]. A success returns the new revision, which is
+///   greater.
+/// * **Identities belong to a domain.** Snapshots of two domains may have the same identity, because an older
+///   domsnap imported copies of a directory so. A change to one domain's snapshot never affects the other's.
+/// * **Revisions order old and new.** They are written beside the data, together with the catalogue's
+///   [`Catalogue::identity`]. So the revision of a domain that follows manifests is greater than theirs
+///   ([`Change::Follow`]). If two catalogues describe the same data, the one with the greater revision is
+///   newer.
+/// * **A failure may hide a success.** A commit that fails with any other error may still have happened. A
+///   caller that must know reads again.
+/// * **Reads are consistent.** The result of a read was true at one instant. A read creates and changes
+///   nothing.
+/// * **Leases exclude.** Of all processes, at most one has the lease of a name while its `lost` is not
 ///   cancelled.
 #[async_trait]
 pub trait Catalogue: Send + Sync {
-    /// Which catalogue this is; nothing where nothing was ever recorded in it. Once it has one it keeps it.
+    /// The identity of this catalogue; `None` if nothing was ever recorded in it. It never changes.
     async fn identity(&self) -> Result<Option<CatalogueId>>;
 
     /// All domains, by name.
@@ -167,7 +173,7 @@ pub trait Catalogue: Send + Sync {
     /// The domain of this name.
     async fn load(&self, name: &DomainName) -> Result<Option<Entry>>;
 
-    /// Which of the disk paths belong to which domain.
+    /// Returns which of the disk paths belong to which domain.
     async fn owners(&self, paths: &[Utf8PathBuf]) -> Result<Vec<(Utf8PathBuf, DomainName)>>;
 
     /// The operations of a domain that have not ended, oldest first.
@@ -179,18 +185,18 @@ pub trait Catalogue: Send + Sync {
     /// Changes a domain.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Busy`] where the domain's revision is not `expected`; [`crate::ErrorKind::Exists`] where
-    /// a disk belongs to another domain, or a snapshot's name is taken. Nothing was changed then.
+    /// [`crate::ErrorKind::Busy`] if the domain's revision is not `expected`; [`crate::ErrorKind::Exists`] if
+    /// a disk belongs to another domain, or a snapshot's name is in use. Nothing was changed then.
     async fn commit(&self, name: &DomainName, expected: Revision, changes: Vec<Change>) -> Result<Revision>;
 
-    /// The domain's revisions from now on. Revisions may be left out, the last one never; the present one comes
-    /// first. Ends only with the catalogue.
+    /// Streams the domain's revisions, the current one first. Some revisions may be left out, but never the
+    /// last. The stream only ends with the catalogue.
     async fn watch(&self, name: &DomainName) -> Result<Revisions>;
 
-    /// Takes the lease called `name` for `holder`, a text for people, and keeps it until it is dropped. Where the
-    /// holder dies it ends by itself: after `time_to_live` at the latest.
+    /// Takes the lease called `name` for `holder`, a text for people, until it is dropped. If the holder
+    /// dies, the lease ends by itself after `time_to_live` at the latest.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Busy`], naming who holds it.
+    /// [`crate::ErrorKind::Busy`], with the name of the holder.
     async fn lease(&self, name: &str, holder: &str, time_to_live: Duration) -> Result<Lease>;
 }
