@@ -1,5 +1,5 @@
-//! Moves data between qcow2 layers, for measurements and for looking at images:
-//! `move_data merge INTO IMAGE...` makes layer number INTO of the run IMAGE... (the bottom first) show what the last shows;
+//! Moves data between qcow2 layers, for measurements and for looking at images: `move_data merge INTO
+//! IMAGE...` makes layer number INTO of the run IMAGE... (the bottom first) show what the last shows;
 //! `move_data materialise IMAGE TAG NEW` copies an internal snapshot out.
 
 use std::path::Path;
@@ -10,7 +10,7 @@ use backend_qcow2::image::{
     materialise, merge,
 };
 
-/// What is below the run is not opened here: clusters that would need it are an error.
+/// The backing file of the run is not opened here: clusters that would need it are an error.
 struct Unread;
 
 impl ChainReader for Unread {

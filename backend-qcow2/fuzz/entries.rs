@@ -1,4 +1,4 @@
-//! What each fuzz target does with its bytes. Plain functions, so that a test runs them too, without a fuzzer.
+//! The functions of the fuzz targets. They are plain functions, so that a test can run them without a fuzzer.
 //!
 //! A parser may refuse; it may not panic, and what it accepts must be written back to what it accepts alike.
 

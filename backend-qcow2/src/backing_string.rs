@@ -1,8 +1,9 @@
-//! Backing strings: what QEMU takes them for, and how we write them.
+//! Backing strings: how QEMU interprets them, and how domsnap writes them.
 //!
-//! QEMU's rules (`block.c`): what begins with `json:` is a tree of options; otherwise, a word before a colon that comes
-//! before any slash is a protocol; all else is a path, relative to the directory of the image that has the string. A
-//! relative path inside of `json:` or behind a protocol is relative to the directory in which QEMU was started.
+//! QEMU's rules (`block.c`): a string that begins with `json:` is a tree of options. Otherwise, a word before
+//! a colon that comes before any slash is a protocol. Everything else is a path, relative to the directory of
+//! the image that has the string. A relative path inside of `json:` or behind a protocol is relative to the
+//! directory in which QEMU was started.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -12,14 +13,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::Value;
 use snapcore::{Error, ErrorKind, LayerName, Result};
 
-/// The most bytes that a backing string may have.
+/// The largest number of bytes of a backing string.
 const LONGEST: usize = 1023;
 
-/// How deep `json:` strings within `json:` strings are followed.
+/// The deepest nesting of `json:` strings that is followed.
 const DEEPEST: u32 = 4;
 
-/// Protocols of QEMU behind which there is no file of this machine. A server that offers one of our layers to them has
-/// it open, and its lock tells.
+/// Protocols of QEMU that refer to no file of this machine. A server that offers one of our layers by them
+/// has it open, and its lock shows that.
 const NO_FILES: [&str; 20] = [
     "ftp",
     "ftps",
@@ -43,21 +44,22 @@ const NO_FILES: [&str; 20] = [
     "vxhs",
 ];
 
-/// What a backing string names.
+/// Object of a backing string.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Named {
     /// One of these files.
     Files(Vec<PathBuf>),
-    /// One of these files, or of the same names relative to a directory that nobody knows.
+    /// One of these files, or of the same names relative to an unknown directory.
     Perhaps(Vec<PathBuf>),
     /// No file of this machine.
     NoFile,
-    /// It cannot be told, and why.
+    /// Undetermined, with the reason.
     Unknown(String),
 }
 
-/// What the backing string of an image names, for somebody who must not miss that it is a certain file. `directories`
-/// are those in which QEMU may find the image: that of its name, and that of the file behind a symbolic link.
+/// Returns the object of an image's backing string, for callers that must not miss a certain file.
+/// `directories` are those in which QEMU may find the image: that of its name, and that of the file behind a
+/// symbolic link.
 pub(crate) fn named(directories: &[&Path], string: &[u8]) -> Named {
     meaning(directories, string, 0)
 }
@@ -80,7 +82,7 @@ fn meaning(directories: &[&Path], string: &[u8], depth: u32) -> Named {
     }
 }
 
-/// The word that QEMU takes for a protocol, and what comes behind its colon.
+/// Splits off the word that QEMU interprets as a protocol, and the text behind its colon.
 fn protocol(string: &[u8]) -> Option<(&str, &[u8])> {
     let at = string.iter().position(|byte| matches!(byte, b':' | b'/'))?;
     match string.split_at_checked(at)? {
@@ -102,15 +104,15 @@ fn from_options(directories: &[&Path], options: &[u8], depth: u32) -> Named {
         Ok(options) => options,
         Err(error) => return unknown(format!("that is not JSON: {error}")),
     };
-    let mut told = Told::default();
-    told.read(&options);
-    if let Some(node) = told.node {
+    let mut tree = OptionTree::default();
+    tree.read(&options);
+    if let Some(node) = tree.node {
         return unknown(format!("that names the block node {node:?} of a running QEMU"));
     }
     let mut files = Vec::new();
     let mut certain = true;
-    for name in &told.files {
-        // With the driver stated the name is a path as it is; without, it may be any backing string.
+    for name in &tree.files {
+        // With a stated driver the name is a plain path. Without one it may be any backing string.
         files.extend(beside(directories, name.as_bytes()));
         certain &= name.starts_with('/');
         if name.starts_with("json:") || protocol(name.as_bytes()).is_some() {
@@ -128,20 +130,20 @@ fn from_options(directories: &[&Path], options: &[u8], depth: u32) -> Named {
     match (files.is_empty(), certain) {
         (false, true) => Named::Files(files),
         (false, false) => Named::Perhaps(files),
-        (true, _) if told.no_file => Named::NoFile,
+        (true, _) if tree.no_file => Named::NoFile,
         (true, _) => unknown("that names no file".to_owned()),
     }
 }
 
-/// What a tree of block device options tells: nested, or with dots in its keys (`file.filename`).
+/// Content of a tree of block device options, which may be nested or have dots in its keys (`file.filename`).
 #[derive(Default)]
-struct Told {
+struct OptionTree {
     files: Vec<String>,
     node: Option<String>,
     no_file: bool,
 }
 
-impl Told {
+impl OptionTree {
     fn read(&mut self, value: &Value) {
         match value {
             Value::Object(options) => {
@@ -164,7 +166,8 @@ impl Told {
     }
 }
 
-/// The file that a backing string of `child` names, where it is a plain path: beside the child, unless it is absolute.
+/// Returns the file of a backing string of `child` that is a plain path: beside the child, unless it is
+/// absolute.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`] for every other string: it could name anything on this machine.
@@ -191,7 +194,7 @@ pub(crate) fn resolve_backing(child: &Utf8Path, backing: &str) -> Result<Utf8Pat
     })
 }
 
-/// The backing string by which an image in the directory of the disk at `path` names `layer`.
+/// Returns the backing string by which an image in the directory of the disk at `path` names `layer`.
 pub(crate) fn backing_string(path: &Utf8Path, layer: &LayerName) -> String {
     let name = layer.as_str();
     if protocol(name.as_bytes()).is_some() {
@@ -205,10 +208,10 @@ pub(crate) fn backing_string(path: &Utf8Path, layer: &LayerName) -> String {
     name.to_owned()
 }
 
-/// As [`backing_string`], where an image could hold it.
+/// Checks that the result of [`backing_string`] fits an image.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`] for one that is longer than an image has room for.
+/// [`ErrorKind::Unsupported`] if it is longer than an image allows.
 pub(crate) fn check_backing_string(path: &Utf8Path, layer: &LayerName) -> Result<()> {
     let length = backing_string(path, layer).len();
     if length <= LONGEST {
@@ -222,7 +225,8 @@ pub(crate) fn check_backing_string(path: &Utf8Path, layer: &LayerName) -> Result
     .advise("move the images to where their paths are shorter"))
 }
 
-/// `file` as seen from `directory`, both absolute and without symbolic links in what they do not share.
+/// Returns the path of `file` relative to `directory`. Both are absolute, and have no symbolic links in the
+/// parts that they do not share.
 fn relative(directory: &Utf8Path, file: &Utf8Path) -> String {
     let shared = directory.components().zip(file.components()).take_while(|(a, b)| a == b).count();
     let up = directory.components().skip(shared).map(|_| "..");
@@ -277,8 +281,9 @@ mod tests {
         assert_eq!(of(relative), Named::Perhaps(vec!["/d/a.qcow2".into()]));
     }
 
+    /// A string with a protocol of a server names no file.
     #[test]
-    fn what_is_served_by_others_is_no_file() {
+    fn network_protocols_name_no_file() {
         for string in [
             "nbd://localhost/x",
             "https://example.org/a.qcow2",
@@ -288,8 +293,9 @@ mod tests {
         }
     }
 
+    /// A string that cannot be interpreted is reported as undetermined.
     #[test]
-    fn what_cannot_be_told_is_said_to_be_so() {
+    fn undetermined_strings_are_reported_so() {
         for string in [
             "a:b.qcow2",
             "fat:/e",
@@ -302,8 +308,9 @@ mod tests {
         }
     }
 
+    /// A string that domsnap writes is read as the same file.
     #[test]
-    fn what_is_written_is_read_as_the_same_file() {
+    fn written_strings_read_as_the_same_file() {
         let path = Utf8Path::new("/d/x.qcow2");
         for name in ["a.qcow2", "a:b.qcow2", "json:x", "1 %,.qcow2", "/e/f:g.qcow2"] {
             let string = backing_string(path, &LayerName(name.to_owned()));
@@ -313,8 +320,9 @@ mod tests {
         }
     }
 
+    /// A name that is too long for an image is written relative to the disk.
     #[test]
-    fn a_name_too_long_for_an_image_is_written_as_seen_from_the_disk() {
+    fn long_name_is_written_relative_to_the_disk() {
         let deep = format!("/{}", ["d"; 600].join("/"));
         let path = Utf8PathBuf::from(format!("{deep}/own/x.qcow2"));
         let gold = LayerName(format!("{deep}/gold/g.qcow2"));

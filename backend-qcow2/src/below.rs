@@ -1,4 +1,4 @@
-//! What a run of layers stands on: opened only when a merge asks for bytes of it, which few do.
+//! The backing chain of a run of layers. It is opened only if a merge reads its data, which few do.
 
 use std::collections::HashSet;
 
@@ -8,7 +8,7 @@ use image_files::names::file_id;
 use crate::backing_string::resolve_backing;
 use crate::image::{ChainReader, Error, ErrorKind, Image, ImageFile, OpenOptions, Result, RunLayer, View};
 
-/// The chain under a run.
+/// The chain below a run.
 pub(crate) struct Below {
     file: Utf8PathBuf,
     format: String,
@@ -16,14 +16,14 @@ pub(crate) struct Below {
     opened: Option<Chain>,
 }
 
-/// Its layers; at the bottom there may be a file that is not qcow2 and is read as it is.
+/// The opened layers. The bottom may be a file that is not qcow2 and is read as raw.
 struct Chain {
     view: Option<View>,
     raw: Option<ImageFile>,
 }
 
 impl Below {
-    /// The chain whose top is `file`.
+    /// Makes the chain whose top is `file`.
     pub(crate) fn new(file: Utf8PathBuf, format: String, max_depth: u32) -> Self {
         Self { file, format, max_depth, opened: None }
     }

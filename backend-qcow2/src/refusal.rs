@@ -1,4 +1,4 @@
-//! The image engine's errors in the words of the core.
+//! Conversion of the image engine's errors to those of the core.
 
 use snapcore::{Error, ErrorKind};
 

@@ -1,5 +1,5 @@
-//! Disks that a hypervisor has open. It is played here: it holds the images' locks as a QEMU does, says which files it has
-//! open, and writes down what it was asked for.
+//! Disks that a hypervisor has open. It is played here: it holds the images' locks as a QEMU does, says which
+//! files it has open, and writes down what it was asked for.
 
 mod judge;
 
@@ -35,11 +35,11 @@ struct FakeAttachedDisk {
     open: Mutex<Vec<(FileIdentity, File)>>,
     merges: Mutex<Vec<AttachedMerge>>,
     dropped: Mutex<Vec<String>>,
-    /// Whether the last merge could have been called off.
+    /// True if the last merge could have been cancelled.
     heard_cancel: Mutex<bool>,
-    /// Whether a pivot fails, and what ran at it is taken back.
+    /// True if a pivot fails, and the work nested in it is undone.
     stays: Mutex<bool>,
-    /// What a merge fails with after its pivot.
+    /// The error of a merge after its pivot.
     fails: Mutex<Option<ErrorKind>>,
 }
 
@@ -53,7 +53,8 @@ fn identity(file: &Utf8Path) -> FileIdentity {
 }
 
 impl FakeAttachedDisk {
-    /// Opens a chain, the active image first, as a QEMU does: with locks, which say that it writes the first of them.
+    /// Opens a chain, the active image first, as a QEMU does: with locks, which say that it writes the first
+    /// of them.
     fn open(&self, chain: &[&Utf8Path]) {
         for (place, file) in chain.iter().enumerate() {
             let opened = File::open(file).unwrap();
@@ -154,8 +155,8 @@ impl House {
         }
     }
 
-    /// A chain of layers under their own names, the bottom first; the last is active. Layer n has n + 1 in all its own 64 KiB,
-    /// of which the lowest has most.
+    /// A chain of layers under their own names, the bottom first; the last is active. Layer n has n + 1 in
+    /// all its own 64 KiB, of which the lowest has most.
     async fn with_layers(count: u8) -> (Self, Vec<LayerName>) {
         let mut house = Self::new().await;
         let path = house.path().to_owned();
@@ -268,8 +269,9 @@ async fn the_backend_says_that_it_can_do_running_domains() {
     assert!(capabilities.live);
 }
 
+/// What a hypervisor has open is neither locked nor written, and in a detached section it is both.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_hypervisor_has_open_is_neither_locked_nor_written_and_in_a_window_it_is_both() {
+async fn open_images_are_only_used_when_detached() {
     let house = House::new().await;
     let active = house.record.active.clone();
     house.start().await;
@@ -302,8 +304,9 @@ async fn what_a_hypervisor_has_open_is_neither_locked_nor_written_and_in_a_windo
     drop(house.hold().await.unwrap());
 }
 
+/// Locks pass to a hypervisor only when they are released.
 #[tokio::test(flavor = "multi_thread")]
-async fn locks_go_to_a_hypervisor_only_when_they_are_given_back() {
+async fn locks_pass_to_a_hypervisor_when_released() {
     let house = House::new().await;
     let guard = house.hold().await.unwrap();
     assert!(!can_be_locked(house.path()), "a window is open: it is held as at rest");
@@ -313,8 +316,9 @@ async fn locks_go_to_a_hypervisor_only_when_they_are_given_back() {
     house.backend.yield_locks(&house.record).await.unwrap();
 }
 
+/// A create on an open disk is prepared, cut and undone without touching what is open.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_create_of_an_open_disk_is_made_ready_cut_and_undone_around_what_is_open() {
+async fn create_on_an_open_disk_works_around_it() {
     let house = House::new().await;
     let frozen = house.file(&house.record.active);
     io(house.path().as_std_path(), &["write -P 5 0 64k"]);
@@ -358,8 +362,9 @@ async fn a_create_of_an_open_disk_is_made_ready_cut_and_undone_around_what_is_op
     assert_eq!(house.byte(house.path(), 0), 5);
 }
 
+/// The lock of an image that QEMU opens next is not taken while it has the current one open.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_lock_of_an_image_that_qemu_opens_next_is_not_taken_while_it_has_the_present_one_open() {
+async fn next_image_is_not_locked_while_qemu_runs() {
     let (house, layers) = House::with_layers(2).await;
     house.qemu.open(&[&house.file(&layers[1])]);
     let _guard = house.hold().await.unwrap();
@@ -367,8 +372,9 @@ async fn the_lock_of_an_image_that_qemu_opens_next_is_not_taken_while_it_has_the
     assert!(can_be_locked(&house.file(&layers[0])));
 }
 
+/// An internal create on an open disk is left to the cut.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_internal_create_of_an_open_disk_is_left_to_the_instant() {
+async fn internal_create_on_an_open_disk_is_the_cuts() {
     let house = House::new().await;
     house.start().await;
     let plan = house.plan(create(PointKind::Internal)).await.unwrap();
@@ -377,8 +383,9 @@ async fn an_internal_create_of_an_open_disk_is_left_to_the_instant() {
     assert_eq!(plan.point, Some(Point::internal(house.record.active.clone(), "s")));
 }
 
+/// The hypervisor merges open layers, with names and backing strings that last.
 #[tokio::test(flavor = "multi_thread")]
-async fn merges_of_what_is_open_are_the_hypervisors_with_names_and_strings_that_last() {
+async fn hypervisor_merges_open_layers_by_lasting_names() {
     let (house, layers) = House::with_layers(4).await;
     house.start().await;
     let _guard = house.hold().await.unwrap();
@@ -414,8 +421,9 @@ async fn merges_of_what_is_open_are_the_hypervisors_with_names_and_strings_that_
     assert!(before == after, "the backend itself wrote into an open image");
 }
 
+/// A merge that was done and not recorded is the hypervisor's too.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_merge_that_was_done_and_not_recorded_is_the_hypervisors_too() {
+async fn unrecorded_merge_is_the_hypervisors_too() {
     let (house, layers) = House::with_layers(3).await;
     // It has the upper one closed already.
     house.qemu.open(&[house.path(), &house.file(&layers[0])]);
@@ -424,8 +432,9 @@ async fn a_merge_that_was_done_and_not_recorded_is_the_hypervisors_too() {
     assert_eq!(house.qemu.the_merge().into, house.file(&layers[0]));
 }
 
+/// An active image without a name of its own is merged into by the configured path.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_active_image_without_a_name_of_its_own_is_merged_into_by_the_configured_path() {
+async fn unnamed_active_image_merges_by_configured_path() {
     let mut house = House::new().await;
     let below = layer_name(house.path(), 1);
     let file = house.file(&below);
@@ -449,7 +458,7 @@ async fn an_active_image_without_a_name_of_its_own_is_merged_into_by_the_configu
 #[tokio::test(flavor = "multi_thread")]
 async fn layers_that_nobody_has_open_are_merged_as_at_rest() {
     let (mut house, layers) = House::with_layers(3).await;
-    // The present stands on the lowest alone; the others are a branch aside.
+    // The current image is backed by the lowest only; the others are a side branch.
     let active = layer_name(house.path(), 9);
     let file = house.file(&active);
     let backing = Backing { file: layers[0].to_string(), format: Some("qcow2".to_owned()) };
@@ -477,8 +486,9 @@ fn merge_down(layers: &[LayerName]) -> ChainStep {
     ChainStep::Merge { run: layers.to_vec(), into: layers[0].clone(), below: None }
 }
 
+/// The path is moved at the pivot, also if that was planned for later.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_path_is_moved_at_the_pivot_also_where_that_was_planned_for_later() {
+async fn path_moves_at_the_pivot_even_if_planned_later() {
     let (house, layers) = House::with_layers(2).await;
     house.start().await;
     house.apply(merge_down(&layers)).await.unwrap();
@@ -488,8 +498,9 @@ async fn the_path_is_moved_at_the_pivot_also_where_that_was_planned_for_later() 
     assert_eq!(identity(house.path()), identity(&house.file(&layers[0])));
 }
 
+/// A pivot that fails leaves the path with the image that the guest writes.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pivot_that_fails_leaves_the_path_with_what_the_guest_writes() {
+async fn failed_pivot_leaves_the_path_unmoved() {
     let (house, layers) = House::with_layers(2).await;
     house.start().await;
     let merge = step(merge_down(&layers));
@@ -505,8 +516,9 @@ async fn a_pivot_that_fails_leaves_the_path_with_what_the_guest_writes() {
     assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
 }
 
+/// If the pivot fails after the path was moved, the path goes back to the image that the guest writes.
 #[tokio::test(flavor = "multi_thread")]
-async fn where_the_pivot_fails_after_the_path_was_moved_it_goes_back_to_what_the_guest_writes() {
+async fn failed_pivot_moves_the_path_back() {
     let (house, layers) = House::with_layers(2).await;
     house.start().await;
     *held(&house.qemu.stays) = true;
@@ -515,8 +527,9 @@ async fn where_the_pivot_fails_after_the_path_was_moved_it_goes_back_to_what_the
     assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
 }
 
+/// A merge is neither cancelled nor deferred once the path is moved.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_merge_is_neither_called_off_nor_put_off_once_the_path_is_moved() {
+async fn merge_must_finish_once_the_path_is_moved() {
     let (house, layers) = House::with_layers(2).await;
     house.start().await;
     let merge = step(merge_down(&layers));
@@ -535,8 +548,9 @@ async fn a_merge_is_neither_called_off_nor_put_off_once_the_path_is_moved() {
     assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
 }
 
+/// A path that is the layer's own name is not moved at the pivot.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_path_that_is_the_layers_own_name_is_not_moved_at_the_pivot() {
+async fn path_that_is_a_layers_name_is_not_moved() {
     let (mut house, layers) = House::with_layers(2).await;
     house.record.disk.path = house.file(&layers[1]);
     let top = identity(house.path());
@@ -545,8 +559,9 @@ async fn a_path_that_is_the_layers_own_name_is_not_moved_at_the_pivot() {
     assert_eq!(identity(house.path()), top);
 }
 
+/// A merge whose pivot was done before a crash is not repeated at rest.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_merge_whose_pivot_a_crash_outlived_is_not_repeated_at_rest() {
+async fn merge_after_its_pivot_is_not_repeated_at_rest() {
     let (house, layers) = House::with_layers(2).await;
     let [lower, upper] = [0, 1].map(|n| house.file(&layers[n]));
     let merge = step(merge_down(&layers));
@@ -561,7 +576,7 @@ async fn a_merge_whose_pivot_a_crash_outlived_is_not_repeated_at_rest() {
     assert!(!house.backend.is_overtaken(&merge, house.at_rest()).await.unwrap());
     house.backend.apply(&merge, house.at_rest()).await.unwrap();
     assert_eq!(house.byte(house.path(), 0), 99, "what the upper layer held came back");
-    // The same in a window, and where the domain runs on the lower layer.
+    // The same in a detached section, and if the domain runs on the lower layer.
     house.backend.apply(&merge, house.context(&NothingInside)).await.unwrap();
     house.start().await;
     house.backend.apply(&merge, house.context(&NothingInside)).await.unwrap();
@@ -589,8 +604,9 @@ async fn an_open_layer_is_not_removed() {
     assert!(!house.file(&layers[0]).exists());
 }
 
+/// Tags of the active image are the hypervisor's to delete; those of frozen ones wait for a detached section.
 #[tokio::test(flavor = "multi_thread")]
-async fn tags_of_the_active_image_are_the_hypervisors_and_those_of_frozen_ones_wait_for_a_window() {
+async fn hypervisor_only_deletes_tags_of_the_active_image() {
     let (house, layers) = House::with_layers(2).await;
     for layer in &layers {
         let options = OpenOptions::read_write();
@@ -623,8 +639,9 @@ async fn tags_of_the_active_image_are_the_hypervisors_and_those_of_frozen_ones_w
     assert_eq!(held(&house.qemu.dropped).len(), 1);
 }
 
+/// An open image already has its new backing file, or that is an error.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_open_image_stands_already_on_what_it_is_to_stand_on_or_that_is_an_error() {
+async fn repoint_of_an_open_image_is_done_or_an_error() {
     let (house, layers) = House::with_layers(3).await;
     let repoint = |to: usize| ChainStep::Repoint { child: layers[2].clone(), to: layers[to].clone() };
     house.start().await;
@@ -637,8 +654,9 @@ async fn an_open_image_stands_already_on_what_it_is_to_stand_on_or_that_is_an_er
     assert_eq!(files, [house.file(&layers[2]), house.file(&layers[0])]);
 }
 
+/// The layers that the path opens have their permanent names, whatever the record says.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_path_opens_is_told_by_permanent_names_whatever_the_record_says() {
+async fn open_chain_uses_permanent_names() {
     let mut house = House::new().await;
     let chain = async |house: &House| -> Vec<(Utf8PathBuf, String)> {
         let chain = house.backend.open_chain(&house.record).await.unwrap();
@@ -677,8 +695,9 @@ async fn what_the_path_opens_is_told_by_permanent_names_whatever_the_record_says
     assert_eq!(kind(house.backend.open_chain(&house.record).await), ErrorKind::NotFound);
 }
 
+/// Tables that are being written do not prevent the plan of a delete.
 #[tokio::test(flavor = "multi_thread")]
-async fn tables_that_are_just_written_do_not_keep_a_delete_from_being_planned() {
+async fn delete_is_planned_while_tables_are_written() {
     let (house, layers) = House::with_layers(2).await;
     let top = house.file(&layers[1]);
     let mut bytes = std::fs::read(&top).unwrap();
@@ -700,8 +719,9 @@ async fn tables_that_are_just_written_do_not_keep_a_delete_from_being_planned() 
     assert!(at_rest.is_err(), "at rest that is damage");
 }
 
+/// What a hypervisor has open keeps its name when data is saved under another one.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_hypervisor_has_open_keeps_its_name_when_data_is_put_aside() {
+async fn open_image_keeps_its_name_when_data_is_saved() {
     let (mut house, layers) = House::with_layers(3).await;
     // A revert to the lowest made the second, which was active and written; the path is back at the third.
     let action = ChainStep::CreateOverlay {

@@ -115,7 +115,7 @@ impl TestBackend for Images {
     }
 }
 
-/// The internal snapshots of an image that were put aside.
+/// The internal snapshots of an image in which data was saved.
 fn rescued_tags(image: &Path) -> Result<Vec<String>> {
     let words = ["info", "-U", "-f", "qcow2", "--output=json"].map(OsStr::new);
     let told = run("qemu-img", &[&words[..], &[image.as_os_str()]].concat())?;

@@ -68,8 +68,9 @@ fn what_cannot_be_made_is_refused_and_leaves_no_file() {
     assert_eq!(std::fs::read(&path).unwrap(), b"mine");
 }
 
+/// An overlay reads its backing file, and its mode is private.
 #[test]
-fn an_overlay_reads_its_backing_file_and_its_mode_is_private() {
+fn overlay_reads_its_backing_file_and_is_private() {
     use std::os::unix::fs::PermissionsExt;
     let bench = Bench::new();
     let base = bench.qemu_image("base.qcow2", "cluster_size=64k", "4M");
@@ -87,8 +88,9 @@ fn an_overlay_reads_its_backing_file_and_its_mode_is_private() {
     assert_eq!(probe(&bench.path("raw")).unwrap(), None);
 }
 
+/// The backing file can be changed back and forth in every kind of first cluster.
 #[test]
-fn the_backing_file_is_changed_to_and_fro_in_every_first_cluster() {
+fn backing_file_changes_in_any_first_cluster() {
     let bench = Bench::new();
     for options in ["cluster_size=512", "cluster_size=1k", "cluster_size=64k", "cluster_size=4k,compat=0.10"]
     {
@@ -174,8 +176,9 @@ fn qemu_and_we_refuse_each_other_while_writing() {
     open(&path);
 }
 
+/// A dirty image gets its refcounts rebuilt before the first write.
 #[test]
-fn a_dirty_image_gets_its_refcounts_back_before_the_first_write() {
+fn dirty_image_is_rebuilt_before_the_first_write() {
     let bench = Bench::new();
     let path = bench.qemu_image("a.qcow2", "cluster_size=4k,lazy_refcounts=on", "64M");
     // Killed before it could write its refcounts.
@@ -193,8 +196,9 @@ fn a_dirty_image_gets_its_refcounts_back_before_the_first_write() {
     io(&path, &["read -P 6 0 20M"]);
 }
 
+/// Corrupt and encrypted images, and those with external data, are refused with the reason.
 #[test]
-fn corrupt_encrypted_and_external_data_images_are_refused_by_name() {
+fn unsupported_images_are_refused_with_the_reason() {
     let bench = Bench::new();
     let path = bench.qemu_image("a.qcow2", "cluster_size=64k", "1M");
     let mut bytes = std::fs::read(&path).unwrap();
@@ -234,8 +238,9 @@ fn corrupt_encrypted_and_external_data_images_are_refused_by_name() {
     assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("LUKS"), "{e}");
 }
 
+/// Persistent bitmaps stay valid through a snapshot, and are marked as in use after an apply.
 #[test]
-fn persistent_bitmaps_stay_through_a_snapshot_and_are_in_use_after_an_apply() {
+fn bitmaps_survive_a_snapshot_and_not_an_apply() {
     let bench = Bench::new();
     let path = bench.qemu_image("a.qcow2", "cluster_size=64k", "8M");
     run("qemu-img", &["bitmap", "--add", text(&path), "b0"]);
@@ -265,8 +270,9 @@ fn persistent_bitmaps_stay_through_a_snapshot_and_are_in_use_after_an_apply() {
     info(&path);
 }
 
+/// The writer writes every kind of cluster, and never one that a snapshot has.
 #[test]
-fn the_writer_writes_every_kind_of_cluster_and_never_what_a_snapshot_has() {
+fn writer_never_overwrites_snapshot_data() {
     let bench = Bench::new();
     for (options, method) in [
         ("cluster_size=4k", Compression::Deflate),

@@ -5,8 +5,9 @@ mod entries;
 
 use std::process::Command;
 
+/// Every fuzz entry accepts its seeds, and what they turn into.
 #[test]
-fn every_fuzz_entry_takes_its_seeds_and_what_they_turn_into() {
+fn fuzz_entries_accept_their_seeds_and_mutations() {
     let dir = tempfile::tempdir().unwrap();
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/make-seeds");
     let out = Command::new("python3").arg(script).arg(dir.path()).output().expect("this test needs python3");

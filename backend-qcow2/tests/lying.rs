@@ -1,4 +1,5 @@
-//! Images that lie: refused in words, or read as what they are; never a panic, never unbounded memory or time.
+//! Images that lie: refused with a reason, or read as what they are; never a panic, never unbounded memory or
+//! time.
 
 mod judge;
 
@@ -56,8 +57,9 @@ fn everything(path: &Path, bytes: &[u8]) -> Vec<Result<(), backend_qcow2::image:
         .collect()
 }
 
+/// Tables that overlap are refused before any write.
 #[test]
-fn tables_that_lie_over_each_other_are_refused_before_any_write() {
+fn overlapping_tables_are_refused_before_any_write() {
     let bench = Bench::new();
     let (path, bytes) = honest(&bench, "cluster_size=4k");
     let (l1, reftable, snapshots) = (be64(&bytes, 40), be64(&bytes, 48), be64(&bytes, 64));
@@ -128,8 +130,9 @@ fn entries_that_point_nowhere_are_refused() {
     }
 }
 
+/// Any bytes in the metadata do no harm to the program.
 #[test]
-fn any_bytes_in_the_metadata_do_no_harm_to_the_program() {
+fn any_metadata_does_no_harm_to_the_program() {
     let bench = Bench::new();
     for options in [
         "cluster_size=512",

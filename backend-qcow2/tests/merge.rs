@@ -84,7 +84,8 @@ fn merge_random_chains(salt: u64, shape: Shape) {
         for (n, (made, contents)) in chain.iter().zip(&tags).enumerate() {
             check(&made.path, false);
             if n > into {
-                // Snapshots above read through the target: who merges must know that nobody needs them.
+                // Snapshots above read through the target. The caller of a merge must know that they are not
+                // needed.
                 continue;
             }
             for (tag, content) in made.tags.iter().zip(contents) {
@@ -112,16 +113,18 @@ fn chains_of_one_cluster_size_merge_into_any_layer() {
     );
 }
 
+/// Chains of small clusters with snapshots merge into any layer.
 #[test]
-fn chains_of_small_clusters_with_snapshots_merge_into_any_layer() {
+fn small_clusters_with_snapshots_merge_anywhere() {
     merge_random_chains(
         2,
         Shape { depth: 4, cluster_bits: &[9], resized: false, snapshots: true, writes: 12 },
     );
 }
 
+/// Chains of all cluster sizes and disk sizes merge into any layer.
 #[test]
-fn chains_of_all_cluster_sizes_and_disk_sizes_merge_into_any_layer() {
+fn all_cluster_and_disk_sizes_merge_anywhere() {
     merge_random_chains(
         3,
         Shape { depth: 5, cluster_bits: &[9, 10, 12, 14, 16], resized: true, snapshots: false, writes: 14 },
@@ -136,8 +139,9 @@ fn resized_chains_with_snapshots_merge_into_any_layer() {
     );
 }
 
+/// A snapshot copied out reads as before, and only occupies what it maps.
 #[test]
-fn a_snapshot_copied_out_reads_as_it_did_and_takes_only_what_it_maps() {
+fn copied_snapshot_reads_the_same_and_stays_small() {
     for seed in first_case()..first_case() + cases() {
         let mut dice = Dice::new(5 << 32 | seed);
         let dir = tempfile::tempdir().unwrap();
@@ -183,8 +187,9 @@ fn the_planner_is_told_what_each_layer_would_move() {
     assert_eq!(visible_bytes(run).unwrap(), [(64 + 192) << 10, 128 << 10, 128 << 10]);
 }
 
+/// A cancelled merge leaks nothing and can be repeated.
 #[test]
-fn a_cancelled_merge_leaks_nothing_and_can_be_done_again() {
+fn cancelled_merge_leaks_nothing_and_can_repeat() {
     let dir = tempfile::tempdir().unwrap();
     let mut dice = Dice::new(77);
     let shape = Shape { depth: 4, cluster_bits: &[9], resized: false, snapshots: false, writes: 30 };

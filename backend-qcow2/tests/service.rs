@@ -1,4 +1,5 @@
-//! The backend under the service: histories of a domain of two disks, with qemu-io as the guest and qemu-img as judge.
+//! The backend under the service: histories of a domain of two disks, with qemu-io as the guest and qemu-img
+//! as judge.
 
 use std::path::Path;
 use std::process::Command;
@@ -103,8 +104,9 @@ impl House {
     }
 }
 
+/// A mixed tree keeps every point, and ends as one file for each disk.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mixed_tree_keeps_every_point_and_ends_as_one_file_a_disk() {
+async fn mixed_tree_keeps_points_and_ends_as_one_file() {
     let house = House::new();
     house.write(1);
     house.create(CreateRequest::new(name("internal")).kind(PointKind::Internal)).await;

@@ -1,4 +1,4 @@
-//! Internal snapshots, judged by qemu-img: every kind of image, both ways.
+//! Internal snapshots, judged by qemu-img: every kind of image, in both directions.
 
 mod judge;
 
@@ -74,8 +74,9 @@ fn all_refcount_widths_go_back_and_forth() {
     }
 }
 
+/// Snapshots of all versions, with extended L2 entries and compression, are applied back and forth.
 #[test]
-fn versions_extended_l2_and_compression_go_back_and_forth() {
+fn every_format_variant_goes_back_and_forth() {
     for options in
         ["compat=0.10", "compat=1.1", "extended_l2=on,cluster_size=16k", "extended_l2=on,cluster_size=128k"]
     {
@@ -88,8 +89,9 @@ fn versions_extended_l2_and_compression_go_back_and_forth() {
     }
 }
 
+/// A refcount of one bit refuses a snapshot of data, and changes nothing.
 #[test]
-fn a_refcount_of_one_bit_refuses_a_snapshot_of_data_and_changes_nothing() {
+fn one_bit_refcount_refuses_a_snapshot_of_data() {
     let bench = Bench::new();
     let path = bench.qemu_image("a.qcow2", "refcount_bits=1", "1M");
     io(&path, &["write -P 1 0 64k"]);
@@ -100,8 +102,9 @@ fn a_refcount_of_one_bit_refuses_a_snapshot_of_data_and_changes_nothing() {
     clean(&path);
 }
 
+/// Snapshots by QEMU are applied and deleted by domsnap, and the reverse.
 #[test]
-fn snapshots_of_qemu_are_applied_and_deleted_by_us_and_ours_by_qemu() {
+fn qemu_and_domsnap_use_each_others_snapshots() {
     let bench = Bench::new();
     let path = bench.qemu_image("a.qcow2", "cluster_size=4k", "4M");
     let mut states = Vec::new();
@@ -136,8 +139,9 @@ fn snapshots_of_qemu_are_applied_and_deleted_by_us_and_ours_by_qemu() {
     assert!(content(&path, None) == states[5]);
 }
 
+/// An image that was resized between snapshots gets each size back.
 #[test]
-fn an_image_resized_between_snapshots_gets_each_size_back() {
+fn apply_restores_the_size_of_each_snapshot() {
     let bench = Bench::new();
     let path = bench.qemu_image("a.qcow2", "cluster_size=4k", "4M");
     io(&path, &["write -P 1 0 4M"]);
@@ -162,8 +166,9 @@ fn an_image_resized_between_snapshots_gets_each_size_back() {
     io(&path, &["read -P 2 10M 6M"]);
 }
 
+/// Names are unique, and the error of an unknown one lists those that exist.
 #[test]
-fn names_are_unique_and_unknown_ones_are_told_what_there_is() {
+fn names_are_unique_and_unknown_ones_are_listed() {
     let bench = Bench::new();
     let path = bench.qemu_image("a.qcow2", "cluster_size=64k", "1M");
     create(&path, "a");

@@ -29,7 +29,7 @@ pub struct Raw {
 }
 
 impl Raw {
-    /// Makes the backend.
+    /// The backend.
     pub fn new() -> Self {
         Self::default()
     }
@@ -63,7 +63,7 @@ async fn open_files(attached: Option<&dyn AttachedDisk>) -> Result<HashSet<FileI
     }
 }
 
-/// Progress without a receiver.
+/// Nobody who waits.
 struct Unwatched;
 
 impl Progress for Unwatched {
@@ -183,9 +183,9 @@ impl DiskSnapshotter for Raw {
         blocking(move || check(&disk, &state)).await
     }
 
-    /// Blocks that a point shares with other files (reflinks) are not freed by its removal, if the file
-    /// system reports them. Points that only share with each other free those blocks together, which is more
-    /// than this.
+    /// What a point shares with other files (reflinks) is not given back by its removal, where the file
+    /// system tells. Points that share with each other alone give that back together: then it is more than
+    /// this.
     async fn cost_of_delete(
         &self,
         _disk: &DiskRecord,

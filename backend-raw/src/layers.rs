@@ -1,4 +1,4 @@
-//! The state of a raw disk on the machine.
+//! A raw disk as it is on the machine.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -14,17 +14,17 @@ use snapcore::{
     Point, Result, Snapshot,
 };
 
-/// The name of the active layer. It is the path's own and never changes.
+/// The name of the active layer: the path's own, and always the same.
 pub(crate) fn active_name(disk: &Disk) -> LayerName {
     LayerName(disk.path.file_name().unwrap_or("disk").to_owned())
 }
 
-/// Returns true for a block device, by its own name or by a link.
+/// Whether it is a block device, by its own name or a link's.
 pub(crate) fn is_device(path: &Utf8Path) -> bool {
     path.metadata().is_ok_and(|about| about.file_type().is_block_device())
 }
 
-/// Refuses a device that this machine itself uses: for a mounted file system, a volume group, an array.
+/// Refuses a device that this machine itself uses: a file system on it that is mounted, a volume group, an array.
 pub(crate) fn refuse_used_device(path: &Utf8Path) -> Result<()> {
     let alone =
         OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed()).open(path);
@@ -42,7 +42,7 @@ pub(crate) fn refuse_used_device(path: &Utf8Path) -> Result<()> {
     }
 }
 
-/// Refuses a path of which no points can be taken.
+/// Refuses what no points can be taken of here.
 pub(crate) fn check_path(disk: &Disk) -> Result<()> {
     let path = &disk.path;
     let about = match std::fs::symlink_metadata(path) {
@@ -82,7 +82,7 @@ pub(crate) fn check_path(disk: &Disk) -> Result<()> {
     Ok(())
 }
 
-/// Reads the state of the disk.
+/// Reads the disk.
 pub(crate) fn inspect(
     record: &DiskRecord,
     depth: InspectDepth,
@@ -108,7 +108,7 @@ pub(crate) fn inspect(
         on_path: Vec::new(),
         unclear: Vec::new(),
     };
-    // No image beside a device can be backed by it.
+    // Beside a device is no image that could stand on it.
     if depth == InspectDepth::Dependents && !is_device(path) {
         find_dependents(record, &mut state, open)?;
     }
@@ -131,7 +131,7 @@ fn layer(record: &DiskRecord, name: LayerName, file: &Utf8Path) -> Result<Layer>
     })
 }
 
-/// Lists the files beside the disk that are named like its points and are not in the catalogue.
+/// The files beside the disk that are called like its points, and are none that the catalogue knows.
 pub(crate) fn strays(record: &DiskRecord) -> Result<Vec<LayerName>> {
     let path = &record.disk.path;
     let directory = path.parent().unwrap_or(Utf8Path::new("."));
@@ -152,14 +152,14 @@ pub(crate) fn strays(record: &DiskRecord) -> Result<Vec<LayerName>> {
     Ok(strays)
 }
 
-/// Imports such files as snapshots, oldest first.
+/// Takes such files in as snapshots, oldest first.
 pub(crate) fn discover(record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
     let mut dated: Vec<(Timestamp, LayerName, u64)> = Vec::new();
     for name in strays(record)? {
         let file = layer_path(&record.disk.path, &name);
         let about =
             std::fs::metadata(&file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
-        // A second name of the current image is not a point.
+        // The present under a second name is no point.
         if known.contains(&Point::external(name.clone())) || names::same_file(&file, &record.disk.path)? {
             continue;
         }
@@ -176,10 +176,10 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point]) -> Result<Vec<S
     Ok(found.into_snapshots())
 }
 
-/// The directory of manifests of devices. No file can lie beside a device.
+/// Where manifests of devices are, beside which nothing can lie.
 const DEVICES: &str = "/var/lib/domsnap/devices";
 
-/// The directory of the disk's manifests.
+/// Where manifests belong.
 pub(crate) fn manifest_directory(disk: &Disk) -> Utf8PathBuf {
     if is_device(&disk.path) {
         return Utf8Path::new(DEVICES).join(format!("{}.domsnap", active_name(disk)));

@@ -34,7 +34,8 @@ impl TestBackend for Files {
     fn offers(&self, method: &str) -> bool {
         match method {
             "copy" => true,
-            // Directories for temporary files mostly share no blocks; the suites of whole domains mount what does.
+            // Directories for temporary files mostly share no blocks; the suites of whole domains mount what
+            // does.
             "reflink" | "external" => {
                 let shares = backend_raw::can_reflink(
                     &Utf8PathBuf::from_path_buf(std::env::temp_dir()).unwrap_or_default().join("x"),

@@ -1,8 +1,8 @@
-//! Parts that backends of image files share, for any format.
+//! What backends of image files share, whatever the images' format.
 //!
-//! [`names`] creates, moves and removes names of files, each durably before it returns. [`lock`] locks an
-//! image like QEMU, and [`Holds`] keeps such locks for a whole operation. [`Attributes`] give a new file the
-//! owner, mode and attributes of the file that it is made from.
+//! [`names`] gives files names and takes them away, each durable before it returns; [`lock`] is QEMU's way of locking an
+//! image, and [`Holds`] keeps such locks for a whole operation; [`Attributes`] let those use a new file
+//! who could use the one that it is made from.
 
 #![deny(unsafe_code)]
 

@@ -1,7 +1,8 @@
-//! Names in what was written beside images, which is data from whoever owns the directory: checked before anything uses them.
+//! Checks of names in files beside images, before any code uses them. Such files are data from the owner of
+//! the directory.
 //!
-//! A layer that is ours lies in its disk's directory, so its name is one component. A path is absolute and has no `..`, so that
-//! what is compared with it is what is opened.
+//! A layer of ours lies in its disk's directory, so its name is one component. A path is absolute and has no
+//! `..`, so that the compared path is the opened path.
 
 use std::collections::HashSet;
 
@@ -13,7 +14,7 @@ use crate::{Domain, LayerName, Snapshot};
 /// Checks the names of a domain's disks and of the layers that are ours.
 ///
 /// # Errors
-/// Which name is wrong, in words.
+/// The wrong name, with the reason.
 pub fn check_domain(domain: &Domain) -> Result<(), String> {
     let (mut targets, mut paths) = (HashSet::new(), HashSet::new());
     for record in &domain.disks {
@@ -32,7 +33,7 @@ pub fn check_domain(domain: &Domain) -> Result<(), String> {
 /// Checks the names of a snapshot's layers and of its memory image.
 ///
 /// # Errors
-/// Which name is wrong, in words.
+/// The wrong name, with the reason.
 pub fn check_snapshot(snapshot: &Snapshot) -> Result<(), String> {
     for member in &snapshot.disks {
         check_layer(&member.point.layer)?;
@@ -43,8 +44,8 @@ pub fn check_snapshot(snapshot: &Snapshot) -> Result<(), String> {
     }
 }
 
-/// A name in the disk's directory; or an absolute path, which is believed only where the user confirms it
-/// ([`is_elsewhere`]), or where the chain itself leads to it.
+/// Checks a layer's name: a name in the disk's directory, or an absolute path. The latter is only trusted if
+/// the user confirms it ([`is_elsewhere`]), or if the chain itself leads to it.
 fn check_layer(layer: &LayerName) -> Result<(), String> {
     if is_elsewhere(layer) {
         return check_path(Utf8Path::new(layer.as_str()));
@@ -52,10 +53,10 @@ fn check_layer(layer: &LayerName) -> Result<(), String> {
     check_name(layer.as_str()).map_err(|bad| format!("a layer must lie in its disk's own directory: {bad}"))
 }
 
-/// Checks that a text is the name of a file in a directory: one component, of 255 bytes at most.
+/// Checks that a text is the name of a file in a directory: one component of at most 255 bytes.
 ///
 /// # Errors
-/// What is wrong with it, in words.
+/// The reason.
 pub fn check_name(name: &str) -> Result<(), String> {
     FileName::new(name).map(|_| ()).map_err(|bad| bad.to_string())
 }
@@ -65,14 +66,14 @@ pub fn is_elsewhere(layer: &LayerName) -> bool {
     layer.as_str().starts_with('/')
 }
 
-/// Checks that a path is absolute, and is written as it is compared: without `.`, `..` and empty parts.
+/// Checks that a path is absolute and canonical: without `.`, `..` and empty parts.
 ///
 /// # Errors
-/// What is wrong with it, in words.
+/// The reason.
 pub fn check_path(path: &Utf8Path) -> Result<(), String> {
     let plain =
         path.components().all(|part| matches!(part, Utf8Component::RootDir | Utf8Component::Normal(_)));
-    // `components` passes over single dots and doubled slashes: such a path is not what is compared with it.
+    // `components` skips single dots and doubled slashes: such a path differs from what is compared with it.
     let normal: camino::Utf8PathBuf = path.components().collect();
     if path.is_absolute() && plain && normal.as_str() == path.as_str() && !path.as_str().contains('\0') {
         return Ok(());

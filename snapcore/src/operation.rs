@@ -1,4 +1,4 @@
-//! Operations: the journal's words.
+//! Operations, as recorded in the journal.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::{Error, ErrorKind, Group, Plan, Result, Target};
 
-/// The identity of one operation. Sorts by time of beginning.
+/// The identity of one operation. Sorts by start time.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
 )]
@@ -14,7 +14,7 @@ use crate::{Error, ErrorKind, Group, Plan, Result, Target};
 pub struct OperationId(#[schemars(with = "String")] pub Uuid);
 
 impl OperationId {
-    /// A new one.
+    /// Makes a new identity.
     pub fn fresh() -> Self {
         Self(Uuid::now_v7())
     }
@@ -26,48 +26,48 @@ impl std::fmt::Display for OperationId {
     }
 }
 
-/// How far an operation is.
+/// Progress of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OperationState {
-    /// Thought out, nothing recorded.
+    /// Planned, but not recorded.
     Planned,
     /// Recorded; prepare steps run.
     Preparing,
-    /// The instant: cut steps run.
+    /// The cut steps run.
     Cutting,
-    /// Past the commit point: it happened, the rest is carried through.
+    /// Past the commit point: the operation took effect, and the rest is carried through.
     Finishing,
-    /// It happened, and all that is to be done is done or put off.
+    /// All steps are done or deferred.
     Done,
-    /// It did not happen; steps are being taken back.
+    /// The operation failed or was cancelled; steps are being undone.
     Undoing,
-    /// It did not happen, and nothing of it is left.
+    /// The operation had no effect, and nothing of it is left.
     Undone,
 }
 
-/// What moves an operation on.
+/// Events that change the state of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Transition {
     /// The operation and all its steps were recorded.
     Record,
     /// All prepare steps are done.
     Cut,
-    /// The catalogue learns the outcome.
+    /// The catalogue records the outcome.
     Commit,
-    /// All finish steps are done or put off.
+    /// All finish steps are done or deferred.
     Finish,
-    /// Something failed, or somebody cancelled, before the commit point.
+    /// A failure or a cancellation before the commit point.
     Undo,
-    /// All steps are taken back.
+    /// All steps are undone.
     Undone,
 }
 
 impl OperationState {
-    /// The state after `transition`: the one place that says which ways there are.
+    /// Returns the state after `transition`. Only this function defines which transitions exist.
     ///
     /// # Errors
-    /// [`ErrorKind::Internal`] for a way that does not exist.
+    /// [`ErrorKind::Internal`] for a transition that does not exist.
     pub fn after(self, transition: Transition) -> Result<Self> {
         use OperationState as S;
         use Transition as T;
@@ -89,12 +89,12 @@ impl OperationState {
                 transition @ (T::Record | T::Cut | T::Commit | T::Finish | T::Undo | T::Undone),
             ) => Err(Error::new(
                 ErrorKind::Internal,
-                format!("an operation that is {state} cannot go the way {transition:?}"),
+                format!("an operation that is {state} has no transition {transition:?}"),
             )),
         }
     }
 
-    /// Whether nothing is left to be done.
+    /// Returns true if nothing is left to be done.
     pub fn is_final(self) -> bool {
         match self {
             Self::Done | Self::Undone => true,
@@ -102,7 +102,7 @@ impl OperationState {
         }
     }
 
-    /// Its word: the one that is stored and shown.
+    /// The name under which it is stored and shown.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Planned => "planned",
@@ -115,7 +115,7 @@ impl OperationState {
         }
     }
 
-    /// The state of this word.
+    /// The state of this name.
     pub fn from_word(word: &str) -> Option<Self> {
         [
             Self::Planned,
@@ -137,24 +137,24 @@ impl std::fmt::Display for OperationState {
     }
 }
 
-/// How far one step of an operation is, by the journal. What is on the disk may be ahead of it.
+/// Progress of one step of an operation, as recorded in the journal. The disk may be ahead of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum StepState {
-    /// It has not begun.
+    /// Not begun.
     Pending,
-    /// It may have begun.
+    /// Perhaps begun.
     Started,
-    /// It is done.
+    /// Done.
     Done,
-    /// It was put off.
+    /// Deferred.
     Postponed,
-    /// It was taken back.
+    /// Undone.
     Undone,
 }
 
 impl StepState {
-    /// Its word: the one that is stored and shown.
+    /// The name under which it is stored and shown.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Pending => "pending",
@@ -165,7 +165,7 @@ impl StepState {
         }
     }
 
-    /// The state of this word.
+    /// The state of this name.
     pub fn from_word(word: &str) -> Option<Self> {
         [Self::Pending, Self::Started, Self::Done, Self::Postponed, Self::Undone]
             .into_iter()
@@ -173,25 +173,25 @@ impl StepState {
     }
 }
 
-/// An operation as the journal has it.
+/// An operation, as recorded in the journal.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Operation {
     /// Its identity.
     pub id: OperationId,
-    /// How far it is.
+    /// Its state.
     pub state: OperationState,
-    /// When it was begun.
+    /// Start time.
     pub started: Timestamp,
-    /// What was to be done.
+    /// Its plan.
     pub plan: Plan,
-    /// How far each step of the plan is.
+    /// State of each step of the plan.
     pub steps: Vec<StepState>,
-    /// What went wrong, in the order of its happening.
+    /// Its errors, in the order in which they happened.
     pub errors: Vec<String>,
 }
 
 impl Operation {
-    /// The indices of the steps of `group`, in the order of running.
+    /// The indices of the steps of `group`, in running order.
     pub fn of_group(&self, group: Group) -> impl DoubleEndedIterator<Item = usize> + '_ {
         self.plan
             .steps
@@ -233,8 +233,9 @@ mod tests {
         Transition::Undone,
     ];
 
+    /// Nothing is undone past the commit point, and no transition leaves a final state.
     #[test]
-    fn nothing_is_undone_past_the_commit_point_and_nothing_leaves_an_end() {
+    fn commit_and_final_states_have_no_way_back() {
         for state in STATES {
             for transition in TRANSITIONS {
                 let after = state.after(transition);

@@ -1,12 +1,14 @@
-//! What of a hypervisor's process is recorded, and what of that is shown.
+//! Selection of what is recorded of a hypervisor's process, and of what is shown.
 //!
-//! An environment holds tokens and passwords of whoever started the process: only variables that another start needs are kept.
-//! A command line may hold secrets too. It is kept, because the domain is started with it, in files that only their owner can
-//! read; where it is shown, they are left out.
+//! An environment may contain tokens and passwords of the user who started the process. So only variables
+//! that another start needs are recorded. A command line may contain secrets too. It is recorded, because the
+//! domain is started with it, in files that only their owner can read. Its secrets are hidden wherever it is
+//! shown.
 
 use serde_json::Value;
 
-/// Variables that say where a hypervisor finds its programs, libraries and displays, and in which language it speaks.
+/// Variables that say where a hypervisor finds its programs, libraries and displays, and which language it
+/// uses.
 const NEEDED: [&str; 13] = [
     "PATH",
     "HOME",
@@ -23,7 +25,7 @@ const NEEDED: [&str; 13] = [
     "QEMU_AUDIO_DRV",
 ];
 
-/// What is shown in the place of a secret.
+/// Placeholder for a hidden secret.
 const HIDDEN: &str = "(hidden)";
 
 /// Returns true for a variable of the environment that another start of a hypervisor's process needs.
@@ -31,7 +33,7 @@ pub fn is_needed_variable(name: &str) -> bool {
     NEEDED.contains(&name) || name.starts_with("LC_")
 }
 
-/// Takes the variables that are not needed out of a machine's record ([`crate::Machine::record`]).
+/// Removes the variables that are not needed from a machine's record ([`crate::Machine::record`]).
 pub fn forget_variables(record: &mut Value) {
     let Some(variables) = record.pointer_mut("/process/environment").and_then(Value::as_array_mut) else {
         return;
@@ -39,7 +41,8 @@ pub fn forget_variables(record: &mut Value) {
     variables.retain(|variable| variable.get(0).and_then(Value::as_str).is_some_and(is_needed_variable));
 }
 
-/// A machine's record as it may be shown: without its environment and without the secrets of its command line.
+/// Returns a machine's record fit for display: without its environment and without the secrets of its command
+/// line.
 pub fn shown_record(record: &Value) -> Value {
     let mut shown = record.clone();
     if let Some(process) = shown.get_mut("process").and_then(Value::as_object_mut) {
@@ -53,7 +56,8 @@ pub fn shown_record(record: &Value) -> Value {
     shown
 }
 
-/// A word of a command line as it may be shown: the values of passwords and of secret objects are left out.
+/// Returns an argument of a command line fit for display: the values of passwords and of secret objects are
+/// hidden.
 pub fn shown_word(word: &str) -> String {
     if let Ok(mut object) = serde_json::from_str::<Value>(word)
         && object.is_object()
@@ -66,7 +70,7 @@ pub fn shown_word(word: &str) -> String {
         Some((name, _)) if is_hidden(name, is_secret) => format!("{name}={HIDDEN}"),
         _ => part.to_owned(),
     };
-    // A comma that is part of a value is doubled: what follows it is the value still.
+    // A comma inside a value is doubled, so the text after it still belongs to the value.
     let mut shown: Vec<String> = Vec::new();
     let mut inside = false;
     let mut parts = word.split(',').peekable();

@@ -1,6 +1,6 @@
-//! Words of a command as a shell takes them: for every command that is printed for a user.
+//! Quoting for every command that is printed for a user.
 
-/// One word: as it is where no shell would change it, quoted otherwise.
+/// Returns one argument, unchanged if no shell would change it, quoted otherwise.
 pub fn shell_word(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-+=:,./@%".contains(c);
     match !word.is_empty() && word.chars().all(plain) {
@@ -9,7 +9,7 @@ pub fn shell_word(word: &str) -> String {
     }
 }
 
-/// A command: its words, quoted where they must be, joined by spaces.
+/// Returns a command: its arguments, quoted where necessary, joined by spaces.
 pub fn shell_command<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
     words.into_iter().map(shell_word).collect::<Vec<_>>().join(" ")
 }

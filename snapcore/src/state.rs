@@ -1,4 +1,4 @@
-//! What a disk is, read from the machine and not from memory.
+//! The state of a disk, read from the machine and not from records.
 
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
@@ -6,16 +6,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::{LayerName, Target};
 
-/// What tells an internal snapshot from another one of the same name, which another program made in its place.
+/// Identity of an internal snapshot, to distinguish it from another of the same name that another program
+/// made in its place.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct TagIdentity {
     /// The ID in the image's snapshot table.
     pub id: String,
-    /// When the image says it was taken: seconds since 1970.
+    /// Time of the snapshot by the image: seconds since 1970.
     pub seconds: u32,
-    /// When the image says it was taken: nanoseconds within the second.
+    /// Time of the snapshot by the image: nanoseconds within the second.
     pub nanoseconds: u32,
-    /// How long the guest had run, in nanoseconds.
+    /// Running time of the guest, in nanoseconds.
     pub vm_clock: u64,
 }
 
@@ -33,12 +34,12 @@ pub struct InternalPoint {
     pub tag: String,
     /// The disk's size at that point, in bytes.
     pub virtual_size: u64,
-    /// When the image says it was taken.
+    /// Time of the snapshot by the image.
     #[schemars(with = "String")]
     pub created: Timestamp,
-    /// Bytes of VM state that it holds.
+    /// Bytes of its VM state.
     pub vm_state_size: u64,
-    /// What tells it from others of its name; absent where the backend cannot say.
+    /// Its identity, to distinguish it from others of its name; absent if the backend does not provide one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<TagIdentity>,
 }
@@ -48,24 +49,24 @@ pub struct InternalPoint {
 pub struct Layer {
     /// Its permanent name.
     pub name: LayerName,
-    /// Where it can be opened now.
+    /// The file by which it can be opened now.
     #[schemars(with = "String")]
     pub file: Utf8PathBuf,
-    /// The format that is stated for it.
+    /// The stated format.
     pub format: String,
-    /// Whether a file of its permanent name exists.
+    /// True if a file of its permanent name exists.
     pub named: bool,
-    /// The layer it stands on.
+    /// Its backing layer.
     pub backing: Option<LayerName>,
-    /// Whether it is ours to merge and to remove.
+    /// True if it is ours: domsnap may merge and remove it.
     pub owned: bool,
-    /// The size the guest sees, in bytes.
+    /// Size that the guest sees, in bytes.
     pub virtual_size: u64,
     /// Bytes on the disk.
     pub allocated: u64,
     /// Its internal snapshots, in the order of its table. Only the active layer and the owned ones are read.
     pub internal: Vec<InternalPoint>,
-    /// Images that stand on it, directly and by whatever name, and are no layers of this disk.
+    /// Images that are directly backed by it, under any of its names, and are not layers of this disk.
     #[schemars(with = "Vec<String>")]
     pub dependents: Vec<Utf8PathBuf>,
 }
@@ -73,33 +74,33 @@ pub struct Layer {
 /// A disk's layers as they are on the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct DiskState {
-    /// Which disk.
+    /// The disk.
     pub target: Target,
     /// The layer that the domain writes.
     pub active: LayerName,
     /// The active chain from the active layer down, then every other owned layer.
     pub layers: Vec<Layer>,
-    /// Whether a hypervisor has the active chain open. Filled in by the service.
+    /// True if a hypervisor has the active chain open. The service sets it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub attached: bool,
-    /// Those dependents of the active layer that name the configured path as their backing file: they show something
-    /// else as soon as that path names a layer with other content.
+    /// The dependents of the active layer that name the configured path as their backing file. Their content
+    /// changes as soon as that path names a layer with other content.
     #[serde(default)]
     #[schemars(with = "Vec<String>")]
     pub on_path: Vec<Utf8PathBuf>,
-    /// Files beside the layers of which nobody can tell whether they stand on one: as long as there are any, no layer
-    /// is merged, removed or left by a revert.
+    /// Files beside the layers whose backing file is undetermined. While there are any, no layer is merged,
+    /// removed or left by a revert.
     #[serde(default)]
     pub unclear: Vec<Unclear>,
 }
 
-/// A file that may stand on a layer.
+/// A file that may be backed by a layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Unclear {
     /// The file.
     #[schemars(with = "String")]
     pub file: Utf8PathBuf,
-    /// Why it cannot be told.
+    /// The reason.
     pub why: String,
 }
 
@@ -109,7 +110,7 @@ impl DiskState {
         self.layers.iter().find(|layer| layer.name == *name)
     }
 
-    /// The layers that stand directly on `name`.
+    /// The layers that are directly backed by `name`.
     pub fn children<'a>(&'a self, name: &'a LayerName) -> impl Iterator<Item = &'a Layer> {
         self.layers.iter().filter(move |layer| layer.backing.as_ref() == Some(name))
     }
@@ -121,7 +122,7 @@ impl DiskState {
         while let Some(layer) = next {
             chain.push(layer);
             if chain.len() > self.layers.len() {
-                break; // a loop; inspection refuses those, so this only bounds the work
+                break; // A loop. Inspection refuses loops, so this only bounds the work.
             }
             next = layer.backing.as_ref().and_then(|backing| self.layer(backing));
         }

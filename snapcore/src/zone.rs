@@ -1,14 +1,14 @@
-//! The zone in which times are shown to people and automatic names are made: one for both.
+//! The time zone for both times that are shown to people and automatic names.
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use crate::{Result, SnapshotName};
 
-/// The zone that times are shown in: what `TZ` says, or the machine's own.
+/// Returns the zone for times that are shown: that of `TZ`, or the machine's own.
 ///
-/// The machine's own is read as it is: looking up what it is called would walk the whole time zone database, which takes
-/// longer than any list.
+/// The machine's own is read from its rules. Finding its name would search the whole time zone database,
+/// which takes longer than any list.
 pub fn local_zone() -> TimeZone {
     if std::env::var_os("TZ").is_some() {
         return TimeZone::system();
@@ -17,11 +17,11 @@ pub fn local_zone() -> TimeZone {
     own.and_then(|rules| TimeZone::tzif("local", &rules).ok()).unwrap_or(TimeZone::UTC)
 }
 
-/// The name of a snapshot that is given none: the time to the second that has begun, in the zone that lists show, without a
-/// character that a file name or a shell has another use for: `2026-11-22-100000`.
+/// Returns the name of a snapshot without a given name: the current second, in the zone that lists show. It
+/// has no character with another use in a file name or a shell: `2026-11-22-100000`.
 ///
 /// # Errors
-/// Never: the characters are those of a name.
+/// Never: the characters are valid for a name.
 pub fn time_name(moment: Timestamp) -> Result<SnapshotName> {
     named(moment, local_zone())
 }
@@ -34,8 +34,9 @@ fn named(moment: Timestamp, zone: TimeZone) -> Result<SnapshotName> {
 mod tests {
     use super::*;
 
+    /// An automatic name is the second that has begun, in the zone.
     #[test]
-    fn an_automatic_name_is_the_second_that_has_begun_in_the_zone() {
+    fn automatic_name_is_the_current_second() {
         let moment: Timestamp = "2026-11-22T23:30:05.9Z".parse().unwrap();
         assert_eq!(named(moment, TimeZone::UTC).unwrap().as_str(), "2026-11-22-233005");
         let east = TimeZone::fixed(jiff::tz::offset(1));

@@ -47,7 +47,7 @@ pub struct Made {
     pub tags: Vec<String>,
 }
 
-/// What shape chains may have.
+/// The shape of the chains.
 #[derive(Debug, Clone, Copy)]
 pub struct Shape {
     pub depth: u64,
@@ -125,8 +125,8 @@ pub fn scribble(layer: &Made, dice: &mut Dice, writes: u64) {
     run("qemu-io", &words);
 }
 
-/// Writes compressed clusters into a layer that has nothing yet: over what is mapped, QEMU fails, and then leaves refcounts
-/// that its own check complains of.
+/// Writes compressed clusters into a layer that has nothing yet: over what is mapped, QEMU fails, and then
+/// leaves refcounts that its own check complains of.
 fn pack(layer: &Made, dice: &mut Dice) {
     let mut words: Vec<String> = ["-f", "qcow2"].map(str::to_owned).to_vec();
     let mut cluster = dice.below(8);
@@ -175,7 +175,7 @@ pub fn check(image: &Path, leaks_allowed: bool) {
     );
 }
 
-/// Where two byte strings differ first, for messages.
+/// Checks that two byte strings are equal, and names the first difference.
 pub fn assert_same(found: &[u8], expected: &[u8], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}: length");
     if let Some(at) = (0..found.len()).find(|n| found[*n] != expected[*n]) {

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Runs a tool; its standard output, or words about why not.
+/// Runs a tool, and returns its standard output or the reason for a failure.
 pub fn run(tool: &str, args: &[&str]) -> String {
     let (ok, out) = try_run(tool, args);
     assert!(ok, "{tool} {args:?} failed:\n{out}");
@@ -86,7 +86,7 @@ pub fn snapshot_names(path: &Path) -> Vec<String> {
     list.iter().map(|s| s["name"].as_str().unwrap().to_owned()).collect()
 }
 
-/// What `qemu-img info` says.
+/// The output of `qemu-img info`.
 pub fn info(path: &Path) -> serde_json::Value {
     serde_json::from_str(&run("qemu-img", &["info", "--output=json", "-U", text(path)])).unwrap()
 }
