@@ -1,8 +1,8 @@
 //! Persistent dirty bitmaps: lists them, counts them, and marks them as in use before the guest's data
 //! changes.
 //!
-//! This engine does not track writes in bitmaps. Code that changes what the guest sees must inform the users of
-//! the bitmaps. The format has the `in_use` flag for that: "the bitmap was not saved correctly and may be
+//! This engine does not track writes in bitmaps. Code that changes what the guest sees must inform the users
+//! of the bitmaps. The format has the `in_use` flag for that: "the bitmap was not saved correctly and may be
 //! inconsistent". QEMU then refuses to build an incremental backup on the bitmap, which is right. Creating a
 //! snapshot does not change what the guest sees, so it leaves bitmaps alone.
 

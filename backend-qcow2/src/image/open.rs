@@ -649,8 +649,8 @@ impl Image {
     /// Like [`Image::flush_metadata`], then writes the header sector from memory and makes that durable.
     pub(crate) fn flush_and_switch(&mut self) -> Result<()> {
         let (file, refcounts, header) = self.parts()?;
-        // 1) Everything that the new header refers to is durable. 2) The header sector switches to it. 3) Then
-        //    the old refcount table is unused and can be freed.
+        // 1) Everything that the new header refers to is durable. 2) The header sector switches to it.
+        // 3) Then the old refcount table is unused and can be freed.
         let moved = refcounts.write_back(file, header)?;
         self.write_header_sector()?;
         self.file.flush()?;

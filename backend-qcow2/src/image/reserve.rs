@@ -40,8 +40,8 @@ pub(super) fn reserve(image: &mut Image, size: u64) -> Result<()> {
         let at = image.allocate(bits.clusters_for(needed * 8))?;
         bytes.resize(bytes.len().next_multiple_of(bits.bytes()), 0);
         image.file().write_at(&bytes, at)?;
-        // 1) The new table and its refcounts are durable. 2) The header sector switches to it, durably. 3) Only then
-        //    the old table is released.
+        // 1) The new table and its refcounts are durable. 2) The header sector switches to it, durably.
+        // 3) Only then the old table is released.
         image.flush_metadata()?;
         (image.header.l1_offset, image.header.l1_entries) = (at, needed as u32);
         image.flush_and_switch()?;
