@@ -58,7 +58,7 @@ pub(crate) fn hello(hello: &HelloResult, name: &str) -> Checked {
             && !["internal", "external", "skip"].contains(&way.as_str())
     };
     if can.ways.len() > MAX_WAYS || !can.ways.iter().all(word) {
-        return Err(format!("its ways are no words of their own: {:?}", can.ways));
+        return Err(format!("its methods have invalid or reserved names: {:?}", can.ways));
     }
     Ok(())
 }
@@ -119,7 +119,7 @@ pub(crate) fn path(what: &str, path: &Utf8Path, of: &Utf8Path) -> Checked {
         && (!is_control(text) || is_control(of.as_str()));
     match plain {
         true => Ok(()),
-        false => Err(format!("{what} is no absolute path without dots: {}", head(text))),
+        false => Err(format!("{what} is not an absolute canonical path: {}", head(text))),
     }
 }
 
@@ -127,7 +127,7 @@ fn format(name: &str) -> Checked {
     let word = |c: char| c.is_ascii_alphanumeric() || "-_.+".contains(c);
     match (1..=MAX_FORMAT).contains(&name.len()) && name.chars().all(word) {
         true => Ok(()),
-        false => Err(format!("a layer's format is no word: {}", head(name))),
+        false => Err(format!("a layer has an invalid name of a format: {}", head(name))),
     }
 }
 
@@ -217,7 +217,7 @@ fn one_layer(layer: &Layer, names: &HashSet<&LayerName>, of: &Utf8Path) -> Check
     size("a layer", layer.virtual_size)?;
     size("a layer", layer.allocated)?;
     if let Some(below) = layer.backing.as_ref().filter(|below| !names.contains(below)) {
-        return Err(format!("{} stands on {below}, which is not there", layer.name));
+        return Err(format!("{} is backed by {below}, which does not exist", layer.name));
     }
     count("points", layer.internal.len())?;
     let tags: HashSet<&String> = layer.internal.iter().map(|point| &point.tag).collect();

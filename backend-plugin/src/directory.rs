@@ -56,10 +56,13 @@ fn named(name: &str, program: &Utf8Path) -> Result<()> {
     if plain && !name.is_empty() && name.len() <= MAX_NAME && !name.starts_with('-') {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Refused, format!("{program} is no plug-in: {name:?} cannot name a format"))
-        .advise(format!(
-            "call it {PREFIX}NAME, with a NAME of at most {MAX_NAME} lower-case letters, digits and '-'"
-        )))
+    Err(Error::new(
+        ErrorKind::Refused,
+        format!("{program} is not a plug-in: {name:?} is not a valid name of a format"),
+    )
+    .advise(format!(
+        "call it {PREFIX}NAME, with a NAME of at most {MAX_NAME} lower-case letters, digits and '-'"
+    )))
 }
 
 fn runnable(program: &Utf8Path) -> Result<()> {
@@ -67,7 +70,7 @@ fn runnable(program: &Utf8Path) -> Result<()> {
         Error::new(ErrorKind::Io, format!("the plug-in {program} cannot be looked at")).because(cause)
     })?;
     if !found.is_file() || found.permissions().mode() & 0o111 == 0 {
-        return Err(Error::new(ErrorKind::Refused, format!("the plug-in {program} is no program"))
+        return Err(Error::new(ErrorKind::Refused, format!("the plug-in {program} is not executable"))
             .advise(format!("make it executable: chmod +x {program}; or move it away")));
     }
     trusted(program)
@@ -123,9 +126,9 @@ mod tests {
         let problem = |name: &str| {
             all.iter().find(|found| found.name == name).unwrap().problem.as_ref().unwrap().to_string()
         };
-        assert!(problem(".py").contains("cannot name a format"));
+        assert!(problem(".py").contains("is not a valid name of a format"));
         assert!(problem("data").contains("chmod +x"));
-        assert!(problem("dir").contains("is no program"));
+        assert!(problem("dir").contains("is not executable"));
         assert!(problem("open").contains("can be written by every user"));
     }
 

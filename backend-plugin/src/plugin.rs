@@ -102,7 +102,7 @@ impl Inner {
                 None => return Ok(connection.clone()),
                 Some(broken) if link.held > 0 => {
                     return Err(broken.error().advise(
-                        "it held the disk: mend it, then run `domsnap recover`, which starts it anew",
+                        "it had the disk locked: repair it, then run `domsnap recover`, which starts it again",
                     ));
                 }
                 Some(_) => link.connection = None,

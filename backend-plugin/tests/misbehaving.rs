@@ -319,11 +319,11 @@ async fn plan_that_changes_other_objects_is_refused() {
         ),
         (
             "plan['commit'] = [{'edit': 'set-path', 'target': 'vda', 'path': 'relative'}]",
-            "no absolute path".to_owned(),
+            "not an absolute canonical path".to_owned(),
         ),
         (
             "plan['commit'] = [{'edit': 'set-path', 'target': 'vda', 'path': '/a/../etc/x'}]",
-            "no absolute path".to_owned(),
+            "not an absolute canonical path".to_owned(),
         ),
         (
             "plan['commit'] = [{'edit': 'add-layer', 'target': 'vda', 'layer': '/etc/shadow'}]",
@@ -358,7 +358,7 @@ async fn a_state_that_cannot_be_is_refused() {
         ("state['layers'] *= 2", "one name"),
         ("state['layers'][0]['backing'] = 'disk'", "a loop"),
         ("state['layers'][0]['backing'] = 'nowhere'", "which is not there"),
-        ("state['layers'][0]['file'] = 'etc/passwd'", "no absolute path"),
+        ("state['layers'][0]['file'] = 'etc/passwd'", "not an absolute canonical path"),
         ("state['layers'][0]['internal'] *= 2", "one tag"),
         ("state['layers'][0]['internal'][0]['tag'] = '../../etc/shadow'", "a tag cannot be a name"),
     ] {

@@ -210,7 +210,7 @@ pub(crate) fn stated_sum(layer: &Utf8Path) -> Result<Option<u32>> {
     let number = text.trim_end().strip_prefix(HEADING).and_then(|hex| u32::from_str_radix(hex, 16).ok());
     match number {
         Some(sum) => Ok(Some(sum)),
-        None => Err(Error::new(ErrorKind::Corrupt, format!("{file} is no checksum of domsnap's"))
+        None => Err(Error::new(ErrorKind::Corrupt, format!("{file} is not a checksum by domsnap"))
             .state("the copy beside it was not touched")
             .advise("remove it, if the copy is to be used unchecked")),
     }

@@ -86,7 +86,7 @@ pub fn parse_directory(bits: ClusterBits, count: u32, bytes: &[u8]) -> Result<Ve
             None
         };
         if let Some(wrong) = wrong {
-            return Err(Error::corrupt(format!("bitmap \"{}\" {wrong}, which cannot be", shown(name))));
+            return Err(Error::corrupt(format!("invalid bitmap \"{}\": it {wrong}", shown(name))));
         }
         let flags = raw.flags.get();
         found.push(Bitmap {

@@ -355,7 +355,7 @@ impl Image {
             let (report, counts, mismatches) = image.check_unguarded()?;
             if let Some(first) = report.findings.first() {
                 return Err(Error::corrupt(format!("{} errors, the first: {}", report.errors, first.what))
-                    .advise("`qemu-img check -r all` on a copy may mend it"));
+                    .advise("`qemu-img check -r all` on a copy may repair it"));
             }
             found.set(Some((report, counts, mismatches)));
             Ok(())
@@ -388,7 +388,7 @@ impl Image {
                 "the image was not closed properly, and its tables are wrong too: {}",
                 first.map_or("", |f| f.what.as_str())
             ))
-            .advise("no changes made; `qemu-img check -r all` on a copy may mend it"));
+            .advise("no changes made; `qemu-img check -r all` on a copy may repair it"));
         }
         let floor = counts.end().max(self.header.cluster_bits.clusters_for(self.file.len()?));
         let (file, refcounts, _) = self.parts()?;

@@ -122,7 +122,7 @@ pub(crate) fn check_backing(backing: &Backing) -> Result<()> {
     if let Some(format) = &backing.format
         && (format.is_empty() || format.len() > MAX_FORMAT_NAME || format.contains('\0'))
     {
-        return Err(invalid(format!("\"{}\" is no name of a format", shown(format.as_bytes()))));
+        return Err(invalid(format!("\"{}\" is not a valid name of a format", shown(format.as_bytes()))));
     }
     Ok(())
 }

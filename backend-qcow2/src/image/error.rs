@@ -66,7 +66,7 @@ struct Inner {
 const UNCHANGED: &str = "no changes made; look at the image with `domsnap check`, and work on a copy of it";
 /// Advice of an error that comes after the first write. The write order has kept the image readable.
 const HALF_WAY: &str = "the operation had begun: the image shows what it did before or what it does after it, and clusters \
-     may be leaked; run `domsnap check`, and mend a copy of it with `qemu-img check -r all`";
+     may be leaked; run `domsnap check`, and repair a copy of it with `qemu-img check -r all`";
 
 /// Result type of the engine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

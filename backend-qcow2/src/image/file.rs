@@ -113,7 +113,7 @@ impl ImageFile {
     /// # Errors
     /// The system's.
     pub fn len(&self) -> Result<u64> {
-        self.storage.len().map_err(|e| Error::io("the file's size cannot be had", e).on("read", &self.path))
+        self.storage.len().map_err(|e| Error::io("the file's size cannot be read", e).on("read", &self.path))
     }
 
     /// Returns true if the file is empty.

@@ -205,7 +205,7 @@ fn vmdk_parent(descriptor: &[u8]) -> Option<Vec<u8>> {
 
 fn marked_corrupt() -> Error {
     Error::corrupt("the image is marked as corrupt and must not be written").advise(
-        "copy what is left of it with `qemu-img convert`, or mend a copy with `qemu-img check -r all`",
+        "copy what is left of it with `qemu-img convert`, or repair a copy with `qemu-img check -r all`",
     )
 }
 
@@ -294,7 +294,7 @@ impl Image {
             Some(f) => f
                 .metadata()
                 .map(|m| m.blocks() * 512)
-                .map_err(|e| Error::io("the file's size cannot be had", e).on("read", self.path())),
+                .map_err(|e| Error::io("the file's size cannot be read", e).on("read", self.path())),
             None => self.file.len(),
         }
     }

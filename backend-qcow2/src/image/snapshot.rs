@@ -241,7 +241,7 @@ impl Image {
         let invalid = |detail: String| Err(Error::new(ErrorKind::InvalidInput, detail));
         if new.name.is_empty() || new.name.len() > usize::from(u16::MAX) || new.name.contains('\0') {
             return invalid(format!(
-                "\"{}\" is no name for a snapshot: 1 to 65535 bytes without NUL",
+                "\"{}\" is not a valid name of a snapshot: use 1 to 65535 bytes without NUL",
                 shown(new.name.as_bytes())
             ));
         }

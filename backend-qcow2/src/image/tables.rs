@@ -27,7 +27,7 @@ impl L1Table {
             let offset = entry & OFFSET_MASK;
             if offset & geometry.cluster_bits.mask() != 0 || offset >= file_len.max(1) {
                 return Err(Error::corrupt(format!(
-                    "L1 entry {index} ({entry:#018x}) is no place for an L2 table in a file of {file_len:#x} bytes"
+                    "L1 entry {index} ({entry:#018x}) is not a valid offset of an L2 table in a file of {file_len:#x} bytes"
                 )));
             }
             // Bit 63 without an offset has no meaning.

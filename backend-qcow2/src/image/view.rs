@@ -68,7 +68,7 @@ impl RunLayer {
         }
         if i64::try_from(size).is_err() {
             return Err(
-                Error::corrupt(format!("a disk of {size} bytes cannot be")).on("read data of", image.path())
+                Error::corrupt(format!("invalid disk size: {size} bytes")).on("read data of", image.path())
             );
         }
         let geometry = image.geometry();

@@ -333,7 +333,7 @@ impl<'a> ActiveWriter<'a> {
         if length == 0 || length >= size {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
-                format!("a compressed cluster of {length} bytes does not pay in clusters of {size}"),
+                format!("a compressed cluster of {length} bytes does not fit in clusters of {size}"),
             )
             .on("write to", self.image.path()));
         }
