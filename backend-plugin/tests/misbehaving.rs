@@ -349,15 +349,16 @@ async fn plan_that_changes_other_objects_is_refused() {
     }
 }
 
+/// An invalid state is refused.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_state_that_cannot_be_is_refused() {
+async fn invalid_state_is_refused() {
     for (change, text) in [
         ("state['target'] = 'vdb'", "another disk"),
         ("state['active'] = 'other'", "was asked for as disk"),
         ("state['layers'] = []", "is not there"),
         ("state['layers'] *= 2", "one name"),
         ("state['layers'][0]['backing'] = 'disk'", "a loop"),
-        ("state['layers'][0]['backing'] = 'nowhere'", "which is not there"),
+        ("state['layers'][0]['backing'] = 'nowhere'", "which does not exist"),
         ("state['layers'][0]['file'] = 'etc/passwd'", "not an absolute canonical path"),
         ("state['layers'][0]['internal'] *= 2", "one tag"),
         ("state['layers'][0]['internal'][0]['tag'] = '../../etc/shadow'", "a tag cannot be a name"),
@@ -414,7 +415,7 @@ async fn plugin_with_a_wrong_name_is_not_used() {
         ("hello['protocol'] = 99", "speaks the protocol 99"),
         ("hello['format'] = 'qcow2'", "serves the format \"qcow2\""),
         ("hello['capabilities']['internal'] = False", "can take no point"),
-        ("hello['capabilities']['ways'] = ['internal']", "no text of their own"),
+        ("hello['capabilities']['ways'] = ['internal']", "invalid or reserved names"),
         ("hello['capabilities']['max_depth'] = -1", "with an invalid value"),
     ] {
         let otherwise = format!(
