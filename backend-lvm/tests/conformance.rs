@@ -111,10 +111,6 @@ impl TestBackend for Volumes {
         Ok(path)
     }
 
-    fn read(&self, disk: &DiskRecord) -> Result<Vec<u8>> {
-        Ok(std::fs::read(&disk.disk.path)?)
-    }
-
     fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> Result<()> {
         let device = File::options().write(true).open(&disk.disk.path)?;
         device.write_all_at(bytes, offset)?;
@@ -134,6 +130,10 @@ impl TestBackend for Volumes {
 
     /// A thin revert is two renames, and lvm defers the merge of a volume that is open.
     fn path_stays(&self) -> bool {
+        false
+    }
+
+    fn can_lose_power(&self) -> bool {
         false
     }
 

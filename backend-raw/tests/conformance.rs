@@ -1,34 +1,19 @@
 //! The behaviour kit on raw files, which a guest writes as they are.
 
-use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Result;
 use backend_raw::Raw;
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{DiskRecord, DiskSnapshotter};
-use snapcore_testkit::TestBackend;
+use snapcore::DiskSnapshotter;
+use snapcore_testkit::{TestBackend, has_file};
 
 struct Files;
 
 impl TestBackend for Files {
     fn backend(&self) -> Arc<dyn DiskSnapshotter> {
         Arc::new(Raw::new())
-    }
-
-    fn make(&self, dir: &Utf8Path, name: &str, bytes: &[u8]) -> Result<Utf8PathBuf> {
-        let path = dir.join(format!("{name}.raw"));
-        std::fs::write(&path, bytes)?;
-        Ok(path)
-    }
-
-    fn read(&self, disk: &DiskRecord) -> Result<Vec<u8>> {
-        Ok(std::fs::read(&disk.disk.path)?)
-    }
-
-    fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> Result<()> {
-        Ok(std::fs::OpenOptions::new().write(true).open(&disk.disk.path)?.write_all_at(bytes, offset)?)
     }
 
     fn offers(&self, method: &str) -> bool {
@@ -55,13 +40,7 @@ impl TestBackend for Files {
     }
 
     fn is_saved(&self, dir: &Utf8Path, holds: &[u8]) -> Result<Option<bool>> {
-        for entry in dir.read_dir_utf8()? {
-            let entry = entry?;
-            if entry.file_name().starts_with("rescued-") && std::fs::read(entry.path())? == holds {
-                return Ok(Some(true));
-            }
-        }
-        Ok(Some(false))
+        Ok(Some(has_file(dir, "rescued-", holds)?))
     }
 }
 

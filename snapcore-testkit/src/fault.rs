@@ -83,6 +83,7 @@ struct Armed {
     seen: Vec<String>,
     statuses: Vec<StepStatus>,
     declared: Option<Capabilities>,
+    free_deletes: bool,
 }
 
 /// Injects faults, and records what it saw.
@@ -121,6 +122,11 @@ impl FaultInjector {
     /// Lets the backend declare this instead of what it can.
     pub(crate) fn declare(&self, capabilities: Capabilities) {
         self.armed().declared = Some(capabilities);
+    }
+
+    /// Reports from now on that a delete frees and moves nothing.
+    pub(crate) fn report_free_deletes(&self) {
+        self.armed().free_deletes = true;
     }
 
     /// Asks for every step's status, before and after, from now on.
@@ -329,7 +335,9 @@ impl DiskSnapshotter for FaultyBackend {
         drop: &[Point],
         keep: &[Point],
     ) -> Result<DeleteCost> {
-        self.inner.cost_of_delete(disk, state, drop, keep).await
+        let cost = self.inner.cost_of_delete(disk, state, drop, keep).await?;
+        let free = self.faults.armed().free_deletes;
+        Ok(if free { DeleteCost { frees: 0, moves: 0 } } else { cost })
     }
     async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {
         self.inner.is_gone(disk).await

@@ -10,27 +10,16 @@
 //!
 //! ```no_run
 //! # use std::{process::ExitCode, sync::Arc};
-//! # use camino::{Utf8Path, Utf8PathBuf};
-//! # use snapcore::{Disk, DiskRecord, DiskSnapshotter};
+//! # use snapcore::DiskSnapshotter;
 //! # fn my_backend() -> Arc<dyn DiskSnapshotter> { unimplemented!() }
 //! use snapcore_testkit::TestBackend;
 //!
 //! struct Files;
 //!
+//! // Disks that are plain files; others say how they are made, read and written.
 //! impl TestBackend for Files {
 //!     fn backend(&self) -> Arc<dyn DiskSnapshotter> {
 //!         my_backend()
-//!     }
-//!     fn make(&self, dir: &Utf8Path, name: &str, content: &[u8]) -> anyhow::Result<Utf8PathBuf> {
-//!         std::fs::write(dir.join(name), content)?;
-//!         Ok(dir.join(name))
-//!     }
-//!     fn read(&self, disk: &DiskRecord) -> anyhow::Result<Vec<u8>> {
-//!         Ok(std::fs::read(&disk.disk.path)?)
-//!     }
-//!     fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> anyhow::Result<()> {
-//!         use std::os::unix::fs::FileExt;
-//!         Ok(std::fs::File::options().write(true).open(&disk.disk.path)?.write_all_at(bytes, offset)?)
 //!     }
 //! }
 //!
@@ -52,6 +41,12 @@
 //! the catalogue, before or after its effect, and all of it is dropped. The next "process" has a new backend,
 //! catalogue and service. Others are real: the operation runs in a child, a copy of the test program, which
 //! is killed there, or in the middle of a step where the step reports progress.
+//!
+//! **Power losses** need disks that are files, which this process writes through libc. A child does the
+//! operation with `libfaultfs.so` preloaded (`cargo build -p faultfs`; beside the test program, or where
+//! `TESTKIT_FAULTFS` says), which records its file operations. From the record [`powerloss`] builds what the
+//! power loss leaves: writes and names that were not flushed are there or not. `TESTKIT_POWER_CASES` (12) is
+//! the number of losses for each operation.
 
 #![forbid(unsafe_code)]
 
@@ -62,10 +57,14 @@ mod fault;
 mod fixture;
 pub mod hypervisor;
 mod model;
-mod seed;
+pub mod powerloss;
+pub mod record;
+pub mod seed;
 mod suite;
 mod test_backend;
+#[doc(hidden)]
+pub mod wrong;
 
 pub use model::{Bytes, Model, Point};
 pub use suite::run;
-pub use test_backend::TestBackend;
+pub use test_backend::{TestBackend, has_file};

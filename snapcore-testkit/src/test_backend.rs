@@ -1,6 +1,8 @@
 //! What an author gives to the kit: disks, and the reads and writes of a guest.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -26,13 +28,21 @@ pub trait TestBackend: Send + Sync + 'static {
     ///
     /// `name` is part of the disk's name as far as the storage allows. Refuse a name that it does not allow
     /// with the [`snapcore::Error`] of the backend.
-    fn make(&self, dir: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf>;
+    fn make(&self, dir: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf> {
+        let path = dir.join(name);
+        std::fs::write(&path, content)?;
+        Ok(path)
+    }
 
     /// Reads all bytes that a guest would find on the disk now.
-    fn read(&self, disk: &DiskRecord) -> Result<Vec<u8>>;
+    fn read(&self, disk: &DiskRecord) -> Result<Vec<u8>> {
+        Ok(std::fs::read(&disk.disk.path)?)
+    }
 
     /// Writes as a guest would. When it returns, every reader sees the bytes. They need not be durable.
-    fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> Result<()>;
+    fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> Result<()> {
+        Ok(File::options().write(true).open(&disk.disk.path)?.write_all_at(bytes, offset)?)
+    }
 
     /// The size of each disk in bytes: at least 64 KiB, and a multiple of 4096. Smaller is faster; the
     /// default is 512 KiB.
@@ -129,9 +139,35 @@ pub trait TestBackend: Send + Sync + 'static {
         true
     }
 
+    /// Returns true if its disks are files that this process writes through libc, so that power losses can be
+    /// made from a record of its file operations. Return false for volumes, and for a backend in another
+    /// process.
+    fn can_lose_power(&self) -> bool {
+        self.can_be_killed()
+    }
+
     /// Removes what [`make`](Self::make) and the backend left outside `dir`. Called when a test case ends,
     /// passed or not.
     fn clear(&self, _dir: &Utf8Path) -> Result<()> {
         Ok(())
     }
+}
+
+/// Returns true if a file in `dir`, or in a directory in it, whose name begins with `prefix` holds exactly `bytes`: for
+/// [`TestBackend::is_saved`].
+///
+/// # Errors
+/// A file or directory that cannot be read.
+pub fn has_file(dir: &Utf8Path, prefix: &str, bytes: &[u8]) -> Result<bool> {
+    for entry in dir.read_dir_utf8()? {
+        let entry = entry?;
+        let found = match entry.file_type()?.is_dir() {
+            true => has_file(entry.path(), prefix, bytes)?,
+            false => entry.file_name().starts_with(prefix) && std::fs::read(entry.path())? == bytes,
+        };
+        if found {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

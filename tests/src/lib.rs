@@ -30,12 +30,11 @@ pub mod live;
 mod meanwhile;
 pub mod model;
 pub mod mounted;
-pub mod powerloss;
 pub mod qemu;
-#[path = "../faultfs/src/record.rs"]
-pub mod record;
 pub mod report;
 pub mod scenario;
 pub mod seed;
 pub mod shim;
 pub mod verify;
+
+pub use snapcore_testkit::{powerloss, record};

@@ -4,6 +4,7 @@ mod crashes;
 mod failures;
 mod hostile;
 mod points;
+mod power;
 mod random;
 mod reading;
 mod together;
@@ -51,6 +52,7 @@ pub(crate) fn all() -> impl Iterator<Item = TestCase> {
         .chain(reading::CASES)
         .chain(failures::CASES)
         .chain(crashes::CASES)
+        .chain(power::CASES)
         .chain(hostile::CASES)
         .chain(together::CASES)
         .chain(random::CASES)

@@ -55,11 +55,11 @@ fn choose(fixture: &Fixture<'_>, random: &mut Seed, number: u64) -> Op {
                 points.iter().filter(|name| fixture.model.current.as_ref() != Some(**name)).collect();
             match others.is_empty() {
                 true => Op::Tidy,
-                false => Op::Revert { to: (**random.pick(&others)).clone(), save },
+                false => Op::Revert { to: (*random.pick(&others)).clone(), save },
             }
         }
         5..=8 => {
-            let chosen = (*random.pick(&points)).clone();
+            let chosen = random.pick(&points).clone();
             let names = if random.chance(30) { fixture.model.subtree(&chosen) } else { vec![chosen] };
             Op::Delete(names)
         }

@@ -464,7 +464,7 @@ macro_rules! hook_flush {
             let Some(file) = watched(fd) else { return real() };
             let line = format!("flush {}", shown(file.config, &file.path));
             operation(file.config, &line, false, real, |_| {
-                Some(Record::new(Kind::Flush, file.dev, file.ino))
+                (!file.config.forgets_flush(&file.path)).then(|| Record::new(Kind::Flush, file.dev, file.ino))
             })
         }
     )*};

@@ -19,6 +19,7 @@
 //! | `FAULTFS_FAIL_MODE` | `on`: from that operation on, every one that needs space fails, as on a full disk |
 //! | `FAULTFS_FAIL_KIND` | the kind of operations that all fail, as on a file system that does not have it: `link` |
 //! | `FAULTFS_FAIL_PATH` | a part of the paths on which they fail; all where it is not given |
+//! | `FAULTFS_FORGET_FLUSH` | a part of paths whose flushes are not recorded, as of a program that forgets to flush |
 //! | `FAULTFS_ERRNO` | with which error: `ENOSPC` (the default), `EIO`, `EDQUOT`, `EPERM` |
 //!
 //! `qmp.rs` has the same for the commands that the program sends to a QEMU.
@@ -38,5 +39,6 @@ mod hooks;
 mod qmp;
 mod real;
 #[allow(dead_code)] // the reading half is for the tests, which include this file
+#[path = "../../../snapcore-testkit/src/record.rs"]
 mod record;
 mod session;

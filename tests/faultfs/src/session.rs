@@ -32,6 +32,7 @@ pub struct Config {
     fail_kind: Option<String>,
     fail_path: Option<String>,
     leave: Option<String>,
+    forget_flush: Option<String>,
     errno: i32,
 }
 
@@ -104,6 +105,7 @@ pub fn config() -> Option<&'static Config> {
                 fail_kind: std::env::var("FAULTFS_FAIL_KIND").ok(),
                 fail_path: std::env::var("FAULTFS_FAIL_PATH").ok(),
                 leave: std::env::var("FAULTFS_LEAVE").ok().filter(|part| !part.is_empty()),
+                forget_flush: std::env::var("FAULTFS_FORGET_FLUSH").ok(),
                 errno,
             })
         })
@@ -116,6 +118,11 @@ impl Config {
         path.starts_with(&self.root)
             && !path.as_os_str().as_encoded_bytes().ends_with(b"-shm")
             && !self.leave.as_ref().is_some_and(|part| path.to_string_lossy().contains(part))
+    }
+
+    /// Returns true if flushes of `path` are not to be recorded.
+    pub fn forgets_flush(&self, path: &Path) -> bool {
+        self.forget_flush.as_ref().is_some_and(|part| path.to_string_lossy().contains(part))
     }
 
     /// Whether anybody reads records.
