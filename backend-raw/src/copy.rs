@@ -233,3 +233,113 @@ pub(crate) fn verify(layer: &Utf8Path, watch: Watch<'_>) -> Result<()> {
     )
     .advise("another program wrote it, or the disk under it is failing: restore it from a backup"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Silent;
+
+    impl Progress for Silent {
+        fn bytes(&self, _: u64, _: u64) {}
+    }
+
+    fn directory() -> (tempfile::TempDir, Utf8PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = Utf8PathBuf::from_path_buf(directory.path().to_owned()).unwrap();
+        (directory, path)
+    }
+
+    /// Copies `from` to `to` as a step does, and states the checksum.
+    fn copied(from: &Utf8Path, to: &Utf8Path, cancel: &CancellationToken) -> Result<u32> {
+        let (source, made) = (File::open(from).unwrap(), File::create_new(to).unwrap());
+        copy(&source, from, &made, to, false, Watch { progress: &Silent, cancel, bytes: 0 })
+    }
+
+    fn verified(layer: &Utf8Path) -> Result<()> {
+        verify(layer, Watch { progress: &Silent, cancel: &CancellationToken::new(), bytes: 0 })
+    }
+
+    /// The checksum is of the content: written zeros and a hole are the same, another place of a block is
+    /// not.
+    #[test]
+    fn sum_ignores_holes_but_not_places() {
+        let (_keep, dir) = directory();
+        let content = |name: &str, blocks: &[u8]| {
+            let path = dir.join(name);
+            let bytes: Vec<u8> = blocks.iter().flat_map(|byte| vec![*byte; BLOCK]).collect();
+            fs::write(&path, bytes).unwrap();
+            let cancel = CancellationToken::new();
+            sum(&File::open(&path).unwrap(), &path, Watch { progress: &Silent, cancel: &cancel, bytes: 0 })
+                .unwrap()
+        };
+        let written = content("written", &[1, 0, 2]);
+        let hole = dir.join("hole");
+        let file = File::create_new(&hole).unwrap();
+        file.write_all_at(&[1; BLOCK], 0).unwrap();
+        file.write_all_at(&[2; BLOCK], 2 * BLOCK as u64).unwrap();
+        let cancel = CancellationToken::new();
+        let watch = Watch { progress: &Silent, cancel: &cancel, bytes: 0 };
+        assert_eq!(sum(&File::open(&hole).unwrap(), &hole, watch).unwrap(), written);
+        assert_ne!(content("moved", &[1, 2, 0]), written);
+    }
+
+    /// A copy holds the same bytes, is as long, and has a hole for each block of zeros.
+    #[test]
+    fn copy_is_equal_and_sparse() {
+        let (_keep, dir) = directory();
+        let (from, to) = (dir.join("from"), dir.join("to"));
+        let mut bytes = vec![0; 16 * BLOCK];
+        bytes[5 * BLOCK] = 1;
+        bytes.extend([7; 1000]); // not whole blocks
+        fs::write(&from, &bytes).unwrap();
+        copied(&from, &to, &CancellationToken::new()).unwrap();
+        assert_eq!(fs::read(&to).unwrap(), bytes);
+        assert!(same_content(&from, &to).unwrap());
+        assert!(to.metadata().unwrap().blocks() * 512 < 4 * BLOCK as u64, "zeros were written");
+    }
+
+    /// A cancelled copy does not get its length, by which a whole copy is known.
+    #[test]
+    fn cancelled_copy_is_not_whole() {
+        let (_keep, dir) = directory();
+        let (from, to) = (dir.join("from"), dir.join("to"));
+        fs::write(&from, vec![1; 4 * BLOCK]).unwrap();
+        let cancel = CancellationToken::new();
+        cancel.cancel();
+        assert_eq!(copied(&from, &to, &cancel).unwrap_err().kind(), ErrorKind::Cancelled);
+        assert!(to.metadata().unwrap().len() < 4 * BLOCK as u64);
+    }
+
+    /// A changed bit is found, and so is a checksum that is no number; a point without one is not judged.
+    #[test]
+    fn damage_of_a_point_is_found() {
+        let (_keep, dir) = directory();
+        let (from, to) = (dir.join("from"), dir.join("to"));
+        fs::write(&from, vec![3; 2 * BLOCK]).unwrap();
+        let stated = copied(&from, &to, &CancellationToken::new()).unwrap();
+        assert_eq!(stated_sum(&to).unwrap(), None);
+        verified(&to).unwrap();
+        write_sum(&to, stated).unwrap();
+        assert_eq!(stated_sum(&to).unwrap(), Some(stated));
+        verified(&to).unwrap();
+        File::options().write(true).open(&to).unwrap().write_all_at(&[2], BLOCK as u64 + 9).unwrap();
+        assert_eq!(verified(&to).unwrap_err().kind(), ErrorKind::Corrupt);
+        fs::write(sum_file(&to), "domsnap raw crc32 nothing\n").unwrap();
+        assert_eq!(stated_sum(&to).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+
+    /// Files of different lengths, and of one different byte in the last block, are not the same.
+    #[test]
+    fn same_content_compares_every_byte() {
+        let (_keep, dir) = directory();
+        let (one, other) = (dir.join("one"), dir.join("other"));
+        let mut bytes = vec![5; 3 * BLOCK + 17];
+        fs::write(&one, &bytes).unwrap();
+        fs::write(&other, &bytes[1..]).unwrap();
+        assert!(!same_content(&one, &other).unwrap());
+        *bytes.last_mut().unwrap() = 6;
+        fs::write(&other, &bytes).unwrap();
+        assert!(!same_content(&one, &other).unwrap());
+    }
+}
