@@ -1,4 +1,4 @@
-# make test       every suite with what each promise needs: 25 minutes on two cores; prints what it leaves out
+# make test       every suite with what each promise needs, meant for 25 minutes; prints what it leaves out
 # make test-all   every test at its full length: hours
 # make test-fast  the unit tests and the behaviour matrix: no crash suites, no property test, no Xen
 # make widths     lines that are too wide: comments over 110 columns, prose over 120
