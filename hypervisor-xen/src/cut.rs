@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use snapcore::{
-    Consistency, DiskInstant, DomainContext, DomainStep, Error, ErrorKind, Facts, MemoryPlan, PowerAfter,
-    Quiesce, Result, Taken, Target,
+    Consistency, DiskInstant, DomainContext, DomainStep, Error, ErrorKind, MemoryPlan, PowerAfter, Quiesce,
+    Result, StepOutcome, Taken, Target,
 };
 
 use crate::{
@@ -65,8 +65,12 @@ pub(crate) fn refuse(step: &CutStep<'_>, row: &Row) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn take(live: &XenDomain, step: CutStep<'_>, context: DomainContext<'_>) -> Result<Facts> {
-    let mut facts = Facts::default();
+pub(crate) async fn take(
+    live: &XenDomain,
+    step: CutStep<'_>,
+    context: DomainContext<'_>,
+) -> Result<StepOutcome> {
+    let mut facts = StepOutcome::default();
     let row = live.row().await?;
     refuse(&step, &row)?;
     let ran = !row.flags.paused;

@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::FileTypeExt, path::Path};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
-use snapcore::{Domain, Obstacle, Seen, SeenDisk, Target, file_identity};
+use snapcore::{Domain, DomainInfo, Obstacle, SeenDisk, Target, file_identity};
 
 use crate::list::Row;
 
@@ -107,7 +107,7 @@ fn yes(of: &Value, field: &str) -> bool {
 }
 
 /// Describes a running domain.
-pub(crate) fn seen(row: &Row, config: &Value) -> Seen {
+pub(crate) fn seen(row: &Row, config: &Value) -> DomainInfo {
     let drives = disks(config);
     let build = &config["b_info"];
     let memory = build["target_memkb"].as_u64().or_else(|| build["max_memkb"].as_u64()).unwrap_or_default();
@@ -115,7 +115,7 @@ pub(crate) fn seen(row: &Row, config: &Value) -> Seen {
     let cpus = build["max_vcpus"].as_u64().unwrap_or(1);
     let summary = format!("Xen {kind}, {cpus} processors, {} MiB, {} drives", memory >> 10, drives.len());
     let disks = drives.iter().map(seen_disk).chain(other_storage(config)).collect();
-    Seen {
+    DomainInfo {
         name: Some(row.name.clone()),
         running: !row.flags.paused,
         machine: record(config),
@@ -145,7 +145,7 @@ fn seen_disk(disk: &XenDisk) -> SeenDisk {
 }
 
 /// Records which of the drives are the domain's disks, and which disk has another file in its place.
-pub(crate) fn note_members(seen: &mut Seen, drives: &[XenDisk], domain: &Domain) {
+pub(crate) fn note_members(seen: &mut DomainInfo, drives: &[XenDisk], domain: &Domain) {
     for disk in &mut seen.disks {
         let Some(record) = domain.disk(&disk.target) else { continue };
         let registered = &record.disk.path;
@@ -236,7 +236,7 @@ pub(crate) fn is_same_storage(one: &Value, other: &Value) -> bool {
 
 /// Lists drives of the domain's QEMU that libxl does not know: given by `device_model_args`, or hot-plugged
 /// over its monitor.
-pub(crate) fn unknown_to_libxl(qemu: &Seen, drives: &[XenDisk]) -> Vec<SeenDisk> {
+pub(crate) fn unknown_to_libxl(qemu: &DomainInfo, drives: &[XenDisk]) -> Vec<SeenDisk> {
     let is_known = |disk: &SeenDisk| drives.iter().any(|drive| drive.is_file(&disk.path));
     let hidden =
         qemu.disks.iter().filter(|disk| disk.guest_writes && disk.member.is_none() && !is_known(disk));

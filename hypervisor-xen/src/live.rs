@@ -15,8 +15,8 @@ use camino::Utf8PathBuf;
 use hypervisor_qemu::Qemu as QemuSaver;
 use serde_json::Value;
 use snapcore::{
-    AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, LiveDomain, Obstacle,
-    OpenChain, Plan, Result, Seen, Target, VmStateSaver,
+    AttachedDisk, Control, Domain, DomainContext, DomainInfo, DomainStep, Error, ErrorKind, LiveDomain,
+    Obstacle, OpenChain, Plan, Result, StepOutcome, Target, VmStateSaver,
 };
 use tokio::sync::{Mutex, RwLock};
 
@@ -40,7 +40,7 @@ const BUSY: Duration = Duration::from_secs(10);
 pub(crate) struct XenDomain {
     pub(crate) xl: Xl,
     pub(crate) name: String,
-    pub(crate) seen: Seen,
+    pub(crate) seen: DomainInfo,
     /// The file from which the domain is created.
     pub(crate) config: Option<Utf8PathBuf>,
     pub(crate) places: NotePaths,
@@ -65,7 +65,7 @@ impl XenDomain {
         xl: Xl,
         domain: &Domain,
         control: &Control,
-        seen: Seen,
+        seen: DomainInfo,
         running: bool,
     ) -> Result<Self> {
         let qemu: Qemu = Arc::default();
@@ -233,7 +233,7 @@ impl XenDomain {
 
 #[async_trait]
 impl LiveDomain for XenDomain {
-    fn seen(&self) -> &Seen {
+    fn seen(&self) -> &DomainInfo {
         &self.seen
     }
 
@@ -313,21 +313,21 @@ impl LiveDomain for XenDomain {
         }
     }
 
-    async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts> {
+    async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<StepOutcome> {
         match step {
             DomainStep::CheckMemory { file } => {
-                check_memory(file, context.progress).await.map(|()| Facts::default())
+                check_memory(file, context.progress).await.map(|()| StepOutcome::default())
             }
             DomainStep::Instant { .. } => match instant(step) {
                 Some(step) => cut::take(self, step, context).await,
-                None => Ok(Facts::default()),
+                None => Ok(StepOutcome::default()),
             },
             DomainStep::SaveMemory { file, compress, .. } => {
                 let running = self.saved_running.lock().await.take().unwrap_or(true);
                 let path = file.clone();
                 let bytes = blocking(move || memory::seal(&path, running, &Silent)).await?;
                 context.progress.bytes(bytes, bytes);
-                let mut facts = Facts { memory_bytes: Some(bytes), ..Facts::default() };
+                let mut facts = StepOutcome { memory_bytes: Some(bytes), ..StepOutcome::default() };
                 if *compress > 0 {
                     facts.notes.push(
                         "the memory image is not compressed: this is not supported with Xen".to_owned(),
@@ -337,18 +337,18 @@ impl LiveDomain for XenDomain {
             }
             DomainStep::Rehome { .. } => match self.qemu().await {
                 Some(qemu) => qemu.apply(step, context).await,
-                None => Ok(Facts::default()),
+                None => Ok(StepOutcome::default()),
             },
             DomainStep::OpenWindow { .. } => {
-                section::open(self, step, context).await.map(|()| Facts::default())
+                section::open(self, step, context).await.map(|()| StepOutcome::default())
             }
             DomainStep::Attach { .. } => {
-                section::attach(self, step, context).await.map(|()| Facts::default())
+                section::attach(self, step, context).await.map(|()| StepOutcome::default())
             }
             DomainStep::Continue { .. } => section::finish(self, step, context).await,
             // A domain is created again with the media of its configuration.
-            DomainStep::Media { .. } => Ok(Facts::default()),
-            DomainStep::RemoveMemory { file } => remove_memory(file).await.map(|()| Facts::default()),
+            DomainStep::Media { .. } => Ok(StepOutcome::default()),
+            DomainStep::RemoveMemory { file } => remove_memory(file).await.map(|()| StepOutcome::default()),
         }
     }
 

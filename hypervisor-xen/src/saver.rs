@@ -5,8 +5,9 @@ use std::{collections::HashSet, sync::Arc};
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{
-    Control, Domain, Error, ErrorKind, Facts, FileIdentity, GuestChange, Hypervisor, HypervisorProfile,
-    LiveDomain, PowerAfter, Progress, Registry, Result, Seen, StartFromMemory, StartedDomain, VmStateSaver,
+    Control, Domain, DomainInfo, Error, ErrorKind, FileIdentity, GuestChange, Hypervisor, HypervisorProfile,
+    LiveDomain, PowerAfter, Progress, Registry, Result, StartFromMemory, StartedDomain, StepOutcome,
+    VmStateSaver,
 };
 
 use crate::{
@@ -96,7 +97,7 @@ impl VmStateSaver for Xen {
         }
     }
 
-    async fn look(&self, control: &Control) -> Result<Seen> {
+    async fn look(&self, control: &Control) -> Result<DomainInfo> {
         let xl = Xl::expect()?;
         let Some(row) = list::row_of(&xl, &control.address).await? else {
             return Err(Error::new(ErrorKind::NotFound, format!("Xen runs no domain {}", control.address))
@@ -108,7 +109,7 @@ impl VmStateSaver for Xen {
         Ok(describe::seen(&row, &list::config_of(&xl, row.domid).await?))
     }
 
-    async fn scan(&self) -> Result<Vec<(Control, Seen)>> {
+    async fn scan(&self) -> Result<Vec<(Control, DomainInfo)>> {
         let Some(xl) = Xl::find() else { return Ok(Vec::new()) };
         let mut found = Vec::new();
         for row in list::rows(&xl).await? {
@@ -127,7 +128,7 @@ impl VmStateSaver for Xen {
         check_memory(file, progress).await
     }
 
-    async fn start(&self, start: StartFromMemory<'_>) -> Result<Facts> {
+    async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome> {
         let xl = Xl::expect()?;
         let running = memory::read_record(start.file)?.running;
         let goes_on = start.power.map_or(running, |power| power == PowerAfter::Running);
@@ -136,7 +137,7 @@ impl VmStateSaver for Xen {
         // The domain is started: a failure to read its number is no error.
         let row = list::row_of(&xl, name).await.ok().flatten();
         let started = row.map(|row| StartedDomain::number(row.domid));
-        Ok(Facts { guest: Some(GuestChange::Started), started, ..Facts::default() })
+        Ok(StepOutcome { guest: Some(GuestChange::Started), started, ..StepOutcome::default() })
     }
 
     fn outside(&self, domain: &Domain, machine: Option<&serde_json::Value>) -> Vec<String> {

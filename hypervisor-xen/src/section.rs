@@ -32,8 +32,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use snapcore::{
-    Anew, Beginning, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, FileIdentity,
-    GuestChange, PowerAfter, Result, Seen, SeenDisk, StartedDomain, file_identity,
+    Anew, Beginning, Control, Domain, DomainContext, DomainInfo, DomainStep, Error, ErrorKind, FileIdentity,
+    GuestChange, PowerAfter, Result, SeenDisk, StartedDomain, StepOutcome, file_identity,
 };
 
 use crate::{
@@ -148,8 +148,8 @@ impl Note {
     }
 
     /// Describes the previous domain.
-    pub(crate) fn seen(&self, name: &str) -> Seen {
-        Seen {
+    pub(crate) fn seen(&self, name: &str) -> DomainInfo {
+        DomainInfo {
             name: Some(name.to_owned()),
             running: false,
             machine: self.machine.clone(),
@@ -536,9 +536,13 @@ pub(crate) async fn undo_open(live: &XenDomain, step: &DomainStep, context: Doma
 }
 
 /// Ends a detached section.
-pub(crate) async fn finish(live: &XenDomain, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts> {
-    let DomainStep::Continue { memory, reset, power } = step else { return Ok(Facts::default()) };
-    let mut facts = Facts::default();
+pub(crate) async fn finish(
+    live: &XenDomain,
+    step: &DomainStep,
+    context: DomainContext<'_>,
+) -> Result<StepOutcome> {
+    let DomainStep::Continue { memory, reset, power } = step else { return Ok(StepOutcome::default()) };
+    let mut facts = StepOutcome::default();
     let row = list::row_of(&live.xl, &live.name).await?;
     if *power == Some(PowerAfter::Off) {
         if let Some(row) = row {

@@ -10,9 +10,9 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use libtest_mimic::{Arguments, Trial};
 use snapcore::{
-    ActivePath, ChainFile, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext, DomainName,
-    DomainStep, ErrorKind, Facts, FileIdentity, GuestChange, Inside, LayerName, LiveDomain, MemoryPlan,
-    OpenChain, PowerAfter, Progress, Quiesce, Seen, Target, VmStateSaver,
+    ActivePath, ChainFile, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext, DomainInfo,
+    DomainName, DomainStep, ErrorKind, FileIdentity, GuestChange, Inside, LayerName, LiveDomain, MemoryPlan,
+    OpenChain, PowerAfter, Progress, Quiesce, StepOutcome, Target, VmStateSaver,
 };
 use tokio::{runtime, sync::Mutex};
 use tokio_util::sync::CancellationToken;
@@ -133,7 +133,7 @@ impl Fixture {
         self.saver.connect(&self.domain).await?.context("it runs, and connect says that it does not")
     }
 
-    async fn seen(&self) -> Result<Seen> {
+    async fn seen(&self) -> Result<DomainInfo> {
         Ok(self.connect().await?.seen().clone())
     }
 
@@ -147,7 +147,7 @@ impl Fixture {
     }
 
     /// Does a step by a connection of its own, as a process does that recovers.
-    async fn apply(&self, step: &DomainStep, inside: &dyn Inside) -> snapcore::Result<Facts> {
+    async fn apply(&self, step: &DomainStep, inside: &dyn Inside) -> snapcore::Result<StepOutcome> {
         let live = self.connect().await;
         let live = live.map_err(|error| snapcore::Error::new(ErrorKind::Io, format!("{error:#}")))?;
         live.apply(step, self.context(inside, &CancellationToken::new())).await

@@ -157,7 +157,7 @@ pub struct Machine {
     /// One line of it, for people.
     #[serde(default)]
     pub summary: String,
-    /// The hypervisor's own record ([`crate::Seen::machine`]).
+    /// The hypervisor's own record ([`crate::DomainInfo::machine`]).
     pub record: serde_json::Value,
 }
 

@@ -369,9 +369,17 @@ impl StartedDomain {
     }
 }
 
+/// The previous name of [`StepOutcome`].
+#[doc(hidden)]
+pub type Facts = StepOutcome;
+
+/// The previous name of [`DomainInfo`].
+#[doc(hidden)]
+pub type Seen = DomainInfo;
+
 /// The outcome of a domain step.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Facts {
+pub struct StepOutcome {
     /// Effect on the guest.
     pub guest: Option<GuestChange>,
     /// The started process or domain, if the step started one.
@@ -432,7 +440,7 @@ pub struct SeenDisk {
 
 /// Description of a running domain by its hypervisor.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Seen {
+pub struct DomainInfo {
     /// Its name, if the hypervisor knows one.
     pub name: Option<String>,
     /// True if the guest's processors run; otherwise it is paused.
@@ -523,7 +531,7 @@ pub trait AttachedDisk: Send + Sync {
 #[async_trait]
 pub trait LiveDomain: Send + Sync {
     /// The domain as it was when the connection was made.
-    fn seen(&self) -> &Seen;
+    fn seen(&self) -> &DomainInfo;
 
     /// The processes of the hypervisor that have its disks open, if known. Their open files do not count as
     /// uses by other programs. Empty: not known.
@@ -534,7 +542,7 @@ pub trait LiveDomain: Send + Sync {
     /// One of its disks; absent: the running domain has no disk whose image is a layer of it.
     fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk>;
 
-    /// Lists the differences from a recorded machine ([`Seen::machine`]) that would prevent a revert with
+    /// Lists the differences from a recorded machine ([`DomainInfo::machine`]) that would prevent a revert with
     /// memory, as text.
     fn differences(&self, recorded: &serde_json::Value) -> Result<Vec<String>>;
 
@@ -591,7 +599,7 @@ pub trait LiveDomain: Send + Sync {
     }
 
     /// Performs a step. It is idempotent, also after a crash: completed work is not repeated.
-    async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts>;
+    async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<StepOutcome>;
 
     /// Undoes a step, however far it got. It is idempotent.
     async fn undo(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<()>;
@@ -766,11 +774,11 @@ pub trait VmStateSaver: Send + Sync {
     ///
     /// # Errors
     /// [`crate::ErrorKind::NotFound`] if none runs there.
-    async fn look(&self, control: &Control) -> Result<Seen>;
+    async fn look(&self, control: &Control) -> Result<DomainInfo>;
 
     /// Lists the domains that run on this machine and can be reached. Domains that cannot be queried are
     /// skipped.
-    async fn scan(&self) -> Result<Vec<(Control, Seen)>>;
+    async fn scan(&self) -> Result<Vec<(Control, DomainInfo)>>;
 
     /// Reads a memory image and compares it with its checksums, before it is loaded. A copy that must be
     /// uncompressed for that is kept until the image is loaded, or until [`VmStateSaver::release_memory`]. It
@@ -788,10 +796,10 @@ pub trait VmStateSaver: Send + Sync {
 
     /// Starts the domain from a memory image, by the configured or recorded command. If that is impossible,
     /// returns the command for the user.
-    async fn start(&self, start: StartFromMemory<'_>) -> Result<Facts>;
+    async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome>;
 
     /// Lists state that the guest of a machine can write and that a snapshot contains only in its memory, as
-    /// text: firmware variables, a TPM. `machine` is as [`Seen::machine`]; without it the domain's record is
+    /// text: firmware variables, a TPM. `machine` is as [`DomainInfo::machine`]; without it the domain's record is
     /// used.
     fn outside(&self, _domain: &Domain, _machine: Option<&serde_json::Value>) -> Vec<String> {
         Vec::new()

@@ -82,10 +82,10 @@ pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventStream, Events};
 pub use hypervisor::{
-    Anew, AttachedDisk, AttachedMerge, Beginning, ChainFile, Control, DiskInstant, DomainContext, DomainStep,
-    Facts, FileIdentity, GuestChange, HypervisorProfile, Inside, LiveDomain, MAX_COMPRESSION, Medium,
-    MemoryPlan, NothingInside, Obstacle, OpenChain, PowerAfter, Quiesce, Seen, SeenDisk, StartFromMemory,
-    StartedDomain, Taken, VmStateSaver, file_identity,
+    Anew, AttachedDisk, AttachedMerge, Beginning, ChainFile, Control, DiskInstant, DomainContext, DomainInfo,
+    DomainStep, Facts, FileIdentity, GuestChange, HypervisorProfile, Inside, LiveDomain, MAX_COMPRESSION,
+    Medium, MemoryPlan, NothingInside, Obstacle, OpenChain, PowerAfter, Quiesce, Seen, SeenDisk,
+    StartFromMemory, StartedDomain, StepOutcome, Taken, VmStateSaver, file_identity,
 };
 pub use name::{DomainName, LayerName, MAX_NAME_BYTES, SnapshotName, Target};
 pub use operation::{Operation, OperationId, OperationState, StepState, Transition};

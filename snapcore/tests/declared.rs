@@ -39,7 +39,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         current: Some(found.id),
         machines: Vec::new(),
     };
-    let seen = Seen {
+    let seen = DomainInfo {
         name: None,
         running: true,
         machine: serde_json::json!({}),

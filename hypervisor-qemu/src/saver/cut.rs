@@ -10,8 +10,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use snapcore::{
-    Consistency, DiskInstant, DomainContext, Error, ErrorKind, Facts, MemoryPlan, PowerAfter, Quiesce,
-    Result, Taken, Target,
+    Consistency, DiskInstant, DomainContext, Error, ErrorKind, MemoryPlan, PowerAfter, Quiesce, Result,
+    StepOutcome, Taken, Target,
 };
 
 use super::{
@@ -61,9 +61,9 @@ pub(super) struct Step<'a> {
 ///
 /// Only after the cut is it known if the guest stayed frozen. If quiescing was required and the guest did not
 /// stay frozen, this is an error, and the undo discards the cut.
-pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<Facts> {
+pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<StepOutcome> {
     let machine = &live.machine;
-    let mut facts = Facts::default();
+    let mut facts = StepOutcome::default();
     let before = machine.run_state().await.map_err(told)?;
     let ran = before.running;
     let bitmaps = live.lost_bitmaps(overlaid(step)).await?;
@@ -290,7 +290,7 @@ async fn draft(file: &Utf8Path) -> Result<Draft> {
 }
 
 /// Freezes the guest's file systems, if the user asked for it.
-async fn freeze(live: &Live, step: Step<'_>, ran: bool, facts: &mut Facts) -> Result<Option<Quiesced>> {
+async fn freeze(live: &Live, step: Step<'_>, ran: bool, facts: &mut StepOutcome) -> Result<Option<Quiesced>> {
     let why = match (step.quiesce, step.memory, &live.agent, cannot_freeze(live, ran)) {
         (Quiesce::No, ..) => return Ok(None),
         (_, Some(_), ..) => {
@@ -312,7 +312,7 @@ async fn freeze(live: &Live, step: Step<'_>, ran: bool, facts: &mut Facts) -> Re
     Ok(None)
 }
 
-async fn thawed(frozen: Quiesced, step: Step<'_>, facts: &mut Facts) -> Result<Consistency> {
+async fn thawed(frozen: Quiesced, step: Step<'_>, facts: &mut StepOutcome) -> Result<Consistency> {
     match frozen.thaw().await {
         quiesce::Consistency::Filesystem { .. } => Ok(Consistency::Filesystem),
         quiesce::Consistency::Crash { because } if step.quiesce == Quiesce::Require => {
@@ -431,7 +431,7 @@ pub(super) async fn save_memory(
     tag: &str,
     compress: u8,
     context: DomainContext<'_>,
-) -> Result<Facts> {
+) -> Result<StepOutcome> {
     let begun = Instant::now();
     let saving = live.saving().take();
     let Some((saving, ran)) = saving else {
@@ -444,7 +444,7 @@ pub(super) async fn save_memory(
         });
         return match whole.await {
             Ok((found, length, full)) if found == tag => {
-                Ok(Facts { memory_bytes: Some(length), memory_full: full, ..Facts::default() })
+                Ok(StepOutcome { memory_bytes: Some(length), memory_full: full, ..StepOutcome::default() })
             }
             _ => {
                 let detail = "the memory of the snapshot is lost: the process that wrote it has ended";
@@ -464,7 +464,7 @@ pub(super) async fn save_memory(
     if metadata.len() > LONGEST_METADATA {
         metadata = about(None);
     }
-    let mut facts = Facts::default();
+    let mut facts = StepOutcome::default();
     let draft = match compress {
         0 => draft,
         level => match packed(draft, &tag, &metadata, level, context, &mut facts).await? {
@@ -477,7 +477,7 @@ pub(super) async fn save_memory(
     };
     let length = blocking(move || draft.seal(&tag, &metadata)?.length()).await?;
     tracing::debug!(elapsed = ?begun.elapsed(), length, "memory is saved");
-    Ok(Facts { memory_bytes: Some(length), ..facts })
+    Ok(StepOutcome { memory_bytes: Some(length), ..facts })
 }
 
 /// Time between two polls of the compression's progress.
@@ -490,7 +490,7 @@ async fn packed(
     metadata: &[u8],
     level: u8,
     context: DomainContext<'_>,
-    facts: &mut Facts,
+    facts: &mut StepOutcome,
 ) -> Result<Option<Draft>> {
     let (tag, metadata, total) = (tag.to_owned(), metadata.to_vec(), draft.written().map_err(told)?);
     let packing = Arc::new(Packing::default());

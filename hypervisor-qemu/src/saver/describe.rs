@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use camino::Utf8PathBuf;
 use serde_json::{Value, json};
-use snapcore::{Seen, SeenDisk, Target};
+use snapcore::{DomainInfo, SeenDisk, Target};
 
 use super::disk::{FileView, QemuChain, target_name};
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
 /// Describes the machine of a QEMU. Changes nothing.
-pub(super) async fn look(machine: &Machine) -> Result<Seen> {
+pub(super) async fn look(machine: &Machine) -> Result<DomainInfo> {
     let discovery = Discovery::read(machine).await?;
     let graph = machine.graph().await?;
     describe(machine, &discovery, &FileView::of(machine), &graph).await
@@ -30,7 +30,7 @@ pub(super) async fn describe(
     discovery: &Discovery,
     view: &FileView,
     graph: &Graph,
-) -> Result<Seen> {
+) -> Result<DomainInfo> {
     let disks = disks(discovery, view, graph);
     let version = discovery.version.map(|(a, b, c)| format!("QEMU {a}.{b}.{c}, ")).unwrap_or_default();
     let summary = format!(
@@ -41,7 +41,7 @@ pub(super) async fn describe(
         discovery.memory.base.saturating_add(discovery.memory.plugged) >> 20,
         disks.len(),
     );
-    Ok(Seen {
+    Ok(DomainInfo {
         name: discovery.name.clone(),
         running: discovery.state.running,
         machine: record(discovery),

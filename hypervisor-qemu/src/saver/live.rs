@@ -10,8 +10,8 @@ use std::{
 use async_trait::async_trait;
 use qmp::Agent;
 use snapcore::{
-    AttachedDisk, Control, Domain, DomainContext, DomainStep, Error, ErrorKind, Facts, FileIdentity,
-    LiveDomain, Medium, Obstacle, OpenChain, Plan, Result, Seen, Target,
+    AttachedDisk, Control, Domain, DomainContext, DomainInfo, DomainStep, Error, ErrorKind, FileIdentity,
+    LiveDomain, Medium, Obstacle, OpenChain, Plan, Result, StepOutcome, Target,
 };
 use tokio::{sync::watch, time::timeout};
 
@@ -42,7 +42,7 @@ const AGENT: Duration = Duration::from_secs(2);
 pub(super) struct Live {
     _connection: Arc<Connection>,
     pub(super) machine: Machine,
-    pub(super) seen: Seen,
+    pub(super) seen: DomainInfo,
     discovery: Discovery,
     pub(super) agent: Option<Agent>,
     disks: Vec<Disk>,
@@ -313,7 +313,7 @@ fn needs_a_unix_socket(why: String) -> Obstacle {
 
 #[async_trait]
 impl LiveDomain for Live {
-    fn seen(&self) -> &Seen {
+    fn seen(&self) -> &DomainInfo {
         &self.seen
     }
 
@@ -424,7 +424,7 @@ impl LiveDomain for Live {
         }
     }
 
-    async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts> {
+    async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<StepOutcome> {
         match step {
             DomainStep::CheckMemory { file } => {
                 self.unpacked.check(file, context.progress).await?;
@@ -449,7 +449,7 @@ impl LiveDomain for Live {
             DomainStep::OpenWindow { disks, .. } => {
                 let notes = self.lost_bitmaps(disks.iter()).await?;
                 section::open(self, disks).await?;
-                return Ok(Facts { notes, ..Facts::default() });
+                return Ok(StepOutcome { notes, ..StepOutcome::default() });
             }
             DomainStep::Attach { disks, anew } => {
                 section::attach(self, disks, context.chains).await?;
@@ -457,7 +457,7 @@ impl LiveDomain for Live {
                 if anew.is_some() {
                     notes.extend(self.copies_left_behind(disks.iter()).await?);
                 }
-                return Ok(Facts { notes, ..Facts::default() });
+                return Ok(StepOutcome { notes, ..StepOutcome::default() });
             }
             DomainStep::Media { media } => {
                 media::put_back(&self.machine, media).await?;
@@ -469,7 +469,7 @@ impl LiveDomain for Live {
                 remove_memory(file).await?;
             }
         }
-        Ok(Facts::default())
+        Ok(StepOutcome::default())
     }
 
     async fn undo(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {

@@ -52,8 +52,8 @@ use async_trait::async_trait;
 use camino::Utf8Path;
 use qmp::{Options, Qmp};
 use snapcore::{
-    Control, Domain, Error, ErrorKind, Facts, Hypervisor, HypervisorProfile, LiveDomain, Progress, Registry,
-    Result, Seen, StartFromMemory, VmStateSaver,
+    Control, Domain, DomainInfo, Error, ErrorKind, Hypervisor, HypervisorProfile, LiveDomain, Progress,
+    Registry, Result, StartFromMemory, StepOutcome, VmStateSaver,
 };
 use tokio::time::timeout;
 
@@ -161,7 +161,7 @@ impl VmStateSaver for Qemu {
         Ok(Some(Arc::new(live)))
     }
 
-    async fn look(&self, control: &Control) -> Result<Seen> {
+    async fn look(&self, control: &Control) -> Result<DomainInfo> {
         let socket = Path::new(&control.address);
         let Some(connection) = self.reach(socket, GREETING).await? else {
             if socket.metadata().is_ok_and(|about| !about.file_type().is_socket()) {
@@ -179,7 +179,7 @@ impl VmStateSaver for Qemu {
         describe::look(&connection.0).await.map_err(told)
     }
 
-    async fn scan(&self) -> Result<Vec<(Control, Seen)>> {
+    async fn scan(&self) -> Result<Vec<(Control, DomainInfo)>> {
         scan::scan(self).await
     }
 
@@ -192,7 +192,7 @@ impl VmStateSaver for Qemu {
         Ok(())
     }
 
-    async fn start(&self, start: StartFromMemory<'_>) -> Result<Facts> {
+    async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome> {
         start::start(start, &self.unpacked).await
     }
 

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use snapcore::{Control, Result, Seen};
+use snapcore::{Control, DomainInfo, Result};
 use tokio::time::timeout;
 
 use super::{Qemu, describe};
@@ -19,7 +19,7 @@ const GREETING: Duration = Duration::from_millis(500);
 const LOOKING: Duration = Duration::from_secs(5);
 
 /// Connects to each QEMU by the first of its QMP sockets that answers.
-pub(super) async fn scan(qemu: &Qemu) -> Result<Vec<(Control, Seen)>> {
+pub(super) async fn scan(qemu: &Qemu) -> Result<Vec<(Control, DomainInfo)>> {
     let mut found = Vec::new();
     let mut seen_sockets = BTreeSet::new();
     for sockets in processes() {

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use camino::Utf8Path;
 use qmp::Notice;
 use serde_json::{Value, json};
-use snapcore::{DomainContext, Error, ErrorKind, Facts, GuestChange, OpenChain, PowerAfter, Result, Target};
+use snapcore::{
+    DomainContext, Error, ErrorKind, GuestChange, OpenChain, PowerAfter, Result, StepOutcome, Target,
+};
 use tokio::time::timeout;
 
 use super::{
@@ -233,9 +235,9 @@ pub(super) async fn go_on(
     reset: bool,
     power: Option<PowerAfter>,
     context: DomainContext<'_>,
-) -> Result<Facts> {
+) -> Result<StepOutcome> {
     let machine = &live.machine;
-    let mut facts = Facts::default();
+    let mut facts = StepOutcome::default();
     let window = Mark::window(machine).await.map_err(told)?;
     let runs = machine.run_state().await.map_err(told)?.running;
     if window.is_none() && runs && power != Some(PowerAfter::Off) {

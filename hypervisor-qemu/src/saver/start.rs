@@ -10,7 +10,8 @@ use std::{
 
 use qmp::Agent;
 use snapcore::{
-    ActivePath, Error, ErrorKind, Facts, GuestChange, PowerAfter, Result, StartFromMemory, StartedDomain,
+    ActivePath, Error, ErrorKind, GuestChange, PowerAfter, Result, StartFromMemory, StartedDomain,
+    StepOutcome,
 };
 use tokio::time::sleep;
 
@@ -73,8 +74,8 @@ impl Recipe {
 /// If domsnap cannot start it (another user's process, a missing program, a descriptor that only its
 /// supervisor has), that is no error: the facts then have the command. If QEMU rejects the memory, that is an
 /// error, and no process is left.
-pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Result<Facts> {
-    let mut facts = Facts::default();
+pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Result<StepOutcome> {
+    let mut facts = StepOutcome::default();
     let path = start.file.to_owned();
     let stored = blocking(move || Stored::open(path.as_std_path())).await?;
     // QEMU loads this image; it exists until this function returns.

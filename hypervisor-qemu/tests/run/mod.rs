@@ -16,8 +16,8 @@ use camino::Utf8PathBuf;
 use hypervisor_qemu::Qemu;
 use snapcore::{
     ActivePath, AttachedMerge, ChainFile, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext,
-    DomainName, DomainStep, Error, ErrorKind, Facts, FileIdentity, Inside, LayerName, LiveDomain, MemoryPlan,
-    NothingInside, OpenChain, Progress, Quiesce, Target, VmStateSaver,
+    DomainName, DomainStep, Error, ErrorKind, FileIdentity, Inside, LayerName, LiveDomain, MemoryPlan,
+    NothingInside, OpenChain, Progress, Quiesce, StepOutcome, Target, VmStateSaver,
 };
 use testguest::Guest;
 use tokio_util::sync::CancellationToken;
@@ -266,11 +266,11 @@ impl Run {
             .collect()
     }
 
-    pub async fn take(&self, step: &DomainStep) -> snapcore::Result<Facts> {
+    pub async fn take(&self, step: &DomainStep) -> snapcore::Result<StepOutcome> {
         self.take_with(step, &self.moves(&self.layers_of(step, 0))).await
     }
 
-    pub async fn take_with(&self, step: &DomainStep, inside: &dyn Inside) -> snapcore::Result<Facts> {
+    pub async fn take_with(&self, step: &DomainStep, inside: &dyn Inside) -> snapcore::Result<StepOutcome> {
         self.within(inside, async |live, context| live.apply(step, context).await).await
     }
 
@@ -287,7 +287,7 @@ impl Run {
         self.within(inside, async |live, context| live.undo(step, context).await).await
     }
 
-    pub async fn apply(&self, step: &DomainStep) -> snapcore::Result<Facts> {
+    pub async fn apply(&self, step: &DomainStep) -> snapcore::Result<StepOutcome> {
         self.within(&NothingInside, async |live, context| live.apply(step, context).await).await
     }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use snapcore::service::{DomainRef, Outcome};
-use snapcore::{Domain, DomainName, PowerAfter, Seen};
+use snapcore::{Domain, DomainInfo, DomainName, PowerAfter};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -58,7 +58,7 @@ pub fn of_all<'a>(
     session.ask(asked).unwrap_or_default()
 }
 
-fn of(seen: Option<&Seen>) -> Power {
+fn of(seen: Option<&DomainInfo>) -> Power {
     match seen {
         None => Power::Off,
         Some(seen) if seen.running => Power::Running,

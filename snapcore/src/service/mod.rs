@@ -31,8 +31,8 @@ pub use report::{
 use self::change::to_the_end;
 use crate::catalogue::Catalogue;
 use crate::{
-    Control, CreateRequest, DeleteRequest, Domain, DomainName, Error, ErrorKind, EventStream, Events,
-    Finding, Hypervisor, Plan, Registry, Request, Result, RevertRequest, Seen, SnapshotName, time_name,
+    Control, CreateRequest, DeleteRequest, Domain, DomainInfo, DomainName, Error, ErrorKind, EventStream,
+    Events, Finding, Hypervisor, Plan, Registry, Request, Result, RevertRequest, SnapshotName, time_name,
 };
 
 /// How an import goes.
@@ -140,7 +140,7 @@ impl Domsnap {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where nothing does; [`ErrorKind::Unsupported`] where the hypervisor is not registered.
-    pub async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<Seen> {
+    pub async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<DomainInfo> {
         self.inner.look(hypervisor, control).await
     }
 
@@ -153,7 +153,7 @@ impl Domsnap {
     ///
     /// # Errors
     /// As of [`Domsnap::resolve`]; where it cannot be told whether it runs.
-    pub async fn running(&self, domain: &DomainRef) -> Result<Option<Seen>> {
+    pub async fn running(&self, domain: &DomainRef) -> Result<Option<DomainInfo>> {
         let located = self.inner.locate(domain).await?;
         let live = self.inner.connect(&located.entry.domain).await?;
         Ok(live.map(|live| live.seen().clone()))

@@ -12,10 +12,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use snapcore::{
-    AttachedDisk, AttachedMerge, Consistency, Control, DiskInstant, Domain, DomainContext, DomainStep, Error,
-    ErrorKind, Facts, FileIdentity, GuestChange, Hypervisor, HypervisorProfile, Inside, LiveDomain,
-    OpenChain, PowerAfter, Progress, Result, Seen, SeenDisk, StartFromMemory, Taken, Target, VmStateSaver,
-    file_identity,
+    AttachedDisk, AttachedMerge, Consistency, Control, DiskInstant, Domain, DomainContext, DomainInfo,
+    DomainStep, Error, ErrorKind, FileIdentity, GuestChange, Hypervisor, HypervisorProfile, Inside,
+    LiveDomain, OpenChain, PowerAfter, Progress, Result, SeenDisk, StartFromMemory, StepOutcome, Taken,
+    Target, VmStateSaver, file_identity,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -138,7 +138,7 @@ fn remove_memory(file: &Utf8Path) -> Result<()> {
     }
 }
 
-fn seen(name: &str, machine: &FakeMachine) -> Seen {
+fn seen(name: &str, machine: &FakeMachine) -> DomainInfo {
     let disks = machine.disks.iter().map(|disk| SeenDisk {
         target: disk.target.clone(),
         path: disk.open.first().cloned().unwrap_or_default(),
@@ -148,7 +148,7 @@ fn seen(name: &str, machine: &FakeMachine) -> Seen {
         member: Some(disk.target.clone()),
         no_internal: None,
     });
-    Seen {
+    DomainInfo {
         name: Some(name.to_owned()),
         running: machine.running,
         machine: serde_json::json!({ "fake": name }),
@@ -180,11 +180,11 @@ impl VmStateSaver for Fake {
         Ok(self.live(&control.address)?.map(|live| Arc::new(live) as Arc<dyn LiveDomain>))
     }
 
-    async fn look(&self, control: &Control) -> Result<Seen> {
+    async fn look(&self, control: &Control) -> Result<DomainInfo> {
         Ok(seen(&control.address, &self.machine(&control.address)?))
     }
 
-    async fn scan(&self) -> Result<Vec<(Control, Seen)>> {
+    async fn scan(&self) -> Result<Vec<(Control, DomainInfo)>> {
         let mut found = Vec::new();
         let Ok(files) = self.machines.read_dir_utf8() else { return Ok(found) };
         for name in
@@ -201,7 +201,7 @@ impl VmStateSaver for Fake {
         read_memory(file).map(drop)
     }
 
-    async fn start(&self, start: StartFromMemory<'_>) -> Result<Facts> {
+    async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome> {
         let name = &start.domain.name;
         Err(Error::new(ErrorKind::Unsupported, format!("fake machines are not started; {name} is off")))
     }
@@ -216,7 +216,7 @@ impl VmStateSaver for Fake {
 struct Live {
     fake: Fake,
     name: String,
-    seen: Seen,
+    seen: DomainInfo,
     disks: Vec<Attached>,
 }
 
@@ -265,7 +265,7 @@ impl Live {
         })
     }
 
-    async fn take(&self, step: &DomainStep, inside: &dyn Inside) -> Result<Facts> {
+    async fn take(&self, step: &DomainStep, inside: &dyn Inside) -> Result<StepOutcome> {
         let DomainStep::Instant { disks, running, memory, then, .. } = step else {
             return Err(Error::new(ErrorKind::Internal, "this step is no instant"));
         };
@@ -292,16 +292,16 @@ impl Live {
         taken?;
         let consistency = if memory.is_some() { Consistency::Memory } else { Consistency::Crash };
         let way = "fake".to_owned();
-        Ok(Facts {
+        Ok(StepOutcome {
             taken: Some(Taken { at: Timestamp::now(), consistency, running: *running, way }),
-            ..Facts::default()
+            ..StepOutcome::default()
         })
     }
 }
 
 #[async_trait]
 impl LiveDomain for Live {
-    fn seen(&self) -> &Seen {
+    fn seen(&self) -> &DomainInfo {
         &self.seen
     }
 
@@ -319,8 +319,8 @@ impl LiveDomain for Live {
 
     fn limit(&self, _: u64) {}
 
-    async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<Facts> {
-        let mut facts = Facts::default();
+    async fn apply(&self, step: &DomainStep, context: DomainContext<'_>) -> Result<StepOutcome> {
+        let mut facts = StepOutcome::default();
         match step {
             DomainStep::CheckMemory { file } => read_memory(file).map(drop)?,
             DomainStep::Instant { .. } => return self.take(step, context.inside).await,
