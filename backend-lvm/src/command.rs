@@ -197,7 +197,7 @@ impl Lvm2 {
         if answer.status != Some(0) {
             return Err(Error::new(
                 ErrorKind::NotFound,
-                format!("lvm does not report the volume group {name}: {}", said(&answer)),
+                format!("lvm does not report the volume group {name}: {}", error_line(&answer)),
             )
             .state("no changes made")
             .advise("check the group's name and whether its devices are there: 'vgs', 'pvs'"));
@@ -246,13 +246,13 @@ impl Lvm2 {
         let answer = answer?;
         match answer.status {
             Some(0) => Ok(()),
-            _ => Err(Error::new(ErrorKind::Io, format!("lvm {}: {}", words.join(" "), said(&answer)))),
+            _ => Err(Error::new(ErrorKind::Io, format!("lvm {}: {}", words.join(" "), error_line(&answer)))),
         }
     }
 }
 
 /// Returns the error output of a failed command in one line, without mere warnings.
-fn said(answer: &Answer) -> String {
+fn error_line(answer: &Answer) -> String {
     let noise = |line: &&str| !line.is_empty() && !line.starts_with("WARNING") && !line.contains("lvmpolld");
     let lines: Vec<&str> = answer.stderr.lines().map(str::trim).filter(noise).collect();
     let status = match answer.status {

@@ -137,7 +137,7 @@ impl TestBackend for Volumes {
         false
     }
 
-    /// Which blocks are a thin volume's alone is not known.
+    /// It is not known which blocks belong to a thin volume alone.
     fn knows_cost(&self) -> bool {
         !self.thin
     }

@@ -265,11 +265,11 @@ async fn guest_is_frozen_for_a_cut_and_thawed() -> Result<()> {
 
     // Thawed by a drop, by its limit, and by the next process after a crash.
     drop(quiesce::quiesce(&machine, &agent, quiesce::LIMIT).await?);
-    agent.settle(Duration::from_secs(30)).await?;
+    agent.wait_for_thaw(Duration::from_secs(30)).await?;
     guest.shell("sync")?;
     let quiesced = quiesce::quiesce(&machine, &agent, Duration::from_secs(2)).await?;
     tokio::time::sleep(Duration::from_secs(3)).await;
-    agent.settle(Duration::from_secs(30)).await?;
+    agent.wait_for_thaw(Duration::from_secs(30)).await?;
     let consistency = quiesced.thaw().await;
     assert!(matches!(consistency, quiesce::Consistency::Crash { .. }), "{consistency:?}");
     assert_eq!(quiesce::thaw_after_crash(&agent).await?, 0);

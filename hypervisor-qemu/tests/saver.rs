@@ -63,7 +63,7 @@ async fn mixed_snapshot_with_memory_is_reverted() -> Result<()> {
                     run.reconnect().await?;
                     assert_eq!(run.open_files(1).await?.len(), 0, "the disk is known by its placeholder");
                 }
-                // As at rest: another overlay on the frozen image, and the snapshot applied.
+                // Like at rest: another overlay on the frozen image, and the snapshot applied.
                 run.layers[0].remove(0);
                 run.grow(0)?;
                 kit::img(&["snapshot", "-a", "s"], &run.layers[1][0])?;

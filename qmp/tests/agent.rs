@@ -98,7 +98,7 @@ async fn a_command_is_not_sent_to_an_agent_that_hangs() {
     assert!(error.to_string().contains("frontend-open"), "{error}");
     let error = agent.freeze(Freeze::default()).await.expect_err("nobody answers");
     assert_eq!((error.kind(), error.may_have_run()), (ErrorKind::Timeout, false));
-    agent.settle(Duration::ZERO).await.expect("no freeze was sent, no thaw is owed");
+    agent.wait_for_thaw(Duration::ZERO).await.expect("no freeze was sent, no thaw is owed");
     drop(agent);
     let sent = String::from_utf8_lossy(&client.rest().await).into_owned();
     assert_eq!(sent.matches("guest-sync-delimited").count(), 2, "{sent}");
@@ -245,10 +245,10 @@ async fn a_freeze_is_held_until_its_thaw() {
         let twice = agent.freeze(Freeze::default()).await.expect_err("it is frozen");
         assert_eq!(twice.kind(), ErrorKind::Invalid);
         agent.execute(guest_ping {}).await.expect("commands go on");
-        agent.settle(Duration::ZERO).await.expect_err("a thaw is owed");
+        agent.wait_for_thaw(Duration::ZERO).await.expect_err("a thaw is owed");
         let thaw = frozen.thaw().await.expect("it thaws");
         assert!(thaw.held && thaw.filesystems == 2, "{thaw:?}");
-        agent.settle(Duration::ZERO).await.expect("nothing is owed");
+        agent.wait_for_thaw(Duration::ZERO).await.expect("nothing is owed");
         let some = agent.freeze(brief(|freeze| freeze.mountpoints = vec!["/d1".to_owned()])).await;
         assert!(some.expect("it freezes").thaw().await.expect("it thaws").held);
         drop(agent);
@@ -267,7 +267,7 @@ async fn a_freeze_that_is_dropped_in_any_state_is_thawed() {
     let commands = async {
         // The guard.
         drop(agent.freeze(Freeze::default()).await.expect("it freezes"));
-        agent.settle(Duration::from_secs(5)).await.expect("it is thawed");
+        agent.wait_for_thaw(Duration::from_secs(5)).await.expect("it is thawed");
         // The call, dropped after each number of polls, until it completes.
         for polls in 1.. {
             let mut freeze = Box::pin(agent.freeze(Freeze::default()));
@@ -285,7 +285,7 @@ async fn a_freeze_that_is_dropped_in_any_state_is_thawed() {
             let through = done.is_some();
             drop((freeze, done));
             agent.execute(guest_ping {}).await.expect("the task is through with it");
-            agent.settle(Duration::from_secs(5)).await.expect("it is thawed");
+            agent.wait_for_thaw(Duration::from_secs(5)).await.expect("it is thawed");
             if through {
                 break;
             }
@@ -293,7 +293,7 @@ async fn a_freeze_that_is_dropped_in_any_state_is_thawed() {
         // The thaw, and the agent's own handle while the guard still exists.
         let frozen = agent.freeze(Freeze::default()).await.expect("it freezes");
         tokio::time::timeout(Duration::ZERO, frozen.thaw()).await.expect_err("dropped");
-        agent.settle(Duration::from_secs(5)).await.expect("it is thawed");
+        agent.wait_for_thaw(Duration::from_secs(5)).await.expect("it is thawed");
         let frozen = agent.freeze(Freeze::default()).await.expect("it freezes");
         drop(agent);
         drop(frozen);
@@ -327,12 +327,12 @@ async fn unanswered_freeze_is_thawed_until_answered() {
         let error = agent.freeze(Freeze::default()).await.expect_err("no answer");
         assert_eq!((error.kind(), error.may_have_run()), (ErrorKind::Timeout, true));
         assert!(error.to_string().contains("being thawed"), "{error}");
-        let error = agent.settle(Duration::from_secs(20)).await.expect_err("it hangs");
+        let error = agent.wait_for_thaw(Duration::from_secs(20)).await.expect_err("it hangs");
         assert!(
             error.kind() == ErrorKind::Timeout && error.to_string().contains("may still be frozen"),
             "{error}"
         );
-        agent.settle(Duration::from_secs(60)).await.expect("it is thawed");
+        agent.wait_for_thaw(Duration::from_secs(60)).await.expect("it is thawed");
         drop(agent);
     };
     tokio::join!(serving, commands);
@@ -370,7 +370,7 @@ async fn thaw_is_retried_after_each_failure() {
         let frozen = agent.freeze(Freeze::default()).await.expect("it freezes");
         let error = frozen.thaw().await.expect_err("refused at first");
         assert_eq!(error.desc(), Some("busy"));
-        agent.settle(Duration::from_secs(30)).await.expect("it is thawed");
+        agent.wait_for_thaw(Duration::from_secs(30)).await.expect("it is thawed");
         drop(agent);
     };
     tokio::join!(serving, commands);
@@ -387,7 +387,7 @@ async fn host_thaws_at_the_limit() {
     let commands = async {
         let frozen =
             agent.freeze(brief(|freeze| freeze.limit = Duration::from_secs(2))).await.expect("it freezes");
-        agent.settle(Duration::from_secs(3)).await.expect("the host thawed");
+        agent.wait_for_thaw(Duration::from_secs(3)).await.expect("the host thawed");
         assert_eq!(frozen.left(), Duration::ZERO);
         let thaw = frozen.thaw().await.expect("that is no error");
         assert!(!thaw.held, "{thaw:?}");
@@ -411,7 +411,7 @@ async fn early_thaw_of_the_guest_is_reported() {
                 name => {
                     let value = guest.run(name);
                     client.reply(&command["id"], value).await;
-                    // As Windows does when its time limit is over.
+                    // Windows does this when its time limit is over.
                     guest.frozen = false;
                 }
             }
@@ -435,7 +435,7 @@ async fn foreign_freeze_is_left_until_a_thaw() {
     let commands = async {
         let error = agent.freeze(Freeze::default()).await.expect_err("it is frozen");
         assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("Agent::thaw"), "{error}");
-        agent.settle(Duration::ZERO).await.expect("it is not ours to thaw");
+        agent.wait_for_thaw(Duration::ZERO).await.expect("it is not ours to thaw");
         assert_eq!(agent.thaw().await.expect("it thaws"), 2);
         assert_eq!(agent.thaw().await.expect("harmless"), 0);
         drop(agent);

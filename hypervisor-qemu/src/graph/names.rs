@@ -42,8 +42,8 @@ pub struct NodeFile {
 /// open images whose names were exchanged, nor images opened with `locking=off`.
 ///
 /// # Errors
-/// [`ErrorKind::NameMismatch`], naming each node that is wrong; [`ErrorKind::Unsupported`] if the process is not
-/// known; [`ErrorKind::Io`] if `/proc` is not readable (be root, or the user that QEMU runs as).
+/// [`ErrorKind::NameMismatch`], naming each node that is wrong; [`ErrorKind::Unsupported`] if the process is
+/// not known; [`ErrorKind::Io`] if `/proc` is not readable (be root, or the user that QEMU runs as).
 pub async fn verify_names(machine: &Machine) -> Result<Vec<NodeFile>> {
     let attempted = "comparing nodes with their files";
     let subject = machine.qmp().socket().display().to_string();

@@ -82,10 +82,10 @@ impl Saving {
         loop {
             let now = match migration::status(&self.machine).await {
                 Ok(now) => now,
-                Err(error) => return Err(self.given_up(writing, error).await),
+                Err(error) => return Err(self.cancel_after(writing, error).await),
             };
             if let Err(error) = now.check(attempted, &subject) {
-                return Err(self.given_up(writing, error).await);
+                return Err(self.cancel_after(writing, error).await);
             }
             let progress = Progress { written: now.transferred, remaining: now.remaining };
             if before != Some(progress) {
@@ -99,16 +99,16 @@ impl Saving {
             if moved.elapsed() > STALLED {
                 let detail = format!("nothing was written for {} s", STALLED.as_secs());
                 let error = Error::new(ErrorKind::Timeout, attempted, &subject, detail);
-                return Err(self.given_up(writing, error).await);
+                return Err(self.cancel_after(writing, error).await);
             }
             if timeout(LOOK, &mut cancelled).await.is_ok() {
                 let error = Error::new(ErrorKind::Cancelled, attempted, &subject, "it was cancelled");
-                return Err(self.given_up(writing, error).await);
+                return Err(self.cancel_after(writing, error).await);
             }
         }
     }
 
-    async fn given_up(&self, writing: Writing, error: Error) -> Error {
+    async fn cancel_after(&self, writing: Writing, error: Error) -> Error {
         match writing.cancel(&self.machine).await {
             Ok(()) => error,
             Err(second) => error.now(second.to_string()),

@@ -372,7 +372,7 @@ impl Probe {
         };
         let probe = Self(path);
         let about = fs::metadata(like).ok().filter(|about| about.is_file())?;
-        // As far as permitted: a new image is created with the same rights.
+        // Best effort: a new image is created with the same rights.
         let _ = fchown(&file, Some(about.uid()), Some(about.gid()));
         for label in LABELS {
             copy_label(like, &file, label);

@@ -69,7 +69,7 @@ impl Frozen {
     ///
     /// # Errors
     /// See [`Agent::execute`](crate::Agent::execute): the guest may still be frozen then;
-    /// [`Agent::settle`](crate::Agent::settle) waits for the thaw.
+    /// [`Agent::wait_for_thaw`](crate::Agent::wait_for_thaw) waits for the thaw.
     pub async fn thaw(mut self) -> Result<Thaw> {
         let (reply, receiver) = oneshot::channel();
         let ended = Error::new(

@@ -132,7 +132,7 @@ impl Agent {
     ///
     /// The guest is thawed by [`Frozen::thaw`], by dropping the [`Frozen`], when [`Freeze::limit`] is over,
     /// or when the runtime ends. A freeze that is not answered may happen later. Then the thaw is tried until
-    /// the agent answers, or its socket is gone; [`Agent::settle`] waits for it. (A process that is killed
+    /// the agent answers, or its socket is gone; [`Agent::wait_for_thaw`] waits for it. (A process that is killed
     /// cannot thaw: the next process calls [`Agent::thaw`].) Even a dropped call does not leave the guest
     /// frozen.
     ///
@@ -163,10 +163,10 @@ impl Agent {
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] if one is outstanding after `patience`; the thaw is still tried.
-    pub async fn settle(&self, patience: Duration) -> Result<()> {
+    pub async fn wait_for_thaw(&self, patience: Duration) -> Result<()> {
         let mut owed = self.owed.clone();
-        let settled = owed.wait_for(|owed| !owed);
-        match timeout_at(Instant::now() + patience, settled).await {
+        let thawed = owed.wait_for(|owed| !owed);
+        match timeout_at(Instant::now() + patience, thawed).await {
             Ok(_) => Ok(()),
             Err(_) => {
                 let detail = format!("the guest may still be frozen after {} s", patience.as_secs_f64());

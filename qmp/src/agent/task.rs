@@ -168,7 +168,7 @@ impl Task {
             Err(Error::new(ErrorKind::Invalid, FREEZE, &socket, detail).advice(advice))
         };
         if self.owed.is_some() {
-            let advice = "thaw it first; `Agent::settle` waits for an outstanding thaw";
+            let advice = "thaw it first; `Agent::wait_for_thaw` waits for an outstanding thaw";
             return already("this connection has frozen the guest already", advice);
         }
         self.in_time(FREEZE, deadline)?;
@@ -196,7 +196,7 @@ impl Task {
             retry: RETRY,
             gone_since: None,
         }));
-        let advice = "the guest is being thawed, in case it froze; `Agent::settle` waits for it";
+        let advice = "the guest is being thawed, in case it froze; `Agent::wait_for_thaw` waits for it";
         let filesystems =
             match self.exchange(name, arguments, deadline).await.map_err(|e| e.advice(advice))? {
                 Ok(reply) => reply.as_u64().unwrap_or_default(),
