@@ -361,8 +361,8 @@ impl StepRunner<'_> {
             }
             None => {}
         }
-        // 3) Take the point again. A crash between 2) and 3) leaves only the volume with its data: the tags
-        //    of the operation tell a repeated call that the point is still to be taken.
+        // 3) Take the point again. A crash between 2) and 3) leaves only the volume with its data: a repeated
+        //    call finds no point, and takes it. A point with the operation's tags has been taken again.
         self.snapshot(point, Some(area), tags)
     }
 

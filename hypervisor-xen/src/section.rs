@@ -229,8 +229,8 @@ async fn end(live: &XenDomain, anew: &Anew) -> Result<()> {
         };
     };
     // 1) Save the memory, 2) make it durable, 3) then the note durable: a note that names saved memory is
-    //    never without it. A crash before 4) leaves the domain suspended or paused, and undo resumes it by
-    //    the note's number.
+    //    never without it. A crash before 4) leaves the domain suspended or paused: undo wakes and resumes
+    //    it, with or without a note.
     if note.is_none() {
         refuse(live, anew, &row).await?;
         let running = !row.flags.paused;
