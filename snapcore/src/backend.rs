@@ -1,12 +1,14 @@
 //! What a storage backend does for one disk.
 
 use std::any::Any;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
+use crate::manifest::{ManifestDirectory, ManifestStore};
 use crate::{
     ActivePath, AttachedDisk, ChainFile, Disk, DiskPlan, DiskRecord, DiskRequest, DiskState, Inside,
     LayerName, PointKind, Result, Snapshot, Step, StepStatus,
@@ -331,6 +333,12 @@ pub trait DiskSnapshotter: Send + Sync {
 
     /// The directory where manifests belong: beside the disk's data.
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf;
+
+    /// The manifests of the domain whose first disk is `disk`: files in [`DiskSnapshotter::manifest_directory`], unless the
+    /// backend has a store of its own.
+    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
+        Arc::new(ManifestDirectory::new(self.manifest_directory(disk)))
+    }
 
     /// The file that a layer opens by, for people and tools.
     fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf;

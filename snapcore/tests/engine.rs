@@ -10,7 +10,7 @@ use camino::Utf8PathBuf;
 use fake::{FakeBackend, FakeDisk, Fault, FaultyCatalogue, How, When};
 use snapcore::catalogue::{Catalogue, Change, Entry, Revision};
 use snapcore::engine::{Engine, Run};
-use snapcore::manifest::Manifests;
+use snapcore::manifest::{ManifestDirectory, ManifestStore};
 use snapcore::plan::DiskInput;
 use snapcore::*;
 use tokio_util::sync::CancellationToken;
@@ -91,8 +91,8 @@ impl Bench {
         }
     }
 
-    fn manifests(&self) -> Manifests {
-        Manifests::new(self.root().join("vda.fake.domsnap"))
+    fn manifests(&self) -> Arc<dyn ManifestStore> {
+        Arc::new(ManifestDirectory::new(self.root().join("vda.fake.domsnap")))
     }
 
     fn registry(&self) -> Registry {

@@ -472,7 +472,7 @@ fn owner_to_ask(session: &Session, image: &Utf8Path) -> Result<Option<Owner>, Fa
     let owner = owner(session, image)?;
     if let Some(owner) = &owner {
         match owner.0.listing.catalogued {
-            true => session.ask(session.service.require_last_word(&owner.0.listing.domain.name))?,
+            true => session.ask(session.service.require_authoritative(&owner.0.listing.domain.name))?,
             false => owner.writes(image)?,
         }
     }

@@ -24,6 +24,7 @@ mod step;
 mod undo;
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -31,7 +32,7 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use crate::catalogue::{Catalogue, Change, Entry, Revision, apply_edit};
-use crate::manifest::Manifests;
+use crate::manifest::ManifestStore;
 use crate::service::Postponed;
 use crate::{
     DomainStep, Edit, Error, ErrorKind, Event, Events, Facts, Group, GuestChange, LiveDomain, Operation,
@@ -48,7 +49,7 @@ pub struct Engine<'a> {
     /// Where progress is told.
     pub events: &'a Events,
     /// Where manifests are written.
-    pub manifests: &'a Manifests,
+    pub manifests: &'a Arc<dyn ManifestStore>,
     /// The connection to the domain, where it runs.
     pub live: Option<&'a dyn LiveDomain>,
     /// The files that nobody else may use: asked again before the cut.

@@ -6,19 +6,17 @@
 //! domain has read something else: an image may be given another base by any tool.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::Inner;
-use super::identity::file_id;
+use super::images::file_id;
+use super::records::Records;
 use crate::catalogue::{Change, EntrySummary};
 use crate::plan::DiskInput;
-use crate::{Base, DiskRecord, DiskState, Domain, DomainName, FileIdentity, LayerName, Result, Unclear};
-
-/// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
-const LEASE_TIME: Duration = Duration::from_secs(30);
+use crate::{
+    Base, DiskRecord, DiskState, Domain, DomainName, FileIdentity, LayerName, Registry, Result, Unclear,
+};
 
 /// What is known of a domain's images.
 #[derive(Default)]
@@ -38,7 +36,21 @@ fn files_of(bases: &[Base]) -> Vec<Utf8PathBuf> {
     files
 }
 
-impl Inner {
+/// Reads what images of other domains are backed by.
+#[derive(Clone)]
+pub(super) struct Neighbours {
+    records: Records,
+    registry: Arc<Registry>,
+    /// What other domains' images were found to be backed by while a change was planned, where something else is recorded.
+    newer: Arc<Mutex<BTreeMap<DomainName, Vec<Utf8PathBuf>>>>,
+}
+
+impl Neighbours {
+    /// The domains of a catalogue.
+    pub(super) fn new(records: Records, registry: Arc<Registry>) -> Self {
+        Self { records, registry, newer: Arc::default() }
+    }
+
     /// Adds to the states of `disks`, of the domain `own`, which images of other domains are backed by their layers.
     pub(super) async fn add_neighbours(&self, own: &DomainName, disks: &mut [DiskInput]) -> Result<()> {
         let mut layers: HashMap<FileIdentity, (usize, LayerName)> = HashMap::new();
@@ -47,7 +59,7 @@ impl Inner {
                 layers.extend(file_id(&layer.file).map(|id| (id, (index, layer.name.clone()))));
             }
         }
-        for other in self.catalogue.domains().await? {
+        for other in self.records.domains().await? {
             if other.domain.name == *own {
                 continue;
             }
@@ -130,26 +142,9 @@ impl Inner {
         Some(Change::Bases(files_of(&bases)))
     }
 
-    /// Records what was read of other domains while a change was planned: they may be out of reach when the next one is. A domain
-    /// in which somebody works just now records it by itself.
-    pub(super) async fn record_neighbours(&self) {
-        let newer = std::mem::take(&mut *self.newer_bases());
-        for (name, files) in newer {
-            let recording = async {
-                let holder = format!("domsnap, process {}", std::process::id());
-                let _lease = self.catalogue.lease(name.as_str(), &holder, LEASE_TIME).await?;
-                match self.catalogue.load(&name).await? {
-                    Some(entry) => {
-                        let change = vec![Change::Bases(files)];
-                        self.catalogue.commit(&name, entry.revision, change).await.map(drop)
-                    }
-                    None => Ok(()),
-                }
-            };
-            if let Err(error) = recording.await {
-                tracing::debug!(%error, %name, "recording what a domain's images are backed by");
-            }
-        }
+    /// What was found since the last call, to be recorded.
+    pub(super) fn take_newer(&self) -> BTreeMap<DomainName, Vec<Utf8PathBuf>> {
+        std::mem::take(&mut *self.newer_bases())
     }
 
     fn newer_bases(&self) -> MutexGuard<'_, BTreeMap<DomainName, Vec<Utf8PathBuf>>> {
@@ -160,7 +155,7 @@ impl Inner {
     pub(super) async fn backed_by(&self, image: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
         let Some(wanted) = file_id(image) else { return Ok(Vec::new()) };
         let mut found = Vec::new();
-        for entry in self.catalogue.domains().await? {
+        for entry in self.records.domains().await? {
             let Known { bases, .. } = self.bases_of(&entry).await;
             found.extend(
                 bases.into_iter().filter(|base| file_id(&base.file) == Some(wanted)).map(|base| base.image),

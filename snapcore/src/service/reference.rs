@@ -2,7 +2,7 @@
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::identity::file_id;
+use super::images::file_id;
 use crate::{
     ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, Seen, Target, chain,
 };

@@ -245,3 +245,40 @@ pub struct Removal {
     #[schemars(with = "String")]
     pub manifests: Utf8PathBuf,
 }
+
+/// The options of an import.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct ImportOptions {
+    /// The name that the domain is to have; absent: the one that its manifests tell, or one made of its first
+    /// image's.
+    pub name: Option<DomainName>,
+    /// Replace what the catalogue has of the domain.
+    pub replace: bool,
+    /// Believe what manifests say of how the domain is reached and started, and of files outside of the disks' directories:
+    /// the user has looked at it.
+    pub trust: bool,
+}
+
+impl ImportOptions {
+    /// Confirms what manifests say of how the domain is reached and started.
+    #[must_use]
+    pub fn trust(mut self) -> Self {
+        self.trust = true;
+        self
+    }
+
+    /// Registers the domain under `name`.
+    #[must_use]
+    pub fn name(mut self, name: DomainName) -> Self {
+        self.name = Some(name);
+        self
+    }
+
+    /// Replaces what the catalogue has of the domain.
+    #[must_use]
+    pub fn replace(mut self) -> Self {
+        self.replace = true;
+        self
+    }
+}

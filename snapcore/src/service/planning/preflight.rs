@@ -15,10 +15,13 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{Access, AtFlags, CWD, OFlags, StatxFlags, statvfs, statx};
 
-use super::Inner;
-use super::identity::file_id;
-use super::live::{Live, memory_directory_of};
+use super::Planning;
+use super::live::memory_directory_of;
 use super::trial::{MAKE_ROOM, Needs, Trial, no_room};
+use crate::manifest::Item;
+use crate::service::authority::Manifests;
+use crate::service::images::file_id;
+use crate::service::locator::Live;
 use crate::{DiskRecord, Domain, Edit, Error, ErrorKind, FileUses, Plan, Result, shell_word};
 
 /// The most that a name gets which is made of another: a dot, and the mark of a name that is moved.
@@ -39,14 +42,15 @@ const FLAGS: [(u64, &str, char); 2] = [(0x10, "immutable", 'i'), (0x20, "append-
 /// `STATX_ATTR_MOUNT_ROOT`.
 const MOUNT_ROOT: u64 = 0x2000;
 
-impl Inner {
+impl Planning {
     /// Refuses a plan of which a step is known to fail. The domain's lock is held, unless this is a `dry` run.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`] or [`ErrorKind::NoSpace`], with what is in the way. Nothing was changed.
-    pub(super) async fn preflight(
+    pub(in crate::service) async fn preflight(
         &self,
         domain: &Domain,
+        manifests: &Manifests,
         live: Option<&Live>,
         plan: &Plan,
         dry: bool,
@@ -81,9 +85,9 @@ impl Inner {
             }
             works.add(record, &uses);
         }
-        self.manifests_can_go(domain, plan)?;
+        manifests_can_go(manifests, plan)?;
         works.memory = memory_directory_of(plan);
-        works.manifests = Some(self.manifests_of(domain)?.directory().to_owned());
+        works.manifests = manifests.directory().map(Utf8Path::to_owned);
         let (room, plan, records) = (manifests_room(domain, plan), plan.clone(), domain.disks.clone());
         tokio::task::spawn_blocking(move || works.check(&plan, &records, room, dry)).await.map_err(
             |cause| {
@@ -91,37 +95,37 @@ impl Inner {
             },
         )?
     }
+}
 
-    /// Manifests of what a plan deletes can be removed: after its commit point nothing may be destroyed before they are.
-    fn manifests_can_go(&self, domain: &Domain, plan: &Plan) -> Result<()> {
-        let manifests = self.manifests_of(domain)?;
-        let directory = manifests.directory();
-        let doomed: Vec<Utf8PathBuf> = (plan.commit.iter())
-            .filter_map(|edit| match edit {
-                Edit::RemoveSnapshot { id } => Some(manifests.file_of(*id)),
-                _ => None,
-            })
-            .filter(|file| file.symlink_metadata().is_ok())
-            .collect();
-        if doomed.is_empty() || manifests.have_no_place() {
-            return Ok(());
-        }
-        let refused = |file: &Utf8Path, why: String| {
-            Error::new(ErrorKind::Refused, format!("the manifest {file} would be removed, and {why}"))
-                .state("no changes made")
-        };
-        for file in std::iter::once(directory).chain(doomed.iter().map(Utf8PathBuf::as_path)) {
-            if let Some((name, letter)) = flag_of(file) {
-                return Err(refused(&doomed[0], format!("{file} is {name}")).advise(take_off(letter, file)));
+/// Manifests of what a plan deletes can be removed: after its commit point nothing may be destroyed before they are.
+fn manifests_can_go(manifests: &Manifests, plan: &Plan) -> Result<()> {
+    let Some(directory) = manifests.directory() else { return Ok(()) };
+    let doomed: Vec<Utf8PathBuf> = (plan.commit.iter())
+        .filter_map(|edit| match edit {
+            Edit::RemoveSnapshot { id } if manifests.has(*id) => {
+                Some(Utf8PathBuf::from(manifests.shown(Item::Snapshot(*id))))
             }
-        }
-        let (write, first) = (Access::WRITE_OK | Access::EXEC_OK, &doomed[0]);
-        rustix::fs::access(directory.as_std_path(), write).map_err(|errno| {
-            refused(first, "its directory cannot be written".to_owned())
-                .because(std::io::Error::from(errno))
-                .advise(format!("run as a user who may write in {directory}, or move {directory} away"))
+            _ => None,
         })
+        .collect();
+    if doomed.is_empty() || manifests.have_no_place() {
+        return Ok(());
     }
+    let refused = |file: &Utf8Path, why: String| {
+        Error::new(ErrorKind::Refused, format!("the manifest {file} would be removed, and {why}"))
+            .state("no changes made")
+    };
+    for file in std::iter::once(directory).chain(doomed.iter().map(Utf8PathBuf::as_path)) {
+        if let Some((name, letter)) = flag_of(file) {
+            return Err(refused(&doomed[0], format!("{file} is {name}")).advise(take_off(letter, file)));
+        }
+    }
+    let (write, first) = (Access::WRITE_OK | Access::EXEC_OK, &doomed[0]);
+    rustix::fs::access(directory.as_std_path(), write).map_err(|errno| {
+        refused(first, "its directory cannot be written".to_owned())
+            .because(std::io::Error::from(errno))
+            .advise(format!("run as a user who may write in {directory}, or move {directory} away"))
+    })
 }
 
 /// Where an operation works, and what it needs there.

@@ -1,24 +1,18 @@
-//! Manifests: what the catalogue knows of a domain, written beside its data, so that the catalogue can be lost.
+//! Manifests as files in a directory beside the first disk.
 //!
-//! A directory that the first disk's backend names has `domain.json`, and one `<snapshot id>.json` a snapshot. Each
-//! is an envelope: a version, the CRC-32 of the content's text, and the content. The content of each says which
-//! catalogue wrote it, and at which revision.
-//!
-//! **Whose they are.** A catalogue removes a manifest only of a snapshot that it deleted itself: one that it wrote, and
-//! has no more. Others stay; when a domain is taken in, those that could not be are put aside under a name of their own
-//! ([`Manifests::put_aside`]). Whether `domain.json` may be written over is decided before an operation begins, by
-//! [`DomainManifest::is_known_to`].
+//! `domain.json` describes the domain, one `<snapshot id>.json` a snapshot. Each is an envelope: a version, the CRC-32 of
+//! the content's text, and the content.
 //!
 //! **What is durable before what.** Every file is written under a temporary name, flushed, and renamed; then the
 //! directory is flushed once for all. `domain.json` is renamed last: it tells the catalogue's revision that the
 //! whole directory stands for, so a directory that a crash left half way is known by it. Manifests of deleted
-//! snapshots are gone, durably, when [`Manifests::write`] returns: the engine destroys data only after that.
+//! snapshots are gone, durably, when [`ManifestStore::write`] returns: the engine destroys data only after that.
 //!
 //! **Nothing in them is an authority.** Whoever owns the directory of the images can write them. So they are read and written
 //! through the directory's descriptor, no link is followed, sizes are limited, and every name in them is checked before
 //! anything else sees it ([`crate::confine`]).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
 
@@ -27,8 +21,9 @@ use confined_files::{Directory, FileName, Kind, is_trusted, refusal};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::{DomainManifest, Found, Item, ManifestStore, Problem, is_needed};
 use crate::catalogue::{CatalogueId, Entry, Revision, Stamp};
-use crate::{Domain, Error, ErrorKind, Result, Snapshot, SnapshotId, shell_word};
+use crate::{Error, ErrorKind, Result, Snapshot, SnapshotId, shell_word};
 
 /// The version of the envelope and of what is in it.
 pub const VERSION: u32 = 1;
@@ -63,40 +58,6 @@ struct Envelope<T> {
     content: T,
 }
 
-/// What `domain.json` holds.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-pub struct DomainManifest {
-    /// The catalogue that wrote it; absent where an older domsnap did, whose catalogues had no identity.
-    #[serde(default)]
-    pub catalogue: Option<CatalogueId>,
-    /// The catalogue's revision when it was written.
-    pub revision: Revision,
-    /// How many snapshots the domain has: fewer manifests are not all.
-    #[serde(default)]
-    pub snapshots: Option<u64>,
-    /// The domain.
-    #[serde(flatten)]
-    pub domain: Domain,
-}
-
-impl DomainManifest {
-    /// Who wrote it, and when.
-    pub fn stamp(&self) -> Stamp {
-        Stamp { catalogue: self.catalogue, revision: self.revision }
-    }
-
-    /// Whether `entry` of `catalogue` has all that this manifest tells: it was written from the entry as it is or as it
-    /// was before, or the entry was taken from it. Where not, the catalogue is stale, or the manifest is another's.
-    pub fn is_known_to(&self, catalogue: CatalogueId, entry: &Entry) -> bool {
-        let own = self.catalogue.is_none_or(|wrote| wrote == catalogue)
-            && self.domain.name == entry.domain.name
-            && self.revision <= entry.revision;
-        own || entry
-            .follows
-            .is_some_and(|taken| taken.catalogue == self.catalogue && self.revision <= taken.revision)
-    }
-}
-
 /// What a snapshot's file holds.
 #[derive(Serialize, Deserialize)]
 struct SnapshotManifest {
@@ -108,235 +69,20 @@ struct SnapshotManifest {
     snapshot: Snapshot,
 }
 
-/// What a directory of manifests tells.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Found {
-    /// The domain; absent where there is no sound `domain.json`.
-    pub domain: Option<DomainManifest>,
-    /// The snapshots of all sound manifests.
-    pub snapshots: Vec<Snapshot>,
-    /// Who wrote the manifest of a snapshot, where it says so.
-    pub written: HashMap<SnapshotId, Stamp>,
-    /// Manifests that were refused, and why.
-    pub problems: Vec<(Utf8PathBuf, String)>,
-}
-
-impl Found {
-    /// Whether `catalogue`, which is at `revision` now, wrote the manifest of `snapshot`.
-    fn is_by(&self, snapshot: SnapshotId, catalogue: CatalogueId, revision: Revision) -> bool {
-        self.written
-            .get(&snapshot)
-            .is_some_and(|stamp| stamp.catalogue == Some(catalogue) && stamp.revision <= revision)
-    }
-}
-
-/// The manifests of one domain.
+/// The manifests of one domain, in a directory.
 #[derive(Debug, Clone)]
-pub struct Manifests {
+pub struct ManifestDirectory {
     directory: Utf8PathBuf,
 }
 
-impl Manifests {
+impl ManifestDirectory {
     /// Those in `directory`, which need not exist.
     pub fn new(directory: impl Into<Utf8PathBuf>) -> Self {
         Self { directory: directory.into() }
     }
 
-    /// Where they are.
-    pub fn directory(&self) -> &Utf8Path {
-        &self.directory
-    }
-
-    /// The file of the domain's manifest.
-    pub fn domain_file(&self) -> Utf8PathBuf {
-        self.directory.join(DOMAIN_FILE)
-    }
-
-    /// The sound `domain.json`, where there is one: who wrote the directory last, and what it stands for.
-    pub fn domain(&self) -> Option<DomainManifest> {
-        let directory = self.open().ok()??;
-        let bytes = read_bounded(&directory, DOMAIN_FILE, MAX_BYTES).ok()?;
-        open_domain(&bytes).ok()
-    }
-
-    /// Whether the directory says what `entry` of `catalogue` says. A catalogue without an identity never wrote any.
-    pub fn is_current(&self, catalogue: Option<CatalogueId>, entry: &Entry) -> bool {
-        match self.domain() {
-            Some(manifest) => {
-                catalogue.is_some()
-                    && manifest.stamp() == Stamp { catalogue, revision: entry.revision }
-                    && manifest.domain.name == entry.domain.name
-            }
-            None => !wanted(entry) && self.names().is_ok_and(|names| !names.iter().any(|name| is_ours(name))),
-        }
-    }
-
-    /// Makes the directory say what `after` of `catalogue` says. Where `before` is given, the directory is known to stand
-    /// for it, and only what differs is written. Where nothing is left to be told, the directory goes. Manifests of
-    /// snapshots that `catalogue` never knew stay.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Io`], [`ErrorKind::NoSpace`]; the directory may then be half way, and is known as such.
-    pub fn write(&self, catalogue: CatalogueId, before: Option<&Entry>, after: &Entry) -> Result<()> {
-        let failed = |cause: io::Error| {
-            let advice = self.advice(&cause);
-            failure(cause, format!("the manifests in {} cannot be written", self.directory)).advise(advice)
-        };
-        // What is there and right, and what is there and no more.
-        let mut told: Vec<Snapshot> = Vec::new();
-        let mut gone: Vec<Utf8PathBuf> = Vec::new();
-        let is_gone = |snapshot: &Snapshot| after.tree.get(snapshot.id).is_none();
-        if let Some(before) = before {
-            told.extend(before.tree.iter().cloned());
-        } else {
-            let found = self.read()?;
-            told.extend(found.snapshots.iter().cloned());
-            told.retain(|snapshot| found.is_by(snapshot.id, catalogue, after.revision));
-            let names = self.names().map_err(failed)?;
-            let half = names.iter().filter(|name| is_ours(name) && name.ends_with(TEMPORARY_SUFFIX));
-            gone.extend(half.map(|name| self.directory.join(name)));
-        }
-        gone.extend(told.iter().filter(|told| is_gone(told)).map(|told| self.file_of(told.id)));
-        if !wanted(after) {
-            return self.remove_all(&gone).map_err(failed);
-        }
-        let directory = self.make_directory().map_err(failed)?;
-        let mut removed = false;
-        for path in &gone {
-            removed |= remove(&directory, path).map_err(failed)?;
-        }
-        for snapshot in after.tree.iter().filter(|snapshot| !told.contains(snapshot)) {
-            let manifest = SnapshotManifest {
-                catalogue: Some(catalogue),
-                revision: Some(after.revision),
-                snapshot: snapshot.clone(),
-            };
-            put(&directory, &format!("{}.json", snapshot.id), &manifest).map_err(failed)?;
-        }
-        if removed {
-            // What is deleted must be gone before a newer domain.json can be seen.
-            directory.sync().map_err(failed)?;
-        }
-        let manifest = DomainManifest {
-            catalogue: Some(catalogue),
-            revision: after.revision,
-            snapshots: Some(after.tree.len() as u64),
-            domain: after.domain.clone(),
-        };
-        put(&directory, DOMAIN_FILE, &manifest).map_err(failed)?;
-        directory.sync().map_err(failed)
-    }
-
-    /// Removes the manifests of `snapshots`, which the caller has under other identities now. Durable when it returns.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Io`].
-    pub fn remove(&self, snapshots: &[SnapshotId]) -> Result<()> {
-        let attempt = || {
-            let Some(directory) = self.open_if_ours()? else { return Ok(()) };
-            let mut removed = false;
-            for id in snapshots {
-                removed |= remove(&directory, &self.file_of(*id))?;
-            }
-            if removed { directory.sync() } else { Ok(()) }
-        };
-        attempt()
-            .map_err(|cause| failure(cause, format!("manifests in {} cannot be removed", self.directory)))
-    }
-
-    /// Removes what `catalogue` wrote of `entry`, whose manifests are elsewhere from now on, and the directory where nothing else is in
-    /// it. Another's manifests stay. Durable when it returns.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Io`].
-    pub fn clear(&self, catalogue: CatalogueId, entry: &Entry) -> Result<()> {
-        let found = self.read()?;
-        if !found.domain.as_ref().is_some_and(|manifest| manifest.is_known_to(catalogue, entry)) {
-            return Ok(());
-        }
-        let own =
-            found.snapshots.iter().filter(|snapshot| found.is_by(snapshot.id, catalogue, entry.revision));
-        let files: Vec<Utf8PathBuf> = own.map(|snapshot| self.file_of(snapshot.id)).collect();
-        self.remove_all(&files).map_err(|cause| {
-            failure(cause, format!("the former manifests in {} cannot be removed", self.directory))
-        })
-    }
-
-    /// Gives manifests a name under which they are kept and read no more. Durable when it returns. One that is not there
-    /// is passed over.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Io`].
-    pub fn put_aside(&self, files: &[Utf8PathBuf]) -> Result<()> {
-        let attempt = || {
-            let Some(directory) = self.open_if_ours()? else { return Ok(()) };
-            let names = files.iter().filter(|file| file.parent() == Some(&*self.directory));
-            for name in names.filter_map(|file| file.file_name()) {
-                let (from, to) = (file_name(name)?, file_name(&format!("{name}{ASIDE_SUFFIX}"))?);
-                // What is no file is nobody's manifest, and stays.
-                if directory.look(&from)?.is_some_and(|found| found.is_file()) {
-                    directory.rename(&from, &to, None)?;
-                }
-            }
-            if files.is_empty() { Ok(()) } else { directory.sync() }
-        };
-        attempt()
-            .map_err(|cause| failure(cause, format!("manifests in {} cannot be put aside", self.directory)))
-    }
-
-    /// Reads all manifests. One that is damaged is a problem of its own and stops nothing.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Io`] where the directory exists and cannot be read.
-    pub fn read(&self) -> Result<Found> {
-        let failed =
-            |cause: io::Error| failure(cause, format!("the manifests in {} cannot be read", self.directory));
-        let mut found = Found::default();
-        let directory = match self.open() {
-            Ok(Some(directory)) => directory,
-            Ok(None) => return Ok(found),
-            Err(cause) => match refusal(&cause) {
-                // Not ours to read, and no reason to stop.
-                Some(why) => {
-                    found.problems.push((self.directory.clone(), why));
-                    return Ok(found);
-                }
-                None => return Err(failed(cause)),
-            },
-        };
-        let names = names_in(&directory).map_err(failed)?;
-        let mut left = MAX_ALL_BYTES;
-        for name in names.iter().filter(|name| is_ours(name) && !name.ends_with(TEMPORARY_SUFFIX)) {
-            let path = self.directory.join(name);
-            let read = read_bounded(&directory, name, MAX_BYTES.min(left));
-            left -= read.as_ref().map_or(0, |bytes| bytes.len() as u64);
-            let outcome = read.and_then(|bytes| match id_of(name) {
-                None => {
-                    found.domain = Some(open_domain(&bytes)?);
-                    Ok(())
-                }
-                Some(id) => {
-                    let SnapshotManifest { catalogue, revision, snapshot } = open_envelope(&bytes)?;
-                    crate::confine::check_snapshot(&snapshot)?;
-                    if snapshot.id != id {
-                        return Err(format!("it describes the snapshot {}", snapshot.id));
-                    }
-                    if let Some(revision) = revision {
-                        found.written.insert(id, Stamp { catalogue, revision });
-                    }
-                    found.snapshots.push(snapshot);
-                    Ok(())
-                }
-            });
-            if let Err(why) = outcome {
-                found.problems.push((path, why));
-            }
-        }
-        Ok(found)
-    }
-
     /// The file of a snapshot's manifest.
-    pub fn file_of(&self, id: SnapshotId) -> Utf8PathBuf {
+    fn file_of(&self, id: SnapshotId) -> Utf8PathBuf {
         self.directory.join(format!("{id}.json"))
     }
 
@@ -354,17 +100,10 @@ impl Manifests {
         Ok(Some(directory))
     }
 
-    /// Opens the directory as [`Manifests::open`] does; `None` too where what is there is not ours to read, so that no
+    /// Opens the directory as [`ManifestDirectory::open`] does; `None` too where what is there is not ours to read, so that no
     /// manifest in it promises anything to anybody.
     fn open_if_ours(&self) -> io::Result<Option<Directory>> {
         self.open().or_else(|cause| if refusal(&cause).is_some() { Ok(None) } else { Err(cause) })
-    }
-
-    /// Returns true where no manifest can be: something else has the directory's name, another user made it, or its name is
-    /// too long. Nothing there is ever read, so a delete need not wait until it is removed.
-    pub fn have_no_place(&self) -> bool {
-        self.directory.file_name().is_none_or(|name| file_name(name).is_err())
-            || self.open().is_err_and(|cause| refusal(&cause).is_some())
     }
 
     /// What the user can do where writing failed with `cause`.
@@ -442,6 +181,180 @@ impl Manifests {
         }
         Ok(())
     }
+
+    /// The file of a manifest.
+    fn file(&self, item: Item) -> Utf8PathBuf {
+        match item {
+            Item::Domain => self.directory.join(DOMAIN_FILE),
+            Item::Snapshot(id) => self.file_of(id),
+        }
+    }
+}
+
+impl ManifestStore for ManifestDirectory {
+    fn place(&self) -> &str {
+        self.directory.as_str()
+    }
+
+    fn directory(&self) -> Option<&Utf8Path> {
+        Some(&self.directory)
+    }
+
+    fn shown(&self, item: Item) -> String {
+        self.file(item).into_string()
+    }
+
+    fn has(&self, snapshot: SnapshotId) -> bool {
+        self.file_of(snapshot).symlink_metadata().is_ok()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.names().is_ok_and(|names| !names.iter().any(|name| is_ours(name)))
+    }
+
+    fn domain(&self) -> Option<DomainManifest> {
+        let directory = self.open().ok()??;
+        let bytes = read_bounded(&directory, DOMAIN_FILE, MAX_BYTES).ok()?;
+        open_domain(&bytes).ok()
+    }
+
+    fn write(&self, catalogue: CatalogueId, before: Option<&Entry>, after: &Entry) -> Result<()> {
+        let failed = |cause: io::Error| {
+            let advice = self.advice(&cause);
+            failure(cause, format!("the manifests in {} cannot be written", self.directory)).advise(advice)
+        };
+        // What is there and right, and what is there and no more.
+        let mut told: Vec<Snapshot> = Vec::new();
+        let mut gone: Vec<Utf8PathBuf> = Vec::new();
+        let is_gone = |snapshot: &Snapshot| after.tree.get(snapshot.id).is_none();
+        if let Some(before) = before {
+            told.extend(before.tree.iter().cloned());
+        } else {
+            let found = self.read()?;
+            told.extend(found.snapshots.iter().cloned());
+            told.retain(|snapshot| found.is_by(snapshot.id, catalogue, after.revision));
+            let names = self.names().map_err(failed)?;
+            let half = names.iter().filter(|name| is_ours(name) && name.ends_with(TEMPORARY_SUFFIX));
+            gone.extend(half.map(|name| self.directory.join(name)));
+        }
+        gone.extend(told.iter().filter(|told| is_gone(told)).map(|told| self.file_of(told.id)));
+        if !is_needed(after) {
+            return self.remove_all(&gone).map_err(failed);
+        }
+        let directory = self.make_directory().map_err(failed)?;
+        let mut removed = false;
+        for path in &gone {
+            removed |= remove(&directory, path).map_err(failed)?;
+        }
+        for snapshot in after.tree.iter().filter(|snapshot| !told.contains(snapshot)) {
+            let manifest = SnapshotManifest {
+                catalogue: Some(catalogue),
+                revision: Some(after.revision),
+                snapshot: snapshot.clone(),
+            };
+            put(&directory, &format!("{}.json", snapshot.id), &manifest).map_err(failed)?;
+        }
+        if removed {
+            // What is deleted must be gone before a newer domain.json can be seen.
+            directory.sync().map_err(failed)?;
+        }
+        put(&directory, DOMAIN_FILE, &DomainManifest::of(catalogue, after)).map_err(failed)?;
+        directory.sync().map_err(failed)
+    }
+
+    fn remove(&self, snapshots: &[SnapshotId]) -> Result<()> {
+        let attempt = || {
+            let Some(directory) = self.open_if_ours()? else { return Ok(()) };
+            let mut removed = false;
+            for id in snapshots {
+                removed |= remove(&directory, &self.file_of(*id))?;
+            }
+            if removed { directory.sync() } else { Ok(()) }
+        };
+        attempt()
+            .map_err(|cause| failure(cause, format!("manifests in {} cannot be removed", self.directory)))
+    }
+
+    fn clear(&self, catalogue: CatalogueId, entry: &Entry) -> Result<()> {
+        let found = self.read()?;
+        if !found.domain.as_ref().is_some_and(|manifest| manifest.is_known_to(catalogue, entry)) {
+            return Ok(());
+        }
+        let own =
+            found.snapshots.iter().filter(|snapshot| found.is_by(snapshot.id, catalogue, entry.revision));
+        let files: Vec<Utf8PathBuf> = own.map(|snapshot| self.file_of(snapshot.id)).collect();
+        self.remove_all(&files).map_err(|cause| {
+            failure(cause, format!("the former manifests in {} cannot be removed", self.directory))
+        })
+    }
+
+    fn put_aside(&self, items: &[Item]) -> Result<()> {
+        let attempt = || {
+            let Some(directory) = self.open_if_ours()? else { return Ok(()) };
+            for name in items.iter().map(|item| name_of(*item)) {
+                let (from, to) = (file_name(&name)?, file_name(&format!("{name}{ASIDE_SUFFIX}"))?);
+                // What is no file is nobody's manifest, and stays.
+                if directory.look(&from)?.is_some_and(|found| found.is_file()) {
+                    directory.rename(&from, &to, None)?;
+                }
+            }
+            if items.is_empty() { Ok(()) } else { directory.sync() }
+        };
+        attempt()
+            .map_err(|cause| failure(cause, format!("manifests in {} cannot be put aside", self.directory)))
+    }
+
+    fn read(&self) -> Result<Found> {
+        let failed =
+            |cause: io::Error| failure(cause, format!("the manifests in {} cannot be read", self.directory));
+        let mut found = Found::default();
+        let directory = match self.open() {
+            Ok(Some(directory)) => directory,
+            Ok(None) => return Ok(found),
+            Err(cause) => match refusal(&cause) {
+                // Not ours to read, and no reason to stop.
+                Some(why) => {
+                    found.problems.push(Problem { item: None, place: self.directory.to_string(), why });
+                    return Ok(found);
+                }
+                None => return Err(failed(cause)),
+            },
+        };
+        let names = names_in(&directory).map_err(failed)?;
+        let mut left = MAX_ALL_BYTES;
+        for name in names.iter().filter(|name| is_ours(name) && !name.ends_with(TEMPORARY_SUFFIX)) {
+            let item = id_of(name).map_or(Item::Domain, Item::Snapshot);
+            let read = read_bounded(&directory, name, MAX_BYTES.min(left));
+            left -= read.as_ref().map_or(0, |bytes| bytes.len() as u64);
+            let outcome = read.and_then(|bytes| match id_of(name) {
+                None => {
+                    found.domain = Some(open_domain(&bytes)?);
+                    Ok(())
+                }
+                Some(id) => {
+                    let SnapshotManifest { catalogue, revision, snapshot } = open_envelope(&bytes)?;
+                    crate::confine::check_snapshot(&snapshot)?;
+                    if snapshot.id != id {
+                        return Err(format!("it describes the snapshot {}", snapshot.id));
+                    }
+                    if let Some(revision) = revision {
+                        found.written.insert(id, Stamp { catalogue, revision });
+                    }
+                    found.snapshots.push(snapshot);
+                    Ok(())
+                }
+            });
+            if let Err(why) = outcome {
+                found.problems.push(Problem { item: Some(item), place: self.shown(item), why });
+            }
+        }
+        Ok(found)
+    }
+
+    fn have_no_place(&self) -> bool {
+        self.directory.file_name().is_none_or(|name| file_name(name).is_err())
+            || self.open().is_err_and(|cause| refusal(&cause).is_some())
+    }
 }
 
 fn failure(cause: io::Error, message: String) -> Error {
@@ -492,15 +405,17 @@ fn put<T: Serialize>(directory: &Directory, name: &str, content: &T) -> io::Resu
     })
 }
 
-/// Whether `entry` has anything that the images themselves do not tell.
-fn wanted(entry: &Entry) -> bool {
-    !entry.tree.is_empty() || entry.domain.disks.iter().any(|record| record.owned.len() > 1)
-}
-
 fn remove(directory: &Directory, path: &Utf8Path) -> io::Result<bool> {
     match path.file_name() {
         Some(name) => directory.remove(&file_name(name)?),
         None => Ok(false),
+    }
+}
+
+fn name_of(item: Item) -> String {
+    match item {
+        Item::Domain => DOMAIN_FILE.to_owned(),
+        Item::Snapshot(id) => format!("{id}.json"),
     }
 }
 
@@ -567,8 +482,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        ActivePath, Consistency, Disk, DiskPoint, DiskRecord, DomainName, Hypervisor, LayerName, Point,
-        SnapshotName, SnapshotTree, Target,
+        ActivePath, Consistency, Disk, DiskPoint, DiskRecord, Domain, DomainName, Hypervisor, LayerName,
+        Point, SnapshotName, SnapshotTree, Target,
     };
 
     fn snapshot(name: &str) -> Snapshot {
@@ -619,9 +534,9 @@ mod tests {
             Self { directory: tempfile::tempdir().unwrap() }
         }
 
-        fn manifests(&self) -> Manifests {
+        fn manifests(&self) -> ManifestDirectory {
             let root = Utf8Path::from_path(self.directory.path()).unwrap();
-            Manifests::new(root.join(".hidden/web"))
+            ManifestDirectory::new(root.join(".hidden/web"))
         }
 
         fn files(&self) -> Vec<String> {
@@ -667,9 +582,9 @@ mod tests {
         let (old, kept) = (snapshot("old"), snapshot("kept"));
         manifests.write(us, None, &entry(1, &[old.clone(), kept.clone()])).unwrap();
         let half = format!("{}.json{TEMPORARY_SUFFIX}", SnapshotId::fresh());
-        fs::write(manifests.directory().join(&half), "half").unwrap();
-        fs::write(manifests.directory().join("readme"), "of somebody").unwrap();
-        fs::write(manifests.directory().join(format!("{}.json", kept.id)), "damaged").unwrap();
+        fs::write(manifests.directory.join(&half), "half").unwrap();
+        fs::write(manifests.directory.join("readme"), "of somebody").unwrap();
+        fs::write(manifests.directory.join(format!("{}.json", kept.id)), "damaged").unwrap();
         let now = entry(4, std::slice::from_ref(&kept));
         manifests.write(us, None, &now).unwrap();
         let mut expected = vec![format!("{}.json", kept.id), DOMAIN_FILE.to_owned(), "readme".to_owned()];
@@ -698,7 +613,7 @@ mod tests {
         manifests.write(us, None, &entry(6, &[])).unwrap();
         assert!(here(&place) && place.files().len() == 2, "{:?}", place.files());
         assert!(!manifests.is_current(Some(us), &entry(6, &[])));
-        manifests.put_aside(&[manifests.file_of(theirs.id), manifests.file_of(ours.id)]).unwrap();
+        manifests.put_aside(&[Item::Snapshot(theirs.id), Item::Snapshot(ours.id)]).unwrap();
         assert_eq!(manifests.read().unwrap().snapshots, std::slice::from_ref(&newer));
         assert!(place.files().contains(&format!("{}.json.left-out", theirs.id)));
         manifests.write(us, None, &entry(10, &[])).unwrap();
@@ -744,7 +659,10 @@ mod tests {
         long.set_len(MAX_BYTES + 1).unwrap();
         let found = manifests.read().unwrap();
         assert_eq!(found.snapshots, [all[3].clone()]);
-        let why = |snapshot| &found.problems.iter().find(|(file, _)| *file == path(snapshot)).unwrap().1;
+        let why = |snapshot: &Snapshot| {
+            let item = Some(Item::Snapshot(snapshot.id));
+            &found.problems.iter().find(|problem| problem.item == item).unwrap().why
+        };
         assert!(why(&all[0]).contains("checksum"));
         assert!(why(&all[1]).contains("version 2"));
         assert!(why(&all[2]).contains("describes the snapshot"));

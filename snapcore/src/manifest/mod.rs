@@ -1,0 +1,188 @@
+//! Manifests: what the catalogue knows of a domain, kept beside its data, so that the catalogue can be lost.
+//!
+//! A [`ManifestStore`] keeps those of one domain: one of the domain itself, and one for each snapshot. Each says which
+//! catalogue wrote it, and at which revision. A [`ManifestDirectory`] keeps them as files in a directory beside the first
+//! disk; a backend whose disks are no files has a store of its own
+//! ([`DiskSnapshotter::manifests`](crate::DiskSnapshotter::manifests)).
+//!
+//! **Whose they are.** A catalogue removes a manifest only of a snapshot that it deleted itself: one that it wrote, and
+//! has no more. Others stay; when a domain is imported, those that could not be used are saved under another name
+//! ([`ManifestStore::put_aside`]). Whether the domain's manifest may be written over is decided before an operation begins,
+//! by [`DomainManifest::is_known_to`].
+
+mod directory;
+
+use std::collections::HashMap;
+
+use camino::Utf8Path;
+use serde::{Deserialize, Serialize};
+
+pub use directory::{MAX_ALL_BYTES, MAX_BYTES, MAX_FILES, ManifestDirectory, VERSION};
+
+use crate::catalogue::{CatalogueId, Entry, Revision, Stamp};
+use crate::{Domain, Result, Snapshot, SnapshotId};
+
+/// The manifests of one domain.
+///
+/// All methods block. **Order:** the domain's manifest stands for all of them, so it is written last, and removed first.
+/// What a method wrote or removed is durable when it returns. Nothing in a manifest is an authority: an
+/// implementation checks every name that it reads ([`crate::confine`]).
+pub trait ManifestStore: Send + Sync + std::fmt::Debug {
+    /// Where they are kept, for people.
+    fn place(&self) -> &str;
+
+    /// The directory that they are in, where they are files of this machine.
+    fn directory(&self) -> Option<&Utf8Path>;
+
+    /// Where one manifest is kept, for people.
+    fn shown(&self, item: Item) -> String;
+
+    /// Returns true if there is a manifest of a snapshot, sound or not.
+    fn has(&self, snapshot: SnapshotId) -> bool;
+
+    /// Returns true if there is certainly no manifest of this domain, not even an unfinished one.
+    fn is_empty(&self) -> bool;
+
+    /// The domain's manifest, where there is a sound one: which catalogue wrote last, and what all of them stand for.
+    fn domain(&self) -> Option<DomainManifest>;
+
+    /// Reads all manifests. One that is damaged is a problem of its own and stops nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) where there are some that cannot be read.
+    fn read(&self) -> Result<Found>;
+
+    /// Makes the manifests say what `after` of `catalogue` says. Where `before` is given, they are known to stand
+    /// for it, and only what differs is written. Where nothing is left to say, all of them go. Manifests of
+    /// snapshots that `catalogue` never knew stay.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io), [`ErrorKind::NoSpace`](crate::ErrorKind::NoSpace); they may then be half
+    /// written, and are known as such.
+    fn write(&self, catalogue: CatalogueId, before: Option<&Entry>, after: &Entry) -> Result<()>;
+
+    /// Removes the manifests of `snapshots`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    fn remove(&self, snapshots: &[SnapshotId]) -> Result<()>;
+
+    /// Removes what `catalogue` wrote of `entry`, whose manifests are elsewhere from now on. Another's manifests stay.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    fn clear(&self, catalogue: CatalogueId, entry: &Entry) -> Result<()>;
+
+    /// Gives manifests a name under which they are kept and not read again. One that is not there is passed over.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    fn put_aside(&self, items: &[Item]) -> Result<()>;
+
+    /// Returns true where no manifest can be: none is read there either, so a delete need not wait until it is removed.
+    fn have_no_place(&self) -> bool;
+
+    /// Returns true if the manifests say what `entry` of `catalogue` says. A catalogue without an identity never wrote
+    /// any.
+    fn is_current(&self, catalogue: Option<CatalogueId>, entry: &Entry) -> bool {
+        match self.domain() {
+            Some(manifest) => {
+                catalogue.is_some()
+                    && manifest.stamp() == Stamp { catalogue, revision: entry.revision }
+                    && manifest.domain.name == entry.domain.name
+            }
+            None => !is_needed(entry) && self.is_empty(),
+        }
+    }
+}
+
+/// The content of a domain's manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct DomainManifest {
+    /// The catalogue that wrote it; absent where an older domsnap did, whose catalogues had no identity.
+    #[serde(default)]
+    pub catalogue: Option<CatalogueId>,
+    /// The catalogue's revision when it was written.
+    pub revision: Revision,
+    /// How many snapshots the domain has: fewer manifests are not all.
+    #[serde(default)]
+    pub snapshots: Option<u64>,
+    /// The domain.
+    #[serde(flatten)]
+    pub domain: Domain,
+}
+
+impl DomainManifest {
+    /// The manifest of `entry`, written by `catalogue`.
+    pub fn of(catalogue: CatalogueId, entry: &Entry) -> Self {
+        Self {
+            catalogue: Some(catalogue),
+            revision: entry.revision,
+            snapshots: Some(entry.tree.len() as u64),
+            domain: entry.domain.clone(),
+        }
+    }
+
+    /// The catalogue that wrote it, and its revision then.
+    pub fn stamp(&self) -> Stamp {
+        Stamp { catalogue: self.catalogue, revision: self.revision }
+    }
+
+    /// Returns true if `entry` of `catalogue` has all that this manifest says: it was written from the entry as it is or as it
+    /// was before, or the entry was imported from it. Where not, the catalogue is stale, or the manifest is another's.
+    pub fn is_known_to(&self, catalogue: CatalogueId, entry: &Entry) -> bool {
+        let own = self.catalogue.is_none_or(|wrote| wrote == catalogue)
+            && self.domain.name == entry.domain.name
+            && self.revision <= entry.revision;
+        own || entry
+            .follows
+            .is_some_and(|taken| taken.catalogue == self.catalogue && self.revision <= taken.revision)
+    }
+}
+
+/// One manifest of a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Item {
+    /// The domain's own.
+    Domain,
+    /// That of a snapshot.
+    Snapshot(SnapshotId),
+}
+
+/// A manifest that was refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The manifest; absent where all of them are refused together.
+    pub item: Option<Item>,
+    /// Where it is, for people.
+    pub place: String,
+    /// The reason, in words.
+    pub why: String,
+}
+
+/// All manifests of a domain.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Found {
+    /// The domain; absent where there is no sound manifest of it.
+    pub domain: Option<DomainManifest>,
+    /// The snapshots of all sound manifests.
+    pub snapshots: Vec<Snapshot>,
+    /// The catalogue that wrote the manifest of a snapshot, where it says so.
+    pub written: HashMap<SnapshotId, Stamp>,
+    /// Manifests that were refused.
+    pub problems: Vec<Problem>,
+}
+
+impl Found {
+    /// Returns true if `catalogue`, which is at `revision` now, wrote the manifest of `snapshot`.
+    pub fn is_by(&self, snapshot: SnapshotId, catalogue: CatalogueId, revision: Revision) -> bool {
+        self.written
+            .get(&snapshot)
+            .is_some_and(|stamp| stamp.catalogue == Some(catalogue) && stamp.revision <= revision)
+    }
+}
+
+/// Returns true if `entry` has anything that the images themselves do not show, so that it needs manifests.
+pub fn is_needed(entry: &Entry) -> bool {
+    !entry.tree.is_empty() || entry.domain.disks.iter().any(|record| record.owned.len() > 1)
+}

@@ -1,0 +1,208 @@
+//! The manifests of one domain as one command knows them.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use camino::Utf8Path;
+
+use std::sync::Arc;
+
+use crate::catalogue::{CatalogueId, Entry};
+use crate::manifest::{DomainManifest, Found, Item, ManifestStore, is_needed};
+use crate::{Result, SnapshotId};
+
+/// Remembers the domain's manifest: it is read once, and known from then on by what is written.
+///
+/// Made for one command, which holds the domain's lease: no other process of this catalogue writes meanwhile. After a write
+/// that failed, or one whose effect is not known here, it is read again.
+#[derive(Debug)]
+pub(super) struct KnownManifests {
+    store: Arc<dyn ManifestStore>,
+    /// The domain's manifest, once it is known; in it, absent where there is none.
+    domain: Mutex<Option<Option<DomainManifest>>>,
+}
+
+impl KnownManifests {
+    /// Manifests of which nothing is known yet.
+    pub(super) fn new(store: Arc<dyn ManifestStore>) -> Self {
+        Self { store, domain: Mutex::default() }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Option<Option<DomainManifest>>> {
+        self.domain.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does what may change the domain's manifest in a way that only reading tells.
+    fn forgetting<T>(&self, work: impl FnOnce() -> T) -> T {
+        // Forgotten before and after: a reader in between would remember what is being changed.
+        *self.known() = None;
+        let done = work();
+        *self.known() = None;
+        done
+    }
+}
+
+impl ManifestStore for KnownManifests {
+    fn place(&self) -> &str {
+        self.store.place()
+    }
+
+    fn directory(&self) -> Option<&Utf8Path> {
+        self.store.directory()
+    }
+
+    fn shown(&self, item: Item) -> String {
+        self.store.shown(item)
+    }
+
+    fn has(&self, snapshot: SnapshotId) -> bool {
+        self.store.has(snapshot)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.store.is_empty()
+    }
+
+    fn domain(&self) -> Option<DomainManifest> {
+        self.known().get_or_insert_with(|| self.store.domain()).clone()
+    }
+
+    fn read(&self) -> Result<Found> {
+        let found = self.forgetting(|| self.store.read())?;
+        *self.known() = Some(found.domain.clone());
+        Ok(found)
+    }
+
+    fn write(&self, catalogue: CatalogueId, before: Option<&Entry>, after: &Entry) -> Result<()> {
+        self.forgetting(|| self.store.write(catalogue, before, after))?;
+        *self.known() = Some(is_needed(after).then(|| DomainManifest::of(catalogue, after)));
+        Ok(())
+    }
+
+    fn remove(&self, snapshots: &[SnapshotId]) -> Result<()> {
+        self.store.remove(snapshots)
+    }
+
+    fn clear(&self, catalogue: CatalogueId, entry: &Entry) -> Result<()> {
+        self.forgetting(|| self.store.clear(catalogue, entry))
+    }
+
+    fn put_aside(&self, items: &[Item]) -> Result<()> {
+        match items.is_empty() {
+            // The store has nothing to do, and what is known stays so.
+            true => Ok(()),
+            false => self.forgetting(|| self.store.put_aside(items)),
+        }
+    }
+
+    fn have_no_place(&self) -> bool {
+        self.store.have_no_place()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use camino::Utf8PathBuf;
+
+    use super::*;
+    use crate::catalogue::Revision;
+    use crate::manifest::ManifestDirectory;
+    use crate::{
+        ActivePath, Disk, DiskRecord, Domain, DomainName, Hypervisor, LayerName, SnapshotTree, Target,
+    };
+
+    /// A directory that counts how often the domain's manifest is read.
+    #[derive(Debug)]
+    struct Counting {
+        directory: ManifestDirectory,
+        reads: Arc<AtomicUsize>,
+    }
+
+    impl ManifestStore for Counting {
+        fn place(&self) -> &str {
+            self.directory.place()
+        }
+        fn directory(&self) -> Option<&Utf8Path> {
+            self.directory.directory()
+        }
+        fn shown(&self, item: Item) -> String {
+            self.directory.shown(item)
+        }
+        fn has(&self, snapshot: SnapshotId) -> bool {
+            self.directory.has(snapshot)
+        }
+        fn is_empty(&self) -> bool {
+            self.directory.is_empty()
+        }
+        fn domain(&self) -> Option<DomainManifest> {
+            self.reads.fetch_add(1, Ordering::SeqCst);
+            self.directory.domain()
+        }
+        fn read(&self) -> Result<Found> {
+            self.reads.fetch_add(1, Ordering::SeqCst);
+            self.directory.read()
+        }
+        fn write(&self, catalogue: CatalogueId, before: Option<&Entry>, after: &Entry) -> Result<()> {
+            self.directory.write(catalogue, before, after)
+        }
+        fn remove(&self, snapshots: &[SnapshotId]) -> Result<()> {
+            self.directory.remove(snapshots)
+        }
+        fn clear(&self, catalogue: CatalogueId, entry: &Entry) -> Result<()> {
+            self.directory.clear(catalogue, entry)
+        }
+        fn put_aside(&self, items: &[Item]) -> Result<()> {
+            self.directory.put_aside(items)
+        }
+        fn have_no_place(&self) -> bool {
+            self.directory.have_no_place()
+        }
+    }
+
+    fn entry(revision: u64) -> Entry {
+        let disk = Disk { target: Target::new("vda").unwrap(), path: "/a".into(), format: "fake".into() };
+        let layers = ["a", "b"].map(|name| LayerName(name.into()));
+        Entry {
+            domain: Domain {
+                name: DomainName::new("web").unwrap(),
+                unregistered: false,
+                hypervisor: Hypervisor::NONE,
+                control: None,
+                active_path: ActivePath::Keep,
+                disks: vec![DiskRecord { disk, active: layers[0].clone(), owned: layers.to_vec() }],
+                current: None,
+                machines: Vec::new(),
+            },
+            tree: SnapshotTree::new(Vec::new()),
+            revision: Revision(revision),
+            follows: None,
+        }
+    }
+
+    /// However often a command asks, the domain's manifest is read once; what the command wrote is known without reading.
+    #[test]
+    fn the_domain_manifest_is_read_once() {
+        let place = tempfile::tempdir().unwrap();
+        let path = Utf8PathBuf::from_path_buf(place.path().join("web")).unwrap();
+        let (us, reads) = (CatalogueId::fresh(), Arc::new(AtomicUsize::new(0)));
+        ManifestDirectory::new(&path).write(us, None, &entry(1)).unwrap();
+        let counting = Counting { directory: ManifestDirectory::new(&path), reads: reads.clone() };
+        let known = KnownManifests::new(Arc::new(counting));
+        for _ in 0..3 {
+            assert!(known.is_current(Some(us), &entry(1)) && !known.is_current(Some(us), &entry(2)));
+        }
+        known.write(us, Some(&entry(1)), &entry(2)).unwrap();
+        assert!(known.is_current(Some(us), &entry(2)));
+        assert_eq!(reads.load(Ordering::SeqCst), 1);
+        assert_eq!(
+            ManifestDirectory::new(&path).domain(),
+            known.domain(),
+            "what is remembered is what is there"
+        );
+        // After a change whose effect is not known here it is read again.
+        known.put_aside(&[Item::Domain]).unwrap();
+        assert_eq!(known.domain(), None);
+        assert_eq!(reads.load(Ordering::SeqCst), 2);
+    }
+}

@@ -1,0 +1,380 @@
+//! The front door: hands each request to its room.
+
+use std::sync::Arc;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use super::rooms::{Rooms, to_the_end};
+use super::{
+    Belonging, Details, DiskReport, DomainRef, DomainSpec, DomainSummary, ImportOptions, ImportReport,
+    Listing, Outcome, RecoveryReport, Removal, Scanned, images, importer,
+};
+use crate::catalogue::Catalogue;
+use crate::{
+    Control, CreateRequest, DeleteRequest, Domain, DomainName, Error, ErrorKind, EventStream, Finding,
+    Hypervisor, Plan, Registry, Request, Result, RevertRequest, Seen, SnapshotName, time_name,
+};
+
+/// Snapshots of domains. Cheap to clone; may be used from many tasks at once.
+#[derive(Clone)]
+pub struct Domsnap {
+    rooms: Arc<Rooms>,
+}
+
+impl Domsnap {
+    /// The service on a catalogue. Nothing is read or made yet.
+    pub fn new(catalogue: Arc<dyn Catalogue>, registry: Registry) -> Self {
+        Self { rooms: Arc::new(Rooms::new(catalogue, registry)) }
+    }
+
+    /// The backends that it was opened with.
+    pub fn registry(&self) -> &Registry {
+        &self.rooms.registry
+    }
+
+    /// Everything that happens from now on.
+    pub fn events(&self) -> EventStream {
+        self.rooms.events.subscribe()
+    }
+
+    /// A free name for a snapshot of `domain`, made from the time: [`time_name`].
+    pub async fn default_name(&self, domain: &DomainRef) -> Result<SnapshotName> {
+        let listing = self.list(domain).await?;
+        importer::free_name(&time_name(Timestamp::now())?, &listing.snapshots)
+    }
+
+    /// Registers a domain: takes in its disks, with the snapshots that manifests beside them tell and the internal
+    /// ones of their active images. Images that were used by their paths before keep their snapshots.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] for a name or an image that another domain has; what the images are wrong with.
+    pub async fn domain_add(&self, spec: &DomainSpec) -> Result<ImportReport> {
+        let (room, spec) = (self.rooms.registrar.clone(), spec.clone());
+        to_the_end(&CancellationToken::new(), |cancel| async move { room.add(spec, cancel).await }).await
+    }
+
+    /// Takes a domain out of the catalogue. Its images, snapshots and manifests stay as they are, and an import
+    /// brings it back.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where an operation stopped half way; [`ErrorKind::Io`] where its manifests are not
+    /// whole and cannot be written.
+    pub async fn domain_remove(&self, domain: &DomainRef) -> Result<Removal> {
+        let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
+        to_the_end(&CancellationToken::new(), |cancel| async move { room.remove(domain, cancel).await }).await
+    }
+
+    /// What runs at an address. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where nothing does; [`ErrorKind::Unsupported`] where the hypervisor is not registered.
+    pub async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<Seen> {
+        self.rooms.locator.look(hypervisor, control).await
+    }
+
+    /// The domains that run on this machine and could be registered, or are.
+    pub async fn scan(&self) -> Result<Vec<Scanned>> {
+        self.rooms.locator.scan().await
+    }
+
+    /// The running side of a domain as its hypervisor describes it; none where it does not run.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::resolve`]; where it cannot be told whether it runs.
+    pub async fn running(&self, domain: &DomainRef) -> Result<Option<Seen>> {
+        let located = self.rooms.locator.locate(domain).await?;
+        let live = self.rooms.locator.connect(&located.entry.domain).await?;
+        Ok(live.map(|live| live.seen().clone()))
+    }
+
+    /// All domains that the catalogue has.
+    pub async fn domains(&self) -> Result<Vec<DomainSummary>> {
+        let found = self.rooms.records.domains().await?;
+        Ok(found
+            .into_iter()
+            .map(|entry| DomainSummary {
+                missing: images::missing(&entry.domain),
+                domain: entry.domain,
+                snapshots: entry.snapshots,
+                unfinished: entry.unfinished,
+            })
+            .collect())
+    }
+
+    /// The domain that is meant.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for a name that is not registered; [`ErrorKind::Refused`] for images that are not
+    /// exactly the disks of the domain they belong to, and for a symbolic link.
+    pub async fn resolve(&self, domain: &DomainRef) -> Result<Domain> {
+        Ok(self.rooms.locator.locate(domain).await?.entry.domain)
+    }
+
+    /// What `request` would do. Changes nothing and needs no lock. What only a try can tell is tried: an empty file of ours is
+    /// made in each directory that the request works in, and removed.
+    ///
+    /// # Errors
+    /// As the request itself would be refused; [`ErrorKind::NeedsRecovery`] where an operation stopped half way, so
+    /// that the plan would not be what will be done.
+    pub async fn plan(&self, domain: &DomainRef, request: &Request) -> Result<Plan> {
+        let mut plans = self.plans(domain, request).await?;
+        plans.pop().ok_or_else(|| Error::new(ErrorKind::Internal, "no plan was made"))
+    }
+
+    /// As [`Domsnap::plan`], with what is done before it. A revert of a running domain that saves the current state is two
+    /// operations: the first plan is of the snapshot that saves it. The second is made again then, and may differ in
+    /// what the first has changed.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::plan`].
+    pub async fn plans(&self, domain: &DomainRef, request: &Request) -> Result<Vec<Plan>> {
+        let located = self.rooms.locator.locate(domain).await?;
+        let name = &located.entry.domain.name;
+        if let Some(unfinished) = self.rooms.records.unfinished(name).await?.first() {
+            return Err(Error::new(
+                ErrorKind::NeedsRecovery,
+                format!("a {} of domain {name} is {}", unfinished.plan.operation, unfinished.state),
+            )
+            .state("it runs just now, or stopped half way; no changes made")
+            .advise(format!("run `domsnap recover {name}` first: only then is known what is to be done")));
+        }
+        let manifests = self.rooms.authority.manifests(&located.entry.domain)?;
+        if located.catalogued {
+            self.rooms.authority.require(&manifests, &located.entry).await?;
+        }
+        let live = self.rooms.locator.connect(&located.entry.domain).await?;
+        let saved = match request {
+            Request::Revert(revert) if live.is_some() => {
+                let saver = self.rooms.registry.hypervisor(&located.entry.domain.hypervisor)?;
+                revert.in_two(saver.profile().recreates)
+            }
+            _ => None,
+        };
+        let mut plans = Vec::new();
+        match saved {
+            None => plans.push(self.rooms.planning.plan_for(&located.entry, live.as_ref(), request).await?),
+            Some((save, revert)) => {
+                for request in [Request::Create(save), Request::Revert(revert)] {
+                    plans.push(self.rooms.planning.plan_for(&located.entry, live.as_ref(), &request).await?);
+                }
+            }
+        }
+        for plan in &plans {
+            self.rooms
+                .planning
+                .preflight(&located.entry.domain, &manifests, live.as_ref(), plan, true)
+                .await?;
+        }
+        if let Some(first) = plans.first_mut() {
+            first.notes.splice(0..0, located.notes);
+        }
+        Ok(plans)
+    }
+
+    /// Takes a snapshot.
+    ///
+    /// Cancelled before its commit point, by the token or by dropping this future, everything is undone.
+    ///
+    /// # Errors
+    /// Of whatever kind, with everything undone; but [`ErrorKind::NeedsRecovery`] tells what is left.
+    pub async fn create(
+        &self,
+        domain: &DomainRef,
+        request: CreateRequest,
+        cancel: CancellationToken,
+    ) -> Result<Outcome> {
+        self.change(domain, Request::Create(request), cancel).await
+    }
+
+    /// Returns to a snapshot. The present is dropped, unless the request saves it.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::create`].
+    pub async fn revert(
+        &self,
+        domain: &DomainRef,
+        request: RevertRequest,
+        cancel: CancellationToken,
+    ) -> Result<Outcome> {
+        self.change(domain, Request::Revert(request), cancel).await
+    }
+
+    /// Deletes snapshots. Once begun it happens: cancelling puts merges off, and [`Domsnap::tidy`] does them later.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::create`].
+    pub async fn delete(
+        &self,
+        domain: &DomainRef,
+        request: DeleteRequest,
+        cancel: CancellationToken,
+    ) -> Result<Outcome> {
+        self.change(domain, Request::Delete(request), cancel).await
+    }
+
+    /// Merges and removes layers that nothing needs any more.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::create`].
+    pub async fn tidy(&self, domain: &DomainRef, cancel: CancellationToken) -> Result<Outcome> {
+        self.change(domain, Request::Tidy, cancel).await
+    }
+
+    async fn change(
+        &self,
+        domain: &DomainRef,
+        request: Request,
+        cancel: CancellationToken,
+    ) -> Result<Outcome> {
+        let (room, domain) = (self.rooms.operator.clone(), domain.clone());
+        to_the_end(&cancel, |cancel| async move { room.change(domain, request, cancel).await }).await
+    }
+
+    /// The domain and its snapshots, from the catalogue alone where it has the domain.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::resolve`].
+    pub async fn list(&self, domain: &DomainRef) -> Result<Listing> {
+        self.rooms.viewer.list(domain).await
+    }
+
+    /// One snapshot in full, with sizes read from the images.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is none of this name; as of [`Domsnap::resolve`].
+    pub async fn show(&self, domain: &DomainRef, name: &SnapshotName) -> Result<Details> {
+        self.rooms.viewer.show(domain, name).await
+    }
+
+    /// The domain that has the file `image` as a layer: from the catalogue, or else from manifests beside it. Reads
+    /// images by no more than their names and identities.
+    pub async fn belonging(&self, image: &Utf8Path) -> Result<Option<Belonging>> {
+        self.rooms.viewer.belonging(image).await
+    }
+
+    /// Whether the catalogue has the last word on the domain `name`: what manifests beside its images tell was written
+    /// with this catalogue, and not later than it knows.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where it has not, with what to do.
+    pub async fn require_authoritative(&self, name: &DomainName) -> Result<()> {
+        self.rooms.authority.require_for(name).await
+    }
+
+    /// Each disk as it is on the machine. A disk that cannot be read says so in its report.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::resolve`].
+    pub async fn inspect(&self, domain: &DomainRef) -> Result<Vec<DiskReport>> {
+        self.rooms.viewer.inspect(domain).await
+    }
+
+    /// Refuses an image that a running domain has open without a lock which its writer would meet: for who is about to write
+    /// it without this service.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Busy`], with the domain.
+    pub async fn require_closed(&self, image: &camino::Utf8Path) -> Result<()> {
+        self.rooms.watcher.require_closed(image).await
+    }
+
+    /// The images of the catalogue's domains that are backed by the file `image`, in whatever directory they are.
+    pub async fn backed_by(&self, image: &camino::Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+        self.rooms.neighbours.backed_by(image).await
+    }
+
+    /// Looks for damage: in the images, and between catalogue, manifests and images. Changes nothing. The worst
+    /// comes first.
+    ///
+    /// # Errors
+    /// As of [`Domsnap::resolve`]; what is wrong with images is a finding.
+    pub async fn check(&self, domain: &DomainRef) -> Result<Vec<Finding>> {
+        self.rooms.viewer.check(domain).await
+    }
+
+    /// Finishes or undoes what stopped half way, in one domain or in all, and merges what was put off. Where a domain
+    /// cannot be recovered, the others are all the same.
+    ///
+    /// # Errors
+    /// The first domain's that could not be recovered.
+    pub async fn recover(
+        &self,
+        domain: Option<&DomainRef>,
+        cancel: CancellationToken,
+    ) -> Result<Vec<RecoveryReport>> {
+        let references = match domain {
+            Some(domain) => vec![domain.clone()],
+            None => {
+                let all = self.rooms.records.domains().await?;
+                all.into_iter().map(|entry| DomainRef::Name(entry.domain.name)).collect()
+            }
+        };
+        let mut reports = Vec::new();
+        let mut failure = None;
+        for reference in references {
+            let room = self.rooms.operator.clone();
+            match to_the_end(&cancel, |cancel| async move { room.recover(reference, cancel).await }).await {
+                Ok(more) => reports.extend(more),
+                // The first is the answer, and is not said twice.
+                Err(error) if failure.is_none() => failure = Some(error),
+                Err(error) => tracing::error!(%error, "recovering a domain"),
+            }
+        }
+        match failure {
+            Some(error) => Err(error),
+            None => Ok(reports),
+        }
+    }
+
+    /// Closes the operations of a domain that stopped half way, without doing or undoing anything more: for where a recovery
+    /// cannot go on. No file is touched. Gives what each had left, in words.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where the domain's guest waits for the operation with its disks taken from it.
+    pub async fn abandon(&self, domain: &DomainRef) -> Result<Vec<RecoveryReport>> {
+        let (room, domain) = (self.rooms.operator.clone(), domain.clone());
+        to_the_end(&CancellationToken::new(), |cancel| async move { room.abandon(domain, cancel).await })
+            .await
+    }
+
+    /// Takes one disk out of a domain. Its image stays as it is, and the domain's snapshots go on without it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for a disk that the domain does not have; [`ErrorKind::Refused`] for its only one.
+    pub async fn disk_remove(&self, domain: &DomainRef, target: &crate::Target) -> Result<Domain> {
+        let (room, domain, target) = (self.rooms.registrar.clone(), domain.clone(), target.clone());
+        to_the_end(&CancellationToken::new(), |cancel| async move {
+            room.disk_remove(domain, target, cancel).await
+        })
+        .await
+    }
+
+    /// Adds a disk to a domain. Snapshots that it has go on without it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] for a target or an image that a domain has already; what the image is wrong with.
+    pub async fn disk_add(&self, domain: &DomainRef, disk: crate::Disk) -> Result<Domain> {
+        let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
+        to_the_end(
+            &CancellationToken::new(),
+            |cancel| async move { room.disk_add(domain, disk, cancel).await },
+        )
+        .await
+    }
+
+    /// Rebuilds the catalogue of a domain from the manifests beside its images, and adopts the snapshots and layers
+    /// that the images themselves know. One image of a domain stands for all that its manifests name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where the catalogue has snapshots of the domain and replacing was not asked for.
+    pub async fn import(&self, domain: &DomainRef, options: ImportOptions) -> Result<ImportReport> {
+        let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
+        to_the_end(
+            &CancellationToken::new(),
+            |cancel| async move { room.import(domain, options, cancel).await },
+        )
+        .await
+    }
+}

@@ -1,0 +1,172 @@
+//! The paths by which images are known, and which file a path names.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use camino::{Utf8Path, Utf8PathBuf};
+
+use super::{GivenImage, image_list};
+use crate::{Disk, Domain, Error, ErrorKind, FileIdentity, Result, Target, file_identity, shell_word};
+
+/// Which file a path names, whatever its name.
+pub(super) fn file_id(path: &Utf8Path) -> Option<FileIdentity> {
+    let found = path.metadata().ok()?;
+    Some(file_identity(&found))
+}
+
+/// The paths of `domain`'s images, as a command line takes them.
+pub(super) fn images_of(domain: &Domain) -> String {
+    shell_word(&image_list(domain.disks.iter().map(|record| (record.disk.path.as_path(), None))))
+}
+
+/// The path by which an image is known: without links and dots. A symbolic link to an image is followed, here and nowhere
+/// else: backing names are relative to the image's own directory. A file that is not there has its directory's path.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] for a link of another user to a file that is not that user's: who may make links in a directory may
+/// not choose which files are worked on. [`ErrorKind::Usage`] for what is neither a file nor a block device.
+pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
+    let Ok(found) = path.symlink_metadata() else { return below_real_directory(path) };
+    let about = match path.metadata() {
+        Ok(about) => about,
+        Err(cause) => {
+            let leads = path.read_link_utf8().map(|to| format!(", a symbolic link to {to}"));
+            let leads = leads.unwrap_or_default();
+            let kind = match cause.kind() {
+                std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+                _ => ErrorKind::Io,
+            };
+            let detail = match kind {
+                ErrorKind::NotFound => format!("no such file: {path}{leads}"),
+                _ => format!("{path}{leads}, cannot be opened"),
+            };
+            let error = Error::new(kind, detail).state("no changes made");
+            return Err(if kind == ErrorKind::NotFound { error } else { error.because(cause) });
+        }
+    };
+    if !about.is_file() && !about.file_type().is_block_device() {
+        return Err(Error::new(ErrorKind::Usage, format!("{path} is not a regular file or block device"))
+            .advise("give the path of a disk image"));
+    }
+    // The lasting names of block devices are links; what they lead to is called otherwise after the next boot.
+    if !found.is_symlink() || about.file_type().is_block_device() {
+        return below_real_directory(path);
+    }
+    let own = rustix::process::geteuid().as_raw();
+    if ![0, own, about.uid()].contains(&found.uid()) {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "the image path {path} is a symbolic link of user {} to a file of user {}",
+                found.uid(),
+                about.uid()
+            ),
+        )
+        .state("no changes made")
+        .advise("give the path that it leads to, if that is the image you mean"));
+    }
+    let real = path.canonicalize_utf8();
+    real.map_err(|cause| {
+        Error::new(ErrorKind::Io, format!("the symbolic link {path} cannot be followed")).because(cause)
+    })
+}
+
+/// Refuses images that are not there.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] with the first that is not.
+pub fn require_files(paths: &[Utf8PathBuf]) -> Result<()> {
+    for path in paths {
+        if let Err(cause) = path.symlink_metadata()
+            && cause.kind() == std::io::ErrorKind::NotFound
+        {
+            return Err(Error::new(ErrorKind::NotFound, format!("no such file: {path}")));
+        }
+    }
+    Ok(())
+}
+
+/// The disks whose images are not there. Block devices are passed over: a volume that is not active has no node.
+pub(super) fn missing(domain: &Domain) -> Vec<Target> {
+    let is_missing = |disk: &Disk| {
+        !disk.path.starts_with("/dev")
+            && disk.path.symlink_metadata().is_err_and(|cause| cause.kind() == std::io::ErrorKind::NotFound)
+    };
+    let disks = domain.disks.iter().map(|record| &record.disk);
+    disks.filter(|disk| is_missing(disk)).map(|disk| disk.target.clone()).collect()
+}
+
+/// The path with its directory's own name.
+fn below_real_directory(path: &Utf8Path) -> Result<Utf8PathBuf> {
+    let name = path
+        .file_name()
+        .ok_or_else(|| Error::new(ErrorKind::Usage, format!("{path} does not end in a file's name")))?;
+    let directory = path.parent().unwrap_or_else(|| Utf8Path::new("/"));
+    let directory = directory.canonicalize_utf8().map_err(|cause| match cause.kind() {
+        std::io::ErrorKind::NotFound => Error::new(ErrorKind::NotFound, format!("no such file: {path}")),
+        _ => Error::new(ErrorKind::Io, format!("the directory of the image {path} cannot be opened"))
+            .because(cause),
+    })?;
+    Ok(directory.join(name))
+}
+
+/// Images by the paths that they are known by, and a sentence for each that was named by a link.
+pub(super) fn real_images(given: &[GivenImage]) -> Result<(Vec<GivenImage>, Vec<String>)> {
+    let mut images: Vec<GivenImage> = Vec::new();
+    let mut notes = Vec::new();
+    for image in given {
+        let real = GivenImage { path: image_path(&image.path)?, ..image.clone() };
+        if let Some(same) = images.iter().find(|other| is_same_file(&other.path, &real.path)) {
+            let detail = format!("{} is the image {}, which is given twice", image.path, same.path);
+            return Err(Error::new(ErrorKind::Usage, detail));
+        }
+        notes.extend(followed(&image.path, &real.path));
+        images.push(real);
+    }
+    Ok((images, notes))
+}
+
+/// Returns true if two paths name one file, be it by two hard links.
+pub(super) fn is_same_file(one: &Utf8Path, other: &Utf8Path) -> bool {
+    one == other || file_id(one).is_some_and(|id| Some(id) == file_id(other))
+}
+
+/// What is to be said of an image that was named by a symbolic link.
+pub(super) fn followed(given: &Utf8Path, real: &Utf8Path) -> Option<String> {
+    let is_link = given.symlink_metadata().is_ok_and(|found| found.is_symlink());
+    (is_link && given != real)
+        .then(|| format!("{given} is a symbolic link: the image is known by its own path, {real}"))
+}
+
+/// The disks of a new domain, by the paths that they are known by, and a sentence for each that was named by a link.
+pub(super) fn disks_of(spec: &super::DomainSpec) -> Result<(Vec<Disk>, Vec<String>)> {
+    let mut disks: Vec<Disk> = Vec::new();
+    let mut notes = Vec::new();
+    for disk in &spec.disks {
+        let absolute = camino::absolute_utf8(&disk.path).map_err(|cause| {
+            Error::new(ErrorKind::Usage, format!("the image path {:?} cannot be made absolute", disk.path))
+                .because(cause)
+        })?;
+        let path = image_path(&absolute).map_err(|error| error.context(format!("disk {}", disk.target)))?;
+        let disk = Disk { path, ..disk.clone() };
+        if let Err(cause) = disk.path.symlink_metadata()
+            && cause.kind() == std::io::ErrorKind::NotFound
+        {
+            return Err(Error::new(ErrorKind::NotFound, format!("no such file: {}", disk.path))
+                .context(format!("disk {}", disk.target)));
+        }
+        notes.extend(followed(&absolute, &disk.path));
+        let is_same = |known: &&Disk| known.target == disk.target || is_same_file(&known.path, &disk.path);
+        if let Some(same) = disks.iter().find(is_same) {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!(
+                    "domain {} names a disk twice: {} at {}, and {} at {}",
+                    spec.name, same.target, same.path, disk.target, disk.path
+                ),
+            )
+            .advise("give each disk a target and an image of its own"));
+        }
+        disks.push(disk);
+    }
+    Ok((disks, notes))
+}

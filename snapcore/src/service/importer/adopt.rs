@@ -1,0 +1,94 @@
+//! Adopts disks: each by its backend, with the layers that the manifest calls the domain's own.
+
+use std::collections::HashSet;
+
+use super::read::{Identity, Matched};
+use super::{Importer, Report};
+use crate::backend::DiskSnapshotter;
+use crate::confine::is_elsewhere;
+use crate::{ActivePath, Disk, DiskRecord, DiskState, InspectDepth, LayerName, Result, Target};
+
+/// Disks as the domain has them, in its order.
+#[derive(Default)]
+pub(super) struct Adopted {
+    /// What is recorded of them.
+    pub(super) records: Vec<DiskRecord>,
+    /// What their images say.
+    pub(super) states: Vec<DiskState>,
+    /// Internal points of the manifest's active layer that are in the active image now, by the manifest's words.
+    pub(super) copies: HashSet<(Target, LayerName, String)>,
+}
+
+impl Importer {
+    /// Adopts the disks.
+    pub(super) async fn adopt(
+        &self,
+        matched: &Matched,
+        identity: &Identity,
+        report: &mut Report,
+    ) -> Result<Adopted> {
+        let mut adopted = Adopted::default();
+        for disk in &matched.disks {
+            let backend = self.registry.get(&disk.format)?;
+            let mut record = backend.adopt(disk, identity.active_path).await?;
+            let told = matched.record_of(disk);
+            if let Some(told) = told {
+                if identity.active_path == ActivePath::Keep && is_renamed(&*backend, &record, told) {
+                    let active = told.active.clone();
+                    record = DiskRecord { owned: vec![active.clone()], active, ..record };
+                }
+                add_layers(matched, &*backend, &mut record, told, report);
+            }
+            let state = backend.inspect(&record, InspectDepth::Layers, None).await?;
+            if let Some(told) = told.filter(|told| told.active != record.active) {
+                let copied = copied_tags(&state, &told.active).into_iter();
+                let of_manifest = |tag| (told.disk.target.clone(), told.active.clone(), tag);
+                adopted.copies.extend(copied.map(of_manifest));
+            }
+            adopted.states.push(state);
+            adopted.records.push(record);
+        }
+        Ok(adopted)
+    }
+}
+
+/// Returns true if the adopted disk and the manifest's are one that was never frozen, so that neither has a file of its
+/// permanent name: the image at the path is the one that the manifest means, in another file where it was copied.
+fn is_renamed(backend: &dyn DiskSnapshotter, record: &DiskRecord, told: &DiskRecord) -> bool {
+    backend.layer_file(record, &record.active) == record.disk.path
+        && !is_elsewhere(&told.active)
+        && !backend.layer_file(record, &told.active).exists()
+}
+
+/// Adds the layers that the manifest calls the domain's own, as far as they are there. One outside of the disk's directory
+/// must be confirmed by the user, or known to the catalogue: it would be merged and removed as the domain's.
+fn add_layers(
+    matched: &Matched,
+    backend: &dyn DiskSnapshotter,
+    record: &mut DiskRecord,
+    told: &DiskRecord,
+    report: &mut Report,
+) {
+    let source = &matched.source;
+    for layer in &told.owned {
+        let Disk { target, path, .. } = &record.disk;
+        if !source.trust && is_elsewhere(layer) && !source.owns(path, layer) {
+            report.notes.push(format!(
+                "the layer {layer} lies outside of the directory of disk {target}: it is only read, and never merged or \
+                 removed; `domsnap import --trust` confirms that it is the domain's own"
+            ));
+            continue;
+        }
+        let exists = backend.layer_file(record, layer).exists();
+        if !record.owned.contains(layer) && exists {
+            record.owned.push(layer.clone());
+        }
+    }
+}
+
+/// The internal points of the layer `told`, which was active, that the active image has too: a copy that kept no hard
+/// links made two files of one image, and the one at the configured path is the one that goes on.
+fn copied_tags(state: &DiskState, told: &LayerName) -> Vec<String> {
+    let (Some(now), Some(then)) = (state.layer(&state.active), state.layer(told)) else { return Vec::new() };
+    then.internal.iter().filter(|point| now.internal.contains(point)).map(|point| point.tag.clone()).collect()
+}

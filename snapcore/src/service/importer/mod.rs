@@ -1,0 +1,222 @@
+//! The importer: makes a domain of disks that the catalogue does not have, from manifests beside them and from what the
+//! images themselves know. Changes nothing: the result is an entry that the caller may record.
+//!
+//! In this order: *read* the manifests and match them with the disks; *identify* the domain (name, hypervisor); *adopt* the
+//! disks; *restore* the snapshots that manifests describe; *discover* those that only the images know; *assemble*.
+
+mod adopt;
+mod discover;
+mod read;
+mod restore;
+
+use std::sync::Arc;
+
+use camino::Utf8Path;
+
+use super::authority::{Authority, Leftovers, Manifests};
+use super::images::images_of;
+use super::records::Records;
+use crate::catalogue::{Entry, Revision};
+use crate::manifest::DomainManifest;
+use crate::{
+    ActivePath, Control, Disk, Domain, DomainName, Error, ErrorKind, Hypervisor, LayerName, Registry, Result,
+    SnapshotId, SnapshotName, SnapshotTree,
+};
+
+pub(super) use discover::free_name;
+pub(super) use read::name_of_images;
+pub(super) use restore::point_problem;
+
+use adopt::Adopted;
+use read::{Identity, Matched};
+use restore::Restored;
+
+/// The outcome of an import.
+pub(super) struct Imported {
+    /// The domain as it would enter the catalogue.
+    pub entry: Entry,
+    /// Snapshots that came from manifests.
+    pub restored: Vec<SnapshotName>,
+    /// Snapshots that came from the images themselves.
+    pub adopted: Vec<SnapshotName>,
+    /// What could not be imported, and why.
+    pub notes: Vec<String>,
+    /// Manifests that the caller must deal with.
+    pub leftovers: Leftovers,
+    /// The reason why the domain may be shown and not changed: manifests name files that only the user can confirm.
+    pub unconfirmed: Option<Error>,
+}
+
+/// Disks to import, and what is known of their domain.
+pub(super) struct ImportSource {
+    /// The domain's name; absent: its manifest's, or one made of its images' paths.
+    pub name: Option<DomainName>,
+    /// The domain's disks, with canonical paths.
+    pub disks: Vec<Disk>,
+    /// The hypervisor, where no manifest is asked.
+    pub hypervisor: Hypervisor,
+    /// How the domain is reached, where no manifest is asked.
+    pub control: Option<Control>,
+    /// Where active images go, where no manifest is asked.
+    pub active_path: ActivePath,
+    /// Set where the disks were only given by their paths, so that a manifest may tell their targets and the domain's
+    /// name.
+    pub by_path: bool,
+    /// The domain of the catalogue that has these disks: its snapshots keep their identities.
+    pub known_as: Option<DomainName>,
+    /// Set where layers and snapshots that other tools made become the domain's own, and a part of a manifest's disks
+    /// stands for all of them. Otherwise only tags in the active images are imported.
+    pub import: bool,
+    /// Set where the user confirms what manifests say about more than the disks' own directory: how the domain is reached
+    /// and started, where its memory images and layers are.
+    pub trust: bool,
+    /// What the catalogue has of the domain: confirmed before.
+    pub known: Option<Entry>,
+}
+
+impl ImportSource {
+    /// Images at rest of which nothing else is known.
+    pub(super) fn of_images(disks: Vec<Disk>) -> Self {
+        Self {
+            name: None,
+            disks,
+            hypervisor: Hypervisor::NONE,
+            control: None,
+            active_path: ActivePath::Keep,
+            by_path: true,
+            known_as: None,
+            import: false,
+            trust: false,
+            known: None,
+        }
+    }
+
+    /// The disks of a domain of the catalogue.
+    pub(super) fn of_entry(entry: Entry) -> Self {
+        let domain = entry.domain.clone();
+        Self {
+            name: Some(domain.name.clone()),
+            disks: domain.disks.into_iter().map(|record| record.disk).collect(),
+            hypervisor: domain.hypervisor,
+            control: domain.control,
+            active_path: domain.active_path,
+            by_path: false,
+            known_as: Some(domain.name),
+            import: false,
+            trust: false,
+            known: Some(entry),
+        }
+    }
+
+    /// Returns true if the catalogue has the layer as the domain's own.
+    fn owns(&self, path: &Utf8Path, layer: &LayerName) -> bool {
+        self.known
+            .iter()
+            .flat_map(|entry| &entry.domain.disks)
+            .any(|record| record.disk.path == path && record.owned.contains(layer))
+    }
+
+    /// Returns true if the catalogue has the memory image as the snapshot's.
+    fn has_memory(&self, snapshot: SnapshotId, file: &Utf8Path) -> bool {
+        let known = self.known.as_ref().and_then(|entry| entry.tree.get(snapshot)?.memory.as_ref());
+        known.is_some_and(|memory| memory.file == file)
+    }
+}
+
+/// What the user must be told of an import, gathered by its parts.
+#[derive(Default)]
+struct Report {
+    notes: Vec<String>,
+    leftovers: Leftovers,
+    /// Memory images that only the user can confirm.
+    unconfirmed: Vec<String>,
+}
+
+/// Makes a domain of disks.
+#[derive(Clone)]
+pub(super) struct Importer {
+    records: Records,
+    registry: Arc<Registry>,
+    authority: Authority,
+}
+
+impl Importer {
+    /// The importer of a catalogue's service.
+    pub(super) fn new(records: Records, registry: Arc<Registry>, authority: Authority) -> Self {
+        Self { records, registry, authority }
+    }
+
+    /// Imports disks: from the manifests beside them, and from what the images themselves know. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] for images that manifests beside them call layers of a domain, or disks of another.
+    pub(super) async fn import(&self, source: ImportSource) -> Result<Imported> {
+        let mut report = Report::default();
+        let matched = self.read(source, &mut report).await?;
+        let identity = self.identify(&matched, &mut report).await?;
+        let adopted = self.adopt(&matched, &identity, &mut report).await?;
+        let restored = self.restore(&matched, &identity, &adopted, &mut report).await?;
+        self.assemble(matched, identity, adopted, restored, report).await
+    }
+
+    /// Puts the parts together, with the snapshots that only the images know.
+    async fn assemble(
+        &self,
+        matched: Matched,
+        identity: Identity,
+        adopted: Adopted,
+        restored: Restored,
+        report: Report,
+    ) -> Result<Imported> {
+        let Restored { mut snapshots, names: restored, current, machines } = restored;
+        let Report { notes, leftovers, unconfirmed } = report;
+        let mut records = adopted.records;
+        let orphans = matched.orphans(restored.len(), &leftovers);
+        let found = self.discover(&mut records, &snapshots, &orphans, matched.source.import).await?;
+        let newest = found.last().map(|snapshot| snapshot.id);
+        let adopted = discover::add(&mut snapshots, found)?;
+        let tree = SnapshotTree::new(snapshots);
+        let current = current.filter(|id| tree.get(*id).is_some());
+        let current = current.or(if restored.is_empty() { newest } else { None });
+        let Identity { name, unregistered, hypervisor, control, active_path, memory_dir } = identity;
+        let domain = Domain {
+            name,
+            unregistered,
+            hypervisor,
+            control,
+            active_path,
+            disks: records,
+            current,
+            machines,
+        };
+        let follows = matched.manifest().map(DomainManifest::stamp);
+        let entry = Entry { domain, tree, revision: Revision::ABSENT, follows };
+        let unconfirmed = (!unconfirmed.is_empty())
+            .then(|| not_confirmed(&entry.domain, &matched.manifests, memory_dir.as_deref(), &unconfirmed));
+        Ok(Imported { entry, restored, adopted, notes, leftovers, unconfirmed })
+    }
+}
+
+/// The refusal to change a domain whose manifests name memory images elsewhere.
+fn not_confirmed(
+    domain: &Domain,
+    manifests: &Manifests,
+    memory_dir: Option<&Utf8Path>,
+    files: &[String],
+) -> Error {
+    let (place, images) = (manifests.place(), images_of(domain));
+    let memory_dir = memory_dir.map_or(place, Utf8Path::as_str);
+    Error::new(
+        ErrorKind::Refused,
+        format!(
+            "the manifests in {place} say that memory images are outside of {memory_dir}, the domain's directory \
+             for them: {}",
+            files.join(", ")
+        ),
+    )
+    .state("no changes made")
+    .advise(format!(
+        "where that is so, confirm it: `domsnap import --trust {images}`; the manifests were written by whoever owns \
+         the directory"
+    ))
+}

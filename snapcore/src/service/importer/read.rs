@@ -1,0 +1,298 @@
+//! Reads the manifests beside disks, matches them with the disks, and tells which domain they are.
+
+use std::collections::HashMap;
+
+use camino::{Utf8Path, Utf8PathBuf};
+
+use super::{ImportSource, Importer, Report};
+use crate::backend::is_gone_file;
+use crate::manifest::{DomainManifest, Found, Item};
+use crate::service::authority::{Leftovers, Manifests};
+use crate::service::images::images_of;
+use crate::{
+    ActivePath, Control, Disk, DiskRecord, Domain, DomainName, Error, ErrorKind, Hypervisor, LayerName,
+    Result, Target,
+};
+
+/// Disks, and the manifests that were found to be theirs.
+pub(super) struct Matched {
+    /// What the import began with.
+    pub(super) source: ImportSource,
+    /// The manifests beside the first disk.
+    pub(super) manifests: Manifests,
+    /// What they say.
+    pub(super) found: Found,
+    /// For each target of the domain's manifest the target of the source.
+    pub(super) targets: HashMap<Target, Target>,
+    /// The domain's disks: those of the manifest, where the source has only paths.
+    pub(super) disks: Vec<Disk>,
+}
+
+impl Matched {
+    /// The domain's manifest.
+    pub(super) fn manifest(&self) -> Option<&DomainManifest> {
+        self.found.domain.as_ref()
+    }
+
+    /// What the manifest says of a disk.
+    pub(super) fn record_of(&self, disk: &Disk) -> Option<&DiskRecord> {
+        self.manifest()?.domain.disks.iter().find(|told| match self.source.by_path {
+            true => told.disk.target == disk.target,
+            false => self.targets.get(&told.disk.target) == Some(&disk.target),
+        })
+    }
+
+    /// Layers that may be no snapshot's own, which discovery must not take for snapshots. They are known only where all
+    /// `restored` snapshots of the manifest are there: then a layer that is nobody's point is an orphan.
+    pub(super) fn orphans(&self, restored: usize, leftovers: &Leftovers) -> Vec<(Target, LayerName)> {
+        let is_whole = |manifest: &&DomainManifest| {
+            manifest.snapshots == Some(restored as u64)
+                && !leftovers.refused
+                && leftovers.left_out.iter().all(|item| *item == Item::Domain)
+        };
+        let Some(manifest) = self.manifest().filter(is_whole) else { return Vec::new() };
+        let disks = manifest.domain.disks.iter();
+        disks
+            .flat_map(|told| {
+                let renamed = self.targets.get(&told.disk.target).filter(|_| !self.source.by_path);
+                let target = renamed.unwrap_or(&told.disk.target);
+                told.owned.iter().map(|layer| (target.clone(), layer.clone()))
+            })
+            .collect()
+    }
+}
+
+/// The domain that disks are.
+pub(super) struct Identity {
+    /// Its name.
+    pub(super) name: DomainName,
+    /// Set where it was never registered.
+    pub(super) unregistered: bool,
+    /// Its hypervisor.
+    pub(super) hypervisor: Hypervisor,
+    /// How it is reached.
+    pub(super) control: Option<Control>,
+    /// Where its active images go.
+    pub(super) active_path: ActivePath,
+    /// The directory of its memory images, where it has one.
+    pub(super) memory_dir: Option<Utf8PathBuf>,
+}
+
+impl Importer {
+    /// Reads the manifests beside the disks and matches the two.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where the manifests are of other images.
+    pub(super) async fn read(&self, mut source: ImportSource, report: &mut Report) -> Result<Matched> {
+        let Some(first) = source.disks.first() else {
+            return Err(Error::new(ErrorKind::Usage, "a domain needs one disk at least")
+                .advise("add a [[disk]] with target, path and format"));
+        };
+        let manifests = self.authority.manifests_of_disk(first)?;
+        let found = self.authority.read(&manifests).await?;
+        if let Some(manifest) = &found.domain {
+            follow_moved_paths(manifest, &mut source);
+        }
+        self.authority.refuse_claimed(&source.disks, manifests.directory()).await?;
+        let problems = found.problems.iter();
+        report.notes.extend(
+            problems.map(|problem| format!("the manifest {} is left out: {}", problem.place, problem.why)),
+        );
+        let told = match &found.domain {
+            Some(manifest) => match_disks(manifest, &source, manifests.place())?,
+            None => Vec::new(),
+        };
+        let targets: HashMap<Target, Target> = told.into_iter().collect();
+        let disks = match &found.domain {
+            Some(manifest) if source.by_path => disks_of_manifest(manifest, &source),
+            _ => source.disks.clone(),
+        };
+        Ok(Matched { source, manifests, found, targets, disks })
+    }
+
+    /// Tells which domain the disks are: by the source, and by the manifest where the source has only paths.
+    pub(super) async fn identify(&self, matched: &Matched, report: &mut Report) -> Result<Identity> {
+        let (source, manifest) = (&matched.source, matched.manifest());
+        let (hypervisor, control, active_path) = self.reached(matched, report);
+        let unregistered = match (&source.name, manifest) {
+            (Some(_), _) => false,
+            (None, Some(manifest)) => manifest.domain.unregistered,
+            (None, None) => true,
+        };
+        let by_manifest = manifest.filter(|_| source.by_path).map(|manifest| &manifest.domain.name);
+        let mut name = match source.name.as_ref().or(by_manifest) {
+            Some(name) => name.clone(),
+            None => name_of_images(&matched.disks)?,
+        };
+        let named_by_manifest = source.name.is_none() && manifest.is_some();
+        if named_by_manifest && self.records.find(&name).await?.is_some() {
+            // Another domain has the name: these images are a copy of its.
+            let fallback = name_of_images(&matched.disks)?;
+            report.notes.push(format!(
+                "the manifests name the domain {name}, which is another one; these are {fallback}"
+            ));
+            name = fallback;
+        }
+        let memory_dir = control.as_ref().and_then(|control| control.memory_dir.clone());
+        let memory_dir = memory_dir.or_else(|| matched.manifests.directory().map(Utf8Path::to_owned));
+        Ok(Identity { name, unregistered, hypervisor, control, active_path, memory_dir })
+    }
+
+    /// Tells how the domain is reached.
+    ///
+    /// A socket's name or a command from a file beside the image would do what the owner of the directory wants. So it is
+    /// used only where the user confirms it; what the catalogue has of it already stays.
+    fn reached(&self, matched: &Matched, report: &mut Report) -> (Hypervisor, Option<Control>, ActivePath) {
+        let source = &matched.source;
+        let Some(told) = matched.manifest().map(|manifest| &manifest.domain).filter(|_| source.by_path)
+        else {
+            return (source.hypervisor.clone(), source.control.clone(), source.active_path);
+        };
+        // Of a hypervisor that this program does not have, nothing is known but disks at rest.
+        let hypervisor = match self.registry.hypervisor(&told.hypervisor) {
+            Ok(_) => told.hypervisor.clone(),
+            Err(_) => Hypervisor::NONE,
+        };
+        if source.trust || told.control.is_none() {
+            return (hypervisor, told.control.clone(), told.active_path);
+        }
+        if source.control.is_none() {
+            report.notes.push(not_confirmed(told));
+            // It is kept for the user to look at, under a name that is not read again.
+            report.leftovers.left_out.push(Item::Domain);
+        }
+        (hypervisor, source.control.clone(), told.active_path)
+    }
+}
+
+/// The name of a domain that was never registered: the same images have the same name, always.
+pub(in crate::service) fn name_of_images(disks: &[Disk]) -> Result<DomainName> {
+    let all: Vec<&str> = disks.iter().map(|disk| disk.path.as_str()).collect();
+    let sum = crc32fast::hash(all.join("\n").as_bytes());
+    let stem = disks.first().and_then(|disk| disk.path.file_stem()).unwrap_or("image");
+    let mut stem: String = stem
+        .trim_start_matches(['.', '-'])
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || "._-+".contains(c) { c } else { '_' })
+        .take(200)
+        .collect();
+    if stem.is_empty() {
+        stem.push_str("image");
+    }
+    DomainName::new(format!("{stem}-{sum:08x}"))
+}
+
+/// What is said of a domain whose manifests tell how it is reached, to a user who did not confirm that.
+fn not_confirmed(told: &Domain) -> String {
+    let what = match &told.control {
+        Some(control) if !control.start.is_empty() => "how it is reached and which command starts it",
+        _ => "how it is reached",
+    };
+    format!(
+        "the manifests of domain {} say {what}: that is not used, because whoever owns the images' directory can have written \
+         it; where it is right, confirm it before the domain is changed: `domsnap import --trust {}` (a change keeps what it \
+         said as domain.json.left-out)",
+        told.name,
+        images_of(told)
+    )
+}
+
+/// A disk of a domain of the catalogue that the manifest has at another path, because that is where its active image is
+/// now ([`ActivePath::New`]), is taken from there.
+fn follow_moved_paths(manifest: &DomainManifest, source: &mut ImportSource) {
+    if !source.import || source.known_as.is_none() {
+        return;
+    }
+    for disk in &mut source.disks {
+        let told = manifest.domain.disks.iter().find(|told| told.disk.target == disk.target);
+        let Some(told) = told.filter(|told| told.disk.path.parent() == disk.path.parent()) else { continue };
+        let was = disk.path.file_name().unwrap_or_default();
+        if told.disk.path != disk.path && told.owned.iter().any(|layer| layer.as_str() == was) {
+            disk.path = told.disk.path.clone();
+        }
+    }
+}
+
+/// Which target of the manifest is which target of the source, by the images' names: the directory may have moved.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] where the manifest, in `place`, is of other images, or of more.
+fn match_disks(
+    manifest: &DomainManifest,
+    source: &ImportSource,
+    place: &str,
+) -> Result<Vec<(Target, Target)>> {
+    let told = &manifest.domain.disks;
+    let mut pairs = Vec::new();
+    for record in told {
+        let name = record.disk.path.file_name();
+        let exact = source.disks.iter().find(|disk| disk.path == record.disk.path);
+        let disk = exact.or_else(|| source.disks.iter().find(|disk| disk.path.file_name() == name));
+        if let Some(disk) = disk {
+            pairs.push((record.disk.target.clone(), disk.target.clone()));
+        }
+    }
+    let whole = pairs.len() == told.len() && told.len() == source.disks.len();
+    if whole {
+        return Ok(pairs);
+    }
+    let gone = |record: &DiskRecord| {
+        pairs.iter().any(|(target, _)| *target == record.disk.target) || is_gone_file(&record.disk.path)
+    };
+    let told_by_machine = !source.by_path && !source.hypervisor.is_none();
+    if !pairs.is_empty() && pairs.len() == source.disks.len() && (told_by_machine || told.iter().all(gone)) {
+        return Ok(pairs);
+    }
+    if source.import && source.by_path && !pairs.is_empty() && pairs.len() == source.disks.len() {
+        return Ok(pairs);
+    }
+    let all = images_of(&manifest.domain);
+    if pairs.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "the manifests in {place} are of domain {}, whose images are others: {all}",
+                manifest.domain.name
+            ),
+        )
+        .state("no changes made: what is written there would be lost")
+        .advise(format!("name those images; or, where that domain is given up, move {place} away")));
+    }
+    Err(Error::new(
+        ErrorKind::Refused,
+        format!(
+            "manifests beside the images say that they belong to domain {}, whose disks are others",
+            manifest.domain.name
+        ),
+    )
+    .state("no changes made")
+    .advise(format!("name all its images: {all}; or bring it back with `domsnap import`")))
+}
+
+/// The disks that a manifest tells, at the paths that were given.
+fn disks_of_manifest(manifest: &DomainManifest, source: &ImportSource) -> Vec<Disk> {
+    let directory = |disk: &Disk| disk.path.parent().map(Utf8Path::to_path_buf);
+    manifest
+        .domain
+        .disks
+        .iter()
+        .filter(|record| {
+            let (path, name) = (&record.disk.path, record.disk.path.file_name());
+            let given = source.disks.iter().any(|disk| disk.path == *path || disk.path.file_name() == name);
+            // A disk that is gone stays out; one whose place is not there is waited for.
+            given || !is_gone_file(path)
+        })
+        .map(|record| {
+            let told = &record.disk;
+            let exact = source.disks.iter().find(|disk| disk.path == told.path);
+            let given =
+                exact.or_else(|| source.disks.iter().find(|d| d.path.file_name() == told.path.file_name()));
+            let path = match (given, source.disks.first().and_then(directory), told.path.file_name()) {
+                (Some(given), _, _) => given.path.clone(),
+                (None, Some(beside), Some(name)) if !told.path.exists() => beside.join(name),
+                (None, _, _) => told.path.clone(),
+            };
+            Disk { path, ..told.clone() }
+        })
+        .collect()
+}

@@ -1,0 +1,231 @@
+//! Restores the snapshots that manifests describe, as far as the images have their points.
+
+use std::collections::HashMap;
+
+use camino::Utf8Path;
+
+use super::adopt::Adopted;
+use super::read::{Identity, Matched};
+use super::{Importer, Report};
+use crate::catalogue::Entry;
+use crate::manifest::{DomainManifest, Item};
+use crate::{
+    DiskPoint, DiskRecord, DiskState, DomainName, Machine, Result, Snapshot, SnapshotId, SnapshotName,
+};
+
+/// Snapshots that came from manifests.
+#[derive(Default)]
+pub(super) struct Restored {
+    /// The snapshots.
+    pub(super) snapshots: Vec<Snapshot>,
+    /// Their names.
+    pub(super) names: Vec<SnapshotName>,
+    /// The one that the domain's current state derives from, as the manifest says.
+    pub(super) current: Option<SnapshotId>,
+    /// The machines that they were taken on.
+    pub(super) machines: Vec<Machine>,
+}
+
+impl Importer {
+    /// Restores the snapshots of the manifests.
+    pub(super) async fn restore(
+        &self,
+        matched: &Matched,
+        identity: &Identity,
+        adopted: &Adopted,
+        report: &mut Report,
+    ) -> Result<Restored> {
+        let mut restored = Restored::default();
+        let items = |snapshots: &[Snapshot]| -> Vec<Item> {
+            snapshots.iter().map(|snapshot| Item::Snapshot(snapshot.id)).collect()
+        };
+        if let Some(manifest) = matched.manifest() {
+            let (machines, renamed) = match matched.source.trust {
+                true => (manifest.domain.machines.clone(), HashMap::new()),
+                false => without_commands(&manifest.domain.machines, matched.source.known.as_ref()),
+            };
+            restored.machines = machines;
+            restored.current = manifest.domain.current;
+            for mut snapshot in matched.found.snapshots.iter().cloned() {
+                if let Some(now) = snapshot.machine.as_ref().and_then(|machine| renamed.get(machine)) {
+                    snapshot.machine = Some(now.clone());
+                }
+                find_memory(manifest, matched, identity, &mut snapshot, report);
+                translate(matched, adopted, &mut snapshot);
+                match missing_point(&snapshot, &adopted.records, &adopted.states) {
+                    Some(why) => {
+                        report.notes.push(format!("snapshot {} is left out: {why}", snapshot.name));
+                        report.leftovers.left_out.push(Item::Snapshot(snapshot.id));
+                    }
+                    None => {
+                        restored.names.push(snapshot.name.clone());
+                        restored.snapshots.push(snapshot);
+                    }
+                }
+            }
+        } else if !matched.found.snapshots.is_empty() {
+            report.notes.push(
+                "manifests of snapshots are there, but none of their domain: they are left out".to_owned(),
+            );
+            report.leftovers.left_out.extend(items(&matched.found.snapshots));
+        }
+        let problems = &matched.found.problems;
+        report.leftovers.left_out.extend(problems.iter().filter_map(|problem| problem.item));
+        report.leftovers.refused |= problems.iter().any(|problem| problem.item.is_none());
+        self.tell_apart(&mut restored, matched, report).await?;
+        Ok(restored)
+    }
+
+    /// Gives snapshots new identities where a domain of the catalogue has theirs. The images are a copy of a domain that is
+    /// there too: two snapshots, so two identities.
+    async fn tell_apart(
+        &self,
+        restored: &mut Restored,
+        matched: &Matched,
+        report: &mut Report,
+    ) -> Result<()> {
+        let own = matched.source.known_as.as_ref();
+        let elsewhere = self.identities_elsewhere(&restored.snapshots, own).await?;
+        let fresh: HashMap<SnapshotId, SnapshotId> =
+            elsewhere.iter().map(|id| (*id, SnapshotId::fresh())).collect();
+        let own = |id: SnapshotId| fresh.get(&id).copied().unwrap_or(id);
+        for snapshot in &mut restored.snapshots {
+            snapshot.id = own(snapshot.id);
+            snapshot.parent = snapshot.parent.map(own);
+        }
+        restored.current = restored.current.map(own);
+        report.leftovers.renamed.extend(elsewhere);
+        Ok(())
+    }
+
+    /// The identities of `snapshots` that snapshots of other domains than `own` have.
+    async fn identities_elsewhere(
+        &self,
+        snapshots: &[Snapshot],
+        own: Option<&DomainName>,
+    ) -> Result<Vec<SnapshotId>> {
+        let mut found = Vec::new();
+        if snapshots.is_empty() {
+            return Ok(found);
+        }
+        for known in self.records.domains().await? {
+            if known.snapshots == 0 || Some(&known.domain.name) == own {
+                continue;
+            }
+            let Some(entry) = self.records.find(&known.domain.name).await? else { continue };
+            let theirs =
+                snapshots.iter().map(|snapshot| snapshot.id).filter(|id| entry.tree.get(*id).is_some());
+            found.extend(theirs);
+        }
+        found.sort_unstable();
+        found.dedup();
+        Ok(found)
+    }
+}
+
+/// Finds the memory image of a snapshot. One that is not in the domain's directory for them must be confirmed by the user,
+/// or known to the catalogue.
+fn find_memory(
+    manifest: &DomainManifest,
+    matched: &Matched,
+    identity: &Identity,
+    snapshot: &mut Snapshot,
+    report: &mut Report,
+) {
+    let Some(memory) = &mut snapshot.memory else { return };
+    let is_known = matched.source.trust || matched.source.has_memory(snapshot.id, &memory.file);
+    if is_known || memory.file.parent() == identity.memory_dir.as_deref() {
+        return;
+    }
+    let beside = matched.manifests.directory().zip(memory.file.file_name());
+    let here = beside.map(|(directory, name)| directory.join(name)).filter(|here| {
+        here.symlink_metadata().is_ok_and(|about| about.is_file())
+            && !moved_from_elsewhere(manifest, &memory.file)
+    });
+    match here {
+        // The directory was moved or copied, and the image with it.
+        Some(here) => memory.file = here,
+        None => report.unconfirmed.push(format!("{} ({})", snapshot.name, memory.file)),
+    }
+}
+
+/// Gives the members of a snapshot the layers and targets that the adopted disks have.
+fn translate(matched: &Matched, adopted: &Adopted, snapshot: &mut Snapshot) {
+    for member in &mut snapshot.disks {
+        let Some(tag) = member.point.tag.clone() else { continue };
+        if !adopted.copies.contains(&(member.target.clone(), member.point.layer.clone(), tag)) {
+            continue;
+        }
+        let target = matched.targets.get(&member.target).unwrap_or(&member.target);
+        if let Some(record) = adopted.records.iter().find(|record| record.disk.target == *target) {
+            member.point.layer = record.active.clone();
+        }
+    }
+    if matched.source.by_path {
+        return;
+    }
+    for member in &mut snapshot.disks {
+        if let Some(target) = matched.targets.get(&member.target) {
+            member.target = target.clone();
+        }
+    }
+}
+
+/// Machines without the commands that started them, and the names that they have now.
+///
+/// What the catalogue itself has of them is kept.
+fn without_commands(machines: &[Machine], known: Option<&Entry>) -> (Vec<Machine>, HashMap<String, String>) {
+    let mut names = HashMap::new();
+    let mut kept: Vec<Machine> = Vec::new();
+    for machine in machines {
+        if known.is_some_and(|entry| entry.domain.machines.contains(machine)) {
+            kept.push(machine.clone());
+            continue;
+        }
+        let mut record = machine.record.clone();
+        if let Some(process) = record.get_mut("process") {
+            *process = serde_json::json!({ "command_line": [], "environment": [] });
+        }
+        let now = Machine::new(record, machine.summary.clone());
+        names.insert(machine.id.clone(), now.id.clone());
+        if kept.iter().all(|other| other.id != now.id) {
+            kept.push(now);
+        }
+    }
+    (kept, names)
+}
+
+/// Returns true where a memory image was not in the directory of its domain's manifests when they were written.
+fn moved_from_elsewhere(manifest: &DomainManifest, file: &Utf8Path) -> bool {
+    let home = manifest.domain.disks.first().and_then(|record| record.disk.path.parent());
+    file.parent().and_then(Utf8Path::parent) != home
+}
+
+/// Why a snapshot cannot be what its manifest says, if so.
+fn missing_point(snapshot: &Snapshot, records: &[DiskRecord], states: &[DiskState]) -> Option<String> {
+    snapshot.disks.iter().find_map(|member| {
+        let (record, state) = records.iter().zip(states).find(|(r, _)| r.disk.target == member.target)?;
+        point_problem(member, record, state).map(|why| format!("{}: {why}", member.target))
+    })
+}
+
+/// Why a point is not to be had, if so.
+pub(in crate::service) fn point_problem(
+    member: &DiskPoint,
+    record: &DiskRecord,
+    state: &DiskState,
+) -> Option<String> {
+    let point = &member.point;
+    let Some(layer) = state.layer(&point.layer) else {
+        return Some(format!("the layer {} is gone", point.layer));
+    };
+    match &point.tag {
+        Some(tag) if !layer.internal.iter().any(|internal| internal.tag == *tag) => {
+            Some(format!("the image {} has no internal snapshot {tag}", layer.file))
+        }
+        None if point.layer == record.active => {
+            Some(format!("the layer {} is the active image, not a frozen one", point.layer))
+        }
+        Some(_) | None => member.replaced(state),
+    }
+}

@@ -1,0 +1,102 @@
+//! Write access to the catalogue, for rooms that change it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::neighbours::Neighbours;
+use crate::catalogue::{Catalogue, Change, Entry, Lease, Revision};
+use crate::{DomainName, Result, Snapshot};
+
+/// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
+const LEASE_TIME: Duration = Duration::from_secs(30);
+
+/// Takes leases and records changes.
+#[derive(Clone)]
+pub(super) struct Ledger {
+    catalogue: Arc<dyn Catalogue>,
+    neighbours: Neighbours,
+}
+
+impl Ledger {
+    /// Write access to `catalogue`.
+    pub(super) fn new(catalogue: Arc<dyn Catalogue>, neighbours: Neighbours) -> Self {
+        Self { catalogue, neighbours }
+    }
+
+    /// The catalogue itself, for the engine's journal.
+    pub(super) fn catalogue(&self) -> &dyn Catalogue {
+        &*self.catalogue
+    }
+
+    /// Locks a domain. Where the lease is lost, `cancel` is cancelled.
+    pub(super) async fn lease(&self, name: &DomainName, cancel: &CancellationToken) -> Result<Lease> {
+        let lease = self
+            .lease_for_a_moment(name)
+            .await
+            .map_err(|error| error.context(format!("locking domain {name}")))?;
+        let (lost, cancel) = (lease.lost().clone(), cancel.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = lost.cancelled() => cancel.cancel(),
+                () = cancel.cancelled() => {}
+            }
+        });
+        Ok(lease)
+    }
+
+    /// Locks a domain for one transaction.
+    async fn lease_for_a_moment(&self, name: &DomainName) -> Result<Lease> {
+        let holder = format!("domsnap, process {}", std::process::id());
+        self.catalogue.lease(name.as_str(), &holder, LEASE_TIME).await
+    }
+
+    /// Records changes of a domain that the catalogue has at `expected`.
+    pub(super) async fn commit(
+        &self,
+        name: &DomainName,
+        expected: Revision,
+        changes: Vec<Change>,
+    ) -> Result<Revision> {
+        self.catalogue.commit(name, expected, changes).await
+    }
+
+    /// Puts an imported domain into the catalogue, which has it at `expected`. With `anew`, nothing of what the catalogue
+    /// has of it stays, nor its journal.
+    pub(super) async fn put(&self, entry: &mut Entry, expected: Revision, anew: bool) -> Result<()> {
+        let mut changes = if anew { vec![Change::RemoveDomain] } else { Vec::new() };
+        changes.extend(self.changes_of(entry).await);
+        entry.revision = self.commit(&entry.domain.name, expected, changes).await?;
+        Ok(())
+    }
+
+    /// The changes that make the catalogue have an imported domain.
+    pub(super) async fn changes_of(&self, entry: &Entry) -> Vec<Change> {
+        let snapshots: Vec<Snapshot> = entry.tree.iter().cloned().collect();
+        let mut changes = vec![Change::PutDomain(Box::new(entry.domain.clone()), snapshots)];
+        changes.extend(entry.follows.map(Change::Follow));
+        changes.extend(self.neighbours.record_bases(&entry.domain).await);
+        changes
+    }
+
+    /// Records what was read of other domains while a change was planned: they may be out of reach when the next one is. A
+    /// domain in which another process works now records it by itself.
+    pub(super) async fn record_neighbours(&self) {
+        for (name, files) in self.neighbours.take_newer() {
+            let recording = async {
+                let _lease = self.lease_for_a_moment(&name).await?;
+                match self.catalogue.load(&name).await? {
+                    Some(entry) => {
+                        let change = vec![Change::Bases(files)];
+                        self.commit(&name, entry.revision, change).await.map(drop)
+                    }
+                    None => Ok(()),
+                }
+            };
+            if let Err(error) = recording.await {
+                tracing::debug!(%error, %name, "recording what a domain's images are backed by");
+            }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Connects to running domains, and describes what runs.
+
+use std::sync::Arc;
+
+use super::Locator;
+use crate::service::reference::configured_path;
+use crate::{
+    AttachedDisk, Control, DiskRecord, Domain, Error, ErrorKind, Hypervisor, LiveDomain, Result, Seen,
+};
+
+/// A connection to a running domain.
+pub(in crate::service) type Live = Arc<dyn LiveDomain>;
+
+/// What runs at an address, and who would be asked.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Scanned {
+    /// Its hypervisor.
+    pub hypervisor: Hypervisor,
+    /// How it is reached.
+    pub control: Control,
+    /// What it is.
+    pub seen: Seen,
+}
+
+impl Locator {
+    /// Connects to the domain where it runs.
+    pub(in crate::service) async fn connect(&self, domain: &Domain) -> Result<Option<Live>> {
+        if domain.hypervisor.is_none() {
+            return Ok(None);
+        }
+        let saver = self.registry.hypervisor(&domain.hypervisor)?;
+        saver
+            .connect(domain)
+            .await
+            .map_err(|error| error.context(format!("connecting to domain {}", domain.name)))
+    }
+
+    /// Connects for those who only look: where that cannot be, they see the domain's own process as a stranger's.
+    pub(in crate::service) async fn connect_to_look(&self, domain: &Domain) -> Option<Live> {
+        self.connect(domain).await.unwrap_or_else(|error| {
+            tracing::debug!(%error, "looking at a domain without asking its hypervisor");
+            None
+        })
+    }
+
+    /// What runs at an address.
+    pub(in crate::service) async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<Seen> {
+        let control = self.read_control(hypervisor, control)?;
+        let mut seen = self.registry.hypervisor(hypervisor)?.look(&control).await?;
+        self.know_disks(&mut seen);
+        Ok(seen)
+    }
+
+    /// How a domain is reached, in the one form that its hypervisor has for it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] where the hypervisor has no such address, or something is said that does not apply to its domains.
+    pub(in crate::service) fn read_control(
+        &self,
+        hypervisor: &Hypervisor,
+        control: &Control,
+    ) -> Result<Control> {
+        let saver = self.registry.hypervisor(hypervisor)?;
+        let profile = saver.profile();
+        let said = [
+            (control.agent.is_some(), profile.agent, "agent"),
+            (!control.start.is_empty(), profile.start, "start"),
+            (control.compress.is_some_and(|level| level > 0), profile.compress, "compress"),
+            (control.config.is_some(), profile.config, "config"),
+        ];
+        if let Some((.., what)) = said.into_iter().find(|(said, applies, _)| *said && !applies) {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!("{what} does not apply to a domain of {}", profile.title),
+            )
+            .state("no changes made")
+            .advise(format!("leave it out; what can be said is: {}", profile.keys().join(", "))));
+        }
+        let here = camino::absolute_utf8(".").map_err(|cause| {
+            Error::new(ErrorKind::Io, "the current directory cannot be told").because(cause)
+        })?;
+        saver.read_control(control.clone(), &here)
+    }
+
+    pub(in crate::service) async fn scan(&self) -> Result<Vec<Scanned>> {
+        let mut found = Vec::new();
+        for saver in self.registry.hypervisors() {
+            let hypervisor = saver.profile().name;
+            for (control, mut seen) in saver.scan().await? {
+                self.know_disks(&mut seen);
+                found.push(Scanned { hypervisor: hypervisor.clone(), control, seen });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Says of each disk what the catalogue would: a hypervisor may know an active image by its permanent name, and a disk by
+    /// the format that it opens it with.
+    fn know_disks(&self, seen: &mut Seen) {
+        for disk in &mut seen.disks {
+            disk.path = configured_path(&disk.path);
+            if let Some(backend) = self.registry.recognise(&disk.path, Some(&disk.format)) {
+                disk.format = backend.to_owned();
+            }
+        }
+    }
+}
+
+/// The disk as its hypervisor has it.
+pub(in crate::service) fn attached<'a>(
+    live: &'a Option<Live>,
+    record: &DiskRecord,
+) -> Option<&'a dyn AttachedDisk> {
+    live.as_ref()?.disk(&record.disk.target)
+}

@@ -1,0 +1,81 @@
+//! Whose images these are, as the catalogue has it.
+
+use camino::Utf8PathBuf;
+
+use super::Locator;
+use crate::service::images::{file_id, images_of};
+use crate::{DomainName, Error, ErrorKind, Hypervisor, Result};
+
+impl Locator {
+    /// The domain of the catalogue that is reached at an address.
+    pub(in crate::service) async fn known_at(
+        &self,
+        hypervisor: &Hypervisor,
+        address: &str,
+    ) -> Result<Option<DomainName>> {
+        let all = self.records.domains().await?;
+        let known = all.into_iter().map(|entry| entry.domain).find(|domain| {
+            domain.hypervisor == *hypervisor
+                && domain.control.as_ref().is_some_and(|control| control.address == address)
+        });
+        Ok(known.map(|domain| domain.name))
+    }
+
+    /// The domain whose disks are exactly `paths`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where only a part of them, or of its, are the same.
+    pub(in crate::service) async fn owner_of(&self, paths: &[Utf8PathBuf]) -> Result<Option<DomainName>> {
+        let owners = self.records.owners(paths).await?;
+        let Some((path, owner)) = owners.first() else {
+            self.refuse_layers(paths).await?;
+            return Ok(None);
+        };
+        let Some(entry) = self.records.find(owner).await? else { return Ok(None) };
+        let disks: Vec<&str> = entry.domain.disks.iter().map(|record| record.disk.path.as_str()).collect();
+        let same = owners.len() == paths.len()
+            && disks.len() == paths.len()
+            && owners.iter().all(|(_, other)| other == owner);
+        if same {
+            return Ok(Some(owner.clone()));
+        }
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "the image {path} is a disk of domain {owner}, and the images given are not exactly its disks"
+            ),
+        )
+        .state("no changes made")
+        .advise(format!("name the domain {owner}, or all its images: {}", images_of(&entry.domain))))
+    }
+
+    /// Refuses an image that is, under whatever name, a layer of a domain of the catalogue: it would have two owners
+    /// that do not know of each other.
+    async fn refuse_layers(&self, paths: &[Utf8PathBuf]) -> Result<()> {
+        let given: Vec<_> = paths.iter().filter_map(|path| Some((path, file_id(path)?))).collect();
+        for known in self.records.domains().await? {
+            let domain = known.domain;
+            for record in &domain.disks {
+                let Ok(backend) = self.registry.get(&record.disk.format) else { continue };
+                for layer in &record.owned {
+                    let Some(id) = file_id(&backend.layer_file(record, layer)) else { continue };
+                    if let Some((path, _)) = given.iter().find(|(_, other)| *other == id) {
+                        return Err(Error::new(
+                            ErrorKind::Refused,
+                            format!(
+                                "the image {path} is a layer of disk {} of domain {}",
+                                record.disk.target, domain.name
+                            ),
+                        )
+                        .state("no changes made")
+                        .advise(format!(
+                            "name the domain {}, or its image {}",
+                            domain.name, record.disk.path
+                        )));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

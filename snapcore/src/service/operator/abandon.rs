@@ -1,0 +1,96 @@
+//! Closes operations that stopped half way and cannot be recovered. No file is touched.
+
+use tokio_util::sync::CancellationToken;
+
+use super::Operator;
+use crate::catalogue::Change;
+use crate::service::locator::Located;
+use crate::service::{DomainRef, RecoveryEnd, RecoveryReport};
+use crate::{DomainStep, Error, ErrorKind, Group, Operation, OperationState, Result, StepState};
+
+impl Operator {
+    /// Closes the operations of a domain that have not ended.
+    pub(in crate::service) async fn abandon(
+        &self,
+        reference: DomainRef,
+        cancel: CancellationToken,
+    ) -> Result<Vec<RecoveryReport>> {
+        let (_lease, located) = self.locks.lock_records(&reference, &cancel).await?;
+        let Located { mut entry, catalogued, .. } = located;
+        if !catalogued {
+            return Ok(Vec::new());
+        }
+        let name = entry.domain.name.clone();
+        let live = self.locator.connect(&entry.domain).await?;
+        let mut reports = Vec::new();
+        for operation in self.records.unfinished(&name).await? {
+            if live.is_some() && has_detached(&operation) {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!(
+                        "the guest of domain {name} is paused, and its disks were taken from it by the {}",
+                        operation.plan.operation
+                    ),
+                )
+                .state("nothing was changed")
+                .advise("end its process first: the disks are whole; then abandon the operation"));
+            }
+            let happened = operation.state == OperationState::Finishing;
+            let end = if happened { OperationState::Done } else { OperationState::Undone };
+            let reason = "abandoned by the user".to_owned();
+            let changes = vec![Change::Operation(operation.id, end, Some(reason))];
+            entry.revision = self.ledger.commit(&name, entry.revision, changes).await?;
+            let notes = left_of(&operation, happened);
+            reports.push(RecoveryReport {
+                domain: name.clone(),
+                operation_id: operation.id,
+                operation: operation.plan.operation,
+                snapshots: operation.plan.snapshots,
+                found: operation.state,
+                end: RecoveryEnd::Abandoned,
+                postponed: Vec::new(),
+                notes,
+            });
+        }
+        Ok(reports)
+    }
+}
+
+/// Returns true if the operation has taken the disks from the running guest and not given them back.
+fn has_detached(operation: &Operation) -> bool {
+    let is_step = |index: usize, wanted: fn(&DomainStep) -> bool| {
+        let step = &operation.plan.steps[index].step;
+        step.target.is_domain() && serde_json::from_value(step.action.clone()).is_ok_and(|step| wanted(&step))
+    };
+    let mut window = false;
+    for (index, state) in operation.steps.iter().enumerate() {
+        if is_step(index, |step| matches!(step, DomainStep::OpenWindow { .. })) {
+            window = matches!(state, StepState::Started | StepState::Done);
+        } else if is_step(index, |step| matches!(step, DomainStep::Continue { .. })) {
+            window &= *state != StepState::Done;
+        }
+    }
+    window
+}
+
+/// What an abandoned operation leaves, in words.
+fn left_of(operation: &Operation, happened: bool) -> Vec<String> {
+    let steps = operation.steps.iter().zip(&operation.plan.steps);
+    let left = steps.filter(|(state, planned)| match happened {
+        true => planned.group == Group::Finish && **state != StepState::Done,
+        false => matches!(state, StepState::Started | StepState::Done),
+    });
+    let mut notes: Vec<String> = left
+        .map(|(_, planned)| {
+            let what = if happened { "not done" } else { "not undone" };
+            format!("{}: {what}: {}", planned.step.target, planned.step.summary)
+        })
+        .collect();
+    notes.extend(operation.errors.last().map(|error| format!("it had stopped because of: {error}")));
+    notes.push(
+        "no file was touched; `domsnap check` shows the state, and where the catalogue is wrong, `domsnap import \
+         --replace` takes the images in as they are"
+            .to_owned(),
+    );
+    notes
+}

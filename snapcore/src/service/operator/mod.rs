@@ -1,0 +1,152 @@
+//! The operator: carries requests out on a domain, under its lock, with its disks held, after recovering what stopped half
+//! way. The only room that runs plans.
+
+mod abandon;
+mod lock;
+mod recover;
+mod run;
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use super::authority::Authority;
+use super::ledger::Ledger;
+use super::locator::{Live, Locator};
+use super::neighbours::Neighbours;
+use super::planning::{Planning, Watcher};
+use super::records::Records;
+use super::{DomainRef, Outcome};
+use crate::catalogue::Entry;
+use crate::engine::Run;
+use crate::{ErrorKind, Events, Plan, PowerAfter, Registry, Request, Result};
+
+pub(super) use lock::{Locked, Locks};
+
+/// Carries requests out.
+#[derive(Clone)]
+pub(super) struct Operator {
+    /// What is recorded.
+    pub(super) records: Records,
+    /// Where changes are recorded.
+    pub(super) ledger: Ledger,
+    /// The backends and hypervisors that do the steps.
+    pub(super) registry: Arc<Registry>,
+    /// Where progress is reported.
+    pub(super) events: Events,
+    /// Locks domains.
+    pub(super) locks: Locks,
+    /// Connects to domains.
+    pub(super) locator: Locator,
+    /// Reads and writes manifests.
+    pub(super) authority: Authority,
+    /// Makes plans.
+    pub(super) planning: Planning,
+    /// Asks who else uses files.
+    pub(super) watcher: Watcher,
+    /// Knows what other domains' images are backed by.
+    pub(super) neighbours: Neighbours,
+}
+
+impl Operator {
+    /// Carries `request` out on the domain that is meant.
+    pub(super) async fn change(
+        &self,
+        reference: DomainRef,
+        request: Request,
+        cancel: CancellationToken,
+    ) -> Result<Outcome> {
+        let mut locked = self.locks.lock(&reference, &cancel).await?;
+        let mut recovered = Vec::new();
+        let mut live = self.locator.connect(&locked.located.entry.domain).await?;
+        if locked.located.catalogued {
+            self.authority.require(&locked.manifests, &locked.located.entry).await?;
+            recovered = self.recover_entry(&mut locked, &mut live, &cancel).await?;
+        }
+        let mut outcome = match &live {
+            Some(live) => self.change_alive(&mut locked, live, request, &cancel).await?,
+            None => self.change_once(&mut locked, None, &request, &cancel).await?,
+        };
+        outcome.notes.splice(0..0, std::mem::take(&mut locked.located.notes));
+        outcome.recovered = recovered;
+        Ok(outcome)
+    }
+
+    async fn change_once(
+        &self,
+        locked: &mut Locked,
+        live: Option<&Live>,
+        request: &Request,
+        cancel: &CancellationToken,
+    ) -> Result<Outcome> {
+        let (plan, run) = self.run(locked, live, request, cancel).await?;
+        Ok(outcome_of(&locked.located.entry, plan, run))
+    }
+
+    /// Carries `request` out on a running domain: in two operations where the current state is to be saved.
+    async fn change_alive(
+        &self,
+        locked: &mut Locked,
+        live: &Live,
+        request: Request,
+        cancel: &CancellationToken,
+    ) -> Result<Outcome> {
+        let recreates =
+            self.registry.hypervisor(&locked.located.entry.domain.hypervisor)?.profile().recreates;
+        let in_two = match &request {
+            Request::Revert(revert) => revert.in_two(recreates),
+            _ => None,
+        };
+        let Some((save, mut revert)) = in_two else {
+            return self.change_once(locked, Some(live), &request, cancel).await;
+        };
+        let ran = live.seen().running;
+        // What the revert is refused for is found before anything is done.
+        self.planning.plan_for(&locked.located.entry, Some(live), &Request::Revert(revert.clone())).await?;
+        let saved = self.change_once(locked, Some(live), &Request::Create(save), cancel).await?;
+        let has_memory = locked.located.entry.tree.named(&revert.name)?.memory.is_some();
+        if !has_memory && ran {
+            revert.power = revert.power.or(Some(PowerAfter::Running));
+        }
+        let reverted = self.change_once(locked, Some(live), &Request::Revert(revert), cancel).await;
+        match reverted {
+            Ok(mut outcome) => {
+                outcome.snapshots.extend(saved.snapshots);
+                outcome.notes.splice(0..0, saved.notes);
+                Ok(outcome)
+            }
+            Err(error) => {
+                let left = match (ran, error.kind()) {
+                    (true, ErrorKind::NeedsRecovery) | (false, _) => Ok(()),
+                    (true, _) => live.resume().await,
+                };
+                let names: Vec<&str> = saved.snapshots.iter().map(|name| name.as_str()).collect();
+                let kept = format!("the current state was saved as {}, which is kept", names.join(", "));
+                Err(match left {
+                    Ok(()) => error.state(kept),
+                    Err(second) => error.state(format!("{kept}; the guest is paused: {second}")),
+                })
+            }
+        }
+    }
+}
+
+fn outcome_of(entry: &Entry, plan: Plan, run: Run) -> Outcome {
+    let mut notes = plan.notes;
+    notes.extend(run.warnings);
+    Outcome {
+        operation_id: run.operation,
+        operation: plan.operation,
+        domain: entry.domain.name.clone(),
+        snapshots: plan.snapshots,
+        bytes_moved: run.bytes_moved,
+        postponed: run.postponed,
+        notes,
+        recovered: Vec::new(),
+        downtime_us: run.downtime.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
+        way: run.taken.map(|taken| taken.way),
+        start: run.start.iter().map(|word| crate::secrets::shown_word(word)).collect(),
+        guest: run.guest,
+        started: run.started,
+    }
+}

@@ -1,0 +1,141 @@
+//! Recovers a domain: finishes or undoes what stopped half way.
+
+use tokio_util::sync::CancellationToken;
+
+use super::{Locked, Operator};
+use crate::catalogue::Entry;
+use crate::engine::{Engine, Run};
+use crate::service::authority::Manifests;
+use crate::service::locator::Live;
+use crate::service::planning::chains_of;
+use crate::service::{DomainRef, RecoveryEnd, RecoveryReport};
+use crate::{Domain, ErrorKind, Event, Operation, OperationState, Request, Result};
+
+impl Operator {
+    /// Finishes or undoes every operation of the domain that has not ended.
+    pub(super) async fn recover_entry(
+        &self,
+        locked: &mut Locked,
+        live: &mut Option<Live>,
+        cancel: &CancellationToken,
+    ) -> Result<Vec<RecoveryReport>> {
+        let Locked { located, manifests, .. } = locked;
+        let entry = &mut located.entry;
+        let mut reports = Vec::new();
+        match (&*live, self.registry.hypervisor(&entry.domain.hypervisor)) {
+            (Some(live), _) => live.tidy().await?,
+            (None, Ok(saver)) => saver.tidy_at_rest(&entry.domain),
+            (None, Err(_)) => {}
+        }
+        for operation in self.records.unfinished(&entry.domain.name).await? {
+            // 1) The disks are held, and nobody else uses them: the domain may run without our knowing.
+            let _held = self.hold_disks(&entry.domain, live.as_ref()).await?;
+            let watched = self.watcher.watched(&entry.domain, live.as_ref(), Some(&operation.plan)).await?;
+            watched.refuse_users().await?;
+            // 2) The journal tells which way it goes, and how far it got.
+            let report = self.resume(entry, manifests, live.as_ref(), operation, cancel).await?;
+            self.events.tell(Event::Recovered { report: Box::new(report.clone()) });
+            reports.push(report);
+            // 3) What was recovered may have started the domain, stopped it, or let it go on.
+            *live = self.locator.connect(&entry.domain).await?;
+            if let Some(live) = &*live {
+                live.tidy().await?;
+            }
+        }
+        if !reports.is_empty() {
+            // A disk may have another path now.
+            *manifests = self.authority.manifests(&entry.domain)?;
+        }
+        if let (Some(live), Some(last)) = (&live, reports.last_mut()) {
+            last.notes.extend(self.settle(&entry.domain, live).await?);
+        }
+        Ok(reports)
+    }
+
+    /// Resumes one operation.
+    async fn resume(
+        &self,
+        entry: &mut Entry,
+        manifests: &Manifests,
+        live: Option<&Live>,
+        operation: Operation,
+        cancel: &CancellationToken,
+    ) -> Result<RecoveryReport> {
+        let engine = Engine {
+            catalogue: self.ledger.catalogue(),
+            registry: &self.registry,
+            events: &self.events,
+            manifests,
+            live: live.map(|live| &**live),
+            watched: None,
+        };
+        let (id, found, plan) = (operation.id, operation.state, operation.plan.clone());
+        let run = engine.resume(entry, operation, cancel).await.map_err(|error| {
+            error.context(format!(
+                "recovering the unfinished {} of domain {}",
+                plan.operation, entry.domain.name
+            ))
+        })?;
+        let Run { happened, postponed, warnings: mut notes, guest, .. } = run;
+        // An interrupted revert is finished here, and nothing else says what became of the guest.
+        notes.extend(guest.map(|change| change.to_string()));
+        Ok(RecoveryReport {
+            domain: entry.domain.name.clone(),
+            operation_id: id,
+            operation: plan.operation,
+            snapshots: plan.snapshots,
+            found,
+            end: if happened { RecoveryEnd::Done } else { RecoveryEnd::Undone },
+            postponed,
+            notes,
+        })
+    }
+
+    /// Cleans up what a crash left in a running domain. Returns what the user should know.
+    async fn settle(&self, domain: &Domain, live: &Live) -> Result<Vec<String>> {
+        live.settle(&chains_of(&self.registry, domain).await?).await
+    }
+
+    /// Recovers one domain, merges what was deferred, and brings stale manifests up to date.
+    pub(in crate::service) async fn recover(
+        &self,
+        reference: DomainRef,
+        cancel: CancellationToken,
+    ) -> Result<Vec<RecoveryReport>> {
+        let mut locked = self.locks.lock(&reference, &cancel).await?;
+        if !locked.located.catalogued {
+            return Ok(Vec::new());
+        }
+        self.authority.require(&locked.manifests, &locked.located.entry).await?;
+        let name = locked.located.entry.domain.name.clone();
+        let mut live = self.locator.connect(&locked.located.entry.domain).await?;
+        let mut reports = self.recover_entry(&mut locked, &mut live, &cancel).await?;
+        let left = match &live {
+            Some(live) if reports.is_empty() => self.settle(&locked.located.entry.domain, live).await?,
+            _ => Vec::new(),
+        };
+        for message in left {
+            self.events.tell(Event::Warning { domain: name.clone(), message });
+        }
+        let (plan, run) = self.run(&mut locked, live.as_ref(), &Request::Tidy, &cancel).await?;
+        if let Some(operation_id) = run.operation {
+            reports.push(RecoveryReport {
+                domain: name.clone(),
+                operation_id,
+                operation: plan.operation,
+                snapshots: plan.snapshots,
+                found: OperationState::Planned,
+                end: RecoveryEnd::Done,
+                postponed: run.postponed,
+                notes: plan.notes.into_iter().chain(run.warnings).collect(),
+            });
+        }
+        match self.authority.write(&locked.manifests, &locked.located.entry).await {
+            Err(error) if error.kind() == ErrorKind::NoSpace || locked.manifests.have_no_place() => {
+                self.events.tell(Event::Warning { domain: name, message: error.to_string() });
+            }
+            written => written?,
+        }
+        Ok(reports)
+    }
+}

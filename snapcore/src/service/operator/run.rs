@@ -1,0 +1,154 @@
+//! Plans a request, and runs the plan.
+
+use confined_files::Directory;
+use tokio_util::sync::CancellationToken;
+
+use super::{Locked, Operator};
+use crate::catalogue::Change;
+use crate::engine::{Engine, Run};
+use crate::service::authority::Manifests;
+use crate::service::locator::{Live, Located};
+use crate::service::planning::Watched;
+use crate::service::planning::{chains_of, memory_directory_of};
+use crate::{Domain, Error, ErrorKind, Event, Guard, Plan, Request, Result};
+
+impl Operator {
+    /// Plans and carries out.
+    pub(super) async fn run(
+        &self,
+        locked: &mut Locked,
+        live: Option<&Live>,
+        request: &Request,
+        cancel: &CancellationToken,
+    ) -> Result<(Plan, Run)> {
+        if let Some(error) = locked.located.unconfirmed.take() {
+            return Err(error);
+        }
+        let _held = self.hold_disks(&locked.located.entry.domain, live).await?;
+        let (plan, watched) = self.prepare(locked, live, request).await?;
+        let has_work = !plan.steps.is_empty() || !plan.commit.is_empty();
+        // What is durable before what: a domain that is imported from manifests enters the catalogue, and the manifests become
+        // this catalogue's, before the operation begins; one of which nothing is said enters with it. So manifests of
+        // snapshots that an operation deletes are known to be this catalogue's own, also to a recovery.
+        let prologue = if has_work { self.record(locked, request).await? } else { Vec::new() };
+        self.ledger.record_neighbours().await;
+        let engine = Engine {
+            catalogue: self.ledger.catalogue(),
+            registry: &self.registry,
+            events: &self.events,
+            manifests: &locked.manifests,
+            live: live.map(|live| &**live),
+            watched: Some(&watched),
+        };
+        let entry = &mut locked.located.entry;
+        let mut run = engine.run(entry, plan.clone(), prologue, cancel).await.map_err(|error| {
+            let names: Vec<&str> = plan.snapshots.iter().map(|name| name.as_str()).collect();
+            error.context(format!("{} {} of domain {}", plan.operation, names.join(" "), entry.domain.name))
+        })?;
+        self.follow_moved_disk(locked, &mut run.warnings).await;
+        Ok((plan, run))
+    }
+
+    /// Locks the images of a domain's disks, and refuses those that somebody else has open.
+    pub(super) async fn hold_disks(&self, domain: &Domain, live: Option<&Live>) -> Result<Vec<Guard>> {
+        let mut guards = Vec::new();
+        for record in &domain.disks {
+            let backend = self.registry.get(&record.disk.format)?;
+            if !backend.is_gone(record).await? {
+                let attached = live.and_then(|live| live.disk(&record.disk.target));
+                guards.push(backend.hold(record, attached).await?);
+            }
+        }
+        self.watcher.refuse_open_elsewhere(domain, live).await?;
+        Ok(guards)
+    }
+
+    /// Makes the plan, and tries what can be tried before it begins.
+    async fn prepare(
+        &self,
+        locked: &Locked,
+        live: Option<&Live>,
+        request: &Request,
+    ) -> Result<(Plan, Watched)> {
+        let entry = &locked.located.entry;
+        let mut plan = self.planning.plan_for(entry, live, request).await?;
+        self.planning.preflight(&entry.domain, &locked.manifests, live, &plan, false).await?;
+        let watched = self.watcher.watched(&entry.domain, live, Some(&plan)).await?;
+        if !plan.steps.is_empty() {
+            plan.notes.extend(watched.refuse_users().await?);
+        }
+        if let Some(live) = live {
+            live.preflight(&plan, &chains_of(&self.registry, &entry.domain).await?, true).await?;
+        }
+        prepare_memory_dir(&plan)?;
+        if let (Some(live), Request::Delete(delete)) = (live, request) {
+            live.limit(delete.limit);
+        }
+        self.events.tell(Event::Planned { domain: entry.domain.name.clone(), plan: Box::new(plan.shown()) });
+        Ok((plan, watched))
+    }
+
+    /// Makes catalogue and manifests say of the domain what is known before its operation begins. Returns what must be recorded
+    /// in one transaction with the operation.
+    async fn record(&self, locked: &mut Locked, request: &Request) -> Result<Vec<Change>> {
+        let Locked { located, manifests, .. } = locked;
+        let Located { entry, catalogued, leftovers, .. } = located;
+        if !*catalogued && entry.follows.is_none() && !leftovers.has_unused() {
+            return Ok(self.ledger.changes_of(entry).await);
+        }
+        if !*catalogued {
+            self.ledger.put(entry, entry.revision, false).await?;
+            *catalogued = true;
+            match self.authority.take_over(manifests, entry, leftovers).await {
+                // The engine tries again at the end, and reports it.
+                Err(_) if manifests.have_no_place() => {}
+                done => done.map_err(|error| {
+                    error.state("the catalogue has the domain as its manifests told it; no image was touched")
+                })?,
+            }
+        } else if let Err(error) = self.authority.write(manifests, entry).await {
+            may_lag(request, manifests, error)?;
+        }
+        // Another tool may have given its images other bases since they were recorded.
+        Ok(self.neighbours.record_bases(&entry.domain).await.into_iter().collect())
+    }
+
+    /// Writes manifests beside a disk that has another path now, as a raw disk that got an overlay. Those beside the base stay,
+    /// and tell whoever finds it whose it is.
+    async fn follow_moved_disk(&self, locked: &mut Locked, warnings: &mut Vec<String>) {
+        let entry = &locked.located.entry;
+        let Ok(now) = self.authority.manifests(&entry.domain) else { return };
+        if now.place() == locked.manifests.place() {
+            return;
+        }
+        if let Err(error) = self.authority.write(&now, entry).await {
+            warnings.push(error.to_string());
+        }
+        locked.manifests = now;
+    }
+}
+
+/// Decides whether an operation may begin though manifests could not be brought up to date.
+fn may_lag(request: &Request, manifests: &Manifests, error: Error) -> Result<()> {
+    match request {
+        // The engine tries again at the end, and reports it.
+        Request::Create(_) | Request::Revert(_) => Ok(()),
+        // Those of what is deleted are removed before it is, which needs no space; the others follow later.
+        Request::Delete(_) | Request::Tidy if error.kind() == ErrorKind::NoSpace => Ok(()),
+        // No manifest there is read, so none promises what is destroyed.
+        Request::Delete(_) | Request::Tidy if manifests.have_no_place() => Ok(()),
+        // They would still promise what is destroyed.
+        Request::Delete(_) | Request::Tidy => Err(error.state("no changes made")),
+    }
+}
+
+/// Makes the directory that the plan's memory image goes to, for its owner alone.
+fn prepare_memory_dir(plan: &Plan) -> Result<()> {
+    let Some(directory) = memory_directory_of(plan) else { return Ok(()) };
+    Directory::make_all(directory.as_std_path(), 0o700).map(|_| ()).map_err(|cause| {
+        Error::new(ErrorKind::Io, format!("the directory {directory} for memory images cannot be made"))
+            .because(cause)
+            .state("no changes made")
+            .advise("make it, or name another one with --memory-dir when the domain is registered")
+    })
+}

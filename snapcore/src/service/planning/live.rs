@@ -1,0 +1,110 @@
+//! What a plan must know of a running domain.
+
+use camino::{Utf8Path, Utf8PathBuf};
+
+use super::Planning;
+use crate::catalogue::Entry;
+use crate::plan::Alive;
+use crate::service::images::file_id;
+use crate::service::locator::Live;
+use crate::{
+    DiskRecord, Domain, DomainStep, Error, ErrorKind, MemoryPlan, OpenChain, Plan, Registry, Request, Result,
+};
+
+impl Planning {
+    /// The running domain as the planner must know it.
+    pub(super) fn alive<'a>(&self, entry: &Entry, live: &'a Live, request: &Request) -> Result<Alive<'a>> {
+        let (mut differs, mut media) = (Vec::new(), Vec::new());
+        if let Request::Revert(revert) = request
+            && let Ok(wanted) = entry.tree.named(&revert.name)
+            && wanted.memory.is_some()
+            && let Some(machine) = wanted.machine.as_deref().and_then(|id| entry.domain.machine(id))
+        {
+            differs = live.differences(&machine.record)?;
+            media = live.media(&machine.record)?;
+        }
+        Ok(Alive {
+            profile: self.registry.hypervisor(&entry.domain.hypervisor)?.profile(),
+            seen: live.seen(),
+            differs,
+            media,
+            memory_dir: self.memory_dir(&entry.domain)?,
+            cannot_save_memory: live.cannot_save_memory(),
+            cannot_detach: live.cannot_detach(),
+        })
+    }
+
+    /// Where the domain's memory images go: where the user said, or beside its manifests.
+    fn memory_dir(&self, domain: &Domain) -> Result<Utf8PathBuf> {
+        if let Some(directory) = domain.control.as_ref().and_then(|control| control.memory_dir.clone()) {
+            return Ok(directory);
+        }
+        let manifests = self.authority.manifests(domain)?;
+        manifests.directory().map(Utf8Path::to_owned).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "domain {} has no directory for memory images: its disks are no local files",
+                    domain.name
+                ),
+            )
+            .state("no changes made")
+            .advise("register the domain with --memory-dir DIRECTORY")
+        })
+    }
+}
+
+/// Returns true if the hypervisor has the disk open as its configured path names it.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] where it has another image open, or the disk not at all: what is done to one would not be done to
+/// the other.
+pub(super) async fn is_attached(live: &Live, record: &DiskRecord) -> Result<bool> {
+    let path = &record.disk.path;
+    let target = &record.disk.target;
+    let Some(disk) = live.disk(target) else {
+        let known: Vec<String> =
+            live.seen().disks.iter().map(|disk| format!("{} ({})", disk.target, disk.path)).collect();
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{target}: {path} is not open in the running domain; what it has is: {}",
+                known.join(", ")
+            ),
+        )
+        .state("no changes made")
+        .advise("shut the domain down, or register it anew with the disks that it has"));
+    };
+    let open = disk.open_files().await?;
+    let named = file_id(path);
+    if named.is_some_and(|named| open.contains(&named)) {
+        return Ok(true);
+    }
+    Err(Error::new(
+        ErrorKind::Refused,
+        format!("{target}: the running domain has another image open than {path} names now"),
+    )
+    .state("no changes made")
+    .advise("if a file was moved or replaced under the running domain, put it back, or shut the domain down first"))
+}
+
+/// What the configured paths of a domain's disks open now.
+pub(in crate::service) async fn chains_of(registry: &Registry, domain: &Domain) -> Result<Vec<OpenChain>> {
+    let mut chains = Vec::new();
+    for record in &domain.disks {
+        let layers = registry.get(&record.disk.format)?.open_chain(record).await?;
+        chains.push(OpenChain { target: record.disk.target.clone(), layers });
+    }
+    Ok(chains)
+}
+
+/// The directory of the memory image that a plan makes.
+pub(in crate::service) fn memory_directory_of(plan: &Plan) -> Option<Utf8PathBuf> {
+    let memory = plan.steps.iter().filter(|planned| planned.step.target.is_domain()).find_map(|planned| {
+        match serde_json::from_value(planned.step.action.clone()) {
+            Ok(DomainStep::Instant { memory: Some(MemoryPlan { file, .. }), .. }) => Some(file),
+            _ => None,
+        }
+    });
+    memory.as_ref().and_then(|file| file.parent()).map(Utf8Path::to_owned)
+}

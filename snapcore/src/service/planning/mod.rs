@@ -1,0 +1,123 @@
+//! Planning: what an operation would do to a domain as it is on the machine, and what is in its way. Changes nothing but
+//! files of its own that it makes and removes to see whether that works ([`trial`]).
+
+mod live;
+mod notes;
+mod preflight;
+mod trial;
+mod users;
+
+use std::sync::Arc;
+
+use super::authority::Authority;
+use super::locator::Live;
+use super::neighbours::Neighbours;
+use crate::catalogue::Entry;
+use crate::plan::DiskInput;
+use crate::{CreateDisk, DiskRecord, InspectDepth, Plan, Registry, Request, Result};
+
+pub(super) use live::{chains_of, memory_directory_of};
+pub(super) use notes::{outside, shared};
+pub(super) use users::{Watched, Watcher};
+
+/// Makes plans.
+#[derive(Clone)]
+pub(super) struct Planning {
+    registry: Arc<Registry>,
+    authority: Authority,
+    neighbours: Neighbours,
+}
+
+/// How a disk takes part in an operation.
+enum Part {
+    /// As it is.
+    Whole,
+    /// As a disk at rest, though the domain runs: its machine does not have the disk any more.
+    AtRest,
+    /// Not at all; with what is to be said of that.
+    Not(Option<String>),
+}
+
+impl Planning {
+    /// The planning for domains of a catalogue.
+    pub(super) fn new(registry: Arc<Registry>, authority: Authority, neighbours: Neighbours) -> Self {
+        Self { registry, authority, neighbours }
+    }
+
+    /// The plan for `request` on the domain as it is on the machine.
+    pub(super) async fn plan_for(
+        &self,
+        entry: &Entry,
+        live: Option<&Live>,
+        request: &Request,
+    ) -> Result<Plan> {
+        let depth = match request {
+            Request::Create(_) => InspectDepth::Active,
+            Request::Revert(_) | Request::Delete(_) | Request::Tidy => InspectDepth::Dependents,
+        };
+        let mut disks = Vec::new();
+        let mut without = Vec::new();
+        for record in &entry.domain.disks {
+            let at_rest = match self.part(entry, record, live, request).await? {
+                Part::Whole => false,
+                Part::AtRest => true,
+                Part::Not(note) => {
+                    without.extend(note);
+                    continue;
+                }
+            };
+            let backend = self.registry.get(&record.disk.format)?;
+            let mut state = backend
+                .inspect(record, depth, live.and_then(|live| live.disk(&record.disk.target)))
+                .await
+                .map_err(|error| error.context(format!("reading disk {}", record.disk.target)))?;
+            if let Some(live) = live {
+                state.attached = !at_rest && live::is_attached(live, record).await?;
+            }
+            disks.push(DiskInput { record: record.clone(), state, backend });
+        }
+        if depth == InspectDepth::Dependents {
+            self.neighbours.add_neighbours(&entry.domain.name, &mut disks).await?;
+        }
+        let alive = live.map(|live| self.alive(entry, live, request)).transpose()?;
+        let mut plan = crate::plan::plan(&entry.domain, &entry.tree, &disks, alive.as_ref(), request).await?;
+        plan.notes.extend(without);
+        if let Some(live) = live {
+            live.preflight(&plan, &[], false).await?;
+        }
+        let notes = notes::notes_on(&self.registry, &entry.domain, live, request, &plan);
+        plan.notes.extend(notes);
+        Ok(plan)
+    }
+
+    /// How a disk takes part in what `request` does.
+    async fn part(
+        &self,
+        entry: &Entry,
+        record: &DiskRecord,
+        live: Option<&Live>,
+        request: &Request,
+    ) -> Result<Part> {
+        let target = &record.disk.target;
+        let gone = self.registry.get(&record.disk.format)?.is_gone(record).await?;
+        let unplugged = live.is_some_and(|live| live.disk(target).is_none());
+        Ok(match request {
+            Request::Create(create) if gone || unplugged => {
+                let stated = create.disks.iter().rev().find(|(known, _)| known == target);
+                match stated {
+                    Some((_, CreateDisk::Skip)) => Part::Not(Some(format!("{target}: left out, as asked"))),
+                    _ => Part::Whole,
+                }
+            }
+            // The plan says it.
+            Request::Revert(revert) if (gone || unplugged) && revert.skip.contains(target) => Part::Not(None),
+            Request::Delete(_) | Request::Tidy if gone => Part::Not(Some(format!(
+                "{target}: {} and all its layers are gone; `domsnap domain disk remove {} {target}` takes the disk out",
+                record.disk.path, entry.domain.name
+            ))),
+            // What a delete does to it is done as at rest.
+            Request::Delete(_) | Request::Tidy if unplugged => Part::AtRest,
+            Request::Create(_) | Request::Revert(_) | Request::Delete(_) | Request::Tidy => Part::Whole,
+        })
+    }
+}

@@ -1,0 +1,79 @@
+//! What a plan must say of what the guest can write and no snapshot holds.
+
+use crate::service::locator::Live;
+use crate::{Domain, Edit, GuestChange, Plan, Registry, Request};
+
+/// The notes on a plan.
+pub(super) fn notes_on(
+    registry: &Registry,
+    domain: &Domain,
+    live: Option<&Live>,
+    request: &Request,
+    plan: &Plan,
+) -> Vec<String> {
+    let machine = live.map(|live| &live.seen().machine);
+    let outside = note_on_outside(outside(registry, domain, machine), request, plan);
+    let shared = note_on_shared(shared(registry, domain, machine), request, plan);
+    outside.into_iter().chain(shared).collect()
+}
+
+/// The note on what only a snapshot's memory holds.
+fn note_on_outside(outside: Vec<String>, request: &Request, plan: &Plan) -> Option<String> {
+    let note = match request {
+        Request::Create(_) => {
+            let memory = plan
+                .commit
+                .iter()
+                .any(|edit| matches!(edit, Edit::AddSnapshot { snapshot } if snapshot.memory.is_some()));
+            match memory {
+                true => {
+                    "only in the snapshot's memory: a revert without it (--off) leaves them in their later state"
+                }
+                false => "not in the snapshot: a revert leaves them in their later state",
+            }
+        }
+        Request::Revert(_) if gets_memory(plan) => return None,
+        Request::Revert(_) => "not reverted: they stay in their later state",
+        Request::Delete(_) | Request::Tidy => return None,
+    };
+    (!outside.is_empty()).then(|| format!("{}: {note}", outside.join(", ")))
+}
+
+/// The note on what no snapshot holds at all.
+fn note_on_shared(shared: Vec<String>, request: &Request, plan: &Plan) -> Option<String> {
+    let note = match request {
+        Request::Create(_) => "not in the snapshot: a revert leaves them as they are then",
+        Request::Revert(_) if gets_memory(plan) => {
+            "not reverted: the guest's memory goes on with what it knew of them; mount them again in the guest"
+        }
+        Request::Revert(_) => "not reverted: they stay as they are",
+        Request::Delete(_) | Request::Tidy => return None,
+    };
+    (!shared.is_empty()).then(|| format!("{}: {note}", shared.join(", ")))
+}
+
+/// What the guest of a domain can write that no snapshot holds at all.
+pub(in crate::service) fn shared(
+    registry: &Registry,
+    domain: &Domain,
+    machine: Option<&serde_json::Value>,
+) -> Vec<String> {
+    registry.hypervisor(&domain.hypervisor).map_or_else(|_| Vec::new(), |saver| saver.shared(domain, machine))
+}
+
+/// What the guest of a domain can write that no snapshot holds but in its memory.
+pub(in crate::service) fn outside(
+    registry: &Registry,
+    domain: &Domain,
+    machine: Option<&serde_json::Value>,
+) -> Vec<String> {
+    registry
+        .hypervisor(&domain.hypervisor)
+        .map_or_else(|_| Vec::new(), |saver| saver.outside(domain, machine))
+}
+
+/// Whether the guest goes on with a snapshot's memory after a plan.
+fn gets_memory(plan: &Plan) -> bool {
+    let change = plan.guest().map(|(change, _)| change);
+    matches!(change, Some(GuestChange::Restored | GuestChange::RecreatedFromMemory | GuestChange::Started))
+}

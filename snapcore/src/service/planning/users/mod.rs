@@ -1,0 +1,385 @@
+//! Other users of a file, as the kernel knows them.
+//!
+//! Image locks are advisory: QEMU with `locking=off`, a loop mount and a backup program take none, and QEMUs with `share-rw=on`
+//! do not exclude each other. So the kernel is asked before an image is written, and again before the cut:
+//!
+//! | user | found by |
+//! |---|---|
+//! | a process with the file open | `/proc/PID/fd`, and `fdinfo` for whether it can write |
+//! | a process that has mapped the file and closed it | `/proc/PID/maps` |
+//! | a loop device | `/sys/block/loop*/loop/backing_file` |
+//! | swap | `/proc/swaps` |
+//! | a target of the kernel (iSCSI, vhost, NVMe) | its configuration in `/sys/kernel/config` |
+//! | of a block device: a mount, a device made of it, an exclusive claim, a Xen domain | [`crate::devices`] |
+//!
+//! Who uses a partition uses the disk. A backend that knows more of its devices (how often one was opened) asks for itself.
+//!
+//! **Locks.** A program may hold QEMU's byte locks on an image that it has open for reading alone. A running QEMU that has the
+//! image open is not hindered, but it could not open it again: so such a holder is refused where the plan detaches the disk.
+//!
+//! **Who matters.** Anyone who can write a layer of the disk. A reader matters where the plan writes the file that he reads in
+//! place (an internal snapshot, a merge into it, a new backing file), unless a running domain writes it anyway; and where the
+//! plan cannot be carried out as long as a device is open ([`crate::DiskSnapshotter::needs_of`]). A reader of a
+//! layer that only stays as it is, or is removed, keeps what he reads. This process, and the process of the running domain
+//! that is worked on, are nobody else.
+
+mod kernel;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+
+use self::kernel::{Locks, User, Users, users_of};
+use crate::chain::{ChainStep, layer_path};
+use crate::devices;
+use crate::engine::Watch;
+use crate::hypervisor::is_device;
+use crate::service::images::file_id;
+use crate::service::locator::Live;
+use crate::{
+    DiskRecord, DiskSnapshotter, Domain, DomainStep, Error, ErrorKind, FileIdentity, Hypervisor, Plan,
+    Registry, Result, Step, StepNeed, Target,
+};
+
+/// How long a user is looked for again before he counts: a process that was just forked has files of its parent open for a
+/// moment, and a look at an image takes no longer.
+const PATIENCE: Duration = Duration::from_millis(120);
+
+/// The same for block devices: programs that look at new devices, udev's among them, come by and go.
+const PATIENCE_WITH_DEVICES: Duration = Duration::from_secs(1);
+
+/// How long is waited between two looks.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(40);
+
+/// How old an answer may be where the kernel is asked again: what lies between took no time then.
+const FRESH: Duration = Duration::from_millis(20);
+
+/// A hypervisor's own answer: a running domain that has an image open.
+struct OpenElsewhere {
+    user: String,
+    hypervisor: Hypervisor,
+}
+
+impl OpenElsewhere {
+    fn error(&self, image: &str) -> Error {
+        let Self { user, hypervisor } = self;
+        Error::new(ErrorKind::Busy, format!("{image} is open in {user}, which {hypervisor} runs"))
+            .state("no changes made")
+            .advise(format!("take the snapshot of that domain ('{hypervisor}:NAME'), or shut it down first"))
+    }
+}
+
+/// The files of a domain that nobody else may use.
+pub(in crate::service) struct Watched {
+    files: HashMap<FileIdentity, (Target, Utf8PathBuf)>,
+    /// Those that the plan writes while nobody else writes them.
+    in_place: HashSet<FileIdentity>,
+    /// Those that the hypervisor must open again, and whether for writing.
+    reopened: HashMap<FileIdentity, bool>,
+    /// Processes that are not somebody else, and leaders of groups of such processes.
+    own: HashSet<u32>,
+    /// Those that the running domain has open.
+    of_domain: HashSet<FileIdentity>,
+    /// The running domain has files open, and in which process is not known: nobody else can be told from it.
+    unknown_process: bool,
+    /// When the kernel answered last that nobody else uses them.
+    answered: Mutex<Option<Instant>>,
+}
+
+impl Watched {
+    /// Refuses where somebody else uses one of the files; otherwise gives what could not be seen, in words.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`], naming the file and its user.
+    pub(in crate::service) async fn refuse_users(&self) -> Result<Option<String>> {
+        self.refuse(true).await
+    }
+
+    /// As [`Watched::refuse_users`]; `mapped`: also those who have a file in their memory alone. Their lists are half of the cost.
+    async fn refuse(&self, mapped: bool) -> Result<Option<String>> {
+        let files: HashMap<FileIdentity, Utf8PathBuf> =
+            self.files.iter().map(|(identity, (_, file))| (*identity, file.clone())).collect();
+        let begun = Instant::now();
+        loop {
+            let (asked, own, of_domain) = (files.clone(), self.own.clone(), self.of_domain.clone());
+            let looked =
+                tokio::task::spawn_blocking(move || users_of(&asked, &own, &of_domain, mapped)).await;
+            let users = looked.map_err(|cause| {
+                Error::new(ErrorKind::Internal, "looking for users of the images ended early").because(cause)
+            })?;
+            let Some(user) = users
+                .found
+                .iter()
+                .find(|user| user.writes || self.in_place.contains(&user.file) || self.is_locked_by(user))
+            else {
+                let took_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+                tracing::debug!(
+                    files = files.len(),
+                    took_us,
+                    cpu_us = users.cpu_us,
+                    "asked who else uses the disks"
+                );
+                *self.answered.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+                    Some(Instant::now());
+                return Ok(self.words(&users));
+            };
+            if begun.elapsed() < if is_device(user.file) { PATIENCE_WITH_DEVICES } else { PATIENCE } {
+                tokio::time::sleep(BETWEEN_LOOKS).await;
+                continue;
+            }
+            let Some((target, file)) = self.files.get(&user.file) else { return Ok(self.words(&users)) };
+            return Err(user.error(&format!("disk {target}: {file}")));
+        }
+    }
+
+    /// What could not be seen, in words.
+    fn words(&self, users: &Users) -> Option<String> {
+        let what = match (users.unreadable, users.hidden) {
+            (0, false) if self.unknown_process => {
+                return Some(
+                    "the process of the running domain is not known: whether another process has its images open without a \
+                     lock is not known"
+                        .to_owned(),
+                );
+            }
+            (0, false) => return None,
+            (0, true) => "processes of other users are hidden here".to_owned(),
+            (count, _) => format!("the files of {count} processes of other users cannot be seen"),
+        };
+        Some(format!(
+            "{what}: whether one of them has the images open without a lock is not known (root can see it)"
+        ))
+    }
+
+    /// Returns true if the locks of a user would keep the hypervisor from opening a file again.
+    fn is_locked_by(&self, user: &User) -> bool {
+        match (self.reopened.get(&user.file), user.locks) {
+            (None, _) | (_, Locks::None) | (Some(false), Locks::Reader) => false,
+            (Some(true), Locks::Reader) | (Some(_), Locks::Writer) => true,
+        }
+    }
+}
+
+#[async_trait]
+impl Watch for Watched {
+    async fn ask_again(&self) -> Result<()> {
+        let answered = *self.answered.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match answered.is_some_and(|at| at.elapsed() < FRESH) {
+            true => Ok(()),
+            // Who came since has it open.
+            false => self.refuse(false).await.map(drop),
+        }
+    }
+}
+
+impl User {
+    fn error(&self, image: &str) -> Error {
+        let uses = match (self.writes, self.locks) {
+            (true, _) => "is open for writing",
+            (false, Locks::Writer | Locks::Reader) => "is locked, so that it could not be opened again,",
+            (false, Locks::None) if is_device(self.file) => "is to be changed or closed, and is open",
+            (false, Locks::None) => "would be changed, and is being read",
+        };
+        Error::new(ErrorKind::Busy, format!("{image} {uses} by {}", self.who)).state("no changes made").advise(
+            "stop that program, unmount or detach the device ('losetup -d', 'swapoff'); where it is a virtual machine, take \
+             the snapshot through its hypervisor ('domsnap domain scan' tells how) or shut it down",
+        )
+    }
+}
+
+/// A disk whose files are to be watched.
+struct WatchedDisk<'a> {
+    record: &'a DiskRecord,
+    backend: Option<&'a dyn DiskSnapshotter>,
+    /// The files that the running domain has open for it.
+    open: HashSet<FileIdentity>,
+    /// Set where the running domain's process is known.
+    known: bool,
+}
+
+impl WatchedDisk<'_> {
+    /// The identity of a file whose users can be told from the running domain.
+    fn identity(&self, file: &Utf8Path) -> Option<FileIdentity> {
+        file_id(file).filter(|id| self.known || !self.open.contains(id))
+    }
+
+    /// Adds the disk's layers; with `reopened`, as files that the hypervisor must open again.
+    fn add_layers(&self, watched: &mut Watched, reopened: bool) {
+        let (record, disk) = (self.record, &self.record.disk);
+        let layers = record.owned.iter().chain([&record.active]);
+        let layers = layers.map(|layer| {
+            let file = layer_path(&disk.path, layer);
+            // What lies elsewhere than beside the disk only its backend knows.
+            match self.backend.filter(|_| !file.exists()) {
+                Some(backend) => backend.layer_file(record, layer),
+                None => file,
+            }
+        });
+        for file in layers.chain([disk.path.clone()]) {
+            let Some(identity) = self.identity(&file) else { continue };
+            if reopened {
+                *watched.reopened.entry(identity).or_default() |= file == disk.path;
+            }
+            watched.files.entry(identity).or_insert((disk.target.clone(), file));
+        }
+    }
+
+    /// Adds what a step needs, and the file that it writes in place.
+    fn add_step(&self, watched: &mut Watched, step: &Step) {
+        let disk = &self.record.disk;
+        let needs = self.backend.iter().flat_map(|backend| backend.needs_of(self.record, step));
+        for StepNeed { file, alone } in needs {
+            if let Some(identity) = self.identity(&file) {
+                watched.in_place.extend(alone.then_some(identity));
+                watched.files.entry(identity).or_insert((disk.target.clone(), file));
+            }
+        }
+        let Ok(action) = serde_json::from_value::<ChainStep>(step.action.clone()) else { return };
+        let written = match action {
+            ChainStep::TakeInternal { layer, .. }
+            | ChainStep::ApplyInternal { layer, .. }
+            | ChainStep::DropInternal { layer, .. }
+            | ChainStep::ForgetInternal { layer, .. } => layer,
+            ChainStep::Merge { into, .. } => into,
+            ChainStep::Repoint { child, .. } => child,
+            ChainStep::NameLayer { .. }
+            | ChainStep::CreateOverlay { .. }
+            | ChainStep::Materialise { .. }
+            | ChainStep::SwitchActive { .. }
+            | ChainStep::Remove { .. }
+            | ChainStep::Unname { .. } => return,
+        };
+        let named = Some(layer_path(&disk.path, &written)).filter(|file| file.exists());
+        let file = named.unwrap_or_else(|| disk.path.clone());
+        watched.in_place.extend(file_id(&file).filter(|id| !self.open.contains(id)));
+    }
+}
+
+/// Asks the kernel and the hypervisors who else uses a domain's files.
+#[derive(Clone)]
+pub(in crate::service) struct Watcher {
+    registry: Arc<Registry>,
+}
+
+impl Watcher {
+    /// A watcher that knows the processes of these backends and hypervisors.
+    pub(in crate::service) fn new(registry: Arc<Registry>) -> Self {
+        Self { registry }
+    }
+
+    /// The files of `domain` that somebody else must not use while `plan` is carried out; without a plan, no reader matters.
+    pub(in crate::service) async fn watched(
+        &self,
+        domain: &Domain,
+        live: Option<&Live>,
+        plan: Option<&Plan>,
+    ) -> Result<Watched> {
+        let mut watched = Watched {
+            files: HashMap::new(),
+            in_place: HashSet::new(),
+            reopened: HashMap::new(),
+            own: self.registry.processes().into_iter().chain([std::process::id()]).collect(),
+            of_domain: HashSet::new(),
+            unknown_process: false,
+            answered: Mutex::default(),
+        };
+        let detached: HashSet<Target> = plan.iter().flat_map(|plan| detached_by(plan)).collect();
+        let processes = live.map(|live| live.processes());
+        let known = processes.as_ref().is_some_and(|processes| !processes.is_empty());
+        watched.own.extend(processes.into_iter().flatten());
+        for record in &domain.disks {
+            let disk = &record.disk;
+            let mut open = HashSet::new();
+            if let Some(attached) = live.and_then(|live| live.disk(&disk.target)) {
+                open = attached.open_files().await?;
+            }
+            // Where the running domain's process is not known, what it has open cannot be told from what others have.
+            let by_the_kernel = || {
+                devices::device_number(&disk.path)
+                    .is_some_and(|device| !devices::xen_disks(device).is_empty())
+            };
+            watched.unknown_process |= !known && !open.is_empty() && !by_the_kernel();
+            watched.of_domain.extend(&open);
+            let backend = self.registry.get(&disk.format).ok();
+            let disk = WatchedDisk { record, backend: backend.as_deref(), open, known };
+            disk.add_layers(&mut watched, live.is_some() && detached.contains(&record.disk.target));
+            for planned in plan.iter().flat_map(|plan| &plan.steps) {
+                if planned.step.target == record.disk.target {
+                    disk.add_step(&mut watched, &planned.step);
+                }
+            }
+        }
+        Ok(watched)
+    }
+
+    /// Refuses disks that somebody else uses, where he takes no locks that we would have met.
+    pub(in crate::service) async fn refuse_open_elsewhere(
+        &self,
+        domain: &Domain,
+        live: Option<&Live>,
+    ) -> Result<()> {
+        let watched = self.watched(domain, live, None).await?;
+        let mut wanted: HashSet<FileIdentity> = watched.files.keys().copied().collect();
+        for record in &domain.disks {
+            if let Some(attached) = live.and_then(|live| live.disk(&record.disk.target)) {
+                let open = attached.open_files().await?;
+                wanted.retain(|file| !open.contains(file));
+            }
+        }
+        match self.open_without_lock(&wanted).await? {
+            Some((identity, open)) => {
+                let Some((target, file)) = watched.files.get(&identity) else { return Ok(()) };
+                Err(open.error(&format!("disk {target}: {file}")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    pub(in crate::service) async fn require_closed(&self, image: &Utf8Path) -> Result<()> {
+        let Some(identity) = file_id(image) else { return Ok(()) };
+        if let Some((_, open)) = self.open_without_lock(&HashSet::from([identity])).await? {
+            return Err(open.error(image.as_str()));
+        }
+        let target = Target::new("vda")?;
+        let watched = Watched {
+            files: HashMap::from([(identity, (target, image.to_owned()))]),
+            in_place: HashSet::from([identity]),
+            reopened: HashMap::new(),
+            own: HashSet::from([std::process::id()]),
+            of_domain: HashSet::new(),
+            unknown_process: false,
+            answered: Mutex::default(),
+        };
+        watched.refuse_users().await.map(drop)
+    }
+
+    /// The first of these files that a running domain has open without a lock, and where.
+    async fn open_without_lock(
+        &self,
+        files: &HashSet<FileIdentity>,
+    ) -> Result<Option<(FileIdentity, OpenElsewhere)>> {
+        for saver in self.registry.hypervisors() {
+            let mut found = saver.open_without_lock(files).await?.into_iter();
+            if let Some((identity, user)) = found.next() {
+                return Ok(Some((identity, OpenElsewhere { user, hypervisor: saver.profile().name })));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The disks that a plan takes from a running domain for a while.
+fn detached_by(plan: &Plan) -> Vec<Target> {
+    let steps = plan.steps.iter().filter(|planned| planned.step.target.is_domain());
+    let steps = steps.filter_map(|planned| serde_json::from_value(planned.step.action.clone()).ok());
+    steps
+        .filter_map(|step| match step {
+            DomainStep::OpenWindow { disks, .. } => Some(disks),
+            _ => None,
+        })
+        .flatten()
+        .collect()
+}

@@ -1,0 +1,95 @@
+//! The catalogue for rooms that read it and must not change it.
+
+use std::sync::Arc;
+
+use camino::{Utf8Path, Utf8PathBuf};
+
+use crate::catalogue::{Catalogue, CatalogueId, Entry, EntrySummary};
+use crate::{DomainName, Error, ErrorKind, Operation, Result};
+
+/// Read access to the catalogue: no lease, no commit.
+#[derive(Clone)]
+pub(super) struct Records(Arc<dyn Catalogue>);
+
+impl Records {
+    /// Read access to `catalogue`.
+    pub(super) fn new(catalogue: Arc<dyn Catalogue>) -> Self {
+        Self(catalogue)
+    }
+
+    /// The identity of the catalogue; absent where nothing was ever recorded in it.
+    pub(super) async fn identity(&self) -> Result<Option<CatalogueId>> {
+        self.0.identity().await
+    }
+
+    /// All domains, by name.
+    pub(super) async fn domains(&self) -> Result<Vec<EntrySummary>> {
+        self.0.domains().await
+    }
+
+    /// The domain of this name, if there is one.
+    pub(super) async fn find(&self, name: &DomainName) -> Result<Option<Entry>> {
+        self.0.load(name).await
+    }
+
+    /// The domain of this name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], listing the domains that there are.
+    pub(super) async fn load(&self, name: &DomainName) -> Result<Entry> {
+        match self.find(name).await? {
+            Some(entry) => Ok(entry),
+            None => Err(self.no_domain(name).await?),
+        }
+    }
+
+    /// Which of `paths` are disks of which domain.
+    pub(super) async fn owners(&self, paths: &[Utf8PathBuf]) -> Result<Vec<(Utf8PathBuf, DomainName)>> {
+        self.0.owners(paths).await
+    }
+
+    /// The operations of a domain that have not ended, oldest first.
+    pub(super) async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>> {
+        self.0.unfinished(name).await
+    }
+
+    /// Fails if an operation of the domain has not ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`], with the command that ends it.
+    pub(super) async fn refuse_unfinished(&self, entry: &Entry) -> Result<()> {
+        match self.unfinished(&entry.domain.name).await?.first() {
+            None => Ok(()),
+            Some(operation) => Err(Error::new(
+                ErrorKind::Refused,
+                format!("a {} of domain {} stopped half way", operation.plan.operation, entry.domain.name),
+            )
+            .state("no changes made")
+            .advise(format!("run `domsnap recover {}` first", entry.domain.name))),
+        }
+    }
+
+    /// The error for a name that no domain has.
+    async fn no_domain(&self, name: &DomainName) -> Result<Error> {
+        let known = self.0.domains().await?;
+        let known: Vec<&str> = known.iter().map(|entry| entry.domain.name.as_str()).collect();
+        let is_file = [".qcow2", ".raw", ".img"].iter().any(|ending| name.as_str().ends_with(ending));
+        let detail = match is_file {
+            true if Utf8Path::new(name.as_str()).exists() => {
+                format!("{name} is not a regular file or block device; and there is no domain of that name")
+            }
+            true => format!("no such file: {name}; and there is no domain of that name"),
+            false => format!("there is no domain {name}"),
+        };
+        let error = Error::new(ErrorKind::NotFound, detail);
+        Ok(match known.is_empty() {
+            true => error.advise(
+                "register it with `domsnap domain add`, or bring it back from its manifests with `domsnap import IMAGE,...`",
+            ),
+            false => error.advise(format!(
+                "the domains known are: {}; `domsnap import IMAGE,...` brings one back from its manifests",
+                known.join(", ")
+            )),
+        })
+    }
+}

@@ -1,0 +1,136 @@
+//! Imports domains: rebuilds what the catalogue has of them from manifests and images.
+
+use tokio_util::sync::CancellationToken;
+
+use super::Registrar;
+use crate::catalogue::{Change, Entry, Lease, Revision};
+use crate::service::images::real_images;
+use crate::service::importer::{ImportSource, Imported};
+use crate::service::{DomainRef, ImportOptions, ImportReport};
+use crate::{DomainName, Error, ErrorKind, Result};
+
+/// A domain of the catalogue that is imported again, under its lock.
+struct Known {
+    entry: Entry,
+    _lease: Lease,
+    /// Set where the catalogue is not authoritative: what it has, its journal too, is of disks that are no more, and
+    /// nothing of it may be resumed or written.
+    outdated: bool,
+}
+
+impl Registrar {
+    /// Imports a domain.
+    pub(in crate::service) async fn import(
+        &self,
+        reference: DomainRef,
+        options: ImportOptions,
+        cancel: CancellationToken,
+    ) -> Result<ImportReport> {
+        options.name.as_ref().map_or(Ok(()), |name| self.require_name(name))?;
+        let (source, owner) = self.source_of(&reference).await?;
+        let known = match owner {
+            None => None,
+            Some(owner) => self.known(&owner, &options, &cancel).await?,
+        };
+        let mut imported = self.importer.import(ImportSource { trust: options.trust, ..source }).await?;
+        if let Some(error) = imported.unconfirmed.take() {
+            return Err(error);
+        }
+        let domain = &mut imported.entry.domain;
+        if let Some(Known { entry, .. }) = &known {
+            domain.name = entry.domain.name.clone();
+            domain.unregistered = entry.domain.unregistered;
+        }
+        if let Some(name) = options.name {
+            domain.name = name;
+            domain.unregistered = false;
+        }
+        match known {
+            Some(Known { entry, outdated, _lease }) if entry.domain.name == domain.name => {
+                self.enter(imported, entry.revision, outdated).await
+            }
+            known => self.enter_as_another(imported, known, &cancel).await,
+        }
+    }
+
+    /// The domain of the catalogue that is to be replaced.
+    async fn known(
+        &self,
+        owner: &DomainName,
+        options: &ImportOptions,
+        cancel: &CancellationToken,
+    ) -> Result<Option<Known>> {
+        let lease = self.ledger.lease(owner, cancel).await?;
+        let Some(entry) = self.records.find(owner).await? else { return Ok(None) };
+        let manifests = self.authority.manifests(&entry.domain)?;
+        let outdated = self.authority.contradiction(&manifests, &entry).await?.is_some();
+        if !outdated {
+            self.records.refuse_unfinished(&entry).await?;
+        }
+        if !entry.tree.is_empty() && !options.replace {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("the catalogue has domain {} with {} snapshots", entry.domain.name, entry.tree.len()),
+            )
+            .state("nothing was changed")
+            .advise("to replace what it has by what manifests and images tell, say so with --replace"));
+        }
+        Ok(Some(Known { entry, _lease: lease, outdated }))
+    }
+
+    /// Records an imported domain under a name that the catalogue does not have, in place of the one that it was.
+    async fn enter_as_another(
+        &self,
+        imported: Imported,
+        known: Option<Known>,
+        cancel: &CancellationToken,
+    ) -> Result<ImportReport> {
+        let name = &imported.entry.domain.name;
+        let _lease = self.ledger.lease(name, cancel).await?;
+        if self.records.find(name).await?.is_some() {
+            return Err(Error::new(ErrorKind::Exists, format!("there is another domain {name} already"))
+                .advise("give this one another name with --name"));
+        }
+        if let Some(Known { entry, outdated, .. }) = &known {
+            if !outdated {
+                // Should this end between the two transactions, the manifests bring the domain back.
+                let manifests = self.authority.manifests(&entry.domain)?;
+                self.authority.write(&manifests, entry).await?;
+            }
+            self.ledger.commit(&entry.domain.name, entry.revision, vec![Change::RemoveDomain]).await?;
+        }
+        self.enter(imported, Revision::ABSENT, false).await
+    }
+
+    /// What is to be imported, and the domain of the catalogue that it is already, if so.
+    async fn source_of(&self, reference: &DomainRef) -> Result<(ImportSource, Option<DomainName>)> {
+        let (source, owner) = match &*self.locator.understood(reference)? {
+            DomainRef::Live { hypervisor, address } => {
+                match self.locator.known_at(hypervisor, address).await? {
+                    Some(name) => (ImportSource::of_entry(self.records.load(&name).await?), Some(name)),
+                    None => {
+                        let (source, _) = self.locator.source_of_running(hypervisor, address).await?;
+                        let paths: Vec<_> = source.disks.iter().map(|disk| disk.path.clone()).collect();
+                        let owner = self.locator.owner_of(&paths).await?;
+                        (source, owner)
+                    }
+                }
+            }
+            DomainRef::Images(given) => {
+                let (images, _) = real_images(given)?;
+                let paths: Vec<_> = images.iter().map(|image| image.path.clone()).collect();
+                let owner = self.locator.owner_of(&paths).await?;
+                let source = self.locator.source_of_images(&images)?;
+                let entry = match &owner {
+                    Some(owner) => self.records.find(owner).await?,
+                    None => None,
+                };
+                (entry.map_or(source, ImportSource::of_entry), owner)
+            }
+            DomainRef::Name(name) => {
+                (ImportSource::of_entry(self.records.load(name).await?), Some(name.clone()))
+            }
+        };
+        Ok((ImportSource { import: true, ..source }, owner))
+    }
+}

@@ -1,0 +1,169 @@
+//! The registrar: registers domains, imports them, and takes them out of the catalogue. It runs no plans and touches no image.
+
+mod disks;
+mod import;
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use super::authority::Authority;
+use super::images::disks_of;
+use super::importer::{ImportSource, Imported, Importer};
+use super::ledger::Ledger;
+use super::locator::{Located, Locator};
+use super::operator::Locks;
+use super::records::Records;
+use super::{DomainRef, DomainSpec, ImportReport, Removal};
+use crate::catalogue::{Change, Entry, Lease, Revision};
+use crate::{DomainName, Error, ErrorKind, Event, Events, Hypervisor, Registry, Result};
+
+/// Changes which domains the catalogue has.
+#[derive(Clone)]
+pub(super) struct Registrar {
+    /// What is recorded.
+    pub(super) records: Records,
+    /// Where changes are recorded.
+    pub(super) ledger: Ledger,
+    /// The backends and hypervisors.
+    pub(super) registry: Arc<Registry>,
+    /// Where warnings are reported.
+    pub(super) events: Events,
+    /// Locks domains.
+    pub(super) locks: Locks,
+    /// Finds domains.
+    pub(super) locator: Locator,
+    /// Makes domains of disks.
+    pub(super) importer: Importer,
+    /// Reads and writes manifests.
+    pub(super) authority: Authority,
+}
+
+impl Registrar {
+    /// Registers a domain.
+    pub(super) async fn add(&self, spec: DomainSpec, cancel: CancellationToken) -> Result<ImportReport> {
+        self.require_name(&spec.name)?;
+        let control = match (&spec.control, spec.hypervisor.is_none()) {
+            (Some(control), false) => Some(self.locator.read_control(&spec.hypervisor, control)?),
+            (control, _) => control.clone(),
+        };
+        let spec = DomainSpec { control, ..spec };
+        let (disks, followed) = disks_of(&spec)?;
+        let paths: Vec<_> = disks.iter().map(|disk| disk.path.clone()).collect();
+        let _lease = self.ledger.lease(&spec.name, &cancel).await?;
+        if self.records.find(&spec.name).await?.is_some() {
+            return Err(Error::new(ErrorKind::Exists, format!("there is a domain {} already", spec.name))
+                .advise(format!(
+                    "choose another name, or remove that one with `domsnap domain remove {}`",
+                    spec.name
+                )));
+        }
+        let before = match self.locator.owner_of(&paths).await? {
+            None => None,
+            Some(owner) => Some(self.unregistered_for(&owner, &spec, &cancel).await?),
+        };
+        let before = before.as_ref().map(|(entry, _lease)| entry);
+        let imported = self
+            .importer
+            .import(ImportSource {
+                name: Some(spec.name),
+                hypervisor: spec.hypervisor,
+                control: spec.control,
+                active_path: spec.active_path,
+                by_path: false,
+                known_as: before.map(|entry| entry.domain.name.clone()),
+                known: before.cloned(),
+                ..ImportSource::of_images(disks)
+            })
+            .await?;
+        if let Some(error) = imported.unconfirmed {
+            return Err(error);
+        }
+        if let Some(entry) = before {
+            // Its manifests are whole: should this end between the two transactions, they bring it back.
+            self.ledger.commit(&entry.domain.name, entry.revision, vec![Change::RemoveDomain]).await?;
+        }
+        let mut report = self.enter(imported, Revision::ABSENT, false).await?;
+        report.notes.splice(0..0, followed);
+        Ok(report)
+    }
+
+    /// Takes a domain out of the catalogue.
+    pub(super) async fn remove(&self, reference: DomainRef, cancel: CancellationToken) -> Result<Removal> {
+        let locked = self.locks.lock(&reference, &cancel).await?;
+        let (Located { entry, catalogued, .. }, manifests) = (&locked.located, &locked.manifests);
+        let name = entry.domain.name.clone();
+        if !catalogued {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("the catalogue has no domain of {reference}"),
+            )
+            .advise("`domsnap domain list` shows those that it has"));
+        }
+        // Where manifests say more than the catalogue, or another's word, they stay as they are.
+        if self.authority.contradiction(manifests, entry).await?.is_none() {
+            self.records.refuse_unfinished(entry).await?;
+            self.authority.write(manifests, entry).await.map_err(|error| {
+                error
+                    .state("the domain stays in the catalogue: without manifests its snapshots would be lost")
+            })?;
+        }
+        self.ledger.commit(&name, entry.revision, vec![Change::RemoveDomain]).await?;
+        Ok(Removal { domain: name, snapshots: entry.tree.len() as u64, manifests: manifests.place().into() })
+    }
+
+    /// Fails for a name by which a domain could not be called, because it begins as an address does.
+    fn require_name(&self, name: &DomainName) -> Result<()> {
+        let hypervisor = name.as_str().split_once(':').and_then(|(word, _)| Hypervisor::new(word).ok());
+        match hypervisor.filter(|hypervisor| self.registry.hypervisor(hypervisor).is_ok()) {
+            None => Ok(()),
+            Some(hypervisor) => Err(Error::new(
+                ErrorKind::Usage,
+                format!("the name {name} begins with '{hypervisor}:', which says where a domain is reached"),
+            )
+            .state("no changes made")
+            .advise("choose another name")),
+        }
+    }
+
+    /// The domain `owner` of the same images, which was never registered and now gets a name.
+    async fn unregistered_for(
+        &self,
+        owner: &DomainName,
+        spec: &DomainSpec,
+        cancel: &CancellationToken,
+    ) -> Result<(Entry, Lease)> {
+        let lease = self.ledger.lease(owner, cancel).await?;
+        let entry = self.records.load(owner).await?;
+        if !entry.domain.unregistered {
+            return Err(Error::new(
+                ErrorKind::Exists,
+                format!("the images of domain {} belong to domain {owner} already", spec.name),
+            )
+            .advise(format!("use {owner}, or take it out first with `domsnap domain remove {owner}`")));
+        }
+        let manifests = self.authority.manifests(&entry.domain)?;
+        self.authority.require(&manifests, &entry).await?;
+        self.records.refuse_unfinished(&entry).await?;
+        self.authority.write(&manifests, &entry).await?;
+        Ok((entry, lease))
+    }
+
+    /// Records an imported domain, and writes its manifests. Where manifests cannot be written, that is reported and stops
+    /// nothing.
+    async fn enter(&self, imported: Imported, expected: Revision, anew: bool) -> Result<ImportReport> {
+        let Imported { mut entry, restored, adopted, mut notes, leftovers, unconfirmed: _ } = imported;
+        self.ledger.put(&mut entry, expected, anew).await?;
+        let manifests = self.authority.manifests(&entry.domain)?;
+        if let Err(error) = self.authority.take_over(&manifests, &entry, &leftovers).await {
+            notes.push(error.to_string());
+            self.warn(&entry, &error);
+        }
+        Ok(ImportReport { domain: entry.domain, restored, adopted, notes })
+    }
+
+    /// Reports what failed and stops nothing.
+    fn warn(&self, entry: &Entry, error: &Error) {
+        self.events.tell(Event::Warning { domain: entry.domain.name.clone(), message: error.to_string() });
+    }
+}

@@ -1,0 +1,62 @@
+//! Which domain a file belongs to.
+
+use camino::Utf8Path;
+
+use super::Viewer;
+use crate::service::authority::{Manifests, layer_among};
+use crate::service::images::file_id;
+use crate::service::{DomainRef, Listing};
+use crate::{LayerName, Result, Target};
+
+/// The domain that has an image as a layer, as the catalogue tells, or else the manifests beside the image.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Belonging {
+    /// The domain, with its disks where the image is: a directory that was copied tells of the copy.
+    pub listing: Listing,
+    /// Of which disk it is a layer.
+    pub target: Target,
+    /// Which layer.
+    pub layer: LayerName,
+}
+
+impl Belonging {
+    /// Whether the image is what the domain writes.
+    pub fn is_active(&self) -> bool {
+        self.listing.domain.disk(&self.target).is_some_and(|record| record.active == self.layer)
+    }
+}
+
+impl Viewer {
+    /// The domain that has `image` as a layer.
+    pub(in crate::service) async fn belonging(&self, image: &Utf8Path) -> Result<Option<Belonging>> {
+        if file_id(image).is_none() {
+            return Ok(None);
+        }
+        let image =
+            &match (image.parent().and_then(|parent| parent.canonicalize_utf8().ok()), image.file_name()) {
+                (Some(directory), Some(name)) => directory.join(name),
+                _ => image.to_path_buf(),
+            };
+        for summary in self.records.domains().await? {
+            if let Some((record, layer)) = layer_among(&self.registry, image, &summary.domain.disks) {
+                let target = record.disk.target.clone();
+                let listing = self.list(&DomainRef::Name(summary.domain.name.clone())).await?;
+                return Ok(Some(Belonging { listing, target, layer }));
+            }
+        }
+        let Some(directory) = image.parent() else { return Ok(None) };
+        for beside in self.authority.beside(directory).await? {
+            let Some((record, layer)) = layer_among(&self.registry, image, &beside.records) else { continue };
+            let target = record.disk.target.clone();
+            let manifests: Manifests = std::sync::Arc::new(beside.manifests.clone());
+            let found = self.authority.read(&manifests).await?;
+            let mut domain = beside.manifest.domain;
+            domain.disks = beside.records;
+            let listing =
+                Listing { domain, catalogued: false, snapshots: found.snapshots, unfinished: Vec::new() };
+            return Ok(Some(Belonging { listing, target, layer }));
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,164 @@
+//! The viewer: commands that only look. No lock, nothing made, nothing changed.
+
+mod belonging;
+mod check;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::authority::Authority;
+use super::locator::{Located, Locator, attached};
+use super::planning::{outside, shared};
+use super::records::Records;
+use super::{Details, DiskReport, DomainRef, Listing, Member, Unfinished};
+use crate::catalogue::Entry;
+use crate::{
+    DiskRecord, DiskState, InspectDepth, LayerName, Operation, Registry, Result, Snapshot, SnapshotName,
+    SnapshotTree,
+};
+
+pub use belonging::Belonging;
+
+/// Shows domains as they are.
+#[derive(Clone)]
+pub(super) struct Viewer {
+    records: Records,
+    registry: Arc<Registry>,
+    locator: Locator,
+    authority: Authority,
+}
+
+impl Viewer {
+    /// The viewer of a catalogue's domains.
+    pub(super) fn new(
+        records: Records,
+        registry: Arc<Registry>,
+        locator: Locator,
+        authority: Authority,
+    ) -> Self {
+        Self { records, registry, locator, authority }
+    }
+
+    async fn unfinished_of(&self, entry: &Entry) -> Result<Vec<Unfinished>> {
+        let unfinished = self.records.unfinished(&entry.domain.name).await?;
+        Ok(unfinished.into_iter().map(shown).collect())
+    }
+
+    pub(in crate::service) async fn list(&self, reference: &DomainRef) -> Result<Listing> {
+        let Located { entry, catalogued, .. } = self.locator.locate(reference).await?;
+        let unfinished = self.unfinished_of(&entry).await?;
+        let snapshots = entry.tree.iter().cloned().collect();
+        Ok(Listing { domain: entry.domain, catalogued, snapshots, unfinished })
+    }
+
+    /// One snapshot in full, with sizes read from the images.
+    pub(in crate::service) async fn show(
+        &self,
+        reference: &DomainRef,
+        name: &SnapshotName,
+    ) -> Result<Details> {
+        let Located { entry, .. } = self.locator.locate(reference).await?;
+        let tree = &entry.tree;
+        let snapshot =
+            tree.named(name).map_err(|error| error.context(format!("domain {}", entry.domain.name)))?.clone();
+        let name_of = |id| tree.get(id).map(|snapshot| snapshot.name.clone());
+        let members = self.members(&entry, &snapshot).await?;
+        let machine = snapshot.machine.as_deref().and_then(|id| entry.domain.machine(id));
+        let record = machine.map(|machine| &machine.record);
+        Ok(Details {
+            outside: outside(&self.registry, &entry.domain, record),
+            shared: shared(&self.registry, &entry.domain, record),
+            current: entry.domain.current == Some(snapshot.id),
+            parent: snapshot.parent.and_then(name_of),
+            children: tree.children(Some(snapshot.id)).map(|child| child.name.clone()).collect(),
+            machine: machine.map(|machine| machine.summary.clone()),
+            domain: entry.domain.name.clone(),
+            snapshot,
+            members,
+        })
+    }
+
+    /// The disks of a snapshot, as far as the domain still has them.
+    async fn members(&self, entry: &Entry, snapshot: &Snapshot) -> Result<Vec<Member>> {
+        let live = self.locator.connect_to_look(&entry.domain).await;
+        let mut members = Vec::new();
+        for member in &snapshot.disks {
+            let Some(record) = entry.domain.disk(&member.target) else { continue };
+            let backend = self.registry.get(&record.disk.format)?;
+            // An image that cannot be read leaves out what only it can tell; `check` says why.
+            let state = backend.inspect(record, InspectDepth::Dependents, attached(&live, record)).await.ok();
+            let layer = state.as_ref().and_then(|state| state.layer(&member.point.layer));
+            let delete = match &state {
+                None => None,
+                Some(state) => {
+                    let doomed = BTreeSet::from([snapshot.id]);
+                    let (drop, keep) = crate::plan::split_points(&entry.tree, &member.target, &doomed);
+                    backend.cost_of_delete(record, state, &drop, &keep).await.ok()
+                }
+            };
+            members.push(Member {
+                target: member.target.clone(),
+                point: member.point.clone(),
+                kind: member.point.kind(),
+                file: match layer {
+                    Some(layer) => layer.file.clone(),
+                    None => backend.layer_file(record, &member.point.layer),
+                },
+                virtual_size: member.virtual_size,
+                allocated: layer.map(|layer| layer.allocated),
+                delete,
+            });
+        }
+        Ok(members)
+    }
+
+    pub(in crate::service) async fn inspect(&self, reference: &DomainRef) -> Result<Vec<DiskReport>> {
+        let Located { entry, .. } = self.locator.locate(reference).await?;
+        let live = self.locator.connect_to_look(&entry.domain).await;
+        let mut reports = Vec::new();
+        for record in entry.domain.disks {
+            let backend = self.registry.get(&record.disk.format)?;
+            reports.push(
+                match backend.inspect(&record, InspectDepth::Dependents, attached(&live, &record)).await {
+                    Ok(state) => {
+                        let unnamed = unnamed(&record, &state, &entry.tree);
+                        DiskReport { record, state: Some(state), unnamed, problem: None }
+                    }
+                    Err(error) => DiskReport {
+                        record,
+                        state: None,
+                        unnamed: Vec::new(),
+                        problem: Some(error.to_string()),
+                    },
+                },
+            );
+        }
+        Ok(reports)
+    }
+}
+
+fn shown(operation: Operation) -> Unfinished {
+    Unfinished {
+        id: operation.id,
+        operation: operation.plan.operation,
+        snapshots: operation.plan.snapshots,
+        state: operation.state,
+        started: operation.started,
+    }
+}
+
+/// The owned layers whose own state nothing needs: not the active one, no point is the layer itself, and no foreign
+/// image stands on it.
+fn unnamed(record: &DiskRecord, state: &DiskState, tree: &SnapshotTree) -> Vec<LayerName> {
+    state
+        .layers
+        .iter()
+        .filter(|layer| {
+            layer.owned
+                && layer.name != state.active
+                && layer.dependents.is_empty()
+                && !tree.points(&record.disk.target).any(|p| p.tag.is_none() && p.layer == layer.name)
+        })
+        .map(|layer| layer.name.clone())
+        .collect()
+}
