@@ -10,8 +10,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::manifest::{ManifestDirectory, ManifestStore};
 use crate::{
-    ActivePath, AttachedDisk, ChainFile, Disk, DiskPlan, DiskRecord, DiskRequest, DiskState, Inside,
-    LayerName, PointKind, Result, Snapshot, Step, StepStatus,
+    ActivePath, AttachedDisk, ChainFile, Disk, DiskIdentity, DiskPlan, DiskRecord, DiskRequest, DiskState,
+    Error, ErrorKind, Inside, LayerName, PointKind, Result, Snapshot, Step, StepStatus,
 };
 
 /// What a backend can do with disks of its format. The planner checks it; it is not found out half way.
@@ -165,6 +165,32 @@ pub trait DiskSnapshotter: Send + Sync {
 
     /// What it can do.
     fn capabilities(&self) -> Capabilities;
+
+    /// The scheme of the addresses that disks of this backend have (`rbd`); absent: they are files or block devices of this
+    /// machine. A backend with a scheme fulfils [`DiskSnapshotter::resolve`], [`DiskSnapshotter::identity`],
+    /// [`DiskSnapshotter::has_layer`], [`DiskSnapshotter::is_gone`] and [`DiskSnapshotter::manifests`] itself.
+    fn scheme(&self) -> Option<&str> {
+        None
+    }
+
+    /// The one form of an address of this backend's scheme, by which the disk is known from now on. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is no such disk; [`ErrorKind::Usage`] for text that is no address.
+    async fn resolve(&self, address: &Utf8Path) -> Result<Utf8PathBuf> {
+        Err(Error::new(ErrorKind::Usage, format!("the format {} has no address {address}", self.format()))
+            .advise("give the path of a disk image"))
+    }
+
+    /// What tells a disk from every other, by whatever address it is named; absent where there is no such disk.
+    async fn identity(&self, disk: &Disk) -> Result<Option<DiskIdentity>> {
+        Ok(disk.local().and_then(crate::service::file_id).map(DiskIdentity::Inode))
+    }
+
+    /// Returns true if a layer of a disk is there.
+    async fn has_layer(&self, disk: &DiskRecord, layer: &LayerName) -> Result<bool> {
+        Ok(self.layer_file(disk, layer).exists())
+    }
 
     /// Processes of the backend's own that may have images open: they are not somebody else's.
     fn processes(&self) -> Vec<u32> {

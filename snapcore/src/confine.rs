@@ -19,7 +19,7 @@ pub fn check_domain(domain: &Domain) -> Result<(), String> {
     let (mut targets, mut paths) = (HashSet::new(), HashSet::new());
     for record in &domain.disks {
         let disk = &record.disk;
-        check_path(&disk.path)?;
+        check_address(&disk.path)?;
         if !targets.insert(&disk.target) || !paths.insert(&disk.path) {
             return Err(format!("it has the disk {} ({}) twice", disk.target, disk.path));
         }
@@ -64,6 +64,18 @@ pub fn check_name(name: &str) -> Result<(), String> {
 /// Returns true for a layer that does not lie in its disk's directory.
 pub fn is_elsewhere(layer: &LayerName) -> bool {
     layer.as_str().starts_with('/')
+}
+
+/// Checks that an address is a path, as [`check_path`] does, or has a scheme and no character that cannot be shown.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn check_address(address: &Utf8Path) -> Result<(), String> {
+    match crate::DiskAddress::of(address) {
+        crate::DiskAddress::Named { text, .. } if !text.contains(char::is_control) => Ok(()),
+        crate::DiskAddress::Named { .. } => Err(format!("the address {address:?} has control characters")),
+        crate::DiskAddress::Local(path) => check_path(path),
+    }
 }
 
 /// Checks that a path is absolute and canonical: without `.`, `..` and empty parts.

@@ -106,7 +106,8 @@ pub enum ActivePath {
 pub struct Disk {
     /// What it is called inside the domain.
     pub target: Target,
-    /// The configured path: absolute, and always the active image under [`ActivePath::Keep`].
+    /// The address that the domain's configuration has. A file or block device of this machine has its absolute path, which
+    /// is always the active image under [`ActivePath::Keep`]; any other disk `SCHEME:TEXT` ([`Disk::address`]).
     #[schemars(with = "String")]
     pub path: Utf8PathBuf,
     /// The name of its backend (`qcow2`). Stated, never guessed from content.

@@ -49,6 +49,7 @@
 
 #![forbid(unsafe_code)]
 
+mod address;
 mod backend;
 pub mod catalogue;
 pub mod chain;
@@ -74,6 +75,7 @@ mod state;
 mod step;
 mod zone;
 
+pub use address::{DiskAddress, DiskIdentity};
 pub use backend::{
     Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth, Progress,
     Salvage, Severity, StepContext, StepNeed,

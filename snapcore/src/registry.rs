@@ -61,6 +61,12 @@ impl Registry {
         particular.or_else(|| known().next()).map(DiskSnapshotter::format)
     }
 
+    /// The backend whose disks have addresses of this scheme.
+    pub fn of_scheme(&self, address: &Utf8Path) -> Option<&dyn DiskSnapshotter> {
+        let (scheme, _) = crate::address::split(address.as_str())?;
+        self.iter().find(|backend| backend.scheme() == Some(scheme))
+    }
+
     /// The format of images that are given by their path alone: the first that was registered.
     ///
     /// # Errors

@@ -1,10 +1,18 @@
-//! `domsnap disk ...`: one image, no domain.
+//! `domsnap disk ...`: one image, no domain. A second way to write an image, beside the service, and on purpose.
 //!
-//! Internal snapshots go straight to the image engine: no catalogue, no journal, no event loop, because the
-//! engine alone makes each of them whole or not at all. Before something is taken away the catalogue and the
-//! manifests beside the image are asked whether a domain counts on it, and the images beside it whether one
-//! stands on it. External snapshots, and whatever was made that way, go through the service as a domain of
-//! one disk.
+//! **Why internal snapshots may go past the service.** A script that knows no domains wants what `qemu-img snapshot` does: one
+//! image, no catalogue, no journal. The image engine alone makes each change whole or not at all, so there is nothing to
+//! journal, and nothing to recover. The image's lock is taken by the engine. What only the service knows is asked of it first:
+//! whether a running domain has the image open ([`Domsnap::require_closed`]), whether a domain counts on what is taken away
+//! ([`Domsnap::belonging`], [`Domsnap::require_authoritative`]), and what stands on the image ([`Domsnap::backed_by`]).
+//!
+//! **Everything else goes through the service**, as a domain of one disk: external snapshots, and each image with a history in
+//! the catalogue.
+//!
+//! [`Domsnap::require_closed`]: snapcore::Domsnap::require_closed
+//! [`Domsnap::belonging`]: snapcore::Domsnap::belonging
+//! [`Domsnap::require_authoritative`]: snapcore::Domsnap::require_authoritative
+//! [`Domsnap::backed_by`]: snapcore::Domsnap::backed_by
 
 use backend_qcow2::image::{self, Image, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};

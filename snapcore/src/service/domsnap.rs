@@ -254,11 +254,11 @@ impl Domsnap {
         self.rooms.viewer.belonging(image).await
     }
 
-    /// Whether the catalogue has the last word on the domain `name`: what manifests beside its images tell was written
-    /// with this catalogue, and not later than it knows.
+    /// Checks that the catalogue is authoritative for the domain `name`: every manifest beside its images was written with
+    /// this catalogue, and none is newer than what it has.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where it has not, with what to do.
+    /// [`ErrorKind::Refused`] where it is not, with what to do.
     pub async fn require_authoritative(&self, name: &DomainName) -> Result<()> {
         self.rooms.authority.require_for(name).await
     }
@@ -271,17 +271,17 @@ impl Domsnap {
         self.rooms.viewer.inspect(domain).await
     }
 
-    /// Refuses an image that a running domain has open without a lock which its writer would meet: for who is about to write
-    /// it without this service.
+    /// Fails if a running domain has the image open without holding a lock. Call it before you write to an image without this
+    /// service.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Busy`], with the domain.
-    pub async fn require_closed(&self, image: &camino::Utf8Path) -> Result<()> {
+    /// [`ErrorKind::Busy`], with the domain.
+    pub async fn require_closed(&self, image: &Utf8Path) -> Result<()> {
         self.rooms.watcher.require_closed(image).await
     }
 
     /// The images of the catalogue's domains that are backed by the file `image`, in whatever directory they are.
-    pub async fn backed_by(&self, image: &camino::Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+    pub async fn backed_by(&self, image: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
         self.rooms.neighbours.backed_by(image).await
     }
 

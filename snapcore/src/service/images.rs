@@ -5,10 +5,17 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::{GivenImage, image_list};
-use crate::{Disk, Domain, Error, ErrorKind, FileIdentity, Result, Target, file_identity, shell_word};
+use crate::{
+    Disk, DiskAddress, DiskIdentity, Domain, Error, ErrorKind, FileIdentity, Registry, Result, Target,
+    file_identity, shell_word,
+};
 
 /// Which file a path names, whatever its name.
-pub(super) fn file_id(path: &Utf8Path) -> Option<FileIdentity> {
+pub(crate) fn file_id(path: &Utf8Path) -> Option<FileIdentity> {
+    // An address of a backend of its own is no path, though a file of that name may be in the current directory.
+    if !path.is_absolute() {
+        return None;
+    }
     let found = path.metadata().ok()?;
     Some(file_identity(&found))
 }
@@ -76,7 +83,8 @@ pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
 /// [`ErrorKind::NotFound`] with the first that is not.
 pub fn require_files(paths: &[Utf8PathBuf]) -> Result<()> {
     for path in paths {
-        if let Err(cause) = path.symlink_metadata()
+        if let Some(path) = DiskAddress::of(path).as_local()
+            && let Err(cause) = path.symlink_metadata()
             && cause.kind() == std::io::ErrorKind::NotFound
         {
             return Err(Error::new(ErrorKind::NotFound, format!("no such file: {path}")));
@@ -88,8 +96,10 @@ pub fn require_files(paths: &[Utf8PathBuf]) -> Result<()> {
 /// The disks whose images are not there. Block devices are passed over: a volume that is not active has no node.
 pub(super) fn missing(domain: &Domain) -> Vec<Target> {
     let is_missing = |disk: &Disk| {
-        !disk.path.starts_with("/dev")
-            && disk.path.symlink_metadata().is_err_and(|cause| cause.kind() == std::io::ErrorKind::NotFound)
+        let file = disk.local().filter(|path| !path.starts_with("/dev"));
+        file.is_some_and(|path| {
+            path.symlink_metadata().is_err_and(|cause| cause.kind() == std::io::ErrorKind::NotFound)
+        })
     };
     let disks = domain.disks.iter().map(|record| &record.disk);
     disks.filter(|disk| is_missing(disk)).map(|disk| disk.target.clone()).collect()
@@ -109,12 +119,34 @@ fn below_real_directory(path: &Utf8Path) -> Result<Utf8PathBuf> {
     Ok(directory.join(name))
 }
 
-/// Images by the paths that they are known by, and a sentence for each that was named by a link.
-pub(super) fn real_images(given: &[GivenImage]) -> Result<(Vec<GivenImage>, Vec<String>)> {
+/// The one form of an image's address: its backend's for an address with a scheme, and [`image_path`] for a path.
+pub(super) async fn known_address(registry: &Registry, given: &Utf8Path) -> Result<Utf8PathBuf> {
+    match registry.of_scheme(given) {
+        Some(backend) => backend.resolve(given).await,
+        None => image_path(given),
+    }
+}
+
+/// The absolute form of a path that was given, or an address with a scheme as it is.
+pub(super) fn absolute(registry: &Registry, given: &Utf8Path) -> Result<Utf8PathBuf> {
+    match registry.of_scheme(given) {
+        Some(_) => Ok(given.to_owned()),
+        None => camino::absolute_utf8(given).map_err(|cause| {
+            Error::new(ErrorKind::Usage, format!("the image path {given:?} cannot be made absolute"))
+                .because(cause)
+        }),
+    }
+}
+
+/// Images by the addresses that they are known by, and a sentence for each that was named by a link.
+pub(super) async fn real_images(
+    registry: &Registry,
+    given: &[GivenImage],
+) -> Result<(Vec<GivenImage>, Vec<String>)> {
     let mut images: Vec<GivenImage> = Vec::new();
     let mut notes = Vec::new();
     for image in given {
-        let real = GivenImage { path: image_path(&image.path)?, ..image.clone() };
+        let real = GivenImage { path: known_address(registry, &image.path).await?, ..image.clone() };
         if let Some(same) = images.iter().find(|other| is_same_file(&other.path, &real.path)) {
             let detail = format!("{} is the image {}, which is given twice", image.path, same.path);
             return Err(Error::new(ErrorKind::Usage, detail));
@@ -132,31 +164,30 @@ pub(super) fn is_same_file(one: &Utf8Path, other: &Utf8Path) -> bool {
 
 /// What is to be said of an image that was named by a symbolic link.
 pub(super) fn followed(given: &Utf8Path, real: &Utf8Path) -> Option<String> {
-    let is_link = given.symlink_metadata().is_ok_and(|found| found.is_symlink());
+    let is_link = given.is_absolute() && given.symlink_metadata().is_ok_and(|found| found.is_symlink());
     (is_link && given != real)
         .then(|| format!("{given} is a symbolic link: the image is known by its own path, {real}"))
 }
 
-/// The disks of a new domain, by the paths that they are known by, and a sentence for each that was named by a link.
-pub(super) fn disks_of(spec: &super::DomainSpec) -> Result<(Vec<Disk>, Vec<String>)> {
-    let mut disks: Vec<Disk> = Vec::new();
+/// The disks of a new domain, by the addresses that they are known by, and a sentence for each that was named by a link.
+pub(super) async fn disks_of(
+    registry: &Registry,
+    spec: &super::DomainSpec,
+) -> Result<(Vec<Disk>, Vec<String>)> {
+    let mut disks: Vec<(Disk, Option<DiskIdentity>)> = Vec::new();
     let mut notes = Vec::new();
     for disk in &spec.disks {
-        let absolute = camino::absolute_utf8(&disk.path).map_err(|cause| {
-            Error::new(ErrorKind::Usage, format!("the image path {:?} cannot be made absolute", disk.path))
-                .because(cause)
-        })?;
-        let path = image_path(&absolute).map_err(|error| error.context(format!("disk {}", disk.target)))?;
+        let named = |error: Error| error.context(format!("disk {}", disk.target));
+        let given = absolute(registry, &disk.path)?;
+        let path = known_address(registry, &given).await.map_err(named)?;
         let disk = Disk { path, ..disk.clone() };
-        if let Err(cause) = disk.path.symlink_metadata()
-            && cause.kind() == std::io::ErrorKind::NotFound
-        {
-            return Err(Error::new(ErrorKind::NotFound, format!("no such file: {}", disk.path))
-                .context(format!("disk {}", disk.target)));
-        }
-        notes.extend(followed(&absolute, &disk.path));
-        let is_same = |known: &&Disk| known.target == disk.target || is_same_file(&known.path, &disk.path);
-        if let Some(same) = disks.iter().find(is_same) {
+        require_files(std::slice::from_ref(&disk.path)).map_err(named)?;
+        notes.extend(followed(&given, &disk.path));
+        let identity = identity_of(registry, &disk).await?;
+        let is_same = |(known, its): &&(Disk, Option<DiskIdentity>)| {
+            known.target == disk.target || known.path == disk.path || (its.is_some() && *its == identity)
+        };
+        if let Some((same, _)) = disks.iter().find(is_same) {
             return Err(Error::new(
                 ErrorKind::Usage,
                 format!(
@@ -166,7 +197,15 @@ pub(super) fn disks_of(spec: &super::DomainSpec) -> Result<(Vec<Disk>, Vec<Strin
             )
             .advise("give each disk a target and an image of its own"));
         }
-        disks.push(disk);
+        disks.push((disk, identity));
     }
-    Ok((disks, notes))
+    Ok((disks.into_iter().map(|(disk, _)| disk).collect(), notes))
+}
+
+/// What tells a disk from every other. A format that no backend serves is found out when the disk is adopted.
+pub(super) async fn identity_of(registry: &Registry, disk: &Disk) -> Result<Option<DiskIdentity>> {
+    match registry.get(&disk.format) {
+        Ok(backend) => backend.identity(disk).await,
+        Err(_) => Ok(file_id(&disk.path).map(DiskIdentity::Inode)),
+    }
 }

@@ -34,6 +34,7 @@ mod rooms;
 mod viewer;
 
 pub use domsnap::Domsnap;
+pub(crate) use images::file_id;
 pub use images::{image_path, require_files};
 pub use locator::Scanned;
 pub use reference::{DomainRef, DomainSpec, GivenImage, image_list};

@@ -3,17 +3,21 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+mod table;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
+use snapcore::manifest::{ManifestDirectory, ManifestStore};
 use snapcore::*;
+pub use table::Rows;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -124,6 +128,8 @@ pub struct FakeBackend {
     pub salvaged: Arc<Mutex<Vec<(Target, bool)>>>,
     /// What it declares, instead of internal points at rest.
     pub declared: Option<Capabilities>,
+    /// Its disks are rows of a table, at `table:NAME`, and no files; so are its manifests.
+    pub rows: Option<Rows>,
 }
 
 impl FakeBackend {
@@ -138,7 +144,7 @@ impl FakeBackend {
 
     /// The same disks, no faults: what the next process finds.
     pub fn after_a_crash(&self) -> Self {
-        Self { disks: self.disks.clone(), ..Self::default() }
+        Self { disks: self.disks.clone(), rows: self.rows.clone(), ..Self::default() }
     }
 
     pub fn write(&self, path: &Utf8PathBuf, data: u64) {
@@ -162,7 +168,7 @@ impl FakeBackend {
 }
 
 fn layer_of(disk: &Disk) -> LayerName {
-    LayerName(format!("{}.layer", disk.path.file_name().unwrap()))
+    LayerName(format!("{}.layer", disk.path.file_name().unwrap().replace(':', "-")))
 }
 
 fn step(group: Group, disk: &Disk, action: Action, bytes: u64, deferrable: bool) -> PlannedStep {
@@ -184,7 +190,38 @@ fn step(group: Group, disk: &Disk, action: Action, bytes: u64, deferrable: bool)
 #[async_trait]
 impl DiskSnapshotter for FakeBackend {
     fn format(&self) -> &str {
-        "fake"
+        if self.rows.is_some() { "table" } else { "fake" }
+    }
+
+    fn scheme(&self) -> Option<&str> {
+        self.rows.as_ref().map(|_| "table")
+    }
+
+    async fn resolve(&self, address: &Utf8Path) -> Result<Utf8PathBuf> {
+        // Names of rows are written in small letters, whatever the user writes.
+        let name = Utf8PathBuf::from(address.as_str().to_lowercase());
+        self.disk(&name)?;
+        Ok(name)
+    }
+
+    async fn identity(&self, disk: &Disk) -> Result<Option<DiskIdentity>> {
+        let found = self.disks().contains_key(&disk.path);
+        Ok(found.then(|| DiskIdentity::Named(disk.path.to_string())))
+    }
+
+    async fn has_layer(&self, record: &DiskRecord, layer: &LayerName) -> Result<bool> {
+        Ok(self.disks().contains_key(&record.disk.path) && *layer == layer_of(&record.disk))
+    }
+
+    async fn is_gone(&self, record: &DiskRecord) -> Result<bool> {
+        Ok(self.rows.is_some() && !self.disks().contains_key(&record.disk.path))
+    }
+
+    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
+        match &self.rows {
+            Some(rows) => Arc::new(rows.of(disk)),
+            None => Arc::new(ManifestDirectory::new(self.manifest_directory(disk))),
+        }
     }
 
     fn capabilities(&self) -> Capabilities {

@@ -53,7 +53,9 @@ impl Authority {
     ) -> Result<()> {
         let mut seen: HashMap<Utf8PathBuf, Vec<Beside>> = HashMap::new();
         for disk in disks {
-            let Some(directory) = disk.path.parent().map(Utf8Path::to_path_buf) else { continue };
+            let Some(directory) = disk.local().and_then(Utf8Path::parent).map(Utf8Path::to_path_buf) else {
+                continue;
+            };
             if !seen.contains_key(&directory) {
                 let found = self.beside(&directory).await?;
                 seen.insert(directory.clone(), found);

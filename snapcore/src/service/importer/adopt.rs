@@ -33,11 +33,11 @@ impl Importer {
             let mut record = backend.adopt(disk, identity.active_path).await?;
             let told = matched.record_of(disk);
             if let Some(told) = told {
-                if identity.active_path == ActivePath::Keep && is_renamed(&*backend, &record, told) {
+                if identity.active_path == ActivePath::Keep && is_renamed(&*backend, &record, told).await? {
                     let active = told.active.clone();
                     record = DiskRecord { owned: vec![active.clone()], active, ..record };
                 }
-                add_layers(matched, &*backend, &mut record, told, report);
+                add_layers(matched, &*backend, &mut record, told, report).await?;
             }
             let state = backend.inspect(&record, InspectDepth::Layers, None).await?;
             if let Some(told) = told.filter(|told| told.active != record.active) {
@@ -54,21 +54,21 @@ impl Importer {
 
 /// Returns true if the adopted disk and the manifest's are one that was never frozen, so that neither has a file of its
 /// permanent name: the image at the path is the one that the manifest means, in another file where it was copied.
-fn is_renamed(backend: &dyn DiskSnapshotter, record: &DiskRecord, told: &DiskRecord) -> bool {
-    backend.layer_file(record, &record.active) == record.disk.path
+async fn is_renamed(backend: &dyn DiskSnapshotter, record: &DiskRecord, told: &DiskRecord) -> Result<bool> {
+    Ok(backend.layer_file(record, &record.active) == record.disk.path
         && !is_elsewhere(&told.active)
-        && !backend.layer_file(record, &told.active).exists()
+        && !backend.has_layer(record, &told.active).await?)
 }
 
 /// Adds the layers that the manifest calls the domain's own, as far as they are there. One outside of the disk's directory
 /// must be confirmed by the user, or known to the catalogue: it would be merged and removed as the domain's.
-fn add_layers(
+async fn add_layers(
     matched: &Matched,
     backend: &dyn DiskSnapshotter,
     record: &mut DiskRecord,
     told: &DiskRecord,
     report: &mut Report,
-) {
+) -> Result<()> {
     let source = &matched.source;
     for layer in &told.owned {
         let Disk { target, path, .. } = &record.disk;
@@ -79,11 +79,12 @@ fn add_layers(
             ));
             continue;
         }
-        let exists = backend.layer_file(record, layer).exists();
+        let exists = backend.has_layer(record, layer).await?;
         if !record.owned.contains(layer) && exists {
             record.owned.push(layer.clone());
         }
     }
+    Ok(())
 }
 
 /// The internal points of the layer `told`, which was active, that the active image has too: a copy that kept no hard

@@ -8,7 +8,7 @@ mod owner;
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 
 use super::authority::Leftovers;
 use super::images::{followed, image_path, real_images, require_files};
@@ -17,7 +17,9 @@ use super::records::Records;
 use super::reference::{Chosen, choose_disks, target_at};
 use super::{DomainRef, GivenImage};
 use crate::catalogue::Entry;
-use crate::{Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Registry, Result, shell_word};
+use crate::{
+    Control, Disk, DiskSnapshotter, DomainName, Error, ErrorKind, Hypervisor, Registry, Result, shell_word,
+};
 
 pub use connect::Scanned;
 pub(super) use connect::{Live, attached};
@@ -96,7 +98,7 @@ impl Locator {
 
     /// The domain whose disks are these images.
     async fn locate_images(&self, given: &[GivenImage]) -> Result<Located> {
-        let (images, followed) = real_images(given)?;
+        let (images, followed) = real_images(&self.registry, given).await?;
         let paths: Vec<_> = images.iter().map(|image| image.path.clone()).collect();
         if let Some(owner) = self.owner_of(&paths).await? {
             let entry = self.records.load(&owner).await?;
@@ -114,6 +116,13 @@ impl Locator {
     pub(in crate::service) fn understood<'r>(&self, reference: &'r DomainRef) -> Result<Cow<'r, DomainRef>> {
         let DomainRef::Live { hypervisor, address } = reference else { return Ok(Cow::Borrowed(reference)) };
         if self.registry.hypervisor(hypervisor).is_err() {
+            let text = reference.to_string();
+            if self.registry.of_scheme(Utf8Path::new(&text)).is_some() {
+                return Ok(Cow::Owned(DomainRef::Images(vec![GivenImage {
+                    path: text.into(),
+                    format: None,
+                }])));
+            }
             return DomainRef::at_rest(&reference.to_string()).map(Cow::Owned);
         }
         let control = Control { address: address.clone(), ..Control::default() };
@@ -163,7 +172,9 @@ impl Locator {
                 if let Some(format) = format {
                     self.registry.get(format)?;
                 }
-                let format = format.or_else(|| self.registry.recognise(path, None)).unwrap_or(default);
+                let of_scheme = || self.registry.of_scheme(path).map(DiskSnapshotter::format);
+                let format = format.or_else(of_scheme).or_else(|| self.registry.recognise(path, None));
+                let format = format.unwrap_or(default);
                 Ok(Disk { target: target_at(index)?, path: path.clone(), format: format.to_owned() })
             })
             .collect::<Result<Vec<_>>>()?;

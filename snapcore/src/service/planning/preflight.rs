@@ -140,7 +140,8 @@ struct Works {
 impl Works {
     fn add(&mut self, record: &DiskRecord, uses: &FileUses) {
         // Nothing is made beside a device but what it says itself.
-        let own = record.disk.path.parent().filter(|directory| !directory.starts_with("/dev"));
+        let own =
+            record.disk.local().and_then(Utf8Path::parent).filter(|directory| !directory.starts_with("/dev"));
         for file in uses.makes.iter().chain(&uses.renames) {
             let Some(directory) = file.parent().filter(|directory| !directory.starts_with("/dev")) else {
                 continue;
@@ -158,7 +159,7 @@ impl Works {
     fn check(self, plan: &Plan, records: &[DiskRecord], manifests_room: u64, dry: bool) -> Result<()> {
         // What a crash has left goes, also where nothing is to be done.
         if !dry {
-            let beside = records.iter().filter_map(|record| record.disk.path.parent());
+            let beside = records.iter().filter_map(|record| record.disk.local().and_then(Utf8Path::parent));
             let others = [&self.memory, &self.manifests].into_iter().flatten().map(|path| &**path);
             let all = beside.chain(self.images.keys().map(|path| &**path)).chain(others);
             for directory in all.filter(|directory| !directory.starts_with("/dev")) {

@@ -5,10 +5,10 @@ use tokio_util::sync::CancellationToken;
 use super::Registrar;
 use crate::catalogue::{Entry, Revision};
 use crate::service::DomainRef;
-use crate::service::images::{image_path, is_same_file};
+use crate::service::images::{absolute, identity_of, known_address};
 use crate::service::locator::Located;
 use crate::service::operator::Locked;
-use crate::{Disk, Domain, Error, ErrorKind, Result, Target};
+use crate::{Disk, DiskRecord, Domain, Error, ErrorKind, Result, Target};
 
 impl Registrar {
     pub(in crate::service) async fn disk_remove(
@@ -60,11 +60,8 @@ impl Registrar {
         let mut locked = self.locks.lock(&reference, &cancel).await?;
         let Located { entry, catalogued, .. } = &mut locked.located;
         let name = entry.domain.name.clone();
-        let absolute = camino::absolute_utf8(&disk.path).map_err(|cause| {
-            Error::new(ErrorKind::Usage, format!("the image path {:?} cannot be made absolute", disk.path))
-                .because(cause)
-        })?;
-        let disk = Disk { path: image_path(&absolute)?, ..disk };
+        let given = absolute(&self.registry, &disk.path)?;
+        let disk = Disk { path: known_address(&self.registry, &given).await?, ..disk };
         if entry.domain.disk(&disk.target).is_some() {
             return Err(Error::new(
                 ErrorKind::Exists,
@@ -79,8 +76,7 @@ impl Registrar {
             )
             .advise(format!("take it out there first: `domsnap domain remove {owner}`")));
         }
-        if let Some(same) = entry.domain.disks.iter().find(|known| is_same_file(&known.disk.path, &disk.path))
-        {
+        if let Some(same) = self.same_disk(&entry.domain, &disk).await? {
             return Err(Error::new(
                 ErrorKind::Exists,
                 format!("{} and disk {} of domain {name} are one file", disk.path, same.disk.target),
@@ -92,6 +88,18 @@ impl Registrar {
         entry.domain.disks.push(record);
         self.put_changed(entry, *catalogued).await?;
         Ok(entry.domain.clone())
+    }
+
+    /// The disk of a domain that `disk` is too, by another address.
+    async fn same_disk<'d>(&self, domain: &'d Domain, disk: &Disk) -> Result<Option<&'d DiskRecord>> {
+        let wanted = identity_of(&self.registry, disk).await?;
+        for known in &domain.disks {
+            let identity = identity_of(&self.registry, &known.disk).await?;
+            if known.disk.path == disk.path || (identity.is_some() && identity == wanted) {
+                return Ok(Some(known));
+            }
+        }
+        Ok(None)
     }
 
     /// Records a domain whose disks are others now. Its manifests follow; where they cannot, that is reported and stops

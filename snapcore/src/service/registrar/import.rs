@@ -117,7 +117,7 @@ impl Registrar {
                 }
             }
             DomainRef::Images(given) => {
-                let (images, _) = real_images(given)?;
+                let (images, _) = real_images(&self.registry, given).await?;
                 let paths: Vec<_> = images.iter().map(|image| image.path.clone()).collect();
                 let owner = self.locator.owner_of(&paths).await?;
                 let source = self.locator.source_of_images(&images)?;

@@ -48,7 +48,7 @@ impl Registrar {
             (control, _) => control.clone(),
         };
         let spec = DomainSpec { control, ..spec };
-        let (disks, followed) = disks_of(&spec)?;
+        let (disks, followed) = disks_of(&self.registry, &spec).await?;
         let paths: Vec<_> = disks.iter().map(|disk| disk.path.clone()).collect();
         let _lease = self.ledger.lease(&spec.name, &cancel).await?;
         if self.records.find(&spec.name).await?.is_some() {

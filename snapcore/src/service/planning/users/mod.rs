@@ -303,6 +303,10 @@ impl Watcher {
             };
             watched.unknown_process |= !known && !open.is_empty() && !by_the_kernel();
             watched.of_domain.extend(&open);
+            if record.disk.local().is_none() {
+                // Who else uses it only its backend can tell, which holds it.
+                continue;
+            }
             let backend = self.registry.get(&disk.format).ok();
             let disk = WatchedDisk { record, backend: backend.as_deref(), open, known };
             disk.add_layers(&mut watched, live.is_some() && detached.contains(&record.disk.target));

@@ -1,0 +1,178 @@
+//! Disks that are no files: rows of a table in memory, at addresses that their backend alone reads. All that a domain of files
+//! can do works with them, and no local file is made or looked for.
+
+mod fake;
+
+use std::sync::Arc;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use catalogue_sqlite::SqliteCatalogue;
+use fake::{FakeBackend, FakeDisk, Fault, How, Rows, When};
+use snapcore::service::{ImportOptions, RecoveryEnd};
+use snapcore::*;
+use tokio_util::sync::CancellationToken;
+
+/// A table with the rows `web/root` and `web/data`, and a state directory. The current directory has nothing of theirs.
+struct Table {
+    directory: tempfile::TempDir,
+    backend: FakeBackend,
+}
+
+impl Table {
+    fn new() -> Self {
+        let backend = FakeBackend { rows: Some(Rows::default()), ..FakeBackend::default() };
+        for row in ["table:web/root", "table:web/data"] {
+            backend.disks().insert(row.into(), FakeDisk { data: 1, ..FakeDisk::default() });
+        }
+        Self { directory: tempfile::tempdir().unwrap(), backend }
+    }
+
+    fn root(&self) -> &Utf8Path {
+        Utf8Path::from_path(self.directory.path()).unwrap()
+    }
+
+    fn service(&self) -> Domsnap {
+        let mut registry = Registry::new();
+        registry.register(Arc::new(self.backend.clone())).unwrap();
+        Domsnap::new(Arc::new(SqliteCatalogue::new(self.root().join("state"))), registry)
+    }
+
+    fn spec(&self, addresses: &[&str]) -> DomainSpec {
+        let targets = ["vda", "vdb"].into_iter().map(|target| Target::new(target).unwrap());
+        let spec = DomainSpec::new(DomainName::new("web").unwrap());
+        targets.zip(addresses).fold(spec, |spec, (target, address)| spec.disk(target, *address, "table"))
+    }
+
+    async fn add(&self) -> DomainRef {
+        let report =
+            self.service().domain_add(&self.spec(&["table:WEB/root", "table:web/data"])).await.unwrap();
+        assert_eq!(report.notes, Vec::<String>::new());
+        DomainRef::parse("web").unwrap()
+    }
+
+    async fn create(&self, domain: &DomainRef, snapshot: &str) {
+        self.service().create(domain, CreateRequest::new(name(snapshot)), go()).await.unwrap();
+    }
+
+    fn write(&self, data: u64) {
+        for row in self.backend.disks().values_mut() {
+            row.data = data;
+        }
+    }
+
+    fn data(&self) -> Vec<u64> {
+        self.backend.disks().values().map(|row| row.data).collect()
+    }
+
+    async fn names(&self, domain: &DomainRef) -> Vec<String> {
+        let listing = self.service().list(domain).await.unwrap();
+        listing.snapshots.iter().map(|snapshot| snapshot.name.to_string()).collect()
+    }
+
+    /// Nothing but the catalogue was made, here or in the current directory.
+    fn assert_no_file(&self) {
+        let made: Vec<_> =
+            std::fs::read_dir(self.root()).unwrap().map(|file| file.unwrap().file_name()).collect();
+        assert_eq!(made, ["state"]);
+        assert!(!Utf8PathBuf::from("table:web").exists() && !Utf8PathBuf::from("web").exists());
+    }
+}
+
+fn name(text: &str) -> SnapshotName {
+    SnapshotName::new(text).unwrap()
+}
+
+fn go() -> CancellationToken {
+    CancellationToken::new()
+}
+
+/// A domain of rows is registered, and its snapshots are taken, listed, reverted to, checked and deleted.
+#[tokio::test]
+async fn a_domain_of_rows_lives_without_a_file() {
+    let table = Table::new();
+    let web = table.add().await;
+    table.create(&web, "s1").await;
+    table.write(2);
+    table.create(&web, "s2").await;
+    assert_eq!(table.names(&web).await, ["s1", "s2"]);
+    let shown = table.service().show(&web, &name("s1")).await.unwrap();
+    assert_eq!(shown.members[0].file, "table:web/root");
+    table.service().revert(&web, RevertRequest::new(name("s1")), go()).await.unwrap();
+    assert_eq!(table.data(), [1, 1]);
+    assert_eq!(table.service().check(&web).await.unwrap(), Vec::new());
+    assert_eq!(table.service().domains().await.unwrap()[0].missing, Vec::new());
+    table.service().delete(&web, DeleteRequest::new([name("s1"), name("s2")]), go()).await.unwrap();
+    assert_eq!(table.names(&web).await, Vec::<String>::new());
+    assert!(table.backend.rows.as_ref().unwrap().is_empty());
+    assert!(table.backend.disks().values().all(|row| row.tags.is_empty()));
+    table.assert_no_file();
+}
+
+/// What a killed process left is undone or finished by recover.
+#[test]
+fn a_killed_operation_on_rows_is_recovered() {
+    for (number, end, names) in [(3, RecoveryEnd::Undone, &["s1"][..]), (6, RecoveryEnd::Done, &["s1", "s2"])]
+    {
+        let mut table = Table::new();
+        let started = || tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let runtime = started();
+        let web = runtime.block_on(async {
+            let web = table.add().await;
+            table.create(&web, "s1").await;
+            web
+        });
+        table.backend.applies.set(vec![Fault { number, when: When::Before, how: How::Stop }]);
+        // The runtime dies with the operation half way, as the process would.
+        let (service, backend, stopped) = (table.service(), table.backend.clone(), web.clone());
+        runtime.block_on(async move {
+            tokio::select! {
+                outcome = service.create(&stopped, CreateRequest::new(name("s2")), go()) => panic!("{outcome:?}"),
+                () = backend.applies.stopped.notified() => {}
+            }
+        });
+        runtime.shutdown_background();
+        table.backend = table.backend.after_a_crash();
+        started().block_on(async {
+            let reports = table.service().recover(Some(&web), go()).await.unwrap();
+            assert_eq!(reports.iter().map(|report| report.end).collect::<Vec<_>>(), [end]);
+            assert_eq!(table.names(&web).await, names);
+            assert_eq!(table.service().check(&web).await.unwrap(), Vec::new());
+        });
+        assert!(
+            table.backend.disks().values().all(|row| row.aside.is_empty() && row.tags.len() == names.len())
+        );
+        table.assert_no_file();
+    }
+}
+
+/// The manifests of a table bring its domain back where the catalogue is lost, by one address.
+#[tokio::test]
+async fn a_lost_catalogue_is_rebuilt_from_rows() {
+    let table = Table::new();
+    let web = table.add().await;
+    table.create(&web, "s1").await;
+    std::fs::remove_dir_all(table.root().join("state")).unwrap();
+    let by_address = DomainRef::parse("table:WEB/root").unwrap();
+    let report = table.service().import(&by_address, ImportOptions::default()).await.unwrap();
+    assert_eq!((report.domain.name.as_str(), report.domain.disks.len()), ("web", 2));
+    assert_eq!(table.names(&web).await, ["s1"]);
+    table.assert_no_file();
+}
+
+/// One row under two spellings is one disk, and what is no row is refused by its backend.
+#[tokio::test]
+async fn rows_are_known_by_their_identities() {
+    let table = Table::new();
+    let twice =
+        table.service().domain_add(&table.spec(&["table:web/root", "table:Web/Root"])).await.unwrap_err();
+    assert_eq!(twice.kind(), ErrorKind::Usage);
+    let absent = table.service().domain_add(&table.spec(&["table:web/none"])).await.unwrap_err();
+    assert_eq!(absent.kind(), ErrorKind::NotFound);
+    let web = table.add().await;
+    let again =
+        Disk { target: Target::new("vdc").unwrap(), path: "table:WEB/data".into(), format: "table".into() };
+    assert_eq!(table.service().disk_add(&web, again).await.unwrap_err().kind(), ErrorKind::Exists);
+    table.service().disk_remove(&web, &Target::new("vdb").unwrap()).await.unwrap();
+    assert_eq!(table.service().resolve(&web).await.unwrap().disks.len(), 1);
+    table.assert_no_file();
+}
