@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
-use fake::{FakeBackend, FakeDisk, Fault, How, Rows, When};
+use fake::{FakeBackend, FakeDisk, Fault, How, When};
 use snapcore::service::{ImportOptions, RecoveryEnd};
 use snapcore::*;
 use tokio_util::sync::CancellationToken;
@@ -20,7 +20,7 @@ struct Table {
 
 impl Table {
     fn new() -> Self {
-        let backend = FakeBackend { rows: Some(Rows::default()), ..FakeBackend::default() };
+        let backend = FakeBackend::of_rows();
         for row in ["table:web/root", "table:web/data"] {
             backend.disks().insert(row.into(), FakeDisk { data: 1, ..FakeDisk::default() });
         }
@@ -101,7 +101,7 @@ async fn a_domain_of_rows_lives_without_a_file() {
     assert_eq!(table.data(), [1, 1]);
     assert_eq!(table.service().check(&web).await.unwrap(), Vec::new());
     assert_eq!(table.service().domains().await.unwrap()[0].missing, Vec::new());
-    table.service().delete(&web, DeleteRequest::new([name("s1"), name("s2")]), go()).await.unwrap();
+    table.service().delete(&web, DeleteRequest::new(vec![name("s1"), name("s2")]), go()).await.unwrap();
     assert_eq!(table.names(&web).await, Vec::<String>::new());
     assert!(table.backend.rows.as_ref().unwrap().is_empty());
     assert!(table.backend.disks().values().all(|row| row.tags.is_empty()));
@@ -171,7 +171,7 @@ async fn rows_are_known_by_their_identities() {
     let web = table.add().await;
     let again =
         Disk { target: Target::new("vdc").unwrap(), path: "table:WEB/data".into(), format: "table".into() };
-    assert_eq!(table.service().disk_add(&web, again).await.unwrap_err().kind(), ErrorKind::Exists);
+    assert_eq!(table.service().disk_add(&web, again).await.unwrap_err().kind(), ErrorKind::Refused);
     table.service().disk_remove(&web, &Target::new("vdb").unwrap()).await.unwrap();
     assert_eq!(table.service().resolve(&web).await.unwrap().disks.len(), 1);
     table.assert_no_file();

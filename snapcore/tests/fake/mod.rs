@@ -133,6 +133,11 @@ pub struct FakeBackend {
 }
 
 impl FakeBackend {
+    /// One whose disks are rows of a table.
+    pub fn of_rows() -> Self {
+        Self { rows: Some(Rows::default()), ..Self::default() }
+    }
+
     pub fn disks(&self) -> MutexGuard<'_, BTreeMap<Utf8PathBuf, FakeDisk>> {
         self.disks.lock().unwrap()
     }
