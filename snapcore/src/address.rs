@@ -1,8 +1,9 @@
 //! Where a disk is, and what tells it from every other.
 //!
-//! An address is a text. A disk of this machine has the absolute path of a file or of a block device. Any other has
-//! `SCHEME:TEXT`, which the backend of that scheme alone can read ([`DiskSnapshotter::scheme`](crate::DiskSnapshotter::scheme)):
-//! nothing else takes it apart, and no file is looked for by it.
+//! An address is a text. A disk of this machine has the absolute path of a file or of a block device. Any
+//! other has `SCHEME:TEXT`, which the backend of that scheme alone can read
+//! ([`DiskSnapshotter::scheme`](crate::DiskSnapshotter::scheme)): nothing else takes it apart, and no file is
+//! looked for by it.
 
 use camino::Utf8Path;
 
@@ -50,7 +51,8 @@ impl std::fmt::Display for DiskAddress<'_> {
     }
 }
 
-/// The scheme of an address and its text. A scheme is 2 to 32 small letters, digits, `+` and `-`, beginning with a letter.
+/// The scheme of an address and its text. A scheme is 2 to 32 small letters, digits, `+` and `-`, beginning
+/// with a letter.
 pub(crate) fn split(address: &str) -> Option<(&str, &str)> {
     let (scheme, text) = address.split_once(':')?;
     let is_scheme = (2..=32).contains(&scheme.len())

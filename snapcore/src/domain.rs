@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Control, DomainName, Error, ErrorKind, LayerName, Result, SnapshotId, Target};
 
-/// Who runs a domain: the name of a registered hypervisor, by which addresses of its domains begin too (`NAME:ADDRESS`); or
-/// nobody.
+/// Who runs a domain: the name of a registered hypervisor, by which addresses of its domains begin too
+/// (`NAME:ADDRESS`); or nobody.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 #[schemars(with = "String")]
@@ -106,8 +106,9 @@ pub enum ActivePath {
 pub struct Disk {
     /// What it is called inside the domain.
     pub target: Target,
-    /// The address that the domain's configuration has. A file or block device of this machine has its absolute path, which
-    /// is always the active image under [`ActivePath::Keep`]; any other disk `SCHEME:TEXT` ([`Disk::address`]).
+    /// The address that the domain's configuration has. A file or block device of this machine has its
+    /// absolute path, which is always the active image under [`ActivePath::Keep`]; any other disk
+    /// `SCHEME:TEXT` ([`Disk::address`]).
     #[schemars(with = "String")]
     pub path: Utf8PathBuf,
     /// The name of its backend (`qcow2`). Stated, never guessed from content.
@@ -122,8 +123,8 @@ pub struct DiskRecord {
     pub disk: Disk,
     /// The layer that the domain writes.
     pub active: LayerName,
-    /// The layers that are ours to merge and to remove: those that were made by us, registered or imported. Every
-    /// other image in a chain is somebody else's and is only read.
+    /// The layers that are ours to merge and to remove: those that were made by us, registered or imported.
+    /// Every other image in a chain is somebody else's and is only read.
     pub owned: Vec<LayerName>,
 }
 

@@ -1,4 +1,5 @@
-//! Which backend serves which format, and which hypervisors are known: said explicitly, by whoever puts the program together.
+//! Which backend serves which format, and which hypervisors are known: said explicitly, by whoever puts the
+//! program together.
 
 use std::sync::Arc;
 
@@ -6,8 +7,8 @@ use camino::Utf8Path;
 
 use crate::{DiskSnapshotter, Error, ErrorKind, Hypervisor, Result, VmStateSaver};
 
-/// The backends of a program, in the order of their registration. The first is the default: it serves images that
-/// are given by their path alone.
+/// The backends of a program, in the order of their registration. The first is the default: it serves images
+/// that are given by their path alone.
 #[derive(Clone, Default)]
 pub struct Registry {
     backends: Vec<Arc<dyn DiskSnapshotter>>,
@@ -52,8 +53,8 @@ impl Registry {
         })
     }
 
-    /// The name of the backend for a disk of which nobody stated one, by the format that its hypervisor opens it with or by its
-    /// path alone ([`DiskSnapshotter::recognises`]). Absent: none recognises it.
+    /// The name of the backend for a disk of which nobody stated one, by the format that its hypervisor opens
+    /// it with or by its path alone ([`DiskSnapshotter::recognises`]). Absent: none recognises it.
     pub fn recognise(&self, path: &Utf8Path, open_format: Option<&str>) -> Option<&str> {
         let known = || self.iter().filter(|backend| backend.recognises(path, open_format));
         // One that goes by another name than the format does is the more particular one.

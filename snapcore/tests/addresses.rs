@@ -1,5 +1,5 @@
-//! Disks that are no files: rows of a table in memory, at addresses that their backend alone reads. All that a domain of files
-//! can do works with them, and no local file is made or looked for.
+//! Disks that are no files: rows of a table in memory, at addresses that their backend alone reads. All that
+//! a domain of files can do works with them, and no local file is made or looked for.
 
 mod fake;
 
@@ -12,7 +12,8 @@ use snapcore::service::{ImportOptions, RecoveryEnd};
 use snapcore::*;
 use tokio_util::sync::CancellationToken;
 
-/// A table with the rows `web/root` and `web/data`, and a state directory. The current directory has nothing of theirs.
+/// A table with the rows `web/root` and `web/data`, and a state directory. The current directory has nothing
+/// of theirs.
 struct Table {
     directory: tempfile::TempDir,
     backend: FakeBackend,

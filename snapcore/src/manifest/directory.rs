@@ -1,16 +1,17 @@
 //! Manifests as files in a directory beside the first disk.
 //!
-//! `domain.json` describes the domain, one `<snapshot id>.json` a snapshot. Each is an envelope: a version, the CRC-32 of
-//! the content's text, and the content.
+//! `domain.json` describes the domain, one `<snapshot id>.json` a snapshot. Each is an envelope: a version,
+//! the CRC-32 of the content's text, and the content.
 //!
-//! **What is durable before what.** Every file is written under a temporary name, flushed, and renamed; then the
-//! directory is flushed once for all. `domain.json` is renamed last: it tells the catalogue's revision that the
-//! whole directory stands for, so a directory that a crash left half way is known by it. Manifests of deleted
-//! snapshots are gone, durably, when [`ManifestStore::write`] returns: the engine destroys data only after that.
+//! **What is durable before what.** Every file is written under a temporary name, flushed, and renamed; then
+//! the directory is flushed once for all. `domain.json` is renamed last: it tells the catalogue's revision
+//! that the whole directory stands for, so a directory that a crash left half way is known by it. Manifests
+//! of deleted snapshots are gone, durably, when [`ManifestStore::write`] returns: the engine destroys data
+//! only after that.
 //!
-//! **Nothing in them is an authority.** Whoever owns the directory of the images can write them. So they are read and written
-//! through the directory's descriptor, no link is followed, sizes are limited, and every name in them is checked before
-//! anything else sees it ([`crate::confine`]).
+//! **Nothing in them is an authority.** Whoever owns the directory of the images can write them. So they are
+//! read and written through the directory's descriptor, no link is followed, sizes are limited, and every
+//! name in them is checked before anything else sees it ([`crate::confine`]).
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -88,8 +89,9 @@ impl ManifestDirectory {
 
     /// Opens the directory; `None` where it does not exist.
     ///
-    /// One that belongs to somebody else than a trusted user and the owner of the directory above it was put there by a user
-    /// who may make files beside the images and no more: nothing in it is read, and nothing is written into it.
+    /// One that belongs to somebody else than a trusted user and the owner of the directory above it was put
+    /// there by a user who may make files beside the images and no more: nothing in it is read, and nothing
+    /// is written into it.
     fn open(&self) -> io::Result<Option<Directory>> {
         let (above, name) = match Directory::of(self.directory.as_std_path()) {
             Err(cause) if is_nothing(&cause) => return Ok(None),
@@ -100,8 +102,8 @@ impl ManifestDirectory {
         Ok(Some(directory))
     }
 
-    /// Opens the directory as [`ManifestDirectory::open`] does; `None` too where what is there is not ours to read, so that no
-    /// manifest in it promises anything to anybody.
+    /// Opens the directory as [`ManifestDirectory::open`] does; `None` too where what is there is not ours to
+    /// read, so that no manifest in it promises anything to anybody.
     fn open_if_ours(&self) -> io::Result<Option<Directory>> {
         self.open().or_else(|cause| if refusal(&cause).is_some() { Ok(None) } else { Err(cause) })
     }
@@ -154,8 +156,8 @@ impl ManifestDirectory {
         Ok(directory)
     }
 
-    /// Removes `domain.json` and `files`, then the directory and those above it that were made for it, where they are
-    /// empty then.
+    /// Removes `domain.json` and `files`, then the directory and those above it that were made for it, where
+    /// they are empty then.
     fn remove_all(&self, files: &[Utf8PathBuf]) -> io::Result<()> {
         let Some(directory) = self.open_if_ours()? else { return Ok(()) };
         // The domain first: without it the rest is known to be what a removal left.
@@ -173,7 +175,8 @@ impl ManifestDirectory {
         above.sync()?;
         let Some(parent) = self.directory.parent() else { return Ok(()) };
         if parent.file_name().is_some_and(|name| name.starts_with('.')) {
-            // A hidden directory that only held manifests goes with the last of them; one with other content stays.
+            // A hidden directory that only held manifests goes with the last of them; one with other content
+            // stays.
             let (higher, hidden) = Directory::of(parent.as_std_path())?;
             if higher.remove_subdirectory(&hidden).is_ok_and(|removed| removed) {
                 higher.sync()?;
@@ -380,7 +383,8 @@ fn names_in(directory: &Directory) -> io::Result<BTreeSet<String>> {
     Ok(names.into_iter().filter_map(|name| name.into_string().ok()).collect())
 }
 
-/// Writes one: under a temporary name that is new, flushed, and renamed while it is the file that was written.
+/// Writes one: under a temporary name that is new, flushed, and renamed while it is the file that was
+/// written.
 fn put<T: Serialize>(directory: &Directory, name: &str, content: &T) -> io::Result<()> {
     let content = serde_json::to_string(content)?;
     let envelope = Envelope {

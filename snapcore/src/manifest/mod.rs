@@ -1,14 +1,14 @@
 //! Manifests: what the catalogue knows of a domain, kept beside its data, so that the catalogue can be lost.
 //!
-//! A [`ManifestStore`] keeps those of one domain: one of the domain itself, and one for each snapshot. Each says which
-//! catalogue wrote it, and at which revision. A [`ManifestDirectory`] keeps them as files in a directory beside the first
-//! disk; a backend whose disks are no files has a store of its own
+//! A [`ManifestStore`] keeps those of one domain: one of the domain itself, and one for each snapshot. Each
+//! says which catalogue wrote it, and at which revision. A [`ManifestDirectory`] keeps them as files in a
+//! directory beside the first disk; a backend whose disks are no files has a store of its own
 //! ([`DiskSnapshotter::manifests`](crate::DiskSnapshotter::manifests)).
 //!
-//! **Whose they are.** A catalogue removes a manifest only of a snapshot that it deleted itself: one that it wrote, and
-//! has no more. Others stay; when a domain is imported, those that could not be used are saved under another name
-//! ([`ManifestStore::put_aside`]). Whether the domain's manifest may be written over is decided before an operation begins,
-//! by [`DomainManifest::is_known_to`].
+//! **Whose they are.** A catalogue removes a manifest only of a snapshot that it deleted itself: one that it
+//! wrote, and has no more. Others stay; when a domain is imported, those that could not be used are saved
+//! under another name ([`ManifestStore::put_aside`]). Whether the domain's manifest may be written over is
+//! decided before an operation begins, by [`DomainManifest::is_known_to`].
 
 mod directory;
 
@@ -24,9 +24,9 @@ use crate::{Domain, Result, Snapshot, SnapshotId};
 
 /// The manifests of one domain.
 ///
-/// All methods block. **Order:** the domain's manifest stands for all of them, so it is written last, and removed first.
-/// What a method wrote or removed is durable when it returns. Nothing in a manifest is an authority: an
-/// implementation checks every name that it reads ([`crate::confine`]).
+/// All methods block. **Order:** the domain's manifest stands for all of them, so it is written last, and
+/// removed first. What a method wrote or removed is durable when it returns. Nothing in a manifest is an
+/// authority: an implementation checks every name that it reads ([`crate::confine`]).
 pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     /// Where they are kept, for people.
     fn place(&self) -> &str;
@@ -43,7 +43,8 @@ pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     /// Returns true if there is certainly no manifest of this domain, not even an unfinished one.
     fn is_empty(&self) -> bool;
 
-    /// The domain's manifest, where there is a sound one: which catalogue wrote last, and what all of them stand for.
+    /// The domain's manifest, where there is a sound one: which catalogue wrote last, and what all of them
+    /// stand for.
     fn domain(&self) -> Option<DomainManifest>;
 
     /// Reads all manifests. One that is damaged is a problem of its own and stops nothing.
@@ -52,13 +53,13 @@ pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io) where there are some that cannot be read.
     fn read(&self) -> Result<Found>;
 
-    /// Makes the manifests say what `after` of `catalogue` says. Where `before` is given, they are known to stand
-    /// for it, and only what differs is written. Where nothing is left to say, all of them go. Manifests of
-    /// snapshots that `catalogue` never knew stay.
+    /// Makes the manifests say what `after` of `catalogue` says. Where `before` is given, they are known to
+    /// stand for it, and only what differs is written. Where nothing is left to say, all of them go.
+    /// Manifests of snapshots that `catalogue` never knew stay.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`](crate::ErrorKind::Io), [`ErrorKind::NoSpace`](crate::ErrorKind::NoSpace); they may then be half
-    /// written, and are known as such.
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io), [`ErrorKind::NoSpace`](crate::ErrorKind::NoSpace); they may
+    /// then be half written, and are known as such.
     fn write(&self, catalogue: CatalogueId, before: Option<&Entry>, after: &Entry) -> Result<()>;
 
     /// Removes the manifests of `snapshots`.
@@ -67,23 +68,26 @@ pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     fn remove(&self, snapshots: &[SnapshotId]) -> Result<()>;
 
-    /// Removes what `catalogue` wrote of `entry`, whose manifests are elsewhere from now on. Another's manifests stay.
+    /// Removes what `catalogue` wrote of `entry`, whose manifests are elsewhere from now on. Another's
+    /// manifests stay.
     ///
     /// # Errors
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     fn clear(&self, catalogue: CatalogueId, entry: &Entry) -> Result<()>;
 
-    /// Gives manifests a name under which they are kept and not read again. One that is not there is passed over.
+    /// Gives manifests a name under which they are kept and not read again. One that is not there is passed
+    /// over.
     ///
     /// # Errors
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     fn put_aside(&self, items: &[Item]) -> Result<()>;
 
-    /// Returns true where no manifest can be: none is read there either, so a delete need not wait until it is removed.
+    /// Returns true where no manifest can be: none is read there either, so a delete need not wait until it
+    /// is removed.
     fn have_no_place(&self) -> bool;
 
-    /// Returns true if the manifests say what `entry` of `catalogue` says. A catalogue without an identity never wrote
-    /// any.
+    /// Returns true if the manifests say what `entry` of `catalogue` says. A catalogue without an identity
+    /// never wrote any.
     fn is_current(&self, catalogue: Option<CatalogueId>, entry: &Entry) -> bool {
         match self.domain() {
             Some(manifest) => {
@@ -128,8 +132,9 @@ impl DomainManifest {
         Stamp { catalogue: self.catalogue, revision: self.revision }
     }
 
-    /// Returns true if `entry` of `catalogue` has all that this manifest says: it was written from the entry as it is or as it
-    /// was before, or the entry was imported from it. Where not, the catalogue is stale, or the manifest is another's.
+    /// Returns true if `entry` of `catalogue` has all that this manifest says: it was written from the entry
+    /// as it is or as it was before, or the entry was imported from it. Where not, the catalogue is stale, or
+    /// the manifest is another's.
     pub fn is_known_to(&self, catalogue: CatalogueId, entry: &Entry) -> bool {
         let own = self.catalogue.is_none_or(|wrote| wrote == catalogue)
             && self.domain.name == entry.domain.name

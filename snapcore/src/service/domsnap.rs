@@ -45,8 +45,9 @@ impl Domsnap {
         importer::free_name(&time_name(Timestamp::now())?, &listing.snapshots)
     }
 
-    /// Registers a domain: takes in its disks, with the snapshots that manifests beside them tell and the internal
-    /// ones of their active images. Images that were used by their paths before keep their snapshots.
+    /// Registers a domain: takes in its disks, with the snapshots that manifests beside them tell and the
+    /// internal ones of their active images. Images that were used by their paths before keep their
+    /// snapshots.
     ///
     /// # Errors
     /// [`ErrorKind::Exists`] for a name or an image that another domain has; what the images are wrong with.
@@ -55,12 +56,12 @@ impl Domsnap {
         to_the_end(&CancellationToken::new(), |cancel| async move { room.add(spec, cancel).await }).await
     }
 
-    /// Takes a domain out of the catalogue. Its images, snapshots and manifests stay as they are, and an import
-    /// brings it back.
+    /// Takes a domain out of the catalogue. Its images, snapshots and manifests stay as they are, and an
+    /// import brings it back.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where an operation stopped half way; [`ErrorKind::Io`] where its manifests are not
-    /// whole and cannot be written.
+    /// [`ErrorKind::Refused`] where an operation stopped half way; [`ErrorKind::Io`] where its manifests are
+    /// not whole and cannot be written.
     pub async fn domain_remove(&self, domain: &DomainRef) -> Result<Removal> {
         let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
         to_the_end(&CancellationToken::new(), |cancel| async move { room.remove(domain, cancel).await }).await
@@ -69,7 +70,8 @@ impl Domsnap {
     /// What runs at an address. Changes nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] where nothing does; [`ErrorKind::Unsupported`] where the hypervisor is not registered.
+    /// [`ErrorKind::NotFound`] where nothing does; [`ErrorKind::Unsupported`] where the hypervisor is not
+    /// registered.
     pub async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<Seen> {
         self.rooms.locator.look(hypervisor, control).await
     }
@@ -106,26 +108,26 @@ impl Domsnap {
     /// The domain that is meant.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] for a name that is not registered; [`ErrorKind::Refused`] for images that are not
-    /// exactly the disks of the domain they belong to, and for a symbolic link.
+    /// [`ErrorKind::NotFound`] for a name that is not registered; [`ErrorKind::Refused`] for images that are
+    /// not exactly the disks of the domain they belong to, and for a symbolic link.
     pub async fn resolve(&self, domain: &DomainRef) -> Result<Domain> {
         Ok(self.rooms.locator.locate(domain).await?.entry.domain)
     }
 
-    /// What `request` would do. Changes nothing and needs no lock. What only a try can tell is tried: an empty file of ours is
-    /// made in each directory that the request works in, and removed.
+    /// What `request` would do. Changes nothing and needs no lock. What only a try can tell is tried: an
+    /// empty file of ours is made in each directory that the request works in, and removed.
     ///
     /// # Errors
-    /// As the request itself would be refused; [`ErrorKind::NeedsRecovery`] where an operation stopped half way, so
-    /// that the plan would not be what will be done.
+    /// As the request itself would be refused; [`ErrorKind::NeedsRecovery`] where an operation stopped half
+    /// way, so that the plan would not be what will be done.
     pub async fn plan(&self, domain: &DomainRef, request: &Request) -> Result<Plan> {
         let mut plans = self.plans(domain, request).await?;
         plans.pop().ok_or_else(|| Error::new(ErrorKind::Internal, "no plan was made"))
     }
 
-    /// As [`Domsnap::plan`], with what is done before it. A revert of a running domain that saves the current state is two
-    /// operations: the first plan is of the snapshot that saves it. The second is made again then, and may differ in
-    /// what the first has changed.
+    /// As [`Domsnap::plan`], with what is done before it. A revert of a running domain that saves the current
+    /// state is two operations: the first plan is of the snapshot that saves it. The second is made again
+    /// then, and may differ in what the first has changed.
     ///
     /// # Errors
     /// As of [`Domsnap::plan`].
@@ -201,7 +203,8 @@ impl Domsnap {
         self.change(domain, Request::Revert(request), cancel).await
     }
 
-    /// Deletes snapshots. Once begun it happens: cancelling puts merges off, and [`Domsnap::tidy`] does them later.
+    /// Deletes snapshots. Once begun it happens: cancelling puts merges off, and [`Domsnap::tidy`] does them
+    /// later.
     ///
     /// # Errors
     /// As of [`Domsnap::create`].
@@ -248,14 +251,14 @@ impl Domsnap {
         self.rooms.viewer.show(domain, name).await
     }
 
-    /// The domain that has the file `image` as a layer: from the catalogue, or else from manifests beside it. Reads
-    /// images by no more than their names and identities.
+    /// The domain that has the file `image` as a layer: from the catalogue, or else from manifests beside it.
+    /// Reads images by no more than their names and identities.
     pub async fn belonging(&self, image: &Utf8Path) -> Result<Option<Belonging>> {
         self.rooms.viewer.belonging(image).await
     }
 
-    /// Checks that the catalogue is authoritative for the domain `name`: every manifest beside its images was written with
-    /// this catalogue, and none is newer than what it has.
+    /// Checks that the catalogue is authoritative for the domain `name`: every manifest beside its images was
+    /// written with this catalogue, and none is newer than what it has.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] where it is not, with what to do.
@@ -271,8 +274,8 @@ impl Domsnap {
         self.rooms.viewer.inspect(domain).await
     }
 
-    /// Fails if a running domain has the image open without holding a lock. Call it before you write to an image without this
-    /// service.
+    /// Fails if a running domain has the image open without holding a lock. Call it before you write to an
+    /// image without this service.
     ///
     /// # Errors
     /// [`ErrorKind::Busy`], with the domain.
@@ -280,13 +283,14 @@ impl Domsnap {
         self.rooms.watcher.require_closed(image).await
     }
 
-    /// The images of the catalogue's domains that are backed by the file `image`, in whatever directory they are.
+    /// The images of the catalogue's domains that are backed by the file `image`, in whatever directory they
+    /// are.
     pub async fn backed_by(&self, image: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
         self.rooms.neighbours.backed_by(image).await
     }
 
-    /// Looks for damage: in the images, and between catalogue, manifests and images. Changes nothing. The worst
-    /// comes first.
+    /// Looks for damage: in the images, and between catalogue, manifests and images. Changes nothing. The
+    /// worst comes first.
     ///
     /// # Errors
     /// As of [`Domsnap::resolve`]; what is wrong with images is a finding.
@@ -294,8 +298,8 @@ impl Domsnap {
         self.rooms.viewer.check(domain).await
     }
 
-    /// Finishes or undoes what stopped half way, in one domain or in all, and merges what was put off. Where a domain
-    /// cannot be recovered, the others are all the same.
+    /// Finishes or undoes what stopped half way, in one domain or in all, and merges what was put off. Where
+    /// a domain cannot be recovered, the others are all the same.
     ///
     /// # Errors
     /// The first domain's that could not be recovered.
@@ -328,8 +332,8 @@ impl Domsnap {
         }
     }
 
-    /// Closes the operations of a domain that stopped half way, without doing or undoing anything more: for where a recovery
-    /// cannot go on. No file is touched. Gives what each had left, in words.
+    /// Closes the operations of a domain that stopped half way, without doing or undoing anything more: for
+    /// where a recovery cannot go on. No file is touched. Gives what each had left, in words.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] where the domain's guest waits for the operation with its disks taken from it.
@@ -342,7 +346,8 @@ impl Domsnap {
     /// Takes one disk out of a domain. Its image stays as it is, and the domain's snapshots go on without it.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] for a disk that the domain does not have; [`ErrorKind::Refused`] for its only one.
+    /// [`ErrorKind::NotFound`] for a disk that the domain does not have; [`ErrorKind::Refused`] for its only
+    /// one.
     pub async fn disk_remove(&self, domain: &DomainRef, target: &crate::Target) -> Result<Domain> {
         let (room, domain, target) = (self.rooms.registrar.clone(), domain.clone(), target.clone());
         to_the_end(&CancellationToken::new(), |cancel| async move {
@@ -354,7 +359,8 @@ impl Domsnap {
     /// Adds a disk to a domain. Snapshots that it has go on without it.
     ///
     /// # Errors
-    /// [`ErrorKind::Exists`] for a target or an image that a domain has already; what the image is wrong with.
+    /// [`ErrorKind::Exists`] for a target or an image that a domain has already; what the image is wrong
+    /// with.
     pub async fn disk_add(&self, domain: &DomainRef, disk: crate::Disk) -> Result<Domain> {
         let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
         to_the_end(
@@ -364,11 +370,12 @@ impl Domsnap {
         .await
     }
 
-    /// Rebuilds the catalogue of a domain from the manifests beside its images, and adopts the snapshots and layers
-    /// that the images themselves know. One image of a domain stands for all that its manifests name.
+    /// Rebuilds the catalogue of a domain from the manifests beside its images, and adopts the snapshots and
+    /// layers that the images themselves know. One image of a domain stands for all that its manifests name.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where the catalogue has snapshots of the domain and replacing was not asked for.
+    /// [`ErrorKind::Refused`] where the catalogue has snapshots of the domain and replacing was not asked
+    /// for.
     pub async fn import(&self, domain: &DomainRef, options: ImportOptions) -> Result<ImportReport> {
         let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
         to_the_end(

@@ -12,7 +12,8 @@ use crate::{
 
 /// Which file a path names, whatever its name.
 pub(crate) fn file_id(path: &Utf8Path) -> Option<FileIdentity> {
-    // An address of a backend of its own is no path, though a file of that name may be in the current directory.
+    // An address of a backend of its own is no path, though a file of that name may be in the current
+    // directory.
     if !path.is_absolute() {
         return None;
     }
@@ -25,12 +26,14 @@ pub(super) fn images_of(domain: &Domain) -> String {
     shell_word(&image_list(domain.disks.iter().map(|record| (record.disk.path.as_path(), None))))
 }
 
-/// The path by which an image is known: without links and dots. A symbolic link to an image is followed, here and nowhere
-/// else: backing names are relative to the image's own directory. A file that is not there has its directory's path.
+/// The path by which an image is known: without links and dots. A symbolic link to an image is followed, here
+/// and nowhere else: backing names are relative to the image's own directory. A file that is not there has
+/// its directory's path.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] for a link of another user to a file that is not that user's: who may make links in a directory may
-/// not choose which files are worked on. [`ErrorKind::Usage`] for what is neither a file nor a block device.
+/// [`ErrorKind::Refused`] for a link of another user to a file that is not that user's: who may make links in
+/// a directory may not choose which files are worked on. [`ErrorKind::Usage`] for what is neither a file nor
+/// a block device.
 pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
     let Ok(found) = path.symlink_metadata() else { return below_real_directory(path) };
     let about = match path.metadata() {
@@ -54,7 +57,8 @@ pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
         return Err(Error::new(ErrorKind::Usage, format!("{path} is not a regular file or block device"))
             .advise("give the path of a disk image"));
     }
-    // The lasting names of block devices are links; what they lead to is called otherwise after the next boot.
+    // The lasting names of block devices are links; what they lead to is called otherwise after the next
+    // boot.
     if !found.is_symlink() || about.file_type().is_block_device() {
         return below_real_directory(path);
     }
@@ -93,7 +97,8 @@ pub fn require_files(paths: &[Utf8PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// The disks whose images are not there. Block devices are passed over: a volume that is not active has no node.
+/// The disks whose images are not there. Block devices are passed over: a volume that is not active has no
+/// node.
 pub(super) fn missing(domain: &Domain) -> Vec<Target> {
     let is_missing = |disk: &Disk| {
         let file = disk.local().filter(|path| !path.starts_with("/dev"));
@@ -119,7 +124,8 @@ fn below_real_directory(path: &Utf8Path) -> Result<Utf8PathBuf> {
     Ok(directory.join(name))
 }
 
-/// The one form of an image's address: its backend's for an address with a scheme, and [`image_path`] for a path.
+/// The one form of an image's address: its backend's for an address with a scheme, and [`image_path`] for a
+/// path.
 pub(super) async fn known_address(registry: &Registry, given: &Utf8Path) -> Result<Utf8PathBuf> {
     match registry.of_scheme(given) {
         Some(backend) => backend.resolve(given).await,
@@ -169,7 +175,8 @@ pub(super) fn followed(given: &Utf8Path, real: &Utf8Path) -> Option<String> {
         .then(|| format!("{given} is a symbolic link: the image is known by its own path, {real}"))
 }
 
-/// The disks of a new domain, by the addresses that they are known by, and a sentence for each that was named by a link.
+/// The disks of a new domain, by the addresses that they are known by, and a sentence for each that was named
+/// by a link.
 pub(super) async fn disks_of(
     registry: &Registry,
     spec: &super::DomainSpec,

@@ -62,8 +62,8 @@ impl Ledger {
         self.catalogue.commit(name, expected, changes).await
     }
 
-    /// Puts an imported domain into the catalogue, which has it at `expected`. With `anew`, nothing of what the catalogue
-    /// has of it stays, nor its journal.
+    /// Puts an imported domain into the catalogue, which has it at `expected`. With `anew`, nothing of what
+    /// the catalogue has of it stays, nor its journal.
     pub(super) async fn put(&self, entry: &mut Entry, expected: Revision, anew: bool) -> Result<()> {
         let mut changes = if anew { vec![Change::RemoveDomain] } else { Vec::new() };
         changes.extend(self.changes_of(entry).await);
@@ -80,8 +80,8 @@ impl Ledger {
         changes
     }
 
-    /// Records what was read of other domains while a change was planned: they may be out of reach when the next one is. A
-    /// domain in which another process works now records it by itself.
+    /// Records what was read of other domains while a change was planned: they may be out of reach when the
+    /// next one is. A domain in which another process works now records it by itself.
     pub(super) async fn record_neighbours(&self) {
         for (name, files) in self.neighbours.take_newer() {
             let recording = async {

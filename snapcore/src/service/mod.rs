@@ -1,7 +1,7 @@
 //! The service: what a program that embeds domsnap calls, and the command line is made of.
 //!
-//! [`Domsnap`] only hands requests to *rooms*. A room is a type in a directory of its own, and gets from its constructor
-//! exactly what it may touch:
+//! [`Domsnap`] only hands requests to *rooms*. A room is a type in a directory of its own, and gets from its
+//! constructor exactly what it may touch:
 //!
 //! | room | does | knows |
 //! |---|---|---|
@@ -9,13 +9,13 @@
 //! | `importer` | makes a domain of disks that the catalogue does not have | records, backends, authority |
 //! | `locator` | finds the domain that is meant; connects to it | records, backends and hypervisors, importer |
 //! | `planning` | plans, tries what can be tried, asks who else uses the files | records, backends and hypervisors, authority |
-//! | `operator` | locks, recovers, runs plans | all of these, and the ledger |
+//! | `operator` | locks, recovers, runs plans | locator, planning, authority, and the ledger |
 //! | `registrar` | registers, imports and removes domains | locator, importer, authority, locks, and the ledger |
 //! | `viewer` | lists, shows and checks | records, backends, locator, authority |
 //!
-//! A room knows those above it in this table and none below. `records` is the catalogue for reading; `ledger` is the catalogue
-//! for leases and commits, and only the operator and the registrar have it. So nothing else can change what is recorded, and
-//! nothing but the operator can change an image.
+//! A room knows those above it in this table and none below. `records` is the catalogue for reading; `ledger`
+//! is the catalogue for leases and commits, and only the operator and the registrar have it. So nothing else
+//! can change what is recorded, and nothing but the operator runs steps.
 
 mod authority;
 mod domsnap;

@@ -1,9 +1,11 @@
-//! Domains of one catalogue know each other: an image of one that is backed by a layer of another keeps that layer.
+//! Domains of one catalogue know each other: an image of one that is backed by a layer of another keeps that
+//! layer.
 //!
-//! A backend finds the images beside a disk that are backed by its layers. Those of other domains may lie in any directory, so
-//! they are read here. Where they cannot be read, or not down to their base (a file system is not mounted), what was recorded of them
-//! counts too. It is recorded when a domain is registered, with each operation of its own, and whenever an operation of another
-//! domain has read something else: an image may be given another base by any tool.
+//! A backend finds the images beside a disk that are backed by its layers. Those of other domains may lie in
+//! any directory, so they are read here. Where they cannot be read, or not down to their base (a file system
+//! is not mounted), what was recorded of them counts too. It is recorded when a domain is registered, with
+//! each operation of its own, and whenever an operation of another domain has read something else: an image
+//! may be given another base by any tool.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,7 +43,8 @@ fn files_of(bases: &[Base]) -> Vec<Utf8PathBuf> {
 pub(super) struct Neighbours {
     records: Records,
     registry: Arc<Registry>,
-    /// What other domains' images were found to be backed by while a change was planned, where something else is recorded.
+    /// What other domains' images were found to be backed by while a change was planned, where something else
+    /// is recorded.
     newer: Arc<Mutex<BTreeMap<DomainName, Vec<Utf8PathBuf>>>>,
 }
 
@@ -51,7 +54,8 @@ impl Neighbours {
         Self { records, registry, newer: Arc::default() }
     }
 
-    /// Adds to the states of `disks`, of the domain `own`, which images of other domains are backed by their layers.
+    /// Adds to the states of `disks`, of the domain `own`, which images of other domains are backed by their
+    /// layers.
     pub(super) async fn add_neighbours(&self, own: &DomainName, disks: &mut [DiskInput]) -> Result<()> {
         let mut layers: HashMap<FileIdentity, (usize, LayerName)> = HashMap::new();
         for (index, disk) in disks.iter().enumerate() {
@@ -104,7 +108,8 @@ impl Neighbours {
                     let base = |file: &Utf8PathBuf| Base { image: path.clone(), file: file.clone() };
                     known.bases.extend(recorded.iter().map(base));
                 }
-                // An image that was removed needs nothing; one whose directory is not there may be back tomorrow.
+                // An image that was removed needs nothing; one whose directory is not there may be back
+                // tomorrow.
                 (Err(_), None) if file_id(path).is_none() && path.parent().is_some_and(Utf8Path::exists) => {}
                 (Err(error), None) => known.unclear.push(Unclear {
                     file: path.clone(),
@@ -130,7 +135,8 @@ impl Neighbours {
         Ok((found, whole))
     }
 
-    /// What the catalogue is to know of the images that `domain` needs of others; nothing where they cannot be read.
+    /// What the catalogue is to know of the images that `domain` needs of others; nothing where they cannot
+    /// be read.
     pub(super) async fn record_bases(&self, domain: &Domain) -> Option<Change> {
         let mut bases: Vec<Base> = Vec::new();
         for record in &domain.disks {

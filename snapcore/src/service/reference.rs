@@ -7,7 +7,8 @@ use crate::{
     ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, Seen, Target, chain,
 };
 
-/// A domain as a user names it: a registered name, the images of disks at rest, or where a running one is reached.
+/// A domain as a user names it: a registered name, the images of disks at rest, or where a running one is
+/// reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DomainRef {
@@ -55,15 +56,15 @@ impl std::str::FromStr for GivenImage {
 const FORMAT: &str = "format=";
 
 impl DomainRef {
-    /// Reads a command line's DOMAIN: `HYPERVISOR:ADDRESS` is what runs there; text with a `/` or a `,`
-    /// in it, or that names an existing file, is a list of images; anything else a name. Relative paths are taken
-    /// from the current directory.
+    /// Reads a command line's DOMAIN: `HYPERVISOR:ADDRESS` is what runs there; text with a `/` or a `,` in
+    /// it, or that names an existing file, is a list of images; anything else a name. Relative paths are
+    /// taken from the current directory.
     ///
-    /// A list of images is `PATH[,format=FORMAT]`, joined by commas. A comma of a path is written twice, as in options of QEMU;
-    /// text that is the path of an existing file is that file alone, commas and all.
+    /// A list of images is `PATH[,format=FORMAT]`, joined by commas. A comma of a path is written twice, as
+    /// in options of QEMU; text that is the path of an existing file is that file alone, commas and all.
     ///
-    /// Which hypervisors there are, and what their addresses mean, is known to the service alone: text that begins like an address
-    /// and names no hypervisor of the service is read there as a name or as images.
+    /// Which hypervisors there are, and what their addresses mean, is known to the service alone: text that
+    /// begins like an address and names no hypervisor of the service is read there as a name or as images.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] where the text is neither.
@@ -135,8 +136,8 @@ impl DomainRef {
         Ok(Self::Images(images))
     }
 
-    /// States the format of those images of which none was stated. A registered domain has its own; there it changes
-    /// nothing.
+    /// States the format of those images of which none was stated. A registered domain has its own; there it
+    /// changes nothing.
     #[must_use]
     pub fn format(self, stated: impl Into<String>) -> Self {
         match self {
@@ -211,8 +212,8 @@ pub fn image_list<'a>(images: impl IntoIterator<Item = (&'a Utf8Path, Option<&'a
     images.into_iter().map(image).collect::<Vec<_>>().join(",")
 }
 
-/// The path that a domain's configuration has for an image which its hypervisor has open by the permanent name of a
-/// layer.
+/// The path that a domain's configuration has for an image which its hypervisor has open by the permanent
+/// name of a layer.
 pub(super) fn configured_path(open: &Utf8Path) -> Utf8PathBuf {
     let configured = open.with_file_name(chain::disk_name(open));
     match file_id(&configured) {
@@ -278,7 +279,8 @@ pub(super) struct Chosen {
 /// Which drives of a running domain take part in its snapshots.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] where none does, or the image of one is not there under the name that the hypervisor has of it.
+/// [`ErrorKind::Refused`] where none does, or the image of one is not there under the name that the
+/// hypervisor has of it.
 pub(super) fn choose_disks(seen: &Seen) -> Result<Chosen> {
     let mut chosen = Chosen { disks: Vec::new(), left_out: Vec::new() };
     for disk in &seen.disks {
@@ -348,12 +350,12 @@ impl DomainSpec {
         self
     }
 
-    /// Takes the disks that a running domain has, each by its configured path, and its guest agent where none is said.
-    /// Gives the drives that are left out, each with the reason.
+    /// Takes the disks that a running domain has, each by its configured path, and its guest agent where none
+    /// is said. Gives the drives that are left out, each with the reason.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where no disk is left, or the image of one is not there under the name that the hypervisor
-    /// has of it.
+    /// [`ErrorKind::Refused`] where no disk is left, or the image of one is not there under the name that the
+    /// hypervisor has of it.
     pub fn disks_of(&mut self, seen: &Seen) -> Result<Vec<String>> {
         let chosen =
             choose_disks(seen).map_err(|error| error.context(format!("registering domain {}", self.name)))?;

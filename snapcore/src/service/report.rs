@@ -118,7 +118,8 @@ pub struct Unfinished {
 pub struct Listing {
     /// The domain.
     pub domain: Domain,
-    /// Whether the catalogue has it. Where not, this is what the images themselves and manifests beside them tell.
+    /// Whether the catalogue has it. Where not, this is what the images themselves and manifests beside them
+    /// tell.
     pub catalogued: bool,
     /// Its snapshots, oldest first.
     pub snapshots: Vec<Snapshot>,
@@ -205,8 +206,8 @@ pub struct DiskReport {
     pub record: DiskRecord,
     /// What was found; absent where `problem` says why.
     pub state: Option<DiskState>,
-    /// Owned layers below the active one whose own state no snapshot needs: what merges were put off or cannot be
-    /// done yet.
+    /// Owned layers below the active one whose own state no snapshot needs: what merges were put off or
+    /// cannot be done yet.
     pub unnamed: Vec<LayerName>,
     /// Why the disk could not be read.
     pub problem: Option<String>,
@@ -255,8 +256,8 @@ pub struct ImportOptions {
     pub name: Option<DomainName>,
     /// Replace what the catalogue has of the domain.
     pub replace: bool,
-    /// Believe what manifests say of how the domain is reached and started, and of files outside of the disks' directories:
-    /// the user has looked at it.
+    /// Believe what manifests say of how the domain is reached and started, and of files outside of the
+    /// disks' directories: the user has looked at it.
     pub trust: bool,
 }
 

@@ -83,8 +83,8 @@ impl Rooms {
     }
 }
 
-/// Runs `work` to its end even when the caller goes away: then it is cancelled, so that it undoes and gives its locks
-/// back, instead of stopping between two steps.
+/// Runs `work` to its end even when the caller goes away: then it is cancelled, so that it undoes and gives
+/// its locks back, instead of stopping between two steps.
 pub(super) async fn to_the_end<T: Send + 'static, F>(
     cancel: &CancellationToken,
     work: impl FnOnce(CancellationToken) -> F,

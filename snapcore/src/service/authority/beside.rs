@@ -1,4 +1,5 @@
-//! Manifests that lie beside an image: which domain a file belongs to, also where the catalogue does not know it.
+//! Manifests that lie beside an image: which domain a file belongs to, also where the catalogue does not know
+//! it.
 
 use std::collections::HashMap;
 
@@ -43,9 +44,9 @@ impl Authority {
             .collect())
     }
 
-    /// Fails for images that manifests beside them call layers of a domain, and not its configured paths; or disks
-    /// of a domain whose manifests are others than those in `own`: the domain would have two owners that do not know of
-    /// each other.
+    /// Fails for images that manifests beside them call layers of a domain, and not its configured paths; or
+    /// disks of a domain whose manifests are others than those in `own`: the domain would have two owners
+    /// that do not know of each other.
     pub(in crate::service) async fn refuse_claimed(
         &self,
         disks: &[Disk],
@@ -112,8 +113,8 @@ fn is_anothers(disk: &Disk, beside: &Beside) -> Error {
     ))
 }
 
-/// Which layer of which of `records` the image is, by its name or by being the same file. A configured path comes
-/// first: an active layer has that name too.
+/// Which layer of which of `records` the image is, by its name or by being the same file. A configured path
+/// comes first: an active layer has that name too.
 pub(in crate::service) fn layer_among<'a>(
     registry: &Registry,
     image: &Utf8Path,
@@ -158,8 +159,8 @@ fn manifests_in(directory: &Utf8Path) -> Vec<(ManifestDirectory, DomainManifest)
     found
 }
 
-/// The disks of `domain`, whose manifests are in `directory`: those that lay with the first one are beside the manifests,
-/// also where the directory was moved or copied; the others are at the paths told.
+/// The disks of `domain`, whose manifests are in `directory`: those that lay with the first one are beside
+/// the manifests, also where the directory was moved or copied; the others are at the paths told.
 fn records_beside(directory: &Utf8Path, domain: &Domain) -> Vec<DiskRecord> {
     let home = domain.disks.first().and_then(|record| record.disk.path.parent());
     let here = directory.parent();

@@ -12,8 +12,8 @@ use crate::{Result, SnapshotId};
 
 /// Remembers the domain's manifest: it is read once, and known from then on by what is written.
 ///
-/// Made for one command, which holds the domain's lease: no other process of this catalogue writes meanwhile. After a write
-/// that failed, or one whose effect is not known here, it is read again.
+/// Made for one command, which holds the domain's lease: no other process of this catalogue writes meanwhile.
+/// After a write that failed, or one whose effect is not known here, it is read again.
 #[derive(Debug)]
 pub(super) struct KnownManifests {
     store: Arc<dyn ManifestStore>,
@@ -180,7 +180,8 @@ mod tests {
         }
     }
 
-    /// However often a command asks, the domain's manifest is read once; what the command wrote is known without reading.
+    /// However often a command asks, the domain's manifest is read once; what the command wrote is known
+    /// without reading.
     #[test]
     fn the_domain_manifest_is_read_once() {
         let place = tempfile::tempdir().unwrap();

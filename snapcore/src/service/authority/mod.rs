@@ -1,11 +1,12 @@
 //! The authority: the manifests of a domain, and whether the catalogue's word or theirs counts.
 //!
-//! Manifests say which catalogue wrote them, at which revision, of which domain. Where that is later than what the
-//! catalogue has, or another's, the catalogue is an older copy of itself, or the same images are used with a second
-//! one: then layers are not what it takes them for, and nothing may be changed on its word.
+//! Manifests say which catalogue wrote them, at which revision, of which domain. Where that is later than
+//! what the catalogue has, or another's, the catalogue is an older copy of itself, or the same images are
+//! used with a second one: then layers are not what it takes them for, and nothing may be changed on its
+//! word.
 //!
-//! A command asks for a domain's manifests once ([`Authority::manifests`]) and hands them on: the domain's own is then read
-//! once, and what the command writes is remembered ([`KnownManifests`]).
+//! A command asks for a domain's manifests once ([`Authority::manifests`]) and hands them on: the domain's
+//! own is then read once, and what the command writes is remembered ([`KnownManifests`]).
 
 mod beside;
 mod known;
@@ -130,7 +131,8 @@ impl Authority {
         blocking(move || manifests.read()).await
     }
 
-    /// Brings the manifests up to date where they are not. The caller knows that the catalogue is authoritative.
+    /// Brings the manifests up to date where they are not. The caller knows that the catalogue is
+    /// authoritative.
     pub(super) async fn write(&self, manifests: &Manifests, entry: &Entry) -> Result<()> {
         let catalogue = self.records.identity().await?;
         let (manifests, entry) = (manifests.clone(), entry.clone());
@@ -158,7 +160,8 @@ impl Authority {
         blocking(move || aside.put_aside(&items)).await?;
         // 2) The domain's are written, under the identities that its snapshots have now.
         self.write(manifests, entry).await?;
-        // 3) Only then those go whose snapshots have other identities: a crash before this leaves both, never neither.
+        // 3) Only then those go whose snapshots have other identities: a crash before this leaves both, never
+        //    neither.
         let (manifests, renamed) = (manifests.clone(), leftovers.renamed.clone());
         blocking(move || manifests.remove(&renamed)).await
     }

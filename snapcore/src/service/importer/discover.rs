@@ -9,12 +9,14 @@ use crate::{DiskRecord, LayerName, Point, Result, Snapshot, SnapshotId, Snapshot
 #[derive(Default)]
 struct Merged {
     snapshots: Vec<Snapshot>,
-    /// For each snapshot of a disk the one that it became a part of; of one that was passed over, its parent's.
+    /// For each snapshot of a disk the one that it became a part of; of one that was passed over, its
+    /// parent's.
     same: HashMap<SnapshotId, SnapshotId>,
 }
 
 impl Merged {
-    /// Adds the snapshots of one more disk, the oldest first. Those that `is_wanted` declines are passed over.
+    /// Adds the snapshots of one more disk, the oldest first. Those that `is_wanted` declines are passed
+    /// over.
     fn add(&mut self, target: &Target, found: Vec<Snapshot>, is_wanted: impl Fn(&Snapshot) -> bool) {
         let mut twins: HashMap<SnapshotName, Vec<usize>> = HashMap::new();
         for (place, other) in self.snapshots.iter().enumerate().rev() {
@@ -47,8 +49,8 @@ impl Merged {
 }
 
 impl Importer {
-    /// The snapshots that the images know, and neither `known` nor `orphans` has. With `import`, the disks also get the
-    /// layers that were found.
+    /// The snapshots that the images know, and neither `known` nor `orphans` has. With `import`, the disks
+    /// also get the layers that were found.
     pub(super) async fn discover(
         &self,
         records: &mut [DiskRecord],

@@ -1,8 +1,9 @@
-//! The importer: makes a domain of disks that the catalogue does not have, from manifests beside them and from what the
-//! images themselves know. Changes nothing: the result is an entry that the caller may record.
+//! The importer: makes a domain of disks that the catalogue does not have, from manifests beside them and
+//! from what the images themselves know. Changes nothing: the result is an entry that the caller may record.
 //!
-//! In this order: *read* the manifests and match them with the disks; *identify* the domain (name, hypervisor); *adopt* the
-//! disks; *restore* the snapshots that manifests describe; *discover* those that only the images know; *assemble*.
+//! In this order: *read* the manifests and match them with the disks; *identify* the domain (name,
+//! hypervisor); *adopt* the disks; *restore* the snapshots that manifests describe; *discover* those that
+//! only the images know; *assemble*.
 
 mod adopt;
 mod discover;
@@ -43,7 +44,8 @@ pub(super) struct Imported {
     pub notes: Vec<String>,
     /// Manifests that the caller must deal with.
     pub leftovers: Leftovers,
-    /// The reason why the domain may be shown and not changed: manifests name files that only the user can confirm.
+    /// The reason why the domain may be shown and not changed: manifests name files that only the user can
+    /// confirm.
     pub unconfirmed: Option<Error>,
 }
 
@@ -59,16 +61,16 @@ pub(super) struct ImportSource {
     pub control: Option<Control>,
     /// Where active images go, where no manifest is asked.
     pub active_path: ActivePath,
-    /// Set where the disks were only given by their paths, so that a manifest may tell their targets and the domain's
-    /// name.
+    /// Set where the disks were only given by their paths, so that a manifest may tell their targets and the
+    /// domain's name.
     pub by_path: bool,
     /// The domain of the catalogue that has these disks: its snapshots keep their identities.
     pub known_as: Option<DomainName>,
-    /// Set where layers and snapshots that other tools made become the domain's own, and a part of a manifest's disks
-    /// stands for all of them. Otherwise only tags in the active images are imported.
+    /// Set where layers and snapshots that other tools made become the domain's own, and a part of a
+    /// manifest's disks stands for all of them. Otherwise only tags in the active images are imported.
     pub import: bool,
-    /// Set where the user confirms what manifests say about more than the disks' own directory: how the domain is reached
-    /// and started, where its memory images and layers are.
+    /// Set where the user confirms what manifests say about more than the disks' own directory: how the
+    /// domain is reached and started, where its memory images and layers are.
     pub trust: bool,
     /// What the catalogue has of the domain: confirmed before.
     pub known: Option<Entry>,
@@ -146,10 +148,12 @@ impl Importer {
         Self { records, registry, authority }
     }
 
-    /// Imports disks: from the manifests beside them, and from what the images themselves know. Changes nothing.
+    /// Imports disks: from the manifests beside them, and from what the images themselves know. Changes
+    /// nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] for images that manifests beside them call layers of a domain, or disks of another.
+    /// [`ErrorKind::Refused`] for images that manifests beside them call layers of a domain, or disks of
+    /// another.
     pub(super) async fn import(&self, source: ImportSource) -> Result<Imported> {
         let mut report = Report::default();
         let matched = self.read(source, &mut report).await?;

@@ -42,8 +42,9 @@ impl Matched {
         })
     }
 
-    /// Layers that may be no snapshot's own, which discovery must not take for snapshots. They are known only where all
-    /// `restored` snapshots of the manifest are there: then a layer that is nobody's point is an orphan.
+    /// Layers that may be no snapshot's own, which discovery must not take for snapshots. They are known only
+    /// where all `restored` snapshots of the manifest are there: then a layer that is nobody's point is an
+    /// orphan.
     pub(super) fn orphans(&self, restored: usize, leftovers: &Leftovers) -> Vec<(Target, LayerName)> {
         let is_whole = |manifest: &&DomainManifest| {
             manifest.snapshots == Some(restored as u64)
@@ -140,8 +141,8 @@ impl Importer {
 
     /// Tells how the domain is reached.
     ///
-    /// A socket's name or a command from a file beside the image would do what the owner of the directory wants. So it is
-    /// used only where the user confirms it; what the catalogue has of it already stays.
+    /// A socket's name or a command from a file beside the image would do what the owner of the directory
+    /// wants. So it is used only where the user confirms it; what the catalogue has of it already stays.
     fn reached(&self, matched: &Matched, report: &mut Report) -> (Hypervisor, Option<Control>, ActivePath) {
         let source = &matched.source;
         let Some(told) = matched.manifest().map(|manifest| &manifest.domain).filter(|_| source.by_path)
@@ -197,8 +198,8 @@ fn not_confirmed(told: &Domain) -> String {
     )
 }
 
-/// A disk of a domain of the catalogue that the manifest has at another path, because that is where its active image is
-/// now ([`ActivePath::New`]), is taken from there.
+/// A disk of a domain of the catalogue that the manifest has at another path, because that is where its
+/// active image is now ([`ActivePath::New`]), is taken from there.
 fn follow_moved_paths(manifest: &DomainManifest, source: &mut ImportSource) {
     if !source.import || source.known_as.is_none() {
         return;
@@ -213,7 +214,8 @@ fn follow_moved_paths(manifest: &DomainManifest, source: &mut ImportSource) {
     }
 }
 
-/// Which target of the manifest is which target of the source, by the images' names: the directory may have moved.
+/// Which target of the manifest is which target of the source, by the images' names: the directory may have
+/// moved.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`] where the manifest, in `place`, is of other images, or of more.

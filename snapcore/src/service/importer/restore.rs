@@ -76,8 +76,8 @@ impl Importer {
         Ok(restored)
     }
 
-    /// Gives snapshots new identities where a domain of the catalogue has theirs. The images are a copy of a domain that is
-    /// there too: two snapshots, so two identities.
+    /// Gives snapshots new identities where a domain of the catalogue has theirs. The images are a copy of a
+    /// domain that is there too: two snapshots, so two identities.
     async fn tell_apart(
         &self,
         restored: &mut Restored,
@@ -123,8 +123,8 @@ impl Importer {
     }
 }
 
-/// Finds the memory image of a snapshot. One that is not in the domain's directory for them must be confirmed by the user,
-/// or known to the catalogue.
+/// Finds the memory image of a snapshot. One that is not in the domain's directory for them must be confirmed
+/// by the user, or known to the catalogue.
 fn find_memory(
     manifest: &DomainManifest,
     matched: &Matched,
@@ -195,7 +195,8 @@ fn without_commands(machines: &[Machine], known: Option<&Entry>) -> (Vec<Machine
     (kept, names)
 }
 
-/// Returns true where a memory image was not in the directory of its domain's manifests when they were written.
+/// Returns true where a memory image was not in the directory of its domain's manifests when they were
+/// written.
 fn moved_from_elsewhere(manifest: &DomainManifest, file: &Utf8Path) -> bool {
     let home = manifest.domain.disks.first().and_then(|record| record.disk.path.parent());
     file.parent().and_then(Utf8Path::parent) != home

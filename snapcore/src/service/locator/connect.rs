@@ -36,7 +36,8 @@ impl Locator {
             .map_err(|error| error.context(format!("connecting to domain {}", domain.name)))
     }
 
-    /// Connects for those who only look: where that cannot be, they see the domain's own process as a stranger's.
+    /// Connects for those who only look: where that cannot be, they see the domain's own process as a
+    /// stranger's.
     pub(in crate::service) async fn connect_to_look(&self, domain: &Domain) -> Option<Live> {
         self.connect(domain).await.unwrap_or_else(|error| {
             tracing::debug!(%error, "looking at a domain without asking its hypervisor");
@@ -55,7 +56,8 @@ impl Locator {
     /// How a domain is reached, in the one form that its hypervisor has for it.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] where the hypervisor has no such address, or something is said that does not apply to its domains.
+    /// [`ErrorKind::Usage`] where the hypervisor has no such address, or something is said that does not
+    /// apply to its domains.
     pub(in crate::service) fn read_control(
         &self,
         hypervisor: &Hypervisor,
@@ -95,8 +97,8 @@ impl Locator {
         Ok(found)
     }
 
-    /// Says of each disk what the catalogue would: a hypervisor may know an active image by its permanent name, and a disk by
-    /// the format that it opens it with.
+    /// Says of each disk what the catalogue would: a hypervisor may know an active image by its permanent
+    /// name, and a disk by the format that it opens it with.
     fn know_disks(&self, seen: &mut Seen) {
         for disk in &mut seen.disks {
             disk.path = configured_path(&disk.path);

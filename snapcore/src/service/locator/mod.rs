@@ -111,8 +111,8 @@ impl Locator {
         Ok(Located::of(imported))
     }
 
-    /// A reference as the hypervisors of this program read it. Text that begins like an address of a hypervisor that there is not
-    /// here is a name or a list of images.
+    /// A reference as the hypervisors of this program read it. Text that begins like an address of a
+    /// hypervisor that there is not here is a name or a list of images.
     pub(in crate::service) fn understood<'r>(&self, reference: &'r DomainRef) -> Result<Cow<'r, DomainRef>> {
         let DomainRef::Live { hypervisor, address } = reference else { return Ok(Cow::Borrowed(reference)) };
         if self.registry.hypervisor(hypervisor).is_err() {
@@ -130,7 +130,8 @@ impl Locator {
         Ok(Cow::Owned(DomainRef::Live { hypervisor: hypervisor.clone(), address }))
     }
 
-    /// What runs at an address, as it would be imported, and a sentence for each image that it has open by a link.
+    /// What runs at an address, as it would be imported, and a sentence for each image that it has open by a
+    /// link.
     pub(in crate::service) async fn source_of_running(
         &self,
         hypervisor: &Hypervisor,
@@ -181,8 +182,8 @@ impl Locator {
         Ok(ImportSource::of_images(disks))
     }
 
-    /// A domain of the catalogue that was never registered and of which nothing is left is as its images are now:
-    /// another image may be at the path.
+    /// A domain of the catalogue that was never registered and of which nothing is left is as its images are
+    /// now: another image may be at the path.
     async fn refresh(&self, entry: Entry) -> Result<Located> {
         let bare = entry.domain.unregistered
             && entry.tree.is_empty()

@@ -50,7 +50,8 @@ impl Locks {
         Ok(Locked { _lease: lease, located, manifests })
     }
 
-    /// As [`Locks::lock`], for commands that need no manifests: a domain whose backends are missing can be locked too.
+    /// As [`Locks::lock`], for commands that need no manifests: a domain whose backends are missing can be
+    /// locked too.
     pub(super) async fn lock_records(
         &self,
         reference: &DomainRef,

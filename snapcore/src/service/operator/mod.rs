@@ -1,5 +1,5 @@
-//! The operator: carries requests out on a domain, under its lock, with its disks held, after recovering what stopped half
-//! way. The only room that runs plans.
+//! The operator: carries requests out on a domain, under its lock, with its disks held, after recovering what
+//! stopped half way. The only room that runs plans.
 
 mod abandon;
 mod lock;

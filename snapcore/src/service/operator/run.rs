@@ -27,9 +27,10 @@ impl Operator {
         let _held = self.hold_disks(&locked.located.entry.domain, live).await?;
         let (plan, watched) = self.prepare(locked, live, request).await?;
         let has_work = !plan.steps.is_empty() || !plan.commit.is_empty();
-        // What is durable before what: a domain that is imported from manifests enters the catalogue, and the manifests become
-        // this catalogue's, before the operation begins; one of which nothing is said enters with it. So manifests of
-        // snapshots that an operation deletes are known to be this catalogue's own, also to a recovery.
+        // What is durable before what: a domain that is imported from manifests enters the catalogue, and the
+        // manifests become this catalogue's, before the operation begins; one of which nothing is said enters
+        // with it. So manifests of snapshots that an operation deletes are known to be this catalogue's own,
+        // also to a recovery.
         let prologue = if has_work { self.record(locked, request).await? } else { Vec::new() };
         self.ledger.record_neighbours().await;
         let engine = Engine {
@@ -88,8 +89,8 @@ impl Operator {
         Ok((plan, watched))
     }
 
-    /// Makes catalogue and manifests say of the domain what is known before its operation begins. Returns what must be recorded
-    /// in one transaction with the operation.
+    /// Makes catalogue and manifests say of the domain what is known before its operation begins. Returns
+    /// what must be recorded in one transaction with the operation.
     async fn record(&self, locked: &mut Locked, request: &Request) -> Result<Vec<Change>> {
         let Locked { located, manifests, .. } = locked;
         let Located { entry, catalogued, leftovers, .. } = located;
@@ -113,8 +114,8 @@ impl Operator {
         Ok(self.neighbours.record_bases(&entry.domain).await.into_iter().collect())
     }
 
-    /// Writes manifests beside a disk that has another path now, as a raw disk that got an overlay. Those beside the base stay,
-    /// and tell whoever finds it whose it is.
+    /// Writes manifests beside a disk that has another path now, as a raw disk that got an overlay. Those
+    /// beside the base stay, and tell whoever finds it whose it is.
     async fn follow_moved_disk(&self, locked: &mut Locked, warnings: &mut Vec<String>) {
         let entry = &locked.located.entry;
         let Ok(now) = self.authority.manifests(&entry.domain) else { return };

@@ -57,8 +57,8 @@ impl Planning {
 /// Returns true if the hypervisor has the disk open as its configured path names it.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] where it has another image open, or the disk not at all: what is done to one would not be done to
-/// the other.
+/// [`ErrorKind::Refused`] where it has another image open, or the disk not at all: what is done to one would
+/// not be done to the other.
 pub(super) async fn is_attached(live: &Live, record: &DiskRecord) -> Result<bool> {
     let path = &record.disk.path;
     let target = &record.disk.target;

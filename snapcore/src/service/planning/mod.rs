@@ -1,5 +1,5 @@
-//! Planning: what an operation would do to a domain as it is on the machine, and what is in its way. Changes nothing but
-//! files of its own that it makes and removes to see whether that works ([`trial`]).
+//! Planning: what an operation would do to a domain as it is on the machine, and what is in its way. Changes
+//! nothing but files of its own that it makes and removes to see whether that works ([`trial`]).
 
 mod live;
 mod notes;

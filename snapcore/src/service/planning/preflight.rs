@@ -1,12 +1,15 @@
-//! What is known to fail is tried before an operation begins, in one place: a refusal here leaves nothing to undo.
+//! What is known to fail is tried before an operation begins, in one place: a refusal here leaves nothing to
+//! undo.
 //!
-//! For each disk: the names that the steps make fit the file system; the directory takes new names, and gives up those that are
-//! removed (immutable, append-only, sticky); images that are written can be opened for writing; images that are linked or removed
-//! carry no flag that forbids it, and are no mount points; manifests of what is deleted can be removed. Then what only a try can tell is tried, in each directory that is worked
-//! in ([`super::trial`]), and the room is asked for. Backends check their formats when they plan; a running domain checks what its
-//! hypervisor can do.
+//! For each disk: the names that the steps make fit the file system; the directory takes new names, and gives
+//! up those that are removed (immutable, append-only, sticky); images that are written can be opened for
+//! writing; images that are linked or removed carry no flag that forbids it, and are no mount points;
+//! manifests of what is deleted can be removed. Then what only a try can tell is tried, in each directory
+//! that is worked in ([`super::trial`]), and the room is asked for. Backends check their formats when they
+//! plan; a running domain checks what its hypervisor can do.
 //!
-//! A dry run does the same, so that it is refused as the operation would be. It leaves nothing, as the operation's own preflight.
+//! A dry run does the same, so that it is refused as the operation would be. It leaves nothing, as the
+//! operation's own preflight.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::OpenOptions;
@@ -43,10 +46,12 @@ const FLAGS: [(u64, &str, char); 2] = [(0x10, "immutable", 'i'), (0x20, "append-
 const MOUNT_ROOT: u64 = 0x2000;
 
 impl Planning {
-    /// Refuses a plan of which a step is known to fail. The domain's lock is held, unless this is a `dry` run.
+    /// Refuses a plan of which a step is known to fail. The domain's lock is held, unless this is a `dry`
+    /// run.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`] or [`ErrorKind::NoSpace`], with what is in the way. Nothing was changed.
+    /// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`] or [`ErrorKind::NoSpace`], with what is in the way.
+    /// Nothing was changed.
     pub(in crate::service) async fn preflight(
         &self,
         domain: &Domain,
@@ -97,7 +102,8 @@ impl Planning {
     }
 }
 
-/// Manifests of what a plan deletes can be removed: after its commit point nothing may be destroyed before they are.
+/// Manifests of what a plan deletes can be removed: after its commit point nothing may be destroyed before
+/// they are.
 fn manifests_can_go(manifests: &Manifests, plan: &Plan) -> Result<()> {
     let Some(directory) = manifests.directory() else { return Ok(()) };
     let doomed: Vec<Utf8PathBuf> = (plan.commit.iter())
@@ -131,7 +137,8 @@ fn manifests_can_go(manifests: &Manifests, plan: &Plan) -> Result<()> {
 /// Where an operation works, and what it needs there.
 #[derive(Default)]
 struct Works {
-    /// Directories of images: what is done there, the disk, the bytes that are needed, and the files that are made.
+    /// Directories of images: what is done there, the disk, the bytes that are needed, and the files that are
+    /// made.
     images: BTreeMap<Utf8PathBuf, (Needs, u64, u64)>,
     memory: Option<Utf8PathBuf>,
     manifests: Option<Utf8PathBuf>,
@@ -178,7 +185,8 @@ impl Works {
         if let Some(directory) = self.memory {
             places.push((nearest(&directory), Some(Needs::Names), BLOCK, 1));
         }
-        // Manifests may lag: where none can be made, the operation says so at its end. So only their room is asked for.
+        // Manifests may lag: where none can be made, the operation says so at its end. So only their room is
+        // asked for.
         if let Some(directory) = self.manifests {
             places.push((nearest(&directory), None, manifests_room, 2));
         }
@@ -219,7 +227,8 @@ fn nearest(directory: &Utf8Path) -> Utf8PathBuf {
     directory.ancestors().find(there).unwrap_or(Utf8Path::new("/")).to_owned()
 }
 
-/// What the manifests need that are written at the end: those of new snapshots, and the domain's beside its former one.
+/// What the manifests need that are written at the end: those of new snapshots, and the domain's beside its
+/// former one.
 fn manifests_room(domain: &Domain, plan: &Plan) -> u64 {
     let length = |text: serde_json::Result<String>| text.map_or(0, |text| text.len() as u64);
     let mut room = length(serde_json::to_string(domain)).next_multiple_of(BLOCK);

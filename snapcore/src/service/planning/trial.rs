@@ -1,10 +1,12 @@
-//! Trying what a directory takes: a file is made in it, gets another name, where it is needed a second one, and is removed.
+//! Trying what a directory takes: a file is made in it, gets another name, where it is needed a second one,
+//! and is removed.
 //!
-//! What a file system or a security module permits is known for certain only by a try: a file system without hard links, a quota, a
-//! directory that takes no new names. The file is empty, nobody else can read it, it is there for a moment, and its name is of a
-//! fixed form, made of the domain's first disk. So what a crash leaves does not add up, and the next operation of the domain, or
-//! `recover`, removes it. A dry run holds no lock: it uses another name, so that it cannot come between an operation's steps, and
-//! where something came between its own, nothing is known.
+//! What a file system or a security module permits is known for certain only by a try: a file system without
+//! hard links, a quota, a directory that takes no new names. The file is empty, nobody else can read it, it
+//! is there for a moment, and its name is of a fixed form, made of the domain's first disk. So what a crash
+//! leaves does not add up, and the next operation of the domain, or `recover`, removes it. A dry run holds no
+//! lock: it uses another name, so that it cannot come between an operation's steps, and where something came
+//! between its own, nothing is known.
 
 use std::io;
 
@@ -76,7 +78,8 @@ impl Trial {
     /// Tries it, and whether there is room for so many bytes. Afterwards the directory is as it was.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`] or [`ErrorKind::NoSpace`]: what the directory does not take.
+    /// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`] or [`ErrorKind::NoSpace`]: what the directory does
+    /// not take.
     pub(super) fn run(&self, needs: Needs, bytes: u64) -> Result<()> {
         let directory = match Directory::open(self.directory.as_std_path()) {
             Ok(directory) => directory,

@@ -40,9 +40,10 @@ impl Registrar {
         let previous = entry.clone();
         entry.domain.disks.retain(|record| record.disk.target != target);
         if self.authority.manifests(&entry.domain)?.place() != before.place() {
-            // Manifests lie beside the first disk. Those beside the former one go before the catalogue has the domain without it: a
-            // crash in between leaves a domain without manifests, and its next change writes them. The other way round it
-            // would leave manifests of a domain that the disk is not in any more, and nobody would look there again.
+            // Manifests lie beside the first disk. Those beside the former one go before the catalogue has
+            // the domain without it: a crash in between leaves a domain without manifests, and its next
+            // change writes them. The other way round it would leave manifests of a domain that the disk is
+            // not in any more, and nobody would look there again.
             if let Err(error) = self.authority.clear(before, previous).await {
                 self.warn(entry, &error);
             }
@@ -102,8 +103,8 @@ impl Registrar {
         Ok(None)
     }
 
-    /// Records a domain whose disks are others now. Its manifests follow; where they cannot, that is reported and stops
-    /// nothing.
+    /// Records a domain whose disks are others now. Its manifests follow; where they cannot, that is reported
+    /// and stops nothing.
     async fn put_changed(&self, entry: &mut Entry, catalogued: bool) -> Result<()> {
         let expected = if catalogued { entry.revision } else { Revision::ABSENT };
         self.ledger.put(entry, expected, false).await?;

@@ -13,8 +13,8 @@ use crate::{DomainName, Error, ErrorKind, Result};
 struct Known {
     entry: Entry,
     _lease: Lease,
-    /// Set where the catalogue is not authoritative: what it has, its journal too, is of disks that are no more, and
-    /// nothing of it may be resumed or written.
+    /// Set where the catalogue is not authoritative: what it has, its journal too, is of disks that are no
+    /// more, and nothing of it may be resumed or written.
     outdated: bool,
 }
 
@@ -78,7 +78,8 @@ impl Registrar {
         Ok(Some(Known { entry, _lease: lease, outdated }))
     }
 
-    /// Records an imported domain under a name that the catalogue does not have, in place of the one that it was.
+    /// Records an imported domain under a name that the catalogue does not have, in place of the one that it
+    /// was.
     async fn enter_as_another(
         &self,
         imported: Imported,

@@ -1,4 +1,5 @@
-//! The registrar: registers domains, imports them, and takes them out of the catalogue. It runs no plans and touches no image.
+//! The registrar: registers domains, imports them, and takes them out of the catalogue. It runs no plans and
+//! touches no image.
 
 mod disks;
 mod import;
@@ -149,8 +150,8 @@ impl Registrar {
         Ok((entry, lease))
     }
 
-    /// Records an imported domain, and writes its manifests. Where manifests cannot be written, that is reported and stops
-    /// nothing.
+    /// Records an imported domain, and writes its manifests. Where manifests cannot be written, that is
+    /// reported and stops nothing.
     async fn enter(&self, imported: Imported, expected: Revision, anew: bool) -> Result<ImportReport> {
         let Imported { mut entry, restored, adopted, mut notes, leftovers, unconfirmed: _ } = imported;
         self.ledger.put(&mut entry, expected, anew).await?;

@@ -17,8 +17,9 @@ const CHECKS: usize = 5;
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 
 impl Viewer {
-    /// What there is to be said of a domain. One that is changed meanwhile looks wrong (the catalogue was read before
-    /// the images and manifests): it is looked at again, and if it goes on being changed, that alone is told.
+    /// What there is to be said of a domain. One that is changed meanwhile looks wrong (the catalogue was
+    /// read before the images and manifests): it is looked at again, and if it goes on being changed, that
+    /// alone is told.
     pub(in crate::service) async fn check(&self, reference: &DomainRef) -> Result<Vec<Finding>> {
         let (mut name, mut last) = (String::new(), None);
         for _ in 0..CHECKS {

@@ -147,8 +147,8 @@ fn shown(operation: Operation) -> Unfinished {
     }
 }
 
-/// The owned layers whose own state nothing needs: not the active one, no point is the layer itself, and no foreign
-/// image stands on it.
+/// The owned layers whose own state nothing needs: not the active one, no point is the layer itself, and no
+/// foreign image stands on it.
 fn unnamed(record: &DiskRecord, state: &DiskState, tree: &SnapshotTree) -> Vec<LayerName> {
     state
         .layers

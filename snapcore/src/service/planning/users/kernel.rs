@@ -29,8 +29,8 @@ pub(super) struct User {
     pub(super) locks: Locks,
 }
 
-/// QEMU's byte locks of a user on a file (`block/file-posix.c`: byte 100 + N stands for a permission that is used, 200 + N for one
-/// that is kept from others).
+/// QEMU's byte locks of a user on a file (`block/file-posix.c`: byte 100 + N stands for a permission that is
+/// used, 200 + N for one that is kept from others).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Locks {
     /// None that keeps anybody off.
@@ -102,8 +102,8 @@ pub(super) fn users_of(
     users
 }
 
-/// Adds the uses of block devices that the kernel itself makes, and the partitions of the devices: each with the file that it
-/// is a part of.
+/// Adds the uses of block devices that the kernel itself makes, and the partitions of the devices: each with
+/// the file that it is a part of.
 fn with_partitions(
     named: &HashMap<FileIdentity, Utf8PathBuf>,
     own: &HashSet<u32>,

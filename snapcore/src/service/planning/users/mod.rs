@@ -1,7 +1,8 @@
 //! Other users of a file, as the kernel knows them.
 //!
-//! Image locks are advisory: QEMU with `locking=off`, a loop mount and a backup program take none, and QEMUs with `share-rw=on`
-//! do not exclude each other. So the kernel is asked before an image is written, and again before the cut:
+//! Image locks are advisory: QEMU with `locking=off`, a loop mount and a backup program take none, and QEMUs
+//! with `share-rw=on` do not exclude each other. So the kernel is asked before an image is written, and again
+//! before the cut:
 //!
 //! | user | found by |
 //! |---|---|
@@ -12,16 +13,18 @@
 //! | a target of the kernel (iSCSI, vhost, NVMe) | its configuration in `/sys/kernel/config` |
 //! | of a block device: a mount, a device made of it, an exclusive claim, a Xen domain | [`crate::devices`] |
 //!
-//! Who uses a partition uses the disk. A backend that knows more of its devices (how often one was opened) asks for itself.
+//! Who uses a partition uses the disk. A backend that knows more of its devices (how often one was opened)
+//! asks for itself.
 //!
-//! **Locks.** A program may hold QEMU's byte locks on an image that it has open for reading alone. A running QEMU that has the
-//! image open is not hindered, but it could not open it again: so such a holder is refused where the plan detaches the disk.
+//! **Locks.** A program may hold QEMU's byte locks on an image that it has open for reading alone. A running
+//! QEMU that has the image open is not hindered, but it could not open it again: so such a holder is refused
+//! where the plan detaches the disk.
 //!
-//! **Who matters.** Anyone who can write a layer of the disk. A reader matters where the plan writes the file that he reads in
-//! place (an internal snapshot, a merge into it, a new backing file), unless a running domain writes it anyway; and where the
-//! plan cannot be carried out as long as a device is open ([`crate::DiskSnapshotter::needs_of`]). A reader of a
-//! layer that only stays as it is, or is removed, keeps what he reads. This process, and the process of the running domain
-//! that is worked on, are nobody else.
+//! **Who matters.** Anyone who can write a layer of the disk. A reader matters where the plan writes the file
+//! that he reads in place (an internal snapshot, a merge into it, a new backing file), unless a running
+//! domain writes it anyway; and where the plan cannot be carried out as long as a device is open
+//! ([`crate::DiskSnapshotter::needs_of`]). A reader of a layer that only stays as it is, or is removed, keeps
+//! what he reads. This process, and the process of the running domain that is worked on, are nobody else.
 
 mod kernel;
 
@@ -44,8 +47,8 @@ use crate::{
     Registry, Result, Step, StepNeed, Target,
 };
 
-/// How long a user is looked for again before he counts: a process that was just forked has files of its parent open for a
-/// moment, and a look at an image takes no longer.
+/// How long a user is looked for again before he counts: a process that was just forked has files of its
+/// parent open for a moment, and a look at an image takes no longer.
 const PATIENCE: Duration = Duration::from_millis(120);
 
 /// The same for block devices: programs that look at new devices, udev's among them, come by and go.
@@ -98,7 +101,8 @@ impl Watched {
         self.refuse(true).await
     }
 
-    /// As [`Watched::refuse_users`]; `mapped`: also those who have a file in their memory alone. Their lists are half of the cost.
+    /// As [`Watched::refuse_users`]; `mapped`: also those who have a file in their memory alone. Their lists
+    /// are half of the cost.
     async fn refuse(&self, mapped: bool) -> Result<Option<String>> {
         let files: HashMap<FileIdentity, Utf8PathBuf> =
             self.files.iter().map(|(identity, (_, file))| (*identity, file.clone())).collect();
@@ -270,7 +274,8 @@ impl Watcher {
         Self { registry }
     }
 
-    /// The files of `domain` that somebody else must not use while `plan` is carried out; without a plan, no reader matters.
+    /// The files of `domain` that somebody else must not use while `plan` is carried out; without a plan, no
+    /// reader matters.
     pub(in crate::service) async fn watched(
         &self,
         domain: &Domain,
@@ -296,7 +301,8 @@ impl Watcher {
             if let Some(attached) = live.and_then(|live| live.disk(&disk.target)) {
                 open = attached.open_files().await?;
             }
-            // Where the running domain's process is not known, what it has open cannot be told from what others have.
+            // Where the running domain's process is not known, what it has open cannot be told from what
+            // others have.
             let by_the_kernel = || {
                 devices::device_number(&disk.path)
                     .is_some_and(|device| !devices::xen_disks(device).is_empty())
