@@ -1,0 +1,201 @@
+//! Tests of manifests in a directory.
+
+use std::fs::{self, File};
+
+use jiff::Timestamp;
+
+use super::*;
+use crate::{
+    ActivePath, Consistency, Disk, DiskPoint, DiskRecord, Domain, DomainName, Hypervisor, LayerName, Point,
+    SnapshotName, SnapshotTree, Target,
+};
+
+fn snapshot(name: &str) -> Snapshot {
+    Snapshot {
+        id: SnapshotId::fresh(),
+        name: SnapshotName::new(name).unwrap(),
+        parent: None,
+        created: Timestamp::now(),
+        description: "tab\there \"quoted\" ünï".to_owned(),
+        consistency: Consistency::Clean,
+        disks: vec![DiskPoint::new(
+            Target::new("vda").unwrap(),
+            Point::internal(LayerName("a.layer".into()), name),
+            1 << 40,
+        )],
+        memory: None,
+        machine: None,
+        skipped: Vec::new(),
+    }
+}
+
+fn entry(revision: u64, snapshots: &[Snapshot]) -> Entry {
+    let disk = Disk { target: Target::new("vda").unwrap(), path: "/a".into(), format: "fake".into() };
+    let layer = LayerName("a.layer".into());
+    Entry {
+        domain: Domain {
+            name: DomainName::new("web").unwrap(),
+            unregistered: false,
+            hypervisor: Hypervisor::NONE,
+            control: None,
+            active_path: ActivePath::Keep,
+            disks: vec![DiskRecord { disk, active: layer.clone(), owned: vec![layer] }],
+            current: snapshots.last().map(|snapshot| snapshot.id),
+            machines: Vec::new(),
+        },
+        tree: SnapshotTree::new(snapshots.to_vec()),
+        revision: Revision(revision),
+        follows: None,
+    }
+}
+
+struct Place {
+    directory: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self { directory: tempfile::tempdir().unwrap() }
+    }
+
+    fn manifests(&self) -> ManifestDirectory {
+        let root = Utf8Path::from_path(self.directory.path()).unwrap();
+        ManifestDirectory::new(root.join(".hidden/web"))
+    }
+
+    fn files(&self) -> Vec<String> {
+        self.manifests().names().unwrap().into_iter().collect()
+    }
+}
+
+#[test]
+fn what_is_written_is_read_and_the_last_deletion_takes_the_directory() {
+    let place = Place::new();
+    let manifests = place.manifests();
+    let us = CatalogueId::fresh();
+    let (one, two) = (snapshot("s1"), snapshot("s2"));
+    let mut before = entry(1, &[]);
+    assert!(manifests.is_current(None, &before));
+    for after in [
+        entry(5, std::slice::from_ref(&one)),
+        entry(7, &[one.clone(), two.clone()]),
+        entry(9, std::slice::from_ref(&two)),
+    ] {
+        manifests.write(us, Some(&before), &after).unwrap();
+        let found = manifests.read().unwrap();
+        assert_eq!(found.problems, Vec::new());
+        assert_eq!(SnapshotTree::new(found.snapshots), after.tree);
+        let told = found.domain.unwrap();
+        assert_eq!((told.revision, told.catalogue, &told.domain), (after.revision, Some(us), &after.domain));
+        assert!(manifests.is_current(Some(us), &after) && !manifests.is_current(Some(us), &before));
+        assert!(!manifests.is_current(Some(CatalogueId::fresh()), &after));
+        before = after;
+    }
+    manifests.write(us, Some(&before), &entry(11, &[])).unwrap();
+    assert_eq!(fs::read_dir(place.directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_stale_directory_is_made_right_and_files_of_others_stay() {
+    let place = Place::new();
+    let manifests = place.manifests();
+    let us = CatalogueId::fresh();
+    let (old, kept) = (snapshot("old"), snapshot("kept"));
+    manifests.write(us, None, &entry(1, &[old.clone(), kept.clone()])).unwrap();
+    let half = format!("{}.json{TEMPORARY_SUFFIX}", SnapshotId::fresh());
+    fs::write(manifests.directory.join(&half), "half").unwrap();
+    fs::write(manifests.directory.join("readme"), "of somebody").unwrap();
+    fs::write(manifests.directory.join(format!("{}.json", kept.id)), "damaged").unwrap();
+    let now = entry(4, std::slice::from_ref(&kept));
+    manifests.write(us, None, &now).unwrap();
+    let mut expected = vec![format!("{}.json", kept.id), DOMAIN_FILE.to_owned(), "readme".to_owned()];
+    expected.sort();
+    assert_eq!(place.files(), expected);
+    assert_eq!(manifests.read().unwrap().snapshots, [kept]);
+    manifests.write(us, Some(&now), &entry(6, &[])).unwrap();
+    assert_eq!(place.files(), ["readme"]);
+}
+
+#[test]
+fn manifests_of_snapshots_that_the_writer_never_knew_stay() {
+    let place = Place::new();
+    let manifests = place.manifests();
+    let (us, them) = (CatalogueId::fresh(), CatalogueId::fresh());
+    let (ours, theirs, newer) = (snapshot("ours"), snapshot("theirs"), snapshot("newer"));
+    manifests.write(them, None, &entry(1, std::slice::from_ref(&theirs))).unwrap();
+    manifests.write(us, None, &entry(9, std::slice::from_ref(&newer))).unwrap();
+    let stays = [&theirs, &newer].map(|snapshot| format!("{}.json", snapshot.id));
+    let here = |place: &Place| stays.iter().all(|name| place.files().contains(name));
+    // At revision 4 this catalogue, put back from a backup, does not know what it wrote at 9.
+    for before in [None, Some(entry(4, &[]))] {
+        manifests.write(us, before.as_ref(), &entry(5, std::slice::from_ref(&ours))).unwrap();
+        assert!(here(&place), "{:?}", place.files());
+    }
+    manifests.write(us, None, &entry(6, &[])).unwrap();
+    assert!(here(&place) && place.files().len() == 2, "{:?}", place.files());
+    assert!(!manifests.is_current(Some(us), &entry(6, &[])));
+    manifests.put_aside(&[Item::Snapshot(theirs.id), Item::Snapshot(ours.id)]).unwrap();
+    assert_eq!(manifests.read().unwrap().snapshots, std::slice::from_ref(&newer));
+    assert!(place.files().contains(&format!("{}.json.left-out", theirs.id)));
+    manifests.write(us, None, &entry(10, &[])).unwrap();
+    assert_eq!(place.files(), [format!("{}.json.left-out", theirs.id)]);
+}
+
+#[test]
+fn a_manifest_is_known_to_the_catalogue_that_wrote_it_or_followed_it_and_to_no_other() {
+    let (us, them) = (CatalogueId::fresh(), CatalogueId::fresh());
+    let told = |catalogue, revision| DomainManifest {
+        catalogue,
+        revision: Revision(revision),
+        snapshots: Some(0),
+        domain: entry(revision, &[]).domain,
+    };
+    let ours = entry(7, &[]);
+    // Behind: a crash came between the catalogue and the manifests.
+    assert!(told(Some(us), 7).is_known_to(us, &ours) && told(Some(us), 5).is_known_to(us, &ours));
+    assert!(!told(Some(us), 8).is_known_to(us, &ours));
+    assert!(!told(Some(them), 3).is_known_to(us, &ours));
+    assert!(told(None, 7).is_known_to(us, &ours) && !told(None, 8).is_known_to(us, &ours));
+    let mut of_another = told(Some(us), 5);
+    of_another.domain.name = DomainName::new("other").unwrap();
+    assert!(!of_another.is_known_to(us, &ours));
+    let follows = Some(Stamp { catalogue: Some(them), revision: Revision(6) });
+    let taken = Entry { follows, ..entry(7, &[]) };
+    assert!(told(Some(them), 6).is_known_to(us, &taken) && told(Some(us), 7).is_known_to(us, &taken));
+    assert!(!told(Some(them), 7).is_known_to(us, &taken));
+}
+
+#[test]
+fn a_damaged_manifest_is_refused_by_name_and_stops_no_other() {
+    let place = Place::new();
+    let manifests = place.manifests();
+    let all = [snapshot("s1"), snapshot("s2"), snapshot("s3"), snapshot("s4"), snapshot("s5")];
+    manifests.write(CatalogueId::fresh(), None, &entry(1, &all)).unwrap();
+    let path = |snapshot: &Snapshot| manifests.file_of(snapshot.id);
+    let text = |snapshot| fs::read_to_string(path(snapshot)).unwrap();
+    fs::write(path(&all[0]), text(&all[0]).replace("s1", "sx")).unwrap();
+    fs::write(path(&all[1]), text(&all[1]).replace("manifest\":1", "manifest\":2")).unwrap();
+    fs::write(path(&all[2]), text(&all[3])).unwrap();
+    let long = File::create(path(&all[4])).unwrap();
+    long.set_len(MAX_BYTES + 1).unwrap();
+    let found = manifests.read().unwrap();
+    assert_eq!(found.snapshots, [all[3].clone()]);
+    let why = |snapshot: &Snapshot| {
+        let item = Some(Item::Snapshot(snapshot.id));
+        &found.problems.iter().find(|problem| problem.item == item).unwrap().why
+    };
+    assert!(why(&all[0]).contains("checksum"));
+    assert!(why(&all[1]).contains("version 2"));
+    assert!(why(&all[2]).contains("describes the snapshot"));
+    assert!(why(&all[4]).contains("longer than"));
+}
+
+#[test]
+fn fields_of_a_newer_program_are_passed_over() {
+    let content = r#"{"id":"0190a0c0-0000-7000-8000-000000000000","name":"s1","parent":null,
+        "created":"2026-11-22T10:00:00Z","consistency":"clean","disks":[],"mood":"good"}"#;
+    let crc = crc32fast::hash(content.as_bytes());
+    let text = format!(r#"{{"domsnap-manifest":1,"crc32":"{crc:08x}","extra":[],"content":{content}}}"#);
+    let snapshot: Snapshot = open_envelope(text.as_bytes()).unwrap();
+    assert_eq!(snapshot.name.as_str(), "s1");
+}
