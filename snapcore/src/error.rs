@@ -39,6 +39,17 @@ pub enum ErrorKind {
 }
 
 /// An error: the attempted operation, the object, the reason, the state now, and advice.
+///
+/// ```
+/// use snapcore::{Error, ErrorKind};
+///
+/// let error = Error::new(ErrorKind::Refused, "the image /vm/web.qcow2 has no layer base.qcow2")
+///     .context("deleting snapshot s1 of domain web")
+///     .state("no changes made")
+///     .advise("run `domsnap check web`");
+/// assert_eq!(error.kind(), ErrorKind::Refused);
+/// assert_eq!(error.advice(), Some("run `domsnap check web`"));
+/// ```
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,

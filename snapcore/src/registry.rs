@@ -9,6 +9,27 @@ use crate::{DiskSnapshotter, Error, ErrorKind, Hypervisor, Result, VmStateSaver}
 
 /// The backends of a program, in the order of their registration. The first is the default: it serves images
 /// that are given by their path alone.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use snapcore::{DiskSnapshotter, ErrorKind, Registry};
+///
+/// /// The backends of a program: said explicitly, none is found by itself.
+/// fn registry(backends: Vec<Arc<dyn DiskSnapshotter>>) -> snapcore::Result<Registry> {
+///     let mut registry = Registry::new();
+///     for backend in backends {
+///         registry.register(backend)?;
+///     }
+///     Ok(registry)
+/// }
+///
+/// # fn main() -> snapcore::Result<()> {
+/// let unknown = registry(Vec::new())?.get("qcow2").err().expect("nothing is registered");
+/// assert_eq!(unknown.kind(), ErrorKind::NotFound);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Default)]
 pub struct Registry {
     backends: Vec<Arc<dyn DiskSnapshotter>>,

@@ -199,3 +199,22 @@ fn fields_of_a_newer_program_are_passed_over() {
     let snapshot: Snapshot = open_envelope(text.as_bytes()).unwrap();
     assert_eq!(snapshot.name.as_str(), "s1");
 }
+
+/// A manifest as it was recorded before disks had addresses is read, and so is one with an address; an address that
+/// cannot be shown is refused.
+#[test]
+fn addresses_in_manifests_are_read() {
+    let domain = |address: &str| {
+        let content = format!(
+            r#"{{"revision":3,"name":"web","unregistered":false,"hypervisor":"none","active_path":"keep","disks":[{{"target":"vda","path":"{address}","format":"qcow2","active":"a.ds-0123abcd.qcow2","owned":["a.ds-0123abcd.qcow2"]}}],"current":null}}"#
+        );
+        let crc = crc32fast::hash(content.as_bytes());
+        open_domain(format!(r#"{{"domsnap-manifest":1,"crc32":"{crc:08x}","content":{content}}}"#).as_bytes())
+    };
+    let disk = |address: &str| domain(address).unwrap().domain.disks[0].disk.clone();
+    assert_eq!(disk("/vm/a.qcow2").local().unwrap(), "/vm/a.qcow2");
+    assert_eq!((disk("rbd:pool/a").local(), disk("rbd:pool/a").path.as_str()), (None, "rbd:pool/a"));
+    for bad in ["a.qcow2", "/vm/../a", "rbd:", r"rbd:a\u0007"] {
+        domain(bad).unwrap_err();
+    }
+}
