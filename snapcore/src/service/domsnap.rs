@@ -14,7 +14,7 @@ use super::{
 use crate::catalogue::Catalogue;
 use crate::{
     Control, CreateRequest, DeleteRequest, Domain, DomainName, Error, ErrorKind, EventStream, Finding,
-    Hypervisor, Plan, Registry, Request, Result, RevertRequest, Seen, SnapshotName, time_name,
+    Hypervisor, Plan, Registry, Request, Result, RevertRequest, DomainInfo, SnapshotName, time_name,
 };
 
 /// Snapshots of domains. Cheap to clone; may be used from many tasks at once.
@@ -72,7 +72,7 @@ impl Domsnap {
     /// # Errors
     /// [`ErrorKind::NotFound`] where nothing does; [`ErrorKind::Unsupported`] where the hypervisor is not
     /// registered.
-    pub async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<Seen> {
+    pub async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<DomainInfo> {
         self.rooms.locator.look(hypervisor, control).await
     }
 
@@ -85,7 +85,7 @@ impl Domsnap {
     ///
     /// # Errors
     /// As of [`Domsnap::resolve`]; where it cannot be told whether it runs.
-    pub async fn running(&self, domain: &DomainRef) -> Result<Option<Seen>> {
+    pub async fn running(&self, domain: &DomainRef) -> Result<Option<DomainInfo>> {
         let located = self.rooms.locator.locate(domain).await?;
         let live = self.rooms.locator.connect(&located.entry.domain).await?;
         Ok(live.map(|live| live.seen().clone()))

@@ -4,7 +4,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::images::file_id;
 use crate::{
-    ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, Seen, Target, chain,
+    ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, DomainInfo, Target, chain,
 };
 
 /// A domain as a user names it: a registered name, the images of disks at rest, or where a running one is
@@ -281,7 +281,7 @@ pub(super) struct Chosen {
 /// # Errors
 /// [`ErrorKind::Refused`] where none does, or the image of one is not there under the name that the
 /// hypervisor has of it.
-pub(super) fn choose_disks(seen: &Seen) -> Result<Chosen> {
+pub(super) fn choose_disks(seen: &DomainInfo) -> Result<Chosen> {
     let mut chosen = Chosen { disks: Vec::new(), left_out: Vec::new() };
     for disk in &seen.disks {
         let why = match (&disk.left_out, disk.target.is_domain()) {
@@ -356,7 +356,7 @@ impl DomainSpec {
     /// # Errors
     /// [`ErrorKind::Refused`] where no disk is left, or the image of one is not there under the name that the
     /// hypervisor has of it.
-    pub fn disks_of(&mut self, seen: &Seen) -> Result<Vec<String>> {
+    pub fn disks_of(&mut self, seen: &DomainInfo) -> Result<Vec<String>> {
         let chosen =
             choose_disks(seen).map_err(|error| error.context(format!("registering domain {}", self.name)))?;
         self.disks.extend(chosen.disks);
@@ -429,11 +429,11 @@ mod tests {
         assert_eq!(read(file.as_str()), own(&[(file.as_str(), "")]), "one that is there is itself");
     }
 
-    fn seen(disks: Vec<SeenDisk>) -> Seen {
+    fn seen(disks: Vec<SeenDisk>) -> DomainInfo {
         let agent = Some("/run/agent".into());
         let machine = serde_json::Value::Null;
         let (summary, memory_blockers) = (String::new(), Vec::new());
-        Seen { name: None, running: true, machine, summary, memory_blockers, disks, agent, config: None }
+        DomainInfo { name: None, running: true, machine, summary, memory_blockers, disks, agent, config: None }
     }
 
     fn drive(target: &str, path: &Utf8Path, left_out: Option<&str>) -> SeenDisk {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Locator;
 use crate::service::reference::configured_path;
 use crate::{
-    AttachedDisk, Control, DiskRecord, Domain, Error, ErrorKind, Hypervisor, LiveDomain, Result, Seen,
+    AttachedDisk, Control, DiskRecord, Domain, Error, ErrorKind, Hypervisor, LiveDomain, Result, DomainInfo,
 };
 
 /// A connection to a running domain.
@@ -20,7 +20,7 @@ pub struct Scanned {
     /// How it is reached.
     pub control: Control,
     /// What it is.
-    pub seen: Seen,
+    pub seen: DomainInfo,
 }
 
 impl Locator {
@@ -46,7 +46,7 @@ impl Locator {
     }
 
     /// What runs at an address.
-    pub(in crate::service) async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<Seen> {
+    pub(in crate::service) async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<DomainInfo> {
         let control = self.read_control(hypervisor, control)?;
         let mut seen = self.registry.hypervisor(hypervisor)?.look(&control).await?;
         self.know_disks(&mut seen);
@@ -99,7 +99,7 @@ impl Locator {
 
     /// Says of each disk what the catalogue would: a hypervisor may know an active image by its permanent
     /// name, and a disk by the format that it opens it with.
-    fn know_disks(&self, seen: &mut Seen) {
+    fn know_disks(&self, seen: &mut DomainInfo) {
         for disk in &mut seen.disks {
             disk.path = configured_path(&disk.path);
             if let Some(backend) = self.registry.recognise(&disk.path, Some(&disk.format)) {
