@@ -13,8 +13,8 @@ use super::{
 };
 use crate::catalogue::Catalogue;
 use crate::{
-    Control, CreateRequest, DeleteRequest, Domain, DomainName, Error, ErrorKind, EventStream, Finding,
-    Hypervisor, Plan, Registry, Request, Result, RevertRequest, DomainInfo, SnapshotName, time_name,
+    Control, CreateRequest, DeleteRequest, Domain, DomainInfo, DomainName, Error, ErrorKind, EventStream,
+    Finding, Hypervisor, Plan, Registry, Request, Result, RevertRequest, SnapshotName, time_name,
 };
 
 /// Snapshots of domains. Cheap to clone; may be used from many tasks at once.

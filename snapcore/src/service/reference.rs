@@ -4,7 +4,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::images::file_id;
 use crate::{
-    ActivePath, Control, Disk, DomainName, Error, ErrorKind, Hypervisor, Result, DomainInfo, Target, chain,
+    ActivePath, Control, Disk, DomainInfo, DomainName, Error, ErrorKind, Hypervisor, Result, Target, chain,
 };
 
 /// A domain as a user names it: a registered name, the images of disks at rest, or where a running one is
@@ -433,7 +433,16 @@ mod tests {
         let agent = Some("/run/agent".into());
         let machine = serde_json::Value::Null;
         let (summary, memory_blockers) = (String::new(), Vec::new());
-        DomainInfo { name: None, running: true, machine, summary, memory_blockers, disks, agent, config: None }
+        DomainInfo {
+            name: None,
+            running: true,
+            machine,
+            summary,
+            memory_blockers,
+            disks,
+            agent,
+            config: None,
+        }
     }
 
     fn drive(target: &str, path: &Utf8Path, left_out: Option<&str>) -> SeenDisk {

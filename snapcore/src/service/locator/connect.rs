@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Locator;
 use crate::service::reference::configured_path;
 use crate::{
-    AttachedDisk, Control, DiskRecord, Domain, Error, ErrorKind, Hypervisor, LiveDomain, Result, DomainInfo,
+    AttachedDisk, Control, DiskRecord, Domain, DomainInfo, Error, ErrorKind, Hypervisor, LiveDomain, Result,
 };
 
 /// A connection to a running domain.
@@ -46,7 +46,11 @@ impl Locator {
     }
 
     /// What runs at an address.
-    pub(in crate::service) async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<DomainInfo> {
+    pub(in crate::service) async fn look(
+        &self,
+        hypervisor: &Hypervisor,
+        control: &Control,
+    ) -> Result<DomainInfo> {
         let control = self.read_control(hypervisor, control)?;
         let mut seen = self.registry.hypervisor(hypervisor)?.look(&control).await?;
         self.know_disks(&mut seen);
