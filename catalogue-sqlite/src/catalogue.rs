@@ -35,6 +35,9 @@ use crate::schema::{self, MIGRATIONS, Version};
 /// Time to wait for a transaction of another process.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Time to wait for another process, where the next try can do with it.
+const BRIEF: Duration = Duration::from_millis(100);
+
 /// At how many pages the log is checkpointed. Each process reads the log when it opens the database, so a
 /// long one costs every command; a checkpoint costs two flushes now and then.
 const CHECKPOINT_PAGES: u32 = 200;
@@ -83,14 +86,21 @@ struct Open {
 /// Opens a database that exists, and reads with `first` what it is. Where the file system is full it is
 /// opened for this process alone, see [`crate::room`].
 fn opened<T>(path: &Utf8Path, mut first: impl FnMut(&mut Connection) -> Rows<T>) -> Rows<(Connection, T)> {
-    let mut open = |alone: bool| {
-        let mut connection = connect(path, alone)?;
+    let mut open = |alone: bool, patience: Duration| {
+        let mut connection = connect(path, alone, patience)?;
         let found = first(&mut connection)?;
         Ok((connection, found))
     };
-    let connection = match open(false) {
-        Err(Failure::Sqlite(cause)) if lacks_index(&cause) => open(true)?,
-        tried => tried?,
+    let connection = match room::may_lack_index(path) {
+        true => match open(true, BRIEF) {
+            // Another process has it open, and has made the index.
+            Err(Failure::Sqlite(cause)) if is_in_use(&cause) => open(false, BUSY_TIMEOUT)?,
+            tried => tried?,
+        },
+        false => match open(false, BUSY_TIMEOUT) {
+            Err(Failure::Sqlite(cause)) if lacks_index(&cause) => open(true, BUSY_TIMEOUT)?,
+            tried => tried?,
+        },
     };
     room::keep_in_log(path);
     Ok(connection)
@@ -101,13 +111,20 @@ fn lacks_index(cause: &rusqlite::Error) -> bool {
     cause.sqlite_error().is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE)
 }
 
+fn is_in_use(cause: &rusqlite::Error) -> bool {
+    matches!(
+        cause.sqlite_error_code(),
+        Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked)
+    )
+}
+
 /// Opens a database that exists, as this module's documentation promises; `alone` locks every other process
 /// out.
-fn connect(path: &Utf8Path, alone: bool) -> Rows<Connection> {
+fn connect(path: &Utf8Path, alone: bool, patience: Duration) -> Rows<Connection> {
     // One thread at a time uses it, under a lock of ours: SQLite needs none of its own.
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.busy_timeout(patience)?;
     if alone {
         connection.pragma_update_and_check(None, "locking_mode", "EXCLUSIVE", |_| Ok(()))?;
     }

@@ -14,6 +14,12 @@
 //! SQLite's index of the log (`-shm`) is created by the first process that opens the database, and needs
 //! blocks then. Where there are none, the database is opened by this process alone
 //! (`locking_mode=EXCLUSIVE`), which needs no index.
+//!
+//! SQLite maps that index, and writes one byte of each of its pages in advance. Where the blocks of the file
+//! system are smaller than a page, the kernel finds the rest missing only at the first store into the mapping,
+//! and ends the process by SIGBUS. There the room is asked for before the database is opened. SQLite stores into
+//! all pages when it creates the index, so none is missing later. (`fallocate` could not reserve them: closing a
+//! second descriptor of the file would release SQLite's own locks on it.)
 
 use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::Kind;
@@ -32,6 +38,19 @@ const PAGES: u64 = 512 << 10;
 
 /// Bytes that a file system must have free, for the database to take some of them in advance.
 const PLENTY: u64 = 4 << 20;
+
+/// Bytes by which SQLite makes its index longer: it writes one byte of each.
+const INDEX_PAGE: u64 = 4096;
+
+/// Bytes that must be free before SQLite makes its index, which has 32 KiB, in several processes at once.
+const INDEX: u64 = 128 << 10;
+
+/// Returns true if a block may be missing in the middle of a page of SQLite's index.
+pub(crate) fn may_lack_index(database: &Utf8Path) -> bool {
+    statvfs(database.as_std_path()).is_ok_and(|found| {
+        found.f_frsize < INDEX_PAGE && found.f_bavail.saturating_mul(found.f_frsize) < INDEX
+    })
+}
 
 /// Reserves blocks for the database's log. Only a favour: a file that is not there or not ours to write, or a
 /// file system that cannot do it, is left as it is.

@@ -382,6 +382,43 @@ fn full_file_system_of_the_catalogue_locks_nothing() -> Result<()> {
     Ok(())
 }
 
+/// On a file system of blocks of 1 KiB that is almost full, SQLite's index of its log had holes in its pages, and the kernel
+/// ended domsnap by SIGBUS when it wrote there.
+#[test]
+fn almost_full_catalogue_of_small_blocks_ends_nothing() -> Result<()> {
+    if !may_mount("ext4") {
+        return Ok(());
+    }
+    // So small that mkfs gives it blocks of 1 KiB.
+    let mounted = Mounted::make("ext4", 6 << 20)?;
+    let dir = tempfile::tempdir()?;
+    let image = dir.path().join("a.qcow2").display().to_string();
+    qemu::img(&["create", "-q", "-f", "qcow2", &image, "1M"])?;
+    let domsnap = Domsnap::new(&mounted.path().join("state"));
+    domsnap.done(&["create", &image, "s"])?;
+    let full = mounted.path().join("full");
+    for left in (0..=48).step_by(4) {
+        for words in [&["list", &image][..], &["create", &image, "x"], &["check", &image]] {
+            // The index is made anew.
+            let _ = std::fs::remove_file(mounted.path().join("state/catalogue.db-shm"));
+            let mut file = std::fs::File::create(&full)?;
+            let filled = std::io::copy(&mut std::io::repeat(1), &mut file);
+            ensure!(filled.is_err_and(|error| error.kind() == std::io::ErrorKind::StorageFull));
+            file.set_len(file.metadata()?.len().saturating_sub(left << 10))?;
+            file.sync_all()?;
+            let outcome = domsnap.run(words)?;
+            ensure!(outcome.status.is_some(), "{left} KiB left: {outcome}");
+            std::fs::remove_file(&full)?;
+            domsnap.done(&["recover"])?;
+            if words[0] == "create" && outcome.status == Some(status::DONE) {
+                domsnap.done(&["delete", &image, "x"])?;
+            }
+        }
+    }
+    domsnap.done(&["delete", &image, "s"])?;
+    qemu::check(std::path::Path::new(&image))
+}
+
 /// A create that is killed half way.
 struct Stop;
 
