@@ -53,6 +53,22 @@ pub enum Boot {
     Sleep,
     /// Starts the watchdog `ib700`, which bites after two seconds.
     Watchdog,
+    /// Writes to its memory for ever, until a key is pressed; then as [`Boot::Panic`].
+    BusyThenPanic,
+    /// Writes to its memory for ever, until a key is pressed; then as [`Boot::PowerOff`].
+    BusyThenPowerOff,
+}
+
+/// The code of a guest that writes to 112 pages of its memory until a key is pressed; more follows.
+macro_rules! busy_then {
+    ($($byte:literal),*) => {
+        // cli; again: mov ax, 0x1000; page: mov ds, ax; inc word [0]; add ax, 0x100; cmp ax, 0x8000; jb page;
+        // in al, 0x64; test al, 1; jz again
+        &[
+            0xfa, 0xb8, 0x00, 0x10, 0x8e, 0xd8, 0xff, 0x06, 0x00, 0x00, 0x05, 0x00, 0x01, 0x3d, 0x00, 0x80, 0x72,
+            0xf2, 0xe4, 0x64, 0xa8, 0x01, 0x74, 0xe9, $($byte),*
+        ]
+    };
 }
 
 impl Boot {
@@ -68,6 +84,10 @@ impl Boot {
             // mov dx, 0x604; mov ax, 0x2400 (S3 of q35 is type 1); out dx, ax; cli; hlt; jmp -3
             Self::Sleep => &[0xba, 0x04, 0x06, 0xb8, 0x00, 0x24, 0xef, 0xfa, 0xf4, 0xeb, 0xfd],
             // mov dx, 0x443; mov al, 0x0e; out dx, al; cli; hlt; jmp -3
+            Self::BusyThenPanic => busy_then![0xba, 0x05, 0x05, 0xb0, 0x01, 0xee, 0xfa, 0xf4, 0xeb, 0xfd],
+            Self::BusyThenPowerOff => {
+                busy_then![0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef, 0xfa, 0xf4, 0xeb, 0xfd]
+            }
             Self::Watchdog => &[0xba, 0x43, 0x04, 0xb0, 0x0e, 0xee, 0xfa, 0xf4, 0xeb, 0xfd],
             // xor ax, ax; mov ds, ax; again: mov ah, 0x43; mov al, 0; mov dl, 0x80; mov si, 0x7c40; int 0x13;
             // add dword [0x7c48], 0x200; jmp again
@@ -183,9 +203,17 @@ impl Idle {
     /// # Errors
     /// What QEMU says, or that it is gone.
     pub fn qmp(&self, command: &str, arguments: Value) -> Result<Value> {
+        self.qmp_at(&self.socket, command, arguments)
+    }
+
+    /// The same, over another socket of this QEMU's, which it was told to serve.
+    ///
+    /// # Errors
+    /// As [`Idle::qmp`].
+    pub fn qmp_at(&self, socket: &Path, command: &str, arguments: Value) -> Result<Value> {
         let until = Instant::now() + PATIENCE;
         let mut stream = loop {
-            match UnixStream::connect(&self.socket) {
+            match UnixStream::connect(socket) {
                 Ok(stream) => break stream,
                 Err(error) if Instant::now() >= until => return Err(error).context("connecting to QEMU"),
                 Err(_) => sleep(Duration::from_millis(10)),
@@ -274,6 +302,16 @@ impl Idle {
     /// What QEMU says.
     pub fn flush(&self, device: &str) -> Result<()> {
         self.io(device, "flush")
+    }
+
+    /// Kills it, as a crash would.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
     }
 
     /// Ends it.

@@ -330,6 +330,41 @@ fn create_while_requests_are_held() -> Result<()> {
     strike_where(&operation, Machine::start_with(true)?, is_of_holding)
 }
 
+/// Both are killed before memory is loaded. `recover` drops the safety copies of internal reverts, and starts the domain
+/// from memory: in that order, because what it starts locks the images.
+#[test]
+fn both_die_before_memory_is_loaded() -> Result<()> {
+    let mut machine = Machine::start()?;
+    let (_outputs, file) = shim::outputs()?;
+    past(&mut machine, &["--internal"])?;
+    let address = machine.address();
+    let words = ["revert", address.as_str(), "s"];
+    shim::counting_commands(shim::preloaded(machine.domsnap()), &file).done(&words)?;
+    let commands = std::fs::read_to_string(&file)?;
+    let place = commands.lines().position(|command| command.ends_with("snapshot-load"));
+    let place = place.with_context(|| format!("none loads memory: {commands}"))?;
+    past(&mut machine, &["--internal"])?;
+    let struck = shim::killing_at_command(shim::preloaded(machine.domsnap()), place as u64 + 1, false);
+    struck.run(&words)?;
+    machine.qemu.kill()?;
+    let recovered = machine.domsnap().run(&["recover"])?;
+    let ended = (|| {
+        let recovered = recovered.expect_status(status::DONE)?;
+        ensure!(recovered.stdout.contains("the domain was started"), "{recovered}");
+        ensure!(machine.qemu.state()? == "running", "it does not run");
+        for disk in DISKS {
+            machine.qemu.flush(disk)?;
+            let tags = qemu::img(&["snapshot", "-U", "-l", &machine.path(disk).display().to_string()])?;
+            ensure!(!tags.contains("domsnap-undo"), "{disk}: a safety copy is left: {tags}");
+            ensure!(has_pattern(&machine.path(disk), THEN)?, "{disk} is not as it was");
+        }
+        Ok(())
+    })();
+    // What was started is no child of ours.
+    let _ = machine.qemu.qmp("quit", serde_json::json!({}));
+    ended
+}
+
 /// QEMU 10.0 ends by a segmentation fault where it is asked for its nodes while a stream job is concluded and
 /// not dismissed.
 #[test]
