@@ -16,10 +16,10 @@
 //! (`locking_mode=EXCLUSIVE`), which needs no index.
 //!
 //! SQLite maps that index, and writes one byte of each of its pages in advance. Where the blocks of the file
-//! system are smaller than a page, the kernel finds the rest missing only at the first store into the mapping,
-//! and ends the process by SIGBUS. There the room is asked for before the database is opened. SQLite stores into
-//! all pages when it creates the index, so none is missing later. (`fallocate` could not reserve them: closing a
-//! second descriptor of the file would release SQLite's own locks on it.)
+//! system are smaller than a page, the kernel finds the rest missing only at the first store into the
+//! mapping, and ends the process by SIGBUS. There the room is asked for before the database is opened. SQLite
+//! stores into all pages when it creates the index, so none is missing later. (`fallocate` could not reserve
+//! them: closing a second descriptor of the file would release SQLite's own locks on it.)
 
 use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::Kind;

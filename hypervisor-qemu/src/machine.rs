@@ -242,6 +242,15 @@ impl Machine {
             //    moment would wait for it for ever. 2) Release them whatever `stop` returned. A crash between
             //    the two leaves the requests waiting; `drain::release_left` ends that.
             let held = drain::drain(self).await;
+            // That takes time. A `stop` of another client's in between is theirs, and ours has no effect
+            // after it.
+            let stopped_before = match self.run_state().await {
+                Ok(state) => !state.running,
+                Err(error) => {
+                    drain::release(self, held).await;
+                    return Err(error);
+                }
+            };
             let stopped = self.run("pausing the guest", &subject.to_string(), "stop", Value::Null).await;
             drain::release(self, held).await;
             if let Err(error) = stopped {
@@ -249,7 +258,7 @@ impl Machine {
             }
             // The guest may have panicked or switched itself off just before. Then we did not stop it, and
             // `cont` is not ours to send.
-            ours = !self.run_state().await?.stopped_by_itself();
+            ours = !stopped_before && !self.run_state().await?.stopped_by_itself();
         }
         Ok(Paused { ours, since })
     }

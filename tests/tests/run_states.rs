@@ -3,14 +3,14 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use domsnap_tests::domsnap::{Domsnap, Outcome, status};
 use domsnap_tests::idle::{Boot, Idle, has_pattern};
 use domsnap_tests::mounted::{Mounted, may_mount};
 use domsnap_tests::qemu;
-use serde_json::json;
+use serde_json::{Value, json};
 use testguest::Version;
 
 /// What the disk has when a snapshot is taken, and after it.
@@ -394,4 +394,156 @@ fn a_guest_whose_disk_is_full_is_worked_on() -> Result<()> {
     }
     domain.qemu.qmp("cont", json!({}))?;
     domain.qemu.wait_state("io-error")
+}
+
+/// A machine whose memory is saved by pre-copy alone, which comes to its end when the guest stands still: the guest
+/// writes to its memory until a key is pressed. In the directory is the socket of another client.
+fn busy(boot: Boot, more: &[&str]) -> Result<(Domain, tempfile::TempDir)> {
+    let dir = tempfile::tempdir()?;
+    let second = dir.path().join("second");
+    let ram = dir.path().join("ram");
+    let memory = format!("memory-backend-file,id=m,size=192M,mem-path={},share=on", ram.display());
+    // Memory that is not zeros: QEMU asks how much there is left, and not whether it is done, from 100 ms on.
+    let filling = dir.path().join("filling");
+    std::fs::write(&filling, vec![b'x'; 128 << 20])?;
+    let filled = format!("loader,file={},addr=0x2000000,force-raw=on", filling.display());
+    let served = format!("unix:{},server=on,wait=off", second.display());
+    // A background snapshot cannot be had of memory that is shared.
+    let words = ["-m", "192", "-object", &memory, "-machine", "memory-backend=m", "-device", &filled];
+    let words = [&words[..], &["-qmp", &served]].concat();
+    let domain = Domain::start(Version::New, boot, &[&words[..], more].concat())?;
+    let limits = json!({ "downtime-limit": 1, "avail-switchover-bandwidth": 1_000 });
+    domain.qemu.qmp("migrate-set-parameters", limits)?;
+    Ok((domain, dir))
+}
+
+/// Waits until the guest writes to its memory.
+fn wait_busy(domain: &Domain) -> Result<()> {
+    domain.qemu.wait_state("running")?;
+    let counter = || domain.qemu.monitor("xp /1hx 0x10000");
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    // The firmware writes there too, but not all the time.
+    let (mut before, mut changed) = (counter()?, 0);
+    while changed < 10 {
+        ensure!(std::time::Instant::now() < until, "it does not begin");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let now = counter()?;
+        changed = if now == before { 0 } else { changed + 1 };
+        before = now;
+    }
+    Ok(())
+}
+
+/// Takes a snapshot, and does something over the other socket when its memory is being copied. None where it ended
+/// before: on a busy machine the guest may get no time to write to its memory.
+fn create_while(domain: &Domain, dir: &Path, words: &[&str], what: (&str, Value)) -> Result<Option<Outcome>> {
+    let second = &dir.join("second");
+    let copied = || -> Result<bool> {
+        let now = domain.qemu.qmp_at(second, "query-migrate", json!({}))?;
+        let passes = now["ram"]["dirty-sync-count"].as_u64().unwrap_or_default();
+        Ok(now["status"] == "active" && passes > 2)
+    };
+    std::thread::scope(|scope| {
+        let create = scope.spawn(|| domain.run(words));
+        while !create.is_finished() && !copied()? {}
+        let ended = create.is_finished();
+        if !ended {
+            domain.qemu.qmp_at(second, what.0, what.1)?;
+        }
+        let outcome = create.join().expect("the thread ends")?;
+        Ok((!ended).then_some(outcome))
+    })
+}
+
+/// How often an end is tried to be met: QEMU stops the guest's processor, and ends the copying, within a look of ours.
+const TRIES: usize = 40;
+
+/// A guest that panics or switches itself off while its memory is copied, in the last moments too, is known: the
+/// snapshot is rolled back, and the guest stays as it is.
+#[test]
+fn guest_that_stops_itself_ends_a_pre_copy() -> Result<()> {
+    for (boot, word, event, more) in [
+        (
+            Boot::BusyThenPanic,
+            "guest-panicked",
+            "GUEST_PANICKED",
+            &["-device", "pvpanic", "-action", "panic=pause"][..],
+        ),
+        (Boot::BusyThenPowerOff, "shutdown", "SHUTDOWN", &["-action", "shutdown=pause"]),
+    ] {
+        let (mut domain, dir) = busy(boot, more)?;
+        let (mut before_the_end, mut at_the_end) = (0, 0);
+        for number in 0..TRIES {
+            wait_busy(&domain)?;
+            let key = json!({ "keys": [{ "type": "qcode", "data": "a" }] });
+            let how = if number % 2 == 0 { "--internal" } else { "--external" };
+            let words = ["create", "x", how];
+            let outcome = create_while(&domain, dir.path(), &words, ("send-key", key))?;
+            let Some(outcome) = outcome.filter(|outcome| outcome.status != Some(status::DONE)) else {
+                // The key came after the end: the guest stops when it goes on, if it was not stopped before.
+                let key = json!({ "keys": [{ "type": "qcode", "data": "b" }] });
+                if domain.qemu.state()? == "running" {
+                    domain.qemu.qmp("send-key", key)?;
+                }
+                domain.qemu.wait_state(word)?;
+                domain.done(&["delete", "x"])?;
+                reset(&mut domain)?;
+                continue;
+            };
+            ensure!(outcome.stderr.contains("stopped by itself"), "{outcome}");
+            match outcome.stderr.contains(event) {
+                true => at_the_end += 1,
+                false => before_the_end += 1,
+            }
+            domain.lives(word)?;
+            if at_the_end > 0 {
+                break;
+            }
+            reset(&mut domain)?;
+        }
+        println!("{word}: {at_the_end} at the end, {before_the_end} before");
+        ensure!(at_the_end > 0, "the end was never met");
+        domain.done(&["create", "y"])?;
+        domain.lives(word)?;
+        domain.done(&["revert", "y"])?;
+    }
+    Ok(())
+}
+
+/// A guest that another client stops while its memory is copied stays paused, and is restored so.
+#[test]
+fn stop_by_another_client_outlasts_a_pre_copy() -> Result<()> {
+    let (mut domain, dir) = busy(Boot::BusyThenPanic, &[])?;
+    let (mut before_the_end, mut at_the_end) = (0, 0);
+    for number in 0..TRIES {
+        wait_busy(&domain)?;
+        domain.qemu.write("vda", THEN)?;
+        let how = if number % 2 == 0 { "--internal" } else { "--external" };
+        let outcome = create_while(&domain, dir.path(), &["create", "x", how], ("stop", json!({})))?;
+        if let Some(outcome) = outcome {
+            let outcome = outcome.expect_status(status::DONE)?;
+            // A `stop` that comes while the guest stands still for us has no effect in QEMU, and nobody hears of it.
+            match (outcome.stdout.contains("another client"), outcome.stdout.contains("(pre-copy)")) {
+                (true, true) => at_the_end += 1,
+                (true, false) => before_the_end += 1,
+                (false, _) => ensure!(outcome.stdout.contains("guest paused for"), "{outcome}"),
+            }
+            let stopped = outcome.stdout.contains("another client");
+            if stopped {
+                domain.lives("paused")?;
+            }
+            domain.qemu.write("vda", NOW)?;
+            domain.done(&["revert", "x"])?;
+            domain.lives(if stopped { "paused" } else { "running" })?;
+            ensure!(domain.has(THEN)?, "the disk is not as it was");
+        }
+        domain.done(&["delete", "x"])?;
+        domain.qemu.qmp("cont", json!({}))?;
+        if at_the_end > 0 && before_the_end > 0 {
+            break;
+        }
+    }
+    println!("{at_the_end} at the end, {before_the_end} before");
+    ensure!(at_the_end > 0 && before_the_end > 0, "an end was never met");
+    Ok(())
 }

@@ -85,7 +85,7 @@ pub struct Taken<T> {
     pub why_not: Option<String>,
     /// Time from STOP to RESUME. Zero if the guest was paused before, and still is.
     pub stopped_for: Duration,
-    /// True if the guest ran before, and runs again.
+    /// True if the guest ran at the instant, and runs again.
     pub was_running: bool,
     /// The memory; still being written if the method is [`Way::BackgroundSnapshot`].
     pub memory: Option<Saving>,
@@ -205,7 +205,14 @@ impl Cut {
             }
             Live::Live { budget } => {
                 let settings = Settings::apply(machine, Form::PreCopy).await?;
-                pre_copy(machine, disks, draft, settings, budget, why_not, while_paused).await
+                let copied = copy(machine, &disks, &draft, settings, budget).await?;
+                let Some((writing, ended)) = copied else {
+                    // A migration to its end would leave it `postmigrate`.
+                    let settings = Settings::apply(machine, Form::Plain).await?;
+                    let plan = Plan::Saved { draft, settings, why_not };
+                    return paused_cut(machine, disks, plan, while_paused).await;
+                };
+                switch_over(machine, disks, draft, writing, ended, why_not, while_paused).await
             }
         }
     }
@@ -328,6 +335,7 @@ where
         Err(error) => return Err(undo.all(error).await),
     }
     let was_running = undo.paused.as_ref().is_some_and(Paused::is_ours);
+    let mut events = machine.qmp().events();
     if draft.is_some() && !was_running && !by_snapshot {
         // The state differs from the one planned for: the guest may have panicked, or switched itself off,
         // just before it was stopped.
@@ -335,7 +343,8 @@ where
             Ok(state) => state,
             Err(error) => return Err(undo.all(error).await),
         };
-        if state.word != "paused" {
+        // A migration to its end would leave one that another client has paused `postmigrate`.
+        if state.word != "paused" || form == Form::Plain {
             (by_snapshot, way) = (true, Way::NonLive);
             why_not = Some(only_snapshot_save(&state));
             if let Err(error) = undo.settings_for(Form::Plain).await {
@@ -368,6 +377,9 @@ where
             return Err(undo.all(error).await);
         }
     }
+    if let Err(error) = stood_still(machine, &mut events).await {
+        return Err(undo.all(error).await);
+    }
     // 4) The caller makes the cut durable (configured paths, journal) before the guest can write to the
     //    overlays. A crash before this leaves overlays that the journal does not commit: undo merges them
     //    back.
@@ -396,6 +408,20 @@ where
     Ok(Taken { way, why_not, stopped_for, was_running, memory, done })
 }
 
+/// Fails if another client has resumed the guest since the events are listened to: memory and disks are not of
+/// one instant then.
+async fn stood_still(machine: &Machine, events: &mut Events) -> Result<()> {
+    while let Ok(Ok(notice)) = timeout(Duration::ZERO, events.next()).await {
+        if matches!(notice, Notice::Event(event) if event.name == "RESUME") {
+            let detail = "another client of QEMU resumed the guest in the middle of it";
+            let subject = machine.qmp().socket().display();
+            let error = Error::new(ErrorKind::Invalid, "keeping the guest paused", subject, detail);
+            return Err(error.advice("take the snapshot again when no other client resumes the guest"));
+        }
+    }
+    Ok(())
+}
+
 /// Waits until the first page is written, or all of them.
 async fn wait_while_paused(machine: &Machine, draft: &Draft, to_the_end: bool) -> Result<()> {
     let attempted = "saving memory";
@@ -418,12 +444,12 @@ async fn wait_while_paused(machine: &Machine, draft: &Draft, to_the_end: bool) -
     }
 }
 
-/// Fails if the guest stopped by itself while its memory was copied: the end of the migration would let it
-/// run.
-async fn runs_yet(machine: &Machine, attempted: &str) -> Result<()> {
+/// Returns true if another client has stopped the guest. Fails if the guest stopped by itself while its memory
+/// was copied: the end of the migration would let it run.
+async fn stands(machine: &Machine, attempted: &str) -> Result<bool> {
     let state = machine.run_state().await?;
     if !state.stopped_by_itself() {
-        return Ok(());
+        return Ok(state.word == "paused");
     }
     let detail =
         format!("the guest stopped by itself (run state {:?}) while its memory was copied", state.word);
@@ -442,7 +468,7 @@ fn stops(name: &str, data: &Value) -> bool {
     }
 }
 
-/// Like [`runs_yet`], for the last moments, after which QEMU's run state shows only the migration.
+/// Like [`stands`], for the last moments, after which QEMU's run state shows only the migration.
 async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str) -> Result<()> {
     // All events before the reply that said `pre-switchover` have been received already.
     while let Ok(Ok(notice)) = timeout(Duration::ZERO, events.next()).await {
@@ -456,25 +482,31 @@ async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str)
     Ok(())
 }
 
-async fn pre_copy<T, F>(
+/// How the copying of a running guest's memory ended: QEMU has stopped the guest, and waits.
+struct Copied {
+    clock: Clock,
+    /// The guest, where it was stopped by us because the budget was over, and not by QEMU because little was
+    /// left.
+    paused: Option<Paused>,
+}
+
+/// Copies the memory of a running guest until QEMU has stopped it, or the budget is over and we have.
+///
+/// Gives none where another client stopped the guest meanwhile: nothing is copied then, and the guest stays
+/// as it is.
+async fn copy(
     machine: &Machine,
-    disks: Disks,
-    draft: Draft,
+    disks: &Disks,
+    draft: &Draft,
     settings: Settings,
     budget: Duration,
-    why_not: Option<String>,
-    while_paused: impl FnOnce() -> F,
-) -> Result<Taken<T>>
-where
-    F: Future<Output = std::result::Result<T, BoxError>>,
-{
+) -> Result<Option<(Writing, Copied)>> {
     let attempted = "saving memory";
     let subject = draft.path().display().to_string();
     let clock = Clock::start(machine);
     let mut events = machine.qmp().events();
-    let mut undo =
-        Undo { machine, disks: &disks, settings: None, writing: None, paused: None, inactive: false };
-    match Writing::start(machine, &draft, settings).await {
+    let mut undo = Undo { machine, disks, settings: None, writing: None, paused: None, inactive: false };
+    match Writing::start(machine, draft, settings).await {
         Ok(writing) => undo.writing = Some(writing),
         Err((error, settings)) => {
             undo.settings = Some(settings);
@@ -482,8 +514,8 @@ where
         }
     }
     // QEMU pauses the guest by itself when little is left; a cancelled migration resumes it by itself.
-    let (begun, mut converged) = (Instant::now(), true);
-    loop {
+    let begun = Instant::now();
+    let stopped_by_another = loop {
         let now = match migration::status(machine)
             .await
             .and_then(|now| now.check(attempted, &subject).map(|()| now))
@@ -492,21 +524,21 @@ where
             Err(error) => return Err(undo.all(error).await),
         };
         if now.status == "pre-switchover" {
-            break;
+            break false;
         }
-        if converged && let Err(error) = runs_yet(machine, attempted).await {
-            return Err(undo.all(error).await);
+        if undo.paused.is_none() {
+            match stands(machine, attempted).await {
+                Ok(true) => break true,
+                Ok(false) => {}
+                Err(error) => return Err(undo.all(error).await),
+            }
         }
         let waited = begun.elapsed();
-        if converged && waited > budget {
+        if undo.paused.is_none() && waited > budget {
             match machine.pause().await {
-                Ok(paused) => {
-                    let stopped_before = !paused.is_ours();
-                    (undo.paused, converged) = (Some(paused), false);
-                    if stopped_before && let Err(error) = runs_yet(machine, attempted).await {
-                        return Err(undo.all(error).await);
-                    }
-                }
+                Ok(paused) if paused.is_ours() => undo.paused = Some(paused),
+                // Why it stands still is asked at the next look.
+                Ok(_) => continue,
                 // It may have converged just now.
                 Err(error) if error.kind() == ErrorKind::Invalid => {}
                 Err(error) => return Err(undo.all(error).await),
@@ -517,13 +549,48 @@ where
             let error = Error::new(ErrorKind::Timeout, attempted, &subject, detail);
             return Err(undo.all(error).await);
         }
-        sleep(Duration::from_millis(if converged { 5 } else { 1 })).await;
+        sleep(Duration::from_millis(if undo.paused.is_none() { 5 } else { 1 })).await;
+    };
+    if stopped_by_another {
+        // QEMU leaves the guest of a cancelled migration as it was.
+        return match undo.writing.take() {
+            Some(writing) => match writing.cancel(machine).await {
+                Ok(()) => Ok(None),
+                Err(error) => Err(undo.all(error).await),
+            },
+            None => Ok(None),
+        };
     }
     // The end of the migration would resume the guest. If it is cancelled, QEMU gives the guest its own state
     // back.
-    if converged && let Err(error) = ran_to_the_end(machine, &mut events, attempted).await {
+    if undo.paused.is_none()
+        && let Err(error) = ran_to_the_end(machine, &mut events, attempted).await
+    {
         return Err(undo.all(error).await);
     }
+    let Undo { writing, paused, .. } = undo;
+    Ok(writing.map(|writing| (writing, Copied { clock, paused })))
+}
+
+/// Cuts the disks at the end of a migration that waits, lets it end, and the guest go on.
+async fn switch_over<T, F>(
+    machine: &Machine,
+    disks: Disks,
+    draft: Draft,
+    writing: Writing,
+    copied: Copied,
+    why_not: Option<String>,
+    while_paused: impl FnOnce() -> F,
+) -> Result<Taken<T>>
+where
+    F: Future<Output = std::result::Result<T, BoxError>>,
+{
+    let attempted = "saving memory";
+    let subject = draft.path().display().to_string();
+    let Copied { clock, paused } = copied;
+    let converged = paused.is_none();
+    let mut undo =
+        Undo { machine, disks: &disks, settings: None, writing: Some(writing), paused, inactive: false };
     // The guest is paused by QEMU (`pre-switchover`). Cut the disks before the last pages are written: the
     // transaction is the instant, and no page can change after it. A crash here leaves a migration that
     // waits, and overlays that undo merges back.
@@ -538,23 +605,40 @@ where
     if let Err(error) = outcome {
         return Err(undo.all(error).await);
     }
-    // Completed: the guest stays paused until `cont`.
+    // Completed: the guest stays paused until `cont`. A `stop` of another client's between our last look and
+    // QEMU's own shows in nothing but the stream.
+    let stopped_by_another = match draft.run_state_at_the_end() {
+        Ok(word) => converged && word.as_deref() == Some("paused"),
+        Err(error) => return Err(undo.all(error).await),
+    };
     let done = match while_paused().await {
         Ok(done) => done,
         Err(error) => {
             let error = Error::hook("the cut", &subject, error);
-            if let Err(second) = machine.cont().await {
+            if let Err(second) = goes_on(machine, stopped_by_another).await {
                 return Err(undo.all(error.now(second.to_string())).await);
             }
             undo.paused = None;
             return Err(undo.all(error).await);
         }
     };
-    machine.cont().await.map_err(|error| error.now("the cut and its nested steps are complete"))?;
-    let stopped_for = clock.stopped_for().await;
-    let memory = Saving { machine: machine.clone(), draft, writing: undo.writing };
-    let way = Way::PreCopy { converged };
-    Ok(Taken { way, why_not, stopped_for, was_running: true, memory: Some(memory), done })
+    goes_on(machine, stopped_by_another)
+        .await
+        .map_err(|error| error.now("the cut and its nested steps are complete"))?;
+    let stopped_for = if stopped_by_another { Duration::ZERO } else { clock.stopped_for().await };
+    let memory = Some(Saving { machine: machine.clone(), draft, writing: undo.writing });
+    let (way, was_running) = (Way::PreCopy { converged }, !stopped_by_another);
+    Ok(Taken { way, why_not, stopped_for, was_running, memory, done })
+}
+
+/// Lets a guest go on after a migration that has ended. From `postmigrate` only `cont` leads, so one that
+/// another client has stopped runs for a moment, and is stopped again.
+async fn goes_on(machine: &Machine, stopped_by_another: bool) -> Result<()> {
+    machine.cont().await?;
+    if stopped_by_another {
+        let _: Paused = machine.pause().await?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use std::{
 };
 
 use super::{
+    global_state,
     image::{Image, checksums},
     packed::{self, Packed, Packing},
     record::{LONGEST_METADATA, Record},
@@ -103,6 +104,13 @@ impl Draft {
             Ok(file.into())
         };
         open().map_err(|error: io::Error| Error::io("opening a memory image", &self.part, error))
+    }
+
+    /// Run state of the guest when its migration stopped it, by the stream that QEMU has written: after the
+    /// migration QEMU itself reports nothing but `postmigrate`. None where the stream does not have it.
+    pub(crate) fn run_state_at_the_end(&self) -> Result<Option<String>> {
+        global_state::read(self.file()?, STREAM)
+            .map_err(|error| Error::io("reading a memory image", &self.part, error))
     }
 
     /// Returns the number of bytes that QEMU has written.

@@ -31,6 +31,7 @@
 //! directory is flushed.
 
 mod draft;
+mod global_state;
 mod image;
 mod incoming;
 mod packed;

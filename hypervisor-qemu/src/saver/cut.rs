@@ -2,7 +2,7 @@
 
 use std::{
     mem,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -64,6 +64,7 @@ pub(super) struct Step<'a> {
 pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<StepOutcome> {
     let machine = &live.machine;
     let mut facts = StepOutcome::default();
+    live.went_on.store(false, Ordering::Relaxed);
     let before = machine.run_state().await.map_err(told)?;
     let ran = before.running;
     let bitmaps = live.lost_bitmaps(overlaid(step)).await?;
@@ -105,10 +106,14 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     }
     // 4) Pause at once if the guest is to stay paused. A frozen guest must run once more, or its agent could
     //    not thaw it.
-    let paused_before = stays && frozen.is_none();
-    if paused_before && let Err(error) = machine.pause().await {
-        return Err(close(live, told(error), &opened).await);
+    let mut paused_before = None;
+    if stays && frozen.is_none() {
+        match machine.pause().await {
+            Ok(paused) => paused_before = Some(paused),
+            Err(error) => return Err(close(live, told(error), &opened).await),
+        }
     }
+    let ran = ran && paused_before.as_ref().is_none_or(Paused::is_ours);
 
     let required = step.quiesce == Quiesce::Require;
     // 5) Runs inside of the cut, with the guest paused: disks served by others are cut here, paths are moved
@@ -129,15 +134,33 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
         Err(error) => {
             let whole = error.state().is_none() && !error.is_lost();
             let error = close(live, told(error), &opened).await;
-            if whole && ran && paused_before {
-                machine.let_go_on().await.map_err(|second| told(second).context(error.to_string()))?;
+            if whole {
+                if let Some(paused) = paused_before {
+                    let resumed = machine.resume(paused).await;
+                    resumed.map_err(|second| told(second).context(error.to_string()))?;
+                }
+                live.went_on.store(true, Ordering::Relaxed);
             }
             return Err(error);
         }
     };
-    // A guest that stopped by itself just before the instant did not run at it.
-    let ran = ran && (paused_before || step.memory.is_none() || taken.was_running);
+    // A guest that stopped by itself just before the instant, or was stopped by another client, did not run
+    // at it.
+    let ran = ran && (paused_before.is_some() || step.memory.is_none() || taken.was_running);
+    let paused_before = paused_before.is_some();
+    if !stays {
+        live.went_on.store(true, Ordering::Relaxed);
+    }
     *live.saving() = taken.memory.map(|saving| (saving, ran));
+    if before.running && !paused_before && !taken.was_running {
+        let state = machine.run_state().await.map_err(told)?;
+        if state.word == "paused" {
+            facts.notes.push(
+                "another client of QEMU stopped the guest meanwhile: it stays paused, and was so at the instant"
+                    .to_owned(),
+            );
+        }
+    }
     if step.memory.is_some() && !ran {
         let state = machine.run_state().await.map_err(told)?;
         if let Some(remark) = state.remark() {
@@ -363,8 +386,9 @@ pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>
         }
     }
     sweep(live).await?;
-    // 3) Resume only when all disks are back: from then on the guest writes to them.
-    if step.running {
+    // 3) Resume only when all disks are back: from then on the guest writes to them. A guest that had resumed
+    //    after the instant and is paused now was stopped by another client.
+    if step.running && !live.went_on.load(Ordering::Relaxed) {
         machine.let_go_on().await.map_err(told)?;
     }
     if step.quiesce != Quiesce::No {

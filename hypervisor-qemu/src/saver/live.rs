@@ -3,7 +3,7 @@
 use std::{
     collections::HashSet,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -57,6 +57,9 @@ pub(super) struct Live {
     saving: Mutex<Option<(Saving, bool)>>,
     /// Start of the current detached section.
     window: Mutex<Option<Instant>>,
+    /// Set when the guest has gone on after the instant: from then on it stands still because another client
+    /// stopped it, and an undo leaves it so.
+    pub(super) went_on: AtomicBool,
     pub(super) unpacked: Unpacked,
 }
 
@@ -135,6 +138,7 @@ impl Live {
             unplugged,
             speed,
             ready,
+            went_on: AtomicBool::default(),
             saving,
             window,
             unpacked,

@@ -89,7 +89,14 @@ impl Mark {
             None => Self::WindowStood.make(machine).await?,
         }
         // 2) Only then pause.
-        machine.pause().await
+        let paused = machine.pause().await?;
+        if runs && !paused.is_ours() {
+            // Another client, or the guest itself, stopped it since the state was read: it is not ours to
+            // resume.
+            Self::WindowStood.make(machine).await?;
+            Self::WindowRan.remove(machine).await?;
+        }
+        Ok(paused)
     }
 
     /// Removes the marks of a section.

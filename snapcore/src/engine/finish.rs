@@ -101,10 +101,11 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Puts the step that starts the domain from memory behind all others: the process that it starts has the images open and
-    /// locked, and the others work on images that nobody has open. (Where a process has them open already, the guest goes on
-    /// first, because it stands still.) A crash before the start leaves a domain that is off, which `recover` starts.
-    fn start_last(&self, finish: &mut Vec<usize>) -> Result<()> {
+    /// Puts the step that starts the domain from memory behind all others: the process that it starts has the
+    /// images open and locked, and the others work on images that nobody has open. (Where a process has them
+    /// open already, the guest goes on first, because it stands still.) A crash before the start leaves a
+    /// domain that is off, which `recover` starts.
+    fn start_last(&self, finish: &mut [usize]) -> Result<()> {
         for place in 0..finish.len() {
             let index = finish[place];
             let is_of_domain = self.operation.plan.steps[index].step.target.is_domain();
@@ -116,8 +117,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// A window that a crash closed, because the hypervisor's process went with it, is opened anew for what is left to be done
-    /// in it.
+    /// A window that a crash closed, because the hypervisor's process went with it, is opened anew for what
+    /// is left to be done in it.
     fn reopen_window(&mut self, finish: &[usize]) -> Result<()> {
         let mut opened = None;
         for &index in finish {
