@@ -328,7 +328,7 @@ impl Machine {
     ///
     /// # Errors
     /// See [`Machine::resume`].
-    pub(crate) async fn let_go_on(&self) -> Result<()> {
+    pub(crate) async fn resume_unless_stopped(&self) -> Result<()> {
         match self.run_state().await?.stopped_by_itself() {
             true => Ok(()),
             false => self.cont().await,

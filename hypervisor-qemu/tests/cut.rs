@@ -9,21 +9,21 @@ use hypervisor_qemu::{
     ErrorKind,
     discover::{Discovery, Role, compare},
     graph::{self, Graph},
-    instant::{Cut, DiskCut, Live, Way, abandon},
+    instant::{Cut, CutMethod, DiskCut, SaveMode, abandon},
     jobs,
     memory::{Draft, restore_deferred, restore_in_place},
 };
 use kit::{BOTH, BUDGET};
 use testguest::{Guest, GuestOptions, Version};
 
-const LIVE: Live = Live::Live { budget: BUDGET };
+const LIVE: SaveMode = SaveMode::Live { budget: BUDGET };
 
 /// Returns the best method of a live cut.
-fn best(version: Version) -> Way {
+fn best(version: Version) -> CutMethod {
     match version {
-        Version::New => Way::BackgroundSnapshot,
+        Version::New => CutMethod::BackgroundSnapshot,
         // There is no KVM here.
-        Version::Old => Way::NonLive,
+        Version::Old => CutMethod::NonLive,
     }
 }
 
@@ -100,12 +100,17 @@ async fn live_cut_is_one_instant() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn pre_copy_and_a_paused_guest_give_the_same_image() -> Result<()> {
     for (version, live, background, expected) in [
-        (Version::New, LIVE, false, Way::PreCopy { converged: true }),
-        (Version::Old, LIVE, false, Way::PreCopy { converged: true }),
-        (Version::New, Live::Live { budget: Duration::ZERO }, false, Way::PreCopy { converged: false }),
-        (Version::New, Live::Paused, true, Way::NonLive),
-        (Version::New, Live::Paused, false, Way::NonLive),
-        (Version::Old, Live::Paused, false, Way::NonLive),
+        (Version::New, LIVE, false, CutMethod::PreCopy { converged: true }),
+        (Version::Old, LIVE, false, CutMethod::PreCopy { converged: true }),
+        (
+            Version::New,
+            SaveMode::Live { budget: Duration::ZERO },
+            false,
+            CutMethod::PreCopy { converged: false },
+        ),
+        (Version::New, SaveMode::Paused, true, CutMethod::NonLive),
+        (Version::New, SaveMode::Paused, false, CutMethod::NonLive),
+        (Version::Old, SaveMode::Paused, false, CutMethod::NonLive),
     ] {
         let mut guest = kit::loaded(GuestOptions::new().version(version))?;
         let machine = kit::machine(&guest).await?;
@@ -136,7 +141,7 @@ async fn memory_is_restored_in_place_repeatedly() -> Result<()> {
             cut = cut.disk(DiskCut::Internal { device, tag: "s".into() });
         }
         let taken = cut.take(&machine, kit::nothing).await?;
-        println!("{version:?} internal: {:?} stopped for {:?}", taken.way, taken.stopped_for);
+        println!("{version:?} internal: {:?} stopped for {:?}", taken.method, taken.stopped_for);
         let image = taken.memory.context("memory")?.wait(|_| {}).await?.seal("s", b"")?;
         kit::sound(&machine).await?;
         let then = guest.ticks()?;
@@ -189,7 +194,7 @@ async fn eight_mixed_disks_are_one_instant() -> Result<()> {
         let taken = cut.take(&machine, kit::nothing).await?;
         println!(
             "eight disks, drive {drive}: {:?} stopped for {:?}, gap {:?}",
-            taken.way,
+            taken.method,
             taken.stopped_for,
             guest.largest_gap()
         );
@@ -215,7 +220,7 @@ async fn eight_mixed_disks_are_one_instant() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn failed_cut_leaves_the_guest_as_it_was() -> Result<()> {
     for version in BOTH {
-        for (live, background) in [(LIVE, true), (LIVE, false), (Live::Paused, false)] {
+        for (live, background) in [(LIVE, true), (LIVE, false), (SaveMode::Paused, false)] {
             let guest = kit::loaded(GuestOptions::new().version(version))?;
             let machine = kit::machine(&guest).await?;
             let before = [kit::chain(&machine, "vda").await?, kit::chain(&machine, "vdb").await?];
@@ -299,11 +304,12 @@ async fn a_guest_that_is_paused_stays_paused() -> Result<()> {
         let machine = kit::machine(&guest).await?;
         let paused = machine.pause().await?;
         let (mut on, mut last) = (guest.disks(), None);
-        for (tag, live, background) in [("a", LIVE, true), ("b", Live::Paused, true), ("c", LIVE, false)] {
+        for (tag, live, background) in [("a", LIVE, true), ("b", SaveMode::Paused, true), ("c", LIVE, false)]
+        {
             let (overlays, image, way) = kit::snapshot(&machine, &guest, tag, &on, live, background).await?;
             let expected = match (version, tag) {
-                (Version::New, "a") => Way::BackgroundSnapshot,
-                _ => Way::NonLive,
+                (Version::New, "a") => CutMethod::BackgroundSnapshot,
+                _ => CutMethod::NonLive,
             };
             assert_eq!((way, machine.run_state().await?.word.as_str()), (expected, "paused"), "{tag}");
             last = Some((image, on));
@@ -474,7 +480,7 @@ async fn unprotectable_memory_is_saved_by_pre_copy() -> Result<()> {
     let overlays = kit::overlays(&machine, &guest, "s", &guest.disks()).await?;
     let cut = kit::onto(&guest, &overlays).memory(Draft::create(guest.dir().join("memory"))?, LIVE);
     let taken = cut.take(&machine, kit::nothing).await?;
-    assert_eq!(taken.way, Way::PreCopy { converged: true });
+    assert_eq!(taken.method, CutMethod::PreCopy { converged: true });
     let why = taken.why_not.context("it is said why")?;
     assert!(why.contains("Background-snapshot is not compatible with guest memory"), "{why}");
     let image = taken.memory.context("memory")?.wait(|_| {}).await?.seal("s", b"")?;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use hypervisor_qemu::{
     Error, ErrorKind, Machine,
     graph::{self, Graph, Layer, Stack, Swap},
-    instant::Live,
+    instant::SaveMode,
     jobs::{self, ActiveCommit, LayerCommit, Stream},
     memory::{Draft, restore_in_place},
     quiesce,
@@ -21,7 +21,7 @@ use qmp::Agent;
 use rustix::process::{Pid, Signal, kill_process};
 use testguest::{Guest, GuestOptions, Version};
 
-const LIVE: Live = Live::Live { budget: BUDGET };
+const LIVE: SaveMode = SaveMode::Live { budget: BUDGET };
 
 /// The versions of QEMU that are killed: the old one with `DOMSNAP_LIVE_EVERY=1` alone. What is tried is how
 /// this crate bears the loss, and that does not depend on the version.
@@ -85,7 +85,9 @@ fn present(guest: &Guest, overlays: &[PathBuf]) -> Vec<PathBuf> {
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_in_a_cut_leaves_disks_intact() -> Result<()> {
     for version in versions() {
-        for (after, live) in [(0, LIVE), (6, LIVE), (12, LIVE), (20, LIVE), (100, LIVE), (25, Live::Paused)] {
+        for (after, live) in
+            [(0, LIVE), (6, LIVE), (12, LIVE), (20, LIVE), (100, LIVE), (25, SaveMode::Paused)]
+        {
             let mut guest = kit::loaded(GuestOptions::new().version(version))?;
             let machine = kit::machine(&guest).await?;
             let overlays = kit::overlays(&machine, &guest, "s", &guest.disks()).await?;

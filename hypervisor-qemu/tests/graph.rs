@@ -12,13 +12,13 @@ use anyhow::{Context, Result};
 use hypervisor_qemu::{
     ErrorKind, Machine, Name,
     graph::{self, Graph, Layer, Stack, Swap},
-    instant::{Cut, DiskCut, Live},
+    instant::{Cut, DiskCut, SaveMode},
     memory::restore_in_place,
 };
 use kit::{BOTH, BUDGET};
 use testguest::{Guest, GuestOptions, Version};
 
-const LIVE: Live = Live::Live { budget: BUDGET };
+const LIVE: SaveMode = SaveMode::Live { budget: BUDGET };
 
 /// Moves the configured path to a layer, as the engine does while the guest is paused.
 fn move_path(path: &Path, layer: &Path) -> std::io::Result<()> {
@@ -51,7 +51,7 @@ async fn freeze(machine: &Machine, guest: &Guest, tag: &str, layers: &mut [PathB
             Ok(())
         })
         .await?;
-    println!("{tag}: {:?} stopped for {:?}", taken.way, taken.stopped_for);
+    println!("{tag}: {:?} stopped for {:?}", taken.method, taken.stopped_for);
     for (number, (file, name)) in overlays.iter().enumerate() {
         let frozen = std::mem::replace(&mut layers[number], file.clone());
         let graph = Graph::read(machine).await?;
@@ -254,7 +254,7 @@ async fn disk_is_changed_while_detached() -> Result<()> {
                 cut = cut.disk(DiskCut::Internal { device, tag: "s".into() });
             }
             let taken = cut.take(&machine, kit::nothing).await?;
-            println!("disk-only: {:?} stopped for {:?}", taken.way, taken.stopped_for);
+            println!("disk-only: {:?} stopped for {:?}", taken.method, taken.stopped_for);
             let then = guest.ticks()?;
             guest.wait_ticks(60)?;
             let (boots, begun) = (guest.boots(), Instant::now());

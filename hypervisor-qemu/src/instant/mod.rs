@@ -27,5 +27,5 @@ mod saving;
 mod take;
 
 pub use disks::DiskCut;
-pub use saving::{Progress, Saving, abandon};
-pub use take::{Cut, Live, Taken, Way};
+pub use saving::{SaveProgress, Saving, abandon};
+pub use take::{Cut, CutMethod, CutOutcome, SaveMode};

@@ -31,10 +31,10 @@ pub async fn abandon(machine: &Machine) -> Result<()> {
     migration::abandon(machine).await
 }
 
-/// Progress of the memory's write.
+/// SaveProgress of the memory's write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Progress {
+pub struct SaveProgress {
     /// Bytes written.
     pub written: u64,
     /// Bytes of memory that are not written yet.
@@ -61,7 +61,7 @@ impl Saving {
     /// [`ErrorKind::Failed`] with QEMU's message (a full disk, ...); [`ErrorKind::Timeout`] if nothing was
     /// written for a minute. After an error the draft is gone, the migration is cancelled and its settings
     /// are restored; the disks stay cut, and the guest runs.
-    pub async fn wait(self, each: impl FnMut(Progress)) -> Result<Draft> {
+    pub async fn wait(self, each: impl FnMut(SaveProgress)) -> Result<Draft> {
         self.wait_unless(std::future::pending(), each).await
     }
 
@@ -72,7 +72,7 @@ impl Saving {
     pub async fn wait_unless(
         mut self,
         cancelled: impl Future<Output = ()>,
-        mut each: impl FnMut(Progress),
+        mut each: impl FnMut(SaveProgress),
     ) -> Result<Draft> {
         let mut cancelled = std::pin::pin!(cancelled);
         let attempted = "saving memory";
@@ -87,7 +87,7 @@ impl Saving {
             if let Err(error) = now.check(attempted, &subject) {
                 return Err(self.cancel_after(writing, error).await);
             }
-            let progress = Progress { written: now.transferred, remaining: now.remaining };
+            let progress = SaveProgress { written: now.transferred, remaining: now.remaining };
             if before != Some(progress) {
                 each(progress);
                 (before, moved) = (Some(progress), Instant::now());

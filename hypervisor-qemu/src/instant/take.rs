@@ -34,7 +34,7 @@ const HANGS: Duration = Duration::from_secs(5);
 /// State of the guest while its memory is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Live {
+pub enum SaveMode {
     /// It runs. With pre-copy, the guest is paused after the budget if it dirties memory faster than that is
     /// written.
     Live {
@@ -48,7 +48,7 @@ pub enum Live {
 /// Method by which the cut was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Way {
+pub enum CutMethod {
     /// No memory.
     DiskOnly,
     /// Memory was write-protected, and is written while the guest runs.
@@ -67,27 +67,24 @@ pub enum Way {
 #[must_use = "nothing is done until `take`"]
 pub struct Cut {
     disks: Vec<DiskCut>,
-    memory: Option<(Draft, Mode)>,
+    memory: Option<(Draft, SaveMode)>,
     avoid_background: bool,
     trust_marks: bool,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Mode(Live);
-
 /// A cut that was made.
 #[derive(Debug)]
 #[non_exhaustive]
-pub struct Taken<T> {
+pub struct CutOutcome<T> {
     /// The method that was used.
-    pub way: Way,
+    pub method: CutMethod,
     /// The reason why a better method was not used.
     pub why_not: Option<String>,
     /// Time from STOP to RESUME. Zero if the guest was paused before, and still is.
     pub stopped_for: Duration,
     /// True if the guest ran at the instant, and runs again.
     pub was_running: bool,
-    /// The memory; still being written if the method is [`Way::BackgroundSnapshot`].
+    /// The memory; still being written if the method is [`CutMethod::BackgroundSnapshot`].
     pub memory: Option<Saving>,
     /// The result of `while_paused`.
     pub done: T,
@@ -106,8 +103,8 @@ impl Cut {
     }
 
     /// Adds the memory.
-    pub fn memory(mut self, draft: Draft, live: Live) -> Self {
-        self.memory = Some((draft, Mode(live)));
+    pub fn memory(mut self, draft: Draft, live: SaveMode) -> Self {
+        self.memory = Some((draft, live));
         self
     }
 
@@ -140,7 +137,11 @@ impl Cut {
     /// closed. The migration is cancelled, its settings are restored, and the guest runs if it ran.
     /// [`Error::state`] names any part of this that failed. [`ErrorKind::Lost`], [`ErrorKind::Timeout`]: the
     /// same is tried, and steps that QEMU did not answer are undetermined.
-    pub async fn take<T, F>(self, machine: &Machine, while_paused: impl FnOnce() -> F) -> Result<Taken<T>>
+    pub async fn take<T, F>(
+        self,
+        machine: &Machine,
+        while_paused: impl FnOnce() -> F,
+    ) -> Result<CutOutcome<T>>
     where
         F: Future<Output = std::result::Result<T, BoxError>>,
     {
@@ -150,8 +151,8 @@ impl Cut {
         let permits = machine.permits(&state).await?;
         let attempted = "preparing the cut";
         permits.disks.map_err(|refusal| machine.refused(attempted, &state, refusal))?;
-        let Some((draft, Mode(live))) = memory else {
-            return paused_cut(machine, disks, Plan::DiskOnly, while_paused).await;
+        let Some((draft, live)) = memory else {
+            return paused_cut(machine, disks, Course::DiskOnly, while_paused).await;
         };
         let running = state.running;
         let save_by = permits.memory.map_err(|refusal| machine.refused(attempted, &state, refusal))?;
@@ -169,12 +170,13 @@ impl Cut {
         };
         let why_not = match (background, live) {
             (Ok(settings), live) => {
-                let way = match live {
-                    Live::Live { .. } => Way::BackgroundSnapshot,
-                    Live::Paused => Way::NonLive,
+                let method = match live {
+                    SaveMode::Live { .. } => CutMethod::BackgroundSnapshot,
+                    SaveMode::Paused => CutMethod::NonLive,
                 };
-                let plan = Plan::Memory { draft, settings, form: Form::Background, way, why_not: None };
-                return paused_cut(machine, disks, plan, while_paused).await;
+                let course =
+                    Course::Memory { draft, settings, form: Form::Background, method, why_not: None };
+                return paused_cut(machine, disks, course, while_paused).await;
             }
             (Err(error), _) => match error.kind() {
                 ErrorKind::Refused | ErrorKind::Unsupported => error,
@@ -183,11 +185,11 @@ impl Cut {
         };
         let mut why_not = why_not.to_string();
         let live = match live {
-            Live::Live { .. } if running && !trust_marks && !machine.marks_writes().await? => {
+            SaveMode::Live { .. } if running && !trust_marks && !machine.marks_writes().await? => {
                 why_not.push_str(
                     "; and while the guest runs, this QEMU would lose writes of it, for want of KVM",
                 );
-                Live::Paused
+                SaveMode::Paused
             }
             live => live,
         };
@@ -195,22 +197,28 @@ impl Cut {
         match live {
             _ if !running => {
                 let settings = Settings::apply(machine, Form::Plain).await?;
-                let plan = Plan::Saved { draft, settings, why_not };
-                paused_cut(machine, disks, plan, while_paused).await
+                let course = Course::Saved { draft, settings, why_not };
+                paused_cut(machine, disks, course, while_paused).await
             }
-            Live::Paused => {
+            SaveMode::Paused => {
                 let settings = Settings::apply(machine, Form::Plain).await?;
-                let plan = Plan::Memory { draft, settings, form: Form::Plain, way: Way::NonLive, why_not };
-                paused_cut(machine, disks, plan, while_paused).await
+                let course = Course::Memory {
+                    draft,
+                    settings,
+                    form: Form::Plain,
+                    method: CutMethod::NonLive,
+                    why_not,
+                };
+                paused_cut(machine, disks, course, while_paused).await
             }
-            Live::Live { budget } => {
+            SaveMode::Live { budget } => {
                 let settings = Settings::apply(machine, Form::PreCopy).await?;
                 let copied = copy(machine, &disks, &draft, settings, budget).await?;
                 let Some((writing, ended)) = copied else {
                     // A migration to its end would leave it `postmigrate`.
                     let settings = Settings::apply(machine, Form::Plain).await?;
-                    let plan = Plan::Saved { draft, settings, why_not };
-                    return paused_cut(machine, disks, plan, while_paused).await;
+                    let course = Course::Saved { draft, settings, why_not };
+                    return paused_cut(machine, disks, course, while_paused).await;
                 };
                 switch_over(machine, disks, draft, writing, ended, why_not, while_paused).await
             }
@@ -228,13 +236,13 @@ fn unsupported(machine: &Machine, detail: &str) -> Error {
 }
 
 /// The course of a cut that begins with a pause.
-enum Plan {
+enum Course {
     DiskOnly,
     Memory {
         draft: Draft,
         settings: Settings,
         form: Form,
-        way: Way,
+        method: CutMethod,
         why_not: Option<String>,
     },
     /// Uses `snapshot-save`, for a guest that is paused already.
@@ -308,19 +316,21 @@ impl Undo<'_> {
 async fn paused_cut<T, F>(
     machine: &Machine,
     disks: Disks,
-    plan: Plan,
+    course: Course,
     while_paused: impl FnOnce() -> F,
-) -> Result<Taken<T>>
+) -> Result<CutOutcome<T>>
 where
     F: Future<Output = std::result::Result<T, BoxError>>,
 {
-    let mut by_snapshot = matches!(plan, Plan::Saved { .. });
-    let (memory, form, mut way, mut why_not) = match plan {
-        Plan::DiskOnly => (None, Form::Plain, Way::DiskOnly, None),
-        Plan::Saved { draft, settings, why_not } => {
-            (Some((draft, settings)), Form::Plain, Way::NonLive, why_not)
+    let mut by_snapshot = matches!(course, Course::Saved { .. });
+    let (memory, form, mut method, mut why_not) = match course {
+        Course::DiskOnly => (None, Form::Plain, CutMethod::DiskOnly, None),
+        Course::Saved { draft, settings, why_not } => {
+            (Some((draft, settings)), Form::Plain, CutMethod::NonLive, why_not)
         }
-        Plan::Memory { draft, settings, form, way, why_not } => (Some((draft, settings)), form, way, why_not),
+        Course::Memory { draft, settings, form, method, why_not } => {
+            (Some((draft, settings)), form, method, why_not)
+        }
     };
     let (draft, settings) = match memory {
         Some((draft, settings)) => (Some(draft), Some(settings)),
@@ -345,7 +355,7 @@ where
         };
         // A migration to its end would leave one that another client has paused `postmigrate`.
         if state.word != "paused" || form == Form::Plain {
-            (by_snapshot, way) = (true, Way::NonLive);
+            (by_snapshot, method) = (true, CutMethod::NonLive);
             why_not = Some(only_snapshot_save(&state));
             if let Err(error) = undo.settings_for(Form::Plain).await {
                 return Err(undo.all(error).await);
@@ -370,7 +380,7 @@ where
                 return Err(undo.all(error).await);
             }
         }
-        let to_the_end = way == Way::NonLive;
+        let to_the_end = method == CutMethod::NonLive;
         let written = wait_while_paused(machine, draft, to_the_end).await;
         undo.inactive = form == Form::Plain;
         if let Err(error) = written {
@@ -405,11 +415,11 @@ where
     }
     let stopped_for = if was_running { clock.stopped_for().await } else { Duration::ZERO };
     let memory = draft.map(|draft| Saving { machine: machine.clone(), draft, writing });
-    Ok(Taken { way, why_not, stopped_for, was_running, memory, done })
+    Ok(CutOutcome { method, why_not, stopped_for, was_running, memory, done })
 }
 
-/// Fails if another client has resumed the guest since the events are listened to: memory and disks are not of
-/// one instant then.
+/// Fails if another client has resumed the guest since the events are listened to: memory and disks are not
+/// of one instant then.
 async fn stood_still(machine: &Machine, events: &mut Events) -> Result<()> {
     while let Ok(Ok(notice)) = timeout(Duration::ZERO, events.next()).await {
         if matches!(notice, Notice::Event(event) if event.name == "RESUME") {
@@ -444,8 +454,8 @@ async fn wait_while_paused(machine: &Machine, draft: &Draft, to_the_end: bool) -
     }
 }
 
-/// Returns true if another client has stopped the guest. Fails if the guest stopped by itself while its memory
-/// was copied: the end of the migration would let it run.
+/// Returns true if another client has stopped the guest. Fails if the guest stopped by itself while its
+/// memory was copied: the end of the migration would let it run.
 async fn stands(machine: &Machine, attempted: &str) -> Result<bool> {
     let state = machine.run_state().await?;
     if !state.stopped_by_itself() {
@@ -581,7 +591,7 @@ async fn switch_over<T, F>(
     copied: Copied,
     why_not: Option<String>,
     while_paused: impl FnOnce() -> F,
-) -> Result<Taken<T>>
+) -> Result<CutOutcome<T>>
 where
     F: Future<Output = std::result::Result<T, BoxError>>,
 {
@@ -627,8 +637,8 @@ where
         .map_err(|error| error.now("the cut and its nested steps are complete"))?;
     let stopped_for = if stopped_by_another { Duration::ZERO } else { clock.stopped_for().await };
     let memory = Some(Saving { machine: machine.clone(), draft, writing: undo.writing });
-    let (way, was_running) = (Way::PreCopy { converged }, !stopped_by_another);
-    Ok(Taken { way, why_not, stopped_for, was_running, memory, done })
+    let (method, was_running) = (CutMethod::PreCopy { converged }, !stopped_by_another);
+    Ok(CutOutcome { method, why_not, stopped_for, was_running, memory, done })
 }
 
 /// Lets a guest go on after a migration that has ended. From `postmigrate` only `cont` leads, so one that

@@ -3,7 +3,7 @@
 //! The section `globalstate` is among the states of devices, at the end of the stream:
 //!
 //! ```text
-//! 0x04 | section (u32) | 11 "globalstate" | instance (u32) | version (u32) | length of the word (u32) | 100 bytes
+//! 0x04 | section (u32) | 11 "globalstate" | instance (u32) | version (u32) | word length (u32) | 100 bytes
 //! ```
 //!
 //! A guest may be able to write the same bytes into the state of a device. It decides then no more than

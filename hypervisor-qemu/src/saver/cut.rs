@@ -16,8 +16,8 @@ use snapcore::{
 
 use super::{
     disk::{Disk, identity, layer},
-    error::{blocking, told},
-    live::Live,
+    error::{blocking, to_engine},
+    live::QemuDomain,
     merge,
     preflight::cannot_freeze,
     reopen,
@@ -25,7 +25,7 @@ use super::{
 use crate::{
     BoxError,
     graph::{self, Graph, remove_layers},
-    instant::{self, Cut, DiskCut, Live as LiveMemory, Way},
+    instant::{self, Cut, CutMethod, DiskCut, SaveMode},
     jobs,
     machine::Paused,
     memory::{Draft, LONGEST_METADATA, Packing, Stored},
@@ -36,7 +36,7 @@ use crate::{
 
 /// Metadata of a memory image.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct About {
+pub(super) struct MemoryMetadata {
     /// True if the guest ran at the instant: QEMU's stream has the state of the moment when it was written.
     pub(super) running: bool,
     /// The machine, as it is recorded with the snapshot.
@@ -46,7 +46,7 @@ pub(super) struct About {
 
 /// The cut, as its step describes it.
 #[derive(Clone, Copy)]
-pub(super) struct Step<'a> {
+pub(super) struct CutStep<'a> {
     pub(super) disks: &'a [(Target, DiskInstant)],
     /// True if the guest ran when the snapshot was planned.
     pub(super) running: bool,
@@ -61,11 +61,15 @@ pub(super) struct Step<'a> {
 ///
 /// Only after the cut is it known if the guest stayed frozen. If quiescing was required and the guest did not
 /// stay frozen, this is an error, and the undo discards the cut.
-pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<StepOutcome> {
+pub(super) async fn take(
+    live: &QemuDomain,
+    step: CutStep<'_>,
+    context: DomainContext<'_>,
+) -> Result<StepOutcome> {
     let machine = &live.machine;
     let mut facts = StepOutcome::default();
     live.went_on.store(false, Ordering::Relaxed);
-    let before = machine.run_state().await.map_err(told)?;
+    let before = machine.run_state().await.map_err(to_engine)?;
     let ran = before.running;
     let bitmaps = live.lost_bitmaps(overlaid(step)).await?;
     let mut cut = Cut::new();
@@ -87,8 +91,8 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
             Err(error) => return Err(close(live, error, &opened).await),
         };
         let mode = match memory.live {
-            true => LiveMemory::Live { budget: Duration::from_millis(memory.budget_ms) },
-            false => LiveMemory::Paused,
+            true => SaveMode::Live { budget: Duration::from_millis(memory.budget_ms) },
+            false => SaveMode::Paused,
         };
         cut = cut.memory(draft, mode);
     }
@@ -110,7 +114,7 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     if stays && frozen.is_none() {
         match machine.pause().await {
             Ok(paused) => paused_before = Some(paused),
-            Err(error) => return Err(close(live, told(error), &opened).await),
+            Err(error) => return Err(close(live, to_engine(error), &opened).await),
         }
     }
     let ran = ran && paused_before.as_ref().is_none_or(Paused::is_ours);
@@ -133,11 +137,11 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
         Ok(taken) => taken,
         Err(error) => {
             let whole = error.state().is_none() && !error.is_lost();
-            let error = close(live, told(error), &opened).await;
+            let error = close(live, to_engine(error), &opened).await;
             if whole {
                 if let Some(paused) = paused_before {
                     let resumed = machine.resume(paused).await;
-                    resumed.map_err(|second| told(second).context(error.to_string()))?;
+                    resumed.map_err(|second| to_engine(second).context(error.to_string()))?;
                 }
                 live.went_on.store(true, Ordering::Relaxed);
             }
@@ -153,7 +157,7 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     }
     *live.saving() = taken.memory.map(|saving| (saving, ran));
     if before.running && !paused_before && !taken.was_running {
-        let state = machine.run_state().await.map_err(told)?;
+        let state = machine.run_state().await.map_err(to_engine)?;
         if state.word == "paused" {
             facts.notes.push(
                 "another client of QEMU stopped the guest meanwhile: it stays paused, and was so at the instant"
@@ -162,7 +166,7 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
         }
     }
     if step.memory.is_some() && !ran {
-        let state = machine.run_state().await.map_err(told)?;
+        let state = machine.run_state().await.map_err(to_engine)?;
         if let Some(remark) = state.remark() {
             let word = state.word;
             facts.notes.push(format!("{remark} (run state {word:?}): a revert restores it paused"));
@@ -176,14 +180,14 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
         None => Consistency::Crash,
     };
     if stays && !paused_before && ran {
-        let _: Paused = machine.pause().await.map_err(told)?;
+        let _: Paused = machine.pause().await.map_err(to_engine)?;
         facts
             .notes
             .push("the guest ran a moment after the instant, to be thawed, before it was paused".to_owned());
     }
     // 7) The power state that the user asked for comes last, when everything else of the cut is done.
     match step.then {
-        Some(PowerAfter::Running) => machine.cont().await.map_err(told)?,
+        Some(PowerAfter::Running) => machine.cont().await.map_err(to_engine)?,
         Some(PowerAfter::Paused | PowerAfter::Off) | None => {}
     }
     if ran && !stays {
@@ -194,37 +198,38 @@ pub(super) async fn take(live: &Live, step: Step<'_>, context: DomainContext<'_>
     }
     facts.notes.extend(live.lost_options(overlaid(step)));
     facts.notes.extend(bitmaps);
-    facts.taken = Some(Taken { at: taken.done, consistency, running: ran, way: words(taken.way).to_owned() });
+    facts.taken =
+        Some(Taken { at: taken.done, consistency, running: ran, way: method_name(taken.method).to_owned() });
     Ok(facts)
 }
 
 /// Returns the disks that get an overlay.
-fn overlaid(step: Step<'_>) -> impl Iterator<Item = &Target> {
+fn overlaid(step: CutStep<'_>) -> impl Iterator<Item = &Target> {
     step.disks
         .iter()
         .filter(|(_, instant)| matches!(instant, DiskInstant::Overlay { .. }))
         .map(|(target, _)| target)
 }
 
-fn words(way: Way) -> &'static str {
-    match way {
-        Way::DiskOnly => "disks only",
-        Way::BackgroundSnapshot => "background snapshot",
-        Way::PreCopy { converged: true } => "pre-copy",
-        Way::PreCopy { converged: false } => "pre-copy, with the guest paused when its time was over",
-        Way::NonLive => "paused",
+fn method_name(method: CutMethod) -> &'static str {
+    match method {
+        CutMethod::DiskOnly => "disks only",
+        CutMethod::BackgroundSnapshot => "background snapshot",
+        CutMethod::PreCopy { converged: true } => "pre-copy",
+        CutMethod::PreCopy { converged: false } => "pre-copy, with the guest paused when its time was over",
+        CutMethod::NonLive => "paused",
     }
 }
 
 /// An overlay that is open in QEMU and not used yet.
 #[derive(Debug)]
-pub(super) struct Ready {
+pub(super) struct OpenOverlay {
     file: Utf8PathBuf,
     node: Name,
 }
 
 /// Opens the overlays ahead of the cut, which takes most of the cut's time.
-pub(super) async fn make_ready(live: &Live, step: Step<'_>) -> Result<()> {
+pub(super) async fn make_ready(live: &QemuDomain, step: CutStep<'_>) -> Result<()> {
     let mut opened = Vec::new();
     let cuts = match prepare(live, step, &mut opened).await {
         Ok(cuts) => cuts,
@@ -238,15 +243,15 @@ pub(super) async fn make_ready(live: &Live, step: Step<'_>) -> Result<()> {
         DiskCut::Overlay { overlay, .. } => Some(overlay),
         DiskCut::Internal { .. } => None,
     });
-    *live.ready() = overlays.zip(nodes).map(|(file, node)| Ready { file, node }).collect();
+    *live.open_overlays() = overlays.zip(nodes).map(|(file, node)| OpenOverlay { file, node }).collect();
     Ok(())
 }
 
 /// Opens the overlays that are not open yet; returns the cuts of all disks.
-async fn prepare(live: &Live, step: Step<'_>, opened: &mut Vec<String>) -> Result<Vec<DiskCut>> {
+async fn prepare(live: &QemuDomain, step: CutStep<'_>, opened: &mut Vec<String>) -> Result<Vec<DiskCut>> {
     let mut cuts = Vec::new();
-    let mut ready = mem::take(&mut *live.ready());
-    let graph = live.machine.graph().await.map_err(told)?;
+    let mut overlays = mem::take(&mut *live.open_overlays());
+    let graph = live.machine.graph().await.map_err(to_engine)?;
     for (target, instant) in step.disks {
         if *instant == DiskInstant::ByBackend && live.disk_of(target).is_none() {
             // Another server has it: dom0's kernel, if this is the QEMU of a Xen domain.
@@ -267,12 +272,12 @@ async fn prepare(live: &Live, step: Step<'_>, opened: &mut Vec<String>) -> Resul
             DiskInstant::ByBackend => continue,
             DiskInstant::Internal { tag } => DiskCut::Internal { device, tag: tag.clone() },
             DiskInstant::Overlay { file, format } => {
-                let overlay = match ready.iter().position(|ready| ready.file == *file) {
-                    Some(place) => ready.swap_remove(place).node,
+                let overlay = match overlays.iter().position(|overlay| overlay.file == *file) {
+                    Some(place) => overlays.swap_remove(place).node,
                     None => {
                         let file = snapcore::ChainFile { file: file.clone(), format: format.clone() };
                         let overlay = layer(&file, Name::node(), disk.like(&root.node));
-                        graph::add_overlay(&live.machine, &overlay).await.map_err(told)?;
+                        graph::add_overlay(&live.machine, &overlay).await.map_err(to_engine)?;
                         overlay.name
                     }
                 };
@@ -285,7 +290,7 @@ async fn prepare(live: &Live, step: Step<'_>, opened: &mut Vec<String>) -> Resul
 }
 
 /// Closes the unused ones of the given overlays, and adds to the error any that are left.
-async fn close(live: &Live, error: Error, opened: &[String]) -> Error {
+async fn close(live: &QemuDomain, error: Error, opened: &[String]) -> Error {
     match Graph::read(&live.machine).await {
         Ok(graph) => {
             let idle = opened.iter().filter(|name| graph.users(name).next().is_none());
@@ -313,7 +318,12 @@ async fn draft(file: &Utf8Path) -> Result<Draft> {
 }
 
 /// Freezes the guest's file systems, if the user asked for it.
-async fn freeze(live: &Live, step: Step<'_>, ran: bool, facts: &mut StepOutcome) -> Result<Option<Quiesced>> {
+async fn freeze(
+    live: &QemuDomain,
+    step: CutStep<'_>,
+    ran: bool,
+    facts: &mut StepOutcome,
+) -> Result<Option<Quiesced>> {
     let why = match (step.quiesce, step.memory, &live.agent, cannot_freeze(live, ran)) {
         (Quiesce::No, ..) => return Ok(None),
         (_, Some(_), ..) => {
@@ -325,7 +335,7 @@ async fn freeze(live: &Live, step: Step<'_>, ran: bool, facts: &mut StepOutcome)
         (_, _, None, None) => return Ok(None),
         (_, _, Some(agent), None) => match quiesce::quiesce(&live.machine, agent, step.quiesce_limit).await {
             Ok(frozen) => return Ok(Some(frozen)),
-            Err(error) => told(error),
+            Err(error) => to_engine(error),
         },
     };
     if step.quiesce == Quiesce::Require {
@@ -335,7 +345,7 @@ async fn freeze(live: &Live, step: Step<'_>, ran: bool, facts: &mut StepOutcome)
     Ok(None)
 }
 
-async fn thawed(frozen: Quiesced, step: Step<'_>, facts: &mut StepOutcome) -> Result<Consistency> {
+async fn thawed(frozen: Quiesced, step: CutStep<'_>, facts: &mut StepOutcome) -> Result<Consistency> {
     match frozen.thaw().await {
         quiesce::Consistency::Filesystem { .. } => Ok(Consistency::Filesystem),
         quiesce::Consistency::Crash { because } if step.quiesce == Quiesce::Require => {
@@ -358,14 +368,14 @@ async fn thawed(frozen: Quiesced, step: Step<'_>, facts: &mut StepOutcome) -> Re
 ///    would write to that file. Then the overlay is merged down, and at the pivot the path is moved back. If
 ///    the guest does not write to the overlay, only the path is moved back. Tags are deleted.
 /// 3. It resumes the guest, if that ran before the cut, and thaws it.
-pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>) -> Result<()> {
+pub(super) async fn undo(live: &QemuDomain, step: CutStep<'_>, context: DomainContext<'_>) -> Result<()> {
     let machine = &live.machine;
     // 1) End the save first: a migration that ran to its end left the disks inactive, and only a running
     //    guest activates them.
     end_saving(live, step.memory.is_some()).await?;
-    let state = machine.run_state().await.map_err(told)?;
+    let state = machine.run_state().await.map_err(to_engine)?;
     if state.word == "postmigrate" && step.memory.is_some() {
-        machine.cont().await.map_err(told)?;
+        machine.cont().await.map_err(to_engine)?;
     }
     // 2) Close unused overlays: an overlay that never was put on top must not be found as one.
     sweep(live).await?;
@@ -379,7 +389,10 @@ pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>
         match instant {
             DiskInstant::Overlay { file, .. } => take_off(disk, file, context).await.map_err(taking)?,
             DiskInstant::Internal { tag } => {
-                graph::delete_internal(machine, &disk.device, tag).await.map_err(told).map_err(taking)?;
+                graph::delete_internal(machine, &disk.device, tag)
+                    .await
+                    .map_err(to_engine)
+                    .map_err(taking)?;
                 context.inside.run(Some(target)).await.map_err(taking)?;
             }
             DiskInstant::ByBackend => context.inside.run(Some(target)).await.map_err(taking)?,
@@ -389,7 +402,7 @@ pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>
     // 3) Resume only when all disks are back: from then on the guest writes to them. A guest that had resumed
     //    after the instant and is paused now was stopped by another client.
     if step.running && !live.went_on.load(Ordering::Relaxed) {
-        machine.let_go_on().await.map_err(told)?;
+        machine.resume_unless_stopped().await.map_err(to_engine)?;
     }
     if step.quiesce != Quiesce::No {
         live.thaw().await;
@@ -398,7 +411,7 @@ pub(super) async fn undo(live: &Live, step: Step<'_>, context: DomainContext<'_>
 }
 
 async fn take_off(disk: &Disk, file: &Utf8PathBuf, context: DomainContext<'_>) -> Result<()> {
-    let open = disk.open().await.map_err(told)?;
+    let open = disk.open().await.map_err(to_engine)?;
     let is_it = |layer: &super::disk::QemuLayer| match identity(file.as_std_path()) {
         Some(overlay) => layer.identity == Some(overlay),
         None => layer.file.as_deref() == Some(file.as_std_path()),
@@ -418,7 +431,7 @@ async fn take_off(disk: &Disk, file: &Utf8PathBuf, context: DomainContext<'_>) -
     if let Some(chain) = context.chains.iter().find(|chain| chain.target == disk.target) {
         reopen::reopen_by_name(disk, chain).await?;
     }
-    let open = disk.open().await.map_err(told)?;
+    let open = disk.open().await.map_err(to_engine)?;
     let overlay = open.root().and_then(|root| root.identity);
     if open.layers.get(1).is_some_and(|below| below.identity == overlay) {
         let detail = format!("the image below {file} is known to QEMU by a name that is the overlay's");
@@ -430,27 +443,27 @@ async fn take_off(disk: &Disk, file: &Utf8PathBuf, context: DomainContext<'_>) -
 }
 
 /// Ends a memory save: ours, or that of a run that crashed.
-async fn end_saving(live: &Live, is_ours: bool) -> Result<()> {
+async fn end_saving(live: &QemuDomain, is_ours: bool) -> Result<()> {
     let saving = live.saving().take();
     if let Some((saving, _)) = saving {
-        saving.cancel().await.map_err(told)?;
+        saving.cancel().await.map_err(to_engine)?;
     }
-    if is_ours && migration::is_left(&live.machine).await.map_err(told)? {
-        instant::abandon(&live.machine).await.map_err(told)?;
+    if is_ours && migration::is_left(&live.machine).await.map_err(to_engine)? {
+        instant::abandon(&live.machine).await.map_err(to_engine)?;
     }
     Ok(())
 }
 
 /// Closes our unused nodes.
-pub(super) async fn sweep(live: &Live) -> Result<()> {
-    live.ready().clear();
-    let ours = jobs::reconcile(&live.machine).await.map_err(told)?;
-    jobs::sweep(&live.machine, &ours).await.map_err(told)
+pub(super) async fn sweep(live: &QemuDomain) -> Result<()> {
+    live.open_overlays().clear();
+    let ours = jobs::reconcile(&live.machine).await.map_err(to_engine)?;
+    jobs::sweep(&live.machine, &ours).await.map_err(to_engine)
 }
 
 /// Waits until memory is written, and makes it an image, which is durable when this returns.
 pub(super) async fn save_memory(
-    live: &Live,
+    live: &QemuDomain,
     file: &Utf8Path,
     tag: &str,
     compress: u8,
@@ -478,12 +491,12 @@ pub(super) async fn save_memory(
     };
     let progress = context.progress;
     let each =
-        |now: instant::Progress| progress.bytes(now.written, now.written.saturating_add(now.remaining));
-    let draft = saving.wait_unless(context.cancel.cancelled(), each).await.map_err(told)?;
+        |now: instant::SaveProgress| progress.bytes(now.written, now.written.saturating_add(now.remaining));
+    let draft = saving.wait_unless(context.cancel.cancelled(), each).await.map_err(to_engine)?;
     let tag = tag.to_owned();
     // Metadata for a user who has only the image. If the machine is too long for it, the catalogue still has
     // that.
-    let about = |machine| serde_json::to_vec(&About { running: ran, machine }).unwrap_or_default();
+    let about = |machine| serde_json::to_vec(&MemoryMetadata { running: ran, machine }).unwrap_or_default();
     let mut metadata = about(Some(live.seen.machine.clone()));
     if metadata.len() > LONGEST_METADATA {
         metadata = about(None);
@@ -516,7 +529,7 @@ async fn packed(
     context: DomainContext<'_>,
     facts: &mut StepOutcome,
 ) -> Result<Option<Draft>> {
-    let (tag, metadata, total) = (tag.to_owned(), metadata.to_vec(), draft.written().map_err(told)?);
+    let (tag, metadata, total) = (tag.to_owned(), metadata.to_vec(), draft.written().map_err(to_engine)?);
     let packing = Arc::new(Packing::default());
     let theirs = Arc::clone(&packing);
     let mut work = std::pin::pin!(blocking(move || {
@@ -538,16 +551,16 @@ async fn packed(
             facts.memory_full = Some(full);
             Ok(None)
         }
-        Err((error, _)) if error.kind() == crate::ErrorKind::Cancelled => Err(told(error)),
+        Err((error, _)) if error.kind() == crate::ErrorKind::Cancelled => Err(to_engine(error)),
         Err((error, draft)) => {
-            facts.notes.push(format!("the memory image is not compressed: {}", told(error)));
+            facts.notes.push(format!("the memory image is not compressed: {}", to_engine(error)));
             Ok(Some(draft))
         }
     }
 }
 
 /// Ends the memory save, and removes its files.
-pub(super) async fn forget_memory(live: &Live, file: &Utf8Path) -> Result<()> {
+pub(super) async fn forget_memory(live: &QemuDomain, file: &Utf8Path) -> Result<()> {
     end_saving(live, true).await?;
     super::remove_memory(file).await
 }

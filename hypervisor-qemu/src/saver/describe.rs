@@ -410,14 +410,14 @@ mod tests {
     /// Firmware variables and a TPM are found in the command that starts a machine.
     #[test]
     fn outside_state_is_found_in_the_start_command() {
-        let told = |words: &[&str]| {
+        let to_engine = |words: &[&str]| {
             let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
             outside(None, &words)
         };
-        assert_eq!(told(&["qemu", "-drive", "if=pflash,file=code,readonly=on"]), Vec::<String>::new());
+        assert_eq!(to_engine(&["qemu", "-drive", "if=pflash,file=code,readonly=on"]), Vec::<String>::new());
         let all = ["-drive", "if=pflash,file=vars", "-tpmdev", "emulator,id=t", "-drive", "if=virtio,file=x"];
-        assert_eq!(told(&all), ["firmware variables (NVRAM)", "TPM state"]);
-        assert!(told(&["qemu", "-m", "1G"]).is_empty());
+        assert_eq!(to_engine(&all), ["firmware variables (NVRAM)", "TPM state"]);
+        assert!(to_engine(&["qemu", "-m", "1G"]).is_empty());
     }
 
     /// Arguments of one start only are not recorded.

@@ -15,7 +15,7 @@ use snapcore::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{error::told, merge};
+use super::{error::to_engine, merge};
 use crate::{
     discover::{BlockDevice, ImageOptions},
     graph::{self, Graph, Layer, Node, NodeOptions},
@@ -301,7 +301,7 @@ pub(super) fn device_of<'a>(
 #[async_trait]
 impl AttachedDisk for Disk {
     async fn open_files(&self) -> Result<HashSet<FileIdentity>> {
-        let graph = self.machine.graph().await.map_err(told)?;
+        let graph = self.machine.graph().await.map_err(to_engine)?;
         let open = self.open_in(&graph);
         let named: Vec<FileIdentity> = open.layers.iter().filter_map(|layer| layer.identity).collect();
         let mut files: HashSet<FileIdentity> = named.iter().copied().collect();
@@ -328,7 +328,7 @@ impl AttachedDisk for Disk {
 
     async fn drop_internal(&self, tags: &[String]) -> Result<()> {
         for tag in tags {
-            graph::delete_internal(&self.machine, &self.device, tag).await.map_err(told)?;
+            graph::delete_internal(&self.machine, &self.device, tag).await.map_err(to_engine)?;
         }
         Ok(())
     }

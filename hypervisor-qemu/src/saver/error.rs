@@ -7,7 +7,7 @@ use snapcore::{Error, ErrorKind, Result};
 use crate::error::ErrorKind as Kind;
 
 /// Converts an error to the engine's. The error of a hook keeps its message.
-pub(super) fn told(error: crate::Error) -> Error {
+pub(super) fn to_engine(error: crate::Error) -> Error {
     let attempted = format!("{}, {}", error.attempted(), error.subject());
     let (detail, state) = (error.detail().to_owned(), error.state().map(str::to_owned));
     let advice = error.advised().map(str::to_owned);
@@ -52,7 +52,7 @@ pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> crate::Result<T> + Send + 'static,
 ) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done.map_err(told),
+        Ok(done) => done.map_err(to_engine),
         Err(error) => {
             Err(Error::new(ErrorKind::Internal, "a thread that works on a memory image ended").because(error))
         }
@@ -69,16 +69,19 @@ mod tests {
     #[test]
     fn hook_errors_pass_unchanged() {
         let inner = Error::new(ErrorKind::NoSpace, "no space for a link").advise("make some");
-        let error = told(crate::Error::hook("the cut", "q", Box::new(inner)).now("all is as before"));
+        let error = to_engine(crate::Error::hook("the cut", "q", Box::new(inner)).now("all is as before"));
         assert_eq!((error.kind(), error.message()), (ErrorKind::NoSpace, "no space for a link"));
         assert_eq!((error.state_now(), error.advice()), (Some("all is as before"), Some("make some")));
 
         let full = io::Error::from(io::ErrorKind::StorageFull);
-        assert_eq!(told(crate::Error::io("writing", Path::new("/x"), full)).kind(), ErrorKind::NoSpace);
+        assert_eq!(to_engine(crate::Error::io("writing", Path::new("/x"), full)).kind(), ErrorKind::NoSpace);
         let said = "block job failed: No space left on device";
-        assert_eq!(told(crate::Error::new(Kind::Failed, "merging", "j", said)).kind(), ErrorKind::NoSpace);
+        assert_eq!(
+            to_engine(crate::Error::new(Kind::Failed, "merging", "j", said)).kind(),
+            ErrorKind::NoSpace
+        );
         let gone = io::Error::from(io::ErrorKind::NotFound);
-        let error = told(crate::Error::io("opening a memory image", Path::new("/m"), gone));
+        let error = to_engine(crate::Error::io("opening a memory image", Path::new("/m"), gone));
         assert_eq!(error.kind(), ErrorKind::NotFound);
         assert!(error.to_string().contains("opening a memory image, /m"), "{error}");
     }

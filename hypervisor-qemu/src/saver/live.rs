@@ -1,4 +1,4 @@
-//! [`Live`]: a connection to one running domain.
+//! [`QemuDomain`]: a connection to one running domain.
 
 use std::{
     collections::HashSet,
@@ -18,7 +18,7 @@ use tokio::{sync::watch, time::timeout};
 use super::{
     Connection, cut, describe,
     disk::{self, Disk, FileView},
-    error::told,
+    error::to_engine,
     mark::Mark,
     media, preflight, recorded, remove_memory, reopen, section,
     unpacked::Unpacked,
@@ -39,7 +39,7 @@ use crate::{
 const AGENT: Duration = Duration::from_secs(2);
 
 /// A running domain. Its memory of a step is only what would be lost with its process anyway.
-pub(super) struct Live {
+pub(super) struct QemuDomain {
     _connection: Arc<Connection>,
     pub(super) machine: Machine,
     pub(super) seen: DomainInfo,
@@ -52,18 +52,18 @@ pub(super) struct Live {
     unplugged: HashSet<FileIdentity>,
     speed: Arc<watch::Sender<u64>>,
     /// The overlays that were opened ahead of a cut.
-    ready: Mutex<Vec<cut::Ready>>,
+    open_overlays: Mutex<Vec<cut::OpenOverlay>>,
     /// The memory of the cut that is being written. The flag is true if the guest ran at the instant.
     saving: Mutex<Option<(Saving, bool)>>,
     /// Start of the current detached section.
-    window: Mutex<Option<Instant>>,
+    section_since: Mutex<Option<Instant>>,
     /// Set when the guest has gone on after the instant: from then on it stands still because another client
     /// stopped it, and an undo leaves it so.
     pub(super) went_on: AtomicBool,
     pub(super) unpacked: Unpacked,
 }
 
-impl Live {
+impl QemuDomain {
     pub(super) async fn new(
         connection: Arc<Connection>,
         domain: &Domain,
@@ -126,7 +126,7 @@ impl Live {
         }
         let agent = control.agent.as_ref().or(seen.agent.as_ref());
         let agent = agent.map(|socket| Agent::new(PathBuf::from(socket.as_str())));
-        let (ready, saving, window) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let (open_overlays, saving, section_since) = (Mutex::default(), Mutex::default(), Mutex::default());
         Ok(Self {
             _connection: connection,
             machine,
@@ -137,10 +137,10 @@ impl Live {
             owned,
             unplugged,
             speed,
-            ready,
+            open_overlays,
             went_on: AtomicBool::default(),
             saving,
-            window,
+            section_since,
             unpacked,
         })
     }
@@ -162,16 +162,16 @@ impl Live {
         })
     }
 
-    pub(super) fn ready(&self) -> MutexGuard<'_, Vec<cut::Ready>> {
-        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn open_overlays(&self) -> MutexGuard<'_, Vec<cut::OpenOverlay>> {
+        self.open_overlays.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn saving(&self) -> MutexGuard<'_, Option<(Saving, bool)>> {
         self.saving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn window(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.window.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn section_since(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.section_since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Thaws the guest's file systems, if its agent answers soon; returns their number.
@@ -207,7 +207,7 @@ impl Live {
 
     /// Makes a note for each disk whose content was exchanged below a filter that saves overwritten data.
     async fn copies_left_behind(&self, targets: impl Iterator<Item = &Target>) -> Result<Vec<String>> {
-        let graph = self.machine.graph().await.map_err(told)?;
+        let graph = self.machine.graph().await.map_err(to_engine)?;
         let mut notes = Vec::new();
         for disk in targets.filter_map(|target| self.disk_of(target)) {
             let filters = graph.root(&disk.device).map(|root| graph.filters_on(root)).unwrap_or_default();
@@ -224,7 +224,7 @@ impl Live {
     /// Makes a note for each disk whose active image has dirty bitmaps that are in no file: they are lost
     /// with its node.
     pub(super) async fn lost_bitmaps(&self, targets: impl Iterator<Item = &Target>) -> Result<Vec<String>> {
-        let graph = self.machine.graph().await.map_err(told)?;
+        let graph = self.machine.graph().await.map_err(to_engine)?;
         let mut notes = Vec::new();
         for disk in targets.filter_map(|target| self.disk_of(target)) {
             let active = graph.root(&disk.device).and_then(|root| graph.node(root));
@@ -316,7 +316,7 @@ fn needs_a_unix_socket(why: String) -> Obstacle {
 }
 
 #[async_trait]
-impl LiveDomain for Live {
+impl LiveDomain for QemuDomain {
     fn seen(&self) -> &DomainInfo {
         &self.seen
     }
@@ -365,12 +365,12 @@ impl LiveDomain for Live {
 
     async fn resume(&self) -> Result<()> {
         for disk in &self.disks {
-            if disk.open().await.map_err(told)?.placeholder.is_some() {
+            if disk.open().await.map_err(to_engine)?.placeholder.is_some() {
                 let detail = format!("disk {} is detached: the guest would read zeros", disk.target);
                 return Err(Error::new(ErrorKind::Refused, detail).advise("run `domsnap recover`"));
             }
         }
-        self.machine.cont().await.map_err(told)
+        self.machine.cont().await.map_err(to_engine)
     }
 
     fn limit(&self, bytes_per_second: u64) {
@@ -383,7 +383,7 @@ impl LiveDomain for Live {
 
     async fn tidy(&self) -> Result<()> {
         preflight::remove_left(self.owned.iter().map(|(_, file)| file.as_path()));
-        let graph = self.machine.graph().await.map_err(told)?;
+        let graph = self.machine.graph().await.map_err(to_engine)?;
         let is_left = |node: &Node| {
             node.name.starts_with(disk::PLACEHOLDER)
                 || drain::is_drain_node(&node.name)
@@ -402,21 +402,21 @@ impl LiveDomain for Live {
             {
                 let names: Vec<String> =
                     graph.chain(&top.name).iter().map(|node| node.name.clone()).collect();
-                graph::remove_layers(&self.machine, &names).await.map_err(told)?;
+                graph::remove_layers(&self.machine, &names).await.map_err(to_engine)?;
             }
         }
         if graph.nodes().iter().any(is_left) {
             cut::sweep(self).await?;
-            graph::close_detached_chains(&self.machine).await.map_err(told)?;
+            graph::close_detached_chains(&self.machine).await.map_err(to_engine)?;
         }
         // A guest that runs on its own disks is not in a detached section: it was not stopped yet, or was
         // resumed already. With a wrong mark, memory would be loaded over disks that were written since.
         let is_detached = graph.nodes().iter().any(|node| node.name.starts_with(disk::PLACEHOLDER));
         if !is_detached
             && graph.nodes().iter().any(|node| is_mark(&node.name))
-            && self.machine.run_state().await.map_err(told)?.running
+            && self.machine.run_state().await.map_err(to_engine)?.running
         {
-            Mark::close_window(&self.machine).await.map_err(told)?;
+            Mark::close_section(&self.machine).await.map_err(to_engine)?;
         }
         Ok(())
     }
@@ -467,7 +467,7 @@ impl LiveDomain for Live {
                 media::put_back(&self.machine, media).await?;
             }
             DomainStep::Continue { memory, reset, power } => {
-                return section::go_on(self, memory.as_deref(), *reset, *power, context).await;
+                return section::finish(self, memory.as_deref(), *reset, *power, context).await;
             }
             DomainStep::RemoveMemory { file } => {
                 remove_memory(file).await?;
@@ -526,16 +526,18 @@ impl LiveDomain for Live {
 }
 
 /// Returns the cut of a step, if it is one.
-fn instant(step: &DomainStep) -> Option<cut::Step<'_>> {
+fn instant(step: &DomainStep) -> Option<cut::CutStep<'_>> {
     match step {
-        DomainStep::Instant { disks, running, memory, quiesce, quiesce_limit_ms, then } => Some(cut::Step {
-            disks,
-            running: *running,
-            memory: memory.as_ref(),
-            quiesce: *quiesce,
-            quiesce_limit: Duration::from_millis(*quiesce_limit_ms),
-            then: *then,
-        }),
+        DomainStep::Instant { disks, running, memory, quiesce, quiesce_limit_ms, then } => {
+            Some(cut::CutStep {
+                disks,
+                running: *running,
+                memory: memory.as_ref(),
+                quiesce: *quiesce,
+                quiesce_limit: Duration::from_millis(*quiesce_limit_ms),
+                then: *then,
+            })
+        }
         _ => None,
     }
 }

@@ -16,18 +16,18 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mark {
     /// A section is open; the guest ran before.
-    WindowRan,
+    SectionRan,
     /// A section is open; the guest was paused before.
-    WindowStood,
+    SectionPaused,
 }
 
 impl Mark {
-    const WINDOW: [Self; 2] = [Self::WindowRan, Self::WindowStood];
+    const ALL: [Self; 2] = [Self::SectionRan, Self::SectionPaused];
 
     fn name(self) -> String {
         let word = match self {
-            Self::WindowRan => "window-ran",
-            Self::WindowStood => "window-stood",
+            Self::SectionRan => "window-ran",
+            Self::SectionPaused => "window-stood",
         };
         format!("{}{word}", crate::name::MARK)
     }
@@ -58,8 +58,8 @@ impl Mark {
     }
 
     /// Returns the mark of the open section, if there is one.
-    pub(super) async fn window(machine: &Machine) -> Result<Option<Self>> {
-        for mark in Self::WINDOW {
+    pub(super) async fn section(machine: &Machine) -> Result<Option<Self>> {
+        for mark in Self::ALL {
             if mark.is_there(machine).await? {
                 return Ok(Some(mark));
             }
@@ -69,7 +69,7 @@ impl Mark {
 
     /// Opens a section; the guest is paused afterwards. If one is open already, it keeps the record that the
     /// guest ran before.
-    pub(super) async fn open_window(machine: &Machine) -> Result<Paused> {
+    pub(super) async fn open_section(machine: &Machine) -> Result<Paused> {
         let state = machine.run_state().await?;
         if let Err(refusal) = machine.permits(&state).await?.disks {
             return Err(machine.refused("pausing the guest", &state, refusal));
@@ -77,31 +77,31 @@ impl Mark {
         // 1) Mark first: a crash between the mark and the pause leaves a mark beside a running guest, which
         //    `tidy` removes. A pause without a mark would leave no record that the guest ran.
         let runs = state.running;
-        match Self::window(machine).await? {
-            Some(Self::WindowStood) if runs => {
+        match Self::section(machine).await? {
+            Some(Self::SectionPaused) if runs => {
                 // The new mark before the old one is removed: a crash between the two leaves both, and
-                // `WINDOW` prefers the one that says that the guest ran.
-                Self::WindowRan.make(machine).await?;
-                Self::WindowStood.remove(machine).await?;
+                // `ALL` prefers the one that says that the guest ran.
+                Self::SectionRan.make(machine).await?;
+                Self::SectionPaused.remove(machine).await?;
             }
             Some(_) => {}
-            None if runs => Self::WindowRan.make(machine).await?,
-            None => Self::WindowStood.make(machine).await?,
+            None if runs => Self::SectionRan.make(machine).await?,
+            None => Self::SectionPaused.make(machine).await?,
         }
         // 2) Only then pause.
         let paused = machine.pause().await?;
         if runs && !paused.is_ours() {
             // Another client, or the guest itself, stopped it since the state was read: it is not ours to
             // resume.
-            Self::WindowStood.make(machine).await?;
-            Self::WindowRan.remove(machine).await?;
+            Self::SectionPaused.make(machine).await?;
+            Self::SectionRan.remove(machine).await?;
         }
         Ok(paused)
     }
 
     /// Removes the marks of a section.
-    pub(super) async fn close_window(machine: &Machine) -> Result<()> {
-        for mark in Self::WINDOW {
+    pub(super) async fn close_section(machine: &Machine) -> Result<()> {
+        for mark in Self::ALL {
             mark.remove(machine).await?;
         }
         Ok(())

@@ -3,7 +3,7 @@
 use serde_json::json;
 use snapcore::{Error, ErrorKind, Medium, Result};
 
-use super::{error::told, preflight};
+use super::{error::to_engine, preflight};
 use crate::{
     graph::{Graph, device_names},
     machine::Machine,
@@ -16,7 +16,7 @@ use crate::{
 pub(super) async fn put_back(machine: &Machine, media: &[Medium]) -> Result<()> {
     for medium in media {
         let changing = |error: Error| error.context(format!("changing the medium in drive {}", medium.drive));
-        let graph = Graph::read(machine).await.map_err(told).map_err(changing)?;
+        let graph = Graph::read(machine).await.map_err(to_engine).map_err(changing)?;
         let drive = graph.drives().iter().find(|drive| device_names(drive).contains(&medium.drive));
         let Some((drive, id)) = drive.and_then(|drive| Some((drive, drive["qdev"].as_str()?))) else {
             return Err(changing(Error::new(ErrorKind::NotFound, "QEMU has no such drive")));
@@ -27,7 +27,7 @@ pub(super) async fn put_back(machine: &Machine, media: &[Medium]) -> Result<()> 
         }
         let run = async |command: &str, arguments: serde_json::Value| {
             let done = machine.run("changing a medium", &medium.drive, command, arguments).await;
-            done.map(drop).map_err(told).map_err(changing)
+            done.map(drop).map_err(to_engine).map_err(changing)
         };
         // Forced, because a guest that has a medium mounted locks the tray.
         run("blockdev-open-tray", json!({ "id": id, "force": true })).await?;
@@ -56,7 +56,7 @@ pub(super) async fn check(machine: &Machine, media: &[Medium]) -> Result<()> {
             continue;
         }
         preflight::open_and_close(machine, "file", file, medium.writable).await.map_err(|error| {
-            told(error)
+            to_engine(error)
                 .context(format!("the memory has the medium {file} in drive {}", medium.drive))
                 .state("no changes made")
                 .advise("put the file back, or revert the disks alone with --off")

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     disk::{Disk, QemuChain, identity},
-    error::told,
+    error::to_engine,
 };
 use crate::{
     BoxError,
@@ -50,10 +50,10 @@ pub(super) async fn merge(
     };
     let refuse = |detail: &str| Error::new(ErrorKind::Refused, detail.to_owned()).context(attempted());
     let job = job(merge);
-    jobs::dismiss_ended(machine, &job).await.map_err(told)?;
-    let running = jobs::status(machine, &job).await.map_err(told)?.is_some();
+    jobs::dismiss_ended(machine, &job).await.map_err(to_engine)?;
+    let running = jobs::status(machine, &job).await.map_err(to_engine)?.is_some();
 
-    let graph = Graph::read(machine).await.map_err(told)?;
+    let graph = Graph::read(machine).await.map_err(to_engine)?;
     let open = disk.open_in(&graph);
     let merged: Vec<&camino::Utf8PathBuf> = merge.run.iter().filter(|file| **file != merge.into).collect();
     let identities: Vec<FileIdentity> =
@@ -124,7 +124,7 @@ pub(super) async fn merge(
             () = cancel.cancelled(), if !asked_to_end && !pivoting.load(Ordering::SeqCst) => {
                 asked_to_end = true;
                 cancelled.store(true, Ordering::SeqCst);
-                jobs::cancel(machine, &job).await.map_err(told)?;
+                jobs::cancel(machine, &job).await.map_err(to_engine)?;
             }
             Ok(()) = limits.changed() => {
                 let speed = *limits.borrow_and_update();
@@ -137,12 +137,14 @@ pub(super) async fn merge(
     if let Err(error) = ended {
         let top = merge.run.last().filter(|top| **top != merge.into);
         let error = match (pivoting.load(Ordering::SeqCst), top) {
-            (true, Some(top)) => not_pivoted(disk, &job, top.as_std_path(), inside, None, told(error)).await,
-            _ => told(error),
+            (true, Some(top)) => {
+                not_pivoted(disk, &job, top.as_std_path(), inside, None, to_engine(error)).await
+            }
+            _ => to_engine(error),
         };
         return Err(error.context(attempted()));
     }
-    let graph = Graph::read(machine).await.map_err(told)?;
+    let graph = Graph::read(machine).await.map_err(to_engine)?;
     close(machine, &graph, disk, &identities).await
 }
 
@@ -162,7 +164,7 @@ pub(super) async fn fold_active(
     let target: &Target = &disk.target;
     let hook = async || inside.run(Some(target)).await.map_err(BoxError::from);
     let each = |now: jobs::JobProgress| progress.bytes(now.current, now.total);
-    let running = jobs::status(machine, &job).await.map_err(told)?.is_some();
+    let running = jobs::status(machine, &job).await.map_err(to_engine)?.is_some();
     let done = match running {
         true => jobs::drive_active(machine, &job, each, hook).await,
         false => {
@@ -173,9 +175,9 @@ pub(super) async fn fold_active(
     };
     if let Err(error) = done {
         let file = top.file.clone().unwrap_or_default();
-        return Err(not_pivoted(disk, &job, &file, inside, Some(target), told(error)).await);
+        return Err(not_pivoted(disk, &job, &file, inside, Some(target), to_engine(error)).await);
     }
-    let graph = Graph::read(machine).await.map_err(told)?;
+    let graph = Graph::read(machine).await.map_err(to_engine)?;
     let merged: Vec<FileIdentity> = top.identity.into_iter().collect();
     close(machine, &graph, disk, &merged).await
 }
@@ -222,7 +224,7 @@ async fn close(machine: &Machine, graph: &Graph, disk: &Disk, merged: &[FileIden
         }
     });
     let idle: Vec<String> = idle.map(|node| node.name.clone()).collect();
-    remove_layers(machine, &idle).await.map(drop).map_err(told)
+    remove_layers(machine, &idle).await.map(drop).map_err(to_engine)
 }
 
 fn direction(open: &QemuChain, merge: &AttachedMerge) -> Result<Direction, String> {

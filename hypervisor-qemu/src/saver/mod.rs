@@ -62,8 +62,8 @@ use crate::{
     machine::Machine,
     memory::Draft,
 };
-use error::{blocking, told};
-use live::Live;
+use error::{blocking, to_engine};
+use live::QemuDomain;
 use unpacked::Unpacked;
 
 /// Time limit for QEMU's greeting: a QEMU that serves another client sends none, nor does one that hangs.
@@ -156,8 +156,9 @@ impl VmStateSaver for Qemu {
         let Some(control) = &domain.control else { return Ok(None) };
         let connection = self.reach(Path::new(&control.address), GREETING).await?;
         let Some(connection) = connection else { return Ok(None) };
-        let live = Live::new(connection, domain, control, self.unpacked.clone()).await;
-        let live = live.map_err(|error| told(error).context(format!("looking at domain {}", domain.name)))?;
+        let live = QemuDomain::new(connection, domain, control, self.unpacked.clone()).await;
+        let live =
+            live.map_err(|error| to_engine(error).context(format!("looking at domain {}", domain.name)))?;
         Ok(Some(Arc::new(live)))
     }
 
@@ -176,7 +177,7 @@ impl VmStateSaver for Qemu {
                 "start the domain with a QMP socket (-qmp unix:PATH,server=on,wait=off), or check the path",
             ));
         };
-        describe::look(&connection.0).await.map_err(told)
+        describe::look(&connection.0).await.map_err(to_engine)
     }
 
     async fn scan(&self) -> Result<Vec<(Control, DomainInfo)>> {

@@ -25,8 +25,8 @@ use snapcore::{
 
 use super::{
     disk::{Disk, identity},
-    error::told,
-    live::Live,
+    error::to_engine,
+    live::QemuDomain,
     media,
 };
 use crate::{
@@ -54,7 +54,7 @@ enum Opens {
 
 /// Refuses a plan that this QEMU cannot carry out. With `probe`, QEMU is asked to open the files that it will
 /// need. Without it nothing is changed, not even for a moment.
-pub(super) async fn check(live: &Live, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
+pub(super) async fn check(live: &QemuDomain, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
     let untouched = |error: Error| match error.state_now() {
         Some(_) => error,
         None => error.state("no changes made"),
@@ -79,7 +79,7 @@ fn domain_step(planned: &PlannedStep) -> Option<DomainStep> {
     is_domain.then(|| serde_json::from_value(planned.step.action.clone()).ok()).flatten()
 }
 
-async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
+async fn check_state(live: &QemuDomain, plan: &Plan) -> Result<()> {
     let machine = &live.machine;
     let (mut disks, mut memory) = (false, false);
     for planned in &plan.steps {
@@ -117,19 +117,19 @@ async fn check_state(live: &Live, plan: &Plan) -> Result<()> {
         return Ok(());
     }
     refuse_replay(live).await?;
-    let state = machine.run_state().await.map_err(told)?;
-    let permits = machine.permits(&state).await.map_err(told)?;
+    let state = machine.run_state().await.map_err(to_engine)?;
+    let permits = machine.permits(&state).await.map_err(to_engine)?;
     let attempted = "checking the run state of the guest";
-    permits.disks.map_err(|refusal| told(machine.refused(attempted, &state, refusal)))?;
+    permits.disks.map_err(|refusal| to_engine(machine.refused(attempted, &state, refusal)))?;
     if memory {
-        permits.memory.map_err(|refusal| told(machine.refused(attempted, &state, refusal)))?;
+        permits.memory.map_err(|refusal| to_engine(machine.refused(attempted, &state, refusal)))?;
     }
     Ok(())
 }
 
 /// Refuses to detach disks of which another part of QEMU uses an image, which would stay open.
-async fn refuse_used(live: &Live, targets: &[Target]) -> Result<()> {
-    let graph = live.machine.graph().await.map_err(told)?;
+async fn refuse_used(live: &QemuDomain, targets: &[Target]) -> Result<()> {
+    let graph = live.machine.graph().await.map_err(to_engine)?;
     let disks = targets.iter().filter_map(|target| live.disk_of(target));
     let chains: Vec<(&Target, Vec<&str>)> =
         disks.filter_map(|disk| Some((&disk.target, graph.all_below(graph.root(&disk.device)?)))).collect();
@@ -153,7 +153,7 @@ async fn refuse_used(live: &Live, targets: &[Target]) -> Result<()> {
 
 /// Refuses a QEMU that records its guest's run or replays one. Stopping and saving the guest is not part of
 /// the record, and QEMU 10.0 aborts.
-async fn refuse_replay(live: &Live) -> Result<()> {
+async fn refuse_replay(live: &QemuDomain) -> Result<()> {
     let machine = &live.machine;
     // This mode can only be set on QEMU's command line.
     let command = Process::read(machine).command_line;
@@ -162,7 +162,7 @@ async fn refuse_replay(live: &Live) -> Result<()> {
     }
     let mode = match machine.query("query-replay", serde_json::Value::Null).await {
         Ok(reply) => reply["mode"].as_str().unwrap_or("none").to_owned(),
-        Err(error) if error.is_lost() => return Err(told(error)),
+        Err(error) if error.is_lost() => return Err(to_engine(error)),
         Err(_) => return Ok(()),
     };
     if mode == "none" {
@@ -175,7 +175,7 @@ async fn refuse_replay(live: &Live) -> Result<()> {
 }
 
 /// Refuses to detach a disk that could not be attached with its current options.
-fn refuse_unfit(live: &Live, targets: &[Target]) -> Result<()> {
+fn refuse_unfit(live: &QemuDomain, targets: &[Target]) -> Result<()> {
     let is_one = |disk: &&SeenDisk| disk.member.as_ref().is_some_and(|member| targets.contains(member));
     for disk in live.seen.disks.iter().filter(is_one) {
         let Some(why) = &disk.left_out else { continue };
@@ -187,8 +187,8 @@ fn refuse_unfit(live: &Live, targets: &[Target]) -> Result<()> {
 }
 
 /// Refuses internal snapshots that QEMU does not take because of a filter above the image.
-async fn refuse_internal(live: &Live, disks: &[(Target, DiskInstant)]) -> Result<()> {
-    let graph = live.machine.graph().await.map_err(told)?;
+async fn refuse_internal(live: &QemuDomain, disks: &[(Target, DiskInstant)]) -> Result<()> {
+    let graph = live.machine.graph().await.map_err(to_engine)?;
     for (target, _) in disks.iter().filter(|(_, take)| matches!(take, DiskInstant::Internal { .. })) {
         let Some(disk) = live.disk_of(target) else { continue };
         let Some(filter) = graph.root(&disk.device).and_then(|root| graph.internal_snapshot_blocker(root))
@@ -207,7 +207,7 @@ async fn refuse_internal(live: &Live, disks: &[(Target, DiskInstant)]) -> Result
 
 /// Returns the reason why the guest's file systems cannot be frozen, as far as it is known without asking its
 /// agent.
-pub(super) fn cannot_freeze(live: &Live, running: bool) -> Option<Error> {
+pub(super) fn cannot_freeze(live: &QemuDomain, running: bool) -> Option<Error> {
     if live.agent.is_none() {
         let detail = "the domain has no guest agent that is known";
         return Some(
@@ -263,12 +263,12 @@ fn opens(plan: &Plan) -> Vec<Opens> {
     all
 }
 
-async fn probe_one(live: &Live, opens: &Opens, chains: &[OpenChain]) -> Result<()> {
+async fn probe_one(live: &QemuDomain, opens: &Opens, chains: &[OpenChain]) -> Result<()> {
     let (Opens::Overlay(target, _) | Opens::Chain { target, .. } | Opens::Merge(target)) = opens;
     let Some(disk) = live.disk_of(target) else { return Ok(()) };
     let Some(chain) = chains.iter().find(|chain| chain.target == *target) else { return Ok(()) };
     let open: Vec<_> =
-        disk.open().await.map_err(told)?.layers.iter().filter_map(|layer| layer.identity).collect();
+        disk.open().await.map_err(to_engine)?.layers.iter().filter_map(|layer| layer.identity).collect();
     let active = chain.layers.first().map(|layer| layer.file.as_std_path());
     for (place, layer) in chain.layers.iter().enumerate() {
         let file = layer.file.as_std_path();
@@ -321,7 +321,7 @@ async fn can_open(disk: &Disk, file: &Path, write: bool) -> Result<()> {
         crate::ErrorKind::Refused => {
             refused(format!("QEMU cannot open {text} of disk {target} {mode}: {}", error.detail()))
         }
-        _ => told(error),
+        _ => to_engine(error),
     })
 }
 

@@ -7,7 +7,7 @@ use snapcore::{Error, ErrorKind, OpenChain, Result};
 
 use super::{
     disk::{Disk, identity},
-    error::told,
+    error::to_engine,
 };
 use crate::{
     graph::{self},
@@ -21,7 +21,7 @@ use crate::{
 /// overlay to which the path was not moved yet, or was moved back from. The active image keeps its node.
 pub(super) async fn reopen_by_name(disk: &Disk, chain: &OpenChain) -> Result<usize> {
     let mut count = 0;
-    let open = disk.open().await.map_err(told)?;
+    let open = disk.open().await.map_err(to_engine)?;
     if open.placeholder.is_some() {
         return Ok(0);
     }
@@ -29,7 +29,7 @@ pub(super) async fn reopen_by_name(disk: &Disk, chain: &OpenChain) -> Result<usi
     // From the base up: each new node is backed by one that is right already.
     for above_base in 0..open.layers.len().saturating_sub(1) {
         // Read again: an image that was reopened has another node.
-        let now = disk.open().await.map_err(told)?;
+        let now = disk.open().await.map_err(to_engine)?;
         let place = now.layers.len().saturating_sub(1 + above_base);
         let named = chain.layers.len().checked_sub(1 + above_base).and_then(|place| chain.layers.get(place));
         let (Some(layer), Some(above), Some(named)) =
@@ -57,7 +57,7 @@ pub(super) async fn reopen_by_name(disk: &Disk, chain: &OpenChain) -> Result<usi
             ));
         }
         let node = super::disk::layer(named, Name::node(), disk.like(&layer.node));
-        let left = graph::reopen_by_name(&disk.machine, &above.node.name, &node).await.map_err(told)?;
+        let left = graph::reopen_by_name(&disk.machine, &above.node.name, &node).await.map_err(to_engine)?;
         if !left.is_empty() {
             tracing::warn!(nodes = left.join(", "), "the previous node of a frozen image is still in use");
         }

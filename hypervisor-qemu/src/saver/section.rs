@@ -13,8 +13,8 @@ use tokio::time::timeout;
 use super::{
     cut::sweep,
     disk::{Disk, QemuChain, identity},
-    error::told,
-    live::Live,
+    error::to_engine,
+    live::QemuDomain,
     mark::Mark,
 };
 use crate::{
@@ -33,42 +33,42 @@ const LOADING: Duration = Duration::from_secs(600);
 const SOON: Duration = Duration::from_secs(30);
 
 /// Pauses the guest and closes the files of disks. A disk that is closed already is skipped.
-pub(super) async fn open(live: &Live, targets: &[Target]) -> Result<()> {
+pub(super) async fn open(live: &QemuDomain, targets: &[Target]) -> Result<()> {
     // 1) Refuse before anything is changed. 2) Delete our unused nodes, which could keep an image open.
     refuse_encrypted(live, targets).await?;
     sweep(live).await?;
     let begun = Instant::now();
     // 3) Mark the section and pause the guest, in this order (see `mark`).
-    let _paused = Mark::open_window(&live.machine).await.map_err(told)?;
-    live.window().get_or_insert(begun);
+    let _paused = Mark::open_section(&live.machine).await.map_err(to_engine)?;
+    live.section_since().get_or_insert(begun);
     // 4) Close the chains. A crash here leaves some disks detached under a paused guest; undo reopens those
     //    by their placeholders.
     close_disks(live, targets).await
 }
 
 /// Reopens the disks of a section that is to be undone, and resumes the guest, if it ran before.
-pub(super) async fn undo_open(live: &Live, targets: &[Target], chains: &[OpenChain]) -> Result<()> {
+pub(super) async fn undo_open(live: &QemuDomain, targets: &[Target], chains: &[OpenChain]) -> Result<()> {
     let machine = &live.machine;
     sweep(live).await?;
     // 1) All disks before the guest resumes: it would read zeros from a placeholder.
     for target in targets {
         let Some(disk) = live.disk_of(target) else { continue };
-        if disk.open().await.map_err(told)?.placeholder.is_some() {
+        if disk.open().await.map_err(to_engine)?.placeholder.is_some() {
             attach_disk(disk, chains).await?;
         }
     }
     // 2) Resume while the mark exists: the mark has the record that the guest ran. 3) Remove the mark last. A
     //    crash between the two leaves a mark beside a running guest, which `tidy` removes.
-    let window = Mark::window(machine).await.map_err(told)?;
-    if window == Some(Mark::WindowRan) {
-        machine.let_go_on().await.map_err(told)?;
+    let mark = Mark::section(machine).await.map_err(to_engine)?;
+    if mark == Some(Mark::SectionRan) {
+        machine.resume_unless_stopped().await.map_err(to_engine)?;
     }
-    *live.window() = None;
-    Mark::close_window(machine).await.map_err(told)
+    *live.section_since() = None;
+    Mark::close_section(machine).await.map_err(to_engine)
 }
 
 /// Gives disks the chains that their configured paths name. A disk that has its chain already is skipped.
-pub(super) async fn attach(live: &Live, targets: &[Target], chains: &[OpenChain]) -> Result<()> {
+pub(super) async fn attach(live: &QemuDomain, targets: &[Target], chains: &[OpenChain]) -> Result<()> {
     sweep(live).await?;
     for target in targets {
         attach_disk(live.expect(target)?, chains).await?;
@@ -77,38 +77,38 @@ pub(super) async fn attach(live: &Live, targets: &[Target], chains: &[OpenChain]
 }
 
 /// Undoes [`attach`].
-pub(super) async fn undo_attach(live: &Live, targets: &[Target]) -> Result<()> {
+pub(super) async fn undo_attach(live: &QemuDomain, targets: &[Target]) -> Result<()> {
     sweep(live).await?;
-    let _paused = Mark::open_window(&live.machine).await.map_err(told)?;
+    let _paused = Mark::open_section(&live.machine).await.map_err(to_engine)?;
     close_disks(live, targets).await
 }
 
 /// Closes the chains of disks. Needs a paused guest, and no unused node of ours in QEMU.
-async fn close_disks(live: &Live, targets: &[Target]) -> Result<()> {
+async fn close_disks(live: &QemuDomain, targets: &[Target]) -> Result<()> {
     let machine = &live.machine;
     let mut shared: Vec<(String, Target)> = Vec::new();
     for target in targets {
         let detaching = |error: Error| error.context(format!("closing the files of disk {target}"));
         let Some(disk) = live.disk_of(target) else { continue };
-        let open = disk.open().await.map_err(told)?;
+        let open = disk.open().await.map_err(to_engine)?;
         let left = match &open.placeholder {
             Some(_) if open.layers.is_empty() => Vec::new(),
             Some(placeholder) => {
                 // The placeholder was put on top, and nothing more: end a merge of it, take the chain off,
                 // close that.
-                stop_fold(machine, placeholder).await.map_err(told).map_err(detaching)?;
-                let graph = Graph::read(machine).await.map_err(told)?;
+                stop_fold(machine, placeholder).await.map_err(to_engine).map_err(detaching)?;
+                let graph = Graph::read(machine).await.map_err(to_engine)?;
                 graph::reopen_backing(machine, &graph, placeholder, None)
                     .await
-                    .map_err(told)
+                    .map_err(to_engine)
                     .map_err(detaching)?;
                 let names: Vec<String> = open.layers.iter().map(|layer| layer.node.name.clone()).collect();
-                remove_layers(machine, &names).await.map_err(told).map_err(detaching)?
+                remove_layers(machine, &names).await.map_err(to_engine).map_err(detaching)?
             }
             None => {
                 disk.remember(&open);
                 let detached = graph::detach_as(machine, &disk.device, disk.placeholder()).await;
-                detached.map_err(told).map_err(detaching)?.still_open
+                detached.map_err(to_engine).map_err(detaching)?.still_open
             }
         };
         shared.extend(left.into_iter().map(|node| (node, target.clone())));
@@ -117,7 +117,7 @@ async fn close_disks(live: &Live, targets: &[Target]) -> Result<()> {
         return Ok(());
     }
     // An image that two disks of the section share is closed with the last of them.
-    let graph = Graph::read(machine).await.map_err(told)?;
+    let graph = Graph::read(machine).await.map_err(to_engine)?;
     shared.retain(|(node, _)| graph.node(node).is_some());
     match shared.first() {
         None => Ok(()),
@@ -138,7 +138,7 @@ async fn attach_disk(disk: &Disk, chains: &[OpenChain]) -> Result<()> {
         let detail = format!("no chain was given for disk {}", disk.target);
         return Err(Error::new(ErrorKind::Internal, detail));
     };
-    let open = disk.open().await.map_err(told)?;
+    let open = disk.open().await.map_err(to_engine)?;
     let placeholder = match &open.placeholder {
         None if is_chain(&open, chain) => return Ok(()),
         None => {
@@ -154,21 +154,24 @@ async fn attach_disk(disk: &Disk, chains: &[OpenChain]) -> Result<()> {
         // The placeholder has a chain: one that was about to be attached, or was not yet taken off. If it is
         // the wanted one, finish the merge; else take it off as `close_disks` does.
         if is_chain(&open, chain) {
-            return finish_fold(machine, placeholder, &open).await.map_err(told).map_err(attaching);
+            return finish_fold(machine, placeholder, &open).await.map_err(to_engine).map_err(attaching);
         }
-        stop_fold(machine, placeholder).await.map_err(told).map_err(attaching)?;
-        let graph = Graph::read(machine).await.map_err(told)?;
-        graph::reopen_backing(machine, &graph, placeholder, None).await.map_err(told).map_err(attaching)?;
+        stop_fold(machine, placeholder).await.map_err(to_engine).map_err(attaching)?;
+        let graph = Graph::read(machine).await.map_err(to_engine)?;
+        graph::reopen_backing(machine, &graph, placeholder, None)
+            .await
+            .map_err(to_engine)
+            .map_err(attaching)?;
         let names: Vec<String> = open.layers.iter().map(|layer| layer.node.name.clone()).collect();
-        remove_layers(machine, &names).await.map_err(told).map_err(attaching)?;
+        remove_layers(machine, &names).await.map_err(to_engine).map_err(attaching)?;
     }
     let layers = chain.layers.iter().rev().map(|file| disk.layer(file, Name::node()));
     let detached = Detached {
         device: disk.device.clone(),
-        placeholder: Name::new(placeholder.as_str()).map_err(told)?,
+        placeholder: Name::new(placeholder.as_str()).map_err(to_engine)?,
         still_open: Vec::new(),
     };
-    graph::attach(machine, &detached, &Stack::layers(layers)).await.map_err(told).map_err(attaching)
+    graph::attach(machine, &detached, &Stack::layers(layers)).await.map_err(to_engine).map_err(attaching)
 }
 
 /// Returns true if the open images are this chain.
@@ -200,9 +203,10 @@ async fn finish_fold(machine: &Machine, placeholder: &str, open: &QemuChain) -> 
 }
 
 /// Refuses encrypted images: here they would be reopened without their secret, so they must not be closed.
-async fn refuse_encrypted(live: &Live, targets: &[Target]) -> Result<()> {
-    jobs::dismiss_streams(&live.machine).await.map_err(told)?;
-    let nodes = live.machine.query("query-named-block-nodes", json!({ "flat": true })).await.map_err(told)?;
+async fn refuse_encrypted(live: &QemuDomain, targets: &[Target]) -> Result<()> {
+    jobs::dismiss_streams(&live.machine).await.map_err(to_engine)?;
+    let nodes =
+        live.machine.query("query-named-block-nodes", json!({ "flat": true })).await.map_err(to_engine)?;
     let encrypted = |name: &str| {
         let node =
             nodes.as_array().into_iter().flatten().find(|node| node["node-name"].as_str() == Some(name));
@@ -210,7 +214,7 @@ async fn refuse_encrypted(live: &Live, targets: &[Target]) -> Result<()> {
     };
     for target in targets {
         let disk = live.expect(target)?;
-        let open = disk.open().await.map_err(told)?;
+        let open = disk.open().await.map_err(to_engine)?;
         let unsupported = |detail: String| {
             Err(Error::new(ErrorKind::Unsupported, detail).advise("shut the domain down, and do it then"))
         };
@@ -229,8 +233,8 @@ async fn refuse_encrypted(live: &Live, targets: &[Target]) -> Result<()> {
 ///
 /// If the guest runs and no section is open, it was resumed already. Then nothing is done, because memory
 /// that is loaded over disks that were written since would not fit them.
-pub(super) async fn go_on(
-    live: &Live,
+pub(super) async fn finish(
+    live: &QemuDomain,
     memory: Option<&Utf8Path>,
     reset: bool,
     power: Option<PowerAfter>,
@@ -238,20 +242,20 @@ pub(super) async fn go_on(
 ) -> Result<StepOutcome> {
     let machine = &live.machine;
     let mut facts = StepOutcome::default();
-    let window = Mark::window(machine).await.map_err(told)?;
-    let runs = machine.run_state().await.map_err(told)?.running;
-    if window.is_none() && runs && power != Some(PowerAfter::Off) {
+    let mark = Mark::section(machine).await.map_err(to_engine)?;
+    let runs = machine.run_state().await.map_err(to_engine)?.running;
+    if mark.is_none() && runs && power != Some(PowerAfter::Off) {
         if memory.is_some() || reset {
             facts.notes.push("the domain runs already: it was resumed before, or started again".to_owned());
         }
         if power == Some(PowerAfter::Paused) {
-            let _paused = machine.pause().await.map_err(told)?;
+            let _paused = machine.pause().await.map_err(to_engine)?;
         }
         return Ok(facts);
     }
     if power == Some(PowerAfter::Off) {
         quit(machine).await?;
-        *live.window() = None;
+        *live.section_since() = None;
         facts.guest = Some(GuestChange::Ended);
         return Ok(facts);
     }
@@ -264,41 +268,41 @@ pub(super) async fn go_on(
         self::reset(machine).await?;
         facts.guest = Some(GuestChange::Reset);
     }
-    let goes_on = match power {
+    let resumes = match power {
         Some(PowerAfter::Running) => true,
         Some(PowerAfter::Paused | PowerAfter::Off) => false,
-        None => window == Some(Mark::WindowRan),
+        None => mark == Some(Mark::SectionRan),
     };
     // 2) Resume before the marks are removed. A crash in between leaves marks beside a running guest, which
     //    `tidy` removes. With the opposite order, a crash would leave a paused guest without a record that it
     //    ran.
-    if goes_on {
+    if resumes {
         match memory.is_some() || reset {
-            true => machine.cont().await.map_err(told)?,
-            false => machine.let_go_on().await.map_err(told)?,
+            true => machine.cont().await.map_err(to_engine)?,
+            false => machine.resume_unless_stopped().await.map_err(to_engine)?,
         }
-        facts.downtime = live.window().map(|since| since.elapsed());
+        facts.downtime = live.section_since().map(|since| since.elapsed());
     }
-    *live.window() = None;
+    *live.section_since() = None;
     // 3) Close the section: a repeated call finds a running guest and no mark, and does nothing.
-    Mark::close_window(machine).await.map_err(told)?;
-    if goes_on && memory.is_some() {
+    Mark::close_section(machine).await.map_err(to_engine)?;
+    if resumes && memory.is_some() {
         facts.notes.extend(live.set_clock().await);
     }
     Ok(facts)
 }
 
-async fn load(live: &Live, file: &Utf8Path, context: DomainContext<'_>) -> Result<()> {
+async fn load(live: &QemuDomain, file: &Utf8Path, context: DomainContext<'_>) -> Result<()> {
     let image = live.unpacked.take(file).await?;
-    let length = image.length().map_err(told)?;
-    let state = live.machine.run_state().await.map_err(told)?;
-    if live.machine.permits(&state).await.map_err(told)?.reset_before_load {
+    let length = image.length().map_err(to_engine)?;
+    let state = live.machine.run_state().await.map_err(to_engine)?;
+    if live.machine.permits(&state).await.map_err(to_engine)?.reset_before_load {
         // QEMU keeps its run state over a load, and refuses to resume a guest that has switched itself off:
         // the state is that of the guest that is about to be replaced. A reset loses nothing: the disks are
         // the snapshot's.
         self::reset(&live.machine).await?;
     }
-    restore_in_place(&live.machine, &image, &[], LOADING).await.map_err(told)?;
+    restore_in_place(&live.machine, &image, &[], LOADING).await.map_err(to_engine)?;
     context.progress.bytes(length, length);
     Ok(())
 }
@@ -315,18 +319,18 @@ pub(super) async fn reset(machine: &Machine) -> Result<()> {
     match machine.query("set-action", action("reset")).await {
         // A QEMU before 6.0: it could not be set at run time.
         Err(error) if error.kind() == crate::ErrorKind::Unsupported && !ends => {}
-        told_so => drop(told_so.map_err(told)?),
+        told_so => drop(told_so.map_err(to_engine)?),
     }
     let done = reset_now(machine).await;
     if ends {
-        machine.query("set-action", action("shutdown")).await.map_err(told)?;
+        machine.query("set-action", action("shutdown")).await.map_err(to_engine)?;
     }
     done
 }
 
 async fn reset_now(machine: &Machine) -> Result<()> {
     let mut events = machine.qmp().events();
-    machine.reset().await.map_err(told)?;
+    machine.reset().await.map_err(to_engine)?;
     let seen = timeout(SOON, async {
         loop {
             match events.next().await {

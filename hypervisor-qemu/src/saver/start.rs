@@ -16,9 +16,9 @@ use snapcore::{
 use tokio::time::sleep;
 
 use super::{
-    cut::About,
+    cut::MemoryMetadata,
     describe::DESCRIPTOR,
-    error::{blocking, told},
+    error::{blocking, to_engine},
     live::set_clock,
     media::put_back,
     reach, recorded,
@@ -81,12 +81,12 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
     // QEMU loads this image; it exists until this function returns.
     let image = unpacked.take(start.file).await?;
     let by_hand = match &stored {
-        Stored::Packed(packed) => Some(packed.incoming().map_err(told)?),
+        Stored::Packed(packed) => Some(packed.incoming().map_err(to_engine)?),
         Stored::Plain(_) => None,
     };
     let machine = start.machine.map(recorded).transpose()?;
     let abilities = machine.as_ref().map(|machine| machine.abilities.clone()).unwrap_or_default();
-    let ran = serde_json::from_slice::<About>(image.metadata()).ok().map(|about| about.running);
+    let ran = serde_json::from_slice::<MemoryMetadata>(image.metadata()).ok().map(|about| about.running);
     let runs = match start.power {
         Some(PowerAfter::Running) => Some(true),
         Some(PowerAfter::Paused | PowerAfter::Off) => Some(false),
@@ -144,15 +144,15 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
     let loaded = async {
         let machine = process.answers(&address).await?;
         process.loads(&machine).await?;
-        let state = machine.run_state().await.map_err(told)?;
+        let state = machine.run_state().await.map_err(to_engine)?;
         if state.must_be_reset() {
             // QEMU takes over the state of a guest that had switched itself off from its memory, and resumes
             // it only after a reset. The reset clears that state, and the memory is loaded again without it.
             reset(&machine).await?;
-            restore_in_place(&machine, &image, &[], LOADING).await.map_err(told)?;
+            restore_in_place(&machine, &image, &[], LOADING).await.map_err(to_engine)?;
         }
         if let Some(record) = record.as_ref().filter(|_| has_media) {
-            let now = Discovery::read(&machine).await.map_err(told)?;
+            let now = Discovery::read(&machine).await.map_err(to_engine)?;
             let differing = media(record, &now);
             if !differing.is_empty() {
                 put_back(&machine, &differing).await?;
@@ -172,12 +172,12 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
     // The process that serves the socket: the started one may have made itself a daemon.
     facts.started = Some(StartedDomain::process(machine.pid(), recipe.words));
     if runs == Some(true) {
-        machine.cont().await.map_err(told)?;
+        machine.cont().await.map_err(to_engine)?;
     }
-    if !machine.run_state().await.map_err(told)?.running {
-        machine.activate_disks().await.map_err(told)?;
+    if !machine.run_state().await.map_err(to_engine)?.running {
+        machine.activate_disks().await.map_err(to_engine)?;
     }
-    if machine.run_state().await.map_err(told)?.running {
+    if machine.run_state().await.map_err(to_engine)?.running {
         let agent = start.domain.control.as_ref().and_then(|control| control.agent.as_ref());
         let agent = agent.map(|socket| Agent::new(socket.as_std_path()));
         facts.notes.extend(set_clock(&machine, agent.as_ref()).await);
@@ -220,7 +220,7 @@ fn recipe(
     if recipe.words.iter().any(|word| word.split(',').any(|part| part == DESCRIPTOR)) {
         recipe.cannot = Some("its command names descriptors, which only its supervisor can open".to_owned());
     }
-    let incoming = image.incoming(abilities).map_err(told)?;
+    let incoming = image.incoming(abilities).map_err(to_engine)?;
     let mut words = Vec::new();
     let mut skip = false;
     for word in recipe.words {
@@ -311,7 +311,7 @@ impl Started {
             match machine.run_state().await {
                 Ok(state) if state.word != "inmigrate" => return Ok(()),
                 Ok(_) => {}
-                Err(error) => return Err(self.ended_or(told(error)).await),
+                Err(error) => return Err(self.ended_or(to_engine(error)).await),
             }
             self.expect_alive()?;
             if Instant::now() >= until {

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use hypervisor_qemu::{
     Machine, Name,
     graph::{self, Graph, Layer},
-    instant::{Cut, DiskCut, Live},
+    instant::{Cut, DiskCut, SaveMode},
     jobs,
     memory::{Draft, Image},
 };
@@ -98,9 +98,9 @@ pub async fn snapshot(
     guest: &Guest,
     tag: &str,
     on: &[PathBuf],
-    live: Live,
+    live: SaveMode,
     background: bool,
-) -> Result<(Vec<(PathBuf, Name)>, Image, hypervisor_qemu::instant::Way)> {
+) -> Result<(Vec<(PathBuf, Name)>, Image, hypervisor_qemu::instant::CutMethod)> {
     let overlays = overlays(machine, guest, tag, on).await?;
     let path = guest.dir().join(format!("{tag}.memory"));
     let mut cut = onto(guest, &overlays).memory(Draft::create(&path)?, live);
@@ -108,7 +108,7 @@ pub async fn snapshot(
         cut = cut.without_background_snapshot().trusting_pre_copy();
     }
     let taken = cut.take(machine, nothing).await?;
-    let (way, stopped) = (taken.way, taken.stopped_for);
+    let (way, stopped) = (taken.method, taken.stopped_for);
     let draft = taken.memory.context("memory was asked for")?.wait(|_| {}).await?;
     let image = draft.seal(tag, b"metadata")?;
     image.verify()?;
