@@ -289,16 +289,18 @@ mod tests {
         assert_eq!((verdicts[0].met, verdicts[0].found.as_str()), (Some(false), "5.00 times faster"));
     }
 
+    /// Within is measured against the series that it names.
     #[test]
-    fn within_is_measured_against_the_series_that_it_names() {
+    fn within_names_its_series() {
         let verdicts = row(&[Target::Within(1.3, "cp + sync")], &[12], &[("cp + sync", 10)]).verdicts();
         assert_eq!(verdicts[0].met, Some(true));
         let verdicts = row(&[Target::Within(1.3, "cp + sync")], &[14], &[("cp + sync", 10)]).verdicts();
         assert_eq!(verdicts[0].met, Some(false));
     }
 
+    /// Faster than is measured against the series that it names.
     #[test]
-    fn faster_than_is_measured_against_the_series_that_it_names() {
+    fn faster_than_names_its_series() {
         let peers = [("cp", 1000), ("qemu-img", 20)];
         let verdicts = row(&[Target::FasterThan(100.0, "cp")], &[10], &peers).verdicts();
         assert_eq!(verdicts[0].met, Some(true));

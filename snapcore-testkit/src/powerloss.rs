@@ -500,8 +500,9 @@ mod tests {
         assert!(run.outcomes().iter().all(|names| names["old"] == wanted));
     }
 
+    /// Sectors since the flush are kept or lost one by one.
     #[test]
-    fn sectors_since_the_flush_are_kept_or_lost_one_by_one() {
+    fn unflushed_sectors_are_lost_singly() {
         let mut run = Run::new();
         run.write(run.old(), 0, &[b'n'; 2 * SECTOR]);
         let mut seen = std::collections::BTreeSet::new();
@@ -516,8 +517,9 @@ mod tests {
         assert_eq!(seen.len(), 4, "each of the four combinations must occur: {seen:?}");
     }
 
+    /// A length that was not flushed may be lost or leave zeros.
     #[test]
-    fn a_length_that_was_not_flushed_may_be_lost_or_leave_zeros() {
+    fn unflushed_length_is_lost_or_zeros() {
         let mut run = Run::new();
         run.write(run.old(), 2 * SECTOR as u64, &[b'n'; SECTOR]);
         let (mut short, mut zeros, mut whole) = (false, false, false);
@@ -534,8 +536,9 @@ mod tests {
         assert!(short && zeros && whole);
     }
 
+    /// A truncation and growth never brings back what was cut off.
     #[test]
-    fn a_truncation_and_growth_never_brings_back_what_was_cut_off() {
+    fn truncated_bytes_never_return() {
         let mut run = Run::new();
         run.push(Kind::SetLen, run.old(), |r| r.length = SECTOR as u64);
         run.push(Kind::SetLen, run.old(), |r| r.length = 3 * SECTOR as u64);
@@ -551,8 +554,9 @@ mod tests {
         }
     }
 
+    /// A name survives without its data unless the file was flushed.
     #[test]
-    fn a_name_survives_without_its_data_unless_the_file_was_flushed() {
+    fn name_survives_without_data() {
         let mut run = Run::new();
         let (path, file) = (run.path("new"), (1, 1));
         run.push(Kind::Create, file, |r| r.path = path);

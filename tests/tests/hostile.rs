@@ -248,8 +248,9 @@ mod snapshot_table {
         not_used(|image| image.put_u32(first(image)? + 8, u32::MAX))
     }
 
+    /// Of two entries of one name is told and nothing is done by that name.
     #[test]
-    fn of_two_entries_of_one_name_is_told_and_nothing_is_done_by_that_name() -> Result<()> {
+    fn with_two_entries_of_one_name_is_reported() -> Result<()> {
         let outcomes = lie(|image| {
             let bytes = std::fs::read(&image.path)?;
             let start = first(image)? as usize;

@@ -463,7 +463,7 @@ fn attributes_of_the_path_survive_every_operation() -> Result<()> {
 
 /// A frozen layer that has a name elsewhere is not written: what stands on that name reads the same.
 #[test]
-fn a_layer_that_somebody_keeps_by_a_link_is_not_written() -> Result<()> {
+fn linked_layer_is_not_written() -> Result<()> {
     for doomed in [&["s1"][..], &["s2"], &["s1", "s2"], &["s2", "s1"], &["s1", "s2", "s3"]] {
         let Some(place) = Place::new()? else { return Ok(()) };
         for (name, byte) in [("s1", 2), ("s2", 3), ("s3", 4)] {

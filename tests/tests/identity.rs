@@ -124,8 +124,9 @@ mod copies {
         a_copy_without_hard_links_is_a_domain_too_and_no_snapshot_comes_twice "-r" "import"
     }
 
+    /// A copy over the images of another domain is noticed.
     #[test]
-    fn a_copy_over_the_images_of_another_domain_is_noticed() -> Result<()> {
+    fn copy_over_another_domain_is_noticed() -> Result<()> {
         let mut domain = line(&["external", "internal"])?;
         let elsewhere = tempfile::tempdir()?;
         let mut copy = copy(&domain, "-a", &elsewhere.path().join("copy"))?;
@@ -214,8 +215,9 @@ mod an_older_catalogue {
         })
     }
 
+    /// From before an internal snapshot is refused and its manifest stays.
     #[test]
-    fn from_before_an_internal_snapshot_is_refused_and_its_manifest_stays() -> Result<()> {
+    fn from_before_an_internal_snapshot_is_refused() -> Result<()> {
         round(&["internal", "internal", "internal"], |domain| {
             let words = ["create", NAME, "s4", "--internal", "--description", "important"];
             domain.domsnap().done(&words)?;
@@ -224,8 +226,9 @@ mod an_older_catalogue {
         })
     }
 
+    /// With an operation in its journal that ended long since resumes nothing.
     #[test]
-    fn with_an_operation_in_its_journal_that_ended_long_since_resumes_nothing() -> Result<()> {
+    fn with_an_ended_operation_resumes_nothing() -> Result<()> {
         let mut domain = line(&["external", "external", "external"])?;
         let saved = tempfile::tempdir()?;
         let (before, stale) = (saved.path().join("before"), saved.path().join("stale"));
@@ -350,8 +353,9 @@ mod two_catalogues {
         Ok(())
     }
 
+    /// Are told from a crash between the catalogue and the manifests.
     #[test]
-    fn are_told_from_a_crash_between_the_catalogue_and_the_manifests() -> Result<()> {
+    fn are_distinguished_from_a_crash() -> Result<()> {
         // Manifests that are behind, or gone, are written again by the next change.
         let mut domain = line(&["external", "internal"])?;
         let manifests = domain.disks().join("a.qcow2.domsnap");
@@ -420,8 +424,9 @@ mod layers_are_no_disks {
         Ok(())
     }
 
+    /// With the catalogue lost and the manifests stay what they are.
     #[test]
-    fn with_the_catalogue_lost_and_the_manifests_stay_what_they_are() -> Result<()> {
+    fn with_the_catalogue_lost_keep_manifests() -> Result<()> {
         let mut domain = tree()?;
         lose_the_catalogue(&domain)?;
         are_refused(&domain)?;
@@ -434,7 +439,7 @@ mod layers_are_no_disks {
 
     /// Its path would move away under the layer, whose only name it is.
     #[test]
-    fn nor_is_the_active_one_by_its_permanent_name_where_nothing_is_known_of_it() -> Result<()> {
+    fn nor_an_unknown_active_one_by_permanent_name() -> Result<()> {
         use std::os::unix::fs::MetadataExt;
         let domain = line(&["external"])?;
         lose_the_catalogue(&domain)?;
@@ -472,8 +477,9 @@ mod layers_are_no_disks {
         domain.verify()
     }
 
+    /// Nor are some of a domains disks or all in another order.
     #[test]
-    fn nor_are_some_of_a_domains_disks_or_all_in_another_order() -> Result<()> {
+    fn nor_other_disks_or_another_order() -> Result<()> {
         let domain = tree()?;
         lose_the_catalogue(&domain)?;
         let (a, b) = (domain.path("vda").display().to_string(), domain.path("vdb").display().to_string());
@@ -490,8 +496,9 @@ mod layers_are_no_disks {
         domain.verify()
     }
 
+    /// And internal snapshots of a domain are not the image alones.
     #[test]
-    fn and_internal_snapshots_of_a_domain_are_not_the_image_alones() -> Result<()> {
+    fn nor_internal_snapshots_of_a_domain() -> Result<()> {
         let domain = line(&["internal", "internal"])?;
         lose_the_catalogue(&domain)?;
         let image = domain.path("vda").display().to_string();
@@ -542,8 +549,9 @@ mod killed_anywhere {
         verify::every_image_after_crash(domain, &list, &domain.model, memo)
     }
 
+    /// An import over an older catalogue can be given again.
     #[test]
-    fn an_import_over_an_older_catalogue_can_be_given_again() -> Result<()> {
+    fn import_over_an_older_catalogue_repeats() -> Result<()> {
         let mut domain = line(&["external", "mixed", "external"])?;
         let saved = tempfile::tempdir()?;
         let saved = saved.path().join("state");
@@ -567,8 +575,9 @@ mod killed_anywhere {
         })
     }
 
+    /// A snapshot with the catalogue lost happened or did not.
     #[test]
-    fn a_snapshot_with_the_catalogue_lost_happened_or_did_not() -> Result<()> {
+    fn snapshot_without_catalogue_is_atomic() -> Result<()> {
         let domain = line(&["external", "mixed"])?;
         lose_the_catalogue(&domain)?;
         let (paths, mut memo) = (domain.paths(), verify::Memo::default());
@@ -587,8 +596,9 @@ mod killed_anywhere {
         })
     }
 
+    /// A delete with the catalogue lost leaves no manifest of what is gone.
     #[test]
-    fn a_delete_with_the_catalogue_lost_leaves_no_manifest_of_what_is_gone() -> Result<()> {
+    fn delete_without_catalogue_leaves_no_manifest() -> Result<()> {
         let domain = line(&["external", "external"])?;
         lose_the_catalogue(&domain)?;
         let (paths, mut memo) = (domain.paths(), verify::Memo::default());

@@ -29,22 +29,25 @@ fn there_and_back(live: &mut Live, kind: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// External snapshots with memory are taken reverted to in place and deleted.
 #[test]
-fn external_snapshots_with_memory_are_taken_reverted_to_in_place_and_deleted() -> Result<()> {
+fn external_with_memory_in_place() -> Result<()> {
     let mut live = Live::new()?;
     there_and_back(&mut live, &["--external"])?;
     live.finish()
 }
 
+/// Internal snapshots with memory are taken reverted to in place and deleted.
 #[test]
-fn internal_snapshots_with_memory_are_taken_reverted_to_in_place_and_deleted() -> Result<()> {
+fn internal_with_memory_in_place() -> Result<()> {
     let mut live = Live::new()?;
     there_and_back(&mut live, &["--internal"])?;
     live.finish()
 }
 
+/// Disks may be internal and external in one snapshot and in one tree.
 #[test]
-fn disks_may_be_internal_and_external_in_one_snapshot_and_in_one_tree() -> Result<()> {
+fn kinds_mix_in_one_snapshot_and_tree() -> Result<()> {
     let mut live = Live::new()?;
     there_and_back(&mut live, &["--disk", "vda=internal", "--disk", "vdb=external"])?;
     live.create("int", &["--internal"])?;
@@ -59,8 +62,9 @@ fn disks_may_be_internal_and_external_in_one_snapshot_and_in_one_tree() -> Resul
     live.finish()
 }
 
+/// Disks alone are taken and the guest boots from them after a revert.
 #[test]
-fn disks_alone_are_taken_and_the_guest_boots_from_them_after_a_revert() -> Result<()> {
+fn disk_only_revert_boots() -> Result<()> {
     let mut live = Live::new()?;
     live.create("ext", &["--disk-only", "--external"])?;
     live.create("int", &["--disk-only", "--internal"])?;
@@ -80,8 +84,9 @@ fn disks_alone_are_taken_and_the_guest_boots_from_them_after_a_revert() -> Resul
     live.finish()
 }
 
+/// A running domain can be forgotten and registered anew.
 #[test]
-fn a_running_domain_can_be_forgotten_and_registered_anew() -> Result<()> {
+fn running_domain_registers_again() -> Result<()> {
     let mut live = Live::new()?;
     for _ in 0..2 {
         live.create("x", &["--disk-only", "--external"])?;
@@ -131,8 +136,9 @@ fn a_guest_of_drives_and_an_old_qemu_can_do_the_same() -> Result<()> {
     Ok(())
 }
 
+/// A guest can be left paused or off and what was paused stays so.
 #[test]
-fn a_guest_can_be_left_paused_or_off_and_what_was_paused_stays_so() -> Result<()> {
+fn guest_is_left_paused_or_off() -> Result<()> {
     let mut live = Live::new()?;
     live.create("one", &["--external"])?;
     live.domsnap().done(&["create", NAME, "held", "--then", "pause"])?;
@@ -154,8 +160,9 @@ fn a_guest_can_be_left_paused_or_off_and_what_was_paused_stays_so() -> Result<()
     Ok(())
 }
 
+/// A domain that is off is started from a snapshot with memory.
 #[test]
-fn a_domain_that_is_off_is_started_from_a_snapshot_with_memory() -> Result<()> {
+fn domain_that_is_off_starts_from_memory() -> Result<()> {
     let mut live = Live::new()?;
     live.create("one", &["--external"])?;
     live.create("two", &["--internal"])?;
@@ -170,8 +177,9 @@ fn a_domain_that_is_off_is_started_from_a_snapshot_with_memory() -> Result<()> {
     live.verify()
 }
 
+/// A domain that was paused is started paused and can be worked on as it stands.
 #[test]
-fn a_domain_that_was_paused_is_started_paused_and_can_be_worked_on_as_it_stands() -> Result<()> {
+fn paused_domain_starts_paused() -> Result<()> {
     for version in Version::BOTH {
         let mut live = Live::of(GuestOptions::new().version(version))?;
         live.guest.qmp("stop", serde_json::Value::Null)?;
@@ -188,8 +196,9 @@ fn a_domain_that_was_paused_is_started_paused_and_can_be_worked_on_as_it_stands(
     Ok(())
 }
 
+/// The present is saved with its memory before a revert.
 #[test]
-fn the_present_is_saved_with_its_memory_before_a_revert() -> Result<()> {
+fn revert_saves_current_with_memory() -> Result<()> {
     let mut live = Live::new()?;
     live.create("one", &["--external"])?;
     let before = live.guest.ticks()?;
@@ -201,8 +210,9 @@ fn the_present_is_saved_with_its_memory_before_a_revert() -> Result<()> {
     Ok(())
 }
 
+/// With nothing registered a farm reverts in place again and again.
 #[test]
-fn with_nothing_registered_a_farm_reverts_in_place_again_and_again() -> Result<()> {
+fn unregistered_domain_reverts_repeatedly() -> Result<()> {
     let live = Live::unregistered(GuestOptions::new())?;
     let pid = live.guest.pid();
     let example = product("DOMSNAP_REVERT_LOOP", "examples/revert_loop", "snapcli --example revert_loop");
@@ -224,8 +234,9 @@ fn with_nothing_registered_a_farm_reverts_in_place_again_and_again() -> Result<(
     live.finish()
 }
 
+/// What would not fit is refused before anything is touched.
 #[test]
-fn what_would_not_fit_is_refused_before_anything_is_touched() -> Result<()> {
+fn too_little_space_is_refused_first() -> Result<()> {
     let mut live = Live::new()?;
     live.create("one", &["--external"])?;
     let refuse = |words: &[&str], says: &str| -> Result<()> {

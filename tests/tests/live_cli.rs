@@ -51,8 +51,9 @@ fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path that is no text")
 }
 
+/// A running domain is registered by its socket alone and shown as what it is.
 #[test]
-fn a_running_domain_is_registered_by_its_socket_alone_and_shown_as_what_it_is() -> Result<()> {
+fn socket_alone_registers_a_domain() -> Result<()> {
     let mut live = stranger()?;
     let (domsnap, socket) = (live.domsnap(), text(live.guest.qmp_socket())?.to_owned());
     told(
@@ -83,8 +84,9 @@ fn a_running_domain_is_registered_by_its_socket_alone_and_shown_as_what_it_is() 
     Ok(())
 }
 
+/// A create tells how long the guest stood still by which way and what it does now.
 #[test]
-fn a_create_tells_how_long_the_guest_stood_still_by_which_way_and_what_it_does_now() -> Result<()> {
+fn create_reports_pause_and_method() -> Result<()> {
     let mut live = Live::new()?;
     let domsnap = live.domsnap();
     let create = |words: &[&str], all: &[&str]| told(&domsnap, &[&["create", NAME], words].concat(), all);
@@ -122,8 +124,9 @@ fn a_create_tells_how_long_the_guest_stood_still_by_which_way_and_what_it_does_n
     Ok(())
 }
 
+/// A compressed memory image is told with both its sizes and reverted to on and off.
 #[test]
-fn a_compressed_memory_image_is_told_with_both_its_sizes_and_reverted_to_on_and_off() -> Result<()> {
+fn compressed_memory_shows_sizes_and_reverts() -> Result<()> {
     let mut live = Live::new()?;
     live.create("small", &["--compress=3"])?;
     let domsnap = live.domsnap();
@@ -169,8 +172,9 @@ fn a_revert_tells_what_the_guest_does_afterwards() -> Result<()> {
     live.sound()
 }
 
+/// A dry run on a running domain tells its steps and does none.
 #[test]
-fn a_dry_run_on_a_running_domain_tells_its_steps_and_does_none() -> Result<()> {
+fn dry_run_lists_steps_and_does_none() -> Result<()> {
     let mut live = Live::new()?;
     live.create("one", &["--external"])?;
     let domsnap = live.domsnap();
@@ -192,8 +196,9 @@ fn a_dry_run_on_a_running_domain_tells_its_steps_and_does_none() -> Result<()> {
     live.verify()
 }
 
+/// What runs at a socket has snapshots with nothing registered and keeps them when it is.
 #[test]
-fn what_runs_at_a_socket_has_snapshots_with_nothing_registered_and_keeps_them_when_it_is() -> Result<()> {
+fn unregistered_snapshots_stay_when_registered() -> Result<()> {
     let live = stranger()?;
     let domsnap = live.domsnap();
     let place = format!("qemu:{}", text(live.guest.qmp_socket())?);
@@ -217,8 +222,9 @@ fn what_runs_at_a_socket_has_snapshots_with_nothing_registered_and_keeps_them_wh
     live.sound()
 }
 
+/// A scan gives the command that registers what runs and knows it afterwards.
 #[test]
-fn a_scan_gives_the_command_that_registers_what_runs_and_knows_it_afterwards() -> Result<()> {
+fn scan_prints_the_command_that_registers() -> Result<()> {
     let options = GuestOptions::new().file("cd.iso", vec![0; 1 << 20]);
     let cd = ["-drive", "file=DIR/cd.iso,format=raw,if=none,id=cd0,readonly=on,media=cdrom"];
     let live = Live::unregistered(options.more(&cd).more(&["-device", "ide-cd,drive=cd0,id=cd"]))?;
@@ -256,8 +262,9 @@ fn a_scan_gives_the_command_that_registers_what_runs_and_knows_it_afterwards() -
     live.sound()
 }
 
+/// What cannot be is refused in words and the guest does not notice.
 #[test]
-fn what_cannot_be_is_refused_in_words_and_the_guest_does_not_notice() -> Result<()> {
+fn impossible_requests_leave_the_guest_alone() -> Result<()> {
     let live = Live::new()?;
     let domsnap = live.domsnap();
     let nobody = live.guest.dir().join("nobody");

@@ -119,7 +119,7 @@ struck! {
 /// instant has put overlays on it. Where domsnap and QEMU die before the commit point, what the guest wrote
 /// in between is in those overlays alone.
 #[test]
-fn what_the_guest_wrote_into_overlays_that_nobody_can_merge_is_put_aside() -> Result<()> {
+fn writes_in_unmergeable_overlays_are_saved() -> Result<()> {
     for raw in [false, true] {
         for started_again in [false, true] {
             written_overlays(raw, started_again)

@@ -190,7 +190,7 @@ fn disk_that_cannot_be_taken_is_refused_by_name() -> Result<()> {
 /// A disk that was plugged in later is missed, and a job that works on a disk keeps snapshots and reverts off
 /// it.
 #[test]
-fn disk_plugged_in_later_and_disk_under_a_job_are_refused() -> Result<()> {
+fn later_disk_and_busy_disk_are_refused() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2"])?;
     let qemu = place.start("m", &["-device", "pcie-root-port,id=rp0,chassis=1"])?;
     let domsnap = place.domsnap();
@@ -271,7 +271,7 @@ fn memory_with_a_plugged_in_disk_is_not_started() -> Result<()> {
 /// A disk that was unplugged after a snapshot is let go by QEMU: who unplugged it could not close the nodes
 /// that stand on theirs.
 #[test]
-fn unplugged_disk_is_let_go_and_its_snapshots_can_be_deleted() -> Result<()> {
+fn unplugged_disk_is_released() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2"])?;
     let qemu = place.start("m", &["-device", "virtio-scsi-pci,id=bus0"])?;
     let domsnap = place.domsnap();
@@ -726,7 +726,7 @@ fn options_of_plugged_in_disks_are_found_out_or_noted() -> Result<()> {
 /// Of a disk that was plugged in as a part of a file, or with a filter between format and file, nothing is
 /// taken.
 #[test]
-fn plugged_in_slices_and_filters_below_the_format_are_refused() -> Result<()> {
+fn slices_and_filters_are_refused() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2", "s.raw"])?;
     let file = |name: &str| json!({ "driver": "file", "filename": place.file(name) });
     // A qcow2 image in the middle of a file.
@@ -1189,7 +1189,7 @@ fn reset_does_not_end_a_qemu_that_ends_at_reboots() -> Result<()> {
 /// between it and what another does in it. Each disk is what its configured path names, and has its content
 /// and its size back.
 #[test]
-fn disks_of_all_kinds_are_cut_together_and_come_back_with_their_sizes() -> Result<()> {
+fn disks_of_all_kinds_revert_with_sizes() -> Result<()> {
     for (ways, memory) in [
         (&["copy", "copy"][..], false),
         (&["copy", "external"], false),

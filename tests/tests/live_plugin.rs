@@ -40,8 +40,9 @@ fn guest() -> GuestOptions {
     GuestOptions::new().raw(&[1])
 }
 
+/// A plug ins disk is cut with a qcow2 disk and memory at one instant and reverted in place.
 #[test]
-fn a_plug_ins_disk_is_cut_with_a_qcow2_disk_and_memory_at_one_instant_and_reverted_in_place() -> Result<()> {
+fn plugin_disk_is_of_the_same_instant() -> Result<()> {
     let plugins = plugins(str::to_owned)?;
     let mut live = Live::served_by(guest(), &["qcow2", "dir"], plugins.path())?;
     live.create("memory", &[])?;
@@ -63,8 +64,9 @@ fn a_plug_ins_disk_is_cut_with_a_qcow2_disk_and_memory_at_one_instant_and_revert
     live.sound()
 }
 
+/// A plug in that dies while the guest stands still does not leave it standing.
 #[test]
-fn a_plug_in_that_dies_while_the_guest_stands_still_does_not_leave_it_standing() -> Result<()> {
+fn dying_plugin_does_not_leave_guest_paused() -> Result<()> {
     let marks = tempfile::tempdir()?;
     let plugins = mortal(marks.path())?;
     let mut live = Live::served_by(guest(), &["qcow2", "dir"], plugins.path())?;

@@ -77,8 +77,9 @@ fn settle(live: &mut Live, name: &str, outcome: &Outcome, before: u64) -> Result
     live.verify()
 }
 
+/// A qemu that hangs before a command is told as such and nothing is touched.
 #[test]
-fn a_qemu_that_hangs_before_a_command_is_told_as_such_and_nothing_is_touched() -> Result<()> {
+fn hanging_qemu_is_reported() -> Result<()> {
     let mut live = Live::new()?;
     live.create("s1", &[])?;
     let pid = live.guest.pid().context("it runs")?;
@@ -100,8 +101,9 @@ fn a_qemu_that_hangs_before_a_command_is_told_as_such_and_nothing_is_touched() -
     Ok(())
 }
 
+/// A qemu that hangs in the middle of a create leaves what recover heals when it goes on.
 #[test]
-fn a_qemu_that_hangs_in_the_middle_of_a_create_leaves_what_recover_heals_when_it_goes_on() -> Result<()> {
+fn qemu_hanging_in_a_create_is_recovered() -> Result<()> {
     let mut live = Live::new()?;
     live.create("s1", &["--disk", "vda=external"])?;
     for (number, after) in [60, 160].into_iter().enumerate() {
@@ -122,8 +124,9 @@ fn a_qemu_that_hangs_in_the_middle_of_a_create_leaves_what_recover_heals_when_it
     Ok(())
 }
 
+/// A guest that ends itself in the middle of a create loses nothing.
 #[test]
-fn a_guest_that_ends_itself_in_the_middle_of_a_create_loses_nothing() -> Result<()> {
+fn guest_that_ends_in_a_create_loses_nothing() -> Result<()> {
     for (number, after) in [0, 80, 250].into_iter().enumerate() {
         let mut live = Live::new()?;
         live.create("s1", &["--disk", "vdb=external"])?;
@@ -151,8 +154,9 @@ fn a_guest_that_ends_itself_in_the_middle_of_a_create_loses_nothing() -> Result<
     Ok(())
 }
 
+/// An interrupt at any moment undoes or carries through.
 #[test]
-fn an_interrupt_at_any_moment_undoes_or_carries_through() -> Result<()> {
+fn interrupt_undoes_or_completes() -> Result<()> {
     let mut live = Live::new()?;
     live.create("s1", &["--disk", "vda=external"])?;
     for (number, after) in [5, 40, 90, 150, 220, 320, 500].into_iter().enumerate() {
@@ -183,8 +187,9 @@ fn an_interrupt_at_any_moment_undoes_or_carries_through() -> Result<()> {
     Ok(())
 }
 
+/// A disk that fills up while memory is written undoes the snapshot and the guest goes on.
 #[test]
-fn a_disk_that_fills_up_while_memory_is_written_undoes_the_snapshot_and_the_guest_goes_on() -> Result<()> {
+fn full_disk_in_a_memory_save_is_undone() -> Result<()> {
     let small = Mounted::make("ext4", 48 << 20)?;
     let mut live = Live::unregistered(GuestOptions::new())?;
     let (socket, dir) = (live.guest.qmp_socket().to_owned(), small.path().to_owned());
@@ -204,8 +209,9 @@ fn a_disk_that_fills_up_while_memory_is_written_undoes_the_snapshot_and_the_gues
     Ok(())
 }
 
+/// A memory image that is damaged cut off or gone is refused before anything is touched.
 #[test]
-fn a_memory_image_that_is_damaged_cut_off_or_gone_is_refused_before_anything_is_touched() -> Result<()> {
+fn damaged_memory_is_refused_first() -> Result<()> {
     let mut live = Live::new()?;
     live.create("s1", &["--disk", "vda=external"])?;
     let file = memory_of(&live, "s1")?;
@@ -234,8 +240,9 @@ fn a_memory_image_that_is_damaged_cut_off_or_gone_is_refused_before_anything_is_
     Ok(())
 }
 
+/// Of two domsnap on one domain both end well or one is told who works on it.
 #[test]
-fn of_two_domsnap_on_one_domain_both_end_well_or_one_is_told_who_works_on_it() -> Result<()> {
+fn second_domsnap_waits_or_is_refused() -> Result<()> {
     let mut live = Live::new()?;
     for round in 0..3 {
         let names = [format!("a{round}"), format!("b{round}")];
@@ -265,8 +272,9 @@ fn of_two_domsnap_on_one_domain_both_end_well_or_one_is_told_who_works_on_it() -
     Ok(())
 }
 
+/// A disk that was unplugged is named and nothing is touched.
 #[test]
-fn a_disk_that_was_unplugged_is_named_and_nothing_is_touched() -> Result<()> {
+fn unplugged_disk_is_named() -> Result<()> {
     // On this machine's bus a disk can be unplugged.
     let mut live = Live::of(GuestOptions::new().machine("pc"))?;
     live.create("s1", &["--disk-only"])?;
@@ -298,8 +306,9 @@ fn a_disk_that_was_unplugged_is_named_and_nothing_is_touched() -> Result<()> {
     Ok(())
 }
 
+/// Under new paths a running guest writes the overlay that the message names.
 #[test]
-fn under_new_paths_a_running_guest_writes_the_overlay_that_the_message_names() -> Result<()> {
+fn new_path_of_a_running_guest_is_named() -> Result<()> {
     let live = Live::unregistered(GuestOptions::new())?;
     let socket = live.guest.qmp_socket().to_owned();
     let words = ["domain", "add", NAME, "--active-path", "new", "--qmp"].map(|word| word.as_ref());

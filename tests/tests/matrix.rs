@@ -72,8 +72,9 @@ mod create {
         domain.verify()
     }
 
+    /// Disks are addressed by their paths with nothing registered.
     #[test]
-    fn disks_are_addressed_by_their_paths_with_nothing_registered() -> Result<()> {
+    fn unregistered_disks_are_addressed_by_path() -> Result<()> {
         let mut domain = Domain::unregistered(&Shape::disks(2))?;
         domain.write_everywhere()?;
         let paths = domain.paths();
@@ -189,8 +190,9 @@ mod every_image_shape {
         Ok(())
     }
 
+    /// An image resized between snapshots has each size again.
     #[test]
-    fn an_image_resized_between_snapshots_has_each_size_again() -> Result<()> {
+    fn resized_image_reverts_to_each_size() -> Result<()> {
         for kind in ["internal", "external"] {
             let mut domain = line(1, &[kind])?;
             let path = domain.path("vda");
@@ -275,8 +277,9 @@ mod revert {
         Ok(())
     }
 
+    /// To an internal point under an overlay leaves what stands on the image whole.
     #[test]
-    fn to_an_internal_point_under_an_overlay_leaves_what_stands_on_the_image_whole() -> Result<()> {
+    fn to_an_internal_point_under_an_overlay() -> Result<()> {
         // libvirt hands the guest the base that e1 and i2 stand on; after a write, i2 reads wrong.
         let mut domain = Domain::new(&Shape::disks(1))?;
         for (name, kind) in [("i1", "internal"), ("e1", "external"), ("i2", "internal")] {
@@ -369,8 +372,9 @@ mod delete {
         Ok(domain)
     }
 
+    /// An external one with several children which libvirt refuses.
     #[test]
-    fn an_external_one_with_several_children_which_libvirt_refuses() -> Result<()> {
+    fn external_with_several_children() -> Result<()> {
         let mut domain = fork(["external"; 3])?;
         domain.delete(&["s1"])?;
         domain.verify()?;
@@ -380,8 +384,9 @@ mod delete {
         domain.verify()
     }
 
+    /// The layer that outlived its snapshot goes with the delete that frees it.
     #[test]
-    fn the_layer_that_outlived_its_snapshot_goes_with_the_delete_that_frees_it() -> Result<()> {
+    fn orphan_layer_goes_with_its_last_user() -> Result<()> {
         let mut domain = fork(["external"; 3])?;
         domain.delete(&["s1"])?;
         domain.delete(&["s2"])?;
@@ -392,8 +397,9 @@ mod delete {
         domain.verify()
     }
 
+    /// An external one off the active chain in the middle which libvirt refuses.
     #[test]
-    fn an_external_one_off_the_active_chain_in_the_middle_which_libvirt_refuses() -> Result<()> {
+    fn external_middle_off_the_active_chain() -> Result<()> {
         let mut domain = line(2, &["external", "external", "external"])?;
         domain.revert("s1")?;
         domain.write_everywhere()?;
@@ -403,8 +409,9 @@ mod delete {
         domain.verify()
     }
 
+    /// The current external one that is not a leaf which libvirt refuses.
     #[test]
-    fn the_current_external_one_that_is_not_a_leaf_which_libvirt_refuses() -> Result<()> {
+    fn current_external_that_is_no_leaf() -> Result<()> {
         let mut domain = line(2, &["external", "external"])?;
         domain.revert("s1")?;
         domain.write_everywhere()?;
@@ -441,8 +448,9 @@ mod delete {
         domain.verify()
     }
 
+    /// An external one whose parent is internal which libvirt refuses.
     #[test]
-    fn an_external_one_whose_parent_is_internal_which_libvirt_refuses() -> Result<()> {
+    fn external_with_an_internal_parent() -> Result<()> {
         let mut domain = line(2, &["internal", "external"])?;
         domain.delete(&["s2"])?;
         domain.verify()?;
@@ -459,8 +467,9 @@ mod delete {
         domain.verify()
     }
 
+    /// An external one under an image that holds internal ones.
     #[test]
-    fn an_external_one_under_an_image_that_holds_internal_ones() -> Result<()> {
+    fn external_under_an_image_with_internal() -> Result<()> {
         let mut domain = line(2, &["external", "internal", "internal"])?;
         domain.delete(&["s1"])?;
         domain.verify()?;
@@ -468,8 +477,9 @@ mod delete {
         domain.verify()
     }
 
+    /// An external one whose image holds internal ones keeps them.
     #[test]
-    fn an_external_one_whose_image_holds_internal_ones_keeps_them() -> Result<()> {
+    fn external_image_keeps_its_internal() -> Result<()> {
         let mut domain = line(2, &["internal", "external", "internal", "external"])?;
         domain.delete(&["s2"])?;
         domain.verify()?;
@@ -498,8 +508,9 @@ mod delete {
         domain.verify()
     }
 
+    /// A name that is not there is refused and the others stay.
     #[test]
-    fn a_name_that_is_not_there_is_refused_and_the_others_stay() -> Result<()> {
+    fn absent_name_is_refused() -> Result<()> {
         let domain = line(1, &["external", "internal"])?;
         domain.declined(&["delete", NAME, "s1", "nothing"], status::REFUSED)?;
         domain.verify()
@@ -509,8 +520,9 @@ mod delete {
 mod paths {
     use super::*;
 
+    /// The configured path is always a name of the active layer.
     #[test]
-    fn the_configured_path_is_always_a_name_of_the_active_layer() -> Result<()> {
+    fn configured_path_names_the_active_layer() -> Result<()> {
         let mut domain = Domain::new(&Shape::disks(1))?;
         let active = |domain: &Domain| -> Result<u64> {
             let path = domain.path("vda");
@@ -592,8 +604,9 @@ mod paths {
         domain.verify()
     }
 
+    /// A frozen layer can be backed up while the domain goes on.
     #[test]
-    fn a_frozen_layer_can_be_backed_up_while_the_domain_goes_on() -> Result<()> {
+    fn frozen_layer_can_be_backed_up() -> Result<()> {
         let mut domain = line(1, &["external"])?;
         let list = report::list(&domain.domsnap(), NAME)?;
         let layer = domain.disks().join(&list.snapshots[0].points[0].layer);
@@ -605,8 +618,9 @@ mod paths {
         domain.verify()
     }
 
+    /// An image that somebody replaced is noticed and named.
     #[test]
-    fn an_image_that_somebody_replaced_is_noticed_and_named() -> Result<()> {
+    fn replaced_image_is_named() -> Result<()> {
         let domain = line(1, &["external"])?;
         let path = domain.path("vda");
         let other = domain.root().join("other");
@@ -716,15 +730,17 @@ mod catalogue {
         domain.verify()
     }
 
+    /// A lost one is rebuilt by import from what lies beside the images.
     #[test]
-    fn a_lost_one_is_rebuilt_by_import_from_what_lies_beside_the_images() -> Result<()> {
+    fn import_rebuilds_a_lost_one() -> Result<()> {
         let domain = lost()?;
         domain.domsnap().done(&["import", &domain.paths(), "--name", NAME])?;
         is_whole(domain)
     }
 
+    /// A lost one is rebuilt when the domain is registered again.
     #[test]
-    fn a_lost_one_is_rebuilt_when_the_domain_is_registered_again() -> Result<()> {
+    fn registering_rebuilds_a_lost_one() -> Result<()> {
         let domain = lost()?;
         domain.register()?;
         is_whole(domain)
@@ -736,8 +752,9 @@ mod catalogue {
         verify::every_point(&domain, &domain.model, &domain.paths(), &mut Default::default())
     }
 
+    /// A domain removed and registered again has its snapshots.
     #[test]
-    fn a_domain_removed_and_registered_again_has_its_snapshots() -> Result<()> {
+    fn removed_domain_registers_with_snapshots() -> Result<()> {
         let domain = line(2, &["external", "mixed"])?;
         domain.domsnap().done(&["domain", "remove", NAME])?;
         ensure!(!domain.registered()?, "it is still registered");
@@ -745,8 +762,9 @@ mod catalogue {
         domain.verify()
     }
 
+    /// All of a tree can be deleted and one image a disk is left.
     #[test]
-    fn all_of_a_tree_can_be_deleted_and_one_image_a_disk_is_left() -> Result<()> {
+    fn deleting_all_leaves_one_image_a_disk() -> Result<()> {
         let mut domain = line(2, &["external", "internal", "mixed", "external"])?;
         domain.revert("s2")?;
         domain.write_and_create("side", "external")?;

@@ -148,8 +148,9 @@ mod overlays {
         domain.verify_beside_others()
     }
 
+    /// One of a later version of the format keeps its layer.
     #[test]
-    fn one_of_a_later_version_of_the_format_keeps_its_layer() -> Result<()> {
+    fn one_of_a_later_version_keeps_its_layer() -> Result<()> {
         let mut domain = line(&["external"])?;
         let layer = layer_of(&domain, "s1")?;
         let below = domain.model.snapshots["s1"].disks["vda"].clone();
@@ -206,8 +207,9 @@ mod overlays {
         domain.verify_beside_others()
     }
 
+    /// One whose backing file cannot be told stops merges and reverts alone.
     #[test]
-    fn one_whose_backing_file_cannot_be_told_stops_merges_and_reverts_alone() -> Result<()> {
+    fn unknown_backing_stops_merges_and_reverts() -> Result<()> {
         for string in [
             "fat:/nowhere",
             r#"json:{"driver":"qcow2","file":"node0"}"#,
@@ -253,8 +255,9 @@ mod overlays {
 mod on_the_configured_path {
     use super::*;
 
+    /// A revert is refused until the overlay stands on the layer.
     #[test]
-    fn a_revert_is_refused_until_the_overlay_stands_on_the_layer() -> Result<()> {
+    fn revert_waits_for_the_overlay() -> Result<()> {
         let mut domain = line(&["external", "external"])?;
         let below = domain.model.present["vda"].clone();
         let overlay = Overlay::new(&domain.disks().join("vm.qcow2"), "a.qcow2", &below)?;
@@ -272,8 +275,9 @@ mod on_the_configured_path {
         domain.verify()
     }
 
+    /// An image of one file is first frozen and the create says how to go on.
     #[test]
-    fn an_image_of_one_file_is_first_frozen_and_the_create_says_how_to_go_on() -> Result<()> {
+    fn single_image_is_frozen_first() -> Result<()> {
         let mut domain = line(&["internal"])?;
         let below = domain.model.present["vda"].clone();
         let absolute = domain.path("vda").display().to_string();
@@ -327,8 +331,9 @@ mod files_of_others {
         Ok((domain, other, below))
     }
 
+    /// A gold image that was imported is neither removed nor changed.
     #[test]
-    fn a_gold_image_that_was_imported_is_neither_removed_nor_changed() -> Result<()> {
+    fn imported_gold_image_is_unchanged() -> Result<()> {
         let (mut domain, other, below) = on_gold()?;
         let gold = domain.disks().join("gold.qcow2");
         let before = std::fs::read(&gold)?;
@@ -413,8 +418,9 @@ mod names {
         with_quotes_and_a_line_break "'\"\n" "$(x).qcow2"
     }
 
+    /// Paths longer than an image has room for are written as seen from the disk.
     #[test]
-    fn paths_longer_than_an_image_has_room_for_are_written_as_seen_from_the_disk() -> Result<()> {
+    fn long_paths_are_written_relative() -> Result<()> {
         let mut domain = Domain::unregistered(&Shape::disks(1))?;
         // The catalogue's own path stays short.
         let deep = (0..6).fold(domain.root().to_owned(), |path, _| path.join("d".repeat(200)));
@@ -483,8 +489,9 @@ mod replaced {
         domain.verify()
     }
 
+    /// By an overlay on the layer the advice loses nothing.
     #[test]
-    fn by_an_overlay_on_the_layer_the_advice_loses_nothing() -> Result<()> {
+    fn advice_for_an_overlay_loses_nothing() -> Result<()> {
         let mut domain = line(&["external"])?;
         let path = domain.path("vda");
         let active = own_name(&path)?;
@@ -501,8 +508,9 @@ mod replaced {
         verify::bytes(&path, None, &domain.model.present["vda"], &mut Default::default())
     }
 
+    /// By another image the advice brings the layer back and keeps what was found.
     #[test]
-    fn by_another_image_the_advice_brings_the_layer_back_and_keeps_what_was_found() -> Result<()> {
+    fn advice_for_another_image_restores_layer() -> Result<()> {
         let domain = line(&["external"])?;
         let (path, other) = (domain.path("vda"), domain.root().join("other"));
         qemu::img(&["create", "-q", "-f", "qcow2", other.to_str().context("no text")?, "4M"])?;

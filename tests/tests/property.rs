@@ -128,22 +128,26 @@ fn any_sequence(shape: Shape) {
     }
 }
 
+/// Any sequence on one disk of 512 byte clusters keeps every point.
 #[test]
-fn any_sequence_on_one_disk_of_512_byte_clusters_keeps_every_point() {
+fn one_disk_of_512_byte_clusters() {
     any_sequence(Shape::disks(1).options("cluster_size=512"));
 }
 
+/// Any sequence on two disks of 4 kib clusters keeps every point.
 #[test]
-fn any_sequence_on_two_disks_of_4_kib_clusters_keeps_every_point() {
+fn two_disks_of_4_kib_clusters() {
     any_sequence(Shape::disks(2).options("cluster_size=4096"));
 }
 
+/// Any sequence on three disks of 64 kib clusters keeps every point.
 #[test]
-fn any_sequence_on_three_disks_of_64_kib_clusters_keeps_every_point() {
+fn three_disks_of_64_kib_clusters() {
     any_sequence(Shape::disks(3).options("cluster_size=65536"));
 }
 
+/// Any sequence on extended l2 tables keeps every point.
 #[test]
-fn any_sequence_on_extended_l2_tables_keeps_every_point() {
+fn one_disk_of_extended_l2_tables() {
     any_sequence(Shape::disks(1).options("extended_l2=on,cluster_size=16384"));
 }

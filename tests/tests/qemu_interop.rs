@@ -80,8 +80,9 @@ impl Foreign {
     }
 }
 
+/// A chain with internal snapshots made by qemu img is adopted when its domain is registered.
 #[test]
-fn a_chain_with_internal_snapshots_made_by_qemu_img_is_adopted_when_its_domain_is_registered() -> Result<()> {
+fn qemu_img_chain_is_adopted() -> Result<()> {
     let foreign = Foreign::new()?;
     foreign.import()?;
     let names = foreign.compare(&report::list(&foreign.domain.domsnap(), NAME)?)?;
@@ -103,8 +104,9 @@ fn a_chain_made_by_qemu_img_is_imported_by_its_path() -> Result<()> {
     Ok(())
 }
 
+/// Every adopted point can be reverted to and none is harmed.
 #[test]
-fn every_adopted_point_can_be_reverted_to_and_none_is_harmed() -> Result<()> {
+fn adopted_points_revert() -> Result<()> {
     let mut foreign = Foreign::new()?;
     foreign.import()?;
     let names = foreign.compare(&report::list(&foreign.domain.domsnap(), NAME)?)?;
@@ -132,8 +134,9 @@ fn every_adopted_point_can_be_reverted_to_and_none_is_harmed() -> Result<()> {
     Ok(())
 }
 
+/// What stands on a base that somebody else uses too is never merged into it.
 #[test]
-fn what_stands_on_a_base_that_somebody_else_uses_too_is_never_merged_into_it() -> Result<()> {
+fn shared_base_is_never_merged_into() -> Result<()> {
     let mut domain = Domain::unregistered(&Shape::disks(1))?;
     domain.write_everywhere()?;
     let (path, gold) = (domain.path("vda"), domain.disks().join("gold.qcow2"));
@@ -157,8 +160,9 @@ fn what_stands_on_a_base_that_somebody_else_uses_too_is_never_merged_into_it() -
     verify::bytes(&path, None, &domain.model.present["vda"], &mut Default::default())
 }
 
+/// Qemu img lists applies and deletes our internal snapshots.
 #[test]
-fn qemu_img_lists_applies_and_deletes_our_internal_snapshots() -> Result<()> {
+fn qemu_img_handles_our_internal_snapshots() -> Result<()> {
     let mut domain = Domain::new(&Shape::disks(1))?;
     for name in ["one", "two", "three"] {
         domain.write_and_create(name, "internal")?;
@@ -178,8 +182,9 @@ fn qemu_img_lists_applies_and_deletes_our_internal_snapshots() -> Result<()> {
     )
 }
 
+/// An internal snapshot that qemu img deleted behind our back is noticed.
 #[test]
-fn an_internal_snapshot_that_qemu_img_deleted_behind_our_back_is_noticed() -> Result<()> {
+fn deletion_by_qemu_img_is_noticed() -> Result<()> {
     let mut domain = Domain::new(&Shape::disks(1))?;
     for name in ["one", "two"] {
         domain.write_and_create(name, "internal")?;

@@ -34,8 +34,9 @@ fn tree(mut domain: Domain, way: &str) -> Result<()> {
     domain.verify()
 }
 
+/// Points by reflink on btrfs and xfs are reverted to and deleted in any order.
 #[test]
-fn points_by_reflink_on_btrfs_and_xfs_are_reverted_to_and_deleted_in_any_order() -> Result<()> {
+fn reflink_points_on_btrfs_and_xfs() -> Result<()> {
     for kind in ["btrfs", "xfs"] {
         let mounted = Mounted::make(kind, 512 << 20)?;
         tree(Domain::new_in(&mounted.path().join("domain"), &Shape::raw(2))?, "reflink").context(kind)?;
@@ -45,8 +46,9 @@ fn points_by_reflink_on_btrfs_and_xfs_are_reverted_to_and_deleted_in_any_order()
     Ok(())
 }
 
+/// Points by copy are reverted to and deleted in any order.
 #[test]
-fn points_by_copy_are_reverted_to_and_deleted_in_any_order() -> Result<()> {
+fn copied_points_in_any_order() -> Result<()> {
     let mounted = Mounted::make("ext4", 128 << 20)?;
     tree(Domain::new_in(&mounted.path().join("domain"), &Shape::raw(2))?, "copy")
 }
@@ -64,8 +66,9 @@ fn a_reflink_shares_the_blocks_of_the_disk() -> Result<()> {
     domain.verify()
 }
 
+/// Where no blocks are shared a point is refused with what to do.
 #[test]
-fn where_no_blocks_are_shared_a_point_is_refused_with_what_to_do() -> Result<()> {
+fn no_reflink_is_refused_with_advice() -> Result<()> {
     let mounted = Mounted::make("ext4", 128 << 20)?;
     let domain = Domain::new_in(&mounted.path().join("domain"), &Shape::raw(1))?;
     let refused = domain.declined(&["create", NAME, "s1"], status::REFUSED)?;
@@ -79,8 +82,9 @@ fn where_no_blocks_are_shared_a_point_is_refused_with_what_to_do() -> Result<()>
     domain.verify()
 }
 
+/// A copy for which there is no room is refused before it begins.
 #[test]
-fn a_copy_for_which_there_is_no_room_is_refused_before_it_begins() -> Result<()> {
+fn copy_without_room_is_refused() -> Result<()> {
     let mounted = Mounted::make("ext4", 64 << 20)?;
     let mut domain =
         Domain::new_in(&mounted.path().join("domain"), &Shape { size: 40 << 20, ..Shape::raw(1) })?;
@@ -90,8 +94,9 @@ fn a_copy_for_which_there_is_no_room_is_refused_before_it_begins() -> Result<()>
     domain.verify()
 }
 
+/// A copy that is damaged is found and never reverted to.
 #[test]
-fn a_copy_that_is_damaged_is_found_and_never_reverted_to() -> Result<()> {
+fn damaged_copy_is_never_reverted_to() -> Result<()> {
     let mut domain = Domain::new(&Shape::raw(1))?;
     domain.write_and_create("s1", "copy")?;
     domain.write_everywhere()?;
@@ -114,8 +119,9 @@ fn point_of(domain: &Domain, name: &str) -> Result<std::path::PathBuf> {
     Ok(found.points.into_iter().next().context("it has a point")?.layer)
 }
 
+/// A point on which a foreign overlay stands is not removed.
 #[test]
-fn a_point_on_which_a_foreign_overlay_stands_is_not_removed() -> Result<()> {
+fn point_under_a_foreign_overlay_stays() -> Result<()> {
     let mut domain = Domain::new(&Shape::raw(1))?;
     domain.write_and_create("s1", "copy")?;
     let point = point_of(&domain, "s1")?;
@@ -133,8 +139,9 @@ fn a_point_on_which_a_foreign_overlay_stands_is_not_removed() -> Result<()> {
     domain.verify()
 }
 
+/// Under a new path a raw disk goes on as a qcow2 overlay on a base that stays.
 #[test]
-fn under_a_new_path_a_raw_disk_goes_on_as_a_qcow2_overlay_on_a_base_that_stays() -> Result<()> {
+fn new_path_is_an_overlay_on_the_raw_file() -> Result<()> {
     let mut domain = Domain::unregistered(&Shape::raw(1))?;
     let mut words = domain.register_words();
     words.push("--active-path=new".to_owned());
@@ -170,8 +177,9 @@ fn under_a_new_path_a_raw_disk_goes_on_as_a_qcow2_overlay_on_a_base_that_stays()
     Ok(())
 }
 
+/// An overlay is refused as long as there are points that are raw files.
 #[test]
-fn an_overlay_is_refused_as_long_as_there_are_points_that_are_raw_files() -> Result<()> {
+fn overlay_is_refused_over_raw_points() -> Result<()> {
     let mut domain = Domain::unregistered(&Shape::raw(1))?;
     let mut words = domain.register_words();
     words.push("--active-path=new".to_owned());
@@ -188,8 +196,9 @@ fn an_overlay_is_refused_as_long_as_there_are_points_that_are_raw_files() -> Res
     Ok(())
 }
 
+/// A running guests raw disk is cut with its memory and its qcow2 disk and reverted in place.
 #[test]
-fn a_running_guests_raw_disk_is_cut_with_its_memory_and_its_qcow2_disk_and_reverted_in_place() -> Result<()> {
+fn running_raw_disk_reverts_in_place() -> Result<()> {
     let mounted = Mounted::make("btrfs", 1 << 30)?;
     for version in [Version::New, Version::Old] {
         let options = GuestOptions::new().version(version).raw(&[1]).inside(mounted.path());

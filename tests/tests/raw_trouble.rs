@@ -74,8 +74,9 @@ mod where_blocks_can_be_shared {
         domain.verify()
     }
 
+    /// A file that is written in place on btrfs is shared too.
     #[test]
-    fn a_file_that_is_written_in_place_on_btrfs_is_shared_too() -> Result<()> {
+    fn file_in_place_on_btrfs_is_shared() -> Result<()> {
         if !may_mount("btrfs") {
             return Ok(());
         }
@@ -93,8 +94,9 @@ mod where_blocks_can_be_shared {
         domain.verify()
     }
 
+    /// A directory may hold copies and shared points of one domain.
     #[test]
-    fn a_directory_may_hold_copies_and_shared_points_of_one_domain() -> Result<()> {
+    fn copies_and_shared_points_mix() -> Result<()> {
         if !may_mount("xfs") {
             return Ok(());
         }
@@ -150,8 +152,9 @@ mod a_copy {
         domain.verify()
     }
 
+    /// That cannot be finished for want of room leaves nothing.
     #[test]
-    fn that_cannot_be_finished_for_want_of_room_leaves_nothing() -> Result<()> {
+    fn without_room_leaves_nothing() -> Result<()> {
         crash::fail_everywhere(scenario::RAW_CREATE, "ENOSPC", domsnap_tests::shim::Often::FromThenOn)
     }
 
@@ -218,8 +221,9 @@ mod an_overlay {
         verify::bytes(image, None, bytes, &mut Default::default())
     }
 
+    /// Takes further snapshots of both kinds and goes back to the raw file.
     #[test]
-    fn takes_further_snapshots_of_both_kinds_and_goes_back_to_the_raw_file() -> Result<()> {
+    fn takes_snapshots_of_both_kinds() -> Result<()> {
         let (mut domain, first) = taken()?;
         let write = |domain: &mut Domain, image: &Path, byte| -> Result<()> {
             let writes = [Write { offset: 1 << 20, length: 8192, byte: Some(byte) }];
@@ -244,8 +248,9 @@ mod an_overlay {
         verify::tree(&list, &domain.model)
     }
 
+    /// Is the default where the path may change and no blocks are shared.
     #[test]
-    fn is_the_default_where_the_path_may_change_and_no_blocks_are_shared() -> Result<()> {
+    fn is_the_default_without_reflink() -> Result<()> {
         if !may_mount("ext4") {
             return Ok(());
         }
@@ -264,8 +269,9 @@ mod an_overlay {
         Ok(())
     }
 
+    /// Is merged away and the raw file is neither removed nor changed.
     #[test]
-    fn is_merged_away_and_the_raw_file_is_neither_removed_nor_changed() -> Result<()> {
+    fn is_merged_and_the_raw_file_stays() -> Result<()> {
         let (mut domain, first) = taken()?;
         let writes = [Write { offset: 2 << 20, length: 4096, byte: Some(0x71) }];
         qemu::write(&first, &writes)?;
@@ -314,8 +320,9 @@ mod what_a_raw_file_holds {
 mod the_configured_path {
     use super::*;
 
+    /// That is a symbolic link is resolved when the domain is registered.
     #[test]
-    fn that_is_a_symbolic_link_is_resolved_when_the_domain_is_registered() -> Result<()> {
+    fn that_is_a_symbolic_link_is_resolved() -> Result<()> {
         let domain = Domain::unregistered(&Shape::raw(1))?;
         let (path, real) = (domain.path("vda"), domain.disks().join("real.raw"));
         std::fs::rename(&path, &real)?;
@@ -340,8 +347,9 @@ mod the_configured_path {
         domain.verify()
     }
 
+    /// Whose file has another name elsewhere is reverted with a word.
     #[test]
-    fn whose_file_has_another_name_elsewhere_is_reverted_with_a_word() -> Result<()> {
+    fn with_another_name_elsewhere_is_reverted() -> Result<()> {
         let mut domain = line(1, &["copy"])?;
         let other = domain.root().join("other.raw");
         std::fs::hard_link(domain.path("vda"), &other)?;
@@ -354,8 +362,9 @@ mod the_configured_path {
         domain.verify()
     }
 
+    /// That is a block device is refused while this machine has it mounted.
     #[test]
-    fn that_is_a_block_device_is_refused_while_this_machine_has_it_mounted() -> Result<()> {
+    fn that_is_mounted_is_refused() -> Result<()> {
         if !may_mount("xfs") {
             return Ok(());
         }
@@ -429,8 +438,9 @@ mod a_disk_that_was_made {
         Ok(())
     }
 
+    /// Larger or smaller between snapshots has its size of then after a revert.
     #[test]
-    fn larger_or_smaller_between_snapshots_has_its_size_of_then_after_a_revert() -> Result<()> {
+    fn resized_reverts_to_its_size() -> Result<()> {
         let mut domain = line(1, &["copy"])?;
         resize(&mut domain, 6 << 20)?;
         domain.create("large", "copy")?;
@@ -484,8 +494,9 @@ mod others {
         domain.verify()
     }
 
+    /// Who put another file in its place are not robbed of it.
     #[test]
-    fn who_put_another_file_in_its_place_are_not_robbed_of_it() -> Result<()> {
+    fn file_in_its_place_is_kept() -> Result<()> {
         let mut domain = line(1, &["copy"])?;
         let path = domain.path("vda");
         let bytes = vec![0x42; 4 << 20];
@@ -546,8 +557,9 @@ mod a_lost_catalogue {
         domain.verify()
     }
 
+    /// And lost manifests leave the points to be found by their names.
     #[test]
-    fn and_lost_manifests_leave_the_points_to_be_found_by_their_names() -> Result<()> {
+    fn lost_manifests_leave_points_by_name() -> Result<()> {
         let domain = line(1, &["copy"])?;
         let copy = point(&domain, "s1", "vda")?;
         std::fs::remove_dir_all(domain.state())?;
@@ -568,8 +580,9 @@ mod a_lost_catalogue {
 mod together_with_qcow2 {
     use super::*;
 
+    /// A snapshot holds disks of both formats at one instant.
     #[test]
-    fn a_snapshot_holds_disks_of_both_formats_at_one_instant() -> Result<()> {
+    fn snapshot_holds_both_formats() -> Result<()> {
         let mut domain = Domain::unregistered(&Shape::raw(2))?;
         // The second disk is a qcow2 image called so.
         let qcow2 = domain.disks().join("b.qcow2");

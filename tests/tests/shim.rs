@@ -58,8 +58,9 @@ impl Watched {
     }
 }
 
+/// Every kind of operation is counted and recorded in order.
 #[test]
-fn every_kind_of_operation_is_counted_and_recorded_in_order() {
+fn operations_are_recorded_in_order() {
     let watched = Watched::new();
     let script = r#"
 import os
@@ -123,8 +124,9 @@ os.open("f", os.O_RDWR | os.O_CREAT)
     );
 }
 
+/// What is outside of the directory and shared memory are not counted.
 #[test]
-fn what_is_outside_of_the_directory_and_shared_memory_are_not_counted() {
+fn other_files_are_not_counted() {
     let watched = Watched::new();
     let script =
         r#"open("../outside", "wb").write(b"x"); open("db-shm", "wb").write(b"x"); open("in", "wb")"#;
@@ -132,8 +134,9 @@ fn what_is_outside_of_the_directory_and_shared_memory_are_not_counted() {
     assert_eq!(watched.lines(), ["create in"]);
 }
 
+/// The process dies just before the operation asked for.
 #[test]
-fn the_process_dies_just_before_the_operation_asked_for() {
+fn process_dies_before_the_operation() {
     let watched = Watched::new();
     let script = r#"
 import os
@@ -252,8 +255,9 @@ fn seen_by_strace(text: &str, root: &str, seen: &mut BTreeMap<&'static str, usiz
     }
 }
 
+/// Nothing that domsnap does to files escapes the shim.
 #[test]
-fn nothing_that_domsnap_does_to_files_escapes_the_shim() {
+fn shim_sees_every_operation() {
     let mut domain = Domain::new(&Shape::disks(2)).unwrap();
     for (name, kind) in [("s1", "external"), ("s2", "mixed")] {
         domain.write_and_create(name, kind).unwrap();

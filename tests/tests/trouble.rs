@@ -111,8 +111,9 @@ fn operation(domain: &Domain, words: &[String], part: &str) -> Result<u64> {
 mod others {
     use super::*;
 
+    /// A second domsnap on the same domain is refused and the first finishes.
     #[test]
-    fn a_second_domsnap_on_the_same_domain_is_refused_and_the_first_finishes() -> Result<()> {
+    fn second_domsnap_is_refused() -> Result<()> {
         let mut domain = line(2, &["external"])?;
         let words = domain.create_words("first", "external");
         let stopped = Stopped::before(&domain, &words, operation(&domain, &words, "disks/")?)?;
@@ -129,8 +130,9 @@ mod others {
         domain.verify()
     }
 
+    /// An image that a qemu writes is refused until it lets go.
     #[test]
-    fn an_image_that_a_qemu_writes_is_refused_until_it_lets_go() -> Result<()> {
+    fn image_open_in_qemu_is_refused() -> Result<()> {
         let mut domain = line(2, &["external"])?;
         let running = qemu::Running::on(&domain.path("vdb"))?;
         let commands: [&[&str]; 4] = [
@@ -165,8 +167,9 @@ mod others {
         domain.verify()
     }
 
+    /// What a killed domsnap left is healed by the next command.
     #[test]
-    fn what_a_killed_domsnap_left_is_healed_by_the_next_command() -> Result<()> {
+    fn next_command_heals_after_a_kill() -> Result<()> {
         let mut domain = line(2, &["external", "external", "external"])?;
         let words: Vec<String> = ["delete", NAME, "s2"].map(Into::into).into();
         let number = operation(&domain, &words, "unlink disks/")?;
@@ -230,8 +233,9 @@ mod closed_doors {
         })
     }
 
+    /// A directory in which nothing can be made or removed.
     #[test]
-    fn a_directory_in_which_nothing_can_be_made_or_removed() -> Result<()> {
+    fn read_only_directory() -> Result<()> {
         if !as_root() {
             return Ok(());
         }
@@ -291,8 +295,9 @@ mod closed_doors {
         domain.verify()
     }
 
+    /// A missing backing file is named and everything works once it is back.
     #[test]
-    fn a_missing_backing_file_is_named_and_everything_works_once_it_is_back() -> Result<()> {
+    fn missing_backing_file_is_named() -> Result<()> {
         let mut domain = line(1, &["external", "external"])?;
         let list = report::list(&domain.domsnap(), NAME)?;
         let layer = domain.disks().join(&list.snapshots[0].points[0].layer);
@@ -321,8 +326,9 @@ mod full_disks {
     /// What a command does to the model, once it has happened.
     type Effect = fn(&mut domsnap_tests::model::Model);
 
+    /// On a small file system nothing is lost however little is free.
     #[test]
-    fn on_a_small_file_system_nothing_is_lost_however_little_is_free() -> Result<()> {
+    fn full_file_system_loses_nothing() -> Result<()> {
         if !as_root() {
             return Ok(());
         }

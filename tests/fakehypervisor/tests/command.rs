@@ -50,8 +50,9 @@ impl Place {
     }
 }
 
+/// A hypervisor that was added is listed scanned and called by its address.
 #[test]
-fn a_hypervisor_that_was_added_is_listed_scanned_and_called_by_its_address() -> Result<()> {
+fn added_hypervisor_is_listed_and_addressed() -> Result<()> {
     let place = Place::new()?;
     let listed = place.done(&["backends"])?;
     ensure!(listed.contains("Fake") && listed.contains("fake:NAME"), "{listed}");
@@ -71,8 +72,9 @@ fn a_hypervisor_that_was_added_is_listed_scanned_and_called_by_its_address() -> 
     Ok(())
 }
 
+/// A running domain of it is snapshotted reverted and its snapshot deleted.
 #[test]
-fn a_running_domain_of_it_is_snapshotted_reverted_and_its_snapshot_deleted() -> Result<()> {
+fn added_hypervisor_takes_snapshots() -> Result<()> {
     let place = Place::new()?;
     place.done(&["domain", "add", "web", "--at", "fake:web"])?;
     for option in ["--live", "--budget=5", "--compress"] {

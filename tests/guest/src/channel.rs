@@ -333,8 +333,9 @@ mod tests {
         (0..8).flat_map(|slot| last(slot).to_le_bytes().repeat(512)).collect()
     }
 
+    /// A counter is read from its ring and not from a broken one.
     #[test]
-    fn a_counter_is_read_from_its_ring_and_not_from_a_broken_one() {
+    fn counter_is_read_from_an_intact_ring() {
         for value in [8, 9, 15, 16, 1001] {
             assert_eq!(counter(&ring(value)), Some(value));
         }
@@ -348,8 +349,9 @@ mod tests {
         assert_eq!(counter(&[]), None);
     }
 
+    /// An answer to a question of an earlier instant is not taken.
     #[test]
-    fn an_answer_to_a_question_of_an_earlier_instant_is_not_taken() {
+    fn answer_to_an_earlier_question_is_ignored() {
         let mut heard = Heard::default();
         heard.answers.insert("new".into(), None);
         let now = Instant::now();
@@ -360,8 +362,9 @@ mod tests {
         assert_eq!(heard.answers.len(), 1);
     }
 
+    /// The longest time between two ticks is kept and halves of lines are not counted.
     #[test]
-    fn the_longest_time_between_two_ticks_is_kept_and_halves_of_lines_are_not_counted() {
+    fn longest_pause_is_kept() {
         let mut heard = Heard::default();
         let begin = Instant::now();
         for (line, ms) in [("T 7", 0), ("T 8", 30), ("T 3T 4", 35), ("T 9", 40), ("BAD memory=9 disks=8", 41)]

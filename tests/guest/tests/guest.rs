@@ -51,8 +51,9 @@ fn one_line_gives_a_guest_of_two_disks_that_ticks() -> Result<()> {
     Ok(())
 }
 
+/// A guest that is dropped leaves neither process nor directory.
 #[test]
-fn a_guest_that_is_dropped_leaves_neither_process_nor_directory() -> Result<()> {
+fn dropped_guest_leaves_nothing() -> Result<()> {
     let guest = Guest::new()?;
     let (pid, dir) = (guest.pid().context("it runs")?, guest.dir().to_owned());
     drop(guest);
@@ -62,8 +63,9 @@ fn a_guest_that_is_dropped_leaves_neither_process_nor_directory() -> Result<()> 
     Ok(())
 }
 
+/// Guests are restored from one memory and go their own ways.
 #[test]
-fn guests_are_restored_from_one_memory_and_go_their_own_ways() -> Result<()> {
+fn guests_share_one_saved_memory() -> Result<()> {
     let (one, two) = (Guest::new()?, Guest::new()?);
     for guest in [&one, &two] {
         assert_eq!(guest.boots(), 0, "it was restored, not booted");
@@ -75,8 +77,9 @@ fn guests_are_restored_from_one_memory_and_go_their_own_ways() -> Result<()> {
     Ok(())
 }
 
+/// A guest that boots says what was on its disks and goes on from there after a kill.
 #[test]
-fn a_guest_that_boots_says_what_was_on_its_disks_and_goes_on_from_there_after_a_kill() -> Result<()> {
+fn booted_guest_reports_its_disks() -> Result<()> {
     let mut guest = GuestOptions::new().from_boot().start()?;
     assert_eq!((guest.boots(), guest.counters_at_boot()), (1, vec![Some(8), Some(8)]));
     guest.wait_ticks(20)?;
@@ -92,8 +95,9 @@ fn a_guest_that_boots_says_what_was_on_its_disks_and_goes_on_from_there_after_a_
     guest.expect_no_bad()
 }
 
+/// A counter that is changed behind the guests back is bad.
 #[test]
-fn a_counter_that_is_changed_behind_the_guests_back_is_bad() -> Result<()> {
+fn changed_counter_is_bad() -> Result<()> {
     let guest = Guest::new()?;
     let offset = guest.counter_offset(1)?;
     guest.expect_no_bad()?;
@@ -113,8 +117,9 @@ fn one_sector_of_a_counter_is_enough_to_be_bad() -> Result<()> {
     Ok(())
 }
 
+/// Memory and disks of one instant are not bad and of two they are.
 #[test]
-fn memory_and_disks_of_one_instant_are_not_bad_and_of_two_they_are() -> Result<()> {
+fn two_instants_are_bad() -> Result<()> {
     let guest = Guest::new()?;
     snapshot(&guest, "snapshot-save", "whole", &["d0", "d1"])?;
     snapshot(&guest, "snapshot-save", "part", &["d0"])?;
@@ -137,8 +142,9 @@ fn memory_and_disks_of_one_instant_are_not_bad_and_of_two_they_are() -> Result<(
     Ok(())
 }
 
+/// A counter is found in the image where the guest says.
 #[test]
-fn a_counter_is_found_in_the_image_where_the_guest_says() -> Result<()> {
+fn counter_is_found_in_the_image() -> Result<()> {
     let mut guest = Guest::new()?;
     let offset = guest.counter_offset(1)?;
     let held = guest.hold()?;
@@ -295,8 +301,9 @@ fn a_guest_that_is_stopped_has_a_gap() -> Result<()> {
     Ok(())
 }
 
+/// A guest that is stopped does not answer and the error says so.
 #[test]
-fn a_guest_that_is_stopped_does_not_answer_and_the_error_says_so() -> Result<()> {
+fn stopped_guest_is_an_error() -> Result<()> {
     let mut guest = Guest::new()?;
     guest.qmp("stop", Value::Null)?;
     guest.set_deadline(Duration::from_millis(300));
@@ -322,8 +329,9 @@ fn a_command_that_is_not_known_is_an_error() -> Result<()> {
     Ok(())
 }
 
+/// A qemu that another starts on the same directory is the guest too.
 #[test]
-fn a_qemu_that_another_starts_on_the_same_directory_is_the_guest_too() -> Result<()> {
+fn restarted_qemu_is_the_same_guest() -> Result<()> {
     let mut guest = Guest::new()?;
     let (dir, first) = (guest.dir().to_owned(), guest.pid());
     guest.kill()?;
@@ -352,8 +360,9 @@ fn a_guest_has_what_else_its_command_line_names() -> Result<()> {
     guest.expect_no_bad()
 }
 
+/// More load than the guest has memory is an error and not its end.
 #[test]
-fn more_load_than_the_guest_has_memory_is_an_error_and_not_its_end() -> Result<()> {
+fn too_much_load_is_an_error() -> Result<()> {
     let guest = Guest::new()?;
     let error = guest.dirty(1000, 1.0).expect_err("it has 128");
     assert!(error.to_string().contains("has no 1000 MiB to spare"), "{error}");
@@ -386,8 +395,9 @@ fn a_guest_that_shuts_down_ends_its_qemu() -> Result<()> {
     Ok(())
 }
 
+/// Too little memory is refused before anything is started.
 #[test]
-fn too_little_memory_is_refused_before_anything_is_started() {
+fn too_little_memory_is_refused() {
     let error = GuestOptions::new().memory_mib(32).start().expect_err("no Linux starts in it");
     assert!(format!("{error:#}").contains("96 at least"), "{error:#}");
 }
@@ -404,8 +414,9 @@ async fn it_can_be_used_inside_a_runtime() -> Result<()> {
     Ok(())
 }
 
+/// A frozen guest does not tick and goes on when it is thawed.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_frozen_guest_does_not_tick_and_goes_on_when_it_is_thawed() -> Result<()> {
+async fn frozen_guest_does_not_tick() -> Result<()> {
     let mut guest = Guest::new()?;
     guest.set_deadline(Duration::from_secs(1));
     let agent = qmp::Agent::new(guest.agent_socket());

@@ -20,36 +20,53 @@ const DOMSNAP: &str = "/usr/local/bin/domsnap";
 const SHIM: &str = "/usr/local/bin/libfaultfs.so";
 
 const TRIALS: &[Trial] = &[
-    Trial::new("memory_and_external_disks_come_back_as_they_were_as_often_as_one_likes", external),
-    Trial::new("memory_and_images_and_volumes_are_of_one_instant_in_one_snapshot", mixed),
-    Trial::new("disks_alone_come_back_and_the_guest_boots_on_them", disk_only),
-    Trial::new("snapshots_in_a_chain_are_deleted_while_the_guest_runs", delete_live),
+    // Memory and external disks come back as they were as often as one likes.
+    Trial::new("memory_and_external_disks_revert_repeatedly", external),
+    // Memory and images and volumes are of one instant in one snapshot.
+    Trial::new("memory_images_and_volumes_are_of_one_instant", mixed),
+    // Disks alone come back and the guest boots on them.
+    Trial::new("disk_only_revert_boots", disk_only),
+    // Snapshots in a chain are deleted while the guest runs.
+    Trial::new("chain_is_deleted_while_the_guest_runs", delete_live),
     Trial::new(
-        "a_domain_that_is_off_is_started_where_its_snapshot_was_and_its_snapshots_are_deleted",
+        // A domain that is off is started where its snapshot was and its snapshots are deleted.
+        "domain_that_is_off_starts_from_memory",
         offline,
     ),
     Trial::new(
-        "a_paused_guest_has_its_disks_taken_and_stays_paused_and_its_memory_is_refused_with_words",
+        // A paused guest has its disks taken and stays paused and its memory is refused with words.
+        "paused_guest_keeps_paused",
         paused,
     ),
-    Trial::new("a_save_that_fills_the_disk_is_undone_and_the_guest_goes_on", full_disk),
-    Trial::new("a_memory_image_that_was_cut_short_is_refused_before_anything_is_touched", truncated),
-    Trial::new("a_revert_whose_domain_cannot_be_made_brings_the_former_guest_back", former_comes_back),
-    Trial::new("a_config_of_another_domain_is_refused_before_anything_is_touched", other_config),
+    // A save that fills the disk is undone and the guest goes on.
+    Trial::new("full_disk_in_a_save_is_undone", full_disk),
+    // A memory image that was cut short is refused before anything is touched.
+    Trial::new("truncated_memory_is_refused_first", truncated),
+    // A revert whose domain cannot be made brings the former guest back.
+    Trial::new("failed_revert_restores_the_previous_guest", former_comes_back),
+    // A config of another domain is refused before anything is touched.
+    Trial::new("config_of_another_domain_is_refused", other_config),
     Trial::new(
-        "who_takes_the_name_of_a_domain_that_is_reverted_is_not_touched_and_the_former_guest_waits",
+        // Who takes the name of a domain that is reverted is not touched and the former guest waits.
+        "name_in_use_is_not_touched",
         name_taken,
     ),
-    Trial::new("a_domsnap_that_is_killed_at_any_step_of_a_create_is_recovered", killed_in_create),
-    Trial::new("a_domsnap_that_is_killed_at_any_step_of_a_revert_is_recovered", killed_in_revert),
+    // A domsnap that is killed at any step of a create is recovered.
+    Trial::new("killed_at_any_step_of_a_create", killed_in_create),
+    // A domsnap that is killed at any step of a revert is recovered.
+    Trial::new("killed_at_any_step_of_a_revert", killed_in_revert),
     Trial::new(
-        "an_xl_that_is_killed_with_its_domsnap_leaves_nothing_that_recover_cannot_mend",
+        // An xl that is killed with its domsnap leaves nothing that recover cannot mend.
+        "xl_killed_with_its_domsnap",
         killed_with_xl,
     ),
-    Trial::new("an_image_that_a_running_domain_has_open_is_refused_at_rest", open_elsewhere),
-    Trial::new("a_plain_file_that_the_kernel_serves_is_refused_with_words_on_how_to_change_that", plain_file),
+    // An image that a running domain has open is refused at rest.
+    Trial::new("image_open_elsewhere_is_refused", open_elsewhere),
+    // A plain file that the kernel serves is refused with words on how to change that.
+    Trial::new("kernel_served_file_is_refused", plain_file),
     Trial::new(
-        "a_disk_that_is_attached_later_is_in_the_snapshots_or_they_are_refused_by_its_name",
+        // A disk that is attached later is in the snapshots or they are refused by its name.
+        "disk_attached_later_is_included_or_refused",
         attached_later,
     ),
 ];

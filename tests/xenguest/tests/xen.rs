@@ -9,10 +9,12 @@ use xenguest::{
 
 const TRIALS: &[Trial] = &[
     Trial::new(
-        "a_guest_of_xen_ticks_and_its_memory_and_disks_agree_over_a_save_and_a_restore",
+        // A guest of xen ticks and its memory and disks agree over a save and a restore.
+        "guest_agrees_over_save_and_restore",
         saved_and_restored,
     ),
-    Trial::new("a_guest_whose_disk_was_put_back_and_its_memory_not_says_so", wrong_disk_is_noticed),
+    // A guest whose disk was put back and its memory not says so.
+    Trial::new("reverted_disk_alone_is_noticed", wrong_disk_is_noticed),
 ];
 
 fn main() -> ExitCode {
