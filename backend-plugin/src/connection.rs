@@ -397,8 +397,8 @@ impl Shared {
 
     /// Ends the connection. The first reason is the one that counts.
     fn break_off(&self, kind: ErrorKind, what: &str) -> Broken {
-        // The kill below makes the reader see the end of the output. The reader waits here, so that the reason for
-        // the kill is recorded before "ended by SIGKILL".
+        // The kill below makes the reader see the end of the output. The reader waits here, so that the
+        // reason for the kill is recorded before "ended by SIGKILL".
         let _breaking = self.breaking.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(broken) = &self.calls().broken {
             return broken.clone();

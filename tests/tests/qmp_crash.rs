@@ -330,8 +330,8 @@ fn create_while_requests_are_held() -> Result<()> {
     strike_where(&operation, Machine::start_with(true)?, is_of_holding)
 }
 
-/// Both are killed before memory is loaded. `recover` drops the safety copies of internal reverts, and starts the domain
-/// from memory: in that order, because what it starts locks the images.
+/// Both are killed before memory is loaded. `recover` drops the safety copies of internal reverts, and starts
+/// the domain from memory: in that order, because what it starts locks the images.
 #[test]
 fn both_die_before_memory_is_loaded() -> Result<()> {
     let mut machine = Machine::start()?;

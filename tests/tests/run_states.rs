@@ -396,8 +396,8 @@ fn a_guest_whose_disk_is_full_is_worked_on() -> Result<()> {
     domain.qemu.wait_state("io-error")
 }
 
-/// A machine whose memory is saved by pre-copy alone, which comes to its end when the guest stands still: the guest
-/// writes to its memory until a key is pressed. In the directory is the socket of another client.
+/// A machine whose memory is saved by pre-copy alone, which comes to its end when the guest stands still: the
+/// guest writes to its memory until a key is pressed. In the directory is the socket of another client.
 fn busy(boot: Boot, more: &[&str]) -> Result<(Domain, tempfile::TempDir)> {
     let dir = tempfile::tempdir()?;
     let second = dir.path().join("second");
@@ -434,8 +434,8 @@ fn wait_busy(domain: &Domain) -> Result<()> {
     Ok(())
 }
 
-/// Takes a snapshot, and does something over the other socket when its memory is being copied. None where it ended
-/// before: on a busy machine the guest may get no time to write to its memory.
+/// Takes a snapshot, and does something over the other socket when its memory is being copied. None where it
+/// ended before: on a busy machine the guest may get no time to write to its memory.
 fn create_while(domain: &Domain, dir: &Path, words: &[&str], what: (&str, Value)) -> Result<Option<Outcome>> {
     let second = &dir.join("second");
     let copied = || -> Result<bool> {
@@ -455,11 +455,12 @@ fn create_while(domain: &Domain, dir: &Path, words: &[&str], what: (&str, Value)
     })
 }
 
-/// How often an end is tried to be met: QEMU stops the guest's processor, and ends the copying, within a look of ours.
+/// How often an end is tried to be met: QEMU stops the guest's processor, and ends the copying, within a look
+/// of ours.
 const TRIES: usize = 40;
 
-/// A guest that panics or switches itself off while its memory is copied, in the last moments too, is known: the
-/// snapshot is rolled back, and the guest stays as it is.
+/// A guest that panics or switches itself off while its memory is copied, in the last moments too, is known:
+/// the snapshot is rolled back, and the guest stays as it is.
 #[test]
 fn guest_that_stops_itself_ends_a_pre_copy() -> Result<()> {
     for (boot, word, event, more) in [
@@ -522,7 +523,8 @@ fn stop_by_another_client_outlasts_a_pre_copy() -> Result<()> {
         let outcome = create_while(&domain, dir.path(), &["create", "x", how], ("stop", json!({})))?;
         if let Some(outcome) = outcome {
             let outcome = outcome.expect_status(status::DONE)?;
-            // A `stop` that comes while the guest stands still for us has no effect in QEMU, and nobody hears of it.
+            // A `stop` that comes while the guest stands still for us has no effect in QEMU, and nobody hears
+            // of it.
             match (outcome.stdout.contains("another client"), outcome.stdout.contains("(pre-copy)")) {
                 (true, true) => at_the_end += 1,
                 (true, false) => before_the_end += 1,

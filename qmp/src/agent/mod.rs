@@ -132,9 +132,9 @@ impl Agent {
     ///
     /// The guest is thawed by [`Frozen::thaw`], by dropping the [`Frozen`], when [`Freeze::limit`] is over,
     /// or when the runtime ends. A freeze that is not answered may happen later. Then the thaw is tried until
-    /// the agent answers, or its socket is gone; [`Agent::wait_for_thaw`] waits for it. (A process that is killed
-    /// cannot thaw: the next process calls [`Agent::thaw`].) Even a dropped call does not leave the guest
-    /// frozen.
+    /// the agent answers, or its socket is gone; [`Agent::wait_for_thaw`] waits for it. (A process that is
+    /// killed cannot thaw: the next process calls [`Agent::thaw`].) Even a dropped call does not leave the
+    /// guest frozen.
     ///
     /// # Errors
     /// See [`Agent::execute`]; [`ErrorKind::Invalid`] if the guest is frozen already. After any error the
