@@ -349,7 +349,7 @@ impl Machine {
                 self.cont().await?;
                 self.pause().await.map(drop)
             }
-            told => told.map(drop),
+            other => other.map(drop),
         }
     }
 

@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn shares_are_read_off_a_command() {
-        let told = |words: &[&str]| {
+        let found = |words: &[&str]| {
             let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
             let shared = shared_by(&words);
             [shared.nowhere, shared.in_memory].concat()
@@ -230,19 +230,19 @@ mod tests {
             "-device",
             "virtio-9p-pci,fsdev=a",
         ];
-        assert_eq!(told(&fs), ["the shared directory /a (9p)"]);
-        assert_eq!(told(&["-virtfs", "local,path=/v,mount_tag=t"]), ["the shared directory /v (9p)"]);
-        assert!(told(&["-virtfs", "local,path=/v,mount_tag=t,readonly=on"]).is_empty());
+        assert_eq!(found(&fs), ["the shared directory /a (9p)"]);
+        assert_eq!(found(&["-virtfs", "local,path=/v,mount_tag=t"]), ["the shared directory /v (9p)"]);
+        assert!(found(&["-virtfs", "local,path=/v,mount_tag=t,readonly=on"]).is_empty());
         let pmem = ["-object", "memory-backend-file,id=m,share=on,mem-path=/p", "-device", "nvdimm,memdev=m"];
-        assert_eq!(told(&pmem), ["the file of a memory device (nvdimm)"]);
+        assert_eq!(found(&pmem), ["the file of a memory device (nvdimm)"]);
         assert!(
-            told(&["-object", "memory-backend-file,id=m,mem-path=/p", "-device", "nvdimm,memdev=m"])
+            found(&["-object", "memory-backend-file,id=m,mem-path=/p", "-device", "nvdimm,memdev=m"])
                 .is_empty()
         );
-        assert_eq!(told(&["-device", r#"{"driver":"ivshmem-plain"}"#]), ["shared memory (ivshmem-plain)"]);
-        assert!(told(&["-device", "virtio-blk-pci,drive=d"]).is_empty());
-        assert_eq!(told(&["-netdev", "user,id=n,smb=/a,,b,tftp=/t"]), ["the shared directory /a,b (SMB)"]);
+        assert_eq!(found(&["-device", r#"{"driver":"ivshmem-plain"}"#]), ["shared memory (ivshmem-plain)"]);
+        assert!(found(&["-device", "virtio-blk-pci,drive=d"]).is_empty());
+        assert_eq!(found(&["-netdev", "user,id=n,smb=/a,,b,tftp=/t"]), ["the shared directory /a,b (SMB)"]);
         let json = ["-netdev", r#"{"type":"user","id":"n","smb":"/s"}"#, "-nic", "user,tftp=/t"];
-        assert_eq!(told(&json), ["the shared directory /s (SMB)"]);
+        assert_eq!(found(&json), ["the shared directory /s (SMB)"]);
     }
 }

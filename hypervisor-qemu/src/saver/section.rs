@@ -319,7 +319,7 @@ pub(super) async fn reset(machine: &Machine) -> Result<()> {
     match machine.query("set-action", action("reset")).await {
         // A QEMU before 6.0: it could not be set at run time.
         Err(error) if error.kind() == crate::ErrorKind::Unsupported && !ends => {}
-        told_so => drop(told_so.map_err(to_engine)?),
+        other => drop(other.map_err(to_engine)?),
     }
     let done = reset_now(machine).await;
     if ends {
