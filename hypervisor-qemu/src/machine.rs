@@ -242,7 +242,7 @@ impl Machine {
             //    moment would wait for it for ever. 2) Release them whatever `stop` returned. A crash between
             //    the two leaves the requests waiting; `drain::release_left` ends that.
             let held = drain::drain(self).await;
-            // That takes time. A `stop` of another client's in between is theirs, and ours has no effect
+            // Holding takes time. A `stop` of another client in between is its own, and ours has no effect
             // after it.
             let stopped_before = match self.run_state().await {
                 Ok(state) => !state.running,

@@ -387,7 +387,7 @@ where
             return Err(undo.all(error).await);
         }
     }
-    if let Err(error) = stood_still(machine, &mut events).await {
+    if let Err(error) = require_stayed_paused(machine, &mut events).await {
         return Err(undo.all(error).await);
     }
     // 4) The caller makes the cut durable (configured paths, journal) before the guest can write to the
@@ -420,7 +420,7 @@ where
 
 /// Fails if another client has resumed the guest since the events are listened to: memory and disks are not
 /// of one instant then.
-async fn stood_still(machine: &Machine, events: &mut Events) -> Result<()> {
+async fn require_stayed_paused(machine: &Machine, events: &mut Events) -> Result<()> {
     while let Ok(Ok(notice)) = timeout(Duration::ZERO, events.next()).await {
         if matches!(notice, Notice::Event(event) if event.name == "RESUME") {
             let detail = "another client of QEMU resumed the guest in the middle of it";
@@ -456,7 +456,7 @@ async fn wait_while_paused(machine: &Machine, draft: &Draft, to_the_end: bool) -
 
 /// Returns true if another client has stopped the guest. Fails if the guest stopped by itself while its
 /// memory was copied: the end of the migration would let it run.
-async fn stands(machine: &Machine, attempted: &str) -> Result<bool> {
+async fn is_stopped_by_another(machine: &Machine, attempted: &str) -> Result<bool> {
     let state = machine.run_state().await?;
     if !state.stopped_by_itself() {
         return Ok(state.word == "paused");
@@ -478,7 +478,7 @@ fn stops(name: &str, data: &Value) -> bool {
     }
 }
 
-/// Like [`stands`], for the last moments, after which QEMU's run state shows only the migration.
+/// Like [`is_stopped_by_another`], for the last moments, after which QEMU's run state shows only the migration.
 async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str) -> Result<()> {
     // All events before the reply that said `pre-switchover` have been received already.
     while let Ok(Ok(notice)) = timeout(Duration::ZERO, events.next()).await {
@@ -492,18 +492,18 @@ async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str)
     Ok(())
 }
 
-/// How the copying of a running guest's memory ended: QEMU has stopped the guest, and waits.
+/// A copied memory of a running guest: QEMU has stopped the guest, and its migration waits.
 struct Copied {
     clock: Clock,
-    /// The guest, where it was stopped by us because the budget was over, and not by QEMU because little was
+    /// The guest, if we stopped it because the budget was over. `None` if QEMU stopped it because little was
     /// left.
     paused: Option<Paused>,
 }
 
-/// Copies the memory of a running guest until QEMU has stopped it, or the budget is over and we have.
+/// Copies the memory of a running guest until QEMU stops it, or until we stop it because the budget is over.
 ///
-/// Gives none where another client stopped the guest meanwhile: nothing is copied then, and the guest stays
-/// as it is.
+/// Returns `None` if another client stopped the guest meanwhile: nothing is copied then, and the guest stays
+/// paused.
 async fn copy(
     machine: &Machine,
     disks: &Disks,
@@ -537,7 +537,7 @@ async fn copy(
             break false;
         }
         if undo.paused.is_none() {
-            match stands(machine, attempted).await {
+            match is_stopped_by_another(machine, attempted).await {
                 Ok(true) => break true,
                 Ok(false) => {}
                 Err(error) => return Err(undo.all(error).await),
@@ -547,7 +547,7 @@ async fn copy(
         if undo.paused.is_none() && waited > budget {
             match machine.pause().await {
                 Ok(paused) if paused.is_ours() => undo.paused = Some(paused),
-                // Why it stands still is asked at the next look.
+                // The next poll finds the reason of the pause.
                 Ok(_) => continue,
                 // It may have converged just now.
                 Err(error) if error.kind() == ErrorKind::Invalid => {}
@@ -582,7 +582,7 @@ async fn copy(
     Ok(writing.map(|writing| (writing, Copied { clock, paused })))
 }
 
-/// Cuts the disks at the end of a migration that waits, lets it end, and the guest go on.
+/// Cuts the disks while a migration waits, lets it complete, and resumes the guest.
 async fn switch_over<T, F>(
     machine: &Machine,
     disks: Disks,
@@ -625,14 +625,14 @@ where
         Ok(done) => done,
         Err(error) => {
             let error = Error::hook("the cut", &subject, error);
-            if let Err(second) = goes_on(machine, stopped_by_another).await {
+            if let Err(second) = resume_after_migration(machine, stopped_by_another).await {
                 return Err(undo.all(error.now(second.to_string())).await);
             }
             undo.paused = None;
             return Err(undo.all(error).await);
         }
     };
-    goes_on(machine, stopped_by_another)
+    resume_after_migration(machine, stopped_by_another)
         .await
         .map_err(|error| error.now("the cut and its nested steps are complete"))?;
     let stopped_for = if stopped_by_another { Duration::ZERO } else { clock.stopped_for().await };
@@ -641,9 +641,9 @@ where
     Ok(CutOutcome { method, why_not, stopped_for, was_running, memory, done })
 }
 
-/// Lets a guest go on after a migration that has ended. From `postmigrate` only `cont` leads, so one that
-/// another client has stopped runs for a moment, and is stopped again.
-async fn goes_on(machine: &Machine, stopped_by_another: bool) -> Result<()> {
+/// Resumes a guest after a complete migration. Only `cont` leads from `postmigrate`, so a guest that another
+/// client has stopped runs for a moment, and is stopped again.
+async fn resume_after_migration(machine: &Machine, stopped_by_another: bool) -> Result<()> {
     machine.cont().await?;
     if stopped_by_another {
         let _: Paused = machine.pause().await?;

@@ -11,10 +11,10 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
-/// Bytes that are read at a time.
+/// Bytes per read.
 const PIECE: u64 = 256 << 10;
 
-/// Bytes at the end of a stream in which the section is looked for.
+/// Bytes at the end of a stream in which the section is searched.
 const FARTHEST: u64 = 16 << 20;
 
 const NAME: &[u8] = b"\x0bglobalstate";
@@ -83,7 +83,7 @@ mod tests {
         }
     }
 
-    /// What stands before the stream, or is no word, is not believed.
+    /// Data before the stream, and an invalid word, are not accepted.
     #[test]
     fn what_is_no_section_is_not_believed() {
         let stream = [section("running"), vec![0; 10]].concat();

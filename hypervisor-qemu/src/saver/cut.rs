@@ -68,7 +68,7 @@ pub(super) async fn take(
 ) -> Result<StepOutcome> {
     let machine = &live.machine;
     let mut facts = StepOutcome::default();
-    live.went_on.store(false, Ordering::Relaxed);
+    live.resumed.store(false, Ordering::Relaxed);
     let before = machine.run_state().await.map_err(to_engine)?;
     let ran = before.running;
     let bitmaps = live.lost_bitmaps(overlaid(step)).await?;
@@ -143,7 +143,7 @@ pub(super) async fn take(
                     let resumed = machine.resume(paused).await;
                     resumed.map_err(|second| to_engine(second).context(error.to_string()))?;
                 }
-                live.went_on.store(true, Ordering::Relaxed);
+                live.resumed.store(true, Ordering::Relaxed);
             }
             return Err(error);
         }
@@ -153,7 +153,7 @@ pub(super) async fn take(
     let ran = ran && (paused_before.is_some() || step.memory.is_none() || taken.was_running);
     let paused_before = paused_before.is_some();
     if !stays {
-        live.went_on.store(true, Ordering::Relaxed);
+        live.resumed.store(true, Ordering::Relaxed);
     }
     *live.saving() = taken.memory.map(|saving| (saving, ran));
     if before.running && !paused_before && !taken.was_running {
@@ -401,7 +401,7 @@ pub(super) async fn undo(live: &QemuDomain, step: CutStep<'_>, context: DomainCo
     sweep(live).await?;
     // 3) Resume only when all disks are back: from then on the guest writes to them. A guest that had resumed
     //    after the instant and is paused now was stopped by another client.
-    if step.running && !live.went_on.load(Ordering::Relaxed) {
+    if step.running && !live.resumed.load(Ordering::Relaxed) {
         machine.resume_unless_stopped().await.map_err(to_engine)?;
     }
     if step.quiesce != Quiesce::No {

@@ -57,9 +57,9 @@ pub(super) struct QemuDomain {
     saving: Mutex<Option<(Saving, bool)>>,
     /// Start of the current detached section.
     section_since: Mutex<Option<Instant>>,
-    /// Set when the guest has gone on after the instant: from then on it stands still because another client
-    /// stopped it, and an undo leaves it so.
-    pub(super) went_on: AtomicBool,
+    /// True once the guest was resumed after the cut. A later pause is another client's, and an undo leaves
+    /// the guest paused.
+    pub(super) resumed: AtomicBool,
     pub(super) unpacked: Unpacked,
 }
 
@@ -138,7 +138,7 @@ impl QemuDomain {
             unplugged,
             speed,
             open_overlays,
-            went_on: AtomicBool::default(),
+            resumed: AtomicBool::default(),
             saving,
             section_since,
             unpacked,
