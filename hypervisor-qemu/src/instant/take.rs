@@ -478,7 +478,8 @@ fn stops(name: &str, data: &Value) -> bool {
     }
 }
 
-/// Like [`is_stopped_by_another`], for the last moments, after which QEMU's run state shows only the migration.
+/// Like [`is_stopped_by_another`], for the last moments, after which QEMU's run state shows only the
+/// migration.
 async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str) -> Result<()> {
     // All events before the reply that said `pre-switchover` have been received already.
     while let Ok(Ok(notice)) = timeout(Duration::ZERO, events.next()).await {
