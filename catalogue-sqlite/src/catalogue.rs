@@ -106,9 +106,12 @@ fn opened<T>(path: &Utf8Path, mut first: impl FnMut(&mut Connection) -> Rows<T>)
     Ok(connection)
 }
 
-/// Returns true if SQLite could not make its index of the log, because the file system has no block for it.
+/// Returns true if SQLite could not make its index of the log: the file system has no block for it, or the quota is used
+/// up (a file system that copies on write then cannot even make the file shorter).
 fn lacks_index(cause: &rusqlite::Error) -> bool {
-    cause.sqlite_error().is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE)
+    use rusqlite::ffi::{SQLITE_IOERR_SHMMAP, SQLITE_IOERR_SHMOPEN, SQLITE_IOERR_SHMSIZE};
+    let codes = [SQLITE_IOERR_SHMMAP, SQLITE_IOERR_SHMOPEN, SQLITE_IOERR_SHMSIZE];
+    cause.sqlite_error().is_some_and(|error| codes.contains(&error.extended_code))
 }
 
 fn is_in_use(cause: &rusqlite::Error) -> bool {
@@ -303,6 +306,13 @@ impl Shared {
                     .because(cause.to_string())
                     .advise("free some space and try again")
             }
+            // SQLite has no word for a quota.
+            Some(Code::SystemIoFailure) => say(
+                ErrorKind::Io,
+                format!("the catalogue {database} cannot be read or written"),
+            )
+            .because(cause.to_string())
+            .advise("look at that file system: it may be over its quota, full, or damaged; then try again"),
             Some(Code::ConstraintViolation) => say(
                 ErrorKind::Exists,
                 "the catalogue has a disk or a snapshot of this name already".to_owned(),

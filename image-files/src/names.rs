@@ -138,6 +138,7 @@ pub fn io_error(error: io::Error, message: String) -> Error {
     let advice = match error.kind() {
         io::ErrorKind::PermissionDenied => Some("run as a user who may write there"),
         io::ErrorKind::StorageFull => Some("free space on that file system and try again"),
+        io::ErrorKind::QuotaExceeded => Some("free space there, or have the quota raised, and try again"),
         io::ErrorKind::ReadOnlyFilesystem => Some("the file system is read-only: remount it writable"),
         _ => None,
     };

@@ -382,6 +382,58 @@ fn full_file_system_of_the_catalogue_locks_nothing() -> Result<()> {
     Ok(())
 }
 
+/// A quota that is used up, on a file system that copies on write, where nothing at all can be written: what changes something is
+/// refused or rolled back in words of the quota, what reads goes on, and nothing is lost.
+#[test]
+fn quota_that_is_used_up_is_named() -> Result<()> {
+    if !may_mount("btrfs") {
+        return Ok(());
+    }
+    let mounted = Mounted::make("btrfs", 256 << 20)?;
+    let limited = mounted.path().join("limited");
+    let btrfs = |words: &[&str]| -> Result<()> {
+        let done = std::process::Command::new("btrfs").args(words).arg(&limited).output()?;
+        ensure!(done.status.success(), "btrfs {words:?}: {}", String::from_utf8_lossy(&done.stderr));
+        Ok(())
+    };
+    btrfs(&["subvolume", "create"])?;
+    btrfs(&["quota", "enable"])?;
+    btrfs(&["qgroup", "limit", "12M"])?;
+    let image = limited.join("a.qcow2").display().to_string();
+    qemu::img(&["create", "-q", "-f", "qcow2", &image, "4M"])?;
+    let domsnap = Domsnap::new(&limited.join("state"));
+    for (name, kind) in [("i", "--internal"), ("e", "--external")] {
+        domsnap.done(&["create", &image, name, kind])?;
+    }
+    let whole = qemu::read(std::path::Path::new(&image), None)?;
+    let sync = || std::process::Command::new("sync").arg("-f").arg(&limited).status();
+    sync()?;
+    let mut file = std::fs::File::create(limited.join("full"))?;
+    let filled = std::io::copy(&mut std::io::repeat(1), &mut file);
+    ensure!(filled.is_err_and(|error| error.kind() == std::io::ErrorKind::QuotaExceeded));
+    drop(file);
+    sync()?;
+    let listed = domsnap.done(&["list", &image])?;
+    ensure!(listed.stdout.contains(" i ") && listed.stdout.contains(" e "), "{listed}");
+    for words in [
+        &["create", &image, "x", "--external"][..],
+        &["create", &image, "x", "--internal"],
+        &["revert", &image, "i"],
+        &["delete", &image, "e"],
+    ] {
+        let outcome = domsnap.run(words)?;
+        ensure!(outcome.status.is_some_and(|status| status < 5), "{outcome}");
+        ensure!(outcome.status == Some(status::DONE) || outcome.stderr.contains("quota"), "{outcome}");
+        ensure!(qemu::read(std::path::Path::new(&image), None)? == whole, "{words:?} changed the disk");
+    }
+    std::fs::remove_file(limited.join("full"))?;
+    sync()?;
+    domsnap.done(&["recover"])?;
+    domsnap.done(&["create", &image, "y"])?;
+    domsnap.done(&["check", &image])?;
+    qemu::check(std::path::Path::new(&image))
+}
+
 /// On a file system of blocks of 1 KiB that is almost full, SQLite's index of its log had holes in its pages, and the kernel
 /// ended domsnap by SIGBUS when it wrote there.
 #[test]

@@ -114,9 +114,9 @@ impl Copier {
                 Ok(0) => Ok(None),
                 Ok(n) => Ok(Some(n as u64)),
                 Err(rustix::io::Errno::INTR) => continue,
-                Err(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => Err(Error::io(
+                Err(full @ (rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT)) => Err(Error::io(
                     format!("{} bytes cannot be copied to offset {:#x}", copy.length, copy.to),
-                    io::Error::from(rustix::io::Errno::NOSPC),
+                    io::Error::from(full),
                 )
                 .on("write", target.path())),
                 // Another file system, a device, or no such call: read and write. A real error will appear
