@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use domsnap_tests::domsnap::{Domsnap, Outcome, status};
 use domsnap_tests::idle::{Idle, has_pattern};
+use domsnap_tests::mounted::{Mounted, may_mount};
 use domsnap_tests::qemu;
 use serde_json::{Value, json};
 use testguest::Version;
@@ -95,7 +96,7 @@ fn disk_that_cannot_be_taken_is_refused_by_name() -> Result<()> {
     let _vhost = serve(&daemon, &vhost)?;
     let node = "driver=qcow2,file.driver=file,file.filename=DIR/e.qcow2,node-name=e0";
     let second = "driver=qcow2,file.driver=file,file.filename=DIR/f.qcow2,node-name=f0";
-    let cases: [(&str, &[&str]); 7] = [
+    let cases: [(&str, &[&str]); 8] = [
         (
             "network",
             &[
@@ -116,6 +117,19 @@ fn disk_that_cannot_be_taken_is_refused_by_name() -> Result<()> {
                 "driver=quorum,children.0=e0,children.1=f0,vote-threshold=1,node-name=q0",
                 "-device",
                 "virtio-blk-pci,drive=q0,id=vdb",
+            ],
+        ),
+        (
+            "verified",
+            &[
+                "-blockdev",
+                second,
+                "-blockdev",
+                "driver=raw,file.driver=file,file.filename=DIR/s.raw,node-name=s0",
+                "-blockdev",
+                "driver=blkverify,test=f0,raw=s0,node-name=v0",
+                "-device",
+                "virtio-blk-pci,drive=v0,id=vdb",
             ],
         ),
         (
@@ -1358,4 +1372,76 @@ fn damage_second(image: &str) -> Result<()> {
     let lengths = (sizes >> 16 & 0xffff) + (sizes & 0xffff);
     let second = (first + 40 + extra + lengths).next_multiple_of(8);
     Ok(file.write_all_at(&(1_u64 << 63 | 0x2000_0000_0000).to_be_bytes(), word(second)?)?)
+}
+
+/// An image on btrfs that is written in place (`nocow`) stays so at its configured path, through live creates, a revert and
+/// deletes: btrfs gives the flag to empty files alone.
+#[test]
+fn nocow_is_kept_live() -> Result<()> {
+    if !may_mount("btrfs") {
+        return Ok(());
+    }
+    let mounted = Mounted::make("btrfs", 128 << 20)?;
+    let image = mounted.path().join("d.qcow2");
+    std::fs::File::create(&image)?;
+    let flags = |path: &Path| -> Result<String> {
+        let said = Command::new("lsattr").arg("-d").arg(path).output().context("run scripts/install-deps")?;
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        Ok(said.split_whitespace().next().unwrap_or_default().to_owned())
+    };
+    let set = Command::new("chattr").arg("+C").arg(&image).status().context("run scripts/install-deps")?;
+    ensure!(set.success(), "chattr failed");
+    // `qemu-img create` empties the file that it finds, which keeps the flag.
+    qemu::img(&["create", "-q", "-f", "qcow2", &image.display().to_string(), "1M"])?;
+    ensure!(flags(&image)?.contains('C'), "the flag is not there to begin with");
+    let disk = format!("driver=qcow2,file.driver=file,file.filename={},node-name=d0", image.display());
+    let words = ["-blockdev", &disk, "-device", "virtio-blk-pci,drive=d0,id=vda"];
+    let qemu = Idle::start(Version::New, mounted.path(), "m", &words)?;
+    let domsnap = Domsnap::new(&mounted.path().join("state"));
+    let address = qemu.address();
+    for words in [
+        &["create", &address, "a", "--external", "--disk-only"][..],
+        &["create", &address, "b", "--internal"],
+        &["create", &address, "c", "--external"],
+        &["revert", &address, "b"],
+        &["delete", &address, "c"],
+        &["delete", &address, "b"],
+        &["delete", &address, "a"],
+    ] {
+        domsnap.done(words)?;
+        ensure!(flags(&image)?.contains('C'), "{words:?} took the flag off {}", image.display());
+        for entry in std::fs::read_dir(mounted.path())? {
+            let path = entry?.path();
+            let is_image = path.extension().is_some_and(|extension| extension == "qcow2");
+            ensure!(!is_image || flags(&path)?.contains('C'), "{words:?}: {} has no flag", path.display());
+        }
+    }
+    qemu.quit()
+}
+
+/// A live delete of an internal snapshot says that QEMU keeps its room, `show` counts none, and what the guest writes next goes
+/// there: the image does not grow.
+#[test]
+fn room_of_a_live_delete_is_used_again() -> Result<()> {
+    let place = Place::new(&["d.qcow2"])?;
+    let qemu = place.start("m", &[])?;
+    let (domsnap, address) = (place.domsnap(), qemu.address());
+    let room = || -> Result<u64> {
+        Ok(std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(place.file("d.qcow2"))?) * 512)
+    };
+    qemu.write("vda", 1)?;
+    domsnap.done(&["create", &address, "s", "--internal", "--disk-only"])?;
+    qemu.write("vda", 2)?;
+    let shown = domsnap.done(&["show", &address, "s"])?;
+    ensure!(!shown.stdout.contains("would free 64"), "{shown}");
+    let before = room()?;
+    let deleted = domsnap.done(&["delete", &address, "s"])?;
+    ensure!(deleted.stdout.contains("the space of s stays in"), "{deleted}");
+    ensure!(deleted.stdout.contains("for what the guest writes next"), "{deleted}");
+    // As much as the snapshot had, elsewhere on the disk.
+    qemu.monitor("qemu-io -d /machine/peripheral/vda/virtio-backend \"write -P 3 512k 64k\"")?;
+    qemu.flush("vda")?;
+    ensure!(room()? <= before, "{} bytes before, {} after: the room was not used", before, room()?);
+    qemu.quit()?;
+    qemu::check(Path::new(&place.file("d.qcow2")))
 }
