@@ -7,7 +7,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{
     ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
     DiskSnapshotter, DiskState, Error, ErrorKind, FileIdentity, Finding, Guard, InspectDepth, LayerName,
-    Point, PointKind, Result, Salvage, Snapshot, Step, StepContext, StepNeed, StepStatus, file_identity,
+    Leftover, Point, PointKind, Result, Salvage, Snapshot, Step, StepContext, StepNeed, StepStatus,
+    file_identity,
 };
 
 use crate::command::{Commands, Lvm2, Runner};
@@ -145,8 +146,8 @@ impl DiskSnapshotter for Lvm {
 
     /// A finish step removes unused volumes: those that a revert used, and those that the record owns without
     /// a snapshot.
-    fn plans_leftovers(&self) -> bool {
-        true
+    fn leftover(&self, _disk: &DiskRecord, _step: &Step) -> Leftover {
+        Leftover::PlannedAnew
     }
 
     fn needs_of(&self, disk: &DiskRecord, step: &Step) -> Vec<StepNeed> {

@@ -5,32 +5,20 @@
 //! the lower image. From then on the merge is only carried through. Where the path cannot be moved, it is moved back before
 //! the hypervisor is told to go on with the upper one.
 
-use std::collections::HashSet;
-
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
+use image_files::FileIds;
+use image_files::chain::ChainStep;
+use image_files::layer_name::layer_path;
 use image_files::names::{self, file_id, same_file};
-use snapcore::chain::{ChainStep, layer_path};
 use snapcore::{
-    AttachedDisk, AttachedMerge, Error, ErrorKind, FileIdentity, Inside, LayerName, Result, StepContext,
-    Target,
+    AttachedDisk, AttachedMerge, Error, ErrorKind, Inside, LayerName, Result, StepContext, Target,
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::backing_string::{backing_string, resolve_backing};
 use crate::image::{Image, OpenOptions};
 use crate::layers::file_of;
-
-/// Identities of files.
-pub(crate) type FileIds = HashSet<FileIdentity>;
-
-/// The files that a hypervisor has open of a disk.
-pub(crate) async fn open_files(disk: Option<&dyn AttachedDisk>) -> Result<FileIds> {
-    match disk {
-        Some(disk) => disk.open_files().await,
-        None => Ok(FileIds::new()),
-    }
-}
 
 /// Does `action` through the hypervisor, where its images are `open` there; otherwise gives that it is to be done as at rest.
 pub(crate) async fn apply(

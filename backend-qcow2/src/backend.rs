@@ -4,16 +4,17 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::{Holds, blocking, in_place, is_held_by_others, names};
-use snapcore::chain::{self, ChainStep, layer_path};
+use image_files::chain::{self, ChainStep};
+use image_files::layer_name::{disk_name, layer_path};
+use image_files::{FileIds, FileSteps, Holds, blocking, in_place, is_held_by_others, names, open_files};
 use snapcore::{
     ActivePath, AttachedDisk, Base, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord,
     DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, FileUses, Finding, Guard, InspectDepth,
-    LayerName, Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
-    TagIdentity,
+    LayerName, Leftover, Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext,
+    StepStatus, TagIdentity,
 };
 
-use crate::attached::{self, FileIds};
+use crate::attached;
 use crate::backing_string::check_backing_string;
 use crate::dependents;
 use crate::discover;
@@ -81,9 +82,7 @@ impl Qcow2 {
         let action = action_of(step)?;
         let hold = self.holds.of(&context.disk.disk.path);
         let place = Workplace {
-            record: context.disk,
-            hold: hold.as_deref(),
-            open,
+            files: FileSteps { record: context.disk, hold: hold.as_deref(), open },
             progress: context.progress,
             cancel: context.cancel,
             bytes: step.bytes,
@@ -126,7 +125,7 @@ impl DiskSnapshotter for Qcow2 {
         depth: InspectDepth,
         attached: Option<&dyn AttachedDisk>,
     ) -> Result<DiskState> {
-        let open = attached::open_files(attached).await?;
+        let open = open_files(attached).await?;
         let (disk, limits) = (disk.clone(), self.limits.clone());
         blocking(move || layers::inspect(&disk, depth, &limits, &open)).await
     }
@@ -142,8 +141,20 @@ impl DiskSnapshotter for Qcow2 {
         Ok(found)
     }
 
-    fn plans_leftovers(&self) -> bool {
-        true
+    fn leftover(&self, disk: &DiskRecord, step: &Step) -> Leftover {
+        match action_of(step) {
+            Ok(ChainStep::DropInternal { layer, tags }) => Leftover::Stays(format!(
+                "{}: the internal snapshots {} stay in layer {layer}, and the domain has them no more: `domsnap check` tells \
+                 of the image, `domsnap import --replace` brings them back",
+                disk.disk.target,
+                tags.join(", ")
+            )),
+            _ => Leftover::PlannedAnew,
+        }
+    }
+
+    fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
+        Some(layer_file.with_file_name(disk_name(layer_file)))
     }
 
     fn uses(&self, disk: &DiskRecord, step: &Step) -> FileUses {
@@ -199,7 +210,7 @@ impl DiskSnapshotter for Qcow2 {
         names::require_writable_directory_of(&disk.disk.path)?;
         names::require_private_directory_of(&disk.disk.path)?;
         let hold = self.holds.begin(&disk.disk.path)?;
-        let open = attached::open_files(attached).await?;
+        let open = open_files(attached).await?;
         if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
             hold.lock(&disk.disk.path)?;
         }
@@ -219,7 +230,7 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
-        let open = attached::open_files(context.attached).await?;
+        let open = open_files(context.attached).await?;
         let action = action_of(step)?;
         if let Some(disk) = context.attached.filter(|_| !open.is_empty())
             && attached::apply(disk, &open, &action, context).await?
@@ -230,12 +241,12 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
-        let open = attached::open_files(context.attached).await?;
+        let open = open_files(context.attached).await?;
         self.step(step, context, open, |place, action| place.undo(action))
     }
 
     async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
-        let open = attached::open_files(context.attached).await?;
+        let open = open_files(context.attached).await?;
         self.step(step, context, open, |place, action| place.salvage(action, done))
     }
 
@@ -275,7 +286,7 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        disk.path.with_file_name(format!("{}.domsnap", chain::disk_name(&disk.path)))
+        disk.path.with_file_name(format!("{}.domsnap", disk_name(&disk.path)))
     }
 
     fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {

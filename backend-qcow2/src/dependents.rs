@@ -13,17 +13,17 @@ use std::path::{Path, PathBuf};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::is_held_by_others;
+use image_files::layer_name::layer_path;
 use image_files::names::{FileId, file_id, io_error, is_passing_name};
 use rustix::io::Errno;
-use snapcore::chain::layer_path;
 use snapcore::{
     Base, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, Layer, LayerName, Result, Unclear,
 };
 
-use crate::attached::FileIds;
 use crate::backing_string::{Named, named};
 use crate::image;
 use crate::layers::Limits;
+use image_files::FileIds;
 
 /// Fills in which images beside a disk stand on its layers ([`Layer::dependents`], [`DiskState::unclear`]), for backends of
 /// other formats: a qcow2 overlay may stand on any image. Files that are `open` in the domain's own hypervisor are in nobody

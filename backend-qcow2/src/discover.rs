@@ -7,8 +7,8 @@ use image_files::names::io_error;
 use jiff::Timestamp;
 use snapcore::{DiskRecord, Found, InspectDepth, Layer, LayerName, Point, Result, Snapshot};
 
-use crate::attached::FileIds;
 use crate::layers::{Limits, inspect};
+use image_files::FileIds;
 
 /// The frozen layers of the active chain, and the tags in every layer of it and in every other layer of ours,
 /// that `known` does not have, oldest first. The layers in the disk's own directory on which no foreign image

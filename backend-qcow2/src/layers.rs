@@ -5,19 +5,19 @@ use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
+use image_files::layer_name::{disk_name, is_layer_name, layer_name, layer_path};
 use image_files::names::{FileId, file_id, io_error, require_own, require_own_or_device};
 use image_files::size_at;
 use jiff::Timestamp;
-use snapcore::chain::{self, is_layer_name, layer_path};
 use snapcore::{
     ChainFile, Disk, DiskRecord, DiskState, Error, ErrorKind, InspectDepth, InternalPoint, Layer, LayerName,
     Result, TagIdentity, shell_command,
 };
 
-use crate::attached::FileIds;
 use crate::backing_string::resolve_backing;
 use crate::dependents;
 use crate::image::{self, Backing, Image, OpenOptions};
+use image_files::{FileIds, look_at_path, refused_link};
 
 /// How many layers that are not ours a chain is taken to have, when it is asked whether it may be near its limit.
 const FOREIGN_LAYERS: usize = 32;
@@ -386,10 +386,10 @@ pub(crate) fn adopted_name(disk: &Disk) -> Result<LayerName> {
     }
     // Made from the file's identity, so that it is the same each time until the catalogue records it.
     let stamp = (id.1 ^ (id.1 >> 32) ^ id.0.rotate_left(16)) as u32;
-    let name = chain::layer_name(&disk.path, stamp);
+    let name = layer_name(&disk.path, stamp);
     // The configured path moves, and a permanent name never does: they must be two.
     Ok(match Some(name.as_str()) == disk.path.file_name() {
-        true => chain::layer_name(&disk.path, stamp.wrapping_add(1)),
+        true => layer_name(&disk.path, stamp.wrapping_add(1)),
         false => name,
     })
 }
@@ -429,23 +429,14 @@ fn own_name_of(disk: &Disk, id: FileId) -> Result<Option<LayerName>> {
 /// Refuses a configured path that promise 1 could not be kept for.
 pub(crate) fn check_path(disk: &Disk) -> Result<()> {
     let path = &disk.path;
-    let metadata = match std::fs::symlink_metadata(path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::new(ErrorKind::NotFound, format!("the disk image {path} does not exist"))
-                .advise("check the path, and whether its file system is mounted"));
-        }
-        Err(error) => return Err(io_error(error, format!("cannot look at {path}"))),
-    };
+    let metadata = look_at_path(path)?;
     if metadata.is_symlink() {
-        let to = path.canonicalize_utf8().map_or_else(|_| "its target".to_owned(), |to| to.to_string());
-        return Err(Error::new(
-            ErrorKind::Refused,
-            format!("{path} is a symbolic link: the relative names of backing files would be looked up beside the link"),
-        )
-        .advise(format!("use the file itself: {to}")));
+        return Err(refused_link(
+            path,
+            ": the relative names of backing files would be looked up beside the link",
+        ));
     }
-    let configured = path.with_file_name(chain::disk_name(path));
+    let configured = path.with_file_name(disk_name(path));
     if configured != *path && file_id(&configured)? == file_id(path)? {
         return Err(Error::new(
             ErrorKind::Refused,

@@ -30,3 +30,30 @@ pub use dependents::find_dependents;
 pub fn register(registry: &mut snapcore::Registry) -> snapcore::Result<()> {
     registry.register(Arc::new(Qcow2::new()))
 }
+
+#[cfg(test)]
+mod tests {
+    use camino::Utf8Path;
+
+    use super::*;
+
+    /// A hypervisor may have a disk open by the permanent name of its active layer: it is known by its configured path,
+    /// unless that names another file by now.
+    #[test]
+    fn open_layer_is_known_by_its_disk() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = Utf8Path::from_path(directory.path()).unwrap();
+        let mut registry = snapcore::Registry::new();
+        register(&mut registry).unwrap();
+        let (layer, path) = (directory.join("a.ds-0123abcd.qcow2"), directory.join("a.qcow2"));
+        std::fs::write(&layer, "").unwrap();
+        std::fs::hard_link(&layer, &path).unwrap();
+        assert_eq!(registry.configured_path(&layer), path);
+        assert_eq!(registry.configured_path(&path), path);
+        let other = directory.join("b.ds-0123abcd.qcow2");
+        std::fs::write(&other, "").unwrap();
+        assert_eq!(registry.configured_path(&other), other);
+        std::fs::write(directory.join("b.qcow2"), "").unwrap();
+        assert_eq!(registry.configured_path(&other), other);
+    }
+}

@@ -5,10 +5,10 @@
 //! check the same again before they write, because a recovery repeats them without a plan.
 
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::chain::ChainStep;
+use image_files::chain::ChainStep;
 use snapcore::{
     DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, LayerName, PlannedStep,
-    Result,
+    Point, Result,
 };
 
 use crate::backing_string::{backing_string, resolve_backing};
@@ -29,6 +29,12 @@ pub(crate) fn check(
     let preflight = Preflight { record, state, max_depth };
     if let Some(DiskInstant::Internal { tag }) = &plan.instant {
         preflight.writable(&state.active)?.could_take(&NewSnapshot::new(tag.as_str(), 0, 0))?;
+    }
+    // Asked of the points, not of the steps: two snapshots of one tag keep each other, so no step would name it.
+    if let DiskRequest::Delete { drop, .. } = request {
+        for Point { layer, tag } in drop {
+            tag.iter().try_for_each(|tag| preflight.require_single_tag(layer, tag))?;
+        }
     }
     let force = matches!(request, DiskRequest::Delete { force: true, .. });
     let mut steps = Vec::with_capacity(plan.steps.len());
@@ -258,6 +264,8 @@ impl Preflight<'_> {
         self.state.attached && *layer == self.state.active
     }
 
+    /// Refuses a tag that several internal snapshots of the layer have. QEMU's tools make such; to name one of them may
+    /// mean the other.
     fn require_single_tag(&self, layer: &LayerName, tag: &str) -> Result<()> {
         let Some(layer) = self.state.layer(layer) else { return Ok(()) };
         match layer.internal.iter().filter(|internal| internal.tag == tag).count() {
@@ -271,7 +279,8 @@ impl Preflight<'_> {
             )
             .state("no changes made")
             .advise(format!(
-                "`qemu-img snapshot -l {0}` shows their IDs, `qemu-img snapshot -d ID {0}` deletes one",
+                "delete all but one by their IDs (`qemu-img snapshot -l {0}` shows them, `qemu-img snapshot -d ID {0}` \
+                 deletes one), then import the image as it is: `domsnap import --replace`",
                 layer.file
             ))),
         }

@@ -18,42 +18,39 @@
 //!
 //! Whether anything was written is read from the images, and told by the difference from what the steps had made.
 
-use image_files::names;
-use snapcore::chain::{ChainStep, words_of_kept_overlay};
+use image_files::chain::ChainStep;
+use image_files::{RESCUED, kept_layer_message, kept_overlay_message, names};
 use snapcore::{Edit, LayerName, Result, Salvage, shell_command};
 
 use crate::image::{self, RunLayer};
 use crate::layers::file_of;
 use crate::steps::Workplace;
 
-/// How the names of files and tags begin that hold what was put aside.
-const RESCUED: &str = "rescued-";
-
 impl Workplace<'_> {
     /// Whether what the domain may have written since would be lost by the steps that follow `step`, which is done.
     pub(crate) fn is_overtaken(&self, step: &ChainStep) -> Result<bool> {
         let ChainStep::Merge { run, into, .. } = step else { return Ok(false) };
-        let path = &self.record.disk.path;
+        let path = &self.files.record.disk.path;
         // The active layer is in a run as its top alone. Once the path names what it was merged into, the domain writes
         // there, and what the former top holds is older.
-        let merged_down = run.last().is_some_and(|top| *top == self.record.active && top != into);
-        Ok(merged_down && names::file_id(path)?.is_some() && !names::same_file(path, &self.own_name(into))?)
+        let merged_down = run.last().is_some_and(|top| *top == self.files.record.active && top != into);
+        Ok(merged_down && names::file_id(path)?.is_some() && !names::same_file(path, &self.files.file(into))?)
     }
 
     /// Makes safe what the domain wrote, where undoing `step` would lose it.
     pub(crate) fn salvage(&self, step: &ChainStep, done: bool) -> Result<Salvage> {
-        let path = &self.record.disk.path;
+        let path = &self.files.record.disk.path;
         match step {
             ChainStep::SwitchActive { from, to } => {
                 // An overlay on the former active layer shows the same as that: with what was written it is the present.
-                let switched = names::same_file(&self.own_name(to), path)?;
+                let switched = names::same_file(&self.files.file(to), path)?;
                 if !switched
-                    || self.below(to)? != Some(self.own_name(from))
+                    || self.below(to)? != Some(self.files.file(from))
                     || !self.reading(to)?.is_written()?
                 {
                     return Ok(Salvage::Nothing);
                 }
-                let target = self.record.disk.target.clone();
+                let target = self.files.record.disk.target.clone();
                 let edits = vec![
                     Edit::AddLayer { target: target.clone(), layer: to.clone() },
                     Edit::SetActive { target: target.clone(), layer: to.clone() },
@@ -106,7 +103,7 @@ impl Workplace<'_> {
     fn is_to_go(&self, step: &ChainStep, layer: &LayerName, done: bool) -> Result<bool> {
         Ok(done
             && self.is_made_by(step)?
-            && !names::same_file(&self.own_name(layer), &self.record.disk.path)?)
+            && !names::same_file(&self.files.file(layer), &self.files.record.disk.path)?)
     }
 
     /// Whether `copy` is still what was copied out of `from`.
@@ -122,21 +119,14 @@ impl Workplace<'_> {
 
     /// The file of a layer that an undo would remove gets a name that no undo knows.
     fn put_aside(&self, layer: &LayerName) -> Result<Salvage> {
-        let file = self.own_name(layer);
-        let aside = file.with_file_name(format!("{RESCUED}{layer}"));
-        self.refuse_open(&file)?;
-        self.lock(&file)?;
-        let disk = &self.record.disk;
+        let (record, file) = (self.files.record, self.files.file(layer));
         let base = self.below(layer).unwrap_or(None);
-        let stands_on_present = base.is_some_and(|base| names::same_file(&base, &disk.path).unwrap_or(false));
-        names::settle(&file, &aside, None)?;
-        Ok(Salvage::PutAside(match stands_on_present {
-            true => words_of_kept_overlay(&disk.target, &file, &aside, &disk.path),
-            false => format!(
-                "{}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote is kept as \
-                 {aside}: remove it when it is of no use",
-                disk.target
-            ),
+        let is_on_current =
+            base.is_some_and(|base| names::same_file(&base, self.files.path()).unwrap_or(false));
+        let kept = self.files.keep_as(layer)?;
+        Ok(Salvage::PutAside(match is_on_current {
+            true => kept_overlay_message(record, &file, &kept),
+            false => kept_layer_message(record, &file, &kept),
         }))
     }
 
@@ -151,11 +141,11 @@ impl Workplace<'_> {
         }
         drop(image);
         self.take(layer, &aside)?;
-        let file = file_of(self.record, layer)?;
+        let file = file_of(self.files.record, layer)?;
         Ok(Salvage::PutAside(format!(
             "{}: the domain ran after the crash; the revert was undone, and what the domain wrote is kept as the internal \
              snapshot {aside} of {file}: `{}` copies it out, `{}` removes it",
-            self.record.disk.target,
+            self.files.record.disk.target,
             shell_command([
                 "qemu-img",
                 "convert",

@@ -14,13 +14,12 @@ use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::{Hold, names};
+use image_files::chain::ChainStep;
+use image_files::{FileSteps, Hold, names};
 use jiff::Timestamp;
-use snapcore::chain::{ChainStep, layer_path};
-use snapcore::{DiskRecord, Error, ErrorKind, LayerName, Progress, Result, StepStatus, shell_command};
+use snapcore::{Error, ErrorKind, LayerName, Progress, Result, StepStatus};
 use tokio_util::sync::CancellationToken;
 
-use crate::attached::FileIds;
 use crate::backing_string::{backing_string, resolve_backing};
 use crate::below::Below;
 use crate::image::{self, Backing, Image, NewImage, NewSnapshot, OpenOptions, RunLayer};
@@ -28,10 +27,7 @@ use crate::layers::file_of;
 
 /// What a step works with.
 pub(crate) struct Workplace<'a> {
-    pub(crate) record: &'a DiskRecord,
-    pub(crate) hold: Option<&'a Hold>,
-    /// What a hypervisor has open: its to lock and to write.
-    pub(crate) open: FileIds,
+    pub(crate) files: FileSteps<'a>,
     pub(crate) progress: &'a dyn Progress,
     pub(crate) cancel: &'a CancellationToken,
     /// Bytes that the step is to move, as it was planned.
@@ -47,59 +43,43 @@ impl Workplace<'_> {
     /// Does `step`.
     pub(crate) fn apply(&self, step: &ChainStep) -> Result<()> {
         match step {
-            ChainStep::NameLayer { layer } => names::add_name(&self.record.disk.path, &self.own_name(layer)),
+            ChainStep::NameLayer { layer } => self.files.name(layer),
             ChainStep::CreateOverlay { layer, on, on_format, virtual_size } => {
                 self.create_overlay(layer, on, on_format, *virtual_size)
             }
             ChainStep::Materialise { from, tag, layer } => self.materialise(from, tag, layer),
             ChainStep::TakeInternal { layer, tag } => self.take(layer, tag),
-            ChainStep::SwitchActive { from, to } => {
-                self.refuse_replaced(from, to)?;
-                let to = self.own_name(to);
-                // A hypervisor that has the one open has the other next: a lock of ours would keep it out.
-                if !self.is_open(&self.record.disk.path)? {
-                    self.lock(&self.record.disk.path)?;
-                    self.lock(&to)?;
-                }
-                names::move_name(&self.record.disk.path, &to)
-            }
+            ChainStep::SwitchActive { from, to } => self.files.switch(from, to),
             ChainStep::ApplyInternal { layer, tag, .. } => self.apply_tag(layer, tag),
             ChainStep::DropInternal { layer, tags } => self.drop_tags(layer, tags, false),
             ChainStep::ForgetInternal { layer, tags } => self.drop_tags(layer, tags, true),
             ChainStep::Merge { run, into, .. } if self.has_pivoted(run, into)? => Ok(()),
             ChainStep::Merge { run, into, below } => self.merge(run, into, below.as_ref()),
             ChainStep::Repoint { child, to } => self.repoint(child, to),
-            ChainStep::Remove { layers } => self.remove(layers),
-            ChainStep::Unname { layer } => self.unname(layer),
+            ChainStep::Remove { layers } => self.files.remove(layers, |_| None),
+            ChainStep::Unname { layer } => self.files.unname(layer),
         }
     }
 
     /// Takes `step` back.
     pub(crate) fn undo(&self, step: &ChainStep) -> Result<()> {
-        let path = &self.record.disk.path;
+        let path = &self.files.record.disk.path;
         match step {
             // A hypervisor may know it by this name.
-            ChainStep::NameLayer { layer } if self.is_open(&self.own_name(layer))? => Ok(()),
-            ChainStep::NameLayer { layer } => self.unname(layer),
+            ChainStep::NameLayer { layer } if self.files.is_open(&self.files.file(layer))? => Ok(()),
+            ChainStep::NameLayer { layer } => self.files.unname(layer),
             ChainStep::CreateOverlay { layer, .. } | ChainStep::Materialise { layer, .. } => {
-                let file = self.own_name(layer);
+                let file = self.files.file(layer);
                 names::remove_name(&names::unfinished_name(&file))?;
                 // Where the switch to it had to stay, so has the layer.
                 if self.is_made_by(step)? && !names::same_file(&file, path)? {
-                    self.refuse_in_use(&file)?;
+                    self.files.refuse_in_use(&file)?;
                     names::remove_name(&file)?;
                 }
                 names::flush_directory_of(&file)
             }
             ChainStep::TakeInternal { layer, tag } => self.drop_tags(layer, std::slice::from_ref(tag), false),
-            ChainStep::SwitchActive { from, to } => {
-                self.lock(path)?;
-                // Undone before, and so perhaps was what had come before it: then `from` has no name of its own.
-                match names::same_file(&self.own_name(to), path)? {
-                    true => names::move_name(path, &self.own_name(from)),
-                    false => names::clear_move(path),
-                }
-            }
+            ChainStep::SwitchActive { from, to } => self.files.undo_switch(from, to),
             ChainStep::ApplyInternal { layer, safety: Some(safety), .. } => {
                 match self.has_tag(layer, safety)? {
                     true => self.apply_tag(layer, safety),
@@ -125,18 +105,18 @@ impl Workplace<'_> {
 
     /// How far `step` got.
     pub(crate) fn status(&self, step: &ChainStep) -> Result<StepStatus> {
-        let path = &self.record.disk.path;
+        let path = &self.files.record.disk.path;
         let done = match step {
-            ChainStep::NameLayer { layer } => names::same_file(path, &self.own_name(layer))?,
+            ChainStep::NameLayer { layer } => names::same_file(path, &self.files.file(layer))?,
             ChainStep::CreateOverlay { layer, .. } | ChainStep::Materialise { layer, .. } => {
-                let unfinished = names::unfinished_name(&self.own_name(layer));
+                let unfinished = names::unfinished_name(&self.files.file(layer));
                 if names::file_id(&unfinished)?.is_some() {
                     return Ok(StepStatus::Partly);
                 }
                 self.is_made_by(step)?
             }
             ChainStep::TakeInternal { layer, tag } => self.has_tag(layer, tag)?,
-            ChainStep::SwitchActive { to, .. } => names::same_file(path, &self.own_name(to))?,
+            ChainStep::SwitchActive { to, .. } => names::same_file(path, &self.files.file(to))?,
             ChainStep::ApplyInternal { layer, tag, .. } => {
                 let image = self.reading(layer)?;
                 image.find_snapshot(tag)?.is_some() && image.snapshot_matches_active(tag)?
@@ -155,58 +135,42 @@ impl Workplace<'_> {
             // Only a repetition can tell, and it is harmless.
             ChainStep::Merge { .. } => return Ok(StepStatus::Partly),
             ChainStep::Repoint { child, to } => {
-                let file = file_of(self.record, child)?;
+                let file = file_of(self.files.record, child)?;
                 match self.reading(child)?.header().backing.clone() {
                     Some(backing) => {
-                        names::same_file(&resolve_backing(&file, &backing.file)?, &self.own_name(to))?
+                        names::same_file(&resolve_backing(&file, &backing.file)?, &self.files.file(to))?
                     }
                     None => false,
                 }
             }
-            ChainStep::Remove { layers } => return self.removed(layers),
-            ChainStep::Unname { layer } => names::file_id(&self.own_name(layer))?.is_none(),
+            ChainStep::Remove { layers } => return self.files.removed(layers),
+            ChainStep::Unname { layer } => names::file_id(&self.files.file(layer))?.is_none(),
         };
         Ok(if done { StepStatus::Done } else { StepStatus::NotDone })
     }
 
-    pub(crate) fn own_name(&self, layer: &LayerName) -> Utf8PathBuf {
-        layer_path(&self.record.disk.path, layer)
-    }
-
     /// The backing string of an image that stands on `layer`.
     fn string(&self, layer: &LayerName) -> String {
-        backing_string(&self.record.disk.path, layer)
-    }
-
-    pub(crate) fn lock(&self, file: &Utf8Path) -> Result<()> {
-        match self.hold {
-            Some(hold) if !self.is_open(file)? => hold.lock(file),
-            _ => Ok(()),
-        }
-    }
-
-    /// Whether a hypervisor has the file open.
-    fn is_open(&self, file: &Utf8Path) -> Result<bool> {
-        Ok(!self.open.is_empty() && names::file_id(file)?.is_some_and(|id| self.open.contains(&id)))
+        backing_string(&self.files.record.disk.path, layer)
     }
 
     /// Whether the active layer was merged into a lower one by a hypervisor, and the path moved at the pivot, before a crash
     /// kept that from being recorded. Then the domain has written to that layer since, and to merge the former active one once
     /// more would bring its old data back. (At rest the path is moved by a step of its own, after the merge is recorded.)
     fn has_pivoted(&self, run: &[LayerName], into: &LayerName) -> Result<bool> {
-        let merged_down = run.last().is_some_and(|top| *top == self.record.active && top != into);
-        Ok(merged_down && names::same_file(&self.own_name(into), &self.record.disk.path)?)
+        let merged_down = run.last().is_some_and(|top| *top == self.files.record.active && top != into);
+        Ok(merged_down && names::same_file(&self.files.file(into), &self.files.record.disk.path)?)
     }
 
     pub(crate) fn reading(&self, layer: &LayerName) -> Result<Image> {
-        let file = file_of(self.record, layer)?;
+        let file = file_of(self.files.record, layer)?;
         Ok(Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?)
     }
 
     fn writing(&self, layer: &LayerName) -> Result<Image> {
-        let file = file_of(self.record, layer)?;
-        self.refuse_open(&file)?;
-        let options = writing(self.hold, &file)?;
+        let file = file_of(self.files.record, layer)?;
+        self.files.refuse_open(&file)?;
+        let options = writing(self.files.hold, &file)?;
         let options = if self.punch { options } else { options.without_punching() };
         Ok(Image::open(file.as_std_path(), &options)?)
     }
@@ -218,11 +182,11 @@ impl Workplace<'_> {
     /// Whether the file of a new layer is what `step` makes, and not somebody else's of the same name.
     pub(crate) fn is_made_by(&self, step: &ChainStep) -> Result<bool> {
         let (layer, on) = match step {
-            ChainStep::CreateOverlay { layer, on, .. } => (layer, Some(self.own_name(on))),
+            ChainStep::CreateOverlay { layer, on, .. } => (layer, Some(self.files.file(on))),
             ChainStep::Materialise { layer, from, .. } => (layer, self.below(from)?),
             _ => return Ok(false),
         };
-        let file = self.own_name(layer);
+        let file = self.files.file(layer);
         if names::file_id(&file)?.is_none() {
             return Ok(false);
         }
@@ -236,7 +200,7 @@ impl Workplace<'_> {
 
     /// The file that a layer stands on.
     pub(crate) fn below(&self, layer: &LayerName) -> Result<Option<Utf8PathBuf>> {
-        let file = file_of(self.record, layer)?;
+        let file = file_of(self.files.record, layer)?;
         match self.reading(layer)?.header().backing.clone() {
             Some(backing) => Ok(Some(resolve_backing(&file, &backing.file)?)),
             None => Ok(None),
@@ -245,9 +209,9 @@ impl Workplace<'_> {
 
     /// New files are made under a passing name and get their own when they are whole and durable.
     fn create_overlay(&self, layer: &LayerName, on: &LayerName, on_format: &str, size: u64) -> Result<()> {
-        let file = self.own_name(layer);
+        let file = self.files.file(layer);
         let unfinished = names::unfinished_name(&file);
-        let base = self.own_name(on);
+        let base = self.files.file(on);
         let mut new =
             NewImage::new(size).on(Backing { file: self.string(on), format: Some(on_format.to_owned()) });
         if on_format == "qcow2" {
@@ -265,18 +229,18 @@ impl Workplace<'_> {
             return Err(error);
         }
         settle(&unfinished, &file, Some(&made))?;
-        self.lock(&file)
+        self.files.lock(&file)
     }
 
     fn materialise(&self, from: &LayerName, tag: &str, layer: &LayerName) -> Result<()> {
-        let file = self.own_name(layer);
+        let file = self.files.file(layer);
         let unfinished = names::unfinished_name(&file);
         names::remove_name(&unfinished)?;
-        let source = file_of(self.record, from)?;
+        let source = file_of(self.files.record, from)?;
         let image = Image::open(source.as_std_path(), &OpenOptions::read_only().unlocked())?;
         self.moving(|moving| image::materialise(&image, tag, unfinished.as_std_path(), moving))?;
         settle(&unfinished, &file, None)?;
-        self.lock(&file)
+        self.files.lock(&file)
     }
 
     pub(crate) fn take(&self, layer: &LayerName, tag: &str) -> Result<()> {
@@ -291,7 +255,7 @@ impl Workplace<'_> {
     }
 
     fn apply_tag(&self, layer: &LayerName, tag: &str) -> Result<()> {
-        self.refuse_open(&file_of(self.record, layer)?)?;
+        self.files.refuse_open(&file_of(self.files.record, layer)?)?;
         if self.reading(layer)?.snapshot_matches_active(tag)? {
             self.mend(layer);
             return Ok(());
@@ -335,7 +299,7 @@ impl Workplace<'_> {
 
     /// After a crash: gives back what the stopped step allocated in `layer` and nothing refers to.
     fn mend_if_resumed(&self, layer: &LayerName) -> Result<()> {
-        if self.resumed && !self.is_open(&file_of(self.record, layer)?)? {
+        if self.resumed && !self.files.is_open(&file_of(self.files.record, layer)?)? {
             self.mend(layer);
         }
         Ok(())
@@ -344,7 +308,7 @@ impl Workplace<'_> {
     fn merge(&self, run: &[LayerName], into: &LayerName, below: Option<&LayerName>) -> Result<()> {
         let mut files = Vec::new();
         for layer in run {
-            files.push(file_of(self.record, layer)?);
+            files.push(file_of(self.files.record, layer)?);
         }
         let Some(index) = run.iter().position(|layer| layer == into) else {
             return Err(Error::new(
@@ -358,7 +322,7 @@ impl Workplace<'_> {
         let mut lower = None;
         let backing = match (below, stated) {
             (Some(name), Some(Backing { format: Some(format), .. })) => {
-                lower = Some(Below::new(self.own_name(name), format.clone(), self.max_depth));
+                lower = Some(Below::new(self.files.file(name), format.clone(), self.max_depth));
                 Some(Backing { file: self.string(name), format: Some(format) })
             }
             (None, None) => None,
@@ -371,9 +335,9 @@ impl Workplace<'_> {
             }
         };
         for file in &files {
-            self.lock(file)?;
+            self.files.lock(file)?;
         }
-        names::require_own_names(&file_of(self.record, into)?, &self.record.disk.path)?;
+        names::require_own_names(&file_of(self.files.record, into)?, &self.files.record.disk.path)?;
         // What a stopped merge allocated for data that no table refers to yet. First, because it may be the room
         // that this one needs.
         self.mend_if_resumed(into)?;
@@ -409,85 +373,6 @@ impl Workplace<'_> {
     fn repoint(&self, child: &LayerName, to: &LayerName) -> Result<()> {
         let backing = Backing { file: self.string(to), format: Some("qcow2".to_owned()) };
         Ok(self.writing(child)?.set_backing(Some(backing))?)
-    }
-
-    fn remove(&self, layers: &[LayerName]) -> Result<()> {
-        let path = &self.record.disk.path;
-        for layer in layers {
-            let file = self.own_name(layer);
-            if names::same_file(&file, path)? {
-                return Err(Error::new(
-                    ErrorKind::Internal,
-                    format!("{file} was to be removed, and {path} still names it"),
-                )
-                .state("it was not removed"));
-            }
-            self.refuse_in_use(&file)?;
-        }
-        for layer in layers {
-            names::remove_name(&self.own_name(layer))?;
-        }
-        names::flush_directory_of(path)
-    }
-
-    fn removed(&self, layers: &[LayerName]) -> Result<StepStatus> {
-        let mut left = 0;
-        for layer in layers {
-            left += usize::from(names::file_id(&self.own_name(layer))?.is_some());
-        }
-        Ok(match left {
-            0 => StepStatus::Done,
-            left if left == layers.len() => StepStatus::NotDone,
-            _ => StepStatus::Partly,
-        })
-    }
-
-    /// Removing a file that somebody has open would leave him with data that no name leads to.
-    fn refuse_in_use(&self, file: &Utf8Path) -> Result<()> {
-        self.refuse_open(file)?;
-        match names::file_id(file)? {
-            Some(_) => self.lock(file),
-            None => Ok(()),
-        }
-    }
-
-    /// What a hypervisor has open is its to write, and it may open it by this name again.
-    pub(crate) fn refuse_open(&self, file: &Utf8Path) -> Result<()> {
-        match self.is_open(file)? {
-            true => Err(Error::new(ErrorKind::Busy, format!("the running domain has {file} open"))
-                .state("it was not touched")
-                .advise("shut the domain down and run 'domsnap recover'")),
-            false => Ok(()),
-        }
-    }
-
-    /// Somebody may have put another file at the configured path since a crash: the switch would drop it.
-    fn refuse_replaced(&self, from: &LayerName, to: &LayerName) -> Result<()> {
-        let path = &self.record.disk.path;
-        let (from, to) = (self.own_name(from), self.own_name(to));
-        let Some(found) = names::file_id(path)? else { return Ok(()) };
-        let (Some(former), next) = (names::file_id(&from)?, names::file_id(&to)?) else { return Ok(()) };
-        if found == former || Some(found) == next {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::Refused,
-            format!("{path} should be {from} or {to}, and is another file"),
-        )
-        .state("that file was not touched, and all layers are whole")
-        .advise(format!(
-            "move it away and put the layer back: `{}`; then run `domsnap recover`, and after that import the other file, if \
-             it is wanted, with `domsnap import --replace`",
-            shell_command(["ln", from.as_str(), path.as_str()])
-        )))
-    }
-
-    fn unname(&self, layer: &LayerName) -> Result<()> {
-        let file = self.own_name(layer);
-        if names::file_id(&file)?.is_some() && names::same_file(&file, &self.record.disk.path)? {
-            names::remove(&file)?;
-        }
-        Ok(())
     }
 }
 

@@ -12,9 +12,10 @@ use async_trait::async_trait;
 use backend_qcow2::Qcow2;
 use backend_qcow2::image::{self, Backing, Image, NewImage, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
+use image_files::chain::ChainStep;
+use image_files::layer_name::{layer_name, layer_path};
 use image_files::{LockMode, lock};
 use judge::{clean, content, io, run, snapshot_names};
-use snapcore::chain::{ChainStep, layer_name, layer_path};
 use snapcore::{
     ActivePath, AttachedDisk, AttachedMerge, Capabilities, Disk, DiskInstant, DiskPlan, DiskRecord,
     DiskRequest, DiskSnapshotter, Error, ErrorKind, FileIdentity, Guard, Inside, InspectDepth, LayerName,

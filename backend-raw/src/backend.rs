@@ -1,19 +1,19 @@
 //! [`DiskSnapshotter`] for raw files.
 
-use std::collections::HashSet;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use camino::Utf8PathBuf;
-use image_files::{Holds, blocking, in_place, is_held_by_others, names, unshared};
+use camino::{Utf8Path, Utf8PathBuf};
+use image_files::layer_name::{disk_name, layer_path};
+use image_files::{
+    FileIds, FileSteps, Holds, blocking, in_place, is_held_by_others, names, open_files, unshared,
+};
 use rustix::fs::OFlags;
-use snapcore::chain::layer_path;
 use snapcore::{
     ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
-    DiskSnapshotter, DiskState, Error, ErrorKind, FileIdentity, FileUses, Finding, Guard, InspectDepth,
-    Layer, LayerName, Point, PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext,
-    StepStatus,
+    DiskSnapshotter, DiskState, Error, ErrorKind, FileUses, Finding, Guard, InspectDepth, Layer, LayerName,
+    Leftover, Point, PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -38,7 +38,7 @@ impl Raw {
         &self,
         step: &Step,
         context: StepContext<'_>,
-        open: HashSet<FileIdentity>,
+        open: FileIds,
         work: impl FnOnce(&Workplace<'_>, &RawStep) -> Result<T>,
     ) -> Result<T> {
         let action: RawStep = serde_json::from_value(step.action.clone()).map_err(|error| {
@@ -51,15 +51,9 @@ impl Raw {
         })?;
         let hold = self.holds.of(&context.disk.disk.path);
         let watch = Watch { progress: context.progress, cancel: context.cancel, bytes: step.bytes };
-        let place = Workplace { record: context.disk, hold: hold.as_deref(), open, watch };
+        let files = FileSteps { record: context.disk, hold: hold.as_deref(), open };
+        let place = Workplace { files, watch };
         in_place(|| work(&place, &action))
-    }
-}
-
-async fn open_files(attached: Option<&dyn AttachedDisk>) -> Result<HashSet<FileIdentity>> {
-    match attached {
-        Some(disk) => disk.open_files().await,
-        None => Ok(HashSet::new()),
     }
 }
 
@@ -80,8 +74,12 @@ impl DiskSnapshotter for Raw {
         Capabilities::new(PointKind::External, 1).live().ways(WAYS)
     }
 
-    fn plans_leftovers(&self) -> bool {
-        true
+    fn leftover(&self, _disk: &DiskRecord, _step: &Step) -> Leftover {
+        Leftover::PlannedAnew
+    }
+
+    fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
+        Some(layer_file.with_file_name(disk_name(layer_file)))
     }
 
     fn uses(&self, disk: &DiskRecord, step: &Step) -> FileUses {
@@ -175,7 +173,7 @@ impl DiskSnapshotter for Raw {
     }
 
     async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
-        self.step(step, context, HashSet::new(), |place, action| place.status(action))
+        self.step(step, context, FileIds::new(), |place, action| place.status(action))
     }
 
     async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {

@@ -5,13 +5,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
 use backend_qcow2::find_dependents;
 use camino::{Utf8Path, Utf8PathBuf};
+use image_files::layer_name::{disk_name, is_layer_name, layer_path};
 use image_files::names::{self, io_error};
-use image_files::size_at;
+use image_files::{FileIds, look_at_path, refused_link, size_at};
 use jiff::Timestamp;
-use snapcore::chain::{self, is_layer_name, layer_path};
 use snapcore::{
-    Disk, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, Found, InspectDepth, Layer, LayerName,
-    Point, Result, Snapshot,
+    Disk, DiskRecord, DiskState, Error, ErrorKind, Found, InspectDepth, Layer, LayerName, Point, Result,
+    Snapshot,
 };
 
 /// The name of the active layer: the path's own, and always the same.
@@ -45,24 +45,12 @@ pub(crate) fn refuse_used_device(path: &Utf8Path) -> Result<()> {
 /// Refuses what no points can be taken of here.
 pub(crate) fn check_path(disk: &Disk) -> Result<()> {
     let path = &disk.path;
-    let about = match std::fs::symlink_metadata(path) {
-        Ok(about) => about,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::new(ErrorKind::NotFound, format!("the disk image {path} does not exist"))
-                .advise("check the path, and whether its file system is mounted"));
-        }
-        Err(error) => return Err(io_error(error, format!("cannot look at {path}"))),
-    };
+    let about = look_at_path(path)?;
     if is_device(path) {
         return Ok(());
     }
     if about.is_symlink() && std::fs::metadata(path).is_ok_and(|about| about.is_file()) {
-        let to = path.canonicalize_utf8().map_or_else(|_| "its target".to_owned(), |to| to.to_string());
-        return Err(Error::new(
-            ErrorKind::Refused,
-            format!("{path} is a symbolic link, which a revert would replace by a file"),
-        )
-        .advise(format!("use the file itself: {to}")));
+        return Err(refused_link(path, ", which a revert would replace by a file"));
     }
     if !about.is_file() {
         return Err(Error::new(
@@ -71,7 +59,7 @@ pub(crate) fn check_path(disk: &Disk) -> Result<()> {
         )
         .advise("give the path of a disk image, or of the device"));
     }
-    let configured = path.with_file_name(chain::disk_name(path));
+    let configured = path.with_file_name(disk_name(path));
     if configured != *path && names::file_id(&configured)?.is_some() {
         return Err(Error::new(
             ErrorKind::Refused,
@@ -83,11 +71,7 @@ pub(crate) fn check_path(disk: &Disk) -> Result<()> {
 }
 
 /// Reads the disk.
-pub(crate) fn inspect(
-    record: &DiskRecord,
-    depth: InspectDepth,
-    open: &std::collections::HashSet<FileIdentity>,
-) -> Result<DiskState> {
+pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, open: &FileIds) -> Result<DiskState> {
     let path = &record.disk.path;
     check_path(&record.disk)?;
     let mut layers = vec![layer(record, record.active.clone(), path)?];
@@ -184,5 +168,5 @@ pub(crate) fn manifest_directory(disk: &Disk) -> Utf8PathBuf {
     if is_device(&disk.path) {
         return Utf8Path::new(DEVICES).join(format!("{}.domsnap", active_name(disk)));
     }
-    disk.path.with_file_name(format!("{}.domsnap", chain::disk_name(&disk.path)))
+    disk.path.with_file_name(format!("{}.domsnap", disk_name(&disk.path)))
 }

@@ -3,8 +3,8 @@
 use std::os::unix::fs::MetadataExt;
 
 use camino::Utf8Path;
+use image_files::layer_name::{is_layer_name, layer_name, layer_path};
 use image_files::names::{self, io_error};
-use snapcore::chain::{is_layer_name, layer_name, layer_path};
 use snapcore::{
     ActivePath, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group,
     Layer, LayerName, PlannedStep, Point, PointKind, Result, Step, shown_size,

@@ -17,13 +17,11 @@
 
 use backend_qcow2::image::{self, Backing, Image, NewImage, OpenOptions as ReadOptions};
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::{Hold, names};
+use image_files::chain::room_of_overlay;
+use image_files::layer_name::layer_path;
+use image_files::{FileSteps, kept_layer_message, kept_overlay_message, names};
 use serde::{Deserialize, Serialize};
-use snapcore::chain::{layer_path, room_of_overlay, words_of_kept_overlay};
-use snapcore::{
-    DiskRecord, Error, ErrorKind, FileIdentity, FileUses, LayerName, Result, Salvage, Step, StepStatus,
-    shell_command,
-};
+use snapcore::{DiskRecord, Error, ErrorKind, FileUses, LayerName, Result, Salvage, Step, StepStatus};
 
 use crate::copy::{self, Watch};
 use crate::place::reflink;
@@ -104,15 +102,9 @@ pub(crate) fn uses(record: &DiskRecord, step: &Step) -> FileUses {
 
 /// What a step works with.
 pub(crate) struct Workplace<'a> {
-    pub(crate) record: &'a DiskRecord,
-    pub(crate) hold: Option<&'a Hold>,
-    /// What a hypervisor has open: its to lock and to write.
-    pub(crate) open: std::collections::HashSet<FileIdentity>,
+    pub(crate) files: FileSteps<'a>,
     pub(crate) watch: Watch<'a>,
 }
-
-/// How the names of files begin that hold what was put aside.
-const RESCUED: &str = "rescued-";
 
 impl Workplace<'_> {
     /// Does `step`.
@@ -127,18 +119,10 @@ impl Workplace<'_> {
             }
             RawStep::Settle { layer } => self.settle(layer),
             RawStep::CreateOverlay { layer, virtual_size } => self.create_overlay(layer, *virtual_size),
-            RawStep::Name { layer } => names::add_name(path, &self.file(layer)),
-            RawStep::Switch { from, to } => {
-                self.refuse_replaced(from, to)?;
-                let to = self.file(to);
-                if !self.is_open(path)? {
-                    self.lock(path)?;
-                    self.lock(&to)?;
-                }
-                names::move_name(path, &to)
-            }
-            RawStep::Unname { layer } => self.unname(layer),
-            RawStep::Remove { layers } => self.remove(layers),
+            RawStep::Name { layer } => self.files.name(layer),
+            RawStep::Switch { from, to } => self.files.switch(from, to),
+            RawStep::Unname { layer } => self.files.unname(layer),
+            RawStep::Remove { layers } => self.files.remove(layers, |file| Some(copy::sum_file(file))),
         }
     }
 
@@ -153,22 +137,14 @@ impl Workplace<'_> {
                 names::remove_name(&names::unfinished_name(&copy::sum_file(&file)))?;
                 // Where the path was moved to it and had to stay, so has the file.
                 if !names::same_file(&file, path)? {
-                    self.refuse_in_use(&file)?;
+                    self.files.refuse_in_use(&file)?;
                     names::remove_name(&file)?;
                     names::remove_name(&copy::sum_file(&file))?;
                 }
                 names::flush_directory_of(&file)
             }
-            RawStep::Name { layer } => self.unname(layer),
-            RawStep::Switch { from, to } => {
-                if !self.is_open(path)? {
-                    self.lock(path)?;
-                }
-                match names::same_file(&self.file(to), path)? {
-                    true => names::move_name(path, &self.file(from)),
-                    false => names::clear_move(path),
-                }
-            }
+            RawStep::Name { layer } => self.files.unname(layer),
+            RawStep::Switch { from, to } => self.files.undo_switch(from, to),
             RawStep::Unname { .. } | RawStep::Remove { .. } => Err(Error::new(
                 ErrorKind::Internal,
                 format!("the step {step:?} runs after the commit point only"),
@@ -179,7 +155,7 @@ impl Workplace<'_> {
     /// How far `step` got.
     pub(crate) fn status(&self, step: &RawStep) -> Result<StepStatus> {
         let done = |done: bool| Ok(if done { StepStatus::Done } else { StepStatus::NotDone });
-        let is_there = |layer: &LayerName| Ok::<_, Error>(names::file_id(&self.file(layer))?.is_some());
+        let is_there = |layer: &LayerName| self.files.is_there(layer);
         match step {
             // Nothing is to be seen of it, and nothing needs it.
             RawStep::WriteOut => Ok(StepStatus::Done),
@@ -209,17 +185,7 @@ impl Workplace<'_> {
             RawStep::Name { layer } => done(names::same_file(self.path(), &self.file(layer))?),
             RawStep::Switch { to, .. } => done(names::same_file(self.path(), &self.file(to))?),
             RawStep::Unname { layer } => done(!is_there(layer)?),
-            RawStep::Remove { layers } => {
-                let mut left = 0;
-                for layer in layers {
-                    left += usize::from(is_there(layer)?);
-                }
-                Ok(match left {
-                    0 => StepStatus::Done,
-                    left if left == layers.len() => StepStatus::NotDone,
-                    _ => StepStatus::Partly,
-                })
-            }
+            RawStep::Remove { layers } => self.files.removed(layers),
         }
     }
 
@@ -228,20 +194,15 @@ impl Workplace<'_> {
         let (RawStep::Copy { from: Some(_), layer, .. } | RawStep::CreateOverlay { layer, .. }) = step else {
             return Ok(Salvage::Nothing);
         };
-        let (target, file) = (&self.record.disk.target, self.file(layer));
+        let (record, file) = (self.files.record, self.file(layer));
         let goes = done && names::file_id(&file)?.is_some() && !names::same_file(&file, self.path())?;
         if !goes || !self.is_written(step, &file) {
             return Ok(Salvage::Nothing);
         }
-        let aside = file.with_file_name(format!("{RESCUED}{}", file.file_name().unwrap_or_default()));
-        self.refuse_in_use(&file)?;
-        names::settle(&file, &aside, None)?;
+        let kept = self.files.keep_as(layer)?;
         Ok(Salvage::PutAside(match step {
-            RawStep::CreateOverlay { .. } => words_of_kept_overlay(target, &file, &aside, self.path()),
-            _ => format!(
-                "{target}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote is kept as \
-                 {aside}: remove it when it is of no use"
-            ),
+            RawStep::CreateOverlay { .. } => kept_overlay_message(record, &file, &kept),
+            _ => kept_layer_message(record, &file, &kept),
         }))
     }
 
@@ -261,11 +222,11 @@ impl Workplace<'_> {
     }
 
     fn path(&self) -> &Utf8Path {
-        &self.record.disk.path
+        self.files.path()
     }
 
     fn file(&self, layer: &LayerName) -> Utf8PathBuf {
-        layer_path(self.path(), layer)
+        self.files.file(layer)
     }
 
     fn source(&self, from: Option<&LayerName>) -> Utf8PathBuf {
@@ -334,74 +295,6 @@ impl Workplace<'_> {
             .map_err(|error| names::io_error(error, format!("cannot open {passing} once more")))?;
         image::write_into(into, passing.as_std_path(), &new)?;
         names::settle(&passing, &file, Some(&made))
-    }
-
-    fn unname(&self, layer: &LayerName) -> Result<()> {
-        let file = self.file(layer);
-        match names::same_file(&file, self.path())? {
-            true => names::remove(&file),
-            false => Ok(()),
-        }
-    }
-
-    fn remove(&self, layers: &[LayerName]) -> Result<()> {
-        for layer in layers {
-            let file = self.file(layer);
-            if names::same_file(&file, self.path())? {
-                return Err(Error::new(
-                    ErrorKind::Internal,
-                    format!("{file} is what {} names, and was to be removed", self.path()),
-                ));
-            }
-            self.refuse_in_use(&file)?;
-        }
-        for layer in layers {
-            let file = self.file(layer);
-            names::remove_name(&file)?;
-            names::remove_name(&copy::sum_file(&file))?;
-        }
-        names::flush_directory_of(self.path())
-    }
-
-    fn lock(&self, file: &Utf8Path) -> Result<()> {
-        match self.hold {
-            Some(hold) => hold.lock(file),
-            None => Ok(()),
-        }
-    }
-
-    /// Whether a hypervisor has the file open.
-    fn is_open(&self, file: &Utf8Path) -> Result<bool> {
-        Ok(!self.open.is_empty() && names::file_id(file)?.is_some_and(|id| self.open.contains(&id)))
-    }
-
-    /// Removing a file that somebody has open would leave him with data that no name leads to.
-    fn refuse_in_use(&self, file: &Utf8Path) -> Result<()> {
-        if self.is_open(file)? {
-            return Err(Error::new(ErrorKind::Busy, format!("the running domain has {file} open"))
-                .state("it was not touched")
-                .advise("shut the domain down and run 'domsnap recover'"));
-        }
-        match names::file_id(file)? {
-            Some(_) => self.lock(file),
-            None => Ok(()),
-        }
-    }
-
-    /// Somebody may have put another file at the configured path since a crash: the switch would drop it.
-    fn refuse_replaced(&self, from: &LayerName, to: &LayerName) -> Result<()> {
-        let (from, to) = (self.file(from), self.file(to));
-        if names::same_file(self.path(), &from)? || names::same_file(self.path(), &to)? {
-            return Ok(());
-        }
-        let path = self.path();
-        Err(Error::new(ErrorKind::Refused, format!("{path} should be {from} or {to}, and is another file"))
-            .state("that file was not touched, and all points are whole")
-            .advise(format!(
-                "move it away and put the disk back: `{}`; then run `domsnap recover`, and after that import the other file, \
-                 if it is wanted, with `domsnap import --replace`",
-                shell_command(["ln", from.as_str(), path.as_str()])
-            )))
     }
 }
 

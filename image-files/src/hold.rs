@@ -9,9 +9,9 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::chain;
 use snapcore::{Error, ErrorKind, Result};
 
+use crate::layer_name::disk_name;
 use crate::lock::{self, LockError, LockMode};
 use crate::names::{FileId, file_id, open_image};
 
@@ -30,7 +30,7 @@ pub struct Hold {
 
 impl Holds {
     fn key(path: &Utf8Path) -> Utf8PathBuf {
-        path.with_file_name(chain::disk_name(path))
+        path.with_file_name(disk_name(path))
     }
 
     /// Begins to hold the disk at `path`.

@@ -1,22 +1,37 @@
 //! What backends of image files share, whatever the images' format.
 //!
-//! [`names`] gives files names and takes them away, each durable before it returns; [`lock`] is QEMU's way of locking an
-//! image, and [`Holds`] keeps such locks for a whole operation; [`Attributes`] let those use a new file
+//! [`names`] gives files names and takes them away, each durable before it returns. [`lock`] is QEMU's way of
+//! locking an image, and [`Holds`] keeps such locks for a whole operation. [`Attributes`] let those use a new file
 //! who could use the one that it is made from.
+//!
+//! # Layout
+//!
+//! | module | what it has |
+//! |---|---|
+//! | [`layer_name`] | how files of layers are called |
+//! | [`chain`] | the planner of disks that are chains of files |
+//! | `file_steps` | steps that are the same for every format: name, switch, remove ([`FileSteps`]) |
+//! | [`names`], `hold`, `lock` | names, and locks that every user of the format honours |
 
 #![deny(unsafe_code)]
 
 mod blocking;
+pub mod chain;
+mod configured_path;
 mod extents;
+mod file_steps;
 mod hold;
+pub mod layer_name;
 mod lock;
 mod luks;
 pub mod names;
 mod size;
 
 pub use blocking::{blocking, in_place};
+pub use configured_path::{look_at_path, refused_link};
 pub use confined_files::{Attributes, Directory, FileName, Kind};
 pub use extents::{allocated_in, unshared};
+pub use file_steps::{FileIds, FileSteps, RESCUED, kept_layer_message, kept_overlay_message, open_files};
 pub use hold::{Hold, Holds, is_held_by_others};
 pub use lock::{LockError, LockMode, is_locked, lock};
 pub use luks::is_luks;

@@ -240,8 +240,11 @@ impl DiskSnapshotter for FaultyBackend {
     fn processes(&self) -> Vec<u32> {
         self.inner.processes()
     }
-    fn plans_leftovers(&self) -> bool {
-        self.inner.plans_leftovers()
+    fn leftover(&self, disk: &DiskRecord, step: &Step) -> snapcore::Leftover {
+        self.inner.leftover(disk, step)
+    }
+    fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
+        self.inner.configured_path(layer_file)
     }
     fn uses(&self, disk: &DiskRecord, step: &Step) -> snapcore::FileUses {
         self.inner.uses(disk, step)

@@ -197,12 +197,9 @@ pub trait DiskSnapshotter: Send + Sync {
         Vec::new()
     }
 
-    /// Returns true if every finish step that could not be done may be left: the disk is whole without it, and the next delete, or
-    /// a tidy, finds what is left of it, on the disk or by the layers that the catalogue has, and plans it anew. What is left must
-    /// be in no later plan's way. A backend of which that is true of some steps alone says so with each
-    /// ([`crate::PlannedStep::deferrable`]).
-    fn plans_leftovers(&self) -> bool {
-        false
+    /// What becomes of a finish step of this backend that could not be done.
+    fn leftover(&self, _disk: &DiskRecord, _step: &Step) -> Leftover {
+        Leftover::Required
     }
 
     /// Files that nobody else may write, or even have open, while a step is carried out. The domain's own hypervisor, and this
@@ -212,7 +209,7 @@ pub trait DiskSnapshotter: Send + Sync {
     }
 
     /// What a step of this backend's does with files: so that what is known to fail is found before an operation begins.
-    /// A backend whose plans are [`crate::chain`]'s gives [`crate::chain::uses`]; one that works with no files, nothing.
+    /// A backend that works with no files gives nothing.
     fn uses(&self, _disk: &DiskRecord, _step: &Step) -> FileUses {
         FileUses::default()
     }
@@ -224,6 +221,12 @@ pub trait DiskSnapshotter: Send + Sync {
     /// before that one.
     fn recognises(&self, _path: &Utf8Path, open_format: Option<&str>) -> bool {
         open_format == Some(self.format())
+    }
+
+    /// The configured path of the disk that a layer's file is called after, where the file's name is one that this backend
+    /// gives to layers. The file system is not asked.
+    fn configured_path(&self, _layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
+        None
     }
 
     /// Takes in a disk that the catalogue does not know: checks that the image is what it is said to be, and names
@@ -267,7 +270,8 @@ pub trait DiskSnapshotter: Send + Sync {
     /// as needing a window ([`crate::PlannedStep::window`]); the step that moves the path after a merge runs inside that.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Refused`] or `Unsupported`, with what to do instead.
+    /// [`crate::ErrorKind::Refused`] or `Unsupported`, with what to do instead: among others where a point that the plan
+    /// names cannot be told from another one of its layer.
     async fn plan(
         &self,
         disk: &DiskRecord,
@@ -353,7 +357,7 @@ pub trait DiskSnapshotter: Send + Sync {
     /// when it is activated. A backend of devices asks those who know them.
     async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {
         let layers = disk.owned.iter().chain([&disk.active]);
-        let mut files = layers.map(|layer| crate::chain::layer_path(&disk.disk.path, layer));
+        let mut files = layers.map(|layer| self.layer_file(disk, layer));
         Ok(is_gone_file(&disk.disk.path) && files.all(|file| !file.exists()))
     }
 
@@ -368,6 +372,21 @@ pub trait DiskSnapshotter: Send + Sync {
 
     /// The file that a layer opens by, for people and tools.
     fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf;
+}
+
+/// What becomes of a finish step that could not be done ([`DiskSnapshotter::leftover`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Leftover {
+    /// The step must be done: the operation stays unfinished until a recovery does it. Unless the step is planned as one
+    /// that may be left ([`crate::PlannedStep::deferrable`]).
+    Required,
+    /// The step may be left. The disk is whole without it, and the next delete, or a tidy, finds what is left of it, on the
+    /// disk or by the layers that the catalogue has, and plans it anew. What is left must be in no later plan's way.
+    PlannedAnew,
+    /// No later plan does it. It is left only where it can never be done: the image is corrupt, or refused. The text
+    /// tells the user what stays.
+    Stays(String),
 }
 
 /// What a step does with files. Paths are absolute.

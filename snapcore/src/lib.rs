@@ -36,7 +36,7 @@
 //!         }
 //!     });
 //!
-//!     let domain = DomainRef::parse("/vm/web/root.qcow2,/vm/web/data.qcow2")?;
+//!     let domain = DomainRef::parse("/vm/web/root.img,/vm/web/data.img")?;
 //!     let before = SnapshotName::new("before-update")?;
 //!     let cancel = CancellationToken::new();
 //!     domsnap.create(&domain, CreateRequest::new(before.clone()), cancel.clone()).await?;
@@ -52,7 +52,6 @@
 mod address;
 mod backend;
 pub mod catalogue;
-pub mod chain;
 pub mod confine;
 pub mod devices;
 mod domain;
@@ -77,8 +76,8 @@ mod zone;
 
 pub use address::{DiskAddress, DiskIdentity};
 pub use backend::{
-    Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth, Progress,
-    Salvage, Severity, StepContext, StepNeed,
+    Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth, Leftover,
+    Progress, Salvage, Severity, StepContext, StepNeed,
 };
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
 pub use error::{Error, ErrorKind, Result};

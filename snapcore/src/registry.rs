@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use camino::Utf8Path;
+use camino::{Utf8Path, Utf8PathBuf};
 
-use crate::{DiskSnapshotter, Error, ErrorKind, Hypervisor, Result, VmStateSaver};
+use crate::{DiskSnapshotter, Error, ErrorKind, Hypervisor, Result, VmStateSaver, file_identity};
 
 /// The backends of a program, in the order of their registration. The first is the default: it serves images
 /// that are given by their path alone.
@@ -87,6 +87,16 @@ impl Registry {
     pub fn of_scheme(&self, address: &Utf8Path) -> Option<&dyn DiskSnapshotter> {
         let (scheme, _) = crate::address::split(address.as_str())?;
         self.iter().find(|backend| backend.scheme() == Some(scheme))
+    }
+
+    /// The path that a domain's configuration has for an image which its hypervisor has open as `open`: perhaps by the
+    /// permanent name of a layer. It is another one only where both name the same file now.
+    pub fn configured_path(&self, open: &Utf8Path) -> Utf8PathBuf {
+        let id = |path: &Utf8Path| path.metadata().ok().map(|found| file_identity(&found));
+        let is_same = |path: &Utf8PathBuf| id(path).is_some_and(|found| id(open) == Some(found));
+        self.iter()
+            .find_map(|backend| backend.configured_path(open).filter(is_same))
+            .unwrap_or_else(|| open.to_owned())
     }
 
     /// The format of images that are given by their path alone: the first that was registered.

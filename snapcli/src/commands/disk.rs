@@ -16,8 +16,8 @@
 
 use backend_qcow2::image::{self, Image, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
+use image_files::layer_name::layer_path;
 use jiff::Timestamp;
-use snapcore::chain::layer_path;
 use snapcore::service::{Belonging, DomainRef, GivenImage, Listing, image_list, image_path, require_files};
 use snapcore::{
     ActivePath, CreateRequest, DeleteRequest, Disk as DomainDisk, Error, ErrorKind, InspectDepth, Point,

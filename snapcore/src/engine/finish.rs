@@ -1,10 +1,14 @@
 //! What comes after the commit point: carried through, put off, or left for a recovery.
 
+use std::sync::Arc;
+
 use super::{Run, Running};
 use crate::catalogue::Change;
-use crate::chain::ChainStep;
 use crate::service::Postponed;
-use crate::{DomainStep, Error, ErrorKind, Event, Group, Result, StepState, StepStatus, Target, Transition};
+use crate::{
+    DiskRecord, DiskSnapshotter, DomainStep, Error, ErrorKind, Event, Group, Leftover, Result, Step,
+    StepState, StepStatus, Target, Transition,
+};
 
 impl Running<'_> {
     /// Does the finish steps that are not done, and ends the operation.
@@ -67,7 +71,9 @@ impl Running<'_> {
                             && !self.has_moved_path(unit.clone()).await =>
                     {
                         reason = Some(error.to_string());
-                        self.note_kept_tags(index);
+                        if let Some(Leftover::Stays(what)) = self.leftover(index) {
+                            self.run.warnings.push(what);
+                        }
                     }
                     Err(error) => {
                         let changes = vec![Change::Operation(
@@ -175,33 +181,40 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Returns true if the disk is whole without this step, and a later operation plans anew what is left of it: then a step that
-    /// cannot be done (an immutable file, no permission, a full disk) does not keep the domain from everything else.
-    ///
-    /// Nothing plans anew the deletion of tags that the catalogue has no more. So it is left for a recovery, unless the image is
-    /// such that it can never be done.
+    /// Returns true if the disk is whole without this step: then a step that cannot be done (an immutable file, no
+    /// permission, a full disk) does not keep the domain from everything else.
     fn is_left_whole(&self, index: usize, error: &Error) -> bool {
-        let step = &self.operation.plan.steps[index].step;
-        let action = serde_json::from_value::<ChainStep>(step.action.clone());
         let for_ever =
             matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Refused | ErrorKind::Unsupported);
-        if matches!(action, Ok(ChainStep::DropInternal { .. })) && !for_ever {
-            return false;
+        match self.leftover(index) {
+            None | Some(Leftover::Required) => false,
+            Some(Leftover::PlannedAnew) => true,
+            Some(Leftover::Stays(_)) => for_ever,
         }
-        let record = self.entry.domain.disks.iter().find(|record| record.disk.target == step.target);
-        let backend = record.and_then(|record| self.engine.registry.get(&record.disk.format).ok());
-        backend.is_some_and(|backend| backend.plans_leftovers())
     }
 
-    /// Whether one of these steps has moved the configured path, or may have, though it failed (its directory
+    /// What becomes of a disk's step that could not be done.
+    fn leftover(&self, index: usize) -> Option<Leftover> {
+        let (backend, record, step) = self.disk_step(index)?;
+        Some(backend.leftover(record, step))
+    }
+
+    fn disk_step(&self, index: usize) -> Option<(Arc<dyn DiskSnapshotter>, &DiskRecord, &Step)> {
+        let step = &self.operation.plan.steps[index].step;
+        let record = self.entry.domain.disks.iter().find(|record| record.disk.target == step.target)?;
+        Some((self.engine.registry.get(&record.disk.format).ok()?, record, step))
+    }
+
+    /// Returns true if one of these steps has moved the configured path, or may have, though it failed (its directory
     /// could not be flushed). It is not deferred then, but repeated by `recover`: the catalogue would go on
-    /// to say that the path names the former layer, and everything would be refused because it does not.
+    /// to say that the path names the previous layer, and everything would be refused because it does not.
     async fn has_moved_path(&self, unit: std::ops::Range<usize>) -> bool {
         for index in unit {
-            let action = self.operation.plan.steps[index].step.action.clone();
-            if matches!(serde_json::from_value(action), Ok(ChainStep::SwitchActive { .. }))
-                && !matches!(self.status(index).await, Ok(StepStatus::NotDone))
-            {
+            let moves = self.disk_step(index).is_some_and(|(backend, record, step)| {
+                // The one step after which the path is another file's name.
+                backend.uses(record, step).makes.contains(&record.disk.path)
+            });
+            if moves && !matches!(self.status(index).await, Ok(StepStatus::NotDone)) {
                 return true;
             }
         }
@@ -213,20 +226,6 @@ impl Running<'_> {
     fn is_of_names(&self, index: usize) -> bool {
         self.operation.plan.steps[index].step.target.is_domain()
             && matches!(self.domain_step(index), Ok(DomainStep::Rehome { .. }))
-    }
-
-    /// Tags that could not be deleted are no snapshots of the domain any more, and nothing deletes them later.
-    fn note_kept_tags(&mut self, index: usize) {
-        let step = &self.operation.plan.steps[index].step;
-        let Ok(ChainStep::DropInternal { layer, tags }) = serde_json::from_value(step.action.clone()) else {
-            return;
-        };
-        self.run.warnings.push(format!(
-            "{}: the internal snapshots {} stay in layer {layer}, and the domain has them no more: `domsnap check` tells of \
-             the image, `domsnap import --replace` brings them back",
-            step.target,
-            tags.join(", ")
-        ));
     }
 
     fn put_off(&mut self, target: &Target, index: usize, bytes: u64, reason: String) {

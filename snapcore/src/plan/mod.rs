@@ -65,26 +65,6 @@ pub async fn plan(
     }
 }
 
-/// Refuses a point whose tag several internal snapshots of its image have: which one is meant cannot be told.
-fn is_unambiguous(disk: &DiskInput, point: &Point) -> Result<()> {
-    let Some(tag) = &point.tag else { return Ok(()) };
-    let Some(layer) = disk.state.layer(&point.layer) else { return Ok(()) };
-    let number = layer.internal.iter().filter(|internal| internal.tag == *tag).count();
-    if number < 2 {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::Refused,
-        format!("{}: {} has {number} internal snapshots called {tag}: which one is meant cannot be told", disk.target(), layer.file),
-    )
-    .state("no changes made")
-    .advise(format!(
-        "delete all but one by their numbers ('qemu-img snapshot -l {0}' shows them, 'qemu-img snapshot -d NUMBER {0}' deletes \
-         one), then take the image in as it is: 'domsnap import --replace'",
-        layer.file
-    )))
-}
-
 /// A number for the name of a new layer.
 fn stamp() -> u32 {
     let bytes = Uuid::new_v4().into_bytes();
@@ -201,7 +181,6 @@ impl Planner<'_> {
         let mut plans = Vec::new();
         for disk in self.disks.iter().filter(|disk| !skips(disk.target())) {
             let Some(member) = wanted.point(disk.target()) else { continue };
-            is_unambiguous(disk, &member.point)?;
             self.refuse_replaced(wanted, disk, member)?;
             self.require_live(disk)?;
             if request.save_current.is_some() {
@@ -432,7 +411,6 @@ impl Planner<'_> {
         doomed: &BTreeSet<SnapshotId>,
         force: bool,
     ) -> Result<Plan> {
-        self.require_single_tags(doomed)?;
         let mut merged = Merged::default();
         for disk in self.disks {
             self.require_last(disk, doomed)?;
@@ -473,37 +451,6 @@ impl Planner<'_> {
             merged.commit.push(Edit::SetCurrent { id: survivor });
         }
         Ok(merged.plan(operation, names))
-    }
-
-    /// Refuses where an image has several internal snapshots by the name of one that is to go: QEMU's tools
-    /// make such, and to delete one of them by its name may delete the other.
-    fn require_single_tags(&self, doomed: &BTreeSet<SnapshotId>) -> Result<()> {
-        for disk in self.disks {
-            for snapshot in self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)) {
-                let Some(Point { layer, tag: Some(tag) }) = snapshot.point(disk.target()).map(|m| &m.point)
-                else {
-                    continue;
-                };
-                let Some(layer) = disk.state.layer(layer) else { continue };
-                let same = layer.internal.iter().filter(|internal| internal.tag == *tag).count();
-                if same > 1 {
-                    return Err(Error::new(
-                        ErrorKind::Refused,
-                        format!(
-                            "{}: {} has {same} internal snapshots called {tag}, and the name cannot say which is meant",
-                            disk.target(),
-                            layer.file
-                        ),
-                    )
-                    .state("no changes made")
-                    .advise(format!(
-                        "'qemu-img snapshot -l {0}' shows their IDs, 'qemu-img snapshot -d ID {0}' deletes one",
-                        layer.file
-                    )));
-                }
-            }
-        }
-        Ok(())
     }
 
     fn surviving_ancestor(

@@ -182,7 +182,8 @@ fn add(state: &mut DiskState, layer: &LayerName, path: &Utf8Path, image: &Utf8Pa
     let by_path = *layer == state.active
         && file.file_name() == path.file_name()
         && file.parent().and_then(file_id) == path.parent().and_then(file_id)
-        && crate::chain::layer_path(path, layer) != path;
+        // The layer has another name than the path.
+        && !path.ends_with(layer.as_str());
     if by_path && !state.on_path.contains(image) {
         state.on_path.push(image.clone());
     }

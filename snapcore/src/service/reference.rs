@@ -2,9 +2,8 @@
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::images::file_id;
 use crate::{
-    ActivePath, Control, Disk, DomainInfo, DomainName, Error, ErrorKind, Hypervisor, Result, Target, chain,
+    ActivePath, Control, Disk, DomainInfo, DomainName, Error, ErrorKind, Hypervisor, Result, Target,
 };
 
 /// A domain as a user names it: a registered name, the images of disks at rest, or where a running one is
@@ -212,16 +211,6 @@ pub fn image_list<'a>(images: impl IntoIterator<Item = (&'a Utf8Path, Option<&'a
     images.into_iter().map(image).collect::<Vec<_>>().join(",")
 }
 
-/// The path that a domain's configuration has for an image which its hypervisor has open by the permanent
-/// name of a layer.
-pub(super) fn configured_path(open: &Utf8Path) -> Utf8PathBuf {
-    let configured = open.with_file_name(chain::disk_name(open));
-    match file_id(&configured) {
-        Some(id) if file_id(open) == Some(id) => configured,
-        _ => open.to_owned(),
-    }
-}
-
 /// Returns true for the name of a file that QEMU makes for a drive with `snapshot=on`.
 fn is_temporary(path: &Utf8Path) -> bool {
     path.file_name().is_some_and(|name| name.starts_with("vl.") && name.len() == "vl.XXXXXX".len())
@@ -288,9 +277,12 @@ pub(super) fn choose_disks(seen: &DomainInfo) -> Result<Chosen> {
             (Some(why), _) => why.as_str(),
             (None, true) => "it is called as the domain itself is; give its device another id",
             (None, false) => {
-                let path = configured_path(&disk.path);
-                require_image(&disk.target, &path)?;
-                chosen.disks.push(Disk { target: disk.target.clone(), path, format: disk.format.clone() });
+                require_image(&disk.target, &disk.path)?;
+                chosen.disks.push(Disk {
+                    target: disk.target.clone(),
+                    path: disk.path.clone(),
+                    format: disk.format.clone(),
+                });
                 continue;
             }
         };
@@ -457,22 +449,20 @@ mod tests {
         }
     }
 
+    /// A running domain's disks are taken, and its other drives are reported, each with the reason.
     #[test]
-    fn a_running_domains_disks_are_taken_by_their_configured_paths_and_the_others_told() {
+    fn drives_without_a_disk_are_left_out_with_reasons() {
         let directory = tempfile::tempdir().unwrap();
         let directory = Utf8Path::from_path(directory.path()).unwrap();
-        let (layer, path) = (directory.join("a.ds-0123abcd.qcow2"), directory.join("a.qcow2"));
-        std::fs::write(&layer, "").unwrap();
-        std::fs::hard_link(&layer, &path).unwrap();
-        let other = directory.join("b.ds-0123abcd.qcow2");
+        let (path, other) = (directory.join("a.img"), directory.join("b.img"));
+        std::fs::write(&path, "").unwrap();
         std::fs::write(&other, "").unwrap();
-        std::fs::write(directory.join("b.qcow2"), "").unwrap();
         let mut spec = DomainSpec::new(DomainName::new("web").unwrap()).run_by(
             Hypervisor::new("fake").unwrap(),
             Control { address: "/nowhere/qmp".to_owned(), ..Control::default() },
         );
         let drives = vec![
-            drive("vda", &layer, None),
+            drive("vda", &path, None),
             drive("vdb", &other, None),
             drive("domain", &path, None),
             drive("sr0", Utf8Path::new("/cd.iso"), Some("its medium can be taken out")),

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use super::Locator;
-use crate::service::reference::configured_path;
 use crate::{
     AttachedDisk, Control, DiskRecord, Domain, DomainInfo, Error, ErrorKind, Hypervisor, LiveDomain, Result,
 };
@@ -105,7 +104,7 @@ impl Locator {
     /// name, and a disk by the format that it opens it with.
     fn know_disks(&self, seen: &mut DomainInfo) {
         for disk in &mut seen.disks {
-            disk.path = configured_path(&disk.path);
+            disk.path = self.registry.configured_path(&disk.path);
             if let Some(backend) = self.registry.recognise(&disk.path, Some(&disk.format)) {
                 disk.format = backend.to_owned();
             }

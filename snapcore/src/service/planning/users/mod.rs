@@ -36,7 +36,6 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 
 use self::kernel::{Locks, User, Users, users_of};
-use crate::chain::{ChainStep, layer_path};
 use crate::devices;
 use crate::engine::Watch;
 use crate::hypervisor::is_device;
@@ -215,7 +214,7 @@ impl WatchedDisk<'_> {
         let (record, disk) = (self.record, &self.record.disk);
         let layers = record.owned.iter().chain([&record.active]);
         let layers = layers.map(|layer| {
-            let file = layer_path(&disk.path, layer);
+            let file = disk.path.with_file_name(layer.as_str());
             // What lies elsewhere than beside the disk only its backend knows.
             match self.backend.filter(|_| !file.exists()) {
                 Some(backend) => backend.layer_file(record, layer),
@@ -241,24 +240,10 @@ impl WatchedDisk<'_> {
                 watched.files.entry(identity).or_insert((disk.target.clone(), file));
             }
         }
-        let Ok(action) = serde_json::from_value::<ChainStep>(step.action.clone()) else { return };
-        let written = match action {
-            ChainStep::TakeInternal { layer, .. }
-            | ChainStep::ApplyInternal { layer, .. }
-            | ChainStep::DropInternal { layer, .. }
-            | ChainStep::ForgetInternal { layer, .. } => layer,
-            ChainStep::Merge { into, .. } => into,
-            ChainStep::Repoint { child, .. } => child,
-            ChainStep::NameLayer { .. }
-            | ChainStep::CreateOverlay { .. }
-            | ChainStep::Materialise { .. }
-            | ChainStep::SwitchActive { .. }
-            | ChainStep::Remove { .. }
-            | ChainStep::Unname { .. } => return,
-        };
-        let named = Some(layer_path(&disk.path, &written)).filter(|file| file.exists());
-        let file = named.unwrap_or_else(|| disk.path.clone());
-        watched.in_place.extend(file_id(&file).filter(|id| !self.open.contains(id)));
+        let written = self.backend.map(|backend| backend.uses(self.record, step).writes);
+        for file in written.into_iter().flatten() {
+            watched.in_place.extend(file_id(&file).filter(|id| !self.open.contains(id)));
+        }
     }
 }
 

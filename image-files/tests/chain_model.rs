@@ -6,8 +6,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use image_files::chain::{self, ChainStep};
+use image_files::layer_name::{layer_name, layer_path};
 use proptest::prelude::*;
-use snapcore::chain::{self, ChainStep};
 use snapcore::{
     ActivePath, Capabilities, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Group,
     InternalPoint, Layer, LayerName, PlannedStep, Point, PointKind, SnapshotName, Target,
@@ -47,7 +48,7 @@ impl Machine {
             path: "/vm/disk.qcow2".into(),
             format: "model".to_owned(),
         };
-        let base = chain::layer_name(&disk.path, 0);
+        let base = layer_name(&disk.path, 0);
         let record = DiskRecord { disk, active: base.clone(), owned: vec![base.clone()] };
         let images = BTreeMap::from([(base.clone(), Image::default())]);
         Self {
@@ -74,7 +75,7 @@ impl Machine {
     fn state(&self) -> DiskState {
         let layers = self.images.iter().map(|(name, image)| Layer {
             name: name.clone(),
-            file: chain::layer_path(&self.record.disk.path, name),
+            file: layer_path(&self.record.disk.path, name),
             format: "model".to_owned(),
             named: image.named,
             backing: image.backing.clone(),
@@ -185,7 +186,7 @@ impl Machine {
                 let (name, overlay) = self
                     .images
                     .iter()
-                    .find(|(name, _)| chain::layer_path(&self.record.disk.path, name) == *file)
+                    .find(|(name, _)| layer_path(&self.record.disk.path, name) == *file)
                     .expect("the overlay was made before the instant");
                 assert!(file.is_absolute() && *format == self.record.disk.format);
                 assert!(overlay.own.is_empty() && overlay.backing.as_ref() == Some(&active));

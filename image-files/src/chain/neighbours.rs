@@ -2,8 +2,12 @@
 
 use camino::Utf8PathBuf;
 
-use super::{ChainStep, layer_path};
-use crate::{ActivePath, DiskPlan, DiskRecord, DiskState, Error, ErrorKind, Result, Unclear};
+use snapcore::{
+    ActivePath, DiskPlan, DiskRecord, DiskState, Error, ErrorKind, Result, Step, Unclear, shell_command,
+};
+
+use super::ChainStep;
+use crate::layer_name::layer_path;
 
 /// Refuses a revert that would change what an image beside the disk shows.
 ///
@@ -51,7 +55,7 @@ pub(super) fn allow_merges(
     tidying: bool,
     plan: &mut DiskPlan,
 ) -> Result<()> {
-    let harmless = |step: &crate::Step| {
+    let harmless = |step: &Step| {
         matches!(
             serde_json::from_value(step.action.clone()),
             Ok(ChainStep::DropInternal { .. }
@@ -99,7 +103,7 @@ pub fn rebase(layer: &camino::Utf8Path, overlay: &camino::Utf8Path) -> String {
     let beside = layer.parent() == overlay.parent();
     let name = layer.file_name().filter(|name| beside && !name.contains(':')).unwrap_or(layer.as_str());
     let words = ["qemu-img", "rebase", "-u", "-b", name, "-F", "qcow2", overlay.as_str()];
-    format!("`{}`", crate::shell_command(words))
+    format!("`{}`", shell_command(words))
 }
 
 /// `FILE stands`, `FILE and 2 others stand`.

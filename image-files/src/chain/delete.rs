@@ -1,0 +1,173 @@
+//! Deletes: tags dropped, and layers that nothing needs removed or merged.
+
+use camino::Utf8Path;
+use snapcore::{ActivePath, Edit, Group, LayerName, Point, Result, shown_size};
+
+use super::{ChainStep, Planner, VisibleBytes, neighbours};
+use crate::layer_name::layer_path;
+
+impl Planner<'_> {
+    pub(super) fn delete(
+        &mut self,
+        drop: &[Point],
+        keep: &[Point],
+        visible: &mut VisibleBytes<'_>,
+    ) -> Result<()> {
+        self.forget_gone(keep);
+        self.drop_tags(drop, keep);
+        self.remove_unneeded(keep);
+        self.empty_carriers(drop, keep);
+        let keep = self.merge_runs(keep, visible)?;
+        self.note_unnamed(&keep);
+        self.unname_last(&keep);
+        Ok(())
+    }
+
+    /// Forgets layers whose files are gone, and that nothing needs: those of a step that removed some of its
+    /// files, or all, and failed then, so that the rest of it was deferred.
+    fn forget_gone(&mut self, keep: &[Point]) {
+        for layer in &self.record.owned {
+            let is_there = self.layers.iter().any(|known| known.name == *layer);
+            let is_needed = *layer == self.active || keep.iter().any(|point| point.layer == *layer);
+            if !is_there && !is_needed {
+                let edit = Edit::RemoveLayer { target: self.target.clone(), layer: layer.clone() };
+                self.plan.commit.push(edit);
+            }
+        }
+    }
+
+    fn drop_tags(&mut self, drop: &[Point], keep: &[Point]) {
+        for index in 0..self.layers.len() {
+            let layer = &self.layers[index];
+            let dropped = |tag: &str| {
+                let point = Point::internal(layer.name.clone(), tag);
+                drop.contains(&point) && !keep.contains(&point)
+            };
+            let tags: Vec<String> = layer
+                .internal
+                .iter()
+                .map(|internal| internal.tag.clone())
+                .filter(|tag| dropped(tag))
+                .collect();
+            if tags.is_empty() {
+                continue;
+            }
+            let name = layer.name.clone();
+            let words = format!("delete {} inside {name}", tags.join(", "));
+            if name == self.active && self.is_attached() {
+                self.plan.notes.push(format!(
+                    "{}: the space of {} stays in {}, for what the guest writes next: QEMU gives it back to the file system \
+                     where the disk has discard=unmap",
+                    self.target,
+                    tags.join(", "),
+                    layer.file
+                ));
+            }
+            self.layers[index].internal.retain(|internal| !tags.contains(&internal.tag));
+            // A hypervisor can do it to what it writes, not to what it has open for reading alone.
+            let window = name != self.active && self.open.contains(&name);
+            self.push(Group::Finish, ChainStep::DropInternal { layer: name, tags }, &words, 0);
+            if let Some(planned) = self.plan.steps.last_mut() {
+                planned.window = window;
+            }
+        }
+    }
+
+    /// The file of a layer that this disk needs no more stays, because others may need it: so it, too, stands on what
+    /// is `below` it.
+    pub(super) fn let_go(&mut self, file: &Utf8Path, below: Option<&LayerName>) {
+        if let Some(below) = below.and_then(|name| self.layers.iter_mut().find(|layer| layer.name == *name)) {
+            below.dependents.push(file.to_owned());
+        }
+        self.plan.notes.push(format!(
+            "{}: this disk does not need {file} any more; the file stays, because its name is not one of domsnap's: remove \
+             it if nothing else needs it",
+            self.target
+        ));
+    }
+
+    pub(super) fn remove_unneeded(&mut self, keep: &[Point]) {
+        let mut gone = Vec::new();
+        while let Some(index) = self.layers.iter().position(|layer| {
+            !self.needed(layer, keep) && layer.internal.is_empty() && self.children(&layer.name).is_empty()
+        }) {
+            let layer = self.layers.remove(index);
+            if self.made_here(&layer.name) {
+                gone.push(layer.name);
+                continue;
+            }
+            self.plan
+                .commit
+                .push(Edit::RemoveLayer { target: self.target.clone(), layer: layer.name.clone() });
+            self.let_go(&layer.file, layer.backing.as_ref());
+        }
+        self.remove(gone);
+    }
+
+    /// A layer that is kept only for the tags in it need not keep a state of its own: what a deleted point held is
+    /// given back by making that state one of the tags'.
+    fn empty_carriers(&mut self, drop: &[Point], keep: &[Point]) {
+        let carriers: Vec<(LayerName, String)> = self
+            .layers
+            .iter()
+            .filter(|layer| {
+                drop.contains(&Point::external(layer.name.clone())) && self.made_here(&layer.name)
+            })
+            .filter(|layer| !self.needed(layer, keep) && self.children(&layer.name).is_empty())
+            .filter_map(|layer| Some((layer.name.clone(), layer.internal.last()?.tag.clone())))
+            .collect();
+        for (layer, tag) in carriers {
+            self.apply_internal(Group::Finish, &layer, &tag, None);
+        }
+    }
+
+    fn note_unnamed(&mut self, keep: &[Point]) {
+        for layer in &self.layers {
+            let children = self.children(&layer.name).len();
+            let for_others = layer.owned
+                && layer.format != "raw"
+                && layer.name != self.active
+                && !layer.dependents.is_empty()
+                && !keep.contains(&Point::external(layer.name.clone()));
+            if for_others {
+                self.plan.notes.push(format!(
+                    "{}: layer {} ({}) stays: {} on it",
+                    self.target,
+                    layer.name,
+                    shown_size(layer.allocated),
+                    neighbours::standing(&layer.dependents)
+                ));
+            }
+            if self.needed(layer, keep) || children == 0 {
+                continue;
+            }
+            self.plan.notes.push(format!(
+                "{}: layer {} ({}) is kept: {} on it; it is merged when the last of them is deleted",
+                self.target,
+                layer.name,
+                shown_size(layer.allocated),
+                match children {
+                    1 => "internal snapshots of the layer above depend".to_owned(),
+                    n => format!("{n} layers depend"),
+                }
+            ));
+        }
+    }
+
+    fn unname_last(&mut self, keep: &[Point]) {
+        let [only] = self.layers.iter().filter(|layer| layer.owned).collect::<Vec<_>>()[..] else { return };
+        let its_own_name = self.record.disk.path == layer_path(&self.record.disk.path, &only.name);
+        let free = only.name == self.active
+            && only.named
+            && only.dependents.is_empty()
+            && self.active_path == ActivePath::Keep
+            && !its_own_name
+            && !self.is_attached()
+            && !keep.contains(&Point::external(only.name.clone()));
+        if free {
+            let layer = only.name.clone();
+            let words = format!("remove the layer name {layer}: {} alone is left", self.record.disk.path);
+            self.push(Group::Finish, ChainStep::Unname { layer }, &words, 0);
+        }
+    }
+}

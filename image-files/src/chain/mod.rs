@@ -1,0 +1,212 @@
+//! Which steps an operation takes on a disk that is a chain of files: qcow2, VHD, overlays over raw.
+//!
+//! Everything here is a function of the disk's layers, of the points that the catalogue wants kept, and of the
+//! request. A backend calls [`plan`] and carries [`ChainStep`]s out. What a layer is needed for is computed
+//! anew each time from the layers that exist, so that a layer which another image is backed by is never merged
+//! or removed.
+
+mod action;
+mod delete;
+mod merge;
+mod neighbours;
+mod take;
+
+use std::collections::HashSet;
+
+use snapcore::{
+    ActivePath, Capabilities, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group,
+    Layer, LayerName, PlannedStep, Point, Result, Step, Target,
+};
+
+pub use self::action::{ChainStep, room_of_overlay, uses};
+pub use self::neighbours::rebase;
+use crate::layer_name::{is_layer_name, layer_path};
+
+/// How many bytes of each layer of a run (bottom first) are visible at its top.
+pub type VisibleBytes<'a> = dyn FnMut(&[LayerName]) -> Result<Vec<u64>> + Send + 'a;
+
+/// The steps that fulfil `request` on a chain of files.
+///
+/// `visible` is asked before a merge, to find the direction that moves least.
+///
+/// # Errors
+/// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`], [`ErrorKind::NotFound`] or [`ErrorKind::Exists`], with what to do.
+pub fn plan(
+    record: &DiskRecord,
+    state: &DiskState,
+    active_path: ActivePath,
+    capabilities: &Capabilities,
+    request: &DiskRequest,
+    visible: &mut VisibleBytes<'_>,
+) -> Result<DiskPlan> {
+    let mut planner = Planner {
+        record,
+        target: record.disk.target.clone(),
+        active_path,
+        capabilities,
+        open: match state.attached {
+            true => state.chain(&state.active).iter().map(|layer| layer.name.clone()).collect(),
+            false => HashSet::new(),
+        },
+        layers: state.layers.clone(),
+        active: state.active.clone(),
+        plan: DiskPlan::default(),
+    };
+    match request {
+        DiskRequest::Create { kind, way: _, name, overlay, keep: _, stamp } => {
+            planner.create(kind.unwrap_or(capabilities.preferred), name, overlay.as_ref(), *stamp)?;
+        }
+        DiskRequest::Revert { to, save, keep, undoable, stamp } => {
+            neighbours::allow_revert(record, state, active_path)?;
+            planner.revert(to, save.as_ref(), keep, *undoable, *stamp)?;
+        }
+        DiskRequest::Delete { drop, keep, .. } => {
+            planner.delete(drop, keep, visible)?;
+            neighbours::allow_merges(record, state, drop.is_empty(), &mut planner.plan)?;
+        }
+        _ => {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "this version of the backend does not know the request",
+            )
+            .advise("use a backend of the same version as domsnap"));
+        }
+    }
+    planner.plan.steps.sort_by_key(|planned| planned.group);
+    Ok(planner.plan)
+}
+
+/// Some layers in words: by name, as long as they are few.
+fn enumeration(layers: &[&LayerName]) -> String {
+    match layers {
+        [first, .., last] if layers.len() > 4 => format!("{} layers ({first} to {last})", layers.len()),
+        few => few.iter().map(|layer| layer.as_str()).collect::<Vec<_>>().join(", "),
+    }
+}
+
+struct Planner<'a> {
+    record: &'a DiskRecord,
+    target: Target,
+    active_path: ActivePath,
+    capabilities: &'a Capabilities,
+    /// The layers that a hypervisor has open: the active chain of an attached disk.
+    open: HashSet<LayerName>,
+    /// The layers as they will be after the steps planned so far.
+    layers: Vec<Layer>,
+    active: LayerName,
+    plan: DiskPlan,
+}
+
+impl Planner<'_> {
+    /// Whether anybody needs what `layer` itself shows.
+    fn needed(&self, layer: &Layer, keep: &[Point]) -> bool {
+        layer.name == self.active
+            || !layer.owned
+            // Whatever stood there before the first overlay: it is read, and never written or removed.
+            || layer.format == "raw"
+            || !layer.dependents.is_empty()
+            || keep.contains(&Point::external(layer.name.clone()))
+    }
+
+    /// Whether the file of a layer bears a name that only domsnap gives.
+    fn made_here(&self, layer: &LayerName) -> bool {
+        is_layer_name(&self.record.disk.path, layer.as_str())
+    }
+
+    fn existing(&self, name: &LayerName) -> Result<&Layer> {
+        self.layers.iter().find(|layer| layer.name == *name).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("{}: layer {name} does not exist", self.target))
+                .advise("run 'domsnap check' to see what is missing")
+        })
+    }
+
+    fn children(&self, name: &LayerName) -> Vec<LayerName> {
+        self.layers.iter().filter(|l| l.backing.as_ref() == Some(name)).map(|l| l.name.clone()).collect()
+    }
+
+    fn depth(&self, name: &LayerName) -> usize {
+        let mut depth = 0;
+        let mut next = Some(name.clone());
+        while let Some(layer) = next.and_then(|name| self.layers.iter().find(|layer| layer.name == name)) {
+            depth += 1;
+            next = layer.backing.clone().filter(|_| depth <= self.layers.len());
+        }
+        depth
+    }
+
+    /// Whether a hypervisor has the active chain open.
+    fn is_attached(&self) -> bool {
+        !self.open.is_empty()
+    }
+
+    /// The configured path is moved at a moment that only the step before can make.
+    fn switch_runs_inside(&mut self) {
+        if let (ActivePath::Keep, Some(planned)) = (self.active_path, self.plan.steps.last_mut()) {
+            planned.inside = true;
+        }
+    }
+
+    fn take_internal(&mut self, group: Group, layer: &LayerName, tag: &str) {
+        let step = ChainStep::TakeInternal { layer: layer.clone(), tag: tag.to_owned() };
+        self.push(group, step, &format!("create internal snapshot {tag} in {layer}"), 0);
+    }
+
+    fn apply_internal(&mut self, group: Group, layer: &LayerName, tag: &str, safety: Option<String>) {
+        let step = ChainStep::ApplyInternal { layer: layer.clone(), tag: tag.to_owned(), safety };
+        self.push(group, step, &format!("restore internal snapshot {tag} in {layer}"), 0);
+    }
+
+    fn switch(&mut self, group: Group, to: &LayerName) {
+        let from = std::mem::replace(&mut self.active, to.clone());
+        let mut edits = vec![Edit::SetActive { target: self.target.clone(), layer: to.clone() }];
+        match self.active_path {
+            ActivePath::Keep => {
+                let words = format!("switch {} to {to}", self.record.disk.path);
+                self.push(group, ChainStep::SwitchActive { from, to: to.clone() }, &words, 0);
+            }
+            ActivePath::New => {
+                let path = layer_path(&self.record.disk.path, to);
+                self.plan
+                    .notes
+                    .push(format!("{}: the domain's configuration must now name {path}", self.target));
+                edits.push(Edit::SetPath { target: self.target.clone(), path });
+            }
+        }
+        match group {
+            Group::Prepare | Group::Cut => self.plan.commit.extend(edits),
+            Group::Finish => edits.into_iter().for_each(|edit| self.edit_last(edit)),
+        }
+    }
+
+    /// One step for many layers: their names go with one flush of the directory.
+    fn remove(&mut self, layers: Vec<LayerName>) {
+        if layers.is_empty() {
+            return;
+        }
+        let it = if layers.len() == 1 { "it" } else { "them" };
+        let words = format!("remove {}: nothing needs {it}", enumeration(&layers.iter().collect::<Vec<_>>()));
+        self.push(Group::Finish, ChainStep::Remove { layers: layers.clone() }, &words, 0);
+        for layer in layers {
+            self.edit_last(Edit::RemoveLayer { target: self.target.clone(), layer });
+        }
+    }
+
+    fn push(&mut self, group: Group, step: ChainStep, summary: &str, bytes: u64) {
+        let action = serde_json::to_value(&step).unwrap_or_default();
+        self.plan.steps.push(PlannedStep {
+            group,
+            step: Step { target: self.target.clone(), action, summary: summary.to_owned(), bytes },
+            edits: Vec::new(),
+            deferrable: false,
+            inside: false,
+            window: false,
+        });
+    }
+
+    /// Attaches an edit to the finish step that makes it true: the last one planned.
+    fn edit_last(&mut self, edit: Edit) {
+        if let Some(last) = self.plan.steps.last_mut() {
+            last.edits.push(edit);
+        }
+    }
+}

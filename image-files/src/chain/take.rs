@@ -1,0 +1,213 @@
+//! Creates and reverts: new layers, and the switch to them.
+
+use snapcore::{
+    DiskInstant, Edit, Error, ErrorKind, Group, Layer, LayerName, Point, PointKind, Result, SnapshotName,
+    shown_size,
+};
+
+use super::{ChainStep, Planner};
+use crate::layer_name::{layer_name, layer_path};
+
+impl Planner<'_> {
+    pub(super) fn create(
+        &mut self,
+        kind: PointKind,
+        name: &SnapshotName,
+        overlay: Option<&LayerName>,
+        stamp: u32,
+    ) -> Result<()> {
+        let active = self.active.clone();
+        match kind {
+            PointKind::Internal => {
+                self.free_tag(&active, name)?;
+                match self.is_attached() {
+                    true => {
+                        self.plan.instant = Some(DiskInstant::Internal { tag: name.as_str().to_owned() });
+                    }
+                    false => self.take_internal(Group::Cut, &active, name.as_str()),
+                }
+                self.plan.point = Some(Point::internal(active, name.as_str()));
+            }
+            PointKind::External => {
+                let new = match overlay {
+                    Some(chosen) => chosen.clone(),
+                    None => layer_name(&self.record.disk.path, stamp),
+                };
+                self.name_active();
+                self.overlay(&new, &active)?;
+                self.switch(Group::Cut, &new);
+                if self.is_attached() {
+                    self.plan.instant = Some(DiskInstant::Overlay {
+                        file: layer_path(&self.record.disk.path, &new),
+                        format: self.record.disk.format.clone(),
+                    });
+                    self.switch_runs_inside();
+                }
+                self.plan.point = Some(Point::external(active));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn revert(
+        &mut self,
+        to: &Point,
+        save: Option<&SnapshotName>,
+        keep: &[Point],
+        undoable: bool,
+        stamp: u32,
+    ) -> Result<()> {
+        let active = self.active.clone();
+        let holder = self.existing(&to.layer)?.clone();
+        let new = layer_name(&self.record.disk.path, stamp);
+        let Some(tag) = &to.tag else {
+            self.name_active();
+            self.overlay(&new, &to.layer)?;
+            self.leave(&new, save, keep);
+            return Ok(());
+        };
+        let Some(found) = holder.internal.iter().find(|internal| internal.tag == *tag) else {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("image {} has no internal snapshot {tag}", holder.file),
+            )
+            .advise("another tool removed it; delete the snapshot from the catalogue"));
+        };
+        let size = found.virtual_size;
+        // Applying a tag changes the layer's own state: only where nobody needs that.
+        let in_place = holder.owned
+            && holder.dependents.is_empty()
+            && (holder.name == active || self.made_here(&holder.name))
+            && self.children(&holder.name).is_empty()
+            && !keep.contains(&Point::external(holder.name.clone()));
+        if in_place && holder.name == active {
+            // What changes an image that a hypervisor has open must wait for the window.
+            let before = if self.is_attached() { Group::Cut } else { Group::Prepare };
+            let safety = match save {
+                Some(name) => {
+                    self.free_tag(&active, name)?;
+                    self.take_internal(before, &active, name.as_str());
+                    self.plan.point = Some(Point::internal(active.clone(), name.as_str()));
+                    Some(name.as_str().to_owned())
+                }
+                None if undoable => {
+                    // Begins with a dot, so it can never be a snapshot's name.
+                    let tag = format!(".domsnap-undo-{stamp:08x}");
+                    self.take_internal(before, &active, &tag);
+                    let drop = ChainStep::DropInternal { layer: active.clone(), tags: vec![tag.clone()] };
+                    self.push(Group::Finish, drop, "drop the safety copy of the former state", 0);
+                    Some(tag)
+                }
+                None => None,
+            };
+            self.plan.irrevocable = safety.is_none();
+            self.apply_internal(Group::Cut, &active, tag, safety);
+            return Ok(());
+        }
+        self.name_active();
+        if in_place {
+            // Nobody needs this layer's own state, so there is nothing that an undo would have to bring back.
+            self.apply_internal(Group::Prepare, &holder.name, tag, None);
+            self.leave(&holder.name, save, keep);
+            return Ok(());
+        }
+        let bytes = holder.allocated.min(size);
+        self.plan.notes.push(format!(
+            "{}: other snapshots depend on {}; {tag} is copied to a new image (up to {})",
+            self.target,
+            holder.file,
+            shown_size(bytes)
+        ));
+        let step = ChainStep::Materialise { from: holder.name.clone(), tag: tag.clone(), layer: new.clone() };
+        self.push(Group::Prepare, step, &format!("copy {tag} out of {} into {new}", holder.name), bytes);
+        self.plan.commit.push(Edit::AddLayer { target: self.target.clone(), layer: new.clone() });
+        self.layers.push(Layer {
+            name: new.clone(),
+            file: layer_path(&self.record.disk.path, &new),
+            format: self.record.disk.format.clone(),
+            named: true,
+            virtual_size: size,
+            owned: true,
+            allocated: bytes,
+            internal: Vec::new(),
+            dependents: Vec::new(),
+            ..holder
+        });
+        self.leave(&new, save, keep);
+        Ok(())
+    }
+
+    /// Switches from the active layer to `to`; the former one is kept as a point, or removed if nothing is in it.
+    fn leave(&mut self, to: &LayerName, save: Option<&SnapshotName>, keep: &[Point]) {
+        let former = self.active.clone();
+        self.switch(Group::Cut, to);
+        let mut keep = keep.to_vec();
+        if save.is_some() {
+            keep.push(Point::external(former.clone()));
+            self.plan.point = Some(Point::external(former));
+        }
+        self.remove_unneeded(&keep);
+    }
+
+    fn free_tag(&self, layer: &LayerName, name: &SnapshotName) -> Result<()> {
+        let layer = self.existing(layer)?;
+        if layer.internal.iter().any(|internal| internal.tag == name.as_str()) {
+            return Err(Error::new(
+                ErrorKind::Exists,
+                format!(
+                    "image {} has an internal snapshot {name} already, which is not domsnap's",
+                    layer.file
+                ),
+            )
+            .advise("choose another name, or take it in with 'domsnap import'"));
+        }
+        Ok(())
+    }
+
+    /// The active layer must have a name of its own before the configured path moves away from it.
+    fn name_active(&mut self) {
+        let active = self.active.clone();
+        let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == active) else { return };
+        if !layer.named {
+            layer.named = true;
+            let words = format!("give {} the permanent name {active}", self.record.disk.path);
+            self.push(Group::Prepare, ChainStep::NameLayer { layer: active }, &words, 0);
+        }
+    }
+
+    fn overlay(&mut self, new: &LayerName, on: &LayerName) -> Result<()> {
+        let depth = self.depth(on) + 1;
+        if depth > self.capabilities.max_depth as usize {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{}: the chain would be {depth} layers deep, and the limit is {}",
+                    self.target, self.capabilities.max_depth
+                ),
+            )
+            .advise("delete snapshots that are not needed, or take this one with --internal"));
+        }
+        let base = self.existing(on)?.clone();
+        let step = ChainStep::CreateOverlay {
+            layer: new.clone(),
+            on: on.clone(),
+            on_format: base.format.clone(),
+            virtual_size: base.virtual_size,
+        };
+        self.push(Group::Prepare, step, &format!("create overlay {new} (backing file {on})"), 0);
+        self.plan.commit.push(Edit::AddLayer { target: self.target.clone(), layer: new.clone() });
+        self.layers.push(Layer {
+            file: layer_path(&self.record.disk.path, new),
+            name: new.clone(),
+            format: self.record.disk.format.clone(),
+            named: true,
+            backing: Some(on.clone()),
+            owned: true,
+            virtual_size: base.virtual_size,
+            allocated: 0,
+            internal: Vec::new(),
+            dependents: Vec::new(),
+        });
+        Ok(())
+    }
+}

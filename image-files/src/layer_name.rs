@@ -1,0 +1,47 @@
+//! The names of layers' files.
+
+use camino::{Utf8Path, Utf8PathBuf};
+use snapcore::LayerName;
+
+/// The permanent name for a layer of the disk at `path`: `<stem>.ds-<8 hex>.<extension>`.
+pub fn layer_name(path: &Utf8Path, stamp: u32) -> LayerName {
+    let stem = unmarked_stem(path);
+    LayerName(match path.extension() {
+        Some(extension) => format!("{stem}.ds-{stamp:08x}.{extension}"),
+        None => format!("{stem}.ds-{stamp:08x}"),
+    })
+}
+
+/// Whether `name` is one that [`layer_name`] gives to layers of the disk at `path`. A layer with another name got it from
+/// its user or from another tool, who may use the file for something else too: it is never removed.
+pub fn is_layer_name(path: &Utf8Path, name: &str) -> bool {
+    let stamp = name.rsplit_once(".ds-").and_then(|(_, rest)| rest.get(..8));
+    stamp
+        .and_then(|stamp| u32::from_str_radix(stamp, 16).ok())
+        .is_some_and(|stamp| layer_name(path, stamp).as_str() == name)
+}
+
+/// The file name of the disk at `path` without the mark of a layer: the same for all its layers, also where the
+/// configured path itself is one ([`ActivePath::New`]).
+pub fn disk_name(path: &Utf8Path) -> String {
+    match path.extension() {
+        Some(extension) => format!("{}.{extension}", unmarked_stem(path)),
+        None => unmarked_stem(path).to_owned(),
+    }
+}
+
+fn unmarked_stem(path: &Utf8Path) -> &str {
+    let stem = path.file_stem().unwrap_or("disk");
+    match stem.rsplit_once(".ds-") {
+        Some((before, mark)) if mark.len() == 8 && mark.bytes().all(|b| b.is_ascii_hexdigit()) => before,
+        _ => stem,
+    }
+}
+
+/// Where the file of a layer's permanent name is: beside the configured path, unless the name is absolute.
+pub fn layer_path(disk_path: &Utf8Path, layer: &LayerName) -> Utf8PathBuf {
+    match disk_path.parent() {
+        Some(directory) => directory.join(layer.as_str()),
+        None => Utf8PathBuf::from(layer.as_str()),
+    }
+}
