@@ -106,18 +106,11 @@ impl Lvm {
 
     async fn step<T: Send + 'static>(
         &self,
-        step: &Step,
+        step: &Step<LvmStep>,
         context: StepContext<'_>,
         work: impl FnOnce(&StepRunner<'_>, &LvmStep) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let action: LvmStep = serde_json::from_value(step.action.clone()).map_err(|error| {
-            Error::new(
-                ErrorKind::Internal,
-                format!("the journal has a step that this backend does not know: {}", step.action),
-            )
-            .because(error)
-            .advise("it was written by another version of domsnap: recover with that one")
-        })?;
+        let action = step.action.clone();
         let path = context.disk.disk.path.clone();
         let volume = volume_of(context.disk)?;
         self.blocking(move |inner| {
@@ -136,6 +129,8 @@ fn identity(path: &Utf8Path) -> Option<FileIdentity> {
 
 #[async_trait]
 impl DiskSnapshotter for Lvm {
+    type Action = LvmStep;
+
     fn format(&self) -> &str {
         "lvm"
     }
@@ -146,14 +141,13 @@ impl DiskSnapshotter for Lvm {
 
     /// A finish step removes unused volumes: those that a revert used, and those that the record owns without
     /// a snapshot.
-    fn leftover(&self, _disk: &DiskRecord, _step: &Step) -> Leftover {
+    fn leftover(&self, _disk: &DiskRecord, _step: &Step<LvmStep>) -> Leftover {
         Leftover::PlannedAnew
     }
 
-    fn needs_of(&self, disk: &DiskRecord, step: &Step) -> Vec<StepNeed> {
-        let action = serde_json::from_value::<LvmStep>(step.action.clone());
-        let (Ok(volume), Ok(action)) = (volume_of(disk), action) else { return Vec::new() };
-        let needs = action.needs(&volume).into_iter();
+    fn needs_of(&self, disk: &DiskRecord, step: &Step<LvmStep>) -> Vec<StepNeed> {
+        let Ok(volume) = volume_of(disk) else { return Vec::new() };
+        let needs = step.action.needs(&volume).into_iter();
         needs.map(|(layer, alone)| StepNeed { file: self.layer_file(disk, &layer), alone }).collect()
     }
 
@@ -205,7 +199,7 @@ impl DiskSnapshotter for Lvm {
         state: &DiskState,
         _: ActivePath,
         request: &DiskRequest,
-    ) -> Result<DiskPlan> {
+    ) -> Result<DiskPlan<LvmStep>> {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
         self.blocking(move |inner| {
             let volume = volume_of(&disk)?;
@@ -249,19 +243,19 @@ impl DiskSnapshotter for Lvm {
         Ok(vec![ChainFile { file: disk.disk.path.clone(), format: "raw".to_owned() }])
     }
 
-    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+    async fn apply(&self, step: &Step<LvmStep>, context: StepContext<'_>) -> Result<()> {
         self.step(step, context, |runner, action| runner.apply(action)).await
     }
 
-    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+    async fn undo(&self, step: &Step<LvmStep>, context: StepContext<'_>) -> Result<()> {
         self.step(step, context, |runner, action| runner.undo(action)).await
     }
 
-    async fn salvage(&self, step: &Step, _: bool, context: StepContext<'_>) -> Result<Salvage> {
+    async fn salvage(&self, step: &Step<LvmStep>, _: bool, context: StepContext<'_>) -> Result<Salvage> {
         self.step(step, context, |runner, action| runner.salvage(action)).await
     }
 
-    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
+    async fn status(&self, step: &Step<LvmStep>, context: StepContext<'_>) -> Result<StepStatus> {
         self.step(step, context, |runner, action| runner.status(action)).await
     }
 

@@ -66,7 +66,7 @@ fn is_process(entry: &fs::DirEntry) -> bool {
 
 /// State of a device at one time, to detect later whether it was written since.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct DeviceState {
+pub struct DeviceState {
     /// Identity of the machine's boot.
     boot: String,
     /// Number of writes to the device so far.

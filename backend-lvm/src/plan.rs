@@ -28,7 +28,7 @@ pub(crate) fn plan(
     rules: &Rules,
     reserved: &Reserved,
     request: &DiskRequest,
-) -> Result<(DiskPlan, u64)> {
+) -> Result<(DiskPlan<LvmStep>, u64)> {
     let mut planner = Planner {
         record,
         volume,
@@ -87,7 +87,7 @@ struct Planner<'a> {
     rules: &'a Rules,
     reserved: &'a Reserved,
     takes: u64,
-    plan: DiskPlan,
+    plan: DiskPlan<LvmStep>,
 }
 
 impl Planner<'_> {
@@ -377,16 +377,8 @@ impl Planner<'_> {
     }
 
     fn push(&mut self, group: Group, step: LvmStep, summary: String, bytes: u64) {
-        let action = serde_json::to_value(step).unwrap_or_default();
-        let step = Step { target: self.record.disk.target.clone(), action, summary, bytes };
-        self.plan.steps.push(PlannedStep {
-            group,
-            step,
-            edits: Vec::new(),
-            deferrable: false,
-            inside: false,
-            window: false,
-        });
+        let step = Step { target: self.record.disk.target.clone(), action: step, summary, bytes };
+        self.plan.steps.push(PlannedStep::new(group, step));
     }
 
     /// Returns the point from which the current volume derives.

@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// An action on a volume, one per step. Layers are volumes of the same group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
-pub(crate) enum LvmStep {
+pub enum LvmStep {
     /// Takes a snapshot of the volume: one command, one commit of metadata.
     Snapshot {
         /// Its name.

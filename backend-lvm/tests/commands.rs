@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex};
 
 use backend_lvm::{Answer, Invocation, Lvm, Runner};
 use snapcore::{
-    ActivePath, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskSnapshotter, DiskState, ErrorKind,
-    Group, InspectDepth, LayerName, NothingInside, Point, Progress, Salvage, SnapshotName, StepContext,
-    StepStatus, Target,
+    ActivePath, AnyDiskSnapshotter, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskSnapshotter,
+    DiskState, ErrorKind, Group, InspectDepth, LayerName, NothingInside, Point, Progress, Salvage,
+    SnapshotName, StepContext, StepStatus, Target, erased,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -35,7 +35,7 @@ impl Progress for Silent {
 }
 
 struct Fixture {
-    backend: Lvm,
+    backend: Arc<AnyDiskSnapshotter>,
     runner: Arc<Recorded>,
     record: DiskRecord,
     state: DiskState,
@@ -48,7 +48,7 @@ impl Fixture {
 
     async fn with(path: &str, report: &str) -> snapcore::Result<Self> {
         let runner = Arc::new(Recorded { report: report.to_owned(), commands: Mutex::default() });
-        let backend = Lvm::by(runner.clone());
+        let backend = erased(Arc::new(Lvm::by(runner.clone())));
         let disk = Disk { target: Target::new("vda")?, path: path.into(), format: "lvm".into() };
         let record = backend.adopt(&disk, ActivePath::Keep).await?;
         let state = backend.inspect(&record, InspectDepth::Dependents, None).await?;
@@ -296,7 +296,7 @@ async fn volumes_of_other_kinds_are_refused_by_name() {
         let second = line.replace("\"linear\"", &format!("\"{kind}\""));
         let report = RECORDED.replace(line, &format!("{line}\n{second}"));
         let runner = Arc::new(Recorded { report, commands: Mutex::default() });
-        fixture.backend = Lvm::by(runner.clone());
+        fixture.backend = erased(Arc::new(Lvm::by(runner.clone())));
         for request in [create(), revert("thick.ds-00000004", None)] {
             let error = fixture.plan(request).await.expect_err(kind);
             assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(kind), "{error}");

@@ -303,6 +303,9 @@ impl Plugin {
 
 #[async_trait]
 impl DiskSnapshotter for Plugin {
+    /// A plug-in's actions are JSON to this process.
+    type Action = serde_json::Value;
+
     fn format(&self) -> &str {
         &self.inner.name
     }

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use anyhow::Result;
 use backend_plugin::Plugin;
 use camino::Utf8Path;
-use snapcore::DiskSnapshotter;
+use snapcore::AnyDiskSnapshotter;
 use snapcore_testkit::{TestBackend, has_file};
 
 struct Copies;
 
 impl TestBackend for Copies {
-    fn backend(&self) -> Arc<dyn DiskSnapshotter> {
+    fn backend(&self) -> Arc<AnyDiskSnapshotter> {
         let program = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/domsnap-backend-dir.py");
         Arc::new(Plugin::new("dir", program))
     }

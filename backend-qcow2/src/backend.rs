@@ -74,12 +74,11 @@ impl Qcow2 {
     /// Runs a step: in place, because what it borrows does not outlive the call.
     fn step<T>(
         &self,
-        step: &Step,
+        step: &Step<ChainStep>,
         context: StepContext<'_>,
         open: FileIds,
         work: impl FnOnce(&Workplace<'_>, &ChainStep) -> Result<T>,
     ) -> Result<T> {
-        let action = action_of(step)?;
         let hold = self.holds.of(&context.disk.disk.path);
         let place = Workplace {
             files: FileSteps { record: context.disk, hold: hold.as_deref(), open },
@@ -90,12 +89,14 @@ impl Qcow2 {
             punch: self.punch,
             resumed: context.resumed,
         };
-        in_place(|| work(&place, &action))
+        in_place(|| work(&place, &step.action))
     }
 }
 
 #[async_trait]
 impl DiskSnapshotter for Qcow2 {
+    type Action = ChainStep;
+
     fn format(&self) -> &str {
         "qcow2"
     }
@@ -141,9 +142,9 @@ impl DiskSnapshotter for Qcow2 {
         Ok(found)
     }
 
-    fn leftover(&self, disk: &DiskRecord, step: &Step) -> Leftover {
-        match action_of(step) {
-            Ok(ChainStep::DropInternal { layer, tags }) => Leftover::Stays(format!(
+    fn leftover(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> Leftover {
+        match &step.action {
+            ChainStep::DropInternal { layer, tags } => Leftover::Stays(format!(
                 "{}: the internal snapshots {} stay in layer {layer}, and the domain has them no more: `domsnap check` tells \
                  of the image, `domsnap import --replace` brings them back",
                 disk.disk.target,
@@ -157,8 +158,8 @@ impl DiskSnapshotter for Qcow2 {
         Some(layer_file.with_file_name(disk_name(layer_file)))
     }
 
-    fn uses(&self, disk: &DiskRecord, step: &Step) -> FileUses {
-        chain::uses(disk, step)
+    fn uses(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> FileUses {
+        chain::uses(disk, &step.action)
     }
 
     async fn bases(&self, disk: &DiskRecord) -> Result<Vec<Base>> {
@@ -172,7 +173,7 @@ impl DiskSnapshotter for Qcow2 {
         state: &DiskState,
         active_path: ActivePath,
         request: &DiskRequest,
-    ) -> Result<DiskPlan> {
+    ) -> Result<DiskPlan<ChainStep>> {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
         let (capabilities, max_depth) = (self.capabilities(), self.limits.max_depth);
         blocking(move || {
@@ -229,32 +230,31 @@ impl DiskSnapshotter for Qcow2 {
         blocking(move || layers::open_chain(&disk, &limits)).await
     }
 
-    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+    async fn apply(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<()> {
         let open = open_files(context.attached).await?;
-        let action = action_of(step)?;
         if let Some(disk) = context.attached.filter(|_| !open.is_empty())
-            && attached::apply(disk, &open, &action, context).await?
+            && attached::apply(disk, &open, &step.action, context).await?
         {
             return Ok(());
         }
         self.step(step, context, open, |place, action| place.apply(action))
     }
 
-    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+    async fn undo(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<()> {
         let open = open_files(context.attached).await?;
         self.step(step, context, open, |place, action| place.undo(action))
     }
 
-    async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
+    async fn salvage(&self, step: &Step<ChainStep>, done: bool, context: StepContext<'_>) -> Result<Salvage> {
         let open = open_files(context.attached).await?;
         self.step(step, context, open, |place, action| place.salvage(action, done))
     }
 
-    async fn is_overtaken(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
+    async fn is_overtaken(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<bool> {
         self.step(step, context, FileIds::new(), |place, action| place.is_overtaken(action))
     }
 
-    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
+    async fn status(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<StepStatus> {
         self.step(step, context, FileIds::new(), |place, action| place.status(action))
     }
 
@@ -294,27 +294,16 @@ impl DiskSnapshotter for Qcow2 {
     }
 }
 
-fn action_of(step: &Step) -> Result<ChainStep> {
-    serde_json::from_value(step.action.clone()).map_err(|error| {
-        Error::new(
-            ErrorKind::Internal,
-            format!("the journal has a step that this backend does not know: {}", step.action),
-        )
-        .because(error)
-        .advise("it was written by another version of domsnap: recover with that one")
-    })
-}
-
 /// Every layer that an image is to name can be named by one.
-fn check_backing_strings(disk: &DiskRecord, plan: &DiskPlan) -> Result<()> {
+fn check_backing_strings(disk: &DiskRecord, plan: &DiskPlan<ChainStep>) -> Result<()> {
     for planned in &plan.steps {
-        let named = match serde_json::from_value::<ChainStep>(planned.step.action.clone()) {
-            Ok(ChainStep::CreateOverlay { on, .. }) => on,
-            Ok(ChainStep::Merge { below: Some(below), .. }) => below,
-            Ok(ChainStep::Repoint { to, .. }) => to,
+        let named = match &planned.step.action {
+            ChainStep::CreateOverlay { on, .. } => on,
+            ChainStep::Merge { below: Some(below), .. } => below,
+            ChainStep::Repoint { to, .. } => to,
             _ => continue,
         };
-        check_backing_string(&disk.disk.path, &named)?;
+        check_backing_string(&disk.disk.path, named)?;
     }
     Ok(())
 }
@@ -438,21 +427,20 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-fn cost(plan: &DiskPlan, state: &DiskState, punch: bool) -> Result<DeleteCost> {
+fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState, punch: bool) -> Result<DeleteCost> {
     let mut cost = DeleteCost::default();
     let mut kept_growth = 0u64;
     for planned in &plan.steps {
         cost.moves = cost.moves.saturating_add(planned.step.bytes);
-        let Ok(action) = serde_json::from_value::<ChainStep>(planned.step.action.clone()) else { continue };
-        match action {
+        match &planned.step.action {
             ChainStep::Remove { layers } => {
                 let gone = layers.iter().filter_map(|name| state.layer(name)).map(|layer| layer.allocated);
                 cost.frees = cost.frees.saturating_add(gone.sum());
             }
             ChainStep::DropInternal { layer, tags } => {
                 // A hypervisor that deletes it in the image it writes keeps the room for what it writes next.
-                let punched = punch && !(state.attached && layer == state.active);
-                if let Some(layer) = state.layer(&layer).filter(|_| punched) {
+                let punched = punch && !(state.attached && *layer == state.active);
+                if let Some(layer) = state.layer(layer).filter(|_| punched) {
                     let image = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked())?;
                     let tags: Vec<&str> = tags.iter().map(String::as_str).collect();
                     cost.frees = cost.frees.saturating_add(image.freed_by_deleting(&tags)?);

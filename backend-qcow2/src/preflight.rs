@@ -23,7 +23,7 @@ pub(crate) fn check(
     record: &DiskRecord,
     state: &DiskState,
     request: &DiskRequest,
-    plan: &mut DiskPlan,
+    plan: &mut DiskPlan<ChainStep>,
     max_depth: u32,
 ) -> Result<()> {
     let preflight = Preflight { record, state, max_depth };
@@ -39,21 +39,16 @@ pub(crate) fn check(
     let force = matches!(request, DiskRequest::Delete { force: true, .. });
     let mut steps = Vec::with_capacity(plan.steps.len());
     for planned in std::mem::take(&mut plan.steps) {
-        let action = serde_json::from_value::<ChainStep>(planned.step.action.clone());
-        match action {
-            Ok(ChainStep::DropInternal { layer, tags }) => {
-                if planned.window {
-                    preflight.require_reopening(&preflight.reading(&layer)?)?;
-                }
-                let damaged = preflight.damaged(&layer, &tags, force)?;
-                steps.extend(preflight.forgetting(planned, layer, tags, damaged, &mut plan.notes)?);
+        if let ChainStep::DropInternal { layer, tags } = &planned.step.action {
+            if planned.window {
+                preflight.require_reopening(&preflight.reading(layer)?)?;
             }
-            Ok(action) => {
-                preflight.step(&action)?;
-                preflight.losses(&action, &mut plan.notes)?;
-                steps.push(planned);
-            }
-            Err(_) => steps.push(planned),
+            let damaged = preflight.damaged(layer, tags, force)?;
+            steps.extend(preflight.forgetting(planned, damaged, &mut plan.notes)?);
+        } else {
+            preflight.step(&planned.step.action)?;
+            preflight.losses(&planned.step.action, &mut plan.notes)?;
+            steps.push(planned);
         }
     }
     plan.steps = steps;
@@ -339,12 +334,13 @@ impl Preflight<'_> {
     /// The step, and beside it or in its place one that forgets the damaged ones.
     fn forgetting(
         &self,
-        mut planned: PlannedStep,
-        layer: LayerName,
-        tags: Vec<String>,
+        mut planned: PlannedStep<ChainStep>,
         damaged: Vec<String>,
         notes: &mut Vec<String>,
-    ) -> Result<Vec<PlannedStep>> {
+    ) -> Result<Vec<PlannedStep<ChainStep>>> {
+        let ChainStep::DropInternal { layer, tags } = planned.step.action.clone() else {
+            return Ok(vec![planned]);
+        };
         if damaged.is_empty() {
             return Ok(vec![planned]);
         }
@@ -363,16 +359,13 @@ impl Preflight<'_> {
         forget.step.summary = format!("forget {} inside {layer}", damaged.join(", "));
         // A hypervisor that deletes a damaged snapshot would follow its tables. So its image is closed meanwhile.
         forget.window = open;
-        forget.step.action =
-            serde_json::to_value(ChainStep::ForgetInternal { layer: layer.clone(), tags: damaged })
-                .unwrap_or_default();
+        forget.step.action = ChainStep::ForgetInternal { layer: layer.clone(), tags: damaged };
         if whole.is_empty() {
             return Ok(vec![forget]);
         }
         forget.edits.clear();
         planned.step.summary = format!("delete {} inside {layer}", whole.join(", "));
-        planned.step.action =
-            serde_json::to_value(ChainStep::DropInternal { layer, tags: whole }).unwrap_or_default();
+        planned.step.action = ChainStep::DropInternal { layer, tags: whole };
         Ok(vec![forget, planned])
     }
 }

@@ -213,7 +213,7 @@ impl House {
         self.backend.apply(&step(action), self.context(&NothingInside)).await
     }
 
-    async fn undo(&self, action: &PlannedStep) -> Result<()> {
+    async fn undo(&self, action: &PlannedStep<ChainStep>) -> Result<()> {
         self.backend.undo(&action.step, self.context(&NothingInside)).await
     }
 
@@ -221,7 +221,7 @@ impl House {
         self.backend.hold(&self.record, Some(&self.qemu)).await
     }
 
-    async fn plan(&self, request: DiskRequest) -> Result<DiskPlan> {
+    async fn plan(&self, request: DiskRequest) -> Result<DiskPlan<ChainStep>> {
         let mut state = self.backend.inspect(&self.record, InspectDepth::Layers, Some(&self.qemu)).await?;
         state.attached = true;
         self.backend.plan(&self.record, &state, ActivePath::Keep, &request).await
@@ -232,13 +232,8 @@ impl House {
     }
 }
 
-fn step(action: ChainStep) -> Step {
-    Step {
-        target: Target::new("vda").unwrap(),
-        action: serde_json::to_value(action).unwrap(),
-        summary: "a step".to_owned(),
-        bytes: 0,
-    }
+fn step(action: ChainStep) -> Step<ChainStep> {
+    Step { target: Target::new("vda").unwrap(), action, summary: "a step".to_owned(), bytes: 0 }
 }
 
 fn can_be_locked(file: &Utf8Path) -> bool {
@@ -709,7 +704,7 @@ async fn delete_is_planned_while_tables_are_written() {
     let request =
         || DiskRequest::Delete { drop: vec![Point::external(layers[0].clone())], keep: vec![], force: false };
     let plan = house.plan(request()).await.unwrap();
-    let merge: ChainStep = serde_json::from_value(plan.steps[0].step.action.clone()).unwrap();
+    let merge = plan.steps[0].step.action.clone();
     let ChainStep::Merge { run, into, .. } = merge else { panic!("{plan:?}") };
     let other = run.iter().find(|layer| **layer != into).unwrap();
     let allocated = std::fs::metadata(house.file(other)).unwrap().blocks() * 512;

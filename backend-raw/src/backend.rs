@@ -12,8 +12,8 @@ use image_files::{
 use rustix::fs::OFlags;
 use snapcore::{
     ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
-    DiskSnapshotter, DiskState, Error, ErrorKind, FileUses, Finding, Guard, InspectDepth, Layer, LayerName,
-    Leftover, Point, PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
+    DiskSnapshotter, DiskState, FileUses, Finding, Guard, InspectDepth, Layer, LayerName, Leftover, Point,
+    PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -36,24 +36,16 @@ impl Raw {
 
     fn step<T>(
         &self,
-        step: &Step,
+        step: &Step<RawStep>,
         context: StepContext<'_>,
         open: FileIds,
         work: impl FnOnce(&Workplace<'_>, &RawStep) -> Result<T>,
     ) -> Result<T> {
-        let action: RawStep = serde_json::from_value(step.action.clone()).map_err(|error| {
-            Error::new(
-                ErrorKind::Internal,
-                format!("the journal has a step that this backend does not know: {}", step.action),
-            )
-            .because(error)
-            .advise("it was written by another version of domsnap: recover with that one")
-        })?;
         let hold = self.holds.of(&context.disk.disk.path);
         let watch = Watch { progress: context.progress, cancel: context.cancel, bytes: step.bytes };
         let files = FileSteps { record: context.disk, hold: hold.as_deref(), open };
         let place = Workplace { files, watch };
-        in_place(|| work(&place, &action))
+        in_place(|| work(&place, &step.action))
     }
 }
 
@@ -66,6 +58,8 @@ impl Progress for Unwatched {
 
 #[async_trait]
 impl DiskSnapshotter for Raw {
+    type Action = RawStep;
+
     fn format(&self) -> &str {
         "raw"
     }
@@ -74,7 +68,7 @@ impl DiskSnapshotter for Raw {
         Capabilities::new(PointKind::External, 1).live().ways(WAYS)
     }
 
-    fn leftover(&self, _disk: &DiskRecord, _step: &Step) -> Leftover {
+    fn leftover(&self, _disk: &DiskRecord, _step: &Step<RawStep>) -> Leftover {
         Leftover::PlannedAnew
     }
 
@@ -82,7 +76,7 @@ impl DiskSnapshotter for Raw {
         Some(layer_file.with_file_name(disk_name(layer_file)))
     }
 
-    fn uses(&self, disk: &DiskRecord, step: &Step) -> FileUses {
+    fn uses(&self, disk: &DiskRecord, step: &Step<RawStep>) -> FileUses {
         steps::uses(disk, step)
     }
 
@@ -124,7 +118,7 @@ impl DiskSnapshotter for Raw {
         state: &DiskState,
         active_path: ActivePath,
         request: &DiskRequest,
-    ) -> Result<DiskPlan> {
+    ) -> Result<DiskPlan<RawStep>> {
         let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
         blocking(move || plan::plan(&disk, &state, active_path, &request)).await
     }
@@ -157,22 +151,22 @@ impl DiskSnapshotter for Raw {
         Ok(vec![ChainFile { file: disk.disk.path.clone(), format: "raw".to_owned() }])
     }
 
-    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+    async fn apply(&self, step: &Step<RawStep>, context: StepContext<'_>) -> Result<()> {
         let open = open_files(context.attached).await?;
         self.step(step, context, open, |place, action| place.apply(action))
     }
 
-    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+    async fn undo(&self, step: &Step<RawStep>, context: StepContext<'_>) -> Result<()> {
         let open = open_files(context.attached).await?;
         self.step(step, context, open, |place, action| place.undo(action))
     }
 
-    async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
+    async fn salvage(&self, step: &Step<RawStep>, done: bool, context: StepContext<'_>) -> Result<Salvage> {
         let open = open_files(context.attached).await?;
         self.step(step, context, open, |place, action| place.salvage(action, done))
     }
 
-    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
+    async fn status(&self, step: &Step<RawStep>, context: StepContext<'_>) -> Result<StepStatus> {
         self.step(step, context, FileIds::new(), |place, action| place.status(action))
     }
 

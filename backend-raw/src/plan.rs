@@ -24,7 +24,7 @@ pub(crate) fn plan(
     state: &DiskState,
     active_path: ActivePath,
     request: &DiskRequest,
-) -> Result<DiskPlan> {
+) -> Result<DiskPlan<RawStep>> {
     let mut planner = Planner { record, state, active_path, plan: DiskPlan::default() };
     match request {
         DiskRequest::Create { kind, way, overlay, stamp, .. } => {
@@ -47,7 +47,7 @@ struct Planner<'a> {
     record: &'a DiskRecord,
     state: &'a DiskState,
     active_path: ActivePath,
-    plan: DiskPlan,
+    plan: DiskPlan<RawStep>,
 }
 
 impl Planner<'_> {
@@ -546,18 +546,8 @@ impl Planner<'_> {
     }
 
     fn push(&mut self, group: Group, step: &RawStep, summary: String, bytes: u64) {
-        self.plan.steps.push(PlannedStep {
-            group,
-            step: Step {
-                target: self.record.disk.target.clone(),
-                action: serde_json::to_value(step).unwrap_or_default(),
-                summary,
-                bytes,
-            },
-            edits: Vec::new(),
-            deferrable: false,
-            inside: false,
-            window: false,
-        });
+        let target = self.record.disk.target.clone();
+        let step = Step { target, action: step.clone(), summary, bytes };
+        self.plan.steps.push(PlannedStep::new(group, step));
     }
 }

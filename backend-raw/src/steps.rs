@@ -29,7 +29,7 @@ use crate::place::reflink;
 /// How a file is made that holds what another holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Way {
+pub enum Way {
     /// By sharing its blocks.
     Reflink,
     /// By copying its data.
@@ -39,7 +39,7 @@ pub(crate) enum Way {
 /// What is done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
-pub(crate) enum RawStep {
+pub enum RawStep {
     /// Writes what is in memory of the present's file to the disk, so that less is left to write at the instant.
     WriteOut,
     /// Makes a new layer of a layer, or of the present.
@@ -69,32 +69,31 @@ pub(crate) enum RawStep {
 }
 
 /// What a step does with files.
-pub(crate) fn uses(record: &DiskRecord, step: &Step) -> FileUses {
+pub(crate) fn uses(record: &DiskRecord, step: &Step<RawStep>) -> FileUses {
     let path = &record.disk.path;
     let file = |layer: &LayerName| layer_path(path, layer);
     let mut uses = FileUses::default();
-    let Ok(action) = serde_json::from_value::<RawStep>(step.action.clone()) else { return uses };
-    match action {
+    match &step.action {
         RawStep::WriteOut | RawStep::Settle { .. } => {}
         RawStep::Copy { layer, .. } => {
             // With its checksum.
-            uses.makes.extend([file(&layer), copy::sum_file(&file(&layer))]);
+            uses.makes.extend([file(layer), copy::sum_file(&file(layer))]);
             uses.room = step.bytes;
         }
         RawStep::CreateOverlay { layer, virtual_size } => {
-            uses.makes.push(file(&layer));
-            uses.room = room_of_overlay(virtual_size);
+            uses.makes.push(file(layer));
+            uses.room = room_of_overlay(*virtual_size);
         }
         RawStep::Name { layer } => {
-            uses.makes.push(file(&layer));
+            uses.makes.push(file(layer));
             uses.links.push(path.clone());
         }
         RawStep::Switch { to, .. } => {
             uses.makes.push(path.clone());
             uses.renames.push(path.clone());
-            uses.links.push(file(&to));
+            uses.links.push(file(to));
         }
-        RawStep::Unname { layer } => uses.renames.push(file(&layer)),
+        RawStep::Unname { layer } => uses.renames.push(file(layer)),
         RawStep::Remove { layers } => uses.renames.extend(layers.iter().map(file)),
     }
     uses

@@ -114,7 +114,7 @@ impl Machine {
         self.points.values().map(|(point, _)| point.clone()).collect()
     }
 
-    fn plan(&self, request: &DiskRequest) -> snapcore::Result<DiskPlan> {
+    fn plan(&self, request: &DiskRequest) -> snapcore::Result<DiskPlan<ChainStep>> {
         let capabilities = Capabilities::new(PointKind::Internal, 40).both_kinds();
         chain::plan(&self.record, &self.state(), ActivePath::Keep, &capabilities, request, &mut |run| {
             Ok(self.visible(run))
@@ -138,7 +138,7 @@ impl Machine {
         std::iter::successors(Some(top.clone()), below).collect()
     }
 
-    fn run(&mut self, plan: &DiskPlan) {
+    fn run(&mut self, plan: &DiskPlan<ChainStep>) {
         let [prepare, cut, finish] = [Group::Prepare, Group::Cut, Group::Finish]
             .map(|group| plan.steps.iter().filter(|planned| planned.group == group).collect::<Vec<_>>());
         assert_eq!(prepare.len() + cut.len() + finish.len(), plan.steps.len());
@@ -170,8 +170,8 @@ impl Machine {
         }
     }
 
-    fn planned(&mut self, planned: &PlannedStep) {
-        let step: ChainStep = serde_json::from_value(planned.step.action.clone()).unwrap();
+    fn planned(&mut self, planned: &PlannedStep<ChainStep>) {
+        let step = planned.step.action.clone();
         self.allow(&step, planned);
         self.step(step);
         self.edit(&planned.edits);
@@ -202,13 +202,13 @@ impl Machine {
     }
 
     /// Steps that run while nothing has the disk open: all of a disk that is at rest.
-    fn in_window(&mut self, steps: Vec<&PlannedStep>) {
+    fn in_window(&mut self, steps: Vec<&PlannedStep<ChainStep>>) {
         if steps.is_empty() {
             return;
         }
         for planned in &steps {
             assert!(!planned.inside, "nothing runs inside a window's step: {planned:?}");
-            let step = serde_json::from_value(planned.step.action.clone()).unwrap();
+            let step = planned.step.action.clone();
             if let (Some(open), ChainStep::DropInternal { layer, .. }) = (&self.open, &step) {
                 assert!(open[1..].contains(layer), "no window is needed for {step:?}");
             }
@@ -224,9 +224,9 @@ impl Machine {
     }
 
     /// A step after the commit point, and those inside it.
-    fn finish(&mut self, planned: &PlannedStep, inside: &[&PlannedStep]) {
+    fn finish(&mut self, planned: &PlannedStep<ChainStep>, inside: &[&PlannedStep<ChainStep>]) {
         assert!(!planned.inside, "there is nothing that it could run inside of: {planned:?}");
-        let step: ChainStep = serde_json::from_value(planned.step.action.clone()).unwrap();
+        let step = planned.step.action.clone();
         let ChainStep::Merge { run, into, .. } = &step else {
             assert!(inside.is_empty(), "{step:?} has no pivot");
             return self.planned(planned);
@@ -257,7 +257,7 @@ impl Machine {
     }
 
     /// What may be done while a hypervisor has images open.
-    fn allow(&self, step: &ChainStep, planned: &PlannedStep) {
+    fn allow(&self, step: &ChainStep, planned: &PlannedStep<ChainStep>) {
         let Some(open) = &self.open else { return };
         let is_open = |layer: &LayerName| open.contains(layer);
         match step {
@@ -648,11 +648,11 @@ fn heavy_in_the_middle() -> Machine {
     machine
 }
 
-fn the_merge(plan: &DiskPlan) -> (Vec<LayerName>, LayerName, u64) {
+fn the_merge(plan: &DiskPlan<ChainStep>) -> (Vec<LayerName>, LayerName, u64) {
     let merges: Vec<_> = plan
         .steps
         .iter()
-        .filter_map(|planned| match serde_json::from_value(planned.step.action.clone()).unwrap() {
+        .filter_map(|planned| match planned.step.action.clone() {
             ChainStep::Merge { run, into, .. } => Some((run, into, planned.step.bytes)),
             _ => None,
         })
@@ -720,18 +720,25 @@ fn the_path_of_a_running_domain_moves_inside_the_instant_and_inside_the_merge() 
     let file = "/vm/disk.ds-00000077.qcow2".into();
     assert_eq!(plan.instant, Some(DiskInstant::Overlay { file, format: "model".to_owned() }));
     let last = plan.steps.last().unwrap();
-    assert!(last.group == Group::Cut && last.inside && last.step.action["do"] == "switch-active", "{last:?}");
+    assert!(last.group == Group::Cut && last.inside, "{last:?}");
+    assert!(matches!(last.step.action, ChainStep::SwitchActive { .. }), "{last:?}");
 
     machine.perform(&Action::Create(PointKind::External));
     machine.perform(&Action::Write(0, 8));
     let plan =
         machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![], force: false }).unwrap();
-    let done: Vec<_> = plan
-        .steps
-        .iter()
-        .map(|planned| (planned.step.action["do"].as_str().unwrap(), planned.inside))
-        .collect();
-    assert_eq!(done, [("merge", false), ("switch-active", true), ("remove", false)]);
+    let done: Vec<_> = plan.steps.iter().map(|planned| (&planned.step.action, planned.inside)).collect();
+    assert!(
+        matches!(
+            done[..],
+            [
+                (ChainStep::Merge { .. }, false),
+                (ChainStep::SwitchActive { .. }, true),
+                (ChainStep::Remove { .. }, false)
+            ]
+        ),
+        "{done:?}"
+    );
 }
 
 #[test]
@@ -756,7 +763,7 @@ fn a_running_domain_whose_active_path_is_new_has_no_step_at_the_instant() {
     let external = plan(&create(PointKind::External));
     assert!(matches!(external.instant, Some(DiskInstant::Overlay { .. })));
     assert!(external.steps.iter().all(|planned| planned.group == Group::Prepare && !planned.inside));
-    assert_eq!(external.steps.last().unwrap().step.action["do"], "create-overlay");
+    assert!(matches!(external.steps.last().unwrap().step.action, ChainStep::CreateOverlay { .. }));
     let internal = plan(&create(PointKind::Internal));
     assert_eq!(internal.instant, Some(DiskInstant::Internal { tag: "s".to_owned() }));
     assert!(internal.steps.is_empty());
@@ -773,9 +780,12 @@ fn a_tag_of_a_frozen_open_layer_is_dropped_in_a_window_and_one_of_the_active_lay
     let tags: Vec<Point> = machine.keep().into_iter().filter(|point| point.tag.is_some()).collect();
     let keep = machine.keep().into_iter().filter(|point| point.tag.is_none()).collect();
     let plan = machine.plan(&DiskRequest::Delete { drop: tags, keep, force: false }).unwrap();
-    let active = machine.record.active.as_str();
+    let of_active = |step: &ChainStep| match step {
+        ChainStep::DropInternal { layer, .. } => *layer == machine.record.active,
+        other => panic!("no tag is dropped by {other:?}"),
+    };
     let windows: Vec<_> =
-        plan.steps.iter().map(|planned| (planned.step.action["layer"] == *active, planned.window)).collect();
+        plan.steps.iter().map(|planned| (of_active(&planned.step.action), planned.window)).collect();
     assert_eq!(windows.len(), 2, "{plan:?}");
     assert!(windows.contains(&(true, false)) && windows.contains(&(false, true)), "{windows:?}");
 }

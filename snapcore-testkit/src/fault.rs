@@ -9,9 +9,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
 use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
 use snapcore::{
-    ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
-    DiskSnapshotter, DiskState, DomainName, Error, ErrorKind, Finding, Guard, InspectDepth, LayerName,
-    Operation, OperationId, Point, Progress, Result, Salvage, Snapshot, Step, StepContext, StepStatus,
+    ActivePath, AnyDiskSnapshotter, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan,
+    DiskRecord, DiskRequest, DiskSnapshotter, DiskState, DomainName, Error, ErrorKind, Finding, Guard,
+    InspectDepth, LayerName, Operation, OperationId, Point, Progress, Result, Salvage, Snapshot, Step,
+    StepContext, StepStatus,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -192,7 +193,7 @@ fn die<T>() -> Result<T> {
 
 /// A backend with faults at its calls.
 pub(crate) struct FaultyBackend {
-    pub(crate) inner: Arc<dyn DiskSnapshotter>,
+    pub(crate) inner: Arc<AnyDiskSnapshotter>,
     pub(crate) faults: Arc<FaultInjector>,
 }
 
@@ -231,6 +232,8 @@ impl FaultyBackend {
 
 #[async_trait]
 impl DiskSnapshotter for FaultyBackend {
+    type Action = serde_json::Value;
+
     fn format(&self) -> &str {
         self.inner.format()
     }
@@ -239,6 +242,27 @@ impl DiskSnapshotter for FaultyBackend {
     }
     fn processes(&self) -> Vec<u32> {
         self.inner.processes()
+    }
+    fn scheme(&self) -> Option<&str> {
+        self.inner.scheme()
+    }
+    async fn resolve(&self, address: &Utf8Path) -> Result<Utf8PathBuf> {
+        self.inner.resolve(address).await
+    }
+    async fn identity(&self, disk: &Disk) -> Result<Option<snapcore::DiskIdentity>> {
+        self.inner.identity(disk).await
+    }
+    async fn has_layer(&self, disk: &DiskRecord, layer: &LayerName) -> Result<bool> {
+        self.inner.has_layer(disk, layer).await
+    }
+    fn manifests(&self, disk: &Disk) -> Arc<dyn snapcore::manifest::ManifestStore> {
+        self.inner.manifests(disk)
+    }
+    fn needs_of(&self, disk: &DiskRecord, step: &Step) -> Vec<snapcore::StepNeed> {
+        self.inner.needs_of(disk, step)
+    }
+    async fn identify(&self, disk: &DiskRecord, point: &Point) -> Result<Option<snapcore::TagIdentity>> {
+        self.inner.identify(disk, point).await
     }
     fn leftover(&self, disk: &DiskRecord, step: &Step) -> snapcore::Leftover {
         self.inner.leftover(disk, step)

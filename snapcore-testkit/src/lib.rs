@@ -10,15 +10,15 @@
 //!
 //! ```no_run
 //! # use std::{process::ExitCode, sync::Arc};
-//! # use snapcore::DiskSnapshotter;
-//! # fn my_backend() -> Arc<dyn DiskSnapshotter> { unimplemented!() }
+//! # use snapcore::AnyDiskSnapshotter;
+//! # fn my_backend() -> Arc<AnyDiskSnapshotter> { unimplemented!() }
 //! use snapcore_testkit::TestBackend;
 //!
 //! struct Files;
 //!
 //! // Disks that are plain files; others say how they are made, read and written.
 //! impl TestBackend for Files {
-//!     fn backend(&self) -> Arc<dyn DiskSnapshotter> {
+//!     fn backend(&self) -> Arc<AnyDiskSnapshotter> {
 //!         my_backend()
 //!     }
 //! }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{ActivePath, DiskRecord, DiskSnapshotter};
+use snapcore::{ActivePath, AnyDiskSnapshotter, DiskRecord};
 
 /// Makes the disks that the backend is tested on, and reads and writes them as a guest would, without the
 /// backend.
@@ -21,7 +21,8 @@ use snapcore::{ActivePath, DiskRecord, DiskSnapshotter};
 /// processes.
 pub trait TestBackend: Send + Sync + 'static {
     /// The backend, as a process that starts now has it: it knows of a disk what is stored with the disk.
-    fn backend(&self) -> Arc<dyn DiskSnapshotter>;
+    /// [`snapcore::erased`] makes it of a backend with actions of its own type.
+    fn backend(&self) -> Arc<AnyDiskSnapshotter>;
 
     /// Makes a disk in `dir` that holds exactly `content`, and returns the path that a domain's configuration
     /// has.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use backend_raw::Raw;
 use libtest_mimic::{Arguments, Trial};
-use snapcore::DiskSnapshotter;
+use snapcore::{AnyDiskSnapshotter, erased};
 use snapcore_testkit::{TestBackend, wrong};
 
 /// What the backend under test does wrong; set in the copies of this program that run the kit.
@@ -16,8 +16,8 @@ const WRONG: &str = "WRONG_BACKEND";
 struct Files(String);
 
 impl TestBackend for Files {
-    fn backend(&self) -> Arc<dyn DiskSnapshotter> {
-        let right = Arc::new(Raw::new());
+    fn backend(&self) -> Arc<AnyDiskSnapshotter> {
+        let right = erased(Arc::new(Raw::new()));
         if self.0 == "free deletes" { wrong::free_deletes(right) } else { right }
     }
 

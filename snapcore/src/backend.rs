@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
@@ -160,6 +161,10 @@ pub type Guard = Box<dyn Any + Send + Sync>;
 /// point are whole, and the same call may be repeated, except where a method says otherwise.
 #[async_trait]
 pub trait DiskSnapshotter: Send + Sync {
+    /// An action on a disk, one per step. It is recorded in the journal as JSON, so a later version of the backend must
+    /// read what an earlier one wrote, or fail. A plug-in's is JSON already.
+    type Action: Serialize + DeserializeOwned + Send + Sync;
+
     /// The format's name, as configurations state it: `qcow2`.
     fn format(&self) -> &str;
 
@@ -198,19 +203,19 @@ pub trait DiskSnapshotter: Send + Sync {
     }
 
     /// What becomes of a finish step of this backend that could not be done.
-    fn leftover(&self, _disk: &DiskRecord, _step: &Step) -> Leftover {
+    fn leftover(&self, _disk: &DiskRecord, _step: &Step<Self::Action>) -> Leftover {
         Leftover::Required
     }
 
     /// Files that nobody else may write, or even have open, while a step is carried out. The domain's own hypervisor, and this
     /// process, are nobody else. Writers of what the record owns are met without it.
-    fn needs_of(&self, _disk: &DiskRecord, _step: &crate::Step) -> Vec<StepNeed> {
+    fn needs_of(&self, _disk: &DiskRecord, _step: &Step<Self::Action>) -> Vec<StepNeed> {
         Vec::new()
     }
 
     /// What a step of this backend's does with files: so that what is known to fail is found before an operation begins.
     /// A backend that works with no files gives nothing.
-    fn uses(&self, _disk: &DiskRecord, _step: &Step) -> FileUses {
+    fn uses(&self, _disk: &DiskRecord, _step: &Step<Self::Action>) -> FileUses {
         FileUses::default()
     }
 
@@ -278,7 +283,7 @@ pub trait DiskSnapshotter: Send + Sync {
         state: &DiskState,
         active_path: ActivePath,
         request: &DiskRequest,
-    ) -> Result<DiskPlan>;
+    ) -> Result<DiskPlan<Self::Action>>;
 
     /// Locks the disk's images against other writers, in the way that the format's other users honour, until the
     /// guard is dropped. Steps that run meanwhile in this process use the same lock.
@@ -300,10 +305,10 @@ pub trait DiskSnapshotter: Send + Sync {
     async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>>;
 
     /// Does a step. Idempotent: what is done already is not done again; what was begun is completed.
-    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()>;
+    async fn apply(&self, step: &Step<Self::Action>, context: StepContext<'_>) -> Result<()>;
 
     /// Takes a prepare or cut step back, wherever it had got to. Idempotent.
-    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()>;
+    async fn undo(&self, step: &Step<Self::Action>, context: StepContext<'_>) -> Result<()>;
 
     /// Asked by a recovery that undoes, before it undoes a begun step: makes safe what the domain wrote since the crash,
     /// because it was started before anybody recovered it, and what the undo would lose. Idempotent: a recovery may be
@@ -313,7 +318,12 @@ pub trait DiskSnapshotter: Send + Sync {
     /// may have stopped anywhere, but nothing that it made was ever what the configured path named.
     ///
     /// What is put aside is durable, under a name that says so, before this returns.
-    async fn salvage(&self, _step: &Step, _done: bool, _context: StepContext<'_>) -> Result<Salvage> {
+    async fn salvage(
+        &self,
+        _step: &Step<Self::Action>,
+        _done: bool,
+        _context: StepContext<'_>,
+    ) -> Result<Salvage> {
         Ok(Salvage::Nothing)
     }
 
@@ -323,12 +333,12 @@ pub trait DiskSnapshotter: Send + Sync {
     ///
     /// So it is where a merge has moved the active layer's data down, and the configured path still names the active
     /// layer. It must be `false` once the path is moved: from then on the domain writes what the merge had written.
-    async fn is_overtaken(&self, _step: &Step, _context: StepContext<'_>) -> Result<bool> {
+    async fn is_overtaken(&self, _step: &Step<Self::Action>, _context: StepContext<'_>) -> Result<bool> {
         Ok(false)
     }
 
     /// How far a step got, from what is on the disk.
-    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus>;
+    async fn status(&self, step: &Step<Self::Action>, context: StepContext<'_>) -> Result<StepStatus>;
 
     /// What tells an internal snapshot from another of its name, read from the image. Asked at the commit point of the operation
     /// that took it, and recorded with it. Changes nothing.

@@ -20,7 +20,7 @@
 //! /// Takes a snapshot, tries something, and returns to the snapshot where that failed.
 //! async fn protected(
 //!     catalogue: Arc<dyn Catalogue>,
-//!     backend: Arc<dyn DiskSnapshotter>,
+//!     backend: Arc<impl DiskSnapshotter + 'static>,
 //!     attempt: impl AsyncFnOnce() -> bool,
 //! ) -> snapcore::Result<()> {
 //!     let mut registry = Registry::new();
@@ -56,6 +56,7 @@ pub mod confine;
 pub mod devices;
 mod domain;
 pub mod engine;
+mod erased;
 mod error;
 mod event;
 mod hypervisor;
@@ -80,6 +81,7 @@ pub use backend::{
     Progress, Salvage, Severity, StepContext, StepNeed,
 };
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
+pub use erased::{AnyDiskSnapshotter, erased};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventStream, Events};
 pub use hypervisor::{

@@ -137,6 +137,21 @@ impl std::fmt::Display for OperationState {
     }
 }
 
+/// What moves a step on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum StepTransition {
+    /// It is about to be done, perhaps once more.
+    Begin,
+    /// It was done, durably.
+    Complete,
+    /// It is left to a later operation.
+    Defer,
+    /// It was taken back.
+    Undo,
+    /// It has to be done again, because a crash or the domain made it void.
+    Repeat,
+}
+
 /// Progress of one step of an operation, as recorded in the journal. The disk may be ahead of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -154,7 +169,32 @@ pub enum StepState {
 }
 
 impl StepState {
-    /// The name under which it is stored and shown.
+    /// The state after `transition`: the one place that says which there are.
+    ///
+    /// A step that runs nested in another goes with it. So it may be further than the other one, where a recovery at
+    /// rest did it as a step of its own, and then begins or is deferred once more with the other.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Internal`] for a transition that does not exist.
+    pub(crate) fn after(self, transition: StepTransition) -> Result<Self> {
+        use StepState as S;
+        use StepTransition as T;
+        match (self, transition) {
+            (S::Pending | S::Started | S::Done | S::Postponed, T::Begin) => Ok(S::Started),
+            (S::Started, T::Complete) => Ok(S::Done),
+            (S::Pending | S::Started | S::Done | S::Postponed, T::Defer) => Ok(S::Postponed),
+            (S::Pending | S::Started | S::Done | S::Undone, T::Undo) => Ok(S::Undone),
+            (S::Pending | S::Started | S::Done, T::Repeat) => Ok(S::Pending),
+            (state @ S::Postponed, transition @ (T::Complete | T::Undo | T::Repeat))
+            | (state @ S::Undone, transition @ (T::Begin | T::Complete | T::Defer | T::Repeat))
+            | (state @ (S::Pending | S::Done), transition @ T::Complete) => Err(Error::new(
+                ErrorKind::Internal,
+                format!("a step that is {} cannot go the way {transition:?}", state.as_str()),
+            )),
+        }
+    }
+
+    /// Its word: the one that is stored and shown.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Pending => "pending",
@@ -248,6 +288,25 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// What is undone stays so, and only what was begun gets done.
+    #[test]
+    fn steps_move_by_known_transitions() {
+        use StepTransition as T;
+        let transitions = [T::Begin, T::Complete, T::Defer, T::Undo, T::Repeat];
+        let allowed = |state: StepState| transitions.map(|way| state.after(way).ok());
+        let (pending, started, done) = (StepState::Pending, StepState::Started, StepState::Done);
+        let (deferred, undone) = (StepState::Postponed, StepState::Undone);
+        assert_eq!(allowed(pending), [Some(started), None, Some(deferred), Some(undone), Some(pending)]);
+        assert_eq!(
+            allowed(started),
+            [Some(started), Some(done), Some(deferred), Some(undone), Some(pending)]
+        );
+        assert_eq!(allowed(done), [Some(started), None, Some(deferred), Some(undone), Some(pending)]);
+        assert_eq!(allowed(deferred), [Some(started), None, Some(deferred), None, None]);
+        assert_eq!(allowed(undone), [None, None, None, Some(undone), None]);
+        assert_eq!(undone.after(T::Begin).unwrap_err().kind(), ErrorKind::Internal);
     }
 
     #[test]

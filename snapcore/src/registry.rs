@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-use crate::{DiskSnapshotter, Error, ErrorKind, Hypervisor, Result, VmStateSaver, file_identity};
+use crate::{
+    AnyDiskSnapshotter, DiskSnapshotter, Error, ErrorKind, Hypervisor, Result, VmStateSaver, erased,
+    file_identity,
+};
 
 /// The backends of a program, in the order of their registration. The first is the default: it serves images
 /// that are given by their path alone.
@@ -13,10 +16,10 @@ use crate::{DiskSnapshotter, Error, ErrorKind, Hypervisor, Result, VmStateSaver,
 /// ```
 /// use std::sync::Arc;
 ///
-/// use snapcore::{DiskSnapshotter, ErrorKind, Registry};
+/// use snapcore::{AnyDiskSnapshotter, ErrorKind, Registry};
 ///
 /// /// The backends of a program: said explicitly, none is found by itself.
-/// fn registry(backends: Vec<Arc<dyn DiskSnapshotter>>) -> snapcore::Result<Registry> {
+/// fn registry(backends: Vec<Arc<AnyDiskSnapshotter>>) -> snapcore::Result<Registry> {
 ///     let mut registry = Registry::new();
 ///     for backend in backends {
 ///         registry.register(backend)?;
@@ -32,7 +35,7 @@ use crate::{DiskSnapshotter, Error, ErrorKind, Hypervisor, Result, VmStateSaver,
 /// ```
 #[derive(Clone, Default)]
 pub struct Registry {
-    backends: Vec<Arc<dyn DiskSnapshotter>>,
+    backends: Vec<Arc<AnyDiskSnapshotter>>,
     hypervisors: Vec<Arc<dyn VmStateSaver>>,
 }
 
@@ -46,7 +49,7 @@ impl Registry {
     ///
     /// # Errors
     /// [`ErrorKind::Exists`] where its format has one already.
-    pub fn register(&mut self, backend: Arc<dyn DiskSnapshotter>) -> Result<()> {
+    pub fn register<B: DiskSnapshotter + ?Sized + 'static>(&mut self, backend: Arc<B>) -> Result<()> {
         let format = backend.format();
         if self.backends.iter().any(|known| known.format() == format) {
             return Err(Error::new(
@@ -55,7 +58,7 @@ impl Registry {
             )
             .advise("register each format once"));
         }
-        self.backends.push(backend);
+        self.backends.push(erased(backend));
         Ok(())
     }
 
@@ -63,7 +66,7 @@ impl Registry {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`], listing the formats that are known.
-    pub fn get(&self, format: &str) -> Result<Arc<dyn DiskSnapshotter>> {
+    pub fn get(&self, format: &str) -> Result<Arc<AnyDiskSnapshotter>> {
         self.backends.iter().find(|backend| backend.format() == format).cloned().ok_or_else(|| {
             let known: Vec<&str> = self.iter().map(DiskSnapshotter::format).collect();
             let error = Error::new(ErrorKind::NotFound, format!("no backend serves the format {format:?}"));
@@ -84,7 +87,7 @@ impl Registry {
     }
 
     /// The backend whose disks have addresses of this scheme.
-    pub fn of_scheme(&self, address: &Utf8Path) -> Option<&dyn DiskSnapshotter> {
+    pub fn of_scheme(&self, address: &Utf8Path) -> Option<&AnyDiskSnapshotter> {
         let (scheme, _) = crate::address::split(address.as_str())?;
         self.iter().find(|backend| backend.scheme() == Some(scheme))
     }
@@ -147,7 +150,7 @@ impl Registry {
     }
 
     /// All backends, in the order of their registration.
-    pub fn iter(&self) -> impl Iterator<Item = &dyn DiskSnapshotter> {
+    pub fn iter(&self) -> impl Iterator<Item = &AnyDiskSnapshotter> {
         self.backends.iter().map(Arc::as_ref)
     }
 }

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DomainStep, GuestChange, LayerName, Machine, Point, PowerAfter, Snapshot, SnapshotId, SnapshotName,
-    Target,
+    DomainStep, GuestChange, LayerName, Machine, Point, PowerAfter, Result, Snapshot, SnapshotId,
+    SnapshotName, Target,
 };
 
 /// When a step runs.
@@ -21,28 +21,43 @@ pub enum Group {
     Finish,
 }
 
-/// One thing that a backend does to one disk, or a hypervisor to the whole domain. The engine journals it and knows no more of `action` than that the
-/// backend understands it.
+/// One action of a backend on one disk, or of a hypervisor on the whole domain.
+///
+/// A backend plans and receives its own type of action ([`crate::DiskSnapshotter::Action`]). In the journal, and to the
+/// engine, the action is JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
-pub struct Step {
+#[schemars(rename = "Step")]
+pub struct Step<A = serde_json::Value> {
     /// Which disk, or [`Target::of_domain`].
     pub target: Target,
     /// The backend's own typed action; the domain's are [`crate::DomainStep`]s.
-    pub action: serde_json::Value,
-    /// What it does, for people: "freeze base.qcow2 as base.ds-1a2b3c4d.qcow2".
+    pub action: A,
+    /// What it does, for people: "freeze base.img as base.ds-1a2b3c4d.img".
     pub summary: String,
     /// Bytes of data it will move, as far as can be told beforehand; 0 for metadata alone.
     pub bytes: u64,
 }
 
+impl<A> Step<A> {
+    /// The same step with another representation of its action.
+    ///
+    /// # Errors
+    /// Those of `change`.
+    pub fn try_map<B>(self, change: impl FnOnce(A) -> Result<B>) -> Result<Step<B>> {
+        let Self { target, action, summary, bytes } = self;
+        Ok(Step { target, action: change(action)?, summary, bytes })
+    }
+}
+
 /// A step at its place in a plan.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
-pub struct PlannedStep {
+#[schemars(rename = "PlannedStep")]
+pub struct PlannedStep<A = serde_json::Value> {
     /// When it runs.
     pub group: Group,
     /// What it does.
     #[serde(flatten)]
-    pub step: Step,
+    pub step: Step<A>,
     /// What the catalogue learns in the same transaction that records a finish step as done. Steps before the
     /// commit point carry none: theirs are in [`Plan::commit`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -59,6 +74,13 @@ pub struct PlannedStep {
     /// puts a window around it.
     #[serde(skip)]
     pub window: bool,
+}
+
+impl<A> PlannedStep<A> {
+    /// A step of this group, without edits. It must be done, and runs by itself.
+    pub fn new(group: Group, step: Step<A>) -> Self {
+        Self { group, step, edits: Vec::new(), deferrable: false, inside: false, window: false }
+    }
 }
 
 /// One change of the catalogue.
@@ -241,11 +263,12 @@ pub enum DiskRequest {
 }
 
 /// A backend's answer: the steps for one disk, and what the catalogue is to know.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[schemars(rename = "DiskPlan")]
 #[serde(default)]
-pub struct DiskPlan {
+pub struct DiskPlan<A = serde_json::Value> {
     /// The steps, sorted by group.
-    pub steps: Vec<PlannedStep>,
+    pub steps: Vec<PlannedStep<A>>,
     /// What the catalogue learns at the commit point.
     pub commit: Vec<Edit>,
     /// The point that was taken: of a create, or of a revert that saves the present.
@@ -256,6 +279,34 @@ pub struct DiskPlan {
     pub notes: Vec<String>,
     /// Of a create on an attached disk: what its hypervisor does to it at the instant.
     pub instant: Option<crate::DiskInstant>,
+}
+
+impl<A> Default for DiskPlan<A> {
+    fn default() -> Self {
+        Self {
+            steps: Vec::new(),
+            commit: Vec::new(),
+            point: None,
+            irrevocable: false,
+            notes: Vec::new(),
+            instant: None,
+        }
+    }
+}
+
+impl<A> DiskPlan<A> {
+    /// The same plan with another representation of its actions.
+    ///
+    /// # Errors
+    /// Those of `change`.
+    pub fn try_map<B>(self, mut change: impl FnMut(A) -> Result<B>) -> Result<DiskPlan<B>> {
+        let Self { steps, commit, point, irrevocable, notes, instant } = self;
+        let steps = steps.into_iter().map(|planned| {
+            let PlannedStep { group, step, edits, deferrable, inside, window } = planned;
+            Ok(PlannedStep { group, step: step.try_map(&mut change)?, edits, deferrable, inside, window })
+        });
+        Ok(DiskPlan { steps: steps.collect::<Result<_>>()?, commit, point, irrevocable, notes, instant })
+    }
 }
 
 /// How far a step got, read from what is on the disk.

@@ -124,7 +124,11 @@ impl Bench {
         let mut disks = Vec::new();
         for record in &entry.domain.disks {
             let state = self.backend.inspect(record, InspectDepth::Dependents, None).await?;
-            disks.push(DiskInput { record: record.clone(), state, backend: Arc::new(self.backend.clone()) });
+            disks.push(DiskInput {
+                record: record.clone(),
+                state,
+                backend: snapcore::erased(Arc::new(self.backend.clone())),
+            });
         }
         let plan = plan::plan(&entry.domain, &entry.tree, &disks, None, request).await?;
         let (registry, events, manifests) = (self.registry(), Events::default(), self.manifests());

@@ -64,22 +64,14 @@ fn taken(copied: &Metadata) -> Timestamp {
     copied.modified().ok().and_then(|time| Timestamp::try_from(time).ok()).unwrap_or(Timestamp::UNIX_EPOCH)
 }
 
-fn step(disk: &Disk, group: Group, action: &Action, summary: String, bytes: u64) -> Result<PlannedStep> {
-    let action = serde_json::to_value(action).map_err(|cause| {
-        Error::new(ErrorKind::Internal, "a step cannot be written as JSON").because(cause)
-    })?;
-    Ok(PlannedStep {
-        group,
-        step: Step { target: disk.target.clone(), action, summary, bytes },
-        edits: Vec::new(),
-        deferrable: false,
-        inside: false,
-        window: false,
-    })
+fn step(disk: &Disk, group: Group, action: Action, summary: String, bytes: u64) -> PlannedStep<Action> {
+    PlannedStep::new(group, Step { target: disk.target.clone(), action, summary, bytes })
 }
 
 #[async_trait]
 impl DiskSnapshotter for Copies {
+    type Action = Action;
+
     fn format(&self) -> &str {
         "dir"
     }
@@ -170,7 +162,7 @@ impl DiskSnapshotter for Copies {
         _: &DiskState,
         active_path: ActivePath,
         request: &DiskRequest,
-    ) -> Result<DiskPlan> {
+    ) -> Result<DiskPlan<Action>> {
         let (disk, path) = (&record.disk, &record.disk.path);
         let there = tags(path)?;
         let mut plan = DiskPlan::default();
@@ -183,7 +175,7 @@ impl DiskSnapshotter for Copies {
                 let tag = new_tag(path, *stamp)?;
                 let action = Action::Copy { tag: tag.clone() };
                 let summary = format!("copy {path} as {tag}");
-                plan.steps.push(step(disk, Group::Cut, &action, summary, found(path)?.len())?);
+                plan.steps.push(step(disk, Group::Cut, action, summary, found(path)?.len()));
                 plan.point = Some(Point::internal(layer(), tag));
             }
             DiskRequest::Revert { to, save, stamp, .. } => {
@@ -199,16 +191,16 @@ impl DiskSnapshotter for Copies {
                 let next = format!("next-{former}");
                 let stage = Action::Stage { from: from.clone(), next: next.clone() };
                 let summary = format!("copy {from} anew");
-                plan.steps.push(step(disk, Group::Prepare, &stage, summary, copied.len())?);
+                plan.steps.push(step(disk, Group::Prepare, stage, summary, copied.len()));
                 let exchange = Action::Exchange { from, next, former: former.clone() };
                 let summary = format!("put that in the place of {path}");
-                plan.steps.push(step(disk, Group::Cut, &exchange, summary, 0)?);
+                plan.steps.push(step(disk, Group::Cut, exchange, summary, 0));
                 match save {
                     Some(_) => plan.point = Some(Point::internal(layer(), former)),
                     None => {
                         let action = Action::Drop { tags: vec![former] };
                         let summary = "remove what was there before".to_owned();
-                        plan.steps.push(step(disk, Group::Finish, &action, summary, 0)?);
+                        plan.steps.push(step(disk, Group::Finish, action, summary, 0));
                     }
                 }
             }
@@ -217,7 +209,7 @@ impl DiskSnapshotter for Copies {
                 let names: Vec<String> = gone.map(|(tag, _)| tag.clone()).collect();
                 if !names.is_empty() {
                     let summary = format!("remove the copies {}", names.join(", "));
-                    plan.steps.push(step(disk, Group::Finish, &Action::Drop { tags: names }, summary, 0)?);
+                    plan.steps.push(step(disk, Group::Finish, Action::Drop { tags: names }, summary, 0));
                 }
             }
             other => {
@@ -235,21 +227,21 @@ impl DiskSnapshotter for Copies {
         Ok(vec![ChainFile { file: record.disk.path.clone(), format: "raw".to_owned() }])
     }
 
-    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
-        Action::of(step)?.apply(&context.disk.disk.path, &self.holds, context)
+    async fn apply(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
+        step.action.apply(&context.disk.disk.path, &self.holds, context)
     }
 
-    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
-        Action::of(step)?.undo(&context.disk.disk.path, &self.holds)
+    async fn undo(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
+        step.action.undo(&context.disk.disk.path, &self.holds)
     }
 
-    async fn salvage(&self, step: &Step, _: bool, context: StepContext<'_>) -> Result<Salvage> {
+    async fn salvage(&self, step: &Step<Action>, _: bool, context: StepContext<'_>) -> Result<Salvage> {
         let disk = &context.disk.disk;
-        Action::of(step)?.salvage(disk.target.as_str(), &disk.path)
+        step.action.salvage(disk.target.as_str(), &disk.path)
     }
 
-    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
-        Ok(Action::of(step)?.status(&context.disk.disk.path))
+    async fn status(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<StepStatus> {
+        Ok(step.action.status(&context.disk.disk.path))
     }
 
     async fn check(&self, record: &DiskRecord, _: &DiskState) -> Result<Vec<Finding>> {

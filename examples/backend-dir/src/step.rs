@@ -15,7 +15,7 @@ use crate::hold::Holds;
 /// One step: what the journal keeps.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
-pub(crate) enum Action {
+pub enum Action {
     /// Copies what the domain writes.
     Copy {
         /// The copy's name.
@@ -45,17 +45,6 @@ pub(crate) enum Action {
 }
 
 impl Action {
-    pub(crate) fn of(step: &snapcore::Step) -> Result<Self> {
-        serde_json::from_value(step.action.clone()).map_err(|cause| {
-            Error::new(
-                ErrorKind::Internal,
-                format!("the journal has a step that is not known: {}", step.action),
-            )
-            .because(cause)
-            .advise("it was written by another version of this backend: recover with that one")
-        })
-    }
-
     pub(crate) fn apply(&self, disk: &Utf8Path, holds: &Holds, context: StepContext<'_>) -> Result<()> {
         match self {
             Self::Copy { tag } => copy(disk, disk, &point(disk, tag), context),

@@ -21,9 +21,12 @@ pub(super) fn to_engine(error: crate::Error) -> Error {
     };
     let io = source.as_deref().and_then(|source| source.downcast_ref::<io::Error>()).map(io::Error::kind);
     let full = ["No space left", "Disk quota exceeded"].iter().any(|words| detail.contains(words));
+    // QEMU has no class for it: `Failed to get "write" lock`, `Failed to get shared "write" lock`.
+    let locked = detail.contains("Failed to get") && detail.contains("\" lock");
     let kind = match (kind, io) {
         (_, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)) => ErrorKind::NoSpace,
         (Kind::Refused | Kind::Failed | Kind::Io, _) if full => ErrorKind::NoSpace,
+        (Kind::Refused | Kind::Failed, _) if locked => ErrorKind::Busy,
         (Kind::Io, Some(io::ErrorKind::NotFound)) => ErrorKind::NotFound,
         (Kind::Invalid, _) => ErrorKind::Refused,
         (Kind::Unsupported, _) => ErrorKind::Unsupported,
@@ -80,6 +83,9 @@ mod tests {
             to_engine(crate::Error::new(Kind::Failed, "merging", "j", said)).kind(),
             ErrorKind::NoSpace
         );
+        let said = "Failed to get shared \"write\" lock";
+        let locked = to_engine(crate::Error::new(Kind::Refused, "opening", "n", said));
+        assert_eq!(locked.kind(), ErrorKind::Busy);
         let gone = io::Error::from(io::ErrorKind::NotFound);
         let error = to_engine(crate::Error::io("opening a memory image", Path::new("/m"), gone));
         assert_eq!(error.kind(), ErrorKind::NotFound);

@@ -1,7 +1,7 @@
 //! The actions of a chain of files, and what each does with files.
 
 use serde::{Deserialize, Serialize};
-use snapcore::{DiskRecord, FileUses, LayerName, Step};
+use snapcore::{DiskRecord, FileUses, LayerName};
 
 use crate::layer_name::layer_path;
 
@@ -109,41 +109,40 @@ pub fn room_of_overlay(virtual_size: u64) -> u64 {
     table.next_multiple_of(BLOCK).saturating_add(3 * BLOCK)
 }
 
-/// What a step of a chain does with files: for [`snapcore::DiskSnapshotter::uses`]. Nothing for a step that is none of a chain's.
-pub fn uses(record: &DiskRecord, step: &Step) -> FileUses {
+/// What a step of a chain does with files: for [`snapcore::DiskSnapshotter::uses`].
+pub fn uses(record: &DiskRecord, step: &ChainStep) -> FileUses {
     let path = &record.disk.path;
     let file = |layer: &LayerName| {
         let own = layer_path(path, layer);
         if own.exists() || *layer != record.active { own } else { path.clone() }
     };
     let mut uses = FileUses::default();
-    let Ok(step) = serde_json::from_value::<ChainStep>(step.action.clone()) else { return uses };
     match step {
         ChainStep::NameLayer { layer } => {
-            uses.makes.push(layer_path(path, &layer));
-            uses.links.push(file(&layer));
+            uses.makes.push(layer_path(path, layer));
+            uses.links.push(file(layer));
         }
         ChainStep::CreateOverlay { layer, virtual_size, .. } => {
-            uses.makes.push(layer_path(path, &layer));
-            uses.room = room_of_overlay(virtual_size);
+            uses.makes.push(layer_path(path, layer));
+            uses.room = room_of_overlay(*virtual_size);
         }
         ChainStep::Materialise { layer, .. } => {
-            uses.makes.push(layer_path(path, &layer));
+            uses.makes.push(layer_path(path, layer));
             uses.room = 3 * BLOCK;
         }
         ChainStep::SwitchActive { to, .. } => {
             uses.makes.push(path.clone());
             uses.renames.push(path.clone());
-            uses.links.push(layer_path(path, &to));
+            uses.links.push(layer_path(path, to));
         }
         ChainStep::TakeInternal { layer, .. }
         | ChainStep::ApplyInternal { layer, .. }
         | ChainStep::DropInternal { layer, .. }
-        | ChainStep::ForgetInternal { layer, .. } => uses.writes.push(file(&layer)),
-        ChainStep::Merge { into, .. } => uses.writes.push(file(&into)),
-        ChainStep::Repoint { child, .. } => uses.writes.push(file(&child)),
+        | ChainStep::ForgetInternal { layer, .. } => uses.writes.push(file(layer)),
+        ChainStep::Merge { into, .. } => uses.writes.push(file(into)),
+        ChainStep::Repoint { child, .. } => uses.writes.push(file(child)),
         ChainStep::Remove { layers } => uses.renames.extend(layers.iter().map(file)),
-        ChainStep::Unname { layer } => uses.renames.push(file(&layer)),
+        ChainStep::Unname { layer } => uses.renames.push(file(layer)),
     }
     uses
 }

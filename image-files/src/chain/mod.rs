@@ -38,7 +38,7 @@ pub fn plan(
     capabilities: &Capabilities,
     request: &DiskRequest,
     visible: &mut VisibleBytes<'_>,
-) -> Result<DiskPlan> {
+) -> Result<DiskPlan<ChainStep>> {
     let mut planner = Planner {
         record,
         target: record.disk.target.clone(),
@@ -94,7 +94,7 @@ struct Planner<'a> {
     /// The layers as they will be after the steps planned so far.
     layers: Vec<Layer>,
     active: LayerName,
-    plan: DiskPlan,
+    plan: DiskPlan<ChainStep>,
 }
 
 impl Planner<'_> {
@@ -192,15 +192,8 @@ impl Planner<'_> {
     }
 
     fn push(&mut self, group: Group, step: ChainStep, summary: &str, bytes: u64) {
-        let action = serde_json::to_value(&step).unwrap_or_default();
-        self.plan.steps.push(PlannedStep {
-            group,
-            step: Step { target: self.target.clone(), action, summary: summary.to_owned(), bytes },
-            edits: Vec::new(),
-            deferrable: false,
-            inside: false,
-            window: false,
-        });
+        let step = Step { target: self.target.clone(), action: step, summary: summary.to_owned(), bytes };
+        self.plan.steps.push(PlannedStep::new(group, step));
     }
 
     /// Attaches an edit to the finish step that makes it true: the last one planned.

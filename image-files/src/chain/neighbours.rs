@@ -3,7 +3,7 @@
 use camino::Utf8PathBuf;
 
 use snapcore::{
-    ActivePath, DiskPlan, DiskRecord, DiskState, Error, ErrorKind, Result, Step, Unclear, shell_command,
+    ActivePath, DiskPlan, DiskRecord, DiskState, Error, ErrorKind, Result, Unclear, shell_command,
 };
 
 use super::ChainStep;
@@ -53,17 +53,17 @@ pub(super) fn allow_merges(
     record: &DiskRecord,
     state: &DiskState,
     tidying: bool,
-    plan: &mut DiskPlan,
+    plan: &mut DiskPlan<ChainStep>,
 ) -> Result<()> {
-    let harmless = |step: &Step| {
+    let harmless = |step: &ChainStep| {
         matches!(
-            serde_json::from_value(step.action.clone()),
-            Ok(ChainStep::DropInternal { .. }
+            step,
+            ChainStep::DropInternal { .. }
                 | ChainStep::ForgetInternal { .. }
-                | ChainStep::TakeInternal { .. })
+                | ChainStep::TakeInternal { .. }
         )
     };
-    if plan.steps.iter().all(|planned| harmless(&planned.step)) {
+    if plan.steps.iter().all(|planned| harmless(&planned.step.action)) {
         return Ok(());
     }
     match refusal(record, state) {

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use super::{Run, Running};
 use crate::catalogue::Change;
+use crate::operation::StepTransition;
 use crate::service::Postponed;
 use crate::{
-    DiskRecord, DiskSnapshotter, DomainStep, Error, ErrorKind, Event, Group, Leftover, Result, Step,
+    AnyDiskSnapshotter, DiskRecord, DomainStep, Error, ErrorKind, Event, Group, Leftover, Result, Step,
     StepState, StepStatus, Target, Transition,
 };
 
@@ -26,6 +27,8 @@ impl Running<'_> {
         if self.engine.live.is_none() {
             self.start_last(&mut finish)?;
         }
+        // 1) In a recovery, before anything else is done: steps that are recorded as done and count no more. The merge that
+        //    has not seen the domain's later writes comes again before the path leaves the layer that has them.
         if self.resumed {
             self.reopen_window(&finish)?;
             self.look_for_overtaken(&finish).await.map_err(|error| self.left_unfinished(error))?;
@@ -47,19 +50,25 @@ impl Running<'_> {
             } else if deferrable && self.cancel.is_cancelled() {
                 reason = Some("it was cancelled".to_owned());
             } else {
-                if self.operation.steps[index] != StepState::Started {
-                    // Rides on the transaction of the step before where there is one.
-                    pending.extend(self.steps(unit.clone(), StepState::Started));
+                // 2) Recorded as started before it begins, in the transaction that has the step before as done. So the
+                //    step before is never done again after this one has taken away what it needs: a merge is durable and
+                //    recorded before the path moves, and the move before the merged layers are removed.
+                if unit.clone().any(|step| self.operation.steps[step] != StepState::Started) {
+                    pending.extend(self.steps(unit.clone(), StepTransition::Begin)?);
                 }
                 if !pending.is_empty() {
                     let changes = std::mem::take(&mut pending);
                     self.record(changes).await.map_err(|error| self.left_unfinished(error))?;
                 }
+                // 3) The step itself, durable when it returns. A crash in it leaves it started: it is idempotent, and
+                //    done again.
                 match self.apply(index).await {
+                    // 4) Its edits become true with it, in one transaction, which the next step's start shares. A layer is
+                    //    forgotten only after its file is gone, so a crash leaves no file that nobody knows.
                     Ok(facts) => {
                         self.note(index, facts)?;
                         self.run.bytes_moved = self.run.bytes_moved.saturating_add(bytes);
-                        pending.extend(self.steps(unit.clone(), StepState::Done));
+                        pending.extend(self.steps(unit.clone(), StepTransition::Complete)?);
                         let edits =
                             unit.clone().flat_map(|step| self.operation.plan.steps[step].edits.clone());
                         pending.extend(edits.map(Change::Edit));
@@ -93,10 +102,12 @@ impl Running<'_> {
                 if !self.is_of_names(index) {
                     put_off.push(target.clone());
                 }
-                pending.extend(self.steps(unit, StepState::Postponed));
+                pending.extend(self.steps(unit, StepTransition::Defer)?);
                 self.put_off(&target, index, bytes, reason);
             }
         }
+        // 5) The end is recorded with the last step. Manifests come after it: one that a crash leaves out of date is found
+        //    by its revision, and written by the next change.
         if !self.operation.state.is_final() {
             self.advance(Transition::Finish)?;
             pending.push(Change::Operation(self.operation.id, self.operation.state, None));
@@ -135,7 +146,7 @@ impl Running<'_> {
                 DomainStep::OpenWindow { .. } => opened = Some(index),
                 DomainStep::Attach { .. } if self.operation.steps[index] != StepState::Done => {
                     if let Some(opened) = opened {
-                        self.operation.steps[opened] = StepState::Pending;
+                        self.move_step(opened, StepTransition::Repeat)?;
                     }
                 }
                 _ => {}
@@ -146,7 +157,7 @@ impl Running<'_> {
 
     /// A guest is not left standing because of what failed in a window: its disks are whole after every step.
     async fn close_window(&mut self, error: Error) -> Error {
-        let Some(opened) = self.window else { return error };
+        let Some(opened) = self.guest.detached_since() else { return error };
         let in_finish = self.operation.plan.steps[opened].group == Group::Finish;
         if !in_finish {
             return error.state("the disks and all snapshots are whole; the guest is paused");
@@ -175,7 +186,7 @@ impl Running<'_> {
                     step.target, step.summary
                 );
                 tracing::info!(%message, "recovering");
-                self.operation.steps[index] = StepState::Pending;
+                self.move_step(index, StepTransition::Repeat)?;
             }
         }
         Ok(())
@@ -199,7 +210,7 @@ impl Running<'_> {
         Some(backend.leftover(record, step))
     }
 
-    fn disk_step(&self, index: usize) -> Option<(Arc<dyn DiskSnapshotter>, &DiskRecord, &Step)> {
+    fn disk_step(&self, index: usize) -> Option<(Arc<AnyDiskSnapshotter>, &DiskRecord, &Step)> {
         let step = &self.operation.plan.steps[index].step;
         let record = self.entry.domain.disks.iter().find(|record| record.disk.target == step.target)?;
         Some((self.engine.registry.get(&record.disk.format).ok()?, record, step))

@@ -20,6 +20,7 @@
 //! neither is asked.
 
 mod finish;
+mod guest;
 mod step;
 mod undo;
 
@@ -31,13 +32,14 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
+use self::guest::Guest;
 use crate::catalogue::{Catalogue, Change, Entry, Revision, apply_edit};
 use crate::manifest::ManifestStore;
+use crate::operation::StepTransition;
 use crate::service::Postponed;
 use crate::{
-    DomainStep, Edit, Error, ErrorKind, Event, Events, Facts, Group, GuestChange, LiveDomain, Operation,
-    OperationId, OperationState, Plan, Registry, Result, Snapshot, StartedDomain, StepState, Taken, Target,
-    Transition,
+    Edit, Error, ErrorKind, Event, Events, Facts, Group, GuestChange, LiveDomain, Operation, OperationId,
+    OperationState, Plan, Registry, Result, Snapshot, StartedDomain, StepState, Taken, Transition,
 };
 
 /// Carries plans out on one domain, whose lock and disks the caller holds.
@@ -102,10 +104,8 @@ struct Running<'a> {
     cancel: &'a CancellationToken,
     /// Whether it had stopped before: since then the domain may have run.
     resumed: bool,
-    /// The step that opened a window in this run, as long as it is open.
-    window: Option<usize>,
-    /// Disks whose overlays the undo of an instant has merged in this run.
-    merged_down: Vec<Target>,
+    /// What this run has done to the guest.
+    guest: Guest,
     run: Run,
 }
 
@@ -151,8 +151,7 @@ impl Engine<'_> {
             operation,
             cancel,
             resumed: false,
-            window: None,
-            merged_down: Vec::new(),
+            guest: Guest::Running,
             run,
         };
         running.begin(prologue).await
@@ -176,8 +175,7 @@ impl Engine<'_> {
             operation,
             cancel,
             resumed: true,
-            window: None,
-            merged_down: Vec::new(),
+            guest: Guest::Running,
             run,
         };
         match running.operation.state {
@@ -262,7 +260,7 @@ impl Running<'_> {
             }
         }
         for index in self.starting(0) {
-            self.operation.steps[index] = StepState::Started;
+            self.move_step(index, StepTransition::Begin)?;
         }
         let mut changes = prologue;
         changes.push(Change::Begin(Box::new(self.operation.clone())));
@@ -305,6 +303,9 @@ impl Running<'_> {
     }
 
     /// Does the prepare and cut steps, and commits.
+    ///
+    /// Each turn does what the journal has as started, and then records it as done together with what is started next. So a
+    /// crash finds in the journal everything that may have been begun, and undoes it.
     async fn until_committed(&mut self) -> Result<()> {
         let last = self.operation.plan.steps.iter().rposition(|planned| planned.group != Group::Finish);
         let Some(last) = last else {
@@ -319,13 +320,17 @@ impl Running<'_> {
         while begun <= last {
             let run = self.starting(begun);
             let mut index = begun;
-            // Preparing takes its time: another program may have opened an image meanwhile.
+            // 1) Before the first cut step: preparing takes its time, and another program may have opened an image
+            //    meanwhile. Refused here, nothing but new files has to be undone.
             if let Some(watched) = self.engine.watched
                 && self.operation.plan.steps[begun].group == Group::Cut
                 && !std::mem::replace(&mut asked, true)
             {
                 watched.ask_again().await?;
             }
+            // 2) The steps, each with what is nested in it. They are recorded as started already: by the transaction that
+            //    began the operation, or by the turn before. A crash here leaves steps that are begun, whole or in part;
+            //    undo is idempotent and looks at the disk, so it takes back either.
             while index < run.end {
                 if self.cancel.is_cancelled() {
                     return Err(cancelled());
@@ -336,22 +341,29 @@ impl Running<'_> {
                 index = self.unit(index).end;
             }
             begun = run.end;
-            let mut changes = self.steps(run, StepState::Done);
+            let mut changes = self.steps(run, StepTransition::Complete)?;
             if begun > last {
+                // 3) The last moment at which a cancel undoes everything: nothing was recorded as having happened.
                 if self.cancel.is_cancelled() {
                     return Err(cancelled());
                 }
                 if self.operation.state == OperationState::Preparing {
                     self.advance(Transition::Cut)?;
                 }
+                // 4) Before the commit, because what tells a tag from others of its name is recorded with the snapshot.
                 self.identify().await;
+                // 5) The commit point: one transaction has the last steps as done, the plan's edits, and the state
+                //    `finishing`. A crash before it undoes, and a crash after it carries through. There is no state between,
+                //    in which the catalogue knows a snapshot whose layers an undo removes.
                 changes.extend(self.commit_changes()?);
                 changes.push(Change::Operation(self.operation.id, self.operation.state, None));
             } else if self.operation.state == OperationState::Preparing && begun >= prepared {
                 self.advance(Transition::Cut)?;
                 changes.push(Change::Operation(self.operation.id, self.operation.state, None));
             }
-            changes.extend(self.steps(self.starting(begun), StepState::Started));
+            // 6) What comes next is recorded as started before it begins, in the same transaction: one flush a turn. A step
+            //    that began without a record would not be undone.
+            changes.extend(self.steps(self.starting(begun), StepTransition::Begin)?);
             self.record(changes).await?;
         }
         Ok(())
@@ -373,11 +385,8 @@ impl Running<'_> {
     /// Takes up what a step of the domain told: the snapshot that is to be recorded is as its instant was.
     fn note(&mut self, index: usize, facts: Facts) -> Result<()> {
         if self.operation.plan.steps[index].step.target.is_domain() {
-            match self.domain_step(index)? {
-                DomainStep::OpenWindow { .. } => self.window = Some(index),
-                DomainStep::Continue { .. } => self.window = None,
-                _ => {}
-            }
+            let step = self.domain_step(index)?;
+            self.guest = std::mem::replace(&mut self.guest, Guest::Running).after(&step, index);
         }
         let snapshot = self.operation.plan.commit.iter_mut().find_map(|edit| match edit {
             Edit::AddSnapshot { snapshot } => Some(snapshot),
@@ -474,15 +483,17 @@ impl Running<'_> {
         Ok(())
     }
 
-    fn steps(&mut self, indices: Range<usize>, state: StepState) -> Vec<Change> {
+    /// Moves steps on; gives the changes that record it.
+    fn steps(&mut self, indices: Range<usize>, transition: StepTransition) -> Result<Vec<Change>> {
         let id = self.operation.id;
-        let changes = indices.map(|index| {
-            if let Some(step) = self.operation.steps.get_mut(index) {
-                *step = state;
-            }
-            Change::Step(id, index, state)
-        });
-        changes.collect()
+        indices.map(|index| Ok(Change::Step(id, index, self.move_step(index, transition)?))).collect()
+    }
+
+    /// Moves a step on in memory alone.
+    fn move_step(&mut self, index: usize, transition: StepTransition) -> Result<StepState> {
+        let state = self.operation.steps[index].after(transition)?;
+        self.operation.steps[index] = state;
+        Ok(state)
     }
 
     /// Makes `changes` durable, and the entry what they make of it.

@@ -14,8 +14,9 @@ use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
 use super::Running;
+use super::guest::Guest;
 use crate::{
-    DiskInstant, DiskRecord, DiskSnapshotter, DomainContext, DomainStep, Edit, Error, ErrorKind, Event,
+    AnyDiskSnapshotter, DiskInstant, DiskRecord, DomainContext, DomainStep, Edit, Error, ErrorKind, Event,
     Events, Facts, Group, Inside, LiveDomain, NothingInside, OpenChain, OperationId, PowerAfter, Progress,
     Result, Salvage, StartFromMemory, StepContext, StepState, StepStatus, Target, file_identity,
 };
@@ -125,7 +126,7 @@ impl Running<'_> {
         if matches!(step, DomainStep::Media { .. })
             && self.resumed
             && live.seen().running
-            && self.window.is_none()
+            && self.guest.detached_since().is_none()
         {
             // The guest went on already, with the media that it has.
             return Ok(Facts::default());
@@ -177,7 +178,7 @@ impl Running<'_> {
         matches!(step, DomainStep::Continue { .. })
             && self.resumed
             && live.seen().running
-            && self.window.is_none()
+            && self.guest.detached_since().is_none()
     }
 
     /// What a step comes to where nobody runs the domain any more.
@@ -227,7 +228,10 @@ impl Running<'_> {
     async fn undo_on_domain_and_note(&mut self, head: usize) -> Result<()> {
         let merged = self.overlays_in_use(head).await?;
         self.undo_on_domain(head).await?;
-        self.merged_down.extend(merged);
+        // Only what an undone cut has merged is remembered: a step that is no cut gives nothing.
+        if matches!(self.domain_step(head)?, DomainStep::Instant { .. }) {
+            self.guest = std::mem::replace(&mut self.guest, Guest::Running).after_undone_cut(merged);
+        }
         Ok(())
     }
 
@@ -297,7 +301,7 @@ impl Running<'_> {
         let planned = &self.operation.plan.steps[index];
         let context = work.context(&work.deaf, &NothingInside);
         // What was merged is in the image below by now, and nobody misses the overlay.
-        let salvage = match self.resumed && !self.merged_down.contains(&planned.step.target) {
+        let salvage = match self.resumed && !self.guest.has_merged(&planned.step.target) {
             true => {
                 let done = self.operation.steps[index] == StepState::Done;
                 guarded(backend.salvage(&planned.step, done, context)).await?
@@ -400,7 +404,7 @@ impl Running<'_> {
     }
 
     /// What a disk's step is done with.
-    fn work(&self, index: usize) -> Result<(Arc<dyn DiskSnapshotter>, Work<'_>)> {
+    fn work(&self, index: usize) -> Result<(Arc<AnyDiskSnapshotter>, Work<'_>)> {
         let target = &self.operation.plan.steps[index].step.target;
         let disk = self.record_of(target)?;
         let work = Work {

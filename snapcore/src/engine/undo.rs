@@ -6,6 +6,7 @@ use tokio::time::sleep;
 
 use super::Running;
 use crate::catalogue::Change;
+use crate::operation::StepTransition;
 use crate::{
     DomainStep, Edit, Error, ErrorKind, Event, Group, PowerAfter, Result, StepState, StepStatus, Target,
     Transition,
@@ -39,14 +40,17 @@ impl Running<'_> {
     pub(super) async fn undo(&mut self, reason: &str) -> Result<()> {
         self.tell(Event::Undoing { operation: self.operation.id, reason: reason.to_owned() });
         self.advance(Transition::Undo)?;
+        // 1) Undoing is right without this record: what is recorded still says that it did not happen. A crash before it
+        //    leaves an operation before its commit point, which a recovery undoes all the same.
         let undoing = Change::Operation(self.operation.id, self.operation.state, Some(reason.to_owned()));
-        // Undoing is right without this record: what is recorded still says that it did not happen.
         if let Err(error) = self.record(vec![undoing]).await {
             tracing::warn!(%error, "recording that an operation is being undone");
             if let Ok(Some(entry)) = self.engine.catalogue.load(&self.entry.domain.name).await {
                 *self.entry = entry;
             }
         }
+        // 2) If disks were changed while they were detached, and the guest was started since, they are detached again
+        //    before any of them changes: an image that a guest writes is not replaced under it.
         let mut stuck: Vec<(Target, Error)> = Vec::new();
         let mut changes = Vec::new();
         let window = match self.window_to_undo_in().await {
@@ -56,6 +60,9 @@ impl Running<'_> {
                 Window::None
             }
         };
+        // 3) The last step first: the path goes back before the overlay that it named is removed, and the overlay goes
+        //    before the second name of the file below it. A crash here leaves some steps undone and recorded as begun: to
+        //    undo them again changes nothing.
         for index in (0..self.operation.steps.len()).rev() {
             let planned = &self.operation.plan.steps[index];
             let target = planned.step.target.clone();
@@ -75,10 +82,12 @@ impl Running<'_> {
                 (Window::Anew(_) | Window::NotNeeded, true) if self.is_window_step(index) => Ok(Vec::new()),
                 _ => self.undo_patiently(index).await,
             };
+            let undone =
+                undone.and_then(|edits| Ok((edits, self.steps(self.unit(index), StepTransition::Undo)?)));
             match undone {
-                Ok(edits) => {
+                Ok((edits, states)) => {
                     changes.extend(edits.into_iter().map(Change::Edit));
-                    changes.extend(self.steps(self.unit(index), StepState::Undone));
+                    changes.extend(states);
                 }
                 Err(error) => stuck.push((target, error)),
             }
@@ -106,6 +115,8 @@ impl Running<'_> {
                 self.entry.domain.name
             )));
         }
+        // 4) The end, and what had to stay, in one transaction after all disks are as before. A crash before it repeats
+        //    the undo; after it nothing is left to do but the manifests.
         self.advance(Transition::Undone)?;
         changes.push(Change::Operation(self.operation.id, self.operation.state, None));
         if let Err(error) = self.record(changes).await {
@@ -133,9 +144,7 @@ impl Running<'_> {
                 Ok(edits) => return Ok(edits),
                 Err(error) => error,
             };
-            // QEMU's own refusal of a locked image has no kind of its own.
-            let is_locked = error.kind() == ErrorKind::Busy || error.to_string().contains("\" lock");
-            if !is_locked || !self.stands_still() || Instant::now() >= until {
+            if error.kind() != ErrorKind::Busy || !self.stands_still() || Instant::now() >= until {
                 return Err(error);
             }
             sleep(BETWEEN_TRIES).await;

@@ -58,20 +58,16 @@ pub(super) fn memory_file(directory: &Utf8Path, snapshot: &Snapshot) -> Utf8Path
     directory.join(format!("{}.memory", snapshot.id))
 }
 
-fn step(group: Group, step: &DomainStep, summary: impl Into<String>) -> PlannedStep {
-    PlannedStep {
-        group,
-        step: Step {
-            target: Target::of_domain(),
-            action: serde_json::to_value(step).unwrap_or_default(),
-            summary: summary.into(),
-            bytes: 0,
-        },
-        edits: Vec::new(),
-        deferrable: false,
-        inside: false,
-        window: false,
-    }
+fn step(group: Group, step: &DomainStep, summary: impl Into<String>) -> Result<PlannedStep> {
+    let step = Step { target: Target::of_domain(), action: step, summary: summary.into(), bytes: 0 };
+    let step = step.try_map(|action| {
+        serde_json::to_value(action).map_err(|cause| {
+            Error::new(ErrorKind::Internal, "a step of the domain cannot be recorded")
+                .because(cause)
+                .state("no changes made")
+        })
+    })?;
+    Ok(PlannedStep::new(group, step))
 }
 
 impl Planner<'_> {
@@ -259,7 +255,7 @@ impl Planner<'_> {
         // A step inside belongs to the nearest one before it that is not: what one disk does after the instant must not come
         // between the instant and what another does in it. The order of each disk's own steps stays.
         merged.steps.sort_by_key(|planned| planned.group == Group::Cut && !planned.inside);
-        merged.first(step(Group::Cut, &instant, words));
+        merged.first(step(Group::Cut, &instant, words)?);
         if memory {
             let tag = snapshot.name.as_str().to_owned();
             snapshot.memory =
@@ -268,7 +264,7 @@ impl Planner<'_> {
             let compress = request.compress.or(of_domain).unwrap_or(0);
             let also = if compress > 0 { "compress it, " } else { "" };
             let words = format!("wait for the memory image {file}, {also}and make it durable");
-            merged.last(step(Group::Cut, &DomainStep::SaveMemory { file, tag, compress }, words));
+            merged.last(step(Group::Cut, &DomainStep::SaveMemory { file, tag, compress }, words)?);
         }
         if !external.is_empty() {
             let rehome = DomainStep::Rehome { disks: external };
@@ -276,10 +272,10 @@ impl Planner<'_> {
                 Group::Finish,
                 &rehome,
                 "update the hypervisor's block graph to the new file names",
-            ));
+            )?);
         }
         if request.then == Some(PowerAfter::Off) {
-            merged.last(go_on(None, false, Some(PowerAfter::Off)));
+            merged.last(go_on(None, false, Some(PowerAfter::Off))?);
         }
         Ok(())
     }
@@ -319,12 +315,12 @@ impl Planner<'_> {
                 ));
             }
             let check = DomainStep::CheckMemory { file: file.clone() };
-            merged.first(step(Group::Prepare, &check, format!("check the memory image {file}")));
+            merged.first(step(Group::Prepare, &check, format!("check the memory image {file}"))?);
         }
         let Some(alive) = self.alive else {
             return match (file, power) {
                 (Some(file), power) => {
-                    merged.last(go_on(Some(file), false, power));
+                    merged.last(go_on(Some(file), false, power)?);
                     Ok(())
                 }
                 (None, Some(PowerAfter::Running | PowerAfter::Paused)) => Err(self
@@ -351,12 +347,12 @@ impl Planner<'_> {
         let recreated = alive.profile.recreates;
         let anew = Anew { from, safety: request.safety, config: request.config.clone(), recreated };
         let (mut open, mut attach) = (
-            open_window(Group::Cut, &disks, alive, Some(anew.clone())),
-            attach(Group::Cut, &disks, Some(anew.clone())),
+            open_window(Group::Cut, &disks, alive, Some(anew.clone()))?,
+            attach(Group::Cut, &disks, Some(anew.clone()))?,
         );
         let mut end = match off {
-            true => go_on(None, false, power),
-            false => go_on(file.clone(), file.is_none(), power),
+            true => go_on(None, false, power)?,
+            false => go_on(file.clone(), file.is_none(), power)?,
         };
         if anew.recreated {
             (open.step.summary, attach.step.summary, end.step.summary) = recreated_words(&anew, power);
@@ -378,7 +374,7 @@ impl Planner<'_> {
                     })
                     .collect();
                 let media = DomainStep::Media { media: alive.media.clone() };
-                merged.first(step(Group::Finish, &media, words.join("; ")));
+                merged.first(step(Group::Finish, &media, words.join("; "))?);
             }
         }
         Ok(())
@@ -398,16 +394,16 @@ impl Planner<'_> {
                 let mut disks: Vec<Target> =
                     in_window.iter().map(|planned| planned.step.target.clone()).collect();
                 disks.dedup();
-                merged.steps.push(open_window(Group::Finish, &disks, alive, None));
+                merged.steps.push(open_window(Group::Finish, &disks, alive, None)?);
                 merged.steps.extend(in_window);
-                merged.steps.push(attach(Group::Finish, &disks, None));
-                merged.steps.push(go_on(None, false, Some(as_now(alive))));
+                merged.steps.push(attach(Group::Finish, &disks, None)?);
+                merged.steps.push(go_on(None, false, Some(as_now(alive)))?);
             }
             merged.steps.extend(others);
         }
         for memory in doomed.iter().filter_map(|snapshot| snapshot.memory.as_ref()) {
             let words = format!("remove the memory image {}", memory.file);
-            merged.last(step(Group::Finish, &DomainStep::RemoveMemory { file: memory.file.clone() }, words));
+            merged.last(step(Group::Finish, &DomainStep::RemoveMemory { file: memory.file.clone() }, words)?);
         }
         Ok(())
     }
@@ -453,17 +449,17 @@ fn recreated_words(anew: &Anew, power: Option<PowerAfter>) -> (String, String, S
     (open.to_owned(), attach, end.to_owned())
 }
 
-fn open_window(group: Group, disks: &[Target], alive: &Alive<'_>, anew: Option<Anew>) -> PlannedStep {
+fn open_window(group: Group, disks: &[Target], alive: &Alive<'_>, anew: Option<Anew>) -> Result<PlannedStep> {
     let opening = DomainStep::OpenWindow { disks: disks.to_vec(), running: alive.seen.running, anew };
     step(group, &opening, format!("pause the guest and detach {}", names(disks)))
 }
 
-fn attach(group: Group, disks: &[Target], anew: Option<Anew>) -> PlannedStep {
+fn attach(group: Group, disks: &[Target], anew: Option<Anew>) -> Result<PlannedStep> {
     let attach = DomainStep::Attach { disks: disks.to_vec(), anew };
     step(group, &attach, format!("reattach {}", names(disks)))
 }
 
-fn go_on(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) -> PlannedStep {
+fn go_on(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) -> Result<PlannedStep> {
     let words = match (&memory, reset, power) {
         (_, _, Some(PowerAfter::Off)) => "end the domain's process".to_owned(),
         (Some(file), _, Some(PowerAfter::Paused)) => {

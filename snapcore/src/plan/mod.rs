@@ -10,8 +10,8 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::{
-    Consistency, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, DiskPlan, DiskPoint, DiskRecord,
-    DiskRequest, DiskSnapshotter, DiskState, Domain, Edit, Error, ErrorKind, Plan, Point, PointKind,
+    AnyDiskSnapshotter, Consistency, CreateDisk, CreateRequest, DeleteRequest, DeleteScope, DiskPlan,
+    DiskPoint, DiskRecord, DiskRequest, DiskState, Domain, Edit, Error, ErrorKind, Plan, Point, PointKind,
     PowerAfter, Request, Result, RevertRequest, SeenDisk, SkippedDisk, Snapshot, SnapshotId, SnapshotName,
     SnapshotTree, Target,
 };
@@ -26,7 +26,7 @@ pub struct DiskInput {
     /// What it is on the machine.
     pub state: DiskState,
     /// Who can change it.
-    pub backend: Arc<dyn DiskSnapshotter>,
+    pub backend: Arc<AnyDiskSnapshotter>,
 }
 
 impl DiskInput {

@@ -33,7 +33,7 @@ pub struct FakeDisk {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
-enum Action {
+pub enum Action {
     /// Put the present aside.
     Stash { key: String },
     /// Name a copy of the present.
@@ -176,24 +176,15 @@ fn layer_of(disk: &Disk) -> LayerName {
     LayerName(format!("{}.layer", disk.path.file_name().unwrap().replace(':', "-")))
 }
 
-fn step(group: Group, disk: &Disk, action: Action, bytes: u64, deferrable: bool) -> PlannedStep {
-    PlannedStep {
-        group,
-        step: Step {
-            target: disk.target.clone(),
-            summary: format!("{action:?}"),
-            action: serde_json::to_value(action).unwrap(),
-            bytes,
-        },
-        edits: Vec::new(),
-        deferrable,
-        inside: false,
-        window: false,
-    }
+fn step(group: Group, disk: &Disk, action: Action, bytes: u64, deferrable: bool) -> PlannedStep<Action> {
+    let step = Step { target: disk.target.clone(), summary: format!("{action:?}"), action, bytes };
+    PlannedStep { deferrable, ..PlannedStep::new(group, step) }
 }
 
 #[async_trait]
 impl DiskSnapshotter for FakeBackend {
+    type Action = Action;
+
     fn format(&self) -> &str {
         if self.rows.is_some() { "table" } else { "fake" }
     }
@@ -306,7 +297,7 @@ impl DiskSnapshotter for FakeBackend {
         _: &DiskState,
         _: ActivePath,
         request: &DiskRequest,
-    ) -> Result<DiskPlan> {
+    ) -> Result<DiskPlan<Action>> {
         let disk = &record.disk;
         let there = self.disk(&disk.path)?;
         let mut plan = DiskPlan::default();
@@ -349,13 +340,13 @@ impl DiskSnapshotter for FakeBackend {
         Ok(vec![ChainFile { file: record.disk.path.clone(), format: "fake".to_owned() }])
     }
 
-    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+    async fn apply(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
         let number = self.applies.next();
         self.applied.lock().unwrap().push(step.summary.clone());
         self.applies.strike(number, When::Before).await?;
         context.progress.bytes(step.bytes, step.bytes);
         let path = &context.disk.disk.path;
-        match serde_json::from_value(step.action.clone()).unwrap() {
+        match step.action.clone() {
             Action::Stash { key } => self.change(path, |disk| {
                 disk.aside.insert(key, disk.data);
             })?,
@@ -378,11 +369,11 @@ impl DiskSnapshotter for FakeBackend {
         self.applies.strike(number, When::After).await
     }
 
-    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+    async fn undo(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
         let number = self.undos.next();
         self.undos.strike(number, When::Before).await?;
         let path = &context.disk.disk.path;
-        match serde_json::from_value(step.action.clone()).unwrap() {
+        match step.action.clone() {
             Action::Stash { key } | Action::Unstash { key } => self.change(path, |disk| {
                 disk.aside.remove(&key);
             })?,
@@ -397,16 +388,16 @@ impl DiskSnapshotter for FakeBackend {
         self.undos.strike(number, When::After).await
     }
 
-    async fn salvage(&self, step: &Step, done: bool, _: StepContext<'_>) -> Result<Salvage> {
+    async fn salvage(&self, step: &Step<Action>, done: bool, _: StepContext<'_>) -> Result<Salvage> {
         self.salvaged.lock().unwrap().push((step.target.clone(), done));
         Ok(Salvage::Nothing)
     }
 
-    async fn is_overtaken(&self, step: &Step, _: StepContext<'_>) -> Result<bool> {
+    async fn is_overtaken(&self, step: &Step<Action>, _: StepContext<'_>) -> Result<bool> {
         Ok(self.overtaken.lock().unwrap().contains(&step.summary))
     }
 
-    async fn status(&self, _: &Step, _: StepContext<'_>) -> Result<StepStatus> {
+    async fn status(&self, _: &Step<Action>, _: StepContext<'_>) -> Result<StepStatus> {
         Ok(StepStatus::Partly)
     }
 

@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use super::read::{Identity, Matched};
 use super::{Importer, Report};
-use crate::backend::DiskSnapshotter;
 use crate::confine::is_elsewhere;
+use crate::erased::AnyDiskSnapshotter;
 use crate::{ActivePath, Disk, DiskRecord, DiskState, InspectDepth, LayerName, Result, Target};
 
 /// Disks as the domain has them, in its order.
@@ -56,7 +56,7 @@ impl Importer {
 /// Returns true if the adopted disk and the manifest's are one that was never frozen, so that neither has a
 /// file of its permanent name: the image at the path is the one that the manifest means, in another file
 /// where it was copied.
-async fn is_renamed(backend: &dyn DiskSnapshotter, record: &DiskRecord, told: &DiskRecord) -> Result<bool> {
+async fn is_renamed(backend: &AnyDiskSnapshotter, record: &DiskRecord, told: &DiskRecord) -> Result<bool> {
     Ok(backend.layer_file(record, &record.active) == record.disk.path
         && !is_elsewhere(&told.active)
         && !backend.has_layer(record, &told.active).await?)
@@ -67,7 +67,7 @@ async fn is_renamed(backend: &dyn DiskSnapshotter, record: &DiskRecord, told: &D
 /// as the domain's.
 async fn add_layers(
     matched: &Matched,
-    backend: &dyn DiskSnapshotter,
+    backend: &AnyDiskSnapshotter,
     record: &mut DiskRecord,
     told: &DiskRecord,
     report: &mut Report,

@@ -42,7 +42,7 @@ use crate::hypervisor::is_device;
 use crate::service::images::file_id;
 use crate::service::locator::Live;
 use crate::{
-    DiskRecord, DiskSnapshotter, Domain, DomainStep, Error, ErrorKind, FileIdentity, Hypervisor, Plan,
+    AnyDiskSnapshotter, DiskRecord, Domain, DomainStep, Error, ErrorKind, FileIdentity, Hypervisor, Plan,
     Registry, Result, Step, StepNeed, Target,
 };
 
@@ -196,7 +196,7 @@ impl User {
 /// A disk whose files are to be watched.
 struct WatchedDisk<'a> {
     record: &'a DiskRecord,
-    backend: Option<&'a dyn DiskSnapshotter>,
+    backend: Option<&'a AnyDiskSnapshotter>,
     /// The files that the running domain has open for it.
     open: HashSet<FileIdentity>,
     /// Set where the running domain's process is known.

@@ -1,0 +1,105 @@
+//! The running guest in one run of an operation: what the operation has done to it so far.
+
+use crate::{DomainStep, Target};
+
+/// What this run has done to the guest. It says nothing of a run before a crash: that is read from the journal, and from the
+/// hypervisor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Guest {
+    /// It runs, or is paused by its user: nothing was done to it.
+    Running,
+    /// The instant was taken: it goes on, on the layers that the cut made.
+    Cut,
+    /// The cut was undone. What the guest wrote to the overlays of these disks since is merged into the images below.
+    Uncut {
+        /// The disks.
+        merged: Vec<Target>,
+    },
+    /// It is paused, and its disks are detached.
+    Detached {
+        /// The index of the step that detached them.
+        since: usize,
+    },
+    /// It goes on, or has ended, as the operation wants it.
+    Resumed,
+}
+
+impl Guest {
+    /// The guest after the domain's step at `index` was done.
+    pub(super) fn after(self, step: &DomainStep, index: usize) -> Self {
+        match (self, step) {
+            (_, DomainStep::OpenWindow { .. }) => Self::Detached { since: index },
+            (_, DomainStep::Continue { .. }) => Self::Resumed,
+            (Self::Running | Self::Cut | Self::Uncut { .. } | Self::Resumed, DomainStep::Instant { .. }) => {
+                Self::Cut
+            }
+            (guest @ Self::Detached { .. }, DomainStep::Instant { .. }) => guest,
+            // Attached disks are the guest's again, and it is still paused: the step that lets it go on comes last.
+            (
+                guest @ (Self::Running
+                | Self::Cut
+                | Self::Uncut { .. }
+                | Self::Detached { .. }
+                | Self::Resumed),
+                DomainStep::Attach { .. }
+                | DomainStep::Rehome { .. }
+                | DomainStep::Media { .. }
+                | DomainStep::SaveMemory { .. }
+                | DomainStep::CheckMemory { .. }
+                | DomainStep::RemoveMemory { .. },
+            ) => guest,
+        }
+    }
+
+    /// The guest after a cut was undone, which merged the overlays of these disks. A cut can be undone again, by a recovery
+    /// of which the first part failed.
+    pub(super) fn after_undone_cut(self, mut merged: Vec<Target>) -> Self {
+        match self {
+            Self::Uncut { merged: before } => merged.extend(before),
+            Self::Running | Self::Cut | Self::Detached { .. } | Self::Resumed => {}
+        }
+        Self::Uncut { merged }
+    }
+
+    /// The step that detached the disks, as long as they are detached.
+    pub(super) fn detached_since(&self) -> Option<usize> {
+        match self {
+            Self::Detached { since } => Some(*since),
+            Self::Running | Self::Cut | Self::Uncut { .. } | Self::Resumed => None,
+        }
+    }
+
+    /// Returns true if the undo of the cut has merged the disk's overlay: nothing of it has to be salvaged.
+    pub(super) fn has_merged(&self, disk: &Target) -> bool {
+        match self {
+            Self::Uncut { merged } => merged.contains(disk),
+            Self::Running | Self::Cut | Self::Detached { .. } | Self::Resumed => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Disks are detached from the step that detaches them to the one that lets the guest go on, whatever comes between.
+    #[test]
+    fn guest_is_detached_until_it_goes_on() {
+        let open = DomainStep::OpenWindow { disks: Vec::new(), running: true, anew: None };
+        let attach = DomainStep::Attach { disks: Vec::new(), anew: None };
+        let go_on = DomainStep::Continue { memory: None, reset: false, power: None };
+        let guest = Guest::Running.after(&open, 3);
+        assert_eq!(guest.detached_since(), Some(3));
+        let guest = guest.after(&attach, 5);
+        assert_eq!(guest.detached_since(), Some(3));
+        assert_eq!(guest.after(&go_on, 6), Guest::Resumed);
+    }
+
+    /// What one undo has merged is remembered when the cut is undone once more.
+    #[test]
+    fn merged_overlays_are_remembered() {
+        let (vda, vdb) = (Target::new("vda").unwrap(), Target::new("vdb").unwrap());
+        let guest = Guest::Cut.after_undone_cut(vec![vda.clone()]).after_undone_cut(vec![]);
+        assert!(guest.has_merged(&vda) && !guest.has_merged(&vdb));
+    }
+}

@@ -1,0 +1,221 @@
+//! Backends whose actions are JSON: what the registry, the planner and the engine know.
+//!
+//! An action is encoded once, when its plan is made, and decoded once for each call that gets its step. A value
+//! that cannot be encoded is an error, so the journal has no step that no backend can read.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::address::DiskIdentity;
+use crate::backend::{
+    Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth, Leftover,
+    Salvage, StepContext, StepNeed,
+};
+use crate::domain::{ActivePath, Disk, DiskRecord};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::{AttachedDisk, ChainFile};
+use crate::manifest::ManifestStore;
+use crate::name::LayerName;
+use crate::snapshot::{Point, Snapshot};
+use crate::state::{DiskState, TagIdentity};
+use crate::step::{DiskPlan, DiskRequest, Step, StepStatus};
+
+/// A backend of any format: its actions are JSON.
+pub type AnyDiskSnapshotter = dyn DiskSnapshotter<Action = Value>;
+
+/// Makes a backend one whose actions are JSON.
+pub fn erased<B: DiskSnapshotter + ?Sized + 'static>(backend: Arc<B>) -> Arc<AnyDiskSnapshotter> {
+    Arc::new(Erased { inner: backend })
+}
+
+struct Erased<B: ?Sized> {
+    inner: Arc<B>,
+}
+
+impl<B: DiskSnapshotter + ?Sized> Erased<B> {
+    fn decoded(&self, step: &Step) -> Result<Step<B::Action>> {
+        decoded(self.inner.format(), step)
+    }
+}
+
+fn decoded<A: DeserializeOwned>(format: &str, step: &Step) -> Result<Step<A>> {
+    step.clone().try_map(|action| {
+        serde_json::from_value(action).map_err(|cause| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("the journal has a step that the backend {format} does not know: {}", step.action),
+            )
+            .because(cause)
+            .advise("it was written by another version of domsnap: recover with that one")
+        })
+    })
+}
+
+#[async_trait]
+impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
+    type Action = Value;
+
+    fn format(&self) -> &str {
+        self.inner.format()
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+    fn processes(&self) -> Vec<u32> {
+        self.inner.processes()
+    }
+    fn scheme(&self) -> Option<&str> {
+        self.inner.scheme()
+    }
+    async fn resolve(&self, address: &Utf8Path) -> Result<Utf8PathBuf> {
+        self.inner.resolve(address).await
+    }
+    async fn identity(&self, disk: &Disk) -> Result<Option<DiskIdentity>> {
+        self.inner.identity(disk).await
+    }
+    async fn has_layer(&self, disk: &DiskRecord, layer: &LayerName) -> Result<bool> {
+        self.inner.has_layer(disk, layer).await
+    }
+    fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
+        self.inner.manifests(disk)
+    }
+    fn leftover(&self, disk: &DiskRecord, step: &Step) -> Leftover {
+        self.decoded(step).map_or(Leftover::Required, |step| self.inner.leftover(disk, &step))
+    }
+    fn needs_of(&self, disk: &DiskRecord, step: &Step) -> Vec<StepNeed> {
+        self.decoded(step).map_or_else(|_| Vec::new(), |step| self.inner.needs_of(disk, &step))
+    }
+    fn uses(&self, disk: &DiskRecord, step: &Step) -> FileUses {
+        self.decoded(step).map_or_else(|_| FileUses::default(), |step| self.inner.uses(disk, &step))
+    }
+    fn recognises(&self, path: &Utf8Path, open_format: Option<&str>) -> bool {
+        self.inner.recognises(path, open_format)
+    }
+    fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
+        self.inner.configured_path(layer_file)
+    }
+    async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
+        self.inner.adopt(disk, active_path).await
+    }
+    async fn inspect(
+        &self,
+        disk: &DiskRecord,
+        depth: InspectDepth,
+        attached: Option<&dyn AttachedDisk>,
+    ) -> Result<DiskState> {
+        self.inner.inspect(disk, depth, attached).await
+    }
+    async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
+        self.inner.discover(record, known).await
+    }
+    async fn bases(&self, disk: &DiskRecord) -> Result<Vec<Base>> {
+        self.inner.bases(disk).await
+    }
+    async fn plan(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        active_path: ActivePath,
+        request: &DiskRequest,
+    ) -> Result<DiskPlan> {
+        let plan = self.inner.plan(disk, state, active_path, request).await?;
+        plan.try_map(|action| {
+            serde_json::to_value(&action).map_err(|cause| {
+                let (target, format) = (&disk.disk.target, self.inner.format());
+                Error::new(
+                    ErrorKind::Internal,
+                    format!("{target}: a step of the backend {format} cannot be recorded"),
+                )
+                .because(cause)
+                .state("no changes made")
+                .advise("this is a defect of the backend; please report it")
+            })
+        })
+    }
+    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+        self.inner.hold(disk, attached).await
+    }
+    async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
+        self.inner.yield_locks(disk).await
+    }
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+        self.inner.open_chain(disk).await
+    }
+    async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        self.inner.apply(&self.decoded(step)?, context).await
+    }
+    async fn undo(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
+        self.inner.undo(&self.decoded(step)?, context).await
+    }
+    async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
+        self.inner.salvage(&self.decoded(step)?, done, context).await
+    }
+    async fn is_overtaken(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
+        self.inner.is_overtaken(&self.decoded(step)?, context).await
+    }
+    async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
+        self.inner.status(&self.decoded(step)?, context).await
+    }
+    async fn identify(&self, disk: &DiskRecord, point: &Point) -> Result<Option<TagIdentity>> {
+        self.inner.identify(disk, point).await
+    }
+    async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
+        self.inner.check(disk, state).await
+    }
+    async fn cost_of_delete(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        drop: &[Point],
+        keep: &[Point],
+    ) -> Result<DeleteCost> {
+        self.inner.cost_of_delete(disk, state, drop, keep).await
+    }
+    async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {
+        self.inner.is_gone(disk).await
+    }
+    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
+        self.inner.manifest_directory(disk)
+    }
+    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
+        self.inner.layer_file(disk, layer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::Target;
+
+    #[derive(Debug, serde::Serialize, serde::Deserialize)]
+    #[serde(tag = "do", rename_all = "kebab-case")]
+    enum Known {
+        Copy { tag: String },
+    }
+
+    /// A step that another version wrote is an error that names the step and the way out, not a panic or a guess.
+    #[test]
+    fn unknown_journalled_step_is_an_error() {
+        let step = |action: Value| Step {
+            target: Target::new("vda").unwrap(),
+            action,
+            summary: String::new(),
+            bytes: 0,
+        };
+        let known: Step<Known> = decoded("dir", &step(json!({ "do": "copy", "tag": "a" }))).unwrap();
+        let Known::Copy { tag } = known.action;
+        assert_eq!(tag, "a");
+        for action in [json!({ "do": "split" }), Value::Null] {
+            let error = decoded::<Known>("dir", &step(action)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Internal);
+            assert!(error.to_string().contains("the backend dir does not know"), "{error}");
+            assert!(error.advice().unwrap().contains("another version"), "{error}");
+        }
+    }
+}
