@@ -1,9 +1,10 @@
-//! Steps on images that a hypervisor has open: done through it.
+//! Steps on images that a hypervisor has open. The hypervisor performs them.
 //!
-//! **What is durable before what.** A merge that takes the active image down moves the configured path at the pivot, when both
-//! images show the same and the guest's writes wait: the path is moved, and its directory flushed, before the guest writes to
-//! the lower image. From then on the merge is only carried through. Where the path cannot be moved, it is moved back before
-//! the hypervisor is told to go on with the upper one.
+//! **What is durable before what.** A merge of the active image into a lower one moves the configured path at
+//! the pivot. At this point both images show the same, and the guest's writes wait. The path is moved, and
+//! its directory flushed, before the guest writes to the lower image. From then on the merge is only carried
+//! through. If the path cannot be moved, it is moved back before the hypervisor continues with the upper
+//! image.
 
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
@@ -20,7 +21,8 @@ use crate::backing_string::{backing_string, resolve_backing};
 use crate::image::{Image, OpenOptions};
 use crate::layers::file_of;
 
-/// Does `action` through the hypervisor, where its images are `open` there; otherwise gives that it is to be done as at rest.
+/// Performs `action` through the hypervisor if it has the images open (`open`). Returns `false` if the step
+/// must be done like at rest.
 pub(crate) async fn apply(
     disk: &dyn AttachedDisk,
     open: &FileIds,
@@ -40,7 +42,8 @@ pub(crate) async fn apply(
                 files.push(file(layer)?);
                 any_open |= is_open(layer)?;
             }
-            // Where it was done before, and only that was not recorded, the hypervisor has the receiving one alone, and tells.
+            // If the merge was done before and only not recorded, the hypervisor has only the receiving image
+            // open, and reports that.
             if !any_open {
                 return Ok(false);
             }
@@ -55,11 +58,13 @@ pub(crate) async fn apply(
             names::require_own_names(&merge.into, path)?;
             let top = run.last().filter(|top| **top == context.disk.active && !is_top);
             match top.map(|top| layer_path(path, top)) {
-                // The path is the layer's own name where it is another one after each change: it is not moved.
+                // With `--active-path=new` the path is the layer's own name and different after each change:
+                // it is not moved.
                 Some(from) if from != *path => {
                     let pivot =
                         Pivot { inside: context.inside, path: path.clone(), from, to: merge.into.clone() };
-                    // A crash came after the move: the guest's writes wait for the merge's end, which cannot be called off.
+                    // A crash came after the move. The guest's writes wait for the end of the merge, so it
+                    // must not be cancelled.
                     let deaf = CancellationToken::new();
                     let cancel = if same_file(&pivot.to, path)? { &deaf } else { context.cancel };
                     let merged = disk.merge(&merge, &pivot, context.progress, cancel).await;
@@ -93,8 +98,8 @@ pub(crate) async fn apply(
     }
 }
 
-/// What runs at the pivot of a merge: afterwards the configured path names the image that the guest will write to. Planned at
-/// rest, the move is a step that comes later; for a running guest that would be too late.
+/// Work nested in the pivot of a merge. Afterwards the configured path names the image that the guest will
+/// write to. At rest the move is a later step; for a running guest that would be too late.
 struct Pivot<'a> {
     inside: &'a dyn Inside,
     path: Utf8PathBuf,
@@ -111,7 +116,7 @@ impl Inside for Pivot<'_> {
             Err(error) => Err(error),
         };
         let Err(error) = moved else { return Ok(()) };
-        // The guest goes on with the upper image.
+        // The guest continues with the upper image, so the path must name it again.
         if same_file(&self.to, &self.path)?
             && let Err(second) = names::move_name(&self.path, &self.from)
         {
@@ -131,8 +136,8 @@ impl Inside for Pivot<'_> {
 }
 
 impl Pivot<'_> {
-    /// A merge whose path was moved is not put off, whatever stopped it: until it is done, the guest's writes wait, or go to an
-    /// image that the path does not name.
+    /// Prevents that a merge is deferred after its path was moved, whatever stopped it. Until the merge is
+    /// done, the guest's writes wait, or go to an image that the path does not name.
     fn must_go_on(&self, error: Error) -> Error {
         match same_file(&self.to, &self.path) {
             Ok(false) => error,

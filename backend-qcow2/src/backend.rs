@@ -23,13 +23,13 @@ use crate::layers::{self, Limits};
 use crate::preflight;
 use crate::steps::Workplace;
 
-/// How deep a chain may be where nothing else is said.
+/// Default limit of a chain's depth.
 pub const DEFAULT_MAX_DEPTH: u32 = 200;
 
-/// Disks that are qcow2 files, at rest.
+/// Backend for disks that are qcow2 files.
 pub struct Qcow2 {
     limits: Limits,
-    /// Whether the room of freed clusters is given back to the file system.
+    /// True if the space of freed clusters is returned to the file system.
     punch: bool,
     holds: Arc<Holds>,
 }
@@ -41,7 +41,7 @@ impl Default for Qcow2 {
 }
 
 impl Qcow2 {
-    /// Chains of at most [`DEFAULT_MAX_DEPTH`] layers, in the disk's own directory.
+    /// Allows chains of at most [`DEFAULT_MAX_DEPTH`] layers, in the disk's own directory.
     pub fn new() -> Self {
         Self {
             limits: Limits { max_depth: DEFAULT_MAX_DEPTH, allowed: Vec::new() },
@@ -64,14 +64,14 @@ impl Qcow2 {
         self
     }
 
-    /// Keeps the room of freed clusters in the image files, instead of giving it back to the file system.
+    /// Leaves the space of freed clusters in the image files, instead of returning it to the file system.
     #[must_use]
     pub fn without_punching(mut self) -> Self {
         self.punch = false;
         self
     }
 
-    /// Runs a step: in place, because what it borrows does not outlive the call.
+    /// Runs a step on this thread, because what it borrows does not outlive the call.
     fn step<T>(
         &self,
         step: &Step<ChainStep>,
@@ -182,7 +182,8 @@ impl DiskSnapshotter for Qcow2 {
             }
             let mut plan = chain::plan(&disk, &state, active_path, &capabilities, &request, &mut |run| {
                 match visible(&state, run) {
-                    // It is written just now: what it holds on the disk tells as well what is to be moved.
+                    // The image is being written. Its allocated size is a good estimate of what is to be
+                    // moved.
                     Err(_) if state.attached => Ok(allocated(&state, run)),
                     seen => seen,
                 }
@@ -194,7 +195,7 @@ impl DiskSnapshotter for Qcow2 {
                 plan.notes.extend(warnings_of_moving(&disk, layer)?);
             }
             match preflight::check(&disk, &state, &request, &mut plan, max_depth) {
-                // Nobody asked for it: what cannot be merged stays as it is.
+                // The merge was not requested by the user, so its failure is only noted.
                 Err(error) if matches!(&request, DiskRequest::Delete { drop, .. } if drop.is_empty()) => {
                     Ok(DiskPlan {
                         notes: vec![format!("nothing was merged: {error}")],
@@ -294,7 +295,7 @@ impl DiskSnapshotter for Qcow2 {
     }
 }
 
-/// Every layer that an image is to name can be named by one.
+/// Checks that every layer that an image will refer to has a valid backing string.
 fn check_backing_strings(disk: &DiskRecord, plan: &DiskPlan<ChainStep>) -> Result<()> {
     for planned in &plan.steps {
         let named = match &planned.step.action {
@@ -308,8 +309,9 @@ fn check_backing_strings(disk: &DiskRecord, plan: &DiskPlan<ChainStep>) -> Resul
     Ok(())
 }
 
-/// Images that stand on the configured path by that name go on to do so when it becomes an overlay on `frozen`. What they
-/// show is the same at first; but they need the frozen layer, not what the domain writes from now on.
+/// Returns warnings for images whose backing file is the configured path, by that name, which becomes an
+/// overlay on `frozen`. At first they show the same; but they need the frozen layer, not what the domain
+/// writes from now on.
 fn warnings_of_moving(disk: &DiskRecord, frozen: &LayerName) -> Result<Vec<String>> {
     let path = &disk.disk.path;
     let warning = |overlay: Utf8PathBuf| {
@@ -323,7 +325,7 @@ fn warnings_of_moving(disk: &DiskRecord, frozen: &LayerName) -> Result<Vec<Strin
     Ok(dependents::on_configured_path(disk)?.into_iter().map(warning).collect())
 }
 
-/// The file that a user chose for an overlay: in the disk's directory, and new.
+/// Checks the file that a user chose for an overlay: in the disk's directory, and new.
 fn check_overlay_name(disk: &DiskRecord, overlay: &LayerName) -> Result<()> {
     if overlay.as_str().contains('/') {
         return Err(Error::new(
@@ -438,7 +440,7 @@ fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState, punch: bool) -> Result<De
                 cost.frees = cost.frees.saturating_add(gone.sum());
             }
             ChainStep::DropInternal { layer, tags } => {
-                // A hypervisor that deletes it in the image it writes keeps the room for what it writes next.
+                // A hypervisor that deletes it in the image it writes keeps the space for its next writes.
                 let punched = punch && !(state.attached && *layer == state.active);
                 if let Some(layer) = state.layer(layer).filter(|_| punched) {
                     let image = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked())?;

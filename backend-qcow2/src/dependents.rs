@@ -1,9 +1,10 @@
-//! Who else stands on a disk's layers: found by reading what lies beside them.
+//! Images that are backed by a disk's layers, found by reading the files beside them.
 //!
-//! Every file in the disk's directory and in the allowed ones is looked at, symbolic links followed, and files in their
-//! subdirectories as far as [`DEEPEST`] and [`MOST_BELOW`]. A file that cannot be read, or whose backing string cannot be understood, is told as unclear, and
-//! nothing is merged, removed or reverted while there is one. (In a subdirectory it is passed over: most of what lies there
-//! is nothing to this disk.)
+//! Every file in the disk's directory and in the allowed ones is read, also through symbolic links. Files in
+//! their subdirectories are read as far as [`DEEPEST`] and [`MOST_BELOW`]. A file that cannot be read, or
+//! whose backing string cannot be understood, is reported as undetermined. Nothing is merged, removed or
+//! reverted while there is one. In a subdirectory such a file is skipped, because most files there do not
+//! concern this disk.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -25,12 +26,12 @@ use crate::image;
 use crate::layers::Limits;
 use image_files::FileIds;
 
-/// Fills in which images beside a disk stand on its layers ([`Layer::dependents`], [`DiskState::unclear`]), for backends of
-/// other formats: a qcow2 overlay may stand on any image. Files that are `open` in the domain's own hypervisor are in nobody
-/// else's use for that.
+/// Adds the images beside a disk that are backed by its layers ([`Layer::dependents`],
+/// [`DiskState::unclear`]), for backends of other formats: a qcow2 overlay may be backed by any image. Files
+/// that are `open` in the domain's own hypervisor do not count as used by others.
 ///
 /// # Errors
-/// The system's, where the disk's directory cannot be listed.
+/// The system's, if the disk's directory cannot be listed.
 pub fn find_dependents(
     record: &DiskRecord,
     state: &mut DiskState,
@@ -46,8 +47,8 @@ pub fn find_dependents(
     find(record, &limits, state, &seen, open)
 }
 
-/// Fills in who stands on the layers of `state`. `seen` are the files of those layers; those that are `open` in the domain's own
-/// hypervisor are in nobody else's use for that.
+/// Adds the images that are backed by the layers of `state`. `seen` are the files of those layers. Those that
+/// are `open` in the domain's own hypervisor do not count as used by others.
 pub(crate) fn find(
     record: &DiskRecord,
     limits: &Limits,
@@ -71,7 +72,7 @@ pub(crate) fn find(
         layer.dependents =
             on.iter().filter(|(name, _)| *name == layer.name).map(|(_, file)| file.clone()).collect();
         let is_ours = file_id(&layer.file)?.is_some_and(|id| open.contains(&id));
-        // A name in a directory that was not looked at: whoever has it may have images on it.
+        // A name in a directory that was not searched: its owner may have images on it.
         if layer.name != record.active && layer.owned {
             let links = fs::symlink_metadata(&layer.file).map_or(0, |about| about.nlink());
             let seen = names.get(&layer.name).copied().unwrap_or(0).max(1);
@@ -90,8 +91,8 @@ pub(crate) fn find(
     Ok(())
 }
 
-/// The images in the disk's directory whose backing file is its configured path, by that name. Files that are ours by
-/// their names are not opened, so that the length of the chain does not matter.
+/// Lists the images in the disk's directory whose backing file is its configured path, by that name. Files
+/// that are ours by their names are not opened, so the length of the chain does not matter.
 pub(crate) fn on_configured_path(record: &DiskRecord) -> Result<Vec<Utf8PathBuf>> {
     let Some(active) = file_id(&record.disk.path)? else { return Ok(Vec::new()) };
     let seen = HashMap::from([(active, record.active.clone())]);
@@ -103,10 +104,11 @@ pub(crate) fn on_configured_path(record: &DiskRecord) -> Result<Vec<Utf8PathBuf>
     Ok(search.on_path)
 }
 
-/// The files that the layers of a disk are backed by, with everything below them.
+/// Lists the files that back the layers of a disk, with everything below them.
 ///
 /// # Errors
-/// [`ErrorKind::NotFound`] where the disk's image is not there; [`ErrorKind::Refused`] where what an image names cannot be told.
+/// [`ErrorKind::NotFound`] if the disk's image does not exist; [`ErrorKind::Refused`] if the object of a
+/// backing string is undetermined.
 pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
     let path = &record.disk.path;
     if file_id(path)?.is_none() {
@@ -132,7 +134,7 @@ pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
             Err(error) => return Err(io_error(error, format!("cannot read {image}"))),
         };
         let directories: Vec<&Path> = image.parent().into_iter().map(Utf8Path::as_std_path).collect();
-        // A file that is said to be there and is not is told too: what it is backed by is not known then.
+        // A named file that is missing is reported too: its own backing file is unknown then.
         let mut certain = false;
         let candidates = match named(&directories, &string) {
             Named::Files(candidates) => {
@@ -156,20 +158,20 @@ pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
     Ok(found)
 }
 
-/// How deep subdirectories of a disk's directory are entered.
+/// Depth to which subdirectories of a disk's directory are searched.
 const DEEPEST: u32 = 2;
 
-/// How many names below a directory are looked at. One costs an open and a read.
+/// Number of names below a directory that are read. Each costs an open and a read.
 const MOST_BELOW: usize = 4096;
 
 struct Search<'a> {
     record: &'a DiskRecord,
     layers: &'a [Layer],
     seen: &'a HashMap<FileId, LayerName>,
-    /// The directory of the configured path and the name in it, where that is not the active layer's own name.
+    /// The directory of the configured path and the name in it, unless that is the active layer's own name.
     configured: Option<(FileId, &'a str)>,
     on: Vec<(LayerName, Utf8PathBuf)>,
-    /// How many names of each layer were found, links to it left out.
+    /// Number of names of each layer that were found, without symbolic links.
     names: HashMap<LayerName, u64>,
     on_path: Vec<Utf8PathBuf>,
     unclear: Vec<Unclear>,
@@ -205,7 +207,7 @@ impl<'a> Search<'a> {
                 && found.is_file()
                 && let Some(layer) = self.seen.get(&(found.dev(), found.ino()))
             {
-                // What an interrupted step left, or a name that is known.
+                // A leftover of an interrupted step, or a known name.
                 *self.names.entry(layer.clone()).or_default() += 1;
             }
         }
@@ -218,8 +220,8 @@ impl<'a> Search<'a> {
         Ok(())
     }
 
-    /// Looks at the files in subdirectories of one file system, which are entered by no link. What cannot be read or told
-    /// there is passed over.
+    /// Reads the files in subdirectories on the same file system, without following links to directories.
+    /// Files that cannot be read or understood are skipped.
     fn below(&mut self, directory: &Path, device: u64, deep: u32, left: &mut usize) {
         let Some(deeper) = deep.checked_sub(1) else { return };
         let Ok(entries) = fs::read_dir(directory) else { return };
@@ -235,7 +237,7 @@ impl<'a> Search<'a> {
             for entry in entries.filter_map(io::Result::ok) {
                 let Some(fewer) = left.checked_sub(1) else { return };
                 *left = fewer;
-                // What is no image is passed over, as is one of which nothing can be told.
+                // Files that are not images are skipped, and so are undetermined ones.
                 if entry.file_type().is_ok_and(|kind| kind.is_file()) {
                     let _ = self.file(&entry.path());
                 }
@@ -244,7 +246,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Looks at one file. The error is why it cannot be told what that stands on.
+    /// Reads one file. The error is the reason for which its backing file is undetermined.
     fn file(&mut self, file: &Path) -> std::result::Result<(), String> {
         let unreadable = |error: io::Error| format!("it cannot be read: {error}");
         let metadata = match fs::metadata(file) {
@@ -270,7 +272,8 @@ impl<'a> Search<'a> {
             Err(error) if is_nothing(&error) => return Ok(()),
             Err(error) => return Err(unreadable(error)),
         };
-        // A relative name is looked up beside the name by which the image is opened: a link's, or the file's own.
+        // A relative name is looked up beside the name by which the image is opened: that of a link, or the
+        // file's own.
         let real = fs::canonicalize(file).unwrap_or_else(|_| file.to_owned());
         let directories: Vec<&Path> = match (file.parent(), real.parent()) {
             (Some(one), Some(other)) if one != other => vec![one, other],
@@ -320,7 +323,8 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Whether the path leads to the configured path's own entry in its directory, and not to another name of the file.
+    /// Returns true if the path leads to the configured path's own entry in its directory, not to another
+    /// name of the file.
     fn is_configured_path(&self, candidate: &Path) -> bool {
         let Some((directory, name)) = self.configured else { return false };
         let Ok(real) = fs::canonicalize(candidate) else { return false };
@@ -331,7 +335,8 @@ impl<'a> Search<'a> {
         same_directory && real.file_name().is_some_and(|found| found == name)
     }
 
-    /// A further name that somebody gave a frozen layer is a copy in his eyes.
+    /// Returns true for a name that domsnap made. Any other name of a frozen layer is a copy in the eyes of
+    /// the user who made it.
     fn is_known_name(&self, layer: &LayerName, file: &Path) -> bool {
         let path = &self.record.disk.path;
         self.layers.iter().any(|known| known.name == *layer && known.file == file)
@@ -341,7 +346,7 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Nothing is there: a link that leads nowhere, a file that went away.
+/// Returns true if an error means that there is no file: a broken link, or a file that was removed meanwhile.
 fn is_nothing(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -349,7 +354,7 @@ fn is_nothing(error: &io::Error) -> bool {
     )
 }
 
-/// A path in words; what is not UTF-8 in it becomes a mark.
+/// Converts a path to text. Bytes that are not UTF-8 become a mark.
 fn shown(path: &Path) -> Utf8PathBuf {
     Utf8PathBuf::from(path.to_string_lossy().into_owned())
 }

@@ -1,4 +1,4 @@
-//! Points that other tools made: taken in as snapshots.
+//! Discovery of points that other tools made, for import as snapshots.
 
 use std::collections::HashSet;
 
@@ -10,9 +10,9 @@ use snapcore::{DiskRecord, Found, InspectDepth, Layer, LayerName, Point, Result,
 use crate::layers::{Limits, inspect};
 use image_files::FileIds;
 
-/// The frozen layers of the active chain, and the tags in every layer of it and in every other layer of ours,
-/// that `known` does not have, oldest first. The layers in the disk's own directory on which no foreign image
-/// stands become ours.
+/// Finds points that `known` does not have, oldest first: the frozen layers of the active chain, and the tags
+/// in its layers and in all other layers of ours. Layers in the disk's own directory become ours, unless a
+/// foreign image is backed by them.
 pub(crate) fn discover(record: &mut DiskRecord, known: &[Point], limits: &Limits) -> Result<Vec<Snapshot>> {
     let before = inspect(record, InspectDepth::Dependents, limits, &FileIds::new())?;
     for layer in before.chain(&before.active) {
@@ -25,15 +25,15 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point], limits: &Limits
             record.owned.push(layer.name.clone());
         }
     }
-    // Tags are read in layers that are ours.
+    // Tags are only read in layers that are ours.
     let state = inspect(record, InspectDepth::Layers, limits, &FileIds::new())?;
     let mut found = Found::default();
     let known: HashSet<&Point> = known.iter().collect();
     let mut chain = state.chain(&state.active);
     chain.reverse();
-    // A layer that a revert left is in no chain of the active one any more, and the tags in it are still snapshots. One
-    // that has a tag of the chain's, of the same time, is a copy of that layer: files that were copied without their
-    // hard links.
+    // A layer that a revert left is no longer in the active chain, but the tags in it are still snapshots. If
+    // it has a tag that the chain also has, of the same time, it is a copy of that layer: files that were
+    // copied without their hard links.
     let in_chain: HashSet<(&str, Timestamp)> =
         chain.iter().flat_map(|layer| &layer.internal).map(|tag| (tag.tag.as_str(), tag.created)).collect();
     let is_copy =

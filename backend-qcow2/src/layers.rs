@@ -1,5 +1,5 @@
-//! A disk's layers, read from the machine: the active chain and what else is ours. Who else stands on them is read in
-//! [`crate::dependents`].
+//! A disk's layers, read from the machine: the active chain, and the other layers that are ours.
+//! [`crate::dependents`] reads which other images are backed by them.
 
 use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt;
@@ -19,10 +19,10 @@ use crate::dependents;
 use crate::image::{self, Backing, Image, OpenOptions};
 use image_files::{FileIds, look_at_path, refused_link};
 
-/// How many layers that are not ours a chain is taken to have, when it is asked whether it may be near its limit.
+/// Assumed number of foreign layers in a chain, for the check if it may be near its limit.
 const FOREIGN_LAYERS: usize = 32;
 
-/// What the user allows a chain to be.
+/// The user's limits of a chain.
 #[derive(Debug, Clone)]
 pub(crate) struct Limits {
     /// The deepest chain that is followed and made.
@@ -31,7 +31,7 @@ pub(crate) struct Limits {
     pub(crate) allowed: Vec<Utf8PathBuf>,
 }
 
-/// The file that a layer opens by: its permanent name, or the configured path while it has none.
+/// Returns the file by which a layer opens: its permanent name, or the configured path if it has none yet.
 pub(crate) fn file_of(record: &DiskRecord, layer: &LayerName) -> Result<Utf8PathBuf> {
     let file = layer_path(&record.disk.path, layer);
     if file_id(&file)?.is_some() || *layer != record.active {
@@ -40,7 +40,7 @@ pub(crate) fn file_of(record: &DiskRecord, layer: &LayerName) -> Result<Utf8Path
     Ok(record.disk.path.clone())
 }
 
-/// Reads the disk.
+/// Reads the state of the disk.
 pub(crate) fn inspect(
     record: &DiskRecord,
     depth: InspectDepth,
@@ -92,7 +92,8 @@ pub(crate) fn inspect(
     Ok(state)
 }
 
-/// What the configured path opens now, the active layer first: by permanent names, where they have one.
+/// Returns the layers that the configured path opens now, the active layer first, by permanent names if they
+/// have one.
 pub(crate) fn open_chain(record: &DiskRecord, limits: &Limits) -> Result<Vec<ChainFile>> {
     let path = &record.disk.path;
     let id = file_id(path)?.ok_or_else(|| missing_path(record))?;
@@ -107,8 +108,8 @@ pub(crate) fn open_chain(record: &DiskRecord, limits: &Limits) -> Result<Vec<Cha
     Ok(reader.layers.into_iter().map(|layer| ChainFile { file: layer.file, format: layer.format }).collect())
 }
 
-/// The configured path is another file than the active layer. Where that file is a later layer of the same disk, what is
-/// wrong is what the catalogue knows, and to put the layer back would lose what was written since.
+/// Makes the error for a configured path that is not the active layer. If the file is a later layer of the
+/// same disk, the catalogue is outdated, and putting the layer back would lose later writes.
 fn replaced(
     record: &DiskRecord,
     own: &Utf8Path,
@@ -148,7 +149,7 @@ fn replaced(
     ))
 }
 
-/// Whether the chain of the image at `top` leads to the file `below`, as far as it can be followed.
+/// Returns true if the chain of the image at `top` leads to the file `below`, as far as it can be followed.
 fn stands_above(top: &Utf8Path, below: FileId, max_depth: u32) -> bool {
     let mut file = top.to_owned();
     for _ in 0..max_depth {
@@ -185,7 +186,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Reads `top` and what it stands on, as far as that is not known yet.
+    /// Reads `top` and its backing chain, as far as they are not known yet.
     fn chain(&mut self, top: LayerName) -> Result<()> {
         let mut next = Some((top.clone(), "qcow2".to_owned()));
         let mut depth = 0u32;
@@ -214,7 +215,7 @@ impl Reader<'_> {
                 ));
             }
             if self.seen.contains_key(&id) {
-                return Ok(()); // joins a chain that was read
+                return Ok(()); // joins a chain that was already read
             }
             let (layer, backing) = self.layer(name.clone(), &file, &format)?;
             self.seen.insert(id, name);
@@ -232,7 +233,7 @@ impl Reader<'_> {
             .advise("bring that file back, or mount its file system, before anything is done to this disk")
     }
 
-    /// One layer, and the one below it with its stated format.
+    /// Reads one layer. Returns it, and its backing file with the stated format.
     fn layer(
         &self,
         name: LayerName,
@@ -262,7 +263,8 @@ impl Reader<'_> {
             dependents: Vec::new(),
         };
         if format != "qcow2" {
-            // Stated to be of another format: it is read as that by whoever opens the chain, and it ends here. It may be a device.
+            // A layer of another stated format: every program that opens the chain reads it so, and the chain
+            // ends here. It may be a device.
             layer.virtual_size =
                 size_at(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
             return Ok((layer, None));
@@ -308,7 +310,7 @@ impl Reader<'_> {
         Ok((name_of(&self.record.disk.path, &file), format))
     }
 
-    /// A backing string may lead to the disk's own directory and to those that the user allows, nowhere else.
+    /// Refuses a backing file outside of the disk's own directory and the directories that the user allows.
     fn confine(&self, child: &Utf8Path, file: &Utf8Path) -> Result<()> {
         let plain = std::fs::symlink_metadata(file).is_ok_and(|metadata| !metadata.is_symlink());
         if plain && file.parent() == self.record.disk.path.parent() {
@@ -335,7 +337,8 @@ impl Reader<'_> {
     }
 }
 
-/// What a file is called as a layer of the disk at `path`: by its file name where it is in the disk's directory.
+/// Returns the name of a file as a layer of the disk at `path`: its file name, if it is in the disk's
+/// directory.
 pub(crate) fn name_of(path: &Utf8Path, file: &Utf8Path) -> LayerName {
     match (file.parent(), file.file_name()) {
         (Some(directory), Some(name)) if Some(directory) == path.parent() => LayerName(name.to_owned()),
@@ -364,7 +367,8 @@ fn identity_of(snapshot: &image::Snapshot) -> TagIdentity {
     }
 }
 
-/// What tells the internal snapshot `tag` of `layer` from another of its name; `None` where it is not there, or there twice.
+/// Returns the identity of the internal snapshot `tag` of `layer`, to distinguish it from others of its name;
+/// `None` if it is missing or duplicate.
 pub(crate) fn identify(record: &DiskRecord, layer: &LayerName, tag: &str) -> Result<Option<TagIdentity>> {
     let file = file_of(record, layer)?;
     let image = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;
@@ -375,8 +379,8 @@ pub(crate) fn identify(record: &DiskRecord, layer: &LayerName, tag: &str) -> Res
     }
 }
 
-/// The layer name of an active image that the catalogue does not know: the one that it was given before, where it is there
-/// still (a lost catalogue), or a new one.
+/// Returns a layer name for an active image that is not in the catalogue. It is the name that the image had
+/// before, if that still exists (a lost catalogue), or a new one.
 pub(crate) fn adopted_name(disk: &Disk) -> Result<LayerName> {
     let Some(id) = file_id(&disk.path)? else {
         return Err(Error::new(ErrorKind::NotFound, format!("the disk image {} does not exist", disk.path)));
@@ -384,17 +388,17 @@ pub(crate) fn adopted_name(disk: &Disk) -> Result<LayerName> {
     if let Some(name) = own_name_of(disk, id)? {
         return Ok(name);
     }
-    // Made from the file's identity, so that it is the same each time until the catalogue records it.
+    // Derived from the file's identity, so that it is the same each time until the catalogue records it.
     let stamp = (id.1 ^ (id.1 >> 32) ^ id.0.rotate_left(16)) as u32;
     let name = layer_name(&disk.path, stamp);
-    // The configured path moves, and a permanent name never does: they must be two.
+    // The configured path moves, but a permanent name never does: they must differ.
     Ok(match Some(name.as_str()) == disk.path.file_name() {
         true => layer_name(&disk.path, stamp.wrapping_add(1)),
         false => name,
     })
 }
 
-/// The files in the disk's directory that are called like its layers and are none.
+/// Lists the files in the disk's directory that are named like its layers and are none.
 pub(crate) fn strays(record: &DiskRecord, state: &DiskState) -> Result<Vec<Utf8PathBuf>> {
     let path = &record.disk.path;
     let directory = path.parent().unwrap_or(Utf8Path::new("."));
@@ -412,7 +416,7 @@ pub(crate) fn strays(record: &DiskRecord, state: &DiskState) -> Result<Vec<Utf8P
     Ok(strays)
 }
 
-/// The permanent name of the layer that is the file `id`, where it has one in the disk's directory.
+/// Returns the permanent name of the layer that is the file `id`, if it has one in the disk's directory.
 fn own_name_of(disk: &Disk, id: FileId) -> Result<Option<LayerName>> {
     let directory = disk.path.parent().unwrap_or(Utf8Path::new("."));
     let entries =
@@ -426,7 +430,7 @@ fn own_name_of(disk: &Disk, id: FileId) -> Result<Option<LayerName>> {
     Ok(None)
 }
 
-/// Refuses a configured path that promise 1 could not be kept for.
+/// Refuses a configured path for which promise 1 cannot be kept.
 pub(crate) fn check_path(disk: &Disk) -> Result<()> {
     let path = &disk.path;
     let metadata = look_at_path(path)?;

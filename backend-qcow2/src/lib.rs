@@ -1,6 +1,6 @@
-//! The qcow2 backend of domsnap: disks at rest, with an image engine of its own.
+//! The qcow2 backend of domsnap, with an image engine of its own.
 //!
-//! [`Qcow2`] is what a program registers. [`image`] is the engine below it: it reads and writes images, and knows
+//! A program registers [`Qcow2`]. [`image`] is the engine below it: it reads and writes images, and knows
 //! nothing of domains.
 
 #![forbid(unsafe_code)]
@@ -23,10 +23,10 @@ use std::sync::Arc;
 pub use backend::{DEFAULT_MAX_DEPTH, Qcow2};
 pub use dependents::find_dependents;
 
-/// Registers the backend with its usual limits.
+/// Registers the backend with its default limits.
 ///
 /// # Errors
-/// Where the registry has a backend for qcow2 already.
+/// If the registry has a backend for qcow2 already.
 pub fn register(registry: &mut snapcore::Registry) -> snapcore::Result<()> {
     registry.register(Arc::new(Qcow2::new()))
 }
@@ -37,8 +37,8 @@ mod tests {
 
     use super::*;
 
-    /// A hypervisor may have a disk open by the permanent name of its active layer: it is known by its configured path,
-    /// unless that names another file by now.
+    /// A hypervisor may have a disk open by the permanent name of its active layer: it is known by its
+    /// configured path, unless that names another file by now.
     #[test]
     fn open_layer_is_known_by_its_disk() {
         let directory = tempfile::tempdir().unwrap();

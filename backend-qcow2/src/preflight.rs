@@ -1,8 +1,7 @@
-//! What can be known to fail of a plan's steps, found out before the first of them: nothing is changed by a
-//! refusal here.
+//! Checks that find failures of a plan's steps before the first of them. A refusal here changes nothing.
 //!
-//! Read from the images: encryption, damage that a step would meet, tags that are there twice. The steps
-//! check the same again before they write, because a recovery repeats them without a plan.
+//! The checks read the images: encryption, damage that a step would meet, duplicate tags. The steps check the
+//! same again before they write, because a recovery repeats them without a plan.
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::ChainStep;
@@ -15,10 +14,11 @@ use crate::backing_string::{backing_string, resolve_backing};
 use crate::image::{self, Backing, Encryption, Image, NewSnapshot, OpenOptions};
 use crate::layers::file_of;
 
-/// Refuses what the steps of `plan` cannot do; with `force`, makes them forget damaged snapshots.
+/// Refuses a plan with steps that would fail. With `force`, replaces them by steps that forget damaged
+/// snapshots.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`], [`ErrorKind::Refused`] or [`ErrorKind::Corrupt`], with what to do.
+/// [`ErrorKind::Unsupported`], [`ErrorKind::Refused`] or [`ErrorKind::Corrupt`], with advice.
 pub(crate) fn check(
     record: &DiskRecord,
     state: &DiskState,
@@ -30,7 +30,8 @@ pub(crate) fn check(
     if let Some(DiskInstant::Internal { tag }) = &plan.instant {
         preflight.writable(&state.active)?.could_take(&NewSnapshot::new(tag.as_str(), 0, 0))?;
     }
-    // Asked of the points, not of the steps: two snapshots of one tag keep each other, so no step would name it.
+    // Asked of the points, not of the steps: two snapshots of one tag keep each other, so no step would name
+    // it.
     if let DiskRequest::Delete { drop, .. } = request {
         for Point { layer, tag } in drop {
             tag.iter().try_for_each(|tag| preflight.require_single_tag(layer, tag))?;
@@ -79,7 +80,8 @@ impl Preflight<'_> {
                     None => {
                         let image = self.reading(from)?;
                         image.require_plain_data()?;
-                        // What the copy will read. An earlier step of the same plan may make the tag.
+                        // Reads the tables that the copy will read. An earlier step of the same plan may
+                        // create the tag.
                         if let Some(snapshot) = image.find_snapshot(tag)? {
                             image::visible_bytes(vec![image::RunLayer::snapshot(&image, snapshot)?])?;
                         }
@@ -88,8 +90,8 @@ impl Preflight<'_> {
                     Some((file, how)) => Err(self.would_be_in_clear(&file, &how)),
                 }
             }
-            // What a hypervisor writes just now is not whole in the file: the step looks at it in the
-            // detached section.
+            // The file is incomplete while a hypervisor writes it: the step checks it in the detached
+            // section.
             ChainStep::TakeInternal { layer, tag } if self.is_written(layer) => {
                 Ok(self.writable(layer)?.could_take(&NewSnapshot::new(tag.as_str(), 0, 0))?)
             }
@@ -120,7 +122,7 @@ impl Preflight<'_> {
         }
     }
 
-    /// What the disk does not have any more after a step: said, because it may be somebody's.
+    /// Adds notes about properties that the disk loses by a step, because the user may need them.
     fn losses(&self, step: &ChainStep, notes: &mut Vec<String>) -> Result<()> {
         let target = &self.record.disk.target;
         let (layer, bitmaps) = match step {
@@ -137,7 +139,7 @@ impl Preflight<'_> {
             return Ok(());
         }
         let file = file_of(self.record, layer)?;
-        // Some are made by an earlier step of the same plan.
+        // An earlier step of the same plan creates some of the images.
         let Ok(image) = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked()) else {
             return Ok(());
         };
@@ -171,8 +173,8 @@ impl Preflight<'_> {
         Ok(())
     }
 
-    /// Only a program with the key can move an encrypted layer's data, and it must not come to lie in the
-    /// clear.
+    /// Refuses to merge encrypted layers: only a program with the key can move their data, which must not be
+    /// stored unencrypted.
     fn merge(&self, run: &[LayerName], into: &LayerName) -> Result<()> {
         let mut encrypted = None;
         let mut into_encrypted = false;
@@ -219,8 +221,8 @@ impl Preflight<'_> {
         ))
     }
 
-    /// Refuses what needs a detached section: an encrypted image cannot be opened again without its key,
-    /// which is QEMU's.
+    /// Refuses an encrypted image where a detached section is needed: it cannot be opened again without its
+    /// key, which QEMU has.
     fn require_reopening(&self, image: &Image) -> Result<()> {
         if image.header().encryption == Encryption::None {
             return Ok(());
@@ -238,7 +240,7 @@ impl Preflight<'_> {
         .advise("shut the domain down, then run the same command again"))
     }
 
-    /// The layer's image, if it may be written at all.
+    /// Opens the layer's image, if it may be written at all.
     fn writable(&self, layer: &LayerName) -> Result<Image> {
         let image = self.reading(layer)?;
         image.require_writable()?;
@@ -254,13 +256,13 @@ impl Preflight<'_> {
         self.state.attached && self.state.chain(&self.state.active).iter().any(|open| open.name == *layer)
     }
 
-    /// Whether a hypervisor writes the layer.
+    /// Returns true if a hypervisor writes the layer.
     fn is_written(&self, layer: &LayerName) -> bool {
         self.state.attached && *layer == self.state.active
     }
 
-    /// Refuses a tag that several internal snapshots of the layer have. QEMU's tools make such; to name one of them may
-    /// mean the other.
+    /// Refuses a tag that several internal snapshots of the layer have. QEMU's tools make such; to name one
+    /// of them may mean the other.
     fn require_single_tag(&self, layer: &LayerName, tag: &str) -> Result<()> {
         let Some(layer) = self.state.layer(layer) else { return Ok(()) };
         match layer.internal.iter().filter(|internal| internal.tag == tag).count() {
@@ -281,11 +283,11 @@ impl Preflight<'_> {
         }
     }
 
-    /// Which of these snapshots cannot be deleted, because what they refer to contradicts itself.
+    /// Lists the snapshots that cannot be deleted, because their tables are inconsistent.
     fn damaged(&self, layer: &LayerName, tags: &[String], force: bool) -> Result<Vec<String>> {
         let image = self.writable(layer)?;
         let known = |tag: &&String| image.find_snapshot(tag).is_ok_and(|found| found.is_some());
-        // Some are made by an earlier step of the same plan.
+        // An earlier step of the same plan creates some of the tags.
         let tags: Vec<&str> = tags.iter().filter(known).map(String::as_str).collect();
         if tags.is_empty() {
             return Ok(Vec::new());
@@ -302,7 +304,7 @@ impl Preflight<'_> {
             }
         }
         if damaged.is_empty() {
-            // Each by itself can go: what contradicts itself is how often they refer to something together.
+            // Each can be deleted alone: what is inconsistent is the number of references that they share.
             damaged = tags.iter().map(|tag| (*tag).to_owned()).collect();
         }
         if force {
@@ -317,8 +319,8 @@ impl Preflight<'_> {
             )))
     }
 
-    /// The damage that a delete would meet. A file that a hypervisor writes is read again before it is called
-    /// damaged.
+    /// Returns the damage that a delete would meet. A file that a hypervisor writes is read a second time
+    /// before it counts as damaged.
     fn could_delete(&self, layer: &LayerName, tags: &[&str]) -> Result<Option<image::Error>> {
         let mut again = self.is_written(layer);
         loop {
@@ -331,7 +333,7 @@ impl Preflight<'_> {
         }
     }
 
-    /// The step, and beside it or in its place one that forgets the damaged ones.
+    /// Returns the step, and beside it or in its place one that forgets the damaged snapshots.
     fn forgetting(
         &self,
         mut planned: PlannedStep<ChainStep>,
@@ -357,7 +359,8 @@ impl Preflight<'_> {
         let whole: Vec<String> = tags.into_iter().filter(|tag| !damaged.contains(tag)).collect();
         let mut forget = planned.clone();
         forget.step.summary = format!("forget {} inside {layer}", damaged.join(", "));
-        // A hypervisor that deletes a damaged snapshot would follow its tables. So its image is closed meanwhile.
+        // A hypervisor that deletes a damaged snapshot would follow its tables. So its image is closed
+        // meanwhile.
         forget.window = open;
         forget.step.action = ChainStep::ForgetInternal { layer: layer.clone(), tags: damaged };
         if whole.is_empty() {
@@ -378,8 +381,8 @@ fn encrypted_words(how: Encryption) -> String {
     }
 }
 
-/// The first encrypted image of the chain whose top is `top`, and how it is encrypted. An image that cannot
-/// be followed ends the walk: whoever reads the chain says so.
+/// Finds the first encrypted image of the chain whose top is `top`, and its method. An image that cannot be
+/// followed ends the search: the code that reads the chain reports it.
 fn encrypted_in(top: &Utf8Path, max_depth: u32) -> Result<Option<(Utf8PathBuf, String)>> {
     let mut file = top.to_owned();
     for _ in 0..max_depth {

@@ -1,22 +1,23 @@
-//! What the domain wrote between a crash and the recovery: found, and kept.
+//! Salvage of data that the domain wrote between a crash and the recovery: it is found and saved.
 //!
-//! Whoever starts a domain need not know that an operation stopped half way: the configured path opens at every instant,
-//! and the domain writes to the layer that it names. A recovery must not lose that.
+//! A user who starts a domain need not know that an operation was interrupted. The configured path is valid
+//! at every point, and the domain writes to the layer that it names. A recovery must not lose that.
 //!
 //! | the path names | the operation | what was written |
 //! |---|---|---|
-//! | the former active layer | is undone | stays where it is: nothing there is undone |
-//! | a new overlay on the former active layer | a create, undone | stays, and so do overlay and switch |
-//! | a new overlay elsewhere, a tag's copy | a revert, undone | the file is kept as `rescued-<layer>` |
-//! | a layer that a tag was applied in | a revert, undone | is kept as the tag `rescued-<...>` of that layer |
-//! | the former active layer | a merge down, carried through | is merged too: the merge is done again before the switch |
+//! | the previous active layer | is undone | stays where it is: nothing there is undone |
+//! | a new overlay on the previous active layer | a create, undone | stays, and so do overlay and switch |
+//! | a new overlay elsewhere, a tag's copy | a revert, undone | the file is saved as `rescued-<layer>` |
+//! | a layer in which a tag was applied | a revert, undone | is saved as the tag `rescued-<...>` of that layer |
+//! | the previous active layer | a merge down, carried through | is merged too: the merge is repeated before the switch |
 //! | any other | is carried through | stays where it is: nothing there is changed any more |
 //!
-//! **What is durable before what.** The other name of a file, or the tag, before the undo that would lose what it holds.
-//! A merge that is done again, before the path is moved; the path, before the layers that were merged are removed. So the
-//! question whether the path names the former active layer says at every instant where the domain has written.
+//! **What is durable before what.** The other name of a file, or the tag, is durable before the undo that
+//! would lose the content. A repeated merge is durable before the path is moved. The move of the path is
+//! durable before the merged layers are removed. So at every point the configured path shows where the domain
+//! has written: if it names the previous active layer, there.
 //!
-//! Whether anything was written is read from the images, and told by the difference from what the steps had made.
+//! Whether anything was written is read from the images, by comparison with what the steps had made.
 
 use image_files::chain::ChainStep;
 use image_files::{RESCUED, kept_layer_message, kept_overlay_message, names};
@@ -27,22 +28,24 @@ use crate::layers::file_of;
 use crate::steps::Workplace;
 
 impl Workplace<'_> {
-    /// Whether what the domain may have written since would be lost by the steps that follow `step`, which is done.
+    /// Returns true if `step`, which is done, must be repeated, because the steps after it would lose what
+    /// the domain may have written since.
     pub(crate) fn is_overtaken(&self, step: &ChainStep) -> Result<bool> {
         let ChainStep::Merge { run, into, .. } = step else { return Ok(false) };
         let path = &self.files.record.disk.path;
-        // The active layer is in a run as its top alone. Once the path names what it was merged into, the domain writes
-        // there, and what the former top holds is older.
+        // The active layer can only be the top of a run. Once the path names the layer that it was merged
+        // into, the domain writes there, and the previous top has older content.
         let merged_down = run.last().is_some_and(|top| *top == self.files.record.active && top != into);
         Ok(merged_down && names::file_id(path)?.is_some() && !names::same_file(path, &self.files.file(into))?)
     }
 
-    /// Makes safe what the domain wrote, where undoing `step` would lose it.
+    /// Saves what the domain wrote, if undoing `step` would lose it.
     pub(crate) fn salvage(&self, step: &ChainStep, done: bool) -> Result<Salvage> {
         let path = &self.files.record.disk.path;
         match step {
             ChainStep::SwitchActive { from, to } => {
-                // An overlay on the former active layer shows the same as that: with what was written it is the present.
+                // An overlay on the previous active layer shows the same as that layer. With the new writes
+                // it is the current state.
                 let switched = names::same_file(&self.files.file(to), path)?;
                 if !switched
                     || self.below(to)? != Some(self.files.file(from))
@@ -65,7 +68,7 @@ impl Workplace<'_> {
                 true if self.reading(layer)?.is_written()? => self.put_aside(layer),
                 _ => Ok(Salvage::Nothing),
             },
-            // What cannot be compared is kept: it may have been written.
+            // A copy that cannot be compared is saved: it may have been written.
             ChainStep::Materialise { from, tag, layer } => match self.is_to_go(step, layer, done)? {
                 true if !self.is_copy_of(layer, from, tag).unwrap_or(false) => self.put_aside(layer),
                 _ => Ok(Salvage::Nothing),
@@ -81,7 +84,8 @@ impl Workplace<'_> {
                 let stem = safety.strip_prefix(".domsnap-undo-").unwrap_or(safety);
                 self.keep_as_tag(layer, stem)
             }
-            // Before it was done nobody needed the state that was there; since then only the domain can have changed it.
+            // Before the step was done, the state there was not needed. Since then only the domain can have
+            // changed it.
             ChainStep::ApplyInternal { layer, tag, safety: None } => {
                 if !done || !self.has_tag(layer, tag)? || self.reading(layer)?.snapshot_matches_active(tag)? {
                     return Ok(Salvage::Nothing);
@@ -99,14 +103,15 @@ impl Workplace<'_> {
         }
     }
 
-    /// Whether the undo of `step`, which made `layer`, would remove it, and the domain may have written it.
+    /// Returns true if the undo of `step`, which made `layer`, would remove it although the domain may have
+    /// written it.
     fn is_to_go(&self, step: &ChainStep, layer: &LayerName, done: bool) -> Result<bool> {
         Ok(done
             && self.is_made_by(step)?
             && !names::same_file(&self.files.file(layer), &self.files.record.disk.path)?)
     }
 
-    /// Whether `copy` is still what was copied out of `from`.
+    /// Returns true if `copy` is still the same as what was copied out of `from`.
     fn is_copy_of(&self, copy: &LayerName, from: &LayerName, tag: &str) -> Result<bool> {
         let (copy, source) = (self.reading(copy)?, self.reading(from)?);
         let Some(snapshot) = source.find_snapshot(tag)? else { return Ok(false) };
@@ -117,7 +122,7 @@ impl Workplace<'_> {
         Ok(image::same_content(RunLayer::snapshot(&source, snapshot)?, RunLayer::active(&copy)?, backed)?)
     }
 
-    /// The file of a layer that an undo would remove gets a name that no undo knows.
+    /// Gives the file of a layer that an undo would remove a name that no undo knows.
     fn put_aside(&self, layer: &LayerName) -> Result<Salvage> {
         let (record, file) = (self.files.record, self.files.file(layer));
         let base = self.below(layer).unwrap_or(None);
@@ -130,7 +135,8 @@ impl Workplace<'_> {
         }))
     }
 
-    /// The state of a layer becomes a tag of it too, called after `stem`; done before: that one is told.
+    /// Saves the state of a layer as a tag of it, called after `stem`. If that was done before, the existing
+    /// tag is reported.
     fn keep_as_tag(&self, layer: &LayerName, stem: &str) -> Result<Salvage> {
         let image = self.reading(layer)?;
         let mut aside = format!("{RESCUED}{stem}");

@@ -1,12 +1,12 @@
-//! How the steps of a chain of files become operations on qcow2 images. Blocking; called on a blocking thread.
+//! Execution of a chain's steps on qcow2 images. Blocking; called on a blocking thread.
 //!
 //! | step | durable before what |
 //! |---|---|
-//! | name a layer | the second name, before any overlay names it |
-//! | create an overlay, materialise | the whole file under a passing name, before it gets its own; that, before the switch |
+//! | name a layer | the second name, before any overlay refers to it |
+//! | create an overlay, materialise | the whole file under a temporary name, before it gets its own; that, before the switch |
 //! | take, apply, drop a tag | see [`crate::image`] |
-//! | switch | the new name in one rename; the former layer keeps its own name |
-//! | merge | all data and metadata of the receiving layer, before anything else names it |
+//! | switch | the new name, by one rename; the previous layer keeps its own name |
+//! | merge | all data and metadata of the receiving layer, before anything else refers to it |
 //! | repoint | one header write |
 //! | remove, unname | nothing follows that depends on it |
 
@@ -25,22 +25,22 @@ use crate::below::Below;
 use crate::image::{self, Backing, Image, NewImage, NewSnapshot, OpenOptions, RunLayer};
 use crate::layers::file_of;
 
-/// What a step works with.
+/// The context of a step.
 pub(crate) struct Workplace<'a> {
     pub(crate) files: FileSteps<'a>,
     pub(crate) progress: &'a dyn Progress,
     pub(crate) cancel: &'a CancellationToken,
-    /// Bytes that the step is to move, as it was planned.
+    /// Planned bytes that the step will move.
     pub(crate) bytes: u64,
     pub(crate) max_depth: u32,
-    /// Whether the room of freed clusters is given back to the file system.
+    /// True if the space of freed clusters is returned to the file system.
     pub(crate) punch: bool,
-    /// Whether the step may have been begun by a process that stopped.
+    /// True if a process that stopped may have begun the step.
     pub(crate) resumed: bool,
 }
 
 impl Workplace<'_> {
-    /// Does `step`.
+    /// Performs `step`.
     pub(crate) fn apply(&self, step: &ChainStep) -> Result<()> {
         match step {
             ChainStep::NameLayer { layer } => self.files.name(layer),
@@ -61,17 +61,17 @@ impl Workplace<'_> {
         }
     }
 
-    /// Takes `step` back.
+    /// Undoes `step`.
     pub(crate) fn undo(&self, step: &ChainStep) -> Result<()> {
         let path = &self.files.record.disk.path;
         match step {
-            // A hypervisor may know it by this name.
+            // A hypervisor may have it open by this name.
             ChainStep::NameLayer { layer } if self.files.is_open(&self.files.file(layer))? => Ok(()),
             ChainStep::NameLayer { layer } => self.files.unname(layer),
             ChainStep::CreateOverlay { layer, .. } | ChainStep::Materialise { layer, .. } => {
                 let file = self.files.file(layer);
                 names::remove_name(&names::unfinished_name(&file))?;
-                // Where the switch to it had to stay, so has the layer.
+                // If the switch to the layer could not be undone, the layer stays too.
                 if self.is_made_by(step)? && !names::same_file(&file, path)? {
                     self.files.refuse_in_use(&file)?;
                     names::remove_name(&file)?;
@@ -83,10 +83,10 @@ impl Workplace<'_> {
             ChainStep::ApplyInternal { layer, safety: Some(safety), .. } => {
                 match self.has_tag(layer, safety)? {
                     true => self.apply_tag(layer, safety),
-                    false => Ok(()), // the copy comes first, so the apply never began
+                    false => Ok(()), // The copy comes first, so the apply never began.
                 }
             }
-            // Without a safety copy nobody needs the state that was there before.
+            // A step without a safety copy: the state that was there before is not needed.
             ChainStep::ApplyInternal { layer, safety: None, .. } => {
                 self.mend(layer);
                 Ok(())
@@ -103,7 +103,7 @@ impl Workplace<'_> {
         }
     }
 
-    /// How far `step` got.
+    /// Returns how far `step` got.
     pub(crate) fn status(&self, step: &ChainStep) -> Result<StepStatus> {
         let path = &self.files.record.disk.path;
         let done = match step {
@@ -132,7 +132,7 @@ impl Workplace<'_> {
                     _ => return Ok(StepStatus::Partly),
                 }
             }
-            // Only a repetition can tell, and it is harmless.
+            // Only a repetition can show it, and it is harmless.
             ChainStep::Merge { .. } => return Ok(StepStatus::Partly),
             ChainStep::Repoint { child, to } => {
                 let file = file_of(self.files.record, child)?;
@@ -149,14 +149,15 @@ impl Workplace<'_> {
         Ok(if done { StepStatus::Done } else { StepStatus::NotDone })
     }
 
-    /// The backing string of an image that stands on `layer`.
+    /// The backing string of an image on `layer`.
     fn string(&self, layer: &LayerName) -> String {
         backing_string(&self.files.record.disk.path, layer)
     }
 
-    /// Whether the active layer was merged into a lower one by a hypervisor, and the path moved at the pivot, before a crash
-    /// kept that from being recorded. Then the domain has written to that layer since, and to merge the former active one once
-    /// more would bring its old data back. (At rest the path is moved by a step of its own, after the merge is recorded.)
+    /// Returns true if a hypervisor merged the active layer into a lower one and moved the path at the pivot,
+    /// before a crash prevented its record. The domain has written to that layer since. Merging the previous
+    /// active layer once more would bring its old data back. (At rest the path is moved by a step of its own,
+    /// after the merge is recorded.)
     fn has_pivoted(&self, run: &[LayerName], into: &LayerName) -> Result<bool> {
         let merged_down = run.last().is_some_and(|top| *top == self.files.record.active && top != into);
         Ok(merged_down && names::same_file(&self.files.file(into), &self.files.record.disk.path)?)
@@ -179,7 +180,8 @@ impl Workplace<'_> {
         Ok(self.reading(layer)?.find_snapshot(tag)?.is_some())
     }
 
-    /// Whether the file of a new layer is what `step` makes, and not somebody else's of the same name.
+    /// Returns true if the file of a new layer is the one that `step` makes, and not another file of the same
+    /// name.
     pub(crate) fn is_made_by(&self, step: &ChainStep) -> Result<bool> {
         let (layer, on) = match step {
             ChainStep::CreateOverlay { layer, on, .. } => (layer, Some(self.files.file(on))),
@@ -198,7 +200,7 @@ impl Workplace<'_> {
         }
     }
 
-    /// The file that a layer stands on.
+    /// Returns the backing file of a layer.
     pub(crate) fn below(&self, layer: &LayerName) -> Result<Option<Utf8PathBuf>> {
         let file = file_of(self.files.record, layer)?;
         match self.reading(layer)?.header().backing.clone() {
@@ -207,7 +209,8 @@ impl Workplace<'_> {
         }
     }
 
-    /// New files are made under a passing name and get their own when they are whole and durable.
+    /// Creates an overlay. New files are made under a temporary name, and get their own name when they are
+    /// complete and durable.
     fn create_overlay(&self, layer: &LayerName, on: &LayerName, on_format: &str, size: u64) -> Result<()> {
         let file = self.files.file(layer);
         let unfinished = names::unfinished_name(&file);
@@ -217,10 +220,10 @@ impl Workplace<'_> {
         if on_format == "qcow2" {
             let base = Image::open(base.as_std_path(), &OpenOptions::read_only().unlocked())?;
             new = new.like(base.header());
-            // Only version 3 can say that a cluster above a backing file reads as zeros.
+            // Only version 3 can mark a cluster above a backing file as zeros.
             new.version = 3;
         }
-        // Who may use it is said before anything is in it, and before it has its name.
+        // Owner and mode are set before the file has any content, and before it has its name.
         let made = names::create_unfinished(&file, &names::open_image(&base, false)?, &base)?;
         let written = another(&made, &unfinished)
             .and_then(|into| Ok(image::write_into(into, unfinished.as_std_path(), &new)?));
@@ -264,7 +267,7 @@ impl Workplace<'_> {
         self.mend_if_resumed(layer)
     }
 
-    /// `forget`: without giving back what they refer to.
+    /// Deletes tags. With `forget`, what they refer to is not freed.
     fn drop_tags(&self, layer: &LayerName, tags: &[String], forget: bool) -> Result<()> {
         let image = self.reading(layer)?;
         let mut present = Vec::new();
@@ -284,10 +287,10 @@ impl Workplace<'_> {
         Ok(())
     }
 
-    /// Gives back what a crash or a failed call may have left of a step that is done, or was never: leaked
-    /// clusters, and COPIED bits that are clear. Only a favour, for an image that is whole without it: what
-    /// hinders it is not this step's to report, and must not keep an undo from ending. One more failed call
-    /// must not decide, so it is tried twice.
+    /// Frees what a crash or a failed call may have left of a step that is done, or was never begun: leaked
+    /// clusters, and clear COPIED bits. This is an optimisation, because the image is valid without it. So
+    /// its errors are not this step's to report, and must not keep an undo from ending. It is tried twice, so
+    /// that one more failed call does not decide.
     fn mend(&self, layer: &LayerName) {
         for _ in 0..2 {
             match self.writing(layer).and_then(|mut image| Ok(image.repair()?)) {
@@ -297,7 +300,7 @@ impl Workplace<'_> {
         }
     }
 
-    /// After a crash: gives back what the stopped step allocated in `layer` and nothing refers to.
+    /// After a crash, frees what the interrupted step allocated in `layer` and nothing refers to.
     fn mend_if_resumed(&self, layer: &LayerName) -> Result<()> {
         if self.resumed && !self.files.is_open(&file_of(self.files.record, layer)?)? {
             self.mend(layer);
@@ -317,7 +320,7 @@ impl Workplace<'_> {
             ));
         };
         let Some(bottom) = run.first() else { return Ok(()) };
-        // The format of what lies below is what the run's bottom states.
+        // The run's bottom states the format of its backing file.
         let stated = self.reading(bottom)?.header().backing.clone();
         let mut lower = None;
         let backing = match (below, stated) {
@@ -338,8 +341,8 @@ impl Workplace<'_> {
             self.files.lock(file)?;
         }
         names::require_own_names(&file_of(self.files.record, into)?, &self.files.record.disk.path)?;
-        // What a stopped merge allocated for data that no table refers to yet. First, because it may be the room
-        // that this one needs.
+        // An interrupted merge may have allocated clusters that no table refers to yet. They are freed first,
+        // because this merge may need their space.
         self.mend_if_resumed(into)?;
         let mut layers = Vec::new();
         for file in &files {
@@ -354,13 +357,13 @@ impl Workplace<'_> {
         let merged = self.moving(|moving| image::merge(layers, &mut target, over, lower, moving));
         drop(target);
         if merged.is_err() {
-            // What was allocated for data that no table refers to yet; the next attempt allocates its own.
+            // Frees clusters that no table refers to yet; the next attempt allocates its own.
             self.mend(into);
         }
         merged.map(drop)
     }
 
-    /// Moves data, telling how much.
+    /// Moves data, and reports progress.
     fn moving<T>(&self, work: impl FnOnce(&image::Moving<'_>) -> image::Result<T>) -> Result<T> {
         let moved = AtomicU64::new(0);
         let tell = |bytes: u64| {
@@ -376,8 +379,8 @@ impl Workplace<'_> {
     }
 }
 
-/// Gives a new image its own name. Where that is there already and is exactly the same image, the step was done before; what
-/// else is there is somebody else's, or has been written to, and nothing is written over it.
+/// Gives a new image its own name. If that exists and is exactly the same image, the step was done before.
+/// Any other file there belongs to another program, or has been written to, and is not overwritten.
 fn settle(unfinished: &Utf8Path, file: &Utf8Path, made: Option<&File>) -> Result<()> {
     match names::settle(unfinished, file, made) {
         Err(error)
@@ -405,7 +408,8 @@ fn is_same_image(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {
     Ok(image::same_content(one, other, backing.is_some())?)
 }
 
-/// How to open the image at `file` for writing under `hold`, or with a lock of its own where there is none.
+/// Returns the options to open the image at `file` for writing under `hold`, or with a lock of its own
+/// without one.
 fn writing(hold: Option<&Hold>, file: &Utf8Path) -> Result<OpenOptions> {
     match hold {
         Some(hold) => {

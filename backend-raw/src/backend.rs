@@ -29,7 +29,7 @@ pub struct Raw {
 }
 
 impl Raw {
-    /// The backend.
+    /// Makes the backend.
     pub fn new() -> Self {
         Self::default()
     }
@@ -49,7 +49,7 @@ impl Raw {
     }
 }
 
-/// Nobody who waits.
+/// Progress without a receiver.
 struct Unwatched;
 
 impl Progress for Unwatched {
@@ -175,9 +175,9 @@ impl DiskSnapshotter for Raw {
         blocking(move || check(&disk, &state)).await
     }
 
-    /// What a point shares with other files (reflinks) is not given back by its removal, where the file
-    /// system tells. Points that share with each other alone give that back together: then it is more than
-    /// this.
+    /// Blocks that a point shares with other files (reflinks) are not freed by its removal, if the file
+    /// system reports them. Points that only share with each other free those blocks together, which is more
+    /// than this.
     async fn cost_of_delete(
         &self,
         _disk: &DiskRecord,

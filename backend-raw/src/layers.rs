@@ -1,4 +1,4 @@
-//! A raw disk as it is on the machine.
+//! The state of a raw disk on the machine.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -14,17 +14,17 @@ use snapcore::{
     Snapshot,
 };
 
-/// The name of the active layer: the path's own, and always the same.
+/// The name of the active layer. It is the path's own and never changes.
 pub(crate) fn active_name(disk: &Disk) -> LayerName {
     LayerName(disk.path.file_name().unwrap_or("disk").to_owned())
 }
 
-/// Whether it is a block device, by its own name or a link's.
+/// Returns true for a block device, by its own name or by a link.
 pub(crate) fn is_device(path: &Utf8Path) -> bool {
     path.metadata().is_ok_and(|about| about.file_type().is_block_device())
 }
 
-/// Refuses a device that this machine itself uses: a file system on it that is mounted, a volume group, an array.
+/// Refuses a device that this machine itself uses: for a mounted file system, a volume group, an array.
 pub(crate) fn refuse_used_device(path: &Utf8Path) -> Result<()> {
     let alone =
         OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed()).open(path);
@@ -42,7 +42,7 @@ pub(crate) fn refuse_used_device(path: &Utf8Path) -> Result<()> {
     }
 }
 
-/// Refuses what no points can be taken of here.
+/// Refuses a path of which no points can be taken.
 pub(crate) fn check_path(disk: &Disk) -> Result<()> {
     let path = &disk.path;
     let about = look_at_path(path)?;
@@ -70,7 +70,7 @@ pub(crate) fn check_path(disk: &Disk) -> Result<()> {
     Ok(())
 }
 
-/// Reads the disk.
+/// Reads the state of the disk.
 pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, open: &FileIds) -> Result<DiskState> {
     let path = &record.disk.path;
     check_path(&record.disk)?;
@@ -92,7 +92,7 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, open: &FileIds) 
         on_path: Vec::new(),
         unclear: Vec::new(),
     };
-    // Beside a device is no image that could stand on it.
+    // No image beside a device can be backed by it.
     if depth == InspectDepth::Dependents && !is_device(path) {
         find_dependents(record, &mut state, open)?;
     }
@@ -115,7 +115,7 @@ fn layer(record: &DiskRecord, name: LayerName, file: &Utf8Path) -> Result<Layer>
     })
 }
 
-/// The files beside the disk that are called like its points, and are none that the catalogue knows.
+/// Lists the files beside the disk that are named like its points and are not in the catalogue.
 pub(crate) fn strays(record: &DiskRecord) -> Result<Vec<LayerName>> {
     let path = &record.disk.path;
     let directory = path.parent().unwrap_or(Utf8Path::new("."));
@@ -136,14 +136,14 @@ pub(crate) fn strays(record: &DiskRecord) -> Result<Vec<LayerName>> {
     Ok(strays)
 }
 
-/// Takes such files in as snapshots, oldest first.
+/// Imports such files as snapshots, oldest first.
 pub(crate) fn discover(record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
     let mut dated: Vec<(Timestamp, LayerName, u64)> = Vec::new();
     for name in strays(record)? {
         let file = layer_path(&record.disk.path, &name);
         let about =
             std::fs::metadata(&file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
-        // The present under a second name is no point.
+        // A second name of the current image is not a point.
         if known.contains(&Point::external(name.clone())) || names::same_file(&file, &record.disk.path)? {
             continue;
         }
@@ -160,10 +160,10 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point]) -> Result<Vec<S
     Ok(found.into_snapshots())
 }
 
-/// Where manifests of devices are, beside which nothing can lie.
+/// The directory of manifests of devices. No file can lie beside a device.
 const DEVICES: &str = "/var/lib/domsnap/devices";
 
-/// Where manifests belong.
+/// The directory of the disk's manifests.
 pub(crate) fn manifest_directory(disk: &Disk) -> Utf8PathBuf {
     if is_device(&disk.path) {
         return Utf8Path::new(DEVICES).join(format!("{}.domsnap", active_name(disk)));

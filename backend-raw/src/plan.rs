@@ -1,4 +1,4 @@
-//! Which steps an operation takes on a raw disk.
+//! The steps of an operation on a raw disk.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -15,10 +15,10 @@ use crate::layers::is_device;
 use crate::place::can_reflink;
 use crate::steps::{RawStep, Way};
 
-/// The ways that a user may ask for.
+/// The methods that a user may request.
 pub(crate) const WAYS: [&str; 3] = ["reflink", "copy", "overlay"];
 
-/// The steps that fulfil `request`.
+/// Plans the steps of `request`.
 pub(crate) fn plan(
     record: &DiskRecord,
     state: &DiskState,
@@ -162,7 +162,7 @@ impl Planner<'_> {
         ))
     }
 
-    /// Refuses a copy for which there is no room, before anything is begun.
+    /// Refuses a copy without enough space, before anything is begun.
     fn require_room(&self, bytes: u64) -> Result<()> {
         let directory = self.path().parent().unwrap_or(Utf8Path::new("."));
         let room = rustix::fs::statvfs(directory.as_std_path()).map_err(|errno| {
@@ -185,7 +185,7 @@ impl Planner<'_> {
         .advise("delete snapshots or free space there, and try again"))
     }
 
-    /// How to put an overlay on a device.
+    /// Advice on overlays for a device.
     fn overlay_advice(&self) -> String {
         let target = &self.record.disk.target;
         let register = match self.active_path {
@@ -198,7 +198,8 @@ impl Planner<'_> {
         )
     }
 
-    /// Freezes the raw file or device under a qcow2 overlay, which the domain's configuration must name from then on.
+    /// Freezes the raw file or device under a qcow2 overlay, which the domain's configuration must name from
+    /// then on.
     fn overlay(&mut self, chosen: Option<&LayerName>, stamp: u32) -> Result<()> {
         let target = self.record.disk.target.clone();
         let is_device = is_device(self.path());
@@ -221,8 +222,8 @@ impl Planner<'_> {
             }));
         }
         self.refuse_raw_points()?;
-        // QEMU's `luks` driver below a running domain is seen as such. At rest a header of LUKS may also be
-        // the guest's own.
+        // QEMU's `luks` driver is visible in a running domain. At rest a LUKS header may also be the guest's
+        // own.
         if !self.state.attached && image_files::is_luks(self.path()).unwrap_or(false) {
             return Err(Error::new(
                 ErrorKind::Refused,
@@ -286,10 +287,10 @@ impl Planner<'_> {
             false => (layer, former.clone()),
         };
         self.add_layer(&active);
-        // The base is its owner's: it is read, and never merged away or removed.
+        // The base belongs to its owner: it is read, and never merged away or removed.
         self.plan.commit.push(Edit::RemoveLayer { target: target.clone(), layer: former });
         if is_device {
-            // Known, so that a chain may lead there.
+            // Recorded as known, so that a chain may lead there.
             self.add_layer(&base);
         }
         let edits = [
@@ -302,8 +303,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Under an overlay the disk is a qcow2 one, and what it owns is read as that. A copy of a raw disk must never be: its guest decides
-    /// what it looks like.
+    /// Refuses an overlay if the disk has raw points. Under an overlay the disk is qcow2, and its layers are
+    /// read as qcow2. A copy of a raw disk must never be: its guest controls the content.
     fn refuse_raw_points(&self) -> Result<()> {
         let record = self.record;
         let points: Vec<&str> =
@@ -322,7 +323,7 @@ impl Planner<'_> {
         )))
     }
 
-    /// The name of a new overlay on a device: a path elsewhere.
+    /// Returns the name of a new overlay on a device: a path elsewhere.
     fn beside_no_device(&self, file: &LayerName) -> Result<LayerName> {
         let path = Utf8Path::new(file.as_str());
         let target = &self.record.disk.target;
@@ -364,7 +365,7 @@ impl Planner<'_> {
         let bytes = if way == Way::Copy { point.allocated } else { 0 };
         let size = point.virtual_size;
         self.require_room(bytes)?;
-        // The disk keeps its room, whether the point kept it or what is there now has it.
+        // The disk keeps its reserved space, if the point or the current image has it reserved.
         let wanted = is_reserved(self.path()) || is_reserved(&point.file);
         let reserve = wanted && self.require_room(size).is_ok();
         if wanted && !reserve {
@@ -394,7 +395,7 @@ impl Planner<'_> {
         self.push(Group::Cut, &switch, format!("switch {} to {new}", self.path()), 0);
         let unname = RawStep::Unname { layer: new.clone() };
         self.push(Group::Finish, &unname, format!("remove the name {new}: {} is left", self.path()), 0);
-        // Known from the commit on until they are gone: a step that is deferred is planned anew.
+        // The catalogue knows both until they are removed, so that a deferred step can be planned again.
         self.known_until_done(&new);
         if save {
             self.add_layer(&former);
@@ -416,7 +417,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Makes a file one of the disk's layers at the commit point, and no more when the step that was planned last is done.
+    /// Adds a file to the disk's layers at the commit point, and removes it when the step that was planned
+    /// last is done.
     fn known_until_done(&mut self, layer: &LayerName) {
         self.add_layer(layer);
         let target = self.record.disk.target.clone();
@@ -468,7 +470,7 @@ impl Planner<'_> {
                 ));
             }
         }
-        // What somebody else removed is forgotten, with the checksum that it left.
+        // A layer that another program removed is forgotten, and its checksum is removed.
         let lost = self.record.owned.iter().filter(|name| {
             let needed = **name == self.state.active || keep.contains(&Point::external((*name).clone()));
             !needed && self.state.layer(name).is_none() && is_layer_name(self.path(), name.as_str())
@@ -495,7 +497,7 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// A file of which nobody can tell whether it stands on a point forbids to remove any.
+    /// Refuses to remove any point while the backing file of an image is undetermined: it could be a point.
     fn refuse_unclear(&self) -> Result<()> {
         let Some(unclear) = self.state.unclear.first() else { return Ok(()) };
         Err(Error::new(
@@ -514,7 +516,7 @@ impl Planner<'_> {
         ))
     }
 
-    /// The name of a new file beside the disk: the chosen one, or one of ours.
+    /// Returns the name of a new file beside the disk: the chosen one, or one of ours.
     fn new_layer(&self, chosen: Option<&LayerName>, stamp: u32) -> Result<LayerName> {
         let name = chosen.cloned().unwrap_or_else(|| layer_name(self.path(), stamp));
         if name.as_str().contains('/') {
@@ -528,7 +530,7 @@ impl Planner<'_> {
         Ok(name)
     }
 
-    /// Refuses the name of a file that is there.
+    /// Refuses the name of an existing file.
     fn free(&self, file: &Utf8Path) -> Result<()> {
         match names::file_id(file)? {
             Some(_) => {

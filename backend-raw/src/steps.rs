@@ -1,19 +1,20 @@
-//! What is done to a raw disk, one typed action a step. Blocking.
+//! Execution of a raw disk's steps, one typed action for each. Blocking.
 //!
 //! | step | durable before what |
 //! |---|---|
-//! | write out | nothing: it only makes the instant shorter |
-//! | copy, settle | all data of a copy, then its checksum, before it gets its own name; that name, before the commit or the switch |
-//! | make an overlay | the whole file under a passing name, before it gets its own; that, before the commit |
-//! | name | the second name of the present, before the path moves away from it |
-//! | switch | the new name in one rename; the present before keeps its own name |
+//! | write out | nothing: it only makes the cut shorter |
+//! | copy, settle | all data of a copy, then its checksum, before it gets its own name; that, before commit or switch |
+//! | create an overlay | the whole file under a temporary name, before it gets its own; that, before the commit |
+//! | name | the second name of the current image, before the path moves away from it |
+//! | switch | the new name, by one rename; the previous image keeps its own name |
 //! | remove, unname | nothing follows that depends on it |
 //!
-//! **What the domain wrote between a crash and the recovery.** The path opens at every instant, so the domain may run. While it
-//! names the former present nothing is lost by an undo. When it names the copy that a revert made, and the revert is undone, the
-//! copy is compared with the point that it was made from; what differs is kept as `rescued-<layer>` before the copy is removed. The overlay of
-//! a create on a running domain has the guest's writes from the instant on; where that create is undone with nobody left who could merge them, the
-//! overlay is kept so too.
+//! **What the domain wrote between a crash and the recovery.** The path is valid at every point, so the
+//! domain may run. While it names the previous image, an undo loses nothing. It may name the copy that a
+//! revert made, and the revert is undone. Then the copy is compared with its point; if it differs, it is
+//! saved as `rescued-<layer>` before the copy is removed. The overlay of a create on a running domain has the
+//! guest's writes since the instant. If that create is undone and no hypervisor is left that could merge
+//! them, the overlay is saved in the same manner.
 
 use backend_qcow2::image::{self, Backing, Image, NewImage, OpenOptions as ReadOptions};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -26,7 +27,7 @@ use snapcore::{DiskRecord, Error, ErrorKind, FileUses, LayerName, Result, Salvag
 use crate::copy::{self, Watch};
 use crate::place::reflink;
 
-/// How a file is made that holds what another holds.
+/// Method of making a file with the content of another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Way {
@@ -36,39 +37,39 @@ pub enum Way {
     Copy,
 }
 
-/// What is done.
+/// The action of a step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
 pub enum RawStep {
-    /// Writes what is in memory of the present's file to the disk, so that less is left to write at the instant.
+    /// Flushes the current image from memory to the disk, so that less is left to write during the cut.
     WriteOut,
-    /// Makes a new layer of a layer, or of the present.
+    /// Makes a new layer from a layer, or from the current image.
     Copy {
-        /// The layer; absent: the present.
+        /// The layer; absent: the current image.
         from: Option<LayerName>,
         layer: LayerName,
         way: Way,
-        /// Whether a step of its own makes it durable and names it, later: not while the guest stands still.
+        /// True if a later step makes it durable and names it, so that the guest is not paused for that.
         settled_later: bool,
-        /// Whether room for all of the new layer is reserved, as it was for the disk.
+        /// True if space for all of the new layer is reserved, as it was for the disk.
         #[serde(default)]
         reserve: bool,
     },
     /// Makes a copy durable, and gives it its name.
     Settle { layer: LayerName },
-    /// Makes an empty qcow2 overlay on the present.
+    /// Creates an empty qcow2 overlay on the current image.
     CreateOverlay { layer: LayerName, virtual_size: u64 },
-    /// Gives the present a name of its own too (a hard link).
+    /// Gives the current image a second name of its own (a hard link).
     Name { layer: LayerName },
     /// Moves the configured path from one layer to another.
     Switch { from: LayerName, to: LayerName },
-    /// Removes the name of its own from what the path names.
+    /// Removes the own name of the image that the path names.
     Unname { layer: LayerName },
     /// Removes layers.
     Remove { layers: Vec<LayerName> },
 }
 
-/// What a step does with files.
+/// Returns the effects of a step on files.
 pub(crate) fn uses(record: &DiskRecord, step: &Step<RawStep>) -> FileUses {
     let path = &record.disk.path;
     let file = |layer: &LayerName| layer_path(path, layer);
@@ -99,14 +100,14 @@ pub(crate) fn uses(record: &DiskRecord, step: &Step<RawStep>) -> FileUses {
     uses
 }
 
-/// What a step works with.
+/// The context of a step.
 pub(crate) struct Workplace<'a> {
     pub(crate) files: FileSteps<'a>,
     pub(crate) watch: Watch<'a>,
 }
 
 impl Workplace<'_> {
-    /// Does `step`.
+    /// Performs `step`.
     pub(crate) fn apply(&self, step: &RawStep) -> Result<()> {
         let path = self.path();
         match step {
@@ -125,7 +126,7 @@ impl Workplace<'_> {
         }
     }
 
-    /// Takes `step` back.
+    /// Undoes `step`.
     pub(crate) fn undo(&self, step: &RawStep) -> Result<()> {
         let path = self.path();
         match step {
@@ -134,7 +135,7 @@ impl Workplace<'_> {
                 let file = self.file(layer);
                 names::remove_name(&names::unfinished_name(&file))?;
                 names::remove_name(&names::unfinished_name(&copy::sum_file(&file)))?;
-                // Where the path was moved to it and had to stay, so has the file.
+                // If the path was moved to the file and could not be moved back, the file stays.
                 if !names::same_file(&file, path)? {
                     self.files.refuse_in_use(&file)?;
                     names::remove_name(&file)?;
@@ -151,12 +152,12 @@ impl Workplace<'_> {
         }
     }
 
-    /// How far `step` got.
+    /// Returns how far `step` got.
     pub(crate) fn status(&self, step: &RawStep) -> Result<StepStatus> {
         let done = |done: bool| Ok(if done { StepStatus::Done } else { StepStatus::NotDone });
         let is_there = |layer: &LayerName| self.files.is_there(layer);
         match step {
-            // Nothing is to be seen of it, and nothing needs it.
+            // It leaves no trace, and nothing needs it.
             RawStep::WriteOut => Ok(StepStatus::Done),
             RawStep::Copy { layer, settled_later, from, .. } => {
                 if is_there(layer)? {
@@ -188,7 +189,7 @@ impl Workplace<'_> {
         }
     }
 
-    /// Makes safe what the domain wrote, where undoing `step` would lose it.
+    /// Saves what the domain wrote, if undoing `step` would lose it.
     pub(crate) fn salvage(&self, step: &RawStep, done: bool) -> Result<Salvage> {
         let (RawStep::Copy { from: Some(_), layer, .. } | RawStep::CreateOverlay { layer, .. }) = step else {
             return Ok(Salvage::Nothing);
@@ -205,7 +206,8 @@ impl Workplace<'_> {
         }))
     }
 
-    /// Whether a file holds more than what `step` made. What cannot be read is kept: it may have been written.
+    /// Returns true if a file has more content than `step` made. A file that cannot be read is saved: it may
+    /// have been written.
     fn is_written(&self, step: &RawStep, file: &Utf8Path) -> bool {
         match step {
             RawStep::CreateOverlay { .. } => {
@@ -232,7 +234,7 @@ impl Workplace<'_> {
         from.map_or_else(|| self.path().to_owned(), |layer| self.file(layer))
     }
 
-    /// Makes the whole of a copy under a passing name.
+    /// Makes a complete copy under a temporary name.
     fn copy(&self, from: Option<&LayerName>, layer: &LayerName, way: Way, reserve: bool) -> Result<()> {
         let (source, file) = (self.source(from), self.file(layer));
         if from.is_some() {
@@ -255,7 +257,7 @@ impl Workplace<'_> {
             }
             Way::Copy => {
                 let sum = copy::copy(&old, &source, &new, &passing, reserve, self.watch)?;
-                // The new present changes as soon as the domain runs: only a point has a sum to be compared with.
+                // The new current image changes as soon as the domain runs. Only a point has a checksum.
                 if from.is_none() {
                     copy::write_sum(&file, sum)?;
                 }
@@ -264,7 +266,7 @@ impl Workplace<'_> {
         Ok(())
     }
 
-    /// Makes a copy durable, then gives it its name. Done already: nothing happens.
+    /// Makes a copy durable, then gives it its name. If that was done before, nothing happens.
     fn settle(&self, layer: &LayerName) -> Result<()> {
         let file = self.file(layer);
         let passing = names::unfinished_name(&file);
@@ -282,7 +284,7 @@ impl Workplace<'_> {
             return Ok(());
         }
         let passing = names::unfinished_name(&file);
-        // Relative where they lie side by side, so that they can be moved together.
+        // Relative if they are in the same directory, so that they can be moved together.
         let base = match file.parent() == self.path().parent() {
             true => self.path().file_name().unwrap_or_default().to_owned(),
             false => self.path().to_string(),

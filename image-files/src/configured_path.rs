@@ -1,4 +1,4 @@
-//! What is asked of a disk's configured path before the disk is adopted.
+//! Checks of a disk's configured path before the disk is adopted.
 
 use std::fs::Metadata;
 use std::io;
@@ -8,7 +8,7 @@ use snapcore::{Error, ErrorKind, Result};
 
 use crate::names::io_error;
 
-/// Looks at the configured path of a disk, without following a link.
+/// Reads the metadata of the configured path of a disk, without following a link.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`]; the system's.
@@ -22,7 +22,7 @@ pub fn look_at_path(path: &Utf8Path) -> Result<Metadata> {
     })
 }
 
-/// The refusal of a configured path that is a symbolic link; `why` follows `is a symbolic link`.
+/// Makes the refusal of a configured path that is a symbolic link. `why` follows `is a symbolic link`.
 pub fn refused_link(path: &Utf8Path, why: &str) -> Error {
     let to = path.canonicalize_utf8().map_or_else(|_| "its target".to_owned(), |to| to.to_string());
     Error::new(ErrorKind::Refused, format!("{path} is a symbolic link{why}"))

@@ -1,9 +1,9 @@
-//! Steps on the files of one disk, which every backend of image files does in the same way. Blocking.
+//! Steps on the files of one disk that are the same for every backend of image files. Blocking.
 //!
 //! | step | durable before what |
 //! |---|---|
 //! | name | the second name, before the configured path moves away from the file |
-//! | switch | the new name in one rename; the layer that the path named before keeps its own name |
+//! | switch | the new name, by one rename; the previous layer keeps its own name |
 //! | keep as | the other name, before an undo removes the file's own |
 //! | remove, unname | nothing that follows depends on it |
 
@@ -21,7 +21,7 @@ use crate::names;
 /// Identities of files.
 pub type FileIds = HashSet<FileIdentity>;
 
-/// The files of a disk that a hypervisor has open: none where the disk is not attached.
+/// Returns the files of a disk that a hypervisor has open; none if the disk is not attached.
 ///
 /// # Errors
 /// The hypervisor's.
@@ -32,10 +32,10 @@ pub async fn open_files(attached: Option<&dyn AttachedDisk>) -> Result<FileIds> 
     }
 }
 
-/// Start of the names of files and tags that keep what an undo would have lost.
+/// Prefix of the names of files and tags that save what an undo would have lost.
 pub const RESCUED: &str = "rescued-";
 
-/// What steps on the files of one disk work with.
+/// The context of steps on the files of one disk.
 pub struct FileSteps<'a> {
     /// The disk.
     pub record: &'a DiskRecord,
@@ -71,10 +71,10 @@ impl FileSteps<'_> {
         Ok(!self.open.is_empty() && names::file_id(file)?.is_some_and(|id| self.open.contains(&id)))
     }
 
-    /// Locks a file until the operation ends. A hypervisor locks what it has open.
+    /// Locks a file until the operation ends. A hypervisor locks the files that it has open itself.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] where another process holds it.
+    /// [`ErrorKind::Busy`] if another process has it locked.
     pub fn lock(&self, file: &Utf8Path) -> Result<()> {
         match self.hold {
             Some(hold) if !self.is_open(file)? => hold.lock(file),
@@ -95,8 +95,8 @@ impl FileSteps<'_> {
         }
     }
 
-    /// Refuses and locks a file that is to lose its name. A process that has it open would be left with data that
-    /// no name leads to.
+    /// Refuses and locks a file that is to lose its name. A process that has it open would be left with data
+    /// that no name leads to.
     ///
     /// # Errors
     /// [`ErrorKind::Busy`].
@@ -113,7 +113,7 @@ impl FileSteps<'_> {
         names::add_name(self.path(), &self.file(layer))
     }
 
-    /// Removes the layer's permanent name, where the configured path names the same file.
+    /// Removes the layer's permanent name if the configured path names the same file.
     pub fn unname(&self, layer: &LayerName) -> Result<()> {
         match self.is_there(layer)? && self.is_on_path(layer)? {
             true => names::remove(&self.file(layer)),
@@ -125,7 +125,7 @@ impl FileSteps<'_> {
     pub fn switch(&self, from: &LayerName, to: &LayerName) -> Result<()> {
         self.refuse_replaced(from, to)?;
         let to = self.file(to);
-        // A hypervisor that has the one open has the other next: a lock of ours would keep it out.
+        // If a hypervisor has the one file open, it opens the other next: a lock of ours would exclude it.
         if !self.is_open(self.path())? {
             self.lock(self.path())?;
             self.lock(&to)?;
@@ -136,15 +136,16 @@ impl FileSteps<'_> {
     /// Moves the configured path back.
     pub fn undo_switch(&self, from: &LayerName, to: &LayerName) -> Result<()> {
         self.lock(self.path())?;
-        // If it was undone before, so was perhaps the step before it: then `from` has no name of its own.
+        // If the switch was undone before, earlier steps may have been undone too: then `from` has no name of
+        // its own.
         match self.is_on_path(to)? {
             true => names::move_name(self.path(), &self.file(from)),
             false => names::clear_move(self.path()),
         }
     }
 
-    /// Removes layers, and of each the files that `beside` says. All are refused or none is removed. The directory is
-    /// flushed once, at the end.
+    /// Removes layers, and the file that `beside` returns for each. Either all are refused, or none is. The
+    /// directory is flushed once, at the end.
     pub fn remove(
         &self,
         layers: &[LayerName],
@@ -171,7 +172,7 @@ impl FileSteps<'_> {
         names::flush_directory_of(self.path())
     }
 
-    /// How far a removal of layers got.
+    /// Returns how far a removal of layers got.
     pub fn removed(&self, layers: &[LayerName]) -> Result<StepStatus> {
         let mut left = 0;
         for layer in layers {
@@ -184,7 +185,8 @@ impl FileSteps<'_> {
         })
     }
 
-    /// Gives the file of a layer that an undo would remove a name that no undo knows, durably; returns that name.
+    /// Gives the file of a layer that an undo would remove a name that no undo knows, durably; returns that
+    /// name.
     pub fn keep_as(&self, layer: &LayerName) -> Result<Utf8PathBuf> {
         let file = self.file(layer);
         let kept = file.with_file_name(format!("{RESCUED}{}", file.file_name().unwrap_or_default()));
@@ -193,7 +195,8 @@ impl FileSteps<'_> {
         Ok(kept)
     }
 
-    /// Another process may have put another file at the configured path since a crash: the switch would drop it.
+    /// Refuses the switch if another process has put another file at the configured path since a crash: the
+    /// switch would drop that file.
     fn refuse_replaced(&self, from: &LayerName, to: &LayerName) -> Result<()> {
         let (path, from, to) = (self.path(), self.file(from), self.file(to));
         let is_either = || Ok::<_, Error>(names::same_file(path, &from)? || names::same_file(path, &to)?);
@@ -210,8 +213,8 @@ impl FileSteps<'_> {
     }
 }
 
-/// The message of a recovery that keeps an overlay as `kept`. The guest wrote to it from the instant of a create on, the
-/// create did not happen, and the disk goes on as its base.
+/// The message of a recovery that saves an overlay as `kept`. The guest wrote to it since the instant of a
+/// create that was undone, and the disk continues on its base.
 pub fn kept_overlay_message(record: &DiskRecord, file: &Utf8Path, kept: &Utf8Path) -> String {
     let (target, base) = (&record.disk.target, &record.disk.path);
     format!(
@@ -221,7 +224,7 @@ pub fn kept_overlay_message(record: &DiskRecord, file: &Utf8Path, kept: &Utf8Pat
     )
 }
 
-/// The message of a recovery that keeps a layer which a revert had made as `kept`.
+/// The message of a recovery that saves a layer made by a revert as `kept`.
 pub fn kept_layer_message(record: &DiskRecord, file: &Utf8Path, kept: &Utf8Path) -> String {
     format!(
         "{}: the domain ran after the crash and wrote into {file}; the revert was undone, and what it wrote is kept as \

@@ -1,7 +1,8 @@
 //! Image locks that last for a whole operation.
 //!
-//! A lock belongs to an open file. While an operation holds a disk, the lock of each of its images is kept here by one
-//! open file, and the steps that work on the image open it anew without locking; when the guard goes, all go.
+//! A lock belongs to an open file. During an operation on a disk, one open file keeps the lock of each of its
+//! images here. The steps that work on the image open it again without locking. When the guard is dropped,
+//! all locks are released.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -15,14 +16,14 @@ use crate::layer_name::disk_name;
 use crate::lock::{self, LockError, LockMode};
 use crate::names::{FileId, file_id, open_image};
 
-/// The disks that operations of this process hold, by what all paths of a disk have in common: with
-/// `--active-path=new` its configured path changes in the middle of an operation.
+/// The disks that operations of this process work on. The key is what all paths of a disk have in common,
+/// because with `--active-path=new` the configured path changes during an operation.
 #[derive(Default)]
 pub struct Holds {
     disks: Mutex<HashMap<Utf8PathBuf, Weak<Hold>>>,
 }
 
-/// One disk under an operation: the locks of its images.
+/// The image locks of one disk during an operation.
 #[derive(Default)]
 pub struct Hold {
     locks: Mutex<HashMap<FileId, File>>,
@@ -33,10 +34,10 @@ impl Holds {
         path.with_file_name(disk_name(path))
     }
 
-    /// Begins to hold the disk at `path`.
+    /// Begins an operation on the disk at `path`.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] where another operation of this process holds it.
+    /// [`ErrorKind::Busy`] if another operation of this process works on it.
     pub fn begin(&self, path: &Utf8Path) -> Result<Arc<Hold>> {
         let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
         disks.retain(|_, hold| hold.strong_count() > 0);
@@ -52,7 +53,7 @@ impl Holds {
         Ok(hold)
     }
 
-    /// The hold on the disk at `path`, where there is one.
+    /// The locks of the disk at `path`, if an operation works on it.
     pub fn of(&self, path: &Utf8Path) -> Option<Arc<Hold>> {
         self.disks
             .lock()
@@ -63,10 +64,10 @@ impl Holds {
 }
 
 impl Hold {
-    /// Locks the image at `file` until the operation ends; held already: nothing happens.
+    /// Locks the image at `file` until the operation ends. If it is locked already, nothing happens.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] where another process holds it.
+    /// [`ErrorKind::Busy`] if another process has it locked.
     pub fn lock(&self, file: &Utf8Path) -> Result<()> {
         let Some(id) = file_id(file)? else {
             return Err(Error::new(ErrorKind::NotFound, format!("image {file} does not exist")));
@@ -78,7 +79,7 @@ impl Hold {
         Ok(())
     }
 
-    /// Gives all locks back; a step that needs one takes it anew.
+    /// Releases all locks. A step that needs one locks again.
     pub fn unlock_all(&self) {
         self.locks.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -90,7 +91,7 @@ fn locked(file: &Utf8Path) -> Result<File> {
     Ok(opened)
 }
 
-/// Whether another process has the image at `file` open in a way that forbids to write it.
+/// Returns true if another process has the image at `file` open in a way that excludes writers.
 ///
 /// # Errors
 /// The system's.

@@ -12,8 +12,9 @@ pub fn layer_name(path: &Utf8Path, stamp: u32) -> LayerName {
     })
 }
 
-/// Whether `name` is one that [`layer_name`] gives to layers of the disk at `path`. A layer with another name got it from
-/// its user or from another tool, who may use the file for something else too: it is never removed.
+/// Returns true if `name` is one that [`layer_name`] gives to layers of the disk at `path`. A layer with
+/// another name got it from a user or from another tool, and may be used for something else too: it is never
+/// removed.
 pub fn is_layer_name(path: &Utf8Path, name: &str) -> bool {
     let stamp = name.rsplit_once(".ds-").and_then(|(_, rest)| rest.get(..8));
     stamp
@@ -21,8 +22,8 @@ pub fn is_layer_name(path: &Utf8Path, name: &str) -> bool {
         .is_some_and(|stamp| layer_name(path, stamp).as_str() == name)
 }
 
-/// The file name of the disk at `path` without the mark of a layer: the same for all its layers, also where the
-/// configured path itself is one ([`ActivePath::New`]).
+/// The file name of the disk at `path` without the mark of a layer. It is the same for all its layers, also
+/// if the configured path itself is one ([`ActivePath::New`]).
 pub fn disk_name(path: &Utf8Path) -> String {
     match path.extension() {
         Some(extension) => format!("{}.{extension}", unmarked_stem(path)),
@@ -38,7 +39,7 @@ fn unmarked_stem(path: &Utf8Path) -> &str {
     }
 }
 
-/// Where the file of a layer's permanent name is: beside the configured path, unless the name is absolute.
+/// Returns the file of a layer's permanent name: beside the configured path, unless the name is absolute.
 pub fn layer_path(disk_path: &Utf8Path, layer: &LayerName) -> Utf8PathBuf {
     match disk_path.parent() {
         Some(directory) => directory.join(layer.as_str()),

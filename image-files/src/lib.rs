@@ -1,14 +1,14 @@
-//! What backends of image files share, whatever the images' format.
+//! Parts that backends of image files share, for any format.
 //!
-//! [`names`] gives files names and takes them away, each durable before it returns. [`lock`] is QEMU's way of
-//! locking an image, and [`Holds`] keeps such locks for a whole operation. [`Attributes`] let those use a new file
-//! who could use the one that it is made from.
+//! [`names`] creates, moves and removes names of files, each durably before it returns. [`lock`] locks an
+//! image like QEMU, and [`Holds`] keeps such locks for a whole operation. [`Attributes`] give a new file the
+//! owner, mode and attributes of the file that it is made from.
 //!
 //! # Layout
 //!
-//! | module | what it has |
+//! | module | content |
 //! |---|---|
-//! | [`layer_name`] | how files of layers are called |
+//! | [`layer_name`] | names of layers' files |
 //! | [`chain`] | the planner of disks that are chains of files |
 //! | `file_steps` | steps that are the same for every format: name, switch, remove ([`FileSteps`]) |
 //! | [`names`], `hold`, `lock` | names, and locks that every user of the format honours |

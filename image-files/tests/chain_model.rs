@@ -1,8 +1,8 @@
-//! The chain planner against a model: steps are carried out on layers of plain maps, and after every operation each
-//! point and the present must read as they did when they were taken.
+//! The chain planner against a model: steps are carried out on layers of plain maps, and after every
+//! operation each point and the current image must read as they did when they were taken.
 //!
-//! Where the domain runs a hypervisor has the active chain open. Then each step is also checked against what may be done to
-//! open images, and what the hypervisor does itself is done by the model.
+//! Where the domain runs a hypervisor has the active chain open. Then each step is also checked against what
+//! may be done to open images, and what the hypervisor does itself is done by the model.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,7 +16,7 @@ use snapcore::{
 
 const CLUSTERS: u8 = 6;
 
-/// What one state of a layer maps itself: cluster to content.
+/// The own mappings of one state of a layer: cluster to content.
 type Map = BTreeMap<u8, u32>;
 
 #[derive(Debug, Clone, Default)]
@@ -31,12 +31,13 @@ struct Image {
 struct Machine {
     record: DiskRecord,
     images: BTreeMap<LayerName, Image>,
-    /// What the configured path names.
+    /// The layer that the configured path names.
     path: LayerName,
-    /// What a hypervisor has open, the active layer first: nothing in a window. None where the domain is off.
+    /// The layers that a hypervisor has open, the active layer first; empty in a detached section. `None` if
+    /// the domain is off.
     open: Option<Vec<LayerName>>,
     points: BTreeMap<u32, (Point, Map)>,
-    present: Map,
+    current: Map,
     stamp: u32,
     foreign: Vec<(LayerName, Map)>,
 }
@@ -57,7 +58,7 @@ impl Machine {
             path: base,
             open: None,
             points: BTreeMap::new(),
-            present: Map::new(),
+            current: Map::new(),
             stamp: 1,
             foreign: Vec::new(),
         }
@@ -177,7 +178,7 @@ impl Machine {
         self.edit(&planned.edits);
     }
 
-    /// What the hypervisor does to the disk at the instant of a snapshot.
+    /// Performs the hypervisor's part of a snapshot on the disk.
     fn instant(&mut self, instant: &DiskInstant) {
         let open = self.open.as_mut().expect("a hypervisor has the disk open");
         let active = open[0].clone();
@@ -256,7 +257,7 @@ impl Machine {
         self.open = Some(left.collect());
     }
 
-    /// What may be done while a hypervisor has images open.
+    /// Checks that a step is allowed while a hypervisor has images open.
     fn allow(&self, step: &ChainStep, planned: &PlannedStep<ChainStep>) {
         let Some(open) = &self.open else { return };
         let is_open = |layer: &LayerName| open.contains(layer);
@@ -412,7 +413,7 @@ impl Machine {
             );
         }
         let active = &self.images[&self.record.active];
-        assert_eq!(self.read(&self.record.active, &active.own), self.present, "the present");
+        assert_eq!(self.read(&self.record.active, &active.own), self.current, "the current");
         for (number, (point, expected)) in &self.points {
             let image = &self.images[&point.layer];
             let own = match &point.tag {
@@ -441,7 +442,7 @@ impl Machine {
             Action::Write(at, value) => {
                 let active = self.open.as_ref().map_or(&self.record.active, |open| &open[0]).clone();
                 self.images.get_mut(&active).unwrap().own.insert(*at, *value);
-                self.present.insert(*at, *value);
+                self.current.insert(*at, *value);
             }
             Action::Create(kind) => {
                 let stamp = self.next_stamp();
@@ -456,7 +457,7 @@ impl Machine {
                     })
                     .unwrap();
                 self.run(&plan);
-                self.points.insert(stamp, (plan.point.unwrap(), self.present.clone()));
+                self.points.insert(stamp, (plan.point.unwrap(), self.current.clone()));
             }
             Action::Revert(which, save, undoable) => {
                 let Some((to, content)) = self.points.values().nth(which % self.points.len().max(1)).cloned()
@@ -477,9 +478,9 @@ impl Machine {
                 assert!(!(*undoable && plan.irrevocable));
                 self.run(&plan);
                 if save.is_some() {
-                    self.points.insert(stamp, (plan.point.unwrap(), self.present.clone()));
+                    self.points.insert(stamp, (plan.point.unwrap(), self.current.clone()));
                 }
-                self.present = content;
+                self.current = content;
             }
             Action::Delete(doomed) => {
                 let gone: Vec<u32> = self
@@ -505,7 +506,7 @@ impl Machine {
             }
             Action::Power(on) => self.open = on.then(|| self.chain(&self.path)),
             Action::Clone(which) => {
-                // Somebody makes an overlay of his own on a frozen layer.
+                // Another program makes an overlay on a frozen layer.
                 let frozen: Vec<&LayerName> = self
                     .points
                     .values()
@@ -554,8 +555,9 @@ proptest! {
         }
     }
 
+    /// Every point stays what it was while the domain runs.
     #[test]
-    fn every_point_stays_what_it_was_while_the_domain_runs(actions in prop::collection::vec(action(), 1..40)) {
+    fn every_point_is_kept_while_the_domain_runs(actions in prop::collection::vec(action(), 1..40)) {
         let mut machine = Machine::new();
         machine.perform(&Action::Power(true));
         for action in &actions {
@@ -563,8 +565,9 @@ proptest! {
         }
     }
 
+    /// A domain is started and shut down between operations.
     #[test]
-    fn a_domain_is_started_and_shut_down_between_operations(
+    fn domain_starts_and_stops_between_operations(
         actions in prop::collection::vec(
             prop_oneof![
                 6 => action(),
@@ -636,7 +639,8 @@ fn the_direction_that_moves_less_is_taken() {
     assert_eq!(plan.steps[0].step.bytes, 0, "{plan:?}");
 }
 
-/// A base, a layer that holds the most, one with a cluster, and an empty one: nobody needs the two in the middle.
+/// A base, a layer that holds the most, one with a cluster, and an empty one: nobody needs the two in the
+/// middle.
 fn heavy_in_the_middle() -> Machine {
     let mut machine = Machine::new();
     for (clusters, value) in [(0..2, 1), (2..CLUSTERS, 2), (0..1, 3)] {
@@ -661,15 +665,17 @@ fn the_merge(plan: &DiskPlan<ChainStep>) -> (Vec<LayerName>, LayerName, u64) {
     merge.clone()
 }
 
+/// Layers that are open are merged into the cheaper end of their run.
 #[test]
-fn layers_that_are_open_are_merged_into_the_cheaper_end_of_their_run() {
+fn open_layers_merge_into_the_cheaper_end() {
     let mut machine = heavy_in_the_middle();
     let everything = DiskRequest::Delete { drop: machine.keep(), keep: vec![], force: false };
     let (run, into, bytes) = the_merge(&machine.plan(&everything).unwrap());
     assert_eq!((into == run[1], bytes), (true, 2), "at rest it is the one that holds the most");
     machine.perform(&Action::Power(true));
     let (run, into, bytes) = the_merge(&machine.plan(&everything).unwrap());
-    // The lowest shows one cluster, the layer above the middle one, and the active layer none: all but that one move.
+    // The lowest shows one cluster, the layer above the middle one, and the active layer none: all but that
+    // one move.
     assert_eq!((run.len(), into == run[0], bytes), (4, true, 5));
     for at in 0..2 {
         machine.perform(&Action::Write(at, 4));
@@ -680,10 +686,11 @@ fn layers_that_are_open_are_merged_into_the_cheaper_end_of_their_run() {
     assert_eq!(machine.images.len(), 1);
 }
 
+/// Layers that no hypervisor has open are merged into any of them while the domain runs.
 #[test]
-fn layers_that_nobody_has_open_are_merged_into_any_of_them_while_the_domain_runs() {
+fn closed_layers_merge_into_any_of_them() {
     let mut machine = heavy_in_the_middle();
-    // A side branch of its own: the present goes elsewhere.
+    // A side branch of its own: the current image is elsewhere.
     let base = machine.points.keys().next().copied().unwrap();
     machine.perform(&Action::Revert(0, true, true));
     machine.perform(&Action::Power(true));
@@ -701,8 +708,9 @@ fn layers_that_nobody_has_open_are_merged_into_any_of_them_while_the_domain_runs
     assert!(!machine.open.as_ref().unwrap().contains(&into));
 }
 
+/// The path of a running domain moves nested in the cut and in the merge.
 #[test]
-fn the_path_of_a_running_domain_moves_inside_the_instant_and_inside_the_merge() {
+fn path_moves_within_the_cut_and_the_merge() {
     let mut machine = Machine::new();
     for at in 0..CLUSTERS {
         machine.perform(&Action::Write(at, 7));
@@ -741,8 +749,9 @@ fn the_path_of_a_running_domain_moves_inside_the_instant_and_inside_the_merge() 
     );
 }
 
+/// A running domain whose active path is new has no step nested in the cut.
 #[test]
-fn a_running_domain_whose_active_path_is_new_has_no_step_at_the_instant() {
+fn new_active_path_has_no_step_in_the_cut() {
     let mut machine = Machine::new();
     machine.perform(&Action::Power(true));
     let capabilities = Capabilities::new(PointKind::External, 40).both_kinds();
@@ -770,8 +779,9 @@ fn a_running_domain_whose_active_path_is_new_has_no_step_at_the_instant() {
     assert_eq!(internal.point, Some(Point::internal(machine.record.active.clone(), "s")));
 }
 
+/// A tag of a frozen open layer is dropped in a detached section, and one of the active layer is not.
 #[test]
-fn a_tag_of_a_frozen_open_layer_is_dropped_in_a_window_and_one_of_the_active_layer_is_not() {
+fn only_tags_of_frozen_layers_need_detaching() {
     let mut machine = Machine::new();
     machine.perform(&Action::Create(PointKind::Internal));
     machine.perform(&Action::Create(PointKind::External));

@@ -1,15 +1,15 @@
-//! The actions of a chain of files, and what each does with files.
+//! The actions of a chain of files, and the effects of each on files.
 
 use serde::{Deserialize, Serialize};
 use snapcore::{DiskRecord, FileUses, LayerName};
 
 use crate::layer_name::layer_path;
 
-/// What is done to a chain of files, one typed action a step.
+/// The action of one step on a chain of files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(tag = "do", rename_all = "kebab-case")]
 pub enum ChainStep {
-    /// Gives the layer that the configured path names a file of its permanent name too (a hard link).
+    /// Gives the layer that the configured path names a second, permanent name (a hard link).
     NameLayer {
         /// The layer.
         layer: LayerName,
@@ -18,34 +18,34 @@ pub enum ChainStep {
     CreateOverlay {
         /// The new layer.
         layer: LayerName,
-        /// What it stands on.
+        /// Its backing file.
         on: LayerName,
-        /// The format of that.
+        /// The format of the backing file.
         on_format: String,
         /// Its size, in bytes.
         virtual_size: u64,
     },
-    /// Copies an internal snapshot out into a new layer that stands on what the snapshot's layer stands on.
+    /// Copies an internal snapshot into a new layer with the same backing file as the snapshot's layer.
     Materialise {
-        /// The layer that holds the snapshot.
+        /// The layer that contains the snapshot.
         from: LayerName,
         /// The snapshot's tag.
         tag: String,
         /// The new layer.
         layer: LayerName,
     },
-    /// Takes an internal snapshot of a layer's own state.
+    /// Creates an internal snapshot of a layer's own state.
     TakeInternal {
         /// The layer.
         layer: LayerName,
-        /// The tag that it gets.
+        /// The tag of the new snapshot.
         tag: String,
     },
     /// Moves the configured path from one layer to another.
     SwitchActive {
-        /// The layer that it names.
+        /// The layer that it names now.
         from: LayerName,
-        /// The layer that it is to name.
+        /// The layer that it will name.
         to: LayerName,
     },
     /// Makes a layer's own state that of an internal snapshot.
@@ -54,7 +54,7 @@ pub enum ChainStep {
         layer: LayerName,
         /// The snapshot's tag.
         tag: String,
-        /// An internal snapshot of the state before: what an undo applies.
+        /// An internal snapshot of the previous state, which an undo applies.
         safety: Option<String>,
     },
     /// Deletes internal snapshots of a layer.
@@ -64,52 +64,53 @@ pub enum ChainStep {
         /// Their tags.
         tags: Vec<String>,
     },
-    /// Takes damaged internal snapshots of a layer out of its table, and leaves what they refer to in use.
+    /// Removes damaged internal snapshots of a layer from its table, and leaves what they refer to allocated.
     ForgetInternal {
         /// The layer.
         layer: LayerName,
         /// Their tags.
         tags: Vec<String>,
     },
-    /// Makes one layer of a run show what the run's top shows, standing on what the run's bottom stands on.
+    /// Makes one layer of a run show what the run's top shows. Its backing file becomes that of the run's
+    /// bottom.
     Merge {
         /// The run, bottom first.
         run: Vec<LayerName>,
         /// The layer of it that receives the others' data.
         into: LayerName,
-        /// What it stands on afterwards.
+        /// Its backing file afterwards.
         below: Option<LayerName>,
     },
-    /// Makes a layer stand on another layer, which shows the same as the one before.
+    /// Gives a layer another backing file, which shows the same as the previous one.
     Repoint {
-        /// The layer whose backing changes.
+        /// The layer whose backing file changes.
         child: LayerName,
-        /// What it stands on afterwards.
+        /// Its backing file afterwards.
         to: LayerName,
     },
-    /// Removes the files of layers, each before those that it stands on.
+    /// Removes the files of layers, each before its backing file.
     Remove {
         /// The layers.
         layers: Vec<LayerName>,
     },
-    /// Removes the permanent name of the last layer: the configured path alone is left.
+    /// Removes the permanent name of the last layer: only the configured path is left.
     Unname {
         /// The layer.
         layer: LayerName,
     },
 }
 
-/// The least that any new file or table needs of a file system: its blocks are seldom smaller.
+/// The least that any new file or table occupies: blocks of a file system are seldom smaller.
 const BLOCK: u64 = 4096;
 
-/// The bytes of an empty overlay of a disk of this size, at least: its header, its refcounts, and the table that has 8 bytes for each
-/// 512 MiB of the disk.
+/// Returns the least bytes of an empty overlay of a disk of this size: its header, its refcounts, and the
+/// table that has 8 bytes for each 512 MiB of the disk.
 pub fn room_of_overlay(virtual_size: u64) -> u64 {
     let table = virtual_size.div_ceil(512 << 20).saturating_mul(8);
     table.next_multiple_of(BLOCK).saturating_add(3 * BLOCK)
 }
 
-/// What a step of a chain does with files: for [`snapcore::DiskSnapshotter::uses`].
+/// Returns the effects of a chain's step on files, for [`snapcore::DiskSnapshotter::uses`].
 pub fn uses(record: &DiskRecord, step: &ChainStep) -> FileUses {
     let path = &record.disk.path;
     let file = |layer: &LayerName| {

@@ -1,4 +1,4 @@
-//! Deletes: tags dropped, and layers that nothing needs removed or merged.
+//! Deletes: tags are dropped, and layers that are no longer needed are removed or merged.
 
 use camino::Utf8Path;
 use snapcore::{ActivePath, Edit, Group, LayerName, Point, Result, shown_size};
@@ -23,8 +23,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Forgets layers whose files are gone, and that nothing needs: those of a step that removed some of its
-    /// files, or all, and failed then, so that the rest of it was deferred.
+    /// Removes layers from the records whose files are gone and not needed. A step that removed some of its
+    /// files and then failed leaves them, because the rest of it is deferred.
     fn forget_gone(&mut self, keep: &[Point]) {
         for layer in &self.record.owned {
             let is_there = self.layers.iter().any(|known| known.name == *layer);
@@ -64,7 +64,8 @@ impl Planner<'_> {
                 ));
             }
             self.layers[index].internal.retain(|internal| !tags.contains(&internal.tag));
-            // A hypervisor can do it to what it writes, not to what it has open for reading alone.
+            // A hypervisor can delete tags in the image that it writes, but not in one that it has open
+            // read-only.
             let window = name != self.active && self.open.contains(&name);
             self.push(Group::Finish, ChainStep::DropInternal { layer: name, tags }, &words, 0);
             if let Some(planned) = self.plan.steps.last_mut() {
@@ -73,8 +74,7 @@ impl Planner<'_> {
         }
     }
 
-    /// The file of a layer that this disk needs no more stays, because others may need it: so it, too, stands on what
-    /// is `below` it.
+    /// Keeps the layer's file, since another image may use it. So its backing file `below` is kept as well.
     pub(super) fn let_go(&mut self, file: &Utf8Path, below: Option<&LayerName>) {
         if let Some(below) = below.and_then(|name| self.layers.iter_mut().find(|layer| layer.name == *name)) {
             below.dependents.push(file.to_owned());
@@ -104,8 +104,8 @@ impl Planner<'_> {
         self.remove(gone);
     }
 
-    /// A layer that is kept only for the tags in it need not keep a state of its own: what a deleted point held is
-    /// given back by making that state one of the tags'.
+    /// Applies a tag to each layer that is only kept for its tags and no longer needs a state of its own.
+    /// That frees what a deleted point occupied.
     fn empty_carriers(&mut self, drop: &[Point], keep: &[Point]) {
         let carriers: Vec<(LayerName, String)> = self
             .layers

@@ -1,4 +1,4 @@
-//! Merges of runs of layers of which nobody needs the lower ones.
+//! Merges of runs of layers whose lower ones are not needed.
 
 use camino::Utf8PathBuf;
 use snapcore::{Edit, Group, Layer, LayerName, Point, Result};
@@ -6,8 +6,8 @@ use snapcore::{Edit, Group, Layer, LayerName, Point, Result};
 use super::{ChainStep, Planner, VisibleBytes, enumeration};
 
 impl Planner<'_> {
-    /// Whether `lower` and the layer above it can become one: nobody needs what `lower` shows but its only child,
-    /// and nothing inside the child reads through to `lower` on its own account.
+    /// Returns the layer above `lower` if the two can become one. What `lower` shows must only be needed by
+    /// its only child, and no tag in the child may read through to `lower`.
     fn merges_up(&self, lower: &Layer, keep: &[Point]) -> Option<LayerName> {
         let children = self.children(&lower.name);
         let [only] = children.as_slice() else { return None };
@@ -16,14 +16,14 @@ impl Planner<'_> {
         possible.then(|| child.name.clone())
     }
 
-    /// Merges what can be merged, and gives the points to keep as they are called afterwards.
+    /// Plans all possible merges. Returns the points to keep, by their names afterwards.
     pub(super) fn merge_runs(
         &mut self,
         keep: &[Point],
         visible: &mut VisibleBytes<'_>,
     ) -> Result<Vec<Point>> {
         let mut keep = keep.to_vec();
-        // Lowest runs first: a later run then sees what stands below it under its final name.
+        // Lowest runs first: a later run then refers to its backing file by the final name.
         while let Some(run) = self.lowest_run(&keep) {
             let (Some(bottom), Some(top)) = (run.first().cloned(), run.last().cloned()) else { break };
             let bottom_tags = self.existing(&bottom)?.internal.len();
@@ -31,13 +31,13 @@ impl Planner<'_> {
             let below = self.existing(&bottom)?.backing.clone();
             let moved = visible(&run)?;
             let into = if !top_layer.dependents.is_empty() || !self.made_here(&top) {
-                top.clone() // somebody else opens this file by its name, or may
+                top.clone() // Another program opens this file by its name, or may.
             } else if bottom_tags > 0 {
-                bottom.clone() // its tags live there
+                bottom.clone() // Its tags are in this file.
             } else {
                 let all: u64 = moved.iter().sum();
-                // From the top down, so that of equals the top wins: then nothing needs another name.
-                // What somebody else named keeps its content.
+                // From the top down, so that the top wins a tie: then no file needs another name. A file that
+                // another program named keeps its content.
                 let ours = |index: usize| run.get(index).is_some_and(|layer| self.made_here(layer));
                 // A hypervisor merges into one of a run's ends.
                 let open = run.iter().any(|layer| self.open.contains(layer));
@@ -66,11 +66,12 @@ impl Planner<'_> {
             .iter()
             .filter_map(|lower| Some((lower.name.clone(), self.merges_up(lower, keep)?)))
             .filter(|(lower, upper)| {
-                // Tags below and a foreign image above both forbid to give up a file: then they stay two.
+                // Tags below and a foreign image above both forbid to remove a file: then the two are not
+                // merged.
                 let tags = self.layers.iter().any(|l| l.name == *lower && !l.internal.is_empty());
                 let dependents = self.layers.iter().any(|l| l.name == *upper && !l.dependents.is_empty());
                 let (lower_ours, upper_ours) = (self.made_here(lower), self.made_here(upper));
-                // A file that stays though this disk needs it no more goes on to need what it stands on.
+                // A file that is kept although this disk no longer needs it still needs its backing file.
                 let stays = !upper_ours
                     && self
                         .layers
@@ -80,7 +81,8 @@ impl Planner<'_> {
                 (!tags || keeps_tags) && !(lower_ours && stays)
             })
             .collect();
-        // A bottom is a lower end that is no link's upper end; the one nearest to the base goes first.
+        // A bottom is a lower end that is not the upper end of another link. The one nearest to the base goes
+        // first.
         let bottom = links
             .iter()
             .map(|(lower, _)| lower)

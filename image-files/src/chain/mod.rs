@@ -1,9 +1,8 @@
-//! Which steps an operation takes on a disk that is a chain of files: qcow2, VHD, overlays over raw.
+//! The steps of an operation on a disk that is a chain of files: qcow2, VHD, overlays over raw.
 //!
-//! Everything here is a function of the disk's layers, of the points that the catalogue wants kept, and of the
-//! request. A backend calls [`plan`] and carries [`ChainStep`]s out. What a layer is needed for is computed
-//! anew each time from the layers that exist, so that a layer which another image is backed by is never merged
-//! or removed.
+//! The planner is a pure function of the disk's layers, of the points that the catalogue wants to keep, and
+//! of the request. A backend calls [`plan`] and carries out [`ChainStep`]s. The need for a layer is computed
+//! each time from the layers that exist. So a layer that backs another image is never merged or removed.
 
 mod action;
 mod delete;
@@ -22,15 +21,16 @@ pub use self::action::{ChainStep, room_of_overlay, uses};
 pub use self::neighbours::rebase;
 use crate::layer_name::{is_layer_name, layer_path};
 
-/// How many bytes of each layer of a run (bottom first) are visible at its top.
+/// Returns the bytes of each layer of a run (bottom first) that are visible at its top.
 pub type VisibleBytes<'a> = dyn FnMut(&[LayerName]) -> Result<Vec<u64>> + Send + 'a;
 
-/// The steps that fulfil `request` on a chain of files.
+/// Plans the steps of `request` on a chain of files.
 ///
-/// `visible` is asked before a merge, to find the direction that moves least.
+/// `visible` is called before a merge, to find the direction that moves least.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`], [`ErrorKind::NotFound`] or [`ErrorKind::Exists`], with what to do.
+/// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`], [`ErrorKind::NotFound`] or [`ErrorKind::Exists`], with
+/// advice.
 pub fn plan(
     record: &DiskRecord,
     state: &DiskState,
@@ -76,7 +76,7 @@ pub fn plan(
     Ok(planner.plan)
 }
 
-/// Some layers in words: by name, as long as they are few.
+/// Lists layers as text: by name, if they are few.
 fn enumeration(layers: &[&LayerName]) -> String {
     match layers {
         [first, .., last] if layers.len() > 4 => format!("{} layers ({first} to {last})", layers.len()),
@@ -98,17 +98,17 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    /// Whether anybody needs what `layer` itself shows.
+    /// Returns true if the state of `layer` itself is needed.
     fn needed(&self, layer: &Layer, keep: &[Point]) -> bool {
         layer.name == self.active
             || !layer.owned
-            // Whatever stood there before the first overlay: it is read, and never written or removed.
+            // The image from before the first overlay: it is read, and never written or removed.
             || layer.format == "raw"
             || !layer.dependents.is_empty()
             || keep.contains(&Point::external(layer.name.clone()))
     }
 
-    /// Whether the file of a layer bears a name that only domsnap gives.
+    /// Returns true if the file of a layer has a name that only domsnap gives.
     fn made_here(&self, layer: &LayerName) -> bool {
         is_layer_name(&self.record.disk.path, layer.as_str())
     }
@@ -134,12 +134,12 @@ impl Planner<'_> {
         depth
     }
 
-    /// Whether a hypervisor has the active chain open.
+    /// Returns true if a hypervisor has the active chain open.
     fn is_attached(&self) -> bool {
         !self.open.is_empty()
     }
 
-    /// The configured path is moved at a moment that only the step before can make.
+    /// Nests the move of the configured path in the step before, which alone provides the moment for it.
     fn switch_runs_inside(&mut self) {
         if let (ActivePath::Keep, Some(planned)) = (self.active_path, self.plan.steps.last_mut()) {
             planned.inside = true;
@@ -178,7 +178,7 @@ impl Planner<'_> {
         }
     }
 
-    /// One step for many layers: their names go with one flush of the directory.
+    /// Removes many layers in one step, with one flush of the directory.
     fn remove(&mut self, layers: Vec<LayerName>) {
         if layers.is_empty() {
             return;

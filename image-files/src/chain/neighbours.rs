@@ -1,4 +1,5 @@
-//! What images that are no layers of a disk forbid: nothing that they stand on, or may stand on, is changed.
+//! Restrictions by images that are not layers of the disk: no layer that backs one, or may back one, is
+//! changed.
 
 use camino::Utf8PathBuf;
 
@@ -44,11 +45,11 @@ pub(super) fn allow_revert(record: &DiskRecord, state: &DiskState, active_path: 
     }
 }
 
-/// Refuses a plan that merges or removes layers while there are images of which nobody can tell what they stand on. A
-/// plan that nobody asked for (`tidying`) is emptied instead.
+/// Refuses a plan that merges or removes layers while the backing file of an image is undetermined. A plan
+/// that no user requested (`tidying`) is emptied instead.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`], with the image and what to do with it.
+/// [`ErrorKind::Refused`], with the image and advice.
 pub(super) fn allow_merges(
     record: &DiskRecord,
     state: &DiskState,
@@ -98,7 +99,7 @@ fn refusal(record: &DiskRecord, state: &DiskState) -> Option<Error> {
     )
 }
 
-/// The command that makes `overlay` stand on `layer` without touching data.
+/// Returns the command that makes `layer` the backing file of `overlay` without touching data.
 pub fn rebase(layer: &camino::Utf8Path, overlay: &camino::Utf8Path) -> String {
     let beside = layer.parent() == overlay.parent();
     let name = layer.file_name().filter(|name| beside && !name.contains(':')).unwrap_or(layer.as_str());

@@ -74,14 +74,14 @@ impl Planner<'_> {
             .advise("another tool removed it; delete the snapshot from the catalogue"));
         };
         let size = found.virtual_size;
-        // Applying a tag changes the layer's own state: only where nobody needs that.
+        // Applying a tag changes the layer's own state, so that state must not be needed.
         let in_place = holder.owned
             && holder.dependents.is_empty()
             && (holder.name == active || self.made_here(&holder.name))
             && self.children(&holder.name).is_empty()
             && !keep.contains(&Point::external(holder.name.clone()));
         if in_place && holder.name == active {
-            // What changes an image that a hypervisor has open must wait for the window.
+            // A change of an image that a hypervisor has open must wait for the detached section.
             let before = if self.is_attached() { Group::Cut } else { Group::Prepare };
             let safety = match save {
                 Some(name) => {
@@ -106,7 +106,7 @@ impl Planner<'_> {
         }
         self.name_active();
         if in_place {
-            // Nobody needs this layer's own state, so there is nothing that an undo would have to bring back.
+            // This layer's own state is not needed, so an undo has nothing to restore.
             self.apply_internal(Group::Prepare, &holder.name, tag, None);
             self.leave(&holder.name, save, keep);
             return Ok(());
@@ -137,7 +137,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Switches from the active layer to `to`; the former one is kept as a point, or removed if nothing is in it.
+    /// Switches from the active layer to `to`. The previous layer is kept as a point, or removed if it
+    /// contains none.
     fn leave(&mut self, to: &LayerName, save: Option<&SnapshotName>, keep: &[Point]) {
         let former = self.active.clone();
         self.switch(Group::Cut, to);
@@ -164,7 +165,7 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// The active layer must have a name of its own before the configured path moves away from it.
+    /// Gives the active layer a name of its own, before the configured path moves away from it.
     fn name_active(&mut self) {
         let active = self.active.clone();
         let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == active) else { return };
