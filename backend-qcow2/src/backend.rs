@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::{self, ChainStep};
 use image_files::layer_name::{disk_name, layer_path};
-use image_files::{FileIds, FileSteps, Holds, blocking, in_place, is_held_by_others, names, open_files};
+use image_files::{DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, names, open_files};
 use snapcore::{
     ActivePath, AttachedDisk, Base, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord,
     DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, FileUses, Finding, Guard, InspectDepth,
@@ -21,7 +21,7 @@ use crate::discover;
 use crate::image::{self, Image, OpenOptions};
 use crate::layers::{self, Limits};
 use crate::preflight;
-use crate::steps::Workplace;
+use crate::steps::StepRunner;
 
 /// Default limit of a chain's depth.
 pub const DEFAULT_MAX_DEPTH: u32 = 200;
@@ -31,7 +31,7 @@ pub struct Qcow2 {
     limits: Limits,
     /// True if the space of freed clusters is returned to the file system.
     punch: bool,
-    holds: Arc<Holds>,
+    holds: Arc<DiskLocks>,
 }
 
 impl Default for Qcow2 {
@@ -77,10 +77,10 @@ impl Qcow2 {
         step: &Step<ChainStep>,
         context: StepContext<'_>,
         open: FileIds,
-        work: impl FnOnce(&Workplace<'_>, &ChainStep) -> Result<T>,
+        work: impl FnOnce(&StepRunner<'_>, &ChainStep) -> Result<T>,
     ) -> Result<T> {
         let hold = self.holds.of(&context.disk.disk.path);
-        let place = Workplace {
+        let place = StepRunner {
             files: FileSteps { record: context.disk, hold: hold.as_deref(), open },
             progress: context.progress,
             cancel: context.cancel,

@@ -25,9 +25,9 @@ use snapcore::{Edit, LayerName, Result, Salvage, shell_command};
 
 use crate::image::{self, RunLayer};
 use crate::layers::file_of;
-use crate::steps::Workplace;
+use crate::steps::StepRunner;
 
-impl Workplace<'_> {
+impl StepRunner<'_> {
     /// Returns true if `step`, which is done, must be repeated, because the steps after it would lose what
     /// the domain may have written since.
     pub(crate) fn is_overtaken(&self, step: &ChainStep) -> Result<bool> {

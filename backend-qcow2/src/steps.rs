@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::ChainStep;
-use image_files::{FileSteps, Hold, names};
+use image_files::{FileSteps, ImageLocks, names};
 use jiff::Timestamp;
 use snapcore::{Error, ErrorKind, LayerName, Progress, Result, StepStatus};
 use tokio_util::sync::CancellationToken;
@@ -26,7 +26,7 @@ use crate::image::{self, Backing, Image, NewImage, NewSnapshot, OpenOptions, Run
 use crate::layers::file_of;
 
 /// The context of a step.
-pub(crate) struct Workplace<'a> {
+pub(crate) struct StepRunner<'a> {
     pub(crate) files: FileSteps<'a>,
     pub(crate) progress: &'a dyn Progress,
     pub(crate) cancel: &'a CancellationToken,
@@ -39,7 +39,7 @@ pub(crate) struct Workplace<'a> {
     pub(crate) resumed: bool,
 }
 
-impl Workplace<'_> {
+impl StepRunner<'_> {
     /// Performs `step`.
     pub(crate) fn apply(&self, step: &ChainStep) -> Result<()> {
         match step {
@@ -231,7 +231,7 @@ impl Workplace<'_> {
             names::remove_name(&unfinished)?;
             return Err(error);
         }
-        settle(&unfinished, &file, Some(&made))?;
+        publish(&unfinished, &file, Some(&made))?;
         self.files.lock(&file)
     }
 
@@ -242,7 +242,7 @@ impl Workplace<'_> {
         let source = file_of(self.files.record, from)?;
         let image = Image::open(source.as_std_path(), &OpenOptions::read_only().unlocked())?;
         self.moving(|moving| image::materialise(&image, tag, unfinished.as_std_path(), moving))?;
-        settle(&unfinished, &file, None)?;
+        publish(&unfinished, &file, None)?;
         self.files.lock(&file)
     }
 
@@ -381,15 +381,15 @@ impl Workplace<'_> {
 
 /// Gives a new image its own name. If that exists and is exactly the same image, the step was done before.
 /// Any other file there belongs to another program, or has been written to, and is not overwritten.
-fn settle(unfinished: &Utf8Path, file: &Utf8Path, made: Option<&File>) -> Result<()> {
-    match names::settle(unfinished, file, made) {
+fn publish(unfinished: &Utf8Path, file: &Utf8Path, made: Option<&File>) -> Result<()> {
+    match names::publish(unfinished, file, made) {
         Err(error)
             if error.kind() == ErrorKind::Exists && is_same_image(unfinished, file).unwrap_or(false) =>
         {
             names::remove_name(unfinished)?;
             names::flush_directory_of(file)
         }
-        settled => settled,
+        published => published,
     }
 }
 
@@ -410,7 +410,7 @@ fn is_same_image(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {
 
 /// Returns the options to open the image at `file` for writing under `hold`, or with a lock of its own
 /// without one.
-fn writing(hold: Option<&Hold>, file: &Utf8Path) -> Result<OpenOptions> {
+fn writing(hold: Option<&ImageLocks>, file: &Utf8Path) -> Result<OpenOptions> {
     match hold {
         Some(hold) => {
             hold.lock(file)?;

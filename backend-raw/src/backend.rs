@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::layer_name::{disk_name, layer_path};
 use image_files::{
-    FileIds, FileSteps, Holds, blocking, in_place, is_held_by_others, names, open_files, unshared,
+    DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, names, open_files, unshared,
 };
 use rustix::fs::OFlags;
 use snapcore::{
@@ -19,13 +19,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::copy::{self, Watch};
 use crate::layers;
-use crate::plan::{self, WAYS};
-use crate::steps::{self, RawStep, Workplace};
+use crate::plan::{self, METHODS};
+use crate::steps::{self, RawStep, StepRunner};
 
 /// Disks that are raw files.
 #[derive(Default)]
 pub struct Raw {
-    holds: Arc<Holds>,
+    holds: Arc<DiskLocks>,
 }
 
 impl Raw {
@@ -39,12 +39,12 @@ impl Raw {
         step: &Step<RawStep>,
         context: StepContext<'_>,
         open: FileIds,
-        work: impl FnOnce(&Workplace<'_>, &RawStep) -> Result<T>,
+        work: impl FnOnce(&StepRunner<'_>, &RawStep) -> Result<T>,
     ) -> Result<T> {
         let hold = self.holds.of(&context.disk.disk.path);
         let watch = Watch { progress: context.progress, cancel: context.cancel, bytes: step.bytes };
         let files = FileSteps { record: context.disk, hold: hold.as_deref(), open };
-        let place = Workplace { files, watch };
+        let place = StepRunner { files, watch };
         in_place(|| work(&place, &step.action))
     }
 }
@@ -65,7 +65,7 @@ impl DiskSnapshotter for Raw {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(PointKind::External, 1).live().ways(WAYS)
+        Capabilities::new(PointKind::External, 1).live().ways(METHODS)
     }
 
     fn leftover(&self, _disk: &DiskRecord, _step: &Step<RawStep>) -> Leftover {

@@ -13,10 +13,10 @@ use snapcore::{
 use crate::copy::is_reserved;
 use crate::layers::is_device;
 use crate::place::can_reflink;
-use crate::steps::{RawStep, Way};
+use crate::steps::{CopyMethod, RawStep};
 
 /// The methods that a user may request.
-pub(crate) const WAYS: [&str; 3] = ["reflink", "copy", "overlay"];
+pub(crate) const METHODS: [&str; 3] = ["reflink", "copy", "overlay"];
 
 /// Plans the steps of `request`.
 pub(crate) fn plan(
@@ -95,30 +95,30 @@ impl Planner<'_> {
             Some("reflink") if !can_reflink(self.path())? => {
                 return Err(self.shares_no_blocks("leave the way to domsnap"));
             }
-            Some("reflink") => Way::Reflink,
-            Some("copy") => Way::Copy,
+            Some("reflink") => CopyMethod::Reflink,
+            Some("copy") => CopyMethod::Copy,
             Some("overlay") => return self.overlay(chosen, stamp),
             Some(other) => {
                 return Err(Error::new(
                     ErrorKind::Unsupported,
                     format!("{target}: format raw has no method '{other}'"),
                 )
-                .advise(format!("its ways are: {}", WAYS.join(", "))));
+                .advise(format!("its ways are: {}", METHODS.join(", "))));
             }
-            None if can_reflink(self.path())? => Way::Reflink,
+            None if can_reflink(self.path())? => CopyMethod::Reflink,
             None if self.active_path == ActivePath::New => return self.overlay(chosen, stamp),
             None => return Err(self.shares_no_blocks("keep it on btrfs or xfs")),
         };
-        if way == Way::Copy {
+        if way == CopyMethod::Copy {
             self.require_room(self.active()?.allocated)?;
         }
         let layer = self.new_layer(chosen, stamp)?;
         let live = self.state.attached;
-        let bytes = if way == Way::Copy { self.active()?.allocated } else { 0 };
+        let bytes = if way == CopyMethod::Copy { self.active()?.allocated } else { 0 };
         if live {
             self.push(Group::Prepare, &RawStep::WriteOut, format!("write {} out", self.path()), 0);
             self.plan.instant = Some(DiskInstant::ByBackend);
-            if way == Way::Copy {
+            if way == CopyMethod::Copy {
                 self.plan.notes.push(format!(
                     "{target}: the guest is paused while {} are copied, as requested",
                     shown_size(bytes)
@@ -126,8 +126,8 @@ impl Planner<'_> {
             }
         }
         let words = match way {
-            Way::Reflink => format!("create {layer} as a reflink of {}", self.path()),
-            Way::Copy => format!("copy {} into {layer}", self.path()),
+            CopyMethod::Reflink => format!("create {layer} as a reflink of {}", self.path()),
+            CopyMethod::Copy => format!("copy {} into {layer}", self.path()),
         };
         let reserve = is_reserved(self.path());
         let copy = RawStep::Copy { from: None, layer: layer.clone(), way, settled_later: live, reserve };
@@ -359,10 +359,10 @@ impl Planner<'_> {
             .state("no changes made")
             .advise("take a snapshot first and rebase the image onto the file that it makes, or remove it"));
         }
-        let way = if can_reflink(self.path())? { Way::Reflink } else { Way::Copy };
+        let way = if can_reflink(self.path())? { CopyMethod::Reflink } else { CopyMethod::Copy };
         let new = self.new_layer(None, stamp)?;
         let former = self.new_layer(None, stamp.wrapping_add(1))?;
-        let bytes = if way == Way::Copy { point.allocated } else { 0 };
+        let bytes = if way == CopyMethod::Copy { point.allocated } else { 0 };
         let size = point.virtual_size;
         self.require_room(bytes)?;
         // The disk keeps its reserved space, if the point or the current image has it reserved.
@@ -378,8 +378,8 @@ impl Planner<'_> {
             ));
         }
         let words = match way {
-            Way::Reflink => format!("create {new} as a reflink of {}", to.layer),
-            Way::Copy => format!("copy {} into {new}", to.layer),
+            CopyMethod::Reflink => format!("create {new} as a reflink of {}", to.layer),
+            CopyMethod::Copy => format!("copy {} into {new}", to.layer),
         };
         let copy = RawStep::Copy {
             from: Some(to.layer.clone()),

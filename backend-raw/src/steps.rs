@@ -3,7 +3,7 @@
 //! | step | durable before what |
 //! |---|---|
 //! | write out | nothing: it only makes the cut shorter |
-//! | copy, settle | all data of a copy, then its checksum, before it gets its own name; that, before commit or switch |
+//! | copy, publish | all data of a copy, then its checksum, before it gets its own name; that, before commit or switch |
 //! | create an overlay | the whole file under a temporary name, before it gets its own; that, before the commit |
 //! | name | the second name of the current image, before the path moves away from it |
 //! | switch | the new name, by one rename; the previous image keeps its own name |
@@ -30,7 +30,7 @@ use crate::place::reflink;
 /// Method of making a file with the content of another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Way {
+pub enum CopyMethod {
     /// By sharing its blocks.
     Reflink,
     /// By copying its data.
@@ -48,7 +48,7 @@ pub enum RawStep {
         /// The layer; absent: the current image.
         from: Option<LayerName>,
         layer: LayerName,
-        way: Way,
+        way: CopyMethod,
         /// True if a later step makes it durable and names it, so that the guest is not paused for that.
         settled_later: bool,
         /// True if space for all of the new layer is reserved, as it was for the disk.
@@ -101,12 +101,12 @@ pub(crate) fn uses(record: &DiskRecord, step: &Step<RawStep>) -> FileUses {
 }
 
 /// The context of a step.
-pub(crate) struct Workplace<'a> {
+pub(crate) struct StepRunner<'a> {
     pub(crate) files: FileSteps<'a>,
     pub(crate) watch: Watch<'a>,
 }
 
-impl Workplace<'_> {
+impl StepRunner<'_> {
     /// Performs `step`.
     pub(crate) fn apply(&self, step: &RawStep) -> Result<()> {
         let path = self.path();
@@ -115,9 +115,9 @@ impl Workplace<'_> {
             RawStep::Copy { layer, .. } if names::file_id(&self.file(layer))?.is_some() => Ok(()),
             RawStep::Copy { from, layer, way, settled_later, reserve } => {
                 self.copy(from.as_ref(), layer, *way, *reserve)?;
-                if *settled_later { Ok(()) } else { self.settle(layer) }
+                if *settled_later { Ok(()) } else { self.publish(layer) }
             }
-            RawStep::Settle { layer } => self.settle(layer),
+            RawStep::Settle { layer } => self.publish(layer),
             RawStep::CreateOverlay { layer, virtual_size } => self.create_overlay(layer, *virtual_size),
             RawStep::Name { layer } => self.files.name(layer),
             RawStep::Switch { from, to } => self.files.switch(from, to),
@@ -235,7 +235,13 @@ impl Workplace<'_> {
     }
 
     /// Makes a complete copy under a temporary name.
-    fn copy(&self, from: Option<&LayerName>, layer: &LayerName, way: Way, reserve: bool) -> Result<()> {
+    fn copy(
+        &self,
+        from: Option<&LayerName>,
+        layer: &LayerName,
+        way: CopyMethod,
+        reserve: bool,
+    ) -> Result<()> {
         let (source, file) = (self.source(from), self.file(layer));
         if from.is_some() {
             copy::verify(&source, self.watch)?;
@@ -247,7 +253,7 @@ impl Workplace<'_> {
         };
         let new = names::create_unfinished(&file, &old, &source)?;
         match way {
-            Way::Reflink => {
+            CopyMethod::Reflink => {
                 reflink(&old, &source, &new, &passing)?;
                 if reserve {
                     let length = new.metadata().map(|about| about.len());
@@ -255,7 +261,7 @@ impl Workplace<'_> {
                     copy::reserve_all(&new, &passing, length.map_err(looking)?)?;
                 }
             }
-            Way::Copy => {
+            CopyMethod::Copy => {
                 let sum = copy::copy(&old, &source, &new, &passing, reserve, self.watch)?;
                 // The new current image changes as soon as the domain runs. Only a point has a checksum.
                 if from.is_none() {
@@ -267,7 +273,7 @@ impl Workplace<'_> {
     }
 
     /// Makes a copy durable, then gives it its name. If that was done before, nothing happens.
-    fn settle(&self, layer: &LayerName) -> Result<()> {
+    fn publish(&self, layer: &LayerName) -> Result<()> {
         let file = self.file(layer);
         let passing = names::unfinished_name(&file);
         if names::file_id(&passing)?.is_none() && names::file_id(&file)?.is_some() {
@@ -275,7 +281,7 @@ impl Workplace<'_> {
         }
         let made = names::open_own(&passing, false)?;
         made.sync_all().map_err(|error| names::io_error(error, format!("cannot make {passing} durable")))?;
-        names::settle(&passing, &file, Some(&made))
+        names::publish(&passing, &file, Some(&made))
     }
 
     fn create_overlay(&self, layer: &LayerName, size: u64) -> Result<()> {
@@ -295,7 +301,7 @@ impl Workplace<'_> {
             .try_clone()
             .map_err(|error| names::io_error(error, format!("cannot open {passing} once more")))?;
         image::write_into(into, passing.as_std_path(), &new)?;
-        names::settle(&passing, &file, Some(&made))
+        names::publish(&passing, &file, Some(&made))
     }
 }
 

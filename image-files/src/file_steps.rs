@@ -14,7 +14,7 @@ use snapcore::{
     AttachedDisk, DiskRecord, Error, ErrorKind, FileIdentity, LayerName, Result, StepStatus, shell_command,
 };
 
-use crate::Hold;
+use crate::ImageLocks;
 use crate::layer_name::layer_path;
 use crate::names;
 
@@ -40,7 +40,7 @@ pub struct FileSteps<'a> {
     /// The disk.
     pub record: &'a DiskRecord,
     /// The locks of the operation that the step belongs to.
-    pub hold: Option<&'a Hold>,
+    pub hold: Option<&'a ImageLocks>,
     /// The files that a hypervisor has open: it locks and writes them.
     pub open: FileIds,
 }
@@ -191,7 +191,7 @@ impl FileSteps<'_> {
         let file = self.file(layer);
         let kept = file.with_file_name(format!("{RESCUED}{}", file.file_name().unwrap_or_default()));
         self.refuse_in_use(&file)?;
-        names::settle(&file, &kept, None)?;
+        names::publish(&file, &kept, None)?;
         Ok(kept)
     }
 

@@ -19,17 +19,17 @@ use crate::names::{FileId, file_id, open_image};
 /// The disks that operations of this process work on. The key is what all paths of a disk have in common,
 /// because with `--active-path=new` the configured path changes during an operation.
 #[derive(Default)]
-pub struct Holds {
-    disks: Mutex<HashMap<Utf8PathBuf, Weak<Hold>>>,
+pub struct DiskLocks {
+    disks: Mutex<HashMap<Utf8PathBuf, Weak<ImageLocks>>>,
 }
 
 /// The image locks of one disk during an operation.
 #[derive(Default)]
-pub struct Hold {
+pub struct ImageLocks {
     locks: Mutex<HashMap<FileId, File>>,
 }
 
-impl Holds {
+impl DiskLocks {
     fn key(path: &Utf8Path) -> Utf8PathBuf {
         path.with_file_name(disk_name(path))
     }
@@ -38,7 +38,7 @@ impl Holds {
     ///
     /// # Errors
     /// [`ErrorKind::Busy`] if another operation of this process works on it.
-    pub fn begin(&self, path: &Utf8Path) -> Result<Arc<Hold>> {
+    pub fn begin(&self, path: &Utf8Path) -> Result<Arc<ImageLocks>> {
         let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
         disks.retain(|_, hold| hold.strong_count() > 0);
         if disks.contains_key(&Self::key(path)) {
@@ -48,13 +48,13 @@ impl Holds {
             )
             .advise("wait until it is done"));
         }
-        let hold = Arc::new(Hold::default());
+        let hold = Arc::new(ImageLocks::default());
         disks.insert(Self::key(path), Arc::downgrade(&hold));
         Ok(hold)
     }
 
     /// The locks of the disk at `path`, if an operation works on it.
-    pub fn of(&self, path: &Utf8Path) -> Option<Arc<Hold>> {
+    pub fn of(&self, path: &Utf8Path) -> Option<Arc<ImageLocks>> {
         self.disks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -63,7 +63,7 @@ impl Holds {
     }
 }
 
-impl Hold {
+impl ImageLocks {
     /// Locks the image at `file` until the operation ends. If it is locked already, nothing happens.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Parts that backends of image files share, for any format.
 //!
 //! [`names`] creates, moves and removes names of files, each durably before it returns. [`lock`] locks an
-//! image like QEMU, and [`Holds`] keeps such locks for a whole operation. [`Attributes`] give a new file the
+//! image like QEMU, and [`DiskLocks`] keeps such locks for a whole operation. [`Attributes`] give a new file the
 //! owner, mode and attributes of the file that it is made from.
 //!
 //! # Layout
@@ -32,7 +32,7 @@ pub use configured_path::{look_at_path, refused_link};
 pub use confined_files::{Attributes, Directory, FileName, Kind};
 pub use extents::{allocated_in, unshared};
 pub use file_steps::{FileIds, FileSteps, RESCUED, kept_layer_message, kept_overlay_message, open_files};
-pub use hold::{Hold, Holds, is_held_by_others};
+pub use hold::{DiskLocks, ImageLocks, is_held_by_others};
 pub use lock::{LockError, LockMode, is_locked, lock};
 pub use luks::is_luks;
 pub use size::{size_at, size_of};

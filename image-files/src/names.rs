@@ -346,7 +346,7 @@ pub fn clear_move(path: &Utf8Path) -> Result<()> {
 
 /// Renames a file from its temporary name to its own; fails if that exists. `made` is the created file, if
 /// the caller still has it open: then no other file gets the name.
-pub fn settle(unfinished: &Utf8Path, path: &Utf8Path, made: Option<&File>) -> Result<()> {
+pub fn publish(unfinished: &Utf8Path, path: &Utf8Path, made: Option<&File>) -> Result<()> {
     let made = match made {
         Some(made) => {
             let about =
