@@ -7,39 +7,39 @@ use crate::{
     SnapshotName, Target,
 };
 
-/// When a step runs.
+/// Parts of a plan, by the time at which their steps run.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Group {
-    /// Before the instant, while a guest would run. Can be undone.
+    /// Before the cut, while a guest would run. Can be undone.
     Prepare,
-    /// The instant. Can be undone, as long as the plan is not committed.
+    /// The cut. Can be undone until the plan is committed.
     Cut,
-    /// After the commit point: is carried through, never undone.
+    /// After the commit point: carried through, never undone.
     Finish,
 }
 
 /// One action of a backend on one disk, or of a hypervisor on the whole domain.
 ///
-/// A backend plans and receives its own type of action ([`crate::DiskSnapshotter::Action`]). In the journal, and to the
-/// engine, the action is JSON.
+/// A backend plans and receives its own type of action ([`crate::DiskSnapshotter::Action`]). In the journal,
+/// and to the engine, the action is JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "Step")]
 pub struct Step<A = serde_json::Value> {
-    /// Which disk, or [`Target::of_domain`].
+    /// The disk, or [`Target::of_domain`].
     pub target: Target,
     /// The backend's own typed action; the domain's are [`crate::DomainStep`]s.
     pub action: A,
-    /// What it does, for people: "freeze base.img as base.ds-1a2b3c4d.img".
+    /// Description for people: "freeze base.img as base.ds-1a2b3c4d.img".
     pub summary: String,
-    /// Bytes of data it will move, as far as can be told beforehand; 0 for metadata alone.
+    /// Bytes of data that it will move, as far as known beforehand; 0 if it only changes metadata.
     pub bytes: u64,
 }
 
 impl<A> Step<A> {
-    /// The same step with another representation of its action.
+    /// Converts the step to another representation of its action.
     ///
     /// # Errors
     /// Those of `change`.
@@ -53,31 +53,31 @@ impl<A> Step<A> {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "PlannedStep")]
 pub struct PlannedStep<A = serde_json::Value> {
-    /// When it runs.
+    /// The part of the plan to which it belongs.
     pub group: Group,
-    /// What it does.
+    /// The step.
     #[serde(flatten)]
     pub step: Step<A>,
-    /// What the catalogue learns in the same transaction that records a finish step as done. Steps before the
-    /// commit point carry none: theirs are in [`Plan::commit`].
+    /// Changes of the catalogue in the same transaction that records a finish step as done. Steps before the
+    /// commit point have none: theirs are in [`Plan::commit`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub edits: Vec<Edit>,
-    /// Whether the operation may end without it: a merge that is cancelled or fails for want of space is put off,
-    /// together with all later steps of its disk in this group, and the layers stay as unnamed ones.
+    /// True if the operation may end without it. A merge that is cancelled, or fails for lack of space, is
+    /// deferred together with all later steps of its disk in this group. The layers stay as orphan layers.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub deferrable: bool,
-    /// Whether it runs inside the nearest step before it that does not, at the moment that only that step can make: while the
-    /// guest stands still, or while its writes wait.
+    /// If set, the step runs nested in the closest preceding step without this flag. That step provides the
+    /// moment for it: the guest is paused, or its writes wait.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub inside: bool,
-    /// Whether it changes a frozen image of an open chain, which nobody may have open then. Only of use to the planner, which
-    /// puts a window around it.
+    /// True if it changes a frozen image of an open chain, which no program may have open then. Only the
+    /// planner uses it, to place a detached section around it.
     #[serde(skip)]
     pub window: bool,
 }
 
 impl<A> PlannedStep<A> {
-    /// A step of this group, without edits. It must be done, and runs by itself.
+    /// Makes a step of this group without edits. It must be done, and is not nested.
     pub fn new(group: Group, step: Step<A>) -> Self {
         Self { group, step, edits: Vec::new(), deferrable: false, inside: false, window: false }
     }
@@ -88,66 +88,66 @@ impl<A> PlannedStep<A> {
 #[serde(rename_all = "kebab-case", tag = "edit")]
 #[non_exhaustive]
 pub enum Edit {
-    /// A snapshot exists from now on.
+    /// Adds a snapshot.
     AddSnapshot {
         /// The snapshot.
         snapshot: Box<Snapshot>,
     },
-    /// A snapshot is no more; its children become its parent's.
+    /// Removes a snapshot; its children become its parent's.
     RemoveSnapshot {
-        /// Which.
+        /// Its identity.
         id: SnapshotId,
     },
-    /// The present derives from this snapshot.
+    /// Makes this snapshot the one from which the current state derives.
     SetCurrent {
-        /// Which, if any.
+        /// Its identity, if any.
         id: Option<SnapshotId>,
     },
-    /// The domain writes this layer.
+    /// Sets the layer that the domain writes.
     SetActive {
-        /// Which disk.
+        /// The disk.
         target: Target,
-        /// Which layer.
+        /// The layer.
         layer: LayerName,
     },
-    /// A layer is ours.
+    /// Adds a layer that is ours.
     AddLayer {
-        /// Which disk.
+        /// The disk.
         target: Target,
-        /// Which layer.
+        /// The layer.
         layer: LayerName,
     },
-    /// A layer is gone.
+    /// Removes a layer.
     RemoveLayer {
-        /// Which disk.
+        /// The disk.
         target: Target,
-        /// Which layer.
+        /// The layer.
         layer: LayerName,
     },
-    /// Every point of the disk that is `from` is now `to`.
+    /// Replaces the point `from` of the disk by `to` in all snapshots.
     MovePoint {
-        /// Which disk.
+        /// The disk.
         target: Target,
-        /// The point as it was.
+        /// The previous point.
         from: Point,
-        /// The point as it is.
+        /// The new point.
         to: Point,
     },
-    /// Snapshots were taken on this machine.
+    /// Records the machine on which snapshots were created.
     AddMachine {
         /// The machine.
         machine: Box<Machine>,
     },
-    /// The disk is of another format, and another backend's from now on.
+    /// Sets the disk's format, and with it another backend.
     SetFormat {
-        /// Which disk.
+        /// The disk.
         target: Target,
         /// The name of the backend.
         format: String,
     },
-    /// The disk's configured path is another.
+    /// Sets the disk's configured path.
     SetPath {
-        /// Which disk.
+        /// The disk.
         target: Target,
         /// The path.
         #[schemars(with = "String")]
@@ -155,23 +155,23 @@ pub enum Edit {
     },
 }
 
-/// What is to be done to a domain, whole. Made by [`crate::plan`], carried out by the engine, printed by `--dry-run`.
+/// A whole operation on a domain. [`crate::plan`] makes it, the engine carries it out, `--dry-run` prints it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Plan {
-    /// What it is for: "create", "revert", "delete", "tidy".
+    /// Kind of the operation: "create", "revert", "delete", "tidy".
     pub operation: String,
     /// The snapshots that the request named.
     pub snapshots: Vec<SnapshotName>,
-    /// The steps, sorted by group; within a group in the order of running.
+    /// The steps, sorted by group; within a group in running order.
     pub steps: Vec<PlannedStep>,
-    /// What the catalogue learns at the commit point: after the last cut step, before the first finish step.
+    /// Changes of the catalogue at the commit point: after the last cut step, before the first finish step.
     pub commit: Vec<Edit>,
-    /// What the user should know: a disk left out, a point that must be copied out, a layer that stays.
+    /// Notes for the user: a disk that is left out, a point that must be copied, a layer that is kept.
     pub notes: Vec<String>,
 }
 
 impl Plan {
-    /// The plan as it may be shown: what is recorded of a machine has no environment and no secrets of a command line in it.
+    /// The plan fit for display: a machine's record has no environment, and no secrets of a command line.
     #[must_use]
     pub fn shown(&self) -> Self {
         let mut shown = self.clone();
@@ -189,7 +189,7 @@ impl Plan {
         self.steps.iter().map(|planned| planned.step.bytes).fold(0, u64::saturating_add)
     }
 
-    /// What it does to the guest, beyond pausing it, and what the guest does afterwards, where that is planned.
+    /// Effect on the guest, other than a pause, and its power state afterwards, if planned.
     pub fn guest(&self) -> Option<(GuestChange, Option<PowerAfter>)> {
         let steps = self.steps.iter().filter(|planned| planned.step.target.is_domain());
         let steps: Vec<DomainStep> =
@@ -215,69 +215,69 @@ impl Plan {
     }
 }
 
-/// What is asked of one disk's backend when a plan is made.
+/// A request to one disk's backend when a plan is made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case", tag = "request")]
 #[non_exhaustive]
 pub enum DiskRequest {
     /// Take a point of the disk as it is.
     Create {
-        /// The way; absent: the backend chooses.
+        /// The kind of point; absent: the backend chooses.
         kind: Option<crate::PointKind>,
-        /// One of the backend's own ways ([`crate::Capabilities::ways`]), where the user asked for it; then `kind` is absent.
+        /// One of the backend's own methods ([`crate::Capabilities::ways`]), if the user requested it; then
+        /// `kind` is absent.
         way: Option<String>,
         /// The snapshot's name, for a tag.
         name: SnapshotName,
-        /// The file of the new overlay, where the user wants a certain one.
+        /// The file of the new overlay, if the user chose one.
         overlay: Option<LayerName>,
         /// All points of this disk in the catalogue.
         keep: Vec<Point>,
         /// A random number for the name of a new layer.
         stamp: u32,
     },
-    /// Make the disk what it was at `to`.
+    /// Return the disk to its state at `to`.
     Revert {
         /// The point to return to.
         to: Point,
-        /// Keep the present as a point: under this name, where it needs a tag.
+        /// Save the current state as a point, under this name if it needs a tag.
         save: Option<SnapshotName>,
         /// All points of this disk in the catalogue.
         keep: Vec<Point>,
-        /// Whether the step that drops the present must be one that can be undone, since other disks or the commit
-        /// come after it: always, in a domain.
+        /// True if the step that discards the current state must be undoable, because other disks or the
+        /// commit come after it. In a domain it always is.
         undoable: bool,
         /// A random number for the name of a new layer.
         stamp: u32,
     },
-    /// Delete points, then merge and remove what nothing needs.
+    /// Delete points, then merge and remove layers that are no longer needed.
     Delete {
         /// The points to delete.
         drop: Vec<Point>,
-        /// All points of this disk that stay.
+        /// All points of this disk that are kept.
         keep: Vec<Point>,
-        /// Whether a point that is damaged may be forgotten: it goes, and what it refers to stays in use,
-        /// because that cannot be known.
+        /// True if a damaged point may be forgotten: what it refers to is unknown and stays allocated.
         #[serde(default)]
         force: bool,
     },
 }
 
-/// A backend's answer: the steps for one disk, and what the catalogue is to know.
+/// A backend's answer: the steps for one disk, and the changes of the catalogue.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "DiskPlan")]
 #[serde(default)]
 pub struct DiskPlan<A = serde_json::Value> {
     /// The steps, sorted by group.
     pub steps: Vec<PlannedStep<A>>,
-    /// What the catalogue learns at the commit point.
+    /// Changes of the catalogue at the commit point.
     pub commit: Vec<Edit>,
-    /// The point that was taken: of a create, or of a revert that saves the present.
+    /// The point of a create, or of a revert that saves the current state.
     pub point: Option<Point>,
-    /// Whether the cut of this disk has a step that cannot be undone: the planner takes none such.
+    /// True if the cut of this disk has a step that cannot be undone. The planner accepts no such plan.
     pub irrevocable: bool,
-    /// What the user should know.
+    /// Notes for the user.
     pub notes: Vec<String>,
-    /// Of a create on an attached disk: what its hypervisor does to it at the instant.
+    /// The hypervisor's part in the cut, for a create on an attached disk.
     pub instant: Option<crate::DiskInstant>,
 }
 
@@ -295,7 +295,7 @@ impl<A> Default for DiskPlan<A> {
 }
 
 impl<A> DiskPlan<A> {
-    /// The same plan with another representation of its actions.
+    /// Converts the plan to another representation of its actions.
     ///
     /// # Errors
     /// Those of `change`.
@@ -309,14 +309,14 @@ impl<A> DiskPlan<A> {
     }
 }
 
-/// How far a step got, read from what is on the disk.
+/// Progress of a step, read from the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum StepStatus {
-    /// Nothing of it is to be seen.
+    /// No trace of it.
     NotDone,
-    /// Some of it: both doing it again and undoing it are possible.
+    /// A part of it is done: it can both be done again and undone.
     Partly,
-    /// All of it.
+    /// All of it is done.
     Done,
 }
