@@ -106,8 +106,8 @@ fn opened<T>(path: &Utf8Path, mut first: impl FnMut(&mut Connection) -> Rows<T>)
     Ok(connection)
 }
 
-/// Returns true if SQLite could not make its index of the log: the file system has no block for it, or the quota is used
-/// up (a file system that copies on write then cannot even make the file shorter).
+/// Returns true if SQLite could not make its index of the log: the file system has no block for it, or the
+/// quota is used up (a file system that copies on write then cannot even make the file shorter).
 fn lacks_index(cause: &rusqlite::Error) -> bool {
     use rusqlite::ffi::{SQLITE_IOERR_SHMMAP, SQLITE_IOERR_SHMOPEN, SQLITE_IOERR_SHMSIZE};
     let codes = [SQLITE_IOERR_SHMMAP, SQLITE_IOERR_SHMOPEN, SQLITE_IOERR_SHMSIZE];

@@ -1,8 +1,8 @@
 //! Parts that backends of image files share, for any format.
 //!
 //! [`names`] creates, moves and removes names of files, each durably before it returns. [`lock`] locks an
-//! image like QEMU, and [`DiskLocks`] keeps such locks for a whole operation. [`Attributes`] give a new file the
-//! owner, mode and attributes of the file that it is made from.
+//! image like QEMU, and [`DiskLocks`] keeps such locks for a whole operation. [`Attributes`] give a new file
+//! the owner, mode and attributes of the file that it is made from.
 //!
 //! # Layout
 //!

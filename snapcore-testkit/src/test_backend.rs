@@ -154,8 +154,8 @@ pub trait TestBackend: Send + Sync + 'static {
     }
 }
 
-/// Returns true if a file in `dir`, or in a directory in it, whose name begins with `prefix` holds exactly `bytes`: for
-/// [`TestBackend::is_saved`].
+/// Returns true if a file in `dir`, or in a directory in it, whose name begins with `prefix` holds exactly
+/// `bytes`: for [`TestBackend::is_saved`].
 ///
 /// # Errors
 /// A file or directory that cannot be read.

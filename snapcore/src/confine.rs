@@ -66,7 +66,8 @@ pub fn is_elsewhere(layer: &LayerName) -> bool {
     layer.as_str().starts_with('/')
 }
 
-/// Checks that an address is a path, as [`check_path`] does, or has a scheme and no character that cannot be shown.
+/// Checks that an address is a path, as [`check_path`] does, or has a scheme and no character that cannot be
+/// shown.
 ///
 /// # Errors
 /// What is wrong with it, in words.

@@ -1,7 +1,7 @@
 //! Backends whose actions are JSON: what the registry, the planner and the engine know.
 //!
-//! An action is encoded once, when its plan is made, and decoded once for each call that gets its step. A value
-//! that cannot be encoded is an error, so the journal has no step that no backend can read.
+//! An action is encoded once, when its plan is made, and decoded once for each call that gets its step. A
+//! value that cannot be encoded is an error, so the journal has no step that no backend can read.
 
 use std::sync::Arc;
 
@@ -199,7 +199,8 @@ mod tests {
         Copy { tag: String },
     }
 
-    /// A step that another version wrote is an error that names the step and the way out, not a panic or a guess.
+    /// A step that another version wrote is an error that names the step and the way out, not a panic or a
+    /// guess.
     #[test]
     fn unknown_journalled_step_is_an_error() {
         let step = |action: Value| Step {

@@ -542,8 +542,8 @@ pub trait LiveDomain: Send + Sync {
     /// One of its disks; absent: the running domain has no disk whose image is a layer of it.
     fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk>;
 
-    /// Lists the differences from a recorded machine ([`DomainInfo::machine`]) that would prevent a revert with
-    /// memory, as text.
+    /// Lists the differences from a recorded machine ([`DomainInfo::machine`]) that would prevent a revert
+    /// with memory, as text.
     fn differences(&self, recorded: &serde_json::Value) -> Result<Vec<String>>;
 
     /// Lists the media of a recorded machine that are not in their drives now, and can be inserted before
@@ -799,8 +799,8 @@ pub trait VmStateSaver: Send + Sync {
     async fn start(&self, start: StartFromMemory<'_>) -> Result<StepOutcome>;
 
     /// Lists state that the guest of a machine can write and that a snapshot contains only in its memory, as
-    /// text: firmware variables, a TPM. `machine` is as [`DomainInfo::machine`]; without it the domain's record is
-    /// used.
+    /// text: firmware variables, a TPM. `machine` is as [`DomainInfo::machine`]; without it the domain's
+    /// record is used.
     fn outside(&self, _domain: &Domain, _machine: Option<&serde_json::Value>) -> Vec<String> {
         Vec::new()
     }

@@ -1,10 +1,10 @@
 //! The core of domsnap: snapshots of whole virtual machines, planned, journalled and recovered.
 //!
-//! This crate knows no disk format and no hypervisor. It has the words of the field as types, the trait that a
-//! storage backend fulfils ([`DiskSnapshotter`]), the pure planner ([`plan`]), the engine that carries a plan out
-//! so that a crash at any instant heals ([`engine`]), the contract of the catalogue that remembers what was taken
-//! ([`catalogue`]; `catalogue-sqlite` is the one of one machine), and
-//! the service that puts them together ([`Domsnap`]).
+//! This crate knows no disk format and no hypervisor. It has the words of the field as types, the trait that
+//! a storage backend fulfils ([`DiskSnapshotter`]), the pure planner ([`plan`]), the engine that carries a
+//! plan out so that a crash at any instant heals ([`engine`]), the contract of the catalogue that remembers
+//! what was taken ([`catalogue`]; `catalogue-sqlite` is the one of one machine), and the service that puts
+//! them together ([`Domsnap`]).
 //!
 //! # Embedding
 //!

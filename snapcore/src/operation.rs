@@ -171,8 +171,8 @@ pub enum StepState {
 impl StepState {
     /// The state after `transition`: the one place that says which there are.
     ///
-    /// A step that runs nested in another goes with it. So it may be further than the other one, where a recovery at
-    /// rest did it as a step of its own, and then begins or is deferred once more with the other.
+    /// A step that runs nested in another goes with it. So it may be further than the other one, where a
+    /// recovery at rest did it as a step of its own, and then begins or is deferred once more with the other.
     ///
     /// # Errors
     /// [`ErrorKind::Internal`] for a transition that does not exist.

@@ -92,8 +92,8 @@ impl Registry {
         self.iter().find(|backend| backend.scheme() == Some(scheme))
     }
 
-    /// The path that a domain's configuration has for an image which its hypervisor has open as `open`: perhaps by the
-    /// permanent name of a layer. It is another one only where both name the same file now.
+    /// The path that a domain's configuration has for an image which its hypervisor has open as `open`:
+    /// perhaps by the permanent name of a layer. It is another one only where both name the same file now.
     pub fn configured_path(&self, open: &Utf8Path) -> Utf8PathBuf {
         let id = |path: &Utf8Path| path.metadata().ok().map(|found| file_identity(&found));
         let is_same = |path: &Utf8PathBuf| id(path).is_some_and(|found| id(open) == Some(found));

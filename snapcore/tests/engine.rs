@@ -1,5 +1,5 @@
-//! The engine against a fake backend and a catalogue with faults: whatever fails wherever, an operation happened or
-//! it did not, and everything else is as before.
+//! The engine against a fake backend and a catalogue with faults: whatever fails wherever, an operation
+//! happened or it did not, and everything else is as before.
 
 mod fake;
 
@@ -538,8 +538,8 @@ async fn manifests_that_cannot_be_written_are_a_warning() {
         Ok(run) => assert!(run.warnings[0].contains("vda.fake.domsnap"), "{:?}", run.warnings),
         Err(error) => panic!("{error}"),
     }
-    // Where there is no directory no manifest promises what is deleted, so a delete goes on, with the same warning. (A
-    // manifest that is there and cannot be removed is refused beforehand.)
+    // Where there is no directory no manifest promises what is deleted, so a delete goes on, with the same
+    // warning. (A manifest that is there and cannot be removed is refused beforehand.)
     let delete = |snapshot| Request::Delete(DeleteRequest::new(vec![name(snapshot)]));
     let run = bench.run(&delete("s1"), &CancellationToken::new()).await.unwrap();
     assert!(run.warnings[0].contains("vda.fake.domsnap"), "{:?}", run.warnings);

@@ -1,4 +1,5 @@
-//! The service with a fake backend: domains by name and by path, the catalogue lost and rebuilt, two users at once.
+//! The service with a fake backend: domains by name and by path, the catalogue lost and rebuilt, two users at
+//! once.
 
 mod fake;
 

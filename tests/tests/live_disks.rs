@@ -1374,8 +1374,8 @@ fn damage_second(image: &str) -> Result<()> {
     Ok(file.write_all_at(&(1_u64 << 63 | 0x2000_0000_0000).to_be_bytes(), word(second)?)?)
 }
 
-/// An image on btrfs that is written in place (`nocow`) stays so at its configured path, through live creates, a revert and
-/// deletes: btrfs gives the flag to empty files alone.
+/// An image on btrfs that is written in place (`nocow`) stays so at its configured path, through live
+/// creates, a revert and deletes: btrfs gives the flag to empty files alone.
 #[test]
 fn nocow_is_kept_live() -> Result<()> {
     if !may_mount("btrfs") {
@@ -1419,8 +1419,8 @@ fn nocow_is_kept_live() -> Result<()> {
     qemu.quit()
 }
 
-/// A live delete of an internal snapshot says that QEMU keeps its room, `show` counts none, and what the guest writes next goes
-/// there: the image does not grow.
+/// A live delete of an internal snapshot says that QEMU keeps its room, `show` counts none, and what the
+/// guest writes next goes there: the image does not grow.
 #[test]
 fn room_of_a_live_delete_is_used_again() -> Result<()> {
     let place = Place::new(&["d.qcow2"])?;

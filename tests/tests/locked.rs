@@ -382,8 +382,9 @@ fn full_file_system_of_the_catalogue_locks_nothing() -> Result<()> {
     Ok(())
 }
 
-/// A quota that is used up, on a file system that copies on write, where nothing at all can be written: what changes something is
-/// refused or rolled back in words of the quota, what reads goes on, and nothing is lost.
+/// A quota that is used up, on a file system that copies on write, where nothing at all can be written: what
+/// changes something is refused or rolled back in words of the quota, what reads goes on, and nothing is
+/// lost.
 #[test]
 fn quota_that_is_used_up_is_named() -> Result<()> {
     if !may_mount("btrfs") {
@@ -434,8 +435,8 @@ fn quota_that_is_used_up_is_named() -> Result<()> {
     qemu::check(std::path::Path::new(&image))
 }
 
-/// On a file system of blocks of 1 KiB that is almost full, SQLite's index of its log had holes in its pages, and the kernel
-/// ended domsnap by SIGBUS when it wrote there.
+/// On a file system of blocks of 1 KiB that is almost full, SQLite's index of its log had holes in its pages,
+/// and the kernel ended domsnap by SIGBUS when it wrote there.
 #[test]
 fn almost_full_catalogue_of_small_blocks_ends_nothing() -> Result<()> {
     if !may_mount("ext4") {

@@ -1,13 +1,15 @@
-//! `domsnap disk ...`: one image, no domain. A second way to write an image, beside the service, and on purpose.
+//! `domsnap disk ...`: one image, no domain. A second way to write an image, beside the service, and on
+//! purpose.
 //!
-//! **Why internal snapshots may go past the service.** A script that knows no domains wants what `qemu-img snapshot` does: one
-//! image, no catalogue, no journal. The image engine alone makes each change whole or not at all, so there is nothing to
-//! journal, and nothing to recover. The image's lock is taken by the engine. What only the service knows is asked of it first:
-//! whether a running domain has the image open ([`Domsnap::require_closed`]), whether a domain counts on what is taken away
-//! ([`Domsnap::belonging`], [`Domsnap::require_authoritative`]), and what stands on the image ([`Domsnap::backed_by`]).
+//! **Why internal snapshots may go past the service.** A script that knows no domains wants what
+//! `qemu-img snapshot` does: one image, no catalogue, no journal. The image engine alone makes each change
+//! whole or not at all, so there is nothing to journal, and nothing to recover. The image's lock is taken by
+//! the engine. What only the service knows is asked of it first: whether a running domain has the image open
+//! ([`Domsnap::require_closed`]), whether a domain counts on what is taken away ([`Domsnap::belonging`],
+//! [`Domsnap::require_authoritative`]), and what stands on the image ([`Domsnap::backed_by`]).
 //!
-//! **Everything else goes through the service**, as a domain of one disk: external snapshots, and each image with a history in
-//! the catalogue.
+//! **Everything else goes through the service**, as a domain of one disk: external snapshots, and each image
+//! with a history in the catalogue.
 //!
 //! [`Domsnap::require_closed`]: snapcore::Domsnap::require_closed
 //! [`Domsnap::belonging`]: snapcore::Domsnap::belonging

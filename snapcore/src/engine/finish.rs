@@ -27,8 +27,9 @@ impl Running<'_> {
         if self.engine.live.is_none() {
             self.start_last(&mut finish)?;
         }
-        // 1) In a recovery, before anything else is done: steps that are recorded as done and count no more. The merge that
-        //    has not seen the domain's later writes comes again before the path leaves the layer that has them.
+        // 1) In a recovery, before anything else is done: steps that are recorded as done and count no more.
+        //    The merge that has not seen the domain's later writes comes again before the path leaves the
+        //    layer that has them.
         if self.resumed {
             self.reopen_window(&finish)?;
             self.look_for_overtaken(&finish).await.map_err(|error| self.left_unfinished(error))?;
@@ -50,9 +51,10 @@ impl Running<'_> {
             } else if deferrable && self.cancel.is_cancelled() {
                 reason = Some("it was cancelled".to_owned());
             } else {
-                // 2) Recorded as started before it begins, in the transaction that has the step before as done. So the
-                //    step before is never done again after this one has taken away what it needs: a merge is durable and
-                //    recorded before the path moves, and the move before the merged layers are removed.
+                // 2) Recorded as started before it begins, in the transaction that has the step before as
+                //    done. So the step before is never done again after this one has taken away what it
+                //    needs: a merge is durable and recorded before the path moves, and the move before the
+                //    merged layers are removed.
                 if unit.clone().any(|step| self.operation.steps[step] != StepState::Started) {
                     pending.extend(self.steps(unit.clone(), StepTransition::Begin)?);
                 }
@@ -60,11 +62,12 @@ impl Running<'_> {
                     let changes = std::mem::take(&mut pending);
                     self.record(changes).await.map_err(|error| self.left_unfinished(error))?;
                 }
-                // 3) The step itself, durable when it returns. A crash in it leaves it started: it is idempotent, and
-                //    done again.
+                // 3) The step itself, durable when it returns. A crash in it leaves it started: it is
+                //    idempotent, and done again.
                 match self.apply(index).await {
-                    // 4) Its edits become true with it, in one transaction, which the next step's start shares. A layer is
-                    //    forgotten only after its file is gone, so a crash leaves no file that nobody knows.
+                    // 4) Its edits become true with it, in one transaction, which the next step's start
+                    //    shares. A layer is forgotten only after its file is gone, so a crash leaves no file
+                    //    that nobody knows.
                     Ok(facts) => {
                         self.note(index, facts)?;
                         self.run.bytes_moved = self.run.bytes_moved.saturating_add(bytes);
@@ -106,8 +109,8 @@ impl Running<'_> {
                 self.put_off(&target, index, bytes, reason);
             }
         }
-        // 5) The end is recorded with the last step. Manifests come after it: one that a crash leaves out of date is found
-        //    by its revision, and written by the next change.
+        // 5) The end is recorded with the last step. Manifests come after it: one that a crash leaves out of
+        //    date is found by its revision, and written by the next change.
         if !self.operation.state.is_final() {
             self.advance(Transition::Finish)?;
             pending.push(Change::Operation(self.operation.id, self.operation.state, None));
@@ -192,8 +195,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Returns true if the disk is whole without this step: then a step that cannot be done (an immutable file, no
-    /// permission, a full disk) does not keep the domain from everything else.
+    /// Returns true if the disk is whole without this step: then a step that cannot be done (an immutable
+    /// file, no permission, a full disk) does not keep the domain from everything else.
     fn is_left_whole(&self, index: usize, error: &Error) -> bool {
         let for_ever =
             matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Refused | ErrorKind::Unsupported);
@@ -216,9 +219,10 @@ impl Running<'_> {
         Some((self.engine.registry.get(&record.disk.format).ok()?, record, step))
     }
 
-    /// Returns true if one of these steps has moved the configured path, or may have, though it failed (its directory
-    /// could not be flushed). It is not deferred then, but repeated by `recover`: the catalogue would go on
-    /// to say that the path names the previous layer, and everything would be refused because it does not.
+    /// Returns true if one of these steps has moved the configured path, or may have, though it failed (its
+    /// directory could not be flushed). It is not deferred then, but repeated by `recover`: the catalogue
+    /// would go on to say that the path names the previous layer, and everything would be refused because it
+    /// does not.
     async fn has_moved_path(&self, unit: std::ops::Range<usize>) -> bool {
         for index in unit {
             let moves = self.disk_step(index).is_some_and(|(backend, record, step)| {
@@ -232,8 +236,9 @@ impl Running<'_> {
         false
     }
 
-    /// Returns true for the step by which a hypervisor learns the new names of frozen images. The disks and all snapshots are
-    /// whole without it. Each operation that needs it looks whether it was done, and `LiveDomain::settle` does it.
+    /// Returns true for the step by which a hypervisor learns the new names of frozen images. The disks and
+    /// all snapshots are whole without it. Each operation that needs it looks whether it was done, and
+    /// `LiveDomain::settle` does it.
     fn is_of_names(&self, index: usize) -> bool {
         self.operation.plan.steps[index].step.target.is_domain()
             && matches!(self.domain_step(index), Ok(DomainStep::Rehome { .. }))
@@ -276,8 +281,8 @@ impl Running<'_> {
         ))
     }
 }
-/// Whether a merge that failed so may be put off. A broken promise of the program's own parts may not: nobody knows
-/// what it left.
+/// Whether a merge that failed so may be put off. A broken promise of the program's own parts may not: nobody
+/// knows what it left.
 fn can_wait(error: &Error) -> bool {
     error.kind() != ErrorKind::Internal
 }

@@ -2,15 +2,16 @@
 
 use crate::{DomainStep, Target};
 
-/// What this run has done to the guest. It says nothing of a run before a crash: that is read from the journal, and from the
-/// hypervisor.
+/// What this run has done to the guest. It says nothing of a run before a crash: that is read from the
+/// journal, and from the hypervisor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Guest {
     /// It runs, or is paused by its user: nothing was done to it.
     Running,
     /// The instant was taken: it goes on, on the layers that the cut made.
     Cut,
-    /// The cut was undone. What the guest wrote to the overlays of these disks since is merged into the images below.
+    /// The cut was undone. What the guest wrote to the overlays of these disks since is merged into the
+    /// images below.
     Uncut {
         /// The disks.
         merged: Vec<Target>,
@@ -34,7 +35,8 @@ impl Guest {
                 Self::Cut
             }
             (guest @ Self::Detached { .. }, DomainStep::Instant { .. }) => guest,
-            // Attached disks are the guest's again, and it is still paused: the step that lets it go on comes last.
+            // Attached disks are the guest's again, and it is still paused: the step that lets it go on comes
+            // last.
             (
                 guest @ (Self::Running
                 | Self::Cut
@@ -51,8 +53,8 @@ impl Guest {
         }
     }
 
-    /// The guest after a cut was undone, which merged the overlays of these disks. A cut can be undone again, by a recovery
-    /// of which the first part failed.
+    /// The guest after a cut was undone, which merged the overlays of these disks. A cut can be undone again,
+    /// by a recovery of which the first part failed.
     pub(super) fn after_undone_cut(self, mut merged: Vec<Target>) -> Self {
         match self {
             Self::Uncut { merged: before } => merged.extend(before),
@@ -82,7 +84,8 @@ impl Guest {
 mod tests {
     use super::*;
 
-    /// Disks are detached from the step that detaches them to the one that lets the guest go on, whatever comes between.
+    /// Disks are detached from the step that detaches them to the one that lets the guest go on, whatever
+    /// comes between.
     #[test]
     fn guest_is_detached_until_it_goes_on() {
         let open = DomainStep::OpenWindow { disks: Vec::new(), running: true, anew: None };

@@ -3,21 +3,22 @@
 //! **What is durable before what.**
 //!
 //! 1. The operation with all its steps, the first marked as started, before anything is done.
-//! 2. Each step is done, durably, by its backend; then one transaction records it as done, with its edits, and the
-//!    next as started.
-//! 3. The commit point is the transaction that records the last cut step as done: it has the plan's commit edits and
-//!    the state `finishing`. Before it, everything can be undone; after it, everything is carried through.
+//! 2. Each step is done, durably, by its backend; then one transaction records it as done, with its edits,
+//!    and the next as started.
+//! 3. The commit point is the transaction that records the last cut step as done: it has the plan's commit
+//!    edits and the state `finishing`. Before it, everything can be undone; after it, everything is carried
+//!    through.
 //! 4. Manifests of deleted snapshots are gone before the first finish step begins.
 //!
-//! Recovery reads the journal: an operation before its commit point is undone, one after it is finished. Both rest on
-//! apply and undo being idempotent.
+//! Recovery reads the journal: an operation before its commit point is undone, one after it is finished. Both
+//! rest on apply and undo being idempotent.
 //!
-//! **The domain may have run in between**, started by somebody who knows of no crash, and have written to whatever its
-//! configured paths named. Two questions to the backend keep that. Before a step is undone: what would the undo lose
-//! ([`crate::Salvage`])? It is put aside, durably, before the undo begins, or the step stays. Before the rest is carried
-//! through: was a step that is recorded as done overtaken, so that a later one would lose what it has not seen? It is
-//! done again, and recorded, before the later ones. While an operation runs it holds its disks, so nobody writes, and
-//! neither is asked.
+//! **The domain may have run in between**, started by somebody who knows of no crash, and have written to
+//! whatever its configured paths named. Two questions to the backend keep that. Before a step is undone: what
+//! would the undo lose ([`crate::Salvage`])? It is put aside, durably, before the undo begins, or the step
+//! stays. Before the rest is carried through: was a step that is recorded as done overtaken, so that a later
+//! one would lose what it has not seen? It is done again, and recorded, before the later ones. While an
+//! operation runs it holds its disks, so nobody writes, and neither is asked.
 
 mod finish;
 mod guest;
@@ -110,15 +111,15 @@ struct Running<'a> {
 }
 
 impl Engine<'_> {
-    /// Carries `plan` out. `entry` is the domain that the plan was made from and is kept up to date; `prologue` is
-    /// recorded with the operation, in one transaction.
+    /// Carries `plan` out. `entry` is the domain that the plan was made from and is kept up to date;
+    /// `prologue` is recorded with the operation, in one transaction.
     ///
-    /// Where `cancel` is cancelled before the commit point, everything is undone; after it, only merges that can be
-    /// put off stop.
+    /// Where `cancel` is cancelled before the commit point, everything is undone; after it, only merges that
+    /// can be put off stop.
     ///
     /// # Errors
-    /// What failed, with everything undone; [`ErrorKind::Cancelled`]; or [`ErrorKind::NeedsRecovery`], with the
-    /// state that things are in.
+    /// What failed, with everything undone; [`ErrorKind::Cancelled`]; or [`ErrorKind::NeedsRecovery`], with
+    /// the state that things are in.
     pub async fn run(
         &self,
         entry: &mut Entry,
@@ -222,7 +223,8 @@ fn sorted(plan: &Plan) -> Result<()> {
     if !plan.steps.is_sorted_by_key(|planned| planned.group) {
         return Err(Error::new(ErrorKind::Internal, "the plan's steps are not sorted by group"));
     }
-    // The step of a disk has a moment only for steps of the same disk: another's would never be done, and nobody would know.
+    // The step of a disk has a moment only for steps of the same disk: another's would never be done, and
+    // nobody would know.
     let mut head = None;
     for planned in &plan.steps {
         match head {
@@ -269,7 +271,8 @@ impl Running<'_> {
             let found = self.engine.catalogue.operation(&self.entry.domain.name, self.operation.id).await;
             match found {
                 Ok(None) => return Err(failure.state("no changes made")),
-                // It was recorded although it failed. What was to happen at once has happened, and is carried through.
+                // It was recorded although it failed. What was to happen at once has happened, and is carried
+                // through.
                 Ok(Some(_)) if self.is_committed() && self.committed_after_all().await? => {}
                 Ok(Some(_)) => return Err(self.give_up(failure).await),
                 Err(_) => {
@@ -304,8 +307,8 @@ impl Running<'_> {
 
     /// Does the prepare and cut steps, and commits.
     ///
-    /// Each turn does what the journal has as started, and then records it as done together with what is started next. So a
-    /// crash finds in the journal everything that may have been begun, and undoes it.
+    /// Each turn does what the journal has as started, and then records it as done together with what is
+    /// started next. So a crash finds in the journal everything that may have been begun, and undoes it.
     async fn until_committed(&mut self) -> Result<()> {
         let last = self.operation.plan.steps.iter().rposition(|planned| planned.group != Group::Finish);
         let Some(last) = last else {
@@ -320,17 +323,18 @@ impl Running<'_> {
         while begun <= last {
             let run = self.starting(begun);
             let mut index = begun;
-            // 1) Before the first cut step: preparing takes its time, and another program may have opened an image
-            //    meanwhile. Refused here, nothing but new files has to be undone.
+            // 1) Before the first cut step: preparing takes its time, and another program may have opened an
+            //    image meanwhile. Refused here, nothing but new files has to be undone.
             if let Some(watched) = self.engine.watched
                 && self.operation.plan.steps[begun].group == Group::Cut
                 && !std::mem::replace(&mut asked, true)
             {
                 watched.ask_again().await?;
             }
-            // 2) The steps, each with what is nested in it. They are recorded as started already: by the transaction that
-            //    began the operation, or by the turn before. A crash here leaves steps that are begun, whole or in part;
-            //    undo is idempotent and looks at the disk, so it takes back either.
+            // 2) The steps, each with what is nested in it. They are recorded as started already: by the
+            //    transaction that began the operation, or by the turn before. A crash here leaves steps that
+            //    are begun, whole or in part; undo is idempotent and looks at the disk, so it takes back
+            //    either.
             while index < run.end {
                 if self.cancel.is_cancelled() {
                     return Err(cancelled());
@@ -343,34 +347,38 @@ impl Running<'_> {
             begun = run.end;
             let mut changes = self.steps(run, StepTransition::Complete)?;
             if begun > last {
-                // 3) The last moment at which a cancel undoes everything: nothing was recorded as having happened.
+                // 3) The last moment at which a cancel undoes everything: nothing was recorded as having
+                //    happened.
                 if self.cancel.is_cancelled() {
                     return Err(cancelled());
                 }
                 if self.operation.state == OperationState::Preparing {
                     self.advance(Transition::Cut)?;
                 }
-                // 4) Before the commit, because what tells a tag from others of its name is recorded with the snapshot.
+                // 4) Before the commit, because what tells a tag from others of its name is recorded with the
+                //    snapshot.
                 self.identify().await;
-                // 5) The commit point: one transaction has the last steps as done, the plan's edits, and the state
-                //    `finishing`. A crash before it undoes, and a crash after it carries through. There is no state between,
-                //    in which the catalogue knows a snapshot whose layers an undo removes.
+                // 5) The commit point: one transaction has the last steps as done, the plan's edits, and the
+                //    state `finishing`. A crash before it undoes, and a crash after it carries through. There
+                //    is no state between, in which the catalogue knows a snapshot whose layers an undo
+                //    removes.
                 changes.extend(self.commit_changes()?);
                 changes.push(Change::Operation(self.operation.id, self.operation.state, None));
             } else if self.operation.state == OperationState::Preparing && begun >= prepared {
                 self.advance(Transition::Cut)?;
                 changes.push(Change::Operation(self.operation.id, self.operation.state, None));
             }
-            // 6) What comes next is recorded as started before it begins, in the same transaction: one flush a turn. A step
-            //    that began without a record would not be undone.
+            // 6) What comes next is recorded as started before it begins, in the same transaction: one flush
+            //    a turn. A step that began without a record would not be undone.
             changes.extend(self.steps(self.starting(begun), StepTransition::Begin)?);
             self.record(changes).await?;
         }
         Ok(())
     }
 
-    /// The steps that are begun together with the one at `index`: all prepare steps, because nothing names what they make
-    /// before the cut, so that none of them must be known to be done before the next begins; of the others, those of a unit.
+    /// The steps that are begun together with the one at `index`: all prepare steps, because nothing names
+    /// what they make before the cut, so that none of them must be known to be done before the next begins;
+    /// of the others, those of a unit.
     fn starting(&self, index: usize) -> Range<usize> {
         let prepared = self.operation.of_group(Group::Prepare).count();
         if index < prepared {
@@ -420,8 +428,8 @@ impl Running<'_> {
         }
     }
 
-    /// Notes with the internal snapshots that were taken what tells them from others of their names. Where that cannot be
-    /// read they are known by their names alone.
+    /// Notes with the internal snapshots that were taken what tells them from others of their names. Where
+    /// that cannot be read they are known by their names alone.
     async fn identify(&mut self) {
         let disks = &self.entry.domain.disks;
         let added = self.operation.plan.commit.iter_mut().filter_map(|edit| match edit {
@@ -520,7 +528,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Manifests of deleted snapshots must be gone before their data is: where they cannot be, nothing is destroyed.
+    /// Manifests of deleted snapshots must be gone before their data is: where they cannot be, nothing is
+    /// destroyed.
     async fn write_manifests_before_finish(&mut self) -> Result<()> {
         // A create or a revert deletes no snapshot, so its finish steps wait for no manifest.
         let deletes = self.operation.plan.steps.first().is_some_and(|first| first.group == Group::Finish);
@@ -536,8 +545,8 @@ impl Running<'_> {
                 on_a_thread(move || manifests.remove(&gone)).await
             }
             None => match self.try_manifests().await {
-                // A delete gives space back, so it must not need any: the others lag until they can be written. Where
-                // no manifest can be, none promises what is destroyed.
+                // A delete gives space back, so it must not need any: the others lag until they can be
+                // written. Where no manifest can be, none promises what is destroyed.
                 Err(error) if error.kind() == ErrorKind::NoSpace || self.engine.manifests.have_no_place() => {
                     let doomed = self.operation.plan.commit.iter().filter_map(|edit| match edit {
                         Edit::RemoveSnapshot { id } => Some(*id),

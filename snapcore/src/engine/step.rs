@@ -1,4 +1,5 @@
-//! One step carried out, or taken back: by its disk's backend or by the domain's hypervisor, with what runs inside it.
+//! One step carried out, or taken back: by its disk's backend or by the domain's hypervisor, with what runs
+//! inside it.
 
 use std::any::Any;
 use std::future::Future;
@@ -29,8 +30,9 @@ impl Running<'_> {
         head + 1..end
     }
 
-    /// The steps that are done in one with the step at `head`: itself, and those inside it. A domain that does not run has no
-    /// moment in which they could run, and needs none: then they are steps like the others.
+    /// The steps that are done in one with the step at `head`: itself, and those inside it. A domain that
+    /// does not run has no moment in which they could run, and needs none: then they are steps like the
+    /// others.
     pub(super) fn unit(&self, head: usize) -> Range<usize> {
         match self.engine.live {
             Some(_) => head..self.inside_of(head).end,
@@ -141,7 +143,8 @@ impl Running<'_> {
             DomainStep::Instant { .. } | DomainStep::SaveMemory { .. } | DomainStep::Continue { .. } => {
                 Vec::new()
             }
-            // The paths that the disks have from the commit on: another one each, where they do not keep theirs.
+            // The paths that the disks have from the commit on: another one each, where they do not keep
+            // theirs.
             DomainStep::Attach { .. } if self.operation.plan.steps[index].group == Group::Cut => {
                 self.open_chains_of(&self.disks_committed()).await?
             }
@@ -173,7 +176,8 @@ impl Running<'_> {
         guarded(live.apply(step, context)).await.map(drop)
     }
 
-    /// Whether the guest that a recovery was to let go on goes on already: somebody started it anew meanwhile.
+    /// Whether the guest that a recovery was to let go on goes on already: somebody started it anew
+    /// meanwhile.
     fn came_back(&self, step: &DomainStep, live: &dyn LiveDomain) -> bool {
         matches!(step, DomainStep::Continue { .. })
             && self.resumed
@@ -235,8 +239,9 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// The disks whose overlays, put on by the instant at `head`, the domain has open: what the guest wrote to them is merged by
-    /// the instant's undo. An overlay that nobody has open may hold what the guest wrote before it was started on other images.
+    /// The disks whose overlays, put on by the instant at `head`, the domain has open: what the guest wrote
+    /// to them is merged by the instant's undo. An overlay that nobody has open may hold what the guest wrote
+    /// before it was started on other images.
     async fn overlays_in_use(&self, head: usize) -> Result<Vec<Target>> {
         let (DomainStep::Instant { disks, .. }, Some(live)) = (self.domain_step(head)?, self.engine.live)
         else {

@@ -1,4 +1,5 @@
-//! An operation that is taken back: because something failed before its commit point, or because a crash stopped it there.
+//! An operation that is taken back: because something failed before its commit point, or because a crash
+//! stopped it there.
 
 use std::time::{Duration, Instant};
 
@@ -34,14 +35,15 @@ impl Running<'_> {
         }
     }
 
-    /// Takes all begun steps back, the last first. Where one cannot be taken back, the earlier ones of its disk are
-    /// left too, and the other disks are undone all the same; but in a running domain everything earlier is left: the guest
-    /// must not go on with some disks of another time.
+    /// Takes all begun steps back, the last first. Where one cannot be taken back, the earlier ones of its
+    /// disk are left too, and the other disks are undone all the same; but in a running domain everything
+    /// earlier is left: the guest must not go on with some disks of another time.
     pub(super) async fn undo(&mut self, reason: &str) -> Result<()> {
         self.tell(Event::Undoing { operation: self.operation.id, reason: reason.to_owned() });
         self.advance(Transition::Undo)?;
-        // 1) Undoing is right without this record: what is recorded still says that it did not happen. A crash before it
-        //    leaves an operation before its commit point, which a recovery undoes all the same.
+        // 1) Undoing is right without this record: what is recorded still says that it did not happen. A
+        //    crash before it leaves an operation before its commit point, which a recovery undoes all the
+        //    same.
         let undoing = Change::Operation(self.operation.id, self.operation.state, Some(reason.to_owned()));
         if let Err(error) = self.record(vec![undoing]).await {
             tracing::warn!(%error, "recording that an operation is being undone");
@@ -49,8 +51,9 @@ impl Running<'_> {
                 *self.entry = entry;
             }
         }
-        // 2) If disks were changed while they were detached, and the guest was started since, they are detached again
-        //    before any of them changes: an image that a guest writes is not replaced under it.
+        // 2) If disks were changed while they were detached, and the guest was started since, they are
+        //    detached again before any of them changes: an image that a guest writes is not replaced under
+        //    it.
         let mut stuck: Vec<(Target, Error)> = Vec::new();
         let mut changes = Vec::new();
         let window = match self.window_to_undo_in().await {
@@ -60,9 +63,9 @@ impl Running<'_> {
                 Window::None
             }
         };
-        // 3) The last step first: the path goes back before the overlay that it named is removed, and the overlay goes
-        //    before the second name of the file below it. A crash here leaves some steps undone and recorded as begun: to
-        //    undo them again changes nothing.
+        // 3) The last step first: the path goes back before the overlay that it named is removed, and the
+        //    overlay goes before the second name of the file below it. A crash here leaves some steps undone
+        //    and recorded as begun: to undo them again changes nothing.
         for index in (0..self.operation.steps.len()).rev() {
             let planned = &self.operation.plan.steps[index];
             let target = planned.step.target.clone();
@@ -115,8 +118,8 @@ impl Running<'_> {
                 self.entry.domain.name
             )));
         }
-        // 4) The end, and what had to stay, in one transaction after all disks are as before. A crash before it repeats
-        //    the undo; after it nothing is left to do but the manifests.
+        // 4) The end, and what had to stay, in one transaction after all disks are as before. A crash before
+        //    it repeats the undo; after it nothing is left to do but the manifests.
         self.advance(Transition::Undone)?;
         changes.push(Change::Operation(self.operation.id, self.operation.state, None));
         if let Err(error) = self.record(changes).await {
@@ -135,8 +138,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Undoes a step. In a detached section, where the guest waits for its disks, an image that another program has locked
-    /// since is tried again: programs that look at an image lock it for a moment.
+    /// Undoes a step. In a detached section, where the guest waits for its disks, an image that another
+    /// program has locked since is tried again: programs that look at an image lock it for a moment.
     async fn undo_patiently(&mut self, index: usize) -> Result<Vec<Edit>> {
         let until = Instant::now() + PATIENCE;
         loop {
@@ -166,9 +169,9 @@ impl Running<'_> {
         matches!(step, Ok(DomainStep::OpenWindow { .. } | DomainStep::Attach { .. }))
     }
 
-    /// Disks that were worked on in a window are undone in one. Where the guest stands still it is there yet, or is opened
-    /// again. A guest that runs was started anew since the crash: where its disks are not as before, they are taken from it,
-    /// undone, and given back, and it is reset.
+    /// Disks that were worked on in a window are undone in one. Where the guest stands still it is there yet,
+    /// or is opened again. A guest that runs was started anew since the crash: where its disks are not as
+    /// before, they are taken from it, undone, and given back, and it is reset.
     async fn window_to_undo_in(&mut self) -> Result<Window> {
         let opened = self.operation.of_group(Group::Cut).find(|index| {
             self.operation.steps[*index] != StepState::Pending

@@ -1,5 +1,5 @@
-//! What a backend declares that it cannot do is refused here, before anything: found out half way it would be a point
-//! taken at another instant than the others, or a merge that nobody knows how to do.
+//! What a backend declares that it cannot do is refused here, before anything: found out half way it would be
+//! a point taken at another instant than the others, or a merge that nobody knows how to do.
 
 use std::collections::BTreeSet;
 
@@ -75,8 +75,8 @@ impl Planner<'_> {
         )))
     }
 
-    /// Refuses to change a disk of a running domain by a backend that works on disks at rest alone: it would work beside the
-    /// guest, at no instant that the other disks share.
+    /// Refuses to change a disk of a running domain by a backend that works on disks at rest alone: it would
+    /// work beside the guest, at no instant that the other disks share.
     pub(super) fn require_live(&self, disk: &DiskInput) -> Result<()> {
         if self.alive.is_none() || disk.backend.capabilities().live {
             return Ok(());

@@ -252,8 +252,9 @@ impl Planner<'_> {
             quiesce_limit_ms: millis(request.quiesce_limit),
             then: request.then,
         };
-        // A step inside belongs to the nearest one before it that is not: what one disk does after the instant must not come
-        // between the instant and what another does in it. The order of each disk's own steps stays.
+        // A step inside belongs to the nearest one before it that is not: what one disk does after the
+        // instant must not come between the instant and what another does in it. The order of each disk's own
+        // steps stays.
         merged.steps.sort_by_key(|planned| planned.group == Group::Cut && !planned.inside);
         merged.first(step(Group::Cut, &instant, words)?);
         if memory {
@@ -380,7 +381,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Removes the memory of deleted snapshots, and puts a window around what changes frozen images of an open chain.
+    /// Removes the memory of deleted snapshots, and puts a window around what changes frozen images of an
+    /// open chain.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] where a window is needed and the hypervisor cannot let go of its disks.

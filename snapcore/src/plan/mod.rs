@@ -43,12 +43,12 @@ impl DiskInput {
     }
 }
 
-/// The plan that fulfils `request` on `domain`, whose snapshots are `tree` and whose disks are `disks`, in the
-/// domain's order; `alive` where it runs.
+/// The plan that fulfils `request` on `domain`, whose snapshots are `tree` and whose disks are `disks`, in
+/// the domain's order; `alive` where it runs.
 ///
 /// # Errors
-/// What the request gets wrong ([`ErrorKind::NotFound`], [`ErrorKind::Exists`], [`ErrorKind::Usage`]), and what a
-/// backend refuses. Nothing was touched.
+/// What the request gets wrong ([`ErrorKind::NotFound`], [`ErrorKind::Exists`], [`ErrorKind::Usage`]), and
+/// what a backend refuses. Nothing was touched.
 pub async fn plan(
     domain: &Domain,
     tree: &SnapshotTree,
@@ -186,8 +186,9 @@ impl Planner<'_> {
             if request.save_current.is_some() {
                 self.require_new_point(disk)?;
             }
-            // Every disk can be taken back, the last one too: a crash between its cut and the commit would otherwise
-            // leave it reverted and the others not, and what the domain then writes could not be told from either.
+            // Every disk can be taken back, the last one too: a crash between its cut and the commit would
+            // otherwise leave it reverted and the others not, and what the domain then writes could not be
+            // told from either.
             plans.push((disk, self.revert_disk(disk, &member.point, request).await?));
         }
         let mut merged = Merged::default();
@@ -239,7 +240,8 @@ impl Planner<'_> {
         Ok(merged.plan("revert", names))
     }
 
-    /// Refuses to leave out a disk that there is not, or one that memory which is restored would meet in another state.
+    /// Refuses to leave out a disk that there is not, or one that memory which is restored would meet in
+    /// another state.
     fn refuse_skips(&self, wanted: &Snapshot, request: &RevertRequest) -> Result<()> {
         if let Some(target) = request.skip.iter().find(|target| self.domain.disk(target).is_none()) {
             let known: Vec<&str> = self.domain.disks.iter().map(|d| d.disk.target.as_str()).collect();
@@ -275,8 +277,8 @@ impl Planner<'_> {
         seen.into_iter().flatten().filter(|disk| disk.member.is_none()).collect()
     }
 
-    /// Refuses what cannot be done to a disk of the running domain as it is open now: found out half way, it would leave the
-    /// guest without it.
+    /// Refuses what cannot be done to a disk of the running domain as it is open now: found out half way, it
+    /// would leave the guest without it.
     fn refuse_unfit(&self, is_spared: impl Fn(&Target) -> bool) -> Result<()> {
         let Some(alive) = self.alive else { return Ok(()) };
         for disk in &alive.seen.disks {
@@ -351,8 +353,8 @@ impl Planner<'_> {
         Ok(plan)
     }
 
-    /// Refuses a revert to an internal snapshot that another program put into the place of the recorded one: the guest would
-    /// get other data, and nothing would say so.
+    /// Refuses a revert to an internal snapshot that another program put into the place of the recorded one:
+    /// the guest would get other data, and nothing would say so.
     fn refuse_replaced(&self, wanted: &Snapshot, disk: &DiskInput, member: &DiskPoint) -> Result<()> {
         let Some(why) = member.replaced(&disk.state) else { return Ok(()) };
         let (domain, snapshot) = (&self.domain.name, &wanted.name);
@@ -366,7 +368,8 @@ impl Planner<'_> {
             )))
     }
 
-    /// Says which internal snapshots of those that are not `doomed` another program replaced, as far as their layers were read.
+    /// Says which internal snapshots of those that are not `doomed` another program replaced, as far as their
+    /// layers were read.
     fn replaced(&self, doomed: &BTreeSet<SnapshotId>) -> Vec<String> {
         let mut notes = Vec::new();
         for snapshot in self.tree.iter().filter(|snapshot| !doomed.contains(&snapshot.id)) {
@@ -507,8 +510,8 @@ impl Planner<'_> {
     }
 }
 
-/// The points of one disk that go with the snapshots `doomed`, and those that stay. A point that a staying snapshot
-/// shares stays.
+/// The points of one disk that go with the snapshots `doomed`, and those that stay. A point that a staying
+/// snapshot shares stays.
 pub fn split_points(
     tree: &SnapshotTree,
     target: &Target,

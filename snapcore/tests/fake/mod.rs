@@ -1,5 +1,5 @@
-//! A fake backend: disks are a number and named copies of it, in memory. It can fail, panic, be cancelled or stop for
-//! ever at any call, before or after the call's effect. And a catalogue that can do the same.
+//! A fake backend: disks are a number and named copies of it, in memory. It can fail, panic, be cancelled or
+//! stop for ever at any call, before or after the call's effect. And a catalogue that can do the same.
 
 #![allow(dead_code, reason = "each test program uses its part")]
 

@@ -200,8 +200,8 @@ fn fields_of_a_newer_program_are_passed_over() {
     assert_eq!(snapshot.name.as_str(), "s1");
 }
 
-/// A manifest as it was recorded before disks had addresses is read, and so is one with an address; an address that
-/// cannot be shown is refused.
+/// A manifest as it was recorded before disks had addresses is read, and so is one with an address; an
+/// address that cannot be shown is refused.
 #[test]
 fn addresses_in_manifests_are_read() {
     let domain = |address: &str| {
