@@ -23,7 +23,7 @@ pub fn is_layer_name(path: &Utf8Path, name: &str) -> bool {
 }
 
 /// The file name of the disk at `path` without the mark of a layer. It is the same for all its layers, also
-/// if the configured path itself is one ([`ActivePath::New`]).
+/// if the configured path itself is one ([`snapcore::ActivePath::New`]).
 pub fn disk_name(path: &Utf8Path) -> String {
     match path.extension() {
         Some(extension) => format!("{}.{extension}", unmarked_stem(path)),
