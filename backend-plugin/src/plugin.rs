@@ -439,11 +439,11 @@ impl DiskSnapshotter for Plugin {
         })
     }
 
-    async fn is_overtaken(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
+    async fn is_superseded(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
         let open = open_files(context.attached).await?;
         let params = StepParams { step: step.clone(), disk: context.disk.clone(), open };
         let connection = running(&self.inner).await?;
-        let answer = ask_if_known(&connection, Method::IsOvertaken, &params, CallContext::default()).await?;
+        let answer = ask_if_known(&connection, Method::IsSuperseded, &params, CallContext::default()).await?;
         Ok(answer.unwrap_or(false))
     }
 

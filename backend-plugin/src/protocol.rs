@@ -55,7 +55,7 @@ pub enum Method {
     /// Saves what an undo would lose. A plug-in need not implement it.
     Salvage,
     /// Returns true if a finish step must be done again. A plug-in need not implement it.
-    IsOvertaken,
+    IsSuperseded,
     /// Returns how far a step got.
     Status,
     /// Looks for damage.
@@ -84,7 +84,7 @@ impl Method {
             Self::Apply => "apply",
             Self::Undo => "undo",
             Self::Salvage => "salvage",
-            Self::IsOvertaken => "is_overtaken",
+            Self::IsSuperseded => "is_superseded",
             Self::Status => "status",
             Self::Check => "check",
             Self::CostOfDelete => "cost_of_delete",
@@ -216,7 +216,7 @@ pub struct DiskParams {
     pub disk: DiskRecord,
 }
 
-/// Parameters of `apply`, `undo` (their result is null), `is_overtaken` (true or false) and `status`.
+/// Parameters of `apply`, `undo` (their result is null), `is_superseded` (true or false) and `status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct StepParams {
     /// The step, as `plan` returned it.
@@ -360,7 +360,7 @@ struct Everything {
     apply: Call<StepParams, ()>,
     undo: Call<StepParams, ()>,
     salvage: Call<SalvageParams, SalvageResult>,
-    is_overtaken: Call<StepParams, bool>,
+    is_superseded: Call<StepParams, bool>,
     status: Call<StepParams, StepStatus>,
     check: Call<CheckParams, Vec<Finding>>,
     cost_of_delete: Call<CostParams, DeleteCost>,

@@ -251,8 +251,8 @@ impl DiskSnapshotter for Qcow2 {
         self.step(step, context, open, |place, action| place.salvage(action, done))
     }
 
-    async fn is_overtaken(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<bool> {
-        self.step(step, context, FileIds::new(), |place, action| place.is_overtaken(action))
+    async fn is_superseded(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<bool> {
+        self.step(step, context, FileIds::new(), |place, action| place.is_superseded(action))
     }
 
     async fn status(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<StepStatus> {

@@ -30,7 +30,7 @@ use crate::steps::StepRunner;
 impl StepRunner<'_> {
     /// Returns true if `step`, which is done, must be repeated, because the steps after it would lose what
     /// the domain may have written since.
-    pub(crate) fn is_overtaken(&self, step: &ChainStep) -> Result<bool> {
+    pub(crate) fn is_superseded(&self, step: &ChainStep) -> Result<bool> {
         let ChainStep::Merge { run, into, .. } = step else { return Ok(false) };
         let path = &self.files.record.disk.path;
         // The active layer can only be the top of a run. Once the path names the layer that it was merged

@@ -563,13 +563,16 @@ async fn merge_after_its_pivot_is_not_repeated_at_rest() {
     let merge = step(merge_down(&layers));
     // The hypervisor's merge, to the pivot: both show the same, and the path is moved. Then all die.
     house.backend.apply(&merge, house.at_rest()).await.unwrap();
-    assert!(house.backend.is_overtaken(&merge, house.at_rest()).await.unwrap(), "the path names the top yet");
+    assert!(
+        house.backend.is_superseded(&merge, house.at_rest()).await.unwrap(),
+        "the path names the top yet"
+    );
     std::fs::remove_file(house.path()).unwrap();
     std::fs::hard_link(&lower, house.path()).unwrap();
     // The domain is started, and writes; then it is shut down, and recovered.
     io(house.path().as_std_path(), &["write -P 99 0 64k"]);
     assert_eq!(house.byte(&upper, 0), 2);
-    assert!(!house.backend.is_overtaken(&merge, house.at_rest()).await.unwrap());
+    assert!(!house.backend.is_superseded(&merge, house.at_rest()).await.unwrap());
     house.backend.apply(&merge, house.at_rest()).await.unwrap();
     assert_eq!(house.byte(house.path(), 0), 99, "what the upper layer held came back");
     // The same in a detached section, and if the domain runs on the lower layer.

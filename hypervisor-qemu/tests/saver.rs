@@ -38,12 +38,12 @@ async fn mixed_snapshot_with_memory_is_reverted() -> Result<()> {
                 .apply(&DomainStep::SaveMemory { file: utf8(&memory), tag: "s".to_owned(), compress: 0 })
                 .await?;
             assert_eq!(saved.memory_bytes, Some(fs::metadata(&memory)?.len()));
-            let rehome = DomainStep::Rehome { disks: run.targets.clone() };
+            let rehome = DomainStep::ReopenByName { disks: run.targets.clone() };
             run.apply(&rehome).await?;
             run.apply(&rehome).await?;
             run.sound().await?;
             assert_eq!(
-                run.live()?.settle(&run.chains()).await?,
+                run.live()?.clean_up(&run.chains()).await?,
                 Vec::<String>::new(),
                 "all is as it should be"
             );
@@ -52,7 +52,7 @@ async fn mixed_snapshot_with_memory_is_reverted() -> Result<()> {
             for (reset, crash) in [(false, false), (false, true), (true, true)] {
                 run.guest.wait_ticks(40)?;
                 let boots = run.guest.boots();
-                let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: true, anew: None };
+                let window = DomainStep::Detach { disks: run.targets.clone(), running: true, restart: None };
                 run.apply(&window).await?;
                 run.apply(&window).await?;
                 for number in 0..2 {
@@ -67,7 +67,7 @@ async fn mixed_snapshot_with_memory_is_reverted() -> Result<()> {
                 run.layers[0].remove(0);
                 run.grow(0)?;
                 kit::img(&["snapshot", "-a", "s"], &run.layers[1][0])?;
-                let attach = DomainStep::Attach { disks: run.targets.clone(), anew: None };
+                let attach = DomainStep::Attach { disks: run.targets.clone(), restart: None };
                 run.apply(&attach).await?;
                 run.apply(&attach).await?;
                 let memory = (!reset).then(|| utf8(&memory));
@@ -114,7 +114,7 @@ async fn compressed_memory_is_loaded_and_started() -> Result<()> {
         assert!(stored < full / 2, "{stored} of {full}");
         let again = run.apply(&save).await?;
         assert_eq!((again.memory_bytes, again.memory_full), (Some(stored), Some(full)), "it is whole");
-        run.apply(&DomainStep::Rehome { disks: run.targets.clone() }).await?;
+        run.apply(&DomainStep::ReopenByName { disks: run.targets.clone() }).await?;
         let files = |run: &Run| -> Result<usize> {
             Ok(fs::read_dir(&run.dir)?
                 .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
@@ -140,13 +140,13 @@ async fn compressed_memory_is_loaded_and_started() -> Result<()> {
             if crash {
                 run.saver.release_memory(&memory).await?;
             }
-            run.apply(&DomainStep::OpenWindow { disks: run.targets.clone(), running: true, anew: None })
+            run.apply(&DomainStep::Detach { disks: run.targets.clone(), running: true, restart: None })
                 .await?;
             for number in 0..2 {
                 run.layers[number].remove(0);
                 run.grow(number)?;
             }
-            run.apply(&DomainStep::Attach { disks: run.targets.clone(), anew: None }).await?;
+            run.apply(&DomainStep::Attach { disks: run.targets.clone(), restart: None }).await?;
             let power = Some(PowerAfter::Running);
             run.apply(&DomainStep::Continue { memory: Some(memory.clone()), reset: false, power }).await?;
             let now = run.guest.ticks()?;
@@ -237,12 +237,12 @@ async fn raw_disk_copied_by_its_backend_is_consistent() -> Result<()> {
             let memory = run.dir.join("memory");
             run.apply(&DomainStep::SaveMemory { file: utf8(&memory), tag: "s".to_owned(), compress: 0 })
                 .await?;
-            run.apply(&DomainStep::Rehome { disks: vec![run.targets[0].clone()] }).await?;
+            run.apply(&DomainStep::ReopenByName { disks: vec![run.targets[0].clone()] }).await?;
             run.sound().await?;
 
             for crash in [false, true] {
                 run.guest.wait_ticks(40)?;
-                run.apply(&DomainStep::OpenWindow { disks: run.targets.clone(), running: true, anew: None })
+                run.apply(&DomainStep::Detach { disks: run.targets.clone(), running: true, restart: None })
                     .await?;
                 assert_eq!(run.open_files(1).await?.len(), 0);
                 run.layers[0].remove(0);
@@ -256,7 +256,7 @@ async fn raw_disk_copied_by_its_backend_is_consistent() -> Result<()> {
                 if crash {
                     run.reconnect().await?;
                 }
-                run.apply(&DomainStep::Attach { disks: run.targets.clone(), anew: None }).await?;
+                run.apply(&DomainStep::Attach { disks: run.targets.clone(), restart: None }).await?;
                 assert_eq!(run.open_files(1).await?, run.files(1));
                 let go_on = DomainStep::Continue {
                     memory: Some(utf8(&memory)),
@@ -348,7 +348,7 @@ async fn layers_merge_in_each_direction() -> Result<()> {
             let step = run.instant(vec![overlay], None);
             let facts = run.take(&step).await?;
             assert_eq!(facts.taken.context("it was taken")?.consistency, Consistency::Crash);
-            run.apply(&DomainStep::Rehome { disks: run.targets.clone() }).await?;
+            run.apply(&DomainStep::ReopenByName { disks: run.targets.clone() }).await?;
             run.guest.wait_ticks(15)?;
         }
         // Top first: 5 4 3 2 1 0.
@@ -469,7 +469,7 @@ async fn stopped_domain_is_started_from_memory() -> Result<()> {
         run.take(&step).await?;
         let memory = utf8(&run.dir.join("memory"));
         run.apply(&DomainStep::SaveMemory { file: memory.clone(), tag: "s".to_owned(), compress: 0 }).await?;
-        run.apply(&DomainStep::Rehome { disks: run.targets.clone() }).await?;
+        run.apply(&DomainStep::ReopenByName { disks: run.targets.clone() }).await?;
         run.guest.wait_ticks(30)?;
         let then = run.guest.ticks()?;
         let off = DomainStep::Continue { memory: None, reset: false, power: Some(PowerAfter::Off) };
@@ -567,9 +567,9 @@ async fn undone_detached_section_changes_nothing() -> Result<()> {
                 run.pause().await?;
             }
             let files = [run.open_files(0).await?, run.open_files(1).await?];
-            let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: runs, anew: None };
+            let window = DomainStep::Detach { disks: run.targets.clone(), running: runs, restart: None };
             run.apply(&window).await?;
-            let attach = DomainStep::Attach { disks: run.targets.clone(), anew: None };
+            let attach = DomainStep::Attach { disks: run.targets.clone(), restart: None };
             run.apply(&attach).await?;
             if crash {
                 run.reconnect().await?;
@@ -597,8 +597,8 @@ async fn half_detached_disk_is_finished_or_undone() -> Result<()> {
     for version in BOTH {
         for to_the_end in [false, true] {
             let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
-            let window = DomainStep::OpenWindow { disks: run.targets.clone(), running: true, anew: None };
-            let attach = DomainStep::Attach { disks: run.targets.clone(), anew: None };
+            let window = DomainStep::Detach { disks: run.targets.clone(), running: true, restart: None };
+            let attach = DomainStep::Attach { disks: run.targets.clone(), restart: None };
             run.apply(&window).await?;
             let placeholders = run.placeholders().await?;
             run.apply(&attach).await?;
@@ -613,7 +613,7 @@ async fn half_detached_disk_is_finished_or_undone() -> Result<()> {
                 // A job of another disk is not ended with it.
                 let job = "domsnap-j-0123456789ab";
                 run.copy_slowly(1, job).await?;
-                run.apply(&DomainStep::Attach { disks: vec![run.targets[0].clone()], anew: None }).await?;
+                run.apply(&DomainStep::Attach { disks: vec![run.targets[0].clone()], restart: None }).await?;
                 assert!(run.end_job(job).await?, "the job of the other disk was ended");
                 run.undo(&window).await?;
             }
@@ -643,7 +643,7 @@ async fn quiesce_is_done_refused_or_explained() -> Result<()> {
     set(&mut step, Quiesce::Require, Some(PowerAfter::Paused));
     let facts = run.take(&step).await?;
     assert_eq!(facts.taken.context("it was taken")?.consistency, Consistency::Filesystem);
-    run.apply(&DomainStep::Rehome { disks: run.targets.clone() }).await?;
+    run.apply(&DomainStep::ReopenByName { disks: run.targets.clone() }).await?;
     run.reconnect().await?;
     assert!(!run.live()?.seen().running, "it was to be paused");
     run.live()?.resume().await?;
@@ -664,7 +664,7 @@ async fn quiesce_is_done_refused_or_explained() -> Result<()> {
     let facts = run.take(&step).await?;
     assert_eq!(facts.taken.context("it was taken")?.consistency, Consistency::Crash);
     assert!(facts.notes.iter().any(|note| note.contains("no agent")), "{:?}", facts.notes);
-    run.apply(&DomainStep::Rehome { disks: run.targets.clone() }).await?;
+    run.apply(&DomainStep::ReopenByName { disks: run.targets.clone() }).await?;
     run.sound().await?;
     run.guest.expect_no_bad()?;
     Ok(())

@@ -87,7 +87,7 @@ pub(crate) async fn take(
     }
     // 1) Open the overlays while the guest runs: nothing is cut yet.
     if let Some(qemu) = live.qemu().await {
-        qemu.make_ready(&disks_alone(&step)).await?;
+        qemu.prepare(&disks_alone(&step)).await?;
     }
     let since = Instant::now();
     tracing::debug!("the pause begins");

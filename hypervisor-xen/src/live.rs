@@ -279,12 +279,12 @@ impl LiveDomain for XenDomain {
                 continue;
             };
             // Questions to xl were answered when the plan was made; each one takes a while.
-            if let DomainStep::OpenWindow { anew: Some(anew), .. } = &step
+            if let DomainStep::Detach { restart: Some(restart), .. } = &step
                 && !probe
             {
                 // If the domain does not exist, a detached section of ours has destroyed it already.
                 if let Some(row) = list::row_of(&self.xl, &self.name).await? {
-                    section::refuse(self, anew, &row).await?;
+                    section::refuse(self, restart, &row).await?;
                 }
             }
             if let Some(step) = instant(&step) {
@@ -335,11 +335,11 @@ impl LiveDomain for XenDomain {
                 }
                 Ok(facts)
             }
-            DomainStep::Rehome { .. } => match self.qemu().await {
+            DomainStep::ReopenByName { .. } => match self.qemu().await {
                 Some(qemu) => qemu.apply(step, context).await,
                 None => Ok(StepOutcome::default()),
             },
-            DomainStep::OpenWindow { .. } => {
+            DomainStep::Detach { .. } => {
                 section::open(self, step, context).await.map(|()| StepOutcome::default())
             }
             DomainStep::Attach { .. } => {
@@ -359,20 +359,20 @@ impl LiveDomain for XenDomain {
                 None => Ok(()),
             },
             DomainStep::SaveMemory { file, .. } => remove_memory(file).await,
-            DomainStep::OpenWindow { .. } => section::undo_open(self, step, context).await,
+            DomainStep::Detach { .. } => section::undo_open(self, step, context).await,
             DomainStep::Attach { .. } => section::undo_attach(self, step, context).await,
             // There is nothing to undo: a check changes nothing, and a node that was reopened by name keeps
             // its name.
-            DomainStep::CheckMemory { .. } | DomainStep::Rehome { .. } => Ok(()),
+            DomainStep::CheckMemory { .. } | DomainStep::ReopenByName { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
                 Err(Error::new(ErrorKind::Internal, "a step that cannot be undone was to be undone"))
             }
         }
     }
 
-    async fn settle(&self, chains: &[OpenChain]) -> Result<Vec<String>> {
+    async fn clean_up(&self, chains: &[OpenChain]) -> Result<Vec<String>> {
         match self.qemu().await {
-            Some(qemu) => qemu.settle(chains).await,
+            Some(qemu) => qemu.clean_up(chains).await,
             None => Ok(Vec::new()),
         }
     }

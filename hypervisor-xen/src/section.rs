@@ -32,8 +32,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use snapcore::{
-    Anew, Beginning, Control, Domain, DomainContext, DomainInfo, DomainStep, Error, ErrorKind, FileIdentity,
-    GuestChange, PowerAfter, Result, SeenDisk, StartedDomain, StepOutcome, file_identity,
+    Control, Domain, DomainContext, DomainInfo, DomainStep, Error, ErrorKind, FileIdentity, GuestChange,
+    PowerAfter, Restart, RestartSource, Result, SeenDisk, StartedDomain, StepOutcome, file_identity,
 };
 
 use crate::{
@@ -200,8 +200,8 @@ fn write(places: &NotePaths, note: &Note) -> Result<()> {
 }
 
 pub(crate) async fn open(live: &XenDomain, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
-    let DomainStep::OpenWindow { anew, .. } = step else { return Ok(()) };
-    match anew {
+    let DomainStep::Detach { restart, .. } = step else { return Ok(()) };
+    match restart {
         None => {
             let row = live.row().await?;
             refuse_suspended(&row)?;
@@ -213,12 +213,12 @@ pub(crate) async fn open(live: &XenDomain, step: &DomainStep, context: DomainCon
                 None => Ok(()),
             }
         }
-        Some(anew) => end(live, anew).await,
+        Some(restart) => end(live, restart).await,
     }
 }
 
 /// Destroys the domain. If it is destroyed already, does nothing.
-async fn end(live: &XenDomain, anew: &Anew) -> Result<()> {
+async fn end(live: &XenDomain, restart: &Restart) -> Result<()> {
     *live.section.lock().await = Some(Instant::now());
     let row = list::row_of(&live.xl, &live.name).await?;
     let note = read(&live.places)?;
@@ -232,10 +232,10 @@ async fn end(live: &XenDomain, anew: &Anew) -> Result<()> {
     //    never without it. A crash before 4) leaves the domain suspended or paused: undo wakes and resumes
     //    it, with or without a note.
     if note.is_none() {
-        refuse(live, anew, &row).await?;
+        refuse(live, restart, &row).await?;
         let running = !row.flags.paused;
         // A paused guest cannot be saved, and need not be: a snapshot was taken, or none is possible.
-        let saved = anew.safety && running;
+        let saved = restart.safety && running;
         if saved {
             let previous = live.places.previous.clone();
             blocking(move || memory::make_private(&previous)).await?;
@@ -287,10 +287,10 @@ async fn end(live: &XenDomain, anew: &Anew) -> Result<()> {
 
 /// Refuses to destroy a domain that could not be created afterwards, or that a failed revert could not
 /// restore.
-pub(crate) async fn refuse(live: &XenDomain, anew: &Anew, row: &Row) -> Result<()> {
+pub(crate) async fn refuse(live: &XenDomain, restart: &Restart, row: &Row) -> Result<()> {
     refuse_suspended(row)?;
-    refuse_without_beginning(live, anew).await?;
-    if anew.safety && row.flags.paused {
+    refuse_without_beginning(live, restart).await?;
+    if restart.safety && row.flags.paused {
         let detail = "the guest is paused, and Xen saves only one that runs: a revert that fails could not bring it back";
         return Err(Error::new(ErrorKind::Refused, detail)
             .state("no changes made")
@@ -299,19 +299,19 @@ pub(crate) async fn refuse(live: &XenDomain, anew: &Anew, row: &Row) -> Result<(
     Ok(())
 }
 
-async fn refuse_without_beginning(live: &XenDomain, anew: &Anew) -> Result<()> {
-    match (&anew.from, anew.config.as_ref().or(live.config.as_ref())) {
-        (Beginning::Boot, None) => Err(Error::new(
+async fn refuse_without_beginning(live: &XenDomain, restart: &Restart) -> Result<()> {
+    match (&restart.from, restart.config.as_ref().or(live.config.as_ref())) {
+        (RestartSource::Boot, None) => Err(Error::new(
             ErrorKind::Refused,
             "the snapshot has no memory, and the config file that the domain would be created from is not known",
         )
         .advise("name it: --config FILE; or have the domain off afterwards: --off")),
-        (Beginning::Boot, Some(config)) => refuse_other_config(live, config).await,
-        (Beginning::Memory(_), _) => match &anew.config {
+        (RestartSource::Boot, Some(config)) => refuse_other_config(live, config).await,
+        (RestartSource::Memory(_), _) => match &restart.config {
             Some(config) => refuse_other_config(live, config).await,
             None => Ok(()),
         },
-        (Beginning::Off, _) => Ok(()),
+        (RestartSource::Off, _) => Ok(()),
     }
     .map_err(|error| error.state("no changes made"))
 }
@@ -367,8 +367,8 @@ async fn destroy(live: &XenDomain, domid: u32) -> Result<()> {
 }
 
 pub(crate) async fn attach(live: &XenDomain, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
-    let DomainStep::Attach { anew, .. } = step else { return Ok(()) };
-    let Some(anew) = anew else {
+    let DomainStep::Attach { restart, .. } = step else { return Ok(()) };
+    let Some(restart) = restart else {
         return match (live.qemu().await, read(&live.places)?) {
             (Some(qemu), None) => qemu.apply(step, context).await.map(drop),
             // A domain that is to be created again.
@@ -386,10 +386,10 @@ pub(crate) async fn attach(live: &XenDomain, step: &DomainStep, context: DomainC
             false => Err(name_taken(live, row.domid)),
         };
     }
-    match &anew.from {
-        Beginning::Off => Ok(()),
-        Beginning::Memory(file) => restore(live, file, anew.config.as_deref(), true).await,
-        Beginning::Boot => create(live, anew.config.as_deref()).await,
+    match &restart.from {
+        RestartSource::Off => Ok(()),
+        RestartSource::Memory(file) => restore(live, file, restart.config.as_deref(), true).await,
+        RestartSource::Boot => create(live, restart.config.as_deref()).await,
     }
 }
 
@@ -449,8 +449,8 @@ pub(crate) async fn undo_attach(
     step: &DomainStep,
     context: DomainContext<'_>,
 ) -> Result<()> {
-    let DomainStep::Attach { anew, .. } = step else { return Ok(()) };
-    if anew.is_none() {
+    let DomainStep::Attach { restart, .. } = step else { return Ok(()) };
+    if restart.is_none() {
         return match live.qemu().await {
             Some(qemu) => qemu.undo(step, context).await,
             None => Ok(()),
@@ -467,10 +467,10 @@ pub(crate) async fn undo_attach(
 
 /// Restores the previous domain; one that was only paused is resumed.
 pub(crate) async fn undo_open(live: &XenDomain, step: &DomainStep, context: DomainContext<'_>) -> Result<()> {
-    let DomainStep::OpenWindow { anew, running, .. } = step else { return Ok(()) };
+    let DomainStep::Detach { restart, running, .. } = step else { return Ok(()) };
     *live.section.lock().await = None;
     let row = list::row_of(&live.xl, &live.name).await?;
-    if anew.is_none() {
+    if restart.is_none() {
         if let Some(qemu) = live.qemu().await {
             qemu.undo(step, context).await?;
         }

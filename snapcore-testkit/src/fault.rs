@@ -230,6 +230,8 @@ impl FaultyBackend {
     }
 }
 
+// Every method is delegated: a default method that were forgotten here would hide the backend's own.
+#[deny(clippy::missing_trait_methods)]
 #[async_trait]
 impl DiskSnapshotter for FaultyBackend {
     type Action = serde_json::Value;
@@ -346,8 +348,8 @@ impl DiskSnapshotter for FaultyBackend {
     async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
         self.inner.salvage(step, done, context).await
     }
-    async fn is_overtaken(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
-        self.inner.is_overtaken(step, context).await
+    async fn is_superseded(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
+        self.inner.is_superseded(step, context).await
     }
     async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
         self.inner.status(step, context).await

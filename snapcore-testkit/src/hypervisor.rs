@@ -278,10 +278,10 @@ async fn memory(machine: &dyn TestMachine) -> Result<()> {
     if !fixture.saver.profile().recreates {
         let disks = fixture.targets.clone();
         fixture.apply(&DomainStep::CheckMemory { file: file.clone() }, &Counted::default()).await?;
-        let window = DomainStep::OpenWindow { disks: disks.clone(), running: true, anew: None };
+        let window = DomainStep::Detach { disks: disks.clone(), running: true, restart: None };
         fixture.apply(&window, &Counted::default()).await?;
         ensure!(fixture.open_files().await?.iter().all(HashSet::is_empty), "its disks are not free");
-        fixture.apply(&DomainStep::Attach { disks, anew: None }, &Counted::default()).await?;
+        fixture.apply(&DomainStep::Attach { disks, restart: None }, &Counted::default()).await?;
         let power = Some(PowerAfter::Running);
         let go_on = DomainStep::Continue { memory: Some(file.clone()), reset: false, power };
         let facts = fixture.apply(&go_on, &Counted::default()).await?;
@@ -301,7 +301,7 @@ async fn given_up(machine: &dyn TestMachine) -> Result<()> {
         return Ok(());
     }
     let before = fixture.open_files().await?;
-    let window = DomainStep::OpenWindow { disks: fixture.targets.clone(), running: true, anew: None };
+    let window = DomainStep::Detach { disks: fixture.targets.clone(), running: true, restart: None };
     for _ in 0..2 {
         fixture.apply(&window, &Counted::default()).await?;
         ensure!(fixture.open_files().await?.iter().all(HashSet::is_empty), "its disks are not free");

@@ -349,7 +349,7 @@ pub trait DiskSnapshotter: Send + Sync {
     /// This is the case if a merge has moved the active layer's data down, and the configured path still
     /// names the active layer. Once the path has moved, the result must be `false`: the domain itself writes
     /// to the merged layer, so its content no longer proves anything.
-    async fn is_overtaken(&self, _step: &Step<Self::Action>, _context: StepContext<'_>) -> Result<bool> {
+    async fn is_superseded(&self, _step: &Step<Self::Action>, _context: StepContext<'_>) -> Result<bool> {
         Ok(false)
     }
 

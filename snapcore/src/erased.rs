@@ -55,6 +55,8 @@ fn decoded<A: DeserializeOwned>(format: &str, step: &Step) -> Result<Step<A>> {
     })
 }
 
+// Every method is delegated: a default method that were forgotten here would hide the backend's own.
+#[deny(clippy::missing_trait_methods)]
 #[async_trait]
 impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     type Action = Value;
@@ -154,8 +156,8 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     async fn salvage(&self, step: &Step, done: bool, context: StepContext<'_>) -> Result<Salvage> {
         self.inner.salvage(&self.decoded(step)?, done, context).await
     }
-    async fn is_overtaken(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
-        self.inner.is_overtaken(&self.decoded(step)?, context).await
+    async fn is_superseded(&self, step: &Step, context: StepContext<'_>) -> Result<bool> {
+        self.inner.is_superseded(&self.decoded(step)?, context).await
     }
     async fn status(&self, step: &Step, context: StepContext<'_>) -> Result<StepStatus> {
         self.inner.status(&self.decoded(step)?, context).await

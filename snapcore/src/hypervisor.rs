@@ -112,9 +112,9 @@ pub struct MemoryPlan {
 /// The restart of a domain after a detached section in which its current state was given up.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub struct Anew {
+pub struct Restart {
     /// The source of the restart.
-    pub from: Beginning,
+    pub from: RestartSource,
     /// True to keep the current memory until the restart is certain, if the hypervisor must end the domain
     /// for it. A failure then restores the previous guest.
     pub safety: bool,
@@ -130,7 +130,7 @@ pub struct Anew {
 /// The source of a domain's restart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub enum Beginning {
+pub enum RestartSource {
     /// This memory image: the guest continues from its instant.
     Memory(#[schemars(with = "String")] Utf8PathBuf),
     /// A boot, as after a reset.
@@ -181,14 +181,16 @@ pub enum DomainStep {
     },
     /// Reopens each frozen image by its permanent name. The hypervisor may know it by the configured path,
     /// which names another image by now.
-    Rehome {
+    #[serde(rename = "rehome")]
+    ReopenByName {
         /// The disks.
         disks: Vec<Target>,
     },
     /// Opens a detached section: pauses the guest and closes the files of these disks, so that they can be
     /// changed like disks at rest. Undo reopens what the configured paths name, and resumes the guest if it
     /// was paused only for this.
-    OpenWindow {
+    #[serde(rename = "open-window")]
+    Detach {
         /// The disks.
         disks: Vec<Target>,
         /// True if the guest ran when this was planned. The end of the section then resumes it, also after a
@@ -196,8 +198,8 @@ pub enum DomainStep {
         running: bool,
         /// The restart of the domain, if the guest's current state is given up. A hypervisor that cannot
         /// close the disks of a running guest ends the domain in this case.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        anew: Option<Anew>,
+        #[serde(rename = "anew", default, skip_serializing_if = "Option::is_none")]
+        restart: Option<Restart>,
     },
     /// Opens for the disks what the configured paths name now. The guest is still paused. Undo closes the
     /// files again.
@@ -206,8 +208,8 @@ pub enum DomainStep {
         disks: Vec<Target>,
         /// The same as of the detached section. A hypervisor that ended the domain creates it again here,
         /// paused, so that a failure can still be undone.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        anew: Option<Anew>,
+        #[serde(rename = "anew", default, skip_serializing_if = "Option::is_none")]
+        restart: Option<Restart>,
     },
     /// Loads media into drives, as the memory that is loaded next expects them. Part of a detached section.
     Media {
@@ -368,14 +370,6 @@ impl StartedDomain {
         Self { domid: Some(domid), ..Self::default() }
     }
 }
-
-/// The previous name of [`StepOutcome`].
-#[doc(hidden)]
-pub type Facts = StepOutcome;
-
-/// The previous name of [`DomainInfo`].
-#[doc(hidden)]
-pub type Seen = DomainInfo;
 
 /// The outcome of a domain step.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -593,7 +587,7 @@ pub trait LiveDomain: Send + Sync {
     /// Performs the part of a step that does not need the guest to be paused. Used by drivers that pause it
     /// by other means before they apply the step. Other programs see no change. [`LiveDomain::undo`] reverses
     /// it, and so does [`LiveDomain::settle`].
-    async fn make_ready(&self, step: &DomainStep) -> Result<()> {
+    async fn prepare(&self, step: &DomainStep) -> Result<()> {
         let _ = step;
         Ok(())
     }
@@ -607,7 +601,7 @@ pub trait LiveDomain: Send + Sync {
     /// Cleans up what an interrupted run left in the hypervisor and the journal does not record: thaws the
     /// guest, closes unused nodes, reopens images under their permanent names. Does not resume a guest.
     /// `chains` has all disks. Returns a description of what it did.
-    async fn settle(&self, chains: &[OpenChain]) -> Result<Vec<String>>;
+    async fn clean_up(&self, chains: &[OpenChain]) -> Result<Vec<String>>;
 }
 
 /// Input for starting a domain from a memory image.

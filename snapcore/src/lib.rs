@@ -85,9 +85,9 @@ pub use erased::{AnyDiskSnapshotter, erased};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventStream, Events};
 pub use hypervisor::{
-    Anew, AttachedDisk, AttachedMerge, Beginning, ChainFile, Control, DiskInstant, DomainContext, DomainInfo,
-    DomainStep, Facts, FileIdentity, GuestChange, HypervisorProfile, Inside, LiveDomain, MAX_COMPRESSION,
-    Medium, MemoryPlan, NothingInside, Obstacle, OpenChain, PowerAfter, Quiesce, Seen, SeenDisk,
+    AttachedDisk, AttachedMerge, ChainFile, Control, DiskInstant, DomainContext, DomainInfo, DomainStep,
+    FileIdentity, GuestChange, HypervisorProfile, Inside, LiveDomain, MAX_COMPRESSION, Medium, MemoryPlan,
+    NothingInside, Obstacle, OpenChain, PowerAfter, Quiesce, Restart, RestartSource, SeenDisk,
     StartFromMemory, StartedDomain, StepOutcome, Taken, VmStateSaver, file_identity,
 };
 pub use name::{DomainName, LayerName, MAX_NAME_BYTES, SnapshotName, Target};

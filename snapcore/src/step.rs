@@ -195,10 +195,11 @@ impl Plan {
         let steps: Vec<DomainStep> =
             steps.filter_map(|planned| serde_json::from_value(planned.step.action.clone()).ok()).collect();
         let window = steps.iter().find_map(|step| match step {
-            DomainStep::OpenWindow { anew, .. } => Some(anew),
+            DomainStep::Detach { restart, .. } => Some(restart),
             _ => None,
         });
-        let recreated = window.is_some_and(|anew| anew.as_ref().is_some_and(|anew| anew.recreated));
+        let recreated =
+            window.is_some_and(|restart| restart.as_ref().is_some_and(|restart| restart.recreated));
         steps.iter().find_map(|step| {
             let DomainStep::Continue { memory, reset, power } = step else { return None };
             let change = match (power, memory, reset, recreated) {

@@ -4,7 +4,7 @@ mod fake;
 
 use camino::Utf8PathBuf;
 use fake::{FakeBackend, FakeDisk};
-use snapcore::plan::{Alive, DiskInput, plan};
+use snapcore::plan::{DiskInput, RunningDomain, plan};
 use snapcore::*;
 
 /// A running domain of one disk, and a backend that declares `can`.
@@ -49,7 +49,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         agent: None,
         config: None,
     };
-    let alive = Alive {
+    let alive = RunningDomain {
         profile: HypervisorProfile::new(domain.hypervisor.clone(), "Fake", "NAME"),
         seen: &seen,
         differs: Vec::new(),

@@ -355,16 +355,16 @@ async fn a_recovery_does_again_what_the_domain_overtook_before_the_steps_that_ar
     let names = vec![name("s1"), name("s2")];
     let request = Request::Delete(DeleteRequest::new(names));
     // Each disk drops s1, then s2.
-    for (number, overtaken) in [(1, 0), (2, 1), (3, 0), (4, 1)] {
+    for (number, superseded) in [(1, 0), (2, 1), (3, 0), (4, 1)] {
         let mut bench = Bench::new().await;
         bench.backend.applies.set(vec![Fault { number, when: When::Before, how: How::Stop }]);
         bench.run_until_stopped(&request).await;
         let first = r#"Drop { name: "s1" }"#.to_owned();
-        bench.backend.overtaken.lock().unwrap().push(first.clone());
+        bench.backend.superseded.lock().unwrap().push(first.clone());
         bench.recover().await;
         let applied = bench.backend.applied.lock().unwrap().clone();
         // Where all that follows on the disk is done, nothing can be lost any more, and nobody asks.
-        assert_eq!(applied.len(), 5 - number + overtaken, "stopped at {number}: {applied:?}");
+        assert_eq!(applied.len(), 5 - number + superseded, "stopped at {number}: {applied:?}");
         assert_eq!(applied[0], first, "stopped at {number}: {applied:?}");
         assert!(bench.backend.world().values().all(|disk| disk.tags.is_empty()));
         let entry = bench.entry().await;

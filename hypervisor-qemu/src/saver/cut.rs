@@ -229,7 +229,7 @@ pub(super) struct OpenOverlay {
 }
 
 /// Opens the overlays ahead of the cut, which takes most of the cut's time.
-pub(super) async fn make_ready(live: &QemuDomain, step: CutStep<'_>) -> Result<()> {
+pub(super) async fn open_overlays(live: &QemuDomain, step: CutStep<'_>) -> Result<()> {
     let mut opened = Vec::new();
     let cuts = match prepare(live, step, &mut opened).await {
         Ok(cuts) => cuts,

@@ -421,9 +421,9 @@ impl LiveDomain for QemuDomain {
         Ok(())
     }
 
-    async fn make_ready(&self, step: &DomainStep) -> Result<()> {
+    async fn prepare(&self, step: &DomainStep) -> Result<()> {
         match instant(step) {
-            Some(step) => cut::make_ready(self, step).await,
+            Some(step) => cut::open_overlays(self, step).await,
             None => Ok(()),
         }
     }
@@ -441,7 +441,7 @@ impl LiveDomain for QemuDomain {
             DomainStep::SaveMemory { file, tag, compress } => {
                 return cut::save_memory(self, file, tag, *compress, context).await;
             }
-            DomainStep::Rehome { disks } => {
+            DomainStep::ReopenByName { disks } => {
                 for target in disks {
                     let Some(chain) = context.chains.iter().find(|chain| chain.target == *target) else {
                         let detail = format!("no chain was given for disk {target}");
@@ -450,15 +450,15 @@ impl LiveDomain for QemuDomain {
                     reopen::reopen_by_name(self.expect(target)?, chain).await?;
                 }
             }
-            DomainStep::OpenWindow { disks, .. } => {
+            DomainStep::Detach { disks, .. } => {
                 let notes = self.lost_bitmaps(disks.iter()).await?;
                 section::open(self, disks).await?;
                 return Ok(StepOutcome { notes, ..StepOutcome::default() });
             }
-            DomainStep::Attach { disks, anew } => {
+            DomainStep::Attach { disks, restart } => {
                 section::attach(self, disks, context.chains).await?;
                 let mut notes: Vec<String> = self.lost_options(disks.iter()).into_iter().collect();
-                if anew.is_some() {
+                if restart.is_some() {
                     notes.extend(self.copies_left_behind(disks.iter()).await?);
                 }
                 return Ok(StepOutcome { notes, ..StepOutcome::default() });
@@ -483,7 +483,7 @@ impl LiveDomain for QemuDomain {
                 None => Ok(()),
             },
             DomainStep::SaveMemory { file, .. } => cut::forget_memory(self, file).await,
-            DomainStep::OpenWindow { disks, .. } => section::undo_open(self, disks, context.chains).await,
+            DomainStep::Detach { disks, .. } => section::undo_open(self, disks, context.chains).await,
             DomainStep::Attach { disks, .. } => section::undo_attach(self, disks).await,
             // There is nothing to undo in QEMU: a check changes nothing, and a node that was reopened by name
             // keeps its name.
@@ -491,7 +491,7 @@ impl LiveDomain for QemuDomain {
                 self.unpacked.release(file);
                 Ok(())
             }
-            DomainStep::Rehome { .. } => Ok(()),
+            DomainStep::ReopenByName { .. } => Ok(()),
             DomainStep::Continue { .. } | DomainStep::Media { .. } | DomainStep::RemoveMemory { .. } => {
                 let detail = "a step that cannot be undone was to be undone";
                 Err(Error::new(ErrorKind::Internal, detail))
@@ -499,7 +499,7 @@ impl LiveDomain for QemuDomain {
         }
     }
 
-    async fn settle(&self, chains: &[OpenChain]) -> Result<Vec<String>> {
+    async fn clean_up(&self, chains: &[OpenChain]) -> Result<Vec<String>> {
         let mut done = Vec::new();
         match self.thaw().await {
             0 => {}

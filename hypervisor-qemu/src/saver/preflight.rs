@@ -95,7 +95,7 @@ async fn check_state(live: &QemuDomain, plan: &Plan) -> Result<()> {
                     return Err(error.context("the snapshot must be quiesced"));
                 }
             }
-            Some(DomainStep::OpenWindow { disks: detached, .. }) => {
+            Some(DomainStep::Detach { disks: detached, .. }) => {
                 disks = true;
                 refuse_unfit(live, &detached)?;
                 refuse_used(live, &detached).await?;
@@ -243,10 +243,10 @@ fn opens(plan: &Plan) -> Vec<Opens> {
                     DiskInstant::Internal { .. } | DiskInstant::ByBackend => None,
                 })
                 .collect(),
-            Some(DomainStep::OpenWindow { disks, anew, .. }) => disks
+            Some(DomainStep::Detach { disks, restart, .. }) => disks
                 .into_iter()
                 .map(|target| Opens::Chain {
-                    new_layers: anew.is_some() && gets_new_layer(plan, &target),
+                    new_layers: restart.is_some() && gets_new_layer(plan, &target),
                     target,
                 })
                 .collect(),

@@ -32,7 +32,7 @@ impl Running<'_> {
         //    layer that has them.
         if self.resumed {
             self.reopen_window(&finish)?;
-            self.look_for_overtaken(&finish).await.map_err(|error| self.left_unfinished(error))?;
+            self.look_for_superseded(&finish).await.map_err(|error| self.left_unfinished(error))?;
         }
         let mut put_off: Vec<Target> = Vec::new();
         let mut pending: Vec<Change> = Vec::new();
@@ -146,7 +146,7 @@ impl Running<'_> {
                 continue;
             }
             match self.domain_step(index)? {
-                DomainStep::OpenWindow { .. } => opened = Some(index),
+                DomainStep::Detach { .. } => opened = Some(index),
                 DomainStep::Attach { .. } if self.operation.steps[index] != StepState::Done => {
                     if let Some(opened) = opened {
                         self.move_step(opened, StepTransition::Repeat)?;
@@ -172,7 +172,7 @@ impl Running<'_> {
     }
 
     /// Finish steps that are done, but have not seen what the domain wrote since, are to be done again.
-    async fn look_for_overtaken(&mut self, finish: &[usize]) -> Result<()> {
+    async fn look_for_superseded(&mut self, finish: &[usize]) -> Result<()> {
         for (place, &index) in finish.iter().enumerate() {
             let step = &self.operation.plan.steps[index].step;
             let later_ones_left = finish[place + 1..].iter().any(|&later| {
@@ -182,7 +182,7 @@ impl Running<'_> {
             if self.operation.steps[index] != StepState::Done || !later_ones_left {
                 continue;
             }
-            if self.is_overtaken(index).await? {
+            if self.is_superseded(index).await? {
                 let step = &self.operation.plan.steps[index].step;
                 let message = format!(
                     "{}: the domain may have run after the crash, so this is done once more: {}",
@@ -241,7 +241,7 @@ impl Running<'_> {
     /// `LiveDomain::settle` does it.
     fn is_of_names(&self, index: usize) -> bool {
         self.operation.plan.steps[index].step.target.is_domain()
-            && matches!(self.domain_step(index), Ok(DomainStep::Rehome { .. }))
+            && matches!(self.domain_step(index), Ok(DomainStep::ReopenByName { .. }))
     }
 
     fn put_off(&mut self, target: &Target, index: usize, bytes: u64, reason: String) {

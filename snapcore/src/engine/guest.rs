@@ -29,7 +29,7 @@ impl Guest {
     /// The guest after the domain's step at `index` was done.
     pub(super) fn after(self, step: &DomainStep, index: usize) -> Self {
         match (self, step) {
-            (_, DomainStep::OpenWindow { .. }) => Self::Detached { since: index },
+            (_, DomainStep::Detach { .. }) => Self::Detached { since: index },
             (_, DomainStep::Continue { .. }) => Self::Resumed,
             (Self::Running | Self::Cut | Self::Uncut { .. } | Self::Resumed, DomainStep::Instant { .. }) => {
                 Self::Cut
@@ -44,7 +44,7 @@ impl Guest {
                 | Self::Detached { .. }
                 | Self::Resumed),
                 DomainStep::Attach { .. }
-                | DomainStep::Rehome { .. }
+                | DomainStep::ReopenByName { .. }
                 | DomainStep::Media { .. }
                 | DomainStep::SaveMemory { .. }
                 | DomainStep::CheckMemory { .. }
@@ -88,8 +88,8 @@ mod tests {
     /// comes between.
     #[test]
     fn guest_is_detached_until_it_goes_on() {
-        let open = DomainStep::OpenWindow { disks: Vec::new(), running: true, anew: None };
-        let attach = DomainStep::Attach { disks: Vec::new(), anew: None };
+        let open = DomainStep::Detach { disks: Vec::new(), running: true, restart: None };
+        let attach = DomainStep::Attach { disks: Vec::new(), restart: None };
         let go_on = DomainStep::Continue { memory: None, reset: false, power: None };
         let guest = Guest::Running.after(&open, 3);
         assert_eq!(guest.detached_since(), Some(3));

@@ -16,7 +16,7 @@
 //! **The domain may have run in between**, started by somebody who knows of no crash, and have written to
 //! whatever its configured paths named. Two questions to the backend keep that. Before a step is undone: what
 //! would the undo lose ([`crate::Salvage`])? It is put aside, durably, before the undo begins, or the step
-//! stays. Before the rest is carried through: was a step that is recorded as done overtaken, so that a later
+//! stays. Before the rest is carried through: was a step that is recorded as done superseded, so that a later
 //! one would lose what it has not seen? It is done again, and recorded, before the later ones. While an
 //! operation runs it holds its disks, so nobody writes, and neither is asked.
 
@@ -39,8 +39,9 @@ use crate::manifest::ManifestStore;
 use crate::operation::StepTransition;
 use crate::service::Postponed;
 use crate::{
-    Edit, Error, ErrorKind, Event, Events, Facts, Group, GuestChange, LiveDomain, Operation, OperationId,
-    OperationState, Plan, Registry, Result, Snapshot, StartedDomain, StepState, Taken, Transition,
+    Edit, Error, ErrorKind, Event, Events, Group, GuestChange, LiveDomain, Operation, OperationId,
+    OperationState, Plan, Registry, Result, Snapshot, StartedDomain, StepOutcome, StepState, Taken,
+    Transition,
 };
 
 /// Carries plans out on one domain, whose lock and disks the caller holds.
@@ -391,7 +392,7 @@ impl Running<'_> {
     }
 
     /// Takes up what a step of the domain told: the snapshot that is to be recorded is as its instant was.
-    fn note(&mut self, index: usize, facts: Facts) -> Result<()> {
+    fn note(&mut self, index: usize, facts: StepOutcome) -> Result<()> {
         if self.operation.plan.steps[index].step.target.is_domain() {
             let step = self.domain_step(index)?;
             self.guest = std::mem::replace(&mut self.guest, Guest::Running).after(&step, index);

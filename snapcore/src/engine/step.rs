@@ -18,8 +18,8 @@ use super::Running;
 use super::guest::Guest;
 use crate::{
     AnyDiskSnapshotter, DiskInstant, DiskRecord, DomainContext, DomainStep, Edit, Error, ErrorKind, Event,
-    Events, Facts, Group, Inside, LiveDomain, NothingInside, OpenChain, OperationId, PowerAfter, Progress,
-    Result, Salvage, StartFromMemory, StepContext, StepState, StepStatus, Target, file_identity,
+    Events, Group, Inside, LiveDomain, NothingInside, OpenChain, OperationId, PowerAfter, Progress, Result,
+    Salvage, StartFromMemory, StepContext, StepOutcome, StepState, StepStatus, Target, file_identity,
 };
 
 impl Running<'_> {
@@ -46,7 +46,7 @@ impl Running<'_> {
     }
 
     /// Does a step and what is inside it.
-    pub(super) async fn apply(&self, head: usize) -> Result<Facts> {
+    pub(super) async fn apply(&self, head: usize) -> Result<StepOutcome> {
         let planned = &self.operation.plan.steps[head];
         for index in self.unit(head) {
             let planned = &self.operation.plan.steps[index];
@@ -62,7 +62,7 @@ impl Running<'_> {
         let inside = Within { running: self, steps: head + 1..self.unit(head).end, back: false };
         let done = match planned.step.target.is_domain() {
             true => self.apply_to_domain(head, &inside).await,
-            false => self.apply_to_disk(head, &inside).await.map(|()| Facts::default()),
+            false => self.apply_to_disk(head, &inside).await.map(|()| StepOutcome::default()),
         };
         done.map_err(|error| error.context(planned.step.summary.clone()))
     }
@@ -108,7 +108,7 @@ impl Running<'_> {
         guarded(backend.apply(&planned.step, work.context(cancel, inside))).await
     }
 
-    async fn apply_to_domain(&self, index: usize, inside: &dyn Inside) -> Result<Facts> {
+    async fn apply_to_domain(&self, index: usize, inside: &dyn Inside) -> Result<StepOutcome> {
         let step = self.domain_step(index)?;
         let progress = Teller::new(self.engine.events.clone(), self.operation.id, index);
         let domain = &self.entry.domain;
@@ -116,11 +116,11 @@ impl Running<'_> {
         match &step {
             DomainStep::CheckMemory { file } => {
                 saver()?.check_memory(file, &progress).await?;
-                return Ok(Facts::default());
+                return Ok(StepOutcome::default());
             }
             DomainStep::RemoveMemory { file } => {
                 saver()?.remove_memory(file).await?;
-                return Ok(Facts::default());
+                return Ok(StepOutcome::default());
             }
             _ => {}
         }
@@ -131,12 +131,12 @@ impl Running<'_> {
             && self.guest.detached_since().is_none()
         {
             // The guest went on already, with the media that it has.
-            return Ok(Facts::default());
+            return Ok(StepOutcome::default());
         }
         if self.came_back(&step, live) {
             let note = "the domain runs already, on the disks of the snapshot: it went on just before the crash, or it was started \
                         it since; it was not stopped, reset or given other memory; revert again to have exactly the snapshot";
-            return Ok(Facts { notes: vec![note.to_owned()], ..Facts::default() });
+            return Ok(StepOutcome { notes: vec![note.to_owned()], ..StepOutcome::default() });
         }
         self.yield_locks().await?;
         let chains = match &step {
@@ -186,7 +186,7 @@ impl Running<'_> {
     }
 
     /// What a step comes to where nobody runs the domain any more.
-    async fn apply_at_rest(&self, step: &DomainStep) -> Result<Facts> {
+    async fn apply_at_rest(&self, step: &DomainStep) -> Result<StepOutcome> {
         match step {
             DomainStep::Continue { memory: Some(file), power, .. } if *power != Some(PowerAfter::Off) => {
                 let domain = &self.entry.domain;
@@ -206,9 +206,9 @@ impl Running<'_> {
             }
             DomainStep::Continue { .. }
             | DomainStep::Media { .. }
-            | DomainStep::Rehome { .. }
-            | DomainStep::OpenWindow { .. }
-            | DomainStep::Attach { .. } => Ok(Facts::default()),
+            | DomainStep::ReopenByName { .. }
+            | DomainStep::Detach { .. }
+            | DomainStep::Attach { .. } => Ok(StepOutcome::default()),
             DomainStep::Instant { .. }
             | DomainStep::SaveMemory { .. }
             | DomainStep::CheckMemory { .. }
@@ -331,16 +331,16 @@ impl Running<'_> {
         Ok(edits)
     }
 
-    /// Whether a finish step that is done was overtaken by what the domain wrote since.
-    pub(super) async fn is_overtaken(&self, index: usize) -> Result<bool> {
+    /// Returns true if a finished step was superseded by what the domain wrote since.
+    pub(super) async fn is_superseded(&self, index: usize) -> Result<bool> {
         let step = &self.operation.plan.steps[index].step;
         if step.target.is_domain() {
             return Ok(false);
         }
         let (backend, work) = self.work(index)?;
-        guarded(backend.is_overtaken(step, work.context(&work.deaf, &NothingInside))).await.map_err(|error| {
-            error.context(format!("what the domain wrote since the crash: {}", step.summary))
-        })
+        guarded(backend.is_superseded(step, work.context(&work.deaf, &NothingInside))).await.map_err(
+            |error| error.context(format!("what the domain wrote since the crash: {}", step.summary)),
+        )
     }
 
     /// How far a disk's step got.

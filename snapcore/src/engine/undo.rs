@@ -81,8 +81,10 @@ impl Running<'_> {
                 continue;
             }
             let undone = match (&window, target.is_domain()) {
-                (Window::Anew(opened), true) if index == *opened => self.end_new_window().await,
-                (Window::Anew(_) | Window::NotNeeded, true) if self.is_window_step(index) => Ok(Vec::new()),
+                (Window::Restart(opened), true) if index == *opened => self.end_new_window().await,
+                (Window::Restart(_) | Window::NotNeeded, true) if self.is_window_step(index) => {
+                    Ok(Vec::new())
+                }
                 _ => self.undo_patiently(index).await,
             };
             let undone =
@@ -159,14 +161,14 @@ impl Running<'_> {
         let is_open = |index: usize| {
             matches!(self.operation.steps[index], StepState::Started | StepState::Done)
                 && self.operation.plan.steps[index].step.target.is_domain()
-                && matches!(self.domain_step(index), Ok(DomainStep::OpenWindow { .. }))
+                && matches!(self.domain_step(index), Ok(DomainStep::Detach { .. }))
         };
         self.engine.live.is_some() && self.operation.of_group(Group::Cut).any(is_open)
     }
 
     fn is_window_step(&self, index: usize) -> bool {
         let step = self.domain_step(index);
-        matches!(step, Ok(DomainStep::OpenWindow { .. } | DomainStep::Attach { .. }))
+        matches!(step, Ok(DomainStep::Detach { .. } | DomainStep::Attach { .. }))
     }
 
     /// Disks that were worked on in a window are undone in one. Where the guest stands still it is there yet,
@@ -176,7 +178,7 @@ impl Running<'_> {
         let opened = self.operation.of_group(Group::Cut).find(|index| {
             self.operation.steps[*index] != StepState::Pending
                 && self.operation.plan.steps[*index].step.target.is_domain()
-                && matches!(self.domain_step(*index), Ok(DomainStep::OpenWindow { .. }))
+                && matches!(self.domain_step(*index), Ok(DomainStep::Detach { .. }))
         });
         let (Some(opened), Some(live), true) = (opened, self.engine.live, self.resumed) else {
             return Ok(Window::None);
@@ -202,13 +204,13 @@ impl Running<'_> {
             return Ok(Window::None);
         }
         self.apply(opened).await?;
-        Ok(if live.seen().running { Window::Anew(opened) } else { Window::None })
+        Ok(if live.seen().running { Window::Restart(opened) } else { Window::None })
     }
 
     /// The guest that was started on disks which are no more gets those that are, and starts again.
     async fn end_new_window(&mut self) -> Result<Vec<Edit>> {
         let disks = self.entry.domain.disks.iter().map(|record| record.disk.target.clone()).collect();
-        let attach = DomainStep::Attach { disks, anew: None };
+        let attach = DomainStep::Attach { disks, restart: None };
         let go_on = DomainStep::Continue { memory: None, reset: true, power: Some(PowerAfter::Running) };
         for step in [attach, go_on] {
             self.apply_live(&step).await?;
@@ -228,5 +230,5 @@ enum Window {
     /// Its window was never needed, or is over: no disk has been changed in it.
     NotNeeded,
     /// One that was opened for it, because the guest was started anew; the step that stands for it.
-    Anew(usize),
+    Restart(usize),
 }

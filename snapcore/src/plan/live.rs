@@ -5,18 +5,18 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::{Merged, Planner};
 use crate::request::BUDGET;
 use crate::{
-    Anew, Beginning, Consistency, CreateRequest, DiskInstant, DomainStep, Edit, Error, ErrorKind, Group,
+    Consistency, CreateRequest, DiskInstant, DomainInfo, DomainStep, Edit, Error, ErrorKind, Group,
     HypervisorProfile, MAX_COMPRESSION, Machine, Medium, MemoryPlan, MemoryPoint, Obstacle, PlannedStep,
-    PowerAfter, Quiesce, Result, RevertRequest, Seen, Snapshot, Step, Target,
+    PowerAfter, Quiesce, Restart, RestartSource, Result, RevertRequest, Snapshot, Step, Target,
 };
 
 /// A running domain as the planner sees it.
 #[derive(Debug, Clone)]
-pub struct Alive<'a> {
+pub struct RunningDomain<'a> {
     /// What its hypervisor is like.
     pub profile: HypervisorProfile,
     /// What its hypervisor says.
-    pub seen: &'a Seen,
+    pub seen: &'a DomainInfo,
     /// Of a revert to a snapshot with memory: what of the machine is not as it was then, each in words.
     pub differs: Vec<String>,
     /// Of a revert to a snapshot with memory: the media that are in other drives than then, or in none.
@@ -29,7 +29,7 @@ pub struct Alive<'a> {
     pub cannot_detach: Option<Obstacle>,
 }
 
-impl Alive<'_> {
+impl RunningDomain<'_> {
     /// Refuses ways of saving memory that its hypervisor does not have.
     fn require_ways_to_save(&self, request: &CreateRequest) -> Result<()> {
         let HypervisorProfile { title, saves_while_running, compress, .. } = &self.profile;
@@ -122,7 +122,7 @@ impl Planner<'_> {
     }
 
     /// Refuses to quiesce a guest that nothing could quiesce.
-    fn require_agent(&self, alive: &Alive<'_>) -> Result<()> {
+    fn require_agent(&self, alive: &RunningDomain<'_>) -> Result<()> {
         let known = self.domain.control.as_ref().and_then(|control| control.agent.as_ref());
         let known = known.or(alive.seen.agent.as_ref());
         let refused = |why: &str, advice: &str| {
@@ -268,7 +268,7 @@ impl Planner<'_> {
             merged.last(step(Group::Cut, &DomainStep::SaveMemory { file, tag, compress }, words)?);
         }
         if !external.is_empty() {
-            let rehome = DomainStep::Rehome { disks: external };
+            let rehome = DomainStep::ReopenByName { disks: external };
             merged.first(step(
                 Group::Finish,
                 &rehome,
@@ -341,22 +341,22 @@ impl Planner<'_> {
             .collect();
         let power = power.or(Some(as_now(alive)));
         let from = match (&file, off) {
-            (_, true) => Beginning::Off,
-            (Some(file), false) => Beginning::Memory(file.clone()),
-            (None, false) => Beginning::Boot,
+            (_, true) => RestartSource::Off,
+            (Some(file), false) => RestartSource::Memory(file.clone()),
+            (None, false) => RestartSource::Boot,
         };
         let recreated = alive.profile.recreates;
-        let anew = Anew { from, safety: request.safety, config: request.config.clone(), recreated };
+        let restart = Restart { from, safety: request.safety, config: request.config.clone(), recreated };
         let (mut open, mut attach) = (
-            open_window(Group::Cut, &disks, alive, Some(anew.clone()))?,
-            attach(Group::Cut, &disks, Some(anew.clone()))?,
+            detach(Group::Cut, &disks, alive, Some(restart.clone()))?,
+            attach(Group::Cut, &disks, Some(restart.clone()))?,
         );
         let mut end = match off {
             true => go_on(None, false, power)?,
             false => go_on(file.clone(), file.is_none(), power)?,
         };
-        if anew.recreated {
-            (open.step.summary, attach.step.summary, end.step.summary) = recreated_words(&anew, power);
+        if restart.recreated {
+            (open.step.summary, attach.step.summary, end.step.summary) = recreated_words(&restart, power);
         }
         merged.first(open);
         merged.last(attach);
@@ -396,7 +396,7 @@ impl Planner<'_> {
                 let mut disks: Vec<Target> =
                     in_window.iter().map(|planned| planned.step.target.clone()).collect();
                 disks.dedup();
-                merged.steps.push(open_window(Group::Finish, &disks, alive, None)?);
+                merged.steps.push(detach(Group::Finish, &disks, alive, None)?);
                 merged.steps.extend(in_window);
                 merged.steps.push(attach(Group::Finish, &disks, None)?);
                 merged.steps.push(go_on(None, false, Some(as_now(alive)))?);
@@ -424,7 +424,7 @@ fn require(cannot: &Option<Obstacle>, what: &str, instead: &str) -> Result<()> {
 }
 
 /// What the guest does now.
-fn as_now(alive: &Alive<'_>) -> PowerAfter {
+fn as_now(alive: &RunningDomain<'_>) -> PowerAfter {
     match alive.seen.running {
         true => PowerAfter::Running,
         false => PowerAfter::Paused,
@@ -432,32 +432,37 @@ fn as_now(alive: &Alive<'_>) -> PowerAfter {
 }
 
 /// What the steps of a window do where the hypervisor ends the domain for it, and makes it again.
-fn recreated_words(anew: &Anew, power: Option<PowerAfter>) -> (String, String, String) {
-    let open = match anew.safety {
+fn recreated_words(restart: &Restart, power: Option<PowerAfter>) -> (String, String, String) {
+    let open = match restart.safety {
         true => "save the memory of the domain, for an undo, and destroy the domain",
         false => "destroy the domain; its memory is not saved",
     };
-    let attach = match &anew.from {
-        Beginning::Off => "leave the domain destroyed".to_owned(),
-        Beginning::Memory(file) => format!("restore the domain, paused, from the memory image {file}"),
-        Beginning::Boot => "create the domain again, paused".to_owned(),
+    let attach = match &restart.from {
+        RestartSource::Off => "leave the domain destroyed".to_owned(),
+        RestartSource::Memory(file) => format!("restore the domain, paused, from the memory image {file}"),
+        RestartSource::Boot => "create the domain again, paused".to_owned(),
     };
-    let end = match (&anew.from, power) {
-        (Beginning::Off, _) => "leave the domain off",
+    let end = match (&restart.from, power) {
+        (RestartSource::Off, _) => "leave the domain off",
         (_, Some(PowerAfter::Paused)) => "leave the domain paused",
-        (Beginning::Memory(_), _) => "unpause the domain",
-        (Beginning::Boot, _) => "unpause the domain, whose guest boots",
+        (RestartSource::Memory(_), _) => "unpause the domain",
+        (RestartSource::Boot, _) => "unpause the domain, whose guest boots",
     };
     (open.to_owned(), attach, end.to_owned())
 }
 
-fn open_window(group: Group, disks: &[Target], alive: &Alive<'_>, anew: Option<Anew>) -> Result<PlannedStep> {
-    let opening = DomainStep::OpenWindow { disks: disks.to_vec(), running: alive.seen.running, anew };
+fn detach(
+    group: Group,
+    disks: &[Target],
+    alive: &RunningDomain<'_>,
+    restart: Option<Restart>,
+) -> Result<PlannedStep> {
+    let opening = DomainStep::Detach { disks: disks.to_vec(), running: alive.seen.running, restart };
     step(group, &opening, format!("pause the guest and detach {}", names(disks)))
 }
 
-fn attach(group: Group, disks: &[Target], anew: Option<Anew>) -> Result<PlannedStep> {
-    let attach = DomainStep::Attach { disks: disks.to_vec(), anew };
+fn attach(group: Group, disks: &[Target], restart: Option<Restart>) -> Result<PlannedStep> {
+    let attach = DomainStep::Attach { disks: disks.to_vec(), restart };
     step(group, &attach, format!("reattach {}", names(disks)))
 }
 

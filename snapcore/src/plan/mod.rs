@@ -16,7 +16,7 @@ use crate::{
     SnapshotTree, Target,
 };
 
-pub use live::Alive;
+pub use live::RunningDomain;
 
 /// One disk as the planner sees it.
 #[derive(Clone)]
@@ -53,7 +53,7 @@ pub async fn plan(
     domain: &Domain,
     tree: &SnapshotTree,
     disks: &[DiskInput],
-    alive: Option<&Alive<'_>>,
+    alive: Option<&RunningDomain<'_>>,
     request: &Request,
 ) -> Result<Plan> {
     let planner = Planner { domain, tree, disks, alive };
@@ -75,7 +75,7 @@ struct Planner<'a> {
     domain: &'a Domain,
     tree: &'a SnapshotTree,
     disks: &'a [DiskInput],
-    alive: Option<&'a Alive<'a>>,
+    alive: Option<&'a RunningDomain<'a>>,
 }
 
 impl Planner<'_> {

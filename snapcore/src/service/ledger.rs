@@ -64,8 +64,8 @@ impl Ledger {
 
     /// Puts an imported domain into the catalogue, which has it at `expected`. With `anew`, nothing of what
     /// the catalogue has of it stays, nor its journal.
-    pub(super) async fn put(&self, entry: &mut Entry, expected: Revision, anew: bool) -> Result<()> {
-        let mut changes = if anew { vec![Change::RemoveDomain] } else { Vec::new() };
+    pub(super) async fn put(&self, entry: &mut Entry, expected: Revision, restart: bool) -> Result<()> {
+        let mut changes = if restart { vec![Change::RemoveDomain] } else { Vec::new() };
         changes.extend(self.changes_of(entry).await);
         entry.revision = self.commit(&entry.domain.name, expected, changes).await?;
         Ok(())

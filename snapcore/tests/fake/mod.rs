@@ -122,8 +122,8 @@ pub struct FakeBackend {
     pub undos: Arc<Faults>,
     /// The summaries of the steps that it was to apply, in their order.
     pub applied: Arc<Mutex<Vec<String>>>,
-    /// Steps of these summaries were overtaken by what the domain wrote.
-    pub overtaken: Arc<Mutex<Vec<String>>>,
+    /// Steps of these summaries were superseded by what the domain wrote.
+    pub superseded: Arc<Mutex<Vec<String>>>,
     /// What salvage was asked for: the target, and whether the journal has the step as done.
     pub salvaged: Arc<Mutex<Vec<(Target, bool)>>>,
     /// What it declares, instead of internal points at rest.
@@ -393,8 +393,8 @@ impl DiskSnapshotter for FakeBackend {
         Ok(Salvage::Nothing)
     }
 
-    async fn is_overtaken(&self, step: &Step<Action>, _: StepContext<'_>) -> Result<bool> {
-        Ok(self.overtaken.lock().unwrap().contains(&step.summary))
+    async fn is_superseded(&self, step: &Step<Action>, _: StepContext<'_>) -> Result<bool> {
+        Ok(self.superseded.lock().unwrap().contains(&step.summary))
     }
 
     async fn status(&self, _: &Step<Action>, _: StepContext<'_>) -> Result<StepStatus> {

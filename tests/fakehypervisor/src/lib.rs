@@ -328,8 +328,8 @@ impl LiveDomain for Live {
                 read_memory(file)?;
                 facts.memory_bytes = Some(16);
             }
-            DomainStep::Rehome { disks } => self.attach(disks, context.chains)?,
-            DomainStep::OpenWindow { disks, .. } => self.detach(disks)?,
+            DomainStep::ReopenByName { disks } => self.attach(disks, context.chains)?,
+            DomainStep::Detach { disks, .. } => self.detach(disks)?,
             DomainStep::Attach { disks, .. } => self.attach(disks, context.chains)?,
             DomainStep::Continue { power: Some(PowerAfter::Off), .. } => {
                 fs::remove_file(self.fake.file(&self.name)).map_err(|cause| {
@@ -367,7 +367,7 @@ impl LiveDomain for Live {
                 self.change(|machine| machine.running = *running)
             }
             DomainStep::SaveMemory { file, .. } => remove_memory(file),
-            DomainStep::OpenWindow { disks, running, .. } => {
+            DomainStep::Detach { disks, running, .. } => {
                 self.attach(disks, context.chains)?;
                 self.change(|machine| {
                     machine.window = None;
@@ -376,14 +376,14 @@ impl LiveDomain for Live {
             }
             DomainStep::Attach { disks, .. } => self.detach(disks),
             DomainStep::CheckMemory { .. }
-            | DomainStep::Rehome { .. }
+            | DomainStep::ReopenByName { .. }
             | DomainStep::Media { .. }
             | DomainStep::Continue { .. }
             | DomainStep::RemoveMemory { .. } => Ok(()),
         }
     }
 
-    async fn settle(&self, _: &[OpenChain]) -> Result<Vec<String>> {
+    async fn clean_up(&self, _: &[OpenChain]) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
 }

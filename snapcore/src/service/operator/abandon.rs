@@ -64,7 +64,7 @@ fn has_detached(operation: &Operation) -> bool {
     };
     let mut window = false;
     for (index, state) in operation.steps.iter().enumerate() {
-        if is_step(index, |step| matches!(step, DomainStep::OpenWindow { .. })) {
+        if is_step(index, |step| matches!(step, DomainStep::Detach { .. })) {
             window = matches!(state, StepState::Started | StepState::Done);
         } else if is_step(index, |step| matches!(step, DomainStep::Continue { .. })) {
             window &= *state != StepState::Done;

@@ -47,7 +47,7 @@ impl Operator {
             *manifests = self.authority.manifests(&entry.domain)?;
         }
         if let (Some(live), Some(last)) = (&live, reports.last_mut()) {
-            last.notes.extend(self.settle(&entry.domain, live).await?);
+            last.notes.extend(self.clean_up(&entry.domain, live).await?);
         }
         Ok(reports)
     }
@@ -92,8 +92,8 @@ impl Operator {
     }
 
     /// Cleans up what a crash left in a running domain. Returns what the user should know.
-    async fn settle(&self, domain: &Domain, live: &Live) -> Result<Vec<String>> {
-        live.settle(&chains_of(&self.registry, domain).await?).await
+    async fn clean_up(&self, domain: &Domain, live: &Live) -> Result<Vec<String>> {
+        live.clean_up(&chains_of(&self.registry, domain).await?).await
     }
 
     /// Recovers one domain, merges what was deferred, and brings stale manifests up to date.
@@ -111,7 +111,7 @@ impl Operator {
         let mut live = self.locator.connect(&locked.located.entry.domain).await?;
         let mut reports = self.recover_entry(&mut locked, &mut live, &cancel).await?;
         let left = match &live {
-            Some(live) if reports.is_empty() => self.settle(&locked.located.entry.domain, live).await?,
+            Some(live) if reports.is_empty() => self.clean_up(&locked.located.entry.domain, live).await?,
             _ => Vec::new(),
         };
         for message in left {

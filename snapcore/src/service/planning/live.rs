@@ -4,7 +4,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::Planning;
 use crate::catalogue::Entry;
-use crate::plan::Alive;
+use crate::plan::RunningDomain;
 use crate::service::images::file_id;
 use crate::service::locator::Live;
 use crate::{
@@ -13,7 +13,12 @@ use crate::{
 
 impl Planning {
     /// The running domain as the planner must know it.
-    pub(super) fn alive<'a>(&self, entry: &Entry, live: &'a Live, request: &Request) -> Result<Alive<'a>> {
+    pub(super) fn alive<'a>(
+        &self,
+        entry: &Entry,
+        live: &'a Live,
+        request: &Request,
+    ) -> Result<RunningDomain<'a>> {
         let (mut differs, mut media) = (Vec::new(), Vec::new());
         if let Request::Revert(revert) = request
             && let Ok(wanted) = entry.tree.named(&revert.name)
@@ -23,7 +28,7 @@ impl Planning {
             differs = live.differences(&machine.record)?;
             media = live.media(&machine.record)?;
         }
-        Ok(Alive {
+        Ok(RunningDomain {
             profile: self.registry.hypervisor(&entry.domain.hypervisor)?.profile(),
             seen: live.seen(),
             differs,

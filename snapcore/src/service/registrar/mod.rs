@@ -152,9 +152,9 @@ impl Registrar {
 
     /// Records an imported domain, and writes its manifests. Where manifests cannot be written, that is
     /// reported and stops nothing.
-    async fn enter(&self, imported: Imported, expected: Revision, anew: bool) -> Result<ImportReport> {
+    async fn enter(&self, imported: Imported, expected: Revision, restart: bool) -> Result<ImportReport> {
         let Imported { mut entry, restored, adopted, mut notes, leftovers, unconfirmed: _ } = imported;
-        self.ledger.put(&mut entry, expected, anew).await?;
+        self.ledger.put(&mut entry, expected, restart).await?;
         let manifests = self.authority.manifests(&entry.domain)?;
         if let Err(error) = self.authority.take_over(&manifests, &entry, &leftovers).await {
             notes.push(error.to_string());

@@ -372,7 +372,7 @@ fn detached_by(plan: &Plan) -> Vec<Target> {
     let steps = steps.filter_map(|planned| serde_json::from_value(planned.step.action.clone()).ok());
     steps
         .filter_map(|step| match step {
-            DomainStep::OpenWindow { disks, .. } => Some(disks),
+            DomainStep::Detach { disks, .. } => Some(disks),
             _ => None,
         })
         .flatten()
