@@ -1,10 +1,13 @@
 //! The core of domsnap: snapshots of whole virtual machines, planned, journalled and recovered.
 //!
-//! This crate knows no disk format and no hypervisor. It has the words of the field as types, the trait that
-//! a storage backend fulfils ([`DiskSnapshotter`]), the pure planner ([`plan`]), the engine that carries a
-//! plan out so that a crash at any instant heals ([`engine`]), the contract of the catalogue that remembers
-//! what was taken ([`catalogue`]; `catalogue-sqlite` is the one of one machine), and the service that puts
-//! them together ([`Domsnap`]).
+//! This crate knows no disk format and no hypervisor. Its parts are:
+//!
+//! - the terms of the field as types, and the trait that a storage backend fulfils ([`DiskSnapshotter`]);
+//! - the pure planner ([`plan`]);
+//! - the engine that carries a plan out so that the domain recovers from a crash at any instant ([`engine`]);
+//! - the contract of the catalogue that remembers the snapshots ([`catalogue`]; `catalogue-sqlite` implements
+//!   it for one machine);
+//! - the service that combines them ([`Domsnap`]).
 //!
 //! # Embedding
 //!

@@ -1,5 +1,5 @@
-//! Which backend serves which format, and which hypervisors are known: said explicitly, by whoever puts the
-//! program together.
+//! The backend for each format, and the known hypervisors: listed explicitly by the code that assembles the
+//! program.
 
 use std::sync::Arc;
 
@@ -40,7 +40,7 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// One that knows no format.
+    /// An empty registry, without any format.
     pub fn new() -> Self {
         Self::default()
     }
@@ -77,11 +77,12 @@ impl Registry {
         })
     }
 
-    /// The name of the backend for a disk of which nobody stated one, by the format that its hypervisor opens
-    /// it with or by its path alone ([`DiskSnapshotter::recognises`]). Absent: none recognises it.
+    /// The name of the backend for a disk for which the user named none. It is found by the format that its
+    /// hypervisor opens it with, or by its path alone ([`DiskSnapshotter::recognises`]). Absent: none
+    /// recognises it.
     pub fn recognise(&self, path: &Utf8Path, open_format: Option<&str>) -> Option<&str> {
         let known = || self.iter().filter(|backend| backend.recognises(path, open_format));
-        // One that goes by another name than the format does is the more particular one.
+        // A backend that has another name than the format is the more particular one.
         let particular = known().find(|backend| open_format != Some(backend.format()));
         particular.or_else(|| known().next()).map(DiskSnapshotter::format)
     }
@@ -92,8 +93,9 @@ impl Registry {
         self.iter().find(|backend| backend.scheme() == Some(scheme))
     }
 
-    /// The path that a domain's configuration has for an image which its hypervisor has open as `open`:
-    /// perhaps by the permanent name of a layer. It is another one only where both name the same file now.
+    /// The path that a domain's configuration has for an image which its hypervisor has open as `open`,
+    /// perhaps by the permanent name of a layer. It differs from `open` only where both name the same file
+    /// now.
     pub fn configured_path(&self, open: &Utf8Path) -> Utf8PathBuf {
         let id = |path: &Utf8Path| path.metadata().ok().map(|found| file_identity(&found));
         let is_same = |path: &Utf8PathBuf| id(path).is_some_and(|found| id(open) == Some(found));
@@ -113,7 +115,7 @@ impl Registry {
         })
     }
 
-    /// Adds a hypervisor; in the place of another one of the same name.
+    /// Adds a hypervisor, and replaces another one of the same name.
     pub fn register_hypervisor(&mut self, saver: Arc<dyn VmStateSaver>) {
         self.hypervisors.retain(|known| known.profile().name != saver.profile().name);
         self.hypervisors.push(saver);

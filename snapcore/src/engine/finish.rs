@@ -1,4 +1,4 @@
-//! What comes after the commit point: carried through, put off, or left for a recovery.
+//! Steps after the commit point: they are carried through, deferred, or left for a recovery.
 
 use std::sync::Arc;
 
@@ -27,9 +27,9 @@ impl Running<'_> {
         if self.engine.live.is_none() {
             self.start_last(&mut finish)?;
         }
-        // 1) In a recovery, before anything else is done: steps that are recorded as done and count no more.
-        //    The merge that has not seen the domain's later writes comes again before the path leaves the
-        //    layer that has them.
+        // 1) In a recovery, before anything else is done: repeat steps that are recorded as done and were
+        //    superseded. Such a merge lacks the domain's later writes. It is repeated before the path leaves
+        //    the layer that has them.
         if self.resumed {
             self.reopen_window(&finish)?;
             self.look_for_superseded(&finish).await.map_err(|error| self.left_unfinished(error))?;
@@ -51,10 +51,10 @@ impl Running<'_> {
             } else if deferrable && self.cancel.is_cancelled() {
                 reason = Some("it was cancelled".to_owned());
             } else {
-                // 2) Recorded as started before it begins, in the transaction that has the step before as
-                //    done. So the step before is never done again after this one has taken away what it
-                //    needs: a merge is durable and recorded before the path moves, and the move before the
-                //    merged layers are removed.
+                // 2) The step is recorded as started before it begins, in the transaction that records the
+                //    previous step as done. So the previous step is never repeated after this one has taken
+                //    away what it needs. A merge is durable and recorded before the path moves; the move is
+                //    recorded before the merged layers are removed.
                 if unit.clone().any(|step| self.operation.steps[step] != StepState::Started) {
                     pending.extend(self.steps(unit.clone(), StepTransition::Begin)?);
                 }
@@ -62,12 +62,12 @@ impl Running<'_> {
                     let changes = std::mem::take(&mut pending);
                     self.record(changes).await.map_err(|error| self.left_unfinished(error))?;
                 }
-                // 3) The step itself, durable when it returns. A crash in it leaves it started: it is
-                //    idempotent, and done again.
+                // 3) The step itself is durable when it returns. A crash in it leaves it started; it is
+                //    idempotent, and is done again.
                 match self.apply(index).await {
-                    // 4) Its edits become true with it, in one transaction, which the next step's start
-                    //    shares. A layer is forgotten only after its file is gone, so a crash leaves no file
-                    //    that nobody knows.
+                    // 4) Its edits are recorded with it, in one transaction, which the start of the next step
+                    //    shares. The catalogue forgets a layer only after its file is gone, so a crash leaves
+                    //    no file that the catalogue does not know.
                     Ok(facts) => {
                         self.note(index, facts)?;
                         self.run.bytes_moved = self.run.bytes_moved.saturating_add(bytes);
@@ -101,7 +101,7 @@ impl Running<'_> {
                 }
             }
             if let Some(reason) = reason {
-                // What a hypervisor calls the images keeps no other step from being done.
+                // The names that a hypervisor uses for the images keep no other step from being done.
                 if !self.is_of_names(index) {
                     put_off.push(target.clone());
                 }
@@ -109,8 +109,8 @@ impl Running<'_> {
                 self.put_off(&target, index, bytes, reason);
             }
         }
-        // 5) The end is recorded with the last step. Manifests come after it: one that a crash leaves out of
-        //    date is found by its revision, and written by the next change.
+        // 5) The end is recorded with the last step. Manifests come after it. A crash may leave a manifest
+        //    out of date: its revision shows that, and the next change writes it.
         if !self.operation.state.is_final() {
             self.advance(Transition::Finish)?;
             pending.push(Change::Operation(self.operation.id, self.operation.state, None));
@@ -121,10 +121,10 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Puts the step that starts the domain from memory behind all others: the process that it starts has the
-    /// images open and locked, and the others work on images that nobody has open. (Where a process has them
-    /// open already, the guest goes on first, because it stands still.) A crash before the start leaves a
-    /// domain that is off, which `recover` starts.
+    /// Moves the step that starts the domain from memory behind all others. The process that it starts opens
+    /// and locks the images, and the other steps need images that no process has open. A process that is
+    /// running already has the images open; then the guest is resumed first, because it is paused. A crash
+    /// before the start leaves a domain that is off, and `recover` starts it.
     fn start_last(&self, finish: &mut [usize]) -> Result<()> {
         for place in 0..finish.len() {
             let index = finish[place];
@@ -137,8 +137,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// A window that a crash closed, because the hypervisor's process went with it, is opened anew for what
-    /// is left to be done in it.
+    /// Repeats the step that detaches the disks, where a crash has ended the detached section together with
+    /// the hypervisor's process. The steps that are left of the section need it.
     fn reopen_window(&mut self, finish: &[usize]) -> Result<()> {
         let mut opened = None;
         for &index in finish {
@@ -158,7 +158,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// A guest is not left standing because of what failed in a window: its disks are whole after every step.
+    /// Resumes the guest after a failure in a detached section, so that it is not left paused. Its disks are
+    /// whole after every step.
     async fn close_window(&mut self, error: Error) -> Error {
         let Some(opened) = self.guest.detached_since() else { return error };
         let in_finish = self.operation.plan.steps[opened].group == Group::Finish;
@@ -171,7 +172,7 @@ impl Running<'_> {
         }
     }
 
-    /// Finish steps that are done, but have not seen what the domain wrote since, are to be done again.
+    /// Marks for repetition the finish steps that are recorded as done but lack what the domain wrote since.
     async fn look_for_superseded(&mut self, finish: &[usize]) -> Result<()> {
         for (place, &index) in finish.iter().enumerate() {
             let step = &self.operation.plan.steps[index].step;
@@ -195,8 +196,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Returns true if the disk is whole without this step: then a step that cannot be done (an immutable
-    /// file, no permission, a full disk) does not keep the domain from everything else.
+    /// Returns true if the disk is whole without this step. Then a step that cannot be done (an immutable
+    /// file, no permission, a full disk) does not block everything else of the domain.
     fn is_left_whole(&self, index: usize, error: &Error) -> bool {
         let for_ever =
             matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Refused | ErrorKind::Unsupported);
@@ -207,7 +208,7 @@ impl Running<'_> {
         }
     }
 
-    /// What becomes of a disk's step that could not be done.
+    /// The consequence for a disk whose step could not be done.
     fn leftover(&self, index: usize) -> Option<Leftover> {
         let (backend, record, step) = self.disk_step(index)?;
         Some(backend.leftover(record, step))
@@ -220,13 +221,13 @@ impl Running<'_> {
     }
 
     /// Returns true if one of these steps has moved the configured path, or may have, though it failed (its
-    /// directory could not be flushed). It is not deferred then, but repeated by `recover`: the catalogue
-    /// would go on to say that the path names the previous layer, and everything would be refused because it
-    /// does not.
+    /// directory could not be flushed). Such a step is not deferred, but repeated by `recover`. If it were
+    /// deferred, the catalogue would still say that the path names the previous layer. Every operation would
+    /// be refused, because the path does not.
     async fn has_moved_path(&self, unit: std::ops::Range<usize>) -> bool {
         for index in unit {
             let moves = self.disk_step(index).is_some_and(|(backend, record, step)| {
-                // The one step after which the path is another file's name.
+                // Only this step makes the path the name of another file.
                 backend.uses(record, step).makes.contains(&record.disk.path)
             });
             if moves && !matches!(self.status(index).await, Ok(StepStatus::NotDone)) {
@@ -237,7 +238,7 @@ impl Running<'_> {
     }
 
     /// Returns true for the step by which a hypervisor learns the new names of frozen images. The disks and
-    /// all snapshots are whole without it. Each operation that needs it looks whether it was done, and
+    /// all snapshots are whole without it. Each operation that needs the step checks whether it was done;
     /// `LiveDomain::settle` does it.
     fn is_of_names(&self, index: usize) -> bool {
         self.operation.plan.steps[index].step.target.is_domain()
@@ -281,8 +282,8 @@ impl Running<'_> {
         ))
     }
 }
-/// Whether a merge that failed so may be put off. A broken promise of the program's own parts may not: nobody
-/// knows what it left.
+/// Returns true if a merge that failed with this error may be deferred. After an internal error it may not:
+/// what the step left on the disk is not known.
 fn can_wait(error: &Error) -> bool {
     error.kind() != ErrorKind::Internal
 }

@@ -2,16 +2,16 @@
 
 use crate::{DomainStep, Target};
 
-/// What this run has done to the guest. It says nothing of a run before a crash: that is read from the
-/// journal, and from the hypervisor.
+/// The effect of this run on the guest. It covers no run before a crash: that is read from the journal and
+/// from the hypervisor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Guest {
-    /// It runs, or is paused by its user: nothing was done to it.
+    /// It runs, or is paused by its user: this run has not changed it.
     Running,
-    /// The instant was taken: it goes on, on the layers that the cut made.
+    /// The instant was taken: the guest continues on the layers that the cut made.
     Cut,
-    /// The cut was undone. What the guest wrote to the overlays of these disks since is merged into the
-    /// images below.
+    /// The cut was undone. The guest's writes to the overlays of these disks are merged into the images
+    /// below.
     Uncut {
         /// The disks.
         merged: Vec<Target>,
@@ -21,7 +21,7 @@ pub(super) enum Guest {
         /// The index of the step that detached them.
         since: usize,
     },
-    /// It goes on, or has ended, as the operation wants it.
+    /// It continues, or has ended, as the operation requires.
     Resumed,
 }
 
@@ -35,7 +35,7 @@ impl Guest {
                 Self::Cut
             }
             (guest @ Self::Detached { .. }, DomainStep::Instant { .. }) => guest,
-            // Attached disks are the guest's again, and it is still paused: the step that lets it go on comes
+            // Attached disks are the guest's again, and it is still paused: the step that resumes it comes
             // last.
             (
                 guest @ (Self::Running
@@ -54,7 +54,7 @@ impl Guest {
     }
 
     /// The guest after a cut was undone, which merged the overlays of these disks. A cut can be undone again,
-    /// by a recovery of which the first part failed.
+    /// by a recovery whose first attempt failed.
     pub(super) fn after_undone_cut(self, mut merged: Vec<Target>) -> Self {
         match self {
             Self::Uncut { merged: before } => merged.extend(before),
@@ -84,8 +84,8 @@ impl Guest {
 mod tests {
     use super::*;
 
-    /// Disks are detached from the step that detaches them to the one that lets the guest go on, whatever
-    /// comes between.
+    /// Disks are detached from the step that detaches them to the one that resumes the guest, whatever comes
+    /// between.
     #[test]
     fn guest_is_detached_until_it_goes_on() {
         let open = DomainStep::Detach { disks: Vec::new(), running: true, restart: None };
@@ -98,7 +98,7 @@ mod tests {
         assert_eq!(guest.after(&go_on, 6), Guest::Resumed);
     }
 
-    /// What one undo has merged is remembered when the cut is undone once more.
+    /// The overlays that one undo has merged are remembered when the cut is undone again.
     #[test]
     fn merged_overlays_are_remembered() {
         let (vda, vdb) = (Target::new("vda").unwrap(), Target::new("vdb").unwrap());

@@ -1,24 +1,29 @@
-//! Carries plans out, so that a crash at any instant heals.
+//! Carries plans out, so that the domain recovers from a crash at any instant.
 //!
 //! **What is durable before what.**
 //!
 //! 1. The operation with all its steps, the first marked as started, before anything is done.
-//! 2. Each step is done, durably, by its backend; then one transaction records it as done, with its edits,
-//!    and the next as started.
-//! 3. The commit point is the transaction that records the last cut step as done: it has the plan's commit
+//! 2. Each step is done, durably, by its backend. Then one transaction records it as done, with its edits,
+//!    and the next step as started.
+//! 3. The commit point is the transaction that records the last cut step as done. It has the plan's commit
 //!    edits and the state `finishing`. Before it, everything can be undone; after it, everything is carried
 //!    through.
 //! 4. Manifests of deleted snapshots are gone before the first finish step begins.
 //!
 //! Recovery reads the journal: an operation before its commit point is undone, one after it is finished. Both
-//! rest on apply and undo being idempotent.
+//! depend on apply and undo being idempotent.
 //!
-//! **The domain may have run in between**, started by somebody who knows of no crash, and have written to
-//! whatever its configured paths named. Two questions to the backend keep that. Before a step is undone: what
-//! would the undo lose ([`crate::Salvage`])? It is put aside, durably, before the undo begins, or the step
-//! stays. Before the rest is carried through: was a step that is recorded as done superseded, so that a later
-//! one would lose what it has not seen? It is done again, and recorded, before the later ones. While an
-//! operation runs it holds its disks, so nobody writes, and neither is asked.
+//! **The domain may have run in between**, started by a user or a program that knows of no crash. It may have
+//! written to whatever its configured paths named. Two questions to the backend protect these writes:
+//!
+//! - Before a step is undone: what would the undo lose ([`crate::Salvage`])? That is saved, durably, before
+//!   the undo begins, or the step stays.
+//! - Before the rest is carried through: was a step that is recorded as done superseded? Then a later step
+//!   would lose writes that the earlier one did not process. The earlier step is repeated, and recorded,
+//!   before the later ones.
+//!
+//! While an operation runs it has its disks locked, so no other process writes, and neither question is
+//! asked.
 
 mod finish;
 mod guest;
@@ -44,55 +49,55 @@ use crate::{
     Transition,
 };
 
-/// Carries plans out on one domain, whose lock and disks the caller holds.
+/// Carries plans out on one domain, whose lock and disks the caller has.
 pub struct Engine<'a> {
-    /// Where domain and journal are recorded.
+    /// The catalogue that records domain and journal.
     pub catalogue: &'a dyn Catalogue,
-    /// Who does the steps.
+    /// The backends and hypervisors that do the steps.
     pub registry: &'a Registry,
-    /// Where progress is told.
+    /// The receiver of progress.
     pub events: &'a Events,
-    /// Where manifests are written.
+    /// The store of the manifests.
     pub manifests: &'a Arc<dyn ManifestStore>,
-    /// The connection to the domain, where it runs.
+    /// The connection to the domain; absent where it does not run.
     pub live: Option<&'a dyn LiveDomain>,
-    /// The files that nobody else may use: asked again before the cut.
+    /// The files that no other process may use: checked again before the cut.
     pub watched: Option<&'a dyn Watch>,
 }
 
-/// Files that nobody else may use while an operation runs.
+/// Files that no other process may use while an operation runs.
 #[async_trait]
 pub trait Watch: Send + Sync {
-    /// Asks again whether somebody else uses one of them.
+    /// Checks again that no other process uses one of them.
     ///
     /// # Errors
     /// [`ErrorKind::Busy`], naming the file and its user.
     async fn ask_again(&self) -> Result<()>;
 }
 
-/// What came of a run.
+/// The outcome of a run.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Run {
     /// The operation; absent where the plan had nothing to do.
     pub operation: Option<OperationId>,
-    /// Whether it happened. A run that was undone by recovery did not.
+    /// Set if the operation happened. A run that was undone by recovery did not.
     pub happened: bool,
     /// Bytes of the steps that were done.
     pub bytes_moved: u64,
-    /// Merges that were put off.
+    /// Merges that were deferred.
     pub postponed: Vec<Postponed>,
-    /// What went wrong and stopped nothing, and what else the user should know.
+    /// Problems that stopped nothing, and other messages for the user.
     pub warnings: Vec<String>,
-    /// How long the guest stood still; absent: it did not run, or does not go on.
+    /// The time for which the guest was paused; absent: it did not run, or does not continue.
     pub downtime: Option<Duration>,
-    /// Of a create on a running domain: how its instant was.
+    /// For a create on a running domain: the properties of its instant.
     pub taken: Option<Taken>,
     /// The command that starts the domain, where the user must.
     pub start: Vec<String>,
-    /// What was done to the guest.
+    /// The change to the guest.
     pub guest: Option<GuestChange>,
-    /// What runs the domain, where that was started.
+    /// The process that runs the domain, where it was started.
     pub started: Option<StartedDomain>,
 }
 
@@ -100,13 +105,13 @@ pub struct Run {
 struct Running<'a> {
     engine: &'a Engine<'a>,
     entry: &'a mut Entry,
-    /// The domain that the manifests stand for; absent where they are known to be stale.
+    /// The domain that the manifests describe; absent where they are known to be stale.
     told: Option<Entry>,
     operation: Operation,
     cancel: &'a CancellationToken,
-    /// Whether it had stopped before: since then the domain may have run.
+    /// Set if the operation was interrupted before this run: since then the domain may have run.
     resumed: bool,
-    /// What this run has done to the guest.
+    /// The effect of this run on the guest.
     guest: Guest,
     run: Run,
 }
@@ -115,11 +120,11 @@ impl Engine<'_> {
     /// Carries `plan` out. `entry` is the domain that the plan was made from and is kept up to date;
     /// `prologue` is recorded with the operation, in one transaction.
     ///
-    /// Where `cancel` is cancelled before the commit point, everything is undone; after it, only merges that
-    /// can be put off stop.
+    /// If `cancel` is cancelled before the commit point, everything is undone. After it, only merges that can
+    /// be deferred stop.
     ///
     /// # Errors
-    /// What failed, with everything undone; [`ErrorKind::Cancelled`]; or [`ErrorKind::NeedsRecovery`], with
+    /// The failure, with everything undone; [`ErrorKind::Cancelled`]; or [`ErrorKind::NeedsRecovery`], with
     /// the state that things are in.
     pub async fn run(
         &self,
@@ -159,7 +164,7 @@ impl Engine<'_> {
         running.begin(prologue).await
     }
 
-    /// Finishes or undoes an operation that stopped half way.
+    /// Finishes or undoes an operation that was interrupted.
     ///
     /// # Errors
     /// [`ErrorKind::NeedsRecovery`], with the state that things are in.
@@ -219,13 +224,14 @@ fn cancelled() -> Error {
     Error::new(ErrorKind::Cancelled, "it was cancelled")
 }
 
-/// The engine's promises rest on the order of groups: a plan that breaks it is a planner's defect.
+/// Refuses a plan whose groups are out of order: the engine's guarantees depend on that order. Such a plan is
+/// a planner's defect.
 fn sorted(plan: &Plan) -> Result<()> {
     if !plan.steps.is_sorted_by_key(|planned| planned.group) {
         return Err(Error::new(ErrorKind::Internal, "the plan's steps are not sorted by group"));
     }
-    // The step of a disk has a moment only for steps of the same disk: another's would never be done, and
-    // nobody would know.
+    // A disk's step runs only nested steps of the same disk. A nested step of another disk would never be
+    // done, and the omission would not be noticed.
     let mut head = None;
     for planned in &plan.steps {
         match head {
@@ -252,7 +258,7 @@ fn sorted(plan: &Plan) -> Result<()> {
 
 impl Running<'_> {
     async fn begin(mut self, prologue: Vec<Change>) -> Result<Run> {
-        // How far the operation goes in its first transaction: as far as there are no steps to do.
+        // The first transaction takes the operation as far as there are no steps to do.
         let first = self.operation.plan.steps.first().map(|planned| planned.group);
         self.advance(Transition::Record)?;
         let mut at_once = Vec::new();
@@ -272,8 +278,8 @@ impl Running<'_> {
             let found = self.engine.catalogue.operation(&self.entry.domain.name, self.operation.id).await;
             match found {
                 Ok(None) => return Err(failure.state("no changes made")),
-                // It was recorded although it failed. What was to happen at once has happened, and is carried
-                // through.
+                // The commit was recorded although it reported a failure. Changes without steps have
+                // happened, and the rest is carried through.
                 Ok(Some(_)) if self.is_committed() && self.committed_after_all().await? => {}
                 Ok(Some(_)) => return Err(self.give_up(failure).await),
                 Err(_) => {
@@ -295,7 +301,7 @@ impl Running<'_> {
         if !self.is_committed()
             && let Err(failure) = self.until_committed().await
         {
-            // The commit itself may have happened although it failed: the journal says.
+            // The commit itself may have happened although it reported a failure: the journal decides.
             if !self.is_committed() || !self.committed_after_all().await? {
                 return Err(self.give_up(failure).await);
             }
@@ -308,8 +314,9 @@ impl Running<'_> {
 
     /// Does the prepare and cut steps, and commits.
     ///
-    /// Each turn does what the journal has as started, and then records it as done together with what is
-    /// started next. So a crash finds in the journal everything that may have been begun, and undoes it.
+    /// Each turn does the steps that the journal has as started. It then records them as done, together with
+    /// the steps that are started next. So a crash finds in the journal every step that may have been begun,
+    /// and undoes it.
     async fn until_committed(&mut self) -> Result<()> {
         let last = self.operation.plan.steps.iter().rposition(|planned| planned.group != Group::Finish);
         let Some(last) = last else {
@@ -324,17 +331,17 @@ impl Running<'_> {
         while begun <= last {
             let run = self.starting(begun);
             let mut index = begun;
-            // 1) Before the first cut step: preparing takes its time, and another program may have opened an
-            //    image meanwhile. Refused here, nothing but new files has to be undone.
+            // 1) Before the first cut step: preparing takes time, and another program may have opened an
+            //    image meanwhile. A refusal here has nothing but new files to undo.
             if let Some(watched) = self.engine.watched
                 && self.operation.plan.steps[begun].group == Group::Cut
                 && !std::mem::replace(&mut asked, true)
             {
                 watched.ask_again().await?;
             }
-            // 2) The steps, each with what is nested in it. They are recorded as started already: by the
+            // 2) The steps, each with the steps nested in it. They are recorded as started already: by the
             //    transaction that began the operation, or by the turn before. A crash here leaves steps that
-            //    are begun, whole or in part; undo is idempotent and looks at the disk, so it takes back
+            //    are done completely or in part. Undo is idempotent and looks at the disk, so it takes back
             //    either.
             while index < run.end {
                 if self.cancel.is_cancelled() {
@@ -356,8 +363,8 @@ impl Running<'_> {
                 if self.operation.state == OperationState::Preparing {
                     self.advance(Transition::Cut)?;
                 }
-                // 4) Before the commit, because what tells a tag from others of its name is recorded with the
-                //    snapshot.
+                // 4) Before the commit, because the identity that distinguishes a tag from others of its name
+                //    is recorded with the snapshot.
                 self.identify().await;
                 // 5) The commit point: one transaction has the last steps as done, the plan's edits, and the
                 //    state `finishing`. A crash before it undoes, and a crash after it carries through. There
@@ -369,7 +376,7 @@ impl Running<'_> {
                 self.advance(Transition::Cut)?;
                 changes.push(Change::Operation(self.operation.id, self.operation.state, None));
             }
-            // 6) What comes next is recorded as started before it begins, in the same transaction: one flush
+            // 6) The next steps are recorded as started before they begin, in the same transaction: one flush
             //    a turn. A step that began without a record would not be undone.
             changes.extend(self.steps(self.starting(begun), StepTransition::Begin)?);
             self.record(changes).await?;
@@ -377,9 +384,9 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// The steps that are begun together with the one at `index`: all prepare steps, because nothing names
-    /// what they make before the cut, so that none of them must be known to be done before the next begins;
-    /// of the others, those of a unit.
+    /// The steps that are begun together with the one at `index`. All prepare steps begin together: nothing
+    /// names their results before the cut, so none must be recorded as done before the next begins. Of the
+    /// others, the steps of one unit begin together.
     fn starting(&self, index: usize) -> Range<usize> {
         let prepared = self.operation.of_group(Group::Prepare).count();
         if index < prepared {
@@ -391,7 +398,7 @@ impl Running<'_> {
         self.unit(index)
     }
 
-    /// Takes up what a step of the domain told: the snapshot that is to be recorded is as its instant was.
+    /// Applies the outcome of a domain step: the snapshot to be recorded gets the properties of its instant.
     fn note(&mut self, index: usize, facts: StepOutcome) -> Result<()> {
         if self.operation.plan.steps[index].step.target.is_domain() {
             let step = self.domain_step(index)?;
@@ -429,8 +436,8 @@ impl Running<'_> {
         }
     }
 
-    /// Notes with the internal snapshots that were taken what tells them from others of their names. Where
-    /// that cannot be read they are known by their names alone.
+    /// Adds to the new internal snapshots the identity that distinguishes them from others of their names.
+    /// Where that cannot be read they are known by their names alone.
     async fn identify(&mut self) {
         let disks = &self.entry.domain.disks;
         let added = self.operation.plan.commit.iter_mut().filter_map(|edit| match edit {
@@ -465,7 +472,7 @@ impl Running<'_> {
         }
     }
 
-    /// Whether a commit that failed is in the journal all the same.
+    /// Returns true if a commit that reported a failure is in the journal all the same.
     async fn committed_after_all(&mut self) -> Result<bool> {
         let name = self.entry.domain.name.clone();
         let unknown = |cause: Error| {
@@ -492,7 +499,7 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Moves steps on; gives the changes that record it.
+    /// Moves steps on; returns the changes that record it.
     fn steps(&mut self, indices: Range<usize>, transition: StepTransition) -> Result<Vec<Change>> {
         let id = self.operation.id;
         indices.map(|index| Ok(Change::Step(id, index, self.move_step(index, transition)?))).collect()
@@ -505,7 +512,7 @@ impl Running<'_> {
         Ok(state)
     }
 
-    /// Makes `changes` durable, and the entry what they make of it.
+    /// Makes `changes` durable, and applies them to the entry.
     async fn record(&mut self, changes: Vec<Change>) -> Result<()> {
         let edits: Vec<Edit> = changes
             .iter()
@@ -529,8 +536,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Manifests of deleted snapshots must be gone before their data is: where they cannot be, nothing is
-    /// destroyed.
+    /// Brings manifests up to date before the first finish step. Manifests of deleted snapshots must be gone
+    /// before their data is. Where they cannot be removed, nothing is destroyed.
     async fn write_manifests_before_finish(&mut self) -> Result<()> {
         // A create or a revert deletes no snapshot, so its finish steps wait for no manifest.
         let deletes = self.operation.plan.steps.first().is_some_and(|first| first.group == Group::Finish);
@@ -546,8 +553,8 @@ impl Running<'_> {
                 on_a_thread(move || manifests.remove(&gone)).await
             }
             None => match self.try_manifests().await {
-                // A delete gives space back, so it must not need any: the others lag until they can be
-                // written. Where no manifest can be, none promises what is destroyed.
+                // A delete gives space back, so it must not need any: the other manifests lag until they can
+                // be written. Where no manifest can be, none promises the data that is destroyed.
                 Err(error) if error.kind() == ErrorKind::NoSpace || self.engine.manifests.have_no_place() => {
                     let doomed = self.operation.plan.commit.iter().filter_map(|edit| match edit {
                         Edit::RemoveSnapshot { id } => Some(*id),
@@ -562,7 +569,7 @@ impl Running<'_> {
         written.map_err(|error| self.left_unfinished(error))
     }
 
-    /// Manifests follow the catalogue; where they cannot, that is told and stops nothing.
+    /// Writes the manifests as the catalogue is. A failure is reported and stops nothing.
     async fn write_manifests(&mut self) {
         if let Err(error) = self.try_manifests().await {
             let message = error.to_string();

@@ -30,8 +30,8 @@ impl Running<'_> {
         head + 1..end
     }
 
-    /// The steps that are done in one with the step at `head`: itself, and those inside it. A domain that
-    /// does not run has no moment in which they could run, and needs none: then they are steps like the
+    /// The steps that are done as one with the step at `head`: itself, and those nested in it. A domain that
+    /// does not run has no moment in which they could be nested, and needs none. Then they are steps like the
     /// others.
     pub(super) fn unit(&self, head: usize) -> Range<usize> {
         match self.engine.live {
@@ -40,12 +40,12 @@ impl Running<'_> {
         }
     }
 
-    /// Whether the step at `index` is done by one before it.
+    /// Returns true if an earlier step does the step at `index`, nested in itself.
     pub(super) fn is_inside(&self, index: usize) -> bool {
         self.engine.live.is_some() && self.operation.plan.steps[index].inside
     }
 
-    /// Does a step and what is inside it.
+    /// Does a step and the steps nested in it.
     pub(super) async fn apply(&self, head: usize) -> Result<StepOutcome> {
         let planned = &self.operation.plan.steps[head];
         for index in self.unit(head) {
@@ -102,7 +102,7 @@ impl Running<'_> {
     async fn apply_to_disk(&self, index: usize, inside: &dyn Inside) -> Result<()> {
         let planned = &self.operation.plan.steps[index];
         let (backend, work) = self.work(index)?;
-        // Finish steps that cannot be put off must not stop half way: they do not see the token.
+        // Finish steps that cannot be deferred must not stop half done: they do not get the token.
         let hears = planned.group != Group::Finish || planned.deferrable;
         let cancel = if hears { self.cancel } else { &work.deaf };
         guarded(backend.apply(&planned.step, work.context(cancel, inside))).await
@@ -130,7 +130,7 @@ impl Running<'_> {
             && live.seen().running
             && self.guest.detached_since().is_none()
         {
-            // The guest went on already, with the media that it has.
+            // The guest was resumed already, with the media that it has.
             return Ok(StepOutcome::default());
         }
         if self.came_back(&step, live) {
@@ -143,8 +143,8 @@ impl Running<'_> {
             DomainStep::Instant { .. } | DomainStep::SaveMemory { .. } | DomainStep::Continue { .. } => {
                 Vec::new()
             }
-            // The paths that the disks have from the commit on: another one each, where they do not keep
-            // theirs.
+            // The paths that the disks have from the commit on: new ones, where the disks do not keep their
+            // paths.
             DomainStep::Attach { .. } if self.operation.plan.steps[index].group == Group::Cut => {
                 self.open_chains_of(&self.disks_committed()).await?
             }
@@ -159,7 +159,7 @@ impl Running<'_> {
         guarded(live.apply(&step, context)).await
     }
 
-    /// Has the hypervisor do what no step of the plan says.
+    /// Makes the hypervisor do a step that is not in the plan.
     pub(super) async fn apply_live(&self, step: &DomainStep) -> Result<()> {
         let Some(live) = self.engine.live else { return Ok(()) };
         self.yield_locks().await?;
@@ -176,8 +176,7 @@ impl Running<'_> {
         guarded(live.apply(step, context)).await.map(drop)
     }
 
-    /// Whether the guest that a recovery was to let go on goes on already: somebody started it anew
-    /// meanwhile.
+    /// Returns true if the guest that a recovery was to resume runs already: it was started again meanwhile.
     fn came_back(&self, step: &DomainStep, live: &dyn LiveDomain) -> bool {
         matches!(step, DomainStep::Continue { .. })
             && self.resumed
@@ -185,7 +184,7 @@ impl Running<'_> {
             && self.guest.detached_since().is_none()
     }
 
-    /// What a step comes to where nobody runs the domain any more.
+    /// Carries a step out for a domain that no process runs any more.
     async fn apply_at_rest(&self, step: &DomainStep) -> Result<StepOutcome> {
         match step {
             DomainStep::Continue { memory: Some(file), power, .. } if *power != Some(PowerAfter::Off) => {
@@ -219,7 +218,8 @@ impl Running<'_> {
         }
     }
 
-    /// Takes a step back, with what is inside it; gives what the catalogue must learn where it had to stay.
+    /// Takes a step back, with the steps nested in it. Returns the edits that the catalogue needs where it
+    /// had to stay.
     pub(super) async fn undo_step(&mut self, head: usize) -> Result<Vec<Edit>> {
         let summary = self.operation.plan.steps[head].step.summary.clone();
         let undone = match self.operation.plan.steps[head].step.target.is_domain() {
@@ -232,16 +232,16 @@ impl Running<'_> {
     async fn undo_on_domain_and_note(&mut self, head: usize) -> Result<()> {
         let merged = self.overlays_in_use(head).await?;
         self.undo_on_domain(head).await?;
-        // Only what an undone cut has merged is remembered: a step that is no cut gives nothing.
+        // Only disks that an undone cut has merged are remembered: a step that is no cut adds none.
         if matches!(self.domain_step(head)?, DomainStep::Instant { .. }) {
             self.guest = std::mem::replace(&mut self.guest, Guest::Running).after_undone_cut(merged);
         }
         Ok(())
     }
 
-    /// The disks whose overlays, put on by the instant at `head`, the domain has open: what the guest wrote
-    /// to them is merged by the instant's undo. An overlay that nobody has open may hold what the guest wrote
-    /// before it was started on other images.
+    /// The disks whose overlays, made by the instant at `head`, the domain has open. The undo of the instant
+    /// merges the guest's writes to them. An overlay that no process has open may contain what the guest
+    /// wrote before it was started on other images.
     async fn overlays_in_use(&self, head: usize) -> Result<Vec<Target>> {
         let (DomainStep::Instant { disks, .. }, Some(live)) = (self.domain_step(head)?, self.engine.live)
         else {
@@ -252,7 +252,7 @@ impl Running<'_> {
             let (DiskInstant::Overlay { file, .. }, Some(disk)) = (instant, live.disk(&target)) else {
                 continue;
             };
-            // No such file: nothing of it is left to be merged.
+            // The file does not exist: nothing of it is left to be merged.
             let Ok(found) = file.metadata() else { continue };
             if disk.open_files().await?.contains(&file_identity(&found)) {
                 in_use.push(target);
@@ -271,7 +271,7 @@ impl Running<'_> {
             (DomainStep::SaveMemory { file, .. }, None) => {
                 self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(file).await
             }
-            // Nobody has the disks: theirs is undone by their own steps.
+            // No process has the disks open: their own steps undo them.
             (DomainStep::Instant { memory: Some(memory), .. }, None) => {
                 self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(&memory.file).await
             }
@@ -290,7 +290,7 @@ impl Running<'_> {
                     cancel: &deaf,
                 };
                 guarded(live.undo(&step, context)).await?;
-                // What was written of it, where the step that makes an image of it was never begun.
+                // The partial memory file goes, where the step that makes an image of it never began.
                 match &step {
                     DomainStep::Instant { memory: Some(memory), .. } => {
                         self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(&memory.file).await
@@ -305,7 +305,7 @@ impl Running<'_> {
         let (backend, work) = self.work(index)?;
         let planned = &self.operation.plan.steps[index];
         let context = work.context(&work.deaf, &NothingInside);
-        // What was merged is in the image below by now, and nobody misses the overlay.
+        // Merged data is in the image below by now, and the overlay is not needed.
         let salvage = match self.resumed && !self.guest.has_merged(&planned.step.target) {
             true => {
                 let done = self.operation.steps[index] == StepState::Done;
@@ -343,7 +343,7 @@ impl Running<'_> {
         )
     }
 
-    /// How far a disk's step got.
+    /// Returns the progress of a disk's step.
     pub(super) async fn status(&self, index: usize) -> Result<StepStatus> {
         let (backend, work) = self.work(index)?;
         let step = &self.operation.plan.steps[index].step;
@@ -373,7 +373,7 @@ impl Running<'_> {
         disks
     }
 
-    /// What the configured paths of all disks open now.
+    /// The chains that the configured paths of all disks open now.
     pub(super) async fn open_chains(&self) -> Result<Vec<OpenChain>> {
         self.open_chains_of(&self.entry.domain.disks).await
     }
@@ -388,7 +388,7 @@ impl Running<'_> {
         Ok(chains)
     }
 
-    /// Lets a hypervisor open the images that steps of ours have locked.
+    /// Releases locks of our steps, so that a hypervisor can open their images.
     async fn yield_locks(&self) -> Result<()> {
         for record in &self.entry.domain.disks {
             self.engine.registry.get(&record.disk.format)?.yield_locks(record).await?;
@@ -408,7 +408,7 @@ impl Running<'_> {
         })
     }
 
-    /// What a disk's step is done with.
+    /// The backend and the context for a disk's step.
     fn work(&self, index: usize) -> Result<(Arc<AnyDiskSnapshotter>, Work<'_>)> {
         let target = &self.operation.plan.steps[index].step.target;
         let disk = self.record_of(target)?;
@@ -439,7 +439,7 @@ impl Running<'_> {
 struct Within<'a, 'b> {
     running: &'a Running<'b>,
     steps: Range<usize>,
-    /// Whether they are undone.
+    /// Set if they are undone.
     back: bool,
 }
 
@@ -460,11 +460,11 @@ impl Inside for Within<'_, '_> {
     }
 }
 
-/// What the context of a disk's step borrows from.
+/// The owner of the values that the context of a disk's step borrows.
 struct Work<'a> {
     disk: &'a DiskRecord,
     progress: Teller,
-    /// A token that nobody cancels.
+    /// A token that is never cancelled.
     deaf: CancellationToken,
     live: Option<&'a dyn LiveDomain>,
     resumed: bool,
@@ -483,7 +483,7 @@ impl Work<'_> {
     }
 }
 
-/// Makes a panic inside a backend an error.
+/// Turns a panic inside a backend into an error.
 async fn guarded<T>(mut step: Pin<Box<dyn Future<Output = Result<T>> + Send + '_>>) -> Result<T> {
     std::future::poll_fn(|context| {
         match std::panic::catch_unwind(AssertUnwindSafe(|| step.as_mut().poll(context))) {
@@ -506,16 +506,16 @@ fn words_of(payload: &(dyn Any + Send)) -> &str {
     }
 }
 
-/// How often a step's progress is told at most.
+/// The shortest interval between two reports of a step's progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Tells a step's progress, now and then.
+/// Reports a step's progress, at limited intervals.
 struct Teller {
     events: Events,
     operation: OperationId,
     index: u64,
     begun: Instant,
-    /// When it was last told, in milliseconds since `begun`, plus one.
+    /// The time of the last report, in milliseconds since `begun`, plus one.
     told: Arc<AtomicU64>,
 }
 

@@ -1,5 +1,5 @@
-//! An operation that is taken back: because something failed before its commit point, or because a crash
-//! stopped it there.
+//! Takes an operation back: because a step failed before its commit point, or because a crash stopped it
+//! there.
 
 use std::time::{Duration, Instant};
 
@@ -13,14 +13,14 @@ use crate::{
     Transition,
 };
 
-/// How long an image that another program has locked is tried again while a guest waits for its disks.
+/// The time for which an image locked by another program is tried again while a guest waits for its disks.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Between two tries.
+/// The pause between two tries.
 const BETWEEN_TRIES: Duration = Duration::from_millis(100);
 
 impl Running<'_> {
-    /// A failure before the commit point: undoes, and makes the error that says so.
+    /// Undoes after a failure before the commit point, and returns the error that reports it.
     pub(super) async fn give_up(&mut self, failure: Error) -> Error {
         let reason = failure.to_string();
         match self.undo(&reason).await {
@@ -36,14 +36,14 @@ impl Running<'_> {
     }
 
     /// Takes all begun steps back, the last first. Where one cannot be taken back, the earlier ones of its
-    /// disk are left too, and the other disks are undone all the same; but in a running domain everything
-    /// earlier is left: the guest must not go on with some disks of another time.
+    /// disk are left too, and the other disks are undone all the same. In a running domain everything earlier
+    /// is left: the guest must not be resumed with some disks of another time.
     pub(super) async fn undo(&mut self, reason: &str) -> Result<()> {
         self.tell(Event::Undoing { operation: self.operation.id, reason: reason.to_owned() });
         self.advance(Transition::Undo)?;
-        // 1) Undoing is right without this record: what is recorded still says that it did not happen. A
-        //    crash before it leaves an operation before its commit point, which a recovery undoes all the
-        //    same.
+        // 1) Undoing is right without this record: the record that exists still says that the operation did
+        //    not happen. A crash before this record leaves an operation before its commit point, which a
+        //    recovery undoes all the same.
         let undoing = Change::Operation(self.operation.id, self.operation.state, Some(reason.to_owned()));
         if let Err(error) = self.record(vec![undoing]).await {
             tracing::warn!(%error, "recording that an operation is being undone");
@@ -51,9 +51,9 @@ impl Running<'_> {
                 *self.entry = entry;
             }
         }
-        // 2) If disks were changed while they were detached, and the guest was started since, they are
-        //    detached again before any of them changes: an image that a guest writes is not replaced under
-        //    it.
+        // 2) Disks may have been changed while they were detached, and the guest may have been started since.
+        //    Then they are detached again before any of them changes, so that no image is replaced while a
+        //    guest writes it.
         let mut stuck: Vec<(Target, Error)> = Vec::new();
         let mut changes = Vec::new();
         let window = match self.window_to_undo_in().await {
@@ -63,9 +63,9 @@ impl Running<'_> {
                 Window::None
             }
         };
-        // 3) The last step first: the path goes back before the overlay that it named is removed, and the
-        //    overlay goes before the second name of the file below it. A crash here leaves some steps undone
-        //    and recorded as begun: to undo them again changes nothing.
+        // 3) The last step first. The path goes back before the overlay that it named is removed. The overlay
+        //    goes before the second name of the file below it. A crash here leaves some steps undone and
+        //    recorded as begun: to undo them again changes nothing.
         for index in (0..self.operation.steps.len()).rev() {
             let planned = &self.operation.plan.steps[index];
             let target = planned.step.target.clone();
@@ -120,8 +120,9 @@ impl Running<'_> {
                 self.entry.domain.name
             )));
         }
-        // 4) The end, and what had to stay, in one transaction after all disks are as before. A crash before
-        //    it repeats the undo; after it nothing is left to do but the manifests.
+        // 4) The end is recorded after all disks are as before, in one transaction with the edits for data
+        //    that had to stay. A crash before it repeats the undo; after it nothing is left to do but the
+        //    manifests.
         self.advance(Transition::Undone)?;
         changes.push(Change::Operation(self.operation.id, self.operation.state, None));
         if let Err(error) = self.record(changes).await {
@@ -140,8 +141,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Undoes a step. In a detached section, where the guest waits for its disks, an image that another
-    /// program has locked since is tried again: programs that look at an image lock it for a moment.
+    /// Undoes a step. In a detached section, where the guest waits for its disks, a step is tried again if
+    /// another program has locked an image since. Programs that inspect an image lock it for a moment.
     async fn undo_patiently(&mut self, index: usize) -> Result<Vec<Edit>> {
         let until = Instant::now() + PATIENCE;
         loop {
@@ -156,7 +157,8 @@ impl Running<'_> {
         }
     }
 
-    /// Whether a window of this operation is open in the running domain, before its commit point.
+    /// Returns true if the running domain is in a detached section of this operation, before its commit
+    /// point.
     fn stands_still(&self) -> bool {
         let is_open = |index: usize| {
             matches!(self.operation.steps[index], StepState::Started | StepState::Done)
@@ -171,9 +173,10 @@ impl Running<'_> {
         matches!(step, Ok(DomainStep::Detach { .. } | DomainStep::Attach { .. }))
     }
 
-    /// Disks that were worked on in a window are undone in one. Where the guest stands still it is there yet,
-    /// or is opened again. A guest that runs was started anew since the crash: where its disks are not as
-    /// before, they are taken from it, undone, and given back, and it is reset.
+    /// Prepares the detached section in which disks are undone that were changed in one. If the guest is
+    /// paused, the section still exists, or is entered again. A guest that runs was started again since the
+    /// crash. If its disks are not as before, they are detached, undone and attached again, and the guest is
+    /// reset.
     async fn window_to_undo_in(&mut self) -> Result<Window> {
         let opened = self.operation.of_group(Group::Cut).find(|index| {
             self.operation.steps[*index] != StepState::Pending
@@ -200,14 +203,14 @@ impl Running<'_> {
                 return Ok(Window::NotNeeded);
             }
         } else if worked_on.is_empty() {
-            // It may have been opened half way: it is closed from there.
+            // The detach may have been interrupted: its own undo ends the section from there.
             return Ok(Window::None);
         }
         self.apply(opened).await?;
         Ok(if live.seen().running { Window::Restart(opened) } else { Window::None })
     }
 
-    /// The guest that was started on disks which are no more gets those that are, and starts again.
+    /// Gives the guest, which was started on disks that no longer exist, the disks that do, and resets it.
     async fn end_new_window(&mut self) -> Result<Vec<Edit>> {
         let disks = self.entry.domain.disks.iter().map(|record| record.disk.target.clone()).collect();
         let attach = DomainStep::Attach { disks, restart: None };
@@ -223,12 +226,13 @@ impl Running<'_> {
     }
 }
 
-/// Where the disks of an operation that worked in a window are undone.
+/// The detached section in which the disks of such an operation are undone.
 enum Window {
-    /// The operation's own, where it had one.
+    /// The operation's own, if it had one.
     None,
-    /// Its window was never needed, or is over: no disk has been changed in it.
+    /// Its section was never needed, or is over: no disk has been changed in it.
     NotNeeded,
-    /// One that was opened for it, because the guest was started anew; the step that stands for it.
+    /// One that was entered for the undo, because the guest was started again; the index of the step that
+    /// detached the disks.
     Restart(usize),
 }

@@ -4,14 +4,14 @@
 //! the CRC-32 of the content's text, and the content.
 //!
 //! **What is durable before what.** Every file is written under a temporary name, flushed, and renamed; then
-//! the directory is flushed once for all. `domain.json` is renamed last: it tells the catalogue's revision
-//! that the whole directory stands for, so a directory that a crash left half way is known by it. Manifests
-//! of deleted snapshots are gone, durably, when [`ManifestStore::write`] returns: the engine destroys data
-//! only after that.
+//! the directory is flushed once for all. `domain.json` is renamed last. It has the catalogue's revision that
+//! the whole directory represents, so it shows when a crash left the directory incomplete. Manifests of
+//! deleted snapshots are gone, durably, when [`ManifestStore::write`] returns: the engine destroys data only
+//! after that.
 //!
-//! **Nothing in them is an authority.** Whoever owns the directory of the images can write them. So they are
-//! read and written through the directory's descriptor, no link is followed, sizes are limited, and every
-//! name in them is checked before anything else sees it ([`crate::confine`]).
+//! **Nothing in them is authoritative.** The owner of the images' directory can write them. So they are read
+//! and written through the directory's descriptor, no link is followed, and sizes are limited. Every name in
+//! them is checked before other code gets it ([`crate::confine`]).
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -29,7 +29,7 @@ use crate::{Error, ErrorKind, Result, Snapshot, SnapshotId, shell_word};
 /// The version of the envelope and of what is in it.
 pub const VERSION: u32 = 1;
 
-/// The longest manifest that is read: a snapshot of a thousand disks is far below it.
+/// The size of the longest manifest that is read: a snapshot of a thousand disks is far below it.
 pub const MAX_BYTES: u64 = 4 << 20;
 
 /// The most bytes that are read of all manifests of one directory.
@@ -38,7 +38,7 @@ pub const MAX_ALL_BYTES: u64 = 256 << 20;
 /// The most manifests that are read from one directory.
 pub const MAX_FILES: usize = 100_000;
 
-/// The greatest revision that is believed: a thousand a second reach it in a hundred million years.
+/// The greatest revision that is accepted: a thousand a second reach it in a hundred million years.
 const MAX_REVISION: u64 = 1 << 62;
 
 const DOMAIN_FILE: &str = "domain.json";
@@ -46,7 +46,7 @@ const DOMAIN_FILE: &str = "domain.json";
 /// The name that a manifest is written under before it gets its own.
 const TEMPORARY_SUFFIX: &str = ".tmp";
 
-/// What a manifest's name gets that describes what could not be taken in: it is read no more.
+/// The suffix for the name of a manifest whose content could not be imported: it is read no more.
 const ASIDE_SUFFIX: &str = ".left-out";
 
 #[derive(Serialize, Deserialize)]
@@ -54,12 +54,12 @@ struct Envelope<T> {
     /// [`VERSION`].
     #[serde(rename = "domsnap-manifest")]
     version: u32,
-    /// Of the content's bytes, as they stand in the file: 8 hex digits.
+    /// The checksum of the content's bytes, exactly as the file has them: 8 hex digits.
     crc32: String,
     content: T,
 }
 
-/// What a snapshot's file holds.
+/// The content of a snapshot's file.
 #[derive(Serialize, Deserialize)]
 struct SnapshotManifest {
     #[serde(default)]
@@ -77,7 +77,7 @@ pub struct ManifestDirectory {
 }
 
 impl ManifestDirectory {
-    /// Those in `directory`, which need not exist.
+    /// The manifests in `directory`, which need not exist.
     pub fn new(directory: impl Into<Utf8PathBuf>) -> Self {
         Self { directory: directory.into() }
     }
@@ -89,8 +89,8 @@ impl ManifestDirectory {
 
     /// Opens the directory; `None` where it does not exist.
     ///
-    /// One that belongs to somebody else than a trusted user and the owner of the directory above it was put
-    /// there by a user who may make files beside the images and no more: nothing in it is read, and nothing
+    /// The owner must be a trusted user, or the owner of the directory above it. A directory of another user
+    /// was put there by a user who may only make files beside the images. Nothing in it is read, and nothing
     /// is written into it.
     fn open(&self) -> io::Result<Option<Directory>> {
         let (above, name) = match Directory::of(self.directory.as_std_path()) {
@@ -102,13 +102,13 @@ impl ManifestDirectory {
         Ok(Some(directory))
     }
 
-    /// Opens the directory as [`ManifestDirectory::open`] does; `None` too where what is there is not ours to
-    /// read, so that no manifest in it promises anything to anybody.
+    /// Opens the directory as [`ManifestDirectory::open`] does. Returns `None` also where the existing
+    /// directory is not ours to read, so that no manifest in it has any effect.
     fn open_if_ours(&self) -> io::Result<Option<Directory>> {
         self.open().or_else(|cause| if refusal(&cause).is_some() { Ok(None) } else { Err(cause) })
     }
 
-    /// What the user can do where writing failed with `cause`.
+    /// The advice for the user where writing failed with `cause`.
     fn advice(&self, cause: &io::Error) -> String {
         let directory = shell_word(self.directory.as_str());
         let next = "the next change of the domain writes them again";
@@ -156,11 +156,11 @@ impl ManifestDirectory {
         Ok(directory)
     }
 
-    /// Removes `domain.json` and `files`, then the directory and those above it that were made for it, where
-    /// they are empty then.
+    /// Removes `domain.json` and `files`, then the directory. Directories above it that were made for it are
+    /// removed too if they are empty then.
     fn remove_all(&self, files: &[Utf8PathBuf]) -> io::Result<()> {
         let Some(directory) = self.open_if_ours()? else { return Ok(()) };
-        // The domain first: without it the rest is known to be what a removal left.
+        // The domain first: without it, the rest is known as the remains of a removal.
         directory.remove(&file_name(DOMAIN_FILE)?)?;
         for file in files {
             remove(&directory, file)?;
@@ -175,8 +175,8 @@ impl ManifestDirectory {
         above.sync()?;
         let Some(parent) = self.directory.parent() else { return Ok(()) };
         if parent.file_name().is_some_and(|name| name.starts_with('.')) {
-            // A hidden directory that only held manifests goes with the last of them; one with other content
-            // stays.
+            // A hidden directory that contained only manifests goes with the last of them; one with other
+            // content stays.
             let (higher, hidden) = Directory::of(parent.as_std_path())?;
             if higher.remove_subdirectory(&hidden).is_ok_and(|removed| removed) {
                 higher.sync()?;
@@ -226,7 +226,7 @@ impl ManifestStore for ManifestDirectory {
             let advice = self.advice(&cause);
             failure(cause, format!("the manifests in {} cannot be written", self.directory)).advise(advice)
         };
-        // What is there and right, and what is there and no more.
+        // `told`: the manifests that are there and right. `gone`: the files that are there and have to go.
         let mut told: Vec<Snapshot> = Vec::new();
         let mut gone: Vec<Utf8PathBuf> = Vec::new();
         let is_gone = |snapshot: &Snapshot| after.tree.get(snapshot.id).is_none();
@@ -258,7 +258,7 @@ impl ManifestStore for ManifestDirectory {
             put(&directory, &format!("{}.json", snapshot.id), &manifest).map_err(failed)?;
         }
         if removed {
-            // What is deleted must be gone before a newer domain.json can be seen.
+            // Manifests of deleted snapshots must be gone before a newer domain.json is visible.
             directory.sync().map_err(failed)?;
         }
         put(&directory, DOMAIN_FILE, &DomainManifest::of(catalogue, after)).map_err(failed)?;
@@ -296,7 +296,7 @@ impl ManifestStore for ManifestDirectory {
             let Some(directory) = self.open_if_ours()? else { return Ok(()) };
             for name in items.iter().map(|item| name_of(*item)) {
                 let (from, to) = (file_name(&name)?, file_name(&format!("{name}{ASIDE_SUFFIX}"))?);
-                // What is no file is nobody's manifest, and stays.
+                // An entry that is not a regular file is no manifest, and stays.
                 if directory.look(&from)?.is_some_and(|found| found.is_file()) {
                     directory.rename(&from, &to, None)?;
                 }
@@ -315,7 +315,7 @@ impl ManifestStore for ManifestDirectory {
             Ok(Some(directory)) => directory,
             Ok(None) => return Ok(found),
             Err(cause) => match refusal(&cause) {
-                // Not ours to read, and no reason to stop.
+                // The directory is not ours to read, which is no reason to stop.
                 Some(why) => {
                     found.problems.push(Problem { item: None, place: self.directory.to_string(), why });
                     return Ok(found);
@@ -427,7 +427,7 @@ fn id_of(name: &str) -> Option<SnapshotId> {
     name.strip_suffix(".json")?.parse().ok().map(SnapshotId)
 }
 
-/// Whether a file of this name is a manifest, or the beginning of one. Others are left alone.
+/// Returns true if a file of this name is a manifest, or an unfinished one. Others are left alone.
 fn is_ours(name: &str) -> bool {
     let name = name.strip_suffix(TEMPORARY_SUFFIX).unwrap_or(name);
     name == DOMAIN_FILE || id_of(name).is_some()

@@ -1,14 +1,14 @@
-//! Manifests: what the catalogue knows of a domain, kept beside its data, so that the catalogue can be lost.
+//! Manifests: the catalogue's knowledge of a domain, kept beside its data, so that the catalogue can be lost.
 //!
 //! A [`ManifestStore`] keeps those of one domain: one of the domain itself, and one for each snapshot. Each
 //! says which catalogue wrote it, and at which revision. A [`ManifestDirectory`] keeps them as files in a
-//! directory beside the first disk; a backend whose disks are no files has a store of its own
+//! directory beside the first disk. A backend whose disks are no files has a store of its own
 //! ([`DiskSnapshotter::manifests`](crate::DiskSnapshotter::manifests)).
 //!
-//! **Whose they are.** A catalogue removes a manifest only of a snapshot that it deleted itself: one that it
-//! wrote, and has no more. Others stay; when a domain is imported, those that could not be used are saved
-//! under another name ([`ManifestStore::put_aside`]). Whether the domain's manifest may be written over is
-//! decided before an operation begins, by [`DomainManifest::is_known_to`].
+//! **Ownership.** A catalogue removes a manifest only of a snapshot that it deleted itself: one that it
+//! wrote, and no longer has. Others stay; when a domain is imported, those that could not be used are saved
+//! under another name ([`ManifestStore::put_aside`]). [`DomainManifest::is_known_to`] decides, before an
+//! operation begins, if the domain's manifest may be overwritten.
 
 mod directory;
 
@@ -24,17 +24,17 @@ use crate::{Domain, Result, Snapshot, SnapshotId};
 
 /// The manifests of one domain.
 ///
-/// All methods block. **Order:** the domain's manifest stands for all of them, so it is written last, and
-/// removed first. What a method wrote or removed is durable when it returns. Nothing in a manifest is an
-/// authority: an implementation checks every name that it reads ([`crate::confine`]).
+/// All methods block. **Order:** the domain's manifest represents all of them, so it is written last, and
+/// removed first. A method's writes and removals are durable when it returns. Nothing in a manifest is
+/// authoritative: an implementation checks every name that it reads ([`crate::confine`]).
 pub trait ManifestStore: Send + Sync + std::fmt::Debug {
-    /// Where they are kept, for people.
+    /// The place of the manifests, for people.
     fn place(&self) -> &str;
 
     /// The directory that they are in, where they are files of this machine.
     fn directory(&self) -> Option<&Utf8Path>;
 
-    /// Where one manifest is kept, for people.
+    /// The place of one manifest, for people.
     fn shown(&self, item: Item) -> String;
 
     /// Returns true if there is a manifest of a snapshot, sound or not.
@@ -43,8 +43,8 @@ pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     /// Returns true if there is certainly no manifest of this domain, not even an unfinished one.
     fn is_empty(&self) -> bool;
 
-    /// The domain's manifest, where there is a sound one: which catalogue wrote last, and what all of them
-    /// stand for.
+    /// The domain's manifest, where there is a sound one: it says which catalogue wrote last, and which
+    /// revision all of them represent.
     fn domain(&self) -> Option<DomainManifest>;
 
     /// Reads all manifests. One that is damaged is a problem of its own and stops nothing.
@@ -53,8 +53,8 @@ pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io) where there are some that cannot be read.
     fn read(&self) -> Result<Found>;
 
-    /// Makes the manifests say what `after` of `catalogue` says. Where `before` is given, they are known to
-    /// stand for it, and only what differs is written. Where nothing is left to say, all of them go.
+    /// Makes the manifests say the same as `after` of `catalogue`. Where `before` is given, they are known to
+    /// represent it, and only differences are written. Where nothing is left to say, all of them go.
     /// Manifests of snapshots that `catalogue` never knew stay.
     ///
     /// # Errors
@@ -68,25 +68,24 @@ pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     fn remove(&self, snapshots: &[SnapshotId]) -> Result<()>;
 
-    /// Removes what `catalogue` wrote of `entry`, whose manifests are elsewhere from now on. Another's
-    /// manifests stay.
+    /// Removes the manifests that `catalogue` wrote of `entry`, whose manifests are elsewhere from now on.
+    /// Manifests of another catalogue stay.
     ///
     /// # Errors
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     fn clear(&self, catalogue: CatalogueId, entry: &Entry) -> Result<()>;
 
-    /// Gives manifests a name under which they are kept and not read again. One that is not there is passed
-    /// over.
+    /// Gives manifests a name under which they are kept and not read again. A missing manifest is ignored.
     ///
     /// # Errors
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     fn put_aside(&self, items: &[Item]) -> Result<()>;
 
-    /// Returns true where no manifest can be: none is read there either, so a delete need not wait until it
-    /// is removed.
+    /// Returns true where no manifest can exist. None is read there either, so a delete need not wait for its
+    /// removal.
     fn have_no_place(&self) -> bool;
 
-    /// Returns true if the manifests say what `entry` of `catalogue` says. A catalogue without an identity
+    /// Returns true if the manifests say the same as `entry` of `catalogue`. A catalogue without an identity
     /// never wrote any.
     fn is_current(&self, catalogue: Option<CatalogueId>, entry: &Entry) -> bool {
         match self.domain() {
@@ -108,7 +107,7 @@ pub struct DomainManifest {
     pub catalogue: Option<CatalogueId>,
     /// The catalogue's revision when it was written.
     pub revision: Revision,
-    /// How many snapshots the domain has: fewer manifests are not all.
+    /// The number of the domain's snapshots: with fewer manifests, some are missing.
     #[serde(default)]
     pub snapshots: Option<u64>,
     /// The domain.
@@ -132,9 +131,9 @@ impl DomainManifest {
         Stamp { catalogue: self.catalogue, revision: self.revision }
     }
 
-    /// Returns true if `entry` of `catalogue` has all that this manifest says: it was written from the entry
-    /// as it is or as it was before, or the entry was imported from it. Where not, the catalogue is stale, or
-    /// the manifest is another's.
+    /// Returns true if `entry` of `catalogue` has all that this manifest says. Then it was written from the
+    /// entry as it is or as it was before, or the entry was imported from it. Otherwise the catalogue is
+    /// stale, or the manifest belongs to another catalogue.
     pub fn is_known_to(&self, catalogue: CatalogueId, entry: &Entry) -> bool {
         let own = self.catalogue.is_none_or(|wrote| wrote == catalogue)
             && self.domain.name == entry.domain.name
@@ -150,7 +149,7 @@ impl DomainManifest {
 pub enum Item {
     /// The domain's own.
     Domain,
-    /// That of a snapshot.
+    /// The manifest of a snapshot.
     Snapshot(SnapshotId),
 }
 
@@ -159,9 +158,9 @@ pub enum Item {
 pub struct Problem {
     /// The manifest; absent where all of them are refused together.
     pub item: Option<Item>,
-    /// Where it is, for people.
+    /// Its place, for people.
     pub place: String,
-    /// The reason, in words.
+    /// The reason, as a message.
     pub why: String,
 }
 

@@ -1,5 +1,5 @@
-//! What a backend declares that it cannot do is refused here, before anything: found out half way it would be
-//! a point taken at another instant than the others, or a merge that nobody knows how to do.
+//! Refuses, before anything is done, requests that a backend declares it cannot do. Found out later, the
+//! result would be a point taken at another instant than the others, or a merge that no code can do.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use super::{DiskInput, Planner};
 use crate::{Error, ErrorKind, PointKind, Result, SnapshotId};
 
 impl Planner<'_> {
-    /// Refuses a kind or a way that the format does not have.
+    /// Refuses a kind or a method that the format does not have.
     pub(super) fn require_kind(
         &self,
         disk: &DiskInput,
@@ -48,7 +48,7 @@ impl Planner<'_> {
         .advise(format!("take this disk with {other}, or leave it out")))
     }
 
-    /// Refuses a point on a point where the format can have one at a time.
+    /// Refuses a point on a point where the format can have only one at a time.
     pub(super) fn require_new_point(&self, disk: &DiskInput) -> Result<()> {
         if disk.backend.capabilities().snapshot_of_snapshot {
             return Ok(());
@@ -75,8 +75,8 @@ impl Planner<'_> {
         )))
     }
 
-    /// Refuses to change a disk of a running domain by a backend that works on disks at rest alone: it would
-    /// work beside the guest, at no instant that the other disks share.
+    /// Refuses to change a disk of a running domain by a backend that works only on disks at rest. It would
+    /// work while the guest runs, at no instant that the other disks share.
     pub(super) fn require_live(&self, disk: &DiskInput) -> Result<()> {
         if self.alive.is_none() || disk.backend.capabilities().live {
             return Ok(());
@@ -97,7 +97,7 @@ impl Planner<'_> {
         )))
     }
 
-    /// Refuses to delete a point that others derive from, where the format can delete the newest alone.
+    /// Refuses to delete a point from which others derive, where the format can delete only the newest.
     pub(super) fn require_last(&self, disk: &DiskInput, doomed: &BTreeSet<SnapshotId>) -> Result<()> {
         if disk.backend.capabilities().delete_in_chain {
             return Ok(());

@@ -1,4 +1,5 @@
-//! What a running domain adds to a plan: the instant of a create, the window of a revert, memory.
+//! The part of a plan for a running domain: the instant of a create, the detached section of a revert,
+//! memory.
 
 use camino::{Utf8Path, Utf8PathBuf};
 
@@ -13,24 +14,25 @@ use crate::{
 /// A running domain as the planner sees it.
 #[derive(Debug, Clone)]
 pub struct RunningDomain<'a> {
-    /// What its hypervisor is like.
+    /// The properties of its hypervisor.
     pub profile: HypervisorProfile,
-    /// What its hypervisor says.
+    /// The domain's state, reported by its hypervisor.
     pub seen: &'a DomainInfo,
-    /// Of a revert to a snapshot with memory: what of the machine is not as it was then, each in words.
+    /// For a revert to a snapshot with memory: the differences between the machine now and then, each as a
+    /// message.
     pub differs: Vec<String>,
-    /// Of a revert to a snapshot with memory: the media that are in other drives than then, or in none.
+    /// For a revert to a snapshot with memory: the media that are in other drives than then, or in none.
     pub media: Vec<Medium>,
-    /// Where memory images go.
+    /// The directory of memory images.
     pub memory_dir: Utf8PathBuf,
-    /// Why its memory cannot be saved, if so.
+    /// The reason why its memory cannot be saved, if so.
     pub cannot_save_memory: Option<Obstacle>,
-    /// Why its disks cannot be detached, if so.
+    /// The reason why its disks cannot be detached, if so.
     pub cannot_detach: Option<Obstacle>,
 }
 
 impl RunningDomain<'_> {
-    /// Refuses ways of saving memory that its hypervisor does not have.
+    /// Refuses methods of saving memory that its hypervisor does not have.
     fn require_ways_to_save(&self, request: &CreateRequest) -> Result<()> {
         let HypervisorProfile { title, saves_while_running, compress, .. } = &self.profile;
         let refused = |option: &str, why: String| {
@@ -53,7 +55,7 @@ impl RunningDomain<'_> {
     }
 }
 
-/// What a snapshot's memory image is called.
+/// The file of a snapshot's memory image.
 pub(super) fn memory_file(directory: &Utf8Path, snapshot: &Snapshot) -> Utf8PathBuf {
     directory.join(format!("{}.memory", snapshot.id))
 }
@@ -71,7 +73,7 @@ fn step(group: Group, step: &DomainStep, summary: impl Into<String>) -> Result<P
 }
 
 impl Planner<'_> {
-    /// Whether memory is taken.
+    /// Returns true if the snapshot includes memory.
     pub(super) fn with_memory(&self, request: &CreateRequest) -> Result<bool> {
         if let Some(level) = request.compress.filter(|level| *level > MAX_COMPRESSION) {
             return Err(Error::new(ErrorKind::Usage, format!("{level} is no level of compression"))
@@ -121,7 +123,7 @@ impl Planner<'_> {
         }
     }
 
-    /// Refuses to quiesce a guest that nothing could quiesce.
+    /// Refuses to quiesce a guest that has no means to be quiesced.
     fn require_agent(&self, alive: &RunningDomain<'_>) -> Result<()> {
         let known = self.domain.control.as_ref().and_then(|control| control.agent.as_ref());
         let known = known.or(alive.seen.agent.as_ref());
@@ -153,7 +155,7 @@ impl Planner<'_> {
         }
     }
 
-    /// Refuses what is said of a revert and does not apply to it.
+    /// Refuses options of a revert that do not apply to it.
     pub(super) fn require_options(&self, request: &RevertRequest) -> Result<()> {
         let refused = |option: &str, why: &str| {
             Err(Error::new(ErrorKind::Refused, format!("{option} does not apply here: {why}"))
@@ -190,7 +192,7 @@ impl Planner<'_> {
             .state("no changes made")
     }
 
-    /// Puts the instant around the disks of a create.
+    /// Puts the instant before the disk steps of a create.
     pub(super) fn create_alive(
         &self,
         request: &CreateRequest,
@@ -252,9 +254,9 @@ impl Planner<'_> {
             quiesce_limit_ms: millis(request.quiesce_limit),
             then: request.then,
         };
-        // A step inside belongs to the nearest one before it that is not: what one disk does after the
-        // instant must not come between the instant and what another does in it. The order of each disk's own
-        // steps stays.
+        // A nested step belongs to the nearest step before it that is not nested. So a step that one disk
+        // does after the instant must not come between the instant and the steps that another disk does in
+        // it. The order of each disk's own steps stays.
         merged.steps.sort_by_key(|planned| planned.group == Group::Cut && !planned.inside);
         merged.first(step(Group::Cut, &instant, words)?);
         if memory {
@@ -281,7 +283,7 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Puts the window, and memory, around the disks of a revert.
+    /// Puts the detached section, and memory, around the disk steps of a revert.
     pub(super) fn revert_alive(
         &self,
         wanted: &Snapshot,
@@ -364,7 +366,8 @@ impl Planner<'_> {
             merged.last(end);
         } else {
             merged.first(end);
-            // Before the memory: the drives' state comes from that, and says that this medium is in.
+            // The media come before the memory: the drives' state is restored from memory, and says that this
+            // medium is inserted.
             if file.is_some() && !alive.media.is_empty() {
                 let words: Vec<String> = alive
                     .media
@@ -381,11 +384,11 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Removes the memory of deleted snapshots, and puts a window around what changes frozen images of an
-    /// open chain.
+    /// Removes the memory of deleted snapshots, and puts a detached section around steps that change frozen
+    /// images of an open chain.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] where a window is needed and the hypervisor cannot let go of its disks.
+    /// [`ErrorKind::Unsupported`] where the section is needed and the hypervisor cannot detach its disks.
     pub(super) fn delete_alive(&self, doomed: &[&Snapshot], merged: &mut Merged) -> Result<()> {
         if let Some(alive) = self.alive {
             let (in_window, others): (Vec<_>, Vec<_>) =
@@ -413,7 +416,7 @@ impl Planner<'_> {
 
 const DETACHED: &str = "the disks of the running domain cannot be detached";
 
-/// Refuses what cannot be done through the connection to the hypervisor.
+/// Refuses an action that the connection to the hypervisor cannot do.
 fn require(cannot: &Option<Obstacle>, what: &str, instead: &str) -> Result<()> {
     match cannot {
         None => Ok(()),
@@ -423,7 +426,7 @@ fn require(cannot: &Option<Obstacle>, what: &str, instead: &str) -> Result<()> {
     }
 }
 
-/// What the guest does now.
+/// The guest's power state now.
 fn as_now(alive: &RunningDomain<'_>) -> PowerAfter {
     match alive.seen.running {
         true => PowerAfter::Running,
@@ -431,7 +434,8 @@ fn as_now(alive: &RunningDomain<'_>) -> PowerAfter {
     }
 }
 
-/// What the steps of a window do where the hypervisor ends the domain for it, and makes it again.
+/// Summaries of the steps of a detached section for which the hypervisor ends the domain and creates it
+/// again.
 fn recreated_words(restart: &Restart, power: Option<PowerAfter>) -> (String, String, String) {
     let open = match restart.safety {
         true => "save the memory of the domain, for an undo, and destroy the domain",

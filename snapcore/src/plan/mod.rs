@@ -1,4 +1,4 @@
-//! From a request to a plan over all disks of a domain: a function of what is, without a side effect.
+//! Plans a request over all disks of a domain: a function of the current state, without a side effect.
 
 mod capabilities;
 mod live;
@@ -21,11 +21,11 @@ pub use live::RunningDomain;
 /// One disk as the planner sees it.
 #[derive(Clone)]
 pub struct DiskInput {
-    /// What the catalogue knows of it.
+    /// Its record in the catalogue.
     pub record: DiskRecord,
-    /// What it is on the machine.
+    /// Its state on the machine.
     pub state: DiskState,
-    /// Who can change it.
+    /// The backend that can change it.
     pub backend: Arc<AnyDiskSnapshotter>,
 }
 
@@ -43,12 +43,12 @@ impl DiskInput {
     }
 }
 
-/// The plan that fulfils `request` on `domain`, whose snapshots are `tree` and whose disks are `disks`, in
-/// the domain's order; `alive` where it runs.
+/// Returns the plan that fulfils `request` on `domain`, whose snapshots are `tree` and whose disks are
+/// `disks`, in the domain's order. `alive` is present where the domain runs.
 ///
 /// # Errors
-/// What the request gets wrong ([`ErrorKind::NotFound`], [`ErrorKind::Exists`], [`ErrorKind::Usage`]), and
-/// what a backend refuses. Nothing was touched.
+/// An error in the request ([`ErrorKind::NotFound`], [`ErrorKind::Exists`], [`ErrorKind::Usage`]), or the
+/// refusal of a backend. Nothing was touched.
 pub async fn plan(
     domain: &Domain,
     tree: &SnapshotTree,
@@ -186,9 +186,9 @@ impl Planner<'_> {
             if request.save_current.is_some() {
                 self.require_new_point(disk)?;
             }
-            // Every disk can be taken back, the last one too: a crash between its cut and the commit would
-            // otherwise leave it reverted and the others not, and what the domain then writes could not be
-            // told from either.
+            // Every disk's revert can be undone, also the last one's. Otherwise a crash between its cut and
+            // the commit would leave it reverted and the others not. The domain's later writes could not be
+            // attributed to either state.
             plans.push((disk, self.revert_disk(disk, &member.point, request).await?));
         }
         let mut merged = Merged::default();
@@ -240,8 +240,8 @@ impl Planner<'_> {
         Ok(merged.plan("revert", names))
     }
 
-    /// Refuses to leave out a disk that there is not, or one that memory which is restored would meet in
-    /// another state.
+    /// Refuses to leave out a disk that does not exist. Refuses also a disk that the restored memory would
+    /// find in another state.
     fn refuse_skips(&self, wanted: &Snapshot, request: &RevertRequest) -> Result<()> {
         if let Some(target) = request.skip.iter().find(|target| self.domain.disk(target).is_none()) {
             let known: Vec<&str> = self.domain.disks.iter().map(|d| d.disk.target.as_str()).collect();
@@ -266,7 +266,7 @@ impl Planner<'_> {
         }
     }
 
-    /// A disk as the hypervisor has it, where the domain runs.
+    /// A disk as the hypervisor reports it; absent where the domain does not run.
     fn seen(&self, target: &Target) -> Option<&SeenDisk> {
         self.alive?.seen.disks.iter().find(|disk| disk.member.as_ref() == Some(target))
     }
@@ -277,8 +277,8 @@ impl Planner<'_> {
         seen.into_iter().flatten().filter(|disk| disk.member.is_none()).collect()
     }
 
-    /// Refuses what cannot be done to a disk of the running domain as it is open now: found out half way, it
-    /// would leave the guest without it.
+    /// Refuses an action that a disk of the running domain does not allow as it is open now. Found out later,
+    /// the failure would leave the guest without the disk.
     fn refuse_unfit(&self, is_spared: impl Fn(&Target) -> bool) -> Result<()> {
         let Some(alive) = self.alive else { return Ok(()) };
         for disk in &alive.seen.disks {
@@ -299,7 +299,7 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Refuses a snapshot that would lack a disk which the guest writes, unless the user said so of each.
+    /// Refuses a snapshot that would lack a disk which the guest writes, unless the user agreed for each.
     fn refuse_lacking(&self, request: &CreateRequest, others: &[&SeenDisk]) -> Result<()> {
         let lacking: Vec<&&SeenDisk> =
             others.iter().filter(|disk| disk.guest_writes && !request.skips(&disk.target)).collect();
@@ -353,8 +353,8 @@ impl Planner<'_> {
         Ok(plan)
     }
 
-    /// Refuses a revert to an internal snapshot that another program put into the place of the recorded one:
-    /// the guest would get other data, and nothing would say so.
+    /// Refuses a revert to an internal snapshot that another program put in place of the recorded one. The
+    /// guest would get other data without any message.
     fn refuse_replaced(&self, wanted: &Snapshot, disk: &DiskInput, member: &DiskPoint) -> Result<()> {
         let Some(why) = member.replaced(&disk.state) else { return Ok(()) };
         let (domain, snapshot) = (&self.domain.name, &wanted.name);
@@ -368,7 +368,7 @@ impl Planner<'_> {
             )))
     }
 
-    /// Says which internal snapshots of those that are not `doomed` another program replaced, as far as their
+    /// Reports the internal snapshots, except the `doomed`, that another program replaced, as far as their
     /// layers were read.
     fn replaced(&self, doomed: &BTreeSet<SnapshotId>) -> Vec<String> {
         let mut notes = Vec::new();
@@ -418,7 +418,7 @@ impl Planner<'_> {
         for disk in self.disks {
             self.require_last(disk, doomed)?;
             let (mut drop, keep) = split_points(self.tree, disk.target(), doomed);
-            // What another program made in its place is not ours to delete.
+            // An internal snapshot that another program made in its place is not ours to delete.
             for snapshot in self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)) {
                 let Some(member) = snapshot.point(disk.target()) else { continue };
                 if let Some(why) = member.replaced(&disk.state) {
@@ -431,7 +431,7 @@ impl Planner<'_> {
             }
             let plan = disk.plan(self.domain, &DiskRequest::Delete { drop, keep, force }).await?;
             match self.require_live(disk) {
-                // Tidying is asked for by nobody: what has to wait for the domain's end waits.
+                // The user did not ask for this tidying: a step that has to wait for the domain's end waits.
                 Err(_) if doomed.is_empty() => continue,
                 refused if !plan.steps.is_empty() => refused?,
                 _ => {}
@@ -510,8 +510,8 @@ impl Planner<'_> {
     }
 }
 
-/// The points of one disk that go with the snapshots `doomed`, and those that stay. A point that a staying
-/// snapshot shares stays.
+/// Returns the points of one disk that go with the snapshots `doomed`, and those that stay. A point that a
+/// remaining snapshot shares stays.
 pub fn split_points(
     tree: &SnapshotTree,
     target: &Target,
