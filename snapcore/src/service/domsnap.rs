@@ -1,4 +1,4 @@
-//! The front door: hands each request to its room.
+//! The service's interface: hands each request to its room.
 
 use std::sync::Arc;
 
@@ -34,7 +34,7 @@ impl Domsnap {
         &self.rooms.registry
     }
 
-    /// Everything that happens from now on.
+    /// A stream of all events from now on.
     pub fn events(&self) -> EventStream {
         self.rooms.events.subscribe()
     }
@@ -45,32 +45,33 @@ impl Domsnap {
         importer::free_name(&time_name(Timestamp::now())?, &listing.snapshots)
     }
 
-    /// Registers a domain: takes in its disks, with the snapshots that manifests beside them tell and the
+    /// Registers a domain: imports its disks, with the snapshots that manifests beside them describe and the
     /// internal ones of their active images. Images that were used by their paths before keep their
     /// snapshots.
     ///
     /// # Errors
-    /// [`ErrorKind::Exists`] for a name or an image that another domain has; what the images are wrong with.
+    /// [`ErrorKind::Exists`] for a name or an image that another domain has; the error of an image that is
+    /// not usable.
     pub async fn domain_add(&self, spec: &DomainSpec) -> Result<ImportReport> {
         let (room, spec) = (self.rooms.registrar.clone(), spec.clone());
         to_the_end(&CancellationToken::new(), |cancel| async move { room.add(spec, cancel).await }).await
     }
 
-    /// Takes a domain out of the catalogue. Its images, snapshots and manifests stay as they are, and an
+    /// Removes a domain from the catalogue. Its images, snapshots and manifests stay as they are, and an
     /// import brings it back.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where an operation stopped half way; [`ErrorKind::Io`] where its manifests are
+    /// [`ErrorKind::Refused`] where an operation was interrupted; [`ErrorKind::Io`] where its manifests are
     /// not whole and cannot be written.
     pub async fn domain_remove(&self, domain: &DomainRef) -> Result<Removal> {
         let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
         to_the_end(&CancellationToken::new(), |cancel| async move { room.remove(domain, cancel).await }).await
     }
 
-    /// What runs at an address. Changes nothing.
+    /// Describes the domain that runs at an address. Changes nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] where nothing does; [`ErrorKind::Unsupported`] where the hypervisor is not
+    /// [`ErrorKind::NotFound`] where none does; [`ErrorKind::Unsupported`] where the hypervisor is not
     /// registered.
     pub async fn look(&self, hypervisor: &Hypervisor, control: &Control) -> Result<DomainInfo> {
         self.rooms.locator.look(hypervisor, control).await
@@ -81,10 +82,10 @@ impl Domsnap {
         self.rooms.locator.scan().await
     }
 
-    /// The running side of a domain as its hypervisor describes it; none where it does not run.
+    /// Describes the running side of a domain, as its hypervisor reports it; none where it does not run.
     ///
     /// # Errors
-    /// As of [`Domsnap::resolve`]; where it cannot be told whether it runs.
+    /// The errors of [`Domsnap::resolve`]; an error where it cannot be found out if the domain runs.
     pub async fn running(&self, domain: &DomainRef) -> Result<Option<DomainInfo>> {
         let located = self.rooms.locator.locate(domain).await?;
         let live = self.rooms.locator.connect(&located.entry.domain).await?;
@@ -105,32 +106,32 @@ impl Domsnap {
             .collect())
     }
 
-    /// The domain that is meant.
+    /// The domain that a reference names.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] for a name that is not registered; [`ErrorKind::Refused`] for images that are
+    /// [`ErrorKind::NotFound`] for a name that is not registered. [`ErrorKind::Refused`] for images that are
     /// not exactly the disks of the domain they belong to, and for a symbolic link.
     pub async fn resolve(&self, domain: &DomainRef) -> Result<Domain> {
         Ok(self.rooms.locator.locate(domain).await?.entry.domain)
     }
 
-    /// What `request` would do. Changes nothing and needs no lock. What only a try can tell is tried: an
-    /// empty file of ours is made in each directory that the request works in, and removed.
+    /// Plans `request` without carrying it out. Changes nothing and needs no lock. What only a try can show
+    /// is tried: an empty file of ours is made in each directory that the request works in, and removed.
     ///
     /// # Errors
-    /// As the request itself would be refused; [`ErrorKind::NeedsRecovery`] where an operation stopped half
-    /// way, so that the plan would not be what will be done.
+    /// The refusal that the request itself would get. [`ErrorKind::NeedsRecovery`] where an operation was
+    /// interrupted: the plan would not be the one that is carried out later.
     pub async fn plan(&self, domain: &DomainRef, request: &Request) -> Result<Plan> {
         let mut plans = self.plans(domain, request).await?;
         plans.pop().ok_or_else(|| Error::new(ErrorKind::Internal, "no plan was made"))
     }
 
-    /// As [`Domsnap::plan`], with what is done before it. A revert of a running domain that saves the current
-    /// state is two operations: the first plan is of the snapshot that saves it. The second is made again
-    /// then, and may differ in what the first has changed.
+    /// Plans like [`Domsnap::plan`], and returns also the plan that comes before it. A revert of a running
+    /// domain that saves the current state is two operations: the first plan is of the snapshot that saves
+    /// it. The second plan is made again after the first operation, and may differ in what that has changed.
     ///
     /// # Errors
-    /// As of [`Domsnap::plan`].
+    /// The errors of [`Domsnap::plan`].
     pub async fn plans(&self, domain: &DomainRef, request: &Request) -> Result<Vec<Plan>> {
         let located = self.rooms.locator.locate(domain).await?;
         let name = &located.entry.domain.name;
@@ -177,10 +178,11 @@ impl Domsnap {
 
     /// Takes a snapshot.
     ///
-    /// Cancelled before its commit point, by the token or by dropping this future, everything is undone.
+    /// If it is cancelled before its commit point, by the token or by dropping this future, everything is
+    /// undone.
     ///
     /// # Errors
-    /// Of whatever kind, with everything undone; but [`ErrorKind::NeedsRecovery`] tells what is left.
+    /// Any kind, with everything undone; but [`ErrorKind::NeedsRecovery`] says what is left.
     pub async fn create(
         &self,
         domain: &DomainRef,
@@ -190,10 +192,10 @@ impl Domsnap {
         self.change(domain, Request::Create(request), cancel).await
     }
 
-    /// Returns to a snapshot. The present is dropped, unless the request saves it.
+    /// Returns to a snapshot. The current state is dropped, unless the request saves it.
     ///
     /// # Errors
-    /// As of [`Domsnap::create`].
+    /// The errors of [`Domsnap::create`].
     pub async fn revert(
         &self,
         domain: &DomainRef,
@@ -203,11 +205,11 @@ impl Domsnap {
         self.change(domain, Request::Revert(request), cancel).await
     }
 
-    /// Deletes snapshots. Once begun it happens: cancelling puts merges off, and [`Domsnap::tidy`] does them
-    /// later.
+    /// Deletes snapshots. Once begun, the delete happens: cancelling defers merges, and [`Domsnap::tidy`]
+    /// does them later.
     ///
     /// # Errors
-    /// As of [`Domsnap::create`].
+    /// The errors of [`Domsnap::create`].
     pub async fn delete(
         &self,
         domain: &DomainRef,
@@ -220,7 +222,7 @@ impl Domsnap {
     /// Merges and removes layers that nothing needs any more.
     ///
     /// # Errors
-    /// As of [`Domsnap::create`].
+    /// The errors of [`Domsnap::create`].
     pub async fn tidy(&self, domain: &DomainRef, cancel: CancellationToken) -> Result<Outcome> {
         self.change(domain, Request::Tidy, cancel).await
     }
@@ -238,7 +240,7 @@ impl Domsnap {
     /// The domain and its snapshots, from the catalogue alone where it has the domain.
     ///
     /// # Errors
-    /// As of [`Domsnap::resolve`].
+    /// The errors of [`Domsnap::resolve`].
     pub async fn list(&self, domain: &DomainRef) -> Result<Listing> {
         self.rooms.viewer.list(domain).await
     }
@@ -246,7 +248,7 @@ impl Domsnap {
     /// One snapshot in full, with sizes read from the images.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] where there is none of this name; as of [`Domsnap::resolve`].
+    /// [`ErrorKind::NotFound`] where there is none of this name; the errors of [`Domsnap::resolve`].
     pub async fn show(&self, domain: &DomainRef, name: &SnapshotName) -> Result<Details> {
         self.rooms.viewer.show(domain, name).await
     }
@@ -257,8 +259,8 @@ impl Domsnap {
         self.rooms.viewer.belonging(image).await
     }
 
-    /// Checks that the catalogue is authoritative for the domain `name`: every manifest beside its images was
-    /// written with this catalogue, and none is newer than what it has.
+    /// Checks that the catalogue is authoritative for the domain `name`. Then every manifest beside its
+    /// images was written with this catalogue, and none is newer than the catalogue.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] where it is not, with what to do.
@@ -266,10 +268,10 @@ impl Domsnap {
         self.rooms.authority.require_for(name).await
     }
 
-    /// Each disk as it is on the machine. A disk that cannot be read says so in its report.
+    /// Reports each disk as it is on the machine. The report of a disk that cannot be read says so.
     ///
     /// # Errors
-    /// As of [`Domsnap::resolve`].
+    /// The errors of [`Domsnap::resolve`].
     pub async fn inspect(&self, domain: &DomainRef) -> Result<Vec<DiskReport>> {
         self.rooms.viewer.inspect(domain).await
     }
@@ -290,19 +292,19 @@ impl Domsnap {
     }
 
     /// Looks for damage: in the images, and between catalogue, manifests and images. Changes nothing. The
-    /// worst comes first.
+    /// worst findings come first.
     ///
     /// # Errors
-    /// As of [`Domsnap::resolve`]; what is wrong with images is a finding.
+    /// The errors of [`Domsnap::resolve`]; damage of images is a finding, not an error.
     pub async fn check(&self, domain: &DomainRef) -> Result<Vec<Finding>> {
         self.rooms.viewer.check(domain).await
     }
 
-    /// Finishes or undoes what stopped half way, in one domain or in all, and merges what was put off. Where
-    /// a domain cannot be recovered, the others are all the same.
+    /// Finishes or undoes interrupted operations, in one domain or in all, and does deferred merges. If one
+    /// domain cannot be recovered, the others are recovered all the same.
     ///
     /// # Errors
-    /// The first domain's that could not be recovered.
+    /// The error of the first domain that could not be recovered.
     pub async fn recover(
         &self,
         domain: Option<&DomainRef>,
@@ -321,7 +323,7 @@ impl Domsnap {
             let room = self.rooms.operator.clone();
             match to_the_end(&cancel, |cancel| async move { room.recover(reference, cancel).await }).await {
                 Ok(more) => reports.extend(more),
-                // The first is the answer, and is not said twice.
+                // The first error is returned, so only the later ones are logged.
                 Err(error) if failure.is_none() => failure = Some(error),
                 Err(error) => tracing::error!(%error, "recovering a domain"),
             }
@@ -332,18 +334,20 @@ impl Domsnap {
         }
     }
 
-    /// Closes the operations of a domain that stopped half way, without doing or undoing anything more: for
-    /// where a recovery cannot go on. No file is touched. Gives what each had left, in words.
+    /// Closes the interrupted operations of a domain without doing or undoing anything more. It is for a
+    /// domain whose recovery cannot continue. No file is touched. Returns what each operation left, as
+    /// messages.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where the domain's guest waits for the operation with its disks taken from it.
+    /// [`ErrorKind::Refused`] where the domain's guest waits for the operation with its disks detached.
     pub async fn abandon(&self, domain: &DomainRef) -> Result<Vec<RecoveryReport>> {
         let (room, domain) = (self.rooms.operator.clone(), domain.clone());
         to_the_end(&CancellationToken::new(), |cancel| async move { room.abandon(domain, cancel).await })
             .await
     }
 
-    /// Takes one disk out of a domain. Its image stays as it is, and the domain's snapshots go on without it.
+    /// Removes one disk from a domain. Its image stays as it is, and the domain's snapshots continue without
+    /// it.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] for a disk that the domain does not have; [`ErrorKind::Refused`] for its only
@@ -356,11 +360,11 @@ impl Domsnap {
         .await
     }
 
-    /// Adds a disk to a domain. Snapshots that it has go on without it.
+    /// Adds a disk to a domain. The snapshots that it has continue without the disk.
     ///
     /// # Errors
-    /// [`ErrorKind::Exists`] for a target or an image that a domain has already; what the image is wrong
-    /// with.
+    /// [`ErrorKind::Exists`] for a target or an image that a domain has already; the error of an image that
+    /// is not usable.
     pub async fn disk_add(&self, domain: &DomainRef, disk: crate::Disk) -> Result<Domain> {
         let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
         to_the_end(
@@ -370,12 +374,13 @@ impl Domsnap {
         .await
     }
 
-    /// Rebuilds the catalogue of a domain from the manifests beside its images, and adopts the snapshots and
-    /// layers that the images themselves know. One image of a domain stands for all that its manifests name.
+    /// Rebuilds the catalogue's records of a domain from the manifests beside its images, and adopts the
+    /// snapshots and layers that only the images know. One image of a domain is enough to import all that its
+    /// manifests name.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where the catalogue has snapshots of the domain and replacing was not asked
-    /// for.
+    /// [`ErrorKind::Refused`] where the catalogue has snapshots of the domain and the caller did not ask to
+    /// replace them.
     pub async fn import(&self, domain: &DomainRef, options: ImportOptions) -> Result<ImportReport> {
         let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
         to_the_end(

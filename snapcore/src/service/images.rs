@@ -1,4 +1,4 @@
-//! The paths by which images are known, and which file a path names.
+//! Paths of images, and the files that they name.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
@@ -10,7 +10,7 @@ use crate::{
     file_identity, shell_word,
 };
 
-/// Which file a path names, whatever its name.
+/// The identity of the file that a path names, whatever its name.
 pub(crate) fn file_id(path: &Utf8Path) -> Option<FileIdentity> {
     // An address of a backend of its own is no path, though a file of that name may be in the current
     // directory.
@@ -21,19 +21,19 @@ pub(crate) fn file_id(path: &Utf8Path) -> Option<FileIdentity> {
     Some(file_identity(&found))
 }
 
-/// The paths of `domain`'s images, as a command line takes them.
+/// The paths of `domain`'s images, quoted for a command line.
 pub(super) fn images_of(domain: &Domain) -> String {
     shell_word(&image_list(domain.disks.iter().map(|record| (record.disk.path.as_path(), None))))
 }
 
-/// The path by which an image is known: without links and dots. A symbolic link to an image is followed, here
-/// and nowhere else: backing names are relative to the image's own directory. A file that is not there has
-/// its directory's path.
+/// Returns the path by which an image is known: without links and dots. A symbolic link to an image is
+/// followed, here and nowhere else: backing names are relative to the image's own directory. A file that does
+/// not exist has its directory's path.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] for a link of another user to a file that is not that user's: who may make links in
-/// a directory may not choose which files are worked on. [`ErrorKind::Usage`] for what is neither a file nor
-/// a block device.
+/// [`ErrorKind::Refused`] for a link of another user to a file that is not that user's: a user who can make
+/// links in a directory must not choose which files are changed. [`ErrorKind::Usage`] for a path that is
+/// neither a file nor a block device.
 pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
     let Ok(found) = path.symlink_metadata() else { return below_real_directory(path) };
     let about = match path.metadata() {
@@ -57,8 +57,7 @@ pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
         return Err(Error::new(ErrorKind::Usage, format!("{path} is not a regular file or block device"))
             .advise("give the path of a disk image"));
     }
-    // The lasting names of block devices are links; what they lead to is called otherwise after the next
-    // boot.
+    // The lasting names of block devices are links; the names that they lead to change at the next boot.
     if !found.is_symlink() || about.file_type().is_block_device() {
         return below_real_directory(path);
     }
@@ -81,10 +80,10 @@ pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
     })
 }
 
-/// Refuses images that are not there.
+/// Refuses images that do not exist.
 ///
 /// # Errors
-/// [`ErrorKind::NotFound`] with the first that is not.
+/// [`ErrorKind::NotFound`] with the first that does not.
 pub fn require_files(paths: &[Utf8PathBuf]) -> Result<()> {
     for path in paths {
         if let Some(path) = DiskAddress::of(path).as_local()
@@ -97,8 +96,7 @@ pub fn require_files(paths: &[Utf8PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// The disks whose images are not there. Block devices are passed over: a volume that is not active has no
-/// node.
+/// The disks whose images do not exist. Block devices are ignored: a volume that is not active has no node.
 pub(super) fn missing(domain: &Domain) -> Vec<Target> {
     let is_missing = |disk: &Disk| {
         let file = disk.local().filter(|path| !path.starts_with("/dev"));
@@ -124,8 +122,8 @@ fn below_real_directory(path: &Utf8Path) -> Result<Utf8PathBuf> {
     Ok(directory.join(name))
 }
 
-/// The one form of an image's address: its backend's for an address with a scheme, and [`image_path`] for a
-/// path.
+/// Returns the one form of an image's address: its backend's for an address with a scheme, and [`image_path`]
+/// for a path.
 pub(super) async fn known_address(registry: &Registry, given: &Utf8Path) -> Result<Utf8PathBuf> {
     match registry.of_scheme(given) {
         Some(backend) => backend.resolve(given).await,
@@ -133,7 +131,7 @@ pub(super) async fn known_address(registry: &Registry, given: &Utf8Path) -> Resu
     }
 }
 
-/// The absolute form of a path that was given, or an address with a scheme as it is.
+/// Returns the absolute form of a given path, or an address with a scheme as it is.
 pub(super) fn absolute(registry: &Registry, given: &Utf8Path) -> Result<Utf8PathBuf> {
     match registry.of_scheme(given) {
         Some(_) => Ok(given.to_owned()),
@@ -144,7 +142,8 @@ pub(super) fn absolute(registry: &Registry, given: &Utf8Path) -> Result<Utf8Path
     }
 }
 
-/// Images by the addresses that they are known by, and a sentence for each that was named by a link.
+/// Returns images with the addresses that they are known by, and a sentence for each that was named by a
+/// link.
 pub(super) async fn real_images(
     registry: &Registry,
     given: &[GivenImage],
@@ -163,20 +162,20 @@ pub(super) async fn real_images(
     Ok((images, notes))
 }
 
-/// Returns true if two paths name one file, be it by two hard links.
+/// Returns true if two paths name one file, also by two hard links.
 pub(super) fn is_same_file(one: &Utf8Path, other: &Utf8Path) -> bool {
     one == other || file_id(one).is_some_and(|id| Some(id) == file_id(other))
 }
 
-/// What is to be said of an image that was named by a symbolic link.
+/// The note for an image that was named by a symbolic link.
 pub(super) fn followed(given: &Utf8Path, real: &Utf8Path) -> Option<String> {
     let is_link = given.is_absolute() && given.symlink_metadata().is_ok_and(|found| found.is_symlink());
     (is_link && given != real)
         .then(|| format!("{given} is a symbolic link: the image is known by its own path, {real}"))
 }
 
-/// The disks of a new domain, by the addresses that they are known by, and a sentence for each that was named
-/// by a link.
+/// The disks of a new domain, with the addresses that they are known by, and a sentence for each that was
+/// named by a link.
 pub(super) async fn disks_of(
     registry: &Registry,
     spec: &super::DomainSpec,
@@ -209,7 +208,8 @@ pub(super) async fn disks_of(
     Ok((disks.into_iter().map(|(disk, _)| disk).collect(), notes))
 }
 
-/// What tells a disk from every other. A format that no backend serves is found out when the disk is adopted.
+/// Returns the identity that distinguishes a disk from every other. A format that no backend serves is
+/// detected when the disk is adopted.
 pub(super) async fn identity_of(registry: &Registry, disk: &Disk) -> Result<Option<DiskIdentity>> {
     match registry.get(&disk.format) {
         Ok(backend) => backend.identity(disk).await,

@@ -9,7 +9,7 @@ use super::neighbours::Neighbours;
 use crate::catalogue::{Catalogue, Change, Entry, Lease, Revision};
 use crate::{DomainName, Result, Snapshot};
 
-/// How long a lease outlives a holder that died, where the catalogue cannot know that it died.
+/// The time for which a lease outlives a holder that died, where the catalogue cannot know that it died.
 const LEASE_TIME: Duration = Duration::from_secs(30);
 
 /// Takes leases and records changes.
@@ -30,7 +30,7 @@ impl Ledger {
         &*self.catalogue
     }
 
-    /// Locks a domain. Where the lease is lost, `cancel` is cancelled.
+    /// Locks a domain. If the lease is lost, `cancel` is cancelled.
     pub(super) async fn lease(&self, name: &DomainName, cancel: &CancellationToken) -> Result<Lease> {
         let lease = self
             .lease_for_a_moment(name)
@@ -62,8 +62,8 @@ impl Ledger {
         self.catalogue.commit(name, expected, changes).await
     }
 
-    /// Puts an imported domain into the catalogue, which has it at `expected`. With `anew`, nothing of what
-    /// the catalogue has of it stays, nor its journal.
+    /// Puts an imported domain into the catalogue, which has it at `expected`. With `restart`, all earlier
+    /// records of the domain are dropped, its journal too.
     pub(super) async fn put(&self, entry: &mut Entry, expected: Revision, restart: bool) -> Result<()> {
         let mut changes = if restart { vec![Change::RemoveDomain] } else { Vec::new() };
         changes.extend(self.changes_of(entry).await);
@@ -71,7 +71,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// The changes that make the catalogue have an imported domain.
+    /// The changes that record an imported domain in the catalogue.
     pub(super) async fn changes_of(&self, entry: &Entry) -> Vec<Change> {
         let snapshots: Vec<Snapshot> = entry.tree.iter().cloned().collect();
         let mut changes = vec![Change::PutDomain(Box::new(entry.domain.clone()), snapshots)];
@@ -80,8 +80,8 @@ impl Ledger {
         changes
     }
 
-    /// Records what was read of other domains while a change was planned: they may be out of reach when the
-    /// next one is. A domain in which another process works now records it by itself.
+    /// Records the bases that were read of other domains while a change was planned: they may be out of reach
+    /// when the next one is. A domain in which another process works now records its bases by itself.
     pub(super) async fn record_neighbours(&self) {
         for (name, files) in self.neighbours.take_newer() {
             let recording = async {

@@ -1,7 +1,7 @@
-//! The service: what a program that embeds domsnap calls, and the command line is made of.
+//! The service: the interface for programs that embed domsnap, and for the command line.
 //!
-//! [`Domsnap`] only hands requests to *rooms*. A room is a type in a directory of its own, and gets from its
-//! constructor exactly what it may touch:
+//! [`Domsnap`] only hands requests to *rooms*. A room is a type in a directory of its own. Its constructor
+//! gives it exactly what it may touch:
 //!
 //! | room | does | knows |
 //! |---|---|---|
@@ -13,9 +13,9 @@
 //! | `registrar` | registers, imports and removes domains | locator, importer, authority, locks, and the ledger |
 //! | `viewer` | lists, shows and checks | records, backends, locator, authority |
 //!
-//! A room knows those above it in this table and none below. `records` is the catalogue for reading; `ledger`
-//! is the catalogue for leases and commits, and only the operator and the registrar have it. So nothing else
-//! can change what is recorded, and nothing but the operator runs steps.
+//! A room knows those above it in this table and none below. `records` is the catalogue for reading. `ledger`
+//! is the catalogue for leases and commits, and only the operator and the registrar have it. So no other room
+//! can change what is recorded, and only the operator runs steps.
 
 mod authority;
 mod domsnap;

@@ -1,11 +1,11 @@
-//! Domains of one catalogue know each other: an image of one that is backed by a layer of another keeps that
-//! layer.
+//! Relations between domains of one catalogue: an image of one domain that is backed by a layer of another
+//! keeps that layer.
 //!
-//! A backend finds the images beside a disk that are backed by its layers. Those of other domains may lie in
+//! A backend finds the images beside a disk that are backed by its layers. Images of other domains may lie in
 //! any directory, so they are read here. Where they cannot be read, or not down to their base (a file system
-//! is not mounted), what was recorded of them counts too. It is recorded when a domain is registered, with
-//! each operation of its own, and whenever an operation of another domain has read something else: an image
-//! may be given another base by any tool.
+//! is not mounted), their recorded bases count too. These are recorded when a domain is registered and with
+//! each operation of its own. They are recorded too whenever an operation of another domain has read
+//! different bases: any tool may give an image another base.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,14 +20,14 @@ use crate::{
     Base, DiskRecord, DiskState, Domain, DomainName, FileIdentity, LayerName, Registry, Result, Unclear,
 };
 
-/// What is known of a domain's images.
+/// Knowledge of a domain's images.
 #[derive(Default)]
 struct Known {
-    /// What they are backed by, as they say or else as it is recorded.
+    /// Their bases, as the images have them or else as recorded.
     bases: Vec<Base>,
-    /// Those that nothing is known of.
+    /// Images of which nothing is known.
     unclear: Vec<Unclear>,
-    /// The files that all of them are backed by, where all could be read and something else is recorded.
+    /// The files that all of them are backed by, where all could be read and the record differs.
     newer: Option<Vec<Utf8PathBuf>>,
 }
 
@@ -38,13 +38,13 @@ fn files_of(bases: &[Base]) -> Vec<Utf8PathBuf> {
     files
 }
 
-/// Reads what images of other domains are backed by.
+/// Reads the bases of other domains' images.
 #[derive(Clone)]
 pub(super) struct Neighbours {
     records: Records,
     registry: Arc<Registry>,
-    /// What other domains' images were found to be backed by while a change was planned, where something else
-    /// is recorded.
+    /// The bases that were found for other domains' images while a change was planned, where the record
+    /// differs.
     newer: Arc<Mutex<BTreeMap<DomainName, Vec<Utf8PathBuf>>>>,
 }
 
@@ -54,8 +54,8 @@ impl Neighbours {
         Self { records, registry, newer: Arc::default() }
     }
 
-    /// Adds to the states of `disks`, of the domain `own`, which images of other domains are backed by their
-    /// layers.
+    /// Adds to the states of `disks`, of the domain `own`, the images of other domains that are backed by
+    /// their layers.
     pub(super) async fn add_neighbours(&self, own: &DomainName, disks: &mut [DiskInput]) -> Result<()> {
         let mut layers: HashMap<FileIdentity, (usize, LayerName)> = HashMap::new();
         for (index, disk) in disks.iter().enumerate() {
@@ -87,7 +87,7 @@ impl Neighbours {
         Ok(())
     }
 
-    /// What the images of a domain are backed by.
+    /// Returns the bases of a domain's images.
     async fn bases_of(&self, entry: &EntrySummary) -> Known {
         let mut known = Known::default();
         let mut whole = true;
@@ -97,7 +97,7 @@ impl Neighbours {
             whole &= matches!(&read, Ok((_, true)));
             match (read, &entry.bases) {
                 (Ok((found, true)), _) | (Ok((found, false)), None) => known.bases.extend(found),
-                // Something below is not there now: what it is backed by is known by what was seen last.
+                // A file below does not exist now: its own base is known only from the record.
                 (Ok((found, false)), Some(recorded)) => {
                     let last = found.last().map_or(path, |base| &base.file).clone();
                     let base = |file: &Utf8PathBuf| Base { image: last.clone(), file: file.clone() };
@@ -108,7 +108,7 @@ impl Neighbours {
                     let base = |file: &Utf8PathBuf| Base { image: path.clone(), file: file.clone() };
                     known.bases.extend(recorded.iter().map(base));
                 }
-                // An image that was removed needs nothing; one whose directory is not there may be back
+                // An image that was removed needs nothing; one whose directory does not exist may be back
                 // tomorrow.
                 (Err(_), None) if file_id(path).is_none() && path.parent().is_some_and(Utf8Path::exists) => {}
                 (Err(error), None) => known.unclear.push(Unclear {
@@ -128,15 +128,15 @@ impl Neighbours {
         known
     }
 
-    /// What the images of a disk are backed by, and whether all of them could be read, down to their bases.
+    /// Returns the bases of a disk's images, and true if all of them could be read, down to their bases.
     async fn read_bases(&self, record: &DiskRecord) -> Result<(Vec<Base>, bool)> {
         let found = self.registry.get(&record.disk.format)?.bases(record).await?;
         let whole = found.iter().all(|base| file_id(&base.file).is_some());
         Ok((found, whole))
     }
 
-    /// What the catalogue is to know of the images that `domain` needs of others; nothing where they cannot
-    /// be read.
+    /// The change that records the bases which `domain`'s images need of others; none where they cannot be
+    /// read.
     pub(super) async fn record_bases(&self, domain: &Domain) -> Option<Change> {
         let mut bases: Vec<Base> = Vec::new();
         for record in &domain.disks {
@@ -148,7 +148,7 @@ impl Neighbours {
         Some(Change::Bases(files_of(&bases)))
     }
 
-    /// What was found since the last call, to be recorded.
+    /// Returns the bases that were found since the last call, to be recorded.
     pub(super) fn take_newer(&self) -> BTreeMap<DomainName, Vec<Utf8PathBuf>> {
         std::mem::take(&mut *self.newer_bases())
     }

@@ -43,7 +43,7 @@ impl Records {
         }
     }
 
-    /// Which of `paths` are disks of which domain.
+    /// Returns those of `paths` that are disks of domains, each with the domain.
     pub(super) async fn owners(&self, paths: &[Utf8PathBuf]) -> Result<Vec<(Utf8PathBuf, DomainName)>> {
         self.0.owners(paths).await
     }

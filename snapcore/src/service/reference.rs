@@ -1,4 +1,4 @@
-//! How a user names a domain, and describes a new one.
+//! References to domains by a user, and descriptions of new domains.
 
 use camino::{Utf8Path, Utf8PathBuf};
 
@@ -6,8 +6,7 @@ use crate::{
     ActivePath, Control, Disk, DomainInfo, DomainName, Error, ErrorKind, Hypervisor, Result, Target,
 };
 
-/// A domain as a user names it: a registered name, the images of disks at rest, or where a running one is
-/// reached.
+/// A reference to a domain: a registered name, the images of disks at rest, or the address of a running one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DomainRef {
@@ -15,11 +14,11 @@ pub enum DomainRef {
     Name(DomainName),
     /// Images, in the order of their targets `vda`, `vdb`, ...
     Images(Vec<GivenImage>),
-    /// A running domain, whose disks it is asked for.
+    /// A running domain, whose hypervisor reports its disks.
     Live {
-        /// Who runs it.
+        /// The hypervisor that runs it.
         hypervisor: Hypervisor,
-        /// Where it is reached, as the user said it or as the hypervisor reads it.
+        /// Its address, as the user wrote it or as the hypervisor reads it.
         address: String,
     },
 }
@@ -51,19 +50,19 @@ impl std::str::FromStr for GivenImage {
     }
 }
 
-/// What states the format of the image before it, in a list of images.
+/// The prefix that states the format of the preceding image in a list of images.
 const FORMAT: &str = "format=";
 
 impl DomainRef {
-    /// Reads a command line's DOMAIN: `HYPERVISOR:ADDRESS` is what runs there; text with a `/` or a `,` in
-    /// it, or that names an existing file, is a list of images; anything else a name. Relative paths are
-    /// taken from the current directory.
+    /// Reads a command line's DOMAIN. `HYPERVISOR:ADDRESS` is the domain that runs there. Text with a `/` or
+    /// a `,` in it, or that names an existing file, is a list of images. Anything else is a name. Relative
+    /// paths are taken from the current directory.
     ///
     /// A list of images is `PATH[,format=FORMAT]`, joined by commas. A comma of a path is written twice, as
-    /// in options of QEMU; text that is the path of an existing file is that file alone, commas and all.
+    /// in options of QEMU. Text that is the path of an existing file is that file alone, with all its commas.
     ///
-    /// Which hypervisors there are, and what their addresses mean, is known to the service alone: text that
-    /// begins like an address and names no hypervisor of the service is read there as a name or as images.
+    /// Only the service knows which hypervisors exist, and what their addresses mean. Text that begins like
+    /// an address and names no hypervisor of the service is read there as a name or as images.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] where the text is neither.
@@ -135,7 +134,7 @@ impl DomainRef {
         Ok(Self::Images(images))
     }
 
-    /// States the format of those images of which none was stated. A registered domain has its own; there it
+    /// States the format of the images that have none stated. A registered domain has its own; there it
     /// changes nothing.
     #[must_use]
     pub fn format(self, stated: impl Into<String>) -> Self {
@@ -188,7 +187,7 @@ fn add_image(images: &mut Vec<GivenImage>, path: &Utf8Path) -> Result<()> {
     Ok(())
 }
 
-/// Splits a list at its single commas: two together are one of a path.
+/// Splits a list at its single commas: two together are one comma of a path.
 fn split_commas(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut characters = text.chars().peekable();
@@ -237,7 +236,7 @@ fn require_image(target: &Target, path: &Utf8Path) -> Result<()> {
             "start it with absolute paths: a QEMU that became a daemon has left the directory that its relative ones \
              began in; and look whether it runs in a file system of its own",
         )),
-        // What else is wrong with it is told when it is opened.
+        // Other problems of the file are reported when it is opened.
         Ok(_) | Err(_) => Ok(()),
     }
 }
@@ -265,10 +264,10 @@ pub(super) struct Chosen {
     pub(super) left_out: Vec<String>,
 }
 
-/// Which drives of a running domain take part in its snapshots.
+/// Chooses the drives of a running domain that take part in its snapshots.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] where none does, or the image of one is not there under the name that the
+/// [`ErrorKind::Refused`] where none does, or the image of one does not exist under the name that the
 /// hypervisor has of it.
 pub(super) fn choose_disks(seen: &DomainInfo) -> Result<Chosen> {
     let mut chosen = Chosen { disks: Vec::new(), left_out: Vec::new() };
@@ -305,11 +304,11 @@ pub(super) fn choose_disks(seen: &DomainInfo) -> Result<Chosen> {
 pub struct DomainSpec {
     /// Its name.
     pub name: DomainName,
-    /// Who runs it.
+    /// The hypervisor that runs it.
     pub hypervisor: Hypervisor,
-    /// How it is reached when it runs.
+    /// The connection to it when it runs.
     pub control: Option<Control>,
-    /// Where active images go.
+    /// The placement of active images.
     pub active_path: ActivePath,
     /// Its disks, in the order of its configuration. Relative paths are taken from the current directory.
     pub disks: Vec<Disk>,
@@ -334,7 +333,7 @@ impl DomainSpec {
         self
     }
 
-    /// A domain that a hypervisor runs, and how it is reached.
+    /// Sets the hypervisor that runs the domain, and its connection.
     #[must_use]
     pub fn run_by(mut self, hypervisor: Hypervisor, control: Control) -> Self {
         self.hypervisor = hypervisor;
@@ -342,12 +341,12 @@ impl DomainSpec {
         self
     }
 
-    /// Takes the disks that a running domain has, each by its configured path, and its guest agent where none
-    /// is said. Gives the drives that are left out, each with the reason.
+    /// Adds the disks that a running domain has, each by its configured path, and its guest agent where the
+    /// caller named none. Returns the drives that are left out, each with the reason.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where no disk is left, or the image of one is not there under the name that the
-    /// hypervisor has of it.
+    /// [`ErrorKind::Refused`] where no disk is left, or the image of one does not exist under the name that
+    /// the hypervisor has of it.
     pub fn disks_of(&mut self, seen: &DomainInfo) -> Result<Vec<String>> {
         let chosen =
             choose_disks(seen).map_err(|error| error.context(format!("registering domain {}", self.name)))?;
@@ -359,7 +358,7 @@ impl DomainSpec {
         Ok(chosen.left_out)
     }
 
-    /// Says where active images go.
+    /// Sets the placement of active images.
     #[must_use]
     pub fn active_path(mut self, active_path: ActivePath) -> Self {
         self.active_path = active_path;

@@ -1,4 +1,4 @@
-//! Puts the rooms together: each gets what it may touch.
+//! Assembles the rooms: each gets only what it may touch.
 
 use std::sync::Arc;
 
@@ -83,8 +83,8 @@ impl Rooms {
     }
 }
 
-/// Runs `work` to its end even when the caller goes away: then it is cancelled, so that it undoes and gives
-/// its locks back, instead of stopping between two steps.
+/// Runs `work` to its end even when the caller goes away. Then the work is cancelled, so that it undoes and
+/// releases its locks, instead of stopping between two steps.
 pub(super) async fn to_the_end<T: Send + 'static, F>(
     cancel: &CancellationToken,
     work: impl FnOnce(CancellationToken) -> F,

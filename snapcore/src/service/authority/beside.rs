@@ -1,5 +1,4 @@
-//! Manifests that lie beside an image: which domain a file belongs to, also where the catalogue does not know
-//! it.
+//! Manifests beside an image: they name the domain of a file, also where the catalogue does not know it.
 
 use std::collections::HashMap;
 
@@ -10,7 +9,7 @@ use crate::manifest::{DomainManifest, ManifestDirectory, ManifestStore};
 use crate::service::images::file_id;
 use crate::{Disk, DiskRecord, Domain, Error, ErrorKind, LayerName, Registry, Result};
 
-/// The most entries of a directory that are looked at for manifests.
+/// The most entries of a directory that are examined for manifests.
 const MAX_ENTRIES: usize = 100_000;
 
 /// Manifests that were found in a directory, and the domain that they describe, in that directory.
@@ -44,9 +43,9 @@ impl Authority {
             .collect())
     }
 
-    /// Fails for images that manifests beside them call layers of a domain, and not its configured paths; or
-    /// disks of a domain whose manifests are others than those in `own`: the domain would have two owners
-    /// that do not know of each other.
+    /// Fails for images that manifests beside them call layers of a domain, and not its configured paths.
+    /// Fails also for disks of a domain whose manifests are others than those in `own`: the domain would have
+    /// two owners that do not know of each other.
     pub(in crate::service) async fn refuse_claimed(
         &self,
         disks: &[Disk],
@@ -76,7 +75,7 @@ impl Authority {
     }
 }
 
-/// The images of a domain that manifests describe, joined as a command line takes them.
+/// The images of a domain that manifests describe, joined as on a command line.
 fn images(beside: &Beside) -> String {
     let images: Vec<&str> = beside.records.iter().map(|record| record.disk.path.as_str()).collect();
     images.join(",")
@@ -113,8 +112,8 @@ fn is_anothers(disk: &Disk, beside: &Beside) -> Error {
     ))
 }
 
-/// Which layer of which of `records` the image is, by its name or by being the same file. A configured path
-/// comes first: an active layer has that name too.
+/// Finds the layer, and its record in `records`, that the image is, by its name or by being the same file. A
+/// configured path comes first: an active layer has that name too.
 pub(in crate::service) fn layer_among<'a>(
     registry: &Registry,
     image: &Utf8Path,
@@ -142,7 +141,7 @@ pub(in crate::service) fn layer_among<'a>(
     found
 }
 
-/// The directories in `directory` that hold a sound `domain.json`. One that cannot be read tells nothing.
+/// The directories in `directory` that have a sound `domain.json`. One that cannot be read is ignored.
 fn manifests_in(directory: &Utf8Path) -> Vec<(ManifestDirectory, DomainManifest)> {
     let Ok(entries) = directory.read_dir_utf8() else { return Vec::new() };
     let mut found: Vec<_> = entries
@@ -159,8 +158,8 @@ fn manifests_in(directory: &Utf8Path) -> Vec<(ManifestDirectory, DomainManifest)
     found
 }
 
-/// The disks of `domain`, whose manifests are in `directory`: those that lay with the first one are beside
-/// the manifests, also where the directory was moved or copied; the others are at the paths told.
+/// The disks of `domain`, whose manifests are in `directory`. Those that lay with the first one are beside
+/// the manifests, also where the directory was moved or copied. The others are at the recorded paths.
 fn records_beside(directory: &Utf8Path, domain: &Domain) -> Vec<DiskRecord> {
     let home = domain.disks.first().and_then(|record| record.disk.path.parent());
     let here = directory.parent();

@@ -1,4 +1,4 @@
-//! The manifests of one domain as one command knows them.
+//! The manifests of one domain, with what one command has learned of them.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,8 +12,8 @@ use crate::{Result, SnapshotId};
 
 /// Remembers the domain's manifest: it is read once, and known from then on by what is written.
 ///
-/// Made for one command, which holds the domain's lease: no other process of this catalogue writes meanwhile.
-/// After a write that failed, or one whose effect is not known here, it is read again.
+/// It is made for one command, which has the domain's lease: no other process of this catalogue writes
+/// meanwhile. After a write that failed, or one whose effect is not known here, it is read again.
 #[derive(Debug)]
 pub(super) struct KnownManifests {
     store: Arc<dyn ManifestStore>,
@@ -31,7 +31,7 @@ impl KnownManifests {
         self.domain.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does what may change the domain's manifest in a way that only reading tells.
+    /// Does work that may change the domain's manifest: its effect is known only by reading.
     fn forgetting<T>(&self, work: impl FnOnce() -> T) -> T {
         // Forgotten before and after: a reader in between would remember what is being changed.
         *self.known() = None;
@@ -88,7 +88,7 @@ impl ManifestStore for KnownManifests {
 
     fn put_aside(&self, items: &[Item]) -> Result<()> {
         match items.is_empty() {
-            // The store has nothing to do, and what is known stays so.
+            // The store has nothing to do, and the remembered manifest stays valid.
             true => Ok(()),
             false => self.forgetting(|| self.store.put_aside(items)),
         }
@@ -180,8 +180,8 @@ mod tests {
         }
     }
 
-    /// However often a command asks, the domain's manifest is read once; what the command wrote is known
-    /// without reading.
+    /// The domain's manifest is read once, however often a command asks for it. The command's own writes are
+    /// known without reading.
     #[test]
     fn the_domain_manifest_is_read_once() {
         let place = tempfile::tempdir().unwrap();

@@ -1,12 +1,12 @@
-//! The authority: the manifests of a domain, and whether the catalogue's word or theirs counts.
+//! The authority: the manifests of a domain, and the decision between them and the catalogue.
 //!
-//! Manifests say which catalogue wrote them, at which revision, of which domain. Where that is later than
-//! what the catalogue has, or another's, the catalogue is an older copy of itself, or the same images are
-//! used with a second one: then layers are not what it takes them for, and nothing may be changed on its
-//! word.
+//! Manifests say which catalogue wrote them, at which revision, of which domain. They may be later than the
+//! catalogue, or from another catalogue. Then the catalogue is an older copy of itself, or the same images
+//! are used with a second one. Its layers may not be what it records, and nothing may be changed by its
+//! records.
 //!
-//! A command asks for a domain's manifests once ([`Authority::manifests`]) and hands them on: the domain's
-//! own is then read once, and what the command writes is remembered ([`KnownManifests`]).
+//! A command asks for a domain's manifests once ([`Authority::manifests`]) and hands them on. So the domain's
+//! own manifest is read once, and the command's writes are remembered ([`KnownManifests`]).
 
 mod beside;
 mod known;
@@ -25,7 +25,7 @@ use known::KnownManifests;
 /// The manifests of one domain, shared by the parts of one command.
 pub(super) type Manifests = Arc<dyn ManifestStore>;
 
-/// Manifests beside imported disks that those of the new entry do not replace.
+/// Manifests beside imported disks that the new entry's manifests do not replace.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Leftovers {
     /// Manifests that could not be used.
@@ -117,7 +117,7 @@ impl Authority {
     /// Fails if the catalogue has the domain `name` and is not authoritative for it.
     ///
     /// # Errors
-    /// As of [`Authority::require`].
+    /// The errors of [`Authority::require`].
     pub(super) async fn require_for(&self, name: &DomainName) -> Result<()> {
         match self.records.find(name).await? {
             Some(entry) => self.require(&self.manifests(&entry.domain)?, &entry).await,
@@ -148,25 +148,26 @@ impl Authority {
         .await
     }
 
-    /// Makes the manifests that a domain was imported from this catalogue's.
+    /// Makes the manifests that a domain was imported from this catalogue's own.
     pub(super) async fn take_over(
         &self,
         manifests: &Manifests,
         entry: &Entry,
         leftovers: &Leftovers,
     ) -> Result<()> {
-        // 1) Those that could not be used get another name, so that writing does not lose what they say.
+        // 1) Those that could not be used get another name, so that writing does not lose their content.
         let (aside, items) = (manifests.clone(), leftovers.left_out.clone());
         blocking(move || aside.put_aside(&items)).await?;
-        // 2) The domain's are written, under the identities that its snapshots have now.
+        // 2) The domain's manifests are written, under the identities that its snapshots have now.
         self.write(manifests, entry).await?;
-        // 3) Only then those go whose snapshots have other identities: a crash before this leaves both, never
-        //    neither.
+        // 3) Only then the manifests go whose snapshots have other identities: a crash before this leaves
+        //    both, never neither.
         let (manifests, renamed) = (manifests.clone(), leftovers.renamed.clone());
         blocking(move || manifests.remove(&renamed)).await
     }
 
-    /// Removes what this catalogue wrote of `entry`, whose manifests are in another place from now on.
+    /// Removes the manifests that this catalogue wrote of `entry`, whose manifests are in another place from
+    /// now on.
     pub(super) async fn clear(&self, manifests: &Manifests, entry: Entry) -> Result<()> {
         let Some(catalogue) = self.records.identity().await? else { return Ok(()) };
         let manifests = manifests.clone();

@@ -11,12 +11,11 @@ use crate::{ActivePath, Disk, DiskRecord, DiskState, InspectDepth, LayerName, Re
 /// Disks as the domain has them, in its order.
 #[derive(Default)]
 pub(super) struct Adopted {
-    /// What is recorded of them.
+    /// Their records.
     pub(super) records: Vec<DiskRecord>,
-    /// What their images say.
+    /// Their states, read from their images.
     pub(super) states: Vec<DiskState>,
-    /// Internal points of the manifest's active layer that are in the active image now, by the manifest's
-    /// words.
+    /// Internal points of the layer that the manifest calls active, which are in the active image now.
     pub(super) copies: HashSet<(Target, LayerName, String)>,
 }
 
@@ -54,17 +53,17 @@ impl Importer {
 }
 
 /// Returns true if the adopted disk and the manifest's are one that was never frozen, so that neither has a
-/// file of its permanent name: the image at the path is the one that the manifest means, in another file
-/// where it was copied.
+/// file of its permanent name. Then the image at the path is the one that the manifest means, in another file
+/// if it was copied.
 async fn is_renamed(backend: &AnyDiskSnapshotter, record: &DiskRecord, told: &DiskRecord) -> Result<bool> {
     Ok(backend.layer_file(record, &record.active) == record.disk.path
         && !is_elsewhere(&told.active)
         && !backend.has_layer(record, &told.active).await?)
 }
 
-/// Adds the layers that the manifest calls the domain's own, as far as they are there. One outside of the
-/// disk's directory must be confirmed by the user, or known to the catalogue: it would be merged and removed
-/// as the domain's.
+/// Adds the layers that the manifest calls the domain's own, as far as they exist. A layer outside of the
+/// disk's directory must be confirmed by the user, or known to the catalogue. Otherwise another's layer would
+/// be merged and removed as the domain's.
 async fn add_layers(
     matched: &Matched,
     backend: &AnyDiskSnapshotter,
@@ -90,8 +89,8 @@ async fn add_layers(
     Ok(())
 }
 
-/// The internal points of the layer `told`, which was active, that the active image has too: a copy that kept
-/// no hard links made two files of one image, and the one at the configured path is the one that goes on.
+/// The internal points of the layer `told`, which was active, that the active image has too. A copy that kept
+/// no hard links made two files of one image, and the one at the configured path is the one in use.
 fn copied_tags(state: &DiskState, told: &LayerName) -> Vec<String> {
     let (Some(now), Some(then)) = (state.layer(&state.active), state.layer(told)) else { return Vec::new() };
     then.internal.iter().filter(|point| now.internal.contains(point)).map(|point| point.tag.clone()).collect()

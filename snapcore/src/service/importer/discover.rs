@@ -9,14 +9,12 @@ use crate::{DiskRecord, LayerName, Point, Result, Snapshot, SnapshotId, Snapshot
 #[derive(Default)]
 struct Merged {
     snapshots: Vec<Snapshot>,
-    /// For each snapshot of a disk the one that it became a part of; of one that was passed over, its
-    /// parent's.
+    /// For each snapshot of a disk, the one that it became a part of; for an ignored one, that of its parent.
     same: HashMap<SnapshotId, SnapshotId>,
 }
 
 impl Merged {
-    /// Adds the snapshots of one more disk, the oldest first. Those that `is_wanted` declines are passed
-    /// over.
+    /// Adds the snapshots of one more disk, the oldest first. Those that `is_wanted` declines are ignored.
     fn add(&mut self, target: &Target, found: Vec<Snapshot>, is_wanted: impl Fn(&Snapshot) -> bool) {
         let mut twins: HashMap<SnapshotName, Vec<usize>> = HashMap::new();
         for (place, other) in self.snapshots.iter().enumerate().rev() {
@@ -49,8 +47,8 @@ impl Merged {
 }
 
 impl Importer {
-    /// The snapshots that the images know, and neither `known` nor `orphans` has. With `import`, the disks
-    /// also get the layers that were found.
+    /// The snapshots that the images know, and that are in neither `known` nor `orphans`. With `import`, the
+    /// disks also get the layers that were found.
     pub(super) async fn discover(
         &self,
         records: &mut [DiskRecord],
@@ -99,7 +97,7 @@ pub(super) fn add(snapshots: &mut Vec<Snapshot>, found: Vec<Snapshot>) -> Result
     Ok(adopted)
 }
 
-/// `wanted`, or with a number after it where that is taken.
+/// Returns `wanted`, or with a number after it where that name is taken.
 pub(in crate::service) fn free_name<'a>(
     wanted: &SnapshotName,
     taken: impl IntoIterator<Item = &'a Snapshot>,
@@ -110,7 +108,7 @@ pub(in crate::service) fn free_name<'a>(
 /// Names that are taken; an image can have thousands of snapshots of one name.
 struct Names {
     taken: HashSet<SnapshotName>,
-    /// From which number on there may be a free one.
+    /// The first number that may be free.
     next: HashMap<SnapshotName, u64>,
 }
 

@@ -1,7 +1,7 @@
 //! The importer: makes a domain of disks that the catalogue does not have, from manifests beside them and
-//! from what the images themselves know. Changes nothing: the result is an entry that the caller may record.
+//! from the images themselves. It changes nothing: the result is an entry that the caller may record.
 //!
-//! In this order: *read* the manifests and match them with the disks; *identify* the domain (name,
+//! It works in this order: *read* the manifests and match them with the disks; *identify* the domain (name,
 //! hypervisor); *adopt* the disks; *restore* the snapshots that manifests describe; *discover* those that
 //! only the images know; *assemble*.
 
@@ -40,7 +40,7 @@ pub(super) struct Imported {
     pub restored: Vec<SnapshotName>,
     /// Snapshots that came from the images themselves.
     pub adopted: Vec<SnapshotName>,
-    /// What could not be imported, and why.
+    /// Messages: the parts that could not be imported, and why.
     pub notes: Vec<String>,
     /// Manifests that the caller must deal with.
     pub leftovers: Leftovers,
@@ -55,13 +55,13 @@ pub(super) struct ImportSource {
     pub name: Option<DomainName>,
     /// The domain's disks, with canonical paths.
     pub disks: Vec<Disk>,
-    /// The hypervisor, where no manifest is asked.
+    /// The hypervisor, where no manifest is used.
     pub hypervisor: Hypervisor,
-    /// How the domain is reached, where no manifest is asked.
+    /// The connection to the domain, where no manifest is used.
     pub control: Option<Control>,
-    /// Where active images go, where no manifest is asked.
+    /// The placement of active images, where no manifest is used.
     pub active_path: ActivePath,
-    /// Set where the disks were only given by their paths, so that a manifest may tell their targets and the
+    /// Set where the disks were only given by their paths, so that a manifest may give their targets and the
     /// domain's name.
     pub by_path: bool,
     /// The domain of the catalogue that has these disks: its snapshots keep their identities.
@@ -69,10 +69,10 @@ pub(super) struct ImportSource {
     /// Set where layers and snapshots that other tools made become the domain's own, and a part of a
     /// manifest's disks stands for all of them. Otherwise only tags in the active images are imported.
     pub import: bool,
-    /// Set where the user confirms what manifests say about more than the disks' own directory: how the
-    /// domain is reached and started, where its memory images and layers are.
+    /// Set where the user confirms the claims of manifests beyond the disks' own directory. These are how the
+    /// domain is reached and started, and the places of its memory images and layers.
     pub trust: bool,
-    /// What the catalogue has of the domain: confirmed before.
+    /// The catalogue's entry of the domain: its content was confirmed before.
     pub known: Option<Entry>,
 }
 
@@ -125,7 +125,7 @@ impl ImportSource {
     }
 }
 
-/// What the user must be told of an import, gathered by its parts.
+/// Messages and leftovers of an import, gathered by its parts.
 #[derive(Default)]
 struct Report {
     notes: Vec<String>,
@@ -148,8 +148,7 @@ impl Importer {
         Self { records, registry, authority }
     }
 
-    /// Imports disks: from the manifests beside them, and from what the images themselves know. Changes
-    /// nothing.
+    /// Imports disks: from the manifests beside them, and from the images themselves. Changes nothing.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] for images that manifests beside them call layers of a domain, or disks of

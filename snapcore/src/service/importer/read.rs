@@ -1,4 +1,4 @@
-//! Reads the manifests beside disks, matches them with the disks, and tells which domain they are.
+//! Reads the manifests beside disks, matches them with the disks, and identifies their domain.
 
 use std::collections::HashMap;
 
@@ -16,11 +16,11 @@ use crate::{
 
 /// Disks, and the manifests that were found to be theirs.
 pub(super) struct Matched {
-    /// What the import began with.
+    /// The source of the import.
     pub(super) source: ImportSource,
     /// The manifests beside the first disk.
     pub(super) manifests: Manifests,
-    /// What they say.
+    /// Their content.
     pub(super) found: Found,
     /// For each target of the domain's manifest the target of the source.
     pub(super) targets: HashMap<Target, Target>,
@@ -34,7 +34,7 @@ impl Matched {
         self.found.domain.as_ref()
     }
 
-    /// What the manifest says of a disk.
+    /// The manifest's record of a disk.
     pub(super) fn record_of(&self, disk: &Disk) -> Option<&DiskRecord> {
         self.manifest()?.domain.disks.iter().find(|told| match self.source.by_path {
             true => told.disk.target == disk.target,
@@ -43,7 +43,7 @@ impl Matched {
     }
 
     /// Layers that may be no snapshot's own, which discovery must not take for snapshots. They are known only
-    /// where all `restored` snapshots of the manifest are there: then a layer that is nobody's point is an
+    /// if all `restored` snapshots of the manifest exist: then a layer that is the point of no snapshot is an
     /// orphan.
     pub(super) fn orphans(&self, restored: usize, leftovers: &Leftovers) -> Vec<(Target, LayerName)> {
         let is_whole = |manifest: &&DomainManifest| {
@@ -63,7 +63,7 @@ impl Matched {
     }
 }
 
-/// The domain that disks are.
+/// The identity of the domain to which the disks belong.
 pub(super) struct Identity {
     /// Its name.
     pub(super) name: DomainName,
@@ -71,9 +71,9 @@ pub(super) struct Identity {
     pub(super) unregistered: bool,
     /// Its hypervisor.
     pub(super) hypervisor: Hypervisor,
-    /// How it is reached.
+    /// The connection to it.
     pub(super) control: Option<Control>,
-    /// Where its active images go.
+    /// The placement of its active images.
     pub(super) active_path: ActivePath,
     /// The directory of its memory images, where it has one.
     pub(super) memory_dir: Option<Utf8PathBuf>,
@@ -111,7 +111,8 @@ impl Importer {
         Ok(Matched { source, manifests, found, targets, disks })
     }
 
-    /// Tells which domain the disks are: by the source, and by the manifest where the source has only paths.
+    /// Identifies the domain of the disks: by the source, and by the manifest where the source has only
+    /// paths.
     pub(super) async fn identify(&self, matched: &Matched, report: &mut Report) -> Result<Identity> {
         let (source, manifest) = (&matched.source, matched.manifest());
         let (hypervisor, control, active_path) = self.reached(matched, report);
@@ -139,17 +140,18 @@ impl Importer {
         Ok(Identity { name, unregistered, hypervisor, control, active_path, memory_dir })
     }
 
-    /// Tells how the domain is reached.
+    /// Returns the connection to the domain, with its hypervisor.
     ///
     /// A socket's name or a command from a file beside the image would do what the owner of the directory
-    /// wants. So it is used only where the user confirms it; what the catalogue has of it already stays.
+    /// wants. So it is used only where the user confirms it. A connection that the catalogue has already
+    /// stays.
     fn reached(&self, matched: &Matched, report: &mut Report) -> (Hypervisor, Option<Control>, ActivePath) {
         let source = &matched.source;
         let Some(told) = matched.manifest().map(|manifest| &manifest.domain).filter(|_| source.by_path)
         else {
             return (source.hypervisor.clone(), source.control.clone(), source.active_path);
         };
-        // Of a hypervisor that this program does not have, nothing is known but disks at rest.
+        // Without its hypervisor in this program, the domain is known only as disks at rest.
         let hypervisor = match self.registry.hypervisor(&told.hypervisor) {
             Ok(_) => told.hypervisor.clone(),
             Err(_) => Hypervisor::NONE,
@@ -159,7 +161,7 @@ impl Importer {
         }
         if source.control.is_none() {
             report.notes.push(not_confirmed(told));
-            // It is kept for the user to look at, under a name that is not read again.
+            // The manifest is kept for the user to inspect, under a name that is not read again.
             report.leftovers.left_out.push(Item::Domain);
         }
         (hypervisor, source.control.clone(), told.active_path)
@@ -183,7 +185,7 @@ pub(in crate::service) fn name_of_images(disks: &[Disk]) -> Result<DomainName> {
     DomainName::new(format!("{stem}-{sum:08x}"))
 }
 
-/// What is said of a domain whose manifests tell how it is reached, to a user who did not confirm that.
+/// The message for a user who did not confirm the connection that manifests give for a domain.
 fn not_confirmed(told: &Domain) -> String {
     let what = match &told.control {
         Some(control) if !control.start.is_empty() => "how it is reached and which command starts it",
@@ -198,8 +200,8 @@ fn not_confirmed(told: &Domain) -> String {
     )
 }
 
-/// A disk of a domain of the catalogue that the manifest has at another path, because that is where its
-/// active image is now ([`ActivePath::New`]), is taken from there.
+/// Follows disks whose active image has moved. The manifest may have a disk of a catalogued domain at another
+/// path, because its active image is there now ([`ActivePath::New`]). Then the disk is taken from there.
 fn follow_moved_paths(manifest: &DomainManifest, source: &mut ImportSource) {
     if !source.import || source.known_as.is_none() {
         return;
@@ -214,7 +216,7 @@ fn follow_moved_paths(manifest: &DomainManifest, source: &mut ImportSource) {
     }
 }
 
-/// Which target of the manifest is which target of the source, by the images' names: the directory may have
+/// Matches the targets of the manifest with those of the source, by the images' names: the directory may have
 /// moved.
 ///
 /// # Errors
@@ -271,7 +273,7 @@ fn match_disks(
     .advise(format!("name all its images: {all}; or bring it back with `domsnap import`")))
 }
 
-/// The disks that a manifest tells, at the paths that were given.
+/// The disks that a manifest describes, at the paths that were given.
 fn disks_of_manifest(manifest: &DomainManifest, source: &ImportSource) -> Vec<Disk> {
     let directory = |disk: &Disk| disk.path.parent().map(Utf8Path::to_path_buf);
     manifest
@@ -281,7 +283,8 @@ fn disks_of_manifest(manifest: &DomainManifest, source: &ImportSource) -> Vec<Di
         .filter(|record| {
             let (path, name) = (&record.disk.path, record.disk.path.file_name());
             let given = source.disks.iter().any(|disk| disk.path == *path || disk.path.file_name() == name);
-            // A disk that is gone stays out; one whose place is not there is waited for.
+            // A disk whose file is gone stays out. One whose directory is missing as well stays in: it may
+            // come back.
             given || !is_gone_file(path)
         })
         .map(|record| {

@@ -20,7 +20,7 @@ pub(super) struct Restored {
     pub(super) snapshots: Vec<Snapshot>,
     /// Their names.
     pub(super) names: Vec<SnapshotName>,
-    /// The one that the domain's current state derives from, as the manifest says.
+    /// The snapshot from which the domain's current state derives, according to the manifest.
     pub(super) current: Option<SnapshotId>,
     /// The machines that they were taken on.
     pub(super) machines: Vec<Machine>,
@@ -76,8 +76,8 @@ impl Importer {
         Ok(restored)
     }
 
-    /// Gives snapshots new identities where a domain of the catalogue has theirs. The images are a copy of a
-    /// domain that is there too: two snapshots, so two identities.
+    /// Gives snapshots new identities where another domain of the catalogue has the same ones. Then the
+    /// images are a copy of a domain that exists too: two snapshots need two identities.
     async fn tell_apart(
         &self,
         restored: &mut Restored,
@@ -123,8 +123,8 @@ impl Importer {
     }
 }
 
-/// Finds the memory image of a snapshot. One that is not in the domain's directory for them must be confirmed
-/// by the user, or known to the catalogue.
+/// Finds the memory image of a snapshot. One outside of the domain's directory for memory images must be
+/// confirmed by the user, or known to the catalogue.
 fn find_memory(
     manifest: &DomainManifest,
     matched: &Matched,
@@ -171,9 +171,9 @@ fn translate(matched: &Matched, adopted: &Adopted, snapshot: &mut Snapshot) {
     }
 }
 
-/// Machines without the commands that started them, and the names that they have now.
+/// Returns machines without the commands that started them, and the names that they have now.
 ///
-/// What the catalogue itself has of them is kept.
+/// Machines that the catalogue itself has are kept.
 fn without_commands(machines: &[Machine], known: Option<&Entry>) -> (Vec<Machine>, HashMap<String, String>) {
     let mut names = HashMap::new();
     let mut kept: Vec<Machine> = Vec::new();
@@ -202,7 +202,7 @@ fn moved_from_elsewhere(manifest: &DomainManifest, file: &Utf8Path) -> bool {
     file.parent().and_then(Utf8Path::parent) != home
 }
 
-/// Why a snapshot cannot be what its manifest says, if so.
+/// The reason why a snapshot cannot be as its manifest describes it, if so.
 fn missing_point(snapshot: &Snapshot, records: &[DiskRecord], states: &[DiskState]) -> Option<String> {
     snapshot.disks.iter().find_map(|member| {
         let (record, state) = records.iter().zip(states).find(|(r, _)| r.disk.target == member.target)?;
@@ -210,7 +210,7 @@ fn missing_point(snapshot: &Snapshot, records: &[DiskRecord], states: &[DiskStat
     })
 }
 
-/// Why a point is not to be had, if so.
+/// The reason why a point is not available, if so.
 pub(in crate::service) fn point_problem(
     member: &DiskPoint,
     record: &DiskRecord,

@@ -1,4 +1,4 @@
-//! Connects to running domains, and describes what runs.
+//! Connects to running domains, and describes them.
 
 use std::sync::Arc;
 
@@ -10,15 +10,15 @@ use crate::{
 /// A connection to a running domain.
 pub(in crate::service) type Live = Arc<dyn LiveDomain>;
 
-/// What runs at an address, and who would be asked.
+/// A running domain that was found, and its connection.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Scanned {
     /// Its hypervisor.
     pub hypervisor: Hypervisor,
-    /// How it is reached.
+    /// Its connection.
     pub control: Control,
-    /// What it is.
+    /// Its description.
     pub seen: DomainInfo,
 }
 
@@ -35,8 +35,8 @@ impl Locator {
             .map_err(|error| error.context(format!("connecting to domain {}", domain.name)))
     }
 
-    /// Connects for those who only look: where that cannot be, they see the domain's own process as a
-    /// stranger's.
+    /// Connects for commands that only look. Without a connection they report the domain's own process as
+    /// another process.
     pub(in crate::service) async fn connect_to_look(&self, domain: &Domain) -> Option<Live> {
         self.connect(domain).await.unwrap_or_else(|error| {
             tracing::debug!(%error, "looking at a domain without asking its hypervisor");
@@ -44,7 +44,7 @@ impl Locator {
         })
     }
 
-    /// What runs at an address.
+    /// Describes the domain that runs at an address.
     pub(in crate::service) async fn look(
         &self,
         hypervisor: &Hypervisor,
@@ -56,11 +56,11 @@ impl Locator {
         Ok(seen)
     }
 
-    /// How a domain is reached, in the one form that its hypervisor has for it.
+    /// Returns the connection to a domain, in the one form that its hypervisor has for it.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] where the hypervisor has no such address, or something is said that does not
-    /// apply to its domains.
+    /// [`ErrorKind::Usage`] where the hypervisor has no such address, or an option does not apply to its
+    /// domains.
     pub(in crate::service) fn read_control(
         &self,
         hypervisor: &Hypervisor,
@@ -100,8 +100,8 @@ impl Locator {
         Ok(found)
     }
 
-    /// Says of each disk what the catalogue would: a hypervisor may know an active image by its permanent
-    /// name, and a disk by the format that it opens it with.
+    /// Corrects each disk's description to the catalogue's. A hypervisor may know an active image by its
+    /// permanent name, and a disk by the format that it opens it with.
     fn know_disks(&self, seen: &mut DomainInfo) {
         for disk in &mut seen.disks {
             disk.path = self.registry.configured_path(&disk.path);

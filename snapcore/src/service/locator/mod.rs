@@ -1,6 +1,6 @@
 //! The locator: finds the domain that a user means, and connects to it where it runs. Reads only.
 //!
-//! A domain that the catalogue does not have is made by the importer, of its images.
+//! The importer makes a domain that the catalogue does not have, from its images.
 
 mod connect;
 mod owner;
@@ -30,11 +30,11 @@ pub(super) struct Located {
     pub entry: Entry,
     /// Set where the catalogue has exactly this.
     pub catalogued: bool,
-    /// Manifests that it was imported from and that are to be dealt with.
+    /// Manifests that it was imported from and that the caller must deal with.
     pub leftovers: Leftovers,
-    /// What the user should know.
+    /// Messages for the user.
     pub notes: Vec<String>,
-    /// As [`Imported::unconfirmed`].
+    /// The same as [`Imported::unconfirmed`].
     pub unconfirmed: Option<Error>,
 }
 
@@ -69,7 +69,7 @@ impl Locator {
         Self { records, registry, importer }
     }
 
-    /// The domain that is meant.
+    /// Finds the domain that a reference names.
     pub(super) async fn locate(&self, reference: &DomainRef) -> Result<Located> {
         match &*self.understood(reference)? {
             DomainRef::Name(name) => self.refresh(self.records.load(name).await?).await,
@@ -111,8 +111,8 @@ impl Locator {
         Ok(Located::of(imported))
     }
 
-    /// A reference as the hypervisors of this program read it. Text that begins like an address of a
-    /// hypervisor that there is not here is a name or a list of images.
+    /// Returns a reference as the hypervisors of this program read it. Text that begins like an address of a
+    /// hypervisor that this program does not have is a name or a list of images.
     pub(in crate::service) fn understood<'r>(&self, reference: &'r DomainRef) -> Result<Cow<'r, DomainRef>> {
         let DomainRef::Live { hypervisor, address } = reference else { return Ok(Cow::Borrowed(reference)) };
         if self.registry.hypervisor(hypervisor).is_err() {
@@ -130,8 +130,8 @@ impl Locator {
         Ok(Cow::Owned(DomainRef::Live { hypervisor: hypervisor.clone(), address }))
     }
 
-    /// What runs at an address, as it would be imported, and a sentence for each image that it has open by a
-    /// link.
+    /// Describes the domain that runs at an address, as it would be imported. Returns also a sentence for
+    /// each image that it has open by a link.
     pub(in crate::service) async fn source_of_running(
         &self,
         hypervisor: &Hypervisor,
@@ -182,8 +182,8 @@ impl Locator {
         Ok(ImportSource::of_images(disks))
     }
 
-    /// A domain of the catalogue that was never registered and of which nothing is left is as its images are
-    /// now: another image may be at the path.
+    /// Brings a domain of the catalogue up to date with its images, if it was never registered and has
+    /// neither snapshots nor older layers: another image may be at the path.
     async fn refresh(&self, entry: Entry) -> Result<Located> {
         let bare = entry.domain.unregistered
             && entry.tree.is_empty()

@@ -1,4 +1,4 @@
-//! Whose images these are, as the catalogue has it.
+//! Owners of images, as recorded in the catalogue.
 
 use camino::Utf8PathBuf;
 
@@ -49,7 +49,7 @@ impl Locator {
         .advise(format!("name the domain {owner}, or all its images: {}", images_of(&entry.domain))))
     }
 
-    /// Refuses an image that is, under whatever name, a layer of a domain of the catalogue: it would have two
+    /// Refuses an image that is, under any name, a layer of a domain of the catalogue: it would have two
     /// owners that do not know of each other.
     async fn refuse_layers(&self, paths: &[Utf8PathBuf]) -> Result<()> {
         let given: Vec<_> = paths.iter().filter_map(|path| Some((path, file_id(path)?))).collect();

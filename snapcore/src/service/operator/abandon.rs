@@ -1,4 +1,4 @@
-//! Closes operations that stopped half way and cannot be recovered. No file is touched.
+//! Closes operations that were interrupted and cannot be recovered. No file is touched.
 
 use tokio_util::sync::CancellationToken;
 
@@ -56,7 +56,7 @@ impl Operator {
     }
 }
 
-/// Returns true if the operation has taken the disks from the running guest and not given them back.
+/// Returns true if the operation has detached the disks from the running guest and not attached them again.
 fn has_detached(operation: &Operation) -> bool {
     let is_step = |index: usize, wanted: fn(&DomainStep) -> bool| {
         let step = &operation.plan.steps[index].step;
@@ -73,7 +73,7 @@ fn has_detached(operation: &Operation) -> bool {
     window
 }
 
-/// What an abandoned operation leaves, in words.
+/// Messages: the remains of an abandoned operation.
 fn left_of(operation: &Operation, happened: bool) -> Vec<String> {
     let steps = operation.steps.iter().zip(&operation.plan.steps);
     let left = steps.filter(|(state, planned)| match happened {

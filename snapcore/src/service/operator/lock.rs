@@ -10,12 +10,12 @@ use crate::service::ledger::Ledger;
 use crate::service::locator::{Located, Locator};
 use crate::service::records::Records;
 
-/// A domain whose lock is held.
+/// A domain with its lock.
 pub(in crate::service) struct Locked {
     _lease: Lease,
     /// The domain as it is under the lock.
     pub(in crate::service) located: Located,
-    /// Its manifests: the one value of them that this command has.
+    /// Its manifests: the single value of them in this command.
     pub(in crate::service) manifests: Manifests,
 }
 
@@ -39,7 +39,7 @@ impl Locks {
         Self { records, ledger, locator, authority }
     }
 
-    /// The domain that is meant, locked, as it is under the lock.
+    /// Locks the domain that a reference names, and returns it as it is under the lock.
     pub(in crate::service) async fn lock(
         &self,
         reference: &DomainRef,
@@ -50,8 +50,8 @@ impl Locks {
         Ok(Locked { _lease: lease, located, manifests })
     }
 
-    /// As [`Locks::lock`], for commands that need no manifests: a domain whose backends are missing can be
-    /// locked too.
+    /// Locks like [`Locks::lock`], for commands that need no manifests: a domain whose backends are missing
+    /// can be locked too.
     pub(super) async fn lock_records(
         &self,
         reference: &DomainRef,
@@ -61,7 +61,7 @@ impl Locks {
         let name = located.entry.domain.name.clone();
         let lease = self.ledger.lease(&name, cancel).await?;
         if located.catalogued {
-            // It may have changed before the lock was there.
+            // It may have changed before the lock was taken.
             located.entry = self.records.load(&name).await?;
         }
         Ok((lease, located))

@@ -1,5 +1,5 @@
-//! The operator: carries requests out on a domain, under its lock, with its disks held, after recovering what
-//! stopped half way. The only room that runs plans.
+//! The operator: carries requests out on a domain, under its lock and with its disks locked. It recovers
+//! interrupted operations first. It is the only room that runs plans.
 
 mod abandon;
 mod lock;
@@ -26,13 +26,13 @@ pub(super) use lock::{Locked, Locks};
 /// Carries requests out.
 #[derive(Clone)]
 pub(super) struct Operator {
-    /// What is recorded.
+    /// Read access to the catalogue.
     pub(super) records: Records,
-    /// Where changes are recorded.
+    /// Write access to the catalogue.
     pub(super) ledger: Ledger,
     /// The backends and hypervisors that do the steps.
     pub(super) registry: Arc<Registry>,
-    /// Where progress is reported.
+    /// The receiver of progress.
     pub(super) events: Events,
     /// Locks domains.
     pub(super) locks: Locks,
@@ -42,14 +42,14 @@ pub(super) struct Operator {
     pub(super) authority: Authority,
     /// Makes plans.
     pub(super) planning: Planning,
-    /// Asks who else uses files.
+    /// Finds other users of files.
     pub(super) watcher: Watcher,
-    /// Knows what other domains' images are backed by.
+    /// Reads the bases of other domains' images.
     pub(super) neighbours: Neighbours,
 }
 
 impl Operator {
-    /// Carries `request` out on the domain that is meant.
+    /// Carries `request` out on the domain that `reference` names.
     pub(super) async fn change(
         &self,
         reference: DomainRef,
@@ -83,7 +83,7 @@ impl Operator {
         Ok(outcome_of(&locked.located.entry, plan, run))
     }
 
-    /// Carries `request` out on a running domain: in two operations where the current state is to be saved.
+    /// Carries `request` out on a running domain: in two operations if the current state is to be saved.
     async fn change_alive(
         &self,
         locked: &mut Locked,
@@ -101,7 +101,7 @@ impl Operator {
             return self.change_once(locked, Some(live), &request, cancel).await;
         };
         let ran = live.seen().running;
-        // What the revert is refused for is found before anything is done.
+        // A refusal of the revert is found before anything is done.
         self.planning.plan_for(&locked.located.entry, Some(live), &Request::Revert(revert.clone())).await?;
         let saved = self.change_once(locked, Some(live), &Request::Create(save), cancel).await?;
         let has_memory = locked.located.entry.tree.named(&revert.name)?.memory.is_some();

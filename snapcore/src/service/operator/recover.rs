@@ -1,4 +1,4 @@
-//! Recovers a domain: finishes or undoes what stopped half way.
+//! Recovers a domain: finishes or undoes interrupted operations.
 
 use tokio_util::sync::CancellationToken;
 
@@ -28,15 +28,16 @@ impl Operator {
             (None, Err(_)) => {}
         }
         for operation in self.records.unfinished(&entry.domain.name).await? {
-            // 1) The disks are held, and nobody else uses them: the domain may run without our knowing.
+            // 1) The disks are locked, and no other process uses them: the domain may run without our
+            //    knowing.
             let _held = self.hold_disks(&entry.domain, live.as_ref()).await?;
             let watched = self.watcher.watched(&entry.domain, live.as_ref(), Some(&operation.plan)).await?;
             watched.refuse_users().await?;
-            // 2) The journal tells which way it goes, and how far it got.
+            // 2) The journal says if the operation is undone or finished, and how far it got.
             let report = self.resume(entry, manifests, live.as_ref(), operation, cancel).await?;
             self.events.tell(Event::Recovered { report: Box::new(report.clone()) });
             reports.push(report);
-            // 3) What was recovered may have started the domain, stopped it, or let it go on.
+            // 3) The recovered operation may have started the domain, stopped it, or resumed it.
             *live = self.locator.connect(&entry.domain).await?;
             if let Some(live) = &*live {
                 live.tidy().await?;
@@ -77,7 +78,7 @@ impl Operator {
             ))
         })?;
         let Run { happened, postponed, warnings: mut notes, guest, .. } = run;
-        // An interrupted revert is finished here, and nothing else says what became of the guest.
+        // An interrupted revert is finished here, and no other message says what happened to the guest.
         notes.extend(guest.map(|change| change.to_string()));
         Ok(RecoveryReport {
             domain: entry.domain.name.clone(),
@@ -91,12 +92,12 @@ impl Operator {
         })
     }
 
-    /// Cleans up what a crash left in a running domain. Returns what the user should know.
+    /// Cleans up what a crash left in a running domain. Returns messages for the user.
     async fn clean_up(&self, domain: &Domain, live: &Live) -> Result<Vec<String>> {
         live.clean_up(&chains_of(&self.registry, domain).await?).await
     }
 
-    /// Recovers one domain, merges what was deferred, and brings stale manifests up to date.
+    /// Recovers one domain, does deferred merges, and brings stale manifests up to date.
     pub(in crate::service) async fn recover(
         &self,
         reference: DomainRef,

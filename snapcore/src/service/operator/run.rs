@@ -13,7 +13,7 @@ use crate::service::planning::{chains_of, memory_directory_of};
 use crate::{Domain, Error, ErrorKind, Event, Guard, Plan, Request, Result};
 
 impl Operator {
-    /// Plans and carries out.
+    /// Plans a request, and carries the plan out.
     pub(super) async fn run(
         &self,
         locked: &mut Locked,
@@ -27,10 +27,10 @@ impl Operator {
         let _held = self.hold_disks(&locked.located.entry.domain, live).await?;
         let (plan, watched) = self.prepare(locked, live, request).await?;
         let has_work = !plan.steps.is_empty() || !plan.commit.is_empty();
-        // What is durable before what: a domain that is imported from manifests enters the catalogue, and the
-        // manifests become this catalogue's, before the operation begins; one of which nothing is said enters
-        // with it. So manifests of snapshots that an operation deletes are known to be this catalogue's own,
-        // also to a recovery.
+        // Order of durability: a domain that is imported from manifests enters the catalogue, and the
+        // manifests become this catalogue's, before the operation begins. A domain without manifests enters
+        // with the operation. So manifests of snapshots that an operation deletes are known to be this
+        // catalogue's own, also to a recovery.
         let prologue = if has_work { self.record(locked, request).await? } else { Vec::new() };
         self.ledger.record_neighbours().await;
         let engine = Engine {
@@ -50,7 +50,7 @@ impl Operator {
         Ok((plan, run))
     }
 
-    /// Locks the images of a domain's disks, and refuses those that somebody else has open.
+    /// Locks the images of a domain's disks, and refuses those that another process has open.
     pub(super) async fn hold_disks(&self, domain: &Domain, live: Option<&Live>) -> Result<Vec<Guard>> {
         let mut guards = Vec::new();
         for record in &domain.disks {
@@ -64,7 +64,7 @@ impl Operator {
         Ok(guards)
     }
 
-    /// Makes the plan, and tries what can be tried before it begins.
+    /// Makes the plan, and tests before it begins what can be tested.
     async fn prepare(
         &self,
         locked: &Locked,
@@ -89,8 +89,8 @@ impl Operator {
         Ok((plan, watched))
     }
 
-    /// Makes catalogue and manifests say of the domain what is known before its operation begins. Returns
-    /// what must be recorded in one transaction with the operation.
+    /// Brings catalogue and manifests up to date for the domain before its operation begins. Returns the
+    /// changes that must be recorded in one transaction with the operation.
     async fn record(&self, locked: &mut Locked, request: &Request) -> Result<Vec<Change>> {
         let Locked { located, manifests, .. } = locked;
         let Located { entry, catalogued, leftovers, .. } = located;
@@ -114,8 +114,8 @@ impl Operator {
         Ok(self.neighbours.record_bases(&entry.domain).await.into_iter().collect())
     }
 
-    /// Writes manifests beside a disk that has another path now, as a raw disk that got an overlay. Those
-    /// beside the base stay, and tell whoever finds it whose it is.
+    /// Writes manifests beside a disk that has another path now, such as a raw disk that got an overlay.
+    /// Those beside the base stay, and name its domain to a user who finds it.
     async fn follow_moved_disk(&self, locked: &mut Locked, warnings: &mut Vec<String>) {
         let entry = &locked.located.entry;
         let Ok(now) = self.authority.manifests(&entry.domain) else { return };
@@ -129,21 +129,22 @@ impl Operator {
     }
 }
 
-/// Decides whether an operation may begin though manifests could not be brought up to date.
+/// Returns an error unless an operation may begin though manifests could not be brought up to date.
 fn may_lag(request: &Request, manifests: &Manifests, error: Error) -> Result<()> {
     match request {
         // The engine tries again at the end, and reports it.
         Request::Create(_) | Request::Revert(_) => Ok(()),
-        // Those of what is deleted are removed before it is, which needs no space; the others follow later.
+        // Manifests of deleted snapshots are removed before their data, which needs no space; the others
+        // follow later.
         Request::Delete(_) | Request::Tidy if error.kind() == ErrorKind::NoSpace => Ok(()),
-        // No manifest there is read, so none promises what is destroyed.
+        // No manifest there is read, so none promises the data that is destroyed.
         Request::Delete(_) | Request::Tidy if manifests.have_no_place() => Ok(()),
-        // They would still promise what is destroyed.
+        // The manifests would still promise the data that is destroyed.
         Request::Delete(_) | Request::Tidy => Err(error.state("no changes made")),
     }
 }
 
-/// Makes the directory that the plan's memory image goes to, for its owner alone.
+/// Makes the directory for the plan's memory image, for its owner alone.
 fn prepare_memory_dir(plan: &Plan) -> Result<()> {
     let Some(directory) = memory_directory_of(plan) else { return Ok(()) };
     Directory::make_all(directory.as_std_path(), 0o700).map(|_| ()).map_err(|cause| {

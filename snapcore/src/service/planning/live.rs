@@ -1,4 +1,4 @@
-//! What a plan must know of a running domain.
+//! The planner's knowledge of a running domain.
 
 use camino::{Utf8Path, Utf8PathBuf};
 
@@ -12,7 +12,7 @@ use crate::{
 };
 
 impl Planning {
-    /// The running domain as the planner must know it.
+    /// Returns the running domain as the planner needs it.
     pub(super) fn alive<'a>(
         &self,
         entry: &Entry,
@@ -39,7 +39,8 @@ impl Planning {
         })
     }
 
-    /// Where the domain's memory images go: where the user said, or beside its manifests.
+    /// The directory for the domain's memory images: the one that the user named, or the one of its
+    /// manifests.
     fn memory_dir(&self, domain: &Domain) -> Result<Utf8PathBuf> {
         if let Some(directory) = domain.control.as_ref().and_then(|control| control.memory_dir.clone()) {
             return Ok(directory);
@@ -62,8 +63,8 @@ impl Planning {
 /// Returns true if the hypervisor has the disk open as its configured path names it.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] where it has another image open, or the disk not at all: what is done to one would
-/// not be done to the other.
+/// [`ErrorKind::Refused`] where it has another image open, or the disk not at all: changes to the one would
+/// not be made to the other.
 pub(super) async fn is_attached(live: &Live, record: &DiskRecord) -> Result<bool> {
     let path = &record.disk.path;
     let target = &record.disk.target;
@@ -93,7 +94,7 @@ pub(super) async fn is_attached(live: &Live, record: &DiskRecord) -> Result<bool
     .advise("if a file was moved or replaced under the running domain, put it back, or shut the domain down first"))
 }
 
-/// What the configured paths of a domain's disks open now.
+/// The chains that the configured paths of a domain's disks open now.
 pub(in crate::service) async fn chains_of(registry: &Registry, domain: &Domain) -> Result<Vec<OpenChain>> {
     let mut chains = Vec::new();
     for record in &domain.disks {

@@ -1,5 +1,5 @@
-//! Planning: what an operation would do to a domain as it is on the machine, and what is in its way. Changes
-//! nothing but files of its own that it makes and removes to see whether that works ([`trial`]).
+//! Planning: the effect of an operation on a domain as it is on the machine, and the obstacles to it. Changes
+//! nothing but files of its own that it makes and removes as a test ([`trial`]).
 
 mod live;
 mod notes;
@@ -28,13 +28,14 @@ pub(super) struct Planning {
     neighbours: Neighbours,
 }
 
-/// How a disk takes part in an operation.
+/// The part of a disk in an operation.
 enum Part {
-    /// As it is.
+    /// The disk takes part as it is.
     Whole,
-    /// As a disk at rest, though the domain runs: its machine does not have the disk any more.
+    /// The disk takes part as a disk at rest, though the domain runs: its machine does not have the disk any
+    /// more.
     AtRest,
-    /// Not at all; with what is to be said of that.
+    /// The disk takes no part; with the note on that, if any.
     Not(Option<String>),
 }
 
@@ -90,7 +91,7 @@ impl Planning {
         Ok(plan)
     }
 
-    /// How a disk takes part in what `request` does.
+    /// Returns the part of a disk in what `request` does.
     async fn part(
         &self,
         entry: &Entry,
@@ -109,13 +110,13 @@ impl Planning {
                     _ => Part::Whole,
                 }
             }
-            // The plan says it.
+            // The plan itself has the note.
             Request::Revert(revert) if (gone || unplugged) && revert.skip.contains(target) => Part::Not(None),
             Request::Delete(_) | Request::Tidy if gone => Part::Not(Some(format!(
                 "{target}: {} and all its layers are gone; `domsnap domain disk remove {} {target}` takes the disk out",
                 record.disk.path, entry.domain.name
             ))),
-            // What a delete does to it is done as at rest.
+            // A delete changes it like a disk at rest.
             Request::Delete(_) | Request::Tidy if unplugged => Part::AtRest,
             Request::Create(_) | Request::Revert(_) | Request::Delete(_) | Request::Tidy => Part::Whole,
         })

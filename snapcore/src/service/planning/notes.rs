@@ -1,4 +1,4 @@
-//! What a plan must say of what the guest can write and no snapshot holds.
+//! Notes of a plan on state that the guest can write and that no snapshot contains.
 
 use crate::service::locator::Live;
 use crate::{Domain, Edit, GuestChange, Plan, Registry, Request};
@@ -17,7 +17,7 @@ pub(super) fn notes_on(
     outside.into_iter().chain(shared).collect()
 }
 
-/// The note on what only a snapshot's memory holds.
+/// The note on state that only a snapshot's memory contains.
 fn note_on_outside(outside: Vec<String>, request: &Request, plan: &Plan) -> Option<String> {
     let note = match request {
         Request::Create(_) => {
@@ -39,7 +39,7 @@ fn note_on_outside(outside: Vec<String>, request: &Request, plan: &Plan) -> Opti
     (!outside.is_empty()).then(|| format!("{}: {note}", outside.join(", ")))
 }
 
-/// The note on what no snapshot holds at all.
+/// The note on state that no snapshot contains at all.
 fn note_on_shared(shared: Vec<String>, request: &Request, plan: &Plan) -> Option<String> {
     let note = match request {
         Request::Create(_) => "not in the snapshot: a revert leaves them as they are then",
@@ -52,7 +52,7 @@ fn note_on_shared(shared: Vec<String>, request: &Request, plan: &Plan) -> Option
     (!shared.is_empty()).then(|| format!("{}: {note}", shared.join(", ")))
 }
 
-/// What the guest of a domain can write that no snapshot holds at all.
+/// The state that the guest of a domain can write and that no snapshot contains at all.
 pub(in crate::service) fn shared(
     registry: &Registry,
     domain: &Domain,
@@ -61,7 +61,7 @@ pub(in crate::service) fn shared(
     registry.hypervisor(&domain.hypervisor).map_or_else(|_| Vec::new(), |saver| saver.shared(domain, machine))
 }
 
-/// What the guest of a domain can write that no snapshot holds but in its memory.
+/// The state that the guest of a domain can write and that only a snapshot's memory contains.
 pub(in crate::service) fn outside(
     registry: &Registry,
     domain: &Domain,
@@ -72,7 +72,7 @@ pub(in crate::service) fn outside(
         .map_or_else(|_| Vec::new(), |saver| saver.outside(domain, machine))
 }
 
-/// Whether the guest goes on with a snapshot's memory after a plan.
+/// Returns true if the guest continues with a snapshot's memory after a plan.
 fn gets_memory(plan: &Plan) -> bool {
     let change = plan.guest().map(|(change, _)| change);
     matches!(change, Some(GuestChange::Restored | GuestChange::RecreatedFromMemory | GuestChange::Started))

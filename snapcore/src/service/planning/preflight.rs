@@ -1,14 +1,19 @@
-//! What is known to fail is tried before an operation begins, in one place: a refusal here leaves nothing to
-//! undo.
+//! Tests before an operation begins for everything that is known to fail, in one place: a refusal here leaves
+//! nothing to undo.
 //!
-//! For each disk: the names that the steps make fit the file system; the directory takes new names, and gives
-//! up those that are removed (immutable, append-only, sticky); images that are written can be opened for
-//! writing; images that are linked or removed carry no flag that forbids it, and are no mount points;
-//! manifests of what is deleted can be removed. Then what only a try can tell is tried, in each directory
-//! that is worked in ([`super::trial`]), and the room is asked for. Backends check their formats when they
-//! plan; a running domain checks what its hypervisor can do.
+//! For each disk:
 //!
-//! A dry run does the same, so that it is refused as the operation would be. It leaves nothing, as the
+//! - the names that the steps make fit the file system;
+//! - the directory accepts new names, and lets names be removed (immutable, append-only, sticky);
+//! - images that are written can be opened for writing;
+//! - images that are linked or removed have no flag that forbids it, and are no mount points;
+//! - manifests of deleted snapshots can be removed.
+//!
+//! Then each directory that the plan works in is tested for what only a try can show ([`super::trial`]), and
+//! its free space is checked. Backends check their formats when they plan; a running domain checks what its
+//! hypervisor can do.
+//!
+//! A dry run does the same, so that it is refused as the operation would be. It leaves nothing, like the
 //! operation's own preflight.
 
 use std::collections::{BTreeMap, HashSet};
@@ -27,13 +32,13 @@ use crate::service::images::file_id;
 use crate::service::locator::Live;
 use crate::{DiskRecord, Domain, Edit, Error, ErrorKind, FileUses, Plan, Result, shell_word};
 
-/// The most that a name gets which is made of another: a dot, and the mark of a name that is moved.
+/// The most bytes that are added to a name to make another: a dot, and the mark of a name that is moved.
 const LONGEST_MARK: usize = ".".len() + ".domsnap-switch".len();
 
-/// The longest path that the system takes, with its end.
+/// The longest path that the system accepts, with its terminating byte.
 const PATH_MAX: usize = 4096;
 
-/// What a small file takes at least.
+/// The least space that a small file needs.
 const BLOCK: u64 = 4096;
 
 /// The most bytes that are allocated for a moment, to see whether there is room for them.
@@ -46,11 +51,10 @@ const FLAGS: [(u64, &str, char); 2] = [(0x10, "immutable", 'i'), (0x20, "append-
 const MOUNT_ROOT: u64 = 0x2000;
 
 impl Planning {
-    /// Refuses a plan of which a step is known to fail. The domain's lock is held, unless this is a `dry`
-    /// run.
+    /// Refuses a plan if one of its steps is known to fail. The domain is locked, unless this is a `dry` run.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`] or [`ErrorKind::NoSpace`], with what is in the way.
+    /// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`] or [`ErrorKind::NoSpace`], with the obstacle.
     /// Nothing was changed.
     pub(in crate::service) async fn preflight(
         &self,
@@ -102,8 +106,8 @@ impl Planning {
     }
 }
 
-/// Manifests of what a plan deletes can be removed: after its commit point nothing may be destroyed before
-/// they are.
+/// Checks that manifests of deleted snapshots can be removed: after the plan's commit point nothing may be
+/// destroyed before they are.
 fn manifests_can_go(manifests: &Manifests, plan: &Plan) -> Result<()> {
     let Some(directory) = manifests.directory() else { return Ok(()) };
     let doomed: Vec<Utf8PathBuf> = (plan.commit.iter())
@@ -134,11 +138,11 @@ fn manifests_can_go(manifests: &Manifests, plan: &Plan) -> Result<()> {
     })
 }
 
-/// Where an operation works, and what it needs there.
+/// The directories in which an operation works, and its needs there.
 #[derive(Default)]
 struct Works {
-    /// Directories of images: what is done there, the disk, the bytes that are needed, and the files that are
-    /// made.
+    /// Directories of images: the needs of the steps there, and the bytes and the number of files that they
+    /// make.
     images: BTreeMap<Utf8PathBuf, (Needs, u64, u64)>,
     memory: Option<Utf8PathBuf>,
     manifests: Option<Utf8PathBuf>,
@@ -146,7 +150,7 @@ struct Works {
 
 impl Works {
     fn add(&mut self, record: &DiskRecord, uses: &FileUses) {
-        // Nothing is made beside a device but what it says itself.
+        // Nothing is made beside a device, except files that the step itself names.
         let own =
             record.disk.local().and_then(Utf8Path::parent).filter(|directory| !directory.starts_with("/dev"));
         for file in uses.makes.iter().chain(&uses.renames) {
@@ -164,7 +168,7 @@ impl Works {
 
     /// Tries the directories, and asks for the room.
     fn check(self, plan: &Plan, records: &[DiskRecord], manifests_room: u64, dry: bool) -> Result<()> {
-        // What a crash has left goes, also where nothing is to be done.
+        // Remains of a crash are removed, also where nothing is to be done.
         if !dry {
             let beside = records.iter().filter_map(|record| record.disk.local().and_then(Utf8Path::parent));
             let others = [&self.memory, &self.manifests].into_iter().flatten().map(|path| &**path);
@@ -176,7 +180,7 @@ impl Works {
         if plan.steps.is_empty() && plan.commit.is_empty() {
             return Ok(());
         }
-        // What gives room needs none.
+        // An operation that frees space needs none.
         let gives_room = plan.operation == "delete" || plan.operation == "tidy";
         let mut places: Vec<(Utf8PathBuf, Option<Needs>, u64, u64)> = Vec::new();
         for (directory, (needs, bytes, files)) in self.images {
@@ -185,12 +189,12 @@ impl Works {
         if let Some(directory) = self.memory {
             places.push((nearest(&directory), Some(Needs::Names), BLOCK, 1));
         }
-        // Manifests may lag: where none can be made, the operation says so at its end. So only their room is
-        // asked for.
+        // Manifests may lag: if none can be made, the operation reports it at its end. So only their space is
+        // checked.
         if let Some(directory) = self.manifests {
             places.push((nearest(&directory), None, manifests_room, 2));
         }
-        // What all of them need of one file system together, which is tried once.
+        // The sum of all needs in one file system, which is tested once.
         let mut room: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
         if !gives_room {
             for (directory, _, bytes, files) in &places {
@@ -221,14 +225,14 @@ fn take_off(letter: char, file: &Utf8Path) -> String {
     format!("take the flag off: `chattr -{letter} {}`", shell_word(file.as_str()))
 }
 
-/// The directory itself, or the nearest one above it that is there: it will be made.
+/// The directory itself, or the nearest one above it that exists: it will be made.
 fn nearest(directory: &Utf8Path) -> Utf8PathBuf {
     let there = |above: &&Utf8Path| above.symlink_metadata().is_ok();
     directory.ancestors().find(there).unwrap_or(Utf8Path::new("/")).to_owned()
 }
 
-/// What the manifests need that are written at the end: those of new snapshots, and the domain's beside its
-/// former one.
+/// The space for the manifests that are written at the end: those of new snapshots, and the domain's beside
+/// its previous one.
 fn manifests_room(domain: &Domain, plan: &Plan) -> u64 {
     let length = |text: serde_json::Result<String>| text.map_or(0, |text| text.len() as u64);
     let mut room = length(serde_json::to_string(domain)).next_multiple_of(BLOCK);
@@ -242,14 +246,14 @@ fn manifests_room(domain: &Domain, plan: &Plan) -> u64 {
     room.next_multiple_of(BLOCK)
 }
 
-/// Refuses where a file system says that it has less room than is needed at least.
+/// Refuses if a file system reports less space than the least that is needed.
 fn has_room(directory: &Utf8Path, bytes: u64, files: u64) -> Result<()> {
     let Ok(about) = statvfs(directory.as_std_path()) else { return Ok(()) };
     let (blocks, inodes) = match rustix::process::geteuid().is_root() {
         true => (about.f_bfree, about.f_ffree),
         false => (about.f_bavail, about.f_favail),
     };
-    // A file system that has no table of files says that it has none of them, not that they are all used.
+    // A file system without a table of files reports 0 of them, which does not mean that all are used.
     if about.f_files > 0 && inodes < files {
         let message =
             format!("the file system of {directory} takes {inodes} more files, and this makes {files}");
@@ -264,7 +268,7 @@ fn has_room(directory: &Utf8Path, bytes: u64, files: u64) -> Result<()> {
 fn names_fit(record: &DiskRecord, uses: &FileUses) -> Result<()> {
     for file in &uses.makes {
         let (Some(directory), Some(made)) = (file.parent(), file.file_name()) else { continue };
-        // A directory that cannot be asked is found out by whoever works in it.
+        // An error of a directory that cannot be examined is reported by the step that works in it.
         let most = statvfs(directory.as_std_path()).map_or(255, |about| about.f_namemax);
         let name = made.len() + LONGEST_MARK;
         let path = directory.as_str().len() + 1 + name + 1;
@@ -312,7 +316,7 @@ fn is_writable(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
     }
 }
 
-/// No flag keeps the file from getting or losing a name, and it is no mount point.
+/// Checks that no flag prevents the file from getting or losing a name, and that it is no mount point.
 fn can_get_names(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
     if let Some((name, letter)) = flag_of(file) {
         return Err(flagged(record.disk.target.as_str(), file, name, letter));
@@ -330,7 +334,7 @@ fn can_get_names(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
     Ok(())
 }
 
-/// No sticky directory keeps the file from losing its name.
+/// Checks that no sticky directory prevents the file from losing its name.
 fn can_be_renamed(record: &DiskRecord, file: &Utf8Path) -> Result<()> {
     let us = rustix::process::geteuid().as_raw();
     let (Some(directory), Ok(about)) = (file.parent(), file.symlink_metadata()) else { return Ok(()) };
@@ -355,13 +359,13 @@ fn flagged(what: &str, file: &Utf8Path, name: &str, letter: char) -> Error {
         .advise(take_off(letter, file))
 }
 
-/// The flag of a file that keeps it from being written, linked, renamed and removed.
+/// The flag of a file that prevents it from being written, linked, renamed and removed.
 fn flag_of(file: &Utf8Path) -> Option<(&'static str, char)> {
     let attributes = attributes_of(file);
     FLAGS.iter().find(|(bit, ..)| attributes & bit != 0).map(|(_, name, letter)| (*name, *letter))
 }
 
-/// The attributes of a file, of itself if it is a link; none where it cannot be asked.
+/// The attributes of a file, of the link itself if it is one; none where they cannot be read.
 fn attributes_of(file: &Utf8Path) -> u64 {
     let flags = AtFlags::STATX_DONT_SYNC;
     statx(CWD, file.as_std_path(), flags, StatxFlags::TYPE).map_or(0, |about| about.stx_attributes.bits())

@@ -1,12 +1,13 @@
-//! Trying what a directory takes: a file is made in it, gets another name, where it is needed a second one,
+//! Tests what a directory permits: a file is made in it, is renamed, gets a second name where one is needed,
 //! and is removed.
 //!
-//! What a file system or a security module permits is known for certain only by a try: a file system without
-//! hard links, a quota, a directory that takes no new names. The file is empty, nobody else can read it, it
-//! is there for a moment, and its name is of a fixed form, made of the domain's first disk. So what a crash
-//! leaves does not add up, and the next operation of the domain, or `recover`, removes it. A dry run holds no
-//! lock: it uses another name, so that it cannot come between an operation's steps, and where something came
-//! between its own, nothing is known.
+//! Only a try shows for certain what a file system or a security module permits. Examples are a file system
+//! without hard links, a quota, and a directory that accepts no new names. The file is empty, no other user
+//! can read it, and it exists for a moment. Its name has a fixed form, made of the domain's first disk. So
+//! the remains of crashes do not add up, and the next operation of the domain, or `recover`, removes them.
+//!
+//! A dry run takes no lock. It uses another name, so that it cannot interfere with an operation's steps. If
+//! something interferes with its own, the result is not known.
 
 use std::io;
 
@@ -17,10 +18,10 @@ use rustix::io::Errno;
 
 use crate::{DiskRecord, Error, ErrorKind, Result, shown_size};
 
-/// How the names begin.
+/// The prefix of the names.
 const PREFIX: &str = ".domsnap-probe-";
 
-/// What is done in a directory.
+/// The changes that are made in a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub(super) enum Needs {
     /// Names are made, moved and removed.
@@ -30,11 +31,11 @@ pub(super) enum Needs {
     Links,
 }
 
-/// What to do where there is no room.
+/// The advice where there is no space.
 pub(super) const MAKE_ROOM: &str =
     "free space there, have the quota raised, or delete snapshots (which needs no room), and try again";
 
-/// There is no room for what is needed at least.
+/// The error for a file system without the least space that is needed.
 pub(super) fn no_room(directory: &Utf8Path, bytes: u64) -> Error {
     Error::new(
         ErrorKind::NoSpace,
@@ -47,7 +48,7 @@ pub(super) fn no_room(directory: &Utf8Path, bytes: u64) -> Error {
     .advise(MAKE_ROOM)
 }
 
-/// The try in one directory.
+/// The test in one directory.
 pub(super) struct Trial {
     directory: Utf8PathBuf,
     names: [String; 2],
@@ -55,19 +56,19 @@ pub(super) struct Trial {
 }
 
 impl Trial {
-    /// Of the domain with these disks.
+    /// Creates the test for the domain with these disks.
     pub(super) fn of(directory: &Utf8Path, disks: &[DiskRecord], dry: bool) -> Self {
         let domain = disks.first().map_or("", |record| record.disk.path.as_str());
         let names = ["a", "b"].map(|letter| name(domain, dry, letter));
         Self { directory: directory.to_owned(), names, dry }
     }
 
-    /// Removes what a crash left of a try.
+    /// Removes the remains of a test that a crash ended.
     pub(super) fn sweep(&self) {
         let Ok(directory) = Directory::open(self.directory.as_std_path()) else { return };
         for left in self.names.iter().cloned().chain(self.names.iter().map(|name| format!("{name}-dry"))) {
             let Ok(name) = FileName::new(left) else { continue };
-            // Another's file of that name is another's.
+            // A file with content is another's, in spite of its name.
             let is_ours = |found: &confined_files::Look| found.is_file() && found.size == 0;
             if directory.look(&name).ok().flatten().is_some_and(|found| is_ours(&found)) {
                 let _ = directory.remove(&name);
@@ -75,15 +76,15 @@ impl Trial {
         }
     }
 
-    /// Tries it, and whether there is room for so many bytes. Afterwards the directory is as it was.
+    /// Runs the test, and checks that there is space for `bytes`. Afterwards the directory is as it was.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`] or [`ErrorKind::NoSpace`]: what the directory does
-    /// not take.
+    /// [`ErrorKind::Refused`], [`ErrorKind::Unsupported`] or [`ErrorKind::NoSpace`], with the change that the
+    /// directory does not permit.
     pub(super) fn run(&self, needs: Needs, bytes: u64) -> Result<()> {
         let directory = match Directory::open(self.directory.as_std_path()) {
             Ok(directory) => directory,
-            // What is there instead of a directory is for whoever works there to refuse or to pass over.
+            // The step that works there decides about anything that exists in place of a directory.
             Err(error) if error.kind() == io::ErrorKind::NotFound || refusal(&error).is_some() => {
                 return Ok(());
             }
@@ -92,7 +93,7 @@ impl Trial {
         let [first, second] = &self.names;
         let (Ok(first), Ok(second)) = (FileName::new(first), FileName::new(second)) else { return Ok(()) };
         match self.steps(&directory, &first, &second, needs, bytes) {
-            // Something came between.
+            // Another process interfered.
             Err(_) if self.dry && self.is_disturbed(&directory, &first, &second) => Ok(()),
             tried => tried,
         }
@@ -113,13 +114,13 @@ impl Trial {
     ) -> Result<()> {
         let file =
             directory.create_new(first, 0o600).map_err(|error| self.failure(&error, "takes no new file"))?;
-        // The size stays 0: what a crash leaves is known to be ours by being empty.
+        // The size stays 0: remains of a crash are known to be ours by being empty.
         let room = match bytes {
             0 => Ok(()),
             bytes => fallocate(&file, FallocateFlags::KEEP_SIZE, 0, bytes),
         };
         let moved = match directory.rename_new(first, second, None) {
-            // Old file systems know no such flag; then a link that never replaces is used.
+            // Old file systems do not know this flag; then a link is used, which never replaces a file.
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported)
                     && refusal(&error).is_none() =>
@@ -135,10 +136,10 @@ impl Trial {
             Ok(()) if needs == Needs::Links => directory.link(second, directory, first, None),
             _ => Ok(()),
         };
-        // Whatever came of it, the names go.
+        // The names go, whatever the result.
         let removed = directory.remove(first).and(directory.remove(second));
         drop(file);
-        // Another error says that the file system cannot do that.
+        // Any other error means that the file system does not support the call.
         if matches!(room, Err(Errno::NOSPC | Errno::DQUOT)) {
             return Err(no_room(&self.directory, bytes));
         }
@@ -187,9 +188,9 @@ impl Trial {
     }
 }
 
-/// The name of a probe: of a fixed length, whatever the disk is called.
+/// The name of a probe: of a fixed length, for every path of the disk.
 fn name(domain: &str, dry: bool, letter: &str) -> String {
-    // FNV-1a: the same in every version, so that what an older one left is found.
+    // FNV-1a: the same in every version, so that remains of an older one are found.
     let hash = domain.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
     });

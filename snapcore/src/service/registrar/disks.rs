@@ -1,4 +1,4 @@
-//! Adds disks to registered domains, and takes them out.
+//! Adds disks to registered domains, and removes them.
 
 use tokio_util::sync::CancellationToken;
 
@@ -33,17 +33,17 @@ impl Registrar {
         }
         self.records.refuse_unfinished(entry).await?;
         if !*catalogued {
-            // What only manifests tell is in the catalogue before they go.
+            // Content that only manifests have enters the catalogue before they are removed.
             self.ledger.put(entry, Revision::ABSENT, false).await?;
             *catalogued = true;
         }
         let previous = entry.clone();
         entry.domain.disks.retain(|record| record.disk.target != target);
         if self.authority.manifests(&entry.domain)?.place() != before.place() {
-            // Manifests lie beside the first disk. Those beside the former one go before the catalogue has
-            // the domain without it: a crash in between leaves a domain without manifests, and its next
-            // change writes them. The other way round it would leave manifests of a domain that the disk is
-            // not in any more, and nobody would look there again.
+            // Manifests lie beside the first disk. Those beside the previous one go before the catalogue has
+            // the domain without it. A crash in between leaves a domain without manifests, and its next
+            // change writes them. In the other order it would leave manifests of a domain that no longer has
+            // the disk, and no command would look there again.
             if let Err(error) = self.authority.clear(before, previous).await {
                 self.warn(entry, &error);
             }
@@ -91,7 +91,7 @@ impl Registrar {
         Ok(entry.domain.clone())
     }
 
-    /// The disk of a domain that `disk` is too, by another address.
+    /// Returns the disk of a domain that is the same as `disk`, by another address.
     async fn same_disk<'d>(&self, domain: &'d Domain, disk: &Disk) -> Result<Option<&'d DiskRecord>> {
         let wanted = identity_of(&self.registry, disk).await?;
         for known in &domain.disks {
@@ -103,8 +103,8 @@ impl Registrar {
         Ok(None)
     }
 
-    /// Records a domain whose disks are others now. Its manifests follow; where they cannot, that is reported
-    /// and stops nothing.
+    /// Records a domain whose disks have changed, and writes its manifests. If they cannot be written, that
+    /// is reported and stops nothing.
     async fn put_changed(&self, entry: &mut Entry, catalogued: bool) -> Result<()> {
         let expected = if catalogued { entry.revision } else { Revision::ABSENT };
         self.ledger.put(entry, expected, false).await?;

@@ -1,4 +1,4 @@
-//! Imports domains: rebuilds what the catalogue has of them from manifests and images.
+//! Imports domains: rebuilds the catalogue's records of them from manifests and images.
 
 use tokio_util::sync::CancellationToken;
 
@@ -13,8 +13,8 @@ use crate::{DomainName, Error, ErrorKind, Result};
 struct Known {
     entry: Entry,
     _lease: Lease,
-    /// Set where the catalogue is not authoritative: what it has, its journal too, is of disks that are no
-    /// more, and nothing of it may be resumed or written.
+    /// Set where the catalogue is not authoritative. Its records, and its journal, are of disks that no
+    /// longer exist, and none of them may be resumed or written.
     outdated: bool,
 }
 
@@ -78,8 +78,8 @@ impl Registrar {
         Ok(Some(Known { entry, _lease: lease, outdated }))
     }
 
-    /// Records an imported domain under a name that the catalogue does not have, in place of the one that it
-    /// was.
+    /// Records an imported domain under a name that the catalogue does not have, in place of its previous
+    /// entry.
     async fn enter_as_another(
         &self,
         imported: Imported,
@@ -94,7 +94,7 @@ impl Registrar {
         }
         if let Some(Known { entry, outdated, .. }) = &known {
             if !outdated {
-                // Should this end between the two transactions, the manifests bring the domain back.
+                // If this ends between the two transactions, the manifests bring the domain back.
                 let manifests = self.authority.manifests(&entry.domain)?;
                 self.authority.write(&manifests, entry).await?;
             }
@@ -103,7 +103,7 @@ impl Registrar {
         self.enter(imported, Revision::ABSENT, false).await
     }
 
-    /// What is to be imported, and the domain of the catalogue that it is already, if so.
+    /// Returns the source of an import, and the domain of the catalogue that it is already, if so.
     async fn source_of(&self, reference: &DomainRef) -> Result<(ImportSource, Option<DomainName>)> {
         let (source, owner) = match &*self.locator.understood(reference)? {
             DomainRef::Live { hypervisor, address } => {

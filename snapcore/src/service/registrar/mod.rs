@@ -1,4 +1,4 @@
-//! The registrar: registers domains, imports them, and takes them out of the catalogue. It runs no plans and
+//! The registrar: registers domains, imports them, and removes them from the catalogue. It runs no plans and
 //! touches no image.
 
 mod disks;
@@ -19,16 +19,16 @@ use super::{DomainRef, DomainSpec, ImportReport, Removal};
 use crate::catalogue::{Change, Entry, Lease, Revision};
 use crate::{DomainName, Error, ErrorKind, Event, Events, Hypervisor, Registry, Result};
 
-/// Changes which domains the catalogue has.
+/// Adds domains to the catalogue, and removes them.
 #[derive(Clone)]
 pub(super) struct Registrar {
-    /// What is recorded.
+    /// Read access to the catalogue.
     pub(super) records: Records,
-    /// Where changes are recorded.
+    /// Write access to the catalogue.
     pub(super) ledger: Ledger,
     /// The backends and hypervisors.
     pub(super) registry: Arc<Registry>,
-    /// Where warnings are reported.
+    /// The receiver of warnings.
     pub(super) events: Events,
     /// Locks domains.
     pub(super) locks: Locks,
@@ -81,7 +81,7 @@ impl Registrar {
             return Err(error);
         }
         if let Some(entry) = before {
-            // Its manifests are whole: should this end between the two transactions, they bring it back.
+            // Its manifests are whole: if this ends between the two transactions, they bring it back.
             self.ledger.commit(&entry.domain.name, entry.revision, vec![Change::RemoveDomain]).await?;
         }
         let mut report = self.enter(imported, Revision::ABSENT, false).await?;
@@ -89,7 +89,7 @@ impl Registrar {
         Ok(report)
     }
 
-    /// Takes a domain out of the catalogue.
+    /// Removes a domain from the catalogue.
     pub(super) async fn remove(&self, reference: DomainRef, cancel: CancellationToken) -> Result<Removal> {
         let locked = self.locks.lock(&reference, &cancel).await?;
         let (Located { entry, catalogued, .. }, manifests) = (&locked.located, &locked.manifests);
@@ -101,7 +101,8 @@ impl Registrar {
             )
             .advise("`domsnap domain list` shows those that it has"));
         }
-        // Where manifests say more than the catalogue, or another's word, they stay as they are.
+        // If the manifests have more than the catalogue, or another catalogue's content, they stay as they
+        // are.
         if self.authority.contradiction(manifests, entry).await?.is_none() {
             self.records.refuse_unfinished(entry).await?;
             self.authority.write(manifests, entry).await.map_err(|error| {
@@ -113,7 +114,7 @@ impl Registrar {
         Ok(Removal { domain: name, snapshots: entry.tree.len() as u64, manifests: manifests.place().into() })
     }
 
-    /// Fails for a name by which a domain could not be called, because it begins as an address does.
+    /// Fails for a name that no reference could use, because it begins as an address does.
     fn require_name(&self, name: &DomainName) -> Result<()> {
         let hypervisor = name.as_str().split_once(':').and_then(|(word, _)| Hypervisor::new(word).ok());
         match hypervisor.filter(|hypervisor| self.registry.hypervisor(hypervisor).is_ok()) {
@@ -150,8 +151,8 @@ impl Registrar {
         Ok((entry, lease))
     }
 
-    /// Records an imported domain, and writes its manifests. Where manifests cannot be written, that is
-    /// reported and stops nothing.
+    /// Records an imported domain, and writes its manifests. If they cannot be written, that is reported and
+    /// stops nothing.
     async fn enter(&self, imported: Imported, expected: Revision, restart: bool) -> Result<ImportReport> {
         let Imported { mut entry, restored, adopted, mut notes, leftovers, unconfirmed: _ } = imported;
         self.ledger.put(&mut entry, expected, restart).await?;
@@ -163,7 +164,7 @@ impl Registrar {
         Ok(ImportReport { domain: entry.domain, restored, adopted, notes })
     }
 
-    /// Reports what failed and stops nothing.
+    /// Reports a failure that stops nothing.
     fn warn(&self, entry: &Entry, error: &Error) {
         self.events.tell(Event::Warning { domain: entry.domain.name.clone(), message: error.to_string() });
     }

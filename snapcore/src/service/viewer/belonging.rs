@@ -1,4 +1,4 @@
-//! Which domain a file belongs to.
+//! Finds the domain of a file.
 
 use camino::Utf8Path;
 
@@ -8,20 +8,21 @@ use crate::service::images::file_id;
 use crate::service::{DomainRef, Listing};
 use crate::{LayerName, Result, Target};
 
-/// The domain that has an image as a layer, as the catalogue tells, or else the manifests beside the image.
+/// The domain that has an image as a layer, from the catalogue, or else from the manifests beside the image.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Belonging {
-    /// The domain, with its disks where the image is: a directory that was copied tells of the copy.
+    /// The domain, with its disks where the image is: manifests in a directory that was copied describe the
+    /// copy.
     pub listing: Listing,
-    /// Of which disk it is a layer.
+    /// The disk of the layer.
     pub target: Target,
-    /// Which layer.
+    /// The layer.
     pub layer: LayerName,
 }
 
 impl Belonging {
-    /// Whether the image is what the domain writes.
+    /// Returns true if the image is the one that the domain writes.
     pub fn is_active(&self) -> bool {
         self.listing.domain.disk(&self.target).is_some_and(|record| record.active == self.layer)
     }

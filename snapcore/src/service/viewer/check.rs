@@ -10,21 +10,21 @@ use crate::service::importer::point_problem;
 use crate::service::locator::{Live, Located, attached};
 use crate::{DiskRecord, DiskState, Finding, InspectDepth, Result, Severity, SnapshotTree};
 
-/// How often a domain is looked at that is being changed.
+/// The number of attempts to check a domain that is being changed.
 const CHECKS: usize = 5;
 
-/// Between two looks while an operation is under way, or has stopped half way.
+/// The pause between two attempts while an operation runs or is interrupted.
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 
 impl Viewer {
-    /// What there is to be said of a domain. One that is changed meanwhile looks wrong (the catalogue was
-    /// read before the images and manifests): it is looked at again, and if it goes on being changed, that
-    /// alone is told.
+    /// Returns the findings on a domain. A domain that is changed meanwhile seems damaged, because the
+    /// catalogue was read before the images and manifests. It is checked again. If it continues to be
+    /// changed, only that is reported.
     pub(in crate::service) async fn check(&self, reference: &DomainRef) -> Result<Vec<Finding>> {
         let (mut name, mut last) = (String::new(), None);
         for _ in 0..CHECKS {
             let (entry, catalogued, findings) = self.check_once(reference).await?;
-            // A step that is under way changes images before the catalogue says so.
+            // A running step changes images before the catalogue records it.
             let under_way = !self.records.unfinished(&entry.domain.name).await?.is_empty();
             let is_harmless = findings.iter().all(|finding| finding.severity == Severity::Note);
             if is_harmless || !catalogued {
@@ -76,7 +76,7 @@ impl Viewer {
         Ok((entry, catalogued, findings))
     }
 
-    /// Adds what is wrong with a disk.
+    /// Adds the problems of a disk.
     async fn check_disk(
         &self,
         entry: &Entry,

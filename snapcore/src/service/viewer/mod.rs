@@ -85,7 +85,7 @@ impl Viewer {
         for member in &snapshot.disks {
             let Some(record) = entry.domain.disk(&member.target) else { continue };
             let backend = self.registry.get(&record.disk.format)?;
-            // An image that cannot be read leaves out what only it can tell; `check` says why.
+            // Values that only the image has are left out if it cannot be read; `check` reports why.
             let state = backend.inspect(record, InspectDepth::Dependents, attached(&live, record)).await.ok();
             let layer = state.as_ref().and_then(|state| state.layer(&member.point.layer));
             let delete = match &state {
@@ -148,7 +148,7 @@ fn shown(operation: Operation) -> Unfinished {
 }
 
 /// The owned layers whose own state nothing needs: not the active one, no point is the layer itself, and no
-/// foreign image stands on it.
+/// foreign image is backed by it.
 fn unnamed(record: &DiskRecord, state: &DiskState, tree: &SnapshotTree) -> Vec<LayerName> {
     state
         .layers

@@ -15,7 +15,7 @@ use crate::{FileIdentity, file_identity};
 /// `O_PATH` in `fdinfo`: such a descriptor can neither read nor write.
 const ONLY_PATH: u32 = 0o10_000_000;
 
-/// Somebody who uses a file.
+/// A user of a file: a process, or the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct User {
     /// The file.
@@ -25,27 +25,27 @@ pub(super) struct User {
     pub(super) who: String,
     /// Set where the user may write.
     pub(super) writes: bool,
-    /// The locks that the user holds.
+    /// The locks that the user has.
     pub(super) locks: Locks,
 }
 
-/// QEMU's byte locks of a user on a file (`block/file-posix.c`: byte 100 + N stands for a permission that is
-/// used, 200 + N for one that is kept from others).
+/// QEMU's byte locks of a user on a file (`block/file-posix.c`). Byte 100 + N is a permission that is used;
+/// byte 200 + N is one that is not shared with others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Locks {
-    /// None that keeps anybody off.
+    /// None that excludes another process.
     #[default]
     None,
-    /// Those of a reader, who does not share writing.
+    /// The locks of a reader, which does not share writing.
     Reader,
-    /// Those of a writer, or one that nobody else can share.
+    /// The locks of a writer, or one that no other process can share.
     Writer,
 }
 
 impl Locks {
-    /// Reads them off `fdinfo`.
+    /// Reads the locks from `fdinfo`.
     fn of(info: &str) -> Self {
-        // Consistent read, write and resize.
+        // The permissions: consistent read (0), write (1) and resize (3).
         let (uses, keeps) = ([101, 103], [200, 201, 203]);
         let mut all = Self::None;
         for line in info.lines().filter_map(|line| line.strip_prefix("lock:")) {
@@ -55,7 +55,7 @@ impl Locks {
                 continue;
             }
             let Ok(first) = first.parse::<u64>() else { continue };
-            // `EOF` is no number: up to the end of all files.
+            // `EOF` is not a number: the lock reaches to the end of every file.
             let last = last.parse::<u64>().unwrap_or(u64::MAX);
             let covers = |bytes: &[u64]| bytes.iter().any(|byte| (first..=last).contains(byte));
             if covers(&uses) || kind == "WRITE" && covers(&[100, 200, 201, 203]) {
@@ -69,20 +69,20 @@ impl Locks {
     }
 }
 
-/// What the kernel told.
+/// The result of a search in the kernel's tables.
 #[derive(Debug, Default)]
 pub(super) struct Users {
     /// The users.
     pub(super) found: Vec<User>,
-    /// Processes whose files we may not see.
+    /// Processes whose files we may not read.
     pub(super) unreadable: u64,
-    /// Whether other users' processes are not even listed (`hidepid`).
+    /// Set if other users' processes are not even listed (`hidepid`).
     pub(super) hidden: bool,
-    /// What it took to find out, in µs of a processor's time.
+    /// The cost of the search, in µs of a processor's time.
     pub(super) cpu_us: u64,
 }
 
-/// Everyone who uses one of these files, but the processes `own` and the domain that has `of_domain` open.
+/// Finds all users of these files, except the processes `own` and the domain that has `of_domain` open.
 pub(super) fn users_of(
     named: &HashMap<FileIdentity, Utf8PathBuf>,
     own: &HashSet<u32>,
@@ -102,8 +102,8 @@ pub(super) fn users_of(
     users
 }
 
-/// Adds the uses of block devices that the kernel itself makes, and the partitions of the devices: each with
-/// the file that it is a part of.
+/// Adds the uses of block devices by the kernel itself, and the partitions of the devices: each with the file
+/// that it is a part of.
 fn with_partitions(
     named: &HashMap<FileIdentity, Utf8PathBuf>,
     own: &HashSet<u32>,
@@ -114,7 +114,7 @@ fn with_partitions(
     for (file, path) in named.iter().filter(|(file, _)| is_device(**file)) {
         let Some(device) = devices::device_number(path) else { continue };
         files.extend(devices::partitions(device).into_iter().map(|part| (device_identity(part), *file)));
-        // The kernel's driver may serve the disk to this very domain, unless a process of the domain's does.
+        // The kernel's driver may serve the disk to this very domain, unless a process of the domain does.
         let is_own = || of_domain.contains(file) && !own.iter().any(|pid| has_open(*pid, *file));
         let mut xen = devices::xen_disks(device);
         if !xen.is_empty() && is_own() {
@@ -159,7 +159,7 @@ fn add_processes(
     users.hidden = !others;
 }
 
-/// Adds loop devices, swap and storage targets that stand on one of the files.
+/// Adds loop devices, swap and storage targets that use one of the files.
 fn add_kernel_services(files: &HashMap<FileIdentity, FileIdentity>, found: &mut Vec<User>) {
     let mut add = |who: String, file: &Path, writes: bool| {
         let Ok(about) = fs::metadata(file) else { return };
@@ -185,7 +185,7 @@ fn add_kernel_services(files: &HashMap<FileIdentity, FileIdentity>, found: &mut 
     }
 }
 
-/// For how long this thread has had a processor, in ns: on a busy machine other times say nothing.
+/// The time for which this thread has had a processor, in ns: on a busy machine other times are useless.
 fn on_processor() -> u64 {
     let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     text.split_ascii_whitespace().next().and_then(|text| text.parse().ok()).unwrap_or(0)
@@ -193,7 +193,7 @@ fn on_processor() -> u64 {
 
 struct Process<'a> {
     pid: u32,
-    /// Each with the one that it is a part of.
+    /// Each file with the one that it is a part of.
     files: &'a HashMap<FileIdentity, FileIdentity>,
     inodes: &'a HashSet<u64>,
 }
@@ -215,7 +215,7 @@ impl Process<'_> {
             if name.to_bytes().starts_with(b".") {
                 continue;
             }
-            // Not asked of a server that may be away: what the kernel knows by itself identifies a file.
+            // A server that may be unreachable is not asked: the kernel's cached values identify a file.
             let flags = AtFlags::STATX_DONT_SYNC;
             let Ok(about) = statx(&directory, name, flags, StatxFlags::TYPE | StatxFlags::INO) else {
                 continue;
@@ -226,7 +226,7 @@ impl Process<'_> {
             let name = name.to_string_lossy();
             let (flags, locks) = match fs::read_to_string(format!("/proc/{}/fdinfo/{name}", self.pid)) {
                 Ok(info) => (flags_of(&info), Locks::of(&info)),
-                // Closed since.
+                // The file was closed since.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(_) => (None, Locks::None),
             };
@@ -240,7 +240,7 @@ impl Process<'_> {
         Ok(())
     }
 
-    /// The files that it has in its memory.
+    /// The files that it has mapped.
     fn mapped(&self, found: &mut Vec<User>) {
         let maps = fs::read(format!("/proc/{}/maps", self.pid)).unwrap_or_default();
         for line in maps.split(|byte| *byte == b'\n') {
@@ -248,7 +248,8 @@ impl Process<'_> {
             else {
                 continue;
             };
-            // The device in the list is the file system's, which is not what a file says of itself on all.
+            // The device in the list is the file system's. On some file systems it differs from the device
+            // that a file reports itself.
             let by_range = format!("/proc/{}/map_files/{}", self.pid, mapping.range);
             let identity = fs::metadata(by_range).or_else(|_| fs::metadata(mapping.path));
             let file = identity.map_or((mapping.device, mapping.inode), |about| file_identity(&about));
@@ -260,16 +261,16 @@ impl Process<'_> {
     }
 }
 
-/// Whether a process has a file open, as far as can be seen.
+/// Returns true if a process has a file open, as far as can be read.
 fn has_open(pid: u32, file: FileIdentity) -> bool {
     let mut found = Vec::new();
     let (files, inodes) = (HashMap::from([(file, file)]), HashSet::new());
-    // What was found before an error counts.
+    // Results from before an error count.
     let _ = Process { pid, files: &files, inodes: &inodes }.open(&mut found);
     !found.is_empty()
 }
 
-/// A line of `/proc/PID/maps` that is of a file.
+/// A line of `/proc/PID/maps` for a file.
 #[derive(Debug, PartialEq, Eq)]
 struct Mapping<'a> {
     range: &'a str,
@@ -306,7 +307,7 @@ fn identity_of(about: &rustix::fs::Statx) -> Option<FileIdentity> {
     }
 }
 
-/// The flags of an open file, as `fdinfo` has them.
+/// The flags of an open file, from `fdinfo`.
 fn flags_of(info: &str) -> Option<u32> {
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
     u32::from_str_radix(flags.trim(), 8).ok()
@@ -319,22 +320,22 @@ fn stat_of(pid: u32, field: usize) -> Option<u32> {
     after.split_ascii_whitespace().nth(field)?.parse().ok()
 }
 
-/// Whether it is a thread of the kernel: those have no files.
+/// Returns true for a thread of the kernel: those have no files.
 fn is_of_the_kernel(pid: u32) -> bool {
     pid == 2 || stat_of(pid, 1) == Some(2)
 }
 
-/// The leader of the process's group: a backend's process leads those that it started.
+/// The leader of the process's group: a backend's process leads the processes that it started.
 fn group_of(pid: u32) -> u32 {
     stat_of(pid, 2).unwrap_or(pid)
 }
 
-/// A name in `/proc/swaps`, where spaces are written as `\040`.
+/// Decodes a name in `/proc/swaps`, where spaces are written as `\040`.
 fn unescaped(name: &str) -> String {
     name.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
 }
 
-/// What the files called `name` say, `depth` directories below `root`.
+/// The content of the files called `name`, `depth` directories below `root`.
 fn configured(root: &Path, depth: u32, name: &str) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
@@ -361,7 +362,7 @@ mod tests {
         file_identity(&fs::metadata(path).unwrap())
     }
 
-    /// Runs a shell command that says "ready" and waits until its standard input closes.
+    /// Runs a shell command that prints "ready" and waits until its standard input closes.
     fn with_shell(command: &str, check: impl FnOnce(u32)) {
         let mut child = Command::new("/bin/sh")
             .args(["-c", &format!("{command}; echo ready; read end")])

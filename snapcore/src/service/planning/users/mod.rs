@@ -2,7 +2,7 @@
 //!
 //! Image locks are advisory: QEMU with `locking=off`, a loop mount and a backup program take none, and QEMUs
 //! with `share-rw=on` do not exclude each other. So the kernel is asked before an image is written, and again
-//! before the cut:
+//! with `share-rw=on` do not exclude each other. So the kernel is asked before an image is written, and again
 //!
 //! | user | found by |
 //! |---|---|
@@ -13,18 +13,22 @@
 //! | a target of the kernel (iSCSI, vhost, NVMe) | its configuration in `/sys/kernel/config` |
 //! | of a block device: a mount, a device made of it, an exclusive claim, a Xen domain | [`crate::devices`] |
 //!
-//! Who uses a partition uses the disk. A backend that knows more of its devices (how often one was opened)
-//! asks for itself.
+//! The user of a partition uses the disk. A backend that knows more of its devices (the number of times one
+//! is opened) asks for itself.
 //!
-//! **Locks.** A program may hold QEMU's byte locks on an image that it has open for reading alone. A running
-//! QEMU that has the image open is not hindered, but it could not open it again: so such a holder is refused
-//! where the plan detaches the disk.
+//! **Locks.** A program may have QEMU's byte locks on an image that it has open only for reading. A running
+//! QEMU that has the image open is not hindered, but it could not open the image again. So such a program is
+//! refused where the plan detaches the disk.
 //!
-//! **Who matters.** Anyone who can write a layer of the disk. A reader matters where the plan writes the file
-//! that he reads in place (an internal snapshot, a merge into it, a new backing file), unless a running
-//! domain writes it anyway; and where the plan cannot be carried out as long as a device is open
-//! ([`crate::DiskSnapshotter::needs_of`]). A reader of a layer that only stays as it is, or is removed, keeps
-//! what he reads. This process, and the process of the running domain that is worked on, are nobody else.
+//! **Relevant users.** Every process that can write a layer of the disk is relevant. A reader is relevant in
+//! two cases:
+//!
+//! - The plan writes the file in place (an internal snapshot, a merge into it, a new backing file), and no
+//!   running domain writes it anyway.
+//! - The plan cannot be carried out as long as a device is open ([`crate::DiskSnapshotter::needs_of`]).
+//!
+//! A reader of a layer that only stays as it is, or is removed, keeps its data. This process, and the process
+//! of the running domain that is worked on, do not count as other users.
 
 mod kernel;
 
@@ -46,17 +50,17 @@ use crate::{
     Registry, Result, Step, StepNeed, Target,
 };
 
-/// How long a user is looked for again before he counts: a process that was just forked has files of its
-/// parent open for a moment, and a look at an image takes no longer.
+/// The time for which a user is looked for again before it counts. A process that was just forked has files
+/// of its parent open for a moment, and a look at an image takes no longer.
 const PATIENCE: Duration = Duration::from_millis(120);
 
-/// The same for block devices: programs that look at new devices, udev's among them, come by and go.
+/// The same for block devices: programs that look at new devices, udev's among them, open them briefly.
 const PATIENCE_WITH_DEVICES: Duration = Duration::from_secs(1);
 
-/// How long is waited between two looks.
+/// The pause between two looks.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(40);
 
-/// How old an answer may be where the kernel is asked again: what lies between took no time then.
+/// The greatest age of an answer where the kernel would be asked again: the steps between took no time then.
 const FRESH: Duration = Duration::from_millis(20);
 
 /// A hypervisor's own answer: a running domain that has an image open.
@@ -74,25 +78,26 @@ impl OpenElsewhere {
     }
 }
 
-/// The files of a domain that nobody else may use.
+/// The files of a domain that no other process may use.
 pub(in crate::service) struct Watched {
     files: HashMap<FileIdentity, (Target, Utf8PathBuf)>,
-    /// Those that the plan writes while nobody else writes them.
+    /// Files that the plan writes while no other process writes them.
     in_place: HashSet<FileIdentity>,
-    /// Those that the hypervisor must open again, and whether for writing.
+    /// Files that the hypervisor must open again; true: for writing.
     reopened: HashMap<FileIdentity, bool>,
-    /// Processes that are not somebody else, and leaders of groups of such processes.
+    /// Processes that do not count as others, and leaders of groups of such processes.
     own: HashSet<u32>,
-    /// Those that the running domain has open.
+    /// Files that the running domain has open.
     of_domain: HashSet<FileIdentity>,
-    /// The running domain has files open, and in which process is not known: nobody else can be told from it.
+    /// Set if the running domain has files open by an unknown process: other users cannot be distinguished
+    /// from it.
     unknown_process: bool,
-    /// When the kernel answered last that nobody else uses them.
+    /// The time of the kernel's last answer that no other process uses them.
     answered: Mutex<Option<Instant>>,
 }
 
 impl Watched {
-    /// Refuses where somebody else uses one of the files; otherwise gives what could not be seen, in words.
+    /// Fails if another process uses one of the files; otherwise returns a message on what could not be read.
     ///
     /// # Errors
     /// [`ErrorKind::Busy`], naming the file and its user.
@@ -100,8 +105,8 @@ impl Watched {
         self.refuse(true).await
     }
 
-    /// As [`Watched::refuse_users`]; `mapped`: also those who have a file in their memory alone. Their lists
-    /// are half of the cost.
+    /// Checks like [`Watched::refuse_users`]. With `mapped`, it also finds processes that only have a file
+    /// mapped. Their lists are half of the cost.
     async fn refuse(&self, mapped: bool) -> Result<Option<String>> {
         let files: HashMap<FileIdentity, Utf8PathBuf> =
             self.files.iter().map(|(identity, (_, file))| (*identity, file.clone())).collect();
@@ -138,7 +143,7 @@ impl Watched {
         }
     }
 
-    /// What could not be seen, in words.
+    /// Returns the message on what could not be read.
     fn words(&self, users: &Users) -> Option<String> {
         let what = match (users.unreadable, users.hidden) {
             (0, false) if self.unknown_process => {
@@ -157,7 +162,7 @@ impl Watched {
         ))
     }
 
-    /// Returns true if the locks of a user would keep the hypervisor from opening a file again.
+    /// Returns true if the locks of a user would prevent the hypervisor from opening a file again.
     fn is_locked_by(&self, user: &User) -> bool {
         match (self.reopened.get(&user.file), user.locks) {
             (None, _) | (_, Locks::None) | (Some(false), Locks::Reader) => false,
@@ -172,7 +177,7 @@ impl Watch for Watched {
         let answered = *self.answered.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match answered.is_some_and(|at| at.elapsed() < FRESH) {
             true => Ok(()),
-            // Who came since has it open.
+            // A user that came since then still has the file open: mappings need not be read.
             false => self.refuse(false).await.map(drop),
         }
     }
@@ -204,7 +209,7 @@ struct WatchedDisk<'a> {
 }
 
 impl WatchedDisk<'_> {
-    /// The identity of a file whose users can be told from the running domain.
+    /// The identity of a file whose users can be distinguished from the running domain.
     fn identity(&self, file: &Utf8Path) -> Option<FileIdentity> {
         file_id(file).filter(|id| self.known || !self.open.contains(id))
     }
@@ -215,7 +220,7 @@ impl WatchedDisk<'_> {
         let layers = record.owned.iter().chain([&record.active]);
         let layers = layers.map(|layer| {
             let file = disk.path.with_file_name(layer.as_str());
-            // What lies elsewhere than beside the disk only its backend knows.
+            // Only the backend knows the place of a layer that does not lie beside the disk.
             match self.backend.filter(|_| !file.exists()) {
                 Some(backend) => backend.layer_file(record, layer),
                 None => file,
@@ -230,7 +235,7 @@ impl WatchedDisk<'_> {
         }
     }
 
-    /// Adds what a step needs, and the file that it writes in place.
+    /// Adds the files that a step needs, and the file that it writes in place.
     fn add_step(&self, watched: &mut Watched, step: &Step) {
         let disk = &self.record.disk;
         let needs = self.backend.iter().flat_map(|backend| backend.needs_of(self.record, step));
@@ -259,8 +264,8 @@ impl Watcher {
         Self { registry }
     }
 
-    /// The files of `domain` that somebody else must not use while `plan` is carried out; without a plan, no
-    /// reader matters.
+    /// Returns the files of `domain` that no other process may use while `plan` is carried out. Without a
+    /// plan, no reader matters.
     pub(in crate::service) async fn watched(
         &self,
         domain: &Domain,
@@ -286,8 +291,8 @@ impl Watcher {
             if let Some(attached) = live.and_then(|live| live.disk(&disk.target)) {
                 open = attached.open_files().await?;
             }
-            // Where the running domain's process is not known, what it has open cannot be told from what
-            // others have.
+            // If the running domain's process is not known, its open files cannot be distinguished from those
+            // of others.
             let by_the_kernel = || {
                 devices::device_number(&disk.path)
                     .is_some_and(|device| !devices::xen_disks(device).is_empty())
@@ -295,7 +300,7 @@ impl Watcher {
             watched.unknown_process |= !known && !open.is_empty() && !by_the_kernel();
             watched.of_domain.extend(&open);
             if record.disk.local().is_none() {
-                // Who else uses it only its backend can tell, which holds it.
+                // Only its backend, which locks it, can find other users.
                 continue;
             }
             let backend = self.registry.get(&disk.format).ok();
@@ -310,7 +315,7 @@ impl Watcher {
         Ok(watched)
     }
 
-    /// Refuses disks that somebody else uses, where he takes no locks that we would have met.
+    /// Refuses disks that another process uses without taking locks that would have excluded us.
     pub(in crate::service) async fn refuse_open_elsewhere(
         &self,
         domain: &Domain,
@@ -366,7 +371,7 @@ impl Watcher {
     }
 }
 
-/// The disks that a plan takes from a running domain for a while.
+/// The disks that a plan detaches from a running domain for a while.
 fn detached_by(plan: &Plan) -> Vec<Target> {
     let steps = plan.steps.iter().filter(|planned| planned.step.target.is_domain());
     let steps = steps.filter_map(|planned| serde_json::from_value(planned.step.action.clone()).ok());
