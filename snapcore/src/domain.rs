@@ -7,21 +7,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Control, DomainName, Error, ErrorKind, LayerName, Result, SnapshotId, Target};
 
-/// Who runs a domain: the name of a registered hypervisor, by which addresses of its domains begin too
-/// (`NAME:ADDRESS`); or nobody.
+/// The hypervisor of a domain, by its registered name, or none. Addresses of its domains begin with that name
+/// (`NAME:ADDRESS`).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 #[schemars(with = "String")]
 pub struct Hypervisor(Cow<'static, str>);
 
 impl Hypervisor {
-    /// Nobody: disks at rest.
+    /// No hypervisor: disks at rest.
     pub const NONE: Self = Self(Cow::Borrowed("none"));
 
     /// The hypervisor of a name that is known when the program is built.
     ///
     /// # Panics
-    /// Where [`Hypervisor::new`] gives an error: of a constant, when it is built.
+    /// A name for which [`Hypervisor::new`] gives an error: of a constant, when it is built.
     pub const fn named(name: &'static str) -> Self {
         assert!(is_name(name.as_bytes()), "a hypervisor's name is 1 to 32 small letters, digits and '-'");
         Self(Cow::Borrowed(name))
@@ -45,7 +45,7 @@ impl Hypervisor {
         &self.0
     }
 
-    /// Whether nobody runs the domain.
+    /// Returns true if no hypervisor runs the domain.
     pub fn is_none(&self) -> bool {
         *self == Self::NONE
     }
@@ -89,7 +89,7 @@ impl std::fmt::Display for Hypervisor {
     }
 }
 
-/// Where a disk's active image is to be found after an external snapshot.
+/// The place of a disk's active image after an external snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum ActivePath {
@@ -104,18 +104,18 @@ pub enum ActivePath {
 /// One disk of a domain, as its configuration has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Disk {
-    /// What it is called inside the domain.
+    /// Its name inside the domain.
     pub target: Target,
-    /// The address that the domain's configuration has. A file or block device of this machine has its
-    /// absolute path, which is always the active image under [`ActivePath::Keep`]; any other disk
-    /// `SCHEME:TEXT` ([`Disk::address`]).
+    /// The address in the domain's configuration. A file or block device of this machine has its absolute
+    /// path, which is always the active image under [`ActivePath::Keep`]. Any other disk has `SCHEME:TEXT`
+    /// ([`Disk::address`]).
     #[schemars(with = "String")]
     pub path: Utf8PathBuf,
     /// The name of its backend (`qcow2`). Stated, never guessed from content.
     pub format: String,
 }
 
-/// A disk, and what the catalogue knows of its layers.
+/// A disk, and the catalogue's records of its layers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct DiskRecord {
     /// The disk.
@@ -123,8 +123,8 @@ pub struct DiskRecord {
     pub disk: Disk,
     /// The layer that the domain writes.
     pub active: LayerName,
-    /// The layers that are ours to merge and to remove: those that were made by us, registered or imported.
-    /// Every other image in a chain is somebody else's and is only read.
+    /// The layers that domsnap may merge and remove: those that it made, registered or imported. Every other
+    /// image in a chain belongs to another owner and is only read.
     pub owned: Vec<LayerName>,
 }
 
@@ -133,18 +133,18 @@ pub struct DiskRecord {
 pub struct Domain {
     /// Its name: the registered one, or one made from the path of its first image.
     pub name: DomainName,
-    /// Whether it was named by its image paths and never registered.
+    /// Set if it was named by its image paths and never registered.
     pub unregistered: bool,
-    /// Who runs it.
+    /// The hypervisor that runs it.
     pub hypervisor: Hypervisor,
-    /// How it is reached when it runs; absent where nobody runs it.
+    /// The connection to it when it runs; absent where no hypervisor runs it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control: Option<Control>,
-    /// Where active images go.
+    /// The placement of active images.
     pub active_path: ActivePath,
     /// Its disks, in the order of its configuration.
     pub disks: Vec<DiskRecord>,
-    /// The snapshot that the present state derives from.
+    /// The snapshot from which the current state derives.
     pub current: Option<SnapshotId>,
     /// The machines that its snapshots were taken on: few, because most were taken on the same.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -154,9 +154,9 @@ pub struct Domain {
 /// A running domain's machine, as its hypervisor described it at a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Machine {
-    /// What snapshots name it by: made from the record, so that the same machine has the same.
+    /// The name that snapshots refer to: made from the record, so that equal machines have equal names.
     pub id: String,
-    /// One line of it, for people.
+    /// A summary in one line, for people.
     #[serde(default)]
     pub summary: String,
     /// The hypervisor's own record ([`crate::DomainInfo::machine`]).

@@ -1,4 +1,4 @@
-//! What the service answers: shapes that are shown to people and, as JSON, to programs.
+//! The service's answers: shapes that are shown to people and, as JSON, to programs.
 
 use camino::Utf8PathBuf;
 use jiff::Timestamp;
@@ -9,59 +9,60 @@ use crate::{
     OperationState, Point, PointKind, Snapshot, SnapshotName, SnapshotTree, StartedDomain, Target,
 };
 
-/// What came of a changing request.
+/// The outcome of a request that changes a domain.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct Outcome {
     /// The journal's identity of the operation; absent where there was nothing to do.
     pub operation_id: Option<OperationId>,
-    /// What was done: "create", "revert", "delete", "tidy".
+    /// The operation: "create", "revert", "delete", "tidy".
     pub operation: String,
-    /// On which domain.
+    /// The domain.
     pub domain: DomainName,
     /// The snapshots that the request named.
     pub snapshots: Vec<SnapshotName>,
     /// Bytes of data that the finished steps were to move.
     pub bytes_moved: u64,
-    /// Merges that were put off, disk by disk: the layers stay as unnamed ones.
+    /// Deferred merges, disk by disk: their layers stay as orphan layers.
     pub postponed: Vec<Postponed>,
-    /// What the user should know: the plan's notes, and warnings from the run.
+    /// Messages for the user: the plan's notes, and warnings from the run.
     pub notes: Vec<String>,
     /// Unfinished operations of the domain that were recovered first.
     pub recovered: Vec<RecoveryReport>,
-    /// How long the guest stood still, in microseconds; absent where it did not run, or does not go on.
+    /// The time for which the guest was paused, in microseconds; absent where it did not run, or does not
+    /// continue.
     #[serde(default)]
     pub downtime_us: Option<u64>,
-    /// Of a create on a running domain: the way that its instant was taken, in words (`background snapshot`).
+    /// For a create on a running domain: the method of its instant, for people (`background snapshot`).
     #[serde(default)]
     pub way: Option<String>,
     /// The command that starts the domain from the snapshot's memory, where the user must.
     #[serde(default)]
     pub start: Vec<String>,
-    /// What was done to the guest, beyond pausing it.
+    /// The change to the guest, beyond pausing it.
     #[serde(default)]
     pub guest: Option<GuestChange>,
-    /// What runs the domain now, where that was started.
+    /// The process that runs the domain now, where it was started.
     #[serde(default)]
     pub started: Option<StartedDomain>,
 }
 
-/// Merging of one disk that was put off.
+/// Deferred merging of one disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Postponed {
-    /// Which disk.
+    /// The disk.
     pub target: Target,
-    /// The first step that was put off, for people.
+    /// The first deferred step, for people.
     pub step: String,
-    /// How many steps were put off.
+    /// The number of deferred steps.
     pub steps: u64,
     /// Bytes that these steps would have moved.
     pub bytes: u64,
-    /// Why.
+    /// The reason.
     pub reason: String,
 }
 
-/// How an unfinished operation ended.
+/// The end of an unfinished operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RecoveryEnd {
@@ -69,45 +70,45 @@ pub enum RecoveryEnd {
     Undone,
     /// It happened: the rest was done.
     Done,
-    /// It was closed as it was, at the user's word.
+    /// It was closed as it was, at the user's request.
     Abandoned,
 }
 
-/// What recovery did with one unfinished operation.
+/// The result of the recovery of one unfinished operation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct RecoveryReport {
-    /// Of which domain.
+    /// The domain.
     pub domain: DomainName,
     /// The journal's identity of the operation.
     pub operation_id: OperationId,
-    /// What it was: "create", "revert", "delete", "tidy".
+    /// The operation: "create", "revert", "delete", "tidy".
     pub operation: String,
-    /// The snapshots that it was about.
+    /// The snapshots that it concerns.
     pub snapshots: Vec<SnapshotName>,
-    /// In which state it was found. A "tidy" that does merges which had been put off is found as planned.
+    /// The state in which it was found. A "tidy" that does deferred merges is found as planned.
     pub found: OperationState,
-    /// How it ended.
+    /// Its end.
     pub end: RecoveryEnd,
-    /// Merges that are still put off.
+    /// Merges that are still deferred.
     pub postponed: Vec<Postponed>,
-    /// What the user should know.
+    /// Messages for the user.
     pub notes: Vec<String>,
 }
 
-/// An operation that stopped half way.
+/// An operation that was interrupted, or runs just now.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct Unfinished {
     /// The journal's identity.
     pub id: OperationId,
-    /// What it is.
+    /// The operation.
     pub operation: String,
-    /// The snapshots that it is about.
+    /// The snapshots that it concerns.
     pub snapshots: Vec<SnapshotName>,
-    /// In which state it is.
+    /// Its state.
     pub state: OperationState,
-    /// When it was begun.
+    /// The time of its start.
     #[schemars(with = "String")]
     pub started: Timestamp,
 }
@@ -118,17 +119,17 @@ pub struct Unfinished {
 pub struct Listing {
     /// The domain.
     pub domain: Domain,
-    /// Whether the catalogue has it. Where not, this is what the images themselves and manifests beside them
-    /// tell.
+    /// Set if the catalogue has it. Otherwise the report comes from the images themselves and manifests
+    /// beside them.
     pub catalogued: bool,
     /// Its snapshots, oldest first.
     pub snapshots: Vec<Snapshot>,
-    /// Operations that stopped half way, or run just now.
+    /// Operations that were interrupted, or run just now.
     pub unfinished: Vec<Unfinished>,
 }
 
 impl Listing {
-    /// The snapshots with questions about their relations.
+    /// Returns the snapshots as a tree, for questions about their relations.
     pub fn tree(&self) -> SnapshotTree {
         SnapshotTree::new(self.snapshots.clone())
     }
@@ -140,11 +141,11 @@ impl Listing {
 pub struct DomainSummary {
     /// The domain.
     pub domain: Domain,
-    /// How many snapshots it has.
+    /// The number of its snapshots.
     pub snapshots: u64,
-    /// Whether an operation stopped half way, or runs just now.
+    /// Set if an operation was interrupted, or runs just now.
     pub unfinished: bool,
-    /// Its disks whose images are not there: removed, or on a file system that is not mounted.
+    /// Its disks whose images do not exist: removed, or on a file system that is not mounted.
     #[serde(default)]
     pub missing: Vec<Target>,
 }
@@ -153,48 +154,50 @@ pub struct DomainSummary {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct Details {
-    /// Of which domain.
+    /// The domain.
     pub domain: DomainName,
     /// The snapshot.
     pub snapshot: Snapshot,
-    /// Whether the present derives from it.
+    /// Set if the current state derives from it.
     pub current: bool,
     /// The name of its parent.
     pub parent: Option<SnapshotName>,
     /// The names of its children, oldest first.
     pub children: Vec<SnapshotName>,
-    /// What it holds of each disk.
+    /// Its content, disk by disk.
     pub members: Vec<Member>,
     /// The machine that it was taken on, in a line; absent where the domain did not run.
     #[serde(default)]
     pub machine: Option<String>,
-    /// What the guest can write and the snapshot does not hold, but in its memory: firmware variables, a TPM.
+    /// State that the guest can write and that only the snapshot's memory contains: firmware variables, a
+    /// TPM.
     #[serde(default)]
     pub outside: Vec<String>,
-    /// What the guest can write and no snapshot holds at all: directories shared with the host, ...
+    /// State that the guest can write and that no snapshot contains at all: directories shared with the host,
+    /// ...
     #[serde(default)]
     pub shared: Vec<String>,
 }
 
-/// What a snapshot holds of one disk.
+/// A snapshot's content of one disk.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct Member {
-    /// Which disk.
+    /// The disk.
     pub target: Target,
-    /// Where its state is.
+    /// The place of its state.
     #[serde(flatten)]
     pub point: Point,
-    /// Inside an image, or a frozen layer.
+    /// The kind: inside an image, or a frozen layer.
     pub kind: PointKind,
-    /// The file that holds it.
+    /// The file that contains it.
     #[schemars(with = "String")]
     pub file: Utf8PathBuf,
     /// The disk's size at the point, in bytes.
     pub virtual_size: u64,
-    /// Bytes on the disk of the whole file that holds it; absent where the file cannot be read.
+    /// Bytes on the disk of the whole file that contains it; absent where the file cannot be read.
     pub allocated: Option<u64>,
-    /// What a delete of this snapshot alone would cost and give; absent where the disk cannot be read.
+    /// The cost and gain of a delete of this snapshot alone; absent where the disk cannot be read.
     pub delete: Option<DeleteCost>,
 }
 
@@ -202,25 +205,25 @@ pub struct Member {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct DiskReport {
-    /// What the catalogue knows of it.
+    /// Its record in the catalogue.
     pub record: DiskRecord,
-    /// What was found; absent where `problem` says why.
+    /// Its state; absent where `problem` gives the reason.
     pub state: Option<DiskState>,
-    /// Owned layers below the active one whose own state no snapshot needs: what merges were put off or
-    /// cannot be done yet.
+    /// Orphan layers: owned layers below the active one whose own state no snapshot needs. Their merges were
+    /// deferred, or cannot be done yet.
     pub unnamed: Vec<LayerName>,
-    /// Why the disk could not be read.
+    /// The reason why the disk could not be read.
     pub problem: Option<String>,
 }
 
 impl DiskReport {
-    /// The unnamed layers with their sizes.
+    /// Returns the orphan layers with their sizes.
     pub fn unnamed_layers(&self) -> impl Iterator<Item = &Layer> {
         self.state.iter().flat_map(|state| self.unnamed.iter().filter_map(|name| state.layer(name)))
     }
 }
 
-/// What an import found and wrote.
+/// The findings and records of an import.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct ImportReport {
@@ -228,21 +231,21 @@ pub struct ImportReport {
     pub domain: Domain,
     /// Snapshots that came from manifests.
     pub restored: Vec<SnapshotName>,
-    /// Snapshots that the images themselves told.
+    /// Snapshots that came from the images themselves.
     pub adopted: Vec<SnapshotName>,
-    /// What could not be taken, and why.
+    /// Messages: the parts that could not be imported, and why.
     pub notes: Vec<String>,
 }
 
-/// What the removal of a domain from the catalogue left.
+/// The result of the removal of a domain from the catalogue.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[non_exhaustive]
 pub struct Removal {
     /// The domain that the catalogue no longer knows.
     pub domain: DomainName,
-    /// How many snapshots stay in the images.
+    /// The number of snapshots that stay in the images.
     pub snapshots: u64,
-    /// Where the manifests are that an import rebuilds them from.
+    /// The place of the manifests from which an import rebuilds them.
     #[schemars(with = "String")]
     pub manifests: Utf8PathBuf,
 }
@@ -251,18 +254,18 @@ pub struct Removal {
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct ImportOptions {
-    /// The name that the domain is to have; absent: the one that its manifests tell, or one made of its first
-    /// image's.
+    /// The name for the domain; absent: the one in its manifests, or one made of its first image's.
     pub name: Option<DomainName>,
-    /// Replace what the catalogue has of the domain.
+    /// Set to replace the catalogue's records of the domain.
     pub replace: bool,
-    /// Believe what manifests say of how the domain is reached and started, and of files outside of the
-    /// disks' directories: the user has looked at it.
+    /// Set to accept the claims of manifests about how the domain is reached and started, and about files
+    /// outside of the disks' directories. The user has examined them.
     pub trust: bool,
 }
 
 impl ImportOptions {
-    /// Confirms what manifests say of how the domain is reached and started.
+    /// Confirms the claims of manifests about how the domain is reached and started, and about files outside
+    /// of the disks' directories.
     #[must_use]
     pub fn trust(mut self) -> Self {
         self.trust = true;
@@ -276,7 +279,7 @@ impl ImportOptions {
         self
     }
 
-    /// Replaces what the catalogue has of the domain.
+    /// Replaces the catalogue's records of the domain.
     #[must_use]
     pub fn replace(mut self) -> Self {
         self.replace = true;
