@@ -1,5 +1,5 @@
-//! Disks that are no files: rows of a table in memory, at addresses that their backend alone reads. All that
-//! a domain of files can do works with them, and no local file is made or looked for.
+//! Tests of disks that are no files: rows of a table in memory, at addresses that only their backend reads.
+//! All features of a domain of files work with them, and no local file is made or read.
 
 mod fake;
 
@@ -12,8 +12,8 @@ use snapcore::service::{ImportOptions, RecoveryEnd};
 use snapcore::*;
 use tokio_util::sync::CancellationToken;
 
-/// A table with the rows `web/root` and `web/data`, and a state directory. The current directory has nothing
-/// of theirs.
+/// A table with the rows `web/root` and `web/data`, and a state directory. The current directory has none of
+/// their files.
 struct Table {
     directory: tempfile::TempDir,
     backend: FakeBackend,
@@ -70,7 +70,7 @@ impl Table {
         listing.snapshots.iter().map(|snapshot| snapshot.name.to_string()).collect()
     }
 
-    /// Nothing but the catalogue was made, here or in the current directory.
+    /// Checks that only the catalogue was made, here or in the current directory.
     fn assert_no_file(&self) {
         let made: Vec<_> =
             std::fs::read_dir(self.root()).unwrap().map(|file| file.unwrap().file_name()).collect();
@@ -109,7 +109,7 @@ async fn a_domain_of_rows_lives_without_a_file() {
     table.assert_no_file();
 }
 
-/// What a killed process left is undone or finished by recover.
+/// Recover undoes or finishes the operation of a killed process.
 #[test]
 fn a_killed_operation_on_rows_is_recovered() {
     for (number, end, names) in [(3, RecoveryEnd::Undone, &["s1"][..]), (6, RecoveryEnd::Done, &["s1", "s2"])]
@@ -123,7 +123,7 @@ fn a_killed_operation_on_rows_is_recovered() {
             web
         });
         table.backend.applies.set(vec![Fault { number, when: When::Before, how: How::Stop }]);
-        // The runtime dies with the operation half way, as the process would.
+        // The runtime is dropped in the middle of the operation, as a kill of the process would do.
         let (service, backend, stopped) = (table.service(), table.backend.clone(), web.clone());
         runtime.block_on(async move {
             tokio::select! {
@@ -146,7 +146,7 @@ fn a_killed_operation_on_rows_is_recovered() {
     }
 }
 
-/// The manifests of a table bring its domain back where the catalogue is lost, by one address.
+/// The manifests of a table restore its domain after the catalogue is lost, from one address.
 #[tokio::test]
 async fn a_lost_catalogue_is_rebuilt_from_rows() {
     let table = Table::new();
@@ -160,7 +160,7 @@ async fn a_lost_catalogue_is_rebuilt_from_rows() {
     table.assert_no_file();
 }
 
-/// One row under two spellings is one disk, and what is no row is refused by its backend.
+/// One row under two spellings is one disk, and an address without a row is refused by its backend.
 #[tokio::test]
 async fn rows_are_known_by_their_identities() {
     let table = Table::new();

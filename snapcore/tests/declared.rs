@@ -1,4 +1,5 @@
-//! What a backend declares that it cannot do is refused by the planner, before anything.
+//! Tests of declared capabilities: the planner refuses requests that a backend declares it cannot do, before
+//! anything is done.
 
 mod fake;
 
@@ -7,7 +8,7 @@ use fake::{FakeBackend, FakeDisk};
 use snapcore::plan::{DiskInput, RunningDomain, plan};
 use snapcore::*;
 
-/// A running domain of one disk, and a backend that declares `can`.
+/// Plans `requests` for a running domain of one disk, with a backend that declares `can`.
 async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
     let mut backend = FakeBackend::default();
     backend.declared = Some(can);
@@ -76,8 +77,9 @@ fn requests() -> Vec<Request> {
     ]
 }
 
+/// A backend of disks at rest changes nothing while a guest runs.
 #[tokio::test]
-async fn a_backend_of_disks_at_rest_does_nothing_beside_a_guest() {
+async fn backend_at_rest_is_refused_for_a_guest() {
     let at_rest = planned(Capabilities::new(PointKind::Internal, 1), &requests()).await;
     for refused in at_rest {
         let error = refused.expect_err("its points would be of another instant");

@@ -1,5 +1,5 @@
-//! The engine against a fake backend and a catalogue with faults: whatever fails wherever, an operation
-//! happened or it did not, and everything else is as before.
+//! Tests of the engine with a fake backend and a catalogue with faults. After any failure an operation has
+//! happened or it has not, and everything else is as before.
 
 mod fake;
 
@@ -15,14 +15,14 @@ use snapcore::plan::DiskInput;
 use snapcore::*;
 use tokio_util::sync::CancellationToken;
 
-/// A domain of two disks with two snapshots, `s1` (data 1) and `s2` (data 2), and the present 3.
+/// A domain of two disks with two snapshots, `s1` (data 1) and `s2` (data 2), and the current state 3.
 struct Bench {
     directory: tempfile::TempDir,
     backend: FakeBackend,
     catalogue: FaultyCatalogue,
 }
 
-/// What matters of a domain: disks, snapshots by name with their parents, and the current one.
+/// The relevant state of a domain: disks, snapshots by name with their parents, and the current one.
 #[derive(Debug, Clone, PartialEq)]
 struct World {
     disks: BTreeMap<Utf8PathBuf, FakeDisk>,
@@ -143,7 +143,7 @@ impl Bench {
         engine.run(&mut entry, plan, Vec::new(), cancel).await
     }
 
-    /// Runs until a fault stops it, as a kill would; then is the next process.
+    /// Runs until a fault stops it, as a kill would; then starts the next process.
     async fn run_until_stopped(&mut self, request: &Request) {
         let cancel = CancellationToken::new();
         let stopped = tokio::select! {
@@ -161,7 +161,7 @@ impl Bench {
         self.catalogue = FaultyCatalogue::new(&self.root().join("state"));
     }
 
-    /// Recovers, and checks what holds after every recovery.
+    /// Recovers, and checks that no operation is left unfinished.
     async fn recover(&self) -> Vec<Run> {
         let (registry, events, manifests) = (self.registry(), Events::default(), self.manifests());
         let engine = Engine {
@@ -205,7 +205,7 @@ fn requests() -> Vec<Request> {
     ]
 }
 
-/// The world before and after `request`, and how many commits and applies it takes.
+/// Returns the world before and after `request`, and the number of its commits and applies.
 async fn reference(request: &Request) -> (World, World, usize, usize) {
     let bench = Bench::new().await;
     let before = clear(&bench, bench.world().await);
@@ -216,7 +216,7 @@ async fn reference(request: &Request) -> (World, World, usize, usize) {
     (before, after, bench.catalogue.commits.count(), bench.backend.applies.count())
 }
 
-/// The same world, whatever directory the bench is in.
+/// The same world, independent of the bench's directory.
 fn clear(bench: &Bench, mut world: World) -> World {
     world.disks = world
         .disks
@@ -230,8 +230,9 @@ fn places(count: usize) -> impl Iterator<Item = (usize, When)> {
     (1..=count).flat_map(|number| [(number, When::Before), (number, When::After)])
 }
 
+/// An operation that is stopped at any journal write has happened or it has not, after a recovery.
 #[tokio::test]
-async fn stopped_at_any_journal_write_it_happened_or_did_not() {
+async fn stop_at_a_journal_write_happens_or_not() {
     for request in requests() {
         let (before, after, commits, _) = reference(&request).await;
         let (mut happened, mut did_not) = (0, 0);
@@ -252,8 +253,9 @@ async fn stopped_at_any_journal_write_it_happened_or_did_not() {
     }
 }
 
+/// An operation that is stopped at any step has happened or it has not, after a recovery.
 #[tokio::test]
-async fn stopped_at_any_step_it_happened_or_did_not() {
+async fn stop_at_a_step_happens_or_not() {
     for request in requests() {
         let (before, after, _, applies) = reference(&request).await;
         for (number, when) in places(applies) {
@@ -271,8 +273,9 @@ async fn stopped_at_any_step_it_happened_or_did_not() {
     }
 }
 
+/// A failure at any step before the commit point is undone.
 #[tokio::test]
-async fn a_failure_at_any_step_before_the_commit_point_is_undone() {
+async fn failure_before_commit_is_undone() {
     let request = Request::Revert(RevertRequest::new(name("s1")).save_current(name("saved")));
     let (before, _, _, _) = reference(&request).await;
     for how in [How::Fail(ErrorKind::Io), How::Panic] {
@@ -291,8 +294,9 @@ async fn a_failure_at_any_step_before_the_commit_point_is_undone() {
     }
 }
 
+/// A failed undo needs recovery, and recovery undoes.
 #[tokio::test]
-async fn a_failed_undo_needs_recovery_and_recovery_undoes() {
+async fn failed_undo_is_undone_by_recovery() {
     let request = Request::Revert(RevertRequest::new(name("s1")));
     let (before, _, _, _) = reference(&request).await;
     for (number, when) in places(3) {
@@ -316,8 +320,9 @@ async fn a_failed_undo_needs_recovery_and_recovery_undoes() {
     }
 }
 
+/// A stop inside the undo is recovered.
 #[tokio::test]
-async fn a_stop_inside_the_undo_is_recovered() {
+async fn stop_inside_undo_is_recovered() {
     let request = create("s3");
     let (before, _, _, _) = reference(&request).await;
     for (number, when) in places(4) {
@@ -334,8 +339,9 @@ async fn a_stop_inside_the_undo_is_recovered() {
     }
 }
 
+/// A failed finish step needs recovery, and recovery finishes.
 #[tokio::test]
-async fn a_failed_finish_step_needs_recovery_and_recovery_finishes() {
+async fn failed_finish_is_finished_by_recovery() {
     let request = create("s3");
     let (_, after, _, applies) = reference(&request).await;
     for (number, when) in places(applies).filter(|(number, _)| *number > 4) {
@@ -350,8 +356,9 @@ async fn a_failed_finish_step_needs_recovery_and_recovery_finishes() {
     }
 }
 
+/// A recovery repeats steps that the domain has superseded, before the steps that are left.
 #[tokio::test]
-async fn a_recovery_does_again_what_the_domain_overtook_before_the_steps_that_are_left() {
+async fn recovery_repeats_superseded_steps() {
     let names = vec![name("s1"), name("s2")];
     let request = Request::Delete(DeleteRequest::new(names));
     // Each disk drops s1, then s2.
@@ -363,7 +370,8 @@ async fn a_recovery_does_again_what_the_domain_overtook_before_the_steps_that_ar
         bench.backend.superseded.lock().unwrap().push(first.clone());
         bench.recover().await;
         let applied = bench.backend.applied.lock().unwrap().clone();
-        // Where all that follows on the disk is done, nothing can be lost any more, and nobody asks.
+        // If all later steps of the disk are done, nothing can be lost any more, and the question is not
+        // asked.
         assert_eq!(applied.len(), 5 - number + superseded, "stopped at {number}: {applied:?}");
         assert_eq!(applied[0], first, "stopped at {number}: {applied:?}");
         assert!(bench.backend.world().values().all(|disk| disk.tags.is_empty()));
@@ -373,8 +381,9 @@ async fn a_recovery_does_again_what_the_domain_overtook_before_the_steps_that_ar
     }
 }
 
+/// A recovery asks for the domain's later writes. A run whose disks were locked all the time does not.
 #[tokio::test]
-async fn what_the_domain_wrote_is_looked_for_in_a_recovery_and_not_where_the_disks_were_held_all_the_time() {
+async fn only_recovery_asks_for_salvage() {
     let (vda, vdb) = (Target::new("vda").unwrap(), Target::new("vdb").unwrap());
     let mut bench = Bench::new().await;
     bench.backend.applies.set(vec![Fault { number: 4, when: When::After, how: How::Fail(ErrorKind::Io) }]);
@@ -389,8 +398,9 @@ async fn what_the_domain_wrote_is_looked_for_in_a_recovery_and_not_where_the_dis
     assert_eq!(found, [(vda.clone(), false), (vdb, true), (vda, true)]);
 }
 
+/// A cancel at any step before the commit point undoes the operation; after it, the operation happens.
 #[tokio::test]
-async fn cancelled_at_any_step_before_the_commit_point_it_is_undone_and_after_it_happens() {
+async fn cancel_undoes_before_commit_only() {
     let request = create("s3");
     let (before, after, _, applies) = reference(&request).await;
     for (number, when) in places(applies) {
@@ -416,8 +426,9 @@ async fn cancelled_at_any_step_before_the_commit_point_it_is_undone_and_after_it
     assert_eq!((error.kind(), error.state_now()), (ErrorKind::Cancelled, Some("no changes made")));
 }
 
+/// Merges that are cancelled or fail are deferred, and a tidy does them.
 #[tokio::test]
-async fn merges_that_are_cancelled_or_fail_are_put_off_and_a_tidy_does_them() {
+async fn stopped_merges_are_deferred_to_tidy() {
     let request = Request::Delete(DeleteRequest::new(vec![name("s1"), name("s2")]));
     let (_, after, _, _) = reference(&request).await;
     for cancels in [true, false] {
@@ -444,8 +455,9 @@ async fn merges_that_are_cancelled_or_fail_are_put_off_and_a_tidy_does_them() {
     }
 }
 
+/// A panic in a merge is not deferred.
 #[tokio::test]
-async fn a_panic_in_a_merge_is_not_put_off() {
+async fn panic_in_merge_is_not_deferred() {
     let bench = Bench::new().await;
     bench.backend.applies.set(vec![Fault { number: 1, when: When::Before, how: How::Panic }]);
     let request = Request::Delete(DeleteRequest::new(vec![name("s1")]));
@@ -454,8 +466,9 @@ async fn a_panic_in_a_merge_is_not_put_off() {
     assert!(error.to_string().contains("the panic that the test wanted"), "{error}");
 }
 
+/// A journal that fails at any write loses nothing.
 #[tokio::test]
-async fn a_journal_that_fails_at_any_write_loses_nothing() {
+async fn failing_journal_loses_nothing() {
     for request in requests() {
         let (before, after, commits, _) = reference(&request).await;
         for (number, when) in places(commits) {
@@ -469,7 +482,7 @@ async fn a_journal_that_fails_at_any_write_loses_nothing() {
                 Err(error) if number > 1 => {
                     assert_eq!(early, before, "{request:?} {when:?} {number}: {error}")
                 }
-                // Nothing was begun; whether the journal has it is not known, and recovery knows.
+                // Nothing was begun. It is not known if the journal has the operation; a recovery finds out.
                 Err(_) => {}
             }
             bench.restart();
@@ -480,12 +493,13 @@ async fn a_journal_that_fails_at_any_write_loses_nothing() {
     }
 }
 
+/// A journal that fails for ever from the commit point on is reported and recovered.
 #[tokio::test]
-async fn one_commit_failing_for_ever_at_the_commit_point_is_told_and_recovered() {
+async fn lasting_commit_failure_is_recovered() {
     let request = create("s3");
     let (before, _, commits, _) = reference(&request).await;
     let mut bench = Bench::new().await;
-    // Every commit from the third on fails: also those that would record the undoing.
+    // Every commit from the third on fails, also those that would record the undo.
     let faults =
         (3..=commits + 20).map(|number| Fault { number, when: When::Before, how: How::Fail(ErrorKind::Io) });
     bench.catalogue.commits.set(faults.collect());
@@ -498,8 +512,9 @@ async fn one_commit_failing_for_ever_at_the_commit_point_is_told_and_recovered()
     assert_eq!(clear(&bench, bench.world().await), before);
 }
 
+/// Another writer of the records stops the operation.
 #[tokio::test]
-async fn another_writer_of_the_records_stops_the_operation() {
+async fn other_writer_stops_the_operation() {
     let bench = Bench::new().await;
     let mut entry = bench.entry().await;
     bench
@@ -527,19 +542,20 @@ async fn another_writer_of_the_records_stops_the_operation() {
     assert_eq!((error.kind(), error.state_now()), (ErrorKind::Busy, Some("no changes made")));
 }
 
+/// Manifests that cannot be written are a warning.
 #[tokio::test]
-async fn manifests_that_cannot_be_written_are_a_warning() {
+async fn unwritable_manifests_are_a_warning() {
     let bench = Bench::new().await;
     std::fs::remove_dir_all(bench.root().join("vda.fake.domsnap")).unwrap();
     std::fs::write(bench.root().join("vda.fake.domsnap"), "in the way").unwrap();
     let run = bench.run(&create("s3"), &CancellationToken::new()).await;
-    // A file in the way of the directory: the snapshot is taken, and the warning names it.
+    // A file is in the way of the directory: the snapshot is taken, and the warning names the file.
     match run {
         Ok(run) => assert!(run.warnings[0].contains("vda.fake.domsnap"), "{:?}", run.warnings),
         Err(error) => panic!("{error}"),
     }
-    // Where there is no directory no manifest promises what is deleted, so a delete goes on, with the same
-    // warning. (A manifest that is there and cannot be removed is refused beforehand.)
+    // Without a directory no manifest promises the deleted data, so a delete continues, with the same
+    // warning. (A manifest that exists and cannot be removed is refused beforehand.)
     let delete = |snapshot| Request::Delete(DeleteRequest::new(vec![name(snapshot)]));
     let run = bench.run(&delete("s1"), &CancellationToken::new()).await.unwrap();
     assert!(run.warnings[0].contains("vda.fake.domsnap"), "{:?}", run.warnings);

@@ -1,5 +1,5 @@
-//! The service with a fake backend: domains by name and by path, the catalogue lost and rebuilt, two users at
-//! once.
+//! Tests of the service with a fake backend: domains by name and by path, the catalogue lost and rebuilt, two
+//! users at once.
 
 mod fake;
 
@@ -99,8 +99,9 @@ async fn reading_makes_nothing() {
     assert_eq!(left.len(), 3, "{left:?}");
 }
 
+/// A reader of an existing catalogue makes no file either.
 #[tokio::test]
-async fn a_reader_of_an_existing_catalogue_makes_no_file_either() {
+async fn reader_of_a_catalogue_makes_no_file() {
     let place = Place::new();
     place.create(&place.images(&["a"]), "s1").await;
     let files = || {
@@ -154,8 +155,9 @@ async fn create_revert_and_delete_by_image_paths() {
     assert!(!place.root().join("a.fake.domsnap").exists());
 }
 
+/// An unregistered domain is found for every spelling and order of its paths.
 #[tokio::test]
-async fn an_unregistered_domain_is_found_however_its_paths_are_written() {
+async fn unregistered_domain_is_found_by_any_path() {
     let place = Place::new();
     place.create(&place.images(&["a", "b"]), "s1").await;
     std::fs::create_dir(place.root().join("sub")).unwrap();
@@ -168,8 +170,9 @@ async fn an_unregistered_domain_is_found_however_its_paths_are_written() {
     }
 }
 
+/// A part of a domain's images is refused, and links are resolved.
 #[tokio::test]
-async fn a_part_of_a_domains_images_is_refused_and_links_are_resolved() {
+async fn part_of_the_images_is_refused() {
     let place = Place::new();
     place.create(&place.images(&["a", "b"]), "s1").await;
     for images in [vec!["a"], vec!["b"], vec!["a", "c"], vec!["a", "b", "c"]] {
@@ -223,15 +226,16 @@ async fn a_domain_that_was_removed_comes_back_by_import() {
     let removal = place.service().domain_remove(&by_name("web")).await.unwrap();
     assert_eq!((removal.snapshots, removal.manifests), (2, place.root().join("a.fake.domsnap")));
     assert_eq!(place.service().list(&by_name("web")).await.unwrap_err().kind(), ErrorKind::NotFound);
-    // One image stands for all that the manifests name.
+    // One image is enough to import all that the manifests name.
     let report = place.service().import(&place.images(&["a"]), ImportOptions::default()).await.unwrap();
     assert_eq!(report.restored, [name("s1"), name("s2")]);
     let after = place.service().list(&by_name("web")).await.unwrap();
     assert_eq!((after.domain, after.snapshots), (before.domain, before.snapshots));
 }
 
+/// A lost catalogue is rebuilt, and missing snapshots are reported.
 #[tokio::test]
-async fn a_lost_catalogue_is_rebuilt_and_what_is_gone_is_named() {
+async fn lost_catalogue_is_rebuilt() {
     let place = Place::new();
     let reference = place.images(&["a", "b"]);
     for snapshot in ["s1", "s2", "s3"] {
@@ -247,7 +251,7 @@ async fn a_lost_catalogue_is_rebuilt_and_what_is_gone_is_named() {
 
     let report = place.service().import(&reference, ImportOptions::default()).await.unwrap();
     assert_eq!(report.restored, [name("s1")]);
-    // The damaged manifest's points, and the other tool's, are what the images themselves tell.
+    // The points of the damaged manifest and of the other tool come from the images themselves.
     assert_eq!(report.adopted, [name("foreign"), name("s2"), name("s3")]);
     assert!(report.notes.iter().any(|note| note.contains("checksum")), "{:?}", report.notes);
     assert!(
@@ -255,7 +259,7 @@ async fn a_lost_catalogue_is_rebuilt_and_what_is_gone_is_named() {
         "{:?}",
         report.notes
     );
-    // What was left out is read no more, and kept.
+    // Manifests that were left out are not read again, and kept.
     let aside = before.snapshots[1..].iter().map(|snapshot| format!("{}.json.left-out", snapshot.id));
     for file in aside {
         assert!(place.root().join("a.fake.domsnap").join(&file).exists(), "{file}");
@@ -271,8 +275,9 @@ async fn a_lost_catalogue_is_rebuilt_and_what_is_gone_is_named() {
     assert_eq!(place.service().check(&reference).await.unwrap(), Vec::new());
 }
 
+/// Tags of other tools are listed and used without an import.
 #[tokio::test]
-async fn tags_of_other_tools_are_seen_and_used_without_an_import() {
+async fn foreign_tags_are_used_without_import() {
     let place = Place::new();
     place.backend.disks().get_mut(&place.image("a")).unwrap().tags.insert("theirs".into(), 7);
     let reference = place.images(&["a"]);
@@ -283,8 +288,9 @@ async fn tags_of_other_tools_are_seen_and_used_without_an_import() {
     assert!(place.backend.world()[&place.image("a")].tags.is_empty());
 }
 
+/// A second user of a domain gets the error that it is busy.
 #[tokio::test]
-async fn a_second_user_of_a_domain_is_told_that_it_is_busy() {
+async fn second_user_of_a_domain_gets_busy() {
     let place = Place::new();
     let reference = place.images(&["a"]);
     place.create(&reference, "s0").await;
@@ -296,19 +302,20 @@ async fn a_second_user_of_a_domain_is_told_that_it_is_busy() {
     let error = place.service().create(&reference, CreateRequest::new(name("s2")), go()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(error.message().contains(&format!("process {}", std::process::id())), "{error}");
-    // Reading goes on meanwhile, and tells.
+    // Reading works meanwhile, and reports the operation.
     let listing = place.service().list(&reference).await.unwrap();
     assert_eq!(listing.unfinished[0].state, OperationState::Preparing);
     running.abort();
 }
 
+/// The next command recovers the operation of a killed process.
 #[test]
-fn what_a_killed_process_left_is_recovered_by_the_next_command() {
+fn next_command_recovers_a_killed_process() {
     for (number, end) in [(2, RecoveryEnd::Undone), (6, RecoveryEnd::Done)] {
         let mut place = Place::new();
         let reference = place.images(&["a", "b"]);
         place.backend.applies.set(vec![Fault { number, when: When::Before, how: How::Stop }]);
-        // The runtime dies with the operation half way, as the process would.
+        // The runtime is dropped in the middle of the operation, as a kill of the process would do.
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         let (service, backend) = (place.service(), place.backend.clone());
         let stopped_reference = reference.clone();
@@ -342,8 +349,9 @@ fn what_a_killed_process_left_is_recovered_by_the_next_command() {
     }
 }
 
+/// Recover does deferred merges.
 #[tokio::test]
-async fn recover_merges_what_was_put_off() {
+async fn recover_does_deferred_merges() {
     let place = Place::new();
     let reference = place.images(&["a", "b"]);
     place.create(&reference, "s1").await;
@@ -367,11 +375,11 @@ async fn a_dropped_call_is_undone() {
     let service = place.service();
     let mut events = service.events();
     let mut create = Box::pin(service.create(&reference, CreateRequest::new(name("s1")), go()));
-    // Polled once: the operation's own task is under way, and the call is dropped.
+    // Polled once: the operation's own task runs, and the call is dropped.
     let polled = std::future::poll_fn(|context| std::task::Poll::Ready(create.as_mut().poll(context))).await;
     assert!(polled.is_pending());
     drop(create);
-    // Its lock is free again when it has ended, whichever way.
+    // The lock is free again when the operation has ended, with success or not.
     loop {
         match place.service().create(&reference, CreateRequest::new(name("s2")), go()).await {
             Ok(_) => break,
@@ -436,8 +444,9 @@ fn domain_strings_are_names_or_image_paths() {
     }
 }
 
+/// A format has one backend, and the error for an unknown format lists the known ones.
 #[test]
-fn a_format_has_one_backend_and_an_unknown_one_lists_those_there_are() {
+fn format_has_one_backend() {
     let mut registry = Registry::new();
     assert_eq!(registry.default_format().unwrap_err().kind(), ErrorKind::NotFound);
     registry.register(Arc::new(FakeBackend::default())).unwrap();

@@ -371,8 +371,9 @@ mod tests {
     use super::*;
     use crate::SeenDisk;
 
+    /// Text that begins like an address is read as one, until the hypervisors are known.
     #[test]
-    fn what_begins_like_an_address_is_one_until_the_hypervisors_are_known() {
+    fn address_is_read_by_its_beginning() {
         for (text, hypervisor, address) in
             [("fake:/run/a,b", "fake", "/run/a,b"), ("other:web", "other", "web"), ("fake:", "fake", "")]
         {
@@ -386,8 +387,9 @@ mod tests {
         }
     }
 
+    /// A list of images states formats and escapes commas.
     #[test]
-    fn a_list_of_images_states_formats_and_escapes_commas() {
+    fn list_of_images_states_formats() {
         let read = |text: &str| match DomainRef::parse(text) {
             Ok(DomainRef::Images(images)) => images
                 .into_iter()
@@ -473,8 +475,9 @@ mod tests {
         assert_eq!(spec.control.unwrap().agent.unwrap(), "/run/agent");
     }
 
+    /// A running domain without a usable disk is refused, with all reasons.
     #[test]
-    fn a_running_domain_without_a_disk_that_can_be_taken_is_refused_with_all_reasons() {
+    fn domain_without_usable_disks_is_refused() {
         let mut spec = DomainSpec::new(DomainName::new("web").unwrap());
         let cd = drive("sr0", Utf8Path::new("/cd.iso"), Some("its medium can be taken out"));
         let error = spec.disks_of(&seen(vec![cd])).unwrap_err();
@@ -483,8 +486,9 @@ mod tests {
         assert!(spec.disks_of(&seen(Vec::new())).unwrap_err().to_string().contains("no drives at all"));
     }
 
+    /// An image that has another name here than in its hypervisor is refused.
     #[test]
-    fn an_image_that_has_another_name_here_than_in_its_hypervisor_is_refused() {
+    fn image_with_another_name_is_refused() {
         let mut spec = DomainSpec::new(DomainName::new("web").unwrap());
         let vda = drive("vda", Utf8Path::new("/nowhere/root.qcow2"), None);
         let error = spec.disks_of(&seen(vec![vda])).unwrap_err();

@@ -1,5 +1,6 @@
-//! A fake backend: disks are a number and named copies of it, in memory. It can fail, panic, be cancelled or
-//! stop for ever at any call, before or after the call's effect. And a catalogue that can do the same.
+//! A fake backend, and a catalogue with faults. A disk is a number and named copies of it, in memory. Any
+//! call can fail, panic, be cancelled or stop for ever, before or after its effect. The catalogue can do the
+//! same.
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
@@ -21,49 +22,49 @@ pub use table::Rows;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-/// What one disk holds.
+/// The content of one disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FakeDisk {
-    /// The present.
+    /// The current state.
     pub data: u64,
     /// Its points.
     pub tags: BTreeMap<String, u64>,
-    /// What operations put aside: nothing may stay here.
+    /// States saved by operations: none may stay here.
     pub aside: BTreeMap<String, u64>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Action {
-    /// Put the present aside.
+    /// Saves the current state.
     Stash { key: String },
-    /// Name a copy of the present.
+    /// Names a copy of the current state.
     Tag { name: String },
-    /// Make the present what the copy is.
+    /// Replaces the current state by the copy.
     Restore { name: String, key: String },
-    /// Forget what was put aside.
+    /// Drops the saved state.
     Unstash { key: String },
-    /// Drop a copy.
+    /// Drops a copy.
     Drop { name: String },
 }
 
-/// When a fault strikes.
+/// The time of a fault, relative to the call's effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
     Before,
     After,
 }
 
-/// How it strikes.
+/// The kind of a fault.
 #[derive(Debug, Clone)]
 pub enum How {
     Fail(ErrorKind),
     Panic,
-    /// As a process that is killed: the call never comes back.
+    /// A killed process: the call never returns.
     Stop,
     Cancel(CancellationToken),
 }
 
-/// Strikes at the call of this number, counted from 1.
+/// A fault at the call of this number, counted from 1.
 #[derive(Debug, Clone)]
 pub struct Fault {
     pub number: usize,
@@ -71,7 +72,7 @@ pub struct Fault {
     pub how: How,
 }
 
-/// Counts calls and strikes.
+/// Counts calls and injects faults.
 #[derive(Debug, Default)]
 pub struct Faults {
     state: Mutex<(usize, Vec<Fault>)>,
@@ -120,20 +121,21 @@ pub struct FakeBackend {
     disks: Arc<Mutex<BTreeMap<Utf8PathBuf, FakeDisk>>>,
     pub applies: Arc<Faults>,
     pub undos: Arc<Faults>,
-    /// The summaries of the steps that it was to apply, in their order.
+    /// The summaries of the steps to apply, in their order.
     pub applied: Arc<Mutex<Vec<String>>>,
-    /// Steps of these summaries were superseded by what the domain wrote.
+    /// Summaries of steps that the domain's later writes superseded.
     pub superseded: Arc<Mutex<Vec<String>>>,
-    /// What salvage was asked for: the target, and whether the journal has the step as done.
+    /// The calls of salvage: the target, and true if the journal has the step as done.
     pub salvaged: Arc<Mutex<Vec<(Target, bool)>>>,
-    /// What it declares, instead of internal points at rest.
+    /// The declared capabilities, instead of internal points at rest.
     pub declared: Option<Capabilities>,
-    /// Its disks are rows of a table, at `table:NAME`, and no files; so are its manifests.
+    /// The table for a backend whose disks are rows at `table:NAME`, and no files; its manifests are rows
+    /// too.
     pub rows: Option<Rows>,
 }
 
 impl FakeBackend {
-    /// One whose disks are rows of a table.
+    /// Creates a backend whose disks are rows of a table.
     pub fn of_rows() -> Self {
         Self { rows: Some(Rows::default()), ..Self::default() }
     }
@@ -142,12 +144,12 @@ impl FakeBackend {
         self.disks.lock().unwrap()
     }
 
-    /// What all disks hold.
+    /// The content of all disks.
     pub fn world(&self) -> BTreeMap<Utf8PathBuf, FakeDisk> {
         self.disks().clone()
     }
 
-    /// The same disks, no faults: what the next process finds.
+    /// The same disks without faults, as the next process finds them.
     pub fn after_a_crash(&self) -> Self {
         Self { disks: self.disks.clone(), rows: self.rows.clone(), ..Self::default() }
     }
@@ -194,7 +196,7 @@ impl DiskSnapshotter for FakeBackend {
     }
 
     async fn resolve(&self, address: &Utf8Path) -> Result<Utf8PathBuf> {
-        // Names of rows are written in small letters, whatever the user writes.
+        // Names of rows have small letters, in any spelling of the user.
         let name = Utf8PathBuf::from(address.as_str().to_lowercase());
         self.disk(&name)?;
         Ok(name)

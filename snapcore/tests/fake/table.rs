@@ -93,7 +93,7 @@ impl ManifestStore for RowManifests {
     fn write(&self, catalogue: CatalogueId, _: Option<&Entry>, after: &Entry) -> Result<()> {
         let stamp = Stamp { catalogue: Some(catalogue), revision: after.revision };
         self.change(|row| {
-            // Those that another catalogue wrote stay.
+            // Manifests that another catalogue wrote stay.
             row.snapshots.retain(|_, (wrote, _)| wrote.catalogue != Some(catalogue));
             for snapshot in after.tree.iter() {
                 row.snapshots.insert(snapshot.id, (stamp, snapshot.clone()));

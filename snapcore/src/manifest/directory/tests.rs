@@ -68,8 +68,9 @@ impl Place {
     }
 }
 
+/// Manifests are read as they were written, and the last deletion removes the directory.
 #[test]
-fn what_is_written_is_read_and_the_last_deletion_takes_the_directory() {
+fn manifests_are_read_as_written() {
     let place = Place::new();
     let manifests = place.manifests();
     let us = CatalogueId::fresh();
@@ -95,8 +96,9 @@ fn what_is_written_is_read_and_the_last_deletion_takes_the_directory() {
     assert_eq!(fs::read_dir(place.directory.path()).unwrap().count(), 0);
 }
 
+/// A stale directory is corrected, and files of other programs stay.
 #[test]
-fn a_stale_directory_is_made_right_and_files_of_others_stay() {
+fn stale_directory_is_corrected() {
     let place = Place::new();
     let manifests = place.manifests();
     let us = CatalogueId::fresh();
@@ -116,8 +118,9 @@ fn a_stale_directory_is_made_right_and_files_of_others_stay() {
     assert_eq!(place.files(), ["readme"]);
 }
 
+/// Manifests of snapshots that the writer never knew stay.
 #[test]
-fn manifests_of_snapshots_that_the_writer_never_knew_stay() {
+fn unknown_manifests_stay() {
     let place = Place::new();
     let manifests = place.manifests();
     let (us, them) = (CatalogueId::fresh(), CatalogueId::fresh());
@@ -126,7 +129,7 @@ fn manifests_of_snapshots_that_the_writer_never_knew_stay() {
     manifests.write(us, None, &entry(9, std::slice::from_ref(&newer))).unwrap();
     let stays = [&theirs, &newer].map(|snapshot| format!("{}.json", snapshot.id));
     let here = |place: &Place| stays.iter().all(|name| place.files().contains(name));
-    // At revision 4 this catalogue, put back from a backup, does not know what it wrote at 9.
+    // At revision 4 this catalogue, restored from a backup, does not know what it wrote at 9.
     for before in [None, Some(entry(4, &[]))] {
         manifests.write(us, before.as_ref(), &entry(5, std::slice::from_ref(&ours))).unwrap();
         assert!(here(&place), "{:?}", place.files());
@@ -141,8 +144,9 @@ fn manifests_of_snapshots_that_the_writer_never_knew_stay() {
     assert_eq!(place.files(), [format!("{}.json.left-out", theirs.id)]);
 }
 
+/// A manifest is known to the catalogue that wrote it or imported it, and to no other.
 #[test]
-fn a_manifest_is_known_to_the_catalogue_that_wrote_it_or_followed_it_and_to_no_other() {
+fn manifest_is_known_to_its_catalogue() {
     let (us, them) = (CatalogueId::fresh(), CatalogueId::fresh());
     let told = |catalogue, revision| DomainManifest {
         catalogue,
@@ -165,8 +169,9 @@ fn a_manifest_is_known_to_the_catalogue_that_wrote_it_or_followed_it_and_to_no_o
     assert!(!told(Some(them), 7).is_known_to(us, &taken));
 }
 
+/// A damaged manifest is refused by name, and stops no other.
 #[test]
-fn a_damaged_manifest_is_refused_by_name_and_stops_no_other() {
+fn damaged_manifest_is_refused_by_name() {
     let place = Place::new();
     let manifests = place.manifests();
     let all = [snapshot("s1"), snapshot("s2"), snapshot("s3"), snapshot("s4"), snapshot("s5")];
@@ -190,8 +195,9 @@ fn a_damaged_manifest_is_refused_by_name_and_stops_no_other() {
     assert!(why(&all[4]).contains("longer than"));
 }
 
+/// Fields of a newer program are ignored.
 #[test]
-fn fields_of_a_newer_program_are_passed_over() {
+fn fields_of_a_newer_program_are_ignored() {
     let content = r#"{"id":"0190a0c0-0000-7000-8000-000000000000","name":"s1","parent":null,
         "created":"2026-11-22T10:00:00Z","consistency":"clean","disks":[],"mood":"good"}"#;
     let crc = crc32fast::hash(content.as_bytes());
@@ -200,8 +206,8 @@ fn fields_of_a_newer_program_are_passed_over() {
     assert_eq!(snapshot.name.as_str(), "s1");
 }
 
-/// A manifest as it was recorded before disks had addresses is read, and so is one with an address; an
-/// address that cannot be shown is refused.
+/// A manifest from the time before disks had addresses is read, and also one with an address. An address that
+/// cannot be shown is refused.
 #[test]
 fn addresses_in_manifests_are_read() {
     let domain = |address: &str| {

@@ -202,8 +202,9 @@ fn name(domain: &str, dry: bool, letter: &str) -> String {
 mod tests {
     use super::*;
 
+    /// A trial leaves nothing, and sweeps the remains of a crash.
     #[test]
-    fn a_trial_leaves_nothing_and_sweeps_what_a_crash_left() {
+    fn trial_leaves_nothing_and_sweeps_remains() {
         let dir = tempfile::tempdir().unwrap();
         let path = Utf8Path::from_path(dir.path()).unwrap();
         let count = || std::fs::read_dir(path).unwrap().count();
