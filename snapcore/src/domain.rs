@@ -21,7 +21,7 @@ impl Hypervisor {
     /// The hypervisor of a name that is known when the program is built.
     ///
     /// # Panics
-    /// A name for which [`Hypervisor::new`] gives an error: of a constant, when it is built.
+    /// Panics for a name that [`Hypervisor::new`] refuses; for a constant, that is when it is built.
     pub const fn named(name: &'static str) -> Self {
         assert!(is_name(name.as_bytes()), "a hypervisor's name is 1 to 32 small letters, digits and '-'");
         Self(Cow::Borrowed(name))

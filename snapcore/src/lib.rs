@@ -4,7 +4,7 @@
 //!
 //! - the terms of the field as types, and the trait that a storage backend fulfils ([`DiskSnapshotter`]);
 //! - the pure planner ([`plan`]);
-//! - the engine that carries a plan out so that the domain recovers from a crash at any instant ([`engine`]);
+//! - the engine that carries a plan out so that the domain recovers from a crash at any time ([`engine`]);
 //! - the contract of the catalogue that remembers the snapshots ([`catalogue`]; `catalogue-sqlite` implements
 //!   it for one machine);
 //! - the service that combines them ([`Domsnap`]).

@@ -18,7 +18,7 @@ use crate::{
 ///
 /// use snapcore::{AnyDiskSnapshotter, ErrorKind, Registry};
 ///
-/// /// The backends of a program: said explicitly, none is found by itself.
+/// /// The backends of a program: listed explicitly, none is found automatically.
 /// fn registry(backends: Vec<Arc<AnyDiskSnapshotter>>) -> snapcore::Result<Registry> {
 ///     let mut registry = Registry::new();
 ///     for backend in backends {

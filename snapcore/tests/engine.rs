@@ -549,7 +549,7 @@ async fn unwritable_manifests_are_a_warning() {
     std::fs::remove_dir_all(bench.root().join("vda.fake.domsnap")).unwrap();
     std::fs::write(bench.root().join("vda.fake.domsnap"), "in the way").unwrap();
     let run = bench.run(&create("s3"), &CancellationToken::new()).await;
-    // A file is in the way of the directory: the snapshot is taken, and the warning names the file.
+    // A file exists in place of the directory: the snapshot is taken, and the warning names the file.
     match run {
         Ok(run) => assert!(run.warnings[0].contains("vda.fake.domsnap"), "{:?}", run.warnings),
         Err(error) => panic!("{error}"),

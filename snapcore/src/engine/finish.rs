@@ -137,8 +137,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Repeats the step that detaches the disks, where a crash has ended the detached section together with
-    /// the hypervisor's process. The steps that are left of the section need it.
+    /// Marks the step that detaches the disks for repetition, where a crash has ended the detached section
+    /// together with the hypervisor's process. The steps that are left of the section need it.
     fn reopen_window(&mut self, finish: &[usize]) -> Result<()> {
         let mut opened = None;
         for &index in finish {
@@ -158,8 +158,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Resumes the guest after a failure in a detached section, so that it is not left paused. Its disks are
-    /// whole after every step.
+    /// Resumes the guest after a failure in a detached section of the finish steps, so that it is not left
+    /// paused. Its disks are whole after every step. In a section that the cut began, the guest stays paused.
     async fn close_window(&mut self, error: Error) -> Error {
         let Some(opened) = self.guest.detached_since() else { return error };
         let in_finish = self.operation.plan.steps[opened].group == Group::Finish;

@@ -1,4 +1,4 @@
-//! Carries plans out, so that the domain recovers from a crash at any instant.
+//! Carries plans out, so that the domain recovers from a crash at any time.
 //!
 //! **What is durable before what.**
 //!

@@ -26,7 +26,7 @@ use super::{DomainManifest, Found, Item, ManifestStore, Problem, is_needed};
 use crate::catalogue::{CatalogueId, Entry, Revision, Stamp};
 use crate::{Error, ErrorKind, Result, Snapshot, SnapshotId, shell_word};
 
-/// The version of the envelope and of what is in it.
+/// The version of the envelope and of its content.
 pub const VERSION: u32 = 1;
 
 /// The size of the longest manifest that is read: a snapshot of a thousand disks is far below it.
@@ -404,7 +404,7 @@ fn put<T: Serialize>(directory: &Directory, name: &str, content: &T) -> io::Resu
         directory.rename(&temporary, &name, Some((about.dev(), about.ino())))
     };
     write().inspect_err(|_| {
-        // The failure is what is reported; a temporary file that stays is removed by the next write.
+        // The failure is reported; a temporary file that stays is removed by the next write.
         let _ = directory.remove(&temporary);
     })
 }

@@ -375,8 +375,8 @@ impl Domsnap {
     }
 
     /// Rebuilds the catalogue's records of a domain from the manifests beside its images, and adopts the
-    /// snapshots and layers that only the images know. One image of a domain is enough to import all that its
-    /// manifests name.
+    /// snapshots and layers that the images themselves know. One image of a domain is enough to import all
+    /// that its manifests name.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] where the catalogue has snapshots of the domain and the caller did not ask to

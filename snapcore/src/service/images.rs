@@ -31,8 +31,8 @@ pub(super) fn images_of(domain: &Domain) -> String {
 /// not exist has its directory's path.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] for a link of another user to a file that is not that user's: a user who can make
-/// links in a directory must not choose which files are changed. [`ErrorKind::Usage`] for a path that is
+/// [`ErrorKind::Refused`] for a link of another user to a file that is not that user's. The right to make
+/// links in a directory must not select the files that are changed. [`ErrorKind::Usage`] for a path that is
 /// neither a file nor a block device.
 pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
     let Ok(found) = path.symlink_metadata() else { return below_real_directory(path) };

@@ -5,12 +5,12 @@
 //!
 //! | room | does | knows |
 //! |---|---|---|
-//! | `authority` | reads and writes manifests; decides whether the catalogue's word or theirs counts | records, backends |
+//! | `authority` | reads and writes manifests; decides between them and the catalogue | records, backends |
 //! | `importer` | makes a domain of disks that the catalogue does not have | records, backends, authority |
-//! | `locator` | finds the domain that is meant; connects to it | records, backends and hypervisors, importer |
-//! | `planning` | plans, tries what can be tried, asks who else uses the files | records, backends and hypervisors, authority |
+//! | `locator` | finds a named domain; connects to it | records, backends and hypervisors, importer |
+//! | `planning` | plans, runs tests, finds users of files | records, backends and hypervisors, authority |
 //! | `operator` | locks, recovers, runs plans | locator, planning, authority, and the ledger |
-//! | `registrar` | registers, imports and removes domains | locator, importer, authority, locks, and the ledger |
+//! | `registrar` | registers, imports, removes domains | locator, importer, authority, locks, the ledger |
 //! | `viewer` | lists, shows and checks | records, backends, locator, authority |
 //!
 //! A room knows those above it in this table and none below. `records` is the catalogue for reading. `ledger`

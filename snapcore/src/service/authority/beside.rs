@@ -44,8 +44,8 @@ impl Authority {
     }
 
     /// Fails for images that manifests beside them call layers of a domain, and not its configured paths.
-    /// Fails also for disks of a domain whose manifests are others than those in `own`: the domain would have
-    /// two owners that do not know of each other.
+    /// Fails also for disks of a domain whose manifests are others than those in `own`. Otherwise the domain
+    /// would have two owners that do not know of each other.
     pub(in crate::service) async fn refuse_claimed(
         &self,
         disks: &[Disk],

@@ -10,7 +10,7 @@ use crate::catalogue::{CatalogueId, Entry};
 use crate::manifest::{DomainManifest, Found, Item, ManifestStore, is_needed};
 use crate::{Result, SnapshotId};
 
-/// Remembers the domain's manifest: it is read once, and known from then on by what is written.
+/// Remembers the domain's manifest: it is read once, and known from then on from the writes.
 ///
 /// It is made for one command, which has the domain's lease: no other process of this catalogue writes
 /// meanwhile. After a write that failed, or one whose effect is not known here, it is read again.
@@ -33,7 +33,7 @@ impl KnownManifests {
 
     /// Does work that may change the domain's manifest: its effect is known only by reading.
     fn forgetting<T>(&self, work: impl FnOnce() -> T) -> T {
-        // Forgotten before and after: a reader in between would remember what is being changed.
+        // Forgotten before and after: a reader in between would remember a manifest that is being changed.
         *self.known() = None;
         let done = work();
         *self.known() = None;

@@ -43,7 +43,7 @@ impl Leftovers {
     }
 }
 
-/// Reads and writes manifests, and decides whether the catalogue is authoritative.
+/// Reads and writes manifests, and decides if the catalogue is authoritative.
 #[derive(Clone)]
 pub(super) struct Authority {
     records: Records,

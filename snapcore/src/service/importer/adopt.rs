@@ -62,8 +62,8 @@ async fn is_renamed(backend: &AnyDiskSnapshotter, record: &DiskRecord, told: &Di
 }
 
 /// Adds the layers that the manifest calls the domain's own, as far as they exist. A layer outside of the
-/// disk's directory must be confirmed by the user, or known to the catalogue. Otherwise another's layer would
-/// be merged and removed as the domain's.
+/// disk's directory must be confirmed by the user, or known to the catalogue. Otherwise a layer of another
+/// owner could be merged and removed as the domain's.
 async fn add_layers(
     matched: &Matched,
     backend: &AnyDiskSnapshotter,

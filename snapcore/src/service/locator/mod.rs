@@ -182,8 +182,8 @@ impl Locator {
         Ok(ImportSource::of_images(disks))
     }
 
-    /// Brings a domain of the catalogue up to date with its images, if it was never registered and has
-    /// neither snapshots nor older layers: another image may be at the path.
+    /// Brings a domain of the catalogue up to date with its images: another image may be at the path. It
+    /// applies to domains that were never registered and have neither snapshots nor older layers.
     async fn refresh(&self, entry: Entry) -> Result<Located> {
         let bare = entry.domain.unregistered
             && entry.tree.is_empty()

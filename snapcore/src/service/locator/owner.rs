@@ -49,8 +49,8 @@ impl Locator {
         .advise(format!("name the domain {owner}, or all its images: {}", images_of(&entry.domain))))
     }
 
-    /// Refuses an image that is, under any name, a layer of a domain of the catalogue: it would have two
-    /// owners that do not know of each other.
+    /// Refuses an image that is, under any name, a layer of a domain of the catalogue. Otherwise it would
+    /// have two owners that do not know of each other.
     async fn refuse_layers(&self, paths: &[Utf8PathBuf]) -> Result<()> {
         let given: Vec<_> = paths.iter().filter_map(|path| Some((path, file_id(path)?))).collect();
         for known in self.records.domains().await? {

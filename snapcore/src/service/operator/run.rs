@@ -64,7 +64,7 @@ impl Operator {
         Ok(guards)
     }
 
-    /// Makes the plan, and tests before it begins what can be tested.
+    /// Makes the plan, and tests its requirements before it begins.
     async fn prepare(
         &self,
         locked: &Locked,

@@ -63,7 +63,7 @@ impl Planning {
 /// Returns true if the hypervisor has the disk open as its configured path names it.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] where it has another image open, or the disk not at all: changes to the one would
+/// [`ErrorKind::Refused`] where it has another image open, or the disk not at all. Changes to the one would
 /// not be made to the other.
 pub(super) async fn is_attached(live: &Live, record: &DiskRecord) -> Result<bool> {
     let path = &record.disk.path;

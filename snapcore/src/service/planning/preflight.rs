@@ -41,7 +41,7 @@ const PATH_MAX: usize = 4096;
 /// The least space that a small file needs.
 const BLOCK: u64 = 4096;
 
-/// The most bytes that are allocated for a moment, to see whether there is room for them.
+/// The most bytes that are allocated for a moment, to check that there is space for them.
 const MOST_TRIED: u64 = 16 << 20;
 
 /// `STATX_ATTR_IMMUTABLE` and `STATX_ATTR_APPEND`.
@@ -141,8 +141,8 @@ fn manifests_can_go(manifests: &Manifests, plan: &Plan) -> Result<()> {
 /// The directories in which an operation works, and its needs there.
 #[derive(Default)]
 struct Works {
-    /// Directories of images: the needs of the steps there, and the bytes and the number of files that they
-    /// make.
+    /// Directories of images: the kind of changes there, the bytes that are needed, and the number of files
+    /// that are made.
     images: BTreeMap<Utf8PathBuf, (Needs, u64, u64)>,
     memory: Option<Utf8PathBuf>,
     manifests: Option<Utf8PathBuf>,
@@ -166,7 +166,7 @@ impl Works {
         }
     }
 
-    /// Tries the directories, and asks for the room.
+    /// Tests the directories, and checks their free space.
     fn check(self, plan: &Plan, records: &[DiskRecord], manifests_room: u64, dry: bool) -> Result<()> {
         // Remains of a crash are removed, also where nothing is to be done.
         if !dry {

@@ -147,8 +147,8 @@ fn shown(operation: Operation) -> Unfinished {
     }
 }
 
-/// The owned layers whose own state nothing needs: not the active one, no point is the layer itself, and no
-/// foreign image is backed by it.
+/// The orphan layers: owned layers whose own state nothing needs. Such a layer is not the active one, is no
+/// point itself, and no foreign image is backed by it.
 fn unnamed(record: &DiskRecord, state: &DiskState, tree: &SnapshotTree) -> Vec<LayerName> {
     state
         .layers

@@ -102,8 +102,8 @@ pub(super) fn users_of(
     users
 }
 
-/// Adds the uses of block devices by the kernel itself, and the partitions of the devices: each with the file
-/// that it is a part of.
+/// Adds the uses of block devices by the kernel itself. Returns the files and the partitions of the devices,
+/// each with the file that it is a part of.
 fn with_partitions(
     named: &HashMap<FileIdentity, Utf8PathBuf>,
     own: &HashSet<u32>,

@@ -2,11 +2,11 @@
 //!
 //! Image locks are advisory: QEMU with `locking=off`, a loop mount and a backup program take none, and QEMUs
 //! with `share-rw=on` do not exclude each other. So the kernel is asked before an image is written, and again
-//! with `share-rw=on` do not exclude each other. So the kernel is asked before an image is written, and again
+//! before the cut:
 //!
 //! | user | found by |
 //! |---|---|
-//! | a process with the file open | `/proc/PID/fd`, and `fdinfo` for whether it can write |
+//! | a process with the file open | `/proc/PID/fd`, and `fdinfo`, which shows if it can write |
 //! | a process that has mapped the file and closed it | `/proc/PID/maps` |
 //! | a loop device | `/sys/block/loop*/loop/backing_file` |
 //! | swap | `/proc/swaps` |
@@ -252,7 +252,7 @@ impl WatchedDisk<'_> {
     }
 }
 
-/// Asks the kernel and the hypervisors who else uses a domain's files.
+/// Finds other users of a domain's files: asks the kernel and the hypervisors.
 #[derive(Clone)]
 pub(in crate::service) struct Watcher {
     registry: Arc<Registry>,
