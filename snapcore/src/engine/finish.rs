@@ -239,7 +239,7 @@ impl Running<'_> {
 
     /// Returns true for the step by which a hypervisor learns the new names of frozen images. The disks and
     /// all snapshots are whole without it. Each operation that needs the step checks whether it was done;
-    /// `LiveDomain::settle` does it.
+    /// `LiveDomain::clean_up` does it.
     fn is_of_names(&self, index: usize) -> bool {
         self.operation.plan.steps[index].step.target.is_domain()
             && matches!(self.domain_step(index), Ok(DomainStep::ReopenByName { .. }))

@@ -192,7 +192,7 @@ impl Planner<'_> {
             .state("no changes made")
     }
 
-    /// Puts the instant before the disk steps of a create.
+    /// Puts the instant at the head of the disk steps of a create, and the steps of its memory behind them.
     pub(super) fn create_alive(
         &self,
         request: &CreateRequest,

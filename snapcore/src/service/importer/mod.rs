@@ -49,7 +49,7 @@ pub(super) struct Imported {
     pub unconfirmed: Option<Error>,
 }
 
-/// Disks to import, and the known facts of their domain.
+/// Disks to import, and the caller's knowledge of their domain.
 pub(super) struct ImportSource {
     /// The domain's name; absent: its manifest's, or one made of its images' paths.
     pub name: Option<DomainName>,

@@ -202,7 +202,7 @@ fn name(domain: &str, dry: bool, letter: &str) -> String {
 mod tests {
     use super::*;
 
-    /// A trial leaves nothing, and sweeps the remains of a crash.
+    /// A run leaves nothing in the directory, and a sweep removes the remains of a crash.
     #[test]
     fn trial_leaves_nothing_and_sweeps_remains() {
         let dir = tempfile::tempdir().unwrap();
