@@ -586,7 +586,7 @@ pub trait LiveDomain: Send + Sync {
 
     /// Performs the part of a step that does not need the guest to be paused. Used by drivers that pause it
     /// by other means before they apply the step. Other programs see no change. [`LiveDomain::undo`] reverses
-    /// it, and so does [`LiveDomain::settle`].
+    /// it, and so does [`LiveDomain::clean_up`].
     async fn prepare(&self, step: &DomainStep) -> Result<()> {
         let _ = step;
         Ok(())

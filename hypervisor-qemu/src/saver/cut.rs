@@ -97,7 +97,7 @@ pub(super) async fn take(
         cut = cut.memory(draft, mode);
     }
     // 2) Freeze as late as possible: the guest blocks from here on. A crash leaves it frozen until the next
-    //    command thaws it (`settle`).
+    //    command thaws it (`clean_up`).
     let frozen = match freeze(live, step, ran, &mut facts).await {
         Ok(frozen) => frozen,
         Err(error) => return Err(close(live, error, &opened).await),
