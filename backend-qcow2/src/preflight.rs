@@ -7,7 +7,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::ChainStep;
 use snapcore::{
     DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, LayerName, PlannedStep,
-    Point, Result,
+    Result,
 };
 
 use crate::backing_string::{backing_string, resolve_backing};
@@ -29,13 +29,6 @@ pub(crate) fn check(
     let preflight = Preflight { record, state, max_depth };
     if let Some(DiskInstant::Internal { tag }) = &plan.instant {
         preflight.writable(&state.active)?.could_take(&NewSnapshot::new(tag.as_str(), 0, 0))?;
-    }
-    // Asked of the points, not of the steps: two snapshots of one tag keep each other, so no step would name
-    // it.
-    if let DiskRequest::Delete { drop, .. } = request {
-        for Point { layer, tag } in drop {
-            tag.iter().try_for_each(|tag| preflight.require_single_tag(layer, tag))?;
-        }
     }
     let force = matches!(request, DiskRequest::Delete { force: true, .. });
     let mut steps = Vec::with_capacity(plan.steps.len());

@@ -181,6 +181,7 @@ impl Planner<'_> {
         let mut plans = Vec::new();
         for disk in self.disks.iter().filter(|disk| !skips(disk.target())) {
             let Some(member) = wanted.point(disk.target()) else { continue };
+            require_single_tag(disk, &member.point)?;
             self.refuse_replaced(wanted, disk, member)?;
             self.require_live(disk)?;
             if request.save_current.is_some() {
@@ -414,6 +415,13 @@ impl Planner<'_> {
         doomed: &BTreeSet<SnapshotId>,
         force: bool,
     ) -> Result<Plan> {
+        for snapshot in self.tree.iter().filter(|snapshot| doomed.contains(&snapshot.id)) {
+            for disk in self.disks {
+                snapshot
+                    .point(disk.target())
+                    .map_or(Ok(()), |member| require_single_tag(disk, &member.point))?;
+            }
+        }
         let mut merged = Merged::default();
         for disk in self.disks {
             self.require_last(disk, doomed)?;
@@ -525,6 +533,30 @@ pub fn split_points(
     };
     let keep: Vec<Point> = points_of(false).collect();
     (points_of(true).filter(|point| !keep.contains(point)).collect(), keep)
+}
+
+/// Refuses a point whose tag is that of several internal snapshots of its image. Other tools can make such, and
+/// a step that names the tag could change the wrong one.
+///
+/// The planner asks, not the backends: in a delete, two snapshots of one tag keep each other's point, so the
+/// request to a backend has neither.
+fn require_single_tag(disk: &DiskInput, Point { layer, tag }: &Point) -> Result<()> {
+    let (Some(tag), Some(layer)) = (tag, disk.state.layer(layer)) else { return Ok(()) };
+    let same = layer.internal.iter().filter(|internal| internal.tag == *tag).count();
+    if same < 2 {
+        return Ok(());
+    }
+    let adopt = crate::shell_command(["domsnap", "import", "--replace", disk.record.disk.path.as_str()]);
+    Err(Error::new(
+        ErrorKind::Refused,
+        format!(
+            "{}: {} has {same} internal snapshots called {tag}, and the name cannot say which is meant",
+            disk.target(),
+            layer.file
+        ),
+    )
+    .state("no changes made")
+    .advise(format!("delete all but one by their IDs with the tool that made them, then run `{adopt}`")))
 }
 
 #[derive(Default)]
