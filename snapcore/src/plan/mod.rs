@@ -535,8 +535,8 @@ pub fn split_points(
     (points_of(true).filter(|point| !keep.contains(point)).collect(), keep)
 }
 
-/// Refuses a point whose tag is that of several internal snapshots of its image. Other tools can make such, and
-/// a step that names the tag could change the wrong one.
+/// Refuses a point whose tag is that of several internal snapshots of its image. Other tools can make such,
+/// and a step that names the tag could change the wrong one.
 ///
 /// The planner asks, not the backends: in a delete, two snapshots of one tag keep each other's point, so the
 /// request to a backend has neither.
