@@ -90,7 +90,7 @@ pub(crate) async fn apply(
             }
             Err(Error::new(
                 ErrorKind::Internal,
-                format!("{child} should stand on {to} since the merge below it, and the running domain has it open"),
+                format!("{child} should have the backing file {to} since the merge below it, and the running domain has it open"),
             )
             .state("nothing was changed"))
         }

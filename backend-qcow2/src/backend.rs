@@ -402,14 +402,14 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     }
     for overlay in &state.on_path {
         let words = format!(
-            "it stands on {} by that name: a revert is refused, and whatever the domain writes changes what it shows",
+            "its backing file is {} by that name: a revert is refused, and whatever the domain writes changes what it shows",
             disk.disk.path
         );
         find(Severity::Warning, overlay, words);
     }
     for unclear in &state.unclear {
         let words = format!(
-            "whether it stands on a layer of {} cannot be told, so that reverts and deletes are refused: {}",
+            "it may depend on a layer of {}, so reverts and deletes are refused: {}",
             disk.disk.path, unclear.why
         );
         find(Severity::Warning, &unclear.file, words);

@@ -121,7 +121,7 @@ fn replaced(
     let other_layer = own_name_of(&record.disk, configured).unwrap_or_default();
     let later = other_layer.is_some() || stands_above(path, active, limits.max_depth);
     if later {
-        let found = other_layer.map_or_else(|| "an image that stands on that".to_owned(), |name| name.0);
+        let found = other_layer.map_or_else(|| "an image that is backed by that".to_owned(), |name| name.0);
         return Error::new(
             ErrorKind::Corrupt,
             format!(

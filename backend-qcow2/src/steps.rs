@@ -332,7 +332,9 @@ impl StepRunner<'_> {
             (expected, found) => {
                 return Err(Error::new(
                     ErrorKind::Corrupt,
-                    format!("{bottom} should stand on {expected:?}, and its header says {found:?}"),
+                    format!(
+                        "the backing file of {bottom} should be {expected:?}, and its header says {found:?}"
+                    ),
                 )
                 .advise("run 'domsnap check'"));
             }

@@ -227,7 +227,7 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     }
     for unclear in &state.unclear {
         let words = format!(
-            "whether it stands on a point of {} cannot be told, so that reverts and deletes are refused: {}",
+            "it may depend on a snapshot of {}, so reverts and deletes are refused: {}",
             disk.disk.path, unclear.why
         );
         find(Severity::Warning, unclear.file.clone(), words);

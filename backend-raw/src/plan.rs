@@ -352,7 +352,7 @@ impl Planner<'_> {
             return Err(Error::new(
                 ErrorKind::Refused,
                 format!(
-                    "{target}: {overlay} stands on {}, and a revert would change what it shows",
+                    "{target}: {overlay} is backed by {}, and a revert would change what it shows",
                     self.path()
                 ),
             )
@@ -454,7 +454,7 @@ impl Planner<'_> {
             let target = &self.record.disk.target;
             if let Some(overlay) = layer.dependents.first() {
                 self.plan.notes.push(format!(
-                    "{target}: {} ({}) stays: {overlay} stands on it",
+                    "{target}: {} ({}) is kept: {overlay} is backed by it",
                     layer.file,
                     shown_size(layer.allocated)
                 ));
@@ -503,7 +503,7 @@ impl Planner<'_> {
         Err(Error::new(
             ErrorKind::Refused,
             format!(
-                "{}: whether {} stands on {} or one of its points cannot be told: {}",
+                "{}: {} may depend on {} or one of its snapshots: {}",
                 self.record.disk.target,
                 unclear.file,
                 self.path(),

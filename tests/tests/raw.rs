@@ -129,7 +129,7 @@ fn point_under_a_foreign_overlay_stays() -> Result<()> {
     let words = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"].map(std::ffi::OsStr::new);
     qemu::img(&[&words[..], &[point.as_os_str(), overlay.as_os_str()]].concat())?;
     let deleted = domain.domsnap().done(&["delete", NAME, "s1"])?;
-    ensure!(format!("{deleted}").contains("mine.qcow2 stands on it"), "{deleted}");
+    ensure!(format!("{deleted}").contains("mine.qcow2 is backed by it"), "{deleted}");
     ensure!(point.exists(), "what an overlay stands on was removed");
     std::fs::remove_file(&overlay)?;
     // The next delete tidies up.

@@ -190,7 +190,7 @@ impl DiskSnapshotter for Copies {
                 let (from, former) = (from.clone(), new_tag(path, *stamp)?);
                 let next = format!("next-{former}");
                 let stage = Action::Stage { from: from.clone(), next: next.clone() };
-                let summary = format!("copy {from} anew");
+                let summary = format!("copy {from} again");
                 plan.steps.push(step(disk, Group::Prepare, stage, summary, copied.len()));
                 let exchange = Action::Exchange { from, next, former: former.clone() };
                 let summary = format!("put that in the place of {path}");

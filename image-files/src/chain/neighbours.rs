@@ -87,7 +87,7 @@ fn refusal(record: &DiskRecord, state: &DiskState) -> Option<Error> {
         Error::new(
             ErrorKind::Refused,
             format!(
-                "{}: whether {file} stands on a layer of {} cannot be told: {why}{more}",
+                "{}: {file} may depend on a layer of {}: {why}{more}",
                 record.disk.target, record.disk.path
             ),
         )

@@ -503,7 +503,7 @@ fn nobody_stands_on(session: &Session, image: &Utf8Path) -> Result<(), Failure> 
     if let Some(unclear) = unclear.first() {
         return Err(Error::new(
             ErrorKind::Refused,
-            format!("whether {} stands on {image} cannot be told: {}", unclear.file, unclear.why),
+            format!("{} may depend on {image}: {}", unclear.file, unclear.why),
         )
         .state("no changes made")
         .advise(
@@ -516,7 +516,7 @@ fn nobody_stands_on(session: &Session, image: &Utf8Path) -> Result<(), Failure> 
         None => Ok(()),
         Some(dependent) => Err(Error::new(
             ErrorKind::Refused,
-            format!("{dependent} stands on {image}: a revert would change what it shows"),
+            format!("{dependent} is backed by {image}: a revert would change what it shows"),
         )
         .advise("revert in an overlay of its own, or delete that image first")
         .into()),

@@ -117,7 +117,7 @@ fn told(document: &ShowDoc) -> String {
             units::bytes(costs.iter().map(|cost| cost.moves).fold(0, u64::saturating_add))
         ),
         None => {
-            "what deleting it would free cannot be told: a disk cannot be read; `domsnap check` says why\n"
+            "the space that deleting it would free is unknown: a disk cannot be read; `domsnap check` says why\n"
                 .to_owned()
         }
     });

@@ -304,7 +304,7 @@ impl ManifestStore for ManifestDirectory {
             if items.is_empty() { Ok(()) } else { directory.sync() }
         };
         attempt()
-            .map_err(|cause| failure(cause, format!("manifests in {} cannot be put aside", self.directory)))
+            .map_err(|cause| failure(cause, format!("manifests in {} cannot be moved aside", self.directory)))
     }
 
     fn read(&self) -> Result<Found> {

@@ -82,9 +82,8 @@ impl Locator {
             .state("no changes made")
             .advise(format!("leave it out; what can be said is: {}", profile.keys().join(", "))));
         }
-        let here = camino::absolute_utf8(".").map_err(|cause| {
-            Error::new(ErrorKind::Io, "the current directory cannot be told").because(cause)
-        })?;
+        let here = camino::absolute_utf8(".")
+            .map_err(|cause| Error::new(ErrorKind::Io, "the current directory is unknown").because(cause))?;
         saver.read_control(control.clone(), &here)
     }
 

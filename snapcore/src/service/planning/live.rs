@@ -79,7 +79,7 @@ pub(super) async fn is_attached(live: &Live, record: &DiskRecord) -> Result<bool
             ),
         )
         .state("no changes made")
-        .advise("shut the domain down, or register it anew with the disks that it has"));
+        .advise("shut the domain down, or register it again with the disks that it has"));
     };
     let open = disk.open_files().await?;
     let named = file_id(path);
