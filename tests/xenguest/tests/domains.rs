@@ -483,7 +483,7 @@ fn name_taken() -> Result<()> {
     print!("{said}");
     ensure!(output.status.code() == Some(4), "it ended with {}", output.status);
     ensure!(said.contains("another domain taken (number"), "it does not say so");
-    run.refused(&["recover", "DOMAIN"], 3, "somebody made another domain taken")?;
+    run.refused(&["recover", "DOMAIN"], 3, "another domain taken (number")?;
     ensure!(run.guest.domid()? == theirs, "another's domain was destroyed");
     xl(&["destroy", "taken"])?;
     let place = run.guest.place();
