@@ -1,7 +1,7 @@
 //! Checks that find failures of a plan's steps before the first of them. A refusal here changes nothing.
 //!
-//! The checks read the images: encryption, damage that a step would meet, duplicate tags. The steps check the
-//! same again before they write, because a recovery repeats them without a plan.
+//! The checks read the images: encryption, damage that a step would meet. The steps check the same again
+//! before they write, because a recovery repeats them without a plan.
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::ChainStep;
@@ -68,7 +68,6 @@ impl Preflight<'_> {
                 }
             }
             ChainStep::Materialise { from, tag, .. } => {
-                self.require_single_tag(from, tag)?;
                 match encrypted_in(&file_of(self.record, from)?, self.max_depth)? {
                     None => {
                         let image = self.reading(from)?;
@@ -92,7 +91,6 @@ impl Preflight<'_> {
                 Ok(self.writable(layer)?.could_create(&NewSnapshot::new(tag.as_str(), 0, 0))?)
             }
             ChainStep::ApplyInternal { layer, tag, .. } => {
-                self.require_single_tag(layer, tag)?;
                 let mut image = self.writable(layer)?;
                 if self.is_open(layer) {
                     self.require_reopening(&image)?;
@@ -252,28 +250,6 @@ impl Preflight<'_> {
     /// Returns true if a hypervisor writes the layer.
     fn is_written(&self, layer: &LayerName) -> bool {
         self.state.attached && *layer == self.state.active
-    }
-
-    /// Refuses a tag that several internal snapshots of the layer have. QEMU's tools make such; to name one
-    /// of them may mean the other.
-    fn require_single_tag(&self, layer: &LayerName, tag: &str) -> Result<()> {
-        let Some(layer) = self.state.layer(layer) else { return Ok(()) };
-        match layer.internal.iter().filter(|internal| internal.tag == tag).count() {
-            0 | 1 => Ok(()),
-            n => Err(Error::new(
-                ErrorKind::Refused,
-                format!(
-                    "{}: {} has {n} internal snapshots called {tag}, and a name cannot say which of them is meant",
-                    self.record.disk.target, layer.file
-                ),
-            )
-            .state("no changes made")
-            .advise(format!(
-                "delete all but one by their IDs (`qemu-img snapshot -l {0}` shows them, `qemu-img snapshot -d ID {0}` \
-                 deletes one), then import the image as it is: `domsnap import --replace`",
-                layer.file
-            ))),
-        }
     }
 
     /// Lists the snapshots that cannot be deleted, because their tables are inconsistent.

@@ -43,16 +43,15 @@ impl<B: DiskSnapshotter + ?Sized> Erased<B> {
 }
 
 fn decoded<A: DeserializeOwned>(format: &str, step: &Step) -> Result<Step<A>> {
-    step.clone().try_map(|action| {
-        serde_json::from_value(action).map_err(|cause| {
-            Error::new(
-                ErrorKind::Internal,
-                format!("the journal has a step that the backend {format} does not know: {}", step.action),
-            )
-            .because(cause)
-            .advise("it was written by another version of domsnap: recover with that one")
-        })
-    })
+    let action = A::deserialize(&step.action).map_err(|cause| {
+        Error::new(
+            ErrorKind::Internal,
+            format!("the journal has a step that the backend {format} does not know: {}", step.action),
+        )
+        .because(cause)
+        .advise("it was written by another version of domsnap: recover with that one")
+    })?;
+    Ok(Step { target: step.target.clone(), action, summary: step.summary.clone(), bytes: step.bytes })
 }
 
 // Every method is delegated: a default method that were forgotten here would hide the backend's own.

@@ -48,7 +48,7 @@ struct Answer {
 /// The part of a change's answer that the tests rely on.
 #[derive(Debug, Deserialize)]
 pub struct Changed {
-    /// How long the guest stood still.
+    /// Length of the guest's pause.
     pub downtime_us: Option<u64>,
     /// The way of the instant.
     pub way: Option<String>,

@@ -84,7 +84,7 @@ fn socket_alone_registers_a_domain() -> Result<()> {
     Ok(())
 }
 
-/// A create tells how long the guest stood still by which way and what it does now.
+/// A create reports how long the guest was paused, by which method, and its state now.
 #[test]
 fn create_reports_pause_and_method() -> Result<()> {
     let mut live = Live::new()?;

@@ -6,7 +6,7 @@
 //! whole or not at all, so there is nothing to journal, and nothing to recover. The image's lock is taken by
 //! the engine. What only the service knows is asked of it first: whether a running domain has the image open
 //! ([`Domsnap::require_closed`]), whether a domain counts on what is taken away ([`Domsnap::belonging`],
-//! [`Domsnap::require_authoritative`]), and what stands on the image ([`Domsnap::backed_by`]).
+//! [`Domsnap::require_authoritative`]), and which images it backs ([`Domsnap::backed_by`]).
 //!
 //! **Everything else goes through the service**, as a domain of one disk: external snapshots, and each image
 //! with a history in the catalogue.
@@ -138,7 +138,7 @@ fn revert(
     {
         owner.in_other_layer(image, name)?;
     }
-    nobody_stands_on(session, image)?;
+    require_no_dependents(session, image)?;
     of_engine(open_to_write(session, image)?.apply_snapshot(name))?;
     Ok(done(session, "revert", image, vec![name.to_owned()], PointKind::Internal, Vec::new()))
 }
@@ -489,9 +489,8 @@ fn owner_to_ask(session: &Session, image: &Utf8Path) -> Result<Option<Owner>, Fa
     Ok(owner)
 }
 
-/// Refuses where another image in the same directory stands on `image`: to change what it shows would change
-/// theirs.
-fn nobody_stands_on(session: &Session, image: &Utf8Path) -> Result<(), Failure> {
+/// Refuses if `image` is the backing file of another one: a change of its content would change that one's.
+fn require_no_dependents(session: &Session, image: &Utf8Path) -> Result<(), Failure> {
     let backend = session.service.registry().get(FORMAT)?;
     let disk = DomainDisk { target: Target::new("vda")?, path: image.to_owned(), format: FORMAT.to_owned() };
     let (dependents, unclear) = session.ask(async {

@@ -87,17 +87,23 @@ fn crashing(subject: &dyn TestBackend, method: &Method, op: &Op) -> Result<()> {
     let mut fixture = Fixture::with_snapshots(subject, method)?;
     for number in 1.. {
         let before = fixture.model.clone();
-        let fault = Fault::new(&Moment::BETWEEN, number, FaultKind::Stop);
         let at = || format!("{op:?}, which crashed at moment {number}");
-        if let Some(outcome) = fixture.run_with_faults(op, vec![fault])? {
+        if !crashed_at(&mut fixture, op, number).with_context(at)? {
             ensure!(number > 1, "it has no moment to crash at");
-            outcome.with_context(at)?;
-            fixture.update_model(op);
             return fixture.check_all();
         }
         after_a_crash(&mut fixture, op, &before, number).with_context(at)?;
     }
     Ok(())
+}
+
+/// Stops an operation at the moment `number`. Returns false if it ended before that: the model has it then.
+fn crashed_at(fixture: &mut Fixture<'_>, op: &Op, number: u64) -> Result<bool> {
+    let fault = Fault::new(&Moment::BETWEEN, number, FaultKind::Stop);
+    let Some(outcome) = fixture.run_with_faults(op, vec![fault])? else { return Ok(true) };
+    outcome?;
+    fixture.update_model(op);
+    Ok(false)
 }
 
 /// Recovers, and looks whether all is as before or as after.
@@ -141,11 +147,8 @@ fn recovering(subject: &dyn TestBackend, method: &Method) -> Result<()> {
                 continue;
             }
             let before = fixture.model.clone();
-            let fault = Fault::new(&Moment::BETWEEN, number, FaultKind::Stop);
             let at = || format!("{op:?}, which crashed at moment {number}");
-            if let Some(outcome) = fixture.run_with_faults(&op, vec![fault])? {
-                outcome.with_context(at)?;
-                fixture.update_model(&op);
+            if !crashed_at(&mut fixture, &op, number).with_context(at)? {
                 restore(&mut fixture, &before)?;
                 break;
             }
@@ -180,11 +183,8 @@ fn started_meanwhile(subject: &dyn TestBackend, method: &Method) -> Result<()> {
     for op in ops {
         for number in 1.. {
             let before = fixture.model.clone();
-            let fault = Fault::new(&Moment::BETWEEN, number, FaultKind::Stop);
             let at = || format!("{op:?}, which crashed at moment {number}");
-            if let Some(outcome) = fixture.run_with_faults(&op, vec![fault])? {
-                outcome.with_context(at)?;
-                fixture.update_model(&op);
+            if !crashed_at(&mut fixture, &op, number).with_context(at)? {
                 restore(&mut fixture, &before)?;
                 break;
             }

@@ -64,10 +64,7 @@ fn main() -> Result<()> {
     tour.guest.forget_gap();
     tour.run(&["create", "web", "good", "--external", "--description", "all is well"])?;
     tour.guest.wait_ticks(5)?;
-    println!(
-        "the longest that the guest stood still, by its own clock: {} ms",
-        tour.guest.largest_gap().as_millis()
-    );
+    println!("the longest pause of the guest, by its own clock: {} ms", tour.guest.largest_gap().as_millis());
     let then = tour.counting()?;
 
     chapter("Disaster");

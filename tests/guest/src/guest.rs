@@ -267,7 +267,7 @@ impl Guest {
     }
 
     /// The longest time between two ticks since the start or the last [`Guest::forget_gap`], by the clock of
-    /// this machine: how long the guest stood still, the rest between ticks and the disks' flushes included.
+    /// this machine: the pause of the guest, the rest between ticks and the disks' flushes included.
     /// The time since the last tick counts too.
     pub fn largest_gap(&self) -> Duration {
         self.channel.gap()

@@ -9,7 +9,7 @@
 //! guest.forget_gap();
 //! // ... the operation under test, on guest.qmp_socket() and guest.disk(0) ...
 //! guest.expect_no_bad()?; // it runs on, and memory and disks are of one instant
-//! println!("the guest stood still for {:?} at most", guest.largest_gap());
+//! println!("the guest was paused for {:?} at most", guest.largest_gap());
 //! # Ok(())
 //! # }
 //! ```
