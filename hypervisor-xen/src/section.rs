@@ -457,10 +457,14 @@ pub(crate) async fn undo_attach(
         };
     }
     match (list::row_of(&live.xl, &live.name).await?, read(&live.places)?) {
-        (Some(row), Some(note)) if note.is_another(row.domid) => match row.has_run {
-            false => destroy(live, row.domid).await,
-            true => Err(name_taken(live, row.domid)),
-        },
+        (Some(row), Some(note)) if note.is_another(row.domid) => {
+            // Only what this step created is destroyed: it has never run, and it has the disks.
+            live.refresh().await?;
+            match !row.has_run && live.has_all_disks().await {
+                true => destroy(live, row.domid).await,
+                false => Err(name_taken(live, row.domid)),
+            }
+        }
         _ => Ok(()),
     }
 }

@@ -471,11 +471,16 @@ fn name_taken() -> Result<()> {
     let present = run.guest.ticks()?;
     let all = fs::read_to_string(run.guest.config())?;
     let disks = all.lines().find(|line| line.starts_with("disk=")).context("the config has no disks")?;
+    // A guest without disks, which looks for none.
     let other = run.config_with(disks, "disk=[]")?;
+    let text = fs::read_to_string(&other)?;
+    ensure!(text.contains("domsnap.disks=1"), "the guest is not told of one disk: {text}");
+    fs::write(&other, text.replace("domsnap.disks=1", "domsnap.disks=0"))?;
     let mut revert = start(&run, &["revert", "DOMAIN", "s1"])?;
     wait_until(&mut revert, "the domain is away", || is_away("taken"))?;
     program("/bin/kill", &["-STOP", &revert.id().to_string()])?.ok()?;
-    xl(&["create", "-q", &other])?;
+    // It has never run, as one that the revert itself created: only its disks tell them apart.
+    xl(&["create", "-p", "-q", &other])?;
     let theirs = run.guest.domid()?;
     program("/bin/kill", &["-CONT", &revert.id().to_string()])?.ok()?;
     let output = revert.wait_with_output()?;
@@ -483,6 +488,8 @@ fn name_taken() -> Result<()> {
     print!("{said}");
     ensure!(output.status.code() == Some(4), "it ended with {}", output.status);
     ensure!(said.contains("another domain taken (number"), "it does not say so");
+    run.refused(&["recover", "DOMAIN"], 3, "another domain taken (number")?;
+    xl(&["unpause", "taken"])?;
     run.refused(&["recover", "DOMAIN"], 3, "another domain taken (number")?;
     ensure!(run.guest.domid()? == theirs, "another's domain was destroyed");
     xl(&["destroy", "taken"])?;
