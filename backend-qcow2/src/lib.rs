@@ -14,7 +14,6 @@ mod discover;
 pub mod image;
 mod layers;
 mod preflight;
-mod refusal;
 mod salvage;
 mod steps;
 

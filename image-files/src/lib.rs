@@ -10,6 +10,7 @@
 //! |---|---|
 //! | [`layer_name`] | names of layers' files |
 //! | [`chain`] | the planner of disks that are chains of files |
+//! | [`engine`] | parts that image engines share: file, errors, copies; the recorder of crash tests |
 //! | `file_steps` | steps that are the same for every format: name, switch, remove ([`FileSteps`]) |
 //! | [`names`], `hold`, `lock` | names, and locks that every user of the format honours |
 
@@ -18,6 +19,7 @@
 mod blocking;
 pub mod chain;
 mod configured_path;
+pub mod engine;
 mod extents;
 mod file_steps;
 mod hold;

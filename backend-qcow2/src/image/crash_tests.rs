@@ -13,7 +13,8 @@ use super::create::{NewImage, create_in};
 use super::header::{Backing, Compression};
 use super::mapping::Mapping;
 use super::open::Image;
-use super::recorder::{Event, Recorder, put};
+use super::recorder::{Event, Recorder};
+pub(super) use super::recorder::{Seeded, crashed};
 use super::snapshot::NewSnapshot;
 use super::tables::L1Table;
 use super::units::{ClusterBits, GuestCluster};
@@ -74,52 +75,6 @@ pub(super) fn state(image: &Image) -> State {
         backing: image.header().backing.clone(),
         snapshots: snapshots.collect(),
     }
-}
-
-/// A small random generator that gives the same numbers every time.
-pub(super) struct Seeded(pub(super) u64);
-
-impl Seeded {
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-}
-
-/// Returns the file after a crash before event `at`: everything that was flushed, and of the rest the sectors
-/// that the seed selects.
-pub(super) fn crashed(base: &[u8], log: &[Event], at: usize, seed: u64) -> Vec<u8> {
-    let flushed = log[..at].iter().rposition(|e| matches!(e, Event::Flush)).map_or(0, |n| n + 1);
-    let mut bytes = base.to_vec();
-    let mut random = Seeded(seed | 1);
-    // Three kinds of loss: everything, nothing, and single sectors.
-    for (n, event) in log[..at].iter().enumerate() {
-        match event {
-            Event::Flush => {}
-            Event::SetLen(len) => bytes.resize(*len as usize, 0),
-            Event::Write(offset, data) if n < flushed => put(&mut bytes, *offset, data),
-            Event::Write(offset, data) => {
-                // Sectors of the file, not of the write.
-                let mut from = 0;
-                while from < data.len() {
-                    let sector_end = 512 - ((*offset as usize + from) % 512);
-                    let to = data.len().min(from + sector_end);
-                    let keep = match seed {
-                        0 => false,
-                        1 => true,
-                        _ => random.next() % 8 < seed % 7 + 1,
-                    };
-                    if keep {
-                        put(&mut bytes, offset + from as u64, &data[from..to]);
-                    }
-                    from = to;
-                }
-            }
-        }
-    }
-    bytes
 }
 
 pub(super) fn open(bytes: &[u8], writable: bool) -> (Recorder, Image) {

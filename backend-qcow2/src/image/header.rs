@@ -207,7 +207,7 @@ impl Header {
     /// Parses the first bytes of an image. `head` is the first cluster, or the part of it that matters.
     ///
     /// # Errors
-    /// [`ErrorKind::NotQcow2`] without the magic. [`ErrorKind::Unsupported`] for other versions, and for
+    /// [`ErrorKind::WrongFormat`] without the magic. [`ErrorKind::Unsupported`] for other versions, and for
     /// incompatible features that this engine does not know; the message uses their names where the image
     /// states them. [`ErrorKind::Corrupt`] or [`ErrorKind::LimitExceeded`] for invalid fields.
     pub fn parse(head: &[u8]) -> Result<Self> {
@@ -665,7 +665,7 @@ fn unknown_features(bits: u64, extensions: &[Extension]) -> Error {
 }
 
 fn not_qcow2() -> Error {
-    Error::new(ErrorKind::NotQcow2, "the file does not start with a qcow2 header")
+    Error::new(ErrorKind::WrongFormat, "the file does not start with a qcow2 header")
         .advise("if it is an image of another format, state that behind its path: PATH,format=raw")
 }
 

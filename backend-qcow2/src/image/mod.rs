@@ -5,8 +5,7 @@
 //! same number.
 //!
 //! # Layout
-//! * `units`, `error`, `layout`: the basic types.
-//! * `file`: the image file.
+//! * `units`, `layout`: the basic types. Errors and the image file are those of [`image_files::engine`].
 //! * `header`, `mapping`, `tables`, `refcount`, `snapshot_table`, `bitmaps`, `compressed`: one on-disk
 //!   structure each.
 //! * `open`: [`Image`], which holds them together.
@@ -38,8 +37,6 @@ mod crash_tests;
 mod create;
 #[cfg(test)]
 mod damage_tests;
-mod error;
-mod file;
 mod header;
 mod layout;
 mod mapping;
@@ -50,8 +47,6 @@ mod merge_crash_tests;
 mod open;
 mod overlap;
 mod punch;
-#[cfg(test)]
-mod recorder;
 mod refcount;
 mod references;
 mod reserve;
@@ -60,7 +55,6 @@ mod snapshot;
 mod snapshot_table;
 mod tables;
 mod touched;
-mod transfer;
 mod units;
 mod view;
 mod writer;
@@ -70,6 +64,10 @@ pub use check::{CheckReport, Finding};
 pub use compare::same_content;
 pub use compressed::{compress, decompress};
 pub use create::{NewImage, create, write_into};
+#[cfg(test)]
+use image_files::engine::recorder;
+use image_files::engine::{error, file, transfer};
+
 pub use error::{Context, Error, ErrorKind, Result};
 pub use file::ImageFile;
 pub use header::{Backing, BitmapsPointer, Compression, Encryption, Extension, Header, HeaderSummary};

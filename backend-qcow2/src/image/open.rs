@@ -17,6 +17,10 @@ use super::snapshot_table::{self, Snapshot};
 use super::tables::{self, L1Table, L2Table};
 use super::units::HostOffset;
 
+/// Advice of an error that comes after the first write. The write order has kept the image readable.
+pub(super) const HALF_WAY: &str = "the operation had begun: the image shows what it did before or what it does after it, and clusters \
+     may be leaked; run `domsnap check`, and repair a copy of it with `qemu-img check -r all`";
+
 /// Options for opening an image.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -98,7 +102,7 @@ pub fn probe(path: &Path) -> Result<Option<HeaderSummary>> {
     let file = ImageFile::open(path, false)?;
     match Header::read(&file) {
         Ok((header, _)) => Ok(Some(header.summary())),
-        Err(e) if e.kind() == ErrorKind::NotQcow2 => Ok(None),
+        Err(e) if e.kind() == ErrorKind::WrongFormat => Ok(None),
         Err(e) => Err(e),
     }
 }
@@ -537,7 +541,7 @@ impl Image {
             if ran || wrote {
                 self.state = State::Failed;
             }
-            if wrote { error.after_writes() } else { error }
+            if wrote { error.after_writes(HALF_WAY) } else { error }
         })
     }
 

@@ -3,14 +3,12 @@
 
 use std::fmt;
 
+pub use image_files::engine::HostOffset;
+
 /// Smallest cluster size is 512 bytes (`docs/interop/qcow2.rst`, "Header").
 pub const MIN_CLUSTER_BITS: u32 = 9;
 /// Largest cluster size that QEMU opens is 2 MiB.
 pub const MAX_CLUSTER_BITS: u32 = 21;
-
-/// A byte offset in the image file.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct HostOffset(pub u64);
 
 /// A byte offset in the disk that the guest sees.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -38,14 +36,7 @@ macro_rules! show {
         }
     )*};
 }
-show!(HostOffset: "host", GuestOffset: "guest", ClusterIndex: "cluster", GuestCluster: "guest cluster");
-
-impl HostOffset {
-    /// This offset `bytes` further on; `None` past 2^64.
-    pub fn checked_add(self, bytes: u64) -> Option<Self> {
-        self.0.checked_add(bytes).map(Self)
-    }
-}
+show!(GuestOffset: "guest", ClusterIndex: "cluster", GuestCluster: "guest cluster");
 
 /// The cluster size of an image as a power of two: 9 (512 bytes) to 21 (2 MiB).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

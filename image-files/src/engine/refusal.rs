@@ -1,13 +1,13 @@
-//! Conversion of the image engine's errors to those of the core.
+//! Conversion of image engines' errors to those of the core.
 
 use snapcore::{Error, ErrorKind};
 
-use crate::image;
+use super::error as image;
 
 impl From<image::Error> for Error {
     fn from(error: image::Error) -> Self {
         let kind = match error.kind() {
-            image::ErrorKind::NotQcow2 | image::ErrorKind::Corrupt => ErrorKind::Corrupt,
+            image::ErrorKind::WrongFormat | image::ErrorKind::Corrupt => ErrorKind::Corrupt,
             image::ErrorKind::Unsupported
             | image::ErrorKind::LimitExceeded
             | image::ErrorKind::RefcountOverflow => ErrorKind::Unsupported,

@@ -11,10 +11,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::{Error, Result};
-use super::units::HostOffset;
+use super::offset::HostOffset;
 
 /// Storage below an [`ImageFile`]: a file, or a recorder in tests.
-pub(crate) trait Storage: Send + Sync {
+#[expect(clippy::len_without_is_empty, reason = "a length in bytes, not that of a collection")]
+pub trait Storage: Send + Sync {
     /// Reads up to `buf.len()` bytes; 0 at the end.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
     /// Writes up to `buf.len()` bytes.
@@ -39,7 +40,7 @@ impl Storage for File {
         FileExt::write_at(self, buf, offset)
     }
     fn len(&self) -> io::Result<u64> {
-        image_files::size_of(self)
+        crate::size_of(self)
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
         File::set_len(self, len)
@@ -72,7 +73,8 @@ impl std::fmt::Debug for ImageFile {
 }
 
 impl ImageFile {
-    pub(crate) fn new(storage: Box<dyn Storage>, path: &Path, writable: bool) -> Self {
+    /// Makes an image file of any storage.
+    pub fn new(storage: Box<dyn Storage>, path: &Path, writable: bool) -> Self {
         Self { storage, path: path.to_owned(), writable, writes: AtomicU64::new(0) }
     }
 
@@ -94,7 +96,7 @@ impl ImageFile {
 
     /// Counts the writes that were begun, successful or not. A failing operation compares the number with the
     /// one at its start: if they are equal, the file is unchanged.
-    pub(crate) fn writes(&self) -> u64 {
+    pub fn writes(&self) -> u64 {
         self.writes.load(Ordering::Relaxed)
     }
 

@@ -9,9 +9,12 @@ use super::file::{ImageFile, Storage};
 
 /// One recorded call.
 #[derive(Clone, Debug)]
-pub(crate) enum Event {
+pub enum Event {
+    /// Bytes written at an offset. A hole is a write of zeros.
     Write(u64, Vec<u8>),
+    /// A change of length.
     SetLen(u64),
+    /// Everything before it is durable.
     Flush,
 }
 
@@ -42,38 +45,42 @@ impl Inner {
 
 /// The recorder. Clones are the same file.
 #[derive(Clone, Default)]
-pub(crate) struct Recorder(Arc<Mutex<Inner>>);
+pub struct Recorder(Arc<Mutex<Inner>>);
 
 impl Recorder {
-    pub(crate) fn new(bytes: Vec<u8>) -> Self {
+    /// Makes a file with these bytes and an empty log.
+    pub fn new(bytes: Vec<u8>) -> Self {
         Self(Arc::new(Mutex::new(Inner { bytes, log: Vec::new(), fail_at: None })))
     }
 
-    pub(crate) fn open(&self, writable: bool) -> ImageFile {
-        ImageFile::new(Box::new(self.clone()), Path::new("/memory.qcow2"), writable)
+    /// Opens the file.
+    pub fn open(&self, writable: bool) -> ImageFile {
+        ImageFile::new(Box::new(self.clone()), Path::new("/memory.image"), writable)
     }
 
     /// Makes the write, change of length or flush after `calls` others fail, once.
-    pub(crate) fn fail_after(&self, calls: usize) {
+    pub fn fail_after(&self, calls: usize) {
         self.0.lock().unwrap().fail_at = Some(calls);
     }
 
     /// Returns true if the chosen call has failed.
-    pub(crate) fn has_failed(&self) -> bool {
+    pub fn has_failed(&self) -> bool {
         self.0.lock().unwrap().fail_at.is_none()
     }
 
-    pub(crate) fn bytes(&self) -> Vec<u8> {
+    /// The bytes in the file now.
+    pub fn bytes(&self) -> Vec<u8> {
         self.0.lock().unwrap().bytes.clone()
     }
 
-    pub(crate) fn log(&self) -> Vec<Event> {
+    /// The calls so far.
+    pub fn log(&self) -> Vec<Event> {
         self.0.lock().unwrap().log.clone()
     }
 }
 
 /// Performs a write on bytes.
-pub(crate) fn put(bytes: &mut Vec<u8>, offset: u64, data: &[u8]) {
+pub fn put(bytes: &mut Vec<u8>, offset: u64, data: &[u8]) {
     let at = offset as usize;
     if bytes.len() < at + data.len() {
         bytes.resize(at + data.len(), 0);
@@ -126,4 +133,52 @@ impl Storage for Recorder {
     fn file(&self) -> Option<&File> {
         None
     }
+}
+
+/// A small random generator that gives the same numbers every time.
+pub struct Seeded(pub u64);
+
+impl Seeded {
+    /// The next number.
+    #[expect(clippy::should_implement_trait, reason = "it never ends")]
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+/// Returns the file after a crash before event `at`: everything that was flushed, and of the rest the sectors
+/// that the seed selects.
+pub fn crashed(base: &[u8], log: &[Event], at: usize, seed: u64) -> Vec<u8> {
+    let flushed = log[..at].iter().rposition(|e| matches!(e, Event::Flush)).map_or(0, |n| n + 1);
+    let mut bytes = base.to_vec();
+    let mut random = Seeded(seed | 1);
+    // Three kinds of loss: everything, nothing, and single sectors.
+    for (n, event) in log[..at].iter().enumerate() {
+        match event {
+            Event::Flush => {}
+            Event::SetLen(len) => bytes.resize(*len as usize, 0),
+            Event::Write(offset, data) if n < flushed => put(&mut bytes, *offset, data),
+            Event::Write(offset, data) => {
+                // Sectors of the file, not of the write.
+                let mut from = 0;
+                while from < data.len() {
+                    let sector_end = 512 - ((*offset as usize + from) % 512);
+                    let to = data.len().min(from + sector_end);
+                    let keep = match seed {
+                        0 => false,
+                        1 => true,
+                        _ => random.next() % 8 < seed % 7 + 1,
+                    };
+                    if keep {
+                        put(&mut bytes, offset + from as u64, &data[from..to]);
+                    }
+                    from = to;
+                }
+            }
+        }
+    }
+    bytes
 }

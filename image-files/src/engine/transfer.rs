@@ -9,7 +9,7 @@ use std::io;
 
 use super::error::{Error, Result};
 use super::file::ImageFile;
-use super::units::HostOffset;
+use super::offset::HostOffset;
 
 /// Bytes in one read or write.
 const CHUNK: usize = 1 << 20;
@@ -18,7 +18,7 @@ const JOIN: u64 = 64 << 20;
 
 /// One copy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Copy {
+pub struct Copy {
     /// Source: any number that identifies one file.
     pub source: usize,
     /// Offset in the source.
@@ -31,7 +31,7 @@ pub(super) struct Copy {
 
 /// Joins adjacent copies.
 #[derive(Debug, Default)]
-pub(super) struct Joiner {
+pub struct Joiner {
     pending: Option<Copy>,
 }
 
@@ -58,7 +58,7 @@ impl Joiner {
 
 /// Performs copies, and remembers what the file systems do not support.
 #[derive(Debug, Default)]
-pub(super) struct Copier {
+pub struct Copier {
     buffer: Vec<u8>,
     /// Sources for which the kernel does not copy.
     by_hand: Vec<usize>,

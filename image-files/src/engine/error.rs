@@ -1,4 +1,4 @@
-//! The error type of the image engine.
+//! The error type of an image engine.
 //!
 //! A parser makes an [`Error`] of kind and detail. Code that knows the file adds operation and path with
 //! [`Context::context`]. Strings from images are cut, because any of them may be long.
@@ -8,19 +8,19 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use image_files::LockError;
+use crate::LockError;
 
 /// Kinds of error, as far as a caller may want to decide by them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The file does not start with a qcow2 header.
-    NotQcow2,
+    /// The file has not the format of the engine.
+    WrongFormat,
     /// The image uses something that this engine, or this operation, does not support.
     Unsupported,
     /// The image contradicts itself or the format.
     Corrupt,
-    /// The image's refcounts are marked as out of date (incompatible feature bit 0).
+    /// The image is marked as, or known to be, not up to date: it must be repaired before it is written.
     Dirty,
     /// Another process has the image open.
     Locked,
@@ -64,11 +64,7 @@ struct Inner {
 
 /// Advice of an error that comes before the first write.
 const UNCHANGED: &str = "no changes made; look at the image with `domsnap check`, and work on a copy of it";
-/// Advice of an error that comes after the first write. The write order has kept the image readable.
-const HALF_WAY: &str = "the operation had begun: the image shows what it did before or what it does after it, and clusters \
-     may be leaked; run `domsnap check`, and repair a copy of it with `qemu-img check -r all`";
-
-/// Result type of the engine.
+/// Result type of an engine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
@@ -92,7 +88,7 @@ impl Error {
 
     /// Adds the part of the image that the detail is about.
     #[must_use]
-    pub(crate) fn within(mut self, part: impl fmt::Display) -> Self {
+    pub fn within(mut self, part: impl fmt::Display) -> Self {
         self.0.detail = Cow::Owned(format!("{part}: {}", self.0.detail));
         self
     }
@@ -104,20 +100,19 @@ impl Error {
 
     /// Marks the operation as rolled back, because the image was repaired after the error.
     #[must_use]
-    pub(crate) fn rolled_back(mut self) -> Self {
+    pub fn rolled_back(mut self) -> Self {
         self.0.half_way = false;
-        if self.0.advice.as_deref() == Some(HALF_WAY) || self.0.advice.is_none() {
-            self.0.advice = Some(Cow::Borrowed("the operation was rolled back, and the image is clean"));
-        }
+        self.0.advice = Some(Cow::Borrowed("the operation was rolled back, and the image is clean"));
         self
     }
 
     /// Marks the error as coming after a write, and corrects advice which says that nothing was changed.
+    /// `advice` says in what state the engine's write order has left the image.
     #[must_use]
-    pub(crate) fn after_writes(mut self) -> Self {
+    pub fn after_writes(mut self, advice: &'static str) -> Self {
         self.0.half_way = true;
         if self.0.advice.as_deref() == Some(UNCHANGED) {
-            self.0.advice = Some(Cow::Borrowed(HALF_WAY));
+            self.0.advice = Some(Cow::Borrowed(advice));
         }
         self
     }
@@ -244,7 +239,7 @@ impl From<LockError> for Error {
 }
 
 /// Makes a string from an image fit for a message: printable, and at most 64 characters.
-pub(crate) fn shown(bytes: &[u8]) -> String {
+pub fn shown(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let mut out: String = text.chars().take(64).flat_map(char::escape_debug).collect();
     if text.chars().nth(64).is_some() {
