@@ -1,0 +1,241 @@
+//! The control socket: one JSON document a line in each direction.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `{"do":"info"}` | [`ControlInfo`] |
+//! | `{"do":"flush"}` | `{}` |
+//! | `{"do":"hold","seconds":N}` | `{"hold":NUMBER}`: no request is carried out until `go`, or after N seconds |
+//! | `{"do":"go","hold":NUMBER}` | `{}` |
+//! | `{"do":"swap","image":PATH}` | `{"generation":N}` |
+//! | `{"do":"snapshot","child":PATH,"id":TEXT}` | `{"generation":N}` |
+//! | `{"do":"merge","into":PATH}` | `{"generation":N}` |
+//!
+//! The last three take the number of the caller's hold as `hold`. `swap` and `snapshot` can be repeated: if
+//! the image is served already, nothing happens. An answer is `{"ok":...}` or `{"error":{"kind":...,
+//! "message":...}}`. Only this user and root are answered.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+pub use crate::disk::MAX_HOLD;
+use crate::disk::{Disk, Look};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Format, Layer, Served};
+use crate::sys::peer_of;
+
+/// Bytes of a request.
+const MAX_LINE: u64 = 4 << 10;
+/// Bytes of an answer that [`ask`] accepts.
+const MAX_ANSWER: u64 = 4 << 20;
+/// A connection without a request for so long is closed.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// A request.
+#[derive(Deserialize, Debug)]
+#[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) enum ControlRequest {
+    Info {},
+    Flush {},
+    Hold { seconds: Option<u64> },
+    Go { hold: u64 },
+    Swap { image: Utf8PathBuf, hold: Option<u64> },
+    Snapshot { child: Utf8PathBuf, id: String, hold: Option<u64> },
+    Merge { into: Utf8PathBuf, hold: Option<u64> },
+}
+
+/// The state of a server.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ControlInfo {
+    /// The version of the control protocol: 1.
+    pub version: u32,
+    /// The process of the server.
+    pub pid: u32,
+    /// The path of the image.
+    pub image: Utf8PathBuf,
+    /// Its format.
+    pub format: String,
+    /// The snapshot that is served, if it is not the current state.
+    pub snapshot: Option<String>,
+    /// The files of its chain, the top first.
+    pub layers: Vec<Layer>,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// True if the disk cannot be written.
+    pub read_only: bool,
+    /// Counts the images that were served; 1 is the first.
+    pub generation: u64,
+    /// True while requests are held.
+    pub held: bool,
+    /// The client, if there is one.
+    pub client: Option<ClientInfo>,
+}
+
+/// The program that uses the disk.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+pub struct ClientInfo {
+    /// Its process, if it is known.
+    pub pid: Option<i32>,
+}
+
+/// Answers one connection until it ends.
+pub(crate) fn converse(stream: &UnixStream, disk: &Disk, format: &dyn Format) -> std::io::Result<()> {
+    let peer = peer_of(stream.as_fd())?;
+    let own = rustix::process::geteuid().as_raw();
+    stream.set_read_timeout(Some(IDLE))?;
+    stream.set_write_timeout(Some(IDLE))?;
+    let mut outgoing = stream;
+    if peer.uid != own && peer.uid != 0 {
+        let error = Error::new(ErrorKind::Refused, "the control socket is for its server's user and root");
+        return outgoing.write_all(&line(&answer(Err(error))));
+    }
+    let mut incoming = BufReader::new(stream);
+    loop {
+        let mut request = Vec::new();
+        let read = (&mut incoming).take(MAX_LINE).read_until(b'\n', &mut request)?;
+        if read == 0 {
+            return Ok(());
+        }
+        if request.pop() != Some(b'\n') {
+            // Either it is too long or the connection ended inside of it.
+            let error = Error::new(ErrorKind::Invalid, "a request is one line of at most 4096 bytes");
+            return outgoing.write_all(&line(&answer(Err(error))));
+        }
+        let outcome = parse(&request).and_then(|request| carry_out(request, disk, format));
+        outgoing.write_all(&line(&answer(outcome)))?;
+    }
+}
+
+/// Reads a request.
+pub(crate) fn parse(line: &[u8]) -> Result<ControlRequest> {
+    serde_json::from_slice(line)
+        .map_err(|error| Error::new(ErrorKind::Invalid, format!("not a request: {error}")))
+}
+
+fn carry_out(request: ControlRequest, disk: &Disk, format: &dyn Format) -> Result<Value> {
+    match request {
+        ControlRequest::Info {} => serde_json::to_value(info(disk.look()))
+            .map_err(|error| Error::new(ErrorKind::Invalid, error.to_string())),
+        ControlRequest::Flush {} => disk.flush().map(|()| json!({})),
+        ControlRequest::Hold { seconds } => {
+            let time = seconds.map_or(MAX_HOLD, Duration::from_secs);
+            disk.hold(time).map(|number| json!({ "hold": number }))
+        }
+        ControlRequest::Go { hold } => disk.go(hold).map(|()| json!({})),
+        ControlRequest::Swap { image, hold } => {
+            require_absolute(&image)?;
+            exchange(disk, hold, &image, |_| format.open(&image))
+        }
+        ControlRequest::Snapshot { child, id, hold } => {
+            require_absolute(&child)?;
+            exchange(disk, hold, &child, |current| format.snapshot(current, &child, &id))
+        }
+        ControlRequest::Merge { into, hold } => {
+            require_absolute(&into)?;
+            disk.exchange(hold, |current| format.merge(current, &into))
+                .map(|generation| json!({ "generation": generation }))
+        }
+    }
+}
+
+/// Exchanges the image for `wanted`, unless it is served already.
+fn exchange(
+    disk: &Disk,
+    hold: Option<u64>,
+    wanted: &Utf8Path,
+    open: impl FnOnce(&Served) -> Result<Served>,
+) -> Result<Value> {
+    let look = disk.look();
+    let generation = match is_served(&look.served, wanted) {
+        true => look.generation,
+        false => disk.exchange(hold, open)?,
+    };
+    Ok(json!({ "generation": generation }))
+}
+
+/// Returns true if the file `wanted` is the top layer of what is served. A name may lead to another file by
+/// now, so the file's identity decides.
+fn is_served(served: &Served, wanted: &Utf8Path) -> bool {
+    let found = wanted.metadata().ok().map(|about| (about.dev(), about.ino()));
+    served.layers.first().map(|layer| (layer.device, layer.inode)).is_some_and(|top| found == Some(top))
+}
+
+fn require_absolute(path: &Utf8Path) -> Result<()> {
+    match path.is_absolute() {
+        true => Ok(()),
+        false => Err(Error::new(ErrorKind::Invalid, format!("{path} is not an absolute path"))),
+    }
+}
+
+fn info(look: Look) -> ControlInfo {
+    let Look { served, generation, is_held, client } = look;
+    ControlInfo {
+        version: 1,
+        pid: std::process::id(),
+        size: served.image.size(),
+        read_only: served.image.is_read_only(),
+        image: served.path.clone(),
+        format: served.format.clone(),
+        snapshot: served.snapshot.clone(),
+        layers: served.layers.clone(),
+        generation,
+        held: is_held,
+        client: client.map(|pid| ClientInfo { pid: (pid != 0).then_some(pid) }),
+    }
+}
+
+fn answer(outcome: Result<Value>) -> Value {
+    match outcome {
+        Ok(value) => json!({ "ok": value }),
+        Err(error) => {
+            json!({ "error": { "kind": error.kind(), "message": error.to_string(), "advice": error.advice() } })
+        }
+    }
+}
+
+fn line(value: &Value) -> Vec<u8> {
+    let mut bytes = value.to_string().into_bytes();
+    bytes.push(b'\n');
+    bytes
+}
+
+/// Sends a request to the control socket at `path`, and returns the answer's content. Waits `patience` for
+/// each part of it.
+///
+/// # Errors
+/// The server's error; the system's; [`ErrorKind::Invalid`] for what is no answer.
+pub fn ask(path: &Utf8Path, request: &Value, patience: Duration) -> Result<Value> {
+    let failed = |error| Error::io(format!("cannot ask {path}"), error);
+    let mut stream = UnixStream::connect(path).map_err(failed)?;
+    stream.set_read_timeout(Some(patience)).map_err(failed)?;
+    stream.set_write_timeout(Some(patience)).map_err(failed)?;
+    stream.write_all(&line(request)).map_err(failed)?;
+    let mut bytes = Vec::new();
+    BufReader::new(&stream).take(MAX_ANSWER).read_until(b'\n', &mut bytes).map_err(failed)?;
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    enum Answer {
+        Ok(Value),
+        Error { kind: ErrorKind, message: String, advice: Option<String> },
+    }
+    match serde_json::from_slice(&bytes) {
+        Ok(Answer::Ok(value)) => Ok(value),
+        Ok(Answer::Error { kind, message, advice }) => {
+            let error = Error::new(kind, message);
+            Err(match advice {
+                Some(advice) => error.advise(advice),
+                None => error,
+            })
+        }
+        Err(error) => {
+            Err(Error::new(ErrorKind::Invalid, format!("{path} does not answer as a server: {error}")))
+        }
+    }
+}

@@ -1,0 +1,401 @@
+//! The image that is served at this moment: the requests that use it, holds, and exchanges.
+//!
+//! A request uses the image between two calls, after it was received and before it is answered. A hold lets
+//! no further request begin and waits for those that use the image. It ends by itself after its time, so a
+//! client of the control socket that dies never stops a guest for longer.
+
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Served;
+use crate::option::Export;
+
+/// The longest time for which requests are held.
+pub const MAX_HOLD: Duration = Duration::from_secs(10);
+/// A new client waits so long for the former one, whose connection has just ended.
+const SEAT_WAIT: Duration = Duration::from_secs(2);
+
+/// The disk of a server.
+pub(crate) struct Disk {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    served: Arc<Served>,
+    /// Counts exchanges.
+    generation: u64,
+    /// Requests that use the image.
+    users: usize,
+    hold: Option<Hold>,
+    last_hold: u64,
+    /// An exchange is on its way: no request begins, however long it takes.
+    exchanging: bool,
+    client: Option<Client>,
+}
+
+struct Hold {
+    number: u64,
+    until: Instant,
+}
+
+/// The program that uses the disk.
+struct Client {
+    pid: Option<i32>,
+    stream: UnixStream,
+}
+
+/// The state of the disk, for reports.
+pub(crate) struct Look {
+    pub served: Arc<Served>,
+    pub generation: u64,
+    pub is_held: bool,
+    /// The process of the client, if there is a client; 0 where it is not known.
+    pub client: Option<i32>,
+}
+
+/// The right of one request to use the image.
+pub(crate) struct Use<'a> {
+    disk: &'a Disk,
+    pub served: Arc<Served>,
+}
+
+/// The right of one client to send requests.
+pub(crate) struct Seat<'a>(&'a Disk);
+
+impl Disk {
+    pub(crate) fn new(served: Served) -> Self {
+        let state = State {
+            served: Arc::new(served),
+            generation: 1,
+            users: 0,
+            hold: None,
+            last_hold: 0,
+            exchanging: false,
+            client: None,
+        };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, until: Option<Instant>) -> MutexGuard<'a, State> {
+        match until {
+            None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            Some(until) => {
+                let left = until.saturating_duration_since(Instant::now());
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+            }
+        }
+    }
+
+    /// Begins a request: waits while the disk is held.
+    pub(crate) fn enter(&self) -> Use<'_> {
+        let mut state = self.lock();
+        loop {
+            if state.exchanging {
+                state = self.wait(state, None);
+            } else if let Some(hold) = state.live_hold() {
+                let until = hold.until;
+                state = self.wait(state, Some(until));
+            } else {
+                state.users += 1;
+                return Use { disk: self, served: Arc::clone(&state.served) };
+            }
+        }
+    }
+
+    /// The export as it is now.
+    pub(crate) fn export(&self) -> Export {
+        export_of(&self.lock().served)
+    }
+
+    pub(crate) fn look(&self) -> Look {
+        let mut state = self.lock();
+        Look {
+            is_held: state.live_hold().is_some(),
+            served: Arc::clone(&state.served),
+            generation: state.generation,
+            client: state.client.as_ref().map(|client| client.pid.unwrap_or(0)),
+        }
+    }
+
+    /// Makes a client the one that uses the disk.
+    ///
+    /// # Errors
+    /// The message for the client, if another one uses it.
+    pub(crate) fn admit(
+        &self,
+        pid: Option<i32>,
+        stream: &UnixStream,
+    ) -> std::result::Result<Seat<'_>, String> {
+        let until = Instant::now() + SEAT_WAIT;
+        let mut state = self.lock();
+        while let Some(client) = &state.client {
+            if Instant::now() >= until {
+                let by = client.pid.map_or_else(String::new, |pid| format!(" (process {pid})"));
+                return Err(format!("another client{by} uses this disk; a disk has one client at a time"));
+            }
+            state = self.wait(state, Some(until));
+        }
+        let stream = stream.try_clone().map_err(|error| format!("the server has no resources: {error}"))?;
+        state.client = Some(Client { pid, stream });
+        Ok(Seat(self))
+    }
+
+    /// Disconnects the client, if there is one. A client that reconnects learns the disk's properties anew.
+    pub(crate) fn disconnect(&self) {
+        if let Some(client) = &self.lock().client {
+            let _ = client.stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// Holds all requests, for `time` at most. Returns when none uses the image, with the hold's number.
+    pub(crate) fn hold(&self, time: Duration) -> Result<u64> {
+        let mut state = self.lock();
+        if state.exchanging || state.live_hold().is_some() {
+            return Err(Error::new(ErrorKind::Busy, "the disk is held already"));
+        }
+        state.last_hold += 1;
+        let (number, until) = (state.last_hold, Instant::now() + time.min(MAX_HOLD));
+        state.hold = Some(Hold { number, until });
+        while state.users > 0 {
+            if Instant::now() >= until {
+                state.hold = None;
+                self.changed.notify_all();
+                return Err(Error::new(
+                    ErrorKind::Expired,
+                    "the requests on their way did not end in time; the disk goes on",
+                ));
+            }
+            state = self.wait(state, Some(until));
+        }
+        Ok(number)
+    }
+
+    /// Ends a hold.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Expired`] if it was over before, so that requests have been carried out since.
+    pub(crate) fn go(&self, number: u64) -> Result<()> {
+        let mut state = self.lock();
+        require_hold(&mut state, number)?;
+        state.hold = None;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Makes every acknowledged write durable.
+    pub(crate) fn flush(&self) -> Result<()> {
+        let mut state = self.lock();
+        while state.exchanging {
+            state = self.wait(state, None);
+        }
+        let served = Arc::clone(&state.served);
+        drop(state);
+        flush(&served)
+    }
+
+    /// Replaces the image by the one that `open` returns, while no request uses it. `hold` is the number of
+    /// the caller's own hold, which then goes on.
+    ///
+    /// The order: 1) no request uses the image; 2) all that it acknowledged is durable; 3) `open`; 4) requests
+    /// use the new one. A failure of any leaves the previous image.
+    pub(crate) fn exchange(
+        &self,
+        hold: Option<u64>,
+        open: impl FnOnce(&Served) -> Result<Served>,
+    ) -> Result<u64> {
+        let mut state = self.lock();
+        match hold {
+            Some(number) => require_hold(&mut state, number)?,
+            None if state.live_hold().is_some() => {
+                return Err(Error::new(ErrorKind::Busy, "the disk is held by another caller"));
+            }
+            None => {}
+        }
+        if state.exchanging {
+            return Err(Error::new(ErrorKind::Busy, "another exchange is on its way"));
+        }
+        let until = Instant::now() + MAX_HOLD;
+        state.exchanging = true;
+        let ours = Exchange(self);
+        while state.users > 0 {
+            if Instant::now() >= until {
+                drop(state);
+                return Err(Error::new(
+                    ErrorKind::Expired,
+                    "the requests on their way did not end in time; the disk goes on",
+                ));
+            }
+            state = self.wait(state, Some(until));
+        }
+        let current = Arc::clone(&state.served);
+        drop(state);
+        flush(&current)?;
+        let new = open(&current)?;
+        let has_changed = export_of(&new) != export_of(&current);
+        let mut state = self.lock();
+        state.served = Arc::new(new);
+        state.generation += 1;
+        let generation = state.generation;
+        drop(state);
+        if has_changed {
+            self.disconnect();
+        }
+        drop(ours);
+        Ok(generation)
+    }
+}
+
+/// An exchange on its way; it ends in every case.
+struct Exchange<'a>(&'a Disk);
+
+impl Drop for Exchange<'_> {
+    fn drop(&mut self) {
+        self.0.lock().exchanging = false;
+        self.0.changed.notify_all();
+    }
+}
+
+impl State {
+    /// The hold, if its time is not over. One that is over is forgotten.
+    fn live_hold(&mut self) -> Option<&Hold> {
+        if self.hold.as_ref().is_some_and(|hold| hold.until <= Instant::now()) {
+            self.hold = None;
+        }
+        self.hold.as_ref()
+    }
+}
+
+fn require_hold(state: &mut State, number: u64) -> Result<()> {
+    match state.live_hold() {
+        Some(hold) if hold.number == number => Ok(()),
+        _ => {
+            Err(Error::new(ErrorKind::Expired, format!("hold {number} is over: the disk has gone on since")))
+        }
+    }
+}
+
+fn export_of(served: &Served) -> Export {
+    let image = &served.image;
+    Export { size: image.size(), alignment: image.alignment(), read_only: image.is_read_only() }
+}
+
+fn flush(served: &Served) -> Result<()> {
+    if served.image.is_read_only() {
+        return Ok(());
+    }
+    served.image.flush().map_err(|error| Error::io(format!("cannot flush {}", served.path), error))
+}
+
+impl Use<'_> {
+    pub(crate) fn export(&self) -> Export {
+        export_of(&self.served)
+    }
+}
+
+impl Drop for Use<'_> {
+    fn drop(&mut self) {
+        let mut state = self.disk.lock();
+        state.users -= 1;
+        if state.users == 0 && (state.hold.is_some() || state.exchanging) {
+            self.disk.changed.notify_all();
+        }
+    }
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        self.0.lock().client = None;
+        self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::RawFile;
+
+    fn served(size: u64) -> Served {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        Served {
+            image: Arc::new(RawFile::new(file, size, false)),
+            path: "/x".into(),
+            format: "raw".into(),
+            snapshot: None,
+            layers: Vec::new(),
+        }
+    }
+
+    /// A request that comes during a hold is carried out after it, and the next hold has another number.
+    #[test]
+    fn request_waits_for_the_end_of_a_hold() {
+        let disk = Disk::new(served(512));
+        let number = disk.hold(MAX_HOLD).unwrap();
+        assert_eq!(disk.hold(MAX_HOLD).unwrap_err().kind(), ErrorKind::Busy);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                drop(disk.enter());
+                Instant::now()
+            });
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(!waiting.is_finished());
+            let before = Instant::now();
+            disk.go(number).unwrap();
+            assert!(waiting.join().unwrap() >= before);
+        });
+        assert_eq!(disk.go(number).unwrap_err().kind(), ErrorKind::Expired);
+        assert_ne!(disk.hold(MAX_HOLD).unwrap(), number);
+    }
+
+    /// A hold whose owner died ends by itself; its end is reported to an owner that comes late.
+    #[test]
+    fn hold_ends_after_its_time() {
+        let disk = Disk::new(served(512));
+        let number = disk.hold(Duration::from_millis(50)).unwrap();
+        drop(disk.enter());
+        assert_eq!(disk.go(number).unwrap_err().kind(), ErrorKind::Expired);
+    }
+
+    /// A hold waits for requests that use the image, and gives up after its time.
+    #[test]
+    fn hold_gives_up_when_a_request_does_not_end() {
+        let disk = Disk::new(served(512));
+        let request = disk.enter();
+        assert_eq!(disk.hold(Duration::from_millis(50)).unwrap_err().kind(), ErrorKind::Expired);
+        drop(request);
+        disk.hold(Duration::from_millis(50)).unwrap();
+    }
+
+    /// An exchange inside of a hold leaves the hold, and a failed one leaves the image.
+    #[test]
+    fn exchange_works_inside_its_own_hold_alone() {
+        let disk = Disk::new(served(512));
+        let number = disk.hold(MAX_HOLD).unwrap();
+        assert_eq!(disk.exchange(None, |_| Ok(served(1024))).unwrap_err().kind(), ErrorKind::Busy);
+        let failed = disk.exchange(Some(number), |_| Err(Error::new(ErrorKind::Refused, "no")));
+        assert_eq!(failed.unwrap_err().kind(), ErrorKind::Refused);
+        assert_eq!(disk.export().size, 512);
+        assert_eq!(disk.exchange(Some(number), |_| Ok(served(1024))).unwrap(), 2);
+        assert!(disk.look().is_held);
+        disk.go(number).unwrap();
+        assert_eq!(disk.enter().export().size, 1024);
+    }
+
+    /// The second client is refused with the first one's process, and admitted when that is gone.
+    #[test]
+    fn second_client_is_refused() {
+        let disk = Disk::new(served(512));
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let seat = disk.admit(Some(17), &stream).unwrap();
+        assert!(disk.admit(Some(18), &stream).err().unwrap().contains("process 17"));
+        drop(seat);
+        disk.admit(Some(18), &stream).unwrap();
+    }
+}
