@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::backing_string::{backing_string, resolve_backing};
 use crate::image::{Image, OpenOptions};
 use crate::layers::file_of;
+use crate::tags::present;
 
 /// Performs `action` through the hypervisor if it has the images open (`open`). Returns `false` if the step
 /// must be done like at rest.
@@ -75,7 +76,11 @@ pub(crate) async fn apply(
             Ok(true)
         }
         ChainStep::DropInternal { layer, tags } if is_open(layer)? && same_file(&file(layer)?, path)? => {
-            disk.drop_internal(tags).await?;
+            let file = file(layer)?;
+            let image = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;
+            let names: Vec<String> = present(&image, tags)?.into_iter().map(str::to_owned).collect();
+            drop(image);
+            disk.drop_internal(&names).await?;
             Ok(true)
         }
         ChainStep::Repoint { child, to } if is_open(child)? => {

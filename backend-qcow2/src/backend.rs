@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::chain::{self, ChainStep};
+use image_files::chain::{self, ChainStep, Tag};
 use image_files::layer_name::{disk_name, layer_path};
 use image_files::{DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, names, open_files};
 use snapcore::{
@@ -22,6 +22,7 @@ use crate::image::{self, Image, OpenOptions};
 use crate::layers::{self, Limits};
 use crate::preflight;
 use crate::steps::StepRunner;
+use crate::tags;
 
 /// Default limit of a chain's depth.
 pub const DEFAULT_MAX_DEPTH: u32 = 200;
@@ -148,7 +149,7 @@ impl DiskSnapshotter for Qcow2 {
                 "{}: the internal snapshots {} stay in layer {layer}, and the domain has them no more: `domsnap check` tells \
                  of the image, `domsnap import --replace` brings them back",
                 disk.disk.target,
-                tags.join(", ")
+                Tag::names(tags)
             )),
             _ => Leftover::PlannedAnew,
         }
@@ -262,7 +263,7 @@ impl DiskSnapshotter for Qcow2 {
     async fn identify(&self, disk: &DiskRecord, point: &Point) -> Result<Option<TagIdentity>> {
         let (disk, point) = (disk.clone(), point.clone());
         blocking(move || match &point.tag {
-            Some(tag) => layers::identify(&disk, &point.layer, tag),
+            Some(tag) => tags::identify(&disk, &point.layer, tag),
             None => Ok(None),
         })
         .await
@@ -444,7 +445,7 @@ fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState, punch: bool) -> Result<De
                 let punched = punch && !(state.attached && *layer == state.active);
                 if let Some(layer) = state.layer(layer).filter(|_| punched) {
                     let image = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked())?;
-                    let tags: Vec<&str> = tags.iter().map(String::as_str).collect();
+                    let tags: Vec<&str> = tags.iter().map(|tag| tag.name.as_str()).collect();
                     cost.frees = cost.frees.saturating_add(image.freed_by_deleting(&tags)?);
                 }
             }

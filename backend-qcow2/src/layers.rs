@@ -11,12 +11,13 @@ use image_files::size_at;
 use jiff::Timestamp;
 use snapcore::{
     ChainFile, Disk, DiskRecord, DiskState, Error, ErrorKind, InspectDepth, InternalPoint, Layer, LayerName,
-    Result, TagIdentity, shell_command,
+    Result, shell_command,
 };
 
 use crate::backing_string::resolve_backing;
 use crate::dependents;
 use crate::image::{self, Backing, Image, OpenOptions};
+use crate::tags::identity_of;
 use image_files::{FileIds, look_at_path, refused_link};
 
 /// Assumed number of foreign layers in a chain, for the check if it may be near its limit.
@@ -356,27 +357,6 @@ pub(crate) fn internal_points(image: &Image) -> Result<Vec<InternalPoint>> {
         identity: Some(identity_of(snapshot)),
     });
     Ok(points.collect())
-}
-
-fn identity_of(snapshot: &image::Snapshot) -> TagIdentity {
-    TagIdentity {
-        id: snapshot.id().into_owned(),
-        seconds: snapshot.date_seconds,
-        nanoseconds: snapshot.date_nanoseconds,
-        vm_clock: snapshot.vm_clock_ns,
-    }
-}
-
-/// Returns the identity of the internal snapshot `tag` of `layer`, to distinguish it from others of its name;
-/// `None` if it is missing or duplicate.
-pub(crate) fn identify(record: &DiskRecord, layer: &LayerName, tag: &str) -> Result<Option<TagIdentity>> {
-    let file = file_of(record, layer)?;
-    let image = Image::open(file.as_std_path(), &OpenOptions::read_only().unlocked())?;
-    let mut same = image.snapshots()?.iter().filter(|snapshot| snapshot.name() == tag);
-    match (same.next(), same.next()) {
-        (Some(only), None) => Ok(Some(identity_of(only))),
-        _ => Ok(None),
-    }
 }
 
 /// Returns a layer name for an active image that is not in the catalogue. It is the name that the image had

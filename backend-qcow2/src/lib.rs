@@ -16,6 +16,7 @@ mod layers;
 mod preflight;
 mod salvage;
 mod steps;
+mod tags;
 
 use std::sync::Arc;
 

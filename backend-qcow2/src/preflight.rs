@@ -4,7 +4,7 @@
 //! before they write, because a recovery repeats them without a plan.
 
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::chain::ChainStep;
+use image_files::chain::{ChainStep, Tag};
 use snapcore::{
     DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, LayerName, PlannedStep,
     Result,
@@ -74,7 +74,7 @@ impl Preflight<'_> {
                         image.require_plain_data()?;
                         // Reads the tables that the copy will read. An earlier step of the same plan may
                         // create the tag.
-                        if let Some(snapshot) = image.find_snapshot(tag)? {
+                        if let Some(snapshot) = image.find_snapshot(&tag.name)? {
                             image::visible_bytes(vec![image::RunLayer::snapshot(&image, snapshot)?])?;
                         }
                         Ok(())
@@ -95,7 +95,7 @@ impl Preflight<'_> {
                 if self.is_open(layer) {
                     self.require_reopening(&image)?;
                 }
-                Ok(image.could_apply(tag)?)
+                Ok(image.could_apply(&tag.name)?)
             }
             ChainStep::Merge { run, into, .. } => self.merge(run, into),
             ChainStep::Repoint { child, .. } if self.is_open(child) => self.writable(child).map(|_| ()),
@@ -253,11 +253,11 @@ impl Preflight<'_> {
     }
 
     /// Lists the snapshots that cannot be deleted, because their tables are inconsistent.
-    fn damaged(&self, layer: &LayerName, tags: &[String], force: bool) -> Result<Vec<String>> {
+    fn damaged(&self, layer: &LayerName, tags: &[Tag], force: bool) -> Result<Vec<String>> {
         let image = self.writable(layer)?;
-        let known = |tag: &&String| image.find_snapshot(tag).is_ok_and(|found| found.is_some());
+        let known = |tag: &&str| image.find_snapshot(tag).is_ok_and(|found| found.is_some());
         // An earlier step of the same plan creates some of the tags.
-        let tags: Vec<&str> = tags.iter().filter(known).map(String::as_str).collect();
+        let tags: Vec<&str> = tags.iter().map(|tag| tag.name.as_str()).filter(known).collect();
         if tags.is_empty() {
             return Ok(Vec::new());
         }
@@ -325,18 +325,19 @@ impl Preflight<'_> {
              `qemu-img check -r leaks {file}` is run while the domain is off",
             damaged.join(", ")
         ));
-        let whole: Vec<String> = tags.into_iter().filter(|tag| !damaged.contains(tag)).collect();
+        let (to_forget, whole): (Vec<Tag>, Vec<Tag>) =
+            tags.into_iter().partition(|tag| damaged.contains(&tag.name));
         let mut forget = planned.clone();
         forget.step.summary = format!("forget {} inside {layer}", damaged.join(", "));
         // A hypervisor that deletes a damaged snapshot would follow its tables. So its image is closed
         // meanwhile.
         forget.window = open;
-        forget.step.action = ChainStep::ForgetInternal { layer: layer.clone(), tags: damaged };
+        forget.step.action = ChainStep::ForgetInternal { layer: layer.clone(), tags: to_forget };
         if whole.is_empty() {
             return Ok(vec![forget]);
         }
         forget.edits.clear();
-        planned.step.summary = format!("delete {} inside {layer}", whole.join(", "));
+        planned.step.summary = format!("delete {} inside {layer}", Tag::names(&whole));
         planned.step.action = ChainStep::DropInternal { layer, tags: whole };
         Ok(vec![forget, planned])
     }

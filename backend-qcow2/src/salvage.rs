@@ -19,13 +19,14 @@
 //!
 //! Whether anything was written is read from the images, by comparison with what the steps had made.
 
-use image_files::chain::ChainStep;
+use image_files::chain::{ChainStep, Tag};
 use image_files::{RESCUED, kept_layer_message, kept_overlay_message, names};
 use snapcore::{Edit, LayerName, Result, Salvage, shell_command};
 
 use crate::image::{self, RunLayer};
 use crate::layers::file_of;
 use crate::steps::StepRunner;
+use crate::tags::has_tag;
 
 impl StepRunner<'_> {
     /// Returns true if `step`, which is done, must be repeated, because the steps after it would lose what
@@ -74,11 +75,11 @@ impl StepRunner<'_> {
                 _ => Ok(Salvage::Nothing),
             },
             ChainStep::ApplyInternal { layer, tag, safety: Some(safety) } => {
-                if !self.has_tag(layer, safety)? {
+                if !self.has_tag(layer, &Tag::new(safety))? {
                     return Ok(Salvage::Nothing);
                 }
                 let image = self.reading(layer)?;
-                if image.snapshot_matches_active(tag)? || image.snapshot_matches_active(safety)? {
+                if image.snapshot_matches_active(&tag.name)? || image.snapshot_matches_active(safety)? {
                     return Ok(Salvage::Nothing);
                 }
                 let stem = safety.strip_prefix(".domsnap-undo-").unwrap_or(safety);
@@ -87,10 +88,11 @@ impl StepRunner<'_> {
             // Before the step was done, the state there was not needed. Since then only the domain can have
             // changed it.
             ChainStep::ApplyInternal { layer, tag, safety: None } => {
-                if !done || !self.has_tag(layer, tag)? || self.reading(layer)?.snapshot_matches_active(tag)? {
+                let unchanged = |image: image::Image| image.snapshot_matches_active(&tag.name);
+                if !done || !self.has_tag(layer, tag)? || unchanged(self.reading(layer)?)? {
                     return Ok(Salvage::Nothing);
                 }
-                self.keep_as_tag(layer, tag)
+                self.keep_as_tag(layer, &tag.name)
             }
             ChainStep::NameLayer { .. }
             | ChainStep::TakeInternal { .. }
@@ -112,10 +114,10 @@ impl StepRunner<'_> {
     }
 
     /// Returns true if `copy` is still the same as what was copied out of `from`.
-    fn is_copy_of(&self, copy: &LayerName, from: &LayerName, tag: &str) -> Result<bool> {
+    fn is_copy_of(&self, copy: &LayerName, from: &LayerName, tag: &Tag) -> Result<bool> {
         let (copy, source) = (self.reading(copy)?, self.reading(from)?);
-        let Some(snapshot) = source.find_snapshot(tag)? else { return Ok(false) };
-        if !copy.snapshots()?.is_empty() {
+        let Some(snapshot) = source.find_snapshot(&tag.name)? else { return Ok(false) };
+        if !has_tag(&source, tag)? || !copy.snapshots()?.is_empty() {
             return Ok(false);
         }
         let backed = source.header().backing.is_some();

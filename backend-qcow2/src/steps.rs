@@ -14,7 +14,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::chain::ChainStep;
+use image_files::chain::{ChainStep, Tag};
 use image_files::{FileSteps, ImageLocks, names};
 use jiff::Timestamp;
 use snapcore::{Error, ErrorKind, LayerName, Progress, Result, StepStatus};
@@ -24,6 +24,7 @@ use crate::backing_string::{backing_string, resolve_backing};
 use crate::below::Below;
 use crate::image::{self, Backing, Image, NewImage, NewSnapshot, OpenOptions, RunLayer};
 use crate::layers::file_of;
+use crate::tags::{has_tag, present, require_tag};
 
 /// The context of a step.
 pub(crate) struct StepRunner<'a> {
@@ -78,11 +79,12 @@ impl StepRunner<'_> {
                 }
                 names::flush_directory_of(&file)
             }
-            ChainStep::TakeInternal { layer, tag } => self.drop_tags(layer, std::slice::from_ref(tag), false),
+            ChainStep::TakeInternal { layer, tag } => self.drop_tags(layer, &[Tag::new(tag)], false),
             ChainStep::SwitchActive { from, to } => self.files.undo_switch(from, to),
             ChainStep::ApplyInternal { layer, safety: Some(safety), .. } => {
-                match self.has_tag(layer, safety)? {
-                    true => self.apply_tag(layer, safety),
+                let safety = Tag::new(safety);
+                match self.has_tag(layer, &safety)? {
+                    true => self.apply_tag(layer, &safety),
                     false => Ok(()), // The copy comes first, so the apply never began.
                 }
             }
@@ -115,11 +117,11 @@ impl StepRunner<'_> {
                 }
                 self.is_made_by(step)?
             }
-            ChainStep::TakeInternal { layer, tag } => self.has_tag(layer, tag)?,
+            ChainStep::TakeInternal { layer, tag } => self.has_tag(layer, &Tag::new(tag))?,
             ChainStep::SwitchActive { to, .. } => names::same_file(path, &self.files.file(to))?,
             ChainStep::ApplyInternal { layer, tag, .. } => {
                 let image = self.reading(layer)?;
-                image.find_snapshot(tag)?.is_some() && image.snapshot_matches_active(tag)?
+                has_tag(&image, tag)? && image.snapshot_matches_active(&tag.name)?
             }
             ChainStep::DropInternal { layer, tags } | ChainStep::ForgetInternal { layer, tags } => {
                 let mut left = 0;
@@ -176,8 +178,8 @@ impl StepRunner<'_> {
         Ok(Image::open(file.as_std_path(), &options)?)
     }
 
-    pub(crate) fn has_tag(&self, layer: &LayerName, tag: &str) -> Result<bool> {
-        Ok(self.reading(layer)?.find_snapshot(tag)?.is_some())
+    pub(crate) fn has_tag(&self, layer: &LayerName, tag: &Tag) -> Result<bool> {
+        has_tag(&self.reading(layer)?, tag)
     }
 
     /// Returns true if the file of a new layer is the one that `step` makes, and not another file of the same
@@ -235,13 +237,14 @@ impl StepRunner<'_> {
         self.files.lock(&file)
     }
 
-    fn materialise(&self, from: &LayerName, tag: &str, layer: &LayerName) -> Result<()> {
+    fn materialise(&self, from: &LayerName, tag: &Tag, layer: &LayerName) -> Result<()> {
         let file = self.files.file(layer);
         let unfinished = names::unfinished_name(&file);
         names::remove_name(&unfinished)?;
         let source = file_of(self.files.record, from)?;
         let image = Image::open(source.as_std_path(), &OpenOptions::read_only().unlocked())?;
-        self.moving(|moving| image::materialise(&image, tag, unfinished.as_std_path(), moving))?;
+        require_tag(&image, &source, tag)?;
+        self.moving(|moving| image::materialise(&image, &tag.name, unfinished.as_std_path(), moving))?;
         publish(&unfinished, &file, None)?;
         self.files.lock(&file)
     }
@@ -257,34 +260,38 @@ impl StepRunner<'_> {
         Ok(())
     }
 
-    fn apply_tag(&self, layer: &LayerName, tag: &str) -> Result<()> {
-        self.files.refuse_open(&file_of(self.files.record, layer)?)?;
-        if self.reading(layer)?.snapshot_matches_active(tag)? {
+    fn apply_tag(&self, layer: &LayerName, tag: &Tag) -> Result<()> {
+        let file = file_of(self.files.record, layer)?;
+        self.files.refuse_open(&file)?;
+        let image = self.reading(layer)?;
+        require_tag(&image, &file, tag)?;
+        if image.snapshot_matches_active(&tag.name)? {
             self.mend(layer);
             return Ok(());
         }
-        self.writing(layer)?.apply_snapshot(tag)?;
+        let mut image = self.writing(layer)?;
+        // Asked once more of what is written: the first answer was read without a lock.
+        require_tag(&image, &file, tag)?;
+        image.apply_snapshot(&tag.name)?;
+        drop(image);
         self.mend_if_resumed(layer)
     }
 
-    /// Deletes tags. With `forget`, what they refer to is not freed.
-    fn drop_tags(&self, layer: &LayerName, tags: &[String], forget: bool) -> Result<()> {
-        let image = self.reading(layer)?;
-        let mut present = Vec::new();
-        for tag in tags {
-            if image.find_snapshot(tag)?.is_some() {
-                present.push(tag.as_str());
-            }
+    /// Deletes tags. With `forget`, what they refer to is not freed. A tag that another program has deleted
+    /// is done; one that it made in its place is not ours to delete.
+    fn drop_tags(&self, layer: &LayerName, tags: &[Tag], forget: bool) -> Result<()> {
+        if present(&self.reading(layer)?, tags)?.is_empty() {
+            self.mend(layer);
+            return Ok(());
         }
-        match (present.is_empty(), forget) {
-            (true, _) => self.mend(layer),
-            (false, false) => {
-                self.writing(layer)?.delete_snapshots(&present)?;
-                self.mend_if_resumed(layer)?;
-            }
-            (false, true) => drop(self.writing(layer)?.forget_snapshots(&present)?),
+        let mut image = self.writing(layer)?;
+        let present = present(&image, tags)?;
+        match forget {
+            false => drop(image.delete_snapshots(&present)?),
+            true => drop(image.forget_snapshots(&present)?),
         }
-        Ok(())
+        drop(image);
+        if !forget { self.mend_if_resumed(layer) } else { Ok(()) }
     }
 
     /// Frees what a crash or a failed call may have left of a step that is done, or was never begun: leaked

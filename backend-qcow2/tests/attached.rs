@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use backend_qcow2::Qcow2;
 use backend_qcow2::image::{self, Backing, Image, NewImage, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
-use image_files::chain::ChainStep;
+use image_files::chain::{ChainStep, Tag};
 use image_files::layer_name::{layer_name, layer_path};
 use image_files::{LockMode, lock};
 use judge::{clean, content, io, run, snapshot_names};
@@ -278,7 +278,7 @@ async fn open_images_are_only_used_when_detached() {
     let before = std::fs::read(house.path()).unwrap();
     for action in [
         take(&active, "t"),
-        ChainStep::ApplyInternal { layer: active.clone(), tag: "t".to_owned(), safety: None },
+        ChainStep::ApplyInternal { layer: active.clone(), tag: Tag::new("t"), safety: None },
     ] {
         let error = house.apply(action).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy);
@@ -447,7 +447,7 @@ async fn unnamed_active_image_merges_by_configured_path() {
     let asked = house.qemu.the_merge();
     assert_eq!((asked.run, asked.into), (vec![file, house.path().to_owned()], house.path().to_owned()));
     house.apply(ChainStep::Repoint { child: active.clone(), to: below }).await.unwrap();
-    house.apply(ChainStep::DropInternal { layer: active, tags: vec!["t".to_owned()] }).await.unwrap();
+    house.apply(ChainStep::DropInternal { layer: active, tags: vec![Tag::new("t")] }).await.unwrap();
     assert_eq!(*held(&house.qemu.dropped), ["t"]);
 }
 
@@ -612,7 +612,7 @@ async fn hypervisor_only_deletes_tags_of_the_active_image() {
         let mut image = Image::open(house.file(layer).as_std_path(), &options).unwrap();
         image.create_snapshot(&NewSnapshot::new("t", 1, 0)).unwrap();
     }
-    let drop_of = |n: usize| ChainStep::DropInternal { layer: layers[n].clone(), tags: vec!["t".to_owned()] };
+    let drop_of = |n: usize| ChainStep::DropInternal { layer: layers[n].clone(), tags: vec![Tag::new("t")] };
     house.start().await;
     house.apply(drop_of(1)).await.unwrap();
     assert_eq!(*held(&house.qemu.dropped), ["t"]);

@@ -317,7 +317,7 @@ impl Machine {
             ChainStep::Materialise { from, tag, layer } => {
                 let source = &self.images[&from];
                 let image = Image {
-                    own: source.tags[&tag].clone(),
+                    own: source.tags[&tag.name].clone(),
                     backing: source.backing.clone(),
                     named: true,
                     ..Image::default()
@@ -342,11 +342,11 @@ impl Machine {
                 if let Some(safety) = safety {
                     assert_eq!(image.tags[&safety], image.own, "the safety tag is not what an undo needs");
                 }
-                image.own = image.tags[&tag].clone();
+                image.own = image.tags[&tag.name].clone();
             }
             ChainStep::DropInternal { layer, tags } => {
                 for tag in tags {
-                    assert!(self.images.get_mut(&layer).unwrap().tags.remove(&tag).is_some());
+                    assert!(self.images.get_mut(&layer).unwrap().tags.remove(&tag.name).is_some());
                 }
             }
             ChainStep::ForgetInternal { .. } => panic!("no request of this model forces anything"),

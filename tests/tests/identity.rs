@@ -549,6 +549,50 @@ mod killed_anywhere {
         verify::every_image_after_crash(domain, &list, &domain.model, memo)
     }
 
+    /// Deletes the internal snapshot `s1` of the disk, if it is there, and makes another of that name with
+    /// other data, as any tool can. The active state stays as it is.
+    fn replace_tag(image: &Path, theirs: &[u8]) -> Result<()> {
+        let tag = |flag: &str, name: &str| {
+            qemu::img(&["snapshot".as_ref(), flag.as_ref(), name.as_ref(), image.as_os_str()])
+        };
+        tag("-c", "present")?;
+        qemu::write(image, &[qemu::Write { offset: 0, length: theirs.len() as u64, byte: Some(theirs[0]) }])?;
+        if qemu::img(&["snapshot".as_ref(), "-l".as_ref(), image.as_os_str()])?.contains(" s1 ") {
+            tag("-d", "s1")?;
+        }
+        tag("-c", "s1")?;
+        tag("-a", "present")?;
+        tag("-d", "present").map(drop)
+    }
+
+    /// A tag that another program replaced after the crash is neither applied nor deleted by the recovery.
+    #[test]
+    fn replaced_tag_is_left_alone_by_recovery() -> Result<()> {
+        let mut domain = Domain::new(&Shape::disks(1))?;
+        domain.write_everywhere()?;
+        domain.create("s1", "internal")?;
+        domain.write_everywhere()?;
+        let image = domain.path("vda");
+        let states = [qemu::read(&image, None)?, qemu::read(&image, Some("s1"))?];
+        let theirs = vec![0xA7; 1 << 20];
+        let kept = tempfile::tempdir()?;
+        let kept = kept.path().join("kept");
+        domain.save_to(&kept)?;
+        for words in [["delete", NAME, "s1"], ["revert", NAME, "s1"]] {
+            domain.restore_from(&kept)?;
+            everywhere(&domain, &words, |domain| {
+                replace_tag(&image, &theirs)?;
+                let outcome = domain.domsnap().run(&["recover"])?;
+                let found = qemu::read(&image, Some("s1"))?;
+                ensure!(found.starts_with(&theirs), "{words:?}: their snapshot is gone: {outcome}");
+                ensure!(states.contains(&qemu::read(&image, None)?), "{words:?}: another state: {outcome}");
+                // The domain is not locked by it.
+                domain.domsnap().done(&["create", NAME, "next", "--external"]).map(drop)
+            })?;
+        }
+        Ok(())
+    }
+
     /// An import over an older catalogue can be given again.
     #[test]
     fn import_over_an_older_catalogue_repeats() -> Result<()> {

@@ -1,9 +1,40 @@
 //! The actions of a chain of files, and the effects of each on files.
 
 use serde::{Deserialize, Serialize};
-use snapcore::{DiskRecord, FileUses, LayerName};
+use snapcore::{DiskRecord, FileUses, InternalPoint, LayerName, TagIdentity};
 
 use crate::layer_name::layer_path;
+
+/// An internal snapshot that a step works on.
+///
+/// The identity is kept in the journal, because a recovery may come days later: another program may have
+/// deleted the snapshot meanwhile, and have made another of the same name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Tag {
+    /// Its name in the image's snapshot table.
+    pub name: String,
+    /// Its identity when the step was planned. Absent if an earlier step of the same plan creates it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<TagIdentity>,
+}
+
+impl Tag {
+    /// An internal snapshot that the same plan creates.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), identity: None }
+    }
+
+    /// Joins the names of several.
+    pub fn names(tags: &[Self]) -> String {
+        tags.iter().map(|tag| tag.name.as_str()).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl From<&InternalPoint> for Tag {
+    fn from(found: &InternalPoint) -> Self {
+        Self { name: found.tag.clone(), identity: found.identity.clone() }
+    }
+}
 
 /// The action of one step on a chain of files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -29,8 +60,8 @@ pub enum ChainStep {
     Materialise {
         /// The layer that contains the snapshot.
         from: LayerName,
-        /// The snapshot's tag.
-        tag: String,
+        /// The snapshot.
+        tag: Tag,
         /// The new layer.
         layer: LayerName,
     },
@@ -52,8 +83,8 @@ pub enum ChainStep {
     ApplyInternal {
         /// The layer.
         layer: LayerName,
-        /// The snapshot's tag.
-        tag: String,
+        /// The snapshot.
+        tag: Tag,
         /// An internal snapshot of the previous state, which an undo applies.
         safety: Option<String>,
     },
@@ -61,15 +92,15 @@ pub enum ChainStep {
     DropInternal {
         /// The layer.
         layer: LayerName,
-        /// Their tags.
-        tags: Vec<String>,
+        /// The snapshots.
+        tags: Vec<Tag>,
     },
     /// Removes damaged internal snapshots of a layer from its table, and leaves what they refer to allocated.
     ForgetInternal {
         /// The layer.
         layer: LayerName,
-        /// Their tags.
-        tags: Vec<String>,
+        /// The snapshots.
+        tags: Vec<Tag>,
     },
     /// Makes one layer of a run show what the run's top shows. Its backing file becomes that of the run's
     /// bottom.

@@ -3,7 +3,7 @@
 use camino::Utf8Path;
 use snapcore::{ActivePath, Edit, Group, LayerName, Point, Result, shown_size};
 
-use super::{ChainStep, Planner, VisibleBytes, neighbours};
+use super::{ChainStep, Planner, Tag, VisibleBytes, neighbours};
 use crate::layer_name::layer_path;
 
 impl Planner<'_> {
@@ -43,27 +43,23 @@ impl Planner<'_> {
                 let point = Point::internal(layer.name.clone(), tag);
                 drop.contains(&point) && !keep.contains(&point)
             };
-            let tags: Vec<String> = layer
-                .internal
-                .iter()
-                .map(|internal| internal.tag.clone())
-                .filter(|tag| dropped(tag))
-                .collect();
+            let tags: Vec<Tag> =
+                layer.internal.iter().filter(|internal| dropped(&internal.tag)).map(Tag::from).collect();
             if tags.is_empty() {
                 continue;
             }
             let name = layer.name.clone();
-            let words = format!("delete {} inside {name}", tags.join(", "));
+            let words = format!("delete {} inside {name}", Tag::names(&tags));
             if name == self.active && self.is_attached() {
                 self.plan.notes.push(format!(
                     "{}: the space of {} stays in {}, for what the guest writes next: QEMU gives it back to the file system \
                      where the disk has discard=unmap",
                     self.target,
-                    tags.join(", "),
+                    Tag::names(&tags),
                     layer.file
                 ));
             }
-            self.layers[index].internal.retain(|internal| !tags.contains(&internal.tag));
+            self.layers[index].internal.retain(|internal| !tags.iter().any(|tag| tag.name == internal.tag));
             // A hypervisor can delete tags in the image that it writes, but not in one that it has open
             // read-only.
             let window = name != self.active && self.open.contains(&name);
@@ -107,17 +103,17 @@ impl Planner<'_> {
     /// Applies a tag to each layer that is only kept for its tags and no longer needs a state of its own.
     /// That frees what a deleted point occupied.
     fn empty_carriers(&mut self, drop: &[Point], keep: &[Point]) {
-        let carriers: Vec<(LayerName, String)> = self
+        let carriers: Vec<(LayerName, Tag)> = self
             .layers
             .iter()
             .filter(|layer| {
                 drop.contains(&Point::external(layer.name.clone())) && self.made_here(&layer.name)
             })
             .filter(|layer| !self.needed(layer, keep) && self.children(&layer.name).is_empty())
-            .filter_map(|layer| Some((layer.name.clone(), layer.internal.last()?.tag.clone())))
+            .filter_map(|layer| Some((layer.name.clone(), layer.internal.last()?.into())))
             .collect();
         for (layer, tag) in carriers {
-            self.apply_internal(Group::Finish, &layer, &tag, None);
+            self.apply_internal(Group::Finish, &layer, tag, None);
         }
     }
 

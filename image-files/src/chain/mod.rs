@@ -17,7 +17,7 @@ use snapcore::{
     Layer, LayerName, PlannedStep, Point, Result, Step, Target,
 };
 
-pub use self::action::{ChainStep, room_of_overlay, uses};
+pub use self::action::{ChainStep, Tag, room_of_overlay, uses};
 pub use self::neighbours::rebase;
 use crate::layer_name::{is_layer_name, layer_path};
 
@@ -151,9 +151,9 @@ impl Planner<'_> {
         self.push(group, step, &format!("create internal snapshot {tag} in {layer}"), 0);
     }
 
-    fn apply_internal(&mut self, group: Group, layer: &LayerName, tag: &str, safety: Option<String>) {
-        let step = ChainStep::ApplyInternal { layer: layer.clone(), tag: tag.to_owned(), safety };
-        self.push(group, step, &format!("restore internal snapshot {tag} in {layer}"), 0);
+    fn apply_internal(&mut self, group: Group, layer: &LayerName, tag: Tag, safety: Option<String>) {
+        let words = format!("restore internal snapshot {} in {layer}", tag.name);
+        self.push(group, ChainStep::ApplyInternal { layer: layer.clone(), tag, safety }, &words, 0);
     }
 
     fn switch(&mut self, group: Group, to: &LayerName) {

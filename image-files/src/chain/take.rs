@@ -5,7 +5,7 @@ use snapcore::{
     shown_size,
 };
 
-use super::{ChainStep, Planner};
+use super::{ChainStep, Planner, Tag};
 use crate::layer_name::{layer_name, layer_path};
 
 impl Planner<'_> {
@@ -73,7 +73,7 @@ impl Planner<'_> {
             )
             .advise("another tool removed it; delete the snapshot from the catalogue"));
         };
-        let size = found.virtual_size;
+        let (size, found) = (found.virtual_size, Tag::from(found));
         // Applying a tag changes the layer's own state, so that state must not be needed.
         let in_place = holder.owned
             && holder.dependents.is_empty()
@@ -94,20 +94,20 @@ impl Planner<'_> {
                     // Begins with a dot, so it can never be a snapshot's name.
                     let tag = format!(".domsnap-undo-{stamp:08x}");
                     self.take_internal(before, &active, &tag);
-                    let drop = ChainStep::DropInternal { layer: active.clone(), tags: vec![tag.clone()] };
+                    let drop = ChainStep::DropInternal { layer: active.clone(), tags: vec![Tag::new(&tag)] };
                     self.push(Group::Finish, drop, "drop the safety copy of the former state", 0);
                     Some(tag)
                 }
                 None => None,
             };
             self.plan.irrevocable = safety.is_none();
-            self.apply_internal(Group::Cut, &active, tag, safety);
+            self.apply_internal(Group::Cut, &active, found, safety);
             return Ok(());
         }
         self.name_active();
         if in_place {
             // This layer's own state is not needed, so an undo has nothing to restore.
-            self.apply_internal(Group::Prepare, &holder.name, tag, None);
+            self.apply_internal(Group::Prepare, &holder.name, found, None);
             self.leave(&holder.name, save, keep);
             return Ok(());
         }
@@ -118,7 +118,7 @@ impl Planner<'_> {
             holder.file,
             shown_size(bytes)
         ));
-        let step = ChainStep::Materialise { from: holder.name.clone(), tag: tag.clone(), layer: new.clone() };
+        let step = ChainStep::Materialise { from: holder.name.clone(), tag: found, layer: new.clone() };
         self.push(Group::Prepare, step, &format!("copy {tag} out of {} into {new}", holder.name), bytes);
         self.plan.commit.push(Edit::AddLayer { target: self.target.clone(), layer: new.clone() });
         self.layers.push(Layer {
