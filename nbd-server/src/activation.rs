@@ -1,4 +1,5 @@
-//! Sockets that systemd passes (`sd_listen_fds(3)`), and the report that the server is ready (`sd_notify(3)`).
+//! Sockets that systemd passes (`sd_listen_fds(3)`), and the report to it that the server is ready
+//! (`sd_notify(3)`).
 
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixDatagram, UnixListener};

@@ -203,8 +203,8 @@ impl Disk {
     /// Replaces the image by the one that `open` returns, while no request uses it. `hold` is the number of
     /// the caller's own hold, which then goes on.
     ///
-    /// The order: 1) no request uses the image; 2) all that it acknowledged is durable; 3) `open`; 4) requests
-    /// use the new one. A failure of any leaves the previous image.
+    /// The order: 1) no request uses the image; 2) all that it acknowledged is durable; 3) `open`; 4)
+    /// requests use the new one. A failure of any leaves the previous image.
     pub(crate) fn exchange(
         &self,
         hold: Option<u64>,

@@ -37,9 +37,9 @@ pub struct Place {
 impl Place {
     /// Creates a listening socket at `path`, with mode 0600.
     ///
-    /// The order: 1) the directory is locked against other servers; 2) a socket of this user's at the path, at
-    /// which nobody listens, is removed: its server was killed; 3) the socket gets its mode; 4) it gets its
-    /// name, which the kernel refuses if there is anything with it, a link included; 5) it listens.
+    /// The order: 1) the directory is locked against other servers; 2) a socket of this user's at the path,
+    /// which no process listens at, is removed: its server was killed; 3) the socket gets its mode; 4) it
+    /// gets its name, which the kernel refuses if anything has it, a link included; 5) it listens.
     ///
     /// # Errors
     /// [`ErrorKind::Busy`] if a server answers there; [`ErrorKind::Refused`] if something else has the name,

@@ -474,6 +474,24 @@ pub enum Disk {
         #[arg(value_hint = ValueHint::FilePath)]
         image: GivenImage,
     },
+    /// Serve an image, or a snapshot of it, over NBD until the command is terminated
+    Serve(Serve),
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// The image: PATH, or PATH,format=FORMAT with raw or qcow2
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub image: GivenImage,
+    /// The unix socket to create; the control socket gets this name with `.control` added
+    #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
+    pub socket: Utf8PathBuf,
+    /// Serve this snapshot, read-only, instead of the current state
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub at: Option<String>,
+    /// Refuse writes of the client
+    #[arg(long)]
+    pub read_only: bool,
 }
 
 #[derive(Debug, Args)]

@@ -424,6 +424,29 @@ pub struct DiskListDoc {
     pub snapshots: Vec<DiskSnapshotDoc>,
 }
 
+/// `disk serve`, printed when the sockets are there.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct DiskServeDoc {
+    /// The image, absolute.
+    #[schemars(with = "String")]
+    pub image: Utf8PathBuf,
+    /// Its format.
+    pub format: String,
+    /// The snapshot that is served; absent: the current state.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+    /// The size of the disk in bytes.
+    pub virtual_size: u64,
+    /// True if clients cannot write.
+    pub read_only: bool,
+    /// The socket of the disk.
+    #[schemars(with = "String")]
+    pub socket: Utf8PathBuf,
+    /// The control socket.
+    #[schemars(with = "String")]
+    pub control: Utf8PathBuf,
+}
+
 /// A snapshot of one image.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct DiskSnapshotDoc {
@@ -547,7 +570,7 @@ pub fn schema() -> serde_json::Value {
         "list": ListDoc, "list-all": ListAllDoc, "show": ShowDoc,
         "domain-add": DomainDoc, "domain-remove": RemovalDoc, "domain-list": DomainsDoc, "domain-show": DomainShowDoc,
         "domain-scan": ScanDoc,
-        "disk": DiskDoc, "disk-list": DiskListDoc,
+        "disk": DiskDoc, "disk-list": DiskListDoc, "disk-serve": DiskServeDoc,
         "check": CheckDoc, "recover": RecoverDoc, "import": DomainDoc, "backends": BackendsDoc,
         "error": ErrorDoc,
     }

@@ -19,6 +19,7 @@
 //! - [`live`]: a running domain, its guest, and what each of its snapshots holds
 //! - [`mounted`]: a file system of a certain kind
 //! - [`seed`]: random choices that can be repeated
+//! - [`served`]: a disk that `domsnap disk serve` serves, and a client of it
 
 #![forbid(unsafe_code)]
 
@@ -34,6 +35,7 @@ pub mod qemu;
 pub mod report;
 pub mod scenario;
 pub mod seed;
+pub mod served;
 pub mod shim;
 pub mod verify;
 

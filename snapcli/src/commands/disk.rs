@@ -50,6 +50,7 @@ pub fn run(global: Global, disk: Disk, register: Register<'_>) -> Result<Answer,
             delete(&session, &path_of(&image)?, names, kind.wanted(), force)
         }
         Disk::List { image } => list(&session, &path_of(&image)?),
+        Disk::Serve(serve) => super::serve::run(&session, serve),
     };
     match looks {
         true => work(),

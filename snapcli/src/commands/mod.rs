@@ -8,6 +8,7 @@ mod health;
 mod list;
 mod power;
 mod scan;
+mod serve;
 mod show;
 
 use crate::answer::Answer;

@@ -1,0 +1,170 @@
+//! A state of a disk that is only read: the current one, or a snapshot.
+
+use std::io;
+use std::sync::Arc;
+
+use backend_qcow2::image::{self, Image as Qcow2Image, OpenOptions, PointReader, RunLayer};
+use camino::{Utf8Path, Utf8PathBuf};
+use image_files::engine::file::ImageFile;
+use image_files::{LockMode, lock};
+use nbd_server::{Content, Extent, Image, Layer, Served, Zeroing};
+use snapcore::{ActivePath, Disk, DiskRecord, Error, ErrorKind, InspectDepth, Point, Result, Target};
+
+use super::{layer, raw, served};
+use crate::failure::Failure;
+use crate::session::Session;
+
+/// The current state of the image.
+pub fn current(session: &Session, image: &Utf8Path, format: &str) -> Result<Served, Failure> {
+    let record = alone(session, image, format)?;
+    let active = Point::external(record.active.clone());
+    Ok(open(chain(session, &record, &active)?, None, image)?)
+}
+
+/// The snapshot `name` of the image: of its domain, by the catalogue or the manifests beside the image, or
+/// one in the image's own table.
+pub fn at(session: &Session, image: &Utf8Path, format: &str, name: &str) -> Result<Served, Failure> {
+    let owner = session.ask(session.service.belonging(image))?;
+    let known = owner.as_ref().and_then(|owner| {
+        let snapshot = owner.listing.snapshots.iter().find(|snapshot| snapshot.name.as_str() == name)?;
+        let point = snapshot.point(&owner.target)?.point.clone();
+        Some((owner.listing.domain.disk(&owner.target)?.clone(), point))
+    });
+    let (record, point) = match known {
+        Some(known) => known,
+        None => {
+            let record = alone(session, image, format)?;
+            let point = Point::internal(record.active.clone(), name);
+            (record, point)
+        }
+    };
+    let mut served = open(chain(session, &record, &point)?, point.tag.as_deref(), image)?;
+    served.snapshot = Some(name.to_owned());
+    Ok(served)
+}
+
+/// The image as a disk that the catalogue does not know.
+fn alone(session: &Session, image: &Utf8Path, format: &str) -> Result<DiskRecord, Failure> {
+    let backend = session.service.registry().get(format)?;
+    let disk = Disk { target: Target::new("vda")?, path: image.to_owned(), format: format.to_owned() };
+    session.ask(async { backend.adopt(&disk, ActivePath::Keep).await })
+}
+
+/// The files of the point's layer and of all below it, the top first, with their formats. The backend has
+/// checked that none is outside of the directories that the user allows.
+fn chain(
+    session: &Session,
+    record: &DiskRecord,
+    point: &Point,
+) -> Result<Vec<(Utf8PathBuf, String)>, Failure> {
+    let backend = session.service.registry().get(&record.disk.format)?;
+    let state = session.ask(async { backend.inspect(record, InspectDepth::Layers, None).await })?;
+    let mut chain = Vec::new();
+    let mut next = Some(point.layer.clone());
+    while let Some(name) = next {
+        let found = state.layer(&name).filter(|_| chain.len() <= state.layers.len()).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("layer {name} of {} does not exist", record.disk.path))
+        })?;
+        chain.push((found.file.clone(), found.format.clone()));
+        next = found.backing.clone();
+    }
+    Ok(chain)
+}
+
+/// Opens a chain, with a reader's lock on each of its files.
+fn open(chain: Vec<(Utf8PathBuf, String)>, tag: Option<&str>, image: &Utf8Path) -> Result<Served> {
+    let (mut run, mut bottom, mut layers) = (Vec::new(), None, Vec::new());
+    for (file, format) in &chain {
+        match format.as_str() {
+            "qcow2" => {
+                let opened = Qcow2Image::open(file.as_std_path(), &OpenOptions::read_only())?;
+                let state = match tag.filter(|_| run.is_empty()) {
+                    None => RunLayer::active(&opened)?,
+                    Some(tag) => {
+                        let found = opened.find_snapshot(tag)?.ok_or_else(|| {
+                            Error::new(ErrorKind::NotFound, format!("{file} has no snapshot {tag}"))
+                                .advise(format!("`domsnap disk list {image}` lists its snapshots"))
+                        })?;
+                        RunLayer::snapshot(&opened, found)?
+                    }
+                };
+                layers.push(layer_of(file, opened.file())?);
+                run.push(state);
+            }
+            "raw" if run.is_empty() => {
+                let opened = raw::open(file, true)?;
+                return Ok(Served { path: image.to_owned(), ..opened });
+            }
+            "raw" => {
+                let opened = ImageFile::open(file.as_std_path(), false)?;
+                if let Some(file) = opened.file() {
+                    lock(file, LockMode::Read).map_err(image::Error::from)?;
+                }
+                layers.push(layer_of(file, &opened)?);
+                bottom = Some(opened);
+            }
+            other => {
+                return Err(Error::new(ErrorKind::Unsupported, format!("{file} has the format {other}"))
+                    .advise("chains of qcow2 images on a qcow2 or raw image can be served"));
+            }
+        }
+    }
+    run.reverse();
+    let reader = ReadOnly(PointReader::new(run, bottom)?);
+    Ok(served(Arc::new(reader), image, "qcow2", layers))
+}
+
+fn layer_of(path: &Utf8Path, file: &ImageFile) -> Result<Layer> {
+    match file.file() {
+        Some(file) => layer(path, file),
+        None => Err(Error::new(ErrorKind::Unsupported, format!("{path} is no file"))),
+    }
+}
+
+/// A point as an image.
+struct ReadOnly(PointReader);
+
+impl Image for ReadOnly {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_at(buf, offset).map_err(io::Error::other)
+    }
+
+    fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn zero(&self, _: u64, _: u64, _: Zeroing) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn trim(&self, _: u64, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn map(&self, offset: u64, length: u64, limit: usize) -> io::Result<Vec<Extent>> {
+        let end = offset.saturating_add(length).min(self.0.size());
+        let pieces = self.0.pieces(offset, end, limit).map_err(io::Error::other)?;
+        let extents = pieces.into_iter().map(|piece| Extent {
+            length: piece.end - piece.start,
+            content: match piece.content {
+                image::Content::Zero => Content::Zero,
+                image::Content::PastEnd => Content::Hole,
+                // The raw image below may have data there.
+                _ => Content::Data,
+            },
+        });
+        Ok(extents.collect())
+    }
+}
