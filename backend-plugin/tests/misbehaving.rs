@@ -428,7 +428,7 @@ async fn plugin_with_a_wrong_name_is_not_used() {
 /// A plug-in's error is reported unchanged, except for kinds that only domsnap can report.
 #[tokio::test(flavor = "multi_thread")]
 async fn error_kinds_of_domsnap_are_not_accepted() {
-    for (kind, told) in [
+    for (kind, reported) in [
         ("no-space", ErrorKind::NoSpace),
         ("needs-recovery", ErrorKind::Io),
         ("cancelled", ErrorKind::Io),
@@ -439,7 +439,7 @@ async fn error_kinds_of_domsnap_are_not_accepted() {
         );
         let fixture = Fixture::new(&otherwise).await;
         let error = fixture.refused().await;
-        assert_eq!(error.kind(), told, "{error}");
+        assert_eq!(error.kind(), reported, "{error}");
         assert!(error.to_string().contains("the plug-in dir says: it  [31mfailed"), "{error}");
         assert!(error.to_string().contains("try again"), "{error}");
     }

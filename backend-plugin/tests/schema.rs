@@ -13,7 +13,7 @@ fn published_schema_matches_the_protocol() {
     let written = std::fs::read_to_string(file).unwrap();
     assert!(
         written == spoken,
-        "docs/plugin-schema.json is not the protocol's: write it anew with BLESS=1, and think of the plug-ins that speak the \
+        "docs/plugin-schema.json is not the protocol's: write it again with BLESS=1, and think of the plug-ins that speak the \
          old one"
     );
 }

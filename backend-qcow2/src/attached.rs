@@ -86,11 +86,11 @@ pub(crate) async fn apply(
         ChainStep::Repoint { child, to } if is_open(child)? => {
             let child = file(child)?;
             let image = Image::open(child.as_std_path(), &OpenOptions::read_only().unlocked())?;
-            let stands_on = match &image.header().backing {
+            let depends_on = match &image.header().backing {
                 Some(backing) => same_file(&resolve_backing(&child, &backing.file)?, &file(to)?)?,
                 None => false,
             };
-            if stands_on {
+            if depends_on {
                 return Ok(true);
             }
             Err(Error::new(

@@ -47,7 +47,7 @@ pub(crate) fn present<'a>(image: &Image, tags: &'a [Tag]) -> Result<Vec<&'a str>
     Ok(names)
 }
 
-/// Refuses an internal snapshot that another program has deleted, and made anew, since the plan.
+/// Refuses an internal snapshot that another program has deleted, and made again, since the plan.
 pub(crate) fn require_tag(image: &Image, file: &Utf8Path, tag: &Tag) -> Result<()> {
     let (Some(found), Some(planned)) = (image.find_snapshot(&tag.name)?, &tag.identity) else {
         return Ok(()); // The step says that it is missing.

@@ -130,7 +130,7 @@ impl Inside for FailingInside {
     }
 }
 
-struct House {
+struct Fixture {
     directory: tempfile::TempDir,
     backend: Qcow2,
     record: DiskRecord,
@@ -138,7 +138,7 @@ struct House {
     cancel: CancellationToken,
 }
 
-impl House {
+impl Fixture {
     /// A disk of 4 MiB that was never frozen.
     async fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
@@ -159,8 +159,8 @@ impl House {
     /// A chain of layers under their own names, the bottom first; the last is active. Layer n has n + 1 in
     /// all its own 64 KiB, of which the lowest has most.
     async fn with_layers(count: u8) -> (Self, Vec<LayerName>) {
-        let mut house = Self::new().await;
-        let path = house.path().to_owned();
+        let mut fixture = Self::new().await;
+        let path = fixture.path().to_owned();
         std::fs::remove_file(&path).unwrap();
         let layers: Vec<LayerName> = (0..count).map(|n| layer_name(&path, u32::from(n))).collect();
         for (n, layer) in layers.iter().enumerate() {
@@ -173,10 +173,10 @@ impl House {
             let upto = (usize::from(count) - n) * 64;
             io(file.as_std_path(), &[&format!("write -P {} 0 {upto}k", n + 1)]);
         }
-        house.record.owned = layers.clone();
-        house.record.active = layers.last().unwrap().clone();
-        std::fs::hard_link(house.file(&house.record.active), &path).unwrap();
-        (house, layers)
+        fixture.record.owned = layers.clone();
+        fixture.record.active = layers.last().unwrap().clone();
+        std::fs::hard_link(fixture.file(&fixture.record.active), &path).unwrap();
+        (fixture, layers)
     }
 
     fn path(&self) -> &Utf8Path {
@@ -268,124 +268,124 @@ async fn the_backend_says_that_it_can_do_running_domains() {
 /// What a hypervisor has open is neither locked nor written, and in a detached section it is both.
 #[tokio::test(flavor = "multi_thread")]
 async fn open_images_are_only_used_when_detached() {
-    let house = House::new().await;
-    let active = house.record.active.clone();
-    house.start().await;
-    assert_eq!(kind(house.backend.hold(&house.record, None).await.map(drop)), ErrorKind::Busy);
-    let guard = house.hold().await.unwrap();
-    assert_eq!(kind(house.hold().await.map(drop)), ErrorKind::Busy, "it is held against us all the same");
+    let fixture = Fixture::new().await;
+    let active = fixture.record.active.clone();
+    fixture.start().await;
+    assert_eq!(kind(fixture.backend.hold(&fixture.record, None).await.map(drop)), ErrorKind::Busy);
+    let guard = fixture.hold().await.unwrap();
+    assert_eq!(kind(fixture.hold().await.map(drop)), ErrorKind::Busy, "it is held against us all the same");
 
-    let before = std::fs::read(house.path()).unwrap();
+    let before = std::fs::read(fixture.path()).unwrap();
     for action in [
         take(&active, "t"),
         ChainStep::ApplyInternal { layer: active.clone(), tag: Tag::new("t"), safety: None },
     ] {
-        let error = house.apply(action).await.unwrap_err();
+        let error = fixture.apply(action).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy);
         assert!(error.to_string().contains("the running domain has"), "{error}");
     }
-    assert!(std::fs::read(house.path()).unwrap() == before);
+    assert!(std::fs::read(fixture.path()).unwrap() == before);
 
-    house.qemu.close_all();
-    assert!(can_be_locked(house.path()), "nothing of it was locked while it was open");
-    house.apply(take(&active, "t")).await.unwrap();
-    assert!(!can_be_locked(house.path()), "in a window it is ours");
-    assert_eq!(snapshot_names(house.path().as_std_path()), ["t"]);
+    fixture.qemu.close_all();
+    assert!(can_be_locked(fixture.path()), "nothing of it was locked while it was open");
+    fixture.apply(take(&active, "t")).await.unwrap();
+    assert!(!can_be_locked(fixture.path()), "in a window it is ours");
+    assert_eq!(snapshot_names(fixture.path().as_std_path()), ["t"]);
 
-    house.backend.yield_locks(&house.record).await.unwrap();
-    assert!(can_be_locked(house.path()), "a hypervisor can open it");
-    house.start().await;
-    assert_eq!(kind(house.hold().await.map(drop)), ErrorKind::Busy, "the disk is held yet");
+    fixture.backend.yield_locks(&fixture.record).await.unwrap();
+    assert!(can_be_locked(fixture.path()), "a hypervisor can open it");
+    fixture.start().await;
+    assert_eq!(kind(fixture.hold().await.map(drop)), ErrorKind::Busy, "the disk is held yet");
     drop(guard);
-    drop(house.hold().await.unwrap());
+    drop(fixture.hold().await.unwrap());
 }
 
 /// Locks pass to a hypervisor only when they are released.
 #[tokio::test(flavor = "multi_thread")]
 async fn locks_pass_to_a_hypervisor_when_released() {
-    let house = House::new().await;
-    let guard = house.hold().await.unwrap();
-    assert!(!can_be_locked(house.path()), "a window is open: it is held as at rest");
-    house.backend.yield_locks(&house.record).await.unwrap();
-    assert!(can_be_locked(house.path()));
+    let fixture = Fixture::new().await;
+    let guard = fixture.hold().await.unwrap();
+    assert!(!can_be_locked(fixture.path()), "a window is open: it is held as at rest");
+    fixture.backend.yield_locks(&fixture.record).await.unwrap();
+    assert!(can_be_locked(fixture.path()));
     drop(guard);
-    house.backend.yield_locks(&house.record).await.unwrap();
+    fixture.backend.yield_locks(&fixture.record).await.unwrap();
 }
 
 /// A create on an open disk is prepared, cut and undone without touching what is open.
 #[tokio::test(flavor = "multi_thread")]
 async fn create_on_an_open_disk_works_around_it() {
-    let house = House::new().await;
-    let frozen = house.file(&house.record.active);
-    io(house.path().as_std_path(), &["write -P 5 0 64k"]);
-    house.start().await;
-    let _guard = house.hold().await.unwrap();
-    let plan = house.plan(create(PointKind::External)).await.unwrap();
-    let overlay = house.file(&layer_name(house.path(), 0x77));
+    let fixture = Fixture::new().await;
+    let frozen = fixture.file(&fixture.record.active);
+    io(fixture.path().as_std_path(), &["write -P 5 0 64k"]);
+    fixture.start().await;
+    let _guard = fixture.hold().await.unwrap();
+    let plan = fixture.plan(create(PointKind::External)).await.unwrap();
+    let overlay = fixture.file(&layer_name(fixture.path(), 0x77));
     let format = "qcow2".to_owned();
     assert_eq!(plan.instant, Some(DiskInstant::Overlay { file: overlay.clone(), format }));
     let [name, make, switch] = &plan.steps[..] else { panic!("{plan:?}") };
     assert!(!name.inside && !make.inside && switch.inside);
     for planned in [name, make] {
-        house.backend.apply(&planned.step, house.context(&NothingInside)).await.unwrap();
+        fixture.backend.apply(&planned.step, fixture.context(&NothingInside)).await.unwrap();
     }
-    assert_eq!(identity(&frozen), identity(house.path()));
+    assert_eq!(identity(&frozen), identity(fixture.path()));
 
     // The instant: QEMU has the overlay on top, and the path is moved.
-    house.backend.yield_locks(&house.record).await.unwrap();
-    house.qemu.close(&frozen);
-    house.qemu.open(&[&overlay, &frozen]);
-    house.backend.apply(&switch.step, house.context(&NothingInside)).await.unwrap();
-    assert_eq!(identity(&overlay), identity(house.path()));
+    fixture.backend.yield_locks(&fixture.record).await.unwrap();
+    fixture.qemu.close(&frozen);
+    fixture.qemu.open(&[&overlay, &frozen]);
+    fixture.backend.apply(&switch.step, fixture.context(&NothingInside)).await.unwrap();
+    assert_eq!(identity(&overlay), identity(fixture.path()));
 
     // The undo: what QEMU has open stays.
-    let error = house.undo(make).await;
+    let error = fixture.undo(make).await;
     error.expect("the path names it, so it is not removed");
     assert!(overlay.exists());
-    house.undo(switch).await.unwrap();
-    assert_eq!(identity(&frozen), identity(house.path()));
-    let error = house.undo(make).await.unwrap_err();
+    fixture.undo(switch).await.unwrap();
+    assert_eq!(identity(&frozen), identity(fixture.path()));
+    let error = fixture.undo(make).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(overlay.exists(), "{error}");
-    house.qemu.close(&overlay);
-    house.undo(make).await.unwrap();
+    fixture.qemu.close(&overlay);
+    fixture.undo(make).await.unwrap();
     assert!(!overlay.exists());
-    house.undo(name).await.unwrap();
+    fixture.undo(name).await.unwrap();
     assert!(frozen.exists(), "QEMU may know it by this name");
-    house.qemu.close_all();
-    house.undo(name).await.unwrap();
+    fixture.qemu.close_all();
+    fixture.undo(name).await.unwrap();
     assert!(!frozen.exists());
-    assert_eq!(house.byte(house.path(), 0), 5);
+    assert_eq!(fixture.byte(fixture.path(), 0), 5);
 }
 
 /// The lock of an image that QEMU opens next is not taken while it has the current one open.
 #[tokio::test(flavor = "multi_thread")]
 async fn next_image_is_not_locked_while_qemu_runs() {
-    let (house, layers) = House::with_layers(2).await;
-    house.qemu.open(&[&house.file(&layers[1])]);
-    let _guard = house.hold().await.unwrap();
-    house.apply(ChainStep::SwitchActive { from: layers[1].clone(), to: layers[0].clone() }).await.unwrap();
-    assert!(can_be_locked(&house.file(&layers[0])));
+    let (fixture, layers) = Fixture::with_layers(2).await;
+    fixture.qemu.open(&[&fixture.file(&layers[1])]);
+    let _guard = fixture.hold().await.unwrap();
+    fixture.apply(ChainStep::SwitchActive { from: layers[1].clone(), to: layers[0].clone() }).await.unwrap();
+    assert!(can_be_locked(&fixture.file(&layers[0])));
 }
 
 /// An internal create on an open disk is left to the cut.
 #[tokio::test(flavor = "multi_thread")]
 async fn internal_create_on_an_open_disk_is_the_cuts() {
-    let house = House::new().await;
-    house.start().await;
-    let plan = house.plan(create(PointKind::Internal)).await.unwrap();
+    let fixture = Fixture::new().await;
+    fixture.start().await;
+    let plan = fixture.plan(create(PointKind::Internal)).await.unwrap();
     assert_eq!(plan.instant, Some(DiskInstant::Internal { tag: "s".to_owned() }));
     assert!(plan.steps.is_empty());
-    assert_eq!(plan.point, Some(Point::internal(house.record.active.clone(), "s")));
+    assert_eq!(plan.point, Some(Point::internal(fixture.record.active.clone(), "s")));
 }
 
 /// The hypervisor merges open layers, with names and backing strings that last.
 #[tokio::test(flavor = "multi_thread")]
 async fn hypervisor_merges_open_layers_by_lasting_names() {
-    let (house, layers) = House::with_layers(4).await;
-    house.start().await;
-    let _guard = house.hold().await.unwrap();
-    let files: Vec<Utf8PathBuf> = layers.iter().map(|layer| house.file(layer)).collect();
+    let (fixture, layers) = Fixture::with_layers(4).await;
+    fixture.start().await;
+    let _guard = fixture.hold().await.unwrap();
+    let files: Vec<Utf8PathBuf> = layers.iter().map(|layer| fixture.file(layer)).collect();
     let merge = |run: &[usize], into: usize, below: Option<usize>| ChainStep::Merge {
         run: run.iter().map(|n| layers[*n].clone()).collect(),
         into: layers[into].clone(),
@@ -393,26 +393,26 @@ async fn hypervisor_merges_open_layers_by_lasting_names() {
     };
     let before: Vec<Vec<u8>> = files.iter().map(|file| std::fs::read(file).unwrap()).collect();
 
-    house.apply(merge(&[1, 2], 1, Some(0))).await.unwrap();
+    fixture.apply(merge(&[1, 2], 1, Some(0))).await.unwrap();
     let expected = AttachedMerge {
         run: vec![files[1].clone(), files[2].clone()],
         into: files[1].clone(),
         below: Some(files[0].clone()),
         string: Some(layers[1].to_string()),
     };
-    assert_eq!(house.qemu.the_merge(), expected, "the image above stands on what received the data");
+    assert_eq!(fixture.qemu.the_merge(), expected, "the image above depends on what received the data");
 
-    house.apply(merge(&[1, 2], 2, Some(0))).await.unwrap();
+    fixture.apply(merge(&[1, 2], 2, Some(0))).await.unwrap();
     let expected = AttachedMerge { into: files[2].clone(), string: Some(layers[0].to_string()), ..expected };
-    assert_eq!(house.qemu.the_merge(), expected, "the uppermost stands on what lies below the run");
+    assert_eq!(fixture.qemu.the_merge(), expected, "the uppermost depends on what lies below the run");
 
-    house.apply(merge(&[0, 1, 2], 2, None)).await.unwrap();
-    let upwards = house.qemu.the_merge();
-    assert_eq!((upwards.below, upwards.string), (None, None), "it stands on nothing then");
+    fixture.apply(merge(&[0, 1, 2], 2, None)).await.unwrap();
+    let upwards = fixture.qemu.the_merge();
+    assert_eq!((upwards.below, upwards.string), (None, None), "it depends on nothing then");
 
-    house.apply(merge(&[2, 3], 3, Some(1))).await.unwrap();
-    assert_eq!(house.qemu.the_merge().string, Some(layers[1].to_string()));
-    assert_eq!(identity(house.path()), identity(&files[3]), "what is merged upwards moves no path");
+    fixture.apply(merge(&[2, 3], 3, Some(1))).await.unwrap();
+    assert_eq!(fixture.qemu.the_merge().string, Some(layers[1].to_string()));
+    assert_eq!(identity(fixture.path()), identity(&files[3]), "what is merged upwards moves no path");
     let after: Vec<Vec<u8>> = files.iter().map(|file| std::fs::read(file).unwrap()).collect();
     assert!(before == after, "the backend itself wrote into an open image");
 }
@@ -420,62 +420,62 @@ async fn hypervisor_merges_open_layers_by_lasting_names() {
 /// A merge that was done and not recorded is the hypervisor's too.
 #[tokio::test(flavor = "multi_thread")]
 async fn unrecorded_merge_is_the_hypervisors_too() {
-    let (house, layers) = House::with_layers(3).await;
+    let (fixture, layers) = Fixture::with_layers(3).await;
     // It has the upper one closed already.
-    house.qemu.open(&[house.path(), &house.file(&layers[0])]);
+    fixture.qemu.open(&[fixture.path(), &fixture.file(&layers[0])]);
     let run = vec![layers[0].clone(), layers[1].clone()];
-    house.apply(ChainStep::Merge { run, into: layers[0].clone(), below: None }).await.unwrap();
-    assert_eq!(house.qemu.the_merge().into, house.file(&layers[0]));
+    fixture.apply(ChainStep::Merge { run, into: layers[0].clone(), below: None }).await.unwrap();
+    assert_eq!(fixture.qemu.the_merge().into, fixture.file(&layers[0]));
 }
 
 /// An active image without a name of its own is merged into by the configured path.
 #[tokio::test(flavor = "multi_thread")]
 async fn unnamed_active_image_merges_by_configured_path() {
-    let mut house = House::new().await;
-    let below = layer_name(house.path(), 1);
-    let file = house.file(&below);
-    std::fs::rename(house.path(), &file).unwrap();
-    let on = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below.as_str(), house.path().as_str()];
+    let mut fixture = Fixture::new().await;
+    let below = layer_name(fixture.path(), 1);
+    let file = fixture.file(&below);
+    std::fs::rename(fixture.path(), &file).unwrap();
+    let on = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below.as_str(), fixture.path().as_str()];
     run("qemu-img", &on);
-    house.record.owned.push(below.clone());
-    let active = house.record.active.clone();
-    assert!(!house.file(&active).exists());
-    house.start().await;
+    fixture.record.owned.push(below.clone());
+    let active = fixture.record.active.clone();
+    assert!(!fixture.file(&active).exists());
+    fixture.start().await;
     let merge =
         ChainStep::Merge { run: vec![below.clone(), active.clone()], into: active.clone(), below: None };
-    house.apply(merge).await.unwrap();
-    let asked = house.qemu.the_merge();
-    assert_eq!((asked.run, asked.into), (vec![file, house.path().to_owned()], house.path().to_owned()));
-    house.apply(ChainStep::Repoint { child: active.clone(), to: below }).await.unwrap();
-    house.apply(ChainStep::DropInternal { layer: active, tags: vec![Tag::new("t")] }).await.unwrap();
-    assert_eq!(*held(&house.qemu.dropped), ["t"]);
+    fixture.apply(merge).await.unwrap();
+    let asked = fixture.qemu.the_merge();
+    assert_eq!((asked.run, asked.into), (vec![file, fixture.path().to_owned()], fixture.path().to_owned()));
+    fixture.apply(ChainStep::Repoint { child: active.clone(), to: below }).await.unwrap();
+    fixture.apply(ChainStep::DropInternal { layer: active, tags: vec![Tag::new("t")] }).await.unwrap();
+    assert_eq!(*held(&fixture.qemu.dropped), ["t"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn layers_that_nobody_has_open_are_merged_as_at_rest() {
-    let (mut house, layers) = House::with_layers(3).await;
+    let (mut fixture, layers) = Fixture::with_layers(3).await;
     // The current image is backed by the lowest only; the others are a side branch.
-    let active = layer_name(house.path(), 9);
-    let file = house.file(&active);
+    let active = layer_name(fixture.path(), 9);
+    let file = fixture.file(&active);
     let backing = Backing { file: layers[0].to_string(), format: Some("qcow2".to_owned()) };
     image::create(file.as_std_path(), &NewImage::new(4 << 20).on(backing)).unwrap();
-    std::fs::remove_file(house.path()).unwrap();
-    std::fs::hard_link(&file, house.path()).unwrap();
-    house.record.active = active.clone();
-    house.record.owned.push(active);
-    house.start().await;
-    let _guard = house.hold().await.unwrap();
+    std::fs::remove_file(fixture.path()).unwrap();
+    std::fs::hard_link(&file, fixture.path()).unwrap();
+    fixture.record.active = active.clone();
+    fixture.record.owned.push(active);
+    fixture.start().await;
+    let _guard = fixture.hold().await.unwrap();
     let merge = ChainStep::Merge {
         run: vec![layers[1].clone(), layers[2].clone()],
         into: layers[1].clone(),
         below: Some(layers[0].clone()),
     };
-    let shown = content(house.file(&layers[2]).as_std_path(), None);
-    house.apply(merge).await.unwrap();
-    assert!(held(&house.qemu.merges).is_empty());
-    house.backend.yield_locks(&house.record).await.unwrap();
-    assert!(content(house.file(&layers[1]).as_std_path(), None) == shown);
-    clean(house.file(&layers[1]).as_std_path());
+    let shown = content(fixture.file(&layers[2]).as_std_path(), None);
+    fixture.apply(merge).await.unwrap();
+    assert!(held(&fixture.qemu.merges).is_empty());
+    fixture.backend.yield_locks(&fixture.record).await.unwrap();
+    assert!(content(fixture.file(&layers[1]).as_std_path(), None) == shown);
+    clean(fixture.file(&layers[1]).as_std_path());
 }
 
 fn merge_down(layers: &[LayerName]) -> ChainStep {
@@ -485,140 +485,140 @@ fn merge_down(layers: &[LayerName]) -> ChainStep {
 /// The path is moved at the pivot, also if that was planned for later.
 #[tokio::test(flavor = "multi_thread")]
 async fn path_moves_at_the_pivot_even_if_planned_later() {
-    let (house, layers) = House::with_layers(2).await;
-    house.start().await;
-    house.apply(merge_down(&layers)).await.unwrap();
-    assert_eq!(identity(house.path()), identity(&house.file(&layers[0])));
+    let (fixture, layers) = Fixture::with_layers(2).await;
+    fixture.start().await;
+    fixture.apply(merge_down(&layers)).await.unwrap();
+    assert_eq!(identity(fixture.path()), identity(&fixture.file(&layers[0])));
     let switch = ChainStep::SwitchActive { from: layers[1].clone(), to: layers[0].clone() };
-    house.apply(switch).await.unwrap();
-    assert_eq!(identity(house.path()), identity(&house.file(&layers[0])));
+    fixture.apply(switch).await.unwrap();
+    assert_eq!(identity(fixture.path()), identity(&fixture.file(&layers[0])));
 }
 
 /// A pivot that fails leaves the path with the image that the guest writes.
 #[tokio::test(flavor = "multi_thread")]
 async fn failed_pivot_leaves_the_path_unmoved() {
-    let (house, layers) = House::with_layers(2).await;
-    house.start().await;
+    let (fixture, layers) = Fixture::with_layers(2).await;
+    fixture.start().await;
     let merge = step(merge_down(&layers));
-    let refused = house.backend.apply(&merge, house.context(&FailingInside)).await;
+    let refused = fixture.backend.apply(&merge, fixture.context(&FailingInside)).await;
     assert_eq!(kind(refused), ErrorKind::NoSpace);
-    assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
+    assert_eq!(identity(fixture.path()), identity(&fixture.file(&layers[1])));
     // Moved already, before a crash; the job waits at its pivot, and the move cannot be made durable.
-    let lower = house.file(&layers[0]);
-    std::fs::remove_file(house.path()).unwrap();
-    std::fs::hard_link(&lower, house.path()).unwrap();
-    let refused = house.backend.apply(&merge, house.context(&FailingInside)).await;
+    let lower = fixture.file(&layers[0]);
+    std::fs::remove_file(fixture.path()).unwrap();
+    std::fs::hard_link(&lower, fixture.path()).unwrap();
+    let refused = fixture.backend.apply(&merge, fixture.context(&FailingInside)).await;
     assert_eq!(kind(refused), ErrorKind::NoSpace);
-    assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
+    assert_eq!(identity(fixture.path()), identity(&fixture.file(&layers[1])));
 }
 
 /// If the pivot fails after the path was moved, the path goes back to the image that the guest writes.
 #[tokio::test(flavor = "multi_thread")]
 async fn failed_pivot_moves_the_path_back() {
-    let (house, layers) = House::with_layers(2).await;
-    house.start().await;
-    *held(&house.qemu.stays) = true;
-    let error = house.apply(merge_down(&layers)).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Io, "nothing keeps it from being put off: {error}");
-    assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
+    let (fixture, layers) = Fixture::with_layers(2).await;
+    fixture.start().await;
+    *held(&fixture.qemu.stays) = true;
+    let error = fixture.apply(merge_down(&layers)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io, "nothing keeps it from being deferred: {error}");
+    assert_eq!(identity(fixture.path()), identity(&fixture.file(&layers[1])));
 }
 
 /// A merge is neither cancelled nor deferred once the path is moved.
 #[tokio::test(flavor = "multi_thread")]
 async fn merge_must_finish_once_the_path_is_moved() {
-    let (house, layers) = House::with_layers(2).await;
-    house.start().await;
+    let (fixture, layers) = Fixture::with_layers(2).await;
+    fixture.start().await;
     let merge = step(merge_down(&layers));
-    *held(&house.qemu.fails) = Some(ErrorKind::Io);
-    let error = house.backend.apply(&merge, house.context(&NothingInside)).await.unwrap_err();
+    *held(&fixture.qemu.fails) = Some(ErrorKind::Io);
+    let error = fixture.backend.apply(&merge, fixture.context(&NothingInside)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Internal, "the engine puts off what fails otherwise: {error}");
-    assert_eq!(identity(house.path()), identity(&house.file(&layers[0])));
-    house.cancel.cancel();
-    house.backend.apply(&merge, house.context(&NothingInside)).await.unwrap();
-    assert!(!*held(&house.qemu.heard_cancel));
+    assert_eq!(identity(fixture.path()), identity(&fixture.file(&layers[0])));
+    fixture.cancel.cancel();
+    fixture.backend.apply(&merge, fixture.context(&NothingInside)).await.unwrap();
+    assert!(!*held(&fixture.qemu.heard_cancel));
 
-    let (house, layers) = House::with_layers(2).await;
-    house.start().await;
-    house.cancel.cancel();
-    assert_eq!(kind(house.apply(merge_down(&layers)).await), ErrorKind::Cancelled);
-    assert_eq!(identity(house.path()), identity(&house.file(&layers[1])));
+    let (fixture, layers) = Fixture::with_layers(2).await;
+    fixture.start().await;
+    fixture.cancel.cancel();
+    assert_eq!(kind(fixture.apply(merge_down(&layers)).await), ErrorKind::Cancelled);
+    assert_eq!(identity(fixture.path()), identity(&fixture.file(&layers[1])));
 }
 
 /// A path that is the layer's own name is not moved at the pivot.
 #[tokio::test(flavor = "multi_thread")]
 async fn path_that_is_a_layers_name_is_not_moved() {
-    let (mut house, layers) = House::with_layers(2).await;
-    house.record.disk.path = house.file(&layers[1]);
-    let top = identity(house.path());
-    house.start().await;
-    house.apply(merge_down(&layers)).await.unwrap();
-    assert_eq!(identity(house.path()), top);
+    let (mut fixture, layers) = Fixture::with_layers(2).await;
+    fixture.record.disk.path = fixture.file(&layers[1]);
+    let top = identity(fixture.path());
+    fixture.start().await;
+    fixture.apply(merge_down(&layers)).await.unwrap();
+    assert_eq!(identity(fixture.path()), top);
 }
 
 /// A merge whose pivot was done before a crash is not repeated at rest.
 #[tokio::test(flavor = "multi_thread")]
 async fn merge_after_its_pivot_is_not_repeated_at_rest() {
-    let (house, layers) = House::with_layers(2).await;
-    let [lower, upper] = [0, 1].map(|n| house.file(&layers[n]));
+    let (fixture, layers) = Fixture::with_layers(2).await;
+    let [lower, upper] = [0, 1].map(|n| fixture.file(&layers[n]));
     let merge = step(merge_down(&layers));
     // The hypervisor's merge, to the pivot: both show the same, and the path is moved. Then all die.
-    house.backend.apply(&merge, house.at_rest()).await.unwrap();
+    fixture.backend.apply(&merge, fixture.at_rest()).await.unwrap();
     assert!(
-        house.backend.is_superseded(&merge, house.at_rest()).await.unwrap(),
+        fixture.backend.is_superseded(&merge, fixture.at_rest()).await.unwrap(),
         "the path names the top yet"
     );
-    std::fs::remove_file(house.path()).unwrap();
-    std::fs::hard_link(&lower, house.path()).unwrap();
+    std::fs::remove_file(fixture.path()).unwrap();
+    std::fs::hard_link(&lower, fixture.path()).unwrap();
     // The domain is started, and writes; then it is shut down, and recovered.
-    io(house.path().as_std_path(), &["write -P 99 0 64k"]);
-    assert_eq!(house.byte(&upper, 0), 2);
-    assert!(!house.backend.is_superseded(&merge, house.at_rest()).await.unwrap());
-    house.backend.apply(&merge, house.at_rest()).await.unwrap();
-    assert_eq!(house.byte(house.path(), 0), 99, "what the upper layer held came back");
+    io(fixture.path().as_std_path(), &["write -P 99 0 64k"]);
+    assert_eq!(fixture.byte(&upper, 0), 2);
+    assert!(!fixture.backend.is_superseded(&merge, fixture.at_rest()).await.unwrap());
+    fixture.backend.apply(&merge, fixture.at_rest()).await.unwrap();
+    assert_eq!(fixture.byte(fixture.path(), 0), 99, "what the upper layer held came back");
     // The same in a detached section, and if the domain runs on the lower layer.
-    house.backend.apply(&merge, house.context(&NothingInside)).await.unwrap();
-    house.start().await;
-    house.backend.apply(&merge, house.context(&NothingInside)).await.unwrap();
-    house.qemu.close_all();
-    assert_eq!(house.byte(house.path(), 0), 99);
+    fixture.backend.apply(&merge, fixture.context(&NothingInside)).await.unwrap();
+    fixture.start().await;
+    fixture.backend.apply(&merge, fixture.context(&NothingInside)).await.unwrap();
+    fixture.qemu.close_all();
+    assert_eq!(fixture.byte(fixture.path(), 0), 99);
     // While the path names the top, the merge is what makes the lower one right.
-    std::fs::remove_file(house.path()).unwrap();
-    std::fs::hard_link(&upper, house.path()).unwrap();
-    house.backend.apply(&merge, house.at_rest()).await.unwrap();
-    assert_eq!(house.byte(&lower, 0), 2);
+    std::fs::remove_file(fixture.path()).unwrap();
+    std::fs::hard_link(&upper, fixture.path()).unwrap();
+    fixture.backend.apply(&merge, fixture.at_rest()).await.unwrap();
+    assert_eq!(fixture.byte(&lower, 0), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_open_layer_is_not_removed() {
-    let (house, layers) = House::with_layers(2).await;
-    house.start().await;
-    let _guard = house.hold().await.unwrap();
+    let (fixture, layers) = Fixture::with_layers(2).await;
+    fixture.start().await;
+    let _guard = fixture.hold().await.unwrap();
     let remove = ChainStep::Remove { layers: vec![layers[0].clone()] };
-    let error = house.apply(remove.clone()).await.unwrap_err();
+    let error = fixture.apply(remove.clone()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(error.to_string().contains("the running domain has"), "{error}");
-    assert!(house.file(&layers[0]).exists());
-    house.qemu.close(&house.file(&layers[0]));
-    house.apply(remove).await.unwrap();
-    assert!(!house.file(&layers[0]).exists());
+    assert!(fixture.file(&layers[0]).exists());
+    fixture.qemu.close(&fixture.file(&layers[0]));
+    fixture.apply(remove).await.unwrap();
+    assert!(!fixture.file(&layers[0]).exists());
 }
 
 /// Tags of the active image are the hypervisor's to delete; those of frozen ones wait for a detached section.
 #[tokio::test(flavor = "multi_thread")]
 async fn hypervisor_only_deletes_tags_of_the_active_image() {
-    let (house, layers) = House::with_layers(2).await;
+    let (fixture, layers) = Fixture::with_layers(2).await;
     for layer in &layers {
         let options = OpenOptions::read_write();
-        let mut image = Image::open(house.file(layer).as_std_path(), &options).unwrap();
+        let mut image = Image::open(fixture.file(layer).as_std_path(), &options).unwrap();
         image.create_snapshot(&NewSnapshot::new("t", 1, 0)).unwrap();
     }
     let drop_of = |n: usize| ChainStep::DropInternal { layer: layers[n].clone(), tags: vec![Tag::new("t")] };
-    house.start().await;
-    house.apply(drop_of(1)).await.unwrap();
-    assert_eq!(*held(&house.qemu.dropped), ["t"]);
-    assert_eq!(kind(house.apply(drop_of(0)).await), ErrorKind::Busy);
-    assert_eq!(snapshot_names(house.file(&layers[0]).as_std_path()), ["t"]);
-    let status = house.backend.status(&step(drop_of(0)), house.context(&NothingInside)).await.unwrap();
+    fixture.start().await;
+    fixture.apply(drop_of(1)).await.unwrap();
+    assert_eq!(*held(&fixture.qemu.dropped), ["t"]);
+    assert_eq!(kind(fixture.apply(drop_of(0)).await), ErrorKind::Busy);
+    assert_eq!(snapshot_names(fixture.file(&layers[0]).as_std_path()), ["t"]);
+    let status = fixture.backend.status(&step(drop_of(0)), fixture.context(&NothingInside)).await.unwrap();
     assert_eq!(status, StepStatus::NotDone);
 
     let request = DiskRequest::Delete {
@@ -626,54 +626,54 @@ async fn hypervisor_only_deletes_tags_of_the_active_image() {
         keep: vec![Point::external(layers[0].clone())],
         force: false,
     };
-    let plan = house.plan(request).await.unwrap();
+    let plan = fixture.plan(request).await.unwrap();
     let windows: Vec<bool> = plan.steps.iter().map(|planned| planned.window).collect();
     assert_eq!((windows.len(), windows.iter().filter(|window| **window).count()), (2, 1), "{plan:?}");
 
-    house.qemu.close_all();
+    fixture.qemu.close_all();
     for n in [0, 1] {
-        house.apply(drop_of(n)).await.unwrap();
-        assert_eq!(snapshot_names(house.file(&layers[n]).as_std_path()), [""; 0]);
+        fixture.apply(drop_of(n)).await.unwrap();
+        assert_eq!(snapshot_names(fixture.file(&layers[n]).as_std_path()), [""; 0]);
     }
-    assert_eq!(held(&house.qemu.dropped).len(), 1);
+    assert_eq!(held(&fixture.qemu.dropped).len(), 1);
 }
 
 /// An open image already has its new backing file, or that is an error.
 #[tokio::test(flavor = "multi_thread")]
 async fn repoint_of_an_open_image_is_done_or_an_error() {
-    let (house, layers) = House::with_layers(3).await;
+    let (fixture, layers) = Fixture::with_layers(3).await;
     let repoint = |to: usize| ChainStep::Repoint { child: layers[2].clone(), to: layers[to].clone() };
-    house.start().await;
-    house.apply(repoint(1)).await.unwrap();
-    assert_eq!(kind(house.apply(repoint(0)).await), ErrorKind::Internal);
-    house.qemu.close_all();
-    house.apply(repoint(0)).await.unwrap();
-    let chain = house.backend.open_chain(&house.record).await.unwrap();
+    fixture.start().await;
+    fixture.apply(repoint(1)).await.unwrap();
+    assert_eq!(kind(fixture.apply(repoint(0)).await), ErrorKind::Internal);
+    fixture.qemu.close_all();
+    fixture.apply(repoint(0)).await.unwrap();
+    let chain = fixture.backend.open_chain(&fixture.record).await.unwrap();
     let files: Vec<Utf8PathBuf> = chain.into_iter().map(|layer| layer.file).collect();
-    assert_eq!(files, [house.file(&layers[2]), house.file(&layers[0])]);
+    assert_eq!(files, [fixture.file(&layers[2]), fixture.file(&layers[0])]);
 }
 
 /// The layers that the path opens have their permanent names, whatever the record says.
 #[tokio::test(flavor = "multi_thread")]
 async fn open_chain_uses_permanent_names() {
-    let mut house = House::new().await;
-    let chain = async |house: &House| -> Vec<(Utf8PathBuf, String)> {
-        let chain = house.backend.open_chain(&house.record).await.unwrap();
+    let mut fixture = Fixture::new().await;
+    let chain = async |fixture: &Fixture| -> Vec<(Utf8PathBuf, String)> {
+        let chain = fixture.backend.open_chain(&fixture.record).await.unwrap();
         chain.into_iter().map(|layer| (layer.file, layer.format)).collect()
     };
     let qcow2 = |file: &Utf8Path| (file.to_owned(), "qcow2".to_owned());
     // Never frozen, on a base of another kind.
-    let base = house.path().with_file_name("base.raw");
+    let base = fixture.path().with_file_name("base.raw");
     std::fs::write(&base, [7; 4096]).unwrap();
-    std::fs::remove_file(house.path()).unwrap();
-    let on = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base.raw", house.path().as_str(), "4M"];
+    std::fs::remove_file(fixture.path()).unwrap();
+    let on = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base.raw", fixture.path().as_str(), "4M"];
     run("qemu-img", &on);
-    house.record = house.backend.adopt(&house.record.disk, ActivePath::Keep).await.unwrap();
-    assert_eq!(chain(&house).await, [qcow2(house.path()), (base.clone(), "raw".to_owned())]);
+    fixture.record = fixture.backend.adopt(&fixture.record.disk, ActivePath::Keep).await.unwrap();
+    assert_eq!(chain(&fixture).await, [qcow2(fixture.path()), (base.clone(), "raw".to_owned())]);
     // Named, and then under an overlay to which the path is moved, while the record has the former one.
-    let plan = house.plan(create(PointKind::External)).await.unwrap();
-    let frozen = house.file(&house.record.active);
-    let overlay = house.file(&layer_name(house.path(), 0x77));
+    let plan = fixture.plan(create(PointKind::External)).await.unwrap();
+    let frozen = fixture.file(&fixture.record.active);
+    let overlay = fixture.file(&layer_name(fixture.path(), 0x77));
     let base = (base, "raw".to_owned());
     let shown = [
         vec![qcow2(&frozen), base.clone()],
@@ -682,23 +682,23 @@ async fn open_chain_uses_permanent_names() {
     ];
     assert_eq!(plan.steps.len(), shown.len());
     for (planned, expected) in plan.steps.iter().zip(shown) {
-        house.backend.apply(&planned.step, house.context(&NothingInside)).await.unwrap();
-        assert_eq!(chain(&house).await, expected, "after {:?}", planned.step.action);
+        fixture.backend.apply(&planned.step, fixture.context(&NothingInside)).await.unwrap();
+        assert_eq!(chain(&fixture).await, expected, "after {:?}", planned.step.action);
     }
     // And back.
     for planned in plan.steps.iter().rev() {
-        house.undo(planned).await.unwrap();
+        fixture.undo(planned).await.unwrap();
     }
-    assert_eq!(chain(&house).await[0], qcow2(house.path()));
-    std::fs::remove_file(house.path()).unwrap();
-    assert_eq!(kind(house.backend.open_chain(&house.record).await), ErrorKind::NotFound);
+    assert_eq!(chain(&fixture).await[0], qcow2(fixture.path()));
+    std::fs::remove_file(fixture.path()).unwrap();
+    assert_eq!(kind(fixture.backend.open_chain(&fixture.record).await), ErrorKind::NotFound);
 }
 
 /// Tables that are being written do not prevent the plan of a delete.
 #[tokio::test(flavor = "multi_thread")]
 async fn delete_is_planned_while_tables_are_written() {
-    let (house, layers) = House::with_layers(2).await;
-    let top = house.file(&layers[1]);
+    let (fixture, layers) = Fixture::with_layers(2).await;
+    let top = fixture.file(&layers[1]);
     let mut bytes = std::fs::read(&top).unwrap();
     // The first entry of the L1 table, whose place is at 40 in the header: an L2 table is never at 0x200.
     let table = usize::try_from(u64::from_be_bytes(bytes[40..48].try_into().unwrap())).unwrap();
@@ -706,22 +706,22 @@ async fn delete_is_planned_while_tables_are_written() {
     std::fs::write(&top, bytes).unwrap();
     let request =
         || DiskRequest::Delete { drop: vec![Point::external(layers[0].clone())], keep: vec![], force: false };
-    let plan = house.plan(request()).await.unwrap();
+    let plan = fixture.plan(request()).await.unwrap();
     let merge = plan.steps[0].step.action.clone();
     let ChainStep::Merge { run, into, .. } = merge else { panic!("{plan:?}") };
     let other = run.iter().find(|layer| **layer != into).unwrap();
-    let allocated = std::fs::metadata(house.file(other)).unwrap().blocks() * 512;
+    let allocated = std::fs::metadata(fixture.file(other)).unwrap().blocks() * 512;
     assert_eq!(plan.steps[0].step.bytes, allocated);
-    let mut state = house.backend.inspect(&house.record, InspectDepth::Layers, None).await.unwrap();
+    let mut state = fixture.backend.inspect(&fixture.record, InspectDepth::Layers, None).await.unwrap();
     state.attached = false;
-    let at_rest = house.backend.plan(&house.record, &state, ActivePath::Keep, &request()).await;
+    let at_rest = fixture.backend.plan(&fixture.record, &state, ActivePath::Keep, &request()).await;
     assert!(at_rest.is_err(), "at rest that is damage");
 }
 
 /// What a hypervisor has open keeps its name when data is saved under another one.
 #[tokio::test(flavor = "multi_thread")]
 async fn open_image_keeps_its_name_when_data_is_saved() {
-    let (mut house, layers) = House::with_layers(3).await;
+    let (mut fixture, layers) = Fixture::with_layers(3).await;
     // A revert to the lowest made the second, which was active and written; the path is back at the third.
     let action = ChainStep::CreateOverlay {
         layer: layers[1].clone(),
@@ -729,16 +729,17 @@ async fn open_image_keeps_its_name_when_data_is_saved() {
         on_format: "qcow2".to_owned(),
         virtual_size: 4 << 20,
     };
-    house.record.owned.remove(1);
-    let made = house.file(&layers[1]);
-    house.qemu.open(&[&made]);
-    let _guard = house.hold().await.unwrap();
-    let salvage = house.backend.salvage(&step(action.clone()), true, house.context(&NothingInside)).await;
+    fixture.record.owned.remove(1);
+    let made = fixture.file(&layers[1]);
+    fixture.qemu.open(&[&made]);
+    let _guard = fixture.hold().await.unwrap();
+    let salvage = fixture.backend.salvage(&step(action.clone()), true, fixture.context(&NothingInside)).await;
     assert_eq!(kind(salvage), ErrorKind::Busy);
     assert!(made.exists());
-    house.qemu.close_all();
-    let salvage = house.backend.salvage(&step(action), true, house.context(&NothingInside)).await.unwrap();
+    fixture.qemu.close_all();
+    let salvage =
+        fixture.backend.salvage(&step(action), true, fixture.context(&NothingInside)).await.unwrap();
     assert!(matches!(salvage, Salvage::PutAside(_)), "{salvage:?}");
-    let aside = house.directory.path().join(format!("rescued-{}", layers[1]));
+    let aside = fixture.directory.path().join(format!("rescued-{}", layers[1]));
     assert!(!made.exists() && aside.exists());
 }

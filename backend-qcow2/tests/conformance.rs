@@ -118,9 +118,9 @@ impl TestBackend for Images {
 /// The internal snapshots of an image in which data was saved.
 fn rescued_tags(image: &Path) -> Result<Vec<String>> {
     let words = ["info", "-U", "-f", "qcow2", "--output=json"].map(OsStr::new);
-    let told = run("qemu-img", &[&words[..], &[image.as_os_str()]].concat())?;
-    let told: serde_json::Value = serde_json::from_str(&told)?;
-    let snapshots = told["snapshots"].as_array().cloned().unwrap_or_default();
+    let reported = run("qemu-img", &[&words[..], &[image.as_os_str()]].concat())?;
+    let reported: serde_json::Value = serde_json::from_str(&reported)?;
+    let snapshots = reported["snapshots"].as_array().cloned().unwrap_or_default();
     let names = snapshots.iter().filter_map(|snapshot| snapshot["name"].as_str());
     Ok(names.filter(|name| name.starts_with("rescued-")).map(str::to_owned).collect())
 }

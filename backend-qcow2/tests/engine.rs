@@ -111,14 +111,18 @@ fn backing_file_changes_in_any_first_cluster() {
         {
             open(&path).set_backing(want.clone()).unwrap_or_else(|e| panic!("{options} to {want:?}: {e}"));
             assert_eq!(probe(&path).unwrap().unwrap().backing, want, "{options}");
-            let told = info(&path);
+            let reported = info(&path);
             assert_eq!(
-                told["backing-filename"].as_str(),
+                reported["backing-filename"].as_str(),
                 want.as_ref().map(|b| b.file.as_str()),
-                "{options}: {told}"
+                "{options}: {reported}"
             );
             let format = want.and_then(|b| b.format);
-            assert_eq!(told["backing-filename-format"].as_str(), format.as_deref(), "{options}: {told}");
+            assert_eq!(
+                reported["backing-filename-format"].as_str(),
+                format.as_deref(),
+                "{options}: {reported}"
+            );
             clean(&path);
             io(&path, &["read -P 5 0 64k"]);
         }
@@ -262,8 +266,8 @@ fn bitmaps_survive_a_snapshot_and_not_an_apply() {
     assert!(image.check().unwrap().is_clean());
     drop(image);
     clean(&path);
-    let told = info(&path).to_string();
-    assert!(told.contains("in-use"), "{told}");
+    let reported = info(&path).to_string();
+    assert!(reported.contains("in-use"), "{reported}");
     io(&path, &["read -P 1 0 1M"]);
     open(&path).set_virtual_size(16 << 20).unwrap();
     clean(&path);

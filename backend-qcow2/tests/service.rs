@@ -13,7 +13,7 @@ use snapcore::{
 };
 use tokio_util::sync::CancellationToken;
 
-struct House {
+struct Fixture {
     directory: tempfile::TempDir,
     service: Domsnap,
     domain: DomainRef,
@@ -32,7 +32,7 @@ fn name(text: &str) -> SnapshotName {
     SnapshotName::new(text).unwrap()
 }
 
-impl House {
+impl Fixture {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let disks = ["a.qcow2", "b.qcow2"].map(|file| directory.path().join(file));
@@ -107,31 +107,31 @@ impl House {
 /// A mixed tree keeps every point, and ends as one file for each disk.
 #[tokio::test(flavor = "multi_thread")]
 async fn mixed_tree_keeps_points_and_ends_as_one_file() {
-    let house = House::new();
-    house.write(1);
-    house.create(CreateRequest::new(name("internal")).kind(PointKind::Internal)).await;
-    house.write(2);
-    house.create(CreateRequest::new(name("external")).kind(PointKind::External)).await;
-    house.write(3);
+    let fixture = Fixture::new();
+    fixture.write(1);
+    fixture.create(CreateRequest::new(name("internal")).kind(PointKind::Internal)).await;
+    fixture.write(2);
+    fixture.create(CreateRequest::new(name("external")).kind(PointKind::External)).await;
+    fixture.write(3);
     let mixed = CreateRequest::new(name("mixed"))
         .disk(Target::new("vda").unwrap(), CreateDisk::Take(PointKind::Internal, None))
         .disk(Target::new("vdb").unwrap(), CreateDisk::Take(PointKind::External, None));
-    house.create(mixed).await;
-    house.write(4);
+    fixture.create(mixed).await;
+    fixture.write(4);
     for (to, byte) in
         [("internal", 1), ("mixed", 3), ("external", 2), ("internal", 1), ("external", 2), ("mixed", 3)]
     {
-        house.revert(to).await;
-        house.shows(byte);
-        house.write(9);
+        fixture.revert(to).await;
+        fixture.shows(byte);
+        fixture.write(9);
     }
-    house.delete(&["external"]).await;
-    house.shows(9);
+    fixture.delete(&["external"]).await;
+    fixture.shows(9);
     for (to, byte) in [("internal", 1), ("mixed", 3)] {
-        house.revert(to).await;
-        house.shows(byte);
+        fixture.revert(to).await;
+        fixture.shows(byte);
     }
-    house.delete(&["internal", "mixed"]).await;
-    house.shows(3);
-    assert_eq!(house.layers(), 0, "one file a disk, as in the beginning");
+    fixture.delete(&["internal", "mixed"]).await;
+    fixture.shows(3);
+    assert_eq!(fixture.layers(), 0, "one file a disk, as in the beginning");
 }

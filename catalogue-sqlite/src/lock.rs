@@ -108,11 +108,11 @@ pub(crate) fn lock(locks: &Utf8Path, name: &str, holder: &str) -> Result<File> {
     }
     // Over what the last holder wrote, so that it needs no new block of the file system. On a full one, who
     // holds the lock is not written: that is a courtesy, and a delete must not fail for it.
-    let told = file
+    let reported = file
         .seek(SeekFrom::Start(0))
         .and_then(|_| file.write_all(holder.as_bytes()))
         .and_then(|()| file.set_len(holder.len() as u64));
-    match told {
+    match reported {
         Err(cause) if cause.kind() != std::io::ErrorKind::StorageFull => Err(failed(cause)),
         _ => Ok(file),
     }

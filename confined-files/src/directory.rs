@@ -522,8 +522,8 @@ pub fn is_trusted_link(path: &Path) -> io::Result<bool> {
     Ok(is_link && is_link_trusted(&sys::fstat(&directory.fd)?, &stat))
 }
 
-/// Opens the file at `path`. A link in its place is followed where a trusted user made it and nobody else can
-/// replace it, as those below `/dev` are; what it leads to is opened by the same rules.
+/// Opens the file at `path`. A link in its place is followed where a trusted user made it and no other user
+/// can replace it, as those below `/dev` are; what it leads to is opened by the same rules.
 ///
 /// # Errors
 /// The system's; a [`refusal`].

@@ -56,7 +56,7 @@ async fn freeze(machine: &Machine, guest: &Guest, tag: &str, layers: &mut [PathB
         let frozen = std::mem::replace(&mut layers[number], file.clone());
         let graph = Graph::read(machine).await?;
         let below =
-            graph.node(graph.backing(name.as_str()).context("it stands on something")?).context("a node")?;
+            graph.node(graph.backing(name.as_str()).context("it depends on something")?).context("a node")?;
         if Path::new(&below.file) != frozen {
             let error = graph::verify_names(machine).await.expect_err("it names the configured path");
             assert!(

@@ -245,7 +245,7 @@ async fn leftovers_of_a_crash_are_found_and_finished() -> Result<()> {
         content_is_right(&guest)?;
         let graph = Graph::read(&machine).await?;
         assert!(graph.node("domsnap-b0").is_none());
-        let error = graph::fold(&machine, "d0").await.expect_err("it stands on nothing");
+        let error = graph::fold(&machine, "d0").await.expect_err("it depends on nothing");
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
     }
     Ok(())

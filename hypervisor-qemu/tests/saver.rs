@@ -176,9 +176,9 @@ async fn compressed_memory_is_loaded_and_started() -> Result<()> {
         // The user gets a pipe: the unpacked image ends with this process.
         let mut other = machine.clone();
         other["process"]["uid"] = 4_000_000.into();
-        let told = run.saver.start(start(&other)).await?.start;
-        assert!(told.iter().any(|word| word.ends_with("| zstd -dc")), "{told:?}");
-        assert!(!told.iter().any(|word| word.contains("/proc/")), "{told:?}");
+        let reported = run.saver.start(start(&other)).await?.start;
+        assert!(reported.iter().any(|word| word.ends_with("| zstd -dc")), "{reported:?}");
+        assert!(!reported.iter().any(|word| word.contains("/proc/")), "{reported:?}");
         let facts = run.saver.start(start(&machine)).await?;
         assert_eq!(facts.start, Vec::<String>::new(), "{:?}", facts.notes);
         run.reconnect().await?;
@@ -500,7 +500,7 @@ async fn stopped_domain_is_started_from_memory() -> Result<()> {
             run.reconnect().await?;
             let live = run.live()?;
             assert_eq!(live.seen().running, power.is_none());
-            assert_eq!(live.seen().machine, machine, "the same machine, started anew");
+            assert_eq!(live.seen().machine, machine, "the same machine, started again");
             assert_eq!(live.differences(&machine)?, Vec::<String>::new());
             live.resume().await?;
             let now = run.guest.ticks()?;

@@ -87,7 +87,7 @@ impl ImageLocks {
 
 fn locked(file: &Utf8Path) -> Result<File> {
     let opened = open_image(file, false)?;
-    lock::lock(&opened, LockMode::Write).map_err(|error| told(error, "locking", file))?;
+    lock::lock(&opened, LockMode::Write).map_err(|error| reported(error, "locking", file))?;
     Ok(opened)
 }
 
@@ -97,10 +97,11 @@ fn locked(file: &Utf8Path) -> Result<File> {
 /// The system's.
 pub fn is_held_by_others(file: &Utf8Path) -> Result<bool> {
     let opened = open_image(file, false)?;
-    lock::is_locked(&opened, LockMode::Write).map_err(|error| told(error, "asking for the locks of", file))
+    lock::is_locked(&opened, LockMode::Write)
+        .map_err(|error| reported(error, "asking for the locks of", file))
 }
 
-fn told(error: LockError, doing: &str, file: &Utf8Path) -> Error {
+fn reported(error: LockError, doing: &str, file: &Utf8Path) -> Error {
     let advice = error.advice();
     let kind = match error {
         LockError::Held(_) => ErrorKind::Busy,

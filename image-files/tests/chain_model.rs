@@ -310,7 +310,7 @@ impl Machine {
                 self.images.get_mut(&layer).unwrap().named = true;
             }
             ChainStep::CreateOverlay { layer, on, .. } => {
-                assert!(self.images[&on].named, "an overlay must stand on a permanent name");
+                assert!(self.images[&on].named, "an overlay must depend on a permanent name");
                 let image = Image { backing: Some(on), named: true, ..Image::default() };
                 assert!(self.images.insert(layer, image).is_none());
             }

@@ -147,7 +147,7 @@ impl Disk {
         Ok(Seat(self))
     }
 
-    /// Disconnects the client, if there is one. A client that reconnects learns the disk's properties anew.
+    /// Disconnects the client, if there is one. A client that reconnects learns the disk's properties again.
     pub(crate) fn disconnect(&self) {
         if let Some(client) = &self.lock().client {
             let _ = client.stream.shutdown(std::net::Shutdown::Both);

@@ -16,10 +16,10 @@ const MAX_DROPPED: u64 = 64 << 10;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// Options of one negotiation.
 const MAX_OPTIONS: usize = 256;
-/// The largest request, which the client is told.
+/// The largest request, which the client is sent.
 pub(crate) const MAX_REQUEST: u32 = 32 << 20;
 
-/// Properties of the export that the client is told.
+/// Properties of the export that the client is sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Export {
     /// Bytes.

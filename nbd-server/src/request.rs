@@ -159,7 +159,7 @@ pub(crate) fn refused(agreed: Agreed, request: &Request, number: Errno, message:
 
 /// The reply about allocation. The extents are cut at the end of the request.
 pub(crate) fn status(request: &Request, extents: &[Extent], one: bool) -> Vec<u8> {
-    let mut told: Vec<(u32, u32)> = Vec::new();
+    let mut reported: Vec<(u32, u32)> = Vec::new();
     let mut left = request.length;
     for extent in extents {
         let length = u32::try_from(extent.length).unwrap_or(u32::MAX).min(left);
@@ -169,16 +169,16 @@ pub(crate) fn status(request: &Request, extents: &[Extent], one: bool) -> Vec<u8
             Content::Hole => STATE_ZERO | STATE_HOLE,
         };
         left -= length;
-        match told.last_mut() {
+        match reported.last_mut() {
             _ if length == 0 => {}
             Some(last) if last.1 == flags => last.0 += length,
             Some(_) if one => break,
-            _ => told.push((length, flags)),
+            _ => reported.push((length, flags)),
         }
     }
-    let mut bytes = chunk(request.cookie, REPLY_BLOCK_STATUS, 4 + 8 * told.len() as u32);
+    let mut bytes = chunk(request.cookie, REPLY_BLOCK_STATUS, 4 + 8 * reported.len() as u32);
     bytes.extend(ALLOCATION_ID.to_be_bytes());
-    for (length, flags) in told {
+    for (length, flags) in reported {
         bytes.extend(length.to_be_bytes());
         bytes.extend(flags.to_be_bytes());
     }

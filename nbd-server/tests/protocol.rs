@@ -265,15 +265,15 @@ fn allocation_is_cut_to_the_request() {
     let fixture = Fixture::with(Duration::from_millis(1), false);
     let mut client = fixture.client(true);
     let half = SIZE as u32 / 2;
-    let told = |parts: &[u32]| parts.iter().flat_map(|part| part.to_be_bytes()).collect::<Vec<_>>();
+    let reported = |parts: &[u32]| parts.iter().flat_map(|part| part.to_be_bytes()).collect::<Vec<_>>();
     client.request(0, 7, 0, 4096, b"");
-    assert_eq!(client.chunk(), (5, told(&[1, 4096, 0])));
+    assert_eq!(client.chunk(), (5, reported(&[1, 4096, 0])));
     client.request(0, 7, 0, SIZE as u32, b"");
-    assert_eq!(client.chunk(), (5, told(&[1, half, 0, half, 2])));
+    assert_eq!(client.chunk(), (5, reported(&[1, half, 0, half, 2])));
     client.request(8, 7, 0, SIZE as u32, b"");
-    assert_eq!(client.chunk(), (5, told(&[1, half, 0])));
+    assert_eq!(client.chunk(), (5, reported(&[1, half, 0])));
     client.request(0, 7, u64::from(half), half, b"");
-    assert_eq!(client.chunk(), (5, told(&[1, half, 3])));
+    assert_eq!(client.chunk(), (5, reported(&[1, half, 3])));
 }
 
 /// The options: listed, unknown, wrong, too long.

@@ -102,7 +102,7 @@ impl Session {
     }
 
     /// Builds the answer of a command whose output is its purpose.
-    pub fn told<T: serde::Serialize>(&self, document: T, text: impl FnOnce(&T) -> String) -> Answer {
+    pub fn reported<T: serde::Serialize>(&self, document: T, text: impl FnOnce(&T) -> String) -> Answer {
         match self.global.json {
             true => Answer::document(document),
             false => Answer::text(text(&document)),

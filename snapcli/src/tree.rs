@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub struct Signs {
     /// A snapshot.
     pub snapshot: &'static str,
-    /// The present.
+    /// The current state.
     pub present: &'static str,
     /// Start of a side branch.
     pub fork: &'static str,
@@ -84,7 +84,7 @@ pub fn draw(parents: &[Option<usize>], current: Option<usize>, signs: Signs) -> 
             Open::Below { of, prefix } => {
                 let mut below: Vec<Option<usize>> =
                     children.remove(&of).unwrap_or_default().into_iter().map(Some).collect();
-                // The present's line goes straight on; where it is not here, the newest child's.
+                // The current state's line goes straight on; where it is not here, the newest child's.
                 if current == of {
                     below.push(None);
                 } else if let Some(at) = below.iter().position(|c| c.is_some_and(|c| trunk.contains(&c))) {

@@ -38,7 +38,7 @@ fn the_schema_that_is_checked_in_is_the_schema() {
     let checked_in = std::fs::read(file).unwrap();
     assert!(
         printed.stdout == checked_in,
-        "docs/schema.json is not what `domsnap schema` prints: write it anew, and think of who reads the old shape"
+        "docs/schema.json is not what `domsnap schema` prints: write it again, and think of who reads the old shape"
     );
 }
 

@@ -184,8 +184,8 @@ impl Bench {
     async fn assert_manifests_tell(&self, entry: &Entry) {
         let found = self.manifests().read().unwrap();
         assert_eq!(found.problems, Vec::new());
-        let told = SnapshotTree::new(found.snapshots);
-        assert_eq!(told, entry.tree);
+        let reported = SnapshotTree::new(found.snapshots);
+        assert_eq!(reported, entry.tree);
         let catalogue = self.catalogue.identity().await.unwrap();
         assert!(self.manifests().is_current(catalogue, entry));
     }

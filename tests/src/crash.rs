@@ -96,7 +96,7 @@ impl Bench {
                     "the tree is neither that of before nor that of after\nbefore: {before:#}\nafter: {after:#}"
                 )
             }
-            // The trees differ in nothing that a list shows: the present tells.
+            // The trees differ in nothing that a list shows: the current state tells.
             (Ok(()), Ok(())) if !same => {
                 match every_image(self.scenario.look, &self.domain, &list, &self.before, &mut self.memo) {
                     Ok(()) => Ok(Found::Before),
@@ -201,8 +201,8 @@ pub fn kill_everywhere(scenario: Scenario) -> Result<()> {
 }
 
 /// SIGKILL before each operation; then, before anything is healed, the domain is started: its disks open by
-/// their configured paths, and it writes. What it wrote must be there after `recover`: in the present, or put
-/// aside where that is of a revert which was undone; and it stays there when the revert is done again.
+/// their configured paths, and it writes. What it wrote must be there after `recover`: in the current state,
+/// or put aside where that is of a revert which was undone; and it stays there when the revert is done again.
 ///
 /// # Errors
 /// The first instant after which a disk does not open, or does not keep what was written.
@@ -214,7 +214,7 @@ pub fn kill_and_write_everywhere(scenario: Scenario) -> Result<()> {
 /// Not so behind a flush, which changes nothing that outlives a process but not the power; nor between the
 /// frames of one transaction in SQLite's log, none of which count before the last. With
 /// `DOMSNAP_KILL_EVERY=1` all are tried.
-pub fn is_told_apart(operations: &[shim::Counted], index: usize) -> bool {
+pub fn is_distinguished(operations: &[shim::Counted], index: usize) -> bool {
     let log = |index: usize| operations.get(index).is_some_and(shim::Counted::is_of_the_log);
     let Some(before) = index.checked_sub(1) else { return true };
     let same = operations[before].line.starts_with("flush ") || (log(before) && log(index) && log(index + 1));
@@ -225,9 +225,9 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
     let count = |bench: &mut Bench| {
         let operations = survey(bench)?;
         let every = seed::from_env("DOMSNAP_KILL_EVERY", 0) != 0;
-        let told_apart = |index: &usize| every || is_told_apart(&operations, *index);
+        let distinguished = |index: &usize| every || is_distinguished(&operations, *index);
         let instants =
-            (0..operations.len()).filter(told_apart).map(|index| (operations[index].number, false));
+            (0..operations.len()).filter(distinguished).map(|index| (operations[index].number, false));
         // What is half written in SQLite's log fails its checksum: the same as not written.
         let torn = operations.iter().filter(|o| !write && o.can_tear() && (every || !o.is_of_the_log()));
         let instants: Vec<_> = instants.chain(torn.map(|o| (o.number, true))).collect();
@@ -389,8 +389,8 @@ pub fn fail_everywhere(scenario: Scenario, errno: &'static str, often: Often) ->
 pub fn interrupt_everywhere(scenario: Scenario) -> Result<usize> {
     let count = |bench: &mut Bench| {
         let operations = survey(bench)?;
-        let told_apart = (0..operations.len()).filter(|index| is_told_apart(&operations, *index));
-        let instants: Vec<_> = told_apart.map(|index| operations[index].number).collect();
+        let distinguished = (0..operations.len()).filter(|index| is_distinguished(&operations, *index));
+        let instants: Vec<_> = distinguished.map(|index| operations[index].number).collect();
         Ok((instants.len(), (operations.clone(), instants)))
     };
     let undone = AtomicUsize::new(0);

@@ -422,7 +422,7 @@ fn same(before: &Contents, now: &Contents) -> Result<()> {
     Ok(())
 }
 
-/// As [`contents`], without manifests: a command that fails may have told beside an image what it found in
+/// As [`contents`], without manifests: a command that fails may have noted beside an image what it found in
 /// it.
 ///
 /// # Errors

@@ -170,7 +170,7 @@ impl Idle {
         Ok(idle)
     }
 
-    /// What it was told to be known as: `qemu:SOCKET`.
+    /// The address that it is registered by: `qemu:SOCKET`.
     pub fn address(&self) -> String {
         format!("qemu:{}", self.socket.display())
     }
@@ -206,7 +206,7 @@ impl Idle {
         self.qmp_at(&self.socket, command, arguments)
     }
 
-    /// The same, over another socket of this QEMU's, which it was told to serve.
+    /// The same, over another socket of this QEMU's, which it serves too.
     ///
     /// # Errors
     /// As [`Idle::qmp`].

@@ -33,7 +33,7 @@ pub(crate) struct Written {
     pub(crate) holds: Bytes,
 }
 
-/// The internal snapshots that hold what was put aside.
+/// The internal snapshots that hold what was saved.
 #[derive(Default)]
 pub(crate) struct Aside(Vec<(PathBuf, String, Bytes)>);
 
@@ -41,8 +41,8 @@ impl Aside {
     /// They hold it still.
     pub(crate) fn is_there_still(&self) -> Result<()> {
         for (image, tag, holds) in &self.0 {
-            let found = qemu::read(image, Some(tag)).context("what was put aside is gone")?;
-            ensure!(found == **holds, "{tag} of {} no longer holds what was put aside", image.display());
+            let found = qemu::read(image, Some(tag)).context("what was saved is gone")?;
+            ensure!(found == **holds, "{tag} of {} no longer holds what was saved", image.display());
         }
         Ok(())
     }
@@ -73,9 +73,9 @@ pub(crate) fn nothing_is_healed_while_it_runs(domain: &Domain) -> Result<()> {
     running.stop()
 }
 
-/// After the healing: finds what was written. In the present: then the models learn it. Or aside, where the
-/// operation changes the present: then it is checked, and files that were put aside are removed, as a user
-/// would.
+/// After the healing: finds what was written. In the current state: then the models learn it. Or aside, where
+/// the operation changes the current state: then it is checked, and files that were saved are removed, as a
+/// user would.
 pub(crate) fn kept(
     domain: &Domain,
     written: &[Written],
@@ -95,12 +95,12 @@ pub(crate) fn kept(
             }
             continue;
         }
-        let lost = || format!("what the domain wrote to {target} is lost: it is not in the present");
+        let lost = || format!("what the domain wrote to {target} is lost: it is not in the current state");
         ensure!(before.present[target] != after.present[target], "{}", lost());
         let (image, tag) = aside(domain, holds)?.with_context(|| format!("{}, nor aside", lost()))?;
         // Inside one image nobody can tell on which of the two presents it was written.
         let in_place = image.metadata()?.ino() == path.metadata()?.ino();
-        ensure!(on_after || in_place, "what was written on the present before the revert was put aside");
+        ensure!(on_after || in_place, "what was written on the current state before the revert was saved");
         match tag {
             Some(tag) => tags.push((image, tag, holds.clone())),
             None => std::fs::remove_file(image)?,
@@ -135,15 +135,15 @@ fn rescued_tags(image: &Path) -> Result<Vec<String>> {
         return Ok(Vec::new());
     }
     let words = ["info", "-U", "-f", "qcow2", "--output=json"].map(std::ffi::OsStr::new);
-    let told = qemu::img(&[&words[..], &[image.as_os_str()]].concat())?;
-    let told: serde_json::Value = serde_json::from_str(&told)?;
-    let Some(snapshots) = told.get("snapshots") else { return Ok(Vec::new()) };
-    let Some(snapshots) = snapshots.as_array() else { bail!("no list of snapshots: {told}") };
+    let reported = qemu::img(&[&words[..], &[image.as_os_str()]].concat())?;
+    let reported: serde_json::Value = serde_json::from_str(&reported)?;
+    let Some(snapshots) = reported.get("snapshots") else { return Ok(Vec::new()) };
+    let Some(snapshots) = snapshots.as_array() else { bail!("no list of snapshots: {reported}") };
     let names = snapshots.iter().filter_map(|snapshot| snapshot["name"].as_str());
     Ok(names.filter(|name| name.starts_with("rescued-")).map(str::to_owned).collect())
 }
 
-/// Removes the files that were put aside, as a user would.
+/// Removes the files that were saved, as a user would.
 pub(crate) fn clear(domain: &Domain) -> Result<()> {
     for entry in std::fs::read_dir(domain.disks())? {
         let entry = entry?;

@@ -22,14 +22,14 @@ pub struct Snapshot {
 pub struct Model {
     /// Every snapshot by name.
     pub snapshots: BTreeMap<String, Snapshot>,
-    /// The snapshot that the present grew from.
+    /// The snapshot that the current state grew from.
     pub current: Option<String>,
-    /// The present, by target.
+    /// The current state, by target.
     pub present: BTreeMap<String, Bytes>,
 }
 
 impl Model {
-    /// Writes to a disk of the present.
+    /// Writes to a disk of the current state.
     pub fn write(&mut self, target: &str, writes: &[Write]) {
         let bytes = Arc::make_mut(self.present.get_mut(target).expect("a target of the model"));
         for write in writes {
@@ -38,12 +38,12 @@ impl Model {
         }
     }
 
-    /// The present gets the name `name`.
+    /// The current state gets the name `name`.
     pub fn create(&mut self, name: &str) {
         self.create_of(name, &self.present.keys().cloned().collect::<Vec<_>>());
     }
 
-    /// The present of `targets` alone gets the name `name`.
+    /// The current state of `targets` alone gets the name `name`.
     pub fn create_of(&mut self, name: &str, targets: &[String]) {
         let disks = self.present.iter().filter(|(target, _)| targets.contains(target));
         let disks = disks.map(|(target, bytes)| (target.clone(), bytes.clone())).collect();
@@ -52,7 +52,7 @@ impl Model {
         self.current = Some(name.to_owned());
     }
 
-    /// The present becomes what `name` holds.
+    /// The current state becomes what `name` holds.
     pub fn revert(&mut self, name: &str) {
         for (target, bytes) in &self.snapshots[name].disks {
             self.present.insert(target.clone(), bytes.clone());

@@ -62,7 +62,7 @@ impl Mounted {
         &self.point
     }
 
-    /// A directory in it for one domain, which may be removed and made anew.
+    /// A directory in it for one domain, which may be removed and made again.
     pub fn domain(&self) -> &Path {
         &self.domain
     }

@@ -14,7 +14,7 @@ use crate::verify;
 pub struct List {
     /// Every snapshot.
     pub snapshots: Vec<Snapshot>,
-    /// The one that the present grew from.
+    /// The one that the current state grew from.
     pub current: Option<String>,
 }
 
@@ -83,8 +83,8 @@ struct DiskSnapshot {
     kind: Kind,
 }
 
-/// The snapshots of one image, told as those of the disk `vda`: no parents, no current one; what is external
-/// is looked for in the layer right below.
+/// The snapshots of one image, reported as those of the disk `vda`: no parents, no current one; what is
+/// external is looked for in the layer right below.
 ///
 /// # Errors
 /// If `disk list` fails, or says something else.

@@ -60,8 +60,8 @@ fn raw_line(snapshots: usize) -> Result<Domain> {
     Ok(domain)
 }
 
-/// Two snapshots and one beside them: `s1` with the children `s2` and `side`, all of `kind`, the present on
-/// `side`.
+/// Two snapshots and one beside them: `s1` with the children `s2` and `side`, all of `kind`, the current
+/// state on `side`.
 fn fork(kind: &str) -> Result<Domain> {
     let mut domain = line(&[kind, kind])?;
     domain.revert("s1")?;
@@ -124,11 +124,12 @@ scenarios! {
     REVERT_INTERNAL_IN_PLACE Tree {
         line(&["internal", "internal"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1")
     }
-    /// Internal points of images that other points stand on: copied out.
+    /// Internal points of images that other points depend on: copied out.
     REVERT_INTERNAL_MATERIALISED Tree {
         line(&["internal", "external"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1")
     }
-    /// An internal point of a layer that nothing stands on and nobody writes: applied in it, and switched to.
+    /// An internal point of a layer that nothing depends on and nobody writes: applied in it, and switched
+    /// to.
     REVERT_INTERNAL_OF_A_FROZEN_LEAF Tree {
         {
             let mut domain = line(&["external", "internal"])?;
@@ -142,17 +143,17 @@ scenarios! {
     REVERT_EXTERNAL Tree {
         line(&["external", "external"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1")
     }
-    /// The present gets a name first.
+    /// The current state gets a name first.
     REVERT_SAVING_CURRENT Tree {
         line(&["external", "mixed"]),
         |_| words(&["revert", NAME, "s1", "--save-current=kept"]),
         |m| { m.create("kept"); m.revert("s1") }
     }
-    /// The only snapshot, external: the present is merged down or takes its place.
+    /// The only snapshot, external: the current state is merged down or takes its place.
     DELETE_LEAF_EXTERNAL Tree {
         line(&["external", "external"]), |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
-    /// A leaf beside the present: no merge at all.
+    /// A leaf beside the current state: no merge at all.
     DELETE_LEAF_OFF_THE_ACTIVE_CHAIN Tree {
         fork("external"), |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
@@ -183,7 +184,7 @@ scenarios! {
         },
         |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
-    /// The present small: merged into the layer below, which the configured path then names.
+    /// The current state small: merged into the layer below, which the configured path then names.
     DELETE_CURRENT_BIG_BELOW Tree {
         {
             let mut domain = line(&["external"])?;
@@ -194,7 +195,7 @@ scenarios! {
         },
         |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
-    /// Several, the one between the biggest: what is below and the present are merged into it.
+    /// Several, the one between the biggest: what is below and the current state are merged into it.
     DELETE_SEVERAL_BIG_BETWEEN Tree {
         {
             let mut domain = line(&["external", "external"])?;
@@ -205,7 +206,7 @@ scenarios! {
         },
         |_| words(&["delete", NAME, "s2", "s3"]), |m| m.delete(&strings(&["s2", "s3"]))
     }
-    /// The only one, the present small: one image without another name is left.
+    /// The only one, the current state small: one image without another name is left.
     DELETE_ONLY_BIG_BELOW Tree {
         {
             let mut domain = line(&[])?;
@@ -216,11 +217,11 @@ scenarios! {
         },
         |_| words(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
     }
-    /// A frozen layer that two others stand on.
+    /// A frozen layer that two others depend on.
     DELETE_WITH_SEVERAL_CHILDREN Tree {
         fork("external"), |_| words(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
     }
-    /// A whole subtree, the present on another branch.
+    /// A whole subtree, the current state on another branch.
     DELETE_SUBTREE Tree {
         {
             let mut domain = line(&["external", "mixed", "external"])?;
@@ -282,7 +283,7 @@ scenarios! {
     RAW_CREATE Tree { raw_line(1), |d| d.create_words("new", "copy"), |m| m.create("new") }
     /// Raw files, replaced by copies of a point.
     RAW_REVERT Tree { raw_line(2), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1") }
-    /// Raw files, with the present kept.
+    /// Raw files, with the current state kept.
     RAW_REVERT_SAVING_CURRENT Tree {
         raw_line(2),
         |_| words(&["revert", NAME, "s1", "--save-current=kept"]),

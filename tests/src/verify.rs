@@ -61,7 +61,7 @@ pub fn names(list: &List, model: &Model) -> Result<()> {
     Ok(())
 }
 
-/// Compares the bytes of every point that `list` tells of, and the present; checks layers; looks for
+/// Compares the bytes of every point that `list` tells of, and the current state; checks layers; looks for
 /// leftovers.
 ///
 /// # Errors
@@ -112,15 +112,15 @@ pub fn every_image_after_crash(domain: &Domain, list: &List, model: &Model, memo
     every_image(domain, list, model, memo)
 }
 
-/// Compares the bytes of every point and of the present; gives the layers that they need.
+/// Compares the bytes of every point and of the current state; gives the layers that they need.
 fn every_byte(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> Result<BTreeSet<PathBuf>> {
     let dir = domain.disks();
     let mut needed = BTreeSet::new();
     for snapshot in &list.snapshots {
         let disks = &model.snapshots[&snapshot.name].disks;
-        let told: BTreeSet<_> = snapshot.points.iter().map(|point| &point.target).collect();
-        if !told.iter().copied().eq(disks.keys()) {
-            bail!("{} should hold {:?}, domsnap tells of {told:?}", snapshot.name, disks.keys());
+        let reported: BTreeSet<_> = snapshot.points.iter().map(|point| &point.target).collect();
+        if !reported.iter().copied().eq(disks.keys()) {
+            bail!("{} should hold {:?}, domsnap tells of {reported:?}", snapshot.name, disks.keys());
         }
         for point in &snapshot.points {
             let tag = match point.kind {
@@ -135,7 +135,7 @@ fn every_byte(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> R
     }
     for (target, wanted) in &model.present {
         let path = domain.path(target);
-        bytes(&path, None, wanted, memo).with_context(|| format!("the present of {target}"))?;
+        bytes(&path, None, wanted, memo).with_context(|| format!("the current state of {target}"))?;
         needed.extend(chain(&path)?);
     }
     Ok(needed)
@@ -185,7 +185,7 @@ fn read_applied(image: &Path, tag: &str) -> Result<Vec<u8>> {
     qemu::read(copy.path(), None)
 }
 
-/// The image file that `image` stands on, as its header says, relative to its directory.
+/// The image file that `image` depends on, as its header says, relative to its directory.
 ///
 /// # Errors
 /// If it cannot be read, or is no qcow2 where it should be.
@@ -332,9 +332,9 @@ mod tests {
         let wrong = [Write { offset: 1 << 20, length: 512, byte: Some(9) }];
         let (domain, list) = good();
         qemu::write(&domain.path("vda"), &wrong).unwrap();
-        assert!(said(&domain, &list).contains("the present of vda"), "{}", said(&domain, &list));
+        assert!(said(&domain, &list).contains("the current state of vda"), "{}", said(&domain, &list));
         let (domain, list) = good();
-        // Of the frozen layer: all that read through it are wrong, the first one found is told.
+        // Of the frozen layer: all that read through it are wrong, the first one found is reported.
         qemu::write(&domain.disks().join("a.ds-00000000.qcow2"), &wrong).unwrap();
         assert!(said(&domain, &list).contains("snapshot out, disk vda"), "{}", said(&domain, &list));
         let (mut domain, list) = good();

@@ -318,7 +318,7 @@ fn tags_in_lower_layers_are_listed_and_reached() -> Result<()> {
     Ok(())
 }
 
-/// Whoever keeps dirty bitmaps for incremental backups is told that they are of no use any more.
+/// Whoever keeps dirty bitmaps for incremental backups is informed that they are of no use any more.
 #[test]
 fn changes_under_dirty_bitmaps_are_reported() -> Result<()> {
     let place = Place::new()?;

@@ -96,15 +96,15 @@ fn well_behaved(outcome: &Outcome) -> Result<()> {
 fn lie(lie: impl Fn(&Image) -> Result<()>) -> Result<Vec<Outcome>> {
     let image = Image::good()?;
     lie(&image)?;
-    let told = images(&image.disks())?;
-    let mut as_told = told.clone();
+    let reported = images(&image.disks())?;
+    let mut as_reported = reported.clone();
     let bad = qemu::check_within(&image.path, "2").is_err();
     let mut outcomes = Vec::new();
     for words in commands(&image.path) {
         let outcome = image.domsnap().run(&words)?;
         well_behaved(&outcome)?;
         if outcome.status != Some(status::DONE) {
-            same_images(&image.disks(), &as_told).with_context(|| outcome.to_string())?;
+            same_images(&image.disks(), &as_reported).with_context(|| outcome.to_string())?;
         } else {
             if !bad {
                 qemu::check(&image.path)?;
@@ -112,12 +112,12 @@ fn lie(lie: impl Fn(&Image) -> Result<()>) -> Result<Vec<Outcome>> {
             // Each command meets the same lie.
             std::fs::remove_dir_all(image.disks())?;
             std::fs::create_dir(image.disks())?;
-            for (path, (_, bytes)) in &told {
+            for (path, (_, bytes)) in &reported {
                 std::fs::write(image.disks().join(path), bytes)?;
             }
             std::fs::remove_dir_all(image.dir.path().join("state"))?;
             std::fs::create_dir(image.dir.path().join("state"))?;
-            as_told = images(&image.disks())?;
+            as_reported = images(&image.disks())?;
         }
         outcomes.push(outcome);
     }
@@ -248,7 +248,7 @@ mod snapshot_table {
         not_used(|image| image.put_u32(first(image)? + 8, u32::MAX))
     }
 
-    /// Of two entries of one name is told and nothing is done by that name.
+    /// Of two entries of one name is reported and nothing is done by that name.
     #[test]
     fn with_two_entries_of_one_name_is_reported() -> Result<()> {
         let outcomes = lie(|image| {

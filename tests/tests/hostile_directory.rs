@@ -192,13 +192,13 @@ fn a_layer_that_was_replaced_is_not_followed() -> Result<()> {
             // What only concerns the active image needs no layer below it.
             let needs_layers = words[0] != "create";
             ensure!(outcome.status != Some(status::DONE) || !needs_layers, "{kind}: {outcome}");
-            ensure!(place.others()? == others, "{kind}: somebody else's files were changed: {outcome}");
+            ensure!(place.others()? == others, "{kind}: another user's files were changed: {outcome}");
         }
         for command in ["list", "check"] {
             place.on_image(command, &[])?;
         }
         place.run(&["recover"])?;
-        ensure!(place.others()? == others, "{kind}: somebody else's files were changed");
+        ensure!(place.others()? == others, "{kind}: another user's files were changed");
     }
     Ok(())
 }
@@ -305,7 +305,7 @@ fn names_in_manifests_do_not_lead_out() -> Result<()> {
             ensure!(place.others()? == others, "{number}: {outcome}");
         }
         let shown = qemu::read(&place.image(), None)?;
-        ensure!(shown.first() != Some(&0x77), "{number}: somebody else's image is shown");
+        ensure!(shown.first() != Some(&0x77), "{number}: another user's image is shown");
     }
     Ok(())
 }
@@ -461,7 +461,7 @@ fn attributes_of_the_path_survive_every_operation() -> Result<()> {
     Ok(())
 }
 
-/// A frozen layer that has a name elsewhere is not written: what stands on that name reads the same.
+/// A frozen layer that has a name elsewhere is not written: what depends on that name reads the same.
 #[test]
 fn linked_layer_is_not_written() -> Result<()> {
     for doomed in [&["s1"][..], &["s2"], &["s1", "s2"], &["s2", "s1"], &["s1", "s2", "s3"]] {
@@ -477,7 +477,7 @@ fn linked_layer_is_not_written() -> Result<()> {
             let name = layer.file_name().context("a name")?.to_owned();
             fs::hard_link(&layer, kept.join(&name))?;
         }
-        // What the layers stand on, by the same relative names.
+        // What the layers depend on, by the same relative names.
         let mut links: Vec<_> = fs::read_dir(&kept)?.flatten().map(|entry| entry.path()).collect();
         links.sort();
         for link in links {

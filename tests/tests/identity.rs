@@ -353,7 +353,7 @@ mod two_catalogues {
         Ok(())
     }
 
-    /// Are told from a crash between the catalogue and the manifests.
+    /// Are distinguished from a crash between the catalogue and the manifests.
     #[test]
     fn are_distinguished_from_a_crash() -> Result<()> {
         // Manifests that are behind, or gone, are written again by the next change.
@@ -528,9 +528,10 @@ mod killed_anywhere {
         let domsnap = shim::watching(domain.domsnap(), domain.root())?;
         shim::counting(domsnap, &file).done(words)?;
         let operations = shim::counted(&file)?;
-        let told_apart = (0..operations.len()).filter(|index| crash::is_told_apart(&operations, *index));
+        let distinguished =
+            (0..operations.len()).filter(|index| crash::is_distinguished(&operations, *index));
         let mut killed = 0;
-        for operation in told_apart.map(|index| &operations[index]) {
+        for operation in distinguished.map(|index| &operations[index]) {
             domain.restore_from(&kept)?;
             let domsnap = shim::watching(domain.domsnap(), domain.root())?;
             let outcome = shim::killing(domsnap, operation.number, false).run(words)?;

@@ -84,7 +84,7 @@ fn disk_only_revert_boots() -> Result<()> {
     live.finish()
 }
 
-/// A running domain can be forgotten and registered anew.
+/// A running domain can be forgotten and registered again.
 #[test]
 fn running_domain_registers_again() -> Result<()> {
     let mut live = Live::new()?;
@@ -196,7 +196,7 @@ fn paused_domain_starts_paused() -> Result<()> {
     Ok(())
 }
 
-/// The present is saved with its memory before a revert.
+/// The current state is saved with its memory before a revert.
 #[test]
 fn revert_saves_current_with_memory() -> Result<()> {
     let mut live = Live::new()?;
@@ -206,7 +206,7 @@ fn revert_saves_current_with_memory() -> Result<()> {
     live.sound()?;
     live.domsnap().done(&["revert", NAME, "present"])?;
     live.sound()?;
-    ensure!(live.guest.ticks()? >= before, "the present that was saved is an older one");
+    ensure!(live.guest.ticks()? >= before, "the current state that was saved is an older one");
     Ok(())
 }
 
@@ -227,7 +227,7 @@ fn unregistered_domain_reverts_repeatedly() -> Result<()> {
         "{said}{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    ensure!(live.guest.pid() == pid && live.guest.boots() == 0, "the guest was booted anew");
+    ensure!(live.guest.pid() == pid && live.guest.boots() == 0, "the guest was booted again");
     live.sound()?;
     ensure!(live.guest.ticks()? < count + 400, "it did not go back");
     ensure!(live.layers()? <= 2, "{} layers are left when all snapshots are deleted", live.layers()?);

@@ -24,7 +24,7 @@ fn says(text: &str, all: &[&str]) -> Result<()> {
 }
 
 /// What a command prints for people.
-fn told(domsnap: &Domsnap, words: &[&str], all: &[&str]) -> Result<String> {
+fn reported(domsnap: &Domsnap, words: &[&str], all: &[&str]) -> Result<String> {
     let text = domsnap.done(words)?.stdout;
     says(&text, all)?;
     Ok(text)
@@ -56,15 +56,15 @@ fn text(path: &Path) -> Result<&str> {
 fn socket_alone_registers_a_domain() -> Result<()> {
     let mut live = stranger()?;
     let (domsnap, socket) = (live.domsnap(), text(live.guest.qmp_socket())?.to_owned());
-    told(
+    reported(
         &domsnap,
         &["domain", "add", NAME, "--qmp", &socket],
         &["registered live: 2 disks", text(&live.guest.disk(0))?, text(&live.guest.disk(1))?],
     )?;
     let place = format!("qemu:{socket}");
-    told(&domsnap, &["domain", "list"], &["NOW", "running", &place])?;
+    reported(&domsnap, &["domain", "list"], &["NOW", "running", &place])?;
     let agent = text(live.guest.agent_socket())?;
-    told(
+    reported(
         &domsnap,
         &["domain", "show", NAME],
         &["hypervisor   qemu at ", "now          running", "machine      QEMU ", "agent        ", agent],
@@ -89,7 +89,7 @@ fn socket_alone_registers_a_domain() -> Result<()> {
 fn create_reports_pause_and_method() -> Result<()> {
     let mut live = Live::new()?;
     let domsnap = live.domsnap();
-    let create = |words: &[&str], all: &[&str]| told(&domsnap, &[&["create", NAME], words].concat(), all);
+    let create = |words: &[&str], all: &[&str]| reported(&domsnap, &[&["create", NAME], words].concat(), all);
     create(
         &["ext", "--external"],
         &["created snapshot ext of live: vda external, vdb external, memory ", "iB; guest paused for "],
@@ -105,41 +105,41 @@ fn create_reports_pause_and_method() -> Result<()> {
     create(&["end", "--then", "off"], &["domain was ended and is off"])?;
     live.guest.wait_end()?;
 
-    let list = told(&domsnap, &["list", NAME], &["ext+mem", "memory", "filesystem", "crash"])?;
+    let list = reported(&domsnap, &["list", NAME], &["ext+mem", "memory", "filesystem", "crash"])?;
     ensure!(list.lines().count() == 8, "{list}");
-    told(&domsnap, &["list", NAME, "--tree"], &["ext+mem", "int+mem"])?;
-    let images = told(&domsnap, &["list", NAME, "--disks"], &["\nmemory\n", ".memory"])?;
+    reported(&domsnap, &["list", NAME, "--tree"], &["ext+mem", "int+mem"])?;
+    let images = reported(&domsnap, &["list", NAME, "--disks"], &["\nmemory\n", ".memory"])?;
     ensure!(images.matches(".memory").count() == 5, "{images}");
     let shown = document(&domsnap, &["show", NAME, "ext"])?;
     let file = shown["snapshot"]["memory"]["file"].as_str().context("no memory image")?.to_owned();
     let mode = std::fs::metadata(&file)?.permissions().mode() & 0o777;
     ensure!(mode == 0o600, "others may read the memory image: {mode:o}");
-    told(
+    reported(
         &domsnap,
         &["show", NAME, "ext"],
         &["of a guest that was running: ", &file, "consistency  memory: ", "machine      QEMU "],
     )?;
     std::fs::remove_file(&file)?;
-    told(&domsnap, &["show", NAME, "ext"], &["the file is gone"])?;
+    reported(&domsnap, &["show", NAME, "ext"], &["the file is gone"])?;
     Ok(())
 }
 
-/// A compressed memory image is told with both its sizes and reverted to on and off.
+/// A compressed memory image is reported with both its sizes and reverted to on and off.
 #[test]
 fn compressed_memory_shows_sizes_and_reverts() -> Result<()> {
     let mut live = Live::new()?;
     live.create("small", &["--compress=3"])?;
     let domsnap = live.domsnap();
-    told(&domsnap, &["show", NAME, "small"], &[" unpacked), of a guest that was running: "])?;
-    told(&domsnap, &["list", NAME, "--disks"], &[" unpacked)"])?;
+    reported(&domsnap, &["show", NAME, "small"], &[" unpacked), of a guest that was running: "])?;
+    reported(&domsnap, &["list", NAME, "--disks"], &[" unpacked)"])?;
     let memory = document(&domsnap, &["show", NAME, "small"])?["snapshot"]["memory"].clone();
     let sizes = memory["bytes"].as_u64().zip(memory["full"].as_u64());
     let (bytes, full) = sizes.with_context(|| format!("no sizes: {memory}"))?;
     ensure!(bytes < full / 2, "{memory}");
     ensure!(std::fs::metadata(memory["file"].as_str().context("no file")?)?.len() == bytes, "{memory}");
     live.revert("small", &[])?;
-    told(&domsnap, &["revert", NAME, "small", "--off"], &["domain was ended and is off"])?;
-    told(
+    reported(&domsnap, &["revert", NAME, "small", "--off"], &["domain was ended and is off"])?;
+    reported(
         &domsnap,
         &["revert", NAME, "small"],
         &["; domain was started from the snapshot's memory (process "],
@@ -154,7 +154,7 @@ fn a_revert_tells_what_the_guest_does_afterwards() -> Result<()> {
     live.create("one", &[])?;
     let domsnap = live.domsnap();
     let revert =
-        |words: &[&str], all: &[&str]| told(&domsnap, &[&["revert", NAME, "one"], words].concat(), all);
+        |words: &[&str], all: &[&str]| reported(&domsnap, &[&["revert", NAME, "one"], words].concat(), all);
     revert(&[], &["reverted live to one; memory restored, guest resumed (downtime "])?;
     let back = document(&domsnap, &["revert", NAME, "one"])?;
     ensure!(back["power"] == "running" && back["outcome"]["downtime_us"].is_u64(), "{back}");
@@ -164,7 +164,7 @@ fn a_revert_tells_what_the_guest_does_afterwards() -> Result<()> {
     revert(&["--running"], &["; memory restored, guest resumed"])?;
     revert(&["--off"], &["; domain was ended and is off"])?;
     revert(&["--running"], &["; domain was started from the snapshot's memory (process ", "started by: "])?;
-    told(
+    reported(
         &domsnap,
         &["delete", NAME, "one", "was", "--limit", "64M"],
         &["deleted 2 snapshots of live: one, was"],
@@ -186,7 +186,7 @@ fn dry_run_lists_steps_and_does_none() -> Result<()> {
     ];
     for (words, step) in steps {
         let words = [words, &["--dry-run"]].concat();
-        told(&domsnap, &words, &[step, "no changes made"])?;
+        reported(&domsnap, &words, &[step, "no changes made"])?;
         let plan = document(&domsnap, &words)?;
         ensure!(plan["plan"]["steps"].as_array().is_some_and(|steps| !steps.is_empty()), "{plan}");
         live.sound()?;
@@ -203,12 +203,12 @@ fn unregistered_snapshots_stay_when_registered() -> Result<()> {
     let domsnap = live.domsnap();
     let place = format!("qemu:{}", text(live.guest.qmp_socket())?);
     ensure!(document(&domsnap, &["list", &place])?["snapshots"].as_array().is_some_and(Vec::is_empty));
-    told(&domsnap, &["create", &place, "one", "--external"], &["created snapshot one of ", "memory "])?;
-    told(&domsnap, &["revert", &place, "one"], &["; memory restored, guest resumed"])?;
+    reported(&domsnap, &["create", &place, "one", "--external"], &["created snapshot one of ", "memory "])?;
+    reported(&domsnap, &["revert", &place, "one"], &["; memory restored, guest resumed"])?;
     live.sound()?;
     // By its configured paths, although QEMU has layers open by their own names.
     let disk = live.guest.disk(0);
-    told(
+    reported(
         &domsnap,
         &["domain", "add", NAME, "--qmp", text(live.guest.qmp_socket())?],
         &[
@@ -217,8 +217,8 @@ fn unregistered_snapshots_stay_when_registered() -> Result<()> {
             "1 snapshot from manifests: one",
         ],
     )?;
-    told(&domsnap, &["create", &place, "two"], &["created snapshot two of live: "])?;
-    told(&domsnap, &["delete", NAME, "one", "two"], &["deleted 2 snapshots of live"])?;
+    reported(&domsnap, &["create", &place, "two"], &["created snapshot two of live: "])?;
+    reported(&domsnap, &["delete", NAME, "one", "two"], &["deleted 2 snapshots of live"])?;
     live.sound()
 }
 
@@ -254,7 +254,7 @@ fn scan_prints_the_command_that_registers() -> Result<()> {
         found["registered"] == words[3] && found["register"].as_array().is_some_and(Vec::is_empty),
         "{found}"
     );
-    told(
+    reported(
         &domsnap,
         &["domain", "scan"],
         &[&format!("at qemu:{socket}\n"), &format!("registered as {}\n", words[3])],
@@ -293,8 +293,8 @@ fn impossible_requests_leave_the_guest_alone() -> Result<()> {
     refused(&domsnap, &["create", NAME, "x"], &["connecting to domain live", socket, "no changes made"])?;
     let list = domsnap.done(&["domain", "list", "--json"])?.json::<Value>()?;
     ensure!(list["domains"][0]["power"].is_null(), "{list}");
-    told(&domsnap, &["domain", "show", NAME], &["now          not known: "])?;
+    reported(&domsnap, &["domain", "show", NAME], &["now          not known: "])?;
     drop(other);
-    told(&domsnap, &["create", NAME, "x"], &["created snapshot x of live"])?;
+    reported(&domsnap, &["create", NAME, "x"], &["created snapshot x of live"])?;
     live.sound()
 }

@@ -11,7 +11,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use domsnap_tests::live::crash::{Operation, Victim, kill_qemu, start_qemu, strike};
+use domsnap_tests::live::crash::{Operation, Victim, inject, kill_qemu, start_qemu};
 use domsnap_tests::live::{Live, NAME};
 use domsnap_tests::report;
 use testguest::GuestOptions;
@@ -45,7 +45,7 @@ fn on_x(live: &mut Live) -> Result<()> {
     }
 }
 
-/// `x` is inside an image, and another snapshot stands on that.
+/// `x` is inside an image, and another snapshot depends on that.
 fn under_y(live: &mut Live) -> Result<()> {
     if !there(live, "x")? {
         if there(live, "y")? {
@@ -86,18 +86,18 @@ const DELETE_ACTIVE: Operation =
 const DELETE_FROZEN: Operation =
     Operation { words: &["delete", "x"], takes: None, deletes: Some("x"), again: under_y };
 
-macro_rules! struck {
+macro_rules! killed {
     ($($test:ident: $operation:ident, $victim:ident, $first:literal, $every:literal;)*) => {$(
         #[test]
         fn $test() -> Result<()> {
             let mut live = tree()?;
-            strike(&mut live, &$operation, Victim::$victim, $first, $every)?;
+            inject(&mut live, &$operation, Victim::$victim, $first, $every)?;
             live.finish()
         }
     )*};
 }
 
-struck! {
+killed! {
     domsnap_dies_in_an_external_create: CREATE_EXTERNAL, Domsnap, 0, 1;
     domsnap_dies_in_a_create_that_compresses_memory: CREATE_COMPRESSED, Domsnap, 2, 4;
     domsnap_dies_in_a_mixed_create: CREATE_MIXED, Domsnap, 0, 2;
@@ -162,7 +162,7 @@ fn written_overlays(raw: bool, started_again: bool) -> Result<()> {
     }
     let recovered = live.domsnap().done(&["recover", NAME])?;
     ensure!(!there(&live, "x")?, "the kill came too late: {recovered}");
-    ensure!(recovered.stdout.contains("a snapshot that was not taken"), "it is not told: {recovered}");
+    ensure!(recovered.stdout.contains("a snapshot that was not taken"), "it is not reported: {recovered}");
     let left = overlays(&live)?;
     for inode in written {
         let kept = left.iter().find(|(_, about)| about.ino() == inode);

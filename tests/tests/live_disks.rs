@@ -283,7 +283,7 @@ fn memory_with_a_plugged_in_disk_is_not_started() -> Result<()> {
 }
 
 /// A disk that was unplugged after a snapshot is let go by QEMU: who unplugged it could not close the nodes
-/// that stand on theirs.
+/// that depend on theirs.
 #[test]
 fn unplugged_disk_is_released() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2"])?;
@@ -618,7 +618,7 @@ fn filters_that_do_more_are_refused_by_name() -> Result<()> {
 }
 
 /// What else of the same QEMU uses an image is found before the guest is stopped; two devices on one image
-/// are named as such; and dirty bitmaps that no file has are told when they are left behind.
+/// are named as such; and dirty bitmaps that no file has are reported when they are left behind.
 #[test]
 fn images_that_qemu_itself_uses_twice_are_named() -> Result<()> {
     let place = Place::new(&["d.qcow2", "b.qcow2", "s.qcow2"])?;
@@ -1183,7 +1183,8 @@ fn recorded_run_is_not_stopped() -> Result<()> {
     qemu.quit()
 }
 
-/// A reset does not end a QEMU that was told at run time to end where its guest reboots: no query tells that.
+/// A reset does not end a QEMU that was instructed at run time to end where its guest reboots: no query tells
+/// that.
 #[test]
 fn reset_does_not_end_a_qemu_that_ends_at_reboots() -> Result<()> {
     let place = Place::new(&["d.qcow2"])?;

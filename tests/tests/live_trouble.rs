@@ -77,7 +77,7 @@ fn settle(live: &mut Live, name: &str, outcome: &Outcome, before: u64) -> Result
     live.verify()
 }
 
-/// A qemu that hangs before a command is told as such and nothing is touched.
+/// A qemu that hangs before a command is reported as such and nothing is touched.
 #[test]
 fn hanging_qemu_is_reported() -> Result<()> {
     let mut live = Live::new()?;
@@ -240,7 +240,7 @@ fn damaged_memory_is_refused_first() -> Result<()> {
     Ok(())
 }
 
-/// Of two domsnap on one domain both end well or one is told who works on it.
+/// Of two domsnap on one domain both end well or one is refused, with the other's process.
 #[test]
 fn second_domsnap_waits_or_is_refused() -> Result<()> {
     let mut live = Live::new()?;
@@ -317,8 +317,8 @@ fn new_path_of_a_running_guest_is_named() -> Result<()> {
     let before = fs::metadata(&first)?.modified()?;
     live.domsnap().done(&["create", NAME, "s1", "--external"])?;
     let now = |live: &Live| -> Result<PathBuf> {
-        let told: Value = live.domsnap().done(&["domain", "show", NAME, "--json"])?.json()?;
-        let path = told["domain"]["disks"][0]["path"].as_str().context("a path")?.to_owned();
+        let reported: Value = live.domsnap().done(&["domain", "show", NAME, "--json"])?.json()?;
+        let path = reported["domain"]["disks"][0]["path"].as_str().context("a path")?.to_owned();
         Ok(path.into())
     };
     let second = now(&live)?;

@@ -85,7 +85,7 @@ fn recover_removes_the_probes_of_a_dead_qemu() -> Result<()> {
     Ok(())
 }
 
-/// Two internal snapshots of one name: which is meant cannot be told, so neither is touched.
+/// Two internal snapshots of one name: which is meant cannot be determined, so neither is touched.
 #[test]
 fn tags_of_one_name_are_refused_before() -> Result<()> {
     let domain = Domain::unregistered(&Shape::disks(1))?;
@@ -240,7 +240,7 @@ fn check_of_a_domain_in_change_finds_no_damage() -> Result<()> {
         });
         while !done.load(std::sync::atomic::Ordering::Relaxed) {
             let check = domain.domsnap().run(&["check", NAME])?;
-            // A step that takes longer than the check waits is told.
+            // A step that takes longer than the check waits is reported.
             ensure!(check.status == Some(status::DONE) || check.stdout.contains("runs just now"), "{check}");
         }
         changes.join().map_err(|_| anyhow::anyhow!("the changes panicked"))?
@@ -452,7 +452,7 @@ fn almost_full_catalogue_of_small_blocks_ends_nothing() -> Result<()> {
     let full = mounted.path().join("full");
     for left in (0..=48).step_by(4) {
         for words in [&["list", &image][..], &["create", &image, "x"], &["check", &image]] {
-            // The index is made anew.
+            // The index is made again.
             let _ = std::fs::remove_file(mounted.path().join("state/catalogue.db-shm"));
             let mut file = std::fs::File::create(&full)?;
             let filled = std::io::copy(&mut std::io::repeat(1), &mut file);

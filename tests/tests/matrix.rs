@@ -277,10 +277,10 @@ mod revert {
         Ok(())
     }
 
-    /// To an internal point under an overlay leaves what stands on the image whole.
+    /// To an internal point under an overlay leaves what depends on the image whole.
     #[test]
     fn to_an_internal_point_under_an_overlay() -> Result<()> {
-        // libvirt hands the guest the base that e1 and i2 stand on; after a write, i2 reads wrong.
+        // libvirt hands the guest the base that e1 and i2 depend on; after a write, i2 reads wrong.
         let mut domain = Domain::new(&Shape::disks(1))?;
         for (name, kind) in [("i1", "internal"), ("e1", "external"), ("i2", "internal")] {
             domain.write_and_create(name, kind)?;
@@ -363,7 +363,7 @@ mod delete {
         Ok(())
     }
 
-    /// `s1` with the children `s2` and `side`, the present on `side`.
+    /// `s1` with the children `s2` and `side`, the current state on `side`.
     fn fork(kinds: [&str; 3]) -> Result<Domain> {
         let mut domain = line(2, &kinds[..2])?;
         domain.revert("s1")?;

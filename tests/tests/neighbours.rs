@@ -50,7 +50,7 @@ struct Overlay {
 }
 
 impl Overlay {
-    /// Makes `path` stand on what the string `on` names, which shows `below`.
+    /// Makes `path` depend on what the string `on` names, which shows `below`.
     fn new(path: &Path, on: &str, below: &Bytes) -> Result<Overlay> {
         let words = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", "-F", "qcow2", "-b", on];
         let words = words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]);
@@ -207,7 +207,7 @@ mod overlays {
         domain.verify_beside_others()
     }
 
-    /// One whose backing file cannot be told stops merges and reverts alone.
+    /// One whose backing file cannot be determined stops merges and reverts alone.
     #[test]
     fn unknown_backing_stops_merges_and_reverts() -> Result<()> {
         for string in [
@@ -255,7 +255,7 @@ mod overlays {
 mod on_the_configured_path {
     use super::*;
 
-    /// A revert is refused until the overlay stands on the layer.
+    /// A revert is refused until the overlay depends on the layer.
     #[test]
     fn revert_waits_for_the_overlay() -> Result<()> {
         let mut domain = line(&["external", "external"])?;

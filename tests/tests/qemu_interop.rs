@@ -134,7 +134,7 @@ fn adopted_points_revert() -> Result<()> {
     Ok(())
 }
 
-/// What stands on a base that somebody else uses too is never merged into it.
+/// What depends on a base that somebody else uses too is never merged into it.
 #[test]
 fn shared_base_is_never_merged_into() -> Result<()> {
     let mut domain = Domain::unregistered(&Shape::disks(1))?;
@@ -155,7 +155,7 @@ fn shared_base_is_never_merged_into() -> Result<()> {
     for snapshot in list.snapshots {
         domain.domsnap().run(&["delete", NAME, &snapshot.name])?;
     }
-    ensure!(std::fs::read(&gold)? == before, "the gold image changed, and a stranger stands on it");
+    ensure!(std::fs::read(&gold)? == before, "the gold image changed, and a stranger depends on it");
     verify::bytes(&stranger, None, &golden, &mut Default::default())?;
     verify::bytes(&path, None, &domain.model.present["vda"], &mut Default::default())
 }

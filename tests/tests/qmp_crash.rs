@@ -2,7 +2,7 @@
 //! `recover`. The guest runs, its disks are as before the operation or as after it, every snapshot holds what
 //! it held, and nothing of ours is left in QEMU.
 //!
-//! The guest is an idle machine, so that there is time for all of them. In CI every fourth is struck.
+//! The guest is an idle machine, so that there is time for all of them. In CI every fourth is killed.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -32,7 +32,7 @@ type Prepare = fn(&mut Machine) -> Result<()>;
 
 struct Operation {
     words: &'static [&'static str],
-    /// Makes what it works on, again after each strike: it may be there.
+    /// Makes what it works on, again after each inject: it may be there.
     again: Prepare,
 }
 
@@ -199,13 +199,13 @@ fn nothing_left(socket: &Path, disks: &[(&str, PathBuf)]) -> Result<()> {
     })
 }
 
-/// Strikes before, and just after, one of `DOMSNAP_LIVE_EVERY` commands of `operation`, by default of 4.
-fn strike(operation: &Operation) -> Result<()> {
+/// Kills before, and just after, one of `DOMSNAP_LIVE_EVERY` commands of `operation`, by default of 4.
+fn inject(operation: &Operation) -> Result<()> {
     let every = seed::from_env("DOMSNAP_LIVE_EVERY", 4).max(1) as usize;
     strike_where(operation, Machine::start()?, |place, _| place % every == 0)
 }
 
-/// Strikes before, and just after, those commands of `operation` of which `is_struck` is true.
+/// Kills before, and just after, those commands of `operation` of which `is_struck` is true.
 fn strike_where(
     operation: &Operation,
     mut machine: Machine,
@@ -219,14 +219,14 @@ fn strike_where(
     let commands: Vec<String> = std::fs::read_to_string(&file)?.lines().map(str::to_owned).collect();
     ensure!(commands.len() >= 2, "the shim saw {commands:?}");
     settle(&mut machine, operation).context("after the one that was counted")?;
-    let struck: Vec<_> =
+    let killed: Vec<_> =
         commands.iter().enumerate().filter(|(place, command)| is_struck(*place, command)).collect();
-    ensure!(!struck.is_empty(), "none of these is struck: {commands:?}");
-    for (place, command) in struck {
+    ensure!(!killed.is_empty(), "none of these is killed: {commands:?}");
+    for (place, command) in killed {
         for sent in [false, true] {
             (operation.again)(&mut machine).with_context(|| format!("before {command}"))?;
-            let struck = shim::killing_at_command(shim::preloaded(machine.domsnap()), place as u64 + 1, sent);
-            let outcome = struck.run(&words)?;
+            let killed = shim::killing_at_command(shim::preloaded(machine.domsnap()), place as u64 + 1, sent);
+            let outcome = killed.run(&words)?;
             let when = if sent { "just after" } else { "before" };
             let healed = (|| {
                 ensure!(outcome.status.is_none_or(|status| status == status::DONE), "{outcome}");
@@ -289,17 +289,17 @@ fn without_x(machine: &mut Machine) -> Result<()> {
     machine.write(NOW)
 }
 
-macro_rules! strikes {
+macro_rules! kills {
     ($($(#[$about:meta])* $name:ident: $words:expr, $again:expr;)*) => {$(
         $(#[$about])*
         #[test]
         fn $name() -> Result<()> {
-            strike(&Operation { words: &$words, again: $again })
+            inject(&Operation { words: &$words, again: $again })
         }
     )*};
 }
 
-strikes! {
+kills! {
     create_internal_with_memory: ["create", "x", "--internal"], without_x;
     create_external_with_memory: ["create", "x", "--external"], without_x;
     create_mixed_paused: ["create", "x", "--no-live", "--disk", "vdb=external"], without_x;
@@ -344,8 +344,8 @@ fn both_die_before_memory_is_loaded() -> Result<()> {
     let place = commands.lines().position(|command| command.ends_with("snapshot-load"));
     let place = place.with_context(|| format!("none loads memory: {commands}"))?;
     past(&mut machine, &["--internal"])?;
-    let struck = shim::killing_at_command(shim::preloaded(machine.domsnap()), place as u64 + 1, false);
-    struck.run(&words)?;
+    let killed = shim::killing_at_command(shim::preloaded(machine.domsnap()), place as u64 + 1, false);
+    killed.run(&words)?;
     machine.qemu.kill()?;
     let recovered = machine.domsnap().run(&["recover"])?;
     let ended = (|| {
@@ -426,9 +426,9 @@ fn signals_undo_or_are_ignored() -> Result<()> {
         for place in (0..count).step_by(3) {
             again(&mut machine)?;
             let signal = signals[place / 3 % signals.len()];
-            let struck =
+            let killed =
                 shim::signalling_at_command(shim::preloaded(machine.domsnap()), place as u64 + 1, signal);
-            let outcome = struck.run(&words)?;
+            let outcome = killed.run(&words)?;
             match outcome.status {
                 Some(status::DONE) => done += 1,
                 // Before the first step there is nothing to undo, and it says that.
@@ -447,8 +447,8 @@ fn signals_undo_or_are_ignored() -> Result<()> {
     ensure!(undone > 2 && done > 2, "{undone} were undone, {done} were done");
     without_x(&mut machine)?;
     let ignoring = machine.domsnap().through(&["nohup"]);
-    let struck = shim::signalling_at_command(shim::preloaded(ignoring), 1, 1);
-    struck.run(&["create", &address, "x"])?.expect_status(status::DONE)?;
+    let killed = shim::signalling_at_command(shim::preloaded(ignoring), 1, 1);
+    killed.run(&["create", &address, "x"])?.expect_status(status::DONE)?;
     machine.finish()
 }
 

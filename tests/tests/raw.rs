@@ -109,7 +109,7 @@ fn damaged_copy_is_never_reverted_to() -> Result<()> {
     let before = qemu::read(&domain.path("vda"), None)?;
     let failed = domain.domsnap().run(&["revert", NAME, "s1"])?.expect_status(status::FAILED)?;
     ensure!(failed.stderr.contains("checksum"), "{failed}");
-    ensure!(qemu::read(&domain.path("vda"), None)? == before, "the present was changed");
+    ensure!(qemu::read(&domain.path("vda"), None)? == before, "the current state was changed");
     Ok(())
 }
 
@@ -130,7 +130,7 @@ fn point_under_a_foreign_overlay_stays() -> Result<()> {
     qemu::img(&[&words[..], &[point.as_os_str(), overlay.as_os_str()]].concat())?;
     let deleted = domain.domsnap().done(&["delete", NAME, "s1"])?;
     ensure!(format!("{deleted}").contains("mine.qcow2 is backed by it"), "{deleted}");
-    ensure!(point.exists(), "what an overlay stands on was removed");
+    ensure!(point.exists(), "what an overlay depends on was removed");
     std::fs::remove_file(&overlay)?;
     // The next delete tidies up.
     domain.model.delete(&["s1".to_owned()]);
@@ -154,24 +154,26 @@ fn new_path_is_an_overlay_on_the_raw_file() -> Result<()> {
             || made.stderr.contains("configuration must now name"),
         "{made}"
     );
-    let told: serde_json::Value = domain.domsnap().done(&["domain", "show", NAME, "--json"])?.json()?;
-    let path = told.pointer("/domain/disks/0/path").or_else(|| told.pointer("/disks/0/path")).cloned();
+    let reported: serde_json::Value = domain.domsnap().done(&["domain", "show", NAME, "--json"])?.json()?;
+    let path =
+        reported.pointer("/domain/disks/0/path").or_else(|| reported.pointer("/disks/0/path")).cloned();
     let path = std::path::PathBuf::from(
-        path.and_then(|path| path.as_str().map(str::to_owned)).context(format!("{told}"))?,
+        path.and_then(|path| path.as_str().map(str::to_owned)).context(format!("{reported}"))?,
     );
-    ensure!(verify::backing(&path)?.as_deref() == Some(&*domain.path("vda")), "it stands on the raw file");
+    ensure!(verify::backing(&path)?.as_deref() == Some(&*domain.path("vda")), "it depends on the raw file");
     let write = [qemu::Write { offset: 1 << 20, length: 4096, byte: Some(7) }];
     qemu::write(&path, &write)?;
     domain.domsnap().done(&["create", NAME, "s2", "--external"])?;
     domain.domsnap().done(&["revert", NAME, "s1"])?;
-    let told: serde_json::Value = domain.domsnap().done(&["domain", "show", NAME, "--json"])?.json()?;
-    let path = told.pointer("/domain/disks/0/path").or_else(|| told.pointer("/disks/0/path")).cloned();
+    let reported: serde_json::Value = domain.domsnap().done(&["domain", "show", NAME, "--json"])?.json()?;
+    let path =
+        reported.pointer("/domain/disks/0/path").or_else(|| reported.pointer("/disks/0/path")).cloned();
     let path = std::path::PathBuf::from(
-        path.and_then(|path| path.as_str().map(str::to_owned)).context(format!("{told}"))?,
+        path.and_then(|path| path.as_str().map(str::to_owned)).context(format!("{reported}"))?,
     );
     ensure!(qemu::read(&path, None)? == base, "the revert shows the raw file as it was frozen");
     domain.domsnap().done(&["delete", NAME, "s1", "s2"])?;
-    ensure!(qemu::read(&path, None)? == base, "the present is as before the delete");
+    ensure!(qemu::read(&path, None)? == base, "the current state is as before the delete");
     ensure!(qemu::read(&domain.path("vda"), None)? == base, "nothing wrote the base");
     domain.domsnap().done(&["check", NAME])?;
     Ok(())

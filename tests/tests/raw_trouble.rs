@@ -57,11 +57,11 @@ mod where_blocks_can_be_shared {
         domain.fill(64 << 20)?;
         let free = |domain: &Domain| -> Result<u64> {
             qemu::run("sync", &["-f".as_ref(), domain.root().as_os_str()])?;
-            let told = qemu::run(
+            let reported = qemu::run(
                 "stat",
                 &["-f".as_ref(), "-c".as_ref(), "%f %S".as_ref(), domain.root().as_os_str()],
             )?;
-            let (blocks, size) = told.trim().split_once(' ').context("two numbers")?;
+            let (blocks, size) = reported.trim().split_once(' ').context("two numbers")?;
             Ok(blocks.parse::<u64>()? * size.parse::<u64>()?)
         };
         let before = free(&domain)?;
@@ -172,7 +172,7 @@ mod a_copy {
         let name = copy.file_name().and_then(OsStr::to_str).context("no name")?;
         for words in [&["show", NAME, "s1"][..], &["list", NAME, "--disks"]] {
             let outcome = domain.domsnap().done(words)?;
-            ensure!(outcome.stdout.contains(name), "{name} is not told: {outcome}");
+            ensure!(outcome.stdout.contains(name), "{name} is not reported: {outcome}");
         }
         Ok(())
     }
@@ -196,7 +196,7 @@ mod an_overlay {
     use super::*;
 
     /// One raw disk registered with `--active-path=new`, and its snapshot `s1` as an overlay; and the path of
-    /// the present.
+    /// the current state.
     fn taken() -> Result<(Domain, PathBuf)> {
         let mut domain = Domain::unregistered(&Shape::raw(1))?;
         domain.domsnap().done(&[domain.register_words(), vec!["--active-path=new".into()]].concat())?;
@@ -265,7 +265,10 @@ mod an_overlay {
         let disk = &shown["domain"]["disks"][0];
         let path = disk["path"].as_str().context("a disk without a path")?;
         ensure!(disk["format"] == "qcow2" && path.ends_with(".qcow2"), "{shown}");
-        ensure!(verify::backing(Path::new(path))?.as_deref() == Some(&*raw), "{path} stands on another file");
+        ensure!(
+            verify::backing(Path::new(path))?.as_deref() == Some(&*raw),
+            "{path} depends on another file"
+        );
         Ok(())
     }
 
@@ -327,9 +330,12 @@ mod the_configured_path {
         let (path, real) = (domain.path("vda"), domain.disks().join("real.raw"));
         std::fs::rename(&path, &real)?;
         std::os::unix::fs::symlink("real.raw", &path)?;
-        let told = domain.domsnap().done(&domain.register_words())?;
+        let reported = domain.domsnap().done(&domain.register_words())?;
         let real = real.display().to_string();
-        ensure!(told.stdout.contains("a.raw is a symbolic link") && told.stdout.contains(&real), "{told}");
+        ensure!(
+            reported.stdout.contains("a.raw is a symbolic link") && reported.stdout.contains(&real),
+            "{reported}"
+        );
         Ok(())
     }
 
@@ -430,7 +436,7 @@ mod the_configured_path {
 mod a_disk_that_was_made {
     use super::*;
 
-    /// Lengthens or shortens the present of `vda`.
+    /// Lengthens or shortens the current state of `vda`.
     fn resize(domain: &mut Domain, length: u64) -> Result<()> {
         std::fs::OpenOptions::new().write(true).open(domain.path("vda"))?.set_len(length)?;
         let bytes = domain.model.present.get_mut("vda").context("no disk")?;
@@ -629,9 +635,9 @@ mod together_with_qcow2 {
 #[test]
 fn the_ways_are_listed_with_the_backend() -> Result<()> {
     let state = tempfile::tempdir()?;
-    let told = Domsnap::new(state.path()).done(&["backends"])?;
+    let reported = Domsnap::new(state.path()).done(&["backends"])?;
     for word in ["raw", "reflink", "copy", "overlay"] {
-        ensure!(told.stdout.contains(word), "{word} is not told: {told}");
+        ensure!(reported.stdout.contains(word), "{word} is not reported: {reported}");
     }
     Ok(())
 }
@@ -652,7 +658,7 @@ fn a_way_that_is_none_is_refused_with_those_that_are() -> Result<()> {
 }
 
 #[test]
-fn two_domsnap_at_once_take_turns_or_one_is_told() -> Result<()> {
+fn two_domsnap_at_once_take_turns_or_one_is_reported() -> Result<()> {
     let mut domain = line(1, &[])?;
     let spawn = |name: &str| -> Result<std::process::Child> {
         let mut command: Command = domain.domsnap().command(&domain.create_words(name, "copy"));

@@ -119,7 +119,7 @@ impl Domain {
             let tried = (|| {
                 self.done(&["revert", "cold", power])?;
                 let state = self.qemu.state()?;
-                // A QEMU that cannot be told to make its disks usable lets a guest run for a moment.
+                // A QEMU that cannot be made to make its disks usable lets a guest run for a moment.
                 ensure!(right.contains(&state.as_str()), "{power}: it is {state:?}");
                 ensure!(self.has(THEN)?, "the disk is not as it was");
                 Ok(())
@@ -289,7 +289,7 @@ fn a_qemu_that_ends_at_a_reboot_is_not_reset() -> Result<()> {
     domain.done(&["revert", "memory"])?;
     domain.lives("running")?;
     ensure!(domain.has(THEN)?, "the disk is not as it was");
-    // What the user told it holds again.
+    // What the user demanded of it holds again.
     domain.qemu.qmp("system_reset", json!({}))?;
     domain.qemu.wait_state("shutdown")
 }

@@ -165,7 +165,7 @@ fn revert_says_what_became_of_the_guest() -> Result<()> {
     ensure!(dry(&["revert", at, "all"])?["guest"] == "started");
     let started = place.json(&["revert", at, "all"])?;
     let process = &started["outcome"]["started"];
-    let pid = process["pid"].as_u64().context("the process is not told")?;
+    let pid = process["pid"].as_u64().context("the process is not reported")?;
     let ended = end(pid);
     ensure!(started["outcome"]["guest"] == "started" && started["power"] == "running", "{started}");
     ensure!(process["command"][0] == "qemu-system-x86_64", "{started}");

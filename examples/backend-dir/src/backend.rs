@@ -289,7 +289,7 @@ fn new_tag(disk: &Utf8Path, stamp: u32) -> Result<String> {
     }
 }
 
-/// The points that are there, are to go, and are nobody else's.
+/// The points that are there, are to go, and are of no other domain.
 fn gone<'a>(
     there: &'a [(String, Metadata)],
     drop: &'a [Point],

@@ -316,7 +316,7 @@ fn dry_run(session: &Session, domain: &DomainRef, request: &Request) -> Result<A
             _ => None,
         }),
     };
-    Ok(session.told(document, |document| {
+    Ok(session.reported(document, |document| {
         let mut text = String::new();
         if let Some(first) = &document.first {
             text.push_str(&plan_text(&document.domain, first));

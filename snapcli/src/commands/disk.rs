@@ -246,7 +246,7 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
         }
     }
     let document = DiskListDoc { image: image.to_owned(), snapshots };
-    Ok(session.told(document, |document| {
+    Ok(session.reported(document, |document| {
         if document.snapshots.is_empty() {
             return format!("{} has no snapshots\n", document.image);
         }

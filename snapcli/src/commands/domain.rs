@@ -30,11 +30,11 @@ pub fn run(session: &Session, domain: Domain) -> Result<Answer, Failure> {
             let format = disk.format.as_deref().unwrap_or(default).to_owned();
             let disk = snapcore::Disk { target: disk.target, path: disk.path, format };
             let domain = session.change(session.service.disk_add(&domain, disk))?;
-            Ok(session.changed(with_disks(domain), |document| told(document, "changed")))
+            Ok(session.changed(with_disks(domain), |document| reported(document, "changed")))
         }
         Domain::Disk(DomainDisk::Remove { domain, target }) => {
             let domain = session.change(session.service.disk_remove(&domain, &target))?;
-            Ok(session.changed(with_disks(domain), |document| told(document, "changed")))
+            Ok(session.changed(with_disks(domain), |document| reported(document, "changed")))
         }
     }
 }
@@ -74,7 +74,7 @@ fn add(session: &Session, args: DomainAdd) -> Result<Answer, Failure> {
     }
     let mut report = session.change(session.service.domain_add(&spec))?;
     report.notes.extend(left_out);
-    Ok(session.changed(document(report), |document| told(document, "registered")))
+    Ok(session.changed(document(report), |document| reported(document, "registered")))
 }
 
 /// Parses `HYPERVISOR:ADDRESS` with the hypervisors of this program.
@@ -132,7 +132,7 @@ pub fn import(session: &Session, args: Import) -> Result<Answer, Failure> {
         options = options.trust();
     }
     let report = session.change(session.service.import(&args.domain, options))?;
-    Ok(session.changed(document(report), |document| told(document, "imported")))
+    Ok(session.changed(document(report), |document| reported(document, "imported")))
 }
 
 fn document(report: ImportReport) -> DomainDoc {
@@ -140,7 +140,7 @@ fn document(report: ImportReport) -> DomainDoc {
     DomainDoc { domain, restored, adopted, notes }
 }
 
-fn told(document: &DomainDoc, done: &str) -> String {
+fn reported(document: &DomainDoc, done: &str) -> String {
     let domain = &document.domain;
     let mut text = format!("{done} {}: {}\n", domain.name, units::count(domain.disks.len(), "disk"));
     for record in &domain.disks {
@@ -182,7 +182,7 @@ fn list(session: &Session) -> Result<Answer, Failure> {
         ListedDomain { summary, power }
     };
     let document = DomainsDoc { domains: domains.into_iter().map(listed).collect() };
-    Ok(session.told(document, |document| {
+    Ok(session.reported(document, |document| {
         if document.domains.is_empty() {
             return "no domains are known; `domsnap domain add` registers one\n".to_owned();
         }
@@ -232,7 +232,7 @@ fn show(session: &Session, domain: &DomainRef) -> Result<Answer, Failure> {
     };
     let (domain, unfinished) = (listing.domain, listing.unfinished);
     let document = DomainShowDoc { domain, disks, unfinished, power, machine, problem };
-    Ok(session.told(document, |document| {
+    Ok(session.reported(document, |document| {
         let mut text = facts(document);
         text.push_str(&format!("snapshots    {}\n", snapshots.len()));
         if let Some(current) = snapshots.iter().find(|snapshot| snapshot.current) {

@@ -55,10 +55,10 @@ pub fn backends(session: &Session) -> Answer {
         }
     }
     let hypervisors = session.service.registry().hypervisors().map(|known| known.profile()).collect();
-    session.told(BackendsDoc { backends, problems, hypervisors }, told_backends)
+    session.reported(BackendsDoc { backends, problems, hypervisors }, backends_text)
 }
 
-fn told_backends(document: &BackendsDoc) -> String {
+fn backends_text(document: &BackendsDoc) -> String {
     let plugins = document.backends.iter().any(|backend| backend.plugin.is_some());
     let rows = document.backends.iter().map(|backend| {
         let can = &backend.capabilities;

@@ -27,7 +27,7 @@ pub fn check(session: &Session, domain: Option<DomainRef>) -> Result<Answer, Fai
     }
     let findings = domains.iter().flat_map(|domain| &domain.findings);
     let errors = findings.filter(|found| found.severity == Severity::Error).count();
-    let mut answer = session.told(CheckDoc { domains }, findings_text);
+    let mut answer = session.reported(CheckDoc { domains }, findings_text);
     if errors > 0 {
         answer.exit = exit::FAILED;
         answer.complaint = Some(format!("the check found {}", units::count(errors, "error")));

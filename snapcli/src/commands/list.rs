@@ -23,20 +23,20 @@ use crate::{
 pub fn run(session: &Session, args: &List) -> Result<Answer, Failure> {
     if let Some(domain) = &args.domain {
         let document = read(session, domain, args)?;
-        return Ok(session.told(document, |document| told(document, args, None)));
+        return Ok(session.reported(document, |document| reported(document, args, None)));
     }
     let mut domains = Vec::new();
     for summary in session.ask(session.service.domains())? {
         domains.push(read(session, &DomainRef::Name(summary.domain.name), args)?);
     }
-    Ok(session.told(ListAllDoc { domains }, |document| {
+    Ok(session.reported(ListAllDoc { domains }, |document| {
         if document.domains.is_empty() {
             return "no domains are known; `domsnap domain add` registers one\n".to_owned();
         }
         let parts: Vec<String> = document
             .domains
             .iter()
-            .map(|domain| told(domain, args, Some(&domain.domain.to_string())))
+            .map(|domain| reported(domain, args, Some(&domain.domain.to_string())))
             .collect();
         parts.join("\n")
     }))
@@ -51,7 +51,7 @@ fn read(session: &Session, domain: &DomainRef, args: &List) -> Result<ListDoc, F
     Ok(document)
 }
 
-fn told(document: &ListDoc, args: &List, title: Option<&str>) -> String {
+fn reported(document: &ListDoc, args: &List, title: Option<&str>) -> String {
     let zone = units::zone();
     let mut text = match (args.tree, document.snapshots.is_empty()) {
         (true, _) => drawn(&document.snapshots, Signs::fitting(), &zone),

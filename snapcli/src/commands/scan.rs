@@ -18,14 +18,14 @@ pub fn run(session: &Session) -> Result<Answer, Failure> {
     let mut taken: BTreeSet<DomainName> = known.into_iter().map(|known| known.domain.name).collect();
     let found = session.ask(session.service.scan())?.into_iter();
     let found = found.map(|scanned| document(session, scanned, &mut taken)).collect();
-    Ok(session.told(ScanDoc { found }, |document| match document.found.is_empty() {
+    Ok(session.reported(ScanDoc { found }, |document| match document.found.is_empty() {
         true => NOTHING.to_owned(),
-        false => document.found.iter().map(told).collect::<Vec<_>>().join("\n"),
+        false => document.found.iter().map(reported).collect::<Vec<_>>().join("\n"),
     }))
 }
 
 const NOTHING: &str = "no running domain was found that can be reached\n  \
-    a QEMU needs a QMP socket (-qmp unix:PATH,server=on,wait=off) that nobody else is connected to, and who asks must be its \
+    a QEMU needs a QMP socket (-qmp unix:PATH,server=on,wait=off) that no other program is connected to, and the caller must be its \
     user or root\n";
 
 fn document(session: &Session, scanned: Scanned, taken: &mut BTreeSet<DomainName>) -> ScannedDoc {
@@ -73,7 +73,7 @@ fn free_name(own: Option<&str>, socket: &Utf8Path, taken: &BTreeSet<DomainName>)
     names.find(|name| is_free(name)).unwrap_or(wanted)
 }
 
-fn told(found: &ScannedDoc) -> String {
+fn reported(found: &ScannedDoc) -> String {
     let state = if found.running { "running" } else { "paused" };
     let name = found.name.as_deref().unwrap_or("unnamed");
     let mut text = format!("{name} ({state}) at {}:{}\n", found.hypervisor, found.control.address);

@@ -15,7 +15,7 @@ use crate::units;
 /// Shows one snapshot.
 pub fn run(session: &Session, args: &Show) -> Result<Answer, Failure> {
     let details = session.ask(session.service.show(&args.domain, &args.name))?;
-    Ok(session.told(document(details), told))
+    Ok(session.reported(document(details), reported))
 }
 
 fn document(details: Details) -> ShowDoc {
@@ -51,7 +51,7 @@ fn document(details: Details) -> ShowDoc {
     }
 }
 
-fn told(document: &ShowDoc) -> String {
+fn reported(document: &ShowDoc) -> String {
     let snapshot = &document.snapshot;
     let mut text = String::new();
     let mut line = |what: &str, said: &str| text.push_str(&format!("{what:<12} {said}\n"));

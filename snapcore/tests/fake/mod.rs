@@ -94,7 +94,7 @@ impl Faults {
         state.0
     }
 
-    async fn strike(&self, number: usize, when: When) -> Result<()> {
+    async fn inject(&self, number: usize, when: When) -> Result<()> {
         let how = {
             let state = self.state.lock().unwrap();
             state.1.iter().find(|f| f.number == number && f.when == when).map(|f| f.how.clone())
@@ -345,7 +345,7 @@ impl DiskSnapshotter for FakeBackend {
     async fn apply(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
         let number = self.applies.next();
         self.applied.lock().unwrap().push(step.summary.clone());
-        self.applies.strike(number, When::Before).await?;
+        self.applies.inject(number, When::Before).await?;
         context.progress.bytes(step.bytes, step.bytes);
         let path = &context.disk.disk.path;
         match step.action.clone() {
@@ -368,12 +368,12 @@ impl DiskSnapshotter for FakeBackend {
                 })?;
             }
         }
-        self.applies.strike(number, When::After).await
+        self.applies.inject(number, When::After).await
     }
 
     async fn undo(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
         let number = self.undos.next();
-        self.undos.strike(number, When::Before).await?;
+        self.undos.inject(number, When::Before).await?;
         let path = &context.disk.disk.path;
         match step.action.clone() {
             Action::Stash { key } | Action::Unstash { key } => self.change(path, |disk| {
@@ -387,7 +387,7 @@ impl DiskSnapshotter for FakeBackend {
             })?,
             Action::Drop { .. } => panic!("a finish step is never undone"),
         }
-        self.undos.strike(number, When::After).await
+        self.undos.inject(number, When::After).await
     }
 
     async fn salvage(&self, step: &Step<Action>, done: bool, _: StepContext<'_>) -> Result<Salvage> {
@@ -460,9 +460,9 @@ impl Catalogue for FaultyCatalogue {
     }
     async fn commit(&self, name: &DomainName, expected: Revision, changes: Vec<Change>) -> Result<Revision> {
         let number = self.commits.next();
-        self.commits.strike(number, When::Before).await?;
+        self.commits.inject(number, When::Before).await?;
         let revision = self.inner.commit(name, expected, changes).await?;
-        self.commits.strike(number, When::After).await?;
+        self.commits.inject(number, When::After).await?;
         Ok(revision)
     }
     async fn watch(&self, name: &DomainName) -> Result<Revisions> {

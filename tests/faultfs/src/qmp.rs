@@ -72,18 +72,18 @@ extern "C" fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> ssize_
     if let Some(fd) = config.count {
         put(fd, format!("{number} {name}\n").as_bytes());
     }
-    let strikes = config.kill_at == Some(number);
-    if strikes && let Some(signal) = config.signal {
+    let kills = config.kill_at == Some(number);
+    if kills && let Some(signal) = config.signal {
         // SAFETY: no memory is involved.
         unsafe { libc::kill(libc::getpid(), signal) };
         std::thread::sleep(INTERRUPT_HEARD);
         return real();
     }
-    if strikes && !config.sent {
+    if kills && !config.sent {
         die();
     }
     let sent = real();
-    if strikes {
+    if kills {
         die();
     }
     sent

@@ -32,7 +32,7 @@ pub struct Built {
 }
 
 impl Built {
-    /// The guest that these sources stand for; it is built now where nobody has.
+    /// The guest that these sources stand for; it is built now if it is missing.
     pub(crate) fn get() -> Result<Self> {
         Self::of("guest", &build::key(), build::build)
     }

@@ -1,4 +1,4 @@
-//! The guest itself: it ticks, it notices, it is restored, and it does what it is told.
+//! The guest itself: it ticks, it notices, it is restored, and it does what it must.
 
 use std::{fs, thread, time::Duration};
 
@@ -137,7 +137,7 @@ fn two_instants_are_bad() -> Result<()> {
     guest.wait_ticks(saved.saturating_sub(now) + 20)?;
     snapshot(&guest, "snapshot-load", "part", &["d0"])?;
     guest.wait_ticks(3)?;
-    let error = guest.expect_no_bad().expect_err("vdb was left in the present");
+    let error = guest.expect_no_bad().expect_err("vdb was left in the current state");
     assert!(error.to_string().contains("BAD memory="), "{error}");
     Ok(())
 }
@@ -262,7 +262,7 @@ fn disk_load_writes_blocks_whose_content_is_known() -> Result<()> {
     assert_eq!(guest.verify_blocks()?, 128, "64 on each disk");
     guest.expect_no_bad()?;
 
-    // A block that is put aside is no longer what memory knows.
+    // A block that is saved is no longer what memory knows.
     assert_eq!(
         guest.shell("dd if=/dev/urandom of=/vdb/blocks bs=4096 count=1 conv=notrunc && sync")?.status,
         0

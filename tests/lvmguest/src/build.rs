@@ -84,7 +84,7 @@ const MODULES: [&str; 22] = [
     "ext4",
 ];
 
-/// The machine that these sources stand for; it is built now where nobody has.
+/// The machine that these sources stand for; it is built now if it is missing.
 pub(crate) fn get() -> Result<Built> {
     let mut hasher = DefaultHasher::new();
     SOURCES.hash(&mut hasher);

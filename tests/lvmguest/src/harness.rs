@@ -13,26 +13,26 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::{inside, machine::Machine};
 
-/// Set in the machine: which group's statements are to be run.
+/// Set in the machine: which group's cases are to be run.
 const INSIDE: &str = "DOMSNAP_TEST_LVM_INSIDE";
 
-/// Of the statements, those alone whose name has this in it.
+/// Of the cases, those alone whose name has this in it.
 const ONLY: &str = "DOMSNAP_TEST_LVM_ONLY";
 
 /// What holds, and the body that shows it, in the machine.
-pub type Statement = (&'static str, fn() -> Result<()>);
+pub type TestCase = (&'static str, fn() -> Result<()>);
 
 /// Statements that are shown in one boot of one machine.
 pub struct Group {
     name: &'static str,
     machine: fn() -> Machine,
-    statements: &'static [Statement],
+    cases: &'static [TestCase],
 }
 
 impl Group {
     /// One of that name.
-    pub const fn new(name: &'static str, machine: fn() -> Machine, statements: &'static [Statement]) -> Self {
-        Self { name, machine, statements }
+    pub const fn new(name: &'static str, machine: fn() -> Machine, cases: &'static [TestCase]) -> Self {
+        Self { name, machine, cases }
     }
 }
 
@@ -54,21 +54,21 @@ fn inside(groups: &[Group], name: &str) -> ExitCode {
     };
     let only = env::var(ONLY).unwrap_or_default();
     let (mut run, mut failed) = (0, 0);
-    for (statement, body) in group.statements.iter().filter(|(statement, _)| statement.contains(&only)) {
+    for (case, body) in group.cases.iter().filter(|(case, _)| case.contains(&only)) {
         let begin = Instant::now();
-        let held = inside::wipe().context("wiping the disks before the statement").and_then(|()| {
+        let held = inside::wipe().context("wiping the disks before the case").and_then(|()| {
             catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| bail!("it panicked; its words are above"))
         });
         run += 1;
         match held {
-            Ok(()) => println!("ok      {statement} ({:.1} s)", begin.elapsed().as_secs_f32()),
+            Ok(()) => println!("ok      {case} ({:.1} s)", begin.elapsed().as_secs_f32()),
             Err(error) => {
                 failed += 1;
-                println!("FAILED  {statement}: {error:?}");
+                println!("FAILED  {case}: {error:?}");
             }
         }
     }
-    println!("{run} statements, {failed} failed");
+    println!("{run} cases, {failed} failed");
     if run > 0 && failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 

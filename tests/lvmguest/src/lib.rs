@@ -6,10 +6,10 @@
 //!
 //! # Two sides
 //!
-//! A test of `harness = false` gives its groups of statements to [`main`]. Outside, each group is one test: a
+//! A test of `harness = false` gives its groups of cases to [`main`]. Outside, each group is one test: a
 //! machine is booted with blank disks, and this very program runs in it, with `domsnap` and whatever else it
-//! wants beside it. Inside, [`main`] runs the statements of the group one after the other, each on disks that
-//! were wiped, and says of each what came of it. So one boot serves many statements, and one that does not
+//! wants beside it. Inside, [`main`] runs the cases of the group one after the other, each on disks that
+//! were wiped, and says of each what came of it. So one boot serves many cases, and one that does not
 //! hold fails the group's test, by its name.
 //!
 //! [`Machine`] alone runs any program in such a machine, and gives its exit status, its output and its files.
@@ -20,5 +20,5 @@ mod harness;
 pub mod inside;
 mod machine;
 
-pub use harness::{Group, Statement, main};
+pub use harness::{Group, TestCase, main};
 pub use machine::{Ended, Machine};

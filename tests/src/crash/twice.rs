@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Bench, everywhere, is_told_apart, survey};
+use super::{Bench, everywhere, is_distinguished, survey};
 use crate::domsnap::status;
 use crate::meanwhile::{self, Written};
 use crate::model::Bytes;
@@ -10,7 +10,7 @@ use crate::scenario::Scenario;
 use crate::{qemu, seed, shim};
 
 /// SIGKILL before an operation, then the domain writes; SIGKILL before an operation of the recovery, then it
-/// writes again. After another recovery all of both must be somewhere: in the present, or put aside where
+/// writes again. After another recovery all of both must be somewhere: in the current state, or saved where
 /// that is of a revert. One of `DOMSNAP_TWICE_EVERY` pairs of instants is tried, by default of 24.
 ///
 /// # Errors
@@ -19,8 +19,8 @@ pub fn kill_twice_and_write(scenario: Scenario) -> Result<()> {
     let every = seed::from_env("DOMSNAP_TWICE_EVERY", 24).max(1);
     let count = |bench: &mut Bench| {
         let operations = survey(bench)?;
-        let told_apart = (0..operations.len()).filter(|index| is_told_apart(&operations, *index));
-        let instants: Vec<u64> = told_apart.map(|index| operations[index].number).collect();
+        let distinguished = (0..operations.len()).filter(|index| is_distinguished(&operations, *index));
+        let instants: Vec<u64> = distinguished.map(|index| operations[index].number).collect();
         Ok((instants.len(), instants))
     };
     let kill = |bench: &mut Bench, instants: &Vec<u64>, index: usize| {
@@ -37,8 +37,8 @@ pub fn kill_twice_and_write(scenario: Scenario) -> Result<()> {
         let (_outputs, file) = shim::outputs()?;
         shim::counting(watched(bench)?, &file).done(&["recover"])?;
         let recovery = shim::counted(&file)?;
-        let told_apart = (0..recovery.len()).filter(|index| is_told_apart(&recovery, *index));
-        for second in told_apart.map(|index| recovery[index].number) {
+        let distinguished = (0..recovery.len()).filter(|index| is_distinguished(&recovery, *index));
+        for second in distinguished.map(|index| recovery[index].number) {
             if !(first * 7 + second).is_multiple_of(every) {
                 continue;
             }
@@ -77,11 +77,17 @@ fn look(bench: &mut Bench, once: &[Written]) -> Result<()> {
         let present: Bytes = qemu::read(&bench.domain.path(target), None)?.into();
         let mut rest = Vec::new();
         if present != twice.holds {
-            ensure!(old != new, "what the domain wrote to {target} the second time is not in the present");
+            ensure!(
+                old != new,
+                "what the domain wrote to {target} the second time is not in the current state"
+            );
             rest.push((&twice.holds, "the second time"));
         }
         if twice.shown != once.holds && present != once.holds {
-            ensure!(old != new, "what the domain wrote to {target} the first time is not in the present");
+            ensure!(
+                old != new,
+                "what the domain wrote to {target} the first time is not in the current state"
+            );
             rest.push((&once.holds, "the first time"));
         }
         for (holds, when) in rest {
@@ -89,7 +95,7 @@ fn look(bench: &mut Bench, once: &[Written]) -> Result<()> {
                 .with_context(|| format!("what the domain wrote to {target} {when} is lost"))?;
         }
         let known = [old, new, &once.holds, &twice.holds].contains(&&present);
-        ensure!(known, "the present of {target} is nothing that it ever was");
+        ensure!(known, "the current state of {target} is nothing that it ever was");
         for model in [&mut bench.before, &mut bench.after] {
             model.present.insert(target.clone(), present.clone());
         }

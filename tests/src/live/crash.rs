@@ -2,8 +2,8 @@
 //! `recover`.
 //!
 //! A step begins where the journal is made durable, or a name of an image or memory image changes: just
-//! before each such operation on files the shim strikes. All instants of an operation are struck in one
-//! guest, one after the other, so that what a recovery leaves behind meets the next.
+//! before each such operation on files the shim kills. All instants of an operation are injected with faults
+//! in one guest, one after the other, so that what a recovery leaves behind meets the next.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -36,15 +36,15 @@ pub struct Operation {
     pub takes: Option<&'static str>,
     /// The snapshot that it deletes.
     pub deletes: Option<&'static str>,
-    /// Makes the state anew in which it can be done.
+    /// Makes the state again in which it can be done.
     pub again: fn(&mut Live) -> Result<()>,
 }
 
-/// Strikes at every `every`th step of `operation`, beginning with number `first`.
+/// Kills at every `every`th step of `operation`, beginning with number `first`.
 ///
 /// # Errors
 /// What is not as before the operation, nor as after it.
-pub fn strike(
+pub fn inject(
     live: &mut Live,
     operation: &Operation,
     victim: Victim,
@@ -65,7 +65,7 @@ pub fn strike(
         (operation.again)(live).with_context(|| format!("before operation {number}"))?;
         once(live, operation, &words, victim, *number).with_context(|| {
             format!(
-                "{victim:?} struck at operation {number} (`{line}` when they were counted) of domsnap {}",
+                "{victim:?} killed at operation {number} (`{line}` when they were counted) of domsnap {}",
                 words.join(" ")
             )
         })?;
@@ -118,7 +118,7 @@ fn once(live: &mut Live, operation: &Operation, words: &[&str], victim: Victim, 
         let aside = fs::read_dir(&root)?
             .flatten()
             .find(|entry| entry.file_name().to_string_lossy().starts_with("rescued-"));
-        ensure!(aside.is_none(), "something was put aside that nobody misses: {aside:?}");
+        ensure!(aside.is_none(), "something was saved that nobody misses: {aside:?}");
     } else {
         live.wait_running()?;
         if operation.words[0] == "revert" {

@@ -21,15 +21,15 @@ scenarios! {
     CREATE Tree on xfs { line(&[]), |d| d.create_words("new", "reflink"), |m| m.create("new") }
     /// One disk shares, one is copied.
     CREATE_BOTH_WAYS Tree on xfs { line(&["ways"]), |d| d.create_words("new", "ways"), |m| m.create("new") }
-    /// The present is replaced by what shares a point's blocks.
+    /// The current state is replaced by what shares a point's blocks.
     REVERT Tree on xfs { line(&["reflink", "reflink"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1") }
-    /// The present gets a name first; the point of one disk was copied.
+    /// The current state gets a name first; the point of one disk was copied.
     REVERT_SAVING_CURRENT Tree on xfs {
         line(&["ways", "reflink"]),
         |_| words(&["revert", NAME, "s1", "--save-current=kept"]),
         |m| { m.create("kept"); m.revert("s1") }
     }
-    /// In the middle: raw points stand on nothing.
+    /// In the middle: raw points depend on nothing.
     DELETE_MIDDLE Tree on xfs {
         line(&["reflink", "ways", "reflink"]),
         |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))

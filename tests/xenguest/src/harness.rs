@@ -22,7 +22,7 @@ const SHIM: &str = "libfaultfs.so";
 /// Within which a trial must end: on a machine that has much else to do it takes many times as long as alone.
 const DEADLINE: Duration = Duration::from_secs(1380);
 
-/// A statement, and what shows that it holds, in dom0.
+/// A case, and what shows that it holds, in dom0.
 pub struct Trial {
     name: &'static str,
     body: fn() -> Result<()>,

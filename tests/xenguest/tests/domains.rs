@@ -142,7 +142,7 @@ impl Run {
             said.err
         );
         ensure!(said.err.contains(says), "it does not say {says:?}: {}", said.err);
-        ensure!(self.guest.domid()? == domid, "the domain was made anew");
+        ensure!(self.guest.domid()? == domid, "the domain was made again");
         Ok(())
     }
 
@@ -196,12 +196,12 @@ impl Run {
     }
 
     /// Kills it at one of them.
-    fn strike(&self, words: &[&str], step: u64) -> Result<()> {
+    fn inject(&self, words: &[&str], step: u64) -> Result<()> {
         let begun = Instant::now();
         let status = self.under_shim(words, "FAULTFS_KILL_AT", &step.to_string()).status()?;
         // It takes some steps in another order, or fewer of them, another time.
-        ensure!(status.success() || status.signal() == Some(9), "struck at {step}, it ended with {status}");
-        println!("{:>7} ms  struck at operation {step}: {status}", begun.elapsed().as_millis());
+        ensure!(status.success() || status.signal() == Some(9), "killed at {step}, it ended with {status}");
+        println!("{:>7} ms  killed at operation {step}: {status}", begun.elapsed().as_millis());
         Ok(())
     }
 
@@ -240,9 +240,9 @@ impl Run {
 fn external() -> Result<()> {
     let mut run = Run::start("external", &[Backend::Qcow2, Backend::Qcow2])?;
     let before = run.guest.ticks()?;
-    let told = run.logged(&["create", "DOMAIN", "s1", "--external"])?;
-    ensure!(told.out.contains("guest paused for"), "the pause is not told: {}", told.out);
-    tell_pause(&told.err)?;
+    let reported = run.logged(&["create", "DOMAIN", "s1", "--external"])?;
+    ensure!(reported.out.contains("guest paused for"), "the pause is not reported: {}", reported.out);
+    tell_pause(&reported.err)?;
     let after = run.guest.ticks()?;
     run.guest.expect_no_bad()?;
     let domid = run.guest.domid()?;
@@ -265,7 +265,7 @@ fn external() -> Result<()> {
     Ok(())
 }
 
-/// Of the guest's pause, what xl and QEMU took, and what is domsnap's own: told, not judged, for machines
+/// Of the guest's pause, what xl and QEMU took, and what is domsnap's own: reported, not judged, for machines
 /// differ.
 fn tell_pause(log: &str) -> Result<()> {
     let (_, rest) = log.split_once("the pause begins").context("the log tells of no pause")?;
@@ -474,7 +474,7 @@ fn name_taken() -> Result<()> {
     // A guest without disks, which looks for none.
     let other = run.config_with(disks, "disk=[]")?;
     let text = fs::read_to_string(&other)?;
-    ensure!(text.contains("domsnap.disks=1"), "the guest is not told of one disk: {text}");
+    ensure!(text.contains("domsnap.disks=1"), "the guest is not informed of one disk: {text}");
     fs::write(&other, text.replace("domsnap.disks=1", "domsnap.disks=0"))?;
     let mut revert = start(&run, &["revert", "DOMAIN", "s1"])?;
     wait_until(&mut revert, "the domain is away", || is_away("taken"))?;
@@ -554,10 +554,10 @@ fn killed_in_create() -> Result<()> {
         if !run.names()?.is_empty() {
             run.ok(&["delete", "DOMAIN", "k"])?;
         }
-        run.strike(&words, step)?;
-        run.ok(&["recover", "DOMAIN"]).with_context(|| format!("struck at {step}"))?;
+        run.inject(&words, step)?;
+        run.ok(&["recover", "DOMAIN"]).with_context(|| format!("killed at {step}"))?;
         run.guest.expect_no_bad()?;
-        ensure!(!run.guest.is_paused()?, "struck at {step}, it leaves the guest paused");
+        ensure!(!run.guest.is_paused()?, "killed at {step}, it leaves the guest paused");
     }
     if !run.names()?.is_empty() {
         run.ok(&["delete", "DOMAIN", "k"])?;
@@ -576,7 +576,7 @@ fn killed_in_revert() -> Result<()> {
     let (mut started, mut went_on) = (false, false);
     for step in run.steps(&words)? {
         let present = run.guest.ticks()?;
-        run.strike(&words, step)?;
+        run.inject(&words, step)?;
         let note = fs::read_to_string(&places[0]).unwrap_or_default();
         if !started && note.contains("\"left\":[{") && is_away("inrevert") {
             // Somebody starts it, who knows of nothing, and ends it. Its former memory does not fit the disks
@@ -591,18 +591,18 @@ fn killed_in_revert() -> Result<()> {
                 run.guest.create()?;
             }
         } else {
-            let said = run.ok(&["recover", "DOMAIN"]).with_context(|| format!("struck at {step}"))?;
+            let said = run.ok(&["recover", "DOMAIN"]).with_context(|| format!("killed at {step}"))?;
             if said.contains("undone: it did not happen") {
                 let now = run.guest.ticks()?;
-                ensure!(now >= present, "struck at {step} and undone, it goes on at {now}, from {present}");
+                ensure!(now >= present, "killed at {step} and undone, it goes on at {now}, from {present}");
                 went_on = true;
             }
         }
-        // The present or the snapshot, and one of them wholly: the guest itself compares.
-        run.guest.expect_no_bad().with_context(|| format!("struck at {step}"))?;
-        ensure!(!run.guest.is_paused()?, "struck at {step}, it leaves the guest paused");
+        // The current state or the snapshot, and one of them wholly: the guest itself compares.
+        run.guest.expect_no_bad().with_context(|| format!("killed at {step}"))?;
+        ensure!(!run.guest.is_paused()?, "killed at {step}, it leaves the guest paused");
         for place in &places {
-            ensure!(!place.exists(), "struck at {step}, it leaves {} behind", place.display());
+            ensure!(!place.exists(), "killed at {step}, it leaves {} behind", place.display());
         }
     }
     ensure!(started, "no step found the domain away");

@@ -56,14 +56,15 @@ pub fn run(session: &Session, serve: Serve) -> Result<Answer, Failure> {
         Box::new(raw::Swapped { read_only: served.image.is_read_only(), format: served.format.clone() });
     until_the_end(|| {
         let running = Server::new(served, formats).start(disk, control).map_err(of_server)?;
-        answer::print(&session.changed(document, told).text);
-        report_ready().map_err(|cause| Error::new(ErrorKind::Io, "systemd cannot be told").because(cause))?;
+        answer::print(&session.changed(document, reported).text);
+        report_ready()
+            .map_err(|cause| Error::new(ErrorKind::Io, "systemd cannot be notified").because(cause))?;
         Ok(running)
     })?;
     Ok(Answer::text(""))
 }
 
-fn told(document: &DiskServeDoc) -> String {
+fn reported(document: &DiskServeDoc) -> String {
     let DiskServeDoc { image, format, snapshot, virtual_size, read_only, socket, control } = document;
     let size = units::bytes(*virtual_size);
     let at = snapshot.as_ref().map_or_else(String::new, |name| format!(" at {name}"));

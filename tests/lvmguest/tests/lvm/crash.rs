@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lvmguest::Statement;
+use lvmguest::TestCase;
 use lvmguest::inside::{done, read_block, snapshots, succeed, write_block};
 
 use crate::matrix::{Sort, expect, group, volume, volumes};
@@ -26,16 +26,16 @@ fn started(words: &[&str]) -> Result<(Child, BufReader<ChildStderr>)> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()?;
-    let told = BufReader::new(child.stderr.take().context("no standard error")?);
-    Ok((child, told))
+    let reported = BufReader::new(child.stderr.take().context("no standard error")?);
+    Ok((child, reported))
 }
 
-/// Runs `domsnap -v` and kills it some time after it has told so many lines; gives whether it was killed
+/// Runs `domsnap -v` and kills it some time after it has printed so many lines; gives whether it was killed
 /// before its end.
 fn killed(words: &[&str], lines: usize, after: Duration) -> Result<bool> {
-    let (mut child, told) = started(words)?;
+    let (mut child, reported) = started(words)?;
     let mut heard = 0;
-    for line in told.lines() {
+    for line in reported.lines() {
         line?;
         heard += 1;
         if heard == lines {
@@ -50,8 +50,8 @@ fn killed(words: &[&str], lines: usize, after: Duration) -> Result<bool> {
 
 /// Runs `domsnap -v` and kills it as soon as it says these words, which it must.
 pub fn killed_at(words: &[&str], said: &str) -> Result<()> {
-    let (mut child, told) = started(words)?;
-    let heard = told.lines().map_while(Result::ok).any(|line| line.contains(said));
+    let (mut child, reported) = started(words)?;
+    let heard = reported.lines().map_while(Result::ok).any(|line| line.contains(said));
     child.kill()?;
     let status = child.wait()?;
     ensure!(heard && status.code().is_none(), "it ended with {status} before it was killed");
@@ -66,7 +66,11 @@ fn moments() -> impl Iterator<Item = (usize, Duration)> {
 /// Everything that the volume's points and its present show is as it should be, and nothing else is there.
 fn all_is_well(path: &str, present: &[u8], points: &[&str]) -> Result<()> {
     let found = read_block(path, STATE)?;
-    ensure!(present.contains(&found), "the present is {:?}, and should be one of {present:?}", found as char);
+    ensure!(
+        present.contains(&found),
+        "the current state is {:?}, and should be one of {present:?}",
+        found as char
+    );
     let known = snapshots(path)?;
     ensure!(points.iter().all(|name| known.iter().any(|k| k == name)), "{known:?} should have {points:?}");
     let there = volumes()?;
@@ -187,7 +191,7 @@ fn what_a_domain_wrote_before_the_recovery_is_kept(sort: Sort) -> Result<()> {
 }
 
 /// Killed at every step.
-pub static STATEMENTS: &[Statement] = &[
+pub static CASES: &[TestCase] = &[
     ("a killed revert of a thin volume is recovered", || a_killed_revert_is_recovered(Sort::Thin)),
     ("a killed revert of a thick volume is recovered", || a_killed_revert_is_recovered(Sort::Thick)),
     ("a killed create and a killed delete of a thin volume are recovered", || {
@@ -199,7 +203,7 @@ pub static STATEMENTS: &[Statement] = &[
 ];
 
 /// What was written in between.
-pub static WRITTEN: &[Statement] = &[
+pub static WRITTEN: &[TestCase] = &[
     ("what a domain wrote to a thin volume before the recovery is kept", || {
         what_a_domain_wrote_before_the_recovery_is_kept(Sort::Thin)
     }),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lvmguest::inside::{done, refused, snapshots, succeed};
-use lvmguest::{Machine, Statement};
+use lvmguest::{Machine, TestCase};
 use testguest::{Guest, GuestOptions, Version};
 
 use crate::matrix::{Sort, group, volume_of, volumes};
@@ -67,7 +67,7 @@ impl Live {
         Ok(())
     }
 
-    fn told(&self, words: &[&str]) -> Result<()> {
+    fn reported(&self, words: &[&str]) -> Result<()> {
         let begun = Instant::now();
         let output = done(words)?;
         println!("{:>7.1} s {}: {}", begun.elapsed().as_secs_f32(), words.join(" "), output.stdout.trim());
@@ -77,7 +77,7 @@ impl Live {
     /// Takes a snapshot; between which ticks.
     fn create(&self, words: &[&str]) -> Result<(u64, u64)> {
         let before = self.guest.ticks()?;
-        self.told(&[&["create", NAME], words].concat())?;
+        self.reported(&[&["create", NAME], words].concat())?;
         Ok((before, self.guest.ticks()?))
     }
 
@@ -109,14 +109,14 @@ fn memory_and_volumes_come_back_in_place() -> Result<()> {
     // It stands still at its reset: to boot would take it minutes.
     done(&["revert", NAME, "disks", "--paused"])?;
     live.revert("two", two)?;
-    live.told(&["delete", NAME, "one"])?;
-    live.told(&["delete", NAME, "disks", "two"])?;
+    live.reported(&["delete", NAME, "one"])?;
+    live.reported(&["delete", NAME, "disks", "two"])?;
     ensure!(snapshots(NAME)?.is_empty(), "{:?}", snapshots(NAME)?);
     ensure!(volumes()? == blank, "left behind: {:?}", volumes()?);
     Ok(())
 }
 
-pub const STATEMENTS: &[Statement] = &[(
+pub const CASES: &[TestCase] = &[(
     "a guest that runs on a thin and a thick volume is created with memory and without, reverted in place and deleted",
     memory_and_volumes_come_back_in_place,
 )];

@@ -1,4 +1,4 @@
-//! `domsnap` on real logical volumes: each group of statements is one boot of the machine that they hold in.
+//! `domsnap` on real logical volumes: each group of cases is one boot of the machine that they hold in.
 
 mod crash;
 mod live;
@@ -39,17 +39,17 @@ static GROUPS: [Group; 9] = [
         Machine::new,
         &[
             ("thick snapshots are real", thick_snapshots_are_real),
-            ("disks are blank before each statement", disks_are_blank_before_each_statement),
+            ("disks are blank before each case", disks_are_blank_before_each_statement),
         ],
     ),
     Group::new("thin volumes", Machine::new, matrix::THIN),
     Group::new("thick volumes", Machine::new, matrix::THICK),
     Group::new("volumes under a real udev", || Machine::new().udev(true), matrix::UDEV),
-    Group::new("volumes in trouble", Machine::new, trouble::STATEMENTS),
-    Group::new("volumes and crashes", Machine::new, crash::STATEMENTS),
+    Group::new("volumes in trouble", Machine::new, trouble::CASES),
+    Group::new("volumes and crashes", Machine::new, crash::CASES),
     Group::new("volumes that are written between crash and recovery", Machine::new, crash::WRITTEN),
-    Group::new("volumes that others use beside a running domain", users::machine, users::STATEMENTS),
-    Group::new("guests that run on volumes", live::machine, live::STATEMENTS),
+    Group::new("volumes that others use beside a running domain", users::machine, users::CASES),
+    Group::new("guests that run on volumes", live::machine, live::CASES),
 ];
 
 fn main() -> ExitCode {

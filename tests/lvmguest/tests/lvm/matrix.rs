@@ -4,7 +4,7 @@
 use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
-use lvmguest::Statement;
+use lvmguest::TestCase;
 use lvmguest::inside::{
     self, Volume, asked, domsnap, done, read_block, refused, run, snapshots, succeed, write_block,
 };
@@ -106,7 +106,7 @@ fn any_point_can_be_deleted_and_the_others_stay(sort: Sort) -> Result<()> {
     Ok(())
 }
 
-fn the_present_can_be_kept_by_a_revert(sort: Sort) -> Result<()> {
+fn the_current_state_can_be_kept_by_a_revert(sort: Sort) -> Result<()> {
     let (_, path) = three_points(sort)?;
     done(&["revert", &path, "a", "--save-current=present"])?;
     expect(&path, 0, b'a')?;
@@ -204,7 +204,7 @@ fn points_are_found_again_by_their_tags_alone(sort: Sort) -> Result<()> {
     Ok(())
 }
 
-fn a_snapshot_that_somebody_else_made_is_taken_in(sort: Sort) -> Result<()> {
+fn a_snapshot_that_another_program_made_is_adopted(sort: Sort) -> Result<()> {
     group(sort)?;
     let volume = volume(sort, "root")?;
     let path = volume.path();
@@ -233,8 +233,8 @@ fn a_dry_run_tells_the_steps_and_does_nothing(sort: Sort) -> Result<()> {
         vec!["revert", &path, "a", "--dry-run"],
         vec!["delete", &path, "a", "--dry-run"],
     ] {
-        let told = done(&words)?;
-        ensure!(told.stdout.contains("root"), "{told}");
+        let reported = done(&words)?;
+        ensure!(reported.stdout.contains("root"), "{reported}");
     }
     ensure!(volumes()? == before, "{:?}", volumes()?);
     expect(&path, 0, b'd')
@@ -297,27 +297,27 @@ macro_rules! of_sort {
 }
 
 /// For thin volumes.
-pub static THIN: &[Statement] = of_sort!(Thin:
+pub static THIN: &[TestCase] = of_sort!(Thin:
     "every point can be reverted to, again and again" => every_point_can_be_reverted_to_again_and_again,
     "any point can be deleted, and the others stay" => any_point_can_be_deleted_and_the_others_stay,
-    "the present can be kept by a revert" => the_present_can_be_kept_by_a_revert,
+    "the current state can be kept by a revert" => the_current_state_can_be_kept_by_a_revert,
     "several volumes are one domain" => several_volumes_are_one_domain,
     "both forms of a path are understood, and are one disk" => both_forms_of_a_path_are_understood_and_are_one_disk,
     "points are found again by their tags alone" => points_are_found_again_by_their_tags_alone,
-    "a snapshot that somebody else made is taken in" => a_snapshot_that_somebody_else_made_is_taken_in,
+    "a snapshot that another program made is adopted" => a_snapshot_that_another_program_made_is_adopted,
     "a dry run tells the steps and does nothing" => a_dry_run_tells_the_steps_and_does_nothing,
     "a volume that is open is refused, with who has it" => a_volume_that_is_open_is_refused_with_who_has_it,
 );
 
 /// For thick volumes.
-pub static THICK: &[Statement] = &[
+pub static THICK: &[TestCase] = &[
     ("every point can be reverted to, again and again", || {
         every_point_can_be_reverted_to_again_and_again(Sort::Thick)
     }),
     ("any point can be deleted, and the others stay", || {
         any_point_can_be_deleted_and_the_others_stay(Sort::Thick)
     }),
-    ("the present can be kept by a revert", || the_present_can_be_kept_by_a_revert(Sort::Thick)),
+    ("the current state can be kept by a revert", || the_current_state_can_be_kept_by_a_revert(Sort::Thick)),
     ("several volumes are one domain", || several_volumes_are_one_domain(Sort::Thick)),
     ("both forms of a path are understood, and are one disk", || {
         both_forms_of_a_path_are_understood_and_are_one_disk(Sort::Thick)
@@ -325,8 +325,8 @@ pub static THICK: &[Statement] = &[
     ("points are found again by their tags alone", || {
         points_are_found_again_by_their_tags_alone(Sort::Thick)
     }),
-    ("a snapshot that somebody else made is taken in", || {
-        a_snapshot_that_somebody_else_made_is_taken_in(Sort::Thick)
+    ("a snapshot that another program made is adopted", || {
+        a_snapshot_that_another_program_made_is_adopted(Sort::Thick)
     }),
     ("a dry run tells the steps and does nothing", || {
         a_dry_run_tells_the_steps_and_does_nothing(Sort::Thick)
@@ -338,7 +338,7 @@ pub static THICK: &[Statement] = &[
 ];
 
 /// With a real udev, whose links come and go with devices.
-pub static UDEV: &[Statement] = &[
+pub static UDEV: &[TestCase] = &[
     ("every thin point can be reverted to, again and again", || {
         every_point_can_be_reverted_to_again_and_again(Sort::Thin)
     }),

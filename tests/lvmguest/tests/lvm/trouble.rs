@@ -1,4 +1,4 @@
-//! What is full, overflowed or in the way: told before it is needed, refused before anything is touched.
+//! What is full, overflowed or in the way: reported before it is needed, refused before anything is touched.
 
 use std::fs::OpenOptions;
 use std::io::{Read, Seek, SeekFrom};
@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use lvmguest::Statement;
+use lvmguest::TestCase;
 use lvmguest::inside::{asked, domsnap, done, fill, refused, snapshots, succeed, write_block};
 use rustix::fs::OFlags;
 
@@ -43,10 +43,10 @@ fn an_area_that_fills_up_is_warned_of_with_the_command_that_grows_it() -> Result
     let checked = domsnap(&["check", &path])?;
     let said = format!("{}{}", checked.stdout, checked.stderr);
     ensure!(said.contains("lvextend -L+") && said.contains("%"), "{checked}");
-    let told = domsnap(&["create", &path, "t", "--lvm-area", "100"])?;
+    let reported = domsnap(&["create", &path, "t", "--lvm-area", "100"])?;
     ensure!(
-        told.status == Some(0) && format!("{}{}", told.stdout, told.stderr).contains("lvextend"),
-        "{told}"
+        reported.status == Some(0) && format!("{}{}", reported.stdout, reported.stderr).contains("lvextend"),
+        "{reported}"
     );
     Ok(())
 }
@@ -123,7 +123,7 @@ fn a_snapshot_made_by_hand_is_not_overflown_by_a_merge() -> Result<()> {
     expect(&path, 0, b'a')
 }
 
-fn a_point_that_somebody_has_open_is_not_merged_later() -> Result<()> {
+fn a_point_that_another_process_has_open_is_not_merged_later() -> Result<()> {
     group(Sort::Thick)?;
     let path = volume(Sort::Thick, "root")?.path();
     write_block(&path, 0, b'a')?;
@@ -209,7 +209,7 @@ fn a_point_that_is_mounted_elsewhere_is_named() -> Result<()> {
     Ok(())
 }
 
-fn a_point_that_somebody_removed_is_told() -> Result<()> {
+fn a_point_that_another_program_removed_is_reported() -> Result<()> {
     group(Sort::Thin)?;
     let path = volume(Sort::Thin, "root")?.path();
     done(&["create", &path, "s"])?;
@@ -265,8 +265,8 @@ fn a_device_that_knows_no_snapshots_goes_on_under_an_overlay_elsewhere() -> Resu
         OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(&device)?;
     refused(&create, &["this machine itself uses", "no changes made"])?;
     drop(mounted);
-    let told = done(&create)?;
-    ensure!(told.stdout.contains(&overlay) && told.stdout.contains("must now name"), "{told}");
+    let reported = done(&create)?;
+    ensure!(reported.stdout.contains(&overlay) && reported.stdout.contains("must now name"), "{reported}");
     ensure!(Path::new(&format!("{overlay}.domsnap/domain.json")).exists(), "no manifests beside the overlay");
     for name in ["s2", "s3"] {
         done(&["create", "moved", name])?;
@@ -318,8 +318,8 @@ fn volumes_of_other_kinds_and_states_are_refused() -> Result<()> {
     done(&["revert", path, "large"])?;
     // An inactive volume has no node: it is there, and so are its points.
     lvm(&["lvchange", "-an", "vg/striped"])?;
-    let told = done(&["delete", path, "one", "two", "large"])?;
-    ensure!(volumes()? == ["e", "m", "ro", "striped"], "{:?}: {told}", volumes()?);
+    let reported = done(&["delete", path, "one", "two", "large"])?;
+    ensure!(volumes()? == ["e", "m", "ro", "striped"], "{:?}: {reported}", volumes()?);
     let path = volume(Sort::Thin, "thin")?.path();
     write_block(&path, 0, b'a')?;
     done(&["create", &path, "s"])?;
@@ -381,8 +381,8 @@ fn what_cannot_be_removed_is_removed_later() -> Result<()> {
     let full = volumes()?;
     // lvm's command fails after the commit point: the snapshot is gone, and its volume waits.
     let fixed = NoChanges::begin()?;
-    let told = done(&["delete", &path, "s"])?;
-    ensure!(told.stdout.contains("deferred") && told.stdout.contains(NO_CHANGE), "{told}");
+    let reported = done(&["delete", &path, "s"])?;
+    ensure!(reported.stdout.contains("deferred") && reported.stdout.contains(NO_CHANGE), "{reported}");
     ensure!(snapshots(&path)? == ["t", "u"], "{:?}", snapshots(&path)?);
     // Nothing is locked by it: what fails before the commit point is rolled back.
     let failed = domsnap(&["create", &path, "v"])?;
@@ -392,9 +392,9 @@ fn what_cannot_be_removed_is_removed_later() -> Result<()> {
     // What is left and still used stays, and keeps nobody from deleting another.
     lvm(&["lvchange", "-ay", "-K", &format!("vg/{left}")])?;
     let reader = std::fs::File::open(format!("/dev/vg/{left}"))?;
-    let told = done(&["delete", &path, "t"])?;
-    let said = format!("{}{}", told.stdout, told.stderr);
-    ensure!(said.contains(&left) && said.contains("cannot be removed now: it is open"), "{told}");
+    let reported = done(&["delete", &path, "t"])?;
+    let said = format!("{}{}", reported.stdout, reported.stderr);
+    ensure!(said.contains(&left) && said.contains("cannot be removed now: it is open"), "{reported}");
     ensure!(volumes()?.len() == 3 && volumes()?.contains(&left), "{:?}", volumes()?);
     drop(reader);
     done(&["recover", &path])?;
@@ -422,10 +422,10 @@ fn a_former_volume_that_is_used_is_removed_later() -> Result<()> {
         }
         None
     });
-    let told = done(&["revert", &path, "s"])?;
+    let reported = done(&["revert", &path, "s"])?;
     let reader = reader.join().ok().flatten();
-    ensure!(reader.is_some(), "the former volume was never seen: {told}");
-    ensure!(told.stdout.contains("deferred") && told.stdout.contains("-old is open"), "{told}");
+    ensure!(reader.is_some(), "the former volume was never seen: {reported}");
+    ensure!(reported.stdout.contains("deferred") && reported.stdout.contains("-old is open"), "{reported}");
     expect(&path, 0, b'a')?;
     done(&["create", &path, "t"])?;
     ensure!(volumes()?.iter().any(|name| name.ends_with("-old")), "{:?}", volumes()?);
@@ -446,8 +446,8 @@ fn an_undo_that_cannot_be_done_can_be_abandoned() -> Result<()> {
     let stuck = domsnap(&["recover", &path])?;
     ensure!(stuck.status != Some(0) && stuck.stderr.contains(NO_CHANGE), "{stuck}");
     ensure!(stuck.stderr.contains("--abandon"), "it does not say the way on: {stuck}");
-    let told = done(&["recover", &path, "--abandon"])?;
-    ensure!(told.stdout.contains("abandoned"), "{told}");
+    let reported = done(&["recover", &path, "--abandon"])?;
+    ensure!(reported.stdout.contains("abandoned"), "{reported}");
     drop(fixed);
     if !Path::new(&path).exists() {
         // It was killed between the two renames; the words for this say so.
@@ -465,9 +465,9 @@ fn an_undo_that_cannot_be_done_can_be_abandoned() -> Result<()> {
 }
 
 /// All of them.
-pub static STATEMENTS: &[Statement] = &[
+pub static CASES: &[TestCase] = &[
     (
-        "a snapshot that overflowed is told before it is needed",
+        "a snapshot that overflowed is reported before it is needed",
         a_snapshot_that_overflowed_is_told_before_it_is_needed,
     ),
     (
@@ -492,8 +492,8 @@ pub static STATEMENTS: &[Statement] = &[
         a_snapshot_made_by_hand_is_not_overflown_by_a_merge,
     ),
     (
-        "a point that somebody has open is not merged later",
-        a_point_that_somebody_has_open_is_not_merged_later,
+        "a point that another process has open is not merged later",
+        a_point_that_another_process_has_open_is_not_merged_later,
     ),
     ("volumes of other kinds and states are refused", volumes_of_other_kinds_and_states_are_refused),
     ("a volume that the machine uses is refused", a_volume_that_the_machine_uses_is_refused),
@@ -503,10 +503,10 @@ pub static STATEMENTS: &[Statement] = &[
     ("what lvm would remove along is kept", what_lvm_would_remove_along_is_kept),
     ("a point that was made smaller is not merged", a_point_that_was_made_smaller_is_not_merged),
     ("a point that is mounted elsewhere is named", a_point_that_is_mounted_elsewhere_is_named),
-    ("a point that somebody removed is told", a_point_that_somebody_removed_is_told),
+    ("a point that another program removed is reported", a_point_that_another_program_removed_is_reported),
     ("a name that leaves no room for points is refused", a_name_that_leaves_no_room_for_points_is_refused),
     (
-        "a merge that is put off is told, and stops everything",
+        "a merge that is deferred is reported, and stops everything",
         a_merge_that_is_put_off_is_told_and_stops_everything,
     ),
 ];

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lvmguest::inside::{done, refused, succeed, write_block};
-use lvmguest::{Machine, Statement};
+use lvmguest::{Machine, TestCase};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use testguest::Version;
 
@@ -263,7 +263,7 @@ fn graph_node(path: &str) -> Result<String> {
     name.map(str::to_owned).with_context(|| format!("QEMU has no {path}: {listed}"))
 }
 
-pub static STATEMENTS: &[Statement] = &[
+pub static CASES: &[TestCase] = &[
     ("a second writer of a volume is refused", a_second_writer_of_a_volume_is_refused),
     ("a point that is used is refused before anything", a_point_that_is_used_is_refused_before_anything),
     ("a user whom no list shows is counted", a_user_whom_no_list_shows_is_counted),

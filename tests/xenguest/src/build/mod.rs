@@ -101,7 +101,7 @@ const NO_DRIVERS: [&str; 17] = [
 
 const DEPS: &str = "run scripts/install-deps";
 
-/// The machine that these sources stand for; it is built now where nobody has.
+/// The machine that these sources stand for; it is built now if it is missing.
 pub(crate) fn get() -> Result<Built> {
     let mut hasher = DefaultHasher::new();
     SOURCES.hash(&mut hasher);

@@ -27,7 +27,7 @@ pub enum Backend {
     /// A raw file, which QEMU serves.
     RawQdisk,
     /// A raw file over a loop device, which dom0's kernel serves: what xl does with a raw file unless it is
-    /// told otherwise.
+    /// asked otherwise.
     RawLoop,
     /// A logical volume, which dom0's kernel serves.
     Lvm,
