@@ -17,12 +17,12 @@ use snapcore::{
 use crate::attached;
 use crate::backing_string::check_backing_string;
 use crate::dependents;
-use crate::discover;
 use crate::image::{self, Image, OpenOptions};
-use crate::layers::{self, Limits};
+use crate::layers::{Limits, Qcow2Chain};
 use crate::preflight;
 use crate::steps::StepRunner;
 use crate::tags;
+use image_files::layers;
 
 /// Default limit of a chain's depth.
 pub const DEFAULT_MAX_DEPTH: u32 = 200;
@@ -107,7 +107,7 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
-        layers::check_path(disk)?;
+        layers::check_path(&Qcow2Chain, disk)?;
         let (disk, limits) = (disk.clone(), self.limits.clone());
         blocking(move || {
             let active = match active_path {
@@ -115,7 +115,7 @@ impl DiskSnapshotter for Qcow2 {
                 ActivePath::New => LayerName(disk.path.file_name().unwrap_or("disk").to_owned()),
             };
             let record = DiskRecord { disk, active: active.clone(), owned: vec![active] };
-            layers::inspect(&record, InspectDepth::Layers, &limits, &FileIds::new())?;
+            layers::inspect(&Qcow2Chain, &record, InspectDepth::Layers, &limits, &FileIds::new())?;
             Ok(record)
         })
         .await
@@ -129,13 +129,13 @@ impl DiskSnapshotter for Qcow2 {
     ) -> Result<DiskState> {
         let open = open_files(attached).await?;
         let (disk, limits) = (disk.clone(), self.limits.clone());
-        blocking(move || layers::inspect(&disk, depth, &limits, &open)).await
+        blocking(move || layers::inspect(&Qcow2Chain, &disk, depth, &limits, &open)).await
     }
 
     async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
         let (mut copy, known, limits) = (record.clone(), known.to_vec(), self.limits.clone());
         let (copy, found) = blocking(move || {
-            let found = discover::discover(&mut copy, &known, &limits)?;
+            let found = image_files::discover(&Qcow2Chain, &mut copy, &known, &limits)?;
             Ok((copy, found))
         })
         .await?;
@@ -179,7 +179,7 @@ impl DiskSnapshotter for Qcow2 {
         let (capabilities, max_depth) = (self.capabilities(), self.limits.max_depth);
         blocking(move || {
             if let DiskRequest::Create { overlay: Some(overlay), .. } = &request {
-                check_overlay_name(&disk, overlay)?;
+                chain::check_overlay_name(&disk, overlay)?;
             }
             let mut plan = chain::plan(&disk, &state, active_path, &capabilities, &request, &mut |run| {
                 match visible(&state, run) {
@@ -229,7 +229,7 @@ impl DiskSnapshotter for Qcow2 {
 
     async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
         let (disk, limits) = (disk.clone(), self.limits.clone());
-        blocking(move || layers::open_chain(&disk, &limits)).await
+        blocking(move || layers::open_chain(&Qcow2Chain, &disk, &limits)).await
     }
 
     async fn apply(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<()> {
@@ -324,25 +324,6 @@ fn warnings_of_moving(disk: &DiskRecord, frozen: &LayerName) -> Result<Vec<Strin
         )
     };
     Ok(dependents::on_configured_path(disk)?.into_iter().map(warning).collect())
-}
-
-/// Checks the file that a user chose for an overlay: in the disk's directory, and new.
-fn check_overlay_name(disk: &DiskRecord, overlay: &LayerName) -> Result<()> {
-    if overlay.as_str().contains('/') {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("{}: an overlay must be in the directory of {}", disk.disk.target, disk.disk.path),
-        )
-        .advise("give a file name without a directory: the chain's relative names are looked up there"));
-    }
-    let file = layer_path(&disk.disk.path, overlay);
-    match names::file_id(&file)? {
-        Some(_) => {
-            Err(Error::new(ErrorKind::Exists, format!("{file} exists, and nothing is written over it"))
-                .advise("choose another name"))
-        }
-        None => Ok(()),
-    }
 }
 
 fn visible(state: &DiskState, run: &[LayerName]) -> Result<Vec<u64>> {

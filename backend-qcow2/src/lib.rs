@@ -10,7 +10,6 @@ mod backend;
 mod backing_string;
 mod below;
 mod dependents;
-mod discover;
 pub mod image;
 mod layers;
 mod preflight;

@@ -132,7 +132,7 @@ impl StepRunner<'_> {
             base.is_some_and(|base| names::same_file(&base, self.files.path()).unwrap_or(false));
         let kept = self.files.keep_as(layer)?;
         Ok(Salvage::PutAside(match is_on_current {
-            true => kept_overlay_message(record, &file, &kept),
+            true => kept_overlay_message(record, &file, &kept, "qcow2"),
             false => kept_layer_message(record, &file, &kept),
         }))
     }

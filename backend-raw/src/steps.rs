@@ -201,7 +201,7 @@ impl StepRunner<'_> {
         }
         let kept = self.files.keep_as(layer)?;
         Ok(Salvage::PutAside(match step {
-            RawStep::CreateOverlay { .. } => kept_overlay_message(record, &file, &kept),
+            RawStep::CreateOverlay { .. } => kept_overlay_message(record, &file, &kept, "qcow2"),
             _ => kept_layer_message(record, &file, &kept),
         }))
     }

@@ -1,7 +1,15 @@
 //! The VHD backend of domsnap, with an image engine of its own.
 //!
-//! [`image`] is the engine: it reads and writes images and chains of them, and knows nothing of domains.
+//! A program registers [`VhdFiles`]. [`image`] is the engine below it: it reads and writes images and chains
+//! of them, and knows nothing of domains.
 
 #![forbid(unsafe_code)]
 
+mod backend;
 pub mod image;
+mod layers;
+mod refusal;
+mod salvage;
+mod steps;
+
+pub use backend::{VhdFiles, register};

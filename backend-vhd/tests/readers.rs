@@ -278,7 +278,8 @@ fn loops_and_depth_are_refused() {
     assert_eq!(error.kind(), ErrorKind::LimitExceeded);
 }
 
-/// Raw parents are read: equal, and shorter. Longer ones, and VHDs in their place, are refused (cases 21, 22).
+/// Raw parents are read: equal, and shorter. Longer ones, and VHDs in their place, are refused (cases 21,
+/// 22).
 #[test]
 fn raw_parents_are_read() {
     let mut dice = Dice::new(7);

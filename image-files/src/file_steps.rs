@@ -213,14 +213,14 @@ impl FileSteps<'_> {
     }
 }
 
-/// The message of a recovery that saves an overlay as `kept`. The guest wrote to it since the instant of a
-/// create that was undone, and the disk continues on its base.
-pub fn kept_overlay_message(record: &DiskRecord, file: &Utf8Path, kept: &Utf8Path) -> String {
+/// The message of a recovery that saves an overlay as `kept`. The guest wrote to it, in `format`, since the
+/// instant of a create that was undone, and the disk continues on its base.
+pub fn kept_overlay_message(record: &DiskRecord, file: &Utf8Path, kept: &Utf8Path, format: &str) -> String {
     let (target, base) = (&record.disk.target, &record.disk.path);
     format!(
         "{target}: the domain wrote into {file}, the overlay of a snapshot that was not taken; what it wrote is kept as \
          {kept}, on {base}: where the domain should go on with that, do not start it on {base}, which would spoil the \
-         overlay, but make its configuration name the overlay, with format qcow2; else remove the overlay"
+         overlay, but make its configuration name the overlay, with format {format}; else remove the overlay"
     )
 }
 

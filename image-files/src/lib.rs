@@ -11,6 +11,7 @@
 //! | [`layer_name`] | names of layers' files |
 //! | [`chain`] | the planner of disks that are chains of files |
 //! | [`engine`] | parts that image engines share: file, errors, copies; the recorder of crash tests |
+//! | [`layers`] | the layers of a chain, read from its files |
 //! | `file_steps` | steps that are the same for every format: name, switch, remove ([`FileSteps`]) |
 //! | [`names`], `hold`, `lock` | names, and locks that every user of the format honours |
 
@@ -19,11 +20,13 @@
 mod blocking;
 pub mod chain;
 mod configured_path;
+mod discover;
 pub mod engine;
 mod extents;
 mod file_steps;
 mod hold;
 pub mod layer_name;
+pub mod layers;
 mod lock;
 mod luks;
 pub mod names;
@@ -32,6 +35,7 @@ mod size;
 pub use blocking::{blocking, in_place};
 pub use configured_path::{look_at_path, refused_link};
 pub use confined_files::{Attributes, Directory, FileName, Kind};
+pub use discover::discover;
 pub use extents::{allocated_in, unshared};
 pub use file_steps::{FileIds, FileSteps, RESCUED, kept_layer_message, kept_overlay_message, open_files};
 pub use hold::{DiskLocks, ImageLocks, is_held_by_others};

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use backend_lvm::Lvm;
 use backend_plugin::Plugin;
 use backend_qcow2::Qcow2;
+use backend_vhd::VhdFiles;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{Error, ErrorKind, Registry, Result};
 
@@ -73,18 +74,21 @@ impl Backends {
 }
 
 fn own(global: &Global) -> Result<Registry> {
-    let mut qcow2 = Qcow2::new();
+    let (mut qcow2, mut vhd) = (Qcow2::new(), VhdFiles::new());
     if let Some(layers) = global.max_depth {
         qcow2 = qcow2.max_depth(layers);
+        vhd = vhd.max_depth(layers);
     }
     if global.no_punch {
         qcow2 = qcow2.without_punching();
     }
     for directory in &global.allow_backing {
         qcow2 = qcow2.allow_backing(absolute(directory)?);
+        vhd = vhd.allow_backing(absolute(directory)?);
     }
     let mut registry = Registry::new();
     registry.register(Arc::new(qcow2))?;
+    registry.register(Arc::new(vhd))?;
     backend_raw::register(&mut registry)?;
     let mut lvm = Lvm::new();
     if let Some(percent) = global.lvm_area {

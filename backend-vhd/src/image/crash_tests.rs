@@ -1,8 +1,8 @@
 //! Power loss at every write and every flush of every operation. Any sectors of what was not flushed may be
 //! lost.
 //!
-//! After each crash the image must open, at least one footer must be valid, and every finding must be one that
-//! a repair corrects. What the chain shows must be the old or the new state, by sectors. Repeating the
+//! After each crash the image must open, at least one footer must be valid, and every finding must be one
+//! that a repair corrects. What the chain shows must be the old or the new state, by sectors. Repeating the
 //! operation must complete it and leave nothing to report.
 
 use image_files::engine::recorder::{Event, Recorder, crashed};

@@ -173,8 +173,8 @@ impl Footer {
         TimeStamp(self.raw.time_stamp.get())
     }
 
-    /// Bytes that QEMU takes for the disk's size, if that is not the size: its driver goes by the geometry for
-    /// images of Virtual PC and of itself.
+    /// Bytes that QEMU takes for the disk's size, if that is not the size: its driver goes by the geometry
+    /// for images of Virtual PC and of itself.
     pub fn size_by_geometry(&self) -> Option<u64> {
         let raw = &self.raw;
         let (c, h, s) = (raw.cylinders.get(), raw.heads, raw.sectors);

@@ -244,6 +244,14 @@ pub struct ParentName {
 }
 
 impl ParentName {
+    /// Fails for a path that a new image has no space for.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`].
+    pub fn require_short(&self) -> Result<()> {
+        self.locator_text().map(drop)
+    }
+
     /// The text of the relative locator, UTF-16 little-endian.
     ///
     /// # Errors

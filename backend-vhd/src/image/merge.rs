@@ -1,9 +1,9 @@
 //! Moving data between the images of a chain: several layers become one.
 //!
-//! [`merge`] makes one image of a run show what the top of the run shows. If that image is the bottom of the
-//! run, this is a coalesce. If it is the top, this is a rebase or a flatten. Each sector that the top shows is
-//! moved once, however many layers there are. The other images are only read. The batmap is not trusted:
-//! bitmaps decide.
+//! [`merge`] makes one image of a run show what the top of the run shows. If that image is the bottom of
+//! the run, this is a coalesce. If it is the top, this is a rebase or a flatten. Each sector that the top
+//! shows is moved once, however many layers there are. The other images are only read. The batmap is not
+//! trusted: bitmaps decide.
 //!
 //! # What is durable before what
 //! While the merge runs, the top read *through the run* shows the same at every point:

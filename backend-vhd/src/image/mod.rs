@@ -10,7 +10,8 @@
 //! * `open`: [`Vhd`], which holds them together; `space`: holes of fixed images.
 //! * `writer`, `create`, `check`: what changes and checks one image.
 //! * `rehead`, `resize`, `repair`: changes of an image's parent and size, and of what a crash has left.
-//! * `chain`: [`Chain`], several images as one disk; `parent` finds them; `merge` and `materialise` move data.
+//! * `chain`: [`Chain`], several images as one disk; `parent` finds them; `merge` and `materialise` move
+//!   data.
 //!
 //! # The file of a new image
 //! ```text

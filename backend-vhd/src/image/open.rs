@@ -321,6 +321,19 @@ impl Vhd {
         Ok(())
     }
 
+    /// Returns true if any block is stored, or the image is fixed.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn is_written(&mut self) -> Result<bool> {
+        let mut stored = self.header.is_none();
+        self.bat.for_each(&self.file, |_, _| {
+            stored = true;
+            Ok(())
+        })?;
+        Ok(stored)
+    }
+
     /// Bytes of the disk that the image itself has, counted by sectors.
     ///
     /// # Errors

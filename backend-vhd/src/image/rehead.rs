@@ -2,9 +2,9 @@
 //!
 //! # What is durable before what
 //! In an image of our layout everything is in the first page, which is written at once. In others the text
-//! of the locator is first written behind the end, with a footer behind it, and is durable before the header
-//! refers to it. A header that is torn by a power loss has a wrong checksum; the same change, made again, mends
-//! it, because no field that it needs is in what was written.
+//! of the locator is first written behind the end, with a footer behind it, and is durable before the
+//! header refers to it. A header that is torn by a power loss has a wrong checksum; the same change, made
+//! again, mends it, because no field that it needs is in what was written.
 
 use image_files::engine::HostOffset;
 

@@ -1,11 +1,11 @@
 //! Making the disk of an image larger.
 //!
 //! # What is durable before what
-//! The longer BAT may need the place of blocks, or of the footer. Each such block is copied to the end and is
-//! durable there before its entry says so; the entry is durable before the place is used. Then the new entries
-//! are written and are durable. Then the first page states the new size; then the footer at the end does,
-//! which decides. So at every point the image is valid and has the old or the new size. Between the last two
-//! writes the footers differ: a repair takes the old size back, and the operation can be repeated.
+//! The longer BAT may need the place of blocks, or of the footer. Each such block is copied to the end and
+//! is durable there before its entry says so; the entry is durable before the place is used. Then the new
+//! entries are written and are durable. Then the first page states the new size; then the footer at the end
+//! does, which decides. So at every point the image is valid and has the old or the new size. Between the
+//! last two writes the footers differ: a repair takes the old size back, and the operation can be repeated.
 
 use image_files::engine::HostOffset;
 

@@ -5,8 +5,8 @@
 //!   the new bitmap never lies over the old footer. So at every point the copy at the start is valid, and the
 //!   footer at the end is, or is missing.
 //! * Data and the bitmaps of new blocks, then a flush, then bitmaps of older blocks and BAT entries, then a
-//!   flush ([`Vhd::flush`]). A sector whose bit is durable has its data. After a crash, a sector is the old or
-//!   the new one, and no entry leads out of the file.
+//!   flush ([`Vhd::flush`]). A sector whose bit is durable has its data. After a crash, a sector is the old
+//!   or the new one, and no entry leads out of the file.
 //! * Of a dynamic image all bits are set at allocation, as other programs do it. The bytes of the new block
 //!   are a hole, and zeros is what the disk showed there.
 
@@ -32,8 +32,8 @@ impl Vhd {
         EndMark(self.end)
     }
 
-    /// Gives up the blocks that were allocated since `mark` and are in no entry of the file. The footer at the
-    /// old end is still there, because no block lies over it.
+    /// Gives up the blocks that were allocated since `mark` and are in no entry of the file. The footer at
+    /// the old end is still there, because no block lies over it.
     pub(super) fn give_up(&mut self, mark: EndMark) {
         if self.end > mark.0 && self.file.set_len(mark.0 + FOOTER).is_ok() {
             self.end = mark.0;

@@ -24,8 +24,8 @@ pub fn seven_zip_reads(image: &Path) -> Result<Vec<u8>, String> {
     }
 }
 
-/// Everything that QEMU reads from the disk of an image, cut to `size`: its driver goes by whole blocks of the
-/// geometry for some creators.
+/// Everything that QEMU reads from the disk of an image, cut to `size`: its driver goes by whole blocks of
+/// the geometry for some creators.
 pub fn qemu_reads(image: &Path, size: u64) -> Result<Vec<u8>, String> {
     let raw = image.with_extension("judged");
     let output = Command::new("qemu-img")

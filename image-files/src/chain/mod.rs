@@ -20,6 +20,7 @@ use snapcore::{
 pub use self::action::{ChainStep, Tag, room_of_overlay, uses};
 pub use self::neighbours::rebase;
 use crate::layer_name::{is_layer_name, layer_path};
+use crate::names;
 
 /// Returns the bytes of each layer of a run (bottom first) that are visible at its top.
 pub type VisibleBytes<'a> = dyn FnMut(&[LayerName]) -> Result<Vec<u64>> + Send + 'a;
@@ -74,6 +75,28 @@ pub fn plan(
     }
     planner.plan.steps.sort_by_key(|planned| planned.group);
     Ok(planner.plan)
+}
+
+/// Checks the file that a user chose for an overlay: in the disk's directory, and new.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`], [`ErrorKind::Exists`]; the system's.
+pub fn check_overlay_name(disk: &DiskRecord, overlay: &LayerName) -> Result<()> {
+    if overlay.as_str().contains('/') {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("{}: an overlay must be in the directory of {}", disk.disk.target, disk.disk.path),
+        )
+        .advise("give a file name without a directory: the chain's relative names are looked up there"));
+    }
+    let file = layer_path(&disk.disk.path, overlay);
+    match names::file_id(&file)? {
+        Some(_) => {
+            Err(Error::new(ErrorKind::Exists, format!("{file} exists, and nothing is written over it"))
+                .advise("choose another name"))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Lists layers as text: by name, if they are few.

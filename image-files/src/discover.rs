@@ -2,23 +2,31 @@
 
 use std::collections::HashSet;
 
+use crate::names::io_error;
 use camino::Utf8Path;
-use image_files::names::io_error;
 use jiff::Timestamp;
 use snapcore::{DiskRecord, Found, InspectDepth, Layer, LayerName, Point, Result, Snapshot};
 
-use crate::layers::{Limits, inspect};
-use image_files::FileIds;
+use crate::FileIds;
+use crate::layers::{ChainFormat, Limits, inspect};
 
 /// Finds points that `known` does not have, oldest first: the frozen layers of the active chain, and the tags
 /// in its layers and in all other layers of ours. Layers in the disk's own directory become ours, unless a
 /// foreign image is backed by them.
-pub(crate) fn discover(record: &mut DiskRecord, known: &[Point], limits: &Limits) -> Result<Vec<Snapshot>> {
-    let before = inspect(record, InspectDepth::Dependents, limits, &FileIds::new())?;
+///
+/// # Errors
+/// Those of the images; the system's.
+pub fn discover(
+    format: &dyn ChainFormat,
+    record: &mut DiskRecord,
+    known: &[Point],
+    limits: &Limits,
+) -> Result<Vec<Snapshot>> {
+    let before = inspect(format, record, InspectDepth::Dependents, limits, &FileIds::new())?;
     for layer in before.chain(&before.active) {
         let beside = !layer.name.as_str().contains('/');
         if beside
-            && layer.format == "qcow2"
+            && layer.format == format.name()
             && layer.dependents.is_empty()
             && !record.owned.contains(&layer.name)
         {
@@ -26,7 +34,7 @@ pub(crate) fn discover(record: &mut DiskRecord, known: &[Point], limits: &Limits
         }
     }
     // Tags are only read in layers that are ours.
-    let state = inspect(record, InspectDepth::Layers, limits, &FileIds::new())?;
+    let state = inspect(format, record, InspectDepth::Layers, limits, &FileIds::new())?;
     let mut found = Found::default();
     let known: HashSet<&Point> = known.iter().collect();
     let mut chain = state.chain(&state.active);

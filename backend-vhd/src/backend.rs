@@ -1,0 +1,339 @@
+//! [`DiskSnapshotter`] for VHD.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+use image_files::chain::{self, ChainStep};
+use image_files::layer_name::{disk_name, layer_path};
+use image_files::{
+    DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, layers, names, open_files,
+};
+use snapcore::{
+    ActivePath, AttachedDisk, Base, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord,
+    DiskRequest, DiskSnapshotter, DiskState, FileUses, Finding, Guard, InspectDepth, LayerName, Leftover,
+    Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus, TagIdentity,
+};
+
+use crate::image::{self, Chain, DEFAULT_DEPTH, Layer};
+use crate::layers::{Limits, VhdChain, bases, file_of, reading};
+use crate::refusal;
+use crate::steps::StepRunner;
+
+/// Backend for disks that are VHD files.
+pub struct VhdFiles {
+    limits: Limits,
+    holds: Arc<DiskLocks>,
+}
+
+impl Default for VhdFiles {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl VhdFiles {
+    /// Allows chains of at most [`DEFAULT_DEPTH`] layers, in the disk's own directory.
+    pub fn new() -> Self {
+        Self {
+            limits: Limits { max_depth: DEFAULT_DEPTH as u32, allowed: Vec::new() },
+            holds: Arc::default(),
+        }
+    }
+
+    /// Follows and makes chains of at most `layers` images.
+    #[must_use]
+    pub fn max_depth(mut self, layers: u32) -> Self {
+        self.limits.max_depth = layers;
+        self
+    }
+
+    /// Follows locators into `directory` too.
+    #[must_use]
+    pub fn allow_backing(mut self, directory: impl Into<Utf8PathBuf>) -> Self {
+        self.limits.allowed.push(directory.into());
+        self
+    }
+
+    /// Runs a step on this thread, because what it borrows does not outlive the call.
+    fn step<T>(
+        &self,
+        step: &Step<ChainStep>,
+        context: StepContext<'_>,
+        open: FileIds,
+        work: impl FnOnce(&StepRunner<'_>, &ChainStep) -> Result<T>,
+    ) -> Result<T> {
+        let hold = self.holds.of(&context.disk.disk.path);
+        let place = StepRunner {
+            files: FileSteps { record: context.disk, hold: hold.as_deref(), open },
+            progress: context.progress,
+            cancel: context.cancel,
+            bytes: step.bytes,
+            limits: &self.limits,
+            resumed: context.resumed,
+        };
+        in_place(|| work(&place, &step.action))
+    }
+}
+
+#[async_trait]
+impl DiskSnapshotter for VhdFiles {
+    type Action = ChainStep;
+
+    fn format(&self) -> &str {
+        "vhd"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(PointKind::External, self.limits.max_depth)
+    }
+
+    /// QEMU's name of the format is `vpc`.
+    fn recognises(&self, _path: &Utf8Path, open_format: Option<&str>) -> bool {
+        matches!(open_format, Some("vhd" | "vpc"))
+    }
+
+    async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
+        layers::check_path(&VhdChain, disk)?;
+        let (disk, limits) = (disk.clone(), self.limits.clone());
+        blocking(move || {
+            let active = match active_path {
+                ActivePath::Keep => layers::adopted_name(&disk)?,
+                ActivePath::New => LayerName(disk.path.file_name().unwrap_or("disk").to_owned()),
+            };
+            let record = DiskRecord { disk, active: active.clone(), owned: vec![active] };
+            layers::inspect(&VhdChain, &record, InspectDepth::Layers, &limits, &FileIds::new())?;
+            Ok(record)
+        })
+        .await
+    }
+
+    async fn inspect(
+        &self,
+        disk: &DiskRecord,
+        depth: InspectDepth,
+        attached: Option<&dyn AttachedDisk>,
+    ) -> Result<DiskState> {
+        let open = open_files(attached).await?;
+        let (disk, limits) = (disk.clone(), self.limits.clone());
+        blocking(move || {
+            refusal::refuse_open_child(&disk, &open)?;
+            layers::inspect(&VhdChain, &disk, depth, &limits, &open)
+        })
+        .await
+    }
+
+    async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
+        let (mut copy, known, limits) = (record.clone(), known.to_vec(), self.limits.clone());
+        let (copy, found) = blocking(move || {
+            let found = image_files::discover(&VhdChain, &mut copy, &known, &limits)?;
+            Ok((copy, found))
+        })
+        .await?;
+        *record = copy;
+        Ok(found)
+    }
+
+    fn leftover(&self, _disk: &DiskRecord, _step: &Step<ChainStep>) -> Leftover {
+        Leftover::PlannedAnew
+    }
+
+    fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
+        Some(layer_file.with_file_name(disk_name(layer_file)))
+    }
+
+    fn uses(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> FileUses {
+        chain::uses(disk, &step.action)
+    }
+
+    async fn bases(&self, disk: &DiskRecord) -> Result<Vec<Base>> {
+        let (disk, limits) = (disk.clone(), self.limits.clone());
+        blocking(move || bases(&disk, &limits)).await
+    }
+
+    async fn plan(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        active_path: ActivePath,
+        request: &DiskRequest,
+    ) -> Result<DiskPlan<ChainStep>> {
+        let (disk, state, request) = (disk.clone(), state.clone(), request.clone());
+        let capabilities = self.capabilities();
+        blocking(move || {
+            if let DiskRequest::Create { overlay: Some(overlay), .. } = &request {
+                chain::check_overlay_name(&disk, overlay)?;
+            }
+            let mut plan = chain::plan(&disk, &state, active_path, &capabilities, &request, &mut |run| {
+                visible(&disk, run)
+            })?;
+            match refusal::check(&disk, &state, &mut plan) {
+                // The merge was not requested by the user, so its failure is only noted.
+                Err(error) if matches!(&request, DiskRequest::Delete { drop, .. } if drop.is_empty()) => {
+                    Ok(DiskPlan {
+                        notes: vec![format!("nothing was merged: {error}")],
+                        ..DiskPlan::default()
+                    })
+                }
+                checked => checked.map(|()| plan),
+            }
+        })
+        .await
+    }
+
+    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+        names::require_writable_directory_of(&disk.disk.path)?;
+        names::require_private_directory_of(&disk.disk.path)?;
+        let hold = self.holds.begin(&disk.disk.path)?;
+        let open = open_files(attached).await?;
+        if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
+            hold.lock(&disk.disk.path)?;
+        }
+        Ok(Box::new(hold))
+    }
+
+    async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
+        if let Some(hold) = self.holds.of(&disk.disk.path) {
+            hold.unlock_all();
+        }
+        Ok(())
+    }
+
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+        let (disk, limits) = (disk.clone(), self.limits.clone());
+        blocking(move || layers::open_chain(&VhdChain, &disk, &limits)).await
+    }
+
+    async fn apply(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<()> {
+        let open = open_files(context.attached).await?;
+        self.step(step, context, open, |place, action| place.apply(action))
+    }
+
+    async fn undo(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<()> {
+        let open = open_files(context.attached).await?;
+        self.step(step, context, open, |place, action| place.undo(action))
+    }
+
+    async fn salvage(&self, step: &Step<ChainStep>, done: bool, context: StepContext<'_>) -> Result<Salvage> {
+        let open = open_files(context.attached).await?;
+        self.step(step, context, open, |place, action| place.salvage(action, done))
+    }
+
+    async fn is_superseded(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<bool> {
+        self.step(step, context, FileIds::new(), |place, action| place.is_superseded(action))
+    }
+
+    async fn status(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<StepStatus> {
+        self.step(step, context, FileIds::new(), |place, action| place.status(action))
+    }
+
+    async fn identify(&self, _disk: &DiskRecord, _point: &Point) -> Result<Option<TagIdentity>> {
+        Ok(None)
+    }
+
+    async fn check(&self, disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
+        let (disk, state) = (disk.clone(), state.clone());
+        blocking(move || check(&disk, &state)).await
+    }
+
+    async fn cost_of_delete(
+        &self,
+        disk: &DiskRecord,
+        state: &DiskState,
+        drop: &[Point],
+        keep: &[Point],
+    ) -> Result<DeleteCost> {
+        let request = DiskRequest::Delete { drop: drop.to_vec(), keep: keep.to_vec(), force: true };
+        let plan = self.plan(disk, state, ActivePath::Keep, &request).await?;
+        Ok(cost(&plan, state))
+    }
+
+    fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
+        disk.path.with_file_name(format!("{}.domsnap", disk_name(&disk.path)))
+    }
+
+    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
+        file_of(disk, layer).unwrap_or_else(|_| layer_path(&disk.disk.path, layer))
+    }
+}
+
+/// Counts the sectors of each layer of a run that its top shows.
+fn visible(disk: &DiskRecord, run: &[LayerName]) -> Result<Vec<u64>> {
+    let mut opened = Vec::new();
+    for layer in run {
+        opened.push(Layer::Vhd(Box::new(reading(&file_of(disk, layer)?)?)));
+    }
+    Ok(image::visible_bytes(&mut Chain::new(opened)?)?)
+}
+
+fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    let mut find = |severity, subject: &Utf8Path, message: String| {
+        findings.push(Finding { severity, subject: subject.to_string(), message });
+    };
+    for layer in state.layers.iter().filter(|layer| layer.format == "vhd") {
+        if is_held_by_others(&layer.file)? {
+            find(Severity::Note, &layer.file, "another process has it open: not checked".to_owned());
+            continue;
+        }
+        let checked = reading(&layer.file).and_then(|mut image| Ok(image.check(false)?));
+        match checked {
+            Ok(found) => found.into_iter().for_each(|finding| {
+                let severity = match finding.severity {
+                    image::Severity::Note => Severity::Note,
+                    image::Severity::Warning => Severity::Warning,
+                    image::Severity::Error => Severity::Error,
+                };
+                find(severity, &layer.file, finding.text);
+            }),
+            Err(error) => find(Severity::Error, &layer.file, error.to_string()),
+        }
+        let below = layer.backing.as_ref().and_then(|name| state.layer(name));
+        if let Some(below) = below.filter(|below| below.virtual_size > layer.virtual_size) {
+            let words =
+                format!("its parent {} is larger than it: programs disagree about what it shows", below.file);
+            find(Severity::Error, &layer.file, words);
+        }
+    }
+    for unclear in &state.unclear {
+        let words = format!(
+            "it may depend on a layer of {}, so reverts and deletes are refused: {}",
+            disk.disk.path, unclear.why
+        );
+        find(Severity::Warning, &unclear.file, words);
+    }
+    for stray in layers::strays(disk, state)? {
+        let words = "it has the name of a layer of this disk, and is none that the catalogue knows; 'domsnap import' \
+                     looks what it is"
+            .to_owned();
+        find(Severity::Note, &stray, words);
+    }
+    for owned in disk.owned.iter().filter(|owned| state.layer(owned).is_none()) {
+        let words = "the catalogue knows this layer, and its file is gone; where no snapshot needs it, `domsnap recover` \
+                     forgets it"
+            .to_owned();
+        find(Severity::Warning, &layer_path(&disk.disk.path, owned), words);
+    }
+    Ok(findings)
+}
+
+fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState) -> DeleteCost {
+    let mut cost = DeleteCost::default();
+    for planned in &plan.steps {
+        cost.moves = cost.moves.saturating_add(planned.step.bytes);
+        if let ChainStep::Remove { layers } = &planned.step.action {
+            let gone = layers.iter().filter_map(|name| state.layer(name)).map(|layer| layer.allocated);
+            cost.frees = cost.frees.saturating_add(gone.sum());
+        }
+    }
+    cost.frees = cost.frees.saturating_sub(cost.moves);
+    cost
+}
+
+/// Registers the backend with its default limits.
+///
+/// # Errors
+/// If the registry has a backend for VHD already.
+pub fn register(registry: &mut snapcore::Registry) -> Result<()> {
+    registry.register(Arc::new(VhdFiles::new()))
+}
