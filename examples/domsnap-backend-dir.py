@@ -130,7 +130,7 @@ class Copies(wire.Backend):
             if asked["to"]["layer"] != LAYER or to not in tags_of(disk):
                 raise Failure("not-found", f"{disk['path']} has no point {to}", "see `domsnap check`")
             size = os.stat(point(disk, to)).st_size
-            exchange = {"do": "exchange", "from": to, "next": coming, "former": tag}
+            exchange = {"do": "exchange", "from": to, "next": coming, "previous": tag}
             steps = [
                 step(params, "prepare", {"do": "stage", "from": to, "as": coming}, f"copy {to}", size),
                 step(params, "cut", exchange, f"put that in the place of {disk['path']}"),
@@ -147,16 +147,16 @@ class Copies(wire.Backend):
             wire.remove(*(point(disk, tag) for tag in action["tags"]))
             wire.remove_directory(points_of(disk))
         elif action["do"] == "exchange":
-            coming, former = point(disk, action["next"]), point(disk, action["former"])
+            coming, previous = point(disk, action["next"]), point(disk, action["previous"])
             if not os.path.exists(coming):
-                if os.path.exists(former):
+                if os.path.exists(previous):
                     return  # done before
                 raise Failure("corrupt", f"{coming} is gone", "see `domsnap check`")
             self.lock_too(params, disk["path"], coming)
             # 1) The current file gets a second name. 2) Its first name moves to what comes. So the path opens
             #    to a whole disk at every instant, and an undo finds the current file.
-            if not os.path.exists(former):
-                os.link(disk["path"], former)
+            if not os.path.exists(previous):
+                os.link(disk["path"], previous)
                 flush_directory(points_of(disk))
             os.rename(coming, disk["path"])
             flush_directory(os.path.dirname(disk["path"]))
@@ -172,14 +172,14 @@ class Copies(wire.Backend):
             wire.remove(made_by(disk, action), made_by(disk, action) + ".part")
             wire.remove_directory(points_of(disk))
             return
-        former = point(disk, action["former"])
-        if not os.path.exists(former):
+        previous = point(disk, action["previous"])
+        if not os.path.exists(previous):
             return  # never begun, or undone before
-        if wire.same_file(former, disk["path"]):
-            os.unlink(former)
+        if wire.same_file(previous, disk["path"]):
+            os.unlink(previous)
         else:
-            self.lock_too(params, disk["path"], former)
-            os.rename(former, disk["path"])
+            self.lock_too(params, disk["path"], previous)
+            os.rename(previous, disk["path"])
             flush_directory(os.path.dirname(disk["path"]))
         flush_directory(points_of(disk))
 
@@ -187,13 +187,13 @@ class Copies(wire.Backend):
         disk, action = params["disk"], action_of(params, *STEPS)
         if action["do"] != "exchange":
             return {"salvage": "nothing"}
-        former = point(disk, action["former"])
+        previous = point(disk, action["previous"])
         # Where the path names what it always did, an undo leaves that.
-        if not os.path.exists(former) or wire.same_file(former, disk["path"]):
+        if not os.path.exists(previous) or wire.same_file(previous, disk["path"]):
             return {"salvage": "nothing"}
         if wire.same_content(disk["path"], point(disk, action["from"]), call):
             return {"salvage": "nothing"}
-        rescued = point(disk, "rescued-" + action["former"])
+        rescued = point(disk, "rescued-" + action["previous"])
         if not os.path.exists(rescued):
             os.link(disk["path"], rescued)
             flush_directory(points_of(disk))
@@ -203,8 +203,8 @@ class Copies(wire.Backend):
     def status(self, params, call):
         disk, action = params["disk"], action_of(params, *STEPS)
         if action["do"] == "exchange":
-            coming, former = (os.path.exists(point(disk, action[name])) for name in ("next", "former"))
-            return "notdone" if not former else "partly" if coming else "done"
+            coming, previous = (os.path.exists(point(disk, action[name])) for name in ("next", "previous"))
+            return "notdone" if not previous else "partly" if coming else "done"
         if action["do"] == "drop":
             left = [tag for tag in action["tags"] if os.path.exists(point(disk, tag))]
             return "done" if not left else "notdone" if len(left) == len(action["tags"]) else "partly"

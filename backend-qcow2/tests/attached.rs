@@ -670,7 +670,7 @@ async fn open_chain_uses_permanent_names() {
     run("qemu-img", &on);
     fixture.record = fixture.backend.adopt(&fixture.record.disk, ActivePath::Keep).await.unwrap();
     assert_eq!(chain(&fixture).await, [qcow2(fixture.path()), (base.clone(), "raw".to_owned())]);
-    // Named, and then under an overlay to which the path is moved, while the record has the former one.
+    // Named, and then under an overlay to which the path is moved, while the record has the previous one.
     let plan = fixture.plan(create(PointKind::External)).await.unwrap();
     let frozen = fixture.file(&fixture.record.active);
     let overlay = fixture.file(&layer_name(fixture.path(), 0x77));

@@ -136,8 +136,8 @@ impl Planner<'_> {
             if let Some(copy) = self.plan.steps.last_mut() {
                 copy.inside = true;
             }
-            let settle = RawStep::Settle { layer: layer.clone() };
-            self.push(Group::Cut, &settle, format!("flush and publish {layer}"), 0);
+            let publish = RawStep::Publish { layer: layer.clone() };
+            self.push(Group::Cut, &publish, format!("flush and publish {layer}"), 0);
         }
         self.add_layer(&layer);
         self.plan.point = Some(Point::external(layer));
@@ -273,7 +273,7 @@ impl Planner<'_> {
         if self.state.attached {
             self.plan.instant = Some(DiskInstant::Overlay { file: path.clone(), format: "qcow2".to_owned() });
         }
-        let former = self.record.active.clone();
+        let previous = self.record.active.clone();
         self.plan.notes.push(format!(
             "{target}: the domain's configuration must now name {path}, with format qcow2; {} is its base, which nothing may \
              write any more",
@@ -284,11 +284,11 @@ impl Planner<'_> {
             true => {
                 (LayerName(path.file_name().unwrap_or("disk").to_owned()), LayerName(self.path().to_string()))
             }
-            false => (layer, former.clone()),
+            false => (layer, previous.clone()),
         };
         self.add_layer(&active);
         // The base belongs to its owner: it is read, and never merged away or removed.
-        self.plan.commit.push(Edit::RemoveLayer { target: target.clone(), layer: former });
+        self.plan.commit.push(Edit::RemoveLayer { target: target.clone(), layer: previous });
         if is_device {
             // Recorded as known, so that a chain may lead there.
             self.add_layer(&base);
@@ -361,7 +361,7 @@ impl Planner<'_> {
         }
         let way = if can_reflink(self.path())? { CopyMethod::Reflink } else { CopyMethod::Copy };
         let new = self.new_layer(None, stamp)?;
-        let former = self.new_layer(None, stamp.wrapping_add(1))?;
+        let previous = self.new_layer(None, stamp.wrapping_add(1))?;
         let bytes = if way == CopyMethod::Copy { point.allocated } else { 0 };
         let size = point.virtual_size;
         self.require_room(bytes)?;
@@ -389,21 +389,21 @@ impl Planner<'_> {
             reserve,
         };
         self.push(Group::Prepare, &copy, words, bytes);
-        let name = RawStep::Name { layer: former.clone() };
-        self.push(Group::Prepare, &name, format!("give {} the name {former} too", self.path()), 0);
-        let switch = RawStep::Switch { from: former.clone(), to: new.clone() };
+        let name = RawStep::Name { layer: previous.clone() };
+        self.push(Group::Prepare, &name, format!("give {} the name {previous} too", self.path()), 0);
+        let switch = RawStep::Switch { from: previous.clone(), to: new.clone() };
         self.push(Group::Cut, &switch, format!("switch {} to {new}", self.path()), 0);
         let unname = RawStep::Unname { layer: new.clone() };
         self.push(Group::Finish, &unname, format!("remove the name {new}: {} is left", self.path()), 0);
         // The catalogue knows both until they are removed, so that a deferred step can be planned again.
         self.known_until_done(&new);
         if save {
-            self.add_layer(&former);
-            self.plan.point = Some(Point::external(former));
+            self.add_layer(&previous);
+            self.plan.point = Some(Point::external(previous));
         } else {
-            let remove = RawStep::Remove { layers: vec![former.clone()] };
-            self.push(Group::Finish, &remove, format!("remove {former}: nothing needs it"), 0);
-            self.known_until_done(&former);
+            let remove = RawStep::Remove { layers: vec![previous.clone()] };
+            self.push(Group::Finish, &remove, format!("remove {previous}: nothing needs it"), 0);
+            self.known_until_done(&previous);
         }
         let links = std::fs::metadata(self.path())
             .map_err(|error| io_error(error, format!("cannot look at {}", self.path())))?

@@ -56,7 +56,7 @@ pub enum RawStep {
         reserve: bool,
     },
     /// Makes a copy durable, and gives it its name.
-    Settle { layer: LayerName },
+    Publish { layer: LayerName },
     /// Creates an empty qcow2 overlay on the current image.
     CreateOverlay { layer: LayerName, virtual_size: u64 },
     /// Gives the current image a second name of its own (a hard link).
@@ -75,7 +75,7 @@ pub(crate) fn uses(record: &DiskRecord, step: &Step<RawStep>) -> FileUses {
     let file = |layer: &LayerName| layer_path(path, layer);
     let mut uses = FileUses::default();
     match &step.action {
-        RawStep::WriteOut | RawStep::Settle { .. } => {}
+        RawStep::WriteOut | RawStep::Publish { .. } => {}
         RawStep::Copy { layer, .. } => {
             // With its checksum.
             uses.makes.extend([file(layer), copy::sum_file(&file(layer))]);
@@ -117,7 +117,7 @@ impl StepRunner<'_> {
                 self.copy(from.as_ref(), layer, *way, *reserve)?;
                 if *settled_later { Ok(()) } else { self.publish(layer) }
             }
-            RawStep::Settle { layer } => self.publish(layer),
+            RawStep::Publish { layer } => self.publish(layer),
             RawStep::CreateOverlay { layer, virtual_size } => self.create_overlay(layer, *virtual_size),
             RawStep::Name { layer } => self.files.name(layer),
             RawStep::Switch { from, to } => self.files.switch(from, to),
@@ -130,7 +130,7 @@ impl StepRunner<'_> {
     pub(crate) fn undo(&self, step: &RawStep) -> Result<()> {
         let path = self.path();
         match step {
-            RawStep::WriteOut | RawStep::Settle { .. } => Ok(()),
+            RawStep::WriteOut | RawStep::Publish { .. } => Ok(()),
             RawStep::Copy { layer, .. } | RawStep::CreateOverlay { layer, .. } => {
                 let file = self.file(layer);
                 names::remove_name(&names::unfinished_name(&file))?;
@@ -181,7 +181,7 @@ impl StepRunner<'_> {
                     (false, false) => StepStatus::NotDone,
                 })
             }
-            RawStep::Settle { layer } => done(is_there(layer)?),
+            RawStep::Publish { layer } => done(is_there(layer)?),
             RawStep::Name { layer } => done(names::same_file(self.path(), &self.file(layer))?),
             RawStep::Switch { to, .. } => done(names::same_file(self.path(), &self.file(to))?),
             RawStep::Unname { layer } => done(!is_there(layer)?),

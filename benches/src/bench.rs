@@ -143,7 +143,7 @@ impl Bench {
         let place = self.place("limit")?;
         let file = place.path().join("metadata");
         fill(&file, bytes)?;
-        image::settle(&file)?;
+        image::flush(&file)?;
         self.repeat(5, Duration::from_secs(5), |_| {
             let words =
                 ["rewrite".into(), file.display().to_string(), bytes.to_string(), flushes.to_string()];

@@ -66,7 +66,7 @@ impl Chain {
             let pattern = u8::try_from(number % 255 + 1)?;
             image::write(&chain.disk(), &extents, pattern)?;
         }
-        image::settle(root)?;
+        image::flush(root)?;
         Ok(chain)
     }
 

@@ -87,11 +87,11 @@ pub fn chain(top: &Path) -> Result<Vec<PathBuf>> {
 pub fn copy(from: &Path, to: &Path) -> Result<()> {
     let options = ["-a", "--sparse=auto", "--reflink=never"];
     child::run(child::command("cp", &options).arg(from).arg(to))?;
-    settle(to)
+    flush(to)
 }
 
 /// Waits until the file system that `place` is on has nothing left to write.
-pub fn settle(place: &Path) -> Result<()> {
+pub fn flush(place: &Path) -> Result<()> {
     child::run(child::command("sync", &["-f"]).arg(place))?;
     Ok(())
 }

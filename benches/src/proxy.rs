@@ -58,10 +58,10 @@ impl Watch {
         let entry = self.asked.commands.entry(name).or_default();
         entry.0 += 1;
         entry.1 += since.elapsed();
-        self.settle();
+        self.update();
     }
 
-    fn settle(&mut self) {
+    fn update(&mut self) {
         if self.pending.is_empty()
             && let Some(since) = self.busy_since.take()
         {
@@ -133,7 +133,7 @@ fn serve(watch: &Mutex<Watch>, client: UnixStream, behind: &Path) -> io::Result<
         let answered = answers.join().unwrap_or(Ok(()));
         let mut watch = locked(watch);
         watch.pending.clear();
-        watch.settle();
+        watch.update();
         // Who closes first leaves the other with a broken pipe.
         asked.and(answered).or_else(|error| match error.kind() {
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Ok(()),

@@ -174,7 +174,7 @@ fn replaced(
         .state("no changes made")
         .advise(
             "if another state directory is in use for this disk, use that; otherwise take the disk in as it is with \
-             'domsnap import --replace'. Do not put the former layer back: what was written since is in this one",
+             'domsnap import --replace'. Do not put the previous layer back: what was written since is in this one",
         );
     }
     Error::new(

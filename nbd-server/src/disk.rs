@@ -14,7 +14,7 @@ use crate::option::Export;
 
 /// The longest time for which requests are held.
 pub const MAX_HOLD: Duration = Duration::from_secs(10);
-/// A new client waits so long for the former one, whose connection has just ended.
+/// A new client waits so long for the previous one, whose connection has just ended.
 const SEAT_WAIT: Duration = Duration::from_secs(2);
 
 /// The disk of a server.

@@ -285,7 +285,7 @@ impl<S: Timed> Negotiation<'_, S> {
 
     fn contexts(&mut self, option: u32, data: &[u8]) -> io::Result<()> {
         if option == OPT_SET_META_CONTEXT {
-            // A new choice replaces the former one, also if it fails.
+            // A new choice replaces the previous one, also if it fails.
             self.agreed.allocation = false;
         }
         if !self.agreed.structured {

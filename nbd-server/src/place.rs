@@ -60,7 +60,7 @@ impl Place {
         let listener = listen(path).map_err(failed)?;
         let found = look(&directory, &name).map_err(failed)?;
         drop(directory);
-        // A new descriptor: the lock belongs to the former one, and ends here.
+        // A new descriptor: the lock belongs to the previous one, and ends here.
         let (directory, _) = Directory::of(path.as_std_path()).map_err(failed)?;
         let name = found.map(|(_, identity)| (directory, name, identity));
         Ok(Self { listener, name })

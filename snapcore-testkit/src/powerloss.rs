@@ -103,7 +103,7 @@ impl Baseline {
         for (number, record) in records[..done].iter().enumerate() {
             disk.apply(record).with_context(|| format!("record {number}: {:?}", record.kind))?;
         }
-        disk.settle(&mut Seed::new(seed));
+        disk.resolve(&mut Seed::new(seed));
         disk.build(0, target, &mut HashMap::new())
     }
 }
@@ -237,7 +237,7 @@ impl Disk {
     }
 
     /// Decides about everything pending.
-    fn settle(&mut self, seed: &mut Seed) {
+    fn resolve(&mut self, seed: &mut Seed) {
         let fates = [
             Fate::All,
             Fate::Nothing,
@@ -251,7 +251,7 @@ impl Disk {
         let common = seed.chance(40).then(|| seed.pick(&fates));
         for node in &mut self.nodes {
             let fate = common.unwrap_or_else(|| seed.pick(&fates));
-            node.settle(fate, seed);
+            node.resolve(fate, seed);
         }
     }
 
@@ -371,7 +371,7 @@ impl Body {
     }
 
     /// The power went: what is pending becomes durable, or is lost.
-    fn settle(&mut self, fate: Fate, seed: &mut Seed) {
+    fn resolve(&mut self, fate: Fate, seed: &mut Seed) {
         match self {
             Body::Directory { durable, live, pending } => {
                 let kept = match fate {

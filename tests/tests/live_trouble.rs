@@ -60,7 +60,7 @@ fn memory_of(live: &Live, name: &str) -> Result<PathBuf> {
 
 /// After a create that may have been done or undone: heals, looks that all is sound, and remembers what there
 /// is.
-fn settle(live: &mut Live, name: &str, outcome: &Outcome, before: u64) -> Result<()> {
+fn check_and_prepare(live: &mut Live, name: &str, outcome: &Outcome, before: u64) -> Result<()> {
     live.domsnap().done(&["recover"]).with_context(|| outcome.to_string())?;
     live.sound().with_context(|| outcome.to_string())?;
     let there = is_listed(live, name)?;
@@ -118,7 +118,7 @@ fn qemu_hanging_in_a_create_is_recovered() -> Result<()> {
         let outcome = outcome?;
         // A reply that was not waited for may still be on its way.
         live.wait_running().or_else(|_| live.domsnap().done(&["recover"]).map(drop))?;
-        settle(&mut live, &name, &outcome, before)?;
+        check_and_prepare(&mut live, &name, &outcome, before)?;
     }
     live.revert("s1", &[])?;
     Ok(())
@@ -168,7 +168,7 @@ fn interrupt_undoes_or_completes() -> Result<()> {
         let outcome = beside.end()?;
         // Before it listens for it, an interrupt ends it as any other process.
         if outcome.status.is_some() {
-            settle(&mut live, &name, &outcome, before)?;
+            check_and_prepare(&mut live, &name, &outcome, before)?;
         } else {
             live.domsnap().done(&["recover"])?;
             ensure!(!is_listed(&live, &name)?, "a process that was ended before it began has done something");

@@ -652,8 +652,8 @@ fn manifests_follow_the_first_disk() -> Result<()> {
     for number in (0..24).step_by(3) {
         let mut domain = Domain::new(&Shape::disks(2))?;
         domain.create("s1", "internal")?;
-        let former = domain.disks().join("a.qcow2.domsnap");
-        ensure!(former.join("domain.json").exists(), "manifests are elsewhere");
+        let previous = domain.disks().join("a.qcow2.domsnap");
+        ensure!(previous.join("domain.json").exists(), "manifests are elsewhere");
         let whole = match number {
             0 => domain.domsnap().run(&remove)?,
             number => {
@@ -668,7 +668,7 @@ fn manifests_follow_the_first_disk() -> Result<()> {
         domain.domsnap().done(&["create", NAME, "s2", "--internal"])?;
         let shown = domain.domsnap().done(&["domain", "show", NAME])?;
         let has_first = shown.stdout.contains("a.qcow2");
-        let (here, there) = (former.exists(), domain.disks().join("b.qcow2.domsnap").exists());
+        let (here, there) = (previous.exists(), domain.disks().join("b.qcow2.domsnap").exists());
         ensure!(here == has_first && there != here, "{number}: {here} {there}: {shown}");
         if number > 0 && !killed {
             break;

@@ -218,7 +218,7 @@ fn strike_where(
     shim::counting_commands(shim::preloaded(machine.domsnap()), &file).done(&words)?;
     let commands: Vec<String> = std::fs::read_to_string(&file)?.lines().map(str::to_owned).collect();
     ensure!(commands.len() >= 2, "the shim saw {commands:?}");
-    settle(&mut machine, operation).context("after the one that was counted")?;
+    check_and_prepare(&mut machine, operation).context("after the one that was counted")?;
     let killed: Vec<_> =
         commands.iter().enumerate().filter(|(place, command)| is_struck(*place, command)).collect();
     ensure!(!killed.is_empty(), "none of these is killed: {commands:?}");
@@ -231,7 +231,7 @@ fn strike_where(
             let healed = (|| {
                 ensure!(outcome.status.is_none_or(|status| status == status::DONE), "{outcome}");
                 machine.domsnap().done(&["recover"])?;
-                settle(&mut machine, operation)
+                check_and_prepare(&mut machine, operation)
             })();
             healed.with_context(|| format!("killed {when} {command} of {words:?}"))?;
         }
@@ -240,7 +240,7 @@ fn strike_where(
 }
 
 /// Looks whether all is well; takes note of what there is now.
-fn settle(machine: &mut Machine, operation: &Operation) -> Result<()> {
+fn check_and_prepare(machine: &mut Machine, operation: &Operation) -> Result<()> {
     let then = machine.sound()?;
     let name = operation.words[1].to_owned();
     let there = machine.snapshots()?.iter().any(|snapshot| snapshot.name == name);
@@ -420,7 +420,7 @@ fn signals_undo_or_are_ignored() -> Result<()> {
         let words = [words[0], address.as_str(), words[1]];
         let _ = std::fs::remove_file(&file);
         shim::counting_commands(shim::preloaded(machine.domsnap()), &file).done(&words)?;
-        settle(&mut machine, &operation)?;
+        check_and_prepare(&mut machine, &operation)?;
         let count = std::fs::read_to_string(&file)?.lines().count();
         let signals = [1, 2, 15];
         for place in (0..count).step_by(3) {
@@ -440,7 +440,7 @@ fn signals_undo_or_are_ignored() -> Result<()> {
                 _ => anyhow::bail!("signal {signal} before command {}: {outcome}", place + 1),
             }
             // Nothing is left to be recovered.
-            settle(&mut machine, &operation)
+            check_and_prepare(&mut machine, &operation)
                 .with_context(|| format!("signal {signal}, {place}: {outcome}"))?;
         }
     }

@@ -506,7 +506,7 @@ mod others {
         let mut domain = line(1, &["copy"])?;
         let path = domain.path("vda");
         let bytes = vec![0x42; 4 << 20];
-        std::fs::rename(&path, domain.root().join("former"))?;
+        std::fs::rename(&path, domain.root().join("previous"))?;
         std::fs::write(&path, &bytes)?;
         domain.model.present.insert("vda".into(), std::sync::Arc::new(bytes));
         // A raw file is what its path names: the next snapshot holds the new one.

@@ -164,7 +164,7 @@ fn delete_middle(bench: &Bench, row: &mut Row, chain: &Chain, theirs: &Path) -> 
         bench.alternate(row, repetition, [(OURS, chain.delete(bench, &[name])), (REBASE, rebase)])?;
         std::fs::remove_file(gone)?;
         done = repetition + 1;
-        image::settle(theirs)
+        image::flush(theirs)
     })?;
     chain.check(layers.len() - done, usize::MAX)?;
     image::compare(&chain.disk(), theirs)?;

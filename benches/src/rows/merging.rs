@@ -87,7 +87,7 @@ pub fn merge_once(
     for directory in ["ours", "theirs", "direct"] {
         std::fs::remove_dir_all(place.join(format!("{directory}{repetition}")))?;
     }
-    image::settle(place)
+    image::flush(place)
 }
 
 /// When [`merge_once`] tells of a side.
@@ -102,7 +102,7 @@ pub enum Around<'a> {
 fn copy_and_sync(row: &mut Row, file: &Path, bytes: u64) -> Result<()> {
     let copy = file.with_extension("copy");
     bench::fill(file, bytes)?;
-    image::settle(file)?;
+    image::flush(file)?;
     let mut cp = child::command("cp", &["--reflink=never", "--sparse=never"]);
     let cost = sum(child::run(cp.arg(file).arg(&copy))?, child::run(&mut child::command("sync", &[&copy]))?);
     row.sample(CP, cost);
@@ -177,11 +177,11 @@ pub fn flatten_on(
                 image::compare(&chain.disk(), &converted)?;
             }
             std::fs::remove_file(&converted)?;
-            image::settle(place)?;
+            image::flush(place)?;
         }
         copy_and_sync(row, &place.join("copied"), bytes)?;
         // Away from the copy again, which thereby goes.
         child::run(&mut chain.domsnap(bench, &["revert", GUEST, "outside"]))?;
-        image::settle(place)
+        image::flush(place)
     })
 }

@@ -60,7 +60,7 @@ fn on(bench: &Bench, name: &'static str, kind: &str) -> Result<Row> {
     let mount = LoopMount::make(place.path(), kind, 2 * size + (4 << 30))?;
     let (disk, state) = (mount.path().join("disk.raw"), place.path().join("state"));
     bench::fill(&disk, size)?;
-    image::settle(&disk)?;
+    image::flush(&disk)?;
     let words = ["domain", "add", "guest", "--disk", &format!("vda={},format=raw", disk.display())];
     child::run(&mut bench.domsnap(&state, &words))?;
     bench.repeat(9, Duration::from_secs(30), |repetition| {

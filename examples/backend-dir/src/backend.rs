@@ -187,18 +187,18 @@ impl DiskSnapshotter for Copies {
                     )
                     .advise("see `domsnap check`"));
                 };
-                let (from, former) = (from.clone(), new_tag(path, *stamp)?);
-                let next = format!("next-{former}");
+                let (from, previous) = (from.clone(), new_tag(path, *stamp)?);
+                let next = format!("next-{previous}");
                 let stage = Action::Stage { from: from.clone(), next: next.clone() };
                 let summary = format!("copy {from} again");
                 plan.steps.push(step(disk, Group::Prepare, stage, summary, copied.len()));
-                let exchange = Action::Exchange { from, next, former: former.clone() };
+                let exchange = Action::Exchange { from, next, previous: previous.clone() };
                 let summary = format!("put that in the place of {path}");
                 plan.steps.push(step(disk, Group::Cut, exchange, summary, 0));
                 match save {
-                    Some(_) => plan.point = Some(Point::internal(layer(), former)),
+                    Some(_) => plan.point = Some(Point::internal(layer(), previous)),
                     None => {
-                        let action = Action::Drop { tags: vec![former] };
+                        let action = Action::Drop { tags: vec![previous] };
                         let summary = "remove what was there before".to_owned();
                         plan.steps.push(step(disk, Group::Finish, action, summary, 0));
                     }

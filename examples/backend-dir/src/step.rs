@@ -35,7 +35,7 @@ pub enum Action {
         /// The copy's name.
         next: String,
         /// The name that what was there gets.
-        former: String,
+        previous: String,
     },
     /// Removes points.
     Drop {
@@ -49,16 +49,16 @@ impl Action {
         match self {
             Self::Copy { tag } => copy(disk, disk, &point(disk, tag), context),
             Self::Stage { from, next } => copy(disk, &point(disk, from), &point(disk, next), context),
-            Self::Exchange { next, former, .. } => {
-                let (next, former) = (point(disk, next), point(disk, former));
-                if !next.exists() && former.exists() {
+            Self::Exchange { next, previous, .. } => {
+                let (next, previous) = (point(disk, next), point(disk, previous));
+                if !next.exists() && previous.exists() {
                     return Ok(()); // done before
                 }
                 holds.lock_too(disk, &next)?;
                 // What is there gets a second name, then the first name moves: at every instant the path
                 // opens to a whole disk.
-                if !former.exists() {
-                    fs::hard_link(disk, &former).map_err(failed(format!("cannot name {former}")))?;
+                if !previous.exists() {
+                    fs::hard_link(disk, &previous).map_err(failed(format!("cannot name {previous}")))?;
                     flush(&points(disk))?;
                 }
                 fs::rename(&next, disk)
@@ -81,16 +81,16 @@ impl Action {
                 remove(&part(&made))?;
                 tidy(disk)
             }
-            Self::Exchange { former, .. } => {
-                let former = point(disk, former);
-                if !former.exists() {
+            Self::Exchange { previous, .. } => {
+                let previous = point(disk, previous);
+                if !previous.exists() {
                     return Ok(()); // never begun, or undone before
                 }
-                if same_file(&former, disk) {
-                    remove(&former)?;
+                if same_file(&previous, disk) {
+                    remove(&previous)?;
                 } else {
-                    holds.lock_too(disk, &former)?;
-                    fs::rename(&former, disk).map_err(failed(format!("cannot put {former} back")))?;
+                    holds.lock_too(disk, &previous)?;
+                    fs::rename(&previous, disk).map_err(failed(format!("cannot put {previous} back")))?;
                     flush_around(disk)?;
                 }
                 flush(&points(disk))
@@ -104,8 +104,8 @@ impl Action {
     /// The exchange alone makes another file what the domain writes: what it wrote there would go with the
     /// undo.
     pub(crate) fn salvage(&self, target: &str, disk: &Utf8Path) -> Result<Salvage> {
-        let Self::Exchange { from, former, .. } = self else { return Ok(Salvage::Nothing) };
-        let (kept, rescued) = (point(disk, former), point(disk, &format!("rescued-{former}")));
+        let Self::Exchange { from, previous, .. } = self else { return Ok(Salvage::Nothing) };
+        let (kept, rescued) = (point(disk, previous), point(disk, &format!("rescued-{previous}")));
         let exchanged = kept.exists() && !same_file(&kept, disk);
         if !exchanged || same_content(disk, &point(disk, from))? {
             return Ok(Salvage::Nothing);
@@ -129,7 +129,7 @@ impl Action {
                     (false, false) => StepStatus::NotDone,
                 }
             }
-            Self::Exchange { next, former, .. } => match (there(next), there(former)) {
+            Self::Exchange { next, previous, .. } => match (there(next), there(previous)) {
                 (false, true) => StepStatus::Done,
                 (true, true) => StepStatus::Partly,
                 (_, false) => StepStatus::NotDone,

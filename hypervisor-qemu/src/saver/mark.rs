@@ -26,8 +26,8 @@ impl Mark {
 
     fn name(self) -> String {
         let word = match self {
-            Self::SectionRan => "window-ran",
-            Self::SectionPaused => "window-stood",
+            Self::SectionRan => "section-ran",
+            Self::SectionPaused => "section-paused",
         };
         format!("{}{word}", crate::name::MARK)
     }

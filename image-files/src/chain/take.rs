@@ -95,7 +95,7 @@ impl Planner<'_> {
                     let tag = format!(".domsnap-undo-{stamp:08x}");
                     self.take_internal(before, &active, &tag);
                     let drop = ChainStep::DropInternal { layer: active.clone(), tags: vec![Tag::new(&tag)] };
-                    self.push(Group::Finish, drop, "drop the safety copy of the former state", 0);
+                    self.push(Group::Finish, drop, "drop the safety copy of the previous state", 0);
                     Some(tag)
                 }
                 None => None,
@@ -140,12 +140,12 @@ impl Planner<'_> {
     /// Switches from the active layer to `to`. The previous layer is kept as a point, or removed if it
     /// contains none.
     fn leave(&mut self, to: &LayerName, save: Option<&SnapshotName>, keep: &[Point]) {
-        let former = self.active.clone();
+        let previous = self.active.clone();
         self.switch(Group::Cut, to);
         let mut keep = keep.to_vec();
         if save.is_some() {
-            keep.push(Point::external(former.clone()));
-            self.plan.point = Some(Point::external(former));
+            keep.push(Point::external(previous.clone()));
+            self.plan.point = Some(Point::external(previous));
         }
         self.remove_unneeded(&keep);
     }

@@ -59,7 +59,7 @@ pub fn inject(
     let outcome = counting.done(&words)?;
     let steps: Vec<Counted> = shim::counted(&file)?.into_iter().filter(Counted::begins_a_step).collect();
     ensure!(steps.len() >= 3, "the shim saw {} steps: {outcome}", steps.len());
-    settle(live, operation, true).context("after the one that was counted")?;
+    check_and_prepare(live, operation, true).context("after the one that was counted")?;
     for step in steps.iter().skip(first).step_by(every) {
         let Counted { number, line } = step;
         (operation.again)(live).with_context(|| format!("before operation {number}"))?;
@@ -131,12 +131,12 @@ fn once(live: &mut Live, operation: &Operation, words: &[&str], victim: Victim, 
         }
         live.load()?;
     }
-    settle(live, operation, happened)
+    check_and_prepare(live, operation, happened)
 }
 
 /// Looks whether all is as before the operation or as after it; a snapshot that was taken must be one that
 /// can be returned to.
-fn settle(live: &mut Live, operation: &Operation, happened: bool) -> Result<()> {
+fn check_and_prepare(live: &mut Live, operation: &Operation, happened: bool) -> Result<()> {
     live.wait_running()?;
     live.sound()?;
     let found = report::list(&live.domsnap(), NAME)?;

@@ -42,12 +42,12 @@ const TRIALS: &[Trial] = &[
     Trial::new("full_disk_in_a_save_is_undone", full_disk),
     // A memory image that was cut short is refused before anything is touched.
     Trial::new("truncated_memory_is_refused_first", truncated),
-    // A revert whose domain cannot be made brings the former guest back.
+    // A revert whose domain cannot be made brings the previous guest back.
     Trial::new("failed_revert_restores_the_previous_guest", former_comes_back),
     // A config of another domain is refused before anything is touched.
     Trial::new("config_of_another_domain_is_refused", other_config),
     Trial::new(
-        // Who takes the name of a domain that is reverted is not touched and the former guest waits.
+        // Who takes the name of a domain that is reverted is not touched and the previous guest waits.
         "name_in_use_is_not_touched",
         name_taken,
     ),
@@ -391,7 +391,7 @@ fn full_disk() -> Result<()> {
         ensure!(run.files()? == ["xvda.qcow2"], "left behind: {:?}", run.files()?);
         let left: Vec<_> = fs::read_dir(small)?.filter_map(|entry| Some(entry.ok()?.file_name())).collect();
         ensure!(left.is_empty(), "left behind: {left:?}");
-        // The former domain's memory has no room either: nothing is touched.
+        // The previous domain's memory has no room either: nothing is touched.
         run.ok(&["create", "DOMAIN", "d", "--disk-only", "--external"])?;
         run.refused(&["revert", "DOMAIN", "d"], 1, "--no-safety")?;
         run.guest.expect_no_bad()
@@ -428,7 +428,7 @@ fn truncated() -> Result<()> {
 }
 
 fn former_comes_back() -> Result<()> {
-    let mut run = Run::start("former", &[Backend::Qcow2, Backend::Qcow2])?;
+    let mut run = Run::start("previous", &[Backend::Qcow2, Backend::Qcow2])?;
     run.ok(&["create", "DOMAIN", "s1", "--external"])?;
     let present = run.guest.ticks()?;
     // A config that Xen cannot make a domain from: one more disk, which is missing.
@@ -438,7 +438,7 @@ fn former_comes_back() -> Result<()> {
     let place = run.guest.place();
     let said = run.domsnap(&["revert", "DOMAIN", "s1", "--config", &wrong])?;
     ensure!(said.status == 1, "it ended with {}", said.status);
-    ensure!(run.guest.domid()?.is_some() && run.guest.domid()? != domid, "the former domain is not back");
+    ensure!(run.guest.domid()?.is_some() && run.guest.domid()? != domid, "the previous domain is not back");
     let first = run.guest.first_tick_since(place)?;
     ensure!(first >= present, "it goes on at {first}, and was at {present}");
     run.guest.expect_no_bad()?;
@@ -579,8 +579,8 @@ fn killed_in_revert() -> Result<()> {
         run.inject(&words, step)?;
         let note = fs::read_to_string(&places[0]).unwrap_or_default();
         if !started && note.contains("\"left\":[{") && is_away("inrevert") {
-            // Somebody starts it, who knows of nothing, and ends it. Its former memory does not fit the disks
-            // any more.
+            // Somebody starts it, who knows of nothing, and ends it. Its previous memory does not fit the
+            // disks any more.
             run.guest.create()?;
             run.guest.ticks()?;
             xl(&["destroy", "inrevert"])?;

@@ -424,7 +424,7 @@ fn a_former_volume_that_is_used_is_removed_later() -> Result<()> {
     });
     let reported = done(&["revert", &path, "s"])?;
     let reader = reader.join().ok().flatten();
-    ensure!(reader.is_some(), "the former volume was never seen: {reported}");
+    ensure!(reader.is_some(), "the previous volume was never seen: {reported}");
     ensure!(reported.stdout.contains("deferred") && reported.stdout.contains("-old is open"), "{reported}");
     expect(&path, 0, b'a')?;
     done(&["create", &path, "t"])?;
@@ -453,8 +453,8 @@ fn an_undo_that_cannot_be_done_can_be_abandoned() -> Result<()> {
         // It was killed between the two renames; the words for this say so.
         let said = domsnap(&["create", &path, "t"])?;
         ensure!(said.stderr.contains("lvrename vg"), "{said}");
-        let former = volumes()?.into_iter().find(|name| name.ends_with("-old")).unwrap_or_default();
-        succeed(Command::new("lvrename").args(["-q", "-y", "vg", &former, "root"]))?;
+        let previous = volumes()?.into_iter().find(|name| name.ends_with("-old")).unwrap_or_default();
+        succeed(Command::new("lvrename").args(["-q", "-y", "vg", &previous, "root"]))?;
     }
     done(&["create", &path, "t"])?;
     done(&["revert", &path, "s"])?;
@@ -498,7 +498,7 @@ pub static CASES: &[TestCase] = &[
     ("volumes of other kinds and states are refused", volumes_of_other_kinds_and_states_are_refused),
     ("a volume that the machine uses is refused", a_volume_that_the_machine_uses_is_refused),
     ("what cannot be removed is removed later", what_cannot_be_removed_is_removed_later),
-    ("a former volume that is used is removed later", a_former_volume_that_is_used_is_removed_later),
+    ("a previous volume that is used is removed later", a_former_volume_that_is_used_is_removed_later),
     ("an undo that cannot be done can be abandoned", an_undo_that_cannot_be_done_can_be_abandoned),
     ("what lvm would remove along is kept", what_lvm_would_remove_along_is_kept),
     ("a point that was made smaller is not merged", a_point_that_was_made_smaller_is_not_merged),
