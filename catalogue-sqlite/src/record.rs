@@ -4,10 +4,10 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use snapcore::catalogue::{CatalogueId, Entry, Revision, Stamp};
+use snapcore::catalogue::{CatalogueId, Entry, Revision, Stamp, StepRow};
 use snapcore::{
     Disk, DiskPoint, DiskRecord, Domain, DomainName, Group, LayerName, Machine, Operation, OperationId,
-    OperationState, Plan, PlannedStep, Point, Snapshot, SnapshotId, SnapshotTree, Step, StepState, Target,
+    OperationState, Plan, Point, Snapshot, SnapshotId, SnapshotTree, StepState, Target,
 };
 
 /// A row operation's failure.
@@ -347,22 +347,22 @@ pub(crate) fn write_operation(connection: &Connection, domain: i64, operation: &
         ],
     )?;
     let mut statement = connection.prepare_cached(
-        "INSERT INTO steps (operation, position, grp, target, summary, bytes, may_wait, action, edits, state, inside)
+        "INSERT INTO steps (operation, position, grp, nested, target, summary, bytes, may_wait, action, edits, state)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
     )?;
-    for (position, (planned, state)) in (0_i64..).zip(plan.steps.iter().zip(&operation.steps)) {
+    for (position, (row, state)) in (0_i64..).zip(plan.rows()?.iter().zip(&operation.steps)) {
         statement.execute(params![
             id,
             position,
-            word(&planned.group)?,
-            planned.step.target.as_str(),
-            planned.step.summary,
-            integer(planned.step.bytes),
-            planned.deferrable,
-            json(&planned.step.action)?,
-            json(&planned.edits)?,
+            word(&row.group)?,
+            row.nested,
+            row.target.as_ref().map(Target::as_str),
+            row.summary,
+            integer(row.bytes),
+            row.deferrable,
+            json(&row.action)?,
+            json(&row.edits)?,
             state.as_str(),
-            planned.inside,
         ])?;
     }
     Ok(())
@@ -384,44 +384,45 @@ pub(crate) fn read_operations(
         let key: String = row.get(0)?;
         let state: String = row.get(2)?;
         let started: String = row.get(3)?;
-        let mut steps = Vec::new();
-        let mut states = Vec::new();
-        let mut statement = connection.prepare_cached(
-            "SELECT grp, target, summary, bytes, may_wait, action, edits, state, inside FROM steps
-             WHERE operation = ?1 ORDER BY position",
-        )?;
-        let mut step_rows = statement.query([&key])?;
-        while let Some(row) = step_rows.next()? {
-            let state: String = row.get(7)?;
-            states.push(StepState::from_word(&state).ok_or_else(|| corrupt("step state", &state))?);
-            steps.push(PlannedStep {
-                group: from_word::<Group>("step group", row.get(0)?)?,
-                step: Step {
-                    target: Target::new(row.get::<_, String>(1)?)?,
-                    summary: row.get(2)?,
-                    bytes: unsigned(row.get(3)?),
-                    action: from_json("step", &row.get::<_, String>(5)?)?,
-                },
-                deferrable: row.get(4)?,
-                edits: from_json("edit", &row.get::<_, String>(6)?)?,
-                inside: row.get(8)?,
-                window: false,
-            });
-        }
+        let mut plan = Plan {
+            commit: from_json("edit", &row.get::<_, String>(5)?)?,
+            notes: from_json("notes", &row.get::<_, String>(6)?)?,
+            ..Plan::new(row.get::<_, String>(1)?, from_json("snapshot names", &row.get::<_, String>(4)?)?)
+        };
+        let steps = read_steps(connection, &key, &mut plan)?;
         operations.push(Operation {
             id: from_word("operation identity", key)?,
             state: OperationState::from_word(&state).ok_or_else(|| corrupt("operation state", &state))?,
             started: started.parse().map_err(|_| corrupt("time", &started))?,
-            plan: Plan {
-                operation: row.get(1)?,
-                snapshots: from_json("snapshot names", &row.get::<_, String>(4)?)?,
-                steps,
-                commit: from_json("edit", &row.get::<_, String>(5)?)?,
-                notes: from_json("notes", &row.get::<_, String>(6)?)?,
-            },
-            steps: states,
+            plan,
+            steps,
             errors: from_json("errors", &row.get::<_, String>(7)?)?,
         });
     }
     Ok(operations)
+}
+
+/// Adds the steps of an operation to its plan; returns their states.
+fn read_steps(connection: &Connection, operation: &str, plan: &mut Plan) -> Rows<Vec<StepState>> {
+    let mut states = Vec::new();
+    let mut statement = connection.prepare_cached(
+        "SELECT grp, nested, target, summary, bytes, may_wait, action, edits, state FROM steps
+         WHERE operation = ?1 ORDER BY position",
+    )?;
+    let mut rows = statement.query([operation])?;
+    while let Some(row) = rows.next()? {
+        let state: String = row.get(8)?;
+        states.push(StepState::from_word(&state).ok_or_else(|| corrupt("step state", &state))?);
+        plan.push_row(StepRow {
+            group: from_word::<Group>("step group", row.get(0)?)?,
+            nested: row.get(1)?,
+            target: row.get::<_, Option<String>>(2)?.map(Target::new).transpose()?,
+            summary: row.get(3)?,
+            bytes: unsigned(row.get(4)?),
+            deferrable: row.get(5)?,
+            action: from_json("step", &row.get::<_, String>(6)?)?,
+            edits: from_json("edit", &row.get::<_, String>(7)?)?,
+        })?;
+    }
+    Ok(states)
 }

@@ -166,6 +166,28 @@ UPDATE operations SET commit_edits = json_remove(commit_edits, '$[0].machine.rec
 ", "
 -- What tells an internal snapshot from another of its name, as JSON; absent: not recorded.
 ALTER TABLE points ADD COLUMN identity TEXT;
+", "
+-- A step of the domain itself has no target; before, its target was the word 'domain', which no disk could be called.
+-- The numbers of steps stay, and with them what is recorded of an operation that was interrupted.
+CREATE TABLE steps_of_plans (
+    operation TEXT NOT NULL REFERENCES operations(id) ON DELETE CASCADE,
+    position INTEGER NOT NULL,
+    grp TEXT NOT NULL,
+    nested INTEGER NOT NULL CHECK (nested IN (0, 1)),
+    target TEXT,
+    summary TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    may_wait INTEGER NOT NULL CHECK (may_wait IN (0, 1)),
+    action TEXT NOT NULL,
+    edits TEXT NOT NULL,
+    state TEXT NOT NULL,
+    PRIMARY KEY (operation, position)
+) STRICT, WITHOUT ROWID;
+INSERT INTO steps_of_plans
+    SELECT operation, position, grp, inside, nullif(target, 'domain'), summary, bytes, may_wait, action, edits, state
+    FROM steps;
+DROP TABLE steps;
+ALTER TABLE steps_of_plans RENAME TO steps;
 "];
 
 /// Meaning of a database's version to this program.
@@ -288,6 +310,63 @@ mod tests {
         assert_eq!(text("SELECT record FROM machines WHERE id = 'm3'"), record("[]"));
         let edits = text("SELECT commit_edits FROM operations");
         assert!(!edits.contains("hush") && edits.contains("command_line"), "{edits}");
+    }
+
+    /// An operation that an older version has in flight is read with the shape that it had: what was nested
+    /// is, the word `domain` is the domain, and each step keeps its number and its state. Rows that have no
+    /// such shape are refused, with a way on.
+    #[test]
+    fn operation_in_flight_survives_the_upgrade() {
+        use snapcore::{CutUnit, FinishUnit, OperationState, PlanStep, StepState};
+
+        let old = |rows: &str| {
+            let mut connection = Connection::open_in_memory().unwrap();
+            connection.pragma_update(None, "foreign_keys", true).unwrap();
+            migrate(&mut connection, &MIGRATIONS[..7]).unwrap();
+            connection
+                .execute_batch(&format!(
+                    r#"INSERT INTO domains (id, name, unregistered, hypervisor, active_path, current, revision)
+                         VALUES (1, 'web', 0, 'qemu', 'keep', NULL, 3);
+                     INSERT INTO operations VALUES ('0190b3a0-0000-7000-8000-000000000001', 1, 'create',
+                         'cutting', '2026-01-01T00:00:00Z', '["s1"]', '[]', '[]', '[]');
+                     INSERT INTO steps SELECT '0190b3a0-0000-7000-8000-000000000001', column1, column2, column3,
+                         'words', 0, column5, column6, '[]', column7, column4 FROM (VALUES {rows});"#,
+                ))
+                .unwrap();
+            migrate(&mut connection, MIGRATIONS).unwrap();
+            crate::record::read_operations(&connection, 1, None)
+        };
+        // Number, part, target, nested, deferrable, action, state.
+        let operation = old(r#"
+            (0, 'prepare', 'vda', 0, 0, '{"do":"name-layer"}', 'done'),
+            (1, 'cut', 'domain', 0, 0, '{"do":"attach","disks":[]}', 'started'),
+            (2, 'cut', 'vda', 1, 0, '{"do":"switch"}', 'started'),
+            (3, 'cut', 'vdb', 1, 0, '{"do":"switch"}', 'started'),
+            (4, 'cut', 'vdb', 0, 0, '{"do":"settle"}', 'pending'),
+            (5, 'finish', 'vda', 0, 1, '{"do":"merge"}', 'pending'),
+            (6, 'finish', 'vda', 1, 0, '{"do":"switch"}', 'pending'),
+            (7, 'finish', 'domain', 0, 0, '{"do":"remove-memory","file":"/m"}', 'pending')"#);
+        let [operation] = &operation.unwrap()[..] else { panic!("there is one operation") };
+        assert_eq!(operation.state, OperationState::Cutting);
+        let plan = &operation.plan;
+        assert!(matches!(&plan.prepare[..], [PlanStep::Disk(_)]));
+        let [CutUnit::Domain { nested, .. }, CutUnit::Disk(settle)] = &plan.cut[..] else {
+            panic!("{plan:?}")
+        };
+        assert_eq!((nested.len(), settle.target.as_str()), (2, "vdb"));
+        let [FinishUnit::Disk(merge), FinishUnit::Domain(_)] = &plan.finish[..] else { panic!("{plan:?}") };
+        assert!(merge.deferrable && merge.nested.len() == 1);
+        let (done, started, pending) = (StepState::Done, StepState::Started, StepState::Pending);
+        assert_eq!(
+            operation.steps,
+            [done, started, started, started, pending, pending, pending, pending],
+            "a step's number is its place"
+        );
+        // In a form that no version wrote.
+        let refused = old("(0, 'cut', 'vda', 1, 0, '{}', 'started')").expect_err("it is nested in nothing");
+        let crate::record::Failure::Record(error) = refused else { panic!("{refused:?}") };
+        assert!(error.to_string().contains("where no plan has one"), "{error}");
+        assert!(error.advice().unwrap().contains("recover with that one"), "{error}");
     }
 
     #[test]

@@ -15,8 +15,8 @@ use camino::Utf8PathBuf;
 use hypervisor_qemu::Qemu as QemuSaver;
 use serde_json::Value;
 use snapcore::{
-    AttachedDisk, Control, Domain, DomainContext, DomainInfo, DomainStep, Error, ErrorKind, LiveDomain,
-    Obstacle, OpenChain, Plan, Result, StepOutcome, Target, VmStateSaver,
+    AttachedDisk, Control, CutUnit, Domain, DomainContext, DomainInfo, DomainStep, Error, ErrorKind,
+    FinishUnit, LiveDomain, Obstacle, OpenChain, Plan, PlanStep, Result, StepOutcome, Target, VmStateSaver,
 };
 use tokio::sync::{Mutex, RwLock};
 
@@ -268,36 +268,22 @@ impl LiveDomain for XenDomain {
     }
 
     async fn preflight(&self, plan: &Plan, chains: &[OpenChain], probe: bool) -> Result<()> {
-        let mut of_disks = plan.clone();
-        of_disks.steps.clear();
-        for planned in &plan.steps {
-            if !planned.step.target.is_domain() {
-                of_disks.steps.push(planned.clone());
-                continue;
-            }
-            let Ok(step) = serde_json::from_value::<DomainStep>(planned.step.action.clone()) else {
-                continue;
-            };
+        for step in plan.domain_steps() {
             // Questions to xl were answered when the plan was made; each one takes a while.
-            if let DomainStep::Detach { restart: Some(restart), .. } = &step
-                && !probe
-            {
+            if probe {
+                break;
+            }
+            if let DomainStep::Detach { restart: Some(restart), .. } = step {
                 // If the domain does not exist, a detached section of ours has destroyed it already.
                 if let Some(row) = list::row_of(&self.xl, &self.name).await? {
                     section::refuse(self, restart, &row).await?;
                 }
             }
-            if let Some(step) = instant(&step) {
-                if !probe {
-                    cut::refuse(&step, &self.row().await?)?;
-                }
-                let mut planned = planned.clone();
-                planned.step.action = serde_json::to_value(cut::disks_alone(&step)).map_err(|cause| {
-                    Error::new(ErrorKind::Internal, "a step cannot be written as JSON").because(cause)
-                })?;
-                of_disks.steps.push(planned);
+            if let Some(step) = instant(step) {
+                cut::refuse(&step, &self.row().await?)?;
             }
         }
+        let of_disks = of_disks(plan);
         match self.qemu().await {
             // Detached sections and memory are xl's work. For the rest, QEMU knows which files it cannot
             // open.
@@ -383,6 +369,23 @@ pub(crate) struct Silent;
 
 impl snapcore::Progress for Silent {
     fn bytes(&self, _: u64, _: u64) {}
+}
+
+/// The part of a plan that the disks' QEMU has to do: their steps, and the cut of the disks alone.
+fn of_disks(plan: &Plan) -> Plan {
+    let mut of_disks = plan.clone();
+    of_disks.prepare.retain(|step| matches!(step, PlanStep::Disk(_)));
+    of_disks.finish.retain(|unit| matches!(unit, FinishUnit::Disk(_)));
+    of_disks.cut.retain_mut(|unit| match unit {
+        CutUnit::Disk(_) => true,
+        CutUnit::Domain { step, .. } => {
+            let alone = instant(&step.action).map(|cut| cut::disks_alone(&cut));
+            let is_cut = alone.is_some();
+            step.action = alone.unwrap_or_else(|| step.action.clone());
+            is_cut
+        }
+    });
+    of_disks
 }
 
 fn instant(step: &DomainStep) -> Option<cut::CutStep<'_>> {

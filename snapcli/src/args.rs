@@ -575,12 +575,6 @@ fn disk_place(text: &str) -> Result<DiskPlace, String> {
     let rule = "expected TARGET=PATH or TARGET=PATH,format=FORMAT";
     let (target, rest) = text.split_once('=').ok_or(rule)?;
     let target = Target::new(target).map_err(|error| error.to_string())?;
-    if target.is_domain() {
-        return Err(
-            "'domain' is a reserved name; use the name that the guest knows the disk by, such as vda or sda"
-                .to_owned(),
-        );
-    }
     let (path, format) = match rest.rsplit_once(",format=") {
         Some((path, format)) if !format.is_empty() => (path, Some(format.to_owned())),
         Some(_) => return Err(rule.to_owned()),

@@ -84,16 +84,6 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
         }
     };
     for disk in file.disk {
-        if disk.target.is_domain() {
-            return Err(Error::new(
-                ErrorKind::Usage,
-                format!(
-                    "the domain file calls a disk {:?}, which is what the domain itself is called",
-                    disk.target.as_str()
-                ),
-            )
-            .advise("call it as the guest does: vda, sda, ..."));
-        }
         let path = directory.join(&disk.path);
         spec.disks.push(Disk { path, ..disk });
     }
@@ -182,9 +172,10 @@ mod tests {
         usage(read("name = 'web'\nhypervisor = 'qemu'\n[control]\nqmp = 'tcp:192.0.2.1:1'\n"));
     }
 
+    /// No word is reserved: a disk may be called `domain`.
     #[test]
-    fn no_disk_may_be_called_as_the_domain_itself_is() {
-        let error = usage(read("name = 'web'\n[[disk]]\ntarget = 'domain'\npath = 'a'\nformat = 'qcow2'\n"));
-        assert!(error.to_string().contains("domain itself"), "{error}");
+    fn disk_may_be_called_domain() {
+        let spec = read("name = 'web'\n[[disk]]\ntarget = 'domain'\npath = 'a'\nformat = 'qcow2'\n").unwrap();
+        assert_eq!(spec.disks[0].target.as_str(), "domain");
     }
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::{IsTerminal, Write};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use snapcore::{DomainName, Event};
+use snapcore::{DomainName, Event, Target};
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Global;
@@ -105,7 +105,8 @@ impl Progress {
                 self.draw();
             }
             Event::StepStarted { index, target, summary, bytes, .. } => {
-                self.step = format!("{target}: {summary}");
+                let subject = target.as_ref().map_or("domain", Target::as_str);
+                self.step = format!("{subject}: {summary}");
                 self.moved.begins(index, bytes);
                 if let Some(bar) = &self.bar {
                     bar.set_message(self.step.clone());
@@ -115,7 +116,7 @@ impl Progress {
                         0 => String::new(),
                         bytes => format!(" ({})", units::bytes(bytes)),
                     };
-                    self.say(&format!("{target}: {summary}{size}"));
+                    self.say(&format!("{subject}: {summary}{size}"));
                 }
             }
             Event::Progress { index, done, total, .. } => {

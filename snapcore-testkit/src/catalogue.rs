@@ -34,9 +34,10 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, Revision, Stamp, apply_edit};
 use snapcore::{
-    ActivePath, Consistency, Disk, DiskPoint, DiskRecord, Domain, DomainName, Edit, ErrorKind, Group,
-    Hypervisor, LayerName, MemoryPoint, Operation, OperationId, OperationState, Plan, PlannedStep, Point,
-    SkippedDisk, Snapshot, SnapshotId, SnapshotName, SnapshotTree, Step, StepState, Target,
+    ActivePath, Consistency, CutUnit, Disk, DiskPoint, DiskRecord, Domain, DomainName, DomainStep, Edit,
+    ErrorKind, FinishStep, FinishUnit, Hypervisor, HypervisorStep, LayerName, MemoryPoint, NestedStep,
+    Operation, OperationId, OperationState, Plan, PlanStep, Point, SkippedDisk, Snapshot, SnapshotId,
+    SnapshotName, SnapshotTree, Step, StepState, Target,
 };
 
 /// A place for a catalogue, empty at first. It lasts as long as this.
@@ -194,19 +195,15 @@ async fn operation_reads_as_written(store: &dyn TestCatalogue) {
     let catalogue = store.open();
     let web = domain("web", &["/a"]);
     let revision = catalogue.commit(&web.name, Revision::ABSENT, put(&web)).await.unwrap();
-    let step = |group, edits, deferrable| PlannedStep {
-        group,
-        step: Step {
-            target: target("vda"),
-            action: serde_json::json!({"do": "it", "with": [1, "two", null]}),
-            summary: "does it".into(),
-            bytes: 1 << 40,
-        },
-        edits,
-        deferrable,
-        inside: deferrable,
-        window: false,
+    let step = || Step {
+        target: target("vda"),
+        action: serde_json::json!({"do": "it", "with": [1, "two", null]}),
+        summary: "does it".into(),
+        bytes: 1 << 40,
     };
+    let of_domain = |action| HypervisorStep { action, summary: "does it to all".into() };
+    let cut = of_domain(DomainStep::Detach { disks: vec![target("vda")], running: true, restart: None });
+    let end = of_domain(DomainStep::Continue { memory: None, reset: true, power: None });
     let moved = Edit::MovePoint {
         target: target("vda"),
         from: Point::external(layer(1)),
@@ -217,17 +214,27 @@ async fn operation_reads_as_written(store: &dyn TestCatalogue) {
         state: OperationState::Preparing,
         started: Timestamp::now(),
         plan: Plan {
-            operation: "create".into(),
-            snapshots: vec![SnapshotName::new("s1").unwrap()],
-            steps: vec![
-                step(Group::Prepare, vec![], false),
-                step(Group::Cut, vec![], false),
-                step(Group::Finish, vec![moved], true),
+            prepare: vec![PlanStep::Disk(step()), PlanStep::Domain(end.clone())],
+            cut: vec![
+                CutUnit::Domain { step: cut.clone(), nested: vec![step(), step()] },
+                CutUnit::Domain { step: cut, nested: Vec::new() },
+                CutUnit::Disk(step()),
             ],
             commit: vec![Edit::AddSnapshot { snapshot: Box::new(snapshot(1, None)) }],
+            finish: vec![
+                FinishUnit::Domain(end),
+                FinishUnit::Disk(FinishStep {
+                    deferrable: true,
+                    edits: vec![moved.clone()],
+                    nested: vec![NestedStep { edits: vec![moved], ..NestedStep::new(step()) }],
+                    ..FinishStep::new(step())
+                }),
+                FinishUnit::Disk(FinishStep::new(step())),
+            ],
             notes: vec!["a note".into()],
+            ..Plan::new("create", vec![SnapshotName::new("s1").unwrap()])
         },
-        steps: vec![StepState::Started, StepState::Pending, StepState::Pending],
+        steps: vec![StepState::Pending; 11],
         errors: Vec::new(),
     };
     let revision = catalogue
@@ -237,16 +244,16 @@ async fn operation_reads_as_written(store: &dyn TestCatalogue) {
     assert_eq!(catalogue.unfinished(&web.name).await.unwrap(), [operation.clone()]);
     assert!(catalogue.domains().await.unwrap()[0].unfinished);
     let changes = vec![
-        Change::Step(operation.id, 0, StepState::Undone),
+        Change::Step(operation.id, 8, StepState::Undone),
         Change::Operation(operation.id, OperationState::Undone, Some("it \"failed\"".into())),
     ];
     let revision = catalogue.commit(&web.name, revision, changes).await.unwrap();
     operation.state = OperationState::Undone;
-    operation.steps[0] = StepState::Undone;
+    operation.steps[8] = StepState::Undone;
     operation.errors = vec!["it \"failed\"".into()];
     assert_eq!(catalogue.operation(&web.name, operation.id).await.unwrap(), Some(operation.clone()));
     assert!(catalogue.unfinished(&web.name).await.unwrap().is_empty());
-    let nowhere = vec![Change::Step(operation.id, 9, StepState::Done)];
+    let nowhere = vec![Change::Step(operation.id, 11, StepState::Done)];
     assert_eq!(catalogue.commit(&web.name, revision, nowhere).await.unwrap_err().kind(), ErrorKind::Internal);
 }
 

@@ -51,8 +51,9 @@ pub enum Event {
         index: u64,
         /// The part of the plan that it belongs to.
         group: Group,
-        /// The disk.
-        target: Target,
+        /// The disk; absent: it is a step of the domain.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        target: Option<Target>,
         /// Description for people.
         summary: String,
         /// Bytes of data that it will move, as far as known.
@@ -92,8 +93,9 @@ pub enum Event {
     Postponed {
         /// The operation.
         operation: OperationId,
-        /// The disk.
-        target: Target,
+        /// The disk; absent: it was a step of the domain.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        target: Option<Target>,
         /// The reason.
         reason: String,
     },

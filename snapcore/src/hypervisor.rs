@@ -1,9 +1,8 @@
 //! The contract of a hypervisor: its operations on a running domain.
 //!
-//! A plan has steps of disks and steps of the domain ([`DomainStep`]). The latter have the target
-//! [`Target::of_domain`], are journalled like the others, and are carried out by a [`LiveDomain`]. For a disk
-//! that a hypervisor has open, a backend's steps use [`AttachedDisk`]. So a backend knows no hypervisor, and
-//! a hypervisor no format.
+//! A plan has steps of disks and steps of the domain ([`crate::HypervisorStep`]). The latter are journalled
+//! like the others, and are carried out by a [`LiveDomain`]. For a disk that a hypervisor has open, a
+//! backend's steps use [`AttachedDisk`]. So a backend knows no hypervisor, and a hypervisor no format.
 
 use std::collections::HashSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};

@@ -71,6 +71,7 @@ mod registry;
 mod request;
 pub mod secrets;
 pub mod service;
+mod shape;
 mod shell;
 mod size;
 mod snapshot;
@@ -98,6 +99,9 @@ pub use operation::{Operation, OperationId, OperationState, StepState, Transitio
 pub use registry::Registry;
 pub use request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
 pub use service::{DomainRef, DomainSpec, Domsnap};
+pub use shape::{
+    CutUnit, FinishStep, FinishUnit, HypervisorStep, NestedStep, PlacedStep, Plan, PlanStep, StepRef,
+};
 pub use shell::{shell_command, shell_word};
 pub use size::shown_size;
 pub use snapshot::{
@@ -105,5 +109,5 @@ pub use snapshot::{
     SnapshotId, SnapshotTree,
 };
 pub use state::{DiskState, InternalPoint, Layer, TagIdentity, Unclear};
-pub use step::{DiskPlan, DiskRequest, Edit, Group, Plan, PlannedStep, Step, StepStatus};
+pub use step::{DiskPlan, DiskRequest, Edit, Group, PlannedStep, Step, StepStatus};
 pub use zone::{local_zone, time_name};

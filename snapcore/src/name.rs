@@ -98,20 +98,6 @@ checked_name!(
     "target"
 );
 
-impl Target {
-    /// Stands for the domain itself, in a step that its hypervisor performs. No disk may have this name.
-    pub fn of_domain() -> Self {
-        Self(DOMAIN.to_owned())
-    }
-
-    /// Returns true if this stands for the domain itself.
-    pub fn is_domain(&self) -> bool {
-        self.0 == DOMAIN
-    }
-}
-
-const DOMAIN: &str = "domain";
-
 /// The permanent name of one layer of a disk, in its backend's own terms.
 ///
 /// For file formats it is a file name in the directory of the disk's configured path, or an absolute path for

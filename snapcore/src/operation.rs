@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{Error, ErrorKind, Group, Plan, Result, Target};
+use crate::{Error, ErrorKind, Group, PlacedStep, Plan, Result};
 
 /// The identity of one operation. Sorts by start time.
 #[derive(
@@ -224,29 +224,25 @@ pub struct Operation {
     pub started: Timestamp,
     /// Its plan.
     pub plan: Plan,
-    /// State of each step of the plan.
+    /// State of each step of the plan, by the step's number.
     pub steps: Vec<StepState>,
     /// Its errors, in the order in which they happened.
     pub errors: Vec<String>,
 }
 
 impl Operation {
-    /// The indices of the steps of `group`, in running order.
-    pub fn of_group(&self, group: Group) -> impl DoubleEndedIterator<Item = usize> + '_ {
-        self.plan
-            .steps
-            .iter()
-            .enumerate()
-            .filter(move |(_, planned)| planned.group == group)
-            .map(|(index, _)| index)
+    /// The step of this number.
+    ///
+    /// # Panics
+    /// If the plan has no such step. A number that counts [`Operation::steps`] has one.
+    pub(crate) fn placed(&self, index: usize) -> PlacedStep<'_> {
+        self.plan.steps().nth(index).expect("the plan has a step for each state")
     }
 
-    /// The disks that it touches.
-    pub fn targets(&self) -> Vec<&Target> {
-        let mut targets: Vec<&Target> = self.plan.steps.iter().map(|planned| &planned.step.target).collect();
-        targets.sort();
-        targets.dedup();
-        targets
+    /// The numbers of the steps of `group`, in running order.
+    pub(crate) fn of_group(&self, group: Group) -> impl Iterator<Item = usize> + '_ {
+        let steps = self.plan.steps().enumerate();
+        steps.filter(move |(_, placed)| placed.group == group).map(|(index, _)| index)
     }
 }
 

@@ -2,10 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    DomainStep, GuestChange, LayerName, Machine, Point, PowerAfter, Result, Snapshot, SnapshotId,
-    SnapshotName, Target,
-};
+use crate::{LayerName, Machine, Point, Result, Snapshot, SnapshotId, SnapshotName, Target};
 
 /// Parts of a plan, by the time at which their steps run.
 #[derive(
@@ -21,16 +18,16 @@ pub enum Group {
     Finish,
 }
 
-/// One action of a backend on one disk, or of a hypervisor on the whole domain.
+/// One action of a backend on one disk.
 ///
 /// A backend plans and receives its own type of action ([`crate::DiskSnapshotter::Action`]). In the journal,
 /// and to the engine, the action is JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "Step")]
 pub struct Step<A = serde_json::Value> {
-    /// The disk, or [`Target::of_domain`].
+    /// The disk.
     pub target: Target,
-    /// The backend's own typed action; the domain's are [`crate::DomainStep`]s.
+    /// The backend's own typed action.
     pub action: A,
     /// Description for people: "freeze base.img as base.ds-1a2b3c4d.img".
     pub summary: String,
@@ -49,7 +46,7 @@ impl<A> Step<A> {
     }
 }
 
-/// A step at its place in a plan.
+/// A step at its place in a backend's plan for one disk.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "PlannedStep")]
 pub struct PlannedStep<A = serde_json::Value> {
@@ -59,7 +56,7 @@ pub struct PlannedStep<A = serde_json::Value> {
     #[serde(flatten)]
     pub step: Step<A>,
     /// Changes of the catalogue in the same transaction that records a finish step as done. Steps before the
-    /// commit point have none: theirs are in [`Plan::commit`].
+    /// commit point have none: theirs are in [`DiskPlan::commit`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub edits: Vec<Edit>,
     /// True if the operation may end without it. A merge that is cancelled, or fails for lack of space, is
@@ -153,67 +150,6 @@ pub enum Edit {
         #[schemars(with = "String")]
         path: camino::Utf8PathBuf,
     },
-}
-
-/// A whole operation on a domain. [`crate::plan`] makes it, the engine carries it out, `--dry-run` prints it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
-pub struct Plan {
-    /// Kind of the operation: "create", "revert", "delete", "tidy".
-    pub operation: String,
-    /// The snapshots that the request named.
-    pub snapshots: Vec<SnapshotName>,
-    /// The steps, sorted by group; within a group in running order.
-    pub steps: Vec<PlannedStep>,
-    /// Changes of the catalogue at the commit point: after the last cut step, before the first finish step.
-    pub commit: Vec<Edit>,
-    /// Notes for the user: a disk that is left out, a point that must be copied, a layer that is kept.
-    pub notes: Vec<String>,
-}
-
-impl Plan {
-    /// The plan fit for display: a machine's record has no environment, and no secrets of a command line.
-    #[must_use]
-    pub fn shown(&self) -> Self {
-        let mut shown = self.clone();
-        let edits = shown.steps.iter_mut().flat_map(|planned| &mut planned.edits).chain(&mut shown.commit);
-        for edit in edits {
-            if let Edit::AddMachine { machine } = edit {
-                machine.record = crate::secrets::shown_record(&machine.record);
-            }
-        }
-        shown
-    }
-
-    /// Bytes of data that all steps move together.
-    pub fn bytes(&self) -> u64 {
-        self.steps.iter().map(|planned| planned.step.bytes).fold(0, u64::saturating_add)
-    }
-
-    /// Effect on the guest, other than a pause, and its power state afterwards, if planned.
-    pub fn guest(&self) -> Option<(GuestChange, Option<PowerAfter>)> {
-        let steps = self.steps.iter().filter(|planned| planned.step.target.is_domain());
-        let steps: Vec<DomainStep> =
-            steps.filter_map(|planned| serde_json::from_value(planned.step.action.clone()).ok()).collect();
-        let window = steps.iter().find_map(|step| match step {
-            DomainStep::Detach { restart, .. } => Some(restart),
-            _ => None,
-        });
-        let recreated =
-            window.is_some_and(|restart| restart.as_ref().is_some_and(|restart| restart.recreated));
-        steps.iter().find_map(|step| {
-            let DomainStep::Continue { memory, reset, power } = step else { return None };
-            let change = match (power, memory, reset, recreated) {
-                (Some(PowerAfter::Off), ..) => GuestChange::Ended,
-                (_, Some(_), ..) if window.is_none() => GuestChange::Started,
-                (_, Some(_), _, true) => GuestChange::RecreatedFromMemory,
-                (_, Some(_), ..) => GuestChange::Restored,
-                (_, None, true, true) => GuestChange::Recreated,
-                (_, None, true, false) => GuestChange::Reset,
-                (_, None, false, _) => return None,
-            };
-            Some((change, *power))
-        })
-    }
 }
 
 /// A request to one disk's backend when a plan is made.

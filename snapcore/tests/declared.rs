@@ -91,5 +91,5 @@ async fn backend_at_rest_is_refused_for_a_guest() {
     }
     let tidied = planned(Capabilities::new(PointKind::Internal, 1), &[Request::Tidy]).await;
     let tidied = tidied.into_iter().next().unwrap().expect("what has to wait for the domain's end waits");
-    assert!(tidied.steps.iter().all(|planned| planned.step.target.as_str() != "vda"));
+    assert!(tidied.steps().all(|placed| placed.subject() != "vda"));
 }

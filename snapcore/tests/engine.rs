@@ -440,7 +440,7 @@ async fn stopped_merges_are_deferred_to_tidy() {
         assert!(run.happened);
         // A cancel stops both disks' merges; a failure only its own disk's.
         let disks: Vec<(&str, u64, u64)> =
-            run.postponed.iter().map(|p| (p.target.as_str(), p.steps, p.bytes)).collect();
+            run.postponed.iter().map(|p| (p.subject(), p.steps, p.bytes)).collect();
         match cancels {
             true => assert_eq!(disks, [("vda", 2, 200), ("vdb", 2, 200)]),
             false => assert_eq!(disks, [("vda", 2, 200)]),
@@ -531,13 +531,7 @@ async fn other_writer_stops_the_operation() {
         live: None,
         watched: None,
     };
-    let plan = Plan {
-        operation: "create".into(),
-        snapshots: Vec::new(),
-        steps: Vec::new(),
-        commit: vec![Edit::SetCurrent { id: None }],
-        notes: Vec::new(),
-    };
+    let plan = Plan { commit: vec![Edit::SetCurrent { id: None }], ..Plan::new("create", Vec::new()) };
     let error = engine.run(&mut entry, plan, Vec::new(), &CancellationToken::new()).await.unwrap_err();
     assert_eq!((error.kind(), error.state_now()), (ErrorKind::Busy, Some("no changes made")));
 }

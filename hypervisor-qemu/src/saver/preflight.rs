@@ -19,8 +19,8 @@ use std::{
 
 use serde_json::json;
 use snapcore::{
-    DiskInstant, DomainStep, Edit, Error, ErrorKind, OpenChain, Plan, PlannedStep, PowerAfter, Quiesce,
-    Result, SeenDisk, Target,
+    DiskInstant, DomainStep, Edit, Error, ErrorKind, OpenChain, Plan, PowerAfter, Quiesce, Result, SeenDisk,
+    StepRef, Target,
 };
 
 use super::{
@@ -63,9 +63,9 @@ pub(super) async fn check(live: &QemuDomain, plan: &Plan, chains: &[OpenChain], 
     if !probe {
         return Ok(());
     }
-    for step in plan.steps.iter().filter_map(domain_step) {
+    for step in plan.domain_steps() {
         if let DomainStep::Media { media } = step {
-            media::check(&live.machine, &media).await.map_err(untouched)?;
+            media::check(&live.machine, media).await.map_err(untouched)?;
         }
     }
     for opens in opens(plan) {
@@ -74,34 +74,36 @@ pub(super) async fn check(live: &QemuDomain, plan: &Plan, chains: &[OpenChain], 
     Ok(())
 }
 
-fn domain_step(planned: &PlannedStep) -> Option<DomainStep> {
-    let is_domain = planned.step.target.is_domain();
-    is_domain.then(|| serde_json::from_value(planned.step.action.clone()).ok()).flatten()
-}
-
 async fn check_state(live: &QemuDomain, plan: &Plan) -> Result<()> {
     let machine = &live.machine;
     let (mut disks, mut memory) = (false, false);
-    for planned in &plan.steps {
-        match domain_step(planned) {
-            Some(DomainStep::Instant { disks: taken, memory: wanted, quiesce, running, .. }) => {
+    for placed in plan.steps() {
+        let step = match placed.step {
+            StepRef::Domain(step) => &step.action,
+            StepRef::Disk(step) => {
+                disks |= live.disk_of(&step.target).is_some();
+                continue;
+            }
+        };
+        match step {
+            DomainStep::Instant { disks: taken, memory: wanted, quiesce, running, .. } => {
                 disks = true;
-                refuse_internal(live, &taken).await?;
+                refuse_internal(live, taken).await?;
                 memory |= wanted.is_some();
-                if quiesce == Quiesce::Require
+                if *quiesce == Quiesce::Require
                     && wanted.is_none()
-                    && let Some(error) = cannot_freeze(live, running)
+                    && let Some(error) = cannot_freeze(live, *running)
                 {
                     return Err(error.context("the snapshot must be quiesced"));
                 }
             }
-            Some(DomainStep::Detach { disks: detached, .. }) => {
+            DomainStep::Detach { disks: detached, .. } => {
                 disks = true;
-                refuse_unfit(live, &detached)?;
-                refuse_used(live, &detached).await?;
+                refuse_unfit(live, detached)?;
+                refuse_used(live, detached).await?;
             }
-            Some(DomainStep::Continue { reset: true, power, .. })
-                if power != Some(PowerAfter::Off) && Process::read(machine).ends_at_reboot() =>
+            DomainStep::Continue { reset: true, power, .. }
+                if *power != Some(PowerAfter::Off) && Process::read(machine).ends_at_reboot() =>
             {
                 let detail = "the guest is reset by this, and its QEMU ends where the guest reboots (-no-reboot, or \
                               -action reboot=shutdown): firmware reboots once more after a reset";
@@ -109,8 +111,7 @@ async fn check_state(live: &QemuDomain, plan: &Plan) -> Result<()> {
                     "revert it with --off and start it as it is always started, or revert to a snapshot with memory",
                 ));
             }
-            Some(_) => {}
-            None => disks |= live.disk_of(&planned.step.target).is_some(),
+            _ => {}
         }
     }
     if !disks {
@@ -232,27 +233,29 @@ fn gets_new_layer(plan: &Plan, of: &Target) -> bool {
 
 fn opens(plan: &Plan) -> Vec<Opens> {
     let mut all: Vec<Opens> = Vec::new();
-    for planned in &plan.steps {
-        let more = match domain_step(planned) {
-            Some(DomainStep::Instant { disks, .. }) => disks
-                .into_iter()
-                .filter_map(|(target, instant)| match instant {
-                    DiskInstant::Overlay { file, .. } => {
-                        Some(Opens::Overlay(target, file.into_std_path_buf()))
-                    }
-                    DiskInstant::Internal { .. } | DiskInstant::ByBackend => None,
-                })
-                .collect(),
-            Some(DomainStep::Detach { disks, restart, .. }) => disks
-                .into_iter()
-                .map(|target| Opens::Chain {
-                    new_layers: restart.is_some() && gets_new_layer(plan, &target),
-                    target,
-                })
-                .collect(),
-            Some(_) => Vec::new(),
-            None if planned.deferrable => vec![Opens::Merge(planned.step.target.clone())],
-            None => Vec::new(),
+    for placed in plan.steps() {
+        let more = match placed.step {
+            StepRef::Disk(step) if placed.deferrable => vec![Opens::Merge(step.target.clone())],
+            StepRef::Disk(_) => Vec::new(),
+            StepRef::Domain(step) => match &step.action {
+                DomainStep::Instant { disks, .. } => disks
+                    .iter()
+                    .filter_map(|(target, instant)| match instant {
+                        DiskInstant::Overlay { file, .. } => {
+                            Some(Opens::Overlay(target.clone(), file.as_std_path().to_owned()))
+                        }
+                        DiskInstant::Internal { .. } | DiskInstant::ByBackend => None,
+                    })
+                    .collect(),
+                DomainStep::Detach { disks, restart, .. } => disks
+                    .iter()
+                    .map(|target| Opens::Chain {
+                        new_layers: restart.is_some() && gets_new_layer(plan, target),
+                        target: target.clone(),
+                    })
+                    .collect(),
+                _ => Vec::new(),
+            },
         };
         for opens in more {
             if !all.contains(&opens) {

@@ -273,9 +273,9 @@ pub fn remarks(outcome: &Outcome) -> String {
 
 /// Formats a deferred step and the reason. A reason that begins with the step's name is not preceded by it.
 pub fn deferred(postponed: &Postponed) -> String {
-    let Postponed { target, step, reason, .. } = postponed;
+    let Postponed { step, reason, .. } = postponed;
     let why = reason.strip_prefix(step.as_str()).and_then(|why| why.strip_prefix(": ")).unwrap_or(reason);
-    format!("{target}: {step}: {why}")
+    format!("{}: {step}: {why}", postponed.subject())
 }
 
 /// Quotes a command for a shell.
@@ -351,29 +351,26 @@ fn plan_text(domain: &str, plan: &Plan) -> String {
         "would {} {} of {domain}: {}, {} to move\n",
         plan.operation,
         names(&plan.snapshots),
-        units::count(plan.steps.len(), "step"),
+        units::count(plan.step_count(), "step"),
         units::bytes(plan.bytes())
     );
-    let width = plan.steps.iter().map(|planned| planned.step.target.as_str().len()).max().unwrap_or(0);
+    let width = plan.steps().map(|placed| placed.subject().len()).max().unwrap_or(0);
     for (group, title) in [
         (Group::Prepare, "prepare (can be rolled back)"),
         (Group::Cut, "switch-over (can be rolled back)"),
         (Group::Finish, "clean-up (always completed)"),
     ] {
-        let mut steps = plan.steps.iter().filter(|planned| planned.group == group).peekable();
+        let mut steps = plan.steps().filter(|placed| placed.group == group).peekable();
         if steps.peek().is_some() {
             text.push_str(&format!("  {title}\n"));
         }
-        for planned in steps {
-            let size = match planned.step.bytes {
+        for placed in steps {
+            let size = match placed.bytes() {
                 0 => String::new(),
                 bytes => format!(" ({})", units::bytes(bytes)),
             };
-            let wait = if planned.deferrable { "; can be deferred" } else { "" };
-            text.push_str(&format!(
-                "    {:width$}  {}{size}{wait}\n",
-                planned.step.target, planned.step.summary
-            ));
+            let wait = if placed.deferrable { "; can be deferred" } else { "" };
+            text.push_str(&format!("    {:width$}  {}{size}{wait}\n", placed.subject(), placed.summary()));
         }
     }
     for note in &plan.notes {
@@ -387,14 +384,14 @@ fn plan_text(domain: &str, plan: &Plan) -> String {
 
 #[cfg(test)]
 mod tests {
-    use snapcore::{PlannedStep, Step, Target};
+    use snapcore::{CutUnit, FinishStep, FinishUnit, Step, Target};
 
     use super::*;
 
     #[test]
     fn deferred_step_is_named_once() {
         let postponed = |reason: &str| Postponed {
-            target: Target::new("vda").unwrap(),
+            target: Some(Target::new("vda").unwrap()),
             step: "merge a into b".to_owned(),
             steps: 2,
             bytes: 7,
@@ -407,28 +404,18 @@ mod tests {
 
     #[test]
     fn plan_is_shown_by_group_with_sizes() {
-        let step = |group, summary: &str, bytes, deferrable| PlannedStep {
-            group,
-            step: Step {
-                target: Target::new("vda").unwrap(),
-                action: serde_json::Value::Null,
-                summary: summary.to_owned(),
-                bytes,
-            },
-            edits: Vec::new(),
-            deferrable,
-            inside: false,
-            window: false,
+        let step = |summary: &str, bytes| Step {
+            target: Target::new("vda").unwrap(),
+            action: serde_json::Value::Null,
+            summary: summary.to_owned(),
+            bytes,
         };
+        let merge = FinishStep { deferrable: true, ..FinishStep::new(step("merge a into b", 3 << 20)) };
         let plan = Plan {
-            operation: "delete".to_owned(),
-            snapshots: vec![SnapshotName::new("s1").unwrap()],
-            steps: vec![
-                step(Group::Cut, "cut it", 0, false),
-                step(Group::Finish, "merge a into b", 3 << 20, true),
-            ],
-            commit: Vec::new(),
+            cut: vec![CutUnit::Disk(step("cut it", 0))],
+            finish: vec![FinishUnit::Disk(merge)],
             notes: vec!["vda: a note".to_owned()],
+            ..Plan::new("delete", vec![SnapshotName::new("s1").unwrap()])
         };
         assert_eq!(
             plan_text("web", &plan),

@@ -5,6 +5,7 @@
 //! than compare-and-set of one domain's keys in one transaction, watches on them, and leases.
 
 mod edit;
+mod row;
 
 use std::any::Any;
 use std::pin::Pin;
@@ -18,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 pub use edit::apply_edit;
+pub use row::StepRow;
 
 use crate::{
     Domain, DomainName, Edit, Operation, OperationId, OperationState, Result, Snapshot, SnapshotTree,

@@ -8,7 +8,7 @@ use crate::operation::StepTransition;
 use crate::service::Postponed;
 use crate::{
     AnyDiskSnapshotter, DiskRecord, DomainStep, Error, ErrorKind, Event, Group, Leftover, Result, Step,
-    StepState, StepStatus, Target, Transition,
+    StepRef, StepState, StepStatus, Target, Transition,
 };
 
 impl Running<'_> {
@@ -23,9 +23,9 @@ impl Running<'_> {
     async fn carry_through(&mut self) -> Result<()> {
         self.run.happened = true;
         let mut finish: Vec<usize> =
-            self.operation.of_group(Group::Finish).filter(|index| !self.is_inside(*index)).collect();
+            self.operation.of_group(Group::Finish).filter(|index| !self.is_nested(*index)).collect();
         if self.engine.live.is_none() {
-            self.start_last(&mut finish)?;
+            self.start_last(&mut finish);
         }
         // 1) In a recovery, before anything else is done: repeat steps that are recorded as done and were
         //    superseded. Such a merge lacks the domain's later writes. It is repeated before the path leaves
@@ -34,12 +34,11 @@ impl Running<'_> {
             self.reopen_window(&finish)?;
             self.look_for_superseded(&finish).await.map_err(|error| self.left_unfinished(error))?;
         }
-        let mut put_off: Vec<Target> = Vec::new();
+        let mut put_off: Vec<Option<Target>> = Vec::new();
         let mut pending: Vec<Change> = Vec::new();
         for index in finish {
-            let planned = &self.operation.plan.steps[index];
-            let (target, bytes, deferrable) =
-                (planned.step.target.clone(), planned.step.bytes, planned.deferrable);
+            let placed = self.operation.placed(index);
+            let (target, bytes, deferrable) = (placed.target().cloned(), placed.bytes(), placed.deferrable);
             let unit = self.unit(index);
             match self.operation.steps[index] {
                 StepState::Done => continue,
@@ -72,9 +71,8 @@ impl Running<'_> {
                         self.note(index, facts)?;
                         self.run.bytes_moved = self.run.bytes_moved.saturating_add(bytes);
                         pending.extend(self.steps(unit.clone(), StepTransition::Complete)?);
-                        let edits =
-                            unit.clone().flat_map(|step| self.operation.plan.steps[step].edits.clone());
-                        pending.extend(edits.map(Change::Edit));
+                        let edits = unit.clone().flat_map(|step| self.operation.placed(step).edits);
+                        pending.extend(edits.cloned().map(Change::Edit));
                         self.tell_done(unit.clone());
                     }
                     Err(error)
@@ -106,7 +104,7 @@ impl Running<'_> {
                     put_off.push(target.clone());
                 }
                 pending.extend(self.steps(unit, StepTransition::Defer)?);
-                self.put_off(&target, index, bytes, reason);
+                self.put_off(target, index, bytes, reason);
             }
         }
         // 5) The end is recorded with the last step. Manifests come after it. A crash may leave a manifest
@@ -125,16 +123,11 @@ impl Running<'_> {
     /// and locks the images, and the other steps need images that no process has open. A process that is
     /// running already has the images open; then the guest is resumed first, because it is paused. A crash
     /// before the start leaves a domain that is off, and `recover` starts it.
-    fn start_last(&self, finish: &mut [usize]) -> Result<()> {
-        for place in 0..finish.len() {
-            let index = finish[place];
-            let is_of_domain = self.operation.plan.steps[index].step.target.is_domain();
-            if is_of_domain && matches!(self.domain_step(index)?, DomainStep::Continue { .. }) {
-                finish[place..].rotate_left(1);
-                break;
-            }
+    fn start_last(&self, finish: &mut [usize]) {
+        let starts = |index: &usize| matches!(self.domain_step(*index), Some(DomainStep::Continue { .. }));
+        if let Some(place) = finish.iter().position(starts) {
+            finish[place..].rotate_left(1);
         }
-        Ok(())
     }
 
     /// Marks the step that detaches the disks for repetition, where a crash has ended the detached section
@@ -142,12 +135,9 @@ impl Running<'_> {
     fn reopen_window(&mut self, finish: &[usize]) -> Result<()> {
         let mut opened = None;
         for &index in finish {
-            if !self.operation.plan.steps[index].step.target.is_domain() {
-                continue;
-            }
-            match self.domain_step(index)? {
-                DomainStep::Detach { .. } => opened = Some(index),
-                DomainStep::Attach { .. } if self.operation.steps[index] != StepState::Done => {
+            match self.domain_step(index) {
+                Some(DomainStep::Detach { .. }) => opened = Some(index),
+                Some(DomainStep::Attach { .. }) if self.operation.steps[index] != StepState::Done => {
                     if let Some(opened) = opened {
                         self.move_step(opened, StepTransition::Repeat)?;
                     }
@@ -162,7 +152,7 @@ impl Running<'_> {
     /// paused. Its disks are whole after every step. In a section that the cut began, the guest stays paused.
     async fn close_window(&mut self, error: Error) -> Error {
         let Some(opened) = self.guest.detached_since() else { return error };
-        let in_finish = self.operation.plan.steps[opened].group == Group::Finish;
+        let in_finish = self.operation.placed(opened).group == Group::Finish;
         if !in_finish {
             return error.state("the disks and all snapshots are whole; the guest is paused");
         }
@@ -175,19 +165,20 @@ impl Running<'_> {
     /// Marks for repetition the finish steps that are recorded as done but lack what the domain wrote since.
     async fn look_for_superseded(&mut self, finish: &[usize]) -> Result<()> {
         for (place, &index) in finish.iter().enumerate() {
-            let step = &self.operation.plan.steps[index].step;
+            let target = self.operation.placed(index).target();
             let later_ones_left = finish[place + 1..].iter().any(|&later| {
-                self.operation.plan.steps[later].step.target == step.target
+                self.operation.placed(later).target() == target
                     && self.operation.steps[later] != StepState::Done
             });
             if self.operation.steps[index] != StepState::Done || !later_ones_left {
                 continue;
             }
             if self.is_superseded(index).await? {
-                let step = &self.operation.plan.steps[index].step;
+                let placed = self.operation.placed(index);
                 let message = format!(
                     "{}: the domain may have run after the crash, so this is done once more: {}",
-                    step.target, step.summary
+                    placed.subject(),
+                    placed.summary()
                 );
                 tracing::info!(%message, "recovering");
                 self.move_step(index, StepTransition::Repeat)?;
@@ -215,7 +206,7 @@ impl Running<'_> {
     }
 
     fn disk_step(&self, index: usize) -> Option<(Arc<AnyDiskSnapshotter>, &DiskRecord, &Step)> {
-        let step = &self.operation.plan.steps[index].step;
+        let StepRef::Disk(step) = self.operation.placed(index).step else { return None };
         let record = self.entry.domain.disks.iter().find(|record| record.disk.target == step.target)?;
         Some((self.engine.registry.get(&record.disk.format).ok()?, record, step))
     }
@@ -241,12 +232,11 @@ impl Running<'_> {
     /// all snapshots are whole without it. Each operation that needs the step checks whether it was done;
     /// `LiveDomain::clean_up` does it.
     fn is_of_names(&self, index: usize) -> bool {
-        self.operation.plan.steps[index].step.target.is_domain()
-            && matches!(self.domain_step(index), Ok(DomainStep::ReopenByName { .. }))
+        matches!(self.domain_step(index), Some(DomainStep::ReopenByName { .. }))
     }
 
-    fn put_off(&mut self, target: &Target, index: usize, bytes: u64, reason: String) {
-        if let Some(known) = self.run.postponed.iter_mut().find(|postponed| postponed.target == *target) {
+    fn put_off(&mut self, target: Option<Target>, index: usize, bytes: u64, reason: String) {
+        if let Some(known) = self.run.postponed.iter_mut().find(|postponed| postponed.target == target) {
             known.steps += 1;
             known.bytes = known.bytes.saturating_add(bytes);
             return;
@@ -256,8 +246,8 @@ impl Running<'_> {
             target: target.clone(),
             reason: reason.clone(),
         });
-        let step = self.operation.plan.steps[index].step.summary.clone();
-        self.run.postponed.push(Postponed { target: target.clone(), step, steps: 1, bytes, reason });
+        let step = self.operation.placed(index).summary().to_owned();
+        self.run.postponed.push(Postponed { target, step, steps: 1, bytes, reason });
     }
 
     pub(super) fn left_unfinished(&self, error: Error) -> Error {

@@ -44,9 +44,8 @@ use crate::manifest::ManifestStore;
 use crate::operation::StepTransition;
 use crate::service::Postponed;
 use crate::{
-    Edit, Error, ErrorKind, Event, Events, Group, GuestChange, LiveDomain, Operation, OperationId,
-    OperationState, Plan, Registry, Result, Snapshot, StartedDomain, StepOutcome, StepState, Taken,
-    Transition,
+    Edit, Error, ErrorKind, Event, Events, GuestChange, LiveDomain, Operation, OperationId, OperationState,
+    Plan, Registry, Result, Snapshot, StartedDomain, StepOutcome, StepRef, StepState, Taken, Transition,
 };
 
 /// Carries plans out on one domain, whose lock and disks the caller has.
@@ -133,14 +132,13 @@ impl Engine<'_> {
         prologue: Vec<Change>,
         cancel: &CancellationToken,
     ) -> Result<Run> {
-        if plan.steps.is_empty() && plan.commit.is_empty() {
+        if !plan.has_steps() && plan.commit.is_empty() {
             return Ok(Run::new(None));
         }
         if cancel.is_cancelled() {
             return Err(cancelled().state("no changes made"));
         }
-        sorted(&plan)?;
-        let steps = vec![StepState::Pending; plan.steps.len()];
+        let steps = vec![StepState::Pending; plan.step_count()];
         let operation = Operation {
             id: OperationId::fresh(),
             state: OperationState::Planned,
@@ -224,47 +222,16 @@ fn cancelled() -> Error {
     Error::new(ErrorKind::Cancelled, "it was cancelled")
 }
 
-/// Refuses a plan whose groups are out of order: the engine's guarantees depend on that order. Such a plan is
-/// a planner's defect.
-fn sorted(plan: &Plan) -> Result<()> {
-    if !plan.steps.is_sorted_by_key(|planned| planned.group) {
-        return Err(Error::new(ErrorKind::Internal, "the plan's steps are not sorted by group"));
-    }
-    // A disk's step runs only nested steps of the same disk. A nested step of another disk would never be
-    // done, and the omission would not be noticed.
-    let mut head = None;
-    for planned in &plan.steps {
-        match head {
-            _ if !planned.inside => head = Some(&planned.step.target),
-            Some(target) if target.is_domain() || *target == planned.step.target => {}
-            _ => {
-                return Err(Error::new(
-                    ErrorKind::Internal,
-                    format!("a step is planned inside the step of another disk: {}", planned.step.summary),
-                ));
-            }
-        }
-    }
-    if let Some(planned) =
-        plan.steps.iter().find(|planned| planned.group != Group::Finish && !planned.edits.is_empty())
-    {
-        return Err(Error::new(
-            ErrorKind::Internal,
-            format!("a step before the commit point has edits: {}", planned.step.summary),
-        ));
-    }
-    Ok(())
-}
-
 impl Running<'_> {
     async fn begin(mut self, prologue: Vec<Change>) -> Result<Run> {
         // The first transaction takes the operation as far as there are no steps to do.
-        let first = self.operation.plan.steps.first().map(|planned| planned.group);
+        let plan = &self.operation.plan;
+        let (prepares, cuts) = (!plan.prepare.is_empty(), !plan.cut.is_empty());
         self.advance(Transition::Record)?;
         let mut at_once = Vec::new();
-        if first != Some(Group::Prepare) {
+        if !prepares {
             self.advance(Transition::Cut)?;
-            if first != Some(Group::Cut) {
+            if !cuts {
                 at_once = self.commit_changes()?;
             }
         }
@@ -295,7 +262,7 @@ impl Running<'_> {
             domain: self.entry.domain.name.clone(),
             kind: self.operation.plan.operation.clone(),
             snapshots: self.operation.plan.snapshots.clone(),
-            steps: self.operation.plan.steps.len() as u64,
+            steps: self.operation.plan.step_count() as u64,
             bytes: self.operation.plan.bytes(),
         });
         if !self.is_committed()
@@ -318,24 +285,21 @@ impl Running<'_> {
     /// the steps that are started next. So a crash finds in the journal every step that may have been begun,
     /// and undoes it.
     async fn until_committed(&mut self) -> Result<()> {
-        let last = self.operation.plan.steps.iter().rposition(|planned| planned.group != Group::Finish);
-        let Some(last) = last else {
+        let prepared = self.operation.plan.prepare.len();
+        let last = self.operation.plan.before_commit();
+        if last == 0 {
             return Err(Error::new(
                 ErrorKind::Internal,
                 "an operation without prepare or cut did not commit",
             ));
-        };
-        let prepared = self.operation.of_group(Group::Prepare).count();
+        }
         let mut begun = 0;
-        let mut asked = false;
-        while begun <= last {
-            let run = self.starting(begun);
-            let mut index = begun;
+        while begun < last {
+            let turn = self.starting(begun);
             // 1) Before the first cut step: preparing takes time, and another program may have opened an
             //    image meanwhile. A refusal here has nothing but new files to undo.
             if let Some(watched) = self.engine.watched
-                && self.operation.plan.steps[begun].group == Group::Cut
-                && !std::mem::replace(&mut asked, true)
+                && begun == prepared
             {
                 watched.ask_again().await?;
             }
@@ -343,7 +307,8 @@ impl Running<'_> {
             //    transaction that began the operation, or by the turn before. A crash here leaves steps that
             //    are done completely or in part. Undo is idempotent and looks at the disk, so it takes back
             //    either.
-            while index < run.end {
+            let mut index = turn.start;
+            while index < turn.end {
                 if self.cancel.is_cancelled() {
                     return Err(cancelled());
                 }
@@ -352,9 +317,9 @@ impl Running<'_> {
                 self.tell_done(self.unit(index));
                 index = self.unit(index).end;
             }
-            begun = run.end;
-            let mut changes = self.steps(run, StepTransition::Complete)?;
-            if begun > last {
+            begun = turn.end;
+            let mut changes = self.steps(turn, StepTransition::Complete)?;
+            if begun >= last {
                 // 3) The last moment at which a cancel undoes everything: nothing was recorded as having
                 //    happened.
                 if self.cancel.is_cancelled() {
@@ -372,7 +337,7 @@ impl Running<'_> {
                 //    removes.
                 changes.extend(self.commit_changes()?);
                 changes.push(Change::Operation(self.operation.id, self.operation.state, None));
-            } else if self.operation.state == OperationState::Preparing && begun >= prepared {
+            } else if self.operation.state == OperationState::Preparing {
                 self.advance(Transition::Cut)?;
                 changes.push(Change::Operation(self.operation.id, self.operation.state, None));
             }
@@ -388,21 +353,18 @@ impl Running<'_> {
     /// names their results before the cut, so none must be recorded as done before the next begins. Of the
     /// others, the steps of one unit begin together.
     fn starting(&self, index: usize) -> Range<usize> {
-        let prepared = self.operation.of_group(Group::Prepare).count();
-        if index < prepared {
-            return index..prepared;
+        let prepared = self.operation.plan.prepare.len();
+        match index {
+            index if index < prepared => index..prepared,
+            index if index >= self.operation.steps.len() => index..index,
+            index => self.unit(index),
         }
-        if index >= self.operation.plan.steps.len() {
-            return index..index;
-        }
-        self.unit(index)
     }
 
     /// Applies the outcome of a domain step: the snapshot to be recorded gets the properties of its instant.
     fn note(&mut self, index: usize, facts: StepOutcome) -> Result<()> {
-        if self.operation.plan.steps[index].step.target.is_domain() {
-            let step = self.domain_step(index)?;
-            self.guest = std::mem::replace(&mut self.guest, Guest::Running).after(&step, index);
+        if let StepRef::Domain(step) = self.operation.placed(index).step {
+            self.guest = std::mem::replace(&mut self.guest, Guest::Running).after(&step.action, index);
         }
         let snapshot = self.operation.plan.commit.iter_mut().find_map(|edit| match edit {
             Edit::AddSnapshot { snapshot } => Some(snapshot),
@@ -455,7 +417,7 @@ impl Running<'_> {
     /// The commit point's changes: the plan's edits; and where no finish step follows, the end.
     fn commit_changes(&mut self) -> Result<Vec<Change>> {
         self.advance(Transition::Commit)?;
-        if self.operation.of_group(Group::Finish).next().is_none() {
+        if self.operation.plan.finish.is_empty() {
             self.advance(Transition::Finish)?;
         }
         Ok(self.operation.plan.commit.iter().cloned().map(Change::Edit).collect())
@@ -540,7 +502,8 @@ impl Running<'_> {
     /// before their data is. Where they cannot be removed, nothing is destroyed.
     async fn write_manifests_before_finish(&mut self) -> Result<()> {
         // A create or a revert deletes no snapshot, so its finish steps wait for no manifest.
-        let deletes = self.operation.plan.steps.first().is_some_and(|first| first.group == Group::Finish);
+        let plan = &self.operation.plan;
+        let deletes = plan.before_commit() == 0 && !plan.finish.is_empty();
         if !deletes {
             return Ok(());
         }

@@ -19,101 +19,126 @@ use super::guest::Guest;
 use crate::{
     AnyDiskSnapshotter, DiskInstant, DiskRecord, DomainContext, DomainStep, Edit, Error, ErrorKind, Event,
     Events, Group, Inside, LiveDomain, NothingInside, OpenChain, OperationId, PowerAfter, Progress, Result,
-    Salvage, StartFromMemory, StepContext, StepOutcome, StepState, StepStatus, Target, file_identity,
+    Salvage, StartFromMemory, Step, StepContext, StepOutcome, StepRef, StepState, StepStatus, Target,
+    file_identity,
 };
 
 impl Running<'_> {
-    /// The steps that run inside the step at `head`.
-    fn inside_of(&self, head: usize) -> Range<usize> {
-        let steps = &self.operation.plan.steps;
-        let end = (head + 1..steps.len()).find(|index| !steps[*index].inside).unwrap_or(steps.len());
-        head + 1..end
-    }
-
     /// The steps that are done as one with the step at `head`: itself, and those nested in it. A domain that
     /// does not run has no moment in which they could be nested, and needs none. Then they are steps like the
     /// others.
     pub(super) fn unit(&self, head: usize) -> Range<usize> {
-        match self.engine.live {
-            Some(_) => head..self.inside_of(head).end,
-            None => head..head + 1,
+        let unit = self.operation.plan.units().find(|unit| unit.contains(&head));
+        match (self.engine.live, unit) {
+            (Some(_), Some(unit)) => head..unit.end,
+            (Some(_), None) | (None, _) => head..head + 1,
         }
     }
 
     /// Returns true if an earlier step does the step at `index`, nested in itself.
-    pub(super) fn is_inside(&self, index: usize) -> bool {
-        self.engine.live.is_some() && self.operation.plan.steps[index].inside
+    pub(super) fn is_nested(&self, index: usize) -> bool {
+        self.engine.live.is_some() && self.operation.placed(index).nested
     }
 
     /// Does a step and the steps nested in it.
     pub(super) async fn apply(&self, head: usize) -> Result<StepOutcome> {
-        let planned = &self.operation.plan.steps[head];
+        let placed = self.operation.placed(head);
         for index in self.unit(head) {
-            let planned = &self.operation.plan.steps[index];
+            let placed = self.operation.placed(index);
             self.tell(Event::StepStarted {
                 operation: self.operation.id,
                 index: index as u64,
-                group: planned.group,
-                target: planned.step.target.clone(),
-                summary: planned.step.summary.clone(),
-                bytes: planned.step.bytes,
+                group: placed.group,
+                target: placed.target().cloned(),
+                summary: placed.summary().to_owned(),
+                bytes: placed.bytes(),
             });
         }
         let inside = Within { running: self, steps: head + 1..self.unit(head).end, back: false };
-        let done = match planned.step.target.is_domain() {
-            true => self.apply_to_domain(head, &inside).await,
-            false => self.apply_to_disk(head, &inside).await.map(|()| StepOutcome::default()),
+        let done = match placed.step {
+            StepRef::Domain(step) => self.apply_to_domain(head, &step.action, &inside).await,
+            StepRef::Disk(_) => self.apply_to_disk(head, &inside).await.map(|()| StepOutcome::default()),
         };
-        done.map_err(|error| error.context(planned.step.summary.clone()))
+        done.map_err(|error| error.context(placed.summary()))
     }
 
-    async fn apply_inside(&self, range: Range<usize>, only: Option<&Target>) -> Result<()> {
-        for index in range.clone() {
-            let planned = &self.operation.plan.steps[index];
-            if only.is_some_and(|only| *only != planned.step.target) {
+    /// Does nested steps: those of one disk in their order, those of several disks side by side. The guest
+    /// waits for the slowest disk, not for the sum.
+    async fn apply_nested(&self, steps: Range<usize>, only: Option<&Target>) -> Result<()> {
+        let disks = self.disks_of(steps, only);
+        let works = disks.iter().map(|steps| self.apply_nested_of_one(steps));
+        // All disks end before a failure is taken back: no step is abandoned in its middle.
+        let ended = side_by_side(works.collect()).await;
+        let begun = ended.iter().zip(&disks).flat_map(|((begun, _), steps)| &steps[..*begun]);
+        let mut begun: Vec<usize> = begun.copied().collect();
+        begun.sort_unstable();
+        let Some(mut error) = ended.into_iter().find_map(|(_, result)| result.err()) else { return Ok(()) };
+        let before_commit = begun.first().is_some_and(|&index| !self.is_after_commit(index));
+        if before_commit && let Err(second) = self.undo_nested(begun).await {
+            error =
+                error.with_kind(ErrorKind::NeedsRecovery).state(format!("it could not be undone: {second}"));
+        }
+        Err(error)
+    }
+
+    /// Does the nested steps of one disk; returns the number of those that were begun.
+    async fn apply_nested_of_one(&self, steps: &[usize]) -> (usize, Result<()>) {
+        for (place, &index) in steps.iter().enumerate() {
+            if let Err(error) = self.apply_to_disk(index, &NothingInside).await {
+                return (place + 1, Err(error.context(self.operation.placed(index).summary())));
+            }
+        }
+        (steps.len(), Ok(()))
+    }
+
+    /// Takes nested steps back, the last first.
+    async fn undo_nested(&self, steps: Vec<usize>) -> Result<()> {
+        for index in steps.into_iter().rev() {
+            let (backend, step, work) = self.work(index)?;
+            guarded(backend.undo(step, work.context(&work.deaf, &NothingInside))).await?;
+        }
+        Ok(())
+    }
+
+    /// Nested steps by disk, each disk's in their order.
+    fn disks_of(&self, steps: Range<usize>, only: Option<&Target>) -> Vec<Vec<usize>> {
+        let mut disks: Vec<(&Target, Vec<usize>)> = Vec::new();
+        for index in steps {
+            let Some(target) = self.operation.placed(index).target() else { continue };
+            if only.is_some_and(|only| only != target) {
                 continue;
             }
-            let Err(error) = self.apply_to_disk(index, &NothingInside).await else { continue };
-            let mut error = error.context(planned.step.summary.clone());
-            if planned.group != Group::Finish
-                && let Err(second) = self.undo_inside(range.start..index + 1, only).await
-            {
-                error = error
-                    .with_kind(ErrorKind::NeedsRecovery)
-                    .state(format!("it could not be undone: {second}"));
+            match disks.iter_mut().find(|(known, _)| *known == target) {
+                Some((_, steps)) => steps.push(index),
+                None => disks.push((target, vec![index])),
             }
-            return Err(error);
         }
-        Ok(())
+        disks.into_iter().map(|(_, steps)| steps).collect()
     }
 
-    async fn undo_inside(&self, range: Range<usize>, only: Option<&Target>) -> Result<()> {
-        for index in range.rev() {
-            let planned = &self.operation.plan.steps[index];
-            if only.is_none_or(|only| *only == planned.step.target) {
-                let (backend, work) = self.work(index)?;
-                let context = work.context(&work.deaf, &NothingInside);
-                guarded(backend.undo(&planned.step, context)).await?;
-            }
-        }
-        Ok(())
+    fn is_after_commit(&self, index: usize) -> bool {
+        self.operation.placed(index).group == Group::Finish
     }
 
     async fn apply_to_disk(&self, index: usize, inside: &dyn Inside) -> Result<()> {
-        let planned = &self.operation.plan.steps[index];
-        let (backend, work) = self.work(index)?;
+        let placed = self.operation.placed(index);
+        let (backend, step, work) = self.work(index)?;
         // Finish steps that cannot be deferred must not stop half done: they do not get the token.
-        let hears = planned.group != Group::Finish || planned.deferrable;
+        let hears = placed.group != Group::Finish || placed.deferrable;
         let cancel = if hears { self.cancel } else { &work.deaf };
-        guarded(backend.apply(&planned.step, work.context(cancel, inside))).await
+        guarded(backend.apply(step, work.context(cancel, inside))).await
     }
 
-    async fn apply_to_domain(&self, index: usize, inside: &dyn Inside) -> Result<StepOutcome> {
-        let step = self.domain_step(index)?;
+    async fn apply_to_domain(
+        &self,
+        index: usize,
+        step: &DomainStep,
+        inside: &dyn Inside,
+    ) -> Result<StepOutcome> {
         let progress = Teller::new(self.engine.events.clone(), self.operation.id, index);
         let domain = &self.entry.domain;
         let saver = || self.engine.registry.hypervisor(&domain.hypervisor);
-        match &step {
+        match step {
             DomainStep::CheckMemory { file } => {
                 saver()?.check_memory(file, &progress).await?;
                 return Ok(StepOutcome::default());
@@ -124,7 +149,7 @@ impl Running<'_> {
             }
             _ => {}
         }
-        let Some(live) = self.engine.live else { return self.apply_at_rest(&step).await };
+        let Some(live) = self.engine.live else { return self.apply_at_rest(step).await };
         if matches!(step, DomainStep::Media { .. })
             && self.resumed
             && live.seen().running
@@ -133,30 +158,31 @@ impl Running<'_> {
             // The guest was resumed already, with the media that it has.
             return Ok(StepOutcome::default());
         }
-        if self.came_back(&step, live) {
+        if self.came_back(step, live) {
             let note = "the domain runs already, on the disks of the snapshot: it went on just before the crash, or it was started \
                         it since; it was not stopped, reset or given other memory; revert again to have exactly the snapshot";
             return Ok(StepOutcome { notes: vec![note.to_owned()], ..StepOutcome::default() });
         }
         self.yield_locks().await?;
-        let chains = match &step {
+        let group = self.operation.placed(index).group;
+        let chains = match step {
             DomainStep::Instant { .. } | DomainStep::SaveMemory { .. } | DomainStep::Continue { .. } => {
                 Vec::new()
             }
             // The paths that the disks have from the commit on: new ones, where the disks do not keep their
             // paths.
-            DomainStep::Attach { .. } if self.operation.plan.steps[index].group == Group::Cut => {
+            DomainStep::Attach { .. } if group == Group::Cut => {
                 self.open_chains_of(&self.disks_committed()).await?
             }
             _ => self.open_chains().await?,
         };
         let deaf = CancellationToken::new();
-        let cancel = match self.operation.plan.steps[index].group {
+        let cancel = match group {
             Group::Finish => &deaf,
             Group::Prepare | Group::Cut => self.cancel,
         };
         let context = DomainContext { domain, chains: &chains, inside, progress: &progress, cancel };
-        guarded(live.apply(&step, context)).await
+        guarded(live.apply(step, context)).await
     }
 
     /// Makes the hypervisor do a step that is not in the plan.
@@ -221,50 +247,52 @@ impl Running<'_> {
     /// Takes a step back, with the steps nested in it. Returns the edits that the catalogue needs where it
     /// had to stay.
     pub(super) async fn undo_step(&mut self, head: usize) -> Result<Vec<Edit>> {
-        let summary = self.operation.plan.steps[head].step.summary.clone();
-        let undone = match self.operation.plan.steps[head].step.target.is_domain() {
-            true => self.undo_on_domain_and_note(head).await.map(|()| Vec::new()),
-            false => self.undo_on_disk(head).await,
+        let placed = self.operation.placed(head);
+        let summary = placed.summary().to_owned();
+        let undone = match placed.step {
+            StepRef::Domain(step) => {
+                let action = step.action.clone();
+                self.undo_on_domain_and_note(head, &action).await.map(|()| Vec::new())
+            }
+            StepRef::Disk(_) => self.undo_on_disk(head).await,
         };
         undone.map_err(|error| error.context(format!("undoing: {summary}")))
     }
 
-    async fn undo_on_domain_and_note(&mut self, head: usize) -> Result<()> {
-        let merged = self.overlays_in_use(head).await?;
-        self.undo_on_domain(head).await?;
+    async fn undo_on_domain_and_note(&mut self, head: usize, step: &DomainStep) -> Result<()> {
+        let merged = self.overlays_in_use(step).await?;
+        self.undo_on_domain(head, step).await?;
         // Only disks that an undone cut has merged are remembered: a step that is no cut adds none.
-        if matches!(self.domain_step(head)?, DomainStep::Instant { .. }) {
+        if matches!(step, DomainStep::Instant { .. }) {
             self.guest = std::mem::replace(&mut self.guest, Guest::Running).after_undone_cut(merged);
         }
         Ok(())
     }
 
-    /// The disks whose overlays, made by the instant at `head`, the domain has open. The undo of the instant
+    /// The disks whose overlays, made by this instant, the domain has open. The undo of the instant
     /// merges the guest's writes to them. An overlay that no process has open may contain what the guest
     /// wrote before it was started on other images.
-    async fn overlays_in_use(&self, head: usize) -> Result<Vec<Target>> {
-        let (DomainStep::Instant { disks, .. }, Some(live)) = (self.domain_step(head)?, self.engine.live)
-        else {
+    async fn overlays_in_use(&self, step: &DomainStep) -> Result<Vec<Target>> {
+        let (DomainStep::Instant { disks, .. }, Some(live)) = (step, self.engine.live) else {
             return Ok(Vec::new());
         };
         let mut in_use = Vec::new();
         for (target, instant) in disks {
-            let (DiskInstant::Overlay { file, .. }, Some(disk)) = (instant, live.disk(&target)) else {
+            let (DiskInstant::Overlay { file, .. }, Some(disk)) = (instant, live.disk(target)) else {
                 continue;
             };
             // The file does not exist: nothing of it is left to be merged.
             let Ok(found) = file.metadata() else { continue };
             if disk.open_files().await?.contains(&file_identity(&found)) {
-                in_use.push(target);
+                in_use.push(target.clone());
             }
         }
         Ok(in_use)
     }
 
-    async fn undo_on_domain(&self, head: usize) -> Result<()> {
-        let step = self.domain_step(head)?;
+    async fn undo_on_domain(&self, head: usize, step: &DomainStep) -> Result<()> {
         let domain = &self.entry.domain;
-        match (&step, self.engine.live) {
+        match (step, self.engine.live) {
             (DomainStep::CheckMemory { file }, _) => {
                 self.engine.registry.hypervisor(&domain.hypervisor)?.release_memory(file).await
             }
@@ -289,9 +317,9 @@ impl Running<'_> {
                     progress: &progress,
                     cancel: &deaf,
                 };
-                guarded(live.undo(&step, context)).await?;
+                guarded(live.undo(step, context)).await?;
                 // The partial memory file goes, where the step that makes an image of it never began.
-                match &step {
+                match step {
                     DomainStep::Instant { memory: Some(memory), .. } => {
                         self.engine.registry.hypervisor(&domain.hypervisor)?.remove_memory(&memory.file).await
                     }
@@ -302,25 +330,24 @@ impl Running<'_> {
     }
 
     async fn undo_on_disk(&mut self, index: usize) -> Result<Vec<Edit>> {
-        let (backend, work) = self.work(index)?;
-        let planned = &self.operation.plan.steps[index];
+        let (backend, step, work) = self.work(index)?;
         let context = work.context(&work.deaf, &NothingInside);
         // Merged data is in the image below by now, and the overlay is not needed.
-        let salvage = match self.resumed && !self.guest.has_merged(&planned.step.target) {
+        let salvage = match self.resumed && !self.guest.has_merged(&step.target) {
             true => {
                 let done = self.operation.steps[index] == StepState::Done;
-                guarded(backend.salvage(&planned.step, done, context)).await?
+                guarded(backend.salvage(step, done, context)).await?
             }
             false => Salvage::Nothing,
         };
         let (edits, words) = match salvage {
             Salvage::Stays(edits, words) => (edits, Some(words)),
             Salvage::PutAside(words) => {
-                guarded(backend.undo(&planned.step, context)).await?;
+                guarded(backend.undo(step, context)).await?;
                 (Vec::new(), Some(words))
             }
             Salvage::Nothing => {
-                guarded(backend.undo(&planned.step, context)).await?;
+                guarded(backend.undo(step, context)).await?;
                 (Vec::new(), None)
             }
         };
@@ -333,11 +360,10 @@ impl Running<'_> {
 
     /// Returns true if a finished step was superseded by what the domain wrote since.
     pub(super) async fn is_superseded(&self, index: usize) -> Result<bool> {
-        let step = &self.operation.plan.steps[index].step;
-        if step.target.is_domain() {
+        if let StepRef::Domain(_) = self.operation.placed(index).step {
             return Ok(false);
         }
-        let (backend, work) = self.work(index)?;
+        let (backend, step, work) = self.work(index)?;
         guarded(backend.is_superseded(step, work.context(&work.deaf, &NothingInside))).await.map_err(
             |error| error.context(format!("what the domain wrote since the crash: {}", step.summary)),
         )
@@ -345,8 +371,7 @@ impl Running<'_> {
 
     /// Returns the progress of a disk's step.
     pub(super) async fn status(&self, index: usize) -> Result<StepStatus> {
-        let (backend, work) = self.work(index)?;
-        let step = &self.operation.plan.steps[index].step;
+        let (backend, step, work) = self.work(index)?;
         guarded(backend.status(step, work.context(&work.deaf, &NothingInside))).await
     }
 
@@ -396,22 +421,20 @@ impl Running<'_> {
         Ok(())
     }
 
-    pub(super) fn domain_step(&self, index: usize) -> Result<DomainStep> {
-        let action = &self.operation.plan.steps[index].step.action;
-        serde_json::from_value(action.clone()).map_err(|cause| {
-            Error::new(
-                ErrorKind::Internal,
-                format!("the journal has a step of the domain that is not known: {action}"),
-            )
-            .because(cause)
-            .advise("it was written by another version of domsnap: recover with that one")
-        })
+    /// The action on the domain of the step at `index`; absent: it is a step of a disk.
+    pub(super) fn domain_step(&self, index: usize) -> Option<&DomainStep> {
+        match self.operation.placed(index).step {
+            StepRef::Domain(step) => Some(&step.action),
+            StepRef::Disk(_) => None,
+        }
     }
 
-    /// The backend and the context for a disk's step.
-    fn work(&self, index: usize) -> Result<(Arc<AnyDiskSnapshotter>, Work<'_>)> {
-        let target = &self.operation.plan.steps[index].step.target;
-        let disk = self.record_of(target)?;
+    /// The step of a disk, its backend, and its context.
+    fn work(&self, index: usize) -> Result<(Arc<AnyDiskSnapshotter>, &Step, Work<'_>)> {
+        let StepRef::Disk(step) = self.operation.placed(index).step else {
+            return Err(Error::new(ErrorKind::Internal, "a step of the domain is given to a disk's backend"));
+        };
+        let disk = self.record_of(&step.target)?;
         let work = Work {
             disk,
             progress: Teller::new(self.engine.events.clone(), self.operation.id, index),
@@ -419,7 +442,7 @@ impl Running<'_> {
             live: self.engine.live,
             resumed: self.resumed,
         };
-        Ok((self.engine.registry.get(&disk.disk.format)?, work))
+        Ok((self.engine.registry.get(&disk.disk.format)?, step, work))
     }
 
     fn record_of(&self, target: &Target) -> Result<&DiskRecord> {
@@ -443,19 +466,27 @@ struct Within<'a, 'b> {
     back: bool,
 }
 
+impl Within<'_, '_> {
+    async fn undo(&self, only: Option<&Target>) -> Result<()> {
+        let mut steps = self.running.disks_of(self.steps.clone(), only).concat();
+        steps.sort_unstable();
+        self.running.undo_nested(steps).await
+    }
+}
+
 #[async_trait]
 impl Inside for Within<'_, '_> {
     async fn run(&self, only: Option<&Target>) -> Result<()> {
         match self.back {
-            true => self.running.undo_inside(self.steps.clone(), only).await,
-            false => self.running.apply_inside(self.steps.clone(), only).await,
+            true => self.undo(only).await,
+            false => self.running.apply_nested(self.steps.clone(), only).await,
         }
     }
 
     async fn back(&self, only: Option<&Target>) -> Result<()> {
         match self.back {
-            true => self.running.apply_inside(self.steps.clone(), only).await,
-            false => self.running.undo_inside(self.steps.clone(), only).await,
+            true => self.running.apply_nested(self.steps.clone(), only).await,
+            false => self.undo(only).await,
         }
     }
 }
@@ -496,6 +527,24 @@ async fn guarded<T>(mut step: Pin<Box<dyn Future<Output = Result<T>> + Send + '_
         }
     })
     .await
+}
+
+/// Waits for all of these at once; returns their results in their order.
+async fn side_by_side<T>(works: Vec<impl Future<Output = T> + Send>) -> Vec<T> {
+    let mut works: Vec<_> = works.into_iter().map(|work| (Box::pin(work), None)).collect();
+    std::future::poll_fn(|context| {
+        for (work, done) in works.iter_mut().filter(|(_, done)| done.is_none()) {
+            if let Poll::Ready(result) = work.as_mut().poll(context) {
+                *done = Some(result);
+            }
+        }
+        match works.iter().all(|(_, done)| done.is_some()) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
+    })
+    .await;
+    works.into_iter().filter_map(|(_, done)| done).collect()
 }
 
 fn words_of(payload: &(dyn Any + Send)) -> &str {

@@ -8,6 +8,7 @@ use tokio::time::sleep;
 use super::Running;
 use crate::catalogue::Change;
 use crate::operation::StepTransition;
+use crate::shape::subject;
 use crate::{
     DomainStep, Edit, Error, ErrorKind, Event, Group, PowerAfter, Result, StepState, StepStatus, Target,
     Transition,
@@ -54,12 +55,12 @@ impl Running<'_> {
         // 2) Disks may have been changed while they were detached, and the guest may have been started since.
         //    Then they are detached again before any of them changes, so that no image is replaced while a
         //    guest writes it.
-        let mut stuck: Vec<(Target, Error)> = Vec::new();
+        let mut stuck: Vec<(Option<Target>, Error)> = Vec::new();
         let mut changes = Vec::new();
         let window = match self.window_to_undo_in().await {
             Ok(window) => window,
             Err(error) => {
-                stuck.push((Target::of_domain(), error));
+                stuck.push((None, error));
                 Window::None
             }
         };
@@ -67,25 +68,23 @@ impl Running<'_> {
         //    goes before the second name of the file below it. A crash here leaves some steps undone and
         //    recorded as begun: to undo them again changes nothing.
         for index in (0..self.operation.steps.len()).rev() {
-            let planned = &self.operation.plan.steps[index];
-            let target = planned.step.target.clone();
+            let placed = self.operation.placed(index);
+            let (group, target) = (placed.group, placed.target().cloned());
             let begun = match self.operation.steps[index] {
-                StepState::Started | StepState::Done => planned.group != Group::Finish,
+                StepState::Started | StepState::Done => group != Group::Finish,
                 StepState::Pending | StepState::Postponed | StepState::Undone => false,
             };
             let left = match self.engine.live {
                 Some(_) => !stuck.is_empty(),
-                None => stuck.iter().any(|(known, _)| *known == target || known.is_domain()),
+                None => stuck.iter().any(|(known, _)| known.is_none() || *known == target),
             };
-            if !begun || left || self.is_inside(index) {
+            if !begun || left || self.is_nested(index) {
                 continue;
             }
-            let undone = match (&window, target.is_domain()) {
-                (Window::Restart(opened), true) if index == *opened => self.end_new_window().await,
-                (Window::Restart(_) | Window::NotNeeded, true) if self.is_window_step(index) => {
-                    Ok(Vec::new())
-                }
-                _ => self.undo_patiently(index).await,
+            let undone = match &window {
+                Window::Restart(opened) if index == *opened => self.end_new_window().await,
+                Window::Restart(_) | Window::NotNeeded if self.is_window_step(index) => Ok(Vec::new()),
+                Window::None | Window::NotNeeded | Window::Restart(_) => self.undo_patiently(index).await,
             };
             let undone =
                 undone.and_then(|edits| Ok((edits, self.steps(self.unit(index), StepTransition::Undo)?)));
@@ -98,8 +97,10 @@ impl Running<'_> {
             }
         }
         if !stuck.is_empty() {
-            let said: Vec<String> =
-                stuck.iter().map(|(target, error)| format!("{target}: {error}")).collect();
+            let said: Vec<String> = stuck
+                .iter()
+                .map(|(target, error)| format!("{}: {error}", subject(target.as_ref())))
+                .collect();
             let said = said.join("; ");
             changes.push(Change::Operation(self.operation.id, self.operation.state, Some(said.clone())));
             if let Err(error) = self.record(changes).await {
@@ -162,15 +163,14 @@ impl Running<'_> {
     fn stands_still(&self) -> bool {
         let is_open = |index: usize| {
             matches!(self.operation.steps[index], StepState::Started | StepState::Done)
-                && self.operation.plan.steps[index].step.target.is_domain()
-                && matches!(self.domain_step(index), Ok(DomainStep::Detach { .. }))
+                && matches!(self.domain_step(index), Some(DomainStep::Detach { .. }))
         };
         self.engine.live.is_some() && self.operation.of_group(Group::Cut).any(is_open)
     }
 
     fn is_window_step(&self, index: usize) -> bool {
         let step = self.domain_step(index);
-        matches!(step, Ok(DomainStep::Detach { .. } | DomainStep::Attach { .. }))
+        matches!(step, Some(DomainStep::Detach { .. } | DomainStep::Attach { .. }))
     }
 
     /// Prepares the detached section in which disks are undone that were changed in one. If the guest is
@@ -180,18 +180,14 @@ impl Running<'_> {
     async fn window_to_undo_in(&mut self) -> Result<Window> {
         let opened = self.operation.of_group(Group::Cut).find(|index| {
             self.operation.steps[*index] != StepState::Pending
-                && self.operation.plan.steps[*index].step.target.is_domain()
-                && matches!(self.domain_step(*index), Ok(DomainStep::Detach { .. }))
+                && matches!(self.domain_step(*index), Some(DomainStep::Detach { .. }))
         });
         let (Some(opened), Some(live), true) = (opened, self.engine.live, self.resumed) else {
             return Ok(Window::None);
         };
-        let worked_on: Vec<usize> = (opened + 1..self.operation.plan.steps.len())
+        let worked_on: Vec<usize> = (opened + 1..self.operation.plan.before_commit())
             .filter(|index| {
-                let planned = &self.operation.plan.steps[*index];
-                self.operation.steps[*index] != StepState::Pending
-                    && planned.group == Group::Cut
-                    && !planned.step.target.is_domain()
+                self.operation.steps[*index] != StepState::Pending && self.domain_step(*index).is_none()
             })
             .collect();
         if live.seen().running {

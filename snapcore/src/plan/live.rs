@@ -3,12 +3,14 @@
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::{Merged, Planner};
+use super::Planner;
+use super::merged::{Merged, of_domain};
 use crate::request::BUDGET;
+use crate::shape::{CutUnit, FinishStep, FinishUnit, HypervisorStep, PlanStep};
 use crate::{
-    Consistency, CreateRequest, DiskInstant, DomainInfo, DomainStep, Edit, Error, ErrorKind, Group,
-    HypervisorProfile, MAX_COMPRESSION, Machine, Medium, MemoryPlan, MemoryPoint, Obstacle, PlannedStep,
-    PowerAfter, Quiesce, Restart, RestartSource, Result, RevertRequest, Snapshot, Step, Target,
+    Consistency, CreateRequest, DiskInstant, DomainInfo, DomainStep, Edit, Error, ErrorKind,
+    HypervisorProfile, MAX_COMPRESSION, Machine, Medium, MemoryPlan, MemoryPoint, Obstacle, PowerAfter,
+    Quiesce, Restart, RestartSource, Result, RevertRequest, Snapshot, Target,
 };
 
 /// A running domain as the planner sees it.
@@ -58,18 +60,6 @@ impl RunningDomain<'_> {
 /// The file of a snapshot's memory image.
 pub(super) fn memory_file(directory: &Utf8Path, snapshot: &Snapshot) -> Utf8PathBuf {
     directory.join(format!("{}.memory", snapshot.id))
-}
-
-fn step(group: Group, step: &DomainStep, summary: impl Into<String>) -> Result<PlannedStep> {
-    let step = Step { target: Target::of_domain(), action: step, summary: summary.into(), bytes: 0 };
-    let step = step.try_map(|action| {
-        serde_json::to_value(action).map_err(|cause| {
-            Error::new(ErrorKind::Internal, "a step of the domain cannot be recorded")
-                .because(cause)
-                .state("no changes made")
-        })
-    })?;
-    Ok(PlannedStep::new(group, step))
 }
 
 impl Planner<'_> {
@@ -254,31 +244,25 @@ impl Planner<'_> {
             quiesce_limit_ms: millis(request.quiesce_limit),
             then: request.then,
         };
-        // A nested step belongs to the nearest step before it that is not nested. So a step that one disk
-        // does after the instant must not come between the instant and the steps that another disk does in
-        // it. The order of each disk's own steps stays.
-        merged.steps.sort_by_key(|planned| planned.group == Group::Cut && !planned.inside);
-        merged.first(step(Group::Cut, &instant, words)?);
+        let nested = std::mem::take(&mut merged.nested);
+        merged.cut.insert(0, CutUnit::Domain { step: of_domain(instant, words), nested });
         if memory {
             let tag = snapshot.name.as_str().to_owned();
             snapshot.memory =
                 Some(MemoryPoint { file: file.clone(), bytes: 0, full: None, running: alive.seen.running });
-            let of_domain = self.domain.control.as_ref().and_then(|control| control.compress);
-            let compress = request.compress.or(of_domain).unwrap_or(0);
+            let configured = self.domain.control.as_ref().and_then(|control| control.compress);
+            let compress = request.compress.or(configured).unwrap_or(0);
             let also = if compress > 0 { "compress it, " } else { "" };
             let words = format!("wait for the memory image {file}, {also}and make it durable");
-            merged.last(step(Group::Cut, &DomainStep::SaveMemory { file, tag, compress }, words)?);
+            merged.cut.push(cut(of_domain(DomainStep::SaveMemory { file, tag, compress }, words)));
         }
         if !external.is_empty() {
-            let rehome = DomainStep::ReopenByName { disks: external };
-            merged.first(step(
-                Group::Finish,
-                &rehome,
-                "update the hypervisor's block graph to the new file names",
-            )?);
+            let words = "update the hypervisor's block graph to the new file names";
+            let reopen = of_domain(DomainStep::ReopenByName { disks: external }, words);
+            merged.finish.insert(0, FinishUnit::Domain(reopen));
         }
         if request.then == Some(PowerAfter::Off) {
-            merged.last(go_on(None, false, Some(PowerAfter::Off))?);
+            merged.finish.push(go_on(None, false, Some(PowerAfter::Off)));
         }
         Ok(())
     }
@@ -317,13 +301,14 @@ impl Planner<'_> {
                      revert its disks alone with --off",
                 ));
             }
-            let check = DomainStep::CheckMemory { file: file.clone() };
-            merged.first(step(Group::Prepare, &check, format!("check the memory image {file}"))?);
+            let words = format!("check the memory image {file}");
+            let check = of_domain(DomainStep::CheckMemory { file: file.clone() }, words);
+            merged.prepare.insert(0, PlanStep::Domain(check));
         }
         let Some(alive) = self.alive else {
             return match (file, power) {
                 (Some(file), power) => {
-                    merged.last(go_on(Some(file), false, power)?);
+                    merged.finish.push(go_on(Some(file), false, power));
                     Ok(())
                 }
                 (None, Some(PowerAfter::Running | PowerAfter::Paused)) => Err(self
@@ -349,23 +334,23 @@ impl Planner<'_> {
         };
         let recreated = alive.profile.recreates;
         let restart = Restart { from, safety: request.safety, config: request.config.clone(), recreated };
-        let (mut open, mut attach) = (
-            detach(Group::Cut, &disks, alive, Some(restart.clone()))?,
-            attach(Group::Cut, &disks, Some(restart.clone()))?,
-        );
+        let (mut open, mut attach) =
+            (detach(&disks, alive, Some(restart.clone())), attach(&disks, Some(restart.clone())));
         let mut end = match off {
-            true => go_on(None, false, power)?,
-            false => go_on(file.clone(), file.is_none(), power)?,
+            true => continuation(None, false, power),
+            false => continuation(file.clone(), file.is_none(), power),
         };
         if restart.recreated {
-            (open.step.summary, attach.step.summary, end.step.summary) = recreated_words(&restart, power);
+            (open.summary, attach.summary, end.summary) = recreated_words(&restart, power);
         }
-        merged.first(open);
-        merged.last(attach);
+        // The disks change in the detached section, between its two ends.
+        merged.cut.insert(0, cut(open));
+        merged.cut.push(cut(attach));
+        let end = FinishUnit::Domain(end);
         if off {
-            merged.last(end);
+            merged.finish.push(end);
         } else {
-            merged.first(end);
+            merged.finish.insert(0, end);
             // The media come before the memory: the drives' state is restored from memory, and says that this
             // medium is inserted.
             if file.is_some() && !alive.media.is_empty() {
@@ -377,8 +362,8 @@ impl Planner<'_> {
                         None => format!("take the medium out of drive {}", medium.drive),
                     })
                     .collect();
-                let media = DomainStep::Media { media: alive.media.clone() };
-                merged.first(step(Group::Finish, &media, words.join("; "))?);
+                let media = of_domain(DomainStep::Media { media: alive.media.clone() }, words.join("; "));
+                merged.finish.insert(0, FinishUnit::Domain(media));
             }
         }
         Ok(())
@@ -390,28 +375,39 @@ impl Planner<'_> {
     /// # Errors
     /// [`ErrorKind::Unsupported`] where the section is needed and the hypervisor cannot detach its disks.
     pub(super) fn delete_alive(&self, doomed: &[&Snapshot], merged: &mut Merged) -> Result<()> {
-        if let Some(alive) = self.alive {
-            let (in_window, others): (Vec<_>, Vec<_>) =
-                std::mem::take(&mut merged.steps).into_iter().partition(|planned| planned.window);
-            if !in_window.is_empty() {
-                let instead = "or shut the domain down and delete then";
-                require(&alive.cannot_detach, DETACHED, instead)?;
-                let mut disks: Vec<Target> =
-                    in_window.iter().map(|planned| planned.step.target.clone()).collect();
-                disks.dedup();
-                merged.steps.push(detach(Group::Finish, &disks, alive, None)?);
-                merged.steps.extend(in_window);
-                merged.steps.push(attach(Group::Finish, &disks, None)?);
-                merged.steps.push(go_on(None, false, Some(as_now(alive)))?);
+        let section = std::mem::take(&mut merged.detached);
+        let section = match self.alive {
+            Some(alive) if !section.is_empty() => {
+                require(&alive.cannot_detach, DETACHED, "or shut the domain down and delete then")?;
+                detached_section(section, alive)
             }
-            merged.steps.extend(others);
-        }
+            Some(_) | None => section,
+        };
+        merged.finish.splice(0..0, section);
         for memory in doomed.iter().filter_map(|snapshot| snapshot.memory.as_ref()) {
             let words = format!("remove the memory image {}", memory.file);
-            merged.last(step(Group::Finish, &DomainStep::RemoveMemory { file: memory.file.clone() }, words)?);
+            let remove = of_domain(DomainStep::RemoveMemory { file: memory.file.clone() }, words);
+            merged.finish.push(FinishUnit::Domain(remove));
         }
         Ok(())
     }
+}
+
+/// Puts the two ends of a detached section around steps of a delete, and resumes the guest after it.
+fn detached_section(steps: Vec<FinishUnit>, alive: &RunningDomain<'_>) -> Vec<FinishUnit> {
+    let mut disks: Vec<Target> = Vec::new();
+    for unit in &steps {
+        if let FinishUnit::Disk(FinishStep { step, .. }) = unit
+            && !disks.contains(&step.target)
+        {
+            disks.push(step.target.clone());
+        }
+    }
+    let mut section = vec![FinishUnit::Domain(detach(&disks, alive, None))];
+    section.extend(steps);
+    section.push(FinishUnit::Domain(attach(&disks, None)));
+    section.push(go_on(None, false, Some(as_now(alive))));
+    section
 }
 
 const DETACHED: &str = "the disks of the running domain cannot be detached";
@@ -455,22 +451,24 @@ fn recreated_words(restart: &Restart, power: Option<PowerAfter>) -> (String, Str
     (open.to_owned(), attach, end.to_owned())
 }
 
-fn detach(
-    group: Group,
-    disks: &[Target],
-    alive: &RunningDomain<'_>,
-    restart: Option<Restart>,
-) -> Result<PlannedStep> {
+fn cut(step: HypervisorStep) -> CutUnit {
+    CutUnit::Domain { step, nested: Vec::new() }
+}
+
+fn detach(disks: &[Target], alive: &RunningDomain<'_>, restart: Option<Restart>) -> HypervisorStep {
     let opening = DomainStep::Detach { disks: disks.to_vec(), running: alive.seen.running, restart };
-    step(group, &opening, format!("pause the guest and detach {}", names(disks)))
+    of_domain(opening, format!("pause the guest and detach {}", names(disks)))
 }
 
-fn attach(group: Group, disks: &[Target], restart: Option<Restart>) -> Result<PlannedStep> {
-    let attach = DomainStep::Attach { disks: disks.to_vec(), restart };
-    step(group, &attach, format!("reattach {}", names(disks)))
+fn attach(disks: &[Target], restart: Option<Restart>) -> HypervisorStep {
+    of_domain(DomainStep::Attach { disks: disks.to_vec(), restart }, format!("reattach {}", names(disks)))
 }
 
-fn go_on(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) -> Result<PlannedStep> {
+fn go_on(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) -> FinishUnit {
+    FinishUnit::Domain(continuation(memory, reset, power))
+}
+
+fn continuation(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) -> HypervisorStep {
     let words = match (&memory, reset, power) {
         (_, _, Some(PowerAfter::Off)) => "end the domain's process".to_owned(),
         (Some(file), _, Some(PowerAfter::Paused)) => {
@@ -481,7 +479,7 @@ fn go_on(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) ->
         (None, true, _) => "reset the guest".to_owned(),
         (None, false, _) => "resume the guest".to_owned(),
     };
-    step(Group::Finish, &DomainStep::Continue { memory, reset, power }, words)
+    of_domain(DomainStep::Continue { memory, reset, power }, words)
 }
 
 fn names(disks: &[Target]) -> String {

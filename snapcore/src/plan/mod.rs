@@ -2,6 +2,7 @@
 
 mod capabilities;
 mod live;
+mod merged;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use crate::{
     PowerAfter, Request, Result, RevertRequest, SeenDisk, SkippedDisk, Snapshot, SnapshotId, SnapshotName,
     SnapshotTree, Target,
 };
+
+use merged::Merged;
 
 pub use live::RunningDomain;
 
@@ -147,7 +150,7 @@ impl Planner<'_> {
             }
             points.push(self.member(disk, &plan)?);
             instants.extend(plan.instant.clone().map(|instant| (disk.target().clone(), instant)));
-            merged.add(plan);
+            merged.add(plan)?;
         }
         if points.is_empty() {
             return Err(Error::new(ErrorKind::Refused, "every disk is left out: there is nothing to take")
@@ -166,7 +169,7 @@ impl Planner<'_> {
         let id = snapshot.id;
         merged.commit.push(Edit::AddSnapshot { snapshot: Box::new(snapshot) });
         merged.commit.push(Edit::SetCurrent { id: Some(id) });
-        Ok(merged.plan("create", vec![request.name.clone()]))
+        merged.plan("create", vec![request.name.clone()])
     }
 
     async fn revert(&self, request: &RevertRequest) -> Result<Plan> {
@@ -219,7 +222,7 @@ impl Planner<'_> {
             if request.save_current.is_some() {
                 saved.push(self.member(disk, &plan)?);
             }
-            merged.add(plan);
+            merged.add(plan)?;
         }
         saved.sort_by_key(|member| self.disks.iter().position(|disk| *disk.target() == member.target));
         let mut names = vec![wanted.name.clone()];
@@ -238,7 +241,7 @@ impl Planner<'_> {
         merged.commit.push(Edit::SetCurrent { id: Some(wanted.id) });
         merged.notes.extend(self.replaced(&BTreeSet::new()));
         self.revert_alive(wanted, request, &mut merged)?;
-        Ok(merged.plan("revert", names))
+        merged.plan("revert", names)
     }
 
     /// Refuses to leave out a disk that does not exist. Refuses also a disk that the restored memory would
@@ -444,7 +447,7 @@ impl Planner<'_> {
                 refused if !plan.steps.is_empty() => refused?,
                 _ => {}
             }
-            merged.add(plan);
+            merged.add(plan)?;
         }
         if !doomed.is_empty() {
             merged.notes.extend(self.replaced(doomed));
@@ -461,7 +464,7 @@ impl Planner<'_> {
         if survivor != self.domain.current {
             merged.commit.push(Edit::SetCurrent { id: survivor });
         }
-        Ok(merged.plan(operation, names))
+        merged.plan(operation, names)
     }
 
     fn surviving_ancestor(
@@ -557,40 +560,4 @@ fn require_single_tag(disk: &DiskInput, Point { layer, tag }: &Point) -> Result<
     )
     .state("no changes made")
     .advise(format!("delete all but one by their IDs with the tool that made them, then run `{adopt}`")))
-}
-
-#[derive(Default)]
-struct Merged {
-    steps: Vec<crate::PlannedStep>,
-    commit: Vec<Edit>,
-    notes: Vec<String>,
-}
-
-impl Merged {
-    fn add(&mut self, disk: DiskPlan) {
-        self.steps.extend(disk.steps);
-        self.commit.extend(disk.commit);
-        self.notes.extend(disk.notes);
-    }
-
-    /// Adds a step that is the first of its group.
-    fn first(&mut self, step: crate::PlannedStep) {
-        self.steps.insert(0, step);
-    }
-
-    /// Adds a step that is the last of its group.
-    fn last(&mut self, step: crate::PlannedStep) {
-        self.steps.push(step);
-    }
-
-    fn plan(mut self, operation: &str, snapshots: Vec<SnapshotName>) -> Plan {
-        self.steps.sort_by_key(|planned| planned.group);
-        Plan {
-            operation: operation.to_owned(),
-            snapshots,
-            steps: self.steps,
-            commit: self.commit,
-            notes: self.notes,
-        }
-    }
 }

@@ -272,18 +272,14 @@ pub(super) struct Chosen {
 pub(super) fn choose_disks(seen: &DomainInfo) -> Result<Chosen> {
     let mut chosen = Chosen { disks: Vec::new(), left_out: Vec::new() };
     for disk in &seen.disks {
-        let why = match (&disk.left_out, disk.target.is_domain()) {
-            (Some(why), _) => why.as_str(),
-            (None, true) => "it is called as the domain itself is; give its device another id",
-            (None, false) => {
-                require_image(&disk.target, &disk.path)?;
-                chosen.disks.push(Disk {
-                    target: disk.target.clone(),
-                    path: disk.path.clone(),
-                    format: disk.format.clone(),
-                });
-                continue;
-            }
+        let Some(why) = &disk.left_out else {
+            require_image(&disk.target, &disk.path)?;
+            chosen.disks.push(Disk {
+                target: disk.target.clone(),
+                path: disk.path.clone(),
+                format: disk.format.clone(),
+            });
+            continue;
         };
         chosen.left_out.push(format!("{} ({}) is left out: {why}", disk.target, disk.path));
     }
@@ -465,13 +461,12 @@ mod tests {
         let drives = vec![
             drive("vda", &path, None),
             drive("vdb", &other, None),
-            drive("domain", &path, None),
             drive("sr0", Utf8Path::new("/cd.iso"), Some("its medium can be taken out")),
         ];
         let left_out = spec.disks_of(&seen(drives)).unwrap();
         let taken: Vec<_> = spec.disks.iter().map(|disk| (disk.target.as_str(), disk.path.clone())).collect();
         assert_eq!(taken, [("vda", path), ("vdb", other)]);
-        assert!(left_out[0].starts_with("domain (") && left_out[1].ends_with("its medium can be taken out"));
+        assert!(left_out[0].ends_with("its medium can be taken out"));
         assert_eq!(spec.control.unwrap().agent.unwrap(), "/run/agent");
     }
 

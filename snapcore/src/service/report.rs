@@ -4,6 +4,7 @@ use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::shape::subject;
 use crate::{
     DeleteCost, DiskRecord, DiskState, Domain, DomainName, GuestChange, Layer, LayerName, OperationId,
     OperationState, Point, PointKind, Snapshot, SnapshotName, SnapshotTree, StartedDomain, Target,
@@ -47,11 +48,12 @@ pub struct Outcome {
     pub started: Option<StartedDomain>,
 }
 
-/// Deferred merging of one disk.
+/// Deferred steps of one disk, or of the domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Postponed {
-    /// The disk.
-    pub target: Target,
+    /// The disk; absent: the domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<Target>,
     /// The first deferred step, for people.
     pub step: String,
     /// The number of deferred steps.
@@ -60,6 +62,13 @@ pub struct Postponed {
     pub bytes: u64,
     /// The reason.
     pub reason: String,
+}
+
+impl Postponed {
+    /// The disk, or `domain`, for people.
+    pub fn subject(&self) -> &str {
+        subject(self.target.as_ref())
+    }
 }
 
 /// The end of an unfinished operation.

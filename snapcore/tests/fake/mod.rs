@@ -19,7 +19,7 @@ use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, L
 use snapcore::manifest::{ManifestDirectory, ManifestStore};
 use snapcore::*;
 pub use table::Rows;
-use tokio::sync::Notify;
+use tokio::sync::{Barrier, Notify};
 use tokio_util::sync::CancellationToken;
 
 /// The content of one disk.
@@ -132,6 +132,8 @@ pub struct FakeBackend {
     /// The table for a backend whose disks are rows at `table:NAME`, and no files; its manifests are rows
     /// too.
     pub rows: Option<Rows>,
+    /// If set, each step that names a copy waits here for those of other disks.
+    pub meeting: Option<Arc<Barrier>>,
 }
 
 impl FakeBackend {
@@ -352,9 +354,14 @@ impl DiskSnapshotter for FakeBackend {
             Action::Stash { key } => self.change(path, |disk| {
                 disk.aside.insert(key, disk.data);
             })?,
-            Action::Tag { name } => self.change(path, |disk| {
-                disk.tags.insert(name, disk.data);
-            })?,
+            Action::Tag { name } => {
+                if let Some(meeting) = &self.meeting {
+                    meeting.wait().await;
+                }
+                self.change(path, |disk| {
+                    disk.tags.insert(name, disk.data);
+                })?;
+            }
             Action::Restore { name, .. } => self.change(path, |disk| disk.data = disk.tags[&name])?,
             Action::Unstash { key } => self.change(path, |disk| {
                 disk.aside.remove(&key);

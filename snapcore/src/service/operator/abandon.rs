@@ -6,7 +6,7 @@ use super::Operator;
 use crate::catalogue::Change;
 use crate::service::locator::Located;
 use crate::service::{DomainRef, RecoveryEnd, RecoveryReport};
-use crate::{DomainStep, Error, ErrorKind, Group, Operation, OperationState, Result, StepState};
+use crate::{DomainStep, Error, ErrorKind, Group, Operation, OperationState, Result, StepRef, StepState};
 
 impl Operator {
     /// Closes the operations of a domain that have not ended.
@@ -58,32 +58,31 @@ impl Operator {
 
 /// Returns true if the operation has detached the disks from the running guest and not attached them again.
 fn has_detached(operation: &Operation) -> bool {
-    let is_step = |index: usize, wanted: fn(&DomainStep) -> bool| {
-        let step = &operation.plan.steps[index].step;
-        step.target.is_domain() && serde_json::from_value(step.action.clone()).is_ok_and(|step| wanted(&step))
-    };
-    let mut window = false;
-    for (index, state) in operation.steps.iter().enumerate() {
-        if is_step(index, |step| matches!(step, DomainStep::Detach { .. })) {
-            window = matches!(state, StepState::Started | StepState::Done);
-        } else if is_step(index, |step| matches!(step, DomainStep::Continue { .. })) {
-            window &= *state != StepState::Done;
+    let mut detached = false;
+    for (state, placed) in operation.steps.iter().zip(operation.plan.steps()) {
+        let StepRef::Domain(step) = placed.step else { continue };
+        match step.action {
+            DomainStep::Detach { .. } => {
+                detached = matches!(state, StepState::Started | StepState::Done);
+            }
+            DomainStep::Continue { .. } => detached &= *state != StepState::Done,
+            _ => {}
         }
     }
-    window
+    detached
 }
 
 /// Messages: the remains of an abandoned operation.
 fn left_of(operation: &Operation, happened: bool) -> Vec<String> {
-    let steps = operation.steps.iter().zip(&operation.plan.steps);
-    let left = steps.filter(|(state, planned)| match happened {
-        true => planned.group == Group::Finish && **state != StepState::Done,
+    let steps = operation.steps.iter().zip(operation.plan.steps());
+    let left = steps.filter(|(state, placed)| match happened {
+        true => placed.group == Group::Finish && **state != StepState::Done,
         false => matches!(state, StepState::Started | StepState::Done),
     });
     let mut notes: Vec<String> = left
-        .map(|(_, planned)| {
+        .map(|(_, placed)| {
             let what = if happened { "not done" } else { "not undone" };
-            format!("{}: {what}: {}", planned.step.target, planned.step.summary)
+            format!("{}: {what}: {}", placed.subject(), placed.summary())
         })
         .collect();
     notes.extend(operation.errors.last().map(|error| format!("it had stopped because of: {error}")));

@@ -26,7 +26,7 @@ impl Operator {
         }
         let _held = self.hold_disks(&locked.located.entry.domain, live).await?;
         let (plan, watched) = self.prepare(locked, live, request).await?;
-        let has_work = !plan.steps.is_empty() || !plan.commit.is_empty();
+        let has_work = plan.has_steps() || !plan.commit.is_empty();
         // Order of durability: a domain that is imported from manifests enters the catalogue, and the
         // manifests become this catalogue's, before the operation begins. A domain without manifests enters
         // with the operation. So manifests of snapshots that an operation deletes are known to be this
@@ -75,7 +75,7 @@ impl Operator {
         let mut plan = self.planning.plan_for(entry, live, request).await?;
         self.planning.preflight(&entry.domain, &locked.manifests, live, &plan, false).await?;
         let watched = self.watcher.watched(&entry.domain, live, Some(&plan)).await?;
-        if !plan.steps.is_empty() {
+        if plan.has_steps() {
             plan.notes.extend(watched.refuse_users().await?);
         }
         if let Some(live) = live {

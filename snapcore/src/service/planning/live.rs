@@ -106,11 +106,9 @@ pub(in crate::service) async fn chains_of(registry: &Registry, domain: &Domain) 
 
 /// The directory of the memory image that a plan makes.
 pub(in crate::service) fn memory_directory_of(plan: &Plan) -> Option<Utf8PathBuf> {
-    let memory = plan.steps.iter().filter(|planned| planned.step.target.is_domain()).find_map(|planned| {
-        match serde_json::from_value(planned.step.action.clone()) {
-            Ok(DomainStep::Instant { memory: Some(MemoryPlan { file, .. }), .. }) => Some(file),
-            _ => None,
-        }
+    let memory = plan.domain_steps().find_map(|step| match step {
+        DomainStep::Instant { memory: Some(MemoryPlan { file, .. }), .. } => Some(file),
+        _ => None,
     });
-    memory.as_ref().and_then(|file| file.parent()).map(Utf8Path::to_owned)
+    memory.and_then(|file| file.parent()).map(Utf8Path::to_owned)
 }

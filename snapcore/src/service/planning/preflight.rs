@@ -72,8 +72,8 @@ impl Planning {
             }
             let backend = self.registry.get(&record.disk.format)?;
             let mut uses = FileUses::default();
-            for planned in plan.steps.iter().filter(|planned| planned.step.target == record.disk.target) {
-                uses.extend(backend.uses(record, &planned.step));
+            for step in plan.steps_of(&record.disk.target) {
+                uses.extend(backend.uses(record, step));
             }
             names_fit(record, &uses)?;
             for file in &uses.writes {
@@ -177,7 +177,7 @@ impl Works {
                 Trial::of(directory, records, false).sweep();
             }
         }
-        if plan.steps.is_empty() && plan.commit.is_empty() {
+        if !plan.has_steps() && plan.commit.is_empty() {
             return Ok(());
         }
         // An operation that frees space needs none.

@@ -306,10 +306,8 @@ impl Watcher {
             let backend = self.registry.get(&disk.format).ok();
             let disk = WatchedDisk { record, backend: backend.as_deref(), open, known };
             disk.add_layers(&mut watched, live.is_some() && detached.contains(&record.disk.target));
-            for planned in plan.iter().flat_map(|plan| &plan.steps) {
-                if planned.step.target == record.disk.target {
-                    disk.add_step(&mut watched, &planned.step);
-                }
+            for step in plan.iter().flat_map(|plan| plan.steps_of(&record.disk.target)) {
+                disk.add_step(&mut watched, step);
             }
         }
         Ok(watched)
@@ -373,11 +371,9 @@ impl Watcher {
 
 /// The disks that a plan detaches from a running domain for a while.
 fn detached_by(plan: &Plan) -> Vec<Target> {
-    let steps = plan.steps.iter().filter(|planned| planned.step.target.is_domain());
-    let steps = steps.filter_map(|planned| serde_json::from_value(planned.step.action.clone()).ok());
-    steps
+    plan.domain_steps()
         .filter_map(|step| match step {
-            DomainStep::Detach { disks, .. } => Some(disks),
+            DomainStep::Detach { disks, .. } => Some(disks.clone()),
             _ => None,
         })
         .flatten()

@@ -1,0 +1,157 @@
+//! Tests of steps that are nested in a step of the domain: those of several disks run side by side, and a
+//! failure of one takes all back.
+
+mod fake;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use camino::Utf8PathBuf;
+use catalogue_sqlite::SqliteCatalogue;
+use fake::{Action, FakeBackend, FakeDisk, Fault, How, When};
+use snapcore::catalogue::{Catalogue, Change, Entry, Revision};
+use snapcore::engine::{Engine, Run};
+use snapcore::manifest::{ManifestDirectory, ManifestStore};
+use snapcore::*;
+use tokio::sync::Barrier;
+use tokio_util::sync::CancellationToken;
+
+/// A running domain whose cut does nothing but to run what is nested in it.
+struct FakeLive(DomainInfo);
+
+#[async_trait]
+impl LiveDomain for FakeLive {
+    fn seen(&self) -> &DomainInfo {
+        &self.0
+    }
+
+    fn disk(&self, _: &Target) -> Option<&dyn AttachedDisk> {
+        None
+    }
+
+    fn differences(&self, _: &serde_json::Value) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    async fn resume(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn limit(&self, _: u64) {}
+
+    async fn apply(&self, _: &DomainStep, context: DomainContext<'_>) -> Result<StepOutcome> {
+        context.inside.run(None).await.map(|()| StepOutcome::default())
+    }
+
+    async fn undo(&self, _: &DomainStep, context: DomainContext<'_>) -> Result<()> {
+        context.inside.run(None).await
+    }
+
+    async fn clean_up(&self, _: &[OpenChain]) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+}
+
+const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
+
+/// Carries out a plan whose cut has a step of each disk nested in it.
+async fn run(backend: &FakeBackend) -> (Result<Run>, Entry) {
+    let directory = tempfile::tempdir().unwrap();
+    let root = Utf8PathBuf::from_path_buf(directory.path().to_path_buf()).unwrap();
+    let mut records = Vec::new();
+    for target in DISKS {
+        let path = root.join(format!("{target}.fake"));
+        backend.disks().insert(path.clone(), FakeDisk { data: 1, ..FakeDisk::default() });
+        let disk = Disk { target: Target::new(target).unwrap(), path, format: "fake".into() };
+        records.push(backend.adopt(&disk, ActivePath::Keep).await.unwrap());
+    }
+    let domain = Domain {
+        name: DomainName::new("web").unwrap(),
+        unregistered: false,
+        hypervisor: Hypervisor::NONE,
+        control: None,
+        active_path: ActivePath::Keep,
+        disks: records,
+        current: None,
+        machines: Vec::new(),
+    };
+    let catalogue = SqliteCatalogue::new(&root.join("state"));
+    let put = vec![Change::PutDomain(Box::new(domain.clone()), Vec::new())];
+    catalogue.commit(&domain.name, Revision::ABSENT, put).await.unwrap();
+    let nested = DISKS.map(|target| Step {
+        target: Target::new(target).unwrap(),
+        action: serde_json::to_value(Action::Tag { name: "s1".to_owned() }).unwrap(),
+        summary: format!("tag {target}"),
+        bytes: 0,
+    });
+    let cut = DomainStep::Instant {
+        disks: Vec::new(),
+        running: true,
+        memory: None,
+        quiesce: Quiesce::No,
+        quiesce_limit_ms: 0,
+        then: None,
+    };
+    let plan = Plan {
+        cut: vec![CutUnit::Domain {
+            step: HypervisorStep { action: cut, summary: "cut".to_owned() },
+            nested: nested.to_vec(),
+        }],
+        ..Plan::new("create", vec![SnapshotName::new("s1").unwrap()])
+    };
+    let seen = DomainInfo {
+        name: None,
+        running: true,
+        machine: serde_json::json!({}),
+        summary: String::new(),
+        memory_blockers: Vec::new(),
+        disks: Vec::new(),
+        agent: None,
+        config: None,
+    };
+    let mut registry = Registry::new();
+    registry.register(Arc::new(backend.clone())).unwrap();
+    let manifests: Arc<dyn ManifestStore> = Arc::new(ManifestDirectory::new(root.join("vda.fake.domsnap")));
+    let live = FakeLive(seen);
+    let engine = Engine {
+        catalogue: &catalogue,
+        registry: &registry,
+        events: &Events::default(),
+        manifests: &manifests,
+        live: Some(&live),
+        watched: None,
+    };
+    let mut entry = catalogue.load(&domain.name).await.unwrap().unwrap();
+    let cancel = CancellationToken::new();
+    let ran = engine.run(&mut entry, plan, Vec::new(), &cancel);
+    let ran = tokio::time::timeout(Duration::from_secs(20), ran).await.expect("no disk waits for another");
+    assert!(catalogue.unfinished(&domain.name).await.unwrap().is_empty());
+    (ran, entry)
+}
+
+/// Nested steps of several disks run at once: each waits here until all have begun.
+#[tokio::test]
+async fn nested_steps_of_disks_run_side_by_side() {
+    let mut backend = FakeBackend::default();
+    backend.meeting = Some(Arc::new(Barrier::new(DISKS.len())));
+    let (ran, _) = run(&backend).await;
+    assert!(ran.unwrap().happened);
+    assert!(backend.world().values().all(|disk| disk.tags.contains_key("s1")));
+}
+
+/// If the step of one disk fails, those of the others end first and are taken back with it.
+#[tokio::test]
+async fn failed_nested_step_takes_all_back() {
+    for number in 1..=DISKS.len() {
+        for when in [When::Before, When::After] {
+            let backend = FakeBackend::default();
+            backend.applies.set(vec![Fault { number, when, how: How::Fail(ErrorKind::Io) }]);
+            let (ran, entry) = run(&backend).await;
+            let error = ran.expect_err("one disk failed");
+            assert_eq!(error.kind(), ErrorKind::Io, "{error}");
+            assert!(backend.world().values().all(|disk| disk.tags.is_empty()), "fault {number}, {when:?}");
+            assert_eq!(entry.tree.iter().count(), 0);
+        }
+    }
+}
