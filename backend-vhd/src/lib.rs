@@ -10,6 +10,8 @@ pub mod image;
 mod layers;
 mod refusal;
 mod salvage;
+mod served;
 mod steps;
 
 pub use backend::{VhdFiles, register};
+pub use served::{ServedChain, ServedOptions};

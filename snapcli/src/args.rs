@@ -480,7 +480,7 @@ pub enum Disk {
 
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// The image: PATH, or PATH,format=FORMAT with raw or qcow2
+    /// The image: PATH, or PATH,format=FORMAT with raw, qcow2 or vhd
     #[arg(value_hint = ValueHint::FilePath)]
     pub image: GivenImage,
     /// The unix socket to create; the control socket gets this name with `.control` added

@@ -8,6 +8,7 @@
 //! * `units`, `layout`: the basic types. Errors and the image file are those of [`image_files::engine`].
 //! * `footer`, `header`, `locator`, `bat`, `bitmap`, `batmap`: one on-disk structure each.
 //! * `open`: [`Vhd`], which holds them together; `space`: holes of fixed images.
+//! * `unflushed`: what a server notes of writes that are not durable.
 //! * `writer`, `create`, `check`: what changes and checks one image.
 //! * `rehead`, `resize`, `repair`: changes of an image's parent and size, and of what a crash has left.
 //! * `chain`: [`Chain`], several images as one disk; `parent` finds them; `merge` and `materialise` move
@@ -52,6 +53,7 @@ mod space;
 #[cfg(test)]
 #[path = "../../tests/support/mod.rs"]
 mod support;
+mod unflushed;
 mod units;
 mod writer;
 
@@ -70,4 +72,5 @@ pub use merge::{Moving, merge, visible_bytes};
 pub use open::{OpenOptions, Vhd};
 pub use parent::{ChainOptions, DEFAULT_DEPTH, FoundBy, Parent, find_parent};
 pub use space::Extent;
+pub use unflushed::Unflushed;
 pub use units::{BlockSize, MAX_SIZE, SECTOR, TimeStamp, UniqueId};

@@ -75,6 +75,9 @@ impl Vhd {
     /// [`ErrorKind::NoSpace`], and as [`Vhd::require_writable`]; the system's.
     pub(super) fn allocate(&mut self, blocks: &[u64]) -> Result<()> {
         self.require_writable()?;
+        if self.header.is_none() {
+            return Ok(()); // A fixed image has all of its space.
+        }
         let mut new = Vec::new();
         for block in blocks {
             if self.data_of(*block)?.is_none() {

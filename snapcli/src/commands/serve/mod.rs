@@ -6,11 +6,12 @@
 
 mod point;
 mod raw;
+mod vhd;
 
 use std::sync::Arc;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use nbd_server::{Activation, Place, Running, Served, Server, control_path, report_ready};
+use nbd_server::{Activation, Format, Place, Running, Served, Server, control_path, report_ready};
 use snapcore::service::{image_path, require_files};
 use snapcore::{Error, ErrorKind, Result};
 use tokio::runtime::Builder;
@@ -35,7 +36,7 @@ pub fn run(session: &Session, serve: Serve) -> Result<Answer, Failure> {
     let image = image_path(&serve.image.path)?;
     require_files(std::slice::from_ref(&image))?;
     let format = serve.image.format.as_deref().unwrap_or(DEFAULT_FORMAT);
-    let served = open(session, &image, format, &serve)?;
+    let (served, formats) = open(session, &image, format, &serve)?;
     let document = DiskServeDoc {
         image,
         format: served.format.clone(),
@@ -52,8 +53,6 @@ pub fn run(session: &Session, serve: Serve) -> Result<Answer, Failure> {
     };
     let disk = place(passed.disk, &socket)?;
     let control = place(passed.control, &document.control)?;
-    let formats =
-        Box::new(raw::Swapped { read_only: served.image.is_read_only(), format: served.format.clone() });
     until_the_end(|| {
         let running = Server::new(served, formats).start(disk, control).map_err(of_server)?;
         answer::print(&session.changed(document, reported).text);
@@ -72,31 +71,43 @@ fn reported(document: &DiskServeDoc) -> String {
     format!("serving {image}{at} ({format}, {size}{how}) at {socket}\ncontrol socket: {control}\n")
 }
 
+/// What is served, and what opens other images for the control socket.
+type Opened = (Served, Box<dyn Format>);
+
 /// Opens what is to be served.
-fn open(session: &Session, image: &Utf8Path, format: &str, serve: &Serve) -> Result<Served, Failure> {
-    if !matches!(format, "raw" | "qcow2") {
+fn open(session: &Session, image: &Utf8Path, format: &str, serve: &Serve) -> Result<Opened, Failure> {
+    let fixed = |served: Served| -> Opened {
+        let format = served.format.clone();
+        (served, Box::new(raw::Swapped { read_only: true, format }))
+    };
+    if !matches!(format, "raw" | "qcow2" | "vhd") {
         return Err(Error::new(ErrorKind::Unsupported, format!("{image} is given as format {format}"))
-            .advise("formats that can be served: raw and qcow2")
+            .advise("formats that can be served: raw, qcow2 and vhd")
             .into());
     }
     if let Some(name) = &serve.at {
-        return point::at(session, image, format, name);
+        return Ok(fixed(point::at(session, image, format, name)?));
     }
-    match (format, serve.read_only) {
-        ("qcow2", true) => point::current(session, image, format),
-        ("qcow2", false) => Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("{image} is a qcow2 image, and those are served read-only"),
-        )
-        .advise("add --read-only or --at SNAPSHOT; QEMU and qemu-nbd write qcow2 images themselves")
-        .into()),
-        (_, read_only) => {
-            if !read_only {
-                require_writable(session, image)?;
-            }
-            Ok(raw::open(image, read_only)?)
-        }
+    if format == "qcow2" {
+        return match serve.read_only {
+            true => Ok(fixed(point::current(session, image, format)?)),
+            false => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{image} is a qcow2 image, and those are served read-only"),
+            )
+            .advise("add --read-only or --at SNAPSHOT; QEMU and qemu-nbd write qcow2 images themselves")
+            .into()),
+        };
     }
+    if !serve.read_only {
+        require_writable(session, image)?;
+    }
+    if format == "vhd" {
+        let formats = vhd::VhdFormat::new(&session.global, serve.read_only)?;
+        return Ok((formats.open_chain(image)?, Box::new(formats)));
+    }
+    let swapped = raw::Swapped { read_only: serve.read_only, format: format.to_owned() };
+    Ok((raw::open(image, serve.read_only)?, Box::new(swapped)))
 }
 
 /// Refuses to write an image that a running domain has open, that is a frozen layer, or that backs others.

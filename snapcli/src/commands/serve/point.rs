@@ -10,6 +10,7 @@ use image_files::{LockMode, lock};
 use nbd_server::{Content, Extent, Image, Layer, Served, Zeroing};
 use snapcore::{ActivePath, Disk, DiskRecord, Error, ErrorKind, InspectDepth, Point, Result, Target};
 
+use super::vhd::VhdFormat;
 use super::{layer, raw, served};
 use crate::failure::Failure;
 use crate::session::Session;
@@ -38,7 +39,14 @@ pub fn at(session: &Session, image: &Utf8Path, format: &str, name: &str) -> Resu
             (record, point)
         }
     };
-    let mut served = open(chain(session, &record, &point)?, point.tag.as_deref(), image)?;
+    let chain = chain(session, &record, &point)?;
+    let mut served = match chain.first() {
+        Some((file, format)) if format == "vhd" => {
+            let opened = VhdFormat::new(&session.global, true)?.open_chain(file)?;
+            Served { path: image.to_owned(), ..opened }
+        }
+        _ => open(chain, point.tag.as_deref(), image)?,
+    };
     served.snapshot = Some(name.to_owned());
     Ok(served)
 }

@@ -1,0 +1,194 @@
+//! VHD images and chains of them, read and written.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use backend_vhd::image::{self, NewImage, ParentName, TimeStamp, UniqueId, Vhd, write_into};
+use backend_vhd::{ServedChain, ServedOptions};
+use camino::Utf8Path;
+use image_files::names::{create_unfinished, open_image, publish, unfinished_name};
+use nbd_server::{Content, ErrorKind as Kind, Extent, Format, Image, Served, Zeroing};
+use snapcore::{Error, ErrorKind, Result};
+
+use super::{layer, of_backend, served};
+use crate::args::Global;
+use crate::backends::absolute;
+
+/// Opens VHD chains, for the command and for its control socket.
+pub struct VhdFormat {
+    options: ServedOptions,
+    /// The chain that is served. Its locks are shared with the next one.
+    current: Mutex<Option<Arc<ServedChain>>>,
+}
+
+impl VhdFormat {
+    /// The format with the user's limits.
+    pub fn new(global: &Global, read_only: bool) -> Result<Self> {
+        let allowed = global.allow_backing.iter().map(|directory| absolute(directory).map(PathBuf::from));
+        let user = rustix::process::geteuid().as_raw();
+        // A tmpfs on every Linux. Where it is missing, writes are flushed instead.
+        let shared = Utf8Path::new("/dev/shm");
+        let notes = shared.is_dir().then(|| shared.join(format!("domsnap-{user}")).into());
+        let options = ServedOptions { allowed: allowed.collect::<Result<_>>()?, writable: !read_only, notes };
+        Ok(Self { options, current: Mutex::new(None) })
+    }
+
+    /// Opens the chain whose top is at `path`.
+    pub fn open_chain(&self, path: &Utf8Path) -> Result<Served> {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let chain = ServedChain::open(path.as_std_path(), &self.options, current.as_deref())?;
+        let mut layers = Vec::new();
+        for file in chain.files() {
+            let shown = Utf8Path::from_path(file.path())
+                .ok_or_else(|| Error::new(ErrorKind::Unsupported, "a layer's path is not UTF-8"))?;
+            if let Some(opened) = file.file() {
+                layers.push(layer(shown, opened)?);
+            }
+        }
+        let chain = Arc::new(chain);
+        *current = Some(Arc::clone(&chain));
+        Ok(served(Arc::new(VhdImage(chain)), path, "vhd", layers))
+    }
+
+    fn child_of(&self, current: &Served, child: &Utf8Path, id: &str) -> Result<Served> {
+        let parent = current.layers.first().map_or(current.path.as_path(), |top| top.file.as_path());
+        let own = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let parent_id = own.and_then(|own| own.id()).ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, format!("{parent} is no VHD that can be a parent"))
+        })?;
+        if parent.parent() != child.parent() {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("{child} is not in the directory of its parent, {parent}"),
+            ));
+        }
+        let wanted = unique_id(id)?;
+        if !child.exists() {
+            make_child(parent, parent_id, child, wanted, current.image.size())?;
+        }
+        let found = Vhd::open(child.as_std_path(), &image::OpenOptions::read_only().unlocked())?;
+        if (found.id(), found.parent_id()) != (wanted, Some(parent_id)) {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{child} exists, with the id {} and the parent {}; expected {wanted} and {parent_id}",
+                    found.id(),
+                    found.parent_id().map_or_else(|| "none".to_owned(), |id| id.to_string())
+                ),
+            ));
+        }
+        self.open_chain(child)
+    }
+}
+
+/// Reads a unique id: 32 hexadecimal digits, with or without hyphens.
+fn unique_id(text: &str) -> Result<UniqueId> {
+    let digits: String = text.chars().filter(|c| *c != '-').collect();
+    match u128::from_str_radix(&digits, 16) {
+        Ok(id) if digits.len() == 32 && id != 0 && digits.bytes().all(|b| b.is_ascii_hexdigit()) => {
+            Ok(UniqueId(id.to_be_bytes()))
+        }
+        _ => Err(Error::new(ErrorKind::Usage, format!("{text:?} is not the unique id of an image"))),
+    }
+}
+
+/// Creates an empty child. Its content is durable before it gets its name, and the name before this returns.
+fn make_child(
+    parent: &Utf8Path,
+    parent_id: UniqueId,
+    child: &Utf8Path,
+    id: UniqueId,
+    size: u64,
+) -> Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let model = open_image(parent, false)?;
+    let about = model
+        .metadata()
+        .map_err(|cause| Error::new(ErrorKind::Io, format!("cannot look at {parent}")).because(cause))?;
+    let name = parent.file_name().unwrap_or_default().to_owned();
+    let time = TimeStamp::from_unix(about.mtime());
+    let new = NewImage::new(size).id(id).on(ParentName { id: parent_id, time, relative: name.clone(), name });
+    let file = create_unfinished(child, &model, parent)?;
+    let kept = file
+        .try_clone()
+        .map_err(|cause| Error::new(ErrorKind::Io, format!("cannot create {child}")).because(cause))?;
+    write_into(file, child.as_std_path(), &new)?;
+    publish(&unfinished_name(child), child, Some(&kept))
+}
+
+impl Format for VhdFormat {
+    fn open(&self, image: &Utf8Path) -> nbd_server::Result<Served> {
+        self.open_chain(image).map_err(|error| of_backend(&error))
+    }
+
+    fn snapshot(&self, current: &Served, child: &Utf8Path, id: &str) -> nbd_server::Result<Served> {
+        if current.image.is_read_only() {
+            let message = format!("{} is served read-only", current.path);
+            return Err(nbd_server::Error::new(Kind::Refused, message));
+        }
+        self.child_of(current, child, id).map_err(|error| of_backend(&error))
+    }
+}
+
+/// A chain as an image.
+struct VhdImage(Arc<ServedChain>);
+
+/// Keeps the kind of the system's error: the client distinguishes "no space".
+fn of_engine(error: image::Error) -> io::Error {
+    let kind = match error.kind() {
+        image::ErrorKind::NoSpace => io::ErrorKind::StorageFull,
+        image::ErrorKind::ReadOnly => io::ErrorKind::ReadOnlyFilesystem,
+        _ => io::ErrorKind::Other,
+    };
+    io::Error::new(kind, error)
+}
+
+impl Image for VhdImage {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn alignment(&self) -> u32 {
+        // A bit stands for a sector. An odd size has parts of sectors, and is only read.
+        if self.0.size().is_multiple_of(image::SECTOR) { image::SECTOR as u32 } else { 1 }
+    }
+
+    fn is_read_only(&self) -> bool {
+        !self.0.is_writable()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_at(buf, offset).map_err(of_engine)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(buf, offset).map_err(of_engine)
+    }
+
+    fn zero(&self, offset: u64, length: u64, how: Zeroing) -> io::Result<()> {
+        // Zeros of a stored block are written where the file system does not make them.
+        if how.fast_only {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.0.zero(offset, length).map_err(of_engine)
+    }
+
+    fn trim(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.0.trim(offset, length).map_err(of_engine)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.0.flush().map_err(of_engine)
+    }
+
+    fn map(&self, offset: u64, length: u64, limit: usize) -> io::Result<Vec<Extent>> {
+        let end = offset.saturating_add(length).min(self.0.size());
+        let pieces = self.0.pieces(offset, end, limit).map_err(of_engine)?;
+        let content = |data| if data { Content::Data } else { Content::Hole };
+        let extents = pieces
+            .into_iter()
+            .map(|piece| Extent { length: piece.end - piece.start, content: content(piece.data.is_some()) });
+        Ok(extents.collect())
+    }
+}
