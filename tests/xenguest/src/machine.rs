@@ -158,22 +158,11 @@ impl Machine {
             "-name",
             "domsnap-test-xen",
         ]);
-        qemu.args([
-            "-machine",
-            "pc",
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "qemu64,+svm",
-            "-smp",
-            "2",
-            "-m",
-            "3072",
-        ]);
+        qemu.args(["-machine", "pc", "-accel", "tcg", "-cpu", "qemu64,+svm", "-smp", "1", "-m", "3072"]);
         qemu.arg("-kernel").arg(build::xen(built));
         qemu.args([
             "-append",
-            "console=com1 com1=115200,8n1 dom0_mem=1536M,max:1536M dom0_max_vcpus=2 noreboot=1 sched=credit \
+            "console=com1 com1=115200,8n1 dom0_mem=1536M,max:1536M dom0_max_vcpus=1 noreboot=1 sched=credit \
              loglvl=warning guest_loglvl=warning xpti=0 spec-ctrl=0",
         ]);
         let words = "console=hvc0 quiet panic=-1 mitigations=off random.trust_cpu=on";

@@ -477,7 +477,11 @@ fn name_taken() -> Result<()> {
     ensure!(text.contains("domsnap.disks=1"), "the guest is not informed of one disk: {text}");
     fs::write(&other, text.replace("domsnap.disks=1", "domsnap.disks=0"))?;
     let mut revert = start(&run, &["revert", "DOMAIN", "s1"])?;
-    wait_until(&mut revert, "the domain is away", || is_away("taken"))?;
+    // Each look starts xl, which takes its time from the revert; the domain is away for some seconds.
+    wait_until(&mut revert, "the domain is away", || {
+        thread::sleep(Duration::from_millis(300));
+        is_away("taken")
+    })?;
     program("/bin/kill", &["-STOP", &revert.id().to_string()])?.ok()?;
     // It has never run, as one that the revert itself created: only its disks tell them apart.
     xl(&["create", "-p", "-q", &other])?;
