@@ -13,7 +13,7 @@ NEXTEST ?= $(CARGO) nextest run
 export RUST_LIB_BACKTRACE = 0
 
 # Places for tests (.config/nextest.toml): each takes two or more of them.
-export NEXTEST_TEST_THREADS ?= $(shell expr 3 \* `nproc`)
+export NEXTEST_TEST_THREADS ?= $(shell expr 4 \* `nproc`)
 
 .PHONY: all build test test-all test-fast widths bench demo ci deps qemu nextest under-test
 
