@@ -18,6 +18,7 @@ use snapcore::{
 use crate::image::{self, Chain, DEFAULT_DEPTH, Layer};
 use crate::layers::{Limits, VhdChain, bases, file_of, reading};
 use crate::refusal;
+use crate::served;
 use crate::steps::StepRunner;
 
 /// Backend for disks that are VHD files.
@@ -188,6 +189,8 @@ impl DiskSnapshotter for VhdFiles {
         let open = open_files(attached).await?;
         if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
             hold.lock(&disk.disk.path)?;
+            let path = disk.disk.path.clone();
+            blocking(move || served::require_complete(&path)).await?;
         }
         Ok(Box::new(hold))
     }

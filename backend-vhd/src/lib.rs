@@ -14,4 +14,4 @@ mod served;
 mod steps;
 
 pub use backend::{VhdFiles, register};
-pub use served::{ServedChain, ServedOptions};
+pub use served::{ServedChain, ServedOptions, notes_of};

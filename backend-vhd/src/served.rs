@@ -16,10 +16,12 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use camino::Utf8Path;
+use image_files::names::io_error;
 use image_files::{Directory, FileName, Kind, LockMode, lock};
 
 use crate::image::{
-    Chain, ChainOptions, Error, ErrorKind, ImageFile, OpenOptions, Piece, Result, Unflushed, UniqueId,
+    Chain, ChainOptions, Error, ErrorKind, ImageFile, OpenOptions, Piece, Result, Unflushed, UniqueId, Vhd,
 };
 
 /// Bytes before the notes: what they belong to.
@@ -38,6 +40,65 @@ pub struct ServedOptions {
     /// The directory of notes, on a `tmpfs`. It is created for this user alone. `None`: each write that is
     /// new to the image is flushed.
     pub notes: Option<PathBuf>,
+}
+
+/// The directory of the notes of a user's servers. `None` where the system has no shared memory.
+pub fn notes_of(user: u32) -> Option<PathBuf> {
+    let shared = Path::new("/dev/shm");
+    shared.is_dir().then(|| shared.join(format!("domsnap-{user}")))
+}
+
+/// Refuses an image whose server was killed and had acknowledged writes that are not in it yet: whatever
+/// changes or freezes the image would lose them. The caller has the image's lock, so no server runs.
+///
+/// # Errors
+/// [`snapcore::ErrorKind::Refused`]; the system's.
+pub(crate) fn require_complete(path: &Utf8Path) -> snapcore::Result<()> {
+    let failed = |error| io_error(error, format!("cannot look for what a server of {path} left"));
+    let Ok(image) = Vhd::open(path.as_std_path(), &OpenOptions::read_only().unlocked()) else {
+        return Ok(()); // What is wrong with it is reported by whatever reads it.
+    };
+    let Some(about) = image.file().file().map(File::metadata).transpose().map_err(failed)? else {
+        return Ok(());
+    };
+    let name = notes_name((about.dev(), about.ino()));
+    let users = [rustix::process::geteuid().as_raw(), about.uid(), 0];
+    for notes in users.into_iter().filter_map(notes_of).map(|directory| directory.join(&name)) {
+        let file = match confined_open(&notes) {
+            // A user who may not see them is not the one whose image it is.
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) =>
+            {
+                continue;
+            }
+            opened => opened.map_err(failed)?,
+        };
+        let head = head(image.id()).map_err(failed)?;
+        let mut found = [0; HEAD];
+        let is_ours = file.read_exact_at(&mut found, 0).is_ok() && found == head;
+        if is_ours && file.metadata().map_err(failed)?.len() > HEAD as u64 {
+            return Err(snapcore::Error::new(
+                snapcore::ErrorKind::Refused,
+                format!(
+                    "a server of {path} was killed, and what it had acknowledged is not in the image yet"
+                ),
+            )
+            .state("no changes made")
+            .advise(format!(
+                "serve it once, which completes it: `domsnap disk serve {path},format=vhd --socket SOCKET`"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn confined_open(path: &Path) -> io::Result<File> {
+    let (directory, name) = Directory::of(path)?;
+    directory.open_file(&name, false, Kind::Regular)
+}
+
+fn notes_name((device, inode): (u64, u64)) -> String {
+    format!("{device:x}-{inode:x}.notes")
 }
 
 /// A chain, open and locked.
@@ -310,8 +371,7 @@ impl Notes {
         if top.header().is_none() {
             return Ok(None); // A fixed image has neither bits nor entries.
         }
-        let (device, inode) = identity(top.file())?;
-        let path = directory.join(format!("{device:x}-{inode:x}.notes"));
+        let path = directory.join(notes_name(identity(top.file())?));
         let failed =
             |error: io::Error| Error::io("the notes of a server cannot be kept", error).on("open", &path);
         let head = head(top.id()).map_err(failed)?;
@@ -406,7 +466,7 @@ fn head(id: UniqueId) -> io::Result<[u8; HEAD]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::{NewImage, ParentName, TimeStamp, Vhd, write_into};
+    use crate::image::{NewImage, ParentName, TimeStamp, write_into};
 
     const SIZE: u64 = 16 << 20;
 

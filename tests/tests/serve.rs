@@ -280,6 +280,9 @@ fn vhd_chain_survives_snapshot_and_sigkill() -> Result<()> {
         &text(&place.file("t")),
     ])?;
     ensure!(refused.stderr.contains("for writing once"), "{refused}");
+    let refused = place.domsnap().run(&["create", &format!("{},format=vhd", text(&child)), "s1"])?;
+    let refused = refused.expect_status(status::REFUSED)?;
+    ensure!(refused.stderr.contains("a server of") && refused.stderr.contains("disk serve"), "{refused}");
     let mut server = place.serve("child.vhd,format=vhd", &[])?;
     let copy = place.file("copy.raw");
     qemu::run("nbdcopy", &[&server.uri(), &text(&copy)])?;

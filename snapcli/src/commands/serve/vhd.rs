@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use backend_vhd::image::{self, NewImage, ParentName, TimeStamp, UniqueId, Vhd, write_into};
-use backend_vhd::{ServedChain, ServedOptions};
+use backend_vhd::{ServedChain, ServedOptions, notes_of};
 use camino::Utf8Path;
 use image_files::names::{create_unfinished, open_image, publish, unfinished_name};
 use nbd_server::{Content, ErrorKind as Kind, Extent, Format, Image, Served, Zeroing};
@@ -27,9 +27,7 @@ impl VhdFormat {
     pub fn new(global: &Global, read_only: bool) -> Result<Self> {
         let allowed = global.allow_backing.iter().map(|directory| absolute(directory).map(PathBuf::from));
         let user = rustix::process::geteuid().as_raw();
-        // A tmpfs on every Linux. Where it is missing, writes are flushed instead.
-        let shared = Utf8Path::new("/dev/shm");
-        let notes = shared.is_dir().then(|| shared.join(format!("domsnap-{user}")).into());
+        let notes = notes_of(user);
         let options = ServedOptions { allowed: allowed.collect::<Result<_>>()?, writable: !read_only, notes };
         Ok(Self { options, current: Mutex::new(None) })
     }
