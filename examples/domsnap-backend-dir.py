@@ -104,14 +104,14 @@ class Copies(wire.Backend):
         def drop(tags, summary):
             # It may be deferred: what is left is known by the layers that are removed with it.
             action = {"do": "drop", "tags": tags}
-            return step(params, "finish", action, summary, deferrable=True, edits=edits("remove-layer", tags))
+            return step(params, action, summary, deferrable=True, edits=edits("remove-layer", tags))
 
         if asked["request"] == "delete":
             kept, there = {point["tag"] for point in asked["keep"]}, tags_of(disk)
             gone = [at["tag"] for at in asked["drop"] if at["tag"] not in kept and at["tag"] in there]
             tags = gone + [name[len(DOOMED) :] for name in disk["owned"] if name.startswith(DOOMED)]
-            steps = [drop(tags, f"remove the copies {', '.join(tags)}")] if tags else []
-            return {"steps": steps, "commit": edits("add-layer", gone)}
+            finish = [drop(tags, f"remove the copies {', '.join(tags)}")] if tags else []
+            return {"commit": edits("add-layer", gone), "finish": finish}
         if params["active_path"] != "keep" or asked.get("overlay") or asked.get("kind") == "external":
             raise Failure("unsupported", f"points of {disk['path']} are copies", "leave the method to the backend")
         tag = format(asked["stamp"], "08x")
@@ -119,26 +119,26 @@ class Copies(wire.Backend):
             raise Failure("exists", f"{point(disk, tag)} is there already", "try again")
         taken = {"layer": LAYER, "tag": tag}
         if asked["request"] == "create":
-            # Of a running domain, the copy is made while the guest stands still: inside the instant.
-            live = params["state"].get("attached", False)
             action, summary = {"do": "copy", "tag": tag}, f"copy {disk['path']} as {tag}"
-            steps = [step(params, "cut", action, summary, size_of(disk).st_size, inside=live)]
-            instant = {"instant": {"take": "by-backend"}} if live else {}
-            return {"steps": steps, "point": taken, **instant}
+            steps = [step(params, action, summary, size_of(disk).st_size)]
+            if params["state"].get("attached", False):
+                # The copy is nested in the hypervisor's cut, in which the guest is paused.
+                return {"instant": {"take": "by-backend", "nested": steps}, "point": taken}
+            return {"cut": steps, "point": taken}
         if asked["request"] == "revert":
             to, coming = asked["to"]["tag"], f"next-{tag}"
             if asked["to"]["layer"] != LAYER or to not in tags_of(disk):
                 raise Failure("not-found", f"{disk['path']} has no point {to}", "see `domsnap check`")
             size = os.stat(point(disk, to)).st_size
             exchange = {"do": "exchange", "from": to, "next": coming, "previous": tag}
-            steps = [
-                step(params, "prepare", {"do": "stage", "from": to, "as": coming}, f"copy {to}", size),
-                step(params, "cut", exchange, f"put that in the place of {disk['path']}"),
-            ]
+            plan = {
+                "prepare": [step(params, {"do": "stage", "from": to, "as": coming}, f"copy {to}", size)],
+                "cut": [step(params, exchange, f"put that in the place of {disk['path']}")],
+            }
             if asked["save"] is not None:
-                return {"steps": steps, "point": taken}
-            steps.append(drop([tag], "remove what was there before"))
-            return {"steps": steps, "commit": edits("add-layer", [tag])}
+                return {**plan, "point": taken}
+            finish = [drop([tag], "remove what was there before")]
+            return {**plan, "commit": edits("add-layer", [tag]), "finish": finish}
         raise Failure("unsupported", f"this plug-in does not know the request {asked['request']}", "use a newer one")
 
     def apply(self, params, call):

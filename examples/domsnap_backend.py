@@ -111,10 +111,9 @@ def serve(answered):
 # Steps ------------------------------------------------------------
 
 
-def step(params, group, action, summary, size=0, **more):
-    """One planned step. `action` is yours alone: it comes back in `apply`, `undo`, `status` and `salvage`."""
-    planned = {"group": group, "target": params["disk"]["target"], "action": action, "summary": summary}
-    return {**planned, "bytes": size, "inside": False, **more}
+def step(params, action, summary, size=0, **more):
+    """One step of a plan. `action` is yours alone: it comes back in `apply`, `undo`, `status` and `salvage`."""
+    return {"target": params["disk"]["target"], "action": action, "summary": summary, "bytes": size, **more}
 
 
 def action_of(params, *known):

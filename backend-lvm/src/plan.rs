@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use snapcore::{
-    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group, LayerName,
-    PlannedStep, Point, Result, SnapshotName, Step, shown_size,
+    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group, InstantPlan,
+    LayerName, Point, Result, SnapshotName, Step, shown_size,
 };
 
 use crate::check::{area_warning, pool_full};
@@ -53,7 +53,6 @@ pub(crate) fn plan(
             ));
         }
     }
-    planner.plan.steps.sort_by_key(|planned| planned.group);
     Ok((planner.plan, planner.takes))
 }
 
@@ -114,12 +113,13 @@ impl Planner<'_> {
                 )
             }
         };
-        self.push(Group::Cut, LvmStep::Snapshot { layer: point.clone(), area, tags }, words, 0);
-        if self.attached {
-            self.plan.instant = Some(DiskInstant::ByBackend);
-            for planned in &mut self.plan.steps {
-                planned.inside = true;
+        let snapshot = self.step(LvmStep::Snapshot { layer: point.clone(), area, tags }, words, 0);
+        match self.attached {
+            true => {
+                let (take, nested) = (DiskInstant::ByBackend, vec![snapshot]);
+                self.plan.instant = Some(InstantPlan { take, nested });
             }
+            false => self.plan.cut.push(snapshot),
         }
         self.plan.point = Some(Point::external(point));
         self.warn_of_areas(&[]);
@@ -361,8 +361,8 @@ impl Planner<'_> {
             layers.iter().map(|layer| Edit::RemoveLayer { target: target.clone(), layer: layer.clone() });
         let edits = edits.collect();
         self.push(Group::Finish, LvmStep::Remove { layers: layers.to_vec() }, words, 0);
-        if let Some(planned) = self.plan.steps.last_mut() {
-            planned.edits = edits;
+        if let Some(remove) = self.plan.finish.last_mut() {
+            remove.edits = edits;
         }
     }
 
@@ -377,8 +377,11 @@ impl Planner<'_> {
     }
 
     fn push(&mut self, group: Group, step: LvmStep, summary: String, bytes: u64) {
-        let step = Step { target: self.record.disk.target.clone(), action: step, summary, bytes };
-        self.plan.steps.push(PlannedStep::new(group, step));
+        self.plan.push(group, self.step(step, summary, bytes));
+    }
+
+    fn step(&self, action: LvmStep, summary: String, bytes: u64) -> Step<LvmStep> {
+        Step { target: self.record.disk.target.clone(), action, summary, bytes }
     }
 
     /// Returns the point from which the current volume derives.

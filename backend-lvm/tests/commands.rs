@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use backend_lvm::{Answer, Invocation, Lvm, Runner};
 use snapcore::{
     ActivePath, AnyDiskSnapshotter, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskSnapshotter,
-    DiskState, ErrorKind, Group, InspectDepth, LayerName, NothingInside, Point, Progress, Salvage,
-    SnapshotName, StepContext, StepStatus, Target, erased,
+    DiskState, ErrorKind, InspectDepth, LayerName, NothingInside, Point, Progress, Salvage, SnapshotName,
+    StepContext, StepStatus, Target, erased,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -61,7 +61,7 @@ impl Fixture {
 
     async fn apply(&self, plan: &DiskPlan) -> snapcore::Result<Vec<String>> {
         let cancel = CancellationToken::new();
-        for planned in &plan.steps {
+        for step in plan.steps() {
             let context = StepContext {
                 disk: &self.record,
                 progress: &Silent,
@@ -70,10 +70,15 @@ impl Fixture {
                 inside: &NothingInside,
                 resumed: false,
             };
-            self.backend.apply(&planned.step, context).await?;
+            self.backend.apply(step, context).await?;
         }
         Ok(std::mem::take(&mut *self.runner.commands.lock().expect("no thread panicked")))
     }
+}
+
+/// The numbers of steps before the cut, in it, and after the commit point.
+fn shape(plan: &DiskPlan) -> (usize, usize, usize) {
+    (plan.prepare.len(), plan.cut.len(), plan.finish.len())
 }
 
 fn name(text: &str) -> SnapshotName {
@@ -96,7 +101,6 @@ fn revert(layer: &str, save: Option<&str>) -> DiskRequest {
         to: Point::external(LayerName(layer.into())),
         save: save.map(name),
         keep: Vec::new(),
-        undoable: true,
         stamp: 0xab,
     }
 }
@@ -105,7 +109,7 @@ fn revert(layer: &str, save: Option<&str>) -> DiskRequest {
 async fn a_thin_create_is_one_command_in_the_cut() {
     let fixture = Fixture::of("/dev/mapper/vg-thin").await;
     let plan = fixture.plan(create()).await.expect("a plan");
-    assert_eq!(plan.steps.iter().map(|step| step.group).collect::<Vec<_>>(), [Group::Cut]);
+    assert_eq!(shape(&plan), (0, 1, 0));
     assert_eq!(plan.point, Some(Point::external(LayerName("thin.ds-000000ab".into()))));
     assert_eq!(plan.instant, None);
     assert_eq!(
@@ -138,8 +142,9 @@ async fn open_volume_is_snapshotted_inside_the_cut() {
     let mut fixture = Fixture::of("/dev/vg/thin").await;
     fixture.state.attached = true;
     let plan = fixture.plan(create()).await.expect("a plan");
-    assert_eq!(plan.instant, Some(DiskInstant::ByBackend));
-    assert!(plan.steps.iter().all(|step| step.inside && step.group == Group::Cut));
+    assert_eq!(shape(&plan), (0, 0, 0));
+    let instant = plan.instant.expect("it takes the volume in the cut");
+    assert_eq!((instant.take, instant.nested.len()), (DiskInstant::ByBackend, 1));
 }
 
 /// The volume that the domain writes is not a point to revert to.
@@ -156,8 +161,7 @@ async fn current_volume_is_not_a_revert_target() {
 async fn thin_revert_prepares_and_renames() {
     let fixture = Fixture::of("/dev/vg/thin").await;
     let plan = fixture.plan(revert("thin.ds-00000001", Some("kept"))).await.expect("a plan");
-    let groups: Vec<Group> = plan.steps.iter().map(|step| step.group).collect();
-    assert_eq!(groups, [Group::Prepare, Group::Cut, Group::Cut, Group::Finish]);
+    assert_eq!(shape(&plan), (1, 2, 1));
     let commands = fixture.apply(&plan).await.expect("done");
     let begin = |index: usize, words: &str| assert!(commands[index].starts_with(words), "{commands:?}");
     begin(0, "lvcreate -q -y -s -kn -ay -prw -n thin.ds-000000ab-new");
@@ -171,8 +175,7 @@ async fn thin_revert_prepares_and_renames() {
 async fn thick_revert_saves_the_state_before_the_merge() {
     let fixture = Fixture::of("/dev/vg/thick").await;
     let plan = fixture.plan(revert("thick.ds-00000004", None)).await.expect("a plan");
-    let groups: Vec<Group> = plan.steps.iter().map(|step| step.group).collect();
-    assert_eq!(groups, [Group::Cut, Group::Cut, Group::Finish]);
+    assert_eq!(shape(&plan), (0, 2, 1));
     assert!(plan.notes.iter().any(|note| note.contains("taken again")), "{:?}", plan.notes);
     let cancel = CancellationToken::new();
     let context = StepContext {
@@ -183,7 +186,7 @@ async fn thick_revert_saves_the_state_before_the_merge() {
         inside: &NothingInside,
         resumed: false,
     };
-    let status = fixture.backend.status(&plan.steps[1].step, context).await.expect("a status");
+    let status = fixture.backend.status(&plan.cut[1], context).await.expect("a status");
     assert_eq!(status, StepStatus::NotDone);
     // The recorded group still has the snapshot after the merge: this is an error, and not a success.
     let error = fixture.apply(&plan).await.expect_err("lvm did not do it");
@@ -407,7 +410,7 @@ async fn a_volume_is_gone_where_its_group_has_nothing_of_it() {
 async fn overflowed_safety_snapshot_ends_the_revert() {
     let fixture = Fixture::of("/dev/vg/thick").await;
     let plan = fixture.plan(revert("thick.ds-00000004", None)).await.expect("a plan");
-    let merge = plan.steps.iter().find(|planned| planned.step.summary.contains("merge")).expect("it merges");
+    let merge = plan.steps().find(|step| step.summary.contains("merge")).expect("it merges");
     let later = RECORDED
         .replace("thick.ds-00000003", "thick.ds-000000ab-old")
         .replace("domsnap,domsnap.name=good", "domsnap,domsnap.name=good,domsnap.work=000000ab");
@@ -421,7 +424,7 @@ async fn overflowed_safety_snapshot_ends_the_revert() {
         inside: &NothingInside,
         resumed: false,
     };
-    let salvage = fixture.backend.salvage(&merge.step, true, context).await.expect("an answer");
+    let salvage = fixture.backend.salvage(merge, true, context).await.expect("an answer");
     let Salvage::Stays(edits, words) = salvage else { panic!("it would be undone: {salvage:?}") };
     assert!(
         edits.is_empty() && words.contains("overflowed") && words.contains("thick.ds-00000004"),

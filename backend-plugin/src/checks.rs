@@ -8,7 +8,7 @@ use camino::Utf8Path;
 use snapcore::confine::{check_name, check_path, is_elsewhere};
 use snapcore::{
     ChainFile, DeleteCost, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Finding,
-    Group, Layer, LayerName, Point,
+    Layer, LayerName, Point,
 };
 
 use crate::protocol::{DiscoverResult, FoundPoint, HelloResult, VERSION};
@@ -284,20 +284,18 @@ pub(crate) fn edits(all: &[Edit], disk: &Disk) -> Checked {
 
 pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, disk: &Disk) -> Checked {
     let target = &disk.target;
-    for planned in &mut plan.steps {
-        planned.step.summary = plain(&planned.step.summary);
+    let nested = plan.instant.iter_mut().flat_map(|instant| &mut instant.nested);
+    let before_commit = plan.prepare.iter_mut().chain(nested).chain(&mut plan.cut);
+    for step in before_commit.chain(plan.finish.iter_mut().map(|finish| &mut finish.step)) {
+        step.summary = plain(&step.summary);
     }
     for note in &mut plan.notes {
         *note = plain(note);
     }
-    count("steps", plan.steps.len())?;
+    count("steps", plan.steps().count())?;
     count("notes", plan.notes.len())?;
     plan.notes.iter().try_for_each(|note| text("a note", note))?;
-    if !plan.steps.is_sorted_by_key(|planned| planned.group) {
-        return Err("its steps are not sorted by group".to_owned());
-    }
-    for planned in &plan.steps {
-        let step = &planned.step;
+    for step in plan.steps() {
         text("a step's summary", &step.summary)?;
         size("a step", step.bytes)?;
         if step.target != *target {
@@ -306,16 +304,12 @@ pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, d
         if step.action.to_string().len() > MAX_ACTION {
             return Err(format!("the action of '{}' is longer than {MAX_ACTION} bytes", step.summary));
         }
-        if planned.group != Group::Finish && (!planned.edits.is_empty() || planned.deferrable) {
-            return Err(format!(
-                "'{}' comes before the commit point, and has edits or is deferrable",
-                step.summary
-            ));
+    }
+    for finish in &plan.finish {
+        if !finish.nested.is_empty() {
+            return Err(format!("steps are nested in '{}', which provides no moment", finish.step.summary));
         }
-        if planned.inside && !(attached && planned.group == Group::Cut) {
-            return Err(format!("'{}' would run inside an instant that there is not", step.summary));
-        }
-        edits(&planned.edits, disk)?;
+        edits(&finish.edits, disk)?;
     }
     edits(&plan.commit, disk)?;
     let taken = match request {
@@ -329,8 +323,12 @@ pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, d
         (Some(_), false) => return Err("it takes a snapshot that was not requested".to_owned()),
         (None, true) => return Err("it takes no point".to_owned()),
     }
-    match (&plan.instant, attached && matches!(request, DiskRequest::Create { .. })) {
+    let take = plan.instant.as_ref().map(|instant| &instant.take);
+    match (take, attached && matches!(request, DiskRequest::Create { .. })) {
         (None, false) | (Some(DiskInstant::ByBackend), true) => Ok(()),
+        (Some(DiskInstant::ByBackend), false) => {
+            Err("it takes the disk in an instant that there is not".to_owned())
+        }
         (None, true) => Err("it does not say that it takes the running domain's disk itself".to_owned()),
         (Some(other), _) => Err(format!("a plug-in takes a running domain's disk itself, not by {other:?}")),
     }

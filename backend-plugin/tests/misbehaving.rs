@@ -306,8 +306,9 @@ async fn step_falsely_reported_as_done_is_undone() {
 async fn plan_that_changes_other_objects_is_refused() {
     let id = "00000000-0000-7000-8000-000000000000";
     for (change, text) in [
-        ("plan['steps'][0]['target'] = 'vdb'", "of another disk: vdb".to_owned()),
-        ("plan['steps'].reverse()", "not sorted by group".to_owned()),
+        ("plan['prepare'][0]['target'] = 'vdb'", "of another disk: vdb".to_owned()),
+        ("plan['finish'][0]['target'] = 'vdb'", "of another disk: vdb".to_owned()),
+        ("plan['steps'] = plan.pop('cut')", "unknown field `steps`".to_owned()),
         (
             &format!("plan['commit'] = [{{'edit': 'remove-snapshot', 'id': '{id}'}}]"),
             "not its disk's".to_owned(),
@@ -334,9 +335,12 @@ async fn plan_that_changes_other_objects_is_refused() {
             "plan['instant'] = {'take': 'overlay', 'file': '/etc/shadow', 'format': 'raw'}",
             "takes a running domain's disk itself".to_owned(),
         ),
-        ("plan['steps'][0]['inside'] = True", "inside an instant that there is not".to_owned()),
-        ("plan['steps'][0]['deferrable'] = True", "is deferrable".to_owned()),
-        ("plan['steps'][0]['action'] = 'x' * 100000", "longer than 65536 bytes".to_owned()),
+        (
+            "plan['instant'] = {'take': 'by-backend', 'nested': plan.pop('cut')}",
+            "an instant that there is not".to_owned(),
+        ),
+        ("plan['finish'][0]['nested'] = plan.pop('cut')", "which provides no moment".to_owned()),
+        ("plan['prepare'][0]['action'] = 'x' * 100000", "longer than 65536 bytes".to_owned()),
         (
             "plan['commit'] = [{'edit': 'add-layer', 'target': 'vda', 'layer': 'x'}] * 10001",
             "more than a disk can have".to_owned(),

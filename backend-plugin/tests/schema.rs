@@ -27,8 +27,12 @@ fn the_schema_has_every_method() {
     {
         assert!(methods.contains_key(method), "{method} is missing");
     }
-    let step = &schema["$defs"]["PlannedStep"]["properties"];
-    for field in ["group", "target", "action", "summary", "bytes", "edits"] {
-        assert!(!step[field].is_null(), "a planned step's {field} is missing: {step}");
+    let plan = &schema["$defs"]["DiskPlan"]["properties"];
+    for field in ["prepare", "instant", "cut", "commit", "finish", "point"] {
+        assert!(!plan[field].is_null(), "a plan's {field} is missing: {plan}");
+    }
+    let step = &schema["$defs"]["FinishStep"]["properties"];
+    for field in ["target", "action", "summary", "bytes", "edits", "deferrable"] {
+        assert!(!step[field].is_null(), "a finish step's {field} is missing: {step}");
     }
 }

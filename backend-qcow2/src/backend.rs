@@ -298,8 +298,8 @@ impl DiskSnapshotter for Qcow2 {
 
 /// Checks that every layer that an image will refer to has a valid backing string.
 fn check_backing_strings(disk: &DiskRecord, plan: &DiskPlan<ChainStep>) -> Result<()> {
-    for planned in &plan.steps {
-        let named = match &planned.step.action {
+    for step in plan.steps() {
+        let named = match &step.action {
             ChainStep::CreateOverlay { on, .. } => on,
             ChainStep::Merge { below: Some(below), .. } => below,
             ChainStep::Repoint { to, .. } => to,
@@ -414,9 +414,9 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
 fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState, punch: bool) -> Result<DeleteCost> {
     let mut cost = DeleteCost::default();
     let mut kept_growth = 0u64;
-    for planned in &plan.steps {
-        cost.moves = cost.moves.saturating_add(planned.step.bytes);
-        match &planned.step.action {
+    for step in plan.steps() {
+        cost.moves = cost.moves.saturating_add(step.bytes);
+        match &step.action {
             ChainStep::Remove { layers } => {
                 let gone = layers.iter().filter_map(|name| state.layer(name)).map(|layer| layer.allocated);
                 cost.frees = cost.frees.saturating_add(gone.sum());
@@ -430,7 +430,7 @@ fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState, punch: bool) -> Result<De
                     cost.frees = cost.frees.saturating_add(image.freed_by_deleting(&tags)?);
                 }
             }
-            ChainStep::Merge { .. } => kept_growth = kept_growth.saturating_add(planned.step.bytes),
+            ChainStep::Merge { .. } => kept_growth = kept_growth.saturating_add(step.bytes),
             _ => {}
         }
     }

@@ -6,8 +6,8 @@
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::{ChainStep, Tag};
 use snapcore::{
-    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, LayerName, PlannedStep,
-    Result,
+    DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, FinishStep, InstantPlan,
+    LayerName, Result,
 };
 
 use crate::backing_string::{backing_string, resolve_backing};
@@ -27,26 +27,43 @@ pub(crate) fn check(
     max_depth: u32,
 ) -> Result<()> {
     let preflight = Preflight { record, state, max_depth };
-    if let Some(DiskInstant::Internal { tag }) = &plan.instant {
+    if let Some(InstantPlan { take: DiskInstant::Internal { tag }, .. }) = &plan.instant {
         preflight.writable(&state.active)?.could_take(&NewSnapshot::new(tag.as_str(), 0, 0))?;
     }
     let force = matches!(request, DiskRequest::Delete { force: true, .. });
-    let mut steps = Vec::with_capacity(plan.steps.len());
-    for planned in std::mem::take(&mut plan.steps) {
-        if let ChainStep::DropInternal { layer, tags } = &planned.step.action {
-            if planned.window {
-                preflight.require_reopening(&preflight.reading(layer)?)?;
-            }
-            let damaged = preflight.damaged(layer, tags, force)?;
-            steps.extend(preflight.forgetting(planned, damaged, &mut plan.notes)?);
-        } else {
-            preflight.step(&planned.step.action)?;
-            preflight.losses(&planned.step.action, &mut plan.notes)?;
-            steps.push(planned);
-        }
+    let (detached, finish) = (std::mem::take(&mut plan.detached), std::mem::take(&mut plan.finish));
+    let mut notes = Vec::new();
+    for step in plan.steps() {
+        preflight.step(&step.action)?;
+        preflight.losses(&step.action, &mut notes)?;
     }
-    plan.steps = steps;
+    for planned in detached {
+        if let ChainStep::DropInternal { layer, .. } = &planned.step.action {
+            preflight.require_reopening(&preflight.reading(layer)?)?;
+        }
+        let checked = preflight.finish(planned, force, &mut notes)?;
+        plan.detached.extend(checked.forget.into_iter().chain(checked.step));
+    }
+    for planned in finish {
+        let checked = preflight.finish(planned, force, &mut notes)?;
+        // A hypervisor that deletes a damaged snapshot would follow its tables. So its image is closed
+        // meanwhile.
+        let part = if checked.is_open { &mut plan.detached } else { &mut plan.finish };
+        part.extend(checked.forget);
+        plan.finish.extend(checked.step);
+    }
+    plan.notes.extend(notes);
     Ok(())
+}
+
+/// A finish step that can be done.
+struct Checked {
+    /// The step that forgets damaged snapshots, before it or in its place.
+    forget: Option<FinishStep<ChainStep>>,
+    /// True if a hypervisor has the image of `forget` open.
+    is_open: bool,
+    /// The step itself, if something is left to be done.
+    step: Option<FinishStep<ChainStep>>,
 }
 
 struct Preflight<'a> {
@@ -302,22 +319,41 @@ impl Preflight<'_> {
         }
     }
 
+    /// Checks a finish step, and what is nested in it.
+    fn finish(
+        &self,
+        planned: FinishStep<ChainStep>,
+        force: bool,
+        notes: &mut Vec<String>,
+    ) -> Result<Checked> {
+        let ChainStep::DropInternal { layer, tags } = &planned.step.action else {
+            let nested = planned.nested.iter().map(|nested| &nested.step.action);
+            for action in std::iter::once(&planned.step.action).chain(nested) {
+                self.step(action)?;
+                self.losses(action, notes)?;
+            }
+            return Ok(Checked { forget: None, is_open: false, step: Some(planned) });
+        };
+        let damaged = self.damaged(layer, tags, force)?;
+        self.forgetting(planned, damaged, notes)
+    }
+
     /// Returns the step, and beside it or in its place one that forgets the damaged snapshots.
     fn forgetting(
         &self,
-        mut planned: PlannedStep<ChainStep>,
+        mut planned: FinishStep<ChainStep>,
         damaged: Vec<String>,
         notes: &mut Vec<String>,
-    ) -> Result<Vec<PlannedStep<ChainStep>>> {
+    ) -> Result<Checked> {
         let ChainStep::DropInternal { layer, tags } = planned.step.action.clone() else {
-            return Ok(vec![planned]);
+            return Ok(Checked { forget: None, is_open: false, step: Some(planned) });
         };
         if damaged.is_empty() {
-            return Ok(vec![planned]);
+            return Ok(Checked { forget: None, is_open: false, step: Some(planned) });
         }
         let (target, file) = (&self.record.disk.target, file_of(self.record, &layer)?);
-        let open = self.is_open(&layer);
-        if open {
+        let is_open = self.is_open(&layer);
+        if is_open {
             self.require_reopening(&self.reading(&layer)?)?;
         }
         notes.push(format!(
@@ -329,17 +365,14 @@ impl Preflight<'_> {
             tags.into_iter().partition(|tag| damaged.contains(&tag.name));
         let mut forget = planned.clone();
         forget.step.summary = format!("forget {} inside {layer}", damaged.join(", "));
-        // A hypervisor that deletes a damaged snapshot would follow its tables. So its image is closed
-        // meanwhile.
-        forget.window = open;
         forget.step.action = ChainStep::ForgetInternal { layer: layer.clone(), tags: to_forget };
         if whole.is_empty() {
-            return Ok(vec![forget]);
+            return Ok(Checked { forget: Some(forget), is_open, step: None });
         }
         forget.edits.clear();
         planned.step.summary = format!("delete {} inside {layer}", Tag::names(&whole));
         planned.step.action = ChainStep::DropInternal { layer, tags: whole };
-        Ok(vec![forget, planned])
+        Ok(Checked { forget: Some(forget), is_open, step: Some(planned) })
     }
 }
 

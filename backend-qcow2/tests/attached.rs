@@ -19,8 +19,8 @@ use judge::{clean, content, io, run, snapshot_names};
 use snapcore::{
     ActivePath, AttachedDisk, AttachedMerge, Capabilities, Disk, DiskInstant, DiskPlan, DiskRecord,
     DiskRequest, DiskSnapshotter, Error, ErrorKind, FileIdentity, Guard, Inside, InspectDepth, LayerName,
-    NothingInside, PlannedStep, Point, PointKind, Progress, Result, Salvage, SnapshotName, Step, StepContext,
-    StepStatus, Target,
+    NothingInside, Point, PointKind, Progress, Result, Salvage, SnapshotName, Step, StepContext, StepStatus,
+    Target,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -213,8 +213,8 @@ impl Fixture {
         self.backend.apply(&step(action), self.context(&NothingInside)).await
     }
 
-    async fn undo(&self, action: &PlannedStep<ChainStep>) -> Result<()> {
-        self.backend.undo(&action.step, self.context(&NothingInside)).await
+    async fn undo(&self, step: &Step<ChainStep>) -> Result<()> {
+        self.backend.undo(step, self.context(&NothingInside)).await
     }
 
     async fn hold(&self) -> Result<Guard> {
@@ -323,11 +323,11 @@ async fn create_on_an_open_disk_works_around_it() {
     let plan = fixture.plan(create(PointKind::External)).await.unwrap();
     let overlay = fixture.file(&layer_name(fixture.path(), 0x77));
     let format = "qcow2".to_owned();
-    assert_eq!(plan.instant, Some(DiskInstant::Overlay { file: overlay.clone(), format }));
-    let [name, make, switch] = &plan.steps[..] else { panic!("{plan:?}") };
-    assert!(!name.inside && !make.inside && switch.inside);
-    for planned in [name, make] {
-        fixture.backend.apply(&planned.step, fixture.context(&NothingInside)).await.unwrap();
+    let instant = plan.instant.as_ref().unwrap();
+    assert_eq!(instant.take, DiskInstant::Overlay { file: overlay.clone(), format });
+    let ([name, make], [switch]) = (&plan.prepare[..], &instant.nested[..]) else { panic!("{plan:?}") };
+    for step in [name, make] {
+        fixture.backend.apply(step, fixture.context(&NothingInside)).await.unwrap();
     }
     assert_eq!(identity(&frozen), identity(fixture.path()));
 
@@ -335,7 +335,7 @@ async fn create_on_an_open_disk_works_around_it() {
     fixture.backend.yield_locks(&fixture.record).await.unwrap();
     fixture.qemu.close(&frozen);
     fixture.qemu.open(&[&overlay, &frozen]);
-    fixture.backend.apply(&switch.step, fixture.context(&NothingInside)).await.unwrap();
+    fixture.backend.apply(switch, fixture.context(&NothingInside)).await.unwrap();
     assert_eq!(identity(&overlay), identity(fixture.path()));
 
     // The undo: what QEMU has open stays.
@@ -374,8 +374,8 @@ async fn internal_create_on_an_open_disk_is_the_cuts() {
     let fixture = Fixture::new().await;
     fixture.start().await;
     let plan = fixture.plan(create(PointKind::Internal)).await.unwrap();
-    assert_eq!(plan.instant, Some(DiskInstant::Internal { tag: "s".to_owned() }));
-    assert!(plan.steps.is_empty());
+    assert_eq!(plan.instant.as_ref().unwrap().take, DiskInstant::Internal { tag: "s".to_owned() });
+    assert_eq!(plan.steps().count(), 0);
     assert_eq!(plan.point, Some(Point::internal(fixture.record.active.clone(), "s")));
 }
 
@@ -627,8 +627,7 @@ async fn hypervisor_only_deletes_tags_of_the_active_image() {
         force: false,
     };
     let plan = fixture.plan(request).await.unwrap();
-    let windows: Vec<bool> = plan.steps.iter().map(|planned| planned.window).collect();
-    assert_eq!((windows.len(), windows.iter().filter(|window| **window).count()), (2, 1), "{plan:?}");
+    assert_eq!((plan.detached.len(), plan.finish.len()), (1, 1), "{plan:?}");
 
     fixture.qemu.close_all();
     for n in [0, 1] {
@@ -680,14 +679,15 @@ async fn open_chain_uses_permanent_names() {
         vec![qcow2(&frozen), base.clone()],
         vec![qcow2(&overlay), qcow2(&frozen), base],
     ];
-    assert_eq!(plan.steps.len(), shown.len());
-    for (planned, expected) in plan.steps.iter().zip(shown) {
-        fixture.backend.apply(&planned.step, fixture.context(&NothingInside)).await.unwrap();
-        assert_eq!(chain(&fixture).await, expected, "after {:?}", planned.step.action);
+    let steps: Vec<_> = plan.steps().collect();
+    assert_eq!(steps.len(), shown.len());
+    for (step, expected) in steps.iter().zip(shown) {
+        fixture.backend.apply(step, fixture.context(&NothingInside)).await.unwrap();
+        assert_eq!(chain(&fixture).await, expected, "after {:?}", step.action);
     }
     // And back.
-    for planned in plan.steps.iter().rev() {
-        fixture.undo(planned).await.unwrap();
+    for step in steps.into_iter().rev() {
+        fixture.undo(step).await.unwrap();
     }
     assert_eq!(chain(&fixture).await[0], qcow2(fixture.path()));
     std::fs::remove_file(fixture.path()).unwrap();
@@ -707,11 +707,11 @@ async fn delete_is_planned_while_tables_are_written() {
     let request =
         || DiskRequest::Delete { drop: vec![Point::external(layers[0].clone())], keep: vec![], force: false };
     let plan = fixture.plan(request()).await.unwrap();
-    let merge = plan.steps[0].step.action.clone();
+    let merge = plan.finish[0].step.action.clone();
     let ChainStep::Merge { run, into, .. } = merge else { panic!("{plan:?}") };
     let other = run.iter().find(|layer| **layer != into).unwrap();
     let allocated = std::fs::metadata(fixture.file(other)).unwrap().blocks() * 512;
-    assert_eq!(plan.steps[0].step.bytes, allocated);
+    assert_eq!(plan.finish[0].step.bytes, allocated);
     let mut state = fixture.backend.inspect(&fixture.record, InspectDepth::Layers, None).await.unwrap();
     state.attached = false;
     let at_rest = fixture.backend.plan(&fixture.record, &state, ActivePath::Keep, &request()).await;

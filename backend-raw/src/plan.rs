@@ -7,7 +7,7 @@ use image_files::layer_name::{is_layer_name, layer_name, layer_path};
 use image_files::names::{self, io_error};
 use snapcore::{
     ActivePath, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group,
-    Layer, LayerName, PlannedStep, Point, PointKind, Result, Step, shown_size,
+    InstantPlan, Layer, LayerName, Point, PointKind, Result, Step, shown_size,
 };
 
 use crate::copy::is_reserved;
@@ -39,7 +39,6 @@ pub(crate) fn plan(
             ));
         }
     }
-    planner.plan.steps.sort_by_key(|planned| planned.group);
     Ok(planner.plan)
 }
 
@@ -117,7 +116,6 @@ impl Planner<'_> {
         let bytes = if way == CopyMethod::Copy { self.active()?.allocated } else { 0 };
         if live {
             self.push(Group::Prepare, &RawStep::WriteOut, format!("write {} out", self.path()), 0);
-            self.plan.instant = Some(DiskInstant::ByBackend);
             if way == CopyMethod::Copy {
                 self.plan.notes.push(format!(
                     "{target}: the guest is paused while {} are copied, as requested",
@@ -131,11 +129,12 @@ impl Planner<'_> {
         };
         let reserve = is_reserved(self.path());
         let copy = RawStep::Copy { from: None, layer: layer.clone(), way, settled_later: live, reserve };
-        self.push(Group::Cut, &copy, words, bytes);
-        if live {
-            if let Some(copy) = self.plan.steps.last_mut() {
-                copy.inside = true;
-            }
+        let copy = self.step(&copy, words, bytes);
+        if !live {
+            self.plan.cut.push(copy);
+        } else {
+            let (take, nested) = (DiskInstant::ByBackend, vec![copy]);
+            self.plan.instant = Some(InstantPlan { take, nested });
             let publish = RawStep::Publish { layer: layer.clone() };
             self.push(Group::Cut, &publish, format!("flush and publish {layer}"), 0);
         }
@@ -271,7 +270,8 @@ impl Planner<'_> {
         self.push(Group::Prepare, &step, format!("make the qcow2 overlay {layer} on {}", self.path()), 0);
         let path = layer_path(self.path(), &layer);
         if self.state.attached {
-            self.plan.instant = Some(DiskInstant::Overlay { file: path.clone(), format: "qcow2".to_owned() });
+            let take = DiskInstant::Overlay { file: path.clone(), format: "qcow2".to_owned() };
+            self.plan.instant = Some(InstantPlan { take, nested: Vec::new() });
         }
         let previous = self.record.active.clone();
         self.plan.notes.push(format!(
@@ -422,7 +422,7 @@ impl Planner<'_> {
     fn known_until_done(&mut self, layer: &LayerName) {
         self.add_layer(layer);
         let target = self.record.disk.target.clone();
-        if let Some(planned) = self.plan.steps.last_mut() {
+        if let Some(planned) = self.plan.finish.last_mut() {
             planned.edits.push(Edit::RemoveLayer { target, layer: layer.clone() });
         }
     }
@@ -439,7 +439,7 @@ impl Planner<'_> {
                 let unname = RawStep::Unname { layer: layer.name.clone() };
                 let words = format!("remove the name {}: {} is left", layer.name, self.path());
                 self.push(Group::Finish, &unname, words, 0);
-                if let Some(planned) = self.plan.steps.last_mut() {
+                if let Some(planned) = self.plan.finish.last_mut() {
                     let target = self.record.disk.target.clone();
                     planned.edits.push(Edit::RemoveLayer { target, layer: layer.name.clone() });
                 }
@@ -489,7 +489,7 @@ impl Planner<'_> {
         }
         let words = gone.iter().map(LayerName::as_str).collect::<Vec<_>>().join(", ");
         self.push(Group::Finish, &RawStep::Remove { layers: gone.clone() }, format!("remove {words}"), 0);
-        if let Some(planned) = self.plan.steps.last_mut() {
+        if let Some(planned) = self.plan.finish.last_mut() {
             let target = &self.record.disk.target;
             let edit = |layer| Edit::RemoveLayer { target: target.clone(), layer };
             planned.edits.extend(gone.into_iter().map(edit));
@@ -548,8 +548,10 @@ impl Planner<'_> {
     }
 
     fn push(&mut self, group: Group, step: &RawStep, summary: String, bytes: u64) {
-        let target = self.record.disk.target.clone();
-        let step = Step { target, action: step.clone(), summary, bytes };
-        self.plan.steps.push(PlannedStep::new(group, step));
+        self.plan.push(group, self.step(step, summary, bytes));
+    }
+
+    fn step(&self, action: &RawStep, summary: String, bytes: u64) -> Step<RawStep> {
+        Step { target: self.record.disk.target.clone(), action: action.clone(), summary, bytes }
     }
 }

@@ -322,9 +322,9 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
 
 fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState) -> DeleteCost {
     let mut cost = DeleteCost::default();
-    for planned in &plan.steps {
-        cost.moves = cost.moves.saturating_add(planned.step.bytes);
-        if let ChainStep::Remove { layers } = &planned.step.action {
+    for step in plan.steps() {
+        cost.moves = cost.moves.saturating_add(step.bytes);
+        if let ChainStep::Remove { layers } = &step.action {
             let gone = layers.iter().filter_map(|name| state.layer(name)).map(|layer| layer.allocated);
             cost.frees = cost.frees.saturating_add(gone.sum());
         }

@@ -15,12 +15,13 @@ use crate::steps::parent_name;
 /// # Errors
 /// [`ErrorKind::Unsupported`], [`ErrorKind::Refused`] or [`ErrorKind::Corrupt`], with advice.
 pub(crate) fn check(record: &DiskRecord, state: &DiskState, plan: &mut DiskPlan<ChainStep>) -> Result<()> {
-    for planned in &plan.steps {
-        match &planned.step.action {
+    let mut notes = Vec::new();
+    for step in plan.steps() {
+        match &step.action {
             ChainStep::CreateOverlay { layer, on, on_format, .. } => {
                 require_parent(record, on, on_format == "raw")?;
                 if !layer.as_str().is_ascii() || !on.as_str().is_ascii() {
-                    plan.notes.push(format!(
+                    notes.push(format!(
                         "{}: the name of {on} or {layer} is not ASCII: vhd-util of XenServer cannot open the chain",
                         record.disk.target
                     ));
@@ -40,6 +41,7 @@ pub(crate) fn check(record: &DiskRecord, state: &DiskState, plan: &mut DiskPlan<
             _ => {}
         }
     }
+    plan.notes.extend(notes);
     Ok(())
 }
 

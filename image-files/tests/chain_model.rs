@@ -10,8 +10,8 @@ use image_files::chain::{self, ChainStep};
 use image_files::layer_name::{layer_name, layer_path};
 use proptest::prelude::*;
 use snapcore::{
-    ActivePath, Capabilities, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Group,
-    InternalPoint, Layer, LayerName, PlannedStep, Point, PointKind, SnapshotName, Target,
+    ActivePath, Capabilities, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit,
+    FinishStep, InternalPoint, Layer, LayerName, Point, PointKind, SnapshotName, Step, Target,
 };
 
 const CLUSTERS: u8 = 6;
@@ -25,6 +25,16 @@ struct Image {
     tags: BTreeMap<String, Map>,
     backing: Option<LayerName>,
     named: bool,
+}
+
+/// The moment at which a step runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Moment {
+    Prepare,
+    /// In the hypervisor's cut, or at the pivot of its merge.
+    Nested,
+    /// By itself: in the cut at rest or in a detached section, or after the commit point.
+    Alone,
 }
 
 #[derive(Debug)]
@@ -140,42 +150,28 @@ impl Machine {
     }
 
     fn run(&mut self, plan: &DiskPlan<ChainStep>) {
-        let [prepare, cut, finish] = [Group::Prepare, Group::Cut, Group::Finish]
-            .map(|group| plan.steps.iter().filter(|planned| planned.group == group).collect::<Vec<_>>());
-        assert_eq!(prepare.len() + cut.len() + finish.len(), plan.steps.len());
         if self.open.is_none() {
-            assert!(
-                plan.instant.is_none() && plan.steps.iter().all(|planned| !planned.inside && !planned.window)
-            );
+            assert!(plan.instant.is_none() && plan.detached.is_empty());
+            assert!(plan.finish.iter().all(|finish| finish.nested.is_empty()));
         }
-        assert!(prepare.iter().all(|planned| !planned.inside && !planned.window));
-        prepare.into_iter().for_each(|planned| self.planned(planned));
+        plan.prepare.iter().for_each(|step| self.perform_step(step, Moment::Prepare));
         match &plan.instant {
             Some(instant) => {
-                self.instant(instant);
-                for planned in cut {
-                    assert!(planned.inside, "it would run when the guest writes already: {planned:?}");
-                    self.planned(planned);
-                }
+                self.instant(&instant.take);
+                assert!(plan.cut.is_empty(), "it would run when the guest writes already: {:?}", plan.cut);
+                instant.nested.iter().for_each(|step| self.perform_step(step, Moment::Nested));
             }
-            None => self.in_window(cut),
+            None => self.in_section(plan.cut.iter().map(|step| (step, &[][..])).collect()),
         }
         self.edit(&plan.commit);
-        let (in_window, others): (Vec<_>, Vec<_>) = finish.into_iter().partition(|planned| planned.window);
-        self.in_window(in_window);
-        let mut others = others.as_slice();
-        while let [planned, rest @ ..] = others {
-            let inside = rest.iter().take_while(|next| next.inside).count();
-            self.finish(planned, &rest[..inside]);
-            others = &rest[inside..];
-        }
+        assert!(plan.detached.iter().all(|finish| finish.nested.is_empty()));
+        self.in_section(plan.detached.iter().map(|finish| (&finish.step, &finish.edits[..])).collect());
+        plan.finish.iter().for_each(|finish| self.finish(finish));
     }
 
-    fn planned(&mut self, planned: &PlannedStep<ChainStep>) {
-        let step = planned.step.action.clone();
-        self.allow(&step, planned);
-        self.step(step);
-        self.edit(&planned.edits);
+    fn perform_step(&mut self, step: &Step<ChainStep>, moment: Moment) {
+        self.allow(&step.action, moment);
+        self.step(step.action.clone());
     }
 
     /// Performs the hypervisor's part of a snapshot on the disk.
@@ -203,52 +199,56 @@ impl Machine {
     }
 
     /// Steps that run while nothing has the disk open: all of a disk that is at rest.
-    fn in_window(&mut self, steps: Vec<&PlannedStep<ChainStep>>) {
+    fn in_section(&mut self, steps: Vec<(&Step<ChainStep>, &[Edit])>) {
         if steps.is_empty() {
             return;
         }
-        for planned in &steps {
-            assert!(!planned.inside, "nothing runs inside a window's step: {planned:?}");
-            let step = planned.step.action.clone();
-            if let (Some(open), ChainStep::DropInternal { layer, .. }) = (&self.open, &step) {
-                assert!(open[1..].contains(layer), "no window is needed for {step:?}");
+        for (Step { action, .. }, _) in &steps {
+            if let (Some(open), ChainStep::DropInternal { layer, .. }) = (&self.open, action) {
+                assert!(open[1..].contains(layer), "no section is needed for {action:?}");
             }
         }
         let attached = self.open.is_some();
         if attached {
             self.open = Some(Vec::new());
         }
-        steps.into_iter().for_each(|planned| self.planned(planned));
+        for (step, edits) in steps {
+            self.perform_step(step, Moment::Alone);
+            self.edit(edits);
+        }
         if attached {
             self.open = Some(self.chain(&self.path));
         }
     }
 
-    /// A step after the commit point, and those inside it.
-    fn finish(&mut self, planned: &PlannedStep<ChainStep>, inside: &[&PlannedStep<ChainStep>]) {
-        assert!(!planned.inside, "there is nothing that it could run inside of: {planned:?}");
-        let step = planned.step.action.clone();
-        let ChainStep::Merge { run, into, .. } = &step else {
-            assert!(inside.is_empty(), "{step:?} has no pivot");
-            return self.planned(planned);
-        };
+    /// A step after the commit point, and those nested in it.
+    fn finish(&mut self, finish: &FinishStep<ChainStep>) {
+        let FinishStep { step: Step { action, .. }, edits, nested, .. } = finish;
         let open = self.open.clone().unwrap_or_default();
+        self.perform_step(&finish.step, Moment::Alone);
+        self.edit(edits);
+        let ChainStep::Merge { run, into, .. } = action else {
+            assert!(nested.is_empty(), "{action:?} has no pivot");
+            return;
+        };
         let top = run.last().unwrap();
-        self.planned(planned);
         if !open.contains(top) {
-            assert!(inside.is_empty(), "{step:?} is of images that nobody has open");
+            assert!(nested.is_empty(), "{action:?} is of images that nobody has open");
             return;
         }
         let at = open.iter().position(|layer| layer == top).unwrap();
         if into != top {
             match at.checked_sub(1) {
                 Some(above) => {
-                    assert!(inside.is_empty(), "{step:?} does not change what the guest writes to");
+                    assert!(nested.is_empty(), "{action:?} does not change what the guest writes to");
                     self.images.get_mut(&open[above]).unwrap().backing = Some(into.clone());
                 }
                 None => {
-                    assert_eq!(inside.len(), 1, "the configured path is moved at the pivot, and that is all");
-                    self.planned(inside[0]);
+                    let [switch] = &nested[..] else {
+                        panic!("the path is moved at the pivot, and that is all")
+                    };
+                    self.perform_step(&switch.step, Moment::Nested);
+                    self.edit(&switch.edits);
                     assert_eq!(self.path, *into);
                 }
             }
@@ -258,19 +258,22 @@ impl Machine {
     }
 
     /// Checks that a step is allowed while a hypervisor has images open.
-    fn allow(&self, step: &ChainStep, planned: &PlannedStep<ChainStep>) {
+    fn allow(&self, step: &ChainStep, moment: Moment) {
         let Some(open) = &self.open else { return };
         let is_open = |layer: &LayerName| open.contains(layer);
         match step {
-            ChainStep::NameLayer { .. } => assert_eq!(planned.group, Group::Prepare),
+            ChainStep::NameLayer { .. } => assert_eq!(moment, Moment::Prepare),
             ChainStep::CreateOverlay { layer, .. } | ChainStep::Materialise { layer, .. } => {
-                assert!(planned.group == Group::Prepare && !is_open(layer));
+                assert!(moment == Moment::Prepare && !is_open(layer));
             }
             ChainStep::TakeInternal { layer, .. } | ChainStep::ApplyInternal { layer, .. } => {
                 assert!(!is_open(layer), "the hypervisor writes to it: {step:?}");
             }
             ChainStep::SwitchActive { .. } => {
-                assert!(planned.inside || open.is_empty(), "the guest would write elsewhere: {step:?}");
+                assert!(
+                    moment == Moment::Nested || open.is_empty(),
+                    "the guest would write elsewhere: {step:?}"
+                );
             }
             ChainStep::DropInternal { layer, .. } => {
                 assert!(
@@ -459,7 +462,7 @@ impl Machine {
                 self.run(&plan);
                 self.points.insert(stamp, (plan.point.unwrap(), self.current.clone()));
             }
-            Action::Revert(which, save, undoable) => {
+            Action::Revert(which, save) => {
                 let Some((to, content)) = self.points.values().nth(which % self.points.len().max(1)).cloned()
                 else {
                     return;
@@ -467,15 +470,8 @@ impl Machine {
                 let stamp = self.next_stamp();
                 let save = save.then(|| SnapshotName::new(format!("s{stamp}")).unwrap());
                 let plan = self
-                    .plan(&DiskRequest::Revert {
-                        to,
-                        save: save.clone(),
-                        keep: self.keep(),
-                        undoable: *undoable,
-                        stamp,
-                    })
+                    .plan(&DiskRequest::Revert { to, save: save.clone(), keep: self.keep(), stamp })
                     .unwrap();
-                assert!(!(*undoable && plan.irrevocable));
                 self.run(&plan);
                 if save.is_some() {
                     self.points.insert(stamp, (plan.point.unwrap(), self.current.clone()));
@@ -527,7 +523,7 @@ impl Machine {
 enum Action {
     Write(u8, u32),
     Create(PointKind),
-    Revert(usize, bool, bool),
+    Revert(usize, bool),
     Delete(u16),
     Power(bool),
     Clone(usize),
@@ -538,7 +534,7 @@ fn action() -> impl Strategy<Value = Action> {
         4 => (0..CLUSTERS, any::<u32>()).prop_map(|(at, value)| Action::Write(at, value)),
         2 => Just(Action::Create(PointKind::Internal)),
         3 => Just(Action::Create(PointKind::External)),
-        3 => (any::<usize>(), any::<bool>(), any::<bool>()).prop_map(|(w, s, u)| Action::Revert(w, s, u)),
+        3 => (any::<usize>(), any::<bool>()).prop_map(|(which, save)| Action::Revert(which, save)),
         3 => any::<u16>().prop_map(Action::Delete),
         1 => Just(Action::Delete(u16::MAX)),
     ]
@@ -628,7 +624,7 @@ fn the_direction_that_moves_less_is_taken() {
     machine.perform(&Action::Write(0, 8));
     let plan =
         machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![], force: false }).unwrap();
-    assert_eq!(plan.steps[0].step.bytes, 1, "{plan:?}");
+    assert_eq!(plan.finish[0].step.bytes, 1, "{plan:?}");
 
     // An overlay that hides all of its base: nothing has to be moved up.
     for at in 0..CLUSTERS {
@@ -636,7 +632,7 @@ fn the_direction_that_moves_less_is_taken() {
     }
     let plan =
         machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![], force: false }).unwrap();
-    assert_eq!(plan.steps[0].step.bytes, 0, "{plan:?}");
+    assert_eq!(plan.finish[0].step.bytes, 0, "{plan:?}");
 }
 
 /// A base, a layer that holds the most, one with a cluster, and an empty one: nobody needs the two in the
@@ -654,10 +650,9 @@ fn heavy_in_the_middle() -> Machine {
 
 fn the_merge(plan: &DiskPlan<ChainStep>) -> (Vec<LayerName>, LayerName, u64) {
     let merges: Vec<_> = plan
-        .steps
-        .iter()
-        .filter_map(|planned| match planned.step.action.clone() {
-            ChainStep::Merge { run, into, .. } => Some((run, into, planned.step.bytes)),
+        .steps()
+        .filter_map(|step| match step.action.clone() {
+            ChainStep::Merge { run, into, .. } => Some((run, into, step.bytes)),
             _ => None,
         })
         .collect();
@@ -692,7 +687,7 @@ fn closed_layers_merge_into_any_of_them() {
     let mut machine = heavy_in_the_middle();
     // A side branch of its own: the current image is elsewhere.
     let base = machine.points.keys().next().copied().unwrap();
-    machine.perform(&Action::Revert(0, true, true));
+    machine.perform(&Action::Revert(0, true));
     machine.perform(&Action::Power(true));
     let aside: Vec<Point> = machine
         .points
@@ -726,27 +721,21 @@ fn path_moves_within_the_cut_and_the_merge() {
     };
     let plan = machine.plan(&create).unwrap();
     let file = "/vm/disk.ds-00000077.qcow2".into();
-    assert_eq!(plan.instant, Some(DiskInstant::Overlay { file, format: "model".to_owned() }));
-    let last = plan.steps.last().unwrap();
-    assert!(last.group == Group::Cut && last.inside, "{last:?}");
-    assert!(matches!(last.step.action, ChainStep::SwitchActive { .. }), "{last:?}");
+    let instant = plan.instant.as_ref().unwrap();
+    assert_eq!(instant.take, DiskInstant::Overlay { file, format: "model".to_owned() });
+    assert!(plan.cut.is_empty());
+    let [switch] = &instant.nested[..] else { panic!("{instant:?}") };
+    assert!(matches!(switch.action, ChainStep::SwitchActive { .. }), "{switch:?}");
 
     machine.perform(&Action::Create(PointKind::External));
     machine.perform(&Action::Write(0, 8));
     let plan =
         machine.plan(&DiskRequest::Delete { drop: machine.keep(), keep: vec![], force: false }).unwrap();
-    let done: Vec<_> = plan.steps.iter().map(|planned| (&planned.step.action, planned.inside)).collect();
-    assert!(
-        matches!(
-            done[..],
-            [
-                (ChainStep::Merge { .. }, false),
-                (ChainStep::SwitchActive { .. }, true),
-                (ChainStep::Remove { .. }, false)
-            ]
-        ),
-        "{done:?}"
-    );
+    let [merge, remove] = &plan.finish[..] else { panic!("{plan:?}") };
+    assert!(matches!(merge.step.action, ChainStep::Merge { .. }), "{merge:?}");
+    let [switch] = &merge.nested[..] else { panic!("{merge:?}") };
+    assert!(matches!(switch.step.action, ChainStep::SwitchActive { .. }), "{switch:?}");
+    assert!(matches!(remove.step.action, ChainStep::Remove { .. }), "{remove:?}");
 }
 
 /// A running domain whose active path is new has no step nested in the cut.
@@ -770,12 +759,13 @@ fn new_active_path_has_no_step_in_the_cut() {
         stamp: 0x77,
     };
     let external = plan(&create(PointKind::External));
-    assert!(matches!(external.instant, Some(DiskInstant::Overlay { .. })));
-    assert!(external.steps.iter().all(|planned| planned.group == Group::Prepare && !planned.inside));
-    assert!(matches!(external.steps.last().unwrap().step.action, ChainStep::CreateOverlay { .. }));
+    let instant = external.instant.as_ref().unwrap();
+    assert!(matches!(instant.take, DiskInstant::Overlay { .. }) && instant.nested.is_empty());
+    assert_eq!(external.steps().count(), external.prepare.len());
+    assert!(matches!(external.prepare.last().unwrap().action, ChainStep::CreateOverlay { .. }));
     let internal = plan(&create(PointKind::Internal));
-    assert_eq!(internal.instant, Some(DiskInstant::Internal { tag: "s".to_owned() }));
-    assert!(internal.steps.is_empty());
+    assert_eq!(internal.instant.as_ref().unwrap().take, DiskInstant::Internal { tag: "s".to_owned() });
+    assert_eq!(internal.steps().count(), 0);
     assert_eq!(internal.point, Some(Point::internal(machine.record.active.clone(), "s")));
 }
 
@@ -790,12 +780,10 @@ fn only_tags_of_frozen_layers_need_detaching() {
     let tags: Vec<Point> = machine.keep().into_iter().filter(|point| point.tag.is_some()).collect();
     let keep = machine.keep().into_iter().filter(|point| point.tag.is_none()).collect();
     let plan = machine.plan(&DiskRequest::Delete { drop: tags, keep, force: false }).unwrap();
-    let of_active = |step: &ChainStep| match step {
+    let of_active = |finish: &FinishStep<ChainStep>| match &finish.step.action {
         ChainStep::DropInternal { layer, .. } => *layer == machine.record.active,
         other => panic!("no tag is dropped by {other:?}"),
     };
-    let windows: Vec<_> =
-        plan.steps.iter().map(|planned| (of_active(&planned.step.action), planned.window)).collect();
-    assert_eq!(windows.len(), 2, "{plan:?}");
-    assert!(windows.contains(&(true, false)) && windows.contains(&(false, true)), "{windows:?}");
+    let ([section], [alone]) = (&plan.detached[..], &plan.finish[..]) else { panic!("{plan:?}") };
+    assert!(of_active(alone) && !of_active(section), "{plan:?}");
 }

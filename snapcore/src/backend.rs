@@ -135,7 +135,7 @@ pub struct StepContext<'a> {
     /// The disk in a running domain, if its hypervisor has images of it open ([`AttachedDisk::open_files`]).
     /// Changes of those go through it. Other images of the disk are treated like at rest.
     pub attached: Option<&'a dyn AttachedDisk>,
-    /// The work nested in the step, if steps are planned so ([`crate::PlannedStep::inside`]); otherwise it
+    /// The work nested in the step, if steps are planned so ([`crate::FinishStep::nested`]). Otherwise it
     /// does nothing.
     pub inside: &'a dyn Inside,
     /// True if another process began the operation and was interrupted. The step may then be partly done. A
@@ -278,14 +278,15 @@ pub trait DiskSnapshotter: Send + Sync {
     ///
     /// If the disk is attached ([`DiskState::attached`]), a hypervisor has the active chain open. Then:
     ///
-    /// * The plan of a create states in [`DiskPlan::instant`] what the cut does to the disk. Its cut steps
-    ///   are nested in the cut: they move the configured path, or take the point under
-    ///   [`crate::DiskInstant::ByBackend`].
+    /// * The plan of a create states in [`DiskPlan::instant`] what the hypervisor's cut does to the disk, and
+    ///   which steps are nested in it: they move the configured path, or take the point under
+    ///   [`crate::DiskInstant::ByBackend`]. Steps in [`DiskPlan::cut`] come after it, when the guest may run
+    ///   again.
     /// * Steps of a revert that change the open chain are cut steps. They run in a detached section, in which
     ///   no program has the chain open.
     /// * Steps of a delete that change the open chain must either be ones that [`AttachedDisk`] can do, or
-    ///   need a detached section ([`crate::PlannedStep::window`]). The step that moves the path after a merge
-    ///   is nested in the merge.
+    ///   need a detached section ([`DiskPlan::detached`]). The step that moves the path after a merge is
+    ///   nested in the merge.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Refused`] or `Unsupported`, with advice; also if a point in the plan cannot be
@@ -407,7 +408,7 @@ pub trait DiskSnapshotter: Send + Sync {
 #[non_exhaustive]
 pub enum Leftover {
     /// The step must be done: the operation stays unfinished until a recovery does it. A step that is planned
-    /// as deferrable ([`crate::PlannedStep::deferrable`]) is exempt.
+    /// as deferrable ([`crate::FinishStep::deferrable`]) is exempt.
     Required,
     /// The step may be left. The disk is intact without it. The next delete, or a tidy, finds the rest of it
     /// on the disk or by the catalogue's layers, and plans it again. The rest must not obstruct any later

@@ -15,6 +15,7 @@ use crate::backend::{
     Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth, Leftover,
     Salvage, StepContext, StepNeed,
 };
+use crate::disk_plan::{DiskPlan, DiskRequest};
 use crate::domain::{ActivePath, Disk, DiskRecord};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{AttachedDisk, ChainFile};
@@ -22,7 +23,7 @@ use crate::manifest::ManifestStore;
 use crate::name::LayerName;
 use crate::snapshot::{Point, Snapshot};
 use crate::state::{DiskState, TagIdentity};
-use crate::step::{DiskPlan, DiskRequest, Step, StepStatus};
+use crate::step::{Step, StepStatus};
 
 /// A backend of any format: its actions are JSON.
 pub type AnyDiskSnapshotter = dyn DiskSnapshotter<Action = Value>;
@@ -124,9 +125,17 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
         request: &DiskRequest,
     ) -> Result<DiskPlan> {
         let plan = self.inner.plan(disk, state, active_path, request).await?;
+        let target = &disk.disk.target;
+        if let Some(step) = plan.steps().find(|step| step.target != *target) {
+            let detail =
+                format!("{target}: '{}' is planned, which is a step of disk {}", step.summary, step.target);
+            return Err(Error::new(ErrorKind::Internal, detail)
+                .state("no changes made")
+                .advise("this is a defect of the backend; please report it"));
+        }
         plan.try_map(|action| {
             serde_json::to_value(&action).map_err(|cause| {
-                let (target, format) = (&disk.disk.target, self.inner.format());
+                let format = self.inner.format();
                 Error::new(
                     ErrorKind::Internal,
                     format!("{target}: a step of the backend {format} cannot be recorded"),

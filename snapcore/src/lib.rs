@@ -57,6 +57,7 @@ mod backend;
 pub mod catalogue;
 pub mod confine;
 pub mod devices;
+mod disk_plan;
 mod domain;
 pub mod engine;
 mod erased;
@@ -84,6 +85,7 @@ pub use backend::{
     Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth, Leftover,
     Progress, Salvage, Severity, StepContext, StepNeed,
 };
+pub use disk_plan::{DiskPlan, DiskRequest, InstantPlan};
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
 pub use erased::{AnyDiskSnapshotter, erased};
 pub use error::{Error, ErrorKind, Result};
@@ -109,5 +111,5 @@ pub use snapshot::{
     SnapshotId, SnapshotTree,
 };
 pub use state::{DiskState, InternalPoint, Layer, TagIdentity, Unclear};
-pub use step::{DiskPlan, DiskRequest, Edit, Group, PlannedStep, Step, StepStatus};
+pub use step::{Edit, Group, Step, StepStatus};
 pub use zone::{local_zone, time_name};

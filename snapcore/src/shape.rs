@@ -97,6 +97,7 @@ pub enum FinishUnit {
 /// A backend's step after the commit point.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[schemars(rename = "FinishStep")]
+#[serde(bound(deserialize = "A: Deserialize<'de>"))]
 pub struct FinishStep<A = serde_json::Value> {
     /// The step.
     #[serde(flatten)]

@@ -5,9 +5,9 @@ use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
 use snapcore::{
     ActivePath, AttachedDisk, Capabilities, ChainFile, Consistency, DeleteCost, Disk, DiskPlan, DiskPoint,
-    DiskRecord, DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, Finding, Group, Guard,
-    InspectDepth, InternalPoint, Layer, LayerName, PlannedStep, Point, PointKind, Result, Salvage, Severity,
-    Snapshot, SnapshotId, SnapshotName, Step, StepContext, StepStatus,
+    DiskRecord, DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, Finding, FinishStep, Guard,
+    InspectDepth, InternalPoint, Layer, LayerName, Point, PointKind, Result, Salvage, Severity, Snapshot,
+    SnapshotId, SnapshotName, Step, StepContext, StepStatus,
 };
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -64,8 +64,8 @@ fn taken(copied: &Metadata) -> Timestamp {
     copied.modified().ok().and_then(|time| Timestamp::try_from(time).ok()).unwrap_or(Timestamp::UNIX_EPOCH)
 }
 
-fn step(disk: &Disk, group: Group, action: Action, summary: String, bytes: u64) -> PlannedStep<Action> {
-    PlannedStep::new(group, Step { target: disk.target.clone(), action, summary, bytes })
+fn step(disk: &Disk, action: Action, summary: String, bytes: u64) -> Step<Action> {
+    Step { target: disk.target.clone(), action, summary, bytes }
 }
 
 #[async_trait]
@@ -175,7 +175,7 @@ impl DiskSnapshotter for Copies {
                 let tag = new_tag(path, *stamp)?;
                 let action = Action::Copy { tag: tag.clone() };
                 let summary = format!("copy {path} as {tag}");
-                plan.steps.push(step(disk, Group::Cut, action, summary, found(path)?.len()));
+                plan.cut.push(step(disk, action, summary, found(path)?.len()));
                 plan.point = Some(Point::internal(layer(), tag));
             }
             DiskRequest::Revert { to, save, stamp, .. } => {
@@ -191,16 +191,16 @@ impl DiskSnapshotter for Copies {
                 let next = format!("next-{previous}");
                 let stage = Action::Stage { from: from.clone(), next: next.clone() };
                 let summary = format!("copy {from} again");
-                plan.steps.push(step(disk, Group::Prepare, stage, summary, copied.len()));
+                plan.prepare.push(step(disk, stage, summary, copied.len()));
                 let exchange = Action::Exchange { from, next, previous: previous.clone() };
                 let summary = format!("put that in the place of {path}");
-                plan.steps.push(step(disk, Group::Cut, exchange, summary, 0));
+                plan.cut.push(step(disk, exchange, summary, 0));
                 match save {
                     Some(_) => plan.point = Some(Point::internal(layer(), previous)),
                     None => {
                         let action = Action::Drop { tags: vec![previous] };
                         let summary = "remove what was there before".to_owned();
-                        plan.steps.push(step(disk, Group::Finish, action, summary, 0));
+                        plan.finish.push(FinishStep::new(step(disk, action, summary, 0)));
                     }
                 }
             }
@@ -209,7 +209,7 @@ impl DiskSnapshotter for Copies {
                 let names: Vec<String> = gone.map(|(tag, _)| tag.clone()).collect();
                 if !names.is_empty() {
                     let summary = format!("remove the copies {}", names.join(", "));
-                    plan.steps.push(step(disk, Group::Finish, Action::Drop { tags: names }, summary, 0));
+                    plan.finish.push(FinishStep::new(step(disk, Action::Drop { tags: names }, summary, 0)));
                 }
             }
             other => {

@@ -1,7 +1,7 @@
 //! Deletes: tags are dropped, and layers that are no longer needed are removed or merged.
 
 use camino::Utf8Path;
-use snapcore::{ActivePath, Edit, Group, LayerName, Point, Result, shown_size};
+use snapcore::{ActivePath, Edit, FinishStep, Group, LayerName, Point, Result, shown_size};
 
 use super::{ChainStep, Planner, Tag, VisibleBytes, neighbours};
 use crate::layer_name::layer_path;
@@ -62,11 +62,10 @@ impl Planner<'_> {
             self.layers[index].internal.retain(|internal| !tags.iter().any(|tag| tag.name == internal.tag));
             // A hypervisor can delete tags in the image that it writes, but not in one that it has open
             // read-only.
-            let window = name != self.active && self.open.contains(&name);
-            self.push(Group::Finish, ChainStep::DropInternal { layer: name, tags }, &words, 0);
-            if let Some(planned) = self.plan.steps.last_mut() {
-                planned.window = window;
-            }
+            let detached = name != self.active && self.open.contains(&name);
+            let step = self.step(ChainStep::DropInternal { layer: name, tags }, &words, 0);
+            let part = if detached { &mut self.plan.detached } else { &mut self.plan.finish };
+            part.push(FinishStep::new(step));
         }
     }
 

@@ -116,7 +116,7 @@ impl Planner<'_> {
         let words = format!("merge {} into {into}", enumeration(&others));
         let step = ChainStep::Merge { run: run.to_vec(), into: into.clone(), below: below.clone() };
         self.push(Group::Finish, step, &words, bytes);
-        if let Some(merge) = self.plan.steps.last_mut() {
+        if let Some(merge) = self.plan.finish.last_mut() {
             merge.deferrable = true;
         }
         let (made_here, named_by_others): (Vec<LayerName>, Vec<LayerName>) =
@@ -136,7 +136,7 @@ impl Planner<'_> {
             if top.name == self.active {
                 self.switch(Group::Finish, into);
                 if self.is_attached() {
-                    self.switch_runs_inside();
+                    self.switch_in_merge();
                 }
             }
             if keep.contains(&Point::external(top.name.clone())) {

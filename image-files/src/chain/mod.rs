@@ -13,8 +13,8 @@ mod take;
 use std::collections::HashSet;
 
 use snapcore::{
-    ActivePath, Capabilities, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind, Group,
-    Layer, LayerName, PlannedStep, Point, Result, Step, Target,
+    ActivePath, Capabilities, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Error, ErrorKind,
+    FinishStep, Group, Layer, LayerName, NestedStep, Point, Result, Step, Target,
 };
 
 pub use self::action::{ChainStep, Tag, room_of_overlay, uses};
@@ -57,9 +57,9 @@ pub fn plan(
         DiskRequest::Create { kind, way: _, name, overlay, keep: _, stamp } => {
             planner.create(kind.unwrap_or(capabilities.preferred), name, overlay.as_ref(), *stamp)?;
         }
-        DiskRequest::Revert { to, save, keep, undoable, stamp } => {
+        DiskRequest::Revert { to, save, keep, stamp } => {
             neighbours::allow_revert(record, state, active_path)?;
-            planner.revert(to, save.as_ref(), keep, *undoable, *stamp)?;
+            planner.revert(to, save.as_ref(), keep, *stamp)?;
         }
         DiskRequest::Delete { drop, keep, .. } => {
             planner.delete(drop, keep, visible)?;
@@ -73,7 +73,6 @@ pub fn plan(
             .advise("use a backend of the same version as domsnap"));
         }
     }
-    planner.plan.steps.sort_by_key(|planned| planned.group);
     Ok(planner.plan)
 }
 
@@ -162,10 +161,13 @@ impl Planner<'_> {
         !self.open.is_empty()
     }
 
-    /// Nests the move of the configured path in the step before, which alone provides the moment for it.
-    fn switch_runs_inside(&mut self) {
-        if let (ActivePath::Keep, Some(planned)) = (self.active_path, self.plan.steps.last_mut()) {
-            planned.inside = true;
+    /// Nests the move of the configured path in the merge before it, which alone provides the moment for it.
+    fn switch_in_merge(&mut self) {
+        if self.active_path == ActivePath::Keep
+            && let Some(FinishStep { step, edits, .. }) = self.plan.finish.pop()
+            && let Some(merge) = self.plan.finish.last_mut()
+        {
+            merge.nested.push(NestedStep { step, edits });
         }
     }
 
@@ -215,14 +217,19 @@ impl Planner<'_> {
     }
 
     fn push(&mut self, group: Group, step: ChainStep, summary: &str, bytes: u64) {
-        let step = Step { target: self.target.clone(), action: step, summary: summary.to_owned(), bytes };
-        self.plan.steps.push(PlannedStep::new(group, step));
+        self.plan.push(group, self.step(step, summary, bytes));
+    }
+
+    fn step(&self, action: ChainStep, summary: &str, bytes: u64) -> Step<ChainStep> {
+        Step { target: self.target.clone(), action, summary: summary.to_owned(), bytes }
     }
 
     /// Attaches an edit to the finish step that makes it true: the last one planned.
     fn edit_last(&mut self, edit: Edit) {
-        if let Some(last) = self.plan.steps.last_mut() {
-            last.edits.push(edit);
+        let Some(last) = self.plan.finish.last_mut() else { return };
+        match last.nested.last_mut() {
+            Some(nested) => nested.edits.push(edit),
+            None => last.edits.push(edit),
         }
     }
 }

@@ -64,7 +64,7 @@ pub(super) fn allow_merges(
                 | ChainStep::TakeInternal { .. }
         )
     };
-    if plan.steps.iter().all(|planned| harmless(&planned.step.action)) {
+    if plan.steps().all(|step| harmless(&step.action)) {
         return Ok(());
     }
     match refusal(record, state) {

@@ -1,8 +1,8 @@
 //! Creates and reverts: new layers, and the switch to them.
 
 use snapcore::{
-    DiskInstant, Edit, Error, ErrorKind, Group, Layer, LayerName, Point, PointKind, Result, SnapshotName,
-    shown_size,
+    DiskInstant, Edit, Error, ErrorKind, Group, InstantPlan, Layer, LayerName, Point, PointKind, Result,
+    SnapshotName, shown_size,
 };
 
 use super::{ChainStep, Planner, Tag};
@@ -22,7 +22,8 @@ impl Planner<'_> {
                 self.free_tag(&active, name)?;
                 match self.is_attached() {
                     true => {
-                        self.plan.instant = Some(DiskInstant::Internal { tag: name.as_str().to_owned() });
+                        let take = DiskInstant::Internal { tag: name.as_str().to_owned() };
+                        self.plan.instant = Some(InstantPlan { take, nested: Vec::new() });
                     }
                     false => self.take_internal(Group::Cut, &active, name.as_str()),
                 }
@@ -37,11 +38,13 @@ impl Planner<'_> {
                 self.overlay(&new, &active)?;
                 self.switch(Group::Cut, &new);
                 if self.is_attached() {
-                    self.plan.instant = Some(DiskInstant::Overlay {
+                    let take = DiskInstant::Overlay {
                         file: layer_path(&self.record.disk.path, &new),
                         format: self.record.disk.format.clone(),
-                    });
-                    self.switch_runs_inside();
+                    };
+                    // The path moves while the guest is paused, before it writes to the overlay.
+                    let nested = std::mem::take(&mut self.plan.cut);
+                    self.plan.instant = Some(InstantPlan { take, nested });
                 }
                 self.plan.point = Some(Point::external(active));
             }
@@ -54,7 +57,6 @@ impl Planner<'_> {
         to: &Point,
         save: Option<&SnapshotName>,
         keep: &[Point],
-        undoable: bool,
         stamp: u32,
     ) -> Result<()> {
         let active = self.active.clone();
@@ -88,20 +90,18 @@ impl Planner<'_> {
                     self.free_tag(&active, name)?;
                     self.take_internal(before, &active, name.as_str());
                     self.plan.point = Some(Point::internal(active.clone(), name.as_str()));
-                    Some(name.as_str().to_owned())
+                    name.as_str().to_owned()
                 }
-                None if undoable => {
+                None => {
                     // Begins with a dot, so it can never be a snapshot's name.
                     let tag = format!(".domsnap-undo-{stamp:08x}");
                     self.take_internal(before, &active, &tag);
                     let drop = ChainStep::DropInternal { layer: active.clone(), tags: vec![Tag::new(&tag)] };
                     self.push(Group::Finish, drop, "drop the safety copy of the previous state", 0);
-                    Some(tag)
+                    tag
                 }
-                None => None,
             };
-            self.plan.irrevocable = safety.is_none();
-            self.apply_internal(Group::Cut, &active, found, safety);
+            self.apply_internal(Group::Cut, &active, found, Some(safety));
             return Ok(());
         }
         self.name_active();

@@ -157,7 +157,6 @@ pub(super) const CASES: [TestCase; 6] = [
                         to: to.clone(),
                         save: None,
                         keep: vec![to],
-                        undoable: true,
                         stamp: 7,
                     };
                     if let Ok(plan) = backend.plan(&record, &state, subject.active_path(), &request).await {

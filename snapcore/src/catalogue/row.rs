@@ -65,7 +65,7 @@ impl Plan {
     /// Adds the step of the next row.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for a row that has no place there, or an action on the domain that is not known.
+    /// [`ErrorKind::Corrupt`] for a row that has no place there, or an action on the domain that is unknown.
     pub fn push_row(&mut self, row: StepRow) -> Result<()> {
         let (group, nested, summary) = (row.group, row.nested, row.summary.clone());
         let begun = match (self.finish.is_empty(), self.cut.is_empty()) {

@@ -1,7 +1,7 @@
 //! The plans of all disks, put together part by part. The domain's own steps are then added around them.
 
-use crate::shape::{CutUnit, FinishStep, FinishUnit, HypervisorStep, NestedStep, Plan, PlanStep};
-use crate::{DiskPlan, DomainStep, Edit, Error, ErrorKind, Group, PlannedStep, Result, SnapshotName, Step};
+use crate::shape::{CutUnit, FinishUnit, HypervisorStep, Plan, PlanStep};
+use crate::{DiskPlan, DomainStep, Edit, Error, ErrorKind, Result, SnapshotName, Step};
 
 /// The parts of a plan in the making.
 #[derive(Default)]
@@ -19,43 +19,15 @@ pub(super) struct Merged {
 
 impl Merged {
     /// Adds the plan of one disk.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Internal`] for a plan that has no such parts: a defect of its backend.
-    pub(super) fn add(&mut self, disk: DiskPlan) -> Result<()> {
-        for planned in disk.steps {
-            let PlannedStep { group, step, edits, deferrable, inside, window } = planned;
-            let misplaced = |why: &str| {
-                let detail = format!("{}: the step '{}' {why}", step.target, step.summary);
-                Err(Error::new(ErrorKind::Internal, detail)
-                    .state("no changes made")
-                    .advise("this is a defect of the backend; please report it"))
-            };
-            if group != Group::Finish && (!edits.is_empty() || deferrable) {
-                return misplaced("comes before the commit point, and has edits or is deferrable");
-            }
-            match (group, inside) {
-                (Group::Prepare, false) => self.prepare.push(PlanStep::Disk(step)),
-                (Group::Cut, true) => self.nested.push(step),
-                (Group::Cut, false) => self.cut.push(CutUnit::Disk(step)),
-                (Group::Finish, true) => match self.finish.last_mut() {
-                    Some(FinishUnit::Disk(head)) if head.step.target == step.target => {
-                        head.nested.push(NestedStep { step, edits });
-                    }
-                    Some(FinishUnit::Disk(_) | FinishUnit::Domain(_)) | None => {
-                        return misplaced("is nested in no step");
-                    }
-                },
-                (Group::Finish, false) => {
-                    let unit = FinishUnit::Disk(FinishStep { edits, deferrable, ..FinishStep::new(step) });
-                    if window { self.detached.push(unit) } else { self.finish.push(unit) }
-                }
-                (Group::Prepare, true) => return misplaced("is nested in no step"),
-            }
-        }
-        self.commit.extend(disk.commit);
-        self.notes.extend(disk.notes);
-        Ok(())
+    pub(super) fn add(&mut self, disk: DiskPlan) {
+        let DiskPlan { prepare, instant, cut, commit, detached, finish, point: _, notes } = disk;
+        self.prepare.extend(prepare.into_iter().map(PlanStep::Disk));
+        self.nested.extend(instant.into_iter().flat_map(|instant| instant.nested));
+        self.cut.extend(cut.into_iter().map(CutUnit::Disk));
+        self.commit.extend(commit);
+        self.detached.extend(detached.into_iter().map(FinishUnit::Disk));
+        self.finish.extend(finish.into_iter().map(FinishUnit::Disk));
+        self.notes.extend(notes);
     }
 
     /// The plan.

@@ -138,7 +138,7 @@ impl Planner<'_> {
             let mut ask = DiskRequest::Create { kind, way, name, overlay, keep, stamp: stamp() };
             let mut plan = disk.plan(self.domain, &ask).await?;
             if let Some(why) = self.seen(disk.target()).and_then(|seen| seen.no_internal.as_ref())
-                && matches!(plan.instant, Some(crate::DiskInstant::Internal { .. }))
+                && matches!(take_of(&plan), Some(crate::DiskInstant::Internal { .. }))
                 && is_default
             {
                 self.require_kind(disk, Some(PointKind::External), None)?;
@@ -149,8 +149,8 @@ impl Planner<'_> {
                 merged.notes.push(format!("{}: the snapshot is external: {why}", disk.target()));
             }
             points.push(self.member(disk, &plan)?);
-            instants.extend(plan.instant.clone().map(|instant| (disk.target().clone(), instant)));
-            merged.add(plan)?;
+            instants.extend(take_of(&plan).map(|take| (disk.target().clone(), take.clone())));
+            merged.add(plan);
         }
         if points.is_empty() {
             return Err(Error::new(ErrorKind::Refused, "every disk is left out: there is nothing to take")
@@ -222,7 +222,7 @@ impl Planner<'_> {
             if request.save_current.is_some() {
                 saved.push(self.member(disk, &plan)?);
             }
-            merged.add(plan)?;
+            merged.add(plan);
         }
         saved.sort_by_key(|member| self.disks.iter().position(|disk| *disk.target() == member.target));
         let mut names = vec![wanted.name.clone()];
@@ -341,20 +341,9 @@ impl Planner<'_> {
             to: to.clone(),
             save: request.save_current.clone(),
             keep: self.tree.points(disk.target()).cloned().collect(),
-            undoable: true,
             stamp: stamp(),
         };
-        let plan = disk.plan(self.domain, &ask).await?;
-        if plan.irrevocable {
-            return Err(Error::new(
-                ErrorKind::Internal,
-                format!(
-                    "the backend of {} plans a revert that cannot be undone, though it was asked to",
-                    disk.target()
-                ),
-            ));
-        }
-        Ok(plan)
+        disk.plan(self.domain, &ask).await
     }
 
     /// Refuses a revert to an internal snapshot that another program put in place of the recorded one. The
@@ -444,10 +433,10 @@ impl Planner<'_> {
             match self.require_live(disk) {
                 // The user did not ask for this tidying: a step that has to wait for the domain's end waits.
                 Err(_) if doomed.is_empty() => continue,
-                refused if !plan.steps.is_empty() => refused?,
+                refused if plan.steps().next().is_some() => refused?,
                 _ => {}
             }
-            merged.add(plan)?;
+            merged.add(plan);
         }
         if !doomed.is_empty() {
             merged.notes.extend(self.replaced(doomed));
@@ -536,6 +525,11 @@ pub fn split_points(
     };
     let keep: Vec<Point> = points_of(false).collect();
     (points_of(true).filter(|point| !keep.contains(point)).collect(), keep)
+}
+
+/// The hypervisor's part in the cut of a disk, if it has one.
+fn take_of(plan: &DiskPlan) -> Option<&crate::DiskInstant> {
+    plan.instant.as_ref().map(|instant| &instant.take)
 }
 
 /// Refuses a point whose tag is that of several internal snapshots of its image. Other tools can make such,

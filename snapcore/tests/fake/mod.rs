@@ -180,9 +180,8 @@ fn layer_of(disk: &Disk) -> LayerName {
     LayerName(format!("{}.layer", disk.path.file_name().unwrap().replace(':', "-")))
 }
 
-fn step(group: Group, disk: &Disk, action: Action, bytes: u64, deferrable: bool) -> PlannedStep<Action> {
-    let step = Step { target: disk.target.clone(), summary: format!("{action:?}"), action, bytes };
-    PlannedStep { deferrable, ..PlannedStep::new(group, step) }
+fn step(disk: &Disk, action: Action, bytes: u64) -> Step<Action> {
+    Step { target: disk.target.clone(), summary: format!("{action:?}"), action, bytes }
 }
 
 #[async_trait]
@@ -305,30 +304,30 @@ impl DiskSnapshotter for FakeBackend {
         let disk = &record.disk;
         let there = self.disk(&disk.path)?;
         let mut plan = DiskPlan::default();
-        let mut add =
-            |group, action, bytes, deferrable| plan.steps.push(step(group, disk, action, bytes, deferrable));
+        let mut add = |group, action, bytes| plan.push(group, step(disk, action, bytes));
         let key = |number: &u32| format!("op{number}");
         match request {
             DiskRequest::Create { name, stamp, .. } => {
-                add(Group::Prepare, Action::Stash { key: key(stamp) }, 0, false);
-                add(Group::Cut, Action::Tag { name: name.to_string() }, 0, false);
-                add(Group::Finish, Action::Unstash { key: key(stamp) }, 0, false);
+                add(Group::Prepare, Action::Stash { key: key(stamp) }, 0);
+                add(Group::Cut, Action::Tag { name: name.to_string() }, 0);
+                add(Group::Finish, Action::Unstash { key: key(stamp) }, 0);
                 plan.point = Some(Point::internal(record.active.clone(), name.as_str()));
             }
             DiskRequest::Revert { to, save, stamp, .. } => {
-                add(Group::Prepare, Action::Stash { key: key(stamp) }, 0, false);
+                add(Group::Prepare, Action::Stash { key: key(stamp) }, 0);
                 if let Some(save) = save {
-                    add(Group::Cut, Action::Tag { name: save.to_string() }, 0, false);
+                    add(Group::Cut, Action::Tag { name: save.to_string() }, 0);
                 }
                 let name = to.tag.clone().unwrap();
-                add(Group::Cut, Action::Restore { name, key: key(stamp) }, 10, false);
-                add(Group::Finish, Action::Unstash { key: key(stamp) }, 0, false);
+                add(Group::Cut, Action::Restore { name, key: key(stamp) }, 10);
+                add(Group::Finish, Action::Unstash { key: key(stamp) }, 0);
                 plan.point = save.as_ref().map(|save| Point::internal(record.active.clone(), save.as_str()));
             }
             DiskRequest::Delete { keep, .. } => {
                 let kept = |tag: &String| keep.iter().any(|point| point.tag.as_ref() == Some(tag));
                 for name in there.tags.into_keys().filter(|tag| !kept(tag)) {
-                    add(Group::Finish, Action::Drop { name }, 100, true);
+                    let drop = FinishStep::new(step(disk, Action::Drop { name }, 100));
+                    plan.finish.push(FinishStep { deferrable: true, ..drop });
                 }
             }
             other => return Err(Error::new(ErrorKind::Unsupported, format!("the fake cannot do {other:?}"))),
