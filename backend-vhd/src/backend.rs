@@ -144,7 +144,11 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     fn uses(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> FileUses {
-        chain::uses(disk, &step.action)
+        let mut uses = chain::uses(disk, &step.action);
+        if let ChainStep::CreateOverlay { virtual_size, .. } = &step.action {
+            uses.room = image::bytes_of_new(*virtual_size);
+        }
+        uses
     }
 
     async fn bases(&self, disk: &DiskRecord) -> Result<Vec<Base>> {

@@ -13,7 +13,7 @@ use image_files::layer_name::layer_path;
 use image_files::layers::{ChainFormat, ImageFacts};
 pub(crate) use image_files::layers::{Limits, file_of};
 use image_files::names::{FileId, file_id, io_error, is_passing_name};
-use snapcore::{Base, DiskRecord, DiskState, Error, ErrorKind, LayerName, Result, Unclear};
+use snapcore::{Base, DiskRecord, DiskState, Error, ErrorKind, Layer, LayerName, Result, Unclear};
 
 use crate::image::{self, DiskType, OpenOptions, UniqueId, Vhd, find_parent};
 
@@ -133,24 +133,68 @@ fn children(
         if !listed.insert(id) {
             continue;
         }
-        let failed = |error| io_error(error, format!("cannot list {directory}"));
-        let mut names = Vec::new();
-        for entry in fs::read_dir(&directory).map_err(failed)? {
-            names.extend(entry.map_err(failed)?.file_name().into_string().ok());
-        }
-        names.sort();
-        for name in names.iter().filter(|name| !is_passing_name(name)) {
-            child(&directory.join(name), limits, state, seen, &ids);
-        }
+        search(&directory, limits, &mut state.layers, &mut state.unclear, seen, &ids)?;
     }
     Ok(())
+}
+
+/// Looks at the files of one directory.
+fn search(
+    directory: &Utf8Path,
+    limits: &Limits,
+    layers: &mut [Layer],
+    unclear: &mut Vec<Unclear>,
+    seen: &HashMap<FileId, LayerName>,
+    ids: &HashMap<UniqueId, LayerName>,
+) -> Result<()> {
+    let failed = |error| io_error(error, format!("cannot list {directory}"));
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        names.extend(entry.map_err(failed)?.file_name().into_string().ok());
+    }
+    names.sort();
+    for name in names.iter().filter(|name| !is_passing_name(name)) {
+        child(&directory.join(name), limits, layers, unclear, seen, ids);
+    }
+    Ok(())
+}
+
+/// Lists the VHD images beside the one at `path` whose parent it is.
+///
+/// # Errors
+/// Those of the image; the system's.
+pub fn find_children(path: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+    let limits = Limits { max_depth: 1, allowed: Vec::new() };
+    let Some(file) = file_id(path)? else { return Ok(Vec::new()) };
+    let name = LayerName(path.file_name().unwrap_or_default().to_owned());
+    let layer = Layer {
+        name: name.clone(),
+        file: path.to_owned(),
+        format: "vhd".to_owned(),
+        named: true,
+        backing: None,
+        owned: true,
+        virtual_size: 0,
+        allocated: 0,
+        internal: Vec::new(),
+        dependents: Vec::new(),
+    };
+    let mut layers = vec![layer];
+    let ids = HashMap::from([(reading(path)?.id(), name.clone())]);
+    let seen = HashMap::from([(file, name)]);
+    let mut unclear = Vec::new();
+    if let Some(own) = path.parent() {
+        search(own, &limits, &mut layers, &mut unclear, &seen, &ids)?;
+    }
+    Ok(layers.into_iter().flat_map(|layer| layer.dependents).collect())
 }
 
 /// Looks at one file. What is no VHD child has nothing to do with the disk.
 fn child(
     file: &Utf8Path,
     limits: &Limits,
-    state: &mut DiskState,
+    layers: &mut [Layer],
+    unclear: &mut Vec<Unclear>,
     seen: &HashMap<FileId, LayerName>,
     ids: &HashMap<UniqueId, LayerName>,
 ) {
@@ -162,7 +206,7 @@ fn child(
         Ok(opened) if opened.disk_type() == DiskType::Differencing => opened,
         Err(error) if error.kind() == image::ErrorKind::Corrupt => {
             let why = format!("it is a damaged VHD: {error}");
-            state.unclear.push(Unclear { file: file.to_owned(), why });
+            unclear.push(Unclear { file: file.to_owned(), why });
             return;
         }
         Ok(_) | Err(_) => return,
@@ -173,7 +217,7 @@ fn child(
         // It is ours by its id, wherever its locators lead.
         Err(_) => opened.parent_id().and_then(|id| ids.get(&id)).cloned(),
     };
-    if let Some(layer) = layer.and_then(|name| state.layers.iter_mut().find(|layer| layer.name == name)) {
+    if let Some(layer) = layer.and_then(|name| layers.iter_mut().find(|layer| layer.name == name)) {
         layer.dependents.push(file.to_owned());
     }
 }

@@ -14,4 +14,6 @@ mod served;
 mod steps;
 
 pub use backend::{VhdFiles, register};
+pub use layers::find_children;
 pub use served::{ServedChain, ServedOptions, notes_of};
+pub use steps::parent_name_for;

@@ -186,7 +186,6 @@ impl StepRunner<'_> {
                 Some(self.parent_name(name, format == "raw")?)
             }
             (None, None) => None,
-            // An interrupted merge into the bottom of a run never changes its parent.
             (expected, found) => {
                 return Err(Error::new(
                     ErrorKind::Corrupt,
@@ -249,6 +248,14 @@ pub(crate) fn parent_name(
     };
     let name = Utf8Path::new(layer.as_str()).file_name().unwrap_or_default().to_owned();
     Ok(ParentName { id, time: TimeStamp::from_unix(about.mtime()), name, relative })
+}
+
+/// Describes the image at `parent` as the parent of the one at `child`.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] for an image that cannot be a parent; those of the image.
+pub fn parent_name_for(child: &Utf8Path, parent: &Utf8Path) -> Result<ParentName> {
+    parent_name(child, parent, &LayerName(parent.to_string()), false)
 }
 
 /// The path of `file` from `directory`: up as far as needed, and down again.

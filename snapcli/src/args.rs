@@ -476,6 +476,59 @@ pub enum Disk {
     },
     /// Serve an image, or a snapshot of it, over NBD until the command is terminated
     Serve(Serve),
+    /// Check a VHD image and its chain
+    Check {
+        /// The image: PATH
+        #[arg(value_hint = ValueHint::FilePath)]
+        image: GivenImage,
+        /// Correct footers, batmap and the path of the parent; blocks and their table are never changed
+        #[arg(long)]
+        repair: bool,
+        /// Also read the data, to find sectors that are not in use and not zeros
+        #[arg(long)]
+        data: bool,
+    },
+    /// Copy what a VHD image and its parents show to a new file
+    Materialise {
+        /// The image: PATH
+        #[arg(value_hint = ValueHint::FilePath)]
+        image: GivenImage,
+        /// The new file
+        #[arg(value_hint = ValueHint::FilePath)]
+        copy: Utf8PathBuf,
+        /// The format of the copy
+        #[arg(long, value_enum, default_value = "vhd-fixed")]
+        to: CopyFormat,
+        /// Round the size of a fixed VHD up to a multiple of this; Azure needs 1M
+        #[arg(long, value_name = "BYTES", value_parser = bytes, default_value = "1M")]
+        align: u64,
+    },
+    /// Write into a VHD child where its parent is, after files were moved
+    Relocate {
+        /// The child: PATH
+        #[arg(value_hint = ValueHint::FilePath)]
+        image: GivenImage,
+        /// Its parent, which must have the id that the child states
+        #[arg(value_hint = ValueHint::FilePath)]
+        parent: Utf8PathBuf,
+    },
+    /// Make the disk of a VHD image larger
+    Resize {
+        /// The image: PATH
+        #[arg(value_hint = ValueHint::FilePath)]
+        image: GivenImage,
+        /// The new size in bytes, optionally followed by K, M or G
+        #[arg(value_parser = bytes)]
+        size: u64,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum CopyFormat {
+    /// The bytes of the disk
+    Raw,
+    /// A fixed VHD
+    VhdFixed,
 }
 
 #[derive(Debug, Args)]

@@ -413,6 +413,20 @@ pub struct DiskDoc {
     pub forgotten: Vec<String>,
 }
 
+/// `disk check`, `disk materialise`, `disk relocate`, `disk resize`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct DiskVhdDoc {
+    /// The operation: "check", "materialise", "relocate", "resize".
+    pub operation: String,
+    /// The image, absolute.
+    #[schemars(with = "String")]
+    pub image: Utf8PathBuf,
+    /// Findings of a check, the worst first.
+    pub findings: Vec<Finding>,
+    /// The changes that were made, in words.
+    pub done: Vec<String>,
+}
+
 /// `disk list`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct DiskListDoc {
@@ -571,6 +585,7 @@ pub fn schema() -> serde_json::Value {
         "domain-add": DomainDoc, "domain-remove": RemovalDoc, "domain-list": DomainsDoc, "domain-show": DomainShowDoc,
         "domain-scan": ScanDoc,
         "disk": DiskDoc, "disk-list": DiskListDoc, "disk-serve": DiskServeDoc,
+        "disk-vhd": DiskVhdDoc,
         "check": CheckDoc, "recover": RecoverDoc, "import": DomainDoc, "backends": BackendsDoc,
         "error": ErrorDoc,
     }

@@ -65,6 +65,12 @@ impl NewImage {
     }
 }
 
+/// Bytes of the file of a new image of a disk of this size.
+pub fn bytes_of_new(size: u64) -> u64 {
+    let table = BlockSize::DEFAULT.blocks_for(size).saturating_mul(4);
+    table.next_multiple_of(SECTOR).saturating_add(BAT_AT + FOOTER)
+}
+
 /// Fails for a size that a VHD cannot have.
 pub(super) fn require_size(size: u64) -> Result<()> {
     if size == 0 || !size.is_multiple_of(SECTOR) {
@@ -97,4 +103,35 @@ pub(super) fn create_in(storage: Box<dyn Storage>, path: &Path, new: &NewImage) 
     let file = ImageFile::new(storage, path, true);
     file.write_at(&bytes, HostOffset(0))?;
     file.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use image_files::engine::recorder::{Event, Recorder};
+
+    use super::*;
+    use crate::image::Vhd;
+
+    /// An image of 2040 GiB is one write and one flush; its last sector is written and read. A larger one is
+    /// refused.
+    #[test]
+    fn largest_image_is_one_write() {
+        let recorder = Recorder::new(Vec::new());
+        create_in(Box::new(recorder.clone()), Path::new("/large.vhd"), &NewImage::new(MAX_SIZE)).unwrap();
+        assert!(matches!(recorder.log().as_slice(), [Event::Write(0, _), Event::Flush]));
+        let mut image = Vhd::from_file(recorder.open(true)).unwrap();
+        assert_eq!(image.check(false).unwrap(), []);
+        image.write_at(&[7; 512], MAX_SIZE - SECTOR).unwrap();
+        image.flush().unwrap();
+        // The entries that changed, and not the whole BAT, are written.
+        let written: usize = recorder.log()[2..]
+            .iter()
+            .map(|event| if let Event::Write(_, bytes) = event { bytes.len() } else { 0 })
+            .sum();
+        assert!(written < 16 << 10, "{written} bytes");
+        let mut image = Vhd::from_file(recorder.open(false)).unwrap();
+        assert!(image.extent(MAX_SIZE - SECTOR).unwrap().data.is_some());
+        assert_eq!(require_size(MAX_SIZE + SECTOR).unwrap_err().kind(), ErrorKind::LimitExceeded);
+        assert_eq!(require_size(1000).unwrap_err().kind(), ErrorKind::InvalidInput);
+    }
 }

@@ -60,7 +60,7 @@ mod writer;
 use image_files::engine::{error, file, transfer};
 
 pub use chain::{Chain, Layer, Piece, RawLayer};
-pub use create::{NewImage, write_into};
+pub use create::{NewImage, bytes_of_new, write_into};
 pub use error::{Context, Error, ErrorKind, Result};
 pub use file::ImageFile;
 pub use finding::{Finding, Severity};

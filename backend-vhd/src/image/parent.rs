@@ -19,6 +19,8 @@ use super::units::UniqueId;
 
 /// The default limit of a chain's depth.
 pub const DEFAULT_DEPTH: usize = 64;
+/// Places that an error names.
+const NAMED: usize = 8;
 /// Files of one directory that are looked at in a search by id.
 const MOST_FILES: usize = 4096;
 
@@ -218,6 +220,11 @@ impl<'a> Search<'a> {
 
     fn not_found(self) -> Error {
         let child = self.child.path();
+        let named = self.tried.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let more = match self.tried.len().saturating_sub(NAMED) {
+            0 => String::new(),
+            more => format!(" and {more} other files"),
+        };
         match self.other {
             Some((path, id)) => Error::corrupt(format!(
                 "its parent is the image with the id {}, and {} is another one, with the id {id}",
@@ -227,7 +234,9 @@ impl<'a> Search<'a> {
             .advise("put the parent back, or look for it and use `domsnap disk relocate`; no changes made"),
             None => Error::new(
                 ErrorKind::FileNotFound,
-                format!("its parent, the image with the id {}, was not found; tried: {}", self.id, self.tried.join(", ")),
+                format!("its parent, the image with the id {}, was not found; tried: {named}{more}",
+                    self.id
+                ),
             )
             .advise("bring the parent back, or allow its directory with --allow-backing; `domsnap disk relocate` writes where it is"),
         }

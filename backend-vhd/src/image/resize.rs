@@ -55,7 +55,8 @@ impl Vhd {
         }
     }
 
-    /// The footer at the new end is durable before the old one becomes zeros of the disk.
+    /// The footer at the new end is durable before the old one becomes zeros of the disk. A crash between the
+    /// two leaves the old footer's bytes behind the previous end, where the guest had nothing.
     fn grow_fixed(&mut self, size: u64) -> Result<()> {
         let old = self.end;
         let mut footer = self.footer.clone();

@@ -30,6 +30,7 @@ use crate::answer::Answer;
 use crate::args::{Disk, Global};
 use crate::backends::Register;
 use crate::commands::change::kind_word;
+use crate::commands::vhd;
 use crate::documents::{DiskDoc, DiskListDoc, DiskSnapshotDoc};
 use crate::failure::Failure;
 use crate::session::Session;
@@ -42,7 +43,7 @@ const FORMAT: &str = "qcow2";
 /// Does what `disk` says.
 pub fn run(global: Global, disk: Disk, register: Register<'_>) -> Result<Answer, Failure> {
     let session = Session::open(global, register)?;
-    let looks = matches!(disk, Disk::List { .. });
+    let looks = matches!(disk, Disk::List { .. } | Disk::Check { repair: false, .. });
     let work = || match disk {
         Disk::Create { image, name, kind } => create(&session, &path_of(&image)?, name, kind.wanted()),
         Disk::Revert { image, name, kind } => revert(&session, &path_of(&image)?, &name, kind.wanted()),
@@ -51,6 +52,10 @@ pub fn run(global: Global, disk: Disk, register: Register<'_>) -> Result<Answer,
         }
         Disk::List { image } => list(&session, &path_of(&image)?),
         Disk::Serve(serve) => super::serve::run(&session, serve),
+        Disk::Check { image, repair, data } => vhd::check(&session, &image, repair, data),
+        Disk::Materialise { image, copy, to, align } => vhd::copy(&session, &image, &copy, to, align),
+        Disk::Relocate { image, parent } => vhd::relocate(&session, &image, &parent),
+        Disk::Resize { image, size } => vhd::resize(&session, &image, size),
     };
     match looks {
         true => work(),

@@ -10,6 +10,7 @@ mod power;
 mod scan;
 mod serve;
 mod show;
+mod vhd;
 
 use crate::answer::Answer;
 use crate::args::{Cli, Command};

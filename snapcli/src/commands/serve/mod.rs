@@ -111,7 +111,7 @@ fn open(session: &Session, image: &Utf8Path, format: &str, serve: &Serve) -> Res
 }
 
 /// Refuses to write an image that a running domain has open, that is a frozen layer, or that backs others.
-fn require_writable(session: &Session, image: &Utf8Path) -> Result<(), Failure> {
+pub(super) fn require_writable(session: &Session, image: &Utf8Path) -> Result<(), Failure> {
     session.ask(session.service.require_closed(image))?;
     let owner = session.ask(session.service.belonging(image))?;
     if let Some(owner) = owner

@@ -1,0 +1,237 @@
+//! `domsnap disk check, materialise, relocate, resize`: work on one VHD image, for which other programs have
+//! no tool. Like internal snapshots, it goes past the service: the image engine makes each change whole or
+//! not at all, and what only the service knows is asked of it first.
+
+use backend_vhd::image::{
+    Chain, ChainOptions, Finding, FoundBy, Materialised, Moving, OpenOptions, ParentName, Severity, Vhd,
+    find_parent, materialise,
+};
+use camino::{Utf8Path, Utf8PathBuf};
+use image_files::names;
+use snapcore::service::{GivenImage, image_path, require_files};
+use snapcore::{Error, ErrorKind, Result};
+
+use super::serve;
+use crate::answer::Answer;
+use crate::args::CopyFormat;
+use crate::documents::DiskVhdDoc;
+use crate::failure::Failure;
+use crate::failure::exit;
+use crate::session::Session;
+use crate::units;
+
+/// The format of the images that these commands work on.
+const FORMAT: &str = "vhd";
+
+/// The image that was given, absolute.
+fn path_of(image: &GivenImage) -> Result<Utf8PathBuf> {
+    if let Some(format) = image.format.as_deref().filter(|format| *format != FORMAT) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("{} was given as format {format}, and this command works on VHD images", image.path),
+        )
+        .advise("qemu-img has `check`, `convert`, `rebase` and `resize` for other formats"));
+    }
+    let path = image_path(&image.path)?;
+    require_files(std::slice::from_ref(&path))?;
+    Ok(path)
+}
+
+fn options(session: &Session) -> Result<ChainOptions> {
+    let mut options = ChainOptions::read_only();
+    for directory in &session.global.allow_backing {
+        options.allowed.push(crate::backends::absolute(directory)?.into_std_path_buf());
+    }
+    Ok(options)
+}
+
+/// Checks an image and its chain; with `repair`, corrects what can be corrected.
+pub fn check(session: &Session, image: &GivenImage, repair: bool, data: bool) -> Result<Answer, Failure> {
+    let path = path_of(image)?;
+    let options = options(session)?;
+    let mut done = Vec::new();
+    if repair {
+        session.ask(session.service.require_closed(&path))?;
+        done = mend(&path, &options)?;
+    }
+    let mut opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_only()))?;
+    let mut findings = engine(opened.check(data))?;
+    match find_parent(&opened, &options.allowed) {
+        Ok(Some(parent)) if parent.by == FoundBy::Search => findings.push(
+            Finding::warning(format!(
+                "no locator leads to the parent: it is {}, by its id",
+                parent.path.display()
+            ))
+            .repairable(),
+        ),
+        Ok(_) => {}
+        Err(error) => findings.push(Finding::error(error.to_string())),
+    }
+    drop(opened);
+    if let Err(error) = Chain::open(path.as_std_path(), &options) {
+        let text = error.to_string();
+        if findings.iter().all(|finding| finding.text != text) {
+            findings.push(Finding::error(text));
+        }
+    }
+    let worst = findings.iter().map(|finding| finding.severity).max();
+    let findings = findings.into_iter().map(|finding| snapcore::Finding {
+        severity: severity(finding.severity),
+        subject: path.to_string(),
+        message: match finding.repairable {
+            true => format!("{} (--repair corrects it)", finding.text),
+            false => finding.text,
+        },
+    });
+    let findings = findings.collect();
+    let document = DiskVhdDoc { operation: "check".to_owned(), image: path, findings, done };
+    let mut answer = match repair {
+        true => session.changed(document, shown),
+        false => session.reported(document, shown),
+    };
+    if worst == Some(Severity::Error) {
+        answer.exit = exit::FAILED;
+        answer.complaint = Some("the check found errors".to_owned());
+    }
+    Ok(answer)
+}
+
+/// Repairs footers and batmap, and names a parent that only its id has led to.
+fn mend(path: &Utf8Path, options: &ChainOptions) -> Result<Vec<String>, Failure> {
+    let mut opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_write()))?;
+    let mut done = Vec::new();
+    if engine(opened.can_be_repaired())?
+        || opened.check(false).is_ok_and(|found| found.iter().any(|f| f.repairable))
+    {
+        done = engine(opened.repair())?;
+        drop(opened);
+        opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_write()))?;
+    }
+    if let Ok(Some(parent)) = find_parent(&opened, &options.allowed)
+        && parent.by == FoundBy::Search
+        && let Ok(parent) = Utf8PathBuf::from_path_buf(parent.path)
+    {
+        let name = name_of(path, &parent)?;
+        engine(opened.set_parent(&name))?;
+        done.push(format!("named the parent {parent}"));
+    }
+    Ok(done)
+}
+
+/// Writes into a child where its parent is.
+pub fn relocate(session: &Session, image: &GivenImage, parent: &Utf8Path) -> Result<Answer, Failure> {
+    let path = path_of(image)?;
+    let parent = image_path(parent)?;
+    session.ask(session.service.require_closed(&path))?;
+    let mut opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_write()))?;
+    let name = name_of(&path, &parent)?;
+    if opened.parent_id() != Some(name.id) {
+        let wanted = opened.parent_id().map_or("none".to_owned(), |id| id.to_string());
+        let message = format!(
+            "the parent of {path} is the image with the id {wanted}, and {parent} has the id {}",
+            name.id
+        );
+        return Err(Error::new(ErrorKind::Refused, message)
+            .state("no changes made")
+            .advise("give the image with that id: a child shows wrong data on any other")
+            .into());
+    }
+    engine(opened.set_parent(&name))?;
+    let done = vec![format!("named the parent {parent}")];
+    let document = DiskVhdDoc { operation: "relocate".to_owned(), image: path, findings: Vec::new(), done };
+    Ok(session.changed(document, shown))
+}
+
+fn name_of(child: &Utf8Path, parent: &Utf8Path) -> Result<ParentName, Failure> {
+    Ok(backend_vhd::parent_name_for(child, parent)?)
+}
+
+/// Makes the disk of an image larger.
+pub fn resize(session: &Session, image: &GivenImage, size: u64) -> Result<Answer, Failure> {
+    let path = path_of(image)?;
+    serve::require_writable(session, &path)?;
+    let children = backend_vhd::find_children(&path)?;
+    if let Some(child) = children.first() {
+        let message = format!("{child} is a child of {path}: it would be smaller than its parent");
+        return Err(Error::new(ErrorKind::Refused, message)
+            .state("no changes made")
+            .advise("resize the top of the chain: its parents keep their sizes")
+            .into());
+    }
+    let mut opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_write()))?;
+    engine(opened.grow(size))?;
+    let done = vec![format!("the disk has {} now", units::bytes(size))];
+    let document = DiskVhdDoc { operation: "resize".to_owned(), image: path, findings: Vec::new(), done };
+    Ok(session.changed(document, shown))
+}
+
+/// Copies what an image shows to a new file.
+pub fn copy(
+    session: &Session,
+    image: &GivenImage,
+    to: &Utf8Path,
+    format: CopyFormat,
+    align: u64,
+) -> Result<Answer, Failure> {
+    let path = path_of(image)?;
+    let to = image_path(to)?;
+    let mut chain = engine(Chain::open(path.as_std_path(), &options(session)?))?;
+    let unfinished = names::unfinished_name(&to);
+    let made = names::create_unfinished(&to, &names::open_image(&path, false)?, &path)?;
+    let into = made
+        .try_clone()
+        .map_err(|error| names::io_error(error, format!("cannot open {unfinished} once more")))?;
+    let kind = match format {
+        CopyFormat::Raw => Materialised::Raw,
+        CopyFormat::VhdFixed => Materialised::Fixed { align },
+    };
+    // The copy has its own name when it is complete and durable.
+    let copied = materialise(&mut chain, into, unfinished.as_std_path(), kind, &Moving::quietly());
+    if copied.is_err() {
+        names::remove_name(&unfinished)?;
+    }
+    let bytes = engine(copied)?;
+    if let Err(error) = names::publish(&unfinished, &to, Some(&made)) {
+        names::remove_name(&unfinished)?;
+        return Err(error.into());
+    }
+    let done = vec![format!("copied {} of data to {to}", units::bytes(bytes))];
+    let document =
+        DiskVhdDoc { operation: "materialise".to_owned(), image: path, findings: Vec::new(), done };
+    Ok(session.changed(document, shown))
+}
+
+/// Maps an error of the image engine: a refusal if it has written nothing.
+fn engine<T>(done: backend_vhd::image::Result<T>) -> Result<T, Failure> {
+    done.map_err(|error| {
+        let started = error.is_half_way();
+        Failure::of(error.into(), started)
+    })
+}
+
+fn severity(severity: Severity) -> snapcore::Severity {
+    match severity {
+        Severity::Note => snapcore::Severity::Note,
+        Severity::Warning => snapcore::Severity::Warning,
+        Severity::Error => snapcore::Severity::Error,
+    }
+}
+
+fn shown(document: &DiskVhdDoc) -> String {
+    let word = |severity| match severity {
+        snapcore::Severity::Note => "note",
+        snapcore::Severity::Warning => "warning",
+        snapcore::Severity::Error => "error",
+    };
+    let mut text = String::new();
+    for done in &document.done {
+        text.push_str(&format!("{}: {done}\n", document.image));
+    }
+    for finding in &document.findings {
+        text.push_str(&format!("{}: {}: {}\n", word(finding.severity), finding.subject, finding.message));
+    }
+    if text.is_empty() {
+        text = format!("{}: nothing found\n", document.image);
+    }
+    text
+}

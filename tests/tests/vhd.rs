@@ -1,0 +1,190 @@
+//! VHD through the command: snapshots of a domain with disks of three formats, and the tools for one image.
+//! The domain's writes are the image engine's; 7-Zip and QEMU read.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use backend_vhd::image::{Chain, ChainOptions};
+use domsnap_tests::domsnap::Domsnap;
+
+const SIZE: usize = 8 << 20;
+
+/// A directory with a state directory, and the disks of a domain.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Result<Self> {
+        Ok(Self(tempfile::Builder::new().prefix("domsnap-vhd-").tempdir()?))
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.file(name).display().to_string()
+    }
+
+    fn domsnap(&self) -> Domsnap {
+        Domsnap::new(&self.file("state"))
+    }
+
+    /// A dynamic image of QEMU's.
+    fn vhd(&self, name: &str) -> Result<PathBuf> {
+        let size = SIZE.to_string();
+        run("qemu-img", &["create", "-q", "-f", "vpc", "-o", "force_size=on", &self.text(name), &size])?;
+        Ok(self.file(name))
+    }
+}
+
+fn run(program: &str, words: &[&str]) -> Result<Vec<u8>> {
+    let output = Command::new(program).args(words).output().with_context(|| program.to_owned())?;
+    ensure!(output.status.success(), "{program} {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(output.stdout)
+}
+
+fn write(image: &Path, at: u64, bytes: &[u8]) -> Result<()> {
+    let mut chain = Chain::open(image, &ChainOptions::read_write())?;
+    chain.write_at(bytes, at)?;
+    Ok(chain.flush()?)
+}
+
+fn read(image: &Path) -> Result<Vec<u8>> {
+    let mut chain = Chain::open(image, &ChainOptions::read_only())?;
+    let mut bytes = vec![0; chain.size() as usize];
+    chain.read_at(&mut bytes, 0)?;
+    // 7-Zip follows the chain by itself, and reads the same.
+    let program = if Path::new("/usr/bin/7z").exists() { "7z" } else { "7zz" };
+    let name = image.file_name().context("no name")?;
+    let seen = Command::new(program)
+        .args(["x", "-so", "-tvhd"])
+        .arg(name)
+        .current_dir(image.parent().context("no directory")?)
+        .output()?;
+    ensure!(seen.status.success(), "7-Zip: {}", String::from_utf8_lossy(&seen.stderr));
+    ensure!(seen.stdout == bytes, "7-Zip reads something else from {}", image.display());
+    Ok(bytes)
+}
+
+/// Snapshots of one instant over a VHD, a qcow2 and a raw disk: reverts show each, deletes in any order keep
+/// the others.
+#[test]
+fn three_formats_in_one_domain() -> Result<()> {
+    let place = Place::new()?;
+    let vhd = place.vhd("a.vhd")?;
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &place.text("b.qcow2"), &SIZE.to_string()])?;
+    std::fs::write(place.file("c.img"), vec![0; SIZE])?;
+    let disks = [
+        format!("vda={},format=vhd", place.text("a.vhd")),
+        format!("vdb={},format=qcow2", place.text("b.qcow2")),
+        format!("vdc={},format=raw", place.text("c.img")),
+    ];
+    let domsnap = place.domsnap();
+    let mut words = vec!["domain", "add", "web", "--disk"];
+    words.extend(["", "--disk", "", "--disk", ""]);
+    for (number, disk) in disks.iter().enumerate() {
+        words[4 + 2 * number] = disk;
+    }
+    domsnap.done(&words)?;
+    let mut states = Vec::new();
+    for (number, name) in ["s1", "s2", "s3", "s4"].into_iter().enumerate() {
+        // Parts of sectors' blocks, so that each layer has sectors of its parents.
+        write(&vhd, 1000 + 4096 * number as u64, &vec![number as u8 + 1; 3000])?;
+        write(&vhd, (1 + number as u64) << 20, &vec![number as u8 + 1; 512])?;
+        let io = format!("write -q -P {} {}M 64k", number + 1, number);
+        run("qemu-io", &["-f", "qcow2", "-c", &io, &place.text("b.qcow2")])?;
+        domsnap.done(&["create", "web", name, "--disk-only", "--disk", "vdc=copy"])?;
+        states.push(read(&vhd)?);
+    }
+    write(&vhd, 0, &[9; 512])?;
+    for number in [0, 2, 3, 1] {
+        domsnap.done(&["revert", "web", &format!("s{}", number + 1)])?;
+        ensure!(read(&vhd)? == states[number], "s{} shows something else", number + 1);
+    }
+    write(&vhd, 5 << 20, &[7; 8192])?;
+    let current = read(&vhd)?;
+    domsnap.done(&["delete", "web", "s2"])?;
+    ensure!(read(&vhd)? == current, "after the first delete");
+    domsnap.done(&["check", "web"])?;
+    for number in [2, 0, 3] {
+        domsnap.done(&["revert", "web", &format!("s{}", number + 1), "--save-current=kept"])?;
+        ensure!(read(&vhd)? == states[number], "s{} after the delete", number + 1);
+        domsnap.done(&["revert", "web", "kept"])?;
+        ensure!(read(&vhd)? == current, "kept");
+        domsnap.done(&["delete", "web", "kept"])?;
+    }
+    domsnap.done(&["delete", "web", "s1", "s3", "s4"])?;
+    ensure!(read(&vhd)? == current, "after all deletes");
+    domsnap.done(&["check", "web"])?;
+    let left: Vec<_> = std::fs::read_dir(place.0.path())?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with("a.") && name.ends_with(".vhd"))
+        .collect();
+    ensure!(left == ["a.vhd"], "{left:?}");
+    Ok(())
+}
+
+/// A chain that was moved and renamed is found by its ids; `relocate`, `check --repair`, `resize` and
+/// `materialise` work on it; QEMU reads the copies.
+#[test]
+fn tools_for_one_image() -> Result<()> {
+    let place = Place::new()?;
+    let vhd = place.vhd("disk.vhd")?;
+    write(&vhd, 0, &[1; 4096])?;
+    let domsnap = place.domsnap();
+    let image = format!("{},format=vhd", place.text("disk.vhd"));
+    domsnap.done(&["create", &image, "one"])?;
+    write(&vhd, 512, &[2; 512])?;
+    let shown = read(&vhd)?;
+    // The chain as another machine gets it: other names.
+    std::fs::create_dir(place.file("moved"))?;
+    let frozen = std::fs::read_dir(place.0.path())?
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .find(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let same =
+                std::fs::read(path).is_ok_and(|bytes| std::fs::read(&vhd).is_ok_and(|top| top == bytes));
+            name.contains(".ds-") && !same
+        })
+        .context("no frozen layer")?;
+    std::fs::copy(&frozen, place.file("moved/parent.vhd"))?;
+    std::fs::copy(&vhd, place.file("moved/child.vhd"))?;
+    let (child, parent) = (place.text("moved/child.vhd"), place.text("moved/parent.vhd"));
+    let told = domsnap.done(&["disk", "check", &child])?;
+    ensure!(format!("{told:?}").contains("no locator leads to the parent"), "{told:?}");
+    let stranger = place.vhd("moved/stranger.vhd")?;
+    let refused = domsnap.run(&["disk", "relocate", &child, &stranger.display().to_string()])?;
+    ensure!(refused.status == Some(3), "another image was accepted as the parent");
+    domsnap.done(&["disk", "relocate", &child, &parent])?;
+    let told = domsnap.done(&["disk", "check", &child])?;
+    ensure!(!format!("{told:?}").contains("no locator"), "{told:?}");
+    ensure!(read(&place.file("moved/child.vhd"))? == shown);
+    // The end of the file is lost.
+    let file = std::fs::File::options().write(true).open(&child)?;
+    file.set_len(file.metadata()?.len() - 512)?;
+    drop(file);
+    ensure!(write(Path::new(&child), 0, &[3; 512]).is_err(), "written without a footer");
+    domsnap.done(&["disk", "check", &child, "--repair"])?;
+    ensure!(read(&place.file("moved/child.vhd"))? == shown);
+    // A parent is not resized below its child.
+    let refused = domsnap.run(&["disk", "resize", &parent, "16M"])?;
+    ensure!(refused.status == Some(3), "the parent of a child was resized");
+    domsnap.done(&["disk", "resize", &child, "16M"])?;
+    let mut larger = shown;
+    larger.resize(16 << 20, 0);
+    let mut chain = Chain::open(Path::new(&child), &ChainOptions::read_only())?;
+    let mut bytes = vec![0; chain.size() as usize];
+    chain.read_at(&mut bytes, 0)?;
+    drop(chain);
+    ensure!(bytes == larger, "the larger disk shows something else");
+    let (fixed, raw) = (place.text("fixed.vhd"), place.text("copy.img"));
+    domsnap.done(&["disk", "materialise", &child, &fixed, "--align", "1M"])?;
+    domsnap.done(&["disk", "materialise", &child, &raw, "--to", "raw"])?;
+    ensure!(std::fs::read(&raw)? == larger, "the raw copy");
+    run("qemu-img", &["compare", "-q", "-f", "vpc", "-F", "raw", &fixed, &raw])?;
+    let refused = domsnap.run(&["disk", "materialise", &child, &raw, "--to", "raw"])?;
+    ensure!(refused.status == Some(3), "an existing file was written over");
+    Ok(())
+}
