@@ -437,6 +437,10 @@ async fn unnamed_active_image_merges_by_configured_path() {
     std::fs::rename(fixture.path(), &file).unwrap();
     let on = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below.as_str(), fixture.path().as_str()];
     run("qemu-img", &on);
+    // A tag that is not there is not asked for.
+    let mut image = Image::open(fixture.path().as_std_path(), &OpenOptions::read_write()).unwrap();
+    image.create_snapshot(&NewSnapshot::new("t", 1, 0)).unwrap();
+    drop(image);
     fixture.record.owned.push(below.clone());
     let active = fixture.record.active.clone();
     assert!(!fixture.file(&active).exists());
