@@ -66,6 +66,7 @@ bench: deps qemu build
 
 widths:
 	@scripts/widths
+	@scripts/words
 
 demo: deps qemu build
 	scripts/demo

@@ -197,8 +197,8 @@ class Copies(wire.Backend):
         if not os.path.exists(rescued):
             os.link(disk["path"], rescued)
             flush_directory(points_of(disk))
-        words = f"{disk['target']}: the domain ran after the crash; what it wrote is saved as {rescued}"
-        return {"salvage": "put-aside", "words": words}
+        message = f"{disk['target']}: the domain ran after the crash; what it wrote is saved as {rescued}"
+        return {"salvage": "saved", "message": message}
 
     def status(self, params, call):
         disk, action = params["disk"], action_of(params, *STEPS)

@@ -20,7 +20,7 @@ PROTOCOL = 1
 CHUNK = 64 * 1024
 FLUSH = 64 * 1024 * 1024
 METHODS = (
-    "hello", "adopt", "inspect", "discover", "plan", "hold", "release", "yield_locks", "open_chain", "apply", "undo",
+    "hello", "adopt", "inspect", "discover", "plan", "lock", "release", "yield_locks", "open_chain", "apply", "undo",
     "salvage", "status", "check", "cost_of_delete", "manifest_directory", "layer_file",
 )  # fmt: skip
 
@@ -258,7 +258,7 @@ def _lock(path):
 
 
 def _lock_bytes(handle, kind):
-    """Sets QEMU's own locks: bytes from 100 on for what it does with an image, from 200 on for what nobody else may."""
+    """Sets QEMU's own locks: bytes from 100 on for what it does with an image, from 200 on for what no other process may."""
     fcntl.fcntl(handle, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, 100, 200, 0))
 
 
@@ -296,7 +296,7 @@ class Backend:
     def hello(self, params, call):
         return {"protocol": PROTOCOL, "format": self.format, "capabilities": self.capabilities}
 
-    def hold(self, params, call):
+    def lock(self, params, call):
         path, held = params["disk"]["path"], {}
         try:
             _keep_others_out(held, path, _opened(params))
@@ -306,12 +306,12 @@ class Backend:
             raise
         with self._guard:
             self._held[path] = held
-        return {"hold": path.encode("unicode_escape").decode()}
+        return {"lock": path.encode("unicode_escape").decode()}
 
     def release(self, params, call):
         with self._guard:
             for path in list(self._held):
-                if path.encode("unicode_escape").decode() == params["hold"]:
+                if path.encode("unicode_escape").decode() == params["lock"]:
                     for handle in self._held.pop(path).values():
                         os.close(handle)
 

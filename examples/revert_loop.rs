@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    let [socket, rounds, job] = &words[..] else {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [socket, rounds, job] = &args[..] else {
         return Err(Error::new(ErrorKind::Usage, "give a QMP socket, a number of rounds and a job"));
     };
     let mut registry = Registry::new();

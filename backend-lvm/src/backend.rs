@@ -142,7 +142,7 @@ impl DiskSnapshotter for Lvm {
     /// A finish step removes unused volumes: those that a revert used, and those that the record owns without
     /// a snapshot.
     fn leftover(&self, _disk: &DiskRecord, _step: &Step<LvmStep>) -> Leftover {
-        Leftover::PlannedAnew
+        Leftover::PlannedAgain
     }
 
     fn needs_of(&self, disk: &DiskRecord, step: &Step<LvmStep>) -> Vec<StepNeed> {
@@ -213,7 +213,7 @@ impl DiskSnapshotter for Lvm {
         .await
     }
 
-    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+    async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         let open = match attached {
             Some(disk) => disk.open_files().await?,
             None => std::collections::HashSet::new(),

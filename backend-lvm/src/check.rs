@@ -58,8 +58,8 @@ pub(crate) fn check(
         find(Severity::Error, &volume.to_string(), format!("no snapshot can be made: {error}"));
     }
     if group.missing > 0 {
-        let words = format!("{} of the group's physical volumes are missing", group.missing);
-        find(Severity::Error, &group.name, words);
+        let message = format!("{} of the group's physical volumes are missing", group.missing);
+        find(Severity::Error, &group.name, message);
     }
     let concerned = |row: &&Row| {
         row.name == volume.name
@@ -68,8 +68,8 @@ pub(crate) fn check(
     };
     for row in group.rows.iter().filter(concerned) {
         let subject = format!("{}/{}", group.name, row.name);
-        if let Some((severity, words)) = area_warning(volume, row) {
-            find(severity, &subject, words);
+        if let Some((severity, message)) = area_warning(volume, row) {
+            find(severity, &subject, message);
         }
         if !row.health.is_empty() {
             find(Severity::Error, &subject, format!("lvm reports: {}", row.health));
@@ -78,13 +78,13 @@ pub(crate) fn check(
             find(Severity::Error, &subject, "a merge into it failed; 'dmesg' may say why".to_owned());
         }
         if row.merging {
-            let words = "lvm is merging a snapshot, or will at the volume's next activation";
-            find(Severity::Warning, &subject, words.to_owned());
+            let message = "lvm is merging a snapshot, or will at the volume's next activation";
+            find(Severity::Warning, &subject, message.to_owned());
         }
         if row.suspended {
-            let words =
+            let message =
                 "it is suspended: its readers and writers wait; resume it with 'dmsetup resume'".to_owned();
-            find(Severity::Error, &subject, words);
+            find(Severity::Error, &subject, message);
         }
     }
     if let Some(pool) = group.pool_of(current) {
@@ -92,15 +92,15 @@ pub(crate) fn check(
         if !pool.health.is_empty() {
             find(Severity::Error, &subject, format!("lvm reports for the pool: {}", pool.health));
         }
-        if let Some(words) = pool_full(group, pool, rules) {
-            find(Severity::Warning, &subject, words);
+        if let Some(message) = pool_full(group, pool, rules) {
+            find(Severity::Warning, &subject, message);
         }
     }
     let leftovers = group.rows.iter().filter(|row| row.parsed_tags().ours && volume.is_temporary(&row.name));
     for row in leftovers {
-        let words =
+        let message =
             "it was left by an operation that did not complete; 'domsnap recover' removes it".to_owned();
-        find(Severity::Note, &format!("{}/{}", group.name, row.name), words);
+        find(Severity::Note, &format!("{}/{}", group.name, row.name), message);
     }
     findings
 }

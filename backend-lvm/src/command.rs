@@ -36,7 +36,7 @@ const FRESH: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Invocation<'a> {
     /// The command and its arguments: `lvcreate`, `-s`, ...; or `dmsetup` and its arguments.
-    pub words: &'a [String],
+    pub args: &'a [String],
     /// Its time limit.
     pub deadline: Duration,
     /// Its standard input: a lock that lasts until the command ends, even if this process ends before.
@@ -69,13 +69,13 @@ pub struct Commands;
 
 impl Runner for Commands {
     fn run(&self, invocation: &Invocation<'_>) -> Result<Answer> {
-        let (program, words) = match invocation.words {
+        let (program, args) = match invocation.args {
             [first, rest @ ..] if first == DMSETUP => (find(DMSETUP)?, rest),
-            words => (find("lvm")?, words),
+            args => (find("lvm")?, args),
         };
-        let shown = match words.len() == invocation.words.len() {
-            true => format!("lvm {}", words.join(" ")),
-            false => invocation.words.join(" "),
+        let shown = match args.len() == invocation.args.len() {
+            true => format!("lvm {}", args.join(" ")),
+            false => invocation.args.join(" "),
         };
         let failed = |what: &str, error: std::io::Error| {
             Error::new(ErrorKind::Io, format!("{shown}: {what}")).because(error)
@@ -88,7 +88,7 @@ impl Runner for Commands {
             (Err(error), _) | (_, Err(error)) => return Err(failed("its output has no place", error)),
         };
         let copy = |file: &File| file.try_clone().map_err(|error| failed("its output has no place", error));
-        let expression = duct::cmd(program.as_std_path(), words)
+        let expression = duct::cmd(program.as_std_path(), args)
             .env("LC_ALL", "C")
             .env("LVM_SUPPRESS_FD_WARNINGS", "1")
             .dir("/")
@@ -177,7 +177,7 @@ impl Lvm2 {
 
     /// Reads a group and all its volumes now.
     pub(crate) fn group_now(&self, name: &str) -> Result<Arc<VolumeGroup>> {
-        let words = [
+        let args = [
             "lvs",
             "-a",
             "--reportformat",
@@ -192,8 +192,8 @@ impl Lvm2 {
             FIELDS,
             name,
         ];
-        let words = words.map(str::to_owned);
-        let answer = self.runner.run(&Invocation { words: &words, deadline: REPORT, lock: None })?;
+        let args = args.map(str::to_owned);
+        let answer = self.runner.run(&Invocation { args: &args, deadline: REPORT, lock: None })?;
         if answer.status != Some(0) {
             return Err(Error::new(
                 ErrorKind::NotFound,
@@ -217,8 +217,8 @@ impl Lvm2 {
     /// If dmsetup is missing, or its output is not understood.
     pub(crate) fn openings(&self, volume: &Volume) -> Result<Option<usize>> {
         let name = volume.device();
-        let words = [DMSETUP, "info", "-c", "--noheadings", "-o", "open", &name].map(str::to_owned);
-        let answer = self.runner.run(&Invocation { words: &words, deadline: REPORT, lock: None })?;
+        let args = [DMSETUP, "info", "-c", "--noheadings", "-o", "open", &name].map(str::to_owned);
+        let answer = self.runner.run(&Invocation { args: &args, deadline: REPORT, lock: None })?;
         if answer.status != Some(0) {
             return Ok(None);
         }
@@ -236,17 +236,17 @@ impl Lvm2 {
     pub(crate) fn change(
         &self,
         group: &str,
-        words: &[String],
+        args: &[String],
         deadline: Duration,
         lock: Option<&File>,
     ) -> Result<()> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(group);
-        let answer = self.runner.run(&Invocation { words, deadline, lock });
+        let answer = self.runner.run(&Invocation { args, deadline, lock });
         self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(group);
         let answer = answer?;
         match answer.status {
             Some(0) => Ok(()),
-            _ => Err(Error::new(ErrorKind::Io, format!("lvm {}: {}", words.join(" "), error_line(&answer)))),
+            _ => Err(Error::new(ErrorKind::Io, format!("lvm {}: {}", args.join(" "), error_line(&answer)))),
         }
     }
 }

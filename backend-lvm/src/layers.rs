@@ -133,8 +133,8 @@ pub(crate) fn state(record: &DiskRecord, volume: &Volume, group: &VolumeGroup) -
         active: volume.layer(),
         layers,
         attached: false,
-        on_path: Vec::new(),
-        unclear: Vec::new(),
+        path_dependents: Vec::new(),
+        undetermined: Vec::new(),
     })
 }
 

@@ -103,7 +103,7 @@ impl Planner<'_> {
         let point = self.volume.point(stamp);
         let tags = tags::of_point(name, self.parent().as_ref());
         let area = self.area(self.rules.cow_bytes(self.current.size, self.group.extent), "a point")?;
-        let words = match area {
+        let message = match area {
             None => format!("take the thin snapshot {}/{point}", self.volume.group),
             Some(area) => {
                 format!(
@@ -113,7 +113,7 @@ impl Planner<'_> {
                 )
             }
         };
-        let snapshot = self.step(LvmStep::Snapshot { layer: point.clone(), area, tags }, words, 0);
+        let snapshot = self.step(LvmStep::Snapshot { layer: point.clone(), area, tags }, message, 0);
         match self.attached {
             true => {
                 let (take, nested) = (DiskInstant::ByBackend, vec![snapshot]);
@@ -193,8 +193,8 @@ impl Planner<'_> {
 
     /// Removes a volume that a revert used temporarily.
     fn remove_later(&mut self, layer: LayerName) {
-        let words = format!("remove {layer}");
-        self.remove(&[layer], words);
+        let message = format!("remove {layer}");
+        self.remove(&[layer], message);
     }
 
     fn revert_thick(&mut self, row: &Row, save: Option<&SnapshotName>, stamp: u32) -> Result<()> {
@@ -248,11 +248,11 @@ impl Planner<'_> {
             Some(name) => (volume.point(stamp), tags::of_point(name, self.parent().as_ref())),
             None => (volume.previous(stamp), tags::of_work(&work, None)),
         };
-        let words = match save {
+        let message = match save {
             Some(_) => format!("keep the current state as {}/{safety}", volume.group),
             None => format!("keep the current state as {}/{safety} until the revert is done", volume.group),
         };
-        self.push(Group::Cut, LvmStep::Snapshot { layer: safety.clone(), area, tags }, words, 0);
+        self.push(Group::Cut, LvmStep::Snapshot { layer: safety.clone(), area, tags }, message, 0);
         let merge = LvmStep::Merge {
             point: row.layer(),
             safety: safety.clone(),
@@ -349,7 +349,7 @@ impl Planner<'_> {
     /// From the commit point until their removal the record owns them, whatever their tags say (the volume
     /// that a revert replaced may be the user's first one). So a later plan finds those that could not be
     /// removed.
-    fn remove(&mut self, layers: &[LayerName], words: String) {
+    fn remove(&mut self, layers: &[LayerName], message: String) {
         if layers.is_empty() {
             return;
         }
@@ -360,7 +360,7 @@ impl Planner<'_> {
         let edits =
             layers.iter().map(|layer| Edit::RemoveLayer { target: target.clone(), layer: layer.clone() });
         let edits = edits.collect();
-        self.push(Group::Finish, LvmStep::Remove { layers: layers.to_vec() }, words, 0);
+        self.push(Group::Finish, LvmStep::Remove { layers: layers.to_vec() }, message, 0);
         if let Some(remove) = self.plan.finish.last_mut() {
             remove.edits = edits;
         }
@@ -523,10 +523,8 @@ impl Planner<'_> {
     fn require_room_in_pool(&self) -> Result<()> {
         let full = self.group.pool_of(self.current).and_then(|pool| pool_full(self.group, pool, self.rules));
         match full {
-            Some(words) => {
-                Err(Error::new(ErrorKind::Refused, format!("{}: {words}", self.volume))
-                    .state("no changes made"))
-            }
+            Some(message) => Err(Error::new(ErrorKind::Refused, format!("{}: {message}", self.volume))
+                .state("no changes made")),
             None => Ok(()),
         }
     }
@@ -564,10 +562,10 @@ impl Planner<'_> {
     fn warn_of_areas(&mut self, but: &[LayerName]) {
         let target = &self.record.disk.target;
         let warnings = self.group.snapshots(self.volume).filter(|row| !but.contains(&row.layer()));
-        let words: Vec<String> = warnings
+        let notes: Vec<String> = warnings
             .filter_map(|row| area_warning(self.volume, row))
-            .map(|(_, words)| format!("{target}: {words}"))
+            .map(|(_, message)| format!("{target}: {message}"))
             .collect();
-        self.plan.notes.extend(words);
+        self.plan.notes.extend(notes);
     }
 }

@@ -224,7 +224,7 @@ impl StepRunner<'_> {
         if group.row(kept.as_str()).is_none() {
             self.snapshot(kept, area, &tags::of_work("kept", None))?;
         }
-        let mut words = format!(
+        let mut message = format!(
             "{}: the volume may have been written after the crash; the revert was undone, and what {} held then is kept as \
              {}/{kept}: remove it when it is of no use",
             self.path, self.volume, self.volume.group
@@ -232,11 +232,11 @@ impl StepRunner<'_> {
         if let LvmStep::Merge { point, .. } = step
             && group.row(point.as_str()).is_none()
         {
-            words += &format!(
+            message += &format!(
                 "; {point} was being merged and is taken again from the volume as it is now: it has what was written since"
             );
         }
-        Ok(Salvage::PutAside(words))
+        Ok(Salvage::Saved(message))
     }
 
     /// Handles a revert whose safety snapshot overflowed because the domain wrote after a crash. It cannot be
@@ -264,9 +264,9 @@ impl StepRunner<'_> {
         self.volume.beside(layer).to_string()
     }
 
-    fn change(&self, words: &[&str], deadline: Duration) -> Result<()> {
-        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-        self.lvm.change(&self.volume.group, &words, deadline, self.lock.map(|lock| &lock.file))
+    fn change(&self, args: &[&str], deadline: Duration) -> Result<()> {
+        let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
+        self.lvm.change(&self.volume.group, &args, deadline, self.lock.map(|lock| &lock.file))
     }
 
     /// Takes a snapshot in one command. Only if that fails, it is checked if the snapshot was taken before:
@@ -274,22 +274,22 @@ impl StepRunner<'_> {
     fn snapshot(&self, layer: &LayerName, area: Option<u64>, tags: &[String]) -> Result<()> {
         let area = area.map(|bytes| format!("{bytes}b"));
         let origin = self.volume.to_string();
-        let mut words = vec!["lvcreate", "-q", "-y", "-s", "-n", layer.as_str()];
+        let mut args = vec!["lvcreate", "-q", "-y", "-s", "-n", layer.as_str()];
         match &area {
-            Some(area) => words.extend(["-pr", "-L", area]),
+            Some(area) => args.extend(["-pr", "-L", area]),
             // Inactive, and skipped at activation, so that it is not written by mistake.
-            None => words.push("-ky"),
+            None => args.push("-ky"),
         }
         for tag in tags {
-            words.extend(["--addtag", tag]);
+            args.extend(["--addtag", tag]);
         }
-        words.push(&origin);
-        self.create(layer, tags, &words)
+        args.push(&origin);
+        self.create(layer, tags, &args)
     }
 
     fn clone_point(&self, point: &LayerName, layer: &LayerName, active: bool, tags: &[String]) -> Result<()> {
         let origin = self.full(point.as_str());
-        let mut words = vec![
+        let mut args = vec![
             "lvcreate",
             "-q",
             "-y",
@@ -301,14 +301,14 @@ impl StepRunner<'_> {
             layer.as_str(),
         ];
         for tag in tags {
-            words.extend(["--addtag", tag]);
+            args.extend(["--addtag", tag]);
         }
-        words.push(&origin);
-        self.create(layer, tags, &words)
+        args.push(&origin);
+        self.create(layer, tags, &args)
     }
 
-    fn create(&self, layer: &LayerName, tags: &[String], words: &[&str]) -> Result<()> {
-        let Err(error) = self.change(words, CHANGE) else { return Ok(()) };
+    fn create(&self, layer: &LayerName, tags: &[String], args: &[&str]) -> Result<()> {
+        let Err(error) = self.change(args, CHANGE) else { return Ok(()) };
         let group = self.group()?;
         match group.row(layer.as_str()) {
             Some(row) if has_tags(row, tags) => Ok(()),
@@ -433,9 +433,9 @@ impl StepRunner<'_> {
         if names.is_empty() {
             return Ok(());
         }
-        let mut words = vec!["lvremove", "-q", "-y"];
-        words.extend(names.iter().map(String::as_str));
-        self.change(&words, CHANGE)
+        let mut args = vec!["lvremove", "-q", "-y"];
+        args.extend(names.iter().map(String::as_str));
+        self.change(&args, CHANGE)
     }
 
     fn require_closed(&self, why: &str) -> Result<()> {

@@ -20,8 +20,8 @@ struct Recorded {
 
 impl Runner for Recorded {
     fn run(&self, invocation: &Invocation<'_>) -> snapcore::Result<Answer> {
-        if invocation.words[0] != "lvs" {
-            self.commands.lock().expect("no thread panicked").push(invocation.words.join(" "));
+        if invocation.args[0] != "lvs" {
+            self.commands.lock().expect("no thread panicked").push(invocation.args.join(" "));
             return Ok(Answer { status: Some(0), stdout: String::new(), stderr: String::new() });
         }
         Ok(Answer { status: Some(0), stdout: self.report.clone(), stderr: String::new() })
@@ -88,7 +88,7 @@ fn name(text: &str) -> SnapshotName {
 fn create() -> DiskRequest {
     DiskRequest::Create {
         kind: None,
-        way: None,
+        method: None,
         name: name("n"),
         overlay: None,
         keep: Vec::new(),
@@ -163,7 +163,7 @@ async fn thin_revert_prepares_and_renames() {
     let plan = fixture.plan(revert("thin.ds-00000001", Some("kept"))).await.expect("a plan");
     assert_eq!(shape(&plan), (1, 2, 1));
     let commands = fixture.apply(&plan).await.expect("done");
-    let begin = |index: usize, words: &str| assert!(commands[index].starts_with(words), "{commands:?}");
+    let begin = |index: usize, message: &str| assert!(commands[index].starts_with(message), "{commands:?}");
     begin(0, "lvcreate -q -y -s -kn -ay -prw -n thin.ds-000000ab-new");
     begin(1, "lvcreate -q -y -s -n thin.ds-000000ab -ky");
     begin(2, "lvrename -q -y vg thin thin.ds-000000ab-old");
@@ -249,7 +249,7 @@ async fn unknown_points_are_found_by_their_tags() {
 
 #[tokio::test]
 async fn parts_and_snapshots_of_volumes_are_no_disks() {
-    for (path, words) in [
+    for (path, message) in [
         ("/dev/vg/tp", "thin pool"),
         ("/dev/vg/tp_tdata", "part of another"),
         ("/dev/vg/thick.ds-00000004", "thick snapshot"),
@@ -257,7 +257,7 @@ async fn parts_and_snapshots_of_volumes_are_no_disks() {
         ("/dev/sda1", "no path of a logical volume"),
     ] {
         let error = Fixture::with(path, RECORDED).await.err().expect("refused");
-        assert!(error.to_string().contains(words), "{path}: {error}");
+        assert!(error.to_string().contains(message), "{path}: {error}");
     }
 }
 
@@ -290,8 +290,8 @@ async fn volumes_of_other_kinds_are_refused_by_name() {
     ] {
         let error =
             Fixture::with("/dev/vg/thick", &with_field("thick", "segtype", kind)).await.err().expect(kind);
-        let words = format!("of type {kind};");
-        assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(&words), "{error}");
+        let message = format!("of type {kind};");
+        assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(&message), "{error}");
         assert!(error.advice().is_some_and(|advice| advice.contains("format=raw")), "{error}");
         // A volume that was converted after it was added, in its second segment.
         let mut fixture = Fixture::of("/dev/vg/thick").await;
@@ -333,18 +333,18 @@ async fn volumes_in_the_wrong_state_are_refused() {
         ("tp", "lv_health_status", "metadata_read_only", "vg/tp is not healthy", "lvmthin(7)"),
         ("tp", "lv_check_needed", "1", "vg/tp needs a check", "repair"),
     ];
-    for (row, field, value, words, advice) in cases {
+    for (row, field, value, message, advice) in cases {
         let fixture =
             Fixture::with("/dev/vg/thin", &with_field(row, field, value)).await.expect("it can be added");
         for request in [create(), revert("thin.ds-00000001", Some("kept"))] {
             let error = fixture.plan(request).await.expect_err(value);
             assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
-            assert!(error.to_string().contains(words), "{field}={value}: {error}");
+            assert!(error.to_string().contains(message), "{field}={value}: {error}");
             assert!(error.advice().is_some_and(|given| given.contains(advice)), "{field}={value}: {error}");
         }
         assert!(fixture.runner.commands.lock().expect("no thread panicked").is_empty());
     }
-    for (field, value, words) in [
+    for (field, value, message) in [
         ("vg_missing_pv_count", "1", "physical volumes are missing"),
         ("vg_permissions", "read-only", "group that is read-only"),
     ] {
@@ -354,7 +354,7 @@ async fn volumes_in_the_wrong_state_are_refused() {
         let report = RECORDED.replace(&format!("\"{field}\":\"{now}\""), &format!("\"{field}\":\"{value}\""));
         let fixture = Fixture::with("/dev/vg/thin", &report).await.expect("it can be added");
         let error = fixture.plan(create()).await.expect_err(value);
-        assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(words), "{error}");
+        assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(message), "{error}");
     }
     // The same for the target of a revert.
     for (field, value) in [("lv_health_status", "partial"), ("lv_suspended", "1")] {
@@ -425,10 +425,10 @@ async fn overflowed_safety_snapshot_ends_the_revert() {
         resumed: false,
     };
     let salvage = fixture.backend.salvage(merge, true, context).await.expect("an answer");
-    let Salvage::Stays(edits, words) = salvage else { panic!("it would be undone: {salvage:?}") };
+    let Salvage::Stays(edits, message) = salvage else { panic!("it would be undone: {salvage:?}") };
     assert!(
-        edits.is_empty() && words.contains("overflowed") && words.contains("thick.ds-00000004"),
-        "{words}"
+        edits.is_empty() && message.contains("overflowed") && message.contains("thick.ds-00000004"),
+        "{message}"
     );
     assert!(fixture.runner.commands.lock().expect("no thread panicked").is_empty(), "the point is there");
 }

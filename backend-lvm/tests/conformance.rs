@@ -49,9 +49,9 @@ struct Volumes {
 impl Volumes {
     fn prepare(&self) -> Result<()> {
         let disks = disks()?;
-        let mut words = vec!["-q", "-s", "128k", "vg"];
-        words.extend(disks.iter().map(String::as_str));
-        succeed(Command::new("vgcreate").args(words))?;
+        let mut args = vec!["-q", "-s", "128k", "vg"];
+        args.extend(disks.iter().map(String::as_str));
+        succeed(Command::new("vgcreate").args(args))?;
         if self.thin {
             let pool = [
                 "-q",
@@ -98,12 +98,12 @@ impl TestBackend for Volumes {
     fn make(&self, dir: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf> {
         let name = format!("{}{name}", Self::mark(dir));
         let size = format!("{}b", content.len());
-        let mut words = vec!["-q", "-y", "-Wn", "-n", &name];
+        let mut args = vec!["-q", "-y", "-Wn", "-n", &name];
         match self.thin {
-            true => words.extend(["-V", &size, "--thinpool", "vg/tp"]),
-            false => words.extend(["-L", &size, "vg"]),
+            true => args.extend(["-V", &size, "--thinpool", "vg/tp"]),
+            false => args.extend(["-L", &size, "vg"]),
         }
-        succeed(Command::new("lvcreate").args(words))?;
+        succeed(Command::new("lvcreate").args(args))?;
         let path = Utf8PathBuf::from(format!("/dev/vg/{name}"));
         let device = File::options().write(true).open(&path)?;
         device.write_all_at(content, 0)?;
@@ -166,12 +166,12 @@ fn main() -> ExitCode {
         return snapcore_testkit::run(volumes);
     }
     let sorts = if all() { &["thin", "thick"][..] } else { &["thin"] };
-    let trials = sorts.iter().map(|sort| {
+    let cases = sorts.iter().map(|sort| {
         Trial::test(format!("the behaviour kit on {sort} volumes"), move || {
             outside(sort).map_err(|error| Failed::from(format!("{error:#}")))
         })
     });
-    libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
+    libtest_mimic::run(&Arguments::from_args(), cases.collect()).exit_code()
 }
 
 fn all() -> bool {
@@ -186,7 +186,7 @@ fn outside(sort: &str) -> Result<()> {
     let only = env::var("DOMSNAP_TEST_LVM_ONLY").unwrap_or_default();
     let skip: String = match all || !only.is_empty() {
         true => String::new(),
-        false => LONG.iter().map(|words| format!(" --skip '{words}'")).collect(),
+        false => LONG.iter().map(|args| format!(" --skip '{args}'")).collect(),
     };
     let ended = machine.run(&format!("/t/kit --test-threads 1 '{only}'{skip}"))?;
     print!("{}", ended.output);

@@ -36,7 +36,7 @@ const MAX_COUNT: usize = 10_000;
 const MAX_ACTION: usize = 64 << 10;
 
 /// The largest number of methods, each a short word.
-const MAX_WAYS: usize = 16;
+const MAX_METHODS: usize = 16;
 
 pub(crate) fn hello(hello: &HelloResult, name: &str) -> Checked {
     if hello.protocol != VERSION {
@@ -52,13 +52,13 @@ pub(crate) fn hello(hello: &HelloResult, name: &str) -> Checked {
     if can.max_depth == 0 {
         return Err("its longest chain has no layer".to_owned());
     }
-    let word = |way: &String| {
-        (1..=32).contains(&way.len())
-            && way.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
-            && !["internal", "external", "skip"].contains(&way.as_str())
+    let word = |method: &String| {
+        (1..=32).contains(&method.len())
+            && method.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+            && !["internal", "external", "skip"].contains(&method.as_str())
     };
-    if can.ways.len() > MAX_WAYS || !can.ways.iter().all(word) {
-        return Err(format!("its methods have invalid or reserved names: {:?}", can.ways));
+    if can.methods.len() > MAX_METHODS || !can.methods.iter().all(word) {
+        return Err(format!("its methods have invalid or reserved names: {:?}", can.methods));
     }
     Ok(())
 }
@@ -172,8 +172,8 @@ pub(crate) fn record(record: &DiskRecord, asked: &snapcore::Disk) -> Checked {
 }
 
 pub(crate) fn state(state: &mut DiskState, asked: &DiskRecord) -> Checked {
-    for unclear in &mut state.unclear {
-        unclear.why = plain(&unclear.why);
+    for undetermined in &mut state.undetermined {
+        undetermined.why = plain(&undetermined.why);
     }
     let (state, of) = (&*state, &asked.disk.path);
     if state.target != asked.disk.target {
@@ -202,11 +202,11 @@ pub(crate) fn state(state: &mut DiskState, asked: &DiskRecord) -> Checked {
             return Err(format!("the layers below {} are a loop", layer.name));
         }
     }
-    count("images", state.on_path.len().saturating_add(state.unclear.len()))?;
-    state.on_path.iter().try_for_each(|image| path("an image", image, of))?;
-    state.unclear.iter().try_for_each(|unclear| {
-        path("a file", &unclear.file, of)?;
-        text("a reason", &unclear.why)
+    count("images", state.path_dependents.len().saturating_add(state.undetermined.len()))?;
+    state.path_dependents.iter().try_for_each(|image| path("an image", image, of))?;
+    state.undetermined.iter().try_for_each(|undetermined| {
+        path("a file", &undetermined.file, of)?;
+        text("a reason", &undetermined.why)
     })
 }
 
@@ -350,8 +350,8 @@ pub(crate) fn cost(cost: &DeleteCost) -> Checked {
     size("what a delete moves", cost.moves)
 }
 
-pub(crate) fn words(words: &str) -> Checked {
-    text("what it says", words)
+pub(crate) fn message(message: &str) -> Checked {
+    text("what it says", message)
 }
 
 pub(crate) fn findings(all: &mut [Finding]) -> Checked {
@@ -383,8 +383,8 @@ mod tests {
         });
         let mut base = layer.clone();
         (base["name"], base["owned"]) = (json!("/base/b.img"), json!(false));
-        let mut state = json!({ "target": "vda", "active": "disk", "layers": [layer, base], "on_path": [],
-            "unclear": [{ "file": "/vm/c", "why": "it cannot\nbe read" }] });
+        let mut state = json!({ "target": "vda", "active": "disk", "layers": [layer, base], "path_dependents": [],
+            "undetermined": [{ "file": "/vm/c", "why": "it cannot\nbe read" }] });
         change(&mut state);
         let mut state: DiskState = serde_json::from_value(state).unwrap();
         super::state(&mut state, &record)
@@ -405,15 +405,15 @@ mod tests {
         let paths = ["", "a", "/a/../b", "/a/./b", "/a//b", "/a\nb", "/a\u{1b}[31m", "/"];
         let (long, deep) = (format!("/{long}"), "/x".repeat(2048));
         for bad in paths.into_iter().chain([long.as_str(), deep.as_str()]) {
-            for place in ["/layers/0/file", "/layers/0/dependents/0", "/unclear/0/file"] {
+            for place in ["/layers/0/file", "/layers/0/dependents/0", "/undetermined/0/file"] {
                 let refused = state_with(|state| *state.pointer_mut(place).unwrap() = json!(bad));
                 refused.expect_err(&format!("{place}: {bad:?}"));
             }
             if bad.contains('/') {
                 state_with(|state| state["layers"][1]["name"] = json!(bad)).expect_err(bad);
             }
-            let refused = state_with(|state| state["on_path"] = json!([bad]));
-            refused.expect_err(&format!("on_path: {bad:?}"));
+            let refused = state_with(|state| state["path_dependents"] = json!([bad]));
+            refused.expect_err(&format!("path_dependents: {bad:?}"));
         }
     }
 

@@ -13,7 +13,7 @@
 //! process.
 //!
 //! **The plug-in's author is responsible** for what every backend must guarantee. A step is durable when it
-//! is reported as done. `hold` takes a lock that ends with the process, and nothing is written without it.
+//! is reported as done. `lock` takes a lock that ends with the process, and nothing is written without it.
 //! When domsnap ends, the plug-in reads the end of its standard input and must end. Until it does, its lock
 //! keeps the next domsnap away.
 

@@ -21,7 +21,7 @@ use crate::checks::{self, Checked};
 use crate::connection::{Connection, Limits, News};
 use crate::protocol::{
     AdoptParams, CheckParams, CostParams, DiscoverParams, DiscoverResult, DiskParams, HelloParams,
-    HelloResult, Hold, HoldParams, InspectParams, LayerParams, ManifestParams, Method, NO_METHOD, OpenFile,
+    HelloResult, InspectParams, LayerParams, Lock, LockParams, ManifestParams, Method, NO_METHOD, OpenFile,
     PlanParams, SalvageParams, SalvageResult, StepParams, VERSION,
 };
 
@@ -384,14 +384,14 @@ impl DiskSnapshotter for Plugin {
         self.ask(Method::Plan, &params, check).await
     }
 
-    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+    async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         let open = open_files(attached).await?;
         let connection = running(&self.inner).await?;
-        let params = HoldParams { disk: disk.clone(), open };
-        let hold: Hold = ask(&connection, Method::Hold, &params, CallContext::default()).await?;
-        checks::words(&hold.hold).map_err(|what| connection.reject(Method::Hold, &what))?;
+        let params = LockParams { disk: disk.clone(), open };
+        let lock: Lock = ask(&connection, Method::Lock, &params, CallContext::default()).await?;
+        checks::message(&lock.lock).map_err(|what| connection.reject(Method::Lock, &what))?;
         self.inner.link().held += 1;
-        Ok(Box::new(DiskLock { inner: self.inner.clone(), connection, hold }))
+        Ok(Box::new(DiskLock { inner: self.inner.clone(), connection, lock }))
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
@@ -426,16 +426,16 @@ impl DiskSnapshotter for Plugin {
         let answer = answer.unwrap_or(SalvageResult::Nothing);
         let checked = match &answer {
             SalvageResult::Nothing => Ok(()),
-            SalvageResult::PutAside { words } => checks::words(words),
-            SalvageResult::Stays { edits, words } => {
-                checks::words(words).and_then(|()| checks::edits(edits, &context.disk.disk))
+            SalvageResult::Saved { message } => checks::message(message),
+            SalvageResult::Stays { edits, message } => {
+                checks::message(message).and_then(|()| checks::edits(edits, &context.disk.disk))
             }
         };
         checked.map_err(|what| connection.reject(Method::Salvage, &what))?;
         Ok(match answer {
             SalvageResult::Nothing => Salvage::Nothing,
-            SalvageResult::PutAside { words } => Salvage::PutAside(checks::plain(&words)),
-            SalvageResult::Stays { edits, words } => Salvage::Stays(edits, checks::plain(&words)),
+            SalvageResult::Saved { message } => Salvage::Saved(checks::plain(&message)),
+            SalvageResult::Stays { edits, message } => Salvage::Stays(edits, checks::plain(&message)),
         })
     }
 
@@ -487,14 +487,14 @@ impl DiskSnapshotter for Plugin {
 struct DiskLock {
     inner: Arc<Inner>,
     connection: Arc<Connection>,
-    hold: Hold,
+    lock: Lock,
 }
 
 impl Drop for DiskLock {
     fn drop(&mut self) {
         // If the release fails, the plug-in is ended, and its lock with it.
         if self.connection.broken().is_none()
-            && let Err(error) = self.connection.call_blocking(Method::Release, &self.hold, RELEASE)
+            && let Err(error) = self.connection.call_blocking(Method::Release, &self.lock, RELEASE)
         {
             let error = self.connection.reject(Method::Release, &error.to_string());
             tracing::warn!(%error, "giving back a disk");

@@ -41,7 +41,7 @@ pub enum Method {
     /// Plans the steps of a request.
     Plan,
     /// Locks a disk.
-    Hold,
+    Lock,
     /// Releases a lock.
     Release,
     /// Lets a hypervisor open what is locked. A plug-in need not implement it.
@@ -77,7 +77,7 @@ impl Method {
             Self::Inspect => "inspect",
             Self::Discover => "discover",
             Self::Plan => "plan",
-            Self::Hold => "hold",
+            Self::Lock => "lock",
             Self::Release => "release",
             Self::YieldLocks => "yield_locks",
             Self::OpenChain => "open_chain",
@@ -193,20 +193,20 @@ pub struct PlanParams {
     pub request: DiskRequest,
 }
 
-/// Parameters of `hold`.
+/// Parameters of `lock`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct HoldParams {
+pub struct LockParams {
     /// The disk.
     pub disk: DiskRecord,
     /// The files of the disk that its own hypervisor has open.
     pub open: Vec<OpenFile>,
 }
 
-/// Result of `hold`, and parameters of `release`.
+/// Result of `lock`, and parameters of `release`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct Hold {
+pub struct Lock {
     /// The plug-in's name for it.
-    pub hold: String,
+    pub lock: String,
 }
 
 /// Parameters of `open_chain` (its result is a list of files) and of `yield_locks` (its result is null).
@@ -247,16 +247,16 @@ pub enum SalvageResult {
     /// The undo loses nothing.
     Nothing,
     /// The loss is prevented: the data is saved.
-    PutAside {
+    Saved {
         /// Place of the saved data, for people.
-        words: String,
+        message: String,
     },
     /// The step must not be undone.
     Stays {
         /// The changes of the catalogue.
         edits: Vec<Edit>,
         /// The consequence, for people.
-        words: String,
+        message: String,
     },
 }
 
@@ -353,8 +353,8 @@ struct Everything {
     inspect: Call<InspectParams, DiskState>,
     discover: Call<DiscoverParams, DiscoverResult>,
     plan: Call<PlanParams, DiskPlan>,
-    hold: Call<HoldParams, Hold>,
-    release: Call<Hold, ()>,
+    lock: Call<LockParams, Lock>,
+    release: Call<Lock, ()>,
     yield_locks: Call<DiskParams, ()>,
     open_chain: Call<DiskParams, Vec<ChainFile>>,
     apply: Call<StepParams, ()>,

@@ -108,7 +108,7 @@ impl Fixture {
 
     /// The error of that; and all is as it was, or is after a recovery by a plug-in that does as it should.
     async fn refused(&self) -> Error {
-        let error = self.reverted().await.expect_err("it did otherwise, and nobody saw it");
+        let error = self.reverted().await.expect_err("it did otherwise, and no check saw it");
         let service = self.service();
         service.recover(Some(&self.domain()), CancellationToken::new()).await.unwrap();
         self.is_whole(&service, "third").await;
@@ -216,7 +216,7 @@ async fn death_in_an_undo_is_recovered_later() {
 #[tokio::test(flavor = "multi_thread")]
 async fn death_in_hold_is_reported() {
     says(
-        "instead('hold', lambda was, p, c: os.kill(os.getpid(), signal.SIGKILL))",
+        "instead('lock', lambda was, p, c: os.kill(os.getpid(), signal.SIGKILL))",
         ErrorKind::Io,
         &["signal: 9"],
     )
@@ -266,7 +266,7 @@ async fn garbage_is_not_taken_for_an_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_nobody_asked_for_is_a_lie() {
+async fn unrequested_answer_is_a_violation() {
     let answer = |id: &str| format!("raw(b'{{\"jsonrpc\":\"2.0\",\"id\":%d,\"result\":null}}\\n' % ({id}))");
     let wrong = format!("instead('apply', lambda was, p, c: {})", answer("c.number + 1000"));
     says(&wrong, ErrorKind::Internal, &["which was never sent"]).await;
@@ -282,8 +282,8 @@ async fn an_answer_of_another_shape_is_a_lie() {
         ("status", "'perhaps'"),
         ("plan", "{'steps': 7}"),
         ("inspect", "None"),
-        ("hold", "{'hold': 5}"),
-        ("hold", "{'hold': ''}"),
+        ("lock", "{'lock': 5}"),
+        ("lock", "{'lock': ''}"),
     ] {
         let otherwise = format!("instead({method:?}, lambda was, p, c: {result})");
         says(&otherwise, ErrorKind::Internal, &["answered", "with an invalid value"]).await;
@@ -419,7 +419,7 @@ async fn plugin_with_a_wrong_name_is_not_used() {
         ("hello['protocol'] = 99", "speaks the protocol 99"),
         ("hello['format'] = 'qcow2'", "serves the format \"qcow2\""),
         ("hello['capabilities']['internal'] = False", "can take no point"),
-        ("hello['capabilities']['ways'] = ['internal']", "invalid or reserved names"),
+        ("hello['capabilities']['methods'] = ['internal']", "invalid or reserved names"),
         ("hello['capabilities']['max_depth'] = -1", "with an invalid value"),
     ] {
         let otherwise = format!(

@@ -23,7 +23,7 @@ fn the_schema_has_every_method() {
     let schema = protocol::schema();
     let methods = schema["properties"].as_object().unwrap();
     for method in
-        ["hello", "adopt", "plan", "apply", "undo", "status", "hold", "release", "progress", "cancel"]
+        ["hello", "adopt", "plan", "apply", "undo", "status", "lock", "release", "progress", "cancel"]
     {
         assert!(methods.contains_key(method), "{method} is missing");
     }

@@ -22,12 +22,12 @@ impl ChainReader for Unread {
     }
 }
 
-fn run(words: &[String]) -> Result<u64> {
+fn run(args: &[String]) -> Result<u64> {
     let usage =
         || Error::new(ErrorKind::InvalidInput, "usage: merge INTO IMAGE... | materialise IMAGE TAG NEW");
-    let (command, words) = words.split_first().ok_or_else(usage)?;
+    let (command, args) = args.split_first().ok_or_else(usage)?;
     let reading = OpenOptions::read_only();
-    match (command.as_str(), words) {
+    match (command.as_str(), args) {
         ("merge", [into, images @ ..]) => {
             let into: usize = into.parse().map_err(|_| usage())?;
             let target = images.get(into).ok_or_else(usage)?;
@@ -52,8 +52,8 @@ fn run(words: &[String]) -> Result<u64> {
 }
 
 fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    match run(&words) {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match run(&args) {
         Ok(bytes) => {
             println!("{bytes} bytes moved");
             ExitCode::SUCCESS

@@ -66,8 +66,8 @@ pub(crate) async fn apply(
                         Pivot { inside: context.inside, path: path.clone(), from, to: merge.into.clone() };
                     // A crash came after the move. The guest's writes wait for the end of the merge, so it
                     // must not be cancelled.
-                    let deaf = CancellationToken::new();
-                    let cancel = if same_file(&pivot.to, path)? { &deaf } else { context.cancel };
+                    let never_cancelled = CancellationToken::new();
+                    let cancel = if same_file(&pivot.to, path)? { &never_cancelled } else { context.cancel };
                     let merged = disk.merge(&merge, &pivot, context.progress, cancel).await;
                     merged.map_err(|error| pivot.must_go_on(error))?;
                 }
@@ -125,8 +125,8 @@ impl Inside for Pivot<'_> {
         if same_file(&self.to, &self.path)?
             && let Err(second) = names::move_name(&self.path, &self.from)
         {
-            let words = format!("{} could not be given back to {}: {second}", self.path, self.from);
-            return Err(Error::new(ErrorKind::Io, words).because(error));
+            let message = format!("{} could not be given back to {}: {second}", self.path, self.from);
+            return Err(Error::new(ErrorKind::Io, message).because(error));
         }
         Err(error)
     }

@@ -32,7 +32,7 @@ pub struct Qcow2 {
     limits: Limits,
     /// True if the space of freed clusters is returned to the file system.
     punch: bool,
-    holds: Arc<DiskLocks>,
+    locks: Arc<DiskLocks>,
 }
 
 impl Default for Qcow2 {
@@ -47,7 +47,7 @@ impl Qcow2 {
         Self {
             limits: Limits { max_depth: DEFAULT_MAX_DEPTH, allowed: Vec::new() },
             punch: true,
-            holds: Arc::default(),
+            locks: Arc::default(),
         }
     }
 
@@ -80,9 +80,9 @@ impl Qcow2 {
         open: FileIds,
         work: impl FnOnce(&StepRunner<'_>, &ChainStep) -> Result<T>,
     ) -> Result<T> {
-        let hold = self.holds.of(&context.disk.disk.path);
+        let locks = self.locks.of(&context.disk.disk.path);
         let place = StepRunner {
-            files: FileSteps { record: context.disk, hold: hold.as_deref(), open },
+            files: FileSteps { record: context.disk, locks: locks.as_deref(), open },
             progress: context.progress,
             cancel: context.cancel,
             bytes: step.bytes,
@@ -146,12 +146,12 @@ impl DiskSnapshotter for Qcow2 {
     fn leftover(&self, disk: &DiskRecord, step: &Step<ChainStep>) -> Leftover {
         match &step.action {
             ChainStep::DropInternal { layer, tags } => Leftover::Stays(format!(
-                "{}: the internal snapshots {} stay in layer {layer}, and the domain has them no more: `domsnap check` tells \
+                "{}: the internal snapshots {} stay in layer {layer}, and the domain has them no more: `domsnap check` lists \
                  of the image, `domsnap import --replace` brings them back",
                 disk.disk.target,
                 Tag::names(tags)
             )),
-            _ => Leftover::PlannedAnew,
+            _ => Leftover::PlannedAgain,
         }
     }
 
@@ -209,20 +209,20 @@ impl DiskSnapshotter for Qcow2 {
         .await
     }
 
-    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+    async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         names::require_writable_directory_of(&disk.disk.path)?;
         names::require_private_directory_of(&disk.disk.path)?;
-        let hold = self.holds.begin(&disk.disk.path)?;
+        let locks = self.locks.begin(&disk.disk.path)?;
         let open = open_files(attached).await?;
         if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
-            hold.lock(&disk.disk.path)?;
+            locks.lock(&disk.disk.path)?;
         }
-        Ok(Box::new(hold))
+        Ok(Box::new(locks))
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
-        if let Some(hold) = self.holds.of(&disk.disk.path) {
-            hold.unlock_all();
+        if let Some(locks) = self.locks.of(&disk.disk.path) {
+            locks.unlock_all();
         }
         Ok(())
     }
@@ -367,46 +367,46 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
             find(Severity::Error, &layer.file, finding.what.clone());
         }
         if report.leaked_clusters > 0 {
-            let words = format!(
+            let message = format!(
                 "{} clusters are leaked; the image is whole, and 'qemu-img check -r leaks' frees them",
                 report.leaked_clusters
             );
-            find(Severity::Note, &layer.file, words);
+            find(Severity::Note, &layer.file, message);
         }
         if report.copied_clear > 0 {
-            let words = format!(
+            let message = format!(
                 "{} COPIED bits are clear that could be set: writes copy more than they must; 'qemu-img check -r all' \
                  sets them",
                 report.copied_clear
             );
-            find(Severity::Note, &layer.file, words);
+            find(Severity::Note, &layer.file, message);
         }
     }
-    for overlay in &state.on_path {
-        let words = format!(
+    for overlay in &state.path_dependents {
+        let message = format!(
             "its backing file is {} by that name: a revert is refused, and whatever the domain writes changes what it shows",
             disk.disk.path
         );
-        find(Severity::Warning, overlay, words);
+        find(Severity::Warning, overlay, message);
     }
-    for unclear in &state.unclear {
-        let words = format!(
+    for undetermined in &state.undetermined {
+        let message = format!(
             "it may depend on a layer of {}, so reverts and deletes are refused: {}",
-            disk.disk.path, unclear.why
+            disk.disk.path, undetermined.why
         );
-        find(Severity::Warning, &unclear.file, words);
+        find(Severity::Warning, &undetermined.file, message);
     }
     for stray in layers::strays(disk, state)? {
-        let words = "it has the name of a layer of this disk, and is none that the catalogue knows; 'domsnap import' \
+        let message = "it has the name of a layer of this disk, and is none that the catalogue knows; 'domsnap import' \
                      looks what it is"
             .to_owned();
-        find(Severity::Note, &stray, words);
+        find(Severity::Note, &stray, message);
     }
     for owned in disk.owned.iter().filter(|owned| state.layer(owned).is_none()) {
-        let words = "the catalogue knows this layer, and its file is gone; where no snapshot needs it, `domsnap recover` \
+        let message = "the catalogue knows this layer, and its file is gone; where no snapshot needs it, `domsnap recover` \
                      forgets it"
             .to_owned();
-        find(Severity::Warning, &layer_path(&disk.disk.path, owned), words);
+        find(Severity::Warning, &layer_path(&disk.disk.path, owned), message);
     }
     Ok(findings)
 }

@@ -18,7 +18,7 @@ use image_files::layer_name::layer_path;
 use image_files::names::{FileId, file_id, io_error, is_passing_name};
 use rustix::io::Errno;
 use snapcore::{
-    Base, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, Layer, LayerName, Result, Unclear,
+    Base, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, Layer, LayerName, Result, Undetermined,
 };
 
 use crate::backing_string::{Named, named};
@@ -27,8 +27,8 @@ use crate::layers::Limits;
 use image_files::FileIds;
 
 /// Adds the images beside a disk that are backed by its layers ([`Layer::dependents`],
-/// [`DiskState::unclear`]), for backends of other formats: a qcow2 overlay may be backed by any image. Files
-/// that are `open` in the domain's own hypervisor do not count as used by others.
+/// [`DiskState::undetermined`]), for backends of other formats: a qcow2 overlay may be backed by any image.
+/// Files that are `open` in the domain's own hypervisor do not count as used by others.
 ///
 /// # Errors
 /// The system's, if the disk's directory cannot be listed.
@@ -67,7 +67,7 @@ pub(crate) fn find(
             search.below(directory.as_std_path(), id.0, DEEPEST, &mut left);
         }
     }
-    let Search { on, on_path, unclear, names, .. } = search;
+    let Search { on, path_dependents, undetermined, names, .. } = search;
     for layer in &mut state.layers {
         layer.dependents =
             on.iter().filter(|(name, _)| *name == layer.name).map(|(_, file)| file.clone()).collect();
@@ -87,7 +87,7 @@ pub(crate) fn find(
             layer.dependents.push(Utf8PathBuf::from("(a running process)"));
         }
     }
-    (state.on_path, state.unclear) = (on_path, unclear);
+    (state.path_dependents, state.undetermined) = (path_dependents, undetermined);
     Ok(())
 }
 
@@ -101,7 +101,7 @@ pub(crate) fn on_configured_path(record: &DiskRecord) -> Result<Vec<Utf8PathBuf>
     if let Some(directory) = record.disk.path.parent() {
         search.directory(directory.as_std_path(), |name| !owned.contains(name))?;
     }
-    Ok(search.on_path)
+    Ok(search.path_dependents)
 }
 
 /// Lists the files that back the layers of a disk, with everything below them.
@@ -173,8 +173,8 @@ struct Search<'a> {
     on: Vec<(LayerName, Utf8PathBuf)>,
     /// Number of names of each layer that were found, without symbolic links.
     names: HashMap<LayerName, u64>,
-    on_path: Vec<Utf8PathBuf>,
-    unclear: Vec<Unclear>,
+    path_dependents: Vec<Utf8PathBuf>,
+    undetermined: Vec<Undetermined>,
 }
 
 impl<'a> Search<'a> {
@@ -190,8 +190,8 @@ impl<'a> Search<'a> {
         {
             configured = file_id(directory)?.map(|directory| (directory, name));
         }
-        let (on, names, on_path, unclear) = Default::default();
-        Ok(Self { record, layers, seen, configured, on, names, on_path, unclear })
+        let (on, names, path_dependents, undetermined) = Default::default();
+        Ok(Self { record, layers, seen, configured, on, names, path_dependents, undetermined })
     }
 
     fn directory(&mut self, directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<()> {
@@ -214,7 +214,7 @@ impl<'a> Search<'a> {
         files.sort();
         for file in files {
             if let Err(why) = self.file(&file) {
-                self.unclear.push(Unclear { file: shown(&file), why });
+                self.undetermined.push(Undetermined { file: shown(&file), why });
             }
         }
         Ok(())
@@ -310,7 +310,7 @@ impl<'a> Search<'a> {
             let Some(layer) = self.seen.get(&(metadata.dev(), metadata.ino())) else { continue };
             self.on.push((layer.clone(), shown(file)));
             if *layer == self.record.active && self.is_configured_path(candidate) {
-                self.on_path.push(shown(file));
+                self.path_dependents.push(shown(file));
             }
             return Ok(());
         }

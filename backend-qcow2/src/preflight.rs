@@ -191,7 +191,7 @@ impl Preflight<'_> {
             if image.header().has_data_file() || image.header().encryption != Encryption::None {
                 let how = match image.header().encryption {
                     Encryption::None => "keeps its data in another file".to_owned(),
-                    how => encrypted_words(how),
+                    how => encryption_message(how),
                 };
                 encrypted = Some((layer, how));
                 into_encrypted |= layer == into;
@@ -241,7 +241,7 @@ impl Preflight<'_> {
                 "{}: {} {}, so the running domain could not open it again after it",
                 self.record.disk.target,
                 image.path().display(),
-                encrypted_words(image.header().encryption)
+                encryption_message(image.header().encryption)
             ),
         )
         .state("no changes made")
@@ -376,7 +376,7 @@ impl Preflight<'_> {
     }
 }
 
-fn encrypted_words(how: Encryption) -> String {
+fn encryption_message(how: Encryption) -> String {
     match how {
         Encryption::None => "is not encrypted".to_owned(),
         Encryption::Aes => "is encrypted with AES".to_owned(),
@@ -391,19 +391,19 @@ fn encrypted_in(top: &Utf8Path, max_depth: u32) -> Result<Option<(Utf8PathBuf, S
     for _ in 0..max_depth {
         let Some(header) = image::probe(file.as_std_path())? else { return Ok(None) };
         if header.encryption != Encryption::None {
-            return Ok(Some((file, encrypted_words(header.encryption))));
+            return Ok(Some((file, encryption_message(header.encryption))));
         }
         if let Some(name) = header.data_file.filter(|name| !name.is_empty()) {
             let data = resolve_backing(&file, &name)?;
             if image_files::is_luks(&data).unwrap_or(false) {
-                return Ok(Some((data, encrypted_words(Encryption::Luks))));
+                return Ok(Some((data, encryption_message(Encryption::Luks))));
             }
         }
         let Some(backing) = header.backing else { return Ok(None) };
         let next = resolve_backing(&file, &backing.file)?;
         match backing.format.as_deref() {
             Some("qcow2") => file = next,
-            Some("luks") => return Ok(Some((next, encrypted_words(Encryption::Luks)))),
+            Some("luks") => return Ok(Some((next, encryption_message(Encryption::Luks)))),
             _ => return Ok(None),
         }
     }

@@ -59,19 +59,19 @@ impl StepRunner<'_> {
                     Edit::AddLayer { target: target.clone(), layer: to.clone() },
                     Edit::SetActive { target: target.clone(), layer: to.clone() },
                 ];
-                let words = format!(
+                let message = format!(
                     "{target}: the domain ran after the crash and wrote into {to}, so that stays its active layer; \
                      the snapshot was not taken"
                 );
-                Ok(Salvage::Stays(edits, words))
+                Ok(Salvage::Stays(edits, message))
             }
             ChainStep::CreateOverlay { layer, .. } => match self.is_to_go(step, layer, done)? {
-                true if self.reading(layer)?.is_written()? => self.put_aside(layer),
+                true if self.reading(layer)?.is_written()? => self.save_layer(layer),
                 _ => Ok(Salvage::Nothing),
             },
             // A copy that cannot be compared is saved: it may have been written.
             ChainStep::Materialise { from, tag, layer } => match self.is_to_go(step, layer, done)? {
-                true if !self.is_copy_of(layer, from, tag).unwrap_or(false) => self.put_aside(layer),
+                true if !self.is_copy_of(layer, from, tag).unwrap_or(false) => self.save_layer(layer),
                 _ => Ok(Salvage::Nothing),
             },
             ChainStep::ApplyInternal { layer, tag, safety: Some(safety) } => {
@@ -125,13 +125,13 @@ impl StepRunner<'_> {
     }
 
     /// Gives the file of a layer that an undo would remove a name that no undo knows.
-    fn put_aside(&self, layer: &LayerName) -> Result<Salvage> {
+    fn save_layer(&self, layer: &LayerName) -> Result<Salvage> {
         let (record, file) = (self.files.record, self.files.file(layer));
         let base = self.below(layer).unwrap_or(None);
         let is_on_current =
             base.is_some_and(|base| names::same_file(&base, self.files.path()).unwrap_or(false));
         let kept = self.files.keep_as(layer)?;
-        Ok(Salvage::PutAside(match is_on_current {
+        Ok(Salvage::Saved(match is_on_current {
             true => kept_overlay_message(record, &file, &kept, "qcow2"),
             false => kept_layer_message(record, &file, &kept),
         }))
@@ -150,7 +150,7 @@ impl StepRunner<'_> {
         drop(image);
         self.take(layer, &aside)?;
         let file = file_of(self.files.record, layer)?;
-        Ok(Salvage::PutAside(format!(
+        Ok(Salvage::Saved(format!(
             "{}: the domain ran after the crash; the revert was undone, and what the domain wrote is kept as the internal \
              snapshot {aside} of {file}: `{}` copies it out, `{}` removes it",
             self.files.record.disk.target,

@@ -173,7 +173,7 @@ impl StepRunner<'_> {
     fn writing(&self, layer: &LayerName) -> Result<Image> {
         let file = file_of(self.files.record, layer)?;
         self.files.refuse_open(&file)?;
-        let options = writing(self.files.hold, &file)?;
+        let options = writing(self.files.locks, &file)?;
         let options = if self.punch { options } else { options.without_punching() };
         Ok(Image::open(file.as_std_path(), &options)?)
     }
@@ -417,12 +417,12 @@ fn is_same_image(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {
     Ok(image::same_content(one, other, backing.is_some())?)
 }
 
-/// Returns the options to open the image at `file` for writing under `hold`, or with a lock of its own
+/// Returns the options to open the image at `file` for writing under `locks`, or with a lock of its own
 /// without one.
-fn writing(hold: Option<&ImageLocks>, file: &Utf8Path) -> Result<OpenOptions> {
-    match hold {
-        Some(hold) => {
-            hold.lock(file)?;
+fn writing(locks: Option<&ImageLocks>, file: &Utf8Path) -> Result<OpenOptions> {
+    match locks {
+        Some(locks) => {
+            locks.lock(file)?;
             Ok(OpenOptions::read_write().unlocked())
         }
         None => Ok(OpenOptions::read_write()),

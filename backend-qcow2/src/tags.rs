@@ -62,6 +62,6 @@ pub(crate) fn require_tag(image: &Image, file: &Utf8Path, tag: &Tag) -> Result<(
                 tag.name
             ),
         )
-        .advise("`domsnap check` tells which snapshots have lost their data")),
+        .advise("`domsnap check` lists which snapshots have lost their data")),
     }
 }

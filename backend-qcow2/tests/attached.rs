@@ -217,8 +217,8 @@ impl Fixture {
         self.backend.undo(step, self.context(&NothingInside)).await
     }
 
-    async fn hold(&self) -> Result<Guard> {
-        self.backend.hold(&self.record, Some(&self.qemu)).await
+    async fn lock(&self) -> Result<Guard> {
+        self.backend.lock(&self.record, Some(&self.qemu)).await
     }
 
     async fn plan(&self, request: DiskRequest) -> Result<DiskPlan<ChainStep>> {
@@ -251,7 +251,7 @@ fn take(layer: &LayerName, tag: &str) -> ChainStep {
 fn create(kind: PointKind) -> DiskRequest {
     DiskRequest::Create {
         kind: Some(kind),
-        way: None,
+        method: None,
         name: SnapshotName::new("s").unwrap(),
         overlay: None,
         keep: vec![],
@@ -271,9 +271,9 @@ async fn open_images_are_only_used_when_detached() {
     let fixture = Fixture::new().await;
     let active = fixture.record.active.clone();
     fixture.start().await;
-    assert_eq!(kind(fixture.backend.hold(&fixture.record, None).await.map(drop)), ErrorKind::Busy);
-    let guard = fixture.hold().await.unwrap();
-    assert_eq!(kind(fixture.hold().await.map(drop)), ErrorKind::Busy, "it is held against us all the same");
+    assert_eq!(kind(fixture.backend.lock(&fixture.record, None).await.map(drop)), ErrorKind::Busy);
+    let guard = fixture.lock().await.unwrap();
+    assert_eq!(kind(fixture.lock().await.map(drop)), ErrorKind::Busy, "it is held against us all the same");
 
     let before = std::fs::read(fixture.path()).unwrap();
     for action in [
@@ -289,23 +289,23 @@ async fn open_images_are_only_used_when_detached() {
     fixture.qemu.close_all();
     assert!(can_be_locked(fixture.path()), "nothing of it was locked while it was open");
     fixture.apply(take(&active, "t")).await.unwrap();
-    assert!(!can_be_locked(fixture.path()), "in a window it is ours");
+    assert!(!can_be_locked(fixture.path()), "in a detached section the lock is ours");
     assert_eq!(snapshot_names(fixture.path().as_std_path()), ["t"]);
 
     fixture.backend.yield_locks(&fixture.record).await.unwrap();
     assert!(can_be_locked(fixture.path()), "a hypervisor can open it");
     fixture.start().await;
-    assert_eq!(kind(fixture.hold().await.map(drop)), ErrorKind::Busy, "the disk is held yet");
+    assert_eq!(kind(fixture.lock().await.map(drop)), ErrorKind::Busy, "the disk is held yet");
     drop(guard);
-    drop(fixture.hold().await.unwrap());
+    drop(fixture.lock().await.unwrap());
 }
 
 /// Locks pass to a hypervisor only when they are released.
 #[tokio::test(flavor = "multi_thread")]
 async fn locks_pass_to_a_hypervisor_when_released() {
     let fixture = Fixture::new().await;
-    let guard = fixture.hold().await.unwrap();
-    assert!(!can_be_locked(fixture.path()), "a window is open: it is held as at rest");
+    let guard = fixture.lock().await.unwrap();
+    assert!(!can_be_locked(fixture.path()), "in a detached section the disk is locked as at rest");
     fixture.backend.yield_locks(&fixture.record).await.unwrap();
     assert!(can_be_locked(fixture.path()));
     drop(guard);
@@ -319,7 +319,7 @@ async fn create_on_an_open_disk_works_around_it() {
     let frozen = fixture.file(&fixture.record.active);
     io(fixture.path().as_std_path(), &["write -P 5 0 64k"]);
     fixture.start().await;
-    let _guard = fixture.hold().await.unwrap();
+    let _guard = fixture.lock().await.unwrap();
     let plan = fixture.plan(create(PointKind::External)).await.unwrap();
     let overlay = fixture.file(&layer_name(fixture.path(), 0x77));
     let format = "qcow2".to_owned();
@@ -363,7 +363,7 @@ async fn create_on_an_open_disk_works_around_it() {
 async fn next_image_is_not_locked_while_qemu_runs() {
     let (fixture, layers) = Fixture::with_layers(2).await;
     fixture.qemu.open(&[&fixture.file(&layers[1])]);
-    let _guard = fixture.hold().await.unwrap();
+    let _guard = fixture.lock().await.unwrap();
     fixture.apply(ChainStep::SwitchActive { from: layers[1].clone(), to: layers[0].clone() }).await.unwrap();
     assert!(can_be_locked(&fixture.file(&layers[0])));
 }
@@ -384,7 +384,7 @@ async fn internal_create_on_an_open_disk_is_the_cuts() {
 async fn hypervisor_merges_open_layers_by_lasting_names() {
     let (fixture, layers) = Fixture::with_layers(4).await;
     fixture.start().await;
-    let _guard = fixture.hold().await.unwrap();
+    let _guard = fixture.lock().await.unwrap();
     let files: Vec<Utf8PathBuf> = layers.iter().map(|layer| fixture.file(layer)).collect();
     let merge = |run: &[usize], into: usize, below: Option<usize>| ChainStep::Merge {
         run: run.iter().map(|n| layers[*n].clone()).collect(),
@@ -456,7 +456,7 @@ async fn unnamed_active_image_merges_by_configured_path() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn layers_that_nobody_has_open_are_merged_as_at_rest() {
+async fn unopened_layers_are_merged_as_at_rest() {
     let (mut fixture, layers) = Fixture::with_layers(3).await;
     // The current image is backed by the lowest only; the others are a side branch.
     let active = layer_name(fixture.path(), 9);
@@ -468,7 +468,7 @@ async fn layers_that_nobody_has_open_are_merged_as_at_rest() {
     fixture.record.active = active.clone();
     fixture.record.owned.push(active);
     fixture.start().await;
-    let _guard = fixture.hold().await.unwrap();
+    let _guard = fixture.lock().await.unwrap();
     let merge = ChainStep::Merge {
         run: vec![layers[1].clone(), layers[2].clone()],
         into: layers[1].clone(),
@@ -596,7 +596,7 @@ async fn merge_after_its_pivot_is_not_repeated_at_rest() {
 async fn an_open_layer_is_not_removed() {
     let (fixture, layers) = Fixture::with_layers(2).await;
     fixture.start().await;
-    let _guard = fixture.hold().await.unwrap();
+    let _guard = fixture.lock().await.unwrap();
     let remove = ChainStep::Remove { layers: vec![layers[0].clone()] };
     let error = fixture.apply(remove.clone()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
@@ -736,14 +736,14 @@ async fn open_image_keeps_its_name_when_data_is_saved() {
     fixture.record.owned.remove(1);
     let made = fixture.file(&layers[1]);
     fixture.qemu.open(&[&made]);
-    let _guard = fixture.hold().await.unwrap();
+    let _guard = fixture.lock().await.unwrap();
     let salvage = fixture.backend.salvage(&step(action.clone()), true, fixture.context(&NothingInside)).await;
     assert_eq!(kind(salvage), ErrorKind::Busy);
     assert!(made.exists());
     fixture.qemu.close_all();
     let salvage =
         fixture.backend.salvage(&step(action), true, fixture.context(&NothingInside)).await.unwrap();
-    assert!(matches!(salvage, Salvage::PutAside(_)), "{salvage:?}");
+    assert!(matches!(salvage, Salvage::Saved(_)), "{salvage:?}");
     let aside = fixture.directory.path().join(format!("rescued-{}", layers[1]));
     assert!(!made.exists() && aside.exists());
 }

@@ -14,14 +14,14 @@ use snapcore_testkit::TestBackend;
 
 struct Images;
 
-fn run(program: &str, words: &[&OsStr]) -> Result<String> {
+fn run(program: &str, args: &[&OsStr]) -> Result<String> {
     let output = Command::new(program)
-        .args(words)
+        .args(args)
         .env("LC_ALL", "C")
         .output()
         .with_context(|| format!("{program} must be installed (package qemu-utils)"))?;
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    ensure!(output.status.success(), "{program} {words:?}: {out}{err}");
+    ensure!(output.status.success(), "{program} {args:?}: {out}{err}");
     Ok(out.into_owned())
 }
 
@@ -35,12 +35,12 @@ fn content(path: &Utf8Path, tag: Option<&str>) -> Result<Vec<u8>> {
     let raw = tempfile::NamedTempFile::new()?;
     let image = format!("json:{}", node(path));
     let selector = tag.map(|tag| format!("snapshot.name={tag}"));
-    let mut words: Vec<&OsStr> = ["convert", "-U", "-O", "raw"].map(OsStr::new).into();
+    let mut args: Vec<&OsStr> = ["convert", "-U", "-O", "raw"].map(OsStr::new).into();
     if let Some(selector) = &selector {
-        words.extend([OsStr::new("-l"), OsStr::new(selector)]);
+        args.extend([OsStr::new("-l"), OsStr::new(selector)]);
     }
-    words.extend([OsStr::new(&image), raw.path().as_os_str()]);
-    run("qemu-img", &words)?;
+    args.extend([OsStr::new(&image), raw.path().as_os_str()]);
+    run("qemu-img", &args)?;
     Ok(std::fs::read(raw.path())?)
 }
 
@@ -55,7 +55,7 @@ impl TestBackend for Images {
         std::fs::write(raw.path(), bytes)?;
         // Made under a plain name: qemu-img would take some names for protocols.
         let made = dir.join("made.tmp");
-        let words: Vec<&OsStr> = vec![
+        let args: Vec<&OsStr> = vec![
             "convert".as_ref(),
             "-f".as_ref(),
             "raw".as_ref(),
@@ -64,7 +64,7 @@ impl TestBackend for Images {
             raw.path().as_os_str(),
             made.as_os_str(),
         ];
-        run("qemu-img", &words)?;
+        run("qemu-img", &args)?;
         std::fs::rename(&made, &path)?;
         Ok(path)
     }
@@ -78,11 +78,11 @@ impl TestBackend for Images {
         std::fs::write(pattern.path(), bytes)?;
         let write = format!("write -s {} {offset} {}", pattern.path().display(), bytes.len());
         let image = format!("json:{}", node(&disk.disk.path));
-        let words: Vec<&OsStr> = vec!["-c".as_ref(), write.as_ref(), image.as_ref()];
+        let args: Vec<&OsStr> = vec!["-c".as_ref(), write.as_ref(), image.as_ref()];
         let begun = Instant::now();
         loop {
-            match run("qemu-io", &words) {
-                // A child that another trial starts just then has our lock for a moment longer than we.
+            match run("qemu-io", &args) {
+                // A child that another test case starts just then has our lock for a moment longer than we.
                 Err(locked) if format!("{locked:#}").contains("lock") && begun.elapsed().as_secs() < 10 => {
                     std::thread::sleep(Duration::from_millis(20));
                 }
@@ -117,8 +117,8 @@ impl TestBackend for Images {
 
 /// The internal snapshots of an image in which data was saved.
 fn rescued_tags(image: &Path) -> Result<Vec<String>> {
-    let words = ["info", "-U", "-f", "qcow2", "--output=json"].map(OsStr::new);
-    let reported = run("qemu-img", &[&words[..], &[image.as_os_str()]].concat())?;
+    let args = ["info", "-U", "-f", "qcow2", "--output=json"].map(OsStr::new);
+    let reported = run("qemu-img", &[&args[..], &[image.as_os_str()]].concat())?;
     let reported: serde_json::Value = serde_json::from_str(&reported)?;
     let snapshots = reported["snapshots"].as_array().cloned().unwrap_or_default();
     let names = snapshots.iter().filter_map(|snapshot| snapshot["name"].as_str());

@@ -174,7 +174,7 @@ fn copied_snapshot_reads_the_same_and_stays_small() {
 }
 
 #[test]
-fn the_planner_is_told_what_each_layer_would_move() {
+fn planner_knows_what_each_layer_would_move() {
     let dir = tempfile::tempdir().unwrap();
     let paths: Vec<_> = (0..3).map(|n| dir.path().join(format!("l{n}.qcow2"))).collect();
     run("qemu-img", &["create", "-q", "-f", "qcow2", text(&paths[0]), "1M"]);

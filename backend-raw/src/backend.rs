@@ -25,7 +25,7 @@ use crate::steps::{self, RawStep, StepRunner};
 /// Disks that are raw files.
 #[derive(Default)]
 pub struct Raw {
-    holds: Arc<DiskLocks>,
+    locks: Arc<DiskLocks>,
 }
 
 impl Raw {
@@ -41,9 +41,9 @@ impl Raw {
         open: FileIds,
         work: impl FnOnce(&StepRunner<'_>, &RawStep) -> Result<T>,
     ) -> Result<T> {
-        let hold = self.holds.of(&context.disk.disk.path);
+        let locks = self.locks.of(&context.disk.disk.path);
         let watch = Watch { progress: context.progress, cancel: context.cancel, bytes: step.bytes };
-        let files = FileSteps { record: context.disk, hold: hold.as_deref(), open };
+        let files = FileSteps { record: context.disk, locks: locks.as_deref(), open };
         let place = StepRunner { files, watch };
         in_place(|| work(&place, &step.action))
     }
@@ -65,11 +65,11 @@ impl DiskSnapshotter for Raw {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::new(PointKind::External, 1).live().ways(METHODS)
+        Capabilities::new(PointKind::External, 1).live().methods(METHODS)
     }
 
     fn leftover(&self, _disk: &DiskRecord, _step: &Step<RawStep>) -> Leftover {
-        Leftover::PlannedAnew
+        Leftover::PlannedAgain
     }
 
     fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
@@ -123,26 +123,26 @@ impl DiskSnapshotter for Raw {
         blocking(move || plan::plan(&disk, &state, active_path, &request)).await
     }
 
-    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+    async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         let is_device = layers::is_device(&disk.disk.path);
         if !is_device {
             names::require_writable_directory_of(&disk.disk.path)?;
             names::require_private_directory_of(&disk.disk.path)?;
         }
-        let hold = self.holds.begin(&disk.disk.path)?;
+        let locks = self.locks.begin(&disk.disk.path)?;
         let open = open_files(attached).await?;
         if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
             if is_device {
                 layers::refuse_used_device(&disk.disk.path)?;
             }
-            hold.lock(&disk.disk.path)?;
+            locks.lock(&disk.disk.path)?;
         }
-        Ok(Box::new(hold))
+        Ok(Box::new(locks))
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
-        if let Some(hold) = self.holds.of(&disk.disk.path) {
-            hold.unlock_all();
+        if let Some(locks) = self.locks.of(&disk.disk.path) {
+            locks.unlock_all();
         }
         Ok(())
     }
@@ -216,26 +216,26 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     for name in disk.owned.iter().filter(|name| **name != disk.active) {
         let file = layer_path(&disk.disk.path, name);
         if state.layer(name).is_none() {
-            let words = "it does not exist: the snapshots that have it as their point cannot be returned to; bring it back, \
+            let message = "it does not exist: the snapshots that have it as their point cannot be returned to; bring it back, \
                          or delete them";
-            find(Severity::Error, file, words.to_owned());
+            find(Severity::Error, file, message.to_owned());
         } else if is_held_by_others(&file)? {
             find(Severity::Note, file, "another process has it open: not checked".to_owned());
         } else if let Err(error) = copy::verify(&file, watch) {
             find(Severity::Error, file, error.to_string());
         }
     }
-    for unclear in &state.unclear {
-        let words = format!(
+    for undetermined in &state.undetermined {
+        let message = format!(
             "it may depend on a snapshot of {}, so reverts and deletes are refused: {}",
-            disk.disk.path, unclear.why
+            disk.disk.path, undetermined.why
         );
-        find(Severity::Warning, unclear.file.clone(), words);
+        find(Severity::Warning, undetermined.file.clone(), message);
     }
     for stray in layers::strays(disk)? {
-        let words = "it has the name of a point of this disk, and is none that the catalogue knows; 'domsnap import' takes \
+        let message = "it has the name of a point of this disk, and is none that the catalogue knows; 'domsnap import' takes \
                      it in";
-        find(Severity::Note, layer_path(&disk.disk.path, &stray), words.to_owned());
+        find(Severity::Note, layer_path(&disk.disk.path, &stray), message.to_owned());
     }
     Ok(findings)
 }

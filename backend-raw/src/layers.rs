@@ -89,8 +89,8 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, open: &FileIds) 
         active: record.active.clone(),
         layers,
         attached: false,
-        on_path: Vec::new(),
-        unclear: Vec::new(),
+        path_dependents: Vec::new(),
+        undetermined: Vec::new(),
     };
     // No image beside a device can be backed by it.
     if depth == InspectDepth::Dependents && !is_device(path) {

@@ -27,8 +27,8 @@ pub(crate) fn plan(
 ) -> Result<DiskPlan<RawStep>> {
     let mut planner = Planner { record, state, active_path, plan: DiskPlan::default() };
     match request {
-        DiskRequest::Create { kind, way, overlay, stamp, .. } => {
-            planner.create(*kind, way.as_deref(), overlay.as_ref(), *stamp)?;
+        DiskRequest::Create { kind, method, overlay, stamp, .. } => {
+            planner.create(*kind, method.as_deref(), overlay.as_ref(), *stamp)?;
         }
         DiskRequest::Revert { to, save, stamp, .. } => planner.revert(to, save.is_some(), *stamp)?,
         DiskRequest::Delete { drop, keep, .. } => planner.delete(drop.is_empty(), keep)?,
@@ -66,7 +66,7 @@ impl Planner<'_> {
     fn create(
         &mut self,
         kind: Option<PointKind>,
-        way: Option<&str>,
+        method: Option<&str>,
         chosen: Option<&LayerName>,
         stamp: u32,
     ) -> Result<()> {
@@ -79,7 +79,7 @@ impl Planner<'_> {
             .advise("leave --internal out"));
         }
         let is_device = is_device(self.path());
-        let way = match way {
+        let method = match method {
             None | Some("overlay") if is_device => return self.overlay(chosen, stamp),
             Some("reflink" | "copy") if is_device => {
                 return Err(Error::new(
@@ -92,7 +92,7 @@ impl Planner<'_> {
                 .advise(self.overlay_advice()));
             }
             Some("reflink") if !can_reflink(self.path())? => {
-                return Err(self.shares_no_blocks("leave the way to domsnap"));
+                return Err(self.shares_no_blocks("leave the method to domsnap"));
             }
             Some("reflink") => CopyMethod::Reflink,
             Some("copy") => CopyMethod::Copy,
@@ -102,34 +102,34 @@ impl Planner<'_> {
                     ErrorKind::Unsupported,
                     format!("{target}: format raw has no method '{other}'"),
                 )
-                .advise(format!("its ways are: {}", METHODS.join(", "))));
+                .advise(format!("its methods are: {}", METHODS.join(", "))));
             }
             None if can_reflink(self.path())? => CopyMethod::Reflink,
             None if self.active_path == ActivePath::New => return self.overlay(chosen, stamp),
             None => return Err(self.shares_no_blocks("keep it on btrfs or xfs")),
         };
-        if way == CopyMethod::Copy {
+        if method == CopyMethod::Copy {
             self.require_room(self.active()?.allocated)?;
         }
         let layer = self.new_layer(chosen, stamp)?;
         let live = self.state.attached;
-        let bytes = if way == CopyMethod::Copy { self.active()?.allocated } else { 0 };
+        let bytes = if method == CopyMethod::Copy { self.active()?.allocated } else { 0 };
         if live {
             self.push(Group::Prepare, &RawStep::WriteOut, format!("write {} out", self.path()), 0);
-            if way == CopyMethod::Copy {
+            if method == CopyMethod::Copy {
                 self.plan.notes.push(format!(
                     "{target}: the guest is paused while {} are copied, as requested",
                     shown_size(bytes)
                 ));
             }
         }
-        let words = match way {
+        let message = match method {
             CopyMethod::Reflink => format!("create {layer} as a reflink of {}", self.path()),
             CopyMethod::Copy => format!("copy {} into {layer}", self.path()),
         };
         let reserve = is_reserved(self.path());
-        let copy = RawStep::Copy { from: None, layer: layer.clone(), way, settled_later: live, reserve };
-        let copy = self.step(&copy, words, bytes);
+        let copy = RawStep::Copy { from: None, layer: layer.clone(), method, published_later: live, reserve };
+        let copy = self.step(&copy, message, bytes);
         if !live {
             self.plan.cut.push(copy);
         } else {
@@ -347,7 +347,7 @@ impl Planner<'_> {
                 .state("no changes made")
                 .advise("bring the file back, or delete the snapshot"));
         };
-        self.refuse_unclear()?;
+        self.refuse_undetermined()?;
         if let Some(overlay) = self.active()?.dependents.first() {
             return Err(Error::new(
                 ErrorKind::Refused,
@@ -359,10 +359,10 @@ impl Planner<'_> {
             .state("no changes made")
             .advise("take a snapshot first and rebase the image onto the file that it makes, or remove it"));
         }
-        let way = if can_reflink(self.path())? { CopyMethod::Reflink } else { CopyMethod::Copy };
+        let method = if can_reflink(self.path())? { CopyMethod::Reflink } else { CopyMethod::Copy };
         let new = self.new_layer(None, stamp)?;
         let previous = self.new_layer(None, stamp.wrapping_add(1))?;
-        let bytes = if way == CopyMethod::Copy { point.allocated } else { 0 };
+        let bytes = if method == CopyMethod::Copy { point.allocated } else { 0 };
         let size = point.virtual_size;
         self.require_room(bytes)?;
         // The disk keeps its reserved space, if the point or the current image has it reserved.
@@ -377,18 +377,18 @@ impl Planner<'_> {
                 self.path()
             ));
         }
-        let words = match way {
+        let message = match method {
             CopyMethod::Reflink => format!("create {new} as a reflink of {}", to.layer),
             CopyMethod::Copy => format!("copy {} into {new}", to.layer),
         };
         let copy = RawStep::Copy {
             from: Some(to.layer.clone()),
             layer: new.clone(),
-            way,
-            settled_later: false,
+            method,
+            published_later: false,
             reserve,
         };
-        self.push(Group::Prepare, &copy, words, bytes);
+        self.push(Group::Prepare, &copy, message, bytes);
         let name = RawStep::Name { layer: previous.clone() };
         self.push(Group::Prepare, &name, format!("give {} the name {previous} too", self.path()), 0);
         let switch = RawStep::Switch { from: previous.clone(), to: new.clone() };
@@ -437,8 +437,8 @@ impl Planner<'_> {
                 && names::same_file(&layer.file, self.path())?
             {
                 let unname = RawStep::Unname { layer: layer.name.clone() };
-                let words = format!("remove the name {}: {} is left", layer.name, self.path());
-                self.push(Group::Finish, &unname, words, 0);
+                let message = format!("remove the name {}: {} is left", layer.name, self.path());
+                self.push(Group::Finish, &unname, message, 0);
                 if let Some(planned) = self.plan.finish.last_mut() {
                     let target = self.record.disk.target.clone();
                     planned.edits.push(Edit::RemoveLayer { target, layer: layer.name.clone() });
@@ -479,7 +479,7 @@ impl Planner<'_> {
         if gone.is_empty() {
             return Ok(());
         }
-        match self.refuse_unclear() {
+        match self.refuse_undetermined() {
             Ok(()) => {}
             Err(error) if tidying => {
                 self.plan.notes.push(format!("nothing was removed: {error}"));
@@ -487,8 +487,8 @@ impl Planner<'_> {
             }
             Err(error) => return Err(error),
         }
-        let words = gone.iter().map(LayerName::as_str).collect::<Vec<_>>().join(", ");
-        self.push(Group::Finish, &RawStep::Remove { layers: gone.clone() }, format!("remove {words}"), 0);
+        let names = gone.iter().map(LayerName::as_str).collect::<Vec<_>>().join(", ");
+        self.push(Group::Finish, &RawStep::Remove { layers: gone.clone() }, format!("remove {names}"), 0);
         if let Some(planned) = self.plan.finish.last_mut() {
             let target = &self.record.disk.target;
             let edit = |layer| Edit::RemoveLayer { target: target.clone(), layer };
@@ -498,16 +498,16 @@ impl Planner<'_> {
     }
 
     /// Refuses to remove any point while the backing file of an image is undetermined: it could be a point.
-    fn refuse_unclear(&self) -> Result<()> {
-        let Some(unclear) = self.state.unclear.first() else { return Ok(()) };
+    fn refuse_undetermined(&self) -> Result<()> {
+        let Some(undetermined) = self.state.undetermined.first() else { return Ok(()) };
         Err(Error::new(
             ErrorKind::Refused,
             format!(
                 "{}: {} may depend on {} or one of its snapshots: {}",
                 self.record.disk.target,
-                unclear.file,
+                undetermined.file,
                 self.path(),
-                unclear.why
+                undetermined.why
             ),
         )
         .state("no changes made")

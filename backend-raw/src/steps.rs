@@ -48,9 +48,9 @@ pub enum RawStep {
         /// The layer; absent: the current image.
         from: Option<LayerName>,
         layer: LayerName,
-        way: CopyMethod,
+        method: CopyMethod,
         /// True if a later step makes it durable and names it, so that the guest is not paused for that.
-        settled_later: bool,
+        published_later: bool,
         /// True if space for all of the new layer is reserved, as it was for the disk.
         #[serde(default)]
         reserve: bool,
@@ -113,9 +113,9 @@ impl StepRunner<'_> {
         match step {
             RawStep::WriteOut => write_out(path),
             RawStep::Copy { layer, .. } if names::file_id(&self.file(layer))?.is_some() => Ok(()),
-            RawStep::Copy { from, layer, way, settled_later, reserve } => {
-                self.copy(from.as_ref(), layer, *way, *reserve)?;
-                if *settled_later { Ok(()) } else { self.publish(layer) }
+            RawStep::Copy { from, layer, method, published_later, reserve } => {
+                self.copy(from.as_ref(), layer, *method, *reserve)?;
+                if *published_later { Ok(()) } else { self.publish(layer) }
             }
             RawStep::Publish { layer } => self.publish(layer),
             RawStep::CreateOverlay { layer, virtual_size } => self.create_overlay(layer, *virtual_size),
@@ -159,7 +159,7 @@ impl StepRunner<'_> {
         match step {
             // It leaves no trace, and nothing needs it.
             RawStep::WriteOut => Ok(StepStatus::Done),
-            RawStep::Copy { layer, settled_later, from, .. } => {
+            RawStep::Copy { layer, published_later, from, .. } => {
                 if is_there(layer)? {
                     return Ok(StepStatus::Done);
                 }
@@ -167,7 +167,7 @@ impl StepRunner<'_> {
                 let made = length(&names::unfinished_name(&self.file(layer)));
                 // A copy gets its length last.
                 let whole = made.is_some() && made == length(&self.source(from.as_ref()));
-                Ok(match (made, whole && *settled_later) {
+                Ok(match (made, whole && *published_later) {
                     (None, _) => StepStatus::NotDone,
                     (Some(_), true) => StepStatus::Done,
                     (Some(_), false) => StepStatus::Partly,
@@ -200,7 +200,7 @@ impl StepRunner<'_> {
             return Ok(Salvage::Nothing);
         }
         let kept = self.files.keep_as(layer)?;
-        Ok(Salvage::PutAside(match step {
+        Ok(Salvage::Saved(match step {
             RawStep::CreateOverlay { .. } => kept_overlay_message(record, &file, &kept, "qcow2"),
             _ => kept_layer_message(record, &file, &kept),
         }))
@@ -239,7 +239,7 @@ impl StepRunner<'_> {
         &self,
         from: Option<&LayerName>,
         layer: &LayerName,
-        way: CopyMethod,
+        method: CopyMethod,
         reserve: bool,
     ) -> Result<()> {
         let (source, file) = (self.source(from), self.file(layer));
@@ -252,7 +252,7 @@ impl StepRunner<'_> {
             None => names::open_image(&source, false)?,
         };
         let new = names::create_unfinished(&file, &old, &source)?;
-        match way {
+        match method {
             CopyMethod::Reflink => {
                 reflink(&old, &source, &new, &passing)?;
                 if reserve {

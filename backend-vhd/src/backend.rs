@@ -24,7 +24,7 @@ use crate::steps::StepRunner;
 /// Backend for disks that are VHD files.
 pub struct VhdFiles {
     limits: Limits,
-    holds: Arc<DiskLocks>,
+    locks: Arc<DiskLocks>,
 }
 
 impl Default for VhdFiles {
@@ -38,7 +38,7 @@ impl VhdFiles {
     pub fn new() -> Self {
         Self {
             limits: Limits { max_depth: DEFAULT_DEPTH as u32, allowed: Vec::new() },
-            holds: Arc::default(),
+            locks: Arc::default(),
         }
     }
 
@@ -64,9 +64,9 @@ impl VhdFiles {
         open: FileIds,
         work: impl FnOnce(&StepRunner<'_>, &ChainStep) -> Result<T>,
     ) -> Result<T> {
-        let hold = self.holds.of(&context.disk.disk.path);
+        let locks = self.locks.of(&context.disk.disk.path);
         let place = StepRunner {
-            files: FileSteps { record: context.disk, hold: hold.as_deref(), open },
+            files: FileSteps { record: context.disk, locks: locks.as_deref(), open },
             progress: context.progress,
             cancel: context.cancel,
             bytes: step.bytes,
@@ -136,7 +136,7 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     fn leftover(&self, _disk: &DiskRecord, _step: &Step<ChainStep>) -> Leftover {
-        Leftover::PlannedAnew
+        Leftover::PlannedAgain
     }
 
     fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
@@ -186,22 +186,22 @@ impl DiskSnapshotter for VhdFiles {
         .await
     }
 
-    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+    async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         names::require_writable_directory_of(&disk.disk.path)?;
         names::require_private_directory_of(&disk.disk.path)?;
-        let hold = self.holds.begin(&disk.disk.path)?;
+        let locks = self.locks.begin(&disk.disk.path)?;
         let open = open_files(attached).await?;
         if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
-            hold.lock(&disk.disk.path)?;
+            locks.lock(&disk.disk.path)?;
             let path = disk.disk.path.clone();
             blocking(move || served::require_complete(&path)).await?;
         }
-        Ok(Box::new(hold))
+        Ok(Box::new(locks))
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
-        if let Some(hold) = self.holds.of(&disk.disk.path) {
-            hold.unlock_all();
+        if let Some(locks) = self.locks.of(&disk.disk.path) {
+            locks.unlock_all();
         }
         Ok(())
     }
@@ -297,29 +297,29 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
         }
         let below = layer.backing.as_ref().and_then(|name| state.layer(name));
         if let Some(below) = below.filter(|below| below.virtual_size > layer.virtual_size) {
-            let words =
+            let message =
                 format!("its parent {} is larger than it: programs disagree about what it shows", below.file);
-            find(Severity::Error, &layer.file, words);
+            find(Severity::Error, &layer.file, message);
         }
     }
-    for unclear in &state.unclear {
-        let words = format!(
+    for undetermined in &state.undetermined {
+        let message = format!(
             "it may depend on a layer of {}, so reverts and deletes are refused: {}",
-            disk.disk.path, unclear.why
+            disk.disk.path, undetermined.why
         );
-        find(Severity::Warning, &unclear.file, words);
+        find(Severity::Warning, &undetermined.file, message);
     }
     for stray in layers::strays(disk, state)? {
-        let words = "it has the name of a layer of this disk, and is none that the catalogue knows; 'domsnap import' \
+        let message = "it has the name of a layer of this disk, and is none that the catalogue knows; 'domsnap import' \
                      looks what it is"
             .to_owned();
-        find(Severity::Note, &stray, words);
+        find(Severity::Note, &stray, message);
     }
     for owned in disk.owned.iter().filter(|owned| state.layer(owned).is_none()) {
-        let words = "the catalogue knows this layer, and its file is gone; where no snapshot needs it, `domsnap recover` \
+        let message = "the catalogue knows this layer, and its file is gone; where no snapshot needs it, `domsnap recover` \
                      forgets it"
             .to_owned();
-        find(Severity::Warning, &layer_path(&disk.disk.path, owned), words);
+        find(Severity::Warning, &layer_path(&disk.disk.path, owned), message);
     }
     Ok(findings)
 }

@@ -13,7 +13,7 @@ use image_files::layer_name::layer_path;
 use image_files::layers::{ChainFormat, ImageFacts};
 pub(crate) use image_files::layers::{Limits, file_of};
 use image_files::names::{FileId, file_id, io_error, is_passing_name};
-use snapcore::{Base, DiskRecord, DiskState, Error, ErrorKind, Layer, LayerName, Result, Unclear};
+use snapcore::{Base, DiskRecord, DiskState, Error, ErrorKind, Layer, LayerName, Result, Undetermined};
 
 use crate::image::{self, DiskType, OpenOptions, UniqueId, Vhd, find_parent};
 
@@ -133,7 +133,7 @@ fn children(
         if !listed.insert(id) {
             continue;
         }
-        search(&directory, limits, &mut state.layers, &mut state.unclear, seen, &ids)?;
+        search(&directory, limits, &mut state.layers, &mut state.undetermined, seen, &ids)?;
     }
     Ok(())
 }
@@ -143,7 +143,7 @@ fn search(
     directory: &Utf8Path,
     limits: &Limits,
     layers: &mut [Layer],
-    unclear: &mut Vec<Unclear>,
+    undetermined: &mut Vec<Undetermined>,
     seen: &HashMap<FileId, LayerName>,
     ids: &HashMap<UniqueId, LayerName>,
 ) -> Result<()> {
@@ -154,7 +154,7 @@ fn search(
     }
     names.sort();
     for name in names.iter().filter(|name| !is_passing_name(name)) {
-        child(&directory.join(name), limits, layers, unclear, seen, ids);
+        child(&directory.join(name), limits, layers, undetermined, seen, ids);
     }
     Ok(())
 }
@@ -182,9 +182,9 @@ pub fn find_children(path: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     let mut layers = vec![layer];
     let ids = HashMap::from([(reading(path)?.id(), name.clone())]);
     let seen = HashMap::from([(file, name)]);
-    let mut unclear = Vec::new();
+    let mut undetermined = Vec::new();
     if let Some(own) = path.parent() {
-        search(own, &limits, &mut layers, &mut unclear, &seen, &ids)?;
+        search(own, &limits, &mut layers, &mut undetermined, &seen, &ids)?;
     }
     Ok(layers.into_iter().flat_map(|layer| layer.dependents).collect())
 }
@@ -194,7 +194,7 @@ fn child(
     file: &Utf8Path,
     limits: &Limits,
     layers: &mut [Layer],
-    unclear: &mut Vec<Unclear>,
+    undetermined: &mut Vec<Undetermined>,
     seen: &HashMap<FileId, LayerName>,
     ids: &HashMap<UniqueId, LayerName>,
 ) {
@@ -206,7 +206,7 @@ fn child(
         Ok(opened) if opened.disk_type() == DiskType::Differencing => opened,
         Err(error) if error.kind() == image::ErrorKind::Corrupt => {
             let why = format!("it is a damaged VHD: {error}");
-            unclear.push(Unclear { file: file.to_owned(), why });
+            undetermined.push(Undetermined { file: file.to_owned(), why });
             return;
         }
         Ok(_) | Err(_) => return,

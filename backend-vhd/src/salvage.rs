@@ -21,7 +21,7 @@ impl StepRunner<'_> {
         // The active layer can only be the top of a run. Once the path names the layer that it was merged
         // into, the domain writes there, and the previous top has older content.
         let merged_down = run.last().is_some_and(|top| *top == self.files.record.active && top != into);
-        Ok(merged_down && names::file_id(path)?.is_some() && !self.files.is_on_path(into)?)
+        Ok(merged_down && names::file_id(path)?.is_some() && !self.files.is_named_by_path(into)?)
     }
 
     /// Saves what the domain wrote, if undoing `step` would lose it.
@@ -30,7 +30,7 @@ impl StepRunner<'_> {
             ChainStep::SwitchActive { from, to } => {
                 // A child of the previous active layer shows the same as that layer. With the new writes it
                 // is the current state.
-                if !self.files.is_on_path(to)?
+                if !self.files.is_named_by_path(to)?
                     || self.below(to)? != Some(self.files.file(from))
                     || !self.is_written(to)?
                 {
@@ -41,16 +41,16 @@ impl StepRunner<'_> {
                     Edit::AddLayer { target: target.clone(), layer: to.clone() },
                     Edit::SetActive { target: target.clone(), layer: to.clone() },
                 ];
-                let words = format!(
+                let message = format!(
                     "{target}: the domain ran after the crash and wrote into {to}, so that stays its active layer; \
                      the snapshot was not taken"
                 );
-                Ok(Salvage::Stays(edits, words))
+                Ok(Salvage::Stays(edits, message))
             }
             ChainStep::CreateOverlay { layer, .. } => {
-                let is_to_go = done && self.is_made_by(step)? && !self.files.is_on_path(layer)?;
+                let is_to_go = done && self.is_made_by(step)? && !self.files.is_named_by_path(layer)?;
                 match is_to_go && self.is_written(layer)? {
-                    true => self.put_aside(layer),
+                    true => self.save_layer(layer),
                     false => Ok(Salvage::Nothing),
                 }
             }
@@ -64,13 +64,13 @@ impl StepRunner<'_> {
     }
 
     /// Gives the file of a layer that an undo would remove a name that no undo knows.
-    fn put_aside(&self, layer: &LayerName) -> Result<Salvage> {
+    fn save_layer(&self, layer: &LayerName) -> Result<Salvage> {
         let (record, file) = (self.files.record, self.files.file(layer));
         let base = self.below(layer).unwrap_or(None);
         let is_on_current =
             base.is_some_and(|base| names::same_file(&base, self.files.path()).unwrap_or(false));
         let kept = self.files.keep_as(layer)?;
-        Ok(Salvage::PutAside(match is_on_current {
+        Ok(Salvage::Saved(match is_on_current {
             true => kept_overlay_message(record, &file, &kept, "vhd"),
             false => kept_layer_message(record, &file, &kept),
         }))

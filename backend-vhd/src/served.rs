@@ -107,7 +107,7 @@ pub struct ServedChain {
     state: Mutex<State>,
     size: u64,
     writable: bool,
-    /// The files whose locks the chain has, the top first. Those of a former chain may follow.
+    /// The files whose locks the chain has, the top first. Those of a previous chain may follow.
     files: Vec<Arc<ImageFile>>,
     depth: usize,
 }
@@ -119,21 +119,22 @@ struct State {
 }
 
 impl ServedChain {
-    /// Opens and locks the chain whose top is at `path`. Files that `former` has locked are locked for both.
+    /// Opens and locks the chain whose top is at `path`. Files that `previous` has locked are locked for
+    /// both.
     ///
     /// # Errors
     /// Those of [`Chain::open`]; [`ErrorKind::Locked`]; [`ErrorKind::Corrupt`] for notes that do not fit;
     /// [`ErrorKind::Dirty`] for an image with notes that is opened for reading; the system's.
-    pub fn open(path: &Path, options: &ServedOptions, former: Option<&Self>) -> Result<Self> {
+    pub fn open(path: &Path, options: &ServedOptions, previous: Option<&Self>) -> Result<Self> {
         let opening = ChainOptions {
             allowed: options.allowed.clone(),
             top: if options.writable { OpenOptions::read_write() } else { OpenOptions::read_only() },
             ..ChainOptions::read_only()
         }
         .unlocked();
-        // 1) Which files they are. 2) Their locks. 3) Their content, which nobody changes any more.
+        // 1) Which files they are. 2) Their locks. 3) Their content, which no process changes any more.
         let found = Chain::open(path, &opening)?;
-        let files = lock_all(&found, options.writable, former)?;
+        let files = lock_all(&found, options.writable, previous)?;
         let mut chain = Chain::open(path, &opening)?;
         let names = |chain: &Chain| {
             chain.layers().iter().map(|layer| identity(layer.file())).collect::<Result<Vec<_>>>()
@@ -325,11 +326,11 @@ fn identity(file: &ImageFile) -> Result<(u64, u64)> {
     Ok(about.map(|about| (about.dev(), about.ino())).unwrap_or_default())
 }
 
-/// Locks the files of a chain, and returns them, the top first; then those of `former`, which keeps its own
-/// locks until it is dropped. A file of both is locked by the one that `former` has open: its locks are
+/// Locks the files of a chain, and returns them, the top first; then those of `previous`, which keeps its own
+/// locks until it is dropped. A file of both is locked by the one that `previous` has open: its locks are
 /// shared, and those of another would conflict.
-fn lock_all(chain: &Chain, writable: bool, former: Option<&ServedChain>) -> Result<Vec<Arc<ImageFile>>> {
-    let had = former.map(|former| former.files.as_slice()).unwrap_or_default();
+fn lock_all(chain: &Chain, writable: bool, previous: Option<&ServedChain>) -> Result<Vec<Arc<ImageFile>>> {
+    let had = previous.map(|previous| previous.files.as_slice()).unwrap_or_default();
     let mut files = Vec::new();
     for (number, layer) in chain.layers().iter().rev().enumerate() {
         let wanted = identity(layer.file())?;
@@ -342,7 +343,7 @@ fn lock_all(chain: &Chain, writable: bool, former: Option<&ServedChain>) -> Resu
         let mode = if number == 0 && writable { LockMode::Write } else { LockMode::Read };
         if let Some(opened) = file.file() {
             lock(opened, mode).map_err(|error| {
-                // A failed lock releases what the file had: the former chain goes on with a reader's lock.
+                // A failed lock releases what the file had: the previous chain goes on with a reader's lock.
                 let _ =
                     had.iter().any(|other| Arc::ptr_eq(other, file)).then(|| lock(opened, LockMode::Read));
                 Error::from(error).on("open", file.path())

@@ -58,7 +58,7 @@ impl StepRunner<'_> {
                 let file = self.files.file(layer);
                 names::remove_name(&names::unfinished_name(&file))?;
                 // If the switch to the layer could not be undone, the layer stays too.
-                if self.is_made_by(step)? && !self.files.is_on_path(layer)? {
+                if self.is_made_by(step)? && !self.files.is_named_by_path(layer)? {
                     self.files.refuse_in_use(&file)?;
                     names::remove_name(&file)?;
                 }
@@ -75,7 +75,7 @@ impl StepRunner<'_> {
     /// Returns how far `step` got.
     pub(crate) fn status(&self, step: &ChainStep) -> Result<StepStatus> {
         let done = match step {
-            ChainStep::NameLayer { layer } => self.files.is_on_path(layer)?,
+            ChainStep::NameLayer { layer } => self.files.is_named_by_path(layer)?,
             ChainStep::CreateOverlay { layer, .. } => {
                 let unfinished = names::unfinished_name(&self.files.file(layer));
                 if names::file_id(&unfinished)?.is_some() {
@@ -83,7 +83,7 @@ impl StepRunner<'_> {
                 }
                 self.is_made_by(step)?
             }
-            ChainStep::SwitchActive { to, .. } => self.files.is_on_path(to)?,
+            ChainStep::SwitchActive { to, .. } => self.files.is_named_by_path(to)?,
             // Only a repetition can show it, and it is harmless.
             ChainStep::Merge { .. } => return Ok(StepStatus::Partly),
             ChainStep::Repoint { child, to } => {
@@ -159,7 +159,7 @@ impl StepRunner<'_> {
         let file = file_of(self.files.record, layer)?;
         self.files.refuse_open(&file)?;
         let mut options = OpenOptions::read_write();
-        if self.files.hold.is_some() {
+        if self.files.locks.is_some() {
             self.files.lock(&file)?;
             options = options.unlocked();
         }

@@ -58,7 +58,7 @@ impl TestBackend for Images {
         let begun = Instant::now();
         loop {
             match Chain::open(disk.disk.path.as_std_path(), &ChainOptions::read_write()) {
-                // A child that another trial starts just then has our lock for a moment longer than we.
+                // A child that another test case starts just then has our lock for a moment longer than we.
                 Err(error)
                     if error.kind() == backend_vhd::image::ErrorKind::Locked
                         && begun.elapsed().as_secs() < 10 =>

@@ -87,16 +87,16 @@ impl Bench {
     }
 
     /// `domsnap --state-dir STATE WORDS`.
-    pub fn domsnap<S: AsRef<OsStr>>(&self, state: &Path, words: &[S]) -> Command {
+    pub fn domsnap<S: AsRef<OsStr>>(&self, state: &Path, args: &[S]) -> Command {
         let mut command = child::command(&self.domsnap, &["--state-dir".as_ref(), state.as_os_str()]);
-        command.args(words);
+        command.args(args);
         command
     }
 
-    /// The probe with `words`.
-    pub fn probe<S: AsRef<OsStr>>(&self, words: &[S]) -> Result<Command> {
+    /// The probe with `args`.
+    pub fn probe<S: AsRef<OsStr>>(&self, args: &[S]) -> Result<Command> {
         let mut command = child::command(std::env::current_exe()?, &["probe"]);
-        command.args(words);
+        command.args(args);
         Ok(command)
     }
 
@@ -145,9 +145,8 @@ impl Bench {
         fill(&file, bytes)?;
         image::flush(&file)?;
         self.repeat(5, Duration::from_secs(5), |_| {
-            let words =
-                ["rewrite".into(), file.display().to_string(), bytes.to_string(), flushes.to_string()];
-            self.time(row, LIMIT, &mut self.probe(&words)?)
+            let args = ["rewrite".into(), file.display().to_string(), bytes.to_string(), flushes.to_string()];
+            self.time(row, LIMIT, &mut self.probe(&args)?)
         })
     }
 }

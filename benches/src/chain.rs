@@ -86,8 +86,8 @@ impl Chain {
     }
 
     /// domsnap with its state directory.
-    pub fn domsnap(&self, bench: &Bench, words: &[&str]) -> Command {
-        bench.domsnap(&self.root.join("state"), words)
+    pub fn domsnap(&self, bench: &Bench, args: &[&str]) -> Command {
+        bench.domsnap(&self.root.join("state"), args)
     }
 
     /// The command that takes an external snapshot.

@@ -24,10 +24,10 @@ pub struct Cost {
 /// The flushing calls of one process and its threads.
 pub const FLUSHES: &str = "fsync,fdatasync,syncfs,sync_file_range,msync";
 
-/// `program` with `words`, its input and output on nothing.
-pub fn command<S: AsRef<OsStr>>(program: impl AsRef<OsStr>, words: &[S]) -> Command {
+/// `program` with `args`, its input and output on nothing.
+pub fn command<S: AsRef<OsStr>>(program: impl AsRef<OsStr>, args: &[S]) -> Command {
     let mut command = Command::new(program);
-    command.args(words).env("LC_ALL", "C").env("NO_COLOR", "1").env_remove("DOMSNAP_STATE_DIR");
+    command.args(args).env("LC_ALL", "C").env("NO_COLOR", "1").env_remove("DOMSNAP_STATE_DIR");
     command
 }
 

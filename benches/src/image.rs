@@ -8,8 +8,8 @@ use anyhow::{Result, ensure};
 use crate::child;
 
 /// `qemu-img WORDS FILE`.
-pub fn qemu_img(words: &[&str], file: &Path) -> Command {
-    let mut command = child::command("qemu-img", words);
+pub fn qemu_img(args: &[&str], file: &Path) -> Command {
+    let mut command = child::command("qemu-img", args);
     command.arg(file);
     command
 }

@@ -30,8 +30,8 @@ pub struct Change {
     pub cost: Cost,
     /// How long the guest stood still, by domsnap's own measure.
     pub downtime: Duration,
-    /// The way of the instant, where it has one.
-    pub way: Option<String>,
+    /// The method of the instant, where it has one.
+    pub method: Option<String>,
 }
 
 impl<'a> Running<'a> {
@@ -50,20 +50,20 @@ impl<'a> Running<'a> {
     }
 
     /// domsnap with its state directory.
-    pub fn domsnap(&self, words: &[&str]) -> Command {
-        self.bench.domsnap(&self.state, words)
+    pub fn domsnap(&self, args: &[&str]) -> Command {
+        self.bench.domsnap(&self.state, args)
     }
 
     /// Runs a change, which must leave the guest sound.
-    pub fn change(&self, words: &[&str]) -> Result<Change> {
-        let (cost, answer) = child::answered(self.domsnap(words).arg("--json"))?;
+    pub fn change(&self, args: &[&str]) -> Result<Change> {
+        let (cost, answer) = child::answered(self.domsnap(args).arg("--json"))?;
         let answer: Value = serde_json::from_str(&answer).context("domsnap's answer is no JSON")?;
         let outcome = &answer["outcome"];
         let downtime = outcome["downtime_us"].as_u64();
         let downtime = downtime.with_context(|| format!("domsnap's answer has no downtime: {answer}"))?;
-        let way = outcome["way"].as_str().map(str::to_owned);
-        self.sound().with_context(|| format!("after domsnap {}", words.join(" ")))?;
-        Ok(Change { cost, downtime: Duration::from_micros(downtime), way })
+        let method = outcome["method"].as_str().map(str::to_owned);
+        self.sound().with_context(|| format!("after domsnap {}", args.join(" ")))?;
+        Ok(Change { cost, downtime: Duration::from_micros(downtime), method })
     }
 
     /// Deletes a snapshot.

@@ -14,8 +14,8 @@ pub fn file_system(directory: &Path) -> Result<String> {
     let mount = table
         .lines()
         .filter_map(|line| {
-            let mut words = line.split(' ');
-            let (device, point, kind) = (words.next()?, words.next()?, words.next()?);
+            let mut args = line.split(' ');
+            let (device, point, kind) = (args.next()?, args.next()?, args.next()?);
             directory.starts_with(point).then_some((point.len(), device, kind))
         })
         // The last of equals is the one mounted over the others.

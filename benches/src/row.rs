@@ -63,9 +63,9 @@ pub enum Target {
 /// Whether one target is met.
 #[derive(Debug, Clone)]
 pub struct Verdict {
-    /// The target in words.
+    /// The target as text.
     pub target: String,
-    /// What was found, in words.
+    /// What was found, as text.
     pub found: String,
     /// Whether that meets it; `None`: not measured.
     pub met: Option<bool>,
@@ -105,7 +105,7 @@ impl Row {
         self.name
     }
 
-    /// What is measured, in words.
+    /// What is measured, as text.
     pub fn what(&self) -> &str {
         &self.what
     }
@@ -192,11 +192,11 @@ impl Row {
         let ratio = |other: Option<&Series>| Some(other?.median() / ours?.median());
         let (target, found) = match target {
             Target::Faster(times) => {
-                let words = match times {
+                let args = match times {
                     1.0 => "no slower than the best of qemu-img".to_owned(),
                     times => format!("at least {times} times faster than the best of qemu-img"),
                 };
-                (words, ratio(self.best_peer()).map(|r| (format!("{r:.2} times faster"), r >= *times)))
+                (args, ratio(self.best_peer()).map(|r| (format!("{r:.2} times faster"), r >= *times)))
             }
             Target::FasterThan(times, label) => {
                 let found = ratio(self.find(label));

@@ -1,4 +1,4 @@
-//! The same guest under libvirt, whose daemons end with the bench where nobody else had started them.
+//! The same guest under libvirt, whose daemons end with the bench if the bench started them.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -44,15 +44,15 @@ impl Virsh {
         Ok(virsh)
     }
 
-    fn run<S: AsRef<OsStr>>(&self, words: &[S]) -> Result<Cost> {
-        child::run(&mut command(words))
+    fn run<S: AsRef<OsStr>>(&self, args: &[S]) -> Result<Cost> {
+        child::run(&mut command(args))
     }
 
     /// Ends the domain, and removes what libvirt keeps of it: a revert makes it a lasting one. What is not
     /// there is no error.
     fn forget(&self) {
-        for words in [&["destroy", NAME][..], &["undefine", NAME, "--snapshots-metadata"]] {
-            let _ = command(words).output();
+        for args in [&["destroy", NAME][..], &["undefine", NAME, "--snapshots-metadata"]] {
+            let _ = command(args).output();
         }
     }
 
@@ -99,9 +99,9 @@ impl Drop for Virsh {
     }
 }
 
-fn command<S: AsRef<OsStr>>(words: &[S]) -> Command {
+fn command<S: AsRef<OsStr>>(args: &[S]) -> Command {
     let mut command = child::command("virsh", &["-q", "-c", "qemu:///system"]);
-    command.args(words);
+    command.args(args);
     command
 }
 
@@ -131,15 +131,15 @@ fn daemons() -> Result<Vec<Child>> {
 
 /// The guest as libvirt wants it described.
 fn describe(guest: &Guest, memory_mib: u64) -> Result<String> {
-    let words: Vec<String> =
+    let args: Vec<String> =
         guest.command_line().iter().map(|word| word.to_string_lossy().into_owned()).collect();
     let after = |option: &str| {
-        let place = words.iter().position(|word| word == option);
-        let word = place.and_then(|place| words.get(place + 1));
+        let place = args.iter().position(|word| word == option);
+        let word = place.and_then(|place| args.get(place + 1));
         word.with_context(|| format!("the guest's command line has no {option}"))
     };
     let (kernel, initrd, append) = (after("-kernel")?, after("-initrd")?, after("-append")?);
-    let (machine, emulator) = (after("-machine")?, words.first().context("the guest has a program")?);
+    let (machine, emulator) = (after("-machine")?, args.first().context("the guest has a program")?);
     let dir = guest.dir().display();
     let disks: String = guest
         .targets()

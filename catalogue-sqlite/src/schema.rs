@@ -164,7 +164,7 @@ UPDATE operations SET commit_edits = json_remove(commit_edits, '$[0].machine.rec
     '$[1].machine.record.process.environment', '$[2].machine.record.process.environment',
     '$[3].machine.record.process.environment') WHERE json_valid(commit_edits) AND commit_edits LIKE '%environment%';
 ", "
--- What tells an internal snapshot from another of its name, as JSON; absent: not recorded.
+-- Identity of an internal snapshot among those of its name, as JSON; absent: not recorded.
 ALTER TABLE points ADD COLUMN identity TEXT;
 ", "
 -- A step of the domain itself has no target; before, its target was the word 'domain', which no disk could be called.
@@ -330,7 +330,7 @@ mod tests {
                      INSERT INTO operations VALUES ('0190b3a0-0000-7000-8000-000000000001', 1, 'create',
                          'cutting', '2026-01-01T00:00:00Z', '["s1"]', '[]', '[]', '[]');
                      INSERT INTO steps SELECT '0190b3a0-0000-7000-8000-000000000001', column1, column2, column3,
-                         'words', 0, column5, column6, '[]', column7, column4 FROM (VALUES {rows});"#,
+                         'summary', 0, column5, column6, '[]', column7, column4 FROM (VALUES {rows});"#,
                 ))
                 .unwrap();
             migrate(&mut connection, MIGRATIONS).unwrap();
@@ -342,7 +342,7 @@ mod tests {
             (1, 'cut', 'domain', 0, 0, '{"do":"attach","disks":[]}', 'started'),
             (2, 'cut', 'vda', 1, 0, '{"do":"switch"}', 'started'),
             (3, 'cut', 'vdb', 1, 0, '{"do":"switch"}', 'started'),
-            (4, 'cut', 'vdb', 0, 0, '{"do":"settle"}', 'pending'),
+            (4, 'cut', 'vdb', 0, 0, '{"do":"publish"}', 'pending'),
             (5, 'finish', 'vda', 0, 1, '{"do":"merge"}', 'pending'),
             (6, 'finish', 'vda', 1, 0, '{"do":"switch"}', 'pending'),
             (7, 'finish', 'domain', 0, 0, '{"do":"remove-memory","file":"/m"}', 'pending')"#);
@@ -350,10 +350,10 @@ mod tests {
         assert_eq!(operation.state, OperationState::Cutting);
         let plan = &operation.plan;
         assert!(matches!(&plan.prepare[..], [PlanStep::Disk(_)]));
-        let [CutUnit::Domain { nested, .. }, CutUnit::Disk(settle)] = &plan.cut[..] else {
+        let [CutUnit::Domain { nested, .. }, CutUnit::Disk(publish)] = &plan.cut[..] else {
             panic!("{plan:?}")
         };
-        assert_eq!((nested.len(), settle.target.as_str()), (2, "vdb"));
+        assert_eq!((nested.len(), publish.target.as_str()), (2, "vdb"));
         let [FinishUnit::Disk(merge), FinishUnit::Domain(_)] = &plan.finish[..] else { panic!("{plan:?}") };
         assert!(merge.deferrable && merge.nested.len() == 1);
         let (done, started, pending) = (StepState::Done, StepState::Started, StepState::Pending);

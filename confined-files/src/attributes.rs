@@ -218,7 +218,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_gets_to_read_who_could_not_before() {
+    fn no_user_gains_read_access() {
         assert_eq!(granted(0o100644, true, true), 0o644);
         assert_eq!(granted(0o100660, true, true), 0o660);
         assert_eq!(granted(0o100660, true, false), 0o600);
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directorys_default_list_lets_nobody_in() {
+    fn default_acl_grants_no_access() {
         let dir = tempfile::tempdir().unwrap();
         let model = File::create(dir.path().join("model")).unwrap();
         model.set_permissions(Permissions::from_mode(0o660)).unwrap();

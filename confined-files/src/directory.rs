@@ -98,7 +98,7 @@ impl Look {
 
     /// Its type, for messages.
     pub fn kind(&self) -> &'static str {
-        words(self.kind)
+        kind_text(self.kind)
     }
 }
 
@@ -107,7 +107,7 @@ fn identity(stat: &Stat) -> (u64, u64) {
     (stat.st_dev as u64, stat.st_ino as u64)
 }
 
-fn words(kind: FileType) -> &'static str {
+fn kind_text(kind: FileType) -> &'static str {
     match kind {
         FileType::RegularFile => "a regular file",
         FileType::Directory => "a directory",
@@ -258,7 +258,7 @@ impl Directory {
             Kind::RegularOrBlock => "a regular file or a block device",
         };
         let path = self.path.join(name);
-        refused(format!("{} is {}, and must be {wanted}", path.display(), words(found)))
+        refused(format!("{} is {}, and must be {wanted}", path.display(), kind_text(found)))
     }
 
     /// Creates a file that only its owner can read, for reading and writing.
@@ -373,7 +373,11 @@ impl Directory {
             Err(errno @ (Errno::LOOP | Errno::NOTDIR)) => Err(match self.look(name)? {
                 Some(found) => {
                     let path = self.path.join(name);
-                    refused(format!("{} is {}, and must be a directory", path.display(), words(found.kind)))
+                    refused(format!(
+                        "{} is {}, and must be a directory",
+                        path.display(),
+                        kind_text(found.kind)
+                    ))
                 }
                 None => errno.into(),
             }),
@@ -636,7 +640,7 @@ mod tests {
         for bad in ["link", "dangling", "directory", "fifo", "socket"] {
             for writable in [false, true] {
                 let error = opened.open_file(&name(bad), writable, Kind::RegularOrBlock).unwrap_err();
-                assert!(refusal(&error).is_some_and(|words| words.contains(bad)), "{bad}: {error}");
+                assert!(refusal(&error).is_some_and(|text| text.contains(bad)), "{bad}: {error}");
             }
         }
         let error = opened.open_file(&name("none"), false, Kind::Regular).unwrap_err();

@@ -49,7 +49,7 @@ struct Inner {
     attempted: String,
     subject: String,
     detail: String,
-    now: Option<String>,
+    state: Option<String>,
     advice: Option<String>,
     source: Option<BoxError>,
 }
@@ -66,7 +66,7 @@ impl Error {
             attempted: attempted.into(),
             subject: subject.to_string(),
             detail: detail.into(),
-            now: None,
+            state: None,
             advice: None,
             source: None,
         }))
@@ -82,47 +82,45 @@ impl Error {
             _ => ErrorKind::Protocol,
         };
         let detail = error.to_string();
-        Self::new(kind, attempted, subject, detail).source(error)
+        Self::new(kind, attempted, subject, detail).because(error)
     }
 
     pub(crate) fn io(attempted: impl Into<String>, path: &Path, error: impl Into<io::Error>) -> Self {
         let error = error.into();
-        Self::new(ErrorKind::Io, attempted, path.display(), error.to_string()).source(error)
+        Self::new(ErrorKind::Io, attempted, path.display(), error.to_string()).because(error)
     }
 
     pub(crate) fn hook(attempted: impl Into<String>, subject: impl fmt::Display, error: BoxError) -> Self {
         let detail = format!("the nested step failed: {error}");
-        Self::new(ErrorKind::Hook, attempted, subject, detail).boxed(error)
+        Self::new(ErrorKind::Hook, attempted, subject, detail).because(error)
     }
 
-    pub(crate) fn advice(mut self, advice: impl Into<String>) -> Self {
+    /// Sets the advice for the user.
+    pub(crate) fn advise(mut self, advice: impl Into<String>) -> Self {
         self.0.advice = Some(advice.into());
         self
     }
 
-    /// Adds the state now, after any that was added before. Adds nothing if the connection is lost, because
-    /// the state is unknown then.
-    pub(crate) fn now(mut self, now: impl AsRef<str>) -> Self {
+    /// Adds the state that things are in now, after any that was added before. Adds nothing if the connection
+    /// is lost, because the state is unknown then.
+    pub(crate) fn state(mut self, state: impl AsRef<str>) -> Self {
         if self.is_lost() {
             return self;
         }
-        let now = now.as_ref();
-        match &mut self.0.now {
+        let state = state.as_ref();
+        match &mut self.0.state {
             Some(before) => {
                 before.push_str("; ");
-                before.push_str(now);
+                before.push_str(state);
             }
-            none => *none = Some(now.to_owned()),
+            none => *none = Some(state.to_owned()),
         }
         self
     }
 
-    pub(crate) fn source(self, source: impl Into<BoxError>) -> Self {
-        self.boxed(source.into())
-    }
-
-    fn boxed(mut self, source: BoxError) -> Self {
-        self.0.source = Some(source);
+    /// Sets the cause.
+    pub(crate) fn because(mut self, source: impl Into<BoxError>) -> Self {
+        self.0.source = Some(source.into());
         self
     }
 
@@ -143,15 +141,22 @@ impl Error {
 
     /// Returns the state that QEMU was left in, if that differs from the state before. Always `None` if the
     /// connection was lost.
-    pub fn state(&self) -> Option<&str> {
-        self.0.now.as_deref()
+    pub fn state_now(&self) -> Option<&str> {
+        self.0.state.as_deref()
     }
 
     pub(crate) fn detail(&self) -> &str {
         &self.0.detail
     }
 
-    pub(crate) fn advised(&self) -> Option<&str> {
+    /// Returns the failure on one line, without state and advice.
+    pub fn summary(&self) -> String {
+        let inner = &self.0;
+        format!("{}, {}: {}", inner.attempted, inner.subject, inner.detail)
+    }
+
+    /// Returns the advice, if set.
+    pub fn advice(&self) -> Option<&str> {
         self.0.advice.as_deref()
     }
 
@@ -168,12 +173,11 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let inner = &self.0;
-        write!(f, "{}, {}: {}", inner.attempted, inner.subject, inner.detail)?;
-        if let Some(now) = &inner.now {
-            write!(f, "; now: {now}")?;
+        f.write_str(&self.summary())?;
+        if let Some(state) = self.state_now() {
+            write!(f, "; now: {state}")?;
         }
-        if let Some(advice) = &inner.advice {
+        if let Some(advice) = self.advice() {
             write!(f, "; {advice}")?;
         }
         Ok(())

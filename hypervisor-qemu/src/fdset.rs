@@ -96,7 +96,7 @@ impl FdSet {
         }
         let attempted = "lending QEMU a descriptor";
         if let Some(why) = refusal(machine) {
-            return Err(Error::new(ErrorKind::Unsupported, attempted, what, why).advice(BY_UNIX));
+            return Err(Error::new(ErrorKind::Unsupported, attempted, what, why).advise(BY_UNIX));
         }
         let first = fds.first().ok_or_else(|| machine.odd("add-fd", &Value::Null))?;
         let own = first.try_clone().map_err(|error| Error::io(attempted, Path::new(what), error))?;

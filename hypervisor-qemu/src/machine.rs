@@ -206,7 +206,7 @@ impl Machine {
     /// Makes the error for an operation that a run state does not permit.
     pub(crate) fn refused(&self, attempted: &str, state: &RunState, refusal: Refusal) -> Error {
         let detail = format!("{} (QEMU's run state is {:?})", refusal.why, state.word);
-        Error::new(ErrorKind::Invalid, attempted, self.qmp.socket().display(), detail).advice(refusal.advice)
+        Error::new(ErrorKind::Invalid, attempted, self.qmp.socket().display(), detail).advise(refusal.advice)
     }
 
     /// Reads the run state.
@@ -271,8 +271,8 @@ impl Machine {
             return error;
         }
         match self.within(Duration::from_secs(1)).qmp.execute_raw("cont", Value::Null).await {
-            Ok(_) => error.now("the guest was resumed"),
-            Err(_) => error.now("the guest may still be paused; QEMU resumes it when it answers, if this connection stays open"),
+            Ok(_) => error.state("the guest was resumed"),
+            Err(_) => error.state("the guest may still be paused; QEMU resumes it when it answers, if this connection stays open"),
         }
     }
 
@@ -310,8 +310,8 @@ impl Machine {
                     _ => "the guest is paused",
                 };
                 return Err(Error::qmp("resuming the guest", subject, error)
-                    .now(now)
-                    .advice("look into QEMU's log; `cont` over QMP resumes it"));
+                    .state(now)
+                    .advise("look into QEMU's log; `cont` over QMP resumes it"));
             }
             sleep(Duration::from_millis(2)).await;
         }

@@ -145,7 +145,7 @@ impl Settings {
         if now.under_way() {
             let detail = format!("a migration is running ({})", now.status);
             return Err(Error::new(ErrorKind::Invalid, attempted, subject, detail)
-                .advice("wait for it, or cancel it (`migrate_cancel`)"));
+                .advise("wait for it, or cancel it (`migrate_cancel`)"));
         }
         let listed = machine.query("query-migrate-capabilities", Value::Null).await?;
         let read =
@@ -186,7 +186,7 @@ impl Settings {
                 let restored = settings.restore(machine).await;
                 Err(match restored {
                     Ok(()) => error,
-                    Err(second) => error.now(second.to_string()),
+                    Err(second) => error.state(second.to_string()),
                 })
             }
         }

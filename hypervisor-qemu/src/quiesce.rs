@@ -63,7 +63,7 @@ pub async fn quiesce(machine: &Machine, agent: &Agent, limit: Duration) -> Resul
             subject,
             "no agent has the port open in the guest",
         )
-        .advice("start qemu-guest-agent in the guest, or take the snapshot without --quiesce"));
+        .advise("start qemu-guest-agent in the guest, or take the snapshot without --quiesce"));
     }
     let mut freeze = Freeze::default();
     freeze.deadline = limit;

@@ -45,10 +45,10 @@ async fn starts_cold(
         kit::make_overlay(&disk, frozen, 64)?;
         disks.push(disk);
     }
-    for words in [&["-incoming", incoming.argument()][..], &["-incoming", "defer", "-S"]] {
-        let mut process = kit::start_again(guest, &disks, words)?;
+    for args in [&["-incoming", incoming.argument()][..], &["-incoming", "defer", "-S"]] {
+        let mut process = kit::start_again(guest, &disks, args)?;
         let machine = kit::machine(guest).await?;
-        if words.contains(&"defer") {
+        if args.contains(&"defer") {
             let state = restore_deferred(&machine, image, Duration::from_secs(60)).await?;
             ensure!(!state.running, "{state:?}");
             let error =
@@ -80,8 +80,8 @@ async fn live_cut_is_one_instant() -> Result<()> {
         let mut guest = kit::loaded(GuestOptions::new().version(version))?;
         let machine = kit::machine(&guest).await?;
         guest.forget_gap();
-        let (_, image, way) = kit::snapshot(&machine, &guest, "s", &guest.disks(), LIVE, true).await?;
-        assert_eq!(way, best(version));
+        let (_, image, method) = kit::snapshot(&machine, &guest, "s", &guest.disks(), LIVE, true).await?;
+        assert_eq!(method, best(version));
         kit::sound(&machine).await?;
         println!("{version:?}: largest gap {:?}", guest.largest_gap());
         guest.expect_no_bad()?;
@@ -114,8 +114,9 @@ async fn pre_copy_and_a_paused_guest_give_the_same_image() -> Result<()> {
     ] {
         let mut guest = kit::loaded(GuestOptions::new().version(version))?;
         let machine = kit::machine(&guest).await?;
-        let (_, image, way) = kit::snapshot(&machine, &guest, "s", &guest.disks(), live, background).await?;
-        assert_eq!(way, expected, "{version:?}");
+        let (_, image, method) =
+            kit::snapshot(&machine, &guest, "s", &guest.disks(), live, background).await?;
+        assert_eq!(method, expected, "{version:?}");
         kit::sound(&machine).await?;
         drop(machine);
         guest.wait_ticks(20)?;
@@ -239,7 +240,7 @@ async fn failed_cut_leaves_the_guest_as_it_was() -> Result<()> {
                 error.kind() == ErrorKind::Hook && error.to_string().contains("no space for links"),
                 "{error}"
             );
-            assert_eq!(error.state(), None, "all was undone: {error}");
+            assert_eq!(error.state_now(), None, "all was undone: {error}");
             kit::sound(&machine).await?;
             guest.expect_no_bad()?;
 
@@ -248,7 +249,7 @@ async fn failed_cut_leaves_the_guest_as_it_was() -> Result<()> {
             let cut = prepare(kit::onto(&guest, &overlays).memory(draft()?, live));
             let cut = cut.disk(DiskCut::Internal { device: "f0".into(), tag: "s".into() });
             let error = cut.take(&machine, kit::nothing).await.expect_err("a file has no snapshots");
-            assert_eq!((error.kind(), error.state()), (ErrorKind::Refused, None), "{error}");
+            assert_eq!((error.kind(), error.state_now()), (ErrorKind::Refused, None), "{error}");
             kit::sound(&machine).await?;
             guest.expect_no_bad()?;
 
@@ -306,12 +307,13 @@ async fn a_guest_that_is_paused_stays_paused() -> Result<()> {
         let (mut on, mut last) = (guest.disks(), None);
         for (tag, live, background) in [("a", LIVE, true), ("b", SaveMode::Paused, true), ("c", LIVE, false)]
         {
-            let (overlays, image, way) = kit::snapshot(&machine, &guest, tag, &on, live, background).await?;
+            let (overlays, image, method) =
+                kit::snapshot(&machine, &guest, tag, &on, live, background).await?;
             let expected = match (version, tag) {
                 (Version::New, "a") => CutMethod::BackgroundSnapshot,
                 _ => CutMethod::NonLive,
             };
-            assert_eq!((way, machine.run_state().await?.word.as_str()), (expected, "paused"), "{tag}");
+            assert_eq!((method, machine.run_state().await?.word.as_str()), (expected, "paused"), "{tag}");
             last = Some((image, on));
             on = overlays.into_iter().map(|(file, _)| file).collect();
         }

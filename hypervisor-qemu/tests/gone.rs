@@ -283,7 +283,7 @@ async fn guest_is_frozen_for_a_cut_and_thawed() -> Result<()> {
     loop {
         let begun = std::time::Instant::now();
         let error =
-            quiesce::quiesce(&machine, &agent, Duration::from_secs(2)).await.expect_err("nobody is there");
+            quiesce::quiesce(&machine, &agent, Duration::from_secs(2)).await.expect_err("there is none");
         if error.kind() == ErrorKind::Unsupported {
             assert!(
                 begun.elapsed() < Duration::from_secs(1) && error.to_string().contains("no agent"),

@@ -230,7 +230,7 @@ async fn failed_swap_leaves_the_old_chain() -> Result<()> {
     fs::write(&no_image, [1; 4096])?;
     for wrong in [&guest.dir().join("missing"), &no_image] {
         let error = graph::swap(&machine, &swaps(wrong)?).await.expect_err("no such layer");
-        assert_eq!(error.state(), None, "{error}");
+        assert_eq!(error.state_now(), None, "{error}");
         assert_eq!([kit::chain(&machine, "vda").await?, kit::chain(&machine, "vdb").await?], before);
     }
     graph::swap(&machine, &swaps(&layers[1])?).await?;
@@ -271,7 +271,7 @@ async fn disk_is_changed_while_detached() -> Result<()> {
                 let missing = Layer::qcow2(Name::node(), guest.dir().join("missing"));
                 let error =
                     graph::attach(&machine, &detached, &Stack::layers([missing])).await.expect_err("missing");
-                assert!(error.state().is_some_and(|state| state.contains("must not run")), "{error}");
+                assert!(error.state_now().is_some_and(|state| state.contains("must not run")), "{error}");
                 let layer = Layer::qcow2(Name::node(), &disk);
                 graph::attach(&machine, &detached, &Stack::layers([layer])).await?;
             }

@@ -30,7 +30,7 @@ async fn mixed_snapshot_with_memory_is_reverted() -> Result<()> {
             let step = run.instant(vec![overlay, internal], Some("memory"));
             let facts = run.take(&step).await?;
             let taken = facts.taken.context("it was taken")?;
-            println!("{version:?} drive {drive}: {} {:?} {:?}", taken.way, facts.downtime, facts.notes);
+            println!("{version:?} drive {drive}: {} {:?} {:?}", taken.method, facts.downtime, facts.notes);
             assert_eq!((taken.consistency, taken.running), (Consistency::Memory, true));
             assert!(facts.downtime.is_some_and(|downtime| !downtime.is_zero()));
             let memory = run.dir.join("memory");
@@ -38,9 +38,9 @@ async fn mixed_snapshot_with_memory_is_reverted() -> Result<()> {
                 .apply(&DomainStep::SaveMemory { file: utf8(&memory), tag: "s".to_owned(), compress: 0 })
                 .await?;
             assert_eq!(saved.memory_bytes, Some(fs::metadata(&memory)?.len()));
-            let rehome = DomainStep::ReopenByName { disks: run.targets.clone() };
-            run.apply(&rehome).await?;
-            run.apply(&rehome).await?;
+            let reopen = DomainStep::ReopenByName { disks: run.targets.clone() };
+            run.apply(&reopen).await?;
+            run.apply(&reopen).await?;
             run.sound().await?;
             assert_eq!(
                 run.live()?.clean_up(&run.chains()).await?,
@@ -52,9 +52,9 @@ async fn mixed_snapshot_with_memory_is_reverted() -> Result<()> {
             for (reset, crash) in [(false, false), (false, true), (true, true)] {
                 run.guest.wait_ticks(40)?;
                 let boots = run.guest.boots();
-                let window = DomainStep::Detach { disks: run.targets.clone(), running: true, restart: None };
-                run.apply(&window).await?;
-                run.apply(&window).await?;
+                let detach = DomainStep::Detach { disks: run.targets.clone(), running: true, restart: None };
+                run.apply(&detach).await?;
+                run.apply(&detach).await?;
                 for number in 0..2 {
                     assert_eq!(run.open_files(number).await?.len(), 0);
                 }
@@ -534,9 +534,9 @@ async fn stopped_domain_is_started_from_memory() -> Result<()> {
         assert!(facts.start.is_empty() && facts.notes[0].contains("is not known"), "{facts:?}");
         // QEMU's refusal is an error.
         let mut other = machine.clone();
-        let words = other["process"]["command_line"].as_array_mut().context("words")?;
-        let place = words.iter().position(|word| word == "-m").context("-m")?;
-        words[place + 1] = "160".into();
+        let args = other["process"]["command_line"].as_array_mut().context("arguments")?;
+        let place = args.iter().position(|word| word == "-m").context("-m")?;
+        args[place + 1] = "160".into();
         let start = StartFromMemory {
             domain: &run.domain,
             machine: Some(&other),
@@ -567,8 +567,8 @@ async fn undone_detached_section_changes_nothing() -> Result<()> {
                 run.pause().await?;
             }
             let files = [run.open_files(0).await?, run.open_files(1).await?];
-            let window = DomainStep::Detach { disks: run.targets.clone(), running: runs, restart: None };
-            run.apply(&window).await?;
+            let detach = DomainStep::Detach { disks: run.targets.clone(), running: runs, restart: None };
+            run.apply(&detach).await?;
             let attach = DomainStep::Attach { disks: run.targets.clone(), restart: None };
             run.apply(&attach).await?;
             if crash {
@@ -576,8 +576,8 @@ async fn undone_detached_section_changes_nothing() -> Result<()> {
             }
             run.undo(&attach).await?;
             assert_eq!(run.open_files(0).await?.len(), 0);
-            run.undo(&window).await?;
-            run.undo(&window).await?;
+            run.undo(&detach).await?;
+            run.undo(&detach).await?;
             assert_eq!([run.open_files(0).await?, run.open_files(1).await?], files);
             run.reconnect().await?;
             assert_eq!(run.live()?.seen().running, runs);
@@ -597,15 +597,15 @@ async fn half_detached_disk_is_finished_or_undone() -> Result<()> {
     for version in BOTH {
         for to_the_end in [false, true] {
             let mut run = Run::new(kit::loaded(GuestOptions::new().version(version))?).await?;
-            let window = DomainStep::Detach { disks: run.targets.clone(), running: true, restart: None };
+            let detach = DomainStep::Detach { disks: run.targets.clone(), running: true, restart: None };
             let attach = DomainStep::Attach { disks: run.targets.clone(), restart: None };
-            run.apply(&window).await?;
+            run.apply(&detach).await?;
             let placeholders = run.placeholders().await?;
             run.apply(&attach).await?;
             run.half_detach(0, &placeholders[0]).await?;
             assert_eq!(run.open_files(0).await?, run.files(0), "its files are not free");
             if to_the_end {
-                run.apply(&window).await?;
+                run.apply(&detach).await?;
                 assert_eq!(run.open_files(0).await?.len(), 0);
                 run.apply(&attach).await?;
                 run.apply(&DomainStep::Continue { memory: None, reset: false, power: None }).await?;
@@ -615,7 +615,7 @@ async fn half_detached_disk_is_finished_or_undone() -> Result<()> {
                 run.copy_slowly(1, job).await?;
                 run.apply(&DomainStep::Attach { disks: vec![run.targets[0].clone()], restart: None }).await?;
                 assert!(run.end_job(job).await?, "the job of the other disk was ended");
-                run.undo(&window).await?;
+                run.undo(&detach).await?;
             }
             run.sound().await?;
             assert!(run.live()?.seen().running);
@@ -656,7 +656,7 @@ async fn quiesce_is_done_refused_or_explained() -> Result<()> {
     let overlay = run.overlay(0)?;
     let mut step = run.instant(vec![overlay.clone()], None);
     set(&mut step, Quiesce::Require, None);
-    let error = run.take(&step).await.expect_err("nobody is there");
+    let error = run.take(&step).await.expect_err("there is none");
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
     assert_eq!(run.paths(), before);
     run.sound().await?;
@@ -745,7 +745,7 @@ async fn running_domain_is_described_and_found() -> Result<()> {
         live.differences(&serde_json::json!({ "machine": 3 })).expect_err("no record").kind(),
         ErrorKind::Corrupt
     );
-    let nobody = Control { address: run.dir.join("nobody").display().to_string(), ..Control::default() };
-    assert_eq!(run.saver.look(&nobody).await.expect_err("nobody").kind(), ErrorKind::NotFound);
+    let unserved = Control { address: run.dir.join("unserved").display().to_string(), ..Control::default() };
+    assert_eq!(run.saver.look(&unserved).await.expect_err("no server").kind(), ErrorKind::NotFound);
     Ok(())
 }

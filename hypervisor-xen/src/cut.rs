@@ -93,7 +93,7 @@ pub(crate) async fn take(
     tracing::debug!("the pause begins");
     // 2) Pause, by the save itself or by `xl pause`. A crash here leaves a paused guest, and perhaps a part
     //    of a save file: undo waits for the save, wakes the guest and removes the file.
-    let way = match step.memory {
+    let method = match step.memory {
         Some(memory) => {
             save(live, memory).await?;
             "saved while the guest was paused"
@@ -131,7 +131,7 @@ pub(crate) async fn take(
         *live.saved_running.lock().await = Some(ran);
     }
     let consistency = if step.memory.is_some() { Consistency::Memory } else { Consistency::Crash };
-    facts.taken = Some(Taken { at, consistency, running: ran, way: way.to_owned() });
+    facts.taken = Some(Taken { at, consistency, running: ran, method: method.to_owned() });
     Ok(facts)
 }
 
@@ -152,10 +152,10 @@ async fn save(live: &XenDomain, plan: &MemoryPlan) -> Result<()> {
 /// Saves memory into an existing file; the guest is paused afterwards. After an error it is resumed, and the
 /// file is removed.
 pub(crate) async fn save_to(live: &XenDomain, file: &Utf8PathBuf) -> Result<()> {
-    let words = ["save", "-p", live.name.as_str(), file.as_str()];
-    let error = match live.xl.run(&words, saving(live).await).await {
+    let args = ["save", "-p", live.name.as_str(), file.as_str()];
+    let error = match live.xl.run(&args, saving(live).await).await {
         Ok(said) if said.ok => return Ok(()),
-        Ok(said) => failed(&words, &said),
+        Ok(said) => failed(&args, &said),
         Err(error) => error,
     };
     memory::remove_file(file)?;
@@ -264,8 +264,8 @@ pub(crate) async fn wake(live: &XenDomain) -> Result<()> {
     if !is_left_suspended(&live.xl, &row).await? {
         return Ok(());
     }
-    let words = ["save", "-p", live.name.as_str(), "/dev/null"];
-    live.xl.must(&words, saving(live).await).await.map(drop).map_err(|error| {
+    let args = ["save", "-p", live.name.as_str(), "/dev/null"];
+    live.xl.must(&args, saving(live).await).await.map(drop).map_err(|error| {
         error.context("waking the guest, which a killed `xl save` left suspended").advise(
             "all its memory is there yet: `xl list` shows it, do not destroy it; run `domsnap recover` again",
         )

@@ -95,7 +95,7 @@ fn served_elsewhere(disk: &Value) -> Option<String> {
     }
 }
 
-/// Returns true if a field is set: libxl writes numbers, booleans, and words for fields that may be left to a
+/// Returns true if a field is set: libxl writes numbers, booleans, and names for fields that may be left to a
 /// default.
 fn yes(of: &Value, field: &str) -> bool {
     match &of[field] {
@@ -301,14 +301,14 @@ fn waiting_creates() -> Vec<Utf8PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
-        let words: Vec<String> =
+        let args: Vec<String> =
             line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
         let is_xl =
-            words.first().is_some_and(|word| Path::new(word).file_name().is_some_and(|name| name == "xl"));
-        if !is_xl || words.get(1).is_none_or(|word| word != "create") {
+            args.first().is_some_and(|word| Path::new(word).file_name().is_some_and(|name| name == "xl"));
+        if !is_xl || args.get(1).is_none_or(|word| word != "create") {
             continue;
         }
-        let file = words
+        let file = args
             .iter()
             .skip(2)
             .find(|word| !word.is_empty() && !word.starts_with('-') && !word.contains('='));

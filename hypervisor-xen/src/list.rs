@@ -69,12 +69,12 @@ pub(crate) fn in_transition(row: &Row) -> Option<&'static str> {
 
 /// Parses a line of `xl list`: name, id, memory, processors, state, seconds. A name may contain blanks.
 fn row(line: &str) -> Option<Row> {
-    let words: Vec<&str> = line.split_whitespace().collect();
-    let at = words.len().checked_sub(5)?;
-    let [domid, _memory, _cpus, state, seconds] = words.get(at..)? else { return None };
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let at = fields.len().checked_sub(5)?;
+    let [domid, _memory, _cpus, state, seconds] = fields.get(at..)? else { return None };
     let flag = |letter| state.contains(letter);
     Some(Row {
-        name: words.get(..at)?.join(" "),
+        name: fields.get(..at)?.join(" "),
         domid: domid.parse().ok()?,
         flags: Flags { paused: flag('p'), shut: flag('s'), crashed: flag('c'), dying: flag('d') },
         has_run: seconds.parse::<f64>().ok()? > 0.0,
@@ -101,11 +101,11 @@ fn reason(line: &str) -> Option<u32> {
 /// Reads the configuration of a domain from libxl.
 pub(crate) async fn config_of(xl: &Xl, domid: u32) -> Result<Value> {
     let id = domid.to_string();
-    let words = ["list", "-l", id.as_str()];
+    let args = ["list", "-l", id.as_str()];
     let mut failure = None;
     // xl sometimes prints half of it, if something changes meanwhile.
     for _ in 0..2 {
-        let text = xl.must(&words, SOON).await?;
+        let text = xl.must(&args, SOON).await?;
         match serde_json::from_str::<Value>(&text) {
             Ok(listed) => {
                 let found = listed.as_array().into_iter().flatten().find(|found| found["domid"] == domid);
@@ -133,7 +133,7 @@ const CREATING: Duration = Duration::from_secs(300);
 
 /// A domain that is half created has no configuration. It may still get one within this time after the last
 /// creating xl has ended.
-const SETTLING: Duration = Duration::from_secs(3);
+const IDLE_LIMIT: Duration = Duration::from_secs(3);
 
 /// Reads the configuration of a domain; it has none while it is being created. `None` if no process continues
 /// its creation.
@@ -148,7 +148,7 @@ pub(crate) async fn config_when_made(xl: &Xl, row: &Row) -> Result<Option<Value>
         }
         if users::is_a_domain_being_created() {
             idle_since = None;
-        } else if idle_since.get_or_insert_with(Instant::now).elapsed() > SETTLING {
+        } else if idle_since.get_or_insert_with(Instant::now).elapsed() > IDLE_LIMIT {
             return Ok(None);
         }
         if Instant::now() > until {
@@ -167,8 +167,8 @@ mod tests {
         let web =
             row("web                                          3    96     1     -b----       1.2").unwrap();
         assert_eq!((web.name.as_str(), web.domid, web.flags.paused, web.has_run), ("web", 3, false, true));
-        let two = row("two words     12   128     2     --p-s-       0.0").unwrap();
-        assert_eq!(two.name, "two words");
+        let two = row("two names     12   128     2     --p-s-       0.0").unwrap();
+        assert_eq!(two.name, "two names");
         assert!(two.flags.paused && two.flags.shut && !two.flags.dying && !two.has_run);
         assert_eq!(in_transition(&two), Some("shutting down, or being saved"));
         let killed =

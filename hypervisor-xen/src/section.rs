@@ -417,21 +417,21 @@ pub(crate) async fn restore_domain(
     config: Option<&Utf8Path>,
     paused: bool,
 ) -> Result<()> {
-    let mut words = vec!["restore"];
-    words.extend(paused.then_some("-p"));
-    words.extend(config.map(Utf8Path::as_str));
-    words.push(file.as_str());
-    let mut said = xl.run(&words, MAKING).await?;
+    let mut args = vec!["restore"];
+    args.extend(paused.then_some("-p"));
+    args.extend(config.map(Utf8Path::as_str));
+    args.push(file.as_str());
+    let mut said = xl.run(&args, MAKING).await?;
     for _ in 1..TRIES {
         if said.ok || !said.err.contains(TIMED_OUT) {
             break;
         }
         tracing::debug!(said = said.err, "restoring once more");
-        said = xl.run(&words, MAKING).await?;
+        said = xl.run(&args, MAKING).await?;
     }
     match said.ok {
         true => Ok(()),
-        false => Err(failed(&words, &said).context(format!("restoring the domain from {file}"))),
+        false => Err(failed(&args, &said).context(format!("restoring the domain from {file}"))),
     }
 }
 

@@ -38,10 +38,10 @@ pub(crate) fn open_without_lock(files: &HashSet<FileIdentity>) -> Vec<(FileIdent
 /// Returns the domain of a process, if it is the QEMU of one.
 fn domain_of(process: &Path) -> Option<String> {
     let line = fs::read(process.join("cmdline")).ok()?;
-    let words: Vec<String> =
+    let args: Vec<String> =
         line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
     let after = |option: &str| {
-        words.iter().position(|word| word == option).and_then(|place| words.get(place + 1)).cloned()
+        args.iter().position(|word| word == option).and_then(|place| args.get(place + 1)).cloned()
     };
     let domid = after("-xen-domid")?;
     Some(after("-name").unwrap_or_else(|| format!("number {domid}")))
@@ -52,14 +52,14 @@ pub(crate) fn has_qemu(domid: u32) -> bool {
     let wanted = domid.to_string();
     fs::read_dir("/proc").into_iter().flatten().flatten().any(|entry| {
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let mut words = line.split(|byte| *byte == 0);
-        words.any(|word| word == b"-xen-domid") && words.next() == Some(wanted.as_bytes())
+        let mut args = line.split(|byte| *byte == 0);
+        args.any(|word| word == b"-xen-domid") && args.next() == Some(wanted.as_bytes())
     })
 }
 
 /// Returns true if an `xl` that saves into a file still runs: it continues when its caller was killed.
 pub(crate) fn is_being_saved(file: &str) -> bool {
-    xls(&["save"]).iter().any(|words| words.iter().any(|word| word == file))
+    xls(&["save"]).iter().any(|args| args.iter().any(|word| word == file))
 }
 
 /// Owner of a save that runs.
@@ -76,7 +76,7 @@ pub(crate) fn save_of(name: &str, domid: u32) -> Option<Save> {
     let number = domid.to_string();
     let of_it = xls(&["save", "migrate", "suspend"])
         .into_iter()
-        .find(|words| words.iter().any(|word| word == name || *word == number))?;
+        .find(|args| args.iter().any(|word| word == name || *word == number))?;
     let is_ours = |word: &&String| word.ends_with(".memory.part") || word.ends_with(".domsnap-previous");
     Some(of_it.iter().find(is_ours).cloned().map_or(Save::Foreign, Save::Ours))
 }
@@ -92,14 +92,12 @@ fn xls(commands: &[&str]) -> Vec<Vec<String>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let words: Vec<String> =
+        let args: Vec<String> =
             line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
-        let is_xl = words.first().is_some_and(|word| word == "xl" || word.ends_with("/xl"));
-        if is_xl
-            && words.get(1).is_some_and(|word| commands.contains(&word.as_str()))
-            && !stays(&entry.path())
+        let is_xl = args.first().is_some_and(|word| word == "xl" || word.ends_with("/xl"));
+        if is_xl && args.get(1).is_some_and(|word| commands.contains(&word.as_str())) && !stays(&entry.path())
         {
-            found.push(words);
+            found.push(args);
         }
     }
     found

@@ -62,11 +62,11 @@ impl Xl {
     /// # Errors
     /// If it cannot be started; [`ErrorKind::Io`] if it has not ended within the deadline: then it was
     /// killed.
-    pub(crate) async fn run(&self, words: &[&str], deadline: Duration) -> Result<Output> {
+    pub(crate) async fn run(&self, args: &[&str], deadline: Duration) -> Result<Output> {
         let path = self.path.clone();
-        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-        let (begun, asked) = (Instant::now(), words.join(" "));
-        let work = tokio::task::spawn_blocking(move || run(&path, &words, deadline));
+        let args: Vec<String> = args.iter().map(|word| (*word).to_owned()).collect();
+        let (begun, asked) = (Instant::now(), args.join(" "));
+        let work = tokio::task::spawn_blocking(move || run(&path, &args, deadline));
         let said = work.await.map_err(|cause| {
             Error::new(ErrorKind::Internal, "a thread that waits for xl ended").because(cause)
         })?;
@@ -78,22 +78,22 @@ impl Xl {
     ///
     /// # Errors
     /// See [`Xl::run`]; also xl's error message.
-    pub(crate) async fn must(&self, words: &[&str], deadline: Duration) -> Result<String> {
-        let said = self.run(words, deadline).await?;
+    pub(crate) async fn must(&self, args: &[&str], deadline: Duration) -> Result<String> {
+        let said = self.run(args, deadline).await?;
         match said.ok {
             true => Ok(said.out),
-            false => Err(failed(words, &said)),
+            false => Err(failed(args, &said)),
         }
     }
 }
 
 /// Makes the error of a failed run.
-pub(crate) fn failed(words: &[&str], said: &Output) -> Error {
-    let full = ["No space left", "Disk quota exceeded"].iter().any(|words| said.err.contains(words));
+pub(crate) fn failed(args: &[&str], said: &Output) -> Error {
+    let full = ["No space left", "Disk quota exceeded"].iter().any(|pattern| said.err.contains(pattern));
     let kind = if full { ErrorKind::NoSpace } else { ErrorKind::Io };
     Error::new(
         kind,
-        format!("`xl {}` failed: {}", shell_command(words.iter().copied()), relevant_output(&said.err)),
+        format!("`xl {}` failed: {}", shell_command(args.iter().copied()), relevant_output(&said.err)),
     )
 }
 
@@ -110,15 +110,15 @@ fn relevant_output(text: &str) -> String {
     if lines.is_empty() { "it gave no reason".to_owned() } else { lines.join("; ") }
 }
 
-fn run(path: &Path, words: &[String], deadline: Duration) -> Result<Output> {
-    let shown = || format!("`xl {}`", shell_command(words.iter().map(String::as_str)));
+fn run(path: &Path, args: &[String], deadline: Duration) -> Result<Output> {
+    let shown = || format!("`xl {}`", shell_command(args.iter().map(String::as_str)));
     let io = |attempted: &str, cause: io::Error| {
         Error::new(ErrorKind::Io, format!("{} {attempted}", shown())).because(cause)
     };
     let file = || tempfile::tempfile().map_err(|cause| io("has no place for its output", cause));
     let (out, err) = (file()?, file()?);
     let own = |file: &File| file.try_clone().map_err(|cause| io("has no place for its output", cause));
-    let handle = duct::cmd(path, words)
+    let handle = duct::cmd(path, args)
         .env("LC_ALL", "C")
         .stdin_null()
         .stdout_file(own(&out)?)
@@ -160,8 +160,8 @@ mod tests {
     /// A program that hangs is killed at its deadline, and the output of one that ends is returned.
     #[test]
     fn hanging_xl_is_killed_at_its_deadline() {
-        let words = ["-c".to_owned(), "echo out; echo err >&2; exit 3".to_owned()];
-        let said = run(Path::new("/bin/sh"), &words, SOON).unwrap();
+        let args = ["-c".to_owned(), "echo out; echo err >&2; exit 3".to_owned()];
+        let said = run(Path::new("/bin/sh"), &args, SOON).unwrap();
         assert_eq!((said.ok, said.out.as_str(), said.err.as_str()), (false, "out\n", "err\n"));
         let error =
             run(Path::new("/bin/sleep"), &["1000".to_owned()], Duration::from_millis(50)).unwrap_err();

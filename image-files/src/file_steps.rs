@@ -40,7 +40,7 @@ pub struct FileSteps<'a> {
     /// The disk.
     pub record: &'a DiskRecord,
     /// The locks of the operation that the step belongs to.
-    pub hold: Option<&'a ImageLocks>,
+    pub locks: Option<&'a ImageLocks>,
     /// The files that a hypervisor has open: it locks and writes them.
     pub open: FileIds,
 }
@@ -62,7 +62,7 @@ impl FileSteps<'_> {
     }
 
     /// Returns true if the configured path names this layer.
-    pub fn is_on_path(&self, layer: &LayerName) -> Result<bool> {
+    pub fn is_named_by_path(&self, layer: &LayerName) -> Result<bool> {
         names::same_file(&self.file(layer), self.path())
     }
 
@@ -76,8 +76,8 @@ impl FileSteps<'_> {
     /// # Errors
     /// [`ErrorKind::Busy`] if another process has it locked.
     pub fn lock(&self, file: &Utf8Path) -> Result<()> {
-        match self.hold {
-            Some(hold) if !self.is_open(file)? => hold.lock(file),
+        match self.locks {
+            Some(locks) if !self.is_open(file)? => locks.lock(file),
             _ => Ok(()),
         }
     }
@@ -115,7 +115,7 @@ impl FileSteps<'_> {
 
     /// Removes the layer's permanent name if the configured path names the same file.
     pub fn unname(&self, layer: &LayerName) -> Result<()> {
-        match self.is_there(layer)? && self.is_on_path(layer)? {
+        match self.is_there(layer)? && self.is_named_by_path(layer)? {
             true => names::remove(&self.file(layer)),
             false => Ok(()),
         }
@@ -138,7 +138,7 @@ impl FileSteps<'_> {
         self.lock(self.path())?;
         // If the switch was undone before, earlier steps may have been undone too: then `from` has no name of
         // its own.
-        match self.is_on_path(to)? {
+        match self.is_named_by_path(to)? {
             true => names::move_name(self.path(), &self.file(from)),
             false => names::clear_move(self.path()),
         }

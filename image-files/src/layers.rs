@@ -49,7 +49,7 @@ pub trait ChainFormat {
     /// Those of the image; [`ErrorKind::Refused`] if it does not say what it is backed by.
     fn read(&self, file: &Utf8Path, limits: &Limits, owned: bool) -> Result<ImageFacts>;
 
-    /// Returns the backing file of an image, if it can be told.
+    /// Returns the backing file of an image, if it can be determined.
     fn backing_of(&self, file: &Utf8Path, limits: &Limits) -> Option<Utf8PathBuf>;
 
     /// Adds the images that are backed by layers of `state`. `seen` are the files of those layers. Those that
@@ -106,8 +106,8 @@ pub fn inspect(
             active: record.active.clone(),
             layers: vec![layer],
             attached: false,
-            on_path: Vec::new(),
-            unclear: Vec::new(),
+            path_dependents: Vec::new(),
+            undetermined: Vec::new(),
         });
     }
     reader.chain(record.active.clone())?;
@@ -124,8 +124,8 @@ pub fn inspect(
         active: record.active.clone(),
         layers,
         attached: false,
-        on_path: Vec::new(),
-        unclear: Vec::new(),
+        path_dependents: Vec::new(),
+        undetermined: Vec::new(),
     };
     if depth == InspectDepth::Dependents {
         format.dependents(record, limits, &mut state, &seen, open)?;

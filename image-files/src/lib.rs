@@ -13,7 +13,7 @@
 //! | [`engine`] | parts that image engines share: file, errors, copies; the recorder of crash tests |
 //! | [`layers`] | the layers of a chain, read from its files |
 //! | `file_steps` | steps that are the same for every format: name, switch, remove ([`FileSteps`]) |
-//! | [`names`], `hold`, `lock` | names, and locks that every user of the format honours |
+//! | [`names`], `disk_locks`, `lock` | names, and locks that every user of the format honours |
 
 #![deny(unsafe_code)]
 
@@ -21,10 +21,10 @@ mod blocking;
 pub mod chain;
 mod configured_path;
 mod discover;
+mod disk_locks;
 pub mod engine;
 mod extents;
 mod file_steps;
-mod hold;
 pub mod layer_name;
 pub mod layers;
 mod lock;
@@ -36,9 +36,9 @@ pub use blocking::{blocking, in_place};
 pub use configured_path::{look_at_path, refused_link};
 pub use confined_files::{Attributes, Directory, FileName, Kind};
 pub use discover::discover;
+pub use disk_locks::{DiskLocks, ImageLocks, is_held_by_others};
 pub use extents::{allocated_in, unshared};
 pub use file_steps::{FileIds, FileSteps, RESCUED, kept_layer_message, kept_overlay_message, open_files};
-pub use hold::{DiskLocks, ImageLocks, is_held_by_others};
 pub use lock::{LockError, LockMode, is_locked, lock};
 pub use luks::is_luks;
 pub use size::{size_at, size_of};

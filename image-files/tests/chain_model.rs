@@ -116,8 +116,8 @@ impl Machine {
             active: self.record.active.clone(),
             layers: layers.collect(),
             attached: self.open.is_some(),
-            on_path: Vec::new(),
-            unclear: Vec::new(),
+            path_dependents: Vec::new(),
+            undetermined: Vec::new(),
         }
     }
 
@@ -233,7 +233,7 @@ impl Machine {
         };
         let top = run.last().unwrap();
         if !open.contains(top) {
-            assert!(nested.is_empty(), "{action:?} is of images that nobody has open");
+            assert!(nested.is_empty(), "{action:?} is of images that no process has open");
             return;
         }
         let at = open.iter().position(|layer| layer == top).unwrap();
@@ -452,7 +452,7 @@ impl Machine {
                 let plan = self
                     .plan(&DiskRequest::Create {
                         kind: Some(*kind),
-                        way: None,
+                        method: None,
                         name: SnapshotName::new(format!("s{stamp}")).unwrap(),
                         overlay: None,
                         keep: self.keep(),
@@ -591,7 +591,7 @@ proptest! {
 }
 
 #[test]
-fn a_chain_beyond_the_limit_is_refused_with_words() {
+fn chain_beyond_the_limit_is_refused() {
     let mut machine = Machine::new();
     for _ in 0..39 {
         machine.perform(&Action::Create(PointKind::External));
@@ -599,7 +599,7 @@ fn a_chain_beyond_the_limit_is_refused_with_words() {
     let error = machine
         .plan(&DiskRequest::Create {
             kind: Some(PointKind::External),
-            way: None,
+            method: None,
             name: SnapshotName::new("one-too-many").unwrap(),
             overlay: None,
             keep: machine.keep(),
@@ -635,7 +635,7 @@ fn the_direction_that_moves_less_is_taken() {
     assert_eq!(plan.finish[0].step.bytes, 0, "{plan:?}");
 }
 
-/// A base, a layer that holds the most, one with a cluster, and an empty one: nobody needs the two in the
+/// A base, a layer that holds the most, one with a cluster, and an empty one: nothing needs the two in the
 /// middle.
 fn heavy_in_the_middle() -> Machine {
     let mut machine = Machine::new();
@@ -713,7 +713,7 @@ fn path_moves_within_the_cut_and_the_merge() {
     machine.perform(&Action::Power(true));
     let create = DiskRequest::Create {
         kind: Some(PointKind::External),
-        way: None,
+        method: None,
         name: SnapshotName::new("before").unwrap(),
         overlay: None,
         keep: vec![],
@@ -752,7 +752,7 @@ fn new_active_path_has_no_step_in_the_cut() {
     };
     let create = |kind| DiskRequest::Create {
         kind: Some(kind),
-        way: None,
+        method: None,
         name: SnapshotName::new("s").unwrap(),
         overlay: None,
         keep: vec![],

@@ -54,7 +54,7 @@ impl Activation {
             if slot.replace(place).is_some() {
                 return Err(Error::new(
                     ErrorKind::Refused,
-                    "two sockets for the same purpose were passed; FileDescriptorName= must tell them apart",
+                    "two sockets for the same purpose were passed; FileDescriptorName= must distinguish them",
                 ));
             }
         }

@@ -268,7 +268,7 @@ impl<S: Timed> Negotiation<'_, S> {
         self.reply(option, REP_INFO, &block)
     }
 
-    /// Tells an admitted client that the transmission begins.
+    /// Informs an admitted client that the transmission begins.
     fn begin(&mut self, option: u32) -> io::Result<()> {
         if option == OPT_GO {
             self.properties(option)?;

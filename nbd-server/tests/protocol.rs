@@ -331,7 +331,7 @@ fn export_name_begins_the_transmission() {
 
 /// A second client is refused with a message; it may look at the export all the same.
 #[test]
-fn second_client_is_refused_in_words() {
+fn second_client_is_refused_with_a_message() {
     let fixture = Fixture::new();
     let mut first = fixture.client(false);
     let mut second = fixture.greeted();
@@ -398,7 +398,7 @@ fn swap_exchanges_the_image() {
     assert_eq!(client.simple(), 0);
 }
 
-/// What a format does not have is refused in words; nonsense and long lines are, too.
+/// What a format does not have is refused with a message; nonsense and long lines are, too.
 #[test]
 fn control_refuses_what_it_cannot_do() {
     let fixture = Fixture::new();

@@ -103,7 +103,7 @@ impl Shared {
 
     fn lost_error(&self, attempted: &str, reason: &str) -> Error {
         Error::new(ErrorKind::Lost, attempted, &self.socket, reason)
-            .advice("reconnect, and reconcile with QEMU's state")
+            .advise("reconnect, and reconcile with QEMU's state")
     }
 
     /// Ends the connection: all current and later callers get an error.
@@ -125,7 +125,7 @@ impl Shared {
         };
         if let Some(greeting) = greeting {
             let error = Error::new(ErrorKind::Protocol, "waiting for the greeting", &self.socket, reason)
-                .advice("check that this is a QMP socket (-qmp, or a monitor in mode control), and that QEMU runs");
+                .advise("check that this is a QMP socket (-qmp, or a monitor in mode control), and that QEMU runs");
             let _ = greeting.send(Err(error));
         }
         for pending in pending.into_values() {
@@ -188,7 +188,7 @@ impl Shared {
                 format!("the first line is not a QMP greeting, {what}"),
             );
             let _ = greeting
-                .send(Err(error.advice("give the path of a QMP socket, not of another monitor or port")));
+                .send(Err(error.advise("give the path of a QMP socket, not of another monitor or port")));
             return;
         }
         let answered = self.ids.find(bytes).is_some_and(|number| {
@@ -200,7 +200,7 @@ impl Shared {
                     format!("the reply cannot be read, {what}"),
                 )
                 .sent(true)
-                .advice("the connection is still usable; ask for less, or query the result"))
+                .advise("the connection is still usable; ask for less, or query the result"))
             })
         });
         if !answered {
@@ -426,7 +426,7 @@ async fn write(shared: Arc<Shared>, stream: Arc<Stream>, mut queue: mpsc::Unboun
             shared.answer(number, |pending| {
                 // Without its last brace and the line's end, it is not a command.
                 let whole = written + 2 > line.len();
-                Err(shared.lost_error(&pending.name, &reason).sent(whole).source(error))
+                Err(shared.lost_error(&pending.name, &reason).sent(whole).because(error))
             });
             broken = Some(reason);
         }

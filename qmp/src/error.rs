@@ -95,12 +95,14 @@ impl Error {
         error
     }
 
-    pub(crate) fn advice(mut self, advice: impl Into<String>) -> Self {
+    /// Sets the advice for the user.
+    pub(crate) fn advise(mut self, advice: impl Into<String>) -> Self {
         self.0.advice = Some(advice.into());
         self
     }
 
-    pub(crate) fn source(mut self, source: io::Error) -> Self {
+    /// Sets the cause.
+    pub(crate) fn because(mut self, source: io::Error) -> Self {
         self.0.source = Some(source);
         self
     }
@@ -137,6 +139,18 @@ impl Error {
         self.0.reported.as_ref().map(|reported| reported.desc.as_str())
     }
 
+    /// Returns the failure on one line, without advice.
+    pub fn summary(&self) -> String {
+        let inner = &self.0;
+        let sent = if inner.may_have_run { "; it was sent, and may have run" } else { "" };
+        format!("{} on {}: {}{sent}", inner.attempted, inner.socket, inner.detail)
+    }
+
+    /// Returns the advice, if set.
+    pub fn advice(&self) -> Option<&str> {
+        self.0.advice.as_deref()
+    }
+
     /// Returns true if the command was handed to the socket without a reply, so that it may have run, may be
     /// running, or may still run. False for an error reply: then its result is known.
     pub fn may_have_run(&self) -> bool {
@@ -146,12 +160,8 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let inner = &self.0;
-        write!(f, "{} on {}: {}", inner.attempted, inner.socket, inner.detail)?;
-        if inner.may_have_run {
-            f.write_str("; it was sent, and may have run")?;
-        }
-        if let Some(advice) = &inner.advice {
+        f.write_str(&self.summary())?;
+        if let Some(advice) = self.advice() {
             write!(f, "; {advice}")?;
         }
         Ok(())

@@ -83,7 +83,7 @@ impl Events {
             Err(broadcast::error::RecvError::Closed) => {
                 let reason = self.handle.shared.lost().unwrap_or_else(|| "the connection is closed".into());
                 Err(Error::new(ErrorKind::Lost, "waiting for events", &self.socket, &*reason)
-                    .advice("reconnect, and reconcile: events may have been missed"))
+                    .advise("reconnect, and reconcile: events may have been missed"))
             }
         }
     }

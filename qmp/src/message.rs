@@ -124,7 +124,7 @@ impl Ids {
     /// Finds the number of a command by its id in bytes that cannot be parsed.
     pub(crate) fn find(&self, bytes: &[u8]) -> Option<u64> {
         let prefix = self.prefix.as_bytes();
-        let at = bytes.windows(prefix.len()).position(|window| window == prefix)?;
+        let at = bytes.windows(prefix.len()).position(|part| part == prefix)?;
         let rest = bytes.get(at + prefix.len()..)?;
         let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
         match rest.get(digits) {

@@ -151,7 +151,7 @@ impl Qmp {
             Err(_) => {
                 let seconds = options.connect_deadline.as_secs_f64();
                 let detail = format!("none within {seconds} s{}", handle.shared.noise_note(0));
-                return Err(Error::new(ErrorKind::Timeout, attempted, &socket, detail).advice(
+                return Err(Error::new(ErrorKind::Timeout, attempted, &socket, detail).advise(
                     "QEMU serves one client of a QMP socket at a time: close the other one, or give QEMU a second socket; \
                      or it hangs, or this is a guest agent's socket",
                 ));
@@ -209,7 +209,7 @@ impl Qmp {
         if !self.about.oob {
             let detail = "out-of-band commands were not agreed on when the connection opened";
             return Err(Error::new(ErrorKind::Unsupported, name, self.socket(), detail)
-                .advice("run it in band, or connect with `Options::oob` to a QEMU that offers them"));
+                .advise("run it in band, or connect with `Options::oob` to a QEMU that offers them"));
         }
         self.run(name, arguments, true, None).await
     }
@@ -225,11 +225,11 @@ impl Qmp {
         if !self.passes_descriptors() {
             let detail = "file descriptors cannot be passed over TCP";
             return Err(Error::new(ErrorKind::Unsupported, name, self.socket(), detail)
-                .advice("give QEMU a Unix socket too (-qmp unix:PATH,server=on,wait=off)"));
+                .advise("give QEMU a Unix socket too (-qmp unix:PATH,server=on,wait=off)"));
         }
         let fd = fd.as_fd().try_clone_to_owned().map_err(|error| {
             Error::new(ErrorKind::Invalid, name, self.socket(), "the file descriptor cannot be duplicated")
-                .source(error)
+                .because(error)
         })?;
         self.run(name, arguments, false, Some(fd)).await
     }
@@ -394,7 +394,7 @@ impl Qmp {
                     self.deadline.as_secs_f64(),
                     self.handle.shared.noise_note(noise)
                 );
-                Err(Error::new(ErrorKind::Timeout, name, self.socket(), detail).sent(sent).advice(
+                Err(Error::new(ErrorKind::Timeout, name, self.socket(), detail).sent(sent).advise(
                     "QEMU is busy or hangs; the connection is still usable: wait longer, or query the result",
                 ))
             }
@@ -412,7 +412,7 @@ impl Qmp {
         serde_json::from_value(reply).map_err(|error| {
             let detail = format!("it ran, but its reply has a form that is not known here: {error}");
             Error::new(ErrorKind::Reply, C::NAME, self.socket(), detail)
-                .advice("the connection is still usable; `execute_raw` gives the reply as it is")
+                .advise("the connection is still usable; `execute_raw` gives the reply as it is")
         })
     }
 }

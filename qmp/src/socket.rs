@@ -55,7 +55,7 @@ impl Address {
         };
         let wrong = |detail: &str| {
             Error::new(ErrorKind::Invalid, "reading an address", address, detail)
-                .advice("give tcp:127.0.0.1:PORT, tcp:[::1]:PORT, or the path of a Unix socket")
+                .advise("give tcp:127.0.0.1:PORT, tcp:[::1]:PORT, or the path of a Unix socket")
         };
         let place: SocketAddr = place.parse().map_err(|_| wrong("tcp: needs an IP address and a port"))?;
         match place.ip().to_canonical().is_loopback() {
@@ -141,7 +141,7 @@ fn open_error(socket: &Path, error: io::Error) -> Error {
         }
         _ => "check that it is a Unix socket that QEMU serves",
     };
-    Error::new(ErrorKind::Connect, "connecting", socket, error.to_string()).advice(advice).source(error)
+    Error::new(ErrorKind::Connect, "connecting", socket, error.to_string()).advise(advice).because(error)
 }
 
 /// Writes all of `bytes`, with `fd` (if any) attached to the first of them. Adds the written length to

@@ -93,10 +93,10 @@ async fn a_command_is_not_sent_to_an_agent_that_hangs() {
     let server = Server::new();
     let agent = Agent::new(server.path());
     let (client, error) = tokio::join!(server.accept(), agent.execute(guest_ping {}));
-    let error = error.expect_err("nobody answers");
+    let error = error.expect_err("no answer");
     assert_eq!((error.kind(), error.may_have_run()), (ErrorKind::Timeout, false));
     assert!(error.to_string().contains("frontend-open"), "{error}");
-    let error = agent.freeze(Freeze::default()).await.expect_err("nobody answers");
+    let error = agent.freeze(Freeze::default()).await.expect_err("no answer");
     assert_eq!((error.kind(), error.may_have_run()), (ErrorKind::Timeout, false));
     agent.wait_for_thaw(Duration::ZERO).await.expect("no freeze was sent, no thaw is owed");
     drop(agent);
@@ -227,7 +227,7 @@ async fn a_socket_that_was_lost_is_opened_again() {
     };
     tokio::join!(serving, commands);
     drop(server);
-    let error = agent.execute(guest_ping {}).await.expect_err("nobody serves it");
+    let error = agent.execute(guest_ping {}).await.expect_err("no server");
     assert_eq!((error.kind(), error.may_have_run()), (ErrorKind::Connect, false));
 }
 

@@ -307,7 +307,7 @@ async fn waiting_commands_are_limited() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_no_monitor_is_told_from_one_that_is_silent() {
+async fn other_socket_differs_from_silent_monitor() {
     let server = Server::new();
     let path = server.path();
     let cases: [(&[u8], bool, ErrorKind, &str); 6] = [
@@ -323,7 +323,7 @@ async fn what_is_no_monitor_is_told_from_one_that_is_silent() {
         (b"\xff\xff\x00\n", false, ErrorKind::Protocol, "\\xff\\xff"),
         (b"{\"return\": {}}\n{\"event\": \"X\"}\n", false, ErrorKind::Timeout, "1 lines were not understood"),
     ];
-    for (bytes, close, kind, words) in cases {
+    for (bytes, close, kind, message) in cases {
         let serve = async {
             let mut client = server.accept().await;
             client.send(bytes).await;
@@ -331,7 +331,7 @@ async fn what_is_no_monitor_is_told_from_one_that_is_silent() {
         };
         let (_client, connected) = tokio::join!(serve, Qmp::connect(&path));
         let error = connected.expect_err("no monitor");
-        assert!(error.kind() == kind && error.to_string().contains(words), "{error}");
+        assert!(error.kind() == kind && error.to_string().contains(message), "{error}");
     }
     let error = Qmp::connect(server.dir.path().join("nothing")).await.expect_err("no such file");
     assert!(error.kind() == ErrorKind::Connect && error.to_string().contains("check the path"), "{error}");
@@ -472,7 +472,7 @@ async fn reconnect_waits_and_reads_the_state() {
     works(&mut client, &again).await;
 
     drop((server, client));
-    let error = again.reconnect(Duration::from_millis(200)).await.expect_err("nobody serves it");
+    let error = again.reconnect(Duration::from_millis(200)).await.expect_err("no server");
     assert_eq!(error.kind(), ErrorKind::Connect);
 }
 

@@ -596,7 +596,7 @@ fn disk_choice(text: &str) -> Result<(Target, CreateDisk), String> {
         ("internal", None) => Ok((target, CreateDisk::Take(PointKind::Internal, None))),
         ("external", path) => Ok((target, CreateDisk::Take(PointKind::External, path))),
         ("skip", None) => Ok((target, CreateDisk::Skip)),
-        (way, None) if is_word(way) => Ok((target, CreateDisk::Way(way.to_owned()))),
+        (method, None) if is_word(method) => Ok((target, CreateDisk::Method(method.to_owned()))),
         _ => Err(rule.to_owned()),
     }
 }
@@ -659,7 +659,7 @@ mod tests {
             ("vda=external", take(PointKind::External, None)),
             ("vda=external,path=top.qcow2", take(PointKind::External, Some("top.qcow2"))),
             ("vda=skip", CreateDisk::Skip),
-            ("vda=reflink", CreateDisk::Way("reflink".to_owned())),
+            ("vda=reflink", CreateDisk::Method("reflink".to_owned())),
         ] {
             assert_eq!(disk_choice(text).unwrap(), (vda.clone(), how), "{text}");
         }

@@ -423,7 +423,7 @@ pub struct DiskVhdDoc {
     pub image: Utf8PathBuf,
     /// Findings of a check, the worst first.
     pub findings: Vec<Finding>,
-    /// The changes that were made, in words.
+    /// The changes that were made, as a message.
     pub done: Vec<String>,
 }
 

@@ -82,7 +82,7 @@ impl Failure {
     }
 
     /// The failure, in a line.
-    pub fn words(&self) -> String {
+    pub fn message(&self) -> String {
         self.error.to_string()
     }
 
@@ -108,7 +108,7 @@ impl Failure {
     }
 
     /// Says it: for people on standard error, for programs as a document on standard output.
-    pub fn tell(&self, json: bool) {
+    pub fn report(&self, json: bool) {
         let body = self.body();
         if json {
             let document = Versioned { schema: SCHEMA, document: ErrorDoc { error: body } };
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stopped_half_way_is_four_whenever() {
+    fn half_done_operation_exits_with_four() {
         assert_eq!(status(ErrorKind::NeedsRecovery, false), exit::NEEDS_RECOVERY);
         assert_eq!(status(ErrorKind::NeedsRecovery, true), exit::NEEDS_RECOVERY);
         assert_eq!(status(ErrorKind::Usage, false), exit::USAGE);

@@ -55,7 +55,7 @@ pub fn run(register: impl Fn(&mut Registry) -> Result<()>) -> ExitCode {
             }
         }
         Err(failure) => {
-            failure.tell(json);
+            failure.report(json);
             ExitCode::from(failure.exit())
         }
     }
@@ -65,11 +65,11 @@ pub fn run(register: impl Fn(&mut Registry) -> Result<()>) -> ExitCode {
 fn usage(error: &clap::Error) -> ExitCode {
     let wrong = error.use_stderr();
     if wrong && std::env::args_os().any(|word| word == "--json") {
-        let words = error.render().to_string();
-        let message = words.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        let message = error.render().to_string();
+        let message = message.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
         let error = snapcore::Error::new(snapcore::ErrorKind::Usage, message)
             .advise("`domsnap --help` and `domsnap COMMAND --help` describe the command line");
-        failure::Failure::from(error).tell(true);
+        failure::Failure::from(error).report(true);
     } else {
         // If standard error is closed, there is no place left for a report.
         let _ = error.print();

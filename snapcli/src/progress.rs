@@ -94,13 +94,13 @@ impl Progress {
     }
 
     /// Shows `event`.
-    pub fn tell(&mut self, event: Event) {
+    pub fn report(&mut self, event: Event) {
         match event {
             Event::Started { kind, snapshots, bytes, .. } => {
                 self.started = true;
                 self.committed = false;
-                let words = std::iter::once(kind.as_str()).chain(snapshots.iter().map(|name| name.as_str()));
-                self.what = words.collect::<Vec<_>>().join(" ");
+                let parts = std::iter::once(kind.as_str()).chain(snapshots.iter().map(|name| name.as_str()));
+                self.what = parts.collect::<Vec<_>>().join(" ");
                 self.moved = Moved::of(bytes);
                 self.draw();
             }

@@ -75,13 +75,13 @@ impl Session {
             let done = loop {
                 tokio::select! {
                     biased;
-                    Some(event) = events.next() => progress.tell(event),
+                    Some(event) = events.next() => progress.report(event),
                     () = interrupted.next() => progress.interrupted(&self.cancel),
                     done = &mut work => break done,
                 }
             };
             while let Some(event) = events.try_next() {
-                progress.tell(event);
+                progress.report(event);
             }
             done
         });

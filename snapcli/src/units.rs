@@ -36,12 +36,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_short_time_is_told_in_a_short_unit() {
+    fn short_time_has_a_short_unit() {
         assert_eq!([999, 1_000, 999_999, 1_450_000].map(duration_us), ["999 us", "1 ms", "999 ms", "1.4 s"]);
     }
 
     #[test]
-    fn times_are_told_in_the_zone() {
+    fn times_are_of_the_zone() {
         let moment: Timestamp = "2026-11-22T23:30:05.9Z".parse().unwrap();
         assert_eq!(time(moment, &TimeZone::UTC), "2026-11-22 23:30:05");
         let east = TimeZone::fixed(jiff::tz::offset(1));

@@ -43,10 +43,10 @@ fn the_schema_that_is_checked_in_is_the_schema() {
 }
 
 #[test]
-fn the_exit_status_tells_usage_from_refusal() {
+fn exit_status_separates_usage_from_refusal() {
     let state = tempfile::tempdir().unwrap();
-    let ends = |words: &[&str], status: i32| {
-        domsnap(state.path()).args(words).assert().code(status);
+    let ends = |args: &[&str], status: i32| {
+        domsnap(state.path()).args(args).assert().code(status);
     };
     ends(&["--version"], 0);
     ends(&["list"], 0);
@@ -65,13 +65,13 @@ fn the_exit_status_tells_usage_from_refusal() {
 #[test]
 fn json_failure_is_one_document() {
     let state = tempfile::tempdir().unwrap();
-    for words in [&["show", "web", "s1"][..], &["create", "web", "a b"], &["frobnicate"]] {
-        let output = domsnap(state.path()).args(words).arg("--json").output().unwrap();
+    for args in [&["show", "web", "s1"][..], &["create", "web", "a b"], &["frobnicate"]] {
+        let output = domsnap(state.path()).args(args).arg("--json").output().unwrap();
         let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(document["schema"], 1);
-        assert_eq!(document["error"]["exit"].as_i64(), output.status.code().map(i64::from), "{words:?}");
-        assert!(document["error"]["message"].is_string(), "{words:?}");
-        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{words:?}");
+        assert_eq!(document["error"]["exit"].as_i64(), output.status.code().map(i64::from), "{args:?}");
+        assert!(document["error"]["message"].is_string(), "{args:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{args:?}");
     }
 }
 
@@ -79,14 +79,14 @@ fn json_failure_is_one_document() {
 fn commands_that_only_look_make_no_state_directory() {
     let parent = tempfile::tempdir().unwrap();
     let state = parent.path().join("state");
-    for words in [&["list"][..], &["domain", "list"], &["check"], &["recover"], &["backends"]] {
-        domsnap(&state).args(words).assert().success();
-        assert!(!state.exists(), "{words:?} made it");
+    for args in [&["list"][..], &["domain", "list"], &["check"], &["recover"], &["backends"]] {
+        domsnap(&state).args(args).assert().success();
+        assert!(!state.exists(), "{args:?} made it");
     }
 }
 
 #[test]
-fn a_reader_that_goes_away_is_no_failure() {
+fn closed_pipe_is_no_failure() {
     use std::io::Read;
     let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_domsnap"))
         .arg("schema")
@@ -167,9 +167,9 @@ fn a_disk_of_a_plug_in_is_served_like_any_other() {
     let (state, directory) = (tempfile::tempdir().unwrap(), plug_ins());
     let disk = state.path().join("web.img");
     std::fs::write(&disk, "before").unwrap();
-    let run = |words: &[&str]| {
+    let run = |args: &[&str]| {
         let mut command = domsnap(&state.path().join("state"));
-        command.arg("--backend-dir").arg(directory.path()).args(words).assert().success();
+        command.arg("--backend-dir").arg(directory.path()).args(args).assert().success();
     };
     run(&["domain", "add", "web", "--disk", &format!("vda={},format=dir", disk.display())]);
     run(&["create", "web", "s1"]);
@@ -184,7 +184,7 @@ fn a_disk_of_a_plug_in_is_served_like_any_other() {
     assert!(!lost.status.success() && said.contains("no backend serves the format \"dir\""), "{said}");
 }
 
-/// A plug-in directory that anybody can write to is refused.
+/// A plug-in directory that all users can write to is refused.
 #[test]
 fn world_writable_plug_in_directory_is_refused() {
     use std::os::unix::fs::PermissionsExt;

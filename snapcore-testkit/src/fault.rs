@@ -304,8 +304,8 @@ impl DiskSnapshotter for FaultyBackend {
     ) -> Result<DiskPlan> {
         self.inner.plan(disk, state, active_path, request).await
     }
-    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
-        self.inner.hold(disk, attached).await
+    async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+        self.inner.lock(disk, attached).await
     }
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
         self.inner.yield_locks(disk).await

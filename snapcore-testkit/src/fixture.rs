@@ -48,7 +48,7 @@ impl Method {
         match self {
             Self::Kind(kind) => Ok(request.kind(*kind)),
             Self::Named(method) => targets.iter().try_fold(request, |request, target| {
-                Ok(request.disk(Target::new(target.as_ref())?, CreateDisk::Way(method.clone())))
+                Ok(request.disk(Target::new(target.as_ref())?, CreateDisk::Method(method.clone())))
             }),
         }
     }
@@ -328,7 +328,7 @@ impl<'a> Fixture<'a> {
     }
 
     /// Random bytes, so that no two blocks are the same by chance; with runs of zeros, which are kept in
-    /// other ways.
+    /// other methods.
     pub(crate) fn random_bytes(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         for block in bytes.chunks_mut(4096) {

@@ -278,8 +278,8 @@ async fn memory(machine: &dyn TestMachine) -> Result<()> {
     if !fixture.saver.profile().recreates {
         let disks = fixture.targets.clone();
         fixture.apply(&DomainStep::CheckMemory { file: file.clone() }, &Counted::default()).await?;
-        let window = DomainStep::Detach { disks: disks.clone(), running: true, restart: None };
-        fixture.apply(&window, &Counted::default()).await?;
+        let section = DomainStep::Detach { disks: disks.clone(), running: true, restart: None };
+        fixture.apply(&section, &Counted::default()).await?;
         ensure!(fixture.open_files().await?.iter().all(HashSet::is_empty), "its disks are not free");
         fixture.apply(&DomainStep::Attach { disks, restart: None }, &Counted::default()).await?;
         let power = Some(PowerAfter::Running);
@@ -301,14 +301,14 @@ async fn given_up(machine: &dyn TestMachine) -> Result<()> {
         return Ok(());
     }
     let before = fixture.open_files().await?;
-    let window = DomainStep::Detach { disks: fixture.targets.clone(), running: true, restart: None };
+    let section = DomainStep::Detach { disks: fixture.targets.clone(), running: true, restart: None };
     for _ in 0..2 {
-        fixture.apply(&window, &Counted::default()).await?;
+        fixture.apply(&section, &Counted::default()).await?;
         ensure!(fixture.open_files().await?.iter().all(HashSet::is_empty), "its disks are not free");
         ensure!(!fixture.seen().await?.running, "the guest stands still");
     }
     for _ in 0..2 {
-        fixture.undo(&window).await?;
+        fixture.undo(&section).await?;
         ensure!(fixture.open_files().await? == before, "it has its disks again");
         ensure!(fixture.seen().await?.running, "the guest goes on");
     }

@@ -15,8 +15,8 @@
 //! - `fsync` and `fdatasync` are the same; neither makes the file's name durable; `sync_file_range` promises
 //!   nothing.
 //!
-//! Not modelled, and refused with words: renames and exchanges across directories, since nothing here does
-//! them.
+//! Not modelled, and refused with a message: renames and exchanges across directories, since nothing here
+//! does them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
@@ -612,7 +612,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rename_across_directories_is_refused_with_words() {
+    fn rename_across_directories_is_refused() {
         let mut run = Run::new();
         let (dir, old, new) = (run.path("dir"), run.path("old"), run.path("dir/old"));
         run.push(Kind::MakeDir, (1, 2), |r| r.path = dir);

@@ -19,18 +19,18 @@ pub fn run(subject: impl TestBackend) -> ExitCode {
         return code;
     }
     let arguments = Arguments::from_args();
-    let trials = match trials(&subject) {
-        Ok(trials) => trials,
+    let cases = match cases(&subject) {
+        Ok(cases) => cases,
         Err(error) => {
             eprintln!("the backend cannot be tested: {error:#}");
             return ExitCode::FAILURE;
         }
     };
-    if trials.is_empty() {
+    if cases.is_empty() {
         eprintln!("no test case: the backend declares no capability");
         return ExitCode::FAILURE;
     }
-    let conclusion = libtest_mimic::run(&arguments, trials);
+    let conclusion = libtest_mimic::run(&arguments, cases);
     let filtered = arguments.filter.is_some() || !arguments.skip.is_empty() || arguments.list;
     if !filtered && conclusion.num_passed == 0 && conclusion.num_failed == 0 {
         eprintln!("no test case was run");
@@ -39,32 +39,32 @@ pub fn run(subject: impl TestBackend) -> ExitCode {
     conclusion.exit_code()
 }
 
-/// The ways of taking points that the backend declares, and the test_backend's disks can have.
-fn ways(can: &Capabilities, subject: &dyn TestBackend) -> Vec<Method> {
+/// The methods of taking points that the backend declares, and the test_backend's disks can have.
+fn methods(can: &Capabilities, subject: &dyn TestBackend) -> Vec<Method> {
     let kinds = [(can.internal, PointKind::Internal), (can.external, PointKind::External)];
     let kinds = kinds.into_iter().filter(|(able, _)| *able).map(|(_, kind)| Method::Kind(kind));
-    let declared = kinds.chain(can.ways.iter().cloned().map(Method::Named));
+    let declared = kinds.chain(can.methods.iter().cloned().map(Method::Named));
     declared.filter(|method| subject.offers(&method.to_string())).collect()
 }
 
-fn trials(subject: &Arc<dyn TestBackend>) -> Result<Vec<Trial>> {
+fn cases(subject: &Arc<dyn TestBackend>) -> Result<Vec<Trial>> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let entered = runtime.enter();
     let can = subject.backend().capabilities();
     drop(entered);
     drop(runtime);
-    let mut trials = Vec::new();
-    for method in ways(&can, &**subject) {
+    let mut cases = Vec::new();
+    for method in methods(&can, &**subject) {
         for TestCase { name, promise, needs, run } in all() {
             if !needs(&can, &**subject) {
                 eprintln!("not run ({method}), the capabilities exclude it: {name}: {promise}");
                 continue;
             }
             let (subject, method) = (subject.clone(), method.clone());
-            trials.push(Trial::test(format!("{method}::{name}"), move || {
+            cases.push(Trial::test(format!("{method}::{name}"), move || {
                 run(&*subject, &method).with_context(|| promise).map_err(|error| format!("{error:?}").into())
             }));
         }
     }
-    Ok(trials)
+    Ok(cases)
 }

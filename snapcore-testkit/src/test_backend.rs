@@ -16,7 +16,7 @@ use snapcore::{ActivePath, AnyDiskSnapshotter, DiskRecord};
 /// [`write`](Self::write). The other methods describe storage that differs from files in a directory.
 ///
 /// Each test case has a directory of its own, `dir`. A backend whose disks are not files (volumes, for
-/// example) makes them elsewhere, tells the directories apart by their paths, and removes the disks in
+/// example) makes them elsewhere, distinguishes the directories by their paths, and removes the disks in
 /// [`clear`](Self::clear). Test cases run at the same time, in threads of one process or in several
 /// processes.
 pub trait TestBackend: Send + Sync + 'static {
@@ -59,7 +59,7 @@ pub trait TestBackend: Send + Sync + 'static {
     /// Returns true if points of these disks can be taken by `method`: `internal`, `external`, or a method of
     /// the backend's own. Return false only if the backend can and this machine cannot (a file system without
     /// reflinks, for example), and print the reason to standard error.
-    fn offers(&self, _way: &str) -> bool {
+    fn offers(&self, _method: &str) -> bool {
         true
     }
 
@@ -129,7 +129,7 @@ pub trait TestBackend: Send + Sync + 'static {
     }
 
     /// Returns true if `cost_of_delete` knows what a delete frees or moves. Return false only if the storage
-    /// cannot tell: which blocks belong to one thin volume alone, for example.
+    /// does not know: which blocks belong to one thin volume alone, for example.
     fn knows_cost(&self) -> bool {
         true
     }

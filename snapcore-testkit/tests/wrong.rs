@@ -52,13 +52,13 @@ fn main() -> ExitCode {
     if let Ok(wrong) = env::var(WRONG) {
         return snapcore_testkit::run(Files(wrong));
     }
-    let trial = |name: &str, wrong: &'static str, case: &'static str, message: &'static str| {
+    let case = |name: &str, wrong: &'static str, case: &'static str, message: &'static str| {
         let attempt = move || is_found(wrong, case, message).map_err(|error| format!("{error:#}").into());
         Trial::test(name, attempt)
     };
-    let trials = vec![
-        trial("free_deletes", "free deletes", "delete_cost_is_not_always_zero", "to delete any frees"),
-        trial("no_flush", "no flush", "revert_power_loss_is_atomic", "power lost after"),
+    let cases = vec![
+        case("free_deletes", "free deletes", "delete_cost_is_not_always_zero", "to delete any frees"),
+        case("no_flush", "no flush", "revert_power_loss_is_atomic", "power lost after"),
     ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+    libtest_mimic::run(&Arguments::from_args(), cases).exit_code()
 }

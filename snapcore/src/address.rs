@@ -1,4 +1,4 @@
-//! Where a disk is, and what tells it from every other.
+//! Address and identity of a disk.
 //!
 //! An address is a text. A disk of this machine has the absolute path of a file or of a block device. Any
 //! other has `SCHEME:TEXT`, which the backend of that scheme alone can read
@@ -61,7 +61,7 @@ pub(crate) fn split(address: &str) -> Option<(&str, &str)> {
     (is_scheme && !text.is_empty()).then_some((scheme, text))
 }
 
-/// What tells a disk from every other, by whatever address it is named.
+/// Identity of a disk, by whatever address it is named.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DiskIdentity {

@@ -35,7 +35,7 @@ pub struct Capabilities {
     pub max_depth: u32,
     /// Names of its methods for taking a point that a user may request, besides the kinds: `reflink`, `copy`.
     #[serde(default)]
-    pub ways: Vec<String>,
+    pub methods: Vec<String>,
 }
 
 impl Capabilities {
@@ -49,14 +49,14 @@ impl Capabilities {
             delete_in_chain: true,
             snapshot_of_snapshot: true,
             max_depth,
-            ways: Vec::new(),
+            methods: Vec::new(),
         }
     }
 
     /// Declares methods of its own for taking points, which a user may request by name.
     #[must_use]
-    pub fn ways<W: Into<String>>(mut self, names: impl IntoIterator<Item = W>) -> Self {
-        self.ways = names.into_iter().map(Into::into).collect();
+    pub fn methods<W: Into<String>>(mut self, names: impl IntoIterator<Item = W>) -> Self {
+        self.methods = names.into_iter().map(Into::into).collect();
         self
     }
 
@@ -152,7 +152,7 @@ pub struct StepNeed {
     pub alone: bool,
 }
 
-/// Result of [`DiskSnapshotter::hold`]. While it exists, no other program can write the disk.
+/// Result of [`DiskSnapshotter::lock`]. While it exists, no other program can write the disk.
 pub type Guard = Box<dyn Any + Send + Sync>;
 
 /// A storage backend: points of disks of one format.
@@ -306,7 +306,7 @@ pub trait DiskSnapshotter: Send + Sync {
     ///
     /// # Errors
     /// [`crate::ErrorKind::Busy`], with the name of the other user if it can be known.
-    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard>;
+    async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard>;
 
     /// Releases the locks of a held disk's images, so that a hypervisor can open them. Later steps lock again
     /// what they need. The disk stays reserved against other operations of this process.
@@ -413,9 +413,9 @@ pub enum Leftover {
     /// The step may be left. The disk is intact without it. The next delete, or a tidy, finds the rest of it
     /// on the disk or by the catalogue's layers, and plans it again. The rest must not obstruct any later
     /// plan.
-    PlannedAnew,
+    PlannedAgain,
     /// No later plan does it. It is only left if it can never be done: the image is corrupt, or refused. The
-    /// text tells the user what is left.
+    /// text says what is left.
     Stays(String),
 }
 
@@ -467,7 +467,7 @@ pub enum Salvage {
     /// The undo loses nothing.
     Nothing,
     /// Data was saved; the step can be undone. The text names the place.
-    PutAside(String),
+    Saved(String),
     /// The step must not be undone; the catalogue records its effects. The text explains the consequence.
     Stays(Vec<crate::Edit>, String),
 }

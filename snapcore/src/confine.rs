@@ -70,7 +70,7 @@ pub fn is_elsewhere(layer: &LayerName) -> bool {
 /// shown.
 ///
 /// # Errors
-/// What is wrong with it, in words.
+/// The message: the violated rule.
 pub fn check_address(address: &Utf8Path) -> Result<(), String> {
     match crate::DiskAddress::of(address) {
         crate::DiskAddress::Named { text, .. } if !text.contains(char::is_control) => Ok(()),

@@ -18,9 +18,9 @@ pub enum DiskRequest {
     Create {
         /// The kind of point; absent: the backend chooses.
         kind: Option<PointKind>,
-        /// One of the backend's own methods ([`crate::Capabilities::ways`]), if the user requested it; then
-        /// `kind` is absent.
-        way: Option<String>,
+        /// One of the backend's own methods ([`crate::Capabilities::methods`]), if the user requested it;
+        /// then `kind` is absent.
+        method: Option<String>,
         /// The snapshot's name, for a tag.
         name: SnapshotName,
         /// The file of the new overlay, if the user chose one.

@@ -146,8 +146,8 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
             })
         })
     }
-    async fn hold(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
-        self.inner.hold(disk, attached).await
+    async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
+        self.inner.lock(disk, attached).await
     }
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
         self.inner.yield_locks(disk).await

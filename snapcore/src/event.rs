@@ -136,7 +136,7 @@ impl Events {
         EventStream { receiving: ReusableBoxFuture::new(receive(self.sender.subscribe())) }
     }
 
-    pub(crate) fn tell(&self, event: Event) {
+    pub(crate) fn report(&self, event: Event) {
         // An error means that there is no listener. That is not a failure.
         let _ = self.sender.send(event);
     }
@@ -200,7 +200,7 @@ mod tests {
         let mut stream = events.subscribe();
         assert_eq!(stream.try_next(), None);
         for number in 0..BACKLOG + 10 {
-            events.tell(warning(number));
+            events.report(warning(number));
         }
         assert_eq!(stream.next().await, Some(warning(10)));
         assert_eq!(stream.try_next(), Some(warning(11)));
@@ -219,7 +219,7 @@ mod tests {
         let mut stream = events.subscribe();
         let waiting = tokio::spawn(async move { stream.next().await });
         tokio::task::yield_now().await;
-        events.tell(warning(1));
+        events.report(warning(1));
         assert_eq!(waiting.await.unwrap(), Some(warning(1)));
     }
 }

@@ -180,7 +180,6 @@ pub enum DomainStep {
     },
     /// Reopens each frozen image by its permanent name. The hypervisor may know it by the configured path,
     /// which names another image by now.
-    #[serde(rename = "rehome")]
     ReopenByName {
         /// The disks.
         disks: Vec<Target>,
@@ -188,7 +187,6 @@ pub enum DomainStep {
     /// Opens a detached section: pauses the guest and closes the files of these disks, so that they can be
     /// changed like disks at rest. Undo reopens what the configured paths name, and resumes the guest if it
     /// was paused only for this.
-    #[serde(rename = "open-window")]
     Detach {
         /// The disks.
         disks: Vec<Target>,
@@ -197,7 +195,7 @@ pub enum DomainStep {
         running: bool,
         /// The restart of the domain, if the guest's current state is given up. A hypervisor that cannot
         /// close the disks of a running guest ends the domain in this case.
-        #[serde(rename = "anew", default, skip_serializing_if = "Option::is_none")]
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         restart: Option<Restart>,
     },
     /// Opens for the disks what the configured paths name now. The guest is still paused. Undo closes the
@@ -207,7 +205,7 @@ pub enum DomainStep {
         disks: Vec<Target>,
         /// The same as of the detached section. A hypervisor that ended the domain creates it again here,
         /// paused, so that a failure can still be undone.
-        #[serde(rename = "anew", default, skip_serializing_if = "Option::is_none")]
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         restart: Option<Restart>,
     },
     /// Loads media into drives, as the memory that is loaded next expects them. Part of a detached section.
@@ -401,7 +399,7 @@ pub struct Taken {
     /// True if the guest ran before.
     pub running: bool,
     /// The method, for people: `background snapshot`, `pre-copy`, `disks only`.
-    pub way: String,
+    pub method: String,
 }
 
 /// A disk as the hypervisor reports it.

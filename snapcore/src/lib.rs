@@ -110,6 +110,6 @@ pub use snapshot::{
     Consistency, DiskPoint, Found, FreeNames, MemoryPoint, Point, PointKind, SkippedDisk, Snapshot,
     SnapshotId, SnapshotTree,
 };
-pub use state::{DiskState, InternalPoint, Layer, TagIdentity, Unclear};
+pub use state::{DiskState, InternalPoint, Layer, TagIdentity, Undetermined};
 pub use step::{Edit, Group, Step, StepStatus};
 pub use zone::{local_zone, time_name};

@@ -12,8 +12,8 @@ use crate::{LayerName, PointKind, PowerAfter, Quiesce, SnapshotName, Target};
 pub enum CreateDisk {
     /// Take a point of this kind. For an external point, a name may be given to the new overlay's file.
     Take(PointKind, Option<LayerName>),
-    /// Take a point by a method of the backend ([`crate::Capabilities::ways`]).
-    Way(String),
+    /// Take a point by a method of the backend ([`crate::Capabilities::methods`]).
+    Method(String),
     /// Leave the disk out of the snapshot.
     Skip,
 }

@@ -10,8 +10,8 @@ pub fn shell_word(word: &str) -> String {
 }
 
 /// Returns a command: its arguments, quoted where necessary, joined by spaces.
-pub fn shell_command<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
-    words.into_iter().map(shell_word).collect::<Vec<_>>().join(" ")
+pub fn shell_command<'a>(args: impl IntoIterator<Item = &'a str>) -> String {
+    args.into_iter().map(shell_word).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -19,8 +19,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_are_quoted_for_a_shell_where_they_must_be() {
-        let words = ["qemu", "-name", "a b", "", "it's", "~", "$(id)", "a;b", "tcp:[::1]:5"];
-        assert_eq!(shell_command(words), "qemu -name 'a b' '' 'it'\\''s' '~' '$(id)' 'a;b' 'tcp:[::1]:5'");
+    fn arguments_are_quoted_for_a_shell() {
+        let args = ["qemu", "-name", "a b", "", "it's", "~", "$(id)", "a;b", "tcp:[::1]:5"];
+        assert_eq!(shell_command(args), "qemu -name 'a b' '' 'it'\\''s' '~' '$(id)' 'a;b' 'tcp:[::1]:5'");
     }
 }

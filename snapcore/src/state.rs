@@ -87,16 +87,16 @@ pub struct DiskState {
     /// changes as soon as that path names a layer with other content.
     #[serde(default)]
     #[schemars(with = "Vec<String>")]
-    pub on_path: Vec<Utf8PathBuf>,
+    pub path_dependents: Vec<Utf8PathBuf>,
     /// Files beside the layers whose backing file is undetermined. While there are any, no layer is merged,
     /// removed or left by a revert.
     #[serde(default)]
-    pub unclear: Vec<Unclear>,
+    pub undetermined: Vec<Undetermined>,
 }
 
 /// A file that may be backed by a layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-pub struct Unclear {
+pub struct Undetermined {
     /// The file.
     #[schemars(with = "String")]
     pub file: Utf8PathBuf,

@@ -181,7 +181,7 @@ impl Bench {
         runs
     }
 
-    async fn assert_manifests_tell(&self, entry: &Entry) {
+    async fn assert_manifests_match(&self, entry: &Entry) {
         let found = self.manifests().read().unwrap();
         assert_eq!(found.problems, Vec::new());
         let reported = SnapshotTree::new(found.snapshots);
@@ -211,7 +211,7 @@ async fn reference(request: &Request) -> (World, World, usize, usize) {
     let before = clear(&bench, bench.world().await);
     bench.run(request, &CancellationToken::new()).await.unwrap();
     let after = clear(&bench, bench.world().await);
-    bench.assert_manifests_tell(&bench.entry().await).await;
+    bench.assert_manifests_match(&bench.entry().await).await;
     assert_ne!(before, after, "the request does something");
     (before, after, bench.catalogue.commits.count(), bench.backend.applies.count())
 }
@@ -263,7 +263,7 @@ async fn stop_at_a_step_happens_or_not() {
             bench.backend.applies.set(vec![Fault { number, when, how: How::Stop }]);
             bench.run_until_stopped(&request).await;
             bench.recover().await;
-            bench.assert_manifests_tell(&bench.entry().await).await;
+            bench.assert_manifests_match(&bench.entry().await).await;
             let world = clear(&bench, bench.world().await);
             assert!(
                 world == before || world == after,
@@ -289,7 +289,7 @@ async fn failure_before_commit_is_undone() {
             assert_eq!(error.state_now(), Some("rolled back"));
             assert_eq!(clear(&bench, bench.world().await), before);
             assert_eq!(bench.recover().await, Vec::new());
-            bench.assert_manifests_tell(&bench.entry().await).await;
+            bench.assert_manifests_match(&bench.entry().await).await;
         }
     }
 }
@@ -377,7 +377,7 @@ async fn recovery_repeats_superseded_steps() {
         assert!(bench.backend.world().values().all(|disk| disk.tags.is_empty()));
         let entry = bench.entry().await;
         assert!(entry.tree.is_empty());
-        bench.assert_manifests_tell(&entry).await;
+        bench.assert_manifests_match(&entry).await;
     }
 }
 
@@ -556,5 +556,5 @@ async fn unwritable_manifests_are_a_warning() {
     assert!(bench.backend.world().values().all(|disk| !disk.tags.contains_key("s1")));
     std::fs::remove_file(bench.root().join("vda.fake.domsnap")).unwrap();
     bench.run(&delete("s2"), &CancellationToken::new()).await.unwrap();
-    bench.assert_manifests_tell(&bench.entry().await).await;
+    bench.assert_manifests_match(&bench.entry().await).await;
 }

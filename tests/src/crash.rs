@@ -62,8 +62,8 @@ impl Bench {
         Ok(Bench { scenario, domain, before, after, copy, memo: Memo::default(), _copies: copies })
     }
 
-    fn words(&self) -> Vec<String> {
-        (self.scenario.words)(&self.domain)
+    fn args(&self) -> Vec<String> {
+        (self.scenario.args)(&self.domain)
     }
 
     fn list(&self) -> Result<List> {
@@ -96,7 +96,7 @@ impl Bench {
                     "the tree is neither that of before nor that of after\nbefore: {before:#}\nafter: {after:#}"
                 )
             }
-            // The trees differ in nothing that a list shows: the current state tells.
+            // The trees differ in nothing that a list shows: the current state decides.
             (Ok(()), Ok(())) if !same => {
                 match every_image(self.scenario.look, &self.domain, &list, &self.before, &mut self.memo) {
                     Ok(()) => Ok(Found::Before),
@@ -122,7 +122,7 @@ impl Bench {
 
     /// What was undone can be done.
     fn do_again(&mut self) -> Result<()> {
-        self.domain.domsnap().done(&self.words()).context("what was undone is done again")?;
+        self.domain.domsnap().done(&self.args()).context("what was undone is done again")?;
         let found = self.heal_and_look().context("after doing it again")?;
         ensure!(found == Found::After || self.before == self.after, "done again, it had no effect");
         Ok(())
@@ -164,7 +164,7 @@ fn everywhere<S: Send + Sync>(
                 let error = match result {
                     Ok(Ok(())) => return,
                     Ok(Err(error)) => error,
-                    Err(_) => anyhow::anyhow!("worker {worker} panicked (its words are above)"),
+                    Err(_) => anyhow::anyhow!("worker {worker} panicked (its args are above)"),
                 };
                 stop.store(true, Ordering::Relaxed);
                 failure.lock().unwrap().get_or_insert(error);
@@ -182,7 +182,7 @@ fn everywhere<S: Send + Sync>(
 fn survey(bench: &mut Bench) -> Result<Vec<shim::Counted>> {
     let (_outputs, file) = shim::outputs()?;
     let domsnap = shim::counting(shim::watching(bench.domain.domsnap(), bench.domain.root())?, &file);
-    domsnap.done(&bench.words())?;
+    domsnap.done(&bench.args())?;
     ensure!(bench.heal_and_look()? == Found::After || bench.before == bench.after, "it had no effect");
     bench.domain.restore_from(&bench.copy)?;
     shim::counted(&file)
@@ -202,7 +202,8 @@ pub fn kill_everywhere(scenario: Scenario) -> Result<()> {
 
 /// SIGKILL before each operation; then, before anything is healed, the domain is started: its disks open by
 /// their configured paths, and it writes. What it wrote must be there after `recover`: in the current state,
-/// or put aside where that is of a revert which was undone; and it stays there when the revert is done again.
+/// or saved under another name, if that is of a revert which was undone; and it stays there when the revert
+/// is done again.
 ///
 /// # Errors
 /// The first instant after which a disk does not open, or does not keep what was written.
@@ -238,7 +239,7 @@ fn kill(scenario: Scenario, write: bool) -> Result<()> {
         bench.domain.restore_from(&bench.copy)?;
         let (_outputs, file) = shim::outputs()?;
         let domsnap = shim::counting(shim::watching(bench.domain.domsnap(), bench.domain.root())?, &file);
-        let outcome = shim::killing(domsnap, number, torn).run(&bench.words())?;
+        let outcome = shim::killing(domsnap, number, torn).run(&bench.args())?;
         let (before, after) = (bench.before.clone(), bench.after.clone());
         let mut look = || -> Result<()> {
             // Threads may need an operation less than last time: then it went through.
@@ -301,7 +302,7 @@ pub fn lose_power_everywhere(scenario: Scenario) -> Result<()> {
         let baseline = Baseline::read(&bench.domain.root().canonicalize()?)?;
         let (_outputs, file) = shim::outputs()?;
         let domsnap = shim::recording(shim::watching(bench.domain.domsnap(), bench.domain.root())?, &file);
-        domsnap.done(&bench.words())?;
+        domsnap.done(&bench.args())?;
         Ok((cases, (baseline, shim::recorded(&file)?)))
     };
     let lose = |bench: &mut Bench, (baseline, records): &(Baseline, Vec<Record>), case: usize| {
@@ -330,7 +331,7 @@ pub fn lose_power_everywhere(scenario: Scenario) -> Result<()> {
     everywhere(scenario, record, lose)
 }
 
-/// `record` in words; files by the last name that one of `records` gave them.
+/// `record` as text; files by the last name that one of `records` gave them.
 fn describe(record: &Record, records: &[Record]) -> String {
     let named = records.iter().rev().find(|other| other.ino == record.ino && !other.path.is_empty());
     let path = named.map(|named| if named.path2.is_empty() { &named.path } else { &named.path2 });
@@ -353,7 +354,7 @@ pub fn fail_everywhere(scenario: Scenario, errno: &'static str, often: Often) ->
         let number = operations[index].number;
         bench.domain.restore_from(&bench.copy)?;
         let domsnap = shim::watching(bench.domain.domsnap(), bench.domain.root())?;
-        let outcome = shim::failing(domsnap, number, errno, often).run(&bench.words())?;
+        let outcome = shim::failing(domsnap, number, errno, often).run(&bench.args())?;
         let mut look = || -> Result<()> {
             ensure!(!outcome.panicked(), "it panicked: {outcome}");
             let found_at_once = matches!(outcome.status, Some(status::FAILED | status::REFUSED));
@@ -366,11 +367,11 @@ pub fn fail_everywhere(scenario: Scenario, errno: &'static str, often: Often) ->
                     ensure!(found == Found::After || bench.before == bench.after, "not done: {outcome}")
                 }
                 Some(status::FAILED | status::REFUSED) => {
-                    ensure!(!outcome.stderr.trim().is_empty(), "it failed without words: {outcome}");
+                    ensure!(!outcome.stderr.trim().is_empty(), "it failed without a message: {outcome}");
                     ensure!(found == Found::Before, "says it was undone, and it was done: {outcome}");
                 }
                 Some(status::NEEDS_RECOVERY) => {
-                    ensure!(!outcome.stderr.trim().is_empty(), "it failed without words: {outcome}");
+                    ensure!(!outcome.stderr.trim().is_empty(), "it failed without a message: {outcome}");
                 }
                 _ => bail!("an exit status that means nothing: {outcome}"),
             }
@@ -399,7 +400,7 @@ pub fn interrupt_everywhere(scenario: Scenario) -> Result<usize> {
             let number = instants[index];
             bench.domain.restore_from(&bench.copy)?;
             let domsnap = shim::watching(bench.domain.domsnap(), bench.domain.root())?;
-            let outcome = shim::interrupting(domsnap, number).run(&bench.words())?;
+            let outcome = shim::interrupting(domsnap, number).run(&bench.args())?;
             let mut look = || -> Result<()> {
                 ensure!(!outcome.panicked(), "it panicked: {outcome}");
                 match outcome.status {

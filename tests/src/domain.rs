@@ -68,7 +68,7 @@ pub struct Domain {
     stamp: u8,
 }
 
-/// Where a domain lives: a directory that goes with it, one that somebody else cares for, or the root of a
+/// Where a domain lives: a directory that goes with it, one that the caller cares for, or the root of a
 /// file system that goes with it.
 #[derive(Debug)]
 enum Place {
@@ -86,7 +86,7 @@ impl Domain {
     /// Makes the images, writes to each, and registers the domain.
     ///
     /// # Errors
-    /// What failed, in words.
+    /// What failed, as a message.
     pub fn new(shape: &Shape) -> Result<Domain> {
         let mut domain = Domain::unregistered(shape)?;
         domain.register()?;
@@ -97,16 +97,16 @@ impl Domain {
     /// Makes the images and nothing more.
     ///
     /// # Errors
-    /// What failed, in words.
+    /// What failed, as a message.
     pub fn unregistered(shape: &Shape) -> Result<Domain> {
         let dir = tempfile::Builder::new().prefix("domsnap-test-").tempdir()?;
         Domain::make(Place::Own(dir), shape)
     }
 
-    /// Makes the images in `dir`, which somebody else cares for, and registers the domain.
+    /// Makes the images in `dir`, which the caller cares for, and registers the domain.
     ///
     /// # Errors
-    /// What failed, in words.
+    /// What failed, as a message.
     pub fn new_in(dir: &Path, shape: &Shape) -> Result<Domain> {
         let mut domain = Domain::make(Place::Lent(dir.to_owned()), shape)?;
         domain.register()?;
@@ -117,7 +117,7 @@ impl Domain {
     /// Makes the images on a file system of `kind` of their own, and registers the domain.
     ///
     /// # Errors
-    /// What failed, in words.
+    /// What failed, as a message.
     pub fn new_on(kind: &str, shape: &Shape) -> Result<Domain> {
         let mut domain = Domain::make(Place::Mounted(Mounted::make(kind, 512 << 20)?), shape)?;
         domain.register()?;
@@ -132,12 +132,12 @@ impl Domain {
         for index in 0..shape.disks {
             let target = target(index);
             let (path, size) = (domain.path(&target), shape.size.to_string());
-            let mut words = ["create", "-q", "-f", qemu::format(&path)].map(OsStr::new).to_vec();
+            let mut args = ["create", "-q", "-f", qemu::format(&path)].map(OsStr::new).to_vec();
             if !shape.options.is_empty() {
-                words.extend(["-o".as_ref(), OsStr::new(&shape.options)]);
+                args.extend(["-o".as_ref(), OsStr::new(&shape.options)]);
             }
-            words.extend([path.as_os_str(), size.as_ref()]);
-            qemu::img(&words)?;
+            args.extend([path.as_os_str(), size.as_ref()]);
+            qemu::img(&args)?;
             domain.model.present.insert(target, Arc::new(vec![0; shape.size as usize]));
         }
         Ok(domain)
@@ -148,18 +148,18 @@ impl Domain {
     /// # Errors
     /// If it fails.
     pub fn register(&self) -> Result<Outcome> {
-        self.domsnap().done(&self.register_words())
+        self.domsnap().done(&self.register_args())
     }
 
-    /// The words that register the domain.
-    pub fn register_words(&self) -> Vec<String> {
-        let mut words = vec!["domain".to_owned(), "add".to_owned(), NAME.to_owned()];
+    /// The arguments that register the domain.
+    pub fn register_args(&self) -> Vec<String> {
+        let mut args = vec!["domain".to_owned(), "add".to_owned(), NAME.to_owned()];
         for target in self.model.present.keys() {
-            words.push("--disk".to_owned());
+            args.push("--disk".to_owned());
             let path = self.path(target);
-            words.push(format!("{target}={},format={}", path.display(), qemu::format(&path)));
+            args.push(format!("{target}={},format={}", path.display(), qemu::format(&path)));
         }
-        words
+        args
     }
 
     /// Whether the domain is known by its name.
@@ -282,32 +282,32 @@ impl Domain {
     /// # Errors
     /// If it fails.
     pub fn create(&mut self, name: &str, kind: &str) -> Result<()> {
-        self.domsnap().done(&self.create_words(name, kind))?;
+        self.domsnap().done(&self.create_args(name, kind))?;
         self.model.create(name);
         Ok(())
     }
 
-    /// The words that create `name`: `kind` is `internal`, `external`, `mixed`, which takes turns over the
-    /// disks, one of the format's own ways, or `ways`, which takes turns over those of raw disks that leave
-    /// the path alone.
-    pub fn create_words(&self, name: &str, kind: &str) -> Vec<String> {
-        let mut words: Vec<String> = ["create", NAME, name].map(Into::into).into();
+    /// The arguments that create `name`: `kind` is `internal`, `external`, `mixed`, which takes turns over
+    /// the disks, one of the format's own methods, or `methods`, which takes turns over those of raw disks
+    /// that leave the path alone.
+    pub fn create_args(&self, name: &str, kind: &str) -> Vec<String> {
+        let mut args: Vec<String> = ["create", NAME, name].map(Into::into).into();
         match kind {
             "mixed" => {
                 for (index, target) in self.model.present.keys().enumerate() {
-                    words.push("--disk".into());
-                    words.push(format!("{target}={}", ["internal", "external"][index % 2]));
+                    args.push("--disk".into());
+                    args.push(format!("{target}={}", ["internal", "external"][index % 2]));
                 }
             }
-            "internal" | "external" => words.push(format!("--{kind}")),
-            way => {
+            "internal" | "external" => args.push(format!("--{kind}")),
+            method => {
                 for (index, target) in self.model.present.keys().enumerate() {
-                    let way = if way == "ways" { ["reflink", "copy"][index % 2] } else { way };
-                    words.extend(["--disk".into(), format!("{target}={way}")]);
+                    let method = if method == "methods" { ["reflink", "copy"][index % 2] } else { method };
+                    args.extend(["--disk".into(), format!("{target}={method}")]);
                 }
             }
         }
-        words
+        args
     }
 
     /// A snapshot of a new pattern.
@@ -334,21 +334,21 @@ impl Domain {
     /// # Errors
     /// If it fails.
     pub fn delete(&mut self, names: &[&str]) -> Result<()> {
-        let mut words = vec!["delete", NAME];
-        words.extend(names);
-        self.domsnap().done(&words)?;
+        let mut args = vec!["delete", NAME];
+        args.extend(names);
+        self.domsnap().done(&args)?;
         self.model.delete(&names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
         Ok(())
     }
 
-    /// `domsnap` with `words` must end with `status`, say why on standard error, and have touched nothing.
+    /// `domsnap` with `args` must end with `status`, say why on standard error, and have touched nothing.
     ///
     /// # Errors
     /// If it is otherwise.
-    pub fn declined<S: AsRef<std::ffi::OsStr>>(&self, words: &[S], status: i32) -> Result<Outcome> {
+    pub fn declined<S: AsRef<std::ffi::OsStr>>(&self, args: &[S], status: i32) -> Result<Outcome> {
         let before = contents(&self.disks())?;
-        let outcome = self.domsnap().run(words)?.expect_status(status)?;
-        anyhow::ensure!(!outcome.stderr.trim().is_empty(), "no words: {outcome}");
+        let outcome = self.domsnap().run(args)?.expect_status(status)?;
+        anyhow::ensure!(!outcome.stderr.trim().is_empty(), "no args: {outcome}");
         anyhow::ensure!(!outcome.panicked(), "it panicked: {outcome}");
         same_contents(&self.disks(), &before).with_context(|| outcome.to_string())?;
         Ok(outcome)

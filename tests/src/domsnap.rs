@@ -79,7 +79,7 @@ impl Outcome {
     /// This outcome, if it is `wanted`.
     ///
     /// # Errors
-    /// The whole outcome in words, if it is another.
+    /// The whole outcome as text, if it is another.
     pub fn expect_status(self, wanted: i32) -> Result<Outcome> {
         if self.status != Some(wanted) {
             bail!("expected exit status {wanted}: {self}");
@@ -121,8 +121,8 @@ impl Domsnap {
     }
 
     /// Runs it through another program, as `prlimit --as=N`.
-    pub fn through(mut self, words: &[&str]) -> Domsnap {
-        self.wrapper = words.iter().map(OsString::from).collect();
+    pub fn through(mut self, args: &[&str]) -> Domsnap {
+        self.wrapper = args.iter().map(OsString::from).collect();
         self
     }
 
@@ -138,25 +138,25 @@ impl Domsnap {
         self
     }
 
-    /// The command with `words`, not started.
-    pub fn command<S: AsRef<OsStr>>(&self, words: &[S]) -> Command {
+    /// The command with `args`, not started.
+    pub fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
         let mut line: Vec<&OsStr> = self.wrapper.iter().map(OsString::as_os_str).collect();
         line.push(self.binary.as_os_str());
         let mut command = Command::new(line[0]);
-        command.args(&line[1..]).arg("--state-dir").arg(&self.state).args(words);
+        command.args(&line[1..]).arg("--state-dir").arg(&self.state).args(args);
         command.env_remove("DOMSNAP_STATE_DIR").env("NO_COLOR", "1").env("RUST_BACKTRACE", "1");
         command.stdin(Stdio::null()).envs(self.environment.iter().map(|(k, v)| (k, v)));
         command
     }
 
-    /// Runs it with `words` to its end.
+    /// Runs it with `args` to its end.
     ///
     /// # Errors
     /// Only if it cannot be started.
-    pub fn run<S: AsRef<OsStr>>(&self, words: &[S]) -> Result<Outcome> {
-        let mut command = self.command(words);
+    pub fn run<S: AsRef<OsStr>>(&self, args: &[S]) -> Result<Outcome> {
+        let mut command = self.command(args);
         let output = command.output().with_context(|| format!("start {command:?}"))?;
-        let shown: Vec<_> = words.iter().map(|word| word.as_ref().to_string_lossy()).collect();
+        let shown: Vec<_> = args.iter().map(|word| word.as_ref().to_string_lossy()).collect();
         Ok(Outcome {
             command: format!("domsnap {}", shown.join(" ")),
             status: output.status.code(),
@@ -165,11 +165,11 @@ impl Domsnap {
         })
     }
 
-    /// Runs it with `words`, which must succeed.
+    /// Runs it with `args`, which must succeed.
     ///
     /// # Errors
-    /// The outcome in words, if it is not [`status::DONE`].
-    pub fn done<S: AsRef<OsStr>>(&self, words: &[S]) -> Result<Outcome> {
-        self.run(words)?.expect_status(status::DONE)
+    /// The outcome as text, if it is not [`status::DONE`].
+    pub fn done<S: AsRef<OsStr>>(&self, args: &[S]) -> Result<Outcome> {
+        self.run(args)?.expect_status(status::DONE)
     }
 }

@@ -22,8 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// If it cannot be read.
 pub fn has_pattern(image: &Path, pattern: u8) -> Result<bool> {
     let read = format!("read -P {pattern} {PATTERN_AT} 64k");
-    let words = ["-U", "-r", "-f", "qcow2", "-c", &read, &image.display().to_string()];
-    let output = Command::new("qemu-io").args(words).output()?;
+    let args = ["-U", "-r", "-f", "qcow2", "-c", &read, &image.display().to_string()];
+    let output = Command::new("qemu-io").args(args).output()?;
     let said = String::from_utf8_lossy(&output.stdout);
     ensure!(
         said.contains("read 65536/65536"),
@@ -129,11 +129,11 @@ impl Idle {
     ///
     /// # Errors
     /// What it says, where it does not serve the socket.
-    pub fn start(version: Version, dir: &Path, name: &str, words: &[&str]) -> Result<Self> {
-        Self::start_through(&[], version, dir, name, words)
+    pub fn start(version: Version, dir: &Path, name: &str, args: &[&str]) -> Result<Self> {
+        Self::start_through(&[], version, dir, name, args)
     }
 
-    /// The same, started by a command which replaces itself by the one that follows its words.
+    /// The same, started by a command which replaces itself by the one that follows its arguments.
     ///
     /// # Errors
     /// As [`Idle::start`].
@@ -142,7 +142,7 @@ impl Idle {
         version: Version,
         dir: &Path,
         name: &str,
-        words: &[&str],
+        args: &[&str],
     ) -> Result<Self> {
         let (socket, said) = (dir.join(format!("{name}.qmp")), dir.join(format!("{name}.said")));
         let _ = fs::remove_file(&socket);
@@ -159,7 +159,7 @@ impl Idle {
             "none",
         ]);
         started.args(["-M", "q35", "-accel", "tcg", "-m", "32", "-qmp"]);
-        started.arg(format!("unix:{},server=on,wait=off", socket.display())).args(words);
+        started.arg(format!("unix:{},server=on,wait=off", socket.display())).args(args);
         let child = started.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out).spawn()?;
         let mut idle = Self { child, socket, said };
         let until = Instant::now() + PATIENCE;
@@ -188,12 +188,12 @@ impl Idle {
     /// Returns true if its process is there.
     ///
     /// # Errors
-    /// If the system does not tell.
+    /// If the system does not report it.
     pub fn is_alive(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_none())
     }
 
-    /// Returns true if anybody serves its socket.
+    /// Returns true if a process serves its socket.
     pub fn answers(&self) -> bool {
         UnixStream::connect(&self.socket).is_ok()
     }

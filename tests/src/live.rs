@@ -24,7 +24,7 @@ pub const NAME: &str = "live";
 
 /// What one snapshot must hold, for ever.
 #[derive(Debug, Clone)]
-struct Held {
+struct Expected {
     /// Each disk's checksum.
     disks: BTreeMap<String, u64>,
     /// Between which ticks of the guest its instant was, where it has memory.
@@ -37,7 +37,7 @@ pub struct Live {
     pub guest: Guest,
     state: PathBuf,
     plugins: Option<PathBuf>,
-    held: BTreeMap<String, Held>,
+    held: BTreeMap<String, Expected>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -50,8 +50,8 @@ struct Answer {
 pub struct Changed {
     /// Length of the guest's pause.
     pub downtime_us: Option<u64>,
-    /// The way of the instant.
-    pub way: Option<String>,
+    /// The method of the instant.
+    pub method: Option<String>,
     /// What the user should know.
     pub notes: Vec<String>,
     /// The command that starts the domain.
@@ -63,7 +63,7 @@ impl Live {
     /// A guest with two disks under memory and disk load, registered.
     ///
     /// # Errors
-    /// What failed, in words.
+    /// What failed, as a message.
     pub fn new() -> Result<Live> {
         Live::of(GuestOptions::new())
     }
@@ -71,15 +71,15 @@ impl Live {
     /// Another guest under the same load, registered.
     ///
     /// # Errors
-    /// What failed, in words.
+    /// What failed, as a message.
     pub fn of(options: GuestOptions) -> Result<Live> {
         Live::registered(options, &[])
     }
 
-    /// The same, registered with more words.
+    /// The same, registered with more arguments.
     ///
     /// # Errors
-    /// What failed, in words.
+    /// What failed, as a message.
     pub fn registered(options: GuestOptions, more: &[&str]) -> Result<Live> {
         let live = Live::unregistered(options)?;
         live.register(more)?;
@@ -90,7 +90,7 @@ impl Live {
     /// serve some.
     ///
     /// # Errors
-    /// What failed, in words.
+    /// What failed, as a message.
     pub fn served_by(options: GuestOptions, formats: &[&str], plugins: &Path) -> Result<Live> {
         let mut live = Live::unregistered(options)?;
         live.plugins = Some(plugins.to_owned());
@@ -98,23 +98,23 @@ impl Live {
         let disks = disks.flat_map(|((target, path), format)| {
             ["--disk".to_owned(), format!("{target}={},format={format}", path.display())]
         });
-        let words: Vec<String> = disks.collect();
-        live.register(&words.iter().map(String::as_str).collect::<Vec<_>>())?;
+        let args: Vec<String> = disks.collect();
+        live.register(&args.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(live)
     }
 
     fn register(&self, more: &[&str]) -> Result<()> {
         let (socket, agent) = (self.guest.qmp_socket(), self.guest.agent_socket());
-        let words = ["domain", "add", NAME, "--qmp"].map(|word| word.as_ref());
-        let mut words = [&words[..], &[socket.as_os_str(), "--agent".as_ref(), agent.as_os_str()]].concat();
-        words.extend(more.iter().map(OsStr::new));
-        self.domsnap().done(&words).map(drop)
+        let args = ["domain", "add", NAME, "--qmp"].map(|word| word.as_ref());
+        let mut args = [&args[..], &[socket.as_os_str(), "--agent".as_ref(), agent.as_os_str()]].concat();
+        args.extend(more.iter().map(OsStr::new));
+        self.domsnap().done(&args).map(drop)
     }
 
     /// A guest under load of which domsnap knows nothing.
     ///
     /// # Errors
-    /// What failed, in words.
+    /// What failed, as a message.
     pub fn unregistered(options: GuestOptions) -> Result<Live> {
         let guest = options.deadline(Duration::from_secs(60)).start()?;
         let state = guest.dir().join("state");
@@ -146,9 +146,9 @@ impl Live {
     ///
     /// # Errors
     /// If it fails, or something is wrong afterwards.
-    pub fn run(&mut self, words: &[&str]) -> Result<Outcome> {
-        let outcome = self.domsnap().done(words)?;
-        self.sound().with_context(|| format!("after domsnap {}", words.join(" ")))?;
+    pub fn run(&mut self, args: &[&str]) -> Result<Outcome> {
+        let outcome = self.domsnap().done(args)?;
+        self.sound().with_context(|| format!("after domsnap {}", args.join(" ")))?;
         Ok(outcome)
     }
 
@@ -158,8 +158,8 @@ impl Live {
     /// If it fails, or something is wrong afterwards.
     pub fn create(&mut self, name: &str, more: &[&str]) -> Result<Changed> {
         let before = self.guest.last_tick().unwrap_or_default();
-        let words = [&["create", NAME, name, "--json"], more].concat();
-        let changed = self.run(&words)?.json::<Answer>()?.outcome;
+        let args = [&["create", NAME, name, "--json"], more].concat();
+        let changed = self.run(&args)?.json::<Answer>()?.outcome;
         let after = self.guest.last_tick().unwrap_or_default();
         self.remember(name, (before, after))?;
         Ok(changed)
@@ -178,7 +178,7 @@ impl Live {
             disks.insert(point.target.clone(), checksum(point)?);
         }
         let memory = snapshot.memory.as_ref().map(|_| ticks);
-        self.held.insert(name.to_owned(), Held { disks, memory });
+        self.held.insert(name.to_owned(), Expected { disks, memory });
         Ok(())
     }
 
@@ -190,8 +190,8 @@ impl Live {
     pub fn revert(&mut self, name: &str, more: &[&str]) -> Result<Changed> {
         let held = self.held.get(name).cloned().with_context(|| format!("{name} was never taken"))?;
         let (pid, boots) = (self.guest.pid(), self.guest.boots());
-        let words = [&["revert", NAME, name, "--json"], more].concat();
-        let changed = self.domsnap().done(&words)?.json::<Answer>()?.outcome;
+        let args = [&["revert", NAME, name, "--json"], more].concat();
+        let changed = self.domsnap().done(&args)?.json::<Answer>()?.outcome;
         ensure!(self.guest.pid() == pid, "the QEMU is another process after the revert to {name}");
         if let Some((before, after)) = held.memory {
             ensure!(self.guest.boots() == boots, "the guest booted, although {name} has memory");
@@ -226,8 +226,8 @@ impl Live {
     /// # Errors
     /// If it fails, or something is wrong afterwards.
     pub fn delete_unverified(&mut self, names: &[&str], more: &[&str]) -> Result<()> {
-        let words = [&["delete", NAME], names, more].concat();
-        self.run(&words)?;
+        let args = [&["delete", NAME], names, more].concat();
+        self.run(&args)?;
         let left = report::list(&self.domsnap(), NAME)?.snapshots;
         self.held.retain(|name, _| left.iter().any(|snapshot| snapshot.name == *name));
         let wrong = names.iter().find(|name| left.iter().any(|snapshot| snapshot.name == **name));
@@ -281,7 +281,7 @@ impl Live {
             ensure!(ours.outgoing.is_none(), "memory is still being written");
             ensure!(ours.nodes.iter().all(|node| !node.placeholder), "a disk is detached");
             let idle = ours.nodes.iter().find(|node| node.users.is_empty());
-            ensure!(idle.is_none(), "a node of ours is left that nobody uses: {idle:?}");
+            ensure!(idle.is_none(), "a node of ours is left that nothing uses: {idle:?}");
             Ok(())
         })
     }
@@ -391,7 +391,7 @@ fn checksum(point: &Point) -> Result<u64> {
         String::from_utf8_lossy(&output.stderr)
     );
     let bytes = fs::read(raw.path())?;
-    // FNV-1a over words: a difference, not an adversary, is to be found.
+    // FNV-1a over integers: a difference, not an adversary, is to be found.
     let sum = bytes.chunks(8).fold(0xcbf2_9ce4_8422_2325_u64, |sum, chunk| {
         let mut word = [0; 8];
         word[..chunk.len()].copy_from_slice(chunk);

@@ -98,7 +98,7 @@ pub(crate) fn kept(
         let lost = || format!("what the domain wrote to {target} is lost: it is not in the current state");
         ensure!(before.present[target] != after.present[target], "{}", lost());
         let (image, tag) = aside(domain, holds)?.with_context(|| format!("{}, nor aside", lost()))?;
-        // Inside one image nobody can tell on which of the two presents it was written.
+        // Inside one image it cannot be known on which of the two current states it was written.
         let in_place = image.metadata()?.ino() == path.metadata()?.ino();
         ensure!(on_after || in_place, "what was written on the current state before the revert was saved");
         match tag {
@@ -134,8 +134,8 @@ fn rescued_tags(image: &Path) -> Result<Vec<String>> {
     if is_checksum || qemu::format(image) == "raw" {
         return Ok(Vec::new());
     }
-    let words = ["info", "-U", "-f", "qcow2", "--output=json"].map(std::ffi::OsStr::new);
-    let reported = qemu::img(&[&words[..], &[image.as_os_str()]].concat())?;
+    let args = ["info", "-U", "-f", "qcow2", "--output=json"].map(std::ffi::OsStr::new);
+    let reported = qemu::img(&[&args[..], &[image.as_os_str()]].concat())?;
     let reported: serde_json::Value = serde_json::from_str(&reported)?;
     let Some(snapshots) = reported.get("snapshots") else { return Ok(Vec::new()) };
     let Some(snapshots) = snapshots.as_array() else { bail!("no list of snapshots: {reported}") };

@@ -13,13 +13,13 @@ use anyhow::{Context, Result, bail};
 /// hours.
 const LIMIT: &str = "60";
 
-/// Runs `program` with `words`, which must succeed; gives its standard output.
+/// Runs `program` with `args`, which must succeed; gives its standard output.
 ///
 /// # Errors
 /// The command with both its outputs, if it fails, or is at work for more than a minute.
-pub fn run<S: AsRef<OsStr>>(program: &str, words: &[S]) -> Result<String> {
+pub fn run<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Result<String> {
     let mut command = Command::new("timeout");
-    command.args([LIMIT, program]).args(words).env("LC_ALL", "C").stdin(Stdio::null());
+    command.args([LIMIT, program]).args(args).env("LC_ALL", "C").stdin(Stdio::null());
     let output = command.output().with_context(|| format!("start {program}: is qemu-utils installed?"))?;
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     if !output.status.success() {
@@ -37,8 +37,8 @@ pub fn format(image: &Path) -> &'static str {
 ///
 /// # Errors
 /// As [`run`].
-pub fn img<S: AsRef<OsStr>>(words: &[S]) -> Result<String> {
-    run("qemu-img", words)
+pub fn img<S: AsRef<OsStr>>(args: &[S]) -> Result<String> {
+    run("qemu-img", args)
 }
 
 /// The bytes of `image` (through its whole chain), or of the internal snapshot `tag` in it. Locks are not
@@ -49,13 +49,13 @@ pub fn img<S: AsRef<OsStr>>(words: &[S]) -> Result<String> {
 pub fn read(image: &Path, tag: Option<&str>) -> Result<Vec<u8>> {
     let dir = tempfile::tempdir()?;
     let raw = dir.path().join("raw");
-    let mut words: Vec<std::ffi::OsString> =
+    let mut args: Vec<std::ffi::OsString> =
         ["convert", "-U", "-f", format(image), "-O", "raw"].map(Into::into).into();
     if let Some(tag) = tag {
-        words.extend(["-l".into(), format!("snapshot.name={tag}").into()]);
+        args.extend(["-l".into(), format!("snapshot.name={tag}").into()]);
     }
-    words.extend([image.into(), raw.as_os_str().to_owned()]);
-    img(&words)?;
+    args.extend([image.into(), raw.as_os_str().to_owned()]);
+    img(&args)?;
     let file = std::fs::File::open(&raw)?;
     let mut bytes = vec![0; file.metadata()?.len() as usize];
     file.read_exact_at(&mut bytes, 0)?;
@@ -106,9 +106,9 @@ pub fn check_after_crash(image: &Path) -> Result<bool> {
     let mut cluster_bits = [0; 4];
     std::fs::File::open(image)?.read_exact_at(&mut cluster_bits, 20)?;
     let cluster_bits = u32::from_be_bytes(cluster_bits);
-    let words = format!("{error:#}");
+    let args = format!("{error:#}");
     let findings: Vec<&str> =
-        words.lines().filter(|line| line.starts_with("ERROR") || line.starts_with("Leaked")).collect();
+        args.lines().filter(|line| line.starts_with("ERROR") || line.starts_with("Leaked")).collect();
     let left_of: HashMap<u64, u64> = findings
         .iter()
         .filter(|line| line.starts_with("Leaked"))
@@ -171,16 +171,16 @@ pub struct Write {
 /// # Errors
 /// As [`run`]; also if `qemu-io` says that one of them failed, which its exit status does not always.
 pub fn write(image: &Path, writes: &[Write]) -> Result<()> {
-    let mut words: Vec<std::ffi::OsString> = vec!["-f".into(), format(image).into()];
+    let mut args: Vec<std::ffi::OsString> = vec!["-f".into(), format(image).into()];
     for Write { offset, length, byte } in writes {
         let command = match byte {
             Some(byte) => format!("write -P {byte} {offset} {length}"),
             None => format!("write -z {offset} {length}"),
         };
-        words.extend(["-c".into(), command.into()]);
+        args.extend(["-c".into(), command.into()]);
     }
-    words.push(image.into());
-    let out = run("qemu-io", &words)?;
+    args.push(image.into());
+    let out = run("qemu-io", &args)?;
     let wrote = out.lines().filter(|line| line.starts_with("wrote ")).count();
     if wrote != writes.len() {
         bail!("qemu-io did {wrote} of {} writes:\n{out}", writes.len());

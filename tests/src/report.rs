@@ -63,7 +63,7 @@ pub enum Kind {
     External,
 }
 
-/// The domain's snapshots as domsnap tells them.
+/// The domain's snapshots as domsnap reports them.
 ///
 /// # Errors
 /// If `list` fails, or says something else.
@@ -89,8 +89,8 @@ struct DiskSnapshot {
 /// # Errors
 /// If `disk list` fails, or says something else.
 pub fn disk_list(domsnap: &Domsnap, image: &Path) -> Result<List> {
-    let words = ["disk".as_ref(), "list".as_ref(), image.as_os_str(), "--json".as_ref()];
-    let list: DiskList = domsnap.done(&words)?.json()?;
+    let args = ["disk".as_ref(), "list".as_ref(), image.as_os_str(), "--json".as_ref()];
+    let list: DiskList = domsnap.done(&args)?.json()?;
     let snapshot = |snapshot: DiskSnapshot| -> Result<Snapshot> {
         let (layer, tag) = match snapshot.kind {
             Kind::Internal => (image.to_owned(), Some(snapshot.name.clone())),

@@ -14,7 +14,7 @@ pub struct Scenario {
     /// Makes the domain.
     pub prepare: fn() -> Result<Domain>,
     /// The command line.
-    pub words: fn(&Domain) -> Vec<String>,
+    pub args: fn(&Domain) -> Vec<String>,
     /// What the operation does to the model, once it has happened.
     pub effect: fn(&mut Model),
     /// Where the snapshots are looked for.
@@ -32,12 +32,12 @@ pub enum Look {
     Image,
 }
 
-fn words(words: &[&str]) -> Vec<String> {
-    words.iter().map(|word| (*word).to_owned()).collect()
+fn args(args: &[&str]) -> Vec<String> {
+    args.iter().map(|word| (*word).to_owned()).collect()
 }
 
 fn strings(names: &[&str]) -> Vec<String> {
-    words(names)
+    args(names)
 }
 
 /// Two disks; snapshots of `kinds`, called `s1`, `s2`, ..., with writes between and after.
@@ -84,15 +84,15 @@ fn image(names: &[&str]) -> Result<Domain> {
 
 fn disk(domain: &Domain, operation: &str, rest: &[&str]) -> Vec<String> {
     let path = domain.path("vda").display().to_string();
-    words(&[&["disk", operation, &path], rest].concat())
+    args(&[&["disk", operation, &path], rest].concat())
 }
 
 macro_rules! scenarios {
-    ($($(#[$doc:meta])* $name:ident $look:ident $(on $mounts:ident)? { $prepare:expr, $words:expr, $effect:expr })*) => {
+    ($($(#[$doc:meta])* $name:ident $look:ident $(on $mounts:ident)? { $prepare:expr, $args:expr, $effect:expr })*) => {
         $($(#[$doc])* pub const $name: Scenario = Scenario {
             name: stringify!($name),
             prepare: || $prepare,
-            words: $words,
+            args: $args,
             effect: $effect,
             look: Look::$look,
             mounts: [$(Some(stringify!($mounts)),)? None][0],
@@ -107,28 +107,28 @@ pub mod reflink;
 
 scenarios! {
     /// The first snapshot: images that were never seen before, internal.
-    CREATE_INTERNAL Tree { line(&[]), |d| d.create_words("new", "internal"), |m| m.create("new") }
+    CREATE_INTERNAL Tree { line(&[]), |d| d.create_args("new", "internal"), |m| m.create("new") }
     /// The first snapshot, external: the images get their permanent names.
-    CREATE_EXTERNAL Tree { line(&[]), |d| d.create_words("new", "external"), |m| m.create("new") }
+    CREATE_EXTERNAL Tree { line(&[]), |d| d.create_args("new", "external"), |m| m.create("new") }
     /// One disk internal, one external.
-    CREATE_MIXED Tree { line(&[]), |d| d.create_words("new", "mixed"), |m| m.create("new") }
+    CREATE_MIXED Tree { line(&[]), |d| d.create_args("new", "mixed"), |m| m.create("new") }
     /// A further internal snapshot on top of external ones.
     CREATE_INTERNAL_ON_EXTERNAL Tree {
-        line(&["external"]), |d| d.create_words("new", "internal"), |m| m.create("new")
+        line(&["external"]), |d| d.create_args("new", "internal"), |m| m.create("new")
     }
     /// A further external snapshot of images that hold internal ones.
     CREATE_EXTERNAL_ON_INTERNAL Tree {
-        line(&["internal"]), |d| d.create_words("new", "external"), |m| m.create("new")
+        line(&["internal"]), |d| d.create_args("new", "external"), |m| m.create("new")
     }
     /// Internal points of the active images: applied in place.
     REVERT_INTERNAL_IN_PLACE Tree {
-        line(&["internal", "internal"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1")
+        line(&["internal", "internal"]), |_| args(&["revert", NAME, "s1"]), |m| m.revert("s1")
     }
     /// Internal points of images that other points depend on: copied out.
     REVERT_INTERNAL_MATERIALISED Tree {
-        line(&["internal", "external"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1")
+        line(&["internal", "external"]), |_| args(&["revert", NAME, "s1"]), |m| m.revert("s1")
     }
-    /// An internal point of a layer that nothing depends on and nobody writes: applied in it, and switched
+    /// An internal point of a layer that nothing depends on and nothing writes: applied in it, and switched
     /// to.
     REVERT_INTERNAL_OF_A_FROZEN_LEAF Tree {
         {
@@ -137,29 +137,29 @@ scenarios! {
             domain.write_everywhere()?;
             Ok(domain)
         },
-        |_| words(&["revert", NAME, "s2"]), |m| m.revert("s2")
+        |_| args(&["revert", NAME, "s2"]), |m| m.revert("s2")
     }
     /// To a frozen layer.
     REVERT_EXTERNAL Tree {
-        line(&["external", "external"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1")
+        line(&["external", "external"]), |_| args(&["revert", NAME, "s1"]), |m| m.revert("s1")
     }
     /// The current state gets a name first.
     REVERT_SAVING_CURRENT Tree {
         line(&["external", "mixed"]),
-        |_| words(&["revert", NAME, "s1", "--save-current=kept"]),
+        |_| args(&["revert", NAME, "s1", "--save-current=kept"]),
         |m| { m.create("kept"); m.revert("s1") }
     }
     /// The only snapshot, external: the current state is merged down or takes its place.
     DELETE_LEAF_EXTERNAL Tree {
-        line(&["external", "external"]), |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
+        line(&["external", "external"]), |_| args(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
     /// A leaf beside the current state: no merge at all.
     DELETE_LEAF_OFF_THE_ACTIVE_CHAIN Tree {
-        fork("external"), |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
+        fork("external"), |_| args(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
     /// An internal leaf.
     DELETE_LEAF_INTERNAL Tree {
-        line(&["internal", "internal"]), |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
+        line(&["internal", "internal"]), |_| args(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
     /// In the middle, the child small: merged into its parent.
     DELETE_MIDDLE_BIG_BELOW Tree {
@@ -171,7 +171,7 @@ scenarios! {
             domain.write_everywhere()?;
             Ok(domain)
         },
-        |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
+        |_| args(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
     /// In the middle, the child big: the parent's data move up.
     DELETE_MIDDLE_BIG_ABOVE Tree {
@@ -182,7 +182,7 @@ scenarios! {
             domain.write_everywhere()?;
             Ok(domain)
         },
-        |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
+        |_| args(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
     /// The current state small: merged into the layer below, which the configured path then names.
     DELETE_CURRENT_BIG_BELOW Tree {
@@ -193,7 +193,7 @@ scenarios! {
             domain.write_everywhere()?;
             Ok(domain)
         },
-        |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
+        |_| args(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
     /// Several, the one between the biggest: what is below and the current state are merged into it.
     DELETE_SEVERAL_BIG_BETWEEN Tree {
@@ -204,7 +204,7 @@ scenarios! {
             domain.write_everywhere()?;
             Ok(domain)
         },
-        |_| words(&["delete", NAME, "s2", "s3"]), |m| m.delete(&strings(&["s2", "s3"]))
+        |_| args(&["delete", NAME, "s2", "s3"]), |m| m.delete(&strings(&["s2", "s3"]))
     }
     /// The only one, the current state small: one image without another name is left.
     DELETE_ONLY_BIG_BELOW Tree {
@@ -215,11 +215,11 @@ scenarios! {
             domain.write_everywhere()?;
             Ok(domain)
         },
-        |_| words(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
+        |_| args(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
     }
     /// A frozen layer that two others depend on.
     DELETE_WITH_SEVERAL_CHILDREN Tree {
-        fork("external"), |_| words(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
+        fork("external"), |_| args(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
     }
     /// A whole subtree, the current state on another branch.
     DELETE_SUBTREE Tree {
@@ -229,22 +229,22 @@ scenarios! {
             domain.write_everywhere()?;
             Ok(domain)
         },
-        |_| words(&["delete", NAME, "s2", "--children"]),
+        |_| args(&["delete", NAME, "s2", "--children"]),
         |m| m.delete(&m.subtree("s2"))
     }
     /// Several at once.
     DELETE_SEVERAL Tree {
         line(&["external", "internal", "external", "mixed"]),
-        |_| words(&["delete", NAME, "s1", "s3"]),
+        |_| args(&["delete", NAME, "s1", "s3"]),
         |m| m.delete(&strings(&["s1", "s3"]))
     }
     /// An internal point of a frozen layer.
     DELETE_INTERNAL_UNDER_EXTERNAL Tree {
-        line(&["internal", "external"]), |_| words(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
+        line(&["internal", "external"]), |_| args(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
     }
     /// An external point whose child is internal in the layer above.
     DELETE_EXTERNAL_UNDER_INTERNAL Tree {
-        line(&["external", "internal"]), |_| words(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
+        line(&["external", "internal"]), |_| args(&["delete", NAME, "s1"]), |m| m.delete(&strings(&["s1"]))
     }
     /// A domain becomes known.
     DOMAIN_ADD Tree {
@@ -253,10 +253,10 @@ scenarios! {
             domain.write_everywhere()?;
             Ok(domain)
         },
-        |d| d.register_words(), |_| {}
+        |d| d.register_args(), |_| {}
     }
     /// A domain is forgotten.
-    DOMAIN_REMOVE Tree { line(&[]), |_| words(&["domain", "remove", NAME]), |_| {} }
+    DOMAIN_REMOVE Tree { line(&[]), |_| args(&["domain", "remove", NAME]), |_| {} }
     /// A lost catalogue comes back from what lies beside the images.
     IMPORT Tree {
         {
@@ -265,7 +265,7 @@ scenarios! {
             std::fs::create_dir(domain.state())?;
             Ok(domain)
         },
-        |d| words(&["import", &d.paths(), "--name", NAME]), |_| {}
+        |d| args(&["import", &d.paths(), "--name", NAME]), |_| {}
     }
     /// One image, no domain, internal.
     DISK_CREATE_INTERNAL Image { image(&[]), |d| disk(d, "create", &["new", "--internal"]), |m| m.create("new") }
@@ -280,18 +280,18 @@ scenarios! {
         |m| m.delete(&strings(&["one", "three"]))
     }
     /// Raw files, copied.
-    RAW_CREATE Tree { raw_line(1), |d| d.create_words("new", "copy"), |m| m.create("new") }
+    RAW_CREATE Tree { raw_line(1), |d| d.create_args("new", "copy"), |m| m.create("new") }
     /// Raw files, replaced by copies of a point.
-    RAW_REVERT Tree { raw_line(2), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1") }
+    RAW_REVERT Tree { raw_line(2), |_| args(&["revert", NAME, "s1"]), |m| m.revert("s1") }
     /// Raw files, with the current state kept.
     RAW_REVERT_SAVING_CURRENT Tree {
         raw_line(2),
-        |_| words(&["revert", NAME, "s1", "--save-current=kept"]),
+        |_| args(&["revert", NAME, "s1", "--save-current=kept"]),
         |m| { m.create("kept"); m.revert("s1"); }
     }
     /// Points of raw files.
     RAW_DELETE Tree {
-        raw_line(3), |_| words(&["delete", NAME, "s1", "s3"]), |m| m.delete(&strings(&["s1", "s3"]))
+        raw_line(3), |_| args(&["delete", NAME, "s1", "s3"]), |m| m.delete(&strings(&["s1", "s3"]))
     }
 }
 

@@ -27,10 +27,10 @@ impl Server {
     ///
     /// # Errors
     /// Its output, if it ends before.
-    pub fn start(domsnap: &Domsnap, socket: &Path, words: &[&str]) -> Result<Self> {
+    pub fn start(domsnap: &Domsnap, socket: &Path, args: &[&str]) -> Result<Self> {
         let mut line = vec!["disk", "serve", "--socket"];
         line.push(socket.to_str().context("a socket's path")?);
-        line.extend(words);
+        line.extend(args);
         let mut command = domsnap.command(&line);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let mut server = Self { child, socket: socket.to_owned() };

@@ -32,7 +32,7 @@ pub fn watching_all(domsnap: Domsnap, root: &Path) -> Result<Domsnap> {
 pub struct Counted {
     /// From 1.
     pub number: u64,
-    /// Kind, path, offset and length, as words.
+    /// Kind, path, offset and length, as text.
     pub line: String,
 }
 

@@ -61,7 +61,7 @@ pub fn names(list: &List, model: &Model) -> Result<()> {
     Ok(())
 }
 
-/// Compares the bytes of every point that `list` tells of, and the current state; checks layers; looks for
+/// Compares the bytes of every point that `list` reports, and the current state; checks layers; looks for
 /// leftovers.
 ///
 /// # Errors
@@ -120,7 +120,7 @@ fn every_byte(domain: &Domain, list: &List, model: &Model, memo: &mut Memo) -> R
         let disks = &model.snapshots[&snapshot.name].disks;
         let reported: BTreeSet<_> = snapshot.points.iter().map(|point| &point.target).collect();
         if !reported.iter().copied().eq(disks.keys()) {
-            bail!("{} should hold {:?}, domsnap tells of {reported:?}", snapshot.name, disks.keys());
+            bail!("{} should hold {:?}, domsnap reports {reported:?}", snapshot.name, disks.keys());
         }
         for point in &snapshot.points {
             let tag = match point.kind {
@@ -285,9 +285,9 @@ mod tests {
         domain.write_everywhere().unwrap();
         domain.model.create("out");
         std::fs::rename(&path, &layer).unwrap();
-        let words = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", "-F", "qcow2", "-b"];
-        let words = words.iter().map(std::ffi::OsStr::new);
-        qemu::img(&words.chain(["a.ds-00000000.qcow2".as_ref(), path.as_os_str()]).collect::<Vec<_>>())
+        let args = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", "-F", "qcow2", "-b"];
+        let args = args.iter().map(std::ffi::OsStr::new);
+        qemu::img(&args.chain(["a.ds-00000000.qcow2".as_ref(), path.as_os_str()]).collect::<Vec<_>>())
             .unwrap();
         domain.write_everywhere().unwrap();
         let point = |kind, tag: Option<&str>| Point {

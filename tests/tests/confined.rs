@@ -11,8 +11,8 @@ use domsnap_tests::mounted::may_mount;
 use domsnap_tests::qemu;
 use testguest::Version;
 
-/// The user that everybody is who is nobody.
-const NOBODY: u32 = 65534;
+/// The user without rights.
+const UNPRIVILEGED: u32 = 65534;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum How {
@@ -36,8 +36,8 @@ struct Words<'a> {
 }
 
 impl Words<'_> {
-    fn run(&self, words: &[&str], wanted: i32) -> Result<()> {
-        let outcome = self.domsnap.run(words)?.expect_status(wanted)?;
+    fn run(&self, args: &[&str], wanted: i32) -> Result<()> {
+        let outcome = self.domsnap.run(args)?.expect_status(wanted)?;
         ensure!(
             wanted != status::REFUSED || outcome.stderr.contains("no changes made"),
             "what is the state now? {outcome}"
@@ -69,17 +69,17 @@ fn try_one(how: How) -> Result<()> {
         let path = entry?.path();
         if path.is_file() {
             match how {
-                How::Owner | How::Directory => chown(&path, Some(NOBODY), Some(NOBODY))?,
+                How::Owner | How::Directory => chown(&path, Some(UNPRIVILEGED), Some(UNPRIVILEGED))?,
                 How::User | How::Root | How::OneFile | How::Sandbox => {}
             }
         }
     }
     match how {
-        How::Owner => chown(&images, Some(NOBODY), Some(NOBODY))?,
+        How::Owner => chown(&images, Some(UNPRIVILEGED), Some(UNPRIVILEGED))?,
         How::Directory => fs::set_permissions(&images, fs::Permissions::from_mode(0o700))?,
         How::User | How::Root | How::OneFile | How::Sandbox => {}
     }
-    let mut words = vec![
+    let mut args = vec![
         "-blockdev".to_owned(),
         format!("driver=qcow2,file.driver=file,file.filename={},node-name=d0", disk.display()),
         "-device".to_owned(),
@@ -88,13 +88,13 @@ fn try_one(how: How) -> Result<()> {
     let mut through: Vec<String> = Vec::new();
     match how {
         How::User | How::Owner | How::Directory => {
-            words.extend(["-run-with".to_owned(), "user=nobody".to_owned()]);
+            args.extend(["-run-with".to_owned(), "user=nobody".to_owned()]);
         }
         How::Sandbox => {
             let all = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
-            words.extend(["-sandbox".to_owned(), all.to_owned()]);
+            args.extend(["-sandbox".to_owned(), all.to_owned()]);
         }
-        How::Root => words.extend(["-run-with".to_owned(), format!("chroot={}", jail.display())]),
+        How::Root => args.extend(["-run-with".to_owned(), format!("chroot={}", jail.display())]),
         How::OneFile => {
             let (images, jail) = (images.display(), jail.display());
             let script = format!(
@@ -105,9 +105,9 @@ fn try_one(how: How) -> Result<()> {
             through = ["unshare", "-m", "sh", "-c", &script, "sh"].map(str::to_owned).into();
         }
     }
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let through: Vec<&str> = through.iter().map(String::as_str).collect();
-    let qemu = Idle::start_through(&through, Version::New, dir.path(), "m", &words)?;
+    let qemu = Idle::start_through(&through, Version::New, dir.path(), "m", &args)?;
     let tried = Words { domsnap: &domsnap, qemu: &qemu };
     let whole = matches!(how, How::Owner | How::Sandbox);
     let if_whole = if whole { status::DONE } else { status::REFUSED };

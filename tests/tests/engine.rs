@@ -27,8 +27,8 @@ impl Place {
 
     fn run(&self, line: &str, image: &Path) -> Result<Outcome> {
         let path = image.to_str().context("a path in UTF-8")?;
-        let words: Vec<&str> = line.split(' ').map(|word| if word == "@" { path } else { word }).collect();
-        self.domsnap.run(&words)
+        let args: Vec<&str> = line.split(' ').map(|word| if word == "@" { path } else { word }).collect();
+        self.domsnap.run(&args)
     }
 
     fn done(&self, line: &str, image: &Path) -> Result<Outcome> {
@@ -42,8 +42,8 @@ impl Place {
 
 fn create(path: &Path, options: &str, size: &str) -> Result<()> {
     let options = if options.is_empty() { "cluster_size=64k" } else { options };
-    let words = ["create", "-q", "-f", "qcow2", "-o", options].map(std::ffi::OsStr::new);
-    qemu::img(&[&words[..], &[path.as_os_str(), size.as_ref()]].concat()).map(drop)
+    let args = ["create", "-q", "-f", "qcow2", "-o", options].map(std::ffi::OsStr::new);
+    qemu::img(&[&args[..], &[path.as_os_str(), size.as_ref()]].concat()).map(drop)
 }
 
 fn write(path: &Path, offset: u64, length: u64, byte: u8) -> Result<()> {
@@ -150,9 +150,9 @@ fn encrypted_image_never_gets_a_clear_overlay() -> Result<()> {
     let image = place.path("e.qcow2");
     let secret = ["--object", "secret,id=s0,data=abc"];
     let luks = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10";
-    let words = [&["create", "-q"][..], &secret, &["-f", "qcow2", "-o", luks]].concat();
-    let words: Vec<&std::ffi::OsStr> = words.into_iter().map(std::ffi::OsStr::new).collect();
-    qemu::img(&[&words[..], &[image.as_os_str(), "16M".as_ref()]].concat())?;
+    let args = [&["create", "-q"][..], &secret, &["-f", "qcow2", "-o", luks]].concat();
+    let args: Vec<&std::ffi::OsStr> = args.into_iter().map(std::ffi::OsStr::new).collect();
+    qemu::img(&[&args[..], &[image.as_os_str(), "16M".as_ref()]].concat())?;
     place.refused("create @ s --external", &image)?;
     // Internal snapshots need no key.
     place.done("create @ i --internal", &image)?;
@@ -162,9 +162,9 @@ fn encrypted_image_never_gets_a_clear_overlay() -> Result<()> {
     ensure!(place.done("check @", &image)?.stdout.contains("all is well"));
 
     let over = place.path("over.qcow2");
-    let words =
+    let args =
         ["create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", "e.qcow2"].map(std::ffi::OsStr::new);
-    qemu::img(&[&words[..], &[over.as_os_str(), "16M".as_ref()]].concat())?;
+    qemu::img(&[&args[..], &[over.as_os_str(), "16M".as_ref()]].concat())?;
     place.refused("create @ s --external", &over)?;
     ensure!(std::fs::metadata(place.path("over.qcow2"))?.nlink() == 1, "a refusal left names behind");
     Ok(())
@@ -259,7 +259,7 @@ fn revert_keeps_the_room_of_a_reserved_raw_disk() -> Result<()> {
     Ok(())
 }
 
-/// A raw point's checksum that is a FIFO, or is huge, is refused in words.
+/// A raw point's checksum that is a FIFO, or is huge, is refused with a message.
 #[test]
 fn strange_checksum_file_of_a_raw_point_is_refused() -> Result<()> {
     let place = Place::new()?;
@@ -274,14 +274,14 @@ fn strange_checksum_file_of_a_raw_point_is_refused() -> Result<()> {
     std::fs::File::options().write(true).open(&sum)?.set_len(20 << 30)?;
     let limited =
         place.domsnap.clone().through(&["timeout", "-s", "KILL", "60", "prlimit", "--as=1073741824"]);
-    for words in [&["check", "r"][..], &["revert", "r", "s"]] {
-        let outcome = limited.run(words)?;
+    for args in [&["check", "r"][..], &["revert", "r", "s"]] {
+        let outcome = limited.run(args)?;
         ensure!(matches!(outcome.status, Some(1 | 3)), "{outcome}");
     }
     std::fs::remove_file(&sum)?;
     ensure!(std::process::Command::new("mkfifo").arg(&sum).status()?.success(), "no FIFO can be made");
-    for words in [&["check", "r"][..], &["revert", "r", "s"]] {
-        let outcome = limited.run(words)?;
+    for args in [&["check", "r"][..], &["revert", "r", "s"]] {
+        let outcome = limited.run(args)?;
         ensure!(matches!(outcome.status, Some(1 | 3)), "{outcome}");
     }
     Ok(())

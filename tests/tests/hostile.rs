@@ -76,7 +76,7 @@ fn commands(image: &Path) -> Vec<Vec<String>> {
         &["create", &path, "z", "--internal"],
         &["create", &path, "w", "--external"],
     ];
-    all.iter().map(|words| words.iter().map(|word| (*word).to_owned()).collect()).collect()
+    all.iter().map(|args| args.iter().map(|word| (*word).to_owned()).collect()).collect()
 }
 
 fn well_behaved(outcome: &Outcome) -> Result<()> {
@@ -84,7 +84,7 @@ fn well_behaved(outcome: &Outcome) -> Result<()> {
     match outcome.status {
         Some(status::DONE) => Ok(()),
         Some(status::FAILED | status::REFUSED) => {
-            ensure!(!outcome.stderr.trim().is_empty(), "no words: {outcome}");
+            ensure!(!outcome.stderr.trim().is_empty(), "no args: {outcome}");
             Ok(())
         }
         _ => bail!("it died, hung, or ended with a status that means nothing here: {outcome}"),
@@ -100,8 +100,8 @@ fn lie(lie: impl Fn(&Image) -> Result<()>) -> Result<Vec<Outcome>> {
     let mut as_reported = reported.clone();
     let bad = qemu::check_within(&image.path, "2").is_err();
     let mut outcomes = Vec::new();
-    for words in commands(&image.path) {
-        let outcome = image.domsnap().run(&words)?;
+    for args in commands(&image.path) {
+        let outcome = image.domsnap().run(&args)?;
         well_behaved(&outcome)?;
         if outcome.status != Some(status::DONE) {
             same_images(&image.disks(), &as_reported).with_context(|| outcome.to_string())?;
@@ -125,8 +125,8 @@ fn lie(lie: impl Fn(&Image) -> Result<()>) -> Result<Vec<Outcome>> {
 }
 
 /// A lie that no command may believe.
-fn nobody_believes(tell: impl Fn(&Image) -> Result<()>) -> Result<()> {
-    for outcome in lie(tell)? {
+fn is_not_believed(change: impl Fn(&Image) -> Result<()>) -> Result<()> {
+    for outcome in lie(change)? {
         // `check` may also report it as a finding, with a status of its own kind; it is never "done".
         ensure!(outcome.status != Some(status::DONE), "it was believed: {outcome}");
     }
@@ -151,10 +151,10 @@ const REFCOUNT_ORDER: u64 = 96;
 const HEADER_LENGTH: u64 = 100;
 
 macro_rules! not_believed {
-    ($($name:ident $tell:expr;)*) => {$(
+    ($($name:ident $change:expr;)*) => {$(
         #[test]
         fn $name() -> Result<()> {
-            nobody_believes($tell)
+            is_not_believed($change)
         }
     )*};
 }
@@ -163,8 +163,8 @@ mod header {
     use super::*;
 
     /// Neither a list nor an overlay on top needs these tables; whatever does, does not believe in them.
-    fn unread(tell: impl Fn(&Image) -> Result<()>) -> Result<()> {
-        for outcome in lie(tell)? {
+    fn unread(change: impl Fn(&Image) -> Result<()>) -> Result<()> {
+        for outcome in lie(change)? {
             let reads_none = outcome.command.contains(" list ") || outcome.command.contains("--external");
             ensure!(reads_none || outcome.status != Some(status::DONE), "it was believed: {outcome}");
         }
@@ -225,8 +225,8 @@ mod snapshot_table {
     }
 
     /// The table can be listed; the snapshot can be neither returned to nor deleted.
-    fn not_used(tell: impl Fn(&Image) -> Result<()>) -> Result<()> {
-        for outcome in lie(tell)? {
+    fn not_used(change: impl Fn(&Image) -> Result<()>) -> Result<()> {
+        for outcome in lie(change)? {
             let uses = outcome.command.contains("disk revert") || outcome.command.contains("disk delete");
             ensure!(!uses || outcome.status != Some(status::DONE), "it was believed: {outcome}");
         }
@@ -281,10 +281,10 @@ mod tables {
 
     /// What reads no table may work; what does must not die, hang, or make it worse.
     macro_rules! survived {
-        ($($name:ident $tell:expr;)*) => {$(
+        ($($name:ident $change:expr;)*) => {$(
             #[test]
             fn $name() -> Result<()> {
-                lie($tell).map(|_| ())
+                lie($change).map(|_| ())
             }
         )*};
     }
@@ -338,7 +338,7 @@ mod chains {
     }
 
     #[test]
-    fn an_image_that_stands_on_itself() -> Result<()> {
+    fn image_that_backs_itself() -> Result<()> {
         declined("a.qcow2", "a.qcow2")
     }
 
@@ -363,7 +363,7 @@ mod chains {
     }
 
     #[test]
-    fn two_images_that_stand_on_each_other() -> Result<()> {
+    fn images_that_back_each_other() -> Result<()> {
         let outcomes = lie(|image| {
             with_backing(image, "b.qcow2")?;
             let other = image.disks().join("b.qcow2");

@@ -1,7 +1,7 @@
 //! Directories that a tenant owns, in which root runs domsnap: a test for each line of `docs/security.md`.
 //!
 //! Whatever lies beside the images, nothing outside of the directory is read, written, made, removed or run,
-//! nothing hangs, and what is refused is refused in words.
+//! nothing hangs, and what is refused is refused with a message.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -19,14 +19,14 @@ use serde_json::{Value, json};
 /// The tenant: no user of the machine's.
 const TENANT: u32 = 5000;
 
-/// A file of somebody else's: path, owner, mode, number of names, content.
+/// A file of another user: path, owner, mode, number of names, content.
 type Foreign = (PathBuf, u32, u32, u64, Vec<u8>);
 
-/// Changes the content of `domain.json` and of a snapshot's manifest; the text is the directory of somebody
-/// else.
+/// Changes the content of `domain.json` and of a snapshot's manifest; the text is the directory of another
+/// user else.
 type Forgery = dyn Fn(&mut Value, &mut Value, &str);
 
-/// A tenant's directory with an image of his, root's state directory, and what is somebody else's.
+/// A tenant's directory with an image of his, root's state directory, and the files of another user.
 struct Place {
     dir: tempfile::TempDir,
 }
@@ -81,9 +81,9 @@ impl Place {
         Domsnap::new(&self.path("state")).through(&["timeout", "-s", "KILL", "60"])
     }
 
-    /// Runs a command, which must end by itself and in words.
-    fn run(&self, words: &[&str]) -> Result<Outcome> {
-        let outcome = self.domsnap().run(words)?;
+    /// Runs a command, which must end by itself and with a message.
+    fn run(&self, args: &[&str]) -> Result<Outcome> {
+        let outcome = self.domsnap().run(args)?;
         ensure!(outcome.status.is_some() && outcome.status != Some(137), "it hangs: {outcome}");
         ensure!(!outcome.panicked(), "{outcome}");
         Ok(outcome)
@@ -99,7 +99,7 @@ impl Place {
         self.on_image(command, more)?.expect_status(status::DONE)
     }
 
-    /// All of somebody else's, by content, owner and mode.
+    /// All of the other user, by content, owner and mode.
     fn others(&self) -> Result<Vec<Foreign>> {
         let mut all = Vec::new();
         for entry in fs::read_dir(self.path("other"))? {
@@ -185,12 +185,12 @@ fn a_layer_that_was_replaced_is_not_followed() -> Result<()> {
         for layer in &layers {
             replace(layer, kind, &place)?;
         }
-        for words in
+        for args in
             [&["revert", "s1"][..], &["delete", "s1"], &["delete", "s2"], &["create", "s9", "--internal"]]
         {
-            let outcome = place.on_image(words[0], &words[1..])?;
+            let outcome = place.on_image(args[0], &args[1..])?;
             // What only concerns the active image needs no layer below it.
-            let needs_layers = words[0] != "create";
+            let needs_layers = args[0] != "create";
             ensure!(outcome.status != Some(status::DONE) || !needs_layers, "{kind}: {outcome}");
             ensure!(place.others()? == others, "{kind}: another user's files were changed: {outcome}");
         }
@@ -221,14 +221,14 @@ fn a_manifest_that_was_replaced_is_not_followed() -> Result<()> {
             place.give_away()?;
             replace(&path, kind, &place)?;
             let others = place.others()?;
-            for words in [&["list"][..], &["create", "s2", "--internal"], &["delete", "s1"], &["check"]] {
-                let outcome = place.on_image(words[0], &words[1..])?;
+            for args in [&["list"][..], &["create", "s2", "--internal"], &["delete", "s1"], &["check"]] {
+                let outcome = place.on_image(args[0], &args[1..])?;
                 ensure!(place.others()? == others, "{kind} {name}: {outcome}");
             }
             // Neither does a catalogue that knows nothing of it.
             fs::remove_dir_all(place.path("state"))?;
-            for words in [&["list"][..], &["create", "s3", "--internal"], &["import"]] {
-                let outcome = place.on_image(words[0], &words[1..])?;
+            for args in [&["list"][..], &["create", "s3", "--internal"], &["import"]] {
+                let outcome = place.on_image(args[0], &args[1..])?;
                 ensure!(place.others()? == others, "{kind} {name}: {outcome}");
             }
         }
@@ -253,7 +253,7 @@ fn a_manifest_that_is_too_much_is_refused() -> Result<()> {
     fs::write(&domain, format!("{{\"domsnap-manifest\":1,\"crc32\":\"{crc:08x}\",\"content\":{deep}}}"))?;
     place.done("list", &[])?;
     ensure!(begun.elapsed() < Duration::from_secs(120), "it takes too long");
-    // In a directory where everybody may make files, another user's manifests are nobody's.
+    // In a directory where all users may make files, another user's manifests are ignored.
     fs::write(&domain, good)?;
     chown(place.path("tenant"), Some(0), Some(0))?;
     fs::set_permissions(place.path("tenant"), fs::Permissions::from_mode(0o1777))?;
@@ -300,8 +300,8 @@ fn names_in_manifests_do_not_lead_out() -> Result<()> {
         forge(&domain_file, &domain)?;
         forge(&file, &snapshot)?;
         let others = place.others()?;
-        for words in [&["list"][..], &["revert", "s1"], &["delete", "s1"], &["import"], &["delete", "s1"]] {
-            let outcome = place.on_image(words[0], &words[1..])?;
+        for args in [&["list"][..], &["revert", "s1"], &["delete", "s1"], &["import"], &["delete", "s1"]] {
+            let outcome = place.on_image(args[0], &args[1..])?;
             ensure!(place.others()? == others, "{number}: {outcome}");
         }
         let shown = qemu::read(&place.image(), None)?;
@@ -446,7 +446,7 @@ fn attributes_of_the_path_survive_every_operation() -> Result<()> {
         let disk = format!("vda={},format={format}", image.display());
         place.run(&["domain", "add", "d", "--disk", &disk])?.expect_status(status::DONE)?;
         let choice = format!("vda={kind}");
-        for words in [
+        for args in [
             &["create", "d", "s1", "--disk", &choice][..],
             &["create", "d", "s2", "--disk", &choice],
             &["revert", "d", "s1"],
@@ -454,7 +454,7 @@ fn attributes_of_the_path_survive_every_operation() -> Result<()> {
             &["revert", "d", "s2"],
             &["delete", "d", "s2"],
         ] {
-            let outcome = place.run(words)?.expect_status(status::DONE)?;
+            let outcome = place.run(args)?.expect_status(status::DONE)?;
             ensure!(state()? == before, "{format} {kind}: {:?} became {:?} by {outcome}", before, state()?);
         }
     }
@@ -627,9 +627,9 @@ fn access_lists_of_directories_count() -> Result<()> {
     Ok(())
 }
 
-/// What a directory gives to new files lets nobody into an overlay or a copy who may not use the image.
+/// What a directory gives to new files gives no access to an overlay or a copy that the image does not give.
 #[test]
-fn default_lists_of_directories_let_nobody_in() -> Result<()> {
+fn default_acls_of_directories_grant_no_access() -> Result<()> {
     for (format, kind) in [("qcow2", "external"), ("raw", "copy")] {
         let Some(place) = Place::new()? else { return Ok(()) };
         let image = place.path(&format!("tenant/d.{format}"));
@@ -646,8 +646,8 @@ fn default_lists_of_directories_let_nobody_in() -> Result<()> {
         let disk = format!("vda={},format={format}", image.display());
         place.run(&["domain", "add", "d", "--disk", &disk])?.expect_status(status::DONE)?;
         let choice = format!("vda={kind}");
-        for words in [&["create", "d", "s1", "--disk", &choice][..], &["revert", "d", "s1"]] {
-            place.run(words)?.expect_status(status::DONE)?;
+        for args in [&["create", "d", "s1", "--disk", &choice][..], &["revert", "d", "s1"]] {
+            place.run(args)?.expect_status(status::DONE)?;
             for entry in fs::read_dir(&directory)? {
                 let path = entry?.path();
                 if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("d."))
@@ -665,7 +665,7 @@ fn default_lists_of_directories_let_nobody_in() -> Result<()> {
     Ok(())
 }
 
-/// The catalogue is believed, so it must lie where nobody else can put another.
+/// The catalogue is believed, so it must lie where no other user can put another.
 #[test]
 fn a_state_directory_that_others_own_is_refused() -> Result<()> {
     for (directory, owner, mode) in
@@ -686,7 +686,7 @@ fn a_state_directory_that_others_own_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// A tenant who swaps names as fast as he can gets nothing of anybody else's.
+/// A tenant who swaps names as fast as he can gets nothing of other users'.
 #[test]
 fn swapping_names_in_a_race_wins_nothing() -> Result<()> {
     let Some(place) = Place::new()? else { return Ok(()) };
@@ -721,7 +721,7 @@ fn swapping_names_in_a_race_wins_nothing() -> Result<()> {
         stop.store(true, Ordering::Relaxed);
         worked
     })?;
-    // With nobody at it any more the domain is whole.
+    // With no process at it any more the domain is whole.
     for entry in fs::read_dir(&tenant)?.flatten() {
         if entry.path().symlink_metadata()?.is_symlink() {
             fs::remove_file(entry.path())?;

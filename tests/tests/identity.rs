@@ -49,11 +49,11 @@ mod copies {
     fn drop_tags_that_nothing_counts_on(copy: &Domain) -> Result<()> {
         for entry in std::fs::read_dir(copy.disks())? {
             let path = entry?.path();
-            let words =
+            let args =
                 |tag| ["disk".as_ref(), "delete".as_ref(), path.as_os_str(), std::ffi::OsStr::new(tag)];
             for tag in ["s1", "s2", "s3"] {
                 if path.to_string_lossy().contains(".ds-") {
-                    let outcome = copy.domsnap().run(&words(tag))?;
+                    let outcome = copy.domsnap().run(&args(tag))?;
                     ensure!(matches!(outcome.status, Some(status::DONE | status::REFUSED)), "{outcome}");
                 }
             }
@@ -67,13 +67,13 @@ mod copies {
         let mut copy = copy(&domain, how, &elsewhere.path().join("copy"))?;
         let paths = copy.paths();
         whole(&copy, &paths).or_else(|error| if how == "-a" { Err(error) } else { Ok(()) })?;
-        let words: &[&str] = match first {
+        let args: &[&str] = match first {
             "create" => &["create", &paths, "new", "--external"],
             "revert" => &["revert", &paths, "s1"],
             "delete" => &["delete", &paths, "s1"],
             _ => &["import", &paths],
         };
-        copy.domsnap().done(words)?;
+        copy.domsnap().done(args)?;
         match first {
             "create" => copy.model.create("new"),
             "revert" => copy.model.revert("s1"),
@@ -136,8 +136,8 @@ mod copies {
         std::fs::remove_dir_all(copy.disks())?;
         qemu::run("cp", &["-a".as_ref(), domain.disks().as_os_str(), copy.disks().as_os_str()])?;
         copy.model = domain.model.clone();
-        for words in [["delete", &paths, "s1"], ["create", &paths, "x"], ["revert", &paths, "new"]] {
-            let outcome = copy.declined(&words, status::REFUSED)?;
+        for args in [["delete", &paths, "s1"], ["create", &paths, "x"], ["revert", &paths, "new"]] {
+            let outcome = copy.declined(&args, status::REFUSED)?;
             ensure!(outcome.stderr.contains("import --replace"), "no way out is named: {outcome}");
         }
         copy.domsnap().done(&["import", "--replace", &paths])?;
@@ -162,8 +162,8 @@ mod an_older_catalogue {
             &["delete", NAME, "s1", "--children"],
             &["recover", NAME],
         ];
-        for words in all {
-            let outcome = domain.declined(words, status::REFUSED)?;
+        for args in all {
+            let outcome = domain.declined(args, status::REFUSED)?;
             for word in ["import --replace", "a.qcow2", "no changes made"] {
                 ensure!(outcome.stderr.contains(word), "{word:?} is not said: {outcome}");
             }
@@ -192,7 +192,7 @@ mod an_older_catalogue {
         domain.verify()?;
         domain.delete(&["s3"])?;
         domain.verify()?;
-        // And what it was brought back from is no longer the last word either.
+        // And what it was brought back from is not authoritative any more either.
         put_back(&domain, &saved)?;
         is_refused(&domain)?;
         domain.domsnap().done(&["import", "--replace", NAME])?;
@@ -219,8 +219,8 @@ mod an_older_catalogue {
     #[test]
     fn from_before_an_internal_snapshot_is_refused() -> Result<()> {
         round(&["internal", "internal", "internal"], |domain| {
-            let words = ["create", NAME, "s4", "--internal", "--description", "important"];
-            domain.domsnap().done(&words)?;
+            let args = ["create", NAME, "s4", "--internal", "--description", "important"];
+            domain.domsnap().done(&args)?;
             domain.model.create("s4");
             Ok(())
         })
@@ -283,7 +283,7 @@ mod an_older_catalogue {
     #[test]
     fn finds_an_active_image_that_has_another_path_now() -> Result<()> {
         let mut domain = Domain::unregistered(&Shape::disks(1))?;
-        domain.domsnap().done(&[domain.register_words(), vec!["--active-path=new".into()]].concat())?;
+        domain.domsnap().done(&[domain.register_args(), vec!["--active-path=new".into()]].concat())?;
         let disk = domain.path("vda");
         domain.write_everywhere()?;
         domain.create("s1", "external")?;
@@ -302,8 +302,8 @@ mod an_older_catalogue {
         let layer = domain.disks().join(&list.snapshots[1].points[0].layer);
         let active = domain.disks().join("a.qcow2");
         for path in [&layer, &active] {
-            let words = ["create".as_ref(), path.as_os_str(), "x".as_ref()];
-            domain.declined(&words, status::REFUSED)?;
+            let args = ["create".as_ref(), path.as_os_str(), "x".as_ref()];
+            domain.declined(&args, status::REFUSED)?;
         }
         for (snapshot, layer) in [("s1", &active), ("s2", &layer)] {
             let bytes = &domain.model.snapshots[snapshot].disks["vda"];
@@ -327,8 +327,8 @@ mod two_catalogues {
             domain.write_everywhere()?;
             second.done(&["delete", &paths, "s1"])?;
             domain.model.delete(&["s1".into()]);
-            for words in [["revert", NAME, "s1"], ["delete", NAME, "s2"], ["create", NAME, "x"]] {
-                let outcome = domain.declined(&words, status::REFUSED)?;
+            for args in [["revert", NAME, "s1"], ["delete", NAME, "s2"], ["create", NAME, "x"]] {
+                let outcome = domain.declined(&args, status::REFUSED)?;
                 ensure!(
                     outcome.stderr.contains("another state directory"),
                     "who else is not said: {outcome}"
@@ -338,8 +338,8 @@ mod two_catalogues {
             domain.verify().with_context(|| format!("{kinds:?}"))?;
             domain.write_and_create("ours", "internal")?;
             let before = contents(&domain.disks())?;
-            for words in [["revert", &paths, "theirs"], ["delete", &paths, "s2"]] {
-                second.run(&words)?.expect_status(status::REFUSED)?;
+            for args in [["revert", &paths, "theirs"], ["delete", &paths, "s2"]] {
+                second.run(&args)?.expect_status(status::REFUSED)?;
                 same_contents(&domain.disks(), &before)?;
             }
             domain.verify()?;
@@ -410,15 +410,15 @@ mod layers_are_no_disks {
                 &["import", &layer],
                 &["disk", "create", &layer, "x", "--external"],
             ];
-            for words in all {
-                let outcome = domain.declined(words, status::REFUSED)?;
+            for args in all {
+                let outcome = domain.declined(args, status::REFUSED)?;
                 let named = ["a.qcow2", "b.qcow2"]
                     .iter()
                     .any(|image| outcome.stderr.contains(&format!("disks/{image}")));
                 ensure!(named, "the domain's images are not named: {outcome}");
             }
-            for words in [["disk", "revert", &layer, "s3"], ["disk", "delete", &layer, "s3"]] {
-                domain.declined(&words, status::REFUSED)?;
+            for args in [["disk", "revert", &layer, "s3"], ["disk", "delete", &layer, "s3"]] {
+                domain.declined(&args, status::REFUSED)?;
             }
         }
         Ok(())
@@ -457,9 +457,9 @@ mod layers_are_no_disks {
             if path.to_string_lossy().contains(".ds-") && inode(&path)? == active {
                 found += 1;
                 let path = path.display().to_string();
-                for words in [["create", &path, "x", "--external"], ["disk", "create", &path, "x"]] {
-                    let outcome = domain.domsnap().run(&words)?;
-                    ensure!(words[0] == "disk" || outcome.status == Some(status::REFUSED), "{outcome}");
+                for args in [["create", &path, "x", "--external"], ["disk", "create", &path, "x"]] {
+                    let outcome = domain.domsnap().run(&args)?;
+                    ensure!(args[0] == "disk" || outcome.status == Some(status::REFUSED), "{outcome}");
                 }
             }
         }
@@ -484,11 +484,11 @@ mod layers_are_no_disks {
         lose_the_catalogue(&domain)?;
         let (a, b) = (domain.path("vda").display().to_string(), domain.path("vdb").display().to_string());
         for images in [&a, &b, &format!("{b},{a}")] {
-            for words in [["create", images, "x"], ["revert", images, "s1"], ["delete", images, "s1"]] {
-                let outcome = domain.declined(&words, status::REFUSED)?;
+            for args in [["create", images, "x"], ["revert", images, "s1"], ["delete", images, "s1"]] {
+                let outcome = domain.declined(&args, status::REFUSED)?;
                 ensure!(
                     outcome.stderr.contains(&format!("{a},{b}")),
-                    "the right words are not named: {outcome}"
+                    "the right args are not named: {outcome}"
                 );
             }
         }
@@ -502,8 +502,8 @@ mod layers_are_no_disks {
         let domain = line(&["internal", "internal"])?;
         lose_the_catalogue(&domain)?;
         let image = domain.path("vda").display().to_string();
-        for words in [["disk", "revert", &image, "s1"], ["disk", "delete", &image, "s1"]] {
-            let outcome = domain.declined(&words, status::REFUSED)?;
+        for args in [["disk", "revert", &image, "s1"], ["disk", "delete", &image, "s1"]] {
+            let outcome = domain.declined(&args, status::REFUSED)?;
             ensure!(outcome.stderr.contains("domsnap import"), "no way out is named: {outcome}");
         }
         domain.register()?;
@@ -511,14 +511,14 @@ mod layers_are_no_disks {
     }
 }
 
-/// A domain that is taken in from manifests, killed at every operation on files.
+/// A domain that is imported from manifests, killed at every operation on files.
 mod killed_anywhere {
     use super::*;
 
-    /// Runs `words` on what `prepare` made, killed before each of its operations in turn; `after` looks.
+    /// Runs `args` on what `prepare` made, killed before each of its operations in turn; `after` looks.
     fn everywhere(
         domain: &Domain,
-        words: &[&str],
+        args: &[&str],
         mut after: impl FnMut(&mut Domain) -> Result<()>,
     ) -> Result<()> {
         let kept = tempfile::tempdir()?;
@@ -526,7 +526,7 @@ mod killed_anywhere {
         domain.save_to(&kept)?;
         let (_outputs, file) = shim::outputs()?;
         let domsnap = shim::watching(domain.domsnap(), domain.root())?;
-        shim::counting(domsnap, &file).done(words)?;
+        shim::counting(domsnap, &file).done(args)?;
         let operations = shim::counted(&file)?;
         let distinguished =
             (0..operations.len()).filter(|index| crash::is_distinguished(&operations, *index));
@@ -534,7 +534,7 @@ mod killed_anywhere {
         for operation in distinguished.map(|index| &operations[index]) {
             domain.restore_from(&kept)?;
             let domsnap = shim::watching(domain.domsnap(), domain.root())?;
-            let outcome = shim::killing(domsnap, operation.number, false).run(words)?;
+            let outcome = shim::killing(domsnap, operation.number, false).run(args)?;
             // Threads may need an operation less than last time: then it went through.
             killed += usize::from(outcome.status.is_none());
             after(&mut domain.at(domain.root())).with_context(|| format!("killed at {operation:?}"))?;
@@ -579,14 +579,14 @@ mod killed_anywhere {
         let kept = tempfile::tempdir()?;
         let kept = kept.path().join("kept");
         domain.save_to(&kept)?;
-        for words in [["delete", NAME, "s1"], ["revert", NAME, "s1"]] {
+        for args in [["delete", NAME, "s1"], ["revert", NAME, "s1"]] {
             domain.restore_from(&kept)?;
-            everywhere(&domain, &words, |domain| {
+            everywhere(&domain, &args, |domain| {
                 replace_tag(&image, &theirs)?;
                 let outcome = domain.domsnap().run(&["recover"])?;
                 let found = qemu::read(&image, Some("s1"))?;
-                ensure!(found.starts_with(&theirs), "{words:?}: their snapshot is gone: {outcome}");
-                ensure!(states.contains(&qemu::read(&image, None)?), "{words:?}: another state: {outcome}");
+                ensure!(found.starts_with(&theirs), "{args:?}: their snapshot is gone: {outcome}");
+                ensure!(states.contains(&qemu::read(&image, None)?), "{args:?}: another state: {outcome}");
                 // The domain is not locked by it.
                 domain.domsnap().done(&["create", NAME, "next", "--external"]).map(drop)
             })?;

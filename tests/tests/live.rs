@@ -239,8 +239,8 @@ fn unregistered_domain_reverts_repeatedly() -> Result<()> {
 fn too_little_space_is_refused_first() -> Result<()> {
     let mut live = Live::new()?;
     live.create("one", &["--external"])?;
-    let refuse = |words: &[&str], says: &str| -> Result<()> {
-        let outcome = live.domsnap().run(words)?.expect_status(status::REFUSED)?;
+    let refuse = |args: &[&str], says: &str| -> Result<()> {
+        let outcome = live.domsnap().run(args)?.expect_status(status::REFUSED)?;
         ensure!(outcome.stderr.contains(says), "{outcome}");
         live.sound()
     };

@@ -24,24 +24,24 @@ fn says(text: &str, all: &[&str]) -> Result<()> {
 }
 
 /// What a command prints for people.
-fn reported(domsnap: &Domsnap, words: &[&str], all: &[&str]) -> Result<String> {
-    let text = domsnap.done(words)?.stdout;
+fn reported(domsnap: &Domsnap, args: &[&str], all: &[&str]) -> Result<String> {
+    let text = domsnap.done(args)?.stdout;
     says(&text, all)?;
     Ok(text)
 }
 
 /// What a command prints for programs.
-fn document(domsnap: &Domsnap, words: &[&str]) -> Result<Value> {
-    let document: Value = domsnap.done(&[words, &["--json"]].concat())?.json()?;
+fn document(domsnap: &Domsnap, args: &[&str]) -> Result<Value> {
+    let document: Value = domsnap.done(&[args, &["--json"]].concat())?.json()?;
     ensure!(document["schema"] == 1, "{document}");
     Ok(document)
 }
 
 /// A refusal, for people and for programs.
-fn refused(domsnap: &Domsnap, words: &[&str], all: &[&str]) -> Result<()> {
-    let outcome = domsnap.run(words)?.expect_status(status::REFUSED)?;
+fn refused(domsnap: &Domsnap, args: &[&str], all: &[&str]) -> Result<()> {
+    let outcome = domsnap.run(args)?.expect_status(status::REFUSED)?;
     says(&outcome.stderr, all)?;
-    let outcome = domsnap.run(&[words, &["--json"]].concat())?.expect_status(status::REFUSED)?;
+    let outcome = domsnap.run(&[args, &["--json"]].concat())?.expect_status(status::REFUSED)?;
     let error = &outcome.json::<Value>()?["error"];
     ensure!(error["exit"] == status::REFUSED && error["message"].is_string(), "{outcome}");
     Ok(())
@@ -89,7 +89,7 @@ fn socket_alone_registers_a_domain() -> Result<()> {
 fn create_reports_pause_and_method() -> Result<()> {
     let mut live = Live::new()?;
     let domsnap = live.domsnap();
-    let create = |words: &[&str], all: &[&str]| reported(&domsnap, &[&["create", NAME], words].concat(), all);
+    let create = |args: &[&str], all: &[&str]| reported(&domsnap, &[&["create", NAME], args].concat(), all);
     create(
         &["ext", "--external"],
         &["created snapshot ext of live: vda external, vdb external, memory ", "iB; guest paused for "],
@@ -98,7 +98,7 @@ fn create_reports_pause_and_method() -> Result<()> {
     create(&["quiet", "--disk-only", "--quiesce"], &["; guest paused for "])?;
     let made = document(&domsnap, &["create", NAME, "json"])?;
     ensure!(made["power"] == "running" && made["outcome"]["downtime_us"].is_u64(), "{made}");
-    ensure!(made["outcome"]["way"].is_string() && made["snapshot"]["memory"]["bytes"].is_u64(), "{made}");
+    ensure!(made["outcome"]["method"].is_string() && made["snapshot"]["memory"]["bytes"].is_u64(), "{made}");
     live.sound()?;
     create(&["still", "--then", "pause"], &["; guest is paused"])?;
     ensure!(document(&domsnap, &["create", NAME, "again", "--then=keep"])?["power"] == "paused");
@@ -149,12 +149,12 @@ fn compressed_memory_shows_sizes_and_reverts() -> Result<()> {
 }
 
 #[test]
-fn a_revert_tells_what_the_guest_does_afterwards() -> Result<()> {
+fn revert_reports_the_power_state() -> Result<()> {
     let mut live = Live::new()?;
     live.create("one", &[])?;
     let domsnap = live.domsnap();
     let revert =
-        |words: &[&str], all: &[&str]| reported(&domsnap, &[&["revert", NAME, "one"], words].concat(), all);
+        |args: &[&str], all: &[&str]| reported(&domsnap, &[&["revert", NAME, "one"], args].concat(), all);
     revert(&[], &["reverted live to one; memory restored, guest resumed (downtime "])?;
     let back = document(&domsnap, &["revert", NAME, "one"])?;
     ensure!(back["power"] == "running" && back["outcome"]["downtime_us"].is_u64(), "{back}");
@@ -172,7 +172,7 @@ fn a_revert_tells_what_the_guest_does_afterwards() -> Result<()> {
     live.sound()
 }
 
-/// A dry run on a running domain tells its steps and does none.
+/// A dry run on a running domain prints its steps and does none.
 #[test]
 fn dry_run_lists_steps_and_does_none() -> Result<()> {
     let mut live = Live::new()?;
@@ -184,10 +184,10 @@ fn dry_run_lists_steps_and_does_none() -> Result<()> {
         (&["revert", NAME, "one"], "domain  pause the guest and detach vda, vdb"),
         (&["delete", NAME, "one"], "domain  remove the memory image "),
     ];
-    for (words, step) in steps {
-        let words = [words, &["--dry-run"]].concat();
-        reported(&domsnap, &words, &[step, "no changes made"])?;
-        let plan = document(&domsnap, &words)?;
+    for (args, step) in steps {
+        let args = [args, &["--dry-run"]].concat();
+        reported(&domsnap, &args, &[step, "no changes made"])?;
+        let plan = document(&domsnap, &args)?;
         let has_steps = |part: &str| plan["plan"][part].as_array().is_some_and(|steps| !steps.is_empty());
         ensure!(has_steps("cut") || has_steps("finish"), "{plan}");
         live.sound()?;
@@ -245,39 +245,39 @@ fn scan_prints_the_command_that_registers() -> Result<()> {
     let disks = found["disks"].as_array().context("no disks")?;
     let left_out: Vec<&Value> = disks.iter().filter(|disk| !disk["left_out"].is_null()).collect();
     ensure!(disks.len() == 3 && left_out.len() == 1 && left_out[0]["target"] == "cd", "{found}");
-    let words: Vec<&str> =
+    let args: Vec<&str> =
         found["register"].as_array().context("no command")?.iter().filter_map(Value::as_str).collect();
-    ensure!(words.first() == Some(&"domsnap"), "{words:?}");
-    let added = domsnap.done(&words[1..])?;
+    ensure!(args.first() == Some(&"domsnap"), "{args:?}");
+    let added = domsnap.done(&args[1..])?;
     says(&added.stdout, &[": 2 disks", "note: cd (", "is left out: "])?;
     let found = mine()?;
     ensure!(
-        found["registered"] == words[3] && found["register"].as_array().is_some_and(Vec::is_empty),
+        found["registered"] == args[3] && found["register"].as_array().is_some_and(Vec::is_empty),
         "{found}"
     );
     reported(
         &domsnap,
         &["domain", "scan"],
-        &[&format!("at qemu:{socket}\n"), &format!("registered as {}\n", words[3])],
+        &[&format!("at qemu:{socket}\n"), &format!("registered as {}\n", args[3])],
     )?;
     live.sound()
 }
 
-/// What cannot be is refused in words and the guest does not notice.
+/// What cannot be is refused with a message and the guest does not notice.
 #[test]
 fn impossible_requests_leave_the_guest_alone() -> Result<()> {
     let live = Live::new()?;
     let domsnap = live.domsnap();
-    let nobody = live.guest.dir().join("nobody");
-    let nobody = text(&nobody)?;
+    let unserved = live.guest.dir().join("unserved");
+    let unserved = text(&unserved)?;
     refused(
         &domsnap,
-        &["domain", "add", "x", "--qmp", nobody],
-        &["no QEMU is listening on", nobody, "-qmp unix:"],
+        &["domain", "add", "x", "--qmp", unserved],
+        &["no QEMU is listening on", unserved, "-qmp unix:"],
     )?;
     refused(
         &domsnap,
-        &["create", &format!("qemu:{nobody}"), "x"],
+        &["create", &format!("qemu:{unserved}"), "x"],
         &["no QEMU is listening on", "no changes made"],
     )?;
     let socket = text(live.guest.qmp_socket())?;

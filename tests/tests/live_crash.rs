@@ -62,29 +62,29 @@ fn nothing(_: &mut Live) -> Result<()> {
 }
 
 const CREATE_EXTERNAL: Operation =
-    Operation { words: &["create", "x", "--external"], takes: Some("x"), deletes: None, again: without_x };
+    Operation { args: &["create", "x", "--external"], takes: Some("x"), deletes: None, again: without_x };
 const CREATE_COMPRESSED: Operation = Operation {
-    words: &["create", "x", "--external", "--compress"],
+    args: &["create", "x", "--external", "--compress"],
     takes: Some("x"),
     deletes: None,
     again: without_x,
 };
 const CREATE_MIXED: Operation = Operation {
-    words: &["create", "x", "--disk", "vda=internal", "--disk", "vdb=external"],
+    args: &["create", "x", "--disk", "vda=internal", "--disk", "vdb=external"],
     takes: Some("x"),
     deletes: None,
     again: without_x,
 };
 const REVERT_OUTSIDE: Operation =
-    Operation { words: &["revert", "outside"], takes: None, deletes: None, again: nothing };
+    Operation { args: &["revert", "outside"], takes: None, deletes: None, again: nothing };
 const REVERT_INSIDE: Operation =
-    Operation { words: &["revert", "inside"], takes: None, deletes: None, again: nothing };
+    Operation { args: &["revert", "inside"], takes: None, deletes: None, again: nothing };
 const REVERT_DISKS: Operation =
-    Operation { words: &["revert", "disks"], takes: None, deletes: None, again: nothing };
+    Operation { args: &["revert", "disks"], takes: None, deletes: None, again: nothing };
 const DELETE_ACTIVE: Operation =
-    Operation { words: &["delete", "x"], takes: None, deletes: Some("x"), again: on_x };
+    Operation { args: &["delete", "x"], takes: None, deletes: Some("x"), again: on_x };
 const DELETE_FROZEN: Operation =
-    Operation { words: &["delete", "x"], takes: None, deletes: Some("x"), again: under_y };
+    Operation { args: &["delete", "x"], takes: None, deletes: Some("x"), again: under_y };
 
 macro_rules! killed {
     ($($test:ident: $operation:ident, $victim:ident, $first:literal, $every:literal;)*) => {$(
@@ -135,8 +135,8 @@ fn written_overlays(raw: bool, started_again: bool) -> Result<()> {
     let live = Live::registered(options, &["--active-path=new"])?;
     let overlay = ["--disk", "vda=overlay", "--disk", "vdb=overlay"];
     // The hardest compression, so that the commit point is far from the instant.
-    let words = [&["create", NAME, "x", "--compress=19"][..], if raw { &overlay } else { &["--external"] }];
-    let mut child = live.domsnap().command(&words.concat()).stderr(Stdio::null()).spawn()?;
+    let args = [&["create", NAME, "x", "--compress=19"][..], if raw { &overlay } else { &["--external"] }];
+    let mut child = live.domsnap().command(&args.concat()).stderr(Stdio::null()).spawn()?;
     let (mut first, until) = (BTreeMap::new(), Instant::now() + Duration::from_secs(60));
     // An overlay grows with the first write to it.
     let has_grown =

@@ -39,16 +39,16 @@ impl Place {
 
     /// A machine with the disk `vda`, and more. `DIR` in a word is the directory.
     fn start(&self, name: &str, more: &[&str]) -> Result<Idle> {
-        let words = [
+        let args = [
             "-blockdev",
             "driver=qcow2,file.driver=file,file.filename=DIR/d.qcow2,node-name=d0",
             "-device",
             "virtio-blk-pci,drive=d0,id=vda",
         ];
         let dir = self.dir.path().display().to_string();
-        let words: Vec<String> = words.iter().chain(more).map(|word| word.replace("DIR", &dir)).collect();
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        Idle::start(Version::New, self.dir.path(), name, &words)
+        let args: Vec<String> = args.iter().chain(more).map(|word| word.replace("DIR", &dir)).collect();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        Idle::start(Version::New, self.dir.path(), name, &args)
     }
 }
 
@@ -62,20 +62,20 @@ impl Drop for Server {
     }
 }
 
-fn serve(words: &[&str], socket: &str) -> Result<Server> {
-    let mut command = Command::new(words[0]);
-    let server = Server(command.args(&words[1..]).stdin(Stdio::null()).spawn().context(words[0].to_owned())?);
+fn serve(args: &[&str], socket: &str) -> Result<Server> {
+    let mut command = Command::new(args[0]);
+    let server = Server(command.args(&args[1..]).stdin(Stdio::null()).spawn().context(args[0].to_owned())?);
     let until = Instant::now() + Duration::from_secs(60);
     while !Path::new(socket).exists() {
-        ensure!(Instant::now() < until, "{words:?} does not serve {socket}");
+        ensure!(Instant::now() < until, "{args:?} does not serve {socket}");
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(server)
 }
 
-fn refused(outcome: Outcome, words: &[&str]) -> Result<()> {
+fn refused(outcome: Outcome, args: &[&str]) -> Result<()> {
     let outcome = outcome.expect_status(status::REFUSED)?;
-    for word in words {
+    for word in args {
         ensure!(outcome.stderr.contains(word), "{word:?} is not in: {}", outcome.stderr);
     }
     Ok(())
@@ -176,8 +176,8 @@ fn disk_that_cannot_be_taken_is_refused_by_name() -> Result<()> {
             ],
         ),
     ];
-    for (name, words) in cases {
-        let qemu = place.start(name, words)?;
+    for (name, args) in cases {
+        let qemu = place.start(name, args)?;
         // Each machine is another domain, with the same first disk.
         let domsnap = Domsnap::new(&place.dir.path().join(format!("state-{name}")));
         let create = |more: &[&str]| domsnap.run(&[&["create", &qemu.address()], more].concat());
@@ -392,7 +392,7 @@ fn layers_of_growing_disks_are_merged_in_any_order() -> Result<()> {
 fn throttle_and_node_options_survive_snapshots() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2"])?;
     let image = place.file("e.qcow2");
-    let words = [
+    let args = [
         "-object",
         "throttle-group,id=t,x-bps-total=99999999",
         "-blockdev",
@@ -402,7 +402,7 @@ fn throttle_and_node_options_survive_snapshots() -> Result<()> {
         "-device",
         "virtio-blk-pci,drive=t0,id=vdb",
     ];
-    let qemu = place.start("t", &words)?;
+    let qemu = place.start("t", &args)?;
     let (domsnap, address) = (place.domsnap(), qemu.address());
     let create = |name: &str, pattern: u8, more: &[&str]| -> Result<()> {
         qemu.write("vdb", pattern)?;
@@ -434,18 +434,18 @@ fn throttle_and_node_options_survive_snapshots() -> Result<()> {
 /// image `ID-t.qcow2`.
 fn filtered(id: &str, filters: &[&str]) -> Vec<String> {
     let file = |name: &str| format!("driver=qcow2,file.driver=file,file.filename=DIR/{name}.qcow2");
-    let mut words = vec!["-blockdev".to_owned(), format!("{},node-name={id}-0", file(id))];
+    let mut args = vec!["-blockdev".to_owned(), format!("{},node-name={id}-0", file(id))];
     for (place, filter) in filters.iter().enumerate() {
         let target = format!("{id}-t");
         if filter.contains("target=") {
-            words.extend(["-blockdev".to_owned(), format!("{},node-name={target}", file(&target))]);
+            args.extend(["-blockdev".to_owned(), format!("{},node-name={target}", file(&target))]);
         }
         let filter = filter.replace("BELOW", &format!("{id}-{place}")).replace("TARGET", &target);
-        words.extend(["-blockdev".to_owned(), format!("{filter},node-name={id}-{}", place + 1)]);
+        args.extend(["-blockdev".to_owned(), format!("{filter},node-name={id}-{}", place + 1)]);
     }
     let device = format!("virtio-blk-pci,drive={id}-{},id={id}", filters.len());
-    words.extend(["-device".to_owned(), device]);
-    words
+    args.extend(["-device".to_owned(), device]);
+    args
 }
 
 const COPIES: &str = "driver=copy-before-write,file=BELOW,target=TARGET";
@@ -470,12 +470,12 @@ fn filters_that_pass_through_are_kept() -> Result<()> {
         .chain(["d.qcow2".to_owned()])
         .collect();
     let place = Place::new(&images.iter().map(String::as_str).collect::<Vec<_>>())?;
-    let words: Vec<String> = GROUP
+    let args: Vec<String> = GROUP
         .map(str::to_owned)
         .into_iter()
         .chain(stacks.iter().flat_map(|(id, filters)| filtered(id, filters)))
         .collect();
-    let qemu = place.start("m", &words.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let qemu = place.start("m", &args.iter().map(String::as_str).collect::<Vec<_>>())?;
     let (domsnap, address) = (place.domsnap(), qemu.address());
     let write = |pattern: u8| stacks.iter().try_for_each(|(id, _)| qemu.write(id, pattern));
     write(1)?;
@@ -517,8 +517,8 @@ fn filters_that_pass_through_are_kept() -> Result<()> {
     };
     qemu.qmp("blockdev-add", json!({ "driver": "blkdebug", "node-name": "debug", "image": below }))?;
     drive("debug")?;
-    for words in [&["revert", &address, "i3"][..], &["delete", &address, "i1"]] {
-        refused(domsnap.run(words)?, &["vda", "blkdebug filter"]).with_context(|| format!("{words:?}"))?;
+    for args in [&["revert", &address, "i3"][..], &["delete", &address, "i1"]] {
+        refused(domsnap.run(args)?, &["vda", "blkdebug filter"]).with_context(|| format!("{args:?}"))?;
     }
     domsnap.done(&["recover", &address])?;
     drive(&below)?;
@@ -549,7 +549,7 @@ fn filters_that_do_more_are_refused_by_name() -> Result<()> {
     };
     let ids =
         ["pre", "debug", "log", "cor", "raw", "fleeced", "exported", "pre-below", "debug-below", "middle"];
-    let words: [(&str, &[&str], &str); 7] = [
+    let args: [(&str, &[&str], &str); 7] = [
         ("pre", &["driver=preallocate,file=BELOW"], "preallocate filter"),
         ("debug", &[WAITS, "driver=blkdebug,image=BELOW"], "blkdebug filter"),
         ("log", &["driver=blklogwrites,file=BELOW,log=TARGET"], "blklogwrites filter"),
@@ -565,7 +565,7 @@ fn filters_that_do_more_are_refused_by_name() -> Result<()> {
         .collect();
     let place = Place::new(&images.iter().map(String::as_str).collect::<Vec<_>>())?;
     let mut all: Vec<String> = GROUP.map(str::to_owned).into();
-    for (id, filters, _) in &words {
+    for (id, filters, _) in &args {
         let mut more = filtered(id, filters);
         // What `log=` names.
         if *id == "log" {
@@ -606,7 +606,7 @@ fn filters_that_do_more_are_refused_by_name() -> Result<()> {
             ensure!(part.is_some_and(|part| part.contains(why)), "{id}: {why:?} is not in {outcome}");
             Ok(())
         };
-        for (id, _, why) in &words {
+        for (id, _, why) in &args {
             named(id, why)?;
         }
         named("pre-below", "preallocate filter below")?;
@@ -626,7 +626,7 @@ fn images_that_qemu_itself_uses_twice_are_named() -> Result<()> {
         let (base, image) = (place.file("b.qcow2"), place.file(image));
         qemu::img(&["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &image])?;
     }
-    let words = [
+    let args = [
         "-blockdev",
         "driver=qcow2,read-only=on,file.driver=file,file.filename=DIR/b.qcow2,node-name=base",
         "-blockdev",
@@ -642,7 +642,7 @@ fn images_that_qemu_itself_uses_twice_are_named() -> Result<()> {
         "-device",
         "virtio-blk-pci,drive=s0,id=two,share-rw=on",
     ];
-    let qemu = place.start("m", &words)?;
+    let qemu = place.start("m", &args)?;
     let (domsnap, address) = (place.domsnap(), qemu.address());
     refused(
         domsnap.run(&["create", &address, "s"])?,
@@ -767,8 +767,8 @@ fn slices_and_filters_are_refused() -> Result<()> {
         ),
     ];
     for (name, mut node) in cases {
-        let words = [&SLOTS[..], &["-object", "throttle-group,id=t,x-bps-total=99999999"]].concat();
-        let qemu = place.start(name, &words)?;
+        let args = [&SLOTS[..], &["-object", "throttle-group,id=t,x-bps-total=99999999"]].concat();
+        let qemu = place.start(name, &args)?;
         let domsnap = Domsnap::new(&place.dir.path().join(format!("state-{name}")));
         let address = qemu.address();
         node["node-name"] = json!("n0");
@@ -912,7 +912,7 @@ fn images_that_others_lock_are_not_detached() -> Result<()> {
 #[test]
 fn shared_directories_and_mapped_files_are_named() -> Result<()> {
     let place = Place::new(&["d.qcow2"])?;
-    let words = [
+    let args = [
         "-machine",
         "nvdimm=on",
         "-m",
@@ -928,7 +928,7 @@ fn shared_directories_and_mapped_files_are_named() -> Result<()> {
         "-virtfs",
         "local,path=/usr,mount_tag=readonly,security_model=none,readonly=on",
     ];
-    let qemu = place.start("m", &words)?;
+    let qemu = place.start("m", &args)?;
     let (domsnap, address) = (place.domsnap(), qemu.address());
     let directory = format!("the shared directory {} (9p)", place.dir.path().display());
     let file = format!("the file {} of the memory device pm (virtio-pmem-pci)", place.file("nv.raw"));
@@ -954,13 +954,13 @@ fn shared_directories_and_mapped_files_are_named() -> Result<()> {
 #[test]
 fn device_that_cannot_be_migrated_is_named() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.qcow2"])?;
-    let words = [
+    let args = [
         "-blockdev",
         "driver=qcow2,file.driver=file,file.filename=DIR/e.qcow2,node-name=e0",
         "-device",
         "nvme,drive=e0,serial=x,id=vdb",
     ];
-    let qemu = place.start("m", &words)?;
+    let qemu = place.start("m", &args)?;
     let (domsnap, address) = (place.domsnap(), qemu.address());
     refused(domsnap.run(&["create", &address, "s"])?, &["nvme", "--disk-only", "no changes made"])?;
     ensure!(!Path::new(&place.file("e.qcow2.domsnap")).exists());
@@ -972,13 +972,13 @@ fn device_that_cannot_be_migrated_is_named() -> Result<()> {
 #[test]
 fn file_node_without_format_is_a_raw_disk() -> Result<()> {
     let place = Place::new(&["d.qcow2", "e.raw"])?;
-    let words = [
+    let args = [
         "-blockdev",
         "driver=file,filename=DIR/e.raw,node-name=e0",
         "-device",
         "virtio-blk-pci,drive=e0,id=vdb",
     ];
-    let qemu = place.start("m", &words)?;
+    let qemu = place.start("m", &args)?;
     let (domsnap, address) = (place.domsnap(), qemu.address());
     qemu.write("vdb", 5)?;
     domsnap.done(&["create", &address, "s", "--disk", "vdb=copy"])?;
@@ -1014,7 +1014,7 @@ fn media_are_put_back_before_memory_is_loaded() -> Result<()> {
     for image in ["a.raw", "b.raw"] {
         std::fs::File::create(place.file(image))?.set_len(1_474_560)?;
     }
-    let words = [
+    let args = [
         "-drive",
         "file=DIR/a.raw,format=raw,if=none,id=m,media=cdrom",
         "-device",
@@ -1036,7 +1036,7 @@ fn media_are_put_back_before_memory_is_loaded() -> Result<()> {
         "-device",
         "usb-storage,drive=u,removable=on,id=us",
     ];
-    let qemu = place.start("m", &words)?;
+    let qemu = place.start("m", &args)?;
     let (domsnap, address) = (place.domsnap(), qemu.address());
     let usb = "/machine/peripheral/us/us.0/legacy[0]";
     let all = [("cd", "a.raw"), ("fl", "a.raw"), ("none", ""), (usb, "a.raw")];
@@ -1058,8 +1058,8 @@ fn media_are_put_back_before_memory_is_loaded() -> Result<()> {
     }
     domsnap.done(&["create", &address, "t"])?;
     let planned = domsnap.done(&["revert", &address, "s", "--dry-run"])?;
-    for words in ["a.raw into drive cd", "a.raw into drive fl", "out of drive none"] {
-        ensure!(planned.stdout.contains(words), "{planned}");
+    for args in ["a.raw into drive cd", "a.raw into drive fl", "out of drive none"] {
+        ensure!(planned.stdout.contains(args), "{planned}");
     }
     domsnap.done(&["revert", &address, "s", "--paused"])?;
     expect(&all)?;
@@ -1096,7 +1096,7 @@ fn writable_media_are_skipped_by_name_and_put_back() -> Result<()> {
     for image in ["a.raw", "b.raw", "c.raw", "x.raw"] {
         std::fs::File::create(place.file(image))?.set_len(1_474_560)?;
     }
-    let words = [
+    let args = [
         "-device",
         "isa-fdc,id=fdc",
         "-drive",
@@ -1118,7 +1118,7 @@ fn writable_media_are_skipped_by_name_and_put_back() -> Result<()> {
         "-device",
         "usb-storage,drive=w,removable=on,id=own",
     ];
-    let qemu = place.start("m", &words)?;
+    let qemu = place.start("m", &args)?;
     let domsnap = place.domsnap();
     let disks = [format!("vda={}", place.file("d.qcow2")), format!("own={}", place.file("f.qcow2"))];
     let socket = qemu.socket().display().to_string();
@@ -1183,8 +1183,8 @@ fn recorded_run_is_not_stopped() -> Result<()> {
     qemu.quit()
 }
 
-/// A reset does not end a QEMU that was instructed at run time to end where its guest reboots: no query tells
-/// that.
+/// A reset does not end a QEMU that was instructed at run time to end where its guest reboots: no query
+/// reports that.
 #[test]
 fn reset_does_not_end_a_qemu_that_ends_at_reboots() -> Result<()> {
     let place = Place::new(&["d.qcow2"])?;
@@ -1205,39 +1205,39 @@ fn reset_does_not_end_a_qemu_that_ends_at_reboots() -> Result<()> {
 /// and its size back.
 #[test]
 fn disks_of_all_kinds_revert_with_sizes() -> Result<()> {
-    for (ways, memory) in [
+    for (methods, memory) in [
         (&["copy", "copy"][..], false),
         (&["copy", "external"], false),
         (&["external", "copy", "external"], true),
         (&["copy", "internal", "copy", "external", "internal", "external", "copy", "external"], false),
     ] {
-        cut_together(ways, memory).with_context(|| format!("{ways:?}, memory: {memory}"))?;
+        cut_together(methods, memory).with_context(|| format!("{methods:?}, memory: {memory}"))?;
     }
     Ok(())
 }
 
-fn cut_together(ways: &[&str], memory: bool) -> Result<()> {
-    let named = |index: usize| match ways[index] {
+fn cut_together(methods: &[&str], memory: bool) -> Result<()> {
+    let named = |index: usize| match methods[index] {
         "copy" => format!("x{index}.raw"),
         _ => format!("x{index}.qcow2"),
     };
-    let images: Vec<String> = (0..ways.len()).map(named).chain(["d.qcow2".to_owned()]).collect();
+    let images: Vec<String> = (0..methods.len()).map(named).chain(["d.qcow2".to_owned()]).collect();
     let place = Place::new(&images.iter().map(String::as_str).collect::<Vec<_>>())?;
-    let (mut words, mut create) = (Vec::new(), Vec::new());
-    for (index, way) in ways.iter().enumerate() {
-        let format = if *way == "copy" { "raw" } else { "qcow2" };
+    let (mut args, mut create) = (Vec::new(), Vec::new());
+    for (index, method) in methods.iter().enumerate() {
+        let format = if *method == "copy" { "raw" } else { "qcow2" };
         let file = &images[index];
-        words.extend([
+        args.extend([
             "-blockdev".to_owned(),
             format!("driver={format},file.driver=file,file.filename=DIR/{file},node-name=x{index}"),
             "-device".to_owned(),
             format!("virtio-blk-pci,drive=x{index},id=v{index}"),
         ]);
-        create.extend(["--disk".to_owned(), format!("v{index}={way}")]);
+        create.extend(["--disk".to_owned(), format!("v{index}={method}")]);
     }
-    let qemu = place.start("m", &words.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let qemu = place.start("m", &args.iter().map(String::as_str).collect::<Vec<_>>())?;
     let (domsnap, address) = (place.domsnap(), qemu.address());
-    let devices: Vec<String> = (0..ways.len()).map(|index| format!("v{index}")).collect();
+    let devices: Vec<String> = (0..methods.len()).map(|index| format!("v{index}")).collect();
     let pattern = |index: usize| u8::try_from(index + 17);
     for (index, device) in devices.iter().enumerate() {
         qemu.write(device, pattern(index)?)?;
@@ -1255,7 +1255,7 @@ fn cut_together(ways: &[&str], memory: bool) -> Result<()> {
     for (grown, size) in [(true, 3 << 20), (false, 512 << 10)] {
         for (index, device) in devices.iter().enumerate() {
             // QEMU shrinks no image that has an internal snapshot.
-            if grown || ways[index] != "internal" {
+            if grown || methods[index] != "internal" {
                 let path = format!("/machine/peripheral/{device}/virtio-backend");
                 let node = node_of(&qemu, &path)?;
                 qemu.qmp("block_resize", json!({ "node-name": node, "size": size }))?;
@@ -1317,8 +1317,8 @@ fn live_tags_replaced_or_damaged() -> Result<()> {
     let place = Place::new(&["d.qcow2"])?;
     let mut qemu = place.start("tags", &[])?;
     let (at, image) = (qemu.address(), place.file("d.qcow2"));
-    let run = |words: &[&str]| place.domsnap().run(&[&[words[0], &at], &words[1..]].concat());
-    let done = |words: &[&str]| run(words)?.expect_status(status::DONE);
+    let run = |args: &[&str]| place.domsnap().run(&[&[args[0], &at], &args[1..]].concat());
+    let done = |args: &[&str]| run(args)?.expect_status(status::DONE);
     qemu.write("vda", 1)?;
     done(&["create", "s1", "--disk-only", "--internal"])?;
     qemu.write("vda", 2)?;
@@ -1396,11 +1396,11 @@ fn nocow_is_kept_live() -> Result<()> {
     qemu::img(&["create", "-q", "-f", "qcow2", &image.display().to_string(), "1M"])?;
     ensure!(flags(&image)?.contains('C'), "the flag is not there to begin with");
     let disk = format!("driver=qcow2,file.driver=file,file.filename={},node-name=d0", image.display());
-    let words = ["-blockdev", &disk, "-device", "virtio-blk-pci,drive=d0,id=vda"];
-    let qemu = Idle::start(Version::New, mounted.path(), "m", &words)?;
+    let args = ["-blockdev", &disk, "-device", "virtio-blk-pci,drive=d0,id=vda"];
+    let qemu = Idle::start(Version::New, mounted.path(), "m", &args)?;
     let domsnap = Domsnap::new(&mounted.path().join("state"));
     let address = qemu.address();
-    for words in [
+    for args in [
         &["create", &address, "a", "--external", "--disk-only"][..],
         &["create", &address, "b", "--internal"],
         &["create", &address, "c", "--external"],
@@ -1409,12 +1409,12 @@ fn nocow_is_kept_live() -> Result<()> {
         &["delete", &address, "b"],
         &["delete", &address, "a"],
     ] {
-        domsnap.done(words)?;
-        ensure!(flags(&image)?.contains('C'), "{words:?} took the flag off {}", image.display());
+        domsnap.done(args)?;
+        ensure!(flags(&image)?.contains('C'), "{args:?} took the flag off {}", image.display());
         for entry in std::fs::read_dir(mounted.path())? {
             let path = entry?.path();
             let is_image = path.extension().is_some_and(|extension| extension == "qcow2");
-            ensure!(!is_image || flags(&path)?.contains('C'), "{words:?}: {} has no flag", path.display());
+            ensure!(!is_image || flags(&path)?.contains('C'), "{args:?}: {} has no flag", path.display());
         }
     }
     qemu.quit()

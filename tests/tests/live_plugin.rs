@@ -71,13 +71,13 @@ fn dying_plugin_does_not_leave_guest_paused() -> Result<()> {
     let plugins = mortal(marks.path())?;
     let mut live = Live::served_by(guest(), &["qcow2", "dir"], plugins.path())?;
     live.create("s1", &[])?;
-    for (mark, words) in [("copy", ["create", NAME, "s2"]), ("exchange", ["revert", NAME, "s1"])] {
+    for (mark, args) in [("copy", ["create", NAME, "s2"]), ("exchange", ["revert", NAME, "s1"])] {
         fs::write(marks.path().join(mark), "")?;
-        let failed = live.domsnap().run(&words)?;
+        let failed = live.domsnap().run(&args)?;
         fs::remove_file(marks.path().join(mark))?;
         ensure!(!failed.panicked() && failed.status != Some(status::DONE), "{failed}");
         ensure!(failed.stderr.contains("plug-in dir"), "{failed}");
-        ensure!(failed.status == Some(status::NEEDS_RECOVERY), "nobody is left to undo it: {failed}");
+        ensure!(failed.status == Some(status::NEEDS_RECOVERY), "no process is left to undo it: {failed}");
         // In the cut of a create the guest goes on by itself; of a revert it has no disks yet.
         let stands = failed.stderr.contains("the guest is paused");
         ensure!(stands == (mark == "exchange"), "{failed}");

@@ -26,10 +26,10 @@ fn signal(pid: u32, name: &str) -> Result<()> {
 struct Beside(Child, String);
 
 impl Beside {
-    fn start(live: &Live, words: &[&str]) -> Result<Self> {
-        let mut command = live.domsnap().command(words);
+    fn start(live: &Live, args: &[&str]) -> Result<Self> {
+        let mut command = live.domsnap().command(args);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        Ok(Self(child, words.join(" ")))
+        Ok(Self(child, args.join(" ")))
     }
 
     fn end(self) -> Result<Outcome> {
@@ -85,7 +85,7 @@ fn hanging_qemu_is_reported() -> Result<()> {
     let pid = live.guest.pid().context("it runs")?;
     signal(pid, "STOP")?;
     let outcomes = [&["create", NAME, "s2"][..], &["revert", NAME, "s1"], &["delete", NAME, "s1"]]
-        .map(|words| live.domsnap().run(words));
+        .map(|args| live.domsnap().run(args));
     let looked = live.domsnap().run(&["list", NAME]);
     signal(pid, "CONT")?;
     for outcome in outcomes {
@@ -193,9 +193,9 @@ fn full_disk_in_a_memory_save_is_undone() -> Result<()> {
     let small = Mounted::make("ext4", 48 << 20)?;
     let mut live = Live::unregistered(GuestOptions::new())?;
     let (socket, dir) = (live.guest.qmp_socket().to_owned(), small.path().to_owned());
-    let words = ["domain", "add", NAME, "--qmp"].map(|word| word.as_ref());
+    let args = ["domain", "add", NAME, "--qmp"].map(|word| word.as_ref());
     live.domsnap()
-        .done(&[&words[..], &[socket.as_os_str(), "--memory-dir".as_ref(), dir.as_os_str()]].concat())?;
+        .done(&[&args[..], &[socket.as_os_str(), "--memory-dir".as_ref(), dir.as_os_str()]].concat())?;
     live.create("disks", &["--disk-only"])?;
     for kind in ["--internal", "--external"] {
         let outcome = live.domsnap().run(&["create", NAME, "full", kind])?.expect_status(status::FAILED)?;
@@ -295,8 +295,8 @@ fn unplugged_disk_is_named() -> Result<()> {
         sleep(Duration::from_millis(50));
     }
     ensure!(gone(&live)?, "the guest keeps its disk");
-    for words in [&["create", NAME, "s2"][..], &["revert", NAME, "s1"], &["delete", NAME, "s1"]] {
-        let outcome = live.domsnap().run(words)?.expect_status(status::REFUSED)?;
+    for args in [&["create", NAME, "s2"][..], &["revert", NAME, "s1"], &["delete", NAME, "s1"]] {
+        let outcome = live.domsnap().run(args)?.expect_status(status::REFUSED)?;
         ensure!(outcome.stderr.contains("vdb"), "the disk is not named: {outcome}");
     }
     ensure!(is_listed(&live, "s1")?, "the snapshot is there");
@@ -311,8 +311,8 @@ fn unplugged_disk_is_named() -> Result<()> {
 fn new_path_of_a_running_guest_is_named() -> Result<()> {
     let live = Live::unregistered(GuestOptions::new())?;
     let socket = live.guest.qmp_socket().to_owned();
-    let words = ["domain", "add", NAME, "--active-path", "new", "--qmp"].map(|word| word.as_ref());
-    live.domsnap().done(&[&words[..], &[socket.as_os_str()]].concat())?;
+    let args = ["domain", "add", NAME, "--active-path", "new", "--qmp"].map(|word| word.as_ref());
+    live.domsnap().done(&[&args[..], &[socket.as_os_str()]].concat())?;
     let first = live.guest.disk(0);
     let before = fs::metadata(&first)?.modified()?;
     live.domsnap().done(&["create", NAME, "s1", "--external"])?;

@@ -1,5 +1,5 @@
 //! A domain is never locked for good: what is known to fail is refused before anything, a disk that went away
-//! can be left out and taken out, a full disk keeps nobody from deleting, and an operation that cannot go on
+//! can be left out and taken out, a full disk prevents no delete, and an operation that cannot go on
 //! can be abandoned.
 
 use std::process::Command;
@@ -42,13 +42,13 @@ fn immutable_images_are_refused_before() -> Result<()> {
     }
     let before = images(&domain.disks())?;
     let checked = || -> Result<()> {
-        for words in [
+        for args in [
             &["create", NAME, "n", "--internal"][..],
             &["create", NAME, "n", "--external"],
             &["revert", NAME, "s1"],
             &["delete", NAME, "s2"],
         ] {
-            domain.declined(words, status::REFUSED)?;
+            domain.declined(args, status::REFUSED)?;
         }
         same_images(&domain.disks(), &before)
     };
@@ -80,7 +80,7 @@ fn recover_removes_the_probes_of_a_dead_qemu() -> Result<()> {
     ensure!(!place.path().join("root.domsnap-probe.qcow2").exists(), "the empty file is left");
     ensure!(
         std::fs::read(file("data.domsnap-probe.qcow2"))? == b"mine",
-        "a file with something in it is somebody's"
+        "a file with something in it is a user's"
     );
     Ok(())
 }
@@ -95,8 +95,8 @@ fn tags_of_one_name_are_refused_before() -> Result<()> {
         qemu::img(&["snapshot", "-c", "twice", &image])?;
     }
     domain.domsnap().done(&["import", &image])?;
-    for words in [["delete", &image, "twice"], ["delete", &image, "twice-2"], ["revert", &image, "twice"]] {
-        let said = domain.domsnap().run(&words)?.expect_status(status::REFUSED)?;
+    for args in [["delete", &image, "twice"], ["delete", &image, "twice-2"], ["revert", &image, "twice"]] {
+        let said = domain.domsnap().run(&args)?.expect_status(status::REFUSED)?;
         ensure!(said.stderr.contains("2 internal snapshots called twice"), "{said}");
     }
     domain.domsnap().done(&["create", &image, "next"])?;
@@ -184,7 +184,7 @@ fn what_one_failed_call_leaves_is_recovered() -> Result<()> {
         domain.create("s2", "external")?;
         domain.write_everywhere()
     };
-    for (prepare, words) in [
+    for (prepare, args) in [
         (two_layers_removed, &["delete", NAME, "s2", "--children"][..]),
         (merged_down_and_path_moved, &["delete", NAME, "s2"]),
     ] {
@@ -194,7 +194,7 @@ fn what_one_failed_call_leaves_is_recovered() -> Result<()> {
         let copy = copies.path().join("before");
         domain.save_to(&copy)?;
         let (_outputs, file) = shim::outputs()?;
-        shim::counting(shim::watching(domain.domsnap(), domain.root())?, &file).done(words)?;
+        shim::counting(shim::watching(domain.domsnap(), domain.root())?, &file).done(args)?;
         let operations = shim::counted(&file)?;
         let of_disks: Vec<_> =
             operations.iter().filter(|operation| !operation.line.contains(" state/")).collect();
@@ -202,7 +202,7 @@ fn what_one_failed_call_leaves_is_recovered() -> Result<()> {
         for operation in of_disks {
             domain.restore_from(&copy)?;
             let watched = shim::watching(domain.domsnap(), domain.root())?;
-            let said = shim::failing(watched, operation.number, "EIO", shim::Often::Once).run(words)?;
+            let said = shim::failing(watched, operation.number, "EIO", shim::Often::Once).run(args)?;
             let look = || -> Result<()> {
                 domain.domsnap().done(&["recover", NAME])?;
                 let check = domain.domsnap().done(&["check", NAME])?;
@@ -254,7 +254,7 @@ fn manifests_that_cannot_go_lock_nothing() -> Result<()> {
     let domain = Domain::unregistered(&Shape::disks(1))?;
     let image = domain.path("vda").to_string_lossy().into_owned();
     let manifests = format!("{image}.domsnap");
-    let run = |words: &[&str]| domain.domsnap().run(words);
+    let run = |args: &[&str]| domain.domsnap().run(args);
     run(&["create", &image, "s1"])?.expect_status(status::DONE)?;
     let flag = |how: &str| {
         let done = Command::new("chattr").args([how, &manifests]).output();
@@ -277,8 +277,8 @@ fn manifests_that_cannot_go_lock_nothing() -> Result<()> {
     // Something else has the name of their directory.
     std::fs::rename(&manifests, format!("{manifests}.away"))?;
     qemu::run("mkfifo", &[&manifests])?;
-    for words in [&["create", &image, "s2", "--external"][..], &["delete", &image, "s1"], &["recover"]] {
-        run(words)?.expect_status(status::DONE)?;
+    for args in [&["create", &image, "s2", "--external"][..], &["delete", &image, "s1"], &["recover"]] {
+        run(args)?.expect_status(status::DONE)?;
     }
     let said = run(&["delete", &image, "s2"])?.expect_status(status::DONE)?;
     ensure!(said.stdout.contains("is a FIFO") && said.stdout.contains("move "), "{said}");
@@ -287,15 +287,15 @@ fn manifests_that_cannot_go_lock_nothing() -> Result<()> {
     let new = domain.path("vda").with_file_name("new.qcow2").to_string_lossy().into_owned();
     qemu::img(&["create", "-q", "-f", "qcow2", &new, "8M"])?;
     std::os::unix::fs::symlink("nowhere", format!("{new}.domsnap"))?;
-    for words in [&["create", &new, "s1"][..], &["delete", &new, "s1"]] {
-        run(words)?.expect_status(status::DONE)?;
+    for args in [&["create", &new, "s1"][..], &["delete", &new, "s1"]] {
+        run(args)?.expect_status(status::DONE)?;
     }
 
     // Nor is a name too long for them a lock.
     let long = domain.path("vda").with_file_name("x".repeat(250)).to_string_lossy().into_owned();
     qemu::img(&["create", "-q", "-f", "qcow2", &long, "8M"])?;
-    for words in [&["create", &long, "s1"][..], &["create", &long, "s2"], &["delete", &long, "s1"]] {
-        run(words)?.expect_status(status::DONE)?;
+    for args in [&["create", &long, "s1"][..], &["create", &long, "s2"], &["delete", &long, "s1"]] {
+        run(args)?.expect_status(status::DONE)?;
     }
     Ok(())
 }
@@ -310,16 +310,16 @@ fn a_limited_file_size_is_an_error_of_one_write() -> Result<()> {
     qemu::write(&path, &[Write { offset: 0, length: 4 << 20, byte: Some(1) }])?;
     domain.domsnap().done(&["create", &image, "s1", "--internal"])?;
     let before = qemu::read(&path, None)?;
-    for words in [["create", &image, "s2"], ["revert", &image, "s1"], ["delete", &image, "s1"]] {
-        let domsnap = domain.domsnap().command(&words);
+    for args in [["create", &image, "s2"], ["revert", &image, "s1"], ["delete", &image, "s1"]] {
+        let domsnap = domain.domsnap().command(&args);
         // One mebibyte: the catalogue is smaller, the image is not.
         let mut command = Command::new("sh");
         command.args(["-c", "ulimit -f 2048; exec \"$@\"", "sh"]);
         command.arg(domsnap.get_program()).args(domsnap.get_args());
         let output = command.env_remove("DOMSNAP_STATE_DIR").output()?;
-        output.status.code().with_context(|| format!("{words:?} ended by a signal: {}", output.status))?;
+        output.status.code().with_context(|| format!("{args:?} ended by a signal: {}", output.status))?;
         domain.domsnap().done(&["recover"])?;
-        ensure!(qemu::read(&path, None)? == before, "{words:?} changed what the disk shows");
+        ensure!(qemu::read(&path, None)? == before, "{args:?} changed what the disk shows");
         qemu::img(&["check", "-q", &image])?;
     }
     Ok(())
@@ -383,8 +383,8 @@ fn full_file_system_of_the_catalogue_locks_nothing() -> Result<()> {
 }
 
 /// A quota that is used up, on a file system that copies on write, where nothing at all can be written: what
-/// changes something is refused or rolled back in words of the quota, what reads goes on, and nothing is
-/// lost.
+/// changes something is refused or rolled back with a message about the quota, what reads goes on, and
+/// nothing is lost.
 #[test]
 fn quota_that_is_used_up_is_named() -> Result<()> {
     if !may_mount("btrfs") {
@@ -392,9 +392,9 @@ fn quota_that_is_used_up_is_named() -> Result<()> {
     }
     let mounted = Mounted::make("btrfs", 256 << 20)?;
     let limited = mounted.path().join("limited");
-    let btrfs = |words: &[&str]| -> Result<()> {
-        let done = std::process::Command::new("btrfs").args(words).arg(&limited).output()?;
-        ensure!(done.status.success(), "btrfs {words:?}: {}", String::from_utf8_lossy(&done.stderr));
+    let btrfs = |args: &[&str]| -> Result<()> {
+        let done = std::process::Command::new("btrfs").args(args).arg(&limited).output()?;
+        ensure!(done.status.success(), "btrfs {args:?}: {}", String::from_utf8_lossy(&done.stderr));
         Ok(())
     };
     btrfs(&["subvolume", "create"])?;
@@ -416,16 +416,16 @@ fn quota_that_is_used_up_is_named() -> Result<()> {
     sync()?;
     let listed = domsnap.done(&["list", &image])?;
     ensure!(listed.stdout.contains(" i ") && listed.stdout.contains(" e "), "{listed}");
-    for words in [
+    for args in [
         &["create", &image, "x", "--external"][..],
         &["create", &image, "x", "--internal"],
         &["revert", &image, "i"],
         &["delete", &image, "e"],
     ] {
-        let outcome = domsnap.run(words)?;
+        let outcome = domsnap.run(args)?;
         ensure!(outcome.status.is_some_and(|status| status < 5), "{outcome}");
         ensure!(outcome.status == Some(status::DONE) || outcome.stderr.contains("quota"), "{outcome}");
-        ensure!(qemu::read(std::path::Path::new(&image), None)? == whole, "{words:?} changed the disk");
+        ensure!(qemu::read(std::path::Path::new(&image), None)? == whole, "{args:?} changed the disk");
     }
     std::fs::remove_file(limited.join("full"))?;
     sync()?;
@@ -451,7 +451,7 @@ fn almost_full_catalogue_of_small_blocks_ends_nothing() -> Result<()> {
     domsnap.done(&["create", &image, "s"])?;
     let full = mounted.path().join("full");
     for left in (0..=48).step_by(4) {
-        for words in [&["list", &image][..], &["create", &image, "x"], &["check", &image]] {
+        for args in [&["list", &image][..], &["create", &image, "x"], &["check", &image]] {
             // The index is made again.
             let _ = std::fs::remove_file(mounted.path().join("state/catalogue.db-shm"));
             let mut file = std::fs::File::create(&full)?;
@@ -459,11 +459,11 @@ fn almost_full_catalogue_of_small_blocks_ends_nothing() -> Result<()> {
             ensure!(filled.is_err_and(|error| error.kind() == std::io::ErrorKind::StorageFull));
             file.set_len(file.metadata()?.len().saturating_sub(left << 10))?;
             file.sync_all()?;
-            let outcome = domsnap.run(words)?;
+            let outcome = domsnap.run(args)?;
             ensure!(outcome.status.is_some(), "{left} KiB left: {outcome}");
             std::fs::remove_file(&full)?;
             domsnap.done(&["recover"])?;
-            if words[0] == "create" && outcome.status == Some(status::DONE) {
+            if args[0] == "create" && outcome.status == Some(status::DONE) {
                 domsnap.done(&["delete", &image, "x"])?;
             }
         }
@@ -509,8 +509,8 @@ fn names(domain: &Domain) -> Result<Vec<String>> {
     Ok(all)
 }
 
-/// Expects that each command is refused before anything, in these words, and predicted by a dry run; and that
-/// nothing is left.
+/// Expects that each command is refused before anything, with this message, and predicted by a dry run; and
+/// that nothing is left.
 fn refused_before(
     domain: &Domain,
     commands: &[&[&str]],
@@ -518,13 +518,13 @@ fn refused_before(
     with: impl Fn() -> Result<Domsnap>,
 ) -> Result<()> {
     let (before, there) = (images(&domain.disks())?, names(domain)?);
-    for words in commands {
-        for words in [words.to_vec(), [words, &["--dry-run"][..]].concat()] {
-            let said = with()?.run(&words)?.expect_status(status::REFUSED)?;
-            ensure!(said.stderr.contains(says), "{words:?}: {said}");
-            ensure!(said.stderr.contains("no changes made"), "{words:?}: {said}");
+    for args in commands {
+        for args in [args.to_vec(), [args, &["--dry-run"][..]].concat()] {
+            let said = with()?.run(&args)?.expect_status(status::REFUSED)?;
+            ensure!(said.stderr.contains(says), "{args:?}: {said}");
+            ensure!(said.stderr.contains("no changes made"), "{args:?}: {said}");
             same_images(&domain.disks(), &before)?;
-            ensure!(names(domain)? == there, "{words:?} left something: {:?}", names(domain)?);
+            ensure!(names(domain)? == there, "{args:?} left something: {:?}", names(domain)?);
         }
     }
     Ok(())
@@ -622,8 +622,8 @@ fn directories_that_keep_names_are_known_before() -> Result<()> {
     let mut domain = Domain::new(&Shape::disks(1))?;
     domain.create("s1", "external")?;
     domain.write_everywhere()?;
-    let run = |words: &[&std::ffi::OsStr]| {
-        let done = Command::new(words[0]).args(&words[1..]).output();
+    let run = |args: &[&std::ffi::OsStr]| {
+        let done = Command::new(args[0]).args(&args[1..]).output();
         done.is_ok_and(|output| output.status.success())
     };
     let commands: [&[&str]; 2] = [&["create", NAME, "n", "--external"], &["revert", NAME, "s1"]];
@@ -664,7 +664,7 @@ fn manifests_follow_the_first_disk() -> Result<()> {
         if number == 0 {
             ensure!(!killed, "{whole}");
         }
-        // Whatever came of it, the next change writes what is true, and nothing is where nobody looks.
+        // Whatever came of it, the next change writes what is true, and nothing is where no command looks.
         domain.domsnap().done(&["create", NAME, "s2", "--internal"])?;
         let shown = domain.domsnap().done(&["domain", "show", NAME])?;
         let has_first = shown.stdout.contains("a.qcow2");

@@ -101,8 +101,8 @@ mod create {
         let domain = line(1, &[])?;
         let long = "x".repeat(256);
         for name in ["", ".hidden", "-dash", "a/b", "a b", "ü", "a\nb", &long] {
-            let words = ["create", NAME, "--internal", "--", name];
-            domain.declined(&words, status::USAGE).with_context(|| format!("name {name:?}"))?;
+            let args = ["create", NAME, "--internal", "--", name];
+            domain.declined(&args, status::USAGE).with_context(|| format!("name {name:?}"))?;
         }
         domain.verify()
     }
@@ -165,7 +165,7 @@ mod every_image_shape {
             domain.fill(1 << 20)?;
             let (path, packed) = (domain.path("vda"), domain.root().join("packed"));
             let option = format!("cluster_size=65536,compression_type={kind}");
-            let words: [&std::ffi::OsStr; 8] = [
+            let args: [&std::ffi::OsStr; 8] = [
                 "convert".as_ref(),
                 "-c".as_ref(),
                 "-O".as_ref(),
@@ -175,7 +175,7 @@ mod every_image_shape {
                 path.as_ref(),
                 packed.as_ref(),
             ];
-            qemu::img(&words)?;
+            qemu::img(&args)?;
             std::fs::rename(&packed, &path)?;
             for (name, kind) in [("e1", "external"), ("i1", "internal"), ("e2", "external")] {
                 domain.write_and_create(name, kind)?;
@@ -441,7 +441,7 @@ mod delete {
     }
 
     #[test]
-    fn a_subtree_that_the_present_stands_on() -> Result<()> {
+    fn subtree_of_the_current_state() -> Result<()> {
         let mut domain = line(2, &["external", "internal", "external"])?;
         domain.domsnap().done(&["delete", NAME, "s1", "--children"])?;
         domain.model.delete(&domain.model.subtree("s1"));
@@ -618,7 +618,7 @@ mod paths {
         domain.verify()
     }
 
-    /// An image that somebody replaced is noticed and named.
+    /// An image that another program replaced is noticed and named.
     #[test]
     fn replaced_image_is_named() -> Result<()> {
         let domain = line(1, &["external"])?;
@@ -664,8 +664,8 @@ mod list_and_plan {
             &["check", NAME],
             &["backends"],
         ];
-        for words in commands {
-            let outcome = domain.domsnap().done(&[words, &["--json"]].concat())?;
+        for args in commands {
+            let outcome = domain.domsnap().done(&[args, &["--json"]].concat())?;
             outcome.json::<serde_json::Value>()?;
         }
         Ok(())
@@ -683,8 +683,8 @@ mod list_and_plan {
             &["delete", NAME, "s1", "--children"],
         ];
         let before = contents(&domain.disks())?;
-        for words in commands {
-            let outcome = domain.domsnap().done(&[words, &["--dry-run"]].concat())?;
+        for args in commands {
+            let outcome = domain.domsnap().done(&[args, &["--dry-run"]].concat())?;
             ensure!(!outcome.stdout.trim().is_empty(), "no plan: {outcome}");
             same_contents(&domain.disks(), &before).with_context(|| outcome.to_string())?;
         }
@@ -747,7 +747,7 @@ mod catalogue {
     }
 
     #[test]
-    fn without_one_the_images_and_manifests_tell_the_tree() -> Result<()> {
+    fn tree_is_read_from_images_and_manifests() -> Result<()> {
         let domain = lost()?;
         verify::every_point(&domain, &domain.model, &domain.paths(), &mut Default::default())
     }

@@ -1,6 +1,6 @@
 //! Images that lie beside a disk and are none of its layers: overlays of others on its layers, gold images
-//! under it, files that nobody can read. Whatever domsnap does, they show what they showed; and every point
-//! of the disk's own tree is what the model says.
+//! under it, files that no process can read. Whatever domsnap does, they show what they showed; and every
+//! point of the disk's own tree is what the model says.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -42,7 +42,7 @@ fn own_name(image: &Path) -> Result<String> {
     anyhow::bail!("{} has no other name", image.display())
 }
 
-/// Somebody else's image on one of the disk's, with something of its own in it.
+/// Another domain's image on one of the disk's, with something of its own in it.
 struct Overlay {
     path: PathBuf,
     /// What it shows.
@@ -52,9 +52,9 @@ struct Overlay {
 impl Overlay {
     /// Makes `path` depend on what the string `on` names, which shows `below`.
     fn new(path: &Path, on: &str, below: &Bytes) -> Result<Overlay> {
-        let words = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", "-F", "qcow2", "-b", on];
-        let words = words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]);
-        qemu::img(&words.collect::<Vec<_>>())?;
+        let args = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", "-F", "qcow2", "-b", on];
+        let args = args.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]);
+        qemu::img(&args.collect::<Vec<_>>())?;
         qemu::write(path, &[Write { offset: 3 << 20, length: 8192, byte: Some(0xee) }])?;
         let mut bytes = below.to_vec();
         bytes[3 << 20..(3 << 20) + 8192].fill(0xee);
@@ -78,10 +78,10 @@ impl Overlay {
 fn obey(domain: &Domain, said: &str, program: &str) -> Result<()> {
     let (_, rest) =
         said.split_once(&format!("`{program} ")).with_context(|| format!("no {program} in {said}"))?;
-    let (words, _) = rest.split_once('`').context("no end of the command")?;
-    let words: Vec<&str> = words.split_whitespace().collect();
-    let output = std::process::Command::new(program).args(&words).current_dir(domain.disks()).output()?;
-    ensure!(output.status.success(), "{program} {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    let (args, _) = rest.split_once('`').context("no end of the command")?;
+    let args: Vec<&str> = args.split_whitespace().collect();
+    let output = std::process::Command::new(program).args(&args).current_dir(domain.disks()).output()?;
+    ensure!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
 
@@ -158,7 +158,7 @@ mod overlays {
         let overlay = Overlay::new(&path, layer.to_str().context("no text")?, &below)?;
         let original = std::fs::read(&path)?;
         let mut newer = original.clone();
-        newer[72] = 0x80; // an incompatible feature that nobody knows yet
+        newer[72] = 0x80; // an incompatible feature that is not known yet
         std::fs::write(&path, &newer)?;
         domain.delete(&["s1"])?;
         std::fs::write(&path, &original)?;
@@ -186,20 +186,20 @@ mod overlays {
         }
         qemu::run("chown", &["0:0".as_ref(), overlay.path.as_os_str()])?;
         std::fs::set_permissions(&overlay.path, std::fs::Permissions::from_mode(0o600))?;
-        let nobody = domain.domsnap().binary(&copy).through(&[
+        let unprivileged = domain.domsnap().binary(&copy).through(&[
             "setpriv",
             "--reuid=65534",
             "--regid=65534",
             "--clear-groups",
         ]);
-        for words in [["delete", NAME, "s1"], ["revert", NAME, "s1"]] {
-            let outcome = nobody.run(&words)?.expect_status(status::REFUSED)?;
+        for args in [["delete", NAME, "s1"], ["revert", NAME, "s1"]] {
+            let outcome = unprivileged.run(&args)?.expect_status(status::REFUSED)?;
             ensure!(outcome.stderr.contains("vm.qcow2"), "it is not named: {outcome}");
             overlay.verify()?;
         }
-        nobody.done(&["recover", NAME])?;
+        unprivileged.done(&["recover", NAME])?;
         std::fs::set_permissions(&overlay.path, std::fs::Permissions::from_mode(0o644))?;
-        nobody.done(&["delete", NAME, "s1"])?;
+        unprivileged.done(&["delete", NAME, "s1"])?;
         domain.model.delete(&["s1".into()]);
         overlay.verify()?;
         // Root does not believe a catalogue that is another user's.
@@ -218,11 +218,11 @@ mod overlays {
         ] {
             let mut domain = line(&["external"])?;
             let path = domain.disks().join("vm.qcow2");
-            let words = ["create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", string];
-            let words = words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str(), "4M".as_ref()]);
-            qemu::img(&words.collect::<Vec<_>>())?;
-            for words in [["delete", NAME, "s1"], ["revert", NAME, "s1"]] {
-                let outcome = domain.declined(&words, status::REFUSED).context(string)?;
+            let args = ["create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", string];
+            let args = args.iter().map(std::ffi::OsStr::new).chain([path.as_os_str(), "4M".as_ref()]);
+            qemu::img(&args.collect::<Vec<_>>())?;
+            for args in [["delete", NAME, "s1"], ["revert", NAME, "s1"]] {
+                let outcome = domain.declined(&args, status::REFUSED).context(string)?;
                 ensure!(outcome.stderr.contains("vm.qcow2"), "it is not named: {outcome}");
             }
             domain.create("i1", "internal")?;
@@ -242,9 +242,9 @@ mod overlays {
     fn an_image_that_a_network_server_gives_stops_nothing() -> Result<()> {
         let mut domain = line(&["external"])?;
         let path = domain.disks().join("vm.qcow2");
-        let words = ["create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b", "nbd://localhost/x"];
-        let words = words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str(), "4M".as_ref()]);
-        qemu::img(&words.collect::<Vec<_>>())?;
+        let args = ["create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b", "nbd://localhost/x"];
+        let args = args.iter().map(std::ffi::OsStr::new).chain([path.as_os_str(), "4M".as_ref()]);
+        qemu::img(&args.collect::<Vec<_>>())?;
         domain.revert("s1")?;
         domain.delete(&["s1"])?;
         std::fs::remove_file(&path)?;
@@ -284,7 +284,7 @@ mod on_the_configured_path {
         let overlay = Overlay::new(&domain.disks().join("vm.qcow2"), &absolute, &below)?;
         let outcome = domain.declined(&["revert", NAME, "s1"], status::REFUSED)?;
         ensure!(outcome.stderr.contains("external snapshot"), "no way out is named: {outcome}");
-        let outcome = domain.domsnap().done(&domain.create_words("gold", "external"))?;
+        let outcome = domain.domsnap().done(&domain.create_args("gold", "external"))?;
         domain.model.create("gold");
         obey(&domain, &all_said(&outcome), "qemu-img")?;
         domain.write_everywhere()?;
@@ -317,9 +317,9 @@ mod files_of_others {
         domain.write_everywhere()?;
         let gold = domain.disks().join("gold.qcow2");
         std::fs::rename(domain.path("vda"), &gold)?;
-        let words = ["create", "-q", "-f", "qcow2", "-b", "gold.qcow2", "-F", "qcow2"];
+        let args = ["create", "-q", "-f", "qcow2", "-b", "gold.qcow2", "-F", "qcow2"];
         let path = domain.path("vda");
-        qemu::img(&words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]).collect::<Vec<_>>())?;
+        qemu::img(&args.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]).collect::<Vec<_>>())?;
         let below = domain.model.present["vda"].clone();
         let elsewhere = domain.root().join("elsewhere");
         std::fs::create_dir(&elsewhere)?;
@@ -353,15 +353,15 @@ mod files_of_others {
     }
 
     #[test]
-    fn what_a_file_that_stays_stands_on_stays_too() -> Result<()> {
+    fn bases_of_a_kept_file_are_kept() -> Result<()> {
         let mut domain = line(&["external"])?;
         let (path, mid) = (domain.path("vda"), domain.disks().join("mid.qcow2"));
-        // Somebody puts an overlay of his own in the disk's place: what was active gets a name of his choice.
+        // A user puts an overlay of his own in the disk's place: what was active gets a name of his choice.
         let shown = domain.model.present["vda"].clone();
         std::fs::rename(&path, &mid)?;
         std::fs::remove_file(domain.disks().join(own_name(&mid)?))?;
-        let words = ["create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2"];
-        qemu::img(&words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]).collect::<Vec<_>>())?;
+        let args = ["create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2"];
+        qemu::img(&args.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]).collect::<Vec<_>>())?;
         domain.domsnap().done(&["import", NAME, "--replace"])?;
         let list = report::list(&domain.domsnap(), NAME)?;
         let names: Vec<_> = list.snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
@@ -431,22 +431,22 @@ mod names {
         domain.write_everywhere()?;
         std::fs::rename(domain.path("vda"), gold.join("g.qcow2"))?;
         let mut create = std::process::Command::new("qemu-img");
-        let words = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "../gold/g.qcow2", "a.qcow2"];
-        ensure!(create.current_dir(domain.disks()).args(words).status()?.success(), "qemu-img create");
+        let args = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "../gold/g.qcow2", "a.qcow2"];
+        ensure!(create.current_dir(domain.disks()).args(args).status()?.success(), "qemu-img create");
         let before = std::fs::read(gold.join("g.qcow2"))?;
         let allow = gold.to_str().context("no text")?.to_owned();
-        let run = |domain: &Domain, words: &[String]| {
-            let words: Vec<String> = ["--allow-backing".to_owned(), allow.clone()]
+        let run = |domain: &Domain, args: &[String]| {
+            let args: Vec<String> = ["--allow-backing".to_owned(), allow.clone()]
                 .into_iter()
-                .chain(words.iter().cloned())
+                .chain(args.iter().cloned())
                 .collect();
-            domain.domsnap().done(&words)
+            domain.domsnap().done(&args)
         };
-        run(&domain, &domain.register_words())?;
+        run(&domain, &domain.register_args())?;
         for (size, name) in (1u64..).zip(["s1", "s2", "s3"]) {
             // More in each than in the one below: a merge goes up, and what receives it gets the long name.
             domain.fill(size << 20)?;
-            run(&domain, &domain.create_words(name, "external"))?;
+            run(&domain, &domain.create_args(name, "external"))?;
             domain.model.create(name);
         }
         domain.write_everywhere()?;
@@ -496,8 +496,8 @@ mod replaced {
         let path = domain.path("vda");
         let active = own_name(&path)?;
         std::fs::remove_file(&path)?;
-        let words = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &active];
-        qemu::img(&words.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]).collect::<Vec<_>>())?;
+        let args = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &active];
+        qemu::img(&args.iter().map(std::ffi::OsStr::new).chain([path.as_os_str()]).collect::<Vec<_>>())?;
         domain.write_everywhere()?;
         let outcome = domain.declined(&["create", NAME, "s3", "--external"], status::REFUSED)?;
         ensure!(outcome.stderr.contains("import --replace"), "no way out is named: {outcome}");
@@ -535,8 +535,8 @@ fn overlays_below_and_of_other_formats_are_seen() -> Result<()> {
     let below = domain.disks().join("machines/web");
     std::fs::create_dir_all(&below)?;
     let make = |format: &str, file: &Path, on: &str| -> Result<()> {
-        let words = ["create", "-q", "-f", format, "-F", "qcow2", "-b", on];
-        qemu::img(&words.iter().map(std::ffi::OsStr::new).chain([file.as_os_str()]).collect::<Vec<_>>())
+        let args = ["create", "-q", "-f", format, "-F", "qcow2", "-b", on];
+        qemu::img(&args.iter().map(std::ffi::OsStr::new).chain([file.as_os_str()]).collect::<Vec<_>>())
             .map(drop)
     };
     for seen in ["machines/web/a.qcow2", "b.qed", "c.vmdk"] {
@@ -569,8 +569,8 @@ fn overlays_below_and_of_other_formats_are_seen() -> Result<()> {
 /// What an image of whatever format shows.
 fn shown(image: &Path) -> Result<Vec<u8>> {
     let raw = tempfile::NamedTempFile::new()?;
-    let words = [std::ffi::OsStr::new("convert"), "-O".as_ref(), "raw".as_ref(), image.as_os_str()];
-    qemu::img(&words.into_iter().chain([raw.path().as_os_str()]).collect::<Vec<_>>())?;
+    let args = [std::ffi::OsStr::new("convert"), "-O".as_ref(), "raw".as_ref(), image.as_os_str()];
+    qemu::img(&args.into_iter().chain([raw.path().as_os_str()]).collect::<Vec<_>>())?;
     Ok(std::fs::read(raw.path())?)
 }
 
@@ -632,12 +632,12 @@ mod domains_out_of_reach {
             let own = directory(&domain, "own")?;
             let path = own.join("b.qcow2");
             let size = below.len().to_string();
-            let words = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096"].map(std::ffi::OsStr::new);
-            qemu::img(&[&words[..], &[path.as_os_str(), size.as_ref()]].concat())?;
+            let args = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096"].map(std::ffi::OsStr::new);
+            qemu::img(&[&args[..], &[path.as_os_str(), size.as_ref()]].concat())?;
             let mut overlay = Overlay { path, bytes: vec![0; below.len()].into() };
             add(&domain, "other", &overlay)?;
-            let words = ["rebase", "-u", "-F", "qcow2", "-b"].map(std::ffi::OsStr::new);
-            qemu::img(&[&words[..], &[layer.as_os_str(), overlay.path.as_os_str()]].concat())?;
+            let args = ["rebase", "-u", "-F", "qcow2", "-b"].map(std::ffi::OsStr::new);
+            qemu::img(&[&args[..], &[layer.as_os_str(), overlay.path.as_os_str()]].concat())?;
             overlay.bytes = below;
             overlay.verify()?;
             domain.domsnap().done(&[&["--allow-backing", "/"][..], seen_by].concat())?;

@@ -41,8 +41,8 @@ fn unlocked_qemu(image: &Path, at: &Path) -> Result<Running> {
 /// All that writes a disk is refused, names `who`, and changes nothing.
 fn is_refused(domain: &Domain, who: &str, commands: &[&[&str]]) -> Result<()> {
     let before = images(&domain.disks())?;
-    for words in commands {
-        let said = domain.declined(words, status::REFUSED)?;
+    for args in commands {
+        let said = domain.declined(args, status::REFUSED)?;
         ensure!(said.stderr.contains(who), "{who} is not named: {said}");
     }
     same_images(&domain.disks(), &before)
@@ -109,8 +109,8 @@ fn domains_of_a_catalogue_keep_what_each_needs() -> Result<()> {
     let place = domain.root().join("another place");
     std::fs::create_dir(&place)?;
     let other = place.join("other.qcow2");
-    let words = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"].map(std::ffi::OsStr::new);
-    qemu::img(&[&words[..], &[layer.as_os_str(), other.as_os_str()]].concat())?;
+    let args = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"].map(std::ffi::OsStr::new);
+    qemu::img(&[&args[..], &[layer.as_os_str(), other.as_os_str()]].concat())?;
     let shown = qemu::read(&other, None)?;
     let allowed = domain.disks().to_string_lossy().into_owned();
     let disk = format!("vda={}", other.display());
@@ -129,6 +129,6 @@ fn domains_of_a_catalogue_keep_what_each_needs() -> Result<()> {
     domain.domsnap().done(&["domain", "remove", "other"])?;
     std::fs::remove_file(&other)?;
     domain.domsnap().done(&["recover", NAME])?;
-    ensure!(!layer.exists(), "nobody needs {} any more", layer.display());
+    ensure!(!layer.exists(), "nothing needs {} any more", layer.display());
     Ok(())
 }

@@ -50,12 +50,12 @@ fn apply(domain: &mut Domain, number: usize, step: &Step) -> Result<()> {
         ),
         Step::Create { kinds } => {
             let name = format!("n{number}");
-            let mut words = vec!["create".to_owned(), NAME.to_owned(), name.clone()];
+            let mut args = vec!["create".to_owned(), NAME.to_owned(), name.clone()];
             for (target, internal) in targets.iter().zip(kinds) {
-                words.push("--disk".to_owned());
-                words.push(format!("{target}={}", if *internal { "internal" } else { "external" }));
+                args.push("--disk".to_owned());
+                args.push(format!("{target}={}", if *internal { "internal" } else { "external" }));
             }
-            domain.domsnap().done(&words)?;
+            domain.domsnap().done(&args)?;
             domain.model.create(&name);
             Ok(())
         }

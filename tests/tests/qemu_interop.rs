@@ -11,9 +11,9 @@ use domsnap_tests::model::Bytes;
 use domsnap_tests::report::{self, List};
 use domsnap_tests::{qemu, verify};
 
-fn img(words: &[&str], image: &Path) -> Result<String> {
-    let words: Vec<&OsStr> = words.iter().map(OsStr::new).chain([image.as_os_str()]).collect();
-    qemu::img(&words)
+fn img(args: &[&str], image: &Path) -> Result<String> {
+    let args: Vec<&OsStr> = args.iter().map(OsStr::new).chain([image.as_os_str()]).collect();
+    qemu::img(&args)
 }
 
 /// A disk as qemu-img makes it: `base` with the internal snapshot `i0`, an overlay `mid` on it, and on that
@@ -134,7 +134,7 @@ fn adopted_points_revert() -> Result<()> {
     Ok(())
 }
 
-/// What depends on a base that somebody else uses too is never merged into it.
+/// What depends on a base that another domain uses too is never merged into it.
 #[test]
 fn shared_base_is_never_merged_into() -> Result<()> {
     let mut domain = Domain::unregistered(&Shape::disks(1))?;

@@ -31,7 +31,7 @@ struct Machine {
 type Prepare = fn(&mut Machine) -> Result<()>;
 
 struct Operation {
-    words: &'static [&'static str],
+    args: &'static [&'static str],
     /// Makes what it works on, again after each inject: it may be there.
     again: Prepare,
 }
@@ -64,8 +64,8 @@ impl Machine {
         ];
         let object = ["-object", "iothread,id=io"];
         let named = named.iter().map(String::as_str);
-        let words: Vec<&str> = object.into_iter().filter(|_| thread).chain(named).collect();
-        let qemu = Idle::start(Version::New, dir.path(), "m", &words)?;
+        let args: Vec<&str> = object.into_iter().filter(|_| thread).chain(named).collect();
+        let qemu = Idle::start(Version::New, dir.path(), "m", &args)?;
         Ok(Self { qemu, dir, held: BTreeMap::new() })
     }
 
@@ -82,9 +82,9 @@ impl Machine {
         self.qemu.address()
     }
 
-    fn done(&self, words: &[&str]) -> Result<()> {
+    fn done(&self, args: &[&str]) -> Result<()> {
         let address = self.address();
-        self.domsnap().done(&[&[words[0], &address], &words[1..]].concat()).map(drop)
+        self.domsnap().done(&[&[args[0], &address], &args[1..]].concat()).map(drop)
     }
 
     fn snapshots(&self) -> Result<Vec<report::Snapshot>> {
@@ -161,13 +161,13 @@ impl Machine {
 }
 
 fn read(layer: &Path, tag: Option<&str>) -> Result<Vec<u8>> {
-    let mut words: Vec<String> = ["convert", "-U", "-f", "qcow2", "-O", "raw"].map(str::to_owned).into();
+    let mut args: Vec<String> = ["convert", "-U", "-f", "qcow2", "-O", "raw"].map(str::to_owned).into();
     if let Some(tag) = tag {
-        words.extend(["-l".to_owned(), format!("snapshot.name={tag}")]);
+        args.extend(["-l".to_owned(), format!("snapshot.name={tag}")]);
     }
     let raw = tempfile::NamedTempFile::new()?;
-    words.extend([layer.display().to_string(), raw.path().display().to_string()]);
-    qemu::img(&words)?;
+    args.extend([layer.display().to_string(), raw.path().display().to_string()]);
+    qemu::img(&args)?;
     Ok(std::fs::read(raw.path())?)
 }
 
@@ -202,11 +202,11 @@ fn nothing_left(socket: &Path, disks: &[(&str, PathBuf)]) -> Result<()> {
 /// Kills before, and just after, one of `DOMSNAP_LIVE_EVERY` commands of `operation`, by default of 4.
 fn inject(operation: &Operation) -> Result<()> {
     let every = seed::from_env("DOMSNAP_LIVE_EVERY", 4).max(1) as usize;
-    strike_where(operation, Machine::start()?, |place, _| place % every == 0)
+    inject_where(operation, Machine::start()?, |place, _| place % every == 0)
 }
 
 /// Kills before, and just after, those commands of `operation` of which `is_struck` is true.
-fn strike_where(
+fn inject_where(
     operation: &Operation,
     mut machine: Machine,
     is_struck: impl Fn(usize, &str) -> bool,
@@ -214,8 +214,8 @@ fn strike_where(
     let (_outputs, file) = shim::outputs()?;
     (operation.again)(&mut machine).context("before the first")?;
     let address = machine.address();
-    let words = [&[operation.words[0], address.as_str()], &operation.words[1..]].concat();
-    shim::counting_commands(shim::preloaded(machine.domsnap()), &file).done(&words)?;
+    let args = [&[operation.args[0], address.as_str()], &operation.args[1..]].concat();
+    shim::counting_commands(shim::preloaded(machine.domsnap()), &file).done(&args)?;
     let commands: Vec<String> = std::fs::read_to_string(&file)?.lines().map(str::to_owned).collect();
     ensure!(commands.len() >= 2, "the shim saw {commands:?}");
     check_and_prepare(&mut machine, operation).context("after the one that was counted")?;
@@ -226,14 +226,14 @@ fn strike_where(
         for sent in [false, true] {
             (operation.again)(&mut machine).with_context(|| format!("before {command}"))?;
             let killed = shim::killing_at_command(shim::preloaded(machine.domsnap()), place as u64 + 1, sent);
-            let outcome = killed.run(&words)?;
+            let outcome = killed.run(&args)?;
             let when = if sent { "just after" } else { "before" };
             let healed = (|| {
                 ensure!(outcome.status.is_none_or(|status| status == status::DONE), "{outcome}");
                 machine.domsnap().done(&["recover"])?;
                 check_and_prepare(&mut machine, operation)
             })();
-            healed.with_context(|| format!("killed {when} {command} of {words:?}"))?;
+            healed.with_context(|| format!("killed {when} {command} of {args:?}"))?;
         }
     }
     machine.finish()
@@ -242,9 +242,9 @@ fn strike_where(
 /// Looks whether all is well; takes note of what there is now.
 fn check_and_prepare(machine: &mut Machine, operation: &Operation) -> Result<()> {
     let then = machine.sound()?;
-    let name = operation.words[1].to_owned();
+    let name = operation.args[1].to_owned();
     let there = machine.snapshots()?.iter().any(|snapshot| snapshot.name == name);
-    match operation.words[0] {
+    match operation.args[0] {
         "create" => {
             ensure!(!then, "the disks are those of another time");
             if there {
@@ -290,11 +290,11 @@ fn without_x(machine: &mut Machine) -> Result<()> {
 }
 
 macro_rules! kills {
-    ($($(#[$about:meta])* $name:ident: $words:expr, $again:expr;)*) => {$(
+    ($($(#[$about:meta])* $name:ident: $args:expr, $again:expr;)*) => {$(
         $(#[$about])*
         #[test]
         fn $name() -> Result<()> {
-            inject(&Operation { words: &$words, again: $again })
+            inject(&Operation { args: &$args, again: $again })
         }
     )*};
 }
@@ -322,12 +322,12 @@ kills! {
 #[test]
 fn create_while_requests_are_held() -> Result<()> {
     let operation = Operation {
-        words: &["create", "x", "--disk-only", "--disk", "vda=external", "--disk", "vdb=internal"],
+        args: &["create", "x", "--disk-only", "--disk", "vda=external", "--disk", "vdb=internal"],
         again: without_x,
     };
     let of_holding = ["blockdev-mirror", "block-job-cancel", "stop", "job-cancel", "job-dismiss"];
     let is_of_holding = |_, command: &str| of_holding.iter().any(|name| command.ends_with(name));
-    strike_where(&operation, Machine::start_with(true)?, is_of_holding)
+    inject_where(&operation, Machine::start_with(true)?, is_of_holding)
 }
 
 /// Both are killed before memory is loaded. `recover` drops the safety copies of internal reverts, and starts
@@ -338,14 +338,14 @@ fn both_die_before_memory_is_loaded() -> Result<()> {
     let (_outputs, file) = shim::outputs()?;
     past(&mut machine, &["--internal"])?;
     let address = machine.address();
-    let words = ["revert", address.as_str(), "s"];
-    shim::counting_commands(shim::preloaded(machine.domsnap()), &file).done(&words)?;
+    let args = ["revert", address.as_str(), "s"];
+    shim::counting_commands(shim::preloaded(machine.domsnap()), &file).done(&args)?;
     let commands = std::fs::read_to_string(&file)?;
     let place = commands.lines().position(|command| command.ends_with("snapshot-load"));
     let place = place.with_context(|| format!("none loads memory: {commands}"))?;
     past(&mut machine, &["--internal"])?;
     let killed = shim::killing_at_command(shim::preloaded(machine.domsnap()), place as u64 + 1, false);
-    killed.run(&words)?;
+    killed.run(&args)?;
     machine.qemu.kill()?;
     let recovered = machine.domsnap().run(&["recover"])?;
     let ended = (|| {
@@ -375,9 +375,9 @@ fn a_concluded_stream_ends_no_qemu() -> Result<()> {
     let on = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2"];
     qemu::img(&[&on[..], &[&image("d.qcow2")]].concat())?;
     let disk = format!("driver=qcow2,file.driver=file,file.filename={},node-name=d0", image("d.qcow2"));
-    let words = ["-blockdev", &disk, "-device", "virtio-blk-pci,drive=d0,id=vda"];
+    let args = ["-blockdev", &disk, "-device", "virtio-blk-pci,drive=d0,id=vda"];
     for (job, wanted) in [("domsnap-m-0123456789abcdef", status::DONE), ("another", status::REFUSED)] {
-        let mut qemu = Idle::start(Version::New, dir.path(), "m", &words)?;
+        let mut qemu = Idle::start(Version::New, dir.path(), "m", &args)?;
         let stream = serde_json::json!({ "job-id": job, "device": "d0", "auto-dismiss": false });
         qemu.qmp("block-stream", stream)?;
         let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
@@ -386,9 +386,9 @@ fn a_concluded_stream_ends_no_qemu() -> Result<()> {
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
         let domsnap = Domsnap::new(&dir.path().join(format!("state-{job}")));
-        for words in [&["recover"][..], &["list", &qemu.address()], &["domain", "scan"]] {
-            domsnap.run(words)?;
-            ensure!(qemu.is_alive()?, "QEMU has ended after {words:?}: {}", qemu.said());
+        for args in [&["recover"][..], &["list", &qemu.address()], &["domain", "scan"]] {
+            domsnap.run(args)?;
+            ensure!(qemu.is_alive()?, "QEMU has ended after {args:?}: {}", qemu.said());
         }
         let created = domsnap.run(&["create", &qemu.address(), "s"])?.expect_status(wanted)?;
         ensure!(qemu.is_alive()?, "QEMU has ended: {}", qemu.said());
@@ -408,18 +408,16 @@ fn signals_undo_or_are_ignored() -> Result<()> {
     let address = machine.address();
     let (_outputs, file) = shim::outputs()?;
     let (mut undone, mut done) = (0, 0);
-    for (words, again) in [
+    for (args, again) in [
         (["revert", "s"], (|machine| past(machine, &["--disk", "vdb=external"])) as Prepare),
         (["create", "x"], without_x),
     ] {
-        let operation = Operation {
-            words: if words[0] == "revert" { &["revert", "s"] } else { &["create", "x"] },
-            again,
-        };
+        let operation =
+            Operation { args: if args[0] == "revert" { &["revert", "s"] } else { &["create", "x"] }, again };
         again(&mut machine)?;
-        let words = [words[0], address.as_str(), words[1]];
+        let args = [args[0], address.as_str(), args[1]];
         let _ = std::fs::remove_file(&file);
-        shim::counting_commands(shim::preloaded(machine.domsnap()), &file).done(&words)?;
+        shim::counting_commands(shim::preloaded(machine.domsnap()), &file).done(&args)?;
         check_and_prepare(&mut machine, &operation)?;
         let count = std::fs::read_to_string(&file)?.lines().count();
         let signals = [1, 2, 15];
@@ -428,7 +426,7 @@ fn signals_undo_or_are_ignored() -> Result<()> {
             let signal = signals[place / 3 % signals.len()];
             let killed =
                 shim::signalling_at_command(shim::preloaded(machine.domsnap()), place as u64 + 1, signal);
-            let outcome = killed.run(&words)?;
+            let outcome = killed.run(&args)?;
             match outcome.status {
                 Some(status::DONE) => done += 1,
                 // Before the first step there is nothing to undo, and it says that.

@@ -10,9 +10,9 @@ use domsnap_tests::{qemu, verify};
 use testguest::{GuestOptions, Version};
 
 /// Creates, reverts and deletes over a tree of four snapshots.
-fn tree(mut domain: Domain, way: &str) -> Result<()> {
+fn tree(mut domain: Domain, method: &str) -> Result<()> {
     for name in ["s1", "s2", "s3"] {
-        domain.write_and_create(name, way)?;
+        domain.write_and_create(name, method)?;
         domain.verify().with_context(|| name.to_owned())?;
     }
     domain.write_everywhere()?;
@@ -21,7 +21,7 @@ fn tree(mut domain: Domain, way: &str) -> Result<()> {
         domain.verify().with_context(|| format!("after the revert to {name}"))?;
         domain.write_everywhere()?;
     }
-    domain.write_and_create("side", way)?;
+    domain.write_and_create("side", method)?;
     domain.write_everywhere()?;
     domain.domsnap().done(&["revert", NAME, "s2", "--save-current=kept"])?;
     domain.model.create("kept");
@@ -126,8 +126,8 @@ fn point_under_a_foreign_overlay_stays() -> Result<()> {
     domain.write_and_create("s1", "copy")?;
     let point = point_of(&domain, "s1")?;
     let overlay = domain.disks().join("mine.qcow2");
-    let words = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"].map(std::ffi::OsStr::new);
-    qemu::img(&[&words[..], &[point.as_os_str(), overlay.as_os_str()]].concat())?;
+    let args = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"].map(std::ffi::OsStr::new);
+    qemu::img(&[&args[..], &[point.as_os_str(), overlay.as_os_str()]].concat())?;
     let deleted = domain.domsnap().done(&["delete", NAME, "s1"])?;
     ensure!(format!("{deleted}").contains("mine.qcow2 is backed by it"), "{deleted}");
     ensure!(point.exists(), "what an overlay depends on was removed");
@@ -143,9 +143,9 @@ fn point_under_a_foreign_overlay_stays() -> Result<()> {
 #[test]
 fn new_path_is_an_overlay_on_the_raw_file() -> Result<()> {
     let mut domain = Domain::unregistered(&Shape::raw(1))?;
-    let mut words = domain.register_words();
-    words.push("--active-path=new".to_owned());
-    domain.domsnap().done(&words)?;
+    let mut args = domain.register_args();
+    args.push("--active-path=new".to_owned());
+    domain.domsnap().done(&args)?;
     domain.write_everywhere()?;
     let base = qemu::read(&domain.path("vda"), None)?;
     let made = domain.domsnap().done(&["create", NAME, "s1", "--disk", "vda=overlay"])?;
@@ -183,9 +183,9 @@ fn new_path_is_an_overlay_on_the_raw_file() -> Result<()> {
 #[test]
 fn overlay_is_refused_over_raw_points() -> Result<()> {
     let mut domain = Domain::unregistered(&Shape::raw(1))?;
-    let mut words = domain.register_words();
-    words.push("--active-path=new".to_owned());
-    domain.domsnap().done(&words)?;
+    let mut args = domain.register_args();
+    args.push("--active-path=new".to_owned());
+    domain.domsnap().done(&args)?;
     domain.write_and_create("s1", "copy")?;
     let refused = domain.declined(&["create", NAME, "s2", "--disk", "vda=overlay"], status::REFUSED)?;
     ensure!(refused.stderr.contains("points that are raw files"), "{refused}");

@@ -15,15 +15,15 @@ use domsnap_tests::qemu::{self, Write};
 use domsnap_tests::report;
 use domsnap_tests::{crash, scenario, shim, verify};
 
-/// Raw disks where temporary files are, with the snapshots `ways`, called `s1`, `s2`, ..., and writes between
-/// and after.
-fn line(disks: usize, ways: &[&str]) -> Result<Domain> {
-    grown(Domain::new(&Shape::raw(disks))?, ways)
+/// Raw disks where temporary files are, with snapshots by `methods`, called `s1`, `s2`, ..., and writes
+/// between and after.
+fn line(disks: usize, methods: &[&str]) -> Result<Domain> {
+    grown(Domain::new(&Shape::raw(disks))?, methods)
 }
 
-fn grown(mut domain: Domain, ways: &[&str]) -> Result<Domain> {
-    for (index, way) in ways.iter().enumerate() {
-        domain.create(&format!("s{}", index + 1), way)?;
+fn grown(mut domain: Domain, methods: &[&str]) -> Result<Domain> {
+    for (index, method) in methods.iter().enumerate() {
+        domain.create(&format!("s{}", index + 1), method)?;
         domain.write_everywhere()?;
     }
     Ok(domain)
@@ -39,8 +39,8 @@ fn point(domain: &Domain, name: &str, target: &str) -> Result<PathBuf> {
 }
 
 fn says(outcome: &Outcome, all: &[&str]) -> Result<()> {
-    for words in all {
-        ensure!(outcome.stderr.contains(words), "it does not say {words:?}: {outcome}");
+    for args in all {
+        ensure!(outcome.stderr.contains(args), "it does not say {args:?}: {outcome}");
     }
     Ok(())
 }
@@ -100,7 +100,7 @@ mod where_blocks_can_be_shared {
         if !may_mount("xfs") {
             return Ok(());
         }
-        let mut domain = grown(Domain::new_on("xfs", &Shape::raw(2))?, &["ways", "reflink", "copy"])?;
+        let mut domain = grown(Domain::new_on("xfs", &Shape::raw(2))?, &["methods", "reflink", "copy"])?;
         for name in ["s3", "s1", "s2"] {
             domain.revert(name)?;
             domain.verify().with_context(|| format!("after revert to {name}"))?;
@@ -166,12 +166,12 @@ mod a_copy {
     }
 
     #[test]
-    fn is_told_by_show_and_list_with_its_size() -> Result<()> {
+    fn is_shown_and_listed_with_its_size() -> Result<()> {
         let domain = line(1, &["copy"])?;
         let copy = point(&domain, "s1", "vda")?;
         let name = copy.file_name().and_then(OsStr::to_str).context("no name")?;
-        for words in [&["show", NAME, "s1"][..], &["list", NAME, "--disks"]] {
-            let outcome = domain.domsnap().done(words)?;
+        for args in [&["show", NAME, "s1"][..], &["list", NAME, "--disks"]] {
+            let outcome = domain.domsnap().done(args)?;
             ensure!(outcome.stdout.contains(name), "{name} is not reported: {outcome}");
         }
         Ok(())
@@ -199,9 +199,9 @@ mod an_overlay {
     /// the current state.
     fn taken() -> Result<(Domain, PathBuf)> {
         let mut domain = Domain::unregistered(&Shape::raw(1))?;
-        domain.domsnap().done(&[domain.register_words(), vec!["--active-path=new".into()]].concat())?;
+        domain.domsnap().done(&[domain.register_args(), vec!["--active-path=new".into()]].concat())?;
         domain.write_everywhere()?;
-        let made = domain.domsnap().done(&domain.create_words("s1", "overlay"))?;
+        let made = domain.domsnap().done(&domain.create_args("s1", "overlay"))?;
         domain.model.create("s1");
         let present = present(&domain)?;
         let said = format!("{}{}", made.stdout, made.stderr);
@@ -295,8 +295,8 @@ mod what_a_raw_file_holds {
         let secret = domain.root().join("secret");
         std::fs::write(&secret, vec![0x5a; 4 << 20])?;
         let fake = domain.root().join("fake.qcow2");
-        let words = ["create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b"].map(OsStr::new);
-        qemu::img(&[&words[..], &[secret.as_os_str(), fake.as_os_str(), "4M".as_ref()]].concat())?;
+        let args = ["create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b"].map(OsStr::new);
+        qemu::img(&[&args[..], &[secret.as_os_str(), fake.as_os_str(), "4M".as_ref()]].concat())?;
         let head = std::fs::read(&fake)?;
         std::fs::remove_file(&fake)?;
         let disk = std::fs::OpenOptions::new().write(true).open(domain.path("vda"))?;
@@ -330,7 +330,7 @@ mod the_configured_path {
         let (path, real) = (domain.path("vda"), domain.disks().join("real.raw"));
         std::fs::rename(&path, &real)?;
         std::os::unix::fs::symlink("real.raw", &path)?;
-        let reported = domain.domsnap().done(&domain.register_words())?;
+        let reported = domain.domsnap().done(&domain.register_args())?;
         let real = real.display().to_string();
         ensure!(
             reported.stdout.contains("a.raw is a symbolic link") && reported.stdout.contains(&real),
@@ -345,8 +345,8 @@ mod the_configured_path {
         let (path, real) = (domain.path("vda"), domain.disks().join("real.raw"));
         std::fs::rename(&path, &real)?;
         std::os::unix::fs::symlink("real.raw", &path)?;
-        for words in [&["revert", NAME, "s1"][..], &["create", NAME, "x", "--disk", "vda=copy"]] {
-            says(&domain.declined(words, status::REFUSED)?, &["symbolic link"])?;
+        for args in [&["revert", NAME, "s1"][..], &["create", NAME, "x", "--disk", "vda=copy"]] {
+            says(&domain.declined(args, status::REFUSED)?, &["symbolic link"])?;
         }
         std::fs::remove_file(&path)?;
         std::fs::rename(&real, &path)?;
@@ -470,10 +470,10 @@ mod others {
     fn who_hold_the_file_are_left_in_peace() -> Result<()> {
         let mut domain = line(2, &["copy"])?;
         let running = qemu::Running::on(&domain.path("vdb"))?;
-        let copy = domain.create_words("x", "copy");
+        let copy = domain.create_args("x", "copy");
         let copy: Vec<&str> = copy.iter().map(String::as_str).collect();
-        for words in [&copy[..], &["revert", NAME, "s1"], &["delete", NAME, "s1"]] {
-            let refused = domain.declined(words, status::REFUSED)?;
+        for args in [&copy[..], &["revert", NAME, "s1"], &["delete", NAME, "s1"]] {
+            let refused = domain.declined(args, status::REFUSED)?;
             says(&refused, &["b.raw"])?;
         }
         running.stop()?;
@@ -482,16 +482,16 @@ mod others {
         domain.verify()
     }
 
-    /// A qcow2 overlay of somebody else's on `base`, by its file name.
+    /// A qcow2 overlay of another domain on `base`, by its file name.
     fn overlay(domain: &Domain, base: &Path) -> Result<PathBuf> {
         let overlay = domain.disks().join("theirs.qcow2");
-        let words = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"].map(OsStr::new);
-        qemu::img(&[&words[..], &[base.file_name().context("no name")?, overlay.as_os_str()]].concat())?;
+        let args = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"].map(OsStr::new);
+        qemu::img(&[&args[..], &[base.file_name().context("no name")?, overlay.as_os_str()]].concat())?;
         Ok(overlay)
     }
 
     #[test]
-    fn who_stand_on_the_present_keep_what_they_show() -> Result<()> {
+    fn dependents_keep_their_content() -> Result<()> {
         let domain = line(1, &["copy"])?;
         let theirs = overlay(&domain, &domain.path("vda"))?;
         let refused = domain.declined(&["revert", NAME, "s1"], status::REFUSED)?;
@@ -602,9 +602,9 @@ mod together_with_qcow2 {
         ])?;
         std::fs::remove_file(domain.path("vdb"))?;
         domain.model.present.remove("vdb");
-        let words =
-            [domain.register_words(), vec!["--disk".into(), format!("vdb={},format=qcow2", qcow2.display())]];
-        domain.domsnap().done(&words.concat())?;
+        let args =
+            [domain.register_args(), vec!["--disk".into(), format!("vdb={},format=qcow2", qcow2.display())]];
+        domain.domsnap().done(&args.concat())?;
         let write = |domain: &mut Domain, byte| -> Result<()> {
             let writes = [Write { offset: 4096, length: 8192, byte: Some(byte) }];
             domain.write("vda", &writes)?;
@@ -643,7 +643,7 @@ fn the_ways_are_listed_with_the_backend() -> Result<()> {
 }
 
 #[test]
-fn a_way_that_is_none_is_refused_with_those_that_are() -> Result<()> {
+fn unknown_method_is_refused_by_name() -> Result<()> {
     let domain = line(1, &[])?;
     for how in ["vda=teleport", "vda=internal"] {
         let before = contents(&domain.disks())?;
@@ -661,7 +661,7 @@ fn a_way_that_is_none_is_refused_with_those_that_are() -> Result<()> {
 fn two_domsnap_at_once_take_turns_or_one_is_reported() -> Result<()> {
     let mut domain = line(1, &[])?;
     let spawn = |name: &str| -> Result<std::process::Child> {
-        let mut command: Command = domain.domsnap().command(&domain.create_words(name, "copy"));
+        let mut command: Command = domain.domsnap().command(&domain.create_args(name, "copy"));
         Ok(command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn()?)
     };
     let [one, two] = [spawn("one")?, spawn("two")?];
@@ -671,8 +671,8 @@ fn two_domsnap_at_once_take_turns_or_one_is_reported() -> Result<()> {
         match output.status.code() {
             Some(status::DONE) => {}
             Some(status::REFUSED) => {
-                ensure!(!output.stderr.is_empty(), "{name} was refused without words");
-                domain.domsnap().done(&domain.create_words(name, "copy"))?;
+                ensure!(!output.stderr.is_empty(), "{name} was refused without a message");
+                domain.domsnap().done(&domain.create_args(name, "copy"))?;
             }
             other => {
                 anyhow::bail!("{name} ended with {other:?}: {}", String::from_utf8_lossy(&output.stderr))

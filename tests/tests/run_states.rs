@@ -30,14 +30,14 @@ impl Domain {
         let disk = dir.path().join("d.qcow2");
         qemu::img(&["create", "-q", "-f", "qcow2", &disk.display().to_string(), "1M"])?;
         boot.write(&disk)?;
-        let words = [
+        let args = [
             "-blockdev".to_owned(),
             format!("driver=qcow2,file.driver=file,file.filename={},node-name=d0", disk.display()),
             "-device".to_owned(),
             "virtio-blk-pci,drive=d0,id=vda,bootindex=1".to_owned(),
         ];
-        let words: Vec<&str> = words.iter().map(String::as_str).chain(more.iter().copied()).collect();
-        let qemu = Idle::start(version, dir.path(), "m", &words)?;
+        let args: Vec<&str> = args.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        let qemu = Idle::start(version, dir.path(), "m", &args)?;
         Ok(Self { qemu, dir, disk })
     }
 
@@ -45,13 +45,13 @@ impl Domain {
         Domsnap::new(&self.dir.path().join("state"))
     }
 
-    fn run(&self, words: &[&str]) -> Result<Outcome> {
+    fn run(&self, args: &[&str]) -> Result<Outcome> {
         let address = self.qemu.address();
-        self.domsnap().run(&[&[words[0], &address], &words[1..]].concat())
+        self.domsnap().run(&[&[args[0], &address], &args[1..]].concat())
     }
 
-    fn done(&self, words: &[&str]) -> Result<()> {
-        self.run(words)?.expect_status(status::DONE).map(drop)
+    fn done(&self, args: &[&str]) -> Result<()> {
+        self.run(args)?.expect_status(status::DONE).map(drop)
     }
 
     fn has(&self, pattern: u8) -> Result<bool> {
@@ -141,9 +141,9 @@ impl Domain {
         Ok(())
     }
 
-    fn refuses(&mut self, word: &str, words: &[&str]) -> Result<()> {
+    fn refuses(&mut self, word: &str, args: &[&str]) -> Result<()> {
         self.lives(word)?;
-        let outcome = self.run(words)?.expect_status(status::REFUSED)?;
+        let outcome = self.run(args)?.expect_status(status::REFUSED)?;
         ensure!(outcome.stderr.contains("no changes made"), "{outcome}");
         self.lives(word)
     }
@@ -198,8 +198,8 @@ fn paused_is_worked_in() -> Result<()> {
 #[test]
 fn a_panicked_guest_is_worked_on() -> Result<()> {
     for version in Version::BOTH {
-        let words = ["-device", "pvpanic", "-action", "panic=pause"];
-        let mut domain = Domain::start(version, Boot::Panic, &words)?;
+        let args = ["-device", "pvpanic", "-action", "panic=pause"];
+        let mut domain = Domain::start(version, Boot::Panic, &args)?;
         domain.all_in_state("guest-panicked", reset).with_context(|| format!("{version:?}"))?;
         reset(&mut domain)?;
         domain.qemu.wait_state("guest-panicked")?;
@@ -211,8 +211,8 @@ fn a_panicked_guest_is_worked_on() -> Result<()> {
 #[test]
 fn a_guest_that_is_off_is_worked_on() -> Result<()> {
     for version in Version::BOTH {
-        let words = ["-action", "shutdown=pause"];
-        let mut domain = Domain::start(version, Boot::PowerOff, &words)?;
+        let args = ["-action", "shutdown=pause"];
+        let mut domain = Domain::start(version, Boot::PowerOff, &args)?;
         domain.all_in_state("shutdown", reset).with_context(|| format!("{version:?}"))?;
         reset(&mut domain)?;
         domain.qemu.wait_state("shutdown")?;
@@ -223,8 +223,8 @@ fn a_guest_that_is_off_is_worked_on() -> Result<()> {
 
 #[test]
 fn a_watchdogs_pause_is_worked_in() -> Result<()> {
-    let words = ["-device", "ib700", "-action", "watchdog=pause"];
-    Domain::start(Version::New, Boot::Watchdog, &words)?.all_in_state("watchdog", reset)
+    let args = ["-device", "ib700", "-action", "watchdog=pause"];
+    Domain::start(Version::New, Boot::Watchdog, &args)?.all_in_state("watchdog", reset)
 }
 
 /// A packet for QEMU's gdbstub.
@@ -275,8 +275,8 @@ fn disks_are_worked_on_after_a_load_that_failed() -> Result<()> {
 
 #[test]
 fn a_qemu_that_ends_at_a_reboot_is_not_reset() -> Result<()> {
-    let words = ["-action", "shutdown=pause,reboot=shutdown"];
-    let mut domain = Domain::start(Version::New, Boot::Idle, &words)?;
+    let args = ["-action", "shutdown=pause,reboot=shutdown"];
+    let mut domain = Domain::start(Version::New, Boot::Idle, &args)?;
     domain.qemu.write("vda", THEN)?;
     domain.done(&["create", "memory"])?;
     domain.done(&["create", "disks", "--disk-only"])?;
@@ -333,8 +333,8 @@ fn a_sleeping_guest_counts_as_running_and_sleeps_on() -> Result<()> {
 fn states_of_a_migration_are_refused() -> Result<()> {
     for version in Version::BOTH {
         let mut domain = Domain::start(version, Boot::Idle, &["-incoming", "defer"])?;
-        for words in [&["create", "x"][..], &["create", "x", "--disk-only"], &["create", "x", "--no-live"]] {
-            domain.refuses("inmigrate", words)?;
+        for args in [&["create", "x"][..], &["create", "x", "--disk-only"], &["create", "x", "--no-live"]] {
+            domain.refuses("inmigrate", args)?;
         }
         let mut domain = Domain::start(version, Boot::Idle, &[])?;
         domain.done(&["create", "s"])?;
@@ -351,8 +351,8 @@ fn states_of_a_migration_are_refused() -> Result<()> {
             &["delete", "s"],
             &["delete", "d"],
         ];
-        for words in operations {
-            domain.refuses("postmigrate", words)?;
+        for args in operations {
+            domain.refuses("postmigrate", args)?;
         }
         domain.qemu.qmp("cont", json!({}))?;
         domain.done(&["revert", "s"])?;
@@ -370,14 +370,14 @@ fn a_guest_whose_disk_is_full_is_worked_on() -> Result<()> {
     let full = small.path().join("full.qcow2");
     qemu::img(&["create", "-q", "-f", "qcow2", &full.display().to_string(), "256M"])?;
     Boot::Fill.write(&full)?;
-    let words = [
+    let args = [
         "-blockdev".to_owned(),
         format!("driver=qcow2,file.driver=file,file.filename={},node-name=d1", full.display()),
         "-device".to_owned(),
         "virtio-blk-pci,drive=d1,id=vdb,bootindex=0".to_owned(),
     ];
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let mut domain = Domain::start(Version::New, Boot::Idle, &words)?;
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let mut domain = Domain::start(Version::New, Boot::Idle, &args)?;
     domain.qemu.wait_state("io-error")?;
     for (name, more) in
         [("disks", &["--disk-only"][..]), ("live", &[]), ("still", &["--no-live", "--external"])]
@@ -409,9 +409,9 @@ fn busy(boot: Boot, more: &[&str]) -> Result<(Domain, tempfile::TempDir)> {
     let filled = format!("loader,file={},addr=0x2000000,force-raw=on", filling.display());
     let served = format!("unix:{},server=on,wait=off", second.display());
     // A background snapshot cannot be had of memory that is shared.
-    let words = ["-m", "192", "-object", &memory, "-machine", "memory-backend=m", "-device", &filled];
-    let words = [&words[..], &["-qmp", &served]].concat();
-    let domain = Domain::start(Version::New, boot, &[&words[..], more].concat())?;
+    let args = ["-m", "192", "-object", &memory, "-machine", "memory-backend=m", "-device", &filled];
+    let args = [&args[..], &["-qmp", &served]].concat();
+    let domain = Domain::start(Version::New, boot, &[&args[..], more].concat())?;
     let limits = json!({ "downtime-limit": 1, "avail-switchover-bandwidth": 1_000 });
     domain.qemu.qmp("migrate-set-parameters", limits)?;
     Ok((domain, dir))
@@ -436,7 +436,7 @@ fn wait_busy(domain: &Domain) -> Result<()> {
 
 /// Takes a snapshot, and does something over the other socket when its memory is being copied. None where it
 /// ended before: on a busy machine the guest may get no time to write to its memory.
-fn create_while(domain: &Domain, dir: &Path, words: &[&str], what: (&str, Value)) -> Result<Option<Outcome>> {
+fn create_while(domain: &Domain, dir: &Path, args: &[&str], what: (&str, Value)) -> Result<Option<Outcome>> {
     let second = &dir.join("second");
     let copied = || -> Result<bool> {
         let now = domain.qemu.qmp_at(second, "query-migrate", json!({}))?;
@@ -444,7 +444,7 @@ fn create_while(domain: &Domain, dir: &Path, words: &[&str], what: (&str, Value)
         Ok(now["status"] == "active" && passes > 2)
     };
     std::thread::scope(|scope| {
-        let create = scope.spawn(|| domain.run(words));
+        let create = scope.spawn(|| domain.run(args));
         while !create.is_finished() && !copied()? {}
         let ended = create.is_finished();
         if !ended {
@@ -478,8 +478,8 @@ fn guest_that_stops_itself_ends_a_pre_copy() -> Result<()> {
             wait_busy(&domain)?;
             let key = json!({ "keys": [{ "type": "qcode", "data": "a" }] });
             let how = if number % 2 == 0 { "--internal" } else { "--external" };
-            let words = ["create", "x", how];
-            let outcome = create_while(&domain, dir.path(), &words, ("send-key", key))?;
+            let args = ["create", "x", how];
+            let outcome = create_while(&domain, dir.path(), &args, ("send-key", key))?;
             let Some(outcome) = outcome.filter(|outcome| outcome.status != Some(status::DONE)) else {
                 // The key came after the end: the guest stops when it goes on, if it was not stopped before.
                 let key = json!({ "keys": [{ "type": "qcode", "data": "b" }] });
@@ -523,8 +523,8 @@ fn stop_by_another_client_outlasts_a_pre_copy() -> Result<()> {
         let outcome = create_while(&domain, dir.path(), &["create", "x", how], ("stop", json!({})))?;
         if let Some(outcome) = outcome {
             let outcome = outcome.expect_status(status::DONE)?;
-            // A `stop` that comes while the guest stands still for us has no effect in QEMU, and nobody hears
-            // of it.
+            // A `stop` that comes while the guest stands still for us has no effect in QEMU, and no client
+            // hears of it.
             match (outcome.stdout.contains("another client"), outcome.stdout.contains("(pre-copy)")) {
                 (true, true) => at_the_end += 1,
                 (true, false) => before_the_end += 1,

@@ -44,8 +44,8 @@ impl Place {
     /// A server of an image of this directory.
     fn serve(&self, image: &str, more: &[&str]) -> Result<Server> {
         let image = self.file(image).display().to_string();
-        let words: Vec<&str> = std::iter::once(image.as_str()).chain(more.iter().copied()).collect();
-        Server::start(&self.domsnap(), &self.file("s"), &words)
+        let args: Vec<&str> = std::iter::once(image.as_str()).chain(more.iter().copied()).collect();
+        Server::start(&self.domsnap(), &self.file("s"), &args)
     }
 }
 
@@ -78,9 +78,9 @@ fn judges_agree_on_a_raw_disk() -> Result<()> {
     qemu::run("nbdcopy", &["--flush", &text(&other), &uri])?;
     ensure!(bytes(&image)? == bytes(&other)?, "nbdcopy's data is not in the image");
     let job = format!("--uri={uri}");
-    let words = ["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--size=16M"];
+    let args = ["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--size=16M"];
     let more = [job.as_str(), "--verify=crc32c", "--verify_state_save=0", "--output-format=terse"];
-    qemu::run("fio", &[&words[..], &more].concat())?;
+    qemu::run("fio", &[&args[..], &more].concat())?;
     qemu::img(&["compare", "-U", "-f", "raw", "-F", "raw", &text(&image), &uri])?;
     qemu::run(
         "qemu-io",
@@ -117,7 +117,8 @@ fn acknowledged_writes_survive_sigkill() -> Result<()> {
     Ok(())
 }
 
-/// A second client, a second server of the image, and a second server at the socket are refused in words.
+/// A second client, a second server of the image, and a second server at the socket are refused with a
+/// message.
 #[test]
 fn second_user_is_refused() -> Result<()> {
     let place = Place::new()?;
@@ -162,11 +163,11 @@ fn any_snapshot_is_served_read_only() -> Result<()> {
         expected.iter().map(|(name, content)| (Some(*name), content)).chain([(None, &current)])
     {
         let image = text(&image);
-        let words = match name {
+        let args = match name {
             Some(name) => vec![image.as_str(), "--at", name],
             None => vec![image.as_str(), "--read-only"],
         };
-        let mut server = Server::start(&domain.domsnap(), &socket, &words)?;
+        let mut server = Server::start(&domain.domsnap(), &socket, &args)?;
         let info = server.ask(&json!({ "do": "info" }))?;
         ensure!(info["read_only"] == true && info["snapshot"].as_str() == name, "{info}");
         qemu::run("nbdcopy", &[&server.uri(), &text(&copy)])?;
@@ -288,9 +289,9 @@ fn vhd_chain_survives_snapshot_and_sigkill() -> Result<()> {
     qemu::run("nbdcopy", &[&server.uri(), &text(&copy)])?;
     ensure!(bytes(&copy)? == current, "acknowledged writes are lost");
     let job = format!("--uri={}", server.uri());
-    let words = ["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--size=16M"];
+    let args = ["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--size=16M"];
     let more = [job.as_str(), "--verify=crc32c", "--verify_state_save=0", "--output-format=terse"];
-    qemu::run("fio", &[&words[..], &more].concat())?;
+    qemu::run("fio", &[&args[..], &more].concat())?;
     qemu::run("nbdcopy", &[&server.uri(), &text(&copy)])?;
     server.stop()?;
     let parent = place.file("parent.raw");

@@ -35,9 +35,9 @@ impl Watched {
     }
 
     /// Runs a line of shell in the watched directory with one program of it preloaded.
-    fn run(&self, program: &str, words: &[&str], more: &[(&str, &str)]) -> ExitStatus {
+    fn run(&self, program: &str, args: &[&str], more: &[(&str, &str)]) -> ExitStatus {
         Command::new(program)
-            .args(words)
+            .args(args)
             .current_dir(self.root())
             .env("LD_PRELOAD", product("DOMSNAP_FAULTFS", "libfaultfs.so", "faultfs"))
             .env("FAULTFS_ROOT", self.root())
@@ -270,7 +270,7 @@ fn shim_sees_every_operation() {
         &["revert", NAME, "s2"],
         &["delete", NAME, "s1"],
     ];
-    for words in commands {
+    for args in commands {
         let (outputs, log) = shim::outputs().unwrap();
         let traces = outputs.path().join("traces");
         std::fs::create_dir(&traces).unwrap();
@@ -286,7 +286,7 @@ fn shim_sees_every_operation() {
             format!("-EFAULTFS_LOG={}", log.display()),
         ];
         let wrapper: Vec<&str> = wrapper.iter().map(String::as_str).collect();
-        domain.domsnap().through(&wrapper).done(words).unwrap();
+        domain.domsnap().through(&wrapper).done(args).unwrap();
         let mut strace = BTreeMap::new();
         for thread in std::fs::read_dir(&traces).unwrap() {
             let text = std::fs::read(thread.unwrap().path()).unwrap();
@@ -306,7 +306,7 @@ fn shim_sees_every_operation() {
             };
             *recorded.entry(kind).or_default() += 1;
         }
-        assert_eq!(recorded, strace, "{words:?}: the shim's record against strace");
-        assert!(recorded["written"] > 0 && recorded["flushed"] > 0, "{words:?} did nothing: {recorded:?}");
+        assert_eq!(recorded, strace, "{args:?}: the shim's record against strace");
+        assert!(recorded["written"] > 0 && recorded["flushed"] > 0, "{args:?} did nothing: {recorded:?}");
     }
 }

@@ -1,5 +1,6 @@
 //! What goes wrong around domsnap: others who hold the images, full disks, closed doors, missing files. It
-//! says so in words, nothing is lost, nothing is left behind, and once the trouble is over everything works.
+//! says so in a message, nothing is lost, nothing is left behind, and once the trouble is over everything
+//! works.
 
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
@@ -34,9 +35,9 @@ fn as_root() -> bool {
 struct Mount(PathBuf);
 
 impl Mount {
-    fn new(words: &[&str], at: &Path) -> Result<Mount> {
+    fn new(args: &[&str], at: &Path) -> Result<Mount> {
         let at_text = at.to_str().context("a path that is no text")?;
-        qemu::run("mount", &[words, &[at_text]].concat())?;
+        qemu::run("mount", &[args, &[at_text]].concat())?;
         Ok(Mount(at.to_owned()))
     }
 }
@@ -56,10 +57,10 @@ struct Stopped {
 }
 
 impl Stopped {
-    /// Starts `domsnap` with `words` and waits until it stands still just before operation `number`.
-    fn before(domain: &Domain, words: &[String], number: u64) -> Result<Stopped> {
+    /// Starts `domsnap` with `args` and waits until it stands still just before operation `number`.
+    fn before(domain: &Domain, args: &[String], number: u64) -> Result<Stopped> {
         let domsnap = shim::stopping(shim::watching(domain.domsnap(), domain.root())?, number);
-        let child = domsnap.command(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let child = domsnap.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let mut stopped = Stopped { child: Some(child) };
         let child = stopped.child.as_mut().context("just started")?;
         for _ in 0..2000 {
@@ -96,12 +97,12 @@ impl Drop for Stopped {
     }
 }
 
-/// The number of the first operation of `words` whose line has one of `parts`, on a copy of the domain.
-fn operation(domain: &Domain, words: &[String], part: &str) -> Result<u64> {
+/// The number of the first operation of `args` whose line has one of `parts`, on a copy of the domain.
+fn operation(domain: &Domain, args: &[String], part: &str) -> Result<u64> {
     let (outputs, file) = shim::outputs()?;
     let copy = outputs.path().join("copy");
     domain.save_to(&copy)?;
-    shim::counting(shim::watching(domain.domsnap(), domain.root())?, &file).done(words)?;
+    shim::counting(shim::watching(domain.domsnap(), domain.root())?, &file).done(args)?;
     domain.restore_from(&copy)?;
     let operations = shim::counted(&file)?;
     let found = operations.iter().find(|operation| operation.line.contains(part));
@@ -115,10 +116,10 @@ mod others {
     #[test]
     fn second_domsnap_is_refused() -> Result<()> {
         let mut domain = line(2, &["external"])?;
-        let words = domain.create_words("first", "external");
-        let stopped = Stopped::before(&domain, &words, operation(&domain, &words, "disks/")?)?;
+        let args = domain.create_args("first", "external");
+        let stopped = Stopped::before(&domain, &args, operation(&domain, &args, "disks/")?)?;
         for second in
-            [domain.create_words("second", "internal"), vec!["revert".into(), NAME.into(), "s1".into()]]
+            [domain.create_args("second", "internal"), vec!["revert".into(), NAME.into(), "s1".into()]]
         {
             let outcome = domain.declined(&second, status::REFUSED)?;
             ensure!(outcome.stderr.contains(NAME), "the domain is not named: {outcome}");
@@ -141,8 +142,8 @@ mod others {
             &["revert", NAME, "s1"],
             &["delete", NAME, "s1"],
         ];
-        for words in commands {
-            let outcome = domain.declined(words, status::REFUSED)?;
+        for args in commands {
+            let outcome = domain.declined(args, status::REFUSED)?;
             ensure!(outcome.stderr.contains("b.qcow2"), "the image is not named: {outcome}");
         }
         running.stop()?;
@@ -154,14 +155,14 @@ mod others {
     #[test]
     fn a_qemu_is_refused_while_we_hold_the_image() -> Result<()> {
         let mut domain = line(1, &[])?;
-        let words = domain.create_words("s1", "internal");
-        let stopped = Stopped::before(&domain, &words, operation(&domain, &words, "write disks/")?)?;
+        let args = domain.create_args("s1", "internal");
+        let stopped = Stopped::before(&domain, &args, operation(&domain, &args, "write disks/")?)?;
         let refused = Command::new("qemu-io")
             .args(["-f", "qcow2", "-c", "write 0 512"])
             .arg(domain.path("vda"))
             .output()?;
-        let words = String::from_utf8_lossy(&refused.stderr);
-        ensure!(!refused.status.success() && words.contains("lock"), "qemu-io went through: {words}");
+        let args = String::from_utf8_lossy(&refused.stderr);
+        ensure!(!refused.status.success() && args.contains("lock"), "qemu-io went through: {args}");
         stopped.finish()?.expect_status(status::DONE)?;
         domain.model.create("s1");
         domain.verify()
@@ -171,10 +172,10 @@ mod others {
     #[test]
     fn next_command_heals_after_a_kill() -> Result<()> {
         let mut domain = line(2, &["external", "external", "external"])?;
-        let words: Vec<String> = ["delete", NAME, "s2"].map(Into::into).into();
-        let number = operation(&domain, &words, "unlink disks/")?;
+        let args: Vec<String> = ["delete", NAME, "s2"].map(Into::into).into();
+        let number = operation(&domain, &args, "unlink disks/")?;
         let outcome =
-            shim::killing(shim::watching(domain.domsnap(), domain.root())?, number, false).run(&words)?;
+            shim::killing(shim::watching(domain.domsnap(), domain.root())?, number, false).run(&args)?;
         ensure!(outcome.status.is_none(), "it was not killed: {outcome}");
         domain.create("s4", "external")?;
         let list = report::list(&domain.domsnap(), NAME)?;
@@ -188,7 +189,7 @@ mod others {
 mod closed_doors {
     use super::*;
 
-    /// Every change is declined with words while the door is closed, and possible once it is open.
+    /// Every change is declined with a message while the door is closed, and possible once it is open.
     fn declines_everything(
         domain: &mut Domain,
         close: impl FnOnce(&Path) -> Result<Box<dyn FnOnce()>>,
@@ -201,9 +202,9 @@ mod closed_doors {
             &["create", NAME, "x", "--disk", "vda=internal", "--disk", "vdb=external"],
         ];
         let result = (|| -> Result<()> {
-            for words in commands {
+            for args in commands {
                 let before = images(&domain.disks())?;
-                let outcome = domain.domsnap().run(words)?;
+                let outcome = domain.domsnap().run(args)?;
                 ensure!(matches!(outcome.status, Some(status::FAILED | status::REFUSED)), "{outcome}");
                 ensure!(
                     !outcome.panicked() && outcome.stderr.contains("disks"),
@@ -267,7 +268,7 @@ mod closed_doors {
         qemu::run("chown", &["-R".as_ref(), "65534:65534".as_ref(), domain.state().as_os_str()])?;
         qemu::run("chown", &["65534:65534".as_ref(), domain.disks().as_os_str()])?;
         std::fs::set_permissions(domain.path("vda"), std::fs::Permissions::from_mode(0o600))?;
-        let nobody = domain.domsnap().binary(&copy).through(&[
+        let unprivileged = domain.domsnap().binary(&copy).through(&[
             "setpriv",
             "--reuid=65534",
             "--regid=65534",
@@ -278,9 +279,9 @@ mod closed_doors {
             &["create", NAME, "x", "--internal"],
             &["delete", NAME, "s1"],
         ];
-        for words in commands {
+        for args in commands {
             let before = images(&domain.disks())?;
-            let outcome = nobody.run(words)?;
+            let outcome = unprivileged.run(args)?;
             ensure!(matches!(outcome.status, Some(status::FAILED | status::REFUSED)), "{outcome}");
             let said = outcome.stderr.to_lowercase();
             ensure!(
@@ -306,9 +307,9 @@ mod closed_doors {
         std::fs::rename(&layer, &aside)?;
         let commands: [&[&str]; 3] =
             [&["revert", NAME, "s1"], &["delete", NAME, "s1"], &["delete", NAME, "s2"]];
-        for words in commands {
+        for args in commands {
             let before = images(&domain.disks())?;
-            let outcome = domain.domsnap().run(words)?;
+            let outcome = domain.domsnap().run(args)?;
             ensure!(matches!(outcome.status, Some(status::FAILED | status::REFUSED)), "{outcome}");
             ensure!(outcome.stderr.contains(&name), "{name} is not named: {outcome}");
             same_images(&domain.disks(), &before).with_context(|| outcome.to_string())?;
@@ -348,13 +349,13 @@ mod full_disks {
         ];
         let copies = tempfile::tempdir()?;
         let mut refused = 0;
-        for (index, (words, effect)) in commands.into_iter().enumerate() {
+        for (index, (args, effect)) in commands.into_iter().enumerate() {
             for free in [0, 4096, 16_384, 65_536, 262_144] {
                 let copy = copies.path().join(format!("{index}-{free}"));
                 domain.save_to(&copy)?;
                 let filler = place.path().join("filler");
                 fill_up(&filler, free)?;
-                let outcome = domain.domsnap().run(words)?;
+                let outcome = domain.domsnap().run(args)?;
                 std::fs::remove_file(&filler)?;
                 let said = format!("with {free} bytes free: {outcome}");
                 ensure!(!outcome.panicked(), "{said}");
@@ -363,7 +364,7 @@ mod full_disks {
                     Some(status::DONE) => effect(&mut model),
                     Some(status::FAILED | status::REFUSED) => {
                         refused += 1;
-                        ensure!(!outcome.stderr.trim().is_empty(), "no words {said}");
+                        ensure!(!outcome.stderr.trim().is_empty(), "no args {said}");
                     }
                     Some(status::NEEDS_RECOVERY) => {
                         domain.domsnap().done(&["recover"]).context(said.clone())?;

@@ -38,9 +38,9 @@ impl Place {
     }
 }
 
-fn run(program: &str, words: &[&str]) -> Result<Vec<u8>> {
-    let output = Command::new(program).args(words).output().with_context(|| program.to_owned())?;
-    ensure!(output.status.success(), "{program} {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+fn run(program: &str, args: &[&str]) -> Result<Vec<u8>> {
+    let output = Command::new(program).args(args).output().with_context(|| program.to_owned())?;
+    ensure!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(output.stdout)
 }
 
@@ -81,12 +81,12 @@ fn three_formats_in_one_domain() -> Result<()> {
         format!("vdc={},format=raw", place.text("c.img")),
     ];
     let domsnap = place.domsnap();
-    let mut words = vec!["domain", "add", "web", "--disk"];
-    words.extend(["", "--disk", "", "--disk", ""]);
+    let mut args = vec!["domain", "add", "web", "--disk"];
+    args.extend(["", "--disk", "", "--disk", ""]);
     for (number, disk) in disks.iter().enumerate() {
-        words[4 + 2 * number] = disk;
+        args[4 + 2 * number] = disk;
     }
-    domsnap.done(&words)?;
+    domsnap.done(&args)?;
     let mut states = Vec::new();
     for (number, name) in ["s1", "s2", "s3", "s4"].into_iter().enumerate() {
         // Parts of sectors' blocks, so that each layer has sectors of its parents.
@@ -152,14 +152,14 @@ fn tools_for_one_image() -> Result<()> {
     std::fs::copy(&frozen, place.file("moved/parent.vhd"))?;
     std::fs::copy(&vhd, place.file("moved/child.vhd"))?;
     let (child, parent) = (place.text("moved/child.vhd"), place.text("moved/parent.vhd"));
-    let told = domsnap.done(&["disk", "check", &child])?;
-    ensure!(format!("{told:?}").contains("no locator leads to the parent"), "{told:?}");
+    let reported = domsnap.done(&["disk", "check", &child])?;
+    ensure!(format!("{reported:?}").contains("no locator leads to the parent"), "{reported:?}");
     let stranger = place.vhd("moved/stranger.vhd")?;
     let refused = domsnap.run(&["disk", "relocate", &child, &stranger.display().to_string()])?;
     ensure!(refused.status == Some(3), "another image was accepted as the parent");
     domsnap.done(&["disk", "relocate", &child, &parent])?;
-    let told = domsnap.done(&["disk", "check", &child])?;
-    ensure!(!format!("{told:?}").contains("no locator"), "{told:?}");
+    let reported = domsnap.done(&["disk", "check", &child])?;
+    ensure!(!format!("{reported:?}").contains("no locator"), "{reported:?}");
     ensure!(read(&place.file("moved/child.vhd"))? == shown);
     // The end of the file is lost.
     let file = std::fs::File::options().write(true).open(&child)?;

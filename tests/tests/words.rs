@@ -81,20 +81,20 @@ impl Place {
         Ok(format!("qemu:{}", self.text("m.qmp")))
     }
 
-    fn says(&self, words: &[&str], all: &[&str]) -> Result<String> {
-        let text = self.domsnap.done(words)?.stdout;
+    fn says(&self, args: &[&str], all: &[&str]) -> Result<String> {
+        let text = self.domsnap.done(args)?.stdout;
         says(&text, all)?;
         Ok(text)
     }
 
-    fn refuses(&self, words: &[&str], all: &[&str]) -> Result<String> {
-        let text = self.domsnap.run(words)?.expect_status(status::REFUSED)?.stderr;
+    fn refuses(&self, args: &[&str], all: &[&str]) -> Result<String> {
+        let text = self.domsnap.run(args)?.expect_status(status::REFUSED)?.stderr;
         says(&text, all)?;
         Ok(text)
     }
 
-    fn json(&self, words: &[&str]) -> Result<Value> {
-        self.domsnap.done(&[words, &["--json"]].concat())?.json()
+    fn json(&self, args: &[&str]) -> Result<Value> {
+        self.domsnap.done(&[args, &["--json"]].concat())?.json()
     }
 }
 
@@ -135,7 +135,7 @@ fn revert_says_what_became_of_the_guest() -> Result<()> {
     place.says(&["create", at, "disks", "--disk-only"], &["created snapshot disks"])?;
     place.says(&["create", at, "all"], &["memory"])?;
 
-    let dry = |words: &[&str]| place.json(&[words, &["--dry-run"]].concat());
+    let dry = |args: &[&str]| place.json(&[args, &["--dry-run"]].concat());
     ensure!(dry(&["revert", at, "disks"])?["guest"] == "reset");
     place.says(&["revert", at, "disks", "--dry-run"], &["guest is reset", "no changes made"])?;
     place.says(&["revert", at, "disks"], &["guest was reset (downtime "])?;
@@ -231,7 +231,7 @@ fn pretty_and_tcp_monitors_are_used() -> Result<()> {
     place.start(&image, "pretty.qmp", &more)?;
 
     let at = format!("qemu:{}", place.text("pretty.qmp"));
-    for words in [
+    for args in [
         &["create", &at, "one"][..],
         &["create", &at, "two", "--external"],
         &["create", &at, "bare", "--disk-only"],
@@ -240,16 +240,16 @@ fn pretty_and_tcp_monitors_are_used() -> Result<()> {
         &["revert", &at, "bare"],
         &["delete", &at, "bare"],
     ] {
-        place.says(words, &[])?;
+        place.says(args, &[])?;
     }
     place.says(&["domain", "remove", "idle"], &["idle"])?;
 
     let at = format!("qemu:{tcp}");
     place.says(&["create", &at, "three"], &["memory"])?;
     place.says(&["create", &at, "four", "--disk-only", "--external"], &["vda external"])?;
-    for words in [&["revert", &at, "four"][..], &["revert", &at, "three"], &["revert", &at, "three", "--off"]]
+    for args in [&["revert", &at, "four"][..], &["revert", &at, "three"], &["revert", &at, "three", "--off"]]
     {
-        place.refuses(words, &["TCP", "-qmp unix:"])?;
+        place.refuses(args, &["TCP", "-qmp unix:"])?;
     }
     place.says(&["domain", "list"], &["running", &tcp])?;
     let chain = place.json(&["list", &at])?;
@@ -261,9 +261,9 @@ fn pretty_and_tcp_monitors_are_used() -> Result<()> {
         let text = place.domsnap.run(&["create", address, "x"])?.expect_status(status::USAGE)?.stderr;
         says(&text, &["TCP", "unix:"])?;
     }
-    let nobody = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let unserved = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     place.refuses(
-        &["create", &format!("qemu:tcp:localhost:{nobody}"), "x"],
+        &["create", &format!("qemu:tcp:localhost:{unserved}"), "x"],
         &["no QEMU is listening on tcp:127.0.0.1"],
     )?;
     Ok(())
@@ -327,7 +327,7 @@ fn options_that_do_not_apply_are_refused() -> Result<()> {
     let (rest, at) = (rest.as_str(), at.as_str());
     place.says(&["create", rest, "s"], &[])?;
     place.says(&["create", at, "s", "--disk-only"], &[])?;
-    for words in [
+    for args in [
         &["create", rest, "x", "--memory"][..],
         &["create", rest, "x", "--live"],
         &["create", rest, "x", "--no-live"],
@@ -344,11 +344,11 @@ fn options_that_do_not_apply_are_refused() -> Result<()> {
         &["revert", at, "s", "--no-safety"],
         &["revert", at, "s", "--config", "x"],
     ] {
-        let option = words.iter().skip(3).find(|word| word.starts_with("--") && **word != "--disk-only");
+        let option = args.iter().skip(3).find(|word| word.starts_with("--") && **word != "--disk-only");
         let option = option.copied().unwrap_or_default();
-        let dry = [words, &["--dry-run"]].concat();
-        for words in [words, &dry] {
-            place.refuses(words, &[option])?;
+        let dry = [args, &["--dry-run"]].concat();
+        for args in [args, &dry] {
+            place.refuses(args, &[option])?;
         }
     }
     // A snapshot of the other kind is not the one that is meant.
@@ -417,14 +417,14 @@ fn nvram_is_said_to_be_left_out() -> Result<()> {
 fn answers_that_cannot_be_written_fail() -> Result<()> {
     let place = Place::new()?;
     let image = place.image("a.qcow2", "qcow2")?;
-    let to_a_full_device = |words: &[&str]| -> Result<Option<i32>> {
+    let to_a_full_device = |args: &[&str]| -> Result<Option<i32>> {
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full")?;
-        let mut command = place.domsnap.command(words);
+        let mut command = place.domsnap.command(args);
         Ok(command.stdout(full).stderr(Stdio::null()).status()?.code())
     };
     ensure!(to_a_full_device(&["create", &image, "s1"])? == Some(status::DONE), "a create that was done");
-    for words in [&["list", &image][..], &["list", &image, "--json"], &["schema"]] {
-        ensure!(to_a_full_device(words)? == Some(status::FAILED), "{words:?}");
+    for args in [&["list", &image][..], &["list", &image, "--json"], &["schema"]] {
+        ensure!(to_a_full_device(args)? == Some(status::FAILED), "{args:?}");
     }
     Ok(())
 }
@@ -458,8 +458,8 @@ fn files_are_named_as_what_they_are() -> Result<()> {
             _ => std::fs::write(&database, [0xa5; 8192])?,
         }
         // Without a name the catalogue is read before the operation begins.
-        for words in [&["create", &a, "s2"][..], &["create", &a], &["disk", "delete", &a, "s1"]] {
-            let said = domsnap.run(words)?.expect_status(status::REFUSED)?;
+        for args in [&["create", &a, "s2"][..], &["create", &a], &["disk", "delete", &a, "s1"]] {
+            let said = domsnap.run(args)?.expect_status(status::REFUSED)?;
             ensure!(said.stderr.contains("catalogue") && !said.stderr.contains("CREATE TABLE"), "{said}");
             let lines: Vec<&str> = said.stderr.lines().collect();
             ensure!(lines.len() == 3, "what is wrong, the state, what to do: {said}");

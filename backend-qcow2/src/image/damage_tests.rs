@@ -55,7 +55,7 @@ fn a_call_that_fails_once_leaves_the_image_clean() {
                     Ok(()) => assert!(now == after, "{name}, call {calls}: done, and it is not"),
                     Err(error) => {
                         assert!(now == before, "{name}, call {calls}: {error}: it is not as before");
-                        assert!(!error.is_half_way(), "{name}, call {calls}: {error}");
+                        assert!(!error.is_half_done(), "{name}, call {calls}: {error}");
                     }
                 }
             }
@@ -122,15 +122,15 @@ fn damage(bytes: &mut [u8], places: &[std::ops::Range<usize>], random: &mut Seed
 #[derive(Debug, Default)]
 struct Tally {
     refused: u64,
-    half_way: u64,
+    half_done: u64,
 }
 
 impl Tally {
     /// Checks a failed operation by its message and by the bytes before and after it.
     fn judge(&mut self, error: &super::error::Error, before: &[u8], after: &[u8], what: &str) {
         let text = error.to_string();
-        if error.is_half_way() {
-            self.half_way += 1;
+        if error.is_half_done() {
+            self.half_done += 1;
             assert!(!text.contains("no changes made"), "{what}: {text}");
         } else {
             self.refused += 1;
@@ -170,7 +170,7 @@ fn a_refusal_of_a_damaged_image_changes_no_byte() {
     }
     println!("{tally:?}");
     assert!(tally.refused > rounds() / 4, "the mutations hit nothing");
-    assert!(tally.half_way * 50 < tally.refused, "too many failures came after the first write: {tally:?}");
+    assert!(tally.half_done * 50 < tally.refused, "too many failures came after the first write: {tally:?}");
 }
 
 #[test]
@@ -201,12 +201,12 @@ fn a_refused_merge_of_damaged_layers_changes_no_byte() {
                 tally.judge(&error, &bytes[into], &recorder.bytes(), &what);
                 assert!(other.bytes() == bytes[1 - into], "{what}: the other layer was written");
                 // Damaged compressed data is found where it is decompressed, which is while data is moved.
-                unpacked += u64::from(error.is_half_way() && error.to_string().contains("ompressed"));
+                unpacked += u64::from(error.is_half_done() && error.to_string().contains("ompressed"));
                 assert_ne!(error.kind(), ErrorKind::Io, "{what}: {error}");
             }
         }
     }
     println!("{tally:?}, {unpacked} of them met damaged data");
     assert!(tally.refused > rounds() / 4, "the mutations hit nothing");
-    assert!((tally.half_way - unpacked) * 50 < tally.refused, "{tally:?}, {unpacked} met damaged data");
+    assert!((tally.half_done - unpacked) * 50 < tally.refused, "{tally:?}, {unpacked} met damaged data");
 }

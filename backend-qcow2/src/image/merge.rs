@@ -38,7 +38,7 @@ use super::error::{Context, Error, ErrorKind, Result};
 use super::file::ImageFile;
 use super::header::{Backing, Compression};
 use super::mapping::{Geometry, Mapping, SUBCLUSTERS};
-use super::open::{HALF_WAY, Image};
+use super::open::{HALF_DONE, Image};
 use super::reserve;
 use super::transfer::{Copier, Copy, Joiner};
 use super::units::{GuestCluster, GuestOffset, HostOffset};
@@ -111,7 +111,7 @@ pub fn merge(
     merge_run(under, into, over, below, moving).context("merge into", &path).map_err(|error| {
         match into.file().writes() == writes {
             true => error,
-            false => error.after_writes(HALF_WAY),
+            false => error.after_writes(HALF_DONE),
         }
     })
 }

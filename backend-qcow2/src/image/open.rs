@@ -18,7 +18,7 @@ use super::tables::{self, L1Table, L2Table};
 use super::units::HostOffset;
 
 /// Advice of an error that comes after the first write. The write order has kept the image readable.
-pub(super) const HALF_WAY: &str = "the operation had begun: the image shows what it did before or what it does after it, and clusters \
+pub(super) const HALF_DONE: &str = "the operation had begun: the image shows what it did before or what it does after it, and clusters \
      may be leaked; run `domsnap check`, and repair a copy of it with `qemu-img check -r all`";
 
 /// Options for opening an image.
@@ -541,7 +541,7 @@ impl Image {
             if ran || wrote {
                 self.state = State::Failed;
             }
-            if wrote { error.after_writes(HALF_WAY) } else { error }
+            if wrote { error.after_writes(HALF_DONE) } else { error }
         })
     }
 

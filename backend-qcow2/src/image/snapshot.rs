@@ -154,7 +154,7 @@ impl Image {
     fn or_repaired<T>(&self, done: Result<T>, outcome: impl FnOnce(&Self) -> Option<T>) -> Result<T> {
         let error = match done {
             Ok(value) => return Ok(value),
-            Err(error) if !error.is_half_way() => return Err(error),
+            Err(error) if !error.is_half_done() => return Err(error),
             Err(error) => error,
         };
         match self.repaired() {

@@ -29,11 +29,11 @@ impl Dice {
 }
 
 /// Runs a program that must succeed; gives its standard output.
-pub fn run(program: &str, words: &[&str]) -> String {
+pub fn run(program: &str, args: &[&str]) -> String {
     let output =
-        Command::new(program).args(words).env("LC_ALL", "C").output().expect("qemu-utils are installed");
+        Command::new(program).args(args).env("LC_ALL", "C").output().expect("qemu-utils are installed");
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{program} {words:?} failed\n{out}{err}");
+    assert!(output.status.success(), "{program} {args:?} failed\n{out}{err}");
     out.into_owned()
 }
 
@@ -81,13 +81,13 @@ pub fn build(dir: &Path, dice: &mut Dice, shape: Shape) -> Vec<Made> {
             options += ",compression_type=zstd";
         }
         let size_word = size.to_string();
-        let mut words = vec!["create", "-q", "-f", "qcow2", "-o", &options];
+        let mut args = vec!["create", "-q", "-f", "qcow2", "-o", &options];
         let backing = chain.last().map(|below| below.path.file_name().unwrap().to_str().unwrap().to_owned());
         if let Some(backing) = &backing {
-            words.extend(["-b", backing, "-F", "qcow2"]);
+            args.extend(["-b", backing, "-F", "qcow2"]);
         }
-        words.extend([text(&path), &size_word]);
-        run("qemu-img", &words);
+        args.extend([text(&path), &size_word]);
+        run("qemu-img", &args);
         let mut made = Made { path, cluster: 1 << bits, size, version, tags: Vec::new() };
         if dice.one_in(2) {
             pack(&made, dice);
@@ -106,7 +106,7 @@ pub fn build(dir: &Path, dice: &mut Dice, shape: Shape) -> Vec<Made> {
 
 /// Writes at random: data, compressed data, zeros, discards.
 pub fn scribble(layer: &Made, dice: &mut Dice, writes: u64) {
-    let mut words: Vec<String> = ["-d", "unmap", "-f", "qcow2"].map(str::to_owned).to_vec();
+    let mut args: Vec<String> = ["-d", "unmap", "-f", "qcow2"].map(str::to_owned).to_vec();
     for _ in 0..1 + dice.below(writes) {
         let byte = 1 + dice.below(250);
         let span = dice.pick(&[512, 4096, 40 << 10, 200 << 10]).min(layer.size);
@@ -118,17 +118,17 @@ pub fn scribble(layer: &Made, dice: &mut Dice, writes: u64) {
             3 => format!("discard {at} {length}"),
             _ => format!("write -P {byte} {at} {length}"),
         };
-        words.extend(["-c".to_owned(), command]);
+        args.extend(["-c".to_owned(), command]);
     }
-    words.push(text(&layer.path).to_owned());
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    run("qemu-io", &words);
+    args.push(text(&layer.path).to_owned());
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    run("qemu-io", &args);
 }
 
 /// Writes compressed clusters into a layer that has nothing yet: over what is mapped, QEMU fails, and then
 /// leaves refcounts that its own check complains of.
 fn pack(layer: &Made, dice: &mut Dice) {
-    let mut words: Vec<String> = ["-f", "qcow2"].map(str::to_owned).to_vec();
+    let mut args: Vec<String> = ["-f", "qcow2"].map(str::to_owned).to_vec();
     let mut cluster = dice.below(8);
     for _ in 0..dice.below(5) {
         let count = 1 + dice.below(4);
@@ -136,13 +136,13 @@ fn pack(layer: &Made, dice: &mut Dice) {
             break;
         }
         let (byte, at) = (1 + dice.below(250), cluster * layer.cluster);
-        words.extend(["-c".to_owned(), format!("write -c -P {byte} {at} {}", count * layer.cluster)]);
+        args.extend(["-c".to_owned(), format!("write -c -P {byte} {at} {}", count * layer.cluster)]);
         cluster += count + dice.below(8);
     }
-    if words.len() > 2 {
-        words.push(text(&layer.path).to_owned());
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        run("qemu-io", &words);
+    if args.len() > 2 {
+        args.push(text(&layer.path).to_owned());
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        run("qemu-io", &args);
     }
 }
 
@@ -150,12 +150,12 @@ fn pack(layer: &Made, dice: &mut Dice) {
 pub fn read(image: &Path, tag: Option<&str>) -> Vec<u8> {
     let raw = tempfile::NamedTempFile::new_in(image.parent().unwrap()).unwrap();
     let selector = tag.map(|tag| format!("snapshot.name={tag}"));
-    let mut words = vec!["convert", "-U", "-f", "qcow2", "-O", "raw"];
+    let mut args = vec!["convert", "-U", "-f", "qcow2", "-O", "raw"];
     if let Some(selector) = &selector {
-        words.extend(["-l", selector]);
+        args.extend(["-l", selector]);
     }
-    words.extend([text(image), text(raw.path())]);
-    run("qemu-img", &words);
+    args.extend([text(image), text(raw.path())]);
+    run("qemu-img", &args);
     std::fs::read(raw.path()).unwrap()
 }
 

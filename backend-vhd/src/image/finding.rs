@@ -1,4 +1,4 @@
-//! Statements of a check about an image.
+//! Findings of a check of an image.
 
 use std::fmt;
 
@@ -14,12 +14,12 @@ pub enum Severity {
     Error,
 }
 
-/// One statement about an image.
+/// One finding about an image.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Finding {
     /// Importance.
     pub severity: Severity,
-    /// The statement, in words.
+    /// The message.
     pub text: String,
     /// True if [`super::repair`] corrects it.
     pub repairable: bool,

@@ -105,7 +105,7 @@ fn space_of(raw: &RawLocator) -> u64 {
 /// Decodes the text of a locator to a path with slashes.
 ///
 /// # Errors
-/// The reason in words.
+/// The reason, for a message.
 pub(super) fn decode(code: [u8; 4], text: &[u8]) -> std::result::Result<String, String> {
     let path = match code {
         RELATIVE | ABSOLUTE => windows_path(&utf16(text)?),

@@ -22,7 +22,7 @@ use super::chain::{Chain, Layer};
 use super::error::{Context, Error, ErrorKind, Result};
 use super::footer::{DiskType, Footer};
 use super::header::{Header, LOCATOR_SPACE, ParentName};
-use super::open::{HALF_WAY, Vhd};
+use super::open::{HALF_DONE, Vhd};
 use super::transfer::{Copier, Copy, Joiner};
 use super::units::SECTOR;
 
@@ -89,7 +89,7 @@ pub fn merge(run: &mut Chain, into: usize, below: Option<&ParentName>, moving: &
     let merged = merge_run(run, into, size, below, moving).context("merge into", &path);
     merged.map_err(|error| match run.vhd(into).is_ok_and(|target| target.file.writes() == writes) {
         true => error,
-        false => error.after_writes(HALF_WAY),
+        false => error.after_writes(HALF_DONE),
     })
 }
 

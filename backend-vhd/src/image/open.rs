@@ -22,7 +22,7 @@ use super::units::{SECTOR, UniqueId};
 /// Bytes of bitmaps that an image keeps in memory.
 const BITMAP_CACHE: usize = 8 << 20;
 /// Advice of an error that comes after the first write.
-pub(super) const HALF_WAY: &str = "the operation had begun: the image shows what it did before or what it does after it; \
+pub(super) const HALF_DONE: &str = "the operation had begun: the image shows what it did before or what it does after it; \
      run `domsnap disk check`, and repeat the operation";
 
 /// Options of [`Vhd::open`].

@@ -14,7 +14,7 @@ use super::create::require_size;
 use super::error::{Context, Error, ErrorKind, Result};
 use super::footer::FOOTER;
 use super::header::{HEADER, Header};
-use super::open::{HALF_WAY, Vhd};
+use super::open::{HALF_DONE, Vhd};
 use super::units::{PAGE, SECTOR};
 
 /// Bytes of one copy.
@@ -32,7 +32,7 @@ impl Vhd {
         let writes = self.file.writes();
         self.grow_to(size).context("resize", &path).map_err(|error| match self.file.writes() == writes {
             true => error,
-            false => error.after_writes(HALF_WAY),
+            false => error.after_writes(HALF_DONE),
         })
     }
 

@@ -17,7 +17,7 @@ pub struct Extent {
 }
 
 /// Returns the range of data or of a hole at `at`, in a file whose disk has `size` bytes. A file system that
-/// does not tell holes has data everywhere.
+/// reports no holes has data everywhere.
 ///
 /// # Errors
 /// The system's.

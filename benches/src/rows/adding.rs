@@ -124,11 +124,11 @@ fn adding_loose(bench: &Bench, row: &mut Row, image: &Path, state: &Path) -> Res
 
 /// Makes an overlay over `top` beside it, again and again the same.
 fn overlay(top: &Path, unseen: bool) -> std::process::Command {
-    let mut words = vec!["create", "-q", "-f", "qcow2", "-F", "qcow2"];
+    let mut args = vec!["create", "-q", "-f", "qcow2", "-F", "qcow2"];
     if unseen {
-        words.push("-u");
+        args.push("-u");
     }
-    let mut command = child::command("qemu-img", &words);
+    let mut command = child::command("qemu-img", &args);
     command.arg("-b").arg(top).arg(top.with_file_name("overlay"));
     if unseen {
         command.arg("4G");

@@ -76,9 +76,9 @@ fn cycles(
     (most, budget): (usize, Duration),
 ) -> Result<()> {
     let state = ours.with_extension("state");
-    let words = ["create", "revert", "delete"];
+    let args = ["create", "revert", "delete"];
     let domsnap = |operation: usize| {
-        let mut command = bench.domsnap(&state, &["disk", words[operation]]);
+        let mut command = bench.domsnap(&state, &["disk", args[operation]]);
         command.arg(ours).arg(TAG);
         command
     };

@@ -19,7 +19,7 @@ pub const ROWS: &[&str] = &[
     "live-stall-512",
     "live-stall-512-slow",
     "live-stall-2048",
-    "live-window-8",
+    "live-downtime-8",
     "live-revert",
     "live-revert-downtime",
     "live-own-8",
@@ -57,7 +57,7 @@ pub fn measure(bench: &Bench) -> Result<Vec<Row>> {
         }
     }
     if bench.wants(ROWS[4]) {
-        rows.push(window(bench)?);
+        rows.push(downtime(bench)?);
     }
     if bench.wants(ROWS[5]) || bench.wants(ROWS[6]) {
         rows.extend(revert(bench)?);
@@ -95,7 +95,7 @@ fn stall(bench: &Bench, name: &'static str, load: Load) -> Result<Row> {
     let what = format!("the guest's largest stall at a live create with memory: {}", about(load));
     let mut row = Row::new(name, what, &[Target::Within(0.5, SAVE)]);
     let running = loaded(bench, &mut row, load)?;
-    let (mut windows, mut ways) = (Vec::new(), Vec::new());
+    let (mut downtimes, mut methods) = (Vec::new(), Vec::new());
     bench.repeat(5, Duration::from_secs(60), |repetition| {
         let (idle, ()) = running.stall(|| {
             std::thread::sleep(IDLE);
@@ -108,8 +108,8 @@ fn stall(bench: &Bench, name: &'static str, load: Load) -> Result<Row> {
             if side == OURS {
                 let (stall, made) = running.stall(|| running.change(&["create", GUEST, "point"]))?;
                 row.sample(OURS, Cost { wall: stall, ..made.cost });
-                windows.push(made.downtime);
-                ways.extend(made.way);
+                downtimes.push(made.downtime);
+                methods.extend(made.method);
                 running.delete("point")?;
             } else {
                 let (stall, _) = running.stall(|| running.save("point"))?;
@@ -120,10 +120,10 @@ fn stall(bench: &Bench, name: &'static str, load: Load) -> Result<Row> {
         }
         Ok(())
     })?;
-    ways.sort_unstable();
-    ways.dedup();
+    methods.sort_unstable();
+    methods.dedup();
     row.note(format!("limit: the largest stall in {} s in which nothing is done", IDLE.as_secs()));
-    row.note(format!("way: {}; between stop and resume {}", ways.join(", "), spread(&mut windows)));
+    row.note(format!("method: {}; between stop and resume {}", methods.join(", "), spread(&mut downtimes)));
     Ok(row)
 }
 
@@ -139,7 +139,7 @@ fn eight(bench: &Bench) -> Result<Running<'_>> {
     Running::start(bench, GuestOptions::new().disks(GuestOptions::MAX_DISKS))
 }
 
-fn window(bench: &Bench) -> Result<Row> {
+fn downtime(bench: &Bench) -> Result<Row> {
     let what = "between stop and resume of a disk-only create, eight disks";
     let mut row = Row::new(ROWS[4], what, &[Target::Under(Duration::from_millis(50))]);
     let running = eight(bench)?;
@@ -250,10 +250,10 @@ fn slowest(all: &[Asked]) -> String {
     };
     let mut commands: Vec<_> = asked.commands.iter().collect();
     commands.sort_by_key(|(_, (_, time))| std::cmp::Reverse(*time));
-    let words = commands
+    let parts = commands
         .iter()
         .take(6)
         .map(|(name, (count, time))| format!("{count} {name} {:.1} ms", time.as_secs_f64() * 1e3));
     let count: usize = asked.commands.values().map(|(count, _)| count).sum();
-    format!("QEMU answered {count} commands; most of its time: {}", words.collect::<Vec<_>>().join(", "))
+    format!("QEMU answered {count} commands; most of its time: {}", parts.collect::<Vec<_>>().join(", "))
 }

@@ -40,12 +40,12 @@ pub fn measure(bench: &Bench) -> Result<Vec<Row>> {
     let mut create = row(ROWS[0], "create one", &[Target::Faster(50.0)]);
     let mut list = row(ROWS[1], "list", &[Target::Faster(50.0)]);
     let mut delete = row(ROWS[2], "delete one, in the middle", &[Target::Faster(50.0)]);
-    let domsnap = |words: &[&str]| {
-        let mut command = bench.domsnap(&state, &["disk", words[0]]);
-        command.arg(&ours).args(&words[1..]);
+    let domsnap = |args: &[&str]| {
+        let mut command = bench.domsnap(&state, &["disk", args[0]]);
+        command.arg(&ours).args(&args[1..]);
         command
     };
-    let qemu = |words: &[&str]| image::qemu_img(&[&["snapshot"], words].concat(), &theirs);
+    let qemu = |args: &[&str]| image::qemu_img(&[&["snapshot"], args].concat(), &theirs);
     bench.repeat(9, Duration::from_secs(30), |repetition| {
         let (new, old) = (format!("x{repetition}"), tag(count / 2 + repetition));
         let label = "qemu-img snapshot";
@@ -66,12 +66,12 @@ pub fn measure(bench: &Bench) -> Result<Vec<Row>> {
         }
         Ok(())
     })?;
-    for (row, words, theirs) in [
+    for (row, args, theirs) in [
         (&mut create, &["create", "y"][..], &["-c", "y"][..]),
         (&mut list, &["list"], &["-l"]),
         (&mut delete, &["delete", "y"], &["-d", "y"]),
     ] {
-        row.flushes(OURS, child::flushes(&domsnap(words))?);
+        row.flushes(OURS, child::flushes(&domsnap(args))?);
         row.flushes("qemu-img snapshot", child::flushes(&qemu(theirs))?);
     }
     bench.rewrite_limit(&mut create, 4 << 16, 3)?;

@@ -55,11 +55,11 @@ pub fn merge_once(
 ) -> Result<()> {
     let root = place.join(format!("ours{repetition}"));
     let chain = Chain::make(bench, &root, shape)?;
-    let commit = |directory: &str, words: &[&str]| -> Result<(Command, std::path::PathBuf)> {
+    let commit = |directory: &str, args: &[&str]| -> Result<(Command, std::path::PathBuf)> {
         let top = chain.copy_images(&place.join(format!("{directory}{repetition}")))?;
         let base = image::chain(&top)?.pop().unwrap_or_else(|| top.clone());
         let mut command = child::command("qemu-img", &["commit", "-q", "-d"]);
-        command.args(words).arg("-b").arg(&base).arg(&top);
+        command.args(args).arg("-b").arg(&base).arg(&top);
         Ok((command, base))
     };
     let (plain, base) = commit("theirs", &[])?;
@@ -90,7 +90,7 @@ pub fn merge_once(
     image::flush(place)
 }
 
-/// When [`merge_once`] tells of a side.
+/// When [`merge_once`] reports a side.
 pub enum Around<'a> {
     /// It is about to run.
     Before,
@@ -124,7 +124,7 @@ pub fn flatten(bench: &Bench) -> Result<Vec<Row>> {
     Ok(vec![row])
 }
 
-/// What [`flatten_on`] does, in words.
+/// What [`flatten_on`] does, as text.
 pub fn flatten_what(bench: &Bench) -> String {
     let mebibytes = flatten_bytes(bench) >> 20;
     format!("revert to an internal point that must be copied out, {mebibytes} MiB, nothing below")

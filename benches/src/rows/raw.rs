@@ -61,8 +61,8 @@ fn on(bench: &Bench, name: &'static str, kind: &str) -> Result<Row> {
     let (disk, state) = (mount.path().join("disk.raw"), place.path().join("state"));
     bench::fill(&disk, size)?;
     image::flush(&disk)?;
-    let words = ["domain", "add", "guest", "--disk", &format!("vda={},format=raw", disk.display())];
-    child::run(&mut bench.domsnap(&state, &words))?;
+    let args = ["domain", "add", "guest", "--disk", &format!("vda={},format=raw", disk.display())];
+    child::run(&mut bench.domsnap(&state, &args))?;
     bench.repeat(9, Duration::from_secs(30), |repetition| {
         let (bare, flushed) = (mount.path().join("bare"), mount.path().join("flushed"));
         let sides = [

@@ -13,7 +13,7 @@ use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 
 use crate::files::{failed, point, points};
-use crate::hold::Holds;
+use crate::lock::DiskLocks;
 use crate::step::Action;
 
 /// What the one layer of a disk is called.
@@ -23,7 +23,7 @@ const LAYER: &str = "disk";
 /// that may wait.
 #[derive(Default)]
 pub struct Copies {
-    holds: Holds,
+    locks: DiskLocks,
 }
 
 fn layer() -> LayerName {
@@ -124,8 +124,8 @@ impl DiskSnapshotter for Copies {
             active: layer(),
             layers: vec![only],
             attached: false,
-            on_path: Vec::new(),
-            unclear: Vec::new(),
+            path_dependents: Vec::new(),
+            undetermined: Vec::new(),
         })
     }
 
@@ -219,8 +219,8 @@ impl DiskSnapshotter for Copies {
         Ok(plan)
     }
 
-    async fn hold(&self, record: &DiskRecord, _: Option<&dyn AttachedDisk>) -> Result<Guard> {
-        Ok(Box::new(self.holds.begin(&record.disk.path)?))
+    async fn lock(&self, record: &DiskRecord, _: Option<&dyn AttachedDisk>) -> Result<Guard> {
+        Ok(Box::new(self.locks.begin(&record.disk.path)?))
     }
 
     async fn open_chain(&self, record: &DiskRecord) -> Result<Vec<ChainFile>> {
@@ -228,11 +228,11 @@ impl DiskSnapshotter for Copies {
     }
 
     async fn apply(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
-        step.action.apply(&context.disk.disk.path, &self.holds, context)
+        step.action.apply(&context.disk.disk.path, &self.locks, context)
     }
 
     async fn undo(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
-        step.action.undo(&context.disk.disk.path, &self.holds)
+        step.action.undo(&context.disk.disk.path, &self.locks)
     }
 
     async fn salvage(&self, step: &Step<Action>, _: bool, context: StepContext<'_>) -> Result<Salvage> {

@@ -8,14 +8,14 @@
 //! ```
 //!
 //! [`Copies`] is the backend (`backend.rs`), `step.rs` has what it does to the disk, step by step, `files.rs`
-//! how files are made durable, `hold.rs` the lock. `docs/backend-authors.md` tells how it came to be.
+//! how files are made durable, `lock.rs` the lock. `docs/backend-authors.md` describes how it came to be.
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
 mod backend;
 mod files;
-mod hold;
+mod lock;
 mod step;
 
 use std::sync::Arc;

@@ -10,7 +10,7 @@ use snapcore::{Error, ErrorKind, Result, Salvage, StepContext, StepStatus};
 use crate::files::{
     copy, failed, flush, flush_around, part, point, points, remove, same_content, same_file, tidy,
 };
-use crate::hold::Holds;
+use crate::lock::DiskLocks;
 
 /// One step: what the journal keeps.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +45,7 @@ pub enum Action {
 }
 
 impl Action {
-    pub(crate) fn apply(&self, disk: &Utf8Path, holds: &Holds, context: StepContext<'_>) -> Result<()> {
+    pub(crate) fn apply(&self, disk: &Utf8Path, locks: &DiskLocks, context: StepContext<'_>) -> Result<()> {
         match self {
             Self::Copy { tag } => copy(disk, disk, &point(disk, tag), context),
             Self::Stage { from, next } => copy(disk, &point(disk, from), &point(disk, next), context),
@@ -54,7 +54,7 @@ impl Action {
                 if !next.exists() && previous.exists() {
                     return Ok(()); // done before
                 }
-                holds.lock_too(disk, &next)?;
+                locks.lock_too(disk, &next)?;
                 // What is there gets a second name, then the first name moves: at every instant the path
                 // opens to a whole disk.
                 if !previous.exists() {
@@ -73,7 +73,7 @@ impl Action {
         }
     }
 
-    pub(crate) fn undo(&self, disk: &Utf8Path, holds: &Holds) -> Result<()> {
+    pub(crate) fn undo(&self, disk: &Utf8Path, locks: &DiskLocks) -> Result<()> {
         match self {
             Self::Copy { tag: made } | Self::Stage { next: made, .. } => {
                 let made = point(disk, made);
@@ -89,7 +89,7 @@ impl Action {
                 if same_file(&previous, disk) {
                     remove(&previous)?;
                 } else {
-                    holds.lock_too(disk, &previous)?;
+                    locks.lock_too(disk, &previous)?;
                     fs::rename(&previous, disk).map_err(failed(format!("cannot put {previous} back")))?;
                     flush_around(disk)?;
                 }
@@ -114,7 +114,7 @@ impl Action {
             fs::hard_link(disk, &rescued).map_err(failed(format!("cannot name {rescued}")))?;
             flush(&points(disk))?;
         }
-        Ok(Salvage::PutAside(format!(
+        Ok(Salvage::Saved(format!(
             "{target}: the domain ran after the crash; what it wrote is in {rescued}"
         )))
     }

@@ -60,8 +60,8 @@ impl ImageOptions {
     /// Returns the options of the image that `is_it` recognises. `None` if the command line does not name it:
     /// it was hot-plugged, or opened by another method.
     pub(crate) fn of(process: &Process, is_it: impl Fn(&Path) -> bool) -> Option<Self> {
-        let words = process.command_line.windows(2);
-        let all: Vec<(bool, Options)> = words
+        let args = process.command_line.windows(2);
+        let all: Vec<(bool, Options)> = args
             .filter_map(|pair| match pair {
                 [option, value] => match option.trim_start_matches('-') {
                     "blockdev" if option.starts_with('-') => Some((false, options(value))),
@@ -236,8 +236,8 @@ mod tests {
 
     use super::*;
 
-    fn of(words: &[&str]) -> Option<ImageOptions> {
-        let command_line = words.iter().map(|word| (*word).to_owned()).collect();
+    fn of(args: &[&str]) -> Option<ImageOptions> {
+        let command_line = args.iter().map(|word| (*word).to_owned()).collect();
         let directory = Some(PathBuf::from("/vm"));
         let process = Process { command_line, directory, ..Process::default() };
         ImageOptions::of(&process, |file| file == Path::new("/vm/a,b.qcow2"))

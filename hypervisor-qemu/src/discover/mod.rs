@@ -177,8 +177,8 @@ async fn cpu(machine: &Machine, process: &Process) -> Result<Cpu> {
             features.push((name.to_owned(), value));
         }
     }
-    let words = optional_property(machine, path, "feature-words").await?;
-    for word in words.as_array().into_iter().flatten() {
+    let flags = optional_property(machine, path, "feature-words").await?;
+    for word in flags.as_array().into_iter().flatten() {
         let part = |key: &str| word.get(key).and_then(Value::as_u64);
         let leaf = part("cpuid-input-eax").unwrap_or_default();
         let sub = part("cpuid-input-ecx").map(|sub| format!(".{sub}")).unwrap_or_default();

@@ -52,13 +52,13 @@ impl Process {
                 let (dev, ino, size) = (about.dev(), about.ino(), about.size());
                 format!("{dev:x}:{ino}:{size}:{}.{:09}", about.ctime(), about.ctime_nsec())
             });
-        let words = process.keep("command line", fs::read(format!("/proc/{pid}/cmdline")));
-        let words = split(&words.unwrap_or_default());
+        let args = process.keep("command line", fs::read(format!("/proc/{pid}/cmdline")));
+        let args = split(&args.unwrap_or_default());
         let program =
             process.program.as_deref().and_then(|path| path.file_name()).map(|name| name.to_owned());
         let is_qemu = program
             .map(|name| name.to_string_lossy().into_owned())
-            .or_else(|| words.first().map(|word| String::from_utf8_lossy(word).into_owned()))
+            .or_else(|| args.first().map(|word| String::from_utf8_lossy(word).into_owned()))
             .is_some_and(|name| name.contains("qemu") || name.contains("kvm"));
         if !is_qemu {
             // A socket that was handed to QEMU belongs to the process that made it listen: its command line
@@ -71,7 +71,7 @@ impl Process {
         process.start_ticks = peer.start_ticks;
         process.uid = Some(peer.uid);
         process.directory = process.keep("working directory", fs::read_link(format!("/proc/{pid}/cwd")));
-        for word in words {
+        for word in args {
             let word = process.text("a word of the command line", word);
             process.command_line.push(word);
         }
@@ -144,8 +144,8 @@ mod tests {
     /// A QEMU that ends when its guest reboots is recognised by its command line.
     #[test]
     fn end_at_reboot_is_read_from_command_line() {
-        let ends = |words: &[&str]| {
-            let command_line = ["qemu"].iter().chain(words).map(|word| (*word).to_owned()).collect();
+        let ends = |args: &[&str]| {
+            let command_line = ["qemu"].iter().chain(args).map(|word| (*word).to_owned()).collect();
             Process { command_line, ..Process::default() }.ends_at_reboot()
         };
         assert!(ends(&["-no-reboot"]) && ends(&["--no-reboot", "-m", "1"]));
@@ -156,8 +156,8 @@ mod tests {
     /// The last occurrence of an option counts, and its value may be empty.
     #[test]
     fn last_option_counts_and_may_be_empty() {
-        let words = split(b"qemu\0-cpu\0max\0-name\0\0--cpu\0host\0");
-        let command_line = words.into_iter().map(|word| String::from_utf8(word).expect("text")).collect();
+        let args = split(b"qemu\0-cpu\0max\0-name\0\0--cpu\0host\0");
+        let command_line = args.into_iter().map(|word| String::from_utf8(word).expect("text")).collect();
         let process = Process { command_line, ..Process::default() };
         assert_eq!((process.option("-cpu"), process.option("-name")), (Some("host"), Some("")));
         assert_eq!(process.option("-m"), None);

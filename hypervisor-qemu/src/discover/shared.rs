@@ -217,9 +217,9 @@ mod tests {
 
     #[test]
     fn shares_are_read_off_a_command() {
-        let found = |words: &[&str]| {
-            let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-            let shared = shared_by(&words);
+        let found = |args: &[&str]| {
+            let args: Vec<String> = args.iter().map(|word| (*word).to_owned()).collect();
+            let shared = shared_by(&args);
             [shared.nowhere, shared.in_memory].concat()
         };
         let fs = [

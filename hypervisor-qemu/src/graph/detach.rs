@@ -57,7 +57,7 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
     })?;
     if root.starts_with("domsnap-ph-") {
         let detail = format!("it is detached already: {root} replaces its chain");
-        return Err(Error::new(ErrorKind::Invalid, attempted, device, detail).advice("attach it first"));
+        return Err(Error::new(ErrorKind::Invalid, attempted, device, detail).advise("attach it first"));
     }
     let root = graph.expect(attempted, root)?;
     let chain: Vec<String> = graph.chain(&root.name).iter().map(|node| node.name.clone()).collect();
@@ -65,7 +65,7 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
     // 1) Lend the descriptors under a note that names the nodes. A crash from here on leaves the note, by
     //    which `close_detached_chains` finds nodes that are no longer in any chain.
     let file = memory_file("placeholder", &qcow2::empty(root.virtual_size)?)
-        .map_err(|error| Error::new(ErrorKind::Io, attempted, device, error.to_string()).source(error))?;
+        .map_err(|error| Error::new(ErrorKind::Io, attempted, device, error.to_string()).because(error))?;
     let set = FdSet::add(machine, &note_of(&graph, &placeholder, &chain), &[&file.0, &file.1]).await?;
     let node = json!({
         "driver": "qcow2", "node-name": placeholder.as_str(), "backing": null, "discard": "unmap",
@@ -93,7 +93,7 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
                 set.remove(machine).await;
             }
             Err(second) => {
-                error = error.now(format!("{device} keeps the empty overlay {placeholder} ({second})"))
+                error = error.state(format!("{device} keeps the empty overlay {placeholder} ({second})"))
             }
         }
         return Err(error);
@@ -120,7 +120,7 @@ pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Re
     let device = &detached.device;
     let placeholder = detached.placeholder.as_str();
     let waiting = |error: Error| {
-        error.now(format!(
+        error.state(format!(
             "{device} has no image, but the empty overlay {placeholder}: the guest must not run"
         ))
     };
@@ -141,7 +141,7 @@ pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Re
     if let Err(error) = jobs::fold(machine, placeholder, top).await {
         let error = match reopen_backing(machine, &graph, placeholder, None).await {
             Ok(()) => close_opened(machine, error, &opened).await,
-            Err(second) => error.now(format!("{placeholder} is backed by the chain already ({second})")),
+            Err(second) => error.state(format!("{placeholder} is backed by the chain already ({second})")),
         };
         return Err(waiting(error));
     }
@@ -187,8 +187,8 @@ pub(crate) async fn close_detached_chains(machine: &Machine) -> Result<usize> {
     let sets = machine.query("query-fdsets", Value::Null).await?;
     let mut closed = 0;
     for (_, note) in crate::fdset::ours(&sets) {
-        let mut words = note.split(' ');
-        let (Some(placeholder), chain) = (words.next(), words.collect::<Vec<_>>()) else { continue };
+        let mut fields = note.split(' ');
+        let (Some(placeholder), chain) = (fields.next(), fields.collect::<Vec<_>>()) else { continue };
         let graph = machine.graph().await?;
         // If the device has the chain below its placeholder, the chain is in use.
         if chain.is_empty() || graph.node(placeholder).is_none() || graph.backing(placeholder).is_some() {

@@ -192,8 +192,8 @@ impl Stack {
             if let Err(error) = add_layer(machine, layer, below.as_deref(), read_only).await {
                 return Err(match remove_layers(machine, &opened).await {
                     Ok(left) if left.is_empty() => error,
-                    Ok(left) => error.now(format!("these nodes of ours are left: {}", left.join(", "))),
-                    Err(second) => error.now(format!("nodes that were opened before are left ({second})")),
+                    Ok(left) => error.state(format!("these nodes of ours are left: {}", left.join(", "))),
+                    Err(second) => error.state(format!("nodes that were opened before are left ({second})")),
                 });
             }
             below = Some(layer.name.to_string());
@@ -287,7 +287,7 @@ pub async fn reopen_by_name(machine: &Machine, overlay: &str, layer: &Layer) -> 
         let removed = remove_layers(machine, &[layer.name.to_string()]).await;
         return Err(match removed {
             Ok(_) => error,
-            Err(second) => error.now(format!("the node {} is left ({second})", layer.name)),
+            Err(second) => error.state(format!("the node {} is left ({second})", layer.name)),
         });
     }
     // The old node's file is the one that the graph had before.

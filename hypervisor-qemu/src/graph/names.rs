@@ -84,7 +84,7 @@ pub async fn verify_names(machine: &Machine) -> Result<Vec<NodeFile>> {
     }
     wrong.sort();
     let detail = format!("QEMU does not have these files open: {}", wrong.join("; "));
-    Err(Error::new(ErrorKind::NameMismatch, attempted, subject, detail).advice(
+    Err(Error::new(ErrorKind::NameMismatch, attempted, subject, detail).advise(
         "let nothing commit, snapshot or reopen these images until QEMU was restarted from the right files",
     ))
 }
@@ -154,9 +154,9 @@ pub(crate) fn is_of_xen(process: &Path) -> bool {
 /// from 100 on, and from 200 on.
 fn is_image_lock(line: &str) -> bool {
     let Some(lock) = line.strip_prefix("lock:") else { return false };
-    let words: Vec<_> = lock.split_whitespace().collect();
-    let begin = words.len().checked_sub(2).and_then(|at| words.get(at)?.parse::<u64>().ok());
-    words.contains(&"OFDLCK") && begin.is_some_and(|begin| (100..300).contains(&begin))
+    let fields: Vec<_> = lock.split_whitespace().collect();
+    let begin = fields.len().checked_sub(2).and_then(|at| fields.get(at)?.parse::<u64>().ok());
+    fields.contains(&"OFDLCK") && begin.is_some_and(|begin| (100..300).contains(&begin))
 }
 
 #[cfg(test)]

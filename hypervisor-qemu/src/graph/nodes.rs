@@ -255,7 +255,7 @@ impl Graph {
         self.node(name).ok_or_else(|| {
             let detail = "QEMU has no such node";
             Error::new(ErrorKind::Invalid, attempted, format!("node {name}"), detail)
-                .advice("discover the disks again")
+                .advise("discover the disks again")
         })
     }
 

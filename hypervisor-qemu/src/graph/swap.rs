@@ -86,8 +86,8 @@ pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
         let Err(mut error) = hung else { continue };
         for (swap, root) in swaps.iter().zip(&roots) {
             if let Err(second) = remove_overlay(machine, &swap.overlay, root).await {
-                error =
-                    error.now(format!("{} keeps the empty overlay {} ({second})", swap.device, swap.overlay));
+                error = error
+                    .state(format!("{} keeps the empty overlay {} ({second})", swap.device, swap.overlay));
             }
         }
         return Err(close_opened(machine, error, &opened).await);
@@ -135,8 +135,8 @@ pub async fn fold(machine: &Machine, overlay: &str) -> Result<()> {
 pub(super) async fn close_opened(machine: &Machine, error: Error, opened: &[String]) -> Error {
     match remove_layers(machine, opened).await {
         Ok(left) if left.is_empty() => error,
-        Ok(left) => error.now(format!("these nodes of ours are left: {}", left.join(", "))),
-        Err(second) => error.now(format!("nodes of ours may be left ({second})")),
+        Ok(left) => error.state(format!("these nodes of ours are left: {}", left.join(", "))),
+        Err(second) => error.state(format!("nodes of ours may be left ({second})")),
     }
 }
 
@@ -148,7 +148,7 @@ pub(super) async fn require_paused(machine: &Machine, attempted: &str) -> Result
     }
     if state.running {
         return Err(
-            Error::new(ErrorKind::Invalid, attempted, subject, "the guest runs").advice("pause it first")
+            Error::new(ErrorKind::Invalid, attempted, subject, "the guest runs").advise("pause it first")
         );
     }
     Ok(())

@@ -111,7 +111,7 @@ impl Saving {
     async fn cancel_after(&self, writing: Writing, error: Error) -> Error {
         match writing.cancel(&self.machine).await {
             Ok(()) => error,
-            Err(second) => error.now(second.to_string()),
+            Err(second) => error.state(second.to_string()),
         }
     }
 

@@ -284,12 +284,12 @@ impl Undo<'_> {
         // 2) End the migration before anything else: QEMU accepts the old settings only when it has ended.
         if let Some(writing) = self.writing {
             if let Err(second) = writing.cancel(&machine).await {
-                error = error.now(second.to_string());
+                error = error.state(second.to_string());
             }
         } else if let Some(settings) = self.settings
             && let Err(second) = settings.restore(&machine).await
         {
-            error = error.now(second.to_string());
+            error = error.state(second.to_string());
         }
         // 3) Undo the disks before the guest resumes: until then it has written nothing to the overlays, so
         //    the merge moves no data. If a plain migration has made the disks inactive, QEMU refuses this
@@ -297,17 +297,17 @@ impl Undo<'_> {
         if !self.inactive
             && let Err(wrong) = self.disks.undo(&machine).await
         {
-            error = error.now(wrong);
+            error = error.state(wrong);
         }
         if let Some(paused) = self.paused
             && let Err(second) = machine.resume(paused).await
         {
-            error = error.now(second.to_string());
+            error = error.state(second.to_string());
         }
         if self.inactive
             && let Err(wrong) = self.disks.undo(&machine).await
         {
-            error = error.now(wrong);
+            error = error.state(wrong);
         }
         error
     }
@@ -404,14 +404,14 @@ where
     let Undo { paused, writing, settings, .. } = undo;
     if let Some(settings) = settings {
         let restored = settings.restore(machine).await;
-        restored.map_err(|error| error.now("the cut and its nested steps are complete"))?;
+        restored.map_err(|error| error.state("the cut and its nested steps are complete"))?;
     }
     // 5) Resume: from here the cut cannot be undone without losing writes of the guest.
     if let Some(paused) = paused {
         machine
             .resume(paused)
             .await
-            .map_err(|error| error.now("the cut and its nested steps are complete"))?;
+            .map_err(|error| error.state("the cut and its nested steps are complete"))?;
     }
     let stopped_for = if was_running { clock.stopped_for().await } else { Duration::ZERO };
     let memory = draft.map(|draft| Saving { machine: machine.clone(), draft, writing });
@@ -426,7 +426,7 @@ async fn require_stayed_paused(machine: &Machine, events: &mut Events) -> Result
             let detail = "another client of QEMU resumed the guest in the middle of it";
             let subject = machine.qmp().socket().display();
             let error = Error::new(ErrorKind::Invalid, "keeping the guest paused", subject, detail);
-            return Err(error.advice("take the snapshot again when no other client resumes the guest"));
+            return Err(error.advise("take the snapshot again when no other client resumes the guest"));
         }
     }
     Ok(())
@@ -464,7 +464,7 @@ async fn is_stopped_by_another(machine: &Machine, attempted: &str) -> Result<boo
     let detail =
         format!("the guest stopped by itself (run state {:?}) while its memory was copied", state.word);
     let error = Error::new(ErrorKind::Invalid, attempted, machine.qmp().socket().display(), detail);
-    Err(error.advice("take the snapshot again, with the guest as it is now"))
+    Err(error.advise("take the snapshot again, with the guest as it is now"))
 }
 
 /// Returns true if an event reports that the guest stopped by itself.
@@ -487,7 +487,7 @@ async fn ran_to_the_end(machine: &Machine, events: &mut Events, attempted: &str)
         if stops(&event.name, &event.data) {
             let detail = format!("the guest stopped by itself ({}) while its memory was copied", event.name);
             let error = Error::new(ErrorKind::Invalid, attempted, machine.qmp().socket().display(), detail);
-            return Err(error.advice("take the snapshot again, with the guest as it is now"));
+            return Err(error.advise("take the snapshot again, with the guest as it is now"));
         }
     }
     Ok(())
@@ -627,7 +627,7 @@ where
         Err(error) => {
             let error = Error::hook("the cut", &subject, error);
             if let Err(second) = resume_after_migration(machine, stopped_by_another).await {
-                return Err(undo.all(error.now(second.to_string())).await);
+                return Err(undo.all(error.state(second.to_string())).await);
             }
             undo.paused = None;
             return Err(undo.all(error).await);
@@ -635,7 +635,7 @@ where
     };
     resume_after_migration(machine, stopped_by_another)
         .await
-        .map_err(|error| error.now("the cut and its nested steps are complete"))?;
+        .map_err(|error| error.state("the cut and its nested steps are complete"))?;
     let stopped_for = if stopped_by_another { Duration::ZERO } else { clock.stopped_for().await };
     let memory = Some(Saving { machine: machine.clone(), draft, writing: undo.writing });
     let (method, was_running) = (CutMethod::PreCopy { converged }, !stopped_by_another);

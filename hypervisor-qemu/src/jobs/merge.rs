@@ -190,15 +190,15 @@ where
             };
             return Err(match ended {
                 Ok(ended) => match dismiss(machine, job, ended).await {
-                    Err(second) if second.kind() != ErrorKind::Cancelled => error.now(second.to_string()),
-                    _ => error.now("the job was cancelled, the chain is as before"),
+                    Err(second) if second.kind() != ErrorKind::Cancelled => error.state(second.to_string()),
+                    _ => error.state("the job was cancelled, the chain is as before"),
                 },
-                Err(second) => error.now(format!("the job may hold the guest's disk ({second})")),
+                Err(second) => error.state(format!("the job may hold the guest's disk ({second})")),
             });
         }
     };
     machine.run(attempted, job.as_str(), "job-finalize", id).await.map_err(|error| {
-        error.now("top and base are equal, and the guest's I/O is held until the job ends")
+        error.state("top and base are equal, and the guest's I/O is held until the job ends")
     })?;
     let ended = reach(machine, job, &[], Some(Instant::now() + HANDOVER), |_| {}).await?;
     dismiss(machine, job, ended).await?;
@@ -207,11 +207,11 @@ where
 
 async fn ended_early(machine: &Machine, job: &Name, ended: qmp::Job) -> Error {
     match dismiss(machine, job, ended).await {
-        Err(error) => error.now("the chain is as before"),
+        Err(error) => error.state("the chain is as before"),
         Ok(()) => {
             let detail = "it ended early: another program finalized it";
             Error::new(ErrorKind::Failed, "merging the active image", job, detail)
-                .now("the base is the active image")
+                .state("the base is the active image")
         }
     }
 }
@@ -253,7 +253,7 @@ pub async fn commit_layers(
     if commit.top == commit.root {
         let detail = "it is the active image, whose merge pivots";
         return Err(Error::new(ErrorKind::Invalid, attempted, &commit.top, detail)
-            .advice("merge it as the active image"));
+            .advise("merge it as the active image"));
     }
     let merged = between(&graph, attempted, &commit.top, Some(&commit.base))?;
     let arguments = json!({

@@ -51,7 +51,7 @@ pub(super) async fn reach(
     loop {
         let Some(found) = status(machine, job).await? else {
             return Err(Error::new(ErrorKind::Invalid, attempted, job, "QEMU has no such job (any more)")
-                .advice("another program dismissed it; check the disks' backing chains"));
+                .advise("another program dismissed it; check the disks' backing chains"));
         };
         let progress =
             JobProgress { status: found.status.clone(), current: found.current, total: found.total };
@@ -65,7 +65,7 @@ pub(super) async fn reach(
         if until.is_some_and(|until| Instant::now() >= until) {
             let detail = format!("it is still {:?}, expected {states:?}", found.status);
             return Err(
-                Error::new(ErrorKind::Timeout, attempted, job, detail).now("the job is still running")
+                Error::new(ErrorKind::Timeout, attempted, job, detail).state("the job is still running")
             );
         }
         sleep(pause).await;
@@ -116,7 +116,7 @@ pub(crate) async fn dismiss_streams(machine: &Machine) -> Result<()> {
                 format!("job {}", job.id),
                 detail,
             )
-            .advice("dismiss it (`job-dismiss`), or have that program do it"));
+            .advise("dismiss it (`job-dismiss`), or have that program do it"));
         }
         let id = json!({ "id": job.id });
         machine.run("dismissing a job", &job.id, "job-dismiss", id).await?;

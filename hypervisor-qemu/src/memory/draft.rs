@@ -43,7 +43,7 @@ impl Draft {
         })?;
         if path.symlink_metadata().is_ok() {
             return Err(Error::new(ErrorKind::Invalid, attempted, path.display(), "the file exists")
-                .advice("give the snapshot another name, or remove the file if nothing needs it"));
+                .advise("give the snapshot another name, or remove the file if nothing needs it"));
         }
         Self::remove_stale(&path)?;
         let file = confined_files::create_private(&part);

@@ -43,7 +43,7 @@ pub(super) fn read(file: &File, begin: u64) -> io::Result<Option<String>> {
 
 /// Finds the last section in a piece of a stream.
 fn find(piece: &[u8]) -> Option<String> {
-    let at = piece.windows(NAME.len()).rposition(|window| window == NAME)?;
+    let at = piece.windows(NAME.len()).rposition(|part| part == NAME)?;
     let body = piece.get(at + NAME.len() + 8..at + LENGTH)?;
     let (length, buffer) = body.split_first_chunk::<4>()?;
     let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;

@@ -179,7 +179,7 @@ impl Image {
         let attempted = "naming a memory image for QEMU";
         let invalid = |detail: &str| {
             Err(Error::new(ErrorKind::Invalid, attempted, self.path.display(), detail)
-                .advice("give the memory image a name without it"))
+                .advise("give the memory image a name without it"))
         };
         let own = match self.nameless {
             true => PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())),
@@ -203,7 +203,7 @@ impl Image {
 
 pub(super) fn damaged(attempted: &str, path: &Path, detail: String) -> Error {
     Error::new(ErrorKind::Damaged, attempted, path.display(), detail)
-        .advice("the memory of this snapshot cannot be used; its disks can (revert without memory)")
+        .advise("the memory of this snapshot cannot be used; its disks can (revert without memory)")
 }
 
 /// Reads the name and date of the image's one snapshot.

@@ -37,7 +37,7 @@ pub async fn restore_deferred(machine: &Machine, image: &Image, deadline: Durati
     if state.word != "inmigrate" {
         let detail = format!("QEMU does not wait for one: it is in the run state {:?}", state.word);
         return Err(Error::new(ErrorKind::Invalid, attempted, subject, detail)
-            .advice("start QEMU with `-incoming defer`, or restore in place"));
+            .advise("start QEMU with `-incoming defer`, or restore in place"));
     }
     let abilities = machine.abilities().await?;
     let descriptor = image.descriptor()?;

@@ -271,7 +271,7 @@ impl Packed {
                 "No space left beside it: unpacking needs {needed} bytes temporarily, and {free} are free"
             );
             return Err(Error::new(ErrorKind::Io, attempted, self.path.display(), detail)
-                .advice("make room there, or revert the disks without memory"));
+                .advise("make room there, or revert the disks without memory"));
         }
         target.set_len(wrapper.length).map_err(failed)?;
         self.unpack_to(Some(&target))?;

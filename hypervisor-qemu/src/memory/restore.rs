@@ -51,7 +51,7 @@ pub async fn restore_in_place(
     let state = machine.run_state().await?;
     if state.running {
         return Err(
-            Error::new(ErrorKind::Invalid, attempted, subject, "the guest runs").advice("pause it first")
+            Error::new(ErrorKind::Invalid, attempted, subject, "the guest runs").advise("pause it first")
         );
     }
     let length = image.length()?;
@@ -111,21 +111,21 @@ async fn load(
         Err(error) if error.kind() == ErrorKind::Failed => {
             let early = ["does not have the requested snapshot", "does not exist", "is not found"];
             let text = error.to_string();
-            if early.iter().any(|words| text.contains(words)) {
+            if early.iter().any(|pattern| text.contains(pattern)) {
                 return Err(untouched(error));
             }
             Err(error
-                .now("the guest is stopped, its memory is undefined; disks with internal snapshots may be reverted")
-                .advice("restore another memory image, or reset the guest (revert without memory)"))
+                .state("the guest is stopped, its memory is undefined; disks with internal snapshots may be reverted")
+                .advise("restore another memory image, or reset the guest (revert without memory)"))
         }
-        Err(error) => Err(error.now("QEMU did not report the result")),
+        Err(error) => Err(error.state("QEMU did not report the result")),
     }
 }
 
 fn untouched(error: Error) -> Error {
     match error.kind() {
         ErrorKind::Timeout | ErrorKind::Protocol => error,
-        _ => error.now("the guest's memory and disks were not touched; it is paused"),
+        _ => error.state("the guest's memory and disks were not touched; it is paused"),
     }
 }
 

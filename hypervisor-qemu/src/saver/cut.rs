@@ -136,7 +136,7 @@ pub(super) async fn take(
     let taken = match cut.take(machine, hook).await {
         Ok(taken) => taken,
         Err(error) => {
-            let whole = error.state().is_none() && !error.is_lost();
+            let whole = error.state_now().is_none() && !error.is_lost();
             let error = close(live, to_engine(error), &opened).await;
             if whole {
                 if let Some(paused) = paused_before {
@@ -198,8 +198,12 @@ pub(super) async fn take(
     }
     facts.notes.extend(live.lost_options(overlaid(step)));
     facts.notes.extend(bitmaps);
-    facts.taken =
-        Some(Taken { at: taken.done, consistency, running: ran, way: method_name(taken.method).to_owned() });
+    facts.taken = Some(Taken {
+        at: taken.done,
+        consistency,
+        running: ran,
+        method: method_name(taken.method).to_owned(),
+    });
     Ok(facts)
 }
 

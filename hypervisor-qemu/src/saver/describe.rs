@@ -331,9 +331,9 @@ pub(super) fn record(discovery: &Discovery) -> Value {
     value
 }
 
-/// Returns the words of a command line that are not for one start only.
+/// Returns the arguments of a command line that are not for one start only.
 fn lasting(process: &Process) -> Vec<String> {
-    let mut words = Vec::new();
+    let mut args = Vec::new();
     let mut skip = false;
     for (number, word) in process.command_line.iter().enumerate() {
         if std::mem::take(&mut skip) {
@@ -343,10 +343,10 @@ fn lasting(process: &Process) -> Vec<String> {
         match option {
             Some("incoming") => skip = true,
             Some("S") => {}
-            _ => words.push(without_descriptors(word)),
+            _ => args.push(without_descriptors(word)),
         }
     }
-    words
+    args
 }
 
 /// Replacement for the number of a descriptor in a recorded command: such a command cannot be run again.
@@ -403,16 +403,16 @@ async fn agent(machine: &Machine, discovery: &Discovery, view: &FileView) -> Res
 mod tests {
     use super::*;
 
-    fn process(words: &[&str]) -> Process {
-        Process { command_line: words.iter().map(|word| (*word).to_owned()).collect(), ..Process::default() }
+    fn process(args: &[&str]) -> Process {
+        Process { command_line: args.iter().map(|word| (*word).to_owned()).collect(), ..Process::default() }
     }
 
     /// Firmware variables and a TPM are found in the command that starts a machine.
     #[test]
     fn outside_state_is_found_in_the_start_command() {
-        let to_engine = |words: &[&str]| {
-            let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-            outside(None, &words)
+        let to_engine = |args: &[&str]| {
+            let args: Vec<String> = args.iter().map(|word| (*word).to_owned()).collect();
+            outside(None, &args)
         };
         assert_eq!(to_engine(&["qemu", "-drive", "if=pflash,file=code,readonly=on"]), Vec::<String>::new());
         let all = ["-drive", "if=pflash,file=vars", "-tpmdev", "emulator,id=t", "-drive", "if=virtio,file=x"];
@@ -423,10 +423,9 @@ mod tests {
     /// Arguments of one start only are not recorded.
     #[test]
     fn arguments_of_one_start_are_not_recorded() {
-        let words =
-            ["qemu", "-S", "-m", "128", "-incoming", "file:/m,offset=16777216", "--incoming", "defer"];
+        let args = ["qemu", "-S", "-m", "128", "-incoming", "file:/m,offset=16777216", "--incoming", "defer"];
         let rest = ["-netdev", "tap,id=n,fd=21,vhostfd=22,fds=3:4", "-daemonize", "-name", "fd=x"];
-        let all: Vec<&str> = words.into_iter().chain(rest).collect();
+        let all: Vec<&str> = args.into_iter().chain(rest).collect();
         let expected =
             ["qemu", "-m", "128", "-netdev", "tap,id=n,fd=?,fd=?,fd=?", "-daemonize", "-name", "fd=x"];
         assert_eq!(lasting(&process(&all)), expected);

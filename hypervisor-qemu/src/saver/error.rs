@@ -9,8 +9,8 @@ use crate::error::ErrorKind as Kind;
 /// Converts an error to the engine's. The error of a hook keeps its message.
 pub(super) fn to_engine(error: crate::Error) -> Error {
     let attempted = format!("{}, {}", error.attempted(), error.subject());
-    let (detail, state) = (error.detail().to_owned(), error.state().map(str::to_owned));
-    let advice = error.advised().map(str::to_owned);
+    let (detail, state) = (error.detail().to_owned(), error.state_now().map(str::to_owned));
+    let advice = error.advice().map(str::to_owned);
     let kind = error.kind();
     let source = error.into_source();
     let source = match source.map(|source| source.downcast::<Error>()) {
@@ -20,7 +20,7 @@ pub(super) fn to_engine(error: crate::Error) -> Error {
         None => None,
     };
     let io = source.as_deref().and_then(|source| source.downcast_ref::<io::Error>()).map(io::Error::kind);
-    let full = ["No space left", "Disk quota exceeded"].iter().any(|words| detail.contains(words));
+    let full = ["No space left", "Disk quota exceeded"].iter().any(|text| detail.contains(text));
     // QEMU has no class for it: `Failed to get "write" lock`, `Failed to get shared "write" lock`.
     let locked = detail.contains("Failed to get") && detail.contains("\" lock");
     let kind = match (kind, io) {
@@ -37,7 +37,12 @@ pub(super) fn to_engine(error: crate::Error) -> Error {
             ErrorKind::Io
         }
     };
-    with(Error::new(kind, detail).context(attempted), state, advice)
+    let error = Error::new(kind, detail).context(attempted);
+    let error = match source {
+        Some(source) => error.because(source),
+        None => error,
+    };
+    with(error, state, advice)
 }
 
 fn with(mut error: Error, state: Option<String>, advice: Option<String>) -> Error {
@@ -72,7 +77,7 @@ mod tests {
     #[test]
     fn hook_errors_pass_unchanged() {
         let inner = Error::new(ErrorKind::NoSpace, "no space for a link").advise("make some");
-        let error = to_engine(crate::Error::hook("the cut", "q", Box::new(inner)).now("all is as before"));
+        let error = to_engine(crate::Error::hook("the cut", "q", Box::new(inner)).state("all is as before"));
         assert_eq!((error.kind(), error.message()), (ErrorKind::NoSpace, "no space for a link"));
         assert_eq!((error.state_now(), error.advice()), (Some("all is as before"), Some("make some")));
 

@@ -56,11 +56,11 @@ fn processes() -> Vec<Vec<PathBuf>> {
         if !(name.contains("qemu") || name.contains("kvm")) {
             return None;
         }
-        let words = fs::read(process.join("cmdline")).ok()?;
-        let words: Vec<String> =
-            words.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+        let args = fs::read(process.join("cmdline")).ok()?;
+        let args: Vec<String> =
+            args.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
         let directory = fs::read_link(process.join("cwd")).unwrap_or_default();
-        Some(sockets(&words, &directory))
+        Some(sockets(&args, &directory))
     };
     pids.into_iter().filter_map(of).filter(|sockets| !sockets.is_empty()).collect()
 }
@@ -75,10 +75,10 @@ fn loopback(place: &str) -> Option<PathBuf> {
 
 /// Returns the sockets on which a QEMU serves QMP, from its command line: Unix sockets, then TCP on the
 /// loopback interface.
-fn sockets(words: &[String], directory: &Path) -> Vec<PathBuf> {
+fn sockets(args: &[String], directory: &Path) -> Vec<PathBuf> {
     let mut chardevs: HashMap<String, String> = HashMap::new();
     let (mut direct, mut monitors, mut tcp) = (Vec::new(), Vec::new(), Vec::new());
-    for pair in words.windows(2) {
+    for pair in args.windows(2) {
         let [option, value] = pair else { continue };
         let option = option.strip_prefix("--").or_else(|| option.strip_prefix('-')).unwrap_or_default();
         let mut parts = value.split(',');
@@ -117,7 +117,7 @@ mod tests {
     /// QMP sockets are found in each form of the command line, and no other sockets are.
     #[test]
     fn qmp_sockets_are_found_in_each_form() {
-        let words = [
+        let args = [
             "qemu-system-x86_64",
             "-qmp",
             "unix:/run/a.qmp,server=on,wait=off",
@@ -138,8 +138,8 @@ mod tests {
             "-qmp",
             "tcp:0.0.0.0:4445,server=on",
         ];
-        let words = words.map(str::to_owned);
+        let args = args.map(str::to_owned);
         let expected = ["/run/a.qmp", "/vm/b", "/run/c.qmp", "tcp:127.0.0.1:4444"].map(PathBuf::from);
-        assert_eq!(sockets(&words, Path::new("/vm")), expected);
+        assert_eq!(sockets(&args, Path::new("/vm")), expected);
     }
 }

@@ -48,7 +48,7 @@ const LOOK: Duration = Duration::from_millis(20);
 struct Recipe {
     /// The program, if it is known apart from the first word.
     program: Option<PathBuf>,
-    words: Vec<String>,
+    args: Vec<String>,
     environment: Option<Vec<(String, String)>>,
     directory: Option<PathBuf>,
     /// The reason why domsnap cannot run it.
@@ -61,11 +61,11 @@ impl Recipe {
     /// Returns the command for the user, who does not have the unpacked image: with `incoming` instead of
     /// that.
     fn printed(mut self, incoming: Option<String>) -> Vec<String> {
-        let place = self.words.iter().position(|word| word == "-incoming").map(|at| at + 1);
-        if let (Some(word), Some(incoming)) = (place.and_then(|at| self.words.get_mut(at)), incoming) {
+        let place = self.args.iter().position(|word| word == "-incoming").map(|at| at + 1);
+        if let (Some(word), Some(incoming)) = (place.and_then(|at| self.args.get_mut(at)), incoming) {
             *word = incoming;
         }
-        self.words
+        self.args
     }
 }
 
@@ -109,7 +109,7 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
     }
     let mut recipe = recipe;
     if recipe.is_recorded && recipe.cannot.is_none() {
-        let missing = record.as_ref().map(|record| plugged_since(record, &recipe.words)).unwrap_or_default();
+        let missing = record.as_ref().map(|record| plugged_since(record, &recipe.args)).unwrap_or_default();
         if !missing.is_empty() {
             recipe.cannot = Some(format!(
                 "devices that were plugged in after it was started are not in its command, and its memory needs them: {} (add \
@@ -129,7 +129,7 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
         record.as_ref().is_some_and(|record| record.drives.iter().any(|drive| drive.medium.is_some()));
     let mut spawned = recipe.clone();
     if has_media && runs == Some(true) {
-        spawned.words.push("-S".to_owned());
+        spawned.args.push("-S".to_owned());
     }
     let mut process = match Started::spawn(&spawned) {
         Ok(process) => process,
@@ -170,7 +170,7 @@ pub(super) async fn start(start: StartFromMemory<'_>, unpacked: &Unpacked) -> Re
     process.leave();
     facts.guest = Some(GuestChange::Started);
     // The process that serves the socket: the started one may have made itself a daemon.
-    facts.started = Some(StartedDomain::process(machine.pid(), recipe.words));
+    facts.started = Some(StartedDomain::process(machine.pid(), recipe.args));
     if runs == Some(true) {
         machine.cont().await.map_err(to_engine)?;
     }
@@ -197,7 +197,7 @@ fn recipe(
     let mut recipe = match (configured.is_empty(), recorded) {
         (false, _) => Recipe {
             program: None,
-            words: configured,
+            args: configured,
             environment: None,
             directory: None,
             cannot: None,
@@ -208,7 +208,7 @@ fn recipe(
             let cannot = process.uid.filter(|uid| *uid != own).map(|uid| format!("it ran as the user {uid}"));
             Recipe {
                 program: process.program,
-                words: process.command_line,
+                args: process.command_line,
                 environment: Some(process.environment),
                 directory: process.directory,
                 cannot,
@@ -217,39 +217,39 @@ fn recipe(
         }
         (true, _) => return Ok(None),
     };
-    if recipe.words.iter().any(|word| word.split(',').any(|part| part == DESCRIPTOR)) {
+    if recipe.args.iter().any(|word| word.split(',').any(|part| part == DESCRIPTOR)) {
         recipe.cannot = Some("its command names descriptors, which only its supervisor can open".to_owned());
     }
     let incoming = image.incoming(abilities).map_err(to_engine)?;
-    let mut words = Vec::new();
+    let mut args = Vec::new();
     let mut skip = false;
-    for word in recipe.words {
+    for word in recipe.args {
         if std::mem::take(&mut skip) {
             continue;
         }
         match word.strip_prefix("--").or_else(|| word.strip_prefix('-')) {
             Some("incoming") => skip = true,
-            _ => words.push(word),
+            _ => args.push(word),
         }
     }
-    words.extend(["-incoming".to_owned(), incoming.argument().to_owned()]);
+    args.extend(["-incoming".to_owned(), incoming.argument().to_owned()]);
     if runs == Some(false) {
-        words.push("-S".to_owned());
+        args.push("-S".to_owned());
     }
-    recipe.words = words;
+    recipe.args = args;
     Ok(Some(recipe))
 }
 
 /// Lists the devices of a recorded machine that its command does not name, by their ids. A QEMU started by
 /// that command lacks devices that the memory has, and refuses it.
-fn plugged_since(machine: &Discovery, words: &[String]) -> Vec<String> {
-    if words.iter().any(|word| word.trim_start_matches('-') == "readconfig") {
+fn plugged_since(machine: &Discovery, args: &[String]) -> Vec<String> {
+    if args.iter().any(|word| word.trim_start_matches('-') == "readconfig") {
         return Vec::new();
     }
     let ids = machine.devices.iter().filter_map(|device| device.path.strip_prefix("/machine/peripheral/"));
     let is_named = |id: &str| {
         let (plain, json) = (format!("id={id}"), format!("\"id\":\"{id}\""));
-        words.iter().any(|word| {
+        args.iter().any(|word| {
             word.split(',').any(|part| part == plain) || word.replace(char::is_whitespace, "").contains(&json)
         })
     };
@@ -268,8 +268,8 @@ impl Started {
     /// Starts it detached from this process: in its own process group, with none of our files open.
     fn spawn(recipe: &Recipe) -> std::io::Result<Self> {
         let stderr = File::from(rustix::fs::memfd_create("domsnap-stderr", rustix::fs::MemfdFlags::CLOEXEC)?);
-        let words = recipe.words.split_first();
-        let (first, rest) = words.ok_or_else(|| std::io::Error::other("the command is empty"))?;
+        let args = recipe.args.split_first();
+        let (first, rest) = args.ok_or_else(|| std::io::Error::other("the command is empty"))?;
         let mut command = Command::new(recipe.program.as_deref().unwrap_or(Path::new(first)));
         command.arg0(first).args(rest).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr.try_clone()?);
         command.process_group(0);

@@ -54,8 +54,8 @@ pub fn make_overlay(file: &Path, on: &Path, mib: u64) -> Result<()> {
 }
 
 /// Runs qemu-img on an image, and returns its output.
-pub fn img(words: &[&str], file: &Path) -> Result<String> {
-    let output = Command::new("qemu-img").args(words).arg(file).output()?;
+pub fn img(args: &[&str], file: &Path) -> Result<String> {
+    let output = Command::new("qemu-img").args(args).arg(file).output()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
     Ok(text)
@@ -108,12 +108,12 @@ pub async fn snapshot(
         cut = cut.without_background_snapshot().trusting_pre_copy();
     }
     let taken = cut.take(machine, nothing).await?;
-    let (way, stopped) = (taken.method, taken.stopped_for);
+    let (method, stopped) = (taken.method, taken.stopped_for);
     let draft = taken.memory.context("memory was asked for")?.wait(|_| {}).await?;
     let image = draft.seal(tag, b"metadata")?;
     image.verify()?;
-    println!("{way:?}: stopped for {stopped:?}, image {} MiB", image.length()? >> 20);
-    Ok((overlays, image, way))
+    println!("{method:?}: stopped for {stopped:?}, image {} MiB", image.length()? >> 20);
+    Ok((overlays, image, method))
 }
 
 /// Checks the conditions after each operation: every node has the file that it names, and no unused object of
@@ -127,7 +127,7 @@ pub async fn sound(machine: &Machine) -> Result<()> {
     ensure!(ours.outgoing.is_none(), "a migration is left: {:?}", ours.outgoing);
     ensure!(ours.lent.is_empty(), "descriptors are left: {:?}", ours.lent);
     for node in &ours.nodes {
-        ensure!(!node.users.is_empty(), "the node {} is left, and nobody uses it", node.name);
+        ensure!(!node.users.is_empty(), "the node {} is left, and nothing uses it", node.name);
         ensure!(!node.placeholder, "the placeholder {} is left", node.name);
     }
     let settings = machine.qmp().execute_raw("query-migrate-capabilities", serde_json::Value::Null).await?;
@@ -151,17 +151,17 @@ pub async fn chain(machine: &Machine, device: &str) -> Result<Vec<String>> {
 /// Starts another QEMU on the guest's directory, with other disks and more arguments.
 pub fn start_again(guest: &Guest, disks: &[PathBuf], more: &[&str]) -> Result<Child> {
     let names: Vec<_> = guest.disks().iter().map(|disk| disk.display().to_string()).collect();
-    let words = guest.command_line().iter().map(|word| {
+    let args = guest.command_line().iter().map(|word| {
         let mut word = word.to_string_lossy().into_owned();
         for (from, to) in names.iter().zip(disks) {
             word = word.replace(from, &to.display().to_string());
         }
         OsString::from(word)
     });
-    let words: Vec<_> = words.chain(more.iter().map(OsString::from)).collect();
+    let args: Vec<_> = args.chain(more.iter().map(OsString::from)).collect();
     let said = std::fs::File::options().append(true).create(true).open(guest.dir().join("stderr"))?;
-    let mut command = Command::new(&words[0]);
-    Ok(command.args(&words[1..]).stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said).spawn()?)
+    let mut command = Command::new(&args[0]);
+    Ok(command.args(&args[1..]).stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said).spawn()?)
 }
 
 /// Waits until a QEMU has loaded its memory image. The guest is then as it was at the cut: paused, usually.

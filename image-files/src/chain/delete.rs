@@ -18,7 +18,7 @@ impl Planner<'_> {
         self.remove_unneeded(keep);
         self.empty_carriers(drop, keep);
         let keep = self.merge_runs(keep, visible)?;
-        self.note_unnamed(&keep);
+        self.note_orphans(&keep);
         self.unname_last(&keep);
         Ok(())
     }
@@ -49,7 +49,7 @@ impl Planner<'_> {
                 continue;
             }
             let name = layer.name.clone();
-            let words = format!("delete {} inside {name}", Tag::names(&tags));
+            let message = format!("delete {} inside {name}", Tag::names(&tags));
             if name == self.active && self.is_attached() {
                 self.plan.notes.push(format!(
                     "{}: the space of {} stays in {}, for what the guest writes next: QEMU gives it back to the file system \
@@ -63,7 +63,7 @@ impl Planner<'_> {
             // A hypervisor can delete tags in the image that it writes, but not in one that it has open
             // read-only.
             let detached = name != self.active && self.open.contains(&name);
-            let step = self.step(ChainStep::DropInternal { layer: name, tags }, &words, 0);
+            let step = self.step(ChainStep::DropInternal { layer: name, tags }, &message, 0);
             let part = if detached { &mut self.plan.detached } else { &mut self.plan.finish };
             part.push(FinishStep::new(step));
         }
@@ -116,7 +116,7 @@ impl Planner<'_> {
         }
     }
 
-    fn note_unnamed(&mut self, keep: &[Point]) {
+    fn note_orphans(&mut self, keep: &[Point]) {
         for layer in &self.layers {
             let children = self.children(&layer.name).len();
             let for_others = layer.owned
@@ -161,8 +161,8 @@ impl Planner<'_> {
             && !keep.contains(&Point::external(only.name.clone()));
         if free {
             let layer = only.name.clone();
-            let words = format!("remove the layer name {layer}: {} alone is left", self.record.disk.path);
-            self.push(Group::Finish, ChainStep::Unname { layer }, &words, 0);
+            let message = format!("remove the layer name {layer}: {} alone is left", self.record.disk.path);
+            self.push(Group::Finish, ChainStep::Unname { layer }, &message, 0);
         }
     }
 }

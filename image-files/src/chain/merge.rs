@@ -113,9 +113,9 @@ impl Planner<'_> {
         bytes: u64,
     ) {
         let others: Vec<&LayerName> = run.iter().filter(|layer| *layer != into).collect();
-        let words = format!("merge {} into {into}", enumeration(&others));
+        let message = format!("merge {} into {into}", enumeration(&others));
         let step = ChainStep::Merge { run: run.to_vec(), into: into.clone(), below: below.clone() };
-        self.push(Group::Finish, step, &words, bytes);
+        self.push(Group::Finish, step, &message, bytes);
         if let Some(merge) = self.plan.finish.last_mut() {
             merge.deferrable = true;
         }
@@ -126,9 +126,9 @@ impl Planner<'_> {
         }
         if *into != top.name {
             for child in self.children(&top.name) {
-                let words = format!("set the backing file of {child} to {into}");
+                let message = format!("set the backing file of {child} to {into}");
                 let step = ChainStep::Repoint { child: child.clone(), to: into.clone() };
-                self.push(Group::Finish, step, &words, 0);
+                self.push(Group::Finish, step, &message, 0);
                 if let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == child) {
                     layer.backing = Some(into.clone());
                 }

@@ -54,7 +54,7 @@ pub fn plan(
         plan: DiskPlan::default(),
     };
     match request {
-        DiskRequest::Create { kind, way: _, name, overlay, keep: _, stamp } => {
+        DiskRequest::Create { kind, method: _, name, overlay, keep: _, stamp } => {
             planner.create(kind.unwrap_or(capabilities.preferred), name, overlay.as_ref(), *stamp)?;
         }
         DiskRequest::Revert { to, save, keep, stamp } => {
@@ -177,8 +177,8 @@ impl Planner<'_> {
     }
 
     fn apply_internal(&mut self, group: Group, layer: &LayerName, tag: Tag, safety: Option<String>) {
-        let words = format!("restore internal snapshot {} in {layer}", tag.name);
-        self.push(group, ChainStep::ApplyInternal { layer: layer.clone(), tag, safety }, &words, 0);
+        let message = format!("restore internal snapshot {} in {layer}", tag.name);
+        self.push(group, ChainStep::ApplyInternal { layer: layer.clone(), tag, safety }, &message, 0);
     }
 
     fn switch(&mut self, group: Group, to: &LayerName) {
@@ -186,8 +186,8 @@ impl Planner<'_> {
         let mut edits = vec![Edit::SetActive { target: self.target.clone(), layer: to.clone() }];
         match self.active_path {
             ActivePath::Keep => {
-                let words = format!("switch {} to {to}", self.record.disk.path);
-                self.push(group, ChainStep::SwitchActive { from, to: to.clone() }, &words, 0);
+                let message = format!("switch {} to {to}", self.record.disk.path);
+                self.push(group, ChainStep::SwitchActive { from, to: to.clone() }, &message, 0);
             }
             ActivePath::New => {
                 let path = layer_path(&self.record.disk.path, to);
@@ -209,8 +209,9 @@ impl Planner<'_> {
             return;
         }
         let it = if layers.len() == 1 { "it" } else { "them" };
-        let words = format!("remove {}: nothing needs {it}", enumeration(&layers.iter().collect::<Vec<_>>()));
-        self.push(Group::Finish, ChainStep::Remove { layers: layers.clone() }, &words, 0);
+        let message =
+            format!("remove {}: nothing needs {it}", enumeration(&layers.iter().collect::<Vec<_>>()));
+        self.push(Group::Finish, ChainStep::Remove { layers: layers.clone() }, &message, 0);
         for layer in layers {
             self.edit_last(Edit::RemoveLayer { target: self.target.clone(), layer });
         }

@@ -4,7 +4,7 @@
 use camino::Utf8PathBuf;
 
 use snapcore::{
-    ActivePath, DiskPlan, DiskRecord, DiskState, Error, ErrorKind, Result, Unclear, shell_command,
+    ActivePath, DiskPlan, DiskRecord, DiskState, Error, ErrorKind, Result, Undetermined, shell_command,
 };
 
 use super::ChainStep;
@@ -16,12 +16,12 @@ use crate::layer_name::layer_path;
 /// [`ErrorKind::Refused`], with the image and how to make the revert possible.
 pub(super) fn allow_revert(record: &DiskRecord, state: &DiskState, active_path: ActivePath) -> Result<()> {
     let path = &record.disk.path;
-    if let (Some(overlay), ActivePath::Keep) = (state.on_path.first(), active_path) {
+    if let (Some(overlay), ActivePath::Keep) = (state.path_dependents.first(), active_path) {
         let active = state.layer(&state.active);
         let advice = match active.filter(|layer| layer.named) {
             Some(layer) => format!(
                 "rebase {} onto the layer that the path names now, which is kept: {}",
-                if state.on_path.len() == 1 { "it" } else { "each of them" },
+                if state.path_dependents.len() == 1 { "it" } else { "each of them" },
                 rebase(&layer_path(path, &layer.name), overlay)
             ),
             None => "take an external snapshot first, and rebase the image onto the layer that it freezes: the create \
@@ -33,7 +33,7 @@ pub(super) fn allow_revert(record: &DiskRecord, state: &DiskState, active_path: 
             format!(
                 "{}: {} on {path} by that name, and a revert would change what it shows",
                 record.disk.target,
-                standing(&state.on_path)
+                standing(&state.path_dependents)
             ),
         )
         .state("no changes made")
@@ -78,8 +78,8 @@ pub(super) fn allow_merges(
 }
 
 fn refusal(record: &DiskRecord, state: &DiskState) -> Option<Error> {
-    let Unclear { file, why } = state.unclear.first()?;
-    let more = match state.unclear.len() {
+    let Undetermined { file, why } = state.undetermined.first()?;
+    let more = match state.undetermined.len() {
         1 => String::new(),
         n => format!(" (and {} more such files)", n - 1),
     };
@@ -103,8 +103,8 @@ fn refusal(record: &DiskRecord, state: &DiskState) -> Option<Error> {
 pub fn rebase(layer: &camino::Utf8Path, overlay: &camino::Utf8Path) -> String {
     let beside = layer.parent() == overlay.parent();
     let name = layer.file_name().filter(|name| beside && !name.contains(':')).unwrap_or(layer.as_str());
-    let words = ["qemu-img", "rebase", "-u", "-b", name, "-F", "qcow2", overlay.as_str()];
-    format!("`{}`", shell_command(words))
+    let args = ["qemu-img", "rebase", "-u", "-b", name, "-F", "qcow2", overlay.as_str()];
+    format!("`{}`", shell_command(args))
 }
 
 /// `FILE stands`, `FILE and 2 others stand`.

@@ -171,8 +171,8 @@ impl Planner<'_> {
         let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == active) else { return };
         if !layer.named {
             layer.named = true;
-            let words = format!("give {} the permanent name {active}", self.record.disk.path);
-            self.push(Group::Prepare, ChainStep::NameLayer { layer: active }, &words, 0);
+            let message = format!("give {} the permanent name {active}", self.record.disk.path);
+            self.push(Group::Prepare, ChainStep::NameLayer { layer: active }, &message, 0);
         }
     }
 

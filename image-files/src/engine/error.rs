@@ -59,7 +59,7 @@ struct Inner {
     advice: Option<Cow<'static, str>>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
     /// True if something was written before the error.
-    half_way: bool,
+    half_done: bool,
 }
 
 /// Advice of an error that comes before the first write.
@@ -77,7 +77,7 @@ impl Error {
             detail: detail.into(),
             advice: None,
             source: None,
-            half_way: false,
+            half_done: false,
         }))
     }
 
@@ -94,14 +94,14 @@ impl Error {
     }
 
     /// Returns true if the error came after the first write of its operation.
-    pub fn is_half_way(&self) -> bool {
-        self.0.half_way
+    pub fn is_half_done(&self) -> bool {
+        self.0.half_done
     }
 
     /// Marks the operation as rolled back, because the image was repaired after the error.
     #[must_use]
     pub fn rolled_back(mut self) -> Self {
-        self.0.half_way = false;
+        self.0.half_done = false;
         self.0.advice = Some(Cow::Borrowed("the operation was rolled back, and the image is clean"));
         self
     }
@@ -110,7 +110,7 @@ impl Error {
     /// `advice` says in what state the engine's write order has left the image.
     #[must_use]
     pub fn after_writes(mut self, advice: &'static str) -> Self {
-        self.0.half_way = true;
+        self.0.half_done = true;
         if self.0.advice.as_deref() == Some(UNCHANGED) {
             self.0.advice = Some(Cow::Borrowed(advice));
         }

@@ -96,7 +96,7 @@ impl Link {
             0 => String::new(),
             lines => format!("; {lines} other lines came, the last: {last}"),
         };
-        Err(failure.error(SYNC, socket, &noise).advice(
+        Err(failure.error(SYNC, socket, &noise).advise(
             "no agent runs in the guest, or it hangs: `frontend-open` of QEMU's `query-chardev` shows whether one runs; or \
              another client has the socket",
         ))

@@ -101,7 +101,7 @@ impl Agent {
         serde_json::from_value(reply).map_err(|error| {
             let detail = format!("it ran, but its reply has a form that is not known here: {error}");
             Error::new(ErrorKind::Reply, C::NAME, &self.socket, detail)
-                .advice("`execute_raw` gives the reply as it is")
+                .advise("`execute_raw` gives the reply as it is")
         })
     }
 
@@ -114,7 +114,7 @@ impl Agent {
         if matches!(name, link::FREEZE | link::FREEZE_LIST) {
             let detail = "a freeze by its bare name has no owner that must thaw";
             return Err(
-                Error::new(ErrorKind::Invalid, name, &self.socket, detail).advice("use `Agent::freeze`")
+                Error::new(ErrorKind::Invalid, name, &self.socket, detail).advise("use `Agent::freeze`")
             );
         }
         if !(arguments.is_object() || arguments.is_null()) {
@@ -171,7 +171,7 @@ impl Agent {
             Err(_) => {
                 let detail = format!("the guest may still be frozen after {} s", patience.as_secs_f64());
                 Err(Error::new(ErrorKind::Timeout, link::THAW, &self.socket, detail)
-                    .advice("the thaw is tried again; check whether the agent in the guest hangs"))
+                    .advise("the thaw is tried again; check whether the agent in the guest hangs"))
             }
         }
     }

@@ -84,7 +84,7 @@ pub(super) struct Task {
     requests: mpsc::WeakUnboundedSender<Request>,
     link: Option<Link>,
     owed: Option<Owed>,
-    tell_owed: watch::Sender<bool>,
+    owed_sender: watch::Sender<bool>,
     freezes: u64,
 }
 
@@ -94,8 +94,8 @@ impl Task {
         options: Arc<AgentOptions>,
         requests: mpsc::WeakUnboundedSender<Request>,
     ) -> (Self, watch::Receiver<bool>) {
-        let (tell_owed, receiver) = watch::channel(false);
-        (Self { socket, options, requests, link: None, owed: None, tell_owed, freezes: 0 }, receiver)
+        let (owed_sender, receiver) = watch::channel(false);
+        (Self { socket, options, requests, link: None, owed: None, owed_sender, freezes: 0 }, receiver)
     }
 
     pub(super) async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Request>) {
@@ -165,7 +165,7 @@ impl Task {
     async fn freeze(&mut self, freeze: Freeze, deadline: Instant, sent: &AtomicBool) -> Result<Frozen> {
         let socket = Arc::clone(&self.socket);
         let already = |detail: &str, advice: &str| {
-            Err(Error::new(ErrorKind::Invalid, FREEZE, &socket, detail).advice(advice))
+            Err(Error::new(ErrorKind::Invalid, FREEZE, &socket, detail).advise(advice))
         };
         if self.owed.is_some() {
             let advice = "thaw it first; `Agent::wait_for_thaw` waits for an outstanding thaw";
@@ -198,9 +198,9 @@ impl Task {
         }));
         let advice = "the guest is being thawed, in case it froze; `Agent::wait_for_thaw` waits for it";
         let filesystems =
-            match self.exchange(name, arguments, deadline).await.map_err(|e| e.advice(advice))? {
+            match self.exchange(name, arguments, deadline).await.map_err(|e| e.advise(advice))? {
                 Ok(reply) => reply.as_u64().unwrap_or_default(),
-                Err(reported) => return Err(self.reported(name, reported).advice(advice)),
+                Err(reported) => return Err(self.reported(name, reported).advise(advice)),
             };
         let since = Instant::now();
         let limit = since + freeze.limit;
@@ -268,7 +268,7 @@ impl Task {
         }
         let filesystems = match self.exchange(THAW, Value::Null, deadline).await? {
             Ok(reply) => reply.as_u64().unwrap_or_default(),
-            Err(reported) => return Err(self.reported(THAW, reported).advice("it is tried again")),
+            Err(reported) => return Err(self.reported(THAW, reported).advise("it is tried again")),
         };
         if self.status(deadline).await?.as_deref() == Some("frozen") {
             let detail = "the agent reports a thaw, and that the guest is frozen";
@@ -286,7 +286,7 @@ impl Task {
 
     fn set_owed(&mut self, owed: Option<Owed>) {
         self.owed = owed;
-        self.tell_owed.send_replace(self.owed.is_some());
+        self.owed_sender.send_replace(self.owed.is_some());
     }
 
     fn in_time(&self, name: &str, deadline: Instant) -> Result<()> {

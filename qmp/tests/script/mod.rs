@@ -34,7 +34,7 @@ impl Server {
     }
 
     /// Makes both sides of a connection after the greeting.
-    #[allow(dead_code, reason = "the agent's tests greet nobody")]
+    #[allow(dead_code, reason = "the agent's tests send no greeting")]
     pub async fn greeted(&self, options: Options) -> (Client, Qmp) {
         let serve = async {
             let mut client = self.accept().await;

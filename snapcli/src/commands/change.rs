@@ -81,15 +81,15 @@ fn running(mut request: CreateRequest, said: &CreateRunning) -> CreateRequest {
 
 /// Formats how long the guest was paused, and by which method; or its state if it did not resume.
 fn pause_summary(document: &CreateDoc) -> String {
-    let way = document.outcome.way.as_ref().map(|way| format!(" ({way})")).unwrap_or_default();
+    let method = document.outcome.method.as_ref().map(|method| format!(" ({method})")).unwrap_or_default();
     match (document.power, document.outcome.downtime_us) {
         (None, _) => String::new(),
-        (Some(Power::Off), _) => format!("; domain was ended and is off{way}"),
-        (Some(Power::Paused), _) => format!("; guest is paused{way}"),
+        (Some(Power::Off), _) => format!("; domain was ended and is off{method}"),
+        (Some(Power::Paused), _) => format!("; guest is paused{method}"),
         (Some(Power::Running), Some(time)) => {
-            format!("; guest paused for {}{way}", units::duration_us(time))
+            format!("; guest paused for {}{method}", units::duration_us(time))
         }
-        (Some(Power::Running), None) => format!("; guest is running{way}"),
+        (Some(Power::Running), None) => format!("; guest is running{method}"),
     }
 }
 
@@ -153,9 +153,9 @@ pub fn revert(session: &Session, args: Revert) -> Result<Answer, Failure> {
         let saved = saved.map(|name| format!("; previous state saved as {name}")).unwrap_or_default();
         let mut commands = String::new();
         let started = outcome.started.as_ref().map(|started| started.command.as_slice()).unwrap_or_default();
-        for (what, words) in [("started by", started), ("start it with", outcome.start.as_slice())] {
-            if !words.is_empty() {
-                commands.push_str(&format!("  {what}: {}\n", shell_words(words)));
+        for (what, args) in [("started by", started), ("start it with", outcome.start.as_slice())] {
+            if !args.is_empty() {
+                commands.push_str(&format!("  {what}: {}\n", shell_text(args)));
             }
         }
         let (guest, remarks) = (guest_now(document), remarks(outcome));
@@ -279,8 +279,8 @@ pub fn deferred(postponed: &Postponed) -> String {
 }
 
 /// Quotes a command for a shell.
-pub fn shell_words(words: &[String]) -> String {
-    shell_command(words.iter().map(String::as_str))
+pub fn shell_text(args: &[String]) -> String {
+    shell_command(args.iter().map(String::as_str))
 }
 
 /// Names, joined.

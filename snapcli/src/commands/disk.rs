@@ -110,7 +110,7 @@ fn open_to_write(session: &Session, image: &Utf8Path) -> Result<Image, Failure> 
 /// Maps an error of the image engine: a refusal if it has written nothing.
 fn of_engine<T>(done: image::Result<T>) -> Result<T, Failure> {
     done.map_err(|error| {
-        let begun = error.is_half_way();
+        let begun = error.is_half_done();
         Failure::of(error.into(), begun)
     })
 }
@@ -499,16 +499,16 @@ fn owner_to_ask(session: &Session, image: &Utf8Path) -> Result<Option<Owner>, Fa
 fn require_no_dependents(session: &Session, image: &Utf8Path) -> Result<(), Failure> {
     let backend = session.service.registry().get(FORMAT)?;
     let disk = DomainDisk { target: Target::new("vda")?, path: image.to_owned(), format: FORMAT.to_owned() };
-    let (dependents, unclear) = session.ask(async {
+    let (dependents, undetermined) = session.ask(async {
         let record = backend.adopt(&disk, ActivePath::Keep).await?;
         let state = backend.inspect(&record, InspectDepth::Dependents, None).await?;
         let dependents = state.layer(&state.active).map(|layer| layer.dependents.clone()).unwrap_or_default();
-        Ok((dependents, state.unclear))
+        Ok((dependents, state.undetermined))
     })?;
-    if let Some(unclear) = unclear.first() {
+    if let Some(undetermined) = undetermined.first() {
         return Err(Error::new(
             ErrorKind::Refused,
-            format!("{} may depend on {image}: {}", unclear.file, unclear.why),
+            format!("{} may depend on {image}: {}", undetermined.file, undetermined.why),
         )
         .state("no changes made")
         .advise(

@@ -6,7 +6,7 @@ use snapcore::{Control, Error, ErrorKind, Hypervisor};
 
 use crate::answer::Answer;
 use crate::args::{Domain, DomainAdd, DomainDisk, Import};
-use crate::commands::change::{names, shell_words};
+use crate::commands::change::{names, shell_text};
 use crate::commands::list::{layers, stopped};
 use crate::commands::power::{self, Now};
 use crate::commands::scan;
@@ -275,7 +275,7 @@ fn facts(document: &DomainShowDoc) -> String {
         line("compresses", &format!("memory, at level {level}"));
     }
     if !control.start.is_empty() {
-        line("started by", &shell_words(&control.start));
+        line("started by", &shell_text(&control.start));
     }
     text
 }

@@ -102,14 +102,14 @@ fn backends_text(document: &BackendsDoc) -> String {
 
 fn kinds(can: &Capabilities) -> String {
     let kinds = [(can.internal, "internal"), (can.external, "external")];
-    let ways = kinds
+    let methods = kinds
         .iter()
         .filter(|(can, _)| *can)
         .map(|(_, kind)| *kind)
-        .chain(can.ways.iter().map(String::as_str));
-    match ways.collect::<Vec<_>>() {
-        ways if ways.is_empty() => "none".to_owned(),
-        ways => ways.join(", "),
+        .chain(can.methods.iter().map(String::as_str));
+    match methods.collect::<Vec<_>>() {
+        methods if methods.is_empty() => "none".to_owned(),
+        methods => methods.join(", "),
     }
 }
 

@@ -65,7 +65,7 @@ pub fn recover(session: &Session, domain: Option<&DomainRef>, abandon: bool) -> 
         None => session.change(session.service.recover(domain, session.cancel()))?,
     };
     // A report's notes were also emitted as events.
-    let is_noted = |words: &String| recovered.iter().any(|report| report.notes.contains(words));
+    let is_noted = |message: &String| recovered.iter().any(|report| report.notes.contains(message));
     let others = session.warnings().into_iter().filter(|(_, message)| !is_noted(message));
     let notes = others.map(|(domain, message)| RecoverNote { domain, message }).collect();
     Ok(session.changed(RecoverDoc { recovered, notes }, |document| {

@@ -143,7 +143,7 @@ fn drawn(snapshots: &[SnapshotDoc], signs: Signs, zone: &TimeZone) -> String {
         let facts = format!("{time}  {:widest_kind$}  {:>digits$}", kinds(snapshot), sizes[index]);
         let row = match snapshot.description.as_str() {
             "" => format!("{}{}{gap}  {dim}{}{dim:#}", line.graph, snapshot.name, facts.trim_end()),
-            words => format!("{}{}{gap}  {dim}{facts}{dim:#}  {words}", line.graph, snapshot.name),
+            message => format!("{}{}{gap}  {dim}{facts}{dim:#}  {message}", line.graph, snapshot.name),
         };
         text.push_str(&row);
         text.push('\n');
@@ -213,7 +213,7 @@ fn holds(layer: &Layer, state: &DiskState, disk: &DiskReport, snapshots: &[Snaps
             None => parts.push(format!("tag {} (of no snapshot)", point.tag)),
         }
     }
-    if disk.unnamed.contains(&layer.name) {
+    if disk.orphans.contains(&layer.name) {
         parts.push(match state.children(&layer.name).count() {
             0 => "intermediate layer".to_owned(),
             1 => "intermediate layer: 1 layer depends on it".to_owned(),

@@ -31,7 +31,7 @@ pub fn now(session: &Session, domain: &DomainRef) -> Now {
         Ok(seen) => {
             Now { power: Some(of(seen.as_ref())), machine: seen.map(|seen| seen.summary), problem: None }
         }
-        Err(failure) => Now { problem: Some(failure.words()), ..Now::default() },
+        Err(failure) => Now { problem: Some(failure.message()), ..Now::default() },
     }
 }
 
@@ -69,7 +69,7 @@ fn of(seen: Option<&DomainInfo>) -> Power {
 /// Returns the power state after a create that was to leave the domain `then`. None if it did not run.
 pub fn after_create(outcome: &Outcome, then: Option<PowerAfter>) -> Option<Power> {
     // Only a running or paused domain has a method of its instant.
-    outcome.way.as_ref()?;
+    outcome.method.as_ref()?;
     Some(match (then, outcome.downtime_us) {
         (Some(PowerAfter::Off), _) => Power::Off,
         (Some(PowerAfter::Paused), _) => Power::Paused,

@@ -7,7 +7,7 @@ use snapcore::service::{DomainRef, Scanned};
 use snapcore::{DomainName, MAX_NAME_BYTES};
 
 use crate::answer::Answer;
-use crate::commands::change::shell_words;
+use crate::commands::change::shell_text;
 use crate::documents::{ScanDoc, ScannedDoc};
 use crate::failure::Failure;
 use crate::session::Session;
@@ -38,7 +38,7 @@ fn document(session: &Session, scanned: Scanned, taken: &mut BTreeSet<DomainName
     let (registered, problem) = match resolved {
         Ok(domain) if !domain.unregistered => (Some(domain.name), None),
         Ok(_) => (None, None),
-        Err(failure) => (None, Some(failure.words())),
+        Err(failure) => (None, Some(failure.message())),
     };
     let mut register = Vec::new();
     if registered.is_none() && problem.is_none() {
@@ -85,7 +85,7 @@ fn reported(found: &ScannedDoc) -> String {
     text.push_str(&match (&found.registered, &found.problem) {
         (Some(domain), _) => format!("  registered as {domain}\n"),
         (None, Some(problem)) => format!("  cannot be registered as it is: {problem}\n"),
-        (None, None) => format!("  register it: {}\n", shell_words(&found.register)),
+        (None, None) => format!("  register it: {}\n", shell_text(&found.register)),
     });
     text
 }

@@ -71,7 +71,7 @@ fn reported(document: &ShowDoc) -> String {
     line("current", if snapshot.current { "yes" } else { "no" });
     line("id", &snapshot.id.to_string());
     if let Some(memory) = &snapshot.memory {
-        line("memory", &told_memory(memory));
+        line("memory", &memory_text(memory));
     }
     if let Some(machine) = &document.machine {
         line("machine", machine);
@@ -124,7 +124,7 @@ fn reported(document: &ShowDoc) -> String {
     text
 }
 
-fn told_memory(memory: &MemoryPoint) -> String {
+fn memory_text(memory: &MemoryPoint) -> String {
     let state = if memory.running { "running" } else { "paused" };
     let gone = match memory.file.symlink_metadata() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {

@@ -204,7 +204,7 @@ pub fn copy(
 /// Maps an error of the image engine: a refusal if it has written nothing.
 fn engine<T>(done: backend_vhd::image::Result<T>) -> Result<T, Failure> {
     done.map_err(|error| {
-        let started = error.is_half_way();
+        let started = error.is_half_done();
         Failure::of(error.into(), started)
     })
 }

@@ -163,7 +163,7 @@ pub(super) const CASES: [TestCase; 6] = [
                         anyhow::bail!("a revert to a point that is not there was planned: {plan:?}");
                     }
                 }
-                let _held = backend.hold(&record, None).await?;
+                let _held = backend.lock(&record, None).await?;
                 let cancel = CancellationToken::new();
                 let context = StepContext {
                     disk: &record,

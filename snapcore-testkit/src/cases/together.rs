@@ -101,10 +101,10 @@ fn held(subject: &dyn TestBackend, method: &Method) -> Result<()> {
     let process = fixture.process()?;
     let ours = process.service.registry().get(&record.disk.format)?;
     let theirs = other.service.registry().get(&record.disk.format)?;
-    let guard = process.wait(ours.hold(&record, None))?;
+    let guard = process.wait(ours.lock(&record, None))?;
     for (who, refused) in [
-        ("the same process", process.wait(ours.hold(&record, None)).err()),
-        ("another process", other.wait(theirs.hold(&record, None)).err()),
+        ("the same process", process.wait(ours.lock(&record, None)).err()),
+        ("another process", other.wait(theirs.lock(&record, None)).err()),
     ] {
         let refused = refused.with_context(|| format!("{who} was let in"))?;
         ensure!(refused.kind() == ErrorKind::Busy, "{who} was refused as {:?}: {refused}", refused.kind());
@@ -113,7 +113,7 @@ fn held(subject: &dyn TestBackend, method: &Method) -> Result<()> {
     // A guard that ends in another process may take a moment to be gone.
     let begun = std::time::Instant::now();
     loop {
-        match other.wait(theirs.hold(&record, None)) {
+        match other.wait(theirs.lock(&record, None)) {
             Ok(_) => break,
             Err(busy) if busy.kind() == ErrorKind::Busy && begun.elapsed().as_secs() < 10 => {
                 std::thread::sleep(std::time::Duration::from_millis(10));

@@ -61,7 +61,7 @@ impl std::fmt::Display for CatalogueId {
     }
 }
 
-/// Origin and age of a statement about a domain. Manifests are marked with it.
+/// Origin and age of a record of a domain. Manifests are marked with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     /// The catalogue; absent in manifests from before catalogues had identities.

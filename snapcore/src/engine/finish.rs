@@ -16,7 +16,7 @@ impl Running<'_> {
     pub(super) async fn finish(mut self) -> Result<Run> {
         match self.carry_through().await {
             Ok(()) => Ok(self.run),
-            Err(error) => Err(self.close_window(error).await),
+            Err(error) => Err(self.close_section(error).await),
         }
     }
 
@@ -31,10 +31,10 @@ impl Running<'_> {
         //    superseded. Such a merge lacks the domain's later writes. It is repeated before the path leaves
         //    the layer that has them.
         if self.resumed {
-            self.reopen_window(&finish)?;
+            self.reopen_section(&finish)?;
             self.look_for_superseded(&finish).await.map_err(|error| self.left_unfinished(error))?;
         }
-        let mut put_off: Vec<Option<Target>> = Vec::new();
+        let mut deferred: Vec<Option<Target>> = Vec::new();
         let mut pending: Vec<Change> = Vec::new();
         for index in finish {
             let placed = self.operation.placed(index);
@@ -45,7 +45,7 @@ impl Running<'_> {
                 StepState::Pending | StepState::Started | StepState::Postponed | StepState::Undone => {}
             }
             let mut reason = None;
-            if put_off.contains(&target) || self.operation.steps[index] == StepState::Postponed {
+            if deferred.contains(&target) || self.operation.steps[index] == StepState::Postponed {
                 reason = Some("an earlier step of this disk was deferred".to_owned());
             } else if deferrable && self.cancel.is_cancelled() {
                 reason = Some("it was cancelled".to_owned());
@@ -73,7 +73,7 @@ impl Running<'_> {
                         pending.extend(self.steps(unit.clone(), StepTransition::Complete)?);
                         let edits = unit.clone().flat_map(|step| self.operation.placed(step).edits);
                         pending.extend(edits.cloned().map(Change::Edit));
-                        self.tell_done(unit.clone());
+                        self.report_done(unit.clone());
                     }
                     Err(error)
                         if (deferrable || self.is_left_whole(index, &error) || self.is_of_names(index))
@@ -101,10 +101,10 @@ impl Running<'_> {
             if let Some(reason) = reason {
                 // The names that a hypervisor uses for the images keep no other step from being done.
                 if !self.is_of_names(index) {
-                    put_off.push(target.clone());
+                    deferred.push(target.clone());
                 }
                 pending.extend(self.steps(unit, StepTransition::Defer)?);
-                self.put_off(target, index, bytes, reason);
+                self.defer(target, index, bytes, reason);
             }
         }
         // 5) The end is recorded with the last step. Manifests come after it. A crash may leave a manifest
@@ -115,7 +115,7 @@ impl Running<'_> {
             self.record(pending).await.map_err(|error| self.left_unfinished(error))?;
         }
         self.write_manifests().await;
-        self.tell(Event::Finished { operation: self.operation.id, happened: true });
+        self.report(Event::Finished { operation: self.operation.id, happened: true });
         Ok(())
     }
 
@@ -132,7 +132,7 @@ impl Running<'_> {
 
     /// Marks the step that detaches the disks for repetition, where a crash has ended the detached section
     /// together with the hypervisor's process. The steps that are left of the section need it.
-    fn reopen_window(&mut self, finish: &[usize]) -> Result<()> {
+    fn reopen_section(&mut self, finish: &[usize]) -> Result<()> {
         let mut opened = None;
         for &index in finish {
             match self.domain_step(index) {
@@ -150,7 +150,7 @@ impl Running<'_> {
 
     /// Resumes the guest after a failure in a detached section of the finish steps, so that it is not left
     /// paused. Its disks are whole after every step. In a section that the cut began, the guest stays paused.
-    async fn close_window(&mut self, error: Error) -> Error {
+    async fn close_section(&mut self, error: Error) -> Error {
         let Some(opened) = self.guest.detached_since() else { return error };
         let in_finish = self.operation.placed(opened).group == Group::Finish;
         if !in_finish {
@@ -194,7 +194,7 @@ impl Running<'_> {
             matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Refused | ErrorKind::Unsupported);
         match self.leftover(index) {
             None | Some(Leftover::Required) => false,
-            Some(Leftover::PlannedAnew) => true,
+            Some(Leftover::PlannedAgain) => true,
             Some(Leftover::Stays(_)) => for_ever,
         }
     }
@@ -235,13 +235,13 @@ impl Running<'_> {
         matches!(self.domain_step(index), Some(DomainStep::ReopenByName { .. }))
     }
 
-    fn put_off(&mut self, target: Option<Target>, index: usize, bytes: u64, reason: String) {
+    fn defer(&mut self, target: Option<Target>, index: usize, bytes: u64, reason: String) {
         if let Some(known) = self.run.postponed.iter_mut().find(|postponed| postponed.target == target) {
             known.steps += 1;
             known.bytes = known.bytes.saturating_add(bytes);
             return;
         }
-        self.tell(Event::Postponed {
+        self.report(Event::Postponed {
             operation: self.operation.id,
             target: target.clone(),
             reason: reason.clone(),

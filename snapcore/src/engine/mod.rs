@@ -105,7 +105,7 @@ struct Running<'a> {
     engine: &'a Engine<'a>,
     entry: &'a mut Entry,
     /// The domain that the manifests describe; absent where they are known to be stale.
-    told: Option<Entry>,
+    recorded: Option<Entry>,
     operation: Operation,
     cancel: &'a CancellationToken,
     /// Set if the operation was interrupted before this run: since then the domain may have run.
@@ -147,12 +147,13 @@ impl Engine<'_> {
             steps,
             errors: Vec::new(),
         };
-        let told = self.manifests.is_current(self.catalogue.identity().await?, entry).then(|| entry.clone());
+        let recorded =
+            self.manifests.is_current(self.catalogue.identity().await?, entry).then(|| entry.clone());
         let run = Run::new(Some(operation.id));
         let running = Running {
             engine: self,
             entry,
-            told,
+            recorded,
             operation,
             cancel,
             resumed: false,
@@ -176,7 +177,7 @@ impl Engine<'_> {
         let mut running = Running {
             engine: self,
             entry,
-            told: None,
+            recorded: None,
             operation,
             cancel,
             resumed: true,
@@ -257,7 +258,7 @@ impl Running<'_> {
                 }
             }
         }
-        self.tell(Event::Started {
+        self.report(Event::Started {
             operation: self.operation.id,
             domain: self.entry.domain.name.clone(),
             kind: self.operation.plan.operation.clone(),
@@ -274,7 +275,7 @@ impl Running<'_> {
             }
         }
         self.run.happened = true;
-        self.tell(Event::Committed { operation: self.operation.id });
+        self.report(Event::Committed { operation: self.operation.id });
         self.write_manifests_before_finish().await?;
         self.finish().await
     }
@@ -314,7 +315,7 @@ impl Running<'_> {
                 }
                 let facts = self.apply(index).await?;
                 self.note(index, facts)?;
-                self.tell_done(self.unit(index));
+                self.report_done(self.unit(index));
                 index = self.unit(index).end;
             }
             begun = turn.end;
@@ -392,9 +393,9 @@ impl Running<'_> {
         Ok(())
     }
 
-    fn tell_done(&self, unit: Range<usize>) {
+    fn report_done(&self, unit: Range<usize>) {
         for index in unit {
-            self.tell(Event::StepDone { operation: self.operation.id, index: index as u64 });
+            self.report(Event::StepDone { operation: self.operation.id, index: index as u64 });
         }
     }
 
@@ -507,11 +508,11 @@ impl Running<'_> {
         if !deletes {
             return Ok(());
         }
-        let written = match &self.told {
+        let written = match &self.recorded {
             // The rest is brought up to date once, at the end.
-            Some(told) => {
+            Some(recorded) => {
                 let is_gone = |snapshot: &&Snapshot| self.entry.tree.get(snapshot.id).is_none();
-                let gone: Vec<_> = told.tree.iter().filter(is_gone).map(|snapshot| snapshot.id).collect();
+                let gone: Vec<_> = recorded.tree.iter().filter(is_gone).map(|snapshot| snapshot.id).collect();
                 let manifests = self.engine.manifests.clone();
                 on_a_thread(move || manifests.remove(&gone)).await
             }
@@ -536,26 +537,27 @@ impl Running<'_> {
     async fn write_manifests(&mut self) {
         if let Err(error) = self.try_manifests().await {
             let message = error.to_string();
-            self.tell(Event::Warning { domain: self.entry.domain.name.clone(), message: message.clone() });
+            self.report(Event::Warning { domain: self.entry.domain.name.clone(), message: message.clone() });
             self.run.warnings.push(message);
         }
     }
 
     async fn try_manifests(&mut self) -> Result<()> {
-        if self.told.as_ref().is_some_and(|told| told.revision == self.entry.revision) {
+        if self.recorded.as_ref().is_some_and(|recorded| recorded.revision == self.entry.revision) {
             return Ok(());
         }
         let catalogue = self.engine.catalogue.identity().await?.ok_or_else(|| {
             Error::new(ErrorKind::Internal, "the catalogue records an operation and has no identity")
         })?;
-        let (manifests, told, entry) = (self.engine.manifests.clone(), self.told.take(), self.entry.clone());
-        let write = move || manifests.write(catalogue, told.as_ref(), &entry).map(|()| entry);
-        self.told = Some(on_a_thread(write).await?);
+        let (manifests, recorded, entry) =
+            (self.engine.manifests.clone(), self.recorded.take(), self.entry.clone());
+        let write = move || manifests.write(catalogue, recorded.as_ref(), &entry).map(|()| entry);
+        self.recorded = Some(on_a_thread(write).await?);
         Ok(())
     }
 
-    fn tell(&self, event: Event) {
-        self.engine.events.tell(event);
+    fn report(&self, event: Event) {
+        self.engine.events.report(event);
     }
 }
 

@@ -45,7 +45,7 @@ impl Running<'_> {
         let placed = self.operation.placed(head);
         for index in self.unit(head) {
             let placed = self.operation.placed(index);
-            self.tell(Event::StepStarted {
+            self.report(Event::StepStarted {
                 operation: self.operation.id,
                 index: index as u64,
                 group: placed.group,
@@ -95,7 +95,7 @@ impl Running<'_> {
     async fn undo_nested(&self, steps: Vec<usize>) -> Result<()> {
         for index in steps.into_iter().rev() {
             let (backend, step, work) = self.work(index)?;
-            guarded(backend.undo(step, work.context(&work.deaf, &NothingInside))).await?;
+            guarded(backend.undo(step, work.context(&work.never_cancelled, &NothingInside))).await?;
         }
         Ok(())
     }
@@ -125,7 +125,7 @@ impl Running<'_> {
         let (backend, step, work) = self.work(index)?;
         // Finish steps that cannot be deferred must not stop half done: they do not get the token.
         let hears = placed.group != Group::Finish || placed.deferrable;
-        let cancel = if hears { self.cancel } else { &work.deaf };
+        let cancel = if hears { self.cancel } else { &work.never_cancelled };
         guarded(backend.apply(step, work.context(cancel, inside))).await
     }
 
@@ -135,7 +135,7 @@ impl Running<'_> {
         step: &DomainStep,
         inside: &dyn Inside,
     ) -> Result<StepOutcome> {
-        let progress = Teller::new(self.engine.events.clone(), self.operation.id, index);
+        let progress = ProgressReporter::new(self.engine.events.clone(), self.operation.id, index);
         let domain = &self.entry.domain;
         let saver = || self.engine.registry.hypervisor(&domain.hypervisor);
         match step {
@@ -176,9 +176,9 @@ impl Running<'_> {
             }
             _ => self.open_chains().await?,
         };
-        let deaf = CancellationToken::new();
+        let never_cancelled = CancellationToken::new();
         let cancel = match group {
-            Group::Finish => &deaf,
+            Group::Finish => &never_cancelled,
             Group::Prepare | Group::Cut => self.cancel,
         };
         let context = DomainContext { domain, chains: &chains, inside, progress: &progress, cancel };
@@ -190,8 +190,10 @@ impl Running<'_> {
         let Some(live) = self.engine.live else { return Ok(()) };
         self.yield_locks().await?;
         let chains = self.open_chains().await?;
-        let (progress, cancel) =
-            (Teller::new(self.engine.events.clone(), self.operation.id, 0), CancellationToken::new());
+        let (progress, cancel) = (
+            ProgressReporter::new(self.engine.events.clone(), self.operation.id, 0),
+            CancellationToken::new(),
+        );
         let context = DomainContext {
             domain: &self.entry.domain,
             chains: &chains,
@@ -307,15 +309,15 @@ impl Running<'_> {
             (_, Some(live)) => {
                 self.yield_locks().await?;
                 let chains = self.open_chains().await?;
-                let progress = Teller::new(self.engine.events.clone(), self.operation.id, head);
+                let progress = ProgressReporter::new(self.engine.events.clone(), self.operation.id, head);
                 let inside = Within { running: self, steps: head + 1..self.unit(head).end, back: true };
-                let deaf = CancellationToken::new();
+                let never_cancelled = CancellationToken::new();
                 let context = DomainContext {
                     domain,
                     chains: &chains,
                     inside: &inside,
                     progress: &progress,
-                    cancel: &deaf,
+                    cancel: &never_cancelled,
                 };
                 guarded(live.undo(step, context)).await?;
                 // The partial memory file goes, where the step that makes an image of it never began.
@@ -331,7 +333,7 @@ impl Running<'_> {
 
     async fn undo_on_disk(&mut self, index: usize) -> Result<Vec<Edit>> {
         let (backend, step, work) = self.work(index)?;
-        let context = work.context(&work.deaf, &NothingInside);
+        let context = work.context(&work.never_cancelled, &NothingInside);
         // Merged data is in the image below by now, and the overlay is not needed.
         let salvage = match self.resumed && !self.guest.has_merged(&step.target) {
             true => {
@@ -340,19 +342,19 @@ impl Running<'_> {
             }
             false => Salvage::Nothing,
         };
-        let (edits, words) = match salvage {
-            Salvage::Stays(edits, words) => (edits, Some(words)),
-            Salvage::PutAside(words) => {
+        let (edits, message) = match salvage {
+            Salvage::Stays(edits, message) => (edits, Some(message)),
+            Salvage::Saved(message) => {
                 guarded(backend.undo(step, context)).await?;
-                (Vec::new(), Some(words))
+                (Vec::new(), Some(message))
             }
             Salvage::Nothing => {
                 guarded(backend.undo(step, context)).await?;
                 (Vec::new(), None)
             }
         };
-        if let Some(message) = words {
-            self.tell(Event::Warning { domain: self.entry.domain.name.clone(), message: message.clone() });
+        if let Some(message) = message {
+            self.report(Event::Warning { domain: self.entry.domain.name.clone(), message: message.clone() });
             self.run.warnings.push(message);
         }
         Ok(edits)
@@ -364,15 +366,17 @@ impl Running<'_> {
             return Ok(false);
         }
         let (backend, step, work) = self.work(index)?;
-        guarded(backend.is_superseded(step, work.context(&work.deaf, &NothingInside))).await.map_err(
-            |error| error.context(format!("what the domain wrote since the crash: {}", step.summary)),
-        )
+        guarded(backend.is_superseded(step, work.context(&work.never_cancelled, &NothingInside)))
+            .await
+            .map_err(|error| {
+                error.context(format!("what the domain wrote since the crash: {}", step.summary))
+            })
     }
 
     /// Returns the progress of a disk's step.
     pub(super) async fn status(&self, index: usize) -> Result<StepStatus> {
         let (backend, step, work) = self.work(index)?;
-        guarded(backend.status(step, work.context(&work.deaf, &NothingInside))).await
+        guarded(backend.status(step, work.context(&work.never_cancelled, &NothingInside))).await
     }
 
     /// The disks as the catalogue has them once the plan is committed.
@@ -437,8 +441,8 @@ impl Running<'_> {
         let disk = self.record_of(&step.target)?;
         let work = Work {
             disk,
-            progress: Teller::new(self.engine.events.clone(), self.operation.id, index),
-            deaf: CancellationToken::new(),
+            progress: ProgressReporter::new(self.engine.events.clone(), self.operation.id, index),
+            never_cancelled: CancellationToken::new(),
             live: self.engine.live,
             resumed: self.resumed,
         };
@@ -494,9 +498,9 @@ impl Inside for Within<'_, '_> {
 /// The owner of the values that the context of a disk's step borrows.
 struct Work<'a> {
     disk: &'a DiskRecord,
-    progress: Teller,
+    progress: ProgressReporter,
     /// A token that is never cancelled.
-    deaf: CancellationToken,
+    never_cancelled: CancellationToken,
     live: Option<&'a dyn LiveDomain>,
     resumed: bool,
 }
@@ -521,7 +525,7 @@ async fn guarded<T>(mut step: Pin<Box<dyn Future<Output = Result<T>> + Send + '_
             Ok(polled) => polled,
             Err(payload) => Poll::Ready(Err(Error::new(
                 ErrorKind::Internal,
-                format!("the backend panicked: {}", words_of(&*payload)),
+                format!("the backend panicked: {}", message_of(&*payload)),
             )
             .advise("this is a defect of the backend; please report it"))),
         }
@@ -547,11 +551,11 @@ async fn side_by_side<T>(works: Vec<impl Future<Output = T> + Send>) -> Vec<T> {
     works.into_iter().filter_map(|(_, done)| done).collect()
 }
 
-fn words_of(payload: &(dyn Any + Send)) -> &str {
+fn message_of(payload: &(dyn Any + Send)) -> &str {
     match (payload.downcast_ref::<&str>(), payload.downcast_ref::<String>()) {
-        (Some(words), _) => words,
-        (None, Some(words)) => words,
-        (None, None) => "without words",
+        (Some(message), _) => message,
+        (None, Some(message)) => message,
+        (None, None) => "without a message",
     }
 }
 
@@ -559,30 +563,31 @@ fn words_of(payload: &(dyn Any + Send)) -> &str {
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Reports a step's progress, at limited intervals.
-struct Teller {
+struct ProgressReporter {
     events: Events,
     operation: OperationId,
     index: u64,
     begun: Instant,
     /// The time of the last report, in milliseconds since `begun`, plus one.
-    told: Arc<AtomicU64>,
+    reported: Arc<AtomicU64>,
 }
 
-impl Teller {
+impl ProgressReporter {
     fn new(events: Events, operation: OperationId, index: usize) -> Self {
-        Self { events, operation, index: index as u64, begun: Instant::now(), told: Arc::default() }
+        Self { events, operation, index: index as u64, begun: Instant::now(), reported: Arc::default() }
     }
 }
 
-impl Progress for Teller {
+impl Progress for ProgressReporter {
     fn bytes(&self, done: u64, total: u64) {
         let now = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1);
-        let told = self.told.load(Ordering::Relaxed);
-        let due = told == 0
+        let reported = self.reported.load(Ordering::Relaxed);
+        let due = reported == 0
             || done >= total
-            || Duration::from_millis(now.saturating_sub(told)) >= PROGRESS_INTERVAL;
-        if due && self.told.compare_exchange(told, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
-            self.events.tell(Event::Progress { operation: self.operation, index: self.index, done, total });
+            || Duration::from_millis(now.saturating_sub(reported)) >= PROGRESS_INTERVAL;
+        if due && self.reported.compare_exchange(reported, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        {
+            self.events.report(Event::Progress { operation: self.operation, index: self.index, done, total });
         }
     }
 }

@@ -40,7 +40,7 @@ impl Running<'_> {
     /// disk are left too, and the other disks are undone all the same. In a running domain everything earlier
     /// is left: the guest must not be resumed with some disks of another time.
     pub(super) async fn undo(&mut self, reason: &str) -> Result<()> {
-        self.tell(Event::Undoing { operation: self.operation.id, reason: reason.to_owned() });
+        self.report(Event::Undoing { operation: self.operation.id, reason: reason.to_owned() });
         self.advance(Transition::Undo)?;
         // 1) Undoing is right without this record: the record that exists still says that the operation did
         //    not happen. A crash before this record leaves an operation before its commit point, which a
@@ -57,11 +57,11 @@ impl Running<'_> {
         //    guest writes it.
         let mut stuck: Vec<(Option<Target>, Error)> = Vec::new();
         let mut changes = Vec::new();
-        let window = match self.window_to_undo_in().await {
-            Ok(window) => window,
+        let section = match self.section_to_undo_in().await {
+            Ok(section) => section,
             Err(error) => {
                 stuck.push((None, error));
-                Window::None
+                Section::None
             }
         };
         // 3) The last step first. The path goes back before the overlay that it named is removed. The overlay
@@ -81,10 +81,10 @@ impl Running<'_> {
             if !begun || left || self.is_nested(index) {
                 continue;
             }
-            let undone = match &window {
-                Window::Restart(opened) if index == *opened => self.end_new_window().await,
-                Window::Restart(_) | Window::NotNeeded if self.is_window_step(index) => Ok(Vec::new()),
-                Window::None | Window::NotNeeded | Window::Restart(_) => self.undo_patiently(index).await,
+            let undone = match &section {
+                Section::Restart(opened) if index == *opened => self.end_new_section().await,
+                Section::Restart(_) | Section::NotNeeded if self.is_section_step(index) => Ok(Vec::new()),
+                Section::None | Section::NotNeeded | Section::Restart(_) => self.undo_patiently(index).await,
             };
             let undone =
                 undone.and_then(|edits| Ok((edits, self.steps(self.unit(index), StepTransition::Undo)?)));
@@ -138,7 +138,7 @@ impl Running<'_> {
             .state("the disks are as before")
             .advise("when the state directory can be written again, run `domsnap recover`"));
         }
-        self.tell(Event::Finished { operation: self.operation.id, happened: false });
+        self.report(Event::Finished { operation: self.operation.id, happened: false });
         Ok(())
     }
 
@@ -168,7 +168,7 @@ impl Running<'_> {
         self.engine.live.is_some() && self.operation.of_group(Group::Cut).any(is_open)
     }
 
-    fn is_window_step(&self, index: usize) -> bool {
+    fn is_section_step(&self, index: usize) -> bool {
         let step = self.domain_step(index);
         matches!(step, Some(DomainStep::Detach { .. } | DomainStep::Attach { .. }))
     }
@@ -177,13 +177,13 @@ impl Running<'_> {
     /// paused, the section still exists, or is entered again. A guest that runs was started again since the
     /// crash. If its disks are not as before, they are detached, undone and attached again, and the guest is
     /// reset.
-    async fn window_to_undo_in(&mut self) -> Result<Window> {
+    async fn section_to_undo_in(&mut self) -> Result<Section> {
         let opened = self.operation.of_group(Group::Cut).find(|index| {
             self.operation.steps[*index] != StepState::Pending
                 && matches!(self.domain_step(*index), Some(DomainStep::Detach { .. }))
         });
         let (Some(opened), Some(live), true) = (opened, self.engine.live, self.resumed) else {
-            return Ok(Window::None);
+            return Ok(Section::None);
         };
         let worked_on: Vec<usize> = (opened + 1..self.operation.plan.before_commit())
             .filter(|index| {
@@ -196,18 +196,18 @@ impl Running<'_> {
                 changed |= self.status(index).await? != StepStatus::NotDone;
             }
             if !changed {
-                return Ok(Window::NotNeeded);
+                return Ok(Section::NotNeeded);
             }
         } else if worked_on.is_empty() {
             // The detach may have been interrupted: its own undo ends the section from there.
-            return Ok(Window::None);
+            return Ok(Section::None);
         }
         self.apply(opened).await?;
-        Ok(if live.seen().running { Window::Restart(opened) } else { Window::None })
+        Ok(if live.seen().running { Section::Restart(opened) } else { Section::None })
     }
 
     /// Gives the guest, which was started on disks that no longer exist, the disks that do, and resets it.
-    async fn end_new_window(&mut self) -> Result<Vec<Edit>> {
+    async fn end_new_section(&mut self) -> Result<Vec<Edit>> {
         let disks = self.entry.domain.disks.iter().map(|record| record.disk.target.clone()).collect();
         let attach = DomainStep::Attach { disks, restart: None };
         let go_on = DomainStep::Continue { memory: None, reset: true, power: Some(PowerAfter::Running) };
@@ -216,14 +216,14 @@ impl Running<'_> {
         }
         let message = "the domain was started after the crash, on disks of a revert that did not happen: it has its \
                        disks back as they were, and was reset";
-        self.tell(Event::Warning { domain: self.entry.domain.name.clone(), message: message.to_owned() });
+        self.report(Event::Warning { domain: self.entry.domain.name.clone(), message: message.to_owned() });
         self.run.warnings.push(message.to_owned());
         Ok(Vec::new())
     }
 }
 
 /// The detached section in which the disks of such an operation are undone.
-enum Window {
+enum Section {
     /// The operation's own, if it had one.
     None,
     /// Its section was never needed, or is over: no disk has been changed in it.

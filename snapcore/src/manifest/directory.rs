@@ -122,7 +122,7 @@ impl ManifestDirectory {
                 "run as a user who may write there, and take the flags off that `lsattr -d {directory} {directory}/*` \
                  shows (`chattr -i`, `chattr -a`); {next}"
             ),
-            _ => format!("`domsnap check` tells which are missing; {next}"),
+            _ => format!("`domsnap check` lists which are missing; {next}"),
         }
     }
 
@@ -226,21 +226,24 @@ impl ManifestStore for ManifestDirectory {
             let advice = self.advice(&cause);
             failure(cause, format!("the manifests in {} cannot be written", self.directory)).advise(advice)
         };
-        // `told`: the manifests that are there and right. `gone`: the files that are there and have to go.
-        let mut told: Vec<Snapshot> = Vec::new();
+        // `recorded`: the manifests that are there and right. `gone`: the files that are there and have to
+        // go.
+        let mut recorded: Vec<Snapshot> = Vec::new();
         let mut gone: Vec<Utf8PathBuf> = Vec::new();
         let is_gone = |snapshot: &Snapshot| after.tree.get(snapshot.id).is_none();
         if let Some(before) = before {
-            told.extend(before.tree.iter().cloned());
+            recorded.extend(before.tree.iter().cloned());
         } else {
             let found = self.read()?;
-            told.extend(found.snapshots.iter().cloned());
-            told.retain(|snapshot| found.is_by(snapshot.id, catalogue, after.revision));
+            recorded.extend(found.snapshots.iter().cloned());
+            recorded.retain(|snapshot| found.is_by(snapshot.id, catalogue, after.revision));
             let names = self.names().map_err(failed)?;
             let half = names.iter().filter(|name| is_ours(name) && name.ends_with(TEMPORARY_SUFFIX));
             gone.extend(half.map(|name| self.directory.join(name)));
         }
-        gone.extend(told.iter().filter(|told| is_gone(told)).map(|told| self.file_of(told.id)));
+        gone.extend(
+            recorded.iter().filter(|recorded| is_gone(recorded)).map(|recorded| self.file_of(recorded.id)),
+        );
         if !is_needed(after) {
             return self.remove_all(&gone).map_err(failed);
         }
@@ -249,7 +252,7 @@ impl ManifestStore for ManifestDirectory {
         for path in &gone {
             removed |= remove(&directory, path).map_err(failed)?;
         }
-        for snapshot in after.tree.iter().filter(|snapshot| !told.contains(snapshot)) {
+        for snapshot in after.tree.iter().filter(|snapshot| !recorded.contains(snapshot)) {
             let manifest = SnapshotManifest {
                 catalogue: Some(catalogue),
                 revision: Some(after.revision),
@@ -287,11 +290,11 @@ impl ManifestStore for ManifestDirectory {
             found.snapshots.iter().filter(|snapshot| found.is_by(snapshot.id, catalogue, entry.revision));
         let files: Vec<Utf8PathBuf> = own.map(|snapshot| self.file_of(snapshot.id)).collect();
         self.remove_all(&files).map_err(|cause| {
-            failure(cause, format!("the former manifests in {} cannot be removed", self.directory))
+            failure(cause, format!("the previous manifests in {} cannot be removed", self.directory))
         })
     }
 
-    fn put_aside(&self, items: &[Item]) -> Result<()> {
+    fn move_aside(&self, items: &[Item]) -> Result<()> {
         let attempt = || {
             let Some(directory) = self.open_if_ours()? else { return Ok(()) };
             for name in items.iter().map(|item| name_of(*item)) {

@@ -7,7 +7,7 @@
 //!
 //! **Ownership.** A catalogue removes a manifest only of a snapshot that it deleted itself: one that it
 //! wrote, and no longer has. Others stay; when a domain is imported, those that could not be used are saved
-//! under another name ([`ManifestStore::put_aside`]). [`DomainManifest::is_known_to`] decides, before an
+//! under another name ([`ManifestStore::move_aside`]). [`DomainManifest::is_known_to`] decides, before an
 //! operation begins, if the domain's manifest may be overwritten.
 
 mod directory;
@@ -79,7 +79,7 @@ pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
-    fn put_aside(&self, items: &[Item]) -> Result<()>;
+    fn move_aside(&self, items: &[Item]) -> Result<()>;
 
     /// Returns true where no manifest can exist. None is read there either, so a delete need not wait for its
     /// removal.

@@ -12,22 +12,22 @@ impl Planner<'_> {
         &self,
         disk: &DiskInput,
         kind: Option<PointKind>,
-        way: Option<&str>,
+        method: Option<&str>,
     ) -> Result<()> {
         let can = disk.backend.capabilities();
-        if let Some(way) = way
-            && !can.ways.iter().any(|known| known == way)
+        if let Some(method) = method
+            && !can.methods.iter().any(|known| known == method)
         {
             let kinds = [(can.internal, "internal"), (can.external, "external")];
             let kinds = kinds.iter().filter(|(can, _)| *can).map(|(_, kind)| *kind);
-            let known: Vec<&str> = kinds.chain(can.ways.iter().map(String::as_str)).collect();
+            let known: Vec<&str> = kinds.chain(can.methods.iter().map(String::as_str)).collect();
             return Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("{}: format {} has no method '{way}'", disk.target(), disk.backend.format()),
+                format!("{}: format {} has no method '{method}'", disk.target(), disk.backend.format()),
             )
             .state("no changes made")
             .advise(format!(
-                "leave the way to the backend, leave the disk out with {}=skip, or take one of: {}",
+                "leave the method to the backend, leave the disk out with {}=skip, or take one of: {}",
                 disk.target(),
                 known.join(", ")
             )));

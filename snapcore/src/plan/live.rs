@@ -227,7 +227,7 @@ impl Planner<'_> {
             .map(|(target, _)| target.clone())
             .collect();
         let file = memory_file(&alive.memory_dir, snapshot);
-        let words = match (memory, live) {
+        let message = match (memory, live) {
             (true, true) => "snapshot all disks and memory atomically; write memory while the guest runs",
             (true, false) => {
                 "snapshot all disks and memory atomically; the guest is paused until memory is written"
@@ -245,7 +245,7 @@ impl Planner<'_> {
             then: request.then,
         };
         let nested = std::mem::take(&mut merged.nested);
-        merged.cut.insert(0, CutUnit::Domain { step: of_domain(instant, words), nested });
+        merged.cut.insert(0, CutUnit::Domain { step: of_domain(instant, message), nested });
         if memory {
             let tag = snapshot.name.as_str().to_owned();
             snapshot.memory =
@@ -253,12 +253,12 @@ impl Planner<'_> {
             let configured = self.domain.control.as_ref().and_then(|control| control.compress);
             let compress = request.compress.or(configured).unwrap_or(0);
             let also = if compress > 0 { "compress it, " } else { "" };
-            let words = format!("wait for the memory image {file}, {also}and make it durable");
-            merged.cut.push(cut(of_domain(DomainStep::SaveMemory { file, tag, compress }, words)));
+            let message = format!("wait for the memory image {file}, {also}and make it durable");
+            merged.cut.push(cut(of_domain(DomainStep::SaveMemory { file, tag, compress }, message)));
         }
         if !external.is_empty() {
-            let words = "update the hypervisor's block graph to the new file names";
-            let reopen = of_domain(DomainStep::ReopenByName { disks: external }, words);
+            let message = "update the hypervisor's block graph to the new file names";
+            let reopen = of_domain(DomainStep::ReopenByName { disks: external }, message);
             merged.finish.insert(0, FinishUnit::Domain(reopen));
         }
         if request.then == Some(PowerAfter::Off) {
@@ -301,8 +301,8 @@ impl Planner<'_> {
                      revert its disks alone with --off",
                 ));
             }
-            let words = format!("check the memory image {file}");
-            let check = of_domain(DomainStep::CheckMemory { file: file.clone() }, words);
+            let message = format!("check the memory image {file}");
+            let check = of_domain(DomainStep::CheckMemory { file: file.clone() }, message);
             merged.prepare.insert(0, PlanStep::Domain(check));
         }
         let Some(alive) = self.alive else {
@@ -341,7 +341,7 @@ impl Planner<'_> {
             false => continuation(file.clone(), file.is_none(), power),
         };
         if restart.recreated {
-            (open.summary, attach.summary, end.summary) = recreated_words(&restart, power);
+            (open.summary, attach.summary, end.summary) = recreated_texts(&restart, power);
         }
         // The disks change in the detached section, between its two ends.
         merged.cut.insert(0, cut(open));
@@ -354,7 +354,7 @@ impl Planner<'_> {
             // The media come before the memory: the drives' state is restored from memory, and says that this
             // medium is inserted.
             if file.is_some() && !alive.media.is_empty() {
-                let words: Vec<String> = alive
+                let message: Vec<String> = alive
                     .media
                     .iter()
                     .map(|medium| match &medium.file {
@@ -362,7 +362,7 @@ impl Planner<'_> {
                         None => format!("take the medium out of drive {}", medium.drive),
                     })
                     .collect();
-                let media = of_domain(DomainStep::Media { media: alive.media.clone() }, words.join("; "));
+                let media = of_domain(DomainStep::Media { media: alive.media.clone() }, message.join("; "));
                 merged.finish.insert(0, FinishUnit::Domain(media));
             }
         }
@@ -385,8 +385,8 @@ impl Planner<'_> {
         };
         merged.finish.splice(0..0, section);
         for memory in doomed.iter().filter_map(|snapshot| snapshot.memory.as_ref()) {
-            let words = format!("remove the memory image {}", memory.file);
-            let remove = of_domain(DomainStep::RemoveMemory { file: memory.file.clone() }, words);
+            let message = format!("remove the memory image {}", memory.file);
+            let remove = of_domain(DomainStep::RemoveMemory { file: memory.file.clone() }, message);
             merged.finish.push(FinishUnit::Domain(remove));
         }
         Ok(())
@@ -432,7 +432,7 @@ fn as_now(alive: &RunningDomain<'_>) -> PowerAfter {
 
 /// Summaries of the steps of a detached section for which the hypervisor ends the domain and creates it
 /// again.
-fn recreated_words(restart: &Restart, power: Option<PowerAfter>) -> (String, String, String) {
+fn recreated_texts(restart: &Restart, power: Option<PowerAfter>) -> (String, String, String) {
     let open = match restart.safety {
         true => "save the memory of the domain, for an undo, and destroy the domain",
         false => "destroy the domain; its memory is not saved",
@@ -469,7 +469,7 @@ fn go_on(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) ->
 }
 
 fn continuation(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAfter>) -> HypervisorStep {
-    let words = match (&memory, reset, power) {
+    let message = match (&memory, reset, power) {
         (_, _, Some(PowerAfter::Off)) => "end the domain's process".to_owned(),
         (Some(file), _, Some(PowerAfter::Paused)) => {
             format!("load the memory image {file}; the guest stays paused")
@@ -479,7 +479,7 @@ fn continuation(memory: Option<Utf8PathBuf>, reset: bool, power: Option<PowerAft
         (None, true, _) => "reset the guest".to_owned(),
         (None, false, _) => "resume the guest".to_owned(),
     };
-    of_domain(DomainStep::Continue { memory, reset, power }, words)
+    of_domain(DomainStep::Continue { memory, reset, power }, message)
 }
 
 fn names(disks: &[Target]) -> String {

@@ -119,23 +119,23 @@ impl Planner<'_> {
         for disk in self.disks {
             let said =
                 request.disks.iter().rev().find(|(target, _)| target == disk.target()).map(|(_, how)| how);
-            let (kind, way, overlay) = match said {
+            let (kind, method, overlay) = match said {
                 Some(CreateDisk::Skip) => {
                     let image = disk.record.disk.path.to_string();
                     skipped.push(SkippedDisk { target: disk.target().clone(), image });
                     continue;
                 }
                 Some(CreateDisk::Take(kind, overlay)) => (Some(*kind), None, overlay.clone()),
-                Some(CreateDisk::Way(way)) => (None, Some(way.clone()), None),
+                Some(CreateDisk::Method(method)) => (None, Some(method.clone()), None),
                 None => (request.kind, None, None),
             };
-            self.require_kind(disk, kind, way.as_deref())?;
+            self.require_kind(disk, kind, method.as_deref())?;
             self.require_live(disk)?;
             self.require_new_point(disk)?;
             let keep = self.tree.points(disk.target()).cloned().collect();
             let name = request.name.clone();
-            let is_default = kind.is_none() && way.is_none();
-            let mut ask = DiskRequest::Create { kind, way, name, overlay, keep, stamp: stamp() };
+            let is_default = kind.is_none() && method.is_none();
+            let mut ask = DiskRequest::Create { kind, method, name, overlay, keep, stamp: stamp() };
             let mut plan = disk.plan(self.domain, &ask).await?;
             if let Some(why) = self.seen(disk.target()).and_then(|seen| seen.no_internal.as_ref())
                 && matches!(take_of(&plan), Some(crate::DiskInstant::Internal { .. }))

@@ -17,7 +17,7 @@ use super::records::Records;
 use crate::catalogue::{Change, EntrySummary};
 use crate::plan::DiskInput;
 use crate::{
-    Base, DiskRecord, DiskState, Domain, DomainName, FileIdentity, LayerName, Registry, Result, Unclear,
+    Base, DiskRecord, DiskState, Domain, DomainName, FileIdentity, LayerName, Registry, Result, Undetermined,
 };
 
 /// Knowledge of a domain's images.
@@ -26,7 +26,7 @@ struct Known {
     /// Their bases, as the images have them or else as recorded.
     bases: Vec<Base>,
     /// Images of which nothing is known.
-    unclear: Vec<Unclear>,
+    undetermined: Vec<Undetermined>,
     /// The files that all of them are backed by, where all could be read and the record differs.
     newer: Option<Vec<Utf8PathBuf>>,
 }
@@ -67,12 +67,12 @@ impl Neighbours {
             if other.domain.name == *own {
                 continue;
             }
-            let Known { bases, unclear, newer } = self.bases_of(&other).await;
+            let Known { bases, undetermined, newer } = self.bases_of(&other).await;
             if let Some(newer) = newer {
                 self.newer_bases().insert(other.domain.name.clone(), newer);
             }
             for disk in disks.iter_mut() {
-                disk.state.unclear.extend(unclear.iter().cloned());
+                disk.state.undetermined.extend(undetermined.iter().cloned());
             }
             for Base { image, file } in bases {
                 let Some((index, layer)) = file_id(&file).and_then(|id| layers.get(&id)) else { continue };
@@ -111,7 +111,7 @@ impl Neighbours {
                 // An image that was removed needs nothing; one whose directory does not exist may be back
                 // tomorrow.
                 (Err(_), None) if file_id(path).is_none() && path.parent().is_some_and(Utf8Path::exists) => {}
-                (Err(error), None) => known.unclear.push(Unclear {
+                (Err(error), None) => known.undetermined.push(Undetermined {
                     file: path.clone(),
                     why: format!(
                         "it is a disk of domain {name}, and cannot be read ({error}); mount its file system, or take that \
@@ -184,7 +184,7 @@ fn add(state: &mut DiskState, layer: &LayerName, path: &Utf8Path, image: &Utf8Pa
         && file.parent().and_then(file_id) == path.parent().and_then(file_id)
         // The layer has another name than the path.
         && !path.ends_with(layer.as_str());
-    if by_path && !state.on_path.contains(image) {
-        state.on_path.push(image.clone());
+    if by_path && !state.path_dependents.contains(image) {
+        state.path_dependents.push(image.clone());
     }
 }

@@ -36,7 +36,7 @@ pub struct Outcome {
     pub downtime_us: Option<u64>,
     /// For a create on a running domain: the method of its instant, for people (`background snapshot`).
     #[serde(default)]
-    pub way: Option<String>,
+    pub method: Option<String>,
     /// The command that starts the domain from the snapshot's memory, where the user must.
     #[serde(default)]
     pub start: Vec<String>,
@@ -220,15 +220,15 @@ pub struct DiskReport {
     pub state: Option<DiskState>,
     /// Orphan layers: owned layers below the active one whose own state no snapshot needs. Their merges were
     /// deferred, or cannot be done yet.
-    pub unnamed: Vec<LayerName>,
+    pub orphans: Vec<LayerName>,
     /// The reason why the disk could not be read.
     pub problem: Option<String>,
 }
 
 impl DiskReport {
     /// Returns the orphan layers with their sizes.
-    pub fn unnamed_layers(&self) -> impl Iterator<Item = &Layer> {
-        self.state.iter().flat_map(|state| self.unnamed.iter().filter_map(|name| state.layer(name)))
+    pub fn orphan_layers(&self) -> impl Iterator<Item = &Layer> {
+        self.state.iter().flat_map(|state| self.orphans.iter().filter_map(|name| state.layer(name)))
     }
 }
 

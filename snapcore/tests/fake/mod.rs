@@ -263,8 +263,8 @@ impl DiskSnapshotter for FakeBackend {
             active: record.active.clone(),
             layers: vec![layer],
             attached: false,
-            on_path: Vec::new(),
-            unclear: Vec::new(),
+            path_dependents: Vec::new(),
+            undetermined: Vec::new(),
         })
     }
 
@@ -335,7 +335,7 @@ impl DiskSnapshotter for FakeBackend {
         Ok(plan)
     }
 
-    async fn hold(&self, _: &DiskRecord, _: Option<&dyn AttachedDisk>) -> Result<Guard> {
+    async fn lock(&self, _: &DiskRecord, _: Option<&dyn AttachedDisk>) -> Result<Guard> {
         Ok(Box::new(()))
     }
 

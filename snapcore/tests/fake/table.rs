@@ -113,7 +113,7 @@ impl ManifestStore for RowManifests {
         })
     }
 
-    fn put_aside(&self, items: &[Item]) -> Result<()> {
+    fn move_aside(&self, items: &[Item]) -> Result<()> {
         self.change(|row| {
             for item in items {
                 match item {

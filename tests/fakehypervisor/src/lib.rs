@@ -31,9 +31,9 @@ pub struct FakeMachine {
     pub memory: u64,
     /// Its disks.
     pub disks: Vec<FakeDisk>,
-    /// A window is open; and whether the guest ran before it.
+    /// A section is open; and whether the guest ran before it.
     #[serde(default)]
-    pub window: Option<bool>,
+    pub section: Option<bool>,
 }
 
 /// A disk of a machine.
@@ -257,7 +257,7 @@ impl Live {
 
     fn detach(&self, targets: &[Target]) -> Result<()> {
         self.change(|machine| {
-            machine.window = machine.window.or(Some(machine.running));
+            machine.section = machine.section.or(Some(machine.running));
             machine.running = false;
             for disk in machine.disks.iter_mut().filter(|disk| targets.contains(&disk.target)) {
                 disk.open.clear();
@@ -291,9 +291,9 @@ impl Live {
         self.change(|machine| machine.running = goes_on)?;
         taken?;
         let consistency = if memory.is_some() { Consistency::Memory } else { Consistency::Crash };
-        let way = "fake".to_owned();
+        let method = "fake".to_owned();
         Ok(StepOutcome {
-            taken: Some(Taken { at: Timestamp::now(), consistency, running: *running, way }),
+            taken: Some(Taken { at: Timestamp::now(), consistency, running: *running, method }),
             ..StepOutcome::default()
         })
     }
@@ -341,7 +341,7 @@ impl LiveDomain for Live {
                 let loaded = memory.as_ref().map(|file| read_memory(file)).transpose()?;
                 self.change(|machine| {
                     // A guest that goes on already has written: it keeps its memory.
-                    let Some(ran) = machine.window.take() else { return };
+                    let Some(ran) = machine.section.take() else { return };
                     machine.memory = loaded.unwrap_or(if *reset { 0 } else { machine.memory });
                     machine.running = power.map_or(ran, |power| power == PowerAfter::Running);
                     facts.guest = match (loaded, reset) {
@@ -370,7 +370,7 @@ impl LiveDomain for Live {
             DomainStep::Detach { disks, running, .. } => {
                 self.attach(disks, context.chains)?;
                 self.change(|machine| {
-                    machine.window = None;
+                    machine.section = None;
                     machine.running = *running;
                 })
             }

@@ -23,7 +23,7 @@ impl Place {
         std::fs::write(place.disk(), [1; 4096])?;
         let (target, open, format) = (Target::new("vda")?, vec![place.disk()], "raw".to_owned());
         let disks = vec![FakeDisk { target, open, format }];
-        place.fake.put("web", &FakeMachine { running: true, memory: 7, disks, window: None })?;
+        place.fake.put("web", &FakeMachine { running: true, memory: 7, disks, section: None })?;
         Ok(place)
     }
 
@@ -32,9 +32,9 @@ impl Place {
     }
 
     /// Exit status, and what was said.
-    fn domsnap(&self, words: &[&str]) -> Result<(i32, String)> {
+    fn domsnap(&self, args: &[&str]) -> Result<(i32, String)> {
         let output = Command::new(env!("CARGO_BIN_EXE_domsnap-fake"))
-            .args(words)
+            .args(args)
             .env("FAKE_MACHINES", &self.root)
             .env("DOMSNAP_STATE_DIR", self.root.join("state"))
             .output()?;
@@ -43,9 +43,9 @@ impl Place {
         Ok((output.status.code().context("it ends by itself")?, said))
     }
 
-    fn done(&self, words: &[&str]) -> Result<String> {
-        let (status, said) = self.domsnap(words)?;
-        ensure!(status == 0, "{words:?} ends with {status}: {said}");
+    fn done(&self, args: &[&str]) -> Result<String> {
+        let (status, said) = self.domsnap(args)?;
+        ensure!(status == 0, "{args:?} ends with {status}: {said}");
         Ok(said)
     }
 }
@@ -88,7 +88,7 @@ fn added_hypervisor_takes_snapshots() -> Result<()> {
     std::fs::write(place.disk(), [2; 4096])?;
     place.done(&["revert", "web", "good"])?;
     let machine = place.fake.machine("web")?;
-    ensure!(machine.running && machine.memory == 7 && machine.window.is_none(), "{machine:?}");
+    ensure!(machine.running && machine.memory == 7 && machine.section.is_none(), "{machine:?}");
     ensure!(std::fs::read(place.disk())? == [1; 4096], "the disk is the snapshot's");
     place.done(&["delete", "web", "good"])?;
     place.done(&["check", "web"])?;

@@ -40,7 +40,7 @@ fn place() -> Result<Place> {
     let (target, open, format) = (Target::new("vda")?, vec![place.disk.clone()], "raw".to_owned());
     let disks = vec![FakeDisk { target, open, format }];
     Fake::new(place.memory_dir())
-        .put("web", &FakeMachine { running: true, memory: 7, disks, window: None })?;
+        .put("web", &FakeMachine { running: true, memory: 7, disks, section: None })?;
     Ok(place)
 }
 

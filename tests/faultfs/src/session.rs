@@ -125,7 +125,7 @@ impl Config {
         self.forget_flush.as_ref().is_some_and(|part| path.to_string_lossy().contains(part))
     }
 
-    /// Whether anybody reads records.
+    /// True if a process reads records.
     pub fn records(&self) -> bool {
         self.log.is_some()
     }
@@ -199,9 +199,9 @@ pub fn put(fd: i32, mut bytes: &[u8]) {
     }
 }
 
-/// Ends the process with words, without going through any function that the shim stands in front of.
-pub fn abort(words: &str) -> ! {
-    let line = format!("faultfs: {words}\n");
+/// Ends the process with a message, without going through any function that the shim stands in front of.
+pub fn abort(message: &str) -> ! {
+    let line = format!("faultfs: {message}\n");
     // SAFETY: the pointer and length are those of `line`.
     unsafe { libc::syscall(libc::SYS_write, 2, line.as_ptr(), line.len()) };
     std::process::abort();

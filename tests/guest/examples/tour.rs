@@ -14,11 +14,11 @@ struct Tour {
 }
 
 impl Tour {
-    fn run(&self, words: &[&str]) -> Result<Duration> {
-        println!("\n$ domsnap {}", words.join(" "));
+    fn run(&self, args: &[&str]) -> Result<Duration> {
+        println!("\n$ domsnap {}", args.join(" "));
         let begun = Instant::now();
         let status = Command::new(&self.domsnap)
-            .args(words)
+            .args(args)
             .env("DOMSNAP_STATE_DIR", self.guest.dir().join("state"))
             .status()
             .with_context(|| format!("{}: run make build", self.domsnap.display()))?;

@@ -37,7 +37,7 @@ impl Built {
         Self::of("guest", &build::key(), build::build)
     }
 
-    /// A guest of a kind, made from what `key` stands for; where nobody has, `build` makes it in the
+    /// A guest of a kind, made from what `key` stands for; if there is none, `build` makes it in the
     /// directory that it is given first, of the packages that are kept in the other. One of the same kind and
     /// another key is removed.
     ///
@@ -69,7 +69,7 @@ impl Built {
         &self.dir
     }
 
-    /// The file or directory of that name in it; `make` makes it at the path that it is given where nobody
+    /// The file or directory of that name in it; `make` makes it at the path that it is given if none
     /// has.
     ///
     /// # Errors
@@ -91,7 +91,8 @@ impl Built {
     }
 }
 
-/// Guests of other sources, and what a killed process left. Nobody uses them: the lock is held exclusively.
+/// Guests of other sources, and what a killed process left. No process uses them: the lock is held
+/// exclusively.
 fn remove_others(root: &Path, kind: &str, making: &str) -> Result<()> {
     for entry in fs::read_dir(root)? {
         let entry = entry?;

@@ -66,11 +66,11 @@ const BLOCK: usize = 4096;
 
 /// The counter in the [`COUNTER_BYTES`] that hold it; none where they are not what one counter leaves.
 pub fn counter(bytes: &[u8]) -> Option<u64> {
-    let words = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect::<Vec<_>>();
-    let counter = *words.iter().max()?;
+    let args = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect::<Vec<_>>();
+    let counter = *args.iter().max()?;
     let in_slot = |slot: u64| Some(counter - counter.checked_sub(slot)? % SLOTS);
     let whole = |(slot, block): (u64, &[u64])| block.iter().all(|&word| in_slot(slot) == Some(word));
-    (bytes.len() == COUNTER_BYTES && (0..).zip(words.chunks(BLOCK / 8)).all(whole)).then_some(counter)
+    (bytes.len() == COUNTER_BYTES && (0..).zip(args.chunks(BLOCK / 8)).all(whole)).then_some(counter)
 }
 
 /// The value of a `name=` in an answer.
@@ -118,7 +118,7 @@ impl Heard {
                 self.boots += 1;
             }
             Some(("R", rest)) => {
-                // One that nobody waits for any more is of an earlier instant.
+                // One that is not waited for any more is of an earlier instant.
                 if let Some((id, answer)) = rest.split_once(' ')
                     && let Some(place) = self.answers.get_mut(id)
                 {

@@ -108,7 +108,7 @@ impl Guest {
             None => guest.await_boot(1),
             Some(state) => guest.go_on_from(state),
         };
-        ready.with_context(|| guest.last_words())?;
+        ready.with_context(|| guest.last_output())?;
         Ok(guest)
     }
 
@@ -130,7 +130,7 @@ impl Guest {
     }
 
     /// What is there to read about a failure.
-    fn last_words(&self) -> String {
+    fn last_output(&self) -> String {
         let tail = |text: String| text.lines().rev().take(12).map(str::to_owned).collect::<Vec<_>>();
         let lines = |text| tail(text).into_iter().rev().collect::<Vec<_>>().join("\n  ");
         let said = fs::read_to_string(self.dir.path().join("stderr")).unwrap_or_default();
@@ -150,7 +150,7 @@ impl Guest {
         self.dir.path()
     }
 
-    /// The QMP socket. Nobody holds it between two calls of this type.
+    /// The QMP socket. It is free between two calls of this type.
     pub fn qmp_socket(&self) -> &Path {
         &self.socket
     }
@@ -176,7 +176,7 @@ impl Guest {
         self.disks().swap_remove(number)
     }
 
-    /// The words that boot it, the program first. (The process itself has `-incoming defer` beside them,
+    /// The arguments that boot it, the program first. (The process itself has `-incoming defer` beside them,
     /// unless it was booted.)
     pub fn command_line(&self) -> &[OsString] {
         &self.line
@@ -288,7 +288,7 @@ impl Guest {
     /// # Errors
     /// When QEMU ends or the deadline is over before.
     pub fn wait_boots(&self, boots: u64) -> Result<()> {
-        self.await_boot(boots).with_context(|| self.last_words())
+        self.await_boot(boots).with_context(|| self.last_output())
     }
 
     /// The counters that the guest found on its disks at its last boot; none for one that was not whole. (It
@@ -402,7 +402,7 @@ impl Guest {
     /// Runs one QMP command over a connection that is closed again.
     ///
     /// # Errors
-    /// What QEMU said; or nobody serves the socket, or another client holds it until the deadline.
+    /// What QEMU said; or no process serves the socket, or another client holds it until the deadline.
     pub fn qmp(&self, name: &str, arguments: Value) -> Result<Value> {
         monitor::execute(&self.socket, self.options.deadline, name, arguments)
     }

@@ -171,11 +171,11 @@ impl GuestOptions {
         self
     }
 
-    /// More words of QEMU's command line. `DIR` in them stands for [`Guest::dir`]. A word that differs from
-    /// run to run makes each run keep a memory of its own: give QEMU what it needs by [`GuestOptions::file`],
-    /// or start by [`GuestOptions::from_boot`].
-    pub fn more<S: AsRef<str>>(mut self, words: &[S]) -> Self {
-        self.more.extend(words.iter().map(|word| word.as_ref().to_owned()));
+    /// More arguments of QEMU's command line. `DIR` in them stands for [`Guest::dir`]. A word that differs
+    /// from run to run makes each run keep a memory of its own: give QEMU what it needs by
+    /// [`GuestOptions::file`], or start by [`GuestOptions::from_boot`].
+    pub fn more<S: AsRef<str>>(mut self, args: &[S]) -> Self {
+        self.more.extend(args.iter().map(|word| word.as_ref().to_owned()));
         self
     }
 

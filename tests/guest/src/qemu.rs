@@ -22,7 +22,7 @@ const DEPS: &str = "run scripts/install-qemu";
 pub const FIRMWARE: [&str; 3] =
     ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/kvmvapic.bin", "/usr/share/qemu/linuxboot_dma.bin"];
 
-/// A program and the words that say where its firmware is.
+/// A program and the arguments that say where its firmware is.
 pub(crate) struct Qemu {
     pub(crate) program: PathBuf,
     firmware: Vec<OsString>,
@@ -36,7 +36,7 @@ pub fn program(version: Version) -> Result<PathBuf> {
     Qemu::find(version).map(|qemu| qemu.program)
 }
 
-/// The first words of a command that starts a version of QEMU: the program, and where its firmware is.
+/// The first arguments of a command that starts a version of QEMU: the program, and where its firmware is.
 ///
 /// # Errors
 /// Which script installs it.
@@ -76,7 +76,7 @@ impl Qemu {
         Ok(format!("{} {size} {seconds}.{rest}", self.program.display()))
     }
 
-    /// The words that boot a guest whose sockets and disks are in `dir`, the program first.
+    /// The arguments that boot a guest whose sockets and disks are in `dir`, the program first.
     pub(crate) fn command_line(
         &self,
         options: &GuestOptions,
@@ -100,7 +100,7 @@ impl Qemu {
 
         let mut line = vec![self.program.clone().into_os_string()];
         line.extend(self.firmware.iter().cloned());
-        let mut add = |words: &[&str]| line.extend(words.iter().map(OsString::from));
+        let mut add = |args: &[&str]| line.extend(args.iter().map(OsString::from));
         add(&["-name", &options.name, "-nodefaults", "-no-user-config", "-display", "none"]);
         add(&["-machine", &options.machine, "-accel", "tcg,thread=multi", "-cpu", &options.cpu]);
         add(&["-m", &memory_mib.to_string(), "-smp", &options.cpus.to_string()]);

@@ -27,7 +27,7 @@ use crate::{
 
 const MEMORY: &str = "memory";
 
-/// The directory of the cache with the memory and disks of such a guest; it is made where nobody has.
+/// The directory of the cache with the memory and disks of such a guest; it is made if there is none.
 pub(crate) fn get(options: &GuestOptions, built: &Built) -> Result<PathBuf> {
     let inputs = inputs(options, built)?;
     let mut hasher = DefaultHasher::new();
@@ -85,7 +85,7 @@ fn save(options: &GuestOptions, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The words that a QEMU is started with to be restored.
+/// The arguments that a QEMU is started with to be restored.
 pub(crate) fn incoming() -> [OsString; 2] {
     ["-incoming".into(), "defer".into()]
 }

@@ -13,9 +13,9 @@ use lvmguest::inside::{Volume, disks, done, succeed};
 const VOLUMES: usize = 8;
 
 fn main() -> Result<ExitCode> {
-    let mut words = std::env::args().skip(1);
-    let first = words.next().context("the domsnap that is measured is to be named")?;
-    let rounds = words.next().unwrap_or_else(|| "5".to_owned());
+    let mut args = std::env::args().skip(1);
+    let first = args.next().context("the domsnap that is measured is to be named")?;
+    let rounds = args.next().unwrap_or_else(|| "5".to_owned());
     if first == "inside" {
         inside(rounds.parse()?)?;
         return Ok(ExitCode::SUCCESS);
@@ -28,9 +28,9 @@ fn main() -> Result<ExitCode> {
 }
 
 fn inside(rounds: usize) -> Result<()> {
-    let mut words = vec!["-q".to_owned(), "vg".to_owned()];
-    words.extend(disks()?);
-    succeed(Command::new("vgcreate").args(&words))?;
+    let mut args = vec!["-q".to_owned(), "vg".to_owned()];
+    args.extend(disks()?);
+    succeed(Command::new("vgcreate").args(&args))?;
     let pool =
         ["-q", "-y", "--type", "thin-pool", "-n", "tp", "-L", "400M", "--poolmetadatasize", "8M", "vg"];
     succeed(Command::new("lvcreate").args(pool))?;

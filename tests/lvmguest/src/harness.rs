@@ -22,7 +22,7 @@ const ONLY: &str = "DOMSNAP_TEST_LVM_ONLY";
 /// What holds, and the body that shows it, in the machine.
 pub type TestCase = (&'static str, fn() -> Result<()>);
 
-/// Statements that are shown in one boot of one machine.
+/// Test cases that are shown in one boot of one machine.
 pub struct Group {
     name: &'static str,
     machine: fn() -> Machine,
@@ -41,10 +41,10 @@ pub fn main(groups: &'static [Group]) -> ExitCode {
     if let Ok(name) = env::var(INSIDE) {
         return inside(groups, &name);
     }
-    let trials = groups.iter().map(|group| {
+    let cases = groups.iter().map(|group| {
         Trial::test(group.name, move || outside(group).map_err(|error| Failed::from(format!("{error:#}"))))
     });
-    libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
+    libtest_mimic::run(&Arguments::from_args(), cases.collect()).exit_code()
 }
 
 fn inside(groups: &[Group], name: &str) -> ExitCode {
@@ -57,7 +57,8 @@ fn inside(groups: &[Group], name: &str) -> ExitCode {
     for (case, body) in group.cases.iter().filter(|(case, _)| case.contains(&only)) {
         let begin = Instant::now();
         let held = inside::wipe().context("wiping the disks before the case").and_then(|()| {
-            catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| bail!("it panicked; its words are above"))
+            catch_unwind(AssertUnwindSafe(body))
+                .unwrap_or_else(|_| bail!("it panicked; its message is above"))
         });
         run += 1;
         match held {
@@ -74,14 +75,14 @@ fn inside(groups: &[Group], name: &str) -> ExitCode {
 
 fn outside(group: &Group) -> Result<()> {
     let this = env::current_exe()?;
-    let mut machine = (group.machine)().program("trial", &this);
+    let mut machine = (group.machine)().program("testcase", &this);
     if let Some(domsnap) = domsnap(&this)? {
         machine = machine.program("domsnap", &domsnap);
     }
     let only = env::var(ONLY).unwrap_or_default();
     ensure!(!only.contains('\''), "{ONLY} has a quote in it");
     let ended =
-        machine.run(&format!("{INSIDE}='{}' {ONLY}='{only}' RUST_BACKTRACE=0 /t/trial", group.name))?;
+        machine.run(&format!("{INSIDE}='{}' {ONLY}='{only}' RUST_BACKTRACE=0 /t/testcase", group.name))?;
     print!("{}", ended.output);
     match ended.status {
         0 => Ok(()),

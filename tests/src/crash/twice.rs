@@ -26,7 +26,7 @@ pub fn kill_twice_and_write(scenario: Scenario) -> Result<()> {
     let kill = |bench: &mut Bench, instants: &Vec<u64>, index: usize| {
         let first = instants[index];
         bench.domain.restore_from(&bench.copy)?;
-        let outcome = shim::killing(watched(bench)?, first, false).run(&bench.words())?;
+        let outcome = shim::killing(watched(bench)?, first, false).run(&bench.args())?;
         if outcome.status.is_some() {
             return Ok(()); // it needed an operation less than last time
         }

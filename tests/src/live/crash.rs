@@ -30,8 +30,8 @@ pub enum Victim {
 
 /// An operation, and the way back to where it can be done again.
 pub struct Operation {
-    /// The words of the command.
-    pub words: &'static [&'static str],
+    /// The arguments of the command.
+    pub args: &'static [&'static str],
     /// The snapshot that it takes, where it takes one.
     pub takes: Option<&'static str>,
     /// The snapshot that it deletes.
@@ -51,40 +51,40 @@ pub fn inject(
     first: usize,
     every: usize,
 ) -> Result<()> {
-    let words = [&[operation.words[0], NAME], &operation.words[1..]].concat();
+    let args = [&[operation.args[0], NAME], &operation.args[1..]].concat();
     (operation.again)(live).context("before the first")?;
     let (_outputs, file) = shim::outputs()?;
     let root = live.guest.dir().to_owned();
     let counting = shim::counting(shim::watching(live.domsnap(), &root)?, &file);
-    let outcome = counting.done(&words)?;
+    let outcome = counting.done(&args)?;
     let steps: Vec<Counted> = shim::counted(&file)?.into_iter().filter(Counted::begins_a_step).collect();
     ensure!(steps.len() >= 3, "the shim saw {} steps: {outcome}", steps.len());
     check_and_prepare(live, operation, true).context("after the one that was counted")?;
     for step in steps.iter().skip(first).step_by(every) {
         let Counted { number, line } = step;
         (operation.again)(live).with_context(|| format!("before operation {number}"))?;
-        once(live, operation, &words, victim, *number).with_context(|| {
+        once(live, operation, &args, victim, *number).with_context(|| {
             format!(
                 "{victim:?} killed at operation {number} (`{line}` when they were counted) of domsnap {}",
-                words.join(" ")
+                args.join(" ")
             )
         })?;
     }
     Ok(())
 }
 
-fn once(live: &mut Live, operation: &Operation, words: &[&str], victim: Victim, step: u64) -> Result<()> {
+fn once(live: &mut Live, operation: &Operation, args: &[&str], victim: Victim, step: u64) -> Result<()> {
     let root = live.guest.dir().to_owned();
     let watched = shim::watching(live.domsnap(), &root)?;
     let boots = live.guest.boots();
     let happened = match victim {
         Victim::Domsnap => {
-            let outcome = shim::killing(watched, step, false).run(words)?;
+            let outcome = shim::killing(watched, step, false).run(args)?;
             ensure!(matches!(outcome.status, None | Some(status::DONE)), "{outcome}");
             outcome.status == Some(status::DONE)
         }
         Victim::Both => {
-            let outcome = shim::killing(watched, step, false).run(words)?;
+            let outcome = shim::killing(watched, step, false).run(args)?;
             kill_qemu(live)?;
             start_qemu(live)?;
             live.guest.wait_boots(boots + 1)?;
@@ -92,7 +92,7 @@ fn once(live: &mut Live, operation: &Operation, words: &[&str], victim: Victim, 
         }
         Victim::Qemu => {
             let mut child = shim::stopping(watched, step)
-                .command(words)
+                .command(args)
                 .stdout(Stdio::null())
                 .stderr(Stdio::piped())
                 .spawn()?;
@@ -118,16 +118,16 @@ fn once(live: &mut Live, operation: &Operation, words: &[&str], victim: Victim, 
         let aside = fs::read_dir(&root)?
             .flatten()
             .find(|entry| entry.file_name().to_string_lossy().starts_with("rescued-"));
-        ensure!(aside.is_none(), "something was saved that nobody misses: {aside:?}");
+        ensure!(aside.is_none(), "something was saved that nothing lacks: {aside:?}");
     } else {
         live.wait_running()?;
-        if operation.words[0] == "revert" {
+        if operation.args[0] == "revert" {
             // Its supervisor started it before the recovery, on disks of which some were reverted and some
             // not, and it wrote to them: no recovery makes one instant of that. All snapshots are whole, and
             // it can be returned to each.
             live.guest.forget_bad();
             live.verify()?;
-            live.revert(operation.words[1], &[])?;
+            live.revert(operation.args[1], &[])?;
         }
         live.load()?;
     }
@@ -201,9 +201,9 @@ pub fn kill_qemu(live: &Live) -> Result<()> {
 /// If it cannot be started.
 pub fn start_qemu(live: &Live) -> Result<()> {
     let line = live.guest.command_line();
-    let (program, words) = line.split_first().context("the guest has no command line")?;
+    let (program, args) = line.split_first().context("the guest has no command line")?;
     Command::new(program)
-        .args(words)
+        .args(args)
         .current_dir(live.guest.dir())
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -2,15 +2,15 @@
 
 use anyhow::Result;
 
-use super::{Look, Scenario, strings, words};
+use super::{Look, Scenario, args, strings};
 use crate::domain::{Domain, NAME, Shape};
 
-/// Two raw disks on a file system that shares blocks; snapshots by `ways`, called `s1`, `s2`, ..., with
+/// Two raw disks on a file system that shares blocks; snapshots by `methods`, called `s1`, `s2`, ..., with
 /// writes between and after.
-fn line(ways: &[&str]) -> Result<Domain> {
+fn line(methods: &[&str]) -> Result<Domain> {
     let mut domain = Domain::new_on("xfs", &Shape::raw(2))?;
-    for (index, way) in ways.iter().enumerate() {
-        domain.create(&format!("s{}", index + 1), way)?;
+    for (index, method) in methods.iter().enumerate() {
+        domain.create(&format!("s{}", index + 1), method)?;
         domain.write_everywhere()?;
     }
     Ok(domain)
@@ -18,20 +18,20 @@ fn line(ways: &[&str]) -> Result<Domain> {
 
 scenarios! {
     /// The first snapshot.
-    CREATE Tree on xfs { line(&[]), |d| d.create_words("new", "reflink"), |m| m.create("new") }
+    CREATE Tree on xfs { line(&[]), |d| d.create_args("new", "reflink"), |m| m.create("new") }
     /// One disk shares, one is copied.
-    CREATE_BOTH_WAYS Tree on xfs { line(&["ways"]), |d| d.create_words("new", "ways"), |m| m.create("new") }
+    CREATE_BOTH_WAYS Tree on xfs { line(&["methods"]), |d| d.create_args("new", "methods"), |m| m.create("new") }
     /// The current state is replaced by what shares a point's blocks.
-    REVERT Tree on xfs { line(&["reflink", "reflink"]), |_| words(&["revert", NAME, "s1"]), |m| m.revert("s1") }
+    REVERT Tree on xfs { line(&["reflink", "reflink"]), |_| args(&["revert", NAME, "s1"]), |m| m.revert("s1") }
     /// The current state gets a name first; the point of one disk was copied.
     REVERT_SAVING_CURRENT Tree on xfs {
-        line(&["ways", "reflink"]),
-        |_| words(&["revert", NAME, "s1", "--save-current=kept"]),
+        line(&["methods", "reflink"]),
+        |_| args(&["revert", NAME, "s1", "--save-current=kept"]),
         |m| { m.create("kept"); m.revert("s1") }
     }
     /// In the middle: raw points depend on nothing.
     DELETE_MIDDLE Tree on xfs {
-        line(&["reflink", "ways", "reflink"]),
-        |_| words(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
+        line(&["reflink", "methods", "reflink"]),
+        |_| args(&["delete", NAME, "s2"]), |m| m.delete(&strings(&["s2"]))
     }
 }

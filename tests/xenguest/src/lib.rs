@@ -2,15 +2,15 @@
 //! whose program notices when their memory and their disks are not of one instant.
 //!
 //! It needs neither KVM nor a Xen on this machine, and is slow: QEMU translates every instruction. So it is
-//! booted once for all tests, whichever process asks first, and powers itself off when nobody has asked for a
-//! while.
+//! booted once for all tests, whichever process asks first, and powers itself off when no process has asked
+//! for a while.
 //!
 //! # Two sides
 //!
-//! A test of `harness = false` gives its trials to [`main`]. Outside, each trial takes the machine for itself
+//! A test of `harness = false` gives its cases to [`main`]. Outside, each case takes the machine for itself
 //! ([`Machine`]), puts this very program and the `domsnap` under test into it, and runs it there with the
-//! name of the trial; what it says and how it ends is the trial's result. Inside, [`main`] runs the trial's
-//! body in dom0, with [`inside::DomU`], `xl` and `domsnap`. So a trial is ordinary Rust, and one result of
+//! name of the case; what it says and how it ends is the case's result. Inside, [`main`] runs the case's
+//! body in dom0, with [`inside::DomU`], `xl` and `domsnap`. So a case is ordinary Rust, and one result of
 //! `cargo nextest`.
 //!
 //! `cargo run -p xenguest --example dom0 -- COMMAND` runs any command in the same machine.
@@ -21,5 +21,5 @@ mod harness;
 pub mod inside;
 mod machine;
 
-pub use harness::{Trial, main};
+pub use harness::{TestCase, main};
 pub use machine::{Ended, Machine};

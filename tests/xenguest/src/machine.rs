@@ -9,7 +9,7 @@
 //!         pid
 //! ```
 //!
-//! dom0 itself ends the machine when it had no job for a while (`src-guest/dom0-init`), so nobody must.
+//! dom0 itself ends the machine when it had no job for a while (`src-guest/dom0-init`), so no test must.
 
 use std::{
     env,
@@ -132,12 +132,12 @@ impl Machine {
         let until = Instant::now() + BOOT;
         while !self.share().join("ready").exists() {
             if let Some(status) = child.try_wait()? {
-                bail!("QEMU ended ({status}) before dom0 was ready{}", self.last_words());
+                bail!("QEMU ended ({status}) before dom0 was ready{}", self.last_output());
             }
             if Instant::now() > until {
                 child.kill()?;
                 child.wait()?;
-                bail!("dom0 was not ready within {BOOT:?}{}", self.last_words());
+                bail!("dom0 was not ready within {BOOT:?}{}", self.last_output());
             }
             thread::sleep(LOOK);
         }
@@ -165,9 +165,9 @@ impl Machine {
             "console=com1 com1=115200,8n1 dom0_mem=1536M,max:1536M dom0_max_vcpus=1 noreboot=1 sched=credit \
              loglvl=warning guest_loglvl=warning xpti=0 spec-ctrl=0",
         ]);
-        let words = "console=hvc0 quiet panic=-1 mitigations=off random.trust_cpu=on";
+        let args = "console=hvc0 quiet panic=-1 mitigations=off random.trust_cpu=on";
         let (kernel, initrd) = (build::kernel(built), build::initrd(built));
-        qemu.arg("-initrd").arg(format!("{} {words},{}", kernel.display(), initrd.display()));
+        qemu.arg("-initrd").arg(format!("{} {args},{}", kernel.display(), initrd.display()));
         // dom0 writes to its root file system, and all of that goes with the machine.
         let root = build::root(built);
         qemu.arg("-drive")
@@ -193,7 +193,7 @@ impl Machine {
         Ok(qemu)
     }
 
-    fn last_words(&self) -> String {
+    fn last_output(&self) -> String {
         let read = |name: &str| {
             let mut bytes = Vec::new();
             let _ = File::open(self.run_dir().join(name)).and_then(|mut file| file.read_to_end(&mut bytes));
@@ -244,13 +244,13 @@ impl Machine {
             ensure!(
                 self.process(&self.run_dir()).is_some(),
                 "the machine with Xen ended{}",
-                self.last_words()
+                self.last_output()
             );
             if Instant::now() > until {
                 let output = read_text(&file("out"));
                 bail!(
                     "{line:?} has not ended within {deadline:?} in dom0; it said:\n{output}{}",
-                    self.last_words()
+                    self.last_output()
                 );
             }
             thread::sleep(LOOK);

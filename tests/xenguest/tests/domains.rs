@@ -12,59 +12,59 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use domsnap_tests::shim::{Counted, counted};
 use xenguest::{
-    Trial,
+    TestCase,
     inside::{Backend, DomU, Said, program, xl},
 };
 
 const DOMSNAP: &str = "/usr/local/bin/domsnap";
 const SHIM: &str = "/usr/local/bin/libfaultfs.so";
 
-const TRIALS: &[Trial] = &[
+const CASES: &[TestCase] = &[
     // Memory and external disks come back as they were as often as one likes.
-    Trial::new("memory_and_external_disks_revert_repeatedly", external),
+    TestCase::new("memory_and_external_disks_revert_repeatedly", external),
     // Memory and images and volumes are of one instant in one snapshot.
-    Trial::new("memory_images_and_volumes_are_of_one_instant", mixed),
+    TestCase::new("memory_images_and_volumes_are_of_one_instant", mixed),
     // Disks alone come back and the guest boots on them.
-    Trial::new("disk_only_revert_boots", disk_only),
+    TestCase::new("disk_only_revert_boots", disk_only),
     // Snapshots in a chain are deleted while the guest runs.
-    Trial::new("chain_is_deleted_while_the_guest_runs", delete_live),
-    Trial::new(
+    TestCase::new("chain_is_deleted_while_the_guest_runs", delete_live),
+    TestCase::new(
         // A domain that is off is started where its snapshot was and its snapshots are deleted.
         "domain_that_is_off_starts_from_memory",
         offline,
     ),
-    Trial::new(
-        // A paused guest has its disks taken and stays paused and its memory is refused with words.
+    TestCase::new(
+        // A paused guest has its disks taken and stays paused and its memory is refused with a message.
         "paused_guest_keeps_paused",
         paused,
     ),
     // A save that fills the disk is undone and the guest goes on.
-    Trial::new("full_disk_in_a_save_is_undone", full_disk),
+    TestCase::new("full_disk_in_a_save_is_undone", full_disk),
     // A memory image that was cut short is refused before anything is touched.
-    Trial::new("truncated_memory_is_refused_first", truncated),
+    TestCase::new("truncated_memory_is_refused_first", truncated),
     // A revert whose domain cannot be made brings the previous guest back.
-    Trial::new("failed_revert_restores_the_previous_guest", former_comes_back),
+    TestCase::new("failed_revert_restores_the_previous_guest", previous_guest_comes_back),
     // A config of another domain is refused before anything is touched.
-    Trial::new("config_of_another_domain_is_refused", other_config),
-    Trial::new(
+    TestCase::new("config_of_another_domain_is_refused", other_config),
+    TestCase::new(
         // Who takes the name of a domain that is reverted is not touched and the previous guest waits.
         "name_in_use_is_not_touched",
         name_taken,
     ),
     // A domsnap that is killed at any step of a create is recovered.
-    Trial::new("killed_at_any_step_of_a_create", killed_in_create),
+    TestCase::new("killed_at_any_step_of_a_create", killed_in_create),
     // A domsnap that is killed at any step of a revert is recovered.
-    Trial::new("killed_at_any_step_of_a_revert", killed_in_revert),
-    Trial::new(
+    TestCase::new("killed_at_any_step_of_a_revert", killed_in_revert),
+    TestCase::new(
         // An xl that is killed with its domsnap leaves nothing that recover cannot mend.
         "xl_killed_with_its_domsnap",
         killed_with_xl,
     ),
     // An image that a running domain has open is refused at rest.
-    Trial::new("image_open_elsewhere_is_refused", open_elsewhere),
-    // A plain file that the kernel serves is refused with words on how to change that.
-    Trial::new("kernel_served_file_is_refused", plain_file),
-    Trial::new(
+    TestCase::new("image_open_elsewhere_is_refused", open_elsewhere),
+    // A plain file that the kernel serves is refused with advice on how to change that.
+    TestCase::new("kernel_served_file_is_refused", plain_file),
+    TestCase::new(
         // A disk that is attached later is in the snapshots or they are refused by its name.
         "disk_attached_later_is_included_or_refused",
         attached_later,
@@ -72,7 +72,7 @@ const TRIALS: &[Trial] = &[
 ];
 
 fn main() -> ExitCode {
-    xenguest::main(TRIALS)
+    xenguest::main(CASES)
 }
 
 /// A guest, and a domsnap that knows nothing but it.
@@ -89,51 +89,50 @@ impl Run {
         Ok(Self { state: guest.dir().join("state"), domain: format!("xen:{name}"), guest })
     }
 
-    fn command(&self, words: &[&str]) -> Command {
+    fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(DOMSNAP);
-        command.args(words).env("DOMSNAP_STATE_DIR", &self.state).env("NO_COLOR", "1").stdin(Stdio::null());
+        command.args(args).env("DOMSNAP_STATE_DIR", &self.state).env("NO_COLOR", "1").stdin(Stdio::null());
         command
     }
 
-    /// The words, with the guest's name where they say `DOMAIN`.
-    fn named<'a>(&'a self, words: &[&'a str]) -> Vec<&'a str> {
-        words.iter().map(|word| if *word == "DOMAIN" { self.domain.as_str() } else { word }).collect()
+    /// The arguments, with the guest's name where they say `DOMAIN`.
+    fn named<'a>(&'a self, args: &[&'a str]) -> Vec<&'a str> {
+        args.iter().map(|word| if *word == "DOMAIN" { self.domain.as_str() } else { word }).collect()
     }
 
     /// Runs domsnap; `DOMAIN` stands for the guest.
-    fn domsnap(&self, words: &[&str]) -> Result<Said> {
-        let words = self.named(words);
+    fn domsnap(&self, args: &[&str]) -> Result<Said> {
+        let args = self.named(args);
         let begun = Instant::now();
-        let output =
-            self.command(&words).output().context("domsnap is not in the machine: build it first")?;
+        let output = self.command(&args).output().context("domsnap is not in the machine: build it first")?;
         let said = Said {
             status: output.status.code().unwrap_or(255),
             out: String::from_utf8_lossy(&output.stdout).into_owned(),
             err: String::from_utf8_lossy(&output.stderr).into_owned(),
         };
-        println!("{:>7} ms  domsnap {} -> {}", begun.elapsed().as_millis(), words.join(" "), said.status);
+        println!("{:>7} ms  domsnap {} -> {}", begun.elapsed().as_millis(), args.join(" "), said.status);
         print!("{}{}", said.out, said.err);
         Ok(said)
     }
 
     /// The same, with its log on standard error; it must succeed.
-    fn logged(&self, words: &[&str]) -> Result<Said> {
-        let words = self.named(words);
-        let output = self.command(&words).env("DOMSNAP_LOG", "debug").output()?;
+    fn logged(&self, args: &[&str]) -> Result<Said> {
+        let args = self.named(args);
+        let output = self.command(&args).env("DOMSNAP_LOG", "debug").output()?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let (out, err) = (text(&output.stdout), text(&output.stderr));
-        ensure!(output.status.success(), "domsnap {}: {out}{err}", words.join(" "));
+        ensure!(output.status.success(), "domsnap {}: {out}{err}", args.join(" "));
         Ok(Said { status: 0, out, err })
     }
 
-    fn ok(&self, words: &[&str]) -> Result<String> {
-        self.domsnap(words)?.ok().with_context(|| format!("domsnap {}", words.join(" ")))
+    fn ok(&self, args: &[&str]) -> Result<String> {
+        self.domsnap(args)?.ok().with_context(|| format!("domsnap {}", args.join(" ")))
     }
 
-    /// It must be refused with this status and these words, and the guest must not have noticed.
-    fn refused(&self, words: &[&str], status: i32, says: &str) -> Result<()> {
+    /// It must be refused with this status and this message, and the guest must not have noticed.
+    fn refused(&self, args: &[&str], status: i32, says: &str) -> Result<()> {
         let domid = self.guest.domid()?;
-        let said = self.domsnap(words)?;
+        let said = self.domsnap(args)?;
         ensure!(
             said.status == status,
             "it ended with {}, not {status}: {}{}",
@@ -171,9 +170,9 @@ impl Run {
     }
 
     /// The same as [`Run::command`], under the shim.
-    fn under_shim(&self, words: &[&str], variable: &str, value: &str) -> Command {
-        let words = self.named(words);
-        let mut command = self.command(&words);
+    fn under_shim(&self, args: &[&str], variable: &str, value: &str) -> Command {
+        let args = self.named(args);
+        let mut command = self.command(&args);
         command
             .env("LD_PRELOAD", SHIM)
             .env("FAULTFS_PROGRAM", "domsnap")
@@ -183,22 +182,22 @@ impl Run {
     }
 
     /// The operations on files at which its steps begin; it is done.
-    fn steps(&self, words: &[&str]) -> Result<Vec<u64>> {
+    fn steps(&self, args: &[&str]) -> Result<Vec<u64>> {
         let list = Path::new("/vm/operations");
         let _ = fs::remove_file(list);
-        let status = self.under_shim(words, "FAULTFS_COUNT", &list.to_string_lossy()).status()?;
-        ensure!(status.success(), "domsnap {} ended with {status}", words.join(" "));
+        let status = self.under_shim(args, "FAULTFS_COUNT", &list.to_string_lossy()).status()?;
+        ensure!(status.success(), "domsnap {} ended with {status}", args.join(" "));
         let counted: Vec<Counted> = counted(list)?.into_iter().filter(Counted::begins_a_step).collect();
         let steps: Vec<u64> = counted.iter().map(|done| done.number).collect();
         ensure!(steps.len() >= 3, "the shim saw {} steps", steps.len());
-        println!("            {} steps: domsnap {}", steps.len(), words.join(" "));
+        println!("            {} steps: domsnap {}", steps.len(), args.join(" "));
         Ok(steps)
     }
 
     /// Kills it at one of them.
-    fn inject(&self, words: &[&str], step: u64) -> Result<()> {
+    fn inject(&self, args: &[&str], step: u64) -> Result<()> {
         let begun = Instant::now();
-        let status = self.under_shim(words, "FAULTFS_KILL_AT", &step.to_string()).status()?;
+        let status = self.under_shim(args, "FAULTFS_KILL_AT", &step.to_string()).status()?;
         // It takes some steps in another order, or fewer of them, another time.
         ensure!(status.success() || status.signal() == Some(9), "killed at {step}, it ended with {status}");
         println!("{:>7} ms  killed at operation {step}: {status}", begun.elapsed().as_millis());
@@ -242,7 +241,7 @@ fn external() -> Result<()> {
     let before = run.guest.ticks()?;
     let reported = run.logged(&["create", "DOMAIN", "s1", "--external"])?;
     ensure!(reported.out.contains("guest paused for"), "the pause is not reported: {}", reported.out);
-    tell_pause(&reported.err)?;
+    report_pause(&reported.err)?;
     let after = run.guest.ticks()?;
     run.guest.expect_no_bad()?;
     let domid = run.guest.domid()?;
@@ -267,8 +266,8 @@ fn external() -> Result<()> {
 
 /// Of the guest's pause, what xl and QEMU took, and what is domsnap's own: reported, not judged, for machines
 /// differ.
-fn tell_pause(log: &str) -> Result<()> {
-    let (_, rest) = log.split_once("the pause begins").context("the log tells of no pause")?;
+fn report_pause(log: &str) -> Result<()> {
+    let (_, rest) = log.split_once("the pause begins").context("the log has no pause")?;
     let end =
         rest.lines().position(|line| line.contains("the pause ends")).context("the pause does not end")?;
     let took = |line: &str| line.split_once("took_us=")?.1.split_whitespace().next()?.parse::<u64>().ok();
@@ -427,7 +426,7 @@ fn truncated() -> Result<()> {
     run.guest.expect_no_bad()
 }
 
-fn former_comes_back() -> Result<()> {
+fn previous_guest_comes_back() -> Result<()> {
     let mut run = Run::start("previous", &[Backend::Qcow2, Backend::Qcow2])?;
     run.ok(&["create", "DOMAIN", "s1", "--external"])?;
     let present = run.guest.ticks()?;
@@ -483,7 +482,7 @@ fn name_taken() -> Result<()> {
         is_away("taken")
     })?;
     program("/bin/kill", &["-STOP", &revert.id().to_string()])?.ok()?;
-    // It has never run, as one that the revert itself created: only its disks tell them apart.
+    // It has never run, as one that the revert itself created: only its disks distinguish them.
     xl(&["create", "-p", "-q", &other])?;
     let theirs = run.guest.domid()?;
     program("/bin/kill", &["-CONT", &revert.id().to_string()])?.ok()?;
@@ -509,9 +508,9 @@ fn is_away(name: &str) -> bool {
     program("/usr/sbin/xl", &["domid", name]).is_ok_and(|said| said.status != 0)
 }
 
-fn start(run: &Run, words: &[&str]) -> Result<Child> {
-    let words = run.named(words);
-    Ok(run.command(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
+fn start(run: &Run, args: &[&str]) -> Result<Child> {
+    let args = run.named(args);
+    Ok(run.command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
 }
 
 fn wait_until(domsnap: &mut Child, what: &str, happened: impl Fn() -> bool) -> Result<()> {
@@ -527,12 +526,12 @@ fn wait_until(domsnap: &mut Child, what: &str, happened: impl Fn() -> bool) -> R
 }
 
 /// Starts domsnap, and kills it when something is so.
-fn kill_when(run: &Run, words: &[&str], what: &str, happened: impl Fn() -> bool) -> Result<()> {
-    let mut child = start(run, words)?;
+fn kill_when(run: &Run, args: &[&str], what: &str, happened: impl Fn() -> bool) -> Result<()> {
+    let mut child = start(run, args)?;
     wait_until(&mut child, what, happened)?;
     child.kill()?;
     child.wait()?;
-    println!("            killed domsnap {} when {what}", words.join(" "));
+    println!("            killed domsnap {} when {what}", args.join(" "));
     Ok(())
 }
 
@@ -552,13 +551,12 @@ fn killed_in_create() -> Result<()> {
     run.ok(&["recover", "DOMAIN"])?;
     run.guest.expect_no_bad()?;
     ensure!(run.names()?.is_empty(), "a snapshot that did not happen is listed");
-    let words =
-        ["create", "DOMAIN", "k", "--disk-only", "--disk", "xvda=internal", "--disk", "xvdb=external"];
-    for step in run.steps(&words)? {
+    let args = ["create", "DOMAIN", "k", "--disk-only", "--disk", "xvda=internal", "--disk", "xvdb=external"];
+    for step in run.steps(&args)? {
         if !run.names()?.is_empty() {
             run.ok(&["delete", "DOMAIN", "k"])?;
         }
-        run.inject(&words, step)?;
+        run.inject(&args, step)?;
         run.ok(&["recover", "DOMAIN"]).with_context(|| format!("killed at {step}"))?;
         run.guest.expect_no_bad()?;
         ensure!(!run.guest.is_paused()?, "killed at {step}, it leaves the guest paused");
@@ -576,14 +574,14 @@ fn killed_in_revert() -> Result<()> {
     run.ok(&["create", "DOMAIN", "s1", "--external"])?;
     let after = run.guest.ticks()?;
     let places = ["revert", "previous"].map(|end| run.guest.dir().join(format!("inrevert.domsnap-{end}")));
-    let words = ["revert", "DOMAIN", "s1"];
+    let args = ["revert", "DOMAIN", "s1"];
     let (mut started, mut went_on) = (false, false);
-    for step in run.steps(&words)? {
+    for step in run.steps(&args)? {
         let present = run.guest.ticks()?;
-        run.inject(&words, step)?;
+        run.inject(&args, step)?;
         let note = fs::read_to_string(&places[0]).unwrap_or_default();
         if !started && note.contains("\"left\":[{") && is_away("inrevert") {
-            // Somebody starts it, who knows of nothing, and ends it. Its previous memory does not fit the
+            // A user who does not know starts it and ends it. Its previous memory does not fit the
             // disks any more.
             run.guest.create()?;
             run.guest.ticks()?;
@@ -620,9 +618,8 @@ fn kill_xl(word: &str) -> Result<()> {
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
-        if words.first().is_some_and(|first| first.ends_with(b"/xl"))
-            && words.get(1) == Some(&word.as_bytes())
+        let args: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        if args.first().is_some_and(|first| first.ends_with(b"/xl")) && args.get(1) == Some(&word.as_bytes())
         {
             program("/bin/kill", &["-9", &entry.file_name().to_string_lossy()])?.ok()?;
             killed += 1;
@@ -680,8 +677,8 @@ fn killed_with_xl() -> Result<()> {
 fn open_elsewhere() -> Result<()> {
     let run = Run::start("elsewhere", &[Backend::Qcow2])?;
     let image = run.guest.disk(0).to_string_lossy().into_owned();
-    for words in [&["create", image.as_str(), "s1"][..], &["disk", "create", image.as_str(), "s1"]] {
-        run.refused(words, 3, "elsewhere")?;
+    for args in [&["create", image.as_str(), "s1"][..], &["disk", "create", image.as_str(), "s1"]] {
+        run.refused(args, 3, "elsewhere")?;
     }
     run.guest.expect_no_bad()?;
     let known = program("/usr/bin/qemu-img", &["snapshot", "-l", "-U", &image])?.ok()?;

@@ -3,22 +3,22 @@ use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use xenguest::{
-    Trial,
+    TestCase,
     inside::{Backend, DomU, program, xl},
 };
 
-const TRIALS: &[Trial] = &[
-    Trial::new(
+const CASES: &[TestCase] = &[
+    TestCase::new(
         // A guest of xen ticks and its memory and disks agree over a save and a restore.
         "guest_agrees_over_save_and_restore",
         saved_and_restored,
     ),
     // A guest whose disk was put back and its memory not says so.
-    Trial::new("reverted_disk_alone_is_noticed", wrong_disk_is_noticed),
+    TestCase::new("reverted_disk_alone_is_noticed", wrong_disk_is_noticed),
 ];
 
 fn main() -> ExitCode {
-    xenguest::main(TRIALS)
+    xenguest::main(CASES)
 }
 
 fn saved_and_restored() -> Result<()> {

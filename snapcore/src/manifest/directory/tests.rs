@@ -86,8 +86,11 @@ fn manifests_are_read_as_written() {
         let found = manifests.read().unwrap();
         assert_eq!(found.problems, Vec::new());
         assert_eq!(SnapshotTree::new(found.snapshots), after.tree);
-        let told = found.domain.unwrap();
-        assert_eq!((told.revision, told.catalogue, &told.domain), (after.revision, Some(us), &after.domain));
+        let recorded = found.domain.unwrap();
+        assert_eq!(
+            (recorded.revision, recorded.catalogue, &recorded.domain),
+            (after.revision, Some(us), &after.domain)
+        );
         assert!(manifests.is_current(Some(us), &after) && !manifests.is_current(Some(us), &before));
         assert!(!manifests.is_current(Some(CatalogueId::fresh()), &after));
         before = after;
@@ -106,7 +109,7 @@ fn stale_directory_is_corrected() {
     manifests.write(us, None, &entry(1, &[old.clone(), kept.clone()])).unwrap();
     let half = format!("{}.json{TEMPORARY_SUFFIX}", SnapshotId::fresh());
     fs::write(manifests.directory.join(&half), "half").unwrap();
-    fs::write(manifests.directory.join("readme"), "of somebody").unwrap();
+    fs::write(manifests.directory.join("readme"), "of another program").unwrap();
     fs::write(manifests.directory.join(format!("{}.json", kept.id)), "damaged").unwrap();
     let now = entry(4, std::slice::from_ref(&kept));
     manifests.write(us, None, &now).unwrap();
@@ -137,7 +140,7 @@ fn unknown_manifests_stay() {
     manifests.write(us, None, &entry(6, &[])).unwrap();
     assert!(here(&place) && place.files().len() == 2, "{:?}", place.files());
     assert!(!manifests.is_current(Some(us), &entry(6, &[])));
-    manifests.put_aside(&[Item::Snapshot(theirs.id), Item::Snapshot(ours.id)]).unwrap();
+    manifests.move_aside(&[Item::Snapshot(theirs.id), Item::Snapshot(ours.id)]).unwrap();
     assert_eq!(manifests.read().unwrap().snapshots, std::slice::from_ref(&newer));
     assert!(place.files().contains(&format!("{}.json.left-out", theirs.id)));
     manifests.write(us, None, &entry(10, &[])).unwrap();
@@ -148,7 +151,7 @@ fn unknown_manifests_stay() {
 #[test]
 fn manifest_is_known_to_its_catalogue() {
     let (us, them) = (CatalogueId::fresh(), CatalogueId::fresh());
-    let told = |catalogue, revision| DomainManifest {
+    let recorded = |catalogue, revision| DomainManifest {
         catalogue,
         revision: Revision(revision),
         snapshots: Some(0),
@@ -156,17 +159,17 @@ fn manifest_is_known_to_its_catalogue() {
     };
     let ours = entry(7, &[]);
     // Behind: a crash came between the catalogue and the manifests.
-    assert!(told(Some(us), 7).is_known_to(us, &ours) && told(Some(us), 5).is_known_to(us, &ours));
-    assert!(!told(Some(us), 8).is_known_to(us, &ours));
-    assert!(!told(Some(them), 3).is_known_to(us, &ours));
-    assert!(told(None, 7).is_known_to(us, &ours) && !told(None, 8).is_known_to(us, &ours));
-    let mut of_another = told(Some(us), 5);
+    assert!(recorded(Some(us), 7).is_known_to(us, &ours) && recorded(Some(us), 5).is_known_to(us, &ours));
+    assert!(!recorded(Some(us), 8).is_known_to(us, &ours));
+    assert!(!recorded(Some(them), 3).is_known_to(us, &ours));
+    assert!(recorded(None, 7).is_known_to(us, &ours) && !recorded(None, 8).is_known_to(us, &ours));
+    let mut of_another = recorded(Some(us), 5);
     of_another.domain.name = DomainName::new("other").unwrap();
     assert!(!of_another.is_known_to(us, &ours));
     let follows = Some(Stamp { catalogue: Some(them), revision: Revision(6) });
     let taken = Entry { follows, ..entry(7, &[]) };
-    assert!(told(Some(them), 6).is_known_to(us, &taken) && told(Some(us), 7).is_known_to(us, &taken));
-    assert!(!told(Some(them), 7).is_known_to(us, &taken));
+    assert!(recorded(Some(them), 6).is_known_to(us, &taken) && recorded(Some(us), 7).is_known_to(us, &taken));
+    assert!(!recorded(Some(them), 7).is_known_to(us, &taken));
 }
 
 /// A damaged manifest is refused by name, and stops no other.

@@ -87,7 +87,7 @@ fn is_a_layer(disk: &Disk, record: &DiskRecord, beside: &Beside) -> Error {
         ErrorKind::Refused,
         format!(
             "the image {path} is a layer of disk {} of domain {name}, as the manifests in \
-             {manifests} tell",
+             {manifests} say",
             record.disk.target
         ),
     )
@@ -102,7 +102,7 @@ fn is_anothers(disk: &Disk, beside: &Beside) -> Error {
     let (path, name, manifests) = (&disk.path, &beside.manifest.domain.name, beside.place());
     Error::new(
         ErrorKind::Refused,
-        format!("the image {path} is a disk of domain {name}, as the manifests in {manifests} tell"),
+        format!("the image {path} is a disk of domain {name}, by the manifests in {manifests}"),
     )
     .state("no changes made")
     .advise(format!(

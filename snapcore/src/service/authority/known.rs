@@ -86,11 +86,11 @@ impl ManifestStore for KnownManifests {
         self.forgetting(|| self.store.clear(catalogue, entry))
     }
 
-    fn put_aside(&self, items: &[Item]) -> Result<()> {
+    fn move_aside(&self, items: &[Item]) -> Result<()> {
         match items.is_empty() {
             // The store has nothing to do, and the remembered manifest stays valid.
             true => Ok(()),
-            false => self.forgetting(|| self.store.put_aside(items)),
+            false => self.forgetting(|| self.store.move_aside(items)),
         }
     }
 
@@ -152,8 +152,8 @@ mod tests {
         fn clear(&self, catalogue: CatalogueId, entry: &Entry) -> Result<()> {
             self.directory.clear(catalogue, entry)
         }
-        fn put_aside(&self, items: &[Item]) -> Result<()> {
-            self.directory.put_aside(items)
+        fn move_aside(&self, items: &[Item]) -> Result<()> {
+            self.directory.move_aside(items)
         }
         fn have_no_place(&self) -> bool {
             self.directory.have_no_place()
@@ -202,7 +202,7 @@ mod tests {
             "what is remembered is what is there"
         );
         // After a change whose effect is not known here it is read again.
-        known.put_aside(&[Item::Domain]).unwrap();
+        known.move_aside(&[Item::Domain]).unwrap();
         assert_eq!(known.domain(), None);
         assert_eq!(reads.load(Ordering::SeqCst), 2);
     }

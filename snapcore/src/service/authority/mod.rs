@@ -75,24 +75,26 @@ impl Authority {
         let Some(catalogue) = self.records.identity().await? else { return Ok(None) };
         let reading = manifests.clone();
         let found = blocking(move || Ok(reading.domain())).await?;
-        let Some(told) = found.filter(|told| !told.is_known_to(catalogue, entry)) else { return Ok(None) };
+        let Some(recorded) = found.filter(|recorded| !recorded.is_known_to(catalogue, entry)) else {
+            return Ok(None);
+        };
         let (name, place) = (&entry.domain.name, manifests.place());
-        let message = if told.catalogue.is_some_and(|other| other != catalogue) {
+        let message = if recorded.catalogue.is_some_and(|other| other != catalogue) {
             format!(
                 "the manifests in {place} were written with another catalogue than this one: \
                  domain {name} was changed from another state directory"
             )
-        } else if told.domain.name != *name {
+        } else if recorded.domain.name != *name {
             format!(
                 "the manifests in {place} are of domain {}, and not of {name}: \
                  images of that domain were copied here",
-                told.domain.name
+                recorded.domain.name
             )
         } else {
             format!(
-                "the manifests in {place} tell of domain {name} at revision {}, and the catalogue knows it at \
+                "the manifests in {place} are of domain {name} at revision {}, and the catalogue knows it at \
                  revision {}: the catalogue is an older copy, as one brought back from a backup",
-                told.revision.0, entry.revision.0
+                recorded.revision.0, entry.revision.0
             )
         };
         Ok(Some(
@@ -100,7 +102,7 @@ impl Authority {
                 .state("its layers may not be what this catalogue takes them for; no changes made")
                 .advise(format!(
                     "use the state directory that the domain was last changed from; or take what manifests and images \
-                     tell in place of what this one has: `domsnap import --replace {}`",
+                     contain in place of what this one has: `domsnap import --replace {}`",
                     images_of(&entry.domain)
                 )),
         ))
@@ -157,7 +159,7 @@ impl Authority {
     ) -> Result<()> {
         // 1) Those that could not be used get another name, so that writing does not lose their content.
         let (aside, items) = (manifests.clone(), leftovers.left_out.clone());
-        blocking(move || aside.put_aside(&items)).await?;
+        blocking(move || aside.move_aside(&items)).await?;
         // 2) The domain's manifests are written, under the identities that its snapshots have now.
         self.write(manifests, entry).await?;
         // 3) Only then the manifests go whose snapshots have other identities: a crash before this leaves

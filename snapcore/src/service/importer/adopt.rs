@@ -31,18 +31,20 @@ impl Importer {
         for disk in &matched.disks {
             let backend = self.registry.get(&disk.format)?;
             let mut record = backend.adopt(disk, identity.active_path).await?;
-            let told = matched.record_of(disk);
-            if let Some(told) = told {
-                if identity.active_path == ActivePath::Keep && is_renamed(&*backend, &record, told).await? {
-                    let active = told.active.clone();
+            let recorded = matched.record_of(disk);
+            if let Some(recorded) = recorded {
+                if identity.active_path == ActivePath::Keep
+                    && is_renamed(&*backend, &record, recorded).await?
+                {
+                    let active = recorded.active.clone();
                     record = DiskRecord { owned: vec![active.clone()], active, ..record };
                 }
-                add_layers(matched, &*backend, &mut record, told, report).await?;
+                add_layers(matched, &*backend, &mut record, recorded, report).await?;
             }
             let state = backend.inspect(&record, InspectDepth::Layers, None).await?;
-            if let Some(told) = told.filter(|told| told.active != record.active) {
-                let copied = copied_tags(&state, &told.active).into_iter();
-                let of_manifest = |tag| (told.disk.target.clone(), told.active.clone(), tag);
+            if let Some(recorded) = recorded.filter(|recorded| recorded.active != record.active) {
+                let copied = copied_tags(&state, &recorded.active).into_iter();
+                let of_manifest = |tag| (recorded.disk.target.clone(), recorded.active.clone(), tag);
                 adopted.copies.extend(copied.map(of_manifest));
             }
             adopted.states.push(state);
@@ -55,10 +57,14 @@ impl Importer {
 /// Returns true if the adopted disk and the manifest's are one that was never frozen, so that neither has a
 /// file of its permanent name. Then the image at the path is the one that the manifest means, in another file
 /// if it was copied.
-async fn is_renamed(backend: &AnyDiskSnapshotter, record: &DiskRecord, told: &DiskRecord) -> Result<bool> {
+async fn is_renamed(
+    backend: &AnyDiskSnapshotter,
+    record: &DiskRecord,
+    recorded: &DiskRecord,
+) -> Result<bool> {
     Ok(backend.layer_file(record, &record.active) == record.disk.path
-        && !is_elsewhere(&told.active)
-        && !backend.has_layer(record, &told.active).await?)
+        && !is_elsewhere(&recorded.active)
+        && !backend.has_layer(record, &recorded.active).await?)
 }
 
 /// Adds the layers that the manifest calls the domain's own, as far as they exist. A layer outside of the
@@ -68,11 +74,11 @@ async fn add_layers(
     matched: &Matched,
     backend: &AnyDiskSnapshotter,
     record: &mut DiskRecord,
-    told: &DiskRecord,
+    recorded: &DiskRecord,
     report: &mut Report,
 ) -> Result<()> {
     let source = &matched.source;
-    for layer in &told.owned {
+    for layer in &recorded.owned {
         let Disk { target, path, .. } = &record.disk;
         if !source.trust && is_elsewhere(layer) && !source.owns(path, layer) {
             report.notes.push(format!(
@@ -89,9 +95,11 @@ async fn add_layers(
     Ok(())
 }
 
-/// The internal points of the layer `told`, which was active, that the active image has too. A copy that kept
-/// no hard links made two files of one image, and the one at the configured path is the one in use.
-fn copied_tags(state: &DiskState, told: &LayerName) -> Vec<String> {
-    let (Some(now), Some(then)) = (state.layer(&state.active), state.layer(told)) else { return Vec::new() };
+/// The internal points of the layer `recorded`, which was active, that the active image has too. A copy that
+/// kept no hard links made two files of one image, and the one at the configured path is the one in use.
+fn copied_tags(state: &DiskState, recorded: &LayerName) -> Vec<String> {
+    let (Some(now), Some(then)) = (state.layer(&state.active), state.layer(recorded)) else {
+        return Vec::new();
+    };
     then.internal.iter().filter(|point| now.internal.contains(point)).map(|point| point.tag.clone()).collect()
 }

@@ -36,9 +36,9 @@ impl Matched {
 
     /// The manifest's record of a disk.
     pub(super) fn record_of(&self, disk: &Disk) -> Option<&DiskRecord> {
-        self.manifest()?.domain.disks.iter().find(|told| match self.source.by_path {
-            true => told.disk.target == disk.target,
-            false => self.targets.get(&told.disk.target) == Some(&disk.target),
+        self.manifest()?.domain.disks.iter().find(|recorded| match self.source.by_path {
+            true => recorded.disk.target == disk.target,
+            false => self.targets.get(&recorded.disk.target) == Some(&disk.target),
         })
     }
 
@@ -54,10 +54,10 @@ impl Matched {
         let Some(manifest) = self.manifest().filter(is_whole) else { return Vec::new() };
         let disks = manifest.domain.disks.iter();
         disks
-            .flat_map(|told| {
-                let renamed = self.targets.get(&told.disk.target).filter(|_| !self.source.by_path);
-                let target = renamed.unwrap_or(&told.disk.target);
-                told.owned.iter().map(|layer| (target.clone(), layer.clone()))
+            .flat_map(|recorded| {
+                let renamed = self.targets.get(&recorded.disk.target).filter(|_| !self.source.by_path);
+                let target = renamed.unwrap_or(&recorded.disk.target);
+                recorded.owned.iter().map(|layer| (target.clone(), layer.clone()))
             })
             .collect()
     }
@@ -99,11 +99,11 @@ impl Importer {
         report.notes.extend(
             problems.map(|problem| format!("the manifest {} is left out: {}", problem.place, problem.why)),
         );
-        let told = match &found.domain {
+        let recorded = match &found.domain {
             Some(manifest) => match_disks(manifest, &source, manifests.place())?,
             None => Vec::new(),
         };
-        let targets: HashMap<Target, Target> = told.into_iter().collect();
+        let targets: HashMap<Target, Target> = recorded.into_iter().collect();
         let disks = match &found.domain {
             Some(manifest) if source.by_path => disks_of_manifest(manifest, &source),
             _ => source.disks.clone(),
@@ -147,24 +147,24 @@ impl Importer {
     /// stays.
     fn reached(&self, matched: &Matched, report: &mut Report) -> (Hypervisor, Option<Control>, ActivePath) {
         let source = &matched.source;
-        let Some(told) = matched.manifest().map(|manifest| &manifest.domain).filter(|_| source.by_path)
+        let Some(recorded) = matched.manifest().map(|manifest| &manifest.domain).filter(|_| source.by_path)
         else {
             return (source.hypervisor.clone(), source.control.clone(), source.active_path);
         };
         // Without its hypervisor in this program, the domain is known only as disks at rest.
-        let hypervisor = match self.registry.hypervisor(&told.hypervisor) {
-            Ok(_) => told.hypervisor.clone(),
+        let hypervisor = match self.registry.hypervisor(&recorded.hypervisor) {
+            Ok(_) => recorded.hypervisor.clone(),
             Err(_) => Hypervisor::NONE,
         };
-        if source.trust || told.control.is_none() {
-            return (hypervisor, told.control.clone(), told.active_path);
+        if source.trust || recorded.control.is_none() {
+            return (hypervisor, recorded.control.clone(), recorded.active_path);
         }
         if source.control.is_none() {
-            report.notes.push(not_confirmed(told));
+            report.notes.push(not_confirmed(recorded));
             // The manifest is kept for the user to inspect, under a name that is not read again.
             report.leftovers.left_out.push(Item::Domain);
         }
-        (hypervisor, source.control.clone(), told.active_path)
+        (hypervisor, source.control.clone(), recorded.active_path)
     }
 }
 
@@ -186,8 +186,8 @@ pub(in crate::service) fn name_of_images(disks: &[Disk]) -> Result<DomainName> {
 }
 
 /// The message for a user who did not confirm the connection that manifests give for a domain.
-fn not_confirmed(told: &Domain) -> String {
-    let what = match &told.control {
+fn not_confirmed(recorded: &Domain) -> String {
+    let what = match &recorded.control {
         Some(control) if !control.start.is_empty() => "how it is reached and which command starts it",
         _ => "how it is reached",
     };
@@ -195,8 +195,8 @@ fn not_confirmed(told: &Domain) -> String {
         "the manifests of domain {} say {what}: that is not used, because whoever owns the images' directory can have written \
          it; where it is right, confirm it before the domain is changed: `domsnap import --trust {}` (a change keeps what it \
          said as domain.json.left-out)",
-        told.name,
-        images_of(told)
+        recorded.name,
+        images_of(recorded)
     )
 }
 
@@ -207,11 +207,14 @@ fn follow_moved_paths(manifest: &DomainManifest, source: &mut ImportSource) {
         return;
     }
     for disk in &mut source.disks {
-        let told = manifest.domain.disks.iter().find(|told| told.disk.target == disk.target);
-        let Some(told) = told.filter(|told| told.disk.path.parent() == disk.path.parent()) else { continue };
+        let recorded = manifest.domain.disks.iter().find(|recorded| recorded.disk.target == disk.target);
+        let Some(recorded) = recorded.filter(|recorded| recorded.disk.path.parent() == disk.path.parent())
+        else {
+            continue;
+        };
         let was = disk.path.file_name().unwrap_or_default();
-        if told.disk.path != disk.path && told.owned.iter().any(|layer| layer.as_str() == was) {
-            disk.path = told.disk.path.clone();
+        if recorded.disk.path != disk.path && recorded.owned.iter().any(|layer| layer.as_str() == was) {
+            disk.path = recorded.disk.path.clone();
         }
     }
 }
@@ -226,9 +229,9 @@ fn match_disks(
     source: &ImportSource,
     place: &str,
 ) -> Result<Vec<(Target, Target)>> {
-    let told = &manifest.domain.disks;
+    let recorded = &manifest.domain.disks;
     let mut pairs = Vec::new();
-    for record in told {
+    for record in recorded {
         let name = record.disk.path.file_name();
         let exact = source.disks.iter().find(|disk| disk.path == record.disk.path);
         let disk = exact.or_else(|| source.disks.iter().find(|disk| disk.path.file_name() == name));
@@ -236,15 +239,18 @@ fn match_disks(
             pairs.push((record.disk.target.clone(), disk.target.clone()));
         }
     }
-    let whole = pairs.len() == told.len() && told.len() == source.disks.len();
+    let whole = pairs.len() == recorded.len() && recorded.len() == source.disks.len();
     if whole {
         return Ok(pairs);
     }
     let gone = |record: &DiskRecord| {
         pairs.iter().any(|(target, _)| *target == record.disk.target) || is_gone_file(&record.disk.path)
     };
-    let told_by_machine = !source.by_path && !source.hypervisor.is_none();
-    if !pairs.is_empty() && pairs.len() == source.disks.len() && (told_by_machine || told.iter().all(gone)) {
+    let reported_by_machine = !source.by_path && !source.hypervisor.is_none();
+    if !pairs.is_empty()
+        && pairs.len() == source.disks.len()
+        && (reported_by_machine || recorded.iter().all(gone))
+    {
         return Ok(pairs);
     }
     if source.import && source.by_path && !pairs.is_empty() && pairs.len() == source.disks.len() {
@@ -288,16 +294,16 @@ fn disks_of_manifest(manifest: &DomainManifest, source: &ImportSource) -> Vec<Di
             given || !is_gone_file(path)
         })
         .map(|record| {
-            let told = &record.disk;
-            let exact = source.disks.iter().find(|disk| disk.path == told.path);
-            let given =
-                exact.or_else(|| source.disks.iter().find(|d| d.path.file_name() == told.path.file_name()));
-            let path = match (given, source.disks.first().and_then(directory), told.path.file_name()) {
+            let recorded = &record.disk;
+            let exact = source.disks.iter().find(|disk| disk.path == recorded.path);
+            let given = exact
+                .or_else(|| source.disks.iter().find(|d| d.path.file_name() == recorded.path.file_name()));
+            let path = match (given, source.disks.first().and_then(directory), recorded.path.file_name()) {
                 (Some(given), _, _) => given.path.clone(),
-                (None, Some(beside), Some(name)) if !told.path.exists() => beside.join(name),
-                (None, _, _) => told.path.clone(),
+                (None, Some(beside), Some(name)) if !recorded.path.exists() => beside.join(name),
+                (None, _, _) => recorded.path.clone(),
             };
-            Disk { path, ..told.clone() }
+            Disk { path, ..recorded.clone() }
         })
         .collect()
 }

@@ -72,13 +72,13 @@ impl Importer {
         let problems = &matched.found.problems;
         report.leftovers.left_out.extend(problems.iter().filter_map(|problem| problem.item));
         report.leftovers.refused |= problems.iter().any(|problem| problem.item.is_none());
-        self.tell_apart(&mut restored, matched, report).await?;
+        self.distinguish(&mut restored, matched, report).await?;
         Ok(restored)
     }
 
     /// Gives snapshots new identities where another domain of the catalogue has the same ones. Then the
     /// images are a copy of a domain that exists too: two snapshots need two identities.
-    async fn tell_apart(
+    async fn distinguish(
         &self,
         restored: &mut Restored,
         matched: &Matched,

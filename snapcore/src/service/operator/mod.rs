@@ -144,7 +144,7 @@ fn outcome_of(entry: &Entry, plan: Plan, run: Run) -> Outcome {
         notes,
         recovered: Vec::new(),
         downtime_us: run.downtime.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
-        way: run.taken.map(|taken| taken.way),
+        method: run.taken.map(|taken| taken.method),
         start: run.start.iter().map(|word| crate::secrets::shown_word(word)).collect(),
         guest: run.guest,
         started: run.started,

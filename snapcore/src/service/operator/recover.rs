@@ -35,7 +35,7 @@ impl Operator {
             watched.refuse_users().await?;
             // 2) The journal says if the operation is undone or finished, and how far it got.
             let report = self.resume(entry, manifests, live.as_ref(), operation, cancel).await?;
-            self.events.tell(Event::Recovered { report: Box::new(report.clone()) });
+            self.events.report(Event::Recovered { report: Box::new(report.clone()) });
             reports.push(report);
             // 3) The recovered operation may have started the domain, stopped it, or resumed it.
             *live = self.locator.connect(&entry.domain).await?;
@@ -116,7 +116,7 @@ impl Operator {
             _ => Vec::new(),
         };
         for message in left {
-            self.events.tell(Event::Warning { domain: name.clone(), message });
+            self.events.report(Event::Warning { domain: name.clone(), message });
         }
         let (plan, run) = self.run(&mut locked, live.as_ref(), &Request::Tidy, &cancel).await?;
         if let Some(operation_id) = run.operation {
@@ -133,7 +133,7 @@ impl Operator {
         }
         match self.authority.write(&locked.manifests, &locked.located.entry).await {
             Err(error) if error.kind() == ErrorKind::NoSpace || locked.manifests.have_no_place() => {
-                self.events.tell(Event::Warning { domain: name, message: error.to_string() });
+                self.events.report(Event::Warning { domain: name, message: error.to_string() });
             }
             written => written?,
         }

@@ -57,7 +57,7 @@ impl Operator {
             let backend = self.registry.get(&record.disk.format)?;
             if !backend.is_gone(record).await? {
                 let attached = live.and_then(|live| live.disk(&record.disk.target));
-                guards.push(backend.hold(record, attached).await?);
+                guards.push(backend.lock(record, attached).await?);
             }
         }
         self.watcher.refuse_open_elsewhere(domain, live).await?;
@@ -85,7 +85,8 @@ impl Operator {
         if let (Some(live), Request::Delete(delete)) = (live, request) {
             live.limit(delete.limit);
         }
-        self.events.tell(Event::Planned { domain: entry.domain.name.clone(), plan: Box::new(plan.shown()) });
+        self.events
+            .report(Event::Planned { domain: entry.domain.name.clone(), plan: Box::new(plan.shown()) });
         Ok((plan, watched))
     }
 
@@ -104,7 +105,9 @@ impl Operator {
                 // The engine tries again at the end, and reports it.
                 Err(_) if manifests.have_no_place() => {}
                 done => done.map_err(|error| {
-                    error.state("the catalogue has the domain as its manifests told it; no image was touched")
+                    error.state(
+                        "the catalogue has the domain as its manifests describe it; no image was touched",
+                    )
                 })?,
             }
         } else if let Err(error) = self.authority.write(manifests, entry).await {

@@ -1,10 +1,10 @@
 //! Planning: the effect of an operation on a domain as it is on the machine, and the obstacles to it. Changes
-//! nothing but files of its own that it makes and removes as a test ([`trial`]).
+//! nothing but files of its own that it makes and removes as a test ([`probe`]).
 
 mod live;
 mod notes;
 mod preflight;
-mod trial;
+mod probe;
 mod users;
 
 use std::sync::Arc;

@@ -9,7 +9,7 @@
 //! - images that are linked or removed have no flag that forbids it, and are no mount points;
 //! - manifests of deleted snapshots can be removed.
 //!
-//! Then each directory that the plan works in is tested for what only a try can show ([`super::trial`]), and
+//! Then each directory that the plan works in is tested for what only a try can show ([`super::probe`]), and
 //! its free space is checked. Backends check their formats when they plan; a running domain checks what its
 //! hypervisor can do.
 //!
@@ -25,7 +25,7 @@ use rustix::fs::{Access, AtFlags, CWD, OFlags, StatxFlags, statvfs, statx};
 
 use super::Planning;
 use super::live::memory_directory_of;
-use super::trial::{MAKE_ROOM, Needs, Trial, no_room};
+use super::probe::{MAKE_ROOM, Needs, Probe, no_room};
 use crate::manifest::Item;
 use crate::service::authority::Manifests;
 use crate::service::images::file_id;
@@ -174,7 +174,7 @@ impl Works {
             let others = [&self.memory, &self.manifests].into_iter().flatten().map(|path| &**path);
             let all = beside.chain(self.images.keys().map(|path| &**path)).chain(others);
             for directory in all.filter(|directory| !directory.starts_with("/dev")) {
-                Trial::of(directory, records, false).sweep();
+                Probe::of(directory, records, false).sweep();
             }
         }
         if !plan.has_steps() && plan.commit.is_empty() {
@@ -212,7 +212,7 @@ impl Works {
             if let Some((name, letter)) = flag_of(&directory) {
                 return Err(flagged("what is made", &directory, name, letter));
             }
-            match Trial::of(&directory, records, dry).run(needs, bytes.min(MOST_TRIED)) {
+            match Probe::of(&directory, records, dry).run(needs, bytes.min(MOST_TRIED)) {
                 Err(error) if gives_room && error.kind() == ErrorKind::NoSpace => {}
                 tried => tried?,
             }

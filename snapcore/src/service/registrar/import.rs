@@ -73,7 +73,7 @@ impl Registrar {
                 format!("the catalogue has domain {} with {} snapshots", entry.domain.name, entry.tree.len()),
             )
             .state("nothing was changed")
-            .advise("to replace what it has by what manifests and images tell, say so with --replace"));
+            .advise("to replace what it has by what manifests and images contain, say so with --replace"));
         }
         Ok(Some(Known { entry, _lease: lease, outdated }))
     }

@@ -166,6 +166,6 @@ impl Registrar {
 
     /// Reports a failure that stops nothing.
     fn warn(&self, entry: &Entry, error: &Error) {
-        self.events.tell(Event::Warning { domain: entry.domain.name.clone(), message: error.to_string() });
+        self.events.report(Event::Warning { domain: entry.domain.name.clone(), message: error.to_string() });
     }
 }

@@ -1,6 +1,6 @@
 //! Looks for damage in a domain.
 
-use super::{Viewer, unnamed};
+use super::{Viewer, orphans};
 use crate::catalogue::Entry;
 use crate::manifest::Problem;
 use crate::service::DomainRef;
@@ -41,9 +41,9 @@ impl Viewer {
             }
             name = entry.domain.name.to_string();
         }
-        let words = "it is being changed, so what was seen of it may be of two moments, and is not told: check it when that \
+        let message = "it is being changed, so what was seen of it may be of two moments, and is not reported: check it when that \
                      has ended";
-        Ok(vec![finding(Severity::Warning, &name, words.to_owned())])
+        Ok(vec![finding(Severity::Warning, &name, message.to_owned())])
     }
 
     async fn check_once(&self, reference: &DomainRef) -> Result<(Entry, bool, Vec<Finding>)> {
@@ -94,7 +94,7 @@ impl Viewer {
             }
         };
         findings.extend(points_missing(record, &state, &entry.tree));
-        for layer in unnamed(record, &state, &entry.tree) {
+        for layer in orphans(record, &state, &entry.tree) {
             let Some(known) = state.layer(&layer) else { continue };
             // It is kept for the internal snapshots in it, which are needed.
             if !known.internal.is_empty() {
@@ -135,8 +135,8 @@ impl Viewer {
             })
             .collect();
         for snapshot in entry.tree.iter() {
-            let problem = match found.snapshots.iter().find(|told| told.id == snapshot.id) {
-                Some(told) if told == snapshot => continue,
+            let problem = match found.snapshots.iter().find(|recorded| recorded.id == snapshot.id) {
+                Some(recorded) if recorded == snapshot => continue,
                 Some(_) => "is stale",
                 None => "is missing",
             };
@@ -148,12 +148,12 @@ impl Viewer {
                 ),
             ));
         }
-        for told in found.snapshots.iter().filter(|told| entry.tree.get(told.id).is_none()) {
+        for recorded in found.snapshots.iter().filter(|recorded| entry.tree.get(recorded.id).is_none()) {
             findings.push(warn(
                 place,
                 format!(
-                    "there is a manifest of snapshot {}, which the catalogue does not have; `domsnap import --replace {}` takes in what manifests tell",
-                    told.name,
+                    "there is a manifest of snapshot {}, which the catalogue does not have; `domsnap import --replace {}` imports what the manifests contain",
+                    recorded.name,
                     images_of(&entry.domain)
                 ),
             ));

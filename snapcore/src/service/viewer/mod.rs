@@ -121,13 +121,13 @@ impl Viewer {
             reports.push(
                 match backend.inspect(&record, InspectDepth::Dependents, attached(&live, &record)).await {
                     Ok(state) => {
-                        let unnamed = unnamed(&record, &state, &entry.tree);
-                        DiskReport { record, state: Some(state), unnamed, problem: None }
+                        let orphans = orphans(&record, &state, &entry.tree);
+                        DiskReport { record, state: Some(state), orphans, problem: None }
                     }
                     Err(error) => DiskReport {
                         record,
                         state: None,
-                        unnamed: Vec::new(),
+                        orphans: Vec::new(),
                         problem: Some(error.to_string()),
                     },
                 },
@@ -149,7 +149,7 @@ fn shown(operation: Operation) -> Unfinished {
 
 /// The orphan layers: owned layers whose own state nothing needs. Such a layer is not the active one, is no
 /// point itself, and no foreign image is backed by it.
-fn unnamed(record: &DiskRecord, state: &DiskState, tree: &SnapshotTree) -> Vec<LayerName> {
+fn orphans(record: &DiskRecord, state: &DiskState, tree: &SnapshotTree) -> Vec<LayerName> {
     state
         .layers
         .iter()

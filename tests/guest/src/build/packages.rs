@@ -68,8 +68,8 @@ impl Packages {
     fn download(&self, package: &str) -> Result<PathBuf> {
         let work = tempfile::tempdir_in(&self.dir)?;
         // As whoever runs this: apt's own user may not write here.
-        let words = ["-qq", "-o", "APT::Sandbox::User=root", "download", package];
-        run(Command::new("apt-get").args(words).current_dir(work.path()), ADVICE)?;
+        let args = ["-qq", "-o", "APT::Sandbox::User=root", "download", package];
+        run(Command::new("apt-get").args(args).current_dir(work.path()), ADVICE)?;
         let Some(entry) = fs::read_dir(work.path())?.next().transpose()? else {
             bail!("apt-get downloaded nothing for {package}: {ADVICE}");
         };

@@ -7,12 +7,12 @@ use serde_json::Value;
 
 use super::program::{Output, run};
 
-/// `domsnap` with these words.
+/// `domsnap` with these arguments.
 ///
 /// # Errors
 /// It cannot be started: it was not built (`cargo build -p snapcli`).
-pub fn domsnap<S: AsRef<str>>(words: &[S]) -> Result<Output> {
-    run(Command::new("/t/domsnap").args(words.iter().map(AsRef::as_ref)))
+pub fn domsnap<S: AsRef<str>>(args: &[S]) -> Result<Output> {
+    run(Command::new("/t/domsnap").args(args.iter().map(AsRef::as_ref)))
         .context("domsnap is not in the machine: run `cargo build -p snapcli` first")
 }
 
@@ -20,20 +20,20 @@ pub fn domsnap<S: AsRef<str>>(words: &[S]) -> Result<Output> {
 ///
 /// # Errors
 /// It does not.
-pub fn done<S: AsRef<str>>(words: &[S]) -> Result<Output> {
-    let output = domsnap(words)?;
+pub fn done<S: AsRef<str>>(args: &[S]) -> Result<Output> {
+    let output = domsnap(args)?;
     match output.status {
         Some(0) => Ok(output),
         _ => bail!("{output}"),
     }
 }
 
-/// It must refuse, for all these words' reasons; gives what it said.
+/// It must refuse, for all these reasons. Returns its output.
 ///
 /// # Errors
 /// It does not, or says something else.
-pub fn refused<S: AsRef<str>>(words: &[S], reasons: &[&str]) -> Result<Output> {
-    let output = domsnap(words)?;
+pub fn refused<S: AsRef<str>>(args: &[S], reasons: &[&str]) -> Result<Output> {
+    let output = domsnap(args)?;
     if output.status != Some(3) {
         bail!("it should have refused: {output}");
     }
@@ -47,8 +47,8 @@ pub fn refused<S: AsRef<str>>(words: &[S], reasons: &[&str]) -> Result<Output> {
 ///
 /// # Errors
 /// It fails, or answers something else.
-pub fn asked<S: AsRef<str>>(words: &[S]) -> Result<Value> {
-    let mut all: Vec<String> = words.iter().map(|word| word.as_ref().to_owned()).collect();
+pub fn asked<S: AsRef<str>>(args: &[S]) -> Result<Value> {
+    let mut all: Vec<String> = args.iter().map(|word| word.as_ref().to_owned()).collect();
     all.push("--json".to_owned());
     let output = done(&all)?;
     serde_json::from_str(&output.stdout).with_context(|| format!("no JSON: {output}"))

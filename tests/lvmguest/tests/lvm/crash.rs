@@ -11,17 +11,17 @@ use lvmguest::inside::{done, read_block, snapshots, succeed, write_block};
 
 use crate::matrix::{Sort, expect, group, volume, volumes};
 
-/// The block that tells the states apart.
+/// The block that differs between the states.
 const STATE: u64 = 0;
 
 /// The block that is written between the crash and the recovery.
 const MEANWHILE: u64 = 900;
 
-/// Starts `domsnap -v`, and gives what it tells.
-fn started(words: &[&str]) -> Result<(Child, BufReader<ChildStderr>)> {
+/// Starts `domsnap -v`, and returns its output.
+fn started(args: &[&str]) -> Result<(Child, BufReader<ChildStderr>)> {
     let mut child = Command::new("/t/domsnap")
         .arg("-v")
-        .args(words)
+        .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -32,8 +32,8 @@ fn started(words: &[&str]) -> Result<(Child, BufReader<ChildStderr>)> {
 
 /// Runs `domsnap -v` and kills it some time after it has printed so many lines; gives whether it was killed
 /// before its end.
-fn killed(words: &[&str], lines: usize, after: Duration) -> Result<bool> {
-    let (mut child, reported) = started(words)?;
+fn killed(args: &[&str], lines: usize, after: Duration) -> Result<bool> {
+    let (mut child, reported) = started(args)?;
     let mut heard = 0;
     for line in reported.lines() {
         line?;
@@ -48,9 +48,9 @@ fn killed(words: &[&str], lines: usize, after: Duration) -> Result<bool> {
     Ok(status.code().is_none())
 }
 
-/// Runs `domsnap -v` and kills it as soon as it says these words, which it must.
-pub fn killed_at(words: &[&str], said: &str) -> Result<()> {
-    let (mut child, reported) = started(words)?;
+/// Runs `domsnap -v` and kills it as soon as it prints this text, which it must.
+pub fn killed_at(args: &[&str], said: &str) -> Result<()> {
+    let (mut child, reported) = started(args)?;
     let heard = reported.lines().map_while(Result::ok).any(|line| line.contains(said));
     child.kill()?;
     let status = child.wait()?;
@@ -171,7 +171,7 @@ fn what_a_domain_wrote_before_the_recovery_is_kept(sort: Sort) -> Result<()> {
         // What a killed one left comes to its end by itself.
         thread::sleep(Duration::from_secs(3));
         if std::fs::metadata(&path).is_err() {
-            // The instant between two renames: nobody can write.
+            // The instant between two renames: no process can write.
             done(&["recover"])?;
             continue;
         }

@@ -67,17 +67,17 @@ impl Live {
         Ok(())
     }
 
-    fn reported(&self, words: &[&str]) -> Result<()> {
+    fn reported(&self, args: &[&str]) -> Result<()> {
         let begun = Instant::now();
-        let output = done(words)?;
-        println!("{:>7.1} s {}: {}", begun.elapsed().as_secs_f32(), words.join(" "), output.stdout.trim());
-        self.sound().with_context(|| words.join(" "))
+        let output = done(args)?;
+        println!("{:>7.1} s {}: {}", begun.elapsed().as_secs_f32(), args.join(" "), output.stdout.trim());
+        self.sound().with_context(|| args.join(" "))
     }
 
     /// Takes a snapshot; between which ticks.
-    fn create(&self, words: &[&str]) -> Result<(u64, u64)> {
+    fn create(&self, args: &[&str]) -> Result<(u64, u64)> {
         let before = self.guest.ticks()?;
-        self.reported(&[&["create", NAME], words].concat())?;
+        self.reported(&[&["create", NAME], args].concat())?;
         Ok((before, self.guest.ticks()?))
     }
 

@@ -25,7 +25,7 @@ fn thick_snapshots_are_real() -> Result<()> {
     Ok(())
 }
 
-fn disks_are_blank_before_each_statement() -> Result<()> {
+fn disks_are_blank_before_each_case() -> Result<()> {
     let groups = succeed(Command::new("vgs").args(["--noheadings", "-o", "vg_name"]))?;
     ensure!(groups.stdout.trim().is_empty(), "{groups}");
     let none = run(Command::new("lvs").arg("vg/o"))?;
@@ -39,7 +39,7 @@ static GROUPS: [Group; 9] = [
         Machine::new,
         &[
             ("thick snapshots are real", thick_snapshots_are_real),
-            ("disks are blank before each case", disks_are_blank_before_each_statement),
+            ("disks are blank before each case", disks_are_blank_before_each_case),
         ],
     ),
     Group::new("thin volumes", Machine::new, matrix::THIN),

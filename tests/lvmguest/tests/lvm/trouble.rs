@@ -13,7 +13,7 @@ use rustix::fs::OFlags;
 
 use crate::matrix::{Sort, expect, group, volume, volumes};
 
-fn a_snapshot_that_overflowed_is_told_before_it_is_needed() -> Result<()> {
+fn overflowed_snapshot_is_reported_early() -> Result<()> {
     group(Sort::Thick)?;
     let path = volume(Sort::Thick, "root")?.path();
     write_block(&path, 0, b'a')?;
@@ -140,8 +140,8 @@ fn a_point_that_another_process_has_open_is_not_merged_later() -> Result<()> {
     );
     ensure!(volumes()? == before, "{:?}", volumes()?);
     drop(reader);
-    for words in [["-an", "vg/root"], ["-ay", "vg/root"]] {
-        succeed(Command::new("lvchange").args(words))?;
+    for args in [["-an", "vg/root"], ["-ay", "vg/root"]] {
+        succeed(Command::new("lvchange").args(args))?;
     }
     expect(&path, 0, b'b')?;
     done(&["revert", &path, "s"])?;
@@ -200,8 +200,8 @@ fn a_point_that_is_mounted_elsewhere_is_named() -> Result<()> {
     let mut said = [0; 6];
     child.stdout.as_mut().context("no output")?.read_exact(&mut said)?;
     let reasons = [point.as_str(), "mounted at /tmp/elsewhere in the mount namespace of process"];
-    for words in [["delete", &path, "s"], ["revert", &path, "s"]] {
-        refused(&words, &reasons)?;
+    for args in [["delete", &path, "s"], ["revert", &path, "s"]] {
+        refused(&args, &reasons)?;
     }
     drop(child.stdin.take());
     child.wait()?;
@@ -233,7 +233,7 @@ fn a_name_that_leaves_no_room_for_points_is_refused() -> Result<()> {
     Ok(())
 }
 
-fn a_merge_that_is_put_off_is_told_and_stops_everything() -> Result<()> {
+fn deferred_merge_is_reported_and_blocks() -> Result<()> {
     group(Sort::Thick)?;
     let path = volume(Sort::Thick, "root")?.path();
     succeed(Command::new("lvcreate").args(["-q", "-s", "-n", "by_hand", "-L", "8M", "vg/root"]))?;
@@ -282,17 +282,17 @@ fn a_device_that_knows_no_snapshots_goes_on_under_an_overlay_elsewhere() -> Resu
     expect(&device, 0, b'a')
 }
 
-fn lvm(words: &[&str]) -> Result<()> {
-    let (program, words) = words.split_first().unwrap_or((&"lvm", &[]));
-    succeed(Command::new(program).args(["-q", "-y"]).args(words)).map(drop)
+fn lvm(args: &[&str]) -> Result<()> {
+    let (program, args) = args.split_first().unwrap_or((&"lvm", &[]));
+    succeed(Command::new(program).args(["-q", "-y"]).args(args)).map(drop)
 }
 
 fn volumes_of_other_kinds_and_states_are_refused() -> Result<()> {
     group(Sort::Thin)?;
     for (kind, name, more) in [("mirror", "m", &["-m1"][..]), ("error", "e", &[]), ("linear", "ro", &["-pr"])]
     {
-        let words = ["lvcreate", "-Wn", "--type", kind, "-L", "8M", "-n", name];
-        lvm(&[&words[..], more, &["vg"]].concat())?;
+        let args = ["lvcreate", "-Wn", "--type", kind, "-L", "8M", "-n", name];
+        lvm(&[&args[..], more, &["vg"]].concat())?;
     }
     refused(&["create", "/dev/vg/m", "s"], &["of type mirror", "lvconvert -m0 vg/m", "format=raw"])?;
     refused(&["create", "/dev/vg/e", "s"], &["of type error", "format=raw"])?;
@@ -311,8 +311,8 @@ fn volumes_of_other_kinds_and_states_are_refused() -> Result<()> {
     lvm(&["lvextend", "-L", "+16M", "vg/striped"])?;
     lvm(&["lvchange", "-ay", "vg/striped"])?;
     write_block(path, 0, b'c')?;
-    let words = ["had 33554432 bytes", "50331648 now", "qemu-img convert"];
-    refused(&["revert", path, "two"], &words)?;
+    let args = ["had 33554432 bytes", "50331648 now", "qemu-img convert"];
+    refused(&["revert", path, "two"], &args)?;
     expect(path, 0, b'c')?;
     done(&["create", path, "large"])?;
     done(&["revert", path, "large"])?;
@@ -389,7 +389,7 @@ fn what_cannot_be_removed_is_removed_later() -> Result<()> {
     ensure!(failed.status == Some(1) && failed.stderr.contains(NO_CHANGE), "{failed}");
     ensure!(volumes()? == full, "{full:?} became {:?}", volumes()?);
     drop(fixed);
-    // What is left and still used stays, and keeps nobody from deleting another.
+    // What is left and still used stays, and prevents no other delete.
     lvm(&["lvchange", "-ay", "-K", &format!("vg/{left}")])?;
     let reader = std::fs::File::open(format!("/dev/vg/{left}"))?;
     let reported = done(&["delete", &path, "t"])?;
@@ -403,7 +403,7 @@ fn what_cannot_be_removed_is_removed_later() -> Result<()> {
     Ok(())
 }
 
-fn a_former_volume_that_is_used_is_removed_later() -> Result<()> {
+fn previous_volume_in_use_is_removed_later() -> Result<()> {
     group(Sort::Thin)?;
     let path = volume(Sort::Thin, "root")?.path();
     write_block(&path, 0, b'a')?;
@@ -450,7 +450,7 @@ fn an_undo_that_cannot_be_done_can_be_abandoned() -> Result<()> {
     ensure!(reported.stdout.contains("abandoned"), "{reported}");
     drop(fixed);
     if !Path::new(&path).exists() {
-        // It was killed between the two renames; the words for this say so.
+        // It was killed between the two renames; the message says so.
         let said = domsnap(&["create", &path, "t"])?;
         ensure!(said.stderr.contains("lvrename vg"), "{said}");
         let previous = volumes()?.into_iter().find(|name| name.ends_with("-old")).unwrap_or_default();
@@ -466,10 +466,7 @@ fn an_undo_that_cannot_be_done_can_be_abandoned() -> Result<()> {
 
 /// All of them.
 pub static CASES: &[TestCase] = &[
-    (
-        "a snapshot that overflowed is reported before it is needed",
-        a_snapshot_that_overflowed_is_told_before_it_is_needed,
-    ),
+    ("a snapshot that overflowed is reported before it is needed", overflowed_snapshot_is_reported_early),
     (
         "an area that fills up is warned of, with the command that grows it",
         an_area_that_fills_up_is_warned_of_with_the_command_that_grows_it,
@@ -498,15 +495,12 @@ pub static CASES: &[TestCase] = &[
     ("volumes of other kinds and states are refused", volumes_of_other_kinds_and_states_are_refused),
     ("a volume that the machine uses is refused", a_volume_that_the_machine_uses_is_refused),
     ("what cannot be removed is removed later", what_cannot_be_removed_is_removed_later),
-    ("a previous volume that is used is removed later", a_former_volume_that_is_used_is_removed_later),
+    ("a previous volume that is used is removed later", previous_volume_in_use_is_removed_later),
     ("an undo that cannot be done can be abandoned", an_undo_that_cannot_be_done_can_be_abandoned),
     ("what lvm would remove along is kept", what_lvm_would_remove_along_is_kept),
     ("a point that was made smaller is not merged", a_point_that_was_made_smaller_is_not_merged),
     ("a point that is mounted elsewhere is named", a_point_that_is_mounted_elsewhere_is_named),
     ("a point that another program removed is reported", a_point_that_another_program_removed_is_reported),
     ("a name that leaves no room for points is refused", a_name_that_leaves_no_room_for_points_is_refused),
-    (
-        "a merge that is deferred is reported, and stops everything",
-        a_merge_that_is_put_off_is_told_and_stops_everything,
-    ),
+    ("a merge that is deferred is reported, and stops everything", deferred_merge_is_reported_and_blocks),
 ];

@@ -82,10 +82,10 @@ fn domain() -> Result<(Running, PathBuf, PathBuf)> {
 }
 
 /// Everything that changes the domain is refused for these reasons, and nothing is changed.
-fn nothing_goes(words: &[&[&str]], reasons: &[&str]) -> Result<()> {
+fn nothing_goes(args: &[&[&str]], reasons: &[&str]) -> Result<()> {
     let before = volumes()?;
-    for words in words {
-        refused(words, reasons)?;
+    for args in args {
+        refused(args, reasons)?;
     }
     ensure!(volumes()? == before, "{before:?} became {:?}", volumes()?);
     Ok(())

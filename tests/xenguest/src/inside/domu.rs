@@ -41,7 +41,7 @@ pub struct DomU {
     dir: PathBuf,
     disks: Vec<(Backend, PathBuf)>,
     console: Console,
-    /// Where in the log the present judgement begins.
+    /// Where in the log the latest check begins.
     judged: u64,
 }
 
@@ -63,7 +63,7 @@ impl DomU {
     pub fn defined(name: &str, backends: &[Backend]) -> Result<Self> {
         let dir = PathBuf::from("/vm").join(name);
         if program("/usr/sbin/xl", &["domid", name])?.status == 0 {
-            // What a trial that was killed left.
+            // What a case that was killed left.
             xl(&["destroy", name])?;
         }
         if dir.exists() {
@@ -171,7 +171,7 @@ impl DomU {
         Ok((said.status == 0).then(|| said.out.trim().parse()).transpose()?)
     }
 
-    /// What `xl list -l` tells of it.
+    /// What `xl list -l` reports of it.
     ///
     /// # Errors
     /// It does not run.
@@ -288,7 +288,7 @@ impl DomU {
         text.lines().filter(is_bad).map(str::to_owned).collect()
     }
 
-    /// For trials that break something on purpose.
+    /// For cases that break something on purpose.
     pub fn forget_bad(&mut self) {
         self.judged = self.console.place();
     }

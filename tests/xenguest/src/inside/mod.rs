@@ -1,4 +1,4 @@
-//! What a trial has in dom0: guests of Xen, and programs.
+//! What a case has in dom0: guests of Xen, and programs.
 
 mod console;
 mod domu;

@@ -1,4 +1,4 @@
-//! Programs that a trial runs in dom0.
+//! Programs that a case runs in dom0.
 
 use std::{
     process::{Command, Stdio},
@@ -29,17 +29,17 @@ impl Said {
     }
 }
 
-/// Runs a program of dom0's to its end, and tells how long it took: the machine is slow, and a trial that
+/// Runs a program of dom0's to its end, and reports how long it took: the machine is slow, and a case that
 /// fails is slow to repeat.
 ///
 /// # Errors
 /// It cannot be started.
-pub fn program(name: &str, words: &[&str]) -> Result<Said> {
+pub fn program(name: &str, args: &[&str]) -> Result<Said> {
     let mut command = Command::new(name);
-    command.args(words).env("LC_ALL", "C").stdin(Stdio::null());
+    command.args(args).env("LC_ALL", "C").stdin(Stdio::null());
     let begun = Instant::now();
     let output = command.output().with_context(|| format!("{name} cannot be started in dom0"))?;
-    println!("{:>7} ms  {name} {}", begun.elapsed().as_millis(), words.join(" "));
+    println!("{:>7} ms  {name} {}", begun.elapsed().as_millis(), args.join(" "));
     Ok(Said {
         status: output.status.code().unwrap_or(255),
         out: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -51,6 +51,6 @@ pub fn program(name: &str, words: &[&str]) -> Result<Said> {
 ///
 /// # Errors
 /// With what it said.
-pub fn xl(words: &[&str]) -> Result<String> {
-    program("/usr/sbin/xl", words)?.ok().with_context(|| format!("xl {}", words.join(" ")))
+pub fn xl(args: &[&str]) -> Result<String> {
+    program("/usr/sbin/xl", args)?.ok().with_context(|| format!("xl {}", args.join(" ")))
 }

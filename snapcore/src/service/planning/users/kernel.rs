@@ -49,9 +49,9 @@ impl Locks {
         let (uses, keeps) = ([101, 103], [200, 201, 203]);
         let mut all = Self::None;
         for line in info.lines().filter_map(|line| line.strip_prefix("lock:")) {
-            let words: Vec<&str> = line.split_ascii_whitespace().collect();
-            let [.., kind, _, _, first, last] = words[..] else { continue };
-            if !words.contains(&"OFDLCK") && !words.contains(&"POSIX") {
+            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+            let [.., kind, _, _, first, last] = fields[..] else { continue };
+            if !fields.contains(&"OFDLCK") && !fields.contains(&"POSIX") {
                 continue;
             }
             let Ok(first) = first.parse::<u64>() else { continue };
@@ -283,9 +283,9 @@ struct Mapping<'a> {
 impl<'a> Mapping<'a> {
     fn of(line: &'a [u8]) -> Option<Self> {
         let line = std::str::from_utf8(line).ok()?;
-        let mut words = line.splitn(6, ' ');
-        let (range, permissions) = (words.next()?, words.next()?);
-        let (device, inode) = (words.nth(1)?, words.next()?);
+        let mut fields = line.splitn(6, ' ');
+        let (range, permissions) = (fields.next()?, fields.next()?);
+        let (device, inode) = (fields.nth(1)?, fields.next()?);
         let inode = inode.parse().ok().filter(|inode| *inode != 0)?;
         let (major, minor) = device.split_once(':')?;
         let number = |text| u32::from_str_radix(text, 16).ok();
@@ -294,7 +294,7 @@ impl<'a> Mapping<'a> {
             writes: permissions.contains('w') && permissions.ends_with('s'),
             device: makedev(number(major)?, number(minor)?),
             inode,
-            path: words.next().unwrap_or_default().trim_start(),
+            path: fields.next().unwrap_or_default().trim_start(),
         })
     }
 }
@@ -388,11 +388,11 @@ mod tests {
             let file = Utf8PathBuf::from_path_buf(file.clone()).unwrap();
             users_of(&HashMap::from([(id(file.as_std_path()), file)]), own, &HashSet::new(), true)
         };
-        let nobody = HashSet::new();
+        let none = HashSet::new();
         assert_eq!(users_of(&HashSet::from([std::process::id()])).found, []);
         for (redirection, writes) in [("3<", false), ("3>>", true), ("3<>", true)] {
             with_shell(&format!("exec {redirection} '{}'", link.display()), |pid| {
-                let found = users_of(&nobody).found;
+                let found = users_of(&none).found;
                 let user =
                     found.iter().find(|user| user.who.starts_with(&format!("process {pid} "))).unwrap();
                 assert_eq!((user.file, user.writes), (id(&file), writes), "{redirection}");
@@ -417,8 +417,9 @@ mod tests {
     #[test]
     fn locks_of_images_are_read() {
         let lock = |kind: &str, first: &str, last: &str| {
-            let of =
-                |words: &str| Locks::of(&format!("pos:\t0\nlock:\t1: {words} -1 fe:00:17 {first} {last}\n"));
+            let of = |fields: &str| {
+                Locks::of(&format!("pos:\t0\nlock:\t1: {fields} -1 fe:00:17 {first} {last}\n"))
+            };
             (of(&format!("OFDLCK ADVISORY  {kind}")), of(&format!("POSIX  ADVISORY  {kind}")))
         };
         let both = |locks: Locks| (locks, locks);

@@ -132,19 +132,19 @@ impl Watched {
                 );
                 *self.answered.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
                     Some(Instant::now());
-                return Ok(self.words(&users));
+                return Ok(self.message(&users));
             };
             if begun.elapsed() < if is_device(user.file) { PATIENCE_WITH_DEVICES } else { PATIENCE } {
                 tokio::time::sleep(BETWEEN_LOOKS).await;
                 continue;
             }
-            let Some((target, file)) = self.files.get(&user.file) else { return Ok(self.words(&users)) };
+            let Some((target, file)) = self.files.get(&user.file) else { return Ok(self.message(&users)) };
             return Err(user.error(&format!("disk {target}: {file}")));
         }
     }
 
     /// Returns the message on what could not be read.
-    fn words(&self, users: &Users) -> Option<String> {
+    fn message(&self, users: &Users) -> Option<String> {
         let what = match (users.unreadable, users.hidden) {
             (0, false) if self.unknown_process => {
                 return Some(
@@ -193,7 +193,7 @@ impl User {
         };
         Error::new(ErrorKind::Busy, format!("{image} {uses} by {}", self.who)).state("no changes made").advise(
             "stop that program, unmount or detach the device ('losetup -d', 'swapoff'); where it is a virtual machine, take \
-             the snapshot through its hypervisor ('domsnap domain scan' tells how) or shut it down",
+             the snapshot through its hypervisor ('domsnap domain scan' shows how) or shut it down",
         )
     }
 }

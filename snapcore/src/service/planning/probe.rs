@@ -49,13 +49,13 @@ pub(super) fn no_room(directory: &Utf8Path, bytes: u64) -> Error {
 }
 
 /// The test in one directory.
-pub(super) struct Trial {
+pub(super) struct Probe {
     directory: Utf8PathBuf,
     names: [String; 2],
     dry: bool,
 }
 
-impl Trial {
+impl Probe {
     /// Creates the test for the domain with these disks.
     pub(super) fn of(directory: &Utf8Path, disks: &[DiskRecord], dry: bool) -> Self {
         let domain = disks.first().map_or("", |record| record.disk.path.as_str());
@@ -204,26 +204,26 @@ mod tests {
 
     /// A run leaves nothing in the directory, and a sweep removes the remains of a crash.
     #[test]
-    fn trial_leaves_nothing_and_sweeps_remains() {
+    fn probe_leaves_nothing_and_sweeps_remains() {
         let dir = tempfile::tempdir().unwrap();
         let path = Utf8Path::from_path(dir.path()).unwrap();
         let count = || std::fs::read_dir(path).unwrap().count();
         for dry in [false, true] {
-            let (trial, before) = (Trial::of(path, &[], dry), count());
-            trial.run(Needs::Links, 8192).unwrap();
-            trial.run(Needs::Names, 0).unwrap();
+            let (probe, before) = (Probe::of(path, &[], dry), count());
+            probe.run(Needs::Links, 8192).unwrap();
+            probe.run(Needs::Names, 0).unwrap();
             assert_eq!(count(), before);
-            for name in &trial.names {
+            for name in &probe.names {
                 std::fs::write(path.join(name), "").unwrap();
             }
         }
-        Trial::of(path, &[], false).sweep();
+        Probe::of(path, &[], false).sweep();
         assert_eq!(count(), 0);
         // Another's file of that name stays.
-        let trial = Trial::of(path, &[], false);
-        std::fs::write(path.join(&trial.names[0]), "x").unwrap();
-        trial.sweep();
+        let probe = Probe::of(path, &[], false);
+        std::fs::write(path.join(&probe.names[0]), "x").unwrap();
+        probe.sweep();
         assert_eq!(count(), 1);
-        assert!(trial.run(Needs::Names, 0).unwrap_err().to_string().contains("takes no new file"));
+        assert!(probe.run(Needs::Names, 0).unwrap_err().to_string().contains("takes no new file"));
     }
 }

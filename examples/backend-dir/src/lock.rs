@@ -12,32 +12,32 @@ use crate::files::failed;
 
 type Locks = HashMap<Utf8PathBuf, Vec<File>>;
 
-/// The disks that this process holds, each with the files that it has locked of it.
+/// The disks that this process has locked, each with the files that it has locked of it.
 #[derive(Clone, Default)]
-pub(crate) struct Holds(Arc<Mutex<Locks>>);
+pub(crate) struct DiskLocks(Arc<Mutex<Locks>>);
 
-/// A disk that is held.
-pub(crate) struct Held {
-    holds: Holds,
+/// The lock on a disk; it ends when this is dropped.
+pub(crate) struct DiskLock {
+    locks: DiskLocks,
     disk: Utf8PathBuf,
 }
 
-impl Holds {
+impl DiskLocks {
     /// Locks the file that `disk` names.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] where anybody has it, this process too.
-    pub(crate) fn begin(&self, disk: &Utf8Path) -> Result<Held> {
+    /// [`ErrorKind::Busy`] if any process has it, this one included.
+    pub(crate) fn begin(&self, disk: &Utf8Path) -> Result<DiskLock> {
         let locked = lock(disk)?;
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(disk.to_owned(), vec![locked]);
-        Ok(Held { holds: self.clone(), disk: disk.to_owned() })
+        Ok(DiskLock { locks: self.clone(), disk: disk.to_owned() })
     }
 
     /// Locks a file too that becomes the disk, before it does.
     pub(crate) fn lock_too(&self, disk: &Utf8Path, file: &Utf8Path) -> Result<()> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(locked) = all.get_mut(disk) else {
-            return Err(Error::new(ErrorKind::Internal, format!("{disk} is worked on and not held")));
+            return Err(Error::new(ErrorKind::Internal, format!("{disk} is worked on and not locked")));
         };
         let id = |found: &std::fs::Metadata| (found.dev(), found.ino());
         let named = file.metadata().map_err(failed(format!("cannot look at {file}")))?;
@@ -48,9 +48,9 @@ impl Holds {
     }
 }
 
-impl Drop for Held {
+impl Drop for DiskLock {
     fn drop(&mut self) {
-        self.holds.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.disk);
+        self.locks.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.disk);
     }
 }
 

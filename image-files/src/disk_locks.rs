@@ -40,7 +40,7 @@ impl DiskLocks {
     /// [`ErrorKind::Busy`] if another operation of this process works on it.
     pub fn begin(&self, path: &Utf8Path) -> Result<Arc<ImageLocks>> {
         let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
-        disks.retain(|_, hold| hold.strong_count() > 0);
+        disks.retain(|_, locks| locks.strong_count() > 0);
         if disks.contains_key(&Self::key(path)) {
             return Err(Error::new(
                 ErrorKind::Busy,
@@ -48,9 +48,9 @@ impl DiskLocks {
             )
             .advise("wait until it is done"));
         }
-        let hold = Arc::new(ImageLocks::default());
-        disks.insert(Self::key(path), Arc::downgrade(&hold));
-        Ok(hold)
+        let locks = Arc::new(ImageLocks::default());
+        disks.insert(Self::key(path), Arc::downgrade(&locks));
+        Ok(locks)
     }
 
     /// The locks of the disk at `path`, if an operation works on it.
