@@ -15,7 +15,7 @@ export RUST_LIB_BACKTRACE = 0
 # Places for tests (.config/nextest.toml): each takes two or more of them.
 export NEXTEST_TEST_THREADS ?= $(shell expr 4 \* `nproc`)
 
-.PHONY: all build test test-all test-fast widths bench demo ci deps qemu nextest under-test
+.PHONY: all build test test-all test-fast widths words bench demo ci deps qemu nextest under-test
 
 all: build
 
@@ -64,9 +64,8 @@ bench: deps qemu build
 	$(CARGO) run --release --locked -q -p domsnap-benches -- $(BENCH)
 	$(if $(BENCH),,$(CARGO) run --release --locked -q -p lvmguest --example create_over_volumes -- target/release/domsnap 9)
 
-widths:
-	@scripts/widths
-	@scripts/words
+widths words:
+	@scripts/$@
 
 demo: deps qemu build
 	scripts/demo

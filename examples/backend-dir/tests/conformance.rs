@@ -20,7 +20,7 @@ impl TestBackend for Files {
         false // the kit's model of a power loss has no rename across directories, and an exchange here is one
     }
 
-    fn is_saved(&self, dir: &Utf8Path, locks: &[u8]) -> Result<Option<bool>> {
+    fn is_saved(&self, dir: &Utf8Path, holds: &[u8]) -> Result<Option<bool>> {
         Ok(Some(has_file(dir, "rescued-", holds)?))
     }
 }
