@@ -76,7 +76,7 @@ async fn run(backend: &FakeBackend) -> (Result<Run>, Entry) {
         current: None,
         machines: Vec::new(),
     };
-    let catalogue = SqliteCatalogue::new(&root.join("state"));
+    let catalogue = SqliteCatalogue::new(root.join("state"));
     let put = vec![Change::PutDomain(Box::new(domain.clone()), Vec::new())];
     catalogue.commit(&domain.name, Revision::ABSENT, put).await.unwrap();
     let nested = DISKS.map(|target| Step {

@@ -21,7 +21,7 @@ pub struct Finding {
     pub severity: Severity,
     /// The message.
     pub text: String,
-    /// True if [`super::repair`] corrects it.
+    /// True if [`Vhd::repair`](super::Vhd::repair) corrects it.
     pub repairable: bool,
     /// True if the image is not written before that.
     pub blocks_writing: bool,

@@ -42,7 +42,7 @@ pub struct Detached {
 ///
 /// # Errors
 /// [`ErrorKind::Invalid`], [`ErrorKind::Refused`] with QEMU's message. After an error the device has its old
-/// chain, unless [`Error::state`] says otherwise.
+/// chain, unless [`Error::state_now`] says otherwise.
 pub async fn detach(machine: &Machine, device: &str) -> Result<Detached> {
     detach_as(machine, device, Name::fresh("ph")).await
 }
@@ -113,7 +113,7 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
 ///
 /// # Errors
 /// [`ErrorKind::Invalid`], [`ErrorKind::Refused`] with QEMU's message. After an error the device has its
-/// placeholder and the chain's nodes are closed again (or [`Error::state`] names those left). The guest must
+/// placeholder and the chain's nodes are closed again (or [`Error::state_now`] names those left). The guest must
 /// not run then.
 pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Result<()> {
     let attempted = "attaching a disk";
