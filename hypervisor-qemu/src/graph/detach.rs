@@ -113,8 +113,8 @@ pub(crate) async fn detach_as(machine: &Machine, device: &str, placeholder: Name
 ///
 /// # Errors
 /// [`ErrorKind::Invalid`], [`ErrorKind::Refused`] with QEMU's message. After an error the device has its
-/// placeholder and the chain's nodes are closed again (or [`Error::state_now`] names those left). The guest must
-/// not run then.
+/// placeholder and the chain's nodes are closed again (or [`Error::state_now`] names those left). The guest
+/// must not run then.
 pub async fn attach(machine: &Machine, detached: &Detached, stack: &Stack) -> Result<()> {
     let attempted = "attaching a disk";
     let device = &detached.device;

@@ -42,8 +42,8 @@ impl Swap {
 ///
 /// # Errors
 /// [`ErrorKind::Invalid`] if the guest runs or a node is missing; [`ErrorKind::Refused`] with QEMU's message.
-/// After an error every device has its old chain (or [`Error::state_now`] names those that do not); the overlays
-/// stay open.
+/// After an error every device has its old chain (or [`Error::state_now`] names those that do not); the
+/// overlays stay open.
 pub async fn swap(machine: &Machine, swaps: &[Swap]) -> Result<Vec<String>> {
     let attempted = "replacing the chains of disks";
     require_paused(machine, attempted).await?;

@@ -135,8 +135,8 @@ impl Cut {
     /// [`ErrorKind::Invalid`]: no changes made, overlays stay open. [`ErrorKind::Refused`],
     /// [`ErrorKind::Failed`], [`ErrorKind::Hook`]: the disks are as before and the overlays' nodes are
     /// closed. The migration is cancelled, its settings are restored, and the guest runs if it ran.
-    /// [`Error::state_now`] names any part of this that failed. [`ErrorKind::Lost`], [`ErrorKind::Timeout`]: the
-    /// same is tried, and steps that QEMU did not answer are undetermined.
+    /// [`Error::state_now`] names any part of this that failed. [`ErrorKind::Lost`], [`ErrorKind::Timeout`]:
+    /// the same is tried, and steps that QEMU did not answer are undetermined.
     pub async fn take<T, F>(
         self,
         machine: &Machine,

@@ -38,8 +38,8 @@ pub struct Restored {
 /// # Errors
 /// [`ErrorKind::Invalid`] if the guest runs, [`ErrorKind::Failed`] with QEMU's message. After an error the
 /// guest is paused. If the load had begun, its memory is undefined, and the disks of `devices` may be
-/// reverted. Load another memory image or reset the guest then. Resume it only if [`Error::state_now`] reports
-/// that nothing was changed.
+/// reverted. Load another memory image or reset the guest then. Resume it only if [`Error::state_now`]
+/// reports that nothing was changed.
 pub async fn restore_in_place(
     machine: &Machine,
     image: &Image,
