@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use snapcore::{Consistency, DiskPoint, DiskRecord, FreeNames, Point, Snapshot, SnapshotId};
 
 use crate::names::Volume;
-use crate::report::{Row, VolumeGroup, VolumeKind};
+use crate::report::{Row, VolumeGroup, VolumeKind, sort_points};
 
 /// Returns snapshots of the points that `known` does not have, oldest first. They become ours.
 pub(crate) fn discover(
@@ -30,7 +30,7 @@ pub(crate) fn discover(
         .filter(|row| !known.contains(&Point::external(row.layer())))
         .collect();
     let taken = |row: &Row| row.parsed_tags().taken.unwrap_or(row.time);
-    rows.sort_by(|a, b| (taken(a), &a.name).cmp(&(taken(b), &b.name)));
+    sort_points(&mut rows, taken);
     let mut found: Vec<Snapshot> = Vec::new();
     let mut names = FreeNames::default();
     for row in rows {

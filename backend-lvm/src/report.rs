@@ -191,7 +191,7 @@ impl VolumeGroup {
             .iter()
             .filter(|row| of.is_point(&row.name) && row.parsed_tags().ours && self.is_made_for(row, of))
             .collect();
-        points.sort_by(|a, b| (a.time, &a.name).cmp(&(b.time, &b.name)));
+        sort_points(&mut points, |row| row.time);
         points
     }
 
@@ -313,6 +313,25 @@ pub(crate) fn parse(text: &str) -> Result<Option<VolumeGroup>> {
     Ok(group)
 }
 
+/// Sorts points by `time`, in seconds. lvm2 counts whole seconds, so of those of one second a point comes after
+/// its parent, if its tags say which that is.
+pub(crate) fn sort_points(rows: &mut Vec<&Row>, time: impl Fn(&Row) -> i64) {
+    rows.sort_by(|a, b| (time(a), &a.name).cmp(&(time(b), &b.name)));
+    let mut sorted = Vec::with_capacity(rows.len());
+    while let Some(second) = rows.first().map(|row| time(row)) {
+        let same = rows.iter().take_while(|row| time(row) == second);
+        let waits = |row: &Row| {
+            let parent = row.parsed_tags().parent;
+            parent.is_some()
+                && same.clone().any(|other| other.name != row.name && Some(other.layer()) == parent)
+        };
+        // A loop of parents, which only another program can have written, is broken anywhere.
+        let next = same.clone().position(|row| !waits(row)).unwrap_or(0);
+        sorted.push(rows.remove(next));
+    }
+    *rows = sorted;
+}
+
 fn row(fields: Fields) -> Result<Row> {
     let some = |text: &str| (!text.is_empty()).then(|| unbracketed(text).to_owned());
     let bytes = |name, text: &str| match text.is_empty() {
@@ -423,6 +442,33 @@ mod tests {
             pool.metadata.is_some_and(|share| share.reaches(10))
                 && !pool.data.is_some_and(|share| share.reaches(50))
         );
+    }
+
+    /// Points of one second are sorted by their parents, whatever their names; a loop ends.
+    #[test]
+    fn points_of_one_second_follow_their_parents() {
+        let group = recorded();
+        let row = group.row("thick.ds-00000004").expect("it is there");
+        let name = snapcore::SnapshotName::new("n").expect("a name");
+        let point = |of: &str, parent: Option<&Row>, time: i64| Row {
+            name: of.to_owned(),
+            tags: crate::tags::of_point(&name, parent.map(Row::layer).as_ref()),
+            time,
+            ..row.clone()
+        };
+        let oldest = point("z", None, 6);
+        let (first, later) = (point("y", Some(&oldest), 7), point("a", None, 8));
+        let second = point("x", Some(&first), 7);
+        let third = point("b", Some(&second), 7);
+        let mut rows = vec![&later, &third, &second, &first, &oldest];
+        sort_points(&mut rows, |row| row.time);
+        let names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
+        assert_eq!(names, ["z", "y", "x", "b", "a"]);
+        let (one, other) = (point("m", Some(&first), 7), point("n", None, 7));
+        let (one, other) = (point("m", Some(&other), 7), point("n", Some(&one), 7));
+        let mut rows = vec![&one, &other];
+        sort_points(&mut rows, |row| row.time);
+        assert_eq!(rows.len(), 2);
     }
 
     /// VolumeKind and fill level of a snapshot are read.
