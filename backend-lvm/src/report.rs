@@ -313,8 +313,8 @@ pub(crate) fn parse(text: &str) -> Result<Option<VolumeGroup>> {
     Ok(group)
 }
 
-/// Sorts points by `time`, in seconds. lvm2 counts whole seconds, so of those of one second a point comes after
-/// its parent, if its tags say which that is.
+/// Sorts points by `time`, in seconds. lvm2 counts whole seconds, so of those of one second a point comes
+/// after its parent, if its tags say which that is.
 pub(crate) fn sort_points(rows: &mut Vec<&Row>, time: impl Fn(&Row) -> i64) {
     rows.sort_by(|a, b| (time(a), &a.name).cmp(&(time(b), &b.name)));
     let mut sorted = Vec::with_capacity(rows.len());
