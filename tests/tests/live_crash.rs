@@ -2,11 +2,10 @@
 //! memory and disks are of one instant, every snapshot holds what it held, and what was begun has happened or
 //! has not.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
-use std::process::Stdio;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -137,18 +136,10 @@ fn written_overlays(raw: bool, started_again: bool) -> Result<()> {
     // The hardest compression, so that the commit point is far from the instant.
     let args = [&["create", NAME, "x", "--compress=19"][..], if raw { &overlay } else { &["--external"] }];
     let mut child = live.domsnap().command(&args.concat()).stderr(Stdio::null()).spawn()?;
-    let (mut first, until) = (BTreeMap::new(), Instant::now() + Duration::from_secs(60));
-    // An overlay grows with the first write to it.
-    let has_grown =
-        |(file, length): (&PathBuf, &u64)| fs::metadata(file).is_ok_and(|now| now.len() > *length);
-    while first.len() < 2 || !first.iter().all(has_grown) {
-        ensure!(
-            Instant::now() < until && child.try_wait()?.is_none(),
-            "the guest wrote to no overlay: {first:?}"
-        );
-        for (file, about) in overlays(&live)? {
-            first.entry(file).or_insert(about.len());
-        }
+    // Only what QEMU flushed outlives its death: an overlay that has grown may map nothing yet.
+    let until = Instant::now() + Duration::from_secs(60);
+    while overlays(&live)?.iter().filter(|(file, _)| maps_data(file)).count() < 2 {
+        ensure!(Instant::now() < until && child.try_wait()?.is_none(), "the guest wrote to no overlay");
         sleep(Duration::from_millis(1));
     }
     child.kill()?;
@@ -173,6 +164,15 @@ fn written_overlays(raw: bool, started_again: bool) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Whether the overlay itself holds data, as its tables on disk say.
+fn maps_data(overlay: &Path) -> bool {
+    // It may be half made, or removed just now: then it holds nothing.
+    let map = Command::new("qemu-img").args(["map", "-U", "--output=json"]).arg(overlay).output();
+    let extents: Vec<serde_json::Value> =
+        map.ok().and_then(|map| serde_json::from_slice(&map.stdout).ok()).unwrap_or_default();
+    extents.iter().any(|extent| extent["depth"] == 0 && extent["data"] == true)
 }
 
 /// The overlays beside the guest's disks.
