@@ -128,14 +128,7 @@ pub(crate) fn state(record: &DiskRecord, volume: &Volume, group: &VolumeGroup) -
         let backing = (other.kind == VolumeKind::ThickSnapshot).then(|| volume.layer());
         layers.push(layer(volume, other, backing, ours || known));
     }
-    Ok(DiskState {
-        target: record.disk.target.clone(),
-        active: volume.layer(),
-        layers,
-        attached: false,
-        path_dependents: Vec::new(),
-        undetermined: Vec::new(),
-    })
+    Ok(DiskState::new(record.disk.target.clone(), volume.layer(), layers))
 }
 
 fn layer(volume: &Volume, row: &Row, backing: Option<LayerName>, owned: bool) -> Layer {

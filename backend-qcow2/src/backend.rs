@@ -107,18 +107,8 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
-        layers::check_path(&Qcow2Chain, disk)?;
         let (disk, limits) = (disk.clone(), self.limits.clone());
-        blocking(move || {
-            let active = match active_path {
-                ActivePath::Keep => layers::adopted_name(&disk)?,
-                ActivePath::New => LayerName(disk.path.file_name().unwrap_or("disk").to_owned()),
-            };
-            let record = DiskRecord { disk, active: active.clone(), owned: vec![active] };
-            layers::inspect(&Qcow2Chain, &record, InspectDepth::Layers, &limits, &FileIds::new())?;
-            Ok(record)
-        })
-        .await
+        blocking(move || layers::adopt(&Qcow2Chain, disk, active_path, &limits)).await
     }
 
     async fn inspect(
@@ -195,16 +185,8 @@ impl DiskSnapshotter for Qcow2 {
             {
                 plan.notes.extend(warnings_of_moving(&disk, layer)?);
             }
-            match preflight::check(&disk, &state, &request, &mut plan, max_depth) {
-                // The merge was not requested by the user, so its failure is only noted.
-                Err(error) if matches!(&request, DiskRequest::Delete { drop, .. } if drop.is_empty()) => {
-                    Ok(DiskPlan {
-                        notes: vec![format!("nothing was merged: {error}")],
-                        ..DiskPlan::default()
-                    })
-                }
-                checked => checked.map(|()| plan),
-            }
+            let checked = preflight::check(&disk, &state, &request, &mut plan, max_depth);
+            chain::unless_tidying(&request, checked.map(|()| plan))
         })
         .await
     }
@@ -212,18 +194,15 @@ impl DiskSnapshotter for Qcow2 {
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         names::require_writable_directory_of(&disk.disk.path)?;
         names::require_private_directory_of(&disk.disk.path)?;
-        let locks = self.locks.begin(&disk.disk.path)?;
-        let open = open_files(attached).await?;
-        if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
+        let (locks, at_rest) = self.locks.begin_beside(&disk.disk.path, attached).await?;
+        if at_rest {
             locks.lock(&disk.disk.path)?;
         }
         Ok(Box::new(locks))
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
-        if let Some(locks) = self.locks.of(&disk.disk.path) {
-            locks.unlock_all();
-        }
+        self.locks.yield_of(&disk.disk.path);
         Ok(())
     }
 
@@ -253,7 +232,7 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn is_superseded(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<bool> {
-        self.step(step, context, FileIds::new(), |place, action| place.is_superseded(action))
+        self.step(step, context, FileIds::new(), |place, action| place.files.is_superseded(action))
     }
 
     async fn status(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<StepStatus> {
@@ -284,7 +263,8 @@ impl DiskSnapshotter for Qcow2 {
         let request = DiskRequest::Delete { drop: drop.to_vec(), keep: keep.to_vec(), force: true };
         let plan = self.plan(disk, state, ActivePath::Keep, &request).await?;
         let (state, punch) = (state.clone(), self.punch);
-        blocking(move || cost(&plan, &state, punch)).await
+        blocking(move || chain::cost(&plan, &state, |layer, tags| freed_inside(&state, punch, layer, tags)))
+            .await
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
@@ -382,58 +362,16 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
             find(Severity::Note, &layer.file, message);
         }
     }
-    for overlay in &state.path_dependents {
-        let message = format!(
-            "its backing file is {} by that name: a revert is refused, and whatever the domain writes changes what it shows",
-            disk.disk.path
-        );
-        find(Severity::Warning, overlay, message);
-    }
-    for undetermined in &state.undetermined {
-        let message = format!(
-            "it may depend on a layer of {}, so reverts and deletes are refused: {}",
-            disk.disk.path, undetermined.why
-        );
-        find(Severity::Warning, &undetermined.file, message);
-    }
-    for stray in layers::strays(disk, state)? {
-        let message = "it has the name of a layer of this disk, and is none that the catalogue knows; 'domsnap import' \
-                     looks what it is"
-            .to_owned();
-        find(Severity::Note, &stray, message);
-    }
-    for owned in disk.owned.iter().filter(|owned| state.layer(owned).is_none()) {
-        let message = "the catalogue knows this layer, and its file is gone; where no snapshot needs it, `domsnap recover` \
-                     forgets it"
-            .to_owned();
-        find(Severity::Warning, &layer_path(&disk.disk.path, owned), message);
-    }
+    findings.extend(layers::findings(disk, state)?);
     Ok(findings)
 }
 
-fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState, punch: bool) -> Result<DeleteCost> {
-    let mut cost = DeleteCost::default();
-    let mut kept_growth = 0u64;
-    for step in plan.steps() {
-        cost.moves = cost.moves.saturating_add(step.bytes);
-        match &step.action {
-            ChainStep::Remove { layers } => {
-                let gone = layers.iter().filter_map(|name| state.layer(name)).map(|layer| layer.allocated);
-                cost.frees = cost.frees.saturating_add(gone.sum());
-            }
-            ChainStep::DropInternal { layer, tags } => {
-                // A hypervisor that deletes it in the image it writes keeps the space for its next writes.
-                let punched = punch && !(state.attached && *layer == state.active);
-                if let Some(layer) = state.layer(layer).filter(|_| punched) {
-                    let image = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked())?;
-                    let tags: Vec<&str> = tags.iter().map(|tag| tag.name.as_str()).collect();
-                    cost.frees = cost.frees.saturating_add(image.freed_by_deleting(&tags)?);
-                }
-            }
-            ChainStep::Merge { .. } => kept_growth = kept_growth.saturating_add(step.bytes),
-            _ => {}
-        }
-    }
-    cost.frees = cost.frees.saturating_sub(kept_growth);
-    Ok(cost)
+/// Returns the bytes that deleting tags of a layer gives back to the file system.
+fn freed_inside(state: &DiskState, punch: bool, layer: &LayerName, tags: &[Tag]) -> Result<u64> {
+    // A hypervisor that deletes it in the image it writes keeps the space for its next writes.
+    let punched = punch && !(state.attached && *layer == state.active);
+    let Some(layer) = state.layer(layer).filter(|_| punched) else { return Ok(0) };
+    let image = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked())?;
+    let tags: Vec<&str> = tags.iter().map(|tag| tag.name.as_str()).collect();
+    Ok(image.freed_by_deleting(&tags)?)
 }

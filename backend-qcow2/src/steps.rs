@@ -11,7 +11,6 @@
 //! | remove, unname | nothing follows that depends on it |
 
 use std::fs::File;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::{ChainStep, Tag};
@@ -161,8 +160,7 @@ impl StepRunner<'_> {
     /// active layer once more would bring its old data back. (At rest the path is moved by a step of its own,
     /// after the merge is recorded.)
     fn has_pivoted(&self, run: &[LayerName], into: &LayerName) -> Result<bool> {
-        let merged_down = run.last().is_some_and(|top| *top == self.files.record.active && top != into);
-        Ok(merged_down && names::same_file(&self.files.file(into), &self.files.record.disk.path)?)
+        Ok(self.files.merges_active_down(run, into) && self.files.is_named_by_path(into)?)
     }
 
     pub(crate) fn reading(&self, layer: &LayerName) -> Result<Image> {
@@ -215,7 +213,6 @@ impl StepRunner<'_> {
     /// complete and durable.
     fn create_overlay(&self, layer: &LayerName, on: &LayerName, on_format: &str, size: u64) -> Result<()> {
         let file = self.files.file(layer);
-        let unfinished = names::unfinished_name(&file);
         let base = self.files.file(on);
         let mut new =
             NewImage::new(size).on(Backing { file: self.string(on), format: Some(on_format.to_owned()) });
@@ -225,15 +222,10 @@ impl StepRunner<'_> {
             // Only version 3 can mark a cluster above a backing file as zeros.
             new.version = 3;
         }
-        // Owner and mode are set before the file has any content, and before it has its name.
-        let made = names::create_unfinished(&file, &names::open_image(&base, false)?, &base)?;
-        let written = another(&made, &unfinished)
-            .and_then(|into| Ok(image::write_into(into, unfinished.as_std_path(), &new)?));
-        if let Err(error) = written {
-            names::remove_name(&unfinished)?;
-            return Err(error);
-        }
-        publish(&unfinished, &file, Some(&made))?;
+        let (made, ()) = names::write_unfinished(&file, &base, |into, passing| {
+            Ok::<_, Error>(image::write_into(into, passing.as_std_path(), &new)?)
+        })?;
+        publish(&names::unfinished_name(&file), &file, Some(&made))?;
         self.files.lock(&file)
     }
 
@@ -286,12 +278,13 @@ impl StepRunner<'_> {
         }
         let mut image = self.writing(layer)?;
         let present = present(&image, tags)?;
-        match forget {
-            false => drop(image.delete_snapshots(&present)?),
-            true => drop(image.forget_snapshots(&present)?),
+        if forget {
+            image.forget_snapshots(&present)?;
+            return Ok(());
         }
+        image.delete_snapshots(&present)?;
         drop(image);
-        if !forget { self.mend_if_resumed(layer) } else { Ok(()) }
+        self.mend_if_resumed(layer)
     }
 
     /// Frees what a crash or a failed call may have left of a step that is done, or was never begun: leaked
@@ -374,12 +367,7 @@ impl StepRunner<'_> {
 
     /// Moves data, and reports progress.
     fn moving<T>(&self, work: impl FnOnce(&image::Moving<'_>) -> image::Result<T>) -> Result<T> {
-        let moved = AtomicU64::new(0);
-        let tell = |bytes: u64| {
-            let done = moved.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-            self.progress.bytes(done, self.bytes.max(done));
-        };
-        Ok(work(&image::Moving { progress: &tell, cancelled: &|| self.cancel.is_cancelled() })?)
+        Ok(image::Moving::reported(self.progress, self.bytes, &|| self.cancel.is_cancelled(), work)?)
     }
 
     fn repoint(&self, child: &LayerName, to: &LayerName) -> Result<()> {
@@ -400,10 +388,6 @@ fn publish(unfinished: &Utf8Path, file: &Utf8Path, made: Option<&File>) -> Resul
         }
         published => published,
     }
-}
-
-fn another(file: &File, path: &Utf8Path) -> Result<File> {
-    file.try_clone().map_err(|error| names::io_error(error, format!("cannot open {path} once more")))
 }
 
 fn is_same_image(one: &Utf8Path, other: &Utf8Path) -> Result<bool> {

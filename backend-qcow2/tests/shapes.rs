@@ -90,16 +90,7 @@ impl Fixture {
             state.attached = under != Under::Rest;
             disks.push(DiskInput { record: record.clone(), state, backend: erased(Arc::new(backend)) });
         }
-        let seen = DomainInfo {
-            name: None,
-            running: true,
-            machine: serde_json::json!({}),
-            summary: String::new(),
-            memory_blockers: Vec::new(),
-            disks: Vec::new(),
-            agent: None,
-            config: None,
-        };
+        let seen = DomainInfo::new(serde_json::json!({}), true);
         let profile = HypervisorProfile::new(self.domain.hypervisor.clone(), "Fake", "NAME");
         let running = RunningDomain {
             profile: if under == Under::Recreating { profile.recreates() } else { profile },

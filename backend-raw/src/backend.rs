@@ -129,9 +129,8 @@ impl DiskSnapshotter for Raw {
             names::require_writable_directory_of(&disk.disk.path)?;
             names::require_private_directory_of(&disk.disk.path)?;
         }
-        let locks = self.locks.begin(&disk.disk.path)?;
-        let open = open_files(attached).await?;
-        if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
+        let (locks, at_rest) = self.locks.begin_beside(&disk.disk.path, attached).await?;
+        if at_rest {
             if is_device {
                 layers::refuse_used_device(&disk.disk.path)?;
             }
@@ -141,9 +140,7 @@ impl DiskSnapshotter for Raw {
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
-        if let Some(locks) = self.locks.of(&disk.disk.path) {
-            locks.unlock_all();
-        }
+        self.locks.yield_of(&disk.disk.path);
         Ok(())
     }
 

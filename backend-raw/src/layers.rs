@@ -84,14 +84,7 @@ pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, open: &FileIds) 
             }
         }
     }
-    let mut state = DiskState {
-        target: record.disk.target.clone(),
-        active: record.active.clone(),
-        layers,
-        attached: false,
-        path_dependents: Vec::new(),
-        undetermined: Vec::new(),
-    };
+    let mut state = DiskState::new(record.disk.target.clone(), record.active.clone(), layers);
     // No image beside a device can be backed by it.
     if depth == InspectDepth::Dependents && !is_device(path) {
         find_dependents(record, &mut state, open)?;

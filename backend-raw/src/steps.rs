@@ -289,19 +289,15 @@ impl StepRunner<'_> {
         if names::file_id(&file)?.is_some() {
             return Ok(());
         }
-        let passing = names::unfinished_name(&file);
         // Relative if they are in the same directory, so that they can be moved together.
         let base = match file.parent() == self.path().parent() {
             true => self.path().file_name().unwrap_or_default().to_owned(),
             false => self.path().to_string(),
         };
         let new = NewImage::new(size).on(Backing { file: base, format: Some("raw".to_owned()) });
-        let made = names::create_unfinished(&file, &names::open_image(self.path(), false)?, self.path())?;
-        let into = made
-            .try_clone()
-            .map_err(|error| names::io_error(error, format!("cannot open {passing} once more")))?;
-        image::write_into(into, passing.as_std_path(), &new)?;
-        names::publish(&passing, &file, Some(&made))
+        names::write_new(&file, self.path(), |into, passing| {
+            Ok(image::write_into(into, passing.as_std_path(), &new)?)
+        })
     }
 }
 

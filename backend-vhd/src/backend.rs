@@ -95,18 +95,8 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
-        layers::check_path(&VhdChain, disk)?;
         let (disk, limits) = (disk.clone(), self.limits.clone());
-        blocking(move || {
-            let active = match active_path {
-                ActivePath::Keep => layers::adopted_name(&disk)?,
-                ActivePath::New => LayerName(disk.path.file_name().unwrap_or("disk").to_owned()),
-            };
-            let record = DiskRecord { disk, active: active.clone(), owned: vec![active] };
-            layers::inspect(&VhdChain, &record, InspectDepth::Layers, &limits, &FileIds::new())?;
-            Ok(record)
-        })
-        .await
+        blocking(move || layers::adopt(&VhdChain, disk, active_path, &limits)).await
     }
 
     async fn inspect(
@@ -172,16 +162,8 @@ impl DiskSnapshotter for VhdFiles {
             let mut plan = chain::plan(&disk, &state, active_path, &capabilities, &request, &mut |run| {
                 visible(&disk, run)
             })?;
-            match refusal::check(&disk, &state, &mut plan) {
-                // The merge was not requested by the user, so its failure is only noted.
-                Err(error) if matches!(&request, DiskRequest::Delete { drop, .. } if drop.is_empty()) => {
-                    Ok(DiskPlan {
-                        notes: vec![format!("nothing was merged: {error}")],
-                        ..DiskPlan::default()
-                    })
-                }
-                checked => checked.map(|()| plan),
-            }
+            let checked = refusal::check(&disk, &state, &mut plan);
+            chain::unless_tidying(&request, checked.map(|()| plan))
         })
         .await
     }
@@ -189,9 +171,8 @@ impl DiskSnapshotter for VhdFiles {
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
         names::require_writable_directory_of(&disk.disk.path)?;
         names::require_private_directory_of(&disk.disk.path)?;
-        let locks = self.locks.begin(&disk.disk.path)?;
-        let open = open_files(attached).await?;
-        if names::file_id(&disk.disk.path)?.is_none_or(|id| !open.contains(&id)) {
+        let (locks, at_rest) = self.locks.begin_beside(&disk.disk.path, attached).await?;
+        if at_rest {
             locks.lock(&disk.disk.path)?;
             let path = disk.disk.path.clone();
             blocking(move || served::require_complete(&path)).await?;
@@ -200,9 +181,7 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
-        if let Some(locks) = self.locks.of(&disk.disk.path) {
-            locks.unlock_all();
-        }
+        self.locks.yield_of(&disk.disk.path);
         Ok(())
     }
 
@@ -227,7 +206,7 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     async fn is_superseded(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<bool> {
-        self.step(step, context, FileIds::new(), |place, action| place.is_superseded(action))
+        self.step(step, context, FileIds::new(), |place, action| place.files.is_superseded(action))
     }
 
     async fn status(&self, step: &Step<ChainStep>, context: StepContext<'_>) -> Result<StepStatus> {
@@ -252,7 +231,8 @@ impl DiskSnapshotter for VhdFiles {
     ) -> Result<DeleteCost> {
         let request = DiskRequest::Delete { drop: drop.to_vec(), keep: keep.to_vec(), force: true };
         let plan = self.plan(disk, state, ActivePath::Keep, &request).await?;
-        Ok(cost(&plan, state))
+        // There are no internal snapshots.
+        chain::cost(&plan, state, |_, _| Ok(0))
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
@@ -302,39 +282,8 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
             find(Severity::Error, &layer.file, message);
         }
     }
-    for undetermined in &state.undetermined {
-        let message = format!(
-            "it may depend on a layer of {}, so reverts and deletes are refused: {}",
-            disk.disk.path, undetermined.why
-        );
-        find(Severity::Warning, &undetermined.file, message);
-    }
-    for stray in layers::strays(disk, state)? {
-        let message = "it has the name of a layer of this disk, and is none that the catalogue knows; 'domsnap import' \
-                     looks what it is"
-            .to_owned();
-        find(Severity::Note, &stray, message);
-    }
-    for owned in disk.owned.iter().filter(|owned| state.layer(owned).is_none()) {
-        let message = "the catalogue knows this layer, and its file is gone; where no snapshot needs it, `domsnap recover` \
-                     forgets it"
-            .to_owned();
-        find(Severity::Warning, &layer_path(&disk.disk.path, owned), message);
-    }
+    findings.extend(layers::findings(disk, state)?);
     Ok(findings)
-}
-
-fn cost(plan: &DiskPlan<ChainStep>, state: &DiskState) -> DeleteCost {
-    let mut cost = DeleteCost::default();
-    for step in plan.steps() {
-        cost.moves = cost.moves.saturating_add(step.bytes);
-        if let ChainStep::Remove { layers } = &step.action {
-            let gone = layers.iter().filter_map(|name| state.layer(name)).map(|layer| layer.allocated);
-            cost.frees = cost.frees.saturating_add(gone.sum());
-        }
-    }
-    cost.frees = cost.frees.saturating_sub(cost.moves);
-    cost
 }
 
 /// Registers the backend with its default limits.

@@ -16,4 +16,4 @@ mod steps;
 pub use backend::{VhdFiles, register};
 pub use layers::find_children;
 pub use served::{ServedChain, ServedOptions, notes_of};
-pub use steps::parent_name_for;
+pub use steps::{parent_name_for, write_child};

@@ -61,7 +61,7 @@ pub(crate) fn refuse_open_child(record: &DiskRecord, open: &FileIds) -> Result<(
     Err(Error::new(
         ErrorKind::Refused,
         format!(
-            "{}: the running domain has {path} open, which is a child of another VHD, and QEMU's driver vpc does not know              parents: it reads zeros where only the parent has data",
+            "{}: the running domain has {path} open, which is a child of another VHD, and QEMU's driver vpc does not know parents: it reads zeros where only the parent has data",
             record.disk.target
         ),
     )

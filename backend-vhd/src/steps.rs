@@ -3,14 +3,13 @@
 //! | step | durable before what |
 //! |---|---|
 //! | name a layer | the second name, before any child refers to it |
-//! | create a child | the whole file under a temporary name, before it gets its own; that, before the switch |
+//! | create a child | the whole file under a temporary name, before its own name; that, before the switch |
 //! | switch | the new name, by one rename; the previous layer keeps its own name |
 //! | merge | all data and metadata of the receiving image, before anything else refers to it |
 //! | repoint | one write of the first page |
 //! | remove, unname | nothing follows that depends on it |
 
 use std::os::unix::fs::MetadataExt;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::ChainStep;
@@ -138,19 +137,7 @@ impl StepRunner<'_> {
             names::flush_directory_of(&file)?;
             return self.files.lock(&file);
         }
-        let unfinished = names::unfinished_name(&file);
-        let made = names::create_unfinished(&file, &names::open_image(&base, false)?, &base)?;
-        let written = made
-            .try_clone()
-            .map_err(|error| names::io_error(error, format!("cannot open {unfinished} once more")))
-            .and_then(|into| {
-                Ok(image::write_into(into, unfinished.as_std_path(), &NewImage::new(size).on(parent))?)
-            });
-        if let Err(error) = written {
-            names::remove_name(&unfinished)?;
-            return Err(error);
-        }
-        names::publish(&unfinished, &file, Some(&made))?;
+        write_child(&file, &base, &NewImage::new(size).on(parent))?;
         self.files.lock(&file)
     }
 
@@ -207,13 +194,8 @@ impl StepRunner<'_> {
             layers.push(Layer::Vhd(Box::new(opened)));
         }
         let mut chain = Chain::new(layers)?;
-        let moved = AtomicU64::new(0);
-        let tell = |bytes: u64| {
-            let done = moved.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-            self.progress.bytes(done, self.bytes.max(done));
-        };
-        let moving = Moving { progress: &tell, cancelled: &|| self.cancel.is_cancelled() };
-        image::merge(&mut chain, index, parent.as_ref(), &moving)?;
+        let merge = |moving: &Moving<'_>| image::merge(&mut chain, index, parent.as_ref(), moving);
+        Moving::reported(self.progress, self.bytes, &|| self.cancel.is_cancelled(), merge)?;
         Ok(())
     }
 
@@ -221,6 +203,14 @@ impl StepRunner<'_> {
         let parent = self.parent_name(to, false)?;
         Ok(self.writing(child)?.set_parent(&parent)?)
     }
+}
+
+/// Writes a new image, with the attributes of its parent. It gets its name when it is complete and durable.
+///
+/// # Errors
+/// [`ErrorKind::Exists`]; the system's.
+pub fn write_child(file: &Utf8Path, parent: &Utf8Path, new: &NewImage) -> Result<()> {
+    names::write_new(file, parent, |into, passing| Ok(image::write_into(into, passing.as_std_path(), new)?))
 }
 
 /// Describes the image `file` as the parent of a layer of the disk at `path`.

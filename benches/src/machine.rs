@@ -28,7 +28,7 @@ pub struct Running<'a> {
 pub struct Change {
     /// Of the process.
     pub cost: Cost,
-    /// How long the guest stood still, by domsnap's own measure.
+    /// Time for which the guest was paused, by domsnap's own measure.
     pub downtime: Duration,
     /// The method of the instant, where it has one.
     pub method: Option<String>,

@@ -78,7 +78,7 @@ impl Virsh {
         self.run(&["snapshot-delete", NAME, name])
     }
 
-    /// Lets the guest stand still, while another is measured.
+    /// Pauses the guest while another is measured.
     pub fn suspend(&self) -> Result<Cost> {
         self.run(&["suspend", NAME])
     }

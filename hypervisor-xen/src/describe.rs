@@ -117,13 +117,10 @@ pub(crate) fn seen(row: &Row, config: &Value) -> DomainInfo {
     let disks = drives.iter().map(seen_disk).chain(other_storage(config)).collect();
     DomainInfo {
         name: Some(row.name.clone()),
-        running: !row.flags.paused,
-        machine: record(config),
         summary,
-        memory_blockers: Vec::new(),
         disks,
-        agent: None,
         config: config_file(&row.name),
+        ..DomainInfo::new(record(config), !row.flags.paused)
     }
 }
 

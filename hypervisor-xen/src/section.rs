@@ -151,13 +151,10 @@ impl Note {
     pub(crate) fn seen(&self, name: &str) -> DomainInfo {
         DomainInfo {
             name: Some(name.to_owned()),
-            running: false,
-            machine: self.machine.clone(),
             summary: self.summary.clone(),
-            memory_blockers: Vec::new(),
             disks: self.disks.clone(),
-            agent: None,
             config: self.config.clone(),
+            ..DomainInfo::new(self.machine.clone(), false)
         }
     }
 }

@@ -10,8 +10,9 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{Error, ErrorKind, Result};
+use snapcore::{AttachedDisk, Error, ErrorKind, Result};
 
+use crate::file_steps::open_files;
 use crate::layer_name::disk_name;
 use crate::lock::{self, LockError, LockMode};
 use crate::names::{FileId, file_id, open_image};
@@ -51,6 +52,29 @@ impl DiskLocks {
         let locks = Arc::new(ImageLocks::default());
         disks.insert(Self::key(path), Arc::downgrade(&locks));
         Ok(locks)
+    }
+
+    /// Begins an operation on the disk at `path`, as [`DiskLocks::begin`]. Also returns true if the image is
+    /// at rest, so that the caller locks it: a hypervisor locks the images that it has open itself.
+    ///
+    /// # Errors
+    /// As [`DiskLocks::begin`]; the hypervisor's.
+    pub async fn begin_beside(
+        &self,
+        path: &Utf8Path,
+        attached: Option<&dyn AttachedDisk>,
+    ) -> Result<(Arc<ImageLocks>, bool)> {
+        let locks = self.begin(path)?;
+        let open = open_files(attached).await?;
+        Ok((locks, file_id(path)?.is_none_or(|id| !open.contains(&id))))
+    }
+
+    /// Releases the locks of the disk at `path`, if an operation works on it. A step that needs one locks
+    /// again.
+    pub fn yield_of(&self, path: &Utf8Path) {
+        if let Some(locks) = self.of(path) {
+            locks.unlock_all();
+        }
     }
 
     /// The locks of the disk at `path`, if an operation works on it.

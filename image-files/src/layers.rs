@@ -9,8 +9,8 @@ use crate::names::{FileId, file_id, io_error, require_own, require_own_or_device
 use crate::size_at;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{
-    ChainFile, Disk, DiskRecord, DiskState, Error, ErrorKind, InspectDepth, InternalPoint, Layer, LayerName,
-    Result, shell_command,
+    ActivePath, ChainFile, Disk, DiskRecord, DiskState, Error, ErrorKind, Finding, InspectDepth,
+    InternalPoint, Layer, LayerName, Result, Severity, shell_command,
 };
 
 use crate::{FileIds, look_at_path, refused_link};
@@ -79,6 +79,26 @@ pub fn file_of(record: &DiskRecord, layer: &LayerName) -> Result<Utf8PathBuf> {
     Ok(record.disk.path.clone())
 }
 
+/// Takes a disk that is not in the catalogue into it: checks its path, and reads its layers.
+///
+/// # Errors
+/// As [`check_path`] and [`inspect`].
+pub fn adopt(
+    format: &dyn ChainFormat,
+    disk: Disk,
+    active_path: ActivePath,
+    limits: &Limits,
+) -> Result<DiskRecord> {
+    check_path(format, &disk)?;
+    let active = match active_path {
+        ActivePath::Keep => adopted_name(&disk)?,
+        ActivePath::New => LayerName(disk.path.file_name().unwrap_or("disk").to_owned()),
+    };
+    let record = DiskRecord { disk, active: active.clone(), owned: vec![active] };
+    inspect(format, &record, InspectDepth::Layers, limits, &FileIds::new())?;
+    Ok(record)
+}
+
 /// Reads the state of the disk.
 pub fn inspect(
     format: &dyn ChainFormat,
@@ -101,14 +121,7 @@ pub fn inspect(
     if depth == InspectDepth::Active && record.owned.len() + FOREIGN_LAYERS <= limits.max_depth as usize {
         let (layer, _) =
             reader.layer(record.active.clone(), &file_of(record, &record.active)?, format.name())?;
-        return Ok(DiskState {
-            target: record.disk.target.clone(),
-            active: record.active.clone(),
-            layers: vec![layer],
-            attached: false,
-            path_dependents: Vec::new(),
-            undetermined: Vec::new(),
-        });
+        return Ok(DiskState::new(record.disk.target.clone(), record.active.clone(), vec![layer]));
     }
     reader.chain(record.active.clone())?;
     for layer in &record.owned {
@@ -119,14 +132,7 @@ pub fn inspect(
         }
     }
     let Reader { layers, seen, .. } = reader;
-    let mut state = DiskState {
-        target: record.disk.target.clone(),
-        active: record.active.clone(),
-        layers,
-        attached: false,
-        path_dependents: Vec::new(),
-        undetermined: Vec::new(),
-    };
+    let mut state = DiskState::new(record.disk.target.clone(), record.active.clone(), layers);
     if depth == InspectDepth::Dependents {
         format.dependents(record, limits, &mut state, &seen, open)?;
     }
@@ -358,7 +364,7 @@ pub fn name_of(path: &Utf8Path, file: &Utf8Path) -> LayerName {
 
 /// Returns a layer name for an active image that is not in the catalogue. It is the name that the image had
 /// before, if that still exists (a lost catalogue), or a new one.
-pub fn adopted_name(disk: &Disk) -> Result<LayerName> {
+fn adopted_name(disk: &Disk) -> Result<LayerName> {
     let Some(id) = file_id(&disk.path)? else {
         return Err(Error::new(ErrorKind::NotFound, format!("the disk image {} does not exist", disk.path)));
     };
@@ -375,8 +381,48 @@ pub fn adopted_name(disk: &Disk) -> Result<LayerName> {
     })
 }
 
+/// Finds what is wrong around a disk's images, whatever their format: images that name the configured path as
+/// their backing file, images whose backing file is undetermined, files that are named like layers and are
+/// none, and layers whose files are gone.
+///
+/// # Errors
+/// The system's.
+pub fn findings(record: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    let mut find = |severity, subject: &Utf8Path, message: String| {
+        findings.push(Finding { severity, subject: subject.to_string(), message });
+    };
+    for overlay in &state.path_dependents {
+        let message = format!(
+            "its backing file is {} by that name: a revert is refused, and whatever the domain writes changes what it shows",
+            record.disk.path
+        );
+        find(Severity::Warning, overlay, message);
+    }
+    for undetermined in &state.undetermined {
+        let message = format!(
+            "it may depend on a layer of {}, so reverts and deletes are refused: {}",
+            record.disk.path, undetermined.why
+        );
+        find(Severity::Warning, &undetermined.file, message);
+    }
+    for stray in strays(record, state)? {
+        let message = "it has the name of a layer of this disk, and is none that the catalogue knows; 'domsnap import' \
+                     looks what it is"
+            .to_owned();
+        find(Severity::Note, &stray, message);
+    }
+    for owned in record.owned.iter().filter(|owned| state.layer(owned).is_none()) {
+        let message = "the catalogue knows this layer, and its file is gone; where no snapshot needs it, `domsnap recover` \
+                     forgets it"
+            .to_owned();
+        find(Severity::Warning, &layer_path(&record.disk.path, owned), message);
+    }
+    Ok(findings)
+}
+
 /// Lists the files in the disk's directory that are named like its layers and are none.
-pub fn strays(record: &DiskRecord, state: &DiskState) -> Result<Vec<Utf8PathBuf>> {
+fn strays(record: &DiskRecord, state: &DiskState) -> Result<Vec<Utf8PathBuf>> {
     let path = &record.disk.path;
     let directory = path.parent().unwrap_or(Utf8Path::new("."));
     let failed = |error| io_error(error, format!("cannot list {directory}"));
@@ -408,7 +454,7 @@ fn own_name_of(disk: &Disk, id: FileId) -> Result<Option<LayerName>> {
 }
 
 /// Refuses a configured path for which promise 1 cannot be kept.
-pub fn check_path(format: &dyn ChainFormat, disk: &Disk) -> Result<()> {
+fn check_path(format: &dyn ChainFormat, disk: &Disk) -> Result<()> {
     let path = &disk.path;
     let metadata = look_at_path(path)?;
     if metadata.is_symlink() {

@@ -12,7 +12,7 @@
 //! | [`chain`] | the planner of disks that are chains of files |
 //! | [`engine`] | parts that image engines share: file, errors, copies; the recorder of crash tests |
 //! | [`layers`] | the layers of a chain, read from its files |
-//! | `file_steps` | steps that are the same for every format: name, switch, remove ([`FileSteps`]) |
+//! | `file_steps`, `salvage` | steps that are the same for every format: name, switch, remove ([`FileSteps`]) |
 //! | [`names`], `disk_locks`, `lock` | names, and locks that every user of the format honours |
 
 #![deny(unsafe_code)]
@@ -30,6 +30,7 @@ pub mod layers;
 mod lock;
 mod luks;
 pub mod names;
+mod salvage;
 mod size;
 
 pub use blocking::{blocking, in_place};

@@ -74,6 +74,49 @@ pub fn create_unfinished(path: &Utf8Path, model: &File, model_path: &Utf8Path) -
     })
 }
 
+/// Writes a new file under the temporary name of `path`, with the attributes of the file at `model`. `write`
+/// gets the file and that name, and makes the content durable. If it fails, the file is removed. Returns the
+/// file, for [`publish`].
+///
+/// # Errors
+/// Those of `write`; the system's.
+pub fn write_unfinished<T, E: From<Error>>(
+    path: &Utf8Path,
+    model: &Utf8Path,
+    write: impl FnOnce(File, &Utf8Path) -> std::result::Result<T, E>,
+) -> std::result::Result<(File, T), E> {
+    let passing = unfinished_name(path);
+    // Owner and mode are set before the file has any content, and before it has its name.
+    let made = create_unfinished(path, &open_image(model, false)?, model)?;
+    let into = made.try_clone().map_err(|error| io_error(error, format!("cannot open {passing} once more")));
+    match into.map_err(E::from).and_then(|into| write(into, &passing)) {
+        Ok(written) => Ok((made, written)),
+        Err(error) => {
+            remove_name(&passing)?;
+            Err(error)
+        }
+    }
+}
+
+/// Makes a new file at `path`, as [`write_unfinished`]. It gets its name when its content is durable, and
+/// replaces no other.
+///
+/// # Errors
+/// [`ErrorKind::Exists`]; those of `write`; the system's.
+pub fn write_new<T, E: From<Error>>(
+    path: &Utf8Path,
+    model: &Utf8Path,
+    write: impl FnOnce(File, &Utf8Path) -> std::result::Result<T, E>,
+) -> std::result::Result<T, E> {
+    let (made, written) = write_unfinished(path, model, write)?;
+    let passing = unfinished_name(path);
+    if let Err(error) = publish(&passing, path, Some(&made)) {
+        remove_name(&passing)?;
+        return Err(error.into());
+    }
+    Ok(written)
+}
+
 /// Refuses anything but a regular file at `path`, the place of a layer of ours. A link in its place is never
 /// followed. A missing file is accepted.
 ///

@@ -111,14 +111,8 @@ impl Machine {
                 .map(|_| "/elsewhere/clone.qcow2".into())
                 .collect(),
         });
-        DiskState {
-            target: self.record.disk.target.clone(),
-            active: self.record.active.clone(),
-            layers: layers.collect(),
-            attached: self.open.is_some(),
-            path_dependents: Vec::new(),
-            undetermined: Vec::new(),
-        }
+        let (target, active) = (self.record.disk.target.clone(), self.record.active.clone());
+        DiskState { attached: self.open.is_some(), ..DiskState::new(target, active, layers.collect()) }
     }
 
     fn keep(&self) -> Vec<Point> {

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `{"do":"info"}` | [`ControlInfo`] |
 //! | `{"do":"flush"}` | `{}` |
-//! | `{"do":"hold","seconds":N}` | `{"hold":NUMBER}`: no request is carried out until `go`, or after N seconds |
+//! | `{"do":"hold","seconds":N}` | `{"hold":NUMBER}`: no request runs until `go`, or for N seconds |
 //! | `{"do":"go","hold":NUMBER}` | `{}` |
 //! | `{"do":"swap","image":PATH}` | `{"generation":N}` |
 //! | `{"do":"snapshot","child":PATH,"id":TEXT}` | `{"generation":N}` |

@@ -305,7 +305,7 @@ async fn given_up(machine: &dyn TestMachine) -> Result<()> {
     for _ in 0..2 {
         fixture.apply(&section, &Counted::default()).await?;
         ensure!(fixture.open_files().await?.iter().all(HashSet::is_empty), "its disks are not free");
-        ensure!(!fixture.seen().await?.running, "the guest stands still");
+        ensure!(!fixture.seen().await?.running, "the guest is paused");
     }
     for _ in 0..2 {
         fixture.undo(&section).await?;

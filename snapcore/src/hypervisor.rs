@@ -451,6 +451,22 @@ pub struct DomainInfo {
     pub config: Option<Utf8PathBuf>,
 }
 
+impl DomainInfo {
+    /// Describes a domain by its machine alone: everything else is unknown or empty.
+    pub fn new(machine: serde_json::Value, running: bool) -> Self {
+        Self {
+            name: None,
+            running,
+            machine,
+            summary: String::new(),
+            memory_blockers: Vec::new(),
+            disks: Vec::new(),
+            agent: None,
+            config: None,
+        }
+    }
+}
+
 /// A merge of layers of an open chain into one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttachedMerge {

@@ -105,6 +105,18 @@ pub struct Undetermined {
 }
 
 impl DiskState {
+    /// Makes the state of a disk at rest that no file depends on.
+    pub fn new(target: Target, active: LayerName, layers: Vec<Layer>) -> Self {
+        Self {
+            target,
+            active,
+            layers,
+            attached: false,
+            path_dependents: Vec::new(),
+            undetermined: Vec::new(),
+        }
+    }
+
     /// The layer called `name`.
     pub fn layer(&self, name: &LayerName) -> Option<&Layer> {
         self.layers.iter().find(|layer| layer.name == *name)

@@ -40,16 +40,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         current: Some(found.id),
         machines: Vec::new(),
     };
-    let seen = DomainInfo {
-        name: None,
-        running: true,
-        machine: serde_json::json!({}),
-        summary: String::new(),
-        memory_blockers: Vec::new(),
-        disks: Vec::new(),
-        agent: None,
-        config: None,
-    };
+    let seen = DomainInfo::new(serde_json::json!({}), true);
     let alive = RunningDomain {
         profile: HypervisorProfile::new(domain.hypervisor.clone(), "Fake", "NAME"),
         seen: &seen,

@@ -100,16 +100,7 @@ async fn run(backend: &FakeBackend) -> (Result<Run>, Entry) {
         }],
         ..Plan::new("create", vec![SnapshotName::new("s1").unwrap()])
     };
-    let seen = DomainInfo {
-        name: None,
-        running: true,
-        machine: serde_json::json!({}),
-        summary: String::new(),
-        memory_blockers: Vec::new(),
-        disks: Vec::new(),
-        agent: None,
-        config: None,
-    };
+    let seen = DomainInfo::new(serde_json::json!({}), true);
     let mut registry = Registry::new();
     registry.register(Arc::new(backend.clone())).unwrap();
     let manifests: Arc<dyn ManifestStore> = Arc::new(ManifestDirectory::new(root.join("vda.fake.domsnap")));

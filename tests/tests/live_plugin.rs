@@ -1,5 +1,5 @@
 //! A running domain of which a plug-in serves a disk: the example in Python, which copies the disk's file
-//! while the guest stands still.
+//! while the guest is paused.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -64,7 +64,7 @@ fn plugin_disk_is_of_the_same_instant() -> Result<()> {
     live.sound()
 }
 
-/// A plug in that dies while the guest stands still does not leave it standing.
+/// A plug in that dies while the guest is paused does not leave it paused.
 #[test]
 fn dying_plugin_does_not_leave_guest_paused() -> Result<()> {
     let marks = tempfile::tempdir()?;

@@ -59,7 +59,7 @@ impl Domain {
         has_pattern(&self.disk, pattern)
     }
 
-    /// Everything that can be done with a guest that stands still, which is in the state `word`, and comes to
+    /// Everything that can be done with a guest that is paused, which is in the state `word`, and comes to
     /// it each time that `reach` is called.
     fn all_in_state(&mut self, word: &str, reach: impl Fn(&mut Self) -> Result<()>) -> Result<()> {
         // Not while the firmware is at its first instructions: it does not survive a reset then.
@@ -396,7 +396,7 @@ fn a_guest_whose_disk_is_full_is_worked_on() -> Result<()> {
     domain.qemu.wait_state("io-error")
 }
 
-/// A machine whose memory is saved by pre-copy alone, which comes to its end when the guest stands still: the
+/// A machine whose memory is saved by pre-copy alone, which comes to its end when the guest is paused: the
 /// guest writes to its memory until a key is pressed. In the directory is the socket of another client.
 fn busy(boot: Boot, more: &[&str]) -> Result<(Domain, tempfile::TempDir)> {
     let dir = tempfile::tempdir()?;
@@ -523,7 +523,7 @@ fn stop_by_another_client_outlasts_a_pre_copy() -> Result<()> {
         let outcome = create_while(&domain, dir.path(), &["create", "x", how], ("stop", json!({})))?;
         if let Some(outcome) = outcome {
             let outcome = outcome.expect_status(status::DONE)?;
-            // A `stop` that comes while the guest stands still for us has no effect in QEMU, and no client
+            // A `stop` that comes while the guest is paused for us has no effect in QEMU, and no client
             // hears of it.
             match (outcome.stdout.contains("another client"), outcome.stdout.contains("(pre-copy)")) {
                 (true, true) => at_the_end += 1,

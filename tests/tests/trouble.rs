@@ -57,7 +57,7 @@ struct Stopped {
 }
 
 impl Stopped {
-    /// Starts `domsnap` with `args` and waits until it stands still just before operation `number`.
+    /// Starts `domsnap` with `args` and waits until it is paused just before operation `number`.
     fn before(domain: &Domain, args: &[String], number: u64) -> Result<Stopped> {
         let domsnap = shim::stopping(shim::watching(domain.domsnap(), domain.root())?, number);
         let child = domsnap.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;

@@ -7,10 +7,11 @@
 use super::crash_tests::{KINDS, Seeded, base, open, overlay, state};
 use super::error::{ErrorKind, Result};
 use super::header::Backing;
-use super::merge::{Moving, merge};
+use super::merge::merge;
 use super::open::Image;
 use super::recorder::Recorder;
 use super::snapshot::NewSnapshot;
+use super::transfer::Moving;
 use super::view::RunLayer;
 
 type Operation = (&'static str, fn(&mut Image) -> Result<()>);

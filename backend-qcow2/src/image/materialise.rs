@@ -8,8 +8,9 @@ use image_files::{Attributes, Directory};
 use super::create::{NewImage, write_into};
 use super::error::{Context, Error, Result};
 use super::file::ImageFile;
-use super::merge::{MergeReport, Moving, fill};
+use super::merge::{MergeReport, fill};
 use super::open::Image;
+use super::transfer::Moving;
 use super::view::RunLayer;
 
 /// Creates a new image at `path` that reads like the internal snapshot `name` of `source`, with the same

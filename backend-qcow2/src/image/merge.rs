@@ -40,7 +40,7 @@ use super::header::{Backing, Compression};
 use super::mapping::{Geometry, Mapping, SUBCLUSTERS};
 use super::open::{HALF_DONE, Image};
 use super::reserve;
-use super::transfer::{Copier, Copy, Joiner};
+use super::transfer::{Copier, Copy, Joiner, Moving};
 use super::units::{GuestCluster, GuestOffset, HostOffset};
 use super::view::{ChainReader, Content, Piece, RunLayer, View};
 use super::writer::{ActiveWriter, InPlace};
@@ -51,22 +51,6 @@ const BATCH: u64 = 512 << 20;
 const TABLES: usize = 32 << 20;
 /// Data that is moved in one step, between two checks for cancellation.
 const STEP: u64 = 16 << 20;
-
-/// The caller's side of a merge.
-#[derive(Clone, Copy)]
-pub struct Moving<'a> {
-    /// Receives the bytes of each move: not a sum.
-    pub progress: &'a dyn Fn(u64),
-    /// Returns true if the merge should stop.
-    pub cancelled: &'a dyn Fn() -> bool,
-}
-
-impl Moving<'static> {
-    /// Runs to the end without reports.
-    pub fn quietly() -> Self {
-        Self { progress: &|_| {}, cancelled: &|| false }
-    }
-}
 
 /// The backing file of the run.
 pub struct RunBacking<'a> {

@@ -8,9 +8,10 @@ use std::path::Path;
 
 use super::crash_tests::crashed;
 use super::header::Backing;
-use super::merge::{Moving, RunBacking, merge};
+use super::merge::{RunBacking, merge};
 use super::open::{Image, OpenOptions};
 use super::recorder::Recorder;
+use super::transfer::Moving;
 use super::view::{RunLayer, View};
 use chain::{Dice, Made, Shape, assert_same, build};
 

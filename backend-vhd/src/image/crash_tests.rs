@@ -10,9 +10,10 @@ use image_files::engine::recorder::{Event, Recorder, crashed};
 use super::chain::{Chain, Layer};
 use super::finding::Severity;
 use super::header::ParentName;
-use super::merge::{Moving, merge};
+use super::merge::merge;
 use super::open::Vhd;
 use super::support::{Dice, Maker, Reference};
+use super::transfer::Moving;
 use super::units::{TimeStamp, UniqueId};
 
 const BLOCK: u64 = 16 << 10;

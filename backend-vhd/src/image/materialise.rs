@@ -9,7 +9,7 @@ use super::chain::Chain;
 use super::error::{Context, Error, ErrorKind, Result};
 use super::file::{ImageFile, Storage};
 use super::footer::{DiskType, Footer};
-use super::merge::Moving;
+use super::transfer::Moving;
 use super::transfer::{Copier, Copy, Joiner};
 use super::units::{MAX_SIZE, SECTOR, TimeStamp, UniqueId};
 

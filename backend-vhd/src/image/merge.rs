@@ -23,29 +23,13 @@ use super::error::{Context, Error, ErrorKind, Result};
 use super::footer::{DiskType, Footer};
 use super::header::{Header, LOCATOR_SPACE, ParentName};
 use super::open::{HALF_DONE, Vhd};
-use super::transfer::{Copier, Copy, Joiner};
+use super::transfer::{Copier, Copy, Joiner, Moving};
 use super::units::SECTOR;
 
 /// Data moved between two flushes.
 const BATCH: u64 = 256 << 20;
 /// Pieces in memory between two flushes.
 const PIECES: usize = 1 << 18;
-
-/// The caller's side of a merge.
-#[derive(Clone, Copy)]
-pub struct Moving<'a> {
-    /// Receives the bytes of each move: not a sum.
-    pub progress: &'a dyn Fn(u64),
-    /// Returns true if the merge should stop.
-    pub cancelled: &'a dyn Fn() -> bool,
-}
-
-impl Moving<'static> {
-    /// Runs to the end without reports.
-    pub fn quietly() -> Self {
-        Self { progress: &|_| {}, cancelled: &|| false }
-    }
-}
 
 /// Returns the bytes of each layer of a run (bottom first) that are visible at its top.
 ///

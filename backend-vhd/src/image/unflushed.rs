@@ -5,10 +5,8 @@
 //! [`Vhd::adopt`]. The data and the footer behind them are in the file; bits and BAT entries are not.
 
 use super::bat::FREE;
-use super::bitmap::Bitmap;
 use super::chain::{Chain, Layer};
 use super::error::{Error, ErrorKind, Result};
-use super::footer::DiskType;
 use super::header::Header;
 use super::open::Vhd;
 use super::units::SECTOR;
@@ -103,16 +101,7 @@ impl Vhd {
             return Err(changed());
         }
         match self.bat.get(&self.file, block)? {
-            FREE => {
-                self.bat.set(&self.file, block, note.entry)?;
-                let bitmap = match self.disk_type() {
-                    DiskType::Differencing => Bitmap::Bits(vec![0; size.bitmap_bytes() as usize].into()),
-                    DiskType::Dynamic | DiskType::Fixed => Bitmap::Full,
-                };
-                self.bitmaps.insert(block, bitmap);
-                self.fresh.insert(block);
-                self.dirty.insert(block);
-            }
+            FREE => self.add_block(block, note.entry)?,
             entry if entry == note.entry => {}
             _ => return Err(changed()),
         }

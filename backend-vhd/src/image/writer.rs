@@ -93,15 +93,23 @@ impl Vhd {
             let data = first + number as u64 * distance;
             let sector = u32::try_from((data - size.bitmap_bytes()) / SECTOR)
                 .map_err(|_| Error::new(ErrorKind::NoSpace, "the file is too large"))?;
-            self.bat.set(&self.file, block, sector)?;
-            let bitmap = match self.disk_type() {
-                DiskType::Differencing => Bitmap::Bits(vec![0; size.bitmap_bytes() as usize].into()),
-                DiskType::Dynamic | DiskType::Fixed => Bitmap::Full,
-            };
-            self.bitmaps.insert(block, bitmap);
-            self.dirty.insert(block);
-            self.fresh.insert(block);
+            self.add_block(block, sector)?;
         }
+        Ok(())
+    }
+
+    /// Adds a block, in memory, at a sector of the file: with clear bits in a differencing image, and with set
+    /// bits in a dynamic one.
+    pub(super) fn add_block(&mut self, block: u64, sector: u32) -> Result<()> {
+        let Some(size) = self.header.as_ref().map(Header::block) else { return Ok(()) };
+        self.bat.set(&self.file, block, sector)?;
+        let bitmap = match self.disk_type() {
+            DiskType::Differencing => Bitmap::Bits(vec![0; size.bitmap_bytes() as usize].into()),
+            DiskType::Dynamic | DiskType::Fixed => Bitmap::Full,
+        };
+        self.bitmaps.insert(block, bitmap);
+        self.dirty.insert(block);
+        self.fresh.insert(block);
         Ok(())
     }
 

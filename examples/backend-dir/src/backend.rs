@@ -119,14 +119,7 @@ impl DiskSnapshotter for Copies {
             internal: internal.collect(),
             dependents: Vec::new(),
         };
-        Ok(DiskState {
-            target: record.disk.target.clone(),
-            active: layer(),
-            layers: vec![only],
-            attached: false,
-            path_dependents: Vec::new(),
-            undetermined: Vec::new(),
-        })
+        Ok(DiskState::new(record.disk.target.clone(), layer(), vec![only]))
     }
 
     async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {

@@ -114,9 +114,7 @@ impl Action {
             fs::hard_link(disk, &rescued).map_err(failed(format!("cannot name {rescued}")))?;
             flush(&points(disk))?;
         }
-        Ok(Salvage::Saved(format!(
-            "{target}: the domain ran after the crash; what it wrote is in {rescued}"
-        )))
+        Ok(Salvage::Saved(format!("{target}: the domain ran after the crash; what it wrote is in {rescued}")))
     }
 
     pub(crate) fn status(&self, disk: &Utf8Path) -> StepStatus {

@@ -5,6 +5,7 @@
 //! each time from the layers that exist. So a layer that backs another image is never merged or removed.
 
 mod action;
+mod cost;
 mod delete;
 mod merge;
 mod neighbours;
@@ -18,7 +19,8 @@ use snapcore::{
 };
 
 pub use self::action::{ChainStep, Tag, room_of_overlay, uses};
-pub use self::neighbours::rebase;
+pub use self::cost::cost;
+pub use self::neighbours::{rebase, unless_tidying};
 use crate::layer_name::{is_layer_name, layer_path};
 use crate::names;
 
@@ -63,7 +65,7 @@ pub fn plan(
         }
         DiskRequest::Delete { drop, keep, .. } => {
             planner.delete(drop, keep, visible)?;
-            neighbours::allow_merges(record, state, drop.is_empty(), &mut planner.plan)?;
+            neighbours::allow_merges(record, state, neighbours::is_tidying(request), &mut planner.plan)?;
         }
         _ => {
             return Err(Error::new(

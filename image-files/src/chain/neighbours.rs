@@ -4,7 +4,8 @@
 use camino::Utf8PathBuf;
 
 use snapcore::{
-    ActivePath, DiskPlan, DiskRecord, DiskState, Error, ErrorKind, Result, Undetermined, shell_command,
+    ActivePath, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, Result, Undetermined,
+    shell_command,
 };
 
 use super::ChainStep;
@@ -70,11 +71,34 @@ pub(super) fn allow_merges(
     match refusal(record, state) {
         None => Ok(()),
         Some(error) if tidying => {
-            *plan = DiskPlan { notes: vec![format!("nothing was merged: {error}")], ..DiskPlan::default() };
+            *plan = nothing_merged(&error);
             Ok(())
         }
         Some(error) => Err(error),
     }
+}
+
+/// Empties a plan that no user requested, if it was refused: the refusal is only noted then.
+///
+/// # Errors
+/// The refusal of any other plan.
+pub fn unless_tidying(
+    request: &DiskRequest,
+    planned: Result<DiskPlan<ChainStep>>,
+) -> Result<DiskPlan<ChainStep>> {
+    match planned {
+        Err(error) if is_tidying(request) => Ok(nothing_merged(&error)),
+        planned => planned,
+    }
+}
+
+/// Returns true for a request that deletes nothing: it only merges what earlier ones have left.
+pub(super) fn is_tidying(request: &DiskRequest) -> bool {
+    matches!(request, DiskRequest::Delete { drop, .. } if drop.is_empty())
+}
+
+fn nothing_merged(error: &Error) -> DiskPlan<ChainStep> {
+    DiskPlan { notes: vec![format!("nothing was merged: {error}")], ..DiskPlan::default() }
 }
 
 fn refusal(record: &DiskRecord, state: &DiskState) -> Option<Error> {

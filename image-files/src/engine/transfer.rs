@@ -6,6 +6,9 @@
 //! of 1 MiB.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use snapcore::Progress;
 
 use super::error::{Error, Result};
 use super::file::ImageFile;
@@ -15,6 +18,40 @@ use super::offset::HostOffset;
 const CHUNK: usize = 1 << 20;
 /// Adjacent copies are joined up to this many bytes.
 const JOIN: u64 = 64 << 20;
+
+/// The caller's side of an operation that moves data.
+#[derive(Clone, Copy)]
+pub struct Moving<'a> {
+    /// Receives the bytes of each move: not a sum.
+    pub progress: &'a dyn Fn(u64),
+    /// Returns true if the operation should stop.
+    pub cancelled: &'a dyn Fn() -> bool,
+}
+
+impl Moving<'static> {
+    /// Runs to the end without reports.
+    pub fn quietly() -> Self {
+        Self { progress: &|_| {}, cancelled: &|| false }
+    }
+}
+
+impl Moving<'_> {
+    /// Runs `work`, and reports the sum of what it moves. `planned` are the bytes that it is expected to
+    /// move.
+    pub fn reported<T>(
+        progress: &dyn Progress,
+        planned: u64,
+        cancelled: &dyn Fn() -> bool,
+        work: impl FnOnce(&Moving<'_>) -> T,
+    ) -> T {
+        let moved = AtomicU64::new(0);
+        let report = |bytes: u64| {
+            let done = moved.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+            progress.bytes(done, planned.max(done));
+        };
+        work(&Moving { progress: &report, cancelled })
+    }
+}
 
 /// One copy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

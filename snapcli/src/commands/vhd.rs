@@ -176,25 +176,13 @@ pub fn copy(
     let path = path_of(image)?;
     let to = image_path(to)?;
     let mut chain = engine(Chain::open(path.as_std_path(), &options(session)?))?;
-    let unfinished = names::unfinished_name(&to);
-    let made = names::create_unfinished(&to, &names::open_image(&path, false)?, &path)?;
-    let into = made
-        .try_clone()
-        .map_err(|error| names::io_error(error, format!("cannot open {unfinished} once more")))?;
     let kind = match format {
         CopyFormat::Raw => Materialised::Raw,
         CopyFormat::VhdFixed => Materialised::Fixed { align },
     };
-    // The copy has its own name when it is complete and durable.
-    let copied = materialise(&mut chain, into, unfinished.as_std_path(), kind, &Moving::quietly());
-    if copied.is_err() {
-        names::remove_name(&unfinished)?;
-    }
-    let bytes = engine(copied)?;
-    if let Err(error) = names::publish(&unfinished, &to, Some(&made)) {
-        names::remove_name(&unfinished)?;
-        return Err(error.into());
-    }
+    let bytes = names::write_new(&to, &path, |into, passing| {
+        engine(materialise(&mut chain, into, passing.as_std_path(), kind, &Moving::quietly()))
+    })?;
     let done = vec![format!("copied {} of data to {to}", units::bytes(bytes))];
     let document =
         DiskVhdDoc { operation: "materialise".to_owned(), image: path, findings: Vec::new(), done };

@@ -420,18 +420,7 @@ mod tests {
 
     fn seen(disks: Vec<SeenDisk>) -> DomainInfo {
         let agent = Some("/run/agent".into());
-        let machine = serde_json::Value::Null;
-        let (summary, memory_blockers) = (String::new(), Vec::new());
-        DomainInfo {
-            name: None,
-            running: true,
-            machine,
-            summary,
-            memory_blockers,
-            disks,
-            agent,
-            config: None,
-        }
+        DomainInfo { disks, agent, ..DomainInfo::new(serde_json::Value::Null, true) }
     }
 
     fn drive(target: &str, path: &Utf8Path, left_out: Option<&str>) -> SeenDisk {

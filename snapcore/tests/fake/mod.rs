@@ -258,14 +258,7 @@ impl DiskSnapshotter for FakeBackend {
             internal: internal.collect(),
             dependents: Vec::new(),
         };
-        Ok(DiskState {
-            target: record.disk.target.clone(),
-            active: record.active.clone(),
-            layers: vec![layer],
-            attached: false,
-            path_dependents: Vec::new(),
-            undetermined: Vec::new(),
-        })
+        Ok(DiskState::new(record.disk.target.clone(), record.active.clone(), vec![layer]))
     }
 
     async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {

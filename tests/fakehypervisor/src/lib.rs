@@ -150,13 +150,9 @@ fn seen(name: &str, machine: &FakeMachine) -> DomainInfo {
     });
     DomainInfo {
         name: Some(name.to_owned()),
-        running: machine.running,
-        machine: serde_json::json!({ "fake": name }),
         summary: format!("a fake machine with {} disks", machine.disks.len()),
-        memory_blockers: Vec::new(),
         disks: disks.collect(),
-        agent: None,
-        config: None,
+        ..DomainInfo::new(serde_json::json!({ "fake": name }), machine.running)
     }
 }
 

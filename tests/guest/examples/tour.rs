@@ -1,5 +1,5 @@
 //! The second half of `make demo`: a guest runs and writes, is snapshotted while it runs, loses its file
-//! system, and is returned to the snapshot in place. What is shown as standing still is what the guest saw.
+//! system, and is returned to the snapshot in place. What is shown as a pause is what the guest saw.
 
 use std::path::PathBuf;
 use std::process::Command;

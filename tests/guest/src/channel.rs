@@ -32,7 +32,7 @@ pub struct Status {
     pub ticks: u64,
     /// How often it found memory and disks to differ, by its own memory.
     pub bad: u64,
-    /// The longest time between two ticks by the guest's own clock, which may stand still while the machine
+    /// The longest time between two ticks by the guest's own clock, which may stop while the machine
     /// does.
     pub gap: Duration,
     /// How many pages of 4 KiB [`Guest::dirty`](crate::Guest::dirty) has written.

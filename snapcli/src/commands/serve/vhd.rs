@@ -4,10 +4,9 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use backend_vhd::image::{self, NewImage, ParentName, TimeStamp, UniqueId, Vhd, write_into};
-use backend_vhd::{ServedChain, ServedOptions, notes_of};
+use backend_vhd::image::{self, NewImage, UniqueId, Vhd};
+use backend_vhd::{ServedChain, ServedOptions, notes_of, parent_name_for, write_child};
 use camino::Utf8Path;
-use image_files::names::{create_unfinished, open_image, publish, unfinished_name};
 use nbd_server::{Content, ErrorKind as Kind, Extent, Format, Image, Served, Zeroing};
 use snapcore::{Error, ErrorKind, Result};
 
@@ -63,7 +62,8 @@ impl VhdFormat {
         }
         let wanted = unique_id(id)?;
         if !child.exists() {
-            make_child(parent, parent_id, child, wanted, current.image.size())?;
+            let parent_name = parent_name_for(child, parent)?;
+            write_child(child, parent, &NewImage::new(current.image.size()).id(wanted).on(parent_name))?;
         }
         let found = Vhd::open(child.as_std_path(), &image::OpenOptions::read_only().unlocked())?;
         if (found.id(), found.parent_id()) != (wanted, Some(parent_id)) {
@@ -89,30 +89,6 @@ fn unique_id(text: &str) -> Result<UniqueId> {
         }
         _ => Err(Error::new(ErrorKind::Usage, format!("{text:?} is not the unique id of an image"))),
     }
-}
-
-/// Creates an empty child. Its content is durable before it gets its name, and the name before this returns.
-fn make_child(
-    parent: &Utf8Path,
-    parent_id: UniqueId,
-    child: &Utf8Path,
-    id: UniqueId,
-    size: u64,
-) -> Result<()> {
-    use std::os::unix::fs::MetadataExt;
-    let model = open_image(parent, false)?;
-    let about = model
-        .metadata()
-        .map_err(|cause| Error::new(ErrorKind::Io, format!("cannot look at {parent}")).because(cause))?;
-    let name = parent.file_name().unwrap_or_default().to_owned();
-    let time = TimeStamp::from_unix(about.mtime());
-    let new = NewImage::new(size).id(id).on(ParentName { id: parent_id, time, relative: name.clone(), name });
-    let file = create_unfinished(child, &model, parent)?;
-    let kept = file
-        .try_clone()
-        .map_err(|cause| Error::new(ErrorKind::Io, format!("cannot create {child}")).because(cause))?;
-    write_into(file, child.as_std_path(), &new)?;
-    publish(&unfinished_name(child), child, Some(&kept))
 }
 
 impl Format for VhdFormat {

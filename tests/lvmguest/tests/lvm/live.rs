@@ -106,7 +106,7 @@ fn memory_and_volumes_come_back_in_place() -> Result<()> {
         live.revert(name, ticks)?;
     }
     live.create(&["disks", "--disk-only"])?;
-    // It stands still at its reset: to boot would take it minutes.
+    // It is paused at its reset: to boot would take it minutes.
     done(&["revert", NAME, "disks", "--paused"])?;
     live.revert("two", two)?;
     live.reported(&["delete", NAME, "one"])?;
