@@ -98,8 +98,8 @@ impl Vhd {
         Ok(())
     }
 
-    /// Adds a block, in memory, at a sector of the file: with clear bits in a differencing image, and with set
-    /// bits in a dynamic one.
+    /// Adds a block, in memory, at a sector of the file: with clear bits in a differencing image, and with
+    /// set bits in a dynamic one.
     pub(super) fn add_block(&mut self, block: u64, sector: u32) -> Result<()> {
         let Some(size) = self.header.as_ref().map(Header::block) else { return Ok(()) };
         self.bat.set(&self.file, block, sector)?;

@@ -2,7 +2,8 @@
 //! The guest's program itself says when its memory and its disks are not of one instant.
 use std::{
     fs,
-    os::unix::{fs::MetadataExt, process::ExitStatusExt},
+    io::{BufRead, BufReader, Write},
+    os::unix::{fs::MetadataExt, net::UnixStream, process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Stdio},
     thread,
@@ -69,6 +70,8 @@ const CASES: &[TestCase] = &[
         "disk_attached_later_is_included_or_refused",
         attached_later,
     ),
+    // A served VHD is a disk of a guest, as docs/xen.md says, and a killed server costs it nothing.
+    TestCase::new("served_vhd_is_a_disk_of_a_guest", served_vhd),
 ];
 
 fn main() -> ExitCode {
@@ -736,4 +739,124 @@ fn attached_later() -> Result<()> {
     run.ok(&["delete", "DOMAIN", "s2"])?;
     run.ok(&["create", "DOMAIN", "s4", "--disk-only", "--external", "--disk", "xvdc=skip"])?;
     run.guest.expect_no_bad()
+}
+
+/// A server of an image, and the daemon that makes a file of it. Both are killed when this is dropped.
+struct Served {
+    server: Child,
+    daemon: Child,
+    socket: PathBuf,
+}
+
+impl Served {
+    /// Serves an image; the file at `point`, which exists, has its content from then on.
+    fn start(image: &Path, point: &Path) -> Result<Self> {
+        let socket = image.with_file_name("disk.sock");
+        let server = Self::server(image, &socket)?;
+        program("/sbin/modprobe", &["fuse"])?.ok()?;
+        let daemon = Command::new("/usr/bin/qemu-storage-daemon")
+            .arg("--blockdev")
+            .arg(format!(
+                "driver=nbd,node-name=disk,reconnect-delay=60,server.type=unix,server.path={}",
+                socket.display()
+            ))
+            .arg("--export")
+            .arg(format!("type=fuse,id=file,node-name=disk,writable=on,mountpoint={}", point.display()))
+            .stdin(Stdio::null())
+            .spawn()
+            .context("qemu-storage-daemon")?;
+        let served = Self { server, daemon, socket };
+        wait_for("the file of the served disk", || fs::metadata(point).is_ok_and(|about| about.len() > 0))?;
+        Ok(served)
+    }
+
+    fn server(image: &Path, socket: &Path) -> Result<Child> {
+        let _ = fs::remove_file(socket.with_extension("sock.control"));
+        let server = Command::new(DOMSNAP)
+            .args(["disk", "serve", &format!("{},format=vhd", image.display()), "--socket"])
+            .arg(socket)
+            .stdin(Stdio::null())
+            .spawn()?;
+        wait_for("the server", || socket.with_extension("sock.control").exists())?;
+        Ok(server)
+    }
+
+    /// Kills the server, and starts another one of an image.
+    fn restart(&mut self, image: &Path) -> Result<()> {
+        self.server.kill()?;
+        self.server.wait()?;
+        self.server = Self::server(image, &self.socket)?;
+        Ok(())
+    }
+
+    /// A request on the control socket.
+    fn control(&self, request: &str) -> Result<String> {
+        let mut socket = UnixStream::connect(self.socket.with_extension("sock.control"))?;
+        socket.set_read_timeout(Some(Duration::from_secs(60)))?;
+        writeln!(socket, "{request}")?;
+        let mut answer = String::new();
+        BufReader::new(socket).read_line(&mut answer)?;
+        ensure!(answer.contains("\"ok\""), "{request}: {answer}");
+        Ok(answer)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // The daemon first: without it nothing waits for the server.
+        for process in [&mut self.daemon, &mut self.server] {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+fn wait_for(what: &str, happened: impl Fn() -> bool) -> Result<()> {
+    let until = Instant::now() + Duration::from_secs(60);
+    while !happened() {
+        ensure!(Instant::now() < until, "{what} does not come");
+        thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+fn served_vhd() -> Result<()> {
+    let mut guest = DomU::defined("served", &[Backend::RawQdisk])?;
+    let (dir, file) = (guest.dir().to_owned(), guest.disk(0).to_owned());
+    let (base, child) = (dir.join("base.vhd"), dir.join("child.vhd"));
+    program(
+        "/usr/bin/qemu-img",
+        &["convert", "-fraw", "-Ovpc", "-oforce_size=on", &file.to_string_lossy(), &base.to_string_lossy()],
+    )?
+    .ok()?;
+    let content = fs::read(&file)?;
+    // An empty file, so that nothing but the served disk can have the guest's file system.
+    fs::File::create(&file)?;
+    let mut served = Served::start(&base, &file)?;
+    ensure!(fs::read(&file)? == content, "the file does not read as the served disk");
+    guest.create()?;
+    guest.expect_no_bad()?;
+
+    served.control(&format!(
+        r#"{{"do":"snapshot","child":"{}","id":"6ba7b810-9dad-11d1-80b4-00c04fd430c8"}}"#,
+        child.display()
+    ))?;
+    let frozen = fs::read(&base)?;
+    guest.expect_no_bad()?;
+    served.restart(&child)?;
+    guest.expect_no_bad()?;
+    ensure!(fs::read(&base)? == frozen, "the snapshot changes");
+    ensure!(fs::metadata(&child)?.len() > 2 << 20, "the guest writes elsewhere");
+
+    // What domsnap cannot do to such a disk it says before it begins.
+    let run = Run { state: dir.join("state"), domain: "xen:served".to_owned(), guest };
+    run.refused(&["create", "DOMAIN", "s1"], 3, "xvda")?;
+    xl(&["destroy", "served"])?;
+    drop(served);
+    let read = dir.join("read.raw");
+    let (child, read) = (child.to_string_lossy(), read.to_string_lossy());
+    run.ok(&["disk", "materialise", &format!("{child},format=vhd"), &read, "--to", "raw"])?;
+    program("/sbin/e2fsck", &["-fp", &read])?;
+    ensure!(program("/sbin/e2fsck", &["-fn", &read])?.status == 0, "the disk is damaged");
+    Ok(())
 }

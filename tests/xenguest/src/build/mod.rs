@@ -24,7 +24,7 @@ const XEN: &str = "xen-hypervisor-4.17-amd64";
 const KERNEL: &str = "linux-image-amd64";
 const GUEST_KERNEL: &str = "linux-image-cloud-amd64";
 
-const PACKAGES: [&str; 27] = [
+const PACKAGES: [&str; 28] = [
     KERNEL,
     GUEST_KERNEL,
     XEN,
@@ -32,6 +32,8 @@ const PACKAGES: [&str; 27] = [
     "xen-utils-common",
     "xenstore-utils",
     "qemu-system-xen",
+    // qemu-storage-daemon, which makes a file of a served disk.
+    "qemu-system-common",
     "qemu-utils",
     "lvm2",
     "thin-provisioning-tools",
