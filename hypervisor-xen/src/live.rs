@@ -89,7 +89,7 @@ impl XenDomain {
             found: Fingerprint::of_all(domain),
             seen,
             domain: domain.clone(),
-            qemu_saver: QemuSaver::new(),
+            qemu_saver: QemuSaver::disks_only(),
             qemu,
             disks,
             libxl: RwLock::default(),

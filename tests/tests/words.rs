@@ -470,3 +470,20 @@ fn files_are_named_as_what_they_are() -> Result<()> {
     }
     Ok(())
 }
+
+/// A QEMU that serves the disks of a Xen domain is no domain of its own: its snapshots would have no memory.
+#[test]
+fn disk_server_of_xen_is_refused() -> Result<()> {
+    let mut place = Place::new()?;
+    let image = place.image("a.qcow2", "qcow2")?;
+    let socket = format!("unix:{},server=on,wait=off", place.text("m.qmp"));
+    // The option says it; there is no Xen here.
+    place.start(&image, "m.qmp", &["-qmp", &socket, "-xen-domid", "7"])?;
+    let (at, why) = (format!("qemu:{}", place.text("m.qmp")), ["Xen's domain 7", "xen:NAME"]);
+    place.refuses(&["create", &at, "s"], &why)?;
+    place.refuses(&["create", &at, "s", "--disk-only"], &why)?;
+    place.refuses(&["domain", "add", "disks", "--at", &at], &why)?;
+    let scan = place.json(&["domain", "scan"])?;
+    ensure!(!scan.to_string().contains(&place.text("m.qmp")), "it is offered as a domain: {scan}");
+    Ok(())
+}

@@ -58,7 +58,7 @@ use snapcore::{
 use tokio::time::timeout;
 
 use crate::{
-    discover::{Discovery, shared_by},
+    discover::{Discovery, Process, shared_by},
     machine::Machine,
     memory::Draft,
 };
@@ -75,6 +75,8 @@ pub struct Qemu {
     /// By socket, as long as a user of them exists.
     connections: Arc<Mutex<HashMap<PathBuf, Weak<Connection>>>>,
     unpacked: Unpacked,
+    /// The QEMUs that it reaches serve the disks of another hypervisor's domains.
+    disks_only: bool,
 }
 
 /// A connection that is closed when its last user drops it.
@@ -87,6 +89,13 @@ impl Qemu {
         Self::default()
     }
 
+    /// Makes a driver of QEMUs that serve the disks of another hypervisor's domains, for that hypervisor: the
+    /// guest's memory is not theirs. Every other driver refuses them.
+    #[must_use]
+    pub fn disks_only() -> Self {
+        Self { disks_only: true, ..Self::default() }
+    }
+
     /// Connects to the QEMU at a socket, or returns the existing connection if it is still open. `None` if no
     /// QEMU is listening.
     async fn reach(&self, socket: &Path, greeting: Duration) -> Result<Option<Arc<Connection>>> {
@@ -97,6 +106,17 @@ impl Qemu {
             return Ok(Some(known));
         }
         let Some(machine) = reach(socket, greeting).await? else { return Ok(None) };
+        // A snapshot through such a QEMU would hold no memory, and a revert would go on without Xen's half.
+        if !self.disks_only
+            && let Some(domid) = Process::read(&machine).option("-xen-domid")
+        {
+            let what = format!(
+                "the QEMU at {} serves disks of Xen's domain {domid}, whose memory Xen has",
+                socket.display()
+            );
+            return Err(Error::new(ErrorKind::Refused, what)
+                .advise("name the domain as Xen does, xen:NAME; `xl list` shows the names"));
+        }
         let connection = Arc::new(Connection(machine));
         let mut connections = self.connections();
         connections.retain(|_, known| known.strong_count() > 0);

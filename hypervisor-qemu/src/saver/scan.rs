@@ -33,7 +33,7 @@ pub(super) async fn scan(qemu: &Qemu) -> Result<Vec<(Control, DomainInfo)>> {
                 describe::look(&connection.0).await.ok()
             };
             let Ok(Some(seen)) = timeout(LOOKING, looked).await else {
-                tracing::debug!(address, "passed over: it does not answer");
+                tracing::debug!(address, "passed over: it does not answer, or is another hypervisor's");
                 continue;
             };
             found.push((Control { address, agent: seen.agent.clone(), ..Control::default() }, seen));

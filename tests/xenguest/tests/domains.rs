@@ -713,6 +713,7 @@ fn plain_file() -> Result<()> {
         scanned.contains("left out") && scanned.contains("backendtype=qdisk"),
         "the scan does not say it: {scanned}"
     );
+    ensure!(!scanned.contains("qemu:"), "the server of its disks is shown as a domain: {scanned}");
     ensure!(run.files()? == ["xvda.qcow2", "xvdb.raw"], "left behind: {:?}", run.files()?);
     run.ok(&["create", "DOMAIN", "without", "--disk-only", "--disk", "xvdb=skip"])?;
     let shown = run.ok(&["show", "DOMAIN", "without"])?;
