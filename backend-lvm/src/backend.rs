@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{
-    ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
+    ActivePath, AttachedDisk, Capabilities, DeleteCost, Disk, DiskAddress, DiskPlan, DiskRecord, DiskRequest,
     DiskSnapshotter, DiskState, Error, ErrorKind, FileIdentity, Finding, Guard, InspectDepth, LayerName,
-    Leftover, Point, PointKind, Result, Salvage, Snapshot, Step, StepContext, StepNeed, StepStatus,
-    file_identity,
+    Leftover, OpenLayer, Point, PointKind, Result, Salvage, Snapshot, Step, StepContext, StepNeed,
+    StepStatus, file_identity,
 };
 
 use crate::command::{Commands, Lvm2, Runner};
@@ -111,7 +111,7 @@ impl Lvm {
         work: impl FnOnce(&StepRunner<'_>, &LvmStep) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let action = step.action.clone();
-        let path = context.disk.disk.path.clone();
+        let path = context.disk.disk.path().to_owned();
         let volume = volume_of(context.disk)?;
         self.blocking(move |inner| {
             let lock = inner.locks.of(&volume);
@@ -148,18 +148,18 @@ impl DiskSnapshotter for Lvm {
     fn needs_of(&self, disk: &DiskRecord, step: &Step<LvmStep>) -> Vec<StepNeed> {
         let Ok(volume) = volume_of(disk) else { return Vec::new() };
         let needs = step.action.needs(&volume).into_iter();
-        needs.map(|(layer, alone)| StepNeed { file: self.layer_file(disk, &layer), alone }).collect()
+        needs.map(|(layer, alone)| StepNeed { file: file_of(disk, &volume, &layer), alone }).collect()
     }
 
-    fn recognises(&self, path: &Utf8Path, open_format: Option<&str>) -> bool {
+    fn recognises(&self, address: &DiskAddress, open_format: Option<&str>) -> bool {
         let is_raw = matches!(open_format, None | Some("raw" | "lvm"));
-        open_format == Some("lvm") || (is_raw && device::is_volume(path))
+        open_format == Some("lvm") || (is_raw && address.local().is_some_and(device::is_volume))
     }
 
     async fn adopt(&self, disk: &Disk, _: ActivePath) -> Result<DiskRecord> {
         let disk = disk.clone();
         self.blocking(move |inner| {
-            let volume = Volume::of_path(&disk.path)?;
+            let volume = Volume::of_path(disk.path())?;
             layers::adopt(&disk, &volume, &*inner.lvm.group(&volume.group)?)
         })
         .await
@@ -223,7 +223,7 @@ impl DiskSnapshotter for Lvm {
             let volume = volume_of(&disk)?;
             let lock = inner.locks.begin(&volume)?;
             inner.reserved.lock().unwrap_or_else(PoisonError::into_inner).remove(&volume);
-            let by_its_hypervisor = identity(&disk.disk.path).is_some_and(|id| open.contains(&id));
+            let by_its_hypervisor = identity(disk.disk.path()).is_some_and(|id| open.contains(&id));
             if !by_its_hypervisor {
                 let group = inner.lvm.group(&volume.group)?;
                 if group.row(&volume.name).is_some_and(|row| row.open) {
@@ -232,15 +232,15 @@ impl DiskSnapshotter for Lvm {
             }
             if by_its_hypervisor {
                 // The service finds users that the kernel shows; it knows the hypervisor's process.
-                refuse_unseen_users(&inner.lvm, &disk.disk.path, &volume)?;
+                refuse_unseen_users(&inner.lvm, disk.disk.path(), &volume)?;
             }
             Ok(Box::new(lock) as Guard)
         })
         .await
     }
 
-    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
-        Ok(vec![ChainFile { file: disk.disk.path.clone(), format: "raw".to_owned() }])
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {
+        Ok(vec![OpenLayer { address: disk.disk.address.clone(), format: "raw".to_owned() }])
     }
 
     async fn apply(&self, step: &Step<LvmStep>, context: StepContext<'_>) -> Result<()> {
@@ -309,16 +309,24 @@ impl DiskSnapshotter for Lvm {
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        match Volume::of_path(&disk.path) {
+        match Volume::of_path(disk.path()) {
             Ok(volume) => self.manifests.join(volume.group).join(format!("{}.domsnap", volume.name)),
             Err(_) => self.manifests.join("unnamed"),
         }
     }
 
-    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
+    fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {
         match volume_of(disk) {
-            Ok(volume) if *layer != volume.layer() => layers::file(&volume, layer),
-            _ => disk.disk.path.clone(),
+            Ok(volume) => file_of(disk, &volume, layer).into(),
+            Err(_) => disk.disk.address.clone(),
         }
+    }
+}
+
+/// Returns the device of a layer; of the disk's own volume the path that its configuration has.
+fn file_of(disk: &DiskRecord, volume: &Volume, layer: &LayerName) -> Utf8PathBuf {
+    match *layer == volume.layer() {
+        true => disk.disk.path().to_owned(),
+        false => layers::file(volume, layer),
     }
 }

@@ -8,7 +8,7 @@ use crate::report::{Row, VolumeGroup, VolumeKind};
 
 /// Returns the volume of a record's disk.
 pub(crate) fn volume_of(record: &DiskRecord) -> Result<Volume> {
-    Volume::of_path(&record.disk.path)
+    Volume::of_path(record.disk.path())
 }
 
 /// Finds the volume that the domain writes in the report.
@@ -134,7 +134,7 @@ pub(crate) fn state(record: &DiskRecord, volume: &Volume, group: &VolumeGroup) -
 fn layer(volume: &Volume, row: &Row, backing: Option<LayerName>, owned: bool) -> Layer {
     Layer {
         name: row.layer(),
-        file: file(volume, &row.layer()),
+        address: file(volume, &row.layer()).into(),
         format: "raw".to_owned(),
         named: true,
         backing,

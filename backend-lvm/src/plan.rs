@@ -260,7 +260,7 @@ impl Planner<'_> {
             tags: tags::retaken(&row.tags, &work, row.time),
             work,
             kept: volume.salvaged(stamp),
-            since: DeviceState::now(&self.record.disk.path),
+            since: DeviceState::now(self.record.disk.path()),
         };
         self.push(
             Group::Cut,

@@ -49,7 +49,7 @@ impl Fixture {
     async fn with(path: &str, report: &str) -> snapcore::Result<Self> {
         let runner = Arc::new(Recorded { report: report.to_owned(), commands: Mutex::default() });
         let backend = erased(Arc::new(Lvm::by(runner.clone())));
-        let disk = Disk { target: Target::new("vda")?, path: path.into(), format: "lvm".into() };
+        let disk = Disk::new(Target::new("vda")?, path, "lvm");
         let record = backend.adopt(&disk, ActivePath::Keep).await?;
         let state = backend.inspect(&record, InspectDepth::Dependents, None).await?;
         Ok(Self { backend, runner, record, state })
@@ -398,7 +398,7 @@ async fn a_volume_is_gone_where_its_group_has_nothing_of_it() {
     let runner = Arc::new(Recorded { report: renamed, commands: Mutex::default() });
     assert!(!Lvm::by(runner).is_gone(&fixture.record).await.expect("an answer"));
     let mut record = fixture.record.clone();
-    record.disk.path = "/dev/vg/never".into();
+    record.disk.address = "/dev/vg/never".into();
     record.active = LayerName("never".into());
     record.owned = vec![record.active.clone()];
     assert!(fixture.backend.is_gone(&record).await.expect("an answer"));

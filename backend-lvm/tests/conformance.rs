@@ -112,7 +112,7 @@ impl TestBackend for Volumes {
     }
 
     fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> Result<()> {
-        let device = File::options().write(true).open(&disk.disk.path)?;
+        let device = File::options().write(true).open(disk.disk.path())?;
         device.write_all_at(bytes, offset)?;
         Ok(device.sync_all()?)
     }

@@ -7,8 +7,8 @@ use std::collections::HashSet;
 use camino::Utf8Path;
 use snapcore::confine::{check_name, check_path, is_elsewhere};
 use snapcore::{
-    ChainFile, DeleteCost, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Finding,
-    Layer, LayerName, Point,
+    DeleteCost, Disk, DiskAddress, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Finding,
+    Layer, LayerName, OpenLayer, Point,
 };
 
 use crate::protocol::{DiscoverResult, FoundPoint, HelloResult, VERSION};
@@ -123,6 +123,11 @@ pub(crate) fn path(what: &str, path: &Utf8Path, of: &Utf8Path) -> Checked {
     }
 }
 
+/// Checks the address of an image: a plug-in has files and block devices only.
+pub(crate) fn address(what: &str, address: &DiskAddress, of: &Utf8Path) -> Checked {
+    path(what, Utf8Path::new(address.as_str()), of)
+}
+
 fn format(name: &str) -> Checked {
     let word = |c: char| c.is_ascii_alphanumeric() || "-_.+".contains(c);
     match (1..=MAX_FORMAT).contains(&name.len()) && name.chars().all(word) {
@@ -160,7 +165,7 @@ fn point(point: &Point) -> Checked {
 
 pub(crate) fn record(record: &DiskRecord, asked: &snapcore::Disk) -> Checked {
     if record.disk != *asked {
-        return Err(format!("it took in another disk: {} at {}", record.disk.target, record.disk.path));
+        return Err(format!("it took in another disk: {} at {}", record.disk.target, record.disk.path()));
     }
     layer_name(&record.active)?;
     count("layers", record.owned.len())?;
@@ -175,7 +180,7 @@ pub(crate) fn state(state: &mut DiskState, asked: &DiskRecord) -> Checked {
     for undetermined in &mut state.undetermined {
         undetermined.why = plain(&undetermined.why);
     }
-    let (state, of) = (&*state, &asked.disk.path);
+    let (state, of) = (&*state, asked.disk.path());
     if state.target != asked.disk.target {
         return Err(format!("it is the state of another disk: {}", state.target));
     }
@@ -203,16 +208,16 @@ pub(crate) fn state(state: &mut DiskState, asked: &DiskRecord) -> Checked {
         }
     }
     count("images", state.path_dependents.len().saturating_add(state.undetermined.len()))?;
-    state.path_dependents.iter().try_for_each(|image| path("an image", image, of))?;
+    state.path_dependents.iter().try_for_each(|image| address("an image", image, of))?;
     state.undetermined.iter().try_for_each(|undetermined| {
-        path("a file", &undetermined.file, of)?;
+        address("a file", &undetermined.file, of)?;
         text("a reason", &undetermined.why)
     })
 }
 
 fn one_layer(layer: &Layer, names: &HashSet<&LayerName>, of: &Utf8Path) -> Checked {
     any_layer_name(&layer.name, layer.owned, of)?;
-    path("a layer's file", &layer.file, of)?;
+    address("a layer's file", &layer.address, of)?;
     format(&layer.format)?;
     size("a layer", layer.virtual_size)?;
     size("a layer", layer.allocated)?;
@@ -230,7 +235,7 @@ fn one_layer(layer: &Layer, names: &HashSet<&LayerName>, of: &Utf8Path) -> Check
         size("a point's memory", point.vm_state_size)?;
     }
     count("dependents", layer.dependents.len())?;
-    layer.dependents.iter().try_for_each(|image| path("a dependent", image, of))
+    layer.dependents.iter().try_for_each(|image| address("a dependent", image, of))
 }
 
 pub(crate) fn discovered(found: &DiscoverResult) -> Checked {
@@ -263,8 +268,8 @@ fn edit(edit: &Edit, disk: &Disk) -> Checked {
             target
         }
         Edit::SetPath { target, path: to } => {
-            path("the configured path", to, &disk.path)?;
-            if to.parent() != disk.path.parent() {
+            address("the configured path", to, disk.path())?;
+            if to.path().parent() != disk.path().parent() {
                 return Err(format!("the configured path would leave its directory: {to}"));
             }
             target
@@ -334,13 +339,13 @@ pub(crate) fn plan(plan: &mut DiskPlan, request: &DiskRequest, attached: bool, d
     }
 }
 
-pub(crate) fn chain(files: &[ChainFile], of: &Utf8Path) -> Checked {
+pub(crate) fn chain(files: &[OpenLayer], of: &Utf8Path) -> Checked {
     if files.is_empty() {
         return Err("the configured path opens nothing".to_owned());
     }
     count("files", files.len())?;
     files.iter().try_for_each(|layer| {
-        path("a layer's file", &layer.file, of)?;
+        address("a layer's file", &layer.address, of)?;
         format(&layer.format)
     })
 }

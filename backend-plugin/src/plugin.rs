@@ -10,10 +10,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use snapcore::{
-    ActivePath, AttachedDisk, Capabilities, ChainFile, Consistency, DeleteCost, Disk, DiskPlan, DiskPoint,
+    ActivePath, AttachedDisk, Capabilities, Consistency, DeleteCost, Disk, DiskAddress, DiskPlan, DiskPoint,
     DiskRecord, DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, Finding, Guard, InspectDepth,
-    LayerName, Point, PointKind, Progress, Result, Salvage, Snapshot, SnapshotId, Step, StepContext,
-    StepStatus,
+    LayerName, OpenLayer, Point, PointKind, Progress, Result, Salvage, Snapshot, SnapshotId, Step,
+    StepContext, StepStatus,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -402,9 +402,10 @@ impl DiskSnapshotter for Plugin {
             .map(Option::unwrap_or_default)
     }
 
-    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {
         let params = DiskParams { disk: disk.clone() };
-        self.ask(Method::OpenChain, &params, |files: &mut Vec<_>| checks::chain(files, &disk.disk.path)).await
+        self.ask(Method::OpenChain, &params, |files: &mut Vec<_>| checks::chain(files, disk.disk.path()))
+            .await
     }
 
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
@@ -470,16 +471,16 @@ impl DiskSnapshotter for Plugin {
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
         let params = ManifestParams { disk: disk.clone() };
-        let check = |path: &Utf8Path| checks::manifest_directory(path, &disk.path);
+        let check = |path: &Utf8Path| checks::manifest_directory(path, disk.path());
         self.inner.path(Method::ManifestDirectory, &params, check, || {
-            disk.path.with_file_name(format!("{}.domsnap", disk.path.file_name().unwrap_or("disk")))
+            disk.path().with_file_name(format!("{}.domsnap", disk.path().file_name().unwrap_or("disk")))
         })
     }
 
-    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
+    fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {
         let params = LayerParams { disk: disk.clone(), layer: layer.clone() };
-        let check = |path: &Utf8Path| checks::path("a layer's file", path, &disk.disk.path);
-        self.inner.path(Method::LayerFile, &params, check, || disk.disk.path.clone())
+        let check = |path: &Utf8Path| checks::path("a layer's file", path, disk.disk.path());
+        self.inner.path(Method::LayerFile, &params, check, || disk.disk.path().to_owned()).into()
     }
 }
 

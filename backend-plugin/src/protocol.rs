@@ -14,8 +14,8 @@ use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use snapcore::{
-    ActivePath, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest, DiskState,
-    Edit, ErrorKind, Finding, InspectDepth, LayerName, Point, SnapshotName, Step, StepStatus,
+    ActivePath, Capabilities, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit,
+    ErrorKind, Finding, InspectDepth, LayerName, OpenLayer, Point, SnapshotName, Step, StepStatus,
 };
 
 /// The version of the protocol that this crate speaks.
@@ -356,7 +356,7 @@ struct Everything {
     lock: Call<LockParams, Lock>,
     release: Call<Lock, ()>,
     yield_locks: Call<DiskParams, ()>,
-    open_chain: Call<DiskParams, Vec<ChainFile>>,
+    open_chain: Call<DiskParams, Vec<OpenLayer>>,
     apply: Call<StepParams, ()>,
     undo: Call<StepParams, ()>,
     salvage: Call<SalvageParams, SalvageResult>,

@@ -30,7 +30,7 @@ pub(crate) async fn apply(
     action: &ChainStep,
     context: StepContext<'_>,
 ) -> Result<bool> {
-    let path = &context.disk.disk.path;
+    let path = context.disk.disk.path();
     let file = |layer: &LayerName| file_of(context.disk, layer);
     let is_open = |layer: &LayerName| -> Result<bool> {
         Ok(file_id(&file(layer)?)?.is_some_and(|id| open.contains(&id)))
@@ -61,9 +61,9 @@ pub(crate) async fn apply(
             match top.map(|top| layer_path(path, top)) {
                 // With `--active-path=new` the path is the layer's own name and different after each change:
                 // it is not moved.
-                Some(from) if from != *path => {
+                Some(from) if from != path => {
                     let pivot =
-                        Pivot { inside: context.inside, path: path.clone(), from, to: merge.into.clone() };
+                        Pivot { inside: context.inside, path: path.to_owned(), from, to: merge.into.clone() };
                     // A crash came after the move. The guest's writes wait for the end of the merge, so it
                     // must not be cancelled.
                     let never_cancelled = CancellationToken::new();

@@ -8,9 +8,9 @@ use image_files::chain::{self, ChainStep, Tag};
 use image_files::layer_name::{disk_name, layer_path};
 use image_files::{DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, names, open_files};
 use snapcore::{
-    ActivePath, AttachedDisk, Base, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord,
+    ActivePath, AttachedDisk, Base, Capabilities, DeleteCost, Disk, DiskAddress, DiskPlan, DiskRecord,
     DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, FileUses, Finding, Guard, InspectDepth,
-    LayerName, Leftover, Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext,
+    LayerName, Leftover, OpenLayer, Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext,
     StepStatus, TagIdentity,
 };
 
@@ -80,7 +80,7 @@ impl Qcow2 {
         open: FileIds,
         work: impl FnOnce(&StepRunner<'_>, &ChainStep) -> Result<T>,
     ) -> Result<T> {
-        let locks = self.locks.of(&context.disk.disk.path);
+        let locks = self.locks.of(context.disk.disk.path());
         let place = StepRunner {
             files: FileSteps { record: context.disk, locks: locks.as_deref(), open },
             progress: context.progress,
@@ -192,21 +192,21 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
-        names::require_writable_directory_of(&disk.disk.path)?;
-        names::require_private_directory_of(&disk.disk.path)?;
-        let (locks, at_rest) = self.locks.begin_beside(&disk.disk.path, attached).await?;
+        names::require_writable_directory_of(disk.disk.path())?;
+        names::require_private_directory_of(disk.disk.path())?;
+        let (locks, at_rest) = self.locks.begin_beside(disk.disk.path(), attached).await?;
         if at_rest {
-            locks.lock(&disk.disk.path)?;
+            locks.lock(disk.disk.path())?;
         }
         Ok(Box::new(locks))
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
-        self.locks.yield_of(&disk.disk.path);
+        self.locks.yield_of(disk.disk.path());
         Ok(())
     }
 
-    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {
         let (disk, limits) = (disk.clone(), self.limits.clone());
         blocking(move || layers::open_chain(&Qcow2Chain, &disk, &limits)).await
     }
@@ -268,11 +268,11 @@ impl DiskSnapshotter for Qcow2 {
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        disk.path.with_file_name(format!("{}.domsnap", disk_name(&disk.path)))
+        disk.path().with_file_name(format!("{}.domsnap", disk_name(disk.path())))
     }
 
-    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
-        layers::file_of(disk, layer).unwrap_or_else(|_| layer_path(&disk.disk.path, layer))
+    fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {
+        layers::file_of(disk, layer).unwrap_or_else(|_| layer_path(disk.disk.path(), layer)).into()
     }
 }
 
@@ -285,7 +285,7 @@ fn check_backing_strings(disk: &DiskRecord, plan: &DiskPlan<ChainStep>) -> Resul
             ChainStep::Repoint { to, .. } => to,
             _ => continue,
         };
-        check_backing_string(&disk.disk.path, named)?;
+        check_backing_string(disk.disk.path(), named)?;
     }
     Ok(())
 }
@@ -294,8 +294,8 @@ fn check_backing_strings(disk: &DiskRecord, plan: &DiskPlan<ChainStep>) -> Resul
 /// overlay on `frozen`. At first they show the same; but they need the frozen layer, not what the domain
 /// writes from now on.
 fn warnings_of_moving(disk: &DiskRecord, frozen: &LayerName) -> Result<Vec<String>> {
-    let path = &disk.disk.path;
-    let warning = |overlay: Utf8PathBuf| {
+    let path = disk.disk.path();
+    let warning = |overlay: DiskAddress| {
         format!(
             "{}: {overlay} uses {path} as its backing file; writing to that corrupts it; rebase it onto the frozen layer \
              once that exists: {}",
@@ -303,7 +303,7 @@ fn warnings_of_moving(disk: &DiskRecord, frozen: &LayerName) -> Result<Vec<Strin
             chain::rebase(&layer_path(path, frozen), &overlay)
         )
     };
-    Ok(dependents::on_configured_path(disk)?.into_iter().map(warning).collect())
+    Ok(dependents::on_configured_path(disk)?.into_iter().map(DiskAddress::from).map(warning).collect())
 }
 
 fn visible(state: &DiskState, run: &[LayerName]) -> Result<Vec<u64>> {
@@ -315,7 +315,7 @@ fn visible(state: &DiskState, run: &[LayerName]) -> Result<Vec<u64>> {
                 format!("layer {name} is in a run but not among the disk's layers"),
             )
         })?;
-        let image = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked())?;
+        let image = Image::open(layer.path().as_std_path(), &OpenOptions::read_only().unlocked())?;
         layers.push(image::RunLayer::active(&image)?);
     }
     Ok(image::visible_bytes(layers)?)
@@ -331,27 +331,27 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
         findings.push(Finding { severity, subject: subject.to_string(), message });
     };
     for layer in state.layers.iter().filter(|layer| layer.format == "qcow2") {
-        if is_held_by_others(&layer.file)? {
-            find(Severity::Note, &layer.file, "another process has it open: not checked".to_owned());
+        if is_held_by_others(layer.path())? {
+            find(Severity::Note, layer.path(), "another process has it open: not checked".to_owned());
             continue;
         }
-        let opened = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked());
+        let opened = Image::open(layer.path().as_std_path(), &OpenOptions::read_only().unlocked());
         let report = match opened.and_then(|image| image.check()) {
             Ok(report) => report,
             Err(error) => {
-                find(Severity::Error, &layer.file, Error::from(error).to_string());
+                find(Severity::Error, layer.path(), Error::from(error).to_string());
                 continue;
             }
         };
         for finding in &report.findings {
-            find(Severity::Error, &layer.file, finding.what.clone());
+            find(Severity::Error, layer.path(), finding.what.clone());
         }
         if report.leaked_clusters > 0 {
             let message = format!(
                 "{} clusters are leaked; the image is whole, and 'qemu-img check -r leaks' frees them",
                 report.leaked_clusters
             );
-            find(Severity::Note, &layer.file, message);
+            find(Severity::Note, layer.path(), message);
         }
         if report.copied_clear > 0 {
             let message = format!(
@@ -359,7 +359,7 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
                  sets them",
                 report.copied_clear
             );
-            find(Severity::Note, &layer.file, message);
+            find(Severity::Note, layer.path(), message);
         }
     }
     findings.extend(layers::findings(disk, state)?);
@@ -371,7 +371,7 @@ fn freed_inside(state: &DiskState, punch: bool, layer: &LayerName, tags: &[Tag])
     // A hypervisor that deletes it in the image it writes keeps the space for its next writes.
     let punched = punch && !(state.attached && *layer == state.active);
     let Some(layer) = state.layer(layer).filter(|_| punched) else { return Ok(0) };
-    let image = Image::open(layer.file.as_std_path(), &OpenOptions::read_only().unlocked())?;
+    let image = Image::open(layer.path().as_std_path(), &OpenOptions::read_only().unlocked())?;
     let tags: Vec<&str> = tags.iter().map(|tag| tag.name.as_str()).collect();
     Ok(image.freed_by_deleting(&tags)?)
 }

@@ -18,7 +18,8 @@ use image_files::layer_name::layer_path;
 use image_files::names::{FileId, file_id, io_error, is_passing_name};
 use rustix::io::Errno;
 use snapcore::{
-    Base, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, Layer, LayerName, Result, Undetermined,
+    Base, DiskAddress, DiskRecord, DiskState, Error, ErrorKind, FileIdentity, Layer, LayerName, Result,
+    Undetermined,
 };
 
 use crate::backing_string::{Named, named};
@@ -39,7 +40,7 @@ pub fn find_dependents(
 ) -> Result<()> {
     let mut seen = HashMap::new();
     for layer in &state.layers {
-        if let Some(id) = file_id(&layer.file)? {
+        if let Some(id) = file_id(layer.path())? {
             seen.insert(id, layer.name.clone());
         }
     }
@@ -57,7 +58,7 @@ pub(crate) fn find(
     open: &FileIds,
 ) -> Result<()> {
     let mut search = Search::new(record, &state.layers, seen)?;
-    let own = record.disk.path.parent().map(Utf8Path::to_owned);
+    let own = record.disk.path().parent().map(Utf8Path::to_owned);
     let mut listed = HashSet::new();
     for directory in own.into_iter().chain(limits.allowed.iter().cloned()) {
         let Some(id) = file_id(&directory)? else { continue };
@@ -70,35 +71,35 @@ pub(crate) fn find(
     let Search { on, path_dependents, undetermined, names, .. } = search;
     for layer in &mut state.layers {
         layer.dependents =
-            on.iter().filter(|(name, _)| *name == layer.name).map(|(_, file)| file.clone()).collect();
-        let is_ours = file_id(&layer.file)?.is_some_and(|id| open.contains(&id));
+            on.iter().filter(|(name, _)| *name == layer.name).map(|(_, file)| file.into()).collect();
+        let is_ours = file_id(layer.path())?.is_some_and(|id| open.contains(&id));
         // A name in a directory that was not searched: its owner may have images on it.
         if layer.name != record.active && layer.owned {
-            let links = fs::symlink_metadata(&layer.file).map_or(0, |about| about.nlink());
+            let links = fs::symlink_metadata(layer.path()).map_or(0, |about| about.nlink());
             let seen = names.get(&layer.name).copied().unwrap_or(0).max(1);
             if links > seen {
-                layer.dependents.push(Utf8PathBuf::from(format!(
-                    "(another name of {}, a hard link in another directory)",
-                    layer.file.file_name().unwrap_or_default()
-                )));
+                let name = layer.address.name();
+                let other = format!("(another name of {name}, a hard link in another directory)");
+                layer.dependents.push(other.into());
             }
         }
-        if layer.name != record.active && layer.owned && !is_ours && is_held_by_others(&layer.file)? {
-            layer.dependents.push(Utf8PathBuf::from("(a running process)"));
+        if layer.name != record.active && layer.owned && !is_ours && is_held_by_others(layer.path())? {
+            layer.dependents.push("(a running process)".into());
         }
     }
-    (state.path_dependents, state.undetermined) = (path_dependents, undetermined);
+    state.path_dependents = path_dependents.into_iter().map(DiskAddress::from).collect();
+    state.undetermined = undetermined;
     Ok(())
 }
 
 /// Lists the images in the disk's directory whose backing file is its configured path, by that name. Files
 /// that are ours by their names are not opened, so the length of the chain does not matter.
 pub(crate) fn on_configured_path(record: &DiskRecord) -> Result<Vec<Utf8PathBuf>> {
-    let Some(active) = file_id(&record.disk.path)? else { return Ok(Vec::new()) };
+    let Some(active) = file_id(record.disk.path())? else { return Ok(Vec::new()) };
     let seen = HashMap::from([(active, record.active.clone())]);
     let mut search = Search::new(record, &[], &seen)?;
     let owned: HashSet<&str> = record.owned.iter().map(LayerName::as_str).collect();
-    if let Some(directory) = record.disk.path.parent() {
+    if let Some(directory) = record.disk.path().parent() {
         search.directory(directory.as_std_path(), |name| !owned.contains(name))?;
     }
     Ok(search.path_dependents)
@@ -110,17 +111,17 @@ pub(crate) fn on_configured_path(record: &DiskRecord) -> Result<Vec<Utf8PathBuf>
 /// [`ErrorKind::NotFound`] if the disk's image does not exist; [`ErrorKind::Refused`] if the object of a
 /// backing string is undetermined.
 pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     if file_id(path)?.is_none() {
         return Err(Error::new(ErrorKind::NotFound, format!("the disk image {path} does not exist")));
     }
     let layers = record.owned.iter().map(|layer| layer_path(path, layer));
-    let mut next: Vec<Utf8PathBuf> = layers.chain([path.clone()]).collect();
+    let mut next: Vec<Utf8PathBuf> = layers.chain([path.to_owned()]).collect();
     let (mut found, mut seen) = (Vec::new(), HashSet::new());
     for layer in record.owned.iter().filter(|layer| **layer != record.active) {
         let file = layer_path(path, layer);
         if file_id(&file)?.is_none() {
-            found.push(Base { image: path.clone(), file });
+            found.push(Base { image: path.into(), file: file.into() });
         }
     }
     while let Some(image) = next.pop() {
@@ -152,7 +153,7 @@ pub(crate) fn bases(record: &DiskRecord) -> Result<Vec<Base>> {
                 None if certain => {}
                 None => continue,
             }
-            found.push(Base { image: image.clone(), file });
+            found.push(Base { image: (&image).into(), file: file.into() });
         }
     }
     Ok(found)
@@ -183,7 +184,7 @@ impl<'a> Search<'a> {
         layers: &'a [Layer],
         seen: &'a HashMap<FileId, LayerName>,
     ) -> Result<Self> {
-        let path = &record.disk.path;
+        let path = record.disk.path();
         let mut configured = None;
         if *path != layer_path(path, &record.active)
             && let (Some(directory), Some(name)) = (path.parent(), path.file_name())
@@ -214,7 +215,7 @@ impl<'a> Search<'a> {
         files.sort();
         for file in files {
             if let Err(why) = self.file(&file) {
-                self.undetermined.push(Undetermined { file: shown(&file), why });
+                self.undetermined.push(Undetermined { file: shown(&file).into(), why });
             }
         }
         Ok(())
@@ -338,8 +339,8 @@ impl<'a> Search<'a> {
     /// Returns true for a name that domsnap made. Any other name of a frozen layer is a copy in the eyes of
     /// the user who made it.
     fn is_known_name(&self, layer: &LayerName, file: &Path) -> bool {
-        let path = &self.record.disk.path;
-        self.layers.iter().any(|known| known.name == *layer && known.file == file)
+        let path = self.record.disk.path();
+        self.layers.iter().any(|known| known.name == *layer && known.path() == file)
             || path == file
             || layer_path(path, layer) == file
             || *layer == self.record.active

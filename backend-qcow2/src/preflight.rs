@@ -117,7 +117,7 @@ impl Preflight<'_> {
             ChainStep::Merge { run, into, .. } => self.merge(run, into),
             ChainStep::Repoint { child, .. } if self.is_open(child) => self.writable(child).map(|_| ()),
             ChainStep::Repoint { child, to } => {
-                let file = backing_string(&self.record.disk.path, to);
+                let file = backing_string(self.record.disk.path(), to);
                 let backing = Backing { file, format: Some("qcow2".to_owned()) };
                 Ok(self.writable(child)?.could_set_backing(&backing)?)
             }

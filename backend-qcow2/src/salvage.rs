@@ -31,7 +31,7 @@ use crate::tags::has_tag;
 impl StepRunner<'_> {
     /// Saves what the domain wrote, if undoing `step` would lose it.
     pub(crate) fn salvage(&self, step: &ChainStep, done: bool) -> Result<Salvage> {
-        let path = &self.files.record.disk.path;
+        let path = self.files.record.disk.path();
         match step {
             ChainStep::SwitchActive { from, to } => {
                 // An overlay on the previous active layer shows the same as that layer. With the new writes
@@ -90,7 +90,7 @@ impl StepRunner<'_> {
     fn is_to_go(&self, step: &ChainStep, layer: &LayerName, done: bool) -> Result<bool> {
         Ok(done
             && self.is_made_by(step)?
-            && !names::same_file(&self.files.file(layer), &self.files.record.disk.path)?)
+            && !names::same_file(&self.files.file(layer), self.files.record.disk.path())?)
     }
 
     /// Returns true if `copy` is still the same as what was copied out of `from`.

@@ -63,7 +63,7 @@ impl StepRunner<'_> {
 
     /// Undoes `step`.
     pub(crate) fn undo(&self, step: &ChainStep) -> Result<()> {
-        let path = &self.files.record.disk.path;
+        let path = self.files.record.disk.path();
         match step {
             // A hypervisor may have it open by this name.
             ChainStep::NameLayer { layer } if self.files.is_open(&self.files.file(layer))? => Ok(()),
@@ -106,7 +106,7 @@ impl StepRunner<'_> {
 
     /// Returns how far `step` got.
     pub(crate) fn status(&self, step: &ChainStep) -> Result<StepStatus> {
-        let path = &self.files.record.disk.path;
+        let path = self.files.record.disk.path();
         let done = match step {
             ChainStep::NameLayer { layer } => names::same_file(path, &self.files.file(layer))?,
             ChainStep::CreateOverlay { layer, .. } | ChainStep::Materialise { layer, .. } => {
@@ -152,7 +152,7 @@ impl StepRunner<'_> {
 
     /// The backing string of an image on `layer`.
     fn string(&self, layer: &LayerName) -> String {
-        backing_string(&self.files.record.disk.path, layer)
+        backing_string(self.files.record.disk.path(), layer)
     }
 
     /// Returns true if a hypervisor merged the active layer into a lower one and moved the path at the pivot,
@@ -342,7 +342,7 @@ impl StepRunner<'_> {
         for file in &files {
             self.files.lock(file)?;
         }
-        names::require_own_names(&file_of(self.files.record, into)?, &self.files.record.disk.path)?;
+        names::require_own_names(&file_of(self.files.record, into)?, self.files.record.disk.path())?;
         // An interrupted merge may have allocated clusters that no table refers to yet. They are freed first,
         // because this merge may need their space.
         self.mend_if_resumed(into)?;

@@ -145,7 +145,7 @@ impl Fixture {
         let path = Utf8PathBuf::from_path_buf(directory.path().join("disk.qcow2")).unwrap();
         run("qemu-img", &["create", "-q", "-f", "qcow2", path.as_str(), "4M"]);
         let backend = Qcow2::new();
-        let disk = Disk { target: Target::new("vda").unwrap(), path, format: "qcow2".to_owned() };
+        let disk = Disk::new(Target::new("vda").unwrap(), path, "qcow2");
         let record = backend.adopt(&disk, ActivePath::Keep).await.unwrap();
         Self {
             directory,
@@ -180,7 +180,7 @@ impl Fixture {
     }
 
     fn path(&self) -> &Utf8Path {
-        &self.record.disk.path
+        self.record.disk.path()
     }
 
     fn file(&self, layer: &LayerName) -> Utf8PathBuf {
@@ -190,7 +190,7 @@ impl Fixture {
     /// QEMU opens the chain of the configured path.
     async fn start(&self) {
         let chain = self.backend.open_chain(&self.record).await.unwrap();
-        let files: Vec<&Utf8Path> = chain.iter().map(|layer| layer.file.as_path()).collect();
+        let files: Vec<&Utf8Path> = chain.iter().map(|layer| layer.address.path()).collect();
         self.qemu.open(&files);
     }
 
@@ -324,7 +324,7 @@ async fn create_on_an_open_disk_works_around_it() {
     let overlay = fixture.file(&layer_name(fixture.path(), 0x77));
     let format = "qcow2".to_owned();
     let instant = plan.instant.as_ref().unwrap();
-    assert_eq!(instant.take, DiskInstant::Overlay { file: overlay.clone(), format });
+    assert_eq!(instant.take, DiskInstant::Overlay { address: overlay.as_path().into(), format });
     let ([name, make], [switch]) = (&plan.prepare[..], &instant.nested[..]) else { panic!("{plan:?}") };
     for step in [name, make] {
         fixture.backend.apply(step, fixture.context(&NothingInside)).await.unwrap();
@@ -552,7 +552,7 @@ async fn merge_must_finish_once_the_path_is_moved() {
 #[tokio::test(flavor = "multi_thread")]
 async fn path_that_is_a_layers_name_is_not_moved() {
     let (mut fixture, layers) = Fixture::with_layers(2).await;
-    fixture.record.disk.path = fixture.file(&layers[1]);
+    fixture.record.disk.address = fixture.file(&layers[1]).into();
     let top = identity(fixture.path());
     fixture.start().await;
     fixture.apply(merge_down(&layers)).await.unwrap();
@@ -652,7 +652,7 @@ async fn repoint_of_an_open_image_is_done_or_an_error() {
     fixture.qemu.close_all();
     fixture.apply(repoint(0)).await.unwrap();
     let chain = fixture.backend.open_chain(&fixture.record).await.unwrap();
-    let files: Vec<Utf8PathBuf> = chain.into_iter().map(|layer| layer.file).collect();
+    let files: Vec<Utf8PathBuf> = chain.into_iter().map(|layer| layer.address.path().to_owned()).collect();
     assert_eq!(files, [fixture.file(&layers[2]), fixture.file(&layers[0])]);
 }
 
@@ -662,7 +662,7 @@ async fn open_chain_uses_permanent_names() {
     let mut fixture = Fixture::new().await;
     let chain = async |fixture: &Fixture| -> Vec<(Utf8PathBuf, String)> {
         let chain = fixture.backend.open_chain(&fixture.record).await.unwrap();
-        chain.into_iter().map(|layer| (layer.file, layer.format)).collect()
+        chain.into_iter().map(|layer| (layer.address.path().to_owned(), layer.format)).collect()
     };
     let qcow2 = |file: &Utf8Path| (file.to_owned(), "qcow2".to_owned());
     // Never frozen, on a base of another kind.

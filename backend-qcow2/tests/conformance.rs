@@ -70,14 +70,14 @@ impl TestBackend for Images {
     }
 
     fn read(&self, disk: &DiskRecord) -> Result<Vec<u8>> {
-        content(&disk.disk.path, None)
+        content(disk.disk.path(), None)
     }
 
     fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> Result<()> {
         let pattern = tempfile::NamedTempFile::new()?;
         std::fs::write(pattern.path(), bytes)?;
         let write = format!("write -s {} {offset} {}", pattern.path().display(), bytes.len());
-        let image = format!("json:{}", node(&disk.disk.path));
+        let image = format!("json:{}", node(disk.disk.path()));
         let args: Vec<&OsStr> = vec!["-c".as_ref(), write.as_ref(), image.as_ref()];
         let begun = Instant::now();
         loop {

@@ -43,7 +43,7 @@ impl Fixture {
             tag(lower.as_std_path(), "tag");
             tag(upper.as_std_path(), "active");
             std::fs::hard_link(&upper, &path).unwrap();
-            let disk = Disk { target: Target::new(target).unwrap(), path, format: "qcow2".to_owned() };
+            let disk = Disk::new(Target::new(target).unwrap(), path, "qcow2");
             disks.push(DiskRecord { disk, active: active.clone(), owned: vec![frozen, active] });
         }
         let snapshot = |name: &str, point: fn(&DiskRecord) -> Point| Snapshot {
@@ -72,6 +72,7 @@ impl Fixture {
             name: DomainName::new("web").unwrap(),
             unregistered: false,
             hypervisor: Hypervisor::new("fake").unwrap(),
+            host: None,
             control: None,
             active_path: ActivePath::Keep,
             disks,

@@ -11,9 +11,10 @@ use image_files::{
 };
 use rustix::fs::OFlags;
 use snapcore::{
-    ActivePath, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord, DiskRequest,
-    DiskSnapshotter, DiskState, FileUses, Finding, Guard, InspectDepth, Layer, LayerName, Leftover, Point,
-    PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
+    ActivePath, AttachedDisk, Capabilities, DeleteCost, Disk, DiskAddress, DiskPlan, DiskRecord, DiskRequest,
+    DiskSnapshotter, DiskState, FileUses, Finding, Guard, InspectDepth, Layer, LayerName, Leftover,
+    OpenLayer, Point, PointKind, Progress, Result, Salvage, Severity, Snapshot, Step, StepContext,
+    StepStatus,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -41,7 +42,7 @@ impl Raw {
         open: FileIds,
         work: impl FnOnce(&StepRunner<'_>, &RawStep) -> Result<T>,
     ) -> Result<T> {
-        let locks = self.locks.of(&context.disk.disk.path);
+        let locks = self.locks.of(context.disk.disk.path());
         let watch = Watch { progress: context.progress, cancel: context.cancel, bytes: step.bytes };
         let files = FileSteps { record: context.disk, locks: locks.as_deref(), open };
         let place = StepRunner { files, watch };
@@ -124,28 +125,28 @@ impl DiskSnapshotter for Raw {
     }
 
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
-        let is_device = layers::is_device(&disk.disk.path);
+        let is_device = layers::is_device(disk.disk.path());
         if !is_device {
-            names::require_writable_directory_of(&disk.disk.path)?;
-            names::require_private_directory_of(&disk.disk.path)?;
+            names::require_writable_directory_of(disk.disk.path())?;
+            names::require_private_directory_of(disk.disk.path())?;
         }
-        let (locks, at_rest) = self.locks.begin_beside(&disk.disk.path, attached).await?;
+        let (locks, at_rest) = self.locks.begin_beside(disk.disk.path(), attached).await?;
         if at_rest {
             if is_device {
-                layers::refuse_used_device(&disk.disk.path)?;
+                layers::refuse_used_device(disk.disk.path())?;
             }
-            locks.lock(&disk.disk.path)?;
+            locks.lock(disk.disk.path())?;
         }
         Ok(Box::new(locks))
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
-        self.locks.yield_of(&disk.disk.path);
+        self.locks.yield_of(disk.disk.path());
         Ok(())
     }
 
-    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
-        Ok(vec![ChainFile { file: disk.disk.path.clone(), format: "raw".to_owned() }])
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {
+        Ok(vec![OpenLayer { address: disk.disk.address.clone(), format: "raw".to_owned() }])
     }
 
     async fn apply(&self, step: &Step<RawStep>, context: StepContext<'_>) -> Result<()> {
@@ -185,7 +186,7 @@ impl DiskSnapshotter for Raw {
         let gone = drop.iter().filter(|point| !keep.contains(point));
         let own = |layer: &Layer| {
             let flags = OFlags::NONBLOCK.bits().cast_signed();
-            let file = std::fs::File::options().read(true).custom_flags(flags).open(&layer.file).ok()?;
+            let file = std::fs::File::options().read(true).custom_flags(flags).open(layer.path()).ok()?;
             unshared(&file).ok().flatten()
         };
         let layers = gone.filter_map(|point| state.layer(&point.layer));
@@ -198,8 +199,8 @@ impl DiskSnapshotter for Raw {
         layers::manifest_directory(disk)
     }
 
-    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
-        layer_path(&disk.disk.path, layer)
+    fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {
+        layer_path(disk.disk.path(), layer).into()
     }
 }
 
@@ -211,7 +212,7 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     let cancel = CancellationToken::new();
     let watch = Watch { progress: &Unwatched, cancel: &cancel, bytes: 0 };
     for name in disk.owned.iter().filter(|name| **name != disk.active) {
-        let file = layer_path(&disk.disk.path, name);
+        let file = layer_path(disk.disk.path(), name);
         if state.layer(name).is_none() {
             let message = "it does not exist: the snapshots that have it as their point cannot be returned to; bring it back, \
                          or delete them";
@@ -225,14 +226,15 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     for undetermined in &state.undetermined {
         let message = format!(
             "it may depend on a snapshot of {}, so reverts and deletes are refused: {}",
-            disk.disk.path, undetermined.why
+            disk.disk.path(),
+            undetermined.why
         );
-        find(Severity::Warning, undetermined.file.clone(), message);
+        find(Severity::Warning, undetermined.file.path().to_owned(), message);
     }
     for stray in layers::strays(disk)? {
         let message = "it has the name of a point of this disk, and is none that the catalogue knows; 'domsnap import' takes \
                      it in";
-        find(Severity::Note, layer_path(&disk.disk.path, &stray), message.to_owned());
+        find(Severity::Note, layer_path(disk.disk.path(), &stray), message.to_owned());
     }
     Ok(findings)
 }

@@ -16,7 +16,7 @@ use snapcore::{
 
 /// The name of the active layer. It is the path's own and never changes.
 pub(crate) fn active_name(disk: &Disk) -> LayerName {
-    LayerName(disk.path.file_name().unwrap_or("disk").to_owned())
+    LayerName(disk.path().file_name().unwrap_or("disk").to_owned())
 }
 
 /// Returns true for a block device, by its own name or by a link.
@@ -44,7 +44,7 @@ pub(crate) fn refuse_used_device(path: &Utf8Path) -> Result<()> {
 
 /// Refuses a path of which no points can be taken.
 pub(crate) fn check_path(disk: &Disk) -> Result<()> {
-    let path = &disk.path;
+    let path = disk.path();
     let about = look_at_path(path)?;
     if is_device(path) {
         return Ok(());
@@ -72,7 +72,7 @@ pub(crate) fn check_path(disk: &Disk) -> Result<()> {
 
 /// Reads the state of the disk.
 pub(crate) fn inspect(record: &DiskRecord, depth: InspectDepth, open: &FileIds) -> Result<DiskState> {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     check_path(&record.disk)?;
     let mut layers = vec![layer(record, record.active.clone(), path)?];
     if depth != InspectDepth::Active {
@@ -97,7 +97,7 @@ fn layer(record: &DiskRecord, name: LayerName, file: &Utf8Path) -> Result<Layer>
     Ok(Layer {
         owned: record.owned.contains(&name),
         name,
-        file: file.to_owned(),
+        address: file.into(),
         format: "raw".to_owned(),
         named: true,
         backing: None,
@@ -110,7 +110,7 @@ fn layer(record: &DiskRecord, name: LayerName, file: &Utf8Path) -> Result<Layer>
 
 /// Lists the files beside the disk that are named like its points and are not in the catalogue.
 pub(crate) fn strays(record: &DiskRecord) -> Result<Vec<LayerName>> {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     let directory = path.parent().unwrap_or(Utf8Path::new("."));
     let failed = |error| io_error(error, format!("cannot list {directory}"));
     let mut strays = Vec::new();
@@ -133,11 +133,11 @@ pub(crate) fn strays(record: &DiskRecord) -> Result<Vec<LayerName>> {
 pub(crate) fn discover(record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
     let mut dated: Vec<(Timestamp, LayerName, u64)> = Vec::new();
     for name in strays(record)? {
-        let file = layer_path(&record.disk.path, &name);
+        let file = layer_path(record.disk.path(), &name);
         let about =
             std::fs::metadata(&file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
         // A second name of the current image is not a point.
-        if known.contains(&Point::external(name.clone())) || names::same_file(&file, &record.disk.path)? {
+        if known.contains(&Point::external(name.clone())) || names::same_file(&file, record.disk.path())? {
             continue;
         }
         let modified = about.modified().ok().and_then(|time| Timestamp::try_from(time).ok());
@@ -158,8 +158,8 @@ const DEVICES: &str = "/var/lib/domsnap/devices";
 
 /// The directory of the disk's manifests.
 pub(crate) fn manifest_directory(disk: &Disk) -> Utf8PathBuf {
-    if is_device(&disk.path) {
+    if is_device(disk.path()) {
         return Utf8Path::new(DEVICES).join(format!("{}.domsnap", active_name(disk)));
     }
-    disk.path.with_file_name(format!("{}.domsnap", disk_name(&disk.path)))
+    disk.path().with_file_name(format!("{}.domsnap", disk_name(disk.path())))
 }

@@ -51,7 +51,7 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     fn path(&self) -> &Utf8Path {
-        &self.record.disk.path
+        self.record.disk.path()
     }
 
     fn active(&self) -> Result<&Layer> {
@@ -270,7 +270,7 @@ impl Planner<'_> {
         self.push(Group::Prepare, &step, format!("make the qcow2 overlay {layer} on {}", self.path()), 0);
         let path = layer_path(self.path(), &layer);
         if self.state.attached {
-            let take = DiskInstant::Overlay { file: path.clone(), format: "qcow2".to_owned() };
+            let take = DiskInstant::Overlay { address: (&path).into(), format: "qcow2".to_owned() };
             self.plan.instant = Some(InstantPlan { take, nested: Vec::new() });
         }
         let previous = self.record.active.clone();
@@ -296,7 +296,7 @@ impl Planner<'_> {
         let edits = [
             Edit::SetActive { target: target.clone(), layer: active },
             Edit::SetFormat { target: target.clone(), format: "qcow2".to_owned() },
-            Edit::SetPath { target, path },
+            Edit::SetPath { target, path: path.into() },
         ];
         self.plan.commit.extend(edits);
         self.plan.point = Some(Point::external(base));
@@ -366,7 +366,7 @@ impl Planner<'_> {
         let size = point.virtual_size;
         self.require_room(bytes)?;
         // The disk keeps its reserved space, if the point or the current image has it reserved.
-        let wanted = is_reserved(self.path()) || is_reserved(&point.file);
+        let wanted = is_reserved(self.path()) || is_reserved(point.path());
         let reserve = wanted && self.require_room(size).is_ok();
         if wanted && !reserve {
             self.plan.notes.push(format!(
@@ -434,7 +434,7 @@ impl Planner<'_> {
             if layer.name != self.state.active
                 && layer.owned
                 && !keep.contains(&Point::external(layer.name.clone()))
-                && names::same_file(&layer.file, self.path())?
+                && names::same_file(layer.path(), self.path())?
             {
                 let unname = RawStep::Unname { layer: layer.name.clone() };
                 let message = format!("remove the name {}: {} is left", layer.name, self.path());
@@ -455,7 +455,7 @@ impl Planner<'_> {
             if let Some(overlay) = layer.dependents.first() {
                 self.plan.notes.push(format!(
                     "{target}: {} ({}) is kept: {overlay} is backed by it",
-                    layer.file,
+                    layer.address,
                     shown_size(layer.allocated)
                 ));
             } else if is_layer_name(self.path(), layer.name.as_str()) {
@@ -466,7 +466,7 @@ impl Planner<'_> {
                 self.plan.notes.push(format!(
                     "{target}: this disk does not need {} any more; the file stays, because its name is not one of domsnap's: \
                      remove it if nothing else needs it",
-                    layer.file
+                    layer.address
                 ));
             }
         }

@@ -71,7 +71,7 @@ pub enum RawStep {
 
 /// Returns the effects of a step on files.
 pub(crate) fn uses(record: &DiskRecord, step: &Step<RawStep>) -> FileUses {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     let file = |layer: &LayerName| layer_path(path, layer);
     let mut uses = FileUses::default();
     match &step.action {
@@ -87,11 +87,11 @@ pub(crate) fn uses(record: &DiskRecord, step: &Step<RawStep>) -> FileUses {
         }
         RawStep::Name { layer } => {
             uses.makes.push(file(layer));
-            uses.links.push(path.clone());
+            uses.links.push(path.to_owned());
         }
         RawStep::Switch { to, .. } => {
-            uses.makes.push(path.clone());
-            uses.renames.push(path.clone());
+            uses.makes.push(path.to_owned());
+            uses.renames.push(path.to_owned());
             uses.links.push(file(to));
         }
         RawStep::Unname { layer } => uses.renames.push(file(layer)),

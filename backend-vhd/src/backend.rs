@@ -10,9 +10,10 @@ use image_files::{
     DiskLocks, FileIds, FileSteps, blocking, in_place, is_held_by_others, layers, names, open_files,
 };
 use snapcore::{
-    ActivePath, AttachedDisk, Base, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan, DiskRecord,
+    ActivePath, AttachedDisk, Base, Capabilities, DeleteCost, Disk, DiskAddress, DiskPlan, DiskRecord,
     DiskRequest, DiskSnapshotter, DiskState, FileUses, Finding, Guard, InspectDepth, LayerName, Leftover,
-    Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus, TagIdentity,
+    OpenLayer, Point, PointKind, Result, Salvage, Severity, Snapshot, Step, StepContext, StepStatus,
+    TagIdentity,
 };
 
 use crate::image::{self, Chain, DEFAULT_DEPTH, Layer};
@@ -64,7 +65,7 @@ impl VhdFiles {
         open: FileIds,
         work: impl FnOnce(&StepRunner<'_>, &ChainStep) -> Result<T>,
     ) -> Result<T> {
-        let locks = self.locks.of(&context.disk.disk.path);
+        let locks = self.locks.of(context.disk.disk.path());
         let place = StepRunner {
             files: FileSteps { record: context.disk, locks: locks.as_deref(), open },
             progress: context.progress,
@@ -90,7 +91,7 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     /// QEMU's name of the format is `vpc`.
-    fn recognises(&self, _path: &Utf8Path, open_format: Option<&str>) -> bool {
+    fn recognises(&self, _address: &DiskAddress, open_format: Option<&str>) -> bool {
         matches!(open_format, Some("vhd" | "vpc"))
     }
 
@@ -169,23 +170,23 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     async fn lock(&self, disk: &DiskRecord, attached: Option<&dyn AttachedDisk>) -> Result<Guard> {
-        names::require_writable_directory_of(&disk.disk.path)?;
-        names::require_private_directory_of(&disk.disk.path)?;
-        let (locks, at_rest) = self.locks.begin_beside(&disk.disk.path, attached).await?;
+        names::require_writable_directory_of(disk.disk.path())?;
+        names::require_private_directory_of(disk.disk.path())?;
+        let (locks, at_rest) = self.locks.begin_beside(disk.disk.path(), attached).await?;
         if at_rest {
-            locks.lock(&disk.disk.path)?;
-            let path = disk.disk.path.clone();
+            locks.lock(disk.disk.path())?;
+            let path = disk.disk.path().to_owned();
             blocking(move || served::require_complete(&path)).await?;
         }
         Ok(Box::new(locks))
     }
 
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
-        self.locks.yield_of(&disk.disk.path);
+        self.locks.yield_of(disk.disk.path());
         Ok(())
     }
 
-    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {
         let (disk, limits) = (disk.clone(), self.limits.clone());
         blocking(move || layers::open_chain(&VhdChain, &disk, &limits)).await
     }
@@ -236,11 +237,11 @@ impl DiskSnapshotter for VhdFiles {
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        disk.path.with_file_name(format!("{}.domsnap", disk_name(&disk.path)))
+        disk.path().with_file_name(format!("{}.domsnap", disk_name(disk.path())))
     }
 
-    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
-        file_of(disk, layer).unwrap_or_else(|_| layer_path(&disk.disk.path, layer))
+    fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {
+        file_of(disk, layer).unwrap_or_else(|_| layer_path(disk.disk.path(), layer)).into()
     }
 }
 
@@ -259,11 +260,11 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
         findings.push(Finding { severity, subject: subject.to_string(), message });
     };
     for layer in state.layers.iter().filter(|layer| layer.format == "vhd") {
-        if is_held_by_others(&layer.file)? {
-            find(Severity::Note, &layer.file, "another process has it open: not checked".to_owned());
+        if is_held_by_others(layer.path())? {
+            find(Severity::Note, layer.path(), "another process has it open: not checked".to_owned());
             continue;
         }
-        let checked = reading(&layer.file).and_then(|mut image| Ok(image.check(false)?));
+        let checked = reading(layer.path()).and_then(|mut image| Ok(image.check(false)?));
         match checked {
             Ok(found) => found.into_iter().for_each(|finding| {
                 let severity = match finding.severity {
@@ -271,15 +272,17 @@ fn check(disk: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
                     image::Severity::Warning => Severity::Warning,
                     image::Severity::Error => Severity::Error,
                 };
-                find(severity, &layer.file, finding.text);
+                find(severity, layer.path(), finding.text);
             }),
-            Err(error) => find(Severity::Error, &layer.file, error.to_string()),
+            Err(error) => find(Severity::Error, layer.path(), error.to_string()),
         }
         let below = layer.backing.as_ref().and_then(|name| state.layer(name));
         if let Some(below) = below.filter(|below| below.virtual_size > layer.virtual_size) {
-            let message =
-                format!("its parent {} is larger than it: programs disagree about what it shows", below.file);
-            find(Severity::Error, &layer.file, message);
+            let message = format!(
+                "its parent {} is larger than it: programs disagree about what it shows",
+                below.address
+            );
+            find(Severity::Error, layer.path(), message);
         }
     }
     findings.extend(layers::findings(disk, state)?);

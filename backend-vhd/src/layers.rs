@@ -87,17 +87,17 @@ pub(crate) fn parent_of(
 /// # Errors
 /// [`ErrorKind::NotFound`] if the disk's image, or a parent, is missing; those of the images.
 pub(crate) fn bases(record: &DiskRecord, limits: &Limits) -> Result<Vec<Base>> {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     if file_id(path)?.is_none() {
         return Err(Error::new(ErrorKind::NotFound, format!("the disk image {path} does not exist")));
     }
     let (mut found, mut seen) = (Vec::new(), HashSet::new());
-    let mut next = vec![path.clone()];
+    let mut next = vec![path.to_owned()];
     for layer in &record.owned {
         let file = layer_path(path, layer);
         match file_id(&file)? {
             Some(_) => next.push(file),
-            None if *layer != record.active => found.push(Base { image: path.clone(), file }),
+            None if *layer != record.active => found.push(Base { image: path.into(), file: file.into() }),
             None => {}
         }
     }
@@ -109,7 +109,7 @@ pub(crate) fn bases(record: &DiskRecord, limits: &Limits) -> Result<Vec<Base>> {
             if format == "vhd" {
                 next.push(file.clone());
             }
-            found.push(Base { image, file });
+            found.push(Base { image: image.into(), file: file.into() });
         }
     }
     Ok(found)
@@ -124,9 +124,9 @@ fn children(
 ) -> Result<()> {
     let mut ids: HashMap<UniqueId, LayerName> = HashMap::new();
     for layer in state.layers.iter().filter(|layer| layer.format == "vhd") {
-        ids.insert(reading(&layer.file)?.id(), layer.name.clone());
+        ids.insert(reading(layer.path())?.id(), layer.name.clone());
     }
-    let own = record.disk.path.parent().map(Utf8Path::to_owned);
+    let own = record.disk.path().parent().map(Utf8Path::to_owned);
     let mut listed = HashSet::new();
     for directory in own.into_iter().chain(limits.allowed.iter().cloned()) {
         let Some(id) = file_id(&directory)? else { continue };
@@ -169,7 +169,7 @@ pub fn find_children(path: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     let name = LayerName(path.file_name().unwrap_or_default().to_owned());
     let layer = Layer {
         name: name.clone(),
-        file: path.to_owned(),
+        address: path.into(),
         format: "vhd".to_owned(),
         named: true,
         backing: None,
@@ -186,7 +186,8 @@ pub fn find_children(path: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     if let Some(own) = path.parent() {
         search(own, &limits, &mut layers, &mut undetermined, &seen, &ids)?;
     }
-    Ok(layers.into_iter().flat_map(|layer| layer.dependents).collect())
+    let children = layers.iter().flat_map(|layer| &layer.dependents);
+    Ok(children.map(|child| child.path().to_owned()).collect())
 }
 
 /// Looks at one file. What is no VHD child has nothing to do with the disk.
@@ -206,7 +207,7 @@ fn child(
         Ok(opened) if opened.disk_type() == DiskType::Differencing => opened,
         Err(error) if error.kind() == image::ErrorKind::Corrupt => {
             let why = format!("it is a damaged VHD: {error}");
-            undetermined.push(Undetermined { file: file.to_owned(), why });
+            undetermined.push(Undetermined { file: file.into(), why });
             return;
         }
         Ok(_) | Err(_) => return,
@@ -218,6 +219,6 @@ fn child(
         Err(_) => opened.parent_id().and_then(|id| ids.get(&id)).cloned(),
     };
     if let Some(layer) = layer.and_then(|name| layers.iter_mut().find(|layer| layer.name == name)) {
-        layer.dependents.push(file.to_owned());
+        layer.dependents.push(file.into());
     }
 }

@@ -51,7 +51,7 @@ pub(crate) fn check(record: &DiskRecord, state: &DiskState, plan: &mut DiskPlan<
 /// # Errors
 /// [`ErrorKind::Refused`]; those of the image.
 pub(crate) fn refuse_open_child(record: &DiskRecord, open: &FileIds) -> Result<()> {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     if open.is_empty() || !file_id(path)?.is_some_and(|id| open.contains(&id)) {
         return Ok(());
     }
@@ -76,7 +76,7 @@ fn require_parent(record: &DiskRecord, on: &LayerName, is_raw: bool) -> Result<(
     if !file.exists() {
         return Ok(());
     }
-    parent_name(&record.disk.path, &file, on, is_raw)?.require_short()?;
+    parent_name(record.disk.path(), &file, on, is_raw)?.require_short()?;
     if is_raw {
         let size = size_at(&file)
             .map_err(|error| image_files::names::io_error(error, format!("cannot look at {file}")))?;

@@ -51,13 +51,13 @@ impl TestBackend for Images {
     }
 
     fn read(&self, disk: &DiskRecord) -> Result<Vec<u8>> {
-        content(&disk.disk.path)
+        content(disk.disk.path())
     }
 
     fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> Result<()> {
         let begun = Instant::now();
         loop {
-            match Chain::open(disk.disk.path.as_std_path(), &ChainOptions::read_write()) {
+            match Chain::open(disk.disk.path().as_std_path(), &ChainOptions::read_write()) {
                 // A child that another test case starts just then has our lock for a moment longer than we.
                 Err(error)
                     if error.kind() == backend_vhd::image::ErrorKind::Locked

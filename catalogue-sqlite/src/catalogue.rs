@@ -25,7 +25,9 @@ use tokio_util::sync::CancellationToken;
 use snapcore::catalogue::{
     Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions, apply_edit,
 };
-use snapcore::{Domain, DomainName, Error, ErrorKind, Operation, OperationId, Result, SnapshotTree};
+use snapcore::{
+    DiskAddress, Domain, DomainName, Error, ErrorKind, Operation, OperationId, Result, SnapshotTree,
+};
 
 use crate::lock;
 use crate::record::{self, Failure, Rows};
@@ -557,16 +559,16 @@ impl Catalogue for SqliteCatalogue {
         .await
     }
 
-    async fn owners(&self, paths: &[Utf8PathBuf]) -> Result<Vec<(Utf8PathBuf, DomainName)>> {
-        let paths = paths.to_vec();
+    async fn owners(&self, disks: &[DiskAddress]) -> Result<Vec<(DiskAddress, DomainName)>> {
+        let disks = disks.to_vec();
         self.read(Vec::new(), move |connection| {
             let mut statement = connection
                 .prepare("SELECT d.name FROM disks k JOIN domains d ON d.id = k.domain WHERE k.path = ?1")?;
             let mut found = Vec::new();
-            for path in paths {
-                let mut rows = statement.query([path.as_str()])?;
+            for address in disks {
+                let mut rows = statement.query([address.as_str()])?;
                 if let Some(row) = rows.next()? {
-                    found.push((path, DomainName::new(row.get::<_, String>(0)?)?));
+                    found.push((address, DomainName::new(row.get::<_, String>(0)?)?));
                 }
             }
             Ok(found)

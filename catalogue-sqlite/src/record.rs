@@ -79,9 +79,10 @@ pub(crate) fn find(connection: &Connection, name: &DomainName) -> Rows<Option<(i
 }
 
 pub(crate) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Revision)> {
-    let (name, unregistered, hypervisor, active_path, current, revision, control) = connection
+    let (name, unregistered, hypervisor, active_path, current, revision, control, host) = connection
         .prepare_cached(
-            "SELECT name, unregistered, hypervisor, active_path, current, revision, control FROM domains WHERE id = ?1",
+            "SELECT name, unregistered, hypervisor, active_path, current, revision, control, host
+             FROM domains WHERE id = ?1",
         )?
         .query_row([id], |row| {
             Ok((
@@ -92,6 +93,7 @@ pub(crate) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Rev
                 row.get::<_, Option<String>>(4)?,
                 row.get::<_, i64>(5)?,
                 row.get::<_, Option<String>>(6)?,
+                row.get::<_, Option<String>>(7)?,
             ))
         })?;
     let mut disks = Vec::new();
@@ -106,11 +108,7 @@ pub(crate) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Rev
             .query_map(params![id, target], |row| row.get(0).map(LayerName))?
             .collect::<rusqlite::Result<_>>()?;
         disks.push(DiskRecord {
-            disk: Disk {
-                target: Target::new(target)?,
-                path: row.get::<_, String>(1)?.into(),
-                format: row.get(2)?,
-            },
+            disk: Disk::new(Target::new(target)?, row.get::<_, String>(1)?, row.get::<_, String>(2)?),
             active: LayerName(row.get(3)?),
             owned,
         });
@@ -130,6 +128,7 @@ pub(crate) fn read_domain(connection: &Connection, id: i64) -> Rows<(Domain, Rev
         name: DomainName::new(name)?,
         unregistered,
         hypervisor: from_word("hypervisor", hypervisor)?,
+        host: host.map(|text| from_json("host", &text)).transpose()?,
         control: control.map(|text| from_json("control", &text)).transpose()?,
         active_path: from_word("active path", active_path)?,
         disks,
@@ -225,8 +224,8 @@ pub(crate) fn write_difference(
     if before.0 != after.0 {
         let domain = after.0;
         connection.execute(
-            "UPDATE domains SET unregistered = ?2, hypervisor = ?3, active_path = ?4, current = ?5, control = ?6
-             WHERE id = ?1",
+            "UPDATE domains SET unregistered = ?2, hypervisor = ?3, active_path = ?4, current = ?5, control = ?6,
+             host = ?7 WHERE id = ?1",
             params![
                 id,
                 domain.unregistered,
@@ -234,6 +233,7 @@ pub(crate) fn write_difference(
                 word(&domain.active_path)?,
                 domain.current.map(|id| id.to_string()),
                 domain.control.as_ref().map(json).transpose()?,
+                domain.host.as_ref().map(json).transpose()?,
             ],
         )?;
         if before.0.machines != domain.machines {
@@ -260,10 +260,10 @@ pub(crate) fn write_difference(
 fn write_disks(connection: &Connection, id: i64, disks: &[DiskRecord]) -> Rows<()> {
     connection.execute("DELETE FROM disks WHERE domain = ?1", [id])?;
     for (position, record) in (0_i64..).zip(disks) {
-        let Disk { target, path, format } = &record.disk;
+        let Disk { target, address, format } = &record.disk;
         connection.execute(
             "INSERT INTO disks (domain, position, target, path, format, active) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-            params![id, position, target.as_str(), path.as_str(), format, record.active.as_str()],
+            params![id, position, target.as_str(), address.as_str(), format, record.active.as_str()],
         )?;
         for (position, layer) in (0_i64..).zip(&record.owned) {
             connection.execute(

@@ -188,6 +188,9 @@ INSERT INTO steps_of_plans
     FROM steps;
 DROP TABLE steps;
 ALTER TABLE steps_of_plans RENAME TO steps;
+", "
+-- The machine that a domain runs on, as JSON; absent: not recorded.
+ALTER TABLE domains ADD COLUMN host TEXT;
 "];
 
 /// Meaning of a database's version to this program.

@@ -703,12 +703,7 @@ async fn running_domain_is_described_and_found() -> Result<()> {
         .disks
         .iter()
         .map(|disk| {
-            (
-                disk.target.as_str(),
-                disk.path.file_name().unwrap_or_default(),
-                disk.format.as_str(),
-                disk.left_out.is_some(),
-            )
+            (disk.target.as_str(), disk.address.name(), disk.format.as_str(), disk.left_out.is_some())
         })
         .collect();
     shown.sort_unstable();
@@ -722,7 +717,7 @@ async fn running_domain_is_described_and_found() -> Result<()> {
             ("vdb", "vdb.qcow2", "qcow2", false),
         ]
     );
-    assert!(seen.disks.iter().all(|disk| disk.path.is_absolute()));
+    assert!(seen.disks.iter().all(|disk| disk.address.path().is_absolute()));
     let record = seen.machine.to_string();
     assert!(!record.contains("vda.qcow2\",\"driver\"") && record.contains("pc-q35-"), "{record}");
 

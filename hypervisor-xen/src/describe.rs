@@ -132,7 +132,7 @@ fn seen_disk(disk: &XenDisk) -> SeenDisk {
     };
     SeenDisk {
         target: disk.target.clone(),
-        path: disk.path.clone(),
+        address: disk.path.as_path().into(),
         format: disk.format.clone(),
         left_out,
         guest_writes: disk.writable,
@@ -145,7 +145,7 @@ fn seen_disk(disk: &XenDisk) -> SeenDisk {
 pub(crate) fn note_members(seen: &mut DomainInfo, drives: &[XenDisk], domain: &Domain) {
     for disk in &mut seen.disks {
         let Some(record) = domain.disk(&disk.target) else { continue };
-        let registered = &record.disk.path;
+        let registered = record.disk.path();
         let drive = drives.iter().find(|drive| drive.target == disk.target);
         match drive {
             // Another drive was attached under the name of a detached one: the guest does not write the
@@ -199,7 +199,7 @@ fn other_storage(config: &Value) -> Vec<SeenDisk> {
         let Ok(target) = Target::new(name) else { return };
         found.push(SeenDisk {
             target,
-            path: Utf8PathBuf::from(path),
+            address: path.into(),
             format: String::new(),
             left_out: Some(why.to_owned()),
             guest_writes: true,
@@ -234,7 +234,7 @@ pub(crate) fn is_same_storage(one: &Value, other: &Value) -> bool {
 /// Lists drives of the domain's QEMU that libxl does not know: given by `device_model_args`, or hot-plugged
 /// over its monitor.
 pub(crate) fn unknown_to_libxl(qemu: &DomainInfo, drives: &[XenDisk]) -> Vec<SeenDisk> {
-    let is_known = |disk: &SeenDisk| drives.iter().any(|drive| drive.is_file(&disk.path));
+    let is_known = |disk: &SeenDisk| drives.iter().any(|drive| drive.is_file(disk.address.path()));
     let hidden =
         qemu.disks.iter().filter(|disk| disk.guest_writes && disk.member.is_none() && !is_known(disk));
     hidden
@@ -369,7 +369,7 @@ mod tests {
         config["disks"][1]["vdev"] = json!(null);
         config["b_info"]["type.hvm"]["usbdevice_list"] = json!(["tablet", "disk:/nowhere/stick.img"]);
         let others: Vec<String> =
-            other_storage(&config).iter().map(|disk| format!("{} {}", disk.target, disk.path)).collect();
+            other_storage(&config).iter().map(|disk| format!("{} {}", disk.target, disk.address)).collect();
         assert_eq!(others, ["disk-1 /nowhere/b.raw", "vscsi-0 vscsi", "usb-0 /nowhere/stick.img"]);
         config["vfbs"] = json!([{ "vnc": { "passwd": "s3cret", "listen": "::1" } }]);
         let record = record(&config).to_string();

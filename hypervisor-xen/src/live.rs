@@ -74,7 +74,7 @@ impl XenDomain {
             let server = Arc::default();
             let disk = Disk {
                 target: record.disk.target.clone(),
-                path: record.disk.path.clone(),
+                path: record.disk.path().to_owned(),
                 detached: AtomicBool::new(false),
                 server: Arc::clone(&server),
                 qemu: Arc::clone(&qemu),

@@ -67,7 +67,7 @@ pub(crate) struct NotePaths {
 impl NotePaths {
     pub(crate) fn of(domain: &Domain, control: &Control) -> Self {
         let beside =
-            || domain.disks.first().and_then(|record| record.disk.path.parent()).map(Utf8Path::to_owned);
+            || domain.disks.first().and_then(|record| record.disk.path().parent()).map(Utf8Path::to_owned);
         let directory = control.memory_dir.clone().or_else(beside).unwrap_or_else(|| "/var/lib/xen".into());
         let name = domain.name.as_str();
         Self {
@@ -111,15 +111,15 @@ pub(crate) struct Fingerprint {
 impl Fingerprint {
     /// Takes the fingerprints of a domain's disks.
     pub(crate) fn of_all(domain: &Domain) -> Vec<Self> {
-        let mark = |path: &Utf8PathBuf| {
+        let mark = |path: &Utf8Path| {
             let about = fs::metadata(path).ok()?;
             let written = match about.file_type().is_block_device() {
                 true => (sectors_written(about.rdev())?, 0),
                 false => (about.mtime(), about.mtime_nsec()),
             };
-            Some(Self { path: path.clone(), disk: file_identity(&about), written })
+            Some(Self { path: path.to_owned(), disk: file_identity(&about), written })
         };
-        domain.disks.iter().filter_map(|record| mark(&record.disk.path)).collect()
+        domain.disks.iter().filter_map(|record| mark(record.disk.path())).collect()
     }
 }
 

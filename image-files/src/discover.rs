@@ -78,8 +78,8 @@ fn stem(layer: &LayerName) -> &str {
 }
 
 fn frozen_at(layer: &Layer) -> Result<Timestamp> {
-    let modified = std::fs::metadata(&layer.file)
+    let modified = std::fs::metadata(layer.path())
         .and_then(|metadata| metadata.modified())
-        .map_err(|error| io_error(error, format!("cannot look at {}", layer.file)))?;
+        .map_err(|error| io_error(error, format!("cannot look at {}", layer.address)))?;
     Ok(Timestamp::try_from(modified).unwrap_or(Timestamp::UNIX_EPOCH))
 }

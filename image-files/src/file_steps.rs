@@ -48,7 +48,7 @@ pub struct FileSteps<'a> {
 impl FileSteps<'_> {
     /// The configured path.
     pub fn path(&self) -> &Utf8Path {
-        &self.record.disk.path
+        self.record.disk.path()
     }
 
     /// The file of a layer's permanent name.
@@ -216,7 +216,7 @@ impl FileSteps<'_> {
 /// The message of a recovery that saves an overlay as `kept`. The guest wrote to it, in `format`, since the
 /// instant of a create that was undone, and the disk continues on its base.
 pub fn kept_overlay_message(record: &DiskRecord, file: &Utf8Path, kept: &Utf8Path, format: &str) -> String {
-    let (target, base) = (&record.disk.target, &record.disk.path);
+    let (target, base) = (&record.disk.target, record.disk.path());
     format!(
         "{target}: the domain wrote into {file}, the overlay of a snapshot that was not taken; what it wrote is kept as \
          {kept}, on {base}: where the domain should go on with that, do not start it on {base}, which would spoil the \

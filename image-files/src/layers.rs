@@ -9,8 +9,8 @@ use crate::names::{FileId, file_id, io_error, require_own, require_own_or_device
 use crate::size_at;
 use camino::{Utf8Path, Utf8PathBuf};
 use snapcore::{
-    ActivePath, ChainFile, Disk, DiskRecord, DiskState, Error, ErrorKind, Finding, InspectDepth,
-    InternalPoint, Layer, LayerName, Result, Severity, shell_command,
+    ActivePath, Disk, DiskRecord, DiskState, Error, ErrorKind, Finding, InspectDepth, InternalPoint, Layer,
+    LayerName, OpenLayer, Result, Severity, shell_command,
 };
 
 use crate::{FileIds, look_at_path, refused_link};
@@ -72,11 +72,11 @@ pub trait ChainFormat {
 
 /// Returns the file by which a layer opens: its permanent name, or the configured path if it has none yet.
 pub fn file_of(record: &DiskRecord, layer: &LayerName) -> Result<Utf8PathBuf> {
-    let file = layer_path(&record.disk.path, layer);
+    let file = layer_path(record.disk.path(), layer);
     if file_id(&file)?.is_some() || *layer != record.active {
         return Ok(file);
     }
-    Ok(record.disk.path.clone())
+    Ok(record.disk.path().to_owned())
 }
 
 /// Takes a disk that is not in the catalogue into it: checks its path, and reads its layers.
@@ -92,7 +92,7 @@ pub fn adopt(
     check_path(format, &disk)?;
     let active = match active_path {
         ActivePath::Keep => adopted_name(&disk)?,
-        ActivePath::New => LayerName(disk.path.file_name().unwrap_or("disk").to_owned()),
+        ActivePath::New => LayerName(disk.path().file_name().unwrap_or("disk").to_owned()),
     };
     let record = DiskRecord { disk, active: active.clone(), owned: vec![active] };
     inspect(format, &record, InspectDepth::Layers, limits, &FileIds::new())?;
@@ -107,7 +107,7 @@ pub fn inspect(
     limits: &Limits,
     open: &FileIds,
 ) -> Result<DiskState> {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     let Some(configured) = file_id(path)? else {
         return Err(missing_path(record));
     };
@@ -141,8 +141,8 @@ pub fn inspect(
 
 /// Returns the layers that the configured path opens now, the active layer first, by permanent names if they
 /// have one.
-pub fn open_chain(format: &dyn ChainFormat, record: &DiskRecord, limits: &Limits) -> Result<Vec<ChainFile>> {
-    let path = &record.disk.path;
+pub fn open_chain(format: &dyn ChainFormat, record: &DiskRecord, limits: &Limits) -> Result<Vec<OpenLayer>> {
+    let path = record.disk.path();
     let id = file_id(path)?.ok_or_else(|| missing_path(record))?;
     let own = layer_path(path, &record.active);
     let active = match file_id(&own)? == Some(id) {
@@ -152,7 +152,11 @@ pub fn open_chain(format: &dyn ChainFormat, record: &DiskRecord, limits: &Limits
     };
     let mut reader = Reader { format, record, limits, layers: Vec::new(), seen: HashMap::new() };
     reader.chain(active)?;
-    Ok(reader.layers.into_iter().map(|layer| ChainFile { file: layer.file, format: layer.format }).collect())
+    Ok(reader
+        .layers
+        .into_iter()
+        .map(|layer| OpenLayer { address: layer.address, format: layer.format })
+        .collect())
 }
 
 /// Makes the error for a configured path that is not the active layer. If the file is a later layer of the
@@ -165,7 +169,7 @@ fn replaced(
     configured: FileId,
     limits: &Limits,
 ) -> Error {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     let other_layer = own_name_of(&record.disk, configured).unwrap_or_default();
     let later = other_layer.is_some() || stands_above(format, path, active, limits);
     if later {
@@ -212,7 +216,7 @@ fn stands_above(format: &dyn ChainFormat, top: &Utf8Path, below: FileId, limits:
 }
 
 fn missing_path(record: &DiskRecord) -> Error {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     let own = layer_path(path, &record.active);
     let error = Error::new(ErrorKind::NotFound, format!("the disk image {path} does not exist"));
     match file_id(&own) {
@@ -271,8 +275,10 @@ impl Reader<'_> {
     }
 
     fn missing(&self, file: &Utf8Path) -> Error {
-        let child =
-            self.layers.last().map_or_else(|| self.record.disk.path.clone(), |layer| layer.file.clone());
+        let child = self
+            .layers
+            .last()
+            .map_or_else(|| self.record.disk.path().to_owned(), |layer| layer.path().to_owned());
         Error::new(ErrorKind::NotFound, format!("{file}, the backing file of {child}, does not exist"))
             .state("no changes made")
             .advise("bring that file back, or mount its file system, before anything is done to this disk")
@@ -294,10 +300,10 @@ impl Reader<'_> {
         }
         let metadata =
             std::fs::metadata(file).map_err(|error| io_error(error, format!("cannot look at {file}")))?;
-        let named = file_id(&layer_path(&self.record.disk.path, &name))?.is_some();
+        let named = file_id(&layer_path(self.record.disk.path(), &name))?.is_some();
         let mut layer = Layer {
             name,
-            file: file.to_owned(),
+            address: file.into(),
             format: format.to_owned(),
             named,
             backing: None,
@@ -320,7 +326,7 @@ impl Reader<'_> {
         let mut backing = None;
         if let Some((below, format)) = facts.backing {
             self.confine(file, &below)?;
-            backing = Some((name_of(&self.record.disk.path, &below), format));
+            backing = Some((name_of(self.record.disk.path(), &below), format));
         }
         layer.backing = backing.as_ref().map(|(name, _)| name.clone());
         Ok((layer, backing))
@@ -329,17 +335,17 @@ impl Reader<'_> {
     /// Refuses a backing file outside of the disk's own directory and the directories that the user allows.
     fn confine(&self, child: &Utf8Path, file: &Utf8Path) -> Result<()> {
         let plain = std::fs::symlink_metadata(file).is_ok_and(|metadata| !metadata.is_symlink());
-        if plain && file.parent() == self.record.disk.path.parent() {
+        if plain && file.parent() == self.record.disk.path().parent() {
             return Ok(());
         }
         let real = |path: &Utf8Path| path.canonicalize_utf8().unwrap_or_else(|_| path.to_owned());
         let found = real(file);
-        let own = self.record.disk.path.parent().map(real);
+        let own = self.record.disk.path().parent().map(real);
         let allowed = own
             .into_iter()
             .chain(self.limits.allowed.iter().map(|directory| real(directory)))
             .any(|directory| found.starts_with(directory));
-        if allowed || self.record.owned.iter().any(|layer| layer_path(&self.record.disk.path, layer) == file)
+        if allowed || self.record.owned.iter().any(|layer| layer_path(self.record.disk.path(), layer) == file)
         {
             return Ok(());
         }
@@ -365,18 +371,21 @@ pub fn name_of(path: &Utf8Path, file: &Utf8Path) -> LayerName {
 /// Returns a layer name for an active image that is not in the catalogue. It is the name that the image had
 /// before, if that still exists (a lost catalogue), or a new one.
 fn adopted_name(disk: &Disk) -> Result<LayerName> {
-    let Some(id) = file_id(&disk.path)? else {
-        return Err(Error::new(ErrorKind::NotFound, format!("the disk image {} does not exist", disk.path)));
+    let Some(id) = file_id(disk.path())? else {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!("the disk image {} does not exist", disk.address),
+        ));
     };
     if let Some(name) = own_name_of(disk, id)? {
         return Ok(name);
     }
     // Derived from the file's identity, so that it is the same each time until the catalogue records it.
     let stamp = (id.1 ^ (id.1 >> 32) ^ id.0.rotate_left(16)) as u32;
-    let name = layer_name(&disk.path, stamp);
+    let name = layer_name(disk.path(), stamp);
     // The configured path moves, but a permanent name never does: they must differ.
-    Ok(match Some(name.as_str()) == disk.path.file_name() {
-        true => layer_name(&disk.path, stamp.wrapping_add(1)),
+    Ok(match Some(name.as_str()) == disk.path().file_name() {
+        true => layer_name(disk.path(), stamp.wrapping_add(1)),
         false => name,
     })
 }
@@ -389,41 +398,41 @@ fn adopted_name(disk: &Disk) -> Result<LayerName> {
 /// The system's.
 pub fn findings(record: &DiskRecord, state: &DiskState) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
-    let mut find = |severity, subject: &Utf8Path, message: String| {
-        findings.push(Finding { severity, subject: subject.to_string(), message });
+    let path = record.disk.path();
+    let mut find = |severity, subject: &str, message: String| {
+        findings.push(Finding { severity, subject: subject.to_owned(), message });
     };
     for overlay in &state.path_dependents {
         let message = format!(
-            "its backing file is {} by that name: a revert is refused, and whatever the domain writes changes what it shows",
-            record.disk.path
+            "its backing file is {path} by that name: a revert is refused, and whatever the domain writes changes what it shows"
         );
-        find(Severity::Warning, overlay, message);
+        find(Severity::Warning, overlay.as_str(), message);
     }
     for undetermined in &state.undetermined {
         let message = format!(
-            "it may depend on a layer of {}, so reverts and deletes are refused: {}",
-            record.disk.path, undetermined.why
+            "it may depend on a layer of {path}, so reverts and deletes are refused: {}",
+            undetermined.why
         );
-        find(Severity::Warning, &undetermined.file, message);
+        find(Severity::Warning, undetermined.file.as_str(), message);
     }
     for stray in strays(record, state)? {
         let message = "it has the name of a layer of this disk, and is none that the catalogue knows; 'domsnap import' \
                      looks what it is"
             .to_owned();
-        find(Severity::Note, &stray, message);
+        find(Severity::Note, stray.as_str(), message);
     }
     for owned in record.owned.iter().filter(|owned| state.layer(owned).is_none()) {
         let message = "the catalogue knows this layer, and its file is gone; where no snapshot needs it, `domsnap recover` \
                      forgets it"
             .to_owned();
-        find(Severity::Warning, &layer_path(&record.disk.path, owned), message);
+        find(Severity::Warning, layer_path(path, owned).as_str(), message);
     }
     Ok(findings)
 }
 
 /// Lists the files in the disk's directory that are named like its layers and are none.
 fn strays(record: &DiskRecord, state: &DiskState) -> Result<Vec<Utf8PathBuf>> {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     let directory = path.parent().unwrap_or(Utf8Path::new("."));
     let failed = |error| io_error(error, format!("cannot list {directory}"));
     let mut strays = Vec::new();
@@ -441,11 +450,11 @@ fn strays(record: &DiskRecord, state: &DiskState) -> Result<Vec<Utf8PathBuf>> {
 
 /// Returns the permanent name of the layer that is the file `id`, if it has one in the disk's directory.
 fn own_name_of(disk: &Disk, id: FileId) -> Result<Option<LayerName>> {
-    let directory = disk.path.parent().unwrap_or(Utf8Path::new("."));
+    let directory = disk.path().parent().unwrap_or(Utf8Path::new("."));
     let entries =
         directory.read_dir_utf8().map_err(|error| io_error(error, format!("cannot list {directory}")))?;
     for entry in entries.flatten() {
-        let is_layer = entry.path() != disk.path && is_layer_name(&disk.path, entry.file_name());
+        let is_layer = entry.path() != disk.path() && is_layer_name(disk.path(), entry.file_name());
         if is_layer && entry.metadata().is_ok_and(|found| (found.dev(), found.ino()) == id) {
             return Ok(Some(LayerName(entry.file_name().to_owned())));
         }
@@ -455,7 +464,7 @@ fn own_name_of(disk: &Disk, id: FileId) -> Result<Option<LayerName>> {
 
 /// Refuses a configured path for which promise 1 cannot be kept.
 fn check_path(format: &dyn ChainFormat, disk: &Disk) -> Result<()> {
-    let path = &disk.path;
+    let path = disk.path();
     let metadata = look_at_path(path)?;
     if metadata.is_symlink() {
         return Err(refused_link(

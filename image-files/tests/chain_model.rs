@@ -54,12 +54,8 @@ struct Machine {
 
 impl Machine {
     fn new() -> Self {
-        let disk = Disk {
-            target: Target::new("vda").unwrap(),
-            path: "/vm/disk.qcow2".into(),
-            format: "model".to_owned(),
-        };
-        let base = layer_name(&disk.path, 0);
+        let disk = Disk::new(Target::new("vda").unwrap(), "/vm/disk.qcow2", "model");
+        let base = layer_name(disk.path(), 0);
         let record = DiskRecord { disk, active: base.clone(), owned: vec![base.clone()] };
         let images = BTreeMap::from([(base.clone(), Image::default())]);
         Self {
@@ -86,7 +82,7 @@ impl Machine {
     fn state(&self) -> DiskState {
         let layers = self.images.iter().map(|(name, image)| Layer {
             name: name.clone(),
-            file: layer_path(&self.record.disk.path, name),
+            address: layer_path(self.record.disk.path(), name).into(),
             format: "model".to_owned(),
             named: image.named,
             backing: image.backing.clone(),
@@ -173,13 +169,13 @@ impl Machine {
         let open = self.open.as_mut().expect("a hypervisor has the disk open");
         let active = open[0].clone();
         match instant {
-            DiskInstant::Overlay { file, format } => {
+            DiskInstant::Overlay { address, format } => {
                 let (name, overlay) = self
                     .images
                     .iter()
-                    .find(|(name, _)| layer_path(&self.record.disk.path, name) == *file)
+                    .find(|(name, _)| layer_path(self.record.disk.path(), name) == address.path())
                     .expect("the overlay was made before the instant");
-                assert!(file.is_absolute() && *format == self.record.disk.format);
+                assert!(address.path().is_absolute() && *format == self.record.disk.format);
                 assert!(overlay.own.is_empty() && overlay.backing.as_ref() == Some(&active));
                 open.insert(0, name.clone());
             }
@@ -714,9 +710,9 @@ fn path_moves_within_the_cut_and_the_merge() {
         stamp: 0x77,
     };
     let plan = machine.plan(&create).unwrap();
-    let file = "/vm/disk.ds-00000077.qcow2".into();
+    let address = "/vm/disk.ds-00000077.qcow2".into();
     let instant = plan.instant.as_ref().unwrap();
-    assert_eq!(instant.take, DiskInstant::Overlay { file, format: "model".to_owned() });
+    assert_eq!(instant.take, DiskInstant::Overlay { address, format: "model".to_owned() });
     assert!(plan.cut.is_empty());
     let [switch] = &instant.nested[..] else { panic!("{instant:?}") };
     assert!(matches!(switch.action, ChainStep::SwitchActive { .. }), "{switch:?}");

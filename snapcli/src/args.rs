@@ -560,6 +560,9 @@ pub struct Recover {
     /// Close the domain's interrupted operations as they are, if recovery cannot continue; touches no file
     #[arg(long, requires = "domain")]
     pub abandon: bool,
+    /// First record that the domain runs on this host from now on, if it was recorded for another one
+    #[arg(long, requires = "domain", conflicts_with = "abandon")]
+    pub take_over: bool,
 }
 
 #[derive(Debug, Args)]

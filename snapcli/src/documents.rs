@@ -5,15 +5,15 @@
 
 use std::collections::HashMap;
 
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::Serialize;
 use snapcore::service::{DiskReport, DomainSummary, Listing, Outcome, RecoveryReport, Removal, Unfinished};
 use snapcore::{
-    Capabilities, Consistency, Control, DeleteCost, Domain, DomainName, ErrorKind, Finding, GuestChange,
-    Hypervisor, HypervisorProfile, MemoryPoint, Plan, PointKind, Registry, SeenDisk, SkippedDisk, Snapshot,
-    SnapshotId, SnapshotName, Target,
+    Capabilities, Consistency, Control, DeleteCost, DiskAddress, Domain, DomainName, ErrorKind, Finding,
+    GuestChange, Hypervisor, HypervisorProfile, MemoryPoint, Plan, PointKind, Registry, SeenDisk,
+    SkippedDisk, Snapshot, SnapshotId, SnapshotName, Target,
 };
 
 /// The version of all documents.
@@ -38,7 +38,7 @@ pub struct PointDoc {
     pub kind: PointKind,
     /// The file that holds it, absolute.
     #[schemars(with = "String")]
-    pub layer: Utf8PathBuf,
+    pub layer: DiskAddress,
     /// The internal snapshot's name in that image; null: the layer itself.
     pub tag: Option<String>,
     /// The disk's size at the point, in bytes.
@@ -141,14 +141,14 @@ fn points(snapshot: &Snapshot, domain: &Domain, registry: &Registry) -> Vec<Poin
     let member = |member: &snapcore::DiskPoint| {
         let kind = member.point.kind();
         let layer = domain.disk(&member.target).and_then(|record| {
-            Some(registry.get(&record.disk.format).ok()?.layer_file(record, &member.point.layer))
+            Some(registry.serving(&record.disk).ok()?.layer_address(record, &member.point.layer))
         });
         // A disk that left the domain, or whose backend is not here: the layer's own name is all that is
         // known.
-        let layer = layer.unwrap_or_else(|| Utf8PathBuf::from(member.point.layer.as_str()));
+        let layer = layer.unwrap_or_else(|| DiskAddress::from(member.point.layer.as_str()));
         let allocated = match kind {
             PointKind::Internal => None,
-            PointKind::External => allocated(&layer),
+            PointKind::External => layer.local().and_then(allocated),
         };
         PointDoc {
             target: member.target.clone(),
@@ -162,7 +162,7 @@ fn points(snapshot: &Snapshot, domain: &Domain, registry: &Registry) -> Vec<Poin
     snapshot.disks.iter().map(member).collect()
 }
 
-fn allocated(file: &Utf8PathBuf) -> Option<u64> {
+fn allocated(file: &Utf8Path) -> Option<u64> {
     use std::os::unix::fs::MetadataExt;
     // st_blocks counts units of 512 bytes, whatever the file system's blocks are.
     Some(std::fs::metadata(file).ok()?.blocks().saturating_mul(512))

@@ -84,8 +84,11 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
         }
     };
     for disk in file.disk {
-        let path = directory.join(&disk.path);
-        spec.disks.push(Disk { path, ..disk });
+        let address = match registry.of_scheme(&disk.address) {
+            Some(_) => disk.address.clone(),
+            None => directory.join(disk.address.as_str()).into(),
+        };
+        spec.disks.push(Disk { address, ..disk });
     }
     Ok(spec)
 }
@@ -128,7 +131,7 @@ mod tests {
             config: None,
         };
         assert_eq!((spec.hypervisor, spec.control), (hypervisor_qemu::NAME, Some(control)));
-        assert_eq!(spec.disks[0].path, "/srv/web/a.qcow2");
+        assert_eq!(spec.disks[0].path(), "/srv/web/a.qcow2");
     }
 
     /// `hypervisor` and `[control]` are given together or not at all.
@@ -153,7 +156,7 @@ mod tests {
         let text = "name = \"web\"\nhypervisor = \"none\"\nactive-path = \"new\"\n\
                     [[disk]]\ntarget = \"vda\"\npath = \"a.qcow2\"\nformat = \"qcow2\"\n";
         let spec = read_in(text, "/vm").unwrap();
-        assert_eq!((spec.disks[0].path.as_str(), spec.active_path), ("/vm/a.qcow2", ActivePath::New));
+        assert_eq!((spec.disks[0].address.as_str(), spec.active_path), ("/vm/a.qcow2", ActivePath::New));
         let error = read_in("name = \"web\"\ncolour = 1\n", "/vm").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage);
         assert!(error.to_string().contains("colour"), "{error}");

@@ -100,7 +100,7 @@ fn layer(number: u8) -> LayerName {
 
 fn domain(name: &str, paths: &[&str]) -> Domain {
     let disks = paths.iter().zip(["vda", "vdb", "vdc"]).map(|(path, name)| DiskRecord {
-        disk: Disk { target: target(name), path: (*path).into(), format: "fake".into() },
+        disk: Disk::new(target(name), *path, "fake"),
         active: layer(0),
         owned: vec![layer(0)],
     });
@@ -108,6 +108,7 @@ fn domain(name: &str, paths: &[&str]) -> Domain {
         name: domain_name(name),
         unregistered: false,
         hypervisor: Hypervisor::NONE,
+        host: None,
         control: None,
         active_path: ActivePath::New,
         disks: disks.collect(),

@@ -9,10 +9,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use catalogue_sqlite::SqliteCatalogue;
 use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
 use snapcore::{
-    ActivePath, AnyDiskSnapshotter, AttachedDisk, Capabilities, ChainFile, DeleteCost, Disk, DiskPlan,
+    ActivePath, AnyDiskSnapshotter, AttachedDisk, Capabilities, DeleteCost, Disk, DiskAddress, DiskPlan,
     DiskRecord, DiskRequest, DiskSnapshotter, DiskState, DomainName, Error, ErrorKind, Finding, Guard,
-    InspectDepth, LayerName, Operation, OperationId, Point, Progress, Result, Salvage, Snapshot, Step,
-    StepContext, StepStatus,
+    InspectDepth, LayerName, OpenLayer, Operation, OperationId, Point, Progress, Result, Salvage, Snapshot,
+    Step, StepContext, StepStatus,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -248,7 +248,7 @@ impl DiskSnapshotter for FaultyBackend {
     fn scheme(&self) -> Option<&str> {
         self.inner.scheme()
     }
-    async fn resolve(&self, address: &Utf8Path) -> Result<Utf8PathBuf> {
+    async fn resolve(&self, address: &DiskAddress) -> Result<DiskAddress> {
         self.inner.resolve(address).await
     }
     async fn identity(&self, disk: &Disk) -> Result<Option<snapcore::DiskIdentity>> {
@@ -278,8 +278,8 @@ impl DiskSnapshotter for FaultyBackend {
     async fn bases(&self, disk: &DiskRecord) -> Result<Vec<snapcore::Base>> {
         self.inner.bases(disk).await
     }
-    fn recognises(&self, path: &Utf8Path, open_format: Option<&str>) -> bool {
-        self.inner.recognises(path, open_format)
+    fn recognises(&self, address: &DiskAddress, open_format: Option<&str>) -> bool {
+        self.inner.recognises(address, open_format)
     }
     async fn adopt(&self, disk: &Disk, active_path: ActivePath) -> Result<DiskRecord> {
         self.inner.adopt(disk, active_path).await
@@ -310,7 +310,7 @@ impl DiskSnapshotter for FaultyBackend {
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
         self.inner.yield_locks(disk).await
     }
-    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {
         self.inner.open_chain(disk).await
     }
 
@@ -375,8 +375,8 @@ impl DiskSnapshotter for FaultyBackend {
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
         self.inner.manifest_directory(disk)
     }
-    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
-        self.inner.layer_file(disk, layer)
+    fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {
+        self.inner.layer_address(disk, layer)
     }
 }
 
@@ -397,8 +397,8 @@ impl Catalogue for FaultyCatalogue {
     async fn load(&self, name: &DomainName) -> Result<Option<Entry>> {
         self.inner.load(name).await
     }
-    async fn owners(&self, paths: &[Utf8PathBuf]) -> Result<Vec<(Utf8PathBuf, DomainName)>> {
-        self.inner.owners(paths).await
+    async fn owners(&self, disks: &[DiskAddress]) -> Result<Vec<(DiskAddress, DomainName)>> {
+        self.inner.owners(disks).await
     }
     async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>> {
         self.inner.unfinished(name).await

@@ -366,7 +366,7 @@ impl<'a> Fixture<'a> {
         let mut all = Vec::new();
         for record in self.records()? {
             let bytes =
-                self.subject.read(&record).with_context(|| format!("reading {}", record.disk.path))?;
+                self.subject.read(&record).with_context(|| format!("reading {}", record.disk.path()))?;
             all.push((record.disk.target.to_string(), bytes));
         }
         Ok(all)

@@ -10,9 +10,9 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use libtest_mimic::{Arguments, Trial};
 use snapcore::{
-    ActivePath, ChainFile, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext, DomainInfo,
-    DomainName, DomainStep, ErrorKind, FileIdentity, GuestChange, Inside, LayerName, LiveDomain, MemoryPlan,
-    OpenChain, PowerAfter, Progress, Quiesce, StepOutcome, Target, VmStateSaver,
+    ActivePath, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext, DomainInfo, DomainName,
+    DomainStep, ErrorKind, FileIdentity, GuestChange, Inside, LayerName, LiveDomain, MemoryPlan, OpenChain,
+    OpenLayer, PowerAfter, Progress, Quiesce, StepOutcome, Target, VmStateSaver,
 };
 use tokio::{runtime, sync::Mutex};
 use tokio_util::sync::CancellationToken;
@@ -106,9 +106,9 @@ impl Fixture {
         let (mut disks, mut chains, mut targets) = (Vec::new(), Vec::new(), Vec::new());
         for (target, path, format) in machine.disks() {
             let active = LayerName(path.file_name().context("a file's name")?.to_owned());
-            let disk = Disk { target: target.clone(), path: path.clone(), format: format.clone() };
+            let disk = Disk::new(target.clone(), &path, format.as_str());
             disks.push(DiskRecord { disk, owned: vec![active.clone()], active });
-            let layers = vec![ChainFile { file: path, format }];
+            let layers = vec![OpenLayer { address: path.into(), format }];
             chains.push(OpenChain { target: target.clone(), layers });
             targets.push(target);
         }
@@ -116,6 +116,7 @@ impl Fixture {
             name: DomainName::new("test")?,
             unregistered: false,
             hypervisor: saver.profile().name,
+            host: None,
             control: Some(control),
             active_path: ActivePath::Keep,
             disks,
@@ -211,7 +212,10 @@ async fn found(machine: &dyn TestMachine) -> Result<()> {
     for (target, path, _) in machine.disks() {
         let disk = looked.disks.iter().find(|disk| disk.target == target);
         let disk = disk.with_context(|| format!("{target} is a disk of it"))?;
-        ensure!(disk.path == path && disk.guest_writes && disk.left_out.is_none(), "{disk:?}");
+        ensure!(
+            disk.address.local() == Some(&path) && disk.guest_writes && disk.left_out.is_none(),
+            "{disk:?}"
+        );
     }
     let seen = fixture.seen().await?;
     ensure!(seen.machine == looked.machine, "look and connect report different machines");

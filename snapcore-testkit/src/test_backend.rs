@@ -37,12 +37,12 @@ pub trait TestBackend: Send + Sync + 'static {
 
     /// Reads all bytes that a guest would find on the disk now.
     fn read(&self, disk: &DiskRecord) -> Result<Vec<u8>> {
-        Ok(std::fs::read(&disk.disk.path)?)
+        Ok(std::fs::read(disk.disk.path())?)
     }
 
     /// Writes as a guest would. When it returns, every reader sees the bytes. They need not be durable.
     fn write(&self, disk: &DiskRecord, offset: u64, bytes: &[u8]) -> Result<()> {
-        Ok(File::options().write(true).open(&disk.disk.path)?.write_all_at(bytes, offset)?)
+        Ok(File::options().write(true).open(disk.disk.path())?.write_all_at(bytes, offset)?)
     }
 
     /// The size of each disk in bytes: at least 64 KiB, and a multiple of 4096. Smaller is faster; the

@@ -5,55 +5,114 @@
 //! ([`DiskSnapshotter::scheme`](crate::DiskSnapshotter::scheme)): nothing else takes it apart, and no file is
 //! looked for by it.
 
-use camino::Utf8Path;
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
 
-use crate::{Disk, FileIdentity};
+use crate::domain::Disk;
+use crate::hypervisor::FileIdentity;
+use crate::service::file_id;
+use crate::state::Layer;
 
-/// A disk's address, as its form says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DiskAddress<'a> {
-    /// A file or block device of this machine, by its absolute path.
-    Local(&'a Utf8Path),
-    /// An address of a backend of its own.
-    Named {
-        /// The backend's scheme.
-        scheme: &'a str,
-        /// The rest, which the backend reads.
-        text: &'a str,
-    },
+/// The address of a disk, or of one of its layers: a path on this machine, or `SCHEME:TEXT`.
+///
+/// ```
+/// use snapcore::DiskAddress;
+///
+/// let file = DiskAddress::from("/vm/web/root.img");
+/// assert_eq!(file.local().map(|path| path.as_str()), Some("/vm/web/root.img"));
+///
+/// let image = DiskAddress::from("rbd:pool/root");
+/// assert_eq!((image.local(), image.named()), (None, Some(("rbd", "pool/root"))));
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct DiskAddress(String);
+
+/// No file can exist below this path, because it is no directory.
+const NO_FILE: &str = "/dev/null/not-a-file-of-this-machine";
+
+impl DiskAddress {
+    /// The path, where it is a file or block device of this machine.
+    pub fn local(&self) -> Option<&Utf8Path> {
+        match self.named() {
+            None => Some(Utf8Path::new(&self.0)),
+            Some(_) => None,
+        }
+    }
+
+    /// The scheme, and the text that the scheme's backend reads; `None` for a path.
+    pub fn named(&self) -> Option<(&str, &str)> {
+        split(&self.0)
+    }
+
+    /// The path, for a backend of files. The service gives such a backend no other address
+    /// ([`Registry::serving`](crate::Registry::serving)). The result for another address is a path below
+    /// which nothing can exist.
+    pub fn path(&self) -> &Utf8Path {
+        self.local().unwrap_or(Utf8Path::new(NO_FILE))
+    }
+
+    /// The address as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The last part of its name.
+    pub fn name(&self) -> &str {
+        self.0.rsplit('/').next().unwrap_or_default()
+    }
+
+    /// The directory, where it is a file of this machine.
+    pub(crate) fn directory(&self) -> Option<&Utf8Path> {
+        self.local().and_then(Utf8Path::parent)
+    }
+
+    /// The identity of the file or block device, where it is one of this machine.
+    pub(crate) fn inode(&self) -> Option<FileIdentity> {
+        self.local().and_then(file_id)
+    }
 }
 
-impl<'a> DiskAddress<'a> {
+impl From<String> for DiskAddress {
     /// Reads an address. Text without a scheme is a path.
-    pub fn of(address: &'a Utf8Path) -> Self {
-        match split(address.as_str()) {
-            Some((scheme, text)) => Self::Named { scheme, text },
-            None => Self::Local(address),
-        }
-    }
-
-    /// The path, where the disk is a file or block device of this machine.
-    pub fn as_local(self) -> Option<&'a Utf8Path> {
-        match self {
-            Self::Local(path) => Some(path),
-            Self::Named { .. } => None,
-        }
+    fn from(text: String) -> Self {
+        Self(text)
     }
 }
 
-impl std::fmt::Display for DiskAddress<'_> {
+impl From<&str> for DiskAddress {
+    fn from(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
+impl From<Utf8PathBuf> for DiskAddress {
+    fn from(path: Utf8PathBuf) -> Self {
+        Self(path.into_string())
+    }
+}
+
+impl From<&Utf8PathBuf> for DiskAddress {
+    fn from(path: &Utf8PathBuf) -> Self {
+        Self(path.to_string())
+    }
+}
+
+impl From<&Utf8Path> for DiskAddress {
+    fn from(path: &Utf8Path) -> Self {
+        Self(path.as_str().to_owned())
+    }
+}
+
+impl std::fmt::Display for DiskAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Local(path) => path.fmt(f),
-            Self::Named { scheme, text } => write!(f, "{scheme}:{text}"),
-        }
+        f.pad(&self.0)
     }
 }
 
 /// The scheme of an address and its text. A scheme is 2 to 32 small letters, digits, `+` and `-`, beginning
 /// with a letter.
-pub(crate) fn split(address: &str) -> Option<(&str, &str)> {
+fn split(address: &str) -> Option<(&str, &str)> {
     let (scheme, text) = address.split_once(':')?;
     let is_scheme = (2..=32).contains(&scheme.len())
         && scheme.starts_with(|first: char| first.is_ascii_lowercase())
@@ -72,14 +131,21 @@ pub enum DiskIdentity {
 }
 
 impl Disk {
-    /// The disk's address.
-    pub fn address(&self) -> DiskAddress<'_> {
-        DiskAddress::of(&self.path)
-    }
-
     /// The path, where the disk is a file or block device of this machine.
     pub fn local(&self) -> Option<&Utf8Path> {
-        self.address().as_local()
+        self.address.local()
+    }
+
+    /// The path, for a backend of files ([`DiskAddress::path`]).
+    pub fn path(&self) -> &Utf8Path {
+        self.address.path()
+    }
+}
+
+impl Layer {
+    /// The path, for a backend of files ([`DiskAddress::path`]).
+    pub fn path(&self) -> &Utf8Path {
+        self.address.path()
     }
 }
 
@@ -91,14 +157,23 @@ mod tests {
     #[test]
     fn addresses_are_paths_or_have_a_scheme() {
         for path in ["/vm/a.qcow2", "/vm/rbd:a", "a", "C:x", "a:x", "rbd:", "Rbd:x", "-x:y"] {
-            assert_eq!(DiskAddress::of(Utf8Path::new(path)).as_local(), Some(Utf8Path::new(path)), "{path}");
+            assert_eq!(DiskAddress::from(path).local(), Some(Utf8Path::new(path)), "{path}");
         }
         for (address, scheme, text) in
             [("rbd:pool/image", "rbd", "pool/image"), ("nbd+tls:a:1", "nbd+tls", "a:1")]
         {
-            let read = DiskAddress::of(Utf8Path::new(address));
-            assert_eq!(read, DiskAddress::Named { scheme, text });
-            assert_eq!((read.as_local(), read.to_string().as_str()), (None, address));
+            let read = DiskAddress::from(address);
+            assert_eq!((read.named(), read.local()), (Some((scheme, text)), None));
+            assert_eq!(read.to_string(), address);
+        }
+    }
+
+    /// A backend of files that got the address of another kind would reach no file, whatever it appends.
+    #[test]
+    fn path_of_a_named_address_reaches_nothing() {
+        let path = DiskAddress::from("rbd:pool/image").path().to_owned();
+        for path in [path.with_file_name("a"), path.join("a"), path] {
+            assert!(std::fs::File::create(&path).is_err() && path.symlink_metadata().is_err(), "{path}");
         }
     }
 }

@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::manifest::{ManifestDirectory, ManifestStore};
 use crate::{
-    ActivePath, AttachedDisk, ChainFile, Disk, DiskIdentity, DiskPlan, DiskRecord, DiskRequest, DiskState,
-    Error, ErrorKind, Inside, LayerName, PointKind, Result, Snapshot, Step, StepStatus,
+    ActivePath, AttachedDisk, Disk, DiskAddress, DiskIdentity, DiskPlan, DiskRecord, DiskRequest, DiskState,
+    Error, ErrorKind, Inside, LayerName, OpenLayer, PointKind, Result, Snapshot, Step, StepStatus,
 };
 
 /// Abilities of a backend with disks of its format. The planner checks them before an operation begins.
@@ -186,19 +186,19 @@ pub trait DiskSnapshotter: Send + Sync {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where there is no such disk; [`ErrorKind::Usage`] for text that is no address.
-    async fn resolve(&self, address: &Utf8Path) -> Result<Utf8PathBuf> {
+    async fn resolve(&self, address: &DiskAddress) -> Result<DiskAddress> {
         Err(Error::new(ErrorKind::Usage, format!("the format {} has no address {address}", self.format()))
             .advise("give the path of a disk image"))
     }
 
     /// Returns the identity of a disk, which does not depend on its address; `None` if there is no such disk.
     async fn identity(&self, disk: &Disk) -> Result<Option<DiskIdentity>> {
-        Ok(disk.local().and_then(crate::service::file_id).map(DiskIdentity::Inode))
+        Ok(disk.address.inode().map(DiskIdentity::Inode))
     }
 
     /// Returns true if a layer of a disk is there.
     async fn has_layer(&self, disk: &DiskRecord, layer: &LayerName) -> Result<bool> {
-        Ok(self.layer_file(disk, layer).exists())
+        Ok(self.layer_address(disk, layer).local().is_some_and(Utf8Path::exists))
     }
 
     /// Processes of the backend itself that may have images open. They do not count as other programs.
@@ -225,11 +225,11 @@ pub trait DiskSnapshotter: Send + Sync {
     }
 
     /// Returns true if this backend should serve a disk for which the user named no backend. Decide from the
-    /// open format, or from the path; never from the image's content.
+    /// open format, or from the address; never from the image's content.
     ///
     /// A backend whose disks a hypervisor opens in the format of another backend (a logical volume is `raw`
     /// to it) returns true here, and takes precedence over that one.
-    fn recognises(&self, _path: &Utf8Path, open_format: Option<&str>) -> bool {
+    fn recognises(&self, _address: &DiskAddress, open_format: Option<&str>) -> bool {
         open_format == Some(self.format())
     }
 
@@ -316,7 +316,7 @@ pub trait DiskSnapshotter: Send + Sync {
 
     /// Returns the layers that the configured path opens now, each by its permanent name if it has one. It
     /// reads the images, even if the catalogue records another active layer.
-    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>>;
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>>;
 
     /// Performs a step. It is idempotent: completed work is not repeated, and started work is completed.
     async fn apply(&self, step: &Step<Self::Action>, context: StepContext<'_>) -> Result<()>;
@@ -386,8 +386,9 @@ pub trait DiskSnapshotter: Send + Sync {
     /// A backend of devices asks the tools that manage them.
     async fn is_gone(&self, disk: &DiskRecord) -> Result<bool> {
         let layers = disk.owned.iter().chain([&disk.active]);
-        let mut files = layers.map(|layer| self.layer_file(disk, layer));
-        Ok(is_gone_file(&disk.disk.path) && files.all(|file| !file.exists()))
+        let mut layers = layers.map(|layer| self.layer_address(disk, layer));
+        let exists = |layer: DiskAddress| layer.local().is_some_and(Utf8Path::exists);
+        Ok(disk.disk.local().is_some_and(is_gone_file) && !layers.any(exists))
     }
 
     /// The directory of the manifests: beside the disk's data.
@@ -399,8 +400,8 @@ pub trait DiskSnapshotter: Send + Sync {
         Arc::new(ManifestDirectory::new(self.manifest_directory(disk)))
     }
 
-    /// The file by which a layer opens, for people and tools.
-    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf;
+    /// The address by which a layer opens, for people and tools.
+    fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress;
 }
 
 /// Handling of a finish step that failed ([`DiskSnapshotter::leftover`]).
@@ -456,9 +457,9 @@ pub(crate) fn is_gone_file(path: &Utf8Path) -> bool {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Base {
     /// The image.
-    pub image: Utf8PathBuf,
-    /// Its backing file, as the image names it, absolute.
-    pub file: Utf8PathBuf,
+    pub image: DiskAddress,
+    /// Its backing file, as the image names it; a path is absolute.
+    pub file: DiskAddress,
 }
 
 /// Result of [`DiskSnapshotter::salvage`].

@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use camino::{Utf8Component, Utf8Path};
 use confined_files::FileName;
 
-use crate::{Domain, LayerName, Snapshot};
+use crate::{DiskAddress, Domain, LayerName, Snapshot};
 
 /// Checks the names of a domain's disks and of the layers that are ours.
 ///
@@ -19,9 +19,9 @@ pub fn check_domain(domain: &Domain) -> Result<(), String> {
     let (mut targets, mut paths) = (HashSet::new(), HashSet::new());
     for record in &domain.disks {
         let disk = &record.disk;
-        check_address(&disk.path)?;
-        if !targets.insert(&disk.target) || !paths.insert(&disk.path) {
-            return Err(format!("it has the disk {} ({}) twice", disk.target, disk.path));
+        check_address(&disk.address)?;
+        if !targets.insert(&disk.target) || !paths.insert(&disk.address) {
+            return Err(format!("it has the disk {} ({}) twice", disk.target, disk.address));
         }
         for layer in record.owned.iter().chain([&record.active]) {
             check_layer(layer)?;
@@ -70,12 +70,12 @@ pub fn is_elsewhere(layer: &LayerName) -> bool {
 /// shown.
 ///
 /// # Errors
-/// The message: the violated rule.
-pub fn check_address(address: &Utf8Path) -> Result<(), String> {
-    match crate::DiskAddress::of(address) {
-        crate::DiskAddress::Named { text, .. } if !text.contains(char::is_control) => Ok(()),
-        crate::DiskAddress::Named { .. } => Err(format!("the address {address:?} has control characters")),
-        crate::DiskAddress::Local(path) => check_path(path),
+/// What is wrong with it, in message.
+pub fn check_address(address: &DiskAddress) -> Result<(), String> {
+    match (address.local(), address.as_str()) {
+        (Some(path), _) => check_path(path),
+        (None, text) if !text.contains(char::is_control) => Ok(()),
+        (None, text) => Err(format!("the address {text:?} has control characters")),
     }
 }
 

@@ -2,10 +2,11 @@
 
 use std::borrow::Cow;
 
-use camino::Utf8PathBuf;
 use serde::{Deserialize, Serialize};
 
-use crate::{Control, DomainName, Error, ErrorKind, LayerName, Result, SnapshotId, Target};
+use crate::{
+    Control, DiskAddress, DomainName, Error, ErrorKind, Host, LayerName, Result, SnapshotId, Target,
+};
 
 /// The hypervisor of a domain, by its registered name, or none. Addresses of its domains begin with that name
 /// (`NAME:ADDRESS`).
@@ -107,12 +108,19 @@ pub struct Disk {
     /// Its name inside the domain.
     pub target: Target,
     /// The address in the domain's configuration. A file or block device of this machine has its absolute
-    /// path, which is always the active image under [`ActivePath::Keep`]. Any other disk has `SCHEME:TEXT`
-    /// ([`Disk::address`]).
+    /// path, which is always the active image under [`ActivePath::Keep`]. Any other disk has `SCHEME:TEXT`.
+    #[serde(rename = "path")]
     #[schemars(with = "String")]
-    pub path: Utf8PathBuf,
+    pub address: DiskAddress,
     /// The name of its backend (`qcow2`). Stated, never guessed from content.
     pub format: String,
+}
+
+impl Disk {
+    /// Makes a disk.
+    pub fn new(target: Target, address: impl Into<DiskAddress>, format: impl Into<String>) -> Self {
+        Self { target, address: address.into(), format: format.into() }
+    }
 }
 
 /// A disk, and the catalogue's records of its layers.
@@ -137,6 +145,10 @@ pub struct Domain {
     pub unregistered: bool,
     /// The hypervisor that runs it.
     pub hypervisor: Hypervisor,
+    /// The machine that it runs on, and that the paths of its disks are paths of. Absent: the machine has no
+    /// ID, or an older domsnap recorded the domain; then it is this machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<Host>,
     /// The connection to it when it runs; absent where no hypervisor runs it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control: Option<Control>,

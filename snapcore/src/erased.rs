@@ -10,7 +10,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::address::DiskIdentity;
+use crate::address::{DiskAddress, DiskIdentity};
 use crate::backend::{
     Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth, Leftover,
     Salvage, StepContext, StepNeed,
@@ -18,7 +18,7 @@ use crate::backend::{
 use crate::disk_plan::{DiskPlan, DiskRequest};
 use crate::domain::{ActivePath, Disk, DiskRecord};
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{AttachedDisk, ChainFile};
+use crate::hypervisor::{AttachedDisk, OpenLayer};
 use crate::manifest::ManifestStore;
 use crate::name::LayerName;
 use crate::snapshot::{Point, Snapshot};
@@ -73,7 +73,7 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     fn scheme(&self) -> Option<&str> {
         self.inner.scheme()
     }
-    async fn resolve(&self, address: &Utf8Path) -> Result<Utf8PathBuf> {
+    async fn resolve(&self, address: &DiskAddress) -> Result<DiskAddress> {
         self.inner.resolve(address).await
     }
     async fn identity(&self, disk: &Disk) -> Result<Option<DiskIdentity>> {
@@ -94,8 +94,8 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     fn uses(&self, disk: &DiskRecord, step: &Step) -> FileUses {
         self.decoded(step).map_or_else(|_| FileUses::default(), |step| self.inner.uses(disk, &step))
     }
-    fn recognises(&self, path: &Utf8Path, open_format: Option<&str>) -> bool {
-        self.inner.recognises(path, open_format)
+    fn recognises(&self, address: &DiskAddress, open_format: Option<&str>) -> bool {
+        self.inner.recognises(address, open_format)
     }
     fn configured_path(&self, layer_file: &Utf8Path) -> Option<Utf8PathBuf> {
         self.inner.configured_path(layer_file)
@@ -152,7 +152,7 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     async fn yield_locks(&self, disk: &DiskRecord) -> Result<()> {
         self.inner.yield_locks(disk).await
     }
-    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<ChainFile>> {
+    async fn open_chain(&self, disk: &DiskRecord) -> Result<Vec<OpenLayer>> {
         self.inner.open_chain(disk).await
     }
     async fn apply(&self, step: &Step, context: StepContext<'_>) -> Result<()> {
@@ -191,8 +191,8 @@ impl<B: DiskSnapshotter + ?Sized> DiskSnapshotter for Erased<B> {
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
         self.inner.manifest_directory(disk)
     }
-    fn layer_file(&self, disk: &DiskRecord, layer: &LayerName) -> Utf8PathBuf {
-        self.inner.layer_file(disk, layer)
+    fn layer_address(&self, disk: &DiskRecord, layer: &LayerName) -> DiskAddress {
+        self.inner.layer_address(disk, layer)
     }
 }
 

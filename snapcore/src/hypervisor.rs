@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use crate::{Consistency, Domain, Hypervisor, Plan, Progress, Result, Target};
+use crate::{Consistency, DiskAddress, Domain, Hypervisor, Plan, Progress, Result, Target};
 
 /// The highest compression level of a memory image.
 pub const MAX_COMPRESSION: u8 = 19;
@@ -77,11 +77,12 @@ pub enum PowerAfter {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(tag = "take", rename_all = "kebab-case")]
 pub enum DiskInstant {
-    /// The guest writes to an empty overlay from then on. The file exists and is durable.
+    /// The guest writes to an empty overlay from then on. The overlay exists and is durable.
     Overlay {
-        /// The overlay's permanent name.
+        /// The overlay's permanent address.
+        #[serde(rename = "file")]
         #[schemars(with = "String")]
-        file: Utf8PathBuf,
+        address: DiskAddress,
         /// Its format.
         format: String,
     },
@@ -247,12 +248,14 @@ pub struct Medium {
     pub writable: bool,
 }
 
-/// One layer of a chain as files, for a hypervisor to open.
+/// One layer of a chain, for a hypervisor to open.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-pub struct ChainFile {
-    /// The file's permanent name, absolute. The hypervisor may open it again by this name at any time.
+pub struct OpenLayer {
+    /// The layer's permanent address; a path is absolute. The hypervisor may open it again by this address
+    /// at any time.
+    #[serde(rename = "file")]
     #[schemars(with = "String")]
-    pub file: Utf8PathBuf,
+    pub address: DiskAddress,
     /// Its format, as stated.
     pub format: String,
 }
@@ -263,7 +266,7 @@ pub struct OpenChain {
     /// The disk.
     pub target: Target,
     /// The active layer first, the base last.
-    pub layers: Vec<ChainFile>,
+    pub layers: Vec<OpenLayer>,
 }
 
 /// Work nested in a step: at the instant of a snapshot, at the pivot of a merge.
@@ -407,9 +410,10 @@ pub struct Taken {
 pub struct SeenDisk {
     /// The hypervisor's name for it, converted to a target.
     pub target: Target,
-    /// The file of its active image, absolute.
+    /// The address of its active image; a path is absolute.
+    #[serde(rename = "path")]
     #[schemars(with = "String")]
-    pub path: Utf8PathBuf,
+    pub address: DiskAddress,
     /// The format with which it is opened.
     pub format: String,
     /// The reason that it is not part of snapshots: it is read-only, removable, firmware. Absent: it is part

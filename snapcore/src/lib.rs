@@ -63,6 +63,7 @@ pub mod engine;
 mod erased;
 mod error;
 mod event;
+mod host;
 mod hypervisor;
 pub mod manifest;
 mod name;
@@ -90,11 +91,12 @@ pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
 pub use erased::{AnyDiskSnapshotter, erased};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventStream, Events};
+pub use host::Host;
 pub use hypervisor::{
-    AttachedDisk, AttachedMerge, ChainFile, Control, DiskInstant, DomainContext, DomainInfo, DomainStep,
-    FileIdentity, GuestChange, HypervisorProfile, Inside, LiveDomain, MAX_COMPRESSION, Medium, MemoryPlan,
-    NothingInside, Obstacle, OpenChain, PowerAfter, Quiesce, Restart, RestartSource, SeenDisk,
-    StartFromMemory, StartedDomain, StepOutcome, Taken, VmStateSaver, file_identity,
+    AttachedDisk, AttachedMerge, Control, DiskInstant, DomainContext, DomainInfo, DomainStep, FileIdentity,
+    GuestChange, HypervisorProfile, Inside, LiveDomain, MAX_COMPRESSION, Medium, MemoryPlan, NothingInside,
+    Obstacle, OpenChain, OpenLayer, PowerAfter, Quiesce, Restart, RestartSource, SeenDisk, StartFromMemory,
+    StartedDomain, StepOutcome, Taken, VmStateSaver, file_identity,
 };
 pub use name::{DomainName, LayerName, MAX_NAME_BYTES, SnapshotName, Target};
 pub use operation::{Operation, OperationId, OperationState, StepState, Transition};

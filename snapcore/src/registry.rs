@@ -6,8 +6,8 @@ use std::sync::Arc;
 use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::{
-    AnyDiskSnapshotter, DiskSnapshotter, Error, ErrorKind, Hypervisor, Result, VmStateSaver, erased,
-    file_identity,
+    AnyDiskSnapshotter, Disk, DiskAddress, DiskSnapshotter, Error, ErrorKind, Hypervisor, Result,
+    VmStateSaver, erased, file_identity,
 };
 
 /// The backends of a program, in the order of their registration. The first is the default: it serves images
@@ -80,16 +80,42 @@ impl Registry {
     /// The name of the backend for a disk for which the user named none. It is found by the format that its
     /// hypervisor opens it with, or by its path alone ([`DiskSnapshotter::recognises`]). Absent: none
     /// recognises it.
-    pub fn recognise(&self, path: &Utf8Path, open_format: Option<&str>) -> Option<&str> {
-        let known = || self.iter().filter(|backend| backend.recognises(path, open_format));
+    pub fn recognise(&self, address: &DiskAddress, open_format: Option<&str>) -> Option<&str> {
+        let known = || self.iter().filter(|backend| backend.recognises(address, open_format));
         // A backend that has another name than the format is the more particular one.
         let particular = known().find(|backend| open_format != Some(backend.format()));
         particular.or_else(|| known().next()).map(DiskSnapshotter::format)
     }
 
+    /// The backend that serves a disk.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] like [`Registry::get`]; [`ErrorKind::Refused`] where its addresses are of
+    /// another kind than the disk's: a backend of files never gets another address than a path.
+    pub fn serving(&self, disk: &Disk) -> Result<Arc<AnyDiskSnapshotter>> {
+        let backend = self.get(&disk.format)?;
+        let scheme = disk.address.named().map(|(scheme, _)| scheme);
+        if backend.scheme() == scheme {
+            return Ok(backend);
+        }
+        let kind = |scheme: Option<&str>| scheme.map_or("paths".to_owned(), |scheme| format!("{scheme}:..."));
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "disk {} ({}) is recorded with the format {}, whose disks have other addresses: {}",
+                disk.target,
+                disk.address,
+                disk.format,
+                kind(backend.scheme())
+            ),
+        )
+        .state("no changes made")
+        .advise("state the format to which this address belongs"))
+    }
+
     /// The backend whose disks have addresses of this scheme.
-    pub fn of_scheme(&self, address: &Utf8Path) -> Option<&AnyDiskSnapshotter> {
-        let (scheme, _) = crate::address::split(address.as_str())?;
+    pub fn of_scheme(&self, address: &DiskAddress) -> Option<&AnyDiskSnapshotter> {
+        let (scheme, _) = address.named()?;
         self.iter().find(|backend| backend.scheme() == Some(scheme))
     }
 

@@ -122,7 +122,7 @@ impl DiskPoint {
         Some(format!(
             "internal snapshot {tag} in {} is not the one that was taken: another program deleted that ({recorded}) and made \
              one of the same name ({found})",
-            layer.file
+            layer.address
         ))
     }
 }

@@ -1,10 +1,9 @@
 //! The state of a disk, read from the machine and not from records.
 
-use camino::Utf8PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{LayerName, Target};
+use crate::{DiskAddress, LayerName, Target};
 
 /// Identity of an internal snapshot, to distinguish it from another of the same name that another program
 /// made in its place.
@@ -49,9 +48,10 @@ pub struct InternalPoint {
 pub struct Layer {
     /// Its permanent name.
     pub name: LayerName,
-    /// The file by which it can be opened now.
+    /// The address by which it can be opened now.
+    #[serde(rename = "file")]
     #[schemars(with = "String")]
-    pub file: Utf8PathBuf,
+    pub address: DiskAddress,
     /// The stated format.
     pub format: String,
     /// True if a file of its permanent name exists.
@@ -68,7 +68,7 @@ pub struct Layer {
     pub internal: Vec<InternalPoint>,
     /// Images that are directly backed by it, under any of its names, and are not layers of this disk.
     #[schemars(with = "Vec<String>")]
-    pub dependents: Vec<Utf8PathBuf>,
+    pub dependents: Vec<DiskAddress>,
 }
 
 /// A disk's layers as they are on the machine.
@@ -87,7 +87,7 @@ pub struct DiskState {
     /// changes as soon as that path names a layer with other content.
     #[serde(default)]
     #[schemars(with = "Vec<String>")]
-    pub path_dependents: Vec<Utf8PathBuf>,
+    pub path_dependents: Vec<DiskAddress>,
     /// Files beside the layers whose backing file is undetermined. While there are any, no layer is merged,
     /// removed or left by a revert.
     #[serde(default)]
@@ -99,7 +99,7 @@ pub struct DiskState {
 pub struct Undetermined {
     /// The file.
     #[schemars(with = "String")]
-    pub file: Utf8PathBuf,
+    pub file: DiskAddress,
     /// The reason.
     pub why: String,
 }

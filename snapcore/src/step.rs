@@ -112,9 +112,9 @@ pub enum Edit {
     SetPath {
         /// The disk.
         target: Target,
-        /// The path.
+        /// The address.
         #[schemars(with = "String")]
-        path: camino::Utf8PathBuf,
+        path: crate::DiskAddress,
     },
 }
 

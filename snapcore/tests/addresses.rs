@@ -97,7 +97,7 @@ async fn a_domain_of_rows_lives_without_a_file() {
     table.create(&web, "s2").await;
     assert_eq!(table.names(&web).await, ["s1", "s2"]);
     let shown = table.service().show(&web, &name("s1")).await.unwrap();
-    assert_eq!(shown.members[0].file, "table:web/root");
+    assert_eq!(shown.members[0].address, "table:web/root".into());
     table.service().revert(&web, RevertRequest::new(name("s1")), go()).await.unwrap();
     assert_eq!(table.data(), [1, 1]);
     assert_eq!(table.service().check(&web).await.unwrap(), Vec::new());
@@ -170,8 +170,7 @@ async fn rows_are_known_by_their_identities() {
     let absent = table.service().domain_add(&table.spec(&["table:web/none"])).await.unwrap_err();
     assert_eq!(absent.kind(), ErrorKind::NotFound);
     let web = table.add().await;
-    let again =
-        Disk { target: Target::new("vdc").unwrap(), path: "table:WEB/data".into(), format: "table".into() };
+    let again = Disk::new(Target::new("vdc").unwrap(), "table:WEB/data", "table");
     assert_eq!(table.service().disk_add(&web, again).await.unwrap_err().kind(), ErrorKind::Refused);
     table.service().disk_remove(&web, &Target::new("vdb").unwrap()).await.unwrap();
     assert_eq!(table.service().resolve(&web).await.unwrap().disks.len(), 1);

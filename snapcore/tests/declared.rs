@@ -14,7 +14,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
     backend.declared = Some(can);
     let path = Utf8PathBuf::from("/disks/root.fake");
     backend.disks().insert(path.clone(), FakeDisk { data: 1, ..FakeDisk::default() });
-    let disk = Disk { target: Target::new("vda").unwrap(), path, format: "fake".into() };
+    let disk = Disk::new(Target::new("vda").unwrap(), path, "fake");
     let record = backend.adopt(&disk, ActivePath::Keep).await.unwrap();
     let state = backend.inspect(&record, InspectDepth::Layers, None).await.unwrap();
     let found = Snapshot {
@@ -29,11 +29,12 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         machine: None,
         skipped: Vec::new(),
     };
-    backend.disks().get_mut(&disk.path).unwrap().tags.insert("s1".into(), 1);
+    backend.disks().get_mut(disk.path()).unwrap().tags.insert("s1".into(), 1);
     let domain = Domain {
         name: DomainName::new("web").unwrap(),
         unregistered: false,
         hypervisor: Hypervisor::new("fake").unwrap(),
+        host: None,
         control: None,
         active_path: ActivePath::Keep,
         disks: vec![record.clone()],

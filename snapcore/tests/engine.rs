@@ -48,17 +48,14 @@ impl Bench {
         let mut disks = Vec::new();
         for target in ["vda", "vdb"] {
             bench.backend.disks().insert(bench.path(target), FakeDisk { data: 1, ..FakeDisk::default() });
-            let disk = Disk {
-                target: Target::new(target).unwrap(),
-                path: bench.path(target),
-                format: "fake".into(),
-            };
+            let disk = Disk::new(Target::new(target).unwrap(), bench.path(target), "fake");
             disks.push(bench.backend.adopt(&disk, ActivePath::Keep).await.unwrap());
         }
         let domain = Domain {
             name: domain_name(),
             unregistered: false,
             hypervisor: Hypervisor::NONE,
+            host: None,
             control: None,
             active_path: ActivePath::Keep,
             disks,

@@ -63,13 +63,14 @@ async fn run(backend: &FakeBackend) -> (Result<Run>, Entry) {
     for target in DISKS {
         let path = root.join(format!("{target}.fake"));
         backend.disks().insert(path.clone(), FakeDisk { data: 1, ..FakeDisk::default() });
-        let disk = Disk { target: Target::new(target).unwrap(), path, format: "fake".into() };
+        let disk = Disk::new(Target::new(target).unwrap(), path, "fake");
         records.push(backend.adopt(&disk, ActivePath::Keep).await.unwrap());
     }
     let domain = Domain {
         name: DomainName::new("web").unwrap(),
         unregistered: false,
         hypervisor: Hypervisor::NONE,
+        host: None,
         control: None,
         active_path: ActivePath::Keep,
         disks: records,

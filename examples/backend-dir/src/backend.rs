@@ -4,10 +4,10 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
 use snapcore::{
-    ActivePath, AttachedDisk, Capabilities, ChainFile, Consistency, DeleteCost, Disk, DiskPlan, DiskPoint,
+    ActivePath, AttachedDisk, Capabilities, Consistency, DeleteCost, Disk, DiskAddress, DiskPlan, DiskPoint,
     DiskRecord, DiskRequest, DiskSnapshotter, DiskState, Error, ErrorKind, Finding, FinishStep, Guard,
-    InspectDepth, InternalPoint, Layer, LayerName, Point, PointKind, Result, Salvage, Severity, Snapshot,
-    SnapshotId, SnapshotName, Step, StepContext, StepStatus,
+    InspectDepth, InternalPoint, Layer, LayerName, OpenLayer, Point, PointKind, Result, Salvage, Severity,
+    Snapshot, SnapshotId, SnapshotName, Step, StepContext, StepStatus,
 };
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -81,11 +81,11 @@ impl DiskSnapshotter for Copies {
     }
 
     async fn adopt(&self, disk: &Disk, _: ActivePath) -> Result<DiskRecord> {
-        found(&disk.path)?;
-        if disk.path.file_name().is_none_or(|name| name.len() > 240) {
+        found(disk.path())?;
+        if disk.path().file_name().is_none_or(|name| name.len() > 240) {
             return Err(Error::new(
                 ErrorKind::Refused,
-                format!("{}: the name is too long for a directory beside it", disk.path),
+                format!("{}: the name is too long for a directory beside it", disk.address),
             )
             .advise("rename it"));
         }
@@ -98,7 +98,7 @@ impl DiskSnapshotter for Copies {
         _: InspectDepth,
         _: Option<&dyn AttachedDisk>,
     ) -> Result<DiskState> {
-        let path = &record.disk.path;
+        let path = record.disk.path();
         let there = found(path)?;
         let internal = tags(path)?.into_iter().map(|(tag, copied)| InternalPoint {
             tag,
@@ -109,7 +109,7 @@ impl DiskSnapshotter for Copies {
         });
         let only = Layer {
             name: layer(),
-            file: path.clone(),
+            address: record.disk.address.clone(),
             format: self.format().to_owned(),
             named: false,
             backing: None,
@@ -124,7 +124,7 @@ impl DiskSnapshotter for Copies {
 
     async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
         let mut all = Vec::new();
-        for (tag, copied) in tags(&record.disk.path)? {
+        for (tag, copied) in tags(record.disk.path())? {
             if known.iter().any(|point| point.tag.as_ref() == Some(&tag)) {
                 continue;
             }
@@ -156,7 +156,7 @@ impl DiskSnapshotter for Copies {
         active_path: ActivePath,
         request: &DiskRequest,
     ) -> Result<DiskPlan<Action>> {
-        let (disk, path) = (&record.disk, &record.disk.path);
+        let (disk, path) = (&record.disk, record.disk.path());
         let there = tags(path)?;
         let mut plan = DiskPlan::default();
         if active_path != ActivePath::Keep {
@@ -213,32 +213,32 @@ impl DiskSnapshotter for Copies {
     }
 
     async fn lock(&self, record: &DiskRecord, _: Option<&dyn AttachedDisk>) -> Result<Guard> {
-        Ok(Box::new(self.locks.begin(&record.disk.path)?))
+        Ok(Box::new(self.locks.begin(record.disk.path())?))
     }
 
-    async fn open_chain(&self, record: &DiskRecord) -> Result<Vec<ChainFile>> {
-        Ok(vec![ChainFile { file: record.disk.path.clone(), format: "raw".to_owned() }])
+    async fn open_chain(&self, record: &DiskRecord) -> Result<Vec<OpenLayer>> {
+        Ok(vec![OpenLayer { address: record.disk.address.clone(), format: "raw".to_owned() }])
     }
 
     async fn apply(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
-        step.action.apply(&context.disk.disk.path, &self.locks, context)
+        step.action.apply(context.disk.disk.path(), &self.locks, context)
     }
 
     async fn undo(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
-        step.action.undo(&context.disk.disk.path, &self.locks)
+        step.action.undo(context.disk.disk.path(), &self.locks)
     }
 
     async fn salvage(&self, step: &Step<Action>, _: bool, context: StepContext<'_>) -> Result<Salvage> {
         let disk = &context.disk.disk;
-        step.action.salvage(disk.target.as_str(), &disk.path)
+        step.action.salvage(disk.target.as_str(), disk.path())
     }
 
     async fn status(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<StepStatus> {
-        Ok(step.action.status(&context.disk.disk.path))
+        Ok(step.action.status(context.disk.disk.path()))
     }
 
     async fn check(&self, record: &DiskRecord, _: &DiskState) -> Result<Vec<Finding>> {
-        let directory = points(&record.disk.path);
+        let directory = points(record.disk.path());
         let Ok(entries) = directory.read_dir_utf8() else { return Ok(Vec::new()) };
         let left = entries.filter_map(std::result::Result::ok).filter(|entry| {
             entry.file_name().starts_with("next-") || entry.path().extension() == Some("part")
@@ -259,17 +259,17 @@ impl DiskSnapshotter for Copies {
         drop: &[Point],
         keep: &[Point],
     ) -> Result<DeleteCost> {
-        let there = tags(&record.disk.path)?;
+        let there = tags(record.disk.path())?;
         let frees = gone(&there, drop, keep).map(|(_, copied)| copied.blocks() * 512).sum();
         Ok(DeleteCost { frees, moves: 0 })
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        Utf8PathBuf::from(format!("{}.domsnap", disk.path))
+        Utf8PathBuf::from(format!("{}.domsnap", disk.path()))
     }
 
-    fn layer_file(&self, record: &DiskRecord, _: &LayerName) -> Utf8PathBuf {
-        record.disk.path.clone()
+    fn layer_address(&self, record: &DiskRecord, _: &LayerName) -> DiskAddress {
+        record.disk.address.clone()
     }
 }
 

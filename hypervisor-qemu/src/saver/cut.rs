@@ -6,12 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use snapcore::{
-    Consistency, DiskInstant, DomainContext, Error, ErrorKind, MemoryPlan, PowerAfter, Quiesce, Result,
-    StepOutcome, Taken, Target,
+    Consistency, DiskAddress, DiskInstant, DomainContext, Error, ErrorKind, MemoryPlan, OpenLayer,
+    PowerAfter, Quiesce, Result, StepOutcome, Taken, Target,
 };
 
 use super::{
@@ -228,7 +228,7 @@ fn method_name(method: CutMethod) -> &'static str {
 /// An overlay that is open in QEMU and not used yet.
 #[derive(Debug)]
 pub(super) struct OpenOverlay {
-    file: Utf8PathBuf,
+    address: DiskAddress,
     node: Name,
 }
 
@@ -240,14 +240,15 @@ pub(super) async fn open_overlays(live: &QemuDomain, step: CutStep<'_>) -> Resul
         Err(error) => return Err(close(live, error, &opened).await),
     };
     let overlays = step.disks.iter().filter_map(|(_, instant)| match instant {
-        DiskInstant::Overlay { file, .. } => Some(file.clone()),
+        DiskInstant::Overlay { address, .. } => Some(address.clone()),
         DiskInstant::Internal { .. } | DiskInstant::ByBackend => None,
     });
     let nodes = cuts.into_iter().filter_map(|cut| match cut {
         DiskCut::Overlay { overlay, .. } => Some(overlay),
         DiskCut::Internal { .. } => None,
     });
-    *live.open_overlays() = overlays.zip(nodes).map(|(file, node)| OpenOverlay { file, node }).collect();
+    *live.open_overlays() =
+        overlays.zip(nodes).map(|(address, node)| OpenOverlay { address, node }).collect();
     Ok(())
 }
 
@@ -275,11 +276,11 @@ async fn prepare(live: &QemuDomain, step: CutStep<'_>, opened: &mut Vec<String>)
         cuts.push(match instant {
             DiskInstant::ByBackend => continue,
             DiskInstant::Internal { tag } => DiskCut::Internal { device, tag: tag.clone() },
-            DiskInstant::Overlay { file, format } => {
-                let overlay = match overlays.iter().position(|overlay| overlay.file == *file) {
+            DiskInstant::Overlay { address, format } => {
+                let overlay = match overlays.iter().position(|overlay| overlay.address == *address) {
                     Some(place) => overlays.swap_remove(place).node,
                     None => {
-                        let file = snapcore::ChainFile { file: file.clone(), format: format.clone() };
+                        let file = OpenLayer { address: address.clone(), format: format.clone() };
                         let overlay = layer(&file, Name::node(), disk.like(&root.node));
                         graph::add_overlay(&live.machine, &overlay).await.map_err(to_engine)?;
                         overlay.name
@@ -391,7 +392,9 @@ pub(super) async fn undo(live: &QemuDomain, step: CutStep<'_>, context: DomainCo
             continue;
         };
         match instant {
-            DiskInstant::Overlay { file, .. } => take_off(disk, file, context).await.map_err(taking)?,
+            DiskInstant::Overlay { address, .. } => {
+                take_off(disk, address.path(), context).await.map_err(taking)?
+            }
             DiskInstant::Internal { tag } => {
                 graph::delete_internal(machine, &disk.device, tag)
                     .await
@@ -414,7 +417,7 @@ pub(super) async fn undo(live: &QemuDomain, step: CutStep<'_>, context: DomainCo
     Ok(())
 }
 
-async fn take_off(disk: &Disk, file: &Utf8PathBuf, context: DomainContext<'_>) -> Result<()> {
+async fn take_off(disk: &Disk, file: &Utf8Path, context: DomainContext<'_>) -> Result<()> {
     let open = disk.open().await.map_err(to_engine)?;
     let is_it = |layer: &super::disk::QemuLayer| match identity(file.as_std_path()) {
         Some(overlay) => layer.identity == Some(overlay),

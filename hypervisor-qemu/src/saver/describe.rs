@@ -77,7 +77,7 @@ fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk>
         };
         disks.push(SeenDisk {
             target,
-            path: file.unwrap_or_else(shown),
+            address: file.unwrap_or_else(shown).into(),
             format: format.to_owned(),
             left_out,
             guest_writes: drive.guest_writes(),
@@ -99,7 +99,7 @@ fn disks(discovery: &Discovery, view: &FileView, graph: &Graph) -> Vec<SeenDisk>
         let Ok(target) = Target::new(name) else { continue };
         disks.push(SeenDisk {
             target,
-            path: Utf8PathBuf::from(device.kind.as_str()),
+            address: device.kind.as_str().into(),
             format: String::new(),
             left_out: Some(format!("its disk is served by {server}, not by QEMU")),
             guest_writes: true,

@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use snapcore::{
-    AttachedDisk, AttachedMerge, ChainFile, DiskRecord, FileIdentity, Inside, Progress, Result, Target,
+    AttachedDisk, AttachedMerge, DiskRecord, FileIdentity, Inside, OpenLayer, Progress, Result, Target,
     file_identity,
 };
 use tokio::sync::watch;
@@ -219,16 +219,16 @@ impl Disk {
 
     /// Makes a node for an image of its chain: with the image's own previous options, or else those of the
     /// active image.
-    pub(super) fn layer(&self, file: &ChainFile, name: Name) -> Layer {
+    pub(super) fn layer(&self, file: &OpenLayer, name: Name) -> Layer {
         let options = self.options.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = identity(file.file.as_std_path()).and_then(|identity| options.0.get(&identity));
+        let known = identity(file.address.path().as_std_path()).and_then(|identity| options.0.get(&identity));
         layer(file, name, known.unwrap_or(&options.1).clone())
     }
 }
 
 /// Makes a node for an image.
-pub(super) fn layer(file: &ChainFile, name: Name, options: NodeOptions) -> Layer {
-    let path = file.file.as_std_path().to_owned();
+pub(super) fn layer(file: &OpenLayer, name: Name, options: NodeOptions) -> Layer {
+    let path = file.address.path().as_std_path().to_owned();
     Layer { name, file: path, driver: file.format.clone(), backed: file.format == "qcow2", options }
 }
 
@@ -249,7 +249,7 @@ pub(super) fn target_name(device: &str) -> String {
 
 /// Returns the files of a disk's layers, as QEMU sees them.
 pub(super) fn files_of(record: &DiskRecord, view: &FileView) -> Vec<FileIdentity> {
-    let path = record.disk.path.as_std_path();
+    let path = record.disk.path().as_std_path();
     let directory = path.parent().unwrap_or(Path::new(""));
     let layers = record.owned.iter().chain([&record.active]);
     let layers = layers.filter_map(|layer| view.identity(&directory.join(layer.as_str())));
@@ -269,7 +269,7 @@ pub(super) fn device_of<'a>(
     view: &FileView,
 ) -> Option<&'a BlockDevice> {
     let disk = &record.disk;
-    let path = view.identity(disk.path.as_std_path());
+    let path = view.identity(disk.path().as_std_path());
     let layers = files_of(record, view);
     let chains: Vec<(&BlockDevice, QemuChain)> = drives
         .iter()

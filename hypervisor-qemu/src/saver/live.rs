@@ -86,7 +86,7 @@ impl QemuDomain {
             }
             if let Some(device) = device {
                 let target = &record.disk.target;
-                let path = record.disk.path.as_std_path();
+                let path = record.disk.path().as_std_path();
                 let now = view.identity(path);
                 let is_it = |file: &Path| file == path || now.is_some() && view.identity(file) == now;
                 let given = ImageOptions::of(&discovery.process, is_it);
@@ -120,7 +120,7 @@ impl QemuDomain {
         let mut owned = Vec::new();
         for record in &domain.disks {
             let directory =
-                record.disk.path.parent().map(|parent| parent.as_std_path()).unwrap_or(Path::new(""));
+                record.disk.path().parent().map(|parent| parent.as_std_path()).unwrap_or(Path::new(""));
             let layers = record.owned.iter().map(|layer| directory.join(layer.as_str()));
             owned.extend(layers.map(|layer| (record.disk.target.clone(), layer)));
         }

@@ -234,7 +234,7 @@ impl VmStateSaver for Qemu {
     }
 
     fn tidy_at_rest(&self, domain: &Domain) {
-        preflight::remove_left(domain.disks.iter().map(|record| record.disk.path.as_std_path()));
+        preflight::remove_left(domain.disks.iter().map(|record| record.disk.path().as_std_path()));
     }
 
     async fn remove_memory(&self, file: &Utf8Path) -> Result<()> {

@@ -180,7 +180,7 @@ fn refuse_unfit(live: &QemuDomain, targets: &[Target]) -> Result<()> {
     let is_one = |disk: &&SeenDisk| disk.member.as_ref().is_some_and(|member| targets.contains(member));
     for disk in live.seen.disks.iter().filter(is_one) {
         let Some(why) = &disk.left_out else { continue };
-        let detail = format!("disk {} ({}) cannot be detached: {why}", disk.target, disk.path);
+        let detail = format!("disk {} ({}) cannot be detached: {why}", disk.target, disk.address);
         return Err(Error::new(ErrorKind::Refused, detail)
             .advise("change that and try again, or shut the domain down first"));
     }
@@ -241,8 +241,8 @@ fn opens(plan: &Plan) -> Vec<Opens> {
                 DomainStep::Instant { disks, .. } => disks
                     .iter()
                     .filter_map(|(target, instant)| match instant {
-                        DiskInstant::Overlay { file, .. } => {
-                            Some(Opens::Overlay(target.clone(), file.as_std_path().to_owned()))
+                        DiskInstant::Overlay { address, .. } => {
+                            Some(Opens::Overlay(target.clone(), address.path().as_std_path().to_owned()))
                         }
                         DiskInstant::Internal { .. } | DiskInstant::ByBackend => None,
                     })
@@ -272,9 +272,9 @@ async fn probe_one(live: &QemuDomain, opens: &Opens, chains: &[OpenChain]) -> Re
     let Some(chain) = chains.iter().find(|chain| chain.target == *target) else { return Ok(()) };
     let open: Vec<_> =
         disk.open().await.map_err(to_engine)?.layers.iter().filter_map(|layer| layer.identity).collect();
-    let active = chain.layers.first().map(|layer| layer.file.as_std_path());
+    let active = chain.layers.first().map(|layer| layer.address.path().as_std_path());
     for (place, layer) in chain.layers.iter().enumerate() {
-        let file = layer.file.as_std_path();
+        let file = layer.address.path().as_std_path();
         let write = match opens {
             Opens::Overlay(..) if place > 0 => break,
             Opens::Overlay(..) | Opens::Chain { .. } => place == 0,

@@ -37,8 +37,8 @@ pub(super) async fn reopen_by_name(disk: &Disk, chain: &OpenChain) -> Result<usi
         else {
             break;
         };
-        let Some(file) = identity(named.file.as_std_path()) else {
-            let detail = format!("{} is gone, and QEMU has it open", named.file);
+        let Some(file) = identity(named.address.path().as_std_path()) else {
+            let detail = format!("{} is gone, and QEMU has it open", named.address);
             return Err(Error::new(ErrorKind::NotFound, detail));
         };
         if layer.identity == Some(file) {
@@ -47,7 +47,7 @@ pub(super) async fn reopen_by_name(disk: &Disk, chain: &OpenChain) -> Result<usi
         if really_open.as_ref().is_some_and(|open| !open.contains(&file)) {
             let detail = format!(
                 "QEMU has another image open at the place of {} in the chain of disk {}: its node {} names {}",
-                named.file,
+                named.address,
                 disk.target,
                 layer.node.name,
                 layer.file.as_deref().map_or_else(|| "no file".to_owned(), |file| file.display().to_string()),

@@ -176,7 +176,7 @@ async fn attach_disk(disk: &Disk, chains: &[OpenChain]) -> Result<()> {
 
 /// Returns true if the open images are this chain.
 fn is_chain(open: &QemuChain, chain: &OpenChain) -> bool {
-    let named = chain.layers.iter().map(|layer| identity(layer.file.as_std_path()));
+    let named = chain.layers.iter().map(|layer| identity(layer.address.path().as_std_path()));
     open.layers.len() == chain.layers.len()
         && open.layers.iter().zip(named).all(|(layer, named)| named.is_some() && layer.identity == named)
 }

@@ -15,9 +15,9 @@ use async_trait::async_trait;
 use camino::Utf8PathBuf;
 use hypervisor_qemu::Qemu;
 use snapcore::{
-    ActivePath, AttachedMerge, ChainFile, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext,
-    DomainName, DomainStep, Error, ErrorKind, FileIdentity, Inside, LayerName, LiveDomain, MemoryPlan,
-    NothingInside, OpenChain, Progress, Quiesce, StepOutcome, Target, VmStateSaver,
+    ActivePath, AttachedMerge, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext, DomainName,
+    DomainStep, Error, ErrorKind, FileIdentity, Inside, LayerName, LiveDomain, MemoryPlan, NothingInside,
+    OpenChain, OpenLayer, Progress, Quiesce, StepOutcome, Target, VmStateSaver,
 };
 use testguest::Guest;
 use tokio_util::sync::CancellationToken;
@@ -103,9 +103,9 @@ pub fn utf8(path: &Path) -> Utf8PathBuf {
 }
 
 /// Makes an image from a file name that ends in its format.
-pub fn image(file: &Path) -> ChainFile {
+pub fn image(file: &Path) -> OpenLayer {
     let format = file.extension().expect("a layer's name ends in its format").to_string_lossy().into_owned();
-    ChainFile { file: utf8(file), format }
+    OpenLayer { address: utf8(file).into(), format }
 }
 
 pub struct Run {
@@ -132,7 +132,7 @@ impl Run {
             fs::hard_link(&path, &layer)?;
             let target = Target::new(target)?;
             disks.push(DiskRecord {
-                disk: Disk { target: target.clone(), path: utf8(&path), format: format.into_owned() },
+                disk: Disk::new(target.clone(), utf8(&path), format),
                 active: LayerName(layer.file_name().context("a name")?.to_string_lossy().into_owned()),
                 owned: Vec::new(),
             });
@@ -148,6 +148,7 @@ impl Run {
             name: DomainName::new("guest")?,
             unregistered: false,
             hypervisor: hypervisor_qemu::NAME,
+            host: None,
             control: Some(control),
             active_path: ActivePath::Keep,
             disks,
@@ -220,7 +221,7 @@ impl Run {
         self.layers[disk].insert(0, file.clone());
         Ok((
             self.targets[disk].clone(),
-            DiskInstant::Overlay { file: utf8(&file), format: "qcow2".to_owned() },
+            DiskInstant::Overlay { address: utf8(&file).into(), format: "qcow2".to_owned() },
         ))
     }
 

@@ -143,10 +143,10 @@ pub fn room_of_overlay(virtual_size: u64) -> u64 {
 
 /// Returns the effects of a chain's step on files, for [`snapcore::DiskSnapshotter::uses`].
 pub fn uses(record: &DiskRecord, step: &ChainStep) -> FileUses {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     let file = |layer: &LayerName| {
         let own = layer_path(path, layer);
-        if own.exists() || *layer != record.active { own } else { path.clone() }
+        if own.exists() || *layer != record.active { own } else { path.to_owned() }
     };
     let mut uses = FileUses::default();
     match step {
@@ -163,8 +163,8 @@ pub fn uses(record: &DiskRecord, step: &ChainStep) -> FileUses {
             uses.room = 3 * BLOCK;
         }
         ChainStep::SwitchActive { to, .. } => {
-            uses.makes.push(path.clone());
-            uses.renames.push(path.clone());
+            uses.makes.push(path.to_owned());
+            uses.renames.push(path.to_owned());
             uses.links.push(layer_path(path, to));
         }
         ChainStep::TakeInternal { layer, .. }

@@ -1,7 +1,6 @@
 //! Deletes: tags are dropped, and layers that are no longer needed are removed or merged.
 
-use camino::Utf8Path;
-use snapcore::{ActivePath, Edit, FinishStep, Group, LayerName, Point, Result, shown_size};
+use snapcore::{ActivePath, DiskAddress, Edit, FinishStep, Group, LayerName, Point, Result, shown_size};
 
 use super::{ChainStep, Planner, Tag, VisibleBytes, neighbours};
 use crate::layer_name::layer_path;
@@ -56,7 +55,7 @@ impl Planner<'_> {
                      where the disk has discard=unmap",
                     self.target,
                     Tag::names(&tags),
-                    layer.file
+                    layer.address
                 ));
             }
             self.layers[index].internal.retain(|internal| !tags.iter().any(|tag| tag.name == internal.tag));
@@ -70,9 +69,9 @@ impl Planner<'_> {
     }
 
     /// Keeps the layer's file, since another image may use it. So its backing file `below` is kept as well.
-    pub(super) fn let_go(&mut self, file: &Utf8Path, below: Option<&LayerName>) {
+    pub(super) fn let_go(&mut self, file: &DiskAddress, below: Option<&LayerName>) {
         if let Some(below) = below.and_then(|name| self.layers.iter_mut().find(|layer| layer.name == *name)) {
-            below.dependents.push(file.to_owned());
+            below.dependents.push(file.clone());
         }
         self.plan.notes.push(format!(
             "{}: this disk does not need {file} any more; the file stays, because its name is not one of domsnap's: remove \
@@ -94,7 +93,7 @@ impl Planner<'_> {
             self.plan
                 .commit
                 .push(Edit::RemoveLayer { target: self.target.clone(), layer: layer.name.clone() });
-            self.let_go(&layer.file, layer.backing.as_ref());
+            self.let_go(&layer.address, layer.backing.as_ref());
         }
         self.remove(gone);
     }
@@ -151,7 +150,7 @@ impl Planner<'_> {
 
     fn unname_last(&mut self, keep: &[Point]) {
         let [only] = self.layers.iter().filter(|layer| layer.owned).collect::<Vec<_>>()[..] else { return };
-        let its_own_name = self.record.disk.path == layer_path(&self.record.disk.path, &only.name);
+        let its_own_name = self.record.disk.path() == layer_path(self.record.disk.path(), &only.name);
         let free = only.name == self.active
             && only.named
             && only.dependents.is_empty()
@@ -161,7 +160,7 @@ impl Planner<'_> {
             && !keep.contains(&Point::external(only.name.clone()));
         if free {
             let layer = only.name.clone();
-            let message = format!("remove the layer name {layer}: {} alone is left", self.record.disk.path);
+            let message = format!("remove the layer name {layer}: {} alone is left", self.record.disk.path());
             self.push(Group::Finish, ChainStep::Unname { layer }, &message, 0);
         }
     }

@@ -1,7 +1,6 @@
 //! Merges of runs of layers whose lower ones are not needed.
 
-use camino::Utf8PathBuf;
-use snapcore::{Edit, Group, Layer, LayerName, Point, Result};
+use snapcore::{DiskAddress, Edit, Group, Layer, LayerName, Point, Result};
 
 use super::{ChainStep, Planner, VisibleBytes, enumeration};
 
@@ -149,11 +148,11 @@ impl Planner<'_> {
             }
         }
         self.remove(made_here);
-        let kept: Vec<(Utf8PathBuf, Option<LayerName>)> = self
+        let kept: Vec<(DiskAddress, Option<LayerName>)> = self
             .layers
             .iter()
             .filter(|layer| named_by_others.contains(&layer.name))
-            .map(|layer| (layer.file.clone(), layer.backing.clone()))
+            .map(|layer| (layer.address.clone(), layer.backing.clone()))
             .collect();
         self.layers.retain(|layer| layer.name == *into || !run.contains(&layer.name));
         if let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == *into) {

@@ -86,11 +86,11 @@ pub fn check_overlay_name(disk: &DiskRecord, overlay: &LayerName) -> Result<()> 
     if overlay.as_str().contains('/') {
         return Err(Error::new(
             ErrorKind::Unsupported,
-            format!("{}: an overlay must be in the directory of {}", disk.disk.target, disk.disk.path),
+            format!("{}: an overlay must be in the directory of {}", disk.disk.target, disk.disk.path()),
         )
         .advise("give a file name without a directory: the chain's relative names are looked up there"));
     }
-    let file = layer_path(&disk.disk.path, overlay);
+    let file = layer_path(disk.disk.path(), overlay);
     match names::file_id(&file)? {
         Some(_) => {
             Err(Error::new(ErrorKind::Exists, format!("{file} exists, and nothing is written over it"))
@@ -134,7 +134,7 @@ impl Planner<'_> {
 
     /// Returns true if the file of a layer has a name that only domsnap gives.
     fn made_here(&self, layer: &LayerName) -> bool {
-        is_layer_name(&self.record.disk.path, layer.as_str())
+        is_layer_name(self.record.disk.path(), layer.as_str())
     }
 
     fn existing(&self, name: &LayerName) -> Result<&Layer> {
@@ -188,15 +188,15 @@ impl Planner<'_> {
         let mut edits = vec![Edit::SetActive { target: self.target.clone(), layer: to.clone() }];
         match self.active_path {
             ActivePath::Keep => {
-                let message = format!("switch {} to {to}", self.record.disk.path);
+                let message = format!("switch {} to {to}", self.record.disk.path());
                 self.push(group, ChainStep::SwitchActive { from, to: to.clone() }, &message, 0);
             }
             ActivePath::New => {
-                let path = layer_path(&self.record.disk.path, to);
+                let path = layer_path(self.record.disk.path(), to);
                 self.plan
                     .notes
                     .push(format!("{}: the domain's configuration must now name {path}", self.target));
-                edits.push(Edit::SetPath { target: self.target.clone(), path });
+                edits.push(Edit::SetPath { target: self.target.clone(), path: path.into() });
             }
         }
         match group {

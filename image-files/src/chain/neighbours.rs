@@ -1,11 +1,9 @@
 //! Restrictions by images that are not layers of the disk: no layer that backs one, or may back one, is
 //! changed.
 
-use camino::Utf8PathBuf;
-
 use snapcore::{
-    ActivePath, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, Result, Undetermined,
-    shell_command,
+    ActivePath, DiskAddress, DiskPlan, DiskRecord, DiskRequest, DiskState, Error, ErrorKind, Result,
+    Undetermined, shell_command,
 };
 
 use super::ChainStep;
@@ -16,7 +14,7 @@ use crate::layer_name::layer_path;
 /// # Errors
 /// [`ErrorKind::Refused`], with the image and how to make the revert possible.
 pub(super) fn allow_revert(record: &DiskRecord, state: &DiskState, active_path: ActivePath) -> Result<()> {
-    let path = &record.disk.path;
+    let path = record.disk.path();
     if let (Some(overlay), ActivePath::Keep) = (state.path_dependents.first(), active_path) {
         let active = state.layer(&state.active);
         let advice = match active.filter(|layer| layer.named) {
@@ -112,7 +110,7 @@ fn refusal(record: &DiskRecord, state: &DiskState) -> Option<Error> {
             ErrorKind::Refused,
             format!(
                 "{}: {file} may depend on a layer of {}: {why}{more}",
-                record.disk.target, record.disk.path
+                record.disk.target, record.disk.path()
             ),
         )
         .state("no changes made")
@@ -124,15 +122,15 @@ fn refusal(record: &DiskRecord, state: &DiskState) -> Option<Error> {
 }
 
 /// Returns the command that makes `layer` the backing file of `overlay` without touching data.
-pub fn rebase(layer: &camino::Utf8Path, overlay: &camino::Utf8Path) -> String {
-    let beside = layer.parent() == overlay.parent();
+pub fn rebase(layer: &camino::Utf8Path, overlay: &DiskAddress) -> String {
+    let beside = layer.parent() == overlay.path().parent();
     let name = layer.file_name().filter(|name| beside && !name.contains(':')).unwrap_or(layer.as_str());
     let args = ["qemu-img", "rebase", "-u", "-b", name, "-F", "qcow2", overlay.as_str()];
     format!("`{}`", shell_command(args))
 }
 
 /// `FILE stands`, `FILE and 2 others stand`.
-pub(super) fn standing(files: &[Utf8PathBuf]) -> String {
+pub(super) fn standing(files: &[DiskAddress]) -> String {
     match files {
         [] => "nothing stands".to_owned(),
         [one] => format!("{one} stands"),

@@ -32,14 +32,14 @@ impl Planner<'_> {
             PointKind::External => {
                 let new = match overlay {
                     Some(chosen) => chosen.clone(),
-                    None => layer_name(&self.record.disk.path, stamp),
+                    None => layer_name(self.record.disk.path(), stamp),
                 };
                 self.name_active();
                 self.overlay(&new, &active)?;
                 self.switch(Group::Cut, &new);
                 if self.is_attached() {
                     let take = DiskInstant::Overlay {
-                        file: layer_path(&self.record.disk.path, &new),
+                        address: layer_path(self.record.disk.path(), &new).into(),
                         format: self.record.disk.format.clone(),
                     };
                     // The path moves while the guest is paused, before it writes to the overlay.
@@ -61,7 +61,7 @@ impl Planner<'_> {
     ) -> Result<()> {
         let active = self.active.clone();
         let holder = self.existing(&to.layer)?.clone();
-        let new = layer_name(&self.record.disk.path, stamp);
+        let new = layer_name(self.record.disk.path(), stamp);
         let Some(tag) = &to.tag else {
             self.name_active();
             self.overlay(&new, &to.layer)?;
@@ -71,7 +71,7 @@ impl Planner<'_> {
         let Some(found) = holder.internal.iter().find(|internal| internal.tag == *tag) else {
             return Err(Error::new(
                 ErrorKind::NotFound,
-                format!("image {} has no internal snapshot {tag}", holder.file),
+                format!("image {} has no internal snapshot {tag}", holder.address),
             )
             .advise("another tool removed it; delete the snapshot from the catalogue"));
         };
@@ -115,7 +115,7 @@ impl Planner<'_> {
         self.plan.notes.push(format!(
             "{}: other snapshots depend on {}; {tag} is copied to a new image (up to {})",
             self.target,
-            holder.file,
+            holder.address,
             shown_size(bytes)
         ));
         let step = ChainStep::Materialise { from: holder.name.clone(), tag: found, layer: new.clone() };
@@ -123,7 +123,7 @@ impl Planner<'_> {
         self.plan.commit.push(Edit::AddLayer { target: self.target.clone(), layer: new.clone() });
         self.layers.push(Layer {
             name: new.clone(),
-            file: layer_path(&self.record.disk.path, &new),
+            address: layer_path(self.record.disk.path(), &new).into(),
             format: self.record.disk.format.clone(),
             named: true,
             virtual_size: size,
@@ -157,7 +157,7 @@ impl Planner<'_> {
                 ErrorKind::Exists,
                 format!(
                     "image {} has an internal snapshot {name} already, which is not domsnap's",
-                    layer.file
+                    layer.address
                 ),
             )
             .advise("choose another name, or take it in with 'domsnap import'"));
@@ -171,7 +171,7 @@ impl Planner<'_> {
         let Some(layer) = self.layers.iter_mut().find(|layer| layer.name == active) else { return };
         if !layer.named {
             layer.named = true;
-            let message = format!("give {} the permanent name {active}", self.record.disk.path);
+            let message = format!("give {} the permanent name {active}", self.record.disk.path());
             self.push(Group::Prepare, ChainStep::NameLayer { layer: active }, &message, 0);
         }
     }
@@ -198,7 +198,7 @@ impl Planner<'_> {
         self.push(Group::Prepare, step, &format!("create overlay {new} (backing file {on})"), 0);
         self.plan.commit.push(Edit::AddLayer { target: self.target.clone(), layer: new.clone() });
         self.layers.push(Layer {
-            file: layer_path(&self.record.disk.path, new),
+            address: layer_path(self.record.disk.path(), new).into(),
             name: new.clone(),
             format: self.record.disk.format.clone(),
             named: true,

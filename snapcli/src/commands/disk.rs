@@ -20,7 +20,7 @@ use backend_qcow2::image::{self, Image, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::layer_name::layer_path;
 use jiff::Timestamp;
-use snapcore::service::{Belonging, DomainRef, GivenImage, Listing, image_list, image_path, require_files};
+use snapcore::service::{Belonging, DomainRef, GivenImage, Listing, image_list};
 use snapcore::{
     ActivePath, CreateRequest, DeleteRequest, Disk as DomainDisk, Error, ErrorKind, InspectDepth, Point,
     PointKind, Result, RevertRequest, Snapshot, SnapshotName, Target, shell_word, time_name,
@@ -285,19 +285,17 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
 /// on.
 fn path_of(image: &GivenImage) -> Result<Utf8PathBuf> {
     if let Some(format) = image.format.as_deref().filter(|format| *format != FORMAT) {
-        let all = shell_word(&image_list([(image.path.as_path(), Some(format))]));
+        let all = shell_word(&image_list([(&image.address, Some(format))]));
         return Err(Error::new(
             ErrorKind::Unsupported,
             format!(
                 "{} was given as format {format}, and `domsnap disk` works on {FORMAT} images",
-                image.path
+                image.address
             ),
         )
         .advise(format!("name it as a domain: `domsnap create {all}`, `domsnap list {all}`")));
     }
-    let path = image_path(&image.path)?;
-    require_files(std::slice::from_ref(&path))?;
-    Ok(path)
+    image.file()
 }
 
 fn open(image: &Utf8Path, options: &OpenOptions) -> Result<Image> {
@@ -404,7 +402,7 @@ impl Owner {
         let Belonging { listing, target, layer, .. } = &self.0;
         let Some(record) = listing.domain.disk(target) else { return Vec::new() };
         let others = record.owned.iter().filter(|other| *other != layer);
-        others.map(|other| layer_path(&record.disk.path, other)).collect()
+        others.map(|other| layer_path(record.disk.path(), other)).collect()
     }
 
     /// Refuses a tag that is in another layer of the disk and that the catalogue does not know, with the way
@@ -465,7 +463,7 @@ impl Owner {
             .advise(format!(
                 "{}use the image that the domain writes: {}",
                 self.brought_back(),
-                record.disk.path
+                record.disk.path()
             ))),
             _ => Ok(()),
         }
@@ -473,7 +471,7 @@ impl Owner {
 }
 
 fn images_of(listing: &Listing) -> String {
-    shell_word(&image_list(listing.domain.disks.iter().map(|record| (record.disk.path.as_path(), None))))
+    shell_word(&image_list(listing.domain.disks.iter().map(|record| (&record.disk.address, None))))
 }
 
 /// Who has `image` as a layer. Reads the catalogue, if there is one, and the manifests beside the image;
@@ -498,7 +496,7 @@ fn owner_to_ask(session: &Session, image: &Utf8Path) -> Result<Option<Owner>, Fa
 /// Refuses if `image` is the backing file of another one: a change of its content would change that one's.
 fn require_no_dependents(session: &Session, image: &Utf8Path) -> Result<(), Failure> {
     let backend = session.service.registry().get(FORMAT)?;
-    let disk = DomainDisk { target: Target::new("vda")?, path: image.to_owned(), format: FORMAT.to_owned() };
+    let disk = DomainDisk::new(Target::new("vda")?, image, FORMAT);
     let (dependents, undetermined) = session.ask(async {
         let record = backend.adopt(&disk, ActivePath::Keep).await?;
         let state = backend.inspect(&record, InspectDepth::Dependents, None).await?;

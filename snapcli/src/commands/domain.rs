@@ -27,8 +27,8 @@ pub fn run(session: &Session, domain: Domain) -> Result<Answer, Failure> {
         Domain::Scan => scan::run(session),
         Domain::Disk(DomainDisk::Add { domain, disk }) => {
             let default = session.service.registry().default_format()?;
-            let format = disk.format.as_deref().unwrap_or(default).to_owned();
-            let disk = snapcore::Disk { target: disk.target, path: disk.path, format };
+            let format = disk.format.as_deref().unwrap_or(default);
+            let disk = snapcore::Disk::new(disk.target, disk.path, format);
             let domain = session.change(session.service.disk_add(&domain, disk))?;
             Ok(session.changed(with_disks(domain), |document| reported(document, "changed")))
         }
@@ -145,7 +145,7 @@ fn reported(document: &DomainDoc, done: &str) -> String {
     let mut text = format!("{done} {}: {}\n", domain.name, units::count(domain.disks.len(), "disk"));
     for record in &domain.disks {
         let disk = &record.disk;
-        text.push_str(&format!("  {}  {} ({})\n", disk.target, disk.path, disk.format));
+        text.push_str(&format!("  {}  {} ({})\n", disk.target, disk.address, disk.format));
     }
     for (snapshots, from) in [(&document.restored, "from manifests"), (&document.adopted, "from the images")]
     {

@@ -5,6 +5,7 @@ use snapcore::service::{DomainRef, RecoveryEnd, RecoveryReport};
 use snapcore::{OperationState, Severity};
 
 use crate::answer::Answer;
+use crate::args::Recover;
 use crate::commands::change::{deferred, names};
 use crate::documents::{CheckDoc, CheckedDomain, RecoverDoc, RecoverNote};
 use crate::failure::{Failure, exit};
@@ -59,8 +60,12 @@ fn findings_text(document: &CheckDoc) -> String {
 }
 
 /// Completes or rolls back interrupted operations.
-pub fn recover(session: &Session, domain: Option<&DomainRef>, abandon: bool) -> Result<Answer, Failure> {
-    let recovered = match domain.filter(|_| abandon) {
+pub fn recover(session: &Session, args: &Recover) -> Result<Answer, Failure> {
+    let domain = args.domain.as_ref();
+    if let Some(domain) = domain.filter(|_| args.take_over) {
+        session.change(session.service.take_over(domain))?;
+    }
+    let recovered = match domain.filter(|_| args.abandon) {
         Some(domain) => session.change(session.service.abandon(domain))?,
         None => session.change(session.service.recover(domain, session.cancel()))?,
     };

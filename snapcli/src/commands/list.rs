@@ -154,7 +154,7 @@ fn drawn(snapshots: &[SnapshotDoc], signs: Signs, zone: &TimeZone) -> String {
 /// One disk's layers: each file, its size, and what it is there for.
 pub fn layers(disk: &DiskReport, snapshots: &[SnapshotDoc]) -> String {
     let record = &disk.record.disk;
-    let mut text = format!("{}  {} ({})\n", record.target, record.path, record.format);
+    let mut text = format!("{}  {} ({})\n", record.target, record.address, record.format);
     if let Some(problem) = &disk.problem {
         text.push_str(&format!("  cannot be read: {problem}\n"));
     }
@@ -188,7 +188,7 @@ fn shown_name(layer: &Layer) -> String {
     match layer.named {
         true => layer.name.to_string(),
         // No file has its permanent name yet: only the configured path leads to it.
-        false => layer.file.file_name().unwrap_or(layer.file.as_str()).to_owned(),
+        false => layer.address.name().to_owned(),
     }
 }
 
@@ -231,7 +231,7 @@ fn holds(layer: &Layer, state: &DiskState, disk: &DiskReport, snapshots: &[Snaps
 }
 
 fn same_file(point: &str, layer: &Layer) -> bool {
-    point == layer.file
+    point == layer.address.as_str()
         || point.rsplit('/').next() == Some(layer.name.as_str())
         || point == layer.name.as_str()
 }

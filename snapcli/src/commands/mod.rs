@@ -36,9 +36,7 @@ pub fn run(cli: Cli, register: Register<'_>) -> Result<Answer, Failure> {
         Command::Domain(domain) => domain::run(&open(global)?, domain),
         Command::Import(import) => domain::import(&open(global)?, import),
         Command::Check(check) => health::check(&open(global)?, check.domain),
-        Command::Recover(recover) => {
-            health::recover(&open(global)?, recover.domain.as_ref(), recover.abandon)
-        }
+        Command::Recover(recover) => health::recover(&open(global)?, &recover),
         Command::Backends => Ok(generate::backends(&open(global)?)),
     }
 }

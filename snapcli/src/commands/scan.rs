@@ -80,7 +80,7 @@ fn reported(found: &ScannedDoc) -> String {
     text.push_str(&format!("  {}\n", found.summary));
     for disk in &found.disks {
         let why = disk.left_out.as_ref().map(|why| format!("; left out: {why}")).unwrap_or_default();
-        text.push_str(&format!("  {}  {} ({}){why}\n", disk.target, disk.path, disk.format));
+        text.push_str(&format!("  {}  {} ({}){why}\n", disk.target, disk.address, disk.format));
     }
     text.push_str(&match (&found.registered, &found.problem) {
         (Some(domain), _) => format!("  registered as {domain}\n"),

@@ -24,7 +24,7 @@ fn document(details: Details) -> ShowDoc {
     let points = members.iter().map(|member| PointDoc {
         target: member.target.clone(),
         kind: member.kind,
-        layer: member.file.clone(),
+        layer: member.address.clone(),
         tag: member.point.tag.clone(),
         virtual_size: member.virtual_size,
         allocated: member.allocated,

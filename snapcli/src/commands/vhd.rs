@@ -8,7 +8,7 @@ use backend_vhd::image::{
 };
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::names;
-use snapcore::service::{GivenImage, image_path, require_files};
+use snapcore::service::{GivenImage, image_path};
 use snapcore::{Error, ErrorKind, Result};
 
 use super::serve;
@@ -28,13 +28,11 @@ fn path_of(image: &GivenImage) -> Result<Utf8PathBuf> {
     if let Some(format) = image.format.as_deref().filter(|format| *format != FORMAT) {
         return Err(Error::new(
             ErrorKind::Unsupported,
-            format!("{} was given as format {format}, and this command works on VHD images", image.path),
+            format!("{} was given as format {format}, and this command works on VHD images", image.address),
         )
         .advise("qemu-img has `check`, `convert`, `rebase` and `resize` for other formats"));
     }
-    let path = image_path(&image.path)?;
-    require_files(std::slice::from_ref(&path))?;
-    Ok(path)
+    image.file()
 }
 
 fn options(session: &Session) -> Result<ChainOptions> {

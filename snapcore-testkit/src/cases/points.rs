@@ -163,7 +163,8 @@ pub(super) const CASES: [TestCase; 12] = [
         "a lost catalogue is imported again from the manifests",
         |subject, method| {
             let mut fixture = Fixture::with_snapshots(subject, method)?;
-            let paths: Vec<_> = fixture.records()?.into_iter().map(|record| record.disk.path).collect();
+            let paths: Vec<_> =
+                fixture.records()?.into_iter().map(|record| record.disk.path().to_owned()).collect();
             let capabilities = fixture.capabilities()?;
             let format = fixture.records()?[0].disk.format.clone();
             ensure!(capabilities.internal || capabilities.external, "it declares no kind of point");

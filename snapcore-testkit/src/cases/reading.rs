@@ -132,7 +132,7 @@ pub(super) const CASES: [TestCase; 6] = [
             let process = fixture.process()?;
             let backend = process.service.registry().get(&records[0].disk.format)?;
             let mut disk = records[0].disk.clone();
-            disk.path = disk.path.with_file_name("there-is-no-such-disk");
+            disk.address = disk.path().with_file_name("there-is-no-such-disk").into();
             let refused = refusal(process.wait(backend.adopt(&disk, subject.active_path())), "adopting it")?;
             ensure!(refused.to_string().contains("there-is-no-such-disk"), "it is not named: {refused}");
             fixture.check_current()
@@ -146,7 +146,7 @@ pub(super) const CASES: [TestCase; 6] = [
             let record = fixture.records()?.swap_remove(0);
             let before = fixture.footprint()?;
             let process = fixture.process()?;
-            let backend = process.service.registry().get(&record.disk.format)?;
+            let backend = process.service.registry().serving(&record.disk)?;
             process.wait(async {
                 let state = backend.inspect(&record, snapcore::InspectDepth::Dependents, None).await?;
                 let nowhere =

@@ -57,7 +57,7 @@ fn always_opens(subject: &dyn TestBackend, method: &Method) -> Result<()> {
 
 /// Does an operation while another thread opens the disks, again and again.
 fn watched(fixture: &mut Fixture<'_>, op: &Op) -> Result<()> {
-    let paths: Vec<_> = fixture.records()?.into_iter().map(|record| record.disk.path).collect();
+    let paths: Vec<_> = fixture.records()?.into_iter().map(|record| record.disk.path().to_owned()).collect();
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         let watcher = scope.spawn(|| -> Result<()> {
@@ -99,8 +99,8 @@ fn held(subject: &dyn TestBackend, method: &Method) -> Result<()> {
     let record = fixture.records()?.swap_remove(0);
     let other = Process::new(subject, &fixture.test_domain)?;
     let process = fixture.process()?;
-    let ours = process.service.registry().get(&record.disk.format)?;
-    let theirs = other.service.registry().get(&record.disk.format)?;
+    let ours = process.service.registry().serving(&record.disk)?;
+    let theirs = other.service.registry().serving(&record.disk)?;
     let guard = process.wait(ours.lock(&record, None))?;
     for (who, refused) in [
         ("the same process", process.wait(ours.lock(&record, None)).err()),

@@ -78,7 +78,7 @@ pub fn apply_edit(edit: &Edit, domain: &mut Domain, tree: &mut SnapshotTree) -> 
             }
         }
         Edit::SetFormat { target, format } => disk(domain, target)?.disk.format = format.clone(),
-        Edit::SetPath { target, path } => disk(domain, target)?.disk.path = path.clone(),
+        Edit::SetPath { target, path } => disk(domain, target)?.disk.address = path.clone(),
     }
     Ok(())
 }

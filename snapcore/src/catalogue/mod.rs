@@ -12,7 +12,6 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use camino::Utf8PathBuf;
 use futures_core::Stream;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -22,8 +21,8 @@ pub use edit::apply_edit;
 pub use row::StepRow;
 
 use crate::{
-    Domain, DomainName, Edit, Operation, OperationId, OperationState, Result, Snapshot, SnapshotTree,
-    StepState,
+    DiskAddress, Domain, DomainName, Edit, Operation, OperationId, OperationState, Result, Snapshot,
+    SnapshotTree, StepState,
 };
 
 /// Counter of the changes of a domain's records. Each transaction on a domain increases it. It never
@@ -94,7 +93,7 @@ pub struct EntrySummary {
     /// True if the journal has an operation of it that has not ended.
     pub unfinished: bool,
     /// Files outside its own layers that backed its images when it was last recorded; absent: not recorded.
-    pub bases: Option<Vec<Utf8PathBuf>>,
+    pub bases: Option<Vec<DiskAddress>>,
 }
 
 /// One change of a transaction.
@@ -107,7 +106,7 @@ pub enum Change {
     Follow(Stamp),
     /// Records the files outside the domain's own layers that back its images, so that they are known even if
     /// the images cannot be read.
-    Bases(Vec<Utf8PathBuf>),
+    Bases(Vec<DiskAddress>),
     /// Removes the domain, its snapshots and its journal from the catalogue.
     RemoveDomain,
     /// Changes the domain or its snapshots.
@@ -175,8 +174,8 @@ pub trait Catalogue: Send + Sync {
     /// The domain of this name.
     async fn load(&self, name: &DomainName) -> Result<Option<Entry>>;
 
-    /// Returns which of the disk paths belong to which domain.
-    async fn owners(&self, paths: &[Utf8PathBuf]) -> Result<Vec<(Utf8PathBuf, DomainName)>>;
+    /// Returns which of the disks belong to which domain.
+    async fn owners(&self, disks: &[DiskAddress]) -> Result<Vec<(DiskAddress, DomainName)>>;
 
     /// The operations of a domain that have not ended, oldest first.
     async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>>;

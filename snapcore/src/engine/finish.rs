@@ -208,7 +208,7 @@ impl Running<'_> {
     fn disk_step(&self, index: usize) -> Option<(Arc<AnyDiskSnapshotter>, &DiskRecord, &Step)> {
         let StepRef::Disk(step) = self.operation.placed(index).step else { return None };
         let record = self.entry.domain.disks.iter().find(|record| record.disk.target == step.target)?;
-        Some((self.engine.registry.get(&record.disk.format).ok()?, record, step))
+        Some((self.engine.registry.serving(&record.disk).ok()?, record, step))
     }
 
     /// Returns true if one of these steps has moved the configured path, or may have, though it failed (its
@@ -219,7 +219,11 @@ impl Running<'_> {
         for index in unit {
             let moves = self.disk_step(index).is_some_and(|(backend, record, step)| {
                 // Only this step makes the path the name of another file.
-                backend.uses(record, step).makes.contains(&record.disk.path)
+                backend
+                    .uses(record, step)
+                    .makes
+                    .iter()
+                    .any(|made| Some(made.as_path()) == record.disk.local())
             });
             if moves && !matches!(self.status(index).await, Ok(StepStatus::NotDone)) {
                 return true;

@@ -410,7 +410,7 @@ impl Running<'_> {
         for member in added.flat_map(|snapshot| &mut snapshot.disks) {
             let record = disks.iter().find(|record| record.disk.target == member.target);
             let (Some(record), true) = (record, member.point.tag.is_some()) else { continue };
-            let Ok(backend) = self.engine.registry.get(&record.disk.format) else { continue };
+            let Ok(backend) = self.engine.registry.serving(&record.disk) else { continue };
             member.identity = backend.identify(record, &member.point).await.unwrap_or_default();
         }
     }

@@ -20,7 +20,6 @@ use crate::{
     AnyDiskSnapshotter, DiskInstant, DiskRecord, DomainContext, DomainStep, Edit, Error, ErrorKind, Event,
     Events, Group, Inside, LiveDomain, NothingInside, OpenChain, OperationId, PowerAfter, Progress, Result,
     Salvage, StartFromMemory, Step, StepContext, StepOutcome, StepRef, StepState, StepStatus, Target,
-    file_identity,
 };
 
 impl Running<'_> {
@@ -280,12 +279,12 @@ impl Running<'_> {
         };
         let mut in_use = Vec::new();
         for (target, instant) in disks {
-            let (DiskInstant::Overlay { file, .. }, Some(disk)) = (instant, live.disk(target)) else {
+            let (DiskInstant::Overlay { address, .. }, Some(disk)) = (instant, live.disk(target)) else {
                 continue;
             };
             // The file does not exist: nothing of it is left to be merged.
-            let Ok(found) = file.metadata() else { continue };
-            if disk.open_files().await?.contains(&file_identity(&found)) {
+            let Some(identity) = address.inode() else { continue };
+            if disk.open_files().await?.contains(&identity) {
                 in_use.push(target.clone());
             }
         }
@@ -394,7 +393,7 @@ impl Running<'_> {
             };
             match edit {
                 Edit::SetActive { layer, .. } => record.active = layer.clone(),
-                Edit::SetPath { path, .. } => record.disk.path = path.clone(),
+                Edit::SetPath { path, .. } => record.disk.address = path.clone(),
                 Edit::SetFormat { format, .. } => record.disk.format = format.clone(),
                 _ => {}
             }
@@ -410,7 +409,7 @@ impl Running<'_> {
     async fn open_chains_of(&self, disks: &[DiskRecord]) -> Result<Vec<OpenChain>> {
         let mut chains = Vec::new();
         for record in disks {
-            let backend = self.engine.registry.get(&record.disk.format)?;
+            let backend = self.engine.registry.serving(&record.disk)?;
             let layers = backend.open_chain(record).await?;
             chains.push(OpenChain { target: record.disk.target.clone(), layers });
         }
@@ -420,7 +419,7 @@ impl Running<'_> {
     /// Releases locks of our steps, so that a hypervisor can open their images.
     async fn yield_locks(&self) -> Result<()> {
         for record in &self.entry.domain.disks {
-            self.engine.registry.get(&record.disk.format)?.yield_locks(record).await?;
+            self.engine.registry.serving(&record.disk)?.yield_locks(record).await?;
         }
         Ok(())
     }
@@ -446,7 +445,7 @@ impl Running<'_> {
             live: self.engine.live,
             resumed: self.resumed,
         };
-        Ok((self.engine.registry.get(&disk.disk.format)?, step, work))
+        Ok((self.engine.registry.serving(&disk.disk)?, step, work))
     }
 
     fn record_of(&self, target: &Target) -> Result<&DiskRecord> {

@@ -114,14 +114,14 @@ impl Planner<'_> {
         let mut skipped: Vec<SkippedDisk> = others
             .iter()
             .filter(|disk| disk.guest_writes)
-            .map(|disk| SkippedDisk { target: disk.target.clone(), image: disk.path.to_string() })
+            .map(|disk| SkippedDisk { target: disk.target.clone(), image: disk.address.to_string() })
             .collect();
         for disk in self.disks {
             let said =
                 request.disks.iter().rev().find(|(target, _)| target == disk.target()).map(|(_, how)| how);
             let (kind, method, overlay) = match said {
                 Some(CreateDisk::Skip) => {
-                    let image = disk.record.disk.path.to_string();
+                    let image = disk.record.disk.address.to_string();
                     skipped.push(SkippedDisk { target: disk.target().clone(), image });
                     continue;
                 }
@@ -209,7 +209,9 @@ impl Planner<'_> {
         }
         for disk in self.disks_of_others().iter().filter(|disk| disk.guest_writes) {
             let why = wanted.why_without(&disk.target);
-            merged.notes.push(format!("{} ({}): {why}: it keeps what it holds now", disk.target, disk.path));
+            merged
+                .notes
+                .push(format!("{} ({}): {why}: it keeps what it holds now", disk.target, disk.address));
         }
         if plans.is_empty() {
             return Err(Error::new(
@@ -232,7 +234,7 @@ impl Planner<'_> {
             let skipped = self.domain.disks.iter().filter(|record| skips(&record.disk.target));
             let skipped = skipped.map(|record| SkippedDisk {
                 target: record.disk.target.clone(),
-                image: record.disk.path.to_string(),
+                image: record.disk.address.to_string(),
             });
             snapshot.skipped = skipped.collect();
             merged.commit.push(Edit::AddSnapshot { snapshot: Box::new(snapshot) });
@@ -292,7 +294,7 @@ impl Planner<'_> {
             }
             return Err(Error::new(
                 ErrorKind::Refused,
-                format!("disk {member} of domain {} ({}): {why}", self.domain.name, disk.path),
+                format!("disk {member} of domain {} ({}): {why}", self.domain.name, disk.address),
             )
             .state("no changes made")
             .advise(format!(
@@ -312,13 +314,15 @@ impl Planner<'_> {
         }
         let each = lacking.iter().map(|disk| {
             let why = disk.left_out.as_deref().unwrap_or("it is not registered as a disk of the domain");
-            format!("{} ({}): {why}", disk.target, disk.path)
+            format!("{} ({}): {why}", disk.target, disk.address)
         });
         let skips = lacking.iter().map(|disk| format!("--disk {}=skip", disk.target));
         let name = &self.domain.name;
         let add = lacking.iter().filter(|disk| disk.left_out.is_none()).map(|disk| {
-            let SeenDisk { target, path, format, .. } = disk;
-            format!("register it with `domsnap domain disk add {name} {target}={path},format={format}`; or ")
+            let SeenDisk { target, address, format, .. } = disk;
+            format!(
+                "register it with `domsnap domain disk add {name} {target}={address},format={format}`; or "
+            )
         });
         Err(Error::new(
             ErrorKind::Refused,
@@ -352,7 +356,8 @@ impl Planner<'_> {
         let Some(why) = member.replaced(&disk.state) else { return Ok(()) };
         let (domain, snapshot) = (&self.domain.name, &wanted.name);
         let remove = crate::shell_command(["domsnap", "delete", domain.as_str(), snapshot.as_str()]);
-        let adopt = crate::shell_command(["domsnap", "import", "--replace", disk.record.disk.path.as_str()]);
+        let adopt =
+            crate::shell_command(["domsnap", "import", "--replace", disk.record.disk.address.as_str()]);
         Err(Error::new(ErrorKind::Refused, format!("{}: {why}", disk.target()))
             .state("no changes made")
             .advise(format!(
@@ -543,13 +548,13 @@ fn require_single_tag(disk: &DiskInput, Point { layer, tag }: &Point) -> Result<
     if same < 2 {
         return Ok(());
     }
-    let adopt = crate::shell_command(["domsnap", "import", "--replace", disk.record.disk.path.as_str()]);
+    let adopt = crate::shell_command(["domsnap", "import", "--replace", disk.record.disk.address.as_str()]);
     Err(Error::new(
         ErrorKind::Refused,
         format!(
             "{}: {} has {same} internal snapshots called {tag}, and the name cannot say which is meant",
             disk.target(),
-            layer.file
+            layer.address
         ),
     )
     .state("no changes made")

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
@@ -13,8 +13,9 @@ use super::{
 };
 use crate::catalogue::Catalogue;
 use crate::{
-    Control, CreateRequest, DeleteRequest, Domain, DomainInfo, DomainName, Error, ErrorKind, EventStream,
-    Finding, Hypervisor, Plan, Registry, Request, Result, RevertRequest, SnapshotName, time_name,
+    Control, CreateRequest, DeleteRequest, DiskAddress, Domain, DomainInfo, DomainName, Error, ErrorKind,
+    EventStream, Finding, Host, Hypervisor, Plan, Registry, Request, Result, RevertRequest, SnapshotName,
+    time_name,
 };
 
 /// Snapshots of domains. Cheap to clone; may be used from many tasks at once.
@@ -24,9 +25,15 @@ pub struct Domsnap {
 }
 
 impl Domsnap {
-    /// The service on a catalogue. Nothing is read or made yet.
+    /// The service on a catalogue, on this machine ([`Host::local`]). Nothing is made yet.
     pub fn new(catalogue: Arc<dyn Catalogue>, registry: Registry) -> Self {
-        Self { rooms: Arc::new(Rooms::new(catalogue, registry)) }
+        Self::on_host(catalogue, registry, Host::local())
+    }
+
+    /// The service on a catalogue, for a program that knows its machine by another way: in a container, for
+    /// example. Without a host, domains of all machines count as this machine's.
+    pub fn on_host(catalogue: Arc<dyn Catalogue>, registry: Registry, host: Option<Host>) -> Self {
+        Self { rooms: Arc::new(Rooms::new(catalogue, registry, host)) }
     }
 
     /// The backends that it was opened with.
@@ -287,7 +294,7 @@ impl Domsnap {
 
     /// The images of the catalogue's domains that are backed by the file `image`, in whatever directory they
     /// are.
-    pub async fn backed_by(&self, image: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+    pub async fn backed_by(&self, image: &Utf8Path) -> Result<Vec<DiskAddress>> {
         self.rooms.neighbours.backed_by(image).await
     }
 
@@ -343,6 +350,18 @@ impl Domsnap {
     pub async fn abandon(&self, domain: &DomainRef) -> Result<Vec<RecoveryReport>> {
         let (room, domain) = (self.rooms.operator.clone(), domain.clone());
         to_the_end(&CancellationToken::new(), |cancel| async move { room.abandon(domain, cancel).await })
+            .await
+    }
+
+    /// Records that a domain runs on this machine from now on. It is for a domain of another machine that
+    /// does not run there any more, and for a machine that got another machine ID. Nothing else is changed.
+    /// Returns the machine that it was recorded for.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where the catalogue has no such domain.
+    pub async fn take_over(&self, domain: &DomainRef) -> Result<Option<Host>> {
+        let (room, domain) = (self.rooms.registrar.clone(), domain.clone());
+        to_the_end(&CancellationToken::new(), |cancel| async move { room.take_over(domain, cancel).await })
             .await
     }
 

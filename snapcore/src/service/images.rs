@@ -23,7 +23,7 @@ pub(crate) fn file_id(path: &Utf8Path) -> Option<FileIdentity> {
 
 /// The paths of `domain`'s images, quoted for a command line.
 pub(super) fn images_of(domain: &Domain) -> String {
-    shell_word(&image_list(domain.disks.iter().map(|record| (record.disk.path.as_path(), None))))
+    shell_word(&image_list(domain.disks.iter().map(|record| (&record.disk.address, None))))
 }
 
 /// Returns the path by which an image is known: without links and dots. A symbolic link to an image is
@@ -84,9 +84,9 @@ pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] with the first that does not.
-pub fn require_files(paths: &[Utf8PathBuf]) -> Result<()> {
-    for path in paths {
-        if let Some(path) = DiskAddress::of(path).as_local()
+pub(super) fn require_files(images: &[DiskAddress]) -> Result<()> {
+    for image in images {
+        if let Some(path) = image.local()
             && let Err(cause) = path.symlink_metadata()
             && cause.kind() == std::io::ErrorKind::NotFound
         {
@@ -94,6 +94,24 @@ pub fn require_files(paths: &[Utf8PathBuf]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+impl GivenImage {
+    /// The path by which the image is known, for programs that work on the file itself: without links and
+    /// dots.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where it does not exist; [`ErrorKind::Unsupported`] where it is no file of
+    /// this machine; [`ErrorKind::Refused`] for a link of another user to a file that is not that user's.
+    pub fn file(&self) -> Result<Utf8PathBuf> {
+        let Some(path) = self.address.local() else {
+            let detail = format!("{} is no file or block device of this machine", self.address);
+            return Err(Error::new(ErrorKind::Unsupported, detail).advise("give the path of a disk image"));
+        };
+        let path = image_path(path)?;
+        require_files(&[DiskAddress::from(&path)])?;
+        Ok(path)
+    }
 }
 
 /// The disks whose images do not exist. Block devices are ignored: a volume that is not active has no node.
@@ -124,20 +142,24 @@ fn below_real_directory(path: &Utf8Path) -> Result<Utf8PathBuf> {
 
 /// Returns the one form of an image's address: its backend's for an address with a scheme, and [`image_path`]
 /// for a path.
-pub(super) async fn known_address(registry: &Registry, given: &Utf8Path) -> Result<Utf8PathBuf> {
+pub(super) async fn known_address(registry: &Registry, given: &DiskAddress) -> Result<DiskAddress> {
     match registry.of_scheme(given) {
         Some(backend) => backend.resolve(given).await,
-        None => image_path(given),
+        None => image_path(Utf8Path::new(given.as_str())).map(DiskAddress::from),
     }
 }
 
-/// Returns the absolute form of a given path, or an address with a scheme as it is.
-pub(super) fn absolute(registry: &Registry, given: &Utf8Path) -> Result<Utf8PathBuf> {
+/// Returns the absolute form of a given path, or an address with a scheme as it is. A scheme that no backend
+/// has is the beginning of a path.
+pub(super) fn absolute(registry: &Registry, given: &DiskAddress) -> Result<DiskAddress> {
     match registry.of_scheme(given) {
-        Some(_) => Ok(given.to_owned()),
-        None => camino::absolute_utf8(given).map_err(|cause| {
-            Error::new(ErrorKind::Usage, format!("the image path {given:?} cannot be made absolute"))
-                .because(cause)
+        Some(_) => Ok(given.clone()),
+        None => camino::absolute_utf8(given.as_str()).map(DiskAddress::from).map_err(|cause| {
+            Error::new(
+                ErrorKind::Usage,
+                format!("the image path {:?} cannot be made absolute", given.as_str()),
+            )
+            .because(cause)
         }),
     }
 }
@@ -151,25 +173,25 @@ pub(super) async fn real_images(
     let mut images: Vec<GivenImage> = Vec::new();
     let mut notes = Vec::new();
     for image in given {
-        let real = GivenImage { path: known_address(registry, &image.path).await?, ..image.clone() };
-        if let Some(same) = images.iter().find(|other| is_same_file(&other.path, &real.path)) {
-            let detail = format!("{} is the image {}, which is given twice", image.path, same.path);
+        let real = GivenImage { address: known_address(registry, &image.address).await?, ..image.clone() };
+        if let Some(same) = images.iter().find(|other| is_same_file(&other.address, &real.address)) {
+            let detail = format!("{} is the image {}, which is given twice", image.address, same.address);
             return Err(Error::new(ErrorKind::Usage, detail));
         }
-        notes.extend(followed(&image.path, &real.path));
+        notes.extend(followed(&image.address, &real.address));
         images.push(real);
     }
     Ok((images, notes))
 }
 
 /// Returns true if two paths name one file, also by two hard links.
-pub(super) fn is_same_file(one: &Utf8Path, other: &Utf8Path) -> bool {
-    one == other || file_id(one).is_some_and(|id| Some(id) == file_id(other))
+pub(super) fn is_same_file(one: &DiskAddress, other: &DiskAddress) -> bool {
+    one == other || one.inode().is_some_and(|id| Some(id) == other.inode())
 }
 
 /// The note for an image that was named by a symbolic link.
-pub(super) fn followed(given: &Utf8Path, real: &Utf8Path) -> Option<String> {
-    let is_link = given.is_absolute() && given.symlink_metadata().is_ok_and(|found| found.is_symlink());
+pub(super) fn followed(given: &DiskAddress, real: &DiskAddress) -> Option<String> {
+    let is_link = given.local()?.symlink_metadata().is_ok_and(|found| found.is_symlink());
     (is_link && given != real)
         .then(|| format!("{given} is a symbolic link: the image is known by its own path, {real}"))
 }
@@ -184,21 +206,23 @@ pub(super) async fn disks_of(
     let mut notes = Vec::new();
     for disk in &spec.disks {
         let named = |error: Error| error.context(format!("disk {}", disk.target));
-        let given = absolute(registry, &disk.path)?;
-        let path = known_address(registry, &given).await.map_err(named)?;
-        let disk = Disk { path, ..disk.clone() };
-        require_files(std::slice::from_ref(&disk.path)).map_err(named)?;
-        notes.extend(followed(&given, &disk.path));
+        let given = absolute(registry, &disk.address)?;
+        let address = known_address(registry, &given).await.map_err(named)?;
+        let disk = Disk { address, ..disk.clone() };
+        require_files(std::slice::from_ref(&disk.address)).map_err(named)?;
+        notes.extend(followed(&given, &disk.address));
         let identity = identity_of(registry, &disk).await?;
         let is_same = |(known, its): &&(Disk, Option<DiskIdentity>)| {
-            known.target == disk.target || known.path == disk.path || (its.is_some() && *its == identity)
+            known.target == disk.target
+                || known.address == disk.address
+                || (its.is_some() && *its == identity)
         };
         if let Some((same, _)) = disks.iter().find(is_same) {
             return Err(Error::new(
                 ErrorKind::Usage,
                 format!(
                     "domain {} names a disk twice: {} at {}, and {} at {}",
-                    spec.name, same.target, same.path, disk.target, disk.path
+                    spec.name, same.target, same.address, disk.target, disk.address
                 ),
             )
             .advise("give each disk a target and an image of its own"));
@@ -211,8 +235,8 @@ pub(super) async fn disks_of(
 /// Returns the identity that distinguishes a disk from every other. A format that no backend serves is
 /// detected when the disk is adopted.
 pub(super) async fn identity_of(registry: &Registry, disk: &Disk) -> Result<Option<DiskIdentity>> {
-    match registry.get(&disk.format) {
+    match registry.serving(disk) {
         Ok(backend) => backend.identity(disk).await,
-        Err(_) => Ok(file_id(&disk.path).map(DiskIdentity::Inode)),
+        Err(_) => Ok(disk.address.inode().map(DiskIdentity::Inode)),
     }
 }

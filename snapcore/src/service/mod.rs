@@ -35,7 +35,7 @@ mod viewer;
 
 pub use domsnap::Domsnap;
 pub(crate) use images::file_id;
-pub use images::{image_path, require_files};
+pub use images::image_path;
 pub use locator::Scanned;
 pub use reference::{DomainRef, DomainSpec, GivenImage, image_list};
 pub use report::{

@@ -10,14 +10,15 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 
 use super::images::file_id;
 use super::records::Records;
 use crate::catalogue::{Change, EntrySummary};
 use crate::plan::DiskInput;
 use crate::{
-    Base, DiskRecord, DiskState, Domain, DomainName, FileIdentity, LayerName, Registry, Result, Undetermined,
+    Base, DiskAddress, DiskRecord, DiskState, Domain, DomainName, FileIdentity, LayerName, Registry, Result,
+    Undetermined,
 };
 
 /// Knowledge of a domain's images.
@@ -28,11 +29,11 @@ struct Known {
     /// Images of which nothing is known.
     undetermined: Vec<Undetermined>,
     /// The files that all of them are backed by, where all could be read and the record differs.
-    newer: Option<Vec<Utf8PathBuf>>,
+    newer: Option<Vec<DiskAddress>>,
 }
 
-fn files_of(bases: &[Base]) -> Vec<Utf8PathBuf> {
-    let mut files: Vec<Utf8PathBuf> = bases.iter().map(|base| base.file.clone()).collect();
+fn files_of(bases: &[Base]) -> Vec<DiskAddress> {
+    let mut files: Vec<DiskAddress> = bases.iter().map(|base| base.file.clone()).collect();
     files.sort();
     files.dedup();
     files
@@ -45,7 +46,7 @@ pub(super) struct Neighbours {
     registry: Arc<Registry>,
     /// The bases that were found for other domains' images while a change was planned, where the record
     /// differs.
-    newer: Arc<Mutex<BTreeMap<DomainName, Vec<Utf8PathBuf>>>>,
+    newer: Arc<Mutex<BTreeMap<DomainName, Vec<DiskAddress>>>>,
 }
 
 impl Neighbours {
@@ -60,7 +61,7 @@ impl Neighbours {
         let mut layers: HashMap<FileIdentity, (usize, LayerName)> = HashMap::new();
         for (index, disk) in disks.iter().enumerate() {
             for layer in &disk.state.layers {
-                layers.extend(file_id(&layer.file).map(|id| (id, (index, layer.name.clone()))));
+                layers.extend(layer.address.inode().map(|id| (id, (index, layer.name.clone()))));
             }
         }
         for other in self.records.domains().await? {
@@ -75,12 +76,12 @@ impl Neighbours {
                 disk.state.undetermined.extend(undetermined.iter().cloned());
             }
             for Base { image, file } in bases {
-                let Some((index, layer)) = file_id(&file).and_then(|id| layers.get(&id)) else { continue };
-                if file_id(&image).is_some_and(|id| layers.contains_key(&id)) {
+                let Some((index, layer)) = file.inode().and_then(|id| layers.get(&id)) else { continue };
+                if image.inode().is_some_and(|id| layers.contains_key(&id)) {
                     continue;
                 }
                 let Some(disk) = disks.get_mut(*index) else { continue };
-                let path = disk.record.disk.path.clone();
+                let path = disk.record.disk.address.clone();
                 add(&mut disk.state, layer, &path, &image, &file);
             }
         }
@@ -92,7 +93,7 @@ impl Neighbours {
         let mut known = Known::default();
         let mut whole = true;
         for record in &entry.domain.disks {
-            let path = &record.disk.path;
+            let path = &record.disk.address;
             let read = self.read_bases(record).await;
             whole &= matches!(&read, Ok((_, true)));
             match (read, &entry.bases) {
@@ -100,17 +101,18 @@ impl Neighbours {
                 // A file below does not exist now: its own base is known only from the record.
                 (Ok((found, false)), Some(recorded)) => {
                     let last = found.last().map_or(path, |base| &base.file).clone();
-                    let base = |file: &Utf8PathBuf| Base { image: last.clone(), file: file.clone() };
+                    let base = |file: &DiskAddress| Base { image: last.clone(), file: file.clone() };
                     known.bases.extend(found);
                     known.bases.extend(recorded.iter().map(base));
                 }
                 (Err(_), Some(recorded)) => {
-                    let base = |file: &Utf8PathBuf| Base { image: path.clone(), file: file.clone() };
+                    let base = |file: &DiskAddress| Base { image: path.clone(), file: file.clone() };
                     known.bases.extend(recorded.iter().map(base));
                 }
                 // An image that was removed needs nothing; one whose directory does not exist may be back
                 // tomorrow.
-                (Err(_), None) if file_id(path).is_none() && path.parent().is_some_and(Utf8Path::exists) => {}
+                (Err(_), None)
+                    if path.inode().is_none() && path.directory().is_some_and(Utf8Path::exists) => {}
                 (Err(error), None) => known.undetermined.push(Undetermined {
                     file: path.clone(),
                     why: format!(
@@ -130,8 +132,8 @@ impl Neighbours {
 
     /// Returns the bases of a disk's images, and true if all of them could be read, down to their bases.
     async fn read_bases(&self, record: &DiskRecord) -> Result<(Vec<Base>, bool)> {
-        let found = self.registry.get(&record.disk.format)?.bases(record).await?;
-        let whole = found.iter().all(|base| file_id(&base.file).is_some());
+        let found = self.registry.serving(&record.disk)?.bases(record).await?;
+        let whole = found.iter().all(|base| base.file.inode().is_some());
         Ok((found, whole))
     }
 
@@ -149,22 +151,22 @@ impl Neighbours {
     }
 
     /// Returns the bases that were found since the last call, to be recorded.
-    pub(super) fn take_newer(&self) -> BTreeMap<DomainName, Vec<Utf8PathBuf>> {
+    pub(super) fn take_newer(&self) -> BTreeMap<DomainName, Vec<DiskAddress>> {
         std::mem::take(&mut *self.newer_bases())
     }
 
-    fn newer_bases(&self) -> MutexGuard<'_, BTreeMap<DomainName, Vec<Utf8PathBuf>>> {
+    fn newer_bases(&self) -> MutexGuard<'_, BTreeMap<DomainName, Vec<DiskAddress>>> {
         self.newer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The images of the catalogue's domains that are backed by the file `image`, whatever its name.
-    pub(super) async fn backed_by(&self, image: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+    pub(super) async fn backed_by(&self, image: &Utf8Path) -> Result<Vec<DiskAddress>> {
         let Some(wanted) = file_id(image) else { return Ok(Vec::new()) };
         let mut found = Vec::new();
         for entry in self.records.domains().await? {
             let Known { bases, .. } = self.bases_of(&entry).await;
             found.extend(
-                bases.into_iter().filter(|base| file_id(&base.file) == Some(wanted)).map(|base| base.image),
+                bases.into_iter().filter(|base| base.file.inode() == Some(wanted)).map(|base| base.image),
             );
         }
         found.sort();
@@ -173,17 +175,23 @@ impl Neighbours {
     }
 }
 
-fn add(state: &mut DiskState, layer: &LayerName, path: &Utf8Path, image: &Utf8PathBuf, file: &Utf8Path) {
+fn add(
+    state: &mut DiskState,
+    layer: &LayerName,
+    path: &DiskAddress,
+    image: &DiskAddress,
+    file: &DiskAddress,
+) {
     if let Some(known) = state.layers.iter_mut().find(|known| known.name == *layer)
         && !known.dependents.contains(image)
     {
         known.dependents.push(image.clone());
     }
     let by_path = *layer == state.active
-        && file.file_name() == path.file_name()
-        && file.parent().and_then(file_id) == path.parent().and_then(file_id)
+        && file.name() == path.name()
+        && file.directory().and_then(file_id) == path.directory().and_then(file_id)
         // The layer has another name than the path.
-        && !path.ends_with(layer.as_str());
+        && path.local().is_none_or(|path| !path.ends_with(layer.as_str()));
     if by_path && !state.path_dependents.contains(image) {
         state.path_dependents.push(image.clone());
     }

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 
 use crate::catalogue::{Catalogue, CatalogueId, Entry, EntrySummary};
-use crate::{DomainName, Error, ErrorKind, Operation, Result};
+use crate::{DiskAddress, DomainName, Error, ErrorKind, Operation, Result};
 
 /// Read access to the catalogue: no lease, no commit.
 #[derive(Clone)]
@@ -44,8 +44,8 @@ impl Records {
     }
 
     /// Returns those of `paths` that are disks of domains, each with the domain.
-    pub(super) async fn owners(&self, paths: &[Utf8PathBuf]) -> Result<Vec<(Utf8PathBuf, DomainName)>> {
-        self.0.owners(paths).await
+    pub(super) async fn owners(&self, images: &[DiskAddress]) -> Result<Vec<(DiskAddress, DomainName)>> {
+        self.0.owners(images).await
     }
 
     /// The operations of a domain that have not ended, oldest first.

@@ -1,9 +1,10 @@
 //! References to domains by a user, and descriptions of new domains.
 
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 
 use crate::{
-    ActivePath, Control, Disk, DomainInfo, DomainName, Error, ErrorKind, Hypervisor, Result, Target,
+    ActivePath, Control, Disk, DiskAddress, DomainInfo, DomainName, Error, ErrorKind, Hypervisor, Result,
+    Target,
 };
 
 /// A reference to a domain: a registered name, the images of disks at rest, or the address of a running one.
@@ -23,12 +24,12 @@ pub enum DomainRef {
     },
 }
 
-/// An image that a user names by its path.
+/// An image that a user names by its address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GivenImage {
-    /// The configured path, absolute.
-    pub path: Utf8PathBuf,
+    /// The configured address; a path is absolute.
+    pub address: DiskAddress,
     /// Its format; absent: the registry's default. Never guessed from content.
     pub format: Option<String>,
 }
@@ -108,7 +109,7 @@ impl DomainRef {
                 (Some(format), Some(image)) => {
                     return Err(usage(format!(
                         "two formats are given for the image {}: {} and {format}",
-                        image.path,
+                        image.address,
                         image.format.as_deref().unwrap_or_default()
                     )));
                 }
@@ -164,7 +165,7 @@ impl std::fmt::Display for DomainRef {
             Self::Name(name) => f.write_str(name.as_str()),
             Self::Live { hypervisor, address } => write!(f, "{hypervisor}:{address}"),
             Self::Images(images) => {
-                let list = images.iter().map(|image| (image.path.as_path(), image.format.as_deref()));
+                let list = images.iter().map(|image| (&image.address, image.format.as_deref()));
                 f.write_str(&image_list(list))
             }
         }
@@ -180,10 +181,11 @@ fn add_image(images: &mut Vec<GivenImage>, path: &Utf8Path) -> Result<()> {
     let path = camino::absolute_utf8(path).map_err(|cause| {
         Error::new(ErrorKind::Usage, format!("the image path {path} cannot be made absolute")).because(cause)
     })?;
-    if images.iter().any(|image| image.path == path) {
-        return Err(Error::new(ErrorKind::Usage, format!("the image {path} is given twice")));
+    let address = DiskAddress::from(path);
+    if images.iter().any(|image| image.address == address) {
+        return Err(Error::new(ErrorKind::Usage, format!("the image {address} is given twice")));
     }
-    images.push(GivenImage { path, format: None });
+    images.push(GivenImage { address, format: None });
     Ok(())
 }
 
@@ -202,10 +204,10 @@ fn split_commas(text: &str) -> Vec<String> {
 }
 
 /// Images as a list that [`DomainRef::parse`] reads; not quoted for a shell.
-pub fn image_list<'a>(images: impl IntoIterator<Item = (&'a Utf8Path, Option<&'a str>)>) -> String {
-    let image = |(path, format): (&Utf8Path, Option<&str>)| {
-        let path = path.as_str().replace(',', ",,");
-        format.map_or(path.clone(), |format| format!("{path},{FORMAT}{format}"))
+pub fn image_list<'a>(images: impl IntoIterator<Item = (&'a DiskAddress, Option<&'a str>)>) -> String {
+    let image = |(address, format): (&DiskAddress, Option<&str>)| {
+        let address = address.as_str().replace(',', ",,");
+        format.map_or(address.clone(), |format| format!("{address},{FORMAT}{format}"))
     };
     images.into_iter().map(image).collect::<Vec<_>>().join(",")
 }
@@ -216,7 +218,8 @@ fn is_temporary(path: &Utf8Path) -> bool {
 }
 
 /// Refuses an image that has another name here than in its hypervisor.
-fn require_image(target: &Target, path: &Utf8Path) -> Result<()> {
+fn require_image(target: &Target, address: &DiskAddress) -> Result<()> {
+    let Some(path) = address.local() else { return Ok(()) };
     match path.symlink_metadata() {
         Err(cause) if cause.kind() == std::io::ErrorKind::NotFound && is_temporary(path) => Err(Error::new(
             ErrorKind::Refused,
@@ -273,15 +276,11 @@ pub(super) fn choose_disks(seen: &DomainInfo) -> Result<Chosen> {
     let mut chosen = Chosen { disks: Vec::new(), left_out: Vec::new() };
     for disk in &seen.disks {
         let Some(why) = &disk.left_out else {
-            require_image(&disk.target, &disk.path)?;
-            chosen.disks.push(Disk {
-                target: disk.target.clone(),
-                path: disk.path.clone(),
-                format: disk.format.clone(),
-            });
+            require_image(&disk.target, &disk.address)?;
+            chosen.disks.push(Disk::new(disk.target.clone(), disk.address.clone(), disk.format.as_str()));
             continue;
         };
-        chosen.left_out.push(format!("{} ({}) is left out: {why}", disk.target, disk.path));
+        chosen.left_out.push(format!("{} ({}) is left out: {why}", disk.target, disk.address));
     }
     if chosen.disks.is_empty() {
         let why = match chosen.left_out.is_empty() {
@@ -324,8 +323,13 @@ impl DomainSpec {
 
     /// Adds a disk.
     #[must_use]
-    pub fn disk(mut self, target: Target, path: impl Into<Utf8PathBuf>, format: impl Into<String>) -> Self {
-        self.disks.push(Disk { target, path: path.into(), format: format.into() });
+    pub fn disk(
+        mut self,
+        target: Target,
+        address: impl Into<DiskAddress>,
+        format: impl Into<String>,
+    ) -> Self {
+        self.disks.push(Disk::new(target, address, format));
         self
     }
 
@@ -389,7 +393,7 @@ mod tests {
         let read = |text: &str| match DomainRef::parse(text) {
             Ok(DomainRef::Images(images)) => images
                 .into_iter()
-                .map(|image| (image.path.into_string(), image.format.unwrap_or_default()))
+                .map(|image| (image.address.to_string(), image.format.unwrap_or_default()))
                 .collect::<Vec<_>>(),
             other => panic!("{text}: {other:?}"),
         };
@@ -426,7 +430,7 @@ mod tests {
     fn drive(target: &str, path: &Utf8Path, left_out: Option<&str>) -> SeenDisk {
         SeenDisk {
             target: Target::new(target).unwrap(),
-            path: path.to_owned(),
+            address: path.into(),
             format: "qcow2".to_owned(),
             left_out: left_out.map(str::to_owned),
             guest_writes: left_out.is_none(),
@@ -453,7 +457,8 @@ mod tests {
             drive("sr0", Utf8Path::new("/cd.iso"), Some("its medium can be taken out")),
         ];
         let left_out = spec.disks_of(&seen(drives)).unwrap();
-        let taken: Vec<_> = spec.disks.iter().map(|disk| (disk.target.as_str(), disk.path.clone())).collect();
+        let taken: Vec<_> =
+            spec.disks.iter().map(|disk| (disk.target.as_str(), disk.path().to_owned())).collect();
         assert_eq!(taken, [("vda", path), ("vdb", other)]);
         assert!(left_out[0].ends_with("its medium can be taken out"));
         assert_eq!(spec.control.unwrap().agent.unwrap(), "/run/agent");

@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::shape::subject;
 use crate::{
-    DeleteCost, DiskRecord, DiskState, Domain, DomainName, GuestChange, Layer, LayerName, OperationId,
-    OperationState, Point, PointKind, Snapshot, SnapshotName, SnapshotTree, StartedDomain, Target,
+    DeleteCost, DiskAddress, DiskRecord, DiskState, Domain, DomainName, GuestChange, Layer, LayerName,
+    OperationId, OperationState, Point, PointKind, Snapshot, SnapshotName, SnapshotTree, StartedDomain,
+    Target,
 };
 
 /// The outcome of a request that changes a domain.
@@ -199,9 +200,10 @@ pub struct Member {
     pub point: Point,
     /// The kind: inside an image, or a frozen layer.
     pub kind: PointKind,
-    /// The file that contains it.
+    /// The image that contains it.
+    #[serde(rename = "file")]
     #[schemars(with = "String")]
-    pub file: Utf8PathBuf,
+    pub address: DiskAddress,
     /// The disk's size at the point, in bytes.
     pub virtual_size: u64,
     /// Bytes on the disk of the whole file that contains it; absent where the file cannot be read.

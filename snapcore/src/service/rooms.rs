@@ -15,7 +15,7 @@ use super::records::Records;
 use super::registrar::Registrar;
 use super::viewer::Viewer;
 use crate::catalogue::Catalogue;
-use crate::{Error, ErrorKind, Events, Registry, Result};
+use crate::{Error, ErrorKind, Events, Host, Registry, Result};
 
 /// The rooms of one service.
 pub(super) struct Rooms {
@@ -33,12 +33,12 @@ pub(super) struct Rooms {
 }
 
 impl Rooms {
-    pub(super) fn new(catalogue: Arc<dyn Catalogue>, registry: Registry) -> Self {
+    pub(super) fn new(catalogue: Arc<dyn Catalogue>, registry: Registry, host: Option<Host>) -> Self {
         let (registry, events) = (Arc::new(registry), Events::default());
         let records = Records::new(catalogue.clone());
         let authority = Authority::new(records.clone(), registry.clone());
-        let importer = Importer::new(records.clone(), registry.clone(), authority.clone());
-        let locator = Locator::new(records.clone(), registry.clone(), importer.clone());
+        let importer = Importer::new(records.clone(), registry.clone(), authority.clone(), host.clone());
+        let locator = Locator::new(records.clone(), registry.clone(), importer.clone(), host.clone());
         let neighbours = Neighbours::new(records.clone(), registry.clone());
         let planning = Planning::new(registry.clone(), authority.clone(), neighbours.clone());
         let watcher = Watcher::new(registry.clone());
@@ -66,6 +66,7 @@ impl Rooms {
             locator: locator.clone(),
             importer,
             authority: authority.clone(),
+            host,
         };
         Self {
             registry,

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8PathBuf;
 use catalogue_sqlite::SqliteCatalogue;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -177,7 +177,12 @@ impl FakeBackend {
 }
 
 fn layer_of(disk: &Disk) -> LayerName {
-    LayerName(format!("{}.layer", disk.path.file_name().unwrap().replace(':', "-")))
+    LayerName(format!("{}.layer", disk.address.name().replace(':', "-")))
+}
+
+/// The name of a disk in the fake's memory.
+fn key(disk: &Disk) -> Utf8PathBuf {
+    disk.address.as_str().into()
 }
 
 fn step(disk: &Disk, action: Action, bytes: u64) -> Step<Action> {
@@ -196,24 +201,24 @@ impl DiskSnapshotter for FakeBackend {
         self.rows.as_ref().map(|_| "table")
     }
 
-    async fn resolve(&self, address: &Utf8Path) -> Result<Utf8PathBuf> {
+    async fn resolve(&self, address: &DiskAddress) -> Result<DiskAddress> {
         // Names of rows have small letters, in any spelling of the user.
         let name = Utf8PathBuf::from(address.as_str().to_lowercase());
         self.disk(&name)?;
-        Ok(name)
+        Ok(name.into())
     }
 
     async fn identity(&self, disk: &Disk) -> Result<Option<DiskIdentity>> {
-        let found = self.disks().contains_key(&disk.path);
-        Ok(found.then(|| DiskIdentity::Named(disk.path.to_string())))
+        let found = self.disks().contains_key(&key(disk));
+        Ok(found.then(|| DiskIdentity::Named(disk.address.to_string())))
     }
 
     async fn has_layer(&self, record: &DiskRecord, layer: &LayerName) -> Result<bool> {
-        Ok(self.disks().contains_key(&record.disk.path) && *layer == layer_of(&record.disk))
+        Ok(self.disks().contains_key(&key(&record.disk)) && *layer == layer_of(&record.disk))
     }
 
     async fn is_gone(&self, record: &DiskRecord) -> Result<bool> {
-        Ok(self.rows.is_some() && !self.disks().contains_key(&record.disk.path))
+        Ok(self.rows.is_some() && !self.disks().contains_key(&key(&record.disk)))
     }
 
     fn manifests(&self, disk: &Disk) -> Arc<dyn ManifestStore> {
@@ -228,7 +233,7 @@ impl DiskSnapshotter for FakeBackend {
     }
 
     async fn adopt(&self, disk: &Disk, _: ActivePath) -> Result<DiskRecord> {
-        self.disk(&disk.path)?;
+        self.disk(&key(disk))?;
         Ok(DiskRecord { disk: disk.clone(), active: layer_of(disk), owned: vec![layer_of(disk)] })
     }
 
@@ -238,7 +243,7 @@ impl DiskSnapshotter for FakeBackend {
         _: InspectDepth,
         _: Option<&dyn AttachedDisk>,
     ) -> Result<DiskState> {
-        let disk = self.disk(&record.disk.path)?;
+        let disk = self.disk(&key(&record.disk))?;
         let internal = disk.tags.keys().map(|tag| InternalPoint {
             tag: tag.clone(),
             virtual_size: 4096,
@@ -248,7 +253,7 @@ impl DiskSnapshotter for FakeBackend {
         });
         let layer = Layer {
             name: record.active.clone(),
-            file: record.disk.path.clone(),
+            address: record.disk.address.clone(),
             format: "fake".to_owned(),
             named: false,
             backing: None,
@@ -262,7 +267,7 @@ impl DiskSnapshotter for FakeBackend {
     }
 
     async fn discover(&self, record: &mut DiskRecord, known: &[Point]) -> Result<Vec<Snapshot>> {
-        let disk = self.disk(&record.disk.path)?;
+        let disk = self.disk(&key(&record.disk))?;
         let mut parent = None;
         let unknown = disk.tags.keys().filter(|tag| !known.iter().any(|p| p.tag.as_ref() == Some(tag)));
         let found = unknown.map(|tag| {
@@ -295,7 +300,7 @@ impl DiskSnapshotter for FakeBackend {
         request: &DiskRequest,
     ) -> Result<DiskPlan<Action>> {
         let disk = &record.disk;
-        let there = self.disk(&disk.path)?;
+        let there = self.disk(&key(disk))?;
         let mut plan = DiskPlan::default();
         let mut add = |group, action, bytes| plan.push(group, step(disk, action, bytes));
         let key = |number: &u32| format!("op{number}");
@@ -332,8 +337,8 @@ impl DiskSnapshotter for FakeBackend {
         Ok(Box::new(()))
     }
 
-    async fn open_chain(&self, record: &DiskRecord) -> Result<Vec<ChainFile>> {
-        Ok(vec![ChainFile { file: record.disk.path.clone(), format: "fake".to_owned() }])
+    async fn open_chain(&self, record: &DiskRecord) -> Result<Vec<OpenLayer>> {
+        Ok(vec![OpenLayer { address: record.disk.address.clone(), format: "fake".to_owned() }])
     }
 
     async fn apply(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
@@ -341,7 +346,7 @@ impl DiskSnapshotter for FakeBackend {
         self.applied.lock().unwrap().push(step.summary.clone());
         self.applies.inject(number, When::Before).await?;
         context.progress.bytes(step.bytes, step.bytes);
-        let path = &context.disk.disk.path;
+        let path = &key(&context.disk.disk);
         match step.action.clone() {
             Action::Stash { key } => self.change(path, |disk| {
                 disk.aside.insert(key, disk.data);
@@ -373,7 +378,7 @@ impl DiskSnapshotter for FakeBackend {
     async fn undo(&self, step: &Step<Action>, context: StepContext<'_>) -> Result<()> {
         let number = self.undos.next();
         self.undos.inject(number, When::Before).await?;
-        let path = &context.disk.disk.path;
+        let path = &key(&context.disk.disk);
         match step.action.clone() {
             Action::Stash { key } | Action::Unstash { key } => self.change(path, |disk| {
                 disk.aside.remove(&key);
@@ -417,11 +422,11 @@ impl DiskSnapshotter for FakeBackend {
     }
 
     fn manifest_directory(&self, disk: &Disk) -> Utf8PathBuf {
-        disk.path.with_file_name(format!("{}.domsnap", disk.path.file_name().unwrap()))
+        disk.path().with_file_name(format!("{}.domsnap", disk.address.name()))
     }
 
-    fn layer_file(&self, disk: &DiskRecord, _: &LayerName) -> Utf8PathBuf {
-        disk.disk.path.clone()
+    fn layer_address(&self, disk: &DiskRecord, _: &LayerName) -> DiskAddress {
+        disk.disk.address.clone()
     }
 }
 
@@ -448,8 +453,8 @@ impl Catalogue for FaultyCatalogue {
     async fn load(&self, name: &DomainName) -> Result<Option<Entry>> {
         self.inner.load(name).await
     }
-    async fn owners(&self, paths: &[Utf8PathBuf]) -> Result<Vec<(Utf8PathBuf, DomainName)>> {
-        self.inner.owners(paths).await
+    async fn owners(&self, disks: &[DiskAddress]) -> Result<Vec<(DiskAddress, DomainName)>> {
+        self.inner.owners(disks).await
     }
     async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>> {
         self.inner.unfinished(name).await

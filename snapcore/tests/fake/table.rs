@@ -23,7 +23,7 @@ pub struct Rows(Arc<Mutex<BTreeMap<String, Row>>>);
 impl Rows {
     /// The manifests of a domain with this first disk.
     pub fn of(&self, disk: &Disk) -> RowManifests {
-        RowManifests { rows: self.clone(), key: disk.path.to_string() }
+        RowManifests { rows: self.clone(), key: disk.address.to_string() }
     }
 
     /// Returns true if there is no manifest of any domain.

@@ -141,7 +141,7 @@ fn remove_memory(file: &Utf8Path) -> Result<()> {
 fn seen(name: &str, machine: &FakeMachine) -> DomainInfo {
     let disks = machine.disks.iter().map(|disk| SeenDisk {
         target: disk.target.clone(),
-        path: disk.open.first().cloned().unwrap_or_default(),
+        address: disk.open.first().cloned().unwrap_or_default().into(),
         format: disk.format.clone(),
         left_out: None,
         guest_writes: true,
@@ -245,7 +245,7 @@ impl Live {
         self.change(|machine| {
             for disk in machine.disks.iter_mut().filter(|disk| targets.contains(&disk.target)) {
                 if let Some(chain) = chains.iter().find(|chain| chain.target == disk.target) {
-                    disk.open = chain.layers.iter().map(|layer| layer.file.clone()).collect();
+                    disk.open = chain.layers.iter().map(|layer| layer.address.path().to_owned()).collect();
                 }
             }
         })

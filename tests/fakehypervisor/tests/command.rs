@@ -5,8 +5,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
+use catalogue_sqlite::SqliteCatalogue;
 use fakehypervisor::{Fake, FakeDisk, FakeMachine};
-use snapcore::Target;
+use snapcore::catalogue::{Catalogue, Change, Entry};
+use snapcore::{DomainName, Host, Target};
 
 struct Place {
     _directory: tempfile::TempDir,
@@ -25,6 +27,17 @@ impl Place {
         let disks = vec![FakeDisk { target, open, format }];
         place.fake.put("web", &FakeMachine { running: true, memory: 7, disks, section: None })?;
         Ok(place)
+    }
+
+    /// Makes the catalogue's record of the domain one of another machine.
+    async fn move_to_another_host(&self) -> Result<()> {
+        let catalogue = SqliteCatalogue::new(self.root.join("state"));
+        let name = DomainName::new("web")?;
+        let Entry { mut domain, tree, revision, .. } = catalogue.load(&name).await?.context("it is known")?;
+        domain.host = Some(Host::new("fedcba9876543210fedcba9876543210", "elsewhere"));
+        let put = Change::PutDomain(Box::new(domain), tree.iter().cloned().collect());
+        catalogue.commit(&name, revision, vec![put]).await?;
+        Ok(())
     }
 
     fn disk(&self) -> Utf8PathBuf {
@@ -92,5 +105,27 @@ fn added_hypervisor_takes_snapshots() -> Result<()> {
     ensure!(std::fs::read(place.disk())? == [1; 4096], "the disk is the snapshot's");
     place.done(&["delete", "web", "good"])?;
     place.done(&["check", "web"])?;
+    Ok(())
+}
+
+/// A domain that runs on another host is only read, until it is taken over. A machine without another ID
+/// takes domains of all hosts for its own.
+#[tokio::test]
+async fn domain_of_another_host_is_taken_over() -> Result<()> {
+    let place = Place::new()?;
+    place.done(&["domain", "add", "web", "--at", "fake:web"])?;
+    place.done(&["create", "web", "here", "--disk", "vda=copy"])?;
+    place.move_to_another_host().await?;
+    for arguments in [&["create", "web", "no"][..], &["revert", "web", "here"], &["recover", "web"]] {
+        let (status, message) = place.domsnap(arguments)?;
+        let is_refused = status == 3 && message.contains("runs on host elsewhere (");
+        ensure!(is_refused, "{arguments:?}: {status}: {message}");
+        ensure!(message.contains("`domsnap recover --take-over web`"), "{message}");
+    }
+    let listed = place.done(&["list", "web"])?;
+    ensure!(listed.contains("here"), "{listed}");
+    place.done(&["recover", "--take-over", "web"])?;
+    place.done(&["create", "web", "again", "--disk", "vda=copy"])?;
+    place.done(&["revert", "web", "here"])?;
     Ok(())
 }

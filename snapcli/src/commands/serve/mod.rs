@@ -12,7 +12,6 @@ use std::sync::Arc;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use nbd_server::{Activation, Format, Place, Running, Served, Server, control_path, report_ready};
-use snapcore::service::{image_path, require_files};
 use snapcore::{Error, ErrorKind, Result};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
@@ -33,8 +32,7 @@ pub fn run(session: &Session, serve: Serve) -> Result<Answer, Failure> {
         Error::new(ErrorKind::Usage, "the socket's path cannot be made absolute").because(cause)
     })?;
     let passed = Activation::take(&socket).map_err(of_server)?;
-    let image = image_path(&serve.image.path)?;
-    require_files(std::slice::from_ref(&image))?;
+    let image = serve.image.file()?;
     let format = serve.image.format.as_deref().unwrap_or(DEFAULT_FORMAT);
     let (served, formats) = open(session, &image, format, &serve)?;
     let document = DiskServeDoc {

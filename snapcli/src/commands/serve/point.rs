@@ -54,7 +54,7 @@ pub fn at(session: &Session, image: &Utf8Path, format: &str, name: &str) -> Resu
 /// The image as a disk that the catalogue does not know.
 fn alone(session: &Session, image: &Utf8Path, format: &str) -> Result<DiskRecord, Failure> {
     let backend = session.service.registry().get(format)?;
-    let disk = Disk { target: Target::new("vda")?, path: image.to_owned(), format: format.to_owned() };
+    let disk = Disk::new(Target::new("vda")?, image, format);
     session.ask(async { backend.adopt(&disk, ActivePath::Keep).await })
 }
 
@@ -65,15 +65,15 @@ fn chain(
     record: &DiskRecord,
     point: &Point,
 ) -> Result<Vec<(Utf8PathBuf, String)>, Failure> {
-    let backend = session.service.registry().get(&record.disk.format)?;
+    let backend = session.service.registry().serving(&record.disk)?;
     let state = session.ask(async { backend.inspect(record, InspectDepth::Layers, None).await })?;
     let mut chain = Vec::new();
     let mut next = Some(point.layer.clone());
     while let Some(name) = next {
         let found = state.layer(&name).filter(|_| chain.len() <= state.layers.len()).ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("layer {name} of {} does not exist", record.disk.path))
+            Error::new(ErrorKind::NotFound, format!("layer {name} of {} does not exist", record.disk.address))
         })?;
-        chain.push((found.file.clone(), found.format.clone()));
+        chain.push((found.path().to_owned(), found.format.clone()));
         next = found.backing.clone();
     }
     Ok(chain)

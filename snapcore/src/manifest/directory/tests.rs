@@ -30,13 +30,14 @@ fn snapshot(name: &str) -> Snapshot {
 }
 
 fn entry(revision: u64, snapshots: &[Snapshot]) -> Entry {
-    let disk = Disk { target: Target::new("vda").unwrap(), path: "/a".into(), format: "fake".into() };
+    let disk = Disk::new(Target::new("vda").unwrap(), "/a", "fake");
     let layer = LayerName("a.layer".into());
     Entry {
         domain: Domain {
             name: DomainName::new("web").unwrap(),
             unregistered: false,
             hypervisor: Hypervisor::NONE,
+            host: None,
             control: None,
             active_path: ActivePath::Keep,
             disks: vec![DiskRecord { disk, active: layer.clone(), owned: vec![layer] }],
@@ -222,7 +223,7 @@ fn addresses_in_manifests_are_read() {
     };
     let disk = |address: &str| domain(address).unwrap().domain.disks[0].disk.clone();
     assert_eq!(disk("/vm/a.qcow2").local().unwrap(), "/vm/a.qcow2");
-    assert_eq!((disk("rbd:pool/a").local(), disk("rbd:pool/a").path.as_str()), (None, "rbd:pool/a"));
+    assert_eq!((disk("rbd:pool/a").local(), disk("rbd:pool/a").address.as_str()), (None, "rbd:pool/a"));
     for bad in ["a.qcow2", "/vm/../a", "rbd:", r"rbd:a\u0007"] {
         domain(bad).unwrap_err();
     }

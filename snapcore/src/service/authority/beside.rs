@@ -7,7 +7,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::{Authority, blocking};
 use crate::manifest::{DomainManifest, ManifestDirectory, ManifestStore};
 use crate::service::images::file_id;
-use crate::{Disk, DiskRecord, Domain, Error, ErrorKind, LayerName, Registry, Result};
+use crate::{Disk, DiskAddress, DiskRecord, Domain, Error, ErrorKind, LayerName, Registry, Result};
 
 /// The most entries of a directory that are examined for manifests.
 const MAX_ENTRIES: usize = 100_000;
@@ -61,9 +61,9 @@ impl Authority {
                 seen.insert(directory.clone(), found);
             }
             for beside in seen.get(&directory).into_iter().flatten() {
-                let claimed = layer_among(&self.registry, &disk.path, &beside.records);
+                let claimed = layer_among(&self.registry, &disk.address, &beside.records);
                 let Some((record, _)) = claimed else { continue };
-                if record.disk.path != disk.path {
+                if record.disk.address != disk.address {
                     return Err(is_a_layer(disk, record, beside));
                 }
                 if beside.manifests.directory() != own {
@@ -77,12 +77,12 @@ impl Authority {
 
 /// The images of a domain that manifests describe, joined as on a command line.
 fn images(beside: &Beside) -> String {
-    let images: Vec<&str> = beside.records.iter().map(|record| record.disk.path.as_str()).collect();
+    let images: Vec<&str> = beside.records.iter().map(|record| record.disk.address.as_str()).collect();
     images.join(",")
 }
 
 fn is_a_layer(disk: &Disk, record: &DiskRecord, beside: &Beside) -> Error {
-    let (path, name, manifests) = (&disk.path, &beside.manifest.domain.name, beside.place());
+    let (path, name, manifests) = (&disk.address, &beside.manifest.domain.name, beside.place());
     Error::new(
         ErrorKind::Refused,
         format!(
@@ -99,7 +99,7 @@ fn is_a_layer(disk: &Disk, record: &DiskRecord, beside: &Beside) -> Error {
 }
 
 fn is_anothers(disk: &Disk, beside: &Beside) -> Error {
-    let (path, name, manifests) = (&disk.path, &beside.manifest.domain.name, beside.place());
+    let (path, name, manifests) = (&disk.address, &beside.manifest.domain.name, beside.place());
     Error::new(
         ErrorKind::Refused,
         format!("the image {path} is a disk of domain {name}, by the manifests in {manifests}"),
@@ -116,24 +116,24 @@ fn is_anothers(disk: &Disk, beside: &Beside) -> Error {
 /// configured path comes first: an active layer has that name too.
 pub(in crate::service) fn layer_among<'a>(
     registry: &Registry,
-    image: &Utf8Path,
+    image: &DiskAddress,
     records: impl IntoIterator<Item = &'a DiskRecord>,
 ) -> Option<(&'a DiskRecord, LayerName)> {
-    let id = file_id(image);
-    let directory = image.parent().and_then(file_id);
+    let id = image.inode();
+    let directory = image.directory().and_then(file_id);
     let mut found = None;
     for record in records {
-        if record.disk.path == image {
+        if record.disk.address == *image {
             return Some((record, record.active.clone()));
         }
-        let Ok(backend) = registry.get(&record.disk.format) else { continue };
+        let Ok(backend) = registry.serving(&record.disk) else { continue };
         if found.is_none() {
             // Layers lie beside the configured path, or have absolute names.
-            let beside = record.disk.path.parent().and_then(file_id) == directory;
+            let beside = record.disk.address.directory().and_then(file_id) == directory;
             let layers = record.owned.iter().chain([&record.active]);
             let layer = layers.filter(|layer| beside || layer.as_str().starts_with('/')).find(|layer| {
-                let file = backend.layer_file(record, layer);
-                file == image || (id.is_some() && file_id(&file) == id)
+                let file = backend.layer_address(record, layer);
+                file == *image || (id.is_some() && file.inode() == id)
             });
             found = layer.map(|layer| (record, layer.clone()));
         }
@@ -161,14 +161,14 @@ fn manifests_in(directory: &Utf8Path) -> Vec<(ManifestDirectory, DomainManifest)
 /// The disks of `domain`, whose manifests are in `directory`. Those that lay with the first one are beside
 /// the manifests, also where the directory was moved or copied. The others are at the recorded paths.
 fn records_beside(directory: &Utf8Path, domain: &Domain) -> Vec<DiskRecord> {
-    let home = domain.disks.first().and_then(|record| record.disk.path.parent());
+    let home = domain.disks.first().and_then(|record| record.disk.address.directory());
     let here = directory.parent();
-    let at = |record: &DiskRecord| match (here, record.disk.path.file_name()) {
-        (Some(here), Some(name)) if record.disk.path.parent() == home => here.join(name),
-        _ => record.disk.path.clone(),
+    let at = |record: &DiskRecord| match (here, record.disk.local().and_then(Utf8Path::file_name)) {
+        (Some(here), Some(name)) if record.disk.address.directory() == home => here.join(name).into(),
+        _ => record.disk.address.clone(),
     };
     let here = |record: &DiskRecord| DiskRecord {
-        disk: Disk { path: at(record), ..record.disk.clone() },
+        disk: Disk { address: at(record), ..record.disk.clone() },
         ..record.clone()
     };
     domain.disks.iter().map(here).collect()

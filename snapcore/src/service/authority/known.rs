@@ -161,13 +161,14 @@ mod tests {
     }
 
     fn entry(revision: u64) -> Entry {
-        let disk = Disk { target: Target::new("vda").unwrap(), path: "/a".into(), format: "fake".into() };
+        let disk = Disk::new(Target::new("vda").unwrap(), "/a", "fake");
         let layers = ["a", "b"].map(|name| LayerName(name.into()));
         Entry {
             domain: Domain {
                 name: DomainName::new("web").unwrap(),
                 unregistered: false,
                 hypervisor: Hypervisor::NONE,
+                host: None,
                 control: None,
                 active_path: ActivePath::Keep,
                 disks: vec![DiskRecord { disk, active: layers[0].clone(), owned: layers.to_vec() }],

@@ -67,7 +67,7 @@ impl Authority {
 
     /// The manifests of a domain whose first disk is `disk`.
     pub(super) fn manifests_of_disk(&self, disk: &crate::Disk) -> Result<Manifests> {
-        Ok(Arc::new(KnownManifests::new(self.registry.get(&disk.format)?.manifests(disk))))
+        Ok(Arc::new(KnownManifests::new(self.registry.serving(disk)?.manifests(disk))))
     }
 
     /// The reason why the catalogue is not authoritative for `entry`, if it is not.

@@ -29,7 +29,7 @@ impl Importer {
     ) -> Result<Adopted> {
         let mut adopted = Adopted::default();
         for disk in &matched.disks {
-            let backend = self.registry.get(&disk.format)?;
+            let backend = self.registry.serving(disk)?;
             let mut record = backend.adopt(disk, identity.active_path).await?;
             let recorded = matched.record_of(disk);
             if let Some(recorded) = recorded {
@@ -62,7 +62,7 @@ async fn is_renamed(
     record: &DiskRecord,
     recorded: &DiskRecord,
 ) -> Result<bool> {
-    Ok(backend.layer_file(record, &record.active) == record.disk.path
+    Ok(backend.layer_address(record, &record.active) == record.disk.address
         && !is_elsewhere(&recorded.active)
         && !backend.has_layer(record, &recorded.active).await?)
 }
@@ -79,8 +79,8 @@ async fn add_layers(
 ) -> Result<()> {
     let source = &matched.source;
     for layer in &recorded.owned {
-        let Disk { target, path, .. } = &record.disk;
-        if !source.trust && is_elsewhere(layer) && !source.owns(path, layer) {
+        let Disk { target, address, .. } = &record.disk;
+        if !source.trust && is_elsewhere(layer) && !source.owns(address, layer) {
             report.notes.push(format!(
                 "the layer {layer} lies outside of the directory of disk {target}: it is only read, and never merged or \
                  removed; `domsnap import --trust` confirms that it is the domain's own"

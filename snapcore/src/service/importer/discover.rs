@@ -58,7 +58,7 @@ impl Importer {
     ) -> Result<Vec<Snapshot>> {
         let mut merged = Merged::default();
         for record in records {
-            let backend = self.registry.get(&record.disk.format)?;
+            let backend = self.registry.serving(&record.disk)?;
             let target = record.disk.target.clone();
             let members = known.iter().filter_map(|snapshot| snapshot.point(&target));
             let orphans = orphans.iter().filter(|(of, _)| *of == target);

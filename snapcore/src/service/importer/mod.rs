@@ -20,8 +20,8 @@ use super::records::Records;
 use crate::catalogue::{Entry, Revision};
 use crate::manifest::DomainManifest;
 use crate::{
-    ActivePath, Control, Disk, Domain, DomainName, Error, ErrorKind, Hypervisor, LayerName, Registry, Result,
-    SnapshotId, SnapshotName, SnapshotTree,
+    ActivePath, Control, Disk, DiskAddress, Domain, DomainName, Error, ErrorKind, Host, Hypervisor,
+    LayerName, Registry, Result, SnapshotId, SnapshotName, SnapshotTree,
 };
 
 pub(super) use discover::free_name;
@@ -111,11 +111,11 @@ impl ImportSource {
     }
 
     /// Returns true if the catalogue has the layer as the domain's own.
-    fn owns(&self, path: &Utf8Path, layer: &LayerName) -> bool {
+    fn owns(&self, address: &DiskAddress, layer: &LayerName) -> bool {
         self.known
             .iter()
             .flat_map(|entry| &entry.domain.disks)
-            .any(|record| record.disk.path == path && record.owned.contains(layer))
+            .any(|record| record.disk.address == *address && record.owned.contains(layer))
     }
 
     /// Returns true if the catalogue has the memory image as the snapshot's.
@@ -140,12 +140,19 @@ pub(super) struct Importer {
     records: Records,
     registry: Arc<Registry>,
     authority: Authority,
+    /// The machine that imported domains are recorded for.
+    host: Option<Host>,
 }
 
 impl Importer {
     /// The importer of a catalogue's service.
-    pub(super) fn new(records: Records, registry: Arc<Registry>, authority: Authority) -> Self {
-        Self { records, registry, authority }
+    pub(super) fn new(
+        records: Records,
+        registry: Arc<Registry>,
+        authority: Authority,
+        host: Option<Host>,
+    ) -> Self {
+        Self { records, registry, authority, host }
     }
 
     /// Imports disks: from the manifests beside them, and from the images themselves. Changes nothing.
@@ -186,6 +193,7 @@ impl Importer {
             name,
             unregistered,
             hypervisor,
+            host: self.host.clone(),
             control,
             active_path,
             disks: records,

@@ -10,7 +10,7 @@ use crate::manifest::{DomainManifest, Found, Item};
 use crate::service::authority::{Leftovers, Manifests};
 use crate::service::images::images_of;
 use crate::{
-    ActivePath, Control, Disk, DiskRecord, Domain, DomainName, Error, ErrorKind, Hypervisor, LayerName,
+    ActivePath, Control, Disk, DiskRecord, Domain, DomainName, Error, ErrorKind, Host, Hypervisor, LayerName,
     Result, Target,
 };
 
@@ -135,6 +135,13 @@ impl Importer {
             ));
             name = fallback;
         }
+        let there = manifest.and_then(|manifest| manifest.domain.host.as_ref());
+        if let (Some(there), false) = (there, Host::is_here(there, self.host.as_ref())) {
+            report.notes.push(format!(
+                "the manifests of domain {name} were written on host {there}; from the next change on it is a domain of \
+                 this one"
+            ));
+        }
         let memory_dir = control.as_ref().and_then(|control| control.memory_dir.clone());
         let memory_dir = memory_dir.or_else(|| matched.manifests.directory().map(Utf8Path::to_owned));
         Ok(Identity { name, unregistered, hypervisor, control, active_path, memory_dir })
@@ -170,9 +177,10 @@ impl Importer {
 
 /// The name of a domain that was never registered: the same images have the same name, always.
 pub(in crate::service) fn name_of_images(disks: &[Disk]) -> Result<DomainName> {
-    let all: Vec<&str> = disks.iter().map(|disk| disk.path.as_str()).collect();
+    let all: Vec<&str> = disks.iter().map(|disk| disk.address.as_str()).collect();
     let sum = crc32fast::hash(all.join("\n").as_bytes());
-    let stem = disks.first().and_then(|disk| disk.path.file_stem()).unwrap_or("image");
+    let stem =
+        disks.first().and_then(|disk| Utf8Path::new(disk.address.name()).file_stem()).unwrap_or("image");
     let mut stem: String = stem
         .trim_start_matches(['.', '-'])
         .chars()
@@ -208,13 +216,14 @@ fn follow_moved_paths(manifest: &DomainManifest, source: &mut ImportSource) {
     }
     for disk in &mut source.disks {
         let recorded = manifest.domain.disks.iter().find(|recorded| recorded.disk.target == disk.target);
-        let Some(recorded) = recorded.filter(|recorded| recorded.disk.path.parent() == disk.path.parent())
+        let Some(recorded) =
+            recorded.filter(|recorded| recorded.disk.address.directory() == disk.address.directory())
         else {
             continue;
         };
-        let was = disk.path.file_name().unwrap_or_default();
-        if recorded.disk.path != disk.path && recorded.owned.iter().any(|layer| layer.as_str() == was) {
-            disk.path = recorded.disk.path.clone();
+        let was = disk.address.name();
+        if recorded.disk.address != disk.address && recorded.owned.iter().any(|layer| layer.as_str() == was) {
+            disk.address = recorded.disk.address.clone();
         }
     }
 }
@@ -232,9 +241,9 @@ fn match_disks(
     let recorded = &manifest.domain.disks;
     let mut pairs = Vec::new();
     for record in recorded {
-        let name = record.disk.path.file_name();
-        let exact = source.disks.iter().find(|disk| disk.path == record.disk.path);
-        let disk = exact.or_else(|| source.disks.iter().find(|disk| disk.path.file_name() == name));
+        let name = record.disk.address.name();
+        let exact = source.disks.iter().find(|disk| disk.address == record.disk.address);
+        let disk = exact.or_else(|| source.disks.iter().find(|disk| disk.address.name() == name));
         if let Some(disk) = disk {
             pairs.push((record.disk.target.clone(), disk.target.clone()));
         }
@@ -244,7 +253,8 @@ fn match_disks(
         return Ok(pairs);
     }
     let gone = |record: &DiskRecord| {
-        pairs.iter().any(|(target, _)| *target == record.disk.target) || is_gone_file(&record.disk.path)
+        pairs.iter().any(|(target, _)| *target == record.disk.target)
+            || record.disk.local().is_some_and(is_gone_file)
     };
     let reported_by_machine = !source.by_path && !source.hypervisor.is_none();
     if !pairs.is_empty()
@@ -281,29 +291,32 @@ fn match_disks(
 
 /// The disks that a manifest describes, at the paths that were given.
 fn disks_of_manifest(manifest: &DomainManifest, source: &ImportSource) -> Vec<Disk> {
-    let directory = |disk: &Disk| disk.path.parent().map(Utf8Path::to_path_buf);
+    let directory = |disk: &Disk| disk.address.directory().map(Utf8Path::to_path_buf);
     manifest
         .domain
         .disks
         .iter()
         .filter(|record| {
-            let (path, name) = (&record.disk.path, record.disk.path.file_name());
-            let given = source.disks.iter().any(|disk| disk.path == *path || disk.path.file_name() == name);
+            let (address, name) = (&record.disk.address, record.disk.address.name());
+            let is_it = |disk: &Disk| disk.address == *address || disk.address.name() == name;
+            let given = source.disks.iter().any(is_it);
             // A disk whose file is gone stays out. One whose directory is missing as well stays in: it may
             // come back.
-            given || !is_gone_file(path)
+            given || !address.local().is_some_and(is_gone_file)
         })
         .map(|record| {
             let recorded = &record.disk;
-            let exact = source.disks.iter().find(|disk| disk.path == recorded.path);
-            let given = exact
-                .or_else(|| source.disks.iter().find(|d| d.path.file_name() == recorded.path.file_name()));
-            let path = match (given, source.disks.first().and_then(directory), recorded.path.file_name()) {
-                (Some(given), _, _) => given.path.clone(),
-                (None, Some(beside), Some(name)) if !recorded.path.exists() => beside.join(name),
-                (None, _, _) => recorded.path.clone(),
+            let exact = source.disks.iter().find(|disk| disk.address == recorded.address);
+            let given =
+                exact.or_else(|| source.disks.iter().find(|d| d.address.name() == recorded.address.name()));
+            let address = match (given, source.disks.first().and_then(directory), recorded.local()) {
+                (Some(given), _, _) => given.address.clone(),
+                (None, Some(beside), Some(path)) if !path.exists() => {
+                    beside.join(recorded.address.name()).into()
+                }
+                (None, _, _) => recorded.address.clone(),
             };
-            Disk { path, ..recorded.clone() }
+            Disk { address, ..recorded.clone() }
         })
         .collect()
 }

@@ -198,7 +198,7 @@ fn without_commands(machines: &[Machine], known: Option<&Entry>) -> (Vec<Machine
 /// Returns true where a memory image was not in the directory of its domain's manifests when they were
 /// written.
 fn moved_from_elsewhere(manifest: &DomainManifest, file: &Utf8Path) -> bool {
-    let home = manifest.domain.disks.first().and_then(|record| record.disk.path.parent());
+    let home = manifest.domain.disks.first().and_then(|record| record.disk.address.directory());
     file.parent().and_then(Utf8Path::parent) != home
 }
 
@@ -222,7 +222,7 @@ pub(in crate::service) fn point_problem(
     };
     match &point.tag {
         Some(tag) if !layer.internal.iter().any(|internal| internal.tag == *tag) => {
-            Some(format!("the image {} has no internal snapshot {tag}", layer.file))
+            Some(format!("the image {} has no internal snapshot {tag}", layer.address))
         }
         None if point.layer == record.active => {
             Some(format!("the layer {} is the active image, not a frozen one", point.layer))

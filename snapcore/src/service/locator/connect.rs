@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::Locator;
 use crate::{
-    AttachedDisk, Control, DiskRecord, Domain, DomainInfo, Error, ErrorKind, Hypervisor, LiveDomain, Result,
+    AttachedDisk, Control, DiskRecord, Domain, DomainInfo, Error, ErrorKind, Host, Hypervisor, LiveDomain,
+    Result,
 };
 
 /// A connection to a running domain.
@@ -28,11 +29,31 @@ impl Locator {
         if domain.hypervisor.is_none() {
             return Ok(None);
         }
+        self.require_here(domain)?;
         let saver = self.registry.hypervisor(&domain.hypervisor)?;
         saver
             .connect(domain)
             .await
             .map_err(|error| error.context(format!("connecting to domain {}", domain.name)))
+    }
+
+    /// Refuses a domain that runs on another machine. Its address may be that of another domain here, and its
+    /// disks may be in use there.
+    fn require_here(&self, domain: &Domain) -> Result<()> {
+        let (Some(there), Some(here)) = (&domain.host, &self.host) else { return Ok(()) };
+        if Host::is_here(Some(there), Some(here)) {
+            return Ok(());
+        }
+        let name = &domain.name;
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!("domain {name} runs on host {there}, and this is host {here}"),
+        )
+        .state("no changes made")
+        .advise(format!(
+            "run the command there; if the domain does not run there any more, or this machine got another machine ID, \
+             take it over: `domsnap recover --take-over {name}`"
+        )))
     }
 
     /// Connects for commands that only look. Without a connection they report the domain's own process as
@@ -103,8 +124,10 @@ impl Locator {
     /// permanent name, and a disk by the format that it opens it with.
     fn know_disks(&self, seen: &mut DomainInfo) {
         for disk in &mut seen.disks {
-            disk.path = self.registry.configured_path(&disk.path);
-            if let Some(backend) = self.registry.recognise(&disk.path, Some(&disk.format)) {
+            if let Some(open) = disk.address.local() {
+                disk.address = self.registry.configured_path(open).into();
+            }
+            if let Some(backend) = self.registry.recognise(&disk.address, Some(&disk.format)) {
                 disk.format = backend.to_owned();
             }
         }

@@ -8,17 +8,16 @@ mod owner;
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use camino::{Utf8Path, Utf8PathBuf};
-
 use super::authority::Leftovers;
-use super::images::{followed, image_path, real_images, require_files};
+use super::images::{followed, known_address, real_images, require_files};
 use super::importer::{ImportSource, Imported, Importer, name_of_images};
 use super::records::Records;
 use super::reference::{Chosen, choose_disks, target_at};
 use super::{DomainRef, GivenImage};
 use crate::catalogue::Entry;
 use crate::{
-    Control, Disk, DiskSnapshotter, DomainName, Error, ErrorKind, Hypervisor, Registry, Result, shell_word,
+    Control, Disk, DiskAddress, DiskSnapshotter, DomainName, Error, ErrorKind, Host, Hypervisor, Registry,
+    Result, shell_word,
 };
 
 pub use connect::Scanned;
@@ -61,12 +60,19 @@ pub(super) struct Locator {
     records: Records,
     registry: Arc<Registry>,
     importer: Importer,
+    /// The machine that this service is on.
+    host: Option<Host>,
 }
 
 impl Locator {
     /// The locator of a catalogue's service.
-    pub(super) fn new(records: Records, registry: Arc<Registry>, importer: Importer) -> Self {
-        Self { records, registry, importer }
+    pub(super) fn new(
+        records: Records,
+        registry: Arc<Registry>,
+        importer: Importer,
+        host: Option<Host>,
+    ) -> Self {
+        Self { records, registry, importer, host }
     }
 
     /// Finds the domain that a reference names.
@@ -86,7 +92,7 @@ impl Locator {
             return Ok(Located::known(entry));
         }
         let (source, followed) = self.source_of_running(hypervisor, address).await?;
-        let paths: Vec<Utf8PathBuf> = source.disks.iter().map(|disk| disk.path.clone()).collect();
+        let paths: Vec<_> = source.disks.iter().map(|disk| disk.address.clone()).collect();
         if let Some(owner) = self.owner_of(&paths).await? {
             return reached(self.records.load(&owner).await?, hypervisor, address);
         }
@@ -99,7 +105,7 @@ impl Locator {
     /// The domain whose disks are these images.
     async fn locate_images(&self, given: &[GivenImage]) -> Result<Located> {
         let (images, followed) = real_images(&self.registry, given).await?;
-        let paths: Vec<_> = images.iter().map(|image| image.path.clone()).collect();
+        let paths: Vec<_> = images.iter().map(|image| image.address.clone()).collect();
         if let Some(owner) = self.owner_of(&paths).await? {
             let entry = self.records.load(&owner).await?;
             same_formats(&images, &entry)?;
@@ -117,13 +123,11 @@ impl Locator {
         let DomainRef::Live { hypervisor, address } = reference else { return Ok(Cow::Borrowed(reference)) };
         if self.registry.hypervisor(hypervisor).is_err() {
             let text = reference.to_string();
-            if self.registry.of_scheme(Utf8Path::new(&text)).is_some() {
-                return Ok(Cow::Owned(DomainRef::Images(vec![GivenImage {
-                    path: text.into(),
-                    format: None,
-                }])));
+            let address = DiskAddress::from(text.as_str());
+            if self.registry.of_scheme(&address).is_some() {
+                return Ok(Cow::Owned(DomainRef::Images(vec![GivenImage { address, format: None }])));
             }
-            return DomainRef::at_rest(&reference.to_string()).map(Cow::Owned);
+            return DomainRef::at_rest(&text).map(Cow::Owned);
         }
         let control = Control { address: address.clone(), ..Control::default() };
         let address = self.read_control(hypervisor, &control)?.address;
@@ -145,9 +149,9 @@ impl Locator {
             .map_err(|error| error.context(format!("looking at what runs at {address}")))?;
         let mut links = Vec::new();
         for disk in &mut disks {
-            let real = image_path(&disk.path)?;
-            links.extend(followed(&disk.path, &real));
-            disk.path = real;
+            let real = known_address(&self.registry, &disk.address).await?;
+            links.extend(followed(&disk.address, &real));
+            disk.address = real;
         }
         let name = match seen.name.clone().and_then(|name| DomainName::new(name).ok()) {
             Some(name) if self.records.find(&name).await?.is_none() => name,
@@ -168,15 +172,15 @@ impl Locator {
         let disks = images
             .iter()
             .enumerate()
-            .map(|(index, GivenImage { path, format })| {
+            .map(|(index, GivenImage { address, format })| {
                 let format = format.as_deref();
                 if let Some(format) = format {
                     self.registry.get(format)?;
                 }
-                let of_scheme = || self.registry.of_scheme(path).map(DiskSnapshotter::format);
-                let format = format.or_else(of_scheme).or_else(|| self.registry.recognise(path, None));
+                let of_scheme = || self.registry.of_scheme(address).map(DiskSnapshotter::format);
+                let format = format.or_else(of_scheme).or_else(|| self.registry.recognise(address, None));
                 let format = format.unwrap_or(default);
-                Ok(Disk { target: target_at(index)?, path: path.clone(), format: format.to_owned() })
+                Ok(Disk::new(target_at(index)?, address.clone(), format))
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(ImportSource::of_images(disks))
@@ -194,7 +198,7 @@ impl Locator {
         let mut same = true;
         for record in &entry.domain.disks {
             let adopted =
-                self.registry.get(&record.disk.format)?.adopt(&record.disk, entry.domain.active_path).await?;
+                self.registry.serving(&record.disk)?.adopt(&record.disk, entry.domain.active_path).await?;
             same &= adopted.active == record.active;
         }
         if same {
@@ -234,7 +238,8 @@ fn reached(entry: Entry, hypervisor: &Hypervisor, address: &str) -> Result<Locat
 /// Refuses a stated format that is another than the catalogue's.
 fn same_formats(images: &[GivenImage], entry: &Entry) -> Result<()> {
     for image in images {
-        let disk = entry.domain.disks.iter().map(|record| &record.disk).find(|disk| disk.path == image.path);
+        let disk =
+            entry.domain.disks.iter().map(|record| &record.disk).find(|disk| disk.address == image.address);
         if let (Some(disk), Some(format)) = (disk, &image.format)
             && disk.format != *format
         {
@@ -242,7 +247,7 @@ fn same_formats(images: &[GivenImage], entry: &Entry) -> Result<()> {
                 ErrorKind::Refused,
                 format!(
                     "{} is known as an image of format {}, and format={format} was given",
-                    image.path, disk.format
+                    image.address, disk.format
                 ),
             )
             .state("no changes made")

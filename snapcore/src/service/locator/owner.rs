@@ -1,10 +1,8 @@
 //! Owners of images, as recorded in the catalogue.
 
-use camino::Utf8PathBuf;
-
 use super::Locator;
-use crate::service::images::{file_id, images_of};
-use crate::{DomainName, Error, ErrorKind, Hypervisor, Result};
+use crate::service::images::images_of;
+use crate::{DiskAddress, DomainName, Error, ErrorKind, Hypervisor, Result};
 
 impl Locator {
     /// The domain of the catalogue that is reached at an address.
@@ -25,14 +23,14 @@ impl Locator {
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] where only a part of them, or of its, are the same.
-    pub(in crate::service) async fn owner_of(&self, paths: &[Utf8PathBuf]) -> Result<Option<DomainName>> {
+    pub(in crate::service) async fn owner_of(&self, paths: &[DiskAddress]) -> Result<Option<DomainName>> {
         let owners = self.records.owners(paths).await?;
         let Some((path, owner)) = owners.first() else {
             self.refuse_layers(paths).await?;
             return Ok(None);
         };
         let Some(entry) = self.records.find(owner).await? else { return Ok(None) };
-        let disks: Vec<&str> = entry.domain.disks.iter().map(|record| record.disk.path.as_str()).collect();
+        let disks: Vec<&str> = entry.domain.disks.iter().map(|record| record.disk.address.as_str()).collect();
         let same = owners.len() == paths.len()
             && disks.len() == paths.len()
             && owners.iter().all(|(_, other)| other == owner);
@@ -51,14 +49,14 @@ impl Locator {
 
     /// Refuses an image that is, under any name, a layer of a domain of the catalogue. Otherwise it would
     /// have two owners that do not know of each other.
-    async fn refuse_layers(&self, paths: &[Utf8PathBuf]) -> Result<()> {
-        let given: Vec<_> = paths.iter().filter_map(|path| Some((path, file_id(path)?))).collect();
+    async fn refuse_layers(&self, paths: &[DiskAddress]) -> Result<()> {
+        let given: Vec<_> = paths.iter().filter_map(|path| Some((path, path.inode()?))).collect();
         for known in self.records.domains().await? {
             let domain = known.domain;
             for record in &domain.disks {
-                let Ok(backend) = self.registry.get(&record.disk.format) else { continue };
+                let Ok(backend) = self.registry.serving(&record.disk) else { continue };
                 for layer in &record.owned {
-                    let Some(id) = file_id(&backend.layer_file(record, layer)) else { continue };
+                    let Some(id) = backend.layer_address(record, layer).inode() else { continue };
                     if let Some((path, _)) = given.iter().find(|(_, other)| *other == id) {
                         return Err(Error::new(
                             ErrorKind::Refused,
@@ -70,7 +68,7 @@ impl Locator {
                         .state("no changes made")
                         .advise(format!(
                             "name the domain {}, or its image {}",
-                            domain.name, record.disk.path
+                            domain.name, record.disk.address
                         )));
                     }
                 }

@@ -52,7 +52,7 @@ impl Locks {
 
     /// Locks like [`Locks::lock`], for commands that need no manifests: a domain whose backends are missing
     /// can be locked too.
-    pub(super) async fn lock_records(
+    pub(in crate::service) async fn lock_records(
         &self,
         reference: &DomainRef,
         cancel: &CancellationToken,

@@ -54,7 +54,7 @@ impl Operator {
     pub(super) async fn hold_disks(&self, domain: &Domain, live: Option<&Live>) -> Result<Vec<Guard>> {
         let mut guards = Vec::new();
         for record in &domain.disks {
-            let backend = self.registry.get(&record.disk.format)?;
+            let backend = self.registry.serving(&record.disk)?;
             if !backend.is_gone(record).await? {
                 let attached = live.and_then(|live| live.disk(&record.disk.target));
                 guards.push(backend.lock(record, attached).await?);

@@ -5,7 +5,6 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::Planning;
 use crate::catalogue::Entry;
 use crate::plan::RunningDomain;
-use crate::service::images::file_id;
 use crate::service::locator::Live;
 use crate::{
     DiskRecord, Domain, DomainStep, Error, ErrorKind, MemoryPlan, OpenChain, Plan, Registry, Request, Result,
@@ -66,11 +65,11 @@ impl Planning {
 /// [`ErrorKind::Refused`] where it has another image open, or the disk not at all. Changes to the one would
 /// not be made to the other.
 pub(super) async fn is_attached(live: &Live, record: &DiskRecord) -> Result<bool> {
-    let path = &record.disk.path;
+    let path = &record.disk.address;
     let target = &record.disk.target;
     let Some(disk) = live.disk(target) else {
         let known: Vec<String> =
-            live.seen().disks.iter().map(|disk| format!("{} ({})", disk.target, disk.path)).collect();
+            live.seen().disks.iter().map(|disk| format!("{} ({})", disk.target, disk.address)).collect();
         return Err(Error::new(
             ErrorKind::Refused,
             format!(
@@ -82,7 +81,7 @@ pub(super) async fn is_attached(live: &Live, record: &DiskRecord) -> Result<bool
         .advise("shut the domain down, or register it again with the disks that it has"));
     };
     let open = disk.open_files().await?;
-    let named = file_id(path);
+    let named = path.inode();
     if named.is_some_and(|named| open.contains(&named)) {
         return Ok(true);
     }
@@ -98,7 +97,7 @@ pub(super) async fn is_attached(live: &Live, record: &DiskRecord) -> Result<bool
 pub(in crate::service) async fn chains_of(registry: &Registry, domain: &Domain) -> Result<Vec<OpenChain>> {
     let mut chains = Vec::new();
     for record in &domain.disks {
-        let layers = registry.get(&record.disk.format)?.open_chain(record).await?;
+        let layers = registry.serving(&record.disk)?.open_chain(record).await?;
         chains.push(OpenChain { target: record.disk.target.clone(), layers });
     }
     Ok(chains)

@@ -67,7 +67,7 @@ impl Planning {
                     continue;
                 }
             };
-            let backend = self.registry.get(&record.disk.format)?;
+            let backend = self.registry.serving(&record.disk)?;
             let mut state = backend
                 .inspect(record, depth, live.and_then(|live| live.disk(&record.disk.target)))
                 .await
@@ -100,7 +100,7 @@ impl Planning {
         request: &Request,
     ) -> Result<Part> {
         let target = &record.disk.target;
-        let gone = self.registry.get(&record.disk.format)?.is_gone(record).await?;
+        let gone = self.registry.serving(&record.disk)?.is_gone(record).await?;
         let unplugged = live.is_some_and(|live| live.disk(target).is_none());
         Ok(match request {
             Request::Create(create) if gone || unplugged => {
@@ -114,7 +114,7 @@ impl Planning {
             Request::Revert(revert) if (gone || unplugged) && revert.skip.contains(target) => Part::Not(None),
             Request::Delete(_) | Request::Tidy if gone => Part::Not(Some(format!(
                 "{target}: {} and all its layers are gone; `domsnap domain disk remove {} {target}` takes the disk out",
-                record.disk.path, entry.domain.name
+                record.disk.address, entry.domain.name
             ))),
             // A delete changes it like a disk at rest.
             Request::Delete(_) | Request::Tidy if unplugged => Part::AtRest,

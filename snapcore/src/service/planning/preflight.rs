@@ -70,7 +70,7 @@ impl Planning {
             if let Some(attached) = live.and_then(|live| live.disk(&record.disk.target)) {
                 open = attached.open_files().await?;
             }
-            let backend = self.registry.get(&record.disk.format)?;
+            let backend = self.registry.serving(&record.disk)?;
             let mut uses = FileUses::default();
             for step in plan.steps_of(&record.disk.target) {
                 uses.extend(backend.uses(record, step));

@@ -58,7 +58,7 @@ pub(super) struct Probe {
 impl Probe {
     /// Creates the test for the domain with these disks.
     pub(super) fn of(directory: &Utf8Path, disks: &[DiskRecord], dry: bool) -> Self {
-        let domain = disks.first().map_or("", |record| record.disk.path.as_str());
+        let domain = disks.first().map_or("", |record| record.disk.address.as_str());
         let names = ["a", "b"].map(|letter| name(domain, dry, letter));
         Self { directory: directory.to_owned(), names, dry }
     }

@@ -61,8 +61,8 @@ impl Registrar {
         let mut locked = self.locks.lock(&reference, &cancel).await?;
         let Located { entry, catalogued, .. } = &mut locked.located;
         let name = entry.domain.name.clone();
-        let given = absolute(&self.registry, &disk.path)?;
-        let disk = Disk { path: known_address(&self.registry, &given).await?, ..disk };
+        let given = absolute(&self.registry, &disk.address)?;
+        let disk = Disk { address: known_address(&self.registry, &given).await?, ..disk };
         if entry.domain.disk(&disk.target).is_some() {
             return Err(Error::new(
                 ErrorKind::Exists,
@@ -70,22 +70,22 @@ impl Registrar {
             )
             .advise("give the new one another target"));
         }
-        if let Some(owner) = self.locator.owner_of(std::slice::from_ref(&disk.path)).await? {
+        if let Some(owner) = self.locator.owner_of(std::slice::from_ref(&disk.address)).await? {
             return Err(Error::new(
                 ErrorKind::Exists,
-                format!("the image {} is a disk of domain {owner} already", disk.path),
+                format!("the image {} is a disk of domain {owner} already", disk.address),
             )
             .advise(format!("take it out there first: `domsnap domain remove {owner}`")));
         }
         if let Some(same) = self.same_disk(&entry.domain, &disk).await? {
             return Err(Error::new(
                 ErrorKind::Exists,
-                format!("{} and disk {} of domain {name} are one file", disk.path, same.disk.target),
+                format!("{} and disk {} of domain {name} are one file", disk.address, same.disk.target),
             )
             .advise("give each disk an image of its own"));
         }
         self.records.refuse_unfinished(entry).await?;
-        let record = self.registry.get(&disk.format)?.adopt(&disk, entry.domain.active_path).await?;
+        let record = self.registry.serving(&disk)?.adopt(&disk, entry.domain.active_path).await?;
         entry.domain.disks.push(record);
         self.put_changed(entry, *catalogued).await?;
         Ok(entry.domain.clone())
@@ -96,7 +96,7 @@ impl Registrar {
         let wanted = identity_of(&self.registry, disk).await?;
         for known in &domain.disks {
             let identity = identity_of(&self.registry, &known.disk).await?;
-            if known.disk.path == disk.path || (identity.is_some() && identity == wanted) {
+            if known.disk.address == disk.address || (identity.is_some() && identity == wanted) {
                 return Ok(Some(known));
             }
         }

@@ -111,7 +111,7 @@ impl Registrar {
                     Some(name) => (ImportSource::of_entry(self.records.load(&name).await?), Some(name)),
                     None => {
                         let (source, _) = self.locator.source_of_running(hypervisor, address).await?;
-                        let paths: Vec<_> = source.disks.iter().map(|disk| disk.path.clone()).collect();
+                        let paths: Vec<_> = source.disks.iter().map(|disk| disk.address.clone()).collect();
                         let owner = self.locator.owner_of(&paths).await?;
                         (source, owner)
                     }
@@ -119,7 +119,7 @@ impl Registrar {
             }
             DomainRef::Images(given) => {
                 let (images, _) = real_images(&self.registry, given).await?;
-                let paths: Vec<_> = images.iter().map(|image| image.path.clone()).collect();
+                let paths: Vec<_> = images.iter().map(|image| image.address.clone()).collect();
                 let owner = self.locator.owner_of(&paths).await?;
                 let source = self.locator.source_of_images(&images)?;
                 let entry = match &owner {

@@ -17,7 +17,12 @@ use super::operator::Locks;
 use super::records::Records;
 use super::{DomainRef, DomainSpec, ImportReport, Removal};
 use crate::catalogue::{Change, Entry, Lease, Revision};
-use crate::{DomainName, Error, ErrorKind, Event, Events, Hypervisor, Registry, Result};
+use crate::{DomainName, Error, ErrorKind, Event, Events, Host, Hypervisor, Registry, Result};
+
+fn not_catalogued(reference: &DomainRef) -> Error {
+    Error::new(ErrorKind::NotFound, format!("the catalogue has no domain of {reference}"))
+        .advise("`domsnap domain list` shows those that it has")
+}
 
 /// Adds domains to the catalogue, and removes them.
 #[derive(Clone)]
@@ -38,6 +43,8 @@ pub(super) struct Registrar {
     pub(super) importer: Importer,
     /// Reads and writes manifests.
     pub(super) authority: Authority,
+    /// The machine that this service is on.
+    pub(super) host: Option<Host>,
 }
 
 impl Registrar {
@@ -50,7 +57,7 @@ impl Registrar {
         };
         let spec = DomainSpec { control, ..spec };
         let (disks, followed) = disks_of(&self.registry, &spec).await?;
-        let paths: Vec<_> = disks.iter().map(|disk| disk.path.clone()).collect();
+        let paths: Vec<_> = disks.iter().map(|disk| disk.address.clone()).collect();
         let _lease = self.ledger.lease(&spec.name, &cancel).await?;
         if self.records.find(&spec.name).await?.is_some() {
             return Err(Error::new(ErrorKind::Exists, format!("there is a domain {} already", spec.name))
@@ -95,11 +102,7 @@ impl Registrar {
         let (Located { entry, catalogued, .. }, manifests) = (&locked.located, &locked.manifests);
         let name = entry.domain.name.clone();
         if !catalogued {
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                format!("the catalogue has no domain of {reference}"),
-            )
-            .advise("`domsnap domain list` shows those that it has"));
+            return Err(not_catalogued(&reference));
         }
         // If the manifests have more than the catalogue, or another catalogue's content, they stay as they
         // are.
@@ -112,6 +115,24 @@ impl Registrar {
         }
         self.ledger.commit(&name, entry.revision, vec![Change::RemoveDomain]).await?;
         Ok(Removal { domain: name, snapshots: entry.tree.len() as u64, manifests: manifests.place().into() })
+    }
+
+    /// Records that a domain runs on this machine. Its journal stays: a recovery reads it next.
+    pub(super) async fn take_over(
+        &self,
+        reference: DomainRef,
+        cancel: CancellationToken,
+    ) -> Result<Option<Host>> {
+        let (_lease, located) = self.locks.lock_records(&reference, &cancel).await?;
+        let Located { mut entry, catalogued, .. } = located;
+        if !catalogued {
+            return Err(not_catalogued(&reference));
+        }
+        let before = std::mem::replace(&mut entry.domain.host, self.host.clone());
+        let snapshots = entry.tree.iter().cloned().collect();
+        let put = Change::PutDomain(Box::new(entry.domain.clone()), snapshots);
+        self.ledger.commit(&entry.domain.name, entry.revision, vec![put]).await?;
+        Ok(before)
     }
 
     /// Fails for a name that no reference could use, because it begins as an address does.

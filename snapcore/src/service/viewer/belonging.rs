@@ -6,7 +6,7 @@ use super::Viewer;
 use crate::service::authority::{Manifests, layer_among};
 use crate::service::images::file_id;
 use crate::service::{DomainRef, Listing};
-use crate::{LayerName, Result, Target};
+use crate::{DiskAddress, LayerName, Result, Target};
 
 /// The domain that has an image as a layer, from the catalogue, or else from the manifests beside the image.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,21 +34,22 @@ impl Viewer {
         if file_id(image).is_none() {
             return Ok(None);
         }
-        let image =
-            &match (image.parent().and_then(|parent| parent.canonicalize_utf8().ok()), image.file_name()) {
-                (Some(directory), Some(name)) => directory.join(name),
-                _ => image.to_path_buf(),
-            };
+        let directory = image.parent().and_then(|parent| parent.canonicalize_utf8().ok());
+        let address: &DiskAddress = &match (directory, image.file_name()) {
+            (Some(directory), Some(name)) => directory.join(name).into(),
+            _ => image.into(),
+        };
         for summary in self.records.domains().await? {
-            if let Some((record, layer)) = layer_among(&self.registry, image, &summary.domain.disks) {
+            if let Some((record, layer)) = layer_among(&self.registry, address, &summary.domain.disks) {
                 let target = record.disk.target.clone();
                 let listing = self.list(&DomainRef::Name(summary.domain.name.clone())).await?;
                 return Ok(Some(Belonging { listing, target, layer }));
             }
         }
-        let Some(directory) = image.parent() else { return Ok(None) };
+        let Some(directory) = address.directory() else { return Ok(None) };
         for beside in self.authority.beside(directory).await? {
-            let Some((record, layer)) = layer_among(&self.registry, image, &beside.records) else { continue };
+            let claimed = layer_among(&self.registry, address, &beside.records);
+            let Some((record, layer)) = claimed else { continue };
             let target = record.disk.target.clone();
             let manifests: Manifests = std::sync::Arc::new(beside.manifests.clone());
             let found = self.authority.read(&manifests).await?;

@@ -84,8 +84,8 @@ impl Viewer {
         live: &Option<Live>,
         findings: &mut Vec<Finding>,
     ) -> Result<()> {
-        let (name, path) = (&entry.domain.name, record.disk.path.as_str());
-        let backend = self.registry.get(&record.disk.format)?;
+        let (name, path) = (&entry.domain.name, record.disk.address.as_str());
+        let backend = self.registry.serving(&record.disk)?;
         let state = match backend.inspect(record, InspectDepth::Dependents, attached(live, record)).await {
             Ok(state) => state,
             Err(error) => {

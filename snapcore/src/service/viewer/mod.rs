@@ -84,7 +84,7 @@ impl Viewer {
         let mut members = Vec::new();
         for member in &snapshot.disks {
             let Some(record) = entry.domain.disk(&member.target) else { continue };
-            let backend = self.registry.get(&record.disk.format)?;
+            let backend = self.registry.serving(&record.disk)?;
             // Values that only the image has are left out if it cannot be read; `check` reports why.
             let state = backend.inspect(record, InspectDepth::Dependents, attached(&live, record)).await.ok();
             let layer = state.as_ref().and_then(|state| state.layer(&member.point.layer));
@@ -100,9 +100,9 @@ impl Viewer {
                 target: member.target.clone(),
                 point: member.point.clone(),
                 kind: member.point.kind(),
-                file: match layer {
-                    Some(layer) => layer.file.clone(),
-                    None => backend.layer_file(record, &member.point.layer),
+                address: match layer {
+                    Some(layer) => layer.address.clone(),
+                    None => backend.layer_address(record, &member.point.layer),
                 },
                 virtual_size: member.virtual_size,
                 allocated: layer.map(|layer| layer.allocated),
@@ -117,7 +117,7 @@ impl Viewer {
         let live = self.locator.connect_to_look(&entry.domain).await;
         let mut reports = Vec::new();
         for record in entry.domain.disks {
-            let backend = self.registry.get(&record.disk.format)?;
+            let backend = self.registry.serving(&record.disk)?;
             reports.push(
                 match backend.inspect(&record, InspectDepth::Dependents, attached(&live, &record)).await {
                     Ok(state) => {

@@ -219,17 +219,17 @@ impl WatchedDisk<'_> {
         let (record, disk) = (self.record, &self.record.disk);
         let layers = record.owned.iter().chain([&record.active]);
         let layers = layers.map(|layer| {
-            let file = disk.path.with_file_name(layer.as_str());
+            let file = disk.path().with_file_name(layer.as_str());
             // Only the backend knows the place of a layer that does not lie beside the disk.
             match self.backend.filter(|_| !file.exists()) {
-                Some(backend) => backend.layer_file(record, layer),
+                Some(backend) => backend.layer_address(record, layer).path().to_owned(),
                 None => file,
             }
         });
-        for file in layers.chain([disk.path.clone()]) {
+        for file in layers.chain([disk.path().to_owned()]) {
             let Some(identity) = self.identity(&file) else { continue };
             if reopened {
-                *watched.reopened.entry(identity).or_default() |= file == disk.path;
+                *watched.reopened.entry(identity).or_default() |= file == disk.path();
             }
             watched.files.entry(identity).or_insert((disk.target.clone(), file));
         }
@@ -294,7 +294,8 @@ impl Watcher {
             // If the running domain's process is not known, its open files cannot be distinguished from those
             // of others.
             let by_the_kernel = || {
-                devices::device_number(&disk.path)
+                disk.local()
+                    .and_then(devices::device_number)
                     .is_some_and(|device| !devices::xen_disks(device).is_empty())
             };
             watched.unknown_process |= !known && !open.is_empty() && !by_the_kernel();
@@ -303,7 +304,7 @@ impl Watcher {
                 // Only its backend, which locks it, can find other users.
                 continue;
             }
-            let backend = self.registry.get(&disk.format).ok();
+            let backend = self.registry.serving(disk).ok();
             let disk = WatchedDisk { record, backend: backend.as_deref(), open, known };
             disk.add_layers(&mut watched, live.is_some() && detached.contains(&record.disk.target));
             for step in plan.iter().flat_map(|plan| plan.steps_of(&record.disk.target)) {
