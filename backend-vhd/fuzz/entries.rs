@@ -1,21 +1,35 @@
 //! The functions of the fuzz targets. They are plain functions, so that a test can run them without a fuzzer.
 //!
 //! An image may be refused; it may not panic, and what is written to one that was accepted is read again.
+//! `image` and `resealed` take whole files. The others put the bytes into one structure of a sound image,
+//! with right checksums, so that what is behind the checksum is reached.
 
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
-use backend_vhd::image::{BlockSize, Chain, ImageFile, Layer, Vhd};
+use backend_vhd::image::{BlockSize, Chain, ChainOptions, ImageFile, Layer, Vhd, find_parent};
 use image_files::engine::file::Storage;
+
+use crate::support::{Maker, Reference, relative};
 
 /// One entry: takes any bytes.
 type Entry = fn(&[u8]);
 
 /// All entries, by the name of their target.
 #[allow(dead_code, reason = "a fuzz target uses one entry, the test uses the table")]
-pub const ENTRIES: [(&str, Entry); 2] = [("image", image), ("resealed", resealed)];
+pub const ENTRIES: [(&str, Entry); 9] = [
+    ("image", image),
+    ("resealed", resealed),
+    ("footer", footer),
+    ("header", header),
+    ("bat", bat),
+    ("bitmap", bitmap),
+    ("locators", locators),
+    ("batmap", batmap),
+    ("chain", chain),
+];
 
 /// Pieces of a disk that are looked at.
 const PIECES: usize = 2000;
@@ -108,12 +122,187 @@ pub fn image(bytes: &[u8]) {
 /// The same, with right checksums in footers and header, which a mutation seldom keeps.
 pub fn resealed(bytes: &[u8]) {
     let mut bytes = bytes.to_vec();
+    seal_all(&mut bytes);
+    image(&bytes);
+}
+
+fn seal_all(bytes: &mut [u8]) {
     let end = bytes.len().wrapping_sub(512);
     for (at, len, field) in [(0, 512, 64), (512, 1024, 36), (end, 512, 64)] {
         let Some(part) = bytes.get_mut(at..).and_then(|rest| rest.get_mut(..len)) else { continue };
-        part[field..field + 4].fill(0);
-        let sum = part.iter().fold(0u32, |sum, byte| sum.wrapping_add(u32::from(*byte)));
-        part[field..field + 4].copy_from_slice(&(!sum).to_be_bytes());
+        seal(part, field);
     }
-    image(&bytes);
+}
+
+fn seal(part: &mut [u8], field: usize) {
+    part[field..field + 4].fill(0);
+    let sum = part.iter().fold(0u32, |sum, byte| sum.wrapping_add(u32::from(*byte)));
+    part[field..field + 4].copy_from_slice(&(!sum).to_be_bytes());
+}
+
+/// Bytes of a block of the sound images.
+const BLOCK: u64 = 8 << 10;
+/// Place of the BAT in them.
+const TABLE: usize = 1536;
+
+/// The bottom of a sound chain: four of sixteen blocks are stored.
+fn bottom() -> Maker {
+    let mut made = Maker { block: BLOCK, id: [7; 16], ..Maker::new(3, 16 * BLOCK) };
+    for block in [0, 3, 4, 15] {
+        made = made.put(block * BLOCK, &vec![block as u8 + 1; BLOCK as usize]);
+    }
+    made
+}
+
+/// Its child, with some sectors of its own.
+fn top() -> Maker {
+    let child = Maker::child(&bottom(), "base.vhd");
+    child.put(512, &[0x51; 1024]).put(5 * BLOCK, &[0x52; 512]).put(16 * BLOCK - 512, &[0x53; 512])
+}
+
+fn sound(make: fn() -> Maker, kept: &'static OnceLock<Vec<u8>>) -> Vec<u8> {
+    kept.get_or_init(|| make().bytes()).clone()
+}
+
+fn sound_bottom() -> Vec<u8> {
+    static KEPT: OnceLock<Vec<u8>> = OnceLock::new();
+    sound(bottom, &KEPT)
+}
+
+fn sound_top() -> Vec<u8> {
+    static KEPT: OnceLock<Vec<u8>> = OnceLock::new();
+    sound(top, &KEPT)
+}
+
+/// Puts bytes over a part of an image, as far as they fit.
+fn over(file: &mut [u8], at: usize, most: usize, bytes: &[u8]) {
+    let n = bytes.len().min(most).min(file.len().saturating_sub(at));
+    file[at..at + n].copy_from_slice(&bytes[..n]);
+}
+
+/// The footer at the end, the copy at the start, or both. The first byte says which.
+pub fn footer(bytes: &[u8]) {
+    let Some((which, bytes)) = bytes.split_first() else { return };
+    let mut file = sound_bottom();
+    let end = file.len() - 512;
+    for at in [end, 0].into_iter().enumerate().filter(|(n, _)| which & (1 << n) == 0).map(|(_, at)| at) {
+        over(&mut file, at, 512, bytes);
+    }
+    if which & 4 == 0 {
+        seal_all(&mut file);
+    }
+    image(&file);
+}
+
+/// The header, and what is behind it.
+pub fn header(bytes: &[u8]) {
+    let mut file = sound_top();
+    over(&mut file, 512, 2048, bytes);
+    seal_all(&mut file);
+    image(&file);
+}
+
+/// The entries of the BAT.
+pub fn bat(bytes: &[u8]) {
+    let mut file = sound_bottom();
+    over(&mut file, TABLE, 64, bytes);
+    image(&file);
+}
+
+/// The bitmaps of a child. Whatever they are, the chain shows what the reference reader shows.
+pub fn bitmap(bytes: &[u8]) {
+    let (below, mut file) = (sound_bottom(), sound_top());
+    let mut left = bytes;
+    for block in [0usize, 5, 15] {
+        let entry = &file[TABLE + 4 * block..TABLE + 4 * block + 4];
+        let at = u32::from_be_bytes(entry.try_into().expect("four bytes")) as usize * 512;
+        let (now, rest) = left.split_at(left.len().min(2));
+        over(&mut file, at, 512, now);
+        left = rest;
+    }
+    over(&mut file, TABLE + 64, 448, left);
+    let layer = |bytes: &[u8]| {
+        open(&Bytes(Arc::new(Mutex::new(bytes.to_vec())))).map(|image| Layer::Vhd(Box::new(image)))
+    };
+    let layers = vec![layer(&below).expect("sound"), layer(&file).expect("sound but for its bitmaps")];
+    let mut chain = Chain::new(layers).expect("two layers");
+    let mut shown = vec![0; chain.size() as usize];
+    chain.read_at(&mut shown, 0).expect("bitmaps do not keep a chain from being read");
+    let parent = Some(Box::new(Reference::new(below, None)));
+    assert!(
+        shown == Reference::new(file.clone(), parent).read(),
+        "the reference reader shows something else"
+    );
+    image(&file);
+}
+
+/// A directory in memory for images that must be files.
+fn directory() -> &'static Path {
+    static MADE: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let made = MADE.get_or_init(|| {
+        let place = Path::new("/dev/shm");
+        let place = if place.is_dir() { place.to_owned() } else { std::env::temp_dir() };
+        tempfile::Builder::new().prefix("vhd-fuzz-").tempdir_in(place).expect("a directory")
+    });
+    made.path()
+}
+
+/// The table of locators and their texts. A parent that is found lies in the child's directory.
+pub fn locators(bytes: &[u8]) {
+    let mut file = sound_top();
+    let (table, texts) = bytes.split_at(bytes.len().min(192));
+    over(&mut file, 512 + 576, 192, table);
+    // The texts are behind the BAT, in two sectors.
+    over(&mut file, TABLE + 512, 1024, texts);
+    seal_all(&mut file);
+    std::fs::write(directory().join("base.vhd"), sound_bottom()).expect("the parent");
+    let storage = Bytes(Arc::new(Mutex::new(file.clone())));
+    let path = directory().join("child.vhd");
+    if let Ok(child) = Vhd::from_file(ImageFile::new(Box::new(storage), &path, false))
+        && let Ok(Some(parent)) = find_parent(&child, &[])
+    {
+        let own = directory().canonicalize().expect("the directory");
+        assert!(parent.path.starts_with(&own), "{} is outside of {}", parent.path.display(), own.display());
+    }
+    image(&file);
+}
+
+/// The batmap of blktap, with its header.
+pub fn batmap(bytes: &[u8]) {
+    static KEPT: OnceLock<Vec<u8>> = OnceLock::new();
+    let tap = || Maker { batmap: true, creator: *b"tap\0", creator_version: 0x0001_0003, ..bottom() };
+    let mut file = sound(tap, &KEPT);
+    over(&mut file, TABLE + 512, 1024, bytes);
+    image(&file);
+}
+
+/// Three images in files. The bytes are changes: file, two bytes of a place, value.
+pub fn chain(bytes: &[u8]) {
+    let middle = || {
+        let mut made = Maker::child(&top(), "child.vhd").put(4 * BLOCK, &[0x54; 1024]);
+        made.locators = vec![(*b"W2ru", relative(".\\child.vhd"), 512)];
+        made
+    };
+    static KEPT: OnceLock<Vec<u8>> = OnceLock::new();
+    let mut files =
+        [("base.vhd", sound_bottom()), ("child.vhd", sound_top()), ("top.vhd", sound(middle, &KEPT))];
+    for change in bytes.chunks_exact(4).take(256) {
+        let [number, high, low, value] = change else { continue };
+        let file = &mut files[usize::from(number % 3)].1;
+        let at = usize::from(u16::from_be_bytes([*high, *low]));
+        // Metadata is at the start and at the end.
+        let at = if number & 0x80 == 0 { at % 4096 } else { file.len() - 1 - at % 512 };
+        file[at] = *value;
+        if number & 0x40 == 0 {
+            seal_all(file);
+        }
+    }
+    for (name, content) in &files {
+        std::fs::write(directory().join(name), content).expect("an image");
+    }
+    let options = ChainOptions::read_only().unlocked();
+    let Ok(mut chain) = Chain::open(&directory().join("top.vhd"), &options) else { return };
+    assert!(chain.layers().len() <= 3, "three files make a chain of {}", chain.layers().len());
+    let mut shown = vec![0; chain.size().min(1 << 20) as usize];
+    let _ = chain.read_at(&mut shown, 0);
 }

@@ -1,12 +1,14 @@
 //! Plans that are refused before anything is begun, since a step of them would fail.
 
-use camino::Utf8Path;
+use std::collections::HashSet;
+
+use camino::{Utf8Path, Utf8PathBuf};
 use image_files::chain::ChainStep;
 use image_files::names::file_id;
 use image_files::{FileIds, size_at};
 use snapcore::{DiskPlan, DiskRecord, DiskState, Error, ErrorKind, LayerName, Result};
 
-use crate::image::{DiskType, MAX_SIZE, OpenOptions, SECTOR, Vhd};
+use crate::image::{Context, DiskType, MAX_SIZE, OpenOptions, SECTOR, Vhd};
 use crate::layers::{file_of, reading};
 use crate::steps::parent_name;
 
@@ -16,10 +18,22 @@ use crate::steps::parent_name;
 /// [`ErrorKind::Unsupported`], [`ErrorKind::Refused`] or [`ErrorKind::Corrupt`], with advice.
 pub(crate) fn check(record: &DiskRecord, state: &DiskState, plan: &mut DiskPlan<ChainStep>) -> Result<()> {
     let mut notes = Vec::new();
+    let mut sound = HashSet::new();
+    // What another program made may be wrong anywhere in the chain. Layers of our own were checked when they
+    // were frozen.
+    for layer in state.layers.iter().filter(|layer| !layer.owned && layer.format == "vhd") {
+        require_sound(&mut sound, &layer.file)?;
+    }
     for step in plan.steps() {
         match &step.action {
             ChainStep::CreateOverlay { layer, on, on_format, .. } => {
                 require_parent(record, on, on_format == "raw")?;
+                let file = file_of(record, on)?;
+                // An earlier step of the plan may give it its name.
+                let file = if file.exists() { file } else { record.disk.path.clone() };
+                if on_format == "vhd" {
+                    require_sound(&mut sound, &file)?;
+                }
                 if !layer.as_str().is_ascii() || !on.as_str().is_ascii() {
                     notes.push(format!(
                         "{}: the name of {on} or {layer} is not ASCII: vhd-util of XenServer cannot open the chain",
@@ -27,7 +41,10 @@ pub(crate) fn check(record: &DiskRecord, state: &DiskState, plan: &mut DiskPlan<
                     ));
                 }
             }
-            ChainStep::Merge { into, below, .. } => {
+            ChainStep::Merge { run, into, below } => {
+                for layer in run {
+                    require_sound(&mut sound, &file_of(record, layer)?)?;
+                }
                 require_writable(&file_of(record, into)?)?;
                 if let Some(below) = below {
                     let is_raw = state.layer(below).is_some_and(|layer| layer.format == "raw");
@@ -87,6 +104,15 @@ fn require_parent(record: &DiskRecord, on: &LayerName, is_raw: bool) -> Result<(
             )
             .advise("use format=raw for the disk: its snapshots are qcow2 overlays"));
         }
+    }
+    Ok(())
+}
+
+/// Refuses an image that must not be frozen or read for a merge. `sound` has those that were looked at.
+fn require_sound(sound: &mut HashSet<Utf8PathBuf>, file: &Utf8Path) -> Result<()> {
+    if sound.insert(file.to_owned()) {
+        let mut image = reading(file)?;
+        image.require_sound().context("use", file.as_std_path())?;
     }
     Ok(())
 }

@@ -157,6 +157,7 @@ impl ServedChain {
     /// Makes what a killed server had acknowledged durable, and refuses an image that cannot be written.
     fn prepare(&mut self) -> Result<()> {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.chain.require_sound_parents()?;
         let Some(top) = state.chain.top_mut() else {
             return Err(Error::new(ErrorKind::ReadOnly, "the top of the chain is not a VHD"));
         };

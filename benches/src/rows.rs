@@ -8,6 +8,7 @@ mod merging;
 mod nothing;
 mod raw;
 mod reflink;
+mod vhd;
 
 use anyhow::Result;
 
@@ -26,7 +27,7 @@ pub struct Group {
 }
 
 /// All groups, in the order of the report.
-pub const GROUPS: [Group; 11] = [
+pub const GROUPS: [Group; 12] = [
     Group { name: "huge", rows: internal::HUGE, measure: internal::huge },
     Group { name: "quarter", rows: internal::QUARTER, measure: internal::quarter },
     Group { name: "many", rows: many::ROWS, measure: many::measure },
@@ -37,6 +38,7 @@ pub const GROUPS: [Group; 11] = [
     Group { name: "xfs", rows: reflink::XFS, measure: reflink::xfs },
     Group { name: "btrfs", rows: reflink::BTRFS, measure: reflink::btrfs },
     Group { name: "raw", rows: raw::ROWS, measure: raw::measure },
+    Group { name: "vhd", rows: vhd::ROWS, measure: vhd::measure },
     Group { name: "live", rows: live::ROWS, measure: live::measure },
 ];
 

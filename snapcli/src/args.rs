@@ -275,7 +275,7 @@ pub struct Delete {
     /// Delete only the snapshots derived from them
     #[arg(long)]
     pub children_only: bool,
-    /// Limit merges in a running domain to this many bytes a second; K, M and G are units
+    /// Limit merges in a running domain to this many bytes a second; KiB, MiB and GiB are units
     #[arg(long, value_name = "BYTES", value_parser = bytes, default_value = "0", hide_default_value = true)]
     pub limit: u64,
     /// Also delete snapshots that are damaged inside their image: they are forgotten, and their space stays
@@ -497,10 +497,10 @@ pub enum Disk {
         #[arg(value_hint = ValueHint::FilePath)]
         copy: Utf8PathBuf,
         /// The format of the copy
-        #[arg(long, value_enum, default_value = "vhd-fixed")]
-        to: CopyFormat,
-        /// Round the size of a fixed VHD up to a multiple of this; Azure needs 1M
-        #[arg(long, value_name = "BYTES", value_parser = bytes, default_value = "1M")]
+        #[arg(long, value_enum, default_value = "vhd-fixed", alias = "to")]
+        format: CopyFormat,
+        /// Round the size of a fixed VHD up to a multiple of this; Azure needs 1MiB
+        #[arg(long, value_name = "BYTES", value_parser = bytes, default_value = "1MiB")]
         align: u64,
     },
     /// Write into a VHD child where its parent is, after files were moved
@@ -517,7 +517,7 @@ pub enum Disk {
         /// The image: PATH
         #[arg(value_hint = ValueHint::FilePath)]
         image: GivenImage,
-        /// The new size in bytes, optionally followed by K, M or G
+        /// The new size in bytes, optionally followed by KiB, MiB or GiB (or K, M, G)
         #[arg(value_parser = bytes)]
         size: u64,
     },
@@ -616,13 +616,17 @@ fn is_word(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
+/// Reads a size. Units are powers of 1024, with or without `iB`.
 fn bytes(text: &str) -> Result<u64, String> {
-    let rule = "expected a number of bytes, optionally followed by K, M or G";
-    let (digits, unit) = match text.char_indices().last() {
-        Some((end, 'K' | 'k')) => (&text[..end], 1 << 10),
-        Some((end, 'M' | 'm')) => (&text[..end], 1 << 20),
-        Some((end, 'G' | 'g')) => (&text[..end], 1 << 30),
-        _ => (text, 1),
+    let rule = "expected a number of bytes, optionally followed by KiB, MiB or GiB (or K, M, G)";
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(end);
+    let unit = match unit.to_ascii_lowercase().as_str() {
+        "" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        _ => return Err(rule.to_owned()),
     };
     digits.parse::<u64>().ok().and_then(|number| number.checked_mul(unit)).ok_or_else(|| rule.to_owned())
 }
@@ -651,6 +655,20 @@ mod tests {
     #[test]
     fn command_tree_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// Units are powers of 1024; what is no size, or too large, is refused.
+    #[test]
+    fn sizes_have_binary_units() {
+        for (text, size) in [("0", 0), ("512", 512), ("4K", 4096), ("1MiB", 1 << 20), ("1m", 1 << 20)] {
+            assert_eq!(bytes(text), Ok(size), "{text}");
+        }
+        assert_eq!([bytes("2040GiB"), bytes("3kib")], [Ok(2040 << 30), Ok(3072)]);
+        for text in
+            ["", "M", "MiB", "1MB", "1 MiB", "-1", "1.5G", "1Mi", "99999999999G", "18446744073709551616"]
+        {
+            assert!(bytes(text).is_err(), "{text}");
+        }
     }
 
     #[test]

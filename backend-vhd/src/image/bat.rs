@@ -13,6 +13,8 @@ use super::units::{PAGE, SECTOR};
 pub(super) const FREE: u32 = u32::MAX;
 /// Entries in a part of the BAT that is read and written at once.
 const PER_PAGE: u64 = PAGE / 4;
+/// Pages that are read at once when the whole table is.
+const PAGES_OF_A_RUN: u64 = 64;
 
 /// The BAT of an image, read page by page when needed.
 #[derive(Debug, Default)]
@@ -90,7 +92,8 @@ impl Bat {
         Ok(())
     }
 
-    /// Calls `each` with every stored block and its sector, in the order of the disk.
+    /// Calls `each` with every stored block and its sector, in the order of the disk. The table is read in
+    /// long runs, and not kept: that of the largest disk has 4 MiB.
     ///
     /// # Errors
     /// The system's, and those of `each`.
@@ -99,17 +102,27 @@ impl Bat {
         file: &ImageFile,
         mut each: impl FnMut(u64, u32) -> Result<()>,
     ) -> Result<()> {
-        for number in 0..self.entries.div_ceil(PER_PAGE) {
-            let page = self.page(file, number)?;
-            let sectors: Vec<(u64, u32)> = page
-                .chunks_exact(4)
-                .zip(number * PER_PAGE..)
-                .filter_map(|(bytes, block)| Some((block, u32::from_be_bytes(bytes.try_into().ok()?))))
-                .filter(|(_, sector)| *sector != FREE)
-                .collect();
-            for (block, sector) in sectors {
-                each(block, sector)?;
+        let pages = self.entries.div_ceil(PER_PAGE);
+        let mut number = 0;
+        while number < pages {
+            let next = (number + PAGES_OF_A_RUN).min(pages);
+            let first = number * PER_PAGE;
+            let entries = (next * PER_PAGE).min(self.entries) - first;
+            let mut run = vec![0xFF; entries as usize * 4];
+            file.read_at(&mut run, HostOffset(self.at + first * 4))?;
+            // Pages in memory may have entries that are not written yet.
+            for (page, part) in (number..next).zip(run.chunks_mut(PAGE as usize)) {
+                if let Some(known) = self.pages.get(&page).filter(|known| known.len() == part.len()) {
+                    part.copy_from_slice(known);
+                }
             }
+            for (bytes, block) in run.chunks_exact(4).zip(first..) {
+                let sector = bytes.try_into().map_or(FREE, u32::from_be_bytes);
+                if sector != FREE {
+                    each(block, sector)?;
+                }
+            }
+            number = next;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use image_files::engine::HostOffset;
 
-use super::error::{Error, ErrorKind, Result};
+use super::error::{Context, Error, ErrorKind, Result};
 use super::file::ImageFile;
 use super::open::Vhd;
 use super::space::{Extent, next_extent};
@@ -111,6 +111,23 @@ impl Chain {
                     upper.size()
                 ))
                 .on("use", upper.file().path()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a parent with errors that no repair corrects, as [`Vhd::require_sound`]. What a repair
+    /// corrects may be what an interrupted merge has left, which is about to be repeated.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`]; the system's.
+    pub(crate) fn require_sound_parents(&mut self) -> Result<()> {
+        for layer in self.layers.iter_mut().rev().skip(1) {
+            let Layer::Vhd(image) = layer else { continue };
+            let path = image.path().to_owned();
+            match image.require_sound().context("use", &path) {
+                Err(error) if error.kind() != ErrorKind::Dirty => return Err(error),
+                _ => {}
             }
         }
         Ok(())

@@ -70,7 +70,7 @@ pub use locator::Locator;
 pub use materialise::{Materialised, materialise};
 pub use merge::{merge, visible_bytes};
 pub use open::{OpenOptions, Vhd};
-pub use parent::{ChainOptions, DEFAULT_DEPTH, FoundBy, Parent, find_parent};
+pub use parent::{ChainOptions, DEFAULT_DEPTH, FoundBy, Parent, find_copies, find_parent};
 pub use space::Extent;
 pub use transfer::Moving;
 pub use unflushed::Unflushed;

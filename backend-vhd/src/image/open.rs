@@ -305,6 +305,17 @@ impl Vhd {
         if !self.file.is_writable() {
             return Err(Error::new(ErrorKind::ReadOnly, "it was opened for reading"));
         }
+        self.require_sound()?;
+        self.may_write = true;
+        Ok(())
+    }
+
+    /// Fails if the image must not be written, or be frozen under a child: it needs a repair, or blocks lie
+    /// over each other, over other structures or outside of the file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Dirty`], [`ErrorKind::Corrupt`]; the system's.
+    pub fn require_sound(&mut self) -> Result<()> {
         let mut found = self.findings.clone();
         self.check_places(&mut found)?;
         if let Some(finding) = found.iter().find(|finding| finding.blocks_writing) {
@@ -317,7 +328,6 @@ impl Vhd {
             };
             return Err(Error::new(kind, finding.text.clone()).advise(advice));
         }
-        self.may_write = true;
         Ok(())
     }
 

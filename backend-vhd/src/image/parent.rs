@@ -2,8 +2,8 @@
 //!
 //! The parent is the file whose unique id the child states. Locators and the name only say where to look, in
 //! this order: the relative path, the URL, the absolute path without its drive; for each also its last part,
-//! in the child's directory and the allowed ones; the name in the header; any `.vhd` in these directories. A
-//! path that leads out of them is not followed. A null id means a raw file, which has no identity: only a
+//! in the child's directory and the allowed ones; the name in the header; any `.vhd` or `.avhd` (Hyper-V's
+//! name of a checkpoint) in these directories. A path that leads out of them is not followed. A null id means a raw file, which has no identity: only a
 //! locator or the name leads to it.
 
 use std::collections::HashSet;
@@ -117,6 +117,8 @@ struct Search<'a> {
     /// Where parents may be: the child's own directory first. Real paths.
     directories: Vec<PathBuf>,
     tried: Vec<String>,
+    /// True once a locator or the name has stated a file.
+    named: bool,
     /// A file where the parent should be, and its id.
     other: Option<(PathBuf, UniqueId)>,
     /// True while every file is looked at.
@@ -125,12 +127,8 @@ struct Search<'a> {
 
 impl<'a> Search<'a> {
     fn new(child: &'a Vhd, id: UniqueId, allowed: &[PathBuf]) -> Self {
-        let own = child.path().parent().filter(|own| !own.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let directories = std::iter::once(own)
-            .chain(allowed.iter().map(PathBuf::as_path))
-            .filter_map(|directory| directory.canonicalize().ok())
-            .collect();
-        Self { child, id, directories, tried: Vec::new(), other: None, by_id: false }
+        let directories = directories(child, allowed);
+        Self { child, id, directories, tried: Vec::new(), named: false, other: None, by_id: false }
     }
 
     /// Tries a path that the image states, and its last part in each directory.
@@ -138,6 +136,7 @@ impl<'a> Search<'a> {
         let stated = Path::new(text);
         let Some(name) = stated.file_name() else { return Ok(None) };
         let Some(own) = self.directories.first().cloned() else { return Ok(None) };
+        self.named = true;
         let mut paths = vec![own.join(stated)];
         paths.extend(self.directories.iter().map(|directory| directory.join(name)));
         for (number, path) in paths.into_iter().enumerate() {
@@ -204,12 +203,13 @@ impl<'a> Search<'a> {
     fn search(&mut self) -> Result<Option<PathBuf>> {
         self.by_id = true;
         for directory in self.directories.clone() {
-            let Ok(entries) = std::fs::read_dir(&directory) else { continue };
-            let mut paths: Vec<PathBuf> =
-                entries.flatten().take(MOST_FILES).map(|entry| entry.path()).collect();
-            paths.retain(|path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("vhd")));
-            paths.sort();
-            for path in paths {
+            for path in vhd_files(&directory) {
+                // No image is its own parent.
+                if path.file_name() == self.child.path().file_name()
+                    && identity_at(&path).is_some_and(|id| Some(id) == identity(self.child.file()))
+                {
+                    continue;
+                }
                 if self.is_parent(&path)? == Some(false) {
                     return Ok(Some(path));
                 }
@@ -220,28 +220,107 @@ impl<'a> Search<'a> {
 
     fn not_found(self) -> Error {
         let child = self.child.path();
-        let named = self.tried.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
-        let more = match self.tried.len().saturating_sub(NAMED) {
-            0 => String::new(),
-            more => format!(" and {more} other files"),
-        };
-        match self.other {
-            Some((path, id)) => Error::corrupt(format!(
+        if let Some((path, id)) = &self.other {
+            return Error::corrupt(format!(
                 "its parent is the image with the id {}, and {} is another one, with the id {id}",
                 self.id,
                 path.display()
             ))
-            .advise("put the parent back, or look for it and use `domsnap disk relocate`; no changes made"),
-            None => Error::new(
-                ErrorKind::FileNotFound,
-                format!("its parent, the image with the id {}, was not found; tried: {named}{more}",
-                    self.id
-                ),
-            )
-            .advise("bring the parent back, or allow its directory with --allow-backing; `domsnap disk relocate` writes where it is"),
+            .advise("put the parent back, or look for it and use `domsnap disk relocate`; no changes made")
+            .on("follow the chain of", child);
         }
-        .on("follow the chain of", child)
+        let wanted = match self.id.is_null() {
+            true => "its parent, a raw file,".to_owned(),
+            false => format!("its parent, the image with the id {},", self.id),
+        };
+        let text = format!("{wanted} was not found: {}", self.looked_at());
+        let advice = match self.id.is_null() {
+            true => "bring the raw file back, or allow its directory with --allow-backing",
+            false => {
+                "bring the parent back, or allow its directory with --allow-backing; `domsnap disk relocate` \
+                 writes where it is"
+            }
+        };
+        Error::new(ErrorKind::FileNotFound, text).advise(advice).on("follow the chain of", child)
     }
+
+    /// Says where the parent was looked for.
+    fn looked_at(&self) -> String {
+        let stated = match self.named {
+            true => "",
+            false => "the image names no file as its parent",
+        };
+        if self.tried.is_empty() {
+            let directories: Vec<_> =
+                self.directories.iter().map(|path| path.display().to_string()).collect();
+            return match (self.named, self.id.is_null()) {
+                (false, true) => stated.to_owned(),
+                (false, false) => {
+                    format!("{stated}, and no .vhd file with this id is in {}", directories.join(", "))
+                }
+                (true, _) => format!("nothing is in {}", directories.join(", ")),
+            };
+        }
+        let shown = self.tried.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let more = match self.tried.len().saturating_sub(NAMED) {
+            0 => String::new(),
+            more => format!(" and {more} other files"),
+        };
+        let separator = if stated.is_empty() { "" } else { "; " };
+        format!("{stated}{separator}tried: {shown}{more}")
+    }
+}
+
+/// The real directories in which an image's parent may be: the image's own first.
+fn directories(image: &Vhd, allowed: &[PathBuf]) -> Vec<PathBuf> {
+    let own = image.path().parent().filter(|own| !own.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::iter::once(own)
+        .chain(allowed.iter().map(PathBuf::as_path))
+        .filter_map(|directory| directory.canonicalize().ok())
+        .collect()
+}
+
+/// The files of a directory that a search by id looks at, sorted.
+fn vhd_files(directory: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
+    let is_vhd = |path: &PathBuf| {
+        path.extension().is_some_and(|e| e.eq_ignore_ascii_case("vhd") || e.eq_ignore_ascii_case("avhd"))
+    };
+    let mut paths: Vec<PathBuf> =
+        entries.flatten().take(MOST_FILES).map(|entry| entry.path()).filter(is_vhd).collect();
+    paths.sort();
+    paths
+}
+
+/// Device and inode of an open file.
+fn identity(file: &ImageFile) -> Option<(u64, u64)> {
+    let about = file.file().and_then(|file| file.metadata().ok());
+    about.map(|about| (about.dev(), about.ino()))
+}
+
+/// Device and inode of the file at a path.
+fn identity_at(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|about| (about.dev(), about.ino()))
+}
+
+/// Finds other files with the unique id of an image, in its directory and the allowed ones: copies that were
+/// made without an id of their own. A second name of the image's own file is none.
+///
+/// # Errors
+/// The system's.
+pub fn find_copies(image: &Vhd, allowed: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let (own, mut seen, mut found) = (identity(image.file()), HashSet::new(), Vec::new());
+    for path in directories(image, allowed).iter().flat_map(|directory| vhd_files(directory)) {
+        let Ok(file) = ImageFile::open(&path, false) else { continue };
+        let this = identity(&file);
+        if this == own || !seen.insert(this) {
+            continue;
+        }
+        if footer::find(&file, file.len()?).is_ok_and(|found| found.footer.id() == image.id()) {
+            found.push(path);
+        }
+    }
+    Ok(found)
 }
 
 impl Chain {

@@ -7,7 +7,7 @@ mod make;
 mod reference;
 
 pub use judge::{qemu_reads, seven_zip_reads};
-pub use make::{Maker, Trailing, footer, relative};
+pub use make::{MIB, Maker, Trailing, footer, relative};
 pub use reference::Reference;
 
 /// A small random generator that gives the same numbers every time.

@@ -17,7 +17,7 @@ pub const MERGE: &[&str] = &["merge-8", "merge-32", "merge-128"];
 /// The row of [`flatten`].
 pub const FLATTEN: &[&str] = &["flatten"];
 
-const CP: &str = "cp + sync";
+pub(super) const CP: &str = "cp + sync";
 
 /// All snapshots of a domain deleted at once.
 pub fn merge(bench: &Bench) -> Result<Vec<Row>> {
@@ -99,7 +99,7 @@ pub enum Around<'a> {
 }
 
 /// A sample of what `cp` and `sync` of so many bytes take.
-fn copy_and_sync(row: &mut Row, file: &Path, bytes: u64) -> Result<()> {
+pub(super) fn copy_and_sync(row: &mut Row, file: &Path, bytes: u64) -> Result<()> {
     let copy = file.with_extension("copy");
     bench::fill(file, bytes)?;
     image::flush(file)?;

@@ -53,7 +53,7 @@ pub fn run(global: Global, disk: Disk, register: Register<'_>) -> Result<Answer,
         Disk::List { image } => list(&session, &path_of(&image)?),
         Disk::Serve(serve) => super::serve::run(&session, serve),
         Disk::Check { image, repair, data } => vhd::check(&session, &image, repair, data),
-        Disk::Materialise { image, copy, to, align } => vhd::copy(&session, &image, &copy, to, align),
+        Disk::Materialise { image, copy, format, align } => vhd::copy(&session, &image, &copy, format, align),
         Disk::Relocate { image, parent } => vhd::relocate(&session, &image, &parent),
         Disk::Resize { image, size } => vhd::resize(&session, &image, size),
     };

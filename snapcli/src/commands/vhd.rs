@@ -3,8 +3,8 @@
 //! not at all, and what only the service knows is asked of it first.
 
 use backend_vhd::image::{
-    Chain, ChainOptions, Finding, FoundBy, Materialised, Moving, OpenOptions, ParentName, Severity, Vhd,
-    find_parent, materialise,
+    Chain, ChainOptions, Finding, FoundBy, Layer, Materialised, Moving, OpenOptions, ParentName, Severity,
+    Vhd, find_copies, find_parent, materialise,
 };
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::names;
@@ -14,6 +14,7 @@ use snapcore::{Error, ErrorKind, Result};
 use super::serve;
 use crate::answer::Answer;
 use crate::args::CopyFormat;
+use crate::backends::absolute;
 use crate::documents::DiskVhdDoc;
 use crate::failure::Failure;
 use crate::failure::exit;
@@ -38,7 +39,7 @@ fn path_of(image: &GivenImage) -> Result<Utf8PathBuf> {
 fn options(session: &Session) -> Result<ChainOptions> {
     let mut options = ChainOptions::read_only();
     for directory in &session.global.allow_backing {
-        options.allowed.push(crate::backends::absolute(directory)?.into_std_path_buf());
+        options.allowed.push(absolute(directory)?.into_std_path_buf());
     }
     Ok(options)
 }
@@ -66,6 +67,7 @@ pub fn check(session: &Session, image: &GivenImage, repair: bool, data: bool) ->
         Err(error) => findings.push(Finding::error(error.to_string())),
     }
     drop(opened);
+    findings.extend(copies(&path, &options));
     if let Err(error) = Chain::open(path.as_std_path(), &options) {
         let text = error.to_string();
         if findings.iter().all(|finding| finding.text != text) {
@@ -94,6 +96,23 @@ pub fn check(session: &Session, image: &GivenImage, repair: bool, data: bool) ->
     Ok(answer)
 }
 
+/// Warns of other files that have the id of a layer: a child whose locators are lost may take the wrong one.
+fn copies(path: &Utf8Path, options: &ChainOptions) -> Vec<Finding> {
+    let Ok(chain) = Chain::open(path.as_std_path(), options) else { return Vec::new() };
+    let mut findings = Vec::new();
+    for layer in chain.into_layers() {
+        let Layer::Vhd(image) = layer else { continue };
+        for copy in find_copies(&image, &options.allowed).unwrap_or_default() {
+            findings.push(Finding::warning(format!(
+                "{} has the unique id of {}: a copy needs an id of its own. The one that a locator names is used",
+                copy.display(),
+                image.path().display()
+            )));
+        }
+    }
+    findings
+}
+
 /// Repairs footers and batmap, and names a parent that only its id has led to.
 fn mend(path: &Utf8Path, options: &ChainOptions) -> Result<Vec<String>, Failure> {
     let mut opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_write()))?;
@@ -119,7 +138,7 @@ fn mend(path: &Utf8Path, options: &ChainOptions) -> Result<Vec<String>, Failure>
 /// Writes into a child where its parent is.
 pub fn relocate(session: &Session, image: &GivenImage, parent: &Utf8Path) -> Result<Answer, Failure> {
     let path = path_of(image)?;
-    let parent = image_path(parent)?;
+    let parent = image_path(&absolute(parent)?)?;
     session.ask(session.service.require_closed(&path))?;
     let mut opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_write()))?;
     let name = name_of(&path, &parent)?;
@@ -172,7 +191,7 @@ pub fn copy(
     align: u64,
 ) -> Result<Answer, Failure> {
     let path = path_of(image)?;
-    let to = image_path(to)?;
+    let to = image_path(&absolute(to)?)?;
     let mut chain = engine(Chain::open(path.as_std_path(), &options(session)?))?;
     let kind = match format {
         CopyFormat::Raw => Materialised::Raw,

@@ -43,6 +43,11 @@ impl Viewer {
             if let Some((record, layer)) = layer_among(&self.registry, address, &summary.domain.disks) {
                 let target = record.disk.target.clone();
                 let listing = self.list(&DomainRef::Name(summary.domain.name.clone())).await?;
+                // A domain without snapshots is read again from its images, which may give the active layer
+                // another name than the catalogue has.
+                let is_active = layer == record.active;
+                let now = listing.domain.disk(&target).filter(|_| is_active);
+                let layer = now.map_or(layer, |now| now.active.clone());
                 return Ok(Some(Belonging { listing, target, layer }));
             }
         }

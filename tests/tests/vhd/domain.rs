@@ -1,71 +1,11 @@
-//! VHD through the command: snapshots of a domain with disks of three formats, and the tools for one image.
-//! The domain's writes are the image engine's; 7-Zip and QEMU read.
+//! Snapshots of a domain with disks of three formats, and the tools for one image.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use backend_vhd::image::{Chain, ChainOptions};
-use domsnap_tests::domsnap::Domsnap;
 
-const SIZE: usize = 8 << 20;
-
-/// A directory with a state directory, and the disks of a domain.
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new() -> Result<Self> {
-        Ok(Self(tempfile::Builder::new().prefix("domsnap-vhd-").tempdir()?))
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn text(&self, name: &str) -> String {
-        self.file(name).display().to_string()
-    }
-
-    fn domsnap(&self) -> Domsnap {
-        Domsnap::new(&self.file("state"))
-    }
-
-    /// A dynamic image of QEMU's.
-    fn vhd(&self, name: &str) -> Result<PathBuf> {
-        let size = SIZE.to_string();
-        run("qemu-img", &["create", "-q", "-f", "vpc", "-o", "force_size=on", &self.text(name), &size])?;
-        Ok(self.file(name))
-    }
-}
-
-fn run(program: &str, args: &[&str]) -> Result<Vec<u8>> {
-    let output = Command::new(program).args(args).output().with_context(|| program.to_owned())?;
-    ensure!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(output.stdout)
-}
-
-fn write(image: &Path, at: u64, bytes: &[u8]) -> Result<()> {
-    let mut chain = Chain::open(image, &ChainOptions::read_write())?;
-    chain.write_at(bytes, at)?;
-    Ok(chain.flush()?)
-}
-
-fn read(image: &Path) -> Result<Vec<u8>> {
-    let mut chain = Chain::open(image, &ChainOptions::read_only())?;
-    let mut bytes = vec![0; chain.size() as usize];
-    chain.read_at(&mut bytes, 0)?;
-    // 7-Zip follows the chain by itself, and reads the same.
-    let program = if Path::new("/usr/bin/7z").exists() { "7z" } else { "7zz" };
-    let name = image.file_name().context("no name")?;
-    let seen = Command::new(program)
-        .args(["x", "-so", "-tvhd"])
-        .arg(name)
-        .current_dir(image.parent().context("no directory")?)
-        .output()?;
-    ensure!(seen.status.success(), "7-Zip: {}", String::from_utf8_lossy(&seen.stderr));
-    ensure!(seen.stdout == bytes, "7-Zip reads something else from {}", image.display());
-    Ok(bytes)
-}
+use crate::place::{Place, SIZE, read, run, write};
 
 /// Snapshots of one instant over a VHD, a qcow2 and a raw disk: reverts show each, deletes in any order keep
 /// the others.
@@ -117,7 +57,7 @@ fn three_formats_in_one_domain() -> Result<()> {
     domsnap.done(&["delete", "web", "s1", "s3", "s4"])?;
     ensure!(read(&vhd)? == current, "after all deletes");
     domsnap.done(&["check", "web"])?;
-    let left: Vec<_> = std::fs::read_dir(place.0.path())?
+    let left: Vec<_> = std::fs::read_dir(place.directory())?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .filter(|name| name.starts_with("a.") && name.ends_with(".vhd"))
         .collect();
@@ -139,7 +79,7 @@ fn tools_for_one_image() -> Result<()> {
     let shown = read(&vhd)?;
     // The chain as another machine gets it: other names.
     std::fs::create_dir(place.file("moved"))?;
-    let frozen = std::fs::read_dir(place.0.path())?
+    let frozen = std::fs::read_dir(place.directory())?
         .filter_map(Result::ok)
         .map(|entry| entry.path())
         .find(|path| {
@@ -180,7 +120,7 @@ fn tools_for_one_image() -> Result<()> {
     drop(chain);
     ensure!(bytes == larger, "the larger disk shows something else");
     let (fixed, raw) = (place.text("fixed.vhd"), place.text("copy.img"));
-    domsnap.done(&["disk", "materialise", &child, &fixed, "--align", "1M"])?;
+    domsnap.done(&["disk", "materialise", &child, &fixed, "--align", "1MiB"])?;
     domsnap.done(&["disk", "materialise", &child, &raw, "--to", "raw"])?;
     ensure!(std::fs::read(&raw)? == larger, "the raw copy");
     run("qemu-img", &["compare", "-q", "-f", "vpc", "-F", "raw", &fixed, &raw])?;
