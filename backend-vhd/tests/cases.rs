@@ -1,5 +1,5 @@
 //! Cases that the other suites leave out: other programs' writes, batmaps, footers that differ, odd headers,
-//! files that were moved, and the least that a merge may write. `docs/vhd-cases.md` lists where each is tried.
+//! files that were moved, and the least that a merge may write. `docs/vhd-cases.md` lists where each is.
 
 mod support;
 

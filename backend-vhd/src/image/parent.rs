@@ -3,8 +3,8 @@
 //! The parent is the file whose unique id the child states. Locators and the name only say where to look, in
 //! this order: the relative path, the URL, the absolute path without its drive; for each also its last part,
 //! in the child's directory and the allowed ones; the name in the header; any `.vhd` or `.avhd` (Hyper-V's
-//! name of a checkpoint) in these directories. A path that leads out of them is not followed. A null id means a raw file, which has no identity: only a
-//! locator or the name leads to it.
+//! name of a checkpoint) in these directories. A path that leads out of them is not followed. A null id means
+//! a raw file, which has no identity: only a locator or the name leads to it.
 
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;

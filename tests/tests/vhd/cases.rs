@@ -81,7 +81,7 @@ fn merge_into_the_largest_disk_writes_little() -> Result<()> {
     place.done(&["create", &disk, "one"])?;
     let mut chain = Chain::open(&image, &ChainOptions::read_write())?;
     for number in 0..64 {
-        chain.write_at(&[7; 65536], number * 31 << 30)?;
+        chain.write_at(&[7; 65536], (number * 31) << 30)?;
     }
     chain.flush()?;
     drop(chain);

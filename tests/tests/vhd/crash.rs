@@ -1,6 +1,6 @@
-//! The commands for one image, killed before and in the middle of each of their writes, and with a file system
-//! that is full from each of them on. The operations of a domain are killed by the behaviour kit, and power
-//! loss is in the engine's own tests.
+//! The commands for one image, killed before and in the middle of each of their writes, and with a file
+//! system that is full from each of them on. The operations of a domain are killed by the behaviour kit, and
+//! power loss is in the engine's own tests.
 
 use std::path::Path;
 

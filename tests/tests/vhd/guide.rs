@@ -1,5 +1,5 @@
-//! The commands of the guide's page about VHD (`docs/vhd.md`), each run as it is written there. A command that
-//! the page gains or changes runs too, or fails here.
+//! The commands of the guide's page about VHD (`docs/vhd.md`), each run as it is written there. A command
+//! that the page gains or changes runs too, or fails here.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
