@@ -22,7 +22,7 @@ pub(crate) fn check(record: &DiskRecord, state: &DiskState, plan: &mut DiskPlan<
     // What another program made may be wrong anywhere in the chain. Layers of our own were checked when they
     // were frozen.
     for layer in state.layers.iter().filter(|layer| !layer.owned && layer.format == "vhd") {
-        require_sound(&mut sound, &layer.file)?;
+        require_sound(&mut sound, layer.path())?;
     }
     for step in plan.steps() {
         match &step.action {
@@ -30,7 +30,7 @@ pub(crate) fn check(record: &DiskRecord, state: &DiskState, plan: &mut DiskPlan<
                 require_parent(record, on, on_format == "raw")?;
                 let file = file_of(record, on)?;
                 // An earlier step of the plan may give it its name.
-                let file = if file.exists() { file } else { record.disk.path.clone() };
+                let file = if file.exists() { file } else { record.disk.path().to_owned() };
                 if on_format == "vhd" {
                     require_sound(&mut sound, &file)?;
                 }
