@@ -8,6 +8,7 @@ use super::finding::Finding;
 use super::footer::{DiskType, FOOTER};
 use super::header::{HEADER, Header};
 use super::open::Vhd;
+use super::space::next_extent;
 use super::units::{PAGE, SECTOR, TimeStamp};
 
 /// Findings of one kind that are named one by one.
@@ -219,18 +220,23 @@ impl Vhd {
         Ok(())
     }
 
-    /// Returns true if a range of the file is zeros.
+    /// Returns true if a range of the file is zeros. Holes are not read.
     pub(super) fn is_zero(&self, at: HostOffset, len: u64) -> Result<bool> {
         let mut buffer = vec![0; len.min(1 << 20) as usize];
-        let mut done = 0;
-        while done < len {
-            let n = (len - done).min(buffer.len() as u64) as usize;
-            let part = buffer.get_mut(..n).unwrap_or_default();
-            self.file.read_at(part, HostOffset(at.0 + done))?;
-            if part.iter().any(|byte| *byte != 0) {
-                return Ok(false);
+        let (mut at, end) = (at.0, at.0 + len);
+        while at < end {
+            let extent = next_extent(&self.file, at, end)?;
+            let to = extent.end.clamp(at + 1, end);
+            while extent.data.is_some() && at < to {
+                let n = (to - at).min(buffer.len() as u64) as usize;
+                let part = buffer.get_mut(..n).unwrap_or_default();
+                self.file.read_at(part, HostOffset(at))?;
+                if part.iter().any(|byte| *byte != 0) {
+                    return Ok(false);
+                }
+                at += n as u64;
             }
-            done += n as u64;
+            at = to;
         }
         Ok(true)
     }
