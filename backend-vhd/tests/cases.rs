@@ -193,7 +193,7 @@ fn differing_footers_are_refused_for_writing() {
         ("size 8388608", Maker { size: 6 * MIB, ..made.clone() }),
         ("id 03030303-", Maker { id: [4; 16], ..made.clone() }),
     ];
-    for (words, other) in others {
+    for (message, other) in others {
         let path = place.make("x.vhd", &made);
         let mut bytes = std::fs::read(&path).unwrap();
         bytes[..512].copy_from_slice(&support::footer(&other));
@@ -202,7 +202,7 @@ fn differing_footers_are_refused_for_writing() {
         assert_eq!(image.size(), 8 * MIB);
         let error = image.write_at(&[2; 512], 0).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Dirty);
-        assert!(error.to_string().contains(words) && error.to_string().contains("at the start"), "{error}");
+        assert!(error.to_string().contains(message) && error.to_string().contains("at the start"), "{error}");
         assert!(std::fs::read(&path).unwrap() == bytes, "written before the repair");
         image.repair().unwrap();
         drop(image);

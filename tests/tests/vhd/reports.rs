@@ -41,8 +41,8 @@ fn child_that_names_nothing_is_refused() -> Result<()> {
     let checked = place.domsnap().run(&["disk", "check", &place.text("c.avhd")])?;
     ensure!(checked.status == Some(status::FAILED), "{checked}");
     let said = format!("{}{}", checked.stdout, checked.stderr);
-    for words in ["names no file as its parent", "no .vhd file with this id is in", "03030303-"] {
-        ensure!(said.contains(words), "{words:?} is not in {said}");
+    for message in ["names no file as its parent", "no .vhd file with this id is in", "03030303-"] {
+        ensure!(said.contains(message), "{message:?} is not in {said}");
     }
     let said = place.refused(&["create", &place.disk("c.avhd"), "one"])?;
     ensure!(said.contains("names no file") && said.contains("domsnap disk relocate"), "{said}");
