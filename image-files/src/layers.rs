@@ -82,7 +82,7 @@ pub fn file_of(record: &DiskRecord, layer: &LayerName) -> Result<Utf8PathBuf> {
 /// Takes a disk that is not in the catalogue into it: checks its path, and reads its layers.
 ///
 /// # Errors
-/// As [`check_path`] and [`inspect`].
+/// As [`inspect`], and if the path cannot be one of an image.
 pub fn adopt(
     format: &dyn ChainFormat,
     disk: Disk,
