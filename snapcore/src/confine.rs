@@ -70,7 +70,7 @@ pub fn is_elsewhere(layer: &LayerName) -> bool {
 /// shown.
 ///
 /// # Errors
-/// What is wrong with it, in message.
+/// The message: the violated rule.
 pub fn check_address(address: &DiskAddress) -> Result<(), String> {
     match (address.local(), address.as_str()) {
         (Some(path), _) => check_path(path),

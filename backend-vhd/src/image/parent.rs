@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::chain::{Chain, Layer, RawLayer};
-use super::error::{Error, ErrorKind, Result};
+use super::error::{Context, Error, ErrorKind, Result};
 use super::file::ImageFile;
 use super::footer;
 use super::open::{OpenOptions, Vhd};
@@ -175,6 +175,10 @@ impl<'a> Search<'a> {
                 return Ok(None);
             }
         };
+        // The search meets the child itself, which is not its own parent.
+        if self.by_id && identity(&file)? == identity(self.child.file())? {
+            return Ok(None);
+        }
         let len = file.len()?;
         match footer::find(&file, len) {
             Ok(found) if !self.id.is_null() => {
@@ -204,12 +208,6 @@ impl<'a> Search<'a> {
         self.by_id = true;
         for directory in self.directories.clone() {
             for path in vhd_files(&directory) {
-                // No image is its own parent.
-                if path.file_name() == self.child.path().file_name()
-                    && identity_at(&path).is_some_and(|id| Some(id) == identity(self.child.file()))
-                {
-                    continue;
-                }
                 if self.is_parent(&path)? == Some(false) {
                     return Ok(Some(path));
                 }
@@ -244,30 +242,24 @@ impl<'a> Search<'a> {
         Error::new(ErrorKind::FileNotFound, text).advise(advice).on("follow the chain of", child)
     }
 
-    /// Says where the parent was looked for.
+    /// Says where the parent was looked for. Every file that the image states was tried.
     fn looked_at(&self) -> String {
-        let stated = match self.named {
-            true => "",
-            false => "the image names no file as its parent",
-        };
+        let unnamed = if self.named { "" } else { "the image names no file as its parent" };
         if self.tried.is_empty() {
+            if self.id.is_null() {
+                return unnamed.to_owned();
+            }
             let directories: Vec<_> =
                 self.directories.iter().map(|path| path.display().to_string()).collect();
-            return match (self.named, self.id.is_null()) {
-                (false, true) => stated.to_owned(),
-                (false, false) => {
-                    format!("{stated}, and no .vhd file with this id is in {}", directories.join(", "))
-                }
-                (true, _) => format!("nothing is in {}", directories.join(", ")),
-            };
+            return format!("{unnamed}, and no .vhd file with this id is in {}", directories.join(", "));
         }
         let shown = self.tried.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
         let more = match self.tried.len().saturating_sub(NAMED) {
             0 => String::new(),
             more => format!(" and {more} other files"),
         };
-        let separator = if stated.is_empty() { "" } else { "; " };
-        format!("{stated}{separator}tried: {shown}{more}")
+        let separator = if unnamed.is_empty() { "" } else { "; " };
+        format!("{unnamed}{separator}tried: {shown}{more}")
     }
 }
 
@@ -292,15 +284,11 @@ fn vhd_files(directory: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// Device and inode of an open file.
-fn identity(file: &ImageFile) -> Option<(u64, u64)> {
-    let about = file.file().and_then(|file| file.metadata().ok());
-    about.map(|about| (about.dev(), about.ino()))
-}
-
-/// Device and inode of the file at a path.
-fn identity_at(path: &Path) -> Option<(u64, u64)> {
-    std::fs::metadata(path).ok().map(|about| (about.dev(), about.ino()))
+/// Device and inode of an open file; `None` for one in memory.
+fn identity(file: &ImageFile) -> Result<Option<(u64, u64)>> {
+    let about = file.file().map(std::fs::File::metadata).transpose();
+    let about = about.map_err(|error| Error::io("the file cannot be looked at", error))?;
+    Ok(about.map(|about| (about.dev(), about.ino())))
 }
 
 /// Finds other files with the unique id of an image, in its directory and the allowed ones: copies that were
@@ -309,10 +297,10 @@ fn identity_at(path: &Path) -> Option<(u64, u64)> {
 /// # Errors
 /// The system's.
 pub fn find_copies(image: &Vhd, allowed: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    let (own, mut seen, mut found) = (identity(image.file()), HashSet::new(), Vec::new());
+    let (own, mut seen, mut found) = (identity(image.file())?, HashSet::new(), Vec::new());
     for path in directories(image, allowed).iter().flat_map(|directory| vhd_files(directory)) {
         let Ok(file) = ImageFile::open(&path, false) else { continue };
-        let this = identity(&file);
+        let this = identity(&file)?;
         if this == own || !seen.insert(this) {
             continue;
         }
@@ -350,9 +338,8 @@ impl Chain {
                 next = find_parent(&image, &options.allowed)?.map(|parent| (parent.path, parent.is_raw));
                 Layer::Vhd(Box::new(image))
             };
-            let about = layer.file().file().map(std::fs::File::metadata).transpose();
-            let about = about.map_err(|e| Error::io("the file cannot be looked at", e).on("open", &path))?;
-            if about.is_some_and(|about| !seen.insert((about.dev(), about.ino()))) {
+            let identity = identity(layer.file()).context("open", &path)?;
+            if identity.is_some_and(|identity| !seen.insert(identity)) {
                 return Err(
                     Error::corrupt("the chain is a loop: the image is its own ancestor").on("open", &path)
                 );

@@ -67,11 +67,13 @@ pub fn check(session: &Session, image: &GivenImage, repair: bool, data: bool) ->
         Err(error) => findings.push(Finding::error(error.to_string())),
     }
     drop(opened);
-    findings.extend(copies(&path, &options));
-    if let Err(error) = Chain::open(path.as_std_path(), &options) {
-        let text = error.to_string();
-        if findings.iter().all(|finding| finding.text != text) {
-            findings.push(Finding::error(text));
+    match Chain::open(path.as_std_path(), &options) {
+        Ok(chain) => findings.extend(copies(chain, &options)),
+        Err(error) => {
+            let text = error.to_string();
+            if findings.iter().all(|finding| finding.text != text) {
+                findings.push(Finding::error(text));
+            }
         }
     }
     let worst = findings.iter().map(|finding| finding.severity).max();
@@ -97,8 +99,7 @@ pub fn check(session: &Session, image: &GivenImage, repair: bool, data: bool) ->
 }
 
 /// Warns of other files that have the id of a layer: a child whose locators are lost may take the wrong one.
-fn copies(path: &Utf8Path, options: &ChainOptions) -> Vec<Finding> {
-    let Ok(chain) = Chain::open(path.as_std_path(), options) else { return Vec::new() };
+fn copies(chain: Chain, options: &ChainOptions) -> Vec<Finding> {
     let mut findings = Vec::new();
     for layer in chain.into_layers() {
         let Layer::Vhd(image) = layer else { continue };
