@@ -1,6 +1,7 @@
 //! Cases that the other suites leave out: other programs' writes, batmaps, footers that differ, odd headers,
 //! files that were moved, and the least that a merge may write. `docs/vhd-cases.md` lists where each is.
 
+mod place;
 mod support;
 
 use std::path::{Path, PathBuf};
@@ -10,35 +11,11 @@ use backend_vhd::image::{
     Chain, ChainOptions, ErrorKind, FoundBy, Layer, Materialised, Moving, NewImage, OpenOptions, Severity,
     Vhd, find_parent, materialise, merge, visible_bytes, write_into,
 };
+use place::{Place, read};
 use support::{Dice, MIB, Maker, Reference, qemu_reads, seven_zip_reads};
-
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn make(&self, name: &str, maker: &Maker) -> PathBuf {
-        let path = self.at(name);
-        maker.write(&path);
-        path
-    }
-}
 
 fn open(path: &Path) -> Vhd {
     Vhd::open(path, &OpenOptions::read_only()).unwrap()
-}
-
-fn read(path: &Path) -> Vec<u8> {
-    let mut chain = Chain::open(path, &ChainOptions::read_only()).unwrap();
-    let mut bytes = vec![0; chain.size() as usize];
-    chain.read_at(&mut bytes, 0).unwrap();
-    bytes
 }
 
 fn write(path: &Path, at: u64, bytes: &[u8]) {

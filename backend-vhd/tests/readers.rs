@@ -1,43 +1,18 @@
 //! Images of many shapes, read by the engine, by the reference reader, by 7-Zip and by QEMU.
 
+mod place;
 mod support;
 
-use std::path::{Path, PathBuf};
-
 use backend_vhd::image::{Chain, ChainOptions, ErrorKind, OpenOptions, Vhd, find_parent};
+use place::{Place, read};
 use support::{Dice, Maker, Reference, Trailing, qemu_reads, relative, seven_zip_reads};
 
 const MIB: u64 = 1 << 20;
-
-fn read(path: &Path) -> Vec<u8> {
-    let mut chain = Chain::open(path, &ChainOptions::read_only()).unwrap();
-    let mut bytes = vec![0; chain.size() as usize];
-    chain.read_at(&mut bytes, 0).unwrap();
-    bytes
-}
 
 fn assert_same(a: &[u8], b: &[u8], what: &str) {
     assert_eq!(a.len(), b.len(), "{what}: sizes differ");
     if let Some(at) = a.iter().zip(b).position(|(a, b)| a != b) {
         panic!("{what}: byte {at} differs: {} and {}", a[at], b[at]);
-    }
-}
-
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn make(&self, name: &str, maker: &Maker) -> PathBuf {
-        let path = self.at(name);
-        maker.write(&path);
-        path
     }
 }
 
@@ -239,7 +214,7 @@ fn locators_lead_to_the_parent() {
     let image = Vhd::open(&top, &OpenOptions::read_only().unlocked()).unwrap();
     let error = find_parent(&image, &[]).unwrap_err();
     assert!(error.to_string().contains("outside"), "{error}");
-    find_parent(&image, &[outside.0.path().to_owned()]).unwrap().unwrap();
+    find_parent(&image, &[outside.directory().to_owned()]).unwrap().unwrap();
     // Another image of the right name is refused, with both ids.
     let mut other = parent.clone();
     other.id = [9; 16];

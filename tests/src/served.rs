@@ -4,7 +4,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -28,10 +28,16 @@ impl Server {
     /// # Errors
     /// Its output, if it ends before.
     pub fn start(domsnap: &Domsnap, socket: &Path, args: &[&str]) -> Result<Self> {
-        let mut line = vec!["disk", "serve", "--socket"];
-        line.push(socket.to_str().context("a socket's path")?);
-        line.extend(args);
-        let mut command = domsnap.command(&line);
+        let command = domsnap.command(&["disk", "serve"]);
+        Self::spawn(command, socket, args)
+    }
+
+    /// The same, of a binary in another place. The command ends with `disk serve`.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub fn spawn(mut command: Command, socket: &Path, args: &[&str]) -> Result<Self> {
+        command.args(args).arg("--socket").arg(socket);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let mut server = Self { child, socket: socket.to_owned() };
         let until = Instant::now() + PATIENCE;
@@ -39,9 +45,9 @@ impl Server {
             if let Some(status) = server.child.try_wait()? {
                 let mut said = String::new();
                 server.child.stderr.take().context("stderr")?.read_to_string(&mut said)?;
-                bail!("domsnap {line:?} ended with {status}: {said}");
+                bail!("domsnap {args:?} ended with {status}: {said}");
             }
-            ensure!(Instant::now() < until, "domsnap {line:?} does not answer");
+            ensure!(Instant::now() < until, "domsnap {args:?} does not answer");
             std::thread::sleep(Duration::from_millis(10));
         }
         Ok(server)

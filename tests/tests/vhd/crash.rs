@@ -169,16 +169,9 @@ fn disturb_everywhere(case: &Case) -> Result<()> {
             let mended = place.domsnap().run(&["disk", "check", "--repair", &place.text("disk.vhd")])?;
             if case.may_tear && fault == Fault::Torn && mended.stdout.contains("checksum") {
                 // The header is torn between its two sectors: the disk is read, and copied.
-                place.done(&[
-                    "disk",
-                    "materialise",
-                    &place.text("disk.vhd"),
-                    &place.text("copy.img"),
-                    "--format",
-                    "raw",
-                ])?;
-                ensure!(std::fs::read(place.file("copy.img"))? == before, "{what}: the copy");
-                std::fs::remove_file(place.file("copy.img"))?;
+                let copy = place.raw_copy("disk.vhd", "copy.img")?;
+                ensure!(std::fs::read(&copy)? == before, "{what}: the copy");
+                std::fs::remove_file(copy)?;
                 continue;
             }
             ensure!(mended.status == Some(status::DONE), "{what}: {mended}");

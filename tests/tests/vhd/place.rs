@@ -76,6 +76,12 @@ impl Place {
         self.domsnap().done(args)
     }
 
+    /// A raw copy of what a VHD shows: a new file.
+    pub fn raw_copy(&self, name: &str, copy: &str) -> Result<PathBuf> {
+        self.done(&["disk", "materialise", &self.text(name), &self.text(copy), "--format", "raw"])?;
+        Ok(self.file(copy))
+    }
+
     /// A command that must be refused before anything is changed; what it said.
     pub fn refused(&self, args: &[&str]) -> Result<String> {
         let before = self.images()?;
@@ -134,11 +140,17 @@ pub fn write(image: &Path, at: u64, bytes: &[u8]) -> Result<()> {
     Ok(chain.flush()?)
 }
 
-/// What a chain shows, to the engine and to 7-Zip.
-pub fn read(image: &Path) -> Result<Vec<u8>> {
+/// What a chain shows to the engine, for chains that no other program reads.
+pub fn read_by_engine(image: &Path) -> Result<Vec<u8>> {
     let mut chain = Chain::open(image, &ChainOptions::read_only())?;
     let mut bytes = vec![0; chain.size() as usize];
     chain.read_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// What a chain shows, to the engine and to 7-Zip.
+pub fn read(image: &Path) -> Result<Vec<u8>> {
+    let bytes = read_by_engine(image)?;
     // 7-Zip follows the chain by itself, and reads the same.
     let seen = seven_zip_reads(image).map_err(|error| anyhow::anyhow!("7-Zip: {error}"))?;
     ensure!(seen == bytes, "7-Zip reads something else from {}", image.display());

@@ -10,7 +10,7 @@ use domsnap_tests::mounted::{Mounted, may_mount};
 use domsnap_tests::qemu;
 use domsnap_tests::served::Client;
 
-use crate::place::{Place, SIZE, read, write};
+use crate::place::{Place, SIZE, read, read_by_engine, write};
 use crate::support::{Dice, MIB, Maker, relative};
 
 /// An image of Hyper-V's shape with data in each of its blocks.
@@ -261,15 +261,7 @@ fn last_sector_of_a_partial_block_is_kept() -> Result<()> {
     server.stop()?;
     let shown = read(&image)?;
     ensure!(shown[(5 << 20) - 512..] == [8; 1024]);
-    place.done(&[
-        "disk",
-        "materialise",
-        &place.text("disk.vhd"),
-        &place.text("copy.img"),
-        "--format",
-        "raw",
-    ])?;
-    ensure!(std::fs::read(place.file("copy.img"))? == shown);
+    ensure!(std::fs::read(place.raw_copy("disk.vhd", "copy.img")?)? == shown);
     place.done(&["delete", &disk, "one"])?;
     ensure!(read(&image)? == shown, "after the merge");
     place.done(&["disk", "resize", &place.text("disk.vhd"), "6MiB"])?;
@@ -299,18 +291,11 @@ fn raw_parent_is_never_written() -> Result<()> {
     place.done(&["create", &disk, "one"])?;
     write(&image, 1 << 20, &[8; 512])?;
     // 7-Zip does not read raw parents: the engine alone does.
-    let now = |image: &Path| -> Result<Vec<u8>> {
-        let mut chain =
-            backend_vhd::image::Chain::open(image, &backend_vhd::image::ChainOptions::read_only())?;
-        let mut bytes = vec![0; chain.size() as usize];
-        chain.read_at(&mut bytes, 0)?;
-        Ok(bytes)
-    };
-    ensure!(now(&image)? == shown(&[(1 << 20, 8)]), "the current state");
+    ensure!(read_by_engine(&image)? == shown(&[(1 << 20, 8)]), "the current state");
     place.done(&["revert", &disk, "one"])?;
-    ensure!(now(&image)? == shown(&[]), "the snapshot");
+    ensure!(read_by_engine(&image)? == shown(&[]), "the snapshot");
     place.done(&["delete", &disk, "one"])?;
-    ensure!(now(&image)? == shown(&[]), "after the delete");
+    ensure!(read_by_engine(&image)? == shown(&[]), "after the delete");
     ensure!(std::fs::read(place.file("base.img"))? == raw, "the raw parent was written");
     Ok(())
 }
@@ -329,16 +314,7 @@ fn merge_of_a_larger_child_grows_the_parent() -> Result<()> {
     place.done(&["create", &disk, "two"])?;
     place.done(&["delete", &disk, "one"])?;
     place.done(&["delete", &disk, "two"])?;
-    let raw = place.file("copy.img");
-    place.done(&[
-        "disk",
-        "materialise",
-        &place.text("disk.vhd"),
-        &place.text("copy.img"),
-        "--format",
-        "raw",
-    ])?;
-    let file = std::fs::File::open(&raw)?;
+    let file = std::fs::File::open(place.raw_copy("disk.vhd", "copy.img")?)?;
     ensure!(file.metadata()?.len() == 1 << 30);
     let mut sector = [0; 512];
     for (at, value) in [(512, 1), ((1 << 30) - 512, 2), (512 << 20, 0)] {

@@ -2,8 +2,7 @@
 //! The guest's program itself says when its memory and its disks are not of one instant.
 use std::{
     fs,
-    io::{BufRead, BufReader, Write},
-    os::unix::{fs::MetadataExt, net::UnixStream, process::ExitStatusExt},
+    os::unix::{fs::MetadataExt, process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Stdio},
     thread,
@@ -11,7 +10,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use domsnap_tests::served::Server;
 use domsnap_tests::shim::{Counted, counted};
+use serde_json::json;
 use xenguest::{
     TestCase,
     inside::{Backend, DomU, Said, program, xl},
@@ -532,13 +533,13 @@ fn start(run: &Run, args: &[&str]) -> Result<Child> {
     Ok(run.command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
 }
 
-fn wait_until(domsnap: &mut Child, what: &str, happened: impl Fn() -> bool) -> Result<()> {
+fn wait_until(process: &mut Child, what: &str, happened: impl Fn() -> bool) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(120);
     while !happened() {
-        if let Some(status) = domsnap.try_wait()? {
-            bail!("domsnap ended ({status}) before {what}");
+        if let Some(status) = process.try_wait()? {
+            bail!("the process ended ({status}) before {what}");
         }
-        ensure!(Instant::now() < until, "domsnap did not get so far that {what}");
+        ensure!(Instant::now() < until, "the process did not get so far that {what}");
         thread::sleep(Duration::from_millis(10));
     }
     Ok(())
@@ -742,18 +743,12 @@ fn attached_later() -> Result<()> {
     run.guest.expect_no_bad()
 }
 
-/// A server of an image, and the daemon that makes a file of it. Both are killed when this is dropped.
-struct Served {
-    server: Child,
-    daemon: Child,
-    socket: PathBuf,
-}
+/// The daemon that makes a file of a served disk, killed when this is dropped.
+struct FileOfDisk(Child);
 
-impl Served {
-    /// Serves an image; the file at `point`, which exists, has its content from then on.
-    fn start(image: &Path, point: &Path) -> Result<Self> {
-        let socket = image.with_file_name("disk.sock");
-        let server = Self::server(image, &socket)?;
+impl FileOfDisk {
+    /// The file at `point`, which exists and is empty, has the content of the served disk from then on.
+    fn start(socket: &Path, point: &Path) -> Result<Self> {
         program("/sbin/modprobe", &["fuse"])?.ok()?;
         let daemon = Command::new("/usr/bin/qemu-storage-daemon")
             .arg("--blockdev")
@@ -766,59 +761,24 @@ impl Served {
             .stdin(Stdio::null())
             .spawn()
             .context("qemu-storage-daemon")?;
-        let served = Self { server, daemon, socket };
-        wait_for("the file of the served disk", || fs::metadata(point).is_ok_and(|about| about.len() > 0))?;
-        Ok(served)
-    }
-
-    fn server(image: &Path, socket: &Path) -> Result<Child> {
-        let _ = fs::remove_file(socket.with_extension("sock.control"));
-        let server = Command::new(DOMSNAP)
-            .args(["disk", "serve", &format!("{},format=vhd", image.display()), "--socket"])
-            .arg(socket)
-            .stdin(Stdio::null())
-            .spawn()?;
-        wait_for("the server", || socket.with_extension("sock.control").exists())?;
-        Ok(server)
-    }
-
-    /// Kills the server, and starts another one of an image.
-    fn restart(&mut self, image: &Path) -> Result<()> {
-        self.server.kill()?;
-        self.server.wait()?;
-        self.server = Self::server(image, &self.socket)?;
-        Ok(())
-    }
-
-    /// A request on the control socket.
-    fn control(&self, request: &str) -> Result<String> {
-        let mut socket = UnixStream::connect(self.socket.with_extension("sock.control"))?;
-        socket.set_read_timeout(Some(Duration::from_secs(60)))?;
-        writeln!(socket, "{request}")?;
-        let mut answer = String::new();
-        BufReader::new(socket).read_line(&mut answer)?;
-        ensure!(answer.contains("\"ok\""), "{request}: {answer}");
-        Ok(answer)
+        let mut daemon = Self(daemon);
+        let has_content = || fs::metadata(point).is_ok_and(|about| about.len() > 0);
+        wait_until(&mut daemon.0, "the file has the disk's size", has_content)?;
+        Ok(daemon)
     }
 }
 
-impl Drop for Served {
+impl Drop for FileOfDisk {
     fn drop(&mut self) {
-        // The daemon first: without it nothing waits for the server.
-        for process in [&mut self.daemon, &mut self.server] {
-            let _ = process.kill();
-            let _ = process.wait();
-        }
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
-fn wait_for(what: &str, happened: impl Fn() -> bool) -> Result<()> {
-    let until = Instant::now() + Duration::from_secs(60);
-    while !happened() {
-        ensure!(Instant::now() < until, "{what} does not come");
-        thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
+fn serve_vhd(image: &Path, socket: &Path) -> Result<Server> {
+    let mut command = Command::new(DOMSNAP);
+    command.args(["disk", "serve"]).stdin(Stdio::null());
+    Server::spawn(command, socket, &[&format!("{},format=vhd", image.display())])
 }
 
 fn served_vhd() -> Result<()> {
@@ -833,18 +793,18 @@ fn served_vhd() -> Result<()> {
     let content = fs::read(&file)?;
     // An empty file, so that nothing but the served disk can have the guest's file system.
     fs::File::create(&file)?;
-    let mut served = Served::start(&base, &file)?;
+    let socket = dir.join("disk.sock");
+    let mut server = serve_vhd(&base, &socket)?;
+    let exported = FileOfDisk::start(&socket, &file)?;
     ensure!(fs::read(&file)? == content, "the file does not read as the served disk");
     guest.create()?;
     guest.expect_no_bad()?;
 
-    served.control(&format!(
-        r#"{{"do":"snapshot","child":"{}","id":"6ba7b810-9dad-11d1-80b4-00c04fd430c8"}}"#,
-        child.display()
-    ))?;
+    server.ask(&json!({ "do": "snapshot", "child": child, "id": "6ba7b810-9dad-11d1-80b4-00c04fd430c8" }))?;
     let frozen = fs::read(&base)?;
     guest.expect_no_bad()?;
-    served.restart(&child)?;
+    server.kill()?;
+    let server = serve_vhd(&child, &socket)?;
     guest.expect_no_bad()?;
     ensure!(fs::read(&base)? == frozen, "the snapshot changes");
     ensure!(fs::metadata(&child)?.len() > 2 << 20, "the guest writes elsewhere");
@@ -853,10 +813,11 @@ fn served_vhd() -> Result<()> {
     let run = Run { state: dir.join("state"), domain: "xen:served".to_owned(), guest };
     run.refused(&["create", "DOMAIN", "s1"], 3, "xvda")?;
     xl(&["destroy", "served"])?;
-    drop(served);
+    drop(exported);
+    drop(server);
     let read = dir.join("read.raw");
     let (child, read) = (child.to_string_lossy(), read.to_string_lossy());
-    run.ok(&["disk", "materialise", &format!("{child},format=vhd"), &read, "--to", "raw"])?;
+    run.ok(&["disk", "materialise", &format!("{child},format=vhd"), &read, "--format", "raw"])?;
     program("/sbin/e2fsck", &["-fp", &read])?;
     ensure!(program("/sbin/e2fsck", &["-fn", &read])?.status == 0, "the disk is damaged");
     Ok(())
