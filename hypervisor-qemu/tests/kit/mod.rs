@@ -25,7 +25,7 @@ pub const BUDGET: Duration = Duration::from_secs(20);
 
 /// A guest that ticks, writes random blocks and dirties memory.
 pub fn loaded(options: GuestOptions) -> Result<Guest> {
-    let guest = options.deadline(Duration::from_secs(40)).start()?;
+    let guest = options.start()?;
     guest.dirty(24, 60.0)?;
     guest.blocks(128, 100.0)?;
     guest.wait_ticks(10)?;

@@ -229,7 +229,7 @@ impl Machine {
         qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(dir.join("initrd"));
         let udev = u8::from(self.udev);
         qemu.arg("-append").arg(format!(
-            "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on init_on_alloc=0 \
+            "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on no_timer_check init_on_alloc=0 \
              rcupdate.rcu_expedited=1 lvmguest.udev={udev}"
         ));
         for name in ["console", "output"] {

@@ -2,7 +2,10 @@
 //! The guest's program itself says when its memory and its disks are not of one instant.
 use std::{
     fs,
-    os::unix::{fs::MetadataExt, process::ExitStatusExt},
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt},
+        process::ExitStatusExt,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Stdio},
     thread,
@@ -495,17 +498,14 @@ fn name_taken() -> Result<()> {
     let text = fs::read_to_string(&other)?;
     ensure!(text.contains("domsnap.disks=1"), "the guest is not informed of one disk: {text}");
     fs::write(&other, text.replace("domsnap.disks=1", "domsnap.disks=0"))?;
+    let held = HeldXl::after("destroy", run.guest.dir())?;
     let mut revert = start(&run, &["revert", "DOMAIN", "s1"])?;
-    // Each look starts xl, which takes its time from the revert; the domain is away for some seconds.
-    wait_until(&mut revert, "the domain is away", || {
-        thread::sleep(Duration::from_millis(300));
-        is_away("taken")
-    })?;
-    program("/bin/kill", &["-STOP", &revert.id().to_string()])?.ok()?;
+    wait_until(&mut revert, "the domain is away", || held.is_reached())?;
+    ensure!(is_away("taken"), "xl destroy has ended, and the domain is there");
     // It has never run, as one that the revert itself created: only its disks distinguish them.
     xl(&["create", "-p", "-q", &other])?;
     let theirs = run.guest.domid()?;
-    program("/bin/kill", &["-CONT", &revert.id().to_string()])?.ok()?;
+    drop(held);
     let output = revert.wait_with_output()?;
     let said = String::from_utf8_lossy(&output.stderr);
     print!("{said}");
@@ -521,6 +521,52 @@ fn name_taken() -> Result<()> {
     let first = run.guest.first_tick_since(place)?;
     ensure!(first >= present, "it goes on at {first}, and was at {present}: the revert was not undone");
     run.guest.expect_no_bad()
+}
+
+/// An `xl` that waits after one of its verbs until this is dropped. A domain is away for an instant that
+/// differs from machine to machine: who looks for it may come too late.
+struct HeldXl {
+    hold: PathBuf,
+    reached: PathBuf,
+}
+
+impl HeldXl {
+    const XL: &str = "/usr/sbin/xl";
+    const ASIDE: &str = "/usr/sbin/xl.aside";
+
+    fn after(verb: &str, dir: &Path) -> Result<Self> {
+        let program = fs::read_dir("/usr/lib")?
+            .filter_map(|entry| Some(entry.ok()?.path().join("bin/xl")))
+            .find(|path| path.is_file())
+            .context("no directory of /usr/lib has a bin/xl")?;
+        let held = Self { hold: dir.join("xl.hold"), reached: dir.join("xl.reached") };
+        let script = format!(
+            "#!/bin/sh\n[ \"$1\" = {verb} ] || exec {xl} \"$@\"\n{xl} \"$@\"\nstatus=$?\n: > {reached}\n\
+             while [ -e {hold} ]; do /bin/busybox usleep 50000; done\nexit $status\n",
+            xl = program.display(),
+            reached = held.reached.display(),
+            hold = held.hold.display(),
+        );
+        fs::write(&held.hold, "")?;
+        fs::rename(Self::XL, Self::ASIDE)?;
+        fs::write(Self::XL, script)?;
+        fs::set_permissions(Self::XL, fs::Permissions::from_mode(0o755))?;
+        Ok(held)
+    }
+
+    fn is_reached(&self) -> bool {
+        self.reached.exists()
+    }
+}
+
+impl Drop for HeldXl {
+    fn drop(&mut self) {
+        // The others of this machine's tests need the real one, also after a failure.
+        fs::rename(Self::ASIDE, Self::XL).expect("/usr/sbin is in memory");
+        for file in [&self.hold, &self.reached] {
+            let _ = fs::remove_file(file);
+        }
+    }
 }
 
 /// Whether the domain of a name is not there.
