@@ -3,13 +3,13 @@
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use block_devices::{DeviceUse, device_number as number, guests_of, kernel_use};
 use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
-use snapcore::devices::{DeviceUse, device_number as number, kernel_use, xen_disks};
 
 /// Reads a file of the device in sysfs.
 fn sysfs(path: &Utf8Path, file: &str) -> Option<String> {
-    fs::read_to_string(snapcore::devices::sysfs(number(path)?).join(file)).ok()
+    fs::read_to_string(block_devices::sysfs(number(path)?).join(file)).ok()
 }
 
 /// Returns true if a path leads to a logical volume: a device-mapper device has its creator in its identity.
@@ -29,7 +29,7 @@ pub(crate) fn holder(path: &Utf8Path) -> Option<String> {
     })
 }
 
-/// Returns how often processes, and Xen's driver, have the device open. `None` if the files of some processes
+/// Returns how often processes, and drivers of guests, have the device open. `None` if the files of some processes
 /// are not readable.
 ///
 /// A duplicated descriptor counts each time, so the result is at least the kernel's count of them.
@@ -40,7 +40,7 @@ pub(crate) fn shown_openings(path: &Utf8Path) -> Option<usize> {
         let denied = |error: std::io::Error| error.kind() == std::io::ErrorKind::PermissionDenied;
         is_process(process) && fs::read_dir(process.path().join("fd")).is_err_and(denied)
     });
-    unseen.next().is_none().then(|| seen + xen_disks(device).len())
+    unseen.next().is_none().then(|| seen + guests_of(device).len())
 }
 
 /// Returns the processes that have the device open, each with its number of descriptors.

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use backend_lvm::{Answer, Invocation, Lvm, Runner};
 use snapcore::{
     ActivePath, AnyDiskSnapshotter, Disk, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskSnapshotter,
-    DiskState, ErrorKind, InspectDepth, LayerName, NothingInside, Point, Progress, Salvage, SnapshotName,
-    StepContext, StepStatus, Target, erased,
+    DiskState, ErrorKind, InspectDepth, LayerName, Point, Progress, Salvage, SnapshotName, StepContext,
+    StepStatus, Target,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -48,7 +48,7 @@ impl Fixture {
 
     async fn with(path: &str, report: &str) -> snapcore::Result<Self> {
         let runner = Arc::new(Recorded { report: report.to_owned(), commands: Mutex::default() });
-        let backend = erased(Arc::new(Lvm::by(runner.clone())));
+        let backend = AnyDiskSnapshotter::of(Arc::new(Lvm::by(runner.clone())));
         let disk = Disk::new(Target::new("vda")?, path, "lvm");
         let record = backend.adopt(&disk, ActivePath::Keep).await?;
         let state = backend.inspect(&record, InspectDepth::Dependents, None).await?;
@@ -67,7 +67,7 @@ impl Fixture {
                 progress: &Silent,
                 cancel: &cancel,
                 attached: None,
-                inside: &NothingInside,
+                inside: &(),
                 resumed: false,
             };
             self.backend.apply(step, context).await?;
@@ -183,7 +183,7 @@ async fn thick_revert_saves_the_state_before_the_merge() {
         progress: &Silent,
         cancel: &cancel,
         attached: None,
-        inside: &NothingInside,
+        inside: &(),
         resumed: false,
     };
     let status = fixture.backend.status(&plan.cut[1], context).await.expect("a status");
@@ -299,7 +299,7 @@ async fn volumes_of_other_kinds_are_refused_by_name() {
         let second = line.replace("\"linear\"", &format!("\"{kind}\""));
         let report = RECORDED.replace(line, &format!("{line}\n{second}"));
         let runner = Arc::new(Recorded { report, commands: Mutex::default() });
-        fixture.backend = erased(Arc::new(Lvm::by(runner.clone())));
+        fixture.backend = AnyDiskSnapshotter::of(Arc::new(Lvm::by(runner.clone())));
         for request in [create(), revert("thick.ds-00000004", None)] {
             let error = fixture.plan(request).await.expect_err(kind);
             assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(kind), "{error}");
@@ -421,7 +421,7 @@ async fn overflowed_safety_snapshot_ends_the_revert() {
         progress: &Silent,
         cancel: &cancel,
         attached: None,
-        inside: &NothingInside,
+        inside: &(),
         resumed: false,
     };
     let salvage = fixture.backend.salvage(merge, true, context).await.expect("an answer");

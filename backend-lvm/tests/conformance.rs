@@ -16,7 +16,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use libtest_mimic::{Arguments, Failed, Trial};
 use lvmguest::Machine;
 use lvmguest::inside::{disks, succeed};
-use snapcore::{AnyDiskSnapshotter, DiskRecord, erased};
+use snapcore::{AnyDiskSnapshotter, DiskRecord};
 use snapcore_testkit::TestBackend;
 
 /// Test cases that do an operation again for each moment of a fault, for each name, or for many reverts: in
@@ -92,7 +92,7 @@ impl Volumes {
 impl TestBackend for Volumes {
     fn backend(&self) -> Arc<AnyDiskSnapshotter> {
         // The kit's guest overwrites its small disks completely between two points.
-        erased(Arc::new(Lvm::new().area_percent(150)))
+        AnyDiskSnapshotter::of(Arc::new(Lvm::new().area_percent(150)))
     }
 
     fn make(&self, dir: &Utf8Path, name: &str, content: &[u8]) -> Result<Utf8PathBuf> {

@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 
 use camino::Utf8Path;
-use snapcore::confine::{check_name, check_path, is_elsewhere};
+use confined_files::FileName;
 use snapcore::{
     DeleteCost, Disk, DiskAddress, DiskInstant, DiskPlan, DiskRecord, DiskRequest, DiskState, Edit, Finding,
     Layer, LayerName, OpenLayer, Point,
@@ -73,9 +73,9 @@ fn text(what: &str, text: &str) -> Checked {
 /// Checks a name that the plug-in may use as a file name: one component, printable on one line.
 fn name(what: &str, name: &str) -> Checked {
     let control = name.chars().any(char::is_control);
-    match check_name(name) {
-        Ok(()) if !control => Ok(()),
-        Ok(()) => Err(format!("{what} has a control character: {}", head(name))),
+    match FileName::new(name) {
+        Ok(_) if !control => Ok(()),
+        Ok(_) => Err(format!("{what} has a control character: {}", head(name))),
         Err(_) => Err(format!(
             "{what} cannot be a name, of 1 to 255 bytes without '/', '.' and '..': {}",
             head(name)
@@ -112,7 +112,8 @@ fn count(what: &str, number: usize) -> Checked {
 pub(crate) fn path(what: &str, path: &Utf8Path, of: &Utf8Path) -> Checked {
     let is_control = |text: &str| text.chars().any(char::is_control);
     let text = path.as_str();
-    let plain = check_path(path).is_ok()
+    let plain = text.starts_with('/')
+        && DiskAddress::from(path).check().is_ok()
         && path.file_name().is_some()
         && text.len() < MAX_TEXT
         && text.split('/').all(|part| part.len() <= MAX_COMPONENT)
@@ -152,7 +153,7 @@ fn layer_name(name: &LayerName) -> Checked {
 
 /// Checks the name of a layer that may be an image of another owner, which is known by its path.
 fn any_layer_name(name: &LayerName, owned: bool, of: &Utf8Path) -> Checked {
-    match is_elsewhere(name) && !owned {
+    match name.is_elsewhere() && !owned {
         true => path("the name of a layer elsewhere", Utf8Path::new(name.as_str()), of),
         false => layer_name(name),
     }

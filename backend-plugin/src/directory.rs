@@ -4,7 +4,7 @@ use std::io::ErrorKind as Io;
 use std::os::unix::fs::PermissionsExt;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{Error, ErrorKind, Result, shell_word};
+use snapcore::{Error, ErrorKind, Result, shell_command};
 
 /// The beginning of a plug-in's file name.
 pub const PREFIX: &str = "domsnap-backend-";
@@ -89,7 +89,7 @@ fn trusted(path: &Utf8Path) -> Result<()> {
     .state("nothing there was run")
     .advise(format!(
         "{}: plug-ins are run only from places that no other user can write to",
-        writers.advice(&shell_word(&place.display().to_string()))
+        writers.advice(&shell_command([place.display().to_string().as_str()]))
     )))
 }
 

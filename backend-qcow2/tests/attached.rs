@@ -19,8 +19,7 @@ use judge::{clean, content, io, run, snapshot_names};
 use snapcore::{
     ActivePath, AttachedDisk, AttachedMerge, Capabilities, Disk, DiskInstant, DiskPlan, DiskRecord,
     DiskRequest, DiskSnapshotter, Error, ErrorKind, FileIdentity, Guard, Inside, InspectDepth, LayerName,
-    NothingInside, Point, PointKind, Progress, Result, Salvage, SnapshotName, Step, StepContext, StepStatus,
-    Target,
+    Point, PointKind, Progress, Result, Salvage, SnapshotName, Step, StepContext, StepStatus, Target,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -206,15 +205,15 @@ impl Fixture {
     }
 
     fn at_rest(&self) -> StepContext<'_> {
-        StepContext { attached: None, ..self.context(&NothingInside) }
+        StepContext { attached: None, ..self.context(&()) }
     }
 
     async fn apply(&self, action: ChainStep) -> Result<()> {
-        self.backend.apply(&step(action), self.context(&NothingInside)).await
+        self.backend.apply(&step(action), self.context(&())).await
     }
 
     async fn undo(&self, step: &Step<ChainStep>) -> Result<()> {
-        self.backend.undo(step, self.context(&NothingInside)).await
+        self.backend.undo(step, self.context(&())).await
     }
 
     async fn lock(&self) -> Result<Guard> {
@@ -327,7 +326,7 @@ async fn create_on_an_open_disk_works_around_it() {
     assert_eq!(instant.take, DiskInstant::Overlay { address: overlay.as_path().into(), format });
     let ([name, make], [switch]) = (&plan.prepare[..], &instant.nested[..]) else { panic!("{plan:?}") };
     for step in [name, make] {
-        fixture.backend.apply(step, fixture.context(&NothingInside)).await.unwrap();
+        fixture.backend.apply(step, fixture.context(&())).await.unwrap();
     }
     assert_eq!(identity(&frozen), identity(fixture.path()));
 
@@ -335,7 +334,7 @@ async fn create_on_an_open_disk_works_around_it() {
     fixture.backend.yield_locks(&fixture.record).await.unwrap();
     fixture.qemu.close(&frozen);
     fixture.qemu.open(&[&overlay, &frozen]);
-    fixture.backend.apply(switch, fixture.context(&NothingInside)).await.unwrap();
+    fixture.backend.apply(switch, fixture.context(&())).await.unwrap();
     assert_eq!(identity(&overlay), identity(fixture.path()));
 
     // The undo: what QEMU has open stays.
@@ -534,11 +533,11 @@ async fn merge_must_finish_once_the_path_is_moved() {
     fixture.start().await;
     let merge = step(merge_down(&layers));
     *held(&fixture.qemu.fails) = Some(ErrorKind::Io);
-    let error = fixture.backend.apply(&merge, fixture.context(&NothingInside)).await.unwrap_err();
+    let error = fixture.backend.apply(&merge, fixture.context(&())).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Internal, "the engine puts off what fails otherwise: {error}");
     assert_eq!(identity(fixture.path()), identity(&fixture.file(&layers[0])));
     fixture.cancel.cancel();
-    fixture.backend.apply(&merge, fixture.context(&NothingInside)).await.unwrap();
+    fixture.backend.apply(&merge, fixture.context(&())).await.unwrap();
     assert!(!*held(&fixture.qemu.heard_cancel));
 
     let (fixture, layers) = Fixture::with_layers(2).await;
@@ -580,9 +579,9 @@ async fn merge_after_its_pivot_is_not_repeated_at_rest() {
     fixture.backend.apply(&merge, fixture.at_rest()).await.unwrap();
     assert_eq!(fixture.byte(fixture.path(), 0), 99, "what the upper layer held came back");
     // The same in a detached section, and if the domain runs on the lower layer.
-    fixture.backend.apply(&merge, fixture.context(&NothingInside)).await.unwrap();
+    fixture.backend.apply(&merge, fixture.context(&())).await.unwrap();
     fixture.start().await;
-    fixture.backend.apply(&merge, fixture.context(&NothingInside)).await.unwrap();
+    fixture.backend.apply(&merge, fixture.context(&())).await.unwrap();
     fixture.qemu.close_all();
     assert_eq!(fixture.byte(fixture.path(), 0), 99);
     // While the path names the top, the merge is what makes the lower one right.
@@ -622,7 +621,7 @@ async fn hypervisor_only_deletes_tags_of_the_active_image() {
     assert_eq!(*held(&fixture.qemu.dropped), ["t"]);
     assert_eq!(kind(fixture.apply(drop_of(0)).await), ErrorKind::Busy);
     assert_eq!(snapshot_names(fixture.file(&layers[0]).as_std_path()), ["t"]);
-    let status = fixture.backend.status(&step(drop_of(0)), fixture.context(&NothingInside)).await.unwrap();
+    let status = fixture.backend.status(&step(drop_of(0)), fixture.context(&())).await.unwrap();
     assert_eq!(status, StepStatus::NotDone);
 
     let request = DiskRequest::Delete {
@@ -686,7 +685,7 @@ async fn open_chain_uses_permanent_names() {
     let steps: Vec<_> = plan.steps().collect();
     assert_eq!(steps.len(), shown.len());
     for (step, expected) in steps.iter().zip(shown) {
-        fixture.backend.apply(step, fixture.context(&NothingInside)).await.unwrap();
+        fixture.backend.apply(step, fixture.context(&())).await.unwrap();
         assert_eq!(chain(&fixture).await, expected, "after {:?}", step.action);
     }
     // And back.
@@ -737,12 +736,11 @@ async fn open_image_keeps_its_name_when_data_is_saved() {
     let made = fixture.file(&layers[1]);
     fixture.qemu.open(&[&made]);
     let _guard = fixture.lock().await.unwrap();
-    let salvage = fixture.backend.salvage(&step(action.clone()), true, fixture.context(&NothingInside)).await;
+    let salvage = fixture.backend.salvage(&step(action.clone()), true, fixture.context(&())).await;
     assert_eq!(kind(salvage), ErrorKind::Busy);
     assert!(made.exists());
     fixture.qemu.close_all();
-    let salvage =
-        fixture.backend.salvage(&step(action), true, fixture.context(&NothingInside)).await.unwrap();
+    let salvage = fixture.backend.salvage(&step(action), true, fixture.context(&())).await.unwrap();
     assert!(matches!(salvage, Salvage::Saved(_)), "{salvage:?}");
     let aside = fixture.directory.path().join(format!("rescued-{}", layers[1]));
     assert!(!made.exists() && aside.exists());

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use backend_qcow2::Qcow2;
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{AnyDiskSnapshotter, DiskRecord, erased};
+use snapcore::{AnyDiskSnapshotter, DiskRecord};
 use snapcore_testkit::TestBackend;
 
 struct Images;
@@ -46,7 +46,7 @@ fn content(path: &Utf8Path, tag: Option<&str>) -> Result<Vec<u8>> {
 
 impl TestBackend for Images {
     fn backend(&self) -> Arc<AnyDiskSnapshotter> {
-        erased(Arc::new(Qcow2::new()))
+        AnyDiskSnapshotter::of(Arc::new(Qcow2::new()))
     }
 
     fn make(&self, dir: &Utf8Path, name: &str, bytes: &[u8]) -> Result<Utf8PathBuf> {

@@ -89,7 +89,11 @@ impl Fixture {
             let backend = Qcow2::new();
             let mut state = backend.inspect(record, InspectDepth::Dependents, None).await.unwrap();
             state.attached = under != Under::Rest;
-            disks.push(DiskInput { record: record.clone(), state, backend: erased(Arc::new(backend)) });
+            disks.push(DiskInput {
+                record: record.clone(),
+                state,
+                backend: AnyDiskSnapshotter::of(Arc::new(backend)),
+            });
         }
         let seen = DomainInfo::new(serde_json::json!({}), true);
         let profile = HypervisorProfile::new(self.domain.hypervisor.clone(), "Fake", "NAME");

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use anyhow::Result;
 use backend_raw::Raw;
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{AnyDiskSnapshotter, erased};
+use snapcore::AnyDiskSnapshotter;
 use snapcore_testkit::{TestBackend, has_file};
 
 struct Files;
 
 impl TestBackend for Files {
     fn backend(&self) -> Arc<AnyDiskSnapshotter> {
-        erased(Arc::new(Raw::new()))
+        AnyDiskSnapshotter::of(Arc::new(Raw::new()))
     }
 
     fn offers(&self, method: &str) -> bool {

@@ -11,7 +11,7 @@ use anyhow::Result;
 use backend_vhd::VhdFiles;
 use backend_vhd::image::{Chain, ChainOptions, NewImage, write_into};
 use camino::{Utf8Path, Utf8PathBuf};
-use snapcore::{AnyDiskSnapshotter, DiskRecord, erased};
+use snapcore::{AnyDiskSnapshotter, DiskRecord};
 use snapcore_testkit::TestBackend;
 use support::Reference;
 
@@ -37,7 +37,7 @@ fn content(path: &Utf8Path) -> Result<Vec<u8>> {
 
 impl TestBackend for Images {
     fn backend(&self) -> Arc<AnyDiskSnapshotter> {
-        erased(Arc::new(VhdFiles::new()))
+        AnyDiskSnapshotter::of(Arc::new(VhdFiles::new()))
     }
 
     fn make(&self, dir: &Utf8Path, name: &str, bytes: &[u8]) -> Result<Utf8PathBuf> {

@@ -22,9 +22,7 @@ use rusqlite::{Connection, MAIN_DB, OpenFlags, TransactionBehavior, params};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use snapcore::catalogue::{
-    Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions, apply_edit,
-};
+use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
 use snapcore::{
     DiskAddress, Domain, DomainName, Error, ErrorKind, Operation, OperationId, Result, SnapshotTree,
 };
@@ -458,7 +456,7 @@ impl Shared {
             }
             Change::Edit(edit) => {
                 let edited = Edited::load(transaction, row, edited)?;
-                apply_edit(&edit, &mut edited.domain, &mut edited.tree)?;
+                edit.apply(&mut edited.domain, &mut edited.tree)?;
             }
             Change::Begin(operation) => {
                 transaction.execute(

@@ -8,7 +8,7 @@ use std::os::unix::fs::DirBuilderExt;
 use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::{Directory, Kind};
 
-use snapcore::{Error, ErrorKind, Result, shell_word};
+use snapcore::{Error, ErrorKind, Result, shell_command};
 
 /// Makes `directory` and what is missing above it, for its owner alone. Durable when it returns.
 pub(crate) fn make_private_directory(directory: &Utf8Path) -> Result<()> {
@@ -52,7 +52,7 @@ pub(crate) fn require_own_place(directory: &Utf8Path) -> Result<()> {
             "give another one with --state-dir or DOMSNAP_STATE_DIR".to_owned()
         }
         others => {
-            let first = others.advice(&shell_word(&place.display().to_string()));
+            let first = others.advice(&shell_command([place.display().to_string().as_str()]));
             format!("{first}, or give another one with --state-dir or DOMSNAP_STATE_DIR")
         }
     };

@@ -11,8 +11,8 @@ use hypervisor_qemu::Qemu;
 use kit::BOTH;
 use run::{Moves, Run, identity, utf8};
 use snapcore::{
-    AttachedMerge, Consistency, Control, DiskInstant, DomainStep, ErrorKind, Inside, NothingInside,
-    PowerAfter, Quiesce, StartFromMemory, Target, VmStateSaver,
+    AttachedMerge, Consistency, Control, DiskInstant, DomainStep, ErrorKind, Inside, PowerAfter, Quiesce,
+    StartFromMemory, Target, VmStateSaver,
 };
 use testguest::GuestOptions;
 use tokio_util::sync::CancellationToken;
@@ -376,11 +376,10 @@ async fn layers_merge_in_each_direction() -> Result<()> {
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     cancel.cancel();
                 };
-                let (ended, ()) =
-                    tokio::join!(disk.merge(&down, &NothingInside, &quiet, &cancel), cancelling);
+                let (ended, ()) = tokio::join!(disk.merge(&down, &(), &quiet, &cancel), cancelling);
                 assert_eq!(ended.map_err(|error| error.kind()), Err(ErrorKind::Cancelled));
                 assert_eq!(run.open_files(0).await?.len(), 6);
-                let merging = disk.merge(&down, &NothingInside, &quiet, &never);
+                let merging = disk.merge(&down, &(), &quiet, &never);
                 let gone = tokio::time::timeout(Duration::from_millis(100), merging).await;
                 ensure!(gone.is_err(), "it is limited: {gone:?}");
                 drop(live);
@@ -393,9 +392,9 @@ async fn layers_merge_in_each_direction() -> Result<()> {
                 live.limit(1);
                 live.limit(0);
             };
-            let (ended, ()) = tokio::join!(disk.merge(&down, &NothingInside, &quiet, &never), lifting);
+            let (ended, ()) = tokio::join!(disk.merge(&down, &(), &quiet, &never), lifting);
             ended?;
-            disk.merge(&down, &NothingInside, &quiet, &never).await?;
+            disk.merge(&down, &(), &quiet, &never).await?;
         }
         run.layers[0].remove(3);
         assert_eq!(run.open_files(0).await?, run.files(0));
@@ -407,8 +406,8 @@ async fn layers_merge_in_each_direction() -> Result<()> {
             below: Some(file(1)),
             string: string(1),
         };
-        run.merge(&up, &NothingInside).await?;
-        run.merge(&up, &NothingInside).await?;
+        run.merge(&up, &()).await?;
+        run.merge(&up, &()).await?;
         run.layers[0].remove(2);
         assert_eq!(run.open_files(0).await?, run.files(0));
         assert!(
@@ -452,7 +451,7 @@ async fn layers_merge_in_each_direction() -> Result<()> {
         run.guest.verify_blocks()?;
 
         // Layers that are not in the chain are refused.
-        let error = run.merge(&down, &NothingInside).await.expect_err("it is gone");
+        let error = run.merge(&down, &()).await.expect_err("it is gone");
         assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
     }
     Ok(())

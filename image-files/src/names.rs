@@ -18,7 +18,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use confined_files::{Attributes, Directory, FileName, Kind, is_trusted_link, refusal};
-use snapcore::{Error, ErrorKind, FileIdentity, Result, file_identity, shell_word};
+use snapcore::{Error, ErrorKind, FileIdentity, Result, file_identity, shell_command};
 
 /// The identity of a file, under any name: device and inode.
 pub type FileId = FileIdentity;
@@ -211,7 +211,7 @@ pub fn require_writable_directory_of(path: &Utf8Path) -> Result<()> {
             // Not a matter of permissions: the directory's own flag.
             rustix::io::Errno::PERM => error.advise(format!(
                 "the directory has the flag i: `chattr -i {}` takes it off",
-                shell_word(directory.as_str())
+                shell_command([directory.as_str()])
             )),
             _ => error,
         }
@@ -229,11 +229,11 @@ pub fn require_private_directory_of(path: &Utf8Path) -> Result<()> {
     let image = fs::symlink_metadata(path).map_err(looking)?;
     let found = confined_files::foreign_writers(directory.as_std_path(), path.as_std_path(), &image);
     let Some(writers) = found.map_err(looking)? else { return Ok(()) };
-    let place = shell_word(directory.as_str());
+    let place = shell_command([directory.as_str()]);
     let advice = match &writers {
         confined_files::Writers::Owner(uid) => format!(
             "give the image to the owner of its directory (`chown {uid} {}`), or keep it in a directory of its own owner",
-            shell_word(path.as_str())
+            shell_command([path.as_str()])
         ),
         others => format!(
             "{}, or `chmod +t {place}` so that each user can replace his own files only",

@@ -6,8 +6,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use snapcore::service::{DomainRef, GivenImage};
 use snapcore::{
-    ActivePath, CreateDisk, DomainName, LayerName, MAX_COMPRESSION, PointKind, PowerAfter, Quiesce,
-    SnapshotName, Target,
+    ActivePath, Control, CreateDisk, DomainName, LayerName, PointKind, PowerAfter, Quiesce, SnapshotName,
+    Target,
 };
 
 const STYLES: Styles = Styles::styled()
@@ -184,7 +184,7 @@ pub struct CreateRunning {
     /// Compress the memory image: 1 (fast) to 19 (small); 0: not [default: the domain's setting] [default
     /// level: 1]
     #[arg(long, value_name = "LEVEL", num_args = 0..=1, require_equals = true, default_missing_value = "1")]
-    #[arg(value_parser = clap::value_parser!(u8).range(0..=i64::from(MAX_COMPRESSION)), conflicts_with = "disk_only")]
+    #[arg(value_parser = clap::value_parser!(u8).range(0..=i64::from(Control::MAX_COMPRESSION)), conflicts_with = "disk_only")]
     pub compress: Option<u8>,
     /// Flush and freeze the guest's file systems for the snapshot: `require` or `try`
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "require")]
@@ -381,7 +381,7 @@ pub struct DomainAdd {
     pub memory_dir: Option<Utf8PathBuf>,
     /// Compress memory images: 1 (fast) to 19 (small) [default: not] [default level: 1]
     #[arg(long, value_name = "LEVEL", requires = "run-by", num_args = 0..=1, require_equals = true)]
-    #[arg(default_missing_value = "1", value_parser = clap::value_parser!(u8).range(0..=i64::from(MAX_COMPRESSION)))]
+    #[arg(default_missing_value = "1", value_parser = clap::value_parser!(u8).range(0..=i64::from(Control::MAX_COMPRESSION)))]
     pub compress: Option<u8>,
     /// The command that starts it: everything up to the end of the line [default: as it was started when the
     /// snapshot was created]

@@ -3,8 +3,7 @@
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Deserialize;
 use snapcore::{
-    ActivePath, Control, Disk, DomainName, DomainSpec, Error, ErrorKind, Hypervisor, MAX_COMPRESSION,
-    Registry, Result,
+    ActivePath, Control, Disk, DomainName, DomainSpec, Error, ErrorKind, Hypervisor, Registry, Result,
 };
 
 /// Reads a domain file: `name`, `hypervisor` (`"none"`, `"qemu"`), `active-path` (`"keep"`, `"new"`), for a
@@ -65,7 +64,7 @@ pub fn read(text: &str, directory: &Utf8Path, registry: &Registry) -> Result<Dom
             let reach: Reach = said.try_into().map_err(|cause| {
                 wrong(cause).advise(format!("its [control] may have {}", profile.keys().join(", ")))
             })?;
-            if let Some(level) = reach.compress.filter(|level| *level > MAX_COMPRESSION) {
+            if let Some(level) = reach.compress.filter(|level| *level > Control::MAX_COMPRESSION) {
                 return Err(Error::new(
                     ErrorKind::Usage,
                     format!("the domain file has compress = {level}, which is no level of compression"),

@@ -32,7 +32,7 @@ use jiff::Timestamp;
 use libtest_mimic::{Arguments, Trial};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
-use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, Revision, Stamp, apply_edit};
+use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, Revision, Stamp};
 use snapcore::{
     ActivePath, Consistency, CutUnit, Disk, DiskPoint, DiskRecord, Domain, DomainName, DomainStep, Edit,
     ErrorKind, FinishStep, FinishUnit, Hypervisor, HypervisorStep, LayerName, MemoryPoint, NestedStep,
@@ -395,7 +395,7 @@ fn edits_match_the_model(make: fn() -> Box<dyn TestCatalogue>) {
                     }
                 };
                 for edit in &edits {
-                    apply_edit(edit, &mut entry.domain, &mut entry.tree).unwrap();
+                    edit.apply(&mut entry.domain, &mut entry.tree).unwrap();
                 }
                 let changes = edits.into_iter().map(Change::Edit).collect();
                 entry.revision = catalogue.commit(&entry.domain.name, entry.revision, changes).await.unwrap();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use backend_raw::Raw;
 use libtest_mimic::{Arguments, Trial};
-use snapcore::{AnyDiskSnapshotter, erased};
+use snapcore::AnyDiskSnapshotter;
 use snapcore_testkit::{TestBackend, wrong};
 
 /// What the backend under test does wrong; set in the copies of this program that run the kit.
@@ -17,7 +17,7 @@ struct Files(String);
 
 impl TestBackend for Files {
     fn backend(&self) -> Arc<AnyDiskSnapshotter> {
-        let right = erased(Arc::new(Raw::new()));
+        let right = AnyDiskSnapshotter::of(Arc::new(Raw::new()));
         if self.0 == "free deletes" { wrong::free_deletes(right) } else { right }
     }
 

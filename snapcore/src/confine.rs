@@ -11,79 +11,78 @@ use confined_files::FileName;
 
 use crate::{DiskAddress, Domain, LayerName, Snapshot};
 
-/// Checks the names of a domain's disks and of the layers that are ours.
-///
-/// # Errors
-/// The wrong name, with the reason.
-pub fn check_domain(domain: &Domain) -> Result<(), String> {
-    let (mut targets, mut paths) = (HashSet::new(), HashSet::new());
-    for record in &domain.disks {
-        let disk = &record.disk;
-        check_address(&disk.address)?;
-        if !targets.insert(&disk.target) || !paths.insert(&disk.address) {
-            return Err(format!("it has the disk {} ({}) twice", disk.target, disk.address));
+impl Domain {
+    /// Checks the names of its disks and of the layers that are ours, as far as they come from a manifest.
+    ///
+    /// # Errors
+    /// The wrong name, with the reason.
+    pub fn check_names(&self) -> Result<(), String> {
+        let (mut targets, mut paths) = (HashSet::new(), HashSet::new());
+        for record in &self.disks {
+            let disk = &record.disk;
+            disk.address.check()?;
+            if !targets.insert(&disk.target) || !paths.insert(&disk.address) {
+                return Err(format!("it has the disk {} ({}) twice", disk.target, disk.address));
+            }
+            for layer in record.owned.iter().chain([&record.active]) {
+                check_layer(layer)?;
+            }
         }
-        for layer in record.owned.iter().chain([&record.active]) {
-            check_layer(layer)?;
-        }
+        Ok(())
     }
-    Ok(())
 }
 
-/// Checks the names of a snapshot's layers and of its memory image.
-///
-/// # Errors
-/// The wrong name, with the reason.
-pub fn check_snapshot(snapshot: &Snapshot) -> Result<(), String> {
-    for member in &snapshot.disks {
-        check_layer(&member.point.layer)?;
-    }
-    match &snapshot.memory {
-        Some(memory) => check_path(&memory.file),
-        None => Ok(()),
+impl Snapshot {
+    /// Checks the names of its layers and of its memory image, as far as they come from a manifest.
+    ///
+    /// # Errors
+    /// The wrong name, with the reason.
+    pub fn check_names(&self) -> Result<(), String> {
+        for member in &self.disks {
+            check_layer(&member.point.layer)?;
+        }
+        match &self.memory {
+            Some(memory) => check_path(&memory.file),
+            None => Ok(()),
+        }
     }
 }
 
 /// Checks a layer's name: a name in the disk's directory, or an absolute path. The latter is only trusted if
-/// the user confirms it ([`is_elsewhere`]), or if the chain itself leads to it.
+/// the user confirms it ([`LayerName::is_elsewhere`]), or if the chain itself leads to it.
 fn check_layer(layer: &LayerName) -> Result<(), String> {
-    if is_elsewhere(layer) {
+    if layer.is_elsewhere() {
         return check_path(Utf8Path::new(layer.as_str()));
     }
-    check_name(layer.as_str()).map_err(|bad| format!("a layer must lie in its disk's own directory: {bad}"))
+    FileName::new(layer.as_str())
+        .map(|_| ())
+        .map_err(|bad| format!("a layer must lie in its disk's own directory: {bad}"))
 }
 
-/// Checks that a text is the name of a file in a directory: one component of at most 255 bytes.
-///
-/// # Errors
-/// The reason.
-pub fn check_name(name: &str) -> Result<(), String> {
-    FileName::new(name).map(|_| ()).map_err(|bad| bad.to_string())
+impl LayerName {
+    /// Returns true for a layer that does not lie in its disk's directory.
+    pub fn is_elsewhere(&self) -> bool {
+        self.as_str().starts_with('/')
+    }
 }
 
-/// Returns true for a layer that does not lie in its disk's directory.
-pub fn is_elsewhere(layer: &LayerName) -> bool {
-    layer.as_str().starts_with('/')
-}
-
-/// Checks that an address is a path, as [`check_path`] does, or has a scheme and no character that cannot be
-/// shown.
-///
-/// # Errors
-/// The message: the violated rule.
-pub fn check_address(address: &DiskAddress) -> Result<(), String> {
-    match (address.local(), address.as_str()) {
-        (Some(path), _) => check_path(path),
-        (None, text) if !text.contains(char::is_control) => Ok(()),
-        (None, text) => Err(format!("the address {text:?} has control characters")),
+impl DiskAddress {
+    /// Checks that the address is an absolute, canonical path, without `.`, `..` and empty parts, or has a
+    /// scheme and no character that cannot be shown.
+    ///
+    /// # Errors
+    /// The message: the violated rule.
+    pub fn check(&self) -> Result<(), String> {
+        match (self.local(), self.as_str()) {
+            (Some(path), _) => check_path(path),
+            (None, text) if !text.contains(char::is_control) => Ok(()),
+            (None, text) => Err(format!("the address {text:?} has control characters")),
+        }
     }
 }
 
 /// Checks that a path is absolute and canonical: without `.`, `..` and empty parts.
-///
-/// # Errors
-/// The reason.
-pub fn check_path(path: &Utf8Path) -> Result<(), String> {
+fn check_path(path: &Utf8Path) -> Result<(), String> {
     let plain =
         path.components().all(|part| matches!(part, Utf8Component::RootDir | Utf8Component::Normal(_)));
     // `components` skips single dots and doubled slashes: such a path differs from what is compared with it.

@@ -28,9 +28,11 @@ use crate::step::{Step, StepStatus};
 /// A backend of any format: its actions are JSON.
 pub type AnyDiskSnapshotter = dyn DiskSnapshotter<Action = Value>;
 
-/// Makes a backend one whose actions are JSON.
-pub fn erased<B: DiskSnapshotter + ?Sized + 'static>(backend: Arc<B>) -> Arc<AnyDiskSnapshotter> {
-    Arc::new(Erased { inner: backend })
+impl AnyDiskSnapshotter {
+    /// Makes a backend one whose actions are JSON.
+    pub fn of<B: DiskSnapshotter + ?Sized + 'static>(backend: Arc<B>) -> Arc<Self> {
+        Arc::new(Erased { inner: backend })
+    }
 }
 
 struct Erased<B: ?Sized> {

@@ -17,9 +17,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{Consistency, DiskAddress, Domain, Hypervisor, Plan, Progress, Result, Target};
 
-/// The highest compression level of a memory image.
-pub const MAX_COMPRESSION: u8 = 19;
-
 /// Connection to a running domain, and the hypervisor's other settings. It is recorded with the domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -46,6 +43,11 @@ pub struct Control {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub config: Option<Utf8PathBuf>,
+}
+
+impl Control {
+    /// The highest compression level of a memory image.
+    pub const MAX_COMPRESSION: u8 = 19;
 }
 
 /// Freezing of the guest's file systems during the cut.
@@ -281,11 +283,8 @@ pub trait Inside: Send + Sync {
 }
 
 /// No nested work.
-#[derive(Debug, Clone, Copy)]
-pub struct NothingInside;
-
 #[async_trait]
-impl Inside for NothingInside {
+impl Inside for () {
     async fn run(&self, _: Option<&Target>) -> Result<()> {
         Ok(())
     }

@@ -55,8 +55,7 @@
 mod address;
 mod backend;
 pub mod catalogue;
-pub mod confine;
-pub mod devices;
+mod confine;
 mod disk_plan;
 mod domain;
 pub mod engine;
@@ -71,7 +70,7 @@ mod operation;
 pub mod plan;
 mod registry;
 mod request;
-pub mod secrets;
+mod secrets;
 pub mod service;
 mod shape;
 mod shell;
@@ -88,25 +87,26 @@ pub use backend::{
 };
 pub use disk_plan::{DiskPlan, DiskRequest, InstantPlan};
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
-pub use erased::{AnyDiskSnapshotter, erased};
+pub use erased::AnyDiskSnapshotter;
 pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventStream, Events};
 pub use host::Host;
 pub use hypervisor::{
     AttachedDisk, AttachedMerge, Control, DiskInstant, DomainContext, DomainInfo, DomainStep, FileIdentity,
-    GuestChange, HypervisorProfile, Inside, LiveDomain, MAX_COMPRESSION, Medium, MemoryPlan, NothingInside,
-    Obstacle, OpenChain, OpenLayer, PowerAfter, Quiesce, Restart, RestartSource, SeenDisk, StartFromMemory,
-    StartedDomain, StepOutcome, Taken, VmStateSaver, file_identity,
+    GuestChange, HypervisorProfile, Inside, LiveDomain, Medium, MemoryPlan, Obstacle, OpenChain, OpenLayer,
+    PowerAfter, Quiesce, Restart, RestartSource, SeenDisk, StartFromMemory, StartedDomain, StepOutcome,
+    Taken, VmStateSaver, file_identity,
 };
-pub use name::{DomainName, LayerName, MAX_NAME_BYTES, SnapshotName, Target};
-pub use operation::{Operation, OperationId, OperationState, StepState, Transition};
+pub use name::{DomainName, LayerName, SnapshotName, Target};
+pub use operation::{Operation, OperationId, OperationState, StepState};
 pub use registry::Registry;
 pub use request::{CreateDisk, CreateRequest, DeleteRequest, DeleteScope, Request, RevertRequest};
 pub use service::{DomainRef, DomainSpec, Domsnap};
 pub use shape::{
     CutUnit, FinishStep, FinishUnit, HypervisorStep, NestedStep, PlacedStep, Plan, PlanStep, StepRef,
 };
-pub use shell::{shell_command, shell_word};
+pub use shell::shell_command;
+pub(crate) use shell::shell_word;
 pub use size::shown_size;
 pub use snapshot::{
     Consistency, DiskPoint, Found, FreeNames, MemoryPoint, Point, PointKind, SkippedDisk, Snapshot,
@@ -114,4 +114,4 @@ pub use snapshot::{
 };
 pub use state::{DiskState, InternalPoint, Layer, TagIdentity, Undetermined};
 pub use step::{Edit, Group, Step, StepStatus};
-pub use zone::{local_zone, time_name};
+pub use zone::local_zone;

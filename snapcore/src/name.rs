@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, ErrorKind, Result};
 
-/// The longest snapshot, domain or target name, in bytes.
-pub const MAX_NAME_BYTES: usize = 255;
+/// The longest name, in bytes.
+const MAX_BYTES: usize = 255;
 
 fn check(what: &str, name: &str) -> Result<()> {
     let refuse = |why: &str| {
@@ -18,7 +18,7 @@ fn check(what: &str, name: &str) -> Result<()> {
     if name.is_empty() {
         return refuse("is empty");
     }
-    if name.len() > MAX_NAME_BYTES {
+    if name.len() > MAX_BYTES {
         return refuse("is longer than 255 bytes");
     }
     if name.starts_with(['.', '-']) {
@@ -38,6 +38,9 @@ macro_rules! checked_name {
         pub struct $name(String);
 
         impl $name {
+            /// The longest name, in bytes.
+            pub const MAX_BYTES: usize = MAX_BYTES;
+
             /// Checks `name` and wraps it.
             ///
             /// # Errors

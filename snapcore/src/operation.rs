@@ -48,7 +48,7 @@ pub enum OperationState {
 
 /// Events that change the state of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Transition {
+pub(crate) enum Transition {
     /// The operation and all its steps were recorded.
     Record,
     /// All prepare steps are done.
@@ -68,7 +68,7 @@ impl OperationState {
     ///
     /// # Errors
     /// [`ErrorKind::Internal`] for a transition that does not exist.
-    pub fn after(self, transition: Transition) -> Result<Self> {
+    pub(crate) fn after(self, transition: Transition) -> Result<Self> {
         use OperationState as S;
         use Transition as T;
         match (self, transition) {

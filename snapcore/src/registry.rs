@@ -7,7 +7,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::{
     AnyDiskSnapshotter, Disk, DiskAddress, DiskSnapshotter, Error, ErrorKind, Hypervisor, Result,
-    VmStateSaver, erased, file_identity,
+    VmStateSaver, file_identity,
 };
 
 /// The backends of a program, in the order of their registration. The first is the default: it serves images
@@ -58,7 +58,7 @@ impl Registry {
             )
             .advise("register each format once"));
         }
-        self.backends.push(erased(backend));
+        self.backends.push(AnyDiskSnapshotter::of(backend));
         Ok(())
     }
 

@@ -7,9 +7,11 @@
 
 use serde_json::Value;
 
+use crate::domain::Hypervisor;
+
 /// Variables that say where a hypervisor finds its programs, libraries and displays, and which language it
 /// uses.
-const NEEDED: [&str; 13] = [
+const NEEDED: [&str; 11] = [
     "PATH",
     "HOME",
     "LANG",
@@ -21,29 +23,35 @@ const NEEDED: [&str; 13] = [
     "XAUTHORITY",
     "XDG_RUNTIME_DIR",
     "LD_LIBRARY_PATH",
-    "QEMU_MODULE_DIR",
-    "QEMU_AUDIO_DRV",
 ];
 
 /// Placeholder for a hidden secret.
 const HIDDEN: &str = "(hidden)";
 
-/// Returns true for a variable of the environment that another start of a hypervisor's process needs.
-pub fn is_needed_variable(name: &str) -> bool {
-    NEEDED.contains(&name) || name.starts_with("LC_")
+impl Hypervisor {
+    /// Returns true for a variable of the environment that another start of this hypervisor's process needs.
+    /// Those that begin with its name (`NAME_`) are its own. No other is recorded.
+    pub fn keeps_variable(&self, name: &str) -> bool {
+        let own = self.as_str().replace('-', "_").to_ascii_uppercase();
+        NEEDED.contains(&name)
+            || name.starts_with("LC_")
+            || name.strip_prefix(&own).is_some_and(|rest| rest.starts_with('_'))
+    }
 }
 
 /// Removes the variables that are not needed from a machine's record ([`crate::Machine::record`]).
-pub fn forget_variables(record: &mut Value) {
+pub(crate) fn forget_variables(hypervisor: &Hypervisor, record: &mut Value) {
     let Some(variables) = record.pointer_mut("/process/environment").and_then(Value::as_array_mut) else {
         return;
     };
-    variables.retain(|variable| variable.get(0).and_then(Value::as_str).is_some_and(is_needed_variable));
+    variables.retain(|variable| {
+        variable.get(0).and_then(Value::as_str).is_some_and(|name| hypervisor.keeps_variable(name))
+    });
 }
 
 /// Returns a machine's record fit for display: without its environment and without the secrets of its command
 /// line.
-pub fn shown_record(record: &Value) -> Value {
+pub(crate) fn shown_record(record: &Value) -> Value {
     let mut shown = record.clone();
     if let Some(process) = shown.get_mut("process").and_then(Value::as_object_mut) {
         process.remove("environment");
@@ -58,7 +66,7 @@ pub fn shown_record(record: &Value) -> Value {
 
 /// Returns an argument of a command line fit for display: the values of passwords and of secret objects are
 /// hidden.
-pub fn shown_word(word: &str) -> String {
+pub(crate) fn shown_word(word: &str) -> String {
     if let Ok(mut object) = serde_json::from_str::<Value>(word)
         && object.is_object()
     {
@@ -128,7 +136,7 @@ mod tests {
             ("file.password=x,id=a", "file.password=(hidden),id=a"),
             ("a,,b", "a,,b"),
             ("password-secret=s,id=d", "password-secret=s,id=d"),
-            ("file=/a.qcow2,format=qcow2", "file=/a.qcow2,format=qcow2"),
+            ("file=/a.img,format=x", "file=/a.img,format=x"),
             (
                 r#"{"qom-type":"secret","id":"s","data":"x"}"#,
                 r#"{"data":"(hidden)","id":"s","qom-type":"secret"}"#,
@@ -141,10 +149,13 @@ mod tests {
     #[test]
     fn only_variables_that_a_start_needs_are_kept() {
         let variables =
-            json!([["PATH", "/bin"], ["API_TOKEN", "x"], ["LC_ALL", "C"], ["SSH_AUTH_SOCK", "y"]]);
-        let mut record = json!({ "process": { "command_line": ["qemu"], "environment": variables } });
-        forget_variables(&mut record);
-        assert_eq!(record["process"]["environment"], json!([["PATH", "/bin"], ["LC_ALL", "C"]]));
-        assert_eq!(shown_record(&record), json!({ "process": { "command_line": ["qemu"] } }));
+            json!([["PATH", "/bin"], ["API_TOKEN", "x"], ["LC_ALL", "C"], ["FAKE_DIR", "z"], ["FAKER", "y"]]);
+        let mut record = json!({ "process": { "command_line": ["fake"], "environment": variables } });
+        forget_variables(&Hypervisor::named("fake"), &mut record);
+        assert_eq!(
+            record["process"]["environment"],
+            json!([["PATH", "/bin"], ["LC_ALL", "C"], ["FAKE_DIR", "z"]])
+        );
+        assert_eq!(shown_record(&record), json!({ "process": { "command_line": ["fake"] } }));
     }
 }

@@ -1,7 +1,7 @@
 //! Quoting for every command that is printed for a user.
 
 /// Returns one argument, unchanged if no shell would change it, quoted otherwise.
-pub fn shell_word(word: &str) -> String {
+pub(crate) fn shell_word(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-+=:,./@%".contains(c);
     match !word.is_empty() && word.chars().all(plain) {
         true => word.to_owned(),

@@ -17,13 +17,15 @@ pub fn local_zone() -> TimeZone {
     own.and_then(|rules| TimeZone::tzif("local", &rules).ok()).unwrap_or(TimeZone::UTC)
 }
 
-/// Returns the name of a snapshot without a given name: the current second, in the zone that lists show. It
-/// has no character with another use in a file name or a shell: `2026-11-22-100000`.
-///
-/// # Errors
-/// Never: the characters are valid for a name.
-pub fn time_name(moment: Timestamp) -> Result<SnapshotName> {
-    named(moment, local_zone())
+impl SnapshotName {
+    /// Returns the name of a snapshot without a given name: the second of `moment`, in the zone that lists
+    /// show. It has no character with another use in a file name or a shell: `2026-11-22-100000`.
+    ///
+    /// # Errors
+    /// Never: the characters are valid for a name.
+    pub fn of_time(moment: Timestamp) -> Result<Self> {
+        named(moment, local_zone())
+    }
 }
 
 fn named(moment: Timestamp, zone: TimeZone) -> Result<SnapshotName> {

@@ -51,7 +51,11 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         cannot_save_memory: None,
         cannot_detach: None,
     };
-    let disks = [DiskInput { record, state, backend: snapcore::erased(std::sync::Arc::new(backend)) }];
+    let disks = [DiskInput {
+        record,
+        state,
+        backend: snapcore::AnyDiskSnapshotter::of(std::sync::Arc::new(backend)),
+    }];
     let tree = SnapshotTree::new(vec![found]);
     let mut plans = Vec::new();
     for request in requests {

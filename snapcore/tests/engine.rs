@@ -124,7 +124,7 @@ impl Bench {
             disks.push(DiskInput {
                 record: record.clone(),
                 state,
-                backend: snapcore::erased(Arc::new(self.backend.clone())),
+                backend: snapcore::AnyDiskSnapshotter::of(Arc::new(self.backend.clone())),
             });
         }
         let plan = plan::plan(&entry.domain, &entry.tree, &disks, None, request).await?;

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use anyhow::Result;
 use backend_dir::Copies;
 use camino::Utf8Path;
-use snapcore::{AnyDiskSnapshotter, erased};
+use snapcore::{AnyDiskSnapshotter};
 use snapcore_testkit::{TestBackend, has_file};
 
 struct Files;
 
 impl TestBackend for Files {
     fn backend(&self) -> Arc<AnyDiskSnapshotter> {
-        erased(Arc::new(Copies::default()))
+        AnyDiskSnapshotter::of(Arc::new(Copies::default()))
     }
 
     fn can_lose_power(&self) -> bool {

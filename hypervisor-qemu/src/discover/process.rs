@@ -3,8 +3,8 @@
 use std::{fs, io, os::unix::fs::MetadataExt, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
-use snapcore::secrets::is_needed_variable;
 
+use crate::NAME;
 use crate::machine::Machine;
 
 /// The process behind a QMP socket, from `/proc`. A part that could not be read is missing, and `unread`
@@ -27,7 +27,7 @@ pub struct Process {
     /// Its command line, the first word included.
     #[serde(default)]
     pub command_line: Vec<String>,
-    /// The environment variables that the next start needs ([`snapcore::secrets::is_needed_variable`]). No
+    /// The environment variables that the next start needs ([`snapcore::Hypervisor::keeps_variable`]). No
     /// other is kept anywhere, because they hold tokens and passwords of the user who started it.
     #[serde(default)]
     pub environment: Vec<(String, String)>,
@@ -78,7 +78,7 @@ impl Process {
         let environment = process.keep("environment", fs::read(format!("/proc/{pid}/environ")));
         for entry in split(&environment.unwrap_or_default()) {
             let entry = process.text("an entry of the environment", entry);
-            if let Some((name, value)) = entry.split_once('=').filter(|(name, _)| is_needed_variable(name)) {
+            if let Some((name, value)) = entry.split_once('=').filter(|(name, _)| NAME.keeps_variable(name)) {
                 process.environment.push((name.to_owned(), value.to_owned()));
             }
         }

@@ -16,8 +16,8 @@ use camino::Utf8PathBuf;
 use hypervisor_qemu::Qemu;
 use snapcore::{
     ActivePath, AttachedMerge, Control, Disk, DiskInstant, DiskRecord, Domain, DomainContext, DomainName,
-    DomainStep, Error, ErrorKind, FileIdentity, Inside, LayerName, LiveDomain, MemoryPlan, NothingInside,
-    OpenChain, OpenLayer, Progress, Quiesce, StepOutcome, Target, VmStateSaver,
+    DomainStep, Error, ErrorKind, FileIdentity, Inside, LayerName, LiveDomain, MemoryPlan, OpenChain,
+    OpenLayer, Progress, Quiesce, StepOutcome, Target, VmStateSaver,
 };
 use testguest::Guest;
 use tokio_util::sync::CancellationToken;
@@ -289,11 +289,11 @@ impl Run {
     }
 
     pub async fn apply(&self, step: &DomainStep) -> snapcore::Result<StepOutcome> {
-        self.within(&NothingInside, async |live, context| live.apply(step, context).await).await
+        self.within(&(), async |live, context| live.apply(step, context).await).await
     }
 
     pub async fn undo(&self, step: &DomainStep) -> snapcore::Result<()> {
-        self.within(&NothingInside, async |live, context| live.undo(step, context).await).await
+        self.within(&(), async |live, context| live.undo(step, context).await).await
     }
 
     async fn within<T>(

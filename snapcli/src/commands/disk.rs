@@ -20,10 +20,10 @@ use backend_qcow2::image::{self, Image, NewSnapshot, OpenOptions};
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::layer_name::layer_path;
 use jiff::Timestamp;
-use snapcore::service::{Belonging, DomainRef, GivenImage, Listing, image_list};
+use snapcore::service::{Belonging, DomainRef, GivenImage, Listing};
 use snapcore::{
     ActivePath, CreateRequest, DeleteRequest, Disk as DomainDisk, Error, ErrorKind, InspectDepth, Point,
-    PointKind, Result, RevertRequest, Snapshot, SnapshotName, Target, shell_word, time_name,
+    PointKind, Result, RevertRequest, Snapshot, SnapshotName, Target, shell_command,
 };
 
 use crate::answer::Answer;
@@ -72,7 +72,7 @@ fn create(
 ) -> Result<Answer, Failure> {
     let name = match name {
         Some(name) => name,
-        None => time_name(Timestamp::now())?,
+        None => SnapshotName::of_time(Timestamp::now())?,
     };
     let kind = kind.unwrap_or(PointKind::Internal);
     // Of an image with a history of its own the catalogue must know this snapshot too: a revert may leave the
@@ -285,7 +285,7 @@ fn list(session: &Session, image: &Utf8Path) -> Result<Answer, Failure> {
 /// on.
 fn path_of(image: &GivenImage) -> Result<Utf8PathBuf> {
     if let Some(format) = image.format.as_deref().filter(|format| *format != FORMAT) {
-        let all = shell_word(&image_list([(&image.address, Some(format))]));
+        let all = shell_command([image.to_string().as_str()]);
         return Err(Error::new(
             ErrorKind::Unsupported,
             format!(
@@ -471,7 +471,7 @@ impl Owner {
 }
 
 fn images_of(listing: &Listing) -> String {
-    shell_word(&image_list(listing.domain.disks.iter().map(|record| (&record.disk.address, None))))
+    shell_command([DomainRef::disks_of(&listing.domain).to_string().as_str()])
 }
 
 /// Who has `image` as a layer. Reads the catalogue, if there is one, and the manifests beside the image;

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use camino::Utf8Path;
+use snapcore::DomainName;
 use snapcore::service::{DomainRef, Scanned};
-use snapcore::{DomainName, MAX_NAME_BYTES};
 
 use crate::answer::Answer;
 use crate::commands::change::shell_text;
@@ -65,7 +65,7 @@ fn free_name(own: Option<&str>, socket: &Utf8Path, taken: &BTreeSet<DomainName>)
     // With a colon it might be read as the address of a hypervisor.
     let is_name = |name: &&str| !name.contains(':') && DomainName::new(*name).is_ok();
     let wanted = [own, socket.file_stem()].into_iter().flatten().find(is_name);
-    let wanted: String = wanted.unwrap_or("domain").chars().take(MAX_NAME_BYTES - 4).collect();
+    let wanted: String = wanted.unwrap_or("domain").chars().take(DomainName::MAX_BYTES - 4).collect();
     let is_free = |name: &str| !taken.iter().any(|taken| taken.as_str() == name);
     let numbered = (2_u64..).map(|number| format!("{wanted}-{number}"));
     let mut names = std::iter::once(wanted.clone()).chain(numbered);

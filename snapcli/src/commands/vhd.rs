@@ -8,7 +8,7 @@ use backend_vhd::image::{
 };
 use camino::{Utf8Path, Utf8PathBuf};
 use image_files::names;
-use snapcore::service::{GivenImage, image_path};
+use snapcore::service::GivenImage;
 use snapcore::{Error, ErrorKind, Result};
 
 use super::serve;
@@ -139,7 +139,7 @@ fn mend(path: &Utf8Path, options: &ChainOptions) -> Result<Vec<String>, Failure>
 /// Writes into a child where its parent is.
 pub fn relocate(session: &Session, image: &GivenImage, parent: &Utf8Path) -> Result<Answer, Failure> {
     let path = path_of(image)?;
-    let parent = image_path(&absolute(parent)?)?;
+    let parent = GivenImage::known_path(&absolute(parent)?)?;
     session.ask(session.service.require_closed(&path))?;
     let mut opened = engine(Vhd::open(path.as_std_path(), &OpenOptions::read_write()))?;
     let name = name_of(&path, &parent)?;
@@ -192,7 +192,7 @@ pub fn copy(
     align: u64,
 ) -> Result<Answer, Failure> {
     let path = path_of(image)?;
-    let to = image_path(&absolute(to)?)?;
+    let to = GivenImage::known_path(&absolute(to)?)?;
     let mut chain = engine(Chain::open(path.as_std_path(), &options(session)?))?;
     let kind = match format {
         CopyFormat::Raw => Materialised::Raw,

@@ -1,7 +1,7 @@
 //! Names that are as nasty as they may be.
 
 use anyhow::{Context, Result, ensure};
-use snapcore::{ErrorKind, MAX_NAME_BYTES};
+use snapcore::{ErrorKind, SnapshotName};
 
 use super::TestCase;
 use crate::fixture::{Fixture, Method};
@@ -21,7 +21,7 @@ pub(super) const CASES: [TestCase; 2] = [
 ];
 
 fn names_of_snapshots(subject: &dyn TestBackend, method: &Method) -> Result<()> {
-    let longest = "x".repeat(MAX_NAME_BYTES);
+    let longest = "x".repeat(SnapshotName::MAX_BYTES);
     let names = [
         "1",
         "2026-11-22T10:00:00+01:00",

@@ -170,7 +170,7 @@ pub(super) const CASES: [TestCase; 6] = [
                     progress: &Silent,
                     cancel: &cancel,
                     attached: None,
-                    inside: &snapcore::NothingInside,
+                    inside: &(),
                     resumed: false,
                 };
                 let junk = [

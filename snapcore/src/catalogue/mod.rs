@@ -17,7 +17,6 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-pub use edit::apply_edit;
 pub use row::StepRow;
 
 use crate::{

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use super::{Run, Running};
 use crate::catalogue::Change;
-use crate::operation::StepTransition;
+use crate::operation::{StepTransition, Transition};
 use crate::service::Postponed;
 use crate::{
     AnyDiskSnapshotter, DiskRecord, DomainStep, Error, ErrorKind, Event, Group, Leftover, Result, Step,
-    StepRef, StepState, StepStatus, Target, Transition,
+    StepRef, StepState, StepStatus, Target,
 };
 
 impl Running<'_> {

@@ -39,13 +39,13 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use self::guest::Guest;
-use crate::catalogue::{Catalogue, Change, Entry, Revision, apply_edit};
+use crate::catalogue::{Catalogue, Change, Entry, Revision};
 use crate::manifest::ManifestStore;
-use crate::operation::StepTransition;
+use crate::operation::{StepTransition, Transition};
 use crate::service::Postponed;
 use crate::{
     Edit, Error, ErrorKind, Event, Events, GuestChange, LiveDomain, Operation, OperationId, OperationState,
-    Plan, Registry, Result, Snapshot, StartedDomain, StepOutcome, StepRef, StepState, Taken, Transition,
+    Plan, Registry, Result, Snapshot, StartedDomain, StepOutcome, StepRef, StepState, Taken,
 };
 
 /// Carries plans out on one domain, whose lock and disks the caller has.
@@ -494,7 +494,7 @@ impl Running<'_> {
             self.engine.catalogue.commit(&self.entry.domain.name, self.entry.revision, changes).await?;
         self.entry.revision = revision;
         for edit in &edits {
-            apply_edit(edit, &mut self.entry.domain, &mut self.entry.tree)?;
+            edit.apply(&mut self.entry.domain, &mut self.entry.tree)?;
         }
         Ok(())
     }

@@ -18,8 +18,8 @@ use super::Running;
 use super::guest::Guest;
 use crate::{
     AnyDiskSnapshotter, DiskInstant, DiskRecord, DomainContext, DomainStep, Edit, Error, ErrorKind, Event,
-    Events, Group, Inside, LiveDomain, NothingInside, OpenChain, OperationId, PowerAfter, Progress, Result,
-    Salvage, StartFromMemory, Step, StepContext, StepOutcome, StepRef, StepState, StepStatus, Target,
+    Events, Group, Inside, LiveDomain, OpenChain, OperationId, PowerAfter, Progress, Result, Salvage,
+    StartFromMemory, Step, StepContext, StepOutcome, StepRef, StepState, StepStatus, Target,
 };
 
 impl Running<'_> {
@@ -83,7 +83,7 @@ impl Running<'_> {
     /// Does the nested steps of one disk; returns the number of those that were begun.
     async fn apply_nested_of_one(&self, steps: &[usize]) -> (usize, Result<()>) {
         for (place, &index) in steps.iter().enumerate() {
-            if let Err(error) = self.apply_to_disk(index, &NothingInside).await {
+            if let Err(error) = self.apply_to_disk(index, &()).await {
                 return (place + 1, Err(error.context(self.operation.placed(index).summary())));
             }
         }
@@ -94,7 +94,7 @@ impl Running<'_> {
     async fn undo_nested(&self, steps: Vec<usize>) -> Result<()> {
         for index in steps.into_iter().rev() {
             let (backend, step, work) = self.work(index)?;
-            guarded(backend.undo(step, work.context(&work.never_cancelled, &NothingInside))).await?;
+            guarded(backend.undo(step, work.context(&work.never_cancelled, &()))).await?;
         }
         Ok(())
     }
@@ -196,7 +196,7 @@ impl Running<'_> {
         let context = DomainContext {
             domain: &self.entry.domain,
             chains: &chains,
-            inside: &NothingInside,
+            inside: &(),
             progress: &progress,
             cancel: &cancel,
         };
@@ -332,7 +332,7 @@ impl Running<'_> {
 
     async fn undo_on_disk(&mut self, index: usize) -> Result<Vec<Edit>> {
         let (backend, step, work) = self.work(index)?;
-        let context = work.context(&work.never_cancelled, &NothingInside);
+        let context = work.context(&work.never_cancelled, &());
         // Merged data is in the image below by now, and the overlay is not needed.
         let salvage = match self.resumed && !self.guest.has_merged(&step.target) {
             true => {
@@ -365,17 +365,15 @@ impl Running<'_> {
             return Ok(false);
         }
         let (backend, step, work) = self.work(index)?;
-        guarded(backend.is_superseded(step, work.context(&work.never_cancelled, &NothingInside)))
-            .await
-            .map_err(|error| {
-                error.context(format!("what the domain wrote since the crash: {}", step.summary))
-            })
+        guarded(backend.is_superseded(step, work.context(&work.never_cancelled, &()))).await.map_err(
+            |error| error.context(format!("what the domain wrote since the crash: {}", step.summary)),
+        )
     }
 
     /// Returns the progress of a disk's step.
     pub(super) async fn status(&self, index: usize) -> Result<StepStatus> {
         let (backend, step, work) = self.work(index)?;
-        guarded(backend.status(step, work.context(&work.never_cancelled, &NothingInside))).await
+        guarded(backend.status(step, work.context(&work.never_cancelled, &()))).await
     }
 
     /// The disks as the catalogue has them once the plan is committed.

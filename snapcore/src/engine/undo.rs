@@ -7,11 +7,10 @@ use tokio::time::sleep;
 
 use super::Running;
 use crate::catalogue::Change;
-use crate::operation::StepTransition;
+use crate::operation::{StepTransition, Transition};
 use crate::shape::subject;
 use crate::{
     DomainStep, Edit, Error, ErrorKind, Event, Group, PowerAfter, Result, StepState, StepStatus, Target,
-    Transition,
 };
 
 /// The time for which an image locked by another program is tried again while a guest waits for its disks.

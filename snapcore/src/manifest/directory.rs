@@ -22,21 +22,21 @@ use confined_files::{Directory, FileName, Kind, is_trusted, refusal};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::{DomainManifest, Found, Item, ManifestStore, Problem, is_needed};
+use super::{DomainManifest, Found, Item, ManifestStore, Problem};
 use crate::catalogue::{CatalogueId, Entry, Revision, Stamp};
-use crate::{Error, ErrorKind, Result, Snapshot, SnapshotId, shell_word};
+use crate::{Domain, Error, ErrorKind, Result, Snapshot, SnapshotId, shell_word};
 
 /// The version of the envelope and of its content.
-pub const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 /// The size of the longest manifest that is read: a snapshot of a thousand disks is far below it.
-pub const MAX_BYTES: u64 = 4 << 20;
+pub(crate) const MAX_BYTES: u64 = 4 << 20;
 
 /// The most bytes that are read of all manifests of one directory.
-pub const MAX_ALL_BYTES: u64 = 256 << 20;
+pub(crate) const MAX_ALL_BYTES: u64 = 256 << 20;
 
 /// The most manifests that are read from one directory.
-pub const MAX_FILES: usize = 100_000;
+pub(crate) const MAX_FILES: usize = 100_000;
 
 /// The greatest revision that is accepted: a thousand a second reach it in a hundred million years.
 const MAX_REVISION: u64 = 1 << 62;
@@ -244,7 +244,7 @@ impl ManifestStore for ManifestDirectory {
         gone.extend(
             recorded.iter().filter(|recorded| is_gone(recorded)).map(|recorded| self.file_of(recorded.id)),
         );
-        if !is_needed(after) {
+        if !after.needs_manifests() {
             return self.remove_all(&gone).map_err(failed);
         }
         let directory = self.make_directory().map_err(failed)?;
@@ -339,7 +339,7 @@ impl ManifestStore for ManifestDirectory {
                 }
                 Some(id) => {
                     let SnapshotManifest { catalogue, revision, snapshot } = open_envelope(&bytes)?;
-                    crate::confine::check_snapshot(&snapshot)?;
+                    snapshot.check_names()?;
                     if snapshot.id != id {
                         return Err(format!("it describes the snapshot {}", snapshot.id));
                     }
@@ -453,11 +453,12 @@ fn read_bounded(directory: &Directory, name: &str, most: u64) -> Result<Vec<u8>,
 
 fn open_domain(bytes: &[u8]) -> Result<DomainManifest, String> {
     let mut manifest: DomainManifest = open_envelope(bytes)?;
-    for machine in &mut manifest.domain.machines {
+    let Domain { hypervisor, machines, .. } = &mut manifest.domain;
+    for machine in machines {
         // An older domsnap wrote more than is needed.
-        crate::secrets::forget_variables(&mut machine.record);
+        crate::secrets::forget_variables(hypervisor, &mut machine.record);
     }
-    crate::confine::check_domain(&manifest.domain)?;
+    manifest.domain.check_names()?;
     match manifest.revision {
         Revision(0..=MAX_REVISION) => Ok(manifest),
         Revision(more) => Err(format!("its revision is {more}, which no catalogue gives")),

@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
 
-pub use directory::{MAX_ALL_BYTES, MAX_BYTES, MAX_FILES, ManifestDirectory, VERSION};
+pub use directory::ManifestDirectory;
 
 use crate::catalogue::{CatalogueId, Entry, Revision, Stamp};
 use crate::{Domain, Result, Snapshot, SnapshotId};
@@ -26,7 +26,8 @@ use crate::{Domain, Result, Snapshot, SnapshotId};
 ///
 /// All methods block. **Order:** the domain's manifest represents all of them, so it is written last, and
 /// removed first. A method's writes and removals are durable when it returns. Nothing in a manifest is
-/// authoritative: an implementation checks every name that it reads ([`crate::confine`]).
+/// authoritative: an implementation checks every name that it reads ([`Domain::check_names`],
+/// [`Snapshot::check_names`]).
 pub trait ManifestStore: Send + Sync + std::fmt::Debug {
     /// The place of the manifests, for people.
     fn place(&self) -> &str;
@@ -94,7 +95,7 @@ pub trait ManifestStore: Send + Sync + std::fmt::Debug {
                     && manifest.stamp() == Stamp { catalogue, revision: entry.revision }
                     && manifest.domain.name == entry.domain.name
             }
-            None => !is_needed(entry) && self.is_empty(),
+            None => !entry.needs_manifests() && self.is_empty(),
         }
     }
 }
@@ -186,7 +187,9 @@ impl Found {
     }
 }
 
-/// Returns true if `entry` has anything that the images themselves do not show, so that it needs manifests.
-pub fn is_needed(entry: &Entry) -> bool {
-    !entry.tree.is_empty() || entry.domain.disks.iter().any(|record| record.owned.len() > 1)
+impl Entry {
+    /// Returns true if it has anything that the images themselves do not show, so that it needs manifests.
+    pub fn needs_manifests(&self) -> bool {
+        !self.tree.is_empty() || self.domain.disks.iter().any(|record| record.owned.len() > 1)
+    }
 }

@@ -8,9 +8,9 @@ use super::merged::{Merged, of_domain};
 use crate::request::BUDGET;
 use crate::shape::{CutUnit, FinishStep, FinishUnit, HypervisorStep, PlanStep};
 use crate::{
-    Consistency, CreateRequest, DiskInstant, DomainInfo, DomainStep, Edit, Error, ErrorKind,
-    HypervisorProfile, MAX_COMPRESSION, Machine, Medium, MemoryPlan, MemoryPoint, Obstacle, PowerAfter,
-    Quiesce, Restart, RestartSource, Result, RevertRequest, Snapshot, Target,
+    Consistency, Control, CreateRequest, DiskInstant, DomainInfo, DomainStep, Edit, Error, ErrorKind,
+    HypervisorProfile, Machine, Medium, MemoryPlan, MemoryPoint, Obstacle, PowerAfter, Quiesce, Restart,
+    RestartSource, Result, RevertRequest, Snapshot, Target,
 };
 
 /// A running domain as the planner sees it.
@@ -65,7 +65,7 @@ pub(super) fn memory_file(directory: &Utf8Path, snapshot: &Snapshot) -> Utf8Path
 impl Planner<'_> {
     /// Returns true if the snapshot includes memory.
     pub(super) fn with_memory(&self, request: &CreateRequest) -> Result<bool> {
-        if let Some(level) = request.compress.filter(|level| *level > MAX_COMPRESSION) {
+        if let Some(level) = request.compress.filter(|level| *level > Control::MAX_COMPRESSION) {
             return Err(Error::new(ErrorKind::Usage, format!("{level} is no level of compression"))
                 .state("no changes made")
                 .advise("levels are 1 (fast) to 19 (small); 0 does not compress"));

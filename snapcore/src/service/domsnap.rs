@@ -15,7 +15,6 @@ use crate::catalogue::Catalogue;
 use crate::{
     Control, CreateRequest, DeleteRequest, DiskAddress, Domain, DomainInfo, DomainName, Error, ErrorKind,
     EventStream, Finding, Host, Hypervisor, Plan, Registry, Request, Result, RevertRequest, SnapshotName,
-    time_name,
 };
 
 /// Snapshots of domains. Cheap to clone; may be used from many tasks at once.
@@ -46,10 +45,10 @@ impl Domsnap {
         self.rooms.events.subscribe()
     }
 
-    /// A free name for a snapshot of `domain`, made from the time: [`time_name`].
+    /// A free name for a snapshot of `domain`, made from the time: [`SnapshotName::of_time`].
     pub async fn default_name(&self, domain: &DomainRef) -> Result<SnapshotName> {
         let listing = self.list(domain).await?;
-        importer::free_name(&time_name(Timestamp::now())?, &listing.snapshots)
+        importer::free_name(&SnapshotName::of_time(Timestamp::now())?, &listing.snapshots)
     }
 
     /// Registers a domain: imports its disks, with the snapshots that manifests beside them describe and the

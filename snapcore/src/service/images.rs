@@ -4,7 +4,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::{GivenImage, image_list};
+use super::{DomainRef, GivenImage};
 use crate::{
     Disk, DiskAddress, DiskIdentity, Domain, Error, ErrorKind, FileIdentity, Registry, Result, Target,
     file_identity, shell_word,
@@ -23,61 +23,7 @@ pub(crate) fn file_id(path: &Utf8Path) -> Option<FileIdentity> {
 
 /// The paths of `domain`'s images, quoted for a command line.
 pub(super) fn images_of(domain: &Domain) -> String {
-    shell_word(&image_list(domain.disks.iter().map(|record| (&record.disk.address, None))))
-}
-
-/// Returns the path by which an image is known: without links and dots. A symbolic link to an image is
-/// followed, here and nowhere else: backing names are relative to the image's own directory. A file that does
-/// not exist has its directory's path.
-///
-/// # Errors
-/// [`ErrorKind::Refused`] for a link of another user to a file that is not that user's. The right to make
-/// links in a directory must not select the files that are changed. [`ErrorKind::Usage`] for a path that is
-/// neither a file nor a block device.
-pub fn image_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
-    let Ok(found) = path.symlink_metadata() else { return below_real_directory(path) };
-    let about = match path.metadata() {
-        Ok(about) => about,
-        Err(cause) => {
-            let leads = path.read_link_utf8().map(|to| format!(", a symbolic link to {to}"));
-            let leads = leads.unwrap_or_default();
-            let kind = match cause.kind() {
-                std::io::ErrorKind::NotFound => ErrorKind::NotFound,
-                _ => ErrorKind::Io,
-            };
-            let detail = match kind {
-                ErrorKind::NotFound => format!("no such file: {path}{leads}"),
-                _ => format!("{path}{leads}, cannot be opened"),
-            };
-            let error = Error::new(kind, detail).state("no changes made");
-            return Err(if kind == ErrorKind::NotFound { error } else { error.because(cause) });
-        }
-    };
-    if !about.is_file() && !about.file_type().is_block_device() {
-        return Err(Error::new(ErrorKind::Usage, format!("{path} is not a regular file or block device"))
-            .advise("give the path of a disk image"));
-    }
-    // The lasting names of block devices are links; the names that they lead to change at the next boot.
-    if !found.is_symlink() || about.file_type().is_block_device() {
-        return below_real_directory(path);
-    }
-    let own = rustix::process::geteuid().as_raw();
-    if ![0, own, about.uid()].contains(&found.uid()) {
-        return Err(Error::new(
-            ErrorKind::Refused,
-            format!(
-                "the image path {path} is a symbolic link of user {} to a file of user {}",
-                found.uid(),
-                about.uid()
-            ),
-        )
-        .state("no changes made")
-        .advise("give the path that it leads to, if that is the image you mean"));
-    }
-    let real = path.canonicalize_utf8();
-    real.map_err(|cause| {
-        Error::new(ErrorKind::Io, format!("the symbolic link {path} cannot be followed")).because(cause)
-    })
+    shell_word(&DomainRef::disks_of(domain).to_string())
 }
 
 /// Refuses images that do not exist.
@@ -97,6 +43,63 @@ pub(super) fn require_files(images: &[DiskAddress]) -> Result<()> {
 }
 
 impl GivenImage {
+    /// Returns the path by which an image is known: without links and dots. A symbolic link to an image is
+    /// followed, here and nowhere else: backing names are relative to the image's own directory. A file that does
+    /// not exist has its directory's path.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] for a link of another user to a file that is not that user's. The right to make
+    /// links in a directory must not select the files that are changed. [`ErrorKind::Usage`] for a path that is
+    /// neither a file nor a block device.
+    pub fn known_path(path: &Utf8Path) -> Result<Utf8PathBuf> {
+        let Ok(found) = path.symlink_metadata() else { return below_real_directory(path) };
+        let about = match path.metadata() {
+            Ok(about) => about,
+            Err(cause) => {
+                let leads = path.read_link_utf8().map(|to| format!(", a symbolic link to {to}"));
+                let leads = leads.unwrap_or_default();
+                let kind = match cause.kind() {
+                    std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+                    _ => ErrorKind::Io,
+                };
+                let detail = match kind {
+                    ErrorKind::NotFound => format!("no such file: {path}{leads}"),
+                    _ => format!("{path}{leads}, cannot be opened"),
+                };
+                let error = Error::new(kind, detail).state("no changes made");
+                return Err(if kind == ErrorKind::NotFound { error } else { error.because(cause) });
+            }
+        };
+        if !about.is_file() && !about.file_type().is_block_device() {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!("{path} is not a regular file or block device"),
+            )
+            .advise("give the path of a disk image"));
+        }
+        // The lasting names of block devices are links; the names that they lead to change at the next boot.
+        if !found.is_symlink() || about.file_type().is_block_device() {
+            return below_real_directory(path);
+        }
+        let own = rustix::process::geteuid().as_raw();
+        if ![0, own, about.uid()].contains(&found.uid()) {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "the image path {path} is a symbolic link of user {} to a file of user {}",
+                    found.uid(),
+                    about.uid()
+                ),
+            )
+            .state("no changes made")
+            .advise("give the path that it leads to, if that is the image you mean"));
+        }
+        let real = path.canonicalize_utf8();
+        real.map_err(|cause| {
+            Error::new(ErrorKind::Io, format!("the symbolic link {path} cannot be followed")).because(cause)
+        })
+    }
+
     /// The path by which the image is known, for programs that work on the file itself: without links and
     /// dots.
     ///
@@ -108,7 +111,7 @@ impl GivenImage {
             let detail = format!("{} is no file or block device of this machine", self.address);
             return Err(Error::new(ErrorKind::Unsupported, detail).advise("give the path of a disk image"));
         };
-        let path = image_path(path)?;
+        let path = Self::known_path(path)?;
         require_files(&[DiskAddress::from(&path)])?;
         Ok(path)
     }
@@ -140,12 +143,12 @@ fn below_real_directory(path: &Utf8Path) -> Result<Utf8PathBuf> {
     Ok(directory.join(name))
 }
 
-/// Returns the one form of an image's address: its backend's for an address with a scheme, and [`image_path`]
-/// for a path.
+/// Returns the one form of an image's address: its backend's for an address with a scheme, and
+/// [`GivenImage::known_path`] for a path.
 pub(super) async fn known_address(registry: &Registry, given: &DiskAddress) -> Result<DiskAddress> {
     match registry.of_scheme(given) {
         Some(backend) => backend.resolve(given).await,
-        None => image_path(Utf8Path::new(given.as_str())).map(DiskAddress::from),
+        None => GivenImage::known_path(Utf8Path::new(given.as_str())).map(DiskAddress::from),
     }
 }
 

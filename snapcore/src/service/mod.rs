@@ -35,9 +35,8 @@ mod viewer;
 
 pub use domsnap::Domsnap;
 pub(crate) use images::file_id;
-pub use images::image_path;
 pub use locator::Scanned;
-pub use reference::{DomainRef, DomainSpec, GivenImage, image_list};
+pub use reference::{DomainRef, DomainSpec, GivenImage};
 pub use report::{
     Details, DiskReport, DomainSummary, ImportOptions, ImportReport, Listing, Member, Outcome, Postponed,
     RecoveryEnd, RecoveryReport, Removal, Unfinished,

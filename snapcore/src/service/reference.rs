@@ -3,8 +3,8 @@
 use camino::Utf8Path;
 
 use crate::{
-    ActivePath, Control, Disk, DiskAddress, DomainInfo, DomainName, Error, ErrorKind, Hypervisor, Result,
-    Target,
+    ActivePath, Control, Disk, DiskAddress, Domain, DomainInfo, DomainName, Error, ErrorKind, Hypervisor,
+    Result, Target,
 };
 
 /// A reference to a domain: a registered name, the images of disks at rest, or the address of a running one.
@@ -51,6 +51,14 @@ impl std::str::FromStr for GivenImage {
     }
 }
 
+impl std::fmt::Display for GivenImage {
+    /// Writes what [`DomainRef::parse`] reads; it is not quoted for a shell.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.address.as_str().replace(',', ",,"))?;
+        self.format.iter().try_for_each(|format| write!(f, ",{FORMAT}{format}"))
+    }
+}
+
 /// The prefix that states the format of the preceding image in a list of images.
 const FORMAT: &str = "format=";
 
@@ -59,8 +67,8 @@ impl DomainRef {
     /// a `,` in it, or that names an existing file, is a list of images. Anything else is a name. Relative
     /// paths are taken from the current directory.
     ///
-    /// A list of images is `PATH[,format=FORMAT]`, joined by commas. A comma of a path is written twice, as
-    /// in options of QEMU. Text that is the path of an existing file is that file alone, with all its commas.
+    /// A list of images is `PATH[,format=FORMAT]`, joined by commas. A comma of a path is written twice.
+    /// Text that is the path of an existing file is that file alone, with all its commas.
     ///
     /// Only the service knows which hypervisors exist, and what their addresses mean. Text that begins like
     /// an address and names no hypervisor of the service is read there as a name or as images.
@@ -135,6 +143,12 @@ impl DomainRef {
         Ok(Self::Images(images))
     }
 
+    /// The disks of a domain, as images without a stated format.
+    pub fn disks_of(domain: &Domain) -> Self {
+        let images = domain.disks.iter().map(|record| &record.disk.address);
+        Self::Images(images.map(|address| GivenImage { address: address.clone(), format: None }).collect())
+    }
+
     /// States the format of the images that have none stated. A registered domain has its own; there it
     /// changes nothing.
     #[must_use]
@@ -165,8 +179,8 @@ impl std::fmt::Display for DomainRef {
             Self::Name(name) => f.write_str(name.as_str()),
             Self::Live { hypervisor, address } => write!(f, "{hypervisor}:{address}"),
             Self::Images(images) => {
-                let list = images.iter().map(|image| (&image.address, image.format.as_deref()));
-                f.write_str(&image_list(list))
+                let list: Vec<String> = images.iter().map(ToString::to_string).collect();
+                f.write_str(&list.join(","))
             }
         }
     }
@@ -201,15 +215,6 @@ fn split_commas(text: &str) -> Vec<String> {
         }
     }
     parts
-}
-
-/// Images as a list that [`DomainRef::parse`] reads; not quoted for a shell.
-pub fn image_list<'a>(images: impl IntoIterator<Item = (&'a DiskAddress, Option<&'a str>)>) -> String {
-    let image = |(address, format): (&DiskAddress, Option<&str>)| {
-        let address = address.as_str().replace(',', ",,");
-        format.map_or(address.clone(), |format| format!("{address},{FORMAT}{format}"))
-    };
-    images.into_iter().map(image).collect::<Vec<_>>().join(",")
 }
 
 /// Returns true for the name of a file that QEMU makes for a drive with `snapshot=on`.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use camino::Utf8Path;
 use snapcore::catalogue::{CatalogueId, Entry, Stamp};
-use snapcore::manifest::{DomainManifest, Found, Item, ManifestStore, is_needed};
+use snapcore::manifest::{DomainManifest, Found, Item, ManifestStore};
 use snapcore::{Disk, Result, Snapshot, SnapshotId};
 
 /// The manifests of one domain.
@@ -98,7 +98,7 @@ impl ManifestStore for RowManifests {
             for snapshot in after.tree.iter() {
                 row.snapshots.insert(snapshot.id, (stamp, snapshot.clone()));
             }
-            row.domain = is_needed(after).then(|| DomainManifest::of(catalogue, after));
+            row.domain = after.needs_manifests().then(|| DomainManifest::of(catalogue, after));
         })
     }
 

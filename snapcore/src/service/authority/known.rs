@@ -7,7 +7,7 @@ use camino::Utf8Path;
 use std::sync::Arc;
 
 use crate::catalogue::{CatalogueId, Entry};
-use crate::manifest::{DomainManifest, Found, Item, ManifestStore, is_needed};
+use crate::manifest::{DomainManifest, Found, Item, ManifestStore};
 use crate::{Result, SnapshotId};
 
 /// Remembers the domain's manifest: it is read once, and known from then on from the writes.
@@ -74,7 +74,7 @@ impl ManifestStore for KnownManifests {
 
     fn write(&self, catalogue: CatalogueId, before: Option<&Entry>, after: &Entry) -> Result<()> {
         self.forgetting(|| self.store.write(catalogue, before, after))?;
-        *self.known() = Some(is_needed(after).then(|| DomainManifest::of(catalogue, after)));
+        *self.known() = Some(after.needs_manifests().then(|| DomainManifest::of(catalogue, after)));
         Ok(())
     }
 

@@ -4,7 +4,6 @@ use std::collections::HashSet;
 
 use super::read::{Identity, Matched};
 use super::{Importer, Report};
-use crate::confine::is_elsewhere;
 use crate::erased::AnyDiskSnapshotter;
 use crate::{ActivePath, Disk, DiskRecord, DiskState, InspectDepth, LayerName, Result, Target};
 
@@ -63,7 +62,7 @@ async fn is_renamed(
     recorded: &DiskRecord,
 ) -> Result<bool> {
     Ok(backend.layer_address(record, &record.active) == record.disk.address
-        && !is_elsewhere(&recorded.active)
+        && !recorded.active.is_elsewhere()
         && !backend.has_layer(record, &recorded.active).await?)
 }
 
@@ -80,7 +79,7 @@ async fn add_layers(
     let source = &matched.source;
     for layer in &recorded.owned {
         let Disk { target, address, .. } = &record.disk;
-        if !source.trust && is_elsewhere(layer) && !source.owns(address, layer) {
+        if !source.trust && layer.is_elsewhere() && !source.owns(address, layer) {
             report.notes.push(format!(
                 "the layer {layer} lies outside of the directory of disk {target}: it is only read, and never merged or \
                  removed; `domsnap import --trust` confirms that it is the domain's own"

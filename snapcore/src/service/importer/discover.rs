@@ -124,7 +124,7 @@ impl Names {
         let number = self.next.entry(wanted.clone()).or_insert(2);
         while self.taken.contains(&name) {
             let suffix = format!("-{number}");
-            let head: String = wanted.as_str().chars().take(crate::MAX_NAME_BYTES - suffix.len()).collect();
+            let head: String = wanted.as_str().chars().take(SnapshotName::MAX_BYTES - suffix.len()).collect();
             name = SnapshotName::new(format!("{head}{suffix}"))?;
             *number += 1;
         }

@@ -4,11 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 
+use block_devices::DeviceUse;
 use camino::Utf8PathBuf;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, StatxFlags, makedev, openat, statx};
 use rustix::io::Errno;
 
-use crate::devices::{self, DeviceUse};
 use crate::hypervisor::{device_identity, is_device};
 use crate::{FileIdentity, file_identity};
 
@@ -112,15 +112,16 @@ fn with_partitions(
 ) -> HashMap<FileIdentity, FileIdentity> {
     let mut files: HashMap<FileIdentity, FileIdentity> = named.keys().map(|file| (*file, *file)).collect();
     for (file, path) in named.iter().filter(|(file, _)| is_device(**file)) {
-        let Some(device) = devices::device_number(path) else { continue };
-        files.extend(devices::partitions(device).into_iter().map(|part| (device_identity(part), *file)));
+        let Some(device) = block_devices::device_number(path) else { continue };
+        files
+            .extend(block_devices::partitions(device).into_iter().map(|part| (device_identity(part), *file)));
         // The kernel's driver may serve the disk to this very domain, unless a process of the domain does.
         let is_own = || of_domain.contains(file) && !own.iter().any(|pid| has_open(*pid, *file));
-        let mut xen = devices::xen_disks(device);
-        if !xen.is_empty() && is_own() {
-            xen.clear();
+        let mut guests = block_devices::guests_of(device);
+        if !guests.is_empty() && is_own() {
+            guests.clear();
         }
-        for DeviceUse { how, writes } in devices::kernel_use(path).into_iter().chain(xen) {
+        for DeviceUse { how, writes } in block_devices::kernel_use(path).into_iter().chain(guests) {
             let who = format!("this machine itself ({how})");
             found.push(User { file: *file, process: None, who, writes, locks: Locks::None });
         }

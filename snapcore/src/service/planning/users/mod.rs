@@ -11,7 +11,7 @@
 //! | a loop device | `/sys/block/loop*/loop/backing_file` |
 //! | swap | `/proc/swaps` |
 //! | a target of the kernel (iSCSI, vhost, NVMe) | its configuration in `/sys/kernel/config` |
-//! | of a block device: a mount, a device made of it, an exclusive claim, a Xen domain | [`crate::devices`] |
+//! | of a block device: a mount, a device made of it, an exclusive claim, a guest | [`block_devices`] |
 //!
 //! The user of a partition uses the disk. A backend that knows more of its devices (the number of times one
 //! is opened) asks for itself.
@@ -40,7 +40,6 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 
 use self::kernel::{Locks, User, Users, users_of};
-use crate::devices;
 use crate::engine::Watch;
 use crate::hypervisor::is_device;
 use crate::service::images::file_id;
@@ -295,8 +294,8 @@ impl Watcher {
             // of others.
             let by_the_kernel = || {
                 disk.local()
-                    .and_then(devices::device_number)
-                    .is_some_and(|device| !devices::xen_disks(device).is_empty())
+                    .and_then(block_devices::device_number)
+                    .is_some_and(|device| !block_devices::guests_of(device).is_empty())
             };
             watched.unknown_process |= !known && !open.is_empty() && !by_the_kernel();
             watched.of_domain.extend(&open);

@@ -1,8 +1,10 @@
-//! Uses of a block device by the kernel of this machine: a mount, swap, a device made of it, an exclusive
-//! claim, a Xen domain.
+//! Block devices of this machine: their numbers, their partitions, and their uses by the kernel. A use is a
+//! mount, swap, a device made of it, an exclusive claim, or a guest of a hypervisor.
 //!
 //! No process has such a device open, or none that shows it, and no lock shows it. Two writers destroy a
 //! disk. A reader beside a merge or a removal gets inconsistent data.
+
+#![forbid(unsafe_code)]
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -109,9 +111,9 @@ fn holders(device: u64) -> Option<DeviceUse> {
     })
 }
 
-/// Lists Xen domains that use the device as a disk by the kernel's own driver, which opens it like any
-/// program.
-pub fn xen_disks(device: u64) -> Vec<DeviceUse> {
+/// Lists the guests that use the device as a disk through a driver of the kernel, which opens it like any
+/// program. Xen's block driver is the one that there is.
+pub fn guests_of(device: u64) -> Vec<DeviceUse> {
     let entries = fs::read_dir("/sys/bus/xen-backend/devices").into_iter().flatten().flatten();
     let of_it = entries
         .map(|entry| entry.path())
