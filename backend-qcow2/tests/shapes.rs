@@ -1,16 +1,20 @@
 //! The shape of each operation's plan, on two disks: at rest, under a hypervisor that reverts in place, and
 //! under one that creates the domain again. The journal's rows of each are read back as the same plan.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use backend_qcow2::Qcow2;
 use backend_qcow2::image::{self, Backing, Image, NewImage, NewSnapshot, OpenOptions};
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
+use catalogue_sqlite::SqliteCatalogue;
 use image_files::chain::ChainStep;
 use image_files::layer_name::{layer_name, layer_path};
-use snapcore::plan::{DiskInput, RunningDomain, plan};
+use snapcore::catalogue::{Catalogue, Change, Revision};
 use snapcore::*;
+use tokio_util::sync::CancellationToken;
 
 /// The domain's hypervisor.
 #[derive(Clone, Copy, PartialEq)]
@@ -23,7 +27,7 @@ enum Under {
 /// Two disks, each with a frozen layer under the active one, a tag in each layer, and these snapshots: `s1`,
 /// the frozen layers, with memory; `tag`, the tags in them; `active`, the tags in the active layers.
 struct Fixture {
-    directory: tempfile::TempDir,
+    _directory: tempfile::TempDir,
     domain: Domain,
     tree: SnapshotTree,
 }
@@ -73,45 +77,149 @@ impl Fixture {
             unregistered: false,
             hypervisor: Hypervisor::new("fake").unwrap(),
             host: None,
-            control: None,
+            control: Some(Control { address: "web".to_owned(), ..Control::default() }),
             active_path: ActivePath::Keep,
             disks,
             current: None,
             machines: Vec::new(),
         };
-        Self { directory, domain, tree }
+        Self { _directory: directory, domain, tree }
     }
 
     /// Plans a request; returns one line for each step of the plan. What is nested is behind `>`.
     async fn shape(&self, under: Under, request: Request) -> Vec<String> {
-        let mut disks = Vec::new();
-        for record in &self.domain.disks {
-            let backend = Qcow2::new();
-            let mut state = backend.inspect(record, InspectDepth::Dependents, None).await.unwrap();
-            state.attached = under != Under::Rest;
-            disks.push(DiskInput {
-                record: record.clone(),
-                state,
-                backend: AnyDiskSnapshotter::of(Arc::new(backend)),
-            });
-        }
-        let seen = DomainInfo::new(serde_json::json!({}), true);
-        let profile = HypervisorProfile::new(self.domain.hypervisor.clone(), "Fake", "NAME");
-        let running = RunningDomain {
-            profile: if under == Under::Recreating { profile.recreates() } else { profile },
-            seen: &seen,
-            differs: Vec::new(),
-            media: Vec::new(),
-            memory_dir: Utf8PathBuf::from_path_buf(self.directory.path().to_owned()).unwrap(),
-            cannot_save_memory: None,
-            cannot_detach: None,
-        };
-        let alive = (under != Under::Rest).then_some(&running);
-        let plan = plan(&self.domain, &self.tree, &disks, alive, &request).await.unwrap();
+        let state = tempfile::tempdir().unwrap();
+        let state = Utf8Path::from_path(state.path()).unwrap();
+        let catalogue = SqliteCatalogue::new(state.join("state"));
+        let snapshots = self.tree.iter().cloned().collect();
+        let put = vec![Change::PutDomain(Box::new(self.domain.clone()), snapshots)];
+        catalogue.commit(&self.domain.name, Revision::ABSENT, put).await.unwrap();
+        let mut registry = Registry::new();
+        registry.register(Arc::new(Qcow2::new())).unwrap();
+        registry.register_hypervisor(Arc::new(Fake(under)));
+        let service = Domsnap::new(Arc::new(catalogue), registry);
+        let plan = service.plan(&DomainRef::Name(self.domain.name.clone()), &request).await.unwrap();
         assert_eq!(read_back(&plan), plan);
         let json = serde_json::to_value(&plan).unwrap();
         assert_eq!(serde_json::from_value::<Plan>(json).unwrap(), plan);
         plan.steps().map(line).collect()
+    }
+}
+
+/// A hypervisor that has the images of its domain open, unless that is at rest. Nothing is ever done.
+struct Fake(Under);
+
+fn nothing_is_done<T>() -> Result<T> {
+    Err(Error::new(ErrorKind::Unsupported, "plans are made here, and none is carried out"))
+}
+
+#[async_trait]
+impl VmStateSaver for Fake {
+    fn profile(&self) -> HypervisorProfile {
+        let profile = HypervisorProfile::new(Hypervisor::named("fake"), "Fake", "NAME");
+        if self.0 == Under::Recreating { profile.recreates() } else { profile }
+    }
+
+    fn read_control(&self, control: Control, _: &Utf8Path) -> Result<Control> {
+        Ok(control)
+    }
+
+    async fn connect(&self, domain: &Domain) -> Result<Option<Arc<dyn LiveDomain>>> {
+        let seen = DomainInfo::new(serde_json::json!({}), true);
+        let disks = domain.disks.iter().map(|record| {
+            let path = record.disk.path();
+            let layers = record.owned.iter().map(|layer| layer_path(path, layer)).chain([path.to_owned()]);
+            let files = layers.map(|file| file_identity(&file.metadata().unwrap()));
+            (record.disk.target.clone(), Attached(files.collect()))
+        });
+        let live = (self.0 != Under::Rest).then(|| Live { seen, disks: disks.collect() });
+        Ok(live.map(|live| Arc::new(live) as Arc<dyn LiveDomain>))
+    }
+
+    async fn look(&self, _: &Control) -> Result<DomainInfo> {
+        nothing_is_done()
+    }
+
+    async fn scan(&self) -> Result<Vec<(Control, DomainInfo)>> {
+        Ok(Vec::new())
+    }
+
+    async fn check_memory(&self, _: &Utf8Path, _: &dyn Progress) -> Result<()> {
+        nothing_is_done()
+    }
+
+    async fn start(&self, _: StartFromMemory<'_>) -> Result<StepOutcome> {
+        nothing_is_done()
+    }
+
+    async fn remove_memory(&self, _: &Utf8Path) -> Result<()> {
+        nothing_is_done()
+    }
+}
+
+struct Live {
+    seen: DomainInfo,
+    disks: Vec<(Target, Attached)>,
+}
+
+#[async_trait]
+impl LiveDomain for Live {
+    fn seen(&self) -> &DomainInfo {
+        &self.seen
+    }
+
+    fn processes(&self) -> Vec<u32> {
+        vec![std::process::id()]
+    }
+
+    fn disk(&self, target: &Target) -> Option<&dyn AttachedDisk> {
+        self.disks.iter().find(|(name, _)| name == target).map(|(_, disk)| disk as &dyn AttachedDisk)
+    }
+
+    fn differences(&self, _: &serde_json::Value) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    async fn resume(&self) -> Result<()> {
+        nothing_is_done()
+    }
+
+    fn limit(&self, _: u64) {}
+
+    async fn apply(&self, _: &DomainStep, _: DomainContext<'_>) -> Result<StepOutcome> {
+        nothing_is_done()
+    }
+
+    async fn undo(&self, _: &DomainStep, _: DomainContext<'_>) -> Result<()> {
+        nothing_is_done()
+    }
+
+    async fn clean_up(&self, _: &[OpenChain]) -> Result<Vec<String>> {
+        nothing_is_done()
+    }
+}
+
+/// The files of a disk that are open.
+struct Attached(HashSet<FileIdentity>);
+
+#[async_trait]
+impl AttachedDisk for Attached {
+    async fn open_files(&self) -> Result<HashSet<FileIdentity>> {
+        Ok(self.0.clone())
+    }
+
+    async fn merge(
+        &self,
+        _: &AttachedMerge,
+        _: &dyn Inside,
+        _: &dyn Progress,
+        _: &CancellationToken,
+    ) -> Result<()> {
+        nothing_is_done()
+    }
+
+    async fn drop_internal(&self, _: &[String]) -> Result<()> {
+        nothing_is_done()
     }
 }
 

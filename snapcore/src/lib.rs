@@ -58,7 +58,7 @@ pub mod catalogue;
 mod confine;
 mod disk_plan;
 mod domain;
-pub mod engine;
+mod engine;
 mod erased;
 mod error;
 mod event;
@@ -67,7 +67,7 @@ mod hypervisor;
 pub mod manifest;
 mod name;
 mod operation;
-pub mod plan;
+mod plan;
 mod registry;
 mod request;
 mod secrets;
@@ -80,6 +80,14 @@ mod state;
 mod step;
 mod zone;
 
+// Tests of what is not public use the backend and the catalogue of the tests in `tests/`, which know this
+// crate by its name.
+#[cfg(test)]
+extern crate self as snapcore;
+#[cfg(test)]
+#[path = "../tests/fake/mod.rs"]
+mod fake;
+
 pub use address::{DiskAddress, DiskIdentity};
 pub use backend::{
     Base, Capabilities, DeleteCost, DiskSnapshotter, FileUses, Finding, Guard, InspectDepth, Leftover,
@@ -89,7 +97,8 @@ pub use disk_plan::{DiskPlan, DiskRequest, InstantPlan};
 pub use domain::{ActivePath, Disk, DiskRecord, Domain, Hypervisor, Machine};
 pub use erased::AnyDiskSnapshotter;
 pub use error::{Error, ErrorKind, Result};
-pub use event::{Event, EventStream, Events};
+pub(crate) use event::Events;
+pub use event::{Event, EventStream};
 pub use host::Host;
 pub use hypervisor::{
     AttachedDisk, AttachedMerge, Control, DiskInstant, DomainContext, DomainInfo, DomainStep, FileIdentity,

@@ -24,7 +24,7 @@ use crate::hypervisor::{DomainStep, GuestChange, PowerAfter};
 use crate::name::{SnapshotName, Target};
 use crate::step::{Edit, Group, Step};
 
-/// A whole operation on a domain. [`crate::plan`] makes it, the engine carries it out, `--dry-run` prints it.
+/// A whole operation on a domain. The planner makes it, the engine carries it out, `--dry-run` prints it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Plan {
     /// Kind of the operation: "create", "revert", "delete", "tidy".

@@ -49,24 +49,24 @@ use crate::{
 };
 
 /// Carries plans out on one domain, whose lock and disks the caller has.
-pub struct Engine<'a> {
+pub(crate) struct Engine<'a> {
     /// The catalogue that records domain and journal.
-    pub catalogue: &'a dyn Catalogue,
+    pub(crate) catalogue: &'a dyn Catalogue,
     /// The backends and hypervisors that do the steps.
-    pub registry: &'a Registry,
+    pub(crate) registry: &'a Registry,
     /// The receiver of progress.
-    pub events: &'a Events,
+    pub(crate) events: &'a Events,
     /// The store of the manifests.
-    pub manifests: &'a Arc<dyn ManifestStore>,
+    pub(crate) manifests: &'a Arc<dyn ManifestStore>,
     /// The connection to the domain; absent where it does not run.
-    pub live: Option<&'a dyn LiveDomain>,
+    pub(crate) live: Option<&'a dyn LiveDomain>,
     /// The files that no other process may use: checked again before the cut.
-    pub watched: Option<&'a dyn Watch>,
+    pub(crate) watched: Option<&'a dyn Watch>,
 }
 
 /// Files that no other process may use while an operation runs.
 #[async_trait]
-pub trait Watch: Send + Sync {
+pub(crate) trait Watch: Send + Sync {
     /// Checks again that no other process uses one of them.
     ///
     /// # Errors
@@ -77,27 +77,27 @@ pub trait Watch: Send + Sync {
 /// The outcome of a run.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
-pub struct Run {
+pub(crate) struct Run {
     /// The operation; absent where the plan had nothing to do.
-    pub operation: Option<OperationId>,
+    pub(crate) operation: Option<OperationId>,
     /// Set if the operation happened. A run that was undone by recovery did not.
-    pub happened: bool,
+    pub(crate) happened: bool,
     /// Bytes of the steps that were done.
-    pub bytes_moved: u64,
+    pub(crate) bytes_moved: u64,
     /// Merges that were deferred.
-    pub postponed: Vec<Postponed>,
+    pub(crate) postponed: Vec<Postponed>,
     /// Problems that stopped nothing, and other messages for the user.
-    pub warnings: Vec<String>,
+    pub(crate) warnings: Vec<String>,
     /// The time for which the guest was paused; absent: it did not run, or does not continue.
-    pub downtime: Option<Duration>,
+    pub(crate) downtime: Option<Duration>,
     /// For a create on a running domain: the properties of its instant.
-    pub taken: Option<Taken>,
+    pub(crate) taken: Option<Taken>,
     /// The command that starts the domain, where the user must.
-    pub start: Vec<String>,
+    pub(crate) start: Vec<String>,
     /// The change to the guest.
-    pub guest: Option<GuestChange>,
+    pub(crate) guest: Option<GuestChange>,
     /// The process that runs the domain, where it was started.
-    pub started: Option<StartedDomain>,
+    pub(crate) started: Option<StartedDomain>,
 }
 
 /// One operation in its run: the domain as the catalogue has it, and the operation as the journal has it.
@@ -125,7 +125,7 @@ impl Engine<'_> {
     /// # Errors
     /// The failure, with everything undone; [`ErrorKind::Cancelled`]; or [`ErrorKind::NeedsRecovery`], with
     /// the state that things are in.
-    pub async fn run(
+    pub(crate) async fn run(
         &self,
         entry: &mut Entry,
         plan: Plan,
@@ -167,7 +167,7 @@ impl Engine<'_> {
     ///
     /// # Errors
     /// [`ErrorKind::NeedsRecovery`], with the state that things are in.
-    pub async fn resume(
+    pub(crate) async fn resume(
         &self,
         entry: &mut Entry,
         operation: Operation,
@@ -566,3 +566,6 @@ async fn on_a_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send 
         .await
         .map_err(|cause| Error::new(ErrorKind::Internal, "writing manifests ended early").because(cause))?
 }
+
+#[cfg(test)]
+mod tests;

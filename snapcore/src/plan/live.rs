@@ -15,22 +15,22 @@ use crate::{
 
 /// A running domain as the planner sees it.
 #[derive(Debug, Clone)]
-pub struct RunningDomain<'a> {
+pub(crate) struct RunningDomain<'a> {
     /// The properties of its hypervisor.
-    pub profile: HypervisorProfile,
+    pub(crate) profile: HypervisorProfile,
     /// The domain's state, reported by its hypervisor.
-    pub seen: &'a DomainInfo,
+    pub(crate) seen: &'a DomainInfo,
     /// For a revert to a snapshot with memory: the differences between the machine now and then, each as a
     /// message.
-    pub differs: Vec<String>,
+    pub(crate) differs: Vec<String>,
     /// For a revert to a snapshot with memory: the media that are in other drives than then, or in none.
-    pub media: Vec<Medium>,
+    pub(crate) media: Vec<Medium>,
     /// The directory of memory images.
-    pub memory_dir: Utf8PathBuf,
+    pub(crate) memory_dir: Utf8PathBuf,
     /// The reason why its memory cannot be saved, if so.
-    pub cannot_save_memory: Option<Obstacle>,
+    pub(crate) cannot_save_memory: Option<Obstacle>,
     /// The reason why its disks cannot be detached, if so.
-    pub cannot_detach: Option<Obstacle>,
+    pub(crate) cannot_detach: Option<Obstacle>,
 }
 
 impl RunningDomain<'_> {

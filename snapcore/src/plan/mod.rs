@@ -19,17 +19,17 @@ use crate::{
 
 use merged::Merged;
 
-pub use live::RunningDomain;
+pub(crate) use live::RunningDomain;
 
 /// One disk as the planner sees it.
 #[derive(Clone)]
-pub struct DiskInput {
+pub(crate) struct DiskInput {
     /// Its record in the catalogue.
-    pub record: DiskRecord,
+    pub(crate) record: DiskRecord,
     /// Its state on the machine.
-    pub state: DiskState,
+    pub(crate) state: DiskState,
     /// The backend that can change it.
-    pub backend: Arc<AnyDiskSnapshotter>,
+    pub(crate) backend: Arc<AnyDiskSnapshotter>,
 }
 
 impl DiskInput {
@@ -52,7 +52,7 @@ impl DiskInput {
 /// # Errors
 /// An error in the request ([`ErrorKind::NotFound`], [`ErrorKind::Exists`], [`ErrorKind::Usage`]), or the
 /// refusal of a backend. Nothing was touched.
-pub async fn plan(
+pub(crate) async fn plan(
     domain: &Domain,
     tree: &SnapshotTree,
     disks: &[DiskInput],
@@ -517,7 +517,7 @@ impl Planner<'_> {
 
 /// Returns the points of one disk that go with the snapshots `doomed`, and those that stay. A point that a
 /// remaining snapshot shares stays.
-pub fn split_points(
+pub(crate) fn split_points(
     tree: &SnapshotTree,
     target: &Target,
     doomed: &BTreeSet<SnapshotId>,
@@ -560,3 +560,6 @@ fn require_single_tag(disk: &DiskInput, Point { layer, tag }: &Point) -> Result<
     .state("no changes made")
     .advise(format!("delete all but one by their IDs with the tool that made them, then run `{adopt}`")))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,24 +1,25 @@
-//! A fake backend, and a catalogue with faults. A disk is a number and named copies of it, in memory. Any
-//! call can fail, panic, be cancelled or stop for ever, before or after its effect. The catalogue can do the
-//! same.
+//! A fake backend, and a catalogue in memory. A disk is a number and named copies of it, in memory. Any call
+//! can fail, panic, be cancelled or stop for ever, before or after its effect. The catalogue's commits can do
+//! the same.
+//!
+//! The unit tests of the engine and of the planner use it too: those are not public.
 
-#![allow(dead_code, reason = "each test program uses its part")]
+#![allow(dead_code, unused_imports, reason = "each test program uses its part")]
 
+mod catalogue;
 mod table;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
+pub use self::catalogue::FakeCatalogue;
+pub use self::table::Rows;
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
-use catalogue_sqlite::SqliteCatalogue;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use snapcore::catalogue::{Catalogue, CatalogueId, Change, Entry, EntrySummary, Lease, Revision, Revisions};
 use snapcore::manifest::{ManifestDirectory, ManifestStore};
 use snapcore::*;
-pub use table::Rows;
 use tokio::sync::{Barrier, Notify};
 use tokio_util::sync::CancellationToken;
 
@@ -328,6 +329,7 @@ impl DiskSnapshotter for FakeBackend {
                     plan.finish.push(FinishStep { deferrable: true, ..drop });
                 }
             }
+            #[allow(unreachable_patterns, reason = "outside of the crate there may be more requests")]
             other => return Err(Error::new(ErrorKind::Unsupported, format!("the fake cannot do {other:?}"))),
         }
         Ok(plan)
@@ -427,52 +429,5 @@ impl DiskSnapshotter for FakeBackend {
 
     fn layer_address(&self, disk: &DiskRecord, _: &LayerName) -> DiskAddress {
         disk.disk.address.clone()
-    }
-}
-
-/// The SQLite catalogue, with faults at its commits.
-pub struct FaultyCatalogue {
-    pub inner: SqliteCatalogue,
-    pub commits: Faults,
-}
-
-impl FaultyCatalogue {
-    pub fn new(directory: &Utf8PathBuf) -> Self {
-        Self { inner: SqliteCatalogue::new(directory.clone()), commits: Faults::default() }
-    }
-}
-
-#[async_trait]
-impl Catalogue for FaultyCatalogue {
-    async fn identity(&self) -> Result<Option<CatalogueId>> {
-        self.inner.identity().await
-    }
-    async fn domains(&self) -> Result<Vec<EntrySummary>> {
-        self.inner.domains().await
-    }
-    async fn load(&self, name: &DomainName) -> Result<Option<Entry>> {
-        self.inner.load(name).await
-    }
-    async fn owners(&self, disks: &[DiskAddress]) -> Result<Vec<(DiskAddress, DomainName)>> {
-        self.inner.owners(disks).await
-    }
-    async fn unfinished(&self, name: &DomainName) -> Result<Vec<Operation>> {
-        self.inner.unfinished(name).await
-    }
-    async fn operation(&self, name: &DomainName, id: OperationId) -> Result<Option<Operation>> {
-        self.inner.operation(name, id).await
-    }
-    async fn commit(&self, name: &DomainName, expected: Revision, changes: Vec<Change>) -> Result<Revision> {
-        let number = self.commits.next();
-        self.commits.inject(number, When::Before).await?;
-        let revision = self.inner.commit(name, expected, changes).await?;
-        self.commits.inject(number, When::After).await?;
-        Ok(revision)
-    }
-    async fn watch(&self, name: &DomainName) -> Result<Revisions> {
-        self.inner.watch(name).await
-    }
-    async fn lease(&self, name: &str, holder: &str, time_to_live: Duration) -> Result<Lease> {
-        self.inner.lease(name, holder, time_to_live).await
     }
 }

@@ -1,25 +1,27 @@
 //! Tests of the engine with a fake backend and a catalogue with faults. After any failure an operation has
 //! happened or it has not, and everything else is as before.
 
-mod fake;
+mod nested;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use camino::Utf8PathBuf;
-use fake::{FakeBackend, FakeDisk, Fault, FaultyCatalogue, How, When};
-use snapcore::catalogue::{Catalogue, Change, Entry, Revision};
-use snapcore::engine::{Engine, Run};
-use snapcore::manifest::{ManifestDirectory, ManifestStore};
-use snapcore::plan::DiskInput;
-use snapcore::*;
 use tokio_util::sync::CancellationToken;
+
+use super::{Engine, Run};
+use crate::catalogue::{Catalogue, Change, Entry, Revision};
+use crate::event::Events;
+use crate::fake::{FakeBackend, FakeCatalogue, FakeDisk, Fault, How, When};
+use crate::manifest::{ManifestDirectory, ManifestStore};
+use crate::plan::{self, DiskInput};
+use crate::*;
 
 /// A domain of two disks with two snapshots, `s1` (data 1) and `s2` (data 2), and the current state 3.
 struct Bench {
     directory: tempfile::TempDir,
     backend: FakeBackend,
-    catalogue: FaultyCatalogue,
+    catalogue: FakeCatalogue,
 }
 
 /// The relevant state of a domain: disks, snapshots by name with their parents, and the current one.
@@ -41,9 +43,8 @@ fn domain_name() -> DomainName {
 impl Bench {
     async fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let root = Utf8PathBuf::from_path_buf(directory.path().to_path_buf()).unwrap();
         let backend = FakeBackend::default();
-        let catalogue = FaultyCatalogue::new(&root.join("state"));
+        let catalogue = FakeCatalogue::default();
         let bench = Self { directory, backend, catalogue };
         let mut disks = Vec::new();
         for target in ["vda", "vdb"] {
@@ -124,7 +125,7 @@ impl Bench {
             disks.push(DiskInput {
                 record: record.clone(),
                 state,
-                backend: snapcore::AnyDiskSnapshotter::of(Arc::new(self.backend.clone())),
+                backend: AnyDiskSnapshotter::of(Arc::new(self.backend.clone())),
             });
         }
         let plan = plan::plan(&entry.domain, &entry.tree, &disks, None, request).await?;
@@ -155,7 +156,7 @@ impl Bench {
 
     fn restart(&mut self) {
         self.backend = self.backend.after_a_crash();
-        self.catalogue = FaultyCatalogue::new(&self.root().join("state"));
+        self.catalogue = self.catalogue.again();
     }
 
     /// Recovers, and checks that no operation is left unfinished.

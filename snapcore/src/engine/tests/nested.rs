@@ -1,21 +1,20 @@
 //! Tests of steps that are nested in a step of the domain: those of several disks run side by side, and a
 //! failure of one takes all back.
 
-mod fake;
-
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use camino::Utf8PathBuf;
-use catalogue_sqlite::SqliteCatalogue;
-use fake::{Action, FakeBackend, FakeDisk, Fault, How, When};
-use snapcore::catalogue::{Catalogue, Change, Entry, Revision};
-use snapcore::engine::{Engine, Run};
-use snapcore::manifest::{ManifestDirectory, ManifestStore};
-use snapcore::*;
 use tokio::sync::Barrier;
 use tokio_util::sync::CancellationToken;
+
+use crate::catalogue::{Catalogue, Change, Entry, Revision};
+use crate::engine::{Engine, Run};
+use crate::event::Events;
+use crate::fake::{Action, FakeBackend, FakeCatalogue, FakeDisk, Fault, How, When};
+use crate::manifest::{ManifestDirectory, ManifestStore};
+use crate::*;
 
 /// A running domain whose cut does nothing but to run what is nested in it.
 struct FakeLive(DomainInfo);
@@ -77,7 +76,7 @@ async fn run(backend: &FakeBackend) -> (Result<Run>, Entry) {
         current: None,
         machines: Vec::new(),
     };
-    let catalogue = SqliteCatalogue::new(root.join("state"));
+    let catalogue = FakeCatalogue::default();
     let put = vec![Change::PutDomain(Box::new(domain.clone()), Vec::new())];
     catalogue.commit(&domain.name, Revision::ABSENT, put).await.unwrap();
     let nested = DISKS.map(|target| Step {

@@ -1,12 +1,11 @@
 //! Tests of declared capabilities: the planner refuses requests that a backend declares it cannot do, before
 //! anything is done.
 
-mod fake;
-
 use camino::Utf8PathBuf;
-use fake::{FakeBackend, FakeDisk};
-use snapcore::plan::{DiskInput, RunningDomain, plan};
-use snapcore::*;
+
+use super::{DiskInput, RunningDomain, plan};
+use crate::fake::{FakeBackend, FakeDisk};
+use crate::*;
 
 /// Plans `requests` for a running domain of one disk, with a backend that declares `can`.
 async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
@@ -51,11 +50,7 @@ async fn planned(can: Capabilities, requests: &[Request]) -> Vec<Result<Plan>> {
         cannot_save_memory: None,
         cannot_detach: None,
     };
-    let disks = [DiskInput {
-        record,
-        state,
-        backend: snapcore::AnyDiskSnapshotter::of(std::sync::Arc::new(backend)),
-    }];
+    let disks = [DiskInput { record, state, backend: AnyDiskSnapshotter::of(std::sync::Arc::new(backend)) }];
     let tree = SnapshotTree::new(vec![found]);
     let mut plans = Vec::new();
     for request in requests {
